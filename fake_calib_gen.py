@@ -1,0 +1,90 @@
+"""Activation statistics for SmoothQuant: largest values per channel of every linear's input and output.
+
+    python3 fake_calib_gen.py --model-name bloom --model-size 560m
+    python3 fake_calib_gen.py --model-name bloom --model-size tiny --dataset TEXT_FILE
+
+Without --dataset they come from random input through the architecture with fresh weights: good
+for measuring speed and memory, not quality. With it they come from text through the real model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qllm import cli
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    cli.add_model_options(parser)
+    cli.add_run_options(parser)
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--dataset",
+        metavar="FILE_OR_NAME",
+        help="a text or JSON-lines file, or wikitext2, c4, ptb, pile-10k (random input)",
+    )
+    number = cli.whole_number(1)
+    group.add_argument("--nsamples", type=number, default=32, help="samples (%(default)s)")
+    group.add_argument("--seqlen", type=number, default=256, help="tokens each (%(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
+    group.add_argument("--save", metavar="FILE", help="where to (a place that later runs look at)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    model = cli.resolve_model(args, weights=args.dataset is not None)
+
+    from qllm import calibration
+    from qllm.checkpoint.reader import read_raw_config
+    from qllm.checkpoint.writer import new_file
+    from qllm.errors import UserError
+    from qllm.models import read_config
+
+    config = read_config(read_raw_config(model.path))
+    if config.max_positions is not None and args.seqlen > config.max_positions:
+        raise UserError(f"--seqlen {args.seqlen} exceeds the window of {config.max_positions}")
+    if args.dataset is None:
+        found = calibration.calibrate_random(config, args.nsamples, args.seqlen, args.seed)
+        source = calibration.RANDOM_SOURCE
+    else:
+        found = calibrate_text(args, model.path, config.vocab_size)
+        source = args.dataset
+    found.about = {
+        "model": model.name,
+        "source": source,
+        "nsamples": str(args.nsamples),
+        "seqlen": str(args.seqlen),
+        "seed": str(args.seed),
+    }
+    target = Path(args.save) if args.save else calibration.default_path(model)
+    with new_file(target) as temporary:
+        found.save(temporary)
+    print(f"{model.name}: statistics of {len(found.inputs)} layers from {source} in {target}")
+
+
+def calibrate_text(args: argparse.Namespace, folder: Path, vocab_size: int):  # noqa: ANN201
+    """Statistics of text through the real model at 16 bits."""
+    from qllm import calibration
+    from qllm.checkpoint.load import load_model
+    from qllm.config import QuantPlan, QuantSpec
+    from qllm.data import load_text, sample_windows
+    from qllm.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(folder, vocab_size)
+    ids = tokenizer.encode(load_text(args.dataset))
+    samples = sample_windows(ids, args.nsamples, args.seqlen, args.seed)
+    model = load_model(
+        folder,
+        QuantPlan.uniform(QuantSpec()),
+        dtype=cli.resolve_dtype(args),
+        device=cli.resolve_device(args),
+        progress=cli.progress("loading"),
+    )
+    return calibration.calibrate(model, samples, cli.progress("calibrating"))
+
+
+if __name__ == "__main__":
+    cli.run(main)

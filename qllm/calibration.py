@@ -1,0 +1,129 @@
+"""Activation statistics of a model: of real text through its weights, or of random input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qllm.config import ModelConfig
+from qllm.hub import ModelFolder, cache_folder
+from qllm.layers import Linear
+from qllm.models import Decoder
+from qllm.models.decoder import Embedding
+from qllm.models.positions import LEARNED_OFFSET, LearnedPositions
+from qllm.quant.calibrate import Calibration
+
+RANDOM_SOURCE = "random input"
+
+
+def default_path(model: ModelFolder) -> Path:
+    """Where a model's calibration is kept when no file is named."""
+    return cache_folder() / "calibration" / f"{model.key}.safetensors"
+
+
+def calibrate(
+    model: Decoder, samples: list[list[int]], progress: Callable[[list], Iterable] = iter
+) -> Calibration:
+    """Statistics of every linear layer while the model reads samples of token ids."""
+    calibration = Calibration()
+    hooks = [
+        module.register_forward_hook(_observer(calibration, name))
+        for name, module in model.named_modules()
+        if isinstance(module, Linear | RandomLinear)
+    ]
+    try:
+        for sample in progress(samples):
+            model.prefill([sample])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calibration
+
+
+def _observer(calibration: Calibration, name: str) -> Callable:
+    def observe(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        calibration.observe(name, inputs[0], output)
+
+    return observe
+
+
+class RandomLinear(nn.Module):
+    """A linear layer with a fresh Gaussian weight, without the weight.
+
+    With W's entries independent and of deviation std, the columns of x W^T are independent, and
+    each is Gaussian over the M tokens with covariance std^2 x x^T. So the product is drawn from
+    its own distribution, in time and memory that do not know the size of W. The bias is zero, as
+    a fresh one is.
+    """
+
+    def __init__(self, out_features: int, std: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.out_features, self.std, self.generator = out_features, std, generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        gram = x.double() @ x.double().t()
+        # A token that repeats makes the matrix singular; its own scale times 1e-9 does not show.
+        gram.diagonal().mul_(1 + 1e-9).add_(1e-30)
+        root = torch.linalg.cholesky(gram).float() * self.std
+        noise = torch.randn(x.shape[0], self.out_features, generator=self.generator)
+        return root @ noise
+
+
+class RandomEmbedding(nn.Module):
+    """A fresh embedding table, without the table: a row is drawn for each token as it comes."""
+
+    def __init__(self, channels: int, std: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.channels, self.std, self.generator = channels, std, generator
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        drawn = torch.randn(len(tokens), self.channels, generator=self.generator)
+        return drawn * self.std
+
+
+class RandomPositions(LearnedPositions):
+    """Learned positions as they are before training; only those in use have memory."""
+
+    def __init__(
+        self, config: ModelConfig, length: int, std: float, generator: torch.Generator
+    ) -> None:
+        super().__init__(config, torch.float32)
+        rows = length + LEARNED_OFFSET
+        self.weight = torch.randn(rows, config.hidden_size, generator=generator) * std
+
+
+def random_model(config: ModelConfig, length: int, seed: int) -> Decoder:
+    """The real architecture with fresh weights that take no memory: any size runs in seconds.
+
+    Args:
+        length: the longest sample it will be given.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = Decoder(config, {}, torch.float32)
+    for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        new: nn.Module | None = None
+        if isinstance(module, Linear):
+            new = RandomLinear(module.out_features, config.init_std, generator)
+        elif isinstance(module, Embedding):
+            new = RandomEmbedding(config.embed_size, config.init_std, generator)
+        elif isinstance(module, LearnedPositions):
+            new = RandomPositions(config, length, config.init_std, generator)
+        else:
+            for key, buffer in module.named_buffers(recurse=False):
+                fresh = torch.ones if key == "weight" else torch.zeros
+                setattr(module, key, fresh(buffer.shape))
+        if new is not None:
+            setattr(model.get_submodule(parent), child, new)
+    return model
+
+
+def calibrate_random(config: ModelConfig, samples: int, length: int, seed: int) -> Calibration:
+    """Statistics of random tokens through fresh weights: ranges to run with, not to judge by."""
+    model = random_model(config, length, seed)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(config.vocab_size, (samples, length), generator=generator)
+    return calibrate(model, tokens.tolist())

@@ -1,0 +1,106 @@
+"""A Hugging Face checkpoint -> QLLM's layout: fused, in one safetensors file, mappable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from qllm.checkpoint.reader import Checkpoint, TensorInfo, read_json, weight_files
+from qllm.checkpoint.weights import LAYOUT, LAYOUT_KEY, Weights
+from qllm.checkpoint.writer import SafetensorsWriter, new_folder
+from qllm.errors import UserError
+from qllm.hub import ModelFolder, cache_folder
+
+SOURCE_KEY = "qllm_source"
+COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+def default_folder(model: ModelFolder) -> Path:
+    """Where the converted copy of a model is kept when no folder is named."""
+    return cache_folder() / "converted" / model.key
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells one state of a checkpoint from another: its config, and its files' sizes and times."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in weight_files(folder):
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def find_source(model: ModelFolder, note: Callable[[str], None]) -> Path:
+    """The folder to load a model from: its converted copy, where there is one of its present state.
+
+    Args:
+        note: called with a line that says which it is.
+    """
+    if LAYOUT_KEY in read_json(model.path / "config.json"):
+        return model.path
+    copy = default_folder(model)
+    if not (copy / "config.json").exists():
+        note("converting the checkpoint on the fly; weight_convert.py keeps a converted copy")
+        return model.path
+    if read_json(copy / "config.json").get(SOURCE_KEY) != fingerprint(model.path):
+        note(f"{copy} is of an older state of {model.name}; converting on the fly instead")
+        return model.path
+    note(f"reading the converted copy {copy}")
+    return copy
+
+
+def convert(
+    model: ModelFolder,
+    target: Path,
+    *,
+    overwrite: bool,
+    progress: Callable[[list], Iterable] = iter,
+) -> int:
+    """Write a checkpoint in QLLM's layout, one tensor in memory at a time.
+
+    Args:
+        target: the folder to make; it appears when it is whole.
+        overwrite: replace a folder that is there.
+
+    Returns:
+        Bytes of the weights.
+
+    Raises:
+        UserError: for a broken checkpoint, one that is converted already, or a target that is
+            there.
+    """
+    weights = Weights(Checkpoint(model.path))
+    if weights.converted:
+        raise UserError(f"{model.path} is in QLLM's layout already")
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} is there already; name another folder with --save")
+    dtype = weights.dtype()
+    tensors = {name: TensorInfo(shape, dtype) for name, shape in weights.shapes.items()}
+    config = dict(weights.checkpoint.raw_config.values)
+    config |= {
+        LAYOUT_KEY: LAYOUT,
+        SOURCE_KEY: fingerprint(model.path),
+        "tie_word_embeddings": weights.config.tied_head,
+    }
+    with new_folder(target) as folder:
+        writer = SafetensorsWriter(folder / "model.safetensors", tensors, {"format": "pt"})
+        for name in progress(list(tensors)):
+            writer.write(name, weights.read(name).to(dtype))
+        writer.close()
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in COPIED:
+            if (model.path / name).exists():
+                shutil.copyfile(model.path / name, folder / name)
+    return (target / "model.safetensors").stat().st_size

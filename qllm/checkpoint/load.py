@@ -1,0 +1,169 @@
+"""Build a model on the meta device and fill it, one module after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qllm.checkpoint.reader import Checkpoint
+from qllm.checkpoint.weights import Weights
+from qllm.config import ModelConfig, QuantPlan, QuantSpec
+from qllm.errors import UserError
+from qllm.layers import Linear, linear_class
+from qllm.memory import check_fits
+from qllm.models import Decoder
+from qllm.models.cache import KVCache
+from qllm.parallel.pipeline import balance
+from qllm.quant.calibrate import Calibration
+from qllm.quant.smooth import smooth_scales
+
+# A linear, and the norm in front of it that can take its smoothing.
+SMOOTHED = {"attention.qkv": "attention_norm", "mlp.up": "mlp_norm"}
+
+Progress = Callable[[list], Iterable]
+
+
+def load_model(
+    folder: Path,
+    plan: QuantPlan,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    num_shards: int = 1,
+    calibration: Calibration | None = None,
+    cache_shape: tuple[int, int] = (0, 0),
+    progress: Progress = iter,
+) -> Decoder:
+    """Load a 16- or 32-bit checkpoint, quantizing each layer as it comes.
+
+    Args:
+        folder: a checkpoint of a known family, in Hugging Face's or QLLM's layout.
+        plan: which layer gets which spec.
+        dtype: of activations and dense weights; None is the checkpoint's.
+        device: where the model goes.
+        num_shards: contiguous layer ranges of about equal bytes.
+        calibration: activation ranges, for W8A8 layers.
+        cache_shape: rows and tokens of the KV cache that must fit beside the model.
+        progress: wraps the list of modules while it is worked through.
+
+    Raises:
+        UserError: for a broken checkpoint, a plan that does not fit it, too many shards, a model
+            that does not fit into memory, or a layer that needs a calibration and has none.
+    """
+    weights = Weights(Checkpoint(folder))
+    dtype = dtype or weights.dtype()
+    config = weights.config
+    linears = weights.family.layer_linears(config.num_layers)
+    specs = plan.resolve(linears, config.num_layers)
+    if calibration is None and any(spec.kind == "w8a8_static" for spec in specs.values()):
+        raise UserError(
+            "bitwidth 8:tc needs a calibration of this model's activations; make one with "
+            "fake_calib_gen.py, name one with --calib, or use 8:tc-li, which needs none"
+        )
+    if calibration is not None:
+        calibration.check({name: weights.shapes[f"{name}.weight"] for name in specs})
+    model = Decoder(config, specs, dtype)
+    costs = _layer_bytes(model)
+    model.shards = balance(costs, num_shards)
+    largest = max(torch.Size(shape).numel() for shape in weights.shapes.values())
+    needed = sum(costs) + largest * dtype.itemsize + KVCache.size(config, *cache_shape, dtype)
+    check_fits(needed, device, f"{folder.name} at bitwidth {plan.text}")
+
+    for name, module in progress(_leaves(model)):
+        if isinstance(module, Linear):
+            _fill_linear(model, name, module, weights, specs, device, calibration)
+        else:
+            for key in dict(module.named_buffers(recurse=False)):
+                tensor = weights.read(f"{name}.{key}", mapped=device == "cpu")
+                setattr(module, key, _convert(tensor, dtype, device, f"{name}.{key}"))
+    if config.tied_head:
+        model.lm_head = linear_class(QuantSpec()).from_float(model.embed.weight, None, QuantSpec())
+    return model
+
+
+def _leaves(model: Decoder) -> list[tuple[str, nn.Module]]:
+    """The modules that hold tensors, in the order of the checkpoint; a tied head holds none."""
+    leaves = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) or any(True for _ in module.buffers(recurse=False))
+    ]
+    return [leaf for leaf in leaves if leaf[0] != "lm_head" or not model.config.tied_head]
+
+
+def _fill_linear(
+    model: Decoder,
+    name: str,
+    module: Linear,
+    weights: Weights,
+    specs: dict[str, QuantSpec],
+    device: str,
+    calibration: Calibration | None,
+) -> None:
+    spec = specs.get(name, QuantSpec())
+    weight = weights.read(f"{name}.weight", mapped=device == "cpu")
+    if spec.kind == "dense":
+        weight = _convert(weight, model.dtype, device, f"{name}.weight")
+    else:
+        weight = weight.to(device)
+    bias = None
+    if module.bias is not None:
+        bias = _convert(weights.read(f"{name}.bias"), model.dtype, device, f"{name}.bias")
+    input_range = None
+    if calibration is not None and spec.kind.startswith("w8a8"):
+        inputs = calibration.inputs[name].to(device)
+        if smooths(model.config, name):
+            scales = smooth_scales(inputs, weight)
+            weight, inputs = weight.float() * scales, inputs / scales
+            layer, _, inner = name.partition(".")[2].partition(".")
+            norm = getattr(model.layers[int(layer)], SMOOTHED[inner])
+            for key, value in list(norm.named_buffers()):
+                setattr(norm, key, (value.float() / scales).to(value.dtype))
+        input_range = float(inputs.max())
+    parent, _, child = name.rpartition(".")
+    layer = linear_class(spec).from_float(weight, bias, spec, input_range=input_range)
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def smooths(config: ModelConfig, name: str) -> bool:
+    """Whether a linear stands behind a norm that can take its smoothing into its weights.
+
+    It cannot where the norm's output is the residual as well (OPT-350m), or has no weights.
+    """
+    behind_norm = any(name.endswith(linear) for linear in SMOOTHED)
+    foldable = config.pre_norm and not config.residual_after_norm and config.norm_affine
+    return behind_norm and foldable
+
+
+def _convert(tensor: Tensor, dtype: torch.dtype, device: str, name: str) -> Tensor:
+    converted = tensor.to(device=device, dtype=dtype)
+    narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if narrower and not converted.isfinite().all():
+        raise UserError(f"{name} holds values beyond {dtype}; use --dtype bfloat16 or float32")
+    return converted
+
+
+def _layer_bytes(model: Decoder) -> list[int]:
+    """Bytes of each layer, what is in front of the layers and behind them counted with an end."""
+    costs = [module_bytes(layer) for layer in model.layers]
+    for name, module in model.named_children():
+        if name in ("embed", "embed_norm", "project_in", "positions"):
+            costs[0] += module_bytes(module)
+        elif name in ("final_norm", "project_out", "lm_head"):
+            tied = name == "lm_head" and model.config.tied_head
+            costs[-1] += 0 if tied else module_bytes(module)
+    return costs
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of the tensors below a module."""
+    return sum(tensor.nbytes for tensor in module.buffers())
+
+
+def shard_bytes(model: Decoder) -> list[int]:
+    """Bytes that each shard holds; a head tied to the embedding counts once, with the first."""
+    costs = _layer_bytes(model)
+    return [sum(costs[i] for i in shard) for shard in model.shards]

@@ -1,0 +1,275 @@
+"""Tensors of a checkpoint folder, one at a time, from safetensors or torch files.
+
+Files from outside are hostile: headers are checked by the safetensors library before they are
+used, pickles are loaded with `weights_only=True`, names in an index stay inside the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qllm.errors import UserError
+from qllm.models.family import RawConfig
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+LFS_HEAD = b"version https://git-lfs"
+# A mapped torch file is opened anew after this many bytes, which gives its pages back.
+REOPEN_BYTES = 256 << 20
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: where there is none.
+    """
+    try:
+        data = path.read_bytes()
+        if data.startswith(LFS_HEAD):
+            raise _lfs_pointer(path)
+        value = json.loads(data)
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
+def read_raw_config(folder: Path) -> RawConfig:
+    """The folder's config.json."""
+    path = folder / "config.json"
+    return RawConfig(read_json(path), str(path))
+
+
+def _lfs_pointer(path: Path) -> UserError:
+    return UserError(
+        f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` where it came from"
+    )
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file says of a tensor without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class TensorFile(ABC):
+    """The tensors of one file.
+
+    Attributes:
+        tensors: name to shape and type.
+    """
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """The tensor, in memory of its own."""
+
+    def map(self, name: str) -> Tensor:
+        """The tensor as a view of the mapped file where the file allows it, else a copy."""
+        return self.read(name)
+
+
+class SafetensorsFile(TensorFile):
+    """A .safetensors file: 8 bytes of header length, a JSON header, the tensors' bytes."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                start = file.read(len(LFS_HEAD))
+                if start == LFS_HEAD:
+                    raise _lfs_pointer(path)
+                # The library checks the header against the file: sizes, overlaps, gaps.
+                with safe_open(path, framework="pt"):
+                    pass
+                (length,) = struct.unpack("<Q", start[:8])
+                file.seek(8)
+                header = json.loads(file.read(length))
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path} is not a whole safetensors file ({error}); get it again"
+            ) from None
+        header.pop("__metadata__", None)
+        self.tensors, self._offsets = {}, {}
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise UserError(f"{path}: {name} has the type {entry['dtype']}, which QLLM lacks")
+            self.tensors[name] = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+            self._offsets[name] = 8 + length + entry["data_offsets"][0]
+        self._mapped: Tensor | None = None
+
+    def read(self, name: str) -> Tensor:
+        info = self.tensors[name]
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        if tensor.numel():
+            view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self._offsets[name])
+                done = 0
+                while done < len(view) and (count := file.readinto(view[done:])):
+                    done += count
+            if done < len(view):
+                raise UserError(f"{self.path} became shorter while it was read; get it again")
+        return tensor
+
+    def map(self, name: str) -> Tensor:
+        info, offset = self.tensors[name], self._offsets[name]
+        if offset % info.dtype.itemsize or 0 in info.shape:
+            return self.read(name)
+        if self._mapped is None:
+            size = self.path.stat().st_size
+            self._mapped = torch.from_file(str(self.path), size=size, dtype=torch.uint8)
+        size = info.dtype.itemsize * torch.Size(info.shape).numel()
+        return self._mapped[offset : offset + size].view(info.dtype).view(info.shape)
+
+
+class TorchFile(TensorFile):
+    """A pytorch_model.bin: a pickled dictionary of tensors, loaded with weights_only=True."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._state: dict[str, Tensor] | None = None
+        self._bytes_read = 0
+        self.tensors = {
+            name: TensorInfo(tuple(tensor.shape), tensor.dtype)
+            for name, tensor in self._open().items()
+        }
+
+    def _open(self) -> dict[str, Tensor]:
+        if self._state is not None and self._bytes_read < REOPEN_BYTES:
+            return self._state
+        self._state, self._bytes_read = None, 0
+        try:
+            with self.path.open("rb") as file:
+                if file.read(len(LFS_HEAD)) == LFS_HEAD:
+                    raise _lfs_pointer(self.path)
+            import zipfile
+
+            # Files from before torch 1.6 are no zip archives and cannot be mapped.
+            mapped = zipfile.is_zipfile(self.path)
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
+        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+            if isinstance(error, UserError):
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty"
+            raise UserError(
+                f"{self.path} is no whole torch checkpoint of tensors alone ({reason[:120]})"
+            ) from None
+        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+            raise UserError(f"{self.path} holds something other than named tensors")
+        self._state = state
+        return state
+
+    def read(self, name: str) -> Tensor:
+        state = self._open()
+        self._bytes_read += state[name].nbytes
+        return state[name].contiguous().clone()
+
+
+class Checkpoint:
+    """The tensors of a checkpoint folder, by the names in its files.
+
+    Attributes:
+        folder: where it is.
+        raw_config: its config.json.
+        tensors: name to shape and type.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            UserError: where the folder holds no checkpoint, or a broken one.
+        """
+        self.folder = folder
+        self.raw_config = read_raw_config(folder)
+        self._files: dict[str, TensorFile] = {}
+        for path in weight_files(folder):
+            kind = SafetensorsFile if path.suffix == ".safetensors" else TorchFile
+            file = kind(path)
+            for name in file.tensors:
+                if name in self._files:
+                    raise UserError(f"{path} holds {name}, as {self._files[name].path.name} does")
+                self._files[name] = file
+        self.tensors = {name: file.tensors[name] for name, file in self._files.items()}
+
+    def read(self, name: str, *, mapped: bool = False) -> Tensor:
+        """A tensor, in memory of its own, or with `mapped` as a view of its file.
+
+        Raises:
+            UserError: for a tensor that is not floating point, or not finite.
+        """
+        file = self._files[name]
+        tensor = file.map(name) if mapped else file.read(name)
+        if not tensor.dtype.is_floating_point:
+            raise UserError(
+                f"{file.path}: {name} holds {tensor.dtype}; weights are floating point here"
+            )
+        # The extremes are NaN or infinite where any element is, and need no second tensor.
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise UserError(f"{file.path}: {name} holds NaN or infinite values; get it again")
+        return tensor
+
+    def path(self, name: str) -> Path:
+        """The file a tensor is in."""
+        return self._files[name].path
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights: safetensors before torch, whole before sharded.
+
+    Raises:
+        UserError: where there are none, or an index names one that is missing or elsewhere.
+    """
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / stem).exists():
+            return [folder / stem]
+        index = folder / f"{stem}.index.json"
+        if index.exists():
+            return _indexed_files(index)
+    raise UserError(
+        f"{folder} is no checkpoint: it has neither model.safetensors nor pytorch_model.bin, "
+        "whole or with an index"
+    )
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map from tensor names to files")
+    names = list(dict.fromkeys(weight_map.values()))
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or name in (".", "..", ""):
+            raise UserError(f"{index} names {name!r}, which is not a file of its own folder")
+        if not (index.parent / name).exists():
+            raise UserError(
+                f"{index.parent} lacks {name}, one of {len(names)} that its index names"
+            )
+    return [index.parent / name for name in names]

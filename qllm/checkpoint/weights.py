@@ -1,0 +1,165 @@
+"""A model's tensors under our names, whichever layout its checkpoint has.
+
+Two layouts: Hugging Face's, where a fused matrix is put together as it is read, and QLLM's own
+(`weight_convert.py`), where it lies in one piece and can be mapped.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qllm.checkpoint.reader import Checkpoint
+from qllm.config import ModelConfig
+from qllm.errors import UserError
+from qllm.layers import Linear
+from qllm.models import Decoder, family_of
+
+LAYOUT_KEY = "qllm_layout"
+LAYOUT = 1
+
+
+def is_converted(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is in QLLM's layout.
+
+    Raises:
+        UserError: for one in a layout that a later QLLM wrote.
+    """
+    layout = checkpoint.raw_config.values.get(LAYOUT_KEY)
+    if layout not in (None, LAYOUT):
+        raise UserError(
+            f"{checkpoint.folder} has QLLM layout {layout!r}; this version reads {LAYOUT}"
+        )
+    return layout == LAYOUT
+
+
+def float_tensors(model: Decoder) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every float tensor that a model is made from, a tied head left out."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            if name == "lm_head" and model.config.tied_head:
+                continue
+            shapes[f"{name}.weight"] = (module.out_features, module.in_features)
+            if module.bias is not None:
+                shapes[f"{name}.bias"] = (module.out_features,)
+        else:
+            for key, buffer in module.named_buffers(recurse=False):
+                shapes[f"{name}.{key}"] = tuple(buffer.shape)
+    return shapes
+
+
+class Weights:
+    """A checkpoint's tensors under our names, checked against the model it claims to be.
+
+    Attributes:
+        config: the model's, with `tied_head` as the weights have it.
+        converted: whether the checkpoint is in QLLM's layout.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """
+        Raises:
+            UserError: where config.json and the weights disagree.
+        """
+        self.checkpoint = checkpoint
+        self.family = family_of(checkpoint.raw_config)
+        self.converted = is_converted(checkpoint)
+        self.config = self.family.read_config(checkpoint.raw_config)
+        self._prefix = "" if self.converted else self._find_prefix()
+        self.config = self._untie_if_different(self.config)
+        self._check()
+
+    def _find_prefix(self) -> str:
+        names = self.checkpoint.tensors
+        for prefix in self.family.prefixes:
+            if any(name.startswith(prefix + self.family.layer.format(0)) for name in names):
+                return prefix
+        example = self.family.prefixes[0] + self.family.layer.format(0)
+        raise UserError(
+            f"{self.checkpoint.folder} has no tensor that begins with {example}; its config.json "
+            f"says that it is {self.family.name}"
+        )
+
+    def _untie_if_different(self, config: ModelConfig) -> ModelConfig:
+        """As transformers has it: a head that differs from the embedding is not tied to it."""
+        from dataclasses import replace
+
+        if (
+            not config.tied_head
+            or self.converted
+            or "lm_head.weight" not in self.checkpoint.tensors
+        ):
+            return config
+        (embed,) = self._parts("embed.weight")
+        if embed not in self.checkpoint.tensors:
+            return config
+        pair = [self.checkpoint.read(name, mapped=True) for name in (embed, "lm_head.weight")]
+        return config if torch.equal(*pair) else replace(config, tied_head=False)
+
+    def _parts(self, name: str) -> tuple[str, ...]:
+        """The names in the checkpoint of what our tensor is fused from."""
+        if self.converted:
+            return (name,)
+        module, kind = name.rsplit(".", 1)
+        if module == "lm_head":
+            return (name,)
+        parts = tuple(f"{self._prefix}{part}.{kind}" for part in self.family.parts(module))
+        if name == "embed.weight" and parts[0] not in self.checkpoint.tensors:
+            return ("lm_head.weight",) if self.config.tied_head else parts
+        return parts
+
+    def _rows(self, name: str, shape: tuple[int, ...]) -> list[int]:
+        """How many rows of our tensor each of its parts has."""
+        if len(self._parts(name)) == 1:
+            return [shape[0]]
+        if ".attention.qkv." in name:
+            heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
+            return [count * self.config.head_dim for count in heads]
+        return [shape[0] // 2] * 2
+
+    def _check(self) -> None:
+        tensors = self.checkpoint.tensors
+        self.shapes = float_tensors(Decoder(self.config, {}, torch.float16))
+        expected = set()
+        for name, shape in self.shapes.items():
+            rows = self._rows(name, shape)
+            for part, count in zip(self._parts(name), rows, strict=True):
+                expected.add(part)
+                if part not in tensors:
+                    raise UserError(
+                        f"{self.checkpoint.folder} lacks {part}, which its config.json implies"
+                    )
+                if tensors[part].shape != (count, *shape[1:]):
+                    raise UserError(
+                        f"{self.checkpoint.path(part)}: {part} has the shape "
+                        f"{list(tensors[part].shape)}, config.json implies {[count, *shape[1:]]}"
+                    )
+        for name in tensors:
+            known = name in expected or name.endswith(self.family.ignored or ("\0",))
+            if not known and not (name == "lm_head.weight" and self.config.tied_head):
+                raise UserError(
+                    f"{self.checkpoint.path(name)} holds {name}, which no {self.family.name} "
+                    "of its config.json has"
+                )
+
+    def dtype(self) -> torch.dtype:
+        """The type the checkpoint holds its weights in."""
+        return self.checkpoint.tensors[self._parts("embed.weight")[0]].dtype
+
+    def read(self, name: str, *, mapped: bool = False) -> Tensor:
+        """One of our tensors, fused; with `mapped`, a view of the file where it lies in one piece.
+
+        Raises:
+            UserError: for values that are not finite.
+        """
+        parts = self._parts(name)
+        interleaved = self.family.interleaved_qkv and not self.converted
+        if interleaved and ".attention.qkv." in name:
+            tensor = self.checkpoint.read(parts[0])
+            heads, dim = self.config.num_heads, self.config.head_dim
+            tensor = tensor.unflatten(0, (heads, 3, dim)).transpose(0, 1)
+            return tensor.reshape(self.shapes[name])
+        if len(parts) == 1:
+            return self.checkpoint.read(parts[0], mapped=mapped)
+        return torch.cat([self.checkpoint.read(part) for part in parts])

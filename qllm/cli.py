@@ -1,0 +1,274 @@
+"""What the scripts share: option groups, prompts, printing, and how errors end a run.
+
+Nothing heavy is imported until it is needed, so that `--help` and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qllm import hub
+from qllm.config import BITWIDTHS, DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, SCHEMES, W8A8, QuantPlan
+from qllm.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from qllm.hub import ModelFolder
+    from qllm.quant.calibrate import Calibration
+    from qllm.tokenizer import Tokenizer
+
+DEFAULT_PROMPTS = ("He is working on", "He has a", "Everyone is happy and I can")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def __init__(self, doc: str) -> None:
+        super().__init__(
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's main: a user's mistake is one line and status 2, Ctrl-C is status 130."""
+    program = Path(sys.argv[0]).name
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        status = _fail(program, str(error), 2)
+    except KeyboardInterrupt:
+        status = _fail(program, "interrupted", 130)
+    except BrokenPipeError:
+        # The reader has what it wanted; Python would complain once more while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except OSError as error:
+        status = _fail(program, str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+            raise
+        status = _fail(program, f"out of memory; take fewer bits or a smaller model ({error})", 1)
+    sys.exit(status)
+
+
+def _fail(program: str, message: str, status: int) -> int:
+    line = " ".join(message.split())
+    print(f"{program}: {'error: ' if status != 130 else ''}{line}", file=sys.stderr)
+    return status
+
+
+def note(line: str) -> None:
+    """Say something on standard error."""
+    print(f"note: {line}", file=sys.stderr)
+
+
+def progress(what: str) -> Callable[[list], Iterable]:
+    """A tqdm bar on standard error, where that is a terminal."""
+
+    def wrap(items: list) -> Iterable:
+        from tqdm import tqdm
+
+        return tqdm(items, desc=what, leave=False, disable=None)
+
+    return wrap
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of `least` or more."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small; give {least} or more")
+        return value
+
+    return parse
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, name: str = "opt") -> None:
+    """--model-name, --model-size, --model-path."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model-name", choices=list(hub.REPOSITORIES), default=name, help="family (%(default)s)"
+    )
+    listed = "; ".join(f"{family}: {' '.join(hub.sizes(family))}" for family in hub.REPOSITORIES)
+    group.add_argument(
+        "--model-size",
+        metavar="SIZE",
+        help=f"published size, or the bundled 'tiny' (the smallest published one; {listed})",
+    )
+    group.add_argument(
+        "--model-path",
+        metavar="DIR_OR_REPO",
+        help="any OPT, BLOOM or Llama checkpoint instead: a folder or a Hub repository",
+    )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """--dtype, --device."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of activations and unquantized weights (auto: the checkpoint's)",
+    )
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto (%(default)s)")
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """--prompt, --prompt-file, --stdin, --max-prompt-length, --max-gen-tokens."""
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--prompt", action="append", metavar="TEXT", help="may be given repeatedly")
+    group.add_argument("--prompt-file", metavar="FILE", help="one prompt per line")
+    group.add_argument("--stdin", action="store_true", help="prompts from standard input, likewise")
+    group.add_argument(
+        "--max-prompt-length",
+        type=whole_number(1),
+        default=20,
+        metavar="N",
+        help="a prompt of more tokens loses its beginning (%(default)s)",
+    )
+    group.add_argument(
+        "--max-gen-tokens",
+        type=whole_number(1),
+        default=10,
+        metavar="N",
+        help="tokens to generate (%(default)s)",
+    )
+
+
+def add_quant_options(parser: argparse.ArgumentParser) -> None:
+    """--bitwidth, --group-size, --scheme, --calib."""
+    group = parser.add_argument_group("quantization")
+    group.add_argument(
+        "--bitwidth",
+        default="16",
+        metavar="BITS",
+        help=f"one of {', '.join(BITWIDTHS)}; or one per layer (4,4,8,…); or a JSON plan (16)",
+    )
+    group.add_argument(
+        "--group-size",
+        type=int,
+        default=DEFAULT_GROUP_SIZE,
+        metavar="N",
+        help="input channels per scale, -1 for all of them (%(default)s)",
+    )
+    group.add_argument("--scheme", choices=SCHEMES, default=DEFAULT_SCHEME, help="(%(default)s)")
+    group.add_argument("--calib", metavar="FILE", help="activation statistics for 8:tc-li and 8:tc")
+
+
+def resolve_model(args: argparse.Namespace, *, weights: bool = True) -> ModelFolder:
+    """The folder that the model options name."""
+    if args.model_path and args.model_size:
+        raise UserError("--model-path and --model-size name two models; give one of them")
+    return hub.resolve(
+        args.model_name, args.model_size, args.model_path, weights=weights, note=note
+    )
+
+
+def resolve_dtype(args: argparse.Namespace) -> torch.dtype | None:
+    """The type that --dtype names; None for the checkpoint's."""
+    import torch
+
+    return None if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
+def find_calibration(
+    args: argparse.Namespace, model: ModelFolder, plan: QuantPlan
+) -> Calibration | None:
+    """The activation statistics for a plan's W8A8 layers: --calib, else what lies ready."""
+    from qllm.calibration import default_path
+    from qllm.quant.calibrate import Calibration
+
+    if not any(spec.kind in W8A8.values() for _, spec in plan.rules):
+        if args.calib:
+            note(f"--calib {args.calib} is not used: only 8:tc-li and 8:tc quantize activations")
+        return None
+    path = Path(args.calib) if args.calib else default_path(model)
+    if not path.exists():
+        if args.calib:
+            raise UserError(f"--calib {path}: there is no such file; fake_calib_gen.py makes one")
+        return None
+    calibration = Calibration.load(path)
+    note(f"activation statistics of {calibration.about.get('source', 'unknown source')}: {path}")
+    return calibration
+
+
+def resolve_device(args: argparse.Namespace) -> str:
+    """The device that --device names, checked to be there."""
+    import torch
+
+    found = torch.cuda.is_available()
+    if args.device == "auto":
+        return "cuda" if found else "cpu"
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {args.device!r} is unknown; give cpu, cuda, cuda:N or auto")
+    if device.type == "cuda" and (not found or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(
+            f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices; "
+            "give cpu"
+        )
+    return "cpu" if device.type == "cpu" else args.device
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts that the options give, or the default ones."""
+    prompts = list(args.prompt or ())
+    try:
+        if args.prompt_file:
+            prompts += _lines(Path(args.prompt_file).read_bytes())
+        if args.stdin:
+            prompts += _lines(sys.stdin.buffer.read())
+    except OSError as error:
+        raise UserError(f"--prompt-file {args.prompt_file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError("prompts are UTF-8 text, and what was given is not") from None
+    if not prompts:
+        if args.prompt_file or args.stdin:
+            raise UserError("there is no prompt: no line of what was given has text")
+        return list(DEFAULT_PROMPTS)
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise UserError(f"prompt {number} is empty; give it some text")
+    return prompts
+
+
+def _lines(data: bytes) -> list[str]:
+    lines = data.decode("utf-8").split("\n")
+    return [line.rstrip("\r") for line in lines if line.strip()]
+
+
+def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], limit: int) -> list[list[int]]:
+    """Token ids of prompts; one of more than `limit` tokens loses its beginning, with a note."""
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+        ids = tokenizer.encode(prompt)
+        if len(ids) > limit:
+            note(
+                f"prompt {number} has {len(ids)} tokens and loses its beginning; "
+                f"--max-prompt-length is {limit}"
+            )
+            ids = tokenizer.encode(prompt, limit)
+        encoded.append(ids)
+    return encoded

@@ -1,0 +1,291 @@
+"""What to quantize and how (`QuantSpec`, `QuantPlan`), and what a model looks like (`ModelConfig`)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qllm.errors import UserError
+
+DEFAULT_GROUP_SIZE = 128
+DEFAULT_SCHEME = "asym"
+SCHEMES = ("sym", "asym")
+W8A8 = {"8:tc-li": "w8a8_dynamic", "8:tc": "w8a8_static"}
+BITWIDTHS = ("1", "2", "3", "4", "5", "6", "7", "8", *W8A8, "16")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one linear layer holds its weight, and what arithmetic it uses.
+
+    Attributes:
+        bits: bits per weight, 1 to 8, or 16 for a dense layer.
+        group_size: input channels that share a scale; -1 is all of them.
+        scheme: "asym" (a zero point per group) or "sym".
+        kind: the row of `qllm.layers.LAYERS` that implements it: "dense", "weight_only",
+            "w8a8_dynamic" (int8 activations, a scale per token) or "w8a8_static" (one scale per
+            tensor, from calibration).
+    """
+
+    bits: int = 16
+    group_size: int = DEFAULT_GROUP_SIZE
+    scheme: str = DEFAULT_SCHEME
+    kind: str = "dense"
+
+    @classmethod
+    def parse(
+        cls,
+        bitwidth: str | int,
+        group_size: int = DEFAULT_GROUP_SIZE,
+        scheme: str = DEFAULT_SCHEME,
+    ) -> QuantSpec:
+        """The spec of one `--bitwidth` value.
+
+        Raises:
+            UserError: for an unknown bitwidth or scheme, or a group size below 1 that is not -1.
+        """
+        text = str(bitwidth).strip()
+        if text not in BITWIDTHS:
+            raise UserError(f"bitwidth {text!r} is unknown; choose from {', '.join(BITWIDTHS)}")
+        if isinstance(group_size, bool) or not isinstance(group_size, int):
+            raise UserError(f"group size {group_size!r} is not a whole number")
+        if group_size < 1 and group_size != -1:
+            raise UserError(
+                f"group size {group_size} cannot be; give 1 or more, or -1 for one group per channel"
+            )
+        if scheme not in SCHEMES:
+            raise UserError(f"scheme {scheme!r} is unknown; choose from {', '.join(SCHEMES)}")
+        if text == "16":
+            return cls()
+        if text in W8A8:
+            return cls(8, -1, "sym", W8A8[text])
+        return cls(int(text), group_size, scheme, "weight_only")
+
+    @property
+    def bitwidth(self) -> str:
+        """The `--bitwidth` value that gives this spec."""
+        names = {kind: name for name, kind in W8A8.items()}
+        return names.get(self.kind, str(self.bits))
+
+    def groups(self, in_features: int) -> int:
+        """How many groups a row of `in_features` weights has; a last, shorter one counts."""
+        return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+
+    def to_json(self) -> dict[str, object]:
+        """The object that a JSON plan holds for this spec."""
+        if self.kind != "weight_only":
+            return {"bits": self.bitwidth}
+        return {"bits": self.bits, "group_size": self.group_size, "scheme": self.scheme}
+
+    @classmethod
+    def from_json(
+        cls,
+        value: object,
+        group_size: int = DEFAULT_GROUP_SIZE,
+        scheme: str = DEFAULT_SCHEME,
+    ) -> QuantSpec:
+        """The inverse of `to_json`; a bare bitwidth (4, "8:tc-li") stands for an object too."""
+        if isinstance(value, Mapping):
+            unknown = set(value) - {"bits", "group_size", "scheme"}
+            if unknown or "bits" not in value:
+                raise UserError(
+                    f"{dict(value)} is no quantization spec; "
+                    'write {"bits": 4, "group_size": 128, "scheme": "asym"}'
+                )
+            group_size = value.get("group_size", group_size)
+            scheme = value.get("scheme", scheme)
+            value = value["bits"]
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise UserError(f"{value!r} is no bitwidth; choose from {', '.join(BITWIDTHS)}")
+        return cls.parse(value, group_size, scheme)
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Which linear layer gets which spec.
+
+    Attributes:
+        rules: pairs of a regular expression and a spec; the last one found in a module's name
+            decides, and a module that none is found in stays at 16 bits.
+        num_layers: the number of layers the plan was written for, when it names them one by one.
+        text: the plan as the user wrote it.
+    """
+
+    rules: tuple[tuple[str, QuantSpec], ...]
+    num_layers: int | None = None
+    text: str = ""
+
+    @classmethod
+    def uniform(cls, spec: QuantSpec) -> QuantPlan:
+        """The plan that gives every layer the same spec."""
+        return cls(((".*", spec),), text=spec.bitwidth)
+
+    @classmethod
+    def parse(
+        cls,
+        text: str,
+        group_size: int = DEFAULT_GROUP_SIZE,
+        scheme: str = DEFAULT_SCHEME,
+    ) -> QuantPlan:
+        """The plan that `--bitwidth` names: one value, one per layer ("4,4,8"), or a JSON file.
+
+        Raises:
+            UserError: for values, files or rules that are not a plan.
+        """
+        text = text.strip()
+        if text.endswith(".json"):
+            return cls._from_file(Path(text), group_size, scheme)
+        if "," not in text:
+            return cls(((".*", QuantSpec.parse(text, group_size, scheme)),), text=text)
+        specs = [QuantSpec.parse(value, group_size, scheme) for value in text.split(",")]
+        rules = tuple((rf"^layers\.{i}\.", spec) for i, spec in enumerate(specs))
+        return cls(rules, len(specs), text)
+
+    @classmethod
+    def _from_file(cls, path: Path, group_size: int, scheme: str) -> QuantPlan:
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path}: there is no such plan file") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read as a JSON plan ({error})") from None
+        if not isinstance(value, dict) or not value:
+            raise UserError(
+                f"{path}: a plan is a JSON object from regular expressions over module names to "
+                'specs, such as {"attention": 8, "mlp": {"bits": 4, "group_size": 64}}'
+            )
+        return cls.from_json(value, str(path), group_size, scheme)
+
+    @classmethod
+    def from_json(
+        cls,
+        value: Mapping[str, object],
+        text: str = "the plan",
+        group_size: int = DEFAULT_GROUP_SIZE,
+        scheme: str = DEFAULT_SCHEME,
+    ) -> QuantPlan:
+        """The inverse of `to_json`."""
+        rules = []
+        for pattern, spec in value.items():
+            try:
+                re.compile(pattern)
+                rules.append((pattern, QuantSpec.from_json(spec, group_size, scheme)))
+            except re.error as error:
+                raise UserError(f"{text}: {pattern!r} is no regular expression ({error})") from None
+            except UserError as error:
+                raise UserError(f"{text}: {pattern!r}: {error}") from None
+        return cls(tuple(rules), text=text)
+
+    def to_json(self) -> dict[str, object]:
+        """The JSON plan: regular expression to spec."""
+        return {pattern: spec.to_json() for pattern, spec in self.rules}
+
+    def resolve(
+        self, modules: Mapping[str, Sequence[str]], num_layers: int
+    ) -> dict[str, QuantSpec]:
+        """The spec of every linear layer of a model.
+
+        Args:
+            modules: our name of each linear layer, to the names its parts have in a Hugging Face
+                checkpoint. A rule may use either; rules that tell the parts of a fused layer
+                apart (q_proj at 8 bits, k_proj at 4) are refused.
+            num_layers: how many layers the model has.
+
+        Raises:
+            UserError: for a plan of the wrong length, a rule that matches nothing, or one that
+                splits a fused layer.
+        """
+        if self.num_layers is not None and self.num_layers != num_layers:
+            raise UserError(
+                f"--bitwidth names {self.num_layers} layers, the model has {num_layers}; "
+                "give one value, or one for each layer"
+            )
+        unused = dict.fromkeys(pattern for pattern, _ in self.rules)
+        specs = {}
+        for name, parts in modules.items():
+            found = {part: self._find(name, part, unused) for part in parts or (name,)}
+            if len(set(found.values())) > 1:
+                listed = ", ".join(f"{part}: {spec.bitwidth}" for part, spec in found.items())
+                raise UserError(f"{name} is one fused matrix and takes one spec, not {listed}")
+            specs[name] = next(iter(found.values()))
+        if unused:
+            example = next(iter(modules), "layers.0.attention.qkv")
+            raise UserError(
+                f"{self.text}: {next(iter(unused))!r} matches no layer; names are like {example}"
+            )
+        return specs
+
+    def _find(self, name: str, part: str, unused: dict[str, None]) -> QuantSpec:
+        spec = QuantSpec()
+        for pattern, candidate in self.rules:
+            if re.search(pattern, name) or re.search(pattern, part):
+                spec = candidate
+                unused.pop(pattern, None)
+        return spec
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al. 2021) and the scalings of its frequencies.
+
+    `kind` is "default", "linear", "dynamic" or "llama3"; the fields a kind does not use are None.
+    """
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_positions: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of any family, in one vocabulary. Sizes count elements.
+
+    Attributes:
+        embed_size: width of the token embedding; OPT-350m's differs from `hidden_size` and is
+            projected.
+        max_positions: the longest sequence; None where the position encoding sets no limit.
+        trained_positions: the length that dynamic RoPE scaling starts from.
+        position: "learned" (OPT), "alibi" (BLOOM) or "rope" (Llama).
+        norm: "layernorm" or "rmsnorm".
+        pre_norm: norms before attention and MLP (False: after, as in OPT-350m).
+        residual_after_norm: the residual branches off behind the norm (a BLOOM option).
+        gated_mlp: the MLP is `down(act(gate(x)) * up(x))`.
+        init_std: standard deviation of a fresh weight.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    embed_size: int
+    max_positions: int | None
+    position: str
+    norm: str
+    norm_eps: float
+    activation: str
+    trained_positions: int = 0
+    rope: RopeConfig | None = None
+    norm_affine: bool = True
+    pre_norm: bool = True
+    final_norm: bool = True
+    embed_norm: bool = False
+    residual_after_norm: bool = False
+    gated_mlp: bool = False
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    tied_head: bool = True
+    dtype: str | None = None
+    init_std: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None

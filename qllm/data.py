@@ -1,0 +1,104 @@
+"""Text for calibration and evaluation: files, and the data sets people name."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from qllm.errors import UserError
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """Where a named data set is on the Hub.
+
+    Attributes:
+        separator: joins the rows into one text, as the published perplexities do.
+    """
+
+    repository: str
+    config: str | None
+    column: str
+    separator: str
+    splits: tuple[str, str]
+    files: dict[str, str] | None = None
+
+
+C4_FILES = {
+    "train": "en/c4-train.00000-of-01024.json.gz",
+    "validation": "en/c4-validation.00000-of-00008.json.gz",
+}
+DATASETS = {
+    "wikitext2": HubDataset(
+        "Salesforce/wikitext", "wikitext-2-raw-v1", "text", "\n\n", ("train", "test")
+    ),
+    "c4": HubDataset("allenai/c4", None, "text", " ", ("train", "validation"), C4_FILES),
+    "ptb": HubDataset("ptb-text-only/ptb_text_only", None, "sentence", " ", ("train", "test")),
+    "pile-10k": HubDataset("NeelNanda/pile-10k", None, "text", "\n\n", ("train", "train")),
+}
+
+
+def load_text(name: str, split: str = "calibration") -> str:
+    """The text of a file (plain, or JSON lines with "text"), or of a data set by name.
+
+    Args:
+        split: "calibration" or "evaluation", which take different parts of a named data set.
+
+    Raises:
+        UserError: for a name that is neither, and a file without text.
+    """
+    path = Path(name)
+    if path.is_file():
+        text = _read_file(path)
+    elif name in DATASETS:
+        text = _read_hub(name, DATASETS[name], split)
+    else:
+        raise UserError(f"--dataset {name!r} is neither a file nor one of {', '.join(DATASETS)}")
+    if not text.strip():
+        raise UserError(f"--dataset {name}: there is no text in it")
+    return text
+
+
+def _read_file(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix not in (".jsonl", ".json"):
+            return text
+        return "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error})") from None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f'{path}: each line of a JSON-lines file is {{"text": "…"}}') from None
+
+
+def _read_hub(name: str, dataset: HubDataset, split: str) -> str:
+    from datasets import load_dataset
+
+    part = dataset.splits[split == "evaluation"]
+    files = {part: dataset.files[part]} if dataset.files else None
+    try:
+        rows = load_dataset(dataset.repository, dataset.config, data_files=files, split=part)
+        return dataset.separator.join(rows[dataset.column])
+    except Exception as error:  # datasets raises whatever its transports and readers do
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--dataset {name}: cannot be had ({reason}); give a text file instead"
+        ) from None
+
+
+def sample_windows(ids: list[int], count: int, length: int, seed: int) -> list[list[int]]:
+    """Draw `count` runs of `length` consecutive tokens.
+
+    Raises:
+        UserError: for a text that is shorter than one.
+    """
+    if len(ids) < length:
+        raise UserError(
+            f"the text has {len(ids)} tokens, one sample takes {length}; "
+            "give a longer text or a lower --seqlen"
+        )
+    draw = random.Random(seed)
+    starts = [draw.randint(0, len(ids) - length) for _ in range(count)]
+    return [ids[start : start + length] for start in starts]

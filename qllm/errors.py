@@ -1,0 +1,9 @@
+"""The one exception that stands for a mistake in what was given, rather than in QLLM."""
+
+
+class UserError(ValueError):
+    """Something given (an option, a file, a shape) cannot work.
+
+    The message is one line which says what was given and what would work. The scripts print it
+    and exit with status 2; a library caller catches it, or `ValueError`.
+    """

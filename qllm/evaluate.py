@@ -1,0 +1,50 @@
+"""Perplexity of a text under a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from torch.nn.functional import cross_entropy
+
+from qllm.errors import UserError
+from qllm.models import Decoder
+
+
+def perplexity(
+    model: Decoder,
+    ids: list[int],
+    window: int,
+    progress: Callable[[list], Iterable] = iter,
+) -> float:
+    """exp of the mean negative log-likelihood of each token given those before it.
+
+    GPTQ's convention (Frantar et al. 2023): the text is cut into windows that do not overlap, a
+    last, shorter one is left out, and the first token of each is not predicted.
+
+    Args:
+        ids: the text's tokens.
+        window: tokens per window, 2 or more.
+
+    Raises:
+        UserError: for a text shorter than one window.
+    """
+    starts = range(0, len(ids) - window + 1, window)
+    if not starts:
+        raise UserError(f"the text has {len(ids)} tokens, fewer than one window of {window}")
+    total = 0.0
+    for start in progress(list(starts)):
+        tokens = ids[start : start + window]
+        logits = model.prefill([tokens], last=False)
+        targets = logits.new_tensor(tokens[1:]).long()
+        total += cross_entropy(logits[:-1], targets, reduction="sum").item()
+    return math.exp(total / (len(starts) * (window - 1)))
+
+
+def first_difference(tokens: Sequence[int], reference: Sequence[int]) -> int | None:
+    """The first index at which two token lists differ, or one has ended; None for equal ones."""
+    for index, (ours, theirs) in enumerate(zip(tokens, reference, strict=False)):
+        if ours != theirs:
+            return index
+    shorter = min(len(tokens), len(reference))
+    return None if len(tokens) == len(reference) else shorter

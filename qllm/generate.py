@@ -1,0 +1,263 @@
+"""Greedy search, with transformers' rules for where it ends and what it avoids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qllm.checkpoint.reader import read_json
+from qllm.config import ModelConfig
+from qllm.errors import UserError
+from qllm.models import Decoder, RawConfig
+from qllm.tokenizer import Tokenizer
+
+# What transformers generates when nothing says how much.
+DEFAULT_NEW_TOKENS = 20
+
+# Settings of generation_config.json that would change greedy search and are not applied here.
+NOT_APPLIED = (
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "sequence_bias",
+    "exponential_decay_length_penalty",
+    "guidance_scale",
+    "num_beams",
+)
+NEUTRAL = (None, 0, 1, False, [], {})
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How long to generate, and what to avoid; lengths count as transformers counts them.
+
+    Attributes:
+        max_new_tokens: how many tokens at the most; wins over max_length.
+        max_length: the same, the longest prompt of the batch included.
+        min_length: no end of text before this length, the longest prompt included.
+        min_new_tokens: no end of text before this many new tokens.
+        eos_token_ids: each of them ends a text.
+        pad_token_id: what transformers pads shorter prompts with; the repetition penalty sees it.
+        repetition_penalty: divides positive logits of tokens seen so far, multiplies negative
+            ones (Keskar et al. 2019).
+    """
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    min_length: int = 0
+    min_new_tokens: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    repetition_penalty: float = 1.0
+
+    def new_tokens(self, longest: int) -> int:
+        """How many tokens a batch may get whose longest prompt has `longest`."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        if self.max_length is not None:
+            return max(0, self.max_length - longest)
+        return DEFAULT_NEW_TOKENS
+
+
+def read_generation_config(
+    folder: Path, config: ModelConfig, note: Callable[[str], None] = lambda line: None
+) -> GenerationConfig:
+    """The settings of a checkpoint: generation_config.json, else what config.json says of tokens.
+
+    Args:
+        note: called with a line for settings that would change the result and are not applied.
+
+    Raises:
+        UserError: for values that cannot be.
+    """
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return GenerationConfig(
+            eos_token_ids=config.eos_token_ids, pad_token_id=config.pad_token_id
+        )
+    raw = RawConfig(read_json(path), str(path))
+    ignored = [key for key in NOT_APPLIED if raw.values.get(key) not in NEUTRAL]
+    if ignored:
+        note(f"{path.name} sets {', '.join(ignored)}, which QLLM does not apply")
+    lengths = {
+        key: raw.count(key)
+        for key in ("max_new_tokens", "max_length", "min_length", "min_new_tokens")
+        if raw.values.get(key) not in (None, 0)
+    }
+    return GenerationConfig(
+        **lengths,
+        eos_token_ids=raw.tokens("eos_token_id"),
+        pad_token_id=raw.token("pad_token_id"),
+        repetition_penalty=raw.number("repetition_penalty", 1.0),
+    )
+
+
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    on_token: Callable[[int, int], None] = lambda row, token: None,
+) -> list[list[int]]:
+    """Generate greedily for a batch of prompts.
+
+    Args:
+        prompts: lists of token ids, none of them empty.
+        on_token: called with the row and the id of each new token as it is found.
+
+    Returns:
+        The new ids of each prompt, up to and with its end of text.
+
+    Raises:
+        UserError: for an empty prompt, an id outside the vocabulary, or a prompt that leaves no
+            room in the model's window for what is asked.
+    """
+    check_prompts(model.config, prompts, config)
+    longest = max(len(prompt) for prompt in prompts)
+    count = config.new_tokens(longest)
+    results: list[list[int]] = [[] for _ in prompts]
+    if count == 0:
+        return results
+    cache = model.new_cache(len(prompts), longest + count)
+    processor = LogitsProcessor(model, prompts, config)
+    finished = [False] * len(prompts)
+    tokens = None
+    for _ in range(count):
+        logits = model.prefill(prompts, cache) if tokens is None else model.decode(tokens, cache)
+        tokens = processor(logits).argmax(dim=-1)
+        processor.add(tokens)
+        for row, token in enumerate(tokens.tolist()):
+            if not finished[row]:
+                results[row].append(token)
+                on_token(row, token)
+                finished[row] = token in config.eos_token_ids
+        if all(finished):
+            break
+    return results
+
+
+def check_prompts(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], generation: GenerationConfig
+) -> None:
+    """Refuse prompts that the model cannot take.
+
+    Raises:
+        UserError: see `generate`.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise UserError(f"prompt {number} is empty; give at least one token")
+        wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
+        if wrong:
+            raise UserError(
+                f"prompt {number} has the token id {wrong[0]}; "
+                f"the model's vocabulary ends at {config.vocab_size - 1}"
+            )
+    longest = max(len(prompt) for prompt in prompts)
+    count = generation.new_tokens(longest)
+    window = config.max_positions
+    if window is not None and longest + count > window:
+        raise UserError(
+            f"a prompt of {longest} tokens and {count} new ones exceed the model's window of "
+            f"{window}; lower --max-prompt-length or --max-gen-tokens"
+        )
+
+
+class LogitsProcessor:
+    """What transformers' processors do to the logits of greedy search, in their order."""
+
+    def __init__(
+        self, model: Decoder, prompts: Sequence[Sequence[int]], config: GenerationConfig
+    ) -> None:
+        self.config = config
+        self.longest = max(len(prompt) for prompt in prompts)
+        self.generated = 0
+        eos = [token for token in config.eos_token_ids if token < model.config.vocab_size]
+        self.eos = torch.tensor(eos, dtype=torch.int64, device=model.device)
+        self.seen: Tensor | None = None
+        if config.repetition_penalty != 1.0:
+            size = (len(prompts), model.config.vocab_size)
+            self.seen = torch.zeros(size, dtype=torch.bool, device=model.device)
+            for row, prompt in enumerate(prompts):
+                self.seen[row, list(prompt)] = True
+                # The reference is given shorter prompts with pads in front, and counts them.
+                if len(prompt) < self.longest and config.pad_token_id is not None:
+                    self.seen[row, config.pad_token_id] = True
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Logits (B, V) of the next token, changed in place."""
+        if self.seen is not None:
+            penalty = self.config.repetition_penalty
+            punished = torch.where(logits < 0, logits * penalty, logits / penalty)
+            logits = torch.where(self.seen, punished, logits)
+        length = self.longest + self.generated
+        early = length < self.config.min_length or self.generated < self.config.min_new_tokens
+        if early and len(self.eos):
+            logits[:, self.eos] = -math.inf
+        return logits
+
+    def add(self, tokens: Tensor) -> None:
+        """Take note of the tokens (B,) that were chosen."""
+        self.generated += 1
+        if self.seen is not None:
+            self.seen[torch.arange(len(tokens), device=tokens.device), tokens] = True
+
+
+class TextStream:
+    """Writes each prompt's text as its tokens come, one prompt after the other.
+
+    All prompts are generated at once; the text of a later one waits until those before it are
+    finished.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Sequence[int]],
+        begin: Callable[[int], None],
+        write: Callable[[str], None],
+    ) -> None:
+        """
+        Args:
+            begin: called with a row before its text comes.
+            write: called with each piece of text.
+        """
+        self.tokenizer, self.prompts = tokenizer, prompts
+        self.begin, self.write = begin, write
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.row, self.written = -1, ""
+        self._next_row()
+
+    def add(self, row: int, token: int) -> None:
+        """Take a new token in; what `generate` calls."""
+        self.tokens[row].append(token)
+        if row == self.row:
+            self._flush(final=False)
+
+    def finish(self) -> None:
+        """Write what is left: every row is finished."""
+        while self.row < len(self.prompts):
+            self._flush(final=True)
+            self._next_row()
+
+    def _next_row(self) -> None:
+        self.row, self.written = self.row + 1, ""
+        if self.row < len(self.prompts):
+            self.begin(self.row)
+
+    def _flush(self, *, final: bool) -> None:
+        text = self.tokenizer.continuation(self.prompts[self.row], self.tokens[self.row])
+        # A character whose bytes have not all come yet decodes to a replacement character.
+        ready = text if final else text.rstrip("\ufffd")
+        if ready.startswith(self.written):
+            self.write(ready[len(self.written) :])
+            self.written = ready

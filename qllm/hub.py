@@ -1,0 +1,160 @@
+"""A model's name and size, a repository or a path -> a local folder with its files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qllm.errors import UserError
+
+BUNDLED = Path(__file__).resolve().parent.parent / "tiny_models"
+
+REPOSITORIES: dict[str, dict[str, str]] = {
+    "opt": {
+        size: f"facebook/opt-{size}"
+        for size in ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")
+    },
+    "bloom": {
+        **{size: f"bigscience/bloom-{size}" for size in ("560m", "1b1", "1b7", "3b", "7b1")},
+        "176b": "bigscience/bloom",
+    },
+    "llama": {
+        size + chat: f"meta-llama/Llama-2-{size}{chat}-hf"
+        for chat in ("", "-chat")
+        for size in ("7b", "13b", "70b")
+    },
+}
+TINY = "tiny"
+OFFLINE_DEFAULT = "--model-size tiny runs offline"
+
+# What a run needs besides weights; weights are safetensors where there are any.
+SMALL_FILES = ["*.json", "*.txt", "tokenizer.model"]
+SAFETENSORS = ["*.safetensors"]
+TORCH_FILES = ["pytorch_model*.bin"]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model's files.
+
+    Attributes:
+        path: the folder that holds them.
+        name: what to call the model: a repository, or the folder's own name.
+    """
+
+    path: Path
+    name: str
+
+    @property
+    def key(self) -> str:
+        """A file name that stands for this model and no other on this machine."""
+        if "/" in self.name or self.path.parent == BUNDLED:
+            return self.name.replace("/", "--")
+        digest = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()
+        return f"{self.name}-{digest[:8]}"
+
+
+def sizes(family: str) -> list[str]:
+    """The sizes a family has, its smallest published one first, and the bundled one."""
+    return [*REPOSITORIES[family], TINY]
+
+
+def resolve(
+    family: str,
+    size: str | None = None,
+    path: str | None = None,
+    *,
+    weights: bool = True,
+    note: Callable[[str], None] = lambda line: None,
+) -> ModelFolder:
+    """The folder of a model, downloaded where it has to be.
+
+    Args:
+        family: "opt", "bloom" or "llama".
+        size: one of `sizes(family)`; None is the smallest published one.
+        path: a folder or a Hub repository, which takes the place of family and size.
+        weights: False where config.json is enough.
+        note: called with a line when a cached copy is used because the Hub is out of reach.
+
+    Raises:
+        UserError: for an unknown size, a folder that is none, or a repository that can be neither
+            downloaded nor found in the cache.
+    """
+    if path is not None:
+        if os.path.isdir(path):
+            return ModelFolder(Path(path), Path(path).resolve().name)
+        if os.path.exists(path):
+            raise UserError(f"{path} is a file; --model-path takes a folder or a Hub repository")
+        if path.count("/") != 1 or path.startswith((".", "/", "~")) or path.endswith("/"):
+            raise UserError(f"{path}: there is no such folder")
+        return _download(path, weights, note)
+    size = size or sizes(family)[0]
+    if size == TINY:
+        return ModelFolder(BUNDLED / f"{family}-tiny", f"{family}-tiny")
+    if size not in REPOSITORIES[family]:
+        raise UserError(f"{family} has no size {size!r}; choose from {', '.join(sizes(family))}")
+    return _download(REPOSITORIES[family][size], weights, note)
+
+
+def _download(repository: str, weights: bool, note: Callable[[str], None]) -> ModelFolder:
+    # Imported here: a run from a folder needs none of it.
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not os.isatty(2):
+        disable_progress_bars()
+
+    def cached() -> ModelFolder:
+        return ModelFolder(Path(snapshot_download(repository, local_files_only=True)), repository)
+
+    try:
+        if constants.HF_HUB_OFFLINE:
+            return cached()
+        try:
+            patterns = SMALL_FILES
+            if weights:
+                files = [f.rfilename for f in HfApi().model_info(repository).siblings or ()]
+                safe = any(f.endswith(".safetensors") and "/" not in f for f in files)
+                patterns = [*SMALL_FILES, *(SAFETENSORS if safe else TORCH_FILES)]
+            folder = snapshot_download(repository, allow_patterns=patterns, ignore_patterns="*/*")
+            return ModelFolder(Path(folder), repository)
+        except (GatedRepoError, RepositoryNotFoundError):
+            raise
+        except Exception as error:  # the Hub's clients raise whatever their transport does
+            found = cached()
+            note(f"{repository}: the Hub cannot be reached ({_first_line(error)}); using the cache")
+            return found
+    except GatedRepoError:
+        raise UserError(
+            f"{repository} is gated: accept its licence on its Hub page and set HF_TOKEN; "
+            f"{OFFLINE_DEFAULT}"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(f"{repository}: the Hub has no such model; {OFFLINE_DEFAULT}") from None
+    except HFValidationError as error:
+        raise UserError(f"{repository}: {_first_line(error)}") from None
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"{repository} is neither in the cache ({constants.HF_HUB_CACHE}) nor can it be "
+            f"downloaded now; {OFFLINE_DEFAULT}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def cache_folder() -> Path:
+    """Where QLLM keeps what it makes: $QLLM_HOME, else qllm in the user's cache folder."""
+    if home := os.environ.get("QLLM_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qllm"

@@ -1,0 +1,82 @@
+"""The contract that every linear layer keeps, whatever it holds its weight as."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from qllm import ops
+from qllm.config import QuantSpec
+
+
+class Linear(nn.Module, ABC):
+    """y = x W^T + b for x (M, K) and W (N, K), with W held as `spec` says.
+
+    Built on the meta device a layer has its tensors' shapes but no memory, so that a model can be
+    measured before it is loaded; `from_float` makes the real one.
+
+    Attributes:
+        in_features: K.
+        out_features: N.
+        choice: the kernel this layer runs, and the reason.
+    """
+
+    op: str
+
+    def __init__(self, in_features: int, out_features: int, spec: QuantSpec, device: str) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.spec = spec
+        request = ops.Request(
+            in_features, out_features, spec.bits, spec.group_size, spec.scheme, device
+        )
+        self.choice = ops.select(self.op, request)
+        self.run = self.choice.kernel.run
+
+    @classmethod
+    @abstractmethod
+    def empty(
+        cls, in_features: int, out_features: int, bias: bool, spec: QuantSpec, dtype: torch.dtype
+    ) -> Linear:
+        """The layer on the meta device: shapes and types, no memory."""
+
+    @classmethod
+    @abstractmethod
+    def from_float(
+        cls, weight: Tensor, bias: Tensor | None, spec: QuantSpec, *, input_range: float | None
+    ) -> Linear:
+        """The layer that holds a float weight (N, K), and bias (N,), as `spec` says.
+
+        Args:
+            weight: its type is the type the layer computes in, its device the layer's.
+            input_range: the largest |x| seen in calibration, None without calibration.
+
+        Raises:
+            UserError: where the spec needs a calibration that is not given.
+        """
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """x (M, K) to (M, N)."""
+
+    @abstractmethod
+    def dequantize(self) -> Tensor:
+        """The matrix the layer stands for: float32 (N, K)."""
+
+    def nbytes(self) -> int:
+        """Bytes of the tensors the layer holds."""
+        return sum(tensor.nbytes for tensor in self.buffers())
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {describe(self.spec)}"
+
+
+def describe(spec: QuantSpec) -> str:
+    """A spec in a few words: "4 bits, group 128, asym"."""
+    if spec.kind != "weight_only":
+        return f"{spec.bitwidth}" if spec.kind != "dense" else "16 bits"
+    group = "channel" if spec.group_size == -1 else f"group {spec.group_size}"
+    return f"{spec.bits} bit{'s' if spec.bits > 1 else ''}, {group}, {spec.scheme}"

@@ -1,0 +1,88 @@
+"""Weight-only quantization: packed integers, one scale and zero point per group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qllm.config import QuantSpec
+from qllm.layers.base import Linear
+from qllm.ops.reference import dequantize
+from qllm.quant.packing import packed_size
+from qllm.quant.rtn import quantize_rtn
+
+
+class WeightOnlyLinear(Linear):
+    """A weight of 1 to 8 bits, group-wise; activations stay as they are.
+
+    Buffers, for N output and K input channels, b bits, G groups per row:
+
+        qweight  uint8  (N, ceil(K / 32) · 4b)   a row is one little-endian stream of b-bit values
+        scales   float16 (float32 where that over- or underflows)  (N, G)
+        qzeros   uint8  (N, G), empty for the symmetric scheme, where each is 2^(b-1)
+        bias     (N,) or None
+    """
+
+    op = "weight_only_linear"
+
+    def __init__(
+        self,
+        qweight: Tensor,
+        scales: Tensor,
+        qzeros: Tensor,
+        bias: Tensor | None,
+        spec: QuantSpec,
+        in_features: int,
+    ) -> None:
+        super().__init__(in_features, qweight.shape[0], spec, qweight.device.type)
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("scales", scales)
+        self.register_buffer("qzeros", qzeros)
+        self.register_buffer("bias", bias)
+
+    @classmethod
+    def empty(
+        cls, in_features: int, out_features: int, bias: bool, spec: QuantSpec, dtype: torch.dtype
+    ) -> WeightOnlyLinear:
+        qweight = torch.empty(
+            out_features, packed_size(in_features, spec.bits), dtype=torch.uint8, device="meta"
+        )
+        groups = (out_features, spec.groups(in_features))
+        scales = qweight.new_empty(groups, dtype=torch.float16)
+        qzeros = qweight.new_empty(groups if spec.scheme == "asym" else 0)
+        bias = qweight.new_empty(out_features, dtype=dtype) if bias else None
+        return cls(qweight, scales, qzeros, bias, spec, in_features)
+
+    @classmethod
+    def from_float(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: QuantSpec,
+        *,
+        input_range: float | None = None,
+    ) -> WeightOnlyLinear:
+        qweight, scales, qzeros = quantize_rtn(weight, spec.bits, spec.group_size, spec.scheme)
+        return cls(qweight, scales, qzeros, bias, spec, weight.shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(
+            x,
+            self.qweight,
+            self.scales,
+            self.qzeros,
+            self.bias,
+            self.spec.bits,
+            self.spec.group_size,
+        )
+
+    def dequantize(self) -> Tensor:
+        return dequantize(
+            self.qweight,
+            self.scales,
+            self.qzeros,
+            self.spec.bits,
+            self.spec.group_size,
+            self.in_features,
+            torch.float32,
+        )

@@ -1,0 +1,59 @@
+"""How much memory there is, and how much was used."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from qllm.errors import UserError
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes(device: torch.device | str = "cpu") -> int:
+    """Bytes that can still be had on a device: the machine's, or this container's where fewer."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    available = psutil.virtual_memory().available
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        cached = sum(
+            int(line.split()[1])
+            for line in (CGROUP / "memory.stat").read_text().splitlines()
+            if line.split()[0] in ("inactive_file", "active_file")
+        )
+        available = min(available, limit - used + cached)
+    except (OSError, ValueError, IndexError):
+        pass  # no cgroup here, or one without a limit ("max")
+    return available
+
+
+def check_fits(needed: int, device: torch.device | str, what: str) -> None:
+    """Refuse what does not fit.
+
+    Raises:
+        UserError: with both numbers, where `needed` bytes are more than there are.
+    """
+    available = available_bytes(device)
+    if needed > available:
+        raise UserError(
+            f"{what} needs {gigabytes(needed)} of memory and {gigabytes(available)} are free on "
+            f"{device}; take a smaller model or fewer bits"
+        )
+
+
+def gigabytes(count: int) -> str:
+    """Bytes as text: "1.23 GB"."""
+    return f"{count / 1e9:.2f} GB"
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process has held at once."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,39 @@
+"""Model families: one decoder, and one description per family."""
+
+from __future__ import annotations
+
+from qllm.config import ModelConfig
+from qllm.errors import UserError
+from qllm.models.bloom import BLOOM
+from qllm.models.decoder import Decoder
+from qllm.models.family import Family, RawConfig
+from qllm.models.llama import LLAMA
+from qllm.models.opt import OPT
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (OPT, BLOOM, LLAMA)}
+
+
+def family_of(raw: RawConfig) -> Family:
+    """The family of a config.json.
+
+    Raises:
+        UserError: for a model of another family.
+    """
+    name = raw.values.get("model_type")
+    if name not in FAMILIES:
+        raise UserError(
+            f"{raw.where}: model_type is {name!r}; QLLM runs {', '.join(FAMILIES)} checkpoints"
+        )
+    return FAMILIES[name]
+
+
+def read_config(raw: RawConfig) -> ModelConfig:
+    """The model that a config.json describes.
+
+    Raises:
+        UserError: for values that no model of the family can have.
+    """
+    return family_of(raw).read_config(raw)
+
+
+__all__ = ["FAMILIES", "Decoder", "Family", "RawConfig", "family_of", "read_config"]

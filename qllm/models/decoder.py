@@ -1,0 +1,272 @@
+"""The decoder of every family.
+
+Activations are (N, C): the tokens of all prompts one after another, without padding. In prefill
+N is the sum of the prompts' lengths, in decode it is the number of prompts. Every prompt starts
+at position 0 of its own row in the cache, so no token ever sees a pad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qllm.config import ModelConfig, QuantSpec
+from qllm.errors import UserError
+from qllm.layers import Linear, linear_class
+from qllm.models.cache import Decode, KVCache, Prefill
+from qllm.models.positions import POSITIONS
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+# Names that config.json files use for the same functions.
+SAME_ACTIVATION = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "swish": "silu",
+}
+
+MakeLinear = Callable[[str, int, int, bool], Linear]
+
+
+class Embedding(nn.Module):
+    """One row of `weight` (V, C) per token."""
+
+    def __init__(self, rows: int, channels: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(rows, channels, dtype=dtype, device="meta"))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class LayerNorm(nn.Module):
+    """Mean and variance to 0 and 1, then weight (C,) and bias (C,), where there are any."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape, self.eps = (config.hidden_size,), config.norm_eps
+        for name in ("weight", "bias"):
+            value = torch.empty(self.shape, dtype=dtype, device="meta")
+            self.register_buffer(name, value if config.norm_affine else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square to 1, then weight (C,) (Zhang and Sennrich 2019)."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape, self.eps = (config.hidden_size,), config.norm_eps
+        self.register_buffer("weight", torch.empty(self.shape, dtype=dtype, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
+
+
+NORMS: dict[str, type[nn.Module]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with one fused QKV matrix, rows [q heads; k heads; v heads]."""
+
+    def __init__(self, config: ModelConfig, index: int, make: MakeLinear) -> None:
+        super().__init__()
+        self.index, self.head_dim = index, config.head_dim
+        self.heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        width = config.num_heads * config.head_dim
+        rows = sum(self.heads) * config.head_dim
+        name, bias = f"layers.{index}.attention", config.attention_bias
+        self.qkv = make(f"{name}.qkv", config.hidden_size, rows, bias)
+        self.out = make(f"{name}.out", width, config.hidden_size, bias)
+
+    def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split(self.heads, dim=1)
+        return self.out(step.attend(self.index, q, k, v).flatten(1))
+
+
+class MLP(nn.Module):
+    """down(act(up(x)))."""
+
+    def __init__(self, config: ModelConfig, index: int, make: MakeLinear) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[config.activation]
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.up = make(f"layers.{index}.mlp.up", hidden, self.up_rows(inner), bias)
+        self.down = make(f"layers.{index}.mlp.down", inner, hidden, bias)
+
+    @staticmethod
+    def up_rows(inner: int) -> int:
+        return inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+class GatedMLP(MLP):
+    """down(act(gate(x)) * up(x)), gate and up fused into one matrix, rows [gate; up]."""
+
+    @staticmethod
+    def up_rows(inner: int) -> int:
+        return 2 * inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up(x).chunk(2, dim=-1)
+        return self.down(self.act(gate) * up)
+
+
+class PreNormLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__()
+        norm = NORMS[config.norm]
+        self.attention_norm = norm(config, dtype)
+        self.attention = Attention(config, index, make)
+        self.mlp_norm = norm(config, dtype)
+        self.mlp = (GatedMLP if config.gated_mlp else MLP)(config, index, make)
+
+    def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), step)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class NormedResidualLayer(PreNormLayer):
+    """A pre-norm layer whose residual branches off behind the norm (a BLOOM option)."""
+
+    def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        x = self.attention_norm(x)
+        x = x + self.attention(x, step)
+        x = self.mlp_norm(x)
+        return x + self.mlp(x)
+
+
+class PostNormLayer(PreNormLayer):
+    """norm(x + attention(x)), then norm(x + mlp(x)): OPT-350m."""
+
+    def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        x = self.attention_norm(x + self.attention(x, step))
+        return self.mlp_norm(x + self.mlp(x))
+
+
+def layer_class(config: ModelConfig) -> type[PreNormLayer]:
+    """The layer that a model's norms ask for."""
+    if not config.pre_norm:
+        return PostNormLayer
+    return NormedResidualLayer if config.residual_after_norm else PreNormLayer
+
+
+class Decoder(nn.Module):
+    """A model of any family, built on the meta device and filled by `qllm.checkpoint`.
+
+    Attributes:
+        shards: contiguous ranges of layers, run one after the other.
+    """
+
+    def __init__(
+        self, config: ModelConfig, specs: Mapping[str, QuantSpec], dtype: torch.dtype
+    ) -> None:
+        """
+        Args:
+            specs: the spec of every quantized linear by name; the others are dense.
+            dtype: the type of activations, norms, embeddings and dense weights.
+
+        Raises:
+            UserError: for an activation function that is not known.
+        """
+        super().__init__()
+        config = _known_activation(config)
+
+        def make(name: str, in_features: int, out_features: int, bias: bool) -> Linear:
+            spec = specs.get(name, QuantSpec())
+            return linear_class(spec).empty(in_features, out_features, bias, spec, dtype)
+
+        hidden, embed = config.hidden_size, config.embed_size
+        norm = NORMS[config.norm]
+        projected = embed != hidden
+        self.config, self.dtype = config, dtype
+        self.embed = Embedding(config.vocab_size, embed, dtype)
+        self.embed_norm = norm(config, dtype) if config.embed_norm else nn.Identity()
+        self.project_in = make("project_in", embed, hidden, False) if projected else nn.Identity()
+        self.positions = POSITIONS[config.position](config, dtype)
+        layer = layer_class(config)
+        self.layers = nn.ModuleList(layer(config, i, dtype, make) for i in range(config.num_layers))
+        self.final_norm = norm(config, dtype) if config.final_norm else nn.Identity()
+        self.project_out = make("project_out", hidden, embed, False) if projected else nn.Identity()
+        self.lm_head = make("lm_head", embed, config.vocab_size, False)
+        if config.tied_head:
+            self.lm_head.weight = self.embed.weight
+        self.shards = [range(config.num_layers)]
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty cache for `rows` sequences of up to `capacity` tokens."""
+        return KVCache(self.config, rows, capacity, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], cache: KVCache | None = None, *, last: bool = True
+    ) -> Tensor:
+        """Run whole prompts.
+
+        Args:
+            prompts: B lists of token ids, none of them empty.
+            cache: takes the keys and values, one row per prompt; None keeps none.
+            last: return the logits behind each prompt's last token only.
+
+        Returns:
+            float32 logits, (B, V), or (N, V) for all N tokens.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        tokens = torch.tensor([t for prompt in prompts for t in prompt], device=self.device)
+        x = self.project_in(self.embed_norm(self.embed(tokens)))
+        x = self._run_layers(x, Prefill(lengths, cache, self.positions, x))
+        if cache is not None:
+            cache.lengths = lengths
+        if last:
+            ends = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+            x = x[ends]
+        return self._head(x)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Run one new token per row, int64 (B,): float32 logits (B, V)."""
+        x = self.project_in(self.embed_norm(self.embed(tokens)))
+        x = self._run_layers(x, Decode(cache, self.positions, x))
+        cache.lengths = [n + 1 for n in cache.lengths]
+        return self._head(x)
+
+    def _run_layers(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        x = self.positions.embed(x, step.positions)
+        for shard in self.shards:
+            for index in shard:
+                x = self.layers[index](x, step)
+        return x
+
+    def _head(self, x: Tensor) -> Tensor:
+        return self.lm_head(self.project_out(self.final_norm(x))).float()
+
+
+def _known_activation(config: ModelConfig) -> ModelConfig:
+    name = SAME_ACTIVATION.get(config.activation, config.activation)
+    if name not in ACTIVATIONS:
+        known = ", ".join([*ACTIVATIONS, *SAME_ACTIVATION])
+        raise UserError(f"activation function {config.activation!r} is unknown; known: {known}")
+    return replace(config, activation=name)

@@ -1,0 +1,121 @@
+"""What describes a model family: the names in its checkpoints, and how to read its config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from qllm.config import ModelConfig
+from qllm.errors import UserError
+
+
+@dataclass(frozen=True)
+class RawConfig:
+    """A config.json as it was read, with checked access.
+
+    Attributes:
+        values: the JSON object.
+        where: the file, for messages.
+    """
+
+    values: Mapping[str, object]
+    where: str
+
+    def count(self, *names: str, default: int | None = None) -> int:
+        """A whole number of 1 or more, under the first of `names` that is there."""
+        value = self._find(names, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.error(names[0], value, "a whole number of 1 or more")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        """A positive number."""
+        value = self._find((name,), default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise self.error(name, value, "a positive number")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """true or false."""
+        value = self._find((name,), default)
+        if not isinstance(value, bool):
+            raise self.error(name, value, "true or false")
+        return value
+
+    def text(self, name: str, default: str | None) -> str | None:
+        """A string."""
+        value = self._find((name,), default)
+        if value is not None and not isinstance(value, str):
+            raise self.error(name, value, "a string")
+        return value
+
+    def token(self, name: str) -> int | None:
+        """A token id, or None."""
+        value = self.values.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise self.error(name, value, "a token id")
+        return value
+
+    def tokens(self, name: str) -> tuple[int, ...]:
+        """Token ids: a list of them, one, or none."""
+        value = self.values.get(name)
+        value = [] if value is None else value if isinstance(value, list) else [value]
+        if any(isinstance(item, bool) or not isinstance(item, int) for item in value):
+            raise self.error(name, value, "a token id or a list of them")
+        return tuple(value)
+
+    def error(self, name: str, value: object, expected: str) -> UserError:
+        """The error for a value that cannot be."""
+        if value is None:
+            return UserError(f"{self.where}: {name} is missing; expected {expected}")
+        return UserError(f"{self.where}: {name} is {value!r}; expected {expected}")
+
+    def _find(self, names: tuple[str, ...], default: object) -> object:
+        for name in names:
+            if self.values.get(name) is not None:
+                return self.values[name]
+        return default
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family: a table, not code.
+
+    Attributes:
+        prefixes: what may stand in front of every tensor's name; the first is what a causal
+            language model has, "" or a shorter one what a bare model was saved with.
+        outer: our module outside the layers, to the name it has in a checkpoint.
+        layer: the prefix of a layer's tensors, with {} for its index.
+        inner: our module inside a layer, to the names of the parts it is fused from, in order.
+        interleaved_qkv: the QKV matrix has its rows as (head, q/k/v, channel), BLOOM's order.
+        ignored: ends of names of tensors that hold no weights.
+        read_config: the ModelConfig of a config.json.
+    """
+
+    name: str
+    prefixes: tuple[str, ...]
+    outer: Mapping[str, str]
+    layer: str
+    inner: Mapping[str, tuple[str, ...]]
+    read_config: Callable[[RawConfig], ModelConfig]
+    interleaved_qkv: bool = False
+    ignored: tuple[str, ...] = ()
+    linears: tuple[str, ...] = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
+
+    def parts(self, module: str) -> tuple[str, ...]:
+        """The checkpoint's names, without prefix, of what one of our modules is fused from."""
+        if not module.startswith("layers."):
+            return (self.outer[module],)
+        _, index, inner = module.split(".", 2)
+        return tuple(self.layer.format(index) + part for part in self.inner[inner])
+
+    def layer_linears(self, num_layers: int) -> dict[str, tuple[str, ...]]:
+        """Our name of every linear in the layers, to the full names of its parts."""
+        names = [f"layers.{i}.{linear}" for i in range(num_layers) for linear in self.linears]
+        return {name: tuple(self.prefixes[0] + part for part in self.parts(name)) for name in names}
+
+
+def check_heads(raw: RawConfig, hidden: int, heads: int) -> None:
+    """Refuse a hidden size that the heads cannot share out."""
+    if hidden % heads:
+        raise UserError(f"{raw.where}: {heads} heads cannot share a hidden size of {hidden}")

@@ -1,0 +1,102 @@
+"""Every operation of the quantized layers, and the choice of the kernel that runs it.
+
+`reference.py` is the specification. A kernel has the reference's signature, says what it can do,
+and gives a reason where it cannot. `select` decides once per layer; `--explain` prints the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from qllm.ops import reference
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a layer asks of an op: its shape, its format, and where it runs."""
+
+    in_features: int
+    out_features: int
+    bits: int
+    group_size: int
+    scheme: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an op.
+
+    Attributes:
+        run: has the signature of the reference op.
+        why_not: the reason why it cannot serve a request, None where it can.
+    """
+
+    name: str
+    run: Callable[..., torch.Tensor]
+    why_not: Callable[[Request], str | None] = lambda request: None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that serves a layer, and why it is that one."""
+
+    kernel: Kernel
+    reason: str
+
+
+@cache
+def _int_mm_is_exact() -> bool:
+    """Whether torch._int_mm sums int8 products without saturation on this machine.
+
+    Instructions that add pairs of products in 16 bits (AVX2's vpmaddubsw) saturate at the
+    extremes, so the extremes are what is tried.
+    """
+    corners = torch.tensor([-128, 127, -127, 1], dtype=torch.int8)
+    x = corners.repeat(5, 16)
+    weight = torch.stack([corners.roll(i).repeat(16) for i in range(4)])
+    try:
+        got = reference.int_mm(x, weight)
+    except RuntimeError:
+        return False
+    return torch.equal(got, reference.int8_matmul(x, weight))
+
+
+def _int_mm_why_not(request: Request) -> str | None:
+    if request.device != "cpu":
+        return f"its shape rules on {request.device} are not met by every batch"
+    return None if _int_mm_is_exact() else "its self-test on this machine failed"
+
+
+# Kernels of each op, the preferred one first; the reference, which can do all, is last.
+KERNELS: dict[str, tuple[Kernel, ...]] = {
+    "dense_linear": (Kernel("torch.linear", reference.dense_linear),),
+    "weight_only_linear": (Kernel("reference", reference.weight_only_linear),),
+    "int8_matmul": (
+        Kernel("torch._int_mm", reference.int_mm, _int_mm_why_not),
+        Kernel("reference", reference.int8_matmul),
+    ),
+}
+
+ABOUT = {
+    "torch.linear": "dense matrix product",
+    "torch._int_mm": "int8 x int8 -> int32 product, exact in its self-test",
+    ("weight_only_linear", "reference"): "dequantize, then a dense product",
+    ("int8_matmul", "reference"): "int8 product in exact float32 sums",
+}
+
+
+def select(op: str, request: Request) -> Choice:
+    """The first kernel of `op` that can serve the request, with the reason."""
+    refusals = []
+    for kernel in KERNELS[op]:
+        reason = kernel.why_not(request)
+        if reason is None:
+            about = ABOUT.get((op, kernel.name)) or ABOUT[kernel.name]
+            return Choice(kernel, "; ".join([about, *refusals]))
+        refusals.append(f"not {kernel.name}: {reason}")
+    raise AssertionError(f"no kernel of {op} takes {request}")

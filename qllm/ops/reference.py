@@ -1,0 +1,133 @@
+"""Every op in plain torch: the specification that kernels are held to. Tensors only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qllm.quant.packing import unpack
+
+# |q| <= 128, so 1024 products sum to at most 2^24: every partial sum is an exact float32.
+EXACT_FLOAT32_TERMS = 1024
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (M, K) @ weight (N, K)^T + bias (N,), in the type of x."""
+    return F.linear(x, weight, bias)
+
+
+def dequantize(
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The matrix that packed integers stand for: (q - zero) * scale, rounded to dtype once.
+
+    Args:
+        qweight: uint8 (N, packed_size(K, bits)), as `qllm.quant.packing` packs.
+        scales: float16 or float32 (N, G).
+        qzeros: uint8 (N, G), or empty for a symmetric grid with zero 2^(bits-1).
+
+    Returns:
+        (N, K) in dtype.
+    """
+    q = unpack(qweight, bits, in_features)
+    # In float16 the product of a float16 scale and an integer is rounded once, as it would be
+    # from float32; bfloat16 would round the scale first.
+    work = dtype if dtype == scales.dtype == torch.float16 else torch.float32
+    zeros = qzeros[..., None] if qzeros.numel() else 2 ** (bits - 1)
+    group = in_features if group_size == -1 else group_size
+    if in_features % group:
+        zeros = _per_column(qzeros, group, in_features) if qzeros.numel() else zeros
+        weight = q.to(work).sub_(zeros).mul_(_per_column(scales, group, in_features))
+    else:
+        weight = q.to(work).unflatten(1, (-1, group)).sub_(zeros).mul_(scales[..., None])
+    return weight.reshape(q.shape).to(dtype)
+
+
+def _per_column(values: Tensor, group: int, columns: int) -> Tensor:
+    return values.repeat_interleave(group, dim=1)[:, :columns]
+
+
+def weight_only_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """x (M, K) times the matrix that the packed integers stand for, in the type of x: (M, N)."""
+    weight = dequantize(qweight, scales, qzeros, bits, group_size, x.shape[-1], x.dtype)
+    return F.linear(x, weight, bias)
+
+
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 with one scale per row: x (M, K) to int8 (M, K) and float32 (M, 1)."""
+    scales = x.abs().amax(dim=-1, keepdim=True).float() * 2 / 255
+    scales = torch.where(scales == 0, 1.0, scales)
+    return quantize_int8(x, scales), scales
+
+
+def quantize_int8(x: Tensor, scales: Tensor) -> Tensor:
+    """clamp(round(x / scale), -128, 127) as int8; `scales` float32, broadcast against x."""
+    return torch.round(x.float() / scales).clamp_(-128, 127).to(torch.int8)
+
+
+def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x int8 (M, K) @ weight int8 (N, K)^T, exactly: int32 (M, N)."""
+    total = x.new_zeros(x.shape[0], weight.shape[0], dtype=torch.int32)
+    for a, b in zip(
+        x.split(EXACT_FLOAT32_TERMS, 1), weight.split(EXACT_FLOAT32_TERMS, 1), strict=True
+    ):
+        total += (a.float() @ b.float().t()).to(torch.int32)
+    return total
+
+
+def int_mm(x: Tensor, weight: Tensor) -> Tensor:
+    """`int8_matmul` by torch's own int8 kernel."""
+    return torch._int_mm(x, weight.t())
+
+
+def scale_int32(
+    total: Tensor, x_scales: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """int32 sums (M, N) back to numbers: total * x_scales (M, 1) or () * scales (N,) + bias."""
+    y = total.float().mul_(x_scales).mul_(scales.float())
+    if bias is not None:
+        y = y.add_(bias)
+    return y.to(dtype)
+
+
+def attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v.
+
+    Args:
+        q: (B, H, T, D).
+        keys, values: (B, H_kv, S, D); H is a multiple of H_kv, and head h of q reads head
+            h // (H / H_kv).
+        mask: added to the scores, broadcast to (B, H, T, S); or None.
+        causal: query t sees keys up to t (needs T = S and no mask).
+
+    Returns:
+        (B, H, T, D).
+    """
+    batch, heads, length, dim = q.shape
+    kv_heads = keys.shape[1]
+    if heads != kv_heads and length == 1:
+        # The heads that share a key head become the rows of one product: nothing is copied.
+        if mask is not None and mask.shape[1] == heads:
+            mask = mask.view(batch, kv_heads, heads // kv_heads, -1)
+        q = q.view(batch, kv_heads, heads // kv_heads, dim)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return out.view(batch, heads, 1, dim)
+    if heads != kv_heads:
+        keys = keys.repeat_interleave(heads // kv_heads, dim=1)
+        values = values.repeat_interleave(heads // kv_heads, dim=1)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal)

@@ -1,0 +1,1 @@
+"""Splitting a model: over stages that run one after the other."""

@@ -1,0 +1,1 @@
+"""Quantization algorithms: matrices in, integers, scales and zeros out. Knows no model."""

@@ -1,0 +1,93 @@
+"""Dense packing of b-bit integers: 32 values in b 32-bit words, for b from 1 to 8.
+
+Each row is one little-endian bit stream: value i takes bits [i·b, (i+1)·b). That is the packing
+of GPTQ checkpoints, in which the stream runs down a column of `qweight`; for 3 bits it gives
+GPTQ's 10 values + 2 bits, 1 bit + 10 values + 1 bit, 2 bits + 10 values. Rows are padded with
+zeros to a multiple of 32 values, so that they end on a word.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+VALUES_PER_BLOCK = 32
+BITS = range(1, 9)
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes that a row of `count` values takes at `bits` bits."""
+    return -(-count // VALUES_PER_BLOCK) * VALUES_PER_BLOCK * bits // 8
+
+
+def _period(bits: int) -> tuple[int, int]:
+    """After how many values, and bytes, the position of a value inside its byte repeats."""
+    common = math.gcd(8, bits)
+    return 8 // common, bits // common
+
+
+def pack(values: Tensor, bits: int) -> Tensor:
+    """Pack rows of integers.
+
+    Args:
+        values: uint8 (R, C), each below 2^bits.
+        bits: 1 to 8.
+
+    Returns:
+        uint8 (R, packed_size(C, bits)).
+
+    Raises:
+        ValueError: for bits, a dtype or values out of range.
+    """
+    _check(values, bits)
+    if values.numel() and int(values.max()) >> bits:
+        raise ValueError(f"value {int(values.max())} does not fit in {bits} bits")
+    rows, count = values.shape
+    values = pad(values, (0, -count % VALUES_PER_BLOCK))
+    if bits == 8:
+        return values.contiguous()
+    period, size = _period(bits)
+    values = values.reshape(rows, -1, period)
+    packed = values.new_zeros(rows, values.shape[1], size)
+    for i in range(period):
+        byte, shift = divmod(i * bits, 8)
+        packed[..., byte] |= values[..., i] << shift
+        if shift + bits > 8:
+            packed[..., byte + 1] |= values[..., i] >> (8 - shift)
+    return packed.flatten(1)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `pack`: uint8 (R, packed_size(count, bits)) to uint8 (R, count)."""
+    _check(packed, bits)
+    rows, stored = packed.shape
+    if stored != packed_size(count, bits):
+        raise ValueError(
+            f"{stored} bytes do not hold {count} values of {bits} bits; "
+            f"that takes {packed_size(count, bits)}"
+        )
+    if bits == 8:
+        return packed[:, :count]
+    period, size = _period(bits)
+    packed = packed.reshape(rows, -1, size)
+    values = packed.new_empty(rows, packed.shape[1], period)
+    mask = (1 << bits) - 1
+    for i in range(period):
+        byte, shift = divmod(i * bits, 8)
+        value = packed[..., byte] >> shift
+        if shift + bits > 8:
+            value |= packed[..., byte + 1] << (8 - shift)
+        torch.bitwise_and(value, mask, out=values[..., i])
+    return values.flatten(1)[:, :count]
+
+
+def _check(tensor: Tensor, bits: int) -> None:
+    if bits not in BITS:
+        raise ValueError(f"cannot pack {bits} bits; choose 1 to 8")
+    if tensor.dtype != torch.uint8 or tensor.dim() != 2:
+        raise ValueError(
+            f"packing takes a uint8 matrix, not {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )

@@ -1,0 +1,149 @@
+"""What the scripts print of a model, its kernels, its text, and its agreement with the reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import groupby
+
+from qllm.checkpoint.load import shard_bytes
+from qllm.evaluate import first_difference
+from qllm.layers import Linear
+from qllm.layers.base import describe
+from qllm.models import Decoder
+from qllm.tokenizer import Tokenizer
+
+
+def print_json(value: object) -> None:
+    """One JSON object on standard output."""
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def megabytes(count: int) -> str:
+    """Bytes as text: "12.34 MB"."""
+    return f"{count / 1e6:.2f} MB"
+
+
+def shard_rows(model: Decoder) -> list[dict]:
+    """The `shards` of the JSON object: layers and bytes as held in memory."""
+    sizes = shard_bytes(model)
+    return [
+        {"layers": list(layers), "bytes": size}
+        for layers, size in zip(model.shards, sizes, strict=True)
+    ]
+
+
+def print_shards(shards: Sequence[dict]) -> None:
+    """A line per shard."""
+    for number, shard in enumerate(shards):
+        layers = index_ranges(shard["layers"])
+        print(f"shard {number}: layers {layers}, {megabytes(shard['bytes'])}")
+
+
+def index_ranges(indices: Sequence[int]) -> str:
+    """Sorted indices as text: "0-3, 7"."""
+    runs = []
+    for _, group in groupby(enumerate(indices), lambda pair: pair[1] - pair[0]):
+        run = [index for _, index in group]
+        runs.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return ", ".join(runs)
+
+
+def kernel_rows(model: Decoder) -> list[dict]:
+    """What each linear layer is, which kernel it runs, and why; equal layers share a row."""
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            inside = name.startswith("layers.")
+            index, inner = name.split(".", 2)[1:] if inside else ("-1", name)
+            choice = module.choice
+            key = (inner, describe(module.spec), choice.kernel.name, choice.reason)
+            rows.setdefault(key, []).append(int(index))
+    return [
+        {
+            "layer": inner if indices == [-1] else f"layers.{{{index_ranges(indices)}}}.{inner}",
+            "format": form,
+            "kernel": kernel,
+            "why": why,
+        }
+        for (inner, form, kernel, why), indices in rows.items()
+    ]
+
+
+def print_kernels(model: Decoder) -> None:
+    """`kernel_rows` as a table."""
+    rows = kernel_rows(model)
+    widths = {key: max(len(row[key]) for row in rows) for key in ("layer", "format", "kernel")}
+    for row in rows:
+        cells = "  ".join(f"{row[key]:<{width}}" for key, width in widths.items())
+        print(f"{cells}  {row['why']}")
+
+
+def result_rows(
+    prompts: Sequence[str], texts: Sequence[str], tokens: Sequence[Sequence[int]]
+) -> list[dict]:
+    """The `results` of the JSON object."""
+    return [
+        {"prompt": prompt, "text": text, "tokens": list(ids), "new_tokens": len(ids)}
+        for prompt, text, ids in zip(prompts, texts, tokens, strict=True)
+    ]
+
+
+def print_results(results: Sequence[dict], comparison: Sequence[dict] = ()) -> None:
+    """Prompt, text and number of new tokens of each result, and how it compares."""
+    for number, result in enumerate(results):
+        rows = [("prompt", result["prompt"]), ("text", result["text"])]
+        if comparison:
+            rows.append(("reference", comparison[number]["text"]))
+            rows.append(("agreement", comparison[number]["summary"]))
+        rows.append(("new tokens", str(result["new_tokens"])))
+        print()
+        for label, value in rows:
+            print(f"{label + ':':<12}{value}")
+
+
+def print_speed(results: Sequence[dict], seconds: float) -> None:
+    """The time that generation took."""
+    count = sum(result["new_tokens"] for result in results)
+    rate = count / max(seconds, 1e-9)
+    print(f"{len(results)} prompts, {count} new tokens in {seconds:.2f} s ({rate:.1f} tokens/s)")
+
+
+def comparison_rows(
+    tokenizer: Tokenizer,
+    tokens: Sequence[Sequence[int]],
+    reference: Sequence[Sequence[int]],
+    texts: Sequence[str],
+) -> list[dict]:
+    """How each result agrees with the reference.
+
+    Returns:
+        per prompt, `agree`: places that hold the same token; `of`: tokens of the longer one;
+        `first_difference`: index of the first place that does not, None without one; the
+        reference's `tokens` and `text`; `summary`: the same in words.
+    """
+    rows = []
+    for ours, theirs, text in zip(tokens, reference, texts, strict=True):
+        of = max(len(ours), len(theirs))
+        agree = sum(a == b for a, b in zip(ours, theirs, strict=False))
+        first = first_difference(ours, theirs)
+        summary = f"{agree} of {of} tokens"
+        if first is not None:
+            pair = [
+                json.dumps(tokenizer.decode([ids[first]]), ensure_ascii=False)
+                if first < len(ids)
+                else "the end"
+                for ids in (ours, theirs)
+            ]
+            summary += f"; first difference at token {first + 1}: {pair[0]}, reference {pair[1]}"
+        rows.append(
+            {
+                "agree": agree,
+                "of": of,
+                "first_difference": first,
+                "tokens": list(theirs),
+                "text": text,
+                "summary": summary,
+            }
+        )
+    return rows

@@ -1,0 +1,180 @@
+"""Text to token ids and back, by the `tokenizers` library, without importing transformers.
+
+A folder with tokenizer.json is read as it is; OPT's own repositories have vocab.json and
+merges.txt, which become the same byte-level BPE. Only a folder with nothing but
+SentencePiece's tokenizer.model goes through transformers, which converts it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from qllm.checkpoint.reader import LFS_HEAD, read_json
+from qllm.errors import UserError
+
+
+class _Codec(Protocol):
+    def encode(self, text: str, max_length: int | None) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+    def token_to_id(self, token: str) -> int | None: ...
+    def largest_id(self) -> int: ...
+
+
+class Tokenizer:
+    """A model's tokenizer.
+
+    Attributes:
+        pad_id: the id that pads a batch in transformers: the pad token, else the end of text.
+    """
+
+    def __init__(self, codec: _Codec, pad_id: int | None) -> None:
+        self._codec = codec
+        self.pad_id = pad_id
+
+    @classmethod
+    def load(cls, folder: Path, vocab_size: int | None = None) -> Tokenizer:
+        """The tokenizer of a checkpoint folder.
+
+        Args:
+            vocab_size: rows of the model's embedding, which no id may exceed.
+
+        Raises:
+            UserError: where there is none, it is broken, or its ids exceed the vocabulary.
+        """
+        settings = {}
+        if (folder / "tokenizer_config.json").exists():
+            settings = read_json(folder / "tokenizer_config.json")
+        codec = _load_codec(folder, settings)
+        if vocab_size is not None and codec.largest_id() >= vocab_size:
+            raise UserError(
+                f"{folder}: the tokenizer has ids up to {codec.largest_id()}, the model's "
+                f"vocabulary ends at {vocab_size - 1}; they do not belong together"
+            )
+        pad_id = None
+        for key in ("pad_token", "eos_token"):
+            token = _content(settings.get(key))
+            if token is not None and pad_id is None:
+                pad_id = codec.token_to_id(token)
+        return cls(codec, pad_id)
+
+    def encode(self, text: str, max_length: int | None = None) -> list[int]:
+        """Token ids of a prompt, with the special tokens its model expects.
+
+        Args:
+            max_length: a longer prompt loses its beginning, but not its special tokens.
+        """
+        return self._codec.encode(text, max_length)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return self._codec.decode(ids)
+
+    def continuation(self, prompt: list[int], ids: list[int]) -> str:
+        """Text that `ids` add to a prompt; spaces between the two belong to it."""
+        before = self.decode(prompt)
+        whole = self.decode([*prompt, *ids])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
+
+
+class _FastCodec:
+    """The `tokenizers` library."""
+
+    def __init__(self, tokenizer) -> None:  # noqa: ANN001 - tokenizers is imported late
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str, max_length: int | None) -> list[int]:
+        if max_length is None:
+            self._tokenizer.no_truncation()
+        else:
+            self._tokenizer.enable_truncation(max_length, direction="left")
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def largest_id(self) -> int:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return max(self._tokenizer.get_vocab_size(with_added_tokens=False) - 1, *added, 0)
+
+
+class _SlowCodec:
+    """transformers' own, for a SentencePiece model that has no tokenizer.json."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def encode(self, text: str, max_length: int | None) -> list[int]:
+        self._tokenizer.truncation_side = "left"
+        truncation = max_length is not None
+        return self._tokenizer(text, truncation=truncation, max_length=max_length)["input_ids"]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._tokenizer.convert_tokens_to_ids(token)
+
+    def largest_id(self) -> int:
+        return max(self._tokenizer.get_vocab().values())
+
+
+def _load_codec(folder: Path, settings: dict) -> _FastCodec | _SlowCodec:
+    from tokenizers import Tokenizer as FastTokenizer
+
+    whole = folder / "tokenizer.json"
+    try:
+        if whole.exists():
+            _refuse_lfs(whole)
+            return _FastCodec(FastTokenizer.from_file(str(whole)))
+        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            return _FastCodec(_byte_level_bpe(folder, settings))
+        if (folder / "tokenizer.model").exists():
+            _refuse_lfs(folder / "tokenizer.model")
+            return _SlowCodec(folder)
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises Exception itself
+        raise UserError(f"{folder}: the tokenizer cannot be read ({error})") from None
+    raise UserError(
+        f"{folder} has no tokenizer: neither tokenizer.json, vocab.json with merges.txt, "
+        "nor tokenizer.model"
+    )
+
+
+def _refuse_lfs(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(LFS_HEAD)) == LFS_HEAD:
+            raise UserError(f"{path} is a Git LFS pointer; run `git lfs pull` where it came from")
+
+
+def _byte_level_bpe(folder: Path, settings: dict):  # noqa: ANN202 - tokenizers is imported late
+    """GPT-2's byte-level BPE, as OPT uses it: with `add_bos_token`, "</s>" begins every prompt."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer as FastTokenizer
+
+    bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer = FastTokenizer(bpe)
+    prefix_space = bool(settings.get("add_prefix_space", False))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [_content(settings.get(f"{kind}_token")) for kind in ("bos", "eos", "unk", "pad")]
+    special = list(dict.fromkeys(token for token in special if token is not None))
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    bos = _content(settings.get("bos_token"))
+    if settings.get("add_bos_token") and bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    return tokenizer
+
+
+def _content(token: object) -> str | None:
+    """The text of a special token, which tokenizer_config.json writes as a string or an object."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None

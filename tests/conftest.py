@@ -1,0 +1,56 @@
+"""Shared by all tests: the bundled models, scripts as processes, and a machine of one's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = ("opt", "bloom", "llama")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_folders(tmp_path_factory):
+    """No test, and no process it starts, sees this machine's caches or the network."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLLM_HOME", str(home / "qllm"))
+        patch.setenv("HF_HOME", str(home / "hf"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.delenv("HF_TOKEN", raising=False)
+        yield home
+
+
+def tiny(family: str) -> Path:
+    """The bundled checkpoint of a family."""
+    return ROOT / "tiny_models" / f"{family}-tiny"
+
+
+def run(script: str, *args: object, **options) -> subprocess.CompletedProcess:
+    """Run a script of the project as a user does, and wait for it."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    options.setdefault("env", os.environ.copy())
+    options.setdefault("timeout", 300)
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def run_json(script: str, *args: object, **options) -> dict:
+    """Run a script with --json and return the one object it prints."""
+    done = run(script, *args, "--json", **options)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def assert_user_error(done: subprocess.CompletedProcess, *words: str) -> None:
+    """One line on standard error that says these words, status 2, nothing on standard output."""
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1, done.stderr
+    for word in words:
+        assert word in lines[0]
+    assert done.stdout == ""

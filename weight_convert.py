@@ -1,0 +1,40 @@
+"""A Hugging Face checkpoint -> QLLM's layout: QKV fused, one safetensors file that can be mapped.
+
+    python3 weight_convert.py --model-name opt --model-size 125m
+    python3 weight_convert.py --model-path DIR --save OUT
+
+Later runs of qllm_gen.py pick the converted copy up; without one they convert on the fly.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qllm import cli
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    cli.add_model_options(parser)
+    parser.add_argument(
+        "--save", metavar="DIR", help="where to (a folder that later runs find by themselves)"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    model = cli.resolve_model(args)
+
+    from qllm.checkpoint.convert import convert, default_folder
+    from qllm.report import megabytes
+
+    target = Path(args.save) if args.save else default_folder(model)
+    # Our own copy of this model may be of an older state; a folder the user names is the user's.
+    size = convert(model, target, overwrite=not args.save, progress=cli.progress("converting"))
+    print(f"{model.name}: {megabytes(size)} written to {target}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
