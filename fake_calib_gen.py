@@ -1,4 +1,4 @@
-"""Activation statistics for SmoothQuant: largest values per channel of every linear's input and output.
+"""Activation statistics for SmoothQuant: each linear's largest inputs and outputs per channel.
 
     python3 fake_calib_gen.py --model-name bloom --model-size 560m
     python3 fake_calib_gen.py --model-name bloom --model-size tiny --dataset TEXT_FILE

@@ -10,8 +10,18 @@ import argparse
 import time
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from qllm import cli
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from qllm.generate import GenerationConfig
+    from qllm.models import Decoder
+    from qllm.tokenizer import Tokenizer
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,7 +59,7 @@ def main() -> None:
     from qllm.checkpoint.load import load_model
     from qllm.checkpoint.reader import read_raw_config
     from qllm.config import QuantPlan
-    from qllm.generate import TextStream, check_prompts, generate, read_generation_config
+    from qllm.generate import check_prompts, read_generation_config
     from qllm.models import read_config
     from qllm.tokenizer import Tokenizer
 
@@ -74,53 +84,83 @@ def main() -> None:
         cache_shape=(len(ids), max(map(len, ids)) + args.max_gen_tokens),
         progress=cli.progress("loading"),
     )
-    result = {"model": folder.name, "bitwidth": args.bitwidth, "results": []}
-    result["shards"] = report.shard_rows(model)
+    loaded = time.perf_counter() - start
+    result = {
+        "model": folder.name,
+        "bitwidth": args.bitwidth,
+        "results": [],
+        "shards": report.shard_rows(model),
+    }
     if args.explain:
         result["kernels"] = report.kernel_rows(model)
     if not args.json:
-        dtype = str(model.dtype).removeprefix("torch.")
-        loaded = time.perf_counter() - start
-        print(f"{folder.name} at bitwidth {args.bitwidth}, {dtype} on {model.device}, ", end="")
-        print(f"loaded in {loaded:.2f} s")
+        print(
+            f"{folder.name} at bitwidth {args.bitwidth}, {str(model.dtype).removeprefix('torch.')} "
+            f"on {model.device}, loaded in {loaded:.2f} s"
+        )
         report.print_shards(result["shards"])
-        if args.explain:
-            report.print_kernels(model)
+        report.print_kernels(result.get("kernels", ()))
 
-    write = partial(print, end="", flush=True)
-    stream = None
-    if args.stream:
-        stream = TextStream(tokenizer, ids, lambda row: write(f"\n{prompts[row]}"), write)
-    start = time.perf_counter()
-    tokens = generate(model, ids, generation, *([stream.add] if stream else []))
-    result["seconds"] = time.perf_counter() - start
-    if stream:
-        stream.finish()
-        print("\n")
+    tokens, result["seconds"] = run_prompts(args, model, tokenizer, prompts, ids, generation)
     texts = [tokenizer.continuation(*pair) for pair in zip(ids, tokens, strict=True)]
     result["results"] = report.result_rows(prompts, texts, tokens)
     if args.compare:
-        from qllm.huggingface import reference_generate
-
         dtype, device = model.dtype, str(model.device)
         del model  # the two need not fit into memory together
-        reference = reference_generate(
-            folder.path,
-            prompts,
-            max_prompt_length=args.max_prompt_length,
-            max_new_tokens=args.max_gen_tokens,
-            dtype=dtype,
-            device=device,
-        )
-        result["compare"] = report.comparison_rows(
-            tokenizer, tokens, reference.tokens, reference.texts
-        )
+        result["compare"] = compare(args, folder.path, tokenizer, prompts, tokens, dtype, device)
     if args.json:
         report.print_json(result)
         return
     report.print_speed(result["results"], result["seconds"])
-    if args.compare or not stream:
+    if args.compare or not args.stream:
         report.print_results(result["results"], result.get("compare", ()))
+
+
+def run_prompts(
+    args: argparse.Namespace,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    ids: list[list[int]],
+    generation: GenerationConfig,
+) -> tuple[list[list[int]], float]:
+    """New tokens of each prompt and the seconds they took; with --stream, printed as they come."""
+    from qllm.generate import TextStream, generate
+
+    start = time.perf_counter()
+    if not args.stream:
+        return generate(model, ids, generation), time.perf_counter() - start
+    write = partial(print, end="", flush=True)
+    stream = TextStream(tokenizer, ids, lambda row: write(f"\n{prompts[row]}"), write)
+    tokens = generate(model, ids, generation, stream.add)
+    seconds = time.perf_counter() - start
+    stream.finish()
+    print("\n")
+    return tokens, seconds
+
+
+def compare(
+    args: argparse.Namespace,
+    folder: Path,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    tokens: list[list[int]],
+    dtype: torch.dtype,
+    device: str,
+) -> list[dict]:
+    """How the reference, in the same type on the same device, agrees with our tokens."""
+    from qllm import report
+    from qllm.huggingface import reference_generate
+
+    reference = reference_generate(
+        folder,
+        prompts,
+        max_prompt_length=args.max_prompt_length,
+        max_new_tokens=args.max_gen_tokens,
+        dtype=dtype,
+        device=device,
+    )
+    return report.comparison_rows(tokenizer, tokens, reference.tokens, reference.texts)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,8 @@ class RandomEmbedding(nn.Module):
     def __init__(self, channels: int, std: float, generator: torch.Generator) -> None:
         super().__init__()
         self.channels, self.std, self.generator = channels, std, generator
+        # No rows, but the type and device that a decoder asks its embedding for.
+        self.register_buffer("weight", torch.empty(0, channels))
 
     def forward(self, tokens: Tensor) -> Tensor:
         drawn = torch.randn(len(tokens), self.channels, generator=self.generator)

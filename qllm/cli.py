@@ -6,7 +6,9 @@ Nothing heavy is imported until it is needed, so that `--help` and mistakes answ
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -44,17 +46,26 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main: a user's mistake is one line and status 2, Ctrl-C is status 130."""
     program = Path(sys.argv[0]).name
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a character of the text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main() or 0
-        sys.stdout.flush()
+        print(end="", flush=True)
     except UserError as error:
         status = _fail(program, str(error), 2)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not interrupt the exit
         status = _fail(program, "interrupted", 130)
     except BrokenPipeError:
         # The reader has what it wanted; Python would complain once more while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "qllm"):
+            raise
+        line = f"the package {package} is missing; pip install -r requirements.txt installs it"
+        status = _fail(program, line, 2)
     except OSError as error:
         status = _fail(program, str(error), 1)
     except (MemoryError, RuntimeError) as error:
@@ -251,6 +262,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise UserError(f"prompt {number} is empty; give it some text")
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise UserError(f"prompt {number} is not UTF-8 text")
     return prompts
 
 

@@ -150,7 +150,7 @@ class QuantPlan:
             value = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{path}: there is no such plan file") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: cannot be read as a JSON plan ({error})") from None
         if not isinstance(value, dict) or not value:
             raise UserError(
@@ -173,7 +173,7 @@ class QuantPlan:
             try:
                 re.compile(pattern)
                 rules.append((pattern, QuantSpec.from_json(spec, group_size, scheme)))
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise UserError(f"{text}: {pattern!r} is no regular expression ({error})") from None
             except UserError as error:
                 raise UserError(f"{text}: {pattern!r}: {error}") from None
@@ -208,8 +208,11 @@ class QuantPlan:
         for name, parts in modules.items():
             found = {part: self._find(name, part, unused) for part in parts or (name,)}
             if len(set(found.values())) > 1:
-                listed = ", ".join(f"{part}: {spec.bitwidth}" for part, spec in found.items())
-                raise UserError(f"{name} is one fused matrix and takes one spec, not {listed}")
+                listed = ", ".join(f"{part}: {spec.to_json()}" for part, spec in found.items())
+                raise UserError(
+                    f"{name} is one fused matrix and takes one spec, not {listed}; "
+                    "give its parts the same one"
+                )
             specs[name] = next(iter(found.values()))
         if unused:
             example = next(iter(modules), "layers.0.attention.qkv")

@@ -66,7 +66,7 @@ def _read_file(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
         if path.suffix not in (".jsonl", ".json"):
             return text
-        return "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+        return "\n\n".join(json.loads(line)["text"] for line in text.split("\n") if line.strip())
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text ({error})") from None
     except (json.JSONDecodeError, KeyError, TypeError):

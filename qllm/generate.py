@@ -19,22 +19,24 @@ from qllm.tokenizer import Tokenizer
 # What transformers generates when nothing says how much.
 DEFAULT_NEW_TOKENS = 20
 
-# Settings of generation_config.json that would change greedy search and are not applied here.
-NOT_APPLIED = (
-    "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size",
-    "encoder_repetition_penalty",
-    "bad_words_ids",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "sequence_bias",
-    "exponential_decay_length_penalty",
-    "guidance_scale",
-    "num_beams",
-)
-NEUTRAL = (None, 0, 1, False, [], {})
+# Settings of generation_config.json that would change greedy search and are not applied here, and
+# the value, besides null, at which they do nothing.
+NOT_APPLIED = {
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "bad_words_ids": [],
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "sequence_bias": {},
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1,
+    "num_beams": 1,
+    "stop_strings": [],
+    "watermarking_config": None,
+}
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,9 @@ class GenerationConfig:
         max_new_tokens: how many tokens at the most; wins over max_length.
         max_length: the same, the longest prompt of the batch included.
         min_length: no end of text before this length, the longest prompt included.
-        min_new_tokens: no end of text before this many new tokens.
+        min_new_tokens: no end of text before this many new tokens; wins over min_length.
         eos_token_ids: each of them ends a text.
-        pad_token_id: what transformers pads shorter prompts with; the repetition penalty sees it.
+        pad_token_id: what transformers pads shorter prompts with; nothing here depends on it.
         repetition_penalty: divides positive logits of tokens seen so far, multiplies negative
             ones (Keskar et al. 2019).
     """
@@ -68,6 +70,10 @@ class GenerationConfig:
             return max(0, self.max_length - longest)
         return DEFAULT_NEW_TOKENS
 
+    def least_tokens(self, longest: int) -> int:
+        """How many tokens a batch whose longest prompt has `longest` gets before a text may end."""
+        return self.min_new_tokens or self.min_length - longest
+
 
 def read_generation_config(
     folder: Path, config: ModelConfig, note: Callable[[str], None] = lambda line: None
@@ -86,7 +92,9 @@ def read_generation_config(
             eos_token_ids=config.eos_token_ids, pad_token_id=config.pad_token_id
         )
     raw = RawConfig(read_json(path), str(path))
-    ignored = [key for key in NOT_APPLIED if raw.values.get(key) not in NEUTRAL]
+    ignored = [
+        key for key, neutral in NOT_APPLIED.items() if raw.values.get(key) not in (None, neutral)
+    ]
     if ignored:
         note(f"{path.name} sets {', '.join(ignored)}, which QLLM does not apply")
     lengths = {
@@ -164,6 +172,11 @@ def check_prompts(
             )
     longest = max(len(prompt) for prompt in prompts)
     count = generation.new_tokens(longest)
+    if generation.max_new_tokens is None and count == 0:
+        raise UserError(
+            f"a prompt of {longest} tokens leaves nothing to generate: max_length, which counts "
+            f"it, is {generation.max_length}"
+        )
     window = config.max_positions
     if window is not None and longest + count > window:
         raise UserError(
@@ -179,9 +192,10 @@ class LogitsProcessor:
         self, model: Decoder, prompts: Sequence[Sequence[int]], config: GenerationConfig
     ) -> None:
         self.config = config
-        self.longest = max(len(prompt) for prompt in prompts)
+        self.least = config.least_tokens(max(len(prompt) for prompt in prompts))
         self.generated = 0
-        eos = [token for token in config.eos_token_ids if token < model.config.vocab_size]
+        # Checkpoints name ids that no token has, such as -1 for none.
+        eos = [token for token in config.eos_token_ids if 0 <= token < model.config.vocab_size]
         self.eos = torch.tensor(eos, dtype=torch.int64, device=model.device)
         self.seen: Tensor | None = None
         if config.repetition_penalty != 1.0:
@@ -189,20 +203,15 @@ class LogitsProcessor:
             self.seen = torch.zeros(size, dtype=torch.bool, device=model.device)
             for row, prompt in enumerate(prompts):
                 self.seen[row, list(prompt)] = True
-                # The reference is given shorter prompts with pads in front, and counts them.
-                if len(prompt) < self.longest and config.pad_token_id is not None:
-                    self.seen[row, config.pad_token_id] = True
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Logits (B, V) of the next token, changed in place."""
+        """Logits (B, V) of the next token, as greedy search may choose from them."""
         if self.seen is not None:
             penalty = self.config.repetition_penalty
             punished = torch.where(logits < 0, logits * penalty, logits / penalty)
             logits = torch.where(self.seen, punished, logits)
-        length = self.longest + self.generated
-        early = length < self.config.min_length or self.generated < self.config.min_new_tokens
-        if early and len(self.eos):
-            logits[:, self.eos] = -math.inf
+        if self.generated < self.least and len(self.eos):
+            logits = logits.index_fill(1, self.eos, -math.inf)
         return logits
 
     def add(self, tokens: Tensor) -> None:

@@ -84,14 +84,15 @@ def resolve(
             downloaded nor found in the cache.
     """
     if path is not None:
-        if os.path.isdir(path):
-            return ModelFolder(Path(path), Path(path).resolve().name)
-        if os.path.exists(path):
+        folder = Path(path)
+        if folder.is_dir():
+            return ModelFolder(folder, folder.resolve().name)
+        if folder.exists():
             raise UserError(f"{path} is a file; --model-path takes a folder or a Hub repository")
         if path.count("/") != 1 or path.startswith((".", "/", "~")) or path.endswith("/"):
             raise UserError(f"{path}: there is no such folder")
         return _download(path, weights, note)
-    size = size or sizes(family)[0]
+    size = sizes(family)[0] if size is None else size
     if size == TINY:
         return ModelFolder(BUNDLED / f"{family}-tiny", f"{family}-tiny")
     if size not in REPOSITORIES[family]:
@@ -105,48 +106,57 @@ def _download(repository: str, weights: bool, note: Callable[[str], None]) -> Mo
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
     from huggingface_hub.utils import disable_progress_bars
 
     if not os.isatty(2):
         disable_progress_bars()
-
-    def cached() -> ModelFolder:
-        return ModelFolder(Path(snapshot_download(repository, local_files_only=True)), repository)
-
     try:
         if constants.HF_HUB_OFFLINE:
-            return cached()
-        try:
-            patterns = SMALL_FILES
-            if weights:
-                files = [f.rfilename for f in HfApi().model_info(repository).siblings or ()]
-                safe = any(f.endswith(".safetensors") and "/" not in f for f in files)
-                patterns = [*SMALL_FILES, *(SAFETENSORS if safe else TORCH_FILES)]
-            folder = snapshot_download(repository, allow_patterns=patterns, ignore_patterns="*/*")
-            return ModelFolder(Path(folder), repository)
-        except (GatedRepoError, RepositoryNotFoundError):
-            raise
-        except Exception as error:  # the Hub's clients raise whatever their transport does
-            found = cached()
-            note(f"{repository}: the Hub cannot be reached ({_first_line(error)}); using the cache")
-            return found
-    except GatedRepoError:
-        raise UserError(
-            f"{repository} is gated: accept its licence on its Hub page and set HF_TOKEN; "
-            f"{OFFLINE_DEFAULT}"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(f"{repository}: the Hub has no such model; {OFFLINE_DEFAULT}") from None
+            raise ConnectionError("HF_HUB_OFFLINE is set")
+        # Asked first because it takes a limit of time, which snapshot_download does not.
+        info = HfApi().model_info(repository, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        patterns = SMALL_FILES
+        if weights:
+            files = [file.rfilename for file in info.siblings or ()]
+            safe = any(name.endswith(".safetensors") and "/" not in name for name in files)
+            patterns = [*SMALL_FILES, *(SAFETENSORS if safe else TORCH_FILES)]
+        folder = snapshot_download(repository, allow_patterns=patterns, ignore_patterns="*/*")
+        return ModelFolder(Path(folder), repository)
     except HFValidationError as error:
         raise UserError(f"{repository}: {_first_line(error)}") from None
-    except LocalEntryNotFoundError:
-        raise UserError(
-            f"{repository} is neither in the cache ({constants.HF_HUB_CACHE}) nor can it be "
-            f"downloaded now; {OFFLINE_DEFAULT}"
-        ) from None
+    except Exception as error:  # the Hub's clients raise whatever their transport does
+        cached = _cached(repository, weights)
+        if cached is not None:
+            if not constants.HF_HUB_OFFLINE:
+                note(f"{repository}: the Hub does not serve it ({_first_line(error)}); cached copy")
+            return ModelFolder(cached, repository)
+        if isinstance(error, GatedRepoError):
+            reason = "is gated: accept its licence on its Hub page and set HF_TOKEN"
+        elif isinstance(error, RepositoryNotFoundError):
+            reason = "is no model of the Hub, or one that needs an HF_TOKEN"
+        else:
+            reason = (
+                f"is not in the cache ({constants.HF_HUB_CACHE}) and cannot be downloaded now "
+                f"({_first_line(error)})"
+            )
+        raise UserError(f"{repository} {reason}; {OFFLINE_DEFAULT}") from None
+
+
+def _cached(repository: str, weights: bool) -> Path | None:
+    """The cached snapshot of a repository's main branch, if it has what a run needs.
+
+    snapshot_download takes one without the files that QLLM does not fetch for broken.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repository, "config.json")
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    found = any(True for name in (*SAFETENSORS, *TORCH_FILES) for _ in folder.glob(name))
+    return folder if found or not weights else None
 
 
 def _first_line(error: Exception) -> str:

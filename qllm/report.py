@@ -1,4 +1,4 @@
-"""What the scripts print of a model, its kernels, its text, and its agreement with the reference."""
+"""What the scripts print: a model's shards and kernels, its text, how it compares."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def kernel_rows(model: Decoder) -> list[dict]:
     ]
 
 
-def print_kernels(model: Decoder) -> None:
+def print_kernels(rows: Sequence[dict]) -> None:
     """`kernel_rows` as a table."""
-    rows = kernel_rows(model)
-    widths = {key: max(len(row[key]) for row in rows) for key in ("layer", "format", "kernel")}
+    columns = ("layer", "format", "kernel")
+    widths = {key: max((len(row[key]) for row in rows), default=0) for key in columns}
     for row in rows:
         cells = "  ".join(f"{row[key]:<{width}}" for key, width in widths.items())
         print(f"{cells}  {row['why']}")

@@ -82,6 +82,7 @@ class _FastCodec:
 
     def __init__(self, tokenizer) -> None:  # noqa: ANN001 - tokenizers is imported late
         self._tokenizer = tokenizer
+        tokenizer.no_padding()  # which the file may ask for
 
     def encode(self, text: str, max_length: int | None) -> list[int]:
         if max_length is None:
@@ -97,8 +98,8 @@ class _FastCodec:
         return self._tokenizer.token_to_id(token)
 
     def largest_id(self) -> int:
-        added = self._tokenizer.get_added_tokens_decoder()
-        return max(self._tokenizer.get_vocab_size(with_added_tokens=False) - 1, *added, 0)
+        # Not their number: a file may leave ids out.
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
 
 
 class _SlowCodec:
@@ -133,6 +134,8 @@ def _load_codec(folder: Path, settings: dict) -> _FastCodec | _SlowCodec:
             _refuse_lfs(whole)
             return _FastCodec(FastTokenizer.from_file(str(whole)))
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            _refuse_lfs(folder / "vocab.json")
+            _refuse_lfs(folder / "merges.txt")
             return _FastCodec(_byte_level_bpe(folder, settings))
         if (folder / "tokenizer.model").exists():
             _refuse_lfs(folder / "tokenizer.model")

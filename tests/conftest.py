@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples on every run and machine, and no folder of past failures beside the tests.
+settings.register_profile("qllm", derandomize=True, deadline=None, database=None)
+settings.load_profile("qllm")
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("opt", "bloom", "llama")
@@ -24,6 +29,17 @@ def own_folders(tmp_path_factory):
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.delenv("HF_TOKEN", raising=False)
         yield home
+
+
+@pytest.fixture
+def one_thread():
+    """For models so small that handing work to threads takes longer than doing it."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tiny(family: str) -> Path:

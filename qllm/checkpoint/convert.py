@@ -34,7 +34,7 @@ def default_folder(model: ModelFolder) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """What tells one state of a checkpoint from another: its config, and its files' sizes and times."""
+    """What tells one state of a checkpoint from another: config, and its files' sizes and times."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in weight_files(folder):
         status = path.stat()
@@ -54,7 +54,8 @@ def find_source(model: ModelFolder, note: Callable[[str], None]) -> Path:
     if not (copy / "config.json").exists():
         note("converting the checkpoint on the fly; weight_convert.py keeps a converted copy")
         return model.path
-    if read_json(copy / "config.json").get(SOURCE_KEY) != fingerprint(model.path):
+    state = read_json(copy / "config.json")
+    if (state.get(LAYOUT_KEY), state.get(SOURCE_KEY)) != (LAYOUT, fingerprint(model.path)):
         note(f"{copy} is of an older state of {model.name}; converting on the fly instead")
         return model.path
     note(f"reading the converted copy {copy}")
@@ -86,8 +87,9 @@ def convert(
         raise UserError(f"{model.path} is in QLLM's layout already")
     if target.exists() and not overwrite:
         raise UserError(f"{target} is there already; name another folder with --save")
-    dtype = weights.dtype()
-    tensors = {name: TensorInfo(shape, dtype) for name, shape in weights.shapes.items()}
+    tensors = {
+        name: TensorInfo(shape, weights.dtype(name)) for name, shape in weights.shapes.items()
+    }
     config = dict(weights.checkpoint.raw_config.values)
     config |= {
         LAYOUT_KEY: LAYOUT,
@@ -97,7 +99,7 @@ def convert(
     with new_folder(target) as folder:
         writer = SafetensorsWriter(folder / "model.safetensors", tensors, {"format": "pt"})
         for name in progress(list(tensors)):
-            writer.write(name, weights.read(name).to(dtype))
+            writer.write(name, weights.read(name))
         writer.close()
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in COPIED:

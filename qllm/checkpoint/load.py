@@ -77,8 +77,7 @@ def load_model(
             _fill_linear(model, name, module, weights, specs, device, calibration)
         else:
             for key in dict(module.named_buffers(recurse=False)):
-                tensor = weights.read(f"{name}.{key}", mapped=device == "cpu")
-                setattr(module, key, _convert(tensor, dtype, device, f"{name}.{key}"))
+                setattr(module, key, _read(weights, f"{name}.{key}", dtype, device))
     if config.tied_head:
         model.lm_head = linear_class(QuantSpec()).from_float(model.embed.weight, None, QuantSpec())
     return model
@@ -104,14 +103,13 @@ def _fill_linear(
     calibration: Calibration | None,
 ) -> None:
     spec = specs.get(name, QuantSpec())
-    weight = weights.read(f"{name}.weight", mapped=device == "cpu")
     if spec.kind == "dense":
-        weight = _convert(weight, model.dtype, device, f"{name}.weight")
+        weight = _read(weights, f"{name}.weight", model.dtype, device)
     else:
-        weight = weight.to(device)
+        weight = weights.read(f"{name}.weight").to(device)
     bias = None
     if module.bias is not None:
-        bias = _convert(weights.read(f"{name}.bias"), model.dtype, device, f"{name}.bias")
+        bias = _read(weights, f"{name}.bias", model.dtype, device)
     input_range = None
     if calibration is not None and spec.kind.startswith("w8a8"):
         inputs = calibration.inputs[name].to(device)
@@ -138,7 +136,9 @@ def smooths(config: ModelConfig, name: str) -> bool:
     return behind_norm and foldable
 
 
-def _convert(tensor: Tensor, dtype: torch.dtype, device: str, name: str) -> Tensor:
+def _read(weights: Weights, name: str, dtype: torch.dtype, device: str) -> Tensor:
+    """A tensor that the model keeps as it is: mapped where it needs no conversion."""
+    tensor = weights.read(name, mapped=device == "cpu" and weights.dtype() == dtype)
     converted = tensor.to(device=device, dtype=dtype)
     narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
     if narrower and not converted.isfinite().all():

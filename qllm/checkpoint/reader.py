@@ -6,9 +6,12 @@ used, pickles are loaded with `weights_only=True`, names in an index stay inside
 
 from __future__ import annotations
 
+import gc
 import json
-import pickle
+import mmap
 import struct
+import sys
+import zipfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +36,7 @@ DTYPES = {
 }
 LFS_HEAD = b"version https://git-lfs"
 # A mapped torch file is opened anew after this many bytes, which gives its pages back.
-REOPEN_BYTES = 256 << 20
+RELEASE_BYTES = 256 << 20
 
 
 def read_json(path: Path) -> dict:
@@ -44,12 +47,15 @@ def read_json(path: Path) -> dict:
     """
     try:
         data = path.read_bytes()
-        if data.startswith(LFS_HEAD):
-            raise _lfs_pointer(path)
-        value = json.loads(data)
     except FileNotFoundError:
         raise UserError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    if data.startswith(LFS_HEAD):
+        raise _lfs_pointer(path)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
         raise UserError(f"{path} cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
@@ -93,6 +99,9 @@ class TensorFile(ABC):
     def map(self, name: str) -> Tensor:
         """The tensor as a view of the mapped file where the file allows it, else a copy."""
         return self.read(name)
+
+    def release(self) -> None:  # noqa: B027 - most files keep nothing open
+        """Give back what was kept open to read from; a later read opens it again."""
 
 
 class SafetensorsFile(TensorFile):
@@ -145,10 +154,34 @@ class SafetensorsFile(TensorFile):
         if offset % info.dtype.itemsize or 0 in info.shape:
             return self.read(name)
         if self._mapped is None:
-            size = self.path.stat().st_size
-            self._mapped = torch.from_file(str(self.path), size=size, dtype=torch.uint8)
+            try:
+                self._mapped = _map_file(self.path)
+            except OSError:  # where memory may not be promised twice; a copy does it there
+                return self.read(name)
         size = info.dtype.itemsize * torch.Size(info.shape).numel()
         return self._mapped[offset : offset + size].view(info.dtype).view(info.shape)
+
+
+def _map_file(path: Path) -> Tensor:
+    """A file's bytes as a tensor, paged in as they are used; writing to it changes no file.
+
+    torch.from_file asks for memory to hold all of it, which a file larger than memory does not get.
+    """
+    no_reserve = 0x4000 if sys.platform == "linux" else 0
+    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", no_reserve)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return torch.frombuffer(mapped, dtype=torch.uint8)
+
+
+def _is_plain_tensor(value: object) -> bool:
+    """Whether it has its elements in memory: a pickle may hold sparse and meta tensors too."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+    )
 
 
 class TorchFile(TensorFile):
@@ -162,36 +195,43 @@ class TorchFile(TensorFile):
             name: TensorInfo(tuple(tensor.shape), tensor.dtype)
             for name, tensor in self._open().items()
         }
+        self.release()
+
+    def release(self) -> None:
+        self._state, self._bytes_read = None, 0
+        gc.collect()  # torch.load leaves cycles that hold on to the mapped file
 
     def _open(self) -> dict[str, Tensor]:
-        if self._state is not None and self._bytes_read < REOPEN_BYTES:
+        if self._state is not None:
             return self._state
-        self._state, self._bytes_read = None, 0
         try:
             with self.path.open("rb") as file:
                 if file.read(len(LFS_HEAD)) == LFS_HEAD:
                     raise _lfs_pointer(self.path)
-            import zipfile
-
             # Files from before torch 1.6 are no zip archives and cannot be mapped.
-            mapped = zipfile.is_zipfile(self.path)
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
-        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-            if isinstance(error, UserError):
-                raise
+            self._mapped = zipfile.is_zipfile(self.path)
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
+        except UserError:
+            raise
+        except Exception as error:  # a broken or hostile pickle makes the loader raise anything
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty"
             raise UserError(
                 f"{self.path} is no whole torch checkpoint of tensors alone ({reason[:120]})"
             ) from None
-        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        if not isinstance(state, dict) or not all(
+            isinstance(name, str) and _is_plain_tensor(value) for name, value in state.items()
+        ):
             raise UserError(f"{self.path} holds something other than named tensors")
-        self._state = state
-        return state
+        # Some were saved as parameters, which torch keeps from being written to.
+        self._state = {name: tensor.detach() for name, tensor in state.items()}
+        return self._state
 
     def read(self, name: str) -> Tensor:
-        state = self._open()
-        self._bytes_read += state[name].nbytes
-        return state[name].contiguous().clone()
+        tensor = self._open()[name].clone(memory_format=torch.contiguous_format)
+        self._bytes_read += tensor.nbytes
+        if self._mapped and self._bytes_read > RELEASE_BYTES:
+            self.release()
+        return tensor
 
 
 class Checkpoint:
@@ -219,6 +259,7 @@ class Checkpoint:
                     raise UserError(f"{path} holds {name}, as {self._files[name].path.name} does")
                 self._files[name] = file
         self.tensors = {name: file.tensors[name] for name, file in self._files.items()}
+        self._last = file
 
     def read(self, name: str, *, mapped: bool = False) -> Tensor:
         """A tensor, in memory of its own, or with `mapped` as a view of its file.
@@ -227,6 +268,9 @@ class Checkpoint:
             UserError: for a tensor that is not floating point, or not finite.
         """
         file = self._files[name]
+        if file is not self._last:  # one file of a sharded checkpoint is held open at a time
+            self._last.release()
+            self._last = file
         tensor = file.map(name) if mapped else file.read(name)
         if not tensor.dtype.is_floating_point:
             raise UserError(
@@ -264,11 +308,14 @@ def _indexed_files(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map from tensor names to files")
-    names = list(dict.fromkeys(weight_map.values()))
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or name in (".", "..", ""):
+    for name in weight_map.values():
+        # A name is compared with those of the folder; it never becomes a path of its own.
+        if not isinstance(name, str) or name != Path(name).name or name in ("", ".."):
             raise UserError(f"{index} names {name!r}, which is not a file of its own folder")
-        if not (index.parent / name).exists():
+    names = list(dict.fromkeys(weight_map.values()))
+    present = {path.name for path in index.parent.iterdir() if path.exists()}
+    for name in names:
+        if name not in present:
             raise UserError(
                 f"{index.parent} lacks {name}, one of {len(names)} that its index names"
             )

@@ -6,6 +6,8 @@ Two layouts: Hugging Face's, where a fused matrix is put together as it is read,
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -120,7 +122,18 @@ class Weights:
 
     def _check(self) -> None:
         tensors = self.checkpoint.tensors
-        self.shapes = float_tensors(Decoder(self.config, {}, torch.float16))
+        # The sizes in a config.json may be anything; these would take forever to build.
+        if self.config.num_layers > len(tensors):
+            raise UserError(
+                f"{self.checkpoint.folder} holds {len(tensors)} tensors, its config.json implies "
+                f"{self.config.num_layers} layers"
+            )
+        try:
+            self.shapes = float_tensors(Decoder(self.config, {}, torch.float16))
+        except (RuntimeError, TypeError, OverflowError):
+            raise UserError(
+                f"{self.checkpoint.folder / 'config.json'} implies tensors larger than any memory"
+            ) from None
         expected = set()
         for name, shape in self.shapes.items():
             rows = self._rows(name, shape)
@@ -143,9 +156,10 @@ class Weights:
                     "of its config.json has"
                 )
 
-    def dtype(self) -> torch.dtype:
-        """The type the checkpoint holds its weights in."""
-        return self.checkpoint.tensors[self._parts("embed.weight")[0]].dtype
+    def dtype(self, name: str = "embed.weight") -> torch.dtype:
+        """The type the checkpoint holds one of our tensors in; the embedding's is the model's."""
+        types = [self.checkpoint.tensors[part].dtype for part in self._parts(name)]
+        return reduce(torch.promote_types, types)
 
     def read(self, name: str, *, mapped: bool = False) -> Tensor:
         """One of our tensors, fused; with `mapped`, a view of the file where it lies in one piece.

@@ -98,7 +98,9 @@ class StaticInt8Linear(DynamicInt8Linear):
                 "8:tc needs the activation ranges of a calibration; "
                 "make one with fake_calib_gen.py, or use 8:tc-li"
             )
-        scale = torch.tensor(input_range * 2 / 255 or 1.0, device=weight.device)
+        scale = torch.tensor(input_range * 2 / 255, dtype=torch.float32, device=weight.device)
+        # Zero as float32 stores it: a range may be too small for its scale to be told from it.
+        scale = torch.where(scale == 0, 1.0, scale)
         return cls(*_quantize_channels(weight), bias, spec, scale)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -28,10 +29,11 @@ class RawConfig:
             raise self.error(names[0], value, "a whole number of 1 or more")
         return value
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float | None = None) -> float:
         """A positive number."""
         value = self._find((name,), default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        if not numeric or not 0 < value <= sys.float_info.max:
             raise self.error(name, value, "a positive number")
         return float(value)
 
@@ -59,10 +61,10 @@ class RawConfig:
     def tokens(self, name: str) -> tuple[int, ...]:
         """Token ids: a list of them, one, or none."""
         value = self.values.get(name)
-        value = [] if value is None else value if isinstance(value, list) else [value]
-        if any(isinstance(item, bool) or not isinstance(item, int) for item in value):
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if any(isinstance(item, bool) or not isinstance(item, int) for item in ids):
             raise self.error(name, value, "a token id or a list of them")
-        return tuple(value)
+        return tuple(ids)
 
     def error(self, name: str, value: object, expected: str) -> UserError:
         """The error for a value that cannot be."""

@@ -70,15 +70,17 @@ def _read_rope(raw: RawConfig, trained: int, head_dim: int) -> RopeConfig:
     theta = rope.number("rope_theta", raw.number("rope_theta", 10000.0))
     if kind == "default":
         return RopeConfig(theta)
-    factor = rope.number("factor", 0.0)
+    factor = rope.number("factor")
+    if kind == "dynamic" and head_dim < 4:
+        raise UserError(f"{raw.where}: dynamic RoPE needs a head_dim of 4 or more, not {head_dim}")
     if kind != "llama3":
         return RopeConfig(theta, kind, factor)
     return RopeConfig(
         theta,
         kind,
         factor,
-        rope.number("low_freq_factor", 0.0),
-        rope.number("high_freq_factor", 0.0),
+        rope.number("low_freq_factor"),
+        rope.number("high_freq_factor"),
         rope.count("original_max_position_embeddings", default=trained),
     )
 

@@ -41,7 +41,7 @@ def dequantize(
     # from float32; bfloat16 would round the scale first.
     work = dtype if dtype == scales.dtype == torch.float16 else torch.float32
     zeros = qzeros[..., None] if qzeros.numel() else 2 ** (bits - 1)
-    group = in_features if group_size == -1 else group_size
+    group = in_features if group_size == -1 else min(group_size, in_features)
     if in_features % group:
         zeros = _per_column(qzeros, group, in_features) if qzeros.numel() else zeros
         weight = q.to(work).sub_(zeros).mul_(_per_column(scales, group, in_features))
@@ -91,8 +91,9 @@ def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def int_mm(x: Tensor, weight: Tensor) -> Tensor:
-    """`int8_matmul` by torch's own int8 kernel."""
-    return torch._int_mm(x, weight.t())
+    """`int8_matmul` by torch's own int8 kernel; K is 2 or more."""
+    # It misreads a single row whose stride is not K (pytorch#195066); `view` sets the stride.
+    return torch._int_mm(x.reshape(-1).view(x.shape), weight.t())
 
 
 def scale_int32(

@@ -63,9 +63,18 @@ class Calibration:
                     store[side][name] = file.get_tensor(key).clone()
         except (SafetensorError, OSError, KeyError) as error:
             raise UserError(f"{path} cannot be read as a calibration ({error})") from None
-        for name, value in calibration.inputs.items():
-            if not value.isfinite().all() or (value < 0).any():
-                raise UserError(f"{path}: the input ranges of {name} are not finite; make it again")
+        for store in (calibration.inputs, calibration.outputs):
+            for name, value in store.items():
+                if value.dtype != torch.float32 or value.dim() != 1:
+                    raise UserError(
+                        f"{path}: the ranges of {name} are {value.dtype} of shape "
+                        f"{tuple(value.shape)}, not a float32 vector; make it again"
+                    )
+                if not value.isfinite().all() or (value < 0).any():
+                    raise UserError(
+                        f"{path}: the ranges of {name} are not all finite and 0 or more; "
+                        "make it again"
+                    )
         calibration.about = about
         return calibration
 

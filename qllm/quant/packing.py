@@ -50,7 +50,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return values.contiguous()
     period, size = _period(bits)
-    values = values.reshape(rows, -1, period)
+    values = values.unflatten(1, (-1, period))
     packed = values.new_zeros(rows, values.shape[1], size)
     for i in range(period):
         byte, shift = divmod(i * bits, 8)
@@ -72,7 +72,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return packed[:, :count]
     period, size = _period(bits)
-    packed = packed.reshape(rows, -1, size)
+    packed = packed.unflatten(1, (-1, size))
     values = packed.new_empty(rows, packed.shape[1], period)
     mask = (1 << bits) - 1
     for i in range(period):

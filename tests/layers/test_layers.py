@@ -1,0 +1,332 @@
+"""The layer contract for every bitwidth: values against numpy, bytes, and the meta device."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from qllm.config import BITWIDTHS, SCHEMES, W8A8, QuantSpec
+from qllm.errors import UserError
+from qllm.layers import LAYERS, linear_class
+from qllm.layers.base import describe
+from qllm.quant.packing import unpack
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SPECS = list(
+    dict.fromkeys(
+        QuantSpec.parse(bitwidth, group_size, scheme)
+        for bitwidth in BITWIDTHS
+        for group_size in (-1, 20, 128)
+        for scheme in SCHEMES
+    )
+)
+WEIGHT_ONLY = [spec for spec in SPECS if spec.kind == "weight_only"]
+W8A8_SPECS = [spec for spec in SPECS if spec.kind in W8A8.values()]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NUMPY_DTYPES = (torch.float32, torch.float16)  # those that numpy has
+RANGE = 4.0  # of the inputs, for the scheme that takes it from a calibration
+
+
+def spec_id(spec: QuantSpec) -> str:
+    return describe(spec).replace(" ", "-")
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def make(spec, rows=24, columns=67, *, dtype=torch.float32, bias=True, input_range=RANGE):
+    """A layer, and the weight and bias it was made of."""
+    weight = normal(rows, columns, dtype=dtype) * 0.05
+    b = normal(rows, seed=1, dtype=dtype) if bias else None
+    layer = linear_class(spec).from_float(
+        weight.clone(), None if b is None else b.clone(), spec, input_range=input_range
+    )
+    return layer, weight, b
+
+
+def test_every_row_of_the_table_has_a_bitwidth():
+    assert {spec.kind for spec in SPECS} == set(LAYERS)
+    assert all(linear_class(spec) is LAYERS[spec.kind] for spec in SPECS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+def test_empty_is_the_layer_without_memory(spec, dtype):
+    for rows, columns, bias in ((24, 67, True), (5, 128, False), (1, 2, True)):
+        layer, _, _ = make(spec, rows, columns, dtype=dtype, bias=bias)
+        empty = linear_class(spec).empty(columns, rows, bias, spec, dtype)
+        real, meta = dict(layer.named_buffers()), dict(empty.named_buffers())
+        assert {name: (t.shape, t.dtype) for name, t in meta.items()} == {
+            name: (t.shape, t.dtype) for name, t in real.items()
+        }
+        assert all(tensor.is_meta for tensor in meta.values())
+        assert empty.nbytes() == layer.nbytes()
+        assert not list(layer.parameters())
+        assert (empty.in_features, empty.out_features) == (columns, rows)
+        assert (layer.in_features, layer.out_features) == (columns, rows)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+def test_an_empty_layer_takes_the_tensors_strictly(spec, bias):
+    layer, _, _ = make(spec, bias=bias)
+    loaded = linear_class(spec).empty(67, 24, bias, spec, torch.float32)
+    loaded.load_state_dict(layer.state_dict(), strict=True, assign=True)
+    x = normal(3, 67, seed=2)
+    assert torch.equal(loaded(x), layer(x))
+    assert torch.equal(loaded.dequantize(), layer.dequantize())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+def test_forward_is_the_product_with_dequantize(spec, dtype):
+    layer, _, bias = make(spec, dtype=dtype)
+    x = normal(4, 67, seed=2, dtype=dtype).clamp(-RANGE, RANGE)
+    got = layer(x)
+    assert got.dtype == dtype and got.shape == (4, 24)
+    weight = layer.dequantize()
+    assert weight.dtype == torch.float32 and weight.shape == (24, 67)
+    values = x.double()
+    exact = values @ weight.double().t() + bias.double()
+    # Each weight is rounded to the type once, and the result once.
+    size = values.abs() @ weight.double().abs().t() + bias.double().abs()
+    allowed = 2 * torch.finfo(dtype).eps * size
+    if spec in W8A8_SPECS:
+        # Each input is off by half a step at the most.
+        step = 2 * RANGE / 255 if spec.kind == "w8a8_static" else 2 * values.abs().amax() / 255
+        allowed = allowed + step / 2 * 1.01 * weight.double().abs().sum(dim=1)
+    assert ((got.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+def test_dequantize_is_half_a_step_from_the_weight(spec):
+    layer, weight, _ = make(spec)
+    error = (layer.dequantize() - weight).abs().double()
+    if spec.kind == "dense":
+        assert error.max() == 0
+        return
+    group = 67 if spec.group_size == -1 or spec in W8A8_SPECS else min(spec.group_size, 67)
+    for index, start in enumerate(range(0, 67, group)):
+        part = weight[:, start : start + group].double()
+        if spec.scheme == "sym":
+            width = 2 * part.abs().amax(dim=1)
+        else:
+            width = part.amax(dim=1).clamp(min=0) - part.amin(dim=1).clamp(max=0)
+        step = width / (2**spec.bits - 1)
+        stored = layer.scales.double().view(24, -1)[:, index]
+        # float16 keeps 11 bits of the scale, which moves the ends of the grid.
+        assert ((stored - step).abs() <= step * 2.0**-11 * 1.001).all()
+        allowed = stored / 2 + (2**spec.bits - 1) * (stored - step).abs()
+        assert (error[:, start : start + group] <= allowed[:, None] * 1.0001).all()
+
+
+@pytest.mark.parametrize("spec", WEIGHT_ONLY, ids=spec_id)
+def test_more_bits_are_closer(spec):
+    if spec.bits == 1:
+        # One bit has no level between the ends: nothing is claimed but that it is finite.
+        assert make(spec)[0].dequantize().isfinite().all()
+        return
+    fewer = QuantSpec(spec.bits - 1, spec.group_size, spec.scheme, spec.kind)
+    errors = []
+    for other in (spec, fewer):
+        layer, weight, _ = make(other)
+        errors.append((layer.dequantize() - weight).square().mean())
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize(
+    ("bitwidth", "bits_per_weight"), [(str(bits), bits) for bits in range(1, 9)]
+)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("group_size", [-1, 32, 128])
+def test_nbytes_of_weight_only(group_size, scheme, bitwidth, bits_per_weight):
+    rows, columns = 48, 256
+    spec = QuantSpec.parse(bitwidth, group_size, scheme)
+    layer, _, _ = make(spec, rows, columns, dtype=torch.bfloat16)
+    groups = {-1: 1, 32: 8, 128: 2}[group_size]
+    weights = rows * columns * bits_per_weight // 8
+    scales, zeros = rows * groups * 2, rows * groups if scheme == "asym" else 0
+    assert layer.nbytes() == weights + scales + zeros + rows * 2
+    assert layer.nbytes() == sum(t.numel() * t.element_size() for t in layer.buffers())
+
+
+def test_nbytes_of_the_others():
+    rows, columns = 48, 256
+    expected = {
+        "16": rows * columns * 2,
+        "8:tc-li": rows * columns + rows * 2,
+        "8:tc": rows * columns + rows * 2 + 4,
+    }
+    found = {
+        bitwidth: make(QuantSpec.parse(bitwidth), rows, columns, dtype=torch.bfloat16, bias=False)[
+            0
+        ].nbytes()
+        for bitwidth in expected
+    }
+    assert found == expected
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.kind != "dense"], ids=spec_id)
+def test_a_quantized_layer_keeps_no_float_copy(spec):
+    layer, weight, _ = make(spec, 24, 256)
+    assert layer.nbytes() < weight.nbytes / 2
+    assert all(t.numel() < weight.numel() for t in layer.buffers() if t.is_floating_point())
+
+
+@pytest.mark.parametrize("spec", WEIGHT_ONLY, ids=spec_id)
+def test_weight_only_stands_for_its_integers(spec):
+    layer, _, _ = make(spec)
+    q = unpack(layer.qweight, spec.bits, 67).numpy().astype(np.int64)
+    step = 67 if spec.group_size == -1 else spec.group_size
+    index = np.arange(67) // step
+    zeros = layer.qzeros.numpy().astype(np.int64)
+    zero = zeros[:, index] if spec.scheme == "asym" else 2 ** (spec.bits - 1)
+    expected = (q - zero) * layer.scales.double().numpy()[:, index]
+    assert np.array_equal(layer.dequantize().double().numpy(), expected)
+
+
+def int8_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 per output channel, by DESIGN §3: integers and float16 scales."""
+    weight = weight.astype(np.float32)
+    scales = (np.abs(weight).max(axis=1) * np.float32(2) / np.float32(255)).astype(np.float16)
+    steps = np.rint(weight / scales.astype(np.float32)[:, None])
+    return np.clip(steps, -128, 127).astype(np.int64), scales
+
+
+def int8_input(x: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(x.astype(np.float32) / scales), -128, 127).astype(np.int64)
+
+
+@pytest.mark.parametrize("columns", [2, 67, 2048])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", NUMPY_DTYPES)
+@pytest.mark.parametrize("spec", W8A8_SPECS, ids=spec_id)
+def test_w8a8_is_numpy_s_integer_arithmetic(spec, dtype, bias, columns):
+    layer, weight, b = make(spec, 24, columns, dtype=dtype, bias=bias)
+    x = normal(5, columns, seed=2, dtype=dtype) * 3  # some lie outside the static range
+    x[3] = 0
+    values = x.numpy().astype(np.float32)
+    if spec.kind == "w8a8_static":
+        x_scales = np.float32(RANGE * 2 / 255)
+    else:
+        x_scales = np.abs(values).max(axis=1, keepdims=True) * np.float32(2) / np.float32(255)
+        x_scales[3] = 1
+    q_weight, scales = int8_weight(weight.numpy())
+    assert np.array_equal(layer.qweight.numpy(), q_weight)
+    assert np.array_equal(layer.scales.numpy(), scales)
+    total = int8_input(values, x_scales) @ q_weight.T
+    expected = total.astype(np.float32) * x_scales * scales.astype(np.float32)
+    expected = expected + b.numpy().astype(np.float32) if bias else expected
+    got = layer(x)
+    assert got.dtype == dtype
+    assert np.array_equal(got.numpy(), expected.astype(got.numpy().dtype))
+    back = q_weight * scales.astype(np.float64)[:, None]
+    assert np.array_equal(layer.dequantize().double().numpy(), back)
+
+
+@pytest.mark.parametrize("spec", W8A8_SPECS, ids=spec_id)
+def test_w8a8_weights_by_hand(spec):
+    # Scales 1 and 2: ±127.5 and ±255 are the ends, 127 is as far as int8 goes up.
+    weight = torch.tensor([[127.5, -127.5, 0.0, 3.0], [255.0, -255.0, 1.0, 10.0]])
+    layer = linear_class(spec).from_float(weight, None, spec, input_range=127.5)
+    assert layer.qweight.dtype == torch.int8
+    assert layer.qweight.tolist() == [[127, -128, 0, 3], [127, -128, 0, 5]]
+    assert layer.scales.tolist() == [1.0, 2.0]
+    x = torch.tensor([[127.5, -1.0, 2.0, 0.0]])  # with scale 1: 127, -1, 2, 0
+    assert layer(x).tolist() == [[127.0 * 127 + 128, 2 * (127.0 * 127 + 128)]]
+
+
+def test_rows_do_not_see_each_other():
+    layer, _, _ = make(QuantSpec.parse("8:tc-li"))
+    x = normal(6, 67, seed=2)
+    x[0] *= 1000
+    alone = torch.cat([layer(row[None]) for row in x])
+    assert torch.equal(layer(x), alone)
+
+
+@pytest.mark.parametrize("spec", W8A8_SPECS, ids=spec_id)
+@pytest.mark.parametrize("size", [1e8, 1e-6])
+def test_w8a8_scales_that_float16_cannot_hold(size, spec):
+    weight = normal(4, 8) * size
+    layer = linear_class(spec).from_float(weight, None, spec, input_range=RANGE)
+    assert layer.scales.dtype == torch.float32
+    assert (layer.dequantize() - weight).abs().max() <= weight.abs().max() / 255 * 1.001
+
+
+@pytest.mark.parametrize("input_range", [0.0, 1e-45])
+def test_a_static_range_of_nothing(input_range):
+    # A layer whose inputs were all zero (or all but): scale 1, so that other inputs give numbers.
+    spec = QuantSpec.parse("8:tc")
+    layer = linear_class(spec).from_float(torch.ones(2, 3), None, spec, input_range=input_range)
+    assert layer.input_scale.item() == 1.0 and layer.input_scale.dtype == torch.float32
+    expected = 6 * layer.dequantize()[0, 0].item()
+    assert layer(torch.full((1, 3), 2.0)).tolist() == [[expected] * 2]
+
+
+def test_static_scale_is_float32_whatever_the_default_type():
+    spec = QuantSpec.parse("8:tc")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = linear_class(spec).from_float(torch.ones(2, 3), None, spec, input_range=3.7)
+    finally:
+        torch.set_default_dtype(before)
+    assert layer.input_scale.dtype == torch.float32
+    assert layer.input_scale.item() == np.float32(3.7 * 2 / 255)
+
+
+def test_static_needs_a_calibration():
+    spec = QuantSpec.parse("8:tc")
+    with pytest.raises(UserError, match=r"fake_calib_gen\.py, or use 8:tc-li"):
+        linear_class(spec).from_float(torch.ones(2, 3), None, spec, input_range=None)
+
+
+@pytest.mark.parametrize(
+    "spec", [spec for spec in SPECS if spec.kind != "w8a8_static"], ids=spec_id
+)
+def test_the_others_need_none(spec):
+    with_range, _, _ = make(spec, input_range=RANGE)
+    without, _, _ = make(spec, input_range=None)
+    x = normal(2, 67)
+    assert torch.equal(with_range(x), without(x))
+
+
+def test_8_and_8_tc_li_differ():
+    plain, integer = QuantSpec.parse("8"), QuantSpec.parse("8:tc-li")
+    assert plain != integer and linear_class(plain) is not linear_class(integer)
+    x = normal(4, 256, seed=2)
+    x[:, 0] = 60  # an outlier, which costs the int8 activations their steps
+    layers = [make(spec, 24, 256)[0] for spec in (plain, integer)]
+    exact = [x @ layer.dequantize().t() + layer.bias for layer in layers]
+    errors = [(layer(x) - y).abs().max().item() for layer, y in zip(layers, exact, strict=True)]
+    assert errors[0] < 1e-4
+    assert errors[1] > 1e-2
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=spec_id)
+def test_a_layer_says_what_it_is(spec):
+    layer, _, _ = make(spec)
+    assert layer.extra_repr() == f"67 -> 24, {describe(spec)}"
+    assert layer.extra_repr() in repr(layer)
+    assert layer.choice.kernel.run is layer.run and layer.choice.reason
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (QuantSpec(), "16 bits"),
+        (QuantSpec.parse("4", 64), "4 bits, group 64, asym"),
+        (QuantSpec.parse("1", -1, "sym"), "1 bit, channel, sym"),
+        (QuantSpec.parse("8:tc-li"), "8:tc-li"),
+        (QuantSpec.parse("8:tc"), "8:tc"),
+    ],
+)
+def test_describe(spec, expected):
+    assert describe(spec) == expected
+
+
+def test_every_spec_has_a_name_of_its_own():
+    assert len({spec_id(spec) for spec in SPECS}) == len(SPECS)

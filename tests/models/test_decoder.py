@@ -1,0 +1,473 @@
+"""The decoder against transformers: random models of each family, the bundled ones, bitwidths."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import (
+    assert_logits_close,
+    assert_same_model,
+    bundled,
+    decode_logits,
+    draw_prompts,
+    layer_linears,
+    load,
+    our_bundled,
+    prefill_logits,
+    random_model,
+    save,
+    spread,
+)
+from torch import Tensor, nn
+from transformers import BloomConfig, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
+
+from qllm.calibration import calibrate
+from qllm.config import BITWIDTHS, DEFAULT_GROUP_SIZE, QuantPlan, QuantSpec
+from qllm.errors import UserError
+from qllm.generate import GenerationConfig, generate
+from qllm.models import FAMILIES as MODEL_FAMILIES
+from qllm.models import Decoder
+from qllm.models.cache import KVCache
+from qllm.models.decoder import ACTIVATIONS, SAME_ACTIVATION
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LONGEST_PROMPT, MOST_NEW_TOKENS = 20, 8
+WINDOW = LONGEST_PROMPT + MOST_NEW_TOKENS
+
+layer_counts = st.integers(1, 3)
+vocab_sizes = st.integers(5, 120)
+activations = st.sampled_from([*ACTIVATIONS.keys() - {"gelu_tanh"}, *SAME_ACTIVATION])
+flags = st.booleans()
+
+
+@st.composite
+def opt_configs(draw) -> OPTConfig:
+    heads = draw(st.integers(1, 6))
+    hidden = heads * draw(st.integers(-(-6 // heads), 12))
+    return OPTConfig(
+        vocab_size=draw(vocab_sizes),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_hidden_layers=draw(layer_counts),
+        ffn_dim=draw(st.integers(1, 70)),
+        max_position_embeddings=draw(st.integers(WINDOW, 50)),
+        word_embed_proj_dim=draw(st.one_of(st.just(hidden), st.integers(6, 40))),
+        do_layer_norm_before=draw(flags),
+        _remove_final_layer_norm=draw(flags),
+        enable_bias=draw(flags),
+        layer_norm_elementwise_affine=draw(flags),
+        activation_function=draw(activations),
+        tie_word_embeddings=draw(flags),
+    )
+
+
+@st.composite
+def bloom_configs(draw) -> BloomConfig:
+    heads = draw(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 12, 20]))
+    return BloomConfig(
+        vocab_size=draw(vocab_sizes),
+        hidden_size=heads * draw(st.integers(-(-6 // heads), 9)),
+        n_head=heads,
+        n_layer=draw(layer_counts),
+        layer_norm_epsilon=draw(st.sampled_from([1e-5, 1e-2])),
+        apply_residual_connection_post_layernorm=draw(flags),
+        tie_word_embeddings=draw(flags),
+    )
+
+
+@st.composite
+def rope_settings(draw) -> tuple[dict, int]:
+    """rope_parameters and max_position_embeddings that have room for the test's prompts."""
+    kind = draw(st.sampled_from(["default", "linear", "dynamic", "llama3"]))
+    rope = {"rope_type": kind, "rope_theta": draw(st.sampled_from([100.0, 10000.0, 500000.0]))}
+    if kind == "default":
+        return rope, draw(st.integers(WINDOW, 100))
+    # The window is `trained` times the factor: prompts go past what the model was trained for.
+    trained = draw(st.integers(4, 40))
+    rope["factor"] = max(draw(st.floats(1.0, 8.0)), WINDOW / trained + 1e-3)
+    if kind == "llama3":
+        rope["low_freq_factor"] = draw(st.floats(0.5, 2.0))
+        rope["high_freq_factor"] = rope["low_freq_factor"] + draw(st.floats(0.5, 4.0))
+        rope["original_max_position_embeddings"] = draw(st.integers(4, WINDOW - 1))
+        trained = WINDOW
+    return rope, trained
+
+
+@st.composite
+def llama_configs(draw) -> LlamaConfig:
+    kv_heads = draw(st.integers(1, 3))
+    heads = kv_heads * draw(st.integers(1, 4))
+    rope, trained = draw(rope_settings())
+    return LlamaConfig(
+        vocab_size=draw(vocab_sizes),
+        hidden_size=heads * draw(st.integers(-(-6 // heads), 8)),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        # Not hidden_size / heads, and 4 or more: dynamic scaling divides by head_dim - 2.
+        head_dim=2 * draw(st.integers(2, 8)),
+        num_hidden_layers=draw(layer_counts),
+        intermediate_size=draw(st.integers(1, 70)),
+        max_position_embeddings=trained,
+        rope_parameters=rope,
+        rms_norm_eps=draw(st.sampled_from([1e-6, 1e-2])),
+        hidden_act=draw(st.one_of(st.just("silu"), activations)),
+        attention_bias=draw(flags),
+        mlp_bias=draw(flags),
+        tie_word_embeddings=draw(flags),
+    )
+
+
+batches = st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=5)
+seeds = st.integers(0, 2**20)
+
+
+def check_random_model(config: PretrainedConfig, lengths: list[int], seed: int) -> None:
+    theirs = random_model(config, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = save(theirs, Path(folder))
+    prompts = draw_prompts(lengths, config.vocab_size, seed)
+    assert_same_model(ours, theirs, prompts, MOST_NEW_TOKENS)
+
+
+@given(opt_configs(), batches, seeds)
+@settings(max_examples=120)
+def test_random_opt(config, lengths, seed):
+    check_random_model(config, lengths, seed)
+
+
+@given(bloom_configs(), batches, seeds)
+@settings(max_examples=120)
+def test_random_bloom(config, lengths, seed):
+    check_random_model(config, lengths, seed)
+
+
+@given(llama_configs(), batches, seeds)
+@settings(max_examples=150)
+def test_random_llama(config, lengths, seed):
+    check_random_model(config, lengths, seed)
+
+
+# What is particular about released models, in small.
+OPT_SIZES = {"vocab_size": 90, "num_hidden_layers": 3, "ffn_dim": 64, "max_position_embeddings": 40}
+LLAMA_SIZES = {"vocab_size": 90, "num_hidden_layers": 3, "intermediate_size": 56}
+RELEASED = {
+    "opt-125m": OPTConfig(**OPT_SIZES, hidden_size=48, num_attention_heads=12),
+    "opt-350m": OPTConfig(
+        **OPT_SIZES,
+        hidden_size=64,
+        num_attention_heads=16,
+        word_embed_proj_dim=32,
+        do_layer_norm_before=False,
+    ),
+    "opt before transformers 4.20": OPTConfig(
+        **OPT_SIZES, hidden_size=32, num_attention_heads=4, _remove_final_layer_norm=True
+    ),
+    "galactica": OPTConfig(
+        **OPT_SIZES,
+        hidden_size=32,
+        num_attention_heads=4,
+        activation_function="gelu",
+        enable_bias=False,
+        layer_norm_elementwise_affine=False,
+    ),
+    "bloom-560m": BloomConfig(vocab_size=90, hidden_size=64, n_head=16, n_layer=3),
+    "bloom-176b": BloomConfig(vocab_size=90, hidden_size=112, n_head=28, n_layer=3),
+    "llama-7b": LlamaConfig(**LLAMA_SIZES, hidden_size=32, num_attention_heads=4),
+    "llama-3.2-1b": LlamaConfig(
+        **LLAMA_SIZES,
+        hidden_size=64,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+        tie_word_embeddings=True,
+    ),
+}
+MIXED = [20, 1, 7, 7, 13, 2, 19, 3]
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_models_as_released(name, tmp_path):
+    theirs = random_model(RELEASED[name])
+    ours = save(theirs, tmp_path)
+    want = assert_same_model(ours, theirs, draw_prompts(MIXED, 90), 16)
+    # Rows that all say the same would not show a row that reads another's cache.
+    assert len(set(map(tuple, want.tokens))) > 4
+
+
+def test_opt_350m_has_its_oddities(tmp_path):
+    ours = save(random_model(RELEASED["opt-350m"]), tmp_path)
+    assert not ours.config.pre_norm
+    assert isinstance(ours.final_norm, nn.Identity)
+    assert ours.embed.weight.shape == (90, 32)
+    assert ours.project_in.weight.shape == (64, 32)
+    assert ours.project_out.weight.shape == (32, 64)
+    assert ours.lm_head.weight.data_ptr() == ours.embed.weight.data_ptr()
+
+
+def test_unknown_activation_is_refused(tmp_path):
+    config = OPTConfig(**OPT_SIZES, hidden_size=32, num_attention_heads=4)
+    random_model(config).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"relu"', '"snake"'))
+    with pytest.raises(UserError, match="'snake' is unknown; known: relu, gelu"):
+        load(tmp_path)
+
+
+TEXT_LENGTHS = [5, 1, 33, 12, 60, 2, 20, 7, 41]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bundled_model_equals_transformers(family):
+    prompts = draw_prompts(TEXT_LENGTHS, 4096, seed=1)
+    assert_same_model(our_bundled(family), bundled(family), prompts, 30)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_prompt(family):
+    prompts = draw_prompts([400, 3], 4096, seed=2)
+    assert_same_model(our_bundled(family), bundled(family), prompts, 8)
+
+
+@pytest.mark.parametrize("length", [1, 2, 17])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_of_one(family, length):
+    prompts = draw_prompts([length], 4096, seed=3)
+    assert_same_model(our_bundled(family), bundled(family), prompts, 6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_equals_its_single_prompts(family):
+    model = our_bundled(family)
+    prompts = draw_prompts(TEXT_LENGTHS, 4096, seed=4)
+    forced = torch.tensor(draw_prompts([6] * len(prompts), 4096, seed=5))
+    together = decode_logits(model, prompts, forced)
+    for row, prompt in enumerate(prompts):
+        alone = decode_logits(model, [prompt], forced[row : row + 1])
+        assert_logits_close(together[:, row : row + 1], alone)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_see_nothing_but_their_own_tokens(family):
+    """Not what the cache held before, not its free places, not another row's NaN."""
+    model = our_bundled(family)
+    prompts = draw_prompts([3, 9, 5], 4096)
+    forced = torch.tensor(draw_prompts([4] * 3, 4096))
+    clean = decode_logits(model, prompts, forced)
+    cache = model.new_cache(3, 64)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(1e4)
+    got = [model.prefill(prompts, cache)]
+    for tensor in (*cache.keys, *cache.values):
+        tensor[1] = torch.nan
+    got += [model.decode(forced[:, step], cache) for step in range(3)]
+    got = torch.stack(got)
+    assert got[1:, 1].isnan().all()
+    assert_logits_close(got[:, ::2], clean[:, ::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_is_as_good_as_transformers(family, dtype):
+    """By the error against float32: half types round at different places in the two."""
+    prompts = draw_prompts(TEXT_LENGTHS, 4096, seed=6)
+    exact = prefill_logits(bundled(family), prompts)
+    theirs = prefill_logits(bundled(family, dtype), prompts)
+    model = our_bundled(family, dtype=dtype)
+    ours = model.prefill(prompts, last=False)
+    assert model.dtype == model.new_cache(1, 1).keys[0].dtype == dtype
+    assert ours.dtype == torch.float32
+    error, allowed = (ours - exact).square().mean().sqrt(), (theirs - exact).square().mean().sqrt()
+    assert 0 < error < 1.5 * allowed
+    forced = torch.tensor(draw_prompts([5] * len(prompts), 4096))
+    decoded = decode_logits(model, prompts, forced)
+    whole = [p + row[:4].tolist() for p, row in zip(prompts, forced, strict=True)]
+    ends = torch.tensor([len(p) for p in whole]).cumsum(0) - 1
+    exact = prefill_logits(bundled(family), whole)[ends]
+    assert (decoded[-1] - exact).square().mean().sqrt() < 2 * allowed
+
+
+def test_cache_size_is_what_a_cache_takes():
+    for family in FAMILIES:
+        model = our_bundled(family)
+        cache = model.new_cache(3, 11)
+        size = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+        assert KVCache.size(model.config, 3, 11, torch.float32) == size
+
+
+# Quantized layers. 40 and 70 inputs are no multiple of the groups of 16.
+SMALL = {
+    "opt": OPTConfig(
+        vocab_size=90,
+        hidden_size=40,
+        num_hidden_layers=4,
+        ffn_dim=70,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+    ),
+    "bloom": BloomConfig(vocab_size=90, hidden_size=40, n_head=5, n_layer=4),
+    "llama": LlamaConfig(
+        vocab_size=90,
+        hidden_size=40,
+        num_hidden_layers=4,
+        intermediate_size=70,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=40,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def small(request, tmp_path_factory):
+    """The config and the folder of a family's small random model."""
+    folder = tmp_path_factory.mktemp(request.param)
+    random_model(SMALL[request.param]).save_pretrained(folder)
+    return SMALL[request.param], folder
+
+
+def fake_quantized(weight: Tensor, bits: int, group: int, scheme: str = "asym") -> Tensor:
+    """The weights that a quantized layer stands for, by the design's formulas."""
+    top = 2**bits - 1
+    result = torch.empty_like(weight)
+    for start in range(0, weight.shape[1], group):
+        w = weight[:, start : start + group]
+        if scheme == "sym":
+            scale = (2 * w.abs().amax(1, keepdim=True) / top).half().float()
+            zero = 2 ** (bits - 1)
+        else:
+            low, high = w.amin(1, keepdim=True).clamp(max=0), w.amax(1, keepdim=True).clamp(min=0)
+            scale = ((high - low) / top).half().float()
+            zero = torch.round(-low / scale).clamp(0, top)
+        q = (torch.round(w / scale) + zero).clamp(0, top)
+        result[:, start : start + group] = (q - zero) * scale
+    return result
+
+
+def fake_quantize(model: PreTrainedModel, bits: int, group: int, scheme: str = "asym") -> None:
+    """Give a transformers model the weights that our quantized layers stand for."""
+    with torch.no_grad():
+        for linear in layer_linears(model).values():
+            linear.weight.copy_(fake_quantized(linear.weight, bits, group, scheme))
+
+
+@pytest.mark.parametrize("scheme", ["asym", "sym"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_weight_only_equals_transformers_with_the_same_weights(small, bits, scheme):
+    config, folder = small
+    theirs = random_model(config)
+    fake_quantize(theirs, bits, 16, scheme)
+    plan = QuantPlan.uniform(QuantSpec.parse(bits, 16, scheme))
+    assert_same_model(load(folder, plan=plan), theirs, draw_prompts([5, 1, 12], 90), 4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bundled_model_at_4_bits_equals_transformers_with_the_same_weights(family):
+    theirs = bundled.__wrapped__(family)  # one of its own, to be changed
+    fake_quantize(theirs, 4, DEFAULT_GROUP_SIZE)
+    prompts = draw_prompts(TEXT_LENGTHS, 4096, seed=7)
+    assert_same_model(our_bundled(family, "4"), theirs, prompts, 12)
+
+
+class Int8Linear(nn.Module):
+    """A linear whose inputs and weights are rounded to int8, summed in float64.
+
+    Args:
+        input_range: the largest |input| of a static scale, None for one scale per token.
+    """
+
+    def __init__(self, linear: nn.Linear, input_range: float | None = None) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        self.scales = (2 * weight.abs().amax(1) / 255).half().float()
+        self.q = torch.round(weight / self.scales[:, None]).clamp(-128, 127).double()
+        self.bias, self.input_range = linear.bias, input_range
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = x.abs().amax(-1, keepdim=True) if self.input_range is None else self.input_range
+        scale = largest * 2 / 255
+        q = torch.round(x / scale).clamp(-128, 127).double()
+        y = q @ self.q.T * scale * self.scales
+        return (y if self.bias is None else y + self.bias).float()
+
+
+def assert_int8_equal(ours: Decoder, theirs: PreTrainedModel, exact: Tensor) -> None:
+    """Nearly all logits agree, and all are nearer to the oracle's than int8 is to float32.
+
+    The last bit of an input may round it to the next integer, which shows from there on.
+    """
+    prompts = draw_prompts([9, 1, 14], 90)
+    got, want = ours.prefill(prompts, last=False), prefill_logits(theirs, prompts)
+    distance = (got - want).abs() / spread(want)
+    assert distance.median() < 1e-6
+    assert distance.max() < 0.2 * (want - exact).abs().max() / spread(want)
+
+
+def int8_model(config: PretrainedConfig, ranges: dict[str, float]) -> PreTrainedModel:
+    """A small random model of transformers with int8 linears, static where ranges has them."""
+    model = random_model(config)
+    for name, linear in layer_linears(model).items():
+        model.set_submodule(name, Int8Linear(linear, ranges.get(name)))
+    return model
+
+
+def test_8_tc_li_equals_transformers_with_int8_linears(small):
+    config, folder = small
+    exact = prefill_logits(random_model(config), draw_prompts([9, 1, 14], 90))
+    assert_int8_equal(load(folder, "8:tc-li"), int8_model(config, {}), exact)
+
+
+def test_8_tc_equals_transformers_with_int8_linears(tmp_path):
+    """On OPT-350m, where no norm can take smoothing, so that its ranges are the calibration's."""
+    config = RELEASED["opt-350m"]
+    theirs = random_model(config)
+    dense = save(theirs, tmp_path)
+    calibration = calibrate(dense, draw_prompts([20, 15], 90, seed=8))
+    ranges = {
+        part: float(calibration.inputs[name].max())
+        for name, parts in MODEL_FAMILIES["opt"].layer_linears(config.num_hidden_layers).items()
+        for part in parts
+    }
+    exact = prefill_logits(theirs, draw_prompts([9, 1, 14], 90))
+    ours = load(tmp_path, "8:tc", calibration=calibration)
+    assert_int8_equal(ours, int8_model(config, ranges), exact)
+
+
+@pytest.mark.parametrize("bitwidth", BITWIDTHS)
+def test_shards_change_nothing(small, bitwidth):
+    config, folder = small
+    prompts = draw_prompts([6, 1, 11], 90)
+    options = {}
+    if bitwidth == "8:tc":
+        options["calibration"] = calibrate(load(folder), prompts)
+    results = []
+    for shards in range(1, config.num_hidden_layers + 1):
+        model = load(folder, bitwidth, num_shards=shards, **options)
+        assert len(model.shards) == shards
+        assert [i for shard in model.shards for i in shard] == list(range(4))
+        results.append(generate(model, prompts, GenerationConfig(max_new_tokens=6)))
+        assert results[-1] == results[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shards_of_the_bundled_models_change_nothing(family):
+    prompts = draw_prompts([6, 1, 11], 4096)
+    want = our_bundled(family, "3").prefill(prompts)
+    for shards in range(2, 7):
+        got = load(tiny(family), "3", num_shards=shards).prefill(prompts)
+        assert torch.equal(got, want)

@@ -1,0 +1,231 @@
+"""Position encodings: ALiBi's slopes and RoPE's frequencies as transformers has them, and masks."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import oracle  # noqa: F401 - silences transformers
+import pytest
+import torch
+from conftest import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.bloom.modeling_bloom import _get_alibi_slopes, build_alibi_tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from qllm.errors import UserError
+from qllm.models import RawConfig, read_config
+from qllm.models.positions import (
+    AlibiPositions,
+    LearnedPositions,
+    PositionEncoding,
+    RotaryPositions,
+    alibi_slopes,
+)
+
+LIKE = torch.zeros(1)
+
+
+def our_config(family: str, **changes):
+    """The bundled model's config with some values changed; None takes one out."""
+    values = json.loads((tiny(family) / "config.json").read_text()) | changes
+    values = {key: value for key, value in values.items() if value is not None}
+    return read_config(RawConfig(values, "config.json"))
+
+
+@pytest.mark.parametrize("heads", [*range(1, 41), 48, 56, 64, 96, 112, 128])
+def test_alibi_slopes(heads):
+    theirs = _get_alibi_slopes(heads, torch.device("cpu"))
+    torch.testing.assert_close(alibi_slopes(heads), theirs, rtol=1e-6, atol=0)
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(1, 12))
+def test_alibi_masks_are_transformers_up_to_a_constant_per_query(lengths, heads):
+    """Left-padded rows of transformers, each cut out of the batch; softmax sees no constant."""
+    encoding = AlibiPositions(our_config("bloom", n_head=heads, hidden_size=4 * heads), LIKE.dtype)
+    longest = max(lengths)
+    attention = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
+    theirs = build_alibi_tensor(attention, heads, torch.float32).view(len(lengths), heads, longest)
+    last = encoding.decode_mask(torch.tensor(lengths) - 1, longest, LIKE)
+    assert last.shape == (len(lengths), heads, 1, longest)
+    for row, n in enumerate(lengths):
+        want = theirs[row, :, longest - n :]  # (H, n), of keys alone
+        mask = encoding.prefill_mask(n, LIKE)
+        assert mask.shape == (1, heads, n, n)
+        for query in range(n):
+            seen = mask[0, :, query, : query + 1]
+            torch.testing.assert_close(
+                seen - seen[:, :1], want[:, : query + 1] - want[:, :1], rtol=0, atol=1e-5
+            )
+            assert (mask[0, :, query, query + 1 :] == -math.inf).all()
+        torch.testing.assert_close(last[row, :, 0, :n], mask[0, :, -1])
+        assert (last[row, :, 0, n:] == -math.inf).all()
+
+
+def test_plain_masks_hide_what_comes_later():
+    encoding = PositionEncoding()
+    assert encoding.prefill_mask(5, LIKE) is None
+    mask = encoding.decode_mask(torch.tensor([0, 3, 1]), 4, LIKE)
+    hidden = -math.inf
+    want = [[0.0, hidden, hidden, hidden], [0.0] * 4, [0.0, 0.0, hidden, hidden]]
+    assert torch.equal(mask, torch.tensor(want)[:, None, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masks_have_the_type_of_the_activations(dtype):
+    like = torch.zeros(1, dtype=dtype)
+    for encoding in (PositionEncoding(), AlibiPositions(our_config("bloom"), dtype)):
+        assert encoding.decode_mask(torch.tensor([2, 0]), 3, like).dtype == dtype
+    cos, sin = RotaryPositions(our_config("llama"), dtype).angles(torch.arange(3), 3, dtype)
+    assert cos.dtype == sin.dtype == dtype
+
+
+def test_learned_positions_start_at_the_third_row():
+    encoding = LearnedPositions(our_config("opt", max_position_embeddings=5), torch.float32)
+    assert encoding.weight.shape == (7, 256)
+    encoding.weight = torch.arange(7.0)[:, None].expand(7, 256)
+    x = torch.full((3, 256), 100.0)
+    assert encoding.embed(x, torch.tensor([0, 4, 1]))[:, 0].tolist() == [102, 106, 103]
+
+
+@pytest.mark.parametrize(("family", "kind"), [("opt", LearnedPositions), ("bloom", AlibiPositions)])
+def test_only_rope_turns_queries_and_keys(family, kind):
+    q, k = torch.randn(3, 4, 8), torch.randn(3, 2, 8)
+    encoding = kind(our_config(family), torch.float32)
+    turned = encoding.rotate(q, k, encoding.angles(torch.tensor([5, 6, 7]), 8, torch.float32))
+    assert torch.equal(turned[0], q)
+    assert torch.equal(turned[1], k)
+
+
+ropes = st.one_of(
+    st.just({"rope_type": "default"}),
+    st.fixed_dictionaries({"rope_type": st.just("linear"), "factor": st.floats(1, 16)}),
+    st.fixed_dictionaries({"rope_type": st.just("dynamic"), "factor": st.floats(1, 16)}),
+    st.fixed_dictionaries(
+        {
+            "rope_type": st.just("llama3"),
+            "factor": st.floats(1, 32),
+            "low_freq_factor": st.floats(0.25, 2),
+            "high_freq_factor": st.floats(2.5, 8),
+            "original_max_position_embeddings": st.integers(8, 8192),
+        }
+    ),
+)
+
+
+@given(
+    rope=ropes,
+    theta=st.floats(100, 1e6),
+    half=st.integers(2, 64),
+    trained=st.integers(8, 4096),
+    longest=st.integers(1, 9000),
+)
+def test_rope_frequencies(rope, theta, half, trained, longest):
+    rope = {**rope, "rope_theta": theta}
+    sizes = {"head_dim": 2 * half, "max_position_embeddings": trained}
+    theirs = LlamaConfig(**sizes, rope_parameters=dict(rope))
+    encoding = RotaryPositions(our_config("llama", **sizes, rope_parameters=rope), torch.float32)
+    if rope["rope_type"] == "default":
+        want, scaling = LlamaRotaryEmbedding.compute_default_rope_parameters(theirs)
+    else:
+        find = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
+        want, scaling = find(theirs, device="cpu", seq_len=longest)
+    assert scaling == 1
+    got = encoding.frequencies(longest)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+
+
+@given(positions=st.lists(st.integers(0, 4000), min_size=1, max_size=5))
+def test_rope_turns_as_transformers_does(positions):
+    config = our_config("llama")
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(len(positions), n, 32, generator=generator) for n in (8, 4))
+    cos, sin = LlamaRotaryEmbedding(LlamaConfig(head_dim=32))(q, torch.tensor([positions]))
+    want = apply_rotary_pos_emb(q[None], k[None], cos, sin, unsqueeze_dim=2)
+    encoding = RotaryPositions(config, torch.float32)
+    angles = encoding.angles(torch.tensor(positions), max(positions) + 1, torch.float32)
+    torch.testing.assert_close(encoding.rotate(q, k, angles), (want[0][0], want[1][0]))
+
+
+# The settings of released Llama models, as transformers 4 wrote them.
+OLD_SETTINGS = {
+    "llama-1": {"rope_scaling": None, "rope_theta": None},
+    "llama-2": {"rope_scaling": None, "rope_theta": 20000.0},
+    "code-llama": {"rope_theta": 1000000},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2}, "rope_theta": 5000.0},
+    "llama-3.1": {
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "rope_type": "llama3",
+        },
+    },
+    "llama3 without its length": {
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "rope_type": "llama3",
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", OLD_SETTINGS)
+def test_old_rope_settings_are_read_as_transformers_reads_them(name, tmp_path):
+    settings = OLD_SETTINGS[name]
+    values = json.loads((tiny("llama") / "config.json").read_text()) | settings
+    values = {key: value for key, value in values.items() if value is not None}
+    del values["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
+    ours = RotaryPositions(our_config("llama", rope_parameters=None, **settings), torch.float32)
+    torch.testing.assert_close(ours.frequencies(1), theirs.inv_freq, rtol=1e-5, atol=0)
+    theirs(torch.zeros(1), torch.tensor([[900]]))  # dynamic scaling follows the length
+    torch.testing.assert_close(ours.frequencies(901), theirs.inv_freq, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("rope", "window"),
+    [
+        ({"rope_type": "default"}, 512),
+        ({"rope_type": "linear", "factor": 2.5}, 1280),
+        ({"rope_type": "dynamic", "factor": 4.0}, 2048),
+    ],
+)
+def test_scaling_widens_the_window(rope, window):
+    assert our_config("llama", rope_parameters=rope).max_positions == window
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": -1}}, "factor is -1"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
+        ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta is 'big'"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "expected a positive number"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps is inf"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
+        ({"rope_parameters": ["linear"]}, "rope_scaling is .*; expected an object"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"head_dim": 7}, "even head_dim, not 7"),
+        (
+            {"head_dim": 2, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "head_dim of 4 or more",
+        ),
+        ({"num_key_value_heads": 3}, "8 heads cannot share 3 key-value heads"),
+    ],
+)
+def test_impossible_settings_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        our_config("llama", **changes)
