@@ -14,6 +14,9 @@ from pathlib import Path
 
 from qllm import cli
 
+# The ranges of random input are settled after a few hundred tokens; those of text are not.
+TEXT_SAMPLES, RANDOM_SAMPLES = 32, 4
+
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
@@ -26,7 +29,11 @@ def parse_args() -> argparse.Namespace:
         help="a text or JSON-lines file, or wikitext2, c4, ptb, pile-10k (random input)",
     )
     number = cli.whole_number(1)
-    group.add_argument("--nsamples", type=number, default=32, help="samples (%(default)s)")
+    group.add_argument(
+        "--nsamples",
+        type=number,
+        help=f"samples ({TEXT_SAMPLES}, of random input {RANDOM_SAMPLES})",
+    )
     group.add_argument("--seqlen", type=number, default=256, help="tokens each (%(default)s)")
     group.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
     group.add_argument("--save", metavar="FILE", help="where to (a place that later runs look at)")
@@ -43,6 +50,11 @@ def main() -> None:
     from qllm.errors import UserError
     from qllm.models import read_config
 
+    if args.nsamples is None:
+        args.nsamples = TEXT_SAMPLES if args.dataset else RANDOM_SAMPLES
+    target = Path(args.save) if args.save else calibration.default_path(model)
+    if target.is_dir():
+        raise UserError(f"--save {target} is a folder; name a file")
     config = read_config(read_raw_config(model.path))
     if config.max_positions is not None and args.seqlen > config.max_positions:
         raise UserError(f"--seqlen {args.seqlen} exceeds the window of {config.max_positions}")
@@ -59,7 +71,6 @@ def main() -> None:
         "seqlen": str(args.seqlen),
         "seed": str(args.seed),
     }
-    target = Path(args.save) if args.save else calibration.default_path(model)
     with new_file(target) as temporary:
         found.save(temporary)
     print(f"{model.name}: statistics of {len(found.inputs)} layers from {source} in {target}")

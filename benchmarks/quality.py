@@ -18,7 +18,7 @@ import torch
 from qllm import cli, hub
 from qllm.calibration import calibrate
 from qllm.checkpoint.load import load_model, module_bytes
-from qllm.config import BITWIDTHS, QuantPlan, QuantSpec
+from qllm.config import BITWIDTHS, ModelConfig, QuantPlan, QuantSpec
 from qllm.data import load_text, sample_windows
 from qllm.evaluate import first_difference, perplexity
 from qllm.generate import GenerationConfig, generate
@@ -50,10 +50,10 @@ def reference_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
 
 
 class ReferenceLogits:
-    """A transformers model with the one verb that `perplexity` calls."""
+    """A transformers model with what `perplexity` asks of one of ours."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: torch.nn.Module, config: ModelConfig) -> None:
+        self.model, self.config = model, config
 
     @torch.inference_mode()
     def prefill(self, prompts: list[list[int]], *, last: bool) -> torch.Tensor:
@@ -83,6 +83,7 @@ def measure(family: str, args: argparse.Namespace) -> list[dict]:
     seen = tokenizer.encode(load_text(args.calibration_text or args.text))
     samples = sample_windows(seen, 32, min(256, len(seen)), seed=0)
 
+    dense = load_model(folder, QuantPlan.uniform(QuantSpec()), dtype=dtype)
     reference = reference_model(folder, dtype)
     expected = reference_tokens(reference, prompts, args.new_tokens)
     rows = [
@@ -90,10 +91,9 @@ def measure(family: str, args: argparse.Namespace) -> list[dict]:
             "model": folder.name,
             "bitwidth": "transformers",
             "bytes": reference.get_memory_footprint(),
-            "perplexity": perplexity(ReferenceLogits(reference), ids, args.window),
+            "perplexity": perplexity(ReferenceLogits(reference, dense.config), ids, args.window),
         }
     ]
-    dense = load_model(folder, QuantPlan.uniform(QuantSpec()), dtype=dtype)
     calibration = calibrate(dense, samples)
     eos = dense.config.eos_token_ids
     count = args.new_tokens

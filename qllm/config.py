@@ -1,4 +1,4 @@
-"""What to quantize and how (`QuantSpec`, `QuantPlan`), and what a model looks like (`ModelConfig`)."""
+"""What to quantize and how (`QuantSpec`, `QuantPlan`), and a model's shape (`ModelConfig`)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class QuantSpec:
             raise UserError(f"group size {group_size!r} is not a whole number")
         if group_size < 1 and group_size != -1:
             raise UserError(
-                f"group size {group_size} cannot be; give 1 or more, or -1 for one group per channel"
+                f"group size {group_size} cannot be; give 1 or more, or -1 for all of a channel"
             )
         if scheme not in SCHEMES:
             raise UserError(f"scheme {scheme!r} is unknown; choose from {', '.join(SCHEMES)}")

@@ -27,8 +27,14 @@ def perplexity(
         window: tokens per window, 2 or more.
 
     Raises:
-        UserError: for a text shorter than one window.
+        UserError: for a window that the model cannot take, or a text shorter than one.
     """
+    longest = model.config.max_positions
+    if window < 2 or (longest is not None and window > longest):
+        raise UserError(
+            f"a window of {window} tokens cannot be; give 2 or more"
+            + (f", up to the model's {longest}" if longest is not None else "")
+        )
     starts = range(0, len(ids) - window + 1, window)
     if not starts:
         raise UserError(f"the text has {len(ids)} tokens, fewer than one window of {window}")

@@ -85,9 +85,9 @@ def resolve(
     """
     if path is not None:
         folder = Path(path)
-        if folder.is_dir():
+        if path and folder.is_dir():
             return ModelFolder(folder, folder.resolve().name)
-        if folder.exists():
+        if path and folder.exists():
             raise UserError(f"{path} is a file; --model-path takes a folder or a Hub repository")
         if path.count("/") != 1 or path.startswith((".", "/", "~")) or path.endswith("/"):
             raise UserError(f"{path}: there is no such folder")
@@ -108,10 +108,14 @@ def _download(repository: str, weights: bool, note: Callable[[str], None]) -> Mo
         HFValidationError,
         RepositoryNotFoundError,
     )
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
     if not os.isatty(2):
         disable_progress_bars()
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"{repository}: {_first_line(error)}") from None
     try:
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError("HF_HUB_OFFLINE is set")
@@ -124,8 +128,6 @@ def _download(repository: str, weights: bool, note: Callable[[str], None]) -> Mo
             patterns = [*SMALL_FILES, *(SAFETENSORS if safe else TORCH_FILES)]
         folder = snapshot_download(repository, allow_patterns=patterns, ignore_patterns="*/*")
         return ModelFolder(Path(folder), repository)
-    except HFValidationError as error:
-        raise UserError(f"{repository}: {_first_line(error)}") from None
     except Exception as error:  # the Hub's clients raise whatever their transport does
         cached = _cached(repository, weights)
         if cached is not None:

@@ -61,9 +61,10 @@ def sharded(stem: str, ending: str, save: Callable) -> Callable[[Path, dict[str,
 
     def write(folder: Path, state: dict[str, Tensor]) -> None:
         names, weight_map = list(state), {}
+        third = -(-len(names) // 3)
         for shard in range(3):
             file = f"{stem}-{shard + 1:05}-of-00003.{ending}"
-            part = {name: state[name] for name in names[shard::3]}
+            part = {name: state[name] for name in names[shard * third : (shard + 1) * third]}
             save(part, folder / file)
             weight_map |= dict.fromkeys(part, file)
         index = {"metadata": {"total_size": 0}, "weight_map": weight_map}

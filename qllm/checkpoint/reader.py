@@ -11,6 +11,7 @@ import json
 import mmap
 import struct
 import sys
+import warnings
 import zipfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -116,8 +117,9 @@ class SafetensorsFile(TensorFile):
                 start = file.read(len(LFS_HEAD))
                 if start == LFS_HEAD:
                     raise _lfs_pointer(path)
-                # The library checks the header against the file: sizes, overlaps, gaps.
-                with safe_open(path, framework="pt"):
+                # The library checks the header against the file: sizes, overlaps, gaps. With
+                # "pt" it would ask for memory to hold the whole file, see `_map_file`.
+                with safe_open(path, framework="np"):
                     pass
                 (length,) = struct.unpack("<Q", start[:8])
                 file.seek(8)
@@ -177,10 +179,7 @@ def _map_file(path: Path) -> Tensor:
 def _is_plain_tensor(value: object) -> bool:
     """Whether it has its elements in memory: a pickle may hold sparse and meta tensors too."""
     return (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not value.is_quantized
+        isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
     )
 
 
@@ -210,7 +209,11 @@ class TorchFile(TensorFile):
                     raise _lfs_pointer(self.path)
             # Files from before torch 1.6 are no zip archives and cannot be mapped.
             self._mapped = zipfile.is_zipfile(self.path)
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of old formats; what does not load is an error
+                state = torch.load(
+                    self.path, map_location="cpu", weights_only=True, mmap=self._mapped
+                )
         except UserError:
             raise
         except Exception as error:  # a broken or hostile pickle makes the loader raise anything

@@ -53,7 +53,8 @@ class Prefill:
         self.lengths, self.cache, self.encoding = lengths, cache, encoding
         self.positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])
         self.angles = encoding.angles(self.positions, max(lengths), x.dtype)
-        self.masks = {n: encoding.prefill_mask(n, x) for n in set(lengths)}
+        # What a token sees depends on the distance alone: a shorter prompt's mask is a corner.
+        self.mask = encoding.prefill_mask(max(lengths), x)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of q (N, H, D) over k and v (N, H_kv, D): (N, H, D)."""
@@ -66,7 +67,7 @@ class Prefill:
             if self.cache is not None:
                 self.cache.keys[layer][row, :, :length] = k[0]
                 self.cache.values[layer][row, :, :length] = v[0]
-            mask = self.masks[length]
+            mask = None if self.mask is None else self.mask[..., :length, :length]
             out = attention(q, k, v, mask, causal=mask is None)
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs)

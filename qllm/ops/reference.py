@@ -11,6 +11,10 @@ from qllm.quant.packing import unpack
 # |q| <= 128, so 1024 products sum to at most 2^24: every partial sum is an exact float32.
 EXACT_FLOAT32_TERMS = 1024
 
+# Weights are dequantized in pieces of about this many: the temporaries stay in cache, and a
+# dense copy of a layer never exists.
+CHUNK_WEIGHTS = 1 << 21
+
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (M, K) @ weight (N, K)^T + bias (N,), in the type of x."""
@@ -64,8 +68,16 @@ def weight_only_linear(
     group_size: int,
 ) -> Tensor:
     """x (M, K) times the matrix that the packed integers stand for, in the type of x: (M, N)."""
-    weight = dequantize(qweight, scales, qzeros, bits, group_size, x.shape[-1], x.dtype)
-    return F.linear(x, weight, bias)
+    out = x.new_empty(x.shape[0], qweight.shape[0])
+    rows = max(1, CHUNK_WEIGHTS // x.shape[1])
+    for start in range(0, len(qweight), rows):
+        part = slice(start, start + rows)
+        zeros = qzeros[part] if qzeros.numel() else qzeros
+        weight = dequantize(
+            qweight[part], scales[part], zeros, bits, group_size, x.shape[1], x.dtype
+        )
+        out[:, part] = F.linear(x, weight, None if bias is None else bias[part])
+    return out
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:

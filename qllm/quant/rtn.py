@@ -18,10 +18,11 @@ from qllm.quant.packing import pack, packed_size
 
 # Rows are quantized in pieces of about this many weights: the float32 temporaries stay in cache,
 # and small beside the matrix.
-CHUNK_ELEMENTS = 1 << 21
+CHUNK_ELEMENTS = 1 << 20
 
-# float16 has subnormal numbers down to 2^-24; a scale below this would be off by more than 3%.
-SMALLEST_HALF_SCALE = 2.0**-20
+# float16 has subnormal numbers in steps of 2^-24: a smaller scale would be off by up to 1 in 256,
+# which at 8 bits is a whole step at the ends of the range.
+SMALLEST_HALF_SCALE = 2.0**-17
 
 
 def quantize_rtn(

@@ -137,19 +137,19 @@ def check_random_model(config: PretrainedConfig, lengths: list[int], seed: int) 
 
 
 @given(opt_configs(), batches, seeds)
-@settings(max_examples=120)
+@settings(max_examples=80)
 def test_random_opt(config, lengths, seed):
     check_random_model(config, lengths, seed)
 
 
 @given(bloom_configs(), batches, seeds)
-@settings(max_examples=120)
+@settings(max_examples=80)
 def test_random_bloom(config, lengths, seed):
     check_random_model(config, lengths, seed)
 
 
 @given(llama_configs(), batches, seeds)
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_random_llama(config, lengths, seed):
     check_random_model(config, lengths, seed)
 

@@ -65,11 +65,13 @@ def test_dequantize_rounds_once(dtype, scales_dtype):
     assert got.dtype == dtype and torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("chunk", [reference.CHUNK_WEIGHTS, 140])  # whole, or two rows at a time
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scheme", ["sym", "asym"])
 @pytest.mark.parametrize("group_size", [-1, 7, 32])
 @pytest.mark.parametrize("bits", BITS)
-def test_weight_only_linear(bits, group_size, scheme, bias):
+def test_weight_only_linear(bits, group_size, scheme, bias, chunk, monkeypatch):
+    monkeypatch.setattr(reference, "CHUNK_WEIGHTS", chunk)
     packed, scales, qzeros, matrix = quantized(5, 67, bits, group_size, scheme, torch.half)
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 67)).astype(np.float32))
     b = torch.arange(5.0) if bias else None

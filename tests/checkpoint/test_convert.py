@@ -1,0 +1,225 @@
+"""weight_convert.py's work: the same model in another layout, found again, never half written."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from checkpoints import FORMS, change_json, copy_of, rewritten, state_of
+from conftest import FAMILIES, ROOT, run, tiny
+from safetensors import safe_open
+
+from qllm.checkpoint.convert import convert, default_folder, find_source
+from qllm.checkpoint.load import load_model
+from qllm.checkpoint.reader import Checkpoint
+from qllm.checkpoint.weights import Weights
+from qllm.config import QuantPlan
+from qllm.errors import UserError
+from qllm.hub import ModelFolder
+
+
+def model(folder) -> ModelFolder:
+    return ModelFolder(folder, folder.name)
+
+
+def logits(folder, plan="16", **options):
+    loaded = load_model(folder, QuantPlan.parse(plan), **options)
+    return loaded.prefill([[5, 6, 7, 8], [9, 10]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_copy_is_the_same_model(family, tmp_path):
+    size = convert(model(tiny(family)), tmp_path / "out", overwrite=False)
+    assert size == (tmp_path / "out" / "model.safetensors").stat().st_size
+    for plan in ("16", "4"):
+        assert torch.equal(logits(tmp_path / "out", plan), logits(tiny(family), plan))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_copy(form, tmp_path):
+    convert(model(rewritten("opt", tmp_path / "in", form)), tmp_path / "out", overwrite=False)
+    convert(model(tiny("opt")), tmp_path / "expected", overwrite=False)
+    copies = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "expected")]
+    assert copies[0] == copies[1]
+
+
+def test_qkv_is_fused_and_every_tensor_can_be_mapped(tmp_path):
+    convert(model(tiny("opt")), tmp_path / "out", overwrite=False)
+    state, part = state_of("opt"), "model.decoder.layers.2.self_attn.{}_proj.weight"
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        fused = file.get_tensor("layers.2.attention.qkv.weight")
+    assert torch.equal(fused, torch.cat([state[part.format(name)] for name in "qkv"]))
+    weights = Weights(Checkpoint(tmp_path / "out"))
+    file = weights.checkpoint._files["embed.weight"]
+    for name in weights.shapes:
+        weights.read(name, mapped=True)
+        assert file._offsets[name] % file.tensors[name].dtype.itemsize == 0
+
+
+def test_each_tensor_keeps_its_type(tmp_path):
+    """A float32 matrix in a float16 model may hold what float16 cannot."""
+    state = state_of("opt")
+    name = "model.decoder.layers.1.fc1.weight"
+    state[name] = state[name].float() * 1e6
+    folder = rewritten("opt", tmp_path / "in", "safetensors", state)
+    convert(model(folder), tmp_path / "out", overwrite=False)
+    weights = Weights(Checkpoint(tmp_path / "out"))
+    assert torch.equal(weights.read("layers.1.mlp.up.weight"), state[name])
+    assert weights.dtype() == torch.float16
+    for plan in ("8", "4"):
+        pair = [logits(f, plan, dtype=torch.float32) for f in (tmp_path / "out", folder)]
+        assert pair[0].isfinite().all()
+        assert torch.equal(*pair)
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom"])
+def test_a_tied_head_is_stored_once(family, tmp_path):
+    convert(model(tiny(family)), tmp_path / "out", overwrite=False)
+    assert "lm_head.weight" not in Checkpoint(tmp_path / "out").tensors
+
+
+def test_a_head_that_differs_from_the_embedding_is_kept(tmp_path):
+    """As in transformers, weights decide, whatever config.json says of tying."""
+    state = state_of("opt")
+    state["lm_head.weight"] = state["model.decoder.embed_tokens.weight"].flip(0).contiguous()
+    folder = rewritten("opt", tmp_path / "in", "safetensors", state)
+    convert(model(folder), tmp_path / "out", overwrite=False)
+    assert torch.equal(logits(tmp_path / "out"), logits(folder))
+    assert not torch.equal(logits(folder), logits(tiny("opt")))
+
+
+def test_find_source_says_what_it_takes(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLLM_HOME", str(tmp_path / "home"))
+    source = model(copy_of("opt", tmp_path / "model"))
+    notes: list[str] = []
+    assert find_source(source, notes.append) == source.path
+    assert "on the fly" in notes[-1]
+    copy = default_folder(source)
+    convert(source, copy, overwrite=False)
+    assert find_source(source, notes.append) == copy
+    assert "reading the converted copy" in notes[-1]
+    # A converted folder that is named itself is read as it is.
+    assert find_source(model(copy), notes.append) == copy
+    assert len(notes) == 2
+
+
+@pytest.mark.parametrize("change", ["config", "weights", "layout"])
+def test_a_stale_copy_is_not_taken(change, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLLM_HOME", str(tmp_path / "home"))
+    source = model(rewritten("opt", tmp_path / "model", "safetensors"))
+    copy = default_folder(source)
+    convert(source, copy, overwrite=False)
+    if change == "config":
+        change_json(source.path / "config.json", bos_token_id=5)
+    elif change == "weights":
+        os.utime(source.path / "model.safetensors", ns=(1, 1))
+    else:  # a copy that an older QLLM wrote
+        change_json(copy / "config.json", qllm_layout=0)
+    notes: list[str] = []
+    assert find_source(source, notes.append) == source.path
+    assert "of an older state" in notes[-1]
+    convert(source, copy, overwrite=True)
+    assert find_source(source, notes.append) == copy
+
+
+def test_refusals(tmp_path):
+    convert(model(tiny("opt")), tmp_path / "out", overwrite=False)
+    with pytest.raises(UserError, match="is there already"):
+        convert(model(tiny("opt")), tmp_path / "out", overwrite=False)
+    with pytest.raises(UserError, match="in QLLM's layout already"):
+        convert(model(tmp_path / "out"), tmp_path / "twice", overwrite=False)
+    change_json(tmp_path / "out" / "config.json", qllm_layout=99)
+    with pytest.raises(UserError, match="QLLM layout 99; this version reads 1"):
+        Weights(Checkpoint(tmp_path / "out"))
+
+
+def old_copy(folder) -> dict[str, bytes]:
+    """A folder with an older state of a copy, for a conversion to fail to replace."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"old": True}))
+    return contents(folder)
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_broken_tensor_in_the_middle_leaves_the_old_copy_or_none(there, tmp_path):
+    state = state_of("opt")
+    state["model.decoder.layers.3.fc1.weight"][0, 0] = float("nan")
+    folder = rewritten("opt", tmp_path / "in", "safetensors", state)
+    target = tmp_path / "copies" / "out"
+    before = old_copy(target) if there else None
+    with pytest.raises(UserError, match="NaN"):
+        convert(model(folder), target, overwrite=True)
+    assert (contents(target) if there else None) == before
+    assert [path.name for path in target.parent.iterdir()] == (["out"] if there else [])
+
+
+def test_a_write_that_fails_is_one_line_and_leaves_the_old_copy(tmp_path):
+    """RLIMIT_FSIZE makes the system refuse to write on, as a full disk does."""
+    environment = {**os.environ, "QLLM_HOME": str(tmp_path)}
+    target = tmp_path / "converted" / "opt-tiny"
+    before = old_copy(target)
+    done = run(
+        "weight_convert.py",
+        *("--model-size", "tiny"),
+        env=environment,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000)),
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"weight_convert.py: error: [Errno 27] File too large: '{target}'"
+    ]
+    assert done.stdout == ""
+    assert contents(target) == before
+    assert [path.name for path in target.parent.iterdir()] == ["opt-tiny"]
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from qllm.checkpoint import writer
+
+whole = writer.SafetensorsWriter.write
+def write(self, name, tensor):
+    whole(self, name, tensor)
+    if name.startswith("layers.3."):
+        os.kill(os.getpid(), signal.{signal})
+
+writer.SafetensorsWriter.write = write
+sys.argv = ["weight_convert.py", "--model-size", "tiny"]
+import weight_convert
+from qllm import cli
+cli.run(weight_convert.main)
+"""
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(("name", "status"), [("SIGKILL", -signal.SIGKILL), ("SIGINT", 130)])
+def test_a_run_that_is_stopped_leaves_the_old_copy_or_none(name, status, there, tmp_path):
+    """And the next run finishes the work."""
+    environment = {**os.environ, "QLLM_HOME": str(tmp_path)}
+    target = tmp_path / "converted" / "opt-tiny"
+    before = old_copy(target) if there else None
+    code = KILLED.format(root=str(ROOT), signal=name)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (contents(target) if target.exists() else None) == before
+    if name == "SIGINT":
+        assert done.stderr == "weight_convert.py: interrupted\n"
+        assert [path.name for path in target.parent.iterdir()] == (["opt-tiny"] if there else [])
+        return
+    done = run("weight_convert.py", "--model-size", "tiny", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(logits(target), logits(tiny("opt")))

@@ -1,0 +1,234 @@
+"""How a run ends: mistakes, Ctrl-C, a closed pipe, a missing package; and how soon it answers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, assert_user_error, run, tiny
+
+from qllm import cli
+from qllm.errors import UserError
+from qllm.tokenizer import Tokenizer
+
+SCRIPTS = ("ref_gen.py", "qllm_gen.py", "weight_convert.py", "fake_calib_gen.py")
+
+
+def run_main(body: str, **options) -> subprocess.CompletedProcess:
+    """A script whose main has this body; sys, os and cli are imported."""
+    lines = "\n".join(f"    {line}" for line in body.splitlines())
+    code = f"import os, sys\nfrom qllm import cli\ndef main():\n{lines}\ncli.run(main)\n"
+    options = {"capture_output": True, "text": True, "cwd": ROOT, **options}
+    return subprocess.run([sys.executable, "-c", code], check=False, **options)
+
+
+ENDINGS = {
+    "well": ("print('done')", 0, ""),
+    "a mistake": (
+        "from qllm.errors import UserError\nraise UserError('four\\nfive  six')",
+        2,
+        "-c: error: four five six\n",
+    ),
+    "Ctrl-C": ("raise KeyboardInterrupt", 130, "-c: interrupted\n"),
+    "the system": ("open('/no/file')", 1, "-c: error: [Errno 2] No such file"),
+    "memory": ("raise MemoryError", 1, "-c: error: out of memory; take fewer bits"),
+    "torch's memory": (
+        "raise RuntimeError('CUDA out of memory. Tried')",
+        1,
+        "-c: error: out of memory; take fewer bits",
+    ),
+    "a package": (
+        "import no_such_package.part",
+        2,
+        "-c: error: the package no_such_package is missing; pip install -r requirements.txt",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "status", "words"), ENDINGS.values(), ids=ENDINGS)
+def test_how_a_run_ends(body, status, words):
+    done = run_main(body)
+    assert done.returncode == status
+    assert done.stderr.startswith(words)
+    assert done.stderr.count("\n") == (1 if status else 0)
+    assert done.stdout == ("" if status else "done\n")
+
+
+@pytest.mark.parametrize("body", ["raise RuntimeError('a bug')", "1 / 0", "import qllm.no_such"])
+def test_what_is_our_own_mistake_has_a_traceback(body):
+    done = run_main(body)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_a_second_interrupt_does_not_disturb_the_first():
+    """Impatient users press Ctrl-C twice, also while Python exits."""
+    body = "import atexit, signal\natexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+    done = run_main(body + "raise KeyboardInterrupt")
+    assert (done.returncode, done.stderr) == (130, "-c: interrupted\n")
+
+
+@pytest.mark.parametrize("lines", [10, 100_000])
+def test_a_reader_that_leaves(lines):
+    """`| head -1`: no complaint, whether the pipe breaks in the middle or at the end."""
+    code = f"from qllm import cli\ncli.run(lambda: [print('line') for _ in range({lines})] and 0)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(30) == 141
+
+
+def test_a_script_with_nobody_to_read():
+    done = run_main("print('text')", preexec_fn=lambda: os.close(1), capture_output=False)
+    assert done.returncode == 0
+
+
+def test_text_that_the_terminal_lacks():
+    """A character that cannot be printed is escaped; the run is not lost."""
+    done = run_main("print('\u2019t \U0001f600')", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout) == (0, "\\u2019t \\U0001f600\n")
+
+
+@pytest.fixture
+def without_torch(tmp_path) -> dict[str, str]:
+    """The environment of a Python that has no torch."""
+    shim = tmp_path / "shim" / "torch"
+    shim.mkdir(parents=True)
+    message = "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n"
+    (shim / "__init__.py").write_text(message)
+    return {**os.environ, "PYTHONPATH": str(shim.parent)}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_needs_no_torch_and_comes_at_once(script, without_torch):
+    start = time.monotonic()
+    done = run(script, "--help", env=without_torch)
+    assert time.monotonic() - start < 2  # a tenth of that on a quiet machine
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    first = done.stdout.splitlines()[0]
+    assert first.startswith(f"usage: {script}")
+    assert f"python3 {script}" in done.stdout  # commands that run as written
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_missing_package_is_one_line(script, without_torch):
+    done = run(script, "--model-size", "tiny", env=without_torch)
+    assert_user_error(done, "torch is missing", "pip install -r requirements.txt")
+
+
+@pytest.mark.parametrize("delay", [0.15, 0.4, 0.7, 1.0, 1.4])
+@pytest.mark.parametrize("script", ["qllm_gen.py", "ref_gen.py"])
+def test_ctrl_c_at_any_time(script, delay):
+    """130 and one line, whether torch is being imported or a model run."""
+    command = [sys.executable, ROOT / script, "--model-size", "tiny", "--model-name", "bloom"]
+    process = subprocess.Popen(
+        [*command, "--max-gen-tokens", "480", "--prompt", "He is"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130, (error, out)
+    lines = [line for line in error.splitlines() if not line.startswith("note: ")]
+    assert lines == [f"{script}: interrupted"]
+
+
+DEFAULTS = {
+    "model_name": "opt",
+    "model_size": None,
+    "bitwidth": "16",
+    "num_shards": 2,
+    "max_gen_tokens": 10,
+    "max_prompt_length": 20,
+    "group_size": 128,
+    "scheme": "asym",
+    "dtype": "auto",
+    "device": "auto",
+}
+
+
+def parsed(script: str, monkeypatch, *args: str):
+    module = __import__(script.removesuffix(".py"))
+    monkeypatch.setattr(sys, "argv", [script, *args])
+    return module.parse_args()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_defaults(script, monkeypatch):
+    found = vars(parsed(script, monkeypatch))
+    common = DEFAULTS.keys() & found.keys()
+    assert {key: found[key] for key in common} == {key: DEFAULTS[key] for key in common}
+    assert len(common) >= 2
+    if script == "qllm_gen.py":
+        assert common == DEFAULTS.keys()
+
+
+def test_prompts_come_from_everywhere_in_order(tmp_path, monkeypatch):
+    path = tmp_path / "prompts"
+    path.write_bytes("from a file\r\n\n  \nünd again\n".encode())
+    options = ("--prompt", "one", "--prompt", "two\nlines", "--prompt-file", str(path))
+    args = parsed("qllm_gen.py", monkeypatch, *options)
+    assert cli.read_prompts(args) == ["one", "two\nlines", "from a file", "ünd again"]
+
+
+def test_the_default_prompts(monkeypatch):
+    expected = ["He is working on", "He has a", "Everyone is happy and I can"]
+    assert cli.read_prompts(parsed("qllm_gen.py", monkeypatch)) == expected
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "\n", "\udcff"])
+def test_prompts_that_are_none(prompt, monkeypatch):
+    args = parsed("qllm_gen.py", monkeypatch, "--prompt", "good", "--prompt", prompt)
+    with pytest.raises(UserError, match="prompt 2 is"):
+        cli.read_prompts(args)
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama"])
+def test_a_long_prompt_loses_its_beginning_with_a_note(family, capsys):
+    tokenizer = Tokenizer.load(tiny(family))
+    text = "It was the best of times, it was the worst of times, it was the age of wisdom"
+    (whole,) = cli.tokenize(tokenizer, [text], 1000)
+    assert capsys.readouterr().err == ""
+    for limit in (len(whole) - 1, 5, 2, 1):
+        (cut,) = cli.tokenize(tokenizer, [text], limit)
+        assert len(cut) == limit
+        special = sum(a == b for a, b in zip(cut, whole, strict=False) if a < 4)
+        assert cut[special:] == whole[len(whole) - limit + special :]
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("note: prompt ")
+        assert f"{len(whole)} tokens" in lines[0]
+        assert f"--max-prompt-length is {limit}" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("0", "too small"), ("-3", "too small"), ("1.5", "not"), ("many", "not")]
+)
+def test_whole_numbers(text, words):
+    import argparse
+
+    with pytest.raises(argparse.ArgumentTypeError, match=words):
+        cli.whole_number(1)(text)
+
+
+def test_a_model_is_named_once(monkeypatch):
+    args = parsed("qllm_gen.py", monkeypatch, "--model-path", "x", "--model-size", "tiny")
+    with pytest.raises(UserError, match="name two models"):
+        cli.resolve_model(args)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "meta", "", "cuda:99"])
+def test_devices_that_are_not_there(device, monkeypatch):
+    args = parsed("qllm_gen.py", monkeypatch, "--device", device)
+    with pytest.raises(UserError, match="--device"):
+        cli.resolve_device(args)

@@ -1,0 +1,322 @@
+"""From a name, a repository or a path to a folder: the cache, the Hub, and neither of them.
+
+A server of our own stands for the Hub where something is to be downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, ROOT, run_json, tiny
+from fake_hub import COMMIT, bloom_config, lay_out, llama_config, opt_config
+
+from qllm import hub
+from qllm.checkpoint.load import load_model
+from qllm.config import QuantPlan
+from qllm.errors import UserError
+
+RESOLVE = """
+import json, sys
+from qllm import hub
+from qllm.errors import UserError
+
+try:
+    found = hub.resolve(**json.loads(sys.argv[1]), note=lambda line: print("note:", line))
+    print(found.path, found.name)
+except UserError as error:
+    print("error:", error)
+"""
+SMALL = opt_config(64, 2, 4, vocab_size=4096)
+
+
+def resolve(home: Path, family: str = "opt", online: str | None = None, **options) -> list[str]:
+    """What hub.resolve does in a process of its own: its notes, then the folder or the error.
+
+    Args:
+        online: the address of the Hub; None is HF_HUB_OFFLINE=1.
+    """
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_ETAG_TIMEOUT": "1"}
+    if online:
+        environment |= {"HF_ENDPOINT": online, "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", RESOLVE, json.dumps({"family": family, **options})]
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_the_sizes_that_there_are():
+    assert " ".join(hub.sizes("opt")) == "125m 350m 1.3b 2.7b 6.7b 13b 30b 66b tiny"
+    assert " ".join(hub.sizes("bloom")) == "560m 1b1 1b7 3b 7b1 176b tiny"
+    assert " ".join(hub.sizes("llama")) == "7b 13b 70b 7b-chat 13b-chat 70b-chat tiny"
+    assert hub.REPOSITORIES["bloom"]["176b"] == "bigscience/bloom"
+    assert hub.REPOSITORIES["llama"]["7b-chat"] == "meta-llama/Llama-2-7b-chat-hf"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiny_is_bundled(family):
+    found = hub.resolve(family, "tiny")
+    assert found.path == tiny(family)
+    assert found.key == f"{family}-tiny"
+
+
+@pytest.mark.parametrize("size", ["7m", "", "TINY", "125M"])
+def test_an_unknown_size_lists_the_known_ones(size):
+    with pytest.raises(UserError, match=rf"opt has no size '{size}'; choose from 125m, 350m.*tiny"):
+        hub.resolve("opt", size)
+
+
+def test_paths(tmp_path):
+    assert hub.resolve("opt", path=str(tmp_path)).name == tmp_path.name
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file; --model-path takes a folder"):
+        hub.resolve("opt", path=str(tmp_path / "file"))
+    for path in ("nowhere", "./no/where", "/no/where", "~/nowhere", "a/b/c", "a/", ""):
+        with pytest.raises(UserError, match="there is no such folder"):
+            hub.resolve("opt", path=path)
+
+
+def test_folders_of_one_name_have_keys_of_their_own(tmp_path):
+    keys = set()
+    for parent in ("a", "b"):
+        folder = tmp_path / parent / "model"
+        folder.mkdir(parents=True)
+        keys.add(hub.resolve("opt", path=str(folder)).key)
+    assert len(keys) == 2
+    assert all("/" not in key for key in keys)
+
+
+def test_the_smallest_published_size_is_the_default(tmp_path):
+    for family, name in (
+        ("opt", "facebook/opt-125m"),
+        ("bloom", "bigscience/bloom-560m"),
+        ("llama", "meta-llama/Llama-2-7b-hf"),
+    ):
+        (line,) = resolve(tmp_path, family)
+        assert line.startswith(f"error: {name} is not in the cache ({tmp_path}/hub)")
+        assert line.endswith("(HF_HUB_OFFLINE is set); --model-size tiny runs offline")
+
+
+def test_a_cached_model_is_found_offline(tmp_path):
+    snapshot = lay_out(tmp_path, "facebook/opt-125m", SMALL)
+    assert resolve(tmp_path) == [f"{snapshot} facebook/opt-125m"]
+    assert resolve(tmp_path, path="facebook/opt-125m") == [f"{snapshot} facebook/opt-125m"]
+
+
+def test_files_that_a_run_does_not_need_may_be_missing(tmp_path):
+    """The cache keeps a list of all files of a repository; QLLM fetches some of them."""
+    snapshot = lay_out(tmp_path, "facebook/opt-125m", SMALL)
+    trees = snapshot.parent.parent / "trees"
+    trees.mkdir()
+    files = {name: {"size": 1, "blob_id": "0"} for name in ("config.json", "flax_model.msgpack")}
+    (trees / f"{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": files}))
+    assert resolve(tmp_path) == [f"{snapshot} facebook/opt-125m"]
+
+
+def test_a_cache_without_weights_does_for_random_input_alone(tmp_path):
+    snapshot = lay_out(tmp_path, "facebook/opt-125m", SMALL, weights=False)
+    assert resolve(tmp_path, weights=False) == [f"{snapshot} facebook/opt-125m"]
+    (line,) = resolve(tmp_path)
+    assert line.startswith("error: facebook/opt-125m is not in the cache")
+
+
+def test_a_name_that_cannot_be_one(tmp_path):
+    (line,) = resolve(tmp_path, path="not a/repo--name..")
+    assert line.startswith("error: not a/repo--name..: ")
+
+
+@pytest.fixture
+def silent_hub() -> Iterator[str]:
+    """An address that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub's interface as a download takes; `server.files` is what it serves."""
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0].strip("/")
+        self.server.asked.append(f"{self.command} {path}")
+        parts = path.split("/")
+        if self.server.refusal:
+            status, code = self.server.refusal
+            return self.answer(b"{}", status, {"X-Error-Code": code})
+        if "tree" in parts:
+            listed = [
+                {"type": "file", "path": name, "size": len(data), "oid": f"{len(name):040}"}
+                for name, data in self.server.files.items()
+            ]
+            return self.answer(json.dumps(listed).encode())
+        if parts[0] == "api":
+            siblings = [{"rfilename": name} for name in self.server.files]
+            info = {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": siblings}
+            return self.answer(json.dumps(info).encode())
+        name = path.partition(f"resolve/{COMMIT}/")[2]
+        headers = {"ETag": f'"{name.replace("/", "-")}"', "X-Repo-Commit": COMMIT}
+        return self.answer(self.server.files[name], 200, headers)
+
+    def answer(self, data: bytes, status: int = 200, headers: dict | None = None) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def serving() -> Iterator[ThreadingHTTPServer]:
+    """A Hub of our own, at `server.address`."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.files, server.asked, server.refusal = {}, [], None
+        server.address = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("weights", "taken"),
+    [
+        (["model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+        (["pytorch_model.bin"], ["pytorch_model.bin"]),
+        (
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        ),
+        (["sub/model.safetensors", "pytorch_model.bin"], ["pytorch_model.bin"]),
+    ],
+)
+def test_a_download_takes_what_a_run_needs(weights, taken, serving, tmp_path):
+    """safetensors where there are any, nothing twice, nothing of other frameworks."""
+    small = ["config.json", "vocab.json", "merges.txt", "tokenizer.model"]
+    others = ["flax_model.msgpack", "tf_model.h5", "original/params.json", "README.md"]
+    serving.files = {name: name.encode() for name in [*small, *weights, *others]}
+    (line,) = resolve(tmp_path, online=serving.address)
+    snapshot = Path(line.split()[0])
+    assert snapshot.name == COMMIT
+    assert {path.name for path in snapshot.iterdir()} == {*small, *taken}
+    for name in [*small, *taken]:
+        assert (snapshot / name).read_bytes() == name.encode()
+    # And from then on it is there without a network.
+    assert resolve(tmp_path) == [line]
+
+
+def test_a_downloaded_model_runs(serving, tmp_path):
+    folder = tiny("llama")
+    serving.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path),
+        "HF_ENDPOINT": serving.address,
+        "HF_HUB_OFFLINE": "0",
+    }
+    options = ("--model-path", "someone/llama", "--bitwidth", "4")
+    result = run_json("qllm_gen.py", *options, env=environment)
+    assert result["model"] == "someone/llama"
+    expected = run_json("qllm_gen.py", "--model-path", folder, "--bitwidth", "4")
+    assert result["results"] == expected["results"]
+
+
+def test_random_input_takes_no_weights(serving, tmp_path):
+    serving.files = {"config.json": b"{}", "model.safetensors": b"large"}
+    (line,) = resolve(tmp_path, online=serving.address, weights=False)
+    assert [path.name for path in Path(line.split()[0]).iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "words"),
+    [
+        ((403, "GatedRepo"), "is gated: accept its licence on its Hub page and set HF_TOKEN"),
+        ((404, "RepoNotFound"), "is no model of the Hub, or one that needs an HF_TOKEN"),
+        ((503, ""), "cannot be downloaded now"),
+    ],
+)
+def test_what_the_hub_refuses(refusal, words, serving, tmp_path):
+    serving.refusal = refusal
+    (line,) = resolve(tmp_path, online=serving.address)
+    assert line.startswith("error: facebook/opt-125m ")
+    assert words in line
+    assert line.endswith("; --model-size tiny runs offline")
+    # One that was downloaded before is used, with a note.
+    snapshot = lay_out(tmp_path, "facebook/opt-125m", SMALL)
+    note, line = resolve(tmp_path, online=serving.address)
+    assert note.startswith("note: facebook/opt-125m: the Hub does not serve it")
+    assert line == f"{snapshot} facebook/opt-125m"
+
+
+@pytest.mark.parametrize("kind", ["no name", "no server", "silence"])
+def test_without_a_network_the_error_comes_soon(kind, silent_hub, tmp_path):
+    """And names what runs offline; a cached model is used, with a note."""
+    address = {
+        "no name": "http://hub.invalid",
+        "no server": "http://127.0.0.1:9",
+        "silence": silent_hub,
+    }[kind]
+    start = time.monotonic()
+    (line,) = resolve(tmp_path, online=address)
+    assert time.monotonic() - start < 15
+    assert line.startswith("error: facebook/opt-125m is not in the cache")
+    assert "cannot be downloaded now (" in line
+    assert line.endswith("; --model-size tiny runs offline")
+    snapshot = lay_out(tmp_path, "facebook/opt-125m", SMALL)
+    start = time.monotonic()
+    note, line = resolve(tmp_path, online=address)
+    assert time.monotonic() - start < 15
+    assert note.startswith("note: ")
+    assert line == f"{snapshot} facebook/opt-125m"
+
+
+PUBLISHED_FORMS = {
+    "opt": (SMALL, "bin"),
+    "opt-350m": (
+        opt_config(64, 2, 4, do_layer_norm_before=False, word_embed_proj_dim=32, vocab_size=4096),
+        "safetensors",
+    ),
+    "bloom": (bloom_config(64, 2, 4, vocab_size=4096), "safetensors"),
+    "llama": (llama_config(64, 2, 8, 2, 160, vocab_size=4096), "safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FORMS)
+def test_published_names_load_and_equal_the_reference(name, tmp_path):
+    """The tensors' names and config.json's fields as they are published, in small."""
+    from transformers import AutoModelForCausalLM
+
+    config, kind = PUBLISHED_FORMS[name]
+    snapshot = lay_out(tmp_path, f"someone/{name}", config, kind=kind)
+    ours = load_model(snapshot, QuantPlan.parse("16"), dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(snapshot, dtype=torch.float32)
+    prompt = [2, 17, 900, 33, 4]
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(ours.prefill([prompt], last=False), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_cache_may_move(tmp_path):
+    """Its links are relative, and nothing keeps the old place."""
+    lay_out(tmp_path / "old", "facebook/opt-125m", SMALL)
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    (line,) = resolve(tmp_path / "new")
+    folder = Path(line.split()[0])
+    load_model(folder, QuantPlan.parse("4"))

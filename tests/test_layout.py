@@ -1,0 +1,220 @@
+"""DESIGN §1: imports point one way, heavy ones come late, and importing does nothing else."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "qllm"
+FILES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted(ROOT.glob("*.py"))
+
+# What may import what: each name below takes from its own row and those above it.
+ROWS = (
+    ("qllm", "errors"),
+    ("config", "hub", "memory", "data"),
+    ("ops", "quant"),
+    ("layers",),
+    ("models", "parallel"),
+    (
+        "checkpoint",
+        "generate",
+        "evaluate",
+        "bench",
+        "export",
+        "calibration",
+        "tokenizer",
+        "huggingface",
+        "report",
+    ),
+    ("cli",),
+)
+HEIGHT = {name: height for height, row in enumerate(ROWS) for name in row}
+
+# Too slow to import before they are needed, or not needed to run at all.
+HEAVY = {"transformers", "datasets", "accelerate", "huggingface_hub"}
+NOT_FOR_A_BUNDLED_MODEL = ["transformers", "datasets", "accelerate"]
+
+
+def name_of(path: Path) -> str:
+    """qllm/layers/base.py -> qllm.layers.base."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def part_of(module: str) -> str:
+    """The name in the table: qllm.layers.base -> layers; qllm itself, or what is in it -> qllm."""
+    parts = module.split(".")
+    if len(parts) > 1 and any((PACKAGE / f"{parts[1]}{end}").exists() for end in ("", ".py")):
+        return parts[1]
+    return "qllm"
+
+
+def imports(path: Path, *, late: bool = True) -> set[str]:
+    """Every module that a file imports: at its top, and `late`, inside functions, as well."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    module = name_of(path)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(tree) if late else at_import(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            name = "." * node.level + (node.module or "")
+            origin = importlib.util.resolve_name(name, package) if node.level else name
+            found |= {f"{origin}.{alias.name}" for alias in node.names}
+    return found
+
+
+def at_import(tree: ast.Module):
+    """The nodes that run when a module is imported, and not only for a type checker."""
+    waiting: list[ast.AST] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if isinstance(node, ast.If) and ast.unparse(node.test) in (
+            "TYPE_CHECKING",
+            "__name__ == '__main__'",
+        ):
+            waiting += node.orelse
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += [*getattr(node, "decorator_list", []), node.args]
+        else:
+            waiting += ast.iter_child_nodes(node)
+
+
+def own_imports(path: Path) -> set[str]:
+    """The names in the table that a file imports, its own left out."""
+    found = {part_of(name) for name in imports(path) if name.split(".")[0] == "qllm"}
+    return found - {part_of(name_of(path))}
+
+
+def test_there_is_something_to_test():
+    assert {name_of(path) for path in FILES} >= {"qllm", "qllm.cli", "qllm.layers.base"}
+    assert {"qllm_gen.py", "ref_gen.py"} <= {path.name for path in SCRIPTS}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_one_way(path):
+    part = part_of(name_of(path))
+    assert part in HEIGHT, f"{part} is new: give it its row in ROWS, and in DESIGN §1"
+    above = {name for name in own_imports(path) if HEIGHT[name] > HEIGHT[part]}
+    assert not above, f"{name_of(path)} imports from above {part}: {above}"
+
+
+def test_imports_make_no_circle():
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        graph.setdefault(part_of(name_of(path)), set()).update(own_imports(path))
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_the_library_does_not_import_what_stands_around_it(path):
+    around = {script.stem for script in SCRIPTS} | {"tests", "tools", "benchmarks", "conftest"}
+    assert not {name.split(".")[0] for name in imports(path)} & around
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_cli_knows_argparse(path):
+    modules = {name.split(".")[0] for name in imports(path)}
+    assert ("argparse" in modules) == (name_of(path) == "qllm.cli")
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if part_of(name_of(path)) in ("ops", "quant")], ids=name_of
+)
+def test_ops_and_quant_know_tensors_only(path):
+    known = imports(path)
+    assert not {name for name in known if name in ("torch.nn", "torch.nn.Module")}
+    assert own_imports(path) <= {"errors", "ops", "quant"}
+
+
+@pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=name_of)
+def test_heavy_imports_are_late(path):
+    assert not {name.split(".")[0] for name in imports(path, late=False)} & HEAVY
+
+
+@pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=name_of)
+def test_a_module_only_defines(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), "a module says at its top what it is"
+    allowed = (
+        *(ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign),
+        *(ast.FunctionDef, ast.ClassDef, ast.If, ast.Try),
+    )
+    odd = [ast.unparse(node) for node in tree.body[1:] if not isinstance(node, allowed)]
+    assert not odd, f"runs at import: {odd}"
+    calls = {ast.unparse(node.func) for node in at_import(tree) if isinstance(node, ast.Call)}
+    doing = {"print", "input", "open", "exit", "parse_args", "parse_known_args", "read_text", "run"}
+    assert not {call for call in calls if call.rpartition(".")[2] in doing}
+
+
+def python(program: str, *args: str) -> str:
+    """What a fresh Python prints, which must be all it says."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_everything_imports_in_silence():
+    # A module that parsed would fail over these arguments; one that printed would be heard.
+    program = """
+import importlib, os, sys
+names = sys.argv[1].split(",")
+sys.argv = ["program", "--no-such-option"]
+before = sorted(os.environ)
+for name in names:
+    importlib.import_module(name)
+assert sorted(os.environ) == before
+"""
+    names = [name_of(path) for path in [*FILES, *SCRIPTS]]
+    assert python(program, ",".join(names)) == ""
+
+
+def test_cli_answers_without_torch():
+    program = """
+import sys, qllm.cli
+print([name for name in ("torch", "numpy", "safetensors", "tokenizers") if name in sys.modules])
+"""
+    assert python(program) == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("family", "bitwidth"), [("opt", "4"), ("bloom", "8:tc-li"), ("llama", "16")]
+)
+def test_a_bundled_model_runs_without_transformers(family, bitwidth):
+    program = """
+import json, runpy, sys
+sys.argv = ["qllm_gen.py", *sys.argv[1:]]
+try:
+    runpy.run_path("qllm_gen.py", run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
+"""
+    options = ("--model-name", family, "--model-size", "tiny", "--bitwidth", bitwidth, "--json")
+    done = subprocess.run(
+        [sys.executable, "-c", program, *options, "--max-gen-tokens", "2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result, modules = map(json.loads, done.stdout.splitlines())
+    assert result["results"] and "torch" in modules
+    assert not [name for name in NOT_FOR_A_BUNDLED_MODEL if name in modules]

@@ -1,0 +1,119 @@
+"""The README is true: every command in it runs, every option and every file is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_real_sizes import COMMANDS as REAL_SIZES
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = ("ref_gen.py", "qllm_gen.py", "weight_convert.py", "fake_calib_gen.py")
+
+# The measurements take minutes; here the same commands get the smallest settings.
+SMALL = {
+    "benchmarks.quality": "--windows 1 --window 64 --prompts 2 --new-tokens 4 --bitwidths 8:tc 3",
+    "benchmarks.memory": "--repository facebook/opt-125m --format safetensors",
+    "benchmarks.startup": "--runs 1 --bitwidths 4",
+    "benchmarks.speed": "--repository facebook/opt-125m --bitwidths 16 4 --tokens 2",
+}
+
+
+def commands() -> list[str]:
+    """The lines of the README's shell blocks, without their comments."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    lines = [re.sub(r"\s+#.*", "", line) for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def is_setup(command: str) -> bool:
+    return "-m venv" in command
+
+
+OTHERS = [c for c in commands() if not is_setup(c) and c not in REAL_SIZES]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder as a user has it: the project, a plan and a text."""
+    folder = tmp_path_factory.mktemp("readme")
+    for path in ROOT.iterdir():
+        if not path.name.startswith("."):
+            (folder / path.name).symlink_to(path)
+    plan = re.search(r"`plan.json` gives .*?`(\{.*?\})`", README, re.DOTALL)[1]
+    (folder / "plan.json").write_text(json.dumps(json.loads(plan)), encoding="utf-8")
+    text = README.replace("`", "") * 4
+    for name in ("wiki.test.raw", "wiki.valid.raw"):
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def shell(command: str, folder) -> subprocess.CompletedProcess:
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_commands_at_real_size_are_those_that_their_tests_run():
+    found = [c for c in commands() if c in REAL_SIZES]
+    assert sorted(found) == sorted(REAL_SIZES)
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_command_runs(command, folder):
+    module = re.search(r"-m (benchmarks\.\w+)", command)
+    small = f" {SMALL[module[1]]}" if module else ""
+    assert shell(command + small, folder).stdout.strip()
+
+
+def test_first_setup_command_prints_text_next_to_the_references(folder):
+    first = next(c for c in commands() if is_setup(c))
+    _, install, generate = first.split(" && ")
+    assert "-r requirements.txt" in install
+    out = shell(generate.replace(".venv/bin/python", "python3"), folder).stdout
+    assert out.count("text:") == out.count("reference:") == 3
+    assert "bitwidth 4" in out
+
+
+def test_second_setup_command_is_what_ci_runs():
+    _, second = (c for c in commands() if is_setup(c))
+    assert second in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.fixture(scope="module")
+def helps():
+    done = [
+        subprocess.run(
+            [sys.executable, str(ROOT / script), "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for script in SCRIPTS
+    ]
+    return [process.stdout for process in done]
+
+
+def test_every_option_is_in_the_readme_and_in_a_script(helps):
+    table = README.partition("## Options")[2].partition("\n## ")[0]
+    documented = set(re.findall(r"`(--[a-z-]+)`", table))
+    offered = {option for text in helps for option in re.findall(r"(?<![\w-])--[a-z-]+", text)}
+    assert documented == offered - {"--help"}
+
+
+def test_the_file_tree_is_the_one_on_disk():
+    tree = README.partition("## For developers")[2]
+    names = re.findall(r"^    (\S[^ ]*(?:, \S+)*)  ", tree, re.MULTILINE)
+    names = [name for line in names for name in line.split(", ")]
+    assert "qllm/" in names
+    for name in names:
+        assert (ROOT / name).exists(), name
