@@ -70,7 +70,6 @@ def main() -> None:
     generation = replace(
         read_generation_config(folder.path, config, cli.note),
         max_new_tokens=args.max_gen_tokens,
-        pad_token_id=tokenizer.pad_id,
     )
     check_prompts(config, ids, generation)
     start = time.perf_counter()
@@ -134,7 +133,6 @@ def run_prompts(
     stream = TextStream(tokenizer, ids, lambda row: write(f"\n{prompts[row]}"), write)
     tokens = generate(model, ids, generation, stream.add)
     seconds = time.perf_counter() - start
-    stream.finish()
     print("\n")
     return tokens, seconds
 

@@ -289,6 +289,4 @@ class ModelConfig:
     tied_head: bool = True
     dtype: str | None = None
     init_std: float = 0.02
-    bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None

@@ -49,7 +49,6 @@ class GenerationConfig:
         min_length: no end of text before this length, the longest prompt included.
         min_new_tokens: no end of text before this many new tokens; wins over min_length.
         eos_token_ids: each of them ends a text.
-        pad_token_id: what transformers pads shorter prompts with; nothing here depends on it.
         repetition_penalty: divides positive logits of tokens seen so far, multiplies negative
             ones (Keskar et al. 2019).
     """
@@ -59,7 +58,6 @@ class GenerationConfig:
     min_length: int = 0
     min_new_tokens: int = 0
     eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
     repetition_penalty: float = 1.0
 
     def new_tokens(self, longest: int) -> int:
@@ -88,9 +86,7 @@ def read_generation_config(
     """
     path = folder / "generation_config.json"
     if not path.exists():
-        return GenerationConfig(
-            eos_token_ids=config.eos_token_ids, pad_token_id=config.pad_token_id
-        )
+        return GenerationConfig(eos_token_ids=config.eos_token_ids)
     raw = RawConfig(read_json(path), str(path))
     ignored = [
         key for key, neutral in NOT_APPLIED.items() if raw.values.get(key) not in (None, neutral)
@@ -105,7 +101,6 @@ def read_generation_config(
     return GenerationConfig(
         **lengths,
         eos_token_ids=raw.tokens("eos_token_id"),
-        pad_token_id=raw.token("pad_token_id"),
         repetition_penalty=raw.number("repetition_penalty", 1.0),
     )
 
@@ -114,13 +109,14 @@ def generate(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
-    on_token: Callable[[int, int], None] = lambda row, token: None,
+    on_token: Callable[[int, int, bool], None] = lambda row, token, last: None,
 ) -> list[list[int]]:
     """Generate greedily for a batch of prompts.
 
     Args:
         prompts: lists of token ids, none of them empty.
-        on_token: called with the row and the id of each new token as it is found.
+        on_token: called with the row and the id of each new token as it is found, and whether it
+            is the row's last.
 
     Returns:
         The new ids of each prompt, up to and with its end of text.
@@ -139,15 +135,15 @@ def generate(
     processor = LogitsProcessor(model, prompts, config)
     finished = [False] * len(prompts)
     tokens = None
-    for _ in range(count):
+    for step in range(1, count + 1):
         logits = model.prefill(prompts, cache) if tokens is None else model.decode(tokens, cache)
         tokens = processor(logits).argmax(dim=-1)
         processor.add(tokens)
         for row, token in enumerate(tokens.tolist()):
             if not finished[row]:
+                finished[row] = step == count or token in config.eos_token_ids
                 results[row].append(token)
-                on_token(row, token)
-                finished[row] = token in config.eos_token_ids
+                on_token(row, token, finished[row])
         if all(finished):
             break
     return results
@@ -243,30 +239,28 @@ class TextStream:
         self.tokenizer, self.prompts = tokenizer, prompts
         self.begin, self.write = begin, write
         self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.row, self.written = -1, ""
-        self._next_row()
+        self.ended = [False] * len(prompts)
+        self.row, self.written = 0, ""
+        begin(0)
 
-    def add(self, row: int, token: int) -> None:
+    def add(self, row: int, token: int, last: bool) -> None:
         """Take a new token in; what `generate` calls."""
         self.tokens[row].append(token)
-        if row == self.row:
-            self._flush(final=False)
+        self.ended[row] = last
+        while row == self.row:
+            self._write()
+            if not self.ended[row]:
+                return
+            self.row, self.written = row + 1, ""
+            if self.row < len(self.prompts):
+                # Its tokens so far have waited for this row to end.
+                row = self.row
+                self.begin(row)
 
-    def finish(self) -> None:
-        """Write what is left: every row is finished."""
-        while self.row < len(self.prompts):
-            self._flush(final=True)
-            self._next_row()
-
-    def _next_row(self) -> None:
-        self.row, self.written = self.row + 1, ""
-        if self.row < len(self.prompts):
-            self.begin(self.row)
-
-    def _flush(self, *, final: bool) -> None:
+    def _write(self) -> None:
         text = self.tokenizer.continuation(self.prompts[self.row], self.tokens[self.row])
         # A character whose bytes have not all come yet decodes to a replacement character.
-        ready = text if final else text.rstrip("\ufffd")
+        ready = text if self.ended[self.row] else text.rstrip("\ufffd")
         if ready.startswith(self.written):
             self.write(ready[len(self.written) :])
             self.written = ready

@@ -17,20 +17,14 @@ from qllm.errors import UserError
 class _Codec(Protocol):
     def encode(self, text: str, max_length: int | None) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
-    def token_to_id(self, token: str) -> int | None: ...
     def largest_id(self) -> int: ...
 
 
 class Tokenizer:
-    """A model's tokenizer.
+    """A model's tokenizer."""
 
-    Attributes:
-        pad_id: the id that pads a batch in transformers: the pad token, else the end of text.
-    """
-
-    def __init__(self, codec: _Codec, pad_id: int | None) -> None:
+    def __init__(self, codec: _Codec) -> None:
         self._codec = codec
-        self.pad_id = pad_id
 
     @classmethod
     def load(cls, folder: Path, vocab_size: int | None = None) -> Tokenizer:
@@ -42,21 +36,13 @@ class Tokenizer:
         Raises:
             UserError: where there is none, it is broken, or its ids exceed the vocabulary.
         """
-        settings = {}
-        if (folder / "tokenizer_config.json").exists():
-            settings = read_json(folder / "tokenizer_config.json")
-        codec = _load_codec(folder, settings)
+        codec = _load_codec(folder)
         if vocab_size is not None and codec.largest_id() >= vocab_size:
             raise UserError(
                 f"{folder}: the tokenizer has ids up to {codec.largest_id()}, the model's "
                 f"vocabulary ends at {vocab_size - 1}; they do not belong together"
             )
-        pad_id = None
-        for key in ("pad_token", "eos_token"):
-            token = _content(settings.get(key))
-            if token is not None and pad_id is None:
-                pad_id = codec.token_to_id(token)
-        return cls(codec, pad_id)
+        return cls(codec)
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
         """Token ids of a prompt, with the special tokens its model expects.
@@ -94,9 +80,6 @@ class _FastCodec:
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def token_to_id(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
-
     def largest_id(self) -> int:
         # Not their number: a file may leave ids out.
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
@@ -118,14 +101,11 @@ class _SlowCodec:
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def token_to_id(self, token: str) -> int | None:
-        return self._tokenizer.convert_tokens_to_ids(token)
-
     def largest_id(self) -> int:
         return max(self._tokenizer.get_vocab().values())
 
 
-def _load_codec(folder: Path, settings: dict) -> _FastCodec | _SlowCodec:
+def _load_codec(folder: Path) -> _FastCodec | _SlowCodec:
     from tokenizers import Tokenizer as FastTokenizer
 
     whole = folder / "tokenizer.json"
@@ -136,7 +116,7 @@ def _load_codec(folder: Path, settings: dict) -> _FastCodec | _SlowCodec:
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
             _refuse_lfs(folder / "vocab.json")
             _refuse_lfs(folder / "merges.txt")
-            return _FastCodec(_byte_level_bpe(folder, settings))
+            return _FastCodec(_byte_level_bpe(folder))
         if (folder / "tokenizer.model").exists():
             _refuse_lfs(folder / "tokenizer.model")
             return _SlowCodec(folder)
@@ -156,11 +136,13 @@ def _refuse_lfs(path: Path) -> None:
             raise UserError(f"{path} is a Git LFS pointer; run `git lfs pull` where it came from")
 
 
-def _byte_level_bpe(folder: Path, settings: dict):  # noqa: ANN202 - tokenizers is imported late
+def _byte_level_bpe(folder: Path):  # noqa: ANN202 - tokenizers is imported late
     """GPT-2's byte-level BPE, as OPT uses it: with `add_bos_token`, "</s>" begins every prompt."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as FastTokenizer
 
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.exists() else {}
     bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     tokenizer = FastTokenizer(bpe)
     prefix_space = bool(settings.get("add_prefix_space", False))

@@ -21,7 +21,13 @@ from oracle import (
     reference,
     save,
 )
-from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    LlamaConfig,
+    OPTConfig,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from qllm.checkpoint.reader import read_raw_config
 from qllm.errors import UserError
@@ -29,6 +35,7 @@ from qllm.generate import (
     DEFAULT_NEW_TOKENS,
     NOT_APPLIED,
     GenerationConfig,
+    LogitsProcessor,
     TextStream,
     check_prompts,
     generate,
@@ -129,8 +136,10 @@ def test_end_of_text_inside_a_batch(family):
     eos = {sorted(row, key=free[i].index)[len(row) // 2] for i, row in enumerate(rare[:6]) if row}
     config = GenerationConfig(max_new_tokens=24, eos_token_ids=tuple(eos))
     seen = [[] for _ in prompts]
-    got = generate(model, prompts, config, lambda row, token: seen[row].append(token))
-    assert got == seen == [cut(row, eos) for row in free]
+    got = generate(model, prompts, config, lambda *event: seen[event[0]].append(event[1:]))
+    assert got == [cut(row, eos) for row in free]
+    # Each token is told of, and of the last one that it is.
+    assert seen == [[(token, i == len(row)) for i, token in enumerate(row, 1)] for row in got]
     assert len({len(row) for row in got}) > 3  # they end at different times
     assert 24 in {len(row) for row in got}
     assert_tokens_equal(got, reference(bundled(family), prompts, list(eos), max_new_tokens=24))
@@ -145,6 +154,26 @@ def test_generation_stops_when_every_row_has_ended(small):
     config = GenerationConfig(max_new_tokens=9, eos_token_ids=(free[0][0], free[1][1]))
     rows = generate(ours, prompts, config)
     assert len(passes) == max(map(len, rows)) <= 2
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.8])
+def test_repetition_penalty_of_every_logit(small, penalty):
+    """Of negative ones too, which greedy search hardly ever chooses from."""
+    prompts, said = draw_prompts([6, 6], VOCAB), torch.tensor([3, 50])
+    logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(0))
+    config = GenerationConfig(repetition_penalty=penalty)
+    processor = LogitsProcessor(small["opt"][0], prompts, config)
+    processor.add(said)
+    ids = torch.cat([torch.tensor(prompts), said[:, None]], dim=1)
+    want = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
+    assert torch.equal(processor(logits), want)
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB])
+def test_an_end_of_text_that_is_no_token_forbids_none(small, token):
+    config = GenerationConfig(min_new_tokens=3, eos_token_ids=(token,))
+    logits = torch.arange(float(VOCAB))[None]
+    assert torch.equal(LogitsProcessor(small["opt"][0], [[1]], config)(logits), logits)
 
 
 def test_no_tokens_wanted(small):
@@ -299,6 +328,7 @@ class Recorder:
         self.pieces[self.row].append(piece)
 
 
+EOS = 2
 TEXTS = [
     " a fish 🐟🐠 and a family 👨‍👩‍👧 in naïve Zürich",
     " 日本語のテキスト, Ελληνικά, עברית",
@@ -312,25 +342,38 @@ TEXTS = [
 def test_stream_writes_whole_characters_one_prompt_after_the_other(family):
     tokenizer = Tokenizer.load(tiny(family))
     prompts = [tokenizer.encode(f"Prompt {i}: 🦊") for i in range(len(TEXTS))]
-    rows = [tokenizer.encode(text) for text in TEXTS]
+    rows = [[*tokenizer.encode(text), EOS] for text in TEXTS]
     assert len(rows[0]) > 2 * len(TEXTS[0].split())  # its emoji are several tokens each
     record = Recorder()
     stream = TextStream(tokenizer, prompts, record.begin, record.write)
     for step in range(max(map(len, rows))):
         for row, tokens in enumerate(rows):
             if step < len(tokens):
-                stream.add(row, tokens[step])
-        assert list(record.pieces) == [0]
+                stream.add(row, tokens[step], step == len(tokens) - 1)
         so_far = "".join(record.pieces[0])
-        assert TEXTS[0].startswith(so_far)
+        if step < len(rows[0]) - 1:
+            assert list(record.pieces) == [0]
+            assert TEXTS[0].startswith(so_far)
         # At most the bytes of one character wait.
         known = tokenizer.continuation(prompts[0], rows[0][: step + 1]).rstrip("\ufffd")
         assert so_far == known
     assert len(record.pieces[0]) > 10
-    stream.finish()
     assert ["".join(record.pieces[row]) for row in range(len(TEXTS))] == TEXTS
     for pieces in record.pieces.values():
         assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_stream_goes_on_to_the_next_prompt_when_one_has_ended():
+    tokenizer = Tokenizer.load(tiny("bloom"))
+    record = Recorder()
+    stream = TextStream(tokenizer, [[5], [6]], record.begin, record.write)
+    hello, world = (tokenizer.encode(text)[0] for text in (" hello", " world"))
+    stream.add(0, EOS, True)
+    assert list(record.pieces) == [0, 1]
+    stream.add(1, hello, False)
+    assert "".join(record.pieces[1]) == tokenizer.decode([hello])
+    stream.add(1, world, True)
+    assert "".join(record.pieces[1]) == tokenizer.decode([hello, world])
 
 
 def test_stream_ends_with_what_is_no_character():
@@ -339,10 +382,10 @@ def test_stream_ends_with_what_is_no_character():
     prompt, fish = tokenizer.encode("a"), tokenizer.encode("b🐟")[:-1]
     record = Recorder()
     stream = TextStream(tokenizer, [prompt], record.begin, record.write)
-    for token in fish:
-        stream.add(0, token)
+    for token in fish[:-1]:
+        stream.add(0, token, False)
     assert "".join(record.pieces[0]) == "b"
-    stream.finish()
+    stream.add(0, fish[-1], True)
     assert "".join(record.pieces[0]) == tokenizer.continuation(prompt, fish) == "b\ufffd"
 
 
@@ -353,7 +396,6 @@ def test_streamed_text_is_the_final_text(family):
     record = Recorder()
     stream = TextStream(tokenizer, prompts, record.begin, record.write)
     got = generate(model, prompts, GenerationConfig(max_new_tokens=20), stream.add)
-    stream.finish()
     texts = [tokenizer.continuation(*pair) for pair in zip(prompts, got, strict=True)]
     assert ["".join(record.pieces[row]) for row in range(3)] == texts
     assert all(texts)

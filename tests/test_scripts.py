@@ -6,23 +6,18 @@ a process where that matters, and is otherwise called in this one: same options,
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import FORMS, change_json, copy_of, rewritten
 from conftest import FAMILIES, run, run_json, tiny
+from inside import call, call_json
 from safetensors import safe_open
 from safetensors.torch import load_file
-
-from qllm import cli
 
 PROMPTS = ["He is working on", "He has a", "Everyone is happy and I can"]
 TEXT = "\n".join(
@@ -31,36 +26,6 @@ TEXT = "\n".join(
     for other in ("city", "church", "people", "island")
     for year in range(1801, 1811)
 )
-
-
-Call = Callable[..., subprocess.CompletedProcess]
-
-
-@pytest.fixture
-def call(monkeypatch, capsys) -> Call:
-    """What `conftest.run` does, in this process."""
-
-    def call_main(script: str, *args: object) -> subprocess.CompletedProcess:
-        main = importlib.import_module(script.removesuffix(".py")).main
-        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
-        with pytest.raises(SystemExit) as end:
-            cli.run(main)
-        captured = capsys.readouterr()
-        return subprocess.CompletedProcess(args, end.value.code, captured.out, captured.err)
-
-    return call_main
-
-
-@pytest.fixture
-def call_json(call) -> Callable[..., dict]:
-    """What `conftest.run_json` does, in this process."""
-
-    def call_main(script: str, *args: object) -> dict:
-        done = call(script, *args, "--json")
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    return call_main
 
 
 @pytest.fixture
@@ -91,7 +56,7 @@ def assert_schema(result: dict, bitwidth: str, new_tokens: int = 10) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_print_the_same_object_and_the_same_tokens(family, call_json):
+def test_both_print_the_same_object_and_the_same_tokens(family):
     options = ("--model-name", family, "--model-size", "tiny", "--dtype", "float32")
     start = run_json if family == "bloom" else call_json
     reference, ours = start("ref_gen.py", *options), start("qllm_gen.py", *options)
@@ -116,7 +81,7 @@ def blocks(output: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("script", ["ref_gen.py", "qllm_gen.py"])
-def test_what_is_printed_for_people(script, call):
+def test_what_is_printed_for_people(script):
     done = call(script, "--model-size", "tiny", "--model-name", "bloom")
     assert done.returncode == 0, done.stderr
     assert re.search(
@@ -153,7 +118,7 @@ def test_prompts_from_all_places(script, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compare_shows_where_the_two_differ(family, call_json):
+def test_compare_shows_where_the_two_differ(family):
     options = ("--model-name", family, "--model-size", "tiny", "--compare")
     exact = call_json("qllm_gen.py", *options, "--dtype", "float32")
     for row, compared in zip(exact["results"], exact["compare"], strict=True):
@@ -163,7 +128,7 @@ def test_compare_shows_where_the_two_differ(family, call_json):
     assert_schema(exact, "16")
 
 
-def test_compare_of_a_coarse_model(call):
+def test_compare_of_a_coarse_model():
     done = call("qllm_gen.py", *("--model-size", "tiny", "--bitwidth", "2", "--compare"))
     assert done.returncode == 0, done.stderr
     rows = blocks(done.stdout)
@@ -177,7 +142,7 @@ def test_compare_of_a_coarse_model(call):
         assert int(match[2]) - 1 <= int(match[1]) < 10
 
 
-def test_explain_names_every_layers_kernel(tmp_path, call, call_json):
+def test_explain_names_every_layers_kernel(tmp_path):
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({"attention": 4, r"layers\.[0-2]\.mlp": "8:tc-li"}))
     result = call_json("qllm_gen.py", "--model-size", "tiny", "--bitwidth", plan, "--explain")
@@ -207,7 +172,7 @@ def test_stream_prints_the_same_text():
         assert f"\n{row['prompt']}{row['text']}\n" in done.stdout
 
 
-def test_any_number_of_shards_gives_the_same_tokens(call_json):
+def test_any_number_of_shards_gives_the_same_tokens():
     options = ("--model-name", "bloom", "--model-size", "tiny", "--bitwidth", "3")
     results = {}
     for count in (1, 3, 6):
@@ -219,7 +184,7 @@ def test_any_number_of_shards_gives_the_same_tokens(call_json):
 
 
 @pytest.mark.parametrize("bitwidth", ["1", "2", "3", "4", "5", "6", "7", "8", "8:tc-li", "16"])
-def test_every_bitwidth_and_its_size(bitwidth, call_json):
+def test_every_bitwidth_and_its_size(bitwidth):
     result = call_json("qllm_gen.py", "--model-size", "tiny", "--bitwidth", bitwidth)
     assert_schema(result, bitwidth)
     held = sum(shard["bytes"] for shard in result["shards"])
@@ -230,7 +195,7 @@ def test_every_bitwidth_and_its_size(bitwidth, call_json):
     assert held == pytest.approx(linears * (bits / 8 + scales) + rest, rel=0.03)
 
 
-def test_one_value_per_layer(call_json):
+def test_one_value_per_layer():
     mixed = call_json("qllm_gen.py", "--model-size", "tiny", "--bitwidth", "4,4,8,16,8:tc-li,3")
     assert_schema(mixed, "4,4,8,16,8:tc-li,3")
     uniform = call_json("qllm_gen.py", "--model-size", "tiny", "--bitwidth", "4,4,4,4,4,4")
@@ -239,7 +204,7 @@ def test_one_value_per_layer(call_json):
     assert uniform["shards"] == plain["shards"]
 
 
-def test_group_size_scheme_and_dtype_reach_the_layers(call):
+def test_group_size_scheme_and_dtype_reach_the_layers():
     options = ("--model-size", "tiny", "--bitwidth", "4", "--explain", "--dtype", "bfloat16")
     done = call("qllm_gen.py", *options, "--group-size", "-1", "--scheme", "sym", "--device", "cpu")
     assert done.returncode == 0, done.stderr
@@ -248,7 +213,7 @@ def test_group_size_scheme_and_dtype_reach_the_layers(call):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_checkpoint_runs(form, tmp_path, call_json):
+def test_every_form_of_checkpoint_runs(form, tmp_path):
     """Ours and, where it is quick, the reference, on a folder that --model-path names."""
     folder = rewritten("opt", tmp_path / "model", form)
     ours = call_json("qllm_gen.py", "--model-path", folder)
@@ -258,7 +223,7 @@ def test_every_form_of_checkpoint_runs(form, tmp_path, call_json):
 
 
 @pytest.mark.parametrize("form", ["bin-legacy", "bin-sharded"])
-def test_the_reference_reads_torch_files_too(form, tmp_path, call_json):
+def test_the_reference_reads_torch_files_too(form, tmp_path):
     folder = rewritten("llama", tmp_path / "model", form)
     reference = call_json("ref_gen.py", "--model-path", folder, "--dtype", "float32")
     expected = call_json("qllm_gen.py", "--model-path", tiny("llama"), "--dtype", "float32")
@@ -266,7 +231,7 @@ def test_the_reference_reads_torch_files_too(form, tmp_path, call_json):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_converted_copy_is_picked_up(family, home, tmp_path, call):
+def test_the_converted_copy_is_picked_up(family, home, tmp_path):
     options = ("--model-name", family, "--model-size", "tiny")
     first = call("qllm_gen.py", *options, "--json")
     assert "note: converting the checkpoint on the fly" in first.stderr
@@ -280,7 +245,7 @@ def test_the_converted_copy_is_picked_up(family, home, tmp_path, call):
     assert results[0] == results[1]
 
 
-def test_a_copy_of_a_changed_model_is_stale(home, tmp_path, call):
+def test_a_copy_of_a_changed_model_is_stale(home, tmp_path):
     folder = copy_of("opt", tmp_path / "model")
     assert call("weight_convert.py", "--model-path", folder).returncode == 0
     change_json(folder / "config.json", init_std=0.03)
@@ -300,7 +265,7 @@ def test_a_copy_of_a_changed_model_is_stale(home, tmp_path, call):
 
 
 @pytest.mark.parametrize("source", ["random input", "text"])
-def test_calibration_is_made_found_and_used(source, home, tmp_path, call, call_json):
+def test_calibration_is_made_found_and_used(source, home, tmp_path):
     options = ("--model-name", "opt", "--model-size", "tiny")
     (tmp_path / "text.txt").write_text(TEXT)
     dataset = ("--dataset", tmp_path / "text.txt", "--nsamples", 4, "--seqlen", 64)
@@ -337,7 +302,7 @@ def test_calibration_is_made_found_and_used(source, home, tmp_path, call, call_j
         assert sum(a["tokens"][0] == b["tokens"][0] for a, b in pairs) >= 2
 
 
-def test_the_seed_draws_the_text(home, tmp_path, call):
+def test_the_seed_draws_the_text(home, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
     options = ("--model-size", "tiny", "--dataset", tmp_path / "rows.jsonl", "--seqlen", 32)
     found = []
@@ -351,7 +316,7 @@ def test_the_seed_draws_the_text(home, tmp_path, call):
     assert not all(torch.equal(found[0][key], found[2][key]) for key in keys)
 
 
-def test_calibration_that_is_not_needed_is_named(call):
+def test_calibration_that_is_not_needed_is_named():
     done = call("qllm_gen.py", "--model-size", "tiny", "--bitwidth", "4", "--calib", "no-such-file")
     assert done.returncode == 0
     assert "note: --calib no-such-file is not used" in done.stderr

@@ -51,13 +51,6 @@ class RawConfig:
             raise self.error(name, value, "a string")
         return value
 
-    def token(self, name: str) -> int | None:
-        """A token id, or None."""
-        value = self.values.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise self.error(name, value, "a token id")
-        return value
-
     def tokens(self, name: str) -> tuple[int, ...]:
         """Token ids: a list of them, one, or none."""
         value = self.values.get(name)

@@ -39,9 +39,7 @@ def read_config(raw: RawConfig) -> ModelConfig:
         tied_head=raw.flag("tie_word_embeddings", True),
         dtype=raw.text("dtype", raw.text("torch_dtype", None)),
         init_std=raw.number("init_std", 0.02),
-        bos_token_id=raw.token("bos_token_id"),
         eos_token_ids=raw.tokens("eos_token_id"),
-        pad_token_id=raw.token("pad_token_id"),
     )
 
 
