@@ -15,6 +15,19 @@ import pytest
 from conftest import run
 from fake_hub import lay_out
 
+# As the README has them; its test takes these as run here.
+COMMANDS = (
+    "python3 ref_gen.py --model-name bloom --model-size 560m",
+    "python3 weight_convert.py --model-name opt --model-size 125m",
+    "python3 fake_calib_gen.py --model-name bloom --model-size 560m",
+    "python3 qllm_gen.py --model-name bloom --model-size 560m",
+    "python3 qllm_gen.py --model-name bloom --model-size 560m --bitwidth '8:tc-li'",
+    "python3 qllm_gen.py --model-name bloom --model-size 560m --bitwidth 4 --num-shards 3",
+    "python3 qllm_gen.py --model-size 1.3b --bitwidth '8:tc-li'",
+    "python3 qllm_gen.py --model-name bloom --bitwidth 4",
+)
+REFERENCE, CONVERT, CALIBRATE, SIXTEEN, INT8, FOUR, LARGE_INT8, FOUR_DEFAULT = COMMANDS
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -81,7 +94,7 @@ def results(done: subprocess.CompletedProcess) -> str:
 class TestOpt125m:
     def test_conversion_is_kept_and_picked_up(self, home):
         fly = command(home, "python3 qllm_gen.py")
-        done = command(home, "python3 weight_convert.py --model-name opt --model-size 125m")
+        done = command(home, CONVERT)
         copy = home / "qllm" / "converted" / "facebook--opt-125m"
         assert done.stdout == f"facebook/opt-125m: 250.49 MB written to {copy}\n"
         kept = command(home, "python3 qllm_gen.py --model-name opt --model-size 125m")
@@ -94,15 +107,14 @@ class TestOpt125m:
 @pytest.mark.usefixtures("bloom_560m")
 class TestBloom560m:
     def test_sixteen_bits_say_what_the_reference_says(self, home):
-        reference = command(home, "python3 ref_gen.py --model-name bloom --model-size 560m")
+        reference = command(home, REFERENCE)
         assert reference.stdout.startswith("bigscience/bloom-560m in transformers, 1118.43 MB\n")
-        ours = command(home, "python3 qllm_gen.py --model-name bloom --model-size 560m")
+        ours = command(home, SIXTEEN)
         assert results(ours) == results(reference)
         assert sum(size for _, size in shards(ours)) == pytest.approx(1118.4, abs=0.1)
 
     def test_four_bits(self, home):
-        line = "python3 qllm_gen.py --model-name bloom --model-size 560m --bitwidth 4"
-        done = command(home, f"{line} --num-shards 3")
+        done = command(home, FOUR)
         layers = [found for found, _ in shards(done)]
         assert len(layers) == 3
         assert (layers[0][0], layers[-1][-2:]) == ("0", "23")
@@ -110,18 +122,17 @@ class TestBloom560m:
         expected = (250880 * 1024 * 2 + 24 * 12 * 1024**2 * (4 / 8 + 3 / 128)) / 1e6
         assert sum(size for _, size in shards(done)) == pytest.approx(expected, rel=0.01)
         # The default size and number of shards.
-        again = command(home, "python3 qllm_gen.py --model-name bloom --bitwidth 4")
+        again = command(home, FOUR_DEFAULT)
         assert results(again) == results(done)
         assert len(shards(again)) == 2
 
     def test_int8_with_statistics_of_random_input(self, home):
-        done = command(home, "python3 fake_calib_gen.py --model-name bloom --model-size 560m")
+        done = command(home, CALIBRATE)
         path = home / "qllm" / "calibration" / "bigscience--bloom-560m.safetensors"
         assert done.stdout == (
             f"bigscience/bloom-560m: statistics of 97 layers from random input in {path}\n"
         )
-        line = "python3 qllm_gen.py --model-name bloom --model-size 560m --bitwidth '8:tc-li'"
-        done = command(home, line)
+        done = command(home, INT8)
         assert f"note: activation statistics of random input: {path}" in done.stderr
         expected = (250880 * 1024 * 2 + 24 * 12 * 1024**2) / 1e6
         assert sum(size for _, size in shards(done)) == pytest.approx(expected, rel=0.01)
@@ -131,7 +142,7 @@ class TestBloom560m:
 @pytest.mark.usefixtures("opt_1_3b")
 class TestOpt13b:
     def test_int8(self, home):
-        done = command(home, "python3 qllm_gen.py --model-size 1.3b --bitwidth '8:tc-li'")
+        done = command(home, LARGE_INT8)
         assert done.stdout.startswith("facebook/opt-1.3b at bitwidth 8:tc-li, float16 on cpu")
         expected = ((50272 + 2050) * 2048 * 2 + 24 * 12 * 2048**2) / 1e6
         assert sum(size for _, size in shards(done)) == pytest.approx(expected, rel=0.01)

@@ -32,11 +32,13 @@ class Kernel:
     """One implementation of an op.
 
     Attributes:
+        about: what it does, for `--explain`.
         run: has the signature of the reference op.
         why_not: the reason why it cannot serve a request, None where it can.
     """
 
     name: str
+    about: str
     run: Callable[..., torch.Tensor]
     why_not: Callable[[Request], str | None] = lambda request: None
 
@@ -78,21 +80,21 @@ def _int_mm_why_not(request: Request) -> str | None:
     return None if _int_mm_is_exact() else "its self-test on this machine failed"
 
 
-# Kernels of each op, the preferred one first; the reference, which can do all, is last.
+# Kernels of each op, the preferred one first; the last can do all.
 KERNELS: dict[str, tuple[Kernel, ...]] = {
-    "dense_linear": (Kernel("torch.linear", reference.dense_linear),),
-    "weight_only_linear": (Kernel("reference", reference.weight_only_linear),),
-    "int8_matmul": (
-        Kernel("torch._int_mm", reference.int_mm, _int_mm_why_not),
-        Kernel("reference", reference.int8_matmul),
+    "dense_linear": (Kernel("torch.linear", "dense product", reference.dense_linear),),
+    "weight_only_linear": (
+        Kernel("reference", "dequantize, then a dense product", reference.weight_only_linear),
     ),
-}
-
-ABOUT = {
-    "torch.linear": "dense matrix product",
-    "torch._int_mm": "int8 x int8 -> int32 product, exact in its self-test",
-    ("weight_only_linear", "reference"): "dequantize, then a dense product",
-    ("int8_matmul", "reference"): "int8 product in exact float32 sums",
+    "int8_matmul": (
+        Kernel(
+            "torch._int_mm",
+            "int8 x int8 -> int32 product, exact in its self-test",
+            reference.int_mm,
+            _int_mm_why_not,
+        ),
+        Kernel("reference", "int8 product in exact float32 sums", reference.int8_matmul),
+    ),
 }
 
 
@@ -102,7 +104,6 @@ def select(op: str, request: Request) -> Choice:
     for kernel in KERNELS[op]:
         reason = kernel.why_not(request)
         if reason is None:
-            about = ABOUT.get((op, kernel.name)) or ABOUT[kernel.name]
-            return Choice(kernel, "; ".join([about, *refusals]))
+            return Choice(kernel, "; ".join([kernel.about, *refusals]))
         refusals.append(f"not {kernel.name}: {reason}")
     raise AssertionError(f"no kernel of {op} takes {request}")

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from qllm import ops
 from qllm.config import SCHEMES
-from qllm.ops import ABOUT, KERNELS, Kernel, Request, reference, select
+from qllm.ops import KERNELS, Kernel, Request, reference, select
 from qllm.quant.packing import BITS, pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,7 +143,7 @@ def test_kernel_has_the_signature_of_its_op(op, name):
 
 @pytest.mark.parametrize(("op", "name"), KERNEL_CASES)
 def test_kernel_says_what_it_is(op, name):
-    about = ABOUT.get((op, name)) or ABOUT[name]
+    about = kernel_named(op, name).about
     assert about and "\n" not in about
 
 
@@ -170,15 +170,17 @@ def test_select_takes_the_first_that_can(op):
 def test_a_refusal_is_in_the_reason(monkeypatch):
     def run() -> None: ...
 
-    picky = Kernel("picky", run, lambda request: "odd size" if request.in_features % 2 else None)
-    kernels = (picky, Kernel("reference", run))
+    def why_not(request: Request) -> str | None:
+        return "odd size" if request.in_features % 2 else None
+
+    picky = Kernel("picky", "for even sizes", run, why_not)
+    kernels = (picky, Kernel("reference", "for all", run))
     monkeypatch.setitem(KERNELS, "int8_matmul", kernels)
-    monkeypatch.setitem(ABOUT, "picky", "for even sizes")
     even, odd = (Request(size, 4, 8, -1, "sym", "cpu") for size in (2, 3))
     assert select("int8_matmul", even) == ops.Choice(picky, "for even sizes")
     choice = select("int8_matmul", odd)
     assert choice.kernel.name == "reference"
-    assert choice.reason == f"{ABOUT['int8_matmul', 'reference']}; not picky: odd size"
+    assert choice.reason == "for all; not picky: odd size"
 
 
 @pytest.fixture
