@@ -58,13 +58,17 @@ def main() -> None:
     from qllm.checkpoint.convert import find_source
     from qllm.checkpoint.load import load_model
     from qllm.checkpoint.reader import read_raw_config
+    from qllm.checkpoint.weights import check_readable_by_transformers
     from qllm.config import QuantPlan
     from qllm.generate import check_prompts, read_generation_config
     from qllm.models import read_config
     from qllm.tokenizer import Tokenizer
 
     plan = QuantPlan.parse(args.bitwidth, args.group_size, args.scheme)
-    config = read_config(read_raw_config(folder.path))
+    raw_config = read_raw_config(folder.path)
+    if args.compare:
+        check_readable_by_transformers(raw_config)
+    config = read_config(raw_config)
     tokenizer = Tokenizer.load(folder.path, config.vocab_size)
     ids = cli.tokenize(tokenizer, prompts, args.max_prompt_length)
     generation = replace(

@@ -75,17 +75,30 @@ def _read_file(path: Path) -> str:
 
 def _read_hub(name: str, dataset: HubDataset, split: str) -> str:
     from datasets import load_dataset
+    from huggingface_hub import HfApi, constants
 
     part = dataset.splits[split == "evaluation"]
     files = {part: dataset.files[part]} if dataset.files else None
+    reason = "HF_HUB_OFFLINE is set"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            HfApi().dataset_info(dataset.repository, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        except Exception as error:  # the Hub's clients raise whatever their transport does
+            # Out of reach, load_dataset asks again for half a minute before it looks in its cache.
+            constants.HF_HUB_OFFLINE = True
+            reason = _first_line(error)
     try:
         rows = load_dataset(dataset.repository, dataset.config, data_files=files, split=part)
         return dataset.separator.join(rows[dataset.column])
-    except Exception as error:  # datasets raises whatever its transports and readers do
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # and datasets whatever its readers do
+        reason = reason if constants.HF_HUB_OFFLINE else _first_line(error)
         raise UserError(
             f"--dataset {name}: cannot be had ({reason}); give a text file instead"
         ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def sample_windows(ids: list[int], count: int, length: int, seed: int) -> list[list[int]]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from qllm.checkpoint.reader import Checkpoint
-from qllm.checkpoint.weights import Weights
+from qllm.checkpoint.reader import Checkpoint, read_raw_config
+from qllm.checkpoint.weights import Weights, check_readable_by_transformers
 from qllm.errors import UserError
 from qllm.memory import check_fits
 
@@ -52,9 +52,8 @@ def reference_generate(
     Raises:
         UserError: for a broken checkpoint, or one that transformers cannot read.
     """
+    check_readable_by_transformers(read_raw_config(folder))
     weights = Weights(Checkpoint(folder))
-    if weights.converted:
-        raise UserError(f"{folder} is in QLLM's layout; the reference reads Hugging Face's")
     dtype = dtype or weights.dtype()
     elements = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
     check_fits(elements * dtype.itemsize, device, f"the reference of {folder.name}")
@@ -74,6 +73,9 @@ def reference_generate(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"transformers cannot load {folder}: {reason}") from None
+    for name, weight in model.named_parameters():
+        if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
+            raise UserError(f"{folder}: {name} holds NaN or infinite values; get it again")
     tokenizer.padding_side = tokenizer.truncation_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

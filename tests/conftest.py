@@ -15,18 +15,23 @@ from hypothesis import settings
 settings.register_profile("qllm", derandomize=True, deadline=None, database=None)
 settings.load_profile("qllm")
 
+# Tests run beside each other, and beside the processes they start: threads that spin while they
+# wait take the processor from those that work. Read once, when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# No test asks for the network. Read once too, when huggingface_hub is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("opt", "bloom", "llama")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(tmp_path_factory):
-    """No test, and no process it starts, sees this machine's caches or the network."""
+    """No test, and no process it starts, sees this machine's caches."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLLM_HOME", str(home / "qllm"))
         patch.setenv("HF_HOME", str(home / "hf"))
-        patch.setenv("HF_HUB_OFFLINE", "1")
         patch.delenv("HF_TOKEN", raising=False)
         yield home
 

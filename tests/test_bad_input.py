@@ -363,7 +363,7 @@ CHECKPOINTS = {
     ),
     "a size that is text": Broken(("ffn_dim is '1k'",), changed(ffn_dim="1k"), ALL),
     "a negative size": Broken(
-        ("num_hidden_layers is -6", "1 or more"), changed(num_hidden_layers=-6), ALL
+        ("num_hidden_layers is -6", "from 1 to 10000"), changed(num_hidden_layers=-6), ALL
     ),
     "other shapes than config.json": Broken(
         ("fc1.weight has the shape [1024, 256]", "config.json implies [512, 256]"),
@@ -376,8 +376,9 @@ CHECKPOINTS = {
         ("holds model.decoder.layers.5", "config.json"), changed(num_hidden_layers=5)
     ),
     "layers without end": Broken(
-        ("10000000 layers",), changed(num_hidden_layers=10**7), (GEN, CONVERT)
+        ("num_hidden_layers is 10000000", "to 10000"), changed(num_hidden_layers=10**7), ALL
     ),
+    "a size without end": Broken(("ffn_dim", "to 2147483647"), changed(ffn_dim=10**30), ALL),
     "no weights": Broken(("neither model.safetensors nor pytorch_model.bin",), without_weights),
     "other tensors": Broken(("no tensor that begins with model.decoder",), other_tensors),
     "a missing shard": Broken(("lacks pytorch_model-00003-of-00003.bin",), missing_shard),
@@ -394,7 +395,7 @@ CHECKPOINTS = {
     "a tokenizer that is none": Broken(
         ("the tokenizer cannot be read",), holding("tokenizer.json", b"{}"), (GEN, REF)
     ),
-    "NaN weights": Broken(("layers.5.fc2.weight holds NaN",), with_nan, (GEN, CONVERT)),
+    "NaN weights": Broken(("layers.5.fc2.weight holds NaN",), with_nan, (GEN, CONVERT, REF)),
     "infinite weights": Broken(
         ("query_key_value.bias holds NaN or infinite",), with_infinite_bias, (GEN,)
     ),
@@ -416,8 +417,12 @@ def test_checkpoints(start, script, case, tmp_path):
 def test_a_converted_folder_is_not_for_the_reference_nor_converted_again(tmp_path):
     done = call(CONVERT, *TINY, "--save", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    for script, words in ((REF, "the reference reads Hugging Face's"), (CONVERT, "already")):
-        assert_user_error(call(script, "--model-path", tmp_path / "out"), words)
+    for script, options, words in (
+        (REF, (), "the reference reads Hugging Face's"),
+        (GEN, ("--compare",), "the reference reads Hugging Face's"),
+        (CONVERT, (), "already"),
+    ):
+        assert_user_error(call(script, "--model-path", tmp_path / "out", *options), words)
 
 
 def test_the_calibration_of_another_model(tmp_path):

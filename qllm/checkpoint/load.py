@@ -70,7 +70,7 @@ def load_model(
     model.shards = balance(costs, num_shards)
     largest = max(torch.Size(shape).numel() for shape in weights.shapes.values())
     needed = sum(costs) + largest * dtype.itemsize + KVCache.size(config, *cache_shape, dtype)
-    check_fits(needed, device, f"{folder.name} at bitwidth {plan.text}")
+    check_fits(needed, device, f"the model at bitwidth {plan.text}")
 
     for name, module in progress(_leaves(model)):
         if isinstance(module, Linear):

@@ -15,7 +15,7 @@ from qllm.checkpoint.reader import Checkpoint
 from qllm.config import ModelConfig
 from qllm.errors import UserError
 from qllm.layers import Linear
-from qllm.models import Decoder, family_of
+from qllm.models import Decoder, RawConfig, family_of
 
 LAYOUT_KEY = "qllm_layout"
 LAYOUT = 1
@@ -33,6 +33,19 @@ def is_converted(checkpoint: Checkpoint) -> bool:
             f"{checkpoint.folder} has QLLM layout {layout!r}; this version reads {LAYOUT}"
         )
     return layout == LAYOUT
+
+
+def check_readable_by_transformers(raw_config: RawConfig) -> None:
+    """Refuse the reference what it cannot read.
+
+    Raises:
+        UserError: for a checkpoint in QLLM's layout.
+    """
+    if LAYOUT_KEY in raw_config.values:
+        raise UserError(
+            f"{raw_config.where}: this checkpoint is in QLLM's layout, the reference reads "
+            "Hugging Face's; give the one it was converted from"
+        )
 
 
 def float_tensors(model: Decoder) -> dict[str, tuple[int, ...]]:

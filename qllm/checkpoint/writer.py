@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import struct
 import tempfile
@@ -80,13 +81,15 @@ def new_file(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path`, in place of what was there, when the block ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    _remove_abandoned(path)
+    mark = f".{path.name}.{platform.node()}.{os.getpid()}."
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=mark))
     try:
         with _naming(path):
             yield temporary
         temporary.chmod(0o777 & ~_umask())
         if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=mark))
             path.rename(old / "old")
             temporary.rename(path)
             shutil.rmtree(old)
@@ -95,6 +98,20 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary folders of `path` whose process on this machine was killed."""
+    start = f".{path.name}.{platform.node()}."
+    for folder in path.parent.iterdir():
+        process = folder.name.removeprefix(start).partition(".")[0]
+        if folder.name.startswith(start) and process.isdecimal():
+            try:
+                os.kill(int(process), 0)
+            except ProcessLookupError:
+                shutil.rmtree(folder, ignore_errors=True)
+            except PermissionError:
+                pass  # it runs, for somebody else
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qllm.config import ModelConfig
-from qllm.models.family import Family, RawConfig, check_heads
+from qllm.models.family import MOST_LAYERS, Family, RawConfig, check_heads
 
 
 def read_config(raw: RawConfig) -> ModelConfig:
@@ -14,7 +14,7 @@ def read_config(raw: RawConfig) -> ModelConfig:
         family="bloom",
         vocab_size=raw.count("vocab_size", default=250880),
         hidden_size=hidden,
-        num_layers=raw.count("n_layer", "num_hidden_layers", default=2),
+        num_layers=raw.count("n_layer", "num_hidden_layers", default=2, most=MOST_LAYERS),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,

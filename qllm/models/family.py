@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from qllm.config import ModelConfig
 from qllm.errors import UserError
 
+# Far beyond any model, and small enough that nothing overflows or hangs on it.
+MOST_OF_ANYTHING = 2**31 - 1
+MOST_LAYERS = 10_000
+
 
 @dataclass(frozen=True)
 class RawConfig:
@@ -22,11 +26,11 @@ class RawConfig:
     values: Mapping[str, object]
     where: str
 
-    def count(self, *names: str, default: int | None = None) -> int:
-        """A whole number of 1 or more, under the first of `names` that is there."""
+    def count(self, *names: str, default: int | None = None, most: int = MOST_OF_ANYTHING) -> int:
+        """A whole number from 1 to `most`, under the first of `names` that is there."""
         value = self._find(names, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(names[0], value, "a whole number of 1 or more")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise self.error(names[0], value, f"a whole number from 1 to {most}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from qllm.config import ModelConfig, RopeConfig
 from qllm.errors import UserError
-from qllm.models.family import Family, RawConfig, check_heads
+from qllm.models.family import MOST_LAYERS, MOST_OF_ANYTHING, Family, RawConfig, check_heads
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3")
 
@@ -27,13 +27,13 @@ def read_config(raw: RawConfig) -> ModelConfig:
         family="llama",
         vocab_size=raw.count("vocab_size", default=32000),
         hidden_size=hidden,
-        num_layers=raw.count("num_hidden_layers", default=32),
+        num_layers=raw.count("num_hidden_layers", default=32, most=MOST_LAYERS),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate_size=raw.count("intermediate_size", default=11008),
         embed_size=hidden,
-        max_positions=int(trained * stretch),
+        max_positions=int(min(trained * stretch, MOST_OF_ANYTHING)),
         trained_positions=trained,
         position="rope",
         rope=rope,

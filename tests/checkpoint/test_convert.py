@@ -223,3 +223,7 @@ def test_a_run_that_is_stopped_leaves_the_old_copy_or_none(name, status, there, 
     done = run("weight_convert.py", "--model-size", "tiny", env=environment)
     assert done.returncode == 0, done.stderr
     assert torch.equal(logits(target), logits(tiny("opt")))
+    # What the killed run had written so far is gone too.
+    assert [path.name for path in target.parent.iterdir()] == ["opt-tiny"]
+    # What the killed run had written so far is gone too.
+    assert [path.name for path in target.parent.iterdir()] == ["opt-tiny"]
