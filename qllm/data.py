@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from qllm.errors import UserError
+from qllm.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -86,19 +86,15 @@ def _read_hub(name: str, dataset: HubDataset, split: str) -> str:
         except Exception as error:  # the Hub's clients raise whatever their transport does
             # Out of reach, load_dataset asks again for half a minute before it looks in its cache.
             constants.HF_HUB_OFFLINE = True
-            reason = _first_line(error)
+            reason = first_line(error)
     try:
         rows = load_dataset(dataset.repository, dataset.config, data_files=files, split=part)
         return dataset.separator.join(rows[dataset.column])
     except Exception as error:  # and datasets whatever its readers do
-        reason = reason if constants.HF_HUB_OFFLINE else _first_line(error)
+        reason = reason if constants.HF_HUB_OFFLINE else first_line(error)
         raise UserError(
             f"--dataset {name}: cannot be had ({reason}); give a text file instead"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def sample_windows(ids: list[int], count: int, length: int, seed: int) -> list[list[int]]:

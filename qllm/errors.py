@@ -7,3 +7,8 @@ class UserError(ValueError):
     The message is one line which says what was given and what would work. The scripts print it
     and exit with status 2; a library caller catches it, or `ValueError`.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

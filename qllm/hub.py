@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qllm.errors import UserError
+from qllm.errors import UserError, first_line
 
 BUNDLED = Path(__file__).resolve().parent.parent / "tiny_models"
 
@@ -115,7 +115,7 @@ def _download(repository: str, weights: bool, note: Callable[[str], None]) -> Mo
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise UserError(f"{repository}: {_first_line(error)}") from None
+        raise UserError(f"{repository}: {first_line(error)}") from None
     try:
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError("HF_HUB_OFFLINE is set")
@@ -132,7 +132,7 @@ def _download(repository: str, weights: bool, note: Callable[[str], None]) -> Mo
         cached = _cached(repository, weights)
         if cached is not None:
             if not constants.HF_HUB_OFFLINE:
-                note(f"{repository}: the Hub does not serve it ({_first_line(error)}); cached copy")
+                note(f"{repository}: the Hub does not serve it ({first_line(error)}); cached copy")
             return ModelFolder(cached, repository)
         if isinstance(error, GatedRepoError):
             reason = "is gated: accept its licence on its Hub page and set HF_TOKEN"
@@ -141,7 +141,7 @@ def _download(repository: str, weights: bool, note: Callable[[str], None]) -> Mo
         else:
             reason = (
                 f"is not in the cache ({constants.HF_HUB_CACHE}) and cannot be downloaded now "
-                f"({_first_line(error)})"
+                f"({first_line(error)})"
             )
         raise UserError(f"{repository} {reason}; {OFFLINE_DEFAULT}") from None
 
@@ -159,10 +159,6 @@ def _cached(repository: str, weights: bool) -> Path | None:
     folder = Path(config).parent
     found = any(True for name in (*SAFETENSORS, *TORCH_FILES) for _ in folder.glob(name))
     return folder if found or not weights else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def cache_folder() -> Path:

@@ -11,7 +11,7 @@ import torch
 
 from qllm.checkpoint.reader import Checkpoint, read_raw_config
 from qllm.checkpoint.weights import Weights, check_readable_by_transformers
-from qllm.errors import UserError
+from qllm.errors import UserError, first_line
 from qllm.memory import check_fits
 
 
@@ -71,8 +71,7 @@ def reference_generate(
             folder, dtype=dtype, device_map={"": device} if device == "cpu" else "auto"
         ).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"transformers cannot load {folder}: {reason}") from None
+        raise UserError(f"transformers cannot load {folder}: {first_line(error)}") from None
     for name, weight in model.named_parameters():
         if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
             raise UserError(f"{folder}: {name} holds NaN or infinite values; get it again")

@@ -20,12 +20,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, run_json, tiny
-from fake_hub import COMMIT, bloom_config, lay_out, llama_config, opt_config
 
 from qllm import hub
 from qllm.checkpoint.load import load_model
 from qllm.config import QuantPlan
 from qllm.errors import UserError
+from tools.random_checkpoint import COMMIT, bloom_config, lay_out, llama_config, opt_config
 
 RESOLVE = """
 import json, sys

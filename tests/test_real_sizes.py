@@ -13,7 +13,8 @@ import subprocess
 
 import pytest
 from conftest import run
-from fake_hub import lay_out
+
+from tools.random_checkpoint import lay_out
 
 # As the README has them; its test takes these as run here.
 COMMANDS = (

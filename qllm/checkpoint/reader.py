@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qllm.errors import UserError
+from qllm.errors import UserError, first_line
 from qllm.models.family import RawConfig
 
 DTYPES = {
@@ -217,9 +217,9 @@ class TorchFile(TensorFile):
         except UserError:
             raise
         except Exception as error:  # a broken or hostile pickle makes the loader raise anything
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty"
             raise UserError(
-                f"{self.path} is no whole torch checkpoint of tensors alone ({reason[:120]})"
+                f"{self.path} is no whole torch checkpoint of tensors alone "
+                f"({first_line(error)[:120]})"
             ) from None
         if not isinstance(state, dict) or not all(
             isinstance(name, str) and _is_plain_tensor(value) for name, value in state.items()
