@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 
 import pytest
 import torch
+import transformers
 from conftest import FAMILIES, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,6 +76,10 @@ SMALL = {
 }
 
 
+# Older versions of transformers take the pads in front of a prompt for words it has said.
+PENALTY_SKIPS_PADS = "prompt_ignore_length" in inspect.getsource(transformers.generation.utils)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Of each family a small random model: ours, and transformers'."""
@@ -89,7 +95,10 @@ def small(tmp_path_factory):
 def test_settings_mean_what_they_mean_in_transformers(small, data):
     """Ends of text in a batch, shortest and longest lengths, repetition penalty, all at once."""
     ours, theirs = small[data.draw(st.sampled_from(FAMILIES))]
+    penalty = data.draw(st.sampled_from([1.0, 1.0, 0.7, 1.2, 3.0]))
     lengths = data.draw(st.lists(st.integers(1, 16), min_size=1, max_size=5))
+    if penalty != 1 and not PENALTY_SKIPS_PADS:
+        lengths = [lengths[0]] * len(lengths)
     prompts = draw_prompts(lengths, VOCAB, data.draw(st.integers(0, 1000)))
     # A pad that the model likes to say shows whether it is counted as said.
     pad = data.draw(st.integers(0, VOCAB - 1))
@@ -98,7 +107,6 @@ def test_settings_mean_what_they_mean_in_transformers(small, data):
         wishes["max_new_tokens"] = data.draw(st.integers(1, 16))
     else:
         wishes["max_length"] = max(lengths) + data.draw(st.integers(1, 16))
-    penalty = data.draw(st.sampled_from([1.0, 1.0, 0.7, 1.2, 3.0]))
     if penalty != 1:
         wishes["repetition_penalty"] = penalty
     free = reference(theirs, prompts, pad=pad, **wishes)
