@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from qllm import cli
+from qllm.config import QuantPlan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,20 +52,20 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    plan = QuantPlan.parse(args.bitwidth, args.group_size, args.scheme)
     prompts = cli.read_prompts(args)
     folder = cli.resolve_model(args)
+    device = cli.resolve_device(args)
 
     from qllm import report
     from qllm.checkpoint.convert import find_source
     from qllm.checkpoint.load import load_model
     from qllm.checkpoint.reader import read_raw_config
     from qllm.checkpoint.weights import check_readable_by_transformers
-    from qllm.config import QuantPlan
     from qllm.generate import check_prompts, read_generation_config
     from qllm.models import read_config
     from qllm.tokenizer import Tokenizer
 
-    plan = QuantPlan.parse(args.bitwidth, args.group_size, args.scheme)
     raw_config = read_raw_config(folder.path)
     if args.compare:
         check_readable_by_transformers(raw_config)
@@ -81,7 +82,7 @@ def main() -> None:
         find_source(folder, cli.note),
         plan,
         dtype=cli.resolve_dtype(args),
-        device=cli.resolve_device(args),
+        device=device,
         num_shards=args.num_shards,
         calibration=cli.find_calibration(args, folder, plan),
         cache_shape=(len(ids), max(map(len, ids)) + args.max_gen_tokens),

@@ -102,7 +102,7 @@ def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--repository", choices=list(PUBLISHED), default="facebook/opt-125m")
     parser.add_argument("--bitwidths", nargs="+", default=["16", "8:tc-li", "8", "4", "3"])
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
     number = cli.whole_number(1)
     parser.add_argument("--prompt", type=number, default=128, help="tokens (%(default)s)")
     parser.add_argument("--tokens", type=number, default=32, help="to decode (%(default)s)")

@@ -46,6 +46,7 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main: a user's mistake is one line and status 2, Ctrl-C is status 130."""
     program = Path(sys.argv[0]).name
+    signal.signal(signal.SIGINT, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a character of the text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -73,6 +74,15 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         status = _fail(program, f"out of memory; take fewer bits or a smaller model ({error})", 1)
     sys.exit(status)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Ctrl-C. An import that runs C code may drop the exception, so that one ends at once."""
+    specs = [getattr(module, "__spec__", None) for module in list(sys.modules.values())]
+    if any(getattr(spec, "_initializing", False) for spec in specs):
+        _fail(Path(sys.argv[0]).name, "interrupted", 130)
+        os._exit(130)
+    raise KeyboardInterrupt
 
 
 def _fail(program: str, message: str, status: int) -> int:

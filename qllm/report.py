@@ -106,7 +106,8 @@ def print_speed(results: Sequence[dict], seconds: float) -> None:
     """The time that generation took."""
     count = sum(result["new_tokens"] for result in results)
     rate = count / max(seconds, 1e-9)
-    print(f"{len(results)} prompts, {count} new tokens in {seconds:.2f} s ({rate:.1f} tokens/s)")
+    prompts = "1 prompt" if len(results) == 1 else f"{len(results)} prompts"
+    print(f"{prompts}, {count} new tokens in {seconds:.2f} s ({rate:.1f} tokens/s)")
 
 
 def comparison_rows(

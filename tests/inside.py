@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -20,6 +21,7 @@ def call(script: str, *args: object) -> subprocess.CompletedProcess:
     main = importlib.import_module(script.removesuffix(".py")).main
     with (
         patch.object(sys, "argv", arguments),
+        patch.object(signal, "signal"),  # Ctrl-C stays pytest's
         patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO())),
         redirect_stdout(out),
         redirect_stderr(error),

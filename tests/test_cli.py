@@ -124,17 +124,30 @@ def test_a_missing_package_is_one_line(script, without_torch):
     assert_user_error(done, "torch is missing", "pip install -r requirements.txt")
 
 
-@pytest.mark.parametrize("delay", [0.15, 0.4, 0.7, 1.0, 1.4])
+# A script as a process that says when it has started; before that Ctrl-C is Python's own.
+STARTED = """
+import runpy, sys
+from qllm import cli
+sys.argv = sys.argv[1:]
+print("started", flush=True)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("delay", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9, 1.1, 1.5])
 @pytest.mark.parametrize("script", ["qllm_gen.py", "ref_gen.py"])
 def test_ctrl_c_at_any_time(script, delay):
     """130 and one line, whether torch is being imported or a model run."""
-    command = [sys.executable, ROOT / script, "--model-size", "tiny", "--model-name", "bloom"]
+    command = [sys.executable, "-c", STARTED, script, "--model-size", "tiny"]
     process = subprocess.Popen(
-        [*command, "--max-gen-tokens", "480", "--prompt", "He is"],
+        # BLOOM knows no longest text: this one goes on for long after the last delay.
+        [*command, "--model-name", "bloom", "--max-gen-tokens", "20000", "--prompt", "He is"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=ROOT,
     )
+    assert process.stdout.readline() == "started\n"
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
