@@ -14,8 +14,8 @@ from pathlib import Path
 
 from qllm import cli
 
-# The ranges of random input are settled after a few hundred tokens; those of text are not.
-TEXT_SAMPLES, RANDOM_SAMPLES = 32, 4
+# Samples, and tokens of each: random input says the same of every channel, text does not.
+TEXT, RANDOM = (32, 256), (1, 128)
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,9 +32,11 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--nsamples",
         type=number,
-        help=f"samples ({TEXT_SAMPLES}, of random input {RANDOM_SAMPLES})",
+        help=f"samples ({TEXT[0]}, of random input {RANDOM[0]})",
     )
-    group.add_argument("--seqlen", type=number, default=256, help="tokens each (%(default)s)")
+    group.add_argument(
+        "--seqlen", type=number, help=f"tokens each ({TEXT[1]}, of random input {RANDOM[1]})"
+    )
     group.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
     group.add_argument("--save", metavar="FILE", help="where to (a place that later runs look at)")
     return parser.parse_args()
@@ -50,8 +52,9 @@ def main() -> None:
     from qllm.errors import UserError
     from qllm.models import read_config
 
-    if args.nsamples is None:
-        args.nsamples = TEXT_SAMPLES if args.dataset else RANDOM_SAMPLES
+    samples, tokens = TEXT if args.dataset else RANDOM
+    args.nsamples = args.nsamples or samples
+    args.seqlen = args.seqlen or tokens
     target = Path(args.save) if args.save else calibration.default_path(model)
     if target.is_dir():
         raise UserError(f"--save {target} is a folder; name a file")

@@ -28,11 +28,20 @@ def calibrate(
     model: Decoder, samples: list[list[int]], progress: Callable[[list], Iterable] = iter
 ) -> Calibration:
     """Statistics of every linear layer while the model reads samples of token ids."""
-    calibration = Calibration()
-    hooks = [
-        module.register_forward_hook(_observer(calibration, name))
+    linears = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, Linear | RandomLinear)
+    }
+    # All that stays is allocated first: small tensors that stay between large ones that go would
+    # keep the memory of those from being used again.
+    calibration = Calibration(
+        {name: torch.zeros(module.in_features) for name, module in linears.items()},
+        {name: torch.zeros(module.out_features) for name, module in linears.items()},
+    )
+    hooks = [
+        module.register_forward_hook(_observer(calibration, name))
+        for name, module in linears.items()
     ]
     try:
         for sample in progress(samples):
@@ -59,9 +68,12 @@ class RandomLinear(nn.Module):
     a fresh one is.
     """
 
-    def __init__(self, out_features: int, std: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, std: float, generator: torch.Generator
+    ) -> None:
         super().__init__()
-        self.out_features, self.std, self.generator = out_features, std, generator
+        self.in_features, self.out_features = in_features, out_features
+        self.std, self.generator = std, generator
 
     def forward(self, x: Tensor) -> Tensor:
         gram = x.double() @ x.double().t()
@@ -109,7 +121,7 @@ def random_model(config: ModelConfig, length: int, seed: int) -> Decoder:
         parent, _, child = name.rpartition(".")
         new: nn.Module | None = None
         if isinstance(module, Linear):
-            new = RandomLinear(module.out_features, config.init_std, generator)
+            new = RandomLinear(module.in_features, module.out_features, config.init_std, generator)
         elif isinstance(module, Embedding):
             new = RandomEmbedding(config.embed_size, config.init_std, generator)
         elif isinstance(module, LearnedPositions):

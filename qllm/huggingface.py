@@ -68,7 +68,7 @@ def reference_generate(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": device} if device == "cpu" else "auto"
+            folder, dtype=dtype, device_map="auto" if device == "cuda" else {"": device}
         ).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"transformers cannot load {folder}: {first_line(error)}") from None

@@ -65,7 +65,7 @@ def assert_same(a: Calibration, b: Calibration) -> None:
 def test_random_linear_has_the_distribution_of_a_gaussian_weight():
     std, count = 0.3, 200_000
     x = torch.tensor([[1.0, 2.0, -1.0], [0.5, 0.0, 4.0], [-2.0, -4.0, 2.5], [0.0, 0.1, 0.0]])
-    y = RandomLinear(count, std, generator())(x).double().numpy()
+    y = RandomLinear(x.shape[1], count, std, generator())(x).double().numpy()
     expected = std**2 * (x @ x.t()).double().numpy()
     # The error of a covariance of n draws is about sqrt(2 / n) of the variances; 6 of these.
     sizes = np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
@@ -84,7 +84,7 @@ def test_random_linear_agrees_with_a_real_weight():
     std, count, x = 0.02, 20_000, torch.randn(16, 64, generator=generator(1))
     weight = torch.randn(count, 64, generator=generator(2)) * std
     real = (x @ weight.t()).abs().amax(dim=0)
-    drawn = RandomLinear(count, std, generator(3))(x).abs().amax(dim=0)
+    drawn = RandomLinear(x.shape[1], count, std, generator(3))(x).abs().amax(dim=0)
     levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
     torch.testing.assert_close(drawn.quantile(levels), real.quantile(levels), rtol=0.03, atol=0)
 
@@ -94,7 +94,7 @@ def test_random_linear_of_tokens_that_depend_on_each_other(scale):
     # More tokens than channels, a token twice, one of zeros: the Gram matrix is singular.
     x = torch.randn(40, 8, generator=generator()) * scale
     x[7], x[9] = x[3], 0
-    y = RandomLinear(1000, 0.02, generator())(x)
+    y = RandomLinear(x.shape[1], 1000, 0.02, generator())(x)
     assert y.shape == (40, 1000) and y.dtype == torch.float32 and y.isfinite().all()
     assert (y[7] - y[3]).abs().max() <= 1e-3 * y[3].abs().max()
     assert y[9].abs().max() <= 1e-12

@@ -32,7 +32,7 @@ class Calibration:
         """Take in the inputs (M, K) and outputs (M, N) of one call of a layer."""
         for store, value in ((self.inputs, x), (self.outputs, y)):
             largest = value.abs().amax(dim=0).float().cpu()
-            store[name] = torch.maximum(store[name], largest) if name in store else largest
+            torch.maximum(store.setdefault(name, largest), largest, out=store[name])
 
     def save(self, path: Path) -> None:
         """Write a safetensors file: `NAME.input` and `NAME.output` of every layer."""
