@@ -51,7 +51,8 @@ class Linear(nn.Module, ABC):
         """The layer that holds a float weight (N, K), and bias (N,), as `spec` says.
 
         Args:
-            weight: its type is the type the layer computes in, its device the layer's.
+            weight: floating point, on the layer's device. A dense layer keeps it as it is; the
+                others compute in the type of what they are given.
             input_range: the largest |x| seen in calibration, None without calibration.
 
         Raises:
