@@ -122,11 +122,11 @@ def whole_number(least: int) -> Callable[[str], int]:
     return parse
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, name: str = "opt") -> None:
+def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model-name, --model-size, --model-path."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model-name", choices=list(hub.REPOSITORIES), default=name, help="family (%(default)s)"
+        "--model-name", choices=list(hub.REPOSITORIES), default="opt", help="family (%(default)s)"
     )
     listed = "; ".join(f"{family}: {' '.join(hub.sizes(family))}" for family in hub.REPOSITORIES)
     group.add_argument(

@@ -6,6 +6,7 @@ Two layouts: Hugging Face's, where a fused matrix is put together as it is read,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce
 
 import torch
@@ -98,8 +99,6 @@ class Weights:
 
     def _untie_if_different(self, config: ModelConfig) -> ModelConfig:
         """As transformers has it: a head that differs from the embedding is not tied to it."""
-        from dataclasses import replace
-
         if (
             not config.tied_head
             or self.converted

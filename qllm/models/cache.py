@@ -29,7 +29,6 @@ class KVCache:
         device: torch.device | str,
     ) -> None:
         shape = (rows, config.num_kv_heads, capacity, config.head_dim)
-        self.capacity = capacity
         # Zeros: a shorter row's unused places are masked, but 0 * NaN would still be NaN.
         self.keys = [
             torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
