@@ -110,6 +110,6 @@ class StaticInt8Linear(DynamicInt8Linear):
 
 def _quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(N, K) to int8 (N, K) and scales (N,): the symmetric 8-bit grid, its zero taken off."""
-    packed, scales, _ = quantize_rtn(weight, 8, -1, "sym")
+    packed, scales, *_ = quantize_rtn(weight, 8, -1, "sym")
     # q - 128 in uint8 wraps to the two's complement of the signed value.
     return unpack(packed, 8, weight.shape[1]).sub_(128).view(torch.int8).contiguous(), scales[:, 0]

@@ -62,7 +62,7 @@ class WeightOnlyLinear(Linear):
         *,
         input_range: float | None = None,
     ) -> WeightOnlyLinear:
-        qweight, scales, qzeros = quantize_rtn(weight, spec.bits, spec.group_size, spec.scheme)
+        qweight, scales, qzeros, _ = quantize_rtn(weight, spec.bits, spec.group_size, spec.scheme)
         return cls(qweight, scales, qzeros, bias, spec, weight.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:

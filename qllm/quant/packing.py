@@ -9,6 +9,7 @@ zeros to a multiple of 32 values, so that they end on a word.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,23 @@ from torch.nn.functional import pad
 
 VALUES_PER_BLOCK = 32
 BITS = range(1, 9)
+
+
+class PackedWeight(NamedTuple):
+    """A matrix (N, K) as b-bit integers in groups of g input channels, G = ceil(K / g) to a row.
+
+    Attributes:
+        qweight: uint8 (N, packed_size(K, b)).
+        scales: float16, or float32 where float16 over- or underflows, (N, G).
+        qzeros: uint8 (N, G); empty for a symmetric grid, where each is 2^(b-1).
+        order: int64 (K,), where the groups are not runs of input channels: packed column i holds
+            input channel order[i], and the groups are runs of packed columns. None is 0, 1, 2, ….
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    qzeros: Tensor
+    order: Tensor | None = None
 
 
 def packed_size(count: int, bits: int) -> int:

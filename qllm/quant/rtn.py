@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qllm.quant.packing import pack, packed_size
+from qllm.quant.packing import PackedWeight, pack, packed_size
 
 # Rows are quantized in pieces of about this many weights: the float32 temporaries stay in cache,
 # and small beside the matrix.
@@ -25,9 +25,7 @@ CHUNK_ELEMENTS = 1 << 20
 SMALLEST_HALF_SCALE = 2.0**-17
 
 
-def quantize_rtn(
-    weight: Tensor, bits: int, group_size: int, scheme: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rtn(weight: Tensor, bits: int, group_size: int, scheme: str) -> PackedWeight:
     """Quantize a matrix to nearest.
 
     Args:
@@ -35,11 +33,6 @@ def quantize_rtn(
         bits: 1 to 8.
         group_size: input channels per group, -1 for K; a last, shorter group is one of its own.
         scheme: "sym" or "asym".
-
-    Returns:
-        packed uint8 (N, packed_size(K, bits)); scales (N, G), float16, or float32 where float16
-        over- or underflows; zeros uint8 (N, G), or for "sym", where every one is 2^(bits-1), an
-        empty tensor.
     """
     rows, columns = weight.shape
     group = columns if group_size == -1 else min(group_size, columns)
@@ -56,7 +49,7 @@ def quantize_rtn(
         groups = _grouped(weight[piece], group)
         integers = round_to_grid(groups, scales[piece], zeros[piece], bits)
         packed[piece] = pack(integers.flatten(1)[:, :columns], bits)
-    return packed, scales, zeros if scheme == "asym" else zeros.new_empty(0)
+    return PackedWeight(packed, scales, zeros if scheme == "asym" else zeros.new_empty(0))
 
 
 def group_range(groups: Tensor, bits: int, scheme: str) -> tuple[Tensor, Tensor]:
