@@ -22,22 +22,11 @@ def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     cli.add_model_options(parser)
     cli.add_run_options(parser)
-    group = parser.add_argument_group("calibration")
-    group.add_argument(
-        "--dataset",
-        metavar="FILE_OR_NAME",
-        help="a text or JSON-lines file, or wikitext2, c4, ptb, pile-10k (random input)",
+    group = cli.add_calibration_options(
+        parser,
+        nsamples=f"{TEXT[0]}, of random input {RANDOM[0]}",
+        seqlen=f"{TEXT[1]}, of random input {RANDOM[1]}",
     )
-    number = cli.whole_number(1)
-    group.add_argument(
-        "--nsamples",
-        type=number,
-        help=f"samples ({TEXT[0]}, of random input {RANDOM[0]})",
-    )
-    group.add_argument(
-        "--seqlen", type=number, help=f"tokens each ({TEXT[1]}, of random input {RANDOM[1]})"
-    )
-    group.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
     group.add_argument("--save", metavar="FILE", help="where to (a place that later runs look at)")
     return parser.parse_args()
 

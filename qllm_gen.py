@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from qllm import cli
-from qllm.config import QuantPlan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +28,9 @@ def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     cli.add_model_options(parser)
     cli.add_quant_options(parser)
+    parser.add_argument(
+        "--calib", metavar="FILE", help="activation statistics for 8:tc-li and 8:tc"
+    )
     cli.add_prompt_options(parser)
     cli.add_run_options(parser)
     parser.add_argument(
@@ -52,7 +54,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    plan = QuantPlan.parse(args.bitwidth, args.group_size, args.scheme)
+    plan = cli.read_plan(args)
     prompts = cli.read_prompts(args)
     folder = cli.resolve_model(args)
     device = cli.resolve_device(args)
@@ -91,16 +93,17 @@ def main() -> None:
     loaded = time.perf_counter() - start
     result = {
         "model": folder.name,
-        "bitwidth": args.bitwidth,
+        "bitwidth": args.bitwidth or report.bitwidth(model),
         "results": [],
         "shards": report.shard_rows(model),
     }
     if args.explain:
         result["kernels"] = report.kernel_rows(model)
     if not args.json:
+        dtype = str(model.dtype).removeprefix("torch.")
         print(
-            f"{folder.name} at bitwidth {args.bitwidth}, {str(model.dtype).removeprefix('torch.')} "
-            f"on {model.device}, loaded in {loaded:.2f} s"
+            f"{folder.name} at bitwidth {result['bitwidth']}, {dtype} on {model.device}, "
+            f"loaded in {loaded:.2f} s"
         )
         report.print_shards(result["shards"])
         report.print_kernels(result.get("kernels", ()))

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qllm import hub
-from qllm.config import BITWIDTHS, DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, SCHEMES, W8A8, QuantPlan
+from qllm.config import (
+    BITWIDTHS,
+    DEFAULT_ALGORITHM,
+    DEFAULT_GROUP_SIZE,
+    DEFAULT_SCHEME,
+    LM_HEAD,
+    SCHEMES,
+    W8A8,
+    QuantPlan,
+    QuantSpec,
+)
 from qllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -176,13 +186,12 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_quant_options(parser: argparse.ArgumentParser) -> None:
-    """--bitwidth, --group-size, --scheme, --calib."""
+    """--bitwidth, --group-size, --scheme, --lm-head-bits."""
     group = parser.add_argument_group("quantization")
     group.add_argument(
         "--bitwidth",
-        default="16",
         metavar="BITS",
-        help=f"one of {', '.join(BITWIDTHS)}; or one per layer (4,4,8,…); or a JSON plan (16)",
+        help=f"one of {', '.join(BITWIDTHS)}; or one per layer (4,4,8,…); or a JSON plan",
     )
     group.add_argument(
         "--group-size",
@@ -192,7 +201,37 @@ def add_quant_options(parser: argparse.ArgumentParser) -> None:
         help="input channels per scale, -1 for all of them (%(default)s)",
     )
     group.add_argument("--scheme", choices=SCHEMES, default=DEFAULT_SCHEME, help="(%(default)s)")
-    group.add_argument("--calib", metavar="FILE", help="activation statistics for 8:tc-li and 8:tc")
+    group.add_argument("--lm-head-bits", metavar="BITS", help="quantize the LM head, too (16)")
+
+
+def read_plan(args: argparse.Namespace, algorithm: str = DEFAULT_ALGORITHM) -> QuantPlan:
+    """The plan that the quantization options name; without --bitwidth, all at 16 bits."""
+    default = QuantSpec(group_size=args.group_size, scheme=args.scheme, algorithm=algorithm)
+    return with_head(args, QuantPlan.parse(args.bitwidth or "16", default), default)
+
+
+def with_head(args: argparse.Namespace, plan: QuantPlan, default: QuantSpec) -> QuantPlan:
+    """A plan and what --lm-head-bits adds to it."""
+    if args.lm_head_bits is None:
+        return plan
+    return plan.with_rule(f"^{LM_HEAD}$", QuantSpec.from_json(args.lm_head_bits, default))
+
+
+def add_calibration_options(
+    parser: argparse.ArgumentParser, nsamples: str, seqlen: str
+) -> argparse._ArgumentGroup:
+    """--dataset, --nsamples, --seqlen, --seed; the two texts say what is taken without them."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--dataset",
+        metavar="FILE_OR_NAME",
+        help="a text or JSON-lines file, or wikitext2, c4, ptb, pile-10k",
+    )
+    number = whole_number(1)
+    group.add_argument("--nsamples", type=number, metavar="N", help=f"samples ({nsamples})")
+    group.add_argument("--seqlen", type=number, metavar="N", help=f"tokens each ({seqlen})")
+    group.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
+    return group
 
 
 def resolve_model(args: argparse.Namespace, *, weights: bool = True) -> ModelFolder:

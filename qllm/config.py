@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qllm.errors import UserError
@@ -13,6 +13,11 @@ from qllm.errors import UserError
 DEFAULT_GROUP_SIZE = 128
 DEFAULT_SCHEME = "asym"
 SCHEMES = ("sym", "asym")
+# How the integers are chosen: to nearest, or from calibration (see qllm.quant).
+ALGORITHMS = ("rtn", "gptq", "awq")
+DEFAULT_ALGORITHM = "rtn"
+# The one quantized module outside the layers, which stays at 16 bits unless it is named.
+LM_HEAD = "lm_head"
 W8A8 = {"8:tc-li": "w8a8_dynamic", "8:tc": "w8a8_static"}
 BITWIDTHS = ("1", "2", "3", "4", "5", "6", "7", "8", *W8A8, "16")
 
@@ -28,12 +33,14 @@ class QuantSpec:
         kind: the row of `qllm.layers.LAYERS` that implements it: "dense", "weight_only",
             "w8a8_dynamic" (int8 activations, a scale per token) or "w8a8_static" (one scale per
             tensor, from calibration).
+        algorithm: how a weight-only layer's integers are chosen, one of ALGORITHMS.
     """
 
     bits: int = 16
     group_size: int = DEFAULT_GROUP_SIZE
     scheme: str = DEFAULT_SCHEME
     kind: str = "dense"
+    algorithm: str = DEFAULT_ALGORITHM
 
     @classmethod
     def parse(
@@ -41,11 +48,13 @@ class QuantSpec:
         bitwidth: str | int,
         group_size: int = DEFAULT_GROUP_SIZE,
         scheme: str = DEFAULT_SCHEME,
+        algorithm: str = DEFAULT_ALGORITHM,
     ) -> QuantSpec:
         """The spec of one `--bitwidth` value.
 
         Raises:
-            UserError: for an unknown bitwidth or scheme, or a group size below 1 that is not -1.
+            UserError: for an unknown bitwidth, scheme or algorithm, or a group size below 1 that
+                is not -1.
         """
         text = str(bitwidth).strip()
         if text not in BITWIDTHS:
@@ -58,11 +67,14 @@ class QuantSpec:
             )
         if scheme not in SCHEMES:
             raise UserError(f"scheme {scheme!r} is unknown; choose from {', '.join(SCHEMES)}")
+        if algorithm not in ALGORITHMS:
+            known = ", ".join(ALGORITHMS)
+            raise UserError(f"algorithm {algorithm!r} is unknown; choose from {known}")
         if text == "16":
             return cls()
         if text in W8A8:
             return cls(8, -1, "sym", W8A8[text])
-        return cls(int(text), group_size, scheme, "weight_only")
+        return cls(int(text), group_size, scheme, "weight_only", algorithm)
 
     @property
     def bitwidth(self) -> str:
@@ -78,29 +90,30 @@ class QuantSpec:
         """The object that a JSON plan holds for this spec."""
         if self.kind != "weight_only":
             return {"bits": self.bitwidth}
-        return {"bits": self.bits, "group_size": self.group_size, "scheme": self.scheme}
+        value = {"bits": self.bits, "group_size": self.group_size, "scheme": self.scheme}
+        # Left out where it is what a reader takes without it.
+        return value | ({} if self.algorithm == "rtn" else {"algorithm": self.algorithm})
 
     @classmethod
-    def from_json(
-        cls,
-        value: object,
-        group_size: int = DEFAULT_GROUP_SIZE,
-        scheme: str = DEFAULT_SCHEME,
-    ) -> QuantSpec:
-        """The inverse of `to_json`; a bare bitwidth (4, "8:tc-li") stands for an object too."""
+    def from_json(cls, value: object, default: QuantSpec | None = None) -> QuantSpec:
+        """The inverse of `to_json`; a bare bitwidth (4, "8:tc-li") stands for an object too.
+
+        Args:
+            default: has the group size, scheme and algorithm that `value` leaves out.
+        """
+        default = default or cls()
+        rest = {key: getattr(default, key) for key in ("group_size", "scheme", "algorithm")}
         if isinstance(value, Mapping):
-            unknown = set(value) - {"bits", "group_size", "scheme"}
-            if unknown or "bits" not in value:
+            if set(value) - {"bits", *rest} or "bits" not in value:
                 raise UserError(
-                    f"{dict(value)} is no quantization spec; "
-                    'write {"bits": 4, "group_size": 128, "scheme": "asym"}'
+                    f"{dict(value)} is no quantization spec; write "
+                    '{"bits": 4, "group_size": 128, "scheme": "asym", "algorithm": "rtn"}'
                 )
-            group_size = value.get("group_size", group_size)
-            scheme = value.get("scheme", scheme)
+            rest |= {key: value[key] for key in rest if key in value}
             value = value["bits"]
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise UserError(f"{value!r} is no bitwidth; choose from {', '.join(BITWIDTHS)}")
-        return cls.parse(value, group_size, scheme)
+        return cls.parse(value, **rest)
 
 
 @dataclass(frozen=True)
@@ -124,28 +137,31 @@ class QuantPlan:
         return cls(((".*", spec),), text=spec.bitwidth)
 
     @classmethod
-    def parse(
-        cls,
-        text: str,
-        group_size: int = DEFAULT_GROUP_SIZE,
-        scheme: str = DEFAULT_SCHEME,
-    ) -> QuantPlan:
+    def parse(cls, text: str, default: QuantSpec | None = None) -> QuantPlan:
         """The plan that `--bitwidth` names: one value, one per layer ("4,4,8"), or a JSON file.
+
+        Args:
+            default: has the group size, scheme and algorithm of values that name none.
 
         Raises:
             UserError: for values, files or rules that are not a plan.
         """
         text = text.strip()
         if text.endswith(".json"):
-            return cls._from_file(Path(text), group_size, scheme)
+            return cls.from_file(Path(text), default)
         if "," not in text:
-            return cls(((".*", QuantSpec.parse(text, group_size, scheme)),), text=text)
-        specs = [QuantSpec.parse(value, group_size, scheme) for value in text.split(",")]
+            return cls(((".*", QuantSpec.from_json(text, default)),), text=text)
+        specs = [QuantSpec.from_json(value, default) for value in text.split(",")]
         rules = tuple((rf"^layers\.{i}\.", spec) for i, spec in enumerate(specs))
         return cls(rules, len(specs), text)
 
     @classmethod
-    def _from_file(cls, path: Path, group_size: int, scheme: str) -> QuantPlan:
+    def from_file(cls, path: Path, default: QuantSpec | None = None) -> QuantPlan:
+        """The plan in a JSON file, in the shape of `to_json` or of Neural Compressor.
+
+        Raises:
+            UserError: for a file that is none.
+        """
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -157,27 +173,32 @@ class QuantPlan:
                 f"{path}: a plan is a JSON object from regular expressions over module names to "
                 'specs, such as {"attention": 8, "mlp": {"bits": 4, "group_size": 64}}'
             )
-        return cls.from_json(value, str(path), group_size, scheme)
+        return cls.from_json(value, str(path), default)
 
     @classmethod
     def from_json(
         cls,
         value: Mapping[str, object],
         text: str = "the plan",
-        group_size: int = DEFAULT_GROUP_SIZE,
-        scheme: str = DEFAULT_SCHEME,
+        default: QuantSpec | None = None,
     ) -> QuantPlan:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`; takes the shape of Neural Compressor's configurations too."""
+        if set(value) & {"op_type_dict", "op_name_dict"}:
+            value = neural_compressor_rules(value, text)
         rules = []
         for pattern, spec in value.items():
             try:
                 re.compile(pattern)
-                rules.append((pattern, QuantSpec.from_json(spec, group_size, scheme)))
+                rules.append((pattern, QuantSpec.from_json(spec, default)))
             except (re.error, OverflowError, RecursionError) as error:
                 raise UserError(f"{text}: {pattern!r} is no regular expression ({error})") from None
             except UserError as error:
                 raise UserError(f"{text}: {pattern!r}: {error}") from None
         return cls(tuple(rules), text=text)
+
+    def with_rule(self, pattern: str, spec: QuantSpec) -> QuantPlan:
+        """The plan with one more rule, which wins over those it has."""
+        return replace(self, rules=(*self.rules, (pattern, spec)))
 
     def to_json(self) -> dict[str, object]:
         """The JSON plan: regular expression to spec."""
@@ -197,6 +218,9 @@ class QuantPlan:
         Raises:
             UserError: for a plan of the wrong length, a rule that matches nothing, or one that
                 splits a fused layer.
+
+        Returns:
+            name to spec, "lm_head" among them where a rule that says "lm_head" quantizes it.
         """
         if self.num_layers is not None and self.num_layers != num_layers:
             raise UserError(
@@ -205,6 +229,9 @@ class QuantPlan:
             )
         unused = dict.fromkeys(pattern for pattern, _ in self.rules)
         specs = {}
+        # "all layers" does not mean the head: a rule has to say its name.
+        named = QuantPlan(tuple(rule for rule in self.rules if LM_HEAD in rule[0]))
+        head = named._find(LM_HEAD, LM_HEAD, unused)
         for name, parts in modules.items():
             found = {part: self._find(name, part, unused) for part in parts or (name,)}
             if len(set(found.values())) > 1:
@@ -214,6 +241,8 @@ class QuantPlan:
                     "give its parts the same one"
                 )
             specs[name] = next(iter(found.values()))
+        if head.kind != "dense":
+            specs[LM_HEAD] = head
         if unused:
             example = next(iter(modules), "layers.0.attention.qkv")
             raise UserError(
@@ -228,6 +257,59 @@ class QuantPlan:
                 spec = candidate
                 unused.pop(pattern, None)
         return spec
+
+
+def neural_compressor_rules(value: Mapping[str, object], text: str) -> dict[str, object]:
+    """The rules of a Neural Compressor configuration: those by name win over those by type.
+
+    `{"op_type_dict": {".*": {"weight": {"bit": [4], "group_size": [32], "scheme": ["asym"],
+    "algorithm": ["RTN"]}}}, "op_name_dict": …}`: of a list, which spans a space to search there,
+    the first entry counts. A type is a regular expression over class names, of which "Linear" is
+    the one that is quantized; a name's expression starts where the name does.
+
+    Raises:
+        UserError: for keys, types or values that have no meaning here.
+    """
+    unknown = set(value) - {"op_type_dict", "op_name_dict"}
+    tables = [value.get(key) or {} for key in ("op_type_dict", "op_name_dict")]
+    if unknown or not all(isinstance(table, Mapping) for table in tables):
+        raise UserError(f"{text}: beside op_type_dict and op_name_dict there is {sorted(unknown)}")
+    rules: dict[str, object] = {}
+    by_type, by_name = tables
+    for pattern, entry in by_type.items():
+        try:
+            found = re.fullmatch(pattern, "Linear")
+        except re.error as error:
+            raise UserError(f"{text}: {pattern!r} is no regular expression ({error})") from None
+        if not found:
+            raise UserError(f"{text}: op_type_dict: {pattern!r} does not match 'Linear'")
+        rules[".*"] = _neural_compressor_spec(entry, f"{text}: {pattern!r}")
+    for pattern, entry in by_name.items():
+        rules[f"^(?:{pattern})"] = _neural_compressor_spec(entry, f"{text}: {pattern!r}")
+    return rules
+
+
+def _neural_compressor_spec(entry: object, where: str) -> dict[str, object]:
+    weight = entry.get("weight") if isinstance(entry, Mapping) else None
+    if not isinstance(weight, Mapping):
+        raise UserError(f'{where} is {entry}; write {{"weight": {{"bit": [4], …}}}}')
+    first = {
+        key: value[0] if isinstance(value, list | tuple) and value else value
+        for key, value in weight.items()
+    }
+    names = {"bit": "bits", "group_size": "group_size", "scheme": "scheme"}
+    unknown = set(first) - set(names) - {"algorithm", "dtype"}
+    if unknown:
+        raise UserError(f"{where}: QLLM knows no {sorted(unknown)[0]!r}")
+    dtype = first.get("dtype", "int")
+    if dtype in ("fp32", "fp16", "bf16"):
+        return {"bits": 16}
+    if dtype not in ("int", "int8", "int4"):
+        raise UserError(f"{where}: QLLM has no weights of type {dtype!r}; it has int")
+    spec = {names[key]: value for key, value in first.items() if key in names}
+    if "algorithm" in first:
+        spec["algorithm"] = str(first["algorithm"]).lower()
+    return {"bits": 8 if dtype == "int8" else 4} | spec
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,12 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB"
 
 
+def bitwidth(model: Decoder) -> str:
+    """The bitwidth of a model's layers: one, or each once in the order in which they come."""
+    linears = (m for m in model.layers.modules() if isinstance(m, Linear))
+    return ",".join(dict.fromkeys(linear.spec.bitwidth for linear in linears))
+
+
 def shard_rows(model: Decoder) -> list[dict]:
     """The `shards` of the JSON object: layers and bytes as held in memory."""
     sizes = shard_bytes(model)

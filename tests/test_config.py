@@ -31,6 +31,9 @@ MODULES = {
 FOUR = QuantSpec.parse("4")
 
 
+DEFAULT_7 = QuantSpec(group_size=7, scheme="sym")
+
+
 def found(plan: QuantPlan) -> dict[str, str]:
     """The bitwidth of every layer."""
     return {name: spec.bitwidth for name, spec in plan.resolve(MODULES, 2).items()}
@@ -130,7 +133,7 @@ def test_a_spec_both_ways(bitwidth, scheme, group_size):
     spec = QuantSpec.parse(bitwidth, group_size, scheme)
     text = json.dumps(spec.to_json())
     # What the object says wins over other defaults.
-    assert QuantSpec.from_json(json.loads(text), 7, "sym") == spec
+    assert QuantSpec.from_json(json.loads(text), DEFAULT_7) == spec
 
 
 @pytest.mark.parametrize(
@@ -146,7 +149,7 @@ def test_a_spec_both_ways(bitwidth, scheme, group_size):
     ],
 )
 def test_what_json_may_say(value, expected):
-    assert QuantSpec.from_json(value, 32, "sym") == expected
+    assert QuantSpec.from_json(value, QuantSpec(group_size=32, scheme="sym")) == expected
 
 
 @pytest.mark.parametrize(
@@ -176,7 +179,7 @@ def test_json_that_is_refused(value, word):
 
 @pytest.mark.parametrize("bitwidth", BITWIDTHS)
 def test_one_value_is_for_all(bitwidth):
-    plan = QuantPlan.parse(bitwidth, 64, "sym")
+    plan = QuantPlan.parse(bitwidth, QuantSpec(group_size=64, scheme="sym"))
     expected = QuantSpec.parse(bitwidth, 64, "sym")
     assert plan.resolve(MODULES, 2) == dict.fromkeys(MODULES, expected)
     assert QuantPlan.uniform(expected).resolve(MODULES, 2) == plan.resolve(MODULES, 2)
@@ -211,7 +214,7 @@ def test_lists_that_are_refused(text):
 def test_a_file(tmp_path):
     path = tmp_path / "plan.json"
     path.write_text('{"attention": 8, "mlp": {"bits": 4, "group_size": 64}}')
-    plan = QuantPlan.parse(str(path), 32, "sym")
+    plan = QuantPlan.parse(str(path), QuantSpec(group_size=32, scheme="sym"))
     specs = plan.resolve(MODULES, 2)
     assert specs["layers.1.attention.qkv"] == QuantSpec(8, 32, "sym", "weight_only")
     assert specs["layers.0.mlp.down"] == QuantSpec(4, 64, "sym", "weight_only")
@@ -322,14 +325,14 @@ def test_a_plan_both_ways():
     }
     plan = plan_of(value)
     assert plan.to_json() == value
-    again = QuantPlan.from_json(json.loads(json.dumps(plan.to_json())), group_size=7, scheme="sym")
+    again = QuantPlan.from_json(json.loads(json.dumps(plan.to_json())), default=DEFAULT_7)
     assert again.rules == plan.rules
     assert list(again.to_json()) == list(value)
 
 
 @pytest.mark.parametrize("text", ["4", "8:tc", "4,8:tc-li"])
 def test_what_the_command_line_gave_both_ways(text):
-    plan = QuantPlan.parse(text, 64, "sym")
+    plan = QuantPlan.parse(text, QuantSpec(group_size=64, scheme="sym"))
     again = QuantPlan.from_json(json.loads(json.dumps(plan.to_json())))
     assert again.resolve(MODULES, 2) == plan.resolve(MODULES, 2)
 

@@ -48,7 +48,8 @@ def find_source(model: ModelFolder, note: Callable[[str], None]) -> Path:
     Args:
         note: called with a line that says which it is.
     """
-    if LAYOUT_KEY in read_json(model.path / "config.json"):
+    config = read_json(model.path / "config.json")
+    if LAYOUT_KEY in config or "quantization_config" in config:
         return model.path
     copy = default_folder(model)
     if not (copy / "config.json").exists():
@@ -83,6 +84,8 @@ def convert(
             there.
     """
     weights = Weights(Checkpoint(model.path))
+    if weights.stored:
+        raise UserError(f"{model.path} is quantized; conversion takes 16-bit checkpoints")
     if weights.converted:
         raise UserError(f"{model.path} is in QLLM's layout already")
     if target.exists() and not overwrite:

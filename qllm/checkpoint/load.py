@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from qllm.checkpoint.formats import Int8Weight
 from qllm.checkpoint.reader import Checkpoint
 from qllm.checkpoint.weights import Weights
-from qllm.config import ModelConfig, QuantPlan, QuantSpec
+from qllm.config import DEFAULT_ALGORITHM, LM_HEAD, ModelConfig, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
+from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import check_fits
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
 from qllm.parallel.pipeline import balance
 from qllm.quant.calibrate import Calibration
+from qllm.quant.packing import PackedWeight
 from qllm.quant.smooth import smooth_scales
 
 # A linear, and the norm in front of it that can take its smoothing.
@@ -37,11 +41,11 @@ def load_model(
     cache_shape: tuple[int, int] = (0, 0),
     progress: Progress = iter,
 ) -> Decoder:
-    """Load a 16- or 32-bit checkpoint, quantizing each layer as it comes.
+    """Load a 16- or 32-bit checkpoint, quantizing each layer as it comes; or a quantized one.
 
     Args:
         folder: a checkpoint of a known family, in Hugging Face's or QLLM's layout.
-        plan: which layer gets which spec.
+        plan: which layer gets which spec; 16 bits for a checkpoint that is quantized already.
         dtype: of activations and dense weights; None is the checkpoint's.
         device: where the model goes.
         num_shards: contiguous layer ranges of about equal bytes.
@@ -55,16 +59,10 @@ def load_model(
     """
     weights = Weights(Checkpoint(folder))
     dtype = dtype or weights.dtype()
+    specs = _specs(weights, plan, calibration)
     config = weights.config
-    linears = weights.family.layer_linears(config.num_layers)
-    specs = plan.resolve(linears, config.num_layers)
-    if calibration is None and any(spec.kind == "w8a8_static" for spec in specs.values()):
-        raise UserError(
-            "bitwidth 8:tc needs a calibration of this model's activations; make one with "
-            "fake_calib_gen.py, name one with --calib, or use 8:tc-li, which needs none"
-        )
-    if calibration is not None:
-        calibration.check({name: weights.shapes[f"{name}.weight"] for name in specs})
+    if LM_HEAD in specs:  # of a matrix that is tied, the embedding stays as it is
+        config = replace(config, tied_head=False)
     model = Decoder(config, specs, dtype)
     costs = _layer_bytes(model)
     model.shards = balance(costs, num_shards)
@@ -74,13 +72,66 @@ def load_model(
 
     for name, module in progress(_leaves(model)):
         if isinstance(module, Linear):
-            _fill_linear(model, name, module, weights, specs, device, calibration)
+            if name in weights.stored:
+                _fill_stored(model, name, module, weights, device)
+            else:
+                _fill_linear(model, name, module, weights, specs, device, calibration)
         else:
             for key in dict(module.named_buffers(recurse=False)):
                 setattr(module, key, _read(weights, f"{name}.{key}", dtype, device))
     if config.tied_head:
         model.lm_head = linear_class(QuantSpec()).from_float(model.embed.weight, None, QuantSpec())
     return model
+
+
+def _specs(
+    weights: Weights, plan: QuantPlan, calibration: Calibration | None
+) -> dict[str, QuantSpec]:
+    """The spec of every linear: of the plan, or as a quantized checkpoint has it."""
+    config = weights.config
+    if weights.stored:
+        if any(spec.kind != "dense" for _, spec in plan.rules):
+            raise UserError(
+                f"{weights.checkpoint.folder} is quantized already, and runs as it is; "
+                "leave --bitwidth and --lm-head-bits out"
+            )
+        return {name: storage.spec for name, storage in weights.stored.items()}
+    specs = plan.resolve(weights.family.layer_linears(config.num_layers), config.num_layers)
+    for spec in specs.values():
+        if spec.algorithm != DEFAULT_ALGORITHM:
+            raise UserError(
+                f"{spec.algorithm} takes calibration and time: qllm_quant.py does it once, and "
+                "what it saves is loaded; loading itself rounds to nearest (rtn)"
+            )
+    if calibration is None and any(spec.kind == "w8a8_static" for spec in specs.values()):
+        raise UserError(
+            "bitwidth 8:tc needs a calibration of this model's activations; make one with "
+            "fake_calib_gen.py, name one with --calib, or use 8:tc-li, which needs none"
+        )
+    if calibration is not None:
+        shapes = {name: weights.shapes[f"{name}.weight"] for name in specs if name != LM_HEAD}
+        calibration.check(shapes)
+    return specs
+
+
+def _fill_stored(model: Decoder, name: str, module: Linear, weights: Weights, device: str) -> None:
+    """Put a linear that the checkpoint holds quantized in its place."""
+    found = weights.read_quantized(name)
+    bias = None
+    if module.bias is not None:
+        bias = _read(weights, f"{name}.bias", model.dtype, device)
+    tensors = [None if tensor is None else tensor.to(device) for tensor in found]
+    spec = weights.stored[name].spec
+    if isinstance(found, Int8Weight):
+        qweight, scales, input_scale = tensors
+        extra = [] if input_scale is None else [input_scale]
+        layer = linear_class(spec)(qweight, scales, bias, spec, *extra)
+    else:
+        spec = replace(spec, scheme="asym" if found.qzeros.numel() else "sym")
+        packed = PackedWeight(*tensors)
+        layer = WeightOnlyLinear.from_packed(packed, bias, spec, module.in_features)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
 
 
 def _leaves(model: Decoder) -> list[tuple[str, nn.Module]]:
@@ -106,12 +157,13 @@ def _fill_linear(
     if spec.kind == "dense":
         weight = _read(weights, f"{name}.weight", model.dtype, device)
     else:
-        weight = weights.read(f"{name}.weight").to(device)
+        tied = name == LM_HEAD and weights.config.tied_head
+        weight = weights.read("embed.weight" if tied else f"{name}.weight").to(device)
     bias = None
     if module.bias is not None:
         bias = _read(weights, f"{name}.bias", model.dtype, device)
     input_range = None
-    if calibration is not None and spec.kind.startswith("w8a8"):
+    if calibration is not None and spec.kind.startswith("w8a8") and name in calibration.inputs:
         inputs = calibration.inputs[name].to(device)
         if smooths(model.config, name):
             scales = smooth_scales(inputs, weight)

@@ -265,16 +265,12 @@ class Checkpoint:
         self._last = file
 
     def read(self, name: str, *, mapped: bool = False) -> Tensor:
-        """A tensor, in memory of its own, or with `mapped` as a view of its file.
+        """A tensor of weights, in memory of its own, or with `mapped` as a view of its file.
 
         Raises:
             UserError: for a tensor that is not floating point, or not finite.
         """
-        file = self._files[name]
-        if file is not self._last:  # one file of a sharded checkpoint is held open at a time
-            self._last.release()
-            self._last = file
-        tensor = file.map(name) if mapped else file.read(name)
+        tensor, file = self.read_any(name, mapped=mapped), self._files[name]
         if not tensor.dtype.is_floating_point:
             raise UserError(
                 f"{file.path}: {name} holds {tensor.dtype}; weights are floating point here"
@@ -283,6 +279,14 @@ class Checkpoint:
         if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise UserError(f"{file.path}: {name} holds NaN or infinite values; get it again")
         return tensor
+
+    def read_any(self, name: str, *, mapped: bool = False) -> Tensor:
+        """A tensor as it is."""
+        file = self._files[name]
+        if file is not self._last:  # one file of a sharded checkpoint is held open at a time
+            self._last.release()
+            self._last = file
+        return file.map(name) if mapped else file.read(name)
 
     def path(self, name: str) -> Path:
         """The file a tensor is in."""

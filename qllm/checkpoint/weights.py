@@ -12,8 +12,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from qllm.checkpoint.quant_config import Storage, parse
 from qllm.checkpoint.reader import Checkpoint
-from qllm.config import ModelConfig
+from qllm.checkpoint.stored import TENSORS, Quantized, join_rows, read_linear, take_rows
+from qllm.config import LM_HEAD, ModelConfig
 from qllm.errors import UserError
 from qllm.layers import Linear
 from qllm.models import Decoder, RawConfig, family_of
@@ -40,8 +42,13 @@ def check_readable_by_transformers(raw_config: RawConfig) -> None:
     """Refuse the reference what it cannot read.
 
     Raises:
-        UserError: for a checkpoint in QLLM's layout.
+        UserError: for a checkpoint in QLLM's layout, or a quantized one.
     """
+    if "quantization_config" in raw_config.values:
+        raise UserError(
+            f"{raw_config.where}: this checkpoint is quantized, the reference is the 16-bit one; "
+            "give the one it was made from"
+        )
     if LAYOUT_KEY in raw_config.values:
         raise UserError(
             f"{raw_config.where}: this checkpoint is in QLLM's layout, the reference reads "
@@ -71,6 +78,7 @@ class Weights:
     Attributes:
         config: the model's, with `tied_head` as the weights have it.
         converted: whether the checkpoint is in QLLM's layout.
+        stored: how each quantized linear is stored, by our name; {} at 16 bits.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -84,6 +92,7 @@ class Weights:
         self.config = self.family.read_config(checkpoint.raw_config)
         self._prefix = "" if self.converted else self._find_prefix()
         self.config = self._untie_if_different(self.config)
+        self.stored = self._find_stored()
         self._check()
 
     def _find_prefix(self) -> str:
@@ -99,38 +108,60 @@ class Weights:
 
     def _untie_if_different(self, config: ModelConfig) -> ModelConfig:
         """As transformers has it: a head that differs from the embedding is not tied to it."""
-        if (
-            not config.tied_head
-            or self.converted
-            or "lm_head.weight" not in self.checkpoint.tensors
-        ):
+        if not config.tied_head or self.converted:
             return config
+        if "lm_head.weight" not in self.checkpoint.tensors:
+            head = any(name.startswith(f"{LM_HEAD}.") for name in self.checkpoint.tensors)
+            return replace(config, tied_head=not head)  # a quantized one is its own
         (embed,) = self._parts("embed.weight")
         if embed not in self.checkpoint.tensors:
             return config
         pair = [self.checkpoint.read(name, mapped=True) for name in (embed, "lm_head.weight")]
         return config if torch.equal(*pair) else replace(config, tied_head=False)
 
+    def _find_stored(self) -> dict[str, Storage]:
+        """What config.json says of the linears that are quantized."""
+        raw = self.checkpoint.raw_config
+        value = raw.values.get("quantization_config")
+        if value is None:
+            return {}
+        config = parse(value, raw.where)
+        names = [*self.family.layer_linears(self.config.num_layers)]
+        stored = {}
+        for name in [*names, *([] if self.config.tied_head else [LM_HEAD])]:
+            parts = [part.rpartition(".")[0] for part in self._parts(f"{name}.weight")]
+            found = {part: config.find(part) for part in parts}
+            storage = found[parts[0]]
+            if any(other != storage for other in found.values()):
+                raise UserError(
+                    f"{raw.where}: {', '.join(parts)} are one matrix here, and are not all "
+                    "quantized in the same way"
+                )
+            if storage is not None:
+                stored[name] = storage
+        return stored
+
     def _parts(self, name: str) -> tuple[str, ...]:
         """The names in the checkpoint of what our tensor is fused from."""
         if self.converted:
             return (name,)
         module, kind = name.rsplit(".", 1)
-        if module == "lm_head":
+        if module == LM_HEAD:
             return (name,)
         parts = tuple(f"{self._prefix}{part}.{kind}" for part in self.family.parts(module))
         if name == "embed.weight" and parts[0] not in self.checkpoint.tensors:
             return ("lm_head.weight",) if self.config.tied_head else parts
         return parts
 
-    def _rows(self, name: str, shape: tuple[int, ...]) -> list[int]:
-        """How many rows of our tensor each of its parts has."""
-        if len(self._parts(name)) == 1:
-            return [shape[0]]
-        if ".attention.qkv." in name:
+    def _rows(self, module: str, parts: int) -> list[int]:
+        """How many rows of our module's tensors each of its parts has."""
+        if parts == 1:
+            tensors = (f"{module}.weight", f"{module}.bias")
+            return [next(self.shapes[name][0] for name in tensors if name in self.shapes)]
+        if module.endswith(".attention.qkv"):
             heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
             return [count * self.config.head_dim for count in heads]
-        return [shape[0] // 2] * 2
+        return [self.config.intermediate_size] * 2
 
     def _check(self) -> None:
         tensors = self.checkpoint.tensors
@@ -148,8 +179,13 @@ class Weights:
             ) from None
         expected = set()
         for name, shape in self.shapes.items():
-            rows = self._rows(name, shape)
-            for part, count in zip(self._parts(name), rows, strict=True):
+            parts = self._parts(name)
+            rows = self._rows(name.rpartition(".")[0], len(parts))
+            module = name.rpartition(".")[0]
+            if name.endswith(".weight") and module in self.stored:
+                expected |= self._check_quantized(module)
+                continue
+            for part, count in zip(parts, rows, strict=True):
                 expected.add(part)
                 if part not in tensors:
                     raise UserError(
@@ -167,6 +203,55 @@ class Weights:
                     f"{self.checkpoint.path(name)} holds {name}, which no {self.family.name} "
                     "of its config.json has"
                 )
+
+    def _check_quantized(self, module: str) -> set[str]:
+        """Refuse a quantized linear whose tensors are not there; returns their names."""
+        tensors, optional = TENSORS[self.stored[module].format]
+        expected = set()
+        for part in self._parts(f"{module}.weight"):
+            stem = part.removesuffix("weight")
+            for key in tensors:
+                if stem + key not in self.checkpoint.tensors:
+                    raise UserError(
+                        f"{self.checkpoint.folder} lacks {stem + key}, which the "
+                        "quantization_config of its config.json implies"
+                    )
+            expected |= {stem + key for key in (*tensors, *optional)}
+        return expected
+
+    def read_quantized(self, module: str) -> Quantized:
+        """A quantized linear's integers and scales, its parts put together.
+
+        Raises:
+            UserError: for tensors that are not what config.json says, or parts that do not go
+                together.
+        """
+        storage = self.stored[module]
+        total, columns = self.shapes[f"{module}.weight"]
+        names = self._parts(f"{module}.weight")
+        parts = []
+        for name, rows in zip(names, self._rows(module, len(names)), strict=True):
+            stem = name.removesuffix("weight")
+            keys = {key for keys in TENSORS[storage.format] for key in keys}
+            tensors = {
+                key: self.checkpoint.read_any(stem + key)
+                for key in sorted(keys)
+                if stem + key in self.checkpoint.tensors
+            }
+            try:
+                parts.append(read_linear(storage, tensors, columns, rows))
+            except UserError as error:
+                file = self.checkpoint.path(stem + next(iter(tensors)))
+                raise UserError(f"{file}: {stem}{error}") from None
+        try:
+            whole = join_rows(parts, storage.spec.bits)
+        except UserError as error:
+            raise UserError(f"{self.checkpoint.folder}: {', '.join(names)}: {error}") from None
+        if self.family.interleaved_qkv and not self.converted and module.endswith("attention.qkv"):
+            heads, dim = self.config.num_heads, self.config.head_dim
+            rows = torch.arange(total).view(heads, 3, dim).transpose(0, 1).flatten()
+            whole = take_rows(whole, rows)
+        return whole
 
     def dtype(self, name: str = "embed.weight") -> torch.dtype:
         """The type the checkpoint holds one of our tensors in; the embedding's is the model's."""
@@ -189,3 +274,22 @@ class Weights:
         if len(parts) == 1:
             return self.checkpoint.read(parts[0], mapped=mapped)
         return torch.cat([self.checkpoint.read(part) for part in parts])
+
+    def rows_of_parts(self, module: str) -> dict[str, slice | Tensor]:
+        """Which rows of one of our modules' tensors each part has, by its Hugging Face name.
+
+        Rows are a slice, or the index of each of the part's own, in their order (BLOOM's QKV).
+        """
+        if module == LM_HEAD:
+            return {module: slice(None)}
+        parts = [self.family.prefixes[0] + part for part in self.family.parts(module)]
+        if len(parts) == 1 and self.family.interleaved_qkv and ".attention.qkv" in module:
+            heads, dim = self.config.num_heads, self.config.head_dim
+            rows = torch.arange(3 * heads * dim).view(3, heads, dim).transpose(0, 1).flatten()
+            return {parts[0]: rows}
+        counts = self._rows(module, len(parts))
+        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        return {
+            part: slice(end - count, end)
+            for part, count, end in zip(parts, counts, ends, strict=True)
+        }

@@ -11,12 +11,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from qllm.checkpoint.reader import DTYPES, TensorInfo
 
+WEIGHTS = "model.safetensors"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -58,6 +60,101 @@ class SafetensorsWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+class ShardWriter:
+    """Tensors appended to the shards of a checkpoint, by a run that may be killed and go on.
+
+    While a shard grows its header is not known. Room for it is kept at the beginning, and what is
+    not used is filled with spaces, as the format allows.
+    """
+
+    def __init__(
+        self, folder: Path, *, limit: int, header_bytes: int, state: list[dict] | None = None
+    ) -> None:
+        """
+        Args:
+            folder: the shards' own; whatever `state` does not name is removed from it.
+            limit: bytes of tensors per shard, unless one tensor has more.
+            header_bytes: room for a header.
+            state: what `sync` returned, to go on from there.
+        """
+        self.folder, self.limit = folder, limit
+        self.room = -(-header_bytes // 4096) * 4096 - 8
+        self.shards = [dict(shard) for shard in state or ()]
+        folder.mkdir(exist_ok=True)
+        for index in range(len(self.shards)):  # killed in `finish`, it may have its name already
+            if (folder / self._name(index)).exists():
+                (folder / self._name(index)).rename(self._path(index))
+        known = {self._path(index).name for index in range(len(self.shards))}
+        for path in folder.iterdir():
+            if path.name not in known:
+                path.unlink()
+        self._file: BinaryIO | None = None
+        if self.shards:
+            self._file = self._path(len(self.shards) - 1).open("r+b")
+            self._file.seek(8 + self.room + self._end(self.shards[-1]))
+            self._file.truncate()
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"shard-{index + 1:05}"
+
+    def _name(self, index: int) -> str:
+        count = len(self.shards)
+        return f"model-{index + 1:05}-of-{count:05}.safetensors" if count > 1 else WEIGHTS
+
+    @staticmethod
+    def _end(shard: dict) -> int:
+        return max((entry["data_offsets"][1] for entry in shard.values()), default=0)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor."""
+        data = tensor.detach().cpu().contiguous()
+        if not self.shards or self._end(self.shards[-1]) + data.nbytes > self.limit:
+            if self._file is not None:
+                self._flush()
+                self._file.close()
+            self.shards.append({})
+            self._file = self._path(len(self.shards) - 1).open("wb")
+            self._file.write(b" " * (8 + self.room))
+        start = self._end(self.shards[-1])
+        if data.numel():
+            self._file.write(memoryview(data.view(-1).view(torch.uint8).numpy()))
+        self.shards[-1][name] = {
+            "dtype": DTYPE_NAMES[data.dtype],
+            "shape": list(data.shape),
+            "data_offsets": [start, start + data.nbytes],
+        }
+
+    def _flush(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def sync(self) -> list[dict]:
+        """Put what was written on the disk; returns what another writer needs to go on."""
+        if self._file is not None:
+            self._flush()
+        return self.shards
+
+    def finish(self) -> int:
+        """Complete the shards, give them their names, and write their index; bytes of tensors."""
+        if self._file is not None:
+            self._file.close()
+        weight_map = {}
+        for index, shard in enumerate(self.shards):
+            header = json.dumps({"__metadata__": {"format": "pt"}, **shard}, separators=(",", ":"))
+            weight_map |= dict.fromkeys(shard, self._name(index))
+            with self._path(index).open("r+b") as file:
+                file.write(struct.pack("<Q", self.room) + header.encode().ljust(self.room))
+                file.flush()
+                os.fsync(file.fileno())
+            self._path(index).rename(self.folder / self._name(index))
+        total = sum(map(self._end, self.shards))
+        if len(self.shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (self.folder / f"{WEIGHTS}.index.json").write_text(text, encoding="utf-8")
+        return total
 
 
 @contextmanager

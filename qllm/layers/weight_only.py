@@ -8,7 +8,7 @@ from torch import Tensor
 from qllm.config import QuantSpec
 from qllm.layers.base import Linear
 from qllm.ops.reference import dequantize
-from qllm.quant.packing import packed_size
+from qllm.quant.packing import PackedWeight, packed_size
 from qllm.quant.rtn import quantize_rtn
 
 
@@ -62,8 +62,23 @@ class WeightOnlyLinear(Linear):
         *,
         input_range: float | None = None,
     ) -> WeightOnlyLinear:
-        qweight, scales, qzeros, _ = quantize_rtn(weight, spec.bits, spec.group_size, spec.scheme)
-        return cls(qweight, scales, qzeros, bias, spec, weight.shape[1])
+        packed = quantize_rtn(weight, spec.bits, spec.group_size, spec.scheme)
+        return cls.from_packed(packed, bias, spec, weight.shape[1])
+
+    @staticmethod
+    def from_packed(
+        packed: PackedWeight, bias: Tensor | None, spec: QuantSpec, in_features: int
+    ) -> WeightOnlyLinear:
+        """The layer of integers that were chosen before, by any algorithm."""
+        *tensors, order = packed
+        if order is None:
+            return WeightOnlyLinear(*tensors, bias, spec, in_features)
+        return ReorderedLinear(*tensors, bias, spec, in_features, order)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The layer's integers, scales and zeros."""
+        return PackedWeight(self.qweight, self.scales, self.qzeros)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(
@@ -86,3 +101,36 @@ class WeightOnlyLinear(Linear):
             self.in_features,
             torch.float32,
         )
+
+
+class ReorderedLinear(WeightOnlyLinear):
+    """A weight whose groups are not runs of input channels (GPTQ's act-order).
+
+    Buffers: those of `WeightOnlyLinear`, whose columns stand for the channels in this order, and
+
+        order  int64 (K,)   packed column i holds input channel order[i]
+    """
+
+    def __init__(
+        self,
+        qweight: Tensor,
+        scales: Tensor,
+        qzeros: Tensor,
+        bias: Tensor | None,
+        spec: QuantSpec,
+        in_features: int,
+        order: Tensor,
+    ) -> None:
+        super().__init__(qweight, scales, qzeros, bias, spec, in_features)
+        self.register_buffer("order", order)
+
+    @property
+    def packed(self) -> PackedWeight:
+        return PackedWeight(self.qweight, self.scales, self.qzeros, self.order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, self.order])
+
+    def dequantize(self) -> Tensor:
+        columns = super().dequantize()
+        return torch.empty_like(columns).index_copy_(1, self.order, columns)

@@ -140,16 +140,25 @@ class PreNormLayer(nn.Module):
         self.mlp = (GatedMLP if config.gated_mlp else MLP)(config, index, make)
 
     def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), step)
+        return self.mlp_block(self.attention_block(x, step))
+
+    def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        """The first half of the layer: x (N, C) to (N, C)."""
+        return x + self.attention(self.attention_norm(x), step)
+
+    def mlp_block(self, x: Tensor) -> Tensor:
+        """The second half of the layer: x (N, C) to (N, C)."""
         return x + self.mlp(self.mlp_norm(x))
 
 
 class NormedResidualLayer(PreNormLayer):
     """A pre-norm layer whose residual branches off behind the norm (a BLOOM option)."""
 
-    def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+    def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         x = self.attention_norm(x)
-        x = x + self.attention(x, step)
+        return x + self.attention(x, step)
+
+    def mlp_block(self, x: Tensor) -> Tensor:
         x = self.mlp_norm(x)
         return x + self.mlp(x)
 
@@ -157,8 +166,10 @@ class NormedResidualLayer(PreNormLayer):
 class PostNormLayer(PreNormLayer):
     """norm(x + attention(x)), then norm(x + mlp(x)): OPT-350m."""
 
-    def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        x = self.attention_norm(x + self.attention(x, step))
+    def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        return self.attention_norm(x + self.attention(x, step))
+
+    def mlp_block(self, x: Tensor) -> Tensor:
         return self.mlp_norm(x + self.mlp(x))
 
 
@@ -207,7 +218,7 @@ class Decoder(nn.Module):
         self.final_norm = norm(config, dtype) if config.final_norm else nn.Identity()
         self.project_out = make("project_out", hidden, embed, False) if projected else nn.Identity()
         self.lm_head = make("lm_head", embed, config.vocab_size, False)
-        if config.tied_head:
+        if config.tied_head and "lm_head" not in specs:
             self.lm_head.weight = self.embed.weight
         self.shards = [range(config.num_layers)]
         self.eval()

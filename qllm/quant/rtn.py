@@ -10,11 +10,16 @@ For a group w at b bits:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from qllm.quant.packing import PackedWeight, pack, packed_size
+
+# Scales and lower ends (N, G) of weights (N, K) at some bits, group size and scheme.
+Ranges = Callable[[Tensor, int, int, str], tuple[Tensor, Tensor]]
 
 # Rows are quantized in pieces of about this many weights: the float32 temporaries stay in cache,
 # and small beside the matrix.
@@ -25,7 +30,9 @@ CHUNK_ELEMENTS = 1 << 20
 SMALLEST_HALF_SCALE = 2.0**-17
 
 
-def quantize_rtn(weight: Tensor, bits: int, group_size: int, scheme: str) -> PackedWeight:
+def quantize_rtn(
+    weight: Tensor, bits: int, group_size: int, scheme: str, ranges: Ranges | None = None
+) -> PackedWeight:
     """Quantize a matrix to nearest.
 
     Args:
@@ -33,23 +40,56 @@ def quantize_rtn(weight: Tensor, bits: int, group_size: int, scheme: str) -> Pac
         bits: 1 to 8.
         group_size: input channels per group, -1 for K; a last, shorter group is one of its own.
         scheme: "sym" or "asym".
+        ranges: finds the groups' grids; None is `group_ranges`.
     """
     rows, columns = weight.shape
     group = columns if group_size == -1 else min(group_size, columns)
-    scales = torch.empty(rows, -(-columns // group), dtype=torch.float32, device=weight.device)
-    lows = torch.empty_like(scales)
-    step = max(1, CHUNK_ELEMENTS // columns)
-    pieces = [slice(start, start + step) for start in range(0, rows, step)]
-    for piece in pieces:
-        scales[piece], lows[piece] = group_range(_grouped(weight[piece], group), bits, scheme)
+    scales, lows = (ranges or group_ranges)(weight, bits, group, scheme)
     scales = store_scales(scales)  # one decision for the matrix: its scales have one type
     zeros = zero_points(lows, scales, bits, scheme)
     packed = weight.new_empty(rows, packed_size(columns, bits), dtype=torch.uint8)
-    for piece in pieces:
-        groups = _grouped(weight[piece], group)
+    for piece in row_pieces(weight):
+        groups = grouped(weight[piece], group)
         integers = round_to_grid(groups, scales[piece], zeros[piece], bits)
         packed[piece] = pack(integers.flatten(1)[:, :columns], bits)
     return PackedWeight(packed, scales, zeros if scheme == "asym" else zeros.new_empty(0))
+
+
+def fake_quantize(
+    weight: Tensor, bits: int, group_size: int, scheme: str, ranges: Ranges | None = None
+) -> Tensor:
+    """What a matrix (N, K) is after `quantize_rtn` and back: float32 (N, K)."""
+    columns = weight.shape[1]
+    group = columns if group_size == -1 else min(group_size, columns)
+    scales, lows = (ranges or group_ranges)(weight, bits, group, scheme)
+    scales = store_scales(scales)
+    zeros = zero_points(lows, scales, bits, scheme)
+    result = torch.empty_like(weight, dtype=torch.float32)
+    for piece in row_pieces(weight):
+        groups = grouped(weight[piece], group)
+        back = to_grid(groups, scales[piece], zeros[piece], bits)
+        back = back.sub_(zeros[piece][..., None]).mul_(scales[piece][..., None])
+        result[piece] = back.flatten(1)[:, :columns]
+    return result
+
+
+def group_ranges(weight: Tensor, bits: int, group_size: int, scheme: str) -> tuple[Tensor, Tensor]:
+    """Scales and lower ends of the groups of weights (N, K): two float32 (N, G).
+
+    Each grid reaches from the least weight of its group to the largest.
+    """
+    group = weight.shape[1] if group_size == -1 else group_size
+    scales = weight.new_empty(len(weight), -(-weight.shape[1] // group), dtype=torch.float32)
+    lows = torch.empty_like(scales)
+    for piece in row_pieces(weight):
+        scales[piece], lows[piece] = group_range(grouped(weight[piece], group), bits, scheme)
+    return scales, lows
+
+
+def row_pieces(weight: Tensor) -> list[slice]:
+    """Runs of rows, of about CHUNK_ELEMENTS weights each."""
+    step = max(1, CHUNK_ELEMENTS // weight.shape[1])
+    return [slice(start, start + step) for start in range(0, len(weight), step)]
 
 
 def group_range(groups: Tensor, bits: int, scheme: str) -> tuple[Tensor, Tensor]:
@@ -80,11 +120,16 @@ def zero_points(lows: Tensor, scales: Tensor, bits: int, scheme: str) -> Tensor:
 
 def round_to_grid(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
     """q of groups (N, G, g), given scales and zeros (N, G): uint8 (N, G, g)."""
+    return to_grid(groups, scales, zeros, bits).to(torch.uint8)
+
+
+def to_grid(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """`round_to_grid` in float32."""
     q = torch.round(groups.float() / scales.float()[..., None]).add_(zeros[..., None])
-    return q.clamp_(0, 2**bits - 1).to(torch.uint8)
+    return q.clamp_(0, 2**bits - 1)
 
 
-def _grouped(weight: Tensor, group: int) -> Tensor:
+def grouped(weight: Tensor, group: int) -> Tensor:
     """(N, K) as (N, G, g); the last group is filled up with zeros, which change no range."""
     missing = -weight.shape[1] % group
     if missing:

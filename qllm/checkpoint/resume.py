@@ -1,0 +1,107 @@
+"""A folder that takes long to make: a killed run leaves what it finished, and the next goes on.
+
+Beside OUT, `OUT.partial` holds a journal, what the run needs to go on, and in `model/` what will
+be OUT. The journal is replaced as a whole, after all that it speaks of is on the disk.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from qllm.checkpoint.writer import new_file
+from qllm.errors import UserError
+
+
+class PartialFolder:
+    """The place where a folder is made.
+
+    Attributes:
+        folder: for what the run needs to go on.
+        model: what becomes the target.
+        state: what the journal says, {} at the start; `commit` replaces it.
+    """
+
+    def __init__(self, target: Path, settings: Mapping[str, object]) -> None:
+        """
+        Args:
+            settings: what decides the result, as JSON values; an interrupted run with other
+                settings is left alone.
+
+        Raises:
+            UserError: for a target that is there, one that another process makes, or an
+                interrupted run with other settings.
+        """
+        self.target = target
+        self.settings = json.loads(json.dumps(settings))
+        self.folder = target.with_name(target.name + ".partial")
+        self.model = self.folder / "model"
+        self._journal = self.folder / "journal.json"
+        self.state: dict = {}
+        self._check_target()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is writing {target} now") from None
+        if self._journal.exists():
+            self._read_journal()
+        else:
+            self.model.mkdir(exist_ok=True)
+            self.commit({})
+
+    def _check_target(self) -> None:
+        if self.target.exists() and not self.target.is_dir():
+            raise UserError(f"{self.target} is a file; name a folder")
+        finished = self._journal.exists() and not self.model.exists()
+        if self.target.exists() and any(self.target.iterdir()) and not finished:
+            raise UserError(
+                f"{self.target} is there already and not empty; name another folder, or remove it"
+            )
+
+    def _read_journal(self) -> None:
+        try:
+            journal = json.loads(self._journal.read_text(encoding="utf-8"))
+            found, self.state = journal["settings"], journal["state"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{self._journal} cannot be read; remove {self.folder} to start anew"
+            ) from None
+        for key in dict.fromkeys([*self.settings, *found]):
+            ours, theirs = self.settings.get(key), found.get(key)
+            if ours != theirs:
+                raise UserError(
+                    f"{self.folder} holds an interrupted run with {key} {_shorten(theirs)}, this "
+                    f"one has {_shorten(ours)}; give that one's options to go on with it, or "
+                    "remove the folder"
+                )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the target is there, and only the rest of the work was not cleared away."""
+        return not self.model.exists()
+
+    def commit(self, state: dict) -> None:
+        """Make `state` what a later run finds; all that it speaks of is on the disk already."""
+        with new_file(self._journal) as temporary, temporary.open("w", encoding="utf-8") as file:
+            json.dump({"settings": self.settings, "state": state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        self.state = state
+
+    def finish(self) -> None:
+        """Move what was made to the target, and clear the rest away."""
+        if not self.finished:
+            self.model.rename(self.target)  # an empty folder may be there
+        self._lock.close()
+        shutil.rmtree(self.folder)
+
+
+def _shorten(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 100 else f"{text[:80]}…"

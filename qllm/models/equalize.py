@@ -1,0 +1,56 @@
+"""Where the input of a linear can be divided, channel by channel, for nothing.
+
+SmoothQuant and AWQ divide input channel j of a linear by s_j and multiply column j of its weight by
+it. What stands in front takes the division into its own weights: a norm, or a linear with nothing
+but a product or a ReLU in between.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qllm.config import ModelConfig
+from qllm.models.decoder import PreNormLayer
+
+
+def can_divide(config: ModelConfig, linear: str) -> bool:
+    """Whether the input of a layer's linear ("attention.qkv", …) can be divided.
+
+    A norm whose output is the residual as well (OPT-350m), or that has no weights, cannot take
+    it, nor can a linear behind which a GELU comes.
+    """
+    if linear in ("attention.qkv", "mlp.up"):
+        return config.pre_norm and not config.residual_after_norm and config.norm_affine
+    return linear == "attention.out" or config.gated_mlp or config.activation == "relu"
+
+
+def shared_channels(config: ModelConfig, linear: str, values: Tensor) -> Tensor:
+    """`values` (K,) of a linear's input channels, made equal where their scales have to be.
+
+    Query heads that read one value head give the output matrix one channel many times: each of
+    them takes the largest.
+    """
+    if linear != "attention.out" or config.num_heads == config.num_kv_heads:
+        return values
+    heads = values.view(config.num_kv_heads, -1, config.head_dim)
+    return heads.amax(dim=1, keepdim=True).expand_as(heads).flatten()
+
+
+def divide_input(layer: PreNormLayer, config: ModelConfig, linear: str, scales: Tensor) -> None:
+    """Divide the input of a dense linear by `scales` (K,), and multiply its weight by them."""
+    layer.get_submodule(linear).weight.mul_(scales)
+    if linear == "attention.qkv":
+        _divide(layer.attention_norm, slice(None), scales)
+    elif linear == "mlp.up":
+        _divide(layer.mlp_norm, slice(None), scales)
+    elif linear == "attention.out":
+        values = scales.view(config.num_kv_heads, -1, config.head_dim)[:, 0].flatten()
+        _divide(layer.attention.qkv, slice(-len(values), None), values)
+    else:  # the rows of up stand behind those of gate, where there are any
+        _divide(layer.mlp.up, slice(-len(scales), None), scales)
+
+
+def _divide(module: object, rows: slice, scales: Tensor) -> None:
+    for tensor in (module.weight, getattr(module, "bias", None)):
+        if tensor is not None:
+            tensor[rows] /= scales.view(-1, *[1] * (tensor.dim() - 1))

@@ -1,0 +1,50 @@
+"""AWQ (Lin et al. 2024): scale up the weights of the input channels that matter most.
+
+Input channel j is divided by s_j and column j of the weight multiplied by it, as in SmoothQuant;
+a column that is scaled up loses less to rounding. With s = mean|x|^ratio, the ratio is searched
+over a grid for the least squared error of the output.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qllm.quant.inputs import output_error
+from qllm.quant.rtn import fake_quantize
+
+# Ratios tried: 0, 1 / GRID, …, below 1.
+GRID = 20
+SMALLEST_INPUT = 1e-4
+# Rows per piece: the temporaries are a few times as large.
+ROWS = 2048
+
+
+def search_scales(
+    weight: Tensor,
+    input_mean: Tensor,
+    hessian: Tensor,
+    bits: int,
+    group_size: int,
+    scheme: str,
+) -> Tensor:
+    """The best s of a weight, float32 (K,); where no scaling is best, ones.
+
+    Args:
+        weight: (N, K).
+        input_mean: mean |x| of each input channel, (K,). Equal entries get equal scales.
+        hessian: float32 (K, K), the mean of x x^T over inputs x.
+    """
+    inputs = input_mean.float().clamp(min=SMALLEST_INPUT)
+    best, least = torch.ones_like(inputs), torch.inf
+    for step in range(GRID):
+        scales = inputs ** (step / GRID)
+        scales = scales / (scales.max() * scales.min()).sqrt()
+        loss = 0.0
+        for rows in weight.split(ROWS):
+            part = rows.float()
+            error = fake_quantize(part * scales, bits, group_size, scheme).div_(scales).sub_(part)
+            loss += output_error(error, hessian)
+        if loss < least:
+            best, least = scales, loss
+    return best

@@ -1,0 +1,90 @@
+"""Search of the clipping range: a grid that leaves its group's largest weights out.
+
+A narrower grid has finer steps: the few weights beyond its ends lose, the many inside win. Each
+group takes the range, among shrunk ones, that makes the error least: of the weights (as the `mse`
+option of GPTQ's implementations), or of the outputs for the inputs seen (as AWQ, Lin et al. 2024).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qllm.quant.rtn import Ranges, group_range, grouped, row_pieces
+
+# Shares of the full range that are tried.
+SHRINK = tuple(1 - 0.05 * i for i in range(15))
+
+
+def clip_ranges(weight: Tensor, bits: int, group_size: int, scheme: str) -> tuple[Tensor, Tensor]:
+    """Scales and lower ends (N, G) of groups of weights (N, K), least in squared weight error."""
+    return _search(weight, bits, group_size, scheme, None)
+
+
+def clip_ranges_for(hessian: Tensor) -> Ranges:
+    """The search for the least squared output error, group by group.
+
+    Args:
+        hessian: float32 (K, K), the mean of x x^T over inputs x; the blocks of it that a group's
+            channels share among themselves are used.
+    """
+
+    def search(weight: Tensor, bits: int, group_size: int, scheme: str) -> tuple[Tensor, Tensor]:
+        return _search(weight, bits, group_size, scheme, hessian)
+
+    return search
+
+
+def _search(
+    weight: Tensor, bits: int, group_size: int, scheme: str, hessian: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    columns = weight.shape[1]
+    group = columns if group_size == -1 else min(group_size, columns)
+    blocks = None if hessian is None else _diagonal_blocks(hessian, group)
+    found = [_search_rows(weight[p], bits, group, scheme, blocks) for p in row_pieces(weight)]
+    scales, lows = zip(*found, strict=True)
+    return torch.cat(scales), torch.cat(lows)
+
+
+def _search_rows(
+    weight: Tensor, bits: int, group: int, scheme: str, blocks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    groups = grouped(weight, group).float()  # (n, G, g)
+    full_scale, full_low = group_range(groups, bits, scheme)
+    best_scale, best_low, least = full_scale, full_low, None
+    for share in SHRINK:
+        scale, low = full_scale * share, full_low * share
+        error = _round_trip(groups, scale, low, bits, scheme).sub_(groups)
+        if blocks is None:
+            loss = error.square().sum(-1)
+        else:
+            by_group = error.transpose(0, 1)  # (G, n, g)
+            loss = (by_group @ blocks).mul_(by_group).sum(-1).t()
+        if least is None:
+            least = loss
+            continue
+        better = loss < least
+        least = torch.where(better, loss, least)
+        best_scale = torch.where(better, scale, best_scale)
+        best_low = torch.where(better, low, best_low)
+    return best_scale, best_low
+
+
+def _round_trip(groups: Tensor, scale: Tensor, low: Tensor, bits: int, scheme: str) -> Tensor:
+    """Groups (n, G, g) to the grid and back, in float32."""
+    top = 2**bits - 1
+    middle = 2 ** (bits - 1)
+    zero = torch.full_like(low, middle) if scheme == "sym" else (-low / scale).round_()
+    zero, scale = zero.clamp_(0, top)[..., None], scale[..., None]
+    return (groups / scale).round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale)
+
+
+def _diagonal_blocks(hessian: Tensor, group: int) -> Tensor:
+    """The (g, g) blocks on the diagonal of (K, K): (G, g, g); a last, shorter one is padded."""
+    columns = len(hessian)
+    blocks = hessian.new_zeros(-(-columns // group), group, group)
+    for index, start in enumerate(range(0, columns, group)):
+        span = slice(start, min(start + group, columns))
+        size = span.stop - start
+        blocks[index, :size, :size] = hessian[span, span]
+    return blocks

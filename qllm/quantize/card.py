@@ -1,0 +1,63 @@
+"""The model card of a quantized checkpoint: how it was made, and with what error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from qllm import __version__
+from qllm.layers.base import describe
+from qllm.quantize.layer import LinearReport, QuantizeOptions
+
+
+def model_card(
+    about: Mapping[str, str],
+    reports: Sequence[LinearReport],
+    options: QuantizeOptions,
+    *,
+    fake: bool,
+) -> str:
+    """README.md of the folder.
+
+    Args:
+        about: "model", the name of what was quantized, and what to say of the calibration.
+    """
+    name = about.get("model", "A model")
+    what = "quantized and dequantized" if fake else "quantized"
+    algorithms = {report.spec.algorithm for report in reports}
+    kinds = {report.spec.kind for report in reports}
+    lines = ["---", "library_name: transformers", "tags:", "- qllm", "- quantized", "---", ""]
+    lines += [f"# {name}, {what}", "", f"Made by QLLM {__version__} from `{name}`.", ""]
+    lines += [f"- {key}: {value}" for key, value in about.items() if key != "model"]
+    if "gptq" in algorithms:
+        gptq = options.gptq
+        lines.append(
+            f"- GPTQ: dampening {gptq.damp}, block {gptq.block_size}, act-order "
+            f"{_yes(gptq.act_order)}, static groups {_yes(gptq.static_groups)}, "
+            f"true-sequential {_yes(options.true_sequential)}"
+        )
+    if "awq" in algorithms:
+        lines.append(f"- AWQ: scales searched, clipping {_yes(options.clip is not False)}")
+    if options.clip and algorithms & {"rtn", "gptq"}:
+        lines.append("- clipping range searched for the least squared error of the weights")
+    if any(kind.startswith("w8a8") for kind in kinds):
+        smoothed = "dataset" in about
+        lines.append(f"- SmoothQuant: {f'alpha {options.smooth_alpha}' if smoothed else 'no'}")
+    lines += ["", "## Error of each linear", ""]
+    lines += [
+        "Relative root mean square error: of the layer's output over the calibration inputs, or,",
+        "where there were none, of its weights. A dead channel is an input that was always zero.",
+        "",
+        "| linear | format | algorithm | error | of | dead channels |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {report.name} | {describe(report.spec)} | {report.spec.algorithm} "
+        f"| {report.error:.5f} | {'outputs' if report.of_output else 'weights'} "
+        f"| {report.dead} |"
+        for report in reports
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

@@ -1,0 +1,349 @@
+"""Quantize a checkpoint: one layer in memory at a time, and on from where a killed run was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qllm import __version__
+from qllm.checkpoint.convert import COPIED, SOURCE_KEY, fingerprint
+from qllm.checkpoint.formats import Int8Weight, to_gptq, to_int_quantized, to_pack_quantized
+from qllm.checkpoint.quant_config import describe, parse
+from qllm.checkpoint.reader import Checkpoint
+from qllm.checkpoint.resume import PartialFolder
+from qllm.checkpoint.stored import take_rows
+from qllm.checkpoint.weights import LAYOUT_KEY, Weights
+from qllm.checkpoint.writer import ShardWriter
+from qllm.config import LM_HEAD, QuantPlan, QuantSpec
+from qllm.errors import UserError
+from qllm.layers import Linear
+from qllm.layers.fp16 import DenseLinear
+from qllm.layers.w8a8 import DynamicInt8Linear, StaticInt8Linear
+from qllm.layers.weight_only import WeightOnlyLinear
+from qllm.models import Decoder
+from qllm.quant.inputs import InputStats
+from qllm.quantize.card import model_card
+from qllm.quantize.hidden import HiddenStates
+from qllm.quantize.layer import (
+    LinearReport,
+    QuantizeOptions,
+    needs_inputs,
+    quantize_layer,
+    quantize_linear,
+)
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+# The modules in front of the layers, and behind them.
+FRONT = ("embed", "embed_norm", "project_in", "positions")
+BACK = ("final_norm", "project_out", LM_HEAD)
+
+Progress = Callable[[list], Iterable]
+
+
+@dataclass
+class Job:
+    """What to quantize, and how.
+
+    Attributes:
+        source: folder of a 16- or 32-bit checkpoint.
+        plan: which linear gets which spec.
+        samples: token ids for calibration, of one length; None where the plan needs none.
+        dtype: that activations are kept in between layers; None is the checkpoint's.
+        fake: write the dequantized values in Hugging Face's layout.
+        about: what the model card says besides, such as the model's name and the data set.
+    """
+
+    source: Path
+    plan: QuantPlan
+    options: QuantizeOptions = field(default_factory=QuantizeOptions)
+    samples: Sequence[Sequence[int]] | None = None
+    dtype: torch.dtype | None = None
+    device: str = "cpu"
+    fake: bool = False
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    about: Mapping[str, str] = field(default_factory=dict)
+
+
+def quantize_checkpoint(job: Job, target: Path, progress: Progress = iter) -> list[LinearReport]:
+    """Write a quantized checkpoint to `target`, which appears when it is whole.
+
+    A run that was killed is gone on with by the same call, from the last layer it finished, and
+    gives the same bytes.
+
+    Returns:
+        what became of each linear.
+
+    Raises:
+        UserError: for a checkpoint that is quantized or broken, a plan that does not fit it,
+            calibration that is missing or not finite, or a target that is there.
+    """
+    return _Run(job, target).work(progress)
+
+
+class _Run:
+    def __init__(self, job: Job, target: Path) -> None:
+        self.job = job
+        checkpoint = Checkpoint(job.source)
+        if "quantization_config" in checkpoint.raw_config.values:
+            raise UserError(
+                f"{job.source} is quantized already; give the 16-bit checkpoint it was made from"
+            )
+        self.weights = Weights(checkpoint)
+        self.config = self.weights.config
+        linears = self.weights.family.layer_linears(self.config.num_layers)
+        self.specs = job.plan.resolve(linears, self.config.num_layers)
+        if all(spec.kind == "dense" for spec in self.specs.values()):
+            raise UserError("every layer stays at 16 bits; name fewer with --bitwidth or --config")
+        needing = [name for name, spec in self.specs.items() if needs_inputs(spec)]
+        if needing and job.samples is None:
+            spec = self.specs[needing[0]]
+            what = spec.algorithm if spec.kind == "weight_only" else spec.bitwidth
+            raise UserError(f"{what} needs calibration text; name one with --dataset")
+        self.by_part = {
+            part: spec
+            for name, spec in self.specs.items()
+            for part in self.weights.rows_of_parts(name)
+        }
+        gptq = job.options.gptq
+        reordered = gptq.act_order and not gptq.static_groups
+        self.quantization = describe(self.by_part, desc_act=reordered)
+        self.storage = parse(self.quantization, "config.json")
+        self.model = Decoder(self.config, {}, torch.float32)
+        self.partial = PartialFolder(target, self._settings())
+        self.reports: list[LinearReport] = []
+        self.hidden: HiddenStates | None = None
+
+    def _settings(self) -> dict[str, object]:
+        """What decides the bytes that are written."""
+        job = self.job
+        options = asdict(job.options)
+        samples = None
+        if job.samples is not None:
+            text = json.dumps([list(sample) for sample in job.samples])
+            samples = hashlib.sha256(text.encode()).hexdigest()
+        return {
+            "QLLM": __version__,
+            "model": str(job.source.resolve()),
+            "state of the model": fingerprint(job.source),
+            "layers": {name: spec.to_json() for name, spec in self.specs.items()},
+            **{f"option {key}": value for key, value in options.items()},
+            "calibration samples": samples,
+            "dtype": str(job.dtype),
+            "device": job.device,
+            "fake": job.fake,
+            "shard size": job.shard_bytes,
+            "threads": torch.get_num_threads(),
+            **{f"about {key}": value for key, value in job.about.items()},
+        }
+
+    @torch.inference_mode()
+    def work(self, progress: Progress) -> list[LinearReport]:
+        """All of it; returns what became of each linear."""
+        state = self.partial.state
+        self.reports = [
+            LinearReport(**{**entry, "spec": QuantSpec(**entry["spec"])})
+            for entry in state.get("reports", ())
+        ]
+        if not self.partial.finished:
+            names = (len(name) for name in self.weights.checkpoint.tensors)
+            self.writer = ShardWriter(
+                self.partial.model,
+                limit=self.job.shard_bytes,
+                header_bytes=sum(4 * (length + 160) for length in names) + 65536,
+                state=state.get("shards"),
+            )
+            self._work(state.get("done", 0), progress)
+            self._write_small_files()
+            self.writer.finish()
+        self.partial.finish()
+        return self.reports
+
+    def _work(self, done: int, progress: Progress) -> None:
+        """The steps behind the first `done`: what is in front of the layers, each, the rest."""
+        last = self.config.num_layers + 1
+        if self.job.samples is not None and 0 < done <= last:
+            path = self._hidden_path(done)
+            self.hidden = HiddenStates.load(path, self.model.positions, self.job.device)
+        for step in progress(list(range(done, last + 1))):
+            if step == 0:
+                self._front()
+            elif step == last:
+                self._back()
+            else:
+                self._layer(step - 1)
+            self._commit(step + 1)
+
+    def _hidden_path(self, done: int) -> Path:
+        return self.partial.folder / f"hidden-{done}.safetensors"
+
+    def _commit(self, done: int) -> None:
+        """Put on the disk that `done` steps are finished, and what the next one needs."""
+        if self.hidden is not None and done <= self.config.num_layers + 1:
+            self.hidden.save(self._hidden_path(done))
+        state = {
+            "done": done,
+            "shards": self.writer.sync(),
+            "reports": [asdict(report) for report in self.reports],
+        }
+        self.partial.commit(state)
+        for path in self.partial.folder.glob("*hidden-*"):
+            if path != self._hidden_path(done):
+                path.unlink()
+
+    def _front(self) -> None:
+        for module in FRONT:
+            self._write_floats(module, self._floats(module))
+        if self.job.samples is not None:
+            for module in FRONT:
+                self._fill(module, mapped=True)
+            dtype = self.job.dtype or self.weights.dtype()
+            self.hidden = HiddenStates.embed(self.model, self.job.samples, dtype)
+            self._drop(FRONT[:-1])
+
+    def _layer(self, index: int) -> None:
+        name = f"layers.{index}"
+        layer = self.model.layers[index]
+        modules = [
+            inner
+            for inner, module in layer.named_modules()
+            if any(True for _ in module.buffers(recurse=False))
+        ]
+        linears = [inner for inner in modules if isinstance(layer.get_submodule(inner), Linear)]
+        found: dict[str, Linear] = {}
+        if self.hidden is not None:
+            for inner in modules:
+                self._fill(f"{name}.{inner}")
+            specs = {inner: self.specs[f"{name}.{inner}"] for inner in linears}
+            more = index + 1 < self.config.num_layers or self._head_needs_inputs()
+            found, reports = quantize_layer(
+                layer, self.config, name, specs, self.hidden, self.job.options, advance=more
+            )
+            self.reports += reports
+        for inner in modules:
+            full = f"{name}.{inner}"
+            if inner not in found and self.specs.get(full, QuantSpec()).kind != "dense":
+                found[inner] = self._quantize_alone(full)
+            if inner in found:
+                self._write_linear(full, found.pop(inner))
+            elif self.hidden is not None:  # AWQ and SmoothQuant may have changed it
+                self._write_floats(full, dict(layer.get_submodule(inner).named_buffers()))
+            else:
+                self._write_floats(full, self._floats(full))
+        self._drop([name])
+
+    def _back(self) -> None:
+        head = self.specs.get(LM_HEAD)
+        for module in BACK:
+            if module != LM_HEAD or head is None:
+                self._write_floats(module, self._floats(module))
+        if head is None:
+            return
+        stats = None
+        if self._head_needs_inputs():
+            for module in BACK[:-1]:
+                self._fill(module)
+            model = self.model
+
+            def run(x: Tensor, step: object) -> Tensor:
+                return model.lm_head(model.project_out(model.final_norm(x)))
+
+            products = {LM_HEAD} if head.algorithm != "rtn" else set()
+            stats = self.hidden.observe(run, {LM_HEAD: model.lm_head}, products, "model")[LM_HEAD]
+        self._write_linear(LM_HEAD, self._quantize_alone(LM_HEAD, stats))
+
+    def _head_needs_inputs(self) -> bool:
+        return LM_HEAD in self.specs and needs_inputs(self.specs[LM_HEAD])
+
+    def _quantize_alone(self, name: str, stats: InputStats | None = None) -> Linear:
+        """A linear of the checkpoint, quantized."""
+        floats = self._floats(name) or self._floats("embed")  # a tied head has no weight of its own
+        weight = floats["weight"].to(self.job.device)
+        module = DenseLinear(weight, floats.get("bias"), QuantSpec())
+        linear, report = quantize_linear(module, name, self.specs[name], stats, self.job.options)
+        self.reports.append(report)
+        return linear
+
+    def _floats(self, module: str, *, mapped: bool = False) -> dict[str, Tensor]:
+        """A module's tensors as the checkpoint has them, "weight" and "bias"."""
+        keys = [key for key in ("weight", "bias") if f"{module}.{key}" in self.weights.shapes]
+        return {key: self.weights.read(f"{module}.{key}", mapped=mapped) for key in keys}
+
+    def _fill(self, name: str, *, mapped: bool = False) -> None:
+        """Give a module of the model its tensors: a linear and a norm in float32."""
+        module = self.model.get_submodule(name)
+        for key, tensor in self._floats(name, mapped=mapped).items():
+            value = tensor if name == "embed" else tensor.float()
+            setattr(module, key, value.to(self.job.device))
+
+    def _drop(self, names: Iterable[str]) -> None:
+        for name in names:
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, nn.Identity())
+
+    def _write_floats(self, module: str, tensors: Mapping[str, Tensor]) -> None:
+        """Append a module's tensors, in the type that the checkpoint has them in."""
+        for part, rows in self.weights.rows_of_parts(module).items() if tensors else ():
+            for key, tensor in tensors.items():
+                dtype = self.weights.dtype(f"{module}.{key}")
+                self.writer.write(f"{part}.{key}", tensor[rows].to(dtype))
+
+    def _write_linear(self, module: str, linear: Linear) -> None:
+        """Append a quantized linear's parts in the format of the checkpoint."""
+        whole = linear.dequantize() if self.job.fake else None
+        for part, rows in self.weights.rows_of_parts(module).items():
+            if whole is not None:
+                dtype = self.weights.dtype(
+                    "embed.weight" if module == LM_HEAD else f"{module}.weight"
+                )
+                tensors = {"weight": whole[rows].to(dtype)}
+            else:
+                tensors = self._pack(linear, part, rows)
+            if linear.bias is not None:
+                tensors["bias"] = linear.bias[rows].to(self.weights.dtype(f"{module}.bias"))
+            for key, tensor in tensors.items():
+                self.writer.write(f"{part}.{key}", tensor)
+
+    def _pack(self, linear: Linear, part: str, rows: slice | Tensor) -> dict[str, Tensor]:
+        """Some rows of a quantized linear as the tensors of a module of the checkpoint."""
+        if isinstance(linear, DynamicInt8Linear):
+            scale = linear.input_scale if isinstance(linear, StaticInt8Linear) else None
+            whole = Int8Weight(linear.qweight, linear.scales, scale)
+            return to_int_quantized(take_rows(whole, rows))
+        assert isinstance(linear, WeightOnlyLinear)
+        write = {"gptq": to_gptq, "pack-quantized": to_pack_quantized}[
+            self.storage.find(part).format
+        ]
+        packed = take_rows(linear.packed, rows)
+        return write(packed, linear.spec.bits, linear.spec.group_size, linear.in_features)
+
+    def _write_small_files(self) -> None:
+        """What stands beside the weights: config.json, the tokenizer, the model card."""
+        job, folder = self.job, self.partial.model
+        raw = dict(self.weights.checkpoint.raw_config.values)
+        config = {key: value for key, value in raw.items() if key not in (LAYOUT_KEY, SOURCE_KEY)}
+        config["tie_word_embeddings"] = self.config.tied_head and LM_HEAD not in self.specs
+        if job.fake:
+            entries = {
+                part: spec.to_json() | {"algorithm": spec.algorithm}
+                for part, spec in self.by_part.items()
+            }
+            _write_json(folder / "weight_config.json", entries)
+        else:
+            config["quantization_config"] = self.quantization
+        _write_json(folder / "config.json", config)
+        for name in COPIED:
+            if (job.source / name).exists():
+                shutil.copyfile(job.source / name, folder / name)
+        card = model_card(job.about, self.reports, job.options, fake=job.fake)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

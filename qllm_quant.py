@@ -1,0 +1,244 @@
+"""Quantize a checkpoint once, and save it: RTN, GPTQ, AWQ and SmoothQuant, 1 to 8 bits.
+
+    python3 qllm_quant.py --model-name llama --model-size tiny --bitwidth 4 --save out
+    python3 qllm_quant.py --model-size tiny --bitwidth 3 --algorithm gptq --dataset FILE --save out
+    python3 qllm_quant.py --model-path DIR --config rules.json --save out
+
+A run that was killed goes on where it was when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qllm import cli
+from qllm.config import ALGORITHMS, DEFAULT_ALGORITHM, QuantPlan, QuantSpec
+from qllm.errors import UserError
+
+if TYPE_CHECKING:
+    from qllm.config import ModelConfig
+    from qllm.hub import ModelFolder
+    from qllm.quantize.layer import LinearReport, QuantizeOptions
+
+DEFAULT_BITWIDTH = "4"
+SAMPLES, TOKENS = 128, 2048
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    cli.add_model_options(parser)
+    cli.add_quant_options(parser)
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="rules by module name, or a Neural Compressor configuration",
+    )
+    parser.add_argument(
+        "--algorithm", choices=ALGORITHMS, default=DEFAULT_ALGORITHM, help="(%(default)s)"
+    )
+    cli.add_calibration_options(parser, str(SAMPLES), f"{TOKENS}, or the model's window")
+    add_algorithm_options(parser)
+    cli.add_run_options(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--save", metavar="DIR", required=True, help="where to")
+    group.add_argument(
+        "--fake",
+        action="store_true",
+        help="save the dequantized values as a 16-bit checkpoint, for any tool to evaluate",
+    )
+    group.add_argument(
+        "--shard-size", type=float, default=5.0, metavar="GB", help="of a file (%(default)s)"
+    )
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser.parse_args()
+
+
+def add_algorithm_options(parser: argparse.ArgumentParser) -> None:
+    """How the algorithms go about it."""
+    flag = argparse.BooleanOptionalAction
+    group = parser.add_argument_group("algorithms")
+    group.add_argument(
+        "--clip", action=flag, help="search the clipping range (AWQ: yes; RTN, GPTQ: no)"
+    )
+    group.add_argument(
+        "--damp", type=float, metavar="SHARE", help="GPTQ: of the mean diagonal, added to it (0.01)"
+    )
+    group.add_argument(
+        "--block-size", type=cli.whole_number(1), metavar="N", help="GPTQ: columns per block (128)"
+    )
+    group.add_argument(
+        "--act-order", action=flag, help="GPTQ: channels with the largest inputs first (yes)"
+    )
+    group.add_argument(
+        "--static-groups", action=flag, help="GPTQ: scales before any error is handed on (yes)"
+    )
+    group.add_argument(
+        "--true-sequential",
+        action=flag,
+        help="GPTQ: inputs from the quantized linears in front, inside a layer too (yes)",
+    )
+    group.add_argument(
+        "--smooth-alpha",
+        type=float,
+        metavar="SHARE",
+        help="SmoothQuant: of the difficulty that moves into the weights, 0 to 1 (0.5)",
+    )
+
+
+def read_options(args: argparse.Namespace) -> QuantizeOptions:
+    """The algorithms' settings; what is not given is at its default."""
+    from dataclasses import replace
+
+    from qllm.quantize.layer import QuantizeOptions
+
+    given = {
+        key: value
+        for key in ("clip", "true_sequential", "smooth_alpha")
+        if (value := getattr(args, key)) is not None
+    }
+    gptq = {
+        key: value
+        for key in ("damp", "block_size", "act_order", "static_groups")
+        if (value := getattr(args, key)) is not None
+    }
+    if not 0 <= gptq.get("damp", 0) < math.inf:
+        raise UserError(f"--damp {args.damp} cannot be; give a share such as 0.01")
+    if not 0 <= given.get("smooth_alpha", 0) <= 1:
+        raise UserError(f"--smooth-alpha {args.smooth_alpha} cannot be; give 0 to 1")
+    options = QuantizeOptions(**given)
+    return replace(options, gptq=replace(options.gptq, **gptq))
+
+
+def read_plan(args: argparse.Namespace) -> QuantPlan:
+    """The rules of --config, or the plan of --bitwidth."""
+    default = QuantSpec(group_size=args.group_size, scheme=args.scheme, algorithm=args.algorithm)
+    if args.config is None:
+        args.bitwidth = args.bitwidth or DEFAULT_BITWIDTH
+        return cli.read_plan(args, args.algorithm)
+    if args.bitwidth is not None:
+        raise UserError("--config and --bitwidth both say how many bits; give one of them")
+    return cli.with_head(args, QuantPlan.from_file(Path(args.config), default), default)
+
+
+def check_options(args: argparse.Namespace, plan: QuantPlan) -> None:
+    """Refuse options that no layer of the plan would follow.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    specs = [spec for _, spec in plan.rules]
+    gptq = any(spec.algorithm == "gptq" for spec in specs)
+    int8 = any(spec.kind.startswith("w8a8") for spec in specs)
+    inputs = int8 or any(spec.algorithm != "rtn" for spec in specs)
+    weight_only = any(spec.kind == "weight_only" for spec in specs)
+    for option, used, who in (
+        ("damp", gptq, "--algorithm gptq"),
+        ("block_size", gptq, "--algorithm gptq"),
+        ("act_order", gptq, "--algorithm gptq"),
+        ("static_groups", gptq, "--algorithm gptq"),
+        ("true_sequential", gptq, "--algorithm gptq"),
+        ("clip", weight_only, "1 to 8 bits"),
+        ("smooth_alpha", int8, "8:tc-li or 8:tc"),
+        ("dataset", inputs, "--algorithm gptq or awq, 8:tc-li or 8:tc"),
+        ("nsamples", inputs, "calibration"),
+        ("seqlen", inputs, "calibration"),
+    ):
+        given = getattr(args, option) is not None
+        name = "--" + option.replace("_", "-")
+        if given and not used:
+            raise UserError(f"{name} does nothing here; it goes with {who}")
+        if given and option in ("nsamples", "seqlen", "smooth_alpha") and args.dataset is None:
+            raise UserError(f"{name} needs text to calibrate on; name one with --dataset")
+    if args.algorithm != "rtn" and args.config is None and not weight_only:
+        raise UserError(f"--algorithm {args.algorithm} goes with 1 to 8 bits, not {args.bitwidth}")
+    if args.shard_size <= 0:
+        raise UserError(f"--shard-size {args.shard_size} cannot be; give gigabytes")
+
+
+def read_samples(
+    args: argparse.Namespace, folder: ModelFolder, config: ModelConfig
+) -> tuple[list[list[int]] | None, dict[str, str]]:
+    """The calibration samples, None without a data set; and what to say of them."""
+    if args.dataset is None:
+        return None, {}
+    from qllm.data import load_text, sample_windows
+    from qllm.tokenizer import Tokenizer
+
+    window = config.max_positions or TOKENS
+    count, length = args.nsamples or SAMPLES, args.seqlen or min(TOKENS, window)
+    if config.max_positions is not None and length > window:
+        raise UserError(f"--seqlen {length} exceeds the model's window of {window}")
+    ids = Tokenizer.load(folder.path, config.vocab_size).encode(load_text(args.dataset))
+    about = {
+        "dataset": Path(args.dataset).name,
+        "samples": f"{count} of {length} tokens, seed {args.seed}",
+    }
+    return sample_windows(ids, count, length, args.seed), about
+
+
+def main() -> None:
+    args = parse_args()
+    plan = read_plan(args)
+    check_options(args, plan)
+    folder = cli.resolve_model(args)
+    device = cli.resolve_device(args)
+
+    from qllm import report
+    from qllm.checkpoint.reader import read_raw_config
+    from qllm.models import read_config
+    from qllm.quantize.checkpoint import Job, quantize_checkpoint
+
+    config = read_config(read_raw_config(folder.path))
+    samples, about = read_samples(args, folder, config)
+    job = Job(
+        folder.path,
+        plan,
+        read_options(args),
+        samples,
+        dtype=cli.resolve_dtype(args),
+        device=device,
+        fake=args.fake,
+        shard_bytes=int(args.shard_size * 1e9),
+        about={"model": folder.name, **about},
+    )
+    target = Path(args.save)
+    start = time.perf_counter()
+    reports = quantize_checkpoint(job, target, cli.progress("quantizing"))
+    result = {
+        "model": folder.name,
+        "saved": str(target),
+        "bytes": sum(path.stat().st_size for path in target.glob("*.safetensors")),
+        "seconds": time.perf_counter() - start,
+        "linears": [linear_row(entry) for entry in reports],
+    }
+    if args.json:
+        report.print_json(result)
+        return
+    worst = max(reports, key=lambda entry: entry.error)
+    print(
+        f"{folder.name}: {len(reports)} linears quantized in {result['seconds']:.1f} s, "
+        f"{report.megabytes(result['bytes'])} written to {target}"
+    )
+    what = "outputs" if worst.of_output else "weights"
+    print(f"largest relative error: {worst.error:.2%} of the {what} of {worst.name}")
+
+
+def linear_row(entry: LinearReport) -> dict:
+    """An entry of the JSON object's `linears`."""
+    return {
+        "name": entry.name,
+        **entry.spec.to_json(),
+        "algorithm": entry.spec.algorithm,
+        "error": entry.error,
+        "of": "outputs" if entry.of_output else "weights",
+        "damp": entry.damp,
+        "dead_channels": entry.dead,
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)
