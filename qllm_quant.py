@@ -207,7 +207,12 @@ def main() -> None:
     )
     target = Path(args.save)
     start = time.perf_counter()
-    reports = quantize_checkpoint(job, target, cli.progress("quantizing"))
+    try:
+        reports = quantize_checkpoint(job, target, cli.progress("quantizing"))
+    except (OSError, KeyboardInterrupt):
+        cli.note(f"what is finished is kept beside {target}; the same command goes on with it")
+        raise
+    note_inputs(reports, args.damp)
     result = {
         "model": folder.name,
         "saved": str(target),
@@ -225,6 +230,28 @@ def main() -> None:
     )
     what = "outputs" if worst.of_output else "weights"
     print(f"largest relative error: {worst.error:.2%} of the {what} of {worst.name}")
+
+
+def note_inputs(reports: list[LinearReport], damp: float | None) -> None:
+    """Say where calibration did not reach, and where GPTQ needed more dampening."""
+    from qllm.quant.gptq import GPTQOptions
+
+    nothing = [entry.name for entry in reports if entry.dead == entry.channels]
+    some = [entry for entry in reports if 0 < entry.dead < entry.channels]
+    if nothing:
+        cli.note(
+            f"the input of {', '.join(nothing)} was zero in all of the calibration; such a layer "
+            "is rounded to nearest"
+        )
+    if some:
+        most = max(some, key=lambda entry: entry.dead / entry.channels)
+        cli.note(
+            f"{len(some)} linears have input channels that were zero in all of the calibration "
+            f"(most: {most.dead} of {most.channels} of {most.name}); those are rounded to nearest"
+        )
+    for entry in reports:
+        if entry.damp > (GPTQOptions().damp if damp is None else damp):
+            cli.note(f"{entry.name}: its Hessian is singular and took dampening of {entry.damp:g}")
 
 
 def linear_row(entry: LinearReport) -> dict:

@@ -119,7 +119,8 @@ class ShardWriter:
             self._file.write(b" " * (8 + self.room))
         start = self._end(self.shards[-1])
         if data.numel():
-            self._file.write(memoryview(data.view(-1).view(torch.uint8).numpy()))
+            with _naming(self.folder):
+                self._file.write(memoryview(data.view(-1).view(torch.uint8).numpy()))
         self.shards[-1][name] = {
             "dtype": DTYPE_NAMES[data.dtype],
             "shape": list(data.shape),

@@ -59,10 +59,14 @@ class HiddenStates:
 
     def save(self, path: Path) -> None:
         """Write the states to a file, which is there when it is whole."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         with new_file(path) as temporary:
-            save_file({"states": self.states.cpu()}, temporary)
+            try:
+                save_file({"states": self.states.cpu()}, temporary)
+            except SafetensorError as error:  # what a full disk gives
+                raise OSError(f"{path} cannot be written ({error})") from None
             with temporary.open("r+b") as file:
                 os.fsync(file.fileno())
 

@@ -51,13 +51,15 @@ class LinearReport:
             its weights where there were none.
         of_output: which of the two.
         damp: the damping that GPTQ took, 0 for other algorithms.
-        dead: input channels that were zero in all of the calibration.
+        channels: input channels.
+        dead: those of them that were zero in all of the calibration.
     """
 
     name: str
     spec: QuantSpec
     error: float
     of_output: bool
+    channels: int
     damp: float = 0.0
     dead: int = 0
 
@@ -188,7 +190,8 @@ def quantize_linear(
         linear = WeightOnlyLinear.from_packed(packed, bias, spec, module.in_features)
     error = _relative_error(linear, weight, hessian)
     dead = 0 if stats is None else int((stats.largest == 0).sum())
-    return linear, LinearReport(name, spec, error, hessian is not None, damp, dead)
+    of_output = hessian is not None
+    return linear, LinearReport(name, spec, error, of_output, module.in_features, damp, dead)
 
 
 def _ranges(name: str, spec: QuantSpec, hessian: Tensor | None, options: QuantizeOptions) -> Ranges:
