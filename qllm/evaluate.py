@@ -1,11 +1,11 @@
-"""Perplexity of a text under a model."""
+"""How well a model predicts a text, and how far it is from another."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 from qllm.errors import UserError
 from qllm.models import Decoder
@@ -29,6 +29,45 @@ def perplexity(
     Raises:
         UserError: for a window that the model cannot take, or a text shorter than one.
     """
+    parts = windows(model, ids, window)
+    total = 0.0
+    for tokens in progress(parts):
+        logits = model.prefill([tokens], last=False)
+        targets = logits.new_tensor(tokens[1:]).long()
+        total += cross_entropy(logits[:-1], targets, reduction="sum").item()
+    return math.exp(total / (len(parts) * (window - 1)))
+
+
+def divergence(
+    model: Decoder,
+    reference: Decoder,
+    ids: list[int],
+    window: int,
+    progress: Callable[[list], Iterable] = iter,
+) -> float:
+    """Mean Kullback-Leibler divergence of a model's next-token distribution from the reference's.
+
+    In nats, D(reference || model), over every position of the windows that `perplexity` takes. It
+    sees what perplexity may hide: a model that is wrong in a new way, but not more often.
+
+    Raises:
+        UserError: for a window that the models cannot take, or a text shorter than one.
+    """
+    parts = windows(model, ids, window)
+    total = 0.0
+    for tokens in progress(parts):
+        expected = reference.prefill([tokens], last=False).log_softmax(-1)
+        found = model.prefill([tokens], last=False).log_softmax(-1)
+        total += kl_div(found, expected, reduction="sum", log_target=True).item()
+    return total / (len(parts) * window)
+
+
+def windows(model: Decoder, ids: list[int], window: int) -> list[list[int]]:
+    """A text's tokens in windows that do not overlap; a last, shorter one is left out.
+
+    Raises:
+        UserError: for a window that the model cannot take, or a text shorter than one.
+    """
     longest = model.config.max_positions
     if window < 2 or (longest is not None and window > longest):
         raise UserError(
@@ -38,13 +77,7 @@ def perplexity(
     starts = range(0, len(ids) - window + 1, window)
     if not starts:
         raise UserError(f"the text has {len(ids)} tokens, fewer than one window of {window}")
-    total = 0.0
-    for start in progress(list(starts)):
-        tokens = ids[start : start + window]
-        logits = model.prefill([tokens], last=False)
-        targets = logits.new_tensor(tokens[1:]).long()
-        total += cross_entropy(logits[:-1], targets, reduction="sum").item()
-    return math.exp(total / (len(starts) * (window - 1)))
+    return [ids[start : start + window] for start in starts]
 
 
 def first_difference(tokens: Sequence[int], reference: Sequence[int]) -> int | None:

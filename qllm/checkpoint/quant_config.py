@@ -19,17 +19,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from qllm import __version__
-from qllm.config import QuantSpec
+from qllm.config import LM_HEAD, QuantSpec
 from qllm.errors import UserError
 
 GPTQ_BITS = (2, 3, 4, 8)
-LM_HEAD = "lm_head"
 WEIGHT_ONLY, DYNAMIC, STATIC = "weight_only", "w8a8_dynamic", "w8a8_static"
 
 # vLLM joins these modules, and looks for a rule under the name of the joined one.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
-# What decides nothing in each: absent, or set to nothing.
+# Values of an option that is not used.
 UNSET = (None, False, {}, [], "")
 
 
@@ -178,8 +177,7 @@ class _Fields:
 
     def one_of(self, name: str, value: object, choices: tuple[object, ...]) -> None:
         """Refuse a value that is none of those QLLM reads."""
-        # 1 == True, and 8.0 == 8: the type has to be the same too.
-        if not any(value == choice and type(value) is type(choice) for choice in choices):
+        if value not in choices:
             listed = " or ".join(_short(choice) for choice in choices)
             raise self.error(f"{name} {_short(value)}", f"QLLM reads {listed}")
 

@@ -33,7 +33,7 @@ def search_scales(
     Args:
         weight: (N, K).
         input_mean: mean |x| of each input channel, (K,). Equal entries get equal scales.
-        hessian: float32 (K, K), the mean of x x^T over inputs x.
+        hessian: float32 (K, K), the sum of x x^T over inputs x.
     """
     inputs = input_mean.float().clamp(min=SMALLEST_INPUT)
     best, least = torch.ones_like(inputs), torch.inf

@@ -25,7 +25,7 @@ def clip_ranges_for(hessian: Tensor) -> Ranges:
     """The search for the least squared output error, group by group.
 
     Args:
-        hessian: float32 (K, K), the mean of x x^T over inputs x; the blocks of it that a group's
+        hessian: float32 (K, K), the sum of x x^T over inputs x; the blocks of it that a group's
             channels share among themselves are used.
     """
 

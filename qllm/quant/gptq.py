@@ -44,16 +44,18 @@ class GPTQOptions:
     static_groups: bool = True
 
 
-def triangular_root(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
+def triangular_root(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor, float]:
     """Upper triangular R with R R^T = H + damp · mean(diag H) · I, and the damping it took.
 
     Args:
         hessian: float32 (K, K), symmetric, no negative eigenvalues but those of rounding.
+        order: int64 (K,); H has its rows and columns in this order.
         damp: 0 or more; raised tenfold (from 1e-4 at least) as often as the factorization fails.
     """
     # The Cholesky factor L of the matrix with both axes reversed is lower triangular, and its
     # own reversal is R.
-    reverse = hessian.flip(0, 1)
+    last_first = order.flip(0)
+    reverse = hessian.index_select(0, last_first).index_select(1, last_first)
     mean = reverse.diagonal().mean().item() or 1.0
     reverse.diagonal().add_(damp * mean)
     while True:
@@ -92,9 +94,7 @@ def quantize_gptq(
     order = torch.arange(columns, device=weight.device)
     if options.act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
-        hessian = hessian.index_select(0, order).index_select(1, order)
-    root, damp = triangular_root(hessian, options.damp)
-    del hessian
+    root, damp = triangular_root(hessian, order, options.damp)
 
     packed = weight.new_empty(rows, packed_size(columns, bits), dtype=torch.uint8)
     grids = []

@@ -7,6 +7,9 @@ from torch import Tensor
 
 # Rows of weights per product: the temporaries stay small beside a layer.
 ROWS = 4096
+# x x^T is symmetric: of a large one, only the blocks on and below the diagonal are summed.
+BLOCKS = 8
+SMALLEST_BLOCK = 256
 
 
 class InputStats:
@@ -14,38 +17,54 @@ class InputStats:
 
     Attributes:
         count: how many tokens.
-        total: float32 (K, K), the sum of x x^T, or None where nobody needs it.
         absolute: float32 (K,), the sum of |x|.
         largest: float32 (K,), the largest |x|.
     """
 
     def __init__(self, channels: int, device: torch.device | str, *, products: bool) -> None:
         self.count = 0
-        self.total = torch.zeros(channels, channels, device=device) if products else None
         self.absolute = torch.zeros(channels, device=device)
         self.largest = torch.zeros(channels, device=device)
+        self._products = torch.zeros(channels, channels, device=device) if products else None
+        self._block = max(SMALLEST_BLOCK, -(-channels // BLOCKS))
+        self._mirrored = True
 
     def add(self, x: Tensor) -> None:
         """Take in inputs (M, K)."""
         x = x.float()
-        if self.total is not None:
-            self.total.addmm_(x.t(), x)
+        if self._products is not None:
+            for rows in self._rows():
+                below = self._products[rows, : rows.stop]
+                below.addmm_(x[:, rows].t(), x[:, : rows.stop])
+            self._mirrored = False
         size = x.abs()
         self.absolute += size.sum(dim=0)
         torch.maximum(self.largest, size.amax(dim=0), out=self.largest)
         self.count += len(x)
 
+    def _rows(self) -> list[slice]:
+        channels = len(self.largest)
+        starts = range(0, channels, self._block)
+        return [slice(start, min(start + self._block, channels)) for start in starts]
+
     def divide(self, scales: Tensor) -> None:
         """Make them those of x / scales, for scales (K,)."""
-        if self.total is not None:
-            self.total.div_(scales[:, None]).div_(scales)
+        if self._products is not None:
+            self._products.div_(scales[:, None]).div_(scales)
         self.absolute /= scales
         self.largest /= scales
 
     @property
-    def hessian(self) -> Tensor:
-        """The mean of x x^T: half the second derivative of the mean squared output error."""
-        return self.total / self.count
+    def hessian(self) -> Tensor | None:
+        """The sum of x x^T, float32 (K, K); None where nobody asked for it.
+
+        It is, up to a factor, the second derivative of the squared output error.
+        """
+        if not self._mirrored:
+            for rows in self._rows():
+                self._products[: rows.start, rows] = self._products[rows, : rows.start].t()
+            self._mirrored = True
+        return self._products
 
     @property
     def mean(self) -> Tensor:
@@ -54,9 +73,6 @@ class InputStats:
 
 
 def output_error(error: Tensor, hessian: Tensor) -> float:
-    """Mean squared length of E x over inputs x, for E (N, K) and their mean x x^T (K, K).
-
-    Any multiple of the mean gives that multiple of the error.
-    """
+    """Squared length of E x, summed over inputs x, for E (N, K) and the sum of x x^T (K, K)."""
     parts = error.split(ROWS)
     return sum((part @ hessian).mul_(part).sum(dtype=torch.float64).item() for part in parts)

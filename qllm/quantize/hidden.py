@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qllm.checkpoint.reader import SafetensorsFile
-from qllm.checkpoint.writer import new_file
+from qllm.checkpoint.reader import SafetensorsFile, TensorInfo
+from qllm.checkpoint.writer import SafetensorsWriter, new_file
 from qllm.errors import UserError
 from qllm.models import Decoder
 from qllm.models.cache import Prefill
@@ -59,16 +58,12 @@ class HiddenStates:
 
     def save(self, path: Path) -> None:
         """Write the states to a file, which is there when it is whole."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
+        states = self.states.cpu()
+        info = TensorInfo(tuple(states.shape), states.dtype)
         with new_file(path) as temporary:
-            try:
-                save_file({"states": self.states.cpu()}, temporary)
-            except SafetensorError as error:  # what a full disk gives
-                raise OSError(f"{path} cannot be written ({error})") from None
-            with temporary.open("r+b") as file:
-                os.fsync(file.fileno())
+            writer = SafetensorsWriter(temporary, {"states": info}, {})
+            writer.write("states", states)
+            writer.close()
 
     @classmethod
     def load(cls, path: Path, positions: nn.Module, device: str) -> HiddenStates:

@@ -175,7 +175,7 @@ def quantize_linear(
         UserError: where the spec needs calibration.
     """
     weight, bias = module.weight, module.bias
-    hessian = stats.hessian if stats is not None and stats.total is not None else None
+    hessian = None if stats is None else stats.hessian
     form = (spec.bits, spec.group_size, spec.scheme)
     damp = 0.0
     if spec.kind != "weight_only":

@@ -27,14 +27,17 @@ from qllm.quant.packing import BITS, PackedWeight, pack, packed_size, unpack
 from qllm.quant.rtn import quantize_rtn
 
 SCHEMES = ("sym", "asym")
-# N, K and group size: whole blocks of 32; primes; a short last group; groups longer than rows.
+# N, K and group size: whole blocks of 32; one group, or row; primes; a short last group; a group
+# longer than a row.
 SHAPES = (
     (64, 96, 32),
+    (32, 64, -1),
+    (1, 64, 32),
+    (1, 1, 1),
     (7, 13, 5),
     (33, 31, -1),
     (8, 40, 16),
     (5, 64, 128),
-    (1, 1, 1),
     (40, 72, 24),
 )
 

@@ -218,7 +218,8 @@ MIXED = compressed(
     group(["re:.*layers.1\\..*", "re:.*mlp.*"], "int-quantized", TOKEN, num_bits=8),
     group(["model.layers.0.mlp.up_proj"], "int-quantized", TENSOR, num_bits=8),
     group(["re:.*layers.2\\..*"], "int-quantized", num_bits=8),
-    ignore=["lm_head", "re:.*down_proj", "model.layers.2.mlp.gate_proj"],
+    group(["transformer.h.1.mlp.fc"], "pack-quantized", num_bits=2),
+    ignore=["lm_head", "re:.*down_proj", "model.layers.2.mlp.gate_proj", "model.layers.5.mlp"],
 )
 
 
@@ -237,7 +238,9 @@ def zip_targets(scheme):
     return ((target, scheme) for target in scheme.targets)
 
 
-@pytest.mark.parametrize("module", [*LLAMA, "lm_head", "model.layers.1.other"])
+@pytest.mark.parametrize(
+    "module", [*LLAMA, "lm_head", "model.layers.1.other", "transformer.h.1.mlp.fc"]
+)
 def test_compressed_tensors_finds_the_same_group(module):
     """A name before a pattern, patterns in their order, the class last, and before all: ignore."""
     found, theirs = read(MIXED).find(module), their_answer(MIXED, module)
@@ -343,6 +346,13 @@ def test_compressed_text():
         },
         "ignore": [LLAMA[1], "lm_head"],
     }
+
+
+def test_a_quantized_head_is_named():
+    """To vLLM it is no "Linear"."""
+    config = describe({"model.decoder.layers.0.fc1": DYNAMIC, "lm_head": DYNAMIC})
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear", "lm_head"]
+    assert config["ignore"] == []
 
 
 @pytest.mark.parametrize(

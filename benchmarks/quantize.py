@@ -1,0 +1,161 @@
+"""Speed and memory of quantizing: a checkpoint's RTN beside a copy of it, and GPTQ's solver.
+
+    python3 -m benchmarks.quantize
+    python3 -m benchmarks.quantize --repository meta-llama/Llama-2-7b-hf --algorithms rtn
+    python3 -m benchmarks.quantize --repository meta-llama/Llama-2-7b-hf --layers 2
+
+Lays out a checkpoint of the published configuration with random weights, quantizes it in a process
+of its own, and prints that process's time and peak memory, beside the time that a copy of the
+checkpoint takes in the same run. Then the GPTQ solver on one matrix, beside a Cholesky
+factorization and a product of its size. GPTQModel's solver runs beside it where that is installed.
+Prints one JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from qllm import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+
+QUANTIZE = """
+import json, sys, time
+from pathlib import Path
+import torch
+from qllm.config import QuantPlan, QuantSpec
+from qllm.memory import peak_resident_bytes
+from qllm.quantize.checkpoint import Job, quantize_checkpoint
+source, target, algorithm, bits, count, length, vocabulary = sys.argv[1:]
+draw = torch.Generator().manual_seed(0)
+samples = None
+if algorithm != "rtn":
+    size = (int(count), int(length))
+    samples = torch.randint(int(vocabulary), size, generator=draw).tolist()
+plan = QuantPlan.uniform(QuantSpec.parse(bits, algorithm=algorithm))
+start = time.perf_counter()
+quantize_checkpoint(Job(Path(source), plan, samples=samples), Path(target))
+print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak_resident_bytes()}))
+"""
+
+
+def parse_args() -> argparse.Namespace:
+    from tools.random_checkpoint import PUBLISHED
+
+    parser = cli.Parser(__doc__)
+    number = cli.whole_number(1)
+    parser.add_argument("--repository", choices=list(PUBLISHED), default="facebook/opt-1.3b")
+    parser.add_argument(
+        "--layers", type=number, metavar="N", help="instead of the published number"
+    )
+    parser.add_argument("--algorithms", nargs="+", default=["rtn", "gptq"], metavar="NAME")
+    parser.add_argument("--bitwidth", default="4", metavar="BITS")
+    parser.add_argument("--nsamples", type=number, default=128, help="(%(default)s)")
+    parser.add_argument("--seqlen", type=number, default=2048, help="(%(default)s)")
+    parser.add_argument("--size", type=number, default=4096, help="of the matrix (%(default)s)")
+    parser.add_argument("--folder", metavar="DIR", help="for the checkpoints (a temporary one)")
+    return parser.parse_args()
+
+
+def copy_seconds(source: Path, target: Path) -> float:
+    """Copy a checkpoint to the disk, and take the copy away again."""
+    start = time.perf_counter()
+    shutil.copytree(source, target)
+    subprocess.run(["sync", "-f", str(target)], check=True)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(target)
+    return seconds
+
+
+def measure_checkpoint(args: argparse.Namespace, place: Path) -> list[dict]:
+    """A row per algorithm, and the copy's first."""
+    from tools.random_checkpoint import PUBLISHED, write_checkpoint
+
+    config = dict(PUBLISHED[args.repository])
+    if args.layers:
+        config["n_layer" if "n_layer" in config else "num_hidden_layers"] = args.layers
+    source = place / "source"
+    write_checkpoint(source, config)
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    rows = [{"what": "copy", "bytes": size, "seconds": copy_seconds(source, place / "copy")}]
+    for algorithm in args.algorithms:
+        target = place / algorithm
+        settings = [algorithm, args.bitwidth, args.nsamples, args.seqlen, config["vocab_size"]]
+        command = [sys.executable, "-c", QUANTIZE, source, target, *settings]
+        done = subprocess.run(
+            list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        rows.append({"what": algorithm, **json.loads(done.stdout)})
+        shutil.rmtree(target)
+    return rows
+
+
+def measure_solver(size: int) -> list[dict]:
+    """GPTQ's solver on a square matrix, what it is held to, and GPTQModel's where there is one."""
+    import torch
+
+    from qllm.quant.gptq import quantize_gptq
+    from qllm.quant.inputs import output_error
+    from qllm.quant.rtn import fake_quantize
+
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(size, size, generator=draw) * 0.02
+    x = torch.randn(2 * size, size, generator=draw) @ torch.randn(size, size, generator=draw)
+    hessian = x.t() @ x / len(x)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(size)
+
+    def best(function: object, runs: int = 3) -> float:
+        seconds = []
+        for _ in range(runs):
+            start = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    rows = [
+        {"what": "Cholesky factorization", "seconds": best(lambda: torch.linalg.cholesky(damped))},
+        {"what": "matrix product", "seconds": best(lambda: weight @ hessian)},
+    ]
+    for group_size in (-1, 128):
+        seconds = best(lambda g=group_size: quantize_gptq(weight, hessian, 4, g, "asym"))
+        packed, _ = quantize_gptq(weight, hessian, 4, group_size, "asym")
+        from qllm.ops.reference import dequantize
+
+        found = dequantize(*packed[:3], 4, group_size, size, torch.float32)
+        nearest = fake_quantize(weight, 4, group_size, "asym")
+        errors = [output_error(value - weight, hessian) for value in (found, nearest)]
+        row = {"what": f"GPTQ, 4 bits, group {group_size}", "seconds": seconds}
+        rows.append(row | {"error": errors[0] / errors[1]})
+    return rows
+
+
+def main() -> None:
+    args = parse_args()
+    if args.folder:
+        Path(args.folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.folder) as place:
+        rows = measure_checkpoint(args, Path(place))
+    size = rows[0]["bytes"]
+    print(f"{args.repository}, {size / 1e9:.2f} GB\n")
+    print("| | s | GB/s | peak MB |\n|---|---|---|---|")
+    for row in rows:
+        peak = f"{row['peak'] / 1e6:.0f}" if "peak" in row else ""
+        rate = f"{size / row['seconds'] / 1e9:.2f}"
+        print(f"| {row['what']} | {row['seconds']:.1f} | {rate} | {peak} |")
+    solver = measure_solver(args.size)
+    print(f"\n{args.size} x {args.size}\n\n| | s | error, of RTN's |\n|---|---|---|")
+    for row in solver:
+        error = f"{row['error']:.3f}" if "error" in row else ""
+        print(f"| {row['what']} | {row['seconds']:.2f} | {error} |")
+    print(json.dumps({"settings": vars(args), "rows": rows, "solver": solver}))
+
+
+if __name__ == "__main__":
+    cli.run(main)
