@@ -51,6 +51,12 @@ def parse_args() -> argparse.Namespace:
         help="save the dequantized values as a 16-bit checkpoint, for any tool to evaluate",
     )
     group.add_argument(
+        "--format",
+        choices=("auto", "compressed-tensors"),
+        default="auto",
+        help="auto: GPTQ where all layers have 2, 3, 4 or 8 bits, else compressed-tensors",
+    )
+    group.add_argument(
         "--shard-size", type=float, default=5.0, metavar="GB", help="of a file (%(default)s)"
     )
     group.add_argument("--json", action="store_true", help="print one JSON object")
@@ -155,6 +161,8 @@ def check_options(args: argparse.Namespace, plan: QuantPlan) -> None:
             raise UserError(f"{name} needs text to calibrate on; name one with --dataset")
     if args.algorithm != "rtn" and args.config is None and not weight_only:
         raise UserError(f"--algorithm {args.algorithm} goes with 1 to 8 bits, not {args.bitwidth}")
+    if args.fake and args.format != "auto":
+        raise UserError("--fake saves 16-bit weights, --format says how packed ones are written")
     if args.shard_size <= 0:
         raise UserError(f"--shard-size {args.shard_size} cannot be; give gigabytes")
 
@@ -189,6 +197,7 @@ def main() -> None:
 
     from qllm import report
     from qllm.checkpoint.reader import read_raw_config
+    from qllm.memory import peak_resident_bytes
     from qllm.models import read_config
     from qllm.quantize.checkpoint import Job, quantize_checkpoint
 
@@ -202,6 +211,7 @@ def main() -> None:
         dtype=cli.resolve_dtype(args),
         device=device,
         fake=args.fake,
+        compressed=args.format == "compressed-tensors",
         shard_bytes=int(args.shard_size * 1e9),
         about={"model": folder.name, **about},
     )
@@ -218,6 +228,7 @@ def main() -> None:
         "saved": str(target),
         "bytes": sum(path.stat().st_size for path in target.glob("*.safetensors")),
         "seconds": time.perf_counter() - start,
+        "peak_memory": peak_resident_bytes(),
         "linears": [linear_row(entry) for entry in reports],
     }
     if args.json:

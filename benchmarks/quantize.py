@@ -22,33 +22,19 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from qllm import cli
+from qllm.ops.reference import dequantize
+from qllm.quant.gptq import quantize_gptq
+from qllm.quant.inputs import output_error
+from qllm.quant.rtn import fake_quantize
+from tools.random_checkpoint import PUBLISHED, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
-QUANTIZE = """
-import json, sys, time
-from pathlib import Path
-import torch
-from qllm.config import QuantPlan, QuantSpec
-from qllm.memory import peak_resident_bytes
-from qllm.quantize.checkpoint import Job, quantize_checkpoint
-source, target, algorithm, bits, count, length, vocabulary = sys.argv[1:]
-draw = torch.Generator().manual_seed(0)
-samples = None
-if algorithm != "rtn":
-    size = (int(count), int(length))
-    samples = torch.randint(int(vocabulary), size, generator=draw).tolist()
-plan = QuantPlan.uniform(QuantSpec.parse(bits, algorithm=algorithm))
-start = time.perf_counter()
-quantize_checkpoint(Job(Path(source), plan, samples=samples), Path(target))
-print(json.dumps({"seconds": time.perf_counter() - start, "peak": peak_resident_bytes()}))
-"""
-
 
 def parse_args() -> argparse.Namespace:
-    from tools.random_checkpoint import PUBLISHED
-
     parser = cli.Parser(__doc__)
     number = cli.whole_number(1)
     parser.add_argument("--repository", choices=list(PUBLISHED), default="facebook/opt-1.3b")
@@ -76,8 +62,6 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 def measure_checkpoint(args: argparse.Namespace, place: Path) -> list[dict]:
     """A row per algorithm, and the copy's first."""
-    from tools.random_checkpoint import PUBLISHED, write_checkpoint
-
     config = dict(PUBLISHED[args.repository])
     if args.layers:
         config["n_layer" if "n_layer" in config else "num_hidden_layers"] = args.layers
@@ -87,24 +71,22 @@ def measure_checkpoint(args: argparse.Namespace, place: Path) -> list[dict]:
     rows = [{"what": "copy", "bytes": size, "seconds": copy_seconds(source, place / "copy")}]
     for algorithm in args.algorithms:
         target = place / algorithm
-        settings = [algorithm, args.bitwidth, args.nsamples, args.seqlen, config["vocab_size"]]
-        command = [sys.executable, "-c", QUANTIZE, source, target, *settings]
-        done = subprocess.run(
-            list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        rows.append({"what": algorithm, **json.loads(done.stdout)})
+        command = [sys.executable, ROOT / "qllm_quant.py", "--model-path", source, "--json"]
+        command += ["--bitwidth", args.bitwidth, "--algorithm", algorithm, "--save", target]
+        if algorithm != "rtn":
+            text = place / "text"
+            text.write_text((ROOT / "README.md").read_text(encoding="utf-8") * 8, encoding="utf-8")
+            command += ["--dataset", text, "--nsamples", args.nsamples, "--seqlen", args.seqlen]
+        done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE)
+        found = json.loads(done.stdout)
+        seconds, peak = found["seconds"], found["peak_memory"]
+        rows.append({"what": algorithm, "seconds": seconds, "peak": peak})
         shutil.rmtree(target)
     return rows
 
 
 def measure_solver(size: int) -> list[dict]:
     """GPTQ's solver on a square matrix, what it is held to, and GPTQModel's where there is one."""
-    import torch
-
-    from qllm.quant.gptq import quantize_gptq
-    from qllm.quant.inputs import output_error
-    from qllm.quant.rtn import fake_quantize
-
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(size, size, generator=draw) * 0.02
     x = torch.randn(2 * size, size, generator=draw) @ torch.randn(size, size, generator=draw)
@@ -126,8 +108,6 @@ def measure_solver(size: int) -> list[dict]:
     for group_size in (-1, 128):
         seconds = best(lambda g=group_size: quantize_gptq(weight, hessian, 4, g, "asym"))
         packed, _ = quantize_gptq(weight, hessian, 4, group_size, "asym")
-        from qllm.ops.reference import dequantize
-
         found = dequantize(*packed[:3], 4, group_size, size, torch.float32)
         nearest = fake_quantize(weight, 4, group_size, "asym")
         errors = [output_error(value - weight, hessian) for value in (found, nearest)]

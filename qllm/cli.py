@@ -59,6 +59,8 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main: a user's mistake is one line and status 2, Ctrl-C is status 130."""
     program = Path(sys.argv[0]).name
+    # torch, not yet imported, will ask for huge pages: a fault for each 2 MB, not for each 4 KB.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     signal.signal(signal.SIGINT, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a character of the text
         sys.stdout.reconfigure(errors="backslashreplace")

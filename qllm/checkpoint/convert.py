@@ -8,7 +8,14 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from qllm.checkpoint.reader import Checkpoint, TensorInfo, read_json, weight_files
+from qllm.checkpoint.reader import (
+    QUANTIZATION_KEY,
+    Checkpoint,
+    TensorInfo,
+    read_json,
+    read_raw_config,
+    weight_files,
+)
 from qllm.checkpoint.weights import LAYOUT, LAYOUT_KEY, Weights
 from qllm.checkpoint.writer import SafetensorsWriter, new_folder
 from qllm.errors import UserError
@@ -48,8 +55,8 @@ def find_source(model: ModelFolder, note: Callable[[str], None]) -> Path:
     Args:
         note: called with a line that says which it is.
     """
-    config = read_json(model.path / "config.json")
-    if LAYOUT_KEY in config or "quantization_config" in config:
+    config = read_raw_config(model.path).values
+    if LAYOUT_KEY in config or QUANTIZATION_KEY in config:
         return model.path
     copy = default_folder(model)
     if not (copy / "config.json").exists():

@@ -87,18 +87,22 @@ def parse(value: object, where: str) -> QuantizationConfig:
     return METHODS[method.lower()](fields)
 
 
-def describe(specs: Mapping[str, QuantSpec], *, desc_act: bool = False) -> dict[str, object]:
+def describe(
+    specs: Mapping[str, QuantSpec], *, desc_act: bool = False, compressed: bool = False
+) -> dict[str, object]:
     """The `quantization_config` of a model, such that `parse` finds each module's spec in it.
 
     Args:
         specs: Hugging Face module name to spec, 16-bit ones included. At least one is quantized.
         desc_act: input channels are grouped by importance (their groups are in `g_idx`).
+        compressed: compressed-tensors where GPTQ would hold every module, too.
     """
     specs = {name: _plain(spec) for name, spec in specs.items()}
     quantized = {name: spec for name, spec in specs.items() if spec.kind != "dense"}
     if not quantized:
         raise ValueError("every module is at 16 bits; there is no quantization to describe")
-    if all(spec.kind == WEIGHT_ONLY and spec.bits in GPTQ_BITS for spec in quantized.values()):
+    gptq = all(s.kind == WEIGHT_ONLY and s.bits in GPTQ_BITS for s in quantized.values())
+    if gptq and not compressed:
         return _describe_gptq(specs, quantized, desc_act)
     return _describe_compressed(specs, quantized, desc_act)
 

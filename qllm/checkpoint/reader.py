@@ -35,6 +35,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# What config.json calls the way its weights are quantized; 16-bit ones have none.
+QUANTIZATION_KEY = "quantization_config"
 LFS_HEAD = b"version https://git-lfs"
 # A mapped torch file is opened anew after this many bytes, which gives its pages back.
 RELEASE_BYTES = 256 << 20
@@ -64,9 +66,12 @@ def read_json(path: Path) -> dict:
 
 
 def read_raw_config(folder: Path) -> RawConfig:
-    """The folder's config.json."""
-    path = folder / "config.json"
-    return RawConfig(read_json(path), str(path))
+    """The folder's config.json; of older GPTQ checkpoints, with their quantize_config.json."""
+    path, other = folder / "config.json", folder / "quantize_config.json"
+    values = read_json(path)
+    if QUANTIZATION_KEY not in values and other.exists():
+        values[QUANTIZATION_KEY] = {"quant_method": "gptq", **read_json(other)}
+    return RawConfig(values, str(path))
 
 
 def _lfs_pointer(path: Path) -> UserError:

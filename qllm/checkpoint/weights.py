@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qllm.checkpoint.quant_config import Storage, parse
-from qllm.checkpoint.reader import Checkpoint
+from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint
 from qllm.checkpoint.stored import TENSORS, Quantized, join_rows, read_linear, take_rows
 from qllm.config import LM_HEAD, ModelConfig
 from qllm.errors import UserError
@@ -44,7 +44,7 @@ def check_readable_by_transformers(raw_config: RawConfig) -> None:
     Raises:
         UserError: for a checkpoint in QLLM's layout, or a quantized one.
     """
-    if "quantization_config" in raw_config.values:
+    if QUANTIZATION_KEY in raw_config.values:
         raise UserError(
             f"{raw_config.where}: this checkpoint is quantized, the reference is the 16-bit one; "
             "give the one it was made from"
@@ -122,7 +122,7 @@ class Weights:
     def _find_stored(self) -> dict[str, Storage]:
         """What config.json says of the linears that are quantized."""
         raw = self.checkpoint.raw_config
-        value = raw.values.get("quantization_config")
+        value = raw.values.get(QUANTIZATION_KEY)
         if value is None:
             return {}
         config = parse(value, raw.where)
@@ -132,6 +132,9 @@ class Weights:
             parts = [part.rpartition(".")[0] for part in self._parts(f"{name}.weight")]
             found = {part: config.find(part) for part in parts}
             storage = found[parts[0]]
+            tensors = [self.checkpoint.tensors.get(f"{part}.weight") for part in parts]
+            if all(info is not None and info.dtype.is_floating_point for info in tensors):
+                continue  # the file decides: not every config names what it leaves alone
             if any(other != storage for other in found.values()):
                 raise UserError(
                     f"{raw.where}: {', '.join(parts)} are one matrix here, and are not all "

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from qllm import ops
 from qllm.config import QuantSpec
 
+ALL_ROWS = slice(None)
+
 
 class Linear(nn.Module, ABC):
     """y = x W^T + b for x (M, K) and W (N, K), with W held as `spec` says.
@@ -64,8 +66,8 @@ class Linear(nn.Module, ABC):
         """x (M, K) to (M, N)."""
 
     @abstractmethod
-    def dequantize(self) -> Tensor:
-        """The matrix the layer stands for: float32 (N, K)."""
+    def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
+        """The matrix the layer stands for, or some rows of it: float32 (N, K)."""
 
     def nbytes(self) -> int:
         """Bytes of the tensors the layer holds."""

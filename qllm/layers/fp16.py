@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qllm.config import QuantSpec
-from qllm.layers.base import Linear
+from qllm.layers.base import ALL_ROWS, Linear
 
 
 class DenseLinear(Linear):
@@ -43,5 +43,5 @@ class DenseLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x, self.weight, self.bias)
 
-    def dequantize(self) -> Tensor:
-        return self.weight.float()
+    def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
+        return self.weight[rows].float()

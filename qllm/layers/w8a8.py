@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qllm.config import QuantSpec
 from qllm.errors import UserError
-from qllm.layers.base import Linear
+from qllm.layers.base import ALL_ROWS, Linear
 from qllm.ops.reference import quantize_int8, quantize_per_token, scale_int32
 from qllm.quant.packing import unpack
 from qllm.quant.rtn import quantize_rtn
@@ -59,8 +59,8 @@ class DynamicInt8Linear(Linear):
         total = self.run(q, self.qweight)
         return scale_int32(total, x_scales, self.scales, self.bias, x.dtype)
 
-    def dequantize(self) -> Tensor:
-        return self.qweight.float() * self.scales.float()[:, None]
+    def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
+        return self.qweight[rows].float() * self.scales[rows].float()[:, None]
 
 
 class StaticInt8Linear(DynamicInt8Linear):

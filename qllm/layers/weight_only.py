@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qllm.config import QuantSpec
-from qllm.layers.base import Linear
+from qllm.layers.base import ALL_ROWS, Linear
 from qllm.ops.reference import dequantize
 from qllm.quant.packing import PackedWeight, packed_size
 from qllm.quant.rtn import quantize_rtn
@@ -91,11 +91,11 @@ class WeightOnlyLinear(Linear):
             self.spec.group_size,
         )
 
-    def dequantize(self) -> Tensor:
+    def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
         return dequantize(
-            self.qweight,
-            self.scales,
-            self.qzeros,
+            self.qweight[rows],
+            self.scales[rows],
+            self.qzeros[rows],
             self.spec.bits,
             self.spec.group_size,
             self.in_features,
@@ -131,6 +131,6 @@ class ReorderedLinear(WeightOnlyLinear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x[:, self.order])
 
-    def dequantize(self) -> Tensor:
-        columns = super().dequantize()
+    def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
+        columns = super().dequantize(rows)
         return torch.empty_like(columns).index_copy_(1, self.order, columns)

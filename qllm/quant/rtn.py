@@ -94,8 +94,8 @@ def row_pieces(weight: Tensor) -> list[slice]:
 
 def group_range(groups: Tensor, bits: int, scheme: str) -> tuple[Tensor, Tensor]:
     """Scales and lower ends of groups: (N, G, g) to two float32 (N, G)."""
-    low, high = groups.aminmax(dim=-1)
-    low, high = low.float(), high.float()
+    groups = groups.float()
+    low, high = groups.amin(dim=-1), groups.amax(dim=-1)  # aminmax is not vectorized here
     if scheme == "sym":
         scale = torch.maximum(-low, high) * 2 / (2**bits - 1)
     else:

@@ -16,7 +16,7 @@ from qllm import __version__
 from qllm.checkpoint.convert import COPIED, SOURCE_KEY, fingerprint
 from qllm.checkpoint.formats import Int8Weight, to_gptq, to_int_quantized, to_pack_quantized
 from qllm.checkpoint.quant_config import describe, parse
-from qllm.checkpoint.reader import Checkpoint
+from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint
 from qllm.checkpoint.resume import PartialFolder
 from qllm.checkpoint.stored import take_rows
 from qllm.checkpoint.weights import LAYOUT_KEY, Weights
@@ -57,6 +57,7 @@ class Job:
         samples: token ids for calibration, of one length; None where the plan needs none.
         dtype: that activations are kept in between layers; None is the checkpoint's.
         fake: write the dequantized values in Hugging Face's layout.
+        compressed: write compressed-tensors where GPTQ would do, too.
         about: what the model card says besides, such as the model's name and the data set.
     """
 
@@ -67,6 +68,7 @@ class Job:
     dtype: torch.dtype | None = None
     device: str = "cpu"
     fake: bool = False
+    compressed: bool = False
     shard_bytes: int = DEFAULT_SHARD_BYTES
     about: Mapping[str, str] = field(default_factory=dict)
 
@@ -91,7 +93,7 @@ class _Run:
     def __init__(self, job: Job, target: Path) -> None:
         self.job = job
         checkpoint = Checkpoint(job.source)
-        if "quantization_config" in checkpoint.raw_config.values:
+        if QUANTIZATION_KEY in checkpoint.raw_config.values:
             raise UserError(
                 f"{job.source} is quantized already; give the 16-bit checkpoint it was made from"
             )
@@ -113,7 +115,7 @@ class _Run:
         }
         gptq = job.options.gptq
         reordered = gptq.act_order and not gptq.static_groups
-        self.quantization = describe(self.by_part, desc_act=reordered)
+        self.quantization = describe(self.by_part, desc_act=reordered, compressed=job.compressed)
         self.storage = parse(self.quantization, "config.json")
         self.model = Decoder(self.config, {}, torch.float32)
         self.partial = PartialFolder(target, self._settings())
@@ -138,6 +140,7 @@ class _Run:
             "dtype": str(job.dtype),
             "device": job.device,
             "fake": job.fake,
+            "compressed": job.compressed,
             "shard size": job.shard_bytes,
             "threads": torch.get_num_threads(),
             **{f"about {key}": value for key, value in job.about.items()},
@@ -336,7 +339,7 @@ class _Run:
             }
             _write_json(folder / "weight_config.json", entries)
         else:
-            config["quantization_config"] = self.quantization
+            config[QUANTIZATION_KEY] = self.quantization
         _write_json(folder / "config.json", config)
         for name in COPIED:
             if (job.source / name).exists():

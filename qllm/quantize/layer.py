@@ -19,7 +19,7 @@ from qllm.quant.awq import search_scales
 from qllm.quant.clip import clip_ranges, clip_ranges_for
 from qllm.quant.gptq import GPTQOptions, quantize_gptq
 from qllm.quant.inputs import InputStats, output_error
-from qllm.quant.rtn import Ranges, group_ranges, quantize_rtn
+from qllm.quant.rtn import Ranges, group_ranges, quantize_rtn, row_pieces
 from qllm.quant.smooth import DEFAULT_ALPHA, smooth_scales
 from qllm.quantize.hidden import HiddenStates, blocks_of
 
@@ -205,10 +205,13 @@ def _ranges(name: str, spec: QuantSpec, hessian: Tensor | None, options: Quantiz
 
 def _relative_error(linear: Linear, weight: Tensor, hessian: Tensor | None) -> float:
     """Root mean square error, of the outputs or else of the weights, over what they are."""
-    weight = weight.float()
-    error = linear.dequantize().sub_(weight)
-    if hessian is not None:
-        squares = [output_error(error, hessian), output_error(weight, hessian)]
-    else:
-        squares = [part.square().sum(dtype=torch.float64).item() for part in (error, weight)]
+    squares = [0.0, 0.0]
+    for rows in row_pieces(weight):
+        part = weight[rows].float()
+        error = linear.dequantize(rows).sub_(part)
+        for index, value in enumerate((error, part)):
+            if hessian is not None:
+                squares[index] += output_error(value, hessian)
+            else:
+                squares[index] += torch.linalg.vector_norm(value).item() ** 2
     return math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0
