@@ -35,6 +35,8 @@ ROWS = (
         "huggingface",
         "report",
     ),
+    ("quantize",),
+    ("neural_compressor",),
     ("cli",),
 )
 HEIGHT = {name: height for height, row in enumerate(ROWS) for name in row}

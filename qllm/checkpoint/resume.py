@@ -67,7 +67,7 @@ class PartialFolder:
     def _read_journal(self) -> None:
         try:
             journal = json.loads(self._journal.read_text(encoding="utf-8"))
-            found, self.state = journal["settings"], journal["state"]
+            found, self.state = dict(journal["settings"]), dict(journal["state"])
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
                 f"{self._journal} cannot be read; remove {self.folder} to start anew"

@@ -12,8 +12,6 @@ from qllm.errors import UserError
 from qllm.neural_compressor.config import CONFIG, PostTrainingQuantConfig
 
 HEAD_RULE = f"^{LM_HEAD}$"
-# What Neural Compressor takes where a weight's entry leaves something out.
-DEFAULT_SPEC = QuantSpec(4, 32, "sym", "weight_only")
 # What is tried when the user's configuration is not good enough: algorithm, group size, scheme,
 # and whether the last matrix product, which is the head, is left at 16 bits.
 WOQ_TUNE = {
@@ -83,7 +81,7 @@ def user_plans(conf: PostTrainingQuantConfig) -> Iterator[QuantPlan]:
             name: {pattern: {"weight": weight} for pattern, weight in entries.items()}
             for name, entries in zip(names, tables, strict=True)
         }
-        yield QuantPlan.from_json(value, CONFIG, DEFAULT_SPEC)
+        yield QuantPlan.from_json(value, CONFIG)
 
 
 def tuned_plan(plan: QuantPlan, name: str) -> QuantPlan:

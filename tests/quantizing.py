@@ -1,0 +1,76 @@
+"""Small random models, samples and text for the tests that quantize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from oracle import draw_prompts, random_model
+from transformers import BloomConfig, LlamaConfig, OPTConfig, PretrainedConfig
+
+VOCAB = 90
+OPT = {"vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": 40}
+LLAMA = {**OPT, "hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 70}
+
+# A model of each kind that the layers' norms, activations and heads tell apart. Sizes are no
+# multiples of 32, so that packing and groups have a remainder.
+MODELS: dict[str, PretrainedConfig] = {
+    "opt": OPTConfig(**OPT, hidden_size=40, num_attention_heads=4, ffn_dim=70),
+    "opt untied": OPTConfig(
+        **OPT, hidden_size=40, num_attention_heads=4, ffn_dim=70, tie_word_embeddings=False
+    ),
+    "opt-350m": OPTConfig(
+        **OPT,
+        hidden_size=40,
+        num_attention_heads=4,
+        ffn_dim=70,
+        word_embed_proj_dim=24,
+        do_layer_norm_before=False,
+    ),
+    "galactica": OPTConfig(
+        **OPT,
+        hidden_size=40,
+        num_attention_heads=4,
+        ffn_dim=70,
+        activation_function="gelu",
+        enable_bias=False,
+        layer_norm_elementwise_affine=False,
+    ),
+    "bloom": BloomConfig(vocab_size=VOCAB, hidden_size=40, n_head=5, n_layer=2),
+    "bloom with normed residuals": BloomConfig(
+        vocab_size=VOCAB,
+        hidden_size=40,
+        n_head=5,
+        n_layer=2,
+        apply_residual_connection_post_layernorm=True,
+    ),
+    "llama": LlamaConfig(**LLAMA, num_key_value_heads=2, head_dim=10),
+    "llama with all heads": LlamaConfig(**LLAMA, num_key_value_heads=6),
+    "llama with one key-value head": LlamaConfig(
+        **LLAMA,
+        num_key_value_heads=1,
+        attention_bias=True,
+        mlp_bias=True,
+        hidden_act="relu",
+        tie_word_embeddings=True,
+    ),
+}
+
+TEXT = "\n".join(
+    f"In {year} the {noun} of the {other} was {how}, and nobody who had been there would say why."
+    for year in range(1801, 1811)
+    for noun in ("house", "king", "river", "war")
+    for other in ("city", "church", "island")
+    for how in ("lost", "no longer what it had been")
+)
+
+
+def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+    """One of MODELS as a checkpoint."""
+    random_model(MODELS[name], seed).to(dtype).save_pretrained(folder)
+    return folder
+
+
+def samples(count: int = 6, length: int = 24, seed: int = 0) -> list[list[int]]:
+    """Calibration samples for one of MODELS."""
+    return draw_prompts([length] * count, VOCAB, seed)
