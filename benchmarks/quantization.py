@@ -30,8 +30,7 @@ METHODS = {
     "rtn": ("rtn", False),
     "rtn, clip": ("rtn", True),
     "awq": ("awq", None),
-    "gptq": ("gptq", False),
-    "gptq, clip": ("gptq", True),
+    "gptq": ("gptq", None),
 }
 DENSE = QuantPlan.uniform(QuantSpec())
 
@@ -46,8 +45,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--group-sizes", nargs="+", type=int, default=[-1, 128, 32], metavar="N")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--window", type=number, default=512, help="tokens (%(default)s)")
-    parser.add_argument("--windows", type=number, default=40, help="at the most (%(default)s)")
-    parser.add_argument("--nsamples", type=number, default=128, help="(%(default)s)")
+    parser.add_argument("--windows", type=number, default=20, help="at the most (%(default)s)")
+    parser.add_argument("--nsamples", type=number, default=64, help="(%(default)s)")
     parser.add_argument("--seqlen", type=number, default=512, help="(%(default)s)")
     return parser.parse_args()
 

@@ -14,29 +14,37 @@ from conftest import ROOT
 from test_real_sizes import COMMANDS as REAL_SIZES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = ("ref_gen.py", "qllm_gen.py", "weight_convert.py", "fake_calib_gen.py")
+SCRIPTS = ("ref_gen.py", "qllm_gen.py", "weight_convert.py", "fake_calib_gen.py", "qllm_quant.py")
 
 # The measurements take minutes; here the same commands get the smallest settings.
 SMALL = {
     "benchmarks.quality": "--windows 1 --window 64 --prompts 2 --new-tokens 4 --bitwidths 8:tc 3",
     "benchmarks.memory": "--repository facebook/opt-125m --format safetensors",
     "benchmarks.startup": "--runs 1 --bitwidths 4",
+    "benchmarks.quantization": "--windows 1 --window 64 --nsamples 2 --seqlen 64 --bitwidths 3 "
+    "--group-sizes -1 --models opt",
+    "benchmarks.quantize": "--repository facebook/opt-125m --layers 1 --algorithms rtn --size 64",
     "benchmarks.speed": "--repository facebook/opt-125m --bitwidths 16 4 --tokens 2",
 }
 
 
+def blocks() -> list[list[str]]:
+    """The commands of each of the README's shell blocks, without their comments."""
+    found = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    lines = [[re.sub(r"\s+#.*", "", line) for line in block.splitlines()] for block in found]
+    return [[line for line in block if line] for block in lines]
+
+
 def commands() -> list[str]:
-    """The lines of the README's shell blocks, without their comments."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    lines = [re.sub(r"\s+#.*", "", line) for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
+    """The commands of all blocks."""
+    return [command for block in blocks() for command in block]
 
 
 def is_setup(command: str) -> bool:
     return "-m venv" in command
 
 
-OTHERS = [c for c in commands() if not is_setup(c) and c not in REAL_SIZES]
+OTHERS = [block for block in blocks() if not any(is_setup(c) or c in REAL_SIZES for c in block)]
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +54,9 @@ def folder(tmp_path_factory):
     for path in ROOT.iterdir():
         if not path.name.startswith("."):
             (folder / path.name).symlink_to(path)
-    plan = re.search(r"`plan.json` gives .*?`(\{.*?\})`", README, re.DOTALL)[1]
-    (folder / "plan.json").write_text(json.dumps(json.loads(plan)), encoding="utf-8")
+    for name in ("plan.json", "rules.json"):
+        value = re.search(rf"`{name}` gives .*?`(\{{.*?\}})`", README, re.DOTALL)[1]
+        (folder / name).write_text(json.dumps(json.loads(value)), encoding="utf-8")
     text = README.replace("`", "") * 4
     for name in ("wiki.test.raw", "wiki.valid.raw"):
         (folder / name).write_text(text, encoding="utf-8")
@@ -68,11 +77,27 @@ def test_the_commands_at_real_size_are_those_that_their_tests_run():
     assert sorted(found) == sorted(REAL_SIZES)
 
 
-@pytest.mark.parametrize("command", OTHERS)
-def test_command_runs(command, folder):
-    module = re.search(r"-m (benchmarks\.\w+)", command)
-    small = f" {SMALL[module[1]]}" if module else ""
-    assert shell(command + small, folder).stdout.strip()
+@pytest.mark.parametrize("block", OTHERS, ids=" ; ".join)
+def test_commands_run(block, folder):
+    for command in block:
+        module = re.search(r"-m (benchmarks\.\w+)", command)
+        small = f" {SMALL[module[1]]}" if module else ""
+        if "qllm_quant.py" in command and "--dataset" in command:
+            small = " --nsamples 2 --seqlen 64"
+        assert shell(command + small, folder).stdout.strip()
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    import torch
+    from conftest import tiny
+
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    draw = torch.Generator().manual_seed(0)
+    batches = [torch.randint(4096, (1, 32), generator=draw) for _ in range(2)]
+    monkeypatch.chdir(tmp_path)
+    given = {"model": str(tiny("opt")), "batches": batches, "evaluate": lambda model: 1.0}
+    exec(code, given)
+    assert (tmp_path / "saved_results" / "model.safetensors").exists()
 
 
 def test_first_setup_command_prints_text_next_to_the_references(folder):
