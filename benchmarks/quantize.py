@@ -14,6 +14,7 @@ Prints one JSON line last.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -101,19 +102,42 @@ def measure_solver(size: int) -> list[dict]:
             seconds.append(time.perf_counter() - start)
         return min(seconds)
 
+    def error(found: torch.Tensor) -> float:
+        return output_error(found.float() - weight, hessian)
+
     rows = [
         {"what": "Cholesky factorization", "seconds": best(lambda: torch.linalg.cholesky(damped))},
         {"what": "matrix product", "seconds": best(lambda: weight @ hessian)},
     ]
     for group_size in (-1, 128):
-        seconds = best(lambda g=group_size: quantize_gptq(weight, hessian, 4, g, "asym"))
-        packed, _ = quantize_gptq(weight, hessian, 4, group_size, "asym")
+        form = (4, group_size, "asym")
+        seconds = best(lambda form=form: quantize_gptq(weight, hessian, *form))
+        packed, _ = quantize_gptq(weight, hessian, *form)
         found = dequantize(*packed[:3], 4, group_size, size, torch.float32)
-        nearest = fake_quantize(weight, 4, group_size, "asym")
-        errors = [output_error(value - weight, hessian) for value in (found, nearest)]
+        nearest = error(fake_quantize(weight, *form))
         row = {"what": f"GPTQ, 4 bits, group {group_size}", "seconds": seconds}
-        rows.append(row | {"error": errors[0] / errors[1]})
+        rows.append(row | {"error": error(found) / nearest})
+        if importlib.util.find_spec("gptqmodel"):
+            seconds, found = rival(weight, x, group_size)
+            row = {"what": f"GPTQModel's, group {group_size}", "seconds": seconds}
+            rows.append(row | {"error": error(found) / nearest})
     return rows
+
+
+def rival(weight: torch.Tensor, x: torch.Tensor, group_size: int) -> tuple[float, torch.Tensor]:
+    """Seconds and values of GPTQModel's solver for the same inputs and settings."""
+    from gptqmodel import QuantizeConfig
+    from gptqmodel.quantization.gptq import GPTQ
+
+    linear = torch.nn.Linear(*weight.shape[::-1], bias=False)
+    linear.weight.data = weight.clone()
+    settings = {"desc_act": True, "static_groups": True, "act_group_aware": False, "sym": False}
+    task = GPTQ(linear, QuantizeConfig(bits=4, group_size=group_size, **settings))
+    task.quantizer.configure(perchannel=True)
+    task.add_batch(x[None], linear(x[None]).detach())
+    start = time.perf_counter()
+    found = task.quantize()[0]
+    return time.perf_counter() - start, found
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import mmap
+import os
 import struct
 import sys
 import warnings
@@ -40,6 +41,8 @@ QUANTIZATION_KEY = "quantization_config"
 LFS_HEAD = b"version https://git-lfs"
 # A mapped torch file is opened anew after this many bytes, which gives its pages back.
 RELEASE_BYTES = 256 << 20
+# Of a file that is read tensor by tensor, this much is asked for ahead.
+READ_AHEAD = 64 << 20
 
 
 def read_json(path: Path) -> dict:
@@ -152,6 +155,9 @@ class SafetensorsFile(TensorFile):
                 done = 0
                 while done < len(view) and (count := file.readinto(view[done:])):
                     done += count
+                if hasattr(os, "posix_fadvise"):  # what is read next comes while this is used
+                    end = self._offsets[name] + done
+                    os.posix_fadvise(file.fileno(), end, READ_AHEAD, os.POSIX_FADV_WILLNEED)
             if done < len(view):
                 raise UserError(f"{self.path} became shorter while it was read; get it again")
         return tensor

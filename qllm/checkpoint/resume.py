@@ -72,6 +72,9 @@ class PartialFolder:
             raise UserError(
                 f"{self._journal} cannot be read; remove {self.folder} to start anew"
             ) from None
+        if not self.state:  # nothing was finished, and nothing is lost
+            self.commit({})
+            return
         for key in dict.fromkeys([*self.settings, *found]):
             ours, theirs = self.settings.get(key), found.get(key)
             if ours != theirs:
@@ -89,7 +92,7 @@ class PartialFolder:
     def commit(self, state: dict) -> None:
         """Make `state` what a later run finds; all that it speaks of is on the disk already."""
         with new_file(self._journal) as temporary, temporary.open("w", encoding="utf-8") as file:
-            json.dump({"settings": self.settings, "state": state}, file)
+            file.write(json.dumps({"settings": self.settings, "state": state}))
             file.flush()
             os.fsync(file.fileno())
         self.state = state

@@ -27,6 +27,7 @@ from qllm.layers import Linear
 from qllm.layers.fp16 import DenseLinear
 from qllm.layers.w8a8 import DynamicInt8Linear, StaticInt8Linear
 from qllm.layers.weight_only import WeightOnlyLinear
+from qllm.memory import check_fits
 from qllm.models import Decoder
 from qllm.quant.inputs import InputStats
 from qllm.quantize.card import model_card
@@ -118,9 +119,21 @@ class _Run:
         self.quantization = describe(self.by_part, desc_act=reordered, compressed=job.compressed)
         self.storage = parse(self.quantization, "config.json")
         self.model = Decoder(self.config, {}, torch.float32)
+        if job.samples is not None:
+            check_fits(self._bytes_needed(), job.device, "calibration")
         self.partial = PartialFolder(target, self._settings())
         self.reports: list[LinearReport] = []
         self.hidden: HiddenStates | None = None
+
+    def _bytes_needed(self) -> int:
+        """About what calibration has in memory at its peak."""
+        samples, length = len(self.job.samples), len(self.job.samples[0])
+        dtype = self.job.dtype or self.weights.dtype()
+        hidden = samples * length * self.config.hidden_size * dtype.itemsize
+        layer = sum(tensor.nbytes for tensor in self.model.layers[0].buffers())
+        # The sum of x x^T of the widest input, its order, root and reversal.
+        widest = max(self.config.hidden_size, self.config.intermediate_size)
+        return hidden + 2 * layer + 4 * 4 * widest**2
 
     def _settings(self) -> dict[str, object]:
         """What decides the bytes that are written."""
