@@ -110,7 +110,8 @@ class Weights:
         """As transformers has it: a head that differs from the embedding is not tied to it."""
         if not config.tied_head or self.converted:
             return config
-        if "lm_head.weight" not in self.checkpoint.tensors:
+        info = self.checkpoint.tensors.get("lm_head.weight")
+        if info is None or not info.dtype.is_floating_point:
             head = any(name.startswith(f"{LM_HEAD}.") for name in self.checkpoint.tensors)
             return replace(config, tied_head=not head)  # a quantized one is its own
         (embed,) = self._parts("embed.weight")
