@@ -38,7 +38,8 @@ class PartialFolder:
         """
         self.target = target
         self.settings = json.loads(json.dumps(settings))
-        self.folder = target.with_name(target.name + ".partial")
+        self._place = target.resolve()  # "." has no name of its own, a link is not replaced
+        self.folder = self._place.parent / f"{self._place.name}.partial"
         self.model = self.folder / "model"
         self._journal = self.folder / "journal.json"
         self.state: dict = {}
@@ -100,7 +101,7 @@ class PartialFolder:
     def finish(self) -> None:
         """Move what was made to the target, and clear the rest away."""
         if not self.finished:
-            self.model.rename(self.target)  # an empty folder may be there
+            self.model.rename(self._place)  # an empty folder may be there
         self._lock.close()
         shutil.rmtree(self.folder)
 
