@@ -8,12 +8,15 @@ import json
 import pytest
 
 from qllm.config import (
+    ALGORITHMS,
     BITWIDTHS,
     DEFAULT_GROUP_SIZE,
     DEFAULT_SCHEME,
+    LM_HEAD,
     SCHEMES,
     QuantPlan,
     QuantSpec,
+    neural_compressor_rules,
 )
 from qllm.errors import UserError
 
@@ -335,6 +338,190 @@ def test_what_the_command_line_gave_both_ways(text):
     plan = QuantPlan.parse(text, QuantSpec(group_size=64, scheme="sym"))
     again = QuantPlan.from_json(json.loads(json.dumps(plan.to_json())))
     assert again.resolve(MODULES, 2) == plan.resolve(MODULES, 2)
+
+
+# ---- algorithms
+
+
+def test_the_algorithms():
+    assert ALGORITHMS == ("rtn", "gptq", "awq")
+    assert FOUR.algorithm == "rtn"
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("bitwidth", BITWIDTHS)
+def test_an_algorithm_is_for_weights_alone(bitwidth, algorithm):
+    spec = QuantSpec.parse(bitwidth, algorithm=algorithm)
+    weights = spec.kind == "weight_only"
+    assert spec.algorithm == (algorithm if weights else "rtn")
+    # What a reader takes without it is left out.
+    named = algorithm if weights and algorithm != "rtn" else None
+    assert spec.to_json().get("algorithm") == named
+    again = QuantSpec.from_json(json.loads(json.dumps(spec.to_json())))
+    assert again == spec
+
+
+@pytest.mark.parametrize("algorithm", ["GPTQ", "", None, 1, "obq"])
+def test_algorithms_that_are_refused(algorithm):
+    assert_refused(
+        lambda: QuantSpec.parse("4", algorithm=algorithm), repr(algorithm), "rtn, gptq, awq"
+    )
+    assert_refused(lambda: plan_of({"mlp": {"bits": 4, "algorithm": algorithm}}), "'mlp'")
+
+
+def test_algorithms_of_a_plan():
+    default = QuantSpec(group_size=32, scheme="sym", algorithm="gptq")
+    rules = {".*": 4, "mlp": {"bits": 3, "algorithm": "awq"}, r"down|fc2": "8:tc-li"}
+    specs = QuantPlan.from_json(rules, default=default).resolve(MODULES, 2)
+    assert specs["layers.0.attention.qkv"] == QuantSpec(4, 32, "sym", "weight_only", "gptq")
+    assert specs["layers.1.mlp.up"] == QuantSpec(3, 32, "sym", "weight_only", "awq")
+    assert specs["layers.1.mlp.down"] == QuantSpec(8, -1, "sym", "w8a8_dynamic", "rtn")
+    listed = QuantPlan.parse("4,3", default).resolve(MODULES, 2)
+    assert {spec.algorithm for spec in listed.values()} == {"gptq"}
+
+
+def test_parts_of_a_fused_layer_have_one_algorithm():
+    rules = {".*": 4, "v_proj": {"bits": 4, "algorithm": "awq"}}
+    assert_refused(lambda: plan_of(rules).resolve(MODULES, 2), "one fused matrix", "awq")
+
+
+# ---- the head
+
+
+@pytest.mark.parametrize("pattern", [".*", "", "e", "layers|head", "^lm_", "attention|mlp"])
+def test_a_rule_that_does_not_say_its_name_leaves_the_head(pattern):
+    assert LM_HEAD not in plan_of({".*": 8, pattern: 4}).resolve(MODULES, 2)
+
+
+@pytest.mark.parametrize("pattern", ["lm_head", "^lm_head$", "layers|lm_head"])
+def test_a_rule_that_names_the_head(pattern):
+    specs = plan_of({".*": 8, pattern: 4}).resolve(MODULES, 2)
+    assert specs[LM_HEAD] == FOUR
+    assert specs["layers.0.mlp.up"].bits == (4 if "layers" in pattern else 8)
+
+
+def test_the_last_rule_that_names_the_head_wins():
+    assert plan_of({"lm_head": 3, "^lm_head$": 4}).resolve(MODULES, 2)[LM_HEAD] == FOUR
+    assert plan_of({"^lm_head$": 4, ".*": 8}).resolve(MODULES, 2)[LM_HEAD] == FOUR
+    assert LM_HEAD not in plan_of({"lm_head": 4, "^lm_head$": 16}).resolve(MODULES, 2)
+    alone = plan_of({"lm_head": 4}).resolve(MODULES, 2)
+    assert alone == {**dict.fromkeys(MODULES, QuantSpec()), LM_HEAD: FOUR}
+
+
+def test_one_more_rule():
+    plan = QuantPlan.parse("4,3", DEFAULT_7)
+    more = plan.with_rule("^lm_head$", FOUR).with_rule("mlp", QuantSpec())
+    assert plan.rules == more.rules[:2] and (more.num_layers, more.text) == (2, "4,3")
+    specs = more.resolve(MODULES, 2)
+    assert specs[LM_HEAD] == FOUR
+    assert specs["layers.1.mlp.up"] == QuantSpec()
+    assert specs["layers.1.attention.out"] == QuantSpec(3, 7, "sym", "weight_only")
+
+
+# ---- Neural Compressor's configurations
+
+
+def weight(**values: object) -> dict:
+    return {"weight": values}
+
+
+def compressor(by_type: object = None, by_name: object = None, default=None) -> dict:
+    """The spec of every layer."""
+    tables = {"op_type_dict": by_type, "op_name_dict": by_name}
+    value = {key: table for key, table in tables.items() if table is not None}
+    return QuantPlan.from_json(value, default=default).resolve(MODULES, 2)
+
+
+@pytest.mark.parametrize("bit", ["bit", "bits"])
+@pytest.mark.parametrize("type_name", [".*", "Linear", "Lin.*|Conv"])
+def test_one_type_is_all_linears(type_name, bit):
+    entry = {bit: [4], "group_size": [64], "scheme": ["asym"], "algorithm": ["GPTQ"]}
+    specs = compressor({type_name: weight(**entry)})
+    expected = QuantSpec(4, 64, "asym", "weight_only", "gptq")
+    assert specs == dict.fromkeys(MODULES, expected)
+
+
+@pytest.mark.parametrize("entry", [{}, {"dtype": "int"}, {"dtype": ["int4"]}])
+def test_what_is_left_out_is_as_neural_compressor_has_it(entry):
+    """Whatever the defaults of the command line are."""
+    expected = QuantSpec(4, 32, "sym", "weight_only", "rtn")
+    default = QuantSpec(group_size=128, scheme="asym", algorithm="awq")
+    assert compressor({".*": weight(**entry)}, None, default) == dict.fromkeys(MODULES, expected)
+    assert compressor(None, {}, default) == dict.fromkeys(MODULES, expected)
+
+
+def test_the_first_of_a_space_counts():
+    specs = compressor({".*": weight(bit=[3, 4], group_size=(64, 32), scheme="asym")})
+    assert set(specs.values()) == {QuantSpec(3, 64, "asym", "weight_only")}
+
+
+def test_names_win_over_types():
+    """A name's expression has to match all of it."""
+    names = {
+        r".*\.fc1": weight(bit=8),
+        "fc2": weight(bit=2),
+        r"model\.decoder\.layers\.1\.fc1": weight(dtype="fp32"),
+        r"layers\.0\.attention\..*": weight(dtype=["int8"], group_size=[-1]),
+    }
+    assert_refused(lambda: compressor({".*": weight()}, names), "fc2", "matches no layer")
+    del names["fc2"]
+    specs = compressor({".*": weight()}, names)
+    assert specs["layers.0.mlp.up"].bits == 8
+    assert specs["layers.1.mlp.up"] == QuantSpec()
+    assert specs["layers.0.mlp.down"].bits == 4
+    assert specs["layers.0.attention.qkv"] == QuantSpec(8, -1, "sym", "weight_only")
+    assert specs["layers.1.attention.qkv"].bits == 4
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", ["fp32"]])
+def test_what_is_left_at_16_bits(dtype):
+    specs = compressor({".*": weight(bit=4)}, {".*fc.": weight(dtype=dtype)})
+    assert {name for name, spec in specs.items() if spec.kind == "dense"} == {
+        name for name in MODULES if "mlp" in name
+    }
+
+
+def test_activations_stay():
+    entry = {**weight(bit=[4]), "activation": {"dtype": ["fp32"]}}
+    assert compressor({".*": entry}) == compressor({".*": weight(bit=[4])})
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"op_type_dict": {}, "recipes": 1, "a": 2}, ("recipes", "a")),
+        ({"op_type_dict": [4]}, ("op_type_dict",)),
+        ({"op_type_dict": {"Conv2d": weight(bit=4)}}, ("'Conv2d' does not match 'Linear'",)),
+        ({"op_type_dict": {"(": weight(bit=4)}}, ("'('", "no regular expression")),
+        ({"op_name_dict": {"(": weight(bit=4)}}, ("no regular expression",)),
+        ({"op_type_dict": {".*": 4}}, ("'.*' is 4", '{"weight":')),
+        ({"op_type_dict": {".*": {"weights": {}}}}, ("weight",)),
+        ({"op_type_dict": {".*": {"weight": 4}}}, ("weight",)),
+        ({"op_type_dict": {".*": {**weight(), "more": 1}}}, ("more",)),
+        ({"op_type_dict": {".*": weight(zeros=1)}}, ("QLLM knows no 'zeros'",)),
+        ({"op_type_dict": {".*": weight(dtype="nf4")}}, ("no weights of type 'nf4'",)),
+        ({"op_type_dict": {".*": weight(bit=9)}}, ("'9' is unknown",)),
+        ({"op_type_dict": {".*": weight(bit=[])}}, ("no bitwidth",)),
+        ({"op_type_dict": {".*": weight(group_size=0)}}, ("group size 0",)),
+        ({"op_type_dict": {".*": weight(scheme="full")}}, ("'full'",)),
+        ({"op_type_dict": {".*": weight(algorithm="TEQ")}}, ("'teq'", "rtn, gptq, awq")),
+        (
+            {"op_type_dict": {".*": {**weight(), "activation": {"dtype": "int8"}}}},
+            ("activation", "fp32"),
+        ),
+    ],
+)
+def test_neural_compressor_s_that_are_refused(value, words, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(value))
+    assert_refused(lambda: QuantPlan.parse(str(path)), str(path), *words)
+
+
+def test_the_rules_of_a_neural_compressor_configuration():
+    value = {"op_type_dict": {"Linear": weight(bit=3)}, "op_name_dict": {"a.b|c": weight()}}
+    rules = neural_compressor_rules(value, "text")
+    assert list(rules) == [".*", "^(?:a.b|c)$"]
+    assert rules[".*"]["bits"] == 3
 
 
 def test_a_user_error_is_a_value_error():

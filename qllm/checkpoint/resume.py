@@ -38,7 +38,7 @@ class PartialFolder:
         """
         self.target = target
         self.settings = json.loads(json.dumps(settings))
-        self._place = target.resolve()  # "." has no name of its own, a link is not replaced
+        self._place = target.resolve()  # a link is not replaced, but what it leads to
         self.folder = self._place.parent / f"{self._place.name}.partial"
         self.model = self.folder / "model"
         self._journal = self.folder / "journal.json"
@@ -59,6 +59,8 @@ class PartialFolder:
     def _check_target(self) -> None:
         if self.target.exists() and not self.target.is_dir():
             raise UserError(f"{self.target} is a file; name a folder")
+        if self._place in (Path.cwd(), *Path.cwd().parents):  # which would be moved away
+            raise UserError(f"{self.target} is where you are; name another folder")
         finished = self._journal.exists() and not self.model.exists()
         if self.target.exists() and any(self.target.iterdir()) and not finished:
             raise UserError(
