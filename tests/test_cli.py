@@ -15,7 +15,11 @@ from qllm import cli
 from qllm.errors import UserError
 from qllm.tokenizer import Tokenizer
 
-SCRIPTS = ("ref_gen.py", "qllm_gen.py", "weight_convert.py", "fake_calib_gen.py")
+# Each script, and the options that it cannot do without.
+SCRIPTS = {
+    **dict.fromkeys(("ref_gen.py", "qllm_gen.py", "weight_convert.py", "fake_calib_gen.py"), ()),
+    "qllm_quant.py": ("--save", "out"),
+}
 
 
 def run_main(body: str, **options) -> subprocess.CompletedProcess:
@@ -120,7 +124,7 @@ def test_help_needs_no_torch_and_comes_at_once(script, without_torch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_missing_package_is_one_line(script, without_torch):
-    done = run(script, "--model-size", "tiny", env=without_torch)
+    done = run(script, "--model-size", "tiny", *SCRIPTS[script], env=without_torch)
     assert_user_error(done, "torch is missing", "pip install -r requirements.txt")
 
 
@@ -159,7 +163,7 @@ def test_ctrl_c_at_any_time(script, delay):
 DEFAULTS = {
     "model_name": "opt",
     "model_size": None,
-    "bitwidth": "16",
+    "bitwidth": None,
     "num_shards": 2,
     "max_gen_tokens": 10,
     "max_prompt_length": 20,
@@ -178,7 +182,7 @@ def parsed(script: str, monkeypatch, *args: str):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_defaults(script, monkeypatch):
-    found = vars(parsed(script, monkeypatch))
+    found = vars(parsed(script, monkeypatch, *SCRIPTS[script]))
     common = DEFAULTS.keys() & found.keys()
     assert {key: found[key] for key in common} == {key: DEFAULTS[key] for key in common}
     assert len(common) >= 2
@@ -245,3 +249,28 @@ def test_devices_that_are_not_there(device, monkeypatch):
     args = parsed("qllm_gen.py", monkeypatch, "--device", device)
     with pytest.raises(UserError, match="--device"):
         cli.resolve_device(args)
+
+
+@pytest.mark.parametrize("every", [0.0, 25.0, 30.0, 1000.0])
+def test_progress_where_there_is_no_terminal(every, monkeypatch, capsys):
+    """A note of how far it is, no more often than asked for; each item takes ten seconds here."""
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(cli.time, "monotonic", lambda: float(next(clock)))
+    assert list(cli.noted("quantizing", list("abcdefgh"), every)) == list("abcdefgh")
+    lines = capsys.readouterr().err.splitlines()
+    # The clock is read at the start, and in front of each item.
+    expected = {0.0: [1, 2, 3, 4, 5, 6, 7], 25.0: [2, 5], 30.0: [2, 5], 1000.0: []}[every]
+    assert [line.split(" of ")[0] for line in lines] == [
+        f"note: quantizing: {number}" for number in expected
+    ]
+    if every == 25.0:
+        assert lines[0] == "note: quantizing: 2 of 8, 15.0 s each, about 2 min left"
+
+
+def test_progress_passes_items_on_as_they_are_worked_through(capsys):
+    done = []
+    for item in cli.progress("loading")([1, 2, 3]):
+        assert len(done) == item - 1
+        done.append(item)
+    assert done == [1, 2, 3]
+    assert capsys.readouterr().err == ""

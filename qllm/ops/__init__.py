@@ -6,9 +6,11 @@ and gives a reason where it cannot. `select` decides once per layer; `--explain`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -80,9 +82,40 @@ def _int_mm_why_not(request: Request) -> str | None:
     return None if _int_mm_is_exact() else "its self-test on this machine failed"
 
 
+@cache
+def _cpu_vendor() -> str:
+    """ "GenuineIntel" and the like, "" where the system does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
+    found = re.search(r"^vendor_id\s*:\s*(\S+)", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _onednn_why_not(request: Request) -> str | None:
+    if request.device != "cpu":
+        return "it is for CPUs"
+    if not torch.backends.mkldnn.is_available() or not hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    ):
+        return "this torch is built without it"
+    if _cpu_vendor() in ("", "GenuineIntel"):
+        return "MKL is as fast on this CPU"
+    return None
+
+
 # Kernels of each op, the preferred one first; the last can do all.
 KERNELS: dict[str, tuple[Kernel, ...]] = {
-    "dense_linear": (Kernel("torch.linear", "dense product", reference.dense_linear),),
+    "dense_linear": (
+        Kernel(
+            "oneDNN",
+            "dense product; MKL, which torch takes in float32, is slow on this CPU",
+            reference.onednn_linear,
+            _onednn_why_not,
+        ),
+        Kernel("torch.linear", "dense product", reference.dense_linear),
+    ),
     "weight_only_linear": (
         Kernel("reference", "dequantize, then a dense product", reference.weight_only_linear),
     ),

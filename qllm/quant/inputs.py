@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 # Rows of weights per product: the temporaries stay small beside a layer.
 ROWS = 4096
@@ -21,7 +24,20 @@ class InputStats:
         largest: float32 (K,), the largest |x|.
     """
 
-    def __init__(self, channels: int, device: torch.device | str, *, products: bool) -> None:
+    def __init__(
+        self,
+        channels: int,
+        device: torch.device | str,
+        *,
+        products: bool,
+        multiply: Callable[[Tensor, Tensor, None], Tensor] = linear,
+    ) -> None:
+        """
+        Args:
+            products: keep x x^T as well.
+            multiply: computes a @ b^T in float32.
+        """
+        self.multiply = multiply
         self.count = 0
         self.absolute = torch.zeros(channels, device=device)
         self.largest = torch.zeros(channels, device=device)
@@ -33,9 +49,10 @@ class InputStats:
         """Take in inputs (M, K)."""
         x = x.float()
         if self._products is not None:
+            channels = x.t().contiguous()
             for rows in self._rows():
-                below = self._products[rows, : rows.stop]
-                below.addmm_(x[:, rows].t(), x[:, : rows.stop])
+                product = self.multiply(channels[rows], channels[: rows.stop], None)
+                self._products[rows, : rows.stop] += product
             self._mirrored = False
         size = x.abs()
         self.absolute += size.sum(dim=0)

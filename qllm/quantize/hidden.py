@@ -98,7 +98,9 @@ class HiddenStates:
         """
         device, last = self.states.device, list(modules)[-1]
         stats = {
-            name: InputStats(module.in_features, device, products=name in products)
+            name: InputStats(
+                module.in_features, device, products=name in products, multiply=module.run
+            )
             for name, module in modules.items()
         }
 
