@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +24,29 @@ class Linear(nn.Module, ABC):
     Attributes:
         in_features: K.
         out_features: N.
-        choice: the kernel this layer runs, and the reason.
     """
 
     op: str
 
-    def __init__(self, in_features: int, out_features: int, spec: QuantSpec, device: str) -> None:
+    def __init__(self, in_features: int, out_features: int, spec: QuantSpec) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.spec = spec
-        request = ops.Request(
-            in_features, out_features, spec.bits, spec.group_size, spec.scheme, device
+
+    @cached_property
+    def choice(self) -> ops.Choice:
+        """The kernel this layer runs, and the reason: chosen at the first use, where it then is."""
+        spec, device = self.spec, next(self.buffers()).device.type
+        shape = (self.in_features, self.out_features)
+        return ops.select(
+            self.op, ops.Request(*shape, spec.bits, spec.group_size, spec.scheme, device)
         )
-        self.choice = ops.select(self.op, request)
-        self.run = self.choice.kernel.run
+
+    @cached_property
+    def run(self) -> Callable[..., Tensor]:
+        """The kernel's function."""
+        return self.choice.kernel.run
 
     @classmethod
     @abstractmethod

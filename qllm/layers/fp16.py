@@ -18,7 +18,7 @@ class DenseLinear(Linear):
     op = "dense_linear"
 
     def __init__(self, weight: Tensor, bias: Tensor | None, spec: QuantSpec) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], spec, weight.device.type)
+        super().__init__(weight.shape[1], weight.shape[0], spec)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 

@@ -28,7 +28,7 @@ class DynamicInt8Linear(Linear):
     def __init__(
         self, qweight: Tensor, scales: Tensor, bias: Tensor | None, spec: QuantSpec
     ) -> None:
-        super().__init__(qweight.shape[1], qweight.shape[0], spec, qweight.device.type)
+        super().__init__(qweight.shape[1], qweight.shape[0], spec)
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)

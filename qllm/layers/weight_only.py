@@ -34,7 +34,7 @@ class WeightOnlyLinear(Linear):
         spec: QuantSpec,
         in_features: int,
     ) -> None:
-        super().__init__(in_features, qweight.shape[0], spec, qweight.device.type)
+        super().__init__(in_features, qweight.shape[0], spec)
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
         self.register_buffer("qzeros", qzeros)

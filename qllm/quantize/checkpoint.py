@@ -293,18 +293,10 @@ class _Run:
 
     def _fill(self, name: str, *, mapped: bool = False) -> None:
         """Give a module of the model its tensors: a linear and a norm in float32."""
-        tensors = {
-            key: (tensor if name == "embed" else tensor.float()).to(self.job.device)
-            for key, tensor in self._floats(name, mapped=mapped).items()
-        }
-        parent, _, child = name.rpartition(".")
         module = self.model.get_submodule(name)
-        if isinstance(module, Linear):  # made anew: it chooses its kernel for where it is now
-            linear = DenseLinear(tensors["weight"], tensors.get("bias"), QuantSpec())
-            setattr(self.model.get_submodule(parent), child, linear)
-            return
-        for key, tensor in tensors.items():
-            setattr(module, key, tensor)
+        for key, tensor in self._floats(name, mapped=mapped).items():
+            value = tensor if name == "embed" else tensor.float()
+            setattr(module, key, value.to(self.job.device))
 
     def _drop(self, names: Iterable[str]) -> None:
         for name in names:
