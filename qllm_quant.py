@@ -123,7 +123,7 @@ def read_plan(args: argparse.Namespace) -> QuantPlan:
     """The rules of --config, or the plan of --bitwidth."""
     default = QuantSpec(group_size=args.group_size, scheme=args.scheme, algorithm=args.algorithm)
     if args.config is None:
-        args.bitwidth = args.bitwidth or DEFAULT_BITWIDTH
+        args.bitwidth = DEFAULT_BITWIDTH if args.bitwidth is None else args.bitwidth
         return cli.read_plan(args, args.algorithm)
     if args.bitwidth is not None:
         raise UserError("--config and --bitwidth both say how many bits; give one of them")
@@ -163,7 +163,7 @@ def check_options(args: argparse.Namespace, plan: QuantPlan) -> None:
         raise UserError(f"--algorithm {args.algorithm} goes with 1 to 8 bits, not {args.bitwidth}")
     if args.fake and args.format != "auto":
         raise UserError("--fake saves 16-bit weights, --format says how packed ones are written")
-    if args.shard_size <= 0:
+    if not 0 < args.shard_size < math.inf:
         raise UserError(f"--shard-size {args.shard_size} cannot be; give gigabytes")
 
 

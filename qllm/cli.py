@@ -225,7 +225,8 @@ def add_quant_options(parser: argparse.ArgumentParser) -> None:
 def read_plan(args: argparse.Namespace, algorithm: str = DEFAULT_ALGORITHM) -> QuantPlan:
     """The plan that the quantization options name; without --bitwidth, all at 16 bits."""
     default = QuantSpec(group_size=args.group_size, scheme=args.scheme, algorithm=algorithm)
-    return with_head(args, QuantPlan.parse(args.bitwidth or "16", default), default)
+    bitwidth = "16" if args.bitwidth is None else args.bitwidth
+    return with_head(args, QuantPlan.parse(bitwidth, default), default)
 
 
 def with_head(args: argparse.Namespace, plan: QuantPlan, default: QuantSpec) -> QuantPlan:

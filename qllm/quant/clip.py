@@ -10,7 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qllm.quant.rtn import Ranges, group_range, grouped, row_pieces
+from qllm.quant.rtn import (
+    Ranges,
+    fake_quantize,
+    group_range,
+    group_ranges,
+    grouped,
+    row_pieces,
+)
 
 # Shares of the full range that are tried.
 SHRINK = tuple(1 - 0.05 * i for i in range(15))
@@ -24,15 +31,41 @@ def clip_ranges(weight: Tensor, bits: int, group_size: int, scheme: str) -> tupl
 def clip_ranges_for(hessian: Tensor) -> Ranges:
     """The search for the least squared output error, group by group.
 
+    What a group's channels have in common with those of other groups does not enter; clipped
+    weights all err towards zero, and may add up. So a row whose output is better without stays so.
+
     Args:
-        hessian: float32 (K, K), the sum of x x^T over inputs x; the blocks of it that a group's
-            channels share among themselves are used.
+        hessian: float32 (K, K), the sum of x x^T over inputs x.
     """
 
     def search(weight: Tensor, bits: int, group_size: int, scheme: str) -> tuple[Tensor, Tensor]:
-        return _search(weight, bits, group_size, scheme, hessian)
+        form = (bits, group_size, scheme)
+        clipped, full = _search(weight, *form, hessian), group_ranges(weight, *form)
+        for rows in row_pieces(weight):
+            losses = [
+                _row_losses(weight[rows], *form, (scales[rows], lows[rows]), hessian)
+                for scales, lows in (clipped, full)
+            ]
+            worse = (losses[0] >= losses[1])[:, None]
+            for ours, theirs in zip(clipped, full, strict=True):
+                ours[rows] = torch.where(worse, theirs[rows], ours[rows])
+        return clipped
 
     return search
+
+
+def _row_losses(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    scheme: str,
+    ranges: tuple[Tensor, Tensor],
+    hessian: Tensor,
+) -> Tensor:
+    """The squared output error of rows (n, K) on the grids of `ranges`, as stored: (n,)."""
+    error = fake_quantize(weight, bits, group_size, scheme, lambda *_: ranges)
+    error = error.sub_(weight.float())
+    return (error @ hessian).mul_(error).sum(dim=1)
 
 
 def _search(

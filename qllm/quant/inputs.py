@@ -84,6 +84,14 @@ class InputStats:
         return self._products
 
     @property
+    def finite(self) -> bool:
+        """Whether no sum has left the range of float32."""
+        total = self.absolute.sum()
+        if self._products is not None:  # no entry is larger than the largest of the diagonal
+            total = total + self._products.diagonal().sum()
+        return bool(total.isfinite())
+
+    @property
     def mean(self) -> Tensor:
         """The mean of |x|, (K,)."""
         return self.absolute / self.count

@@ -121,7 +121,7 @@ class HiddenStates:
             for hook in hooks:
                 hook.remove()
         for name, found in stats.items():
-            if not found.absolute.isfinite().all():
+            if not found.finite:
                 raise UserError(
                     f"the input of {where}.{name} is not finite in calibration; the weights in "
                     "front of it are broken, or --dtype float32 is needed"

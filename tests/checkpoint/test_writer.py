@@ -158,6 +158,8 @@ def test_shards_are_gone_on_with_from_any_state(limit, tmp_path):
         state = json.loads(json.dumps(first.sync()))
         for name, tensor in list(tensors.items())[kept:]:
             first.write(name, tensor * 7)
+        if kept < len(tensors):
+            first.write("more", torch.ones(50))
         first.sync()
         if kept == len(tensors):
             first.finish()

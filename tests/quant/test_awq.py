@@ -95,7 +95,7 @@ def test_without_inputs_there_are_no_scales():
     assert found.tolist() == [1.0] * COLUMNS
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-3, 1e3, 1e15])
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1, 1e15])
 def test_dead_and_enormous_channels_leave_scales_finite(size):
     weight, mean, hessian = drawn()
     mean[::7] = 0
@@ -103,6 +103,8 @@ def test_dead_and_enormous_channels_leave_scales_finite(size):
     found = search_scales(weight, mean * size, hessian * min(size, 1e15) ** 2, 4, 16, "asym")
     assert found.isfinite().all()
     assert (found > 0).all()
+    if size == 1:  # the outliers are seen all the same
+        assert found.max() > 2
 
 
 @pytest.mark.parametrize("rows", [1, 7, 59])

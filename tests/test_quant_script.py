@@ -1,0 +1,587 @@
+"""qllm_quant.py as a user runs it, and what the other scripts make of what it saves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import change_json, copy_of, state_of
+from conftest import FAMILIES, ROOT, assert_user_error, run, tiny
+from inside import call, call_json
+from killing import contents
+from quantizing import TEXT
+from safetensors.torch import load_file, save_file
+
+from qllm.checkpoint.load import load_model
+from qllm.config import QuantPlan
+
+QUANT, GEN, REF, CONVERT = "qllm_quant.py", "qllm_gen.py", "ref_gen.py", "weight_convert.py"
+LAYERS = {"opt": "model.decoder.layers.", "bloom": "transformer.h.", "llama": "model.layers."}
+COUNTS = {"opt": "num_hidden_layers", "bloom": "n_layer", "llama": "num_hidden_layers"}
+
+
+def shallow(family: str, folder: Path, change: Callable[[dict], None] | None = None) -> Path:
+    """The first two layers of a bundled model, with its tokenizer."""
+    copy_of(family, folder, weights=False, **{COUNTS[family]: 2})
+    start = LAYERS[family]
+    state = {
+        name: tensor
+        for name, tensor in state_of(family).items()
+        if not name.startswith(start) or int(name.removeprefix(start).split(".")[0]) < 2
+    }
+    if change is not None:
+        change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory) -> Path:
+    return shallow("opt", tmp_path_factory.mktemp("source") / "opt-shallow")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def calibrated(text: Path, count: int = 4, length: int = 32) -> tuple:
+    return ("--dataset", text, "--nsamples", count, "--seqlen", length)
+
+
+# ---- what it prints and saves
+
+
+def test_the_json_object(opt, text, tmp_path):
+    target = tmp_path / "out"
+    rules = tmp_path / "rules.json"
+    rules.write_text(json.dumps({".*": 3, r"layers\.1\.mlp": "8:tc", r"mlp\.up": 16}))
+    options = ("--algorithm", "gptq", "--config", rules, *calibrated(text))
+    result = call_json(QUANT, "--model-path", opt, *options, "--save", target)
+    assert list(result) == ["model", "saved", "bytes", "seconds", "peak_memory", "linears"]
+    assert (result["model"], result["saved"]) == ("opt-shallow", str(target))
+    assert result["bytes"] == (target / "model.safetensors").stat().st_size
+    assert result["seconds"] > 0 and result["peak_memory"] > 0
+    rows = {row.pop("name"): row for row in result["linears"]}
+    assert list(rows) == [
+        *(f"layers.0.{name}" for name in ("attention.qkv", "attention.out", "mlp.down")),
+        *(f"layers.1.{name}" for name in ("attention.qkv", "attention.out", "mlp.down")),
+    ]
+    assert rows["layers.0.mlp.down"] | {"error": 0, "dead_channels": 0} == {
+        **{"bits": 3, "group_size": 128, "scheme": "asym", "algorithm": "gptq"},
+        **{"error": 0, "of": "outputs", "damp": 0.01, "dead_channels": 0},
+    }
+    assert 0 < rows["layers.0.mlp.down"]["error"] < 0.3
+    assert 0 < rows["layers.0.mlp.down"]["dead_channels"] < 1024  # ReLU: few tokens, few channels
+    last = rows["layers.1.mlp.down"]
+    assert (last["bits"], last["algorithm"], last["damp"]) == ("8:tc", "rtn", 0.0)
+
+
+def test_what_is_printed_for_people(opt, text, tmp_path):
+    target = tmp_path / "out"
+    done = call(QUANT, "--model-path", opt, "--bitwidth", "3", "--save", target)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(
+        rf"opt-shallow: 8 linears quantized in [\d.]+ s, [\d.]+ MB written to {target}\n"
+        r"largest relative error: [\d.]+% of the weights of layers\.[01]\.\S+\n",
+        done.stdout,
+    )
+    options = ("--algorithm", "gptq", "--damp", "0", *calibrated(text))
+    done = call(QUANT, "--model-path", opt, *options, "--save", tmp_path / "gptq")
+    assert done.returncode == 0
+    notes = done.stderr.splitlines()
+    assert all(line.startswith("note: ") for line in notes)
+    assert re.search(r"\d linears have input channels that were zero in all of", done.stderr)
+    # 128 tokens for 256 channels, and no dampening.
+    assert re.search(r"layers\.0\.attention\.qkv: its Hessian is singular and took", done.stderr)
+
+
+def test_an_input_that_is_always_zero_is_named(text, tmp_path):
+    def close(state: dict) -> None:
+        state["model.decoder.layers.0.fc1.bias"][:] = -100
+
+    source = shallow("opt", tmp_path / "model", close)
+    options = ("--algorithm", "gptq", *calibrated(text))
+    done = call(QUANT, "--model-path", source, *options, "--save", tmp_path / "out")
+    assert done.returncode == 0
+    assert "the input of layers.0.mlp.down was zero in all of the calibration" in done.stderr
+    assert load_file(tmp_path / "out" / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_saved_writes_the_same_as_what_is_quantized_in_loading(family, tmp_path):
+    model = ("--model-name", family, "--model-size", "tiny")
+    bits = ("--bitwidth", "4", *(("--lm-head-bits", "8") if family == "llama" else ()))
+    start = run if family == "opt" else call
+    done = start(QUANT, *model, *bits, "--save", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    direct = call_json(GEN, *model, *bits)
+    saved = call_json(GEN, "--model-path", tmp_path / "out", "--explain")
+    assert saved["results"] == direct["results"]
+    assert saved["shards"] == direct["shards"]
+    assert saved["bitwidth"].startswith("4")
+    kernels = {row["layer"]: row["format"] for row in saved["kernels"]}
+    assert kernels["layers.{0-5}.attention.qkv"] == "4 bits, group 128, asym"
+
+
+def test_static_activations_need_no_other_file(opt, text, tmp_path):
+    """8:tc from what is saved: no --calib, and none of its messages."""
+    options = ("--bitwidth", "8:tc", *calibrated(text))
+    assert call(QUANT, "--model-path", opt, *options, "--save", tmp_path / "out").returncode == 0
+    done = call(GEN, "--model-path", tmp_path / "out", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    result = json.loads(done.stdout)
+    assert result["bitwidth"] == "8:tc"
+    exact = call_json(GEN, "--model-path", opt)
+    pairs = zip(result["results"], exact["results"], strict=True)
+    assert sum(ours["tokens"][:3] == theirs["tokens"][:3] for ours, theirs in pairs) >= 2
+
+
+def test_the_dequantized_twin_is_for_the_reference(opt, text, tmp_path):
+    options = ("--bitwidth", "3", "--algorithm", "awq", *calibrated(text))
+    for flags, name in (((), "saved"), (("--fake",), "fake")):
+        done = call(QUANT, "--model-path", opt, *options, *flags, "--save", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    ours = call_json(GEN, "--model-path", tmp_path / "saved", "--dtype", "float32")
+    reference = call_json(REF, "--model-path", tmp_path / "fake", "--dtype", "float32")
+    assert [row["tokens"] for row in ours["results"]] == [
+        row["tokens"] for row in reference["results"]
+    ]
+    assert ours["bitwidth"] == "3" and reference["bitwidth"] == "16"
+    rows = json.loads((tmp_path / "fake" / "weight_config.json").read_text())
+    assert rows["model.decoder.layers.1.fc2"] == {
+        **{"bits": 3, "group_size": 128, "scheme": "asym", "algorithm": "awq"}
+    }
+
+
+def test_shards(opt, tmp_path):
+    options = ("--bitwidth", "4", "--shard-size", "0.0005", "--save", tmp_path / "out")
+    result = call_json(QUANT, "--model-path", opt, *options)
+    files = list((tmp_path / "out").glob("model-*-of-*.safetensors"))
+    assert len(files) > 2
+    assert result["bytes"] == sum(path.stat().st_size for path in files)
+    assert call(GEN, "--model-path", tmp_path / "out").returncode == 0
+
+
+# ---- rules
+
+
+def specs_of(source: Path, target: Path, *options: object, **files: object) -> dict[str, dict]:
+    """The spec of each linear that was quantized."""
+    for name, value in files.items():
+        (target.parent / f"{name}.json").write_text(json.dumps(value))
+    args = [str(option).replace("{}", str(target.parent)) for option in options]
+    rows = call_json(QUANT, "--model-path", source, *args, "--save", target)["linears"]
+    return {row["name"]: (row["bits"], row["group_size"], row["scheme"]) for row in rows}
+
+
+def test_rules_of_ours(opt, tmp_path):
+    rules = {".*": 4, "mlp": {"bits": 3, "group_size": 32}, r"layers\.1\.mlp": 16, "out_proj": 5}
+    options = ("--config", "{}/rules.json", "--group-size", 64, "--scheme", "sym")
+    assert specs_of(opt, tmp_path / "out", *options, rules=rules) == {
+        "layers.0.attention.qkv": (4, 64, "sym"),
+        "layers.0.attention.out": (5, 64, "sym"),
+        "layers.0.mlp.up": (3, 32, "sym"),
+        "layers.0.mlp.down": (3, 32, "sym"),
+        "layers.1.attention.qkv": (4, 64, "sym"),
+        "layers.1.attention.out": (5, 64, "sym"),
+    }
+    model = load_model(tmp_path / "out", QuantPlan.parse("16"))
+    assert model.layers[1].mlp.up.spec.bits == 16
+
+
+def test_rules_of_neural_compressor(opt, tmp_path):
+    rules = {
+        "op_type_dict": {
+            ".*": {"weight": {"bit": [4], "group_size": [64], "scheme": ["asym"]}},
+        },
+        "op_name_dict": {
+            ".*fc1": {"weight": {"bits": 8, "group_size": -1, "scheme": "sym"}},
+            r"model\.decoder\.layers\.1\..*": {"weight": {"dtype": ["fp32"]}},
+        },
+    }
+    options = ("--config", "{}/rules.json", "--lm-head-bits", "8")
+    assert specs_of(opt, tmp_path / "out", *options, rules=rules) == {
+        "layers.0.attention.qkv": (4, 64, "asym"),
+        "layers.0.attention.out": (4, 64, "asym"),
+        "layers.0.mlp.up": (8, -1, "sym"),
+        "layers.0.mlp.down": (4, 64, "asym"),
+        "lm_head": (8, 128, "asym"),
+    }
+
+
+# ---- runs that end before they are done
+
+
+def start(*args: object, **options) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / QUANT), *map(str, args)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def wait_for(process: subprocess.Popen, journal: Path, done: int) -> None:
+    """Until a run has committed so many steps."""
+    for _ in range(6000):
+        assert process.poll() is None, process.communicate()
+        if journal.exists() and json.loads(journal.read_text())["state"].get("done", 0) >= done:
+            return
+        time.sleep(0.005)
+    raise AssertionError
+
+
+def test_a_run_that_is_stopped_goes_on(opt, text, tmp_path, one_thread):
+    """By Ctrl-C, by a full disk, by SIGKILL: one after the other, and what is left is finished."""
+    target, journal = tmp_path / "out", tmp_path / "out.partial" / "journal.json"
+    options = ("--algorithm", "gptq", "--bitwidth", "3", "--group-size", 32, "--lm-head-bits", 4)
+    args = ("--model-path", opt, *options, *calibrated(text, 16, 64))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    stopped = start(*args, "--save", target, env=environment)
+    wait_for(stopped, journal, 1)
+    stopped.send_signal(signal.SIGINT)
+    out, error = stopped.communicate(timeout=60)
+    assert (stopped.returncode, out) == (130, "")
+    assert error.splitlines()[-2:] == [
+        f"note: what is finished is kept beside {target}; the same command goes on with it",
+        "qllm_quant.py: interrupted",
+    ]
+
+    # RLIMIT_FSIZE makes the system refuse to write on, as a full disk does.
+    size = 2_600_000
+    full = run(
+        QUANT,
+        *(*args, "--save", target),
+        env=environment,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
+    assert full.returncode == 1
+    assert full.stdout == ""
+    lines = [line for line in full.stderr.splitlines() if not line.startswith("note: ")]
+    assert len(lines) == 1 and lines[0].startswith("qllm_quant.py: error: [Errno 27] File too")
+    assert str(tmp_path / "out.partial") in lines[0]
+    assert f"note: what is finished is kept beside {target}" in full.stderr
+
+    killed = start(*args, "--save", target, env=environment)
+    wait_for(killed, journal, 2)
+    killed.kill()  # what Python has not yet written is lost
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert not target.exists()
+    assert json.loads(journal.read_text())["state"]["done"] in (2, 3)
+
+    done = call(QUANT, *args, "--damp", "0.1", "--save", target)
+    assert_user_error(done, "holds an interrupted run with option gptq", "0.1")
+    assert call(QUANT, *args, "--save", target).returncode == 0
+    assert call(QUANT, *args, "--save", tmp_path / "expected").returncode == 0
+    assert contents(target) == contents(tmp_path / "expected")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
+
+
+# ---- what cannot work
+
+OPTIONS = {
+    "no folder to save in": (("--save",), ("--bitwidth", "4")),
+    "a bitwidth": (("'9'", "8:tc-li"), ("--bitwidth", "9", "--save", "{}/out")),
+    "a bitwidth of nothing": (("''", "8:tc-li"), ("--bitwidth", "", "--save", "{}/out")),
+    "an algorithm": (("'obq'", "gptq"), ("--algorithm", "obq", "--save", "{}/out")),
+    "a head's bits": (("'9'",), ("--lm-head-bits", "9", "--save", "{}/out")),
+    "no config": (("no such plan file",), ("--config", "{}/c.json", "--save", "{}/out")),
+    "both": (
+        ("--config and --bitwidth",),
+        ("--config", "{}/rules.json", "--bitwidth", "4", "--save", "{}/out"),
+    ),
+    "all at 16 bits": (("every layer stays at 16",), ("--bitwidth", "16", "--save", "{}/out")),
+    "a group size": (("group size 0",), ("--group-size", "0", "--save", "{}/out")),
+    "the folder is there": (("full is there already and not empty",), ("--save", "{}/full")),
+    "the folder is a file": (("text is a file",), ("--save", "{}/text")),
+    "this folder": ((". is where you are",), ("--save", ".")),
+    "no calibration": (
+        ("gptq needs calibration text", "--dataset"),
+        ("--algorithm", "gptq", "--save", "{}/out"),
+    ),
+    "no calibration for awq": (
+        ("awq needs calibration", "--dataset"),
+        ("--algorithm", "awq", "--save", "{}/out"),
+    ),
+    "no calibration for 8:tc": (
+        ("8:tc needs calibration text",),
+        ("--bitwidth", "8:tc", "--save", "{}/out"),
+    ),
+    "gptq at 8:tc": (
+        ("--algorithm gptq goes with 1 to 8 bits, not 8:tc",),
+        ("--bitwidth", "8:tc", "--algorithm", "gptq", "--dataset", "{}/text", "--save", "{}/out"),
+    ),
+    "shards of nothing": (("--shard-size 0",), ("--shard-size", "0", "--save", "{}/out")),
+    "shards of nan": (("--shard-size nan",), ("--shard-size", "nan", "--save", "{}/out")),
+    "endless shards": (("--shard-size inf",), ("--shard-size", "inf", "--save", "{}/out")),
+    "dampening below 0": (
+        ("--damp -1",),
+        ("--algorithm", "gptq", "--dataset", "{}/text", "--damp=-1", "--save", "{}/out"),
+    ),
+    "dampening of nan": (
+        ("--damp nan",),
+        ("--algorithm", "gptq", "--dataset", "{}/text", "--damp", "nan", "--save", "{}/out"),
+    ),
+    "alpha above 1": (
+        ("--smooth-alpha 2",),
+        ("--bitwidth", "8:tc", "--dataset", "{}/text", "--smooth-alpha", "2", "--save", "{}/out"),
+    ),
+    "alpha without text": (
+        ("--smooth-alpha needs text",),
+        ("--bitwidth", "8:tc-li", "--smooth-alpha", "0.5", "--save", "{}/out"),
+    ),
+    "no samples": (
+        ("0 is too small",),
+        ("--algorithm", "gptq", "--dataset", "{}/text", "--nsamples", "0", "--save", "{}/out"),
+    ),
+    "samples beyond the window": (
+        ("--seqlen 513", "window of 512"),
+        ("--algorithm", "gptq", "--dataset", "{}/text", "--seqlen", "513", "--save", "{}/out"),
+    ),
+    "too little text": (
+        ("the text has", "one sample takes 512", "--seqlen"),
+        ("--algorithm", "gptq", "--dataset", "{}/short", "--save", "{}/out"),
+    ),
+    "no text": (
+        ("there is no text",),
+        ("--algorithm", "gptq", "--dataset", "{}/empty", "--save", "{}/out"),
+    ),
+    "no file of text": (
+        ("'nowhere.txt' is neither a file nor one of wikitext2",),
+        ("--algorithm", "gptq", "--dataset", "nowhere.txt", "--save", "{}/out"),
+    ),
+    "a data set out of reach": (
+        ("--dataset ptb: cannot be had",),
+        ("--algorithm", "gptq", "--dataset", "ptb", "--save", "{}/out"),
+    ),
+    "text that is none": (
+        ("UTF-8",),
+        ("--algorithm", "gptq", "--dataset", "{}/bytes", "--save", "{}/out"),
+    ),
+}
+# Options of one algorithm, given to one that has no use for them.
+USELESS = {
+    "--damp": ("0.1", "--algorithm gptq"),
+    "--block-size": ("64", "--algorithm gptq"),
+    "--act-order": (None, "--algorithm gptq"),
+    "--no-static-groups": (None, "--algorithm gptq"),
+    "--true-sequential": (None, "--algorithm gptq"),
+    "--smooth-alpha": ("0.4", "8:tc-li or 8:tc"),
+    "--dataset": ("{}/text", "--algorithm gptq or awq"),
+    "--nsamples": ("3", "calibration"),
+    "--seqlen": ("3", "calibration"),
+}
+OPTIONS |= {
+    f"{name} of nobody": (
+        (f"{name.replace('--no-', '--')} does nothing here", who),
+        (name, *([value] if value else []), "--save", "{}/out"),
+    )
+    for name, (value, who) in USELESS.items()
+}
+OPTIONS["--clip of nobody"] = (
+    ("--clip does nothing here",),
+    ("--bitwidth", "8:tc-li", "--clip", "--save", "{}/out"),
+)
+RULES = {
+    "nothing is found": ({".*": 4, "q_porj": 8}, ("'q_porj' matches no layer",)),
+    "a fused matrix": ({".*": 4, "q_proj": 8}, ("one fused matrix",)),
+    "an algorithm": ({".*": {"bits": 4, "algorithm": "obq"}}, ("'obq'", "rtn, gptq, awq")),
+    "a group size": ({".*": {"bits": 4, "group_size": -3}}, ("group size -3",)),
+    "all at 16 bits": ({".*": 16}, ("every layer stays at 16 bits",)),
+    "gptq without text": ({"mlp": {"bits": 4, "algorithm": "gptq"}}, ("gptq needs",)),
+    "a type": (
+        {"op_type_dict": {"Conv2d": {"weight": {"bit": [4]}}}},
+        ("'Conv2d' does not match 'Linear'",),
+    ),
+    "a key": ({"op_type_dict": {}, "recipes": {}}, ("recipes",)),
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "text").write_text(TEXT)
+    (tmp_path / "short").write_text("A few words.")
+    (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "rules.json").write_text('{".*": 4}')
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "of something").touch()
+    return tmp_path
+
+
+def assert_nothing_is_made(folder: Path) -> None:
+    names = {"text", "short", "empty", "bytes", "rules.json", "full"}
+    assert {path.name for path in folder.iterdir()} == names
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name, opt, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    words, args = OPTIONS[name]
+    args = [arg.replace("{}", str(folder)) for arg in args]
+    assert_user_error(call(QUANT, "--model-path", opt, *args), *words)
+    assert_nothing_is_made(folder)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules(name, opt, folder):
+    rules, words = RULES[name]
+    (folder / "rules.json").write_text(json.dumps(rules))
+    args = ("--config", folder / "rules.json", "--save", folder / "out")
+    assert_user_error(call(QUANT, "--model-path", opt, *args), *words)
+    assert_nothing_is_made(folder)
+
+
+def with_nan(state: dict) -> None:
+    state["model.decoder.layers.1.fc2.weight"][3, 3] = torch.nan
+
+
+def too_large(state: dict) -> None:
+    """Activations that float16 cannot hold."""
+    state["model.decoder.layers.0.fc2.weight"] *= 1000
+    state["model.decoder.layers.0.fc1.weight"] *= 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (with_nan, ("layers.1.fc2.weight holds NaN",)),
+        (too_large, ("activations leave the range of float16", "--dtype bfloat16 or float32")),
+    ],
+)
+def test_weights_that_cannot_be_quantized(change, words, folder, tmp_path_factory):
+    source = shallow("opt", tmp_path_factory.mktemp("source") / "model", change)
+    args = ("--algorithm", "gptq", *calibrated(folder / "text"), "--save", folder / "out")
+    assert_user_error(call(QUANT, "--model-path", source, *args), *words)
+    assert not (folder / "out").exists()
+    if change is too_large:  # the rest of the advice
+        (folder / "out.partial" / "journal.json").unlink()
+        done = call(QUANT, "--model-path", source, *args, "--dtype", "bfloat16")
+        assert done.returncode == 0, done.stderr
+
+
+# ---- what the other scripts make of a quantized checkpoint
+
+
+@pytest.fixture(scope="module")
+def saved(opt, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("saved") / "out"
+    done = call(QUANT, "--model-path", opt, "--bitwidth", "4", "--save", target)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def changed_tensors(saved: Path, folder: Path, change: Callable[[dict], None]) -> Path:
+    """A copy of a quantized checkpoint with other tensors."""
+    folder.mkdir()
+    for path in saved.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    state = load_file(saved / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+FC1 = "model.decoder.layers.1.fc1."
+
+
+def test_a_quantized_checkpoint_runs_as_it_is(saved, opt, tmp_path):
+    for args in (("--bitwidth", "4"), ("--bitwidth", "8"), ("--lm-head-bits", "4")):
+        done = call(GEN, "--model-path", saved, *args)
+        assert_user_error(done, "is quantized already, and runs as it is", args[0])
+    quantized = "this checkpoint is quantized, the reference is the 16-bit one"
+    assert_user_error(call(REF, "--model-path", saved), quantized)
+    assert_user_error(call(GEN, "--model-path", saved, "--compare"), quantized)
+    done = call(CONVERT, "--model-path", saved, "--save", tmp_path / "converted")
+    assert_user_error(done, "is quantized; conversion takes 16-bit checkpoints")
+    done = call(QUANT, "--model-path", saved, "--save", tmp_path / "again")
+    assert_user_error(done, "is quantized already; give the 16-bit checkpoint")
+    assert not list(tmp_path.iterdir())
+
+
+def without(name: str) -> Callable[[dict], None]:
+    def change(state: dict) -> None:
+        del state[FC1 + name]
+
+    return change
+
+
+def cut(name: str, *size: int) -> Callable[[dict], None]:
+    """A tensor with fewer rows or columns."""
+
+    def change(state: dict) -> None:
+        tensor = state[FC1 + name]
+        state[FC1 + name] = tensor[tuple(slice(n) for n in size)].clone()
+
+    return change
+
+
+def of_type(name: str, dtype: torch.dtype) -> Callable[[dict], None]:
+    def change(state: dict) -> None:
+        state[FC1 + name] = state[FC1 + name].to(dtype)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without("qweight"), ("lacks", f"{FC1}qweight", "quantization_config")),
+        (without("scales"), ("lacks", f"{FC1}scales")),
+        (without("bias"), ("lacks", f"{FC1}bias")),
+        (cut("qweight", 31), ("model.safetensors", f"{FC1}qweight")),
+        (cut("qweight", 32, 1000), ("model.safetensors", f"{FC1}qweight")),
+        (cut("scales", 1), ("model.safetensors", f"{FC1}scales")),
+        (cut("g_idx", 200), ("model.safetensors", f"{FC1}g_idx")),
+        (of_type("qweight", torch.int64), ("model.safetensors", f"{FC1}qweight")),
+        (of_type("scales", torch.float64), ("model.safetensors", f"{FC1}scales")),
+    ],
+)
+def test_tensors_that_are_not_what_the_config_says(change, words, saved, tmp_path):
+    broken = changed_tensors(saved, tmp_path / "broken", change)
+    assert_user_error(call(GEN, "--model-path", broken), *words)
+
+
+def test_a_quantized_checkpoint_that_is_cut_off(saved, tmp_path):
+    broken = changed_tensors(saved, tmp_path / "broken", lambda state: None)
+    data = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(data[:-1000])
+    assert_user_error(call(GEN, "--model-path", broken), "not a whole safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quant_method": "awful"}, ('"awful"', "gptq, awq and compressed-tensors")),
+        ({"bits": 5}, ("bits 5",)),
+        ({"bits": 8}, ("qweight",)),
+        ({"group_size": 64}, ("layers.0",)),
+        ({"group_size": 0}, ("group_size",)),
+    ],
+)
+def test_configs_that_are_not_what_the_tensors_are(changes, words, saved, tmp_path):
+    broken = changed_tensors(saved, tmp_path / "broken", lambda state: None)
+    config = json.loads((broken / "config.json").read_text())["quantization_config"]
+    change_json(broken / "config.json", quantization_config={**config, **changes})
+    assert_user_error(call(GEN, "--model-path", broken), *words)
+
+
+def test_a_bundled_model_is_left_as_it_is(opt):
+    before = contents(opt)
+    assert_user_error(call(QUANT, "--model-path", opt, "--save", opt), "not empty")
+    assert contents(opt) == before
+    assert tiny("opt").exists()
