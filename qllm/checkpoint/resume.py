@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -50,22 +49,28 @@ class PartialFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another process is writing {target} now") from None
-        if self._journal.exists():
-            self._read_journal()
-        else:
-            self.model.mkdir(exist_ok=True)
-            self.commit({})
+        try:
+            if self._journal.exists():
+                self._read_journal()
+            if not self.model.exists() and not self.finished:
+                self.commit({})
+                self.model.mkdir()
+        except BaseException:
+            self.close()
+            raise
 
     def _check_target(self) -> None:
         if self.target.exists() and not self.target.is_dir():
             raise UserError(f"{self.target} is a file; name a folder")
         if self._place in (Path.cwd(), *Path.cwd().parents):  # which would be moved away
             raise UserError(f"{self.target} is where you are; name another folder")
-        finished = self._journal.exists() and not self.model.exists()
-        if self.target.exists() and any(self.target.iterdir()) and not finished:
+        if self._target_is_there() and (self.model.exists() or not self._journal.exists()):
             raise UserError(
                 f"{self.target} is there already and not empty; name another folder, or remove it"
             )
+
+    def _target_is_there(self) -> bool:
+        return self.target.exists() and any(self.target.iterdir())
 
     def _read_journal(self) -> None:
         try:
@@ -90,7 +95,7 @@ class PartialFolder:
     @property
     def finished(self) -> bool:
         """Whether the target is there, and only the rest of the work was not cleared away."""
-        return not self.model.exists()
+        return not self.model.exists() and self._target_is_there()
 
     def commit(self, state: dict) -> None:
         """Make `state` what a later run finds; all that it speaks of is on the disk already."""
@@ -104,8 +109,17 @@ class PartialFolder:
         """Move what was made to the target, and clear the rest away."""
         if not self.finished:
             self.model.rename(self._place)  # an empty folder may be there
+        # The journal goes last: while it is there, a target without a model beside it is whole.
+        for path in self.folder.iterdir():
+            if path != self._journal:
+                path.unlink()
+        self._journal.unlink()
+        self.folder.rmdir()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the lock."""
         self._lock.close()
-        shutil.rmtree(self.folder)
 
 
 def _shorten(value: object) -> str:

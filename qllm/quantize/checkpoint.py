@@ -87,7 +87,11 @@ def quantize_checkpoint(job: Job, target: Path, progress: Progress = iter) -> li
         UserError: for a checkpoint that is quantized or broken, a plan that does not fit it,
             calibration that is missing or not finite, or a target that is there.
     """
-    return _Run(job, target).work(progress)
+    run = _Run(job, target)
+    try:
+        return run.work(progress)
+    finally:
+        run.partial.close()
 
 
 class _Run:
@@ -109,16 +113,20 @@ class _Run:
             spec = self.specs[needing[0]]
             what = spec.algorithm if spec.kind == "weight_only" else spec.bitwidth
             raise UserError(f"{what} needs calibration text; name one with --dataset")
+        self.model = Decoder(self.config, {}, torch.float32)
         self.by_part = {
             part: spec
             for name, spec in self.specs.items()
             for part in self.weights.rows_of_parts(name)
         }
+        outer = [n for n, m in self.model.named_children() if isinstance(m, Linear)]
+        for name in outer:  # OPT-350m's projections, which other tools look up as well
+            if name != LM_HEAD:
+                self.by_part |= dict.fromkeys(self.weights.rows_of_parts(name), QuantSpec())
         gptq = job.options.gptq
         reordered = gptq.act_order and not gptq.static_groups
         self.quantization = describe(self.by_part, desc_act=reordered, compressed=job.compressed)
         self.storage = parse(self.quantization, "config.json")
-        self.model = Decoder(self.config, {}, torch.float32)
         if job.samples is not None:
             check_fits(self._bytes_needed(), job.device, "calibration")
         self.partial = PartialFolder(target, self._settings())
