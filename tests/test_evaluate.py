@@ -1,4 +1,4 @@
-"""Perplexity against transformers in float64 sums, and where two token lists part."""
+"""Perplexity and divergence against transformers in float64 sums; where two token lists part."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from conftest import FAMILIES, tiny
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import bundled, draw_prompts, our_bundled
+from oracle import bundled, draw_prompts, our_bundled, prefill_logits
 
 from qllm.errors import UserError
-from qllm.evaluate import first_difference, perplexity
+from qllm.evaluate import divergence, first_difference, perplexity
 from qllm.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,8 +56,22 @@ def test_progress_is_given_the_windows():
         seen.append(windows)
         return windows
 
-    perplexity(our_bundled("opt"), draw_prompts([50], 4096)[0], 16, progress)
-    assert seen == [[0, 16, 32]]
+    ids = draw_prompts([50], 4096)[0]
+    perplexity(our_bundled("opt"), ids, 16, progress)
+    assert seen == [[ids[:16], ids[16:32], ids[32:48]]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_divergence_is_that_of_the_distributions(family):
+    ids, model, dense = draw_prompts([70], 4096)[0], our_bundled(family, "3"), our_bundled(family)
+    expected = []
+    for start in (0, 32):  # the last 6 tokens are no window
+        tokens = [ids[start : start + 32]]
+        p = prefill_logits(bundled(family), tokens).double().softmax(-1)
+        q = model.prefill(tokens, last=False).double().softmax(-1)
+        expected.append((p * (p / q).log()).sum(-1).mean().item())
+    assert divergence(model, dense, ids, 32) == pytest.approx(sum(expected) / 2, rel=1e-3)
+    assert divergence(dense, dense, ids, 32) == pytest.approx(0, abs=1e-7)
 
 
 def test_text_shorter_than_a_window_is_refused():
