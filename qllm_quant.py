@@ -215,6 +215,8 @@ def main() -> None:
         shard_bytes=int(args.shard_size * 1e9),
         about={"model": folder.name, **about},
     )
+    if samples is None and any(spec.kind.startswith("w8a8") for _, spec in plan.rules):
+        cli.note("without --dataset, int8 layers are not smoothed")
     target = Path(args.save)
     start = time.perf_counter()
     try:

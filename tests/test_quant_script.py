@@ -108,6 +108,12 @@ def test_what_is_printed_for_people(opt, text, tmp_path):
     assert re.search(r"layers\.0\.attention\.qkv: its Hessian is singular and took", done.stderr)
 
 
+def test_int8_without_text_says_that_it_is_not_smoothed(opt, tmp_path):
+    done = call(QUANT, "--model-path", opt, "--bitwidth", "8:tc-li", "--save", tmp_path / "out")
+    assert done.returncode == 0
+    assert done.stderr == "note: without --dataset, int8 layers are not smoothed\n"
+
+
 def test_an_input_that_is_always_zero_is_named(text, tmp_path):
     def close(state: dict) -> None:
         state["model.decoder.layers.0.fc1.bias"][:] = -100

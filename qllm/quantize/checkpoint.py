@@ -95,6 +95,8 @@ def quantize_checkpoint(job: Job, target: Path, progress: Progress = iter) -> li
 
 
 class _Run:
+    """One call of `quantize_checkpoint`: what it knows before the first step, and the steps."""
+
     def __init__(self, job: Job, target: Path) -> None:
         self.job = job
         checkpoint = Checkpoint(job.source)
