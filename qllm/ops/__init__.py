@@ -99,9 +99,9 @@ def _onednn_why_not(request: Request) -> str | None:
     if not torch.backends.mkldnn.is_available() or not hasattr(
         torch.ops.mkldnn, "_linear_pointwise"
     ):
-        return "this torch is built without it"
+        return "the torch of this machine is built without it"
     if _cpu_vendor() in ("", "GenuineIntel"):
-        return "MKL is as fast on this CPU"
+        return "MKL is as fast on this machine"
     return None
 
 
