@@ -118,7 +118,6 @@ def random_model(config: ModelConfig, length: int, seed: int) -> Decoder:
     generator = torch.Generator().manual_seed(seed)
     model = Decoder(config, {}, torch.float32)
     for name, module in list(model.named_modules()):
-        parent, _, child = name.rpartition(".")
         new: nn.Module | None = None
         if isinstance(module, Linear):
             new = RandomLinear(module.in_features, module.out_features, config.init_std, generator)
@@ -131,7 +130,7 @@ def random_model(config: ModelConfig, length: int, seed: int) -> Decoder:
                 fresh = torch.ones if key == "weight" else torch.zeros
                 setattr(module, key, fresh(buffer.shape))
         if new is not None:
-            setattr(model.get_submodule(parent), child, new)
+            model.set_submodule(name, new)
     return model
 
 

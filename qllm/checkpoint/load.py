@@ -12,20 +12,18 @@ from torch import Tensor, nn
 from qllm.checkpoint.formats import Int8Weight
 from qllm.checkpoint.reader import Checkpoint
 from qllm.checkpoint.weights import Weights
-from qllm.config import DEFAULT_ALGORITHM, LM_HEAD, ModelConfig, QuantPlan, QuantSpec
+from qllm.config import DEFAULT_ALGORITHM, LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import check_fits
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
+from qllm.models.equalize import NORMS, can_divide, divide_rows
 from qllm.parallel.pipeline import balance
 from qllm.quant.calibrate import Calibration
 from qllm.quant.packing import PackedWeight
 from qllm.quant.smooth import smooth_scales
-
-# A linear, and the norm in front of it that can take its smoothing.
-SMOOTHED = {"attention.qkv": "attention_norm", "mlp.up": "mlp_norm"}
 
 Progress = Callable[[list], Iterable]
 
@@ -130,8 +128,7 @@ def _fill_stored(model: Decoder, name: str, module: Linear, weights: Weights, de
         spec = replace(spec, scheme="asym" if found.qzeros.numel() else "sym")
         packed = PackedWeight(*tensors)
         layer = WeightOnlyLinear.from_packed(packed, bias, spec, module.in_features)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
+    model.set_submodule(name, layer)
 
 
 def _leaves(model: Decoder) -> list[tuple[str, nn.Module]]:
@@ -165,27 +162,15 @@ def _fill_linear(
     input_range = None
     if calibration is not None and spec.kind.startswith("w8a8") and name in calibration.inputs:
         inputs = calibration.inputs[name].to(device)
-        if smooths(model.config, name):
+        index, _, inner = name.removeprefix("layers.").partition(".")
+        # A linear in front is quantized already: here norms alone take the smoothing.
+        if inner in NORMS and can_divide(model.config, inner):
             scales = smooth_scales(inputs, weight)
             weight, inputs = weight.float() * scales, inputs / scales
-            layer, _, inner = name.partition(".")[2].partition(".")
-            norm = getattr(model.layers[int(layer)], SMOOTHED[inner])
-            for key, value in list(norm.named_buffers()):
-                setattr(norm, key, (value.float() / scales).to(value.dtype))
+            divide_rows(model.get_submodule(f"layers.{index}.{NORMS[inner]}"), slice(None), scales)
         input_range = float(inputs.max())
-    parent, _, child = name.rpartition(".")
     layer = linear_class(spec).from_float(weight, bias, spec, input_range=input_range)
-    setattr(model.get_submodule(parent), child, layer)
-
-
-def smooths(config: ModelConfig, name: str) -> bool:
-    """Whether a linear stands behind a norm that can take its smoothing into its weights.
-
-    It cannot where the norm's output is the residual as well (OPT-350m), or has no weights.
-    """
-    behind_norm = any(name.endswith(linear) for linear in SMOOTHED)
-    foldable = config.pre_norm and not config.residual_after_norm and config.norm_affine
-    return behind_norm and foldable
+    model.set_submodule(name, layer)
 
 
 def _read(weights: Weights, name: str, dtype: torch.dtype, device: str) -> Tensor:

@@ -7,10 +7,13 @@ but a product or a ReLU in between.
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qllm.config import ModelConfig
 from qllm.models.decoder import PreNormLayer
+
+# A linear of a layer, and the norm in front of it.
+NORMS = {"attention.qkv": "attention_norm", "mlp.up": "mlp_norm"}
 
 
 def can_divide(config: ModelConfig, linear: str) -> bool:
@@ -19,7 +22,7 @@ def can_divide(config: ModelConfig, linear: str) -> bool:
     A norm whose output is the residual as well (OPT-350m), or that has no weights, cannot take
     it, nor can a linear behind which a GELU comes.
     """
-    if linear in ("attention.qkv", "mlp.up"):
+    if linear in NORMS:
         return config.pre_norm and not config.residual_after_norm and config.norm_affine
     return linear == "attention.out" or config.gated_mlp or config.activation == "relu"
 
@@ -39,18 +42,17 @@ def shared_channels(config: ModelConfig, linear: str, values: Tensor) -> Tensor:
 def divide_input(layer: PreNormLayer, config: ModelConfig, linear: str, scales: Tensor) -> None:
     """Divide the input of a dense linear by `scales` (K,), and multiply its weight by them."""
     layer.get_submodule(linear).weight.mul_(scales)
-    if linear == "attention.qkv":
-        _divide(layer.attention_norm, slice(None), scales)
-    elif linear == "mlp.up":
-        _divide(layer.mlp_norm, slice(None), scales)
+    if linear in NORMS:
+        divide_rows(layer.get_submodule(NORMS[linear]), slice(None), scales)
     elif linear == "attention.out":
         values = scales.view(config.num_kv_heads, -1, config.head_dim)[:, 0].flatten()
-        _divide(layer.attention.qkv, slice(-len(values), None), values)
+        divide_rows(layer.attention.qkv, slice(-len(values), None), values)
     else:  # the rows of up stand behind those of gate, where there are any
-        _divide(layer.mlp.up, slice(-len(scales), None), scales)
+        divide_rows(layer.mlp.up, slice(-len(scales), None), scales)
 
 
-def _divide(module: object, rows: slice, scales: Tensor) -> None:
+def divide_rows(module: nn.Module, rows: slice, scales: Tensor) -> None:
+    """Divide some rows of a linear's or a norm's weight and bias, in place."""
     for tensor in (module.weight, getattr(module, "bias", None)):
         if tensor is not None:
             tensor[rows] /= scales.view(-1, *[1] * (tensor.dim() - 1))

@@ -99,6 +99,8 @@ class _Trial:
 
 
 class _Run:
+    """One call of `fit`."""
+
     def __init__(
         self,
         conf: PostTrainingQuantConfig,

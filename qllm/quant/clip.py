@@ -15,8 +15,11 @@ from qllm.quant.rtn import (
     fake_quantize,
     group_range,
     group_ranges,
+    group_width,
     grouped,
+    round_trip,
     row_pieces,
+    zero_points,
 )
 
 # Shares of the full range that are tried.
@@ -71,8 +74,7 @@ def _row_losses(
 def _search(
     weight: Tensor, bits: int, group_size: int, scheme: str, hessian: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    columns = weight.shape[1]
-    group = columns if group_size == -1 else min(group_size, columns)
+    group = group_width(weight.shape[1], group_size)
     blocks = None if hessian is None else _diagonal_blocks(hessian, group)
     found = [_search_rows(weight[p], bits, group, scheme, blocks) for p in row_pieces(weight)]
     scales, lows = zip(*found, strict=True)
@@ -84,32 +86,22 @@ def _search_rows(
 ) -> tuple[Tensor, Tensor]:
     groups = grouped(weight, group).float()  # (n, G, g)
     full_scale, full_low = group_range(groups, bits, scheme)
-    best_scale, best_low, least = full_scale, full_low, None
+    best_scale, best_low = full_scale, full_low
+    least = torch.full_like(full_scale, torch.inf)
     for share in SHRINK:
         scale, low = full_scale * share, full_low * share
-        error = _round_trip(groups, scale, low, bits, scheme).sub_(groups)
+        zero = zero_points(low, scale, bits, scheme)
+        error = round_trip(groups, scale, zero, bits).sub_(groups)
         if blocks is None:
             loss = error.square().sum(-1)
         else:
             by_group = error.transpose(0, 1)  # (G, n, g)
             loss = (by_group @ blocks).mul_(by_group).sum(-1).t()
-        if least is None:
-            least = loss
-            continue
         better = loss < least
         least = torch.where(better, loss, least)
         best_scale = torch.where(better, scale, best_scale)
         best_low = torch.where(better, low, best_low)
     return best_scale, best_low
-
-
-def _round_trip(groups: Tensor, scale: Tensor, low: Tensor, bits: int, scheme: str) -> Tensor:
-    """Groups (n, G, g) to the grid and back, in float32."""
-    top = 2**bits - 1
-    middle = 2 ** (bits - 1)
-    zero = torch.full_like(low, middle) if scheme == "sym" else (-low / scale).round_()
-    zero, scale = zero.clamp_(0, top)[..., None], scale[..., None]
-    return (groups / scale).round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale)
 
 
 def _diagonal_blocks(hessian: Tensor, group: int) -> Tensor:

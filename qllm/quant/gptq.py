@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qllm.quant.packing import PackedWeight, pack, packed_size
-from qllm.quant.rtn import Ranges, group_ranges, store_scales, zero_points
+from qllm.quant.rtn import Ranges, group_ranges, group_width, store_scales, zero_points
 
 # Rows are independent: this many at a time keep a panel of columns in cache.
 CHUNK_ROWS = 4096
@@ -89,12 +89,13 @@ def quantize_gptq(
     """
     options = options or GPTQOptions()
     rows, columns = weight.shape
-    group = columns if group_size == -1 else min(group_size, columns)
+    group = group_width(columns, group_size)
     static = options.static_groups or group == columns
     order = torch.arange(columns, device=weight.device)
     if options.act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
     root, damp = triangular_root(hessian, order, options.damp)
+    groups = ((order if static else torch.arange(columns)) // group).tolist()
 
     packed = weight.new_empty(rows, packed_size(columns, bits), dtype=torch.uint8)
     grids = []
@@ -103,9 +104,8 @@ def quantize_gptq(
         grid = _Grid(part, group, bits, scheme, ranges)
         if static:
             grid.set_groups(0, part)
-        groups = (order if static else torch.arange(columns)) // group
         work = part[:, order].t().contiguous()
-        integers = _round_columns(work, root, grid, groups.tolist(), options.block_size, static)
+        integers = _round_columns(work, root, grid, groups, options.block_size, static)
         if static:  # the groups are runs of channels, so the channels go back to their places
             integers = torch.empty_like(integers).index_copy_(0, order, integers)
         packed[start : start + CHUNK_ROWS] = pack(integers.t(), bits)

@@ -43,7 +43,7 @@ def quantize_rtn(
         ranges: finds the groups' grids; None is `group_ranges`.
     """
     rows, columns = weight.shape
-    group = columns if group_size == -1 else min(group_size, columns)
+    group = group_width(columns, group_size)
     scales, lows = (ranges or group_ranges)(weight, bits, group, scheme)
     scales = store_scales(scales)  # one decision for the matrix: its scales have one type
     zeros = zero_points(lows, scales, bits, scheme)
@@ -60,15 +60,13 @@ def fake_quantize(
 ) -> Tensor:
     """What a matrix (N, K) is after `quantize_rtn` and back: float32 (N, K)."""
     columns = weight.shape[1]
-    group = columns if group_size == -1 else min(group_size, columns)
+    group = group_width(columns, group_size)
     scales, lows = (ranges or group_ranges)(weight, bits, group, scheme)
     scales = store_scales(scales)
     zeros = zero_points(lows, scales, bits, scheme)
     result = torch.empty_like(weight, dtype=torch.float32)
     for piece in row_pieces(weight):
-        groups = grouped(weight[piece], group)
-        back = to_grid(groups, scales[piece], zeros[piece], bits)
-        back = back.sub_(zeros[piece][..., None]).mul_(scales[piece][..., None])
+        back = round_trip(grouped(weight[piece], group), scales[piece], zeros[piece], bits)
         result[piece] = back.flatten(1)[:, :columns]
     return result
 
@@ -78,12 +76,17 @@ def group_ranges(weight: Tensor, bits: int, group_size: int, scheme: str) -> tup
 
     Each grid reaches from the least weight of its group to the largest.
     """
-    group = weight.shape[1] if group_size == -1 else group_size
+    group = group_width(weight.shape[1], group_size)
     scales = weight.new_empty(len(weight), -(-weight.shape[1] // group), dtype=torch.float32)
     lows = torch.empty_like(scales)
     for piece in row_pieces(weight):
         scales[piece], lows[piece] = group_range(grouped(weight[piece], group), bits, scheme)
     return scales, lows
+
+
+def group_width(columns: int, group_size: int) -> int:
+    """Input channels in a full group of a row of `columns`."""
+    return columns if group_size == -1 else min(group_size, columns)
 
 
 def row_pieces(weight: Tensor) -> list[slice]:
@@ -127,6 +130,12 @@ def to_grid(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
     """`round_to_grid` in float32."""
     q = torch.round(groups.float() / scales.float()[..., None]).add_(zeros[..., None])
     return q.clamp_(0, 2**bits - 1)
+
+
+def round_trip(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """Groups (N, G, g) to the grid and back: float32."""
+    back = to_grid(groups, scales, zeros, bits)
+    return back.sub_(zeros[..., None]).mul_(scales[..., None])
 
 
 def grouped(weight: Tensor, group: int) -> Tensor:

@@ -310,8 +310,7 @@ class _Run:
 
     def _drop(self, names: Iterable[str]) -> None:
         for name in names:
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, nn.Identity())
+            self.model.set_submodule(name, nn.Identity())
 
     def _write_floats(self, module: str, tensors: Mapping[str, Tensor]) -> None:
         """Append a module's tensors, in the type that the checkpoint has them in."""

@@ -116,8 +116,7 @@ def quantize_layer(
             )
             linears[linear] = found
             reports.append(report)
-            parent, _, child = linear.rpartition(".")
-            setattr(layer.get_submodule(parent), child, _stand_in(found))
+            layer.set_submodule(linear, _stand_in(found))
         behind = [linear for _, others in halves[half + 1 :] for linear in others]
         if advance or set(behind) & set(late):
             hidden.advance(run)
