@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qllm import ops
 from qllm.config import QuantSpec
+from qllm.quant.packing import PackedWeight
 
 ALL_ROWS = slice(None)
 
@@ -37,15 +38,18 @@ class Linear(nn.Module, ABC):
     @cached_property
     def choice(self) -> ops.Choice:
         """The kernel this layer runs, and the reason: chosen at the first use, where it then is."""
+        return ops.select(self.op, self.request)
+
+    @property
+    def request(self) -> ops.Request:
+        """What this layer asks of its op."""
         spec, device = self.spec, next(self.buffers()).device.type
         shape = (self.in_features, self.out_features)
-        return ops.select(
-            self.op, ops.Request(*shape, spec.bits, spec.group_size, spec.scheme, device)
-        )
+        return ops.Request(*shape, spec.bits, spec.group_size, spec.scheme, device)
 
     @cached_property
     def run(self) -> Callable[..., Tensor]:
-        """The kernel's function."""
+        """The kernel's function; a quantized weight takes the kernel's layout at the first use."""
         return self.choice.kernel.run
 
     @classmethod
@@ -85,6 +89,38 @@ class Linear(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {describe(self.spec)}"
+
+
+class QuantizedLinear(Linear):
+    """A layer of packed integers, which lie in memory as its kernel wants them.
+
+    Until the first use, and in checkpoints, they are as a subclass says; `packed` is that again.
+    """
+
+    layout: ops.Layout | None = None
+
+    @cached_property
+    def run(self) -> Callable[..., Tensor]:
+        """The kernel's function; the first use gives the weight the kernel's layout."""
+        kernel = self.choice.kernel
+        if kernel.layout:
+            self.tensors = kernel.layout.pack(self.packed, self.request)
+            self.layout = kernel.layout
+        return kernel.run
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The layer's integers, scales and zeros, as checkpoints have them."""
+        return self.layout.unpack(self.tensors, self.request) if self.layout else self.tensors
+
+    @property
+    @abstractmethod
+    def tensors(self) -> PackedWeight:
+        """The same as they lie in memory."""
+
+    @tensors.setter
+    @abstractmethod
+    def tensors(self, packed: PackedWeight) -> None: ...
 
 
 def describe(spec: QuantSpec) -> str:

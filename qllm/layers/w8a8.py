@@ -7,23 +7,22 @@ from torch import Tensor
 
 from qllm.config import QuantSpec
 from qllm.errors import UserError
-from qllm.layers.base import ALL_ROWS, Linear
-from qllm.ops.reference import quantize_int8, quantize_per_token, scale_int32
-from qllm.quant.packing import unpack
+from qllm.layers.base import ALL_ROWS, QuantizedLinear
+from qllm.quant.packing import PackedWeight, pack, unpack
 from qllm.quant.rtn import quantize_rtn
 
 
-class DynamicInt8Linear(Linear):
+class DynamicInt8Linear(QuantizedLinear):
     """`8:tc-li`: activations are quantized with one scale per token, found as they come.
 
-    Buffers, for N output and K input channels:
+    Buffers, before a kernel takes them, for N output and K input channels:
 
         qweight  int8 (N, K), symmetric
         scales   float16 (float32 where that over- or underflows)  (N,)
         bias     (N,) or None
     """
 
-    op = "int8_matmul"
+    op = "int8_linear"
 
     def __init__(
         self, qweight: Tensor, scales: Tensor, bias: Tensor | None, spec: QuantSpec
@@ -32,6 +31,7 @@ class DynamicInt8Linear(Linear):
         self.register_buffer("qweight", qweight)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
+        self.register_buffer("input_scale", None)
 
     @classmethod
     def empty(
@@ -54,13 +54,33 @@ class DynamicInt8Linear(Linear):
     ) -> DynamicInt8Linear:
         return cls(*_quantize_channels(weight), bias, spec)
 
+    @property
+    def tensors(self) -> PackedWeight:
+        if self.layout:
+            return PackedWeight(self.qweight, self.scales, self.qweight.new_empty(0))
+        # q + 128 in uint8 is the symmetric grid of 8 bits, whose zero is 128.
+        values = self.qweight.view(torch.uint8) ^ 128
+        return PackedWeight(pack(values, 8), self.scales[:, None], values.new_empty(0))
+
+    @tensors.setter
+    def tensors(self, packed: PackedWeight) -> None:
+        self.qweight, self.scales = packed.qweight, packed.scales
+
     def forward(self, x: Tensor) -> Tensor:
-        q, x_scales = quantize_per_token(x)
-        total = self.run(q, self.qweight)
-        return scale_int32(total, x_scales, self.scales, self.bias, x.dtype)
+        run = self.run  # before its arguments are read: the first use changes them
+        return run(x, self.qweight, self.scales, self.bias, self.input_scale, self.out_features)
 
     def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
-        return self.qweight[rows].float() * self.scales[rows].float()[:, None]
+        qweight, scales = self.integers
+        return qweight[rows].float() * scales[rows].float()[:, None]
+
+    @property
+    def integers(self) -> tuple[Tensor, Tensor]:
+        """int8 (N, K) and scales (N,), as checkpoints have them."""
+        if not self.layout:
+            return self.qweight, self.scales
+        packed = self.packed
+        return _signed(packed.qweight, self.in_features), packed.scales[:, 0]
 
 
 class StaticInt8Linear(DynamicInt8Linear):
@@ -82,7 +102,7 @@ class StaticInt8Linear(DynamicInt8Linear):
         super().__init__(qweight, scales, bias, spec)
         if input_scale is None:
             input_scale = qweight.new_empty((), dtype=torch.float32)
-        self.register_buffer("input_scale", input_scale)
+        self.input_scale = input_scale
 
     @classmethod
     def from_float(
@@ -103,13 +123,14 @@ class StaticInt8Linear(DynamicInt8Linear):
         scale = torch.where(scale == 0, 1.0, scale)
         return cls(*_quantize_channels(weight), bias, spec, scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        total = self.run(quantize_int8(x, self.input_scale), self.qweight)
-        return scale_int32(total, self.input_scale, self.scales, self.bias, x.dtype)
+
+def _signed(packed: Tensor, in_features: int) -> Tensor:
+    """Rows of 8-bit values of the symmetric grid as int8 (N, K)."""
+    # q - 128 in uint8 wraps to the two's complement of the signed value.
+    return unpack(packed, 8, in_features).sub(128).view(torch.int8).contiguous()
 
 
 def _quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(N, K) to int8 (N, K) and scales (N,): the symmetric 8-bit grid, its zero taken off."""
     packed, scales, *_ = quantize_rtn(weight, 8, -1, "sym")
-    # q - 128 in uint8 wraps to the two's complement of the signed value.
-    return unpack(packed, 8, weight.shape[1]).sub_(128).view(torch.int8).contiguous(), scales[:, 0]
+    return _signed(packed, weight.shape[1]), scales[:, 0]

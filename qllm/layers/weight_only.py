@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from qllm.config import QuantSpec
-from qllm.layers.base import ALL_ROWS, Linear
+from qllm.layers.base import ALL_ROWS, QuantizedLinear
 from qllm.ops.reference import dequantize
 from qllm.quant.packing import PackedWeight, packed_size
 from qllm.quant.rtn import quantize_rtn
 
 
-class WeightOnlyLinear(Linear):
+class WeightOnlyLinear(QuantizedLinear):
     """A weight of 1 to 8 bits, group-wise; activations stay as they are.
 
-    Buffers, for N output and K input channels, b bits, G groups per row:
+    Buffers, before a kernel takes them, for N output and K input channels, b bits, G groups per row:
 
         qweight  uint8  (N, ceil(K / 32) · 4b)   a row is one little-endian stream of b-bit values
         scales   float16 (float32 where that over- or underflows)  (N, G)
@@ -76,26 +76,32 @@ class WeightOnlyLinear(Linear):
         return ReorderedLinear(*tensors, bias, spec, in_features, order)
 
     @property
-    def packed(self) -> PackedWeight:
-        """The layer's integers, scales and zeros."""
+    def tensors(self) -> PackedWeight:
         return PackedWeight(self.qweight, self.scales, self.qzeros)
 
+    @tensors.setter
+    def tensors(self, packed: PackedWeight) -> None:
+        self.qweight, self.scales, self.qzeros, _ = packed
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(
+        run = self.run  # before its arguments are read: the first use changes them
+        return run(
             x,
             self.qweight,
             self.scales,
             self.qzeros,
             self.bias,
+            self.out_features,
             self.spec.bits,
             self.spec.group_size,
         )
 
     def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
+        packed = self.packed
         return dequantize(
-            self.qweight[rows],
-            self.scales[rows],
-            self.qzeros[rows],
+            packed.qweight[rows],
+            packed.scales[rows],
+            packed.qzeros[rows] if packed.qzeros.numel() else packed.qzeros,
             self.spec.bits,
             self.spec.group_size,
             self.in_features,
@@ -126,7 +132,7 @@ class ReorderedLinear(WeightOnlyLinear):
 
     @property
     def packed(self) -> PackedWeight:
-        return PackedWeight(self.qweight, self.scales, self.qzeros, self.order)
+        return super().packed._replace(order=self.order)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x[:, self.order])

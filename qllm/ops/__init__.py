@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from qllm.ops import reference
+from qllm.ops import cpu, reference
+from qllm.quant.packing import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,34 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How a kernel wants a quantized weight, and the way back.
+
+    Attributes:
+        pack: (weight, request) to the tensors that the kernel takes in its place.
+        unpack: the inverse.
+    """
+
+    pack: Callable[[PackedWeight, Request], PackedWeight]
+    unpack: Callable[[PackedWeight, Request], PackedWeight]
+
+
+@dataclass(frozen=True)
 class Kernel:
     """One implementation of an op.
 
     Attributes:
-        about: what it does, for `--explain`.
+        about: says what it does, for `--explain`.
         run: has the signature of the reference op.
         why_not: the reason why it cannot serve a request, None where it can.
+        layout: of the weight, None where it is the one that the reference takes.
     """
 
     name: str
-    about: str
+    about: Callable[[], str]
     run: Callable[..., torch.Tensor]
     why_not: Callable[[Request], str | None] = lambda request: None
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -105,28 +121,43 @@ def _onednn_why_not(request: Request) -> str | None:
     return None
 
 
+def _cpu_why_not(request: Request) -> str | None:
+    return cpu.why_not(request.device, request.in_features, request.group_size)
+
+
+CPU_LAYOUT = Layout(
+    lambda weight, request: cpu.pack(weight, request.bits, request.group_size, request.in_features),
+    lambda weight, request: cpu.unpack(
+        weight, request.bits, request.group_size, request.in_features, request.out_features
+    ),
+)
+
 # Kernels of each op, the preferred one first; the last can do all.
 KERNELS: dict[str, tuple[Kernel, ...]] = {
     "dense_linear": (
         Kernel(
             "oneDNN",
-            "dense product; MKL, which torch takes in float32, is slow on this CPU",
+            lambda: "dense product; MKL, which torch takes in float32, is slow on this CPU",
             reference.onednn_linear,
             _onednn_why_not,
         ),
-        Kernel("torch.linear", "dense product", reference.dense_linear),
+        Kernel("torch.linear", lambda: "dense product", reference.dense_linear),
     ),
     "weight_only_linear": (
-        Kernel("reference", "dequantize, then a dense product", reference.weight_only_linear),
+        Kernel("cpu", cpu.about, cpu.weight_only_linear, _cpu_why_not, CPU_LAYOUT),
+        Kernel(
+            "reference", lambda: "dequantize, then a dense product", reference.weight_only_linear
+        ),
     ),
-    "int8_matmul": (
+    "int8_linear": (
+        Kernel("cpu", cpu.about, cpu.int8_linear, _cpu_why_not, CPU_LAYOUT),
         Kernel(
             "torch._int_mm",
-            "int8 x int8 -> int32 product, exact in its self-test",
-            reference.int_mm,
+            lambda: "int8 x int8 -> int32 product, exact in its self-test",
+            reference.int8_linear_by_int_mm,
             _int_mm_why_not,
         ),
-        Kernel("reference", "int8 product in exact float32 sums", reference.int8_matmul),
+        Kernel("reference", lambda: "int8 product in exact float32 sums", reference.int8_linear),
     ),
 }
 
@@ -137,6 +168,6 @@ def select(op: str, request: Request) -> Choice:
     for kernel in KERNELS[op]:
         reason = kernel.why_not(request)
         if reason is None:
-            return Choice(kernel, "; ".join([kernel.about, *refusals]))
+            return Choice(kernel, "; ".join([kernel.about(), *refusals]))
         refusals.append(f"not {kernel.name}: {reason}")
     raise AssertionError(f"no kernel of {op} takes {request}")

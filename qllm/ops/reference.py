@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -71,11 +73,12 @@ def weight_only_linear(
     scales: Tensor,
     qzeros: Tensor,
     bias: Tensor | None,
+    out_features: int,
     bits: int,
     group_size: int,
 ) -> Tensor:
     """x (M, K) times the matrix that the packed integers stand for, in the type of x: (M, N)."""
-    out = x.new_empty(x.shape[0], qweight.shape[0])
+    out = x.new_empty(x.shape[0], out_features)
     rows = max(1, CHUNK_WEIGHTS // x.shape[1])
     for start in range(0, len(qweight), rows):
         part = slice(start, start + rows)
@@ -85,6 +88,50 @@ def weight_only_linear(
         )
         out[:, part] = F.linear(x, weight, None if bias is None else bias[part])
     return out
+
+
+def int8_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """x (M, K) as int8 times int8 weights (N, K), summed exactly, in the type of x: (M, N).
+
+    Args:
+        scales: (N,), of the weights.
+        input_scale: float32 (), of x; None: one per row, from its largest value.
+    """
+    return _int8_linear(int8_matmul, x, qweight, scales, bias, input_scale)
+
+
+def int8_linear_by_int_mm(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """`int8_linear` with `int_mm` for the product."""
+    return _int8_linear(int_mm, x, qweight, scales, bias, input_scale)
+
+
+def _int8_linear(
+    product: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+) -> Tensor:
+    if input_scale is None:
+        q, input_scale = quantize_per_token(x)
+    else:
+        q = quantize_int8(x, input_scale)
+    return scale_int32(product(q, qweight), input_scale, scales, bias, x.dtype)
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:

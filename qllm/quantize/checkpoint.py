@@ -25,7 +25,7 @@ from qllm.config import LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear
 from qllm.layers.fp16 import DenseLinear
-from qllm.layers.w8a8 import DynamicInt8Linear, StaticInt8Linear
+from qllm.layers.w8a8 import DynamicInt8Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import check_fits
 from qllm.models import Decoder
@@ -338,8 +338,7 @@ class _Run:
     def _pack(self, linear: Linear, part: str, rows: slice | Tensor) -> dict[str, Tensor]:
         """Some rows of a quantized linear as the tensors of a module of the checkpoint."""
         if isinstance(linear, DynamicInt8Linear):
-            scale = linear.input_scale if isinstance(linear, StaticInt8Linear) else None
-            whole = Int8Weight(linear.qweight, linear.scales, scale)
+            whole = Int8Weight(*linear.integers, linear.input_scale)
             return to_int_quantized(take_rows(whole, rows))
         assert isinstance(linear, WeightOnlyLinear)
         write = {"gptq": to_gptq, "pack-quantized": to_pack_quantized}[

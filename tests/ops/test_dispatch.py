@@ -216,7 +216,7 @@ def missing(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 @pytest.mark.usefixtures("fresh_self_test")
 def test_an_int8_kernel_that_is_not_exact_is_not_chosen(monkeypatch, broken):
     monkeypatch.setattr(reference, "int_mm", broken)
-    choice = select("int8_matmul", Request(64, 64, 8, -1, "sym", "cpu"))
+    choice = select("int8_linear", Request(64, 64, 8, -1, "sym", "cpu"))
     assert choice.kernel.run is reference.int8_matmul
     assert "not torch._int_mm: its self-test on this machine failed" in choice.reason
 
@@ -226,7 +226,7 @@ def test_int8_is_exact_where_torch_s_kernel_saturates():
     program = """
 import torch
 from qllm.ops import Request, reference, select
-run = select("int8_matmul", Request(64, 64, 8, -1, "sym", "cpu")).kernel.run
+run = select("int8_linear", Request(64, 64, 8, -1, "sym", "cpu")).kernel.run
 x = torch.full((3, 64), 127, dtype=torch.int8)
 print(run(x, x).unique().tolist())
 """
@@ -244,18 +244,18 @@ print(run(x, x).unique().tolist())
 @pytest.mark.usefixtures("fresh_self_test")
 def test_an_int8_kernel_that_is_exact_is_chosen(monkeypatch):
     monkeypatch.setattr(reference, "int_mm", reference.int8_matmul)
-    choice = select("int8_matmul", Request(64, 64, 8, -1, "sym", "cpu"))
+    choice = select("int8_linear", Request(64, 64, 8, -1, "sym", "cpu"))
     assert choice.kernel.name == "torch._int_mm"
 
 
 def test_int_mm_is_not_for_one_column():
     # torch 2.13 returns memory it never wrote to for a matrix of one column.
-    choice = select("int8_matmul", Request(1, 64, 8, -1, "sym", "cpu"))
+    choice = select("int8_linear", Request(1, 64, 8, -1, "sym", "cpu"))
     assert choice.kernel.run is reference.int8_matmul
     assert "single column" in choice.reason
 
 
 def test_int_mm_is_not_for_cuda():
-    choice = select("int8_matmul", Request(64, 64, 8, -1, "sym", "cuda"))
+    choice = select("int8_linear", Request(64, 64, 8, -1, "sym", "cuda"))
     assert choice.kernel.run is reference.int8_matmul
     assert "not torch._int_mm" in choice.reason and "cuda" in choice.reason

@@ -1,0 +1,6 @@
+#include "isa_avx2.h"
+#include "tile.h"
+#include "linear.h"
+#include "limits.h"
+
+const qllm::Path qllm::avx2_path = {"avx2", linear, pack, unpack, read_all, multiply_all};

@@ -1,0 +1,106 @@
+// The C interface, and the choice of the path.
+#include <cpuid.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace {
+
+using namespace qllm;
+
+enum Feature : int64_t { AVX2 = 1, AVX_VNNI = 2, AVX512 = 4, AMX = 8 };
+
+uint64_t enabled_state() {
+    uint32_t low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return uint64_t(high) << 32 | low;
+}
+
+// What the CPU can do and the system lets it.
+int64_t features() {
+    uint32_t a, b, c, d, b7, c7, d7, a71 = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+    const uint32_t fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
+    const uint32_t needed = fma | osxsave | avx | f16c;
+    if ((c & needed) != needed || !__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return 0;
+    uint32_t most = a;
+    if (most >= 1) __get_cpuid_count(7, 1, &a71, &b, &c, &d);
+    uint64_t state = enabled_state();
+    const uint32_t avx2 = 1u << 5, bmi2 = 1u << 8;
+    if ((state & 0x6) != 0x6 || !(b7 & avx2) || !(b7 & bmi2)) return 0;
+    int64_t found = AVX2;
+    if (a71 & 1u << 4) found |= AVX_VNNI;
+    const uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31, vnni = 1u << 11;
+    const uint32_t wide = f | dq | bw | vl;
+    if ((state & 0xE6) != 0xE6 || (b7 & wide) != wide || !(c7 & vnni)) return found;
+    found |= AVX512;
+    const uint32_t tile = 1u << 24, int8 = 1u << 25;
+    if ((state & 0x60000) == 0x60000 && (d7 & tile) && (d7 & int8)) found |= AMX;
+    return found;
+}
+
+struct Choice {
+    const Path *path;
+    int64_t needs;
+};
+
+// The best one first.
+const Choice CHOICES[] = {{&avx512_path, AVX512},
+                          {&avxvnni_path, AVX2 | AVX_VNNI},
+                          {&avx2_path, AVX2},
+                          {&scalar_path, 0}};
+
+const Path *current = &scalar_path;
+
+struct Scratch {
+    void *memory = nullptr;
+    size_t size = 0;
+    ~Scratch() { free(memory); }
+};
+
+thread_local Scratch own;
+
+}  // namespace
+
+void *qllm::scratch(size_t bytes) {
+    if (own.size < bytes) {
+        size_t size = (bytes + 4095) / 4096 * 4096;
+        free(own.memory);
+        own.memory = aligned_alloc(4096, size);
+        own.size = own.memory ? size : 0;
+    }
+    return own.memory;
+}
+
+#define PUBLIC extern "C" __attribute__((visibility("default")))
+
+// A bit for everything that paths need and that this machine has.
+PUBLIC int64_t qllm_features() { return features(); }
+
+// The name of the best path with these features.
+PUBLIC const char *qllm_best(int64_t with) {
+    for (const Choice &choice : CHOICES)
+        if ((choice.needs & with) == choice.needs) return choice.path->name;
+    return nullptr;
+}
+
+// Takes a path from now on; false, and no change, where there is none of this name or the
+// features are not there.
+PUBLIC bool qllm_use(const char *name, int64_t with) {
+    for (const Choice &choice : CHOICES)
+        if (!strcmp(choice.path->name, name) && (choice.needs & with) == choice.needs) {
+            current = choice.path;
+            return true;
+        }
+    return false;
+}
+
+PUBLIC bool qllm_linear(const Linear *a) { return current->linear(*a); }
+PUBLIC void qllm_pack(const Packing *a) { current->pack(*a); }
+PUBLIC void qllm_unpack(const Packing *a) { current->unpack(*a); }
+PUBLIC int64_t qllm_read_all(const uint8_t *from, int64_t bytes) {
+    return current->read_all(from, bytes);
+}
+PUBLIC int64_t qllm_multiply_all(int64_t rounds) { return current->multiply_all(rounds); }

@@ -1,0 +1,155 @@
+// AVX2 with FMA: 8 lanes to a register, a panel is two registers wide. With AVX-VNNI one
+// instruction makes the products of a step, without it three or six.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace qllm {
+namespace {
+
+using VI = __m256i;
+using VF = __m256;
+constexpr int WIDTH = 8;
+#define REGISTER "x"
+constexpr int MAX_STREAMS = 6;   // rows x planes of a tile; 16 registers hold no more
+constexpr int ACCUMULATORS = 12;
+
+inline VI zero_i() { return _mm256_setzero_si256(); }
+inline VI set_i(int32_t v) { return _mm256_set1_epi32(v); }
+inline VI load_i(const int32_t *p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
+}
+inline void store_i(int32_t *p, VI v) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), v); }
+inline VI add_i(VI a, VI b) { return _mm256_add_epi32(a, b); }
+inline VI sub_i(VI a, VI b) { return _mm256_sub_epi32(a, b); }
+inline VI mul_i(VI a, VI b) { return _mm256_mullo_epi32(a, b); }
+template <int N> inline VI shift_left(VI a) { return _mm256_slli_epi32(a, N); }
+template <int N> inline VI shift_right(VI a) { return _mm256_srai_epi32(a, N); }
+inline VI max_i(VI a, VI b) { return _mm256_max_epi32(a, b); }
+
+inline int32_t sum_of_i(VI v) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+}
+inline int32_t max_of_i(VI v) {
+    __m128i s = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+    return _mm_cvtsi128_si32(_mm_max_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+}
+
+// uint8 weights of a step, int8 activations of a step in every lane, and their product.
+inline VI weights(const uint8_t *p) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i *>(p));
+}
+inline VI four(const int8_t *p) {
+    int32_t v;
+    __builtin_memcpy(&v, p, 4);
+    return _mm256_set1_epi32(v);
+}
+inline VI dot(VI sum, VI w, VI x) {
+#if defined(__AVXVNNI__)
+    // Not the intrinsic: GCC moves its sums from register to register and to memory.
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
+    return sum;
+#else
+    // Pairs of products are added in 16 bits, which would saturate from 8 bits of w on: the
+    // eighth is multiplied apart. 2 * 127 * 128 fits.
+    const VI ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(127);
+    VI part = _mm256_maddubs_epi16(_mm256_and_si256(w, low), x);
+    VI high = _mm256_and_si256(_mm256_srli_epi16(w, 7), _mm256_set1_epi8(1));
+    VI top = _mm256_maddubs_epi16(high, x);
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(part, ones));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(top, _mm256_set1_epi16(128)));
+#endif
+}
+// The low byte of every lane.
+inline void store_bytes(int8_t *p, VI v) {
+    const VI bytes = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                      0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    VI low = _mm256_shuffle_epi8(v, bytes);
+    int32_t half[2] = {_mm256_extract_epi32(low, 0), _mm256_extract_epi32(low, 4)};
+    __builtin_memcpy(p, half, 8);
+}
+inline VI load_bytes(const uint8_t *p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)));
+}
+
+inline VF set_f(float v) { return _mm256_set1_ps(v); }
+inline VF load_f(const float *p) { return _mm256_loadu_ps(p); }
+inline void store_f(float *p, VF v) { _mm256_storeu_ps(p, v); }
+inline VF add_f(VF a, VF b) { return _mm256_add_ps(a, b); }
+inline VF sub_f(VF a, VF b) { return _mm256_sub_ps(a, b); }
+inline VF mul_f(VF a, VF b) { return _mm256_mul_ps(a, b); }
+inline VF div_f(VF a, VF b) { return _mm256_div_ps(a, b); }
+inline VF fma_f(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
+// b where one of the two is not a number.
+inline VF max_f(VF a, VF b) { return _mm256_max_ps(a, b); }
+inline VF min_f(VF a, VF b) { return _mm256_min_ps(a, b); }
+inline VF abs_f(VF a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+inline VF to_float(VI v) { return _mm256_cvtepi32_ps(v); }
+inline VI bits_of(VF v) { return _mm256_castps_si256(v); }
+// To the nearest integer, halves to even; what is not a number becomes 0.
+inline VI round_i(VF v) {
+    VI number = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_ORD_Q));
+    return _mm256_and_si256(number, _mm256_cvtps_epi32(v));
+}
+
+// Up to 8 elements of `size` bytes, zeros behind them.
+template <int SIZE> inline void copy_few(void *to, const void *from, int64_t count) {
+    for (int64_t i = 0; i < count * SIZE; i++)
+        static_cast<char *>(to)[i] = static_cast<const char *>(from)[i];
+}
+
+inline VF load_as(const void *p, int64_t i, int64_t type, int64_t count) {
+    if (type == FLOAT32) {
+        const float *from = static_cast<const float *>(p) + i;
+        if (count >= WIDTH) return _mm256_loadu_ps(from);
+        alignas(32) float few[WIDTH] = {};
+        if (count > 0) copy_few<4>(few, from, count);
+        return _mm256_load_ps(few);
+    }
+    const uint16_t *from = static_cast<const uint16_t *>(p) + i;
+    __m128i half;
+    if (count >= WIDTH) {
+        half = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from));
+    } else {
+        alignas(16) uint16_t few[WIDTH] = {};
+        if (count > 0) copy_few<2>(few, from, count);
+        half = _mm_load_si128(reinterpret_cast<const __m128i *>(few));
+    }
+    if (type == FLOAT16) return _mm256_cvtph_ps(half);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+inline void store_as(void *p, int64_t i, int64_t type, int64_t count, VF v) {
+    if (type == FLOAT32) {
+        float *to = static_cast<float *>(p) + i;
+        if (count >= WIDTH) return _mm256_storeu_ps(to, v);
+        alignas(32) float few[WIDTH];
+        _mm256_store_ps(few, v);
+        return copy_few<4>(to, few, count);
+    }
+    __m128i half;
+    if (type == FLOAT16) {
+        half = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    } else {
+        VI u = _mm256_castps_si256(v);
+        VI odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), set_i(1));
+        VI rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, set_i(0x7FFF)));
+        VI nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+        rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, set_i(0x7FC00000), nan), 16);
+        rounded = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+        half = _mm256_castsi256_si128(rounded);
+    }
+    uint16_t *to = static_cast<uint16_t *>(p) + i;
+    if (count >= WIDTH) return _mm_storeu_si128(reinterpret_cast<__m128i *>(to), half);
+    alignas(16) uint16_t few[WIDTH];
+    _mm_store_si128(reinterpret_cast<__m128i *>(few), half);
+    copy_few<2>(to, few, count);
+}
+
+}  // namespace
+}  // namespace qllm

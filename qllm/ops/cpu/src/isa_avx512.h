@@ -1,0 +1,99 @@
+// AVX-512 with VNNI: 16 lanes to a register, a panel is one register wide.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace qllm {
+namespace {
+
+using VI = __m512i;
+using VF = __m512;
+constexpr int WIDTH = 16;
+#define REGISTER "v"
+constexpr int MAX_STREAMS = 12;   // rows x planes of a tile
+constexpr int ACCUMULATORS = 24;  // registers that its sums may take
+#define FEW_STREAMS 8  // up to which weights are not unpacked to cache
+
+inline VI zero_i() { return _mm512_setzero_si512(); }
+inline VI set_i(int32_t v) { return _mm512_set1_epi32(v); }
+inline VI load_i(const int32_t *p) { return _mm512_loadu_si512(p); }
+inline void store_i(int32_t *p, VI v) { _mm512_storeu_si512(p, v); }
+inline VI add_i(VI a, VI b) { return _mm512_add_epi32(a, b); }
+inline VI sub_i(VI a, VI b) { return _mm512_sub_epi32(a, b); }
+inline VI mul_i(VI a, VI b) { return _mm512_mullo_epi32(a, b); }
+template <int N> inline VI shift_left(VI a) { return _mm512_slli_epi32(a, N); }
+template <int N> inline VI shift_right(VI a) { return _mm512_srai_epi32(a, N); }
+inline VI min_i(VI a, VI b) { return _mm512_min_epi32(a, b); }
+inline VI max_i(VI a, VI b) { return _mm512_max_epi32(a, b); }
+inline int32_t sum_of_i(VI v) { return _mm512_reduce_add_epi32(v); }
+inline int32_t max_of_i(VI v) { return _mm512_reduce_max_epi32(v); }
+
+// uint8 weights of a step, int8 activations of a step in every lane, and their product.
+inline VI weights(const uint8_t *p) { return _mm512_load_si512(p); }
+inline VI four(const int8_t *p) { return _mm512_set1_epi32(*reinterpret_cast<const int32_t *>(p)); }
+// Not the intrinsic: GCC moves its sums from register to register and to memory.
+inline VI dot(VI sum, VI w, VI x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+}
+// The low byte of every lane.
+inline void store_bytes(int8_t *p, VI v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtepi32_epi8(v));
+}
+inline VI load_bytes(const uint8_t *p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+}
+
+inline VF set_f(float v) { return _mm512_set1_ps(v); }
+inline VF load_f(const float *p) { return _mm512_loadu_ps(p); }
+inline void store_f(float *p, VF v) { _mm512_storeu_ps(p, v); }
+inline VF add_f(VF a, VF b) { return _mm512_add_ps(a, b); }
+inline VF sub_f(VF a, VF b) { return _mm512_sub_ps(a, b); }
+inline VF mul_f(VF a, VF b) { return _mm512_mul_ps(a, b); }
+inline VF div_f(VF a, VF b) { return _mm512_div_ps(a, b); }
+inline VF fma_f(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
+// b where one of the two is not a number.
+inline VF max_f(VF a, VF b) { return _mm512_max_ps(a, b); }
+inline VF min_f(VF a, VF b) { return _mm512_min_ps(a, b); }
+inline VF abs_f(VF a) { return _mm512_abs_ps(a); }
+inline float max_of(VF v) { return _mm512_reduce_max_ps(v); }
+inline VF to_float(VI v) { return _mm512_cvtepi32_ps(v); }
+inline VI bits_of(VF v) { return _mm512_castps_si512(v); }
+// To the nearest integer, halves to even; what is not a number becomes 0.
+inline VI round_i(VF v) {
+    return _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v);
+}
+
+inline __mmask16 first(int64_t count) {
+    return count >= 16 ? 0xFFFF : count > 0 ? (1u << count) - 1 : 0;
+}
+
+inline VF load_as(const void *p, int64_t i, int64_t type, int64_t count) {
+    __mmask16 mask = first(count);
+    if (type == FLOAT32) return _mm512_maskz_loadu_ps(mask, static_cast<const float *>(p) + i);
+    __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t *>(p) + i);
+    if (type == FLOAT16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+inline void store_as(void *p, int64_t i, int64_t type, int64_t count, VF v) {
+    __mmask16 mask = first(count);
+    if (type == FLOAT32) return _mm512_mask_storeu_ps(static_cast<float *>(p) + i, mask, v);
+    __m256i half;
+    if (type == FLOAT16) {
+        half = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    } else {
+        VI u = _mm512_castps_si512(v);
+        VI odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), set_i(1));
+        VI rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, set_i(0x7FFF)));
+        __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        rounded = _mm512_mask_mov_epi32(rounded, nan, set_i(0x7FC00000));
+        half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    }
+    _mm256_mask_storeu_epi16(static_cast<uint16_t *>(p) + i, mask, half);
+}
+
+}  // namespace
+}  // namespace qllm

@@ -1,0 +1,117 @@
+// Any x86-64: the operations one lane at a time, in plain C++.
+#pragma once
+
+#include <math.h>
+
+#include "kernels.h"
+
+namespace qllm {
+namespace {
+
+using VI = int32_t;
+using VF = float;
+constexpr int WIDTH = 1;
+#define REGISTER "r"
+constexpr int MAX_STREAMS = 6;
+constexpr int ACCUMULATORS = 1;  // they lie in memory: no panels side by side
+
+inline VI zero_i() { return 0; }
+inline VI set_i(int32_t v) { return v; }
+inline VI load_i(const int32_t *p) { return *p; }
+inline void store_i(int32_t *p, VI v) { *p = v; }
+// Sums wrap where those of the other paths do.
+inline VI add_i(VI a, VI b) { return VI(uint32_t(a) + uint32_t(b)); }
+inline VI sub_i(VI a, VI b) { return VI(uint32_t(a) - uint32_t(b)); }
+inline VI mul_i(VI a, VI b) { return VI(uint32_t(a) * uint32_t(b)); }
+template <int N> inline VI shift_left(VI a) { return VI(uint32_t(a) << N); }
+template <int N> inline VI shift_right(VI a) { return a >> N; }
+inline VI max_i(VI a, VI b) { return a > b ? a : b; }
+inline int32_t sum_of_i(VI v) { return v; }
+inline int32_t max_of_i(VI v) { return v; }
+
+// uint8 weights of a step, int8 activations of a step, and their product.
+inline VI weights(const uint8_t *p) {
+    VI v;
+    __builtin_memcpy(&v, p, 4);
+    return v;
+}
+inline VI four(const int8_t *p) {
+    VI v;
+    __builtin_memcpy(&v, p, 4);
+    return v;
+}
+inline VI dot(VI sum, VI w, VI x) {
+    for (int i = 0; i < 32; i += 8) sum = add_i(sum, int32_t(uint8_t(w >> i)) * int8_t(x >> i));
+    return sum;
+}
+// The low byte.
+inline void store_bytes(int8_t *p, VI v) { *p = int8_t(v); }
+inline VI load_bytes(const uint8_t *p) { return *p; }
+
+inline VF set_f(float v) { return v; }
+inline VF load_f(const float *p) { return *p; }
+inline void store_f(float *p, VF v) { *p = v; }
+inline VF add_f(VF a, VF b) { return a + b; }
+inline VF sub_f(VF a, VF b) { return a - b; }
+inline VF mul_f(VF a, VF b) { return a * b; }
+inline VF div_f(VF a, VF b) { return a / b; }
+inline VF fma_f(VF a, VF b, VF c) { return __builtin_fmaf(a, b, c); }
+// b where one of the two is not a number.
+inline VF max_f(VF a, VF b) { return a > b ? a : b; }
+inline VF min_f(VF a, VF b) { return a < b ? a : b; }
+inline VF abs_f(VF a) { return __builtin_fabsf(a); }
+inline VF to_float(VI v) { return VF(v); }
+inline VI bits_of(VF v) {
+    VI bits;
+    __builtin_memcpy(&bits, &v, 4);
+    return bits;
+}
+inline VF from_bits(uint32_t bits) {
+    VF v;
+    __builtin_memcpy(&v, &bits, 4);
+    return v;
+}
+// To the nearest integer, halves to even; what is not a number becomes 0.
+inline VI round_i(VF v) { return v == v ? VI(__builtin_lrintf(v)) : 0; }
+
+// float16 by way of float32's own arithmetic: 2^112 moves the exponent's bias of 15 to 127.
+inline VF from_half(uint16_t half) {
+    uint32_t magnitude = uint32_t(half & 0x7FFF) << 13, sign = uint32_t(half & 0x8000) << 16;
+    VF v = magnitude >= 0x0F800000 ? from_bits(magnitude + 0x70000000)
+                                   : from_bits(magnitude) * 0x1p112f;
+    return from_bits(uint32_t(bits_of(v)) | sign);
+}
+inline uint16_t to_half(VF v) {
+    uint32_t bits = uint32_t(bits_of(v)), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
+    if (magnitude > 0x7F800000) return uint16_t(sign | 0x7E00 | (magnitude >> 13 & 0x3FF));
+    if (magnitude >= 0x477FF000) return uint16_t(sign | 0x7C00);
+    if (magnitude < 0x38800000) {
+        // Subnormal: added to 2^-1, a value's last kept bit is the sum's.
+        uint32_t sum = uint32_t(bits_of(from_bits(magnitude) + 0.5f));
+        return uint16_t(sign | (sum - 0x3F000000));
+    }
+    return uint16_t(sign | ((magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13));
+}
+
+inline VF load_as(const void *p, int64_t i, int64_t type, int64_t count) {
+    if (count < 1) return 0;
+    if (type == FLOAT32) return static_cast<const float *>(p)[i];
+    uint16_t half = static_cast<const uint16_t *>(p)[i];
+    return type == FLOAT16 ? from_half(half) : from_bits(uint32_t(half) << 16);
+}
+
+inline void store_as(void *p, int64_t i, int64_t type, int64_t count, VF v) {
+    if (count < 1) return;
+    if (type == FLOAT32) {
+        static_cast<float *>(p)[i] = v;
+    } else if (type == FLOAT16) {
+        static_cast<uint16_t *>(p)[i] = to_half(v);
+    } else {
+        uint32_t bits = uint32_t(bits_of(v));
+        bits = v == v ? bits + 0x7FFF + (bits >> 16 & 1) : 0x7FC00000;
+        static_cast<uint16_t *>(p)[i] = uint16_t(bits >> 16);
+    }
+}
+
+}  // namespace
+}  // namespace qllm

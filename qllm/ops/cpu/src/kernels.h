@@ -1,0 +1,85 @@
+// The C interface of the CPU kernels, and what every path implements.
+//
+// A path is one instruction set: its file is compiled with its own flags and fills a `Path`, and
+// `dispatch.cpp` calls the best that the machine has. Files of paths include no C++ library
+// headers with code in them: a shared inline function, compiled once with AVX-512, would be
+// linked into the others.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace qllm {
+
+enum Type : int64_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+
+// How a linear layer treats its activations.
+enum Mode : int64_t {
+    WEIGHT_ONLY = 0,   // as integers of 15 or 23 bits and a sign, one scale per block of inputs
+    INT8_DYNAMIC = 1,  // as int8, one scale per row
+    INT8_STATIC = 2,   // as int8, one scale for all
+};
+
+// The layout of a weight (N, K) of b bits in groups of g:
+//
+//   panels of LANES output channels (the last is filled up with zeros), in them slabs of SLAB
+//   inputs. A group of inputs starts a slab and is filled up with zeros to whole slabs.
+//
+//   q       uint8 (panels, slabs, b, 64)     a slab's bits in planes: 8 = 8, 7 = 4 + 2 + 1, …
+//   scales  float16 or float32 (panels, groups, LANES)
+//   zeros   uint8 (panels, groups, LANES), none for the symmetric scheme
+//
+// A plane of p bits takes p vectors of 64 bytes for the 8 steps of a slab, a step being 4 inputs
+// of all lanes: byte 4 lane + i of vector v holds input i of steps v 8/p + j at bit j p.
+constexpr int64_t LANES = 16;
+constexpr int64_t SLAB = 32;
+constexpr int64_t STEP = 4;
+
+struct Linear {
+    int64_t rows, in, out;    // M, K, N
+    int64_t bits, group;      // the group is K where there is one per channel
+    int64_t mode;             // Mode
+    const void *x;            // (M, K), its rows x_stride elements apart
+    int64_t x_type, x_stride;
+    void *y;                  // (M, N) in the type of x
+    const uint8_t *q;
+    const void *scales;
+    int64_t scale_type;
+    const uint8_t *zeros;     // or null
+    const void *bias;         // (N,) in the type of x, or null
+    const float *input_scale; // of INT8_STATIC
+};
+
+// A weight as rows of bits, `qllm.quant.packing`'s format, and in the kernels' layout.
+struct Packing {
+    int64_t in, out, bits, group;
+    uint8_t *rows;            // uint8 (N, row_bytes)
+    int64_t row_bytes;
+    uint8_t *row_scales;      // (N, G), elements of scale_bytes
+    uint8_t *row_zeros;       // uint8 (N, G) or null
+    int64_t scale_bytes;
+    uint8_t *q, *scales, *zeros;
+};
+
+struct Path {
+    const char *name;
+    bool (*linear)(const Linear &);  // false where there is no memory
+    void (*pack)(const Packing &);
+    void (*unpack)(const Packing &);
+    int64_t (*read_all)(const uint8_t *, int64_t bytes);
+    int64_t (*multiply_all)(int64_t rounds);
+};
+
+extern const Path scalar_path, avx2_path, avxvnni_path, avx512_path, amx_path;
+
+// Memory of the calling thread, 64-byte aligned, kept for its next call; null where there is none.
+void *scratch(size_t bytes);
+
+static inline int64_t slabs_of(int64_t inputs) { return (inputs + SLAB - 1) / SLAB; }
+
+// Slabs of a row: every group's, the last group may be shorter.
+static inline int64_t row_slabs(int64_t in, int64_t group) {
+    return in / group * slabs_of(group) + slabs_of(in % group);
+}
+
+}  // namespace qllm

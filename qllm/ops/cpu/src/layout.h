@@ -1,0 +1,186 @@
+// Between rows of bits, in which weights are stored, and the layout that the kernels read.
+#pragma once
+
+#include "kernels.h"
+
+#if defined(__BMI2__)
+#include <immintrin.h>
+#endif
+
+namespace qllm {
+namespace {
+
+typedef uint8_t Bytes __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(64)));
+
+constexpr int64_t AHEAD = 2048;  // bytes to prefetch ahead of what is read
+
+// Where the planes of a slab begin, in bits of a value; a plane of p bits is p vectors long, so
+// this counts vectors as well. 7 bits: the plane of 4 at 0, of 2 at 4, of 1 at 6.
+constexpr int plane_begin(int bits, int plane) { return bits & ~(2 * plane - 1); }
+
+template <int SHIFT> inline Halves shifted(Halves v) {
+    if constexpr (SHIFT >= 0) {
+        return v >> SHIFT;
+    } else {
+        return v << -SHIFT;
+    }
+}
+
+// The bits that a plane of p bits gives to the values of a step.
+template <int BITS, int PLANE, int STEP_INDEX> inline Bytes plane_of(const Bytes *slab) {
+    constexpr int BEGIN = plane_begin(BITS, PLANE), PER_VECTOR = 8 / PLANE;
+    constexpr int SHIFT = STEP_INDEX % PER_VECTOR * PLANE - BEGIN;
+    Halves v = (Halves)slab[BEGIN + STEP_INDEX / PER_VECTOR];
+    return (Bytes)shifted<SHIFT>(v) & uint8_t(((1 << PLANE) - 1) << BEGIN);
+}
+
+// The values of a step: a byte each, 4 inputs of every lane.
+template <int BITS, int STEP_INDEX> inline Bytes step_of(const Bytes *slab) {
+    Bytes value = {};
+    if constexpr (BITS & 8) value = slab[STEP_INDEX];
+    if constexpr (BITS & 4) value = plane_of<BITS, 4, STEP_INDEX>(slab);
+    if constexpr (BITS & 2) value |= plane_of<BITS, 2, STEP_INDEX>(slab);
+    if constexpr (BITS & 1) value |= plane_of<BITS, 1, STEP_INDEX>(slab);
+    return value;
+}
+
+template <int BITS, int STEP_INDEX = 0> inline void unpack_steps(const Bytes *slab, Bytes *out) {
+    out[STEP_INDEX] = step_of<BITS, STEP_INDEX>(slab);
+    if constexpr (STEP_INDEX + 1 < STEPS) unpack_steps<BITS, STEP_INDEX + 1>(slab, out);
+}
+
+// A slab of a panel to bytes, step after step.
+template <int BITS> void unpack_slab(const uint8_t *slab, uint8_t *out) {
+    for (int v = 0; v < BITS; v++) __builtin_prefetch(slab + v * 64 + AHEAD);
+    unpack_steps<BITS>(reinterpret_cast<const Bytes *>(slab), reinterpret_cast<Bytes *>(out));
+}
+
+typedef void (*UnpackSlab)(const uint8_t *, uint8_t *);
+const UnpackSlab UNPACK_SLAB[] = {nullptr,        unpack_slab<1>, unpack_slab<2>,
+                                  unpack_slab<3>, unpack_slab<4>, unpack_slab<5>,
+                                  unpack_slab<6>, unpack_slab<7>, unpack_slab<8>};
+
+// The inverse: bytes of a slab to its planes.
+template <int PLANE>
+inline void pack_plane(const uint8_t *bytes, uint8_t *slab, int bits) {
+    if (!(bits & PLANE)) return;
+    int begin = plane_begin(bits, PLANE);
+    const Halves *steps = reinterpret_cast<const Halves *>(bytes);
+    Halves *to = reinterpret_cast<Halves *>(slab) + begin;
+    uint16_t mask = uint16_t(((1 << PLANE) - 1) * 0x101);
+    for (int v = 0; v < PLANE; v++) {
+        Halves value = {};
+        for (int j = 0; j < 8 / PLANE; j++)
+            value |= ((steps[v * (8 / PLANE) + j] >> begin) & mask) << (j * PLANE);
+        to[v] = value;
+    }
+}
+
+static void pack_slab(const uint8_t *bytes, uint8_t *slab, int bits) {
+    pack_plane<8>(bytes, slab, bits);
+    pack_plane<4>(bytes, slab, bits);
+    pack_plane<2>(bytes, slab, bits);
+    pack_plane<1>(bytes, slab, bits);
+}
+
+// One value of a slab.
+static int value_at(const uint8_t *slab, int bits, int64_t lane, int64_t input) {
+    int64_t step = input / STEP, byte = lane * STEP + input % STEP;
+    int value = 0;
+    for (int plane = 8; plane; plane /= 2) {
+        if (!(bits & plane)) continue;
+        int begin = plane_begin(bits, plane);
+        int64_t vector = begin + step / (8 / plane);
+        int from = int(step % (8 / plane)) * plane;
+        value |= (slab[vector * 64 + byte] >> from & ((1 << plane) - 1)) << begin;
+    }
+    return value;
+}
+
+// Up to 8 values of b bits from a row's bit stream, a byte each; `end` is the end of the row.
+static uint64_t read_values(const uint8_t *row, const uint8_t *end, int64_t bit, int bits) {
+    const uint8_t *from = row + bit / 8;
+    uint64_t word = 0;
+    if (end - from >= 8) {
+        __builtin_memcpy(&word, from, 8);
+    } else {
+        for (int i = 0; from + i < end; i++) word |= uint64_t(from[i]) << (8 * i);
+    }
+    int shift = int(bit % 8);
+    word >>= shift;  // at least 57 bits are left: 8 values of 7 bits
+    uint64_t mask = ((1u << bits) - 1) * 0x0101010101010101ull;
+#if defined(__BMI2__)
+    return _pdep_u64(word, mask);
+#else
+    uint64_t values = 0;
+    for (int i = 0; i < 8; i++) values |= (word >> (i * bits) & ((1u << bits) - 1)) << (8 * i);
+    (void)mask;
+    return values;
+#endif
+}
+
+// Panel by panel; a group's inputs begin a slab, and what fills up panels and slabs is zero.
+static void pack(const Packing &p) {
+    int64_t panels = (p.out + LANES - 1) / LANES, slabs = row_slabs(p.in, p.group);
+    int64_t groups = (p.in + p.group - 1) / p.group, bits = p.bits;
+#pragma omp parallel for schedule(static)
+    for (int64_t panel = 0; panel < panels; panel++) {
+        int64_t lanes = p.out - panel * LANES < LANES ? p.out - panel * LANES : LANES;
+        uint8_t *to = p.q + panel * slabs * 64 * bits;
+        for (int64_t group = 0; group < groups; group++) {
+            int64_t end = (group + 1) * p.group < p.in ? (group + 1) * p.group : p.in;
+            for (int64_t start = group * p.group; start < end; start += SLAB, to += 64 * bits) {
+                alignas(64) uint32_t bytes[STEPS][LANES] = {};
+                int64_t count = end - start < SLAB ? end - start : SLAB;
+                for (int64_t lane = 0; lane < lanes; lane++) {
+                    const uint8_t *row = p.rows + (panel * LANES + lane) * p.row_bytes;
+                    for (int64_t i = 0; i < count; i += 8) {
+                        uint64_t values = read_values(row, row + p.row_bytes, (start + i) * bits,
+                                                      int(bits));
+                        if (count - i < 8) values &= (uint64_t(1) << (8 * (count - i))) - 1;
+                        bytes[i / STEP][lane] = uint32_t(values);
+                        bytes[i / STEP + 1][lane] = uint32_t(values >> 32);
+                    }
+                }
+                pack_slab(reinterpret_cast<uint8_t *>(bytes), to, int(bits));
+            }
+            for (int64_t lane = 0; lane < LANES; lane++) {
+                int64_t at = (panel * groups + group) * LANES + lane;
+                int64_t from = (panel * LANES + lane) * groups + group;
+                for (int64_t i = 0; i < p.scale_bytes; i++)
+                    p.scales[at * p.scale_bytes + i] =
+                        lane < lanes ? p.row_scales[from * p.scale_bytes + i] : 0;
+                if (p.zeros) p.zeros[at] = lane < lanes ? p.row_zeros[from] : 0;
+            }
+        }
+    }
+}
+
+// The inverse of `pack`: `rows` is zero before.
+static void unpack(const Packing &p) {
+    int64_t slabs = row_slabs(p.in, p.group), groups = (p.in + p.group - 1) / p.group;
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < p.out; n++) {
+        int64_t panel = n / LANES, lane = n % LANES;
+        uint8_t *row = p.rows + n * p.row_bytes;
+        for (int64_t k = 0; k < p.in; k++) {
+            int64_t slab = k / p.group * slabs_of(p.group) + k % p.group / SLAB;
+            int value = value_at(p.q + (panel * slabs + slab) * 64 * p.bits, int(p.bits), lane,
+                                 k % p.group % SLAB);
+            int64_t bit = k * p.bits;
+            row[bit / 8] |= uint8_t(value << bit % 8);
+            if (bit % 8 + p.bits > 8) row[bit / 8 + 1] |= uint8_t(value >> (8 - bit % 8));
+        }
+        for (int64_t group = 0; group < groups; group++) {
+            int64_t at = (panel * groups + group) * LANES + lane;
+            for (int64_t i = 0; i < p.scale_bytes; i++)
+                p.row_scales[(n * groups + group) * p.scale_bytes + i] =
+                    p.scales[at * p.scale_bytes + i];
+            if (p.zeros) p.row_zeros[n * groups + group] = p.zeros[at];
+        }
+    }
+}
+
+}  // namespace
+}  // namespace qllm

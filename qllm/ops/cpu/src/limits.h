@@ -1,0 +1,58 @@
+// What the machine allows, for benchmarks: the rates of reading memory and of int8 products.
+#pragma once
+
+#include <omp.h>
+
+#include "kernels.h"
+
+namespace qllm {
+namespace {
+
+// Reads `bytes`, every thread a part of its own, and sums them up in some way.
+static int64_t read_all(const uint8_t *from, int64_t bytes) {
+    int64_t total = 0, parts = bytes / 256;
+#pragma omp parallel reduction(+ : total)
+    {
+        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        VI sums[4] = {zero_i(), zero_i(), zero_i(), zero_i()};
+        for (int64_t part = parts * thread / threads; part < parts * (thread + 1) / threads; part++) {
+            const uint8_t *p = from + part * 256;
+            for (int i = 0; i < 4; i++) {
+                __builtin_prefetch(p + i * 64 + AHEAD);
+                for (int v = 0; v < VECTORS; v++)
+                    sums[i] = add_i(sums[i], weights(p + i * 64 + v * WIDTH * STEP));
+            }
+        }
+        for (int i = 0; i < 4; i++) total += sum_of_i(sums[i]);
+    }
+    return total;
+}
+
+// Multiplies and adds int8 in registers; returns how many operations, two for a product.
+static int64_t multiply_all(int64_t rounds) {
+    constexpr int VECTORS_AT_ONCE = ACCUMULATORS > 2 ? 2 : 1;
+    constexpr int STREAMS = ACCUMULATORS > 2 ? ACCUMULATORS / 2 : 1;
+    int64_t total = 0;
+    alignas(64) const int8_t x[STREAMS * STEP] = {1, 2, 3};
+#pragma omp parallel reduction(+ : total)
+    {
+        Sums<1, STREAMS, VECTORS_AT_ONCE> sums;
+        sums.clear();
+        VI w[VECTORS_AT_ONCE];
+        for (VI &v : w) v = set_i(int32_t(rounds));
+        for (int64_t round = 0; round < rounds; round++) {
+            sums.add(w, x);
+            // The weights may be others now, so that no round can be left out.
+            for (VI &v : w) __asm__ volatile("" : "+" REGISTER(v));
+        }
+        int32_t all = 0;
+        for (VI sum : sums.of) all += sum_of_i(sum);
+        volatile int32_t kept = all;
+        (void)kept;
+        total += rounds * STREAMS * VECTORS_AT_ONCE * WIDTH * STEP * 2;
+    }
+    return total;
+}
+
+}  // namespace
+}  // namespace qllm

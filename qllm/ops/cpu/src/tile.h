@@ -1,0 +1,129 @@
+// A tile: the activations of a few rows times a block of unpacked weights, on vector units.
+#pragma once
+
+#include "kernels.h"
+
+namespace qllm {
+namespace {
+
+constexpr int VECTORS = LANES / WIDTH;  // to a panel
+constexpr int64_t GROUP_PANELS = 4;     // panels that share a pass over the activations
+constexpr int64_t STEPS = SLAB / STEP;
+constexpr int64_t GROUP_LANES = GROUP_PANELS * LANES;
+
+
+template <int P> constexpr int64_t TILE_ROWS = MAX_STREAMS / P;
+
+// Where the 4 inputs of a step of a stream lie among the activations of a tile.
+inline int64_t place(int64_t streams, int64_t stream, int64_t step, int64_t /*slabs*/) {
+    return (step * streams + stream) * STEP;
+}
+
+#define INLINE __attribute__((always_inline))
+
+// What a tile needs of a block: of the weights (a group of panels) and of the activations.
+struct Operands {
+    const uint8_t *w;      // panels w_stride bytes apart, 64 bytes per step
+    int64_t w_stride;
+    const float *scales;   // (panels, LANES)
+    const int32_t *zeros;  // (panels, LANES)
+    const int8_t *x;       // the tile's, as `place` says
+    int64_t slabs;
+    const float *x_scale;     // (rows,)
+    const int32_t *sum;       // (rows,): of the first two planes together
+    const int32_t *low_sum;   // (rows,): of the third and fourth
+    float *out;               // (rows, GROUP_LANES), added to; int32 for one plane
+};
+
+// Two planes as one integer.
+inline VI pair(VI high, VI low) { return add_i(shift_left<8>(high), low); }
+
+// The sums of P planes of R rows times V vectors of channels. They stay in registers: what indexes
+// them is written out at compile time, since compilers leave in memory what a loop indexes.
+template <int P, int R, int V> struct Sums {
+    VI of[P * R * V];
+
+    template <int I = 0> INLINE void clear() {
+        of[I] = zero_i();
+        if constexpr (I + 1 < P * R * V) clear<I + 1>();
+    }
+
+    // Adds a step: its weights times the activations of every stream.
+    template <int S = 0> INLINE void add(const VI (&w)[V], const int8_t *x) {
+        add_stream<S>(w, four(x + S * STEP));
+        if constexpr (S + 1 < P * R) add<S + 1>(w, x);
+    }
+
+    template <int S, int I = 0> INLINE void add_stream(const VI (&w)[V], VI x) {
+        of[S * V + I] = dot(of[S * V + I], w[I], x);
+        if constexpr (I + 1 < V) add_stream<S, I + 1>(w, x);
+    }
+
+    // Adds the block's results, scaled, to those of the blocks before it.
+    template <int I = 0> INLINE void finish(const Operands &o, int64_t lane) {
+        VI zero = load_i(o.zeros + lane + I * WIDTH);
+        VF scale = P > 1 ? load_f(o.scales + lane + I * WIDTH) : set_f(0);
+        finish_row<I>(o, o.out + lane + I * WIDTH, zero, scale);
+        if constexpr (I + 1 < V) finish<I + 1>(o, lane);
+    }
+
+    template <int I, int ROW = 0>
+    INLINE void finish_row(const Operands &o, float *out, VI zero, VF scale) {
+        constexpr int AT = ROW * P * V + I;
+        VI zero_sum = mul_i(zero, set_i(o.sum[ROW]));
+        if constexpr (P == 1) {
+            int32_t *whole = reinterpret_cast<int32_t *>(out);
+            store_i(whole, add_i(load_i(whole), sub_i(of[AT], zero_sum)));
+        } else {
+            VF value = to_float(sub_i(pair(of[AT], of[AT + V]), zero_sum));
+            if constexpr (P == 4) {
+                VI low = pair(of[AT + 2 * V], of[AT + 3 * V]);
+                low = sub_i(low, mul_i(zero, set_i(o.low_sum[ROW])));
+                value = fma_f(value, set_f(65536), to_float(low));
+            }
+            value = mul_f(value, set_f(o.x_scale[ROW]));
+            store_f(out, fma_f(value, scale, load_f(out)));
+        }
+        if constexpr (ROW + 1 < R) finish_row<I, ROW + 1>(o, out + GROUP_LANES, zero, scale);
+    }
+};
+
+template <int V, int I = 0> INLINE inline void load(VI (&w)[V], const uint8_t *from, int64_t stride) {
+    w[I] = weights(from + I / VECTORS * stride + I % VECTORS * (WIDTH * STEP));
+    if constexpr (I + 1 < V) load<V, I + 1>(w, from, stride);
+}
+
+// P planes, R rows, N panels from panel `from` on.
+template <int P, int R, int N>
+__attribute__((noinline)) void multiply(const Operands &o, int64_t from) {
+    Sums<P, R, N * VECTORS> sums;
+    sums.clear();
+    const uint8_t *w = o.w + from * o.w_stride;
+    const int8_t *x = o.x;
+    for (int64_t step = 0; step < o.slabs * STEPS; step++, x += P * R * STEP, w += LANES * STEP) {
+        VI step_weights[N * VECTORS];
+        load(step_weights, w, o.w_stride);
+        sums.add(step_weights, x);
+    }
+    sums.finish(o, from * LANES);
+}
+
+template <int P, int R> void multiply_panels(const Operands &o, int64_t panels) {
+    constexpr int MOST = ACCUMULATORS / (P * R * VECTORS);
+    int64_t n = 0;
+    if constexpr (MOST >= 4)
+        for (; n + 4 <= panels; n += 4) multiply<P, R, 4>(o, n);
+    if constexpr (MOST >= 2)
+        for (; n + 2 <= panels; n += 2) multiply<P, R, 2>(o, n);
+    for (; n < panels; n++) multiply<P, R, 1>(o, n);
+}
+
+// A tile of up to TILE_ROWS<P> rows.
+template <int P, int R = TILE_ROWS<P>>
+void multiply_tile(const Operands &o, int64_t rows, int64_t panels) {
+    if (rows == R) return multiply_panels<P, R>(o, panels);
+    if constexpr (R > 1) multiply_tile<P, R - 1>(o, rows, panels);
+}
+
+}  // namespace
+}  // namespace qllm
