@@ -8,24 +8,21 @@ at position 0 of its own row in the cache, so no token ever sees a pad.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from qllm import ops
 from qllm.config import ModelConfig, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.models.cache import Decode, KVCache, Prefill
 from qllm.models.positions import POSITIONS
+from qllm.ops.cpu.tape import record
+from qllm.ops.reference import ACTIVATIONS
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
 # Names that config.json files use for the same functions.
 SAME_ACTIVATION = {
     "gelu_new": "gelu_tanh",
@@ -45,7 +42,7 @@ class Embedding(nn.Module):
         self.register_buffer("weight", torch.empty(rows, channels, dtype=dtype, device="meta"))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
+        return ops.on(tokens.device.type).embedding(tokens, self.weight, 0)
 
 
 class LayerNorm(nn.Module):
@@ -59,7 +56,7 @@ class LayerNorm(nn.Module):
             self.register_buffer(name, value if config.norm_affine else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+        return ops.on(x.device.type).layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -71,7 +68,7 @@ class RMSNorm(nn.Module):
         self.register_buffer("weight", torch.empty(self.shape, dtype=dtype, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
+        return ops.on(x.device.type).rms_norm(x, self.weight, self.eps)
 
 
 NORMS: dict[str, type[nn.Module]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
@@ -82,7 +79,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int, make: MakeLinear) -> None:
         super().__init__()
-        self.index, self.head_dim = index, config.head_dim
+        self.index = index
         self.heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         width = config.num_heads * config.head_dim
         rows = sum(self.heads) * config.head_dim
@@ -91,9 +88,7 @@ class Attention(nn.Module):
         self.out = make(f"{name}.out", width, config.hidden_size, bias)
 
     def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split(self.heads, dim=1)
-        return self.out(step.attend(self.index, q, k, v).flatten(1))
+        return self.out(step.attend(self.index, self.qkv(x), self.heads))
 
 
 class MLP(nn.Module):
@@ -101,7 +96,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int, make: MakeLinear) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[config.activation]
+        self.act = config.activation
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.up = make(f"layers.{index}.mlp.up", hidden, self.up_rows(inner), bias)
         self.down = make(f"layers.{index}.mlp.down", inner, hidden, bias)
@@ -111,7 +106,7 @@ class MLP(nn.Module):
         return inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.act(self.up(x)))
+        return self.down(ops.on(x.device.type).activation(self.up(x), self.act))
 
 
 class GatedMLP(MLP):
@@ -122,8 +117,11 @@ class GatedMLP(MLP):
         return 2 * inner
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up(x).chunk(2, dim=-1)
-        return self.down(self.act(gate) * up)
+        return self.down(ops.on(x.device.type).gated_activation(self.up(x), self.act))
+
+
+def _add(x: Tensor, z: Tensor) -> Tensor:
+    return ops.on(x.device.type).add(x, z)
 
 
 class PreNormLayer(nn.Module):
@@ -144,11 +142,11 @@ class PreNormLayer(nn.Module):
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         """The first half of the layer: x (N, C) to (N, C)."""
-        return x + self.attention(self.attention_norm(x), step)
+        return _add(x, self.attention(self.attention_norm(x), step))
 
     def mlp_block(self, x: Tensor) -> Tensor:
         """The second half of the layer: x (N, C) to (N, C)."""
-        return x + self.mlp(self.mlp_norm(x))
+        return _add(x, self.mlp(self.mlp_norm(x)))
 
 
 class NormedResidualLayer(PreNormLayer):
@@ -156,21 +154,21 @@ class NormedResidualLayer(PreNormLayer):
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         x = self.attention_norm(x)
-        return x + self.attention(x, step)
+        return _add(x, self.attention(x, step))
 
     def mlp_block(self, x: Tensor) -> Tensor:
         x = self.mlp_norm(x)
-        return x + self.mlp(x)
+        return _add(x, self.mlp(x))
 
 
 class PostNormLayer(PreNormLayer):
     """norm(x + attention(x)), then norm(x + mlp(x)): OPT-350m."""
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        return self.attention_norm(x + self.attention(x, step))
+        return self.attention_norm(_add(x, self.attention(x, step)))
 
     def mlp_block(self, x: Tensor) -> Tensor:
-        return self.mlp_norm(x + self.mlp(x))
+        return self.mlp_norm(_add(x, self.mlp(x)))
 
 
 def layer_class(config: ModelConfig) -> type[PreNormLayer]:
@@ -254,15 +252,30 @@ class Decoder(nn.Module):
         if last:
             ends = torch.tensor(lengths, device=self.device).cumsum(0) - 1
             x = x[ends]
-        return self._head(x)
+        return self._logits(x).float()
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Run one new token per row, int64 (B,): float32 logits (B, V)."""
-        x = self.project_in(self.embed_norm(self.embed(tokens)))
-        x = self._run_layers(x, Decode(cache, self.positions, x))
+        if cache.step is None:
+            cache.step = Decode(cache, self.positions)
+        cache.step.begin(tokens)
+        logits = self._decode(cache)
         cache.lengths = [n + 1 for n in cache.lengths]
-        return self._head(x)
+        return logits
+
+    def _decode(self, cache: KVCache) -> Tensor:
+        """One pass: the first of a cache is recorded, the others play the record."""
+        step, tape = cache.step, cache.tape
+        if tape is not None and tape.foreign is None:
+            tape.play()
+            # A copy: the next pass overwrites these.
+            return step.logits.to(torch.float32, copy=True)
+        with record() if tape is None else nullcontext() as tape:
+            x = self.project_in(self.embed_norm(self.embed(step.tokens)))
+            step.logits = self._logits(self._run_layers(x, step))
+        cache.tape = tape or cache.tape
+        return step.logits.float()
 
     def _run_layers(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         x = self.positions.embed(x, step.positions)
@@ -271,8 +284,8 @@ class Decoder(nn.Module):
                 x = self.layers[index](x, step)
         return x
 
-    def _head(self, x: Tensor) -> Tensor:
-        return self.lm_head(self.project_out(self.final_norm(x))).float()
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.lm_head(self.project_out(self.final_norm(x)))
 
 
 def _known_activation(config: ModelConfig) -> ModelConfig:

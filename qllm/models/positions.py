@@ -1,7 +1,7 @@
 """How each family tells its decoder where a token stands: learned, ALiBi or rotary.
 
-A decoder calls four verbs: `embed` once on the embeddings, `angles` once and `rotate` in every
-layer on queries and keys, and `prefill_mask` or `decode_mask` once for the scores.
+A decoder calls `embed` once on the embeddings, turns queries and keys in every layer by `angles`,
+and adds `prefill_mask`, or for new tokens `slopes` times the distance, to the scores.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from qllm import ops
 from qllm.config import ModelConfig
 
 # OPT's table of positions starts with two rows that no position uses.
@@ -19,32 +19,27 @@ LEARNED_OFFSET = 2
 
 
 class PositionEncoding(nn.Module):
-    """The verbs, with nothing in them but the causal mask."""
+    """The verbs, with nothing in them but the causal mask.
+
+    Attributes:
+        slopes: float32 (H,), by which scores fall with the distance; None: they do not.
+    """
+
+    slopes: Tensor | None = None
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         """Add to the embeddings (N, hidden) of tokens at `positions` (N,)."""
         return x
 
-    def angles(self, positions: Tensor, longest: int, dtype: torch.dtype) -> object:
-        """What `rotate` needs for tokens at `positions` (N,); the largest is longest - 1."""
+    def angles(
+        self, positions: Tensor, longest: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines (N, D) for tokens at `positions` (N,); the largest is longest - 1."""
         return None
-
-    def rotate(self, q: Tensor, k: Tensor, angles: object) -> tuple[Tensor, Tensor]:
-        """Turn queries (N, H, D) and keys (N, H_kv, D)."""
-        return q, k
 
     def prefill_mask(self, length: int, like: Tensor) -> Tensor | None:
         """Added to the scores of a prompt, (1, H, length, length); None is causal."""
         return None
-
-    def decode_mask(self, positions: Tensor, span: int, like: Tensor) -> Tensor | None:
-        """Added to the scores of one new token per row, at `positions` (B,): (B, 1 or H, 1, span).
-
-        Row b sees keys 0 to positions[b].
-        """
-        hidden = torch.arange(span, device=like.device) > positions[:, None]
-        mask = like.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)
-        return mask[:, None, None]
 
 
 class LearnedPositions(PositionEncoding):
@@ -57,7 +52,8 @@ class LearnedPositions(PositionEncoding):
         self.register_buffer("weight", weight)
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
-        return x + F.embedding(positions + LEARNED_OFFSET, self.weight)
+        kernels = ops.on(x.device.type)
+        return kernels.add(x, kernels.embedding(positions, self.weight, LEARNED_OFFSET))
 
 
 def alibi_slopes(heads: int) -> Tensor:
@@ -82,9 +78,6 @@ class AlibiPositions(PositionEncoding):
     def prefill_mask(self, length: int, like: Tensor) -> Tensor:
         positions = torch.arange(length, device=like.device)
         return self._bias(positions, length, like)[None].transpose(1, 2).contiguous()
-
-    def decode_mask(self, positions: Tensor, span: int, like: Tensor) -> Tensor:
-        return self._bias(positions, span, like)[:, :, None]
 
     def _bias(self, positions: Tensor, span: int, like: Tensor) -> Tensor:
         distance = torch.arange(span, device=like.device) - positions[:, None, None]  # (N, 1, S)
@@ -128,18 +121,8 @@ class RotaryPositions(PositionEncoding):
     def angles(self, positions: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         frequencies = self.frequencies(longest).to(positions.device)
         angles = positions[:, None].float() * frequencies
-        angles = torch.cat((angles, angles), dim=-1)[:, None]  # (N, 1, D)
+        angles = torch.cat((angles, angles), dim=-1)  # (N, D)
         return angles.cos().to(dtype), angles.sin().to(dtype)
-
-    def rotate(self, q: Tensor, k: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        cos, sin = angles
-        return q * cos + _turn(q) * sin, k * cos + _turn(k) * sin
-
-
-def _turn(x: Tensor) -> Tensor:
-    """The halves (a, b) of the last dimension as (-b, a)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
 
 
 POSITIONS: dict[str, type[PositionEncoding]] = {

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from qllm.ops import cpu, reference
+from qllm.ops import reference
+from qllm.ops.cpu import library, linear, steps
 from qllm.quant.packing import PackedWeight
 
 
@@ -121,20 +123,55 @@ def _onednn_why_not(request: Request) -> str | None:
     return None
 
 
+def _packed_why_not(request: Request) -> str | None:
+    return linear.why_not(request.device, request.in_features, request.group_size)
+
+
 def _cpu_why_not(request: Request) -> str | None:
-    return cpu.why_not(request.device, request.in_features, request.group_size)
+    return library.why_not(request.device)
 
 
 CPU_LAYOUT = Layout(
-    lambda weight, request: cpu.pack(weight, request.bits, request.group_size, request.in_features),
-    lambda weight, request: cpu.unpack(
+    lambda weight, request: linear.pack(
+        weight, request.bits, request.group_size, request.in_features
+    ),
+    lambda weight, request: linear.unpack(
         weight, request.bits, request.group_size, request.in_features, request.out_features
     ),
 )
 
+
+def _dense_for_few(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    few = len(x) <= steps.FEW_ROWS
+    return (steps.dense_linear if few else _dense_for_many())(x, weight, bias)
+
+
+@cache
+def _dense_for_many() -> Callable[..., torch.Tensor]:
+    """The first kernel of `dense_linear` on a CPU that is a library's."""
+    request = Request(0, 0, 16, -1, "asym", "cpu")
+    return next(k.run for k in KERNELS["dense_linear"][1:] if k.why_not(request) is None)
+
+
+def _simple(op: str) -> tuple[Kernel, ...]:
+    """The kernels of an op that needs no more than a device."""
+    return (
+        Kernel("cpu", library.about, getattr(steps, op), _cpu_why_not),
+        Kernel("reference", lambda: "plain torch", getattr(reference, op)),
+    )
+
+
 # Kernels of each op, the preferred one first; the last can do all.
 KERNELS: dict[str, tuple[Kernel, ...]] = {
     "dense_linear": (
+        Kernel(
+            "cpu",
+            lambda: f"{library.about()} up to {steps.FEW_ROWS} rows, a library's product beyond",
+            _dense_for_few,
+            _cpu_why_not,
+        ),
         Kernel(
             "oneDNN",
             lambda: "dense product; MKL, which torch takes in float32, is slow on this CPU",
@@ -144,13 +181,13 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         Kernel("torch.linear", lambda: "dense product", reference.dense_linear),
     ),
     "weight_only_linear": (
-        Kernel("cpu", cpu.about, cpu.weight_only_linear, _cpu_why_not, CPU_LAYOUT),
+        Kernel("cpu", linear.about, linear.weight_only_linear, _packed_why_not, CPU_LAYOUT),
         Kernel(
             "reference", lambda: "dequantize, then a dense product", reference.weight_only_linear
         ),
     ),
     "int8_linear": (
-        Kernel("cpu", cpu.about, cpu.int8_linear, _cpu_why_not, CPU_LAYOUT),
+        Kernel("cpu", linear.about, linear.int8_linear, _packed_why_not, CPU_LAYOUT),
         Kernel(
             "torch._int_mm",
             lambda: "int8 x int8 -> int32 product, exact in its self-test",
@@ -160,6 +197,18 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         Kernel("reference", lambda: "int8 product in exact float32 sums", reference.int8_linear),
     ),
 }
+SIMPLE = (
+    *("embedding", "layer_norm", "rms_norm", "activation", "gated_activation", "add"),
+    "decode_attention",
+)
+KERNELS |= {op: _simple(op) for op in SIMPLE}
+
+
+@cache
+def on(device: str) -> SimpleNamespace:
+    """The ops between linear layers, by name, as the best kernels of a device have them."""
+    request = Request(0, 0, 16, -1, "asym", device)
+    return SimpleNamespace(**{op: select(op, request).kernel.run for op in SIMPLE})
 
 
 def select(op: str, request: Request) -> Choice:

@@ -172,6 +172,91 @@ def scale_int32(
     return y.to(dtype)
 
 
+def embedding(index: Tensor, table: Tensor, offset: int) -> Tensor:
+    """Rows `index + offset` of a table (V, C): (N, C)."""
+    return F.embedding(index + offset, table)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Each row of x (N, C) to mean 0 and variance 1, times weight (C,), plus bias (C,)."""
+    return F.layer_norm(x, x.shape[1:], weight, bias, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Each row of x (N, C) to a root mean square of 1, times weight (C,)."""
+    return F.rms_norm(x, x.shape[1:], weight, eps)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def activation(x: Tensor, name: str) -> Tensor:
+    """One of ACTIVATIONS of x (N, C)."""
+    return ACTIVATIONS[name](x)
+
+
+def gated_activation(x: Tensor, name: str) -> Tensor:
+    """f(gate) * up for x (N, 2 C), which is [gate; up]: (N, C)."""
+    gate, up = x.chunk(2, dim=-1)
+    return ACTIVATIONS[name](gate) * up
+
+
+def add(x: Tensor, z: Tensor) -> Tensor:
+    """x + z, of one shape."""
+    return x + z
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the heads of x (N, H, D) by cosines and sines (N, D): pairs are (i, i + D / 2)."""
+    cos, sin = (part[:, None] for part in angles)
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+def decode_attention(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    span: int,
+    angles: tuple[Tensor, Tensor] | None,
+    slopes: Tensor | None,
+) -> Tensor:
+    """Attention of one new token per row to a cache, which its own key and value join.
+
+    Args:
+        qkv: (B, (H + 2 H_kv) D): the heads of the queries, then of the key, then of the value.
+        keys, values: the cache, (B, H_kv, capacity, D), written to at `positions`.
+        positions: int64 (B,), how many tokens a row has before this one.
+        span: max(positions) + 1.
+        angles: cosines and sines (B, D) by which queries and keys are turned; None: not at all.
+        slopes: float32 (H,), by which scores fall with the distance (ALiBi); None: they do not.
+
+    Returns:
+        (B, H D).
+    """
+    rows, kv_heads, _, dim = keys.shape
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    q, k, v = qkv.view(rows, -1, dim).split([heads, kv_heads, kv_heads], dim=1)
+    if angles is not None:
+        q, k = rotate(q, angles), rotate(k, angles)
+    index = torch.arange(rows, device=qkv.device)
+    keys[index, :, positions] = k
+    values[index, :, positions] = v
+    distance = torch.arange(span, device=qkv.device) - positions[:, None, None]  # (B, 1, S)
+    scores = distance.new_zeros(distance.shape, dtype=torch.float32)
+    if slopes is not None:
+        scores = slopes.to(qkv.device)[:, None] * distance  # (B, H, S)
+    mask = scores.masked_fill(distance > 0, -torch.inf).to(qkv.dtype)[:, :, None]
+    out = attention(q[:, :, None], keys[:, :, :span], values[:, :, :span], mask, causal=False)
+    return out.reshape(rows, heads * dim)
+
+
 def attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v.
 

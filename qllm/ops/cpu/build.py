@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -162,7 +163,7 @@ def _recipe(folder: Path) -> _Recipe:
         for unit in units
     ]
     linking = [*compiler, *LINK, *(f"{unit}.o" for unit in units), *extra, "-o", LIBRARY]
-    version = _run([[*compiler, "--version"]])
+    (version,) = _run([[*compiler, "--version"]])
     identity = (str(Path(compiler[0]).resolve()), version)
     return _Recipe(sources, compiling, linking, identity, machine)
 
@@ -272,23 +273,55 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _run(commands: list[list[str]], folder: Path | None = None) -> str:
-    """What commands print that all succeed; `folder` is where they run, and keep what they need."""
+def _run(commands: list[list[str]], folder: Path | None = None) -> list[str]:
+    """What commands print, beside each other, one per processor; the first to fail ends them all.
+
+    None outlives this: threads hold the processes, and Ctrl-C does not reach threads.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        try:
+            jobs = [pool.submit(_output, command, folder, stop) for command in commands]
+            return [job.result() for job in as_completed(jobs)]
+        finally:
+            stop.set()
+
+
+def _output(command: list[str], folder: Path | None, stop: threading.Event) -> str:
+    """What a command prints that runs in `folder`, and keeps there what it needs."""
     environment = {**os.environ, "LC_ALL": "C"}
     environment.pop("LD_PRELOAD", None)  # meant for us: a sanitizer finds leaks in compilers
     if folder:
         environment["TMPDIR"] = str(folder)
     # Memory, not a pipe, which would fill up, or stay open in a process that a compiler started.
     with os.fdopen(os.memfd_create("compiler"), "r+b") as log:
-        options = {"cwd": folder, "env": environment, "stdin": subprocess.DEVNULL}
-        failed = _first_failure(commands, stdout=log, stderr=log, **options)
+        status = _status(command, stop, stdout=log, stderr=log, cwd=folder, env=environment)
         log.seek(0)
         said = log.read().decode(errors="replace")
-    if failed:
-        reason = _first_error(said) or f"status {failed.returncode}"
+    if status:
+        reason = _first_error(said) or f"status {status}"
         remedy = OTHER_FOLDER if os.strerror(errno.ENOSPC) in reason else OTHER_COMPILER
-        raise Unavailable(f"{failed.args[0]} fails on the CPU kernels ({reason}); {remedy}")
+        raise Unavailable(f"{command[0]} fails on the CPU kernels ({reason}); {remedy}")
     return said
+
+
+def _status(command: list[str], stop: threading.Event, **options: Any) -> int:
+    """How a command ends; a group of processes, for a compiler is one. `stop` kills it."""
+    if stop.is_set():
+        return 0
+    options |= {"stdin": subprocess.DEVNULL, "start_new_session": True}
+    try:
+        process = subprocess.Popen(command, **options)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise Unavailable(f"{command[0]} does not run ({reason}); {OTHER_COMPILER}") from error
+    deadline = time.monotonic() + TIMEOUT
+    while not stop.is_set() and time.monotonic() < deadline:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    raise Unavailable(f"{command[0]} hangs ({TIMEOUT:.0f} s); {OTHER_COMPILER}")
 
 
 def _first_error(said: str) -> str:
@@ -297,38 +330,6 @@ def _first_error(said: str) -> str:
     lines = [line.strip() for line in said.splitlines() if not line.startswith("collect2:")]
     errors = (line for line in lines if re.search(r"\berror[: ]", line, re.IGNORECASE))
     return next(errors, lines[-1] if lines else "")
-
-
-def _first_failure(commands: list[list[str]], **options: Any) -> subprocess.Popen | None:
-    """Run commands beside each other, one per processor; the first that fails ends the others.
-
-    Each is a group of processes, for a compiler is one, and none outlives this, come what may.
-    """
-    processors = len(os.sched_getaffinity(0))
-    deadline = time.monotonic() + TIMEOUT
-    waiting, running = list(commands), []
-    try:
-        while waiting or running:
-            while waiting and len(running) < processors:
-                command = waiting.pop(0)
-                running.append(subprocess.Popen(command, start_new_session=True, **options))
-            with suppress(subprocess.TimeoutExpired):
-                running[0].wait(0.05)
-            for process in [process for process in running if process.poll() is not None]:
-                running.remove(process)
-                if process.returncode:
-                    return process
-            if running and time.monotonic() > deadline:
-                raise Unavailable(f"{command[0]} hangs ({TIMEOUT:.0f} s); {OTHER_COMPILER}")
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise Unavailable(f"{command[0]} does not run ({reason}); {OTHER_COMPILER}") from error
-    finally:
-        for process in running:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return None
 
 
 def _share_openmp() -> None:

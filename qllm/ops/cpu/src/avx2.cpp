@@ -2,5 +2,7 @@
 #include "tile.h"
 #include "linear.h"
 #include "limits.h"
+#include "steps.h"
 
-const qllm::Path qllm::avx2_path = {"avx2", linear, pack, unpack, read_all, multiply_all};
+const qllm::Path qllm::avx2_path = {"avx2", linear, pack, unpack, activate, norm,   add,
+                 embed,  attend, dense, read_all, multiply_all};

@@ -1,5 +1,6 @@
 // The C interface, and the choice of the path.
 #include <cpuid.h>
+#include <sys/mman.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -97,9 +98,45 @@ PUBLIC bool qllm_use(const char *name, int64_t with) {
     return false;
 }
 
-PUBLIC bool qllm_linear(const Linear *a) { return current->linear(*a); }
 PUBLIC void qllm_pack(const Packing *a) { current->pack(*a); }
 PUBLIC void qllm_unpack(const Packing *a) { current->unpack(*a); }
+
+// All that a pass over a decoder calls has one form, so that calls can be kept and repeated;
+// false where there is no memory, or an index outside its table.
+PUBLIC bool qllm_linear(const void *a) { return current->linear(*static_cast<const Linear *>(a)); }
+PUBLIC bool qllm_dense(const void *a) { return current->dense(*static_cast<const Dense *>(a)); }
+PUBLIC bool qllm_attend(const void *a) { return current->attend(*static_cast<const Attend *>(a)); }
+PUBLIC bool qllm_activate(const void *a) {
+    current->activate(*static_cast<const Activate *>(a));
+    return true;
+}
+PUBLIC bool qllm_norm(const void *a) {
+    current->norm(*static_cast<const Norm *>(a));
+    return true;
+}
+PUBLIC bool qllm_add(const void *a) {
+    current->add(*static_cast<const Add *>(a));
+    return true;
+}
+PUBLIC bool qllm_embed(const void *a) { return current->embed(*static_cast<const Embed *>(a)); }
+
+struct Call {
+    bool (*function)(const void *);
+    const void *arguments;
+};
+
+// Asks for huge pages under memory that begins with one.
+PUBLIC void qllm_huge_pages(void *memory, int64_t bytes) {
+    madvise(memory, size_t(bytes), MADV_HUGEPAGE);
+}
+
+// Makes calls again that were made before.
+PUBLIC bool qllm_replay(const Call *calls, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (!calls[i].function(calls[i].arguments)) return false;
+    return true;
+}
+
 PUBLIC int64_t qllm_read_all(const uint8_t *from, int64_t bytes) {
     return current->read_all(from, bytes);
 }

@@ -90,6 +90,17 @@ inline VF max_f(VF a, VF b) { return _mm256_max_ps(a, b); }
 inline VF min_f(VF a, VF b) { return _mm256_min_ps(a, b); }
 inline VF abs_f(VF a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 inline VF to_float(VI v) { return _mm256_cvtepi32_ps(v); }
+inline VF as_float(VI v) { return _mm256_castsi256_ps(v); }
+inline float sum_of(VF v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+// Zeros from lane `count` on.
+inline VF first_of(VF v, int64_t count) {
+    VI lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(set_i(int32_t(count)), lane)));
+}
 inline VI bits_of(VF v) { return _mm256_castps_si256(v); }
 // To the nearest integer, halves to even; what is not a number becomes 0.
 inline VI round_i(VF v) {
@@ -103,6 +114,17 @@ template <int SIZE> inline void copy_few(void *to, const void *from, int64_t cou
         static_cast<char *>(to)[i] = static_cast<const char *>(from)[i];
 }
 
+// WIDTH elements.
+template <int64_t TYPE> inline VF load_all(const void *p, int64_t i) {
+    if constexpr (TYPE == FLOAT32) return _mm256_loadu_ps(static_cast<const float *>(p) + i);
+    const __m128i *from =
+        reinterpret_cast<const __m128i *>(static_cast<const uint16_t *>(p) + i);
+    if constexpr (TYPE == FLOAT16) return _mm256_cvtph_ps(_mm_loadu_si128(from));
+    VI wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
+// Up to WIDTH elements, zeros behind them.
 inline VF load_as(const void *p, int64_t i, int64_t type, int64_t count) {
     if (type == FLOAT32) {
         const float *from = static_cast<const float *>(p) + i;

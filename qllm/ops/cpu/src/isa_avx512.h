@@ -16,6 +16,10 @@ constexpr int MAX_STREAMS = 12;   // rows x planes of a tile
 constexpr int ACCUMULATORS = 24;  // registers that its sums may take
 #define FEW_STREAMS 8  // up to which weights are not unpacked to cache
 
+inline __mmask16 first(int64_t count) {
+    return count >= 16 ? 0xFFFF : count > 0 ? (1u << count) - 1 : 0;
+}
+
 inline VI zero_i() { return _mm512_setzero_si512(); }
 inline VI set_i(int32_t v) { return _mm512_set1_epi32(v); }
 inline VI load_i(const int32_t *p) { return _mm512_loadu_si512(p); }
@@ -60,16 +64,28 @@ inline VF min_f(VF a, VF b) { return _mm512_min_ps(a, b); }
 inline VF abs_f(VF a) { return _mm512_abs_ps(a); }
 inline float max_of(VF v) { return _mm512_reduce_max_ps(v); }
 inline VF to_float(VI v) { return _mm512_cvtepi32_ps(v); }
+inline VF as_float(VI v) { return _mm512_castsi512_ps(v); }
+inline float sum_of(VF v) { return _mm512_reduce_add_ps(v); }
+// Zeros from lane `count` on.
+inline VF first_of(VF v, int64_t count) { return _mm512_maskz_mov_ps(first(count), v); }
 inline VI bits_of(VF v) { return _mm512_castps_si512(v); }
 // To the nearest integer, halves to even; what is not a number becomes 0.
 inline VI round_i(VF v) {
     return _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v);
 }
 
-inline __mmask16 first(int64_t count) {
-    return count >= 16 ? 0xFFFF : count > 0 ? (1u << count) - 1 : 0;
+
+// WIDTH elements.
+template <int64_t TYPE> inline VF load_all(const void *p, int64_t i) {
+    if constexpr (TYPE == FLOAT32) return _mm512_loadu_ps(static_cast<const float *>(p) + i);
+    const __m256i *from =
+        reinterpret_cast<const __m256i *>(static_cast<const uint16_t *>(p) + i);
+    if constexpr (TYPE == FLOAT16) return _mm512_cvtph_ps(_mm256_loadu_si256(from));
+    VI wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
+// Up to WIDTH elements, zeros behind them.
 inline VF load_as(const void *p, int64_t i, int64_t type, int64_t count) {
     __mmask16 mask = first(count);
     if (type == FLOAT32) return _mm512_maskz_loadu_ps(mask, static_cast<const float *>(p) + i);

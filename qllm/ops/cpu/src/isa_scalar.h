@@ -71,6 +71,9 @@ inline VF from_bits(uint32_t bits) {
     __builtin_memcpy(&v, &bits, 4);
     return v;
 }
+inline VF as_float(VI v) { return from_bits(uint32_t(v)); }
+inline float sum_of(VF v) { return v; }
+inline VF first_of(VF v, int64_t count) { return count > 0 ? v : 0; }
 // To the nearest integer, halves to even; what is not a number becomes 0.
 inline VI round_i(VF v) { return v == v ? VI(__builtin_lrintf(v)) : 0; }
 
@@ -93,6 +96,14 @@ inline uint16_t to_half(VF v) {
     return uint16_t(sign | ((magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13));
 }
 
+// An element.
+template <int64_t TYPE> inline VF load_all(const void *p, int64_t i) {
+    if constexpr (TYPE == FLOAT32) return static_cast<const float *>(p)[i];
+    uint16_t half = static_cast<const uint16_t *>(p)[i];
+    return TYPE == FLOAT16 ? from_half(half) : from_bits(uint32_t(half) << 16);
+}
+
+// The same, or zero where there is none.
 inline VF load_as(const void *p, int64_t i, int64_t type, int64_t count) {
     if (count < 1) return 0;
     if (type == FLOAT32) return static_cast<const float *>(p)[i];

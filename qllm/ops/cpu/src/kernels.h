@@ -61,11 +61,63 @@ struct Packing {
     uint8_t *q, *scales, *zeros;
 };
 
+// The rest of a decoder; all tensors of one call but the float32 and integer ones are of one type.
+
+enum Kind : int64_t { RELU = 0, GELU = 1, GELU_TANH = 2, SILU = 3 };
+
+struct Activate {  // y (rows, channels) = f(x), or f(x) z where x is [x; z] (rows, 2 channels)
+    int64_t rows, channels, kind, gated, type;
+    const void *x;
+    void *y;
+};
+
+struct Norm {  // of each row of x (rows, channels); `centered`: less its mean
+    int64_t rows, channels, centered, type;
+    double eps;
+    const void *x, *weight, *bias;  // weight and bias (channels,) or null
+    void *y;
+};
+
+struct Add {  // y = x + z, all (count,)
+    int64_t count, type;
+    const void *x, *z;
+    void *y;
+};
+
+struct Embed {  // row index[i] + offset of a table, `bytes` wide, for each i
+    int64_t rows, table_rows, bytes, offset;
+    const int64_t *index;
+    const void *table;
+    void *y;
+};
+
+struct Attend {  // one new token per row: its keys and values join the cache, its queries attend
+    int64_t rows, heads, kv_heads, dim, capacity, type;
+    const void *qkv;            // (rows, heads + 2 kv_heads, dim)
+    const int64_t *positions;   // (rows,): how many tokens the row has in the cache
+    const void *cos, *sin;      // (rows, dim), or null for no rotation
+    const float *slopes;        // (heads,): of ALiBi, or null
+    void *keys, *values;        // (rows, kv_heads, capacity, dim)
+    void *y;                    // (rows, heads, dim)
+};
+
+struct Dense {  // y (rows, out) = x w^T + bias
+    int64_t rows, in, out, x_stride, type;
+    const void *x, *w, *bias;
+    void *y;
+};
+
 struct Path {
     const char *name;
     bool (*linear)(const Linear &);  // false where there is no memory
     void (*pack)(const Packing &);
     void (*unpack)(const Packing &);
+    void (*activate)(const Activate &);
+    void (*norm)(const Norm &);
+    void (*add)(const Add &);
+    bool (*embed)(const Embed &);  // false for an index outside the table
+    bool (*attend)(const Attend &);
+    bool (*dense)(const Dense &);
     int64_t (*read_all)(const uint8_t *, int64_t bytes);
     int64_t (*multiply_all)(int64_t rounds);
 };

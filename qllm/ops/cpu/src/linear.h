@@ -127,34 +127,31 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
                                  bytes[plane] + t * STEP, STEP);
     }
     int64_t at = b * x.rows + row;
-    x.scale[at] = scale;
+    if (P > 1) x.scale[at] = scale;  // int8 has one for all blocks, which is there
     x.sum[at] = sum_of_i(sum);
     if (P == 4) x.low_sum[at] = sum_of_i(low_sum);
 }
 
-// A thread's share of the activations, `first` being their first row in a.x.
+// A thread's share of the activations, `first` being their first row in a.x. It takes whole blocks:
+// the rows of a tile lie side by side in cache lines, which threads would take from each other.
 template <int P> void quantize_share(const Linear &a, const Activations &x, int64_t first) {
-    if (P > 1) {
+    if (P == 1) {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < x.rows * x.blocks; i++) {
-            int64_t row = i / x.blocks, b = i % x.blocks;
-            quantize<P>(a, x, row, b, (first + row) * a.x_stride + x.block[b].input, 1);
+        for (int64_t row = 0; row < x.rows; row++) {
+            float scale = a.input_scale ? *a.input_scale : 0;
+            if (a.mode == INT8_DYNAMIC) {
+                scale = float_of(largest_bits(a, (first + row) * a.x_stride, a.in)) * 2 / 255;
+                if (scale == 0) scale = 1;
+            }
+            x.scale[row] = scale;
         }
-        return;
     }
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < x.rows; row++) {
-        int64_t start = (first + row) * a.x_stride;
-        float scale;
-        if (a.mode == INT8_STATIC) {
-            scale = *a.input_scale;
-        } else {
-            scale = float_of(largest_bits(a, start, a.in)) * 2 / 255;
-            if (scale == 0) scale = 1;
+    for (int64_t b = 0; b < x.blocks; b++)
+        for (int64_t row = 0; row < x.rows; row++) {
+            int64_t start = (first + row) * a.x_stride + x.block[b].input;
+            quantize<P>(a, x, row, b, start, P == 1 ? x.scale[row] : 1);
         }
-        for (int64_t b = 0; b < x.blocks; b++)
-            quantize<P>(a, x, row, b, start + x.block[b].input, scale);
-    }
 }
 
 // The sums of a group of panels to y.

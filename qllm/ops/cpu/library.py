@@ -1,0 +1,127 @@
+"""The compiled kernels, the path they run on, and how Python calls them."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qllm.errors import UserError
+from qllm.ops.cpu import build
+from qllm.ops.cpu.tape import call
+
+# What each path is built on, the best one first.
+PATHS = {
+    "avx512": "AVX-512 VNNI",
+    "avxvnni": "AVX-VNNI",
+    "avx2": "AVX2",
+    "scalar": "no vector instructions",
+}
+# Functions that say whether they could do it.
+CALLS = (
+    *("qllm_use", "qllm_linear", "qllm_dense", "qllm_attend", "qllm_activate", "qllm_norm"),
+    *("qllm_add", "qllm_embed", "qllm_replay"),
+)
+HUGE_PAGE = 1 << 21
+ARENA_BYTES = 32 << 20
+CACHE_LINE = 64
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def structure(name: str, text: str) -> type[ctypes.Structure]:
+    """A C structure of int64, or of pointers (*name) and doubles (=name)."""
+    kinds = {"*": ctypes.c_void_p, "=": ctypes.c_double}
+    fields = [(word.lstrip("*="), kinds.get(word[0], ctypes.c_int64)) for word in text.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels, on the path that `QLLM_CPU_PATH` names or the best there is.
+
+    Raises:
+        build.Unavailable: they cannot be had here.
+        UserError: for a path that is unknown, or that this machine lacks.
+    """
+    loaded = build.load()
+    loaded.qllm_features.restype = ctypes.c_int64
+    loaded.qllm_best.restype = ctypes.c_char_p
+    for name in CALLS:
+        getattr(loaded, name).restype = ctypes.c_bool
+    features = ctypes.c_int64(loaded.qllm_features())
+    best = loaded.qllm_best(features).decode()
+    name = os.environ.get("QLLM_CPU_PATH") or best
+    if not loaded.qllm_use(name.encode(), features):
+        known = [path for path in PATHS if loaded.qllm_use(path.encode(), features)]
+        loaded.qllm_use(best.encode(), features)
+        raise UserError(f"QLLM_CPU_PATH={name!r} cannot run here; choose {', '.join(known)}")
+    loaded.path = name
+    return loaded
+
+
+@cache
+def unavailable() -> str | None:
+    """Why there are no kernels, None where there are; the first call says it on standard error."""
+    try:
+        library()
+    except build.Unavailable as error:
+        print(f"note: {error}; running plain torch ops, which are slow", file=sys.stderr)
+        return str(error)
+    return None
+
+
+def about() -> str:
+    """The path in use, in words."""
+    return PATHS[library().path]
+
+
+def why_not(device: str) -> str | None:
+    """Why kernels cannot run on a device, None where they can."""
+    if device != "cpu":
+        return "it is for CPUs"
+    reason = unavailable()
+    return None if reason is None else f"not on this machine: {reason}"
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where a tensor's elements are; None, C's null, for none."""
+    return tensor.data_ptr() if tensor is not None and tensor.numel() else None
+
+
+def run(name: str, arguments: ctypes.Structure, *tensors: Tensor | None) -> None:
+    """Call a kernel by name; `tensors` are those that the arguments point to."""
+    call(library(), name, arguments, *tensors)
+
+
+def huge_pages(nbytes: int) -> Tensor:
+    """Memory on huge pages, where the system grants them: uint8 (nbytes,), not written to yet.
+
+    A stream over pages of 4 KiB is slower by up to a third: each page is looked up, and prefetching
+    ends with it.
+    """
+    memory = torch.empty(nbytes + HUGE_PAGE, dtype=torch.uint8)
+    start = -memory.data_ptr() % HUGE_PAGE
+    memory = memory[start : start + nbytes]
+    library().qllm_huge_pages(ctypes.c_void_p(memory.data_ptr()), ctypes.c_int64(nbytes))
+    return memory
+
+
+class Arena:
+    """Tensors side by side on huge pages, which are larger than many a layer."""
+
+    def __init__(self) -> None:
+        self.memory, self.used = torch.empty(0, dtype=torch.uint8), 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor like `torch.empty`'s; its memory is freed with the last of its neighbours."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self.used + nbytes > len(self.memory):
+            self.memory, self.used = huge_pages(max(ARENA_BYTES, nbytes)), 0
+        part = self.memory[self.used : self.used + nbytes]
+        self.used += -(-nbytes // CACHE_LINE) * CACHE_LINE
+        return part.view(dtype).view(shape)

@@ -1,0 +1,170 @@
+"""Packed weights times activations."""
+
+from __future__ import annotations
+
+import ctypes
+
+from torch import Tensor
+
+from qllm.ops.cpu import library
+from qllm.ops.cpu.library import TYPES, Arena, pointer, structure
+from qllm.quant.packing import PackedWeight, packed_size
+
+LANES, SLAB, VECTOR = 16, 32, 64  # of the layout, as in kernels.h
+SMALLEST_GROUP = 16  # every group is filled up to a slab
+WEIGHT_ONLY, INT8_DYNAMIC, INT8_STATIC = range(3)
+
+# As in kernels.h.
+Linear = structure(
+    "Linear",
+    "rows inputs outputs bits group mode *x x_type x_stride *y *q *scales scale_type *zeros *bias "
+    "*input_scale",
+)
+Packing = structure(
+    "Packing",
+    "inputs outputs bits group *rows row_bytes *row_scales *row_zeros scale_bytes *q *scales "
+    "*zeros",
+)
+
+
+def about() -> str:
+    """What the kernels do, for `--explain`."""
+    return f"{library.about()}; activations as integers, exact sums within a group"
+
+
+def why_not(device: str, in_features: int, group_size: int) -> str | None:
+    """Why a layer cannot run here, None where it can."""
+    if 0 < group_size < min(SMALLEST_GROUP, in_features):
+        return f"groups of fewer than {SMALLEST_GROUP} inputs"
+    return library.why_not(device)
+
+
+_arena = Arena()
+
+
+def _shape(in_features: int, bits: int, group_size: int) -> tuple[int, int, int]:
+    """Group size, groups and slabs of a row."""
+    group = in_features if group_size == -1 else min(group_size, in_features)
+    full, rest = divmod(in_features, group)
+    slabs = full * -(-group // SLAB) + -(-rest // SLAB)
+    return group, full + (rest > 0), slabs
+
+
+def pack(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> PackedWeight:
+    """A weight (N, K) in the kernels' layout.
+
+    Returns:
+        qweight uint8 (ceil(N / 16), slabs, bits, 64), a slab being 32 inputs of a group or the
+        rest of it; scales (ceil(N / 16), G, 16) and qzeros uint8 of that shape, or empty.
+    """
+    group, groups, slabs = _shape(in_features, bits, group_size)
+    out_features = len(weight.qweight)
+    panels = -(-out_features // LANES)
+    rows, scales, zeros = (tensor.contiguous() for tensor in weight[:3])
+    grid = (panels, groups, LANES)
+    packed = PackedWeight(
+        _arena.empty((panels, slabs, bits, VECTOR), rows.dtype),
+        _arena.empty(grid, scales.dtype),
+        _arena.empty(grid, zeros.dtype) if zeros.numel() else zeros,
+    )
+    _move(
+        library.library().qllm_pack,
+        (in_features, out_features, bits, group),
+        (rows, scales, zeros),
+        packed,
+    )
+    return packed
+
+
+def unpack(
+    packed: PackedWeight, bits: int, group_size: int, in_features: int, out_features: int
+) -> PackedWeight:
+    """The inverse of `pack`."""
+    group, groups, _ = _shape(in_features, bits, group_size)
+    rows = packed.qweight.new_zeros(out_features, packed_size(in_features, bits))
+    scales = packed.scales.new_empty(out_features, groups)
+    zeros = packed.qzeros.new_empty((out_features, groups) if packed.qzeros.numel() else 0)
+    _move(
+        library.library().qllm_unpack,
+        (in_features, out_features, bits, group),
+        (rows, scales, zeros),
+        packed,
+    )
+    return PackedWeight(rows, scales, zeros)
+
+
+def _move(
+    function: ctypes._CFuncPtr,
+    shape: tuple[int, int, int, int],
+    stored: tuple[Tensor, Tensor, Tensor],
+    packed: PackedWeight,
+) -> None:
+    """Call `qllm_pack` or `qllm_unpack`."""
+    rows, scales, zeros = stored
+    arguments = (pointer(rows), rows.stride(0), pointer(scales), pointer(zeros))
+    kept = (scales.element_size(), *map(pointer, packed[:3]))
+    function(ctypes.byref(Packing(*shape, *arguments, *kept)))
+
+
+def weight_only_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """`reference.weight_only_linear` on tensors of `pack`."""
+    shape = (out_features, bits, group_size)
+    return _linear(x, PackedWeight(qweight, scales, qzeros), bias, shape, WEIGHT_ONLY)
+
+
+def int8_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """`reference.int8_linear` on tensors of `pack`: 8 bits, symmetric, one group."""
+    mode = INT8_DYNAMIC if input_scale is None else INT8_STATIC
+    weight = PackedWeight(qweight, scales, qweight.new_empty(0))
+    return _linear(x, weight, bias, (out_features, 8, -1), mode, input_scale)
+
+
+def _linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    shape: tuple[int, int, int],
+    mode: int,
+    input_scale: Tensor | None = None,
+) -> Tensor:
+    out_features, bits, group_size = shape
+    rows, in_features = x.shape
+    x = x if x.stride(1) == 1 or in_features == 1 else x.contiguous()
+    bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+    y = x.new_empty(rows, out_features)
+    arguments = Linear(
+        rows,
+        in_features,
+        out_features,
+        bits,
+        in_features if group_size == -1 else min(group_size, in_features),
+        mode,
+        pointer(x),
+        TYPES[x.dtype],
+        x.stride(0),
+        pointer(y),
+        pointer(weight.qweight),
+        pointer(weight.scales),
+        TYPES[weight.scales.dtype],
+        pointer(weight.qzeros),
+        pointer(bias),
+        pointer(input_scale),
+    )
+    library.run("qllm_linear", arguments, x, y, *weight[:3], bias, input_scale)
+    return y

@@ -1,0 +1,340 @@
+// What lies between the quantized layers of a decoder: norms, activation functions, attention of
+// new tokens to the cache, dense layers. Arithmetic is in float32, rounded once to the type of the
+// activations. A row's result does not depend on the rows beside it, nor on the threads.
+#pragma once
+
+#include <math.h>
+#include <omp.h>
+
+#include "kernels.h"
+
+namespace qllm {
+namespace {
+
+// Below this many multiplications a loop is done before other threads have begun.
+constexpr int64_t WORTH_THREADS = 1 << 15;
+
+// function<TYPE>(...) for the type of a call: known at compile time, it costs loops nothing.
+#define BY_TYPE(type, function, ...)                                             \
+    ((type) == FLOAT32   ? function<FLOAT32>(__VA_ARGS__)                        \
+     : (type) == FLOAT16 ? function<FLOAT16>(__VA_ARGS__)                        \
+                         : function<BFLOAT16>(__VA_ARGS__))
+
+template <int64_t TYPE> inline VF load(const void *p, int64_t i, int64_t count) {
+    return count >= WIDTH ? load_all<TYPE>(p, i) : load_as(p, i, TYPE, count);
+}
+
+template <int64_t TYPE> inline void store(void *p, int64_t i, int64_t count, VF v) {
+    store_as(p, i, TYPE, count, v);
+}
+
+// e^v to two units in the last place; from -87 down it is not 0 but about 1e-38.
+inline VF exp_f(VF v) {
+    v = max_f(set_f(-87.0f), min_f(set_f(88.0f), v));
+    VI power = round_i(mul_f(v, set_f(1.44269504f)));
+    VF n = to_float(power);
+    // v - n ln 2, ln 2 in two parts, of which the first has few bits.
+    VF r = fma_f(n, set_f(-0.693359375f), v);
+    r = fma_f(n, set_f(2.12194440e-4f), r);
+    VF p = set_f(1.9875691500e-4f);
+    p = fma_f(p, r, set_f(1.3981999507e-3f));
+    p = fma_f(p, r, set_f(8.3334519073e-3f));
+    p = fma_f(p, r, set_f(4.1665795894e-2f));
+    p = fma_f(p, r, set_f(1.6666665459e-1f));
+    p = fma_f(p, r, set_f(5.0000001201e-1f));
+    p = add_f(fma_f(mul_f(r, r), p, r), set_f(1));
+    return mul_f(p, as_float(shift_left<23>(add_i(power, set_i(127)))));
+}
+
+template <int KIND> inline VF activated(VF v) {
+    if constexpr (KIND == RELU) {
+        return max_f(set_f(0), v);
+    } else if constexpr (KIND == SILU) {
+        return div_f(v, add_f(set_f(1), exp_f(sub_f(set_f(0), v))));
+    } else if constexpr (KIND == GELU_TANH) {
+        // v / 2 (1 + tanh u) = v / (1 + e^-2u), u = sqrt(2 / pi) (v + 0.044715 v^3)
+        VF u = fma_f(mul_f(mul_f(v, v), v), set_f(0.044715f), v);
+        return div_f(v, add_f(set_f(1), exp_f(mul_f(u, set_f(-1.5957691216f)))));
+    } else {
+        alignas(64) float lane[WIDTH];
+        store_f(lane, v);
+        for (float &x : lane) x = x * 0.5f * (1 + erff(x * 0.70710678f));
+        return load_f(lane);
+    }
+}
+
+template <int64_t TYPE, int KIND> void activate_row(const Activate &a, int64_t row) {
+    int64_t from = row * a.channels * (a.gated ? 2 : 1), to = row * a.channels;
+    for (int64_t i = 0; i < a.channels; i += WIDTH) {
+        int64_t count = a.channels - i;
+        VF value = activated<KIND>(load<TYPE>(a.x, from + i, count));
+        if (a.gated) value = mul_f(value, load<TYPE>(a.x, from + a.channels + i, count));
+        store<TYPE>(a.y, to + i, count, value);
+    }
+}
+
+template <int64_t TYPE> void activate_row(const Activate &a, int64_t row) {
+    if (a.kind == RELU) return activate_row<TYPE, RELU>(a, row);
+    if (a.kind == SILU) return activate_row<TYPE, SILU>(a, row);
+    if (a.kind == GELU_TANH) return activate_row<TYPE, GELU_TANH>(a, row);
+    activate_row<TYPE, GELU>(a, row);
+}
+
+static void activate(const Activate &a) {
+#pragma omp parallel for schedule(static) if (a.rows > 1 && a.rows * a.channels > WORTH_THREADS)
+    for (int64_t row = 0; row < a.rows; row++) BY_TYPE(a.type, activate_row, a, row);
+}
+
+template <int64_t TYPE> void norm_row(const Norm &a, int64_t row) {
+    const int64_t start = row * a.channels;
+    VF total = set_f(0), squares = set_f(0);
+    for (int64_t i = 0; a.centered && i < a.channels; i += WIDTH)
+        total = add_f(total, load<TYPE>(a.x, start + i, a.channels - i));
+    const VF mean = set_f(sum_of(total) / float(a.channels));
+    for (int64_t i = 0; i < a.channels; i += WIDTH) {
+        int64_t count = a.channels - i;
+        VF value = sub_f(load<TYPE>(a.x, start + i, count), mean);
+        // What lies behind the row's end is no 0 any more.
+        if (count < WIDTH) value = first_of(value, count);
+        squares = fma_f(value, value, squares);
+    }
+    const VF scale = set_f(1 / sqrtf(sum_of(squares) / float(a.channels) + float(a.eps)));
+    for (int64_t i = 0; i < a.channels; i += WIDTH) {
+        int64_t count = a.channels - i;
+        VF value = mul_f(sub_f(load<TYPE>(a.x, start + i, count), mean), scale);
+        if (a.weight) value = mul_f(value, load<TYPE>(a.weight, i, count));
+        if (a.bias) value = add_f(value, load<TYPE>(a.bias, i, count));
+        store<TYPE>(a.y, start + i, count, value);
+    }
+}
+
+static void norm(const Norm &a) {
+#pragma omp parallel for schedule(static) if (a.rows > 1 && a.rows * a.channels > WORTH_THREADS)
+    for (int64_t row = 0; row < a.rows; row++) BY_TYPE(a.type, norm_row, a, row);
+}
+
+template <int64_t TYPE> void add_part(const Add &a, int64_t start, int64_t end) {
+    for (int64_t i = start; i < end; i += WIDTH) {
+        int64_t count = a.count - i;
+        store<TYPE>(a.y, i, count, add_f(load<TYPE>(a.x, i, count), load<TYPE>(a.z, i, count)));
+    }
+}
+
+static void add(const Add &a) {
+    constexpr int64_t PART = 4096;
+#pragma omp parallel for schedule(static) if (a.count > WORTH_THREADS)
+    for (int64_t start = 0; start < a.count; start += PART) {
+        int64_t end = start + PART < a.count ? start + PART : a.count;
+        BY_TYPE(a.type, add_part, a, start, end);
+    }
+}
+
+static bool embed(const Embed &a) {
+    for (int64_t row = 0; row < a.rows; row++) {
+        int64_t index = a.index[row] + a.offset;
+        if (index < 0 || index >= a.table_rows) return false;
+        __builtin_memcpy(static_cast<char *>(a.y) + row * a.bytes,
+                         static_cast<const char *>(a.table) + index * a.bytes, size_t(a.bytes));
+    }
+    return true;
+}
+
+// One head turned by its angles: the halves (p, q) to (p cos - q sin, q cos + p sin).
+static void turn(float *head, const Attend &a, int64_t row) {
+    int64_t half = a.dim / 2;
+    for (int64_t i = 0; i < half; i += WIDTH) {
+        int64_t count = half - i, at = row * a.dim + i;
+        VF p = load_as(head, i, FLOAT32, count), q = load_as(head, half + i, FLOAT32, count);
+        VF cos_p = load_as(a.cos, at, a.type, count), sin_p = load_as(a.sin, at, a.type, count);
+        VF cos_q = load_as(a.cos, at + half, a.type, count);
+        VF sin_q = load_as(a.sin, at + half, a.type, count);
+        store_as(head, i, FLOAT32, count, sub_f(mul_f(p, cos_p), mul_f(q, sin_p)));
+        store_as(head, half + i, FLOAT32, count, add_f(mul_f(q, cos_q), mul_f(p, sin_q)));
+    }
+}
+
+static void load_head(float *head, const Attend &a, int64_t row, int64_t index) {
+    int64_t start = (row * (a.heads + 2 * a.kv_heads) + index) * a.dim;
+    for (int64_t i = 0; i < a.dim; i += WIDTH)
+        store_as(head, i, FLOAT32, a.dim - i, load_as(a.qkv, start + i, a.type, a.dim - i));
+}
+
+static void store_head(const float *head, const Attend &a, void *to, int64_t at) {
+    for (int64_t i = 0; i < a.dim; i += WIDTH)
+        store_as(to, at + i, a.type, a.dim - i, load_as(head, i, FLOAT32, a.dim - i));
+}
+
+// The sum of x[i] y[i], x being float32.
+template <int64_t TYPE>
+inline float dot_product(const float *x, const void *y, int64_t start, int64_t count) {
+    VF sum = set_f(0);
+    for (int64_t i = 0; i < count; i += WIDTH)
+        sum = fma_f(load<FLOAT32>(x, i, count - i), load<TYPE>(y, start + i, count - i), sum);
+    return sum_of(sum);
+}
+
+// A query (dim,) times four keys, one after the other from element `start` on.
+template <int64_t TYPE>
+inline void four_scores(const Attend &a, const float *query, int64_t start, float *scores) {
+    VF s0 = set_f(0), s1 = s0, s2 = s0, s3 = s0;
+    for (int64_t i = 0; i < a.dim; i += WIDTH) {
+        int64_t count = a.dim - i, at = start + i;
+        VF q = load<FLOAT32>(query, i, count);
+        s0 = fma_f(q, load<TYPE>(a.keys, at, count), s0);
+        s1 = fma_f(q, load<TYPE>(a.keys, at + a.dim, count), s1);
+        s2 = fma_f(q, load<TYPE>(a.keys, at + 2 * a.dim, count), s2);
+        s3 = fma_f(q, load<TYPE>(a.keys, at + 3 * a.dim, count), s3);
+    }
+    scores[0] = sum_of(s0);
+    scores[1] = sum_of(s1);
+    scores[2] = sum_of(s2);
+    scores[3] = sum_of(s3);
+}
+
+// A query (dim,) over the keys and values of one head, of which there are `length`.
+template <int64_t TYPE>
+void attend_one(const Attend &a, const float *query, int64_t head, int64_t start, int64_t length,
+                float *scores, float *out) {
+    const float root = 1 / sqrtf(float(a.dim)), slope = a.slopes ? a.slopes[head] : 0;
+    int64_t j = 0;
+    for (; j + 4 <= length; j += 4) four_scores<TYPE>(a, query, start + j * a.dim, scores + j);
+    for (; j < length; j++)
+        scores[j] = dot_product<TYPE>(query, a.keys, start + j * a.dim, a.dim);
+    float largest = -INFINITY;
+    for (j = 0; j < length; j++) {
+        scores[j] = scores[j] * root + slope * float(j - (length - 1));
+        largest = scores[j] > largest ? scores[j] : largest;
+    }
+    VF total = set_f(0);
+    for (j = 0; j < length; j += WIDTH) {
+        int64_t count = length - j;
+        VF e = exp_f(sub_f(load_as(scores, j, FLOAT32, count), set_f(largest)));
+        if (count < WIDTH) e = first_of(e, count);
+        total = add_f(total, e);
+        store_as(scores, j, FLOAT32, count, e);
+    }
+    const VF share = set_f(1 / sum_of(total));
+    int64_t i = 0;
+    for (; i + 4 * WIDTH <= a.dim; i += 4 * WIDTH) {
+        VF s0 = set_f(0), s1 = s0, s2 = s0, s3 = s0;
+        for (j = 0; j < length; j++) {
+            VF weight = set_f(scores[j]);
+            int64_t at = start + j * a.dim + i;
+            s0 = fma_f(weight, load_all<TYPE>(a.values, at), s0);
+            s1 = fma_f(weight, load_all<TYPE>(a.values, at + WIDTH), s1);
+            s2 = fma_f(weight, load_all<TYPE>(a.values, at + 2 * WIDTH), s2);
+            s3 = fma_f(weight, load_all<TYPE>(a.values, at + 3 * WIDTH), s3);
+        }
+        store_f(out + i, mul_f(s0, share));
+        store_f(out + i + WIDTH, mul_f(s1, share));
+        store_f(out + i + 2 * WIDTH, mul_f(s2, share));
+        store_f(out + i + 3 * WIDTH, mul_f(s3, share));
+    }
+    for (; i < a.dim; i += WIDTH) {
+        VF sum = set_f(0);
+        for (j = 0; j < length; j++) {
+            VF value = load<TYPE>(a.values, start + j * a.dim + i, a.dim - i);
+            sum = fma_f(set_f(scores[j]), value, sum);
+        }
+        store_as(out, i, FLOAT32, a.dim - i, mul_f(sum, share));
+    }
+}
+
+static bool attend(const Attend &a) {
+    int64_t longest = 0;
+    for (int64_t row = 0; row < a.rows; row++)
+        if (a.positions[row] > longest) longest = a.positions[row];
+    int64_t room = (longest + 1 + 15) / 16 * 16, head = (a.dim + 15) / 16 * 16;
+    int64_t each = room + 2 * head;
+    float *memory = static_cast<float *>(scratch(size_t(omp_get_max_threads() * each * 4)));
+    if (!memory) return false;
+    int64_t work = a.rows * a.heads * (longest + 1) * a.dim;
+#pragma omp parallel for schedule(static) if (work > WORTH_THREADS)
+    for (int64_t item = 0; item < a.rows * a.kv_heads; item++) {
+        int64_t row = item / a.kv_heads, kv = item % a.kv_heads, position = a.positions[row];
+        float *query = memory + omp_get_thread_num() * each, *out = query + head;
+        float *scores = out + head;
+        int64_t start = item * a.capacity * a.dim, at = start + position * a.dim;
+        load_head(query, a, row, a.heads + kv);
+        if (a.cos) turn(query, a, row);
+        store_head(query, a, a.keys, at);
+        load_head(query, a, row, a.heads + a.kv_heads + kv);
+        store_head(query, a, a.values, at);
+        int64_t shared = a.heads / a.kv_heads;
+        for (int64_t h = kv * shared; h < (kv + 1) * shared; h++) {
+            load_head(query, a, row, h);
+            if (a.cos) turn(query, a, row);
+            BY_TYPE(a.type, attend_one, a, query, h, start, position + 1, scores, out);
+            store_head(out, a, a.y, (row * a.heads + h) * a.dim);
+        }
+    }
+    return true;
+}
+
+// R rows of x, as float32, times 4 channels of a dense weight.
+template <int64_t TYPE, int R>
+void dense_tile(const Dense &a, const float *x, int64_t channel, float (&out)[R][4]) {
+    constexpr int64_t SIZE = TYPE == FLOAT32 ? 4 : 2;
+    const char *w = static_cast<const char *>(a.w) + channel * a.in * SIZE;
+    VF sums[R][4];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < 4; c++) sums[r][c] = set_f(0);
+    int64_t k = 0;
+    for (; k + WIDTH <= a.in; k += WIDTH) {
+        for (int c = 0; c < 4; c++) {
+            __builtin_prefetch(w + (c * a.in + k) * SIZE + AHEAD);
+            VF value = load_all<TYPE>(w, c * a.in + k);
+            for (int r = 0; r < R; r++)
+                sums[r][c] = fma_f(load_f(x + r * a.in + k), value, sums[r][c]);
+        }
+    }
+    for (int c = 0; k < a.in && c < 4; c++) {
+        VF value = load_as(w, c * a.in + k, TYPE, a.in - k);
+        for (int r = 0; r < R; r++)
+            sums[r][c] = fma_f(load_as(x, r * a.in + k, FLOAT32, a.in - k), value, sums[r][c]);
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < 4; c++) out[r][c] = sum_of(sums[r][c]);
+}
+
+static void store_channels(const Dense &a, int64_t row, int64_t channel, int64_t channels,
+                           const float *sums) {
+    for (int64_t c = 0; c < channels; c++) {
+        VF sum = set_f(sums[c]);
+        if (a.bias) sum = add_f(sum, load_as(a.bias, channel + c, a.type, 1));
+        store_as(a.y, row * a.out + channel + c, a.type, 1, sum);
+    }
+}
+
+static bool dense(const Dense &a) {
+    float *x = static_cast<float *>(scratch(size_t(a.rows * a.in * 4)));
+    if (!x) return false;
+    for (int64_t row = 0; row < a.rows; row++)
+        for (int64_t k = 0; k < a.in; k += WIDTH) {
+            VF value = load_as(a.x, row * a.x_stride + k, a.type, a.in - k);
+            store_as(x, row * a.in + k, FLOAT32, a.in - k, value);
+        }
+#pragma omp parallel for schedule(static)
+    for (int64_t channel = 0; channel < a.out; channel += 4) {
+        int64_t channels = a.out - channel < 4 ? a.out - channel : 4;
+        for (int64_t row = 0; row < a.rows;) {
+            float four[4][4], one[1][4];
+            const float *from = x + row * a.in;
+            if (channels < 4) {
+                for (int64_t c = 0; c < channels; c++)
+                    one[0][c] = BY_TYPE(a.type, dot_product, from, a.w, (channel + c) * a.in, a.in);
+                store_channels(a, row++, channel, channels, one[0]);
+            } else if (a.rows - row < 4) {
+                BY_TYPE(a.type, dense_tile, a, from, channel, one);
+                store_channels(a, row++, channel, channels, one[0]);
+            } else {
+                BY_TYPE(a.type, dense_tile, a, from, channel, four);
+                for (const float *sums : four) store_channels(a, row++, channel, channels, sums);
+            }
+        }
+    }
+    return true;
+}
+
+}  // namespace
+}  // namespace qllm

@@ -1,0 +1,120 @@
+"""What lies between the packed layers of a decoder; see `reference` for what each computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qllm.ops.cpu import library
+from qllm.ops.cpu.library import TYPES, pointer, structure
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # as in kernels.h
+FEW_ROWS = 32  # for more of them a dense product is a library's work
+
+# As in kernels.h; eps is a double.
+Activate = structure("Activate", "rows channels kind gated type *x *y")
+Norm = structure("Norm", "rows channels centered type =eps *x *weight *bias *y")
+Add = structure("Add", "count type *x *z *y")
+Embed = structure("Embed", "rows table_rows bytes offset *index *table *y")
+Attend = structure(
+    "Attend",
+    "rows heads kv_heads dim capacity type *qkv *positions *cos *sin *slopes *keys *values *y",
+)
+Dense = structure("Dense", "rows inputs outputs x_stride type *x *w *bias *y")
+
+
+def _like(x: Tensor, other: Tensor | None) -> Tensor | None:
+    """`other` in the type of x, which all tensors of a call have."""
+    return other if other is None or other.dtype == x.dtype else other.to(x.dtype)
+
+
+def embedding(index: Tensor, table: Tensor, offset: int) -> Tensor:
+    """`reference.embedding`."""
+    y = table.new_empty(len(index), table.shape[1])
+    shape = (len(index), len(table), table.shape[1] * table.element_size(), offset)
+    tensors = (index, table, y)
+    try:
+        library.run("qllm_embed", Embed(*shape, *map(pointer, tensors)), *tensors)
+    except MemoryError:
+        raise IndexError(f"an index is outside a table of {len(table)} rows") from None
+    return y
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """`reference.layer_norm`."""
+    return _norm(x, weight, bias, eps, centered=True)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """`reference.rms_norm`."""
+    return _norm(x, weight, None, eps, centered=False)
+
+
+def _norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, centered: bool
+) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    tensors = (x, _like(x, weight), _like(x, bias), y)
+    arguments = Norm(*x.shape, centered, TYPES[x.dtype], eps, *map(pointer, tensors))
+    library.run("qllm_norm", arguments, *tensors)
+    return y
+
+
+def activation(x: Tensor, name: str) -> Tensor:
+    """`reference.activation`."""
+    return _activate(x, name, gated=False)
+
+
+def gated_activation(x: Tensor, name: str) -> Tensor:
+    """`reference.gated_activation`."""
+    return _activate(x, name, gated=True)
+
+
+def _activate(x: Tensor, name: str, *, gated: bool) -> Tensor:
+    x = x.contiguous()
+    rows, channels = x.shape[0], x.shape[1] // (2 if gated else 1)
+    y = x.new_empty(rows, channels)
+    kind = ACTIVATIONS.index(name)
+    arguments = Activate(rows, channels, kind, gated, TYPES[x.dtype], pointer(x), pointer(y))
+    library.run("qllm_activate", arguments, x, y)
+    return y
+
+
+def add(x: Tensor, z: Tensor) -> Tensor:
+    """`reference.add`."""
+    x, z = x.contiguous(), _like(x, z).contiguous()
+    y = torch.empty_like(x)
+    tensors = (x, z, y)
+    library.run("qllm_add", Add(x.numel(), TYPES[x.dtype], *map(pointer, tensors)), *tensors)
+    return y
+
+
+def decode_attention(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    span: int,
+    angles: tuple[Tensor, Tensor] | None,
+    slopes: Tensor | None,
+) -> Tensor:
+    """`reference.decode_attention`; rows attend to what their own positions say."""
+    rows, kv_heads, capacity, dim = keys.shape
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    y = qkv.new_empty(rows, heads * dim)
+    tensors = (qkv, positions, *(angles or (None, None)), slopes, keys, values, y)
+    shape = (rows, heads, kv_heads, dim, capacity, TYPES[qkv.dtype])
+    library.run("qllm_attend", Attend(*shape, *map(pointer, tensors)), *tensors)
+    return y
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`reference.dense_linear` for few rows."""
+    rows, in_features = x.shape
+    x = x if x.stride(1) == 1 or in_features == 1 else x.contiguous()
+    y = x.new_empty(rows, len(weight))
+    tensors = (x, _like(x, weight), _like(x, bias), y)
+    shape = (rows, in_features, len(weight), x.stride(0), TYPES[x.dtype])
+    library.run("qllm_dense", Dense(*shape, *map(pointer, tensors)), *tensors)
+    return y

@@ -1,0 +1,107 @@
+"""Calls of kernels, kept so that they can be made again without Python in between.
+
+A decode step makes the same calls for every token, on the same memory: a tape of them is to the
+CPU what a captured graph is to a GPU. Only what changes (tokens, positions, angles) is written into
+the tensors that the calls read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Ops of torch that a tape may leave out: they compute nothing.
+NO_WORK = {
+    *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
+    *("view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "transpose", "detach"),
+    *("alias", "t", "permute", "expand", "split", "split_with_sizes", "as_strided"),
+}
+
+
+class Call(ctypes.Structure):
+    """A function of the library and its arguments, as in dispatch.cpp."""
+
+    _fields_ = (("function", ctypes.c_void_p), ("arguments", ctypes.c_void_p))
+
+
+class Tape:
+    """The calls made while it was recording.
+
+    Attributes:
+        foreign: an op of torch among them, which makes the tape useless; None where there is none.
+    """
+
+    def __init__(self) -> None:
+        self.foreign: str | None = None
+        self._calls: list[Call] = []
+        self._kept: list[object] = []
+        self._array: ctypes.Array | None = None
+        self._replay: ctypes._CFuncPtr | None = None
+
+    def add(
+        self, library: ctypes.CDLL, name: str, arguments: ctypes.Structure, tensors: tuple
+    ) -> None:
+        """Keep a call, and the memory that it reads and writes."""
+        function = ctypes.cast(getattr(library, name), ctypes.c_void_p)
+        self._calls.append(Call(function, ctypes.addressof(arguments)))
+        self._kept.append((arguments, tensors))
+        self._replay = library.qllm_replay
+
+    def play(self) -> None:
+        """Make the calls again."""
+        if self._array is None:
+            self._array = (Call * len(self._calls))(*self._calls)
+        if not self._replay(self._array, ctypes.c_int64(len(self._calls))):
+            raise MemoryError("no memory for a decode step, or a token outside the vocabulary")
+
+
+class _Watch(TorchDispatchMode):
+    """Notes on the tape that an op of torch was run."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        name = func.overloadpacket.__name__
+        if name not in NO_WORK:
+            self.tape.foreign = name
+        return func(*args, **(kwargs or {}))
+
+
+_recording: Tape | None = None
+
+
+@contextmanager
+def record() -> Iterator[Tape]:
+    """A tape of the calls made inside."""
+    global _recording  # noqa: PLW0603 - calls are made deep inside modules
+    before, _recording = _recording, Tape()
+    try:
+        with _Watch(_recording):
+            yield _recording
+    finally:
+        _recording = before
+
+
+def call(
+    library: ctypes.CDLL, name: str, arguments: ctypes.Structure, *tensors: Tensor | None
+) -> None:
+    """Call a kernel, and keep the call where a tape is recording.
+
+    Args:
+        tensors: those that the arguments point to.
+
+    Raises:
+        MemoryError: the kernel found none for what it keeps in between.
+    """
+    if not getattr(library, name)(ctypes.byref(arguments)):
+        raise MemoryError(f"no memory for {name}")
+    if _recording is not None:
+        _recording.add(library, name, arguments, tensors)
