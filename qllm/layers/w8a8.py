@@ -15,7 +15,7 @@ from qllm.quant.rtn import quantize_rtn
 class DynamicInt8Linear(QuantizedLinear):
     """`8:tc-li`: activations are quantized with one scale per token, found as they come.
 
-    Buffers, before a kernel takes them, for N output and K input channels:
+    Buffers until a kernel takes them, for N output and K input channels:
 
         qweight  int8 (N, K), symmetric
         scales   float16 (float32 where that over- or underflows)  (N,)

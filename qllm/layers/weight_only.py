@@ -15,7 +15,7 @@ from qllm.quant.rtn import quantize_rtn
 class WeightOnlyLinear(QuantizedLinear):
     """A weight of 1 to 8 bits, group-wise; activations stay as they are.
 
-    Buffers, before a kernel takes them, for N output and K input channels, b bits, G groups per row:
+    Buffers until a kernel takes them, for N output and K input channels, b bits, G groups:
 
         qweight  uint8  (N, ceil(K / 32) · 4b)   a row is one little-endian stream of b-bit values
         scales   float16 (float32 where that over- or underflows)  (N, G)

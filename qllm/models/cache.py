@@ -11,7 +11,6 @@ from qllm import ops
 from qllm.config import ModelConfig
 from qllm.models.positions import PositionEncoding
 from qllm.ops.cpu.tape import Tape
-from qllm.ops.reference import attention, rotate
 
 
 class KVCache:
@@ -39,6 +38,19 @@ class KVCache:
         self.step: Decode | None = None
         self.tape: Tape | None = None
 
+    def check(self, lengths: Sequence[int]) -> None:
+        """Refuse what rows of these lengths would write outside the cache.
+
+        Raises:
+            IndexError: a row is longer than the cache.
+            ValueError: there are not as many rows.
+        """
+        rows, _, capacity, _ = self.keys[0].shape
+        if len(lengths) != rows:
+            raise ValueError(f"{len(lengths)} prompts for a cache of {rows} rows")
+        if max(lengths) > capacity:
+            raise IndexError(f"{max(lengths)} tokens in a cache for {capacity}")
+
     @staticmethod
     def size(config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype) -> int:
         """Bytes of a cache."""
@@ -52,29 +64,29 @@ class Prefill:
     def __init__(
         self, lengths: Sequence[int], cache: KVCache | None, encoding: PositionEncoding, x: Tensor
     ) -> None:
+        if cache is not None:
+            cache.check(lengths)
         self.lengths, self.cache = lengths, cache
         self.positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])
-        self.angles = encoding.angles(self.positions, max(lengths), x.dtype)
-        # What a token sees depends on the distance alone: a shorter prompt's mask is a corner.
-        self.mask = encoding.prefill_mask(max(lengths), x)
+        angles = encoding.angles(self.positions, max(lengths), x.dtype)
+        parts = [part.split(lengths) for part in angles or ()]
+        self.angles = list(zip(*parts, strict=True)) or [None] * len(lengths)
+        self.slopes = None if encoding.slopes is None else encoding.slopes.to(x.device)
 
     def attend(self, layer: int, qkv: Tensor, heads: Sequence[int]) -> Tensor:
         """Attention among the heads [queries, keys, values] of qkv (N, heads D): (N, H D)."""
-        q, k, v = qkv.view(len(qkv), sum(heads), -1).split(heads, dim=1)
-        if self.angles is not None:
-            q, k = rotate(q, self.angles), rotate(k, self.angles)
+        kv_heads, dim = heads[1], qkv.shape[1] // sum(heads)
         outputs = []
-        rows = zip(*(t.split(self.lengths) for t in (q, k, v)), strict=True)
-        for row, parts in enumerate(rows):
-            q, k, v = (part.transpose(0, 1)[None] for part in parts)  # (1, H, T, D)
-            length = self.lengths[row]
-            if self.cache is not None:
-                self.cache.keys[layer][row, :, :length] = k[0]
-                self.cache.values[layer][row, :, :length] = v[0]
-            mask = None if self.mask is None else self.mask[..., :length, :length]
-            out = attention(q, k, v, mask, causal=mask is None)
-            outputs.append(out[0].transpose(0, 1).flatten(1))
-        return torch.cat(outputs)
+        for row, (part, angles) in enumerate(
+            zip(qkv.split(self.lengths), self.angles, strict=True)
+        ):
+            if self.cache is None:
+                keys, values = part.new_empty(2, kv_heads, len(part), dim)
+            else:
+                keys, values = self.cache.keys[layer][row], self.cache.values[layer][row]
+            attend = ops.on(qkv.device.type).prompt_attention
+            outputs.append(attend(part, keys, values, angles, self.slopes))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 class Decode:
@@ -98,7 +110,12 @@ class Decode:
         self.angles: tuple[Tensor, Tensor] | None = None
 
     def begin(self, tokens: Tensor) -> None:
-        """Take the next tokens (B,), which come where the cache ends."""
+        """Take the next tokens (B,), which come where the cache ends.
+
+        Raises:
+            IndexError: a row of the cache is full.
+        """
+        self.cache.check([n + 1 for n in self.cache.lengths])
         self.tokens.copy_(tokens)
         self.positions.copy_(torch.tensor(self.cache.lengths))
         self.span = max(self.cache.lengths) + 1

@@ -242,6 +242,10 @@ class Decoder(nn.Module):
 
         Returns:
             float32 logits, (B, V), or (N, V) for all N tokens.
+
+        Raises:
+            IndexError: a prompt is longer than the cache.
+            ValueError: the cache has not one row per prompt.
         """
         lengths = [len(prompt) for prompt in prompts]
         tokens = torch.tensor([t for prompt in prompts for t in prompt], device=self.device)
@@ -256,7 +260,11 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Run one new token per row, int64 (B,): float32 logits (B, V)."""
+        """Run one new token per row, int64 (B,): float32 logits (B, V).
+
+        Raises:
+            IndexError: a row of the cache is full.
+        """
         if cache.step is None:
             cache.step = Decode(cache, self.positions)
         cache.step.begin(tokens)
@@ -269,13 +277,13 @@ class Decoder(nn.Module):
         step, tape = cache.step, cache.tape
         if tape is not None and tape.foreign is None:
             tape.play()
-            # A copy: the next pass overwrites these.
-            return step.logits.to(torch.float32, copy=True)
-        with record() if tape is None else nullcontext() as tape:
-            x = self.project_in(self.embed_norm(self.embed(step.tokens)))
-            step.logits = self._logits(self._run_layers(x, step))
-        cache.tape = tape or cache.tape
-        return step.logits.float()
+        else:
+            with record() if tape is None else nullcontext(tape) as tape:
+                x = self.project_in(self.embed_norm(self.embed(step.tokens)))
+                step.logits = self._logits(self._run_layers(x, step))
+            cache.tape = tape
+        # A copy: the next pass overwrites these.
+        return step.logits.to(torch.float32, copy=True)
 
     def _run_layers(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         x = self.positions.embed(x, step.positions)

@@ -1,7 +1,7 @@
 """How each family tells its decoder where a token stands: learned, ALiBi or rotary.
 
-A decoder calls `embed` once on the embeddings, turns queries and keys in every layer by `angles`,
-and adds `prefill_mask`, or for new tokens `slopes` times the distance, to the scores.
+A decoder calls `embed` once on the embeddings; in every layer attention turns queries and keys by
+`angles`, and adds `slopes` times the distance to the scores.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LEARNED_OFFSET = 2
 
 
 class PositionEncoding(nn.Module):
-    """The verbs, with nothing in them but the causal mask.
+    """What all share: nothing is added, turned or sloped.
 
     Attributes:
         slopes: float32 (H,), by which scores fall with the distance; None: they do not.
@@ -35,10 +35,6 @@ class PositionEncoding(nn.Module):
         self, positions: Tensor, longest: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines (N, D) for tokens at `positions` (N,); the largest is longest - 1."""
-        return None
-
-    def prefill_mask(self, length: int, like: Tensor) -> Tensor | None:
-        """Added to the scores of a prompt, (1, H, length, length); None is causal."""
         return None
 
 
@@ -74,15 +70,6 @@ class AlibiPositions(PositionEncoding):
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.slopes = alibi_slopes(config.num_heads)
-
-    def prefill_mask(self, length: int, like: Tensor) -> Tensor:
-        positions = torch.arange(length, device=like.device)
-        return self._bias(positions, length, like)[None].transpose(1, 2).contiguous()
-
-    def _bias(self, positions: Tensor, span: int, like: Tensor) -> Tensor:
-        distance = torch.arange(span, device=like.device) - positions[:, None, None]  # (N, 1, S)
-        bias = self.slopes.to(like.device)[:, None] * distance  # (N, H, S)
-        return bias.masked_fill_(distance > 0, -math.inf).to(like.dtype)
 
 
 class RotaryPositions(PositionEncoding):

@@ -163,6 +163,12 @@ def _simple(op: str) -> tuple[Kernel, ...]:
     )
 
 
+# Ops that need no more than a device, besides those of the layers.
+SIMPLE = (
+    *("embedding", "layer_norm", "rms_norm", "activation", "gated_activation", "add"),
+    *("decode_attention", "prompt_attention"),
+)
+
 # Kernels of each op, the preferred one first; the last can do all.
 KERNELS: dict[str, tuple[Kernel, ...]] = {
     "dense_linear": (
@@ -196,12 +202,8 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         ),
         Kernel("reference", lambda: "int8 product in exact float32 sums", reference.int8_linear),
     ),
+    **{op: _simple(op) for op in SIMPLE},
 }
-SIMPLE = (
-    *("embedding", "layer_norm", "rms_norm", "activation", "gated_activation", "add"),
-    "decode_attention",
-)
-KERNELS |= {op: _simple(op) for op in SIMPLE}
 
 
 @cache

@@ -257,6 +257,40 @@ def decode_attention(
     return out.reshape(rows, heads * dim)
 
 
+def prompt_attention(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    angles: tuple[Tensor, Tensor] | None,
+    slopes: Tensor | None,
+) -> Tensor:
+    """Attention of a prompt's tokens to themselves and those before them.
+
+    Args:
+        qkv: (T, (H + 2 H_kv) D), as in `decode_attention`.
+        keys, values: a row of the cache, (H_kv, capacity, D), written to from the start.
+        angles, slopes: as in `decode_attention`, for T tokens.
+
+    Returns:
+        (T, H D).
+    """
+    kv_heads, _, dim = keys.shape
+    length, heads = len(qkv), qkv.shape[1] // dim - 2 * kv_heads
+    q, k, v = qkv.view(length, -1, dim).split([heads, kv_heads, kv_heads], dim=1)
+    if angles is not None:
+        q, k = rotate(q, angles), rotate(k, angles)
+    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))  # (1, H, T, D)
+    keys[:, :length], values[:, :length] = k[0], v[0]
+    mask = None
+    if slopes is not None:
+        positions = torch.arange(length, device=qkv.device)
+        distance = positions - positions[:, None]
+        mask = slopes.to(qkv.device)[:, None, None] * distance
+        mask = mask.masked_fill_(distance > 0, -torch.inf).to(qkv.dtype)[None]
+    out = attention(q, k, v, mask, causal=mask is None)
+    return out[0].transpose(0, 1).reshape(length, heads * dim)
+
+
 def attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v.
 

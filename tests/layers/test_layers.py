@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+
 import numpy as np
 import pytest
 import torch
 
+from qllm import ops
 from qllm.config import BITWIDTHS, SCHEMES, W8A8, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import LAYERS, linear_class
 from qllm.layers.base import describe
+from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.quant.packing import unpack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -330,3 +335,87 @@ def test_describe(spec, expected):
 
 def test_every_spec_has_a_name_of_its_own():
     assert len({spec_id(spec) for spec in SPECS}) == len(SPECS)
+
+
+QUANTIZED = [spec for spec in SPECS if spec.kind != "dense"]
+
+
+def stored(layer) -> list[torch.Tensor]:
+    """What a checkpoint has of a layer."""
+    return [*layer.packed[:3], *([*layer.integers] if layer.spec in W8A8_SPECS else [])]
+
+
+@pytest.mark.parametrize("spec", QUANTIZED, ids=spec_id)
+def test_the_first_use_changes_how_a_weight_lies_and_not_what_it_is(spec):
+    layer, _, _ = make(spec)
+    names = [name for name, _ in layer.named_buffers()]
+    before, matrix = [t.clone() for t in stored(layer)], layer.dequantize()
+    x = normal(5, 67, seed=2)
+    first = layer(x)
+    assert torch.equal(layer(x), first)
+    assert [name for name, _ in layer.named_buffers()] == names
+    for got, expected in zip(stored(layer), before, strict=True):
+        assert got.dtype == expected.dtype and torch.equal(got, expected)
+    assert torch.equal(layer.dequantize(), matrix)
+    assert torch.equal(layer.dequantize(slice(3, 9)), matrix[3:9])
+    assert layer.choice.kernel.layout is layer.layout
+
+
+@pytest.mark.parametrize("spec", QUANTIZED, ids=spec_id)
+def test_a_weight_lies_in_memory_once(spec):
+    layer, _, _ = make(spec, 48, 256)
+    size, kept = layer.nbytes(), weakref.ref(layer.qweight)
+    layer(normal(1, 256))
+    if layer.layout:
+        assert kept() is None
+        # 48 channels are full panels; 256 inputs are full slabs, but for groups of 20.
+        assert layer.nbytes() == size or (spec.group_size == 20 and layer.nbytes() < 2 * size)
+
+
+@pytest.mark.parametrize("spec", QUANTIZED, ids=spec_id)
+def test_a_layer_of_what_a_used_one_holds_is_the_same(spec):
+    layer, _, _ = make(spec)
+    x = normal(5, 67, seed=2)
+    expected = layer(x)
+    if spec.kind == "weight_only":
+        again = WeightOnlyLinear.from_packed(layer.packed, layer.bias, spec, 67)
+    else:
+        scale = [layer.input_scale] if spec.kind == "w8a8_static" else []
+        again = linear_class(spec)(*layer.integers, layer.bias, spec, *scale)
+    assert torch.equal(again(x), expected)
+    assert again.layout is layer.layout
+
+
+@pytest.mark.parametrize("spec", QUANTIZED, ids=spec_id)
+def test_a_copy_of_a_used_layer_is_one(spec):
+    layer, _, _ = make(spec)
+    x = normal(5, 67, seed=2)
+    expected = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+
+
+@pytest.mark.parametrize("spec", QUANTIZED, ids=spec_id)
+def test_kernels_and_reference_agree(spec, monkeypatch):
+    x = normal(5, 67, seed=2)
+    got = make(spec)[0](x)
+    monkeypatch.setattr(ops, "KERNELS", {op: kernels[-1:] for op, kernels in ops.KERNELS.items()})
+    layer, *_ = make(spec)
+    expected = layer(x)
+    assert layer.choice.kernel.name == "reference" and layer.layout is None
+    if spec in W8A8_SPECS:
+        assert torch.equal(got, expected)
+    else:
+        assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", QUANTIZED, ids=spec_id)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 67), (24, 1), (1, 1), (17, 33)])
+def test_shapes_with_little_in_them(spec, rows, columns):
+    layer, _, bias = make(spec, rows, columns)
+    matrix = layer.dequantize()
+    x = normal(3, columns, seed=2).clamp(-RANGE, RANGE)
+    got = layer(x)
+    step = RANGE / 255 if spec in W8A8_SPECS else 0
+    allowed = 1e-5 + 1.01 * step * matrix.abs().sum(dim=1)
+    assert ((got - (x @ matrix.t() + bias)).abs() <= allowed).all()
+    assert layer(x[:0]).shape == (0, rows)

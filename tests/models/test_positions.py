@@ -1,9 +1,10 @@
-"""Position encodings: ALiBi's slopes and RoPE's frequencies as transformers has them, and masks."""
+"""Position encodings as transformers has them: ALiBi's slopes and biases, RoPE's frequencies."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 
 import oracle  # noqa: F401 - silences transformers
 import pytest
@@ -11,6 +12,7 @@ import torch
 from conftest import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
@@ -19,14 +21,15 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from qllm.errors import UserError
 from qllm.models import RawConfig, read_config
 from qllm.models.positions import (
+    POSITIONS,
     AlibiPositions,
     LearnedPositions,
     PositionEncoding,
     RotaryPositions,
     alibi_slopes,
 )
-
-LIKE = torch.zeros(1)
+from qllm.ops import KERNELS, Request
+from qllm.ops.reference import rotate
 
 
 def our_config(family: str, **changes):
@@ -43,45 +46,93 @@ def test_alibi_slopes(heads):
     torch.testing.assert_close(alibi_slopes(heads), theirs, rtol=1e-6, atol=0)
 
 
+def kernels(op: str) -> list[Callable]:
+    """All of an op that run here."""
+    request = Request(0, 0, 16, -1, "asym", "cpu")
+    return [kernel.run for kernel in KERNELS[op] if kernel.why_not(request) is None]
+
+
+def prompt_weights(run: Callable, heads: int, length: int, slopes: Tensor | None) -> Tensor:
+    """What each query of a prompt takes of each value, when all keys are alike: (T, H, T)."""
+    qkv = torch.zeros(length, heads + 2, length)
+    qkv[:, -1] = torch.eye(length)
+    keys, values = torch.full((2, 1, length + 3, length), 1e4)
+    out = run(qkv.flatten(1), keys, values, None, slopes)
+    return out.view(length, heads, length)
+
+
+def token_weights(run: Callable, heads: int, positions: list[int], slopes: Tensor | None) -> Tensor:
+    """The same of one new token per row: (B, H, capacity); what lies behind it must not matter."""
+    capacity = max(positions) + 3
+    qkv = torch.zeros(len(positions), heads + 2, capacity)
+    keys, values = torch.full((2, len(positions), 1, capacity, capacity), 1e4)
+    for row, position in enumerate(positions):
+        keys[row, :, :position] = 0
+        values[row, 0, :position] = torch.eye(capacity)[:position]
+        qkv[row, -1, position] = 1
+    index = torch.tensor(positions)
+    out = run(qkv.flatten(1), keys, values, index, max(positions) + 1, None, slopes)
+    return out.view(len(positions), heads, capacity)
+
+
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(1, 12))
-def test_alibi_masks_are_transformers_up_to_a_constant_per_query(lengths, heads):
+def test_alibi_biases_are_transformers_up_to_a_constant_per_query(lengths, heads):
     """Left-padded rows of transformers, each cut out of the batch; softmax sees no constant."""
-    encoding = AlibiPositions(our_config("bloom", n_head=heads, hidden_size=4 * heads), LIKE.dtype)
+    config = our_config("bloom", n_head=heads, hidden_size=4 * heads)
+    slopes = AlibiPositions(config, torch.float32).slopes
     longest = max(lengths)
     attention = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
     theirs = build_alibi_tensor(attention, heads, torch.float32).view(len(lengths), heads, longest)
-    last = encoding.decode_mask(torch.tensor(lengths) - 1, longest, LIKE)
-    assert last.shape == (len(lengths), heads, 1, longest)
-    for row, n in enumerate(lengths):
-        want = theirs[row, :, longest - n :]  # (H, n), of keys alone
-        mask = encoding.prefill_mask(n, LIKE)
-        assert mask.shape == (1, heads, n, n)
-        for query in range(n):
-            seen = mask[0, :, query, : query + 1]
-            torch.testing.assert_close(
-                seen - seen[:, :1], want[:, : query + 1] - want[:, :1], rtol=0, atol=1e-5
-            )
-            assert (mask[0, :, query, query + 1 :] == -math.inf).all()
-        torch.testing.assert_close(last[row, :, 0, :n], mask[0, :, -1])
-        assert (last[row, :, 0, n:] == -math.inf).all()
+
+    def assert_same(got: Tensor, bias: Tensor) -> None:
+        """Weights (H, …) of as many keys as there are biases (H, n); of others there are none."""
+        keys = bias.shape[1]
+        torch.testing.assert_close(got[:, :keys], bias.softmax(1), rtol=1e-5, atol=0)
+        assert not got[:, keys:].any()
+
+    for attend in kernels("decode_attention"):
+        last = token_weights(attend, heads, [n - 1 for n in lengths], slopes)
+        for row, n in enumerate(lengths):
+            assert_same(last[row], theirs[row, :, longest - n :])
+    for attend in kernels("prompt_attention"):
+        for row, n in enumerate(lengths):
+            got = prompt_weights(attend, heads, n, slopes)
+            for query in range(n):
+                assert_same(got[query], theirs[row, :, longest - n :][:, : query + 1])
 
 
-def test_plain_masks_hide_what_comes_later():
-    encoding = PositionEncoding()
-    assert encoding.prefill_mask(5, LIKE) is None
-    mask = encoding.decode_mask(torch.tensor([0, 3, 1]), 4, LIKE)
-    hidden = -math.inf
-    want = [[0.0, hidden, hidden, hidden], [0.0] * 4, [0.0, 0.0, hidden, hidden]]
-    assert torch.equal(mask, torch.tensor(want)[:, None, None])
+def test_without_slopes_all_tokens_so_far_weigh_the_same():
+    assert PositionEncoding.slopes is None
+    for attend in kernels("prompt_attention"):
+        want = torch.ones(5, 5).tril() / torch.arange(1, 6)[:, None]
+        torch.testing.assert_close(prompt_weights(attend, 1, 5, None)[:, 0], want)
+    for attend in kernels("decode_attention"):
+        want = torch.zeros(3, 1, 6)
+        want[0, 0, :1], want[1, 0, :4], want[2, 0, :2] = 1, 1 / 4, 1 / 2
+        torch.testing.assert_close(token_weights(attend, 1, [0, 3, 1], None), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_masks_have_the_type_of_the_activations(dtype):
-    like = torch.zeros(1, dtype=dtype)
-    for encoding in (PositionEncoding(), AlibiPositions(our_config("bloom"), dtype)):
-        assert encoding.decode_mask(torch.tensor([2, 0]), 3, like).dtype == dtype
-    cos, sin = RotaryPositions(our_config("llama"), dtype).angles(torch.arange(3), 3, dtype)
-    assert cos.dtype == sin.dtype == dtype
+def test_angles_have_the_type_of_the_activations(dtype):
+    encoding = RotaryPositions(our_config("llama"), dtype)
+    exact = encoding.angles(torch.arange(3), 3, torch.float32)
+    for part, want in zip(encoding.angles(torch.arange(3), 3, dtype), exact, strict=True):
+        assert part.shape == (3, 32)
+        assert torch.equal(part, want.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_biases_are_not_rounded_to_the_type_of_the_activations(dtype):
+    """Nor is the result of another type."""
+    slopes = alibi_slopes(4)
+    for attend in kernels("prompt_attention"):
+
+        def run(*tensors: Tensor, attend: Callable = attend) -> Tensor:
+            return attend(*(t.to(dtype) for t in tensors[:3]), *tensors[3:])
+
+        got, want = (prompt_weights(how, 4, 9, slopes) for how in (run, attend))
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), want, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_learned_positions_start_at_the_third_row():
@@ -92,13 +143,16 @@ def test_learned_positions_start_at_the_third_row():
     assert encoding.embed(x, torch.tensor([0, 4, 1]))[:, 0].tolist() == [102, 106, 103]
 
 
-@pytest.mark.parametrize(("family", "kind"), [("opt", LearnedPositions), ("bloom", AlibiPositions)])
-def test_only_rope_turns_queries_and_keys(family, kind):
-    q, k = torch.randn(3, 4, 8), torch.randn(3, 2, 8)
-    encoding = kind(our_config(family), torch.float32)
-    turned = encoding.rotate(q, k, encoding.angles(torch.tensor([5, 6, 7]), 8, torch.float32))
-    assert torch.equal(turned[0], q)
-    assert torch.equal(turned[1], k)
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama"])
+def test_each_family_has_one_encoding(family):
+    encoding = POSITIONS[our_config(family).position](our_config(family), torch.float32)
+    if family == "opt":
+        encoding.weight = torch.ones(encoding.weight.shape)
+    x = torch.zeros(3, 256)
+    assert encoding.embed(x, torch.arange(3)).any() == (family == "opt")
+    assert (encoding.slopes is not None) == (family == "bloom")
+    turns = encoding.angles(torch.tensor([5, 6, 7]), 8, torch.float32) is not None
+    assert turns == (family == "llama")
 
 
 ropes = st.one_of(
@@ -149,7 +203,9 @@ def test_rope_turns_as_transformers_does(positions):
     want = apply_rotary_pos_emb(q[None], k[None], cos, sin, unsqueeze_dim=2)
     encoding = RotaryPositions(config, torch.float32)
     angles = encoding.angles(torch.tensor(positions), max(positions) + 1, torch.float32)
-    torch.testing.assert_close(encoding.rotate(q, k, angles), (want[0][0], want[1][0]))
+    assert angles[0].shape == angles[1].shape == (len(positions), 32)
+    torch.testing.assert_close(rotate(q, angles), want[0][0])
+    torch.testing.assert_close(rotate(k, angles), want[1][0])
 
 
 # The settings of released Llama models, as transformers 4 wrote them.

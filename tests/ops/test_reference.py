@@ -75,7 +75,7 @@ def test_weight_only_linear(bits, group_size, scheme, bias, chunk, monkeypatch):
     packed, scales, qzeros, matrix = quantized(5, 67, bits, group_size, scheme, torch.half)
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 67)).astype(np.float32))
     b = torch.arange(5.0) if bias else None
-    got = reference.weight_only_linear(x, packed, scales, qzeros, b, bits, group_size)
+    got = reference.weight_only_linear(x, packed, scales, qzeros, b, 5, bits, group_size)
     expected = x.double().numpy() @ matrix.T + (np.arange(5.0) if bias else 0)
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=1e-4 * abs(matrix).max())
 
@@ -129,8 +129,8 @@ def test_quantize_int8_cuts_off():
 def int8_ops(columns: int) -> list:
     """The reference, and torch's kernel where this machine has an exact one."""
     request = Request(columns, 8, 8, -1, "sym", "cpu")
-    exact = [kernel for kernel in KERNELS["int8_matmul"] if kernel.why_not(request) is None]
-    return [kernel.run for kernel in exact]
+    (torchs,) = (kernel for kernel in KERNELS["int8_linear"] if kernel.name == "torch._int_mm")
+    return [reference.int8_matmul, *([] if torchs.why_not(request) else [reference.int_mm])]
 
 
 @pytest.mark.parametrize("columns", [1, 31, 1023, 1024, 1025, 2048, 57344])
@@ -199,6 +199,33 @@ def test_scale_int32(dtype, bias, per_token):
     expected = expected + b.astype(np.float32) if bias else expected
     assert got.dtype == dtype
     assert np.array_equal(got.numpy(), expected.astype(got.numpy().dtype))
+
+
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 67, 13), (9, 2049, 40)])
+def test_int8_linear(shape, dtype, bias, static):
+    rows, columns, outputs = shape
+    random = np.random.default_rng(0)
+    x = torch.from_numpy(random.standard_normal((rows, columns))).to(dtype)
+    x[rows // 2] *= 100  # outside of the static range
+    weight = int8((outputs, columns), seed=1)
+    scales = torch.from_numpy(random.uniform(0.001, 0.01, outputs)).half()
+    b = torch.from_numpy(random.standard_normal(outputs)).to(dtype) if bias else None
+    values = x.float().numpy()
+    steps = np.abs(values).max(axis=1, keepdims=True) * np.float32(2) / np.float32(255)
+    steps = np.float32(0.02) if static else steps
+    q = np.clip(np.rint(values / steps), -128, 127).astype(np.int64)
+    expected = (q @ weight.numpy().astype(np.int64).T).astype(np.float32)
+    expected = torch.from_numpy(expected * steps * scales.float().numpy())
+    expected = (expected + b.float() if bias else expected).to(dtype)
+    ops = [reference.int8_linear]
+    if reference.int_mm in int8_ops(columns):
+        ops.append(reference.int8_linear_by_int_mm)
+    for op in ops:
+        got = op(x, weight, scales, b, torch.tensor(steps) if static else None, outputs)
+        assert got.dtype == dtype and torch.equal(got, expected)
 
 
 def softmax_attention(q, keys, values, mask, causal):

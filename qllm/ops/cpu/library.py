@@ -17,6 +17,7 @@ from qllm.ops.cpu.tape import call
 
 # What each path is built on, the best one first.
 PATHS = {
+    "amx": "AMX int8",
     "avx512": "AVX-512 VNNI",
     "avxvnni": "AVX-VNNI",
     "avx2": "AVX2",
@@ -25,7 +26,7 @@ PATHS = {
 # Functions that say whether they could do it.
 CALLS = (
     *("qllm_use", "qllm_linear", "qllm_dense", "qllm_attend", "qllm_activate", "qllm_norm"),
-    *("qllm_add", "qllm_embed", "qllm_replay"),
+    *("qllm_add", "qllm_embed", "qllm_attend_prompt", "qllm_replay"),
 )
 HUGE_PAGE = 1 << 21
 ARENA_BYTES = 32 << 20
@@ -50,7 +51,7 @@ def library() -> ctypes.CDLL:
     """
     loaded = build.load()
     loaded.qllm_features.restype = ctypes.c_int64
-    loaded.qllm_best.restype = ctypes.c_char_p
+    loaded.qllm_best.restype = loaded.qllm_amx_state.restype = ctypes.c_char_p
     for name in CALLS:
         getattr(loaded, name).restype = ctypes.c_bool
     features = ctypes.c_int64(loaded.qllm_features())
@@ -76,8 +77,10 @@ def unavailable() -> str | None:
 
 
 def about() -> str:
-    """The path in use, in words."""
-    return PATHS[library().path]
+    """The path in use, in words; and why AMX is not, where this machine has it."""
+    state = library().qllm_amx_state().decode()
+    failed = "" if state in ("used", "absent") else f" (AMX: {state})"
+    return PATHS[library().path] + failed
 
 
 def why_not(device: str) -> str | None:

@@ -101,7 +101,7 @@ def _move(
 ) -> None:
     """Call `qllm_pack` or `qllm_unpack`."""
     rows, scales, zeros = stored
-    arguments = (pointer(rows), rows.stride(0), pointer(scales), pointer(zeros))
+    arguments = (pointer(rows), rows.shape[1], pointer(scales), pointer(zeros))
     kept = (scales.element_size(), *map(pointer, packed[:3]))
     function(ctypes.byref(Packing(*shape, *arguments, *kept)))
 
@@ -146,7 +146,7 @@ def _linear(
     out_features, bits, group_size = shape
     rows, in_features = x.shape
     x = x if x.stride(1) == 1 or in_features == 1 else x.contiguous()
-    bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+    bias = bias if bias is None else bias.to(x.dtype).contiguous()
     y = x.new_empty(rows, out_features)
     arguments = Linear(
         rows,

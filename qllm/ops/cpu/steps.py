@@ -9,7 +9,7 @@ from qllm.ops.cpu import library
 from qllm.ops.cpu.library import TYPES, pointer, structure
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # as in kernels.h
-FEW_ROWS = 32  # for more of them a dense product is a library's work
+FEW_ROWS = 256  # beyond, a dense product is a library's work
 
 # As in kernels.h; eps is a double.
 Activate = structure("Activate", "rows channels kind gated type *x *y")
@@ -20,16 +20,21 @@ Attend = structure(
     "Attend",
     "rows heads kv_heads dim capacity type *qkv *positions *cos *sin *slopes *keys *values *y",
 )
+AttendPrompt = structure(
+    "AttendPrompt",
+    "length heads kv_heads dim capacity type *qkv *cos *sin *slopes *keys *values *y",
+)
 Dense = structure("Dense", "rows inputs outputs x_stride type *x *w *bias *y")
 
 
 def _like(x: Tensor, other: Tensor | None) -> Tensor | None:
-    """`other` in the type of x, which all tensors of a call have."""
-    return other if other is None or other.dtype == x.dtype else other.to(x.dtype)
+    """`other` in the type of x, which all tensors of a call have, and without gaps."""
+    return None if other is None else other.to(x.dtype).contiguous()
 
 
 def embedding(index: Tensor, table: Tensor, offset: int) -> Tensor:
     """`reference.embedding`."""
+    index, table = index.to(torch.int64).contiguous(), table.contiguous()
     y = table.new_empty(len(index), table.shape[1])
     shape = (len(index), len(table), table.shape[1] * table.element_size(), offset)
     tensors = (index, table, y)
@@ -83,11 +88,19 @@ def _activate(x: Tensor, name: str, *, gated: bool) -> Tensor:
 
 def add(x: Tensor, z: Tensor) -> Tensor:
     """`reference.add`."""
-    x, z = x.contiguous(), _like(x, z).contiguous()
+    x, z = x.contiguous(), _like(x, z)
     y = torch.empty_like(x)
     tensors = (x, z, y)
     library.run("qllm_add", Add(x.numel(), TYPES[x.dtype], *map(pointer, tensors)), *tensors)
     return y
+
+
+def _check_cache(qkv: Tensor, keys: Tensor, values: Tensor, tokens: int) -> None:
+    """Refuse to write outside of keys and values (…, capacity, D)."""
+    assert keys.is_contiguous() and values.is_contiguous()
+    assert keys.dtype == values.dtype == qkv.dtype
+    if tokens > keys.shape[-2]:
+        raise IndexError(f"{tokens} tokens in a cache for {keys.shape[-2]}")
 
 
 def decode_attention(
@@ -102,10 +115,31 @@ def decode_attention(
     """`reference.decode_attention`; rows attend to what their own positions say."""
     rows, kv_heads, capacity, dim = keys.shape
     heads = qkv.shape[1] // dim - 2 * kv_heads
+    _check_cache(qkv, keys, values, span)
     y = qkv.new_empty(rows, heads * dim)
-    tensors = (qkv, positions, *(angles or (None, None)), slopes, keys, values, y)
+    turns = [_like(qkv, part) for part in angles or (None, None)]
+    tensors = (qkv.contiguous(), positions.contiguous(), *turns, slopes, keys, values, y)
     shape = (rows, heads, kv_heads, dim, capacity, TYPES[qkv.dtype])
     library.run("qllm_attend", Attend(*shape, *map(pointer, tensors)), *tensors)
+    return y
+
+
+def prompt_attention(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    angles: tuple[Tensor, Tensor] | None,
+    slopes: Tensor | None,
+) -> Tensor:
+    """`reference.prompt_attention`."""
+    kv_heads, capacity, dim = keys.shape
+    length, heads = len(qkv), qkv.shape[1] // dim - 2 * kv_heads
+    _check_cache(qkv, keys, values, length)
+    y = qkv.new_empty(length, heads * dim)
+    turns = [_like(qkv, part) for part in angles or (None, None)]
+    tensors = (qkv.contiguous(), *turns, slopes, keys, values, y)
+    shape = (length, heads, kv_heads, dim, capacity, TYPES[qkv.dtype])
+    library.run("qllm_attend_prompt", AttendPrompt(*shape, *map(pointer, tensors)), *tensors)
     return y
 
 

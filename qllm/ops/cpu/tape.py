@@ -8,6 +8,7 @@ the tensors that the calls read.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -75,19 +76,24 @@ class _Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-_recording: Tape | None = None
+class _Recording(threading.local):
+    """The tape on which calls of this thread are kept, None for none."""
+
+    tape: Tape | None = None
+
+
+_recording = _Recording()
 
 
 @contextmanager
 def record() -> Iterator[Tape]:
-    """A tape of the calls made inside."""
-    global _recording  # noqa: PLW0603 - calls are made deep inside modules
-    before, _recording = _recording, Tape()
+    """A tape of the calls that this thread makes inside."""
+    before, _recording.tape = _recording.tape, Tape()
     try:
-        with _Watch(_recording):
-            yield _recording
+        with _Watch(_recording.tape):
+            yield _recording.tape
     finally:
-        _recording = before
+        _recording.tape = before
 
 
 def call(
@@ -103,5 +109,5 @@ def call(
     """
     if not getattr(library, name)(ctypes.byref(arguments)):
         raise MemoryError(f"no memory for {name}")
-    if _recording is not None:
-        _recording.add(library, name, arguments, tensors)
+    if _recording.tape is not None:
+        _recording.tape.add(library, name, arguments, tensors)

@@ -2,7 +2,7 @@
 #include "tile.h"
 #include "linear.h"
 #include "limits.h"
-#include "steps.h"
+#include "attention.h"
 
 const qllm::Path qllm::avx512_path = {"avx512", linear, pack, unpack, activate, norm,   add,
-                 embed,  attend, dense, read_all, multiply_all};
+                 embed,  attend, attend_prompt, dense, read_all, multiply_all};

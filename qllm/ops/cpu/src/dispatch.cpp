@@ -1,7 +1,15 @@
 // The C interface, and the choice of the path.
 #include <cpuid.h>
+#include <fcntl.h>
+#include <poll.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <cerrno>
+#include <csignal>
 #include <cstdlib>
 #include <cstring>
 
@@ -17,6 +25,56 @@ uint64_t enabled_state() {
     uint32_t low, high;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return uint64_t(high) << 32 | low;
+}
+
+// Asks Linux for room for tiles in what it saves of a thread; without it they raise SIGILL.
+bool tiles_are_permitted() {
+    const long request_permission = 0x1023, tile_data = 18;
+    return !syscall(SYS_arch_prctl, request_permission, tile_data);
+}
+
+// Runs the self-test in a child: tiles that crash or hang, under some hypervisor, take only that
+// with them. The answer is a byte, since a process may have its children waited for by others.
+bool tiles_pass_test() {
+    const int patience_ms = 5000;
+    int ends[2];
+    if (pipe2(ends, O_CLOEXEC)) return false;
+    const pid_t child = fork();
+    if (!child) {
+        const struct rlimit none = {0, 0};
+        setrlimit(RLIMIT_CORE, &none);
+        for (int number = 1; number < NSIG; number++) signal(number, SIG_DFL);  // no traceback
+        if (amx_path.self_test() && write(ends[1], "1", 1) != 1) _exit(2);
+        _exit(0);
+    }
+    close(ends[1]);
+    char answer;
+    bool passed = false;
+    if (child > 0) {
+        pollfd from = {ends[0], POLLIN, 0};
+        int ready;
+        while ((ready = poll(&from, 1, patience_ms)) < 0 && errno == EINTR) {}
+        passed = ready > 0 && read(ends[0], &answer, 1) == 1;
+        if (!ready) kill(child, SIGKILL);
+        while (waitpid(child, nullptr, 0) < 0 && errno == EINTR) {}
+    }
+    close(ends[0]);
+    return passed;
+}
+
+const char *amx_state = "absent";
+
+// Whether tiles, which this CPU and system have, may and do work.
+bool tiles_are_usable() {
+#ifndef QLLM_EMULATE_AMX
+    if (!tiles_are_permitted()) {
+        amx_state = "no permission";
+        return false;
+    }
+#endif
+    bool passed = tiles_pass_test();
+    amx_state = passed ? "used" : "self-test failed";
+    return passed;
 }
 
 // What the CPU can do and the system lets it.
@@ -38,7 +96,11 @@ int64_t features() {
     if ((state & 0xE6) != 0xE6 || (b7 & wide) != wide || !(c7 & vnni)) return found;
     found |= AVX512;
     const uint32_t tile = 1u << 24, int8 = 1u << 25;
-    if ((state & 0x60000) == 0x60000 && (d7 & tile) && (d7 & int8)) found |= AMX;
+    bool tiles = (state & 0x60000) == 0x60000 && (d7 & tile) && (d7 & int8);
+#ifdef QLLM_EMULATE_AMX
+    tiles = true;
+#endif
+    if (tiles && tiles_are_usable()) found |= AMX;
     return found;
 }
 
@@ -48,7 +110,8 @@ struct Choice {
 };
 
 // The best one first.
-const Choice CHOICES[] = {{&avx512_path, AVX512},
+const Choice CHOICES[] = {{&amx_path, AVX512 | AMX},
+                          {&avx512_path, AVX512},
                           {&avxvnni_path, AVX2 | AVX_VNNI},
                           {&avx2_path, AVX2},
                           {&scalar_path, 0}};
@@ -78,7 +141,13 @@ void *qllm::scratch(size_t bytes) {
 #define PUBLIC extern "C" __attribute__((visibility("default")))
 
 // A bit for everything that paths need and that this machine has.
-PUBLIC int64_t qllm_features() { return features(); }
+PUBLIC int64_t qllm_features() {
+    static const int64_t found = features();
+    return found;
+}
+
+// What became of AMX, once the features are known.
+PUBLIC const char *qllm_amx_state() { return amx_state; }
 
 // The name of the best path with these features.
 PUBLIC const char *qllm_best(int64_t with) {
@@ -106,6 +175,9 @@ PUBLIC void qllm_unpack(const Packing *a) { current->unpack(*a); }
 PUBLIC bool qllm_linear(const void *a) { return current->linear(*static_cast<const Linear *>(a)); }
 PUBLIC bool qllm_dense(const void *a) { return current->dense(*static_cast<const Dense *>(a)); }
 PUBLIC bool qllm_attend(const void *a) { return current->attend(*static_cast<const Attend *>(a)); }
+PUBLIC bool qllm_attend_prompt(const void *a) {
+    return current->attend_prompt(*static_cast<const AttendPrompt *>(a));
+}
 PUBLIC bool qllm_activate(const void *a) {
     current->activate(*static_cast<const Activate *>(a));
     return true;

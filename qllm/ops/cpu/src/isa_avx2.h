@@ -88,6 +88,11 @@ inline VF fma_f(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
 // b where one of the two is not a number.
 inline VF max_f(VF a, VF b) { return _mm256_max_ps(a, b); }
 inline VF min_f(VF a, VF b) { return _mm256_min_ps(a, b); }
+// sum + a b; not the intrinsic where the sums are many, for the same reason as `dot`.
+inline VF add_product(VF sum, VF a, VF b) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+    return sum;
+}
 inline VF abs_f(VF a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 inline VF to_float(VI v) { return _mm256_cvtepi32_ps(v); }
 inline VF as_float(VI v) { return _mm256_castsi256_ps(v); }

@@ -61,6 +61,11 @@ inline VF fma_f(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
 // b where one of the two is not a number.
 inline VF max_f(VF a, VF b) { return _mm512_max_ps(a, b); }
 inline VF min_f(VF a, VF b) { return _mm512_min_ps(a, b); }
+// sum + a b; not the intrinsic where the sums are many, for the same reason as `dot`.
+inline VF add_product(VF sum, VF a, VF b) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
 inline VF abs_f(VF a) { return _mm512_abs_ps(a); }
 inline float max_of(VF v) { return _mm512_reduce_max_ps(v); }
 inline VF to_float(VI v) { return _mm512_cvtepi32_ps(v); }

@@ -59,6 +59,7 @@ inline VF fma_f(VF a, VF b, VF c) { return __builtin_fmaf(a, b, c); }
 // b where one of the two is not a number.
 inline VF max_f(VF a, VF b) { return a > b ? a : b; }
 inline VF min_f(VF a, VF b) { return a < b ? a : b; }
+inline VF add_product(VF sum, VF a, VF b) { return fma_f(a, b, sum); }
 inline VF abs_f(VF a) { return __builtin_fabsf(a); }
 inline VF to_float(VI v) { return VF(v); }
 inline VI bits_of(VF v) {

@@ -101,6 +101,15 @@ struct Attend {  // one new token per row: its keys and values join the cache, i
     void *y;                    // (rows, heads, dim)
 };
 
+struct AttendPrompt {  // the tokens of one prompt attend to themselves and those before them
+    int64_t length, heads, kv_heads, dim, capacity, type;
+    const void *qkv;         // (length, heads + 2 kv_heads, dim)
+    const void *cos, *sin;   // (length, dim), or null for no rotation
+    const float *slopes;     // (heads,): of ALiBi, or null
+    void *keys, *values;     // (kv_heads, capacity, dim), of which `length` are written
+    void *y;                 // (length, heads, dim)
+};
+
 struct Dense {  // y (rows, out) = x w^T + bias
     int64_t rows, in, out, x_stride, type;
     const void *x, *w, *bias;
@@ -117,9 +126,11 @@ struct Path {
     void (*add)(const Add &);
     bool (*embed)(const Embed &);  // false for an index outside the table
     bool (*attend)(const Attend &);
+    bool (*attend_prompt)(const AttendPrompt &);
     bool (*dense)(const Dense &);
     int64_t (*read_all)(const uint8_t *, int64_t bytes);
     int64_t (*multiply_all)(int64_t rounds);
+    bool (*self_test)() = nullptr;  // of AMX; where it does not work, this may also crash or hang
 };
 
 extern const Path scalar_path, avx2_path, avxvnni_path, avx512_path, amx_path;

@@ -122,9 +122,9 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
             if (P == 4) low_sum = add_i(low_sum, sub_i(all, shift_left<16>(top)));
         }
         for (int plane = 0; plane < P; plane++)
-            for (int64_t t = 0; t < LANES / STEP; t++)
+            for (int64_t t = 0; t < LANES / STEP; t += STEPS_TOGETHER)
                 __builtin_memcpy(tile + place(streams, stream + plane, i / STEP + t, block.slabs),
-                                 bytes[plane] + t * STEP, STEP);
+                                 bytes[plane] + t * STEP, STEPS_TOGETHER * STEP);
     }
     int64_t at = b * x.rows + row;
     if (P > 1) x.scale[at] = scale;  // int8 has one for all blocks, which is there
@@ -188,7 +188,7 @@ static float one(const void *p, int64_t i, int64_t type) {
 static void multiply_huge(const Linear &a, int64_t row, int64_t panel, int64_t panels) {
     int64_t slabs = row_slabs(a.in, a.group), groups = (a.in + a.group - 1) / a.group;
     for (int64_t n = panel * LANES; n < smaller(a.out, (panel + panels) * LANES); n++) {
-        float sum = 0;
+        double sum = 0;  // K products one by one: in float32 their roundings would add up
         for (int64_t k = 0; k < a.in; k++) {
             int64_t slab = k / a.group * slabs_of(a.group) + k % a.group / SLAB;
             int64_t group = (n / LANES * groups + k / a.group) * LANES + n % LANES;
@@ -199,7 +199,7 @@ static void multiply_huge(const Linear &a, int64_t row, int64_t panel, int64_t p
                    (float(value) * one(a.scales, group, a.scale_type));
         }
         if (a.bias) sum += one(a.bias, n, a.x_type);
-        store_as(a.y, row * a.out + n, a.x_type, 1, set_f(sum));
+        store_as(a.y, row * a.out + n, a.x_type, 1, set_f(float(sum)));
     }
 }
 
@@ -235,7 +235,7 @@ static void point_at(Operands &o, const Activations &x, int planes, int64_t b, i
 // `panels` panels, up to GROUP_PANELS, times all rows: unpacked to cache for many rows.
 template <int P>
 void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_t panel,
-                    int64_t panels, float *sums) {
+                    int64_t panels, float *sums, Tiles &tiles) {
     alignas(64) uint8_t bytes[GROUP_LANES * BLOCK_SLABS * SLAB];
     Grid grid;
     const UnpackSlab unpack = UNPACK_SLAB[a.bits];
@@ -255,12 +255,14 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
                     unpack(q + s * 64 * a.bits, bytes + p * o.w_stride + s * SLAB * LANES);
             }
             if (block.group != group) grid.load(a, panel, panels, group = block.group);
+            tiles.begin(o, a, bytes, panels, block.slabs);
             for (int64_t r = 0; r < rows; r += TILE_ROWS<P>) {
                 point_at(o, x, P, b, row + r);
                 o.out = sums + r * GROUP_LANES;
-                multiply_tile<P>(o, smaller(TILE_ROWS<P>, rows - r), panels);
+                tiles.multiply<P>(o, smaller(TILE_ROWS<P>, rows - r), panels);
             }
         }
+        tiles.end<P>();
         finish<P>(a, x, first, row, rows, panel, panels, sums, grid.scales);
         for (int64_t r = row; P > 1 && r < row + rows; r++)
             if (x.huge[r]) multiply_huge(a, first + r, panel, panels);
@@ -340,10 +342,13 @@ bool multiply_few(const Linear &a, const Activations &x, int64_t first, int64_t 
 template <int P, int BITS = 8>
 bool multiply_if_few(const Linear &a, const Activations &x, int64_t first, int64_t panel,
                      int64_t end, float *sums) {
-    if (a.bits == BITS) return multiply_few<BITS, P, 1>(a, x, first, panel, end, sums);
-    // int8 layers have 8 bits.
-    if constexpr (P > 1 && BITS > 1)
-        return multiply_if_few<P, BITS - 1>(a, x, first, panel, end, sums);
+    // float32 goes through the cache, which spares a third of the functions.
+    if constexpr (P <= 2) {
+        if (a.bits == BITS) return multiply_few<BITS, P, 1>(a, x, first, panel, end, sums);
+        // int8 layers have 8 bits.
+        if constexpr (P == 2 && BITS > 1)
+            return multiply_if_few<P, BITS - 1>(a, x, first, panel, end, sums);
+    }
     return false;
 }
 #else
@@ -361,7 +366,7 @@ static bool prepare(Activations &x, const Linear &a, int64_t rows, int planes) {
     int64_t per_group = (slabs_of(a.group) + BLOCK_SLABS - 1) / BLOCK_SLABS;
     int64_t most_blocks = (a.in / a.group + 1) * per_group;
     int64_t sizes[] = {most_blocks * int64_t(sizeof(Block)),
-                       x.slabs * SLAB * rows * planes,
+                       x.slabs * SLAB * rows * planes,  // AMX reads up to 4 KiB behind them
                        most_blocks * rows * 4,
                        most_blocks * rows * 4,
                        most_blocks * rows * 4,
@@ -402,6 +407,7 @@ template <int P> bool linear_of(const Linear &a) {
         for (int64_t row = 0; row < x.rows; row++) x.huge[row] = 0;
 #pragma omp parallel
         {
+            [[maybe_unused]] Tiles tiles;
             quantize_share<P>(a, x, first);
             int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
             float *sums = x.out + thread * CHUNK_ROWS * GROUP_LANES;
@@ -409,11 +415,12 @@ template <int P> bool linear_of(const Linear &a) {
                 int64_t p = panels * thread / threads, end = panels * (thread + 1) / threads;
                 if (multiply_if_few<P>(a, x, first, p, end, sums)) p = end;
                 for (; p < end; p += GROUP_PANELS)
-                    multiply_group<P>(a, x, first, p, smaller(GROUP_PANELS, end - p), sums);
+                    multiply_group<P>(a, x, first, p, smaller(GROUP_PANELS, end - p), sums, tiles);
             } else {
 #pragma omp for schedule(dynamic) nowait
                 for (int64_t p = 0; p < panels; p += GROUP_PANELS)
-                    multiply_group<P>(a, x, first, p, smaller(GROUP_PANELS, panels - p), sums);
+                    multiply_group<P>(a, x, first, p, smaller(GROUP_PANELS, panels - p), sums,
+                                      tiles);
             }
         }
     }

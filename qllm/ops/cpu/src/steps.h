@@ -1,5 +1,5 @@
-// What lies between the quantized layers of a decoder: norms, activation functions, attention of
-// new tokens to the cache, dense layers. Arithmetic is in float32, rounded once to the type of the
+// What lies between the quantized layers of a decoder: norms, activation functions, dense layers for
+// few rows; attention is in attention.h. Arithmetic is in float32, rounded once to the type of the
 // activations. A row's result does not depend on the rows beside it, nor on the threads.
 #pragma once
 
@@ -139,31 +139,6 @@ static bool embed(const Embed &a) {
     return true;
 }
 
-// One head turned by its angles: the halves (p, q) to (p cos - q sin, q cos + p sin).
-static void turn(float *head, const Attend &a, int64_t row) {
-    int64_t half = a.dim / 2;
-    for (int64_t i = 0; i < half; i += WIDTH) {
-        int64_t count = half - i, at = row * a.dim + i;
-        VF p = load_as(head, i, FLOAT32, count), q = load_as(head, half + i, FLOAT32, count);
-        VF cos_p = load_as(a.cos, at, a.type, count), sin_p = load_as(a.sin, at, a.type, count);
-        VF cos_q = load_as(a.cos, at + half, a.type, count);
-        VF sin_q = load_as(a.sin, at + half, a.type, count);
-        store_as(head, i, FLOAT32, count, sub_f(mul_f(p, cos_p), mul_f(q, sin_p)));
-        store_as(head, half + i, FLOAT32, count, add_f(mul_f(q, cos_q), mul_f(p, sin_q)));
-    }
-}
-
-static void load_head(float *head, const Attend &a, int64_t row, int64_t index) {
-    int64_t start = (row * (a.heads + 2 * a.kv_heads) + index) * a.dim;
-    for (int64_t i = 0; i < a.dim; i += WIDTH)
-        store_as(head, i, FLOAT32, a.dim - i, load_as(a.qkv, start + i, a.type, a.dim - i));
-}
-
-static void store_head(const float *head, const Attend &a, void *to, int64_t at) {
-    for (int64_t i = 0; i < a.dim; i += WIDTH)
-        store_as(to, at + i, a.type, a.dim - i, load_as(head, i, FLOAT32, a.dim - i));
-}
-
 // The sum of x[i] y[i], x being float32.
 template <int64_t TYPE>
 inline float dot_product(const float *x, const void *y, int64_t start, int64_t count) {
@@ -171,104 +146,6 @@ inline float dot_product(const float *x, const void *y, int64_t start, int64_t c
     for (int64_t i = 0; i < count; i += WIDTH)
         sum = fma_f(load<FLOAT32>(x, i, count - i), load<TYPE>(y, start + i, count - i), sum);
     return sum_of(sum);
-}
-
-// A query (dim,) times four keys, one after the other from element `start` on.
-template <int64_t TYPE>
-inline void four_scores(const Attend &a, const float *query, int64_t start, float *scores) {
-    VF s0 = set_f(0), s1 = s0, s2 = s0, s3 = s0;
-    for (int64_t i = 0; i < a.dim; i += WIDTH) {
-        int64_t count = a.dim - i, at = start + i;
-        VF q = load<FLOAT32>(query, i, count);
-        s0 = fma_f(q, load<TYPE>(a.keys, at, count), s0);
-        s1 = fma_f(q, load<TYPE>(a.keys, at + a.dim, count), s1);
-        s2 = fma_f(q, load<TYPE>(a.keys, at + 2 * a.dim, count), s2);
-        s3 = fma_f(q, load<TYPE>(a.keys, at + 3 * a.dim, count), s3);
-    }
-    scores[0] = sum_of(s0);
-    scores[1] = sum_of(s1);
-    scores[2] = sum_of(s2);
-    scores[3] = sum_of(s3);
-}
-
-// A query (dim,) over the keys and values of one head, of which there are `length`.
-template <int64_t TYPE>
-void attend_one(const Attend &a, const float *query, int64_t head, int64_t start, int64_t length,
-                float *scores, float *out) {
-    const float root = 1 / sqrtf(float(a.dim)), slope = a.slopes ? a.slopes[head] : 0;
-    int64_t j = 0;
-    for (; j + 4 <= length; j += 4) four_scores<TYPE>(a, query, start + j * a.dim, scores + j);
-    for (; j < length; j++)
-        scores[j] = dot_product<TYPE>(query, a.keys, start + j * a.dim, a.dim);
-    float largest = -INFINITY;
-    for (j = 0; j < length; j++) {
-        scores[j] = scores[j] * root + slope * float(j - (length - 1));
-        largest = scores[j] > largest ? scores[j] : largest;
-    }
-    VF total = set_f(0);
-    for (j = 0; j < length; j += WIDTH) {
-        int64_t count = length - j;
-        VF e = exp_f(sub_f(load_as(scores, j, FLOAT32, count), set_f(largest)));
-        if (count < WIDTH) e = first_of(e, count);
-        total = add_f(total, e);
-        store_as(scores, j, FLOAT32, count, e);
-    }
-    const VF share = set_f(1 / sum_of(total));
-    int64_t i = 0;
-    for (; i + 4 * WIDTH <= a.dim; i += 4 * WIDTH) {
-        VF s0 = set_f(0), s1 = s0, s2 = s0, s3 = s0;
-        for (j = 0; j < length; j++) {
-            VF weight = set_f(scores[j]);
-            int64_t at = start + j * a.dim + i;
-            s0 = fma_f(weight, load_all<TYPE>(a.values, at), s0);
-            s1 = fma_f(weight, load_all<TYPE>(a.values, at + WIDTH), s1);
-            s2 = fma_f(weight, load_all<TYPE>(a.values, at + 2 * WIDTH), s2);
-            s3 = fma_f(weight, load_all<TYPE>(a.values, at + 3 * WIDTH), s3);
-        }
-        store_f(out + i, mul_f(s0, share));
-        store_f(out + i + WIDTH, mul_f(s1, share));
-        store_f(out + i + 2 * WIDTH, mul_f(s2, share));
-        store_f(out + i + 3 * WIDTH, mul_f(s3, share));
-    }
-    for (; i < a.dim; i += WIDTH) {
-        VF sum = set_f(0);
-        for (j = 0; j < length; j++) {
-            VF value = load<TYPE>(a.values, start + j * a.dim + i, a.dim - i);
-            sum = fma_f(set_f(scores[j]), value, sum);
-        }
-        store_as(out, i, FLOAT32, a.dim - i, mul_f(sum, share));
-    }
-}
-
-static bool attend(const Attend &a) {
-    int64_t longest = 0;
-    for (int64_t row = 0; row < a.rows; row++)
-        if (a.positions[row] > longest) longest = a.positions[row];
-    int64_t room = (longest + 1 + 15) / 16 * 16, head = (a.dim + 15) / 16 * 16;
-    int64_t each = room + 2 * head;
-    float *memory = static_cast<float *>(scratch(size_t(omp_get_max_threads() * each * 4)));
-    if (!memory) return false;
-    int64_t work = a.rows * a.heads * (longest + 1) * a.dim;
-#pragma omp parallel for schedule(static) if (work > WORTH_THREADS)
-    for (int64_t item = 0; item < a.rows * a.kv_heads; item++) {
-        int64_t row = item / a.kv_heads, kv = item % a.kv_heads, position = a.positions[row];
-        float *query = memory + omp_get_thread_num() * each, *out = query + head;
-        float *scores = out + head;
-        int64_t start = item * a.capacity * a.dim, at = start + position * a.dim;
-        load_head(query, a, row, a.heads + kv);
-        if (a.cos) turn(query, a, row);
-        store_head(query, a, a.keys, at);
-        load_head(query, a, row, a.heads + a.kv_heads + kv);
-        store_head(query, a, a.values, at);
-        int64_t shared = a.heads / a.kv_heads;
-        for (int64_t h = kv * shared; h < (kv + 1) * shared; h++) {
-            load_head(query, a, row, h);
-            if (a.cos) turn(query, a, row);
-            BY_TYPE(a.type, attend_one, a, query, h, start, position + 1, scores, out);
-            store_head(out, a, a.y, (row * a.heads + h) * a.dim);
-        }
-    }
-    return true;
 }
 
 // R rows of x, as float32, times 4 channels of a dense weight.
@@ -285,7 +162,7 @@ void dense_tile(const Dense &a, const float *x, int64_t channel, float (&out)[R]
             __builtin_prefetch(w + (c * a.in + k) * SIZE + AHEAD);
             VF value = load_all<TYPE>(w, c * a.in + k);
             for (int r = 0; r < R; r++)
-                sums[r][c] = fma_f(load_f(x + r * a.in + k), value, sums[r][c]);
+                sums[r][c] = add_product(sums[r][c], load_f(x + r * a.in + k), value);
         }
     }
     for (int c = 0; k < a.in && c < 4; c++) {
@@ -306,33 +183,42 @@ static void store_channels(const Dense &a, int64_t row, int64_t channel, int64_t
     }
 }
 
-static bool dense(const Dense &a) {
-    float *x = static_cast<float *>(scratch(size_t(a.rows * a.in * 4)));
-    if (!x) return false;
-    for (int64_t row = 0; row < a.rows; row++)
+// Rows that stay in cache while the weight passes by.
+constexpr int64_t DENSE_ROWS = 32;
+
+static void dense_rows(const Dense &a, float *x, int64_t first, int64_t rows) {
+    for (int64_t row = 0; row < rows; row++)
         for (int64_t k = 0; k < a.in; k += WIDTH) {
-            VF value = load_as(a.x, row * a.x_stride + k, a.type, a.in - k);
+            VF value = load_as(a.x, (first + row) * a.x_stride + k, a.type, a.in - k);
             store_as(x, row * a.in + k, FLOAT32, a.in - k, value);
         }
 #pragma omp parallel for schedule(static)
     for (int64_t channel = 0; channel < a.out; channel += 4) {
         int64_t channels = a.out - channel < 4 ? a.out - channel : 4;
-        for (int64_t row = 0; row < a.rows;) {
+        for (int64_t row = 0; row < rows;) {
             float four[4][4], one[1][4];
             const float *from = x + row * a.in;
             if (channels < 4) {
                 for (int64_t c = 0; c < channels; c++)
                     one[0][c] = BY_TYPE(a.type, dot_product, from, a.w, (channel + c) * a.in, a.in);
-                store_channels(a, row++, channel, channels, one[0]);
-            } else if (a.rows - row < 4) {
+                store_channels(a, first + row++, channel, channels, one[0]);
+            } else if (rows - row < 4) {
                 BY_TYPE(a.type, dense_tile, a, from, channel, one);
-                store_channels(a, row++, channel, channels, one[0]);
+                store_channels(a, first + row++, channel, channels, one[0]);
             } else {
                 BY_TYPE(a.type, dense_tile, a, from, channel, four);
-                for (const float *sums : four) store_channels(a, row++, channel, channels, sums);
+                for (const float *sums : four)
+                    store_channels(a, first + row++, channel, channels, sums);
             }
         }
     }
+}
+
+static bool dense(const Dense &a) {
+    float *x = static_cast<float *>(scratch(size_t(DENSE_ROWS * a.in * 4)));
+    if (!x) return false;
+    for (int64_t row = 0; row < a.rows; row += DENSE_ROWS)
+        dense_rows(a, x, row, a.rows - row < DENSE_ROWS ? a.rows - row : DENSE_ROWS);
     return true;
 }
 

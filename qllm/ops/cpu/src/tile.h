@@ -1,42 +1,18 @@
 // A tile: the activations of a few rows times a block of unpacked weights, on vector units.
 #pragma once
 
-#include "kernels.h"
+#include "operands.h"
 
 namespace qllm {
 namespace {
 
-constexpr int VECTORS = LANES / WIDTH;  // to a panel
-constexpr int64_t GROUP_PANELS = 4;     // panels that share a pass over the activations
-constexpr int64_t STEPS = SLAB / STEP;
-constexpr int64_t GROUP_LANES = GROUP_PANELS * LANES;
-
-
 template <int P> constexpr int64_t TILE_ROWS = MAX_STREAMS / P;
 
 // Where the 4 inputs of a step of a stream lie among the activations of a tile.
+constexpr int64_t STEPS_TOGETHER = 1;  // that lie one after the other
 inline int64_t place(int64_t streams, int64_t stream, int64_t step, int64_t /*slabs*/) {
     return (step * streams + stream) * STEP;
 }
-
-#define INLINE __attribute__((always_inline))
-
-// What a tile needs of a block: of the weights (a group of panels) and of the activations.
-struct Operands {
-    const uint8_t *w;      // panels w_stride bytes apart, 64 bytes per step
-    int64_t w_stride;
-    const float *scales;   // (panels, LANES)
-    const int32_t *zeros;  // (panels, LANES)
-    const int8_t *x;       // the tile's, as `place` says
-    int64_t slabs;
-    const float *x_scale;     // (rows,)
-    const int32_t *sum;       // (rows,): of the first two planes together
-    const int32_t *low_sum;   // (rows,): of the third and fourth
-    float *out;               // (rows, GROUP_LANES), added to; int32 for one plane
-};
-
-// Two planes as one integer.
-inline VI pair(VI high, VI low) { return add_i(shift_left<8>(high), low); }
 
 // The sums of P planes of R rows times V vectors of channels. They stay in registers: what indexes
 // them is written out at compile time, since compilers leave in memory what a loop indexes.
@@ -75,14 +51,12 @@ template <int P, int R, int V> struct Sums {
             int32_t *whole = reinterpret_cast<int32_t *>(out);
             store_i(whole, add_i(load_i(whole), sub_i(of[AT], zero_sum)));
         } else {
-            VF value = to_float(sub_i(pair(of[AT], of[AT + V]), zero_sum));
+            VI high = sub_i(pair(of[AT], of[AT + V]), zero_sum), low = zero_i();
             if constexpr (P == 4) {
-                VI low = pair(of[AT + 2 * V], of[AT + 3 * V]);
+                low = pair(of[AT + 2 * V], of[AT + 3 * V]);
                 low = sub_i(low, mul_i(zero, set_i(o.low_sum[ROW])));
-                value = fma_f(value, set_f(65536), to_float(low));
             }
-            value = mul_f(value, set_f(o.x_scale[ROW]));
-            store_f(out, fma_f(value, scale, load_f(out)));
+            add_scaled<P>(out, high, low, o.x_scale[ROW], scale);
         }
         if constexpr (ROW + 1 < R) finish_row<I, ROW + 1>(o, out + GROUP_LANES, zero, scale);
     }
@@ -124,6 +98,15 @@ void multiply_tile(const Operands &o, int64_t rows, int64_t panels) {
     if (rows == R) return multiply_panels<P, R>(o, panels);
     if constexpr (R > 1) multiply_tile<P, R - 1>(o, rows, panels);
 }
+
+// What a thread keeps for its tiles: nothing.
+struct Tiles {
+    void begin(const Operands &, const Linear &, uint8_t *, int64_t, int64_t) {}
+    template <int P> void multiply(const Operands &o, int64_t rows, int64_t panels) {
+        multiply_tile<P>(o, rows, panels);
+    }
+    template <int P> void end() {}
+};
 
 }  // namespace
 }  // namespace qllm

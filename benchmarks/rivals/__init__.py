@@ -1,0 +1,63 @@
+"""Other runtimes, measured beside QLLM: single layers and whole models with random weights.
+
+    python3 -m venv rivals
+    rivals/bin/pip install -r requirements.txt onnx onnxruntime openvino ctranslate2 gguf \\
+        llama-cpp-python
+    rivals/bin/python -m benchmarks.rivals --layer 4096x4096
+    rivals/bin/python -m benchmarks.rivals --model tinyllama-1.1b
+
+None of these packages is among QLLM's requirements; a rival whose packages are not there is left
+out, with a note. (llama-cpp-python compiles llama.cpp for the machine that it is on, which takes
+some minutes.) A rival's module is imported when it is asked for, and has one of
+
+    layers(n, k, bits, group, copies, threads) -> list[LayerBench]
+    models(repository, threads, folder) -> Iterator[Model]
+
+What they compute is not the same everywhere: most round activations to int8, each in its way.
+`common` and each module's docstring say how, and which settings were taken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A module of this package, and the packages it takes, by the names they are imported by.
+
+    The first package is the one that is measured; `distribution` is what pip calls it.
+    """
+
+    module: str
+    packages: tuple[str, ...]
+    distribution: str
+
+    def missing(self) -> list[str]:
+        """Packages that are not installed."""
+        return [name for name in self.packages if importlib.util.find_spec(name) is None]
+
+    def version(self) -> str:
+        """Of the package that is measured."""
+        return importlib.metadata.version(self.distribution)
+
+    def load(self) -> ModuleType:
+        """The module, with `layers` or `models`."""
+        return importlib.import_module(f"{__name__}.{self.module}")
+
+
+LAYER_RIVALS = {
+    "torch": Rival("torch_layers", ("torch",), "torch"),
+    "onnxruntime": Rival("onnxruntime_layers", ("onnxruntime", "onnx"), "onnxruntime"),
+    "openvino": Rival("openvino_layers", ("openvino",), "openvino"),
+}
+MODEL_RIVALS = {
+    "transformers": Rival("huggingface_models", ("transformers",), "transformers"),
+    "ctranslate2": Rival("ctranslate2_models", ("ctranslate2", "transformers"), "ctranslate2"),
+    "llama.cpp": Rival("llama_cpp_models", ("llama_cpp", "gguf"), "llama-cpp-python"),
+}
+RIVALS: dict[str, Rival] = LAYER_RIVALS | MODEL_RIVALS

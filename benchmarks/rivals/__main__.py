@@ -1,0 +1,184 @@
+"""Times of other runtimes' layers and models, with random weights.
+
+    python3 -m benchmarks.rivals --layer 4096x4096 11008x4096
+    python3 -m benchmarks.rivals --model tinyllama-1.1b
+
+A layer is N x K, N its output channels, in as many copies as fill --megabytes, so that no cache
+holds them; the times are medians. GB/s is what a product with one row reads over its time, or a
+decoding step over its own, beside the rate at which torch sums a large array. Rivals that are not
+installed are left out: `benchmarks/rivals/__init__.py` says how to install them. Prints one JSON
+line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.rivals import LAYER_RIVALS, MODEL_RIVALS, RIVALS, Rival
+from qllm import cli
+
+if TYPE_CHECKING:
+    from benchmarks.rivals.common import LayerBench, Model
+
+# Bits and group of the layers that are asked of every rival.
+CASES = (("16", -1), ("8:tc-li", -1), ("8", -1), ("8", 128), ("4", 128), ("4", 32))
+REPOSITORIES = {
+    "opt-125m": "facebook/opt-125m",
+    "opt-1.3b": "facebook/opt-1.3b",
+    "bloom-560m": "bigscience/bloom-560m",
+    "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--layer", nargs="+", type=shape, metavar="NxK")
+    what.add_argument("--model", choices=list(REPOSITORIES))
+    parser.add_argument("--rivals", nargs="+", choices=list(RIVALS), default=list(RIVALS))
+    number = cli.whole_number(1)
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=number, default=cores, help="of each (%(default)s)")
+    parser.add_argument("--rows", nargs="+", type=number, default=[1, 4, 32, 128], metavar="M")
+    parser.add_argument(
+        "--megabytes", type=number, default=256, help="of a layer's copies (%(default)s)"
+    )
+    parser.add_argument("--repeats", type=number, default=30, help="of a layer (%(default)s)")
+    parser.add_argument("--prompt", type=number, default=512, help="to prefill (%(default)s)")
+    parser.add_argument("--batches", nargs="+", type=number, default=[1, 8], metavar="B")
+    parser.add_argument("--context", type=number, default=128, help="of a batch (%(default)s)")
+    parser.add_argument("--steps", type=number, default=32, help="to decode (%(default)s)")
+    return parser.parse_args()
+
+
+def shape(text: str) -> tuple[int, int]:
+    """An argparse type: 4096x11008 -> (4096, 11008)."""
+    n, _, k = text.partition("x")
+    if not (n.isdecimal() and k.isdecimal() and int(n) and int(k)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two whole numbers, as 4096x11008 is")
+    return int(n), int(k)
+
+
+def installed(known: dict[str, Rival], wanted: list[str]) -> Iterator[tuple[str, Rival]]:
+    """Those wanted of the known rivals; a note for each that lacks a package."""
+    for name, rival in known.items():
+        missing = rival.missing()
+        if name not in wanted:
+            continue
+        if missing:
+            cli.note(f"{name} is left out: {', '.join(missing)} not installed")
+        else:
+            yield name, rival
+
+
+def layer_row(bench: LayerBench, args: argparse.Namespace) -> dict[str, object]:
+    """Times of one layer."""
+    from benchmarks.speed import median_seconds
+
+    seconds = {m: median_seconds(lambda m=m: bench.run(m), args.repeats) for m in args.rows}
+    return {
+        "name": bench.name,
+        "bits": bench.bits,
+        "bytes": bench.size,
+        "error": bench.error,
+        "seconds": seconds,
+    }
+
+
+def measure_layers(n: int, k: int, args: argparse.Namespace) -> list[dict[str, object]]:
+    """A row per rival, bitwidth, group and setting."""
+    rows = []
+    for rival, entry in installed(LAYER_RIVALS, args.rivals):
+        module = entry.load()
+        for bits, group in CASES:
+            if k % group:
+                continue
+            each = n * k * int(bits.partition(":")[0]) // 8
+            copies = max(2, -(-args.megabytes * 10**6 // each))
+            for bench in module.layers(n, k, bits, group, copies, args.threads):
+                rows.append({"layer": [n, k], "rival": rival} | layer_row(bench, args))
+    return rows
+
+
+def model_row(model: Model, args: argparse.Namespace) -> dict[str, object]:
+    """Times of one model."""
+    return {
+        "name": model.name,
+        "bits": model.bits,
+        "bytes": model.size,
+        "prefill": model.prefill(args.prompt),
+        "decode": {b: model.decode(b, args.context, args.steps) for b in args.batches},
+    }
+
+
+def measure_models(repository: str, args: argparse.Namespace) -> list[dict[str, object]]:
+    """A row per rival and format."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for rival, entry in installed(MODEL_RIVALS, args.rivals):
+            for model in entry.load().models(repository, args.threads, Path(folder)):
+                rows.append({"rival": rival} | model_row(model, args))
+                del model
+    return rows
+
+
+def print_layers(rows: list[dict], args: argparse.Namespace) -> None:
+    """Milliseconds."""
+    header = [f"{m} row{'s' * (m > 1)}, ms" for m in args.rows]
+    print("| layer | rival | bits | operation | error |", " | ".join(header), end="")
+    print(f" | GB/s at {args.rows[0]} |")
+    print("|---|---|---|---|---|" + "---|" * (len(header) + 1))
+    for row in rows:
+        times = " | ".join(f"{1000 * seconds:.3f}" for seconds in row["seconds"].values())
+        rate = row["bytes"] / row["seconds"][args.rows[0]] / 1e9
+        size = "x".join(map(str, row["layer"]))
+        print(f"| {size} | {row['rival']} | {row['bits']} | {row['name']} ", end="")
+        print(f"| {row['error']:.4f} | {times} | {rate:.1f} |")
+
+
+def print_models(rows: list[dict], args: argparse.Namespace) -> None:
+    """Tokens per second of a prompt, milliseconds of a step."""
+    header = [f"decode of {batch}, ms" for batch in args.batches]
+    print(f"| model | bits | MB | prefill of {args.prompt}, tokens/s |", " | ".join(header), end="")
+    print(f" | GB/s of {args.batches[0]} |")
+    print("|---|---|---|---|" + "---|" * (len(header) + 1))
+    for row in rows:
+        times = " | ".join(f"{1000 * seconds:.1f}" for seconds in row["decode"].values())
+        rate = row["bytes"] / row["decode"][args.batches[0]] / 1e9
+        print(f"| {row['name']} | {row['bits']} | {row['bytes'] / 1e6:.0f} ", end="")
+        print(f"| {args.prompt / row['prefill']:.0f} | {times} | {rate:.1f} |")
+
+
+def main() -> None:
+    args = parse_args()
+
+    import torch
+
+    from benchmarks.speed import read_bandwidth
+
+    torch.set_num_threads(args.threads)
+    if args.layer:
+        rows = [row for n, k in args.layer for row in measure_layers(n, k, args)]
+    else:
+        rows = measure_models(REPOSITORIES[args.model], args)
+    bandwidth = read_bandwidth()
+    versions = {name: RIVALS[name].version() for name in {row["rival"]: 0 for row in rows}}
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    print(f"{args.threads} threads, memory read at {bandwidth / 1e9:.1f} GB/s\n")
+    if args.layer:
+        print_layers(rows, args)
+    else:
+        print(f"{args.model}\n")
+        print_models(rows, args)
+    settings = {"settings": vars(args), "versions": versions, "bandwidth": bandwidth}
+    print(json.dumps(settings | {"rows": rows}))
+
+
+if __name__ == "__main__":
+    cli.run(main)

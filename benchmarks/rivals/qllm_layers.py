@@ -1,0 +1,68 @@
+"""QLLM's own layers, by what a decode step does of them: the recorded call of a kernel.
+
+bfloat16 activations; weight-only layers keep 15 bits and a sign of them, "8:tc-li" int8 of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.rivals.common import Layer, LayerBench, layer_bench
+from qllm.config import QuantSpec
+from qllm.layers import Linear, linear_class
+from qllm.layers.weight_only import WeightOnlyLinear
+from qllm.ops.cpu.tape import Tape, record
+from qllm.quant.packing import PackedWeight, pack
+
+
+def layers(n: int, k: int, bits: str, group: int, copies: int, threads: int) -> list[LayerBench]:
+    """The layer of a bitwidth and group, asymmetric where it is weight-only."""
+    torch.set_num_threads(threads)
+    whole = bits in {"8:tc-li", "16"}
+    layer = Layer.draw(n, k, 8 if whole else int(bits), group, symmetric=whole)
+    made = [_make(layer.rolled(i), bits, group) for i in range(copies)]
+    return [
+        layer_bench(
+            f"{'per channel' if group == -1 else f'group {group}'}",
+            bits,
+            made[0].nbytes(),
+            layer.dense(),
+            [_recorded(one) for one in made],
+            prepare=torch.Tensor.bfloat16,
+            finish=lambda _, y: y,
+        )
+    ]
+
+
+def _make(layer: Layer, bits: str, group: int) -> Linear:
+    if bits == "16":
+        spec = QuantSpec.parse("16")
+        return linear_class(spec).from_float(layer.dense().bfloat16(), None, spec, input_range=None)
+    if bits == "8:tc-li":
+        spec = QuantSpec.parse(bits)
+        return linear_class(spec)(layer.signed(), layer.scales[:, 0].half(), None, spec)
+    spec = QuantSpec.parse(bits, group, "asym")
+    packed = PackedWeight(pack(layer.codes, layer.bits), layer.scales.half(), layer.zeros)
+    return WeightOnlyLinear.from_packed(packed, None, spec, layer.codes.shape[1])
+
+
+def _recorded(layer: Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The layer, whose calls are recorded at the first use of an input and then repeated."""
+    calls: dict[int, tuple[Tape, torch.Tensor, torch.Tensor]] = {}
+
+    @torch.inference_mode()
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if id(x) not in calls:
+            layer(x)  # gives the weight its layout
+            with record() as tape:
+                y = layer(x)
+            calls[id(x)] = tape, x, y
+        tape, _, y = calls[id(x)]
+        if tape.foreign:
+            return layer(x)
+        tape.play()
+        return y
+
+    return run

@@ -1,0 +1,55 @@
+"""QLLM's own models in bfloat16, the LM head at 8 bits where the layers are quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.rivals.common import PREFILL_RUNS, Model, checkpoint, random_prompts
+from benchmarks.speed import median_seconds
+from qllm.checkpoint.load import load_model, module_bytes
+from qllm.config import QuantPlan, QuantSpec
+
+BITWIDTHS = ("16", "8:tc-li", "8", "4", "3")
+
+
+def models(repository: str, threads: int, folder: Path) -> Iterator[Model]:
+    """One for each bitwidth.
+
+    Args:
+        folder: for the checkpoint, which stays.
+    """
+    torch.set_num_threads(threads)
+    source = checkpoint(folder, repository)
+    for bitwidth in BITWIDTHS:
+        plan = QuantPlan.parse(bitwidth)
+        if bitwidth != "16":
+            plan = plan.with_rule("lm_head", QuantSpec.parse("8"))
+        yield _model(source, bitwidth, plan)
+
+
+def _model(source: Path, bitwidth: str, plan: QuantPlan) -> Model:
+    model = load_model(source, plan, dtype=torch.bfloat16)
+    vocab = model.config.vocab_size
+
+    def prefill(tokens: int) -> float:
+        prompts = random_prompts(1, tokens, vocab).tolist()
+        return median_seconds(lambda: model.prefill(prompts), PREFILL_RUNS)
+
+    def decode(batch: int, context: int, steps: int) -> float:
+        cache = model.new_cache(batch, context + steps + 1)
+        logits = model.prefill(random_prompts(batch, context, vocab).tolist(), cache)
+
+        def step() -> None:
+            nonlocal logits
+            logits = model.decode(logits.argmax(-1), cache)
+
+        return median_seconds(step, steps)
+
+    name = f"QLLM {bitwidth}{'' if bitwidth == '16' else ', head 8'}"
+    read = module_bytes(model)
+    if getattr(model.lm_head, "weight", None) is not model.embed.weight:
+        read -= module_bytes(model.embed)  # of which a step takes a row
+    return Model(name, bitwidth, read, prefill, decode)

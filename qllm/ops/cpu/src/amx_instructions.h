@@ -1,0 +1,39 @@
+// The instructions of AMX. Not the intrinsics: some compilers take the number of a tile only as a
+// literal, and GCC's do not say that they read memory.
+#pragma once
+
+#include <cstdint>
+
+namespace qllm {
+namespace {
+
+// What LDTILECFG reads: of each tile, its rows and their bytes.
+struct alignas(64) TileShapes {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+};
+
+inline void load_shapes(const TileShapes &shapes) {
+    __asm__ volatile("ldtilecfg %0" : : "m"(shapes));
+}
+inline void release_tiles() { __asm__ volatile("tilerelease"); }
+
+template <int T> inline void zero_tile() { __asm__ volatile("tilezero %%tmm%c0" : : "i"(T)); }
+
+// Rows lie `stride` bytes apart.
+template <int T> inline void load_tile(const void *from, int64_t stride) {
+    __asm__ volatile("tileloadd (%0,%1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(T) : "memory");
+}
+template <int T> inline void store_tile(void *to, int64_t stride) {
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1)" : : "r"(to), "r"(stride), "i"(T) : "memory");
+}
+
+// Adds the products of int8 to int32 sums, which wrap: row m of X, with 4 inputs to a lane, times
+// lane n of W, with 4 inputs to a row.
+template <int SUM, int X, int W> inline void add_product() {
+    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(W));
+}
+
+}  // namespace
+}  // namespace qllm

@@ -1,0 +1,43 @@
+// What every kind of tile takes, and how its sums become results.
+#pragma once
+
+#include "kernels.h"
+
+namespace qllm {
+namespace {
+
+#define INLINE __attribute__((always_inline))
+
+constexpr int VECTORS = LANES / WIDTH;  // to a panel
+constexpr int64_t GROUP_PANELS = 4;     // panels that share a pass over the activations
+constexpr int64_t STEPS = SLAB / STEP;
+constexpr int64_t GROUP_LANES = GROUP_PANELS * LANES;
+
+// What a tile needs of a block: of the weights (a group of panels) and of the activations.
+struct Operands {
+    const uint8_t *w;      // panels w_stride bytes apart, 64 bytes per step
+    int64_t w_stride;
+    const float *scales;   // (panels, LANES)
+    const int32_t *zeros;  // (panels, LANES)
+    const int8_t *x;       // the tile's, as `place` says
+    int64_t slabs;
+    const float *x_scale;     // (rows,)
+    const int32_t *sum;       // (rows,): of the first two planes together
+    const int32_t *low_sum;   // (rows,): of the third and fourth
+    float *out;               // (rows, GROUP_LANES), added to; int32 for one plane
+};
+
+// Two planes as one integer.
+inline VI pair(VI high, VI low) { return add_i(shift_left<8>(high), low); }
+
+// Adds a row's result to those of the blocks before it; `low` is of the third and fourth plane.
+template <int P>
+INLINE inline void add_scaled(float *out, VI high, VI low, float x_scale, VF scale) {
+    VF value = to_float(high);
+    if constexpr (P == 4) value = fma_f(value, set_f(65536), to_float(low));
+    value = mul_f(value, set_f(x_scale));
+    store_f(out, fma_f(value, scale, load_f(out)));
+}
+
+}  // namespace
+}  // namespace qllm

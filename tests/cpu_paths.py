@@ -1,0 +1,153 @@
+"""The CPU kernels on every path that this machine has, and weights for them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qllm.ops import KERNELS, Kernel, Request, reference
+from qllm.ops.cpu import library as native
+from qllm.quant.packing import PackedWeight, pack
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def use(name: str) -> bool:
+    """Take a path; False where this machine lacks it."""
+    library = native.library()
+    return library.qllm_use(name.encode(), ctypes.c_int64(library.qllm_features()))
+
+
+@cache
+def paths() -> tuple[str, ...]:
+    """Those that this machine has, the best one first."""
+    if reason := native.unavailable():
+        pytest.skip(reason)
+    found = tuple(filter(use, native.PATHS))
+    use(native.library().path)
+    return found
+
+
+@contextmanager
+def on(name: str) -> Iterator[None]:
+    """A path for a while; the test is skipped where this machine lacks it."""
+    if name not in paths():
+        pytest.skip(f"this machine lacks {native.PATHS[name]}")
+    use(name)
+    try:
+        yield
+    finally:
+        use(native.library().path)
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """A tensor's bits as integers, so that two of them can be compared whatever they stand for."""
+    return tensor.view(INTEGERS[tensor.element_size()])
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same to the bit."""
+    return a.dtype == b.dtype and torch.equal(bits_of(a), bits_of(b))
+
+
+def everywhere(compute: Callable[[], Tensor]) -> Tensor:
+    """What a function gives, which has to be the same to the bit on every path."""
+    results = {}
+    for name in paths():
+        with on(name):
+            results[name] = compute()
+    first, *others = results
+    for name in others:
+        assert same(results[first], results[name]), f"{first} and {name} differ"
+    return results[first]
+
+
+def kernel(op: str) -> Kernel:
+    """The compiled kernel of an op."""
+    return next(kernel for kernel in KERNELS[op] if kernel.name == "cpu")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A quantized matrix (N, K): as checkpoints have it, as the kernels do, and in float64."""
+
+    request: Request
+    stored: PackedWeight
+    matrix: Tensor
+
+    @cached_property
+    def packed(self) -> PackedWeight:
+        paths()
+        return kernel("weight_only_linear").layout.pack(self.stored, self.request)
+
+    @property
+    def _format(self) -> tuple[int, int, int]:
+        return self.request.out_features, self.request.bits, self.request.group_size
+
+    def kernel(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product on the current path."""
+        run = kernel("weight_only_linear").run
+        return run(x, *self.packed[:3], bias, *self._format)
+
+    def everywhere(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product on every path."""
+        return everywhere(lambda: self.kernel(x, bias))
+
+    def reference(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return reference.weight_only_linear(x, *self.stored[:3], bias, *self._format)
+
+    def exact(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = x.double() @ self.matrix.t()
+        return y if bias is None else y + bias.double()
+
+    def size(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Of what is summed up, to which rounding errors are in proportion."""
+        y = x.double().abs() @ self.matrix.t().abs()
+        return y if bias is None else y + bias.double().abs()
+
+
+def weight_of(
+    q: np.ndarray, zeros: np.ndarray | None, scales: Tensor, bits: int, group_size: int
+) -> Weight:
+    """The weight with these integers (N, K), zeros (N, G) or None, and scales (N, G)."""
+    outputs, inputs = q.shape
+    scheme = "sym" if zeros is None else "asym"
+    request = Request(inputs, outputs, bits, group_size, scheme, "cpu")
+    index = np.arange(inputs) // (inputs if group_size == -1 else group_size)
+    zero = 2 ** (bits - 1) if zeros is None else zeros.astype(np.int64)[:, index]
+    matrix = (q.astype(np.int64) - zero) * scales.double().numpy()[:, index]
+    qzeros = np.empty(0) if zeros is None else zeros
+    rows = pack(torch.from_numpy(q.astype(np.uint8)), bits)
+    stored = PackedWeight(rows, scales, torch.from_numpy(qzeros.astype(np.uint8)))
+    return Weight(request, stored, torch.from_numpy(matrix))
+
+
+def random_weight(
+    shape: tuple[int, int],
+    bits: int = 4,
+    group_size: int = 128,
+    scheme: str = "asym",
+    scales_dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+) -> Weight:
+    """A weight of this shape (N, K), of integers that may be any."""
+    random = np.random.default_rng((*shape, bits, group_size + 1, seed))
+    groups = 1 if group_size == -1 else -(-shape[1] // group_size)
+    q = random.integers(0, 2**bits, shape)
+    zeros = random.integers(0, 2**bits, (shape[0], groups)) if scheme == "asym" else None
+    scales = torch.from_numpy(random.uniform(0.01, 0.1, (shape[0], groups))).to(scales_dtype)
+    return weight_of(q, zeros, scales, bits, group_size)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape) + 1000 * seed)
+    return torch.randn(*shape, generator=generator).to(dtype)

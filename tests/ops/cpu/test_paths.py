@@ -1,0 +1,202 @@
+"""Which path runs, what forces another, and what happens where there are no kernels at all."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_user_error, run, run_json
+from cpu_paths import on, paths, random_weight
+
+from qllm import ops
+from qllm.errors import UserError
+from qllm.ops import Request
+from qllm.ops.cpu import build
+from qllm.ops.cpu import library as native
+
+GENERATE = ("--model-name", "opt", "--model-size", "tiny", "--bitwidth", "4")
+AVX2, AVX_VNNI, AVX512 = 1, 2, 4  # of dispatch.cpp
+
+REQUEST = Request(64, 64, 4, 32, "asym", "cpu")
+INT8_REQUEST = Request(64, 64, 8, -1, "sym", "cpu")
+
+
+@pytest.fixture
+def anew():
+    """The library is looked for again, in this test and after it."""
+    native.library.cache_clear()
+    native.unavailable.cache_clear()
+    yield
+    native.library.cache_clear()
+    native.unavailable.cache_clear()
+    if not native.unavailable():
+        native.library()
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not any(map(shutil.which, build.COMPILERS)),
+    reason="compiles C++ on Linux",
+)
+def test_there_are_kernels_where_there_is_a_compiler():
+    # Without them every other test of theirs is skipped.
+    assert native.unavailable() is None
+
+
+@pytest.mark.parametrize("name", native.PATHS)
+def test_a_path_of_this_machine_runs(name):
+    weight = random_weight((16, 32), 4, 32)
+    x = torch.eye(32)
+    with on(name):
+        assert torch.allclose(weight.kernel(x), weight.matrix.t().float())
+
+
+@pytest.mark.parametrize(
+    ("features", "best"),
+    [
+        (0, "scalar"),
+        (AVX2, "avx2"),
+        (AVX_VNNI, "scalar"),
+        (AVX2 | AVX_VNNI, "avxvnni"),
+        (AVX2 | AVX512, "avx512"),
+        (AVX2 | AVX_VNNI | AVX512, "avx512"),
+    ],
+)
+def test_the_best_path_of_what_a_machine_has(features, best):
+    paths()
+    library = native.library()
+    assert library.qllm_best(ctypes.c_int64(features)).decode() == best
+    needs = {"avx512": AVX512, "avxvnni": AVX2 | AVX_VNNI, "avx2": AVX2, "scalar": 0}
+    try:
+        for name, needed in needs.items():
+            can = library.qllm_use(name.encode(), ctypes.c_int64(features))
+            assert can == (features & needed == needed)
+    finally:
+        library.qllm_use(library.path.encode(), ctypes.c_int64(library.qllm_features()))
+
+
+def test_the_machine_s_features_are_those_the_system_names():
+    paths()
+    text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    flags = set(re.search(r"^flags\s*:(.*)", text, re.MULTILINE)[1].split())
+    wide = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
+    expected = 0
+    if {"avx2", "fma", "f16c", "bmi2"} <= flags:
+        expected = AVX2 | AVX_VNNI * ("avx_vnni" in flags) | AVX512 * (wide <= flags)
+    found = native.library().qllm_features()
+    assert found & (AVX2 | AVX_VNNI | AVX512) == expected
+
+
+@pytest.mark.usefixtures("anew")
+def test_a_path_can_be_forced(monkeypatch):
+    for name in paths():
+        monkeypatch.setenv("QLLM_CPU_PATH", name)
+        native.library.cache_clear()
+        assert native.library().path == name
+        assert ops.select("weight_only_linear", REQUEST).reason.startswith(native.PATHS[name])
+    monkeypatch.delenv("QLLM_CPU_PATH")
+    native.library.cache_clear()
+    assert native.library().path == paths()[0]
+
+
+@pytest.mark.usefixtures("anew")
+@pytest.mark.parametrize("name", ["sse", "AVX2", "avx2 ", "amx2"])
+def test_a_path_that_there_is_not(monkeypatch, name):
+    known = paths()
+    monkeypatch.setenv("QLLM_CPU_PATH", name)
+    native.library.cache_clear()
+    native.unavailable.cache_clear()
+    with pytest.raises(UserError) as caught:
+        native.unavailable()
+    assert str(caught.value) == (
+        f"QLLM_CPU_PATH={name!r} cannot run here; choose {', '.join(known)}"
+    )
+
+
+def test_a_path_that_there_is_not_is_one_line_for_the_user():
+    known = paths()
+    environment = {**os.environ, "QLLM_CPU_PATH": "neon"}
+    assert_user_error(run("qllm_gen.py", *GENERATE, "--json", env=environment), "'neon'", *known)
+
+
+def test_every_path_generates_the_same_tokens():
+    def generate(name: str) -> dict:
+        environment = {**os.environ, "QLLM_CPU_PATH": name}
+        return run_json("qllm_gen.py", *GENERATE, "--explain", env=environment)
+
+    names = [paths()[0], "scalar", *(["avx2"] if "avx2" in paths() else [])]
+    with ThreadPoolExecutor(2) as pool:
+        results = dict(zip(names, pool.map(generate, names), strict=True))
+    expected = results[names[0]]
+    assert all(row["tokens"] for row in expected["results"])
+    for name, result in results.items():
+        assert result["results"] == expected["results"]
+        said = {row["why"] for row in result["kernels"] if row["kernel"] == "cpu"}
+        assert said and any(native.PATHS[name] in reason for reason in said)
+
+
+@pytest.mark.usefixtures("anew")
+def test_without_kernels_the_reference_runs(monkeypatch, capsys):
+    def load() -> None:
+        raise build.Unavailable("no compiler today; install one")
+
+    monkeypatch.setattr(build, "load", load)
+    for op, request in (("weight_only_linear", REQUEST), ("int8_linear", INT8_REQUEST)):
+        choice = ops.select(op, request)
+        assert choice.kernel.name != "cpu"
+        assert "; not cpu: not on this machine: no compiler today; install one" in choice.reason
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "note: no compiler today; install one; running plain torch ops, which are slow"
+    ]
+
+
+def test_without_a_compiler_a_model_runs(tmp_path):
+    environment = {**os.environ, "CXX": "/nonexistent", "QLLM_CACHE": str(tmp_path)}
+    done = run("qllm_gen.py", *GENERATE, "--explain", env=environment)
+    assert done.returncode == 0
+    (line,) = (line for line in done.stderr.splitlines() if "kernels" in line)
+    assert line.startswith("note: ") and "/nonexistent" in line and "install g++" in line
+    assert "not cpu: not on this machine: no C++ compiler" in done.stdout
+
+
+def test_no_device_but_the_cpu_has_kernels():
+    for op, request in (("weight_only_linear", REQUEST), ("int8_linear", INT8_REQUEST)):
+        choice = ops.select(op, Request(**{**vars(request), "device": "cuda"}))
+        assert choice.kernel.name == "reference"
+        assert "not cpu: it is for CPUs" in choice.reason
+
+
+@pytest.mark.parametrize("group_size", [-1, 1, 7, 15, 16, 100])
+@pytest.mark.parametrize("inputs", [5, 16, 64])
+def test_small_groups_are_the_reference_s(group_size, inputs):
+    paths()
+    choice = ops.select("weight_only_linear", Request(inputs, 8, 4, group_size, "sym", "cpu"))
+    small = 0 < group_size < min(16, inputs)
+    assert choice.kernel.name == ("reference" if small else "cpu")
+    assert ("groups of fewer than 16 inputs" in choice.reason) == small
+
+
+def test_no_path_shares_a_function_with_another():
+    # An inline function that several units define is linked once, from any: one of AVX-512, say.
+    paths()
+    if not shutil.which("nm"):
+        pytest.skip("needs nm, of binutils")
+    said = subprocess.run(
+        ["nm", "--defined-only", native.library()._name], check=True, capture_output=True, text=True
+    )
+    symbols = [line.split()[1:] for line in said.stdout.splitlines()]
+    functions = {name for kind, name in symbols if kind in "tTwWvVui"}
+    if "_ZN4qllm7scratchEm" not in functions:
+        pytest.skip("the library has no table of its symbols")
+    own = re.compile(r"_ZN4qllm\d+_GLOBAL__N_|_ZL|_ZN4qllmL|_ZN\d+_GLOBAL__N_")
+    shared = {name for name in functions if name.startswith("_Z") and not own.match(name)}
+    assert shared == {"_ZN4qllm7scratchEm"}  # of the unit that all machines run
+    assert any(own.match(name) for name in functions)
