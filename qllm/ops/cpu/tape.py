@@ -21,6 +21,8 @@ NO_WORK = {
     *("view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "transpose", "detach"),
     *("alias", "t", "permute", "expand", "split", "split_with_sizes", "as_strided"),
 }
+# Those that compute nothing where they return the memory that they were given.
+NO_WORK_IN_PLACE = {"to", "contiguous"}
 
 
 class Call(ctypes.Structure):
@@ -71,9 +73,11 @@ class _Watch(TorchDispatchMode):
         self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         name = func.overloadpacket.__name__
-        if name not in NO_WORK:
+        result = func(*args, **(kwargs or {}))
+        in_place = name in NO_WORK_IN_PLACE and result.data_ptr() == args[0].data_ptr()
+        if name not in NO_WORK and not in_place:
             self.tape.foreign = name
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 class _Recording(threading.local):

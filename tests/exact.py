@@ -1,0 +1,96 @@
+"""What the ops between linear layers compute, in float64, and how near a kernel has to come."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Of float32, by which sums of a kernel may be off, in proportion to the size of what they sum.
+ULPS = 4
+
+
+def relu(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0)
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return x / 2 * np.vectorize(math.erfc)(-x / math.sqrt(2))
+
+
+@np.errstate(over="ignore")
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+@np.errstate(over="ignore")
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+ACTIVATIONS = {function.__name__: function for function in (relu, gelu, gelu_tanh, silu)}
+
+
+def norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, centered: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """A norm of each row, and the size of what it sums up."""
+    x = numpy(x)
+    mean = x.mean(1, keepdims=True) if centered else 0.0
+    scale = 1 / np.sqrt(((x - mean) ** 2).mean(1, keepdims=True) + eps)
+    y, size = (x - mean) * scale, (np.abs(x) + np.abs(mean)) * scale
+    if weight is not None:
+        y, size = y * numpy(weight), size * np.abs(numpy(weight))
+    if bias is not None:
+        y, size = y + numpy(bias), size + np.abs(numpy(bias))
+    return y, size
+
+
+def rotate(x: np.ndarray, angles: tuple[Tensor, Tensor] | None) -> np.ndarray:
+    """Heads (N, H, D) turned by cosines and sines (N, D): pairs are (i, i + D / 2)."""
+    if angles is None:
+        return x
+    cos, sin = (numpy(part)[:, None] for part in angles)
+    half = x.shape[2] // 2
+    swapped = np.concatenate([-x[:, :, half:], x[:, :, :half]], axis=2)
+    return x * cos + swapped * sin
+
+
+def attention(
+    query: np.ndarray, keys: np.ndarray, values: np.ndarray, slopes: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The last token's attention: query (H, D), keys and values (H_kv, S, D).
+
+    Returns:
+        (H, D), and the size (H, 1) to which its errors are in proportion.
+    """
+    (heads, dim), (kv_heads, length, _) = query.shape, keys.shape
+    keys, values = (np.repeat(part, heads // kv_heads, axis=0) for part in (keys, values))
+    scores = np.einsum("hd,hsd->hs", query, keys) / math.sqrt(dim)
+    sizes = np.einsum("hd,hsd->hs", np.abs(query), np.abs(keys)) / math.sqrt(dim)
+    if slopes is not None:
+        bias = slopes[:, None] * np.arange(1 - length, 1)
+        scores, sizes = scores + bias, sizes + np.abs(bias)
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    weights /= weights.sum(1, keepdims=True)
+    size = (1 + sizes.max(1)) * np.abs(values).max((1, 2))
+    return np.einsum("hs,hsd->hd", weights, values), size[:, None]
+
+
+def numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.double().numpy()
+
+
+def assert_rounded_once(got: Tensor, exact: np.ndarray, size: np.ndarray | float) -> None:
+    """No further off than a result in float32 of sums of this size, rounded to the type of `got`.
+
+    In float32 that is what plain torch ops come to; in half types they round more often.
+    """
+    assert got.shape == exact.shape
+    info = torch.finfo(got.dtype)
+    allowed = np.abs(exact) * info.eps / 2 + info.smallest_normal * info.eps
+    allowed = allowed + ULPS * torch.finfo(torch.float32).eps * size
+    ratio = np.abs(numpy(got) - exact) / allowed
+    assert not (ratio > 1).any() and not np.isnan(ratio).any(), f"{ratio.max():.3} of what may be"
