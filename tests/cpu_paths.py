@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qllm.ops import KERNELS, Kernel, Request, reference
+from qllm.ops import KERNELS, Kernel, Layout, Request, reference
 from qllm.ops.cpu import library as native
 from qllm.quant.packing import PackedWeight, pack
 
@@ -84,10 +84,14 @@ class Weight:
     stored: PackedWeight
     matrix: Tensor
 
+    @property
+    def layout(self) -> Layout:
+        return kernel("weight_only_linear").layout
+
     @cached_property
     def packed(self) -> PackedWeight:
         paths()
-        return kernel("weight_only_linear").layout.pack(self.stored, self.request)
+        return self.layout.pack(self.stored, self.request)
 
     @property
     def _format(self) -> tuple[int, int, int]:
@@ -151,3 +155,42 @@ def random_weight(
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape) + 1000 * seed)
     return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def pattern(values: Tensor) -> Tensor:
+    """What is no finite number, and of which kind."""
+    return values.isnan() * 3 + values.isposinf() * 2 + values.isneginf() * 1
+
+
+class Int8:
+    """int8 weights (N, K) with a scale per channel, for the reference and for the kernels."""
+
+    def __init__(self, qweight: Tensor, scales: Tensor) -> None:
+        self.qweight, self.scales = qweight, scales
+        outputs, inputs = qweight.shape
+        request = Request(inputs, outputs, 8, -1, "sym", "cpu")
+        rows = pack((qweight.int() + 128).to(torch.uint8), 8)
+        stored = PackedWeight(rows, scales[:, None], rows.new_empty(0))
+        self.packed = kernel("int8_linear").layout.pack(stored, request)
+
+    @staticmethod
+    def random(shape: tuple[int, int], scales_dtype: torch.dtype = torch.float16) -> Int8:
+        random = np.random.default_rng(shape)
+        q = torch.from_numpy(random.integers(-128, 128, shape, dtype=np.int8))
+        return Int8(q, torch.from_numpy(random.uniform(0.001, 0.01, shape[0])).to(scales_dtype))
+
+    def kernel(self, x: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        arguments = (self.packed.qweight, self.packed.scales, bias, scale, len(self.qweight))
+        return kernel("int8_linear").run(x, *arguments)
+
+    def assert_exact(
+        self, x: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+    ) -> None:
+        """The same as the reference, to the bit where it is a number."""
+        got = everywhere(lambda: self.kernel(x, bias, scale))
+        expected = reference.int8_linear(
+            x, self.qweight, self.scales, bias, scale, len(self.scales)
+        )
+        assert torch.equal(pattern(got), pattern(expected))
+        number = ~expected.isnan()
+        assert same(got[number], expected[number])

@@ -1,4 +1,4 @@
-"""Other runtimes, measured beside QLLM: single layers and whole models with random weights.
+"""QLLM beside other runtimes, in one run: single layers and whole models with random weights.
 
     python3 -m venv rivals
     rivals/bin/pip install -r requirements.txt onnx onnxruntime openvino ctranslate2 gguf \\
@@ -51,13 +51,15 @@ class Rival:
 
 
 LAYER_RIVALS = {
+    "qllm": Rival("qllm_layers", ("torch",), "torch"),
     "torch": Rival("torch_layers", ("torch",), "torch"),
     "onnxruntime": Rival("onnxruntime_layers", ("onnxruntime", "onnx"), "onnxruntime"),
     "openvino": Rival("openvino_layers", ("openvino",), "openvino"),
 }
 MODEL_RIVALS = {
+    "qllm": Rival("qllm_models", ("torch",), "torch"),
     "transformers": Rival("huggingface_models", ("transformers",), "transformers"),
     "ctranslate2": Rival("ctranslate2_models", ("ctranslate2", "transformers"), "ctranslate2"),
     "llama.cpp": Rival("llama_cpp_models", ("llama_cpp", "gguf"), "llama-cpp-python"),
 }
-RIVALS: dict[str, Rival] = LAYER_RIVALS | MODEL_RIVALS
+RIVALS: dict[str, Rival] = LAYER_RIVALS | MODEL_RIVALS  # "qllm" is in both

@@ -1,4 +1,4 @@
-"""Times of other runtimes' layers and models, with random weights.
+"""Times of QLLM's and other runtimes' layers and models, with random weights.
 
     python3 -m benchmarks.rivals --layer 4096x4096 11008x4096
     python3 -m benchmarks.rivals --model tinyllama-1.1b
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from benchmarks.rivals.common import LayerBench, Model
 
 # Bits and group of the layers that are asked of every rival.
-CASES = (("16", -1), ("8:tc-li", -1), ("8", -1), ("8", 128), ("4", 128), ("4", 32))
+CASES = (("16", -1), ("8:tc-li", -1), ("8", -1), ("8", 128), ("4", 128), ("4", 32), ("3", 128))
 REPOSITORIES = {
     "opt-125m": "facebook/opt-125m",
     "opt-1.3b": "facebook/opt-1.3b",
@@ -80,9 +81,12 @@ def installed(known: dict[str, Rival], wanted: list[str]) -> Iterator[tuple[str,
 def layer_row(bench: LayerBench, args: argparse.Namespace) -> dict[str, object]:
     """Times of one layer."""
     from benchmarks.speed import median_seconds
+    from qllm.ops.cpu.limits import read_bandwidth
 
+    before = read_bandwidth()
     seconds = {m: median_seconds(lambda m=m: bench.run(m), args.repeats) for m in args.rows}
     return {
+        "bandwidth": (before + read_bandwidth()) / 2,
         "name": bench.name,
         "bits": bench.bits,
         "bytes": bench.size,
@@ -108,7 +112,10 @@ def measure_layers(n: int, k: int, args: argparse.Namespace) -> list[dict[str, o
 
 def model_row(model: Model, args: argparse.Namespace) -> dict[str, object]:
     """Times of one model."""
+    from qllm.ops.cpu.limits import read_bandwidth
+
     return {
+        "bandwidth": read_bandwidth(),
         "name": model.name,
         "bits": model.bits,
         "bytes": model.size,
@@ -128,18 +135,25 @@ def measure_models(repository: str, args: argparse.Namespace) -> list[dict[str, 
     return rows
 
 
+def share(rate: float, row: dict) -> str:
+    """GB/s, and of what the machine allows."""
+    return f"{rate:.1f} ({rate * 1e9 / row['bandwidth']:.0%})"
+
+
 def print_layers(rows: list[dict], args: argparse.Namespace) -> None:
     """Milliseconds."""
     header = [f"{m} row{'s' * (m > 1)}, ms" for m in args.rows]
     print("| layer | rival | bits | operation | error |", " | ".join(header), end="")
-    print(f" | GB/s at {args.rows[0]} |")
-    print("|---|---|---|---|---|" + "---|" * (len(header) + 1))
+    print(f" | GB/s at {args.rows[0]} | TOP/s at {args.rows[-1]} |")
+    print("|---|---|---|---|---|" + "---|" * (len(header) + 2))
     for row in rows:
         times = " | ".join(f"{1000 * seconds:.3f}" for seconds in row["seconds"].values())
         rate = row["bytes"] / row["seconds"][args.rows[0]] / 1e9
         size = "x".join(map(str, row["layer"]))
         print(f"| {size} | {row['rival']} | {row['bits']} | {row['name']} ", end="")
-        print(f"| {row['error']:.4f} | {times} | {rate:.1f} |")
+        n, k = row["layer"]
+        speed = 2 * n * k * args.rows[-1] / row["seconds"][args.rows[-1]] / 1e12
+        print(f"| {row['error']:.4f} | {times} | {share(rate, row)} | {speed:.2f} |")
 
 
 def print_models(rows: list[dict], args: argparse.Namespace) -> None:
@@ -152,7 +166,7 @@ def print_models(rows: list[dict], args: argparse.Namespace) -> None:
         times = " | ".join(f"{1000 * seconds:.1f}" for seconds in row["decode"].values())
         rate = row["bytes"] / row["decode"][args.batches[0]] / 1e9
         print(f"| {row['name']} | {row['bits']} | {row['bytes'] / 1e6:.0f} ", end="")
-        print(f"| {args.prompt / row['prefill']:.0f} | {times} | {rate:.1f} |")
+        print(f"| {args.prompt / row['prefill']:.0f} | {times} | {share(rate, row)} |")
 
 
 def main() -> None:
@@ -160,24 +174,30 @@ def main() -> None:
 
     import torch
 
-    from benchmarks.speed import read_bandwidth
+    from qllm.ops.cpu import library
+    from qllm.ops.cpu.limits import int8_rate
 
     torch.set_num_threads(args.threads)
     if args.layer:
         rows = [row for n, k in args.layer for row in measure_layers(n, k, args)]
     else:
         rows = measure_models(REPOSITORIES[args.model], args)
-    bandwidth = read_bandwidth()
+    rate = int8_rate()
     versions = {name: RIVALS[name].version() for name in {row["rival"]: 0 for row in rows}}
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
-    print(f"{args.threads} threads, memory read at {bandwidth / 1e9:.1f} GB/s\n")
+    bandwidth = statistics.median(row["bandwidth"] for row in rows)
+    print(
+        f"{args.threads} threads, {library.about()}: memory read at {bandwidth / 1e9:.1f} GB/s, ",
+        end="",
+    )
+    print(f"int8 products at {rate / 1e12:.2f} TOP/s\n")
     if args.layer:
         print_layers(rows, args)
     else:
         print(f"{args.model}\n")
         print_models(rows, args)
-    settings = {"settings": vars(args), "versions": versions, "bandwidth": bandwidth}
-    print(json.dumps(settings | {"rows": rows}))
+    limits = {"bandwidth": bandwidth, "int8_rate": rate}
+    print(json.dumps({"settings": vars(args), "versions": versions, **limits, "rows": rows}))
 
 
 if __name__ == "__main__":

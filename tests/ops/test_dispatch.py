@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import exact
 import numpy as np
 import pytest
 import torch
@@ -64,7 +63,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 def product(x: torch.Tensor, weight: np.ndarray, bias: torch.Tensor) -> tuple[np.ndarray, float]:
     """x W^T + b in float64, and the largest sum of absolute values in it."""
-    x, bias = x.double().numpy(), bias.double().numpy()
+    x, bias = exact.numpy(x), exact.numpy(bias)
     size = np.abs(x) @ np.abs(weight).T + np.abs(bias)
     return x @ weight.T + bias, size.max()
 
@@ -74,7 +73,7 @@ def dense_example(request: Request, rows: int, dtype: torch.dtype):
     weight = normal(request.out_features, request.in_features).to(dtype)
     bias = normal(request.out_features).to(dtype)
     arguments = {"x": x, "weight": weight, "bias": bias}
-    return arguments, *product(x, weight.double().numpy(), bias)
+    return arguments, *product(x, exact.numpy(weight), bias)
 
 
 def weight_only_example(request: Request, rows: int, dtype: torch.dtype):
@@ -119,7 +118,7 @@ def int8_example(request: Request, rows: int, dtype: torch.dtype, *, static: boo
     q = np.clip(np.rint(values / x_scales), -128, 127).astype(np.int64)
     total = (q @ weight.T.astype(np.int64)).astype(np.float32)
     # Three roundings to float32 and one to the type: the specification says to the bit what comes.
-    exact = total * x_scales * scales.astype(np.float32) + bias.float().numpy()
+    y = total * x_scales * scales.astype(np.float32) + bias.float().numpy()
     arguments = {
         "x": x,
         "qweight": torch.from_numpy(weight),
@@ -128,114 +127,65 @@ def int8_example(request: Request, rows: int, dtype: torch.dtype, *, static: boo
         "input_scale": torch.tensor(x_scales) if static else None,
         "out_features": request.out_features,
     }
-    return arguments, torch.from_numpy(exact).to(dtype).double().numpy(), 0.0
+    return arguments, exact.numpy(torch.from_numpy(y).to(dtype)), 0.0
 
 
 def embedding_example(request: Request, rows: int, dtype: torch.dtype):
     table = normal(request.out_features + 2, request.in_features).to(dtype)
     index = torch.arange(rows) % request.out_features
     arguments = {"index": index, "table": table, "offset": 2}
-    return arguments, table[index + 2].double().numpy(), 0.0
+    return arguments, exact.numpy(table[index + 2]), 0.0
 
 
-def norm_example(
-    request: Request, rows: int, dtype: torch.dtype, *, centered: bool, affine: bool = True
-):
-    columns = request.in_features
-    x = (normal(rows, columns) * 3 + 1).to(dtype)
-    weight, bias = normal(columns).to(dtype), normal(columns + 1)[1:].to(dtype)
-    arguments = {"x": x, "weight": weight if affine else None, "eps": 1e-5}
-    exact = x.double().numpy()
-    if centered:
-        arguments["bias"] = bias if affine else None
-        exact = exact - exact.mean(axis=1, keepdims=True)
-    exact = exact / np.sqrt((exact**2).mean(axis=1, keepdims=True) + 1e-5)
-    if affine:
-        exact = exact * weight.double().numpy() + (bias.double().numpy() if centered else 0)
-    # What was taken off an x counts too: the rest of it has the error of the whole.
-    return arguments, exact, np.abs(exact).max() + np.abs(x.double().numpy()).max()
+def norm_example(request: Request, rows: int, dtype: torch.dtype, *, centered: bool, affine: bool):
+    x = (normal(rows, request.in_features) * 3 + 1).to(dtype)
+    weight, bias = normal(2, request.in_features).to(dtype) if affine else (None, None)
+    arguments = {"x": x, "weight": weight, **({"bias": bias} if centered else {}), "eps": 1e-5}
+    bias = bias if centered else None
+    y, size = exact.norm(x, weight, bias, 1e-5, centered=centered)
+    return arguments, y, size.max()
 
 
-def silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
-
-
-def gelu(x: np.ndarray) -> np.ndarray:
-    return x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-
-
-def gelu_tanh(x: np.ndarray) -> np.ndarray:
-    return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def relu(x: np.ndarray) -> np.ndarray:
-    return np.maximum(x, 0)
-
-
-def activation_example(
-    request: Request,
-    rows: int,
-    dtype: torch.dtype,
-    *,
-    function: Callable[[np.ndarray], np.ndarray],
-    gated: bool,
-):
+def activation_example(request: Request, rows: int, dtype: torch.dtype, *, name: str, gated: bool):
     x = (normal(rows, request.in_features * (2 if gated else 1)) * 3).to(dtype)
-    values = x.double().numpy()
-    gate, up = np.split(values, 2, axis=1) if gated else (values, 1)
-    exact = function(gate) * up
-    return {"x": x, "name": function.__name__}, exact, np.abs(gate * up).max()
+    gate, up = np.split(exact.numpy(x), 2, axis=1) if gated else (exact.numpy(x), 1)
+    return {"x": x, "name": name}, exact.ACTIVATIONS[name](gate) * up, np.abs(gate * up).max()
 
 
 def add_example(request: Request, rows: int, dtype: torch.dtype):
     x, z = normal(2, rows, request.in_features).to(dtype)
-    exact = (x.double() + z.double()).to(dtype)  # rounded once
-    return {"x": x, "z": z}, exact.double().numpy(), 0.0
+    return {"x": x, "z": z}, exact.numpy((x.double() + z.double()).to(dtype)), 0.0
+
+
+CAPACITY = 70  # of the cache
 
 
 def attention_example(
-    request: Request, rows: int, dtype: torch.dtype, *, turned: bool, sloped: bool, share: int
+    request: Request, rows: int, dtype: torch.dtype, *, prompt: bool, turned: bool, share: int
 ):
-    """One new token for each of some rows that are not of one length."""
-    dim = request.in_features + request.in_features % 2
-    heads, kv_heads, capacity = 2 * share, 2, 70
-    positions = torch.arange(rows) * 7 % (capacity - 1)
+    """Rows of a prompt that see each other, or new tokens that have a cache each."""
+    dim, kv_heads = request.in_features + request.in_features % 2, 2
+    heads, at = kv_heads * share, torch.arange(rows) * (1 if prompt else 7) % CAPACITY
     qkv = normal(rows, (heads + 2 * kv_heads) * dim).to(dtype)
-    keys, values = normal(2, rows, kv_heads, capacity, dim).to(dtype)
+    keys, values = normal(2, *([] if prompt else [rows]), kv_heads, CAPACITY, dim).to(dtype)
     angle = normal(rows, dim // 2).repeat(1, 2)
-    angles = (angle.cos().to(dtype), angle.sin().to(dtype))
-    slopes = torch.linspace(0.01, 0.5, heads)
-    arguments = {
-        "qkv": qkv,
-        "keys": keys.clone(),
-        "values": values.clone(),
-        "positions": positions,
-        "span": int(positions.max()) + 1,
-        "angles": angles if turned else None,
-        "slopes": slopes if sloped else None,
-    }
-    cos, sin = (part.double().numpy()[:, None] for part in angles)
-
-    def turn(x: np.ndarray) -> np.ndarray:
-        a, b = np.split(x, 2, axis=2)
-        return x * cos + np.concatenate([-b, a], axis=2) * sin if turned else x
-
-    parts = qkv.double().numpy().reshape(rows, -1, dim)
+    angles = (angle.cos().to(dtype), angle.sin().to(dtype)) if turned else None
+    slopes = None if turned else torch.linspace(0.01, 0.5, heads)
+    arguments = {"qkv": qkv, "keys": keys, "values": values, "angles": angles, "slopes": slopes}
+    if not prompt:
+        arguments |= {"positions": at, "span": int(at.max()) + 1}
+    parts = exact.numpy(qkv).reshape(rows, -1, dim)
     q, k, v = np.split(parts, [heads, heads + kv_heads], axis=1)
-    q, k = turn(q), turn(k)
-    keys, values = keys.double().numpy(), values.double().numpy()
-    exact = np.empty((rows, heads, dim))
-    for row, position in enumerate(positions.tolist()):
-        keys[row, :, position], values[row, :, position] = k[row], v[row]
-        for head in range(heads):
-            seen = keys[row, head // share, : position + 1]
-            scores = seen @ q[row, head] / math.sqrt(dim)
-            if sloped:
-                scores += slopes[head].item() * (np.arange(position + 1) - position)
-            weights = np.exp(scores - scores.max())
-            exact[row, head] = weights / weights.sum() @ values[row, head // share, : position + 1]
-    # A weight is off by as much as its score is, which is a sum of `dim` products.
-    return arguments, exact.reshape(rows, -1), np.abs(exact).max() * (1 + np.abs(q).max() ** 2)
+    q, k = exact.rotate(q, angles), exact.rotate(k, angles)
+    caches = [exact.numpy(part).copy() for part in (keys, values)]
+    found = []
+    for row, position in enumerate(at.tolist()):
+        own = caches if prompt else [cache[row] for cache in caches]
+        own[0][:, position], own[1][:, position] = k[row], v[row]
+        seen = (cache[:, : position + 1] for cache in own)
+        found.append(exact.attention(q[row], *seen, None if turned else exact.numpy(slopes)))
+    y, size = (np.stack(parts) for parts in zip(*found, strict=True))
+    return arguments, y.reshape(rows, -1), size.max()
 
 
 # Of each op, for a request: arguments, the exact result, and the size of what it sums, which is
@@ -245,26 +195,26 @@ EXAMPLES = {
     "weight_only_linear": (weight_only_example,),
     "int8_linear": (partial(int8_example, static=False), partial(int8_example, static=True)),
     "embedding": (embedding_example,),
-    "layer_norm": (
-        partial(norm_example, centered=True),
-        partial(norm_example, centered=True, affine=False),
+    "layer_norm": tuple(
+        partial(norm_example, centered=True, affine=affine) for affine in (True, False)
     ),
-    "rms_norm": (
-        partial(norm_example, centered=False),
-        partial(norm_example, centered=False, affine=False),
+    "rms_norm": tuple(
+        partial(norm_example, centered=False, affine=affine) for affine in (True, False)
     ),
     "activation": tuple(
-        partial(activation_example, function=function, gated=False)
-        for function in (relu, gelu, gelu_tanh, silu)
+        partial(activation_example, name=name, gated=False) for name in exact.ACTIVATIONS
     ),
     "gated_activation": tuple(
-        partial(activation_example, function=function, gated=True)
-        for function in (relu, gelu, gelu_tanh, silu)
+        partial(activation_example, name=name, gated=True) for name in exact.ACTIVATIONS
     ),
     "add": (add_example,),
     "decode_attention": tuple(
-        partial(attention_example, turned=turned, sloped=sloped, share=share)
-        for turned, sloped, share in ((False, False, 1), (True, False, 3), (False, True, 2))
+        partial(attention_example, prompt=False, turned=turned, share=share)
+        for turned, share in ((True, 3), (False, 1))
+    ),
+    "prompt_attention": tuple(
+        partial(attention_example, prompt=True, turned=turned, share=share)
+        for turned, share in ((True, 3), (False, 1))
     ),
 }
 EXACT = ("int8_linear", "embedding", "add")
@@ -305,16 +255,16 @@ def test_kernel_computes_the_op(op, name):
     specification = getattr(reference, op)
     cases = itertools.product(served_requests(op, kernel), ROWS, DTYPES[op in EXACT], EXAMPLES[op])
     for request, rows, dtype, example in cases:
-        arguments, exact, size = example(request, rows, dtype)
+        arguments, want, size = example(request, rows, dtype)
         # Copies: attention writes to the cache it is given.
         got = kernel.run(**laid_out(kernel, request, copy.deepcopy(arguments)))
-        assert got.shape == exact.shape and got.dtype == dtype
-        error = np.abs(got.double().numpy() - exact).max()
+        assert got.shape == want.shape and got.dtype == dtype
+        error = np.abs(exact.numpy(got) - want).max()
         if op in EXACT:
             assert error == 0
             continue
         # The reference in the same type may not be far off, nor the kernel farther.
-        allowed = np.abs(specification(**arguments).double().numpy() - exact).max()
+        allowed = np.abs(exact.numpy(specification(**arguments)) - want).max()
         size *= torch.finfo(dtype).eps
         assert allowed <= 2 * size
         assert error <= 2 * allowed + size / 16

@@ -42,6 +42,8 @@ COMMON = (
     *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno"),
     # Else a compiler fuses a * b + c where the instruction set can, and paths round differently.
     "-ffp-contract=off",
+    # Sums of integers wrap, as those of vector instructions do.
+    "-fwrapv",
     # Vectors wider than the instruction set's are passed within one file only; GCC 12's own headers
     # use what they have not initialized.
     *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),

@@ -10,10 +10,11 @@ import pytest
 import torch
 from cpu_paths import (
     DTYPES,
+    Int8,
     Weight,
     everywhere,
-    kernel,
     normal,
+    pattern,
     random_weight,
     same,
     weight_of,
@@ -23,8 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qllm.config import SCHEMES
-from qllm.ops import Request, reference
-from qllm.quant.packing import BITS, PackedWeight, pack
+from qllm.quant.packing import BITS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -201,11 +201,6 @@ def test_a_row_does_not_depend_on_the_threads(dtype):
                     assert same(call(), expected)
 
 
-def pattern(values: Tensor) -> Tensor:
-    """What is no finite number, and of which kind."""
-    return values.isnan() * 3 + values.isposinf() * 2 + values.isneginf() * 1
-
-
 def special_rows(x: Tensor) -> dict[int, Tensor]:
     """Rows with infinities and NaN in several places, by where they go in x."""
     rows, columns = len(x), x.shape[1]
@@ -281,10 +276,13 @@ def test_numbers_of_any_size(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_sum_of_huge_numbers_is_as_exact(dtype):
-    weight = random_weight((64, 2000), 4, 128)
-    x = normal(3, 2000) * torch.tensor([[1.0], [2.0**101], [2.0**110]])
-    for row in x.to(dtype).split(1):
-        assert_close(weight, row, None, weight.everywhere(row))
+    for scheme, scale in itertools.product(SCHEMES, (1.0, 2.0**101, 2.0**110)):
+        weight = random_weight((64, 2000), 4, 128, scheme)
+        x = (normal(5, 2100) * scale).to(dtype)[:, 50:2050]
+        bias = (normal(64) * 50 * scale).to(dtype)
+        got = weight.everywhere(x, bias)
+        assert_close(weight, x, bias, got)
+        assert same(weight.everywhere(x[3:4], bias), got[3:4])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -323,40 +321,6 @@ def test_inputs_of_any_strides(dtype):
             expected = run(x.clone(memory_format=torch.contiguous_format), bias)
             assert same(everywhere(lambda run=run, x=x: run(x, bias)), expected)
     assert (wide[:0, :100].shape[0], 40) == weight.everywhere(wide[:0, :100]).shape
-
-
-class Int8:
-    """int8 weights (N, K) with a scale per channel, for the reference and for the kernels."""
-
-    def __init__(self, qweight: Tensor, scales: Tensor) -> None:
-        self.qweight, self.scales = qweight, scales
-        outputs, inputs = qweight.shape
-        request = Request(inputs, outputs, 8, -1, "sym", "cpu")
-        rows = pack((qweight.int() + 128).to(torch.uint8), 8)
-        stored = PackedWeight(rows, scales[:, None], rows.new_empty(0))
-        self.packed = kernel("int8_linear").layout.pack(stored, request)
-
-    @staticmethod
-    def random(shape: tuple[int, int], scales_dtype: torch.dtype = torch.float16) -> Int8:
-        random = np.random.default_rng(shape)
-        q = torch.from_numpy(random.integers(-128, 128, shape, dtype=np.int8))
-        return Int8(q, torch.from_numpy(random.uniform(0.001, 0.01, shape[0])).to(scales_dtype))
-
-    def kernel(self, x: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-        arguments = (self.packed.qweight, self.packed.scales, bias, scale, len(self.qweight))
-        return kernel("int8_linear").run(x, *arguments)
-
-    def assert_exact(
-        self, x: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
-    ) -> None:
-        """The same as the reference, to the bit where it is a number."""
-        got = everywhere(lambda: self.kernel(x, bias, scale))
-        expected = reference.int8_linear(
-            x, self.qweight, self.scales, bias, scale, len(self.scales)
-        )
-        assert torch.equal(pattern(got), pattern(expected))
-        number = ~expected.isnan()
-        assert same(got[number], expected[number])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

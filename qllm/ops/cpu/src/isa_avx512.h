@@ -36,7 +36,11 @@ inline int32_t max_of_i(VI v) { return _mm512_reduce_max_epi32(v); }
 
 // uint8 weights of a step, int8 activations of a step in every lane, and their product.
 inline VI weights(const uint8_t *p) { return _mm512_load_si512(p); }
-inline VI four(const int8_t *p) { return _mm512_set1_epi32(*reinterpret_cast<const int32_t *>(p)); }
+inline VI four(const int8_t *p) {
+    int32_t v;
+    __builtin_memcpy(&v, p, 4);
+    return _mm512_set1_epi32(v);
+}
 // Not the intrinsic: GCC moves its sums from register to register and to memory.
 inline VI dot(VI sum, VI w, VI x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));

@@ -85,26 +85,43 @@ static void activate(const Activate &a) {
     for (int64_t row = 0; row < a.rows; row++) BY_TYPE(a.type, activate_row, a, row);
 }
 
+// part(start, end) of a few vectors each, added in pairs: a sum of thousands, one after the other,
+// would drift where all are alike.
+template <typename Part> VF sum_in_pairs(int64_t start, int64_t end, const Part &part) {
+    if (end - start <= 8 * WIDTH) return part(start, end);
+    int64_t middle = start + (end - start) / (2 * WIDTH) * WIDTH;
+    return add_f(sum_in_pairs(start, middle, part), sum_in_pairs(middle, end, part));
+}
+
 template <int64_t TYPE> void norm_row(const Norm &a, int64_t row) {
-    const int64_t start = row * a.channels;
-    VF total = set_f(0), squares = set_f(0);
-    for (int64_t i = 0; a.centered && i < a.channels; i += WIDTH)
-        total = add_f(total, load<TYPE>(a.x, start + i, a.channels - i));
+    const int64_t first = row * a.channels;
+    auto sum = [&](int64_t start, int64_t end) {
+        VF total = set_f(0);
+        for (int64_t i = start; i < end; i += WIDTH)
+            total = add_f(total, load<TYPE>(a.x, first + i, a.channels - i));
+        return total;
+    };
+    const VF total = a.centered ? sum_in_pairs(0, a.channels, sum) : set_f(0);
     const VF mean = set_f(sum_of(total) / float(a.channels));
-    for (int64_t i = 0; i < a.channels; i += WIDTH) {
-        int64_t count = a.channels - i;
-        VF value = sub_f(load<TYPE>(a.x, start + i, count), mean);
-        // What lies behind the row's end is no 0 any more.
-        if (count < WIDTH) value = first_of(value, count);
-        squares = fma_f(value, value, squares);
-    }
+    auto sum_squares = [&](int64_t start, int64_t end) {
+        VF squares = set_f(0);
+        for (int64_t i = start; i < end; i += WIDTH) {
+            int64_t count = a.channels - i;
+            VF value = sub_f(load<TYPE>(a.x, first + i, count), mean);
+            // What lies behind the row's end is no 0 any more.
+            if (count < WIDTH) value = first_of(value, count);
+            squares = fma_f(value, value, squares);
+        }
+        return squares;
+    };
+    const VF squares = sum_in_pairs(0, a.channels, sum_squares);
     const VF scale = set_f(1 / sqrtf(sum_of(squares) / float(a.channels) + float(a.eps)));
     for (int64_t i = 0; i < a.channels; i += WIDTH) {
         int64_t count = a.channels - i;
-        VF value = mul_f(sub_f(load<TYPE>(a.x, start + i, count), mean), scale);
+        VF value = mul_f(sub_f(load<TYPE>(a.x, first + i, count), mean), scale);
         if (a.weight) value = mul_f(value, load<TYPE>(a.weight, i, count));
         if (a.bias) value = add_f(value, load<TYPE>(a.bias, i, count));
-        store<TYPE>(a.y, start + i, count, value);
+        store<TYPE>(a.y, first + i, count, value);
     }
 }
 

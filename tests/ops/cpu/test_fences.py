@@ -1,0 +1,131 @@
+"""No kernel reads or writes a byte outside of its tensors: each lies at the edge of a fence.
+
+A fence is a page of memory that may not be touched: who does dies, hence a process of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from cpu_paths import DTYPES, Int8, normal, on, paths, random_weight
+from torch import Tensor
+
+from qllm.ops.cpu import library as native
+from qllm.ops.cpu import linear, steps
+
+NO_ACCESS = 0
+TESTS = Path(__file__).parents[2]
+kept: list[mmap.mmap] = []
+
+
+def fenced(tensor: Tensor, *, at_end: bool) -> Tensor:
+    """A copy between two fences, which begins or ends with one."""
+    if not tensor.numel():
+        return tensor
+    pages = -(-tensor.nbytes // mmap.PAGESIZE)
+    area = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
+    kept.append(area)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    for page in (0, pages + 1):
+        at = ctypes.c_void_p(start + page * mmap.PAGESIZE)
+        assert not ctypes.CDLL(None).mprotect(at, mmap.PAGESIZE, NO_ACCESS)
+    offset = mmap.PAGESIZE + (pages * mmap.PAGESIZE - tensor.nbytes if at_end else 0)
+    copy = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+    return copy.view(tensor.shape).copy_(tensor)
+
+
+def run_steps(dtype: torch.dtype, fence) -> None:
+    for channels, rows in itertools.product((1, 2, 15, 17, 33, 70), (1, 3, 6)):
+        x, z = map(fence, normal(2, rows, channels, dtype=dtype))
+        one, two = map(fence, normal(2, channels, dtype=dtype))
+        for name in steps.ACTIVATIONS:
+            steps.activation(x, name)
+            steps.gated_activation(fence(torch.cat([x, z], dim=1)), name)
+        steps.layer_norm(x, one, two, 1e-5)
+        steps.rms_norm(x, one, 1e-5)
+        steps.add(x, z)
+        steps.embedding(fence(torch.arange(rows)), z, 0)
+        for outputs in (1, 3, 4, 13):
+            weight, bias = normal(outputs, channels, dtype=dtype), normal(outputs, dtype=dtype)
+            steps.dense_linear(x, fence(weight), fence(bias))
+
+
+def run_attention(dtype: torch.dtype, fence) -> None:
+    for heads, kv_heads, dim in ((1, 1, 1), (4, 2, 2), (2, 1, 20), (2, 2, 34), (1, 1, 64)):
+        slopes = fence(torch.ones(heads))
+        for length in (1, 3, 5, 33, 65):
+            parts = heads + 2 * kv_heads
+            qkv = fence(normal(length, parts * dim, dtype=dtype))
+            turns = [*map(fence, normal(2, length, dim, dtype=dtype))] if dim > 1 else None
+            cache = map(fence, normal(2, kv_heads, length, dim, dtype=dtype))
+            steps.prompt_attention(qkv, *cache, turns, slopes)
+            new = fence(normal(3, parts * dim, dtype=dtype))
+            turns = [*map(fence, normal(2, 3, dim, dtype=dtype))] if dim > 1 else None
+            cache = map(fence, normal(2, 3, kv_heads, length, dim, dtype=dtype))
+            places = fence(torch.tensor([length - 1, 0, length - 1]))
+            steps.decode_attention(new, *cache, places, length, turns, slopes)
+
+
+def run_linear(dtype: torch.dtype, fence) -> None:
+    for shape, rows in itertools.product(((1, 1), (13, 67), (33, 100)), (1, 3, 6, 40)):
+        x, bias = fence(normal(rows, shape[1], dtype=dtype)), fence(normal(shape[0], dtype=dtype))
+        for bits, group, scheme in ((3, 32, "asym"), (4, -1, "sym"), (8, 20, "asym")):
+            packed = random_weight(shape, bits, group, scheme).packed
+            tensors = [fence(part) for part in packed[:3]]
+            linear.weight_only_linear(x, *tensors, bias, shape[0], bits, group)
+        packed = Int8.random(shape).packed
+        for scale in (None, fence(torch.tensor(0.02))):
+            tensors = [fence(part) for part in packed[:2]]
+            linear.int8_linear(x, *tensors, bias, scale, shape[0])
+
+
+def run_all(path: str) -> None:
+    """Every kernel, all tensors fenced: those that it is given and those that it makes."""
+    with on(path):
+        for at_end, dtype in itertools.product((True, False), DTYPES):
+            fence = partial(fenced, at_end=at_end)
+            torch.empty_like = lambda x, fence=fence: fence(torch.zeros_like(x))
+            torch.Tensor.new_empty = lambda x, *shape, fence=fence: fence(
+                torch.zeros(*shape, dtype=x.dtype)
+            )
+            for run in (run_steps, run_attention, run_linear):
+                run(dtype, fence)
+                kept.clear()
+
+
+@pytest.mark.parametrize("path", native.PATHS)
+def test_nothing_outside_is_touched(path):
+    if path not in paths():
+        pytest.skip(f"this machine lacks {native.PATHS[path]}")
+    done = run_here(f"run_all({path!r})")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_fence_kills():
+    for place in (-1, 5):
+        tensor = f"fenced(torch.zeros(5, dtype=torch.uint8), at_end={place > 0})"
+        done = run_here(f"print(ctypes.string_at({tensor}.data_ptr() + {place}, 1))")
+        assert done.returncode < 0 and not done.stdout
+
+
+def run_here(command: str) -> subprocess.CompletedProcess:
+    """A command in this module, in a process of its own."""
+    program = f"from {Path(__file__).stem} import *; {command}"
+    folders = [str(ROOT), str(TESTS), str(Path(__file__).parent)]
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )

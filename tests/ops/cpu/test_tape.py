@@ -1,0 +1,376 @@
+"""A decode step that is played from its record is the one that was recorded, to the bit."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import threading
+from collections.abc import Sequence
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny
+from cpu_paths import normal, on, paths, same
+from oracle import draw_prompts, load, our_bundled
+from torch import Tensor
+
+from qllm.config import QuantPlan, QuantSpec
+from qllm.models import Decoder
+from qllm.models.cache import KVCache
+from qllm.ops.cpu import steps
+from qllm.ops.cpu.tape import record
+
+BITWIDTHS = ("3", "4", "8", "8:tc-li", "16")
+BATCHES = ([9], [9, 1, 33, 4, 20])
+TOKENS = 30
+
+pytestmark = pytest.mark.usefixtures("one_thread", "kernels")
+
+
+@pytest.fixture
+def kernels():
+    """Skips where there are none."""
+    paths()
+
+
+def tokens_of(step: int, rows: int) -> Tensor:
+    return torch.tensor(draw_prompts([rows], 4096, seed=100 + step)[0])
+
+
+def begun(model: Decoder, lengths: Sequence[int], seed: int = 0) -> KVCache:
+    """A cache that holds prompts of these lengths."""
+    cache = model.new_cache(len(lengths), max(lengths) + TOKENS)
+    model.prefill(draw_prompts(lengths, 4096, seed), cache)
+    return cache
+
+
+@functools.cache
+def eager(family: str, bitwidth: str, lengths: tuple[int, ...], seed: int = 0) -> list[Tensor]:
+    """Logits of each step, none of them played."""
+    model = our_bundled(family, bitwidth)
+    cache, logits = begun(model, lengths, seed), []
+    for step in range(TOKENS):
+        cache.tape = None
+        logits.append(model.decode(tokens_of(step, len(lengths)), cache).clone())
+    return logits
+
+
+def assert_decodes(model: Decoder, cache: KVCache, want: list[Tensor], first: int = 0) -> None:
+    for step, logits in enumerate(want, first):
+        assert same(model.decode(tokens_of(step, len(cache.lengths)), cache), logits)
+
+
+@pytest.mark.parametrize("lengths", BATCHES)
+@pytest.mark.parametrize("bitwidth", BITWIDTHS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_played_is_what_was_recorded(family, bitwidth, lengths):
+    model = our_bundled(family, bitwidth)
+    cache = begun(model, lengths)
+    got = [model.decode(tokens_of(0, len(lengths)), cache)]
+    tape = cache.tape
+    assert tape.foreign is None
+    kept = [got[0].clone()]
+    for step in range(1, TOKENS):
+        got.append(model.decode(tokens_of(step, len(lengths)), cache))
+        kept.append(got[-1].clone())
+    assert cache.tape is tape
+    assert cache.lengths == [n + TOKENS for n in lengths]
+    want = eager(family, bitwidth, tuple(lengths))
+    for a, b, c in zip(got, kept, want, strict=True):
+        assert a.dtype == torch.float32
+        assert same(a, b)  # no step writes to the logits of one before
+        assert same(b, c)
+    # The cache holds the same as well.
+    other = begun(model, lengths)
+    for step in range(TOKENS):
+        other.tape = None
+        model.decode(tokens_of(step, len(lengths)), other)
+    assert all(map(same, (*cache.keys, *cache.values), (*other.keys, *other.values)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_types_are_played_too(family, dtype):
+    model = our_bundled(family, "4", dtype)
+    caches = [begun(model, [9, 1, 4]) for _ in range(2)]
+    for step in range(5):
+        caches[1].tape = None
+        first, second = (model.decode(tokens_of(step, 3), cache) for cache in caches)
+        assert same(first, second)
+    assert caches[0].tape.foreign is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_quantized_from_head_to_toe(family):
+    plan = QuantPlan.uniform(QuantSpec.parse("4")).with_rule("lm_head", QuantSpec.parse("8"))
+    model = load(tiny(family), plan=plan)
+    caches = [begun(model, [9, 1, 4]) for _ in range(2)]
+    for step in range(5):
+        caches[1].tape = None
+        first, second = (model.decode(tokens_of(step, 3), cache) for cache in caches)
+        assert same(first, second)
+    assert caches[0].tape.foreign is None
+
+
+@pytest.mark.parametrize("where", ["embed", "layers.2.attention", "layers.5.mlp.up", "lm_head"])
+def test_a_foreign_op_is_noticed(where):
+    """Its results would be missing from what is played; without playing all is right."""
+    model = load(tiny("llama"), "4")
+    want = eager("llama", "4", (9, 1, 33, 4, 20))
+    hook = model.get_submodule(where).register_forward_hook(lambda module, inputs, y: y * 1)
+    cache = begun(model, BATCHES[1])
+    assert_decodes(model, cache, want)
+    assert cache.tape.foreign == "mul"
+    hook.remove()
+    assert_decodes(model, begun(model, BATCHES[1]), want)
+
+
+def test_layers_without_a_kernel_are_not_played():
+    """Groups of 8 are the reference's."""
+    model = load(tiny("opt"), plan=QuantPlan.uniform(QuantSpec.parse("4", 8)))
+    caches = [begun(model, [9, 1]) for _ in range(2)]
+    for step in range(4):
+        caches[1].tape = None
+        first, second = (model.decode(tokens_of(step, 2), cache) for cache in caches)
+        assert same(first, second)
+    assert caches[0].tape.foreign is not None
+
+
+def test_more_rows_than_a_dense_kernel_takes_are_not_played():
+    model = our_bundled("opt", "4")
+    rows = steps.FEW_ROWS + 1
+    cache = begun(model, [1] * rows)
+    first = model.decode(tokens_of(0, rows), cache)
+    kept = first.clone()
+    model.decode(tokens_of(1, rows), cache)
+    assert cache.tape.foreign is not None
+    assert same(first, kept)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_caches_of_one_model_take_turns(family):
+    model = our_bundled(family, "4")
+    batches = ((9,), (9, 1, 33, 4, 20), (2, 40))
+    wants = [eager(family, "4", lengths, seed) for seed, lengths in enumerate(batches)]
+    caches = [begun(model, lengths, seed) for seed, lengths in enumerate(batches)]
+    for step in range(6):
+        for cache, want in zip(caches, wants, strict=True):
+            assert_decodes(model, cache, [want[step]], step)
+    assert len({id(cache.tape) for cache in caches}) == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_may_come_between_tokens(family):
+    model = our_bundled(family, "4")
+    lengths = tuple(BATCHES[1])
+    want = eager(family, "4", lengths)
+    cache = begun(model, lengths)
+    for step in range(4):
+        model.prefill(draw_prompts([70, 3], 4096, step), last=step % 2 == 0)
+        begun(model, [8], seed=step)
+        assert_decodes(model, cache, [want[step]], step)
+    # A cache may begin anew, and its tape goes on.
+    tape = cache.tape
+    model.prefill(draw_prompts(lengths, 4096), cache)
+    assert_decodes(model, cache, want[:4])
+    others = [33, 20, 2, 9, 50]
+    model.prefill(draw_prompts(others, 4096, 7), cache)
+    assert_decodes(model, cache, eager(family, "4", tuple(others), 7)[:4])
+    assert cache.tape is tape
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tape_keeps_what_it_reads_and_writes(family):
+    """It is played when nothing but the cache is left of the model, and memory was used again."""
+    want = eager(family, "4", (9,))
+    model = load(tiny(family), "4")
+    cache = begun(model, [9])
+    sizes = [tensor.nbytes for tensor in model.buffers()]
+    sizes += [4 * size for size in (*(1, 256, 768, 1024, 4096) * 40,)]
+    assert_decodes(model, cache, want[:1])
+    del model
+    gc.collect()
+    garbage = [torch.full((size,), 7, dtype=torch.int8) for size in sizes]
+    for step in range(1, 5):
+        with torch.inference_mode():
+            cache.step.begin(tokens_of(step, 1))
+        cache.tape.play()
+        cache.lengths = [n + 1 for n in cache.lengths]
+        assert same(cache.step.logits, want[step])
+    assert all((part == 7).all() for part in garbage)
+
+
+@pytest.mark.parametrize("wrong", [-1, 4096, 2**40])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_outside_the_vocabulary_is_an_error(family, wrong):
+    """When it is recorded, and when it is played; what follows is not harmed by it."""
+    model, lengths = our_bundled(family, "4"), BATCHES[1]
+    want = eager(family, "4", tuple(lengths))
+    cache = begun(model, lengths)
+    for step in range(3):
+        tokens = tokens_of(step, 5)
+        tokens[3] = wrong
+        with pytest.raises(MemoryError if step else IndexError):
+            model.decode(tokens, cache)
+        assert cache.lengths == [n + step for n in lengths]
+        assert_decodes(model, cache, [want[step]], step)
+    assert cache.tape.foreign is None
+
+
+def test_a_record_that_broke_off_is_not_played():
+    model = load(tiny("opt"), "4")
+
+    def stop(module, inputs) -> None:
+        raise RuntimeError("enough")
+
+    hook = model.layers[3].register_forward_pre_hook(stop)
+    cache = begun(our_bundled("opt", "4"), [9])
+    with pytest.raises(RuntimeError, match="enough"):
+        model.decode(tokens_of(0, 1), cache)
+    assert cache.tape is None
+    assert cache.lengths == [9]
+    hook.remove()
+    assert_decodes(model, cache, eager("opt", "4", (9,))[:3])
+    assert cache.tape.foreign is None
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_may_change_between_recording_and_playing(threads):
+    want = eager("llama", "4", tuple(BATCHES[1]))
+    model = our_bundled("llama", "4")
+    cache = begun(model, BATCHES[1])
+    for step in range(6):
+        torch.set_num_threads((1, threads)[step % 2])
+        assert_decodes(model, cache, [want[step]], step)
+
+
+def test_the_path_may_change_between_recording_and_playing():
+    """A tape holds calls, not the instructions that serve them."""
+    model, wanted = our_bundled("opt", "4"), {}
+    names = (paths()[0], "scalar")
+    for name in names:
+        with on(name):
+            cache = begun(model, [9])
+            wanted[name] = model.decode(tokens_of(0, 1), cache)
+    cache = begun(model, [9])
+    model.decode(tokens_of(5, 1), cache)
+    for name in names:
+        with on(name):
+            model.prefill(draw_prompts([9], 4096), cache)
+            assert same(model.decode(tokens_of(0, 1), cache), wanted[name])
+
+
+# The tape itself
+
+
+def test_a_tape_repeats_calls_on_the_memory_they_had():
+    x, z = normal(2, 5, 40)
+    with record() as tape:
+        y = steps.activation(steps.add(x, z), "relu")
+    assert tape.foreign is None
+    for _ in range(3):
+        x.normal_()
+        want = (x + z).relu()
+        tape.play()
+        assert same(y, want)
+
+
+def test_only_what_is_inside_is_recorded():
+    x = normal(2, 40)
+    steps.add(x, x)
+    with record() as outer:
+        first = steps.add(x, x)
+        with record() as inner:
+            second = steps.add(x, x)
+        third = steps.add(x, x)
+    fourth = steps.add(x, x)
+    x.fill_(1)
+    inner.play()
+    assert (second == 2).all() and not (first == 2).all()
+    x.fill_(2)
+    outer.play()
+    assert (first == 4).all() and (third == 4).all() and (second == 2).all()
+    assert not (fourth == 4).any()
+
+
+def test_another_thread_s_calls_are_not_recorded():
+    x, results = normal(2, 40), []
+
+    def run() -> None:
+        results.append(steps.add(x, x))
+        with record() as own:
+            results.append(steps.add(x, x))
+        own.play()
+
+    with record() as tape:
+        mine = steps.add(x, x)
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        also_mine = steps.add(x, x)
+    x.fill_(1)
+    tape.play()
+    assert (mine == 2).all() and (also_mine == 2).all()
+    assert not any((result == 2).any() for result in results)
+
+
+def test_models_may_decode_in_threads():
+    model = our_bundled("opt", "4")
+    wants = [eager("opt", "4", (9,)), eager("opt", "4", (9, 1, 33, 4, 20))]
+    failures = []
+
+    def run(want: list[Tensor], lengths: Sequence[int]) -> None:
+        try:
+            for _ in range(3):
+                assert_decodes(model, begun(model, lengths), want[:10])
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    threads = [threading.Thread(target=run, args=a) for a in zip(wants, BATCHES, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def foreign(run, *tensors: Tensor) -> str | None:
+    """What a tape makes of a function."""
+    with torch.inference_mode(), record() as tape:
+        run(*tensors)
+    return tape.foreign
+
+
+def test_what_computes_nothing_is_not_foreign():
+    x = normal(6, 40)
+    for run in (
+        lambda x: x.view(3, 80)[:2].unsqueeze(1).expand(2, 5, 80).transpose(0, 1),
+        lambda x: x.t().split([30, 10])[1].new_empty(5),
+        lambda x: torch.empty_like(x).permute(1, 0).squeeze().detach(),
+        lambda x: (x.contiguous(), x.to(torch.float32), x.to("cpu")),
+        lambda x: steps.add(x, x),
+    ):
+        assert foreign(run, x) is None
+
+
+def test_what_computes_or_copies_is_foreign():
+    x = normal(6, 40)
+    for run in (
+        lambda x: x + 0,
+        lambda x: x.add_(0),
+        lambda x: x.clone(),
+        lambda x: x.t().contiguous(),
+        lambda x: x.to(torch.float16),
+        lambda x: x[torch.tensor([1, 0])],
+        lambda x: x[0, 0].item(),
+        lambda x: torch.zeros(3),
+        lambda x: torch.cat([x, x]),
+        lambda x: x.copy_(x),
+        lambda x: x.float().half(),
+        lambda x: torch.nn.functional.linear(x, x),
+        lambda x: torch.nn.functional.layer_norm(x, (40,)),
+        lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
+        lambda x: steps.add(x, x.half()),
+    ):
+        assert foreign(run, x.clone()) is not None
