@@ -80,8 +80,7 @@ def installed(known: dict[str, Rival], wanted: list[str]) -> Iterator[tuple[str,
 
 def layer_row(bench: LayerBench, args: argparse.Namespace) -> dict[str, object]:
     """Times of one layer."""
-    from benchmarks.speed import median_seconds
-    from qllm.ops.cpu.limits import read_bandwidth
+    from qllm.ops.cpu.limits import median_seconds, read_bandwidth
 
     before = read_bandwidth()
     seconds = {m: median_seconds(lambda m=m: bench.run(m), args.repeats) for m in args.rows}

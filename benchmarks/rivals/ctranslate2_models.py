@@ -23,7 +23,7 @@ from ctranslate2.specs import ModelSpec
 
 from benchmarks.quality import reference_model
 from benchmarks.rivals.common import PREFILL_RUNS, Model, checkpoint, random_prompts
-from benchmarks.speed import median_seconds
+from qllm.ops.cpu.limits import median_seconds
 from tools.random_checkpoint import PUBLISHED
 
 LOADERS = {

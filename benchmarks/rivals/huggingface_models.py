@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.quality import reference_model
 from benchmarks.rivals.common import PREFILL_RUNS, Model, checkpoint, random_prompts
-from benchmarks.speed import median_seconds
+from qllm.ops.cpu.limits import median_seconds
 
 
 def models(repository: str, threads: int, folder: Path) -> Iterator[Model]:

@@ -22,7 +22,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from benchmarks.rivals.common import DEVIATION, PREFILL_RUNS, Model, random_prompts
-from benchmarks.speed import median_seconds
+from qllm.ops.cpu.limits import median_seconds
 from tools.random_checkpoint import PUBLISHED
 
 Shape = tuple[int, ...]

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.rivals.common import PREFILL_RUNS, Model, checkpoint, random_prompts
-from benchmarks.speed import median_seconds
 from qllm.checkpoint.load import load_model, module_bytes
 from qllm.config import QuantPlan, QuantSpec
+from qllm.ops.cpu.limits import median_seconds
 
 BITWIDTHS = ("16", "8:tc-li", "8", "4", "3")
 

@@ -18,7 +18,7 @@ def read_bandwidth(repeats: int = 5) -> float:
     function = library.library().qllm_read_all
     memory = library.huge_pages(READ_BYTES).zero_()
     arguments = (ctypes.c_void_p(memory.data_ptr()), ctypes.c_int64(READ_BYTES))
-    return READ_BYTES / _median_seconds(lambda: function(*arguments), repeats)
+    return READ_BYTES / median_seconds(lambda: function(*arguments), repeats)
 
 
 def int8_rate(repeats: int = 5) -> float:
@@ -27,10 +27,11 @@ def int8_rate(repeats: int = 5) -> float:
     function.restype = ctypes.c_int64
     done = function(ctypes.c_int64(1))
     rounds = ctypes.c_int64(ROUNDS)
-    return done * ROUNDS / _median_seconds(lambda: function(rounds), repeats)
+    return done * ROUNDS / median_seconds(lambda: function(rounds), repeats)
 
 
-def _median_seconds(run: Callable[[], object], repeats: int) -> float:
+def median_seconds(run: Callable[[], object], repeats: int) -> float:
+    """Median time of a call, after one that is not counted."""
     run()
     times = []
     for _ in range(repeats):
