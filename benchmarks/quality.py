@@ -11,17 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import torch
 
 from qllm import cli, hub
 from qllm.calibration import calibrate
 from qllm.checkpoint.load import load_model, module_bytes
-from qllm.config import BITWIDTHS, ModelConfig, QuantPlan, QuantSpec
+from qllm.config import BITWIDTHS, QuantPlan, QuantSpec
 from qllm.data import load_text, sample_windows
-from qllm.evaluate import first_difference, perplexity
+from qllm.evaluate.agreement import first_difference
+from qllm.evaluate.perplexity import PerplexityOptions, Text, perplexity
 from qllm.generate import GenerationConfig, generate
+from qllm.huggingface import ReferenceModel
 from qllm.tokenizer import Tokenizer
 
 
@@ -40,39 +41,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def reference_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """transformers' own."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-
-class ReferenceLogits:
-    """A transformers model with what `perplexity` asks of one of ours."""
-
-    def __init__(self, model: torch.nn.Module, config: ModelConfig) -> None:
-        self.model, self.config = model, config
-
-    @torch.inference_mode()
-    def prefill(self, prompts: list[list[int]], *, last: bool) -> torch.Tensor:
-        assert not last
-        return self.model(torch.tensor(prompts)).logits[0].float()
-
-
-def reference_tokens(model: torch.nn.Module, prompts: list[list[int]], count: int) -> list[list]:
-    """Greedy tokens of prompts of one length; none of them ends early."""
-    output = model.generate(
-        torch.tensor(prompts),
-        attention_mask=torch.ones(len(prompts), len(prompts[0]), dtype=torch.int64),
-        do_sample=False,
-        max_new_tokens=count,
-        min_new_tokens=count,
-    )
-    return output[:, len(prompts[0]) :].tolist()
-
-
 def measure(family: str, args: argparse.Namespace) -> list[dict]:
     """A row per bitwidth of one bundled model, the reference first."""
     folder = hub.resolve(family, hub.TINY).path
@@ -84,20 +52,20 @@ def measure(family: str, args: argparse.Namespace) -> list[dict]:
     samples = sample_windows(seen, 32, min(256, len(seen)), seed=0)
 
     dense = load_model(folder, QuantPlan.uniform(QuantSpec()), dtype=dtype)
-    reference = reference_model(folder, dtype)
-    expected = reference_tokens(reference, prompts, args.new_tokens)
+    reference = ReferenceModel.load(folder, dtype=dtype)
+    expected = reference.greedy(prompts, args.new_tokens)
+    text, options = Text("", ids), PerplexityOptions(window=args.window)
     rows = [
         {
             "model": folder.name,
             "bitwidth": "transformers",
-            "bytes": reference.get_memory_footprint(),
-            "perplexity": perplexity(ReferenceLogits(reference, dense.config), ids, args.window),
+            "bytes": reference.nbytes,
+            "perplexity": perplexity(reference, text, options)["gptq"],
         }
     ]
     calibration = calibrate(dense, samples)
-    eos = dense.config.eos_token_ids
     count = args.new_tokens
-    generation = GenerationConfig(count, min_new_tokens=count, eos_token_ids=eos)
+    generation = GenerationConfig(count)
     for bitwidth in args.bitwidths:
         plan = QuantPlan.parse(bitwidth)
         model = load_model(folder, plan, dtype=dtype, calibration=calibration)
@@ -111,7 +79,7 @@ def measure(family: str, args: argparse.Namespace) -> list[dict]:
                 "bytes": module_bytes(model),
                 "first_token": sum(a[0] == b[0] for a, b in pairs) / len(pairs),
                 "common_prefix": sum(count if f is None else f for f in firsts) / len(firsts),
-                "perplexity": perplexity(model, ids, args.window),
+                "perplexity": perplexity(model, text, options)["gptq"],
             }
         )
         print(".", end="", file=sys.stderr, flush=True)

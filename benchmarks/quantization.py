@@ -20,7 +20,8 @@ from qllm import cli, hub
 from qllm.checkpoint.load import load_model
 from qllm.config import QuantPlan, QuantSpec
 from qllm.data import load_text, sample_windows
-from qllm.evaluate import divergence, perplexity
+from qllm.evaluate.agreement import DecoderReference, Reference, agreement
+from qllm.evaluate.perplexity import PerplexityOptions, Text, perplexity
 from qllm.quantize.checkpoint import Job, quantize_checkpoint
 from qllm.quantize.layer import QuantizeOptions
 from qllm.tokenizer import Tokenizer
@@ -58,10 +59,13 @@ def measure(family: str, args: argparse.Namespace) -> list[dict]:
     ids = tokenizer.encode(load_text(args.text, "evaluation"))[: args.window * args.windows]
     seen = tokenizer.encode(load_text(args.calibration_text))
     samples = sample_windows(seen, args.nsamples, min(args.seqlen, len(seen)), seed=0)
-    reference = load_model(folder, DENSE, dtype=torch.float32)
-    rows = [
-        {"model": folder.name, "bits": "16", "perplexity": perplexity(reference, ids, args.window)}
-    ]
+    dense = load_model(folder, DENSE, dtype=torch.float32)
+    text, options = Text("", ids), PerplexityOptions(window=args.window)
+    starts = range(0, len(ids) - args.window + 1, args.window)
+    passages = [ids[start : start + args.window] for start in starts]
+    reference = Reference.of(DecoderReference(dense), passages)
+    found = perplexity(dense, text, options)["gptq"]
+    rows = [{"model": folder.name, "bits": "16", "perplexity": found}]
     for bits in args.bitwidths:
         for group_size in args.group_sizes:
             row = {"model": folder.name, "bits": bits, "group_size": group_size, "methods": {}}
@@ -79,8 +83,8 @@ def measure(family: str, args: argparse.Namespace) -> list[dict]:
                     quantize_checkpoint(job, Path(place) / "out")
                     model = load_model(Path(place) / "out", DENSE, dtype=torch.float32)
                     row["methods"][method] = {
-                        "perplexity": perplexity(model, ids, args.window),
-                        "divergence": divergence(model, reference, ids, args.window),
+                        "perplexity": perplexity(model, text, options)["gptq"],
+                        "divergence": agreement(model, reference)["kl"]["mean"],
                     }
                 print(".", end="", file=sys.stderr, flush=True)
             rows.append(row)

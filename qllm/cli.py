@@ -203,13 +203,20 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_quant_options(parser: argparse.ArgumentParser) -> None:
-    """--bitwidth, --group-size, --scheme, --lm-head-bits."""
+def add_quant_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """--bitwidth, --group-size, --scheme, --lm-head-bits.
+
+    Args:
+        several: commas separate models, not layers; see `read_plans`.
+    """
     group = parser.add_argument_group("quantization")
+    known = ", ".join(BITWIDTHS)
     group.add_argument(
         "--bitwidth",
         metavar="BITS",
-        help=f"one of {', '.join(BITWIDTHS)}; or one per layer (4,4,8,…); or a JSON plan",
+        help=f"of {known} or JSON plans, one or several (16,8,4): a row of the table each"
+        if several
+        else f"one of {known}; or one per layer (4,4,8,…); or a JSON plan",
     )
     group.add_argument(
         "--group-size",
@@ -227,6 +234,19 @@ def read_plan(args: argparse.Namespace, algorithm: str = DEFAULT_ALGORITHM) -> Q
     default = QuantSpec(group_size=args.group_size, scheme=args.scheme, algorithm=algorithm)
     bitwidth = "16" if args.bitwidth is None else args.bitwidth
     return with_head(args, QuantPlan.parse(bitwidth, default), default)
+
+
+def read_plans(args: argparse.Namespace) -> list[QuantPlan]:
+    """The plans of a --bitwidth that names several models; without it, the one of `read_plan`."""
+    default = QuantSpec(group_size=args.group_size, scheme=args.scheme)
+    values = ["16"] if args.bitwidth is None else args.bitwidth.split(",")
+    for value in values:
+        if values.count(value) > 1:
+            raise UserError(
+                f"--bitwidth names {value} more than once; here commas separate models, and a "
+                "JSON plan gives layers bits of their own"
+            )
+    return [with_head(args, QuantPlan.parse(value, default), default) for value in values]
 
 
 def with_head(args: argparse.Namespace, plan: QuantPlan, default: QuantSpec) -> QuantPlan:

@@ -16,6 +16,7 @@ class HubDataset:
 
     Attributes:
         separator: joins the rows into one text, as the published perplexities do.
+        judged: rows that are taken to judge by, from the first on; None is all of them.
     """
 
     repository: str
@@ -24,6 +25,7 @@ class HubDataset:
     separator: str
     splits: tuple[str, str]
     files: dict[str, str] | None = None
+    judged: int | None = None
 
 
 C4_FILES = {
@@ -34,9 +36,14 @@ DATASETS = {
     "wikitext2": HubDataset(
         "Salesforce/wikitext", "wikitext-2-raw-v1", "text", "\n\n", ("train", "test")
     ),
-    "c4": HubDataset("allenai/c4", None, "text", " ", ("train", "validation"), C4_FILES),
+    "c4": HubDataset("allenai/c4", None, "text", " ", ("train", "validation"), C4_FILES, 1100),
     "ptb": HubDataset("ptb-text-only/ptb_text_only", None, "sentence", " ", ("train", "test")),
     "pile-10k": HubDataset("NeelNanda/pile-10k", None, "text", "\n\n", ("train", "train")),
+}
+TASKS = {
+    "lambada_openai": HubDataset(
+        "EleutherAI/lambada_openai", "default", "text", "\n\n", ("test", "test")
+    ),
 }
 
 
@@ -53,7 +60,8 @@ def load_text(name: str, split: str = "calibration") -> str:
     if path.is_file():
         text = _read_file(path)
     elif name in DATASETS:
-        text = _read_hub(name, DATASETS[name], split)
+        dataset = DATASETS[name]
+        text = dataset.separator.join(_read_hub("--dataset", name, dataset, split))
     else:
         raise UserError(f"--dataset {name!r} is neither a file nor one of {', '.join(DATASETS)}")
     if not text.strip():
@@ -61,19 +69,47 @@ def load_text(name: str, split: str = "calibration") -> str:
     return text
 
 
+def load_rows(name: str) -> list[str]:
+    """The rows of a task: of a JSON-lines file with "text", or of a data set by name.
+
+    Raises:
+        UserError: for a name that is neither, and a file without rows.
+    """
+    path = Path(name)
+    if path.is_file():
+        rows = _rows(path, _read(path))
+    elif name in TASKS:
+        rows = _read_hub("--tasks", name, TASKS[name], "evaluation")
+    else:
+        raise UserError(f"--tasks {name!r} is neither a file nor one of {', '.join(TASKS)}")
+    if not rows:
+        raise UserError(f"--tasks {name}: there are no rows in it")
+    return rows
+
+
 def _read_file(path: Path) -> str:
+    text = _read(path)
+    return "\n\n".join(_rows(path, text)) if path.suffix in (".jsonl", ".json") else text
+
+
+def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix not in (".jsonl", ".json"):
-            return text
-        return "\n\n".join(json.loads(line)["text"] for line in text.split("\n") if line.strip())
+        return path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text ({error})") from None
+
+
+def _rows(path: Path, text: str) -> list[str]:
+    try:
+        rows = [json.loads(line)["text"] for line in text.split("\n") if line.strip()]
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise UserError(f'{path}: each line of a JSON-lines file is {{"text": "…"}}') from None
+        rows = [None]
+    if not all(isinstance(row, str) for row in rows):
+        raise UserError(f'{path}: each line of a JSON-lines file is {{"text": "…"}}')
+    return rows
 
 
-def _read_hub(name: str, dataset: HubDataset, split: str) -> str:
+def _read_hub(option: str, name: str, dataset: HubDataset, split: str) -> list[str]:
     from datasets import load_dataset
     from huggingface_hub import HfApi, constants
 
@@ -89,12 +125,10 @@ def _read_hub(name: str, dataset: HubDataset, split: str) -> str:
             reason = first_line(error)
     try:
         rows = load_dataset(dataset.repository, dataset.config, data_files=files, split=part)
-        return dataset.separator.join(rows[dataset.column])
+        return rows[dataset.column][: dataset.judged if split == "evaluation" else None]
     except Exception as error:  # and datasets whatever its readers do
         reason = reason if constants.HF_HUB_OFFLINE else first_line(error)
-        raise UserError(
-            f"--dataset {name}: cannot be had ({reason}); give a text file instead"
-        ) from None
+        raise UserError(f"{option} {name}: cannot be had ({reason}); give a file instead") from None
 
 
 def sample_windows(ids: list[int], count: int, length: int, seed: int) -> list[list[int]]:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from qllm.checkpoint.reader import Checkpoint, read_raw_config
 from qllm.checkpoint.weights import Weights, check_readable_by_transformers
+from qllm.config import ModelConfig
 from qllm.errors import UserError, first_line
 from qllm.memory import check_fits
+from qllm.models import read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,111 @@ class Reference:
     seconds: float
 
 
+class ReferenceModel:
+    """transformers' model, with what scoring asks of one of ours."""
+
+    def __init__(self, model: PreTrainedModel, config: ModelConfig) -> None:
+        self.model, self.config = model, config
+
+    @classmethod
+    def load(
+        cls, folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu"
+    ) -> ReferenceModel:
+        """
+        Raises:
+            UserError: see `load_reference`.
+        """
+        model = load_reference(folder, dtype=dtype, device=device)
+        return cls(model, read_config(read_raw_config(folder)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return self.model.get_memory_footprint()
+
+    @torch.inference_mode()
+    def hidden(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """What the layers make of each prompt alone: (N, C) for all N tokens."""
+        decoder = self.model.get_decoder()
+        rows = [torch.tensor([prompt], device=self.model.device) for prompt in map(list, prompts)]
+        return torch.cat([decoder(row, use_cache=False)[0][0] for row in rows])
+
+    @torch.inference_mode()
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (M, V) of rows (M, C) of `hidden`."""
+        return self.head()(x)
+
+    def head(self) -> nn.Module:
+        """`logits`, without the layers."""
+        return self.model.get_output_embeddings()
+
+    def layers(self) -> Sequence[nn.Module]:
+        """The layers, in their order."""
+        lists = (m for m in self.model.get_decoder().children() if isinstance(m, nn.ModuleList))
+        return list(next(lists))
+
+    @torch.inference_mode()
+    def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """The `count` tokens that follow each prompt, whatever ends a text."""
+        found = []
+        for prompt in prompts:
+            ids = torch.tensor([list(prompt)], device=self.model.device)
+            output = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=count,
+                repetition_penalty=1.0,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            found.append(output[0, len(prompt) :].tolist())
+        return found
+
+
+def load_reference(
+    folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> PreTrainedModel:
+    """transformers' model of a checkpoint.
+
+    Args:
+        dtype: None is the checkpoint's.
+
+    Raises:
+        UserError: for a broken checkpoint, one that transformers cannot read, or too little memory.
+    """
+    check_readable_by_transformers(read_raw_config(folder))
+    weights = Weights(Checkpoint(folder))
+    dtype = dtype or weights.dtype()
+    elements = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
+    check_fits(elements * dtype.itemsize, device, f"the reference of {folder.name}")
+    del weights
+
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not os.isatty(2):
+        logging.disable_progress_bar()
+    with _errors(folder):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map="auto" if device == "cuda" else {"": device}
+        ).eval()
+    for name, weight in model.named_parameters():
+        if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
+            raise UserError(f"{folder}: {name} holds NaN or infinite values; get it again")
+    return model
+
+
+@contextmanager
+def _errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"transformers cannot load {folder}: {first_line(error)}") from None
+
+
 def reference_generate(
     folder: Path,
     prompts: list[str],
@@ -52,29 +166,12 @@ def reference_generate(
     Raises:
         UserError: for a broken checkpoint, or one that transformers cannot read.
     """
-    check_readable_by_transformers(read_raw_config(folder))
-    weights = Weights(Checkpoint(folder))
-    dtype = dtype or weights.dtype()
-    elements = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
-    check_fits(elements * dtype.itemsize, device, f"the reference of {folder.name}")
-    del weights
+    model = load_reference(folder, dtype=dtype, device=device)
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-    from transformers.utils import logging
+    from transformers import AutoTokenizer, GenerationConfig
 
-    logging.set_verbosity_error()
-    if not os.isatty(2):
-        logging.disable_progress_bar()
-    try:
+    with _errors(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map="auto" if device == "cuda" else {"": device}
-        ).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"transformers cannot load {folder}: {first_line(error)}") from None
-    for name, weight in model.named_parameters():
-        if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
-            raise UserError(f"{folder}: {name} holds NaN or infinite values; get it again")
     tokenizer.padding_side = tokenizer.truncation_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

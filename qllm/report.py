@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from itertools import groupby
 
 from qllm.checkpoint.load import shard_bytes
-from qllm.evaluate import first_difference
+from qllm.evaluate.agreement import first_difference
 from qllm.layers import Linear
 from qllm.layers.base import describe
 from qllm.models import Decoder
@@ -17,6 +18,24 @@ from qllm.tokenizer import Tokenizer
 def print_json(value: object) -> None:
     """One JSON object on standard output."""
     print(json.dumps(value, ensure_ascii=False))
+
+
+def finite(value: object) -> object:
+    """A value as JSON can say it: numbers that are none, or infinite, become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list) else value
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A Markdown table, its columns aligned."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    lines = [columns, ["-" * width for width in widths], *rows]
+    for cells in lines:
+        padded = (f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
+        print(f"| {' | '.join(padded)} |")
 
 
 def megabytes(count: int) -> str:

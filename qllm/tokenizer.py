@@ -13,18 +13,26 @@ from typing import Protocol
 from qllm.checkpoint.reader import LFS_HEAD, read_json
 from qllm.errors import UserError
 
+SPECIAL = ("bos", "eos", "unk", "pad")
+
 
 class _Codec(Protocol):
     def encode(self, text: str, max_length: int | None) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
     def largest_id(self) -> int: ...
+    def id_of(self, token: str) -> int | None: ...
 
 
 class Tokenizer:
-    """A model's tokenizer."""
+    """A model's tokenizer.
 
-    def __init__(self, codec: _Codec) -> None:
-        self._codec = codec
+    Attributes:
+        begin: the special token that stands for what comes before a text: the one named `bos`,
+            else `eos`; None where tokenizer_config.json names neither.
+    """
+
+    def __init__(self, codec: _Codec, begin: int | None = None) -> None:
+        self._codec, self.begin = codec, begin
 
     @classmethod
     def load(cls, folder: Path, vocab_size: int | None = None) -> Tokenizer:
@@ -42,7 +50,16 @@ class Tokenizer:
                 f"{folder}: the tokenizer has ids up to {codec.largest_id()}, the model's "
                 f"vocabulary ends at {vocab_size - 1}; they do not belong together"
             )
-        return cls(codec)
+        names = _special_tokens(folder)
+        ids = (codec.id_of(names[kind]) for kind in ("bos", "eos") if kind in names)
+        return cls(codec, next((token for token in ids if token is not None), None))
+
+    @property
+    def lead(self) -> int | None:
+        """The special token that `encode` puts in front of every text; None where it puts none."""
+        pair = zip(self.encode(""), self.encode("a"), strict=False)
+        first, other = next(pair, (None, None))
+        return first if first == other else None
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
         """Token ids of a prompt, with the special tokens its model expects.
@@ -84,6 +101,9 @@ class _FastCodec:
         # Not their number: a file may leave ids out.
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
 
+    def id_of(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
 
 class _SlowCodec:
     """transformers' own, for a SentencePiece model that has no tokenizer.json."""
@@ -103,6 +123,9 @@ class _SlowCodec:
 
     def largest_id(self) -> int:
         return max(self._tokenizer.get_vocab().values())
+
+    def id_of(self, token: str) -> int | None:
+        return self._tokenizer.get_vocab().get(token)
 
 
 def _load_codec(folder: Path) -> _FastCodec | _SlowCodec:
@@ -141,22 +164,33 @@ def _byte_level_bpe(folder: Path):  # noqa: ANN202 - tokenizers is imported late
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as FastTokenizer
 
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.exists() else {}
+    settings = _settings(folder)
     bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     tokenizer = FastTokenizer(bpe)
     prefix_space = bool(settings.get("add_prefix_space", False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [_content(settings.get(f"{kind}_token")) for kind in ("bos", "eos", "unk", "pad")]
-    special = list(dict.fromkeys(token for token in special if token is not None))
+    names = _special_tokens(folder)
+    special = list(dict.fromkeys(names.values()))
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
-    bos = _content(settings.get("bos_token"))
+    bos = names.get("bos")
     if settings.get("add_bos_token") and bos is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )
     return tokenizer
+
+
+def _settings(folder: Path) -> dict:
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.exists() else {}
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """The texts of the special tokens that tokenizer_config.json names, by kind."""
+    settings = _settings(folder)
+    tokens = {kind: _content(settings.get(f"{kind}_token")) for kind in SPECIAL}
+    return {kind: token for kind, token in tokens.items() if token is not None}
 
 
 def _content(token: object) -> str | None:

@@ -21,8 +21,8 @@ from ctranslate2.converters import Converter
 from ctranslate2.converters import transformers as loaders
 from ctranslate2.specs import ModelSpec
 
-from benchmarks.quality import reference_model
 from benchmarks.rivals.common import PREFILL_RUNS, Model, checkpoint, random_prompts
+from qllm.huggingface import load_reference
 from qllm.ops.cpu.limits import median_seconds
 from tools.random_checkpoint import PUBLISHED
 
@@ -46,7 +46,7 @@ class CheckpointConverter(Converter):
             eos_token=str(self.config["eos_token_id"]),
             unk_token="0",
         )
-        model = reference_model(self.path, torch.float32)
+        model = load_reference(self.path, dtype=torch.float32)
         with torch.no_grad():
             return LOADERS[self.config["model_type"]]()(model, tokenizer)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality import reference_model
 from benchmarks.rivals.common import PREFILL_RUNS, Model, checkpoint, random_prompts
+from qllm.huggingface import load_reference
 from qllm.ops.cpu.limits import median_seconds
 
 
@@ -19,7 +19,7 @@ def models(repository: str, threads: int, folder: Path) -> Iterator[Model]:
         folder: for the checkpoint, which stays.
     """
     torch.set_num_threads(threads)
-    model = reference_model(checkpoint(folder, repository), torch.bfloat16)
+    model = load_reference(checkpoint(folder, repository), dtype=torch.bfloat16)
     vocab = model.config.vocab_size
 
     @torch.inference_mode()

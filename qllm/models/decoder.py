@@ -247,16 +247,30 @@ class Decoder(nn.Module):
             IndexError: a prompt is longer than the cache.
             ValueError: the cache has not one row per prompt.
         """
+        x = self.hidden(prompts, cache)
+        if last:
+            lengths = [len(prompt) for prompt in prompts]
+            x = x[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
+        return self._logits(x).float()
+
+    @torch.inference_mode()
+    def hidden(self, prompts: Sequence[Sequence[int]], cache: KVCache | None = None) -> Tensor:
+        """What the layers make of whole prompts, for `logits`: (N, C) for all N tokens.
+
+        Arguments and errors are those of `prefill`.
+        """
         lengths = [len(prompt) for prompt in prompts]
         tokens = torch.tensor([t for prompt in prompts for t in prompt], device=self.device)
         x = self.project_in(self.embed_norm(self.embed(tokens)))
         x = self._run_layers(x, Prefill(lengths, cache, self.positions, x))
         if cache is not None:
             cache.lengths = lengths
-        if last:
-            ends = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-            x = x[ends]
-        return self._logits(x).float()
+        return x
+
+    @torch.inference_mode()
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (M, V), in the model's type, of rows (M, C) of `hidden`."""
+        return self._logits(x)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:

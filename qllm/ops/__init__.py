@@ -101,6 +101,13 @@ def _int_mm_why_not(request: Request) -> str | None:
 
 
 @cache
+def _multiplies_halves() -> bool:
+    """Whether the CPU has float16 arithmetic; where it has none, torch's products are slow."""
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
+    return ask is not None and ask()
+
+
+@cache
 def _cpu_vendor() -> str:
     """ "GenuineIntel" and the like, "" where the system does not say."""
     try:
@@ -145,12 +152,14 @@ def _dense_for_few(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     few = len(x) <= steps.FEW_ROWS
-    return (steps.dense_linear if few else _dense_for_many())(x, weight, bias)
+    return (steps.dense_linear if few else _dense_for_many(x.dtype))(x, weight, bias)
 
 
 @cache
-def _dense_for_many() -> Callable[..., torch.Tensor]:
+def _dense_for_many(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     """The first kernel of `dense_linear` on a CPU that is a library's."""
+    if dtype == torch.float16 and not _multiplies_halves():
+        return reference.half_linear
     request = Request(0, 0, 16, -1, "asym", "cpu")
     return next(k.run for k in KERNELS["dense_linear"][1:] if k.why_not(request) is None)
 

@@ -1,0 +1,76 @@
+"""Everything that is asked of a model, measured: a row of the table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from qllm.checkpoint.load import module_bytes
+from qllm.evaluate.agreement import Reference, agreement
+from qllm.evaluate.lambada import lambada
+from qllm.evaluate.perplexity import PerplexityOptions, Text, cut, perplexity
+from qllm.evaluate.scoring import Passage, Predictor
+from qllm.models import Decoder
+
+Progress = Callable[[str], Callable[[list], Iterable]]
+
+
+def no_progress(what: str) -> Callable[[list], Iterable]:
+    """Tells nobody."""
+    return iter
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is asked of every model.
+
+    Attributes:
+        text: whose perplexity is measured; None for none.
+        tasks: the passages of each, by name.
+        reference: what agreement is measured with; None where it is not.
+    """
+
+    text: Text | None = None
+    options: PerplexityOptions = field(default_factory=PerplexityOptions)
+    tasks: dict[str, list[Passage]] = field(default_factory=dict)
+    reference: Reference | None = None
+
+
+def evaluate(
+    model: Predictor, asked: Evaluation, progress: Progress = no_progress
+) -> dict[str, object]:
+    """What a model answers.
+
+    Returns:
+        `perplexity` by convention; `tasks` by name; `agreement`, None where there is no reference;
+        `tokens_per_second` of the passes over the text, None without one.
+
+    Raises:
+        UserError: for a text or window that the model cannot take.
+    """
+    found: dict[str, object] = {
+        "perplexity": {},
+        "tasks": {},
+        "agreement": None,
+        "tokens_per_second": None,
+    }
+    if asked.text is not None:
+        cuts = cut(asked.text, model.config, asked.options)
+        read = sum(w.end - w.begin for part in cuts for w in part.windows.windows)
+        start = time.perf_counter()
+        found["perplexity"] = perplexity(model, asked.text, asked.options, progress("perplexity"))
+        found["tokens_per_second"] = read / (time.perf_counter() - start)
+    for name, passages in asked.tasks.items():
+        found["tasks"][name] = lambada(model, passages, asked.options.batch, progress(name))
+    if asked.reference is not None and isinstance(model, Decoder):
+        found["agreement"] = agreement(model, asked.reference, progress("agreement"))
+    return found
+
+
+def decoder_row(
+    model: Decoder, bitwidth: str, asked: Evaluation, progress: Progress = no_progress
+) -> dict[str, object]:
+    """A row of the table: bitwidth, bytes in memory, and what `evaluate` finds."""
+    about = {"bitwidth": bitwidth, "bytes": module_bytes(model)}
+    return about | evaluate(model, asked, progress)

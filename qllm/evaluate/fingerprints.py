@@ -1,0 +1,66 @@
+"""What two runs have to have in common for their figures to be comparable."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from qllm import __version__
+from qllm.checkpoint.reader import weight_files
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
+    "special_tokens_map.json",
+)
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
+
+
+def of_text(text: str) -> str:
+    """SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def of_files(paths: Iterable[Path]) -> str:
+    """SHA-256 of files: of their names and contents, in the order of their names."""
+    whole = hashlib.sha256()
+    for path in sorted(paths, key=lambda path: path.name):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(f"{path.name}\0{digest}\n".encode())
+    return whole.hexdigest()
+
+
+def of_model(folder: Path) -> str:
+    """Of a checkpoint: its configuration and all of its weights."""
+    return of_files([folder / "config.json", *weight_files(folder)])
+
+
+def of_tokenizer(folder: Path) -> str:
+    """Of the files that a tokenizer is made from."""
+    return of_files(path for name in TOKENIZER_FILES if (path := folder / name).exists())
+
+
+def versions() -> dict[str, str]:
+    """Of QLLM, of Python, and of what is installed of the packages it stands on."""
+    found = {"qllm": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, object]:
+    """What computes."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
