@@ -1,0 +1,126 @@
+"""Agreement with transformers against its definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import bundled, draw_prompts, our_bundled, prefill_logits, reference
+
+from qllm.evaluate.agreement import (
+    DecoderReference,
+    Reference,
+    agreement,
+    first_difference,
+    layer_outputs,
+    quantile,
+)
+from qllm.generate import GenerationConfig, generate
+from qllm.huggingface import ReferenceModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PASSAGES = draw_prompts([70, 33, 5], 4096)
+PROMPTS = draw_prompts([4, 9, 2], 4096, seed=1)
+COUNT = 12
+
+
+def theirs(family: str) -> ReferenceModel:
+    return ReferenceModel(bundled(family), our_bundled(family).config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", [theirs, lambda f: DecoderReference(our_bundled(f))])
+def test_agreement_is_what_it_says(family, kind):
+    model = our_bundled(family, "3")
+    kls, same = [], []
+    for passage in PASSAGES:
+        p = prefill_logits(bundled(family), [passage]).double().log_softmax(-1)
+        q = model.prefill([passage], last=False).double().log_softmax(-1)
+        kls.append((p.exp() * (p - q)).sum(-1))
+        same.append(p.argmax(-1) == q.argmax(-1))
+    kl = torch.cat(kls)
+    found = agreement(model, Reference.of(kind(family), PASSAGES, PROMPTS, COUNT))
+    assert found["positions"] == len(kl) == sum(map(len, PASSAGES))
+    assert found["same_top"] == torch.cat(same).double().mean().item()
+    assert found["kl"]["mean"] == pytest.approx(kl.mean().item(), rel=1e-3)
+    assert found["kl"]["max"] == pytest.approx(kl.max().item(), rel=1e-3)
+    for share in (50, 90, 99):
+        nearest = torch.quantile(kl, share / 100, interpolation="higher").item()
+        assert found["kl"][f"p{share}"] == pytest.approx(nearest, rel=1e-3)
+    want = reference(bundled(family), PROMPTS, max_new_tokens=COUNT).tokens
+    got = generate(model, PROMPTS, GenerationConfig(COUNT))
+    lengths = [first_difference(*pair) for pair in zip(got, want, strict=True)]
+    lengths = [COUNT if length is None else length for length in lengths]
+    assert found["prefix"]["mean"] == pytest.approx(sum(lengths) / len(lengths))
+    assert found["prefix"] | {"mean": 0} == {
+        "mean": 0,
+        "median": sorted(lengths)[1],
+        "min": min(lengths),
+        "of": COUNT,
+        "prompts": len(PROMPTS),
+    }
+    assert len(found["layers"]) == 6
+    assert 0.001 < found["layers"][0] < found["layers"][-1] < 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_model_agrees(family):
+    found = agreement(our_bundled(family), Reference.of(theirs(family), PASSAGES, PROMPTS, COUNT))
+    assert found["kl"]["max"] < 1e-6
+    assert found["same_top"] == 1
+    assert found["prefix"]["min"] == COUNT
+    assert max(found["layers"]) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_of_layers_are_those_of_transformers(family):
+    model = bundled(family)
+    hidden = model(torch.tensor([PASSAGES[0]]), output_hidden_states=True).hidden_states
+    layers = theirs(family).layers()
+    hooks = [len(layer._forward_hooks) for layer in layers]  # transformers has some of its own
+    outputs = layer_outputs(theirs(family), layers, PASSAGES[0])
+    assert len(outputs) == 6
+    # The last of transformers' is behind the final norm.
+    for output, expected in zip(outputs[:-1], hidden[1:-1], strict=True):
+        assert torch.equal(output, expected[0])
+    assert [len(layer._forward_hooks) for layer in layers] == hooks
+
+
+def test_without_prompts_there_is_no_prefix():
+    passages = PASSAGES[2:]
+    found = agreement(our_bundled("opt"), Reference.of(theirs("opt"), passages))
+    assert "prefix" not in found
+
+
+def test_quantiles():
+    values = torch.tensor([3.0, 1.0, 2.0, 4.0])
+    assert [quantile(values, share) for share in (0, 0.5, 0.75, 0.99, 1)] == [1, 3, 4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reference", "index"),
+    [
+        ([], [], None),
+        ([1, 2], [1, 2], None),
+        ([1, 2], [1, 3], 1),
+        ([4, 2], [1, 2], 0),
+        ([1, 2], [1, 2, 3], 2),
+        ([1, 2, 3], [1], 1),
+        ([], [1], 0),
+    ],
+)
+def test_first_difference(tokens, reference, index):
+    assert first_difference(tokens, reference) == index
+
+
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
+def test_first_difference_is_the_first(tokens, reference):
+    index = first_difference(tokens, reference)
+    assert index == first_difference(reference, tokens)
+    assert (index is None) == (tokens == reference)
+    if index is not None:
+        assert tokens[:index] == reference[:index]
+        assert tokens[index : index + 1] != reference[index : index + 1]
