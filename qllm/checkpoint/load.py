@@ -57,11 +57,10 @@ def load_model(
     """
     weights = Weights(Checkpoint(folder))
     dtype = dtype or weights.dtype()
-    specs = _specs(weights, plan, calibration)
-    config = weights.config
-    if LM_HEAD in specs:  # of a matrix that is tied, the embedding stays as it is
-        config = replace(config, tied_head=False)
-    model = Decoder(config, specs, dtype)
+    specs = _specs(weights, plan)
+    _check_calibration(weights, specs, calibration)
+    model = _empty(weights, specs, dtype)
+    config = model.config
     costs = _layer_bytes(model)
     model.shards = balance(costs, num_shards)
     largest = max(torch.Size(shape).numel() for shape in weights.shapes.values())
@@ -82,9 +81,24 @@ def load_model(
     return model
 
 
-def _specs(
-    weights: Weights, plan: QuantPlan, calibration: Calibration | None
-) -> dict[str, QuantSpec]:
+def outline(folder: Path, plan: QuantPlan, dtype: torch.dtype | None = None) -> Decoder:
+    """The model that `load_model` would make, on the meta device: files' headers alone are read.
+
+    Raises:
+        UserError: for a broken checkpoint, or a plan that does not fit it.
+    """
+    weights = Weights(Checkpoint(folder))
+    return _empty(weights, _specs(weights, plan), dtype or weights.dtype())
+
+
+def _empty(weights: Weights, specs: dict[str, QuantSpec], dtype: torch.dtype) -> Decoder:
+    config = weights.config
+    if LM_HEAD in specs:  # of a matrix that is tied, the embedding stays as it is
+        config = replace(config, tied_head=False)
+    return Decoder(config, specs, dtype)
+
+
+def _specs(weights: Weights, plan: QuantPlan) -> dict[str, QuantSpec]:
     """The spec of every linear: of the plan, or as a quantized checkpoint has it."""
     config = weights.config
     if weights.stored:
@@ -101,6 +115,15 @@ def _specs(
                 f"{spec.algorithm} takes calibration and time: qllm_quant.py does it once, and "
                 "what it saves is loaded; loading itself rounds to nearest (rtn)"
             )
+    return specs
+
+
+def _check_calibration(
+    weights: Weights, specs: dict[str, QuantSpec], calibration: Calibration | None
+) -> None:
+    """Refuse int8 layers without the statistics they need, or with those of another model."""
+    if weights.stored:
+        return
     if calibration is None and any(spec.kind == "w8a8_static" for spec in specs.values()):
         raise UserError(
             "bitwidth 8:tc needs a calibration of this model's activations; make one with "
@@ -109,7 +132,6 @@ def _specs(
     if calibration is not None:
         shapes = {name: weights.shapes[f"{name}.weight"] for name in specs if name != LM_HEAD}
         calibration.check(shapes)
-    return specs
 
 
 def _fill_stored(model: Decoder, name: str, module: Linear, weights: Weights, device: str) -> None:

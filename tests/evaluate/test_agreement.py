@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny
+from conftest import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import bundled, draw_prompts, our_bundled, prefill_logits, reference

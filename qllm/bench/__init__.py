@@ -1,0 +1,1 @@
+"""How fast a model is, how much memory it takes, and what it is made of."""

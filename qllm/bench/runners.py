@@ -1,0 +1,91 @@
+"""Prefill and decode of our models and of transformers', one call each, for a clock around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qllm.checkpoint.load import module_bytes
+from qllm.huggingface import ReferenceModel
+from qllm.layers import Linear
+from qllm.models import Decoder
+
+
+class Runner(Protocol):
+    """What is timed.
+
+    Attributes:
+        nbytes: of the weights.
+        read_bytes: of them, those that one decode step reads.
+        multiplied: weights that each token is multiplied by in the layers.
+    """
+
+    nbytes: int
+    read_bytes: int
+    multiplied: int
+
+    def begin(self, rows: int, capacity: int) -> None:
+        """Make an empty cache for `rows` sequences of up to `capacity` tokens."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Run whole prompts into the cache: logits (B, V) behind each."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Run one more token (B,) of each sequence: logits (B, V)."""
+
+
+class DecoderRunner:
+    """One of our own models."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+        self.nbytes = module_bytes(model)
+        tied = getattr(model.lm_head, "weight", None) is model.embed.weight
+        # Of an embedding that is not the LM head, too, a step reads a row.
+        self.read_bytes = self.nbytes - (0 if tied else module_bytes(model.embed))
+        linears = (m for m in model.layers.modules() if isinstance(m, Linear))
+        self.multiplied = sum(m.in_features * m.out_features for m in linears)
+
+    def begin(self, rows: int, capacity: int) -> None:
+        self.cache = self.model.new_cache(rows, capacity)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        return self.model.prefill(prompts, self.cache)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self.model.decode(tokens, self.cache)
+
+
+class ReferenceRunner:
+    """transformers' model, with its own cache."""
+
+    def __init__(self, reference: ReferenceModel, like: DecoderRunner) -> None:
+        """
+        Args:
+            like: a runner of the same model, of whose weights each token meets as many.
+        """
+        self.model, self.nbytes = reference.model, reference.nbytes
+        embed = reference.model.get_input_embeddings().weight
+        tied = reference.model.get_output_embeddings().weight is embed
+        self.read_bytes = self.nbytes - (0 if tied else embed.nbytes)
+        self.multiplied = like.multiplied
+
+    def begin(self, rows: int, capacity: int) -> None:
+        self.past = None
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        return self._run(torch.tensor([list(prompt) for prompt in prompts]))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self._run(tokens[:, None])
+
+    @torch.inference_mode()
+    def _run(self, ids: Tensor) -> Tensor:
+        out = self.model(
+            ids.to(self.model.device), past_key_values=self.past, use_cache=True, logits_to_keep=1
+        )
+        self.past = out.past_key_values
+        return out.logits[:, -1].float()

@@ -1,0 +1,265 @@
+"""How fast and how small a quantized model is: throughput, latency, memory, the module tree.
+
+    python3 qllm_bench.py --model-size tiny --bitwidth 16,4 -p 128 -n 64 -b 1,8 -r 5
+    python3 qllm_bench.py --model-path DIR --benchmark 1024 --max-length 64 --check
+    python3 qllm_bench.py --model-name llama --model-size tiny --bitwidth 3 --tree
+
+Without -p, -n, --benchmark or --tree it measures a prompt of 512 tokens and 128 new ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from qllm import cli
+from qllm.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qllm.bench.runners import DecoderRunner
+    from qllm.bench.speed import Case
+    from qllm.config import ModelConfig, QuantPlan
+    from qllm.hub import ModelFolder
+
+# As llama-bench has them.
+PROMPT, NEW, RUNS = (512,), (128,), 5
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    number = cli.whole_number(1)
+    cli.add_model_options(parser)
+    cli.add_quant_options(parser, several=True)
+    parser.add_argument(
+        "--calib", metavar="FILE", help="activation statistics for 8:tc-li and 8:tc"
+    )
+    cli.add_run_options(parser)
+    group = parser.add_argument_group("throughput, as llama-bench has it")
+    group.add_argument("-p", type=whole_numbers(0), metavar="N", help="tokens of a prompt (512)")
+    group.add_argument("-n", type=whole_numbers(0), metavar="N", help="new tokens (128)")
+    group.add_argument("-b", type=whole_numbers(1), metavar="N", help="sequences at once (1)")
+    group.add_argument("-r", type=number, metavar="N", help="runs of each (5)")
+    group.add_argument("--compare", choices=("hf",), help="run transformers beside it, in turn")
+    group = parser.add_argument_group("latency")
+    group.add_argument("--benchmark", type=number, metavar="N", help="decode N tokens one by one")
+    group.add_argument(
+        "--max-length", type=number, metavar="N", help="tokens of a sequence (all, one sequence)"
+    )
+    group.add_argument(
+        "--check", action="store_true", help="the perplexity of those tokens, by decode and prefill"
+    )
+    group.add_argument(
+        "--dataset",
+        metavar="FILE_OR_NAME",
+        help="the tokens' text: a file, or wikitext2, c4, ptb, pile-10k (random tokens)",
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--tree", action="store_true", help="the model's modules, from the files' headers alone"
+    )
+    group.add_argument(
+        "--output", choices=("md", "csv", "json"), default="md", help="(%(default)s)"
+    )
+    group.add_argument(
+        "--json", action="store_const", dest="output", const="json", help="the same as json"
+    )
+    return parser.parse_args()
+
+
+def whole_numbers(least: int) -> Callable[[str], tuple[int, ...]]:
+    """An argparse type: whole numbers of `least` or more, separated by commas."""
+    parse = cli.whole_number(least)
+    return lambda text: tuple(dict.fromkeys(parse(part) for part in text.split(",")))
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that would do nothing.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    for option, given in (
+        ("--check", args.check),
+        ("--max-length", args.max_length),
+        ("--dataset", args.dataset),
+    ):
+        if given and not args.benchmark:
+            raise UserError(f"{option} does nothing without --benchmark")
+    throughput = wants_throughput(args)
+    for option in ("b", "r", "compare"):
+        if getattr(args, option) is not None and not throughput:
+            name = f"-{option}" if len(option) == 1 else f"--{option}"
+            raise UserError(f"{name} does nothing without -p or -n")
+    if (args.p or args.n) and not any((*(args.p or ()), *(args.n or ()))):
+        raise UserError("-p 0 and -n 0 leave nothing to measure")
+    if args.output == "csv" and (args.tree or args.benchmark):
+        raise UserError("csv is for the table of -p and -n; take --output json")
+
+
+def wants_throughput(args: argparse.Namespace) -> bool:
+    """Whether there is a table: what is asked for, or nothing else is."""
+    return bool(args.p or args.n) or not (args.benchmark or args.tree)
+
+
+def read_tokens(args: argparse.Namespace, folder: ModelFolder, config: ModelConfig) -> list[int]:
+    """What --benchmark decodes."""
+    if args.dataset is None:
+        import torch
+
+        draw = torch.Generator().manual_seed(0)
+        return torch.randint(config.vocab_size, (args.benchmark,), generator=draw).tolist()
+    from qllm.data import load_text
+    from qllm.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(folder.path, config.vocab_size)
+    ids = tokenizer.encode(load_text(args.dataset, "evaluation"))
+    if len(ids) < args.benchmark:
+        raise UserError(f"--dataset {args.dataset} has {len(ids)} tokens, not {args.benchmark}")
+    return ids[: args.benchmark]
+
+
+def check_length(args: argparse.Namespace, config: ModelConfig) -> int:
+    """How long a sequence of --benchmark gets."""
+    longest = min(args.max_length or args.benchmark, args.benchmark)
+    window = config.max_positions
+    if window is not None and longest > window:
+        raise UserError(
+            f"{longest} tokens are more than the model's window of {window} holds; give "
+            f"--max-length {window} to begin anew after as many"
+        )
+    return longest
+
+
+def throughput_cases(args: argparse.Namespace, config: ModelConfig) -> list[Case]:
+    """What -p, -n and -b ask for."""
+    from qllm.bench.speed import cases
+
+    if not wants_throughput(args):
+        return []
+    prompts, news = ((), ()) if args.p or args.n else (PROMPT, NEW)
+    return cases(config, args.p or prompts, args.n or news, args.b or (1,))
+
+
+def latency(
+    args: argparse.Namespace, runner: DecoderRunner, tokens: list[int], longest: int
+) -> dict[str, object]:
+    """What --benchmark finds."""
+    from qllm.bench.speed import decode_one_by_one
+    from qllm.evaluate.perplexity import PerplexityOptions, Text, perplexity
+
+    found = decode_one_by_one(runner, tokens, longest, cli.progress("decoding"))
+    if not args.check:
+        del found["perplexity"]
+    elif longest > 1:
+        # Sequences as they were decoded: the same number, by the other way through the model.
+        options = PerplexityOptions(("strided",), longest, longest)
+        by_prefill = perplexity(runner.model, Text("", tokens), options)["strided"]
+        found["perplexity_by_prefill"] = by_prefill
+    return found
+
+
+def main() -> None:
+    args = parse_args()
+    check_options(args)
+    plans = cli.read_plans(args)
+    folder = cli.resolve_model(args)
+    device = cli.resolve_device(args)
+
+    import torch
+
+    from qllm import report
+    from qllm.bench.table import print_bench
+    from qllm.checkpoint.reader import read_raw_config
+    from qllm.models import read_config
+
+    config = read_config(read_raw_config(folder.path))
+    result = {
+        "model": folder.name,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "trees": trees(args, folder.path, plans) if args.tree else [],
+        "benchmarks": [],
+        "rows": [],
+    }
+    measure(args, folder, plans, result, config)
+    if args.output == "json":
+        from qllm.evaluate import fingerprints
+
+        about = {"versions": fingerprints.versions(), "machine": fingerprints.machine()}
+        result["trees"] = [entry | {"tree": entry["tree"].to_json()} for entry in result["trees"]]
+        report.print_json(report.finite(result | about | {"settings": vars(args)}))
+    else:
+        print_bench(result, csv=args.output == "csv")
+
+
+def trees(args: argparse.Namespace, folder: Path, plans: list[QuantPlan]) -> list[dict]:
+    """The module tree of each plan's model."""
+    from qllm.bench.tree import tree
+    from qllm.checkpoint.load import outline
+
+    dtype = cli.resolve_dtype(args)
+    return [
+        {"bitwidth": args.bitwidth and plan.text, "tree": tree(outline(folder, plan, dtype))}
+        for plan in plans
+    ]
+
+
+def measure(
+    args: argparse.Namespace,
+    folder: ModelFolder,
+    plans: list[QuantPlan],
+    result: dict,
+    config: ModelConfig,
+) -> None:
+    """Load each plan's model, and add to the result what is asked of it."""
+    from qllm import report
+
+    wanted = throughput_cases(args, config)
+    longest = check_length(args, config) if args.benchmark else 0
+    if not (wanted or longest):
+        return
+    tokens = read_tokens(args, folder, config) if longest else []
+    dtype, device = cli.resolve_dtype(args), result["device"]
+
+    from qllm.bench.runners import DecoderRunner, ReferenceRunner
+    from qllm.bench.speed import measure as measure_case
+    from qllm.checkpoint.convert import find_source
+    from qllm.checkpoint.load import load_model
+    from qllm.memory import forget_peak, peak_resident_bytes
+
+    source = find_source(folder, cli.note)
+    reference = None
+    if args.compare:
+        from qllm.huggingface import ReferenceModel
+
+        reference = ReferenceModel.load(folder.path, dtype=dtype, device=device)
+    for plan in plans:
+        forget_peak()
+        calibration = cli.find_calibration(args, folder, plan)
+        progress = cli.progress("loading")
+        model = load_model(
+            source, plan, dtype=dtype, device=device, calibration=calibration, progress=progress
+        )
+        runner = DecoderRunner(model)
+        result["dtype"] = str(model.dtype).removeprefix("torch.")
+        bitwidth = report.bitwidth(model) if args.bitwidth is None else plan.text
+        runners = {bitwidth: runner}
+        if reference is not None:
+            runners["transformers"] = ReferenceRunner(reference, runner)
+        for case in cli.progress(f"measuring {bitwidth}")(wanted):
+            found = measure_case(list(runners.values()), case, args.r or RUNS, config, device)
+            result["rows"] += [
+                {"bitwidth": name} | row for name, row in zip(runners, found, strict=True)
+            ]
+        if longest:
+            found = latency(args, runner, tokens, longest)
+            about = {"bitwidth": bitwidth, "bytes": runner.nbytes}
+            result["benchmarks"].append(about | found | {"peak_memory": peak_resident_bytes()})
+        del model, runner, runners  # the next one has their place
+
+
+if __name__ == "__main__":
+    cli.run(main)
