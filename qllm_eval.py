@@ -10,6 +10,9 @@ Several bitwidths, separated by commas, are rows of one table.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +20,9 @@ from qllm import cli
 from qllm.errors import UserError
 
 if TYPE_CHECKING:
-    from qllm.config import ModelConfig
+    from qllm.config import ModelConfig, QuantPlan
     from qllm.evaluate.agreement import Reference
+    from qllm.evaluate.evaluation import Evaluation
     from qllm.evaluate.perplexity import Text
     from qllm.hub import ModelFolder
     from qllm.huggingface import ReferenceModel
@@ -84,6 +88,12 @@ def parse_args() -> argparse.Namespace:
         "--batch-size", type=number, metavar="N", help="passages per forward call (8)"
     )
     group.add_argument("--json", action="store_true", help="print one JSON object")
+    group.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="quality against bytes, error per layer: a .png, .svg or .pdf",
+    )
+    group.add_argument("--report", metavar="FILE", help="the same and the table as one .html page")
     return parser.parse_args()
 
 
@@ -110,6 +120,12 @@ def check_options(args: argparse.Namespace) -> None:
     ):
         if given and not there:
             raise UserError(f"{option} does nothing without {needs}")
+    from qllm.evaluate import plots
+
+    if args.plot:
+        plots.check("--plot", Path(args.plot), plots.SUFFIXES)
+    if args.report:
+        plots.check("--report", Path(args.report), (".html",))
 
 
 def reference_wanted(args: argparse.Namespace) -> bool:
@@ -179,11 +195,11 @@ def main() -> None:
     device = cli.resolve_device(args)
 
     from qllm import report
-    from qllm.checkpoint.convert import find_source
-    from qllm.checkpoint.load import load_model
     from qllm.checkpoint.reader import read_raw_config
-    from qllm.evaluate.evaluation import Evaluation, decoder_row, evaluate
+    from qllm.evaluate import page, plots
+    from qllm.evaluate.evaluation import Evaluation
     from qllm.evaluate.perplexity import PerplexityOptions, cut
+    from qllm.evaluate.table import print_evaluation
     from qllm.models import read_config
     from qllm.tokenizer import Tokenizer
 
@@ -195,21 +211,66 @@ def main() -> None:
     cuts = [] if text is None else cut(text, config, options)  # mistakes, before a model is loaded
     tasks, about_tasks = read_tasks(args, tokenizer, config)
     asked = Evaluation(text, options, tasks)
+    asked, other = run_reference(args, folder, device, asked, tokenizer)
+    result = {
+        "model": folder.name,
+        "device": device,
+        "dataset": about_text(args, text),
+        "conventions": about_cuts(cuts),
+        "tasks": about_tasks,
+        "rows": run_models(args, folder, device, plans, asked),
+        **other,
+    }
+    if args.json or args.report:
+        result |= about_run(args, folder)
+    if args.plot:
+        plots.save(result, Path(args.plot))
+    if args.report:
+        page.write(result, Path(args.report))
+    if args.json:
+        report.print_json(report.finite(result))
+    else:
+        print_evaluation(result)
+
+
+def run_reference(
+    args: argparse.Namespace,
+    folder: ModelFolder,
+    device: str,
+    asked: Evaluation,
+    tokenizer: Tokenizer,
+) -> tuple[Evaluation, dict]:
+    """What is asked, with the reference that agreement needs; and what --compare adds."""
+    if not reference_wanted(args):
+        return asked, {}
+    from qllm.evaluate.evaluation import evaluate
+    from qllm.huggingface import ReferenceModel
+
     dtype = cli.resolve_dtype(args)
+    place = reference_folder(args, folder)
+    model = ReferenceModel.load(place.path, dtype=dtype, device=device)
+    other = {}
+    if args.compare:
+        about = {"name": "transformers", "dtype": model.dtype, "bytes": model.nbytes}
+        found = evaluate(model, asked, partial(progress_at, "transformers"))
+        other["compare"] = about | found
+    if args.agreement:
+        asked = replace(asked, reference=read_reference(args, model, tokenizer, asked.text))
+    return asked, other
 
-    other = None
-    if reference_wanted(args):
-        from qllm.huggingface import ReferenceModel
 
-        place = reference_folder(args, folder)
-        model = ReferenceModel.load(place.path, dtype=dtype, device=device)
-        if args.compare:
-            other = {"name": "transformers", "bytes": model.nbytes}
-            other |= evaluate(model, asked, lambda what: cli.progress(f"{what}, transformers"))
-        if args.agreement:
-            reference = read_reference(args, model, tokenizer, text)
-            asked = Evaluation(text, options, tasks, reference)
-        del model
+def run_models(
+    args: argparse.Namespace,
+    folder: ModelFolder,
+    device: str,
+    plans: list[QuantPlan],
+    asked: Evaluation,
+) -> list[dict]:
+    """A row per plan, each model in memory alone."""
+    from qllm import report
+    from qllm.checkpoint.convert import find_source
+    from qllm.checkpoint.load import load_model
+    from qllm.evaluate.evaluation import decoder_row
 
     source = find_source(folder, cli.note)
     rows = []
@@ -217,33 +278,20 @@ def main() -> None:
         model = load_model(
             source,
             plan,
-            dtype=dtype,
+            dtype=cli.resolve_dtype(args),
             device=device,
             calibration=cli.find_calibration(args, folder, plan),
             progress=cli.progress("loading"),
         )
         bitwidth = report.bitwidth(model) if args.bitwidth is None else plan.text
-        rows.append(
-            decoder_row(model, bitwidth, asked, lambda what: cli.progress(f"{what}, {bitwidth}"))  # noqa: B023
-        )
-        kind = {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
+        rows.append(decoder_row(model, bitwidth, asked, partial(progress_at, bitwidth)))
         del model  # the next one has its place
-    result = {
-        "model": folder.name,
-        **kind,
-        "dataset": about_text(args, text),
-        "conventions": about_cuts(cuts),
-        "tasks": about_tasks,
-        "rows": rows,
-    }
-    if other is not None:
-        result["compare"] = other
-    if args.json:
-        report.print_json(report.finite(result | about_run(args, folder)))
-        return
-    from qllm.evaluate.table import print_evaluation
+    return rows
 
-    print_evaluation(result)
+
+def progress_at(bitwidth: str, what: str) -> Callable[[list], Iterable]:
+    """Progress of one row's part."""
+    return cli.progress(f"{what}, {bitwidth}")
 
 
 def reference_folder(args: argparse.Namespace, folder: ModelFolder) -> ModelFolder:

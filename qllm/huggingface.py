@@ -61,6 +61,11 @@ class ReferenceModel:
         return cls(model, read_config(read_raw_config(folder)))
 
     @property
+    def dtype(self) -> str:
+        """The type of its weights, as --dtype names it."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its weights."""
         return self.model.get_memory_footprint()

@@ -71,6 +71,7 @@ def evaluate(
 def decoder_row(
     model: Decoder, bitwidth: str, asked: Evaluation, progress: Progress = no_progress
 ) -> dict[str, object]:
-    """A row of the table: bitwidth, bytes in memory, and what `evaluate` finds."""
-    about = {"bitwidth": bitwidth, "bytes": module_bytes(model)}
+    """A row of the table: bitwidth, dtype, bytes in memory, and what `evaluate` finds."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    about = {"bitwidth": bitwidth, "dtype": dtype, "bytes": module_bytes(model)}
     return about | evaluate(model, asked, progress)

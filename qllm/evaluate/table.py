@@ -9,7 +9,7 @@ from qllm import report
 
 def print_evaluation(result: Mapping) -> None:
     """What was measured of what, and a table with a row per bitwidth."""
-    print(f"{result['model']}, {result['dtype']} on {result['device']}")
+    print(f"{result['model']}, {result['rows'][0]['dtype']} on {result['device']}")
     if result["dataset"]:
         about = result["dataset"]
         print(f"{about['name']}: {about['tokens']} tokens, {about['words']} words")
@@ -21,12 +21,17 @@ def print_evaluation(result: Mapping) -> None:
         )
     for name, about in result["tasks"].items():
         print(f"{name}: {about['rows']} rows")
+    print()
+    report.print_table(*table_of(result))
+
+
+def table_of(result: Mapping) -> tuple[list[str], list[list[str]]]:
+    """Columns, and a row per bitwidth, transformers' last."""
     rows = [cells(row) for row in result["rows"]]
     if "compare" in result:
         rows.append(cells(result["compare"] | {"bitwidth": result["compare"]["name"]}))
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    print()
-    report.print_table(columns, [[row.get(name, "") for name in columns] for row in rows])
+    return columns, [[row.get(name, "") for name in columns] for row in rows]
 
 
 def cells(row: Mapping) -> dict[str, str]:
