@@ -19,10 +19,10 @@ from qllm.calibration import calibrate
 from qllm.checkpoint.load import load_model, module_bytes
 from qllm.config import BITWIDTHS, QuantPlan, QuantSpec
 from qllm.data import load_text, sample_windows
-from qllm.evaluate.agreement import first_difference
 from qllm.evaluate.perplexity import PerplexityOptions, Text, perplexity
 from qllm.generate import GenerationConfig, generate
 from qllm.huggingface import ReferenceModel
+from qllm.report import first_difference
 from qllm.tokenizer import Tokenizer
 
 

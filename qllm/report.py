@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from qllm.checkpoint.load import shard_bytes
-from qllm.evaluate.agreement import first_difference
 from qllm.layers import Linear
 from qllm.layers.base import describe
 from qllm.models import Decoder
@@ -173,3 +172,12 @@ def comparison_rows(
             }
         )
     return rows
+
+
+def first_difference(tokens: Sequence[int], reference: Sequence[int]) -> int | None:
+    """The first index at which two token lists differ, or one has ended; None for equal ones."""
+    for index, (ours, theirs) in enumerate(zip(tokens, reference, strict=False)):
+        if ours != theirs:
+            return index
+    shorter = min(len(tokens), len(reference))
+    return None if len(tokens) == len(reference) else shorter

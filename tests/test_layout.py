@@ -38,6 +38,7 @@ ROWS = (
     ("quantize",),
     ("neural_compressor",),
     ("cli",),
+    ("harness",),
 )
 HEIGHT = {name: height for height, row in enumerate(ROWS) for name in row}
 

@@ -17,6 +17,7 @@ from qllm.config import ModelConfig
 from qllm.evaluate.scoring import Predictor, logit_pieces
 from qllm.generate import GenerationConfig, generate
 from qllm.models import Decoder
+from qllm.report import first_difference
 
 PERCENTILES = (50, 90, 99)
 LAYER_TOKENS = 512  # of the first passage, of which each layer's output is compared
@@ -187,12 +188,3 @@ def layer_outputs(
         for handle in handles:
             handle.remove()
     return outputs
-
-
-def first_difference(tokens: Sequence[int], reference: Sequence[int]) -> int | None:
-    """The first index at which two token lists differ, or one has ended; None for equal ones."""
-    for index, (ours, theirs) in enumerate(zip(tokens, reference, strict=False)):
-        if ours != theirs:
-            return index
-    shorter = min(len(tokens), len(reference))
-    return None if len(tokens) == len(reference) else shorter

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg", ".pdf")
-PANEL = (6.0, 4.2)  # inches
+PANEL, COLUMNS = (6.0, 4.2), 3  # inches
 
 Panel = tuple[str, Callable[["Axes"], None]]
 
@@ -37,13 +37,14 @@ def check(option: str, path: Path, suffixes: Sequence[str]) -> None:
 
 
 def figure(result: Mapping) -> Figure:
-    """The pictures of what qllm_eval.py's JSON object holds, side by side."""
+    """The pictures of what qllm_eval.py's JSON object holds, in rows of COLUMNS."""
     from matplotlib.figure import Figure
 
     panels = list_panels(result)
-    whole = Figure(figsize=(PANEL[0] * len(panels), PANEL[1]), layout="constrained")
-    grid = whole.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, draw) in zip(grid, panels, strict=True):
+    rows, columns = -(-len(panels) // COLUMNS), min(len(panels), COLUMNS)
+    whole = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
+    for place, (title, draw) in enumerate(panels, 1):
+        axes = whole.add_subplot(rows, columns, place)
         axes.set_title(title)
         axes.grid(alpha=0.3)
         draw(axes)

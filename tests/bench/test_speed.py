@@ -87,7 +87,7 @@ def test_runs_are_in_turn_and_the_first_is_not_counted(monkeypatch):
     monkeypatch.setattr(
         speed, "seconds_of", lambda runner, *rest: order.append(runner) or next(seconds)
     )
-    limits = iter([speed.Limits(4e3, 8e4), speed.Limits(6e3, 12e4)])
+    limits = iter([speed.Limits(4e3, 1e5), speed.Limits(6e3, 1e5)])
     monkeypatch.setattr(speed.Limits, "measure", lambda device: next(limits))
     first, second = Spy(), Spy()
     config = SimpleNamespace(vocab_size=9)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import FAMILIES
-from hypothesis import given
-from hypothesis import strategies as st
 from oracle import bundled, draw_prompts, our_bundled, prefill_logits, reference
 
 from qllm.evaluate.agreement import (
     DecoderReference,
     Reference,
     agreement,
-    first_difference,
     layer_outputs,
     quantile,
 )
 from qllm.generate import GenerationConfig, generate
 from qllm.huggingface import ReferenceModel
+from qllm.report import first_difference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -98,29 +96,3 @@ def test_without_prompts_there_is_no_prefix():
 def test_quantiles():
     values = torch.tensor([3.0, 1.0, 2.0, 4.0])
     assert [quantile(values, share) for share in (0, 0.5, 0.75, 0.99, 1)] == [1, 3, 4, 4, 4]
-
-
-@pytest.mark.parametrize(
-    ("tokens", "reference", "index"),
-    [
-        ([], [], None),
-        ([1, 2], [1, 2], None),
-        ([1, 2], [1, 3], 1),
-        ([4, 2], [1, 2], 0),
-        ([1, 2], [1, 2, 3], 2),
-        ([1, 2, 3], [1], 1),
-        ([], [1], 0),
-    ],
-)
-def test_first_difference(tokens, reference, index):
-    assert first_difference(tokens, reference) == index
-
-
-@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
-def test_first_difference_is_the_first(tokens, reference):
-    index = first_difference(tokens, reference)
-    assert index == first_difference(reference, tokens)
-    assert (index is None) == (tokens == reference)
-    if index is not None:
-        assert tokens[:index] == reference[:index]
-        assert tokens[index : index + 1] != reference[index : index + 1]

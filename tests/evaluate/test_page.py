@@ -180,5 +180,5 @@ def test_files_that_cannot_be(option, name, message, tmp_path):
 
 def test_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--plot needs matplotlib, .* pip install matplotlib"):
+    with pytest.raises(UserError, match=r"--plot needs matplotlib, .* pip install matplotlib"):
         plots.check("--plot", tmp_path / "x.png", plots.SUFFIXES)

@@ -1,0 +1,172 @@
+"""QLLM's models in lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness).
+
+    python3 -m qllm.harness --model qllm --model_args path=DIR,bitwidth=4 --tasks lambada_openai
+
+is `lm_eval` with the model "qllm". The harness has no plug-ins: its own command does not know it.
+Log-likelihoods are those of `qllm.evaluate`; they equal the harness's own of the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qllm import hub
+from qllm.checkpoint.load import load_model
+from qllm.config import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, QuantPlan, QuantSpec
+from qllm.errors import UserError
+from qllm.evaluate.lambada import continuation
+from qllm.evaluate.perplexity import PerplexityOptions, Text, cut
+from qllm.evaluate.scoring import Passage, score
+from qllm.generate import GenerationConfig, generate
+from qllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+NEW_TOKENS = 256  # as the harness has it
+
+
+class Methods:
+    """What the harness asks of a model; `HarnessModel` is this and the harness's own class."""
+
+    def __init__(
+        self,
+        path: str,
+        bitwidth: str = "16",
+        dtype: str = "auto",
+        device: str | None = None,
+        batch_size: int | str = 8,
+        group_size: int = DEFAULT_GROUP_SIZE,
+        scheme: str = DEFAULT_SCHEME,
+        max_batch_size: int | None = None,
+    ) -> None:
+        """
+        Args:
+            path: a folder or a Hub repository; one that is quantized goes without a bitwidth.
+            bitwidth: a value, or a JSON plan.
+            device: "cpu", "cuda" or "cuda:1"; the CPU where there is no other, or None is given.
+            batch_size: requests per forward call; "auto" is 8. It changes no result.
+            max_batch_size: what the harness passes on; nothing here grows by itself.
+
+        Raises:
+            UserError: see `load_model`.
+        """
+        super().__init__()
+        folder = hub.resolve("opt", None, str(path)).path
+        default = QuantSpec(group_size=int(group_size), scheme=scheme)
+        self.model = load_model(
+            folder,
+            QuantPlan.parse(str(bitwidth), default),
+            dtype=None if dtype == "auto" else getattr(torch, dtype),
+            device=device if device and torch.cuda.is_available() else "cpu",
+        )
+        self.tokens = Tokenizer.load(folder, self.model.config.vocab_size)
+        self.batch = 8 if str(batch_size).startswith("auto") else int(batch_size)
+        self.path = str(path)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What tells this tokenizer's cached requests from another's."""
+        return self.path
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Of each (context, continuation): log-likelihood, and whether greedy search says it."""
+        longest = self.model.config.max_positions
+        passages = [
+            continuation(self.tokens, *request.args, longest, f"request {number}")
+            for number, request in enumerate(requests, 1)
+        ]
+        found = self._score(passages, disable_tqdm, greedy=True)
+        return [(-each.loss, each.greedy) for each in found]
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Of each text: the log-likelihood of all of its tokens."""
+        found = []
+        for request in requests:
+            (text,) = request.args
+            encoded = Text.encode(text, self.tokens)
+            (part,) = cut(encoded, self.model.config, PerplexityOptions(("word",)))
+            passages = list(part.windows.passages(part.windows.windows))
+            found.append(-math.fsum(s.loss for s in self._score(passages, disable_tqdm)))
+        return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Of each (context, settings): greedy text, up to one of the settings' `until`."""
+        from tqdm import tqdm
+
+        texts = []
+        for request in tqdm(requests, disable=disable_tqdm, desc="generating"):
+            context, settings = request.args
+            texts.append(self._generate(context, settings))
+        return texts
+
+    def _generate(self, context: str, settings: dict[str, Any]) -> str:
+        if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+            raise UserError("QLLM generates greedily; take do_sample=False")
+        count = int(settings.get("max_gen_toks", NEW_TOKENS))
+        window = self.model.config.max_positions
+        room = None if window is None else window - count
+        if room is not None and room < 1:
+            raise UserError(
+                f"max_gen_toks {count} leaves no prompt room in the model's window of {window}"
+            )
+        prompt = self.tokens.encode(context, room) or [self.tokens.begin]
+        eos = self.model.config.eos_token_ids
+        (ids,) = generate(self.model, [prompt], GenerationConfig(count, eos_token_ids=eos))
+        text = self.tokens.continuation(list(prompt), ids)
+        until = settings.get("until") or []
+        for end in [until] if isinstance(until, str) else until:
+            text = text.partition(end)[0] if end else text
+        return text
+
+    def _score(self, passages: Sequence[Passage], quiet: bool, *, greedy: bool = False) -> Iterator:
+        """Scores in order, with a bar; passages of like length share a forward call."""
+        from tqdm import tqdm
+
+        bar = tqdm(passages, disable=quiet, desc="scoring")
+        return score(self.model, bar, self.batch, greedy=greedy)
+
+
+def __getattr__(name: str) -> type:
+    """`HarnessModel`, made when it is asked for: the harness is not among QLLM's requirements."""
+    if name != "HarnessModel":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lm_eval.api.model import LM
+
+    return type(name, (Methods, LM), {})
+
+
+def register() -> None:
+    """Make the harness know the model "qllm"."""
+    from lm_eval.api.registry import model_registry
+
+    if "qllm" not in model_registry:
+        model_registry.register("qllm", target="qllm.harness:HarnessModel")
+
+
+def main() -> None:
+    """The harness's own command."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise
+        raise UserError(
+            "lm-evaluation-harness is not installed; pip install lm_eval installs it"
+        ) from None
+    register()
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    from qllm import cli
+
+    cli.run(main)

@@ -1,0 +1,104 @@
+"""qllm_bench.py as it is run: tables, trees, formats, what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from conftest import FAMILIES, assert_user_error, run
+from inside import call, call_json
+
+from qllm.bench import speed
+
+BENCH = "qllm_bench.py"
+TINY = ("--model-size", "tiny")
+SHORT = ("-p", "8,4", "-n", "2", "-b", "1,3", "-r", "2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_throughput_beside_transformers(family, monkeypatch):
+    if family != "opt":  # what the machine allows takes the longest to measure
+        monkeypatch.setattr(speed.Limits, "measure", lambda device: None)
+    args = ("--model-name", family, "--bitwidth", "16,4", *SHORT, "--compare", "hf")
+    result = call_json(BENCH, *TINY, *args)
+    tests = ["pp8", "pp4", "tg2"]
+    assert [(r["bitwidth"], r["batch"], r["test"]) for r in result["rows"]] == [
+        (name, batch, test)
+        for bitwidth in ("16", "4")
+        for batch in (1, 3)
+        for test in tests
+        for name in (bitwidth, "transformers")
+    ]
+    for row in result["rows"]:
+        assert row["tokens_per_second"] > 0 and len(row["seconds"]) == 2
+    assert result["settings"]["p"] == [8, 4]
+    assert result["threads"] > 0 and result["versions"]["qllm"]
+
+
+def test_formats(monkeypatch):
+    monkeypatch.setattr(speed.Limits, "measure", lambda device: speed.Limits(1e10, 1e12))
+    args = (*TINY, "--bitwidth", "3", *SHORT)
+    done = call(BENCH, *args)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|") for line in done.stdout.splitlines() if "|" in line]
+    assert len(rows) == 2 + 6 and "tokens/s" in rows[0][7] and "±" in rows[2][7]
+    done = call(BENCH, *args, "--output", "csv")
+    (first, *_) = found = list(csv.DictReader(done.stdout.splitlines()))
+    assert len(found) == 6
+    assert (first["bitwidth"], first["test"], first["batch"]) == ("3", "pp8", "1")
+    assert float(first["tokens_per_second"]) > 0
+    assert json.loads(call(BENCH, *args, "--output", "json").stdout)["rows"][0]["test"] == "pp8"
+
+
+def test_token_by_token(tmp_path):
+    """In a process, as pyllama's users call it."""
+    (tmp_path / "text").write_text("He went down to the sea and looked at it for a long time. " * 9)
+    args = ("--benchmark", 50, "--max-length", 16, "--check", "--dataset", tmp_path / "text")
+    done = run(BENCH, *TINY, "--bitwidth", 4, *args)
+    assert done.returncode == 0, done.stderr
+    assert "50 tokens one by one, in 4 sequences" in done.stdout
+    for words in ("median", "p90", "p99", "perplexity: ", "by prefill", "peak memory: "):
+        assert words in done.stdout
+    (found,) = call_json(BENCH, *TINY, "--bitwidth", 4, *args)["benchmarks"]
+    assert found["perplexity"] == pytest.approx(found["perplexity_by_prefill"], rel=1e-2)
+    assert 1 < found["perplexity"] < 2000
+    assert len(found["seconds"]) == 50 and found["peak_memory"] > found["bytes"]
+    (found,) = call_json(BENCH, *TINY, "--bitwidth", 4, "--benchmark", 9)["benchmarks"]
+    assert "perplexity" not in found and found["sequences"] == 1
+
+
+def test_the_tree():
+    done = call(BENCH, *TINY, "--bitwidth", "4,8:tc", "--tree")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("0-5 (PreNormLayer) x 6") == 2
+    assert done.stdout.count("of them quantized") == 2
+    assert done.stderr == ""
+    first, second = call_json(BENCH, *TINY, "--bitwidth", "4,8:tc", "--tree")["trees"]
+    assert (first["bitwidth"], second["bitwidth"]) == ("4", "8:tc")
+    assert first["tree"]["class"] == "Decoder"
+    assert first["tree"]["quantized"] == second["tree"]["quantized"] > 4_000_000
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("-p", "513"), ("pp513", "window is 512")),
+        (("-n", "511"), ("tg511 takes 513", "window is 512")),
+        (("-p", "0"), ("leave nothing to measure",)),
+        (("-p", "x"), ("'x' is not a whole number",)),
+        (("-b", "0"), ("0 is too small",)),
+        (("--benchmark", "1024"), ("window of 512", "--max-length 512")),
+        (("--check",), ("--check does nothing without --benchmark",)),
+        (("--tree", "-r", "3"), ("-r does nothing without -p or -n",)),
+        (("--tree", "--output", "csv"), ("csv is for the table",)),
+        (("--benchmark", "9", "--dataset", "{}/text"), ("has 3 tokens, not 9",)),
+        (("--benchmark", "9", "--dataset", "{}/empty"), ("there is no text",)),
+        (("--bitwidth", "4,4"), ("4 more than once",)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_what_it_refuses(args, words, tmp_path):
+    (tmp_path / "text").write_text("two words")
+    (tmp_path / "empty").write_text("")
+    assert_user_error(call(BENCH, *TINY, *[arg.format(tmp_path) for arg in args]), *words)

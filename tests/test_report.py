@@ -1,0 +1,54 @@
+"""What the scripts print: tables, JSON, where two token lists part."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qllm.report import finite, first_difference, print_table
+
+
+def test_numbers_that_json_lacks_become_null():
+    value = {"a": [1.5, math.inf, {"b": math.nan}], "c": "inf", "d": 3, "e": None}
+    expected = {"a": [1.5, None, {"b": None}], "c": "inf", "d": 3, "e": None}
+    assert json.loads(json.dumps(finite(value), allow_nan=False)) == expected
+
+
+def test_a_table_is_aligned_markdown(capsys):
+    print_table(["a", "long"], [["wide cell", "1"], ["", "22"]])
+    assert capsys.readouterr().out.splitlines() == [
+        "| a         | long |",
+        "| --------- | ---- |",
+        "| wide cell | 1    |",
+        "|           | 22   |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reference", "index"),
+    [
+        ([], [], None),
+        ([1, 2], [1, 2], None),
+        ([1, 2], [1, 3], 1),
+        ([4, 2], [1, 2], 0),
+        ([1, 2], [1, 2, 3], 2),
+        ([1, 2, 3], [1], 1),
+        ([], [1], 0),
+    ],
+)
+def test_first_difference(tokens, reference, index):
+    assert first_difference(tokens, reference) == index
+
+
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
+def test_first_difference_is_the_first(tokens, reference):
+    index = first_difference(tokens, reference)
+    assert index == first_difference(reference, tokens)
+    assert (index is None) == (tokens == reference)
+    if index is not None:
+        assert tokens[:index] == reference[:index]
+        assert tokens[index : index + 1] != reference[index : index + 1]
