@@ -94,9 +94,12 @@ class ReferenceModel:
     @torch.inference_mode()
     def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
         """The `count` tokens that follow each prompt, whatever ends a text."""
+        # Prompts of one length need no padding, and go together.
+        lengths = {len(prompt) for prompt in prompts}
+        batches = [prompts] if len(lengths) == 1 else [[prompt] for prompt in prompts]
         found = []
-        for prompt in prompts:
-            ids = torch.tensor([list(prompt)], device=self.model.device)
+        for batch in batches:
+            ids = torch.tensor([list(prompt) for prompt in batch], device=self.model.device)
             output = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -107,7 +110,7 @@ class ReferenceModel:
                 eos_token_id=None,
                 pad_token_id=0,
             )
-            found.append(output[0, len(prompt) :].tolist())
+            found += output[:, ids.shape[1] :].tolist()
         return found
 
 

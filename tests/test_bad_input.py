@@ -27,8 +27,8 @@ from conftest import assert_user_error, run, tiny
 from inside import call
 
 GEN, REF = "qllm_gen.py", "ref_gen.py"
-CONVERT, CALIB = "weight_convert.py", "fake_calib_gen.py"
-ALL = (GEN, REF, CONVERT, CALIB)
+CONVERT, CALIB, BENCH = "weight_convert.py", "fake_calib_gen.py", "qllm_bench.py"
+ALL = (GEN, REF, CONVERT, CALIB, BENCH)
 PROCESSES = {
     *("name", "size", "size of bloom", "option", "bitwidth", "scheme", "no shards", "dtype"),
     *("too many shards", "a list too short", "a list too long", "group size 0"),

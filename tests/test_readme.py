@@ -14,7 +14,21 @@ from conftest import ROOT
 from test_real_sizes import COMMANDS as REAL_SIZES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = ("ref_gen.py", "qllm_gen.py", "weight_convert.py", "fake_calib_gen.py", "qllm_quant.py")
+SCRIPTS = (
+    *("ref_gen.py", "qllm_gen.py", "weight_convert.py", "fake_calib_gen.py", "qllm_quant.py"),
+    *("qllm_eval.py", "qllm_bench.py"),
+)
+
+# What a script of the README gets besides, where the command has the first.
+SMALLER = {
+    "qllm_quant.py": {"--dataset": "--nsamples 2 --seqlen 64"},
+    "qllm_eval.py": {
+        "--dataset": "--max-tokens 600 --bitwidth 4,2",
+        "--tasks": "--limit 3",
+        "--agreement": "--max-gen-tokens 2",
+    },
+    "qllm_bench.py": {"-p": "-p 8 -n 2 -r 1", "--benchmark": "--benchmark 80"},
+}
 
 # The measurements take minutes; here the same commands get the smallest settings.
 SMALL = {
@@ -61,6 +75,8 @@ def folder(tmp_path_factory):
     text = README.replace("`", "") * 4
     for name in ("wiki.test.raw", "wiki.valid.raw"):
         (folder / name).write_text(text, encoding="utf-8")
+    rows = [json.dumps({"text": line}) for line in text.splitlines() if line.count(" ") > 5]
+    (folder / "lambada_test.jsonl").write_text("\n".join(rows), encoding="utf-8")
     return folder
 
 
@@ -83,8 +99,9 @@ def test_commands_run(block, folder):
     for command in block:
         module = re.search(r"-m (benchmarks\.\w+)", command)
         small = f" {SMALL[module[1]]}" if module else ""
-        if "qllm_quant.py" in command and "--dataset" in command:
-            small = " --nsamples 2 --seqlen 64"
+        for script, options in SMALLER.items():
+            given = command.split() if script in command else ()
+            small += "".join(f" {less}" for option, less in options.items() if option in given)
         assert shell(command + small, folder).stdout.strip()
 
 

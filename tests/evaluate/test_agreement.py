@@ -93,6 +93,12 @@ def test_without_prompts_there_is_no_prefix():
     assert "prefix" not in found
 
 
+def test_prompts_of_one_length_are_continued_as_each_alone():
+    prompts = draw_prompts([7, 7, 7], 4096, seed=2)
+    found = theirs("bloom").greedy(prompts, 6)
+    assert found == [theirs("bloom").greedy([prompt], 6)[0] for prompt in prompts]
+
+
 def test_quantiles():
     values = torch.tensor([3.0, 1.0, 2.0, 4.0])
     assert [quantile(values, share) for share in (0, 0.5, 0.75, 0.99, 1)] == [1, 3, 4, 4, 4]
