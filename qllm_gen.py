@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from qllm.tokenizer import Tokenizer
 
 
+SHARDS = 2
+
+
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     cli.add_model_options(parser)
@@ -36,9 +39,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--num-shards",
         type=cli.whole_number(1),
-        default=2,
         metavar="N",
-        help="contiguous layer ranges, run one after the other (%(default)s)",
+        help=f"contiguous layer ranges, run one after the other ({SHARDS})",
     )
     parser.add_argument(
         "--compare", action="store_true", help="run the reference too, and show where they differ"
@@ -57,6 +59,7 @@ def main() -> None:
     plan = cli.read_plan(args)
     prompts = cli.read_prompts(args)
     folder = cli.resolve_model(args)
+    onnx = cli.holds_onnx(args, folder, "--calib", "--num-shards", "--compare", "--explain")
     device = cli.resolve_device(args)
 
     from qllm import report
@@ -80,31 +83,36 @@ def main() -> None:
     )
     check_prompts(config, ids, generation)
     start = time.perf_counter()
-    model = load_model(
-        find_source(folder, cli.note),
-        plan,
-        dtype=cli.resolve_dtype(args),
-        device=device,
-        num_shards=args.num_shards,
-        calibration=cli.find_calibration(args, folder, plan),
-        cache_shape=(len(ids), max(map(len, ids)) + args.max_gen_tokens),
-        progress=cli.progress("loading"),
-    )
+    if onnx:
+        from qllm.onnx.runner import OnnxDecoder
+
+        model, shards = OnnxDecoder(folder.path), []
+        bitwidth, where = model.bitwidth, "the CPU in onnxruntime"
+    else:
+        model = load_model(
+            find_source(folder, cli.note),
+            plan,
+            dtype=cli.resolve_dtype(args),
+            device=device,
+            num_shards=args.num_shards or SHARDS,
+            calibration=cli.find_calibration(args, folder, plan),
+            cache_shape=(len(ids), max(map(len, ids)) + args.max_gen_tokens),
+            progress=cli.progress("loading"),
+        )
+        shards = report.shard_rows(model)
+        bitwidth, where = args.bitwidth or report.bitwidth(model), model.device
     loaded = time.perf_counter() - start
     result = {
         "model": folder.name,
-        "bitwidth": args.bitwidth or report.bitwidth(model),
+        "bitwidth": bitwidth,
         "results": [],
-        "shards": report.shard_rows(model),
+        "shards": shards,
     }
     if args.explain:
         result["kernels"] = report.kernel_rows(model)
     if not args.json:
         dtype = str(model.dtype).removeprefix("torch.")
-        print(
-            f"{folder.name} at bitwidth {result['bitwidth']}, {dtype} on {model.device}, "
-            f"loaded in {loaded:.2f} s"
-        )
+        print(f"{folder.name} at bitwidth {bitwidth}, {dtype} on {where}, loaded in {loaded:.2f} s")
         report.print_shards(result["shards"])
         report.print_kernels(result.get("kernels", ()))
 

@@ -28,6 +28,7 @@ from qllm.config import (
     QuantSpec,
 )
 from qllm.errors import UserError
+from qllm.onnx import ACCURACY_LEVELS, DEFAULT_ACCURACY_LEVEL, check_installed, is_onnx
 
 if TYPE_CHECKING:
     import torch
@@ -227,6 +228,43 @@ def add_quant_options(parser: argparse.ArgumentParser, *, several: bool = False)
     )
     group.add_argument("--scheme", choices=SCHEMES, default=DEFAULT_SCHEME, help="(%(default)s)")
     group.add_argument("--lm-head-bits", metavar="BITS", help="quantize the LM head, too (16)")
+
+
+def add_accuracy_option(group: argparse._ArgumentGroup) -> None:
+    """--accuracy-level."""
+    group.add_argument(
+        "--accuracy-level",
+        type=int,
+        choices=ACCURACY_LEVELS,
+        help="ONNX: what packed layers may round activations to: 0 and 1 to nothing less than "
+        f"float32, 2 float16, 3 bfloat16, 4 int8 ({DEFAULT_ACCURACY_LEVEL})",
+    )
+
+
+def holds_onnx(args: argparse.Namespace, model: ModelFolder, *options: str) -> bool:
+    """Whether a folder holds an ONNX model, which is run as it is.
+
+    Args:
+        options: those that then mean nothing, besides those of quantization: "--calib".
+
+    Raises:
+        UserError: naming the first of them that was given; or where onnxruntime is missing.
+    """
+    if not is_onnx(model.path):
+        return False
+    shared = ("--bitwidth", "--lm-head-bits", "--group-size", "--scheme", "--dtype")
+    defaults = {"--group-size": DEFAULT_GROUP_SIZE, "--scheme": DEFAULT_SCHEME, "--dtype": "auto"}
+    for option in (*shared, *options):
+        value = getattr(args, option.removeprefix("--").replace("-", "_"))
+        if value not in (None, False, defaults.get(option)):
+            raise UserError(
+                f"{option} does nothing here: {model.path} holds an ONNX model, which onnxruntime "
+                "runs as it is"
+            )
+    if args.device not in ("auto", "cpu"):
+        raise UserError(f"--device {args.device}: ONNX models are run on the CPU; give cpu")
+    check_installed()
+    return True
 
 
 def read_plan(args: argparse.Namespace, algorithm: str = DEFAULT_ALGORITHM) -> QuantPlan:

@@ -1,0 +1,310 @@
+"""The decoder of every family as an ONNX graph of standard operators, weights streamed into it.
+
+Inside, activations are (N, C) for the N = B T tokens of a batch; attention alone sees (B, H, T, D).
+S is how many tokens there are with those of the past.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper
+from torch import Tensor
+
+from qllm.checkpoint.formats import Int8Weight
+from qllm.checkpoint.weights import Weights
+from qllm.config import LM_HEAD
+from qllm.errors import UserError
+from qllm.models.decoder import SAME_ACTIVATION
+from qllm.models.positions import LEARNED_OFFSET, RotaryPositions, alibi_slopes
+from qllm.onnx.graph import TYPES, Graph
+from qllm.onnx.nbits import NBits, block_size
+
+LOGITS = "logits"
+
+
+class DecoderGraph:
+    """Builds the graph of a checkpoint's model, in one pass over its tensors."""
+
+    def __init__(
+        self, weights: Weights, graph: Graph, dtype: torch.dtype, accuracy_level: int
+    ) -> None:
+        """
+        Args:
+            dtype: of activations and dense weights, float32 or float16.
+            accuracy_level: of MatMulNBits.
+
+        Raises:
+            UserError: for a quantized linear that onnxruntime has no operator for.
+        """
+        self.weights, self.graph, self.dtype = weights, graph, dtype
+        self.level = accuracy_level
+        self.config = weights.config
+        self.numpy = torch.empty(0, dtype=dtype).numpy().dtype
+        for name, storage in weights.stored.items():
+            block_size(storage.spec, name)
+
+    def build(self, progress: Callable[[list], Iterable] = iter) -> onnx.ModelProto:
+        """The model; every weight is in the graph's data file."""
+        g, config = self.graph, self.config
+        self.shape = g.op("Shape", "input_ids")  # [B, T]
+        span = g.op("Shape", "attention_mask", start=1)
+        self.span = span  # [S]
+        length = g.op("Shape", "input_ids", start=1)
+        self.past = g.op("Sub", span, length)  # [P]
+        tokens = g.op("Reshape", "input_ids", g.constant([-1]))
+        self.embedding = self._weight("embed.weight")
+        x = g.op("Gather", self.embedding, tokens)
+        if config.embed_norm:
+            x = self._norm(x, "embed_norm")
+        if config.embed_size != config.hidden_size:
+            x = self._linear(x, "project_in")
+        g.scope = "positions"
+        x = self._positions(x)
+        for index in progress(list(range(config.num_layers))):
+            x = self._layer(x, index)
+        g.scope = ""
+        if config.final_norm:
+            x = self._norm(x, "final_norm")
+        if config.embed_size != config.hidden_size:
+            x = self._linear(x, "project_out")
+        x = self._head(x)
+        shape = g.op("Concat", self.shape, g.constant([config.vocab_size]), axis=0)
+        g.op("Reshape", x, shape, output=LOGITS)
+        return g.model(*self._ends())
+
+    def _ends(self) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
+        """Inputs and outputs, by the names that optimum and onnxruntime-genai have for them."""
+        config, kind = self.config, TYPES[self.dtype]
+        ids, batch, length = onnx.TensorProto.INT64, "batch_size", "sequence_length"
+        inputs = [
+            helper.make_tensor_value_info("input_ids", ids, [batch, length]),
+            helper.make_tensor_value_info("attention_mask", ids, [batch, "total_sequence_length"]),
+        ]
+        if config.position == "rope":
+            inputs.append(helper.make_tensor_value_info("position_ids", ids, [batch, length]))
+        shape = [batch, length, config.vocab_size]
+        outputs = [helper.make_tensor_value_info(LOGITS, kind, shape)]
+        for index in range(config.num_layers):
+            for what in ("key", "value"):
+                for ends, name, tokens in (
+                    (inputs, "past_key_values", "past_sequence_length"),
+                    (outputs, "present", "total_sequence_length"),
+                ):
+                    shape = [batch, config.num_kv_heads, tokens, config.head_dim]
+                    name = f"{name}.{index}.{what}"
+                    ends.append(helper.make_tensor_value_info(name, kind, shape))
+        return inputs, outputs
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self.weights.read(name)
+        converted = tensor.to(self.dtype)
+        if not converted.isfinite().all():
+            raise UserError(f"{name} holds values beyond {self.dtype}; use --dtype float32")
+        return converted
+
+    def _weight(self, name: str) -> str:
+        return self.graph.weight(name, self._read(name))
+
+    def _linear(self, x: str, name: str) -> str:
+        """x (N, K) times a linear's weight, and its bias: (N, M)."""
+        g = self.graph
+        g.scope = name
+        bias = f"{name}.bias" if f"{name}.bias" in self.weights.shapes else ""
+        if bias:
+            bias = self._weight(bias)
+        if name in self.weights.stored:
+            packed = self.weights.read_quantized(name)
+            assert not isinstance(packed, Int8Weight)  # refused at the start
+            spec, columns = self.weights.stored[name].spec, self.weights.shapes[f"{name}.weight"][1]
+            matrix = NBits.of(packed, spec, columns, self.dtype, name)
+            return g.matmul_nbits(x, name, matrix, bias, level=self.level)
+        weight = g.weight(f"{name}.weight", self._read(f"{name}.weight").t())
+        x = g.op("MatMul", x, weight)
+        return g.op("Add", x, bias) if bias else x
+
+    def _head(self, x: str) -> str:
+        """x (N, C) to logits (N, V)."""
+        if not self.config.tied_head:
+            return self._linear(x, LM_HEAD)
+        self.graph.scope = LM_HEAD
+        # Not a transposed copy: the embedding, in the file and in memory, is there once.
+        return self.graph.op("Gemm", x, self.embedding, transB=1)
+
+    def _norm(self, x: str, name: str) -> str:
+        g, config = self.graph, self.config
+        g.scope = name
+        affine = f"{name}.weight" in self.weights.shapes
+        scale = self._weight(f"{name}.weight") if affine else None
+        if config.norm == "layernorm":
+            if scale is None:
+                scale = g.constant(np.ones(config.hidden_size), self.numpy)
+            bias = [self._weight(f"{name}.bias")] if affine else []
+            return g.op("LayerNormalization", x, scale, *bias, epsilon=config.norm_eps)
+        wide = self._cast(x, torch.float32)
+        mean = g.op("Pow", wide, g.constant(2, np.float32))
+        mean = g.op("ReduceMean", mean, g.constant([-1]), keepdims=1)
+        root = g.op("Sqrt", g.op("Add", mean, g.constant(config.norm_eps, np.float32)))
+        return g.op("Mul", self._cast(g.op("Div", wide, root), self.dtype), scale)
+
+    def _cast(self, x: str, dtype: torch.dtype) -> str:
+        """x, computed in the model's type or in float32, in another."""
+        if self.dtype == torch.float32:
+            return x
+        return self.graph.op("Cast", x, to=TYPES[dtype])
+
+    def _positions(self, x: str) -> str:
+        """What all layers share: the mask, with ALiBi's slopes in it, and RoPE's angles.
+
+        Returns:
+            x (N, C), with learned positions added.
+        """
+        g, config = self.graph, self.config
+        causal = g.op("Unsqueeze", self._range(self.past), g.constant([1]))  # (T, 1)
+        causal = g.op("LessOrEqual", self._range(g.constant([0])), causal)  # (T, S)
+        mask = g.op("Cast", "attention_mask", to=onnx.TensorProto.BOOL)
+        mask = g.op("And", g.op("Unsqueeze", mask, g.constant([1, 2])), causal)  # (B, 1, T, S)
+        added = g.constant(0, self.numpy)
+        if config.position == "rope":
+            self.angles = self._angles()
+        else:
+            places = g.op("CumSum", "attention_mask", g.constant(1))
+            places = g.op("Mul", g.op("Sub", places, g.constant(1)), "attention_mask")  # (B, S)
+            new = g.op("Slice", places, self.past, self.span, g.constant([1]))  # (B, T)
+        if config.position == "alibi":
+            added = self._alibi(places, new)
+        if config.position == "learned":
+            index = g.op("Reshape", new, g.constant([-1]))
+            index = g.op("Add", index, g.constant(LEARNED_OFFSET))
+            x = g.op("Add", x, g.op("Gather", self._weight("positions.weight"), index))
+        # Not -inf: where a row is all pads its softmax would be NaN.
+        self.mask = g.op("Where", mask, added, g.constant(np.finfo(self.numpy).min, self.numpy))
+        return x
+
+    def _range(self, start: str) -> str:
+        """start, start + 1, … up to S."""
+        g = self.graph
+        ends = [g.op("Squeeze", end) for end in (start, self.span)]
+        return g.op("Range", *ends, g.constant(1))
+
+    def _alibi(self, places: str, new: str) -> str:
+        """How much the score of each key falls with its distance: (B, H, T, S)."""
+        g = self.graph
+        keys = g.op("Unsqueeze", places, g.constant([1, 2]))
+        queries = g.op("Unsqueeze", new, g.constant([1, 3]))
+        distance = g.op("Cast", g.op("Sub", keys, queries), to=onnx.TensorProto.FLOAT)
+        slopes = alibi_slopes(self.config.num_heads)[:, None, None].numpy()
+        return self._cast(g.op("Mul", distance, g.constant(slopes, np.float32)), self.dtype)
+
+    def _angles(self) -> tuple[str, str]:
+        """Cosines and sines (B, 1, T, D) for `position_ids`."""
+        g, config, rope = self.graph, self.config, self.config.rope
+        encoding = RotaryPositions(config, torch.float32)
+        frequencies = g.constant(encoding.frequencies(config.trained_positions), np.float32)
+        if rope.kind == "dynamic":
+            # As `RotaryPositions.frequencies`, for a length that is known when the graph runs.
+            trained, dim = config.trained_positions, config.head_dim
+            longest = g.op("ReduceMax", "position_ids", keepdims=0)
+            longest = g.op("Add", longest, g.constant(1))
+            longest = g.op("Cast", g.op("Max", longest, g.constant(trained)), to=1)
+            stretch = g.op("Mul", longest, g.constant(rope.factor / trained, np.float32))
+            stretch = g.op("Sub", stretch, g.constant(rope.factor - 1, np.float32))
+            powers = -np.arange(0, dim, 2) / (dim - 2)
+            powers = g.op("Pow", stretch, g.constant(powers, np.float32))
+            frequencies = g.op("Mul", frequencies, powers)
+        places = g.op("Cast", "position_ids", to=onnx.TensorProto.FLOAT)
+        places = g.op("Unsqueeze", places, g.constant([1, 3]))  # (B, 1, T, 1)
+        angles = g.op("Mul", places, frequencies)
+        angles = g.op("Concat", angles, angles, axis=-1)
+        cos, sin = (self._cast(g.op(kind, angles), self.dtype) for kind in ("Cos", "Sin"))
+        return cos, sin
+
+    def _layer(self, x: str, index: int) -> str:
+        """As the layer classes of `qllm.models.decoder`: both halves with their norms."""
+        config, name = self.config, f"layers.{index}"
+        for half, norm in ((self._attention, "attention_norm"), (self._mlp, "mlp_norm")):
+            inner = x
+            if config.pre_norm:
+                inner = self._norm(x, f"{name}.{norm}")
+            residual = inner if config.residual_after_norm else x
+            x = self.graph.op("Add", residual, half(inner, index))
+            if not config.pre_norm:
+                x = self._norm(x, f"{name}.{norm}")
+        return x
+
+    def _mlp(self, x: str, index: int) -> str:
+        g, config, name = self.graph, self.config, f"layers.{index}.mlp"
+        x = self._linear(x, f"{name}.up")
+        if config.gated_mlp:
+            gate, up = g.ops("Split", x, outputs=["", ""], axis=-1, num_outputs=2)
+            x = g.op("Mul", self._activation(gate), up)
+        else:
+            x = self._activation(x)
+        return self._linear(x, f"{name}.down")
+
+    def _activation(self, x: str) -> str:
+        g, name = self.graph, SAME_ACTIVATION.get(self.config.activation, self.config.activation)
+        if name == "relu":
+            return g.op("Relu", x)
+        if name == "silu":
+            return g.op("Mul", x, g.op("Sigmoid", x))
+        return g.op("Gelu", x, approximate="tanh" if name == "gelu_tanh" else "none")
+
+    def _attention(self, x: str, index: int) -> str:
+        """Attention of x (N, C) to itself and the past: (N, C)."""
+        g, config, name = self.graph, self.config, f"layers.{index}.attention"
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        qkv = self._linear(x, f"{name}.qkv")
+        shape = g.op("Concat", self.shape, g.constant([heads + 2 * kv_heads, dim]), axis=0)
+        qkv = g.op("Transpose", g.op("Reshape", qkv, shape), perm=[0, 2, 1, 3])
+        if config.position == "rope":  # queries and keys are turned at once
+            parts = g.constant([heads + kv_heads, kv_heads])
+            qk, v = g.ops("Split", qkv, parts, outputs=["", ""], axis=1)
+            parts = g.constant([heads, kv_heads])
+            q, k = g.ops("Split", self._rotate(qk), parts, outputs=["", ""], axis=1)
+        else:
+            parts = g.constant([heads, kv_heads, kv_heads])
+            q, k, v = g.ops("Split", qkv, parts, outputs=["", "", ""], axis=1)
+        keys, values = (
+            g.op(
+                "Concat",
+                f"past_key_values.{index}.{what}",
+                new,
+                axis=2,
+                output=f"present.{index}.{what}",
+            )
+            for what, new in (("key", k), ("value", v))
+        )
+        q = g.op("Mul", q, g.constant(1 / math.sqrt(dim), self.numpy))
+        # The heads that share a key head are rows of one product: (B, H_kv, H / H_kv T, D).
+        scores = g.op("MatMul", self._grouped(q, dim), g.op("Transpose", keys, perm=[0, 1, 3, 2]))
+        shape = g.op("Concat", g.constant([0, heads, -1]), self.span, axis=0)
+        scores = g.op("Add", self._reshaped(scores, shape), self.mask)
+        weights = g.op("Softmax", scores, axis=-1)
+        shape = g.op("Concat", g.constant([0, kv_heads, -1]), self.span, axis=0)
+        x = g.op("MatMul", self._reshaped(weights, shape), values)
+        x = self._reshaped(x, g.constant([0, heads, -1, dim]))
+        x = g.op("Transpose", x, perm=[0, 2, 1, 3])
+        x = g.op("Reshape", x, g.constant([-1, heads * dim]))
+        return self._linear(x, f"{name}.out")
+
+    def _grouped(self, q: str, dim: int) -> str:
+        return self._reshaped(q, self.graph.constant([0, self.config.num_kv_heads, -1, dim]))
+
+    def _reshaped(self, x: str, shape: str) -> str:
+        """x in another shape where heads share keys; else it has that shape."""
+        if self.config.num_heads == self.config.num_kv_heads:
+            return x
+        return self.graph.op("Reshape", x, shape)
+
+    def _rotate(self, x: str) -> str:
+        """Turn the heads of x (B, H, T, D): pairs are (i, i + D / 2)."""
+        g = self.graph
+        cos, sin = self.angles
+        a, b = g.ops("Split", x, outputs=["", ""], axis=-1, num_outputs=2)
+        turned = g.op("Concat", g.op("Neg", b), a, axis=-1)
+        return g.op("Add", g.op("Mul", x, cos), g.op("Mul", turned, sin))

@@ -1,0 +1,82 @@
+"""A checkpoint -> a folder with an ONNX model of it, its configuration and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+
+from qllm.checkpoint.convert import COPIED, SOURCE_KEY
+from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint
+from qllm.checkpoint.weights import LAYOUT_KEY, Weights
+from qllm.checkpoint.writer import new_folder
+from qllm.errors import UserError
+from qllm.onnx import DEFAULT_ACCURACY_LEVEL
+from qllm.onnx.decoder import DecoderGraph
+from qllm.onnx.graph import MODEL, DataFile, Graph
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a model is written.
+
+    Attributes:
+        dtype: of activations and of what is not quantized: "float32" or "float16".
+        accuracy_level: what MatMulNBits may round activations to; see `qllm.onnx`.
+    """
+
+    dtype: str = "float32"
+    accuracy_level: int = DEFAULT_ACCURACY_LEVEL
+
+
+def export(
+    source: Path,
+    target: Path,
+    options: ExportOptions | None = None,
+    progress: Callable[[list], Iterable] = iter,
+) -> int:
+    """Write the ONNX model of a checkpoint, one tensor in memory at a time.
+
+    Args:
+        target: the folder to make; it appears when it is whole.
+
+    Returns:
+        Bytes of the model.
+
+    Raises:
+        UserError: for a broken checkpoint, layers that onnxruntime has no operator for, or a
+            target that is there.
+    """
+    options = options or ExportOptions()
+    weights = Weights(Checkpoint(source))
+    if target.exists():
+        raise UserError(f"{target} is there already; name another folder with --save")
+    with new_folder(target) as folder:
+        data = DataFile(folder)
+        builder = DecoderGraph(weights, Graph(data), DTYPES[options.dtype], options.accuracy_level)
+        model = builder.build(progress)
+        data.close()
+        save(model, folder)
+        values = weights.checkpoint.raw_config.values
+        gone = (QUANTIZATION_KEY, LAYOUT_KEY, SOURCE_KEY)
+        config = {key: value for key, value in values.items() if key not in gone}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in COPIED:
+            if (source / name).exists():
+                shutil.copyfile(source / name, folder / name)
+    return sum(path.stat().st_size for path in target.glob(f"{MODEL}*"))
+
+
+def save(model: onnx.ModelProto, folder: Path) -> None:
+    """Write a model whose weights are in the folder already, once it is checked."""
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    path = folder / MODEL
+    path.write_bytes(model.SerializeToString())
+    onnx.checker.check_model(str(path))
