@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qllm.bench.speed import Case
     from qllm.config import ModelConfig, QuantPlan
     from qllm.hub import ModelFolder
+    from qllm.onnx.runner import OnnxRunner
 
 # As llama-bench has them.
 PROMPT, NEW, RUNS = (512,), (128,), 5
@@ -166,7 +167,8 @@ def main() -> None:
     check_options(args)
     plans = cli.read_plans(args)
     folder = cli.resolve_model(args)
-    device = cli.resolve_device(args)
+    onnx = cli.holds_onnx(args, folder, "--calib", "--compare", "--tree")
+    device = "cpu" if onnx else cli.resolve_device(args)
 
     import torch
 
@@ -184,7 +186,7 @@ def main() -> None:
         "benchmarks": [],
         "rows": [],
     }
-    measure(args, folder, plans, result, config)
+    measure(args, folder, plans, result, config, onnx)
     if args.output == "json":
         from qllm.evaluate import fingerprints
 
@@ -213,9 +215,9 @@ def measure(
     plans: list[QuantPlan],
     result: dict,
     config: ModelConfig,
+    onnx: bool,
 ) -> None:
     """Load each plan's model, and add to the result what is asked of it."""
-    from qllm import report
 
     wanted = throughput_cases(args, config)
     longest = check_length(args, config) if args.benchmark else 0
@@ -224,13 +226,11 @@ def measure(
     tokens = read_tokens(args, folder, config) if longest else []
     dtype, device = cli.resolve_dtype(args), result["device"]
 
-    from qllm.bench.runners import DecoderRunner, ReferenceRunner
+    from qllm.bench.runners import ReferenceRunner
     from qllm.bench.speed import measure as measure_case
-    from qllm.checkpoint.convert import find_source
-    from qllm.checkpoint.load import load_model
     from qllm.memory import forget_peak, peak_resident_bytes
 
-    source = find_source(folder, cli.note)
+    load = onnx_loader(folder) if onnx else loader(args, folder, device)
     reference = None
     if args.compare:
         from qllm.huggingface import ReferenceModel
@@ -238,14 +238,8 @@ def measure(
         reference = ReferenceModel.load(folder.path, dtype=dtype, device=device)
     for plan in plans:
         forget_peak()
-        calibration = cli.find_calibration(args, folder, plan)
-        progress = cli.progress("loading")
-        model = load_model(
-            source, plan, dtype=dtype, device=device, calibration=calibration, progress=progress
-        )
-        runner = DecoderRunner(model)
-        result["dtype"] = str(model.dtype).removeprefix("torch.")
-        bitwidth = report.bitwidth(model) if args.bitwidth is None else plan.text
+        runner, bitwidth = load(plan)
+        result["dtype"] = str(runner.model.dtype).removeprefix("torch.")
         runners = {bitwidth: runner}
         if reference is not None:
             runners["transformers"] = ReferenceRunner(reference, runner)
@@ -258,7 +252,41 @@ def measure(
             found = latency(args, runner, tokens, longest)
             about = {"bitwidth": bitwidth, "bytes": runner.nbytes}
             result["benchmarks"].append(about | found | {"peak_memory": peak_resident_bytes()})
-        del model, runner, runners  # the next one has their place
+        del runner, runners  # the next one has their place
+
+
+def loader(
+    args: argparse.Namespace, folder: ModelFolder, device: str
+) -> Callable[[QuantPlan], tuple[DecoderRunner, str]]:
+    """What loads the model of a plan, and says its bitwidth."""
+    from qllm import report
+    from qllm.bench.runners import DecoderRunner
+    from qllm.checkpoint.convert import find_source
+    from qllm.checkpoint.load import load_model
+
+    source, dtype = find_source(folder, cli.note), cli.resolve_dtype(args)
+
+    def load(plan: QuantPlan) -> tuple[DecoderRunner, str]:
+        calibration = cli.find_calibration(args, folder, plan)
+        progress = cli.progress("loading")
+        model = load_model(
+            source, plan, dtype=dtype, device=device, calibration=calibration, progress=progress
+        )
+        bitwidth = report.bitwidth(model) if args.bitwidth is None else plan.text
+        return DecoderRunner(model), bitwidth
+
+    return load
+
+
+def onnx_loader(folder: ModelFolder) -> Callable[[QuantPlan], tuple[OnnxRunner, str]]:
+    """The same for an ONNX model, which is what it is."""
+    from qllm.onnx.runner import OnnxDecoder, OnnxRunner
+
+    def load(plan: QuantPlan) -> tuple[OnnxRunner, str]:
+        model = OnnxDecoder(folder.path)
+        return OnnxRunner(model), model.bitwidth
+
+    return load
 
 
 if __name__ == "__main__":

@@ -192,7 +192,10 @@ def main() -> None:
     check_options(args)
     plans = cli.read_plans(args)
     folder = cli.resolve_model(args)
-    device = cli.resolve_device(args)
+    onnx = cli.holds_onnx(args, folder, "--calib", "--agreement")
+    if onnx and args.compare and not args.reference:
+        raise UserError("--compare takes the checkpoint of an ONNX model; name it with --reference")
+    device = "cpu" if onnx else cli.resolve_device(args)
 
     from qllm import report
     from qllm.checkpoint.reader import read_raw_config
@@ -218,11 +221,11 @@ def main() -> None:
         "dataset": about_text(args, text),
         "conventions": about_cuts(cuts),
         "tasks": about_tasks,
-        "rows": run_models(args, folder, device, plans, asked),
+        "rows": run_onnx(folder, asked) if onnx else run_models(args, folder, device, plans, asked),
         **other,
     }
     if args.json or args.report:
-        result |= about_run(args, folder)
+        result |= about_run(args, folder, onnx)
     if args.plot:
         plots.save(result, Path(args.plot))
     if args.report:
@@ -289,6 +292,17 @@ def run_models(
     return rows
 
 
+def run_onnx(folder: ModelFolder, asked: Evaluation) -> list[dict]:
+    """The row of an ONNX model."""
+    from qllm.evaluate.evaluation import evaluate
+    from qllm.onnx.runner import OnnxDecoder
+
+    model = OnnxDecoder(folder.path)
+    dtype = str(model.dtype).removeprefix("torch.")
+    about = {"bitwidth": model.bitwidth, "dtype": dtype, "bytes": model.nbytes}
+    return [about | evaluate(model, asked, partial(progress_at, model.bitwidth))]
+
+
 def progress_at(bitwidth: str, what: str) -> Callable[[list], Iterable]:
     """Progress of one row's part."""
     return cli.progress(f"{what}, {bitwidth}")
@@ -336,13 +350,17 @@ def about_cuts(cuts: list) -> dict[str, dict]:
     }
 
 
-def about_run(args: argparse.Namespace, folder: ModelFolder) -> dict:
+def about_run(args: argparse.Namespace, folder: ModelFolder, onnx: bool) -> dict:
     """What two runs have to have in common."""
     from qllm.evaluate import fingerprints
 
+    if onnx:
+        from qllm.onnx.model import model_files
+
+        files = [folder.path / "config.json", *model_files(folder.path)]
     return {
         "fingerprints": {
-            "model": fingerprints.of_model(folder.path),
+            "model": fingerprints.of_files(files) if onnx else fingerprints.of_model(folder.path),
             "tokenizer": fingerprints.of_tokenizer(folder.path),
         },
         "versions": fingerprints.versions(),

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
     import torch
 
+    from qllm.config import QuantPlan
     from qllm.generate import GenerationConfig
+    from qllm.hub import ModelFolder
     from qllm.models import Decoder
+    from qllm.onnx.runner import OnnxDecoder
     from qllm.tokenizer import Tokenizer
 
 
@@ -63,8 +66,6 @@ def main() -> None:
     device = cli.resolve_device(args)
 
     from qllm import report
-    from qllm.checkpoint.convert import find_source
-    from qllm.checkpoint.load import load_model
     from qllm.checkpoint.reader import read_raw_config
     from qllm.checkpoint.weights import check_readable_by_transformers
     from qllm.generate import check_prompts, read_generation_config
@@ -83,36 +84,23 @@ def main() -> None:
     )
     check_prompts(config, ids, generation)
     start = time.perf_counter()
-    if onnx:
-        from qllm.onnx.runner import OnnxDecoder
-
-        model, shards = OnnxDecoder(folder.path), []
-        bitwidth, where = model.bitwidth, "the CPU in onnxruntime"
-    else:
-        model = load_model(
-            find_source(folder, cli.note),
-            plan,
-            dtype=cli.resolve_dtype(args),
-            device=device,
-            num_shards=args.num_shards or SHARDS,
-            calibration=cli.find_calibration(args, folder, plan),
-            cache_shape=(len(ids), max(map(len, ids)) + args.max_gen_tokens),
-            progress=cli.progress("loading"),
-        )
-        shards = report.shard_rows(model)
-        bitwidth, where = args.bitwidth or report.bitwidth(model), model.device
+    shape = (len(ids), max(map(len, ids)) + args.max_gen_tokens)
+    model = load_onnx(folder) if onnx else load(args, folder, plan, device, shape)
     loaded = time.perf_counter() - start
     result = {
         "model": folder.name,
-        "bitwidth": bitwidth,
+        "bitwidth": model.bitwidth if onnx else args.bitwidth or report.bitwidth(model),
         "results": [],
-        "shards": shards,
+        "shards": [] if onnx else report.shard_rows(model),
     }
     if args.explain:
         result["kernels"] = report.kernel_rows(model)
     if not args.json:
         dtype = str(model.dtype).removeprefix("torch.")
-        print(f"{folder.name} at bitwidth {bitwidth}, {dtype} on {where}, loaded in {loaded:.2f} s")
+        print(
+            f"{folder.name} at bitwidth {result['bitwidth']}, {dtype} on {model.device}"
+            f"{' in onnxruntime' if onnx else ''}, loaded in {loaded:.2f} s"
+        )
         report.print_shards(result["shards"])
         report.print_kernels(result.get("kernels", ()))
 
@@ -131,9 +119,39 @@ def main() -> None:
         report.print_results(result["results"], result.get("compare", ()))
 
 
+def load(
+    args: argparse.Namespace,
+    folder: ModelFolder,
+    plan: QuantPlan,
+    device: str,
+    cache_shape: tuple[int, int],
+) -> Decoder:
+    """Our model of a checkpoint."""
+    from qllm.checkpoint.convert import find_source
+    from qllm.checkpoint.load import load_model
+
+    return load_model(
+        find_source(folder, cli.note),
+        plan,
+        dtype=cli.resolve_dtype(args),
+        device=device,
+        num_shards=args.num_shards or SHARDS,
+        calibration=cli.find_calibration(args, folder, plan),
+        cache_shape=cache_shape,
+        progress=cli.progress("loading"),
+    )
+
+
+def load_onnx(folder: ModelFolder) -> OnnxDecoder:
+    """The ONNX model of a folder in onnxruntime."""
+    from qllm.onnx.runner import OnnxDecoder
+
+    return OnnxDecoder(folder.path)
+
+
 def run_prompts(
     args: argparse.Namespace,
-    model: Decoder,
+    model: Decoder | OnnxDecoder,
     tokenizer: Tokenizer,
     prompts: list[str],
     ids: list[list[int]],

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from qllm.checkpoint.reader import read_json
 from qllm.config import ModelConfig
 from qllm.errors import UserError
-from qllm.models import Decoder, RawConfig
+from qllm.models import RawConfig
 from qllm.tokenizer import Tokenizer
 
 # What transformers generates when nothing says how much.
@@ -37,6 +38,17 @@ NOT_APPLIED = {
     "stop_strings": [],
     "watermarking_config": None,
 }
+
+
+class Generator(Protocol):
+    """What generates: a `Decoder`, or an ONNX model of `qllm.onnx`; `Decoder` says how."""
+
+    config: ModelConfig
+    device: torch.device
+
+    def new_cache(self, rows: int, capacity: int) -> object: ...
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: object) -> Tensor: ...
+    def decode(self, tokens: Tensor, cache: object) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ def read_generation_config(
 
 
 def generate(
-    model: Decoder,
+    model: Generator,
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     on_token: Callable[[int, int, bool], None] = lambda row, token, last: None,
@@ -185,7 +197,7 @@ class LogitsProcessor:
     """What transformers' processors do to the logits of greedy search, in their order."""
 
     def __init__(
-        self, model: Decoder, prompts: Sequence[Sequence[int]], config: GenerationConfig
+        self, model: Generator, prompts: Sequence[Sequence[int]], config: GenerationConfig
     ) -> None:
         self.config = config
         self.least = config.least_tokens(max(len(prompt) for prompt in prompts))

@@ -18,7 +18,10 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
     "special_tokens_map.json",
 )
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
+PACKAGES = (
+    *("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy"),
+    "onnxruntime",
+)
 
 
 def of_text(text: str) -> str:

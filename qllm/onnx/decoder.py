@@ -91,12 +91,12 @@ class DecoderGraph:
         outputs = [helper.make_tensor_value_info(LOGITS, kind, shape)]
         for index in range(config.num_layers):
             for what in ("key", "value"):
-                for ends, name, tokens in (
+                for ends, prefix, tokens in (
                     (inputs, "past_key_values", "past_sequence_length"),
                     (outputs, "present", "total_sequence_length"),
                 ):
                     shape = [batch, config.num_kv_heads, tokens, config.head_dim]
-                    name = f"{name}.{index}.{what}"
+                    name = f"{prefix}.{index}.{what}"
                     ends.append(helper.make_tensor_value_info(name, kind, shape))
         return inputs, outputs
 

@@ -74,6 +74,18 @@ def read_model(path: Path) -> onnx.ModelProto:
     return model
 
 
+def model_files(folder: Path) -> list[Path]:
+    """The model of a folder, and what it keeps its weights in."""
+    path = model_file(folder)
+    names = {
+        entry.value
+        for tensor in tensors(read_model(path).graph)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return [path, *(folder / name for name in sorted(names))]
+
+
 def opset_of(model: onnx.ModelProto) -> int:
     """The version of the standard operators that a model was written with."""
     return next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)

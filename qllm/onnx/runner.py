@@ -16,6 +16,7 @@ from qllm.checkpoint.reader import read_raw_config
 from qllm.errors import UserError, first_line
 from qllm.models import read_config
 from qllm.onnx.decoder import LOGITS
+from qllm.onnx.linears import looked_up, multiplied
 from qllm.onnx.model import (
     POSITIONS,
     bitwidth,
@@ -49,6 +50,8 @@ class OnnxDecoder:
         dtype: of its keys and values.
         bitwidth: of its packed matrices, "16" without any.
         nbytes: of its tensors.
+        read_bytes: of them, those that one decode step reads.
+        multiplied: weights that each token is multiplied by in the layers.
     """
 
     device = torch.device("cpu")
@@ -66,6 +69,10 @@ class OnnxDecoder:
         self.dtype = torch.float32 if kind == TensorProto.FLOAT else torch.float16
         self.bitwidth = bitwidth(model)
         self.nbytes = sum(nbytes(tensor) for tensor in tensors(model.graph))
+        rows = looked_up(model.graph)
+        one_row = sum(nbytes(tensor) for tensor in model.graph.initializer if tensor.name in rows)
+        self.read_bytes = self.nbytes - one_row
+        self.multiplied = multiplied(model.graph, self.config.vocab_size)
         self._positions = any(value.name == POSITIONS for value in model.graph.input)
         del model
         self._session = session(path)
@@ -134,6 +141,23 @@ class OnnxDecoder:
         cache.past = dict(zip(self._past, present, strict=True))
         cache.mask, cache.lengths = whole, cache.lengths + mask.sum(1)
         return torch.from_numpy(logits.numpy()).float()
+
+
+class OnnxRunner:
+    """An ONNX model for `qllm.bench`."""
+
+    def __init__(self, model: OnnxDecoder) -> None:
+        self.model, self.nbytes = model, model.nbytes
+        self.read_bytes, self.multiplied = model.read_bytes, model.multiplied
+
+    def begin(self, rows: int, capacity: int) -> None:
+        self.cache = self.model.new_cache(rows, capacity)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        return self.model.prefill(prompts, self.cache)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self.model.decode(tokens, self.cache)
 
 
 def session(path: Path | bytes) -> onnxruntime.InferenceSession:
