@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import torch
 
 from qllm.checkpoint.convert import COPIED, SOURCE_KEY
@@ -18,7 +17,7 @@ from qllm.checkpoint.writer import new_folder
 from qllm.errors import UserError
 from qllm.onnx import DEFAULT_ACCURACY_LEVEL
 from qllm.onnx.decoder import DecoderGraph
-from qllm.onnx.graph import MODEL, DataFile, Graph
+from qllm.onnx.graph import MODEL, DataFile, Graph, save
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -72,11 +71,3 @@ def export(
             if (source / name).exists():
                 shutil.copyfile(source / name, folder / name)
     return sum(path.stat().st_size for path in target.glob(f"{MODEL}*"))
-
-
-def save(model: onnx.ModelProto, folder: Path) -> None:
-    """Write a model whose weights are in the folder already, once it is checked."""
-    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
-    path = folder / MODEL
-    path.write_bytes(model.SerializeToString())
-    onnx.checker.check_model(str(path))

@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from torch import Tensor
 
 from qllm import __version__
@@ -45,6 +45,21 @@ class DataFile:
         self._external(proto, array.nbytes)
         self._file.write(memoryview(array.reshape(-1).view(np.uint8)))
         return proto
+
+    def move(self, tensor: TensorProto, folder: Path) -> TensorProto:
+        """Append the tensor of another model, which may keep its data in a file of `folder`."""
+        whole = TensorProto()
+        whole.CopyFrom(tensor)
+        if external_data_helper.uses_external_data(tensor):
+            external_data_helper.load_external_data_for_tensor(whole, str(folder))
+            whole.data_location = TensorProto.DEFAULT
+            del whole.external_data[:]
+        if whole.HasField("raw_data") and len(whole.raw_data) >= SMALLEST_EXTERNAL:
+            data = whole.raw_data
+            whole.ClearField("raw_data")
+            self._external(whole, len(data))
+            self._file.write(data)
+        return whole
 
     def _external(self, proto: TensorProto, size: int) -> None:
         self._file.write(bytes(-self._file.tell() % ALIGNMENT))
@@ -130,3 +145,11 @@ class Graph:
             producer_name="qllm",
             producer_version=__version__,
         )
+
+
+def save(model: onnx.ModelProto, folder: Path) -> None:
+    """Write a model whose weights are in the folder already, once it is checked."""
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    path = folder / MODEL
+    path.write_bytes(model.SerializeToString())
+    onnx.checker.check_model(str(path))

@@ -48,6 +48,7 @@ def find_linears(graph: onnx.GraphProto, vocab_size: int) -> list[OnnxLinear]:
         vocab_size: output channels of the LM head.
     """
     constants = _matrices(graph)
+    vectors = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 1}
     found = []
     for index, node in enumerate(graph.node):
         settings = {attribute.name: attribute for attribute in node.attribute}
@@ -62,6 +63,8 @@ def find_linears(graph: onnx.GraphProto, vocab_size: int) -> list[OnnxLinear]:
                 continue
             transposed = "transB" in settings and bool(settings["transB"].i)
             bias = node.input[2] if len(node.input) > 2 else ""
+            if bias and bias not in vectors:
+                continue  # it may be a matrix, or one number
         tensor, turned = constants[node.input[1]]
         transposed ^= turned
         columns, rows = reversed(tensor.dims) if transposed else tensor.dims
