@@ -4,7 +4,8 @@
     python3 qllm_quant.py --model-size tiny --bitwidth 3 --algorithm gptq --dataset FILE --save out
     python3 qllm_quant.py --model-path DIR --config rules.json --save out
 
-A run that was killed goes on where it was when it is started again.
+A run that was killed goes on where it was when it is started again. DIR may hold an ONNX decoder,
+of `optimum-cli export onnx --task text-generation-with-past` or of qllm_export.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from qllm import cli
 from qllm.config import ALGORITHMS, DEFAULT_ALGORITHM, QuantPlan, QuantSpec
 from qllm.errors import UserError
+from qllm.onnx import is_onnx
 
 if TYPE_CHECKING:
     from qllm.config import ModelConfig
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 DEFAULT_BITWIDTH = "4"
 SAMPLES, TOKENS = 128, 2048
+FORMAT, SHARD_GIGABYTES = "auto", 5.0
+# What means nothing for an ONNX model, which is one file of packed layers.
+NOT_FOR_ONNX = ("--fake", "--format", "--shard-size", "--smooth-alpha", "--true-sequential")
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,12 +58,17 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--format",
         choices=("auto", "compressed-tensors"),
-        default="auto",
+        default=FORMAT,
         help="auto: GPTQ where all layers have 2, 3, 4 or 8 bits, else compressed-tensors",
     )
     group.add_argument(
-        "--shard-size", type=float, default=5.0, metavar="GB", help="of a file (%(default)s)"
+        "--shard-size",
+        type=float,
+        default=SHARD_GIGABYTES,
+        metavar="GB",
+        help="of a file (%(default)s)",
     )
+    cli.add_accuracy_option(group)
     group.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args()
 
@@ -161,7 +171,7 @@ def check_options(args: argparse.Namespace, plan: QuantPlan) -> None:
             raise UserError(f"{name} needs text to calibrate on; name one with --dataset")
     if args.algorithm != "rtn" and args.config is None and not weight_only:
         raise UserError(f"--algorithm {args.algorithm} goes with 1 to 8 bits, not {args.bitwidth}")
-    if args.fake and args.format != "auto":
+    if args.fake and args.format != FORMAT:
         raise UserError("--fake saves 16-bit weights, --format says how packed ones are written")
     if not 0 < args.shard_size < math.inf:
         raise UserError(f"--shard-size {args.shard_size} cannot be; give gigabytes")
@@ -193,42 +203,34 @@ def main() -> None:
     plan = read_plan(args)
     check_options(args, plan)
     folder = cli.resolve_model(args)
+    onnx = is_onnx(folder.path)
+    if onnx:
+        defaults = {"--format": FORMAT, "--shard-size": SHARD_GIGABYTES, "--true-sequential": None}
+        cli.refuse_for_onnx(args, folder, NOT_FOR_ONNX, defaults)
+    elif args.accuracy_level is not None:
+        raise UserError("--accuracy-level is for ONNX models, and this is a checkpoint")
     device = cli.resolve_device(args)
 
     from qllm import report
     from qllm.checkpoint.reader import read_raw_config
     from qllm.memory import peak_resident_bytes
     from qllm.models import read_config
-    from qllm.quantize.checkpoint import Job, quantize_checkpoint
 
     config = read_config(read_raw_config(folder.path))
     samples, about = read_samples(args, folder, config)
-    job = Job(
-        folder.path,
-        plan,
-        read_options(args),
-        samples,
-        dtype=cli.resolve_dtype(args),
-        device=device,
-        fake=args.fake,
-        compressed=args.format == "compressed-tensors",
-        shard_bytes=int(args.shard_size * 1e9),
-        about={"model": folder.name, **about},
-    )
-    if samples is None and any(spec.kind.startswith("w8a8") for _, spec in plan.rules):
-        cli.note("without --dataset, int8 layers are not smoothed")
     target = Path(args.save)
     start = time.perf_counter()
-    try:
-        reports = quantize_checkpoint(job, target, cli.progress("quantizing"))
-    except (OSError, KeyboardInterrupt):
-        cli.note(f"what is finished is kept beside {target}; the same command goes on with it")
-        raise
+    if onnx:
+        reports = quantize_onnx_model(args, plan, folder, samples, target)
+    else:
+        reports = quantize(args, plan, folder, device, samples, about, target)
     note_inputs(reports, args.damp)
     result = {
         "model": folder.name,
         "saved": str(target),
-        "bytes": sum(path.stat().st_size for path in target.glob("*.safetensors")),
+        "bytes": sum(
+            path.stat().st_size for path in target.glob("model*") if path.suffix != ".json"
+        ),
         "seconds": time.perf_counter() - start,
         "peak_memory": peak_resident_bytes(),
         "linears": [linear_row(entry) for entry in reports],
@@ -243,6 +245,54 @@ def main() -> None:
     )
     what = "outputs" if worst.of_output else "weights"
     print(f"largest relative error: {worst.error:.2%} of the {what} of {worst.name}")
+
+
+def quantize(
+    args: argparse.Namespace,
+    plan: QuantPlan,
+    folder: ModelFolder,
+    device: str,
+    samples: list[list[int]] | None,
+    about: dict[str, str],
+    target: Path,
+) -> list[LinearReport]:
+    """Write the quantized checkpoint; returns what became of each linear."""
+    from qllm.quantize.checkpoint import Job, quantize_checkpoint
+
+    job = Job(
+        folder.path,
+        plan,
+        read_options(args),
+        samples,
+        dtype=cli.resolve_dtype(args),
+        device=device,
+        fake=args.fake,
+        compressed=args.format == "compressed-tensors",
+        shard_bytes=int(args.shard_size * 1e9),
+        about={"model": folder.name, **about},
+    )
+    if samples is None and any(spec.kind.startswith("w8a8") for _, spec in plan.rules):
+        cli.note("without --dataset, int8 layers are not smoothed")
+    try:
+        return quantize_checkpoint(job, target, cli.progress("quantizing"))
+    except (OSError, KeyboardInterrupt):
+        cli.note(f"what is finished is kept beside {target}; the same command goes on with it")
+        raise
+
+
+def quantize_onnx_model(
+    args: argparse.Namespace,
+    plan: QuantPlan,
+    folder: ModelFolder,
+    samples: list[list[int]] | None,
+    target: Path,
+) -> list[LinearReport]:
+    """The same for a folder that holds an ONNX model, and becomes another."""
+    from qllm.onnx.quantize import OnnxJob, quantize_onnx
+
+    given = {} if args.accuracy_level is None else {"accuracy_level": args.accuracy_level}
+    job = OnnxJob(folder.path, plan, read_options(args), samples, **given)
+    return quantize_onnx(job, target, cli.progress("quantizing"))
 
 
 def note_inputs(reports: list[LinearReport], damp: float | None) -> None:

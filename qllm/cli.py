@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -252,19 +252,37 @@ def holds_onnx(args: argparse.Namespace, model: ModelFolder, *options: str) -> b
     """
     if not is_onnx(model.path):
         return False
-    shared = ("--bitwidth", "--lm-head-bits", "--group-size", "--scheme", "--dtype")
-    defaults = {"--group-size": DEFAULT_GROUP_SIZE, "--scheme": DEFAULT_SCHEME, "--dtype": "auto"}
-    for option in (*shared, *options):
+    quantization = ("--bitwidth", "--lm-head-bits", "--group-size", "--scheme")
+    defaults = {"--group-size": DEFAULT_GROUP_SIZE, "--scheme": DEFAULT_SCHEME}
+    refuse_for_onnx(args, model, (*quantization, *options), defaults)
+    return True
+
+
+def refuse_for_onnx(
+    args: argparse.Namespace,
+    model: ModelFolder,
+    options: Sequence[str],
+    defaults: Mapping[str, object],
+) -> None:
+    """Refuse options that mean nothing with an ONNX model.
+
+    Args:
+        options: besides --dtype, and a --device that is not the CPU.
+        defaults: of options that are neither None nor False where they are not given.
+
+    Raises:
+        UserError: naming the first of them that was given; or where onnxruntime is missing.
+    """
+    for option in (*options, "--dtype"):
         value = getattr(args, option.removeprefix("--").replace("-", "_"))
-        if value not in (None, False, defaults.get(option)):
+        if value is not None and value != {**defaults, "--dtype": "auto"}.get(option, False):
             raise UserError(
-                f"{option} does nothing here: {model.path} holds an ONNX model, which onnxruntime "
-                "runs as it is"
+                f"{option} does nothing here, leave it out: {model.path} holds an ONNX model, "
+                "whose types and layers are as they are"
             )
     if args.device not in ("auto", "cpu"):
         raise UserError(f"--device {args.device}: ONNX models are run on the CPU; give cpu")
     check_installed()
-    return True
 
 
 def read_plan(args: argparse.Namespace, algorithm: str = DEFAULT_ALGORITHM) -> QuantPlan:
