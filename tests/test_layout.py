@@ -36,6 +36,7 @@ ROWS = (
         "report",
     ),
     ("quantize",),
+    ("onnx",),
     ("neural_compressor",),
     ("cli",),
     ("harness",),

@@ -16,6 +16,9 @@ FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 # What exporters call the list of layers; ours is "layers".
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+\..*)")
 
+# Under this name torch.onnx lists the modules around a node.
+SCOPES = "pkg.torch.onnx.name_scopes"
+
 
 @dataclass(frozen=True)
 class OnnxLinear:
@@ -96,7 +99,11 @@ def _matrices(graph: onnx.GraphProto) -> dict[str, tuple[TensorProto, bool]]:
 def module_name(node: onnx.NodeProto, weight: str) -> str:
     """The module that a node computes, as its exporter named it."""
     name = weight.removesuffix(".weight")
-    if name == weight:
+    scopes = next((p.value for p in node.metadata_props if p.key == SCOPES), "")
+    modules = [each for each in re.findall(r"'([^']*)'", scopes) if each]
+    if len(modules) > 1:  # the last is the operator's
+        name = modules[-2]
+    elif name == weight:
         name = node.name.strip("/").rpartition("/")[0].replace("/", ".") or node.output[0]
     inner = LAYER.search(name)
     return f"layers.{inner[1]}" if inner else name

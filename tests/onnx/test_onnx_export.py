@@ -1,0 +1,203 @@
+"""Our ONNX models against transformers and against our own decoder."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from conftest import FAMILIES, tiny
+from hypothesis import given, settings
+from oracle import (
+    TIE,
+    assert_logits_close,
+    assert_same_model,
+    bundled,
+    draw_prompts,
+    load,
+    random_model,
+    spread,
+)
+from random_configs import (
+    MOST_NEW_TOKENS,
+    batches,
+    bloom_configs,
+    llama_configs,
+    opt_configs,
+    seeds,
+)
+
+from qllm.config import QuantPlan, QuantSpec
+from qllm.errors import UserError
+from qllm.generate import GenerationConfig, generate
+from qllm.onnx.export import ExportOptions, export
+from qllm.onnx.graph import DATA, MODEL
+from qllm.onnx.runner import OnnxDecoder
+from qllm.quant.gptq import GPTQOptions
+from qllm.quantize.checkpoint import Job, quantize_checkpoint
+from qllm.quantize.layer import QuantizeOptions
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROMPTS = draw_prompts((3, 17, 1, 30), 4096)
+COUNT = 24
+# How far logits may be from ours, as a share of their range, by accuracy level: with int8
+# activations a packed layer loses about as much as its output is from that of 8 bits.
+TOLERANCE = {0: 2e-5, 1: 2e-5, 4: 2e-2}
+
+
+def exported(source: Path, target: Path, **options) -> OnnxDecoder:
+    export(source, target, ExportOptions(**options))
+    return OnnxDecoder(target)
+
+
+def check_random_model(config, lengths: list[int], seed: int) -> None:
+    theirs = random_model(config, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(Path(folder) / "model")
+        ours = exported(Path(folder) / "model", Path(folder) / "onnx")
+    prompts = draw_prompts(lengths, config.vocab_size, seed)
+    assert_same_model(ours, theirs, prompts, MOST_NEW_TOKENS)
+
+
+@given(opt_configs(), batches, seeds)
+@settings(max_examples=15)
+def test_random_opt(config, lengths, seed):
+    check_random_model(config, lengths, seed)
+
+
+@given(bloom_configs(), batches, seeds)
+@settings(max_examples=15)
+def test_random_bloom(config, lengths, seed):
+    check_random_model(config, lengths, seed)
+
+
+@given(llama_configs(), batches, seeds)
+@settings(max_examples=20)
+def test_random_llama(config, lengths, seed):
+    check_random_model(config, lengths, seed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bundled_models_at_16_bits(family, tmp_path):
+    ours = exported(tiny(family), tmp_path / "onnx")
+    assert ours.bitwidth == "16"
+    assert_same_model(ours, bundled(family), PROMPTS, COUNT)
+
+
+def quantized(family: str, folder: Path, spec: QuantSpec, **options) -> Path:
+    samples = draw_prompts((32, 32), 4096) if spec.algorithm == "gptq" else None
+    job = Job(tiny(family), QuantPlan.uniform(spec), samples=samples, **options)
+    quantize_checkpoint(job, folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("bits", "group", "scheme"), [("4", 32, "asym"), ("8", -1, "sym")])
+@pytest.mark.parametrize("level", [0, 4])
+def test_quantized_models(level, bits, group, scheme, family, tmp_path):
+    """Logits within the level's tolerance, and so tokens wherever two logits are further apart."""
+    spec = QuantSpec.parse(bits, group, scheme)
+    source = quantized(family, tmp_path / "checkpoint", spec)
+    theirs = exported(source, tmp_path / "onnx", accuracy_level=level)
+    ours = load(source)
+    assert theirs.bitwidth == bits
+    want = ours.prefill(PROMPTS, last=False)
+    assert_logits_close(theirs.prefill(PROMPTS, last=False), want, TOLERANCE[level])
+    tokens, found = (generate(m, PROMPTS, GenerationConfig(COUNT)) for m in (ours, theirs))
+    for prompt, a, b in zip(PROMPTS, tokens, found, strict=True):
+        if a != b:
+            step = next(i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1])
+            logits = ours.prefill([[*prompt, *a[:step]]])[0]
+            first, second = logits.topk(2).values.tolist()
+            assert (first - second) / spread(logits) < max(2 * TOLERANCE[level], TIE)
+
+
+def test_groups_in_any_order(tmp_path):
+    """Act-order without static groups: the inputs are put in order first."""
+    spec = QuantSpec.parse("4", 32, "asym", "gptq")
+    options = QuantizeOptions(gptq=GPTQOptions(static_groups=False))
+    source = quantized("opt", tmp_path / "checkpoint", spec, options=options)
+    theirs = exported(source, tmp_path / "onnx", accuracy_level=0)
+    assert any("order" in t.name for t in onnx.load(tmp_path / "onnx" / MODEL).graph.initializer)
+    want = load(source).prefill(PROMPTS, last=False)
+    assert_logits_close(theirs.prefill(PROMPTS, last=False), want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float16(family, tmp_path):
+    theirs = exported(tiny(family), tmp_path / "onnx", dtype="float16")
+    assert theirs.dtype == torch.float16
+    want = load(tiny(family)).prefill(PROMPTS, last=False)
+    assert_logits_close(theirs.prefill(PROMPTS, last=False), want, 5e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_is_the_same_alone(family, tmp_path):
+    theirs = exported(tiny(family), tmp_path / "onnx")
+    together = generate(theirs, PROMPTS, GenerationConfig(COUNT))
+    alone = [generate(theirs, [prompt], GenerationConfig(COUNT))[0] for prompt in PROMPTS]
+    assert together == alone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_and_files(family, tmp_path):
+    target = tmp_path / "onnx"
+    size = export(tiny(family), target)
+    config = json.loads((tiny(family) / "config.json").read_text())
+    layers = config.get("num_hidden_layers") or config["n_layer"]
+    graph = onnx.load(target / MODEL, load_external_data=False).graph
+    past = [f"{i}.{what}" for i in range(layers) for what in ("key", "value")]
+    positions = ["position_ids"] if family == "llama" else []
+    names = ["input_ids", "attention_mask", *positions, *(f"past_key_values.{n}" for n in past)]
+    assert [value.name for value in graph.input] == names
+    assert [value.name for value in graph.output] == ["logits", *(f"present.{n}" for n in past)]
+    # In float32, each weight once: a tied embedding, too.
+    assert (target / DATA).stat().st_size < 2.2 * (
+        tiny(family) / "model.safetensors"
+    ).stat().st_size
+    assert size == sum((target / name).stat().st_size for name in (MODEL, DATA))
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (target / name).exists()
+
+
+def test_a_quantized_config_is_that_of_the_float_model(tmp_path):
+    source = quantized("opt", tmp_path / "checkpoint", QuantSpec.parse("4", 32))
+    export(source, tmp_path / "onnx")
+    assert "quantization_config" in json.loads((source / "config.json").read_text())
+    assert "quantization_config" not in json.loads((tmp_path / "onnx/config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("bitwidth", "group", "words"),
+    [
+        ("3", 32, "attention.qkv is at bitwidth 3.*takes 4 and 8 bits"),
+        ("8:tc-li", -1, "8:tc-li.*takes 4 and 8 bits"),
+        ("4", 8, "group size 8.*16 and its multiples"),
+    ],
+)
+def test_what_onnxruntime_lacks_is_refused_and_leaves_nothing(bitwidth, group, words, tmp_path):
+    spec = QuantSpec.parse(bitwidth, group)
+    source = quantized("opt", tmp_path / "checkpoint", spec)
+    with pytest.raises(UserError, match=words):
+        export(source, tmp_path / "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_folder_that_is_there_is_kept(tmp_path):
+    (tmp_path / "onnx").mkdir()
+    with pytest.raises(UserError, match="is there already"):
+        export(tiny("opt"), tmp_path / "onnx")
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path):
+    def stop(items):
+        yield items[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(tiny("opt"), tmp_path / "onnx", progress=stop)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,97 @@
+"""Random configurations of every family, and of the prompts that such a model is given."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from transformers import BloomConfig, LlamaConfig, OPTConfig
+
+from qllm.models.decoder import ACTIVATIONS, SAME_ACTIVATION
+
+LONGEST_PROMPT, MOST_NEW_TOKENS = 20, 8
+WINDOW = LONGEST_PROMPT + MOST_NEW_TOKENS
+
+layer_counts = st.integers(1, 3)
+vocab_sizes = st.integers(5, 120)
+activations = st.sampled_from([*ACTIVATIONS.keys() - {"gelu_tanh"}, *SAME_ACTIVATION])
+flags = st.booleans()
+
+
+@st.composite
+def opt_configs(draw) -> OPTConfig:
+    heads = draw(st.integers(1, 6))
+    hidden = heads * draw(st.integers(-(-6 // heads), 12))
+    return OPTConfig(
+        vocab_size=draw(vocab_sizes),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_hidden_layers=draw(layer_counts),
+        ffn_dim=draw(st.integers(1, 70)),
+        max_position_embeddings=draw(st.integers(WINDOW, 50)),
+        word_embed_proj_dim=draw(st.one_of(st.just(hidden), st.integers(6, 40))),
+        do_layer_norm_before=draw(flags),
+        _remove_final_layer_norm=draw(flags),
+        enable_bias=draw(flags),
+        layer_norm_elementwise_affine=draw(flags),
+        activation_function=draw(activations),
+        tie_word_embeddings=draw(flags),
+    )
+
+
+@st.composite
+def bloom_configs(draw) -> BloomConfig:
+    heads = draw(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 12, 20]))
+    return BloomConfig(
+        vocab_size=draw(vocab_sizes),
+        hidden_size=heads * draw(st.integers(-(-6 // heads), 9)),
+        n_head=heads,
+        n_layer=draw(layer_counts),
+        layer_norm_epsilon=draw(st.sampled_from([1e-5, 1e-2])),
+        apply_residual_connection_post_layernorm=draw(flags),
+        tie_word_embeddings=draw(flags),
+    )
+
+
+@st.composite
+def rope_settings(draw) -> tuple[dict, int]:
+    """rope_parameters and max_position_embeddings that have room for the test's prompts."""
+    kind = draw(st.sampled_from(["default", "linear", "dynamic", "llama3"]))
+    rope = {"rope_type": kind, "rope_theta": draw(st.sampled_from([100.0, 10000.0, 500000.0]))}
+    if kind == "default":
+        return rope, draw(st.integers(WINDOW, 100))
+    # The window is `trained` times the factor: prompts go past what the model was trained for.
+    trained = draw(st.integers(4, 40))
+    rope["factor"] = max(draw(st.floats(1.0, 8.0)), WINDOW / trained + 1e-3)
+    if kind == "llama3":
+        rope["low_freq_factor"] = draw(st.floats(0.5, 2.0))
+        rope["high_freq_factor"] = rope["low_freq_factor"] + draw(st.floats(0.5, 4.0))
+        rope["original_max_position_embeddings"] = draw(st.integers(4, WINDOW - 1))
+        trained = WINDOW
+    return rope, trained
+
+
+@st.composite
+def llama_configs(draw) -> LlamaConfig:
+    kv_heads = draw(st.integers(1, 3))
+    heads = kv_heads * draw(st.integers(1, 4))
+    rope, trained = draw(rope_settings())
+    return LlamaConfig(
+        vocab_size=draw(vocab_sizes),
+        hidden_size=heads * draw(st.integers(-(-6 // heads), 8)),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        # Not hidden_size / heads, and 4 or more: dynamic scaling divides by head_dim - 2.
+        head_dim=2 * draw(st.integers(2, 8)),
+        num_hidden_layers=draw(layer_counts),
+        intermediate_size=draw(st.integers(1, 70)),
+        max_position_embeddings=trained,
+        rope_parameters=rope,
+        rms_norm_eps=draw(st.sampled_from([1e-6, 1e-2])),
+        hidden_act=draw(st.one_of(st.just("silu"), activations)),
+        attention_bias=draw(flags),
+        mlp_bias=draw(flags),
+        tie_word_embeddings=draw(flags),
+    )
+
+
+batches = st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=5)
+seeds = st.integers(0, 2**20)
