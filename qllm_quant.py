@@ -4,8 +4,8 @@
     python3 qllm_quant.py --model-size tiny --bitwidth 3 --algorithm gptq --dataset FILE --save out
     python3 qllm_quant.py --model-path DIR --config rules.json --save out
 
-A run that was killed goes on where it was when it is started again. DIR may hold an ONNX decoder,
-of `optimum-cli export onnx --task text-generation-with-past` or of qllm_export.py.
+A run that was killed goes on where it was when it is started again. DIR may hold an ONNX decoder
+with past, exported by optimum or by qllm_export.py.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from test_real_sizes import COMMANDS as REAL_SIZES
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = (
     *("ref_gen.py", "qllm_gen.py", "weight_convert.py", "fake_calib_gen.py", "qllm_quant.py"),
-    *("qllm_eval.py", "qllm_bench.py"),
+    *("qllm_eval.py", "qllm_bench.py", "qllm_export.py"),
 )
 
 # What a script of the README gets besides, where the command has the first.
@@ -38,6 +38,7 @@ SMALL = {
     "benchmarks.quantization": "--windows 1 --window 64 --nsamples 2 --seqlen 64 --bitwidths 3 "
     "--group-sizes -1 --models opt",
     "benchmarks.quantize": "--repository facebook/opt-125m --layers 1 --algorithms rtn --size 64",
+    "benchmarks.onnx": "--models opt --max-tokens 64 --limit 1 --nsamples 2 --seqlen 32 --repeats 1",
     "benchmarks.rivals": "--rivals qllm --rows 1 --repeats 1 --megabytes 1 --prompt 8 --batches 1 "
     "--context 4 --steps 1",
 }

@@ -25,7 +25,9 @@ def check_installed() -> None:
     Raises:
         UserError: naming what to install.
     """
-    missing = [name for name in PACKAGES if find_spec(name) is None]
+    specs = {name: find_spec(name) for name in PACKAGES}
+    # A mere folder of that name, such as a model saved to onnx/, has a spec without an origin.
+    missing = [name for name, spec in specs.items() if spec is None or spec.origin is None]
     if missing:
         raise UserError(
             f"ONNX models take the package{'s' if len(missing) > 1 else ''} "
