@@ -69,7 +69,7 @@ def read_model(path: Path) -> onnx.ModelProto:
         _check_data(path, tensor)
     try:
         onnx.checker.check_model(str(path))
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, UnicodeDecodeError) as error:  # names may be any bytes
         raise UserError(f"{path} is no valid ONNX model ({first_line(error)})") from None
     return model
 
@@ -119,7 +119,8 @@ def _check_data(path: Path, tensor: TensorProto) -> None:
     where = f"{path}: the data of {tensor.name}"
     name = place.get("location", "")
     # A name is compared with those of the folder; it never becomes a path of its own.
-    if name != Path(name).name or name in ("", ".."):
+    # protobuf gives bytes for text that is no UTF-8.
+    if not isinstance(name, str) or name != Path(name).name or name in ("", ".."):
         raise UserError(f"{where} is in {name!r}, which is not a file of its own folder")
     file = path.parent / name
     if not file.is_file():

@@ -167,7 +167,7 @@ def session(path: Path | bytes) -> onnxruntime.InferenceSession:
         UserError: where onnxruntime does not take it.
     """
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; they are raised, too
+    options.log_severity_level = 4  # errors are raised; they need not be printed, too
     options.intra_op_num_threads = torch.get_num_threads()
     # Threads that spin behind a run would take the processors from what comes next.
     options.add_session_config_entry("session.force_spinning_stop", "1")

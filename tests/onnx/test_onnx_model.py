@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,3 +190,19 @@ def test_a_checkpoint_is_one_whatever_is_beside_it(folder):
     assert not is_onnx(tiny("opt"))
     (folder / "model.safetensors").write_bytes(b"")
     assert not is_onnx(folder)
+
+
+def test_any_byte_may_be_wrong(folder):
+    """A graph with bytes changed at random runs, or is one line."""
+    data, draw = (folder / MODEL).read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(60):
+        broken = bytearray(data)
+        broken[draw.randrange(len(data))] = draw.randrange(256)
+        (folder / MODEL).write_bytes(broken)
+        try:
+            OnnxDecoder(folder).prefill([[5, 6, 7]])
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused
