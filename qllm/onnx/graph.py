@@ -12,6 +12,7 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from torch import Tensor
 
 from qllm import __version__
+from qllm.errors import UserError, first_line
 from qllm.onnx.nbits import DOMAIN, OPERATOR, NBits
 
 MODEL, DATA = "model.onnx", "model.onnx_data"
@@ -148,8 +149,15 @@ class Graph:
 
 
 def save(model: onnx.ModelProto, folder: Path) -> None:
-    """Write a model whose weights are in the folder already, once it is checked."""
-    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    """Write a model whose weights are in the folder already, once it is checked.
+
+    Raises:
+        UserError: where shapes or types do not go together, which those of another's graph may.
+    """
     path = folder / MODEL
     path.write_bytes(model.SerializeToString())
-    onnx.checker.check_model(str(path))
+    try:
+        onnx.checker.check_model(str(path))
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise UserError(f"the graph is no valid ONNX model ({first_line(error)})") from None
