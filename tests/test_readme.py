@@ -38,7 +38,7 @@ SMALL = {
     "benchmarks.quantization": "--windows 1 --window 64 --nsamples 2 --seqlen 64 --bitwidths 3 "
     "--group-sizes -1 --models opt",
     "benchmarks.quantize": "--repository facebook/opt-125m --layers 1 --algorithms rtn --size 64",
-    "benchmarks.onnx": "--models opt --max-tokens 64 --limit 1 --nsamples 2 --seqlen 32 "
+    "benchmarks.onnx": "--models opt --max-tokens 600 --limit 1 --nsamples 2 --seqlen 32 "
     "--repeats 1",
     "benchmarks.rivals": "--rivals qllm --rows 1 --repeats 1 --megabytes 1 --prompt 8 --batches 1 "
     "--context 4 --steps 1",
