@@ -157,7 +157,7 @@ class _Run:
         stages = Stages(self.model, self.linears, self.job.source, self.job.samples, folder)
         for members in progress(stages.groups):
             stats = InputStats(members[0].columns, "cpu", products=True)
-            for x in stages.run(members[0].x):
+            for x in stages.run(members):
                 stats.add(x.reshape(-1, members[0].columns))
             if not stats.finite:
                 raise UserError(

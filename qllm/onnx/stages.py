@@ -80,13 +80,13 @@ class Stages:
         turned = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
         self._replaced[linear.index] = (matrix if turned else matrix.t()).contiguous().numpy()
 
-    def run(self, x: str) -> Iterator[Tensor]:
-        """Run up to the first use of `x`, the input of the next group: it, of each sample.
+    def run(self, group: Sequence[OnnxLinear]) -> Iterator[Tensor]:
+        """Run up to the first linear of the next of `groups`: its input, of each sample.
 
         Raises:
             UserError: where onnxruntime cannot.
         """
-        end = next(i for i, node in self._nodes.items() if x in node.input)
+        end, x = group[0].index, group[0].x
         stage = [i for i in self._nodes if self._begin <= i < end]
         live = {name for i, node in self._nodes.items() if i >= end for name in node.input}
         made = {name for i in stage for name in self._nodes[i].output}
