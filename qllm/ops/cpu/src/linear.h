@@ -20,6 +20,7 @@ namespace {
 constexpr int64_t BLOCK_SLABS = 4;   // 128 inputs: 128 * 255 * 2^15 is below 2^31
 constexpr int64_t CHUNK_ROWS = 192;  // rows whose sums stay in cache: 48 KiB
 constexpr int64_t MOST_ROWS = 1536;  // rows whose activations are held at once
+constexpr int64_t ROWS_AHEAD = 8;    // to prefetch while activations become integers
 constexpr int64_t FEW_ROWS = 16;     // up to here memory is the limit: threads read runs of panels
 
 // |x| from 2^100 on, infinities and NaN are left to float arithmetic.
@@ -142,6 +143,13 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
     if (P == 4) x.low_sum[at] = sum_of_i(low_sum);
 }
 
+// Of a row of a block, which is too short a run for the machine to see it coming.
+static void prefetch(const Linear &a, int64_t start, int64_t count) {
+    const int64_t bytes = a.x_type == FLOAT32 ? 4 : 2;
+    const char *from = static_cast<const char *>(a.x) + start * bytes;
+    for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(from + i);
+}
+
 // A thread's share of the activations, `first` being their first row in a.x. It takes whole blocks:
 // the rows of a tile lie side by side in cache lines, which threads would take from each other.
 template <int P> void quantize_share(const Linear &a, const Activations &x, int64_t first) {
@@ -160,6 +168,8 @@ template <int P> void quantize_share(const Linear &a, const Activations &x, int6
     for (int64_t b = 0; b < x.blocks; b++)
         for (int64_t row = 0; row < x.rows; row++) {
             int64_t start = (first + row) * a.x_stride + x.block[b].input;
+            if (row + ROWS_AHEAD < x.rows)
+                prefetch(a, start + ROWS_AHEAD * a.x_stride, x.block[b].inputs);
             quantize<P>(a, x, row, b, start, is_scaled(a) ? 1 : x.scale[row]);
         }
 }
