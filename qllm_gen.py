@@ -28,6 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     cli.add_model_options(parser)
     cli.add_quant_options(parser)
+    cli.add_activation_option(parser)
     parser.add_argument(
         "--calib", metavar="FILE", help="activation statistics for 8:tc-li and 8:tc"
     )
@@ -88,6 +89,7 @@ def main() -> None:
         num_shards=args.num_shards,
         calibration=cli.find_calibration(args, folder, plan),
         cache_shape=(len(ids), max(map(len, ids)) + args.max_gen_tokens),
+        activation_bits=args.activation_bits,
         progress=cli.progress("loading"),
     )
     loaded = time.perf_counter() - start

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 
 from qllm import hub
 from qllm.config import (
+    ACTIVATION_BITS,
     BITWIDTHS,
+    DEFAULT_ACTIVATION_BITS,
     DEFAULT_ALGORITHM,
     DEFAULT_GROUP_SIZE,
     DEFAULT_SCHEME,
@@ -227,6 +229,18 @@ def add_quant_options(parser: argparse.ArgumentParser, *, several: bool = False)
     )
     group.add_argument("--scheme", choices=SCHEMES, default=DEFAULT_SCHEME, help="(%(default)s)")
     group.add_argument("--lm-head-bits", metavar="BITS", help="quantize the LM head, too (16)")
+
+
+def add_activation_option(parser: argparse.ArgumentParser) -> None:
+    """--activation-bits."""
+    parser.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=ACTIVATION_BITS,
+        default=DEFAULT_ACTIVATION_BITS,
+        help="of layers of 1 to 8 bits: 8 rounds activations to int8, which is faster for prompts "
+        "and batches, and less exact (%(default)s)",
+    )
 
 
 def read_plan(args: argparse.Namespace, algorithm: str = DEFAULT_ALGORITHM) -> QuantPlan:
