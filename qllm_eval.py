@@ -198,6 +198,7 @@ def main() -> None:
     device = "cpu" if onnx else cli.resolve_device(args)
 
     from qllm import report
+    from qllm.checkpoint.load import outline
     from qllm.checkpoint.reader import read_raw_config
     from qllm.evaluate import page, plots
     from qllm.evaluate.evaluation import Evaluation
@@ -211,10 +212,13 @@ def main() -> None:
     batch = {} if args.batch_size is None else {"batch": args.batch_size}
     options = PerplexityOptions(conventions(args), args.window, args.stride, **batch)
     text = read_text(args, tokenizer)
-    cuts = [] if text is None else cut(text, config, options)  # mistakes, before a model is loaded
+    # Mistakes come to light here, before a model is loaded.
+    cuts = [] if text is None else cut(text, config, options)
     tasks, about_tasks = read_tasks(args, tokenizer, config)
     asked = Evaluation(text, options, tasks)
-    asked, other = run_reference(args, folder, device, asked, tokenizer)
+    for plan in () if onnx else plans:
+        outline(folder.path, plan)
+    asked, other = run_reference(args, folder, config, device, asked, tokenizer)
     result = {
         "model": folder.name,
         "device": device,
@@ -239,6 +243,7 @@ def main() -> None:
 def run_reference(
     args: argparse.Namespace,
     folder: ModelFolder,
+    config: ModelConfig,
     device: str,
     asked: Evaluation,
     tokenizer: Tokenizer,
@@ -252,6 +257,12 @@ def run_reference(
     dtype = cli.resolve_dtype(args)
     place = reference_folder(args, folder)
     model = ReferenceModel.load(place.path, dtype=dtype, device=device)
+    for size in ("family", "vocab_size", "hidden_size", "num_layers"):
+        ours, theirs = getattr(config, size), getattr(model.config, size)
+        if ours != theirs:
+            raise UserError(
+                f"--reference {args.reference} is another model: its {size} is {theirs}, not {ours}"
+            )
     other = {}
     if args.compare:
         about = {"name": "transformers", "dtype": model.dtype, "bytes": model.nbytes}

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from qllm import cli
+from qllm.config import DEFAULT_ACTIVATION_BITS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,6 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     cli.add_model_options(parser)
     cli.add_quant_options(parser)
+    cli.add_activation_option(parser)
     parser.add_argument(
         "--calib", metavar="FILE", help="activation statistics for 8:tc-li and 8:tc"
     )
@@ -42,8 +44,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--num-shards",
         type=cli.whole_number(1),
+        default=SHARDS,
         metavar="N",
-        help=f"contiguous layer ranges, run one after the other ({SHARDS})",
+        help="contiguous layer ranges, run one after the other (%(default)s)",
     )
     parser.add_argument(
         "--compare", action="store_true", help="run the reference too, and show where they differ"
@@ -62,7 +65,9 @@ def main() -> None:
     plan = cli.read_plan(args)
     prompts = cli.read_prompts(args)
     folder = cli.resolve_model(args)
-    onnx = cli.holds_onnx(args, folder, "--calib", "--num-shards", "--compare", "--explain")
+    refused = ("--calib", "--num-shards", "--compare", "--explain", "--activation-bits")
+    defaults = {"num_shards": SHARDS, "activation_bits": DEFAULT_ACTIVATION_BITS}
+    onnx = cli.holds_onnx(args, folder, *refused, **defaults)
     device = cli.resolve_device(args)
 
     from qllm import report
@@ -135,9 +140,10 @@ def load(
         plan,
         dtype=cli.resolve_dtype(args),
         device=device,
-        num_shards=args.num_shards or SHARDS,
+        num_shards=args.num_shards,
         calibration=cli.find_calibration(args, folder, plan),
         cache_shape=cache_shape,
+        activation_bits=args.activation_bits,
         progress=cli.progress("loading"),
     )
 

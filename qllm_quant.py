@@ -205,7 +205,7 @@ def main() -> None:
     folder = cli.resolve_model(args)
     onnx = is_onnx(folder.path)
     if onnx:
-        defaults = {"--format": FORMAT, "--shard-size": SHARD_GIGABYTES, "--true-sequential": None}
+        defaults = {"format": FORMAT, "shard_size": SHARD_GIGABYTES, "true_sequential": None}
         cli.refuse_for_onnx(args, folder, NOT_FOR_ONNX, defaults)
     elif args.accuracy_level is not None:
         raise UserError("--accuracy-level is for ONNX models, and this is a checkpoint")

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 
 from qllm import hub
 from qllm.config import (
+    ACTIVATION_BITS,
     BITWIDTHS,
+    DEFAULT_ACTIVATION_BITS,
     DEFAULT_ALGORITHM,
     DEFAULT_GROUP_SIZE,
     DEFAULT_SCHEME,
@@ -241,11 +243,14 @@ def add_accuracy_option(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def holds_onnx(args: argparse.Namespace, model: ModelFolder, *options: str) -> bool:
+def holds_onnx(
+    args: argparse.Namespace, model: ModelFolder, *options: str, **defaults: object
+) -> bool:
     """Whether a folder holds an ONNX model, which is run as it is.
 
     Args:
         options: those that then mean nothing, besides those of quantization: "--calib".
+        defaults: of those of them that have one.
 
     Raises:
         UserError: naming the first of them that was given; or where onnxruntime is missing.
@@ -253,7 +258,7 @@ def holds_onnx(args: argparse.Namespace, model: ModelFolder, *options: str) -> b
     if not is_onnx(model.path):
         return False
     quantization = ("--bitwidth", "--lm-head-bits", "--group-size", "--scheme")
-    defaults = {"--group-size": DEFAULT_GROUP_SIZE, "--scheme": DEFAULT_SCHEME}
+    defaults |= {"group_size": DEFAULT_GROUP_SIZE, "scheme": DEFAULT_SCHEME}
     refuse_for_onnx(args, model, (*quantization, *options), defaults)
     return True
 
@@ -268,14 +273,17 @@ def refuse_for_onnx(
 
     Args:
         options: besides --dtype, and a --device that is not the CPU.
-        defaults: of options that are neither None nor False where they are not given.
+        defaults: of options that are neither None nor False where they are not given, by the
+            names they have in `args`.
 
     Raises:
         UserError: naming the first of them that was given; or where onnxruntime is missing.
     """
+    defaults = {**defaults, "dtype": "auto"}
     for option in (*options, "--dtype"):
-        value = getattr(args, option.removeprefix("--").replace("-", "_"))
-        if value is not None and value != {**defaults, "--dtype": "auto"}.get(option, False):
+        name = option.removeprefix("--").replace("-", "_")
+        value = getattr(args, name)
+        if value is not None and value != defaults.get(name, False):
             raise UserError(
                 f"{option} does nothing here, leave it out: {model.path} holds an ONNX model, "
                 "whose types and layers are as they are"
@@ -283,6 +291,18 @@ def refuse_for_onnx(
     if args.device not in ("auto", "cpu"):
         raise UserError(f"--device {args.device}: ONNX models are run on the CPU; give cpu")
     check_installed()
+
+
+def add_activation_option(parser: argparse.ArgumentParser) -> None:
+    """--activation-bits."""
+    parser.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=ACTIVATION_BITS,
+        default=DEFAULT_ACTIVATION_BITS,
+        help="of layers of 1 to 8 bits: 8 rounds activations to int8, which is faster for prompts "
+        "and batches, and less exact (%(default)s)",
+    )
 
 
 def read_plan(args: argparse.Namespace, algorithm: str = DEFAULT_ALGORITHM) -> QuantPlan:

@@ -16,6 +16,9 @@ SCHEMES = ("sym", "asym")
 # How the integers are chosen: to nearest, or from calibration (see qllm.quant).
 ALGORITHMS = ("rtn", "gptq", "awq")
 DEFAULT_ALGORITHM = "rtn"
+# Of what layers of 1 to 8 bits multiply their weights with.
+DEFAULT_ACTIVATION_BITS = 16
+ACTIVATION_BITS = (8, DEFAULT_ACTIVATION_BITS)
 # The one quantized module outside the layers, which stays at 16 bits unless it is named.
 LM_HEAD = "lm_head"
 W8A8 = {"8:tc-li": "w8a8_dynamic", "8:tc": "w8a8_static"}

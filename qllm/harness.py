@@ -2,7 +2,7 @@
 
     python3 -m qllm.harness --model qllm --model_args path=DIR,bitwidth=4 --tasks lambada_openai
 
-is `lm_eval` with the model "qllm". The harness has no plug-ins: its own command does not know it.
+is `lm_eval` with the model "qllm", which that command itself knows where QLLM is installed by pip.
 Log-likelihoods are those of `qllm.evaluate`; they equal the harness's own of the same weights.
 """
 
@@ -22,6 +22,7 @@ from qllm.evaluate.lambada import continuation
 from qllm.evaluate.perplexity import PerplexityOptions, Text, cut
 from qllm.evaluate.scoring import Passage, score
 from qllm.generate import GenerationConfig, generate
+from qllm.lm_eval_hook import register
 from qllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -142,14 +143,6 @@ def __getattr__(name: str) -> type:
     from lm_eval.api.model import LM
 
     return type(name, (Methods, LM), {})
-
-
-def register() -> None:
-    """Make the harness know the model "qllm"."""
-    from lm_eval.api.registry import model_registry
-
-    if "qllm" not in model_registry:
-        model_registry.register("qllm", target="qllm.harness:HarnessModel")
 
 
 def main() -> None:

@@ -83,6 +83,25 @@ def numpy(tensor: Tensor) -> np.ndarray:
     return tensor.double().numpy()
 
 
+def int8_blocks(x: Tensor, group_size: int) -> np.ndarray:
+    """Rows of x (M, K) as int8 would hold them: blocks of 128 of a group share the step m / 127.
+
+    Steps and quotients are float32, each rounded once: halves have to fall as they do there.
+    """
+    values = x.float().numpy()
+    rounded = np.empty(values.shape)
+    columns = np.arange(x.shape[1])
+    group, place = np.divmod(columns, x.shape[1] if group_size == -1 else group_size)
+    for block in set(zip(group, place // 128, strict=True)):
+        run = (group == block[0]) & (place // 128 == block[1])
+        for row in range(len(values)):
+            step = np.abs(values[row, run]).max() / np.float32(127)
+            step = step if step else np.float32(1)
+            quotients = np.clip(np.rint(values[row, run] / step), -127, 127)
+            rounded[row, run] = quotients.astype(np.float64) * step
+    return rounded
+
+
 def assert_rounded_once(
     got: Tensor, exact: np.ndarray, size: np.ndarray | float, ulps: float = ULPS
 ) -> None:

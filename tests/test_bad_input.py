@@ -103,6 +103,10 @@ OPTIONS = {
     "scheme": Options(("'both'", "sym", "asym"), (*TINY, "--scheme", "both")),
     "dtype": Options(("'int8'", "float32", "bfloat16"), (*TINY, "--dtype", "int8"), (GEN, REF)),
     "device": Options(("'tpu'", "cpu, cuda"), (*TINY, "--device", "tpu"), (GEN, REF)),
+    "activations of 4 bits": Options(("choose from 8, 16",), (*TINY, "--activation-bits", "4")),
+    "activations of 8 bits without a layer for them": Options(
+        ("layers of 1 to 8 bits", "8:tc-li"), (*TINY, "--activation-bits", "8")
+    ),
     "too many shards": Options(("7 shards", "give 1 to 6"), (*TINY, "--num-shards", "7")),
     "no shards": Options(("0 is too small", "1 or more"), (*TINY, "--num-shards", "0")),
     "shards in words": Options(("'two'",), (*TINY, "--num-shards", "two")),

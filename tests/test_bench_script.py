@@ -7,6 +7,7 @@ import json
 
 import pytest
 from conftest import FAMILIES, assert_user_error, run
+from cpu_paths import paths
 from inside import call, call_json
 
 from qllm.bench import speed
@@ -18,8 +19,8 @@ SHORT = ("-p", "8,4", "-n", "2", "-b", "1,3", "-r", "2")
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_throughput_beside_transformers(family, monkeypatch):
-    if family != "opt":  # what the machine allows takes the longest to measure
-        monkeypatch.setattr(speed.Limits, "measure", lambda device: None)
+    # What the machine allows takes the longest to measure.
+    monkeypatch.setattr(speed.Limits, "measure", lambda device: None)
     args = ("--model-name", family, "--bitwidth", "16,4", *SHORT, "--compare", "hf")
     result = call_json(BENCH, *TINY, *args)
     tests = ["pp8", "pp4", "tg2"]
@@ -49,6 +50,13 @@ def test_formats(monkeypatch):
     assert (first["bitwidth"], first["test"], first["batch"]) == ("3", "pp8", "1")
     assert float(first["tokens_per_second"]) > 0
     assert json.loads(call(BENCH, *args, "--output", "json").stdout)["rows"][0]["test"] == "pp8"
+
+
+def test_what_the_machine_allows():
+    paths()  # skips where there are no kernels
+    found = speed.Limits.measure("cpu")
+    assert found.bandwidth > 1e8 and found.arithmetic > 1e8
+    assert speed.Limits.measure("cuda") is None
 
 
 def test_token_by_token(tmp_path):

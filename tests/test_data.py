@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from qllm.data import DATASETS, load_text, sample_windows
+from qllm.data import DATASETS, TASKS, load_rows, load_text, sample_windows
 from qllm.errors import UserError
 
 
@@ -100,3 +100,39 @@ def test_the_first_and_the_last_window_can_be_drawn():
 def test_a_text_that_is_too_short():
     with pytest.raises(UserError, match="the text has 5 tokens, one sample takes 6"):
         sample_windows([1, 2, 3, 4, 5], 1, 6, seed=0)
+
+
+def test_rows_of_a_task(tmp_path):
+    rows = ["first of them", "second\nline", "with \u2028 inside"]
+    path = tmp_path / "task.jsonl"
+    path.write_text("\n".join(json.dumps({"text": row}) for row in rows) + "\n\n")
+    assert load_rows(str(path)) == rows
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("", "there are no rows in it"),
+        ("no json", "each line of a JSON-lines file"),
+        ('{"word": "a"}', "each line of a JSON-lines file"),
+        ('{"text": ["a"]}', "each line of a JSON-lines file"),
+    ],
+)
+def test_files_that_are_no_task(data, message, tmp_path):
+    (tmp_path / "task").write_text(data)
+    with pytest.raises(UserError, match=message):
+        load_rows(str(tmp_path / "task"))
+
+
+def test_an_unknown_task_lists_the_known_ones():
+    with pytest.raises(UserError, match=f"--tasks 'x' is neither a file nor .* {', '.join(TASKS)}"):
+        load_rows("x")
+
+
+def test_c4_is_judged_by_as_many_rows_as_gptq_takes(monkeypatch):
+    import datasets
+
+    rows = [str(number) for number in range(1200)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: {"text": rows})
+    assert load_text("c4", "evaluation") == " ".join(rows[:1100])
+    assert load_text("c4") == " ".join(rows)

@@ -99,9 +99,10 @@ def test_an_onnx_folder_is_quantized(files, tmp_path):
 REFUSED = [
     (GEN, ("--bitwidth", 4)),
     (GEN, ("--group-size", 32)),
-    (GEN, ("--num-shards", 2)),
+    (GEN, ("--num-shards", 3)),
     (GEN, ("--compare",)),
     (GEN, ("--explain",)),
+    (GEN, ("--activation-bits", 8)),
     (GEN, ("--calib", "x")),
     (GEN, ("--dtype", "bfloat16")),
     (EVAL, ("--agreement",)),

@@ -20,8 +20,11 @@ from qllm.models import Decoder
 from qllm.tokenizer import Tokenizer
 
 PROMPTS, LONGEST, NEW_TOKENS = 200, 60, 12
-# Bitwidths of the layers, and of the head.
-PLANS = (("3", "16"), ("4", "16"), ("8", "16"), ("8:tc-li", "16"), ("4", "8"))
+# Bitwidths of the layers, of the head, and of activations.
+PLANS = (
+    *(("3", "16", "16"), ("4", "16", "16"), ("8", "16", "16"), ("8:tc-li", "16", "16")),
+    *(("4", "8", "16"), ("4", "8", "8")),
+)
 FOUR, TENSOR_CORES = PLANS[1], PLANS[3]
 
 pytestmark = pytest.mark.usefixtures("one_thread", "kernels")
@@ -44,13 +47,14 @@ def prompts(family: str) -> list[list[int]]:
 
 @functools.cache
 def model_of(
-    family: str, plan: tuple[str, str], shards: int = 1, dtype: torch.dtype = torch.float32
+    family: str, plan: tuple[str, str, str], shards: int = 1, dtype: torch.dtype = torch.float32
 ) -> Decoder:
-    layers, head = map(QuantSpec.parse, plan)
+    layers, head = map(QuantSpec.parse, plan[:2])
     rules = QuantPlan.uniform(layers)
     if head.bits < 16:
         rules = rules.with_rule(LM_HEAD, head)
-    return load(tiny(family), plan=rules, num_shards=shards, dtype=dtype)
+    options = {"num_shards": shards, "dtype": dtype, "activation_bits": int(plan[2])}
+    return load(tiny(family), plan=rules, **options)
 
 
 @dataclass(frozen=True)

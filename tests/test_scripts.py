@@ -163,6 +163,14 @@ def test_explain_names_every_layers_kernel(tmp_path):
         assert re.search(rf"^{re.escape(row['layer'])} +{row['format']} +\S.*\S", done.stdout, re.M)
 
 
+def test_explain_says_that_activations_are_int8():
+    options = ("--model-size", "tiny", "--bitwidth", "4", "--activation-bits", "8", "--explain")
+    rows = call_json("qllm_gen.py", *options)["kernels"]
+    assert {row["layer"]: "int8" in row["why"] for row in rows} == {
+        row["layer"]: row["layer"] != "lm_head" for row in rows
+    }
+
+
 def test_stream_prints_the_same_text():
     options = ("--model-name", "llama", "--model-size", "tiny", "--bitwidth", "4")
     rows = run_json("qllm_gen.py", *options)["results"]

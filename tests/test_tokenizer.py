@@ -110,6 +110,22 @@ def test_opt_begins_every_prompt_and_keeps_that_when_it_is_cut(folders):
     assert tokenizer.encode("one two three four five") == [2, *plain]  # no length stays behind
 
 
+def test_what_comes_before_a_text(folders, sentencepiece_folder):
+    """`begin` is the BOS that transformers' tokenizer names, `lead` what it puts in front."""
+    for name, folder in {**folders, "sentencepiece": sentencepiece_folder}.items():
+        tokenizer, other = Tokenizer.load(folder), theirs(folder)
+        assert tokenizer.begin == other.bos_token_id, name
+        added = other("a")["input_ids"] != other("a", add_special_tokens=False)["input_ids"]
+        assert tokenizer.lead == (other.bos_token_id if added else None), name
+
+
+def test_without_a_bos_the_end_of_text_stands_for_it_or_nothing(tmp_path):
+    shutil.copy(tiny("opt") / "tokenizer.json", tmp_path)
+    assert Tokenizer.load(tmp_path).begin is None
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
+    assert Tokenizer.load(tmp_path).begin == 2
+
+
 def test_file_that_asks_for_padding_and_truncation(tmp_path):
     """What a tokenizer was last used with is in its file, and is no part of it."""
     values = json.loads((tiny("bloom") / "tokenizer.json").read_text())

@@ -1,6 +1,7 @@
 """QLLM's own layers, by what a decode step does of them: the recorded call of a kernel.
 
-bfloat16 activations; weight-only layers keep 15 bits and a sign of them, "8:tc-li" int8 of a row.
+bfloat16 activations; weight-only layers keep 15 bits and a sign of them, or int8 of 128 inputs;
+"8:tc-li" int8 of a row.
 """
 
 from __future__ import annotations
@@ -18,22 +19,31 @@ from qllm.quant.packing import PackedWeight, pack
 
 
 def layers(n: int, k: int, bits: str, group: int, copies: int, threads: int) -> list[LayerBench]:
-    """The layer of a bitwidth and group, asymmetric where it is weight-only."""
+    """The layer of a bitwidth and group; weight-only ones asymmetric, and with int8 activations."""
     torch.set_num_threads(threads)
     whole = bits in {"8:tc-li", "16"}
     layer = Layer.draw(n, k, 8 if whole else int(bits), group, symmetric=whole)
-    made = [_make(layer.rolled(i), bits, group) for i in range(copies)]
     return [
-        layer_bench(
-            f"{'per channel' if group == -1 else f'group {group}'}",
-            bits,
-            made[0].nbytes(),
-            layer.dense(),
-            [_recorded(one) for one in made],
-            prepare=torch.Tensor.bfloat16,
-            finish=lambda _, y: y,
-        )
+        _bench(layer, bits, group, copies, int8) for int8 in ((False,) if whole else (False, True))
     ]
+
+
+def _bench(layer: Layer, bits: str, group: int, copies: int, int8: bool) -> LayerBench:
+    """The layer, its activations as int8 or not."""
+    made = [_make(layer.rolled(i), bits, group) for i in range(copies)]
+    if int8:
+        for one in made:
+            one.round_activations()
+    name = "per channel" if group == -1 else f"group {group}"
+    return layer_bench(
+        f"{name}, activations 8" if int8 else name,
+        bits,
+        made[0].nbytes(),
+        layer.dense(),
+        [_recorded(one) for one in made],
+        prepare=torch.Tensor.bfloat16,
+        finish=lambda _, y: y,
+    )
 
 
 def _make(layer: Layer, bits: str, group: int) -> Linear:

@@ -12,7 +12,8 @@ from qllm.checkpoint.load import load_model, module_bytes
 from qllm.config import QuantPlan, QuantSpec
 from qllm.ops.cpu.limits import median_seconds
 
-BITWIDTHS = ("16", "8:tc-li", "8", "4", "3")
+# And bits of the activations.
+BITWIDTHS = (("16", 16), ("8:tc-li", 16), ("8", 16), ("4", 16), ("4", 8), ("3", 16))
 
 
 def models(repository: str, threads: int, folder: Path) -> Iterator[Model]:
@@ -23,15 +24,15 @@ def models(repository: str, threads: int, folder: Path) -> Iterator[Model]:
     """
     torch.set_num_threads(threads)
     source = checkpoint(folder, repository)
-    for bitwidth in BITWIDTHS:
+    for bitwidth, activation_bits in BITWIDTHS:
         plan = QuantPlan.parse(bitwidth)
         if bitwidth != "16":
             plan = plan.with_rule("lm_head", QuantSpec.parse("8"))
-        yield _model(source, bitwidth, plan)
+        yield _model(source, bitwidth, plan, activation_bits)
 
 
-def _model(source: Path, bitwidth: str, plan: QuantPlan) -> Model:
-    model = load_model(source, plan, dtype=torch.bfloat16)
+def _model(source: Path, bitwidth: str, plan: QuantPlan, activation_bits: int) -> Model:
+    model = load_model(source, plan, dtype=torch.bfloat16, activation_bits=activation_bits)
     vocab = model.config.vocab_size
 
     def prefill(tokens: int) -> float:
@@ -49,6 +50,7 @@ def _model(source: Path, bitwidth: str, plan: QuantPlan) -> Model:
         return median_seconds(step, steps)
 
     name = f"QLLM {bitwidth}{'' if bitwidth == '16' else ', head 8'}"
+    name += ", activations 8" if activation_bits == 8 else ""
     read = module_bytes(model)
     if getattr(model.lm_head, "weight", None) is not model.embed.weight:
         read -= module_bytes(model.embed)  # of which a step takes a row

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qllm.checkpoint.formats import Int8Weight
 from qllm.checkpoint.reader import Checkpoint
 from qllm.checkpoint.weights import Weights
-from qllm.config import DEFAULT_ALGORITHM, LM_HEAD, QuantPlan, QuantSpec
+from qllm.config import DEFAULT_ACTIVATION_BITS, DEFAULT_ALGORITHM, LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.layers.weight_only import WeightOnlyLinear
@@ -37,6 +37,7 @@ def load_model(
     num_shards: int = 1,
     calibration: Calibration | None = None,
     cache_shape: tuple[int, int] = (0, 0),
+    activation_bits: int = DEFAULT_ACTIVATION_BITS,
     progress: Progress = iter,
 ) -> Decoder:
     """Load a 16- or 32-bit checkpoint, quantizing each layer as it comes; or a quantized one.
@@ -49,11 +50,14 @@ def load_model(
         num_shards: contiguous layer ranges of about equal bytes.
         calibration: activation ranges, for W8A8 layers.
         cache_shape: rows and tokens of the KV cache that must fit beside the model.
+        activation_bits: 8: layers of 1 to 8 bits multiply activations as int8, one scale per 128
+            inputs; 16: as exactly as 16-bit types allow.
         progress: wraps the list of modules while it is worked through.
 
     Raises:
         UserError: for a broken checkpoint, a plan that does not fit it, too many shards, a model
-            that does not fit into memory, or a layer that needs a calibration and has none.
+            that does not fit into memory, a layer that needs a calibration and has none, or
+            activations of 8 bits where no layer takes them.
     """
     weights = Weights(Checkpoint(folder))
     dtype = dtype or weights.dtype()
@@ -78,6 +82,8 @@ def load_model(
                 setattr(module, key, _read(weights, f"{name}.{key}", dtype, device))
     if config.tied_head:
         model.lm_head = linear_class(QuantSpec()).from_float(model.embed.weight, None, QuantSpec())
+    if activation_bits == 8:
+        _round_activations(model)
     return model
 
 
@@ -96,6 +102,17 @@ def _empty(weights: Weights, specs: dict[str, QuantSpec], dtype: torch.dtype) ->
     if LM_HEAD in specs:  # of a matrix that is tied, the embedding stays as it is
         config = replace(config, tied_head=False)
     return Decoder(config, specs, dtype)
+
+
+def _round_activations(model: Decoder) -> None:
+    layers = [layer for layer in model.modules() if isinstance(layer, WeightOnlyLinear)]
+    if not layers:
+        raise UserError(
+            "activations of 8 bits are for layers of 1 to 8 bits, and this model has none; "
+            "8:tc-li has them already"
+        )
+    for layer in layers:
+        layer.round_activations()
 
 
 def _specs(weights: Weights, plan: QuantPlan) -> dict[str, QuantSpec]:

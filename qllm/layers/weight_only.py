@@ -13,7 +13,7 @@ from qllm.quant.rtn import quantize_rtn
 
 
 class WeightOnlyLinear(QuantizedLinear):
-    """A weight of 1 to 8 bits, group-wise; activations stay as they are.
+    """A weight of 1 to 8 bits, group-wise; activations stay as they are, unless told otherwise.
 
     Buffers until a kernel takes them, for N output and K input channels, b bits, G groups:
 
@@ -74,6 +74,10 @@ class WeightOnlyLinear(QuantizedLinear):
         if order is None:
             return WeightOnlyLinear(*tensors, bias, spec, in_features)
         return ReorderedLinear(*tensors, bias, spec, in_features, order)
+
+    def round_activations(self) -> None:
+        """Multiply activations as int8 from now on, which is faster; before the first use."""
+        self.op = "weight_only_linear_int8"
 
     @property
     def tensors(self) -> PackedWeight:

@@ -201,6 +201,16 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
             "reference", lambda: "dequantize, then a dense product", reference.weight_only_linear
         ),
     ),
+    "weight_only_linear_int8": (
+        Kernel(
+            "cpu", linear.about_int8, linear.weight_only_linear_int8, _packed_why_not, CPU_LAYOUT
+        ),
+        Kernel(
+            "reference",
+            lambda: "activations rounded to int8, then dequantize, and a dense product",
+            reference.weight_only_linear_int8,
+        ),
+    ),
     "int8_linear": (
         Kernel("cpu", linear.about, linear.int8_linear, _packed_why_not, CPU_LAYOUT),
         Kernel(

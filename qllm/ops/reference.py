@@ -13,6 +13,11 @@ from qllm.quant.packing import unpack
 # |q| <= 128, so 1024 products sum to at most 2^24: every partial sum is an exact float32.
 EXACT_FLOAT32_TERMS = 1024
 
+# Of `weight_only_linear_int8`: inputs that share a scale, as in llama.cpp's and OpenVINO's way of
+# doing it; and the size from which a row stays as it is (so do infinities and NaN).
+INT8_BLOCK = 128
+HUGE = 2.0**100
+
 # Weights are dequantized in pieces of about this many: the temporaries stay in cache, and a
 # dense copy of a layer never exists.
 CHUNK_WEIGHTS = 1 << 21
@@ -99,6 +104,44 @@ def weight_only_linear(
         )
         out[:, part] = F.linear(x, weight, None if bias is None else bias[part])
     return out
+
+
+def weight_only_linear_int8(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """`weight_only_linear` of x that is rounded to int8 first, multiplied in float32."""
+    x_int8 = round_blocks(x, group_size)
+    shape = (out_features, bits, group_size)
+    y = weight_only_linear(x_int8, qweight, scales, qzeros, None, *shape)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def round_blocks(x: Tensor, group_size: int) -> Tensor:
+    """x (M, K) as int8 would hold it, in float32.
+
+    Each run of up to INT8_BLOCK inputs of a group has a scale, its largest value / 127. A row with
+    values from HUGE on, infinities or NaN is left as it is.
+    """
+    values = x.float()
+    rounded = torch.empty_like(values)
+    columns = x.shape[1]
+    group = columns if group_size == -1 else min(group_size, columns)
+    for first in range(0, columns, group):
+        end = min(first + group, columns)
+        for start in range(first, end, INT8_BLOCK):
+            part = slice(start, min(start + INT8_BLOCK, end))
+            steps = values[:, part].abs().amax(dim=1, keepdim=True) / 127
+            steps = torch.where(steps == 0, 1.0, steps)
+            rounded[:, part] = (values[:, part] / steps).round_().clamp_(-127, 127) * steps
+    kept = ~(values.abs() < HUGE).all(dim=1, keepdim=True)
+    return torch.where(kept, values, rounded)
 
 
 def int8_linear(

@@ -19,6 +19,7 @@ from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear
 from qllm.layers.fp16 import DenseLinear
+from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.equalize import can_divide
 from qllm.quant.calibrate import Calibration
 
@@ -186,6 +187,19 @@ def test_quantized_layers_take_the_bits_they_say(bitwidth, bits):
             weights = linear.in_features * linear.out_features
             bias = linear.bias.nbytes
             assert module_bytes(linear) - bias == weights * bits // 8 + weights // 128 * 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_activations_stay_close(family):
+    """As far from exact activations as a rounding to 127 steps may be, which 16 bits are not."""
+    tokens = [[5, 9, 200, 31, 7, 1000, 77, 12]]
+    exact = load_model(tiny(family), QuantPlan.parse("4")).prefill(tokens)
+    model = load_model(tiny(family), QuantPlan.parse("4"), activation_bits=8)
+    assert {layer.op for layer in model.modules() if isinstance(layer, WeightOnlyLinear)} == {
+        "weight_only_linear_int8"
+    }
+    error = (model.prefill(tokens) - exact).norm() / exact.norm()
+    assert 1e-4 < error < 0.05
 
 
 def sparse_checkpoint(folder, layers: int) -> int:

@@ -198,6 +198,17 @@ def test_rows_see_nothing_but_their_own_tokens(family):
     assert_logits_close(got[:, ::2], clean[:, ::2])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_is_hidden_states_and_the_head(family):
+    model, prompts = our_bundled(family), draw_prompts([5, 9], 4096)
+    logits = model.logits(model.hidden(prompts))
+    assert torch.equal(model.prefill(prompts, last=False), logits)
+    assert torch.equal(model.prefill(prompts), logits[[4, 13]])
+    cache = model.new_cache(2, 9)
+    model.hidden(prompts, cache)
+    assert cache.lengths == [5, 9]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_is_as_good_as_transformers(family, dtype):

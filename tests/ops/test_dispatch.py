@@ -102,6 +102,17 @@ def weight_only_example(request: Request, rows: int, dtype: torch.dtype):
     return arguments, *product(x, matrix, bias)
 
 
+def weight_only_int8_example(request: Request, rows: int, dtype: torch.dtype):
+    arguments, *_ = weight_only_example(request, rows, dtype)
+    matrix = reference.dequantize(
+        *(arguments[name] for name in ("qweight", "scales", "qzeros", "bits", "group_size")),
+        request.in_features,
+        torch.float64,
+    )
+    rounded = torch.from_numpy(exact.int8_blocks(arguments["x"], request.group_size))
+    return arguments, *product(rounded, matrix.numpy(), arguments["bias"])
+
+
 def int8_example(request: Request, rows: int, dtype: torch.dtype, *, static: bool):
     random = np.random.default_rng(rows)
     x = normal(rows, request.in_features).to(dtype)
@@ -193,6 +204,7 @@ def attention_example(
 EXAMPLES = {
     "dense_linear": (dense_example,),
     "weight_only_linear": (weight_only_example,),
+    "weight_only_linear_int8": (weight_only_int8_example,),
     "int8_linear": (partial(int8_example, static=False), partial(int8_example, static=True)),
     "embedding": (embedding_example,),
     "layer_norm": tuple(
@@ -218,6 +230,9 @@ EXAMPLES = {
     ),
 }
 EXACT = ("int8_linear", "embedding", "add")
+# Of a unit in the last place of the largest sum: what a kernel may add to the reference's error.
+# Scales of activations that are no powers of two round every product.
+SLACK = {"weight_only_linear_int8": 1 / 2}
 
 
 def stored_weight(arguments: dict) -> PackedWeight:
@@ -267,7 +282,7 @@ def test_kernel_computes_the_op(op, name):
         allowed = np.abs(exact.numpy(specification(**arguments)) - want).max()
         size *= torch.finfo(dtype).eps
         assert allowed <= 2 * size
-        assert error <= 2 * allowed + size / 16
+        assert error <= 2 * allowed + size * SLACK.get(op, 1 / 16)
 
 
 @pytest.mark.parametrize(("op", "name"), KERNEL_CASES)

@@ -12,7 +12,7 @@ from qllm.quant.packing import PackedWeight, packed_size
 
 LANES, SLAB, VECTOR = 16, 32, 64  # of the layout, as in kernels.h
 SMALLEST_GROUP = 16  # every group is filled up to a slab
-WEIGHT_ONLY, INT8_DYNAMIC, INT8_STATIC = range(3)
+WEIGHT_ONLY, WEIGHT_ONLY_INT8, INT8_DYNAMIC, INT8_STATIC = range(4)
 
 # As in kernels.h.
 Linear = structure(
@@ -30,6 +30,11 @@ Packing = structure(
 def about() -> str:
     """What the kernels do, for `--explain`."""
     return f"{library.about()}; activations as integers, exact sums within a group"
+
+
+def about_int8() -> str:
+    """The same of `weight_only_linear_int8`."""
+    return f"{library.about()}; activations as int8, exact sums within a block of 128 inputs"
 
 
 def why_not(device: str, in_features: int, group_size: int) -> str | None:
@@ -119,6 +124,21 @@ def weight_only_linear(
     """`reference.weight_only_linear` on tensors of `pack`."""
     shape = (out_features, bits, group_size)
     return _linear(x, PackedWeight(qweight, scales, qzeros), bias, shape, WEIGHT_ONLY)
+
+
+def weight_only_linear_int8(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """`reference.weight_only_linear_int8` on tensors of `pack`."""
+    shape = (out_features, bits, group_size)
+    return _linear(x, PackedWeight(qweight, scales, qzeros), bias, shape, WEIGHT_ONLY_INT8)
 
 
 def int8_linear(

@@ -144,6 +144,23 @@ def test_products_are_those_of_vectors(tiles, bits, group_size):
             assert torch.equal(ours, expected), (rows, shape, zeros, dtype)
 
 
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_products_of_int8_activations_are_those_of_vectors(tiles, bits, group_size):
+    for (i, zeros), dtype in itertools.product(enumerate((0, 256)), DTYPES):
+        shape = SHAPES[(bits + i + DTYPES.index(dtype)) % len(SHAPES)]
+        weight = random_weight(shape, bits, group_size, zeros)
+        x, bias = activations(200, shape[1], dtype), normal(shape[0]).to(dtype)
+        for rows, ours, expected in on_both(
+            tiles,
+            x,
+            lambda x, w=weight, b=bias: linear.weight_only_linear_int8(
+                x, *w[:3], b, len(b), bits, group_size
+            ),
+        ):
+            assert torch.equal(ours, expected), (rows, shape, zeros, dtype)
+
+
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("inputs", [1, 31, 64, 200, 300, 513])
 def test_int8_products_are_those_of_vectors(tiles, inputs, static):

@@ -82,7 +82,8 @@ def run_linear(dtype: torch.dtype, fence) -> None:
         for bits, group, scheme in ((3, 32, "asym"), (4, -1, "sym"), (8, 20, "asym")):
             packed = random_weight(shape, bits, group, scheme).packed
             tensors = [fence(part) for part in packed[:3]]
-            linear.weight_only_linear(x, *tensors, bias, shape[0], bits, group)
+            for run in (linear.weight_only_linear, linear.weight_only_linear_int8):
+                run(x, *tensors, bias, shape[0], bits, group)
         packed = Int8.random(shape).packed
         for scale in (None, fence(torch.tensor(0.02))):
             tensors = [fence(part) for part in packed[:2]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import exact
 import numpy as np
 import pytest
 import torch
@@ -427,3 +428,44 @@ def test_any_int8_product(data):
     )
     torch.set_num_threads(data.draw(st.integers(1, 3)))
     weight.assert_exact(x, bias, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_int8_activations(bits, dtype):
+    # What int8 cannot hold of x is lost; nothing else is but one rounding.
+    for i, (group_size, scheme) in enumerate(itertools.product((*GROUPS, 256), SCHEMES)):
+        shape, rows = SHAPES[i % len(SHAPES)], ROWS[i % len(ROWS)]
+        weight = random_weight(shape, bits, group_size, scheme)
+        x, bias = normal(rows, shape[1], dtype=dtype), normal(shape[0], dtype=dtype)
+        got = weight.everywhere_int8(x, bias)
+        rounded = torch.from_numpy(exact.int8_blocks(x, group_size))
+        want, size = weight.exact(rounded, bias), weight.size(rounded, bias)
+        error = (got.double() - want).abs()
+        allowed = 2.0**-22 * size + torch.finfo(dtype).eps / 2 * want.abs()
+        assert got.dtype == dtype and (error <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_a_row_with_int8_activations_does_not_see_the_others(bits, dtype):
+    for outputs, group_size in zip((16, 67, 96, 129), (-1, 20, 32, 128), strict=True):
+        weight = random_weight((outputs, 300), bits, group_size)
+        x = normal(200, 300, dtype=dtype)
+        expected = weight.everywhere_int8(x)
+        x[198, 7], x[199, 200] = math.nan, math.inf
+        for rows in (1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 33, 193):
+            assert same(weight.everywhere_int8(x[:rows]), expected[:rows]), rows
+        got = weight.everywhere_int8(x)
+        assert same(got[:198], expected[:198])
+        assert torch.equal(pattern(got[198:]), pattern(weight.reference(x[198:])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_int8_activations_of_huge_numbers_are_left_alone(dtype):
+    weight = random_weight((40, 300), 4, 128)
+    x = (normal(6, 300) * 2.0 ** torch.tensor([[0, 90, 98, 101, 110, -140]]).t()).to(dtype)
+    got = weight.everywhere_int8(x)
+    for row in (3, 4):
+        assert x[row].abs().max() >= 2.0**100
+        assert same(got[row], weight.everywhere(x[row : row + 1])[0])

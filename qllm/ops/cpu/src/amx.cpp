@@ -67,7 +67,7 @@ static bool products_are_right(int64_t slabs) {
         Tiles tiles;
         Linear a = {};
         a.bits = 8;
-        Operands o = {w, panel_bytes, scales, zeros, x, slabs, scales, zeros, zeros,
+        Operands o = {w, panel_bytes, scales, zeros, x, slabs, false, scales, zeros, zeros,
                       reinterpret_cast<float *>(out)};
         tiles.begin(o, a, w, PANELS, slabs);
         tiles.multiply<1>(o, R, PANELS);

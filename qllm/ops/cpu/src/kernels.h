@@ -15,9 +15,10 @@ enum Type : int64_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
 // How a linear layer treats its activations.
 enum Mode : int64_t {
-    WEIGHT_ONLY = 0,   // as integers of 15 or 23 bits and a sign, one scale per block of inputs
-    INT8_DYNAMIC = 1,  // as int8, one scale per row
-    INT8_STATIC = 2,   // as int8, one scale for all
+    WEIGHT_ONLY = 0,       // as integers of 16 or 32 bits, one scale per block of inputs
+    WEIGHT_ONLY_INT8 = 1,  // as int8, one scale per block of inputs
+    INT8_DYNAMIC = 2,      // as int8, one scale per row
+    INT8_STATIC = 3,       // as int8, one scale for all
 };
 
 // The layout of a weight (N, K) of b bits in groups of g:

@@ -10,10 +10,12 @@
 namespace qllm {
 namespace {
 
-typedef uint8_t Bytes __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(64)));
+// May alias: bytes of all sorts are read as these.
+typedef uint8_t Bytes __attribute__((vector_size(64), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(64), may_alias));
 
 constexpr int64_t AHEAD = 2048;  // bytes to prefetch ahead of what is read
+constexpr int64_t PACK_AHEAD = 512;  // the same in each of the LANES rows that are packed
 
 // Where the planes of a slab begin, in bits of a value; a plane of p bits is p vectors long, so
 // this counts vectors as well. 7 bits: the plane of 4 at 0, of 2 at 4, of 1 at 6.
@@ -120,6 +122,67 @@ static uint64_t read_values(const uint8_t *row, const uint8_t *end, int64_t bit,
 #endif
 }
 
+// A byte each for 8 values that begin with a byte; 8 bytes are read.
+static inline uint64_t spread(const uint8_t *from, uint64_t mask, int bits) {
+#if defined(__BMI2__)
+    uint64_t word;
+    __builtin_memcpy(&word, from, 8);
+    (void)bits;
+    return _pdep_u64(word, mask);
+#else
+    (void)mask;
+    return read_values(from, from + 8, 0, bits);
+#endif
+}
+
+// The values from `start` on of LANES rows, a slab of them or what is left of a group.
+static void read_slab(const Packing &p, int64_t first, int64_t lanes, int64_t start, int64_t count,
+                      uint32_t (&bytes)[STEPS][LANES]) {
+    const int bits = int(p.bits);
+    const int64_t at = start * bits / 8;
+    if (count == SLAB && start % 8 == 0 && at + 3 * bits + 8 <= p.row_bytes) {
+        const uint64_t mask = ((1u << bits) - 1) * 0x0101010101010101ull;
+        for (int64_t lane = 0; lane < lanes; lane++) {
+            const uint8_t *row = p.rows + (first + lane) * p.row_bytes + at;
+            __builtin_prefetch(row + PACK_AHEAD);
+            for (int i = 0; i < SLAB / 8; i++) {
+                uint64_t values = spread(row + i * bits, mask, bits);
+                bytes[2 * i][lane] = uint32_t(values);
+                bytes[2 * i + 1][lane] = uint32_t(values >> 32);
+            }
+        }
+        return;
+    }
+    for (int64_t lane = 0; lane < lanes; lane++) {
+        const uint8_t *row = p.rows + (first + lane) * p.row_bytes;
+        for (int64_t i = 0; i < count; i += 8) {
+            uint64_t values = read_values(row, row + p.row_bytes, (start + i) * bits, bits);
+            if (count - i < 8) values &= (uint64_t(1) << (8 * (count - i))) - 1;
+            bytes[i / STEP][lane] = uint32_t(values);
+            bytes[i / STEP + 1][lane] = uint32_t(values >> 32);
+        }
+    }
+}
+
+template <typename T>
+void pack_grid(const T *from, T *to, int64_t lanes, int64_t groups) {
+    for (int64_t lane = 0; lane < LANES; lane++) to[lane] = lane < lanes ? from[lane * groups] : 0;
+}
+
+// The scales and zeros of a group of a panel.
+static void pack_grid(const Packing &p, int64_t panel, int64_t lanes, int64_t group,
+                      int64_t groups) {
+    int64_t from = panel * LANES * groups + group, to = (panel * groups + group) * LANES;
+    if (p.scale_bytes == 4) {
+        pack_grid(reinterpret_cast<const uint32_t *>(p.row_scales) + from,
+                  reinterpret_cast<uint32_t *>(p.scales) + to, lanes, groups);
+    } else {
+        pack_grid(reinterpret_cast<const uint16_t *>(p.row_scales) + from,
+                  reinterpret_cast<uint16_t *>(p.scales) + to, lanes, groups);
+    }
+    if (p.zeros) pack_grid(p.row_zeros + from, p.zeros + to, lanes, groups);
+}
+
 // Panel by panel; a group's inputs begin a slab, and what fills up panels and slabs is zero.
 static void pack(const Packing &p) {
     int64_t panels = (p.out + LANES - 1) / LANES, slabs = row_slabs(p.in, p.group);
@@ -133,26 +196,10 @@ static void pack(const Packing &p) {
             for (int64_t start = group * p.group; start < end; start += SLAB, to += 64 * bits) {
                 alignas(64) uint32_t bytes[STEPS][LANES] = {};
                 int64_t count = end - start < SLAB ? end - start : SLAB;
-                for (int64_t lane = 0; lane < lanes; lane++) {
-                    const uint8_t *row = p.rows + (panel * LANES + lane) * p.row_bytes;
-                    for (int64_t i = 0; i < count; i += 8) {
-                        uint64_t values = read_values(row, row + p.row_bytes, (start + i) * bits,
-                                                      int(bits));
-                        if (count - i < 8) values &= (uint64_t(1) << (8 * (count - i))) - 1;
-                        bytes[i / STEP][lane] = uint32_t(values);
-                        bytes[i / STEP + 1][lane] = uint32_t(values >> 32);
-                    }
-                }
+                read_slab(p, panel * LANES, lanes, start, count, bytes);
                 pack_slab(reinterpret_cast<uint8_t *>(bytes), to, int(bits));
             }
-            for (int64_t lane = 0; lane < LANES; lane++) {
-                int64_t at = (panel * groups + group) * LANES + lane;
-                int64_t from = (panel * LANES + lane) * groups + group;
-                for (int64_t i = 0; i < p.scale_bytes; i++)
-                    p.scales[at * p.scale_bytes + i] =
-                        lane < lanes ? p.row_scales[from * p.scale_bytes + i] : 0;
-                if (p.zeros) p.zeros[at] = lane < lanes ? p.row_zeros[from] : 0;
-            }
+            pack_grid(p, panel, lanes, group, groups);
         }
     }
 }

@@ -1,8 +1,9 @@
 // y = x W^T + b for packed weights, in terms of an instruction set's `isa_*.h` and a `tile.h`.
 //
-// Activations become integers, block by block of up to BLOCK inputs of one group, with a power of
-// two (for int8 layers: the row's or the tensor's scale) to multiply with. An integer is split
-// into int8 planes, one for every 8 bits; a plane of a row is a stream. A block of weights is
+// Activations become integers, block by block of up to BLOCK inputs of one group, with a scale to
+// multiply with: a power of two, for int8 the block's largest value over 127, or, in int8 layers,
+// the row's or the tensor's. An integer is split into int8 planes, one for every 8 bits; a plane of
+// a row is a stream. A block of weights is
 // unpacked to bytes in cache, and multiplied with tiles of streams in int32, which is exact.
 // Sums over blocks are in float32, one fused multiply-add each, in the order of the inputs. So a
 // row's result is the same to the bit whatever else is computed beside it, and on every path.
@@ -19,6 +20,7 @@ namespace {
 constexpr int64_t BLOCK_SLABS = 4;   // 128 inputs: 128 * 255 * 2^15 is below 2^31
 constexpr int64_t CHUNK_ROWS = 192;  // rows whose sums stay in cache: 48 KiB
 constexpr int64_t MOST_ROWS = 1536;  // rows whose activations are held at once
+constexpr int64_t ROWS_AHEAD = 8;    // to prefetch while activations become integers
 constexpr int64_t FEW_ROWS = 16;     // up to here memory is the limit: threads read runs of panels
 
 // |x| from 2^100 on, infinities and NaN are left to float arithmetic.
@@ -46,6 +48,9 @@ struct Activations {
 };
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Whether blocks have scales of their own.
+static inline bool is_scaled(const Linear &a) { return a.mode <= WEIGHT_ONLY_INT8; }
 
 static inline float float_of(uint32_t bits) {
     float value;
@@ -78,23 +83,29 @@ template <int P> int exponent_of(int32_t largest) {
     return scaled > TOP ? exponent + 1 : exponent;
 }
 
-// One row of one block as integers. `scale` is that of int8; the others find their own.
+// One row of one block as integers. Blocks that are not scaled have the row's `scale`.
 template <int P>
 void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int64_t start,
               float scale) {
     const Block &block = x.block[b];
-    VF up = set_f(1), up_again = set_f(1), step = set_f(scale);
-    if (P > 1) {
+    VF up = set_f(1), up_again = set_f(1);
+    if (is_scaled(a)) {
         int32_t largest = largest_bits(a, start, block.inputs);
         if (largest >= HUGE_BITS) {
             x.huge[row] = 1;
             largest = 0;
         }
-        int exponent = exponent_of<P>(largest), half = -exponent / 2;
-        scale = power_of_two(exponent);
-        up = set_f(power_of_two(half));
-        up_again = set_f(power_of_two(-exponent - half));
+        if (P > 1) {
+            int exponent = exponent_of<P>(largest), half = -exponent / 2;
+            scale = power_of_two(exponent);
+            up = set_f(power_of_two(half));
+            up_again = set_f(power_of_two(-exponent - half));
+        } else {
+            scale = float_of(largest) / 127;
+            if (scale == 0) scale = 1;
+        }
     }
+    const VF step = set_f(scale), lowest = set_f(is_scaled(a) ? -127 : -128);
     int64_t tile_row = row / TILE_ROWS<P> * TILE_ROWS<P>;
     int64_t streams = smaller(TILE_ROWS<P>, x.rows - tile_row) * P;
     int64_t stream = (row - tile_row) * P;
@@ -109,7 +120,7 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
             if (P > 1) {
                 whole = round_i(mul_f(mul_f(value, up), up_again));
             } else {
-                whole = round_i(max_f(set_f(-128), min_f(set_f(127), div_f(value, step))));
+                whole = round_i(max_f(lowest, min_f(set_f(127), div_f(value, step))));
             }
             VI all = whole, top = whole;
             for (int plane = P - 1; plane >= 0; plane--) {
@@ -127,15 +138,22 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
                                  bytes[plane] + t * STEP, STEPS_TOGETHER * STEP);
     }
     int64_t at = b * x.rows + row;
-    if (P > 1) x.scale[at] = scale;  // int8 has one for all blocks, which is there
+    if (is_scaled(a)) x.scale[at] = scale;  // else one for all blocks, which is there
     x.sum[at] = sum_of_i(sum);
     if (P == 4) x.low_sum[at] = sum_of_i(low_sum);
+}
+
+// Of a row of a block, which is too short a run for the machine to see it coming.
+static void prefetch(const Linear &a, int64_t start, int64_t count) {
+    const int64_t bytes = a.x_type == FLOAT32 ? 4 : 2;
+    const char *from = static_cast<const char *>(a.x) + start * bytes;
+    for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(from + i);
 }
 
 // A thread's share of the activations, `first` being their first row in a.x. It takes whole blocks:
 // the rows of a tile lie side by side in cache lines, which threads would take from each other.
 template <int P> void quantize_share(const Linear &a, const Activations &x, int64_t first) {
-    if (P == 1) {
+    if (!is_scaled(a)) {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < x.rows; row++) {
             float scale = a.input_scale ? *a.input_scale : 0;
@@ -150,7 +168,9 @@ template <int P> void quantize_share(const Linear &a, const Activations &x, int6
     for (int64_t b = 0; b < x.blocks; b++)
         for (int64_t row = 0; row < x.rows; row++) {
             int64_t start = (first + row) * a.x_stride + x.block[b].input;
-            quantize<P>(a, x, row, b, start, P == 1 ? x.scale[row] : 1);
+            if (row + ROWS_AHEAD < x.rows)
+                prefetch(a, start + ROWS_AHEAD * a.x_stride, x.block[b].inputs);
+            quantize<P>(a, x, row, b, start, is_scaled(a) ? 1 : x.scale[row]);
         }
 }
 
@@ -165,7 +185,7 @@ void finish(const Linear &a, const Activations &x, int64_t first, int64_t row, i
             if (count <= 0) break;
             const float *sum = sums + r * GROUP_LANES + lane;
             VF value;
-            if (P > 1) {
+            if (is_scaled(a)) {
                 value = load_f(sum);
             } else {
                 value = to_float(load_i(reinterpret_cast<const int32_t *>(sum)));
@@ -249,6 +269,7 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
             o.w_stride = block.slabs * SLAB * LANES;
             o.scales = grid.scales;
             o.zeros = grid.zeros;
+            o.scaled = is_scaled(a);
             for (int64_t p = 0; p < panels; p++) {
                 const uint8_t *q = a.q + ((panel + p) * x.slabs + block.slab) * 64 * a.bits;
                 for (int64_t s = 0; s < block.slabs; s++)
@@ -264,7 +285,7 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
         }
         tiles.end<P>();
         finish<P>(a, x, first, row, rows, panel, panels, sums, grid.scales);
-        for (int64_t r = row; P > 1 && r < row + rows; r++)
+        for (int64_t r = row; r < row + rows; r++)
             if (x.huge[r]) multiply_huge(a, first + r, panel, panels);
     }
 }
@@ -298,6 +319,7 @@ __attribute__((noinline)) void multiply_few(const Linear &a, const Activations &
     o.out = out;
     o.scales = grid.scales;
     o.zeros = grid.zeros;
+    o.scaled = is_scaled(a);
     for (int64_t b = 0; b < x.blocks; b++) {
         if (x.block[b].group != group) grid.load(a, panel, N, group = x.block[b].group);
         point_at(o, x, P, b, 0);
@@ -312,44 +334,50 @@ __attribute__((noinline)) void multiply_few(const Linear &a, const Activations &
     }
 }
 
-// Panels up to `end`; false where there are too many rows.
-template <int BITS, int P, int R>
-bool multiply_few(const Linear &a, const Activations &x, int64_t first, int64_t panel, int64_t end,
-                  float *sums) {
-    if constexpr (P * R <= FEW_STREAMS) {
-        if (x.rows != R) return multiply_few<BITS, P, R + 1>(a, x, first, panel, end, sums);
+// What multiplies so many panels at once, and one; null where there are too many rows.
+struct Few {
+    void (*many)(const Linear &, const Activations &, int64_t, Grid &, float *) = nullptr;
+    void (*one)(const Linear &, const Activations &, int64_t, Grid &, float *) = nullptr;
+    int64_t panels = 0;
+};
+
+// For int8 activations of other than 8 bits rows are too many earlier: the compiler takes long.
+template <int BITS, int P, int R = 1> Few few_of(int64_t rows) {
+    if constexpr (P * R <= (P == 1 && BITS < 8 ? FEW_STREAMS / 4 : FEW_STREAMS)) {
+        if (rows != R) return few_of<BITS, P, R + 1>(rows);
         constexpr int N = P * R <= 4 ? 4 : 2;
-        Grid grid;
-        while (panel < end) {
-            int64_t panels = end - panel < N ? 1 : N;
-            for (int64_t i = 0; i < R * GROUP_LANES; i += WIDTH) store_f(sums + i, set_f(0));
-            if (panels == N) {
-                multiply_few<BITS, P, R, N>(a, x, panel, grid, sums);
-            } else {
-                multiply_few<BITS, P, R, 1>(a, x, panel, grid, sums);
-            }
-            finish<P>(a, x, first, 0, R, panel, panels, sums, grid.scales);
-            for (int64_t r = 0; P > 1 && r < R; r++)
-                if (x.huge[r]) multiply_huge(a, first + r, panel, panels);
-            panel += panels;
-        }
-        return true;
+        return {multiply_few<BITS, P, R, N>, multiply_few<BITS, P, R, 1>, N};
     } else {
-        return false;
+        return {};
     }
 }
 
-template <int P, int BITS = 8>
-bool multiply_if_few(const Linear &a, const Activations &x, int64_t first, int64_t panel,
-                     int64_t end, float *sums) {
+template <int P, int BITS = 8> Few few_of_bits(int64_t bits, int64_t rows) {
     // float32 goes through the cache, which spares a third of the functions.
     if constexpr (P <= 2) {
-        if (a.bits == BITS) return multiply_few<BITS, P, 1>(a, x, first, panel, end, sums);
-        // int8 layers have 8 bits.
-        if constexpr (P == 2 && BITS > 1)
-            return multiply_if_few<P, BITS - 1>(a, x, first, panel, end, sums);
+        if (bits == BITS) return few_of<BITS, P>(rows);
+        if constexpr (BITS > 1) return few_of_bits<P, BITS - 1>(bits, rows);
     }
-    return false;
+    return {};
+}
+
+// Panels up to `end`; false where there are too many rows.
+template <int P>
+bool multiply_if_few(const Linear &a, const Activations &x, int64_t first, int64_t panel,
+                     int64_t end, float *sums) {
+    const Few few = few_of_bits<P>(a.bits, x.rows);
+    if (!few.many) return false;
+    Grid grid;
+    while (panel < end) {
+        int64_t panels = end - panel < few.panels ? 1 : few.panels;
+        for (int64_t i = 0; i < x.rows * GROUP_LANES; i += WIDTH) store_f(sums + i, set_f(0));
+        (panels == 1 ? few.one : few.many)(a, x, panel, grid, sums);
+        finish<P>(a, x, first, 0, x.rows, panel, panels, sums, grid.scales);
+        for (int64_t r = 0; r < x.rows; r++)
+            if (x.huge[r]) multiply_huge(a, first + r, panel, panels);
+        panel += panels;
+    }
+    return true;
 }
 #else
 template <int P>

@@ -21,10 +21,11 @@ struct Operands {
     const int32_t *zeros;  // (panels, LANES)
     const int8_t *x;       // the tile's, as `place` says
     int64_t slabs;
+    bool scaled;              // blocks have scales; without, their sums stay integers (one plane)
     const float *x_scale;     // (rows,)
     const int32_t *sum;       // (rows,): of the first two planes together
     const int32_t *low_sum;   // (rows,): of the third and fourth
-    float *out;               // (rows, GROUP_LANES), added to; int32 for one plane
+    float *out;               // (rows, GROUP_LANES), added to; int32 where not scaled
 };
 
 // Two planes as one integer.

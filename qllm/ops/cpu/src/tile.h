@@ -38,7 +38,7 @@ template <int P, int R, int V> struct Sums {
     // Adds the block's results, scaled, to those of the blocks before it.
     template <int I = 0> INLINE void finish(const Operands &o, int64_t lane) {
         VI zero = load_i(o.zeros + lane + I * WIDTH);
-        VF scale = P > 1 ? load_f(o.scales + lane + I * WIDTH) : set_f(0);
+        VF scale = load_f(o.scales + lane + I * WIDTH);
         finish_row<I>(o, o.out + lane + I * WIDTH, zero, scale);
         if constexpr (I + 1 < V) finish<I + 1>(o, lane);
     }
@@ -46,17 +46,18 @@ template <int P, int R, int V> struct Sums {
     template <int I, int ROW = 0>
     INLINE void finish_row(const Operands &o, float *out, VI zero, VF scale) {
         constexpr int AT = ROW * P * V + I;
-        VI zero_sum = mul_i(zero, set_i(o.sum[ROW]));
-        if constexpr (P == 1) {
-            int32_t *whole = reinterpret_cast<int32_t *>(out);
-            store_i(whole, add_i(load_i(whole), sub_i(of[AT], zero_sum)));
-        } else {
-            VI high = sub_i(pair(of[AT], of[AT + V]), zero_sum), low = zero_i();
-            if constexpr (P == 4) {
-                low = pair(of[AT + 2 * V], of[AT + 3 * V]);
-                low = sub_i(low, mul_i(zero, set_i(o.low_sum[ROW])));
-            }
+        VI high = of[AT], low = zero_i();
+        if constexpr (P > 1) high = pair(high, of[AT + V]);
+        high = sub_i(high, mul_i(zero, set_i(o.sum[ROW])));
+        if constexpr (P == 4) {
+            low = pair(of[AT + 2 * V], of[AT + 3 * V]);
+            low = sub_i(low, mul_i(zero, set_i(o.low_sum[ROW])));
+        }
+        if (P > 1 || o.scaled) {
             add_scaled<P>(out, high, low, o.x_scale[ROW], scale);
+        } else {
+            int32_t *whole = reinterpret_cast<int32_t *>(out);
+            store_i(whole, add_i(load_i(whole), high));
         }
         if constexpr (ROW + 1 < R) finish_row<I, ROW + 1>(o, out + GROUP_LANES, zero, scale);
     }

@@ -136,7 +136,7 @@ class Tiles {
 
     // All results are in memory after this.
     template <int P> void end() {
-        if (P > 1) finish<P>();
+        finish<P>();
     }
 
   private:
@@ -154,14 +154,36 @@ class Tiles {
     int64_t inputs_ = 0;  // of the shapes in use
     bool zeros_left_;
     alignas(64) int32_t zero_left_[GROUP_LANES];
-    alignas(64) int32_t sums_[8 * SUMS];  // (planes, 2 panels, ROWS, LANES)
+    alignas(64) int32_t sums_[8 * SUMS];  // (planes or row tiles, 2 panels, ROWS, LANES)
     Pending pending_;
 
     template <int P, int W>
     __attribute__((noinline)) void multiply_panels(const Operands &o, int64_t rows, int64_t panel) {
         const uint8_t *w = o.w + panel * o.w_stride;
         const int64_t inputs = tile_inputs(o.slabs), stride = P * inputs, streams = P * rows;
-        if constexpr (P == 1) {
+        if (P > 1) {
+            for (int plane = 0; plane < P; plane += 2) {
+                clear_sums<2, W>();
+                add_products<2, W>(o, o.x + plane * inputs, inputs, stride, streams, w);
+                // While tiles multiply, and before their sums take the place of those.
+                if (plane == 0) finish<P>();
+                store_sums<2, W>(sums_ + plane * 2 * SUMS, 2 * SUMS, SUMS, LANES * 4);
+            }
+            postpone<W>(o, rows, panel);
+        } else if (o.scaled) {
+            if (rows > ROWS) {
+                clear_sums<2, W>();
+                add_products<2, W>(o, o.x, ROWS * stride, stride, streams, w);
+                finish<P>();
+                store_sums<2, W>(sums_, 2 * SUMS, SUMS, LANES * 4);
+            } else {
+                clear_sums<1, W>();
+                add_products<1, W>(o, o.x, 0, stride, streams, w);
+                finish<P>();
+                store_sums<1, W>(sums_, 0, SUMS, LANES * 4);
+            }
+            postpone<W>(o, rows, panel);
+        } else {
             // Nothing to scale: sums over blocks stay integers. They come and go as tiles.
             int32_t *out = reinterpret_cast<int32_t *>(o.out) + panel * LANES;
             constexpr int64_t NEXT = ROWS * GROUP_LANES, OUT_STRIDE = GROUP_LANES * 4;
@@ -174,15 +196,6 @@ class Tiles {
                 add_products<1, W>(o, o.x, 0, stride, streams, w);
                 store_sums<1, W>(out, NEXT, LANES, OUT_STRIDE);
             }
-        } else {
-            for (int plane = 0; plane < P; plane += 2) {
-                clear_sums<2, W>();
-                add_products<2, W>(o, o.x + plane * inputs, inputs, stride, streams, w);
-                // While tiles multiply, and before their sums take the place of those.
-                if (plane == 0) finish<P>();
-                store_sums<2, W>(sums_ + plane * 2 * SUMS, 2 * SUMS, SUMS, LANES * 4);
-            }
-            postpone<W>(o, rows, panel);
         }
     }
 
@@ -222,7 +235,9 @@ class Tiles {
             const VF scale = load_f(pending_.scales + p * LANES);
             const VI zero = load_i(pending_.zero_left + p * LANES);
             for (int64_t r = 0; r < rows; r++, from += LANES, out += GROUP_LANES) {
-                VI high = pair(load_i(from), load_i(from + 2 * SUMS)), low = zero_i();
+                if (P == 1 && r == ROWS) from += SUMS;  // to the second tile: past the other panel
+                VI high = load_i(from), low = zero_i();
+                if constexpr (P > 1) high = pair(high, load_i(from + 2 * SUMS));
                 if constexpr (P == 4) low = pair(load_i(from + 4 * SUMS), load_i(from + 6 * SUMS));
                 if constexpr (ZEROS) {
                     high = sub_i(high, mul_i(zero, set_i(sum[r])));
