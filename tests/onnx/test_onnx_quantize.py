@@ -19,6 +19,7 @@ from qllm.onnx.graph import MODEL
 from qllm.onnx.linears import SCOPES, find_linears
 from qllm.onnx.quantize import OnnxJob, quantize_onnx
 from qllm.onnx.runner import OnnxDecoder
+from qllm.onnx.stages import Stages
 from qllm.quantize.checkpoint import Job, quantize_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -216,3 +217,35 @@ def test_two_weights_that_are_one_are_quantized_twice(tmp_path, own):
     model = onnx.load(tmp_path / "out" / MODEL, load_external_data=False)
     left = {tensor.name for tensor in model.graph.initializer}
     assert left & names == {"embed.weight"}
+
+
+def test_stages_whose_inputs_are_read_early(tmp_path):
+    """Something reads the input of the second group before the first group's linear runs."""
+    node, value = helper.make_node, helper.make_tensor_value_info
+    graph = graph_of(
+        node("Cast", ["input_ids"], ["wide"], to=1),
+        node("Unsqueeze", ["wide", "axis"], ["x"]),
+        node("Relu", ["x"], ["y"]),
+        node("Exp", ["y"], ["read"]),
+        node("MatMul", ["x", "first"], ["a"]),
+        node("Add", ["a", "read"], ["b"]),
+        node("MatMul", ["y", "second"], ["c"]),
+        node("Add", ["b", "c"], ["d"]),
+        node("MatMul", ["d", "third"], ["logits"]),
+        first=(1, 4),
+        second=(1, 4),
+        third=(4, 2),
+    )
+    graph.initializer.append(numpy_helper.from_array(torch.tensor([2]).numpy(), "axis"))
+    graph.input.append(value("input_ids", onnx.TensorProto.INT64, [1, None]))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    samples = [[0, 1, 2], [3, 1, 4]]
+    stages = Stages(model, find_linears(graph, 99), tmp_path, samples, tmp_path / "states")
+    first, second, third = stages.groups
+    x = torch.tensor(samples)[:, None, :, None].float()
+    assert torch.equal(torch.stack(list(stages.run(first))), x)
+    stages.replace(first[0], torch.full((4, 1), 2.0))
+    assert torch.equal(torch.stack(list(stages.run(second))), x)
+    stages.replace(second[0], torch.full((4, 1), 3.0))
+    want = (2 * x + x.exp() + 3 * x).expand(-1, -1, -1, 4)
+    torch.testing.assert_close(torch.stack(list(stages.run(third))), want)
