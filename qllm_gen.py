@@ -2,6 +2,7 @@
 
 python3 qllm_gen.py --model-name bloom --model-size 560m --bitwidth 4 --num-shards 3
 python3 qllm_gen.py --model-name bloom --model-size tiny --bitwidth 4 --compare
+torchrun --nproc-per-node 2 qllm_gen.py --model-name bloom --model-size tiny --bitwidth 4 --tp 2
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from qllm.generate import GenerationConfig
     from qllm.models import Decoder
+    from qllm.parallel.session import Session
     from qllm.tokenizer import Tokenizer
 
 
@@ -40,6 +42,7 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="contiguous layer ranges, run one after the other (%(default)s)",
     )
+    cli.add_parallel_options(parser)
     parser.add_argument(
         "--compare", action="store_true", help="run the reference too, and show where they differ"
     )
@@ -54,8 +57,23 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    cli.check_processes(args)
+    if args.tp * args.pp == 1:
+        generate_text(args, None)
+        return
+    with cli.session(args) as session:
+        generate_text(args, session)
+
+
+def generate_text(args: argparse.Namespace, session: Session | None) -> None:
+    """Load a model and print what it generates; of several processes, the first one prints."""
     plan = cli.read_plan(args)
-    prompts = cli.read_prompts(args)
+    talks = session is None or session.rank == 0
+    note = cli.note if talks else cli.silent
+    if session is None:
+        prompts = cli.read_prompts(args)
+    else:
+        prompts = session.share(cli.read_prompts(args) if talks else None)
     folder = cli.resolve_model(args)
     device = cli.resolve_device(args)
 
@@ -73,22 +91,27 @@ def main() -> None:
         check_readable_by_transformers(raw_config)
     config = read_config(raw_config)
     tokenizer = Tokenizer.load(folder.path, config.vocab_size)
-    ids = cli.tokenize(tokenizer, prompts, args.max_prompt_length)
+    ids = cli.tokenize(tokenizer, prompts, args.max_prompt_length, note)
     generation = replace(
-        read_generation_config(folder.path, config, cli.note),
+        read_generation_config(folder.path, config, note),
         max_new_tokens=args.max_gen_tokens,
     )
     check_prompts(config, ids, generation)
+    calibration = cli.find_calibration(args, folder, plan, note)
+    place = None
+    if session is not None:
+        place = cli.join(args, session, folder, config, calibration)
     start = time.perf_counter()
     model = load_model(
-        find_source(folder, cli.note),
+        find_source(folder, note),
         plan,
         dtype=cli.resolve_dtype(args),
         device=device,
         num_shards=args.num_shards,
-        calibration=cli.find_calibration(args, folder, plan),
+        calibration=calibration,
         cache_shape=(len(ids), max(map(len, ids)) + args.max_gen_tokens),
-        progress=cli.progress("loading"),
+        progress=cli.progress("loading") if session is None else session.tick,
+        place=place,
     )
     loaded = time.perf_counter() - start
     result = {
@@ -99,16 +122,24 @@ def main() -> None:
     }
     if args.explain:
         result["kernels"] = report.kernel_rows(model)
-    if not args.json:
+    if session is not None:
+        result["ranks"] = session.collect(report.rank_row(model))
+    if not args.json and talks:
         dtype = str(model.dtype).removeprefix("torch.")
         print(
             f"{folder.name} at bitwidth {result['bitwidth']}, {dtype} on {model.device}, "
             f"loaded in {loaded:.2f} s"
         )
-        report.print_shards(result["shards"])
+        if session is None:
+            report.print_shards(result["shards"])
+        else:
+            report.print_ranks(result["ranks"])
         report.print_kernels(result.get("kernels", ()))
 
-    tokens, result["seconds"] = run_prompts(args, model, tokenizer, prompts, ids, generation)
+    stream = args.stream and talks
+    tokens, result["seconds"] = run_prompts(stream, model, tokenizer, prompts, ids, generation)
+    if not talks:
+        return
     texts = [tokenizer.continuation(*pair) for pair in zip(ids, tokens, strict=True)]
     result["results"] = report.result_rows(prompts, texts, tokens)
     if args.compare:
@@ -124,18 +155,18 @@ def main() -> None:
 
 
 def run_prompts(
-    args: argparse.Namespace,
+    streamed: bool,
     model: Decoder,
     tokenizer: Tokenizer,
     prompts: list[str],
     ids: list[list[int]],
     generation: GenerationConfig,
 ) -> tuple[list[list[int]], float]:
-    """New tokens of each prompt and the seconds they took; with --stream, printed as they come."""
+    """New tokens of each prompt and the seconds they took; if `streamed`, printed as they come."""
     from qllm.generate import TextStream, generate
 
     start = time.perf_counter()
-    if not args.stream:
+    if not streamed:
         return generate(model, ids, generation), time.perf_counter() - start
     write = partial(print, end="", flush=True)
     stream = TextStream(tokenizer, ids, lambda row: write(f"\n{prompts[row]}"), write)

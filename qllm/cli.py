@@ -30,15 +30,24 @@ from qllm.config import (
 from qllm.errors import UserError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
 
+    from qllm.config import ModelConfig
     from qllm.hub import ModelFolder
+    from qllm.parallel.pipeline import Place
+    from qllm.parallel.session import Session
     from qllm.quant.calibrate import Calibration
     from qllm.tokenizer import Tokenizer
 
 DEFAULT_PROMPTS = ("He is working on", "He has a", "Everyone is happy and I can")
 # Between two notes of progress, where there is no terminal for a bar.
 NOTE_SECONDS = 30.0
+TP_MODES = ("exact", "fast")
+# Options that only rank 0 heeds, or that may differ between hosts.
+NOT_COMPARED = {"prompt", "prompt_file", "stdin", "model_path", "calib", "device"}
+NOT_COMPARED |= {"compare", "explain", "json", "stream", "timeout"}
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -53,7 +62,8 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+        line = f"{self.prog}: error: {message} (--help lists the options)\n"
+        self.exit(2, line if _speaks() else None)
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -100,15 +110,25 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def _speaks() -> bool:
+    """Whether this process is the first on its host of those that torchrun started, or alone."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
 def _fail(program: str, message: str, status: int) -> int:
     line = " ".join(message.split())
-    print(f"{program}: {'error: ' if status != 130 else ''}{line}", file=sys.stderr)
+    if _speaks():
+        print(f"{program}: {'error: ' if status != 130 else ''}{line}", file=sys.stderr)
     return status
 
 
 def note(line: str) -> None:
     """Say something on standard error."""
     print(f"note: {line}", file=sys.stderr)
+
+
+def silent(line: str) -> None:
+    """Say nothing: of several processes, one speaks."""
 
 
 def progress(what: str) -> Callable[[list], Iterable]:
@@ -179,6 +199,100 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="of activations and unquantized weights (auto: the checkpoint's)",
     )
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto (%(default)s)")
+
+
+def add_parallel_options(parser: argparse.ArgumentParser) -> None:
+    """--tp, --tp-mode, --pp, --stages, --timeout."""
+    group = parser.add_argument_group("processes, started by torchrun")
+    number = whole_number(1)
+    group.add_argument(
+        "--tp", type=number, default=1, metavar="N", help="ranks that share each layer (1)"
+    )
+    group.add_argument(
+        "--tp-mode",
+        choices=TP_MODES,
+        default=TP_MODES[0],
+        help="exact: the bits of one process; fast: fewer exchanges, sums split (%(default)s)",
+    )
+    group.add_argument(
+        "--pp", type=number, default=1, metavar="N", help="stages that share the layers (1)"
+    )
+    group.add_argument(
+        "--stages",
+        metavar="LIST",
+        help="layers with which stages 2, 3, … begin, 3.5 being the MLP of layer 3 (balanced)",
+    )
+    group.add_argument(
+        "--timeout",
+        type=whole_number(2),
+        default=60,
+        metavar="SECONDS",
+        help="within which a run ends that a rank keeps from going on (%(default)s)",
+    )
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    """Refuse a number of processes that the options do not ask for."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = args.tp * args.pp
+    if world != wanted:
+        found = "this is one" if world == 1 else f"there are {world}"
+        raise UserError(
+            f"--tp {args.tp} x --pp {args.pp} takes {wanted} "
+            f"process{'es' if wanted > 1 else ''}, and {found}; start "
+            + (f"torchrun --nproc-per-node {wanted}" if wanted > 1 else "it without torchrun")
+        )
+    if args.stages and args.pp == 1:
+        raise UserError("--stages says where the stages of --pp begin; give --pp 2 or more")
+
+
+def session(args: argparse.Namespace) -> AbstractContextManager[Session]:
+    """This process among those that torchrun started."""
+    from qllm.parallel.session import Layout, session
+
+    device = resolve_device(args, local=True)
+    layout = Layout(args.tp, args.pp, args.tp_mode)
+    return session(layout, timeout=args.timeout, device=device, failed=_explain)
+
+
+def join(
+    args: argparse.Namespace,
+    session: Session,
+    folder: ModelFolder,
+    config: ModelConfig,
+    calibration: Calibration | None,
+) -> Place:
+    """This process's part of a model, after all were found to be about to load the same."""
+    import torch
+
+    from qllm import __version__
+    from qllm.checkpoint.fingerprint import fingerprint
+    from qllm.ops.cpu import library
+    from qllm.parallel.pipeline import Place, parse_cuts
+
+    cuts = parse_cuts(args.stages, config.num_layers, args.pp) if args.stages else None
+    with session.unbounded():  # they may have to be compiled first
+        kernels = library.unavailable() or library.library().path
+    options = {key: value for key, value in vars(args).items() if key not in NOT_COMPARED}
+    facts = {
+        "QLLM version": __version__,
+        "torch version": torch.__version__,
+        "model": fingerprint(folder.path),
+        "calibration": calibration.digest() if calibration else None,
+        **{f"--{key.replace('_', '-')}": value for key, value in options.items()},
+    }
+    if args.tp_mode == "exact":
+        facts["kernel path"] = kernels
+    session.compare(facts)
+    session.watch.start()
+    return Place(session.tp, args.tp_mode, session.pp, cuts)
+
+
+def _explain(error: BaseException) -> str | None:
+    """What ended this rank, in a line for the others; None for a normal end."""
+    if isinstance(error, SystemExit) and not error.code:
+        return None
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
@@ -270,7 +384,10 @@ def resolve_dtype(args: argparse.Namespace) -> torch.dtype | None:
 
 
 def find_calibration(
-    args: argparse.Namespace, model: ModelFolder, plan: QuantPlan
+    args: argparse.Namespace,
+    model: ModelFolder,
+    plan: QuantPlan,
+    note: Callable[[str], None] = note,
 ) -> Calibration | None:
     """The activation statistics for a plan's W8A8 layers: --calib, else what lies ready."""
     from qllm.calibration import default_path
@@ -290,11 +407,18 @@ def find_calibration(
     return calibration
 
 
-def resolve_device(args: argparse.Namespace) -> str:
-    """The device that --device names, checked to be there."""
+def resolve_device(args: argparse.Namespace, *, local: bool = False) -> str:
+    """The device that --device names, checked to be there.
+
+    Args:
+        local: of several processes on a host, each takes a GPU of its own.
+    """
     import torch
 
     found = torch.cuda.is_available()
+    if local and found and args.device in ("auto", "cuda"):
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(args.device)
     if args.device == "auto":
         return "cuda" if found else "cpu"
     try:
@@ -340,7 +464,12 @@ def _lines(data: bytes) -> list[str]:
     return [line.rstrip("\r") for line in lines if line.strip()]
 
 
-def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], limit: int) -> list[list[int]]:
+def tokenize(
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    limit: int,
+    note: Callable[[str], None] = note,
+) -> list[list[int]]:
     """Token ids of prompts; one of more than `limit` tokens loses its beginning, with a note."""
     encoded = []
     for number, prompt in enumerate(prompts, 1):

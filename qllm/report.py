@@ -10,6 +10,7 @@ from qllm.checkpoint.load import shard_bytes
 from qllm.evaluate import first_difference
 from qllm.layers import Linear
 from qllm.layers.base import describe
+from qllm.memory import resident_bytes
 from qllm.models import Decoder
 from qllm.tokenizer import Tokenizer
 
@@ -44,6 +45,32 @@ def print_shards(shards: Sequence[dict]) -> None:
     for number, shard in enumerate(shards):
         layers = index_ranges(shard["layers"])
         print(f"shard {number}: layers {layers}, {megabytes(shard['bytes'])}")
+
+
+def rank_row(model: Decoder) -> dict:
+    """What this process has of a model: layers, bytes, and bytes of its memory in use."""
+    halves = [
+        index + half / 2
+        for shard in model.shards
+        for index in shard
+        for half, here in enumerate(
+            (model.layers[index].has_attention, model.layers[index].has_mlp)
+        )
+        if here
+    ]
+    tensors = {t.data_ptr(): t.nbytes for t in model.buffers() if not t.is_meta and t.numel()}
+    return {
+        "layers": [halves[0], halves[-1] + 0.5],
+        "bytes": sum(tensors.values()),
+        "resident": resident_bytes(),
+    }
+
+
+def print_ranks(ranks: Sequence[dict]) -> None:
+    """A line per rank."""
+    for number, rank in enumerate(ranks):
+        begin, end = rank["layers"]
+        print(f"rank {number}: layers {begin:g} to {end:g}, {megabytes(rank['bytes'])}")
 
 
 def index_ranges(indices: Sequence[int]) -> str:
