@@ -69,6 +69,8 @@ def load_model(
     model = Decoder(config, specs, dtype)
     place = place or Place()
     costs = _layer_bytes(model)
+    if place.line is not None and config.tied_head:
+        costs[-1] += module_bytes(model.embed)  # the last stage has it, too
     halves = place.halves(costs)[place.stage]
     model.line = place.line
     layers = range(halves.start // 2, (halves.stop + 1) // 2)

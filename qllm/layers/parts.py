@@ -45,8 +45,9 @@ def take_columns(
     the old groups' ends are multiples of: each has the scale and zero of the group it was cut from.
     """
     group = in_features if group_size == -1 else min(group_size, in_features)
-    inside = columns.start % group
-    size = math.gcd(group, inside) if inside else group
+    size = math.gcd(group, columns.start % group) or group
+    if columns.start // group == (columns.stop - 1) // group:
+        size = len(columns)  # all of it is of one group
     starts = range(columns.start, columns.stop, size)
     index = torch.tensor([start // group for start in starts], device=weight.scales.device)
     packed = weight.qweight.new_empty(len(weight.qweight), packed_size(len(columns), bits))
@@ -56,6 +57,5 @@ def take_columns(
         values = unpack(weight.qweight[rows], bits, in_features)
         packed[rows] = pack(values[:, columns.start : columns.stop], bits)
     zeros = weight.qzeros[:, index] if weight.qzeros.numel() else weight.qzeros
-    if group_size == -1 or len(index) == 1:
-        size = -1
-    return PackedWeight(packed, weight.scales[:, index], zeros), size
+    scales = weight.scales[:, index]
+    return PackedWeight(packed, scales, zeros), -1 if len(index) == 1 else size

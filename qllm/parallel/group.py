@@ -11,8 +11,8 @@ from torch import Tensor
 from qllm.ops.cpu.tape import call_out
 from qllm.parallel.links import Links
 
-# Up to this many bytes from each rank a message is a matter of latency, of which sockets have least;
-# more is torch.distributed's.
+# Up to this many bytes from each rank, a message is a matter of latency, which sockets have least
+# of; more is torch.distributed's work.
 SMALL = 1 << 18
 INTEGERS = {2: torch.int16, 4: torch.int32}
 

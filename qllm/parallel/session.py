@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from qllm.errors import first_line
 from qllm.parallel.group import Group
 from qllm.parallel.links import Links, Mesh
 from qllm.parallel.watch import BUSY, SHARE, Watch
@@ -77,10 +78,8 @@ class Session:
         self.rank, self.world, self.layout = launch.rank, launch.world, layout
         self.device = device
         self.progress, self.busy = 0, False
-        rendezvous = dist.rendezvous("env://", launch.rank, launch.world)
-        store, _, _ = next(rendezvous)
-        store.set_timeout(timedelta(seconds=timeout))
         patience = timeout * SHARE
+        store = _store(launch, patience)
 
         def prefixed(name: str) -> dist.Store:
             return dist.PrefixStore(f"qllm/{name}", store)
@@ -178,6 +177,25 @@ class Session:
         self._control.close()
 
 
+def _store(launch: Launch, timeout: float) -> dist.Store:
+    """The store of the launcher, or one that rank 0 keeps, by which ranks find each other.
+
+    Raises:
+        ConnectionError: it cannot be reached.
+    """
+    port = int(os.environ["MASTER_PORT"])
+    own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and launch.rank == 0
+    patience = timedelta(seconds=timeout)
+    try:
+        return dist.TCPStore(
+            launch.master, port, launch.world, own, patience, wait_for_workers=False
+        )
+    except dist.DistError as error:
+        raise ConnectionError(
+            f"the store at {launch.master}:{port} was not found ({first_line(error)})"
+        ) from None
+
+
 def interface(address: str) -> str | None:
     """The network interface that has an address."""
     import psutil
@@ -215,5 +233,5 @@ def session(
     joined.close()
 
 
-class ParallelError(RuntimeError):
+class ParallelError(OSError):
     """The processes of a run did not find each other."""

@@ -2,8 +2,8 @@
 
 A decode step makes the same calls for every token, on the same memory: a tape of them is to the
 CPU what a captured graph is to a GPU. Only what changes (tokens, positions, angles) is written into
-the tensors that the calls read. What is no kernel, such as an exchange with other processes, is called
-out to between two runs of them (`call_out`).
+the tensors that the calls read. What is no kernel, such as an exchange with other processes, is
+called out to between two runs of them (`call_out`).
 """
 
 from __future__ import annotations
