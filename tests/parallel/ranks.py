@@ -33,7 +33,7 @@ def on_ranks(world: int, run: Callable[[int, Links], object], timeout: float = 1
     def body(rank: int) -> None:
         try:
             results[rank] = run(rank, Links(sockets[rank], lost))
-        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+        except BaseException as error:
             errors.append(error)
             for link in sockets[rank].values():
                 link.shutdown(socket.SHUT_RDWR)
@@ -47,7 +47,9 @@ def on_ranks(world: int, run: Callable[[int, Links], object], timeout: float = 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "pack", packed)
         patch.setattr(group, "SMALL", 1 << 40)  # torch.distributed has no part in this
-        threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(world)]
+        threads = [
+            threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(world)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -108,7 +108,8 @@ def test_long_prompts_at_16_bits_are_exact(family, dtype):
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "cuts"), [(1, 3, None), (2, 2, None), (1, 2, (7,)), (3, 2, (1,)), (1, 4, (3, 4, 9))]
+    ("tp", "pp", "cuts"),
+    [(1, 3, None), (2, 2, None), (1, 2, (7,)), (3, 2, (1,)), (1, 4, (3, 4, 9))],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stages(family, tp, pp, cuts):
@@ -184,9 +185,7 @@ def test_a_saved_quantized_checkpoint_serves_any_number(name, how, mode, tmp_pat
     plan = QuantPlan.uniform(QuantSpec.parse(bits, 16, **spec))
     quantize_checkpoint(Job(source, plan, samples=samples()), tmp_path / "out")
     whole = logits_of(load(tmp_path / "out"))
-    got = on_places(
-        3, lambda place: logits_of(load(tmp_path / "out", place=place)), mode=mode
-    )
+    got = on_places(3, lambda place: logits_of(load(tmp_path / "out", place=place)), mode=mode)
     if mode == "exact":
         assert all(same(logits, whole) for logits in got)
     else:
@@ -246,7 +245,9 @@ def test_stages_by_hand(text, expected):
     assert parse_cuts(text, 6, 3) == expected
 
 
-@pytest.mark.parametrize("text", ["", "x", "2", "1,2,3", "3,2", "2,2", "0,3", "2,6", "1.2,3", "nan,2"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "2", "1,2,3", "3,2", "2,2", "0,3", "2,6", "1.2,3", "nan,2"]
+)
 def test_stages_that_cannot_be(text):
     with pytest.raises(UserError, match=r"--stages '.*' does not say where stages 2 to 3 of 6"):
         parse_cuts(text, 6, 3)

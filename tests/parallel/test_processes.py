@@ -135,7 +135,9 @@ def test_a_rank_that_was_started_otherwise_ends_the_run(what, tmp_path):
         state = state_of("opt")
         state["model.decoder.layers.3.fc1.weight"][:] = 0.5
         changed = rewritten("opt", tmp_path / "changed", "safetensors", state)
-        first, others = (["--model-path", str(p)] for p in (copy_of("opt", tmp_path / "m"), changed))
+        first, others = (
+            ["--model-path", str(p)] for p in (copy_of("opt", tmp_path / "m"), changed)
+        )
     elif what == "bitwidth":
         others = ["--bitwidth", "3"]
     else:
