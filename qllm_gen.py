@@ -74,7 +74,7 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
         prompts = cli.read_prompts(args)
     else:
         prompts = session.share(cli.read_prompts(args) if talks else None)
-    folder = cli.resolve_model(args)
+    folder = cli.resolve_model(args, note=note)
     device = cli.resolve_device(args)
 
     from qllm import report
@@ -98,9 +98,7 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     )
     check_prompts(config, ids, generation)
     calibration = cli.find_calibration(args, folder, plan, note)
-    place = None
-    if session is not None:
-        place = cli.join(args, session, folder, config, calibration)
+    place = session and cli.join(args, session, folder, config, calibration)
     start = time.perf_counter()
     model = load_model(
         find_source(folder, note),
@@ -113,29 +111,9 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
         progress=cli.progress("loading") if session is None else session.tick,
         place=place,
     )
-    loaded = time.perf_counter() - start
-    result = {
-        "model": folder.name,
-        "bitwidth": args.bitwidth or report.bitwidth(model),
-        "results": [],
-        "shards": report.shard_rows(model),
-    }
-    if args.explain:
-        result["kernels"] = report.kernel_rows(model)
-    if session is not None:
-        result["ranks"] = session.collect(report.rank_row(model))
+    result = describe(args, folder.name, model, session)
     if not args.json and talks:
-        dtype = str(model.dtype).removeprefix("torch.")
-        print(
-            f"{folder.name} at bitwidth {result['bitwidth']}, {dtype} on {model.device}, "
-            f"loaded in {loaded:.2f} s"
-        )
-        if session is None:
-            report.print_shards(result["shards"])
-        else:
-            report.print_ranks(result["ranks"])
-        report.print_kernels(result.get("kernels", ()))
-
+        show(result, model, time.perf_counter() - start)
     stream = args.stream and talks
     tokens, result["seconds"] = run_prompts(stream, model, tokenizer, prompts, ids, generation)
     if not talks:
@@ -152,6 +130,42 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     report.print_speed(result["results"], result["seconds"])
     if args.compare or not args.stream:
         report.print_results(result["results"], result.get("compare", ()))
+
+
+def describe(
+    args: argparse.Namespace, name: str, model: Decoder, session: Session | None
+) -> dict[str, object]:
+    """What the JSON object says of a model; each of several tells its part."""
+    from qllm import report
+
+    result: dict[str, object] = {
+        "model": name,
+        "bitwidth": args.bitwidth or report.bitwidth(model),
+        "results": [],
+    }
+    if session is None:
+        result["shards"] = report.shard_rows(model)
+    else:
+        result["ranks"] = session.collect(report.rank_row(model))
+    if args.explain:
+        result["kernels"] = report.kernel_rows(model)
+    return result
+
+
+def show(result: dict, model: Decoder, seconds: float) -> None:
+    """Print what `describe` found."""
+    from qllm import report
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    print(
+        f"{result['model']} at bitwidth {result['bitwidth']}, {dtype} on {model.device}, "
+        f"loaded in {seconds:.2f} s"
+    )
+    if "ranks" in result:
+        report.print_ranks(result["ranks"])
+    else:
+        report.print_shards(result["shards"])
+    report.print_kernels(result.get("kernels", ()))
 
 
 def run_prompts(

@@ -46,8 +46,10 @@ DEFAULT_PROMPTS = ("He is working on", "He has a", "Everyone is happy and I can"
 NOTE_SECONDS = 30.0
 TP_MODES = ("exact", "fast")
 # Options that only rank 0 heeds, or that may differ between hosts.
-NOT_COMPARED = {"prompt", "prompt_file", "stdin", "model_path", "calib", "device"}
-NOT_COMPARED |= {"compare", "explain", "json", "stream", "timeout"}
+NOT_COMPARED = {
+    *("prompt", "prompt_file", "stdin", "model_path", "calib", "device"),
+    *("compare", "json", "stream", "timeout"),
+}
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -290,7 +292,7 @@ def join(
 
 def _explain(error: BaseException) -> str | None:
     """What ended this rank, in a line for the others; None for a normal end."""
-    if isinstance(error, SystemExit) and not error.code:
+    if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and not error.code):
         return None
     return " ".join(str(error).split())[:500] or type(error).__name__
 
@@ -367,7 +369,9 @@ def add_calibration_options(
     return group
 
 
-def resolve_model(args: argparse.Namespace, *, weights: bool = True) -> ModelFolder:
+def resolve_model(
+    args: argparse.Namespace, *, weights: bool = True, note: Callable[[str], None] = note
+) -> ModelFolder:
     """The folder that the model options name."""
     if args.model_path and args.model_size:
         raise UserError("--model-path and --model-size name two models; give one of them")

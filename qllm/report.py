@@ -86,9 +86,10 @@ def kernel_rows(model: Decoder) -> list[dict]:
     """What each linear layer is, which kernel it runs, and why; equal layers share a row."""
     rows: dict[tuple[str, ...], list[int]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            inside = name.startswith("layers.")
-            index, inner = name.split(".", 2)[1:] if inside else ("-1", name)
+        if isinstance(module, Linear) and not any(t.is_meta for t in module.buffers()):
+            path = name.removesuffix(".linear")  # of a layer that several ranks share
+            inside = path.startswith("layers.")
+            index, inner = path.split(".", 2)[1:] if inside else ("-1", path)
             choice = module.choice
             key = (inner, describe(module.spec), choice.kernel.name, choice.reason)
             rows.setdefault(key, []).append(int(index))

@@ -1,4 +1,4 @@
-"""Splitting a model over processes: each layer over ranks (`layers`), layers over stages (`pipeline`).
+"""A model over processes: each layer over ranks (`layers`), layers over stages (`pipeline`).
 
 `session` finds the processes that torchrun started; a `Group` of them is what the functions below
 take, each of which leaves this rank's part of a module in its place.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 HEADER = 64  # bytes with which a connection begins: who it is from
+DIED = "its process has died"
 SEND_BUFFER = 4 << 20
 
 
@@ -98,6 +99,12 @@ def _get(store: Store, rank: int, deadline: float) -> list[str]:
     return store.get(f"rank{rank}").decode().split()
 
 
+def _reason(error: OSError) -> str:
+    """What a broken connection says of the other side."""
+    reset = isinstance(error, ConnectionResetError | BrokenPipeError)
+    return DIED if reset else f"its connection broke ({error.strerror})"
+
+
 class Links:
     """Messages between ranks, whose lengths both sides know.
 
@@ -173,7 +180,7 @@ class Links:
         except BlockingIOError:
             return data
         except OSError as error:
-            self.lost(rank, f"the connection broke ({error.strerror})")
+            self.lost(rank, _reason(error))
         return data[count:] if count < len(data) else None
 
     def _receive(self, rank: int, buffer: memoryview) -> memoryview | None:
@@ -185,7 +192,7 @@ class Links:
         except BlockingIOError:
             return buffer
         except OSError as error:
-            self.lost(rank, f"the connection broke ({error.strerror})")
+            self.lost(rank, _reason(error))
         if not count:
-            self.lost(rank, "it has ended")
+            self.lost(rank, DIED)
         return buffer[count:] if count < len(buffer) else None

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from qllm.errors import first_line
+from qllm.errors import UserError, first_line
 from qllm.parallel.group import Group
 from qllm.parallel.links import Links, Mesh
-from qllm.parallel.watch import BUSY, SHARE, Watch
+from qllm.parallel.watch import BUSY, SHARE, STATUS, Watch
 
 LONG = timedelta(days=7)  # of torch.distributed's own timeouts: the watch knows better
 DIFFERENT = 200  # characters of a value that differs between ranks are shown
@@ -228,7 +228,8 @@ def session(
         yield joined
     except BaseException as error:
         if line := failed(error):
-            joined.watch.end(f"rank {joined.rank}: {line}", None)
+            status = 2 if isinstance(error, UserError) else STATUS
+            joined.watch.end(f"rank {joined.rank}: {line}", status=status)
         raise
     joined.close()
 

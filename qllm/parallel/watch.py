@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from qllm.parallel.links import DIED
+
 STATUS = 1
 BUSY = -2
 BEATS = 20  # in the time after which a silent rank is given up
@@ -96,7 +98,7 @@ class Watch:
             except OSError as error:
                 self.fail(rank, f"its connection broke ({error})")
             if not data:
-                self.fail(rank, "it has ended")
+                self.fail(rank, DIED)
             peer.rest += data
         line, _, peer.rest = peer.rest.partition(b"\n")
         value = json.loads(line)
@@ -161,7 +163,7 @@ class Watch:
         if not data:
             selector.unregister(peer.socket)
             if not peer.leaving:
-                self.fail(rank, "its process has died")
+                self.fail(rank, DIED)
 
     def _judge(self, now: float) -> None:
         patience = self.timeout * SHARE
@@ -197,16 +199,20 @@ class Watch:
         where = f" (host {peer.host}, process {peer.pid})" if peer and peer.pid else ""
         self.end(f"rank {rank}{where}: {reason}", rank)
 
-    def end(self, line: str, culprit: int | None = None) -> None:
-        """End the run: tell the others, say why, exit. Does not return."""
-        self._send({"end": [line, culprit]})
-        self._end([line, culprit])
+    def end(self, line: str, culprit: int | None = None, status: int = STATUS) -> None:
+        """End the run: tell the others, say why, exit. Does not return.
+
+        Args:
+            culprit: a rank that cannot say it itself.
+        """
+        self._send({"end": [line, culprit, status]})
+        self._end([line, culprit, status])
 
     def _end(self, end: list) -> None:
         if not self._ending.acquire(blocking=False):
             time.sleep(self.timeout)  # another thread is about to exit
-        line, culprit = end
+        line, culprit, status = end
         same = [r for r, peer in self.peers.items() if peer.host == self.host and r != culprit]
         if self.rank < min(same, default=sys.maxsize):  # one line for each host
             print(f"qllm: error: {line}; the run ends", file=sys.stderr, flush=True)
-        os._exit(STATUS)
+        os._exit(status)

