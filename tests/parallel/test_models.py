@@ -129,6 +129,19 @@ def test_stages(family, tp, pp, cuts):
         assert same(logits, whole)
 
 
+@pytest.mark.parametrize(("tp", "pp", "mode"), [(2, 1, "exact"), (2, 1, "fast"), (1, 2, "exact")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decode_step_is_a_tape_on_every_rank(family, tp, pp, mode):
+    def run(place):
+        model = load(tiny(family), "4", place=place)
+        cache = model.new_cache(2, 8)
+        model.prefill([[5, 6], [7]], cache)
+        model.decode(torch.tensor([8, 9]), cache)
+        return cache.tape.foreign
+
+    assert on_places(tp, run, pp=pp, mode=mode) == [None] * tp * pp
+
+
 def test_an_end_of_text_ends_its_row_in_every_stage():
     prompts = draw_prompts((3, 9, 1), 4096)
     model = load(tiny("opt"), "4")

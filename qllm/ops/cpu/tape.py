@@ -19,11 +19,22 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 # Ops of torch that a tape may leave out: they compute nothing.
 NO_WORK = {
     *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
-    *("view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "transpose", "detach"),
+    *(
+        "view",
+        "_unsafe_view",
+        "slice",
+        "narrow",
+        "select",
+        "unbind",
+        "unsqueeze",
+        "squeeze",
+        "transpose",
+        "detach",
+    ),
     *("alias", "t", "permute", "expand", "split", "split_with_sizes", "as_strided"),
 }
 # Those that compute nothing where they return the memory that they were given.
-NO_WORK_IN_PLACE = {"to", "contiguous"}
+NO_WORK_IN_PLACE = {"to", "contiguous", "resolve_neg", "resolve_conj"}
 
 
 class Call(ctypes.Structure):
