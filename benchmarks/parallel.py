@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from qllm import cli
@@ -125,6 +125,23 @@ def repeat(call: object, times: int = 200) -> float:
     return (time.perf_counter() - start) / times
 
 
+def larger(config: object, bitwidth: str) -> tuple[object, int]:
+    """OPT-66b's shape, for which 64 ranks are not too many, and what a token of it reads."""
+    import torch
+
+    from qllm.checkpoint.load import module_bytes
+    from qllm.config import QuantPlan
+    from qllm.models import FAMILIES, Decoder
+
+    sizes = {"hidden_size": 9216, "embed_size": 9216, "intermediate_size": 36864, "head_dim": 128}
+    heads = {"num_layers": 64, "num_heads": 72, "num_kv_heads": 72, "family": "opt"}
+    config = replace(config, **sizes, **heads)
+    linears = FAMILIES["opt"].layer_linears(config.num_layers)
+    specs = QuantPlan.parse(bitwidth).resolve(linears, config.num_layers)
+    model = Decoder(config, specs, torch.float16)
+    return config, module_bytes(model.layers) + module_bytes(model.lm_head)
+
+
 def print_rows(args: object, folder: Path, rows: list[dict]) -> None:
     from qllm.checkpoint.reader import Checkpoint
     from qllm.checkpoint.weights import Weights
@@ -153,9 +170,10 @@ def print_rows(args: object, folder: Path, rows: list[dict]) -> None:
             f"{row['gloo'] * 1e6:.0f} | {row['model'] / 1e6:.0f} | {row['resident'] / 1e6:.0f} | "
             f"{row['peak'] / 1e6:.0f} |"
         )
-    print("\n| ranks | Gbit/s | mode | ms/token | in exchanges | KB sent/token | speedup |")
+    print("\nOPT-66b's sizes, by calculation:\n")
+    print("| ranks | Gbit/s | mode | ms/token | in exchanges | KB sent/token | speedup |")
     print("|" + "---|" * 7)
-    predicted = table(config, one["model"], machine)
+    predicted = table(*larger(config, args.bitwidth), machine)
     for row in predicted:
         print(
             f"| {row['ranks']} | {row['gbit']:.0f} | {row['mode']} | {row['ms']:.2f} | "
