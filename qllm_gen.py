@@ -2,7 +2,6 @@
 
 python3 qllm_gen.py --model-name bloom --model-size 560m --bitwidth 4 --num-shards 3
 python3 qllm_gen.py --model-name bloom --model-size tiny --bitwidth 4 --compare
-torchrun --nproc-per-node 2 qllm_gen.py --model-name bloom --model-size tiny --bitwidth 4 --tp 2
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -63,8 +64,6 @@ def test_two_hosts_generate_and_a_cut_link_ends_both(hosts):
     runs = [start(host, node, "--json") for node, (host, _) in enumerate(hosts)]
     outs = [run.communicate(timeout=120) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outs
-    import json
-
     assert json.loads(outs[0][0])["results"] == one["results"] and outs[1][0] == ""
 
     long = ("--stream", "--max-gen-tokens", 490, "--timeout", TIMEOUT)
