@@ -167,7 +167,7 @@ def main() -> None:
     check_options(args)
     plans = cli.read_plans(args)
     folder = cli.resolve_model(args)
-    onnx = cli.holds_onnx(args, folder, "--calib", "--compare", "--tree")
+    onnx = cli.holds_onnx(args, folder, calib=None, compare=None, tree=False)
     device = "cpu" if onnx else cli.resolve_device(args)
 
     import torch

@@ -192,7 +192,7 @@ def main() -> None:
     check_options(args)
     plans = cli.read_plans(args)
     folder = cli.resolve_model(args)
-    onnx = cli.holds_onnx(args, folder, "--calib", "--agreement")
+    onnx = cli.holds_onnx(args, folder, calib=None, agreement=False)
     if onnx and args.compare and not args.reference:
         raise UserError("--compare takes the checkpoint of an ONNX model; name it with --reference")
     device = "cpu" if onnx else cli.resolve_device(args)

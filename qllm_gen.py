@@ -25,10 +25,23 @@ if TYPE_CHECKING:
     from qllm.hub import ModelFolder
     from qllm.models import Decoder
     from qllm.onnx.runner import OnnxDecoder
+    from qllm.parallel.pipeline import Place
+    from qllm.parallel.session import Session
+    from qllm.quant.calibrate import Calibration
     from qllm.tokenizer import Tokenizer
 
 
 SHARDS = 2
+# Options that mean nothing with an ONNX model, and what they are where they are not given.
+NOT_FOR_ONNX = {
+    "num_shards": SHARDS,
+    "activation_bits": DEFAULT_ACTIVATION_BITS,
+    "tp": 1,
+    "pp": 1,
+    "calib": None,
+    "compare": False,
+    "explain": False,
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,6 +61,7 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="contiguous layer ranges, run one after the other (%(default)s)",
     )
+    cli.add_parallel_options(parser)
     parser.add_argument(
         "--compare", action="store_true", help="run the reference too, and show where they differ"
     )
@@ -62,12 +76,25 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    cli.check_processes(args)
+    if args.tp * args.pp == 1:
+        generate_text(args, None)
+        return
+    with cli.session(args) as session:
+        generate_text(args, session)
+
+
+def generate_text(args: argparse.Namespace, session: Session | None) -> None:
+    """Load a model and print what it generates; of several processes, the first one prints."""
     plan = cli.read_plan(args)
-    prompts = cli.read_prompts(args)
-    folder = cli.resolve_model(args)
-    refused = ("--calib", "--num-shards", "--compare", "--explain", "--activation-bits")
-    defaults = {"num_shards": SHARDS, "activation_bits": DEFAULT_ACTIVATION_BITS}
-    onnx = cli.holds_onnx(args, folder, *refused, **defaults)
+    talks = session is None or session.rank == 0
+    note = cli.note if talks else cli.silent
+    if session is None:
+        prompts = cli.read_prompts(args)
+    else:
+        prompts = session.share(cli.read_prompts(args) if talks else None)
+    folder = cli.resolve_model(args, note=note)
+    onnx = cli.holds_onnx(args, folder, **NOT_FOR_ONNX)
     device = cli.resolve_device(args)
 
     from qllm import report
@@ -82,34 +109,27 @@ def main() -> None:
         check_readable_by_transformers(raw_config)
     config = read_config(raw_config)
     tokenizer = Tokenizer.load(folder.path, config.vocab_size)
-    ids = cli.tokenize(tokenizer, prompts, args.max_prompt_length)
+    ids = cli.tokenize(tokenizer, prompts, args.max_prompt_length, note)
     generation = replace(
-        read_generation_config(folder.path, config, cli.note),
+        read_generation_config(folder.path, config, note),
         max_new_tokens=args.max_gen_tokens,
     )
     check_prompts(config, ids, generation)
+    calibration = cli.find_calibration(args, folder, plan, note)
+    place = session and cli.join(args, session, folder, config, calibration)
     start = time.perf_counter()
     shape = (len(ids), max(map(len, ids)) + args.max_gen_tokens)
-    model = load_onnx(folder) if onnx else load(args, folder, plan, device, shape)
-    loaded = time.perf_counter() - start
-    result = {
-        "model": folder.name,
-        "bitwidth": model.bitwidth if onnx else args.bitwidth or report.bitwidth(model),
-        "results": [],
-        "shards": [] if onnx else report.shard_rows(model),
-    }
-    if args.explain:
-        result["kernels"] = report.kernel_rows(model)
-    if not args.json:
-        dtype = str(model.dtype).removeprefix("torch.")
-        print(
-            f"{folder.name} at bitwidth {result['bitwidth']}, {dtype} on {model.device}"
-            f"{' in onnxruntime' if onnx else ''}, loaded in {loaded:.2f} s"
-        )
-        report.print_shards(result["shards"])
-        report.print_kernels(result.get("kernels", ()))
-
-    tokens, result["seconds"] = run_prompts(args, model, tokenizer, prompts, ids, generation)
+    if onnx:
+        model = load_onnx(folder)
+    else:
+        model = load(args, folder, plan, device, calibration, shape, session, place)
+    result = describe(args, folder.name, model, session, onnx)
+    if not args.json and talks:
+        show(result, model, time.perf_counter() - start, onnx)
+    stream = args.stream and talks
+    tokens, result["seconds"] = run_prompts(stream, model, tokenizer, prompts, ids, generation)
+    if not talks:
+        return
     texts = [tokenizer.continuation(*pair) for pair in zip(ids, tokens, strict=True)]
     result["results"] = report.result_rows(prompts, texts, tokens)
     if args.compare:
@@ -129,22 +149,26 @@ def load(
     folder: ModelFolder,
     plan: QuantPlan,
     device: str,
+    calibration: Calibration | None,
     cache_shape: tuple[int, int],
+    session: Session | None,
+    place: Place | None,
 ) -> Decoder:
-    """Our model of a checkpoint."""
+    """Our model of a checkpoint; of several processes, each loads what is its."""
     from qllm.checkpoint.convert import find_source
     from qllm.checkpoint.load import load_model
 
     return load_model(
-        find_source(folder, cli.note),
+        find_source(folder, cli.note if session is None or session.rank == 0 else cli.silent),
         plan,
         dtype=cli.resolve_dtype(args),
         device=device,
         num_shards=args.num_shards,
-        calibration=cli.find_calibration(args, folder, plan),
+        calibration=calibration,
         cache_shape=cache_shape,
         activation_bits=args.activation_bits,
-        progress=cli.progress("loading"),
+        progress=cli.progress("loading") if session is None else session.tick,
+        place=place,
     )
 
 
@@ -155,19 +179,59 @@ def load_onnx(folder: ModelFolder) -> OnnxDecoder:
     return OnnxDecoder(folder.path)
 
 
-def run_prompts(
+def describe(
     args: argparse.Namespace,
+    name: str,
+    model: Decoder | OnnxDecoder,
+    session: Session | None,
+    onnx: bool,
+) -> dict[str, object]:
+    """What the JSON object says of a model; each of several tells its part."""
+    from qllm import report
+
+    result: dict[str, object] = {
+        "model": name,
+        "bitwidth": model.bitwidth if onnx else args.bitwidth or report.bitwidth(model),
+        "results": [],
+    }
+    if session is None:
+        result["shards"] = [] if onnx else report.shard_rows(model)
+    else:
+        result["ranks"] = session.collect(report.rank_row(model))
+    if args.explain:
+        result["kernels"] = report.kernel_rows(model)
+    return result
+
+
+def show(result: dict, model: Decoder | OnnxDecoder, seconds: float, onnx: bool) -> None:
+    """Print what `describe` found."""
+    from qllm import report
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    print(
+        f"{result['model']} at bitwidth {result['bitwidth']}, {dtype} on {model.device}"
+        f"{' in onnxruntime' if onnx else ''}, loaded in {seconds:.2f} s"
+    )
+    if "ranks" in result:
+        report.print_ranks(result["ranks"])
+    else:
+        report.print_shards(result["shards"])
+    report.print_kernels(result.get("kernels", ()))
+
+
+def run_prompts(
+    streamed: bool,
     model: Decoder | OnnxDecoder,
     tokenizer: Tokenizer,
     prompts: list[str],
     ids: list[list[int]],
     generation: GenerationConfig,
 ) -> tuple[list[list[int]], float]:
-    """New tokens of each prompt and the seconds they took; with --stream, printed as they come."""
+    """New tokens of each prompt and the seconds they took; if `streamed`, printed as they come."""
     from qllm.generate import TextStream, generate
 
     start = time.perf_counter()
-    if not args.stream:
+    if not streamed:
         return generate(model, ids, generation), time.perf_counter() - start
     write = partial(print, end="", flush=True)
     stream = TextStream(tokenizer, ids, lambda row: write(f"\n{prompts[row]}"), write)

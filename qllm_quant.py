@@ -30,7 +30,13 @@ DEFAULT_BITWIDTH = "4"
 SAMPLES, TOKENS = 128, 2048
 FORMAT, SHARD_GIGABYTES = "auto", 5.0
 # What means nothing for an ONNX model, which is one file of packed layers.
-NOT_FOR_ONNX = ("--fake", "--format", "--shard-size", "--smooth-alpha", "--true-sequential")
+NOT_FOR_ONNX = {
+    "fake": False,
+    "format": FORMAT,
+    "shard_size": SHARD_GIGABYTES,
+    "smooth_alpha": None,
+    "true_sequential": None,
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -205,8 +211,7 @@ def main() -> None:
     folder = cli.resolve_model(args)
     onnx = is_onnx(folder.path)
     if onnx:
-        defaults = {"format": FORMAT, "shard_size": SHARD_GIGABYTES, "true_sequential": None}
-        cli.refuse_for_onnx(args, folder, NOT_FOR_ONNX, defaults)
+        cli.refuse_for_onnx(args, folder, **NOT_FOR_ONNX)
     elif args.accuracy_level is not None:
         raise UserError("--accuracy-level is for ONNX models, and this is a checkpoint")
     device = cli.resolve_device(args)

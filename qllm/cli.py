@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,15 +33,26 @@ from qllm.errors import UserError
 from qllm.onnx import ACCURACY_LEVELS, DEFAULT_ACCURACY_LEVEL, check_installed, is_onnx
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
 
+    from qllm.config import ModelConfig
     from qllm.hub import ModelFolder
+    from qllm.parallel.pipeline import Place
+    from qllm.parallel.session import Session
     from qllm.quant.calibrate import Calibration
     from qllm.tokenizer import Tokenizer
 
 DEFAULT_PROMPTS = ("He is working on", "He has a", "Everyone is happy and I can")
 # Between two notes of progress, where there is no terminal for a bar.
 NOTE_SECONDS = 30.0
+TP_MODES = ("exact", "fast")
+# Options that only rank 0 heeds, or that may differ between hosts.
+NOT_COMPARED = {
+    *("prompt", "prompt_file", "stdin", "model_path", "calib", "device"),
+    *("compare", "json", "stream", "timeout"),
+}
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -56,7 +67,8 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+        line = f"{self.prog}: error: {message} (--help lists the options)\n"
+        self.exit(2, line if _speaks() else None)
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -103,15 +115,25 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def _speaks() -> bool:
+    """Whether this process is the first on its host of those that torchrun started, or alone."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
 def _fail(program: str, message: str, status: int) -> int:
     line = " ".join(message.split())
-    print(f"{program}: {'error: ' if status != 130 else ''}{line}", file=sys.stderr)
+    if _speaks():
+        print(f"{program}: {'error: ' if status != 130 else ''}{line}", file=sys.stderr)
     return status
 
 
 def note(line: str) -> None:
     """Say something on standard error."""
     print(f"note: {line}", file=sys.stderr)
+
+
+def silent(line: str) -> None:
+    """Say nothing: of several processes, one speaks."""
 
 
 def progress(what: str) -> Callable[[list], Iterable]:
@@ -184,6 +206,100 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto (%(default)s)")
 
 
+def add_parallel_options(parser: argparse.ArgumentParser) -> None:
+    """--tp, --tp-mode, --pp, --stages, --timeout."""
+    group = parser.add_argument_group("processes, started by torchrun")
+    number = whole_number(1)
+    group.add_argument(
+        "--tp", type=number, default=1, metavar="N", help="ranks that share each layer (1)"
+    )
+    group.add_argument(
+        "--tp-mode",
+        choices=TP_MODES,
+        default=TP_MODES[0],
+        help="exact: the bits of one process; fast: fewer exchanges, sums split (%(default)s)",
+    )
+    group.add_argument(
+        "--pp", type=number, default=1, metavar="N", help="stages that share the layers (1)"
+    )
+    group.add_argument(
+        "--stages",
+        metavar="LIST",
+        help="layers with which stages 2, 3, … begin, 3.5 being the MLP of layer 3 (balanced)",
+    )
+    group.add_argument(
+        "--timeout",
+        type=whole_number(2),
+        default=60,
+        metavar="SECONDS",
+        help="within which a run ends that a rank keeps from going on (%(default)s)",
+    )
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    """Refuse a number of processes that the options do not ask for."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = args.tp * args.pp
+    if world != wanted:
+        found = "this is one" if world == 1 else f"there are {world}"
+        raise UserError(
+            f"--tp {args.tp} x --pp {args.pp} takes {wanted} "
+            f"process{'es' if wanted > 1 else ''}, and {found}; start "
+            + (f"torchrun --nproc-per-node {wanted}" if wanted > 1 else "it without torchrun")
+        )
+    if args.stages and args.pp == 1:
+        raise UserError("--stages says where the stages of --pp begin; give --pp 2 or more")
+
+
+def session(args: argparse.Namespace) -> AbstractContextManager[Session]:
+    """This process among those that torchrun started."""
+    from qllm.parallel.session import Layout, session
+
+    device = resolve_device(args, local=True)
+    layout = Layout(args.tp, args.pp, args.tp_mode)
+    return session(layout, timeout=args.timeout, device=device, failed=_explain)
+
+
+def join(
+    args: argparse.Namespace,
+    session: Session,
+    folder: ModelFolder,
+    config: ModelConfig,
+    calibration: Calibration | None,
+) -> Place:
+    """This process's part of a model, after all were found to be about to load the same."""
+    import torch
+
+    from qllm import __version__
+    from qllm.checkpoint.fingerprint import fingerprint
+    from qllm.ops.cpu import library
+    from qllm.parallel.pipeline import Place, parse_cuts
+
+    cuts = parse_cuts(args.stages, config.num_layers, args.pp) if args.stages else None
+    with session.unbounded():  # they may have to be compiled first
+        kernels = library.unavailable() or library.library().path
+    options = {key: value for key, value in vars(args).items() if key not in NOT_COMPARED}
+    facts = {
+        "QLLM version": __version__,
+        "torch version": torch.__version__,
+        "model": fingerprint(folder.path),
+        "calibration": calibration.digest() if calibration else None,
+        **{f"--{key.replace('_', '-')}": value for key, value in options.items()},
+    }
+    if args.tp_mode == "exact":
+        facts["kernel path"] = kernels
+    session.compare(facts)
+    session.watch.start()
+    return Place(session.tp, args.tp_mode, session.pp, cuts)
+
+
+def _explain(error: BaseException) -> str | None:
+    """What ended this rank, in a line for the others; None for a normal end."""
+    if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and not error.code):
+        return None
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """--prompt, --prompt-file, --stdin, --max-prompt-length, --max-gen-tokens."""
     group = parser.add_argument_group("prompts")
@@ -243,50 +359,42 @@ def add_accuracy_option(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def holds_onnx(
-    args: argparse.Namespace, model: ModelFolder, *options: str, **defaults: object
-) -> bool:
+def holds_onnx(args: argparse.Namespace, model: ModelFolder, **others: object) -> bool:
     """Whether a folder holds an ONNX model, which is run as it is.
 
     Args:
-        options: those that then mean nothing, besides those of quantization: "--calib".
-        defaults: of those of them that have one.
+        others: see `refuse_for_onnx`; the options of quantization are refused besides.
 
     Raises:
-        UserError: naming the first of them that was given; or where onnxruntime is missing.
+        UserError: an option was given that then means nothing; or onnxruntime is missing.
     """
     if not is_onnx(model.path):
         return False
-    quantization = ("--bitwidth", "--lm-head-bits", "--group-size", "--scheme")
-    defaults |= {"group_size": DEFAULT_GROUP_SIZE, "scheme": DEFAULT_SCHEME}
-    refuse_for_onnx(args, model, (*quantization, *options), defaults)
+    quantization = {
+        "bitwidth": None,
+        "lm_head_bits": None,
+        "group_size": DEFAULT_GROUP_SIZE,
+        "scheme": DEFAULT_SCHEME,
+    }
+    refuse_for_onnx(args, model, **quantization, **others)
     return True
 
 
-def refuse_for_onnx(
-    args: argparse.Namespace,
-    model: ModelFolder,
-    options: Sequence[str],
-    defaults: Mapping[str, object],
-) -> None:
+def refuse_for_onnx(args: argparse.Namespace, model: ModelFolder, **options: object) -> None:
     """Refuse options that mean nothing with an ONNX model.
 
     Args:
-        options: besides --dtype, and a --device that is not the CPU.
-        defaults: of options that are neither None nor False where they are not given, by the
-            names they have in `args`.
+        options: what each is where it is not given; --dtype and a --device besides the CPU are
+            refused as well.
 
     Raises:
         UserError: naming the first of them that was given; or where onnxruntime is missing.
     """
-    defaults = {**defaults, "dtype": "auto"}
-    for option in (*options, "--dtype"):
-        name = option.removeprefix("--").replace("-", "_")
-        value = getattr(args, name)
-        if value is not None and value != defaults.get(name, False):
+    for name, default in {**options, "dtype": "auto"}.items():
+        if getattr(args, name) != default:
             raise UserError(
-                f"{option} does nothing here, leave it out: {model.path} holds an ONNX model, "
-                "whose types and layers are as they are"
+                f"--{name.replace('_', '-')} does nothing here, leave it out: {model.path} holds "
+                "an ONNX model, whose types and layers are as they are"
             )
     if args.device not in ("auto", "cpu"):
         raise UserError(f"--device {args.device}: ONNX models are run on the CPU; give cpu")
@@ -349,7 +457,9 @@ def add_calibration_options(
     return group
 
 
-def resolve_model(args: argparse.Namespace, *, weights: bool = True) -> ModelFolder:
+def resolve_model(
+    args: argparse.Namespace, *, weights: bool = True, note: Callable[[str], None] = note
+) -> ModelFolder:
     """The folder that the model options name."""
     if args.model_path and args.model_size:
         raise UserError("--model-path and --model-size name two models; give one of them")
@@ -366,7 +476,10 @@ def resolve_dtype(args: argparse.Namespace) -> torch.dtype | None:
 
 
 def find_calibration(
-    args: argparse.Namespace, model: ModelFolder, plan: QuantPlan
+    args: argparse.Namespace,
+    model: ModelFolder,
+    plan: QuantPlan,
+    note: Callable[[str], None] = note,
 ) -> Calibration | None:
     """The activation statistics for a plan's W8A8 layers: --calib, else what lies ready."""
     from qllm.calibration import default_path
@@ -386,11 +499,18 @@ def find_calibration(
     return calibration
 
 
-def resolve_device(args: argparse.Namespace) -> str:
-    """The device that --device names, checked to be there."""
+def resolve_device(args: argparse.Namespace, *, local: bool = False) -> str:
+    """The device that --device names, checked to be there.
+
+    Args:
+        local: of several processes on a host, each takes a GPU of its own.
+    """
     import torch
 
     found = torch.cuda.is_available()
+    if local and found and args.device in ("auto", "cuda"):
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(args.device)
     if args.device == "auto":
         return "cuda" if found else "cpu"
     try:
@@ -436,7 +556,12 @@ def _lines(data: bytes) -> list[str]:
     return [line.rstrip("\r") for line in lines if line.strip()]
 
 
-def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], limit: int) -> list[list[int]]:
+def tokenize(
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    limit: int,
+    note: Callable[[str], None] = note,
+) -> list[list[int]]:
     """Token ids of prompts; one of more than `limit` tokens loses its beginning, with a note."""
     encoded = []
     for number, prompt in enumerate(prompts, 1):

@@ -15,6 +15,7 @@ from qllm.checkpoint.reader import read_json
 from qllm.config import ModelConfig
 from qllm.errors import UserError
 from qllm.models import RawConfig
+from qllm.models.decoder import Line
 from qllm.tokenizer import Tokenizer
 
 # What transformers generates when nothing says how much.
@@ -45,10 +46,13 @@ class Generator(Protocol):
 
     config: ModelConfig
     device: torch.device
+    line: Line | None
 
     def new_cache(self, rows: int, capacity: int) -> object: ...
-    def prefill(self, prompts: Sequence[Sequence[int]], cache: object) -> Tensor: ...
-    def decode(self, tokens: Tensor, cache: object) -> Tensor: ...
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], cache: object, *, share: bool
+    ) -> Tensor | None: ...
+    def decode(self, tokens: Tensor, cache: object, *, share: bool) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -143,22 +147,82 @@ def generate(
     results: list[list[int]] = [[] for _ in prompts]
     if count == 0:
         return results
-    cache = model.new_cache(len(prompts), longest + count)
-    processor = LogitsProcessor(model, prompts, config)
-    finished = [False] * len(prompts)
-    tokens = None
+    whole = [range(len(prompts))]
+    rows = whole if model.line is None else model.line.micro_batches(len(prompts))
+    batches = [_Batch(model, run, prompts, config) for run in rows]
     for step in range(1, count + 1):
-        logits = model.prefill(prompts, cache) if tokens is None else model.decode(tokens, cache)
-        tokens = processor(logits).argmax(dim=-1)
-        processor.add(tokens)
-        for row, token in enumerate(tokens.tolist()):
-            if not finished[row]:
-                finished[row] = step == count or token in config.eos_token_ids
-                results[row].append(token)
-                on_token(row, token, finished[row])
-        if all(finished):
+        for batch in batches:
+            if batch.pending:
+                batch.take(results, on_token, False)
+            if not all(batch.finished):
+                batch.step()
+                if model.line is None:
+                    batch.take(results, on_token, step == count)
+        if all(all(batch.finished) for batch in batches):
             break
+    for batch in batches:
+        if batch.pending:
+            batch.take(results, on_token, True)
     return results
+
+
+class _Batch:
+    """Some of the prompts, which go through the model together.
+
+    In a pipeline there are several, so that each stage has one to work on; a stage learns the new
+    tokens of one when it comes to it again.
+
+    Attributes:
+        pending: a step was made whose tokens have not been taken.
+        finished: of each row.
+    """
+
+    def __init__(
+        self,
+        model: Generator,
+        rows: range,
+        prompts: Sequence[Sequence[int]],
+        config: GenerationConfig,
+    ) -> None:
+        self.model, self.rows, self.config = model, rows, config
+        self.prompts = [prompts[row] for row in rows]
+        longest = max(map(len, prompts))
+        self.cache = model.new_cache(len(rows), longest + config.new_tokens(longest))
+        self.processor = LogitsProcessor(model, self.prompts, config, longest)
+        self.finished = [False] * len(rows)
+        self.tokens: Tensor | None = None
+        self.pending = False
+
+    def step(self) -> None:
+        """Find the next token of each row."""
+        if self.tokens is None:
+            logits = self.model.prefill(self.prompts, self.cache, share=False)
+        else:
+            logits = self.model.decode(self.tokens, self.cache, share=False)
+        self.pending = True
+        if logits is not None:
+            self.tokens = self.processor(logits).argmax(dim=-1)
+            if self.model.line is not None:
+                self.model.line.announce(self.tokens)
+
+    def take(
+        self,
+        results: list[list[int]],
+        on_token: Callable[[int, int, bool], None],
+        last: bool,
+    ) -> None:
+        """Take note of the tokens that the last step found."""
+        self.pending = False
+        line = self.model.line
+        if line is not None and not line.last:
+            room = torch.empty(len(self.rows), dtype=torch.int64, device=self.model.device)
+            self.tokens = line.hear(room)
+        self.processor.add(self.tokens)
+        for index, token in enumerate(self.tokens.tolist()):
+            if not self.finished[index]:
+                self.finished[index] = last or token in self.config.eos_token_ids
+                results[self.rows[index]].append(token)
+                on_token(self.rows[index], token, self.finished[index])
 
 
 def check_prompts(
@@ -197,10 +261,19 @@ class LogitsProcessor:
     """What transformers' processors do to the logits of greedy search, in their order."""
 
     def __init__(
-        self, model: Generator, prompts: Sequence[Sequence[int]], config: GenerationConfig
+        self,
+        model: Generator,
+        prompts: Sequence[Sequence[int]],
+        config: GenerationConfig,
+        longest: int | None = None,
     ) -> None:
+        """
+        Args:
+            longest: tokens of the longest prompt of the batch that these are part of.
+        """
         self.config = config
-        self.least = config.least_tokens(max(len(prompt) for prompt in prompts))
+        longest = max(len(prompt) for prompt in prompts) if longest is None else longest
+        self.least = config.least_tokens(longest)
         self.generated = 0
         # Checkpoints name ids that no token has, such as -1 for none.
         eos = [token for token in config.eos_token_ids if 0 <= token < model.config.vocab_size]

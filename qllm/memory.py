@@ -70,3 +70,12 @@ def peak_resident_bytes() -> int:
         # Not on Linux. There this would count what the parent held when it forked, too.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int:
+    """Memory of this process's own that is in use: pages of files, which may go, do not count."""
+    status = Path("/proc/self/status")
+    try:
+        return int(status.read_text(encoding="ascii").partition("RssAnon:")[2].split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        return peak_resident_bytes()  # not on Linux

@@ -10,6 +10,7 @@ from itertools import groupby
 from qllm.checkpoint.load import shard_bytes
 from qllm.layers import Linear
 from qllm.layers.base import describe
+from qllm.memory import resident_bytes
 from qllm.models import Decoder
 from qllm.tokenizer import Tokenizer
 
@@ -64,6 +65,32 @@ def print_shards(shards: Sequence[dict]) -> None:
         print(f"shard {number}: layers {layers}, {megabytes(shard['bytes'])}")
 
 
+def rank_row(model: Decoder) -> dict:
+    """What this process has of a model: layers, bytes, and bytes of its memory in use."""
+    halves = [
+        index + half / 2
+        for shard in model.shards
+        for index in shard
+        for half, here in enumerate(
+            (model.layers[index].has_attention, model.layers[index].has_mlp)
+        )
+        if here
+    ]
+    tensors = {t.data_ptr(): t.nbytes for t in model.buffers() if not t.is_meta and t.numel()}
+    return {
+        "layers": [halves[0], halves[-1] + 0.5],
+        "bytes": sum(tensors.values()),
+        "resident": resident_bytes(),
+    }
+
+
+def print_ranks(ranks: Sequence[dict]) -> None:
+    """A line per rank."""
+    for number, rank in enumerate(ranks):
+        begin, end = rank["layers"]
+        print(f"rank {number}: layers {begin:g} to {end:g}, {megabytes(rank['bytes'])}")
+
+
 def index_ranges(indices: Sequence[int]) -> str:
     """Sorted indices as text: "0-3, 7"."""
     runs = []
@@ -77,9 +104,10 @@ def kernel_rows(model: Decoder) -> list[dict]:
     """What each linear layer is, which kernel it runs, and why; equal layers share a row."""
     rows: dict[tuple[str, ...], list[int]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            inside = name.startswith("layers.")
-            index, inner = name.split(".", 2)[1:] if inside else ("-1", name)
+        if isinstance(module, Linear) and not any(t.is_meta for t in module.buffers()):
+            path = name.removesuffix(".linear")  # of a layer that several ranks share
+            inside = path.startswith("layers.")
+            index, inner = path.split(".", 2)[1:] if inside else ("-1", path)
             choice = module.choice
             key = (inner, describe(module.spec), choice.kernel.name, choice.reason)
             rows.setdefault(key, []).append(int(index))

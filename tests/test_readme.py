@@ -34,6 +34,7 @@ SMALLER = {
 SMALL = {
     "benchmarks.quality": "--windows 1 --window 64 --prompts 2 --new-tokens 4 --bitwidths 8:tc 3",
     "benchmarks.memory": "--repository facebook/opt-125m --format safetensors",
+    "benchmarks.parallel": "--repository facebook/opt-125m --processes 1 2 --steps 2",
     "benchmarks.startup": "--runs 1 --bitwidths 4",
     "benchmarks.quantization": "--windows 1 --window 64 --nsamples 2 --seqlen 64 --bitwidths 3 "
     "--group-sizes -1 --models opt",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,10 @@ from qllm.memory import check_fits
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
 from qllm.models.equalize import NORMS, can_divide, divide_rows
-from qllm.parallel.pipeline import balance
+from qllm.parallel.group import Group
+from qllm.parallel.layers import VocabularyParallel, parallel
+from qllm.parallel.pipeline import Place, balance
+from qllm.parallel.plan import Share, head_shares, model_shares
 from qllm.quant.calibrate import Calibration
 from qllm.quant.packing import PackedWeight
 from qllm.quant.smooth import smooth_scales
@@ -39,6 +42,7 @@ def load_model(
     cache_shape: tuple[int, int] = (0, 0),
     activation_bits: int = DEFAULT_ACTIVATION_BITS,
     progress: Progress = iter,
+    place: Place | None = None,
 ) -> Decoder:
     """Load a 16- or 32-bit checkpoint, quantizing each layer as it comes; or a quantized one.
 
@@ -47,12 +51,13 @@ def load_model(
         plan: which layer gets which spec; 16 bits for a checkpoint that is quantized already.
         dtype: of activations and dense weights; None is the checkpoint's.
         device: where the model goes.
-        num_shards: contiguous layer ranges of about equal bytes.
+        num_shards: contiguous layer ranges of about equal bytes, run one after the other.
         calibration: activation ranges, for W8A8 layers.
         cache_shape: rows and tokens of the KV cache that must fit beside the model.
         activation_bits: 8: layers of 1 to 8 bits multiply activations as int8, one scale per 128
             inputs; 16: as exactly as 16-bit types allow.
         progress: wraps the list of modules while it is worked through.
+        place: what this process of several has of the model; None: all of it.
 
     Raises:
         UserError: for a broken checkpoint, a plan that does not fit it, too many shards, a model
@@ -64,26 +69,36 @@ def load_model(
     specs = _specs(weights, plan)
     _check_calibration(weights, specs, calibration)
     model = _empty(weights, specs, dtype)
+    if activation_bits == 8 and not any(_weight_only(model)):
+        raise UserError(
+            "activations of 8 bits are for layers of 1 to 8 bits, and this model has none; "
+            "8:tc-li has them already"
+        )
     config = model.config
+    place = place or Place()
     costs = _layer_bytes(model)
-    model.shards = balance(costs, num_shards)
+    if place.line is not None and config.tied_head:
+        costs[-1] += module_bytes(model.embed)  # the last stage has it, too
+    halves = place.halves(costs)[place.stage]
+    model.line = place.line
+    layers = range(halves.start // 2, (halves.stop + 1) // 2)
+    parts = balance([costs[i] for i in layers], num_shards if place.line is None else 1)
+    model.shards = [range(layers[r.start], layers[r.stop - 1] + 1) for r in parts]
+    model.layers[layers[0]].has_attention = halves.start % 2 == 0
+    model.layers[layers[-1]].has_mlp = halves.stop % 2 == 0
+    loader = _Loader(model, weights, specs, dtype, device, calibration, place.tp, place.mode)
     largest = max(torch.Size(shape).numel() for shape in weights.shapes.values())
-    needed = sum(costs) + largest * dtype.itemsize + KVCache.size(config, *cache_shape, dtype)
+    kept = sum(costs[i] for i in layers) // place.tp.size
+    cache = KVCache.size(config, *cache_shape, dtype) * len(layers) // config.num_layers
+    needed = kept + largest * dtype.itemsize + cache // place.tp.size
     check_fits(needed, device, f"the model at bitwidth {plan.text}")
-
-    for name, module in progress(_leaves(model)):
-        if isinstance(module, Linear):
-            if name in weights.stored:
-                _fill_stored(model, name, module, weights, device)
-            else:
-                _fill_linear(model, name, module, weights, specs, device, calibration)
-        else:
-            for key in dict(module.named_buffers(recurse=False)):
-                setattr(module, key, _read(weights, f"{name}.{key}", dtype, device))
-    if config.tied_head:
-        model.lm_head = linear_class(QuantSpec()).from_float(model.embed.weight, None, QuantSpec())
+    leaves = [leaf for leaf in _leaves(model) if _is_here(leaf[0], halves, config.num_layers)]
+    for name, module in progress(leaves):
+        loader.fill(name, module)
+    loader.finish()
     if activation_bits == 8:
-        _round_activations(model)
+        for layer in _weight_only(model):
+            layer.round_activations()
     return model
 
 
@@ -104,15 +119,17 @@ def _empty(weights: Weights, specs: dict[str, QuantSpec], dtype: torch.dtype) ->
     return Decoder(config, specs, dtype)
 
 
-def _round_activations(model: Decoder) -> None:
-    layers = [layer for layer in model.modules() if isinstance(layer, WeightOnlyLinear)]
-    if not layers:
-        raise UserError(
-            "activations of 8 bits are for layers of 1 to 8 bits, and this model has none; "
-            "8:tc-li has them already"
-        )
-    for layer in layers:
-        layer.round_activations()
+def _weight_only(model: Decoder) -> Iterator[WeightOnlyLinear]:
+    return (layer for layer in model.modules() if isinstance(layer, WeightOnlyLinear))
+
+
+def _is_here(name: str, halves: range, num_layers: int) -> bool:
+    """Whether a stage with these halves of layers has a module."""
+    if name.startswith("layers."):
+        _, index, inner = name.split(".", 2)
+        return 2 * int(index) + inner.startswith("mlp") in halves
+    front = name in ("embed", "embed_norm", "project_in", "positions")
+    return (0 if front else 2 * num_layers - 1) in halves
 
 
 def _specs(weights: Weights, plan: QuantPlan) -> dict[str, QuantSpec]:
@@ -151,25 +168,6 @@ def _check_calibration(
         calibration.check(shapes)
 
 
-def _fill_stored(model: Decoder, name: str, module: Linear, weights: Weights, device: str) -> None:
-    """Put a linear that the checkpoint holds quantized in its place."""
-    found = weights.read_quantized(name)
-    bias = None
-    if module.bias is not None:
-        bias = _read(weights, f"{name}.bias", model.dtype, device)
-    tensors = [None if tensor is None else tensor.to(device) for tensor in found]
-    spec = weights.stored[name].spec
-    if isinstance(found, Int8Weight):
-        qweight, scales, input_scale = tensors
-        extra = [] if input_scale is None else [input_scale]
-        layer = linear_class(spec)(qweight, scales, bias, spec, *extra)
-    else:
-        spec = replace(spec, scheme="asym" if found.qzeros.numel() else "sym")
-        packed = PackedWeight(*tensors)
-        layer = WeightOnlyLinear.from_packed(packed, bias, spec, module.in_features)
-    model.set_submodule(name, layer)
-
-
 def _leaves(model: Decoder) -> list[tuple[str, nn.Module]]:
     """The modules that hold tensors, in the order of the checkpoint; a tied head holds none."""
     leaves = [
@@ -180,41 +178,184 @@ def _leaves(model: Decoder) -> list[tuple[str, nn.Module]]:
     return [leaf for leaf in leaves if leaf[0] != "lm_head" or not model.config.tied_head]
 
 
-def _fill_linear(
-    model: Decoder,
-    name: str,
-    module: Linear,
-    weights: Weights,
-    specs: dict[str, QuantSpec],
-    device: str,
-    calibration: Calibration | None,
-) -> None:
-    spec = specs.get(name, QuantSpec())
-    if spec.kind == "dense":
-        weight = _read(weights, f"{name}.weight", model.dtype, device)
-    else:
-        tied = name == LM_HEAD and weights.config.tied_head
-        weight = weights.read("embed.weight" if tied else f"{name}.weight").to(device)
-    bias = None
-    if module.bias is not None:
-        bias = _read(weights, f"{name}.bias", model.dtype, device)
-    input_range = None
-    if calibration is not None and spec.kind.startswith("w8a8") and name in calibration.inputs:
-        inputs = calibration.inputs[name].to(device)
+@dataclass
+class _Loader:
+    """Fills a model's modules, each with the part that this process has of it."""
+
+    model: Decoder
+    weights: Weights
+    specs: dict[str, QuantSpec]
+    dtype: torch.dtype
+    device: str
+    calibration: Calibration | None
+    tp: Group
+    mode: str
+
+    def __post_init__(self) -> None:
+        shared = self.tp.size > 1
+        self.shares = model_shares(self.model.config, self.tp.size, self.mode) if shared else {}
+
+    def fill(self, name: str, module: nn.Module) -> None:
+        """Give a module its tensors."""
+        share = self._share(name)
+        if not isinstance(module, Linear):
+            rows = share and share.ranges[self.tp.rank]
+            for key in dict(module.named_buffers(recurse=False)):
+                tensor = self._read(f"{name}.{key}", rows)
+                if share:
+                    self.model.set_submodule(name, VocabularyParallel(tensor, self.tp, share))
+                else:
+                    setattr(module, key, tensor)
+            return
+        if name in self.weights.stored:
+            layer, bias = self._stored(name, module, share)
+        else:
+            layer, bias = self._quantized(name, module, share)
+        self._put(name, layer, share, bias)
+
+    def finish(self) -> None:
+        """Tie the head, and tell the rest of the model which heads are here."""
+        model, tp = self.model, self.tp
+        last = model.line is None or model.line.last
+        if model.config.tied_head and last:
+            if model.embed.weight.is_meta:
+                share = self._share(LM_HEAD)
+                weight = self._read("embed.weight", share and share.ranges[tp.rank])
+            else:
+                weight = model.embed.weight
+            head = linear_class(QuantSpec()).from_float(weight, None, QuantSpec())
+            self._put(LM_HEAD, head, self._share(LM_HEAD), None)
+        if not self.shares:
+            return
+        config = model.config
+        heads = head_shares(config.num_heads, config.num_kv_heads, tp.size)[tp.rank]
+        model.kv_heads = len(heads.keys)
+        for layer in model.layers:
+            layer.attention.heads = [len(heads.queries), len(heads.keys), len(heads.keys)]
+        if model.positions.slopes is not None:
+            queries = heads.queries
+            model.positions.slopes = model.positions.slopes[queries.start : queries.stop].clone()
+
+    def _share(self, name: str) -> Share | None:
+        """How the ranks share a module; None: each has all of it."""
+        return self.shares.get(_inner(name))
+
+    def _put(self, name: str, layer: Linear, share: Share | None, bias: Tensor | None) -> None:
+        if share:
+            inner = _inner(name)
+            first = {"attention.out": "attention.qkv", "mlp.down": "mlp.up"}.get(inner)
+            inputs = first and [len(runs[0]) for runs in self.shares[first].ranges]
+            gather = inner not in ("attention.qkv", "mlp.up")
+            layer = parallel(layer, self.tp, share, inputs=inputs, bias=bias, gather=gather)
+        self.model.set_submodule(name, layer)
+
+    def _stored(
+        self, name: str, module: Linear, share: Share | None
+    ) -> tuple[Linear, Tensor | None]:
+        """A linear that the checkpoint holds quantized, and the bias of a whole one that is cut."""
+        found = self.weights.read_quantized(name)
+        bias = None if module.bias is None else self._read(f"{name}.bias")
+        tensors = [None if tensor is None else tensor.to(self.device) for tensor in found]
+        spec = self.weights.stored[name].spec
+        if isinstance(found, Int8Weight):
+            qweight, scales, input_scale = tensors
+            extra = [] if input_scale is None else [input_scale]
+            layer = linear_class(spec)(qweight, scales, bias, spec, *extra)
+        else:
+            spec = replace(spec, scheme="asym" if found.qzeros.numel() else "sym")
+            packed = PackedWeight(*tensors)
+            layer = WeightOnlyLinear.from_packed(packed, bias, spec, module.in_features)
+        if share:
+            layer = layer.part(share.dim, *share.ranges[self.tp.rank])
+        return layer, bias
+
+    def _quantized(
+        self, name: str, module: Linear, share: Share | None
+    ) -> tuple[Linear, Tensor | None]:
+        """A linear of float weights as its spec says, and the bias of a whole one that is cut.
+
+        What is read is the part that is kept, and where that begins or ends inside a group, the
+        rest of the group: so the integers are those of the whole matrix.
+        """
+        spec = self.specs.get(name, QuantSpec())
+        runs = share.ranges[self.tp.rank] if share else None
+        rows, columns = (runs, None) if share and share.dim == 0 else (None, None)
+        kept = None
+        if share and share.dim == 1:
+            (run,) = runs
+            columns = _whole_groups(run, spec, module.in_features)
+            kept = range(run.start - columns.start, run.stop - columns.start)
+        bias = None if module.bias is None else self._read(f"{name}.bias", rows)
+        source = f"{name}.weight"
+        if name == LM_HEAD and self.weights.config.tied_head and spec.kind != "dense":
+            source = "embed.weight"
+        input_range, scales = self._smoothing(name, source, spec)
+        if spec.kind == "dense":
+            weight = self._read(source, rows, columns)
+        else:
+            weight = self.weights.read(source, rows=rows, columns=columns).to(self.device)
+        if scales is not None:
+            weight = weight.float() * scales
+        layer = linear_class(spec).from_float(
+            weight, bias, spec, input_range=input_range, together=self.tp.all
+        )
+        if kept is not None and (spec.kind != "dense"):
+            layer = layer.part(1, kept)
+        elif kept is not None:
+            layer.bias = None
+        return layer, bias
+
+    def _smoothing(
+        self, name: str, source: str, spec: QuantSpec
+    ) -> tuple[float | None, Tensor | None]:
+        """The range of a W8A8 layer's inputs, and by what its input channels are multiplied."""
+        calibration = self.calibration
+        if calibration is None or not spec.kind.startswith("w8a8"):
+            return None, None
+        if name not in calibration.inputs:
+            return None, None
+        inputs, scales = calibration.inputs[name].to(self.device), None
         index, _, inner = name.removeprefix("layers.").partition(".")
         # A linear in front is quantized already: here norms alone take the smoothing.
-        if inner in NORMS and can_divide(model.config, inner):
-            scales = smooth_scales(inputs, weight)
-            weight, inputs = weight.float() * scales, inputs / scales
-            divide_rows(model.get_submodule(f"layers.{index}.{NORMS[inner]}"), slice(None), scales)
-        input_range = float(inputs.max())
-    layer = linear_class(spec).from_float(weight, bias, spec, input_range=input_range)
-    model.set_submodule(name, layer)
+        if inner in NORMS and can_divide(self.model.config, inner):
+            # Of all rows, whichever are kept: every rank divides the norm by the same.
+            scales = smooth_scales(inputs, self.weights.read(source).to(self.device))
+            inputs = inputs / scales
+            norm = self.model.get_submodule(f"layers.{index}.{NORMS[inner]}")
+            divide_rows(norm, slice(None), scales)
+        return float(inputs.max()), scales
+
+    def _read(
+        self, name: str, rows: Sequence[range] | None = None, columns: range | None = None
+    ) -> Tensor:
+        return _read(self.weights, name, self.dtype, self.device, rows, columns)
 
 
-def _read(weights: Weights, name: str, dtype: torch.dtype, device: str) -> Tensor:
+def _inner(name: str) -> str:
+    """A module's name without its layer."""
+    return name.split(".", 2)[2] if name.startswith("layers.") else name
+
+
+def _whole_groups(columns: range, spec: QuantSpec, in_features: int) -> range:
+    """The input channels of the groups that some channels are in."""
+    if spec.kind == "dense":
+        return columns
+    group = in_features if spec.group_size == -1 else min(spec.group_size, in_features)
+    stop = min(in_features, -(-columns.stop // group) * group)
+    return range(columns.start // group * group, stop)
+
+
+def _read(
+    weights: Weights,
+    name: str,
+    dtype: torch.dtype,
+    device: str,
+    rows: Sequence[range] | None,
+    columns: range | None,
+) -> Tensor:
     """A tensor that the model keeps as it is: mapped where it needs no conversion."""
-    tensor = weights.read(name, mapped=device == "cpu" and weights.dtype() == dtype)
+    mapped = device == "cpu" and weights.dtype() == dtype
+    tensor = weights.read(name, mapped=mapped, rows=rows, columns=columns)
     converted = tensor.to(device=device, dtype=dtype)
     narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
     if narrower and not converted.isfinite().all():

@@ -7,6 +7,7 @@ used, pickles are loaded with `weights_only=True`, names in an index stay inside
 from __future__ import annotations
 
 import gc
+import io
 import json
 import mmap
 import os
@@ -109,6 +110,10 @@ class TensorFile(ABC):
         """The tensor as a view of the mapped file where the file allows it, else a copy."""
         return self.read(name)
 
+    @abstractmethod
+    def read_part(self, name: str, rows: range, columns: range | None) -> Tensor:
+        """Some rows of a tensor, and of those some columns where they are given."""
+
     def release(self) -> None:  # noqa: B027 - most files keep nothing open
         """Give back what was kept open to read from; a later read opens it again."""
 
@@ -151,15 +156,42 @@ class SafetensorsFile(TensorFile):
         if tensor.numel():
             view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
             with self.path.open("rb", buffering=0) as file:
-                file.seek(self._offsets[name])
-                done = 0
-                while done < len(view) and (count := file.readinto(view[done:])):
-                    done += count
+                end = self._fill(file, view, self._offsets[name])
                 if hasattr(os, "posix_fadvise"):  # what is read next comes while this is used
-                    end = self._offsets[name] + done
                     os.posix_fadvise(file.fileno(), end, READ_AHEAD, os.POSIX_FADV_WILLNEED)
-            if done < len(view):
-                raise UserError(f"{self.path} became shorter while it was read; get it again")
+        return tensor
+
+    def _fill(self, file: io.FileIO, view: memoryview, offset: int) -> int:
+        """Read a view's bytes from an offset; returns where they end."""
+        file.seek(offset)
+        done = 0
+        while done < len(view) and (count := file.readinto(view[done:])):
+            done += count
+        if done < len(view):
+            raise UserError(f"{self.path} became shorter while it was read; get it again")
+        return offset + done
+
+    def read_part(self, name: str, rows: range, columns: range | None) -> Tensor:
+        info = self.tensors[name]
+        width = torch.Size(info.shape[1:]).numel() * info.dtype.itemsize  # bytes of a row
+        shape = (len(rows), *info.shape[1:])
+        begin, size = rows.start * width, len(rows) * width
+        if columns is not None:
+            shape = (len(rows), len(columns))
+            size = len(columns) * info.dtype.itemsize
+        tensor = torch.empty(shape, dtype=info.dtype)
+        if not tensor.numel():
+            return tensor
+        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        with self.path.open("rb", buffering=0) as file:
+            if columns is None:
+                self._fill(file, view, self._offsets[name] + begin)
+                return tensor
+            begin += self._offsets[name] + columns.start * info.dtype.itemsize
+            if hasattr(os, "posix_fadvise"):  # pieces of rows: what lies between is not wanted
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            for row in range(len(rows)):
+                self._fill(file, view[row * size : (row + 1) * size], begin + row * width)
         return tensor
 
     def map(self, name: str) -> Tensor:
@@ -247,6 +279,16 @@ class TorchFile(TensorFile):
             self.release()
         return tensor
 
+    def read_part(self, name: str, rows: range, columns: range | None) -> Tensor:
+        tensor = self._open()[name][rows.start : rows.stop]
+        if columns is not None:
+            tensor = tensor[:, columns.start : columns.stop]
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        self._bytes_read += tensor.nbytes
+        if self._mapped and self._bytes_read > RELEASE_BYTES:
+            self.release()
+        return tensor
+
 
 class Checkpoint:
     """The tensors of a checkpoint folder, by the names in its files.
@@ -275,13 +317,24 @@ class Checkpoint:
         self.tensors = {name: file.tensors[name] for name, file in self._files.items()}
         self._last = file
 
-    def read(self, name: str, *, mapped: bool = False) -> Tensor:
+    def read(
+        self,
+        name: str,
+        *,
+        mapped: bool = False,
+        rows: range | None = None,
+        columns: range | None = None,
+    ) -> Tensor:
         """A tensor of weights, in memory of its own, or with `mapped` as a view of its file.
+
+        Args:
+            rows, columns: the part of it that is read; None is all.
 
         Raises:
             UserError: for a tensor that is not floating point, or not finite.
         """
-        tensor, file = self.read_any(name, mapped=mapped), self._files[name]
+        tensor = self.read_any(name, mapped=mapped, rows=rows, columns=columns)
+        file = self._files[name]
         if not tensor.dtype.is_floating_point:
             raise UserError(
                 f"{file.path}: {name} holds {tensor.dtype}; weights are floating point here"
@@ -291,13 +344,24 @@ class Checkpoint:
             raise UserError(f"{file.path}: {name} holds NaN or infinite values; get it again")
         return tensor
 
-    def read_any(self, name: str, *, mapped: bool = False) -> Tensor:
-        """A tensor as it is."""
+    def read_any(
+        self,
+        name: str,
+        *,
+        mapped: bool = False,
+        rows: range | None = None,
+        columns: range | None = None,
+    ) -> Tensor:
+        """A tensor as it is, or some rows and columns of it."""
         file = self._files[name]
         if file is not self._last:  # one file of a sharded checkpoint is held open at a time
             self._last.release()
             self._last = file
-        return file.map(name) if mapped else file.read(name)
+        if columns is not None or (rows is not None and not mapped):
+            rows = range(self.tensors[name].shape[0]) if rows is None else rows
+            return file.read_part(name, rows, columns)
+        tensor = file.map(name) if mapped else file.read(name)
+        return tensor if rows is None else tensor[rows.start : rows.stop]
 
     def path(self, name: str) -> Path:
         """The file a tensor is in."""

@@ -6,8 +6,9 @@ Two layouts: Hugging Face's, where a fused matrix is put together as it is read,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -251,10 +252,8 @@ class Weights:
             whole = join_rows(parts, storage.spec.bits)
         except UserError as error:
             raise UserError(f"{self.checkpoint.folder}: {', '.join(names)}: {error}") from None
-        if self.family.interleaved_qkv and not self.converted and module.endswith("attention.qkv"):
-            heads, dim = self.config.num_heads, self.config.head_dim
-            rows = torch.arange(total).view(heads, 3, dim).transpose(0, 1).flatten()
-            whole = take_rows(whole, rows)
+        if self._is_interleaved(module):
+            whole = take_rows(whole, self._interleaved(total))
         return whole
 
     def dtype(self, name: str = "embed.weight") -> torch.dtype:
@@ -262,22 +261,54 @@ class Weights:
         types = [self.checkpoint.tensors[part].dtype for part in self._parts(name)]
         return reduce(torch.promote_types, types)
 
-    def read(self, name: str, *, mapped: bool = False) -> Tensor:
+    def read(
+        self,
+        name: str,
+        *,
+        mapped: bool = False,
+        rows: Sequence[range] | None = None,
+        columns: range | None = None,
+    ) -> Tensor:
         """One of our tensors, fused; with `mapped`, a view of the file where it lies in one piece.
+
+        Args:
+            rows: runs of our rows, to have these only, one behind the other.
+            columns: a run of columns, likewise.
 
         Raises:
             UserError: for values that are not finite.
         """
         parts = self._parts(name)
-        interleaved = self.family.interleaved_qkv and not self.converted
-        if interleaved and ".attention.qkv." in name:
-            tensor = self.checkpoint.read(parts[0])
-            heads, dim = self.config.num_heads, self.config.head_dim
-            tensor = tensor.unflatten(0, (heads, 3, dim)).transpose(0, 1)
-            return tensor.reshape(self.shapes[name])
-        if len(parts) == 1:
-            return self.checkpoint.read(parts[0], mapped=mapped)
-        return torch.cat([self.checkpoint.read(part) for part in parts])
+        total = self.shapes[name][0]
+        runs = [range(total)] if rows is None else list(rows)
+        if self._is_interleaved(name):
+            wanted = self._interleaved(total)[
+                torch.cat([torch.arange(r.start, r.stop) for r in runs])
+            ]
+            low, high = int(wanted.min()), int(wanted.max()) + 1
+            tensor = self.checkpoint.read(parts[0], rows=range(low, high), columns=columns)
+            return tensor[wanted - low]
+        counts = self._rows(name.rpartition(".")[0], len(parts))
+        pieces, start = [], [sum(counts[:i]) for i in range(len(counts))]
+        for run in runs:
+            for part, begin, count in zip(parts, start, counts, strict=True):
+                inside = range(max(run.start, begin) - begin, min(run.stop, begin + count) - begin)
+                if inside:
+                    whole = len(inside) == count
+                    pieces.append((part, None if whole else inside))
+        mapped = mapped and len(pieces) == 1
+        read = partial(self.checkpoint.read, mapped=mapped, columns=columns)
+        tensors = [read(part, rows=inside) for part, inside in pieces]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    def _is_interleaved(self, name: str) -> bool:
+        """Whether the checkpoint has the rows of one of our tensors in BLOOM's order."""
+        return self.family.interleaved_qkv and not self.converted and ".attention.qkv" in name
+
+    def _interleaved(self, total: int) -> Tensor:
+        """The row that each of our QKV rows has in BLOOM's order: (total,)."""
+        heads, dim = self.config.num_heads, self.config.head_dim
+        return torch.arange(total).view(heads, 3, dim).transpose(0, 1).flatten()
 
     def rows_of_parts(self, module: str) -> dict[str, slice | Tensor]:
         """Which rows of one of our modules' tensors each part has, by its Hugging Face name.

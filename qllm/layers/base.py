@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qllm import ops
 from qllm.config import QuantSpec
+from qllm.layers.parts import shares
 from qllm.quant.packing import PackedWeight
 
 ALL_ROWS = slice(None)
@@ -62,7 +63,13 @@ class Linear(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_float(
-        cls, weight: Tensor, bias: Tensor | None, spec: QuantSpec, *, input_range: float | None
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: QuantSpec,
+        *,
+        input_range: float | None,
+        together: Callable[[bool], bool] = bool,
     ) -> Linear:
         """The layer that holds a float weight (N, K), and bias (N,), as `spec` says.
 
@@ -70,6 +77,8 @@ class Linear(nn.Module, ABC):
             weight: floating point, on the layer's device. A dense layer keeps it as it is; the
                 others compute in the type of what they are given.
             input_range: the largest |x| seen in calibration, None without calibration.
+            together: of a weight that is part of a larger one, takes whether this part's scales
+                fit into float16, and returns whether those of all parts do.
 
         Raises:
             UserError: where the spec needs a calibration that is not given.
@@ -82,6 +91,25 @@ class Linear(nn.Module, ABC):
     @abstractmethod
     def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
         """The matrix the layer stands for, or some rows of it: float32 (N, K)."""
+
+    @abstractmethod
+    def part(self, dim: int, *ranges: range) -> Linear:
+        """A layer of some of this one's channels, with nothing of the others in memory.
+
+        Args:
+            dim: 0: some output channels, as runs of them, in the order given. 1: one run of input
+                channels: what the layer then computes is a summand of the whole layer's output,
+                without the bias, which whoever sums adds once.
+        """
+
+    def shard(self, dim: int, rank: int, world: int, unit: int = 1) -> Linear:
+        """The part of one of `world` ranks that share the channels of `dim` evenly.
+
+        Args:
+            unit: channels that stay together, such as those of a head.
+        """
+        size = self.in_features if dim else self.out_features
+        return self.part(dim, shares(size, world, unit)[rank])
 
     def nbytes(self) -> int:
         """Bytes of the tensors the layer holds."""

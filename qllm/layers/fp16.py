@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from qllm.config import QuantSpec
 from qllm.layers.base import ALL_ROWS, Linear
+from qllm.layers.parts import take
 
 
 class DenseLinear(Linear):
@@ -37,6 +40,7 @@ class DenseLinear(Linear):
         spec: QuantSpec,
         *,
         input_range: float | None = None,
+        together: Callable[[bool], bool] = bool,
     ) -> DenseLinear:
         return cls(weight, bias, spec)
 
@@ -45,3 +49,7 @@ class DenseLinear(Linear):
 
     def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
         return self.weight[rows].float()
+
+    def part(self, dim: int, *ranges: range) -> DenseLinear:
+        bias = None if dim or self.bias is None else take(self.bias, 0, ranges)
+        return DenseLinear(take(self.weight, dim, ranges), bias, self.spec)

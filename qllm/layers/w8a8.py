@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from qllm.config import QuantSpec
 from qllm.errors import UserError
 from qllm.layers.base import ALL_ROWS, QuantizedLinear
+from qllm.layers.parts import take
 from qllm.quant.packing import PackedWeight, pack, unpack
 from qllm.quant.rtn import quantize_rtn
 
@@ -51,8 +54,9 @@ class DynamicInt8Linear(QuantizedLinear):
         spec: QuantSpec,
         *,
         input_range: float | None = None,
+        together: Callable[[bool], bool] = bool,
     ) -> DynamicInt8Linear:
-        return cls(*_quantize_channels(weight), bias, spec)
+        return cls(*_quantize_channels(weight, together), bias, spec)
 
     @property
     def tensors(self) -> PackedWeight:
@@ -73,6 +77,17 @@ class DynamicInt8Linear(QuantizedLinear):
     def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
         qweight, scales = self.integers
         return qweight[rows].float() * scales[rows].float()[:, None]
+
+    def part(self, dim: int, *ranges: range) -> DynamicInt8Linear:
+        """See `Linear.part`; of some input channels, each token gets a scale of its own."""
+        qweight, scales = self.integers
+        qweight = take(qweight, dim, ranges)
+        bias = None
+        if dim == 0:
+            scales = take(scales, 0, ranges)
+            bias = None if self.bias is None else take(self.bias, 0, ranges)
+        scale = () if self.input_scale is None else (self.input_scale,)
+        return type(self)(qweight, scales, bias, self.spec, *scale)
 
     @property
     def integers(self) -> tuple[Tensor, Tensor]:
@@ -112,6 +127,7 @@ class StaticInt8Linear(DynamicInt8Linear):
         spec: QuantSpec,
         *,
         input_range: float | None = None,
+        together: Callable[[bool], bool] = bool,
     ) -> StaticInt8Linear:
         if input_range is None:
             raise UserError(
@@ -121,7 +137,7 @@ class StaticInt8Linear(DynamicInt8Linear):
         scale = torch.tensor(input_range * 2 / 255, dtype=torch.float32, device=weight.device)
         # Zero as float32 stores it: a range may be too small for its scale to be told from it.
         scale = torch.where(scale == 0, 1.0, scale)
-        return cls(*_quantize_channels(weight), bias, spec, scale)
+        return cls(*_quantize_channels(weight, together), bias, spec, scale)
 
 
 def _signed(packed: Tensor, in_features: int) -> Tensor:
@@ -130,7 +146,7 @@ def _signed(packed: Tensor, in_features: int) -> Tensor:
     return unpack(packed, 8, in_features).sub(128).view(torch.int8).contiguous()
 
 
-def _quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_channels(weight: Tensor, together: Callable[[bool], bool]) -> tuple[Tensor, Tensor]:
     """(N, K) to int8 (N, K) and scales (N,): the symmetric 8-bit grid, its zero taken off."""
-    packed, scales, *_ = quantize_rtn(weight, 8, -1, "sym")
+    packed, scales, *_ = quantize_rtn(weight, 8, -1, "sym", together=together)
     return _signed(packed, weight.shape[1]), scales[:, 0]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qllm.config import QuantSpec
 from qllm.layers.base import ALL_ROWS, QuantizedLinear
+from qllm.layers.parts import take, take_columns
 from qllm.ops.reference import dequantize
-from qllm.quant.packing import PackedWeight, packed_size
+from qllm.quant.packing import PackedWeight, pack, packed_size, unpack
 from qllm.quant.rtn import quantize_rtn
+
+# Input channels that the kernels give room at once.
+ROOM = 32
 
 
 class WeightOnlyLinear(QuantizedLinear):
@@ -61,8 +69,9 @@ class WeightOnlyLinear(QuantizedLinear):
         spec: QuantSpec,
         *,
         input_range: float | None = None,
+        together: Callable[[bool], bool] = bool,
     ) -> WeightOnlyLinear:
-        packed = quantize_rtn(weight, spec.bits, spec.group_size, spec.scheme)
+        packed = quantize_rtn(weight, spec.bits, spec.group_size, spec.scheme, together=together)
         return cls.from_packed(packed, bias, spec, weight.shape[1])
 
     @staticmethod
@@ -112,6 +121,23 @@ class WeightOnlyLinear(QuantizedLinear):
             torch.float32,
         )
 
+    def part(self, dim: int, *ranges: range) -> WeightOnlyLinear:
+        packed = self.packed
+        if dim == 0:
+            bias = None if self.bias is None else take(self.bias, 0, ranges)
+            tensors = [take(t, 0, ranges) if t.numel() else t for t in packed[:3]]
+            rows = PackedWeight(*tensors, packed.order)
+            layer = WeightOnlyLinear.from_packed(rows, bias, self.spec, self.in_features)
+            layer.op = self.op
+            return layer
+        (columns,) = ranges
+        spec = self.spec
+        some, group = take_columns(packed, spec.bits, spec.group_size, self.in_features, columns)
+        spec = replace(spec, group_size=group)
+        layer = WeightOnlyLinear.from_packed(some, None, spec, len(columns))
+        layer.op = self.op
+        return layer
+
 
 class ReorderedLinear(WeightOnlyLinear):
     """A weight whose groups are not runs of input channels (GPTQ's act-order).
@@ -144,3 +170,61 @@ class ReorderedLinear(WeightOnlyLinear):
     def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
         columns = super().dequantize(rows)
         return torch.empty_like(columns).index_copy_(1, self.order, columns)
+
+    def part(self, dim: int, *ranges: range) -> WeightOnlyLinear:
+        if dim == 0:
+            return super().part(dim, *ranges)
+        (channels,) = ranges
+        spec, packed = self.spec, self.packed
+        group = self.in_features if spec.group_size == -1 else spec.group_size
+        mine = (self.order >= channels.start) & (self.order < channels.stop)
+        columns = mine.nonzero().flatten()
+        counts = (columns // group).bincount(minlength=spec.groups(self.in_features))
+        # Of each group a few channels are here: all get the room of the one that has most, filled
+        # up with a column whose input is 0.
+        width = -(-int(counts.max()) // ROOM) * ROOM
+        slots = torch.arange(width, device=counts.device) < counts[:, None]  # (G, width)
+        source = torch.zeros(slots.numel(), dtype=torch.int64, device=counts.device)
+        order = torch.full_like(source, len(channels))
+        source[slots.flatten()] = columns
+        order[slots.flatten()] = self.order[columns] - channels.start
+        values = unpack(packed.qweight, spec.bits, self.in_features)[:, source]
+        rows = PackedWeight(pack(values, spec.bits), *packed[1:3])
+        spec = replace(spec, group_size=width if len(counts) > 1 else -1)
+        layer = ScatteredLinear(*rows[:3], None, spec, len(order), order, len(channels))
+        layer.op = self.op
+        return layer
+
+
+class ScatteredLinear(ReorderedLinear):
+    """Some input channels of a `ReorderedLinear`: a few of each group.
+
+    Buffers: as there, K being the columns that the groups fill; where `order` is the number of
+    channels, a column has none, and its input is 0.
+
+    Attributes:
+        channels: inputs that it takes.
+    """
+
+    def __init__(
+        self,
+        qweight: Tensor,
+        scales: Tensor,
+        qzeros: Tensor,
+        bias: Tensor | None,
+        spec: QuantSpec,
+        in_features: int,
+        order: Tensor,
+        channels: int,
+    ) -> None:
+        super().__init__(qweight, scales, qzeros, bias, spec, in_features, order)
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(pad(x, (0, 1)))
+
+    def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
+        columns = WeightOnlyLinear.dequantize(self, rows)
+        filled = self.order < self.channels
+        out = columns.new_empty(len(columns), self.channels)
+        return out.index_copy_(1, self.order[filled], columns[:, filled])

@@ -17,7 +17,7 @@ class KVCache:
     """Keys and values of every token so far, allocated once.
 
     Attributes:
-        keys, values: one (B, H_kv, capacity, D) per layer.
+        keys, values: one (B, H_kv, capacity, D) per layer, an empty one where it is not here.
         lengths: tokens held for each of the B rows.
         step, tape: what decodes into it and the calls that takes, once something has.
     """
@@ -29,11 +29,22 @@ class KVCache:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        layers: Sequence[int] | None = None,
     ) -> None:
+        """
+        Args:
+            layers: those that have a cache here; None: all.
+        """
+        layers = range(config.num_layers) if layers is None else layers
         shape = (rows, config.num_kv_heads, capacity, config.head_dim)
         # Zeros: a shorter row's unused places are masked, but 0 * NaN would still be NaN.
-        both = torch.zeros((2, config.num_layers, *shape), dtype=dtype, device=device)
-        self.keys, self.values = both[0].unbind(), both[1].unbind()
+        both = torch.zeros((2, len(layers), *shape), dtype=dtype, device=device)
+        places = [layers.index(i) if i in layers else None for i in range(config.num_layers)]
+        self.keys, self.values = (
+            tuple(part.new_empty(0) if place is None else part[place] for place in places)
+            for part in both
+        )
+        self.capacity, self.dtype, self.device = capacity, dtype, both.device
         self.lengths = [0] * rows
         self.step: Decode | None = None
         self.tape: Tape | None = None
@@ -45,11 +56,11 @@ class KVCache:
             IndexError: a row is longer than the cache.
             ValueError: there are not as many rows.
         """
-        rows, _, capacity, _ = self.keys[0].shape
+        rows = len(self.lengths)
         if len(lengths) != rows:
             raise ValueError(f"{len(lengths)} prompts for a cache of {rows} rows")
-        if max(lengths) > capacity:
-            raise IndexError(f"{max(lengths)} tokens in a cache for {capacity}")
+        if max(lengths) > self.capacity:
+            raise IndexError(f"{max(lengths)} tokens in a cache for {self.capacity}")
 
     @staticmethod
     def size(config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype) -> int:
@@ -102,7 +113,7 @@ class Decode:
 
     def __init__(self, cache: KVCache, encoding: PositionEncoding) -> None:
         self.cache, self.encoding = cache, encoding
-        device = cache.keys[0].device
+        device = cache.device
         self.tokens = torch.zeros(len(cache.lengths), dtype=torch.int64, device=device)
         self.positions = torch.zeros_like(self.tokens)
         slopes = encoding.slopes
@@ -119,7 +130,7 @@ class Decode:
         self.tokens.copy_(tokens)
         self.positions.copy_(torch.tensor(self.cache.lengths))
         self.span = max(self.cache.lengths) + 1
-        angles = self.encoding.angles(self.positions, self.span, self.cache.keys[0].dtype)
+        angles = self.encoding.angles(self.positions, self.span, self.cache.dtype)
         if self.angles is None:
             self.angles = angles
         else:

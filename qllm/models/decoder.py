@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,21 @@ SAME_ACTIVATION = {
     "gelu_fast": "gelu_tanh",
     "swish": "silu",
 }
+
+
+class Line(Protocol):
+    """What a decoder asks of a pipeline; see `qllm.parallel.pipeline.Line`."""
+
+    first: bool
+    last: bool
+
+    def receive(self, x: Tensor) -> Tensor: ...
+    def send(self, x: Tensor) -> None: ...
+    def share(self, x: Tensor) -> Tensor: ...
+    def announce(self, tokens: Tensor) -> None: ...
+    def hear(self, tokens: Tensor) -> Tensor: ...
+    def micro_batches(self, rows: int) -> list[range]: ...
+
 
 MakeLinear = Callable[[str, int, int, bool], Linear]
 
@@ -125,7 +141,13 @@ def _add(x: Tensor, z: Tensor) -> Tensor:
 
 
 class PreNormLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Attributes:
+        has_attention, has_mlp: False for a half that another stage of a pipeline has.
+    """
+
+    has_attention = has_mlp = True
 
     def __init__(
         self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
@@ -138,7 +160,9 @@ class PreNormLayer(nn.Module):
         self.mlp = (GatedMLP if config.gated_mlp else MLP)(config, index, make)
 
     def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        return self.mlp_block(self.attention_block(x, step))
+        if self.has_attention:
+            x = self.attention_block(x, step)
+        return self.mlp_block(x) if self.has_mlp else x
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         """The first half of the layer: x (N, C) to (N, C)."""
@@ -183,7 +207,11 @@ class Decoder(nn.Module):
 
     Attributes:
         shards: contiguous ranges of layers, run one after the other.
+        line: the stages of a pipeline, of which this process is one; None: there is but this.
+        kv_heads: heads of keys and values that this process has.
     """
+
+    line: Line | None = None
 
     def __init__(
         self, config: ModelConfig, specs: Mapping[str, QuantSpec], dtype: torch.dtype
@@ -219,26 +247,37 @@ class Decoder(nn.Module):
         if config.tied_head and "lm_head" not in specs:
             self.lm_head.weight = self.embed.weight
         self.shards = [range(config.num_layers)]
+        self.kv_heads = config.num_kv_heads
         self.eval()
 
     @property
     def device(self) -> torch.device:
-        return self.embed.weight.device
+        if self.line is None:
+            return self.embed.weight.device
+        return next(tensor.device for tensor in self.buffers() if not tensor.is_meta)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty cache for `rows` sequences of up to `capacity` tokens."""
-        return KVCache(self.config, rows, capacity, self.dtype, self.device)
+        config = replace(self.config, num_kv_heads=self.kv_heads)
+        layers = [i for shard in self.shards for i in shard if self.layers[i].has_attention]
+        return KVCache(config, rows, capacity, self.dtype, self.device, layers)
 
     @torch.inference_mode()
     def prefill(
-        self, prompts: Sequence[Sequence[int]], cache: KVCache | None = None, *, last: bool = True
-    ) -> Tensor:
+        self,
+        prompts: Sequence[Sequence[int]],
+        cache: KVCache | None = None,
+        *,
+        last: bool = True,
+        share: bool = True,
+    ) -> Tensor | None:
         """Run whole prompts.
 
         Args:
             prompts: B lists of token ids, none of them empty.
             cache: takes the keys and values, one row per prompt; None keeps none.
             last: return the logits behind each prompt's last token only.
+            share: all stages of a pipeline get the logits; else the last one does, others None.
 
         Returns:
             float32 logits, (B, V), or (N, V) for all N tokens.
@@ -248,20 +287,20 @@ class Decoder(nn.Module):
             ValueError: the cache has not one row per prompt.
         """
         x = self.hidden(prompts, cache)
-        if last:
-            lengths = [len(prompt) for prompt in prompts]
+        lengths = [len(prompt) for prompt in prompts]
+        if last and (self.line is None or self.line.last):
             x = x[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
-        return self._logits(x).float()
+        return self._shared(self._logits(x), len(lengths) if last else sum(lengths), share)
 
     @torch.inference_mode()
     def hidden(self, prompts: Sequence[Sequence[int]], cache: KVCache | None = None) -> Tensor:
-        """What the layers make of whole prompts, for `logits`: (N, C) for all N tokens.
+        """What this process's layers make of whole prompts: (N, C) for all N tokens.
 
         Arguments and errors are those of `prefill`.
         """
         lengths = [len(prompt) for prompt in prompts]
         tokens = torch.tensor([t for prompt in prompts for t in prompt], device=self.device)
-        x = self.project_in(self.embed_norm(self.embed(tokens)))
+        x = self._embed(tokens)
         x = self._run_layers(x, Prefill(lengths, cache, self.positions, x))
         if cache is not None:
             cache.lengths = lengths
@@ -269,12 +308,15 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
-        """Logits (M, V), in the model's type, of rows (M, C) of `hidden`."""
+        """Logits (M, V), in the model's type, of rows (M, C) of `hidden`: of a whole model."""
         return self._logits(x)
 
     @torch.inference_mode()
-    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def decode(self, tokens: Tensor, cache: KVCache, *, share: bool = True) -> Tensor | None:
         """Run one new token per row, int64 (B,): float32 logits (B, V).
+
+        Args:
+            share: as in `prefill`.
 
         Raises:
             IndexError: a row of the cache is full.
@@ -284,30 +326,50 @@ class Decoder(nn.Module):
         cache.step.begin(tokens)
         logits = self._decode(cache)
         cache.lengths = [n + 1 for n in cache.lengths]
-        return logits
+        return self._shared(logits, len(tokens), share)
 
-    def _decode(self, cache: KVCache) -> Tensor:
+    def _decode(self, cache: KVCache) -> Tensor | None:
         """One pass: the first of a cache is recorded, the others play the record."""
         step, tape = cache.step, cache.tape
         if tape is not None and tape.foreign is None:
             tape.play()
         else:
             with record() if tape is None else nullcontext(tape) as tape:
-                x = self.project_in(self.embed_norm(self.embed(step.tokens)))
-                step.logits = self._logits(self._run_layers(x, step))
+                step.logits = self._logits(self._run_layers(self._embed(step.tokens), step))
             cache.tape = tape
-        # A copy: the next pass overwrites these.
-        return step.logits.to(torch.float32, copy=True)
+        return step.logits
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """What the layers take: embedded tokens (N,), or what the stage in front sends: (N, C)."""
+        if self.line is None or self.line.first:
+            return self.project_in(self.embed_norm(self.embed(tokens)))
+        shape = (len(tokens), self.config.hidden_size)
+        return self.line.receive(torch.empty(shape, dtype=self.dtype, device=tokens.device))
 
     def _run_layers(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        x = self.positions.embed(x, step.positions)
+        if self.line is None or self.line.first:
+            x = self.positions.embed(x, step.positions)
         for shard in self.shards:
             for index in shard:
                 x = self.layers[index](x, step)
         return x
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return self.lm_head(self.project_out(self.final_norm(x)))
+    def _logits(self, x: Tensor) -> Tensor | None:
+        if self.line is None or self.line.last:
+            return self.lm_head(self.project_out(self.final_norm(x)))
+        self.line.send(x)
+        return None
+
+    def _shared(self, logits: Tensor | None, rows: int, share: bool) -> Tensor | None:
+        """Logits in float32, on all stages where they are shared."""
+        if logits is not None:
+            # A copy: the next pass overwrites these.
+            logits = logits.to(torch.float32, copy=True)
+        if self.line is None or not share:
+            return logits
+        if logits is None:
+            logits = torch.empty(rows, self.config.vocab_size, device=self.device)
+        return self.line.share(logits)
 
 
 def _known_activation(config: ModelConfig) -> ModelConfig:

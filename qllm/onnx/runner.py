@@ -55,6 +55,7 @@ class OnnxDecoder:
     """
 
     device = torch.device("cpu")
+    line = None  # one process has all of it, so that there is nothing to share
 
     def __init__(self, folder: Path) -> None:
         """
@@ -92,6 +93,7 @@ class OnnxDecoder:
         cache: OnnxCache | None = None,
         *,
         last: bool = True,
+        share: bool = True,
     ) -> Tensor:
         """Run whole prompts, padded on the left; arguments and errors are those of `Decoder`."""
         cache = cache or self.new_cache(len(prompts), max(map(len, prompts)))
@@ -106,7 +108,7 @@ class OnnxDecoder:
         logits = self._run(ids, mask, np.maximum(mask.cumsum(1) - 1, 0), cache)
         return logits[:, -1] if last else logits[torch.from_numpy(mask).bool()]
 
-    def decode(self, tokens: Tensor, cache: OnnxCache) -> Tensor:
+    def decode(self, tokens: Tensor, cache: OnnxCache, *, share: bool = True) -> Tensor:
         """Run one new token per row, int64 (B,): float32 logits (B, V)."""
         ids = tokens.numpy()[:, None]
         return self._run(ids, np.ones_like(ids), cache.lengths[:, None].copy(), cache)[:, -1]

@@ -1,12 +1,16 @@
-"""Which layers go into which stage."""
+"""Which layers go into which stage, and what stages tell each other."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import inf
 
+from torch import Tensor
+
 from qllm.errors import UserError
+from qllm.layers.parts import shares
+from qllm.parallel.group import Group
 
 
 def balance(costs: Sequence[int], parts: int) -> list[range]:
@@ -66,3 +70,96 @@ def _smallest_limit(costs: Sequence[int], parts: int) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if needed(middle) <= parts else (middle + 1, high)
     return low
+
+
+def parse_cuts(text: str, num_layers: int, stages: int) -> tuple[int, ...]:
+    """Where stages begin, by hand, in halves of layers: "2,3.5" is (4, 7).
+
+    Args:
+        text: the layer with which each stage but the first begins; 3.5 is the MLP of layer 3.
+
+    Raises:
+        UserError: for what is no such list, or leaves a stage empty.
+    """
+    try:
+        halves = [float(word) * 2 for word in text.split(",")]
+    except ValueError:
+        halves = []
+    cuts = (0, *halves, 2 * num_layers)
+    rising = all(a < b for a, b in pairwise(cuts))
+    if len(halves) != stages - 1 or not rising or any(half % 1 for half in halves):
+        raise UserError(
+            f"--stages {text!r} does not say where stages 2 to {stages} of {num_layers} layers "
+            "begin; give rising layers, such as 2,3.5, where .5 is the MLP of layer 3"
+        )
+    return tuple(int(half) for half in halves)
+
+
+class Line:
+    """The stages of a pipeline, as one of them sees it.
+
+    Attributes:
+        first, last: whether it is this one.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.first, self.last = group.rank == 0, group.rank == group.size - 1
+
+    def receive(self, x: Tensor) -> Tensor:
+        """Fill x (N, C) with what the stage in front sends, and return it."""
+        return self.group.receive(x, self.group.rank - 1)
+
+    def send(self, x: Tensor) -> None:
+        """Give x (N, C) to the next stage."""
+        self.group.send(x, self.group.rank + 1)
+
+    def announce(self, x: Tensor) -> None:
+        """The last stage tells all others x."""
+        for stage in range(self.group.size - 1):
+            self.group.send(x, stage)
+
+    def hear(self, x: Tensor) -> Tensor:
+        """Fill x with what the last stage announces, and return it."""
+        return self.group.receive(x, self.group.size - 1)
+
+    def share(self, x: Tensor) -> Tensor:
+        """x of the last stage, on all of them; the others give one to fill."""
+        if self.last:
+            self.announce(x)
+            return x
+        return self.hear(x)
+
+    def micro_batches(self, rows: int) -> list[range]:
+        """Rows in as many runs as there are stages, which are then all busy at once."""
+        return shares(rows, min(rows, self.group.size))
+
+
+class Place:
+    """What one process of several has of a model.
+
+    Attributes:
+        tp: the ranks that share its layers.
+        mode: how they do, "exact" or "fast".
+        line: its pipeline, None without one.
+        stage, stages: its place there.
+        cuts: where stages begin, in halves of layers; None: balanced by bytes.
+    """
+
+    def __init__(
+        self,
+        tp: Group | None = None,
+        mode: str = "exact",
+        pp: Group | None = None,
+        cuts: tuple[int, ...] | None = None,
+    ) -> None:
+        self.tp, self.mode, self.cuts = tp or Group(), mode, cuts
+        self.line = Line(pp) if pp is not None and pp.size > 1 else None
+        self.stage, self.stages = (pp.rank, pp.size) if self.line else (0, 1)
+
+    def halves(self, costs: Sequence[int]) -> list[range]:
+        """The halves of layers of each stage; layer i has 2 i, its attention, and 2 i + 1."""
+        if self.cuts is None:
+            return [range(2 * r.start, 2 * r.stop) for r in balance(costs, self.stages)]
+        cuts = (0, *self.cuts, 2 * len(costs))
+        return [range(a, b) for a, b in pairwise(cuts)]

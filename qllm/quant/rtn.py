@@ -31,7 +31,12 @@ SMALLEST_HALF_SCALE = 2.0**-17
 
 
 def quantize_rtn(
-    weight: Tensor, bits: int, group_size: int, scheme: str, ranges: Ranges | None = None
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    scheme: str,
+    ranges: Ranges | None = None,
+    together: Callable[[bool], bool] = bool,
 ) -> PackedWeight:
     """Quantize a matrix to nearest.
 
@@ -41,11 +46,13 @@ def quantize_rtn(
         group_size: input channels per group, -1 for K; a last, shorter group is one of its own.
         scheme: "sym" or "asym".
         ranges: finds the groups' grids; None is `group_ranges`.
+        together: see `store_scales`.
     """
     rows, columns = weight.shape
     group = group_width(columns, group_size)
     scales, lows = (ranges or group_ranges)(weight, bits, group, scheme)
-    scales = store_scales(scales)  # one decision for the matrix: its scales have one type
+    # One decision for the matrix: its scales have one type.
+    scales = store_scales(scales, together)
     zeros = zero_points(lows, scales, bits, scheme)
     packed = weight.new_empty(rows, packed_size(columns, bits), dtype=torch.uint8)
     for piece in row_pieces(weight):
@@ -107,11 +114,15 @@ def group_range(groups: Tensor, bits: int, scheme: str) -> tuple[Tensor, Tensor]
     return torch.where(scale == 0, 1.0, scale), low
 
 
-def store_scales(scales: Tensor) -> Tensor:
-    """Scales in the type they are stored in: float16, unless one over- or underflows there."""
+def store_scales(scales: Tensor, together: Callable[[bool], bool] = bool) -> Tensor:
+    """Scales in the type they are stored in: float16, unless one over- or underflows there.
+
+    Args:
+        together: of a part of a matrix, takes whether its scales fit and returns whether all do.
+    """
     half = scales.to(torch.float16)
-    fits = half.isfinite().all() and (half >= SMALLEST_HALF_SCALE).all()
-    return half if fits else scales
+    fits = bool(half.isfinite().all() and (half >= SMALLEST_HALF_SCALE).all())
+    return half if together(fits) else scales
 
 
 def zero_points(lows: Tensor, scales: Tensor, bits: int, scheme: str) -> Tensor:

@@ -44,7 +44,7 @@ def test_smoothing_keeps_the_function(family, monkeypatch):
 
     class NotQuantized(DenseLinear):
         @classmethod
-        def from_float(cls, weight, bias, spec, *, input_range=None):
+        def from_float(cls, weight, bias, spec, **_):
             smoothed.append(weight)
             return DenseLinear(weight.float(), bias, QuantSpec())
 

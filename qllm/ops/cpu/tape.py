@@ -2,27 +2,39 @@
 
 A decode step makes the same calls for every token, on the same memory: a tape of them is to the
 CPU what a captured graph is to a GPU. Only what changes (tokens, positions, angles) is written into
-the tensors that the calls read.
+the tensors that the calls read. What is no kernel, such as an exchange with other processes, is
+called out to between two runs of them (`call_out`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 # Ops of torch that a tape may leave out: they compute nothing.
 NO_WORK = {
     *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
-    *("view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "transpose", "detach"),
+    *(
+        "view",
+        "_unsafe_view",
+        "slice",
+        "narrow",
+        "select",
+        "unbind",
+        "unsqueeze",
+        "squeeze",
+        "transpose",
+        "detach",
+    ),
     *("alias", "t", "permute", "expand", "split", "split_with_sizes", "as_strided"),
 }
 # Those that compute nothing where they return the memory that they were given.
-NO_WORK_IN_PLACE = {"to", "contiguous"}
+NO_WORK_IN_PLACE = {"to", "contiguous", "resolve_neg", "resolve_conj"}
 
 
 class Call(ctypes.Structure):
@@ -42,7 +54,7 @@ class Tape:
         self.foreign: str | None = None
         self._calls: list[Call] = []
         self._kept: list[object] = []
-        self._array: ctypes.Array | None = None
+        self._parts: list[Callable[[], None]] = []
         self._replay: ctypes._CFuncPtr | None = None
 
     def add(
@@ -54,12 +66,29 @@ class Tape:
         self._kept.append((arguments, tensors))
         self._replay = library.qllm_replay
 
+    def add_call_out(self, function: Callable[[], None]) -> None:
+        """Call a function of Python between the kernels before it and those behind it."""
+        self._close_run()
+        self._parts.append(function)
+
     def play(self) -> None:
         """Make the calls again."""
-        if self._array is None:
-            self._array = (Call * len(self._calls))(*self._calls)
-        if not self._replay(self._array, ctypes.c_int64(len(self._calls))):
-            raise MemoryError("no memory for a decode step, or a token outside the vocabulary")
+        self._close_run()
+        for part in self._parts:
+            part()
+
+    def _close_run(self) -> None:
+        """Let the kernels so far be called at once."""
+        if not self._calls:
+            return
+        calls, count = (Call * len(self._calls))(*self._calls), ctypes.c_int64(len(self._calls))
+        replay, self._calls = self._replay, []
+
+        def run() -> None:
+            if not replay(calls, count):
+                raise MemoryError("no memory for a decode step, or a token outside the vocabulary")
+
+        self._parts.append(run)
 
 
 class _Watch(TorchDispatchMode):
@@ -115,3 +144,17 @@ def call(
         raise MemoryError(f"no memory for {name}")
     if _recording.tape is not None:
         _recording.tape.add(library, name, arguments, tensors)
+
+
+def call_out(function: Callable[[], None]) -> None:
+    """Call a function that is no kernel, now and whenever a tape that is recording plays.
+
+    Args:
+        function: holds on to the tensors that it reads and writes, which keep their places.
+    """
+    if _recording.tape is None:
+        function()
+        return
+    with _disable_current_modes():
+        function()
+    _recording.tape.add_call_out(function)

@@ -1,0 +1,61 @@
+"""Which part of a matrix each of several ranks has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qllm.quant.packing import PackedWeight, pack, packed_size, unpack
+
+# Values unpacked at a time: the temporaries stay small beside a matrix.
+CHUNK_VALUES = 1 << 21
+
+
+def shares(size: int, world: int, unit: int = 1) -> list[range]:
+    """`size` channels in `world` runs of whole units, as even as they can be.
+
+    The first runs are the longer ones; the last unit may be a shorter one.
+
+    Raises:
+        ValueError: there are fewer units than runs.
+    """
+    units = -(-size // unit)
+    if not 1 <= world <= units:
+        raise ValueError(f"{size} channels in units of {unit} cannot be shared by {world} ranks")
+    each, more = divmod(units, world)
+    ends = [min(size, unit * (each * (i + 1) + min(i + 1, more))) for i in range(world)]
+    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def take(tensor: Tensor, dim: int, ranges: Sequence[range]) -> Tensor:
+    """Some runs of a tensor along `dim`, in memory of their own."""
+    pieces = [tensor.narrow(dim, run.start, len(run)) for run in ranges]
+    return torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0].contiguous().clone()
+
+
+def take_columns(
+    weight: PackedWeight, bits: int, group_size: int, in_features: int, columns: range
+) -> tuple[PackedWeight, int]:
+    """Some input channels of a packed matrix, and the group size that they then have.
+
+    Where the run begins inside a group, groups become the longest ones that both its beginning and
+    the old groups' ends are multiples of: each has the scale and zero of the group it was cut from.
+    """
+    group = in_features if group_size == -1 else min(group_size, in_features)
+    size = math.gcd(group, columns.start % group) or group
+    if columns.start // group == (columns.stop - 1) // group:
+        size = len(columns)  # all of it is of one group
+    starts = range(columns.start, columns.stop, size)
+    index = torch.tensor([start // group for start in starts], device=weight.scales.device)
+    packed = weight.qweight.new_empty(len(weight.qweight), packed_size(len(columns), bits))
+    step = max(1, CHUNK_VALUES // in_features)
+    for start in range(0, len(packed), step):
+        rows = slice(start, start + step)
+        values = unpack(weight.qweight[rows], bits, in_features)
+        packed[rows] = pack(values[:, columns.start : columns.stop], bits)
+    zeros = weight.qzeros[:, index] if weight.qzeros.numel() else weight.qzeros
+    scales = weight.scales[:, index]
+    return PackedWeight(packed, scales, zeros), -1 if len(index) == 1 else size

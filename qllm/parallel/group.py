@@ -1,0 +1,197 @@
+"""What the ranks that share a matrix tell each other: parts put together, and summands added up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qllm.ops.cpu.tape import call_out
+from qllm.parallel.links import Links
+
+# Up to this many bytes from each rank, a message is a matter of latency, which sockets have least
+# of; more is torch.distributed's work.
+SMALL = 1 << 18
+INTEGERS = {2: torch.int16, 4: torch.int32}
+
+
+class Group:
+    """Some ranks of a run, in an order.
+
+    Every result is the same to the bit on all of them, and does not depend on what is exchanged
+    beside it: summands are added in the order of the ranks, in float32, and rounded once.
+
+    Attributes:
+        ranks: of all processes, those in the group.
+        rank: this one's place among them.
+        size: how many they are.
+    """
+
+    def __init__(
+        self,
+        ranks: Sequence[int] = (0,),
+        rank: int = 0,
+        links: Links | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.ranks, self.rank, self.size = tuple(ranks), rank, len(ranks)
+        self.links, self.group = links, group
+
+    def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
+        """The columns of all ranks, side by side: x (M, widths[rank]) to (M, sum(widths))."""
+        if self.size == 1:
+            return x
+        x = x.contiguous()
+        out = x.new_empty(len(x), sum(widths))
+        call_out(self._collect(x, [out.narrow(1, *place) for place in places(widths)]))
+        return out
+
+    def sum(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The sum of all ranks' x (M, N), of one shape and type, and bias (N,)."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        if x.device.type != "cpu":
+            out = x.clone()
+            dist.all_reduce(out, group=self.group)
+            return out if bias is None else out + bias
+        if x.nbytes > SMALL:
+            call_out(lambda: self._sum_many(x, bias, out))
+            return out
+        parts = x.new_empty(self.size, *x.shape)
+        collect = self._collect(x, list(parts))
+
+        def run() -> None:
+            collect()
+            _add_up(parts, bias, out)
+
+        call_out(run)
+        return out
+
+    def choose(self, x: Tensor, fill: Callable[[], None]) -> Tensor:
+        """Elementwise, the one of all ranks' x whose bits are not all zero; one rank's at most.
+
+        Args:
+            fill: writes x; called each time that the exchange is made.
+        """
+        bits = x.view(INTEGERS[x.element_size()])
+        parts, out = bits.new_empty(self.size, *bits.shape), torch.empty_like(bits)
+        collect = self._collect(bits, list(parts))
+
+        def run() -> None:
+            fill()
+            collect()
+            torch.sum(parts, 0, dtype=out.dtype, out=out)
+
+        call_out(run)
+        return out.view(x.dtype)
+
+    def all(self, flag: bool) -> bool:
+        """Whether it is true on all ranks."""
+        if self.size == 1:
+            return flag
+        mine = torch.tensor([[flag]], dtype=torch.uint8)
+        return bool(self.gather(mine, [1] * self.size).all())
+
+    def send(self, x: Tensor, to: int) -> None:
+        """Give x to a rank of the group, which knows its shape and type."""
+        x = x.contiguous()
+        if x.device.type != "cpu":
+            dist.send(x, self.ranks[to], group=self.group)
+            return
+        data = view(x)
+        call_out(lambda: self.links.exchange([(self.ranks[to], data)], []))
+
+    def receive(self, out: Tensor, source: int) -> Tensor:
+        """Take what a rank of the group sends into `out`, which is returned."""
+        if out.device.type != "cpu":
+            dist.recv(out, self.ranks[source], group=self.group)
+            return out
+        data = view(out)
+
+        def run() -> None:
+            self.links.exchange([], [(self.ranks[source], data)])
+
+        call_out(run)
+        return out
+
+    def _collect(self, x: Tensor, outs: list[Tensor]) -> Callable[[], None]:
+        """What brings each rank's x into `outs`."""
+        largest = max(out.nbytes for out in outs)
+        if x.device.type != "cpu" or largest > SMALL:
+            return lambda: self._collect_many(x, outs)
+        mine, data = outs[self.rank], view(x)
+        others = [i for i in range(self.size) if i != self.rank]
+        # A column of several rows lies in pieces: it comes into memory of its own first.
+        landed = {
+            i: outs[i] if outs[i].is_contiguous() else x.new_empty(outs[i].shape) for i in others
+        }
+        copies = [(outs[i], landed[i]) for i in others if landed[i] is not outs[i]]
+        send = [(self.ranks[i], data) for i in others]
+        receive = [(self.ranks[i], view(landed[i])) for i in others]
+
+        def run() -> None:
+            self.links.exchange(send, receive)
+            mine.copy_(x)
+            for out, part in copies:
+                out.copy_(part)
+
+        return run
+
+    def _collect_many(self, x: Tensor, outs: list[Tensor]) -> None:
+        """`_collect` by torch.distributed, whose parts are all of one size."""
+        most = max(out.numel() for out in outs)
+        flat = x.new_empty(most)
+        flat[: x.numel()] = x.reshape(-1)
+        parts = x.new_empty(self.size, most)
+        with counted(self.links, flat.nbytes * (self.size - 1)):
+            dist.all_gather_into_tensor(parts.view(-1), flat, group=self.group)
+        for out, part in zip(outs, parts, strict=True):
+            out.copy_(part[: out.numel()].view(out.shape))
+
+    def _sum_many(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """Each rank sums a share of the rows, then all collect the sums."""
+        rows = -(-len(x) // self.size)
+        padded = x.new_zeros(self.size * rows, x.shape[1])
+        padded[: len(x)] = x
+        parts, sums = torch.empty_like(padded), torch.empty_like(padded)
+        with counted(self.links, 2 * rows * x.shape[1] * x.element_size() * (self.size - 1)):
+            dist.all_to_all_single(parts, padded, group=self.group)
+            mine = x.new_empty(rows, x.shape[1])
+            _add_up(parts.view(self.size, rows, -1), bias, mine)
+            dist.all_gather_into_tensor(sums, mine, group=self.group)
+        out.copy_(sums[: len(x)])
+
+
+class counted:  # noqa: N801 - reads as a statement
+    """Adds what torch.distributed does to what links count."""
+
+    def __init__(self, links: Links, nbytes: int) -> None:
+        self.links, self.nbytes = links, nbytes
+
+    def __enter__(self) -> None:
+        self.links.begin(self.nbytes)
+        self.links.waiting_for = -1
+
+    def __exit__(self, *error: object) -> None:
+        self.links.waiting_for = None
+        self.links.end()
+
+
+def places(widths: Sequence[int]) -> list[tuple[int, int]]:
+    """Beginning and width of each of some columns that lie side by side."""
+    return [(sum(widths[:i]), width) for i, width in enumerate(widths)]
+
+
+def view(x: Tensor) -> memoryview:
+    """A tensor's bytes."""
+    return memoryview(x.view(-1).view(torch.uint8).numpy())
+
+
+def _add_up(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """parts (n, M, N) summed in their order and with the bias (N,), in float32, rounded once."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part
+    out.copy_(total if bias is None else total + bias)

@@ -1,0 +1,198 @@
+"""Connections between the processes of a run: a socket for each pair of them.
+
+A decode step exchanges a few kilobytes many times, and what counts there is the time that a message
+takes to arrive. gloo hands each one to a thread of its own and back; a socket that the computing
+thread itself writes to and reads from costs what the network costs.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import select
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+HEADER = 64  # bytes with which a connection begins: who it is from
+DIED = "its process has died"
+SEND_BUFFER = 4 << 20
+
+
+def own_address(master: str) -> str:
+    """The address by which this host reaches another, and others reach this one."""
+    family, _, _, _, target = socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)
+        return probe.getsockname()[0]
+
+
+class Mesh:
+    """A socket to every other rank.
+
+    Attributes:
+        sockets: by rank.
+        address: this host's.
+    """
+
+    def __init__(self, store: Store, rank: int, world: int, master: str, timeout: float) -> None:
+        """
+        Raises:
+            ConnectionError: names a rank that did not come within `timeout` seconds.
+        """
+        self.address = own_address(master)
+        family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
+        listener = socket.create_server((self.address, 0), family=family, backlog=world)
+        deadline = time.monotonic() + timeout
+        port, secret = listener.getsockname()[1], secrets.token_hex(16)
+        store.set(f"rank{rank}", f"{self.address} {port} {secret}")
+        self.sockets: dict[int, socket.socket] = {}
+        key = b""
+        with listener:
+            for other in range(world):
+                words = _get(store, other, deadline)
+                key = key or words[2].encode()  # rank 0's: who knows it, knows the store
+                if other < rank:
+                    self.sockets[other] = _connect(words[0], int(words[1]), other, timeout)
+                    self.sockets[other].sendall((b"%s %d" % (key, rank)).ljust(HEADER))
+            while len(self.sockets) < world - 1:
+                listener.settimeout(max(0.01, deadline - time.monotonic()))
+                try:
+                    link, _ = listener.accept()
+                    link.settimeout(timeout)
+                    words = link.recv(HEADER, socket.MSG_WAITALL).split()
+                except TimeoutError:
+                    missing = min(set(range(world)) - {rank, *self.sockets})
+                    raise ConnectionError(f"rank {missing} did not connect") from None
+                if len(words) == 2 and hmac.compare_digest(words[0], key):
+                    self.sockets[int(words[1])] = link
+                else:
+                    link.close()  # no rank of this run
+        for link in self.sockets.values():
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+            link.setblocking(False)
+
+    def close(self) -> None:
+        for link in self.sockets.values():
+            link.close()
+
+
+def _connect(address: str, port: int, rank: int, timeout: float) -> socket.socket:
+    try:
+        return socket.create_connection((address, port), timeout)
+    except OSError as error:
+        raise ConnectionError(f"rank {rank} at {address} cannot be reached ({error})") from None
+
+
+def _get(store: Store, rank: int, deadline: float) -> list[str]:
+    left = max(0.01, deadline - time.monotonic())
+    try:
+        store.wait([f"rank{rank}"], timedelta(seconds=left))
+    except Exception:  # the store raises a type of its own for each backend
+        raise ConnectionError(f"rank {rank} did not start") from None
+    return store.get(f"rank{rank}").decode().split()
+
+
+def _reason(error: OSError) -> str:
+    """What a broken connection says of the other side."""
+    reset = isinstance(error, ConnectionResetError | BrokenPipeError)
+    return DIED if reset else f"its connection broke ({error.strerror})"
+
+
+class Links:
+    """Messages between ranks, whose lengths both sides know.
+
+    Attributes:
+        sent: bytes sent so far.
+        calls: exchanges so far.
+        seconds: spent in them.
+        waiting_for: a rank whose message has not come, None while there is no such.
+    """
+
+    def __init__(
+        self, sockets: Mapping[int, socket.socket], lost: Callable[[int, str], None]
+    ) -> None:
+        """
+        Args:
+            lost: called with a rank and the reason when a connection breaks; does not return.
+        """
+        self.sockets, self.lost = sockets, lost
+        self.sent = self.calls = 0
+        self.seconds = 0.0
+        self.waiting_for: int | None = None
+
+    def exchange(
+        self,
+        send: Sequence[tuple[int, memoryview]],
+        receive: Sequence[tuple[int, memoryview]],
+    ) -> None:
+        """Send to some ranks and receive from some, all at once.
+
+        The buffers are bytes; those that arrive are written into.
+        """
+        self.begin(sum(len(data) for _, data in send))
+        outgoing, incoming = [], []
+        for rank, data in send:
+            if rest := self._send(rank, data):
+                outgoing.append((rank, rest))
+        for rank, buffer in receive:
+            if rest := self._receive(rank, buffer):
+                incoming.append((rank, rest))
+        while outgoing or incoming:
+            self._wait(outgoing, incoming)
+            outgoing = [(r, rest) for r, data in outgoing if (rest := self._send(r, data))]
+            incoming = [(r, rest) for r, data in incoming if (rest := self._receive(r, data))]
+        self.waiting_for = None
+        self.end()
+
+    def begin(self, nbytes: int) -> None:
+        """Count an exchange, in which this rank sends so many bytes."""
+        self.sent += nbytes
+        self._began = time.perf_counter()
+
+    def end(self) -> None:
+        """Count the time since `begin`."""
+        self.calls += 1
+        self.seconds += time.perf_counter() - self._began
+
+    def _wait(self, outgoing: list, incoming: list) -> None:
+        self.waiting_for = (incoming or outgoing)[0][0]
+        poll = select.poll()
+        masks: dict[int, int] = {}
+        for pairs, event in ((outgoing, select.POLLOUT), (incoming, select.POLLIN)):
+            for rank, _ in pairs:
+                number = self.sockets[rank].fileno()
+                masks[number] = masks.get(number, 0) | event
+        for number, mask in masks.items():
+            poll.register(number, mask)
+        poll.poll()
+
+    def _send(self, rank: int, data: memoryview) -> memoryview | None:
+        """What of the data could not be sent yet."""
+        try:
+            count = self.sockets[rank].send(data)
+        except BlockingIOError:
+            return data
+        except OSError as error:
+            self.lost(rank, _reason(error))
+        return data[count:] if count < len(data) else None
+
+    def _receive(self, rank: int, buffer: memoryview) -> memoryview | None:
+        """What of the buffer has not been received yet."""
+        if not buffer:
+            return None
+        try:
+            count = self.sockets[rank].recv_into(buffer)
+        except BlockingIOError:
+            return buffer
+        except OSError as error:
+            self.lost(rank, _reason(error))
+        if not count:
+            self.lost(rank, DIED)
+        return buffer[count:] if count < len(buffer) else None

@@ -1,0 +1,218 @@
+"""The end of a run whose ranks cannot all go on: noticed, explained and carried out by each rank.
+
+A thread of every process says once in a while to all others that it lives, how far its main thread
+is, and whom that waits for. A rank that says nothing, that is gone, or that neither gets further
+nor waits, ends the run: whoever notices tells the others, and each process exits with status 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from qllm.parallel.links import DIED
+
+STATUS = 1
+BUSY = -2
+BEATS = 20  # in the time after which a silent rank is given up
+SHARE = 0.8  # of the time that a run may take to end: what is left is for ending it
+
+
+@dataclass
+class Peer:
+    """What is known of another rank.
+
+    Attributes:
+        host, pid: where it runs.
+        heard: when it last said something.
+        moved: when its main thread last got further.
+        progress: how far it was then.
+        waiting: it waits for another rank.
+        leaving: it has said that it is done.
+    """
+
+    socket: socket.socket
+    host: str = ""
+    pid: int = 0
+    heard: float = field(default_factory=time.monotonic)
+    moved: float = field(default_factory=time.monotonic)
+    progress: int = -1
+    waiting: bool = False
+    leaving: bool = False
+    rest: bytes = b""
+
+
+class Watch:
+    """Sees to it that this process and its peers end together."""
+
+    def __init__(
+        self,
+        rank: int,
+        sockets: Mapping[int, socket.socket],
+        timeout: float,
+        state: Callable[[], tuple[int, int | None]],
+    ) -> None:
+        """
+        Args:
+            timeout: seconds within which a run that cannot go on has ended.
+            state: how far this process is, a number that grows, and the rank it waits for; BUSY
+                stands for work that may take any time.
+        """
+        self.rank, self.timeout, self.state = rank, timeout, state
+        self.host = ""
+        self.peers = {other: Peer(link) for other, link in sockets.items()}
+        self._ending = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._stop = False
+        self._progress, self._moved = -1, time.monotonic()
+
+    # --- before the thread runs: a conversation in lines of JSON
+
+    def tell(self, value: object) -> None:
+        """Send a value to all others."""
+        line = json.dumps(value).encode() + b"\n"
+        for rank, peer in self.peers.items():
+            try:
+                peer.socket.settimeout(self.timeout)
+                peer.socket.sendall(line)
+            except OSError as error:
+                self.fail(rank, f"its connection broke ({error})")
+
+    def hear(self, rank: int) -> object:
+        """The next value that a rank tells."""
+        peer, deadline = self.peers[rank], time.monotonic() + self.timeout * SHARE
+        while b"\n" not in peer.rest:
+            peer.socket.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                data = peer.socket.recv(1 << 16)
+            except TimeoutError:
+                self.fail(rank, f"it has said nothing for {self.timeout * SHARE:.0f} s")
+            except OSError as error:
+                self.fail(rank, f"its connection broke ({error})")
+            if not data:
+                self.fail(rank, DIED)
+            peer.rest += data
+        line, _, peer.rest = peer.rest.partition(b"\n")
+        value = json.loads(line)
+        if isinstance(value, dict) and "end" in value:
+            self._end(value["end"])
+        return value
+
+    def start(self) -> None:
+        """Begin to watch."""
+        for peer in self.peers.values():
+            peer.socket.setblocking(False)
+            peer.heard = peer.moved = time.monotonic()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """This process is done, and needs none of the others any more."""
+        self._stop = True
+        self._thread.join()
+        self._send({"bye": True})
+
+    # --- the thread
+
+    def _run(self) -> None:
+        every = min(1.0, self.timeout / BEATS)
+        with selectors.DefaultSelector() as selector:
+            for rank, peer in self.peers.items():
+                selector.register(peer.socket, selectors.EVENT_READ, rank)
+            last = 0.0
+            while not self._stop:
+                now = time.monotonic()
+                if now - last > 5 * every:  # this process itself was stopped for a while
+                    for peer in self.peers.values():
+                        peer.heard, peer.moved = max(peer.heard, now - every), now
+                if now - last >= every:
+                    last = now
+                    self._send({"beat": self.state()})
+                for key, _ in selector.select(every / 4):
+                    self._read(key.data, selector)
+                self._judge(time.monotonic())
+
+    def _read(self, rank: int, selector: selectors.BaseSelector) -> None:
+        peer = self.peers[rank]
+        try:
+            data = peer.socket.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        *lines, peer.rest = (peer.rest + data).split(b"\n")
+        for line in lines:
+            value = json.loads(line)
+            peer.heard = time.monotonic()
+            if "end" in value:
+                self._end(value["end"])
+            elif "bye" in value:
+                peer.leaving = True
+            else:
+                progress, waiting = value["beat"]
+                if progress != peer.progress or waiting == BUSY:
+                    peer.progress, peer.moved = progress, peer.heard
+                peer.waiting = waiting is not None
+        if not data:
+            selector.unregister(peer.socket)
+            if not peer.leaving:
+                self.fail(rank, DIED)
+
+    def _judge(self, now: float) -> None:
+        patience = self.timeout * SHARE
+        for rank, peer in self.peers.items():
+            if peer.leaving:
+                continue
+            if now - peer.heard > patience:
+                if peer.host == self.host:  # no signal but this one reaches a stopped process
+                    os.kill(peer.pid, signal.SIGKILL)
+                self.fail(rank, f"it has not been heard of for {patience:.0f} s")
+            if now - peer.moved > patience and not peer.waiting:
+                self.fail(rank, f"it has neither worked nor waited for {patience:.0f} s")
+        stuck = [now - peer.moved > patience for peer in self.peers.values()]
+        progress, waiting = self.state()
+        if progress != self._progress or waiting is None or waiting == BUSY:
+            self._progress, self._moved = progress, now
+        if all(stuck) and now - self._moved > patience:
+            self.end(f"all ranks have waited for each other for {patience:.0f} s")
+
+    def _send(self, value: object) -> None:
+        line = json.dumps(value).encode() + b"\n"
+        for peer in self.peers.values():
+            try:
+                peer.socket.send(line)
+            except OSError:
+                continue  # a full buffer or a broken connection: reading tells which
+
+    # --- the end
+
+    def fail(self, rank: int, reason: str) -> None:
+        """End the run because of a rank: does not return."""
+        peer = self.peers.get(rank)
+        where = f" (host {peer.host}, process {peer.pid})" if peer and peer.pid else ""
+        self.end(f"rank {rank}{where}: {reason}", rank)
+
+    def end(self, line: str, culprit: int | None = None, status: int = STATUS) -> None:
+        """End the run: tell the others, say why, exit. Does not return.
+
+        Args:
+            culprit: a rank that cannot say it itself.
+        """
+        self._send({"end": [line, culprit, status]})
+        self._end([line, culprit, status])
+
+    def _end(self, end: list) -> None:
+        if not self._ending.acquire(blocking=False):
+            time.sleep(self.timeout)  # another thread is about to exit
+        line, culprit, status = end
+        same = [r for r, peer in self.peers.items() if peer.host == self.host and r != culprit]
+        if self.rank < min(same, default=sys.maxsize):  # one line for each host
+            print(f"qllm: error: {line}; the run ends", file=sys.stderr, flush=True)
+        os._exit(status)

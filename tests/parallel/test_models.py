@@ -1,0 +1,274 @@
+"""Whole models over ranks: tensor parallel, in stages, and both, against one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import rewritten, state_of
+from conftest import FAMILIES, tiny
+from cpu_paths import paths, same
+from oracle import draw_prompts, load, spread
+from quantizing import MODELS, VOCAB, samples, saved
+from ranks import on_ranks
+from torch import Tensor
+
+from qllm.checkpoint.convert import convert
+from qllm.config import LM_HEAD, QuantPlan, QuantSpec
+from qllm.errors import UserError
+from qllm.generate import GenerationConfig, generate
+from qllm.hub import ModelFolder
+from qllm.models import Decoder
+from qllm.parallel.group import Group
+from qllm.parallel.pipeline import Place, parse_cuts
+from qllm.quant.calibrate import Calibration
+from qllm.quantize.checkpoint import Job, quantize_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread", "kernels")
+
+PROMPTS = draw_prompts((1, 9, 4, 6), VOCAB)
+STEPS = 4
+GENERATION = GenerationConfig(max_new_tokens=6)
+
+
+@pytest.fixture
+def kernels():
+    """Skips where there are none: the sums of plain torch ops depend on their shapes."""
+    paths()
+
+
+def logits_of(model: Decoder, prompts=PROMPTS) -> Tensor:
+    """Of all positions of the prompts, and of some steps behind them: (N, V)."""
+    cache = model.new_cache(len(prompts), max(map(len, prompts)) + STEPS)
+    found = [model.prefill(prompts, last=False), model.prefill(prompts, cache)]
+    for step in range(STEPS):
+        found.append(model.decode(torch.tensor([7 * step + len(p) for p in prompts]), cache))
+    return torch.cat(found)
+
+
+def on_places(
+    tp: int,
+    run: Callable[[Place], object],
+    *,
+    pp: int = 1,
+    mode: str = "exact",
+    cuts: tuple[int, ...] | None = None,
+) -> list:
+    """What a function of its place returns on each of tp x pp ranks."""
+
+    def body(rank, links):
+        stage, mine = divmod(rank, tp)
+        ranks = range(stage * tp, (stage + 1) * tp)
+        line = Group(range(mine, tp * pp, tp), stage, links)
+        return run(Place(Group(ranks, mine, links), mode, line, cuts))
+
+    return on_ranks(tp * pp, body)
+
+
+def assert_close(got: Tensor, whole: Tensor) -> None:
+    """A sum in another order: the last digits of float32 differ."""
+    distance = (got - whole).abs().max().item() / spread(whole)
+    assert distance < 2e-5, f"{distance:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [*product(MODELS, ("4", "8:tc-li")), ("opt-350m", "16"), ("bloom", "16"), ("llama", "16")],
+)
+def test_every_model_on_as_many_ranks_as_it_has_heads_and_on_three(name, bits, tmp_path):
+    folder = saved(name, tmp_path)
+    whole = logits_of(load(folder, bits))
+    # The same integers, with activations as they are.
+    exact = logits_of(load(folder, plan=QuantPlan.uniform(QuantSpec.parse("8", -1, "sym"))))
+    heads = load(folder).config.num_heads
+    for world, mode in ((heads, "exact"), (3, "exact"), (3, "fast"), (heads, "fast")):
+        got = on_places(world, lambda place: logits_of(load(folder, bits, place=place)), mode=mode)
+        for logits in got:
+            if mode == "exact":
+                assert same(logits, whole)
+                continue
+            assert same(logits, got[0])
+            if bits == "8:tc-li":  # each rank has scales of its own: not the same, but as good
+                assert (logits - exact).norm() < 1.5 * (whole - exact).norm()
+            else:
+                assert_close(logits, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_prompts_at_16_bits_are_exact(family, dtype):
+    # 300 rows: a library's product, whose sums may depend on the shape of the whole.
+    prompts = draw_prompts((200, 100), 4096)
+    whole = load(tiny(family), dtype=dtype).prefill(prompts, last=False)
+
+    def run(place):
+        return load(tiny(family), dtype=dtype, place=place).prefill(prompts, last=False)
+
+    assert all(same(logits, whole) for logits in on_places(3, run))
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "cuts"),
+    [(1, 3, None), (2, 2, None), (1, 2, (7,)), (3, 2, (1,)), (1, 4, (3, 4, 9))],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stages(family, tp, pp, cuts):
+    prompts = draw_prompts((3, 9, 1, 5, 7), 4096)
+    model = load(tiny(family), "4")
+    whole, tokens = logits_of(model, prompts), generate(model, prompts, GENERATION)
+
+    def run(place):
+        mine = load(tiny(family), "4", place=place)
+        return generate(mine, prompts, GENERATION), logits_of(mine, prompts)
+
+    for found, logits in on_places(tp, run, pp=pp, cuts=cuts):
+        assert found == tokens
+        assert same(logits, whole)
+
+
+@pytest.mark.parametrize(("tp", "pp", "mode"), [(2, 1, "exact"), (2, 1, "fast"), (1, 2, "exact")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decode_step_is_a_tape_on_every_rank(family, tp, pp, mode):
+    def run(place):
+        model = load(tiny(family), "4", place=place)
+        cache = model.new_cache(2, 8)
+        model.prefill([[5, 6], [7]], cache)
+        model.decode(torch.tensor([8, 9]), cache)
+        return cache.tape.foreign
+
+    assert on_places(tp, run, pp=pp, mode=mode) == [None] * tp * pp
+
+
+def test_an_end_of_text_ends_its_row_in_every_stage():
+    prompts = draw_prompts((3, 9, 1), 4096)
+    model = load(tiny("opt"), "4")
+    free = generate(model, prompts, GENERATION)
+    config = GenerationConfig(
+        max_new_tokens=6, eos_token_ids=(free[0][1], free[2][3]), repetition_penalty=1.1
+    )
+    tokens = generate(model, prompts, config)
+    seen = on_places(
+        1, lambda place: generate(load(tiny("opt"), "4", place=place), prompts, config), pp=2
+    )
+    assert seen == [tokens, tokens] and min(map(len, tokens)) < 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_share_what_the_model_takes(family):
+    def nbytes(place=None):
+        tensors = load(tiny(family), "4", place=place).buffers()
+        return sum(t.nbytes for t in {t.data_ptr(): t for t in tensors if not t.is_meta}.values())
+
+    whole, parts = nbytes(), on_places(4, nbytes)
+    # Norms and positions are on every rank, and a row of scales is not cut finer than a group.
+    assert max(parts) < whole / 4 + 0.1 * whole
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_converted_copy_serves_any_number(family, tmp_path):
+    model = ModelFolder(tiny(family), family)
+    convert(model, tmp_path / "copy", overwrite=False)
+    whole = logits_of(load(tiny(family), "3"))
+    got = on_places(3, lambda place: logits_of(load(tmp_path / "copy", "3", place=place)))
+    assert all(same(logits, whole) for logits in got)
+
+
+@pytest.mark.parametrize("form", ["bin", "safetensors-sharded"])
+def test_other_forms_of_files(form, tmp_path):
+    folder = rewritten("bloom", tmp_path / "copy", form)
+    whole = logits_of(load(tiny("bloom"), "4"))
+    got = on_places(3, lambda place: logits_of(load(folder, "4", place=place)), mode="fast")
+    assert_close(got[0], whole)
+
+
+SAVED = {
+    "gptq": ("4", {"algorithm": "gptq"}),
+    "gptq, 3 bits": ("3", {"algorithm": "gptq"}),
+    "compressed, 5 bits": ("5", {}),
+    "int8": ("8:tc", {}),
+}
+
+
+@pytest.mark.parametrize("how", SAVED)
+@pytest.mark.parametrize("name", ["opt", "bloom", "llama"])
+def test_a_saved_quantized_checkpoint_serves_any_number(name, how, tmp_path):
+    bits, spec = SAVED[how]
+    source = saved(name, tmp_path / "float")
+    plan = QuantPlan.uniform(QuantSpec.parse(bits, 16, **spec))
+    quantize_checkpoint(Job(source, plan, samples=samples()), tmp_path / "out")
+    whole = logits_of(load(tmp_path / "out"))
+
+    def run(place):
+        return logits_of(load(tmp_path / "out", place=place))
+
+    assert all(same(logits, whole) for logits in on_places(3, run))
+    assert_close(on_places(3, run, mode="fast")[0], whole)
+
+
+def test_a_quantized_head_and_a_plan_of_many_specs(tmp_path):
+    rules = (*QuantPlan.parse("2,3,8:tc-li,16,8,5").rules, (LM_HEAD, QuantSpec.parse("4")))
+    plan = QuantPlan(rules, 6)
+    whole = logits_of(load(tiny("opt"), plan=plan))
+    got = on_places(3, lambda place: logits_of(load(tiny("opt"), plan=plan, place=place)))
+    assert all(same(logits, whole) for logits in got)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_smoothing_is_that_of_the_whole(family):
+    calibration = Calibration()
+    model = load(tiny(family))
+    for name in model.state_dict():
+        if name.startswith("layers.") and name.endswith(".weight") and "norm" not in name:
+            module = model.get_submodule(name.removesuffix(".weight"))
+            inputs = torch.rand(module.in_features, generator=torch.Generator().manual_seed(1))
+            calibration.inputs[name.removesuffix(".weight")] = inputs * 10
+            calibration.outputs[name.removesuffix(".weight")] = torch.ones(module.out_features)
+    whole = logits_of(load(tiny(family), "8:tc", calibration=calibration))
+
+    def run(place):
+        return logits_of(load(tiny(family), "8:tc", calibration=calibration, place=place))
+
+    assert all(same(logits, whole) for logits in on_places(3, run))
+
+
+def test_scales_that_one_rank_cannot_hold_in_float16_are_wide_on_all(tmp_path):
+    state = {name: tensor.float() for name, tensor in state_of("opt").items()}
+    state["model.decoder.layers.0.fc1.weight"][0] *= 1e8
+    folder = rewritten("opt", tmp_path / "copy", "safetensors", state)
+    whole = logits_of(load(folder, "4"))
+
+    def run(place):
+        model = load(folder, "4", place=place)
+        return model.layers[0].mlp.up.linear.scales.dtype, logits_of(model)
+
+    for dtype, logits in on_places(3, run):
+        assert dtype == torch.float32
+        assert same(logits, whole)
+
+
+def test_more_ranks_than_heads_are_refused():
+    with pytest.raises(UserError, match="--tp 9 is more than the model's 8 heads; give 1 to 8"):
+        on_places(9, lambda place: load(tiny("opt"), place=place))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("2,3.5", (4, 7)), ("0.5,1", (1, 2)), (" 1 , 5.5", (2, 11))]
+)
+def test_stages_by_hand(text, expected):
+    assert parse_cuts(text, 6, 3) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "2", "1,2,3", "3,2", "2,2", "0,3", "2,6", "1.2,3", "nan,2"]
+)
+def test_stages_that_cannot_be(text):
+    with pytest.raises(UserError, match=r"--stages '.*' does not say where stages 2 to 3 of 6"):
+        parse_cuts(text, 6, 3)
+
+
+def test_a_folder_is_what_places_need(tmp_path: Path):
+    with pytest.raises(UserError, match="5 shards cannot share 2 layers"):
+        on_places(1, lambda place: load(saved("opt", tmp_path / "m"), place=place), pp=5)

@@ -1,0 +1,228 @@
+"""Single layers cut over ranks, against the whole: a sample of tensor parallelism.
+
+Each test takes a whole layer, lets every rank keep its part (`shard_linear`, `shard_mlp`, …), and
+compares what the ranks compute together with what the whole layer does.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cpu_paths import paths, same
+from ranks import in_group
+
+from qllm.config import BITWIDTHS, QuantSpec
+from qllm.layers import linear_class
+from qllm.layers.weight_only import WeightOnlyLinear
+from qllm.models.cache import Prefill
+from qllm.models.decoder import MLP, Attention, GatedMLP
+from qllm.models.positions import PositionEncoding
+from qllm.parallel import (
+    row_share,
+    shard_attention,
+    shard_classifier,
+    shard_embedding,
+    shard_linear,
+    shard_mlp,
+)
+from qllm.parallel.plan import Share, even
+from qllm.quant.packing import PackedWeight, pack, unpack
+
+pytestmark = pytest.mark.usefixtures("one_thread", "kernels")
+
+WORLDS = (2, 3, 5)
+SPECS = [QuantSpec.parse(bits, group) for bits in BITWIDTHS for group in (-1, 128)]
+SPECS = list(dict.fromkeys(SPECS))
+RANGE = 4.0
+
+
+@pytest.fixture
+def kernels():
+    """Skips where there are none: the sums of plain torch ops depend on their shapes."""
+    paths()
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make(spec: QuantSpec, rows: int, columns: int, seed: int = 0):
+    weight, bias = normal(rows, columns, seed=seed) * 0.05, normal(rows, seed=seed + 1)
+    return linear_class(spec).from_float(weight, bias, spec, input_range=RANGE)
+
+
+def reordered(rows: int, columns: int, group: int = 32) -> WeightOnlyLinear:
+    """A layer whose groups are scattered over the input channels (GPTQ's act-order)."""
+    spec = QuantSpec.parse("4", group)
+    layer = make(spec, rows, columns)
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(3))
+    return WeightOnlyLinear.from_packed(
+        PackedWeight(*layer.packed[:3], order), layer.bias, spec, columns
+    )
+
+
+def assert_close(got, layer, x, spec):
+    """As near to the exact product as the whole layer is, or nearer than what rounding may do."""
+    matrix = layer.dequantize().double()
+    exact = x.double() @ matrix.t() + layer.bias.double()
+    size = x.double().abs() @ matrix.abs().t() + layer.bias.double().abs()
+    allowed = 4 * torch.finfo(torch.float32).eps * size
+    if spec.kind.startswith("w8a8"):
+        step = 2 * (RANGE if spec.kind == "w8a8_static" else x.abs().amax()) / 255
+        allowed = allowed + step / 2 * 1.01 * matrix.abs().sum(dim=1)
+    assert ((got.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_linear_by_output_channels_is_the_same_to_the_bit(spec, world):
+    layer, x = make(spec, 70, 200), normal(5, 200, seed=2).clamp(-RANGE, RANGE)
+    whole = layer(x)
+    share = row_share(70, world)
+    got = in_group(world, lambda group: shard_linear(layer, group, share, gather=True)(x))
+    assert all(same(y, whole) for y in got)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_linear_by_input_channels_is_as_near(spec, world):
+    # Shares of 200 channels begin inside groups of 128, and inside packing words.
+    layer, x = make(spec, 70, 200), normal(5, 200, seed=2).clamp(-RANGE, RANGE)
+    share = Share(1, tuple((run,) for run in even(200, world)))
+
+    def run(group):
+        (mine,) = share.ranges[group.rank]
+        return shard_linear(layer, group, share, gather=False)(x[:, mine.start : mine.stop])
+
+    got = in_group(world, run)
+    assert all(same(y, got[0]) for y in got)
+    assert_close(got[0], layer, x, spec)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_reordered_linear(dim, world):
+    layer, x = reordered(70, 200), normal(5, 200, seed=2)
+    whole = layer(x)
+    share = Share(dim, tuple((run,) for run in even(200 if dim else 70, world)))
+
+    def run(group):
+        (mine,) = share.ranges[group.rank]
+        module = shard_linear(layer, group, share, gather=True)
+        return module(x[:, mine.start : mine.stop] if dim else x)
+
+    got = in_group(world, run)
+    assert all(same(y, got[0]) for y in got)
+    assert dim == 1 or same(got[0], whole)
+    assert torch.allclose(got[0], whole, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_parts_are_the_whole_and_hold_nothing_else(spec, dim, used):
+    layer = make(spec, 70, 200)
+    if used:
+        layer(normal(1, 200))
+    parts = [layer.shard(dim, rank, 3) for rank in range(3)]
+    assert torch.equal(torch.cat([p.dequantize() for p in parts], dim), layer.dequantize())
+    for part in parts:
+        for tensor in part.buffers():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+        assert (part.bias is None) == (dim == 1)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_parts_of_a_reordered_linear_are_the_whole(dim):
+    layer = reordered(70, 200)
+    parts = [layer.shard(dim, rank, 3) for rank in range(3)]
+    assert torch.equal(torch.cat([p.dequantize() for p in parts], dim), layer.dequantize())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_part_has_the_integers_of_the_whole(bits):
+    spec = QuantSpec.parse(bits, 128)
+    layer = make(spec, 6, 300)
+    part = layer.part(1, range(100, 231))
+    q = unpack(layer.qweight, bits, 300)[:, 100:231]
+    assert torch.equal(part.qweight, pack(q, bits))
+    assert part.spec.group_size == 4  # divides 128 and the 100 channels in front
+
+
+class Plain(PositionEncoding):
+    pass
+
+
+def make_of(spec: QuantSpec):
+    count = iter(range(1000))
+    return lambda name, inputs, outputs, bias: make(spec, outputs, inputs, 10 * next(count))
+
+
+def config(**changes):
+    from types import SimpleNamespace
+
+    base = {"num_heads": 8, "num_kv_heads": 8, "head_dim": 16, "hidden_size": 128}
+    rest = {"attention_bias": True, "mlp_bias": True, "intermediate_size": 352}
+    return SimpleNamespace(**{**base, **rest, "activation": "silu", **changes})
+
+
+@pytest.mark.parametrize(("world", "kv_heads"), [(2, 8), (3, 8), (5, 2), (3, 4), (8, 2), (8, 8)])
+@pytest.mark.parametrize("bits", ["4", "8:tc-li", "16"])
+def test_attention(bits, world, kv_heads):
+    spec = QuantSpec.parse(bits)
+    attention = Attention(config(num_kv_heads=kv_heads), 0, make_of(spec))
+    x = normal(7, 128, seed=5)
+    step = Prefill([3, 4], None, Plain(), x)
+    whole = attention(x, step)
+
+    def run(mode, group):
+        mine = copy.deepcopy(attention)
+        shard_attention(mine, group, mode)
+        return mine(x, step)
+
+    exact = in_group(world, lambda group: run("exact", group))
+    assert all(same(y, whole) for y in exact)
+    fast = in_group(world, lambda group: run("fast", group))
+    assert all(same(y, fast[0]) for y in fast)
+    error = (fast[0] - whole).abs().max() / whole.abs().max()
+    assert error < (0.02 if bits == "8:tc-li" else 1e-5)
+
+
+@pytest.mark.parametrize("kind", [MLP, GatedMLP])
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("bits", ["3", "8:tc", "16"])
+def test_mlp(bits, world, kind):
+    mlp = kind(config(), 0, make_of(QuantSpec.parse(bits)))
+    x = normal(7, 128, seed=5)
+    whole = mlp(x)
+
+    def run(mode, group):
+        mine = copy.deepcopy(mlp)
+        shard_mlp(mine, group, mode)
+        return mine(x)
+
+    assert all(same(y, whole) for y in in_group(world, lambda group: run("exact", group)))
+    fast = in_group(world, lambda group: run("fast", group))
+    assert all(same(y, fast[0]) for y in fast)
+    assert (fast[0] - whole).abs().max() < 1e-5 * whole.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("world", WORLDS)
+def test_embedding(world, dtype):
+    table = normal(67, 24).to(dtype)
+    table[5] = -0.0  # its bits are not those of the zeros that other ranks have
+    tokens = torch.arange(67)
+    got = in_group(world, lambda group: shard_embedding(table, group)(tokens))
+    assert all(same(y, table) for y in got)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("bits", ["16", "4"])
+def test_classifier(bits, world):
+    head, x = make(QuantSpec.parse(bits), 131, 96), normal(3, 96)
+    whole = head(x)
+    got = in_group(world, lambda group: shard_classifier(head, group)(x))
+    assert all(same(y, whole) for y in got)

@@ -1,0 +1,156 @@
+"""Real processes, started by torchrun, over gloo: results, mistakes and faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from checkpoints import copy_of, rewritten, state_of
+from conftest import ROOT, assert_user_error, run, run_json, tiny
+
+GEN = "qllm_gen.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+LONG = ("--max-gen-tokens", 480, "--max-prompt-length", 20)
+TIMEOUT = 8  # seconds within which a run has to end
+
+
+def start(processes: int, *args: object, script: str = GEN, **options) -> subprocess.Popen:
+    """Start a script on so many ranks of this host."""
+    launch = ["--nproc-per-node", str(processes), "--rdzv-backend", "c10d"]
+    launch += ["--rdzv-endpoint", "localhost:0"]
+    return subprocess.Popen(
+        [*TORCHRUN, *launch, str(ROOT / script), *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[str, str]:
+    """Standard output, and our own lines of standard error."""
+    out, error = process.communicate(timeout=timeout)
+    return out, "\n".join(line for line in error.splitlines() if re.match("qllm.*: ", line))
+
+
+def ranks_of(process: subprocess.Popen) -> dict[int, int]:
+    """The process of each rank, once they run."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if "RANK" in (environment := child.environ()):
+            found[int(environment["RANK"])] = child.pid
+    return found
+
+
+def assert_gone(pids) -> None:
+    """No process of these is left, but for what its parent has not looked after yet."""
+    for pid in pids:
+        path = Path(f"/proc/{pid}/stat")
+        assert not path.exists() or path.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_ranks_in_a_mesh_print_what_one_process_does():
+    options = ("--model-size", "tiny", "--bitwidth", "8:tc-li", "--json")
+    one = run_json(GEN, *options[:-1])
+    out, _ = finish(start(4, *options, "--tp", 2, "--pp", 2))
+    many = json.loads(out)
+    assert many["results"] == one["results"]
+    layers = [rank["layers"] for rank in many["ranks"]]
+    assert layers[0] == layers[1] == [0, layers[2][0]] and layers[2] == layers[3]
+    assert layers[3][1] == 6
+
+
+def test_messages_of_all_sizes_over_gloo(tmp_path):
+    """Long prompts in large batches go through torch.distributed's own collectives."""
+    prompts = tmp_path / "prompts.txt"
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    prompts.write_text("\n".join([line for line in lines if len(line) > 90][:24]), encoding="utf-8")
+    options = ("--model-size", "tiny", "--bitwidth", "4", "--json", "--dtype", "float32")
+    options += ("--prompt-file", str(prompts), "--max-prompt-length", "60")
+    one = run_json(GEN, *(option for option in options if option != "--json"))
+    out, _ = finish(start(2, *options, "--tp", 2, "--tp-mode", "fast"))
+    assert json.loads(out)["results"] == one["results"]
+
+
+def test_a_wrong_number_of_processes_is_one_line():
+    args = ("--model-size", "tiny", "--tp", 2, "--pp", 2)
+    assert_user_error(run(GEN, *args), "--tp 2 x --pp 2 takes 4 processes", "--nproc-per-node 4")
+    env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}
+    assert_user_error(run(GEN, *args, env=env), "takes 4 processes, and there are 3")
+    others = run(GEN, *args, env={**env, "RANK": "1", "LOCAL_RANK": "1"})
+    assert (others.returncode, others.stderr) == (2, "")
+
+
+def test_a_mistake_is_one_line_of_all_ranks(tmp_path):
+    process = start(2, "--model-path", tmp_path / "none", "--tp", 2)
+    out, lines = finish(process)
+    assert out == "" and process.returncode == 1  # torchrun's own
+    assert len(lines.splitlines()) == 1 and "none" in lines
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_a_rank_that_is_gone_ends_the_run(how):
+    process = start(2, "--model-size", "tiny", *LONG, "--tp", 2, "--timeout", TIMEOUT, "--stream")
+    for line in iter(process.stdout.readline, ""):
+        if line == "\n":  # its text begins
+            break
+    ranks = ranks_of(process)
+    began = time.monotonic()
+    os.kill(ranks[1], signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    _, lines = finish(process)
+    assert time.monotonic() - began < TIMEOUT + 3
+    assert process.returncode == 1
+    assert len(lines.splitlines()) == 1
+    reason = "its process has died" if how == "killed" else "has not been heard of"
+    assert re.search(rf"rank 1 \(host .*process {ranks[1]}\): .*{reason}", lines)
+    assert_gone(ranks.values())
+
+
+PER_RANK = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+sys.argv = [{script!r}, *sys.argv[1:], *({others} if os.environ["RANK"] == "1" else {first})]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("what", ["model", "version"])
+def test_a_rank_that_was_started_otherwise_ends_the_run(what, tmp_path):
+    first, others, patch = ["--bitwidth", "4"], ["--bitwidth", "4"], ""
+    if what == "model":
+        state = state_of("opt")
+        state["model.decoder.layers.3.fc1.weight"][:] = 0.5
+        changed = rewritten("opt", tmp_path / "changed", "safetensors", state)
+        first, others = (
+            ["--model-path", str(p)] for p in (copy_of("opt", tmp_path / "m"), changed)
+        )
+    else:
+        patch = "import qllm\nif __import__('os').environ['RANK'] == '1': qllm.__version__ = '9'\n"
+    program = PER_RANK.format(root=str(ROOT), script=str(ROOT / GEN), first=first, others=others)
+    head, _, tail = program.partition("sys.argv")
+    file = tmp_path / "start.py"
+    file.write_text(f"{head}{patch}sys.argv{tail}")
+    size = () if what == "model" else ("--model-size", "tiny")
+    process = start(2, *size, "--tp", 2, "--timeout", TIMEOUT, script=file)
+    _, lines = finish(process)
+    assert process.returncode == 1
+    assert "rank 1" in lines
+    assert ("its model is" if what == "model" else "its QLLM version is 9, that of rank 0") in lines
+    assert len(lines.splitlines()) == 1
+
+
+def test_a_rank_that_does_not_come_is_named():
+    env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
+    began = time.monotonic()
+    done = run(GEN, "--model-size", "tiny", "--tp", 2, "--timeout", TIMEOUT, env=env)
+    assert done.returncode == 1 and time.monotonic() - began < TIMEOUT + 8
+    assert "rank 1 did not start within 6 s" in done.stderr and tiny("opt").exists()
