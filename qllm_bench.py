@@ -4,7 +4,7 @@
     python3 qllm_bench.py --model-path DIR --benchmark 1024 --max-length 64 --check
     python3 qllm_bench.py --model-name llama --model-size tiny --bitwidth 3 --tree
 
-Without -p, -n, --benchmark or --tree it measures a prompt of 512 tokens and 128 new ones.
+Without -p, -n, --benchmark, --tree or --tp-model: a prompt of 512 tokens, and 128 new ones.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from qllm.errors import UserError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qllm.bench.runners import DecoderRunner
+    from qllm.bench.runners import ModelRunner
     from qllm.bench.speed import Case
     from qllm.config import ModelConfig, QuantPlan
     from qllm.hub import ModelFolder
-    from qllm.onnx.runner import OnnxRunner
 
 # As llama-bench has them.
 PROMPT, NEW, RUNS = (512,), (128,), 5
@@ -34,9 +33,7 @@ def parse_args() -> argparse.Namespace:
     number = cli.whole_number(1)
     cli.add_model_options(parser)
     cli.add_quant_options(parser, several=True)
-    parser.add_argument(
-        "--calib", metavar="FILE", help="activation statistics for 8:tc-li and 8:tc"
-    )
+    cli.add_activation_options(parser)
     cli.add_run_options(parser)
     group = parser.add_argument_group("throughput, as llama-bench has it")
     group.add_argument("-p", type=whole_numbers(0), metavar="N", help="tokens of a prompt (512)")
@@ -60,6 +57,11 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--tree", action="store_true", help="the model's modules, from the files' headers alone"
+    )
+    group.add_argument(
+        "--tp-model",
+        action="store_true",
+        help="time per token on 1, 8 and 64 ranks, calculated from the same headers",
     )
     group.add_argument(
         "--output", choices=("md", "csv", "json"), default="md", help="(%(default)s)"
@@ -96,13 +98,13 @@ def check_options(args: argparse.Namespace) -> None:
             raise UserError(f"{name} does nothing without -p or -n")
     if (args.p or args.n) and not any((*(args.p or ()), *(args.n or ()))):
         raise UserError("-p 0 and -n 0 leave nothing to measure")
-    if args.output == "csv" and (args.tree or args.benchmark):
+    if args.output == "csv" and (args.tree or args.tp_model or args.benchmark):
         raise UserError("csv is for the table of -p and -n; take --output json")
 
 
 def wants_throughput(args: argparse.Namespace) -> bool:
     """Whether there is a table: what is asked for, or nothing else is."""
-    return bool(args.p or args.n) or not (args.benchmark or args.tree)
+    return bool(args.p or args.n) or not (args.benchmark or args.tree or args.tp_model)
 
 
 def read_tokens(args: argparse.Namespace, folder: ModelFolder, config: ModelConfig) -> list[int]:
@@ -145,7 +147,7 @@ def throughput_cases(args: argparse.Namespace, config: ModelConfig) -> list[Case
 
 
 def latency(
-    args: argparse.Namespace, runner: DecoderRunner, tokens: list[int], longest: int
+    args: argparse.Namespace, runner: ModelRunner, tokens: list[int], longest: int
 ) -> dict[str, object]:
     """What --benchmark finds."""
     from qllm.bench.speed import decode_one_by_one
@@ -167,7 +169,7 @@ def main() -> None:
     check_options(args)
     plans = cli.read_plans(args)
     folder = cli.resolve_model(args)
-    onnx = cli.holds_onnx(args, folder, calib=None, compare=None, tree=False)
+    onnx = cli.holds_onnx(args, folder, compare=None, tree=False, tp_model=False)
     device = "cpu" if onnx else cli.resolve_device(args)
 
     import torch
@@ -183,6 +185,7 @@ def main() -> None:
         "device": device,
         "threads": torch.get_num_threads(),
         "trees": trees(args, folder.path, plans) if args.tree else [],
+        "tp_models": tp_models(args, folder.path, plans, config) if args.tp_model else [],
         "benchmarks": [],
         "rows": [],
     }
@@ -209,6 +212,26 @@ def trees(args: argparse.Namespace, folder: Path, plans: list[QuantPlan]) -> lis
     ]
 
 
+def tp_models(
+    args: argparse.Namespace, folder: Path, plans: list[QuantPlan], config: ModelConfig
+) -> list[dict]:
+    """What each plan's model would take on ranks that read memory as this machine does."""
+    from qllm.bench.runners import read_bytes
+    from qllm.bench.speed import Limits
+    from qllm.checkpoint.load import outline
+    from qllm.parallel.cost import Machine, table
+
+    limits = Limits.measure("cpu")
+    if limits is None:
+        raise UserError("--tp-model measures memory with the compiled kernels, and there are none")
+    found = []
+    for plan in plans:
+        nbytes = read_bytes(outline(folder, plan, cli.resolve_dtype(args)))
+        about = {"bitwidth": plan.text, "bytes": nbytes, "bandwidth": limits.bandwidth}
+        found.append(about | {"rows": table(config, nbytes, Machine(limits.bandwidth))})
+    return found
+
+
 def measure(
     args: argparse.Namespace,
     folder: ModelFolder,
@@ -230,7 +253,7 @@ def measure(
     from qllm.bench.speed import measure as measure_case
     from qllm.memory import forget_peak, peak_resident_bytes
 
-    load = onnx_loader(folder) if onnx else loader(args, folder, device)
+    load = onnx_loader(folder) if onnx else loader(args, folder, plans, device)
     reference = None
     if args.compare:
         from qllm.huggingface import ReferenceModel
@@ -238,53 +261,67 @@ def measure(
         reference = ReferenceModel.load(folder.path, dtype=dtype, device=device)
     for plan in plans:
         forget_peak()
-        runner, bitwidth = load(plan)
+        runner, about = load(plan)
+        bitwidth = about["bitwidth"]
         result["dtype"] = str(runner.model.dtype).removeprefix("torch.")
-        runners = {bitwidth: runner}
+        rows = [(about, runner)]
         if reference is not None:
-            runners["transformers"] = ReferenceRunner(reference, runner)
+            rows.append(
+                (
+                    {"bitwidth": "transformers", "activation_bits": None},
+                    ReferenceRunner(reference, runner),
+                )
+            )
         for case in cli.progress(f"measuring {bitwidth}")(wanted):
-            found = measure_case(list(runners.values()), case, args.r or RUNS, config, device)
-            result["rows"] += [
-                {"bitwidth": name} | row for name, row in zip(runners, found, strict=True)
-            ]
+            runners = [runner for _, runner in rows]
+            found = measure_case(runners, case, args.r or RUNS, config, device)
+            result["rows"] += [of | row for (of, _), row in zip(rows, found, strict=True)]
         if longest:
             found = latency(args, runner, tokens, longest)
-            about = {"bitwidth": bitwidth, "bytes": runner.nbytes}
+            about = about | {"bytes": runner.nbytes}
             result["benchmarks"].append(about | found | {"peak_memory": peak_resident_bytes()})
-        del runner, runners  # the next one has their place
+        del runner, rows  # the next one has their place
 
 
 def loader(
-    args: argparse.Namespace, folder: ModelFolder, device: str
-) -> Callable[[QuantPlan], tuple[DecoderRunner, str]]:
-    """What loads the model of a plan, and says its bitwidth."""
+    args: argparse.Namespace, folder: ModelFolder, plans: list[QuantPlan], device: str
+) -> Callable[[QuantPlan], tuple[ModelRunner, dict]]:
+    """What loads the model of a plan, and says its bits, and those of its activations."""
     from qllm import report
-    from qllm.bench.runners import DecoderRunner
+    from qllm.bench.runners import ModelRunner
     from qllm.checkpoint.convert import find_source
-    from qllm.checkpoint.load import load_model
+    from qllm.checkpoint.load import activation_bits, load_model
 
     source, dtype = find_source(folder, cli.note), cli.resolve_dtype(args)
+    bits = activation_bits(folder.path, plans, args.activation_bits)
 
-    def load(plan: QuantPlan) -> tuple[DecoderRunner, str]:
-        calibration = cli.find_calibration(args, folder, plan)
-        progress = cli.progress("loading")
+    def load(plan: QuantPlan) -> tuple[ModelRunner, dict]:
+        about = {"activation_bits": bits[plans.index(plan)]}
         model = load_model(
-            source, plan, dtype=dtype, device=device, calibration=calibration, progress=progress
+            source,
+            plan,
+            dtype=dtype,
+            device=device,
+            calibration=cli.find_calibration(args, folder, plan),
+            progress=cli.progress("loading"),
+            **about,
         )
-        bitwidth = report.bitwidth(model) if args.bitwidth is None else plan.text
-        return DecoderRunner(model), bitwidth
+        about["bitwidth"] = report.bitwidth(model) if args.bitwidth is None else plan.text
+        return ModelRunner.of_decoder(model), about
 
     return load
 
 
-def onnx_loader(folder: ModelFolder) -> Callable[[QuantPlan], tuple[OnnxRunner, str]]:
+def onnx_loader(folder: ModelFolder) -> Callable[[QuantPlan], tuple[ModelRunner, dict]]:
     """The same for an ONNX model, which is what it is."""
-    from qllm.onnx.runner import OnnxDecoder, OnnxRunner
+    from qllm.bench.runners import ModelRunner
+    from qllm.onnx.runner import OnnxDecoder
 
-    def load(plan: QuantPlan) -> tuple[OnnxRunner, str]:
+    def load(plan: QuantPlan) -> tuple[ModelRunner, dict]:
         model = OnnxDecoder(folder.path)
-        return OnnxRunner(model), model.bitwidth
+        sizes = (model.nbytes, model.read_bytes, model.multiplied)
+        about = {"bitwidth": model.bitwidth, "activation_bits": None}
+        return ModelRunner(model, *sizes), about
 
     return load
 

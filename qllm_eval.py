@@ -40,9 +40,7 @@ def parse_args() -> argparse.Namespace:
     number = cli.whole_number(1)
     cli.add_model_options(parser)
     cli.add_quant_options(parser, several=True)
-    parser.add_argument(
-        "--calib", metavar="FILE", help="activation statistics for 8:tc-li and 8:tc"
-    )
+    cli.add_activation_options(parser)
     group = parser.add_argument_group("perplexity")
     group.add_argument(
         "--dataset",
@@ -192,13 +190,13 @@ def main() -> None:
     check_options(args)
     plans = cli.read_plans(args)
     folder = cli.resolve_model(args)
-    onnx = cli.holds_onnx(args, folder, calib=None, agreement=False)
+    onnx = cli.holds_onnx(args, folder, agreement=False)
     if onnx and args.compare and not args.reference:
         raise UserError("--compare takes the checkpoint of an ONNX model; name it with --reference")
     device = "cpu" if onnx else cli.resolve_device(args)
 
     from qllm import report
-    from qllm.checkpoint.load import outline
+    from qllm.checkpoint.load import activation_bits
     from qllm.checkpoint.reader import read_raw_config
     from qllm.evaluate import page, plots
     from qllm.evaluate.evaluation import Evaluation
@@ -216,16 +214,17 @@ def main() -> None:
     cuts = [] if text is None else cut(text, config, options)
     tasks, about_tasks = read_tasks(args, tokenizer, config)
     asked = Evaluation(text, options, tasks)
-    for plan in () if onnx else plans:
-        outline(folder.path, plan)
+    bits = [] if onnx else activation_bits(folder.path, plans, args.activation_bits)
+    models = list(zip(plans, bits, strict=False))
     asked, other = run_reference(args, folder, config, device, asked, tokenizer)
+    rows = run_onnx(folder, asked) if onnx else run_models(args, folder, device, models, asked)
     result = {
         "model": folder.name,
         "device": device,
         "dataset": about_text(args, text),
         "conventions": about_cuts(cuts),
         "tasks": about_tasks,
-        "rows": run_onnx(folder, asked) if onnx else run_models(args, folder, device, plans, asked),
+        "rows": rows,
         **other,
     }
     if args.json or args.report:
@@ -277,10 +276,10 @@ def run_models(
     args: argparse.Namespace,
     folder: ModelFolder,
     device: str,
-    plans: list[QuantPlan],
+    models: list[tuple[QuantPlan, int]],
     asked: Evaluation,
 ) -> list[dict]:
-    """A row per plan, each model in memory alone."""
+    """A row per plan and bits of activations, each model in memory alone."""
     from qllm import report
     from qllm.checkpoint.convert import find_source
     from qllm.checkpoint.load import load_model
@@ -288,17 +287,19 @@ def run_models(
 
     source = find_source(folder, cli.note)
     rows = []
-    for plan in plans:
+    for plan, activation_bits in models:
         model = load_model(
             source,
             plan,
             dtype=cli.resolve_dtype(args),
             device=device,
             calibration=cli.find_calibration(args, folder, plan),
+            activation_bits=activation_bits,
             progress=cli.progress("loading"),
         )
         bitwidth = report.bitwidth(model) if args.bitwidth is None else plan.text
-        rows.append(decoder_row(model, bitwidth, asked, partial(progress_at, bitwidth)))
+        row = decoder_row(model, bitwidth, asked, partial(progress_at, bitwidth))
+        rows.append(row | {"activation_bits": activation_bits})
         del model  # the next one has its place
     return rows
 
@@ -311,6 +312,7 @@ def run_onnx(folder: ModelFolder, asked: Evaluation) -> list[dict]:
     model = OnnxDecoder(folder.path)
     dtype = str(model.dtype).removeprefix("torch.")
     about = {"bitwidth": model.bitwidth, "dtype": dtype, "bytes": model.nbytes}
+    about["activation_bits"] = None  # a node's accuracy level says it
     return [about | evaluate(model, asked, partial(progress_at, model.bitwidth))]
 
 

@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from qllm import cli
-from qllm.config import DEFAULT_ACTIVATION_BITS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,10 +34,8 @@ SHARDS = 2
 # Options that mean nothing with an ONNX model, and what they are where they are not given.
 NOT_FOR_ONNX = {
     "num_shards": SHARDS,
-    "activation_bits": DEFAULT_ACTIVATION_BITS,
     "tp": 1,
     "pp": 1,
-    "calib": None,
     "compare": False,
     "explain": False,
 }
@@ -48,10 +45,7 @@ def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     cli.add_model_options(parser)
     cli.add_quant_options(parser)
-    cli.add_activation_option(parser)
-    parser.add_argument(
-        "--calib", metavar="FILE", help="activation statistics for 8:tc-li and 8:tc"
-    )
+    cli.add_activation_options(parser)
     cli.add_prompt_options(parser)
     cli.add_run_options(parser)
     parser.add_argument(

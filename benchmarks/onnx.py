@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from qllm import cli, hub
-from qllm.bench.runners import DecoderRunner, Runner
+from qllm.bench.runners import ModelRunner, Runner
 from qllm.bench.speed import Case, measure
 from qllm.checkpoint.load import load_model
 from qllm.config import QuantPlan, QuantSpec
@@ -33,13 +33,19 @@ from qllm.evaluate.perplexity import PerplexityOptions, Text
 from qllm.onnx import ACCURACY_LEVELS, DEFAULT_ACCURACY_LEVEL
 from qllm.onnx.export import ExportOptions, export
 from qllm.onnx.quantize import OnnxJob, quantize_onnx
-from qllm.onnx.runner import OnnxDecoder, OnnxRunner
+from qllm.onnx.runner import OnnxDecoder
 from qllm.quantize.checkpoint import Job, quantize_checkpoint
 from qllm.report import print_table
 from qllm.tokenizer import Tokenizer
 
 PREFILL, DECODE = 256, 64
 FLOAT = "float32"
+
+
+def in_onnxruntime(folder: Path) -> ModelRunner:
+    """The ONNX model of a folder."""
+    model = OnnxDecoder(folder)
+    return ModelRunner(model, model.nbytes, model.read_bytes, model.multiplied)
 
 
 def parse_args() -> argparse.Namespace:
@@ -76,12 +82,12 @@ def engines(
 ) -> Iterator[tuple[str, Runner]]:
     """QLLM's model of a checkpoint, and onnxruntime's of its exports, by name."""
     plan = QuantPlan.uniform(QuantSpec())
-    yield "QLLM", DecoderRunner(load_model(source, plan, dtype=torch.float32))
+    yield "QLLM", ModelRunner.of_decoder(load_model(source, plan, dtype=torch.float32))
     for level in levels if weights != FLOAT else levels[-1:]:
         target = folder / f"{weights.replace(' ', '-')}-{level}"
         export(source, target, ExportOptions(accuracy_level=level))
         name = "onnxruntime" + (f", level {level}" if weights != FLOAT else "")
-        yield name, OnnxRunner(OnnxDecoder(target))
+        yield name, in_onnxruntime(target)
 
 
 def bundled(family: str, args: argparse.Namespace, folder: Path) -> list[dict]:
@@ -107,7 +113,7 @@ def bundled(family: str, args: argparse.Namespace, folder: Path) -> list[dict]:
             level, target = args.accuracy_levels[-1], folder / "quantized"
             job = OnnxJob(folder / f"{FLOAT}-{level}", plan, samples=samples, accuracy_level=level)
             quantize_onnx(job, target)
-            found[f"onnxruntime, level {level}, quantized there"] = OnnxRunner(OnnxDecoder(target))
+            found[f"onnxruntime, level {level}, quantized there"] = in_onnxruntime(target)
         rows += measured(source.name, weights, found, args)
         config = found["QLLM"].model.config
         tasks = {"lambada": passages(load_rows(args.tasks)[: args.limit], tokenizer, config)}

@@ -129,7 +129,7 @@ def larger(config: object, bitwidth: str) -> tuple[object, int]:
     """OPT-66b's shape, for which 64 ranks are not too many, and what a token of it reads."""
     import torch
 
-    from qllm.checkpoint.load import module_bytes
+    from qllm.bench.runners import read_bytes
     from qllm.config import QuantPlan
     from qllm.models import FAMILIES, Decoder
 
@@ -139,10 +139,11 @@ def larger(config: object, bitwidth: str) -> tuple[object, int]:
     linears = FAMILIES["opt"].layer_linears(config.num_layers)
     specs = QuantPlan.parse(bitwidth).resolve(linears, config.num_layers)
     model = Decoder(config, specs, torch.float16)
-    return config, module_bytes(model.layers) + module_bytes(model.lm_head)
+    return config, read_bytes(model)
 
 
 def print_rows(args: object, folder: Path, rows: list[dict]) -> None:
+    from qllm.bench.table import print_tp_model
     from qllm.checkpoint.reader import Checkpoint
     from qllm.checkpoint.weights import Weights
     from qllm.parallel.cost import Machine, Network, cost, table
@@ -170,15 +171,11 @@ def print_rows(args: object, folder: Path, rows: list[dict]) -> None:
             f"{row['gloo'] * 1e6:.0f} | {row['model'] / 1e6:.0f} | {row['resident'] / 1e6:.0f} | "
             f"{row['peak'] / 1e6:.0f} |"
         )
-    print("\nOPT-66b's sizes, by calculation:\n")
-    print("| ranks | Gbit/s | mode | ms/token | in exchanges | KB sent/token | speedup |")
-    print("|" + "---|" * 7)
-    predicted = table(*larger(config, args.bitwidth), machine)
-    for row in predicted:
-        print(
-            f"| {row['ranks']} | {row['gbit']:.0f} | {row['mode']} | {row['ms']:.2f} | "
-            f"{row['communication']:.2f} | {row['kilobytes']:.0f} | {row['speedup']:.1f} |"
-        )
+    print("\nOPT-66b's sizes:\n")
+    config, nbytes = larger(config, args.bitwidth)
+    predicted = table(config, nbytes, machine)
+    about = {"bitwidth": args.bitwidth, "bytes": nbytes, "bandwidth": machine.bandwidth}
+    print_tp_model(about | {"rows": predicted})
     print(json.dumps({"repository": args.repository, "rows": rows, "table": predicted}))
 
 

@@ -30,12 +30,14 @@ def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--runs", type=cli.whole_number(1), default=7, help="(%(default)s)")
     parser.add_argument("--bitwidths", nargs="+", default=["16", "4", "3", "8:tc-li"])
+    families = list(hub.REPOSITORIES)
+    parser.add_argument("--models", nargs="+", choices=families, default=families)
     args = parser.parse_args()
     importing = [sys.executable, "-c", "import torch"]
     seconds(importing)  # the first one reads the libraries from disk
     rows = []
     print("| model | bitwidth | import torch s | qllm_gen.py s | ratio |\n|---|---|---|---|---|")
-    for name in hub.REPOSITORIES:
+    for name in args.models:
         for bitwidth in args.bitwidths:
             script = [sys.executable, "qllm_gen.py", "--model-name", name]
             script += ["--model-size", hub.TINY, "--bitwidth", bitwidth]

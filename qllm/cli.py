@@ -375,6 +375,8 @@ def holds_onnx(args: argparse.Namespace, model: ModelFolder, **others: object) -
         "lm_head_bits": None,
         "group_size": DEFAULT_GROUP_SIZE,
         "scheme": DEFAULT_SCHEME,
+        "activation_bits": DEFAULT_ACTIVATION_BITS,
+        "calib": None,
     }
     refuse_for_onnx(args, model, **quantization, **others)
     return True
@@ -401,9 +403,10 @@ def refuse_for_onnx(args: argparse.Namespace, model: ModelFolder, **options: obj
     check_installed()
 
 
-def add_activation_option(parser: argparse.ArgumentParser) -> None:
-    """--activation-bits."""
-    parser.add_argument(
+def add_activation_options(parser: argparse.ArgumentParser) -> None:
+    """--activation-bits, --calib."""
+    group = parser.add_argument_group("quantization of activations")
+    group.add_argument(
         "--activation-bits",
         type=int,
         choices=ACTIVATION_BITS,
@@ -411,6 +414,7 @@ def add_activation_option(parser: argparse.ArgumentParser) -> None:
         help="of layers of 1 to 8 bits: 8 rounds activations to int8, which is faster for prompts "
         "and batches, and less exact (%(default)s)",
     )
+    group.add_argument("--calib", metavar="FILE", help="their statistics for 8:tc-li and 8:tc")
 
 
 def read_plan(args: argparse.Namespace, algorithm: str = DEFAULT_ALGORITHM) -> QuantPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from qllm.checkpoint.load import shard_bytes
@@ -47,6 +47,11 @@ def bitwidth(model: Decoder) -> str:
     """The bitwidth of a model's layers: one, or each once in the order in which they come."""
     linears = (m for m in model.layers.modules() if isinstance(m, Linear))
     return ",".join(dict.fromkeys(linear.spec.bitwidth for linear in linears))
+
+
+def label(row: Mapping) -> str:
+    """What a table calls a model: its bitwidth, and activations of 8 bits."""
+    return row["bitwidth"] + (", activations 8" if row.get("activation_bits") == 8 else "")
 
 
 def shard_rows(model: Decoder) -> list[dict]:

@@ -52,6 +52,28 @@ def test_formats(monkeypatch):
     assert json.loads(call(BENCH, *args, "--output", "json").stdout)["rows"][0]["test"] == "pp8"
 
 
+def test_activations_of_8_bits(monkeypatch):
+    monkeypatch.setattr(speed.Limits, "measure", lambda device: None)
+    rows = call_json(BENCH, *TINY, "--bitwidth", "16,4", "--activation-bits", 8, *SHORT)["rows"]
+    assert {(row["bitwidth"], row["activation_bits"]) for row in rows} == {("16", 16), ("4", 8)}
+
+
+def test_a_model_of_tensor_parallelism(monkeypatch):
+    monkeypatch.setattr(speed.Limits, "measure", lambda device: speed.Limits(1e10, 1e12))
+    args = (*TINY, "--bitwidth", "16,4", "--tp-model")
+    dense, four = call_json(BENCH, *args)["tp_models"]
+    assert (dense["bitwidth"], four["bitwidth"]) == ("16", "4")
+    assert dense["bytes"] > 2 * four["bytes"]
+    one, *others = dense["rows"]
+    assert (one["ranks"], one["speedup"]) == (1, 1.0)
+    assert one["ms"] == pytest.approx(dense["bytes"] / 1e7, rel=0.1)
+    assert {row["ranks"] for row in others} == {8}  # of 8 heads, no more can have one
+    done = call(BENCH, *args)
+    assert done.stdout.count("| ranks ") == 2 and "at 10.0 GB/s on each rank" in done.stdout
+    monkeypatch.setattr(speed.Limits, "measure", lambda device: None)
+    assert_user_error(call(BENCH, *args), "--tp-model measures memory")
+
+
 def test_what_the_machine_allows():
     paths()  # skips where there are no kernels
     found = speed.Limits.measure("cpu")
@@ -99,6 +121,7 @@ def test_the_tree():
         (("--benchmark", "1024"), ("window of 512", "--max-length 512")),
         (("--check",), ("--check does nothing without --benchmark",)),
         (("--tree", "-r", "3"), ("-r does nothing without -p or -n",)),
+        (("-n", "4", "--activation-bits", "8"), ("for layers of 1 to 8 bits",)),
         (("--tree", "--output", "csv"), ("csv is for the table",)),
         (("--benchmark", "9", "--dataset", "{}/text"), ("has 3 tokens, not 9",)),
         (("--benchmark", "9", "--dataset", "{}/empty"), ("there is no text",)),

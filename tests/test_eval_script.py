@@ -89,6 +89,19 @@ def test_the_table(files):
     assert eight == pytest.approx(theirs, rel=0.01)
 
 
+def test_activations_of_8_bits_where_there_are_layers_for_them(files):
+    args = (*TINY, "--dataset", files / "text.txt", "--max-tokens", 600)
+    exact = call_json(EVAL, *args, "--bitwidth", "16,4")["rows"]
+    args += ("--activation-bits", 8)
+    dense, four = call_json(EVAL, *args, "--bitwidth", "16,4")["rows"]
+    assert (dense["activation_bits"], four["activation_bits"]) == (16, 8)
+    assert dense["perplexity"] == exact[0]["perplexity"]
+    assert four["perplexity"] != exact[1]["perplexity"]
+    assert four["perplexity"]["gptq"] == pytest.approx(exact[1]["perplexity"]["gptq"], rel=0.02)
+    assert "| 4, activations 8 |" in call(EVAL, *args, "--bitwidth", "4").stdout
+    assert_user_error(call(EVAL, *args, "--bitwidth", "16"), "layers of 1 to 8 bits")
+
+
 def test_a_quantized_checkpoint_goes_without_a_bitwidth(files, tmp_path):
     quantize_checkpoint(Job(tiny("opt"), QuantPlan.uniform(QuantSpec.parse("4"))), tmp_path / "q")
     args = ("--model-path", tmp_path / "q", "--dataset", files / "text.txt")

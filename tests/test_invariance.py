@@ -19,7 +19,7 @@ from qllm.generate import GenerationConfig, generate
 from qllm.models import Decoder
 from qllm.tokenizer import Tokenizer
 
-PROMPTS, LONGEST, NEW_TOKENS = 200, 60, 12
+PROMPTS, LONGEST, NEW_TOKENS = 200, 60, 8
 # Bitwidths of the layers, of the head, and of activations.
 PLANS = (
     *(("3", "16", "16"), ("4", "16", "16"), ("8", "16", "16"), ("8:tc-li", "16", "16")),

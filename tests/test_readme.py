@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from readme import README, TORCHRUN, blocks, commands
 from test_real_sizes import COMMANDS as REAL_SIZES
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = (
     *("ref_gen.py", "qllm_gen.py", "weight_convert.py", "fake_calib_gen.py", "qllm_quant.py"),
     *("qllm_eval.py", "qllm_bench.py", "qllm_export.py"),
 )
 
-# What a script of the README gets besides, where the command has the first.
+# What a script or module of the README gets besides, where the command has the first.
 SMALLER = {
     "qllm_quant.py": {"--dataset": "--nsamples 2 --seqlen 64"},
     "qllm_eval.py": {
@@ -27,6 +27,7 @@ SMALLER = {
         "--tasks": "--limit 3",
         "--agreement": "--max-gen-tokens 2",
     },
+    "benchmarks.rivals": {"--layer": "--layer 256x256"},
     "qllm_bench.py": {"-p": "-p 8 -n 2 -r 1", "--benchmark": "--benchmark 80"},
 }
 
@@ -34,8 +35,8 @@ SMALLER = {
 SMALL = {
     "benchmarks.quality": "--windows 1 --window 64 --prompts 2 --new-tokens 4 --bitwidths 8:tc 3",
     "benchmarks.memory": "--repository facebook/opt-125m --format safetensors",
-    "benchmarks.parallel": "--repository facebook/opt-125m --processes 1 2 --steps 2",
-    "benchmarks.startup": "--runs 1 --bitwidths 4",
+    "benchmarks.parallel": "--folder tiny_models/opt-tiny --processes 2 --steps 2",
+    "benchmarks.startup": "--runs 1 --bitwidths 4 --models opt",
     "benchmarks.quantization": "--windows 1 --window 64 --nsamples 2 --seqlen 64 --bitwidths 3 "
     "--group-sizes -1 --models opt",
     "benchmarks.quantize": "--repository facebook/opt-125m --layers 1 --algorithms rtn --size 64",
@@ -46,23 +47,13 @@ SMALL = {
 }
 
 
-def blocks() -> list[list[str]]:
-    """The commands of each of the README's shell blocks, without their comments."""
-    found = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    lines = [[re.sub(r"\s+#.*", "", line) for line in block.splitlines()] for block in found]
-    return [[line for line in block if line] for block in lines]
-
-
-def commands() -> list[str]:
-    """The commands of all blocks."""
-    return [command for block in blocks() for command in block]
-
-
 def is_setup(command: str) -> bool:
     return "-m venv" in command
 
 
-OTHERS = [block for block in blocks() if not any(is_setup(c) or c in REAL_SIZES for c in block)]
+# Run by the tests of what they are about, which look at what comes out.
+ELSEWHERE = (*REAL_SIZES, *TORCHRUN)
+OTHERS = [block for block in blocks() if not any(is_setup(c) or c in ELSEWHERE for c in block)]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qllm.checkpoint.load import module_bytes
+from qllm.generate import Generator
 from qllm.huggingface import ReferenceModel
 from qllm.layers import Linear
 from qllm.models import Decoder
@@ -37,17 +38,25 @@ class Runner(Protocol):
         """Run one more token (B,) of each sequence: logits (B, V)."""
 
 
-class DecoderRunner:
-    """One of our own models."""
+def read_bytes(model: Decoder) -> int:
+    """Bytes of weights that one decode step reads, which may lie on the meta device."""
+    tied = getattr(model.lm_head, "weight", None) is model.embed.weight
+    # Of an embedding that is not the LM head, too, a step reads a row.
+    return module_bytes(model) - (0 if tied else module_bytes(model.embed))
 
-    def __init__(self, model: Decoder) -> None:
-        self.model = model
-        self.nbytes = module_bytes(model)
-        tied = getattr(model.lm_head, "weight", None) is model.embed.weight
-        # Of an embedding that is not the LM head, too, a step reads a row.
-        self.read_bytes = self.nbytes - (0 if tied else module_bytes(model.embed))
+
+class ModelRunner:
+    """A model with the verbs of a `Decoder`: one of our own, or an ONNX model."""
+
+    def __init__(self, model: Generator, nbytes: int, read_bytes: int, multiplied: int) -> None:
+        self.model, self.nbytes = model, nbytes
+        self.read_bytes, self.multiplied = read_bytes, multiplied
+
+    @classmethod
+    def of_decoder(cls, model: Decoder) -> ModelRunner:
         linears = (m for m in model.layers.modules() if isinstance(m, Linear))
-        self.multiplied = sum(m.in_features * m.out_features for m in linears)
+        multiplied = sum(m.in_features * m.out_features for m in linears)
+        return cls(model, module_bytes(model), read_bytes(model), multiplied)
 
     def begin(self, rows: int, capacity: int) -> None:
         self.cache = self.model.new_cache(rows, capacity)
@@ -62,7 +71,7 @@ class DecoderRunner:
 class ReferenceRunner:
     """transformers' model, with its own cache."""
 
-    def __init__(self, reference: ReferenceModel, like: DecoderRunner) -> None:
+    def __init__(self, reference: ReferenceModel, like: ModelRunner) -> None:
         """
         Args:
             like: a runner of the same model, of whose weights each token meets as many.

@@ -24,6 +24,9 @@ def print_bench(result: Mapping, *, csv: bool = False) -> None:
         print()
         for line in lines(entry["tree"]):
             print(line)
+    for predicted in result["tp_models"]:
+        print()
+        print_tp_model(predicted)
     for found in result["benchmarks"]:
         print_latency(found, result["dtype"])
     if result["rows"]:
@@ -35,7 +38,7 @@ def print_latency(found: Mapping, dtype: str) -> None:
     """The times of single tokens."""
     times = (f"{key} {1000 * found[key]:.3f} ms" for key in ("median", "p90", "p99", "mean"))
     print(
-        f"\nbitwidth {found['bitwidth']}, {dtype}: {found['tokens']} tokens one by one, in "
+        f"\nbitwidth {report.label(found)}, {dtype}: {found['tokens']} tokens one by one, in "
         f"{found['sequences']} sequence{'s' if found['sequences'] > 1 else ''}"
     )
     print(f"time per token: {', '.join(times)} ({1 / found['median']:.1f} tokens/s)")
@@ -48,12 +51,35 @@ def print_latency(found: Mapping, dtype: str) -> None:
     )
 
 
+def print_tp_model(predicted: Mapping) -> None:
+    """Times over ranks, as `qllm.parallel.cost.table` has them."""
+    print(
+        f"bitwidth {predicted['bitwidth']}, by calculation: each token reads "
+        f"{report.megabytes(predicted['bytes'])} of weights, at "
+        f"{predicted['bandwidth'] / 1e9:.1f} GB/s on each rank"
+    )
+    columns = ("ranks", "Gbit/s", "mode", "ms/token", "in exchanges", "KB sent/token", "speedup")
+    rows = [
+        (
+            str(row["ranks"]),
+            "" if row["gbit"] is None else f"{row['gbit']:.0f}",
+            row["mode"] or "",
+            f"{row['ms']:.2f}",
+            f"{row['communication']:.2f}",
+            f"{row['kilobytes']:.0f}",
+            f"{row['speedup']:.1f}",
+        )
+        for row in predicted["rows"]
+    ]
+    report.print_table(columns, rows)
+
+
 def print_throughput(result: Mapping) -> None:
     """A row per bitwidth and test."""
     columns = ("bitwidth", "dtype", "MB", "threads", "batch", "test", "tokens/s", "GB/s", "TOP/s")
     rows = [
         (
-            row["bitwidth"],
+            report.label(row),
             result["dtype"],
             f"{row['bytes'] / 1e6:.2f}",
             str(result["threads"]),

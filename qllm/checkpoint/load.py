@@ -69,11 +69,8 @@ def load_model(
     specs = _specs(weights, plan)
     _check_calibration(weights, specs, calibration)
     model = _empty(weights, specs, dtype)
-    if activation_bits == 8 and not any(_weight_only(model)):
-        raise UserError(
-            "activations of 8 bits are for layers of 1 to 8 bits, and this model has none; "
-            "8:tc-li has them already"
-        )
+    if activation_bits == 8:
+        _check_takes_int8([model])
     config = model.config
     place = place or Place()
     costs = _layer_bytes(model)
@@ -117,6 +114,26 @@ def _empty(weights: Weights, specs: dict[str, QuantSpec], dtype: torch.dtype) ->
     if LM_HEAD in specs:  # of a matrix that is tied, the embedding stays as it is
         config = replace(config, tied_head=False)
     return Decoder(config, specs, dtype)
+
+
+def activation_bits(folder: Path, plans: Sequence[QuantPlan], wanted: int) -> list[int]:
+    """The `activation_bits` with which each plan's model is loaded: 8 where it has layers for it.
+
+    Raises:
+        UserError: 8 are wanted, and no model has; or as `outline`.
+    """
+    models = [outline(folder, plan) for plan in plans]
+    if wanted == 8:
+        _check_takes_int8(models)
+    return [wanted if any(_weight_only(model)) else DEFAULT_ACTIVATION_BITS for model in models]
+
+
+def _check_takes_int8(models: Sequence[Decoder]) -> None:
+    if not any(layer for model in models for layer in _weight_only(model)):
+        raise UserError(
+            "activations of 8 bits are for layers of 1 to 8 bits, and there are none; "
+            "8:tc-li has them already"
+        )
 
 
 def _weight_only(model: Decoder) -> Iterator[WeightOnlyLinear]:

@@ -36,7 +36,7 @@ def table_of(result: Mapping) -> tuple[list[str], list[list[str]]]:
 
 def cells(row: Mapping) -> dict[str, str]:
     """A row of the JSON object as text, by column."""
-    found = {"bitwidth": row["bitwidth"], "MB": f"{row['bytes'] / 1e6:.2f}"}
+    found = {"bitwidth": report.label(row), "MB": f"{row['bytes'] / 1e6:.2f}"}
     found |= {f"perplexity {name}": f"{value:.2f}" for name, value in row["perplexity"].items()}
     for name, task in row["tasks"].items():
         found[f"{name} accuracy"] = f"{task['accuracy']:.2%}"

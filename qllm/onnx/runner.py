@@ -145,23 +145,6 @@ class OnnxDecoder:
         return torch.from_numpy(logits.numpy()).float()
 
 
-class OnnxRunner:
-    """An ONNX model for `qllm.bench`."""
-
-    def __init__(self, model: OnnxDecoder) -> None:
-        self.model, self.nbytes = model, model.nbytes
-        self.read_bytes, self.multiplied = model.read_bytes, model.multiplied
-
-    def begin(self, rows: int, capacity: int) -> None:
-        self.cache = self.model.new_cache(rows, capacity)
-
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        return self.model.prefill(prompts, self.cache)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        return self.model.decode(tokens, self.cache)
-
-
 def session(path: Path | bytes) -> onnxruntime.InferenceSession:
     """A model in onnxruntime on the CPU, with as many threads as torch has.
 

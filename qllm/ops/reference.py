@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -92,8 +93,20 @@ def weight_only_linear(
     out_features: int,
     bits: int,
     group_size: int,
+    *,
+    int8: bool = False,
 ) -> Tensor:
-    """x (M, K) times the matrix that the packed integers stand for, in the type of x: (M, N)."""
+    """x (M, K) times the matrix that the packed integers stand for, in the type of x: (M, N).
+
+    Args:
+        int8: round x to int8 first (see `round_blocks`), and multiply in float32.
+    """
+    if int8:
+        packed = (qweight, scales, qzeros)
+        bias = None if bias is None else bias.float()
+        x_int8 = round_blocks(x, group_size)
+        y = weight_only_linear(x_int8, *packed, bias, out_features, bits, group_size)
+        return y.to(x.dtype)
     out = x.new_empty(x.shape[0], out_features)
     rows = max(1, CHUNK_WEIGHTS // x.shape[1])
     for start in range(0, len(qweight), rows):
@@ -106,21 +119,7 @@ def weight_only_linear(
     return out
 
 
-def weight_only_linear_int8(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    qzeros: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    bits: int,
-    group_size: int,
-) -> Tensor:
-    """`weight_only_linear` of x that is rounded to int8 first, multiplied in float32."""
-    x_int8 = round_blocks(x, group_size)
-    shape = (out_features, bits, group_size)
-    y = weight_only_linear(x_int8, qweight, scales, qzeros, None, *shape)
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+weight_only_linear_int8 = partial(weight_only_linear, int8=True)
 
 
 def round_blocks(x: Tensor, group_size: int) -> Tensor:

@@ -123,27 +123,31 @@ def table(
     """Predicted decode of one sequence on 1, 8 and 64 ranks at 25 and 400 Gbit/s, in both modes.
 
     Returns:
-        rows with `ranks`, `gbit`, `mode`, `ms` per token, `communication` in ms, `kilobytes` sent
-        per rank and token, and `speedup` over one rank.
+        rows with `ranks`, `gbit` and `mode` (None of one rank), `ms` per token, `communication` in
+        ms, `kilobytes` sent per rank and token, and `speedup` over one rank. No row has more ranks
+        than the model has heads.
     """
-    alone = cost(config, weight_bytes, machine, Network(NETWORKS[0])).seconds
-    rows = []
-    for bandwidth in NETWORKS:
-        for ranks in RANKS:
-            if ranks > config.num_heads:
-                continue
-            for mode in ("fast", "exact"):
-                network = Network(bandwidth, latency)
-                found = cost(config, weight_bytes, machine, network, tp=ranks, mode=mode)
-                rows.append(
-                    {
-                        "ranks": ranks,
-                        "gbit": bandwidth / 1e9,
-                        "mode": mode,
-                        "ms": found.seconds * 1e3,
-                        "communication": found.communication * 1e3,
-                        "kilobytes": found.bytes / 1e3,
-                        "speedup": alone / found.seconds,
-                    }
-                )
-    return rows
+    cases = [
+        (ranks, bandwidth, mode)
+        for bandwidth in NETWORKS
+        for ranks in RANKS
+        for mode in ("fast", "exact")
+        if ranks <= config.num_heads
+    ]
+    alone = cost(config, weight_bytes, machine, Network(NETWORKS[0], latency))
+    found = [alone]
+    for ranks, bandwidth, mode in cases:
+        network = Network(bandwidth, latency)
+        found.append(cost(config, weight_bytes, machine, network, tp=ranks, mode=mode))
+    return [
+        {
+            "ranks": ranks,
+            "gbit": bandwidth and bandwidth / 1e9,
+            "mode": mode,
+            "ms": step.seconds * 1e3,
+            "communication": step.communication * 1e3,
+            "kilobytes": step.bytes / 1e3,
+            "speedup": alone.seconds / step.seconds,
+        }
+        for (ranks, bandwidth, mode), step in zip([(1, None, None), *cases], found, strict=True)
+    ]

@@ -12,7 +12,7 @@ from conftest import FAMILIES
 from oracle import bundled, draw_prompts, our_bundled, prefill_logits
 
 from qllm.bench import speed
-from qllm.bench.runners import DecoderRunner, ReferenceRunner
+from qllm.bench.runners import ModelRunner, ReferenceRunner
 from qllm.bench.speed import Case, cases, decode_one_by_one, measure, seconds_of
 from qllm.errors import UserError
 from qllm.evaluate.perplexity import PerplexityOptions, Text, perplexity
@@ -23,13 +23,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def theirs(family: str) -> ReferenceRunner:
     model = our_bundled(family)
-    return ReferenceRunner(ReferenceModel(bundled(family), model.config), DecoderRunner(model))
+    return ReferenceRunner(
+        ReferenceModel(bundled(family), model.config), ModelRunner.of_decoder(model)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_runners_compute_the_same(family):
     prompts = draw_prompts([7, 7, 7], 4096)
-    ours = DecoderRunner(our_bundled(family))
+    ours = ModelRunner.of_decoder(our_bundled(family))
     for runner in (ours, theirs(family)):
         runner.begin(3, 12)
         logits = [runner.prefill(prompts)]
@@ -43,13 +45,13 @@ def test_both_runners_compute_the_same(family):
 
 @pytest.mark.parametrize(("family", "tied"), [("opt", True), ("bloom", True), ("llama", False)])
 def test_bytes_that_a_step_reads(family, tied):
-    for runner in (DecoderRunner(our_bundled(family)), theirs(family)):
+    for runner in (ModelRunner.of_decoder(our_bundled(family)), theirs(family)):
         unread = 0 if tied else 4096 * 256 * 4
         assert runner.nbytes - runner.read_bytes == unread
     count = 6 * (4 * 256**2 + 2 * 256 * 1024)
     if family == "llama":
         count = 6 * (256 * 512 + 256**2 + 3 * 256 * 704)
-    assert DecoderRunner(our_bundled(family)).multiplied == count
+    assert ModelRunner.of_decoder(our_bundled(family)).multiplied == count
 
 
 class Spy:
@@ -127,7 +129,7 @@ def test_cases_are_every_combination():
 @pytest.mark.parametrize(("count", "longest"), [(30, 30), (30, 8), (24, 8)])
 def test_perplexity_of_decoded_tokens(family, count, longest):
     (tokens,) = draw_prompts([count], 4096)
-    found = decode_one_by_one(DecoderRunner(our_bundled(family)), tokens, longest)
+    found = decode_one_by_one(ModelRunner.of_decoder(our_bundled(family)), tokens, longest)
     losses = []
     for start in range(0, count, longest):
         part = tokens[start : start + longest]
@@ -144,5 +146,5 @@ def test_perplexity_of_decoded_tokens(family, count, longest):
 
 
 def test_single_tokens_predict_nothing():
-    found = decode_one_by_one(DecoderRunner(our_bundled("opt")), [5, 6], 1)
+    found = decode_one_by_one(ModelRunner.of_decoder(our_bundled("opt")), [5, 6], 1)
     assert found["perplexity"] is None

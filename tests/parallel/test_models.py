@@ -97,6 +97,17 @@ def test_every_model_on_as_many_ranks_as_it_has_heads_and_on_three(name, bits, t
                 assert_close(logits, whole)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_of_8_bits(family):
+    whole = logits_of(load(tiny(family), "4", activation_bits=8))
+    assert not same(whole, logits_of(load(tiny(family), "4")))
+
+    def run(place):
+        return logits_of(load(tiny(family), "4", activation_bits=8, place=place))
+
+    assert all(same(logits, whole) for logits in on_places(3, run))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_long_prompts_at_16_bits_are_exact(family, dtype):

@@ -119,6 +119,14 @@ def test_a_reordered_linear(dim, world):
     assert torch.allclose(got[0], whole, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("kind", ["plain", "reordered"])
+def test_parts_round_activations_as_the_whole_does(kind, dim):
+    layer = reordered(70, 256) if kind == "reordered" else make(QuantSpec.parse("4"), 70, 256)
+    layer.round_activations()
+    assert {layer.shard(dim, rank, 2).op for rank in range(2)} == {"weight_only_linear_int8"}
+
+
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("spec", SPECS, ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import readme
 from checkpoints import copy_of, rewritten, state_of
 from conftest import ROOT, assert_user_error, run, run_json, tiny
 
@@ -57,13 +59,19 @@ def assert_gone(pids) -> None:
         assert not path.exists() or path.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def test_ranks_in_a_mesh_print_what_one_process_does():
-    options = ("--model-size", "tiny", "--bitwidth", "8:tc-li", "--json")
-    one = run_json(GEN, *options[:-1])
-    out, _ = finish(start(4, *options, "--tp", 2, "--pp", 2))
+@pytest.mark.parametrize("line", readme.TORCHRUN)
+def test_ranks_print_what_one_process_does(line):
+    torchrun, _, processes, script, *options = shlex.split(line)
+    assert (torchrun, script) == ("torchrun", GEN)
+    alone = options[: options.index("--tp")]
+    one = run_json(GEN, *alone)
+    out, _ = finish(start(int(processes), *options, "--json"))
     many = json.loads(out)
     assert many["results"] == one["results"]
     layers = [rank["layers"] for rank in many["ranks"]]
+    if "--pp" not in options:
+        assert layers == [[0, 6]] * 2
+        return
     assert layers[0] == layers[1] == [0, layers[2][0]] and layers[2] == layers[3]
     assert layers[3][1] == 6
 

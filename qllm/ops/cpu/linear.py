@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 
 from torch import Tensor
 
@@ -120,25 +121,16 @@ def weight_only_linear(
     out_features: int,
     bits: int,
     group_size: int,
+    *,
+    int8: bool = False,
 ) -> Tensor:
     """`reference.weight_only_linear` on tensors of `pack`."""
+    mode = WEIGHT_ONLY_INT8 if int8 else WEIGHT_ONLY
     shape = (out_features, bits, group_size)
-    return _linear(x, PackedWeight(qweight, scales, qzeros), bias, shape, WEIGHT_ONLY)
+    return _linear(x, PackedWeight(qweight, scales, qzeros), bias, shape, mode)
 
 
-def weight_only_linear_int8(
-    x: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    qzeros: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    bits: int,
-    group_size: int,
-) -> Tensor:
-    """`reference.weight_only_linear_int8` on tensors of `pack`."""
-    shape = (out_features, bits, group_size)
-    return _linear(x, PackedWeight(qweight, scales, qzeros), bias, shape, WEIGHT_ONLY_INT8)
+weight_only_linear_int8 = partial(weight_only_linear, int8=True)
 
 
 def int8_linear(

@@ -127,8 +127,14 @@ def on_both(library: ctypes.CDLL, x: Tensor, compute) -> Iterator[tuple[int, Ten
 
 
 @pytest.mark.parametrize("group_size", GROUPS)
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_products_are_those_of_vectors(tiles, bits, group_size):
+@pytest.mark.parametrize(
+    ("run", "bits"),
+    [
+        *((linear.weight_only_linear, bits) for bits in range(1, 9)),
+        *((linear.weight_only_linear_int8, bits) for bits in (1, 4, 8)),
+    ],
+)
+def test_products_are_those_of_vectors(tiles, run, bits, group_size):
     # Zeros are below 2^bits in what is quantized here; other bytes are no reason to differ.
     for (i, zeros), dtype in itertools.product(enumerate((0, 2**bits, 256)), DTYPES):
         shape = SHAPES[(bits + i + DTYPES.index(dtype)) % len(SHAPES)]
@@ -137,26 +143,7 @@ def test_products_are_those_of_vectors(tiles, bits, group_size):
         for rows, ours, expected in on_both(
             tiles,
             x,
-            lambda x, w=weight, b=bias: linear.weight_only_linear(
-                x, *w[:3], b, len(b), bits, group_size
-            ),
-        ):
-            assert torch.equal(ours, expected), (rows, shape, zeros, dtype)
-
-
-@pytest.mark.parametrize("group_size", GROUPS)
-@pytest.mark.parametrize("bits", [1, 4, 8])
-def test_products_of_int8_activations_are_those_of_vectors(tiles, bits, group_size):
-    for (i, zeros), dtype in itertools.product(enumerate((0, 256)), DTYPES):
-        shape = SHAPES[(bits + i + DTYPES.index(dtype)) % len(SHAPES)]
-        weight = random_weight(shape, bits, group_size, zeros)
-        x, bias = activations(200, shape[1], dtype), normal(shape[0]).to(dtype)
-        for rows, ours, expected in on_both(
-            tiles,
-            x,
-            lambda x, w=weight, b=bias: linear.weight_only_linear_int8(
-                x, *w[:3], b, len(b), bits, group_size
-            ),
+            lambda x, w=weight, b=bias: run(x, *w[:3], b, len(b), bits, group_size),
         ):
             assert torch.equal(ours, expected), (rows, shape, zeros, dtype)
 
