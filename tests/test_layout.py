@@ -45,7 +45,8 @@ HEIGHT = {name: height for height, row in enumerate(ROWS) for name in row}
 
 # Too slow to import before they are needed, or not needed to run at all.
 HEAVY = {"transformers", "datasets", "accelerate", "huggingface_hub"}
-NOT_FOR_A_BUNDLED_MODEL = ["transformers", "datasets", "accelerate"]
+# sympy comes with torch's compiler, which takes a second to import.
+NOT_FOR_A_BUNDLED_MODEL = ["transformers", "datasets", "accelerate", "sympy"]
 
 
 def name_of(path: Path) -> str:

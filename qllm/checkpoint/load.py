@@ -15,6 +15,7 @@ from qllm.checkpoint.weights import Weights
 from qllm.config import DEFAULT_ACTIVATION_BITS, DEFAULT_ALGORITHM, LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
+from qllm.layers.base import QuantizedLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import check_fits
 from qllm.models import Decoder
@@ -83,7 +84,8 @@ def load_model(
     model.shards = [range(layers[r.start], layers[r.stop - 1] + 1) for r in parts]
     model.layers[layers[0]].has_attention = halves.start % 2 == 0
     model.layers[layers[-1]].has_mlp = halves.stop % 2 == 0
-    loader = _Loader(model, weights, specs, dtype, device, calibration, place.tp, place.mode)
+    options = (calibration, activation_bits, place.tp, place.mode)
+    loader = _Loader(model, weights, specs, dtype, device, *options)
     largest = max(torch.Size(shape).numel() for shape in weights.shapes.values())
     kept = sum(costs[i] for i in layers) // place.tp.size
     cache = KVCache.size(config, *cache_shape, dtype) * len(layers) // config.num_layers
@@ -93,9 +95,6 @@ def load_model(
     for name, module in progress(leaves):
         loader.fill(name, module)
     loader.finish()
-    if activation_bits == 8:
-        for layer in _weight_only(model):
-            layer.round_activations()
     return model
 
 
@@ -205,6 +204,7 @@ class _Loader:
     dtype: torch.dtype
     device: str
     calibration: Calibration | None
+    activation_bits: int
     tp: Group
     mode: str
 
@@ -258,6 +258,10 @@ class _Loader:
         return self.shares.get(_inner(name))
 
     def _put(self, name: str, layer: Linear, share: Share | None, bias: Tensor | None) -> None:
+        if self.activation_bits == 8 and isinstance(layer, WeightOnlyLinear):
+            layer.round_activations()
+        if isinstance(layer, QuantizedLinear):
+            layer.settle()  # here, and not all together later, the two forms need little room
         if share:
             inner = _inner(name)
             first = {"attention.out": "attention.qkv", "mlp.down": "mlp.up"}.get(inner)
@@ -270,8 +274,9 @@ class _Loader:
         self, name: str, module: Linear, share: Share | None
     ) -> tuple[Linear, Tensor | None]:
         """A linear that the checkpoint holds quantized, and the bias of a whole one that is cut."""
-        found = self.weights.read_quantized(name)
-        bias = None if module.bias is None else self._read(f"{name}.bias")
+        rows = share.ranges[self.tp.rank] if share and share.dim == 0 else None
+        found = self.weights.read_quantized(name, rows)
+        bias = None if module.bias is None else self._read(f"{name}.bias", rows)
         tensors = [None if tensor is None else tensor.to(self.device) for tensor in found]
         spec = self.weights.stored[name].spec
         if isinstance(found, Int8Weight):
@@ -282,8 +287,8 @@ class _Loader:
             spec = replace(spec, scheme="asym" if found.qzeros.numel() else "sym")
             packed = PackedWeight(*tensors)
             layer = WeightOnlyLinear.from_packed(packed, bias, spec, module.in_features)
-        if share:
-            layer = layer.part(share.dim, *share.ranges[self.tp.rank])
+        if share and share.dim == 1:
+            layer = layer.part(1, *share.ranges[self.tp.rank])
         return layer, bias
 
     def _quantized(

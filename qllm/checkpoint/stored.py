@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qllm.checkpoint.formats import (
+    WORD,
     Int8Weight,
     from_awq,
     from_gptq,
@@ -34,6 +35,48 @@ TENSORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("weight_zero_point", "input_scale", "input_zero_point"),
     ),
 }
+
+
+# Of each format, the tensors in which a module's output channels lie side by side: along which
+# dimension, and whether several share a word there.
+CHANNELS: dict[str, dict[str, tuple[int, bool]]] = {
+    "gptq": {"qweight": (1, False), "qzeros": (1, True), "scales": (1, False)},
+    "awq": {"qweight": (1, True), "qzeros": (1, True), "scales": (1, False)},
+    "pack-quantized": {
+        "weight_packed": (0, False),
+        "weight_scale": (0, False),
+        "weight_zero_point": (0, True),
+    },
+    "int-quantized": {
+        "weight": (0, False),
+        "weight_scale": (0, False),
+        "weight_zero_point": (0, False),
+    },
+}
+
+
+def slices_of(
+    storage: Storage, shapes: Mapping[str, Sequence[int]], out_features: int, run: range
+) -> dict[str, tuple[int, range]] | None:
+    """What to read of a module's tensors for some of its output channels.
+
+    Args:
+        shapes: of the tensors that are there.
+        run: ends of it lie between words, at a multiple of WORD or behind the last channel.
+
+    Returns:
+        dimension and run of each tensor that has channels; None where one is not as long as the
+        channels are many, so that none can be cut.
+    """
+    found = {}
+    for key, (dim, packed) in CHANNELS[storage.format].items():
+        if key not in shapes:
+            continue
+        bits = storage.spec.bits if packed else WORD
+        if len(shapes[key]) != 2 or shapes[key][dim] != -(-out_features * bits // WORD):
+            return None
+        found[key] = dim, range(run.start * bits // WORD, -(-run.stop * bits // WORD))
+    return found
 
 
 def read_linear(

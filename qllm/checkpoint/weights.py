@@ -13,9 +13,17 @@ from functools import partial, reduce
 import torch
 from torch import Tensor
 
+from qllm.checkpoint.formats import WORD
 from qllm.checkpoint.quant_config import Storage, parse
 from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint
-from qllm.checkpoint.stored import TENSORS, Quantized, join_rows, read_linear, take_rows
+from qllm.checkpoint.stored import (
+    TENSORS,
+    Quantized,
+    join_rows,
+    read_linear,
+    slices_of,
+    take_rows,
+)
 from qllm.config import LM_HEAD, ModelConfig
 from qllm.errors import UserError
 from qllm.layers import Linear
@@ -224,37 +232,77 @@ class Weights:
             expected |= {stem + key for key in (*tensors, *optional)}
         return expected
 
-    def read_quantized(self, module: str) -> Quantized:
+    def read_quantized(self, module: str, rows: Sequence[range] | None = None) -> Quantized:
         """A quantized linear's integers and scales, its parts put together.
+
+        Args:
+            rows: runs of our rows, to have these only, one behind the other.
 
         Raises:
             UserError: for tensors that are not what config.json says, or parts that do not go
                 together.
         """
-        storage = self.stored[module]
-        total, columns = self.shapes[f"{module}.weight"]
+        total = self.shapes[f"{module}.weight"][0]
         names = self._parts(f"{module}.weight")
-        parts = []
-        for name, rows in zip(names, self._rows(module, len(names)), strict=True):
-            stem = name.removesuffix("weight")
-            keys = {key for keys in TENSORS[storage.format] for key in keys}
-            tensors = {
-                key: self.checkpoint.read_any(stem + key)
-                for key in sorted(keys)
-                if stem + key in self.checkpoint.tensors
-            }
-            try:
-                parts.append(read_linear(storage, tensors, columns, rows))
-            except UserError as error:
-                file = self.checkpoint.path(stem + next(iter(tensors)))
-                raise UserError(f"{file}: {stem}{error}") from None
+        runs = [range(total)] if rows is None else list(rows)
+        if self._is_interleaved(module):
+            order, span = self._interleaved_rows(total, runs)
+            part = self._read_quantized_part(module, names[0], total, span)
+            return take_rows(join_rows([part], self.stored[module].spec.bits), order)
+        parts = [
+            self._read_quantized_part(module, name, count, run)
+            for name, count, run in self._runs_of_parts(f"{module}.weight", runs)
+        ]
         try:
-            whole = join_rows(parts, storage.spec.bits)
+            return join_rows(parts, self.stored[module].spec.bits)
         except UserError as error:
             raise UserError(f"{self.checkpoint.folder}: {', '.join(names)}: {error}") from None
-        if self._is_interleaved(module):
-            whole = take_rows(whole, self._interleaved(total))
-        return whole
+
+    def _read_quantized_part(self, module: str, name: str, count: int, run: range) -> Quantized:
+        """Some of the `count` output channels of a linear of the checkpoint, and no others."""
+        storage, columns = self.stored[module], self.shapes[f"{module}.weight"][1]
+        stem, infos = name.removesuffix("weight"), self.checkpoint.tensors
+        keys = {key for keys in TENSORS[storage.format] for key in keys}
+        shapes = {key: infos[stem + key].shape for key in sorted(keys) if stem + key in infos}
+        # Some tensors have several channels in a word.
+        wide = range(run.start // WORD * WORD, min(count, -(-run.stop // WORD) * WORD))
+        slices = slices_of(storage, shapes, count, wide) if len(wide) < count else {}
+        if slices is None:
+            wide, slices = range(count), {}
+        tensors = {}
+        for key in shapes:
+            dim, part = slices.get(key, (0, None))
+            cut = {"columns" if dim else "rows": part}
+            tensors[key] = self.checkpoint.read_any(stem + key, **cut)
+        if slices and tuple(shapes.get("weight_shape", ())) == (2,):
+            tensors["weight_shape"] -= torch.tensor([count - len(wide), 0])
+        try:
+            found = read_linear(storage, tensors, columns, len(wide))
+        except UserError as error:
+            file = self.checkpoint.path(stem + next(iter(tensors)))
+            raise UserError(f"{file}: {stem}{error}") from None
+        if wide == run:
+            return found
+        return take_rows(found, slice(run.start - wide.start, run.stop - wide.start))
+
+    def _runs_of_parts(self, name: str, runs: Sequence[range]) -> list[tuple[str, int, range]]:
+        """Where runs of a tensor's rows are: a part, how many rows it has, and which of them."""
+        parts = self._parts(name)
+        counts = self._rows(name.rpartition(".")[0], len(parts))
+        starts, found = [sum(counts[:i]) for i in range(len(counts))], []
+        for run in runs:
+            for part, begin, count in zip(parts, starts, counts, strict=True):
+                inside = range(max(run.start, begin) - begin, min(run.stop, begin + count) - begin)
+                if inside:
+                    found.append((part, count, inside))
+        return found
+
+    def _interleaved_rows(self, total: int, runs: Sequence[range]) -> tuple[Tensor, range]:
+        """Where runs of our QKV rows are in BLOOM's order: a span, and each one's place in it."""
+        rows = torch.cat([torch.arange(run.start, run.stop) for run in runs])
+        wanted = self._interleaved(total)[rows]
+        span = range(int(wanted.min()), int(wanted.max()) + 1)
+        return wanted - span.start, span
 
     def dtype(self, name: str = "embed.weight") -> torch.dtype:
         """The type the checkpoint holds one of our tensors in; the embedding's is the model's."""
@@ -282,23 +330,15 @@ class Weights:
         total = self.shapes[name][0]
         runs = [range(total)] if rows is None else list(rows)
         if self._is_interleaved(name):
-            wanted = self._interleaved(total)[
-                torch.cat([torch.arange(r.start, r.stop) for r in runs])
-            ]
-            low, high = int(wanted.min()), int(wanted.max()) + 1
-            tensor = self.checkpoint.read(parts[0], rows=range(low, high), columns=columns)
-            return tensor[wanted - low]
-        counts = self._rows(name.rpartition(".")[0], len(parts))
-        pieces, start = [], [sum(counts[:i]) for i in range(len(counts))]
-        for run in runs:
-            for part, begin, count in zip(parts, start, counts, strict=True):
-                inside = range(max(run.start, begin) - begin, min(run.stop, begin + count) - begin)
-                if inside:
-                    whole = len(inside) == count
-                    pieces.append((part, None if whole else inside))
+            order, span = self._interleaved_rows(total, runs)
+            return self.checkpoint.read(parts[0], rows=span, columns=columns)[order]
+        pieces = self._runs_of_parts(name, runs)
         mapped = mapped and len(pieces) == 1
         read = partial(self.checkpoint.read, mapped=mapped, columns=columns)
-        tensors = [read(part, rows=inside) for part, inside in pieces]
+        tensors = [
+            read(part, rows=None if len(inside) == count else inside)
+            for part, count, inside in pieces
+        ]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def _is_interleaved(self, name: str) -> bool:

@@ -136,6 +136,10 @@ class QuantizedLinear(Linear):
             self.layout = kernel.layout
         return kernel.run
 
+    def settle(self) -> None:
+        """Choose the kernel, and take its layout, before the first use."""
+        _ = self.run
+
     @property
     def packed(self) -> PackedWeight:
         """The layer's integers, scales and zeros, as checkpoints have them."""

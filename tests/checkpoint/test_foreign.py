@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from test_formats import awq_tensors
 
 from qllm.checkpoint.load import load_model
-from qllm.checkpoint.stored import read_linear
+from qllm.checkpoint.stored import Quantized, read_linear, take_rows
 from qllm.checkpoint.weights import Checkpoint, Weights
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.models import Decoder
+from qllm.quant.gptq import GPTQOptions
 from qllm.quantize.checkpoint import Job, quantize_checkpoint
+from qllm.quantize.layer import QuantizeOptions
 
 SPEC = QuantSpec.parse(4, 64, "asym")
 DENSE = QuantPlan.uniform(QuantSpec())
@@ -88,8 +91,8 @@ def test_gptq_v1_with_its_settings_in_a_file_of_their_own(made, tmp_path):
     assert_same_model(load_model(target, DENSE), expected)
 
 
-def test_awq(made, tmp_path):
-    folder, expected = made
+def as_awq(folder: Path, target: Path) -> Path:
+    """A GPTQ checkpoint as AutoAWQ would have written it."""
     weights = Weights(Checkpoint(folder))
     storage = next(iter(weights.stored.values()))
 
@@ -98,8 +101,62 @@ def test_awq(made, tmp_path):
         return awq_tensors(read_linear(storage, tensors, columns, rows), columns)
 
     config = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}
-    target = rewrite(folder, tmp_path / "awq", change, zero_point=True, **config)
-    assert_same_model(load_model(target, DENSE), expected)
+    return rewrite(folder, target, change, zero_point=True, **config)
+
+
+def test_awq(made, tmp_path):
+    folder, expected = made
+    assert_same_model(load_model(as_awq(folder, tmp_path / "awq"), DENSE), expected)
+
+
+FORMS = {
+    "gptq": {"spec": SPEC},
+    "gptq, 3 bits": {"spec": QuantSpec.parse(3, 64, "sym")},
+    "gptq, reordered": {"spec": replace(SPEC, algorithm="gptq"), "static_groups": False},
+    "awq": {"spec": SPEC},
+    "pack-quantized": {"spec": QuantSpec.parse(5, 64, "asym")},
+    "int-quantized": {"spec": QuantSpec.parse("8:tc-li")},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_some_rows_are_those_of_the_whole_and_no_more_is_read(family, form, tmp_path, monkeypatch):
+    spec = FORMS[form]["spec"]
+    gptq = GPTQOptions(static_groups=FORMS[form].get("static_groups", True))
+    job = Job(tiny(family), QuantPlan.uniform(spec), options=QuantizeOptions(gptq=gptq))
+    if spec.algorithm == "gptq":
+        job = replace(job, samples=[list(range(5, 69))])
+    quantize_checkpoint(job, tmp_path / "made")
+    folder = as_awq(tmp_path / "made", tmp_path / "awq") if form == "awq" else tmp_path / "made"
+    weights = Weights(Checkpoint(folder))
+    sizes = []
+    read = weights.checkpoint.read_any
+
+    def watched(name, **options):
+        tensor = read(name, **options)
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(weights.checkpoint, "read_any", watched)
+    for module in weights.family.layer_linears(1):
+        total = weights.shapes[f"{module}.weight"][0]
+        whole = weights.read_quantized(module)
+        most = sum(sizes)
+        # Some begin and end inside a word.
+        for runs in ([range(5, 41)], [range(total - 3, total)], [range(32, 64), range(70, 90)]):
+            sizes.clear()
+            found = weights.read_quantized(module, runs)
+            rows = torch.cat([torch.arange(run.start, run.stop) for run in runs])
+            assert_same_tensors(found, take_rows(whole, rows))
+            if not weights.family.interleaved_qkv or ".qkv" not in module:
+                assert sum(sizes) < 0.6 * most, (module, runs)
+
+
+def assert_same_tensors(found: Quantized, expected: Quantized) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or ours.numel() == 0 or torch.equal(ours, theirs)
 
 
 def test_what_the_file_holds_at_16_bits_is_so_whatever_config_json_says(made, tmp_path):
