@@ -152,11 +152,11 @@ def print_rows(args: object, folder: Path, rows: list[dict]) -> None:
     one = next((row for row in rows if row["processes"] == 1), rows[0])
     machine = Machine(one["model"] * one["processes"] / one["seconds"], overhead=0.0)
     print(
-        "| processes | mode | tokens/s | ms/token | predicted | KB sent/token | predicted | "
-        "ms in exchanges | predicted | exchange of 8 KB, us | gloo's all_reduce, us | "
-        "model MB/rank | resident MB/rank | peak MB/rank |"
+        "| processes | mode | ms/token | predicted | KB sent/token | predicted | "
+        "ms in exchanges | predicted | exchange of 8 KB, µs | gloo's all_reduce, µs | "
+        "model MB/rank | resident MB/rank |"
     )
-    print("|" + "---|" * 14)
+    print("|" + "---|" * 12)
     for row in rows:
         count = row["processes"]
         wire = EXCHANGE_BYTES * (count - 1) * 8 / LOCAL_BANDWIDTH
@@ -164,12 +164,11 @@ def print_rows(args: object, folder: Path, rows: list[dict]) -> None:
         guess = cost(config, one["model"], machine, network, tp=count, mode=row["mode"])
         row["predicted"] = asdict(guess) | {"seconds": guess.seconds}
         print(
-            f"| {count} | {row['mode'] if count > 1 else ''} | {1 / row['seconds']:.1f} | "
-            f"{row['seconds'] * 1e3:.1f} | {guess.seconds * 1e3:.1f} | {row['sent'] / 1e3:.0f} | "
+            f"| {count} | {row['mode'] if count > 1 else ''} | {row['seconds'] * 1e3:.1f} | "
+            f"{guess.seconds * 1e3:.1f} | {row['sent'] / 1e3:.0f} | "
             f"{guess.bytes / 1e3:.0f} | {row['communication'] * 1e3:.2f} | "
             f"{guess.communication * 1e3:.2f} | {row['exchange'] * 1e6:.0f} | "
-            f"{row['gloo'] * 1e6:.0f} | {row['model'] / 1e6:.0f} | {row['resident'] / 1e6:.0f} | "
-            f"{row['peak'] / 1e6:.0f} |"
+            f"{row['gloo'] * 1e6:.0f} | {row['model'] / 1e6:.0f} | {row['resident'] / 1e6:.0f} |"
         )
     print("\nOPT-66b's sizes:\n")
     config, nbytes = larger(config, args.bitwidth)

@@ -42,6 +42,7 @@ SMALL = {
     "benchmarks.quantization": "--windows 1 --window 64 --nsamples 2 --seqlen 64 --bitwidths 3 "
     "--group-sizes -1 --models opt",
     "benchmarks.quantize": "--repository facebook/opt-125m --layers 1 --algorithms rtn --size 64",
+    "benchmarks.evaluation": "--dtypes float32 --windows 1 --window 64 --repeats 1",
     "benchmarks.onnx": "--models opt --max-tokens 600 --limit 1 --nsamples 2 --seqlen 32 "
     "--repeats 1",
     "benchmarks.rivals": "--rivals qllm --rows 1 --repeats 1 --megabytes 1 --prompt 8 --batches 1 "
@@ -49,7 +50,10 @@ SMALL = {
 }
 
 # Those that measure nothing that other work in the same process would change.
-LIKE_SCRIPTS = ("benchmarks.quality", "benchmarks.quantization", "benchmarks.onnx")
+LIKE_SCRIPTS = (
+    *("benchmarks.quality", "benchmarks.quantization", "benchmarks.onnx"),
+    "benchmarks.evaluation",
+)
 
 
 def is_setup(command: str) -> bool:

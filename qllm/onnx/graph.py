@@ -8,11 +8,12 @@ from typing import BinaryIO
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, external_data_helper, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from qllm import __version__
 from qllm.errors import UserError, first_line
+from qllm.onnx import external
 from qllm.onnx.nbits import DOMAIN, OPERATOR, NBits
 
 MODEL, DATA = "model.onnx", "model.onnx_data"
@@ -49,12 +50,7 @@ class DataFile:
 
     def move(self, tensor: TensorProto, folder: Path) -> TensorProto:
         """Append the tensor of another model, which may keep its data in a file of `folder`."""
-        whole = TensorProto()
-        whole.CopyFrom(tensor)
-        if external_data_helper.uses_external_data(tensor):
-            external_data_helper.load_external_data_for_tensor(whole, str(folder))
-            whole.data_location = TensorProto.DEFAULT
-            del whole.external_data[:]
+        whole = external.load(tensor, folder)
         if whole.HasField("raw_data") and len(whole.raw_data) >= SMALLEST_EXTERNAL:
             data = whole.raw_data
             whole.ClearField("raw_data")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import TensorProto, external_data_helper, helper
+from onnx import TensorProto
 
 from qllm.checkpoint.reader import LFS_HEAD
 from qllm.config import ModelConfig
 from qllm.errors import UserError, first_line
 from qllm.onnx.decoder import LOGITS
+from qllm.onnx.external import check_data, files, without_links
 from qllm.onnx.graph import MODEL
 from qllm.onnx.nbits import BITS, OPERATOR
 
@@ -66,9 +66,10 @@ def read_model(path: Path) -> onnx.ModelProto:
             f"{OLDEST_OPSET} and later: export it again with one in between, such as 17"
         )
     for tensor in tensors(model.graph):
-        _check_data(path, tensor)
+        check_data(path, tensor)
     try:
-        onnx.checker.check_model(str(path))
+        with without_links(path, files(path, tensors(model.graph))) as checked:
+            onnx.checker.check_model(str(checked))
     except (onnx.checker.ValidationError, UnicodeDecodeError) as error:  # names may be any bytes
         raise UserError(f"{path} is no valid ONNX model ({first_line(error)})") from None
     return model
@@ -77,13 +78,7 @@ def read_model(path: Path) -> onnx.ModelProto:
 def model_files(folder: Path) -> list[Path]:
     """The model of a folder, and what it keeps its weights in."""
     path = model_file(folder)
-    names = {
-        entry.value
-        for tensor in tensors(read_model(path).graph)
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return [path, *(folder / name for name in sorted(names))]
+    return [path, *files(path, tensors(read_model(path).graph))]
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -101,40 +96,6 @@ def tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
             yield from attribute.tensors
             for inner in (attribute.g, *attribute.graphs):
                 yield from tensors(inner)
-
-
-def nbytes(tensor: TensorProto) -> int:
-    """Bytes of a tensor's elements."""
-    count = math.prod(tensor.dims)
-    if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4):
-        return -(-count // 2)
-    return count * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-
-
-def _check_data(path: Path, tensor: TensorProto) -> None:
-    """Refuse external data that is not there, or elsewhere."""
-    if not external_data_helper.uses_external_data(tensor):
-        return
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    where = f"{path}: the data of {tensor.name}"
-    name = place.get("location", "")
-    # A name is compared with those of the folder; it never becomes a path of its own.
-    # protobuf gives bytes for text that is no UTF-8.
-    if not isinstance(name, str) or name != Path(name).name or name in ("", ".."):
-        raise UserError(f"{where} is in {name!r}, which is not a file of its own folder")
-    file = path.parent / name
-    if not file.is_file():
-        raise UserError(f"{where} is in {name}, which {path.parent} lacks; get it again")
-    try:
-        start = int(place.get("offset", 0))
-        length = int(place.get("length", nbytes(tensor)))
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{where} has no place in {name}: {place}") from None
-    if start < 0 or length != nbytes(tensor) or start + length > file.stat().st_size:
-        raise UserError(
-            f"{where} takes {nbytes(tensor)} bytes from {start} on, which {name} does not have "
-            f"({file.stat().st_size} bytes); get it again"
-        )
 
 
 def value_shape(value: onnx.ValueInfoProto) -> list[int | None]:

@@ -16,13 +16,13 @@ from qllm.checkpoint.reader import read_raw_config
 from qllm.errors import UserError, first_line
 from qllm.models import read_config
 from qllm.onnx.decoder import LOGITS
+from qllm.onnx.external import nbytes
 from qllm.onnx.linears import looked_up, multiplied
 from qllm.onnx.model import (
     POSITIONS,
     bitwidth,
     check_decoder,
     model_file,
-    nbytes,
     read_model,
     tensors,
 )

@@ -18,6 +18,7 @@ from qllm.checkpoint.load import load_model, module_bytes, shard_bytes
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear
+from qllm.layers.base import QuantizedLinear
 from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.equalize import can_divide
@@ -187,6 +188,19 @@ def test_quantized_layers_take_the_bits_they_say(bitwidth, bits):
             weights = linear.in_features * linear.out_features
             bias = linear.bias.nbytes
             assert module_bytes(linear) - bias == weights * bits // 8 + weights // 128 * 3
+
+
+@pytest.mark.parametrize("bitwidth", ["4", "8:tc-li"])
+def test_a_loaded_layer_lies_as_its_kernel_wants_it(bitwidth):
+    """It need not be in memory twice when it is first used."""
+    model = load_model(tiny("opt"), QuantPlan.parse(bitwidth))
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert layers
+    for layer in layers:
+        before = [tensor.data_ptr() for tensor in layer.buffers()]
+        assert layer.layout is layer.choice.kernel.layout
+        layer(torch.zeros(1, layer.in_features, dtype=model.dtype))
+        assert [tensor.data_ptr() for tensor in layer.buffers()] == before
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -249,3 +249,19 @@ def test_stages_whose_inputs_are_read_early(tmp_path):
     stages.replace(second[0], torch.full((4, 1), 3.0))
     want = (2 * x + x.exp() + 3 * x).expand(-1, -1, -1, 4)
     torch.testing.assert_close(torch.stack(list(stages.run(third))), want)
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
+def test_links_as_a_hub_cache_has_them(algorithm, tmp_path):
+    export(tiny("opt"), tmp_path / "whole")
+    blobs, linked = tmp_path / "blobs", tmp_path / "linked"
+    shutil.copytree(tmp_path / "whole", blobs)
+    linked.mkdir()
+    for path in blobs.iterdir():
+        (linked / path.name).symlink_to(path)
+    for name in ("whole", "linked"):
+        quantize_onnx(job(tmp_path / name, algorithm), tmp_path / f"{name}-4")
+    for path in (tmp_path / "whole-4").iterdir():
+        assert path.read_bytes() == (tmp_path / "linked-4" / path.name).read_bytes()
+    ours, theirs = (OnnxDecoder(tmp_path / name) for name in ("whole", "linked"))
+    assert torch.equal(ours.prefill(PROMPTS), theirs.prefill(PROMPTS))

@@ -1,0 +1,90 @@
+"""Tensors that a model keeps in a file beside it.
+
+The file may be a link, as in a Hub cache, which onnx's own reader and checker refuse; onnxruntime
+takes it.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from onnx import TensorProto, external_data_helper, helper
+
+from qllm.errors import UserError
+
+
+def nbytes(tensor: TensorProto) -> int:
+    """Bytes of a tensor's elements."""
+    count = math.prod(tensor.dims)
+    if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4):
+        return -(-count // 2)
+    return count * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
+def check_data(path: Path, tensor: TensorProto) -> None:
+    """Refuse external data that is not there, or elsewhere."""
+    if not external_data_helper.uses_external_data(tensor):
+        return
+    place = _place(tensor)
+    where = f"{path}: the data of {tensor.name}"
+    name = place.get("location", "")
+    # A name is compared with those of the folder; it never becomes a path of its own.
+    # protobuf gives bytes for text that is no UTF-8.
+    if not isinstance(name, str) or name != Path(name).name or name in ("", ".."):
+        raise UserError(f"{where} is in {name!r}, which is not a file of its own folder")
+    file = path.parent / name
+    if not file.is_file():
+        raise UserError(f"{where} is in {name}, which {path.parent} lacks; get it again")
+    try:
+        start = int(place.get("offset", 0))
+        length = int(place.get("length", nbytes(tensor)))
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{where} has no place in {name}: {place}") from None
+    if start < 0 or length != nbytes(tensor) or start + length > file.stat().st_size:
+        raise UserError(
+            f"{where} takes {nbytes(tensor)} bytes from {start} on, which {name} does not have "
+            f"({file.stat().st_size} bytes); get it again"
+        )
+
+
+def load(tensor: TensorProto, folder: Path) -> TensorProto:
+    """A checked tensor with its data in it, wherever that is."""
+    whole = TensorProto()
+    whole.CopyFrom(tensor)
+    if external_data_helper.uses_external_data(tensor):
+        place = _place(tensor)
+        with (folder / place["location"]).open("rb") as file:
+            file.seek(int(place.get("offset", 0)))
+            whole.raw_data = file.read(nbytes(tensor))
+        whole.data_location = TensorProto.DEFAULT
+        del whole.external_data[:]
+    return whole
+
+
+def files(path: Path, tensors: Iterable[TensorProto]) -> list[Path]:
+    """The files in which a model keeps tensors."""
+    stored = filter(external_data_helper.uses_external_data, tensors)
+    return [path.parent / name for name in sorted({_place(t)["location"] for t in stored})]
+
+
+@contextmanager
+def without_links(path: Path, data: Iterable[Path]) -> Iterator[Path]:
+    """Where onnx's checker finds the graph beside files of those names, and none is a link."""
+    data = list(data)
+    if not any(file.is_symlink() for file in data):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for file in data:
+            (Path(folder) / file.name).touch()  # it does not look inside
+        yield Path(shutil.copy(path, folder))
+
+
+def _place(tensor: TensorProto) -> dict[str, str]:
+    """What a tensor says of where its data is."""
+    return {entry.key: entry.value for entry in tensor.external_data}
