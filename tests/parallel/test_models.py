@@ -280,6 +280,7 @@ def test_stages_that_cannot_be(text):
         parse_cuts(text, 6, 3)
 
 
-def test_a_folder_is_what_places_need(tmp_path: Path):
+def test_more_stages_than_layers_are_refused(tmp_path: Path):
+    folder = saved("opt", tmp_path)
     with pytest.raises(UserError, match="5 shards cannot share 2 layers"):
-        on_places(1, lambda place: load(saved("opt", tmp_path / "m"), place=place), pp=5)
+        on_places(1, lambda place: load(folder, place=place), pp=5)
