@@ -24,6 +24,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_run_options(parser)
     group = cli.add_calibration_options(
         parser,
+        dataset="random input",
         nsamples=f"{TEXT[0]}, of random input {RANDOM[0]}",
         seqlen=f"{TEXT[1]}, of random input {RANDOM[1]}",
     )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qllm.quantize.layer import LinearReport, QuantizeOptions
 
 DEFAULT_BITWIDTH = "4"
-SAMPLES, TOKENS = 128, 2048
+DATASET, SAMPLES, TOKENS = "wikitext2", 128, 2048
 FORMAT, SHARD_GIGABYTES = "auto", 5.0
 # What means nothing for an ONNX model, which is one file of packed layers.
 NOT_FOR_ONNX = {
@@ -51,7 +51,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--algorithm", choices=ALGORITHMS, default=DEFAULT_ALGORITHM, help="(%(default)s)"
     )
-    cli.add_calibration_options(parser, str(SAMPLES), f"{TOKENS}, or the model's window")
+    window = f"{TOKENS}, or the model's window"
+    cli.add_calibration_options(parser, f"{DATASET}, where it takes text", str(SAMPLES), window)
     add_algorithm_options(parser)
     cli.add_run_options(parser)
     group = parser.add_argument_group("output")
@@ -173,7 +174,8 @@ def check_options(args: argparse.Namespace, plan: QuantPlan) -> None:
         name = "--" + option.replace("_", "-")
         if given and not used:
             raise UserError(f"{name} does nothing here; it goes with {who}")
-        if given and option in ("nsamples", "seqlen", "smooth_alpha") and args.dataset is None:
+        has_text = args.dataset is not None or needs_text(plan)
+        if given and option in ("nsamples", "seqlen", "smooth_alpha") and not has_text:
             raise UserError(f"{name} needs text to calibrate on; name one with --dataset")
     if args.algorithm != "rtn" and args.config is None and not weight_only:
         raise UserError(f"--algorithm {args.algorithm} goes with 1 to 8 bits, not {args.bitwidth}")
@@ -183,12 +185,20 @@ def check_options(args: argparse.Namespace, plan: QuantPlan) -> None:
         raise UserError(f"--shard-size {args.shard_size} cannot be; give gigabytes")
 
 
+def needs_text(plan: QuantPlan) -> bool:
+    """Whether some layer cannot do without calibration."""
+    return any(s.algorithm != "rtn" or s.kind == "w8a8_static" for _, s in plan.rules)
+
+
 def read_samples(
-    args: argparse.Namespace, folder: ModelFolder, config: ModelConfig
+    args: argparse.Namespace, plan: QuantPlan, folder: ModelFolder, config: ModelConfig
 ) -> tuple[list[list[int]] | None, dict[str, str]]:
-    """The calibration samples, None without a data set; and what to say of them."""
-    if args.dataset is None:
-        return None, {}
+    """The calibration samples, None where none are asked for; and what to say of them."""
+    dataset = args.dataset
+    if dataset is None:
+        if not needs_text(plan):
+            return None, {}
+        dataset = DATASET
     from qllm.data import load_text, sample_windows
     from qllm.tokenizer import Tokenizer
 
@@ -196,9 +206,11 @@ def read_samples(
     count, length = args.nsamples or SAMPLES, args.seqlen or min(TOKENS, window)
     if config.max_positions is not None and length > window:
         raise UserError(f"--seqlen {length} exceeds the model's window of {window}")
-    ids = Tokenizer.load(folder.path, config.vocab_size).encode(load_text(args.dataset))
+    ids = Tokenizer.load(folder.path, config.vocab_size).encode(load_text(dataset))
+    if args.dataset is None:
+        cli.note(f"calibrating on {dataset}; --dataset names another text")
     about = {
-        "dataset": Path(args.dataset).name,
+        "dataset": Path(dataset).name,
         "samples": f"{count} of {length} tokens, seed {args.seed}",
     }
     return sample_windows(ids, count, length, args.seed), about
@@ -222,7 +234,7 @@ def main() -> None:
     from qllm.models import read_config
 
     config = read_config(read_raw_config(folder.path))
-    samples, about = read_samples(args, folder, config)
+    samples, about = read_samples(args, plan, folder, config)
     target = Path(args.save)
     start = time.perf_counter()
     if onnx:

@@ -445,14 +445,14 @@ def with_head(args: argparse.Namespace, plan: QuantPlan, default: QuantSpec) -> 
 
 
 def add_calibration_options(
-    parser: argparse.ArgumentParser, nsamples: str, seqlen: str
+    parser: argparse.ArgumentParser, dataset: str, nsamples: str, seqlen: str
 ) -> argparse._ArgumentGroup:
-    """--dataset, --nsamples, --seqlen, --seed; the two texts say what is taken without them."""
+    """--dataset, --nsamples, --seqlen, --seed; the texts say what is taken without them."""
     group = parser.add_argument_group("calibration")
     group.add_argument(
         "--dataset",
         metavar="FILE_OR_NAME",
-        help="a text or JSON-lines file, or wikitext2, c4, ptb, pile-10k",
+        help=f"a text or JSON-lines file, or wikitext2, c4, ptb, pile-10k ({dataset})",
     )
     number = whole_number(1)
     group.add_argument("--nsamples", type=number, metavar="N", help=f"samples ({nsamples})")

@@ -298,6 +298,25 @@ def test_a_run_that_is_stopped_goes_on(opt, text, tmp_path, one_thread):
 
 # ---- what cannot work
 
+
+def test_text_is_wikitext2_where_none_is_named(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(repository, config, *, data_files, split):
+        asked.append((repository, config, split))
+        return {"text": [TEXT]}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    args = ("--model-size", "tiny", "--algorithm", "gptq", "--nsamples", 2, "--seqlen", 32)
+    done = call("qllm_quant.py", *args, "--save", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "train")]
+    assert "note: calibrating on wikitext2; --dataset names another text" in done.stderr
+    assert "wikitext2" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
 OPTIONS = {
     "no folder to save in": (("--save",), ("--bitwidth", "4")),
     "a bitwidth": (("'9'", "8:tc-li"), ("--bitwidth", "9", "--save", "{}/out")),
@@ -315,15 +334,15 @@ OPTIONS = {
     "the folder is a file": (("text is a file",), ("--save", "{}/text")),
     "this folder": ((". is where you are",), ("--save", ".")),
     "no calibration": (
-        ("gptq needs calibration text", "--dataset"),
+        ("--dataset wikitext2: cannot be had", "give a file"),
         ("--algorithm", "gptq", "--save", "{}/out"),
     ),
     "no calibration for awq": (
-        ("awq needs calibration", "--dataset"),
+        ("--dataset wikitext2: cannot be had", "give a file"),
         ("--algorithm", "awq", "--save", "{}/out"),
     ),
     "no calibration for 8:tc": (
-        ("8:tc needs calibration text",),
+        ("--dataset wikitext2: cannot be had", "give a file"),
         ("--bitwidth", "8:tc", "--save", "{}/out"),
     ),
     "gptq at 8:tc": (
@@ -407,7 +426,10 @@ RULES = {
     "an algorithm": ({".*": {"bits": 4, "algorithm": "obq"}}, ("'obq'", "rtn, gptq, awq")),
     "a group size": ({".*": {"bits": 4, "group_size": -3}}, ("group size -3",)),
     "all at 16 bits": ({".*": 16}, ("every layer stays at 16 bits",)),
-    "gptq without text": ({"mlp": {"bits": 4, "algorithm": "gptq"}}, ("gptq needs",)),
+    "gptq without text": (
+        {"mlp": {"bits": 4, "algorithm": "gptq"}},
+        ("--dataset wikitext2: cannot be had",),
+    ),
     "a type": (
         {"op_type_dict": {"Conv2d": {"weight": {"bit": [4]}}}},
         ("'Conv2d' does not match 'Linear'",),
