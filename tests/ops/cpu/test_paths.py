@@ -193,7 +193,8 @@ def test_no_path_shares_a_function_with_another():
         ["nm", "--defined-only", native.library()._name], check=True, capture_output=True, text=True
     )
     symbols = [line.split()[1:] for line in said.stdout.splitlines()]
-    functions = {name for kind, name in symbols if kind in "tTwWvVui"}
+    # A compiler may put a function's unlikely part elsewhere.
+    functions = {name.removesuffix(".cold") for kind, name in symbols if kind in "tTwWvVui"}
     if "_ZN4qllm7scratchEm" not in functions:
         pytest.skip("the library has no table of its symbols")
     own = re.compile(r"_ZN4qllm\d+_GLOBAL__N_|_ZL|_ZN4qllmL|_ZN\d+_GLOBAL__N_")

@@ -313,7 +313,7 @@ template <int BITS, int P, int R, int N>
 __attribute__((noinline)) void multiply_few(const Linear &a, const Activations &x, int64_t panel,
                                             Grid &grid, float *out) {
     const int64_t stride = x.slabs * 64 * BITS;
-    const uint8_t *q = a.q + panel * stride;
+    const uint8_t *q = a.q + panel * stride, *end = q + stride;
     int64_t group = -1;
     Operands o;
     o.out = out;
@@ -326,8 +326,10 @@ __attribute__((noinline)) void multiply_few(const Linear &a, const Activations &
         Sums<P, R, N> sums;
         sums.clear();
         for (int64_t s = 0; s < o.slabs; s++, q += 64 * BITS) {
+            // Behind the end of these panels come the next ones.
+            const uint8_t *ahead = q + AHEAD + (q + AHEAD < end ? 0 : (N - 1) * stride);
             for (int n = 0; n < N; n++)
-                for (int v = 0; v < BITS; v++) __builtin_prefetch(q + n * stride + v * 64 + AHEAD);
+                for (int v = 0; v < BITS; v++) __builtin_prefetch(ahead + n * stride + v * 64);
             add_slab<BITS>(sums, q, stride, o.x + s * (SLAB * P * R));
         }
         sums.finish(o, 0);
