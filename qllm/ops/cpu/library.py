@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import sys
+import threading
 from functools import cache
 
 import torch
@@ -119,12 +120,14 @@ class Arena:
 
     def __init__(self) -> None:
         self.memory, self.used = torch.empty(0, dtype=torch.uint8), 0
+        self._lock = threading.Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor like `torch.empty`'s; its memory is freed with the last of its neighbours."""
         nbytes = math.prod(shape) * dtype.itemsize
-        if self.used + nbytes > len(self.memory):
-            self.memory, self.used = huge_pages(max(ARENA_BYTES, nbytes)), 0
-        part = self.memory[self.used : self.used + nbytes]
-        self.used += -(-nbytes // CACHE_LINE) * CACHE_LINE
+        with self._lock:
+            if self.used + nbytes > len(self.memory):
+                self.memory, self.used = huge_pages(max(ARENA_BYTES, nbytes)), 0
+            part = self.memory[self.used : self.used + nbytes]
+            self.used += -(-nbytes // CACHE_LINE) * CACHE_LINE
         return part.view(dtype).view(shape)
