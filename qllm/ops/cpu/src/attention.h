@@ -68,8 +68,18 @@ template <int64_t TYPE>
 void attend_one(const Attend &a, const float *query, int64_t head, int64_t start, int64_t length,
                 float *scores, float *out) {
     const float root = 1 / sqrtf(float(a.dim)), slope = a.slopes ? a.slopes[head] : 0;
+    constexpr int64_t SIZE = TYPE == FLOAT32 ? 4 : 2;
+    const char *keys = static_cast<const char *>(a.keys) + start * SIZE;
+    const char *values = static_cast<const char *>(a.values) + start * SIZE;
     int64_t j = 0;
-    for (; j + 4 <= length; j += 4) four_scores<TYPE>(a, query, start + j * a.dim, scores + j);
+    for (; j + 4 <= length; j += 4) {
+        // A head's run is too short for the machine to see it coming; values are next.
+        for (int64_t i = j * a.dim * SIZE; i < (j + 4) * a.dim * SIZE; i += 64) {
+            __builtin_prefetch(keys + AHEAD + i);
+            __builtin_prefetch(values + i);
+        }
+        four_scores<TYPE>(a, query, start + j * a.dim, scores + j);
+    }
     for (; j < length; j++)
         scores[j] = dot_product<TYPE>(query, a.keys, start + j * a.dim, a.dim);
     float largest = -INFINITY;
