@@ -311,11 +311,12 @@ class _Loader:
         source = f"{name}.weight"
         if name == LM_HEAD and self.weights.config.tied_head and spec.kind != "dense":
             source = "embed.weight"
-        input_range, scales = self._smoothing(name, source, spec)
         if spec.kind == "dense":
             weight = self._read(source, rows, columns)
         else:
             weight = self.weights.read(source, rows=rows, columns=columns).to(self.device)
+        whole = weight if share is None else None
+        input_range, scales = self._smoothing(name, source, spec, whole)
         if scales is not None:
             weight = weight.float() * scales
         layer = linear_class(spec).from_float(
@@ -328,9 +329,13 @@ class _Loader:
         return layer, bias
 
     def _smoothing(
-        self, name: str, source: str, spec: QuantSpec
+        self, name: str, source: str, spec: QuantSpec, whole: Tensor | None
     ) -> tuple[float | None, Tensor | None]:
-        """The range of a W8A8 layer's inputs, and by what its input channels are multiplied."""
+        """The range of a W8A8 layer's inputs, and by what its input channels are multiplied.
+
+        Args:
+            whole: the layer's weight; None where only a part of it has been read.
+        """
         calibration = self.calibration
         if calibration is None or not spec.kind.startswith("w8a8"):
             return None, None
@@ -341,7 +346,9 @@ class _Loader:
         # A linear in front is quantized already: here norms alone take the smoothing.
         if inner in NORMS and can_divide(self.model.config, inner):
             # Of all rows, whichever are kept: every rank divides the norm by the same.
-            scales = smooth_scales(inputs, self.weights.read(source).to(self.device))
+            if whole is None:
+                whole = self.weights.read(source).to(self.device)
+            scales = smooth_scales(inputs, whole)
             inputs = inputs / scales
             norm = self.model.get_submodule(f"layers.{index}.{NORMS[inner]}")
             divide_rows(norm, slice(None), scales)
@@ -350,7 +357,15 @@ class _Loader:
     def _read(
         self, name: str, rows: Sequence[range] | None = None, columns: range | None = None
     ) -> Tensor:
-        return _read(self.weights, name, self.dtype, self.device, rows, columns)
+        """A tensor that the model keeps as it is: mapped where it needs no conversion."""
+        device, dtype = self.device, self.dtype
+        mapped = device == "cpu" and self.weights.dtype() == dtype
+        tensor = self.weights.read(name, mapped=mapped, rows=rows, columns=columns)
+        converted = tensor.to(device=device, dtype=dtype)
+        narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+        if narrower and not converted.isfinite().all():
+            raise UserError(f"{name} holds values beyond {dtype}; use --dtype bfloat16 or float32")
+        return converted
 
 
 def _inner(name: str) -> str:
@@ -365,24 +380,6 @@ def _whole_groups(columns: range, spec: QuantSpec, in_features: int) -> range:
     group = in_features if spec.group_size == -1 else min(spec.group_size, in_features)
     stop = min(in_features, -(-columns.stop // group) * group)
     return range(columns.start // group * group, stop)
-
-
-def _read(
-    weights: Weights,
-    name: str,
-    dtype: torch.dtype,
-    device: str,
-    rows: Sequence[range] | None,
-    columns: range | None,
-) -> Tensor:
-    """A tensor that the model keeps as it is: mapped where it needs no conversion."""
-    mapped = device == "cpu" and weights.dtype() == dtype
-    tensor = weights.read(name, mapped=mapped, rows=rows, columns=columns)
-    converted = tensor.to(device=device, dtype=dtype)
-    narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
-    if narrower and not converted.isfinite().all():
-        raise UserError(f"{name} holds values beyond {dtype}; use --dtype bfloat16 or float32")
-    return converted
 
 
 def _layer_bytes(model: Decoder) -> list[int]:
