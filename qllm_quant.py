@@ -158,6 +158,7 @@ def check_options(args: argparse.Namespace, plan: QuantPlan) -> None:
     int8 = any(spec.kind.startswith("w8a8") for spec in specs)
     inputs = int8 or any(spec.algorithm != "rtn" for spec in specs)
     weight_only = any(spec.kind == "weight_only" for spec in specs)
+    has_text = args.dataset is not None or needs_text(plan)
     for option, used, who in (
         ("damp", gptq, "--algorithm gptq"),
         ("block_size", gptq, "--algorithm gptq"),
@@ -174,7 +175,6 @@ def check_options(args: argparse.Namespace, plan: QuantPlan) -> None:
         name = "--" + option.replace("_", "-")
         if given and not used:
             raise UserError(f"{name} does nothing here; it goes with {who}")
-        has_text = args.dataset is not None or needs_text(plan)
         if given and option in ("nsamples", "seqlen", "smooth_alpha") and not has_text:
             raise UserError(f"{name} needs text to calibrate on; name one with --dataset")
     if args.algorithm != "rtn" and args.config is None and not weight_only:

@@ -73,7 +73,7 @@ def measure(family: str, dtype: str, args: object) -> list[dict]:
         for key, run in timed.items():
             start = time.perf_counter()
             run()
-            if repeat:  # the first one packs weights
+            if repeat:  # the first one is not counted
                 seconds[key].append(time.perf_counter() - start)
     rates = {key: len(text.ids) / statistics.median(found) for key, found in seconds.items()}
     return [

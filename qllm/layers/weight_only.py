@@ -122,21 +122,22 @@ class WeightOnlyLinear(QuantizedLinear):
         )
 
     def part(self, dim: int, *ranges: range) -> WeightOnlyLinear:
+        layer = self._part(dim, *ranges)
+        layer.op = self.op
+        return layer
+
+    def _part(self, dim: int, *ranges: range) -> WeightOnlyLinear:
         packed = self.packed
         if dim == 0:
             bias = None if self.bias is None else take(self.bias, 0, ranges)
             tensors = [take(t, 0, ranges) if t.numel() else t for t in packed[:3]]
             rows = PackedWeight(*tensors, packed.order)
-            layer = WeightOnlyLinear.from_packed(rows, bias, self.spec, self.in_features)
-            layer.op = self.op
-            return layer
+            return WeightOnlyLinear.from_packed(rows, bias, self.spec, self.in_features)
         (columns,) = ranges
         spec = self.spec
         some, group = take_columns(packed, spec.bits, spec.group_size, self.in_features, columns)
         spec = replace(spec, group_size=group)
-        layer = WeightOnlyLinear.from_packed(some, None, spec, len(columns))
-        layer.op = self.op
-        return layer
+        return WeightOnlyLinear.from_packed(some, None, spec, len(columns))
 
 
 class ReorderedLinear(WeightOnlyLinear):
@@ -171,9 +172,9 @@ class ReorderedLinear(WeightOnlyLinear):
         columns = super().dequantize(rows)
         return torch.empty_like(columns).index_copy_(1, self.order, columns)
 
-    def part(self, dim: int, *ranges: range) -> WeightOnlyLinear:
+    def _part(self, dim: int, *ranges: range) -> WeightOnlyLinear:
         if dim == 0:
-            return super().part(dim, *ranges)
+            return super()._part(dim, *ranges)
         (channels,) = ranges
         spec, packed = self.spec, self.packed
         group = self.in_features if spec.group_size == -1 else spec.group_size
@@ -191,9 +192,7 @@ class ReorderedLinear(WeightOnlyLinear):
         values = unpack(packed.qweight, spec.bits, self.in_features)[:, source]
         rows = PackedWeight(pack(values, spec.bits), *packed[1:3])
         spec = replace(spec, group_size=width if len(counts) > 1 else -1)
-        layer = ScatteredLinear(*rows[:3], None, spec, len(order), order, len(channels))
-        layer.op = self.op
-        return layer
+        return ScatteredLinear(*rows[:3], None, spec, len(order), order, channels=len(channels))
 
 
 class ScatteredLinear(ReorderedLinear):
@@ -206,18 +205,8 @@ class ScatteredLinear(ReorderedLinear):
         channels: inputs that it takes.
     """
 
-    def __init__(
-        self,
-        qweight: Tensor,
-        scales: Tensor,
-        qzeros: Tensor,
-        bias: Tensor | None,
-        spec: QuantSpec,
-        in_features: int,
-        order: Tensor,
-        channels: int,
-    ) -> None:
-        super().__init__(qweight, scales, qzeros, bias, spec, in_features, order)
+    def __init__(self, *args: object, channels: int) -> None:
+        super().__init__(*args)
         self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:

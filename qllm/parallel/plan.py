@@ -9,7 +9,6 @@ from qllm.config import ModelConfig
 from qllm.errors import UserError
 from qllm.layers.parts import shares
 
-MODES = ("exact", "fast")
 UNITS = (128, 64, 32)  # channels that are better left together: groups and the kernels' panels
 
 
