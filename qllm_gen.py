@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from qllm import cli
+from qllm.errors import UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,6 +72,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cli.check_processes(args)
+    if args.pp > 1 and args.num_shards != SHARDS:
+        raise UserError(
+            "--num-shards are ranges of one process; --pp says how many stages it takes"
+        )
     if args.tp * args.pp == 1:
         generate_text(args, None)
         return

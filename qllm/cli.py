@@ -249,6 +249,8 @@ def check_processes(args: argparse.Namespace) -> None:
         )
     if args.stages and args.pp == 1:
         raise UserError("--stages says where the stages of --pp begin; give --pp 2 or more")
+    if args.tp_mode != TP_MODES[0] and args.tp == 1:
+        raise UserError("--tp-mode says how the ranks of --tp share layers; give --tp 2 or more")
 
 
 def session(args: argparse.Namespace) -> AbstractContextManager[Session]:

@@ -88,6 +88,20 @@ def test_messages_of_all_sizes_over_gloo(tmp_path):
     assert json.loads(out)["results"] == one["results"]
 
 
+@pytest.mark.parametrize(
+    ("args", "world", "words"),
+    [
+        (("--tp-mode", "fast"), 1, "--tp-mode says how the ranks of --tp share"),
+        (("--stages", "3"), 1, "--stages says where the stages of --pp begin"),
+        (("--pp", 2, "--num-shards", 3), 2, "--num-shards are ranges of one process"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_options_that_would_do_nothing_are_refused(args, world, words):
+    env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}
+    assert_user_error(run(GEN, "--model-size", "tiny", *args, env=env), words)
+
+
 def test_a_wrong_number_of_processes_is_one_line():
     args = ("--model-size", "tiny", "--tp", 2, "--pp", 2)
     assert_user_error(run(GEN, *args), "--tp 2 x --pp 2 takes 4 processes", "--nproc-per-node 4")
