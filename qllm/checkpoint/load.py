@@ -79,6 +79,7 @@ def load_model(
         costs[-1] += module_bytes(model.embed)  # the last stage has it, too
     halves = place.halves(costs)[place.stage]
     model.line = place.line
+    model.alone = place.line is None and place.tp.size == 1
     layers = range(halves.start // 2, (halves.stop + 1) // 2)
     parts = balance([costs[i] for i in layers], num_shards if place.line is None else 1)
     model.shards = [range(layers[r.start], layers[r.stop - 1] + 1) for r in parts]
@@ -242,6 +243,8 @@ class _Loader:
                 weight = model.embed.weight
             head = linear_class(QuantSpec()).from_float(weight, None, QuantSpec())
             self._put(LM_HEAD, head, self._share(LM_HEAD), None)
+        for layer in model.layers:
+            layer.fuse_norms()
         if not self.shares:
             return
         config = model.config

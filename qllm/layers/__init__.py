@@ -21,4 +21,4 @@ def linear_class(spec: QuantSpec) -> type[Linear]:
     return LAYERS[spec.kind]
 
 
-__all__ = ["LAYERS", "Linear", "linear_class"]
+__all__ = ["LAYERS", "DynamicInt8Linear", "Linear", "linear_class"]

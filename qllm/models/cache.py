@@ -11,6 +11,7 @@ from qllm import ops
 from qllm.config import ModelConfig
 from qllm.models.positions import PositionEncoding
 from qllm.ops.cpu.tape import Tape
+from qllm.ops.gpu.graph import Graph
 
 
 class KVCache:
@@ -47,7 +48,7 @@ class KVCache:
         self.capacity, self.dtype, self.device = capacity, dtype, both.device
         self.lengths = [0] * rows
         self.step: Decode | None = None
-        self.tape: Tape | None = None
+        self.tape: Tape | Graph | None = None
 
     def check(self, lengths: Sequence[int]) -> None:
         """Refuse what rows of these lengths would write outside the cache.
@@ -104,7 +105,7 @@ class Decode:
     """One pass over one new token per row, attending to the cache.
 
     Its tensors keep their places from token to token, so that the calls of a pass can be kept and
-    made again (`qllm.ops.cpu.tape`).
+    made again (`qllm.ops.cpu.tape`, `qllm.ops.gpu.graph`).
 
     Attributes:
         tokens, positions: int64 (B,).

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from qllm import ops
 from qllm.config import ModelConfig, QuantSpec
 from qllm.errors import UserError
-from qllm.layers import Linear, linear_class
+from qllm.layers import DynamicInt8Linear, Linear, linear_class
 from qllm.models.cache import Decode, KVCache, Prefill
 from qllm.models.positions import POSITIONS
 from qllm.ops.cpu.tape import record
-from qllm.ops.reference import ACTIVATIONS
+from qllm.ops.gpu.graph import Graph
+from qllm.ops.reference import ACTIVATIONS, Int8Rows
 
 # Names that config.json files use for the same functions.
 SAME_ACTIVATION = {
@@ -61,33 +62,57 @@ class Embedding(nn.Module):
         return ops.on(tokens.device.type).embedding(tokens, self.weight, 0)
 
 
-class LayerNorm(nn.Module):
+class Norm(nn.Module):
+    """What norms of rows (N, C) share.
+
+    Attributes:
+        op: name of what computes it.
+        options: that the op takes last.
+    """
+
+    op: str
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.shape, self.options = (config.hidden_size,), (config.norm_eps,)
+
+    def round_for(self, linear: DynamicInt8Linear) -> None:
+        """Return `Int8Rows` from now on, as a linear, which alone takes them, would make them."""
+        self.op += "_int8"
+        self.options += (linear.input_scale,)
+
+
+class LayerNorm(Norm):
     """Mean and variance to 0 and 1, then weight (C,) and bias (C,), where there are any."""
 
+    op = "layer_norm"
+
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.shape, self.eps = (config.hidden_size,), config.norm_eps
+        super().__init__(config)
         for name in ("weight", "bias"):
             value = torch.empty(self.shape, dtype=dtype, device="meta")
             self.register_buffer(name, value if config.norm_affine else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.on(x.device.type).layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor) -> Tensor | Int8Rows:
+        run = getattr(ops.on(x.device.type), self.op)
+        return run(x, self.weight, self.bias, *self.options)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Norm):
     """Root mean square to 1, then weight (C,) (Zhang and Sennrich 2019)."""
 
+    op = "rms_norm"
+
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.shape, self.eps = (config.hidden_size,), config.norm_eps
+        super().__init__(config)
         self.register_buffer("weight", torch.empty(self.shape, dtype=dtype, device="meta"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.on(x.device.type).rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor) -> Tensor | Int8Rows:
+        run = getattr(ops.on(x.device.type), self.op)
+        return run(x, self.weight, *self.options)
 
 
-NORMS: dict[str, type[nn.Module]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+NORMS: dict[str, type[Norm]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 
 class Attention(nn.Module):
@@ -122,7 +147,8 @@ class MLP(nn.Module):
         return inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(ops.on(x.device.type).activation(self.up(x), self.act))
+        x = self.up(x)
+        return self.down(ops.on(x.device.type).activation(x, self.act))
 
 
 class GatedMLP(MLP):
@@ -133,7 +159,8 @@ class GatedMLP(MLP):
         return 2 * inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(ops.on(x.device.type).gated_activation(self.up(x), self.act))
+        x = self.up(x)
+        return self.down(ops.on(x.device.type).gated_activation(x, self.act))
 
 
 def _add(x: Tensor, z: Tensor) -> Tensor:
@@ -172,9 +199,19 @@ class PreNormLayer(nn.Module):
         """The second half of the layer: x (N, C) to (N, C)."""
         return _add(x, self.mlp(self.mlp_norm(x)))
 
+    def fuse_norms(self) -> None:
+        """Let norms make int8 of their results, where a linear that gains by it alone has them."""
+        pairs = (("attention_norm", self.attention.qkv), ("mlp_norm", self.mlp.up))
+        for name, linear in pairs:
+            if isinstance(linear, DynamicInt8Linear) and linear.choice.kernel.takes_rows:
+                getattr(self, name).round_for(linear)
+
 
 class NormedResidualLayer(PreNormLayer):
     """A pre-norm layer whose residual branches off behind the norm (a BLOOM option)."""
+
+    def fuse_norms(self) -> None:
+        """The residual needs what a norm makes as it is."""
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         x = self.attention_norm(x)
@@ -187,6 +224,9 @@ class NormedResidualLayer(PreNormLayer):
 
 class PostNormLayer(PreNormLayer):
     """norm(x + attention(x)), then norm(x + mlp(x)): OPT-350m."""
+
+    def fuse_norms(self) -> None:
+        """The residual needs what a norm makes as it is."""
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         return self.attention_norm(_add(x, self.attention(x, step)))
@@ -209,9 +249,11 @@ class Decoder(nn.Module):
         shards: contiguous ranges of layers, run one after the other.
         line: the stages of a pipeline, of which this process is one; None: there is but this.
         kv_heads: heads of keys and values that this process has.
+        alone: no other process has a part of it.
     """
 
     line: Line | None = None
+    alone = True
 
     def __init__(
         self, config: ModelConfig, specs: Mapping[str, QuantSpec], dtype: torch.dtype
@@ -331,11 +373,17 @@ class Decoder(nn.Module):
     def _decode(self, cache: KVCache) -> Tensor | None:
         """One pass: the first of a cache is recorded, the others play the record."""
         step, tape = cache.step, cache.tape
+
+        def run() -> None:
+            step.logits = self._logits(self._run_layers(self._embed(step.tokens), step))
+
         if tape is not None and tape.foreign is None:
             tape.play()
+        elif tape is None and self.alone and ops.can_capture(self.device):
+            cache.tape = Graph(run, self.device)
         else:
             with record() if tape is None else nullcontext(tape) as tape:
-                step.logits = self._logits(self._run_layers(self._embed(step.tokens), step))
+                run()
             cache.tape = tape
         return step.logits
 

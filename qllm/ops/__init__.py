@@ -17,6 +17,11 @@ import torch
 
 from qllm.ops import reference
 from qllm.ops.cpu import library, linear, steps
+from qllm.ops.gpu import attention as gpu_attention
+from qllm.ops.gpu import device as gpu
+from qllm.ops.gpu import layout as gpu_layout
+from qllm.ops.gpu import linear as gpu_linear
+from qllm.ops.gpu import rows as gpu_rows
 from qllm.quant.packing import PackedWeight
 
 
@@ -54,6 +59,7 @@ class Kernel:
         run: has the signature of the reference op.
         why_not: the reason why it cannot serve a request, None where it can.
         layout: of the weight, None where it is the one that the reference takes.
+        takes_rows: it gains where x is `Int8Rows` already, which a norm in front can make.
     """
 
     name: str
@@ -61,6 +67,7 @@ class Kernel:
     run: Callable[..., torch.Tensor]
     why_not: Callable[[Request], str | None] = lambda request: None
     layout: Layout | None = None
+    takes_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,11 +138,24 @@ def _onednn_why_not(request: Request) -> str | None:
 
 
 def _packed_why_not(request: Request) -> str | None:
+    if _interpreting(request):
+        return INTERPRETED
     return linear.why_not(request.device, request.in_features, request.group_size)
 
 
 def _cpu_why_not(request: Request) -> str | None:
-    return library.why_not(request.device)
+    return INTERPRETED if _interpreting(request) else library.why_not(request.device)
+
+
+INTERPRETED = "TRITON_INTERPRET=1 asks for the GPU kernels"
+
+
+def _interpreting(request: Request) -> bool:
+    return request.device == "cpu" and gpu.interpreting()
+
+
+def _gpu_why_not(request: Request) -> str | None:
+    return gpu.why_not(request.device)
 
 
 CPU_LAYOUT = Layout(
@@ -143,6 +163,15 @@ CPU_LAYOUT = Layout(
         weight, request.bits, request.group_size, request.in_features
     ),
     lambda weight, request: linear.unpack(
+        weight, request.bits, request.group_size, request.in_features, request.out_features
+    ),
+)
+
+GPU_LAYOUT = Layout(
+    lambda weight, request: gpu_layout.pack(
+        weight, request.bits, request.group_size, request.in_features
+    ),
+    lambda weight, request: gpu_layout.unpack(
         weight, request.bits, request.group_size, request.in_features, request.out_features
     ),
 )
@@ -164,19 +193,34 @@ def _dense_for_many(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     return next(k.run for k in KERNELS["dense_linear"][1:] if k.why_not(request) is None)
 
 
-def _simple(op: str) -> tuple[Kernel, ...]:
-    """The kernels of an op that needs no more than a device."""
-    return (
-        Kernel("cpu", library.about, getattr(steps, op), _cpu_why_not),
-        Kernel("reference", lambda: "plain torch", getattr(reference, op)),
-    )
+def _gpu_dense_for_few(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    few = len(x) <= gpu_linear.FEW_ROWS
+    return (gpu_linear.dense_linear if few else reference.dense_linear)(x, weight, bias)
 
 
-# Ops that need no more than a device, besides those of the layers.
+# Ops that need no more than a device, besides those of the layers; and their kernels for GPUs.
 SIMPLE = (
     *("embedding", "layer_norm", "rms_norm", "activation", "gated_activation", "add"),
-    *("decode_attention", "prompt_attention"),
+    *("decode_attention", "prompt_attention", "layer_norm_int8", "rms_norm_int8"),
 )
+GPU_SIMPLE = {
+    "decode_attention": gpu_attention.decode_attention,
+    "layer_norm_int8": gpu_rows.layer_norm_int8,
+    "rms_norm_int8": gpu_rows.rms_norm_int8,
+}
+
+
+def _simple(op: str) -> tuple[Kernel, ...]:
+    """The kernels of an op that needs no more than a device."""
+    kernels = [Kernel("reference", lambda: "plain torch", getattr(reference, op))]
+    if op in GPU_SIMPLE:
+        kernels.insert(0, Kernel("triton", gpu.about, GPU_SIMPLE[op], _gpu_why_not))
+    if hasattr(steps, op):
+        kernels.insert(0, Kernel("cpu", library.about, getattr(steps, op), _cpu_why_not))
+    return tuple(kernels)
+
 
 # Kernels of each op, the preferred one first; the last can do all.
 KERNELS: dict[str, tuple[Kernel, ...]] = {
@@ -188,6 +232,12 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
             _cpu_why_not,
         ),
         Kernel(
+            "triton",
+            lambda: f"{gpu.about()} up to {gpu_linear.FEW_ROWS} rows, a library's product beyond",
+            _gpu_dense_for_few,
+            _gpu_why_not,
+        ),
+        Kernel(
             "oneDNN",
             lambda: "dense product; MKL, which torch takes in float32, is slow on this CPU",
             reference.onednn_linear,
@@ -197,6 +247,7 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     ),
     "weight_only_linear": (
         Kernel("cpu", linear.about, linear.weight_only_linear, _packed_why_not, CPU_LAYOUT),
+        Kernel("triton", gpu_linear.about, gpu_linear.weight_only_linear, _gpu_why_not, GPU_LAYOUT),
         Kernel(
             "reference", lambda: "dequantize, then a dense product", reference.weight_only_linear
         ),
@@ -214,6 +265,13 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     "int8_linear": (
         Kernel("cpu", linear.about, linear.int8_linear, _packed_why_not, CPU_LAYOUT),
         Kernel(
+            "triton",
+            gpu_linear.about_int8,
+            gpu_linear.int8_linear,
+            _gpu_why_not,
+            takes_rows=True,
+        ),
+        Kernel(
             "torch._int_mm",
             lambda: "int8 x int8 -> int32 product, exact in its self-test",
             reference.int8_linear_by_int_mm,
@@ -230,6 +288,12 @@ def on(device: str) -> SimpleNamespace:
     """The ops between linear layers, by name, as the best kernels of a device have them."""
     request = Request(0, 0, 16, -1, "asym", device)
     return SimpleNamespace(**{op: select(op, request).kernel.run for op in SIMPLE})
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether a decode step on a device launches the same for every token (`gpu.graph`)."""
+    own = on(device.type).decode_attention is gpu_attention.decode_attention
+    return device.type == "cuda" and own
 
 
 def select(op: str, request: Request) -> Choice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,8 +144,20 @@ def round_blocks(x: Tensor, group_size: int) -> Tensor:
     return torch.where(kept, values, rounded)
 
 
+class Int8Rows(NamedTuple):
+    """Activations (M, K) as integers: `values` int8, times `scales` float32 (M, 1) or ().
+
+    Attributes:
+        dtype: that they had, and that a product of them gets.
+    """
+
+    values: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+
 def int8_linear(
-    x: Tensor,
+    x: Tensor | Int8Rows,
     qweight: Tensor,
     scales: Tensor,
     bias: Tensor | None,
@@ -154,6 +167,7 @@ def int8_linear(
     """x (M, K) as int8 times int8 weights (N, K), summed exactly, in the type of x: (M, N).
 
     Args:
+        x: numbers, or what `quantize_rows` makes of them.
         scales: (N,), of the weights.
         input_scale: float32 (), of x; None: one per row, from its largest value.
     """
@@ -161,7 +175,7 @@ def int8_linear(
 
 
 def int8_linear_by_int_mm(
-    x: Tensor,
+    x: Tensor | Int8Rows,
     qweight: Tensor,
     scales: Tensor,
     bias: Tensor | None,
@@ -174,17 +188,21 @@ def int8_linear_by_int_mm(
 
 def _int8_linear(
     product: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
+    x: Tensor | Int8Rows,
     qweight: Tensor,
     scales: Tensor,
     bias: Tensor | None,
     input_scale: Tensor | None,
 ) -> Tensor:
+    rows = x if isinstance(x, Int8Rows) else quantize_rows(x, input_scale)
+    return scale_int32(product(rows.values, qweight), rows.scales, scales, bias, rows.dtype)
+
+
+def quantize_rows(x: Tensor, input_scale: Tensor | None) -> Int8Rows:
+    """x (M, K) as int8, by a scale that is given, or one per row."""
     if input_scale is None:
-        q, input_scale = quantize_per_token(x)
-    else:
-        q = quantize_int8(x, input_scale)
-    return scale_int32(product(q, qweight), input_scale, scales, bias, x.dtype)
+        return Int8Rows(*quantize_per_token(x), x.dtype)
+    return Int8Rows(quantize_int8(x, input_scale), input_scale, x.dtype)
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,6 +256,20 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Each row of x (N, C) to a root mean square of 1, times weight (C,)."""
     return F.rms_norm(x, x.shape[1:], weight, eps)
+
+
+def layer_norm_int8(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, input_scale: Tensor | None
+) -> Int8Rows:
+    """`layer_norm`, then `quantize_rows`."""
+    return quantize_rows(layer_norm(x, weight, bias, eps), input_scale)
+
+
+def rms_norm_int8(
+    x: Tensor, weight: Tensor | None, eps: float, input_scale: Tensor | None
+) -> Int8Rows:
+    """`rms_norm`, then `quantize_rows`."""
+    return quantize_rows(rms_norm(x, weight, eps), input_scale)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

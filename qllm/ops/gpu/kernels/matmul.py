@@ -1,0 +1,266 @@
+"""Products of few or many rows x (M, K) with a weight (N, K), in tiles (N, M).
+
+The weight is the first operand of each tile's product, so that its 64 or more rows fill the matrix
+units even where there is one row of x. K is cut into SLICES of whole blocks: with SPLIT each is a
+program's, and the last program to finish adds them up; without, one program takes them in turn.
+Either way a slice is summed block by block from zero, and slices are added in their order: M, which
+decides whether to split, changes no bit of a result.
+"""
+
+import triton
+import triton.language as tl
+
+from qllm.ops.gpu.kernels.numbers import INTERPRETED, narrow, operand
+
+PANEL = tl.constexpr(64)  # rows of a panel, as in qllm.ops.gpu.layout
+
+
+@triton.jit
+def _and_or(a, mask: tl.constexpr, c):
+    """(a & mask) | c in one instruction, which the compiler does not find by itself."""
+    if INTERPRETED:
+        result = (a & mask) | c
+    else:
+        asm: tl.constexpr = "lop3.b32 $0, $1, $2, $3, 0xEA;"
+        result = tl.inline_asm_elementwise(asm, "=r,r,r,r", [a, mask, c], tl.int32, True, 1)
+    return result
+
+
+@triton.jit
+def _turn(a, by):
+    """a with its bits moved down by some places, those that fall out coming in at the top."""
+    if INTERPRETED:
+        bits = a.to(tl.uint32, bitcast=True)
+        result = ((bits >> by) | (bits << ((32 - by) & 31))).to(tl.int32, bitcast=True)
+    else:
+        asm: tl.constexpr = "shf.r.wrap.b32 $0, $1, $1, $2;"
+        result = tl.inline_asm_elementwise(asm, "=r,r,r", [a, by], tl.int32, True, 1)
+    return result
+
+
+@triton.jit
+def _part(
+    block, row, before, BITS: tl.constexpr, LOW: tl.constexpr, P: tl.constexpr, BK: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """Bits [LOW, LOW + P) of a block's values, in pairs, and `before`: int32 (BN, BK / 2)."""
+    words: tl.constexpr = BK * P // 32  # of a row
+    mask: tl.constexpr = ((1 << P) - 1) * 0x10001 << LOW
+    # Parts lie one after the other, the widest first.
+    start: tl.constexpr = (BITS & ~(2 * P - 1)) * (PANEL * BK // 32)
+    place = block[:, None] + start + row[:, None] * words + tl.arange(0, words)[None, :]
+    turns = (tl.arange(0, 16 // P) * P - LOW) & 31
+    pairs = _turn(tl.load(place)[:, None, :], turns[None, :, None])
+    return _and_or(tl.reshape(pairs, (BN, BK // 2)), mask, before)
+
+
+@triton.jit
+def _pairs(block, row, base, BITS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):
+    """The values of BN rows of a block, in pairs, and base: int32 (BN, BK / 2).
+
+    The second of a pair is 16 bits higher.
+    """
+    pairs = tl.full((BN, BK // 2), base, tl.int32)
+    if BITS & 8:
+        pairs = _part(block, row, pairs, BITS, 0, 8, BK, BN)
+    if BITS & 4:
+        pairs = _part(block, row, pairs, BITS, 0, 4, BK, BN)
+    if BITS & 2:
+        pairs = _part(block, row, pairs, BITS, BITS & 4, 2, BK, BN)
+    if BITS & 1:
+        pairs = _part(block, row, pairs, BITS, BITS & 6, 1, BK, BN)
+    return pairs
+
+
+@triton.jit
+def _halves(pairs, type: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Pairs (BN, BK / 2) of 16-bit values as (BN, BK)."""
+    both = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
+    return tl.reshape(both, (BN, BK)).to(type, bitcast=True)
+
+
+@triton.jit
+def _add_pairs(a, b, type: tl.constexpr):
+    """Sums of two pairs of 16-bit numbers, two to an instruction."""
+    if type == tl.float16:
+        one: tl.constexpr = 0x3C003C00
+        asm: tl.constexpr = "fma.rn.f16x2 $0, $1, $2, $3;"
+    else:
+        one: tl.constexpr = 0x3F803F80
+        asm: tl.constexpr = "fma.rn.bf16x2 $0, $1, $2, $3;"
+    return tl.inline_asm_elementwise(asm, "=r,r,r,r", [a, one, b], tl.int32, True, 1)
+
+
+@triton.jit
+def _weight(
+    block, row, zero, type: tl.constexpr, BITS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr
+):
+    """q - zero of BN rows of a block as numbers, exactly: (BN, BK), for zero int32 (BN,)."""
+    if INTERPRETED or type == tl.float32:
+        values = _halves(_pairs(block, row, 0, BITS, BK, BN), tl.int16, BN, BK)
+        weight = values.to(tl.float32) - zero.to(tl.float32)[:, None]
+    # An integer, put into the lowest bits of a power of two's fraction, makes their sum.
+    elif type == tl.float16:  # 1024 + q, for ten bits
+        pairs = _pairs(block, row, 0x64006400, BITS, BK, BN)
+        minus = (zero | 0xE400) * 0x10001
+        weight = _halves(_add_pairs(pairs, minus[:, None], type), type, BN, BK)
+    elif BITS < 8:  # 128 + q, for seven bits
+        pairs = _pairs(block, row, 0x43004300, BITS, BK, BN)
+        minus = (zero | 0xC300) * 0x10001
+        weight = _halves(_add_pairs(pairs, minus[:, None], type), type, BN, BK)
+    else:  # 128 + the lower seven bits, less 128 where the eighth is not set
+        pairs = _pairs(block, row, 0, BITS, BK, BN)
+        eighth = ((~pairs >> 7) & 0x00010001) * 0xC300
+        low = _and_or(pairs, 0x007F007F, 0x43004300)
+        minus = (-zero.to(tl.float32)).to(type).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        pairs = _add_pairs(_add_pairs(low, eighth, type), (minus * 0x10001)[:, None], type)
+        weight = _halves(pairs, type, BN, BK)
+    return weight
+
+
+@triton.jit
+def _total(total, partials, counters, SLICES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """Keep a slice's sum of a tile; the program that comes last gets those of all, and True."""
+    tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    cells = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+    place = partials + tile.to(tl.int64) * (SLICES * BN * BM) + cells
+    tl.store(place + tl.program_id(2) * (BN * BM), total)
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SLICES - 1
+    if last:
+        tl.store(counters + tile, 0)  # for the next launch
+        total = tl.load(place, cache_modifier=".cg")
+        for s in tl.static_range(1, SLICES):
+            total += tl.load(place + s * (BN * BM), cache_modifier=".cg")
+    return total, last
+
+
+@triton.jit
+def _store(
+    total, bias, y, m, n, rows, outputs, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """Sums (BN, BM) with their bias to y (M, N)."""
+    if HAS_BIAS:
+        total += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
+    place = y + m.to(tl.int64)[None, :] * outputs + n[:, None]
+    inside = (n < outputs)[:, None] & (m < rows)[None, :]
+    tl.store(place, narrow(total, y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def packed_matmul(
+    x, x_stride, q, scales, zeros, bias, y, partials, counters, rows, inputs, outputs, blocks,
+    BITS: tl.constexpr, BK: tl.constexpr, GROUP_BLOCKS: tl.constexpr, HAS_ZEROS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLICES: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """y = x W^T + bias, for W packed as in `qllm.ops.gpu.layout`.
+
+    A block of BK values of a row has one scale, which multiplies the block's sum: the products are
+    of numbers as they are, integers times x.
+
+    Args:
+        q: int32 (panels, blocks, PANEL · BK · BITS / 32).
+        scales, zeros: (G, panels · PANEL).
+    """
+    type: tl.constexpr = x.dtype.element_ty
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    panels = (outputs + PANEL - 1) // PANEL
+    # The last tile may reach beyond the last panel: there it reads that one again.
+    panel, row = tl.minimum(n // PANEL, panels - 1), n % PANEL
+    column = panel * PANEL + row
+    x_rows = x + m.to(tl.int64)[:, None] * x_stride
+    words: tl.constexpr = PANEL * BK * BITS // 32
+    q_panel = q + panel.to(tl.int64) * blocks * words
+    per_slice = (blocks + SLICES - 1) // SLICES
+    first = tl.program_id(2) if SPLIT else 0
+    total = tl.zeros((BN, BM), tl.float32)
+    for s in range(first, first + 1 if SPLIT else SLICES):
+        sums = tl.zeros((BN, BM), tl.float32)
+        for block in range(s * per_slice, tl.minimum(blocks, (s + 1) * per_slice)):
+            group = (block // GROUP_BLOCKS) * panels * PANEL
+            scale = tl.load(scales + group + column).to(tl.float32)
+            if HAS_ZEROS:
+                zero = tl.load(zeros + group + column).to(tl.int32)
+            else:
+                zero = tl.full((BN,), 1 << (BITS - 1), tl.int32)
+            weight = _weight(q_panel + block * words, row, zero, type, BITS, BK, BN)
+            k = block * BK + tl.arange(0, BK)
+            inside = (m < rows)[:, None] & (k < inputs)[None, :]
+            part = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
+            sums += tl.dot(weight, tl.trans(operand(part)), input_precision="ieee") * scale[:, None]
+        total = total + sums if SLICES > 1 and not SPLIT else sums
+    if SPLIT:
+        total, last = _total(total, partials, counters, SLICES, BN, BM)
+        if last:
+            _store(total, bias, y, m, n, rows, outputs, HAS_BIAS, BM, BN)
+    else:
+        _store(total, bias, y, m, n, rows, outputs, HAS_BIAS, BM, BN)
+
+
+@triton.jit
+def dense_matmul(
+    x, x_stride, weight, bias, y, partials, counters, rows, inputs, outputs,
+    BK: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SLICES: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """y = x W^T + bias, for W (N, K) of x's type."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    x_rows = x + m.to(tl.int64)[:, None] * x_stride
+    w_rows = weight + n.to(tl.int64)[:, None] * inputs
+    blocks = (inputs + BK - 1) // BK
+    per_slice = (blocks + SLICES - 1) // SLICES
+    first = tl.program_id(2) if SPLIT else 0
+    total = tl.zeros((BN, BM), tl.float32)
+    for s in range(first, first + 1 if SPLIT else SLICES):
+        sums = tl.zeros((BN, BM), tl.float32)
+        for block in range(s * per_slice, tl.minimum(blocks, (s + 1) * per_slice)):
+            k = block * BK + tl.arange(0, BK)
+            within = (k < inputs)[None, :]
+            part = tl.load(x_rows + k[None, :], mask=(m < rows)[:, None] & within, other=0.0)
+            w = tl.load(w_rows + k[None, :], mask=(n < outputs)[:, None] & within, other=0.0)
+            sums = tl.dot(operand(w), tl.trans(operand(part)), sums, input_precision="ieee")
+        total = total + sums if SLICES > 1 and not SPLIT else sums
+    if SPLIT:
+        total, last = _total(total, partials, counters, SLICES, BN, BM)
+        if last:
+            _store(total, bias, y, m, n, rows, outputs, HAS_BIAS, BM, BN)
+    else:
+        _store(total, bias, y, m, n, rows, outputs, HAS_BIAS, BM, BN)
+
+
+@triton.jit
+def int8_matmul(
+    x, x_scales, weight, scales, bias, y, partials, counters, rows, inputs, outputs,
+    BK: tl.constexpr, PER_ROW: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, SLICES: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """y = (x W^T) · x_scales · scales + bias, for int8 x (M, K) and W (N, K), summed exactly.
+
+    Args:
+        x_scales: float32, one per row of x with PER_ROW, else one for all.
+    """
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    x_rows = x + m.to(tl.int64)[:, None] * inputs
+    w_rows = weight + n.to(tl.int64)[:, None] * inputs
+    blocks = (inputs + BK - 1) // BK
+    per_slice = (blocks + SLICES - 1) // SLICES
+    first = tl.program_id(2) * per_slice if SPLIT else 0
+    total = tl.zeros((BN, BM), tl.int32)
+    for block in range(first, tl.minimum(blocks, first + per_slice) if SPLIT else blocks):
+        k = block * BK + tl.arange(0, BK)
+        within = (k < inputs)[None, :]
+        part = tl.load(x_rows + k[None, :], mask=(m < rows)[:, None] & within, other=0)
+        w = tl.load(w_rows + k[None, :], mask=(n < outputs)[:, None] & within, other=0)
+        total = tl.dot(w, tl.trans(part), total, out_dtype=tl.int32)
+    last = True
+    if SPLIT:
+        total, last = _total(total, partials, counters, SLICES, BN, BM)
+    if last:
+        by_row = tl.load(x_scales + m, mask=m < rows, other=0.0) if PER_ROW else tl.load(x_scales)
+        scale = tl.load(scales + n, mask=n < outputs, other=0.0).to(tl.float32)
+        out = total.to(tl.float32) * (by_row[None, :] if PER_ROW else by_row) * scale[:, None]
+        _store(out, bias, y, m, n, rows, outputs, HAS_BIAS, BM, BN)

@@ -1,0 +1,23 @@
+"""Numbers in 16 bits, which Triton's interpreter takes for integers where they are bfloat16."""
+
+import triton
+import triton.language as tl
+
+# There is no inline assembly in the interpreter, either.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def operand(x):
+    """x as a product takes it."""
+    return x.to(tl.float32) if INTERPRETED else x
+
+
+@triton.jit
+def narrow(x, type: tl.constexpr):
+    """float32 x to a type, rounded to the nearest, halves to even."""
+    if INTERPRETED and type == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(type)

@@ -1,0 +1,158 @@
+"""Products of activations with packed, int8 and dense weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qllm.ops.gpu import device, tiles
+from qllm.ops.gpu.layout import BLOCK, Shape
+from qllm.ops.reference import Int8Rows
+
+DENSE_BLOCK = 64
+FEW_ROWS = 256  # beyond, a dense product is a library's work
+
+
+def about() -> str:
+    """What the kernel of packed weights does, for `--explain`."""
+    return f"{device.about()}; integers times activations, one scale to a block's sum"
+
+
+def about_int8() -> str:
+    """The same of `int8_linear`."""
+    return f"{device.about()}; int8 x int8 -> int32 on the matrix units"
+
+
+def weight_only_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """`reference.weight_only_linear` on tensors of `layout.pack`."""
+    from qllm.ops.gpu.kernels.matmul import packed_matmul
+
+    shape = Shape.of(x.shape[1], out_features, group_size)
+    x = shape.spread(x) if shape.spreads else _rows(x)
+    constants = {
+        "BITS": bits,
+        "BK": shape.block,
+        "GROUP_BLOCKS": shape.room // shape.block,
+        "HAS_ZEROS": qzeros.numel() > 0,
+    }
+    return _multiply(
+        packed_matmul,
+        f"packed-{bits}",
+        (x, x.stride(0), qweight, scales, qzeros),
+        bias,
+        (x.shape[1], out_features, shape.blocks),
+        (shape.blocks,),
+        constants,
+    )
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`reference.dense_linear` for few rows."""
+    from qllm.ops.gpu.kernels.matmul import dense_matmul
+
+    x, weight = _rows(x), weight.to(x.dtype).contiguous()
+    inputs, outputs = x.shape[1], len(weight)
+    return _multiply(
+        dense_matmul,
+        "dense",
+        (x, x.stride(0), weight),
+        bias,
+        (inputs, outputs, -(-inputs // DENSE_BLOCK)),
+        (),
+        {"BK": DENSE_BLOCK},
+    )
+
+
+def int8_linear(
+    x: Tensor | Int8Rows,
+    qweight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """`reference.int8_linear`."""
+    from qllm.ops.gpu.kernels.matmul import int8_matmul
+    from qllm.ops.gpu.rows import quantize
+
+    q, x_scales, dtype = x if isinstance(x, Int8Rows) else quantize(x, input_scale)
+    inputs, outputs = qweight.shape[1], len(qweight)
+    return _multiply(
+        int8_matmul,
+        "int8",
+        (q, x_scales, qweight, scales),
+        bias,
+        (inputs, outputs, -(-inputs // BLOCK)),
+        (),
+        {"BK": BLOCK, "PER_ROW": x_scales.numel() > 1 or x_scales.dim() > 0},
+        dtype,
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with its columns side by side; rows may lie apart."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _multiply(
+    kernel: object,
+    kind: str,
+    operands: tuple,
+    bias: Tensor | None,
+    shape: tuple[int, int, int],
+    extra: tuple[int, ...],
+    constants: dict[str, object],
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Launch a product.
+
+    Args:
+        operands: what the kernel takes first, x in front.
+        shape: inputs, outputs and blocks of the weight.
+        extra: what it takes after inputs and outputs.
+        dtype: of the result; None: that of x.
+    """
+    x = operands[0]
+    rows, (inputs, outputs, blocks) = len(x), shape
+    y = x.new_empty(rows, outputs, dtype=dtype or x.dtype)
+    if rows == 0:
+        return y
+    tile, slices, split = tiles.plan(kind, rows, outputs, blocks, *device.architecture(x.device))
+    grid = (-(-rows // tile.rows), -(-outputs // tile.columns), slices if split else 1)
+    assert grid[0] * grid[1] <= device.MOST_TILES or not split
+    partials = counters = None
+    if split:
+        size = grid[0] * grid[1] * slices * tile.rows * tile.columns
+        kept = torch.int32 if x.dtype == torch.int8 else torch.float32
+        partials, counters = x.new_empty(size, dtype=kept), device.counters(x.device)
+    with device.current(x):
+        kernel[grid](
+            *operands,
+            bias,
+            y,
+            partials,
+            counters,
+            rows,
+            inputs,
+            outputs,
+            *extra,
+            **constants,
+            HAS_BIAS=bias is not None,
+            BM=tile.rows,
+            BN=tile.columns,
+            SLICES=slices,
+            SPLIT=split,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            enable_fp_fusion=x.dtype != torch.int8,  # as the reference rounds what is exact so far
+        )
+    return y

@@ -1,0 +1,68 @@
+"""Rows of activations as int8, with the norm in front of that where there is one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qllm.ops.gpu import device
+from qllm.ops.reference import Int8Rows
+
+NO_NORM, LAYER_NORM, RMS_NORM = range(3)
+
+
+def quantize(x: Tensor, input_scale: Tensor | None) -> Int8Rows:
+    """`reference.quantize_rows`."""
+    return _quantize(x, NO_NORM, None, None, 0.0, input_scale)
+
+
+def layer_norm_int8(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, input_scale: Tensor | None
+) -> Int8Rows:
+    """`reference.layer_norm_int8`."""
+    return _quantize(x, LAYER_NORM, weight, bias, eps, input_scale)
+
+
+def rms_norm_int8(
+    x: Tensor, weight: Tensor | None, eps: float, input_scale: Tensor | None
+) -> Int8Rows:
+    """`reference.rms_norm_int8`."""
+    return _quantize(x, RMS_NORM, weight, None, eps, input_scale)
+
+
+def _quantize(
+    x: Tensor,
+    norm: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    input_scale: Tensor | None,
+) -> Int8Rows:
+    from qllm.ops.gpu.kernels.rows import quantize_rows
+
+    x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    rows, columns = x.shape
+    q = x.new_empty(rows, columns, dtype=torch.int8)
+    scales = input_scale
+    if scales is None:
+        scales = x.new_empty(rows, 1, dtype=torch.float32)
+    width = 1 << (columns - 1).bit_length()
+    if rows:
+        with device.current(x):
+            quantize_rows[(rows,)](
+                x,
+                x.stride(0),
+                weight,
+                bias,
+                q,
+                scales,
+                columns,
+                eps,
+                WIDTH=width,
+                NORM=norm,
+                HAS_WEIGHT=weight is not None,
+                HAS_BIAS=bias is not None,
+                STATIC=input_scale is not None,
+                num_warps=min(16, max(1, width // 512)),
+            )
+    return Int8Rows(q, scales, x.dtype)

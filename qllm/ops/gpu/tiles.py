@@ -1,0 +1,79 @@
+"""The sizes of the products' tiles, from a table by architecture, kind and number of rows.
+
+`python3 -m benchmarks.gpu --tune` measures them on the GPU at hand and writes `tiles.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+TABLE = Path(__file__).with_name("tiles.json")
+DEFAULT = "default"  # the row for what has not been measured
+# The numbers of rows up to which an entry of the table serves; the last one serves all beyond.
+ROWS = (16, 32, 64, 256)
+MOST_SLICES = 16
+FEWEST_BLOCKS = 2  # of a slice
+
+
+class Tile(NamedTuple):
+    """Of a product's result: rows of x and of the weight; and how a program works through it."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+class Plan(NamedTuple):
+    """How a product is cut into programs.
+
+    Attributes:
+        slices: parts of K that are summed by themselves.
+        split: a program takes one of them, and not all.
+    """
+
+    tile: Tile
+    slices: int
+    split: bool
+
+
+@cache
+def table() -> dict:
+    """{architecture: {kind: {"programs": of a processor, "tiles": {rows: Tile's fields}}}}."""
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def entry(architecture: str, kind: str) -> dict:
+    """The table's row of a kind on an architecture, or what stands in for it."""
+    family = kind.partition("-")[0]
+    rows = table().get(architecture, {})
+    return rows.get(kind) or rows.get(family) or table()[DEFAULT][family]
+
+
+def slices(kind: str, columns: int, blocks: int, architecture: str, processors: int) -> int:
+    """Into how many parts K is cut, so that few rows keep every processor busy.
+
+    It is the same for any number of rows, whose results then do not depend on it.
+    """
+    wanted = entry(architecture, kind)["programs"] * processors
+    tiles = -(-columns // entry(architecture, kind)["tiles"][str(ROWS[0])][1])
+    return max(1, min(-(-wanted // tiles), blocks // FEWEST_BLOCKS, MOST_SLICES))
+
+
+def plan(
+    kind: str, rows: int, columns: int, blocks: int, architecture: str, processors: int
+) -> Plan:
+    """How to compute a product of `rows` rows of x and `columns` of the weight.
+
+    Args:
+        kind: "packed-4" and the like for 4 bits, "dense" or "int8".
+        blocks: of K.
+    """
+    size = next((n for n in ROWS if rows <= n), ROWS[-1])
+    tile = Tile(*entry(architecture, kind)["tiles"][str(size)])
+    count = slices(kind, columns, blocks, architecture, processors)
+    tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
+    return Plan(tile, count, split=count > 1 and tiles < processors * 2)
