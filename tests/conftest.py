@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -20,6 +21,17 @@ settings.load_profile("qllm")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # No test asks for the network. Read once too, when huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Triton decides when it is imported, which torch may do, whether it interprets; and no process that
+# a test starts is to do so.
+if importlib.util.find_spec("triton"):
+    import torch
+
+    if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+        os.environ["TRITON_INTERPRET"] = "1"
+        import triton.language  # noqa: F401
+
+        del os.environ["TRITON_INTERPRET"]
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("opt", "bloom", "llama")
@@ -45,6 +57,23 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The device that runs the GPU kernels here: a GPU, or the CPU in Triton's interpreter."""
+    import torch
+
+    from qllm import ops
+
+    if torch.cuda.is_available():
+        yield "cuda"
+        return
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ops.on.cache_clear()
+    yield "cpu"
+    ops.on.cache_clear()
 
 
 def tiny(family: str) -> Path:

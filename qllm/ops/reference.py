@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -94,20 +93,8 @@ def weight_only_linear(
     out_features: int,
     bits: int,
     group_size: int,
-    *,
-    int8: bool = False,
 ) -> Tensor:
-    """x (M, K) times the matrix that the packed integers stand for, in the type of x: (M, N).
-
-    Args:
-        int8: round x to int8 first (see `round_blocks`), and multiply in float32.
-    """
-    if int8:
-        packed = (qweight, scales, qzeros)
-        bias = None if bias is None else bias.float()
-        x_int8 = round_blocks(x, group_size)
-        y = weight_only_linear(x_int8, *packed, bias, out_features, bits, group_size)
-        return y.to(x.dtype)
+    """x (M, K) times the matrix that the packed integers stand for, in the type of x: (M, N)."""
     out = x.new_empty(x.shape[0], out_features)
     rows = max(1, CHUNK_WEIGHTS // x.shape[1])
     for start in range(0, len(qweight), rows):
@@ -120,7 +107,21 @@ def weight_only_linear(
     return out
 
 
-weight_only_linear_int8 = partial(weight_only_linear, int8=True)
+def weight_only_linear_int8(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """`weight_only_linear` of x rounded to int8 (see `round_blocks`), multiplied in float32."""
+    packed = (qweight, scales, qzeros)
+    bias = None if bias is None else bias.float()
+    rounded = round_blocks(x, group_size)
+    return weight_only_linear(rounded, *packed, bias, out_features, bits, group_size).to(x.dtype)
 
 
 def round_blocks(x: Tensor, group_size: int) -> Tensor:

@@ -112,7 +112,8 @@ def _move(
     function(ctypes.byref(Packing(*shape, *arguments, *kept)))
 
 
-def weight_only_linear(
+def _weight_only_linear(
+    mode: int,
     x: Tensor,
     qweight: Tensor,
     scales: Tensor,
@@ -121,16 +122,14 @@ def weight_only_linear(
     out_features: int,
     bits: int,
     group_size: int,
-    *,
-    int8: bool = False,
 ) -> Tensor:
-    """`reference.weight_only_linear` on tensors of `pack`."""
-    mode = WEIGHT_ONLY_INT8 if int8 else WEIGHT_ONLY
+    """`reference.weight_only_linear` or `weight_only_linear_int8` on tensors of `pack`."""
     shape = (out_features, bits, group_size)
     return _linear(x, PackedWeight(qweight, scales, qzeros), bias, shape, mode)
 
 
-weight_only_linear_int8 = partial(weight_only_linear, int8=True)
+weight_only_linear = partial(_weight_only_linear, WEIGHT_ONLY)
+weight_only_linear_int8 = partial(_weight_only_linear, WEIGHT_ONLY_INT8)
 
 
 def int8_linear(

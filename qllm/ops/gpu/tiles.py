@@ -58,9 +58,11 @@ def slices(kind: str, columns: int, blocks: int, architecture: str, processors: 
 
     It is the same for any number of rows, whose results then do not depend on it.
     """
-    wanted = entry(architecture, kind)["programs"] * processors
-    tiles = -(-columns // entry(architecture, kind)["tiles"][str(ROWS[0])][1])
-    return max(1, min(-(-wanted // tiles), blocks // FEWEST_BLOCKS, MOST_SLICES))
+    row = entry(architecture, kind)
+    tiles = -(-columns // row["tiles"][str(ROWS[0])][1])
+    wanted = -(-row["programs"] * processors // tiles)
+    count = max(1, min(wanted, blocks // FEWEST_BLOCKS, MOST_SLICES))
+    return -(-blocks // -(-blocks // count))  # fewer, where the last ones would get none
 
 
 def plan(

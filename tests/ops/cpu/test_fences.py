@@ -5,43 +5,17 @@ A fence is a page of memory that may not be touched: who does dies, hence a proc
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import mmap
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from cpu_paths import DTYPES, Int8, normal, on, paths, random_weight
-from torch import Tensor
+from fences import fenced, kept, run_in
 
 from qllm.ops.cpu import library as native
 from qllm.ops.cpu import linear, steps
-
-NO_ACCESS = 0
-TESTS = Path(__file__).parents[2]
-kept: list[mmap.mmap] = []
-
-
-def fenced(tensor: Tensor, *, at_end: bool) -> Tensor:
-    """A copy between two fences, which begins or ends with one."""
-    if not tensor.numel():
-        return tensor
-    pages = -(-tensor.nbytes // mmap.PAGESIZE)
-    area = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
-    kept.append(area)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    for page in (0, pages + 1):
-        at = ctypes.c_void_p(start + page * mmap.PAGESIZE)
-        assert not ctypes.CDLL(None).mprotect(at, mmap.PAGESIZE, NO_ACCESS)
-    offset = mmap.PAGESIZE + (pages * mmap.PAGESIZE - tensor.nbytes if at_end else 0)
-    copy = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-    return copy.view(tensor.shape).copy_(tensor)
 
 
 def run_steps(dtype: torch.dtype, fence) -> None:
@@ -108,26 +82,16 @@ def run_all(path: str) -> None:
 def test_nothing_outside_is_touched(path):
     if path not in paths():
         pytest.skip(f"this machine lacks {native.PATHS[path]}")
-    done = run_here(f"run_all({path!r})")
+    done = run_in(Path(__file__), f"run_all({path!r})")
     assert done.returncode == 0, done.stderr
 
 
 def test_a_fence_kills():
     for place in (-1, 5):
         tensor = f"fenced(torch.zeros(5, dtype=torch.uint8), at_end={place > 0})"
-        done = run_here(f"print(ctypes.string_at({tensor}.data_ptr() + {place}, 1))")
+        done = run_in(
+            Path(__file__),
+            f"import ctypes; print(ctypes.string_at({tensor}.data_ptr() + {place}, 1))",
+        )
         killed = done.returncode < 0 or "SEGV" in done.stderr  # a sanitizer says so, and exits
         assert killed and not done.stdout
-
-
-def run_here(command: str) -> subprocess.CompletedProcess:
-    """A command in this module, in a process of its own."""
-    program = f"from {Path(__file__).stem} import *; {command}"
-    folders = [str(ROOT), str(TESTS), str(Path(__file__).parent)]
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )

@@ -147,7 +147,7 @@ def decode_attention(
                     sum2 = sum2 * fade[:, None] + weight[:, None] * found2
         if last:
             out = y + row.to(tl.int64) * heads * DIM + (head * DIM)[:, None] + column[None, :]
-            sum1 = narrow(sum1 / total[:, None], type)
-            sum2 = narrow(sum2 / total[:, None], type)
-            tl.store(out, sum1, mask=is_head[:, None] & in_first[None, :])
-            tl.store(out + FIRST, sum2, mask=is_head[:, None] & in_second[None, :])
+            mean1 = narrow(sum1 / total[:, None], type)
+            mean2 = narrow(sum2 / total[:, None], type)
+            tl.store(out, mean1, mask=is_head[:, None] & in_first[None, :])
+            tl.store(out + FIRST, mean2, mask=is_head[:, None] & in_second[None, :])

@@ -1,0 +1,77 @@
+"""No GPU kernel reads or writes outside of its tensors: in the interpreter, between fences."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from cpu_paths import normal, random_weight
+from fences import fenced, kept, run_in
+
+from qllm.ops.gpu import attention, layout, linear, rows
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def run_linear(dtype: torch.dtype, fence) -> None:
+    for (outputs, inputs), count in itertools.product(((1, 1), (70, 67), (65, 400)), (1, 3, 20)):
+        x, bias = fence(normal(count, inputs, dtype=dtype)), fence(normal(outputs, dtype=dtype))
+        for bits, group, scheme in ((3, 32, "asym"), (4, -1, "sym"), (8, 20, "asym")):
+            stored = random_weight((outputs, inputs), bits, group, scheme).stored
+            tensors = map(fence, layout.pack(stored, bits, group, inputs)[:3])
+            linear.weight_only_linear(x, *tensors, bias, outputs, bits, group)
+        linear.dense_linear(x, fence(normal(outputs, inputs, dtype=dtype)), bias)
+        q = fence(torch.ones(outputs, inputs, dtype=torch.int8))
+        for scale in (None, fence(torch.tensor(0.02))):
+            linear.int8_linear(x, q, fence(torch.ones(outputs)), bias, scale, outputs)
+        weight = fence(normal(inputs, dtype=dtype))
+        rows.layer_norm_int8(x, weight, fence(normal(inputs, dtype=dtype)), 1e-5, None)
+        rows.rms_norm_int8(x, weight, 1e-5, fence(torch.tensor(0.02)))
+
+
+def run_attention(dtype: torch.dtype, fence) -> None:
+    attention.SPAN, attention.BLOCK = 32, 16
+    for heads, kv_heads, dim in ((1, 1, 1), (4, 2, 2), (2, 1, 34)):
+        slopes = fence(torch.ones(heads))
+        for length in (1, 33, 65):
+            new = fence(normal(3, (heads + 2 * kv_heads) * dim, dtype=dtype))
+            turns = [*map(fence, normal(2, 3, dim, dtype=dtype))] if dim > 1 else None
+            cache = map(fence, normal(2, 3, kv_heads, length, dim, dtype=dtype))
+            places = fence(torch.tensor([length - 1, 0, length - 1]))
+            attention.decode_attention(new, *cache, places, length, turns, slopes)
+
+
+def run_all() -> None:
+    """Every kernel, all tensors fenced: those that it is given and those that it makes."""
+    for at_end, dtype in itertools.product((True, False), DTYPES):
+        fence = partial(fenced, at_end=at_end)
+
+        def new_empty(x, *shape, dtype=None, device=None, fence=fence):
+            return fence(torch.zeros(*shape, dtype=dtype or x.dtype))
+
+        torch.Tensor.new_empty = new_empty
+        for run in (run_linear, run_attention):
+            run(dtype, fence)
+            kept.clear()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+def test_nothing_outside_is_touched():
+    done = run_in(Path(__file__), "run_all()", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+def test_a_kernel_that_touched_it_would_die():
+    command = (
+        "from qllm.ops.gpu.kernels.rows import quantize_rows; x = fenced(torch.ones(1, 100),"
+        " at_end=True); q = torch.ones(4000, dtype=torch.int8); quantize_rows[(1,)](x, 100, None,"
+        " None, q, torch.ones(1), 3000, 0.0, WIDTH=4096, NORM=0, HAS_WEIGHT=False, HAS_BIAS=False,"
+        " STATIC=False)"
+    )
+    done = run_in(Path(__file__), command, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode < 0

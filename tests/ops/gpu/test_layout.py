@@ -1,0 +1,87 @@
+"""The layout of packed weights on a GPU, which is made in torch ops: these tests need no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qllm.ops.gpu import layout
+from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
+from qllm.quant.packing import BITS, PackedWeight
+from qllm.quant.packing import pack as pack_rows
+
+
+def stored(values: torch.Tensor, bits: int, groups: int, *, zeros: bool = True) -> PackedWeight:
+    rows, count = len(values), groups
+    scales = torch.arange(1, rows * count + 1).view(rows, count).half()
+    qzeros = torch.arange(rows * count).view(rows, count) % 2**bits
+    qzeros = qzeros.to(torch.uint8) if zeros else torch.empty(0, dtype=torch.uint8)
+    return PackedWeight(pack_rows(values, bits), scales, qzeros)
+
+
+@given(
+    rows=st.integers(1, 130),
+    columns=st.integers(1, 300),
+    bits=st.sampled_from(BITS),
+    group_size=st.sampled_from((-1, 1, 16, 20, 32, 100, 128, 200)),
+    zeros=st.booleans(),
+)
+def test_there_is_a_way_back(rows, columns, bits, group_size, zeros):
+    shape = Shape.of(columns, rows, group_size)
+    values = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8)
+    weight = stored(values, bits, shape.groups, zeros=zeros)
+    packed = layout.pack(weight, bits, group_size, columns)
+    back = layout.unpack(packed, bits, group_size, columns, rows)
+    for got, expected in zip(back[:3], weight[:3], strict=True):
+        assert got.dtype == expected.dtype and torch.equal(got, expected)
+
+
+def test_large_weights_are_repacked_in_parts(monkeypatch):
+    values = torch.randint(0, 8, (3 * PANEL + 5, 150), dtype=torch.uint8)
+    weight = stored(values, 3, 5)
+    whole = layout.pack(weight, 3, 32, 150)
+    monkeypatch.setattr(layout, "CHUNK", 1)
+    parts = layout.pack(weight, 3, 32, 150)
+    assert torch.equal(whole.qweight, parts.qweight)
+    assert torch.equal(layout.unpack(parts, 3, 32, 150, len(values)).qweight, weight.qweight)
+
+
+def test_the_bits_of_a_block():
+    # Of 32 values of 3 bits: two words of the lower two bits, then one of the highest; pair r is
+    # the values 2 r and 2 r + 1, the second 16 bits up.
+    values = torch.zeros(1, 32, dtype=torch.uint8)
+    values[0, 0] = 0b111  # pair 0: word 0, field 0
+    values[0, 3] = 0b010  # pair 1, second: word 1, field 0
+    values[0, 4] = 0b101  # pair 2: word 0, field 1; of the third word, field 2
+    packed = layout.pack(stored(values, 3, 1), 3, 32, 32)
+    assert packed.qweight.shape == (1, 1, PANEL * 3)
+    words = packed.qweight[0, 0]
+    assert words[0] == 0b11 | 0b01 << 2
+    assert words[1] == 0b10 << 16
+    assert words[2 * PANEL] == 0b1 | 0b1 << 2
+    assert words.count_nonzero() == 3
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_weight_takes_as_many_bytes_as_its_bits(bits):
+    weight = stored(torch.zeros(256, 1024, dtype=torch.uint8), bits, 8)
+    assert layout.pack(weight, bits, 128, 1024).qweight.nbytes == 256 * 1024 * bits // 8
+
+
+@pytest.mark.parametrize(
+    ("group_size", "room", "block"),
+    [
+        (-1, 1024, BLOCK),
+        (16, 32, 32),
+        (32, 32, 32),
+        (48, 64, 64),
+        (100, 128, BLOCK),
+        (200, 256, BLOCK),
+    ],
+)
+def test_the_room_of_a_group(group_size, room, block):
+    shape = Shape.of(1000, 64, group_size)
+    assert (shape.room, shape.block) == (room, block)
+    assert shape.spreads == (group_size not in (-1, 32))

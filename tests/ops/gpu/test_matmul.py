@@ -1,0 +1,154 @@
+"""Products of the GPU kernels: near the exact ones, and the same whatever the other rows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from cpu_paths import DTYPES, normal, pattern, random_weight
+from gpu_kernels import multiply, packed
+from torch import Tensor
+
+from qllm.config import SCHEMES
+from qllm.ops import reference
+from qllm.ops.gpu import device as device_of
+from qllm.ops.gpu import linear, rows, tiles
+from qllm.ops.reference import Int8Rows
+from qllm.quant.packing import BITS
+
+SHAPES = ((1, 1), (13, 67), (70, 300), (130, 520))  # (N, K)
+GROUPS = (-1, 16, 20, 32, 100, 128, 200)
+ROWS = (1, 3, 16, 17, 40, 70)
+
+
+def rms(values: Tensor) -> float:
+    return values.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_the_error_is_at_most_twice_the_reference_s(bits, dtype, gpu):
+    cases = list(itertools.product(SHAPES, GROUPS, SCHEMES))
+    for i, (shape, group_size, scheme) in enumerate(cases):
+        if i % 4 != bits % 4:  # each shape and group at some bits: the interpreter is slow
+            continue
+        weight = random_weight(shape, bits, group_size, scheme)
+        count = ROWS[i % len(ROWS)]
+        x = normal(count, shape[1] + 3, dtype=dtype)[:, : shape[1]]
+        bias = normal(shape[0], dtype=dtype) if i % 8 < 4 else None
+        got = multiply(weight, x, bias, gpu)
+        assert got.dtype == dtype and got.shape == (count, shape[0])
+        exact = weight.exact(x, bias)
+        error = rms(got.double() - exact)
+        size = torch.finfo(dtype).eps * rms(weight.size(x, bias))
+        allowed = 2 * rms(weight.reference(x, bias).double() - exact)
+        # The reference may be exact by chance, the more so the fewer numbers it finds.
+        assert error <= allowed + (size / 16 if got.numel() > 64 else size)
+
+
+def integers(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Numbers whose products with up to 8 bits are summed exactly in a block, in any order."""
+    draw = torch.Generator().manual_seed(sum(shape))
+    return torch.randint(-8, 9, shape, generator=draw).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_row_is_the_same_whatever_is_beside_it(bits, dtype, gpu):
+    # Of sums of blocks the order counts: with 4 slices, which one row's programs share.
+    weight = random_weight((70, 1280), bits, 128)
+    x = integers(150, 1280, dtype=dtype)
+    architecture = device_of.architecture(torch.device(gpu))
+    plans = [tiles.plan(f"packed-{bits}", count, 70, 10, *architecture) for count in (1, 150)]
+    assert plans[0].split and plans[0].slices == plans[1].slices > 1
+    whole = multiply(weight, x, None, gpu)
+    for first, count in ((0, 1), (3, 16), (20, 17), (5, 40), (80, 70)):
+        some = slice(first, first + count)
+        assert torch.equal(multiply(weight, x[some], None, gpu), whole[some])
+
+
+def test_splitting_changes_no_bit(gpu, monkeypatch):
+    weight = random_weight((200, 1280), 4, 128)
+    x, dense = integers(5, 1280, dtype=torch.float32), integers(200, 1280, dtype=torch.float32)
+    dense *= 0.1
+    plan, found = tiles.plan, {}
+    for split in (True, False):
+        monkeypatch.setattr(tiles, "plan", lambda *a, s=split: plan(*a)._replace(split=s))
+        product = linear.dense_linear(x.to(gpu), dense.to(gpu), None).cpu()
+        found[split] = (multiply(weight, x, None, gpu), product)
+    assert all(map(torch.equal, found[True], found[False]))
+
+
+def test_counters_are_left_as_they_were(gpu):
+    weight = random_weight((70, 1280), 4, 128)
+    x = normal(2, 1280)
+    first = multiply(weight, x, None, gpu)
+    assert not device_of.counters(torch.device(gpu)).any()
+    assert torch.equal(multiply(weight, x, None, gpu), first)
+
+
+@pytest.mark.parametrize("special", [math.inf, -math.inf, math.nan])
+def test_what_is_no_number_gives_what_the_reference_gives(special, gpu):
+    weight = random_weight((40, 256), 4, 128)
+    x = normal(3, 256, dtype=torch.bfloat16)
+    x[1, 130] = special
+    got = multiply(weight, x, None, gpu)
+    assert torch.equal(pattern(got), pattern(weight.reference(x)))
+
+
+def test_no_rows(gpu):
+    weight = random_weight((40, 256), 4, 128)
+    assert multiply(weight, normal(0, 256), None, gpu).shape == (0, 40)
+
+
+def test_scales_in_float32(gpu):
+    weight = random_weight((40, 256), 4, 128, scales_dtype=torch.float32)
+    assert packed(weight, gpu).scales.dtype == torch.float32
+    x = normal(3, 256)
+    assert torch.allclose(multiply(weight, x, None, gpu).double(), weight.exact(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("static", [False, True])
+def test_int8_is_exact(static, dtype, gpu):
+    for (outputs, inputs), count in zip(SHAPES, (40, 1, 17, 130), strict=True):
+        x = normal(count, inputs + 2, dtype=dtype)[:, :inputs]
+        x[0] *= 100
+        q = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
+        scales, bias = normal(outputs).abs().half(), normal(outputs, dtype=dtype)
+        scale = torch.tensor(0.03) if static else None
+        expected = reference.int8_linear(x, q, scales, bias, scale, outputs)
+        x, q, scales, bias = (tensor.to(gpu) for tensor in (x, q, scales, bias))
+        scale = None if scale is None else scale.to(gpu)
+        got = linear.int8_linear(x, q, scales, bias, scale, outputs)
+        assert got.dtype == dtype and torch.equal(got.cpu(), expected)
+        # The same from rows that are int8 already, as a norm makes them.
+        made = rows.quantize(x, scale)
+        assert isinstance(made, Int8Rows) and made.dtype == dtype
+        assert torch.equal(linear.int8_linear(made, q, scales, bias, scale, outputs), got)
+
+
+def test_int8_sums_that_float32_cannot_hold(gpu):
+    # Above 2^24 there are no odd numbers: of ones that are added there, one by one, all are lost.
+    x = torch.cat([torch.full((1, 2048), 127.0), torch.ones(1, 64)], dim=1)
+    q = x.to(torch.int8).repeat(3, 1)
+    one = torch.ones(3)
+    arguments = (x, q, one, None, torch.ones(()))
+    got = linear.int8_linear(*(part if part is None else part.to(gpu) for part in arguments), 3)
+    assert got.tolist() == [[127.0 * 127 * 2048 + 64] * 3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense_rows_are_the_same_whatever_is_beside_them(dtype, gpu):
+    weight = integers(70, 640, dtype=dtype) * 0.5
+    x = integers(200, 640, dtype=dtype)
+    bias = integers(70, dtype=dtype).to(gpu)
+    whole = linear.dense_linear(x.to(gpu), weight.to(gpu), bias).cpu()
+    exact = (x.double() @ weight.double().t() + bias.cpu().double()).to(dtype)
+    assert torch.equal(whole, exact)
+    for some in (slice(0, 1), slice(3, 20), slice(100, 180)):
+        assert torch.equal(
+            linear.dense_linear(x[some].to(gpu), weight.to(gpu), bias).cpu(), whole[some]
+        )

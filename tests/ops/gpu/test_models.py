@@ -1,0 +1,115 @@
+"""Whole models on the GPU kernels, and a decode step that is captured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import run_json, tiny
+from oracle import load
+
+from qllm import ops
+from qllm.config import QuantPlan, QuantSpec
+from qllm.models import Decoder
+
+PROMPTS = [[5, 6, 7, 8, 9], [40, 41]]
+STEPS = 1
+# One for every kind of position, norm and bitwidth; on a GPU, all of each family.
+PLANS = (("llama", "4"), ("bloom", "3"), ("opt", "8:tc-li"))
+
+
+def model_of(family: str, bitwidth: str, device: str) -> Decoder:
+    plan = QuantPlan.uniform(QuantSpec.parse(bitwidth))
+    return load(tiny(family), plan=plan, dtype=torch.float32, device=device)
+
+
+def logits_of(model: Decoder, prompts: list[list[int]]) -> torch.Tensor:
+    """Of some steps behind prompts: (B, STEPS + 1, V)."""
+    cache = model.new_cache(len(prompts), max(map(len, prompts)) + STEPS)
+    found = [model.prefill(prompts, cache)]
+    for _ in range(STEPS):
+        found.append(model.decode(found[-1].argmax(-1), cache))
+    return torch.stack(found, dim=1).cpu()
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The same by the CPU's kernels, before any test asks for the GPU's."""
+    return {plan: logits_of(model_of(*plan, "cpu"), PROMPTS) for plan in PLANS}
+
+
+@pytest.mark.parametrize("plan", PLANS, ids="-".join)
+def test_a_model_finds_what_it_finds_on_a_cpu(plan, expected, gpu):
+    model = model_of(*plan, gpu)
+    layer = model.layers[0]
+    assert {m.choice.kernel.name for m in (layer.mlp.down, layer.attention.qkv)} == {"triton"}
+    fused = plan[1] == "8:tc-li"
+    assert layer.attention_norm.op.endswith("_int8") == fused
+    assert model.lm_head.choice.kernel.name == "triton"
+    got, want = logits_of(model, PROMPTS), expected[plan]
+    assert torch.equal(got.argmax(-1), want.argmax(-1))
+    # int8 activations may fall to either side of a step.
+    assert (got - want).abs().max() <= (0.1 if fused else 2e-3) * want.abs().max()
+
+
+def test_a_script_says_which_kernels_run(gpu):
+    arguments = ("--model-name", "llama", "--model-size", "tiny", "--bitwidth", "4", "--explain")
+    arguments += ("--prompt", "a", "--max-gen-tokens", "1", "--device", gpu)
+    text = str(run_json("qllm_gen.py", *arguments))
+    assert "Triton, " in text and "integers times activations" in text
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bitwidth", ["3", "4", "8", "8:tc-li", "16"])
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama"])
+def test_a_captured_step_is_the_same(family, bitwidth, dtype):
+    plan = QuantPlan.uniform(QuantSpec.parse(bitwidth))
+    model = load(tiny(family), plan=plan, dtype=dtype, device="cuda")
+    cache, plain = model.new_cache(2, 40), model.new_cache(2, 40)
+    tokens = model.prefill(PROMPTS, cache).argmax(-1)
+    model.prefill(PROMPTS, plain)
+    for _ in range(10):
+        plain.tape = None
+        model.alone = False  # not captured
+        want = model.decode(tokens, plain)
+        model.alone = True
+        got = model.decode(tokens, cache)
+        assert torch.equal(got, want)
+        tokens = got.argmax(-1)
+    assert cache.tape._graph is not None
+
+
+@cuda
+@pytest.mark.parametrize("bitwidth", ["3", "4", "8", "8:tc-li"])
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama"])
+def test_a_row_is_the_same_whatever_is_beside_it(family, bitwidth):
+    plan = QuantPlan.uniform(QuantSpec.parse(bitwidth))
+    model = load(tiny(family), plan=plan, dtype=torch.bfloat16, device="cuda")
+    prompts = [list(range(5, 6 + 7 * i % 60)) for i in range(1, 101)]
+    together = logits_of(model, prompts)
+    for i in range(0, 100, 9):
+        assert torch.equal(logits_of(model, [prompts[i]])[0], together[i])
+    for size in (7, 33):
+        for start in range(0, 100, size):
+            some = slice(start, start + size)
+            assert torch.equal(logits_of(model, prompts[some]), together[some])
+
+
+@cuda
+def test_prefill_waits_for_nothing():
+    model = load(tiny("llama"), plan=QuantPlan.uniform(QuantSpec.parse("4")), device="cuda")
+    model.prefill(PROMPTS)
+    x = model.embed.weight[:7]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for layer in model.layers:
+            x = layer.mlp_block(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_nothing_is_captured_on_a_cpu():
+    assert not ops.can_capture(torch.device("cpu"))

@@ -1,0 +1,136 @@
+"""What the GPU kernels compile to, for any GPU, on a machine that has none.
+
+    python3 -m tools.compile_gpu_kernels 80 90
+
+prints a line of JSON for each kernel and compute capability: registers of a thread, bytes of them
+that did not fit (stack) and of shared memory, and the matrix instructions. Triton must not be told
+to interpret.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qllm.ops.gpu import tiles
+from qllm.ops.gpu.kernels import attention, matmul, rows
+
+BITS = (3, 4, 8)
+INSTRUCTIONS = ("HGMMA", "IGMMA", "HMMA", "IMMA")
+ALIGNED = ("inputs", "x_stride")  # numbers that are multiples of 16 in any model
+
+
+class Job(NamedTuple):
+    """A kernel, the types of its tensors by name, its constants, and how it is launched."""
+
+    name: str
+    kernel: triton.JITFunction
+    tensors: dict[str, str]
+    constants: dict[str, object]
+    warps: int
+    stages: int
+
+
+def products(capability: str) -> Iterator[Job]:
+    """Products, in the tiles for few rows and for many."""
+    common = {"x": "*bf16", "bias": "*bf16", "y": "*bf16", "counters": "*i32", "partials": "*fp32"}
+    packed = {"q": "*i32", "scales": "*fp16", "zeros": "*u8"}
+    int8 = {"x": "*i8", "x_scales": "*fp32", "weight": "*i8", "scales": "*fp16", "partials": "*i32"}
+    kinds = [
+        (f"packed-{bits}", matmul.packed_matmul, packed, {"BITS": bits, "BK": 128}) for bits in BITS
+    ]
+    kinds.append(("dense", matmul.dense_matmul, {"weight": "*bf16"}, {"BK": 64}))
+    kinds.append(("int8", matmul.int8_matmul, int8, {"BK": 128, "PER_ROW": True}))
+    for kind, kernel, tensors, constants in kinds:
+        for count in (tiles.ROWS[0], tiles.ROWS[-1]):
+            tile = tiles.Tile(*tiles.entry(capability, kind)["tiles"][str(count)])
+            cut = {
+                "SLICES": 4,
+                "SPLIT": count == tiles.ROWS[0],
+                "BM": tile.rows,
+                "BN": tile.columns,
+            }
+            if kind.startswith("packed"):
+                cut |= {"GROUP_BLOCKS": 1, "HAS_ZEROS": True}
+            every = constants | cut | {"HAS_BIAS": True}
+            name = f"{kind}, {count} rows"
+            yield Job(name, kernel, common | tensors, every, tile.warps, tile.stages)
+
+
+def others() -> Iterator[Job]:
+    """What is no product."""
+    names = ("qkv", "cos", "sin", "keys", "values", "y")
+    tensors = dict.fromkeys(names, "*bf16")
+    tensors |= {"slopes": "*fp32", "positions": "*i64", "partials": "*fp32", "counters": "*i32"}
+    for dim in (64, 128):
+        constants = {"DIM": dim, "FIRST": dim // 2, "HALF": dim // 2, "GROUP": 1, "SPLITS": 8}
+        constants |= {"GROUP_ROOM": 16, "SPAN": 256, "BLOCK": 64, "TURN": True, "SLOPE": True}
+        name = f"attention, heads of {dim}"
+        yield Job(name, attention.decode_attention, tensors, constants, 4, 2)
+    tensors = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "q": "*i8", "scales": "*fp32"}
+    constants = {"WIDTH": 4096, "NORM": 1, "HAS_WEIGHT": True, "HAS_BIAS": True, "STATIC": False}
+    yield Job("norm to int8", rows.quantize_rows, tensors, constants, 8, 1)
+
+
+def build(job: Job, capability: int) -> dict[str, object]:
+    """Compile a kernel, and say what came of it."""
+    names = job.kernel.arg_names
+    numbers = {"scale": "fp32", "eps": "fp32"}
+    types = {
+        name: "constexpr" if name in job.constants else {**numbers, **job.tensors}.get(name, "i32")
+        for name in names
+    }
+    constants = {(names.index(name),): value for name, value in job.constants.items()}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name in job.tensors or name in ALIGNED
+    }
+    source = ASTSource(fn=job.kernel, signature=types, constexprs=constants, attrs=aligned)
+    options = {"num_warps": job.warps, "num_stages": job.stages}
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    usage, code = disassemble(built.asm["cubin"])
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return {
+        "kernel": job.name,
+        "capability": capability,
+        "registers": int(registers),
+        "stack": int(stack),
+        "shared": built.metadata.shared,
+        "instructions": [name for name in INSTRUCTIONS if name in code],
+    }
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """What a kernel takes, and its instructions, by the tools that Triton brings."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = ((tools / "cuobjdump", "-res-usage"), (tools / "nvdisasm", "-c"))
+        texts = (
+            subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+            for command in commands
+        )
+        usage, code = texts
+        return usage, code
+
+
+def main() -> None:
+    for capability in map(int, sys.argv[1:]):
+        for job in (*products(f"{capability // 10}.{capability % 10}"), *others()):
+            print(json.dumps(build(job, capability)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
