@@ -120,6 +120,7 @@ class Decode:
         slopes = encoding.slopes
         self.slopes = None if slopes is None else slopes.to(device)
         self.angles: tuple[Tensor, Tensor] | None = None
+        self.table = encoding.table(cache.capacity, cache.dtype, device)
 
     def begin(self, tokens: Tensor) -> None:
         """Take the next tokens (B,), which come where the cache ends.
@@ -131,7 +132,10 @@ class Decode:
         self.tokens.copy_(tokens)
         self.positions.copy_(torch.tensor(self.cache.lengths))
         self.span = max(self.cache.lengths) + 1
-        angles = self.encoding.angles(self.positions, self.span, self.cache.dtype)
+        if self.table is None:
+            angles = self.encoding.angles(self.positions, self.span, self.cache.dtype)
+        else:
+            angles = tuple(part[self.positions] for part in self.table)
         if self.angles is None:
             self.angles = angles
         else:

@@ -37,6 +37,12 @@ class PositionEncoding(nn.Module):
         """Cosines and sines (N, D) for tokens at `positions` (N,); the largest is longest - 1."""
         return None
 
+    def table(
+        self, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor] | None:
+        """The angles of every position in a cache, (capacity, D); None: they depend on more."""
+        return None
+
 
 class LearnedPositions(PositionEncoding):
     """OPT: a learned vector per position is added to the embedding. Buffer: weight (P + 2, C)."""
@@ -110,6 +116,13 @@ class RotaryPositions(PositionEncoding):
         angles = positions[:, None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)  # (N, D)
         return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def table(
+        self, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor] | None:
+        if self.config.rope.kind == "dynamic":
+            return None
+        return self.angles(torch.arange(capacity, device=device), capacity, dtype)
 
 
 POSITIONS: dict[str, type[PositionEncoding]] = {
