@@ -127,8 +127,10 @@ PUBLISHED = {
         1024, 24, 16, do_layer_norm_before=False, word_embed_proj_dim=512
     ),
     "facebook/opt-1.3b": opt_config(2048, 24, 32),
+    "facebook/opt-13b": opt_config(5120, 40, 40),
     "bigscience/bloom-560m": bloom_config(1024, 24, 16),
     "bigscience/bloom-1b1": bloom_config(1536, 24, 16),
+    "bigscience/bloom-7b1": bloom_config(4096, 30, 32),
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": llama_config(2048, 22, 32, 4, 5632),
     "meta-llama/Llama-2-7b-hf": llama_config(4096, 32, 32, 32, 11008),
 }

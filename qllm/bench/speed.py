@@ -21,6 +21,7 @@ from qllm.evaluate.agreement import quantile
 from qllm.evaluate.perplexity import exp
 from qllm.ops.cpu import build
 from qllm.ops.cpu.limits import int8_rate, read_bandwidth
+from qllm.ops.gpu import limits as gpu
 
 PERCENTILES = (90, 99)
 
@@ -41,8 +42,9 @@ class Limits:
     """What the machine does at most.
 
     Attributes:
-        bandwidth: bytes that all threads read from memory in a second.
-        arithmetic: operations in a second of int8 products, two for each.
+        bandwidth: bytes that all threads read from memory in a second; on a GPU, that a copy
+            reads and writes.
+        arithmetic: operations in a second of int8 products, two for each; on a GPU, of bfloat16.
     """
 
     bandwidth: float
@@ -50,19 +52,24 @@ class Limits:
 
     @classmethod
     def measure(cls, device: torch.device | str) -> Limits | None:
-        """By our kernels; None where there are none."""
-        if torch.device(device).type != "cpu":
+        """By our kernels, on a GPU by torch's; None where there are none."""
+        device = torch.device(device)
+        if device.type == "cuda":
+            if not torch.cuda.is_available():
+                return None
+            return cls(gpu.copy_bandwidth(device), _arithmetic(device))
+        if device.type != "cpu":
             return None
         try:
-            return cls(read_bandwidth(), _arithmetic())
+            return cls(read_bandwidth(), _arithmetic(device))
         except build.Unavailable:
             return None
 
 
 @cache
-def _arithmetic() -> float:
+def _arithmetic(device: torch.device) -> float:
     """Which drifts less than memory does, and takes longer to measure."""
-    return int8_rate()
+    return int8_rate() if device.type == "cpu" else gpu.product_rate(device)
 
 
 def cases(

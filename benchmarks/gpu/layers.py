@@ -1,0 +1,129 @@
+"""One linear layer of a shape: packed, int8 and dense, and what torch has for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qllm.config import QuantSpec
+from qllm.layers import linear_class
+from qllm.layers.base import Linear
+from qllm.ops.gpu.limits import seconds
+from qllm.quant.packing import packed_size
+
+GROUP = 128
+WORKING_SET = 4  # times the cache, so that a weight comes from memory
+DEVIATION = 0.02  # of the weights
+MOST_COPIES = 64
+
+
+class Bench(NamedTuple):
+    """A layer in several copies, whose weights together do not fit into the cache.
+
+    Attributes:
+        size: bytes of a copy's weight.
+        rate: which of the machine's rates its products are measured against.
+        runs: multiply x by a copy, one each.
+    """
+
+    name: str
+    size: int
+    rate: str
+    runs: list[Callable[[Tensor], object]]
+
+
+def random_layer(
+    inputs: int, outputs: int, bitwidth: str, dtype: torch.dtype, device: torch.device
+) -> Linear:
+    """A layer of integers that are drawn, in its kernel's layout."""
+    spec = QuantSpec.parse(bitwidth)
+    empty = linear_class(spec).empty(inputs, outputs, False, spec, dtype)
+    tensors = {
+        name: fill(name, tensor, device) for name, tensor in empty.named_buffers() if tensor.numel()
+    }
+    for name, tensor in tensors.items():
+        setattr(empty, name, tensor)
+    for name, tensor in empty.named_buffers():
+        if tensor.is_meta:
+            setattr(empty, name, torch.empty_like(tensor, device=device))
+    if spec.kind != "dense":
+        empty.settle()
+    return empty
+
+
+def fill(name: str, like: Tensor, device: torch.device) -> Tensor:
+    """Values for a buffer of a layer or norm."""
+    if like.dtype in (torch.uint8, torch.int8):
+        low, high = (0, 256) if like.dtype == torch.uint8 else (-128, 128)
+        if name.endswith("qzeros"):
+            low, high = 7, 10
+        return torch.randint(low, high, like.shape, device=device).to(like.dtype)
+    if name.endswith("scales"):
+        return torch.full(like.shape, DEVIATION / 8, dtype=like.dtype, device=device)
+    return (torch.randn(like.shape, device=device) * DEVIATION).to(like.dtype)
+
+
+def ours(
+    inputs: int, outputs: int, bitwidth: str, dtype: torch.dtype, device: torch.device, cache: int
+) -> Bench:
+    """A layer of this package."""
+    first = random_layer(inputs, outputs, bitwidth, dtype, device)
+    layers = [first]
+    layers += [
+        random_layer(inputs, outputs, bitwidth, dtype, device)
+        for _ in range(copies(first.nbytes(), cache) - 1)
+    ]
+    rate = "int8" if bitwidth.startswith("8:tc") else "bfloat16"
+    return Bench(f"qllm {bitwidth}", first.nbytes(), rate, [layer.forward for layer in layers])
+
+
+def rivals(
+    inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, cache: int
+) -> Iterator[Bench]:
+    """What torch has: its dense product, and that of 4 bits where it runs."""
+    size = inputs * outputs * dtype.itemsize
+    like = torch.empty(outputs, inputs, dtype=dtype, device="meta")
+    weights = [fill("weight", like, device) for _ in range(copies(size, cache))]
+    runs = [lambda x, w=w: F.linear(x, w) for w in weights]
+    yield Bench(f"torch {str(dtype).removeprefix('torch.')}", size, "bfloat16", runs)
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return
+    size = packed_size(inputs, 4) * outputs + inputs // GROUP * outputs * 4
+    pairs = torch.randint(0, 256, (outputs, inputs // 2), device=device).to(torch.uint8)
+    packed = torch._convert_weight_to_int4pack(pairs, 8)
+    scales = torch.ones(inputs // GROUP, outputs, 2, dtype=dtype, device=device)
+    weights = [packed.clone() for _ in range(copies(size, cache))]
+    runs = [lambda x, w=w: torch._weight_int4pack_mm(x, w, GROUP, scales) for w in weights]
+    yield Bench("torch int4pack 4", size, "bfloat16", runs)
+
+
+def copies(size: int, cache: int) -> int:
+    """How many of some bytes are far more than a cache of some holds."""
+    return min(MOST_COPIES, max(2, -(-WORKING_SET * cache // size)))
+
+
+def measure(
+    bench: Bench, shape: tuple[int, int], rows: int, limits: dict[str, float], dtype: torch.dtype,
+    device: torch.device, repeats: int,
+) -> dict[str, object]:  # fmt: skip
+    """Times of a product, and their share of what the machine allows."""
+    inputs, outputs = shape
+    x = torch.randn(rows, inputs, device=device).to(dtype)
+    calls = [lambda run=run: run(x) for run in bench.runs]
+    with torch.inference_mode():
+        taken = seconds(calls, device, repeats)
+    read, done = bench.size / taken, 2 * rows * inputs * outputs / taken
+    return {
+        "layer": f"{outputs}x{inputs}",
+        "rows": rows,
+        "name": bench.name,
+        "microseconds": taken * 1e6,
+        "gigabytes_per_second": read / 1e9,
+        "of_bandwidth": read / limits["bandwidth"],
+        "teraops_per_second": done / 1e12,
+        "of_arithmetic": done / limits[bench.rate],
+    }

@@ -1,0 +1,126 @@
+"""The search for the tiles that are fastest on the GPU at hand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+
+from benchmarks.gpu.layers import Bench, ours
+from qllm.ops.gpu import device as device_of
+from qllm.ops.gpu import tiles
+from qllm.ops.gpu.limits import seconds
+from qllm.ops.gpu.tiles import ROWS, Tile
+
+PROGRAMS = (1, 2, 3, 4, 6, 8)
+COLUMNS, WARPS, STAGES = (64, 128), (4, 8), (2, 3, 4, 5)
+MANY = 2048  # rows for which the last tile of a kind is chosen
+
+
+def kinds(bitwidths: Iterable[str]) -> dict[str, str]:
+    """Of each bitwidth, the kind of product that it is in the table."""
+    return {
+        bitwidth: {"16": "dense", "8:tc-li": "int8"}.get(bitwidth, f"packed-{bitwidth}")
+        for bitwidth in bitwidths
+    }
+
+
+def candidates(rows: int) -> list[Tile]:
+    """Tiles for up to so many rows."""
+    heights = (64, 128) if rows == ROWS[-1] else (rows,)
+    return [Tile(*fields) for fields in itertools.product(heights, COLUMNS, WARPS, STAGES)]
+
+
+@dataclass
+class Search:
+    """The search for one kind's row of the table, which lies in it while it is tried.
+
+    Attributes:
+        shapes: (K, N) of layers.
+        benches: them, in the same order.
+        most: candidates that are tried; None: all.
+    """
+
+    kind: str
+    row: dict
+    shapes: Sequence[tuple[int, int]]
+    benches: Sequence[Bench]
+    device: torch.device
+    repeats: int
+    most: int | None
+    say: Callable[[str], None]
+
+    def run(self) -> None:
+        """Leave in the row what took the least time."""
+        for place in ROWS:
+            rows = MANY if place == ROWS[-1] else place
+            options = candidates(place)[: self.most]
+            costs = {tile: self._with_tile(place, tile, rows) for tile in options}
+            best = min(costs, key=costs.get)
+            self.row["tiles"][str(place)] = list(best)
+            self.say(f"{self.kind}, {place} rows: {best}")
+            if place == ROWS[0]:
+                tried = {count: self._with_programs(count) for count in PROGRAMS[: self.most]}
+                self.row["programs"] = min(tried, key=tried.get)
+
+    def _with_tile(self, place: int, tile: Tile, rows: int) -> float:
+        self.row["tiles"][str(place)] = list(tile)
+        return self._cost(rows)
+
+    def _with_programs(self, count: int) -> float:
+        self.row["programs"] = count
+        return self._cost(1)
+
+    def _cost(self, rows: int) -> float:
+        """Seconds of a product, relative to the size of the layer, over all of them."""
+        total = 0.0
+        for bench, (inputs, outputs) in zip(self.benches, self.shapes, strict=True):
+            x = torch.randn(rows, inputs, device=self.device).to(torch.bfloat16)
+            calls = [partial(run, x) for run in bench.runs]
+            try:
+                with torch.inference_mode():
+                    total += seconds(calls, self.device, self.repeats) / (inputs * outputs)
+            except triton.runtime.errors.OutOfResources as error:
+                self.say(f"{self.kind}, {rows} rows: {error}")
+                return math.inf
+        return total
+
+
+def search(
+    bitwidths: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+    device: torch.device,
+    cache: int,
+    say: Callable[[str], None],
+    repeats: int = 3,
+    most: int | None = None,
+) -> dict:
+    """The table's rows for an architecture; see `Search`."""
+    architecture, _ = device_of.architecture(device)
+    found = {}
+    for bitwidth, kind in kinds(bitwidths).items():
+        row = json.loads(json.dumps(tiles.entry(architecture, kind)))
+        tiles.table().setdefault(architecture, {})[kind] = found[kind] = row
+        benches = [ours(*shape, bitwidth, torch.bfloat16, device, cache) for shape in shapes]
+        Search(kind, row, shapes, benches, device, repeats, most, say).run()
+    return found
+
+
+def save(architecture: str, found: dict, path: Path = tiles.TABLE) -> None:
+    """Put rows into the table's file, a kind to a line."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    table.setdefault(architecture, {}).update(found)
+    blocks = (
+        f"  {json.dumps(name)}: {{\n"
+        + ",\n".join(f"    {json.dumps(kind)}: {json.dumps(row)}" for kind, row in rows.items())
+        + "\n  }"
+        for name, rows in table.items()
+    )
+    path.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")

@@ -1,0 +1,70 @@
+"""What a GPU allows, measured by torch's own copies and products."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+COPY_BYTES = 1 << 30
+PRODUCT = 8192  # rows and columns
+
+
+def copy_bandwidth(device: torch.device | str, size: int = COPY_BYTES) -> float:
+    """Bytes per second of a copy within the device's memory, read and written: a median."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / seconds([lambda: target.copy_(source)] * 3, source.device)
+
+
+def product_rate(device: torch.device | str, size: int = PRODUCT) -> float:
+    """Operations per second of a product in bfloat16, two for each term: a median."""
+    a, b = torch.randn(2, size, size, device=device).to(torch.bfloat16)
+    return 2 * size**3 / seconds([lambda: a @ b] * 3, a.device)
+
+
+def int8_rate(device: torch.device | str, size: int = PRODUCT) -> float:
+    """Operations per second of a product of int8, two for each term: a median."""
+    a, b = torch.randint(-128, 128, (2, size, size), device=device).to(torch.int8)
+    return 2 * size**3 / seconds([lambda: torch._int_mm(a, b.t())] * 3, a.device)
+
+
+def seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int = 5) -> float:
+    """Median time of one of some calls, which are made in turn.
+
+    On a GPU they are captured as a graph and replayed, so that what launches them does not count.
+    """
+    play, wait = _captured(calls, device)
+    times = []
+    for _ in range(repeats):
+        wait()
+        start = time.perf_counter()
+        play()
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) / len(calls)
+
+
+def _captured(
+    calls: Sequence[Callable[[], object]], device: torch.device
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """What makes the calls, which it has done once, and what waits for them."""
+
+    def play() -> None:
+        for call in calls:
+            call()
+
+    if device.type != "cuda":
+        play()
+        return play, lambda: None
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        play()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        play()
+    graph.replay()
+    return graph.replay, torch.cuda.synchronize

@@ -1,0 +1,85 @@
+"""The measurements of the GPU kernels, where they are only known to run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import assert_user_error
+from inside import call
+
+from benchmarks.gpu import models, tune
+from qllm.ops.gpu import limits, tiles
+from tools.random_checkpoint import opt_config
+
+BENCHMARK = "benchmarks.gpu.__main__"
+SMALL = ("--shapes", "128x256", "--repeats", "1", "--limit-size", "64")
+
+
+def last_line(text: str) -> dict:
+    return json.loads(text.splitlines()[-1])
+
+
+def test_layers(gpu):
+    done = call(BENCHMARK, *SMALL, "--rows", 1, 17, "--bitwidths", "3", "8:tc-li", "16")
+    assert done.returncode == 0, done.stderr
+    assert "| layer   | rows | name " in done.stdout
+    found = last_line(done.stdout)
+    ours = ("qllm 3", "qllm 8:tc-li", "qllm 16", "torch bfloat16")
+    assert {(row["name"], row["rows"]) for row in found["layers"]} >= {
+        (name, rows) for name in ours for rows in (1, 17)
+    }
+    for row in found["layers"]:
+        size = row["gigabytes_per_second"] * row["microseconds"] * 1e3
+        bits = {"qllm 3": 3, "qllm 8:tc-li": 8}.get(row["name"], 16)
+        assert size == pytest.approx(128 * 256 * bits / 8, rel=0.15)  # and scales
+        assert row["of_bandwidth"] > 0 and row["of_arithmetic"] > 0
+
+
+def test_a_model(gpu, monkeypatch):
+    config = opt_config(64, 2, 4, vocab_size=100, max_position_embeddings=64)
+    monkeypatch.setitem(models.PUBLISHED, "tiny", config)
+    device = torch.device(gpu)
+    row = models.measure("tiny", "4", 2, 2, {"bandwidth": 1e9}, torch.bfloat16, device)
+    layers = 2 * (4 * 64 * 64 + 8 * 64 * 64)
+    assert layers / 2 < row["bytes"] < layers + 2 * 100 * 64 + 2 * 66 * 64 + 10_000
+    assert row["of_bandwidth"] == pytest.approx(row["bytes"] / row["milliseconds"] / 1e6)
+
+
+def test_tuning_writes_the_table(gpu, tmp_path, monkeypatch):
+    table = tmp_path / "tiles.json"
+    shutil.copy(tiles.TABLE, table)
+    before = json.loads(table.read_text())
+    monkeypatch.setattr(tiles, "TABLE", table)
+    monkeypatch.setattr(tune, "MANY", 20)
+    tiles.table.cache_clear()
+    try:
+        arguments = ("--tune", "--candidates", 2, "--bitwidths", "4", "8:tc-li")
+        done = call(BENCHMARK, *SMALL, *arguments)
+        assert done.returncode == 0, done.stderr
+        found = last_line(done.stdout)
+        tiles.table.cache_clear()
+        after = tiles.table()
+        row = after[found["architecture"]]
+        assert set(row) >= {"packed-4", "int8"} and row.items() >= found["tiles"].items()
+        for kind in ("packed-4", "int8"):
+            options = [list(tile) for tile in tune.candidates(16)[:2]]
+            assert row[kind]["tiles"]["16"] in options
+        assert {name: after[name] for name in before if name != found["architecture"]}.items() <= (
+            before.items()
+        )
+    finally:
+        tiles.table.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    assert_user_error(call(BENCHMARK), "no GPU to measure", "TRITON_INTERPRET=1")
+
+
+def test_limits_are_of_the_operations_that_they_say(monkeypatch):
+    monkeypatch.setattr(limits, "seconds", lambda calls, device: [call() for call in calls] and 0.5)
+    assert limits.copy_bandwidth("cpu", 1000) == 4000
+    assert limits.product_rate("cpu", 32) == limits.int8_rate("cpu", 32) == 4 * 32**3
