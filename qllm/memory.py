@@ -34,7 +34,12 @@ def available_bytes(device: torch.device | str = "cpu") -> int:
     return available
 
 
-def check_fits(needed: int, device: torch.device | str, what: str) -> None:
+def check_fits(
+    needed: int,
+    device: torch.device | str,
+    what: str,
+    advice: str = "take a smaller model or fewer bits",
+) -> None:
     """Refuse what does not fit.
 
     Raises:
@@ -44,7 +49,7 @@ def check_fits(needed: int, device: torch.device | str, what: str) -> None:
     if needed > available:
         raise UserError(
             f"{what} needs {gigabytes(needed)} of memory and {gigabytes(available)} are free on "
-            f"{device}; take a smaller model or fewer bits"
+            f"{device}; {advice}"
         )
 
 

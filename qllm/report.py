@@ -55,19 +55,20 @@ def label(row: Mapping) -> str:
 
 
 def shard_rows(model: Decoder) -> list[dict]:
-    """The `shards` of the JSON object: layers and bytes as held in memory."""
-    sizes = shard_bytes(model)
+    """The `shards` of the JSON object: layers, bytes as held in memory, and where."""
+    shards = zip(model.shards, shard_bytes(model), model.places, strict=True)
     return [
-        {"layers": list(layers), "bytes": size}
-        for layers, size in zip(model.shards, sizes, strict=True)
+        {"layers": list(layers), "bytes": size, "device": str(place)}
+        for layers, size, place in shards
     ]
 
 
 def print_shards(shards: Sequence[dict]) -> None:
-    """A line per shard."""
+    """A line per shard, which says where it is unless all are in one place."""
+    apart = len({shard["device"] for shard in shards}) > 1
     for number, shard in enumerate(shards):
-        layers = index_ranges(shard["layers"])
-        print(f"shard {number}: layers {layers}, {megabytes(shard['bytes'])}")
+        layers, place = index_ranges(shard["layers"]), f" on {shard['device']}" if apart else ""
+        print(f"shard {number}: layers {layers}, {megabytes(shard['bytes'])}{place}")
 
 
 def rank_row(model: Decoder) -> dict:

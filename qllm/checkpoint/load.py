@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from qllm.checkpoint.formats import Int8Weight
 from qllm.checkpoint.reader import Checkpoint
+from qllm.checkpoint.spread import spread
 from qllm.checkpoint.weights import Weights
 from qllm.config import DEFAULT_ACTIVATION_BITS, DEFAULT_ALGORITHM, LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.layers.base import QuantizedLinear
 from qllm.layers.weight_only import WeightOnlyLinear
-from qllm.memory import check_fits
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
 from qllm.models.equalize import NORMS, can_divide, divide_rows
@@ -51,7 +51,8 @@ def load_model(
         folder: a checkpoint of a known family, in Hugging Face's or QLLM's layout.
         plan: which layer gets which spec; 16 bits for a checkpoint that is quantized already.
         dtype: of activations and dense weights; None is the checkpoint's.
-        device: where the model goes.
+        device: where the model goes; of one that is too large for it in several shards, the first
+            shards. The others then go to the CPU.
         num_shards: contiguous layer ranges of about equal bytes, run one after the other.
         calibration: activation ranges, for W8A8 layers.
         cache_shape: rows and tokens of the KV cache that must fit beside the model.
@@ -86,12 +87,12 @@ def load_model(
     model.layers[layers[0]].has_attention = halves.start % 2 == 0
     model.layers[layers[-1]].has_mlp = halves.stop % 2 == 0
     options = (calibration, activation_bits, place.tp, place.mode)
-    loader = _Loader(model, weights, specs, dtype, device, *options)
     largest = max(torch.Size(shape).numel() for shape in weights.shapes.values())
-    kept = sum(costs[i] for i in layers) // place.tp.size
-    cache = KVCache.size(config, *cache_shape, dtype) * len(layers) // config.num_layers
-    needed = kept + largest * dtype.itemsize + cache // place.tp.size
-    check_fits(needed, device, f"the model at bitwidth {plan.text}")
+    cache = KVCache.size(config, *cache_shape, dtype) // config.num_layers
+    sizes = [sum(costs[i] + cache for i in shard) // place.tp.size for shard in model.shards]
+    what = f"the model at bitwidth {plan.text}"
+    model.places = spread(sizes, largest * dtype.itemsize, device, what)
+    loader = _Loader(model, weights, specs, dtype, *options)
     leaves = [leaf for leaf in _leaves(model) if _is_here(leaf[0], halves, config.num_layers)]
     for name, module in progress(leaves):
         loader.fill(name, module)
@@ -203,7 +204,6 @@ class _Loader:
     weights: Weights
     specs: dict[str, QuantSpec]
     dtype: torch.dtype
-    device: str
     calibration: Calibration | None
     activation_bits: int
     tp: Group
@@ -212,10 +212,11 @@ class _Loader:
     def __post_init__(self) -> None:
         shared = self.tp.size > 1
         self.shares = model_shares(self.model.config, self.tp.size, self.mode) if shared else {}
+        self.device = self.model.places[0]
 
     def fill(self, name: str, module: nn.Module) -> None:
         """Give a module its tensors."""
-        share = self._share(name)
+        share, self.device = self._share(name), self._place(name)
         if not isinstance(module, Linear):
             rows = share and share.ranges[self.tp.rank]
             for key in dict(module.named_buffers(recurse=False)):
@@ -233,14 +234,14 @@ class _Loader:
 
     def finish(self) -> None:
         """Tie the head, and tell the rest of the model which heads are here."""
-        model, tp = self.model, self.tp
+        model, tp, self.device = self.model, self.tp, self._place(LM_HEAD)
         last = model.line is None or model.line.last
         if model.config.tied_head and last:
             if model.embed.weight.is_meta:
                 share = self._share(LM_HEAD)
                 weight = self._read("embed.weight", share and share.ranges[tp.rank])
             else:
-                weight = model.embed.weight
+                weight = model.embed.weight.to(self.device)
             head = linear_class(QuantSpec()).from_float(weight, None, QuantSpec())
             self._put(LM_HEAD, head, self._share(LM_HEAD), None)
         for layer in model.layers:
@@ -255,6 +256,16 @@ class _Loader:
         if model.positions.slopes is not None:
             queries = heads.queries
             model.positions.slopes = model.positions.slopes[queries.start : queries.stop].clone()
+
+    def _place(self, name: str) -> torch.device:
+        """The device of a module."""
+        model = self.model
+        if not name.startswith("layers."):
+            front = name in ("embed", "embed_norm", "project_in", "positions")
+            return model.places[0 if front else -1]
+        index = int(name.split(".")[1])
+        places = zip(model.shards, model.places, strict=True)
+        return next(place for shard, place in places if index in shard)
 
     def _share(self, name: str) -> Share | None:
         """How the ranks share a module; None: each has all of it."""
@@ -362,7 +373,7 @@ class _Loader:
     ) -> Tensor:
         """A tensor that the model keeps as it is: mapped where it needs no conversion."""
         device, dtype = self.device, self.dtype
-        mapped = device == "cpu" and self.weights.dtype() == dtype
+        mapped = device.type == "cpu" and self.weights.dtype() == dtype
         tensor = self.weights.read(name, mapped=mapped, rows=rows, columns=columns)
         converted = tensor.to(device=device, dtype=dtype)
         narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -30,22 +32,24 @@ class KVCache:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        layers: Sequence[int] | None = None,
+        places: Mapping[int, torch.device | str] | None = None,
     ) -> None:
         """
         Args:
-            layers: those that have a cache here; None: all.
+            device: of what goes into it.
+            places: of the layers that have a cache here, the device; None: all, on `device`.
         """
-        layers = range(config.num_layers) if layers is None else layers
+        places = dict.fromkeys(range(config.num_layers), device) if places is None else places
         shape = (rows, config.num_kv_heads, capacity, config.head_dim)
-        # Zeros: a shorter row's unused places are masked, but 0 * NaN would still be NaN.
-        both = torch.zeros((2, len(layers), *shape), dtype=dtype, device=device)
-        places = [layers.index(i) if i in layers else None for i in range(config.num_layers)]
-        self.keys, self.values = (
-            tuple(part.new_empty(0) if place is None else part[place] for place in places)
-            for part in both
-        )
-        self.capacity, self.dtype, self.device = capacity, dtype, both.device
+        none = torch.empty(0, dtype=dtype, device=device)
+        both = dict.fromkeys(range(config.num_layers), (none, none))
+        for place in set(places.values()):
+            layers = [i for i in places if places[i] == place]
+            # Zeros: a shorter row's unused places are masked, but 0 * NaN would still be NaN.
+            keys, values = torch.zeros((2, len(layers), *shape), dtype=dtype, device=place)
+            both |= zip(layers, zip(keys, values, strict=True), strict=True)
+        self.keys, self.values = zip(*both.values(), strict=True)
+        self.capacity, self.dtype, self.device = capacity, dtype, none.device
         self.lengths = [0] * rows
         self.step: Decode | None = None
         self.tape: Tape | Graph | None = None
@@ -70,12 +74,41 @@ class KVCache:
         return rows * capacity * per_token
 
 
-class Prefill:
+class Pass:
+    """What both ways share: tensors that every layer reads, on the device of most layers."""
+
+    positions: Tensor
+    angles: object
+    slopes: Tensor | None
+
+    def __init__(self) -> None:
+        self._elsewhere: dict[torch.device, Self] = {}
+
+    def on(self, device: torch.device) -> Self:
+        """The same pass, for layers on a device."""
+        if device == self.positions.device:
+            return self
+        if device not in self._elsewhere:
+            moved = self._elsewhere[device] = copy.copy(self)
+            for name in ("positions", "angles", "slopes"):
+                setattr(moved, name, _moved(getattr(self, name), device))
+        return self._elsewhere[device]
+
+
+def _moved(value: object, device: torch.device) -> object:
+    """Tensors, alone or in sequences, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return value if value is None else [_moved(part, device) for part in value]
+
+
+class Prefill(Pass):
     """One pass over whole prompts, each attending to itself."""
 
     def __init__(
         self, lengths: Sequence[int], cache: KVCache | None, encoding: PositionEncoding, x: Tensor
     ) -> None:
+        super().__init__()
         if cache is not None:
             cache.check(lengths)
         self.lengths, self.cache = lengths, cache
@@ -101,7 +134,7 @@ class Prefill:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-class Decode:
+class Decode(Pass):
     """One pass over one new token per row, attending to the cache.
 
     Its tensors keep their places from token to token, so that the calls of a pass can be kept and
@@ -113,6 +146,7 @@ class Decode:
     """
 
     def __init__(self, cache: KVCache, encoding: PositionEncoding) -> None:
+        super().__init__()
         self.cache, self.encoding = cache, encoding
         device = cache.device
         self.tokens = torch.zeros(len(cache.lengths), dtype=torch.int64, device=device)
@@ -129,6 +163,7 @@ class Decode:
             IndexError: a row of the cache is full.
         """
         self.cache.check([n + 1 for n in self.cache.lengths])
+        self._elsewhere.clear()
         self.tokens.copy_(tokens)
         self.positions.copy_(torch.tensor(self.cache.lengths))
         self.span = max(self.cache.lengths) + 1

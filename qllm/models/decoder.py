@@ -247,6 +247,8 @@ class Decoder(nn.Module):
 
     Attributes:
         shards: contiguous ranges of layers, run one after the other.
+        places: the device of each shard; what is in front of the layers is with the first shard,
+            what is behind them with the last one.
         line: the stages of a pipeline, of which this process is one; None: there is but this.
         kv_heads: heads of keys and values that this process has.
         alone: no other process has a part of it.
@@ -289,6 +291,7 @@ class Decoder(nn.Module):
         if config.tied_head and "lm_head" not in specs:
             self.lm_head.weight = self.embed.weight
         self.shards = [range(config.num_layers)]
+        self.places: list[torch.device] | None = None
         self.kv_heads = config.num_kv_heads
         self.eval()
 
@@ -298,11 +301,20 @@ class Decoder(nn.Module):
             return self.embed.weight.device
         return next(tensor.device for tensor in self.buffers() if not tensor.is_meta)
 
+    @property
+    def _places(self) -> list[torch.device]:
+        return self.places or [self.device] * len(self.shards)
+
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty cache for `rows` sequences of up to `capacity` tokens."""
         config = replace(self.config, num_kv_heads=self.kv_heads)
-        layers = [i for shard in self.shards for i in shard if self.layers[i].has_attention]
-        return KVCache(config, rows, capacity, self.dtype, self.device, layers)
+        places = {
+            i: place
+            for shard, place in zip(self.shards, self._places, strict=True)
+            for i in shard
+            if self.layers[i].has_attention
+        }
+        return KVCache(config, rows, capacity, self.dtype, self.device, places)
 
     @torch.inference_mode()
     def prefill(
@@ -331,7 +343,7 @@ class Decoder(nn.Module):
         x = self.hidden(prompts, cache)
         lengths = [len(prompt) for prompt in prompts]
         if last and (self.line is None or self.line.last):
-            x = x[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
+            x = x[torch.tensor(lengths, device=x.device).cumsum(0) - 1]
         return self._shared(self._logits(x), len(lengths) if last else sum(lengths), share)
 
     @torch.inference_mode()
@@ -377,9 +389,10 @@ class Decoder(nn.Module):
         def run() -> None:
             step.logits = self._logits(self._run_layers(self._embed(step.tokens), step))
 
+        can_capture = ops.can_capture(self.device)
         if tape is not None and tape.foreign is None:
             tape.play()
-        elif tape is None and self.alone and ops.can_capture(self.device):
+        elif tape is None and self.alone and len(set(self._places)) == 1 and can_capture:
             cache.tape = Graph(run, self.device)
         else:
             with record() if tape is None else nullcontext(tape) as tape:
@@ -397,9 +410,10 @@ class Decoder(nn.Module):
     def _run_layers(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         if self.line is None or self.line.first:
             x = self.positions.embed(x, step.positions)
-        for shard in self.shards:
+        for shard, place in zip(self.shards, self._places, strict=True):
+            x, here = x.to(place), step.on(place)
             for index in shard:
-                x = self.layers[index](x, step)
+                x = self.layers[index](x, here)
         return x
 
     def _logits(self, x: Tensor) -> Tensor | None:
@@ -412,7 +426,7 @@ class Decoder(nn.Module):
         """Logits in float32, on all stages where they are shared."""
         if logits is not None:
             # A copy: the next pass overwrites these.
-            logits = logits.to(torch.float32, copy=True)
+            logits = logits.to(self.device, torch.float32, copy=True)
         if self.line is None or not share:
             return logits
         if logits is None:
