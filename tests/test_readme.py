@@ -45,6 +45,7 @@ SMALL = {
     "benchmarks.evaluation": "--dtypes float32 --windows 1 --window 64 --repeats 1",
     "benchmarks.onnx": "--models opt --max-tokens 600 --limit 1 --nsamples 2 --seqlen 32 "
     "--repeats 1",
+    "benchmarks.gpu": "--shapes 128x256 --rows 1 --bitwidths 4 --repeats 1 --limit-size 64",
     "benchmarks.rivals": "--rivals qllm --rows 1 --repeats 1 --megabytes 1 --prompt 8 --batches 1 "
     "--context 4 --steps 1",
 }
@@ -107,11 +108,22 @@ def inside(command: str) -> list[str] | None:
     return words[1:]
 
 
+def interpret(monkeypatch):
+    """Let processes run the GPU kernels, where there is no GPU in the interpreter."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.importorskip("triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
 @pytest.mark.parametrize("block", OTHERS, ids=" ; ".join)
 def test_commands_run(block, folder, monkeypatch):
     monkeypatch.chdir(folder)
     for command in block:
         module = re.search(r"-m (benchmarks\.\w+)", command)
+        if module and module[1] == "benchmarks.gpu":
+            interpret(monkeypatch)
         small = f" {SMALL[module[1]]}" if module else ""
         for script, options in SMALLER.items():
             given = command.split() if script in command else ()

@@ -49,7 +49,7 @@ def assert_schema(result: dict, bitwidth: str, new_tokens: int = 10) -> None:
         assert all(isinstance(token, int) for token in row["tokens"])
         assert row["new_tokens"] == len(row["tokens"]) <= new_tokens
     for shard in result["shards"]:
-        assert list(shard) == ["layers", "bytes"]
+        assert list(shard) == ["layers", "bytes", "device"]
         assert isinstance(shard["bytes"], int)
     layers = [layer for shard in result["shards"] for layer in shard["layers"]]
     assert layers == list(range(6))

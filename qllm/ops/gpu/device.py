@@ -26,14 +26,17 @@ def why_not(device: str) -> str | None:
         return "it is for CUDA devices"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    return None if device == "cpu" else _too_old()
+    return None if device == "cpu" else _unfit()
 
 
-def _too_old() -> str | None:
+def _unfit() -> str | None:
+    """Why no GPU here can run them."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
+    if torch.version.hip:
+        return "it is for NVIDIA's GPUs"
     capability = torch.cuda.get_device_capability()
-    if torch.version.hip or capability < OLDEST:
+    if capability < OLDEST:
         name, version = torch.cuda.get_device_name(), ".".join(map(str, capability))
         return f"{name} is of compute capability {version}, below {'.'.join(map(str, OLDEST))}"
     return None

@@ -191,11 +191,10 @@ def packed_matmul(
             part = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
             sums += tl.dot(weight, tl.trans(operand(part)), input_precision="ieee") * scale[:, None]
         total = total + sums if SLICES > 1 and not SPLIT else sums
+    last = True
     if SPLIT:
         total, last = _total(total, partials, counters, SLICES, BN, BM)
-        if last:
-            _store(total, bias, y, m, n, rows, outputs, HAS_BIAS, BM, BN)
-    else:
+    if last:
         _store(total, bias, y, m, n, rows, outputs, HAS_BIAS, BM, BN)
 
 
@@ -223,11 +222,10 @@ def dense_matmul(
             w = tl.load(w_rows + k[None, :], mask=(n < outputs)[:, None] & within, other=0.0)
             sums = tl.dot(operand(w), tl.trans(operand(part)), sums, input_precision="ieee")
         total = total + sums if SLICES > 1 and not SPLIT else sums
+    last = True
     if SPLIT:
         total, last = _total(total, partials, counters, SLICES, BN, BM)
-        if last:
-            _store(total, bias, y, m, n, rows, outputs, HAS_BIAS, BM, BN)
-    else:
+    if last:
         _store(total, bias, y, m, n, rows, outputs, HAS_BIAS, BM, BN)
 
 

@@ -1,0 +1,78 @@
+"""Where the GPU kernels run, and what they say where they do not."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from qllm import ops
+from qllm.ops.gpu import device
+
+REQUEST = ops.Request(256, 64, 4, 128, "asym", "cuda")
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def a_gpu(no_interpreter, monkeypatch):
+    """Makes torch say that there is a GPU of a compute capability."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+
+    def make(*capability: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+
+    return make
+
+
+def test_they_are_for_gpus(no_interpreter):
+    assert device.why_not("cpu") == device.why_not("meta") == "it is for CUDA devices"
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in device.why_not("cuda")
+        choice = ops.select("weight_only_linear", REQUEST)
+        assert choice.kernel.name == "reference" and "not triton: torch finds no" in choice.reason
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (12, 1)])
+def test_a_gpu_that_is_new_enough(capability, a_gpu):
+    a_gpu(*capability)
+    choice = ops.select("weight_only_linear", REQUEST)
+    assert choice.kernel.name == "triton"
+    assert f"compute capability {'.'.join(map(str, capability))}" in choice.reason
+    assert ops.select("int8_linear", REQUEST).kernel.takes_rows
+
+
+@pytest.mark.parametrize("op", ["weight_only_linear", "int8_linear", "decode_attention"])
+def test_a_gpu_that_is_too_old_takes_the_reference(op, a_gpu):
+    a_gpu(7, 5)
+    choice = ops.select(op, REQUEST)
+    assert choice.kernel.name == "reference"
+    assert "A GPU is of compute capability 7.5, below 8.0" in choice.reason
+
+
+def test_another_maker_s_gpu_takes_the_reference(a_gpu, monkeypatch):
+    a_gpu(9, 0)
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert device.why_not("cuda") == "it is for NVIDIA's GPUs"
+
+
+def test_without_triton_the_reference_runs(a_gpu, monkeypatch):
+    a_gpu(9, 0)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    choice = ops.select("weight_only_linear", REQUEST)
+    assert choice.kernel.name == "reference" and "Triton is not installed" in choice.reason
+
+
+def test_the_interpreter_goes_before_the_cpu_s_kernels(gpu):
+    if gpu == "cuda":
+        pytest.skip("there is a GPU")
+    choice = ops.select("weight_only_linear", ops.Request(256, 64, 4, 128, "asym", "cpu"))
+    assert choice.kernel.name == "triton" and "interpreter" in choice.reason
+    assert "not cpu: TRITON_INTERPRET=1 asks for the GPU kernels" in choice.reason
