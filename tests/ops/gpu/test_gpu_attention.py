@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from cpu_paths import DTYPES, normal
@@ -54,7 +52,7 @@ def error(got: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("turned", "sloped"), [(False, False), (True, False), (False, True)])
 def test_the_error_is_at_most_twice_the_reference_s(dtype, turned, sloped, gpu):
-    for (heads, kv_heads), dim in itertools.product(((2, 2), (6, 2)), (5, 16, 80)):
+    for heads, kv_heads, dim in ((2, 2, 80), (6, 2, 16), (1, 1, 5)):
         if turned and dim % 2:
             continue
         arguments = example(heads, kv_heads, dim, dtype, turned=turned, sloped=sloped)

@@ -11,7 +11,7 @@ from qllm import ops
 from qllm.config import QuantPlan, QuantSpec
 from qllm.models import Decoder
 
-PROMPTS = [[5, 6, 7, 8, 9], [40, 41]]
+PROMPTS = [[5, 6, 7], [40]]
 STEPS = 1
 # One for every kind of position, norm and bitwidth; on a GPU, all of each family.
 PLANS = (("llama", "4"), ("bloom", "3"), ("opt", "8:tc-li"))
