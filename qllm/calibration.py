@@ -12,7 +12,7 @@ from qllm.config import ModelConfig
 from qllm.hub import ModelFolder, cache_folder
 from qllm.layers import Linear
 from qllm.models import Decoder
-from qllm.models.decoder import Embedding
+from qllm.models.layer import Embedding
 from qllm.models.positions import LEARNED_OFFSET, LearnedPositions
 from qllm.quant.calibrate import Calibration
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, assert_user_error, run, tiny
 
 from qllm import cli
+from qllm.cli import console
 from qllm.errors import UserError
 from qllm.tokenizer import Tokenizer
 
@@ -132,6 +133,7 @@ def test_a_missing_package_is_one_line(script, without_torch):
 STARTED = """
 import runpy, sys
 from qllm import cli
+from qllm.cli import console
 sys.argv = sys.argv[1:]
 print("started", flush=True)
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -255,8 +257,8 @@ def test_devices_that_are_not_there(device, monkeypatch):
 def test_progress_where_there_is_no_terminal(every, monkeypatch, capsys):
     """A note of how far it is, no more often than asked for; each item takes ten seconds here."""
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(cli.time, "monotonic", lambda: float(next(clock)))
-    assert list(cli.noted("quantizing", list("abcdefgh"), every)) == list("abcdefgh")
+    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
+    assert list(console.noted("quantizing", list("abcdefgh"), every)) == list("abcdefgh")
     lines = capsys.readouterr().err.splitlines()
     # The clock is read at the start, and in front of each item.
     expected = {0.0: [1, 2, 3, 4, 5, 6, 7], 25.0: [2, 5], 30.0: [2, 5], 1000.0: []}[every]

@@ -7,7 +7,7 @@ at position 0 of its own row in the cache, so no token ever sees a pad.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Protocol
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from qllm import ops
 from qllm.config import ModelConfig, QuantSpec
 from qllm.errors import UserError
-from qllm.layers import DynamicInt8Linear, Linear, linear_class
+from qllm.layers import Linear, linear_class
 from qllm.models.cache import Decode, KVCache, Prefill
+from qllm.models.layer import NORMS, Embedding, layer_class
 from qllm.models.positions import POSITIONS
 from qllm.ops.cpu.tape import record
 from qllm.ops.gpu.graph import Graph
-from qllm.ops.reference import ACTIVATIONS, Int8Rows
+from qllm.ops.reference import ACTIVATIONS
 
 # Names that config.json files use for the same functions.
 SAME_ACTIVATION = {
@@ -46,200 +47,6 @@ class Line(Protocol):
     def announce(self, tokens: Tensor) -> None: ...
     def hear(self, tokens: Tensor) -> Tensor: ...
     def micro_batches(self, rows: int) -> list[range]: ...
-
-
-MakeLinear = Callable[[str, int, int, bool], Linear]
-
-
-class Embedding(nn.Module):
-    """One row of `weight` (V, C) per token."""
-
-    def __init__(self, rows: int, channels: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.empty(rows, channels, dtype=dtype, device="meta"))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return ops.on(tokens.device.type).embedding(tokens, self.weight, 0)
-
-
-class Norm(nn.Module):
-    """What norms of rows (N, C) share.
-
-    Attributes:
-        op: name of what computes it.
-        options: that the op takes last.
-    """
-
-    op: str
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.shape, self.options = (config.hidden_size,), (config.norm_eps,)
-
-    def round_for(self, linear: DynamicInt8Linear) -> None:
-        """Return `Int8Rows` from now on, as a linear, which alone takes them, would make them."""
-        self.op += "_int8"
-        self.options += (linear.input_scale,)
-
-
-class LayerNorm(Norm):
-    """Mean and variance to 0 and 1, then weight (C,) and bias (C,), where there are any."""
-
-    op = "layer_norm"
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__(config)
-        for name in ("weight", "bias"):
-            value = torch.empty(self.shape, dtype=dtype, device="meta")
-            self.register_buffer(name, value if config.norm_affine else None)
-
-    def forward(self, x: Tensor) -> Tensor | Int8Rows:
-        run = getattr(ops.on(x.device.type), self.op)
-        return run(x, self.weight, self.bias, *self.options)
-
-
-class RMSNorm(Norm):
-    """Root mean square to 1, then weight (C,) (Zhang and Sennrich 2019)."""
-
-    op = "rms_norm"
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__(config)
-        self.register_buffer("weight", torch.empty(self.shape, dtype=dtype, device="meta"))
-
-    def forward(self, x: Tensor) -> Tensor | Int8Rows:
-        run = getattr(ops.on(x.device.type), self.op)
-        return run(x, self.weight, *self.options)
-
-
-NORMS: dict[str, type[Norm]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with one fused QKV matrix, rows [q heads; k heads; v heads]."""
-
-    def __init__(self, config: ModelConfig, index: int, make: MakeLinear) -> None:
-        super().__init__()
-        self.index = index
-        self.heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        width = config.num_heads * config.head_dim
-        rows = sum(self.heads) * config.head_dim
-        name, bias = f"layers.{index}.attention", config.attention_bias
-        self.qkv = make(f"{name}.qkv", config.hidden_size, rows, bias)
-        self.out = make(f"{name}.out", width, config.hidden_size, bias)
-
-    def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        return self.out(step.attend(self.index, self.qkv(x), self.heads))
-
-
-class MLP(nn.Module):
-    """down(act(up(x)))."""
-
-    def __init__(self, config: ModelConfig, index: int, make: MakeLinear) -> None:
-        super().__init__()
-        self.act = config.activation
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.up = make(f"layers.{index}.mlp.up", hidden, self.up_rows(inner), bias)
-        self.down = make(f"layers.{index}.mlp.down", inner, hidden, bias)
-
-    @staticmethod
-    def up_rows(inner: int) -> int:
-        return inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
-        return self.down(ops.on(x.device.type).activation(x, self.act))
-
-
-class GatedMLP(MLP):
-    """down(act(gate(x)) * up(x)), gate and up fused into one matrix, rows [gate; up]."""
-
-    @staticmethod
-    def up_rows(inner: int) -> int:
-        return 2 * inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
-        return self.down(ops.on(x.device.type).gated_activation(x, self.act))
-
-
-def _add(x: Tensor, z: Tensor) -> Tensor:
-    return ops.on(x.device.type).add(x, z)
-
-
-class PreNormLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
-
-    Attributes:
-        has_attention, has_mlp: False for a half that another stage of a pipeline has.
-    """
-
-    has_attention = has_mlp = True
-
-    def __init__(
-        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
-    ) -> None:
-        super().__init__()
-        norm = NORMS[config.norm]
-        self.attention_norm = norm(config, dtype)
-        self.attention = Attention(config, index, make)
-        self.mlp_norm = norm(config, dtype)
-        self.mlp = (GatedMLP if config.gated_mlp else MLP)(config, index, make)
-
-    def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        if self.has_attention:
-            x = self.attention_block(x, step)
-        return self.mlp_block(x) if self.has_mlp else x
-
-    def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        """The first half of the layer: x (N, C) to (N, C)."""
-        return _add(x, self.attention(self.attention_norm(x), step))
-
-    def mlp_block(self, x: Tensor) -> Tensor:
-        """The second half of the layer: x (N, C) to (N, C)."""
-        return _add(x, self.mlp(self.mlp_norm(x)))
-
-    def fuse_norms(self) -> None:
-        """Let norms make int8 of their results, where a linear that gains by it alone has them."""
-        pairs = (("attention_norm", self.attention.qkv), ("mlp_norm", self.mlp.up))
-        for name, linear in pairs:
-            if isinstance(linear, DynamicInt8Linear) and linear.choice.kernel.takes_rows:
-                getattr(self, name).round_for(linear)
-
-
-class NormedResidualLayer(PreNormLayer):
-    """A pre-norm layer whose residual branches off behind the norm (a BLOOM option)."""
-
-    def fuse_norms(self) -> None:
-        """The residual needs what a norm makes as it is."""
-
-    def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        x = self.attention_norm(x)
-        return _add(x, self.attention(x, step))
-
-    def mlp_block(self, x: Tensor) -> Tensor:
-        x = self.mlp_norm(x)
-        return _add(x, self.mlp(x))
-
-
-class PostNormLayer(PreNormLayer):
-    """norm(x + attention(x)), then norm(x + mlp(x)): OPT-350m."""
-
-    def fuse_norms(self) -> None:
-        """The residual needs what a norm makes as it is."""
-
-    def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        return self.attention_norm(_add(x, self.attention(x, step)))
-
-    def mlp_block(self, x: Tensor) -> Tensor:
-        return self.mlp_norm(_add(x, self.mlp(x)))
-
-
-def layer_class(config: ModelConfig) -> type[PreNormLayer]:
-    """The layer that a model's norms ask for."""
-    if not config.pre_norm:
-        return PostNormLayer
-    return NormedResidualLayer if config.residual_after_norm else PreNormLayer
 
 
 class Decoder(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from qllm.config import ModelConfig
-from qllm.models.decoder import PreNormLayer
+from qllm.models.layer import PreNormLayer
 
 # A linear of a layer, and the norm in front of it.
 NORMS = {"attention.qkv": "attention_norm", "mlp.up": "mlp_norm"}

@@ -225,7 +225,7 @@ class DecoderGraph:
         return cos, sin
 
     def _layer(self, x: str, index: int) -> str:
-        """As the layer classes of `qllm.models.decoder`: both halves with their norms."""
+        """As the layer classes of `qllm.models.layer`: both halves with their norms."""
         config, name = self.config, f"layers.{index}"
         for half, norm in ((self._attention, "attention_norm"), (self._mlp, "mlp_norm")):
             inner = x

@@ -14,7 +14,7 @@ from qllm.checkpoint.writer import SafetensorsWriter, new_file
 from qllm.errors import UserError
 from qllm.models import Decoder
 from qllm.models.cache import Prefill
-from qllm.models.decoder import PreNormLayer
+from qllm.models.layer import PreNormLayer
 from qllm.quant.inputs import InputStats
 
 # Tokens per pass: whole samples, more than one of them where they are short.

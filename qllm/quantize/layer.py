@@ -13,8 +13,8 @@ from qllm.config import ModelConfig, QuantSpec
 from qllm.layers import Linear, linear_class
 from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import WeightOnlyLinear
-from qllm.models.decoder import PreNormLayer
 from qllm.models.equalize import can_divide, divide_input, shared_channels
+from qllm.models.layer import PreNormLayer
 from qllm.quant.awq import search_scales
 from qllm.quant.clip import clip_ranges, clip_ranges_for
 from qllm.quant.gptq import GPTQOptions, quantize_gptq

@@ -17,7 +17,7 @@ from qllm.config import BITWIDTHS, QuantSpec
 from qllm.layers import linear_class
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.cache import Prefill
-from qllm.models.decoder import MLP, Attention, GatedMLP
+from qllm.models.layer import MLP, Attention, GatedMLP
 from qllm.models.positions import PositionEncoding
 from qllm.parallel import (
     row_share,

@@ -1,0 +1,66 @@
+"""What the scripts share: option groups, prompts, printing, and how errors end a run.
+
+Nothing heavy is imported until it is needed, so that `--help` and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+from qllm.cli.console import Parser, note, progress, run, silent, whole_number
+from qllm.cli.models import (
+    DTYPES,
+    add_accuracy_option,
+    add_activation_options,
+    add_calibration_options,
+    add_model_options,
+    add_quant_options,
+    add_run_options,
+    find_calibration,
+    holds_onnx,
+    read_plan,
+    read_plans,
+    refuse_for_onnx,
+    resolve_device,
+    resolve_dtype,
+    resolve_model,
+    with_head,
+)
+from qllm.cli.processes import (
+    add_parallel_options,
+    check_processes,
+    join,
+    session,
+)
+from qllm.cli.prompts import DEFAULT_PROMPTS, add_prompt_options, read_prompts, tokenize
+
+__all__ = [
+    "DEFAULT_PROMPTS",
+    "DTYPES",
+    "Parser",
+    "add_accuracy_option",
+    "add_activation_options",
+    "add_calibration_options",
+    "add_model_options",
+    "add_parallel_options",
+    "add_prompt_options",
+    "add_quant_options",
+    "add_run_options",
+    "check_processes",
+    "find_calibration",
+    "holds_onnx",
+    "join",
+    "note",
+    "progress",
+    "read_plan",
+    "read_plans",
+    "read_prompts",
+    "refuse_for_onnx",
+    "resolve_device",
+    "resolve_dtype",
+    "resolve_model",
+    "run",
+    "session",
+    "silent",
+    "tokenize",
+    "whole_number",
+    "with_head",
+]

@@ -1,0 +1,275 @@
+"""Options of a model: which one, how it is quantized, and where it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qllm import hub
+from qllm.cli.console import note, whole_number
+from qllm.config import (
+    ACTIVATION_BITS,
+    BITWIDTHS,
+    DEFAULT_ACTIVATION_BITS,
+    DEFAULT_ALGORITHM,
+    DEFAULT_GROUP_SIZE,
+    DEFAULT_SCHEME,
+    LM_HEAD,
+    SCHEMES,
+    W8A8,
+    QuantPlan,
+    QuantSpec,
+)
+from qllm.errors import UserError
+from qllm.onnx import ACCURACY_LEVELS, DEFAULT_ACCURACY_LEVEL, check_installed, is_onnx
+
+if TYPE_CHECKING:
+    import torch
+
+    from qllm.hub import ModelFolder
+    from qllm.quant.calibrate import Calibration
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model-name, --model-size, --model-path."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model-name", choices=list(hub.REPOSITORIES), default="opt", help="family (%(default)s)"
+    )
+    listed = "; ".join(f"{family}: {' '.join(hub.sizes(family))}" for family in hub.REPOSITORIES)
+    group.add_argument(
+        "--model-size",
+        metavar="SIZE",
+        help=f"published size, or the bundled 'tiny' (the smallest published one; {listed})",
+    )
+    group.add_argument(
+        "--model-path",
+        metavar="DIR_OR_REPO",
+        help="any OPT, BLOOM or Llama checkpoint instead: a folder or a Hub repository",
+    )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """--dtype, --device."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of activations and unquantized weights (auto: the checkpoint's)",
+    )
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto (%(default)s)")
+
+
+def add_quant_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """--bitwidth, --group-size, --scheme, --lm-head-bits.
+
+    Args:
+        several: commas separate models, not layers; see `read_plans`.
+    """
+    group = parser.add_argument_group("quantization")
+    known = ", ".join(BITWIDTHS)
+    group.add_argument(
+        "--bitwidth",
+        metavar="BITS",
+        help=f"of {known} or JSON plans, one or several (16,8,4): a row of the table each"
+        if several
+        else f"one of {known}; or one per layer (4,4,8,…); or a JSON plan",
+    )
+    group.add_argument(
+        "--group-size",
+        type=int,
+        default=DEFAULT_GROUP_SIZE,
+        metavar="N",
+        help="input channels per scale, -1 for all of them (%(default)s)",
+    )
+    group.add_argument("--scheme", choices=SCHEMES, default=DEFAULT_SCHEME, help="(%(default)s)")
+    group.add_argument("--lm-head-bits", metavar="BITS", help="quantize the LM head, too (16)")
+
+
+def add_accuracy_option(group: argparse._ArgumentGroup) -> None:
+    """--accuracy-level."""
+    group.add_argument(
+        "--accuracy-level",
+        type=int,
+        choices=ACCURACY_LEVELS,
+        help="ONNX: what packed layers may round activations to: 0 and 1 to nothing less than "
+        f"float32, 2 float16, 3 bfloat16, 4 int8 ({DEFAULT_ACCURACY_LEVEL})",
+    )
+
+
+def holds_onnx(args: argparse.Namespace, model: ModelFolder, **others: object) -> bool:
+    """Whether a folder holds an ONNX model, which is run as it is.
+
+    Args:
+        others: see `refuse_for_onnx`; the options of quantization are refused besides.
+
+    Raises:
+        UserError: an option was given that then means nothing; or onnxruntime is missing.
+    """
+    if not is_onnx(model.path):
+        return False
+    quantization = {
+        "bitwidth": None,
+        "lm_head_bits": None,
+        "group_size": DEFAULT_GROUP_SIZE,
+        "scheme": DEFAULT_SCHEME,
+        "activation_bits": DEFAULT_ACTIVATION_BITS,
+        "calib": None,
+    }
+    refuse_for_onnx(args, model, **quantization, **others)
+    return True
+
+
+def refuse_for_onnx(args: argparse.Namespace, model: ModelFolder, **options: object) -> None:
+    """Refuse options that mean nothing with an ONNX model.
+
+    Args:
+        options: what each is where it is not given; --dtype and a --device besides the CPU are
+            refused as well.
+
+    Raises:
+        UserError: naming the first of them that was given; or where onnxruntime is missing.
+    """
+    for name, default in {**options, "dtype": "auto"}.items():
+        if getattr(args, name) != default:
+            raise UserError(
+                f"--{name.replace('_', '-')} does nothing here, leave it out: {model.path} holds "
+                "an ONNX model, whose types and layers are as they are"
+            )
+    if args.device not in ("auto", "cpu"):
+        raise UserError(f"--device {args.device}: ONNX models are run on the CPU; give cpu")
+    check_installed()
+
+
+def add_activation_options(parser: argparse.ArgumentParser) -> None:
+    """--activation-bits, --calib."""
+    group = parser.add_argument_group("quantization of activations")
+    group.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=ACTIVATION_BITS,
+        default=DEFAULT_ACTIVATION_BITS,
+        help="of layers of 1 to 8 bits: 8 rounds activations to int8, which is faster for prompts "
+        "and batches, and less exact (%(default)s)",
+    )
+    group.add_argument("--calib", metavar="FILE", help="their statistics for 8:tc-li and 8:tc")
+
+
+def read_plan(args: argparse.Namespace, algorithm: str = DEFAULT_ALGORITHM) -> QuantPlan:
+    """The plan that the quantization options name; without --bitwidth, all at 16 bits."""
+    default = QuantSpec(group_size=args.group_size, scheme=args.scheme, algorithm=algorithm)
+    bitwidth = "16" if args.bitwidth is None else args.bitwidth
+    return with_head(args, QuantPlan.parse(bitwidth, default), default)
+
+
+def read_plans(args: argparse.Namespace) -> list[QuantPlan]:
+    """The plans of a --bitwidth that names several models; without it, the one of `read_plan`."""
+    default = QuantSpec(group_size=args.group_size, scheme=args.scheme)
+    values = ["16"] if args.bitwidth is None else args.bitwidth.split(",")
+    for value in values:
+        if values.count(value) > 1:
+            raise UserError(
+                f"--bitwidth names {value} more than once; here commas separate models, and a "
+                "JSON plan gives layers bits of their own"
+            )
+    return [with_head(args, QuantPlan.parse(value, default), default) for value in values]
+
+
+def with_head(args: argparse.Namespace, plan: QuantPlan, default: QuantSpec) -> QuantPlan:
+    """A plan and what --lm-head-bits adds to it."""
+    if args.lm_head_bits is None:
+        return plan
+    return plan.with_rule(f"^{LM_HEAD}$", QuantSpec.from_json(args.lm_head_bits, default))
+
+
+def add_calibration_options(
+    parser: argparse.ArgumentParser, dataset: str, nsamples: str, seqlen: str
+) -> argparse._ArgumentGroup:
+    """--dataset, --nsamples, --seqlen, --seed; the texts say what is taken without them."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--dataset",
+        metavar="FILE_OR_NAME",
+        help=f"a text or JSON-lines file, or wikitext2, c4, ptb, pile-10k ({dataset})",
+    )
+    number = whole_number(1)
+    group.add_argument("--nsamples", type=number, metavar="N", help=f"samples ({nsamples})")
+    group.add_argument("--seqlen", type=number, metavar="N", help=f"tokens each ({seqlen})")
+    group.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
+    return group
+
+
+def resolve_model(
+    args: argparse.Namespace, *, weights: bool = True, note: Callable[[str], None] = note
+) -> ModelFolder:
+    """The folder that the model options name."""
+    if args.model_path and args.model_size:
+        raise UserError("--model-path and --model-size name two models; give one of them")
+    return hub.resolve(
+        args.model_name, args.model_size, args.model_path, weights=weights, note=note
+    )
+
+
+def resolve_dtype(args: argparse.Namespace) -> torch.dtype | None:
+    """The type that --dtype names; None for the checkpoint's."""
+    import torch
+
+    return None if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
+def find_calibration(
+    args: argparse.Namespace,
+    model: ModelFolder,
+    plan: QuantPlan,
+    note: Callable[[str], None] = note,
+) -> Calibration | None:
+    """The activation statistics for a plan's W8A8 layers: --calib, else what lies ready."""
+    from qllm.calibration import default_path
+    from qllm.quant.calibrate import Calibration
+
+    if not any(spec.kind in W8A8.values() for _, spec in plan.rules):
+        if args.calib:
+            note(f"--calib {args.calib} is not used: only 8:tc-li and 8:tc quantize activations")
+        return None
+    path = Path(args.calib) if args.calib else default_path(model)
+    if not path.exists():
+        if args.calib:
+            raise UserError(f"--calib {path}: there is no such file; fake_calib_gen.py makes one")
+        return None
+    calibration = Calibration.load(path)
+    note(f"activation statistics of {calibration.about.get('source', 'unknown source')}: {path}")
+    return calibration
+
+
+def resolve_device(args: argparse.Namespace, *, local: bool = False) -> str:
+    """The device that --device names, checked to be there.
+
+    Args:
+        local: of several processes on a host, each takes a GPU of its own.
+    """
+    import torch
+
+    found = torch.cuda.is_available()
+    if local and found and args.device in ("auto", "cuda"):
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(args.device)
+    if args.device == "auto":
+        return "cuda" if found else "cpu"
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {args.device!r} is unknown; give cpu, cuda, cuda:N or auto")
+    if device.type == "cuda" and (not found or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(
+            f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices; "
+            "give cpu"
+        )
+    return "cpu" if device.type == "cpu" else args.device

@@ -1,0 +1,123 @@
+"""Options of a model that many processes share, and how they come together."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from qllm.cli.console import whole_number
+from qllm.cli.models import resolve_device
+from qllm.errors import UserError
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from qllm.config import ModelConfig
+    from qllm.hub import ModelFolder
+    from qllm.parallel.pipeline import Place
+    from qllm.parallel.session import Session
+    from qllm.quant.calibrate import Calibration
+
+TP_MODES = ("exact", "fast")
+# Options that only rank 0 heeds, or that may differ between hosts.
+NOT_COMPARED = {
+    *("prompt", "prompt_file", "stdin", "model_path", "calib", "device"),
+    *("compare", "json", "stream", "timeout"),
+}
+
+
+def add_parallel_options(parser: argparse.ArgumentParser) -> None:
+    """--tp, --tp-mode, --pp, --stages, --timeout."""
+    group = parser.add_argument_group("processes, started by torchrun")
+    number = whole_number(1)
+    group.add_argument(
+        "--tp", type=number, default=1, metavar="N", help="ranks that share each layer (1)"
+    )
+    group.add_argument(
+        "--tp-mode",
+        choices=TP_MODES,
+        default=TP_MODES[0],
+        help="exact: the bits of one process; fast: fewer exchanges, sums split (%(default)s)",
+    )
+    group.add_argument(
+        "--pp", type=number, default=1, metavar="N", help="stages that share the layers (1)"
+    )
+    group.add_argument(
+        "--stages",
+        metavar="LIST",
+        help="layers with which stages 2, 3, … begin, 3.5 being the MLP of layer 3 (balanced)",
+    )
+    group.add_argument(
+        "--timeout",
+        type=whole_number(2),
+        default=60,
+        metavar="SECONDS",
+        help="within which a run ends that a rank keeps from going on (%(default)s)",
+    )
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    """Refuse a number of processes that the options do not ask for."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = args.tp * args.pp
+    if world != wanted:
+        found = "this is one" if world == 1 else f"there are {world}"
+        raise UserError(
+            f"--tp {args.tp} x --pp {args.pp} takes {wanted} "
+            f"process{'es' if wanted > 1 else ''}, and {found}; start "
+            + (f"torchrun --nproc-per-node {wanted}" if wanted > 1 else "it without torchrun")
+        )
+    if args.stages and args.pp == 1:
+        raise UserError("--stages says where the stages of --pp begin; give --pp 2 or more")
+    if args.tp_mode != TP_MODES[0] and args.tp == 1:
+        raise UserError("--tp-mode says how the ranks of --tp share layers; give --tp 2 or more")
+
+
+def session(args: argparse.Namespace) -> AbstractContextManager[Session]:
+    """This process among those that torchrun started."""
+    from qllm.parallel.session import Layout, session
+
+    device = resolve_device(args, local=True)
+    layout = Layout(args.tp, args.pp, args.tp_mode)
+    return session(layout, timeout=args.timeout, device=device, failed=_explain)
+
+
+def join(
+    args: argparse.Namespace,
+    session: Session,
+    folder: ModelFolder,
+    config: ModelConfig,
+    calibration: Calibration | None,
+) -> Place:
+    """This process's part of a model, after all were found to be about to load the same."""
+    import torch
+
+    from qllm import __version__
+    from qllm.checkpoint.fingerprint import fingerprint
+    from qllm.ops.cpu import library
+    from qllm.parallel.pipeline import Place, parse_cuts
+
+    cuts = parse_cuts(args.stages, config.num_layers, args.pp) if args.stages else None
+    with session.unbounded():  # they may have to be compiled first
+        kernels = library.unavailable() or library.library().path
+    options = {key: value for key, value in vars(args).items() if key not in NOT_COMPARED}
+    facts = {
+        "QLLM version": __version__,
+        "torch version": torch.__version__,
+        "model": fingerprint(folder.path),
+        "calibration": calibration.digest() if calibration else None,
+        **{f"--{key.replace('_', '-')}": value for key, value in options.items()},
+    }
+    if args.tp_mode == "exact":
+        facts["kernel path"] = kernels
+    session.compare(facts)
+    session.watch.start()
+    return Place(session.tp, args.tp_mode, session.pp, cuts)
+
+
+def _explain(error: BaseException) -> str | None:
+    """What ended this rank, in a line for the others; None for a normal end."""
+    if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and not error.code):
+        return None
+    return " ".join(str(error).split())[:500] or type(error).__name__
