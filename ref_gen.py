@@ -37,16 +37,18 @@ def main() -> None:
     tokenizer = Tokenizer.load(model.path, config.vocab_size)
     ids = cli.tokenize(tokenizer, prompts, args.max_prompt_length)
     check_prompts(config, ids, GenerationConfig(max_new_tokens=args.max_gen_tokens))
+    device = cli.resolve_device(args)
     reference = reference_generate(
         model.path,
         prompts,
         max_prompt_length=args.max_prompt_length,
         max_new_tokens=args.max_gen_tokens,
         dtype=cli.resolve_dtype(args),
-        device=cli.resolve_device(args),
+        device=device,
     )
     results = report.result_rows(prompts, reference.texts, reference.tokens)
-    shards = [{"layers": list(range(reference.layers)), "bytes": reference.bytes}]
+    layers = list(range(reference.layers))
+    shards = [{"layers": layers, "bytes": reference.bytes, "device": device}]
     if args.json:
         report.print_json(
             {
