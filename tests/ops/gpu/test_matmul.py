@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from cpu_paths import DTYPES, normal, pattern, random_weight
+from cpu_paths import DTYPES, normal, pattern, random_weight, weight_of
 from gpu_kernels import multiply, packed
 from torch import Tensor
 
@@ -67,6 +69,54 @@ def test_a_row_is_the_same_whatever_is_beside_it(bits, dtype, gpu):
     for first, count in ((0, 1), (3, 16), (20, 17), (5, 40), (80, 70)):
         some = slice(first, first + count)
         assert torch.equal(multiply(weight, x[some], None, gpu), whole[some])
+
+
+def emulated(builder: object, asm: str, constraints: str, values: list, *rest: object) -> object:
+    """What the kernels' inline assembly computes, on numpy's arrays."""
+    words = [value.data.astype(np.uint32) for value in values]
+    words = np.broadcast_arrays(*words)
+    if asm == "lop3.b32 $0, $1, $2, $3, 0xEA;":
+        found = words[0] & words[1] | words[2]
+    elif asm == "shf.r.wrap.b32 $0, $1, $1, $2;":
+        found = words[0] >> words[1] | words[0] << (32 - words[1]) % 32
+    else:
+        kind = {"fma.rn.f16x2": torch.float16, "fma.rn.bf16x2": torch.bfloat16}[
+            asm.split(maxsplit=1)[0]
+        ]
+        halves = (np.ascontiguousarray(word).view(np.int16) for word in words)
+        a, b, c = (torch.from_numpy(half).view(kind).double() for half in halves)
+        found = (a * b + c).to(kind).view(torch.int16).numpy().view(np.uint32)
+    handle = type(values[0])(found.view(np.int32), values[0].dtype)
+    return SimpleNamespace(get_result=lambda index: handle)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_bits_become_numbers_as_a_gpu_makes_them(bits, dtype, gpu, monkeypatch):
+    """The instructions that a GPU gets, one by one, where the interpreter takes others."""
+    if gpu == "cuda":
+        pytest.skip("a GPU takes them in all tests")
+    from triton.runtime import interpreter
+
+    from qllm.ops.gpu.kernels import matmul
+
+    # Every value meets every zero: a row has one zero, and all values.
+    top = 2**bits
+    q = np.tile(np.arange(256) % top, (top, 1))
+    weight = weight_of(q, np.arange(top)[:, None], torch.ones(top, 1).half(), bits, -1)
+    x = torch.eye(256).to(dtype)
+    expected = multiply(weight, x, None, gpu)
+    assert torch.equal(expected.double(), weight.exact(x))
+    asked = []
+
+    def emulate(builder: object, asm: str, *rest: object) -> object:
+        asked.append(asm)
+        return emulated(builder, asm, *rest)
+
+    monkeypatch.setattr(matmul, "INTERPRETED", False)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", emulate)
+    assert torch.equal(multiply(weight, x, None, gpu), expected)
+    assert len({asm.split()[0] for asm in asked}) == 3
 
 
 def test_splitting_changes_no_bit(gpu, monkeypatch):

@@ -40,40 +40,42 @@ def _turn(a, by):
 
 @triton.jit
 def _part(
-    block, row, before, BITS: tl.constexpr, LOW: tl.constexpr, P: tl.constexpr, BK: tl.constexpr,
-    BN: tl.constexpr,
+    block, row, before, half: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, P: tl.constexpr,
+    BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Bits [LOW, LOW + P) of a block's values, in pairs, and `before`: int32 (BN, BK / 2)."""
+    """Bits [LOW, LOW + P) of half a block's values, in pairs, and `before`: int32 (BN, BK / 4)."""
     words: tl.constexpr = BK * P // 32  # of a row
     mask: tl.constexpr = ((1 << P) - 1) * 0x10001 << LOW
     # Parts lie one after the other, the widest first.
     start: tl.constexpr = (BITS & ~(2 * P - 1)) * (PANEL * BK // 32)
     place = block[:, None] + start + row[:, None] * words + tl.arange(0, words)[None, :]
-    turns = (tl.arange(0, 16 // P) * P - LOW) & 31
+    turns = (tl.arange(0, 8 // P) * P + half * 8 - LOW) & 31
     pairs = _turn(tl.load(place)[:, None, :], turns[None, :, None])
-    return _and_or(tl.reshape(pairs, (BN, BK // 2)), mask, before)
+    return _and_or(tl.reshape(pairs, (BN, BK // 4)), mask, before)
 
 
 @triton.jit
-def _pairs(block, row, base, BITS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):
-    """The values of BN rows of a block, in pairs, and base: int32 (BN, BK / 2).
+def _pairs(
+    block, row, base, half: tl.constexpr, BITS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr
+):
+    """The values of BN rows of half a block, in pairs, and base: int32 (BN, BK / 4).
 
     The second of a pair is 16 bits higher.
     """
-    pairs = tl.full((BN, BK // 2), base, tl.int32)
+    pairs = tl.full((BN, BK // 4), base, tl.int32)
     if BITS & 8:
-        pairs = _part(block, row, pairs, BITS, 0, 8, BK, BN)
+        pairs = _part(block, row, pairs, half, BITS, 0, 8, BK, BN)
     if BITS & 4:
-        pairs = _part(block, row, pairs, BITS, 0, 4, BK, BN)
+        pairs = _part(block, row, pairs, half, BITS, 0, 4, BK, BN)
     if BITS & 2:
-        pairs = _part(block, row, pairs, BITS, BITS & 4, 2, BK, BN)
+        pairs = _part(block, row, pairs, half, BITS, BITS & 4, 2, BK, BN)
     if BITS & 1:
-        pairs = _part(block, row, pairs, BITS, BITS & 6, 1, BK, BN)
+        pairs = _part(block, row, pairs, half, BITS, BITS & 6, 1, BK, BN)
     return pairs
 
 
 @triton.jit
-def _halves(pairs, type: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def _apart(pairs, type: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """Pairs (BN, BK / 2) of 16-bit values as (BN, BK)."""
     both = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
     return tl.reshape(both, (BN, BK)).to(type, bitcast=True)
@@ -93,28 +95,29 @@ def _add_pairs(a, b, type: tl.constexpr):
 
 @triton.jit
 def _weight(
-    block, row, zero, type: tl.constexpr, BITS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr
-):
-    """q - zero of BN rows of a block as numbers, exactly: (BN, BK), for zero int32 (BN,)."""
+    block, row, zero, half: tl.constexpr, type: tl.constexpr, BITS: tl.constexpr,
+    BK: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """q - zero of BN rows of half a block as numbers, exactly: (BN, BK / 2), zero int32 (BN,)."""
     if INTERPRETED or type == tl.float32:
-        values = _halves(_pairs(block, row, 0, BITS, BK, BN), tl.int16, BN, BK)
+        values = _apart(_pairs(block, row, 0, half, BITS, BK, BN), tl.int16, BN, BK // 2)
         weight = values.to(tl.float32) - zero.to(tl.float32)[:, None]
     # An integer, put into the lowest bits of a power of two's fraction, makes their sum.
     elif type == tl.float16:  # 1024 + q, for ten bits
-        pairs = _pairs(block, row, 0x64006400, BITS, BK, BN)
+        pairs = _pairs(block, row, 0x64006400, half, BITS, BK, BN)
         minus = (zero | 0xE400) * 0x10001
-        weight = _halves(_add_pairs(pairs, minus[:, None], type), type, BN, BK)
+        weight = _apart(_add_pairs(pairs, minus[:, None], type), type, BN, BK // 2)
     elif BITS < 8:  # 128 + q, for seven bits
-        pairs = _pairs(block, row, 0x43004300, BITS, BK, BN)
+        pairs = _pairs(block, row, 0x43004300, half, BITS, BK, BN)
         minus = (zero | 0xC300) * 0x10001
-        weight = _halves(_add_pairs(pairs, minus[:, None], type), type, BN, BK)
+        weight = _apart(_add_pairs(pairs, minus[:, None], type), type, BN, BK // 2)
     else:  # 128 + the lower seven bits, less 128 where the eighth is not set
-        pairs = _pairs(block, row, 0, BITS, BK, BN)
+        pairs = _pairs(block, row, 0, half, BITS, BK, BN)
         eighth = ((~pairs >> 7) & 0x00010001) * 0xC300
         low = _and_or(pairs, 0x007F007F, 0x43004300)
         minus = (-zero.to(tl.float32)).to(type).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         pairs = _add_pairs(_add_pairs(low, eighth, type), (minus * 0x10001)[:, None], type)
-        weight = _halves(pairs, type, BN, BK)
+        weight = _apart(pairs, type, BN, BK // 2)
     return weight
 
 
@@ -157,7 +160,8 @@ def packed_matmul(
     """y = x W^T + bias, for W packed as in `qllm.ops.gpu.layout`.
 
     A block of BK values of a row has one scale, which multiplies the block's sum: the products are
-    of numbers as they are, integers times x.
+    of numbers as they are, integers times x. They are taken by halves of a block, so that registers
+    hold no more of the weight than that.
 
     Args:
         q: int32 (panels, blocks, PANEL · BK · BITS / 32).
@@ -185,11 +189,14 @@ def packed_matmul(
                 zero = tl.load(zeros + group + column).to(tl.int32)
             else:
                 zero = tl.full((BN,), 1 << (BITS - 1), tl.int32)
-            weight = _weight(q_panel + block * words, row, zero, type, BITS, BK, BN)
-            k = block * BK + tl.arange(0, BK)
-            inside = (m < rows)[:, None] & (k < inputs)[None, :]
-            part = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
-            sums += tl.dot(weight, tl.trans(operand(part)), input_precision="ieee") * scale[:, None]
+            product = tl.zeros((BN, BM), tl.float32)
+            for half in tl.static_range(2):
+                weight = _weight(q_panel + block * words, row, zero, half, type, BITS, BK, BN)
+                k = block * BK + half * (BK // 2) + tl.arange(0, BK // 2)
+                inside = (m < rows)[:, None] & (k < inputs)[None, :]
+                part = tl.trans(operand(tl.load(x_rows + k[None, :], mask=inside, other=0.0)))
+                product = tl.dot(operand(weight), part, product, input_precision="ieee")
+            sums += product * scale[:, None]
         total = total + sums if SLICES > 1 and not SPLIT else sums
     last = True
     if SPLIT:
