@@ -251,7 +251,7 @@ def measure(
 
     from qllm.bench.runners import ReferenceRunner
     from qllm.bench.speed import measure as measure_case
-    from qllm.memory import forget_peak, peak_resident_bytes
+    from qllm.memory import forget_peak, peak_bytes
 
     load = onnx_loader(folder) if onnx else loader(args, folder, plans, device)
     reference = None
@@ -260,7 +260,7 @@ def measure(
 
         reference = ReferenceModel.load(folder.path, dtype=dtype, device=device)
     for plan in plans:
-        forget_peak()
+        forget_peak(device)
         runner, about = load(plan)
         bitwidth = about["bitwidth"]
         result["dtype"] = str(runner.model.dtype).removeprefix("torch.")
@@ -279,7 +279,7 @@ def measure(
         if longest:
             found = latency(args, runner, tokens, longest)
             about = about | {"bytes": runner.nbytes}
-            result["benchmarks"].append(about | found | {"peak_memory": peak_resident_bytes()})
+            result["benchmarks"].append(about | found | {"peak_memory": peak_bytes(device)})
         del runner, rows  # the next one has their place
 
 

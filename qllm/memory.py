@@ -58,12 +58,22 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
 
 
-def forget_peak() -> None:
+def forget_peak(device: torch.device | str = "cpu") -> None:
     """Count the peak from here on, where the system can."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
         return  # not on Linux, or not allowed: the peak stays that of the whole process
+
+
+def peak_bytes(device: torch.device | str) -> int:
+    """The most memory of a device that this process has held at once."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_resident_bytes()
 
 
 def peak_resident_bytes() -> int:

@@ -115,7 +115,7 @@ def test_the_tree():
     ("args", "words"),
     [
         (("-p", "513"), ("pp513", "window is 512")),
-        (("-n", "511"), ("tg511 takes 513", "window is 512")),
+        (("-n", "511"), ("tg511 takes 514", "window is 512")),
         (("-p", "0"), ("leave nothing to measure",)),
         (("-p", "x"), ("'x' is not a whole number",)),
         (("-b", "0"), ("0 is too small",)),
