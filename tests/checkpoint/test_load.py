@@ -13,7 +13,7 @@ from conftest import FAMILIES, assert_user_error, run, tiny
 
 from qllm import memory
 from qllm.calibration import calibrate
-from qllm.checkpoint import load
+from qllm.checkpoint import loader
 from qllm.checkpoint.load import load_model, module_bytes, shard_bytes
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
@@ -49,9 +49,9 @@ def test_smoothing_keeps_the_function(family, monkeypatch):
             smoothed.append(weight)
             return DenseLinear(weight.float(), bias, QuantSpec())
 
-    real = load.linear_class
+    real = loader.linear_class
     monkeypatch.setattr(
-        load, "linear_class", lambda spec: real(spec) if spec.kind == "dense" else NotQuantized
+        loader, "linear_class", lambda spec: real(spec) if spec.kind == "dense" else NotQuantized
     )
     expected = load_model(tiny(family), QuantPlan.parse("16"), dtype=torch.float32)
     model = load_model(
