@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import run_json, tiny
-from oracle import load
+from oracle import load, random_model
+from transformers import BloomConfig, LlamaConfig, OPTConfig
 
 from qllm import ops
 from qllm.config import QuantPlan, QuantSpec
 from qllm.models import Decoder
 
-PROMPTS = [[5, 6, 7], [40]]
-STEPS = 1
-# One for every kind of position, norm and bitwidth; on a GPU, all of each family.
-PLANS = (("llama", "4"), ("bloom", "3"), ("opt", "8:tc-li"))
+PROMPTS = [[5, 6, 7, 8, 9], [40, 41]]
+STEPS = 2
+SIZES = {"vocab_size": 120, "hidden_size": 64, "max_position_embeddings": 64}
+CONFIGS = {
+    "opt": OPTConfig(
+        **SIZES, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64
+    ),
+    "bloom": BloomConfig(vocab_size=120, hidden_size=64, n_layer=2, n_head=4),
+    "llama": LlamaConfig(
+        **SIZES,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+}
+PLANS = [(family, bits) for family in CONFIGS for bits in ("3", "4", "8", "8:tc-li")]
 
 
-def model_of(family: str, bitwidth: str, device: str) -> Decoder:
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A random model of each family, small enough for the interpreter."""
+    found = {}
+    for family, config in CONFIGS.items():
+        found[family] = tmp_path_factory.mktemp(family)
+        random_model(config).save_pretrained(found[family])
+    return found
+
+
+def model_of(folder: Path, bitwidth: str, device: str) -> Decoder:
     plan = QuantPlan.uniform(QuantSpec.parse(bitwidth))
-    return load(tiny(family), plan=plan, dtype=torch.float32, device=device)
+    return load(folder, plan=plan, dtype=torch.float32, device=device)
 
 
 def logits_of(model: Decoder, prompts: list[list[int]]) -> torch.Tensor:
@@ -32,14 +58,14 @@ def logits_of(model: Decoder, prompts: list[list[int]]) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def expected():
+def expected(folders):
     """The same by the CPU's kernels, before any test asks for the GPU's."""
-    return {plan: logits_of(model_of(*plan, "cpu"), PROMPTS) for plan in PLANS}
+    return {plan: logits_of(model_of(folders[plan[0]], plan[1], "cpu"), PROMPTS) for plan in PLANS}
 
 
 @pytest.mark.parametrize("plan", PLANS, ids="-".join)
-def test_a_model_finds_what_it_finds_on_a_cpu(plan, expected, gpu):
-    model = model_of(*plan, gpu)
+def test_a_model_finds_what_it_finds_on_a_cpu(plan, folders, expected, gpu):
+    model = model_of(folders[plan[0]], plan[1], gpu)
     layer = model.layers[0]
     assert {m.choice.kernel.name for m in (layer.mlp.down, layer.attention.qkv)} == {"triton"}
     fused = plan[1] == "8:tc-li"
