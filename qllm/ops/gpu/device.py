@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -29,17 +30,38 @@ def why_not(device: str) -> str | None:
     return None if device == "cpu" else _unfit()
 
 
+@cache
 def _unfit() -> str | None:
-    """Why no GPU here can run them."""
+    """Why no GPU here can run them; the first call says it on standard error, where there is one."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
+    reason = _too_old() or _self_test()
+    if reason:
+        print(f"note: {reason}; running plain torch ops, which are slow", file=sys.stderr)
+    return reason
+
+
+def _too_old() -> str | None:
+    name = torch.cuda.get_device_name()
     if torch.version.hip:
-        return "it is for NVIDIA's GPUs"
+        return f"the GPU kernels are for NVIDIA's GPUs, not for {name}"
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST:
-        name, version = torch.cuda.get_device_name(), ".".join(map(str, capability))
-        return f"{name} is of compute capability {version}, below {'.'.join(map(str, OLDEST))}"
+        oldest = ".".join(map(str, OLDEST))
+        return f"{name} is of compute capability {'.'.join(map(str, capability))}, below {oldest}"
     return None
+
+
+def _self_test() -> str | None:
+    """What keeps Triton from running a small kernel: it wants a C compiler and Python's headers."""
+    from qllm.ops.gpu.rows import quantize
+
+    try:
+        found = quantize(torch.tensor([[-3.0, 0.0, 3.0]], device="cuda"), None).values.tolist()
+    except Exception as error:  # whatever a compiler or a driver may raise
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        return f"Triton cannot run here: {first}"
+    return None if found == [[-128, 0, 127]] else f"Triton's self-test here found {found}"
 
 
 def about() -> str:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from qllm import ops
-from qllm.ops.gpu import device
+from qllm.ops import reference
+from qllm.ops.gpu import device, rows
 
 REQUEST = ops.Request(256, 64, 4, 128, "asym", "cuda")
 
@@ -16,6 +17,7 @@ REQUEST = ops.Request(256, 64, 4, 128, "asym", "cuda")
 @pytest.fixture
 def no_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    device._unfit.cache_clear()
 
 
 @pytest.fixture
@@ -25,11 +27,14 @@ def a_gpu(no_interpreter, monkeypatch):
         pytest.skip("Triton is not installed")
 
     def make(*capability: int) -> None:
+        device._unfit.cache_clear()
+        monkeypatch.setattr(device, "_self_test", lambda: None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
 
-    return make
+    yield make
+    device._unfit.cache_clear()
 
 
 def test_they_are_for_gpus(no_interpreter):
@@ -50,17 +55,39 @@ def test_a_gpu_that_is_new_enough(capability, a_gpu):
 
 
 @pytest.mark.parametrize("op", ["weight_only_linear", "int8_linear", "decode_attention"])
-def test_a_gpu_that_is_too_old_takes_the_reference(op, a_gpu):
+def test_a_gpu_that_is_too_old_takes_the_reference(op, a_gpu, capsys):
     a_gpu(7, 5)
-    choice = ops.select(op, REQUEST)
-    assert choice.kernel.name == "reference"
-    assert "A GPU is of compute capability 7.5, below 8.0" in choice.reason
+    reason = "A GPU is of compute capability 7.5, below 8.0"
+    for _ in range(2):  # said once
+        choice = ops.select(op, REQUEST)
+        assert choice.kernel.name == "reference" and reason in choice.reason
+    said = capsys.readouterr().err
+    assert said == f"note: {reason}; running plain torch ops, which are slow\n"
+
+
+def test_a_triton_that_cannot_run_takes_the_reference(a_gpu, monkeypatch):
+    def fail(x: torch.Tensor, scale: None) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    self_test = device._self_test
+    a_gpu(9, 0)
+    monkeypatch.setattr(device, "_self_test", self_test)
+    monkeypatch.setattr(torch, "tensor", lambda values, device: torch.Tensor(values))
+    monkeypatch.setattr(rows, "quantize", fail)
+    assert device.why_not("cuda") == "Triton cannot run here: Failed to find C compiler."
+    device._unfit.cache_clear()
+    wrong = reference.Int8Rows(torch.zeros(1, 3), torch.ones(1, 1), torch.float32)
+    monkeypatch.setattr(rows, "quantize", lambda x, scale: wrong)
+    assert device.why_not("cuda") == "Triton's self-test here found [[0.0, 0.0, 0.0]]"
+    device._unfit.cache_clear()
+    monkeypatch.setattr(rows, "quantize", reference.quantize_rows)
+    assert device.why_not("cuda") is None
 
 
 def test_another_maker_s_gpu_takes_the_reference(a_gpu, monkeypatch):
     a_gpu(9, 0)
     monkeypatch.setattr(torch.version, "hip", "6.2")
-    assert device.why_not("cuda") == "it is for NVIDIA's GPUs"
+    assert device.why_not("cuda") == "the GPU kernels are for NVIDIA's GPUs, not for A GPU"
 
 
 def test_without_triton_the_reference_runs(a_gpu, monkeypatch):
