@@ -33,7 +33,9 @@ def spread(
         check_fits(needed, device, what)
         return [device] * len(sizes)
     if len(sizes) == 1:
-        advice = "more shards (--num-shards) go partly to the CPU, or take fewer bits"
+        advice = (
+            "qllm_gen.py with --num-shards 2 or more leaves some to the CPU; or take fewer bits"
+        )
         check_fits(needed, device, what, advice)
     kept, room = 0, free - spare
     while kept < len(sizes) and sizes[kept] <= room:

@@ -32,7 +32,7 @@ def why_not(device: str) -> str | None:
 
 @cache
 def _unfit() -> str | None:
-    """Why no GPU here can run them; where there is one, the first call says so on standard error."""
+    """Why no GPU here can run them; of one that cannot, a note says so at the first call."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     reason = _too_old() or _self_test()
