@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qllm.cli import note
 from qllm.config import QuantSpec
 from qllm.layers import linear_class
 from qllm.layers.base import Linear
@@ -94,7 +95,11 @@ def rivals(
         return
     size = packed_size(inputs, 4) * outputs + inputs // GROUP * outputs * 4
     pairs = torch.randint(0, 256, (outputs, inputs // 2), device=device).to(torch.uint8)
-    packed = torch._convert_weight_to_int4pack(pairs, 8)
+    try:
+        packed = torch._convert_weight_to_int4pack(pairs, 8)
+    except RuntimeError as error:
+        note(f"torch's product of 4 bits is left out: {error}")
+        return
     scales = torch.ones(inputs // GROUP, outputs, 2, dtype=dtype, device=device)
     weights = [packed.clone() for _ in range(copies(size, cache))]
     runs = [lambda x, w=w: torch._weight_int4pack_mm(x, w, GROUP, scales) for w in weights]
