@@ -20,9 +20,9 @@ from qllm.ops.gpu import linear, rows, tiles
 from qllm.ops.reference import Int8Rows
 from qllm.quant.packing import BITS
 
-SHAPES = ((1, 1), (13, 67), (70, 300), (130, 520))  # (N, K)
+SHAPES = ((1, 1), (13, 67), (70, 300), (66, 390))  # (N, K)
 GROUPS = (-1, 16, 20, 32, 100, 128, 200)
-ROWS = (1, 3, 16, 17, 40, 70)
+ROWS = (1, 3, 16, 17, 40)
 
 
 def rms(values: Tensor) -> float:
