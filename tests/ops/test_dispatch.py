@@ -9,254 +9,37 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 
 import exact
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from op_examples import EXACT, EXAMPLES, TO_INT8, requests
 
 from qllm import ops
-from qllm.config import SCHEMES
-from qllm.ops import KERNELS, SIMPLE, Kernel, Request, reference, select
+from qllm.ops import KERNELS, Kernel, Request, reference, select
 from qllm.ops.cpu import build
 from qllm.ops.cpu import library as native
-from qllm.quant.packing import BITS, PackedWeight, pack
+from qllm.quant.packing import PackedWeight, pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 KERNEL_CASES = [(op, kernel.name) for op, kernels in KERNELS.items() for kernel in kernels]
-SHAPES = ((64, 32), (67, 13), (1, 1), (256, 40))  # (K, N)
 ROWS = (1, 5, 33)
 # Of sums that are rounded, and of those that are exact.
 DTYPES = (
     (torch.float32, torch.bfloat16),
     (torch.float32, torch.float16, torch.bfloat16),
 )
+INTERPRETED = 13  # of so many requests Triton's interpreter, which is slow, gets one
+# Of a unit in the last place of the largest sum: what a kernel may add to the reference's error.
+# Scales of activations that are no powers of two round every product.
+SLACK = {"weight_only_linear_int8": 1 / 2}
 
 
 def kernel_named(op: str, name: str) -> Kernel:
     return next(kernel for kernel in KERNELS[op] if kernel.name == name)
-
-
-def requests(op: str) -> list[Request]:
-    """What layers may ask of an op on a CPU."""
-    if op == "dense_linear":
-        return [Request(*shape, 16, 128, "asym", "cpu") for shape in SHAPES]
-    if op == "int8_linear":
-        return [Request(*shape, 8, -1, "sym", "cpu") for shape in SHAPES]
-    if op in SIMPLE:
-        return [Request(*shape, 16, -1, "asym", "cpu") for shape in SHAPES]
-    return [
-        Request(*shape, bits, group_size, scheme, "cpu")
-        for shape in SHAPES
-        for bits in BITS
-        for group_size in (-1, 7, 32, 128)
-        for scheme in SCHEMES
-    ]
-
-
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def product(x: torch.Tensor, weight: np.ndarray, bias: torch.Tensor) -> tuple[np.ndarray, float]:
-    """x W^T + b in float64, and the largest sum of absolute values in it."""
-    x, bias = exact.numpy(x), exact.numpy(bias)
-    size = np.abs(x) @ np.abs(weight).T + np.abs(bias)
-    return x @ weight.T + bias, size.max()
-
-
-def dense_example(request: Request, rows: int, dtype: torch.dtype):
-    x = normal(rows, request.in_features).to(dtype)
-    weight = normal(request.out_features, request.in_features).to(dtype)
-    bias = normal(request.out_features).to(dtype)
-    arguments = {"x": x, "weight": weight, "bias": bias}
-    return arguments, *product(x, exact.numpy(weight), bias)
-
-
-def weight_only_example(request: Request, rows: int, dtype: torch.dtype):
-    columns, outputs, bits = request.in_features, request.out_features, request.bits
-    step = columns if request.group_size == -1 else request.group_size
-    random = np.random.default_rng(columns * bits)
-    q = random.integers(0, 2**bits, (outputs, columns), dtype=np.uint8)
-    zeros = random.integers(0, 2**bits, (outputs, -(-columns // step)), dtype=np.uint8)
-    scales = random.uniform(0.01, 0.1, zeros.shape).astype(np.float16)
-    index = np.arange(columns) // step
-    symmetric = request.scheme == "sym"
-    zero = 2 ** (bits - 1) if symmetric else zeros[:, index].astype(np.int64)
-    matrix = (q.astype(np.int64) - zero) * scales.astype(np.float64)[:, index]
-    x, bias = normal(rows, columns).to(dtype), normal(outputs).to(dtype)
-    qzeros = torch.from_numpy(zeros)
-    arguments = {
-        "x": x,
-        "qweight": pack(torch.from_numpy(q), bits),
-        "scales": torch.from_numpy(scales),
-        "qzeros": qzeros.new_empty(0) if symmetric else qzeros,
-        "bias": bias,
-        "out_features": outputs,
-        "bits": bits,
-        "group_size": request.group_size,
-    }
-    return arguments, *product(x, matrix, bias)
-
-
-def weight_only_int8_example(request: Request, rows: int, dtype: torch.dtype):
-    arguments, *_ = weight_only_example(request, rows, dtype)
-    matrix = reference.dequantize(
-        *(arguments[name] for name in ("qweight", "scales", "qzeros", "bits", "group_size")),
-        request.in_features,
-        torch.float64,
-    )
-    rounded = torch.from_numpy(exact.int8_blocks(arguments["x"], request.group_size))
-    return arguments, *product(rounded, matrix.numpy(), arguments["bias"])
-
-
-def int8_example(request: Request, rows: int, dtype: torch.dtype, *, static: bool):
-    random = np.random.default_rng(rows)
-    x = normal(rows, request.in_features).to(dtype)
-    x[0] *= 100  # outside of the static range
-    x[rows // 2] = 0
-    weight = random.integers(-128, 128, (request.out_features, request.in_features), dtype=np.int8)
-    scales = random.uniform(0.001, 0.01, request.out_features).astype(np.float16)
-    bias = normal(request.out_features).to(dtype)
-    values = x.float().numpy()
-    x_scales = np.float32(0.02)
-    if not static:
-        x_scales = np.abs(values).max(axis=1, keepdims=True) * np.float32(2) / np.float32(255)
-        x_scales[x_scales == 0] = 1
-    q = np.clip(np.rint(values / x_scales), -128, 127).astype(np.int64)
-    total = (q @ weight.T.astype(np.int64)).astype(np.float32)
-    # Three roundings to float32 and one to the type: the specification says to the bit what comes.
-    y = total * x_scales * scales.astype(np.float32) + bias.float().numpy()
-    arguments = {
-        "x": x,
-        "qweight": torch.from_numpy(weight),
-        "scales": torch.from_numpy(scales),
-        "bias": bias,
-        "input_scale": torch.tensor(x_scales) if static else None,
-        "out_features": request.out_features,
-    }
-    return arguments, exact.numpy(torch.from_numpy(y).to(dtype)), 0.0
-
-
-def embedding_example(request: Request, rows: int, dtype: torch.dtype):
-    table = normal(request.out_features + 2, request.in_features).to(dtype)
-    index = torch.arange(rows) % request.out_features
-    arguments = {"index": index, "table": table, "offset": 2}
-    return arguments, exact.numpy(table[index + 2]), 0.0
-
-
-def norm_example(request: Request, rows: int, dtype: torch.dtype, *, centered: bool, affine: bool):
-    x = (normal(rows, request.in_features) * 3 + 1).to(dtype)
-    weight, bias = normal(2, request.in_features).to(dtype) if affine else (None, None)
-    arguments = {"x": x, "weight": weight, **({"bias": bias} if centered else {}), "eps": 1e-5}
-    bias = bias if centered else None
-    y, size = exact.norm(x, weight, bias, 1e-5, centered=centered)
-    return arguments, y, size.max()
-
-
-def norm_int8_example(
-    request: Request,
-    rows: int,
-    dtype: torch.dtype,
-    *,
-    centered: bool,
-    affine: bool,
-    scale: float | None,
-):
-    arguments, y, size = norm_example(request, rows, dtype, centered=centered, affine=affine)
-    arguments["input_scale"] = None if scale is None else torch.tensor(scale)
-    return arguments, y if scale is None else y.clip(-128 * scale, 127 * scale), size
-
-
-def activation_example(request: Request, rows: int, dtype: torch.dtype, *, name: str, gated: bool):
-    x = (normal(rows, request.in_features * (2 if gated else 1)) * 3).to(dtype)
-    gate, up = np.split(exact.numpy(x), 2, axis=1) if gated else (exact.numpy(x), 1)
-    return {"x": x, "name": name}, exact.ACTIVATIONS[name](gate) * up, np.abs(gate * up).max()
-
-
-def add_example(request: Request, rows: int, dtype: torch.dtype):
-    x, z = normal(2, rows, request.in_features).to(dtype)
-    return {"x": x, "z": z}, exact.numpy((x.double() + z.double()).to(dtype)), 0.0
-
-
-CAPACITY = 70  # of the cache
-
-
-def attention_example(
-    request: Request, rows: int, dtype: torch.dtype, *, prompt: bool, turned: bool, share: int
-):
-    """Rows of a prompt that see each other, or new tokens that have a cache each."""
-    dim, kv_heads = request.in_features + request.in_features % 2, 2
-    heads, at = kv_heads * share, torch.arange(rows) * (1 if prompt else 7) % CAPACITY
-    qkv = normal(rows, (heads + 2 * kv_heads) * dim).to(dtype)
-    keys, values = normal(2, *([] if prompt else [rows]), kv_heads, CAPACITY, dim).to(dtype)
-    angle = normal(rows, dim // 2).repeat(1, 2)
-    angles = (angle.cos().to(dtype), angle.sin().to(dtype)) if turned else None
-    slopes = None if turned else torch.linspace(0.01, 0.5, heads)
-    arguments = {"qkv": qkv, "keys": keys, "values": values, "angles": angles, "slopes": slopes}
-    if not prompt:
-        arguments |= {"positions": at, "span": int(at.max()) + 1}
-    parts = exact.numpy(qkv).reshape(rows, -1, dim)
-    q, k, v = np.split(parts, [heads, heads + kv_heads], axis=1)
-    q, k = exact.rotate(q, angles), exact.rotate(k, angles)
-    caches = [exact.numpy(part).copy() for part in (keys, values)]
-    found = []
-    for row, position in enumerate(at.tolist()):
-        own = caches if prompt else [cache[row] for cache in caches]
-        own[0][:, position], own[1][:, position] = k[row], v[row]
-        seen = (cache[:, : position + 1] for cache in own)
-        found.append(exact.attention(q[row], *seen, None if turned else exact.numpy(slopes)))
-    y, size = (np.stack(parts) for parts in zip(*found, strict=True))
-    return arguments, y.reshape(rows, -1), size.max()
-
-
-EXACT = ("int8_linear", "embedding", "add")
-TO_INT8 = ("layer_norm_int8", "rms_norm_int8")
-INTERPRETED = 13  # of so many requests Triton's interpreter, which is slow, gets one
-
-# Of each op, for a request: arguments, the exact result, and the size of what it sums, which is
-# what rounding errors are in proportion to. An op that is not here fails the walk.
-EXAMPLES = {
-    "dense_linear": (dense_example,),
-    "weight_only_linear": (weight_only_example,),
-    "weight_only_linear_int8": (weight_only_int8_example,),
-    "int8_linear": (partial(int8_example, static=False), partial(int8_example, static=True)),
-    "embedding": (embedding_example,),
-    "layer_norm": tuple(
-        partial(norm_example, centered=True, affine=affine) for affine in (True, False)
-    ),
-    "rms_norm": tuple(
-        partial(norm_example, centered=False, affine=affine) for affine in (True, False)
-    ),
-    **{
-        op: tuple(
-            partial(norm_int8_example, centered=op == "layer_norm_int8", affine=affine, scale=scale)
-            for affine, scale in ((True, None), (False, None), (True, 0.05))
-        )
-        for op in TO_INT8
-    },
-    "activation": tuple(
-        partial(activation_example, name=name, gated=False) for name in exact.ACTIVATIONS
-    ),
-    "gated_activation": tuple(
-        partial(activation_example, name=name, gated=True) for name in exact.ACTIVATIONS
-    ),
-    "add": (add_example,),
-    "decode_attention": tuple(
-        partial(attention_example, prompt=False, turned=turned, share=share)
-        for turned, share in ((True, 3), (False, 1))
-    ),
-    "prompt_attention": tuple(
-        partial(attention_example, prompt=True, turned=turned, share=share)
-        for turned, share in ((True, 3), (False, 1))
-    ),
-}
-# Of a unit in the last place of the largest sum: what a kernel may add to the reference's error.
-# Scales of activations that are no powers of two round every product.
-SLACK = {"weight_only_linear_int8": 1 / 2}
 
 
 def stored_weight(arguments: dict) -> PackedWeight:
