@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qllm.cli import note
 from qllm.config import QuantSpec
 from qllm.layers import linear_class
-from qllm.layers.base import Linear
+from qllm.layers.base import Linear, QuantizedLinear
 from qllm.ops.gpu.limits import seconds
 from qllm.quant.packing import packed_size
 
@@ -43,27 +43,27 @@ def random_layer(
     """A layer of integers that are drawn, in its kernel's layout."""
     spec = QuantSpec.parse(bitwidth)
     empty = linear_class(spec).empty(inputs, outputs, False, spec, dtype)
-    tensors = {
-        name: fill(name, tensor, device) for name, tensor in empty.named_buffers() if tensor.numel()
-    }
-    for name, tensor in tensors.items():
-        setattr(empty, name, tensor)
-    for name, tensor in empty.named_buffers():
-        if tensor.is_meta:
-            setattr(empty, name, torch.empty_like(tensor, device=device))
-    if spec.kind != "dense":
-        empty.settle()
+    fill_buffers(empty, device)
     return empty
+
+
+def fill_buffers(module: nn.Module, device: torch.device) -> None:
+    """Draw what a module itself holds, and let it take its kernel's layout."""
+    for name, tensor in dict(module.named_buffers(recurse=False)).items():
+        if tensor.is_meta:
+            setattr(module, name, fill(name, tensor, device))
+    if isinstance(module, QuantizedLinear):
+        module.settle()
 
 
 def fill(name: str, like: Tensor, device: torch.device) -> Tensor:
     """Values for a buffer of a layer or norm."""
     if like.dtype in (torch.uint8, torch.int8):
         low, high = (0, 256) if like.dtype == torch.uint8 else (-128, 128)
-        if name.endswith("qzeros"):
+        if name == "qzeros":
             low, high = 7, 10
         return torch.randint(low, high, like.shape, device=device).to(like.dtype)
-    if name.endswith("scales"):
+    if name == "scales":
         return torch.full(like.shape, DEVIATION / 8, dtype=like.dtype, device=device)
     return (torch.randn(like.shape, device=device) * DEVIATION).to(like.dtype)
 

@@ -7,10 +7,9 @@ import time
 
 import torch
 
-from benchmarks.gpu.layers import fill
+from benchmarks.gpu.layers import fill_buffers
 from qllm.bench.runners import read_bytes
 from qllm.config import QuantPlan
-from qllm.layers.base import QuantizedLinear
 from qllm.models import Decoder, RawConfig, family_of
 from tools.random_checkpoint import PUBLISHED
 
@@ -27,12 +26,8 @@ def random_model(
     linears = family.layer_linears(config.num_layers)
     plan = QuantPlan.parse(bitwidth)
     model = Decoder(config, plan.resolve(linears, config.num_layers), dtype)
-    for name, module in model.named_modules():
-        for key, tensor in dict(module.named_buffers(recurse=False)).items():
-            if tensor is not None and tensor.is_meta:
-                setattr(module, key, fill(f"{name}.{key}", tensor, device))
-        if isinstance(module, QuantizedLinear):
-            module.settle()
+    for module in model.modules():
+        fill_buffers(module, device)
     if config.tied_head:
         model.lm_head.weight = model.embed.weight
     for layer in model.layers:

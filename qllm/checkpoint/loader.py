@@ -27,7 +27,11 @@ from qllm.quant.smooth import smooth_scales
 
 @dataclass
 class Loader:
-    """Fills a model's modules, each with the part that this process has of it."""
+    """Fills a model's modules, each with the part that this process has of it.
+
+    Attributes:
+        device: where the module goes that is being filled.
+    """
 
     model: Decoder
     weights: Weights
@@ -41,7 +45,6 @@ class Loader:
     def __post_init__(self) -> None:
         shared = self.tp.size > 1
         self.shares = model_shares(self.model.config, self.tp.size, self.mode) if shared else {}
-        self.device = self.model.places[0]
 
     def fill(self, name: str, module: nn.Module) -> None:
         """Give a module its tensors."""

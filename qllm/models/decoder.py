@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -192,20 +193,22 @@ class Decoder(nn.Module):
     def _decode(self, cache: KVCache) -> Tensor | None:
         """One pass: the first of a cache is recorded, the others play the record."""
         step, tape = cache.step, cache.tape
-
-        def run() -> None:
-            step.logits = self._logits(self._run_layers(self._embed(step.tokens), step))
-
-        can_capture = ops.can_capture(self.device)
         if tape is not None and tape.foreign is None:
             tape.play()
-        elif tape is None and self.alone and len(set(self._places)) == 1 and can_capture:
-            cache.tape = Graph(run, self.device)
+        elif tape is None and self._can_capture():
+            cache.tape = Graph(partial(self._run_step, step), self.device)
         else:
             with record() if tape is None else nullcontext(tape) as tape:
-                run()
+                self._run_step(step)
             cache.tape = tape
         return step.logits
+
+    def _run_step(self, step: Decode) -> None:
+        step.logits = self._logits(self._run_layers(self._embed(step.tokens), step))
+
+    def _can_capture(self) -> bool:
+        """Whether a step is nothing but launches on one device."""
+        return self.alone and len(set(self._places)) == 1 and ops.can_capture(self.device)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """What the layers take: embedded tokens (N,), or what the stage in front sends: (N, C)."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 
@@ -23,6 +23,8 @@ from qllm.ops.gpu import layout as gpu_layout
 from qllm.ops.gpu import linear as gpu_linear
 from qllm.ops.gpu import rows as gpu_rows
 from qllm.quant.packing import PackedWeight
+
+INTERPRETED = "TRITON_INTERPRET=1 asks for the GPU kernels"
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,6 @@ def _cpu_why_not(request: Request) -> str | None:
     return INTERPRETED if _interpreting(request) else library.why_not(request.device)
 
 
-INTERPRETED = "TRITON_INTERPRET=1 asks for the GPU kernels"
-
-
 def _interpreting(request: Request) -> bool:
     return request.device == "cpu" and gpu.interpreting()
 
@@ -158,23 +157,17 @@ def _gpu_why_not(request: Request) -> str | None:
     return gpu.why_not(request.device)
 
 
-CPU_LAYOUT = Layout(
-    lambda weight, request: linear.pack(
-        weight, request.bits, request.group_size, request.in_features
-    ),
-    lambda weight, request: linear.unpack(
-        weight, request.bits, request.group_size, request.in_features, request.out_features
-    ),
-)
+def _layout(module: ModuleType) -> Layout:
+    """The layout that a module's `pack` and `unpack` make and undo."""
+    return Layout(
+        lambda weight, asked: module.pack(weight, asked.bits, asked.group_size, asked.in_features),
+        lambda weight, asked: module.unpack(
+            weight, asked.bits, asked.group_size, asked.in_features, asked.out_features
+        ),
+    )
 
-GPU_LAYOUT = Layout(
-    lambda weight, request: gpu_layout.pack(
-        weight, request.bits, request.group_size, request.in_features
-    ),
-    lambda weight, request: gpu_layout.unpack(
-        weight, request.bits, request.group_size, request.in_features, request.out_features
-    ),
-)
+
+CPU_LAYOUT, GPU_LAYOUT = _layout(linear), _layout(gpu_layout)
 
 
 def _dense_for_few(

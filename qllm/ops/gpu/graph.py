@@ -1,4 +1,4 @@
-"""A decode step captured as a CUDA graph, so that its launches cost nothing."""
+"""Launches captured as a CUDA graph, such as those of a decode step, so that they cost nothing."""
 
 from __future__ import annotations
 

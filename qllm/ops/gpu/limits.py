@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
+
+from qllm.ops.cpu.limits import median_seconds
+from qllm.ops.gpu.graph import Graph
 
 COPY_BYTES = 1 << 30
 PRODUCT = 8192  # rows and columns
@@ -36,35 +37,17 @@ def seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats
 
     On a GPU they are captured as a graph and replayed, so that what launches them does not count.
     """
-    play, wait = _captured(calls, device)
-    times = []
-    for _ in range(repeats):
-        wait()
-        start = time.perf_counter()
-        play()
-        wait()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) / len(calls)
-
-
-def _captured(
-    calls: Sequence[Callable[[], object]], device: torch.device
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """What makes the calls, which it has done once, and what waits for them."""
 
     def play() -> None:
         for call in calls:
             call()
 
     if device.type != "cuda":
-        play()
-        return play, lambda: None
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        play()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        play()
-    graph.replay()
-    return graph.replay, torch.cuda.synchronize
+        return median_seconds(play, repeats) / len(calls)
+    graph = Graph(play, device)
+
+    def replay() -> None:
+        graph.play()
+        torch.cuda.synchronize(device)
+
+    return median_seconds(replay, repeats) / len(calls)

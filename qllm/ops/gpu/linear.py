@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qllm.ops.gpu import device, tiles
 from qllm.ops.gpu.layout import BLOCK, Shape
+from qllm.ops.gpu.rows import quantize, side_by_side
 from qllm.ops.reference import Int8Rows
 
 DENSE_BLOCK = 64
@@ -37,7 +38,7 @@ def weight_only_linear(
     from qllm.ops.gpu.kernels.matmul import packed_matmul
 
     shape = Shape.of(x.shape[1], out_features, group_size)
-    x = shape.spread(x) if shape.spreads else _rows(x)
+    x = shape.spread(x) if shape.spreads else side_by_side(x)
     constants = {
         "BITS": bits,
         "BK": shape.block,
@@ -59,7 +60,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`reference.dense_linear` for few rows."""
     from qllm.ops.gpu.kernels.matmul import dense_matmul
 
-    x, weight = _rows(x), weight.to(x.dtype).contiguous()
+    x, weight = side_by_side(x), weight.to(x.dtype).contiguous()
     inputs, outputs = x.shape[1], len(weight)
     return _multiply(
         dense_matmul,
@@ -82,7 +83,6 @@ def int8_linear(
 ) -> Tensor:
     """`reference.int8_linear`."""
     from qllm.ops.gpu.kernels.matmul import int8_matmul
-    from qllm.ops.gpu.rows import quantize
 
     q, x_scales, dtype = x if isinstance(x, Int8Rows) else quantize(x, input_scale)
     inputs, outputs = qweight.shape[1], len(qweight)
@@ -93,14 +93,9 @@ def int8_linear(
         bias,
         (inputs, outputs, -(-inputs // BLOCK)),
         (),
-        {"BK": BLOCK, "PER_ROW": x_scales.numel() > 1 or x_scales.dim() > 0},
+        {"BK": BLOCK, "PER_ROW": x_scales.dim() > 0},
         dtype,
     )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with its columns side by side; rows may lie apart."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def _multiply(

@@ -11,6 +11,11 @@ from qllm.ops.reference import Int8Rows
 NO_NORM, LAYER_NORM, RMS_NORM = range(3)
 
 
+def side_by_side(x: Tensor) -> Tensor:
+    """x (M, K) with the columns of a row without gaps; rows may lie apart."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
 def quantize(x: Tensor, input_scale: Tensor | None) -> Int8Rows:
     """`reference.quantize_rows`."""
     return _quantize(x, NO_NORM, None, None, 0.0, input_scale)
@@ -40,7 +45,7 @@ def _quantize(
 ) -> Int8Rows:
     from qllm.ops.gpu.kernels.rows import quantize_rows
 
-    x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    x = side_by_side(x)
     rows, columns = x.shape
     q = x.new_empty(rows, columns, dtype=torch.int8)
     scales = input_scale

@@ -10,9 +10,10 @@ decides whether to split, changes no bit of a result.
 import triton
 import triton.language as tl
 
+from qllm.ops.gpu import layout
 from qllm.ops.gpu.kernels.numbers import INTERPRETED, narrow, operand
 
-PANEL = tl.constexpr(64)  # rows of a panel, as in qllm.ops.gpu.layout
+PANEL = tl.constexpr(layout.PANEL)
 
 
 @triton.jit
