@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -59,12 +59,29 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(bits_of(a), bits_of(b))
 
 
-def everywhere(compute: Callable[[], Tensor]) -> Tensor:
-    """What a function gives, which has to be the same to the bit on every path."""
+def assert_rows_are_their_own(run, x: Tensor, *others: Tensor) -> Tensor:
+    """A row's result is the same to the bit whatever stands beside it and whatever the threads.
+
+    Args:
+        run: of x and others, all of which have as many rows; and of rows of them.
+    """
+    together = run(x, *others)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert same(run(x, *others), together)
+    torch.set_num_threads(1)
+    for rows in ([0], [len(x) - 1], [*range(len(x))][::-1], [len(x) // 2] * 3):
+        assert same(run(x[rows], *(other[rows] for other in others)), together[rows])
+    return together
+
+
+def everywhere(compute: Callable[[], Tensor], but: Collection[str] = ()) -> Tensor:
+    """What a function gives, which has to be the same to the bit on every path but some."""
     results = {}
     for name in paths():
-        with on(name):
-            results[name] = compute()
+        if name not in but:
+            with on(name):
+                results[name] = compute()
     first, *others = results
     for name in others:
         assert same(results[first], results[name]), f"{first} and {name} differ"

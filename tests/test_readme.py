@@ -47,7 +47,7 @@ SMALL = {
     "--repeats 1",
     "benchmarks.gpu": "--shapes 128x256 --rows 1 --bitwidths 4 --repeats 1 --limit-size 64",
     "benchmarks.rivals": "--rivals qllm --rows 1 --repeats 1 --megabytes 1 --prompt 8 --batches 1 "
-    "--context 4 --steps 1",
+    "--context 4 --steps 1 --rounds 1",
 }
 
 # Those that measure nothing that other work in the same process would change.

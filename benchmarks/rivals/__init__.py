@@ -11,7 +11,9 @@ out, with a note. (llama-cpp-python compiles llama.cpp for the machine that it i
 some minutes.) A rival's module is imported when it is asked for, and has one of
 
     layers(n, k, bits, group, copies, threads) -> list[LayerBench]
-    models(repository, threads, folder) -> Iterator[Model]
+    models(repository, threads, folder, stack) -> Iterator[Model]
+
+Models are there until `stack`, an ExitStack, is closed.
 
 What they compute is not the same everywhere: most round activations to int8, each in its way.
 `common` and each module's docstring say how, and which settings were taken.

@@ -4,15 +4,17 @@
     python3 -m benchmarks.rivals --model tinyllama-1.1b
 
 A layer is N x K, N its output channels, in as many copies as fill --megabytes, so that no cache
-holds them; the times are medians. GB/s is what a product with one row reads over its time, or a
-decoding step over its own, beside the rate at which torch sums a large array. Rivals that are not
-installed are left out: `benchmarks/rivals/__init__.py` says how to install them. Prints one JSON
-line last.
+holds them; the times are medians. Models are all in memory and take turns in --rounds, since a
+machine's memory may be faster or slower a minute later; their figures are medians over the
+rounds. GB/s is what a product with one row reads over its time, or a decoding step over its own,
+beside the rate at which torch sums a large array. Rivals that are not installed are left out:
+`benchmarks/rivals/__init__.py` says how to install them. Prints one JSON line last.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -55,6 +57,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=number, default=[1, 8], metavar="B")
     parser.add_argument("--context", type=number, default=128, help="of a batch (%(default)s)")
     parser.add_argument("--steps", type=number, default=32, help="to decode (%(default)s)")
+    parser.add_argument("--rounds", type=number, default=5, help="of all models (%(default)s)")
     return parser.parse_args()
 
 
@@ -109,34 +112,50 @@ def measure_layers(n: int, k: int, args: argparse.Namespace) -> list[dict[str, o
     return rows
 
 
-def model_row(model: Model, args: argparse.Namespace) -> dict[str, object]:
-    """Times of one model."""
+def model_times(model: Model, args: argparse.Namespace) -> dict[str, object]:
+    """Of one model in one round, and how fast memory was read meanwhile."""
     from qllm.ops.cpu.limits import read_bandwidth
 
+    prefill, before = model.prefill(args.prompt), read_bandwidth()
+    first, *others = args.batches
+    decode = {first: model.decode(first, args.context, args.steps)}
+    bandwidth = (before + read_bandwidth()) / 2
+    decode |= {b: model.decode(b, args.context, args.steps) for b in others}
+    return {"prefill": prefill, "decode": decode, "bandwidth": bandwidth}
+
+
+def model_row(rival: str, model: Model, rounds: list[dict]) -> dict[str, object]:
+    """Medians over the rounds; the share of what memory allows is a median of shares."""
+    first, *_ = rounds[0]["decode"]
+    shares = [model.size / each["decode"][first] / each["bandwidth"] for each in rounds]
     return {
-        "bandwidth": read_bandwidth(),
+        "rival": rival,
         "name": model.name,
         "bits": model.bits,
         "bytes": model.size,
-        "prefill": model.prefill(args.prompt),
-        "decode": {b: model.decode(b, args.context, args.steps) for b in args.batches},
+        "bandwidth": statistics.median(each["bandwidth"] for each in rounds),
+        "share": statistics.median(shares),
+        "prefill": statistics.median(each["prefill"] for each in rounds),
+        "decode": {
+            batch: statistics.median(each["decode"][batch] for each in rounds)
+            for batch in rounds[0]["decode"]
+        },
     }
 
 
 def measure_models(repository: str, args: argparse.Namespace) -> list[dict[str, object]]:
     """A row per rival and format."""
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for rival, entry in installed(MODEL_RIVALS, args.rivals):
-            for model in entry.load().models(repository, args.threads, Path(folder)):
-                rows.append({"rival": rival} | model_row(model, args))
-                del model
-    return rows
-
-
-def share(rate: float, row: dict) -> str:
-    """GB/s, and of what the machine allows."""
-    return f"{rate:.1f} ({rate * 1e9 / row['bandwidth']:.0%})"
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        models = [
+            (rival, model)
+            for rival, entry in installed(MODEL_RIVALS, args.rivals)
+            for model in entry.load().models(repository, args.threads, Path(folder), stack)
+        ]
+        turns = [[model_times(model, args) for _, model in models] for _ in range(args.rounds)]
+        return [
+            model_row(rival, model, list(rounds))
+            for (rival, model), rounds in zip(models, zip(*turns, strict=True), strict=True)
+        ]
 
 
 def print_layers(rows: list[dict], args: argparse.Namespace) -> None:
@@ -152,7 +171,8 @@ def print_layers(rows: list[dict], args: argparse.Namespace) -> None:
         print(f"| {size} | {row['rival']} | {row['bits']} | {row['name']} ", end="")
         n, k = row["layer"]
         speed = 2 * n * k * args.rows[-1] / row["seconds"][args.rows[-1]] / 1e12
-        print(f"| {row['error']:.4f} | {times} | {share(rate, row)} | {speed:.2f} |")
+        print(f"| {row['error']:.4f} | {times} ", end="")
+        print(f"| {rate:.1f} ({rate * 1e9 / row['bandwidth']:.0%}) | {speed:.2f} |")
 
 
 def print_models(rows: list[dict], args: argparse.Namespace) -> None:
@@ -165,7 +185,7 @@ def print_models(rows: list[dict], args: argparse.Namespace) -> None:
         times = " | ".join(f"{1000 * seconds:.1f}" for seconds in row["decode"].values())
         rate = row["bytes"] / row["decode"][args.batches[0]] / 1e9
         print(f"| {row['name']} | {row['bits']} | {row['bytes'] / 1e6:.0f} ", end="")
-        print(f"| {args.prompt / row['prefill']:.0f} | {times} | {share(rate, row)} |")
+        print(f"| {args.prompt / row['prefill']:.0f} | {times} | {rate:.1f} ({row['share']:.0%}) |")
 
 
 def main() -> None:

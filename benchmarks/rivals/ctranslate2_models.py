@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,11 +52,12 @@ class CheckpointConverter(Converter):
             return LOADERS[self.config["model_type"]]()(model, tokenizer)
 
 
-def models(repository: str, threads: int, folder: Path) -> Iterator[Model]:
+def models(repository: str, threads: int, folder: Path, stack: ExitStack) -> Iterator[Model]:
     """The one model.
 
     Args:
         folder: for the checkpoint and what it is converted to, which stay.
+        stack: has nothing to free.
     """
     config = PUBLISHED[repository]
     target = folder / "ctranslate2"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -12,11 +13,12 @@ from qllm.huggingface import load_reference
 from qllm.ops.cpu.limits import median_seconds
 
 
-def models(repository: str, threads: int, folder: Path) -> Iterator[Model]:
+def models(repository: str, threads: int, folder: Path, stack: ExitStack) -> Iterator[Model]:
     """The one model.
 
     Args:
         folder: for the checkpoint, which stays.
+        stack: has nothing to free.
     """
     torch.set_num_threads(threads)
     model = load_reference(checkpoint(folder, repository), dtype=torch.bfloat16)

@@ -73,19 +73,21 @@ FORMATS = (
 )
 
 
-def models(repository: str, threads: int, folder: Path) -> Iterator[Model]:
-    """Each format in turn; a model is freed when the next is asked for.
+def models(
+    repository: str, threads: int, folder: Path, stack: contextlib.ExitStack
+) -> Iterator[Model]:
+    """One for each format.
 
     Args:
         folder: for the file, which is deleted as soon as it is loaded.
+        stack: frees the models.
     """
     path = folder / "model.gguf"
     for bits, name, blocks, head in FORMATS:
         write_gguf(path, PUBLISHED[repository], blocks, head)
         size = path.stat().st_size
-        with _loaded(path) as model:
-            runner = Runner(model, threads)
-            yield Model(f"llama.cpp {name}", bits, size, runner.prefill, runner.decode)
+        runner = Runner(stack.enter_context(_loaded(path)), threads)
+        yield Model(f"llama.cpp {name}", bits, size, runner.prefill, runner.decode)
 
 
 def write_gguf(path: Path, config: dict, blocks: Blocks, head: Blocks) -> None:

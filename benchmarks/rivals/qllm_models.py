@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -16,11 +17,12 @@ from qllm.ops.cpu.limits import median_seconds
 BITWIDTHS = (("16", 16), ("8:tc-li", 16), ("8", 16), ("4", 16), ("4", 8), ("3", 16))
 
 
-def models(repository: str, threads: int, folder: Path) -> Iterator[Model]:
+def models(repository: str, threads: int, folder: Path, stack: ExitStack) -> Iterator[Model]:
     """One for each bitwidth.
 
     Args:
         folder: for the checkpoint, which stays.
+        stack: has nothing to free.
     """
     torch.set_num_threads(threads)
     source = checkpoint(folder, repository)

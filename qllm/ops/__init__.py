@@ -110,13 +110,6 @@ def _int_mm_why_not(request: Request) -> str | None:
 
 
 @cache
-def _multiplies_halves() -> bool:
-    """Whether the CPU has float16 arithmetic; where it has none, torch's products are slow."""
-    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
-    return ask is not None and ask()
-
-
-@cache
 def _cpu_vendor() -> str:
     """ "GenuineIntel" and the like, "" where the system does not say."""
     try:
@@ -170,22 +163,6 @@ def _layout(module: ModuleType) -> Layout:
 CPU_LAYOUT, GPU_LAYOUT = _layout(linear), _layout(gpu_layout)
 
 
-def _dense_for_few(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    few = len(x) <= steps.FEW_ROWS
-    return (steps.dense_linear if few else _dense_for_many(x.dtype))(x, weight, bias)
-
-
-@cache
-def _dense_for_many(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """The first kernel of `dense_linear` on a CPU that is a library's."""
-    if dtype == torch.float16 and not _multiplies_halves():
-        return reference.half_linear
-    request = Request(0, 0, 16, -1, "asym", "cpu")
-    return next(k.run for k in KERNELS["dense_linear"][1:] if k.why_not(request) is None)
-
-
 def _gpu_dense_for_few(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
@@ -218,12 +195,7 @@ def _simple(op: str) -> tuple[Kernel, ...]:
 # Kernels of each op, the preferred one first; the last can do all.
 KERNELS: dict[str, tuple[Kernel, ...]] = {
     "dense_linear": (
-        Kernel(
-            "cpu",
-            lambda: f"{library.about()} up to {steps.FEW_ROWS} rows, a library's product beyond",
-            _dense_for_few,
-            _cpu_why_not,
-        ),
+        Kernel("cpu", library.about, linear.dense_linear, _cpu_why_not),
         Kernel(
             "triton",
             lambda: f"{gpu.about()} up to {gpu_linear.FEW_ROWS} rows, a library's product beyond",

@@ -36,17 +36,6 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`dense_linear` of float16 by products in float32, some rows of the weight at a time."""
-    wide, y = x.float(), x.new_empty(len(x), len(weight))
-    step = max(1, CHUNK_WEIGHTS // weight.shape[1])
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
-        offset = None if bias is None else bias[rows].float()
-        y[:, rows] = F.linear(wide, weight[rows].float(), offset)
-    return y
-
-
 def dequantize(
     qweight: Tensor,
     scales: Tensor,

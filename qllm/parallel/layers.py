@@ -18,9 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qllm.layers import Linear
-from qllm.layers.fp16 import DenseLinear
 from qllm.layers.parts import take
-from qllm.ops.cpu.steps import FEW_ROWS
 from qllm.parallel.group import Group
 from qllm.parallel.plan import Share, attention_shares, head_shares, mlp_shares, row_share
 
@@ -34,21 +32,6 @@ class ColumnParallel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)
-
-
-class ExactColumnParallel(ColumnParallel):
-    """A dense one with the bits of the whole layer, however many rows there are.
-
-    Many rows are a library's work, whose sums depend on the shape of the whole product: each rank
-    then gathers the weight and computes all of it.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) <= FEW_ROWS:
-            return self.linear(x)
-        y = whole_product(self, x)
-        mine = [y[:, run.start : run.stop] for run in self.share.ranges[self.group.rank]]
-        return torch.cat(mine, dim=1)
 
 
 class Gathered(nn.Module):
@@ -68,17 +51,6 @@ class Gathered(nn.Module):
         if self.inputs is not None:
             x = self.group.gather(x, self.inputs)
         return self.group.gather(self.linear(x), self.share.widths)
-
-
-class ExactGathered(Gathered):
-    """A dense one, see `ExactColumnParallel`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) <= FEW_ROWS:
-            return super().forward(x)
-        if self.inputs is not None:
-            x = self.group.gather(x, self.inputs)
-        return whole_product(self, x)
 
 
 class RowParallel(nn.Module):
@@ -116,24 +88,6 @@ class VocabularyParallel(nn.Module):
         out.masked_fill_(absent[:, None], 0)
 
 
-def whole_product(module: ColumnParallel | Gathered, x: Tensor) -> Tensor:
-    """x (M, K) times all of a dense weight that the ranks share: (M, N)."""
-    linear, group, share = module.linear, module.group, module.share
-    columns = linear.in_features
-    rows = sum(share.widths)
-    flat = group.gather(linear.weight.reshape(1, -1), [n * columns for n in share.widths])
-    order = torch.cat([torch.arange(r.start, r.stop) for runs in share.ranges for r in runs])
-    order = order.to(x.device)
-    # Key heads that several ranks hold come several times, and are the same.
-    total = int(order.max()) + 1
-    weight = flat.new_empty(total, columns).index_copy_(0, order, flat.view(rows, columns))
-    bias = None
-    if linear.bias is not None:
-        bias = group.gather(linear.bias[None], share.widths)[0]
-        bias = bias.new_empty(total).index_copy_(0, order, bias)
-    return linear.run(x, weight, bias)
-
-
 def parallel(
     linear: Linear,
     group: Group,
@@ -151,12 +105,11 @@ def parallel(
         bias: of a whole layer that is cut by input channels, which its parts lack.
         gather: the outputs of all ranks are wanted.
     """
-    dense = isinstance(linear, DenseLinear)
     if share.dim == 1:
         return RowParallel(linear, group, bias)
     if gather:
-        return (ExactGathered if dense else Gathered)(linear, group, share, inputs)
-    return (ExactColumnParallel if dense else ColumnParallel)(linear, group, share)
+        return Gathered(linear, group, share, inputs)
+    return ColumnParallel(linear, group, share)
 
 
 def shard_linear(

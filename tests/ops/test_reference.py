@@ -91,20 +91,6 @@ def test_dense_linear(dtype, bias):
     assert got.dtype == dtype and got.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("chunk", [1, 40, 1 << 21])
-def test_half_linear_rounds_once(bias, chunk, monkeypatch):
-    """float16 products with float32 sums, some rows of the weight at a time."""
-    monkeypatch.setattr(reference, "CHUNK_WEIGHTS", chunk)
-    draw = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, 30, generator=draw).half() for n in (7, 11))
-    b = torch.randn(11, generator=draw).half() if bias else None
-    exact = x.double() @ weight.double().t() + (b.double() if bias else 0)
-    got = reference.half_linear(x, weight, b)
-    assert got.dtype == torch.float16
-    torch.testing.assert_close(got.double(), exact, rtol=2**-11 + 1e-6, atol=1e-5)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantize_per_token_by_hand(dtype):
     # The largest of a row stands at 127.5 steps: -255 at -127.5, which rounds to the even -128,

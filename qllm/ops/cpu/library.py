@@ -18,7 +18,8 @@ from qllm.ops.cpu.tape import call
 
 # What each path is built on, the best one first.
 PATHS = {
-    "amx": "AMX int8",
+    "amx": "AMX int8 and bfloat16",
+    "avx512bf16": "AVX-512 VNNI and BF16",
     "avx512": "AVX-512 VNNI",
     "avxvnni": "AVX-VNNI",
     "avx2": "AVX2",
@@ -95,6 +96,11 @@ def why_not(device: str) -> str | None:
 def pointer(tensor: Tensor | None) -> int | None:
     """Where a tensor's elements are; None, C's null, for none."""
     return tensor.data_ptr() if tensor is not None and tensor.numel() else None
+
+
+def like(x: Tensor, other: Tensor | None) -> Tensor | None:
+    """`other` in the type of x, which all tensors of a call have, and without gaps."""
+    return None if other is None else other.to(x.dtype).contiguous()
 
 
 def run(name: str, arguments: ctypes.Structure, *tensors: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""Packed weights times activations."""
+"""Packed, int8 and dense weights times activations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from qllm.ops.cpu import library
-from qllm.ops.cpu.library import TYPES, Arena, pointer, structure
+from qllm.ops.cpu.library import TYPES, Arena, like, pointer, structure
 from qllm.quant.packing import PackedWeight, packed_size
 
 LANES, SLAB, VECTOR = 16, 32, 64  # of the layout, as in kernels.h
@@ -21,6 +21,7 @@ Linear = structure(
     "rows inputs outputs bits group mode *x x_type x_stride *y *q *scales scale_type *zeros *bias "
     "*input_scale",
 )
+Dense = structure("Dense", "rows inputs outputs x_stride type *x *w *bias *y")
 Packing = structure(
     "Packing",
     "inputs outputs bits group *rows row_bytes *row_scales *row_zeros scale_bytes *q *scales "
@@ -156,7 +157,7 @@ def _linear(
 ) -> Tensor:
     out_features, bits, group_size = shape
     rows, in_features = x.shape
-    x = x if x.stride(1) == 1 or in_features == 1 else x.contiguous()
+    x = _in_rows(x)
     bias = bias if bias is None else bias.to(x.dtype).contiguous()
     y = x.new_empty(rows, out_features)
     arguments = Linear(
@@ -179,3 +180,18 @@ def _linear(
     )
     library.run("qllm_linear", arguments, x, y, *weight[:3], bias, input_scale)
     return y
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`reference.dense_linear`; no row's result depends on the rows beside it."""
+    x = _in_rows(x)
+    y = x.new_empty(len(x), len(weight))
+    tensors = (x, like(x, weight), like(x, bias), y)
+    shape = (*x.shape, len(weight), x.stride(0), TYPES[x.dtype])
+    library.run("qllm_dense", Dense(*shape, *map(pointer, tensors)), *tensors)
+    return y
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """x (M, K), copied if the elements of a row do not lie side by side."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

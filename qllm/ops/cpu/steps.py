@@ -1,4 +1,4 @@
-"""What lies between the packed layers of a decoder; see `reference` for what each computes."""
+"""What lies between the linear layers of a decoder; see `reference` for what each computes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from qllm.ops.cpu import library
-from qllm.ops.cpu.library import TYPES, pointer, structure
+from qllm.ops.cpu.library import TYPES, like, pointer, structure
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # as in kernels.h
-FEW_ROWS = 256  # beyond, a dense product is a library's work
 
 # As in kernels.h; eps is a double.
 Activate = structure("Activate", "rows channels kind gated type *x *y")
@@ -24,12 +23,6 @@ AttendPrompt = structure(
     "AttendPrompt",
     "length heads kv_heads dim capacity type *qkv *cos *sin *slopes *keys *values *y",
 )
-Dense = structure("Dense", "rows inputs outputs x_stride type *x *w *bias *y")
-
-
-def _like(x: Tensor, other: Tensor | None) -> Tensor | None:
-    """`other` in the type of x, which all tensors of a call have, and without gaps."""
-    return None if other is None else other.to(x.dtype).contiguous()
 
 
 def embedding(index: Tensor, table: Tensor, offset: int) -> Tensor:
@@ -60,7 +53,7 @@ def _norm(
 ) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
-    tensors = (x, _like(x, weight), _like(x, bias), y)
+    tensors = (x, like(x, weight), like(x, bias), y)
     arguments = Norm(*x.shape, centered, TYPES[x.dtype], eps, *map(pointer, tensors))
     library.run("qllm_norm", arguments, *tensors)
     return y
@@ -88,7 +81,7 @@ def _activate(x: Tensor, name: str, *, gated: bool) -> Tensor:
 
 def add(x: Tensor, z: Tensor) -> Tensor:
     """`reference.add`."""
-    x, z = x.contiguous(), _like(x, z)
+    x, z = x.contiguous(), like(x, z)
     y = torch.empty_like(x)
     tensors = (x, z, y)
     library.run("qllm_add", Add(x.numel(), TYPES[x.dtype], *map(pointer, tensors)), *tensors)
@@ -117,7 +110,7 @@ def decode_attention(
     heads = qkv.shape[1] // dim - 2 * kv_heads
     _check_cache(qkv, keys, values, span)
     y = qkv.new_empty(rows, heads * dim)
-    turns = [_like(qkv, part) for part in angles or (None, None)]
+    turns = [like(qkv, part) for part in angles or (None, None)]
     tensors = (qkv.contiguous(), positions.contiguous(), *turns, slopes, keys, values, y)
     shape = (rows, heads, kv_heads, dim, capacity, TYPES[qkv.dtype])
     library.run("qllm_attend", Attend(*shape, *map(pointer, tensors)), *tensors)
@@ -136,19 +129,8 @@ def prompt_attention(
     length, heads = len(qkv), qkv.shape[1] // dim - 2 * kv_heads
     _check_cache(qkv, keys, values, length)
     y = qkv.new_empty(length, heads * dim)
-    turns = [_like(qkv, part) for part in angles or (None, None)]
+    turns = [like(qkv, part) for part in angles or (None, None)]
     tensors = (qkv.contiguous(), *turns, slopes, keys, values, y)
     shape = (length, heads, kv_heads, dim, capacity, TYPES[qkv.dtype])
     library.run("qllm_attend_prompt", AttendPrompt(*shape, *map(pointer, tensors)), *tensors)
-    return y
-
-
-def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`reference.dense_linear` for few rows."""
-    rows, in_features = x.shape
-    x = x if x.stride(1) == 1 or in_features == 1 else x.contiguous()
-    y = x.new_empty(rows, len(weight))
-    tensors = (x, _like(x, weight), _like(x, bias), y)
-    shape = (rows, in_features, len(weight), x.stride(0), TYPES[x.dtype])
-    library.run("qllm_dense", Dense(*shape, *map(pointer, tensors)), *tensors)
     return y

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import exact
 import pytest
 import torch
 from cpu_paths import DTYPES, INTEGERS, normal
@@ -37,7 +38,11 @@ AVX512_SOURCE = """
 #undef FEW_STREAMS
 #include "tile.h"
 #include "linear.h"
-const qllm::Path qllm::avx512_path = {"avx512", linear, pack, unpack};
+#include "elements.h"
+#include "dense_tile.h"
+#include "dense.h"
+const qllm::Path qllm::avx512_path = {
+    "avx512", linear, pack, unpack, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, dense};
 """
 OTHER_SOURCE = '#include "kernels.h"\nconst qllm::Path qllm::%s_path = {"%s"};\n'
 
@@ -50,7 +55,7 @@ def libraries(tmp_path_factory) -> dict[str, Path]:
         for path in build.SOURCE.glob(pattern):
             shutil.copy(path, folder)
     (folder / "avx512.cpp").write_text(AVX512_SOURCE)
-    for name in ("avxvnni", "avx2", "scalar"):
+    for name in ("avx512bf16", "avxvnni", "avx2", "scalar"):
         (folder / f"{name}.cpp").write_text(OTHER_SOURCE % (name, name))
     with pytest.MonkeyPatch.context() as patch:
         for kind, flags in (("emulated", "-DQLLM_EMULATE_AMX"), ("hardware", "")):
@@ -185,6 +190,41 @@ def test_extreme_products_do_not_saturate(tiles):
     assert torch.equal(y, x[:, :1] * torch.tensor([255.0, -255.0]) * 128)
 
 
+# 16 rows fill a tile, 32 two, 384 are held at once; inputs in blocks of 256, tiles of 32.
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(1, 1), (31, 16), (32, 17), (70, 40), (256, 64), (300, 81), (530, 100)]
+)
+def test_dense_products_are_those_of_bfloat16(tiles, inputs, outputs):
+    x, weight = (normal(n, inputs, dtype=torch.bfloat16) for n in (400, outputs))
+    bias = normal(outputs, dtype=torch.bfloat16)
+    for b in (bias, None):
+        whole = linear.dense_linear(x, weight, b)
+        want, size = exact.numpy(x) @ exact.numpy(weight).T, exact.numpy(x.abs() @ weight.abs().t())
+        if b is not None:
+            want, size = want + exact.numpy(b), size + exact.numpy(b.abs())
+        exact.assert_rounded_once(whole, want, size)
+        for rows in (*ROWS[:-1], 32, 48, 383, 384, 385):
+            for part in (slice(rows), slice(-rows, None)):
+                assert torch.equal(linear.dense_linear(x[part], weight, b), whole[part])
+
+
+def test_a_row_of_dense_tiles_is_not_its_neighbours_(tiles):
+    x, weight = (normal(n, 70, dtype=torch.bfloat16) for n in (40, 20))
+    clean = linear.dense_linear(x, weight, None)
+    x[3, 69], x[20, 0] = torch.nan, torch.inf
+    got = linear.dense_linear(x, weight, None)
+    assert got[3].isnan().all() and not got[20].isfinite().any()
+    rest = [row for row in range(40) if row not in (3, 20)]
+    assert torch.equal(got[rest], clean[rest])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_dense_products_are_those_of_vectors(tiles, dtype):
+    x, weight = normal(40, 70, dtype=dtype), normal(20, 70, dtype=dtype)
+    for _, ours, expected in on_both(tiles, x, lambda x: linear.dense_linear(x, weight, None)):
+        assert torch.equal(ours, expected)
+
+
 def test_the_rate_is_that_of_tiles(tiles):
     rounds = 1000
     tiles.qllm_multiply_all.restype = ctypes.c_int64
@@ -194,7 +234,7 @@ def test_the_rate_is_that_of_tiles(tiles):
 
 def test_tiles_are_the_best_there_is(tiles):
     assert tiles.path == "amx"
-    assert native.about() == "AMX int8"
+    assert native.about() == "AMX int8 and bfloat16"
     assert tiles.qllm_amx_state() == b"used"
 
 
@@ -207,8 +247,8 @@ def test_another_path_can_be_forced(found):
 def test_tiles_that_fail_their_test_are_not_used(found, monkeypatch, capfd, fault):
     monkeypatch.setenv("QLLM_EMULATED_FAULT", fault)
     library = found("emulated")
-    assert library.path == "avx512"
-    assert native.about() == "AVX-512 VNNI (AMX: self-test failed)"
+    assert library.path in ("avx512", "avx512bf16")
+    assert native.about() == f"{native.PATHS[library.path]} (AMX: self-test failed)"
     with pytest.raises(UserError, match="choose avx512"):
         found("emulated", "amx")
     assert capfd.readouterr() == ("", "")
@@ -220,7 +260,7 @@ def test_a_machine_without_tiles(found):
     library = found("hardware")
     if library.qllm_features() & AMX:
         pytest.skip("this machine has AMX")
-    assert library.path == "avx512"
+    assert library.path in ("avx512", "avx512bf16")
     assert library.qllm_amx_state() in (b"absent", b"no permission", b"self-test failed")
     with pytest.raises(UserError) as caught:
         found("hardware", "amx")

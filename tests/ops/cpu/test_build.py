@@ -156,13 +156,14 @@ def test_units_and_headers_become_one_library(tmp_path):
 
 MACROS = ("__AVX2__", "__FMA__", "__F16C__", "__BMI2__", "__AVXVNNI__", "__AVX512F__")
 MACROS += ("__AVX512BW__", "__AVX512DQ__", "__AVX512VL__", "__AVX512VNNI__")
-MACROS += ("__AMX_TILE__", "__AMX_INT8__")
+MACROS += ("__AVX512BF16__", "__AMX_TILE__", "__AMX_INT8__", "__AMX_BF16__")
 HAS = {
     "scalar": (),
     "avx2": MACROS[:4],
     "avxvnni": MACROS[:5],
     "avx512": (*MACROS[:4], *MACROS[5:10]),
-    "amx": (*MACROS[:4], *MACROS[5:]),
+    "avx512bf16": (*MACROS[:4], *MACROS[5:11]),
+    "amx": (*MACROS[:4], *MACROS[5:10], *MACROS[11:]),
 }
 
 

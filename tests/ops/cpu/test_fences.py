@@ -29,9 +29,6 @@ def run_steps(dtype: torch.dtype, fence) -> None:
         steps.rms_norm(x, one, 1e-5)
         steps.add(x, z)
         steps.embedding(fence(torch.arange(rows)), z, 0)
-        for outputs in (1, 3, 4, 13):
-            weight, bias = normal(outputs, channels, dtype=dtype), normal(outputs, dtype=dtype)
-            steps.dense_linear(x, fence(weight), fence(bias))
 
 
 def run_attention(dtype: torch.dtype, fence) -> None:
@@ -48,6 +45,14 @@ def run_attention(dtype: torch.dtype, fence) -> None:
             cache = map(fence, normal(2, 3, kv_heads, length, dim, dtype=dtype))
             places = fence(torch.tensor([length - 1, 0, length - 1]))
             steps.decode_attention(new, *cache, places, length, turns, slopes)
+
+
+def run_dense(dtype: torch.dtype, fence) -> None:
+    for channels, rows in itertools.product((1, 2, 15, 17, 33, 70, 300), (1, 3, 6, 14)):
+        x = fence(normal(rows, channels, dtype=dtype))
+        for outputs in (1, 3, 16, 37):
+            weight, bias = normal(outputs, channels, dtype=dtype), normal(outputs, dtype=dtype)
+            linear.dense_linear(x, fence(weight), fence(bias))
 
 
 def run_linear(dtype: torch.dtype, fence) -> None:
@@ -73,7 +78,7 @@ def run_all(path: str) -> None:
             torch.Tensor.new_empty = lambda x, *shape, fence=fence: fence(
                 torch.zeros(*shape, dtype=x.dtype)
             )
-            for run in (run_steps, run_attention, run_linear):
+            for run in (run_steps, run_attention, run_dense, run_linear):
                 run(dtype, fence)
                 kept.clear()
 

@@ -23,7 +23,7 @@ from qllm.ops.cpu import build
 from qllm.ops.cpu import library as native
 
 GENERATE = ("--model-name", "opt", "--model-size", "tiny", "--bitwidth", "4")
-AVX2, AVX_VNNI, AVX512 = 1, 2, 4  # of dispatch.cpp
+AVX2, AVX_VNNI, AVX512, BF16 = 1, 2, 4, 16  # of dispatch.cpp
 
 REQUEST = Request(64, 64, 4, 32, "asym", "cpu")
 INT8_REQUEST = Request(64, 64, 8, -1, "sym", "cpu")
@@ -67,13 +67,16 @@ def test_a_path_of_this_machine_runs(name):
         (AVX2 | AVX_VNNI, "avxvnni"),
         (AVX2 | AVX512, "avx512"),
         (AVX2 | AVX_VNNI | AVX512, "avx512"),
+        (AVX2 | AVX512 | BF16, "avx512bf16"),
+        (AVX2 | BF16, "avx2"),
     ],
 )
 def test_the_best_path_of_what_a_machine_has(features, best):
     paths()
     library = native.library()
     assert library.qllm_best(ctypes.c_int64(features)).decode() == best
-    needs = {"avx512": AVX512, "avxvnni": AVX2 | AVX_VNNI, "avx2": AVX2, "scalar": 0}
+    needs = {"avx512bf16": AVX512 | BF16, "avx512": AVX512, "avxvnni": AVX2 | AVX_VNNI}
+    needs |= {"avx2": AVX2, "scalar": 0}
     try:
         for name, needed in needs.items():
             can = library.qllm_use(name.encode(), ctypes.c_int64(features))
@@ -90,8 +93,9 @@ def test_the_machine_s_features_are_those_the_system_names():
     expected = 0
     if {"avx2", "fma", "f16c", "bmi2"} <= flags:
         expected = AVX2 | AVX_VNNI * ("avx_vnni" in flags) | AVX512 * (wide <= flags)
+        expected |= BF16 * (wide | {"avx512_bf16"} <= flags)
     found = native.library().qllm_features()
-    assert found & (AVX2 | AVX_VNNI | AVX512) == expected
+    assert found & (AVX2 | AVX_VNNI | AVX512 | BF16) == expected
 
 
 @pytest.mark.usefixtures("anew")

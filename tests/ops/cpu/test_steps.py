@@ -9,8 +9,8 @@ import exact
 import numpy as np
 import pytest
 import torch
-from cpu_paths import DTYPES, kernel, normal, on, same
-from exact import ULPS, assert_rounded_once
+from cpu_paths import DTYPES, assert_rows_are_their_own, normal, on, same
+from exact import assert_rounded_once
 from torch import Tensor
 
 from qllm.ops import reference
@@ -28,22 +28,6 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def path(request):
     with on(request.param):
         yield request.param
-
-
-def assert_rows_are_their_own(run, x: Tensor, *others: Tensor) -> Tensor:
-    """A row's result is the same to the bit whatever stands beside it and whatever the threads.
-
-    Args:
-        run: of x and others, all of which have as many rows; and of rows of them.
-    """
-    together = run(x, *others)
-    for threads in (2, 3):
-        torch.set_num_threads(threads)
-        assert same(run(x, *others), together)
-    torch.set_num_threads(1)
-    for rows in ([0], [len(x) - 1], [*range(len(x))][::-1], [len(x) // 2] * 3):
-        assert same(run(x[rows], *(other[rows] for other in others)), together[rows])
-    return together
 
 
 # Activation functions
@@ -193,51 +177,6 @@ def test_an_index_outside_the_table_is_an_error(wrong, offset):
             steps.embedding(index, table, offset)
 
 
-# Dense layers of few rows
-
-
-DENSE = ((1, 1), (1, 5), (3, 2), (7, 5), (15, 3), (16, 4), (17, 13), (64, 64), (100, 67), (768, 33))
-
-
-@dtypes
-@pytest.mark.parametrize(("inputs", "outputs"), DENSE)
-def test_dense_layers(inputs, outputs, dtype, path):
-    x, weight = normal(70, inputs, dtype=dtype), normal(outputs, inputs, dtype=dtype)
-    bias = normal(outputs + 1, dtype=dtype)[1:]
-    # Without vector instructions a sum's terms come one after the other.
-    ulps = ULPS + (inputs / 64 if path == "scalar" else 0)
-    for b in (bias, None):
-        whole = assert_rows_are_their_own(lambda x, b=b: steps.dense_linear(x, weight, b), x)
-        want = exact.numpy(x) @ exact.numpy(weight).T
-        size = np.abs(exact.numpy(x)) @ np.abs(exact.numpy(weight)).T
-        if b is not None:
-            want, size = want + exact.numpy(b), size + np.abs(exact.numpy(b))
-        assert_rounded_once(whole, want, size, ulps)
-        for rows in (*range(1, 10), 31, 32, 33, 37, 64, 65):
-            assert same(steps.dense_linear(x[:rows], weight, b), whole[:rows])
-            assert same(steps.dense_linear(x[-rows:], weight, b), whole[-rows:])
-
-
-@dtypes
-def test_dense_layers_of_few_rows_are_this_kernel_s(dtype):
-    x, weight = normal(steps.FEW_ROWS + 1, 40, dtype=dtype), normal(9, 40, dtype=dtype)
-    run = kernel("dense_linear").run
-    want = steps.dense_linear(x, weight, None)
-    assert same(run(x[:-1], weight, None), want[:-1])
-    size = np.abs(exact.numpy(x)) @ np.abs(exact.numpy(weight)).T
-    assert_rounded_once(run(x, weight, None), exact.numpy(want), size + np.abs(exact.numpy(want)))
-
-
-def test_a_row_of_a_dense_layer_is_not_its_neighbours_():
-    x, weight = normal(9, 70), normal(30, 70)
-    clean = steps.dense_linear(x, weight, None)
-    x[2, 69], x[5, 0] = math.nan, math.inf
-    got = steps.dense_linear(x, weight, None)
-    assert got[2].isnan().all() and not got[5].isfinite().any()
-    rest = [0, 1, 3, 4, 6, 7, 8]
-    assert same(got[rest], clean[rest])
-
-
 # Tensors of any layout and type
 
 
@@ -245,7 +184,6 @@ def test_a_row_of_a_dense_layer_is_not_its_neighbours_():
 def test_tensors_need_not_be_contiguous(dtype):
     wide = normal(5, 2 * 36, dtype=dtype)
     tall, few = normal(36, 5, dtype=dtype), normal(36, 3, dtype=dtype)[:, 1]
-    square = normal(36, 36, dtype=dtype).t()
     for x in (wide[:, ::2], tall.t(), tall.t()[:1], wide[:1, 1:37].expand(5, 36)):
         y = x.contiguous()
         one = few.contiguous()
@@ -255,17 +193,12 @@ def test_tensors_need_not_be_contiguous(dtype):
         assert same(steps.layer_norm(x, few, few, 0.1), steps.layer_norm(y, one, one, 0.1))
         assert same(steps.rms_norm(x, few, 0.1), steps.rms_norm(y, one, 0.1))
         assert same(steps.add(x, y), x + x) and same(steps.add(y, x), x + x)
-        got = steps.dense_linear(x, square, few)
-        assert same(got, steps.dense_linear(y, square.contiguous(), one))
 
 
 def test_parameters_of_another_type_are_taken_in_that_of_x():
     x, half = normal(5, 36), normal(36, dtype=torch.float16)
-    square = normal(36, 36, dtype=torch.bfloat16)
     assert same(steps.layer_norm(x, half, half, 0.1), steps.layer_norm(x, *2 * [half.float()], 0.1))
     assert same(steps.rms_norm(x, half, 0.1), steps.rms_norm(x, half.float(), 0.1))
-    want = steps.dense_linear(x, square.float(), half.float())
-    assert same(steps.dense_linear(x, square, half), want)
 
 
 def test_nothing_is_empty_handed():

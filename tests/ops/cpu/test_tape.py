@@ -136,17 +136,6 @@ def test_layers_without_a_kernel_are_not_played():
     assert caches[0].tape.foreign is not None
 
 
-def test_more_rows_than_a_dense_kernel_takes_are_not_played():
-    model = our_bundled("opt", "4")
-    rows = steps.FEW_ROWS + 1
-    cache = begun(model, [1] * rows)
-    first = model.decode(tokens_of(0, rows), cache)
-    kept = first.clone()
-    model.decode(tokens_of(1, rows), cache)
-    assert cache.tape.foreign is not None
-    assert same(first, kept)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_caches_of_one_model_take_turns(family):
     model = our_bundled(family, "4")

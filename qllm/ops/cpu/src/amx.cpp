@@ -1,6 +1,9 @@
+#include "as_avx512.h"
 #include "isa_avx512.h"
 #include "tile_amx.h"
 #include "linear.h"
+#include "dense_tile_amx.h"
+#include "dense.h"
 
 namespace qllm {
 namespace {
@@ -13,16 +16,11 @@ static bool linear_by_rows(const Linear &a) {
     return a.rows <= MOST_FOR_VECTORS ? avx512_path.linear(a) : linear(a);
 }
 
-// Nothing else is for tiles.
-static void activate(const Activate &a) { avx512_path.activate(a); }
-static void norm(const Norm &a) { avx512_path.norm(a); }
-static void add(const Add &a) { avx512_path.add(a); }
-static bool embed(const Embed &a) { return avx512_path.embed(a); }
-static bool attend(const Attend &a) { return avx512_path.attend(a); }
-static bool attend_prompt(const AttendPrompt &a) { return avx512_path.attend_prompt(a); }
-static bool dense(const Dense &a) { return avx512_path.dense(a); }
-static int64_t read_all(const uint8_t *from, int64_t bytes) {
-    return avx512_path.read_all(from, bytes);
+static_assert(DENSE_ROWS % DENSE_TILE_ROWS == 0);
+
+// Only bfloat16 is for tiles.
+static bool dense_by_type(const Dense &a) {
+    return a.type == BFLOAT16 ? dense_of<BFLOAT16>(a) : avx512_path.dense(a);
 }
 
 // As in limits.h: adds products in registers; returns how many operations, two for a product.
@@ -86,10 +84,50 @@ static bool products_are_right(int64_t slabs) {
     return true;
 }
 
-static bool self_test() { return products_are_right(BLOCK_SLABS) && products_are_right(3); }
+// The same of dense tiles: sums of whole numbers, which no order of theirs changes.
+static bool dense_products_are_right() {
+    constexpr int64_t R = DENSE_TILE_ROWS, PANELS = 2, S = 2 * TILE_STEPS;
+    alignas(64) float x[R * S], w[PANELS * S * LANES], out[R * GROUP_LANES];
+    auto pair = [](int64_t i, uint32_t (&of)[2]) {  // 1, -2, 3, 0 and so on, as bfloat16
+        const uint32_t some[] = {0x3F80, 0xC000, 0x4040, 0x0000, 0xC1C8};
+        of[0] = some[(i + i / 64) % 5];
+        of[1] = some[(i + i / 16 + 3) % 5];
+    };
+    auto fill = [&](float *to, int64_t count) {
+        for (int64_t i = 0; i < count; i++) {
+            uint32_t two[2];
+            pair(i, two);
+            to[i] = float_of(two[0] | two[1] << 16);
+        }
+    };
+    fill(x, R * S);
+    fill(w, PANELS * S * LANES);
+    for (float &sum : out) sum = 7;
+    {
+        DenseTiles tiles;
+        tiles.multiply<true>({w, x, S, S, out}, R, PANELS);
+    }
+    for (int64_t r = 0; r < R; r++)
+        for (int64_t n = 0; n < PANELS * LANES; n++) {
+            float sum = 7;
+            for (int64_t step = 0; step < S; step++) {
+                uint32_t a[2], b[2];
+                pair(dense_place(R, r, step), a);
+                pair(n / LANES * S * LANES + step * LANES + n % LANES, b);
+                for (int i = 0; i < 2; i++) sum += float_of(a[i] << 16) * float_of(b[i] << 16);
+            }
+            if (out[r * GROUP_LANES + n] != sum) return false;
+        }
+    return true;
+}
+
+static bool self_test() {
+    return products_are_right(BLOCK_SLABS) && products_are_right(3) && dense_products_are_right();
+}
 
 }  // namespace
 }  // namespace qllm
 
-const qllm::Path qllm::amx_path = {"amx", linear_by_rows, pack, unpack, activate, norm,   add,
-                 embed,  attend, attend_prompt, dense, read_all, multiply_all, self_test};
+const qllm::Path qllm::amx_path = {
+    "amx", linear_by_rows, pack, unpack, same_activate, same_norm, same_add, same_embed,
+    same_attend, same_attend_prompt, dense_by_type, same_read_all, multiply_all, self_test};

@@ -71,7 +71,8 @@ template <int T> SLOW void store_tile(void *to, int64_t stride) {
                          emulated.shapes.bytes[T]);
 }
 
-template <int SUM, int X, int W> SLOW void add_product() {
+// What the product of a sum's row and lane begins with and adds, step by step.
+template <typename T, int SUM, int X, int W, typename Add> SLOW void multiply_tiles(Add add) {
     static_assert(SUM != X && SUM != W && X != W);
     const uint8_t(*x)[64] = tile_of<X>(), (*w)[64] = tile_of<W>();
     uint8_t(*to)[64] = tile_of<SUM>();
@@ -79,16 +80,45 @@ template <int SUM, int X, int W> SLOW void add_product() {
     demand(s.bytes[SUM] % 4 == 0 && s.bytes[X] % 4 == 0 && s.bytes[W] % 4 == 0);
     demand(s.rows[SUM] == s.rows[X] && s.bytes[SUM] == s.bytes[W] && s.bytes[X] / 4 == s.rows[W]);
     for (int m = 0; m < s.rows[SUM]; m++) {
-        int32_t sums[16];
+        T sums[16];
         __builtin_memcpy(sums, to[m], 64);
-        for (int k = 0; k < s.rows[W]; k++)
-            for (int n = 0; n < s.bytes[W] / 4; n++)
-                for (int i = 0; i < 4; i++)
-                    sums[n] = int32_t(uint32_t(sums[n]) + uint32_t(int8_t(x[m][4 * k + i]) *
-                                                                   int8_t(w[k][4 * n + i])));
-        if (emulated.wrong) sums[m] ^= 1;
+        for (int n = 0; n < s.bytes[W] / 4; n++) sums[n] = add(sums[n], x[m], w, n, s.rows[W]);
         __builtin_memcpy(to[m], sums, 64);
+        if (emulated.wrong) to[m][4 * m] ^= 1;
     }
+}
+
+template <int SUM, int X, int W> SLOW void add_product() {
+    multiply_tiles<uint32_t, SUM, X, W>(
+        [](uint32_t sum, const uint8_t *x, const uint8_t(*w)[64], int n, int steps) {
+            for (int k = 0; k < steps; k++)
+                for (int i = 0; i < 4; i++)
+                    sum += uint32_t(int8_t(x[4 * k + i]) * int8_t(w[k][4 * n + i]));
+            return sum;
+        });
+}
+
+// Input `at` of a row of bfloat16; subnormal numbers count as zero, and become it in sums.
+inline float flushed(float value) {
+    return __builtin_fabsf(value) < __FLT_MIN__ ? value * 0 : value;
+}
+inline float number_at(const uint8_t *row, int at) {
+    uint32_t bits = (uint32_t(row[2 * at + 1]) << 8 | row[2 * at]) << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return flushed(value);
+}
+
+template <int SUM, int X, int W> SLOW void add_pairs() {
+    multiply_tiles<float, SUM, X, W>(
+        [](float sum, const uint8_t *x, const uint8_t(*w)[64], int n, int steps) {
+            float halves[2] = {};  // of even and of odd inputs
+            for (int k = 0; k < steps; k++)
+                for (int i = 0; i < 2; i++)
+                    halves[i] = flushed(__builtin_fmaf(number_at(x, 2 * k + i),
+                                                       number_at(w[k], 2 * n + i), halves[i]));
+            return flushed(flushed(sum) + flushed(halves[0] + halves[1]));
+        });
 }
 
 }  // namespace

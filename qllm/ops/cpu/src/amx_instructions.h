@@ -35,5 +35,10 @@ template <int SUM, int X, int W> inline void add_product() {
     __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(W));
 }
 
+// The same of bfloat16 to float32 sums, with 2 inputs to a lane and to a row.
+template <int SUM, int X, int W> inline void add_pairs() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(X), "i"(W));
+}
+
 }  // namespace
 }  // namespace qllm

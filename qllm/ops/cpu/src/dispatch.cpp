@@ -19,7 +19,7 @@ namespace {
 
 using namespace qllm;
 
-enum Feature : int64_t { AVX2 = 1, AVX_VNNI = 2, AVX512 = 4, AMX = 8 };
+enum Feature : int64_t { AVX2 = 1, AVX_VNNI = 2, AVX512 = 4, AMX = 8, BF16 = 16 };
 
 uint64_t enabled_state() {
     uint32_t low, high;
@@ -95,8 +95,9 @@ int64_t features() {
     const uint32_t wide = f | dq | bw | vl;
     if ((state & 0xE6) != 0xE6 || (b7 & wide) != wide || !(c7 & vnni)) return found;
     found |= AVX512;
-    const uint32_t tile = 1u << 24, int8 = 1u << 25;
-    bool tiles = (state & 0x60000) == 0x60000 && (d7 & tile) && (d7 & int8);
+    if (a71 & 1u << 5) found |= BF16;
+    const uint32_t bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25, products = bf16 | tile | int8;
+    bool tiles = (state & 0x60000) == 0x60000 && (d7 & products) == products;
 #ifdef QLLM_EMULATE_AMX
     tiles = true;
 #endif
@@ -111,6 +112,7 @@ struct Choice {
 
 // The best one first.
 const Choice CHOICES[] = {{&amx_path, AVX512 | AMX},
+                          {&avx512bf16_path, AVX512 | BF16},
                           {&avx512_path, AVX512},
                           {&avxvnni_path, AVX2 | AVX_VNNI},
                           {&avx2_path, AVX2},

@@ -178,5 +178,29 @@ inline void store_as(void *p, int64_t i, int64_t type, int64_t count, VF v) {
     copy_few<2>(to, few, count);
 }
 
+// Vector c, element i to vector i, element c: pairs of vectors, then pairs of pairs, within the
+// halves of vectors, and then halves as wholes.
+template <int I = 0> INLINE inline void transpose_halves(VF (&v)[WIDTH]) {
+    __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(v[I], v[I + 1]));
+    __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(v[I], v[I + 1]));
+    __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(v[I + 2], v[I + 3]));
+    __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(v[I + 2], v[I + 3]));
+    v[I] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+    v[I + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+    v[I + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+    v[I + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+    if constexpr (I + 4 < WIDTH) transpose_halves<I + 4>(v);
+}
+template <int I = 0> INLINE inline void exchange_halves(VF (&v)[WIDTH]) {
+    VF a = v[I], b = v[I + 4];
+    v[I] = _mm256_permute2f128_ps(a, b, 0x20);
+    v[I + 4] = _mm256_permute2f128_ps(a, b, 0x31);
+    if constexpr (I < 3) exchange_halves<I + 1>(v);
+}
+INLINE inline void transpose(VF (&v)[WIDTH]) {
+    transpose_halves(v);
+    exchange_halves(v);
+}
+
 }  // namespace
 }  // namespace qllm

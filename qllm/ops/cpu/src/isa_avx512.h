@@ -83,7 +83,6 @@ inline VI round_i(VF v) {
     return _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v);
 }
 
-
 // WIDTH elements.
 template <int64_t TYPE> inline VF load_all(const void *p, int64_t i) {
     if constexpr (TYPE == FLOAT32) return _mm512_loadu_ps(static_cast<const float *>(p) + i);
@@ -119,6 +118,44 @@ inline void store_as(void *p, int64_t i, int64_t type, int64_t count, VF v) {
     }
     _mm256_mask_storeu_epi16(static_cast<uint16_t *>(p) + i, mask, half);
 }
+
+// Vector c, element i to vector i, element c: pairs of vectors, then pairs of pairs, within the
+// quarters of vectors, and then quarters as wholes.
+template <int I = 0> INLINE inline void transpose_quarters(VF (&v)[WIDTH]) {
+    __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(v[I], v[I + 1]));
+    __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(v[I], v[I + 1]));
+    __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(v[I + 2], v[I + 3]));
+    __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(v[I + 2], v[I + 3]));
+    v[I] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    v[I + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    v[I + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    v[I + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+    if constexpr (I + 4 < WIDTH) transpose_quarters<I + 4>(v);
+}
+template <int I = 0> INLINE inline void exchange_quarters(VF (&v)[WIDTH]) {
+    VF a = _mm512_shuffle_f32x4(v[I], v[I + 4], 0x88);
+    VF b = _mm512_shuffle_f32x4(v[I], v[I + 4], 0xDD);
+    VF c = _mm512_shuffle_f32x4(v[I + 8], v[I + 12], 0x88);
+    VF d = _mm512_shuffle_f32x4(v[I + 8], v[I + 12], 0xDD);
+    v[I] = _mm512_shuffle_f32x4(a, c, 0x88);
+    v[I + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+    v[I + 8] = _mm512_shuffle_f32x4(a, c, 0xDD);
+    v[I + 12] = _mm512_shuffle_f32x4(b, d, 0xDD);
+    if constexpr (I < 3) exchange_quarters<I + 1>(v);
+}
+INLINE inline void transpose(VF (&v)[WIDTH]) {
+    transpose_quarters(v);
+    exchange_quarters(v);
+}
+
+#if defined(__AVX512BF16__)
+#define HAS_PAIRS 1
+// Adds the two products of bfloat16 in each lane, of which subnormal ones count as zero.
+inline VF add_pair(VF sum, VF a, VF b) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+#endif
 
 }  // namespace
 }  // namespace qllm

@@ -125,5 +125,7 @@ inline void store_as(void *p, int64_t i, int64_t type, int64_t count, VF v) {
     }
 }
 
+inline void transpose(VF (&)[WIDTH]) {}
+
 }  // namespace
 }  // namespace qllm

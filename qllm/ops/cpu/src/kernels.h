@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#define INLINE __attribute__((always_inline))
+
 namespace qllm {
 
 enum Type : int64_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
@@ -134,10 +136,12 @@ struct Path {
     bool (*self_test)() = nullptr;  // of AMX; where it does not work, this may also crash or hang
 };
 
-extern const Path scalar_path, avx2_path, avxvnni_path, avx512_path, amx_path;
+extern const Path scalar_path, avx2_path, avxvnni_path, avx512_path, avx512bf16_path, amx_path;
 
 // Memory of the calling thread, 64-byte aligned, kept for its next call; null where there is none.
 void *scratch(size_t bytes);
+
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline int64_t slabs_of(int64_t inputs) { return (inputs + SLAB - 1) / SLAB; }
 

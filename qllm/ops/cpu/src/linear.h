@@ -47,8 +47,6 @@ struct Activations {
     }
 };
 
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Whether blocks have scales of their own.
 static inline bool is_scaled(const Linear &a) { return a.mode <= WEIGHT_ONLY_INT8; }
 

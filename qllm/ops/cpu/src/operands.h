@@ -6,8 +6,6 @@
 namespace qllm {
 namespace {
 
-#define INLINE __attribute__((always_inline))
-
 constexpr int VECTORS = LANES / WIDTH;  // to a panel
 constexpr int64_t GROUP_PANELS = 4;     // panels that share a pass over the activations
 constexpr int64_t STEPS = SLAB / STEP;

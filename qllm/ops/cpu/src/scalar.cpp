@@ -3,6 +3,8 @@
 #include "linear.h"
 #include "limits.h"
 #include "attention.h"
+#include "dense_tile.h"
+#include "dense.h"
 
 const qllm::Path qllm::scalar_path = {"scalar", linear, pack, unpack, activate, norm,   add,
                  embed,  attend, attend_prompt, dense, read_all, multiply_all};

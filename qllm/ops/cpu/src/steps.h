@@ -1,32 +1,15 @@
-// What lies between the quantized layers of a decoder: norms, activation functions, dense layers for
-// few rows; attention is in attention.h. Arithmetic is in float32, rounded once to the type of the
-// activations. A row's result does not depend on the rows beside it, nor on the threads.
+// What lies between the linear layers of a decoder: norms, activation functions, sums, embeddings;
+// attention is in attention.h. Arithmetic is in float32, rounded once to the type of the activations.
+// A row's result does not depend on the rows beside it, nor on the threads.
 #pragma once
 
 #include <math.h>
 #include <omp.h>
 
-#include "kernels.h"
+#include "elements.h"
 
 namespace qllm {
 namespace {
-
-// Below this many multiplications a loop is done before other threads have begun.
-constexpr int64_t WORTH_THREADS = 1 << 15;
-
-// function<TYPE>(...) for the type of a call: known at compile time, it costs loops nothing.
-#define BY_TYPE(type, function, ...)                                             \
-    ((type) == FLOAT32   ? function<FLOAT32>(__VA_ARGS__)                        \
-     : (type) == FLOAT16 ? function<FLOAT16>(__VA_ARGS__)                        \
-                         : function<BFLOAT16>(__VA_ARGS__))
-
-template <int64_t TYPE> inline VF load(const void *p, int64_t i, int64_t count) {
-    return count >= WIDTH ? load_all<TYPE>(p, i) : load_as(p, i, TYPE, count);
-}
-
-template <int64_t TYPE> inline void store(void *p, int64_t i, int64_t count, VF v) {
-    store_as(p, i, TYPE, count, v);
-}
 
 // e^v to two units in the last place; from -87 down it is not 0 but about 1e-38.
 inline VF exp_f(VF v) {
@@ -163,80 +146,6 @@ inline float dot_product(const float *x, const void *y, int64_t start, int64_t c
     for (int64_t i = 0; i < count; i += WIDTH)
         sum = fma_f(load<FLOAT32>(x, i, count - i), load<TYPE>(y, start + i, count - i), sum);
     return sum_of(sum);
-}
-
-// R rows of x, as float32, times 4 channels of a dense weight.
-template <int64_t TYPE, int R>
-void dense_tile(const Dense &a, const float *x, int64_t channel, float (&out)[R][4]) {
-    constexpr int64_t SIZE = TYPE == FLOAT32 ? 4 : 2;
-    const char *w = static_cast<const char *>(a.w) + channel * a.in * SIZE;
-    VF sums[R][4];
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < 4; c++) sums[r][c] = set_f(0);
-    int64_t k = 0;
-    for (; k + WIDTH <= a.in; k += WIDTH) {
-        for (int c = 0; c < 4; c++) {
-            __builtin_prefetch(w + (c * a.in + k) * SIZE + AHEAD);
-            VF value = load_all<TYPE>(w, c * a.in + k);
-            for (int r = 0; r < R; r++)
-                sums[r][c] = add_product(sums[r][c], load_f(x + r * a.in + k), value);
-        }
-    }
-    for (int c = 0; k < a.in && c < 4; c++) {
-        VF value = load_as(w, c * a.in + k, TYPE, a.in - k);
-        for (int r = 0; r < R; r++)
-            sums[r][c] = fma_f(load_as(x, r * a.in + k, FLOAT32, a.in - k), value, sums[r][c]);
-    }
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < 4; c++) out[r][c] = sum_of(sums[r][c]);
-}
-
-static void store_channels(const Dense &a, int64_t row, int64_t channel, int64_t channels,
-                           const float *sums) {
-    for (int64_t c = 0; c < channels; c++) {
-        VF sum = set_f(sums[c]);
-        if (a.bias) sum = add_f(sum, load_as(a.bias, channel + c, a.type, 1));
-        store_as(a.y, row * a.out + channel + c, a.type, 1, sum);
-    }
-}
-
-// Rows that stay in cache while the weight passes by.
-constexpr int64_t DENSE_ROWS = 32;
-
-static void dense_rows(const Dense &a, float *x, int64_t first, int64_t rows) {
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t k = 0; k < a.in; k += WIDTH) {
-            VF value = load_as(a.x, (first + row) * a.x_stride + k, a.type, a.in - k);
-            store_as(x, row * a.in + k, FLOAT32, a.in - k, value);
-        }
-#pragma omp parallel for schedule(static)
-    for (int64_t channel = 0; channel < a.out; channel += 4) {
-        int64_t channels = a.out - channel < 4 ? a.out - channel : 4;
-        for (int64_t row = 0; row < rows;) {
-            float four[4][4], one[1][4];
-            const float *from = x + row * a.in;
-            if (channels < 4) {
-                for (int64_t c = 0; c < channels; c++)
-                    one[0][c] = BY_TYPE(a.type, dot_product, from, a.w, (channel + c) * a.in, a.in);
-                store_channels(a, first + row++, channel, channels, one[0]);
-            } else if (rows - row < 4) {
-                BY_TYPE(a.type, dense_tile, a, from, channel, one);
-                store_channels(a, first + row++, channel, channels, one[0]);
-            } else {
-                BY_TYPE(a.type, dense_tile, a, from, channel, four);
-                for (const float *sums : four)
-                    store_channels(a, first + row++, channel, channels, sums);
-            }
-        }
-    }
-}
-
-static bool dense(const Dense &a) {
-    float *x = static_cast<float *>(scratch(size_t(DENSE_ROWS * a.in * 4)));
-    if (!x) return false;
-    for (int64_t row = 0; row < a.rows; row += DENSE_ROWS)
-        dense_rows(a, x, row, a.rows - row < DENSE_ROWS ? a.rows - row : DENSE_ROWS);
-    return true;
 }
 
 }  // namespace

@@ -50,16 +50,16 @@ template <int X, int W> INLINE inline void clear_sums() {
 }
 
 // Their memory: `next_x` and `next_w` elements from one to the next, rows `stride` bytes apart.
-template <int X, int W>
-INLINE inline void load_sums(const int32_t *from, int64_t next_x, int64_t next_w, int64_t stride) {
+template <int X, int W, typename T>
+INLINE inline void load_sums(const T *from, int64_t next_x, int64_t next_w, int64_t stride) {
     load_tile<0>(from, stride);
     if constexpr (W == 2) load_tile<1>(from + next_w, stride);
     if constexpr (X == 2) load_tile<2>(from + next_x, stride);
     if constexpr (X == 2 && W == 2) load_tile<3>(from + next_x + next_w, stride);
 }
 
-template <int X, int W>
-INLINE inline void store_sums(int32_t *to, int64_t next_x, int64_t next_w, int64_t stride) {
+template <int X, int W, typename T>
+INLINE inline void store_sums(T *to, int64_t next_x, int64_t next_w, int64_t stride) {
     store_tile<0>(to, stride);
     if constexpr (W == 2) store_tile<1>(to + next_w, stride);
     if constexpr (X == 2) store_tile<2>(to + next_x, stride);
