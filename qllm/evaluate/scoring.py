@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from qllm.config import ModelConfig
 
 DEFAULT_BATCH = 8
-# Up to this many tokens a forward call takes several passages. Our own kernels compute up to as
-# many rows at once, each as if it were alone; a library's product of more may not.
+# Up to this many tokens a forward call takes several passages. Our own kernels compute each row as
+# if it were alone; on GPUs the dense product of more rows is a library's, which may not.
 TOGETHER = 256
 HEAD_ROWS = 512  # of hidden states that the LM head takes at once
 PIECE = 1 << 20  # logits that are worked on at once, so that they stay in cache

@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qllm.errors import first_line
+
 OLDEST = (8, 0)  # Ampere: the first compute capability that multiplies bfloat16
 INTERPRETED_PROCESSORS = 4  # so that the interpreter gets to split a product
 MOST_TILES = 1 << 16
@@ -59,8 +61,7 @@ def _self_test() -> str | None:
     try:
         found = quantize(torch.tensor([[-3.0, 0.0, 3.0]], device="cuda"), None).values.tolist()
     except Exception as error:  # whatever a compiler or a driver may raise
-        first, *_ = str(error).splitlines() or [type(error).__name__]
-        return f"Triton cannot run here: {first}"
+        return f"Triton cannot run here: {first_line(error)}"
     return None if found == [[-128, 0, 127]] else f"Triton's self-test here found {found}"
 
 

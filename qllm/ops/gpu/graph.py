@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
+
+from qllm.errors import first_line
 
 
 class Graph:
     """What a function launches, which is the same on every call and on the same memory.
 
     The first call runs it as it is, by which its kernels are compiled; the second captures it, and
-    from then on it is replayed. It may not wait for the GPU, nor read what it computed.
+    from then on it is replayed. It may not wait for the GPU, nor read what it computed. What cannot
+    be captured, for want of memory or else, runs as it is, and a note says so.
     """
 
     foreign = None  # nothing keeps it from being replayed
 
     def __init__(self, run: Callable[[], None], device: torch.device) -> None:
         self._run = run
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._launch: Callable[[], None] | None = None
         # Not the default stream, on which nothing can be captured. Kernels that keep counters keep
         # them by stream: those that the first call makes are the graph's.
         self._stream = torch.cuda.Stream(device)
@@ -30,9 +34,20 @@ class Graph:
 
     def play(self) -> None:
         """Launch it again."""
-        if self._graph is None:
-            graph = torch.cuda.CUDAGraph()
+        if self._launch is None:
+            self._launch = self._capture()
+        self._launch()
+
+    def _capture(self) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        try:
             with torch.cuda.graph(graph, stream=self._stream):
                 self._run()
-            self._graph = graph
-        self._graph.replay()
+        except RuntimeError as error:
+            reason = first_line(error)
+            print(
+                f"note: steps are launched one by one, without a CUDA graph: {reason}",
+                file=sys.stderr,
+            )
+            return self._run
+        return graph.replay

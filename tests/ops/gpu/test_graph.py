@@ -65,6 +65,24 @@ def test_it_runs_then_is_captured_then_replayed(made):
     assert made.events == ["replay"] * 2
 
 
+def test_what_cannot_be_captured_runs_as_it_is(made, monkeypatch, capsys):
+    @contextmanager
+    def refused(graph: object, stream: object):
+        yield
+        raise torch.OutOfMemoryError("CUDA out of memory\nand more of it")
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    graph = Graph(lambda: made.events.append("run"), torch.device("cuda", 0))
+    for _ in range(3):
+        made.events.clear()
+        graph.play()
+        assert made.events[-1] == "run"
+    assert made.events == ["run"]
+    assert capsys.readouterr().err == (
+        "note: steps are launched one by one, without a CUDA graph: CUDA out of memory\n"
+    )
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_model_is_captured_where_it_is_in_one_place(whole, made, monkeypatch):
     model = load(tiny("opt"), "4", num_shards=2)
