@@ -4,30 +4,28 @@
     python3 -m benchmarks.rivals --model tinyllama-1.1b
 
 A layer is N x K, N its output channels, in as many copies as fill --megabytes, so that no cache
-holds them; the times are medians. Models are all in memory and take turns in --rounds, since a
-machine's memory may be faster or slower a minute later; their figures are medians over the
-rounds. GB/s is what a product with one row reads over its time, or a decoding step over its own,
-beside the rate at which torch sums a large array. Rivals that are not installed are left out:
-`benchmarks/rivals/__init__.py` says how to install them. Prints one JSON line last.
+holds them; the times are medians. Models are all in memory, each rival's in a process of its own,
+and take turns in --rounds, since a machine may be faster or slower a minute later; their figures
+are medians over the rounds. GB/s is what a product with one row reads over its time, or a decoding
+step over its own, beside the rate at which torch sums a large array. Rivals that are not installed
+are left out: `benchmarks/rivals/__init__.py` says how to install them. Prints one JSON line last.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.rivals import LAYER_RIVALS, MODEL_RIVALS, RIVALS, Rival
+from benchmarks.rivals.turns import Settings, measure_models
 from qllm import cli
 
 if TYPE_CHECKING:
-    from benchmarks.rivals.common import LayerBench, Model
+    from benchmarks.rivals.common import LayerBench
 
 # Bits and group of the layers that are asked of every rival.
 CASES = (("16", -1), ("8:tc-li", -1), ("8", -1), ("8", 128), ("4", 128), ("4", 32), ("3", 128))
@@ -57,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=number, default=[1, 8], metavar="B")
     parser.add_argument("--context", type=number, default=128, help="of a batch (%(default)s)")
     parser.add_argument("--steps", type=number, default=32, help="to decode (%(default)s)")
-    parser.add_argument("--rounds", type=number, default=5, help="of all models (%(default)s)")
+    parser.add_argument("--rounds", type=number, default=3, help="of all models (%(default)s)")
     return parser.parse_args()
 
 
@@ -112,52 +110,6 @@ def measure_layers(n: int, k: int, args: argparse.Namespace) -> list[dict[str, o
     return rows
 
 
-def model_times(model: Model, args: argparse.Namespace) -> dict[str, object]:
-    """Of one model in one round, and how fast memory was read meanwhile."""
-    from qllm.ops.cpu.limits import read_bandwidth
-
-    prefill, before = model.prefill(args.prompt), read_bandwidth()
-    first, *others = args.batches
-    decode = {first: model.decode(first, args.context, args.steps)}
-    bandwidth = (before + read_bandwidth()) / 2
-    decode |= {b: model.decode(b, args.context, args.steps) for b in others}
-    return {"prefill": prefill, "decode": decode, "bandwidth": bandwidth}
-
-
-def model_row(rival: str, model: Model, rounds: list[dict]) -> dict[str, object]:
-    """Medians over the rounds; the share of what memory allows is a median of shares."""
-    first, *_ = rounds[0]["decode"]
-    shares = [model.size / each["decode"][first] / each["bandwidth"] for each in rounds]
-    return {
-        "rival": rival,
-        "name": model.name,
-        "bits": model.bits,
-        "bytes": model.size,
-        "bandwidth": statistics.median(each["bandwidth"] for each in rounds),
-        "share": statistics.median(shares),
-        "prefill": statistics.median(each["prefill"] for each in rounds),
-        "decode": {
-            batch: statistics.median(each["decode"][batch] for each in rounds)
-            for batch in rounds[0]["decode"]
-        },
-    }
-
-
-def measure_models(repository: str, args: argparse.Namespace) -> list[dict[str, object]]:
-    """A row per rival and format."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        models = [
-            (rival, model)
-            for rival, entry in installed(MODEL_RIVALS, args.rivals)
-            for model in entry.load().models(repository, args.threads, Path(folder), stack)
-        ]
-        turns = [[model_times(model, args) for _, model in models] for _ in range(args.rounds)]
-        return [
-            model_row(rival, model, list(rounds))
-            for (rival, model), rounds in zip(models, zip(*turns, strict=True), strict=True)
-        ]
-
-
 def print_layers(rows: list[dict], args: argparse.Namespace) -> None:
     """Milliseconds."""
     header = [f"{m} row{'s' * (m > 1)}, ms" for m in args.rows]
@@ -200,7 +152,9 @@ def main() -> None:
     if args.layer:
         rows = [row for n, k in args.layer for row in measure_layers(n, k, args)]
     else:
-        rows = measure_models(REPOSITORIES[args.model], args)
+        rivals = [name for name, _ in installed(MODEL_RIVALS, args.rivals)]
+        settings = Settings(args.threads, args.prompt, args.batches, args.context, args.steps)
+        rows = measure_models(REPOSITORIES[args.model], rivals, settings, args.rounds)
     rate = int8_rate()
     versions = {name: RIVALS[name].version() for name in {row["rival"]: 0 for row in rows}}
     print(", ".join(f"{name} {version}" for name, version in versions.items()))

@@ -63,6 +63,11 @@ class Model:
     prefill: Callable[[int], float]
     decode: Callable[[int, int, int], float]
 
+    @property
+    def facts(self) -> dict[str, object]:
+        """What is known before anything is measured."""
+        return {"name": self.name, "bits": self.bits, "bytes": self.size}
+
 
 @dataclass(frozen=True)
 class Layer:
