@@ -149,13 +149,13 @@ def main() -> None:
     from qllm.ops.cpu.limits import int8_rate
 
     torch.set_num_threads(args.threads)
+    rate = int8_rate()
     if args.layer:
         rows = [row for n, k in args.layer for row in measure_layers(n, k, args)]
     else:
         rivals = [name for name, _ in installed(MODEL_RIVALS, args.rivals)]
         settings = Settings(args.threads, args.prompt, args.batches, args.context, args.steps)
         rows = measure_models(REPOSITORIES[args.model], rivals, settings, args.rounds)
-    rate = int8_rate()
     versions = {name: RIVALS[name].version() for name in {row["rival"]: 0 for row in rows}}
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     bandwidth = statistics.median(row["bandwidth"] for row in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -30,41 +31,27 @@ class Settings:
     steps: int
 
 
-def model_times(model: Model, settings: Settings) -> dict[str, object]:
-    """Of one model in one round, and how fast memory was read meanwhile."""
+def measure(model: Model, batch: int | None, settings: Settings) -> tuple[float, float]:
+    """Seconds of a prompt, or of a step of a batch; and bytes per second of memory meanwhile."""
     from qllm.ops.cpu.limits import read_bandwidth
 
-    prefill, before = model.prefill(settings.prompt), read_bandwidth()
-    first, *others = settings.batches
-    decode = {first: model.decode(first, settings.context, settings.steps)}
-    bandwidth = (before + read_bandwidth()) / 2
-    decode |= {b: model.decode(b, settings.context, settings.steps) for b in others}
-    return {"prefill": prefill, "decode": decode, "bandwidth": bandwidth}
-
-
-def medians(size: int, rounds: list[dict]) -> dict[str, object]:
-    """Over the rounds of a model; the share of what memory allows is a median of shares."""
-    first, *_ = rounds[0]["decode"]
-    shares = [size / each["decode"][first] / each["bandwidth"] for each in rounds]
-    return {
-        "bandwidth": statistics.median(each["bandwidth"] for each in rounds),
-        "share": statistics.median(shares),
-        "prefill": statistics.median(each["prefill"] for each in rounds),
-        "decode": {
-            batch: statistics.median(each["decode"][batch] for each in rounds)
-            for batch in rounds[0]["decode"]
-        },
-    }
+    before = read_bandwidth()
+    if batch is None:
+        seconds = model.prefill(settings.prompt)
+    else:
+        seconds = model.decode(batch, settings.context, settings.steps)
+    return seconds, (before + read_bandwidth()) / 2
 
 
 def serve(rival: str, repository: str, folder: str, settings: Settings, pipe: Connection) -> None:
-    """A rival's process: loads its models, then measures the one that it is sent the number of."""
+    """A rival's process: loads its models, then measures what it is sent: a model, a batch."""
     load = MODEL_RIVALS[rival].load().models
     with contextlib.ExitStack() as stack, contextlib.suppress(EOFError):
         models = [*load(repository, settings.threads, Path(folder), stack)]
         pipe.send([model.facts for model in models])
         while True:
-            pipe.send(model_times(models[pipe.recv()], settings))
+            index, batch = pipe.recv()
+            pipe.send(measure(models[index], batch, settings))
 
 
 @contextlib.contextmanager
@@ -92,16 +79,29 @@ def measure_models(
         for rival in rivals:
             pipe = stack.enter_context(process_of(rival, repository, folder, settings))
             models += [(rival, pipe, *known) for known in enumerate(received(pipe, rival))]
-        times = []
-        for _ in range(rounds):
-            times.append([])
-            for rival, pipe, index, _ in models:
-                pipe.send(index)
-                times[-1].append(received(pipe, rival))
+        found = {}
+        for _, batch in itertools.product(range(rounds), (None, *settings.batches)):
+            for number, (rival, pipe, index, _) in enumerate(models):
+                pipe.send((index, batch))
+                found.setdefault((number, batch), []).append(received(pipe, rival))
         return [
-            {"rival": rival, **facts, **medians(facts["bytes"], list(of_model))}
-            for (rival, _, _, facts), of_model in zip(models, zip(*times, strict=True), strict=True)
+            {"rival": rival, **facts}
+            | medians(facts["bytes"], {b: found[number, b] for b in (None, *settings.batches)})
+            for number, (rival, _, _, facts) in enumerate(models)
         ]
+
+
+def medians(size: int, found: dict[int | None, list[tuple[float, float]]]) -> dict[str, object]:
+    """Over the rounds of a model; the share of what memory allows is a median of shares."""
+    seconds = {batch: statistics.median(s for s, _ in rounds) for batch, rounds in found.items()}
+    prefill = seconds.pop(None)
+    steps = found[next(iter(seconds))]
+    return {
+        "bandwidth": statistics.median(bandwidth for _, bandwidth in steps),
+        "share": statistics.median(size / s / bandwidth for s, bandwidth in steps),
+        "prefill": prefill,
+        "decode": seconds,
+    }
 
 
 def received(pipe: Connection, rival: str) -> Any:

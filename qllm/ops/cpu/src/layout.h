@@ -14,7 +14,7 @@ namespace {
 typedef uint8_t Bytes __attribute__((vector_size(64), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(64), may_alias));
 
-constexpr int64_t AHEAD = 2048;  // bytes to prefetch ahead of what is read
+constexpr int64_t AHEAD = 4096;  // bytes to prefetch ahead of what is read
 constexpr int64_t PACK_AHEAD = 512;  // the same in each of the LANES rows that are packed
 
 // Where the planes of a slab begin, in bits of a value; a plane of p bits is p vectors long, so

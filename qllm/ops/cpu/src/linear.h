@@ -295,18 +295,20 @@ INLINE inline void load_step(VI (&w)[N], const uint8_t *q, int64_t stride) {
     if constexpr (I + 1 < N) load_step<BITS, N, T, I + 1>(w, q, stride);
 }
 
-// Adds the steps of a slab of N panels.
-template <int BITS, int P, int R, int N, int T = 0>
-INLINE inline void add_slab(Sums<P, R, N> &sums, const uint8_t *q, int64_t stride, const int8_t *x) {
+// Adds the steps of a slab of N panels, to each of the sums in turn.
+template <int BITS, int P, int R, int N, int SETS, int T = 0>
+INLINE inline void add_slab(Sums<P, R, N> (&sums)[SETS], const uint8_t *q, int64_t stride,
+                            const int8_t *x) {
     VI w[N];
     load_step<BITS, N, T>(w, q, stride);
-    sums.add(w, x + T * P * R * STEP);
-    if constexpr (T + 1 < STEPS) add_slab<BITS, P, R, N, T + 1>(sums, q, stride, x);
+    sums[T % SETS].add(w, x + T * P * R * STEP);
+    if constexpr (T + 1 < STEPS) add_slab<BITS, P, R, N, SETS, T + 1>(sums, q, stride, x);
 }
 
 // N panels times R rows, all there are, each step unpacked in registers: where weights are used
 // once or twice, memory has to be read without a pause, and the way through the cache costs more
-// than it saves.
+// than it saves. It is slower in several streams, where it is slow: no more panels go together than
+// the units need to be busy, for which one panel has several sets of sums.
 template <int BITS, int P, int R, int N>
 __attribute__((noinline)) void multiply_few(const Linear &a, const Activations &x, int64_t panel,
                                             Grid &grid, float *out) {
@@ -318,11 +320,12 @@ __attribute__((noinline)) void multiply_few(const Linear &a, const Activations &
     o.scales = grid.scales;
     o.zeros = grid.zeros;
     o.scaled = is_scaled(a);
+    constexpr int SETS = P * R * N > 4 ? 1 : P * R * N > 2 ? 2 : 4;
     for (int64_t b = 0; b < x.blocks; b++) {
         if (x.block[b].group != group) grid.load(a, panel, N, group = x.block[b].group);
         point_at(o, x, P, b, 0);
-        Sums<P, R, N> sums;
-        sums.clear();
+        Sums<P, R, N> sums[SETS];
+        for (auto &set : sums) set.clear();
         for (int64_t s = 0; s < o.slabs; s++, q += 64 * BITS) {
             // Behind the end of these panels come the next ones.
             const uint8_t *ahead = q + AHEAD + (q + AHEAD < end ? 0 : (N - 1) * stride);
@@ -330,7 +333,8 @@ __attribute__((noinline)) void multiply_few(const Linear &a, const Activations &
                 for (int v = 0; v < BITS; v++) __builtin_prefetch(ahead + n * stride + v * 64);
             add_slab<BITS>(sums, q, stride, o.x + s * (SLAB * P * R));
         }
-        sums.finish(o, 0);
+        for (int i = 1; i < SETS; i++) sums[0].join(sums[i]);
+        sums[0].finish(o, 0);
     }
 }
 
@@ -345,7 +349,7 @@ struct Few {
 template <int BITS, int P, int R = 1> Few few_of(int64_t rows) {
     if constexpr (P * R <= (P == 1 && BITS < 8 ? FEW_STREAMS / 4 : FEW_STREAMS)) {
         if (rows != R) return few_of<BITS, P, R + 1>(rows);
-        constexpr int N = P * R <= 4 ? 4 : 2;
+        constexpr int N = P * R <= 2 ? 1 : 2;
         return {multiply_few<BITS, P, R, N>, multiply_few<BITS, P, R, 1>, N};
     } else {
         return {};

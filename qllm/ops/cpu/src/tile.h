@@ -35,6 +35,11 @@ template <int P, int R, int V> struct Sums {
         if constexpr (I + 1 < V) add_stream<S, I + 1>(w, x);
     }
 
+    template <int I = 0> INLINE void join(const Sums &other) {
+        of[I] = add_i(of[I], other.of[I]);
+        if constexpr (I + 1 < P * R * V) join<I + 1>(other);
+    }
+
     // Adds the block's results, scaled, to those of the blocks before it.
     template <int I = 0> INLINE void finish(const Operands &o, int64_t lane) {
         VI zero = load_i(o.zeros + lane + I * WIDTH);
