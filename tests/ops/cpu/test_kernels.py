@@ -142,11 +142,11 @@ def test_the_largest_sums_do_not_overflow(bits, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_how_many_there_are(dtype):
-    # Tiles are of up to 12 rows, activations are held for 1536 rows, their sums for 192.
+    # Tiles are of up to 8 or 12 rows, few rows are 24 or 48, activations are held for 1536 rows, their sums for 192.
     weight = random_weight((40, 100), 4, 32)
     x, bias = normal(1550, 100, dtype=dtype), normal(40, dtype=dtype)
     expected = weight.everywhere(x, bias)
-    for rows in (*range(1, 41), 191, 192, 193, 194, 384, 385, 1535, 1536, 1537):
+    for rows in (*range(1, 51), 191, 192, 193, 194, 384, 385, 1535, 1536, 1537):
         for first in {0, 3, 1550 - rows}:
             if first + rows <= 1550 and (rows < 400 or first == 0):
                 part = slice(first, first + rows)
@@ -161,9 +161,9 @@ def test_a_row_of_few_is_a_row_of_many(bits, dtype):
         (16, 23, 48, 64, 67, 96, 110, 128, 129), GROUPS * 2, strict=False
     ):
         weight = random_weight((outputs, 150), bits, group_size)
-        x = normal(20, 150, dtype=dtype)
+        x = normal(64, 150, dtype=dtype)
         expected = weight.everywhere(x)
-        for rows in (1, 2, 3, 4, 5, 8, 9, 16, 17):
+        for rows in (1, 2, 3, 4, 5, 8, 10, 15, 16, 17, 24, 25):
             assert same(weight.everywhere(x[:rows]), expected[:rows]), rows
 
 
@@ -387,7 +387,7 @@ def test_int8_halves_are_rounded_to_even(dtype):
 def test_int8_rows_at_the_edges_of_tiles(scale, dtype):
     scale = None if scale is None else torch.tensor(scale)
     weight, x = Int8.random((40, 100)), normal(1550, 100, dtype=dtype)
-    for rows in (*range(1, 41), 191, 192, 193, 1535, 1536, 1537, 1550):
+    for rows in (*range(1, 51), 191, 192, 193, 1535, 1536, 1537, 1550):
         weight.assert_exact(x[:rows], None, scale)
 
 
@@ -454,7 +454,7 @@ def test_a_row_with_int8_activations_does_not_see_the_others(bits, dtype):
         x = normal(200, 300, dtype=dtype)
         expected = weight.everywhere_int8(x)
         x[198, 7], x[199, 200] = math.nan, math.inf
-        for rows in (1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 33, 193):
+        for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 23, 48, 49, 193):
             assert same(weight.everywhere_int8(x[:rows]), expected[:rows]), rows
         got = weight.everywhere_int8(x)
         assert same(got[:198], expected[:198])

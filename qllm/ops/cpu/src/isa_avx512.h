@@ -14,7 +14,7 @@ constexpr int WIDTH = 16;
 #define REGISTER "v"
 constexpr int MAX_STREAMS = 12;   // rows x planes of a tile
 constexpr int ACCUMULATORS = 24;  // registers that its sums may take
-#define FEW_STREAMS 8  // up to which weights are not unpacked to cache
+#define FEW_STREAMS 8  // of tiles for which weights are not unpacked to cache
 
 inline __mmask16 first(int64_t count) {
     return count >= 16 ? 0xFFFF : count > 0 ? (1u << count) - 1 : 0;

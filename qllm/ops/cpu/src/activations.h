@@ -1,0 +1,222 @@
+// The activations of a layer as integers, block by block of up to BLOCK_SLABS slabs of one group,
+// with a scale to multiply with: a power of two, for int8 the block's largest value over 127, or, in
+// int8 layers, the row's or the tensor's. An integer is split into int8 planes, one for every 8 bits;
+// a plane of a row is a stream.
+#pragma once
+
+#include <omp.h>
+
+#include "kernels.h"
+#include "layout.h"
+
+namespace qllm {
+namespace {
+
+constexpr int64_t BLOCK_SLABS = 4;   // 128 inputs: 128 * 255 * 2^15 is below 2^31
+constexpr int64_t CHUNK_ROWS = 192;  // rows whose sums stay in cache: 48 KiB
+constexpr int64_t ROWS_AHEAD = 8;    // to prefetch while activations become integers
+
+// |x| from 2^100 on, infinities and NaN are left to float arithmetic.
+constexpr int32_t HUGE_BITS = 227 << 23;
+
+struct Block {
+    int64_t input, inputs;  // the first input, and how many there are
+    int64_t slab, slabs;    // the same in slabs
+    int64_t group;
+};
+
+struct Activations {
+    int64_t rows, blocks, slabs;
+    int64_t tile_rows;  // rows of all tiles but the last
+    Block *block;      // (blocks,)
+    int8_t *q;         // block after block, in it tile after tile
+    float *scale;      // (blocks, rows)
+    int32_t *sum;      // (blocks, rows): of the first two planes together
+    int32_t *low_sum;  // (blocks, rows): of the third and fourth
+    uint8_t *huge;     // (rows,): left to float arithmetic
+    float *out;        // (threads, CHUNK_ROWS, GROUP_LANES)
+
+    int8_t *tile(int planes, const Block &b, int64_t row) const {
+        return q + (b.slab * rows + row * b.slabs) * SLAB * planes;
+    }
+};
+
+// Whether blocks have scales of their own.
+static inline bool is_scaled(const Linear &a) { return a.mode <= WEIGHT_ONLY_INT8; }
+
+static inline float float_of(uint32_t bits) {
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+
+// 2^exponent, from -149, where it is subnormal, to 127.
+static inline float power_of_two(int exponent) {
+    return float_of(exponent >= -126 ? uint32_t(exponent + 127) << 23 : 1u << (exponent + 149));
+}
+
+// The largest |x| of a run as bits, which order as the numbers do, with NaN above infinity.
+static int32_t largest_bits(const Linear &a, int64_t start, int64_t count) {
+    VI best = zero_i();
+    for (int64_t i = 0; i < count; i += WIDTH)
+        best = max_i(best, bits_of(abs_f(load_as(a.x, start + i, a.x_type, count - i))));
+    return max_of_i(best);
+}
+
+// The exponent of the power of two in which every |x| up to `largest` is an integer of P planes:
+// largest / 2^exponent is 2^14 (2^30 for 4 planes) to twice that, if the top plane holds it.
+template <int P> int exponent_of(int32_t largest) {
+    constexpr int KEPT = 8 * P - 2;
+    constexpr float TOP = P == 2 ? 0x7F7F : 0x7F7F7F00;  // 127 in every plane, as a float has it
+    int exponent = (largest >> 23 ? (largest >> 23) - 127 : -126) - KEPT;
+    if (exponent < -149) exponent = -149;
+    int half = -exponent / 2;
+    float scaled = float_of(largest) * power_of_two(half) * power_of_two(-exponent - half);
+    return scaled > TOP ? exponent + 1 : exponent;
+}
+
+// One row of one block as integers. Blocks that are not scaled have the row's `scale`.
+template <int P>
+void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int64_t start,
+              float scale) {
+    const Block &block = x.block[b];
+    VF up = set_f(1), up_again = set_f(1);
+    if (is_scaled(a)) {
+        int32_t largest = largest_bits(a, start, block.inputs);
+        if (largest >= HUGE_BITS) {
+            x.huge[row] = 1;
+            largest = 0;
+        }
+        if (P > 1) {
+            int exponent = exponent_of<P>(largest), half = -exponent / 2;
+            scale = power_of_two(exponent);
+            up = set_f(power_of_two(half));
+            up_again = set_f(power_of_two(-exponent - half));
+        } else {
+            scale = float_of(largest) / 127;
+            if (scale == 0) scale = 1;
+        }
+    }
+    const VF step = set_f(scale), lowest = set_f(is_scaled(a) ? -127 : -128);
+    int64_t tile_row = row / x.tile_rows * x.tile_rows;
+    int64_t streams = smaller(x.tile_rows, x.rows - tile_row) * P;
+    int64_t stream = (row - tile_row) * P;
+    int8_t *tile = x.tile(P, block, tile_row);
+    VI sum = zero_i(), low_sum = zero_i();
+    for (int64_t i = 0; i < block.slabs * SLAB; i += LANES) {
+        int8_t bytes[P][LANES];
+        for (int v = 0; v < VECTORS; v++) {
+            int64_t at = i + v * WIDTH;
+            VF value = load_as(a.x, start + at, a.x_type, block.inputs - at);
+            VI whole;
+            if (P > 1) {
+                whole = round_i(mul_f(mul_f(value, up), up_again));
+            } else {
+                whole = round_i(max_f(lowest, min_f(set_f(127), div_f(value, step))));
+            }
+            VI all = whole, top = whole;
+            for (int plane = P - 1; plane >= 0; plane--) {
+                if (plane == 1) top = whole;
+                store_bytes(bytes[plane] + v * WIDTH, whole);
+                VI low = shift_right<24>(shift_left<24>(whole));
+                whole = shift_right<8>(sub_i(whole, low));
+            }
+            sum = add_i(sum, top);
+            if (P == 4) low_sum = add_i(low_sum, sub_i(all, shift_left<16>(top)));
+        }
+        for (int plane = 0; plane < P; plane++)
+            for (int64_t t = 0; t < LANES / STEP; t += STEPS_TOGETHER)
+                __builtin_memcpy(tile + place(streams, stream + plane, i / STEP + t, block.slabs),
+                                 bytes[plane] + t * STEP, STEPS_TOGETHER * STEP);
+    }
+    int64_t at = b * x.rows + row;
+    if (is_scaled(a)) x.scale[at] = scale;  // else one for all blocks, which is there
+    x.sum[at] = sum_of_i(sum);
+    if (P == 4) x.low_sum[at] = sum_of_i(low_sum);
+}
+
+// Of a row of a block, which is too short a run for the machine to see it coming.
+static void prefetch(const Linear &a, int64_t start, int64_t count) {
+    const int64_t bytes = a.x_type == FLOAT32 ? 4 : 2;
+    const char *from = static_cast<const char *>(a.x) + start * bytes;
+    for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(from + i);
+}
+
+// A thread's share of the activations, `first` being their first row in a.x. It takes whole blocks:
+// the rows of a tile lie side by side in cache lines, which threads would take from each other.
+template <int P> void quantize_share(const Linear &a, const Activations &x, int64_t first) {
+    if (!is_scaled(a)) {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < x.rows; row++) {
+            float scale = a.input_scale ? *a.input_scale : 0;
+            if (a.mode == INT8_DYNAMIC) {
+                scale = float_of(largest_bits(a, (first + row) * a.x_stride, a.in)) * 2 / 255;
+                if (scale == 0) scale = 1;
+            }
+            x.scale[row] = scale;
+        }
+    }
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < x.blocks; b++)
+        for (int64_t row = 0; row < x.rows; row++) {
+            int64_t start = (first + row) * a.x_stride + x.block[b].input;
+            if (row + ROWS_AHEAD < x.rows)
+                prefetch(a, start + ROWS_AHEAD * a.x_stride, x.block[b].inputs);
+            quantize<P>(a, x, row, b, start, is_scaled(a) ? 1 : x.scale[row]);
+        }
+}
+
+// What a tile needs of the activations of `row` and those below it.
+static void point_at(Operands &o, const Activations &x, int planes, int64_t b, int64_t row) {
+    int64_t at = b * x.rows + row;
+    o.x = x.tile(planes, x.block[b], row);
+    o.slabs = x.block[b].slabs;
+    o.x_scale = x.scale + at;
+    o.sum = x.sum + at;
+    o.low_sum = x.low_sum + at;
+}
+
+// Memory for the activations of `rows` rows; false where there is none.
+static bool prepare(Activations &x, const Linear &a, int64_t rows, int64_t tile_rows, int planes) {
+    x.rows = rows;
+    x.tile_rows = tile_rows;
+    x.slabs = row_slabs(a.in, a.group);
+    x.blocks = 0;
+    int64_t per_group = (slabs_of(a.group) + BLOCK_SLABS - 1) / BLOCK_SLABS;
+    int64_t most_blocks = (a.in / a.group + 1) * per_group;
+    int64_t sizes[] = {most_blocks * int64_t(sizeof(Block)),
+                       x.slabs * SLAB * rows * planes,  // AMX reads up to 4 KiB behind them
+                       most_blocks * rows * 4,
+                       most_blocks * rows * 4,
+                       most_blocks * rows * 4,
+                       rows,
+                       omp_get_max_threads() * CHUNK_ROWS * GROUP_LANES * 4};
+    char *parts[7];
+    int64_t total = 0;
+    for (int64_t size : sizes) total += (size + 63) / 64 * 64;
+    char *memory = static_cast<char *>(scratch(total));
+    if (!memory) return false;
+    for (int i = 0; i < 7; i++) {
+        parts[i] = memory;
+        memory += (sizes[i] + 63) / 64 * 64;
+    }
+    x.block = reinterpret_cast<Block *>(parts[0]);
+    x.q = reinterpret_cast<int8_t *>(parts[1]);
+    x.scale = reinterpret_cast<float *>(parts[2]);
+    x.sum = reinterpret_cast<int32_t *>(parts[3]);
+    x.low_sum = reinterpret_cast<int32_t *>(parts[4]);
+    x.huge = reinterpret_cast<uint8_t *>(parts[5]);
+    x.out = reinterpret_cast<float *>(parts[6]);
+    for (int64_t start = 0, slab = 0, group = 0; start < a.in; start += a.group, group++) {
+        int64_t end = smaller(a.in, start + a.group);
+        for (int64_t input = start; input < end; input += BLOCK_SLABS * SLAB) {
+            int64_t inputs = smaller(BLOCK_SLABS * SLAB, end - input);
+            x.block[x.blocks++] = {input, inputs, slab, slabs_of(inputs), group};
+            slab += slabs_of(inputs);
+        }
+    }
+    return true;
+}
+
+}  // namespace
+}  // namespace qllm

@@ -1,0 +1,122 @@
+// Packed weights times few rows: weights become bytes in registers.
+#pragma once
+
+#include "results.h"
+
+namespace qllm {
+namespace {
+
+#if FEW_STREAMS
+constexpr int64_t FEW_TILES = 6;  // from here on the way through the cache is as fast
+
+// Up to how many rows weights are unpacked in registers. In float32 they never are, which spares a
+// third of the functions.
+template <int P> constexpr int64_t FEW_TILE_ROWS = FEW_STREAMS / P;
+template <int P> constexpr int64_t MOST_FEW = P <= 2 ? FEW_TILES * FEW_TILE_ROWS<P> : 0;
+
+template <int BITS, int N, int T, int I = 0>
+INLINE inline void load_step(VI (&w)[N], const uint8_t *q, int64_t stride) {
+    w[I] = (VI)step_of<BITS, T>(reinterpret_cast<const Bytes *>(q + I * stride));
+    if constexpr (I + 1 < N) load_step<BITS, N, T, I + 1>(w, q, stride);
+}
+
+// Adds the steps of a slab of N panels, to each of the sums in turn.
+template <int BITS, int P, int R, int N, int SETS, int T = 0>
+INLINE inline void add_slab(Sums<P, R, N> (&sums)[SETS], const uint8_t *q, int64_t stride,
+                            const int8_t *x) {
+    VI w[N];
+    load_step<BITS, N, T>(w, q, stride);
+    sums[T % SETS].add(w, x + T * P * R * STEP);
+    if constexpr (T + 1 < STEPS) add_slab<BITS, P, R, N, SETS, T + 1>(sums, q, stride, x);
+}
+
+// One or N panels times the R rows from `row` on, a tile, each step unpacked in registers: where
+// weights are used a few times, memory has to be read without a pause, and the way through the
+// cache costs more than it saves. It is slower in several streams, where it is slow: no more panels
+// go together than the units need to be busy, for which one panel has several sets of sums.
+template <int BITS, int P, int R, int N>
+__attribute__((noinline)) void multiply_few(const Linear &a, const Activations &x, int64_t row,
+                                            int64_t panel, int64_t panels, Grid &grid, float *out) {
+    const int64_t size = x.slabs * 64 * BITS;
+    const int64_t stride = panels < N ? 0 : size;  // one in place of N: the same again, for nothing
+    const uint8_t *q = a.q + panel * size, *end = q + size;
+    int64_t group = -1;
+    Operands o;
+    o.out = out;
+    o.scales = grid.scales;
+    o.zeros = grid.zeros;
+    o.scaled = is_scaled(a);
+    constexpr int SETS = P * R * N > 4 ? 1 : P * R * N > 2 ? 2 : 4;
+    for (int64_t b = 0; b < x.blocks; b++) {
+        if (x.block[b].group != group)
+            grid.load(a, panel, N, group = x.block[b].group, stride ? 1 : 0);
+        point_at(o, x, P, b, row);
+        Sums<P, R, N> sums[SETS];
+        for (auto &set : sums) set.clear();
+        for (int64_t s = 0; s < o.slabs; s++, q += 64 * BITS) {
+            if (row == 0) {  // for the tiles below, panels are in cache
+                // Behind the end of these panels come the next ones.
+                const uint8_t *ahead = q + AHEAD + (q + AHEAD < end ? 0 : (N - 1) * stride);
+                for (int n = 0; n < N; n++)
+                    for (int v = 0; v < BITS; v++) __builtin_prefetch(ahead + n * stride + v * 64);
+            }
+            add_slab<BITS>(sums, q, stride, o.x + s * (SLAB * P * R));
+        }
+        for (int i = 1; i < SETS; i++) sums[0].join(sums[i]);
+        sums[0].finish(o, 0);
+    }
+}
+
+// What multiplies a tile of so many rows, and with how many panels at once.
+struct Few {
+    void (*multiply)(const Linear &, const Activations &, int64_t, int64_t, int64_t, Grid &,
+                     float *);
+    int64_t panels;
+};
+
+template <int P, int R, int BITS = 8> Few few_of_bits(int64_t bits) {
+    if constexpr (BITS > 1)
+        if (bits != BITS) return few_of_bits<P, R, BITS - 1>(bits);
+    constexpr int N = P * R <= 2 ? 1 : 2;
+    return {multiply_few<BITS, P, R, N>, N};
+}
+
+template <int P, int R = FEW_TILE_ROWS<P>> Few few_of(int64_t bits, int64_t rows) {
+    if constexpr (R > 1)
+        if (rows < R) return few_of<P, R - 1>(bits, rows);
+    return few_of_bits<P, R>(bits);
+}
+
+// Panels up to `end` times all rows, a tile after the other while the panels are in cache.
+template <int P>
+void multiply_few_rows(const Linear &a, const Activations &x, int64_t first, int64_t panel,
+                       int64_t end, float *sums) {
+    const Few full = few_of<P>(a.bits, x.tile_rows);
+    const Few last = few_of<P>(a.bits, (x.rows - 1) % x.tile_rows + 1);
+    const int64_t together = x.rows < x.tile_rows ? last.panels : full.panels;
+    Grid grid{};
+    for (int64_t panels; panel < end; panel += panels) {
+        panels = smaller(together, end - panel);
+        for (int64_t row = 0; row < x.rows; row += x.tile_rows) {
+            const int64_t rows = smaller(x.tile_rows, x.rows - row);
+            const Few &few = rows < x.tile_rows ? last : full;
+            for (int64_t n = 0; n < panels; n += few.panels) {
+                const int64_t some = smaller(few.panels, panels - n);
+                for (int64_t i = 0; i < rows * GROUP_LANES; i += WIDTH) store_f(sums + i, set_f(0));
+                few.multiply(a, x, row, panel + n, some, grid, sums);
+                finish<P>(a, x, first, row, rows, panel + n, some, sums, grid.scales);
+            }
+        }
+        for (int64_t r = 0; r < x.rows; r++)
+            if (x.huge[r]) multiply_huge(a, first + r, panel, panels);
+    }
+}
+#else
+template <int P> constexpr int64_t FEW_TILE_ROWS = 0;
+template <int P> constexpr int64_t MOST_FEW = 0;  // other paths do not unpack in registers
+template <int P>
+void multiply_few_rows(const Linear &, const Activations &, int64_t, int64_t, int64_t, float *);
+#endif
+
+}  // namespace
+}  // namespace qllm

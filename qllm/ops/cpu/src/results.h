@@ -1,0 +1,80 @@
+// How the sums over blocks become results: scales and zeros of the weights, bias, and the rows that
+// integers cannot stand for.
+#pragma once
+
+#include "activations.h"
+
+namespace qllm {
+namespace {
+
+// The sums of a group of panels to y.
+template <int P>
+void finish(const Linear &a, const Activations &x, int64_t first, int64_t row, int64_t rows,
+            int64_t panel, int64_t panels, const float *sums, const float *scales) {
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t start = (first + row + r) * a.out;
+        for (int64_t lane = 0; lane < panels * LANES; lane += WIDTH) {
+            int64_t channel = panel * LANES + lane, count = a.out - channel;
+            if (count <= 0) break;
+            const float *sum = sums + r * GROUP_LANES + lane;
+            VF value;
+            if (is_scaled(a)) {
+                value = load_f(sum);
+            } else {
+                value = to_float(load_i(reinterpret_cast<const int32_t *>(sum)));
+                value = mul_f(value, set_f(x.scale[row + r]));
+                value = mul_f(value, load_f(scales + lane));
+            }
+            if (a.bias) value = add_f(value, load_as(a.bias, channel, a.x_type, count));
+            store_as(a.y, start + channel, a.x_type, count, value);
+        }
+    }
+}
+
+static float one(const void *p, int64_t i, int64_t type) {
+    alignas(64) float value[WIDTH];
+    store_f(value, load_as(p, i, type, 1));
+    return value[0];
+}
+
+// A row with numbers that integers cannot stand for: the products as they are.
+static void multiply_huge(const Linear &a, int64_t row, int64_t panel, int64_t panels) {
+    int64_t slabs = row_slabs(a.in, a.group), groups = (a.in + a.group - 1) / a.group;
+    for (int64_t n = panel * LANES; n < smaller(a.out, (panel + panels) * LANES); n++) {
+        double sum = 0;  // K products one by one: in float32 their roundings would add up
+        for (int64_t k = 0; k < a.in; k++) {
+            int64_t slab = k / a.group * slabs_of(a.group) + k % a.group / SLAB;
+            int64_t group = (n / LANES * groups + k / a.group) * LANES + n % LANES;
+            int value = value_at(a.q + (n / LANES * slabs + slab) * 64 * a.bits, int(a.bits),
+                                 n % LANES, k % a.group % SLAB);
+            value -= a.zeros ? a.zeros[group] : 1 << (a.bits - 1);
+            sum += one(a.x, row * a.x_stride + k, a.x_type) *
+                   (float(value) * one(a.scales, group, a.scale_type));
+        }
+        if (a.bias) sum += one(a.bias, n, a.x_type);
+        store_as(a.y, row * a.out + n, a.x_type, 1, set_f(float(sum)));
+    }
+}
+
+// The scales and zeros of a group of inputs, for some panels, `step` apart.
+struct Grid {
+    alignas(64) float scales[GROUP_LANES];
+    alignas(64) int32_t zeros[GROUP_LANES];
+
+    INLINE void load(const Linear &a, int64_t panel, int64_t panels, int64_t group,
+                     int64_t step = 1) {
+        int64_t groups = (a.in + a.group - 1) / a.group;
+        for (int64_t p = 0; p < panels; p++) {
+            int64_t from = ((panel + p * step) * groups + group) * LANES, to = p * LANES;
+            for (int64_t lane = 0; lane < LANES; lane += WIDTH) {
+                VF scale = load_as(a.scales, from + lane, a.scale_type, WIDTH);
+                store_f(scales + to + lane, scale);
+                VI zero = a.zeros ? load_bytes(a.zeros + from + lane) : set_i(1 << (a.bits - 1));
+                store_i(zeros + to + lane, zero);
+            }
+        }
+    }
+};
+
+}  // namespace
+}  // namespace qllm
