@@ -248,7 +248,7 @@ def _compile(path: Path, recipe: _Recipe) -> None:
 @contextmanager
 def _noted() -> Iterator[None]:
     """Tell the user what takes so long, if it does."""
-    line = "note: compiling the CPU kernels (once; some ten seconds) ..."
+    line = "note: compiling the CPU kernels (once; some twenty seconds) ..."
     timer = threading.Timer(NOTE_SECONDS, print, [line], {"file": sys.stderr})
     timer.daemon = True
     timer.start()

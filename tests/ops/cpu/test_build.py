@@ -695,7 +695,7 @@ def test_compiling_that_takes_a_while_says_so(monkeypatch, source, capsys):
     monkeypatch.setattr(build, "NOTE_SECONDS", 0.0)
     load(source)
     captured = capsys.readouterr()
-    assert captured.err == "note: compiling the CPU kernels (once; some ten seconds) ...\n"
+    assert captured.err == "note: compiling the CPU kernels (once; some twenty seconds) ...\n"
     assert captured.out == ""
     load(source)
     assert capsys.readouterr().err == ""

@@ -1,7 +1,7 @@
 // The activations of a layer as integers, block by block of up to BLOCK_SLABS slabs of one group,
-// with a scale to multiply with: a power of two, for int8 the block's largest value over 127, or, in
-// int8 layers, the row's or the tensor's. An integer is split into int8 planes, one for every 8 bits;
-// a plane of a row is a stream.
+// with a scale to multiply with: a power of two, for int8 the block's largest value over 127, or,
+// in int8 layers, the row's or the tensor's. An integer is split into int8 planes, one for every 8
+// bits. A plane of a row is a stream, or, where the instruction set multiplies 16 bits, two are.
 #pragma once
 
 #include <omp.h>
@@ -27,7 +27,8 @@ struct Block {
 
 struct Activations {
     int64_t rows, blocks, slabs;
-    int64_t tile_rows;  // rows of all tiles but the last
+    int64_t tile_rows;            // rows of all tiles but the last
+    int64_t planes, input_bytes;  // that an input of a row takes
     Block *block;      // (blocks,)
     int8_t *q;         // block after block, in it tile after tile
     float *scale;      // (blocks, rows)
@@ -36,8 +37,8 @@ struct Activations {
     uint8_t *huge;     // (rows,): left to float arithmetic
     float *out;        // (threads, CHUNK_ROWS, GROUP_LANES)
 
-    int8_t *tile(int planes, const Block &b, int64_t row) const {
-        return q + (b.slab * rows + row * b.slabs) * SLAB * planes;
+    int8_t *tile(const Block &b, int64_t row) const {
+        return q + (b.slab * rows + row * b.slabs) * SLAB * input_bytes;
     }
 };
 
@@ -99,9 +100,8 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
     }
     const VF step = set_f(scale), lowest = set_f(is_scaled(a) ? -127 : -128);
     int64_t tile_row = row / x.tile_rows * x.tile_rows;
-    int64_t streams = smaller(x.tile_rows, x.rows - tile_row) * P;
-    int64_t stream = (row - tile_row) * P;
-    int8_t *tile = x.tile(P, block, tile_row);
+    int64_t rows = smaller(x.tile_rows, x.rows - tile_row);
+    int8_t *tile = x.tile(block, tile_row);
     VI sum = zero_i(), low_sum = zero_i();
     for (int64_t i = 0; i < block.slabs * SLAB; i += LANES) {
         int8_t bytes[P][LANES];
@@ -124,10 +124,7 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
             sum = add_i(sum, top);
             if (P == 4) low_sum = add_i(low_sum, sub_i(all, shift_left<16>(top)));
         }
-        for (int plane = 0; plane < P; plane++)
-            for (int64_t t = 0; t < LANES / STEP; t += STEPS_TOGETHER)
-                __builtin_memcpy(tile + place(streams, stream + plane, i / STEP + t, block.slabs),
-                                 bytes[plane] + t * STEP, STEPS_TOGETHER * STEP);
+        put<P>(tile, rows, row - tile_row, i / STEP, block.slabs, bytes);
     }
     int64_t at = b * x.rows + row;
     if (is_scaled(a)) x.scale[at] = scale;  // else one for all blocks, which is there
@@ -167,9 +164,9 @@ template <int P> void quantize_share(const Linear &a, const Activations &x, int6
 }
 
 // What a tile needs of the activations of `row` and those below it.
-static void point_at(Operands &o, const Activations &x, int planes, int64_t b, int64_t row) {
+static void point_at(Operands &o, const Activations &x, int64_t b, int64_t row) {
     int64_t at = b * x.rows + row;
-    o.x = x.tile(planes, x.block[b], row);
+    o.x = x.tile(x.block[b], row);
     o.slabs = x.block[b].slabs;
     o.x_scale = x.scale + at;
     o.sum = x.sum + at;
@@ -177,15 +174,18 @@ static void point_at(Operands &o, const Activations &x, int planes, int64_t b, i
 }
 
 // Memory for the activations of `rows` rows; false where there is none.
-static bool prepare(Activations &x, const Linear &a, int64_t rows, int64_t tile_rows, int planes) {
+template <int P>
+bool prepare(Activations &x, const Linear &a, int64_t rows, int64_t tile_rows) {
     x.rows = rows;
     x.tile_rows = tile_rows;
+    x.planes = P;
+    x.input_bytes = INPUT_BYTES<P>;
     x.slabs = row_slabs(a.in, a.group);
     x.blocks = 0;
     int64_t per_group = (slabs_of(a.group) + BLOCK_SLABS - 1) / BLOCK_SLABS;
     int64_t most_blocks = (a.in / a.group + 1) * per_group;
     int64_t sizes[] = {most_blocks * int64_t(sizeof(Block)),
-                       x.slabs * SLAB * rows * planes,  // AMX reads up to 4 KiB behind them
+                       x.slabs * SLAB * rows * INPUT_BYTES<P>,  // AMX reads up to 4 KiB behind them
                        most_blocks * rows * 4,
                        most_blocks * rows * 4,
                        most_blocks * rows * 4,

@@ -11,7 +11,7 @@
 namespace qllm {
 namespace {
 
-constexpr int64_t DENSE_TILE_ROWS = MAX_STREAMS;
+constexpr int64_t DENSE_TILE_ROWS = FLOAT_ROWS;
 
 // Rows of the tile that takes the first of those that are left; those that are not there are
 // multiplied too, to no effect: a function for every number would take long to compile.

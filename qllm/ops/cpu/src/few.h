@@ -11,30 +11,31 @@ constexpr int64_t FEW_TILES = 6;  // from here on the way through the cache is a
 
 // Up to how many rows weights are unpacked in registers. In float32 they never are, which spares a
 // third of the functions.
-template <int P> constexpr int64_t FEW_TILE_ROWS = FEW_STREAMS / P;
+template <int P> constexpr int64_t FEW_TILE_ROWS = FEW_STREAMS / STREAMS<P>;
 template <int P> constexpr int64_t MOST_FEW = P <= 2 ? FEW_TILES * FEW_TILE_ROWS<P> : 0;
 
-template <int BITS, int N, int T, int I = 0>
-INLINE inline void load_step(VI (&w)[N], const uint8_t *q, int64_t stride) {
-    w[I] = (VI)step_of<BITS, T>(reinterpret_cast<const Bytes *>(q + I * stride));
-    if constexpr (I + 1 < N) load_step<BITS, N, T, I + 1>(w, q, stride);
+template <int BITS, int V, int T, int I = 0>
+INLINE inline void load_step(Weights (&w)[V], const uint8_t *q, int64_t stride) {
+    w[I] = prepared((VI)step_of<BITS, T>(q + I / VECTORS * stride + I % VECTORS * PART));
+    if constexpr (I + 1 < V) load_step<BITS, V, T, I + 1>(w, q, stride);
 }
 
-// Adds the steps of a slab of N panels, to each of the sums in turn.
-template <int BITS, int P, int R, int N, int SETS, int T = 0>
-INLINE inline void add_slab(Sums<P, R, N> (&sums)[SETS], const uint8_t *q, int64_t stride,
+// Adds the steps of a slab, V vectors of panels, to each of the sums in turn.
+template <int BITS, int S, int V, int SETS, int T = 0>
+INLINE inline void add_slab(Sums<S, V> (&sums)[SETS], const uint8_t *q, int64_t stride,
                             const int8_t *x) {
-    VI w[N];
-    load_step<BITS, N, T>(w, q, stride);
-    sums[T % SETS].add(w, x + T * P * R * STEP);
-    if constexpr (T + 1 < STEPS) add_slab<BITS, P, R, N, SETS, T + 1>(sums, q, stride, x);
+    Weights w[V];
+    load_step<BITS, V, T>(w, q, stride);
+    sums[T % SETS].add(w, x + T * S * STREAM_BYTES * STEP);
+    if constexpr (T + 1 < STEPS) add_slab<BITS, S, V, SETS, T + 1>(sums, q, stride, x);
 }
 
-// One or N panels times the R rows from `row` on, a tile, each step unpacked in registers: where
-// weights are used a few times, memory has to be read without a pause, and the way through the
-// cache costs more than it saves. It is slower in several streams, where it is slow: no more panels
-// go together than the units need to be busy, for which one panel has several sets of sums.
-template <int BITS, int P, int R, int N>
+// One or N panels times the S streams of a tile, rows from `row` on or their two planes, each step
+// unpacked in registers: where weights are used a few times, memory has to be read without a pause,
+// and the way through the cache costs more than it saves. It is slower in several places at once,
+// where it is slow: no more panels go together than the units need to be busy, for which one panel
+// has several sets of sums.
+template <int BITS, int S, int N>
 __attribute__((noinline)) void multiply_few(const Linear &a, const Activations &x, int64_t row,
                                             int64_t panel, int64_t panels, Grid &grid, float *out) {
     const int64_t size = x.slabs * 64 * BITS;
@@ -46,12 +47,12 @@ __attribute__((noinline)) void multiply_few(const Linear &a, const Activations &
     o.scales = grid.scales;
     o.zeros = grid.zeros;
     o.scaled = is_scaled(a);
-    constexpr int SETS = P * R * N > 4 ? 1 : P * R * N > 2 ? 2 : 4;
+    constexpr int V = N * VECTORS, SETS = S * V > 4 ? 1 : S * V > 2 ? 2 : 4;
     for (int64_t b = 0; b < x.blocks; b++) {
         if (x.block[b].group != group)
             grid.load(a, panel, N, group = x.block[b].group, stride ? 1 : 0);
-        point_at(o, x, P, b, row);
-        Sums<P, R, N> sums[SETS];
+        point_at(o, x, b, row);
+        Sums<S, V> sums[SETS];
         for (auto &set : sums) set.clear();
         for (int64_t s = 0; s < o.slabs; s++, q += 64 * BITS) {
             if (row == 0) {  // for the tiles below, panels are in cache
@@ -60,10 +61,12 @@ __attribute__((noinline)) void multiply_few(const Linear &a, const Activations &
                 for (int n = 0; n < N; n++)
                     for (int v = 0; v < BITS; v++) __builtin_prefetch(ahead + n * stride + v * 64);
             }
-            add_slab<BITS>(sums, q, stride, o.x + s * (SLAB * P * R));
+            add_slab<BITS>(sums, q, stride, o.x + s * (SLAB * S * STREAM_BYTES));
         }
         for (int i = 1; i < SETS; i++) sums[0].join(sums[i]);
-        sums[0].finish(o, 0);
+        if constexpr (S % STREAMS<2> == 0)
+            if (x.planes == 2) sums[0].template finish<2>(o, 0);
+        if (x.planes == 1) sums[0].template finish<1>(o, 0);
     }
 }
 
@@ -74,25 +77,25 @@ struct Few {
     int64_t panels;
 };
 
-template <int P, int R, int BITS = 8> Few few_of_bits(int64_t bits) {
+template <int S, int BITS = 8> Few few_of_bits(int64_t bits) {
     if constexpr (BITS > 1)
-        if (bits != BITS) return few_of_bits<P, R, BITS - 1>(bits);
-    constexpr int N = P * R <= 2 ? 1 : 2;
-    return {multiply_few<BITS, P, R, N>, N};
+        if (bits != BITS) return few_of_bits<S, BITS - 1>(bits);
+    constexpr int N = VECTORS == 1 && S > 2 ? 2 : 1;
+    return {multiply_few<BITS, S, N>, N};
 }
 
-template <int P, int R = FEW_TILE_ROWS<P>> Few few_of(int64_t bits, int64_t rows) {
-    if constexpr (R > 1)
-        if (rows < R) return few_of<P, R - 1>(bits, rows);
-    return few_of_bits<P, R>(bits);
+template <int S = FEW_STREAMS> Few few_of(int64_t bits, int64_t streams) {
+    if constexpr (S > 1)
+        if (streams < S) return few_of<S - 1>(bits, streams);
+    return few_of_bits<S>(bits);
 }
 
 // Panels up to `end` times all rows, a tile after the other while the panels are in cache.
 template <int P>
 void multiply_few_rows(const Linear &a, const Activations &x, int64_t first, int64_t panel,
                        int64_t end, float *sums) {
-    const Few full = few_of<P>(a.bits, x.tile_rows);
-    const Few last = few_of<P>(a.bits, (x.rows - 1) % x.tile_rows + 1);
+    const Few full = few_of(a.bits, x.tile_rows * STREAMS<P>);
+    const Few last = few_of(a.bits, ((x.rows - 1) % x.tile_rows + 1) * STREAMS<P>);
     const int64_t together = x.rows < x.tile_rows ? last.panels : full.panels;
     Grid grid{};
     for (int64_t panels; panel < end; panel += panels) {

@@ -1,5 +1,5 @@
 // AVX2 with FMA: 8 lanes to a register, a panel is two registers wide. With AVX-VNNI one
-// instruction makes the products of a step, without it three or six.
+// instruction makes the products of a step and adds them up, without it four do.
 #pragma once
 
 #include <immintrin.h>
@@ -13,8 +13,14 @@ using VI = __m256i;
 using VF = __m256;
 constexpr int WIDTH = 8;
 #define REGISTER "x"
-constexpr int MAX_STREAMS = 6;   // rows x planes of a tile; 16 registers hold no more
-constexpr int ACCUMULATORS = 12;
+constexpr int FLOAT_ROWS = 6;     // of a tile; 16 registers hold no more
+constexpr int ACCUMULATORS = 12;  // registers that its sums may take
+#if defined(__AVXVNNI__)
+constexpr int MAX_STREAMS = 6;  // rows x streams of a tile
+#else
+constexpr int MAX_STREAMS = 4;
+#endif
+#define FEW_STREAMS 4  // of tiles for which weights are not unpacked to cache
 
 inline VI zero_i() { return _mm256_setzero_si256(); }
 inline VI set_i(int32_t v) { return _mm256_set1_epi32(v); }
@@ -44,27 +50,46 @@ inline int32_t max_of_i(VI v) {
 inline VI weights(const uint8_t *p) {
     return _mm256_load_si256(reinterpret_cast<const __m256i *>(p));
 }
-inline VI four(const int8_t *p) {
+inline VI broadcast(const int8_t *p) {
     int32_t v;
     __builtin_memcpy(&v, p, 4);
     return _mm256_set1_epi32(v);
 }
-inline VI dot(VI sum, VI w, VI x) {
 #if defined(__AVXVNNI__)
-    // Not the intrinsic: GCC moves its sums from register to register and to memory.
+using Weights = VI;
+using Inputs = VI;
+constexpr int STREAM_BYTES = 1;  // that an input of a stream takes
+inline Weights prepared(VI bytes) { return bytes; }
+inline Inputs four(const int8_t *p) { return broadcast(p); }
+// Not the intrinsic: GCC moves its sums from register to register and to memory.
+inline VI dot(VI sum, Weights w, Inputs x) {
     __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
     return sum;
-#else
-    // Pairs of products are added in 16 bits, which would saturate from 8 bits of w on: the
-    // eighth is multiplied apart. 2 * 127 * 128 fits.
-    const VI ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(127);
-    VI part = _mm256_maddubs_epi16(_mm256_and_si256(w, low), x);
-    VI high = _mm256_and_si256(_mm256_srli_epi16(w, 7), _mm256_set1_epi8(1));
-    VI top = _mm256_maddubs_epi16(high, x);
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(part, ones));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(top, _mm256_set1_epi16(128)));
-#endif
 }
+#else
+// Pairs of products of bytes would saturate; those of 16 bits do not, and two planes of an input
+// are one number of 16 bits, so that it takes one product: the inputs 0 and 2 of a step, 1 and 3.
+struct Weights {
+    VI even, odd;
+};
+using Inputs = Weights;
+constexpr int STREAM_BYTES = 2;
+inline Weights prepared(VI bytes) {
+    return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
+}
+inline Inputs four(const int8_t *p) { return {broadcast(p), broadcast(p + 4)}; }
+// Not the intrinsics, for the same reason: sums would go to memory.
+inline VI add_products(VI sum, VI w, VI x) {
+    VI products;
+    __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+            : "+x"(sum), "=&x"(products)
+            : "x"(w), "x"(x));
+    return sum;
+}
+inline VI dot(VI sum, const Weights &w, const Inputs &x) {
+    return add_products(add_products(sum, w.even, x.even), w.odd, x.odd);
+}
+#endif
 // The low byte of every lane.
 inline void store_bytes(int8_t *p, VI v) {
     const VI bytes = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,

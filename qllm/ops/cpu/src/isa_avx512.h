@@ -12,7 +12,8 @@ using VI = __m512i;
 using VF = __m512;
 constexpr int WIDTH = 16;
 #define REGISTER "v"
-constexpr int MAX_STREAMS = 12;   // rows x planes of a tile
+constexpr int FLOAT_ROWS = 12;    // of a tile
+constexpr int MAX_STREAMS = 12;   // rows x streams of one
 constexpr int ACCUMULATORS = 24;  // registers that its sums may take
 #define FEW_STREAMS 8  // of tiles for which weights are not unpacked to cache
 
@@ -36,13 +37,17 @@ inline int32_t max_of_i(VI v) { return _mm512_reduce_max_epi32(v); }
 
 // uint8 weights of a step, int8 activations of a step in every lane, and their product.
 inline VI weights(const uint8_t *p) { return _mm512_load_si512(p); }
-inline VI four(const int8_t *p) {
+using Weights = VI;
+using Inputs = VI;
+constexpr int STREAM_BYTES = 1;  // that an input of a stream takes
+inline Weights prepared(VI bytes) { return bytes; }
+inline Inputs four(const int8_t *p) {
     int32_t v;
     __builtin_memcpy(&v, p, 4);
     return _mm512_set1_epi32(v);
 }
 // Not the intrinsic: GCC moves its sums from register to register and to memory.
-inline VI dot(VI sum, VI w, VI x) {
+inline VI dot(VI sum, Weights w, Inputs x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
     return sum;
 }

@@ -12,7 +12,7 @@ using VI = int32_t;
 using VF = float;
 constexpr int WIDTH = 1;
 #define REGISTER "r"
-constexpr int MAX_STREAMS = 6;
+constexpr int FLOAT_ROWS = 6, MAX_STREAMS = 6;
 constexpr int ACCUMULATORS = 1;  // they lie in memory: no panels side by side
 
 inline VI zero_i() { return 0; }
@@ -35,12 +35,16 @@ inline VI weights(const uint8_t *p) {
     __builtin_memcpy(&v, p, 4);
     return v;
 }
-inline VI four(const int8_t *p) {
+using Weights = VI;
+using Inputs = VI;
+constexpr int STREAM_BYTES = 1;  // that an input of a stream takes
+inline Weights prepared(VI bytes) { return bytes; }
+inline Inputs four(const int8_t *p) {
     VI v;
     __builtin_memcpy(&v, p, 4);
     return v;
 }
-inline VI dot(VI sum, VI w, VI x) {
+inline VI dot(VI sum, Weights w, Inputs x) {
     for (int i = 0; i < 32; i += 8) sum = add_i(sum, int32_t(uint8_t(w >> i)) * int8_t(x >> i));
     return sum;
 }

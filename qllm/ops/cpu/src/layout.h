@@ -10,9 +10,11 @@
 namespace qllm {
 namespace {
 
-// May alias: bytes of all sorts are read as these.
-typedef uint8_t Bytes __attribute__((vector_size(64), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(64), may_alias));
+// A part of a vector, as long as a register: compilers make little of longer ones. They may alias:
+// bytes of all sorts are read as these.
+constexpr int64_t PART = WIDTH * STEP < 16 ? 16 : WIDTH * STEP;
+typedef uint8_t Bytes __attribute__((vector_size(PART), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(PART), may_alias));
 
 constexpr int64_t AHEAD = 4096;  // bytes to prefetch ahead of what is read
 constexpr int64_t PACK_AHEAD = 512;  // the same in each of the LANES rows that are packed
@@ -29,33 +31,42 @@ template <int SHIFT> inline Halves shifted(Halves v) {
     }
 }
 
-// The bits that a plane of p bits gives to the values of a step.
-template <int BITS, int PLANE, int STEP_INDEX> inline Bytes plane_of(const Bytes *slab) {
+inline Bytes &part(uint8_t *slab, int vector) {
+    return *reinterpret_cast<Bytes *>(slab + vector * 64);
+}
+inline const Bytes &part(const uint8_t *slab, int vector) {
+    return *reinterpret_cast<const Bytes *>(slab + vector * 64);
+}
+
+// The bits that a plane of p bits gives to the values of a step, a part of its lanes: that which a
+// pointer to the slab's first vector points to.
+template <int BITS, int PLANE, int STEP_INDEX> inline Bytes plane_of(const uint8_t *slab) {
     constexpr int BEGIN = plane_begin(BITS, PLANE), PER_VECTOR = 8 / PLANE;
     constexpr int SHIFT = STEP_INDEX % PER_VECTOR * PLANE - BEGIN;
-    Halves v = (Halves)slab[BEGIN + STEP_INDEX / PER_VECTOR];
+    Halves v = (Halves)part(slab, BEGIN + STEP_INDEX / PER_VECTOR);
     return (Bytes)shifted<SHIFT>(v) & uint8_t(((1 << PLANE) - 1) << BEGIN);
 }
 
 // The values of a step: a byte each, 4 inputs of every lane.
-template <int BITS, int STEP_INDEX> inline Bytes step_of(const Bytes *slab) {
+template <int BITS, int STEP_INDEX> inline Bytes step_of(const uint8_t *slab) {
     Bytes value = {};
-    if constexpr (BITS & 8) value = slab[STEP_INDEX];
+    if constexpr (BITS & 8) value = part(slab, STEP_INDEX);
     if constexpr (BITS & 4) value = plane_of<BITS, 4, STEP_INDEX>(slab);
     if constexpr (BITS & 2) value |= plane_of<BITS, 2, STEP_INDEX>(slab);
     if constexpr (BITS & 1) value |= plane_of<BITS, 1, STEP_INDEX>(slab);
     return value;
 }
 
-template <int BITS, int STEP_INDEX = 0> inline void unpack_steps(const Bytes *slab, Bytes *out) {
-    out[STEP_INDEX] = step_of<BITS, STEP_INDEX>(slab);
+template <int BITS, int STEP_INDEX = 0>
+inline void unpack_steps(const uint8_t *slab, uint8_t *out) {
+    part(out, STEP_INDEX) = step_of<BITS, STEP_INDEX>(slab);
     if constexpr (STEP_INDEX + 1 < STEPS) unpack_steps<BITS, STEP_INDEX + 1>(slab, out);
 }
 
 // A slab of a panel to bytes, step after step.
 template <int BITS> void unpack_slab(const uint8_t *slab, uint8_t *out) {
     for (int v = 0; v < BITS; v++) __builtin_prefetch(slab + v * 64 + AHEAD);
-    unpack_steps<BITS>(reinterpret_cast<const Bytes *>(slab), reinterpret_cast<Bytes *>(out));
+    for (int64_t at = 0; at < 64; at += PART) unpack_steps<BITS>(slab + at, out + at);
 }
 
 typedef void (*UnpackSlab)(const uint8_t *, uint8_t *);
@@ -68,15 +79,16 @@ template <int PLANE>
 inline void pack_plane(const uint8_t *bytes, uint8_t *slab, int bits) {
     if (!(bits & PLANE)) return;
     int begin = plane_begin(bits, PLANE);
-    const Halves *steps = reinterpret_cast<const Halves *>(bytes);
-    Halves *to = reinterpret_cast<Halves *>(slab) + begin;
     uint16_t mask = uint16_t(((1 << PLANE) - 1) * 0x101);
-    for (int v = 0; v < PLANE; v++) {
-        Halves value = {};
-        for (int j = 0; j < 8 / PLANE; j++)
-            value |= ((steps[v * (8 / PLANE) + j] >> begin) & mask) << (j * PLANE);
-        to[v] = value;
-    }
+    for (int64_t at = 0; at < 64; at += PART)
+        for (int v = 0; v < PLANE; v++) {
+            Halves value = {};
+            for (int j = 0; j < 8 / PLANE; j++) {
+                Halves step = (Halves)part(bytes + at, v * (8 / PLANE) + j);
+                value |= ((step >> begin) & mask) << (j * PLANE);
+            }
+            part(slab + at, begin + v) = (Bytes)value;
+        }
 }
 
 static void pack_slab(const uint8_t *bytes, uint8_t *slab, int bits) {

@@ -31,25 +31,27 @@ static int64_t read_all(const uint8_t *from, int64_t bytes) {
 // Multiplies and adds int8 in registers; returns how many operations, two for a product.
 static int64_t multiply_all(int64_t rounds) {
     constexpr int VECTORS_AT_ONCE = ACCUMULATORS > 2 ? 2 : 1;
-    constexpr int STREAMS = ACCUMULATORS > 2 ? ACCUMULATORS / 2 : 1;
+    constexpr int STREAMS_AT_ONCE = ACCUMULATORS > 2 ? ACCUMULATORS / 2 : 1;
     int64_t total = 0;
-    alignas(64) const int8_t x[STREAMS * STEP] = {1, 2, 3};
+    alignas(64) const int8_t x[STREAMS_AT_ONCE * STEP * STREAM_BYTES] = {1, 2, 3};
 #pragma omp parallel reduction(+ : total)
     {
-        Sums<1, STREAMS, VECTORS_AT_ONCE> sums;
+        Sums<STREAMS_AT_ONCE, VECTORS_AT_ONCE> sums;
         sums.clear();
-        VI w[VECTORS_AT_ONCE];
-        for (VI &v : w) v = set_i(int32_t(rounds));
+        VI bytes[VECTORS_AT_ONCE];
+        for (VI &v : bytes) v = set_i(int32_t(rounds));
         for (int64_t round = 0; round < rounds; round++) {
+            Weights w[VECTORS_AT_ONCE];
+            for (int v = 0; v < VECTORS_AT_ONCE; v++) w[v] = prepared(bytes[v]);
             sums.add(w, x);
             // The weights may be others now, so that no round can be left out.
-            for (VI &v : w) __asm__ volatile("" : "+" REGISTER(v));
+            for (VI &v : bytes) __asm__ volatile("" : "+" REGISTER(v));
         }
         int32_t all = 0;
         for (VI sum : sums.of) all += sum_of_i(sum);
         volatile int32_t kept = all;
         (void)kept;
-        total += rounds * STREAMS * VECTORS_AT_ONCE * WIDTH * STEP * 2;
+        total += rounds * STREAMS_AT_ONCE * VECTORS_AT_ONCE * WIDTH * STEP * 2;
     }
     return total;
 }

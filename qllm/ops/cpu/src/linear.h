@@ -41,7 +41,7 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
             if (block.group != group) grid.load(a, panel, panels, group = block.group);
             tiles.begin(o, a, bytes, panels, block.slabs);
             for (int64_t r = 0; r < rows; r += x.tile_rows) {
-                point_at(o, x, P, b, row + r);
+                point_at(o, x, b, row + r);
                 o.out = sums + r * GROUP_LANES;
                 tiles.multiply<P>(o, smaller(x.tile_rows, rows - r), panels);
             }
@@ -78,7 +78,7 @@ template <int P> bool linear_of(const Linear &a) {
         Activations x;
         const int64_t rows = smaller(MOST_ROWS, a.rows - first);
         const int64_t tile_rows = rows <= MOST_FEW<P> ? FEW_TILE_ROWS<P> : TILE_ROWS<P>;
-        if (!prepare(x, a, rows, tile_rows, P)) return false;
+        if (!prepare<P>(x, a, rows, tile_rows)) return false;
         for (int64_t row = 0; row < x.rows; row++) x.huge[row] = 0;
 #pragma omp parallel
         {

@@ -11,6 +11,10 @@ constexpr int64_t GROUP_PANELS = 4;     // panels that share a pass over the act
 constexpr int64_t STEPS = SLAB / STEP;
 constexpr int64_t GROUP_LANES = GROUP_PANELS * LANES;
 
+// The streams that P int8 planes of an input are: where streams are of 16 bits, the first two planes
+// are one, and the third and fourth, which need not fit together, have one each.
+template <int P> constexpr int STREAMS = STREAM_BYTES == 1 ? P : P == 4 ? 3 : 1;
+
 // What a tile needs of a block: of the weights (a group of panels) and of the activations.
 struct Operands {
     const uint8_t *w;      // panels w_stride bytes apart, 64 bytes per step

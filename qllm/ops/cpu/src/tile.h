@@ -6,56 +6,78 @@
 namespace qllm {
 namespace {
 
-template <int P> constexpr int64_t TILE_ROWS = MAX_STREAMS / P;
+template <int P> constexpr int64_t TILE_ROWS = MAX_STREAMS / STREAMS<P>;
 
-// Where the 4 inputs of a step of a stream lie among the activations of a tile.
-constexpr int64_t STEPS_TOGETHER = 1;  // that lie one after the other
-inline int64_t place(int64_t streams, int64_t stream, int64_t step, int64_t /*slabs*/) {
-    return (step * streams + stream) * STEP;
+// What an input of a row takes.
+template <int P> constexpr int64_t INPUT_BYTES = STREAMS<P> * STREAM_BYTES;
+
+// LANES inputs of a row, from a step on, to the activations of a tile: step by step the streams.
+template <int P>
+INLINE inline void put(int8_t *tile, int64_t rows, int64_t row, int64_t step, int64_t /*slabs*/,
+                       const int8_t (&planes)[P][LANES]) {
+    for (int64_t s = 0; s < LANES / STEP; s++, step++)
+        for (int64_t stream = 0; stream < STREAMS<P>; stream++) {
+            int8_t *to = tile + ((step * rows + row) * STREAMS<P> + stream) * (STEP * STREAM_BYTES);
+            if constexpr (STREAM_BYTES == 1) {
+                __builtin_memcpy(to, planes[stream] + s * STEP, STEP);
+            } else {
+                int16_t four[STEP];
+                for (int64_t i = 0; i < STEP; i++) {
+                    const int64_t at = s * STEP + i;
+                    const int whole = P == 1     ? planes[0][at]
+                                      : stream == 0 ? planes[0][at] * 256 + planes[1][at]
+                                                    : planes[stream + 1][at];
+                    four[i % 2 * 2 + i / 2] = int16_t(whole);
+                }
+                __builtin_memcpy(to, four, sizeof(four));
+            }
+        }
 }
 
-// The sums of P planes of R rows times V vectors of channels. They stay in registers: what indexes
-// them is written out at compile time, since compilers leave in memory what a loop indexes.
-template <int P, int R, int V> struct Sums {
-    VI of[P * R * V];
+// The sums of S streams times V vectors of channels. They stay in registers: what indexes them is
+// written out at compile time, since compilers leave in memory what a loop indexes.
+template <int S, int V> struct Sums {
+    static constexpr int COUNT = S * V;
+    VI of[COUNT];
 
     template <int I = 0> INLINE void clear() {
         of[I] = zero_i();
-        if constexpr (I + 1 < P * R * V) clear<I + 1>();
+        if constexpr (I + 1 < COUNT) clear<I + 1>();
     }
 
     // Adds a step: its weights times the activations of every stream.
-    template <int S = 0> INLINE void add(const VI (&w)[V], const int8_t *x) {
-        add_stream<S>(w, four(x + S * STEP));
-        if constexpr (S + 1 < P * R) add<S + 1>(w, x);
+    template <int I = 0> INLINE void add(const Weights (&w)[V], const int8_t *x) {
+        add_stream<I>(w, four(x + I * STEP * STREAM_BYTES));
+        if constexpr (I + 1 < S) add<I + 1>(w, x);
     }
 
-    template <int S, int I = 0> INLINE void add_stream(const VI (&w)[V], VI x) {
-        of[S * V + I] = dot(of[S * V + I], w[I], x);
-        if constexpr (I + 1 < V) add_stream<S, I + 1>(w, x);
+    template <int STREAM, int I = 0>
+    INLINE void add_stream(const Weights (&w)[V], const Inputs &x) {
+        of[STREAM * V + I] = dot(of[STREAM * V + I], w[I], x);
+        if constexpr (I + 1 < V) add_stream<STREAM, I + 1>(w, x);
     }
 
     template <int I = 0> INLINE void join(const Sums &other) {
         of[I] = add_i(of[I], other.of[I]);
-        if constexpr (I + 1 < P * R * V) join<I + 1>(other);
+        if constexpr (I + 1 < COUNT) join<I + 1>(other);
     }
 
-    // Adds the block's results, scaled, to those of the blocks before it.
-    template <int I = 0> INLINE void finish(const Operands &o, int64_t lane) {
+    // Adds the results of a block, of rows of P planes, scaled, to those of the blocks before it.
+    template <int P, int I = 0> INLINE void finish(const Operands &o, int64_t lane) {
         VI zero = load_i(o.zeros + lane + I * WIDTH);
         VF scale = load_f(o.scales + lane + I * WIDTH);
-        finish_row<I>(o, o.out + lane + I * WIDTH, zero, scale);
-        if constexpr (I + 1 < V) finish<I + 1>(o, lane);
+        finish_row<P, I>(o, o.out + lane + I * WIDTH, zero, scale);
+        if constexpr (I + 1 < V) finish<P, I + 1>(o, lane);
     }
 
-    template <int I, int ROW = 0>
+    template <int P, int I, int ROW = 0>
     INLINE void finish_row(const Operands &o, float *out, VI zero, VF scale) {
-        constexpr int AT = ROW * P * V + I;
+        constexpr int AT = ROW * STREAMS<P> * V + I;
         VI high = of[AT], low = zero_i();
-        if constexpr (P > 1) high = pair(high, of[AT + V]);
+        if constexpr (P > 1 && STREAM_BYTES == 1) high = pair(high, of[AT + V]);
         high = sub_i(high, mul_i(zero, set_i(o.sum[ROW])));
         if constexpr (P == 4) {
-            low = pair(of[AT + 2 * V], of[AT + 3 * V]);
+            low = pair(of[AT + (STREAMS<P> - 2) * V], of[AT + (STREAMS<P> - 1) * V]);
             low = sub_i(low, mul_i(zero, set_i(o.low_sum[ROW])));
         }
         if (P > 1 || o.scaled) {
@@ -64,32 +86,35 @@ template <int P, int R, int V> struct Sums {
             int32_t *whole = reinterpret_cast<int32_t *>(out);
             store_i(whole, add_i(load_i(whole), high));
         }
-        if constexpr (ROW + 1 < R) finish_row<I, ROW + 1>(o, out + GROUP_LANES, zero, scale);
+        if constexpr ((ROW + 1) * STREAMS<P> < S)
+            finish_row<P, I, ROW + 1>(o, out + GROUP_LANES, zero, scale);
     }
 };
 
-template <int V, int I = 0> INLINE inline void load(VI (&w)[V], const uint8_t *from, int64_t stride) {
-    w[I] = weights(from + I / VECTORS * stride + I % VECTORS * (WIDTH * STEP));
+template <int V, int I = 0>
+INLINE inline void load(Weights (&w)[V], const uint8_t *from, int64_t stride) {
+    w[I] = prepared(weights(from + I / VECTORS * stride + I % VECTORS * (WIDTH * STEP)));
     if constexpr (I + 1 < V) load<V, I + 1>(w, from, stride);
 }
 
 // P planes, R rows, N panels from panel `from` on.
 template <int P, int R, int N>
 __attribute__((noinline)) void multiply(const Operands &o, int64_t from) {
-    Sums<P, R, N * VECTORS> sums;
+    Sums<STREAMS<P> * R, N * VECTORS> sums;
     sums.clear();
     const uint8_t *w = o.w + from * o.w_stride;
     const int8_t *x = o.x;
-    for (int64_t step = 0; step < o.slabs * STEPS; step++, x += P * R * STEP, w += LANES * STEP) {
-        VI step_weights[N * VECTORS];
+    for (int64_t step = 0; step < o.slabs * STEPS; step++, w += LANES * STEP) {
+        Weights step_weights[N * VECTORS];
         load(step_weights, w, o.w_stride);
         sums.add(step_weights, x);
+        x += R * INPUT_BYTES<P> * STEP;
     }
-    sums.finish(o, from * LANES);
+    sums.template finish<P>(o, from * LANES);
 }
 
 template <int P, int R> void multiply_panels(const Operands &o, int64_t panels) {
-    constexpr int MOST = ACCUMULATORS / (P * R * VECTORS);
+    constexpr int MOST = ACCUMULATORS / (STREAMS<P> * R * VECTORS);
     int64_t n = 0;
     if constexpr (MOST >= 4)
         for (; n + 4 <= panels; n += 4) multiply<P, R, 4>(o, n);

@@ -33,10 +33,19 @@ inline int64_t tile_inputs(int64_t slabs) { return slabs % 2 ? SLAB : 2 * SLAB; 
 
 // Where the 4 inputs of a step of a stream lie among the activations of a tile: the rows of a
 // tile one after the other, with those of other planes in between.
-constexpr int64_t STEPS_TOGETHER = LANES / STEP;
 inline int64_t place(int64_t streams, int64_t stream, int64_t step, int64_t slabs) {
     int64_t inputs = tile_inputs(slabs), input = step * STEP;
     return (input & -inputs) * streams + stream * inputs + (input & (inputs - 1));
+}
+
+template <int P> constexpr int64_t INPUT_BYTES = P;  // that an input of a row takes
+
+// LANES inputs of a row, from a step on, to the activations of a tile.
+template <int P>
+INLINE inline void put(int8_t *tile, int64_t rows, int64_t row, int64_t step, int64_t slabs,
+                       const int8_t (&planes)[P][LANES]) {
+    for (int64_t p = 0; p < P; p++)
+        __builtin_memcpy(tile + place(rows * P, row * P + p, step, slabs), planes[p], LANES);
 }
 
 // Tile registers: sums of X (one or two) tiles of activations times W of weights are 2 x + w.
