@@ -142,7 +142,8 @@ def test_the_largest_sums_do_not_overflow(bits, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_how_many_there_are(dtype):
-    # Tiles are of up to 8 or 12 rows, few rows are 24 or 48, activations are held for 1536 rows, their sums for 192.
+    # Tiles are of up to 8 or 12 rows, few rows are 24 or 48; activations are held for 1536 rows,
+    # their sums for 192.
     weight = random_weight((40, 100), 4, 32)
     x, bias = normal(1550, 100, dtype=dtype), normal(40, dtype=dtype)
     expected = weight.everywhere(x, bias)
