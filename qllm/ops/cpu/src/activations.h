@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "layout.h"
+#include "runs.h"
 
 namespace qllm {
 namespace {
@@ -36,6 +37,7 @@ struct Activations {
     int32_t *low_sum;  // (blocks, rows): of the third and fourth
     uint8_t *huge;     // (rows,): left to float arithmetic
     float *out;        // (threads, CHUNK_ROWS, GROUP_LANES)
+    Run *runs;         // (threads,): of panels
 
     int8_t *tile(const Block &b, int64_t row) const {
         return q + (b.slab * rows + row * b.slabs) * SLAB * input_bytes;
@@ -190,13 +192,14 @@ bool prepare(Activations &x, const Linear &a, int64_t rows, int64_t tile_rows) {
                        most_blocks * rows * 4,
                        most_blocks * rows * 4,
                        rows,
-                       omp_get_max_threads() * CHUNK_ROWS * GROUP_LANES * 4};
-    char *parts[7];
+                       omp_get_max_threads() * CHUNK_ROWS * GROUP_LANES * 4,
+                       omp_get_max_threads() * int64_t(sizeof(Run))};
+    char *parts[8];
     int64_t total = 0;
     for (int64_t size : sizes) total += (size + 63) / 64 * 64;
     char *memory = static_cast<char *>(scratch(total));
     if (!memory) return false;
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < 8; i++) {
         parts[i] = memory;
         memory += (sizes[i] + 63) / 64 * 64;
     }
@@ -207,6 +210,7 @@ bool prepare(Activations &x, const Linear &a, int64_t rows, int64_t tile_rows) {
     x.low_sum = reinterpret_cast<int32_t *>(parts[4]);
     x.huge = reinterpret_cast<uint8_t *>(parts[5]);
     x.out = reinterpret_cast<float *>(parts[6]);
+    x.runs = reinterpret_cast<Run *>(parts[7]);
     for (int64_t start = 0, slab = 0, group = 0; start < a.in; start += a.group, group++) {
         int64_t end = smaller(a.in, start + a.group);
         for (int64_t input = start; input < end; input += BLOCK_SLABS * SLAB) {

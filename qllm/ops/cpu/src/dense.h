@@ -11,6 +11,7 @@
 #include <omp.h>
 
 #include "elements.h"
+#include "runs.h"
 
 namespace qllm {
 namespace {
@@ -148,18 +149,26 @@ __attribute__((noinline)) void dense_few(const Dense &a, const DenseInput &x, in
 }
 
 template <int64_t TYPE, int R = 1>
-bool dense_if_few(const Dense &a, const DenseInput &x, int64_t first) {
+bool dense_if_few(const Dense &a, const DenseInput &x, int64_t first, Run *runs) {
     if (x.rows == R) {
-#pragma omp parallel for schedule(static)
-        for (int64_t panel = 0; panel < (a.out + LANES - 1) / LANES; panel++)
-            dense_few<TYPE, R>(a, x, first, panel);
+        const int64_t panels = (a.out + LANES - 1) / LANES;
+#pragma omp parallel
+        {
+            begin_run(runs, panels);
+#pragma omp barrier
+            const int64_t part = panels / omp_get_num_threads() / RUN_PARTS + 1;
+            take_parts(runs, part, [&](int64_t panel, int64_t end) {
+                for (; panel < end; panel++) dense_few<TYPE, R>(a, x, first, panel);
+            });
+        }
         return true;
     }
-    if constexpr (R < DENSE_FEW) return dense_if_few<TYPE, 2 * R>(a, x, first);
+    if constexpr (R < DENSE_FEW) return dense_if_few<TYPE, 2 * R>(a, x, first, runs);
     return false;
 }
 #else
-template <int64_t TYPE> bool dense_if_few(const Dense &, const DenseInput &, int64_t) {
+template <int64_t TYPE>
+bool dense_if_few(const Dense &, const DenseInput &, int64_t, Run *) {
     return false;
 }
 #endif
@@ -202,7 +211,8 @@ template <int64_t TYPE> bool dense_of(const Dense &a) {
         for (int64_t block = 0; block < blocks; block++)
             for (int64_t row = 0; row < x.rows; row++)
                 lay_out<TYPE>(a, x, first, row, block * DENSE_STEPS);
-        if (dense_if_few<TYPE>(a, x, first)) continue;
+        Run *runs = reinterpret_cast<Run *>(x.x + held);  // where else the sums of many rows are
+        if (dense_if_few<TYPE>(a, x, first, runs)) continue;
         const int64_t group = smaller(GROUP_PANELS, panels / omp_get_max_threads() + 1);
 #pragma omp parallel
         {

@@ -13,7 +13,7 @@ namespace qllm {
 namespace {
 
 constexpr int64_t MOST_ROWS = 1536;  // rows whose activations are held at once
-constexpr int64_t FEW_ROWS = 16;  // up to here memory is the limit: threads read runs of panels
+constexpr int64_t FEW_ROWS = 16;     // up to here memory is the limit: threads take longer parts
 
 // `panels` panels, up to GROUP_PANELS, times all rows: unpacked to cache for many rows.
 template <int P>
@@ -53,24 +53,26 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
     }
 }
 
+// Panels `from` to `end`.
+template <int P>
+void multiply_part(const Linear &a, const Activations &x, int64_t first, int64_t from,
+                   int64_t end, float *sums, Tiles &tiles) {
+    if constexpr (MOST_FEW<P> > 0)
+        if (x.rows <= MOST_FEW<P>) return multiply_few_rows<P>(a, x, first, from, end, sums);
+    for (; from < end; from += GROUP_PANELS)
+        multiply_group<P>(a, x, first, from, smaller(GROUP_PANELS, end - from), sums, tiles);
+}
+
 // A thread's share of the panels.
 template <int P> void multiply_share(const Linear &a, const Activations &x, int64_t first) {
     const int64_t panels = (a.out + LANES - 1) / LANES;
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    const int64_t end = panels * (thread + 1) / threads;
-    int64_t p = panels * thread / threads;
+    const int64_t groups = panels / GROUP_PANELS / omp_get_num_threads() / RUN_PARTS;
+    const int64_t part = GROUP_PANELS * (x.rows <= FEW_ROWS && groups > 1 ? groups : 1);
     [[maybe_unused]] Tiles tiles;
-    float *sums = x.out + thread * CHUNK_ROWS * GROUP_LANES;
-    if constexpr (MOST_FEW<P> > 0)
-        if (x.rows <= MOST_FEW<P>) return multiply_few_rows<P>(a, x, first, p, end, sums);
-    if (x.rows <= FEW_ROWS) {
-        for (; p < end; p += GROUP_PANELS)
-            multiply_group<P>(a, x, first, p, smaller(GROUP_PANELS, end - p), sums, tiles);
-    } else {
-#pragma omp for schedule(dynamic) nowait
-        for (p = 0; p < panels; p += GROUP_PANELS)
-            multiply_group<P>(a, x, first, p, smaller(GROUP_PANELS, panels - p), sums, tiles);
-    }
+    float *sums = x.out + omp_get_thread_num() * CHUNK_ROWS * GROUP_LANES;
+    take_parts(x.runs, part, [&](int64_t from, int64_t end) {
+        multiply_part<P>(a, x, first, from, end, sums, tiles);
+    });
 }
 
 template <int P> bool linear_of(const Linear &a) {
@@ -82,7 +84,8 @@ template <int P> bool linear_of(const Linear &a) {
         for (int64_t row = 0; row < x.rows; row++) x.huge[row] = 0;
 #pragma omp parallel
         {
-            quantize_share<P>(a, x, first);
+            begin_run(x.runs, (a.out + LANES - 1) / LANES);
+            quantize_share<P>(a, x, first);  // it ends with all threads having come here
             multiply_share<P>(a, x, first);
         }
     }
