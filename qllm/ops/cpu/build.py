@@ -56,6 +56,7 @@ _AVX512 = (
 # By the stem of a source file: the instructions that it may use, on top of plain x86-64.
 FLAGS: dict[str, tuple[str, ...]] = {
     "avx2": _AVX2,
+    "avx2int8": _AVX2,
     "avxvnni": (*_AVX2, "-mavxvnni"),
     "avx512": _AVX512,
     "avx512bf16": (*_AVX512, "-mavx512bf16"),

@@ -160,6 +160,7 @@ MACROS += ("__AVX512BF16__", "__AMX_TILE__", "__AMX_INT8__", "__AMX_BF16__")
 HAS = {
     "scalar": (),
     "avx2": MACROS[:4],
+    "avx2int8": MACROS[:4],
     "avxvnni": MACROS[:5],
     "avx512": (*MACROS[:4], *MACROS[5:10]),
     "avx512bf16": (*MACROS[:4], *MACROS[5:11]),

@@ -447,6 +447,20 @@ def test_int8_activations(bits, dtype):
         assert got.dtype == dtype and (error <= allowed).all()
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_the_largest_sums_of_int8_activations(bits):
+    # All inputs become 127 or -127: sums in 16 bits are as full as they get.
+    top, scales = 2**bits - 1, torch.ones(20, 1).half() / 128
+    for columns, rows in itertools.product((4, 32, 128, 160, 384), (1, 4, 5, 60)):
+        signs = torch.tensor([1.0, -1.0, 1.0]).repeat_interleave(columns)
+        x = signs.unfold(0, columns, columns // 2)[torch.arange(rows) % 5]
+        for q, zero in ((top, 0), (0, top), (top, top // 2)):
+            integers, zeros = np.full((20, columns), q), np.full((20, 1), zero)
+            weight = weight_of(integers, zeros, scales, bits, -1)
+            want = weight.exact(x)
+            assert torch.allclose(weight.everywhere_int8(x).double(), want, rtol=2.0**-21, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", BITS)
 def test_a_row_with_int8_activations_does_not_see_the_others(bits, dtype):

@@ -6,5 +6,11 @@
 #include "dense_tile.h"
 #include "dense.h"
 
-const qllm::Path qllm::avx2_path = {"avx2", linear, pack, unpack, activate, norm,   add,
+// From 7 bits on, sums in 16 bits would be full after every step.
+static bool linear_by_bits(const qllm::Linear &a) {
+    const bool fits = a.mode == qllm::WEIGHT_ONLY_INT8 && a.bits < 7;
+    return fits ? qllm::avx2_int8_linear(a) : qllm::linear(a);
+}
+
+const qllm::Path qllm::avx2_path = {"avx2", linear_by_bits, pack, unpack, activate, norm,   add,
                  embed,  attend, attend_prompt, dense, read_all, multiply_all};

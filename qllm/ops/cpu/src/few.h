@@ -27,6 +27,7 @@ INLINE inline void add_slab(Sums<S, V> (&sums)[SETS], const uint8_t *q, int64_t 
     Weights w[V];
     load_step<BITS, V, T>(w, q, stride);
     sums[T % SETS].add(w, x + T * S * STREAM_BYTES * STEP);
+    if constexpr (WIDENS && (T + 1) % steps_to_widen(BITS) == 0) sums[0].widen();
     if constexpr (T + 1 < STEPS) add_slab<BITS, S, V, SETS, T + 1>(sums, q, stride, x);
 }
 
@@ -47,7 +48,7 @@ __attribute__((noinline)) void multiply_few(const Linear &a, const Activations &
     o.scales = grid.scales;
     o.zeros = grid.zeros;
     o.scaled = is_scaled(a);
-    constexpr int V = N * VECTORS, SETS = S * V > 4 ? 1 : S * V > 2 ? 2 : 4;
+    constexpr int V = N * VECTORS, SETS = WIDENS || S * V > 4 ? 1 : S * V > 2 ? 2 : 4;
     for (int64_t b = 0; b < x.blocks; b++) {
         if (x.block[b].group != group)
             grid.load(a, panel, N, group = x.block[b].group, stride ? 1 : 0);
@@ -63,8 +64,9 @@ __attribute__((noinline)) void multiply_few(const Linear &a, const Activations &
             }
             add_slab<BITS>(sums, q, stride, o.x + s * (SLAB * S * STREAM_BYTES));
         }
-        for (int i = 1; i < SETS; i++) sums[0].join(sums[i]);
-        if constexpr (S % STREAMS<2> == 0)
+        if constexpr (SETS > 1)
+            for (int i = 1; i < SETS; i++) sums[0].join(sums[i]);
+        if constexpr (S % STREAMS<2> == 0 && !WIDENS)
             if (x.planes == 2) sums[0].template finish<2>(o, 0);
         if (x.planes == 1) sums[0].template finish<1>(o, 0);
     }
@@ -77,7 +79,7 @@ struct Few {
     int64_t panels;
 };
 
-template <int S, int BITS = 8> Few few_of_bits(int64_t bits) {
+template <int S, int BITS = WIDENS ? 6 : 8> Few few_of_bits(int64_t bits) {
     if constexpr (BITS > 1)
         if (bits != BITS) return few_of_bits<S, BITS - 1>(bits);
     constexpr int N = VECTORS == 1 && S > 2 ? 2 : 1;

@@ -1,5 +1,6 @@
 // AVX2 with FMA: 8 lanes to a register, a panel is two registers wide. With AVX-VNNI one
-// instruction makes the products of a step and adds them up, without it four do.
+// instruction makes the products of a step and adds them up, without it four do; where sums fit
+// into 16 bits for a while (SHORT_SUMS: int8 times up to 6 bits) two, and two more now and then.
 #pragma once
 
 #include <immintrin.h>
@@ -13,14 +14,8 @@ using VI = __m256i;
 using VF = __m256;
 constexpr int WIDTH = 8;
 #define REGISTER "x"
-constexpr int FLOAT_ROWS = 6;     // of a tile; 16 registers hold no more
-constexpr int ACCUMULATORS = 12;  // registers that its sums may take
-#if defined(__AVXVNNI__)
-constexpr int MAX_STREAMS = 6;  // rows x streams of a tile
-#else
-constexpr int MAX_STREAMS = 4;
-#endif
-#define FEW_STREAMS 4  // of tiles for which weights are not unpacked to cache
+constexpr int FLOAT_ROWS = 6;  // of a tile; 16 registers hold no more
+#define FEW_STREAMS 4          // of tiles for which weights are not unpacked to cache
 
 inline VI zero_i() { return _mm256_setzero_si256(); }
 inline VI set_i(int32_t v) { return _mm256_set1_epi32(v); }
@@ -56,9 +51,11 @@ inline VI broadcast(const int8_t *p) {
     return _mm256_set1_epi32(v);
 }
 #if defined(__AVXVNNI__)
+constexpr int MAX_STREAMS = 6;    // rows x streams of a tile
+constexpr int ACCUMULATORS = 12;  // sums of one that registers hold
+constexpr int STREAM_BYTES = 1;   // that an input of a stream takes
 using Weights = VI;
 using Inputs = VI;
-constexpr int STREAM_BYTES = 1;  // that an input of a stream takes
 inline Weights prepared(VI bytes) { return bytes; }
 inline Inputs four(const int8_t *p) { return broadcast(p); }
 // Not the intrinsic: GCC moves its sums from register to register and to memory.
@@ -66,14 +63,44 @@ inline VI dot(VI sum, Weights w, Inputs x) {
     __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
     return sum;
 }
+#elif defined(SHORT_SUMS)
+// Sums of pairs of products in 16 bits, which hold some steps of them, and those before them.
+#define WIDENS 1
+constexpr int MAX_STREAMS = 4;
+constexpr int ACCUMULATORS = 8;
+constexpr int STREAM_BYTES = 1;
+using Weights = VI;
+using Inputs = VI;
+struct Sum {
+    VI whole, pairs;
+};
+// After so many steps of b bits the sums in 16 bits may be full: 2 · 127 · (2^b - 1) to a step.
+constexpr int64_t steps_to_widen(int64_t bits) { return bits < 5 ? 8 : 1 << (7 - bits); }
+inline Weights prepared(VI bytes) { return bytes; }
+inline Inputs four(const int8_t *p) { return broadcast(p); }
+// Not the intrinsics: GCC moves their sums from register to register and to memory.
+inline Sum dot(Sum sum, Weights w, Inputs x) {
+    VI products;
+    __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+            : "+x"(sum.pairs), "=&x"(products)
+            : "x"(w), "x"(x));
+    return sum;
+}
+inline Sum no_sum() { return {zero_i(), zero_i()}; }
+inline Sum widened(Sum sum) {
+    return {add_i(sum.whole, _mm256_madd_epi16(sum.pairs, _mm256_set1_epi16(1))), zero_i()};
+}
+inline VI total(Sum sum) { return sum.whole; }
 #else
 // Pairs of products of bytes would saturate; those of 16 bits do not, and two planes of an input
 // are one number of 16 bits, so that it takes one product: the inputs 0 and 2 of a step, 1 and 3.
+constexpr int MAX_STREAMS = 4;
+constexpr int ACCUMULATORS = 12;
+constexpr int STREAM_BYTES = 2;
 struct Weights {
     VI even, odd;
 };
 using Inputs = Weights;
-constexpr int STREAM_BYTES = 2;
 inline Weights prepared(VI bytes) {
     return {_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
 }

@@ -196,7 +196,7 @@ static void pack_grid(const Packing &p, int64_t panel, int64_t lanes, int64_t gr
 }
 
 // Panel by panel; a group's inputs begin a slab, and what fills up panels and slabs is zero.
-static void pack(const Packing &p) {
+inline void pack(const Packing &p) {
     int64_t panels = (p.out + LANES - 1) / LANES, slabs = row_slabs(p.in, p.group);
     int64_t groups = (p.in + p.group - 1) / p.group, bits = p.bits;
 #pragma omp parallel for schedule(static)
@@ -217,7 +217,7 @@ static void pack(const Packing &p) {
 }
 
 // The inverse of `pack`: `rows` is zero before.
-static void unpack(const Packing &p) {
+inline void unpack(const Packing &p) {
     int64_t slabs = row_slabs(p.in, p.group), groups = (p.in + p.group - 1) / p.group;
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < p.out; n++) {

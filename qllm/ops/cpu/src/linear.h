@@ -33,6 +33,7 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
             o.scales = grid.scales;
             o.zeros = grid.zeros;
             o.scaled = is_scaled(a);
+            o.widen = steps_to_widen(a.bits);
             for (int64_t p = 0; p < panels; p++) {
                 const uint8_t *q = a.q + ((panel + p) * x.slabs + block.slab) * 64 * a.bits;
                 for (int64_t s = 0; s < block.slabs; s++)
@@ -92,10 +93,12 @@ template <int P> bool linear_of(const Linear &a) {
     return true;
 }
 
+#if !WIDENS  // which is for one plane
 static bool linear(const Linear &a) {
     if (a.mode != WEIGHT_ONLY) return linear_of<1>(a);
     return a.x_type == FLOAT32 ? linear_of<4>(a) : linear_of<2>(a);
 }
+#endif
 
 }  // namespace
 }  // namespace qllm

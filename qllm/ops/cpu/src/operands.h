@@ -15,6 +15,16 @@ constexpr int64_t GROUP_LANES = GROUP_PANELS * LANES;
 // are one, and the third and fourth, which need not fit together, have one each.
 template <int P> constexpr int STREAMS = STREAM_BYTES == 1 ? P : P == 4 ? 3 : 1;
 
+#if !defined(WIDENS)
+// A sum of products is in int32, unless an instruction set has the latest ones apart, in 16 bits.
+#define WIDENS 0
+using Sum = VI;
+constexpr int64_t steps_to_widen(int64_t) { return STEPS; }
+inline Sum no_sum() { return zero_i(); }
+inline Sum widened(Sum sum) { return sum; }
+inline VI total(Sum sum) { return sum; }
+#endif
+
 // What a tile needs of a block: of the weights (a group of panels) and of the activations.
 struct Operands {
     const uint8_t *w;      // panels w_stride bytes apart, 64 bytes per step
@@ -28,6 +38,7 @@ struct Operands {
     const int32_t *sum;       // (rows,): of the first two planes together
     const int32_t *low_sum;   // (rows,): of the third and fourth
     float *out;               // (rows, GROUP_LANES), added to; int32 where not scaled
+    int64_t widen = STEPS;    // steps after which sums widen, a power of two
 };
 
 // Two planes as one integer.

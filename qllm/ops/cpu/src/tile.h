@@ -38,10 +38,10 @@ INLINE inline void put(int8_t *tile, int64_t rows, int64_t row, int64_t step, in
 // written out at compile time, since compilers leave in memory what a loop indexes.
 template <int S, int V> struct Sums {
     static constexpr int COUNT = S * V;
-    VI of[COUNT];
+    Sum of[COUNT];
 
     template <int I = 0> INLINE void clear() {
-        of[I] = zero_i();
+        of[I] = no_sum();
         if constexpr (I + 1 < COUNT) clear<I + 1>();
     }
 
@@ -55,6 +55,11 @@ template <int S, int V> struct Sums {
     INLINE void add_stream(const Weights (&w)[V], const Inputs &x) {
         of[STREAM * V + I] = dot(of[STREAM * V + I], w[I], x);
         if constexpr (I + 1 < V) add_stream<STREAM, I + 1>(w, x);
+    }
+
+    template <int I = 0> INLINE void widen() {
+        of[I] = widened(of[I]);
+        if constexpr (I + 1 < COUNT) widen<I + 1>();
     }
 
     template <int I = 0> INLINE void join(const Sums &other) {
@@ -73,11 +78,11 @@ template <int S, int V> struct Sums {
     template <int P, int I, int ROW = 0>
     INLINE void finish_row(const Operands &o, float *out, VI zero, VF scale) {
         constexpr int AT = ROW * STREAMS<P> * V + I;
-        VI high = of[AT], low = zero_i();
-        if constexpr (P > 1 && STREAM_BYTES == 1) high = pair(high, of[AT + V]);
+        VI high = total(of[AT]), low = zero_i();
+        if constexpr (P > 1 && STREAM_BYTES == 1) high = pair(high, total(of[AT + V]));
         high = sub_i(high, mul_i(zero, set_i(o.sum[ROW])));
         if constexpr (P == 4) {
-            low = pair(of[AT + (STREAMS<P> - 2) * V], of[AT + (STREAMS<P> - 1) * V]);
+            low = pair(total(of[AT + (STREAMS<P> - 2) * V]), total(of[AT + (STREAMS<P> - 1) * V]));
             low = sub_i(low, mul_i(zero, set_i(o.low_sum[ROW])));
         }
         if (P > 1 || o.scaled) {
@@ -104,11 +109,15 @@ __attribute__((noinline)) void multiply(const Operands &o, int64_t from) {
     sums.clear();
     const uint8_t *w = o.w + from * o.w_stride;
     const int8_t *x = o.x;
-    for (int64_t step = 0; step < o.slabs * STEPS; step++, w += LANES * STEP) {
-        Weights step_weights[N * VECTORS];
-        load(step_weights, w, o.w_stride);
-        sums.add(step_weights, x);
-        x += R * INPUT_BYTES<P> * STEP;
+    const int64_t steps = o.slabs * STEPS, together = WIDENS ? o.widen : steps;
+    for (int64_t done = 0; done < steps; done += together) {
+        for (int64_t step = 0; step < together; step++, w += LANES * STEP) {
+            Weights step_weights[N * VECTORS];
+            load(step_weights, w, o.w_stride);
+            sums.add(step_weights, x);
+            x += R * INPUT_BYTES<P> * STEP;
+        }
+        sums.widen();
     }
     sums.template finish<P>(o, from * LANES);
 }
