@@ -122,7 +122,9 @@ def is_gone(pid: int) -> bool:
 
 def python(program: str, *args: object, wrapped_in: tuple[str, ...] = ()) -> subprocess.Popen:
     """A fresh Python that has the loader, and starts with `from pathlib import Path`."""
-    start = "import os, sys\nfrom pathlib import Path\nfrom qllm.ops.cpu import build\n"
+    start = "import os, signal, sys\nfrom pathlib import Path\nfrom qllm.ops.cpu import build\n"
+    # In a shell's background, where the tests may run, Ctrl-C is ignored.
+    start += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     return subprocess.Popen(
         [*wrapped_in, sys.executable, "-c", start + program, *map(str, args)],
         cwd=ROOT,
