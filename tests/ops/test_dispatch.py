@@ -32,7 +32,7 @@ DTYPES = (
     (torch.float32, torch.bfloat16),
     (torch.float32, torch.float16, torch.bfloat16),
 )
-INTERPRETED = 37  # of so many requests Triton's interpreter, which is slow, gets one
+INTERPRETED = 13  # of so many requests Triton's interpreter, which is slow, gets one
 # Of a unit in the last place of the largest sum: what a kernel may add to the reference's error.
 # Scales of activations that are no powers of two round every product.
 SLACK = {"weight_only_linear_int8": 1 / 2}
