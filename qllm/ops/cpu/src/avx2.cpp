@@ -6,9 +6,8 @@
 #include "dense_tile.h"
 #include "dense.h"
 
-// From 7 bits on, sums in 16 bits would be full after every step.
 static bool linear_by_bits(const qllm::Linear &a) {
-    const bool fits = a.mode == qllm::WEIGHT_ONLY_INT8 && a.bits < 7;
+    const bool fits = a.mode == qllm::WEIGHT_ONLY_INT8 && a.bits <= qllm::SHORT_SUM_BITS;
     return fits ? qllm::avx2_int8_linear(a) : qllm::linear(a);
 }
 

@@ -79,7 +79,7 @@ struct Few {
     int64_t panels;
 };
 
-template <int S, int BITS = WIDENS ? 6 : 8> Few few_of_bits(int64_t bits) {
+template <int S, int BITS = WIDENS ? SHORT_SUM_BITS : 8> Few few_of_bits(int64_t bits) {
     if constexpr (BITS > 1)
         if (bits != BITS) return few_of_bits<S, BITS - 1>(bits);
     constexpr int N = VECTORS == 1 && S > 2 ? 2 : 1;

@@ -138,7 +138,9 @@ struct Path {
 
 extern const Path scalar_path, avx2_path, avxvnni_path, avx512_path, avx512bf16_path, amx_path;
 
-// What avx2_path takes for WEIGHT_ONLY_INT8 up to 6 bits.
+// What avx2_path takes for WEIGHT_ONLY_INT8 of few bits: with more, sums in 16 bits would be full
+// after every step.
+constexpr int SHORT_SUM_BITS = 6;
 extern bool (*const avx2_int8_linear)(const Linear &);
 
 // Memory of the calling thread, 64-byte aligned, kept for its next call; null where there is none.
