@@ -36,6 +36,9 @@ def test_the_error_is_at_most_twice_the_reference_s(bits, dtype, gpu):
     for i, (shape, group_size, scheme) in enumerate(cases):
         if i % 8 != bits % 8:  # each at some number of bits: the interpreter is slow
             continue
+        # In the interpreter, numbers of all types come about in one way.
+        if gpu == "cpu" and i // 8 % 3 != DTYPES.index(dtype):
+            continue
         weight = random_weight(shape, bits, group_size, scheme)
         count = ROWS[i % len(ROWS)]
         x = normal(count, shape[1] + 3, dtype=dtype)[:, : shape[1]]
