@@ -324,7 +324,17 @@ def _neural_compressor_spec(entry: object, where: str) -> dict[str, object]:
 class RopeConfig:
     """Rotary position embedding (Su et al. 2021) and the scalings of its frequencies.
 
-    `kind` is "default", "linear", "dynamic" or "llama3"; the fields a kind does not use are None.
+    The fields that a kind does not use are None.
+
+    Attributes:
+        kind: "default", "linear" (Chen et al. 2023), "dynamic", "llama3", "yarn" (Peng et al.
+            2023), "longrope" (Ding et al. 2024), or "proportional", where not all pairs are turned.
+        attention_factor: multiplies cosines and sines.
+        original_max_positions: the length that a model was trained on before it was stretched.
+        beta_fast, beta_slow, truncate: ends of YaRN's ramp in turns over that length, and whether
+            they are rounded to whole pairs.
+        short_factor, long_factor: what divides each pair's frequency up to that length, and beyond.
+        turned_pairs: how many pairs are turned, of the kind that turns not all.
     """
 
     theta: float = 10000.0
@@ -333,6 +343,13 @@ class RopeConfig:
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     original_max_positions: int | None = None
+    attention_factor: float = 1.0
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    turned_pairs: int | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from transformers import BloomConfig, LlamaConfig, OPTConfig
 
 from qllm.models.decoder import ACTIVATIONS, SAME_ACTIVATION
+from qllm.models.llama import ROPE_KINDS
 
 LONGEST_PROMPT, MOST_NEW_TOKENS = 20, 8
 WINDOW = LONGEST_PROMPT + MOST_NEW_TOKENS
@@ -52,35 +53,43 @@ def bloom_configs(draw) -> BloomConfig:
 
 
 @st.composite
-def rope_settings(draw) -> tuple[dict, int]:
+def rope_settings(draw, head_dim: int) -> tuple[dict, int]:
     """rope_parameters and max_position_embeddings that have room for the test's prompts."""
-    kind = draw(st.sampled_from(["default", "linear", "dynamic", "llama3"]))
+    kind = draw(st.sampled_from(ROPE_KINDS))
     rope = {"rope_type": kind, "rope_theta": draw(st.sampled_from([100.0, 10000.0, 500000.0]))}
     if kind == "default":
         return rope, draw(st.integers(WINDOW, 100))
     # The window is `trained` times the factor: prompts go past what the model was trained for.
     trained = draw(st.integers(4, 40))
     rope["factor"] = max(draw(st.floats(1.0, 8.0)), WINDOW / trained + 1e-3)
+    if kind == "proportional":
+        rope["partial_rotary_factor"] = draw(st.floats(0.1, 1.0))
+    if kind not in ("llama3", "yarn", "longrope"):
+        return rope, trained
+    rope["original_max_position_embeddings"] = draw(st.integers(4, WINDOW - 1))
     if kind == "llama3":
         rope["low_freq_factor"] = draw(st.floats(0.5, 2.0))
         rope["high_freq_factor"] = rope["low_freq_factor"] + draw(st.floats(0.5, 4.0))
-        rope["original_max_position_embeddings"] = draw(st.integers(4, WINDOW - 1))
-        trained = WINDOW
-    return rope, trained
+    if kind == "longrope":
+        for name in ("short_factor", "long_factor"):
+            factors = st.lists(st.floats(0.5, 8.0), min_size=head_dim // 2, max_size=head_dim // 2)
+            rope[name] = draw(factors)
+    return rope, WINDOW
 
 
 @st.composite
 def llama_configs(draw) -> LlamaConfig:
     kv_heads = draw(st.integers(1, 3))
     heads = kv_heads * draw(st.integers(1, 4))
-    rope, trained = draw(rope_settings())
+    # Not hidden_size / heads, and 4 or more: dynamic scaling divides by head_dim - 2.
+    head_dim = 2 * draw(st.integers(2, 8))
+    rope, trained = draw(rope_settings(head_dim))
     return LlamaConfig(
         vocab_size=draw(vocab_sizes),
         hidden_size=heads * draw(st.integers(-(-6 // heads), 8)),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        # Not hidden_size / heads, and 4 or more: dynamic scaling divides by head_dim - 2.
-        head_dim=2 * draw(st.integers(2, 8)),
+        head_dim=head_dim,
         num_hidden_layers=draw(layer_counts),
         intermediate_size=draw(st.integers(1, 70)),
         max_position_embeddings=trained,

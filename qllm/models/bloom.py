@@ -7,14 +7,15 @@ from qllm.models.family import MOST_LAYERS, Family, RawConfig, check_heads
 
 
 def read_config(raw: RawConfig) -> ModelConfig:
-    hidden = raw.count("hidden_size", "n_embed", default=64)
-    heads = raw.count("n_head", "num_attention_heads", default=8)
+    # Of each pair the first one wins in transformers, too.
+    hidden = raw.count("n_embed", "hidden_size", default=64)
+    heads = raw.count("num_attention_heads", "n_head", default=8)
     check_heads(raw, hidden, heads)
     return ModelConfig(
         family="bloom",
         vocab_size=raw.count("vocab_size", default=250880),
         hidden_size=hidden,
-        num_layers=raw.count("n_layer", "num_hidden_layers", default=2, most=MOST_LAYERS),
+        num_layers=raw.count("num_hidden_layers", "n_layer", default=2, most=MOST_LAYERS),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,

@@ -41,6 +41,13 @@ class RawConfig:
             raise self.error(name, value, "a positive number")
         return float(value)
 
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of `count` positive numbers."""
+        value = self.values.get(name)
+        if not isinstance(value, list) or len(value) != count:
+            raise self.error(name, value, f"a list of {count} positive numbers")
+        return tuple(RawConfig({name: item}, self.where).number(name) for item in value)
+
     def flag(self, name: str, default: bool) -> bool:
         """true or false."""
         value = self._find((name,), default)

@@ -88,7 +88,7 @@ class RotaryPositions(PositionEncoding):
     def frequencies(self, longest: int) -> Tensor:
         """Radians per position of each pair, float32 (D / 2,).
 
-        Only "dynamic" scaling (NTK-aware) depends on the length of the sequence so far.
+        "dynamic" (NTK-aware) and "longrope" depend on the length of the sequence so far.
         """
         rope, dim = self.config.rope, self.config.head_dim
         theta = rope.theta
@@ -96,31 +96,61 @@ class RotaryPositions(PositionEncoding):
             trained = self.config.trained_positions
             stretch = rope.factor * max(longest, trained) / trained - (rope.factor - 1)
             theta *= stretch ** (dim / (dim - 2))
-        frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+        periods = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        if rope.kind == "longrope":
+            beyond = longest > rope.original_max_positions
+            factors = rope.long_factor if beyond else rope.short_factor
+            return 1.0 / (torch.tensor(factors, dtype=torch.float32) * periods)
+        frequencies = 1.0 / periods
         if rope.kind == "linear":
             return frequencies / rope.factor
         if rope.kind == "llama3":
-            return self._scale_llama3(frequencies)
+            turns = rope.original_max_positions * frequencies / (2 * math.pi)
+            kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+            return self._stretched(frequencies, kept)
+        if rope.kind == "yarn":
+            return self._stretched(frequencies, 1 - self._yarn_ramp())
+        if rope.kind == "proportional":
+            frequencies[rope.turned_pairs :] = 0
+            return frequencies / rope.factor
         return frequencies
 
-    def _scale_llama3(self, frequencies: Tensor) -> Tensor:
-        """Llama 3.1's scaling: slow pairs are slowed by `factor`, fast ones kept, with a ramp."""
-        rope = self.config.rope
-        turns = rope.original_max_positions * frequencies / (2 * math.pi)
-        ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        ramp = ramp.clamp(0, 1)
-        return (1 - ramp) * frequencies / rope.factor + ramp * frequencies
+    def _stretched(self, frequencies: Tensor, kept: Tensor) -> Tensor:
+        """Frequencies of which the share `kept` (D / 2,) stays, and the rest is slowed down."""
+        kept = kept.clamp(0, 1)
+        return (1 - kept) * frequencies / self.config.rope.factor + kept * frequencies
+
+    def _yarn_ramp(self) -> Tensor:
+        """YaRN's ramp over the pairs, from 0 for the fastest to 1 for the slowest: (D / 2,)."""
+        rope, dim = self.config.rope, self.config.head_dim
+
+        def pair(turns: float) -> float:
+            """Which pair turns so often over the length that the model was trained on."""
+            length = math.log(rope.original_max_positions) - math.log(2 * math.pi)
+            return dim * (length - math.log(turns)) / (2 * math.log(rope.theta))
+
+        low, high = pair(rope.beta_fast), pair(rope.beta_slow)
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        if low == high:
+            high += 0.001  # as transformers has it, so that nothing is divided by 0
+        return (torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)
 
     def angles(self, positions: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         frequencies = self.frequencies(longest).to(positions.device)
         angles = positions[:, None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)  # (N, D)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        factor = self.config.rope.attention_factor
+        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
     def table(
         self, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor] | None:
-        if self.config.rope.kind == "dynamic":
+        rope = self.config.rope
+        if rope.kind == "dynamic":
+            return None
+        if rope.kind == "longrope" and capacity > rope.original_max_positions:
             return None
         return self.angles(torch.arange(capacity, device=device), capacity, dtype)
 

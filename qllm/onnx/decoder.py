@@ -205,12 +205,19 @@ class DecoderGraph:
         """Cosines and sines (B, 1, T, D) for `position_ids`."""
         g, config, rope = self.graph, self.config, self.config.rope
         encoding = RotaryPositions(config, torch.float32)
-        frequencies = g.constant(encoding.frequencies(config.trained_positions), np.float32)
-        if rope.kind == "dynamic":
-            # As `RotaryPositions.frequencies`, for a length that is known when the graph runs.
-            trained, dim = config.trained_positions, config.head_dim
+        frequencies = g.constant(encoding.frequencies(1), np.float32)
+        # As `RotaryPositions.frequencies`, for a length that is known when the graph runs.
+        longest = ""
+        if rope.kind in ("dynamic", "longrope"):
             longest = g.op("ReduceMax", "position_ids", keepdims=0)
             longest = g.op("Add", longest, g.constant(1))
+        if rope.kind == "longrope":
+            original = rope.original_max_positions
+            slower = g.constant(encoding.frequencies(original + 1), np.float32)
+            beyond = g.op("Greater", longest, g.constant(original))
+            frequencies = g.op("Where", beyond, slower, frequencies)
+        if rope.kind == "dynamic":
+            trained, dim = config.trained_positions, config.head_dim
             longest = g.op("Cast", g.op("Max", longest, g.constant(trained)), to=1)
             stretch = g.op("Mul", longest, g.constant(rope.factor / trained, np.float32))
             stretch = g.op("Sub", stretch, g.constant(rope.factor - 1, np.float32))
@@ -221,7 +228,11 @@ class DecoderGraph:
         places = g.op("Unsqueeze", places, g.constant([1, 3]))  # (B, 1, T, 1)
         angles = g.op("Mul", places, frequencies)
         angles = g.op("Concat", angles, angles, axis=-1)
-        cos, sin = (self._cast(g.op(kind, angles), self.dtype) for kind in ("Cos", "Sin"))
+        parts = [g.op(kind, angles) for kind in ("Cos", "Sin")]
+        if rope.attention_factor != 1:
+            factor = g.constant(rope.attention_factor, np.float32)
+            parts = [g.op("Mul", part, factor) for part in parts]
+        cos, sin = (self._cast(part, self.dtype) for part in parts)
         return cos, sin
 
     def _layer(self, x: str, index: int) -> str:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -170,6 +170,25 @@ ropes = st.one_of(
             "original_max_position_embeddings": st.integers(8, 8192),
         }
     ),
+    st.fixed_dictionaries(
+        {
+            "rope_type": st.just("yarn"),
+            "factor": st.floats(0.5, 32),
+            "original_max_position_embeddings": st.integers(2, 8192),
+            "beta_fast": st.floats(1, 64),
+            "beta_slow": st.floats(0.1, 4),
+            "mscale": st.one_of(st.none(), st.floats(0.1, 2)),
+            "mscale_all_dim": st.one_of(st.none(), st.floats(0.1, 2)),
+            "truncate": st.one_of(st.none(), st.booleans()),
+        }
+    ),
+    st.fixed_dictionaries(
+        {
+            "rope_type": st.just("proportional"),
+            "factor": st.floats(1, 16),
+            "partial_rotary_factor": st.floats(0.05, 1),
+        }
+    ),
 )
 
 
@@ -190,7 +209,7 @@ def test_rope_frequencies(rope, theta, half, trained, longest):
     else:
         find = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
         want, scaling = find(theirs, device="cpu", seq_len=longest)
-    assert scaling == 1
+    assert encoding.config.rope.attention_factor == pytest.approx(scaling)
     got = encoding.frequencies(longest)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
@@ -210,54 +229,16 @@ def test_rope_turns_as_transformers_does(positions):
     torch.testing.assert_close(rotate(k, angles), want[1][0])
 
 
-# The settings of released Llama models, as transformers 4 wrote them.
-OLD_SETTINGS = {
-    "llama-1": {"rope_scaling": None, "rope_theta": None},
-    "llama-2": {"rope_scaling": None, "rope_theta": 20000.0},
-    "code-llama": {"rope_theta": 1000000},
-    "linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
-    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2}, "rope_theta": 5000.0},
-    "llama-3.1": {
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-            "rope_type": "llama3",
-        },
-    },
-    "llama3 without its length": {
-        "rope_scaling": {
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "rope_type": "llama3",
-        },
-    },
-}
-
-
-@pytest.mark.parametrize("name", OLD_SETTINGS)
-def test_old_rope_settings_are_read_as_transformers_reads_them(name, tmp_path):
-    changes = OLD_SETTINGS[name]
-    values = json.loads((tiny("llama") / "config.json").read_text()) | changes
-    values = {key: value for key, value in values.items() if value is not None}
-    del values["rope_parameters"]
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
-    ours = RotaryPositions(our_config("llama", rope_parameters=None, **changes), torch.float32)
-    torch.testing.assert_close(ours.frequencies(1), theirs.inv_freq, rtol=1e-5, atol=0)
-    theirs(torch.zeros(1), torch.tensor([[900]]))  # dynamic scaling follows the length
-    torch.testing.assert_close(ours.frequencies(901), theirs.inv_freq, rtol=1e-5, atol=0)
-
-
 @pytest.mark.parametrize(
     ("rope", "window"),
     [
         ({"rope_type": "default"}, 512),
         ({"rope_type": "linear", "factor": 2.5}, 1280),
         ({"rope_type": "dynamic", "factor": 4.0}, 2048),
+        ({"rope_type": "proportional", "factor": 2.0}, 1024),
+        ({"rope_type": "yarn", "factor": 4.0}, 2048),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"rope_type": "longrope", "short_factor": [1] * 16, "long_factor": [2] * 16}, 512),
     ],
 )
 def test_scaling_widens_the_window(rope, window):
@@ -267,7 +248,20 @@ def test_scaling_widens_the_window(rope, window):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "mrope", "factor": 2.0}}, "rope_type is 'mrope'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "factor is missing"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": -1}},
+            "beta_fast is -1",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 15}},
+            "short_factor is .*; expected a list of 16 positive numbers",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 15 + ["x"]}},
+            "short_factor is 'x'",
+        ),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": -1}}, "factor is -1"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
@@ -275,8 +269,12 @@ def test_scaling_widens_the_window(rope, window):
         ({"rope_parameters": {"rope_theta": 10**400}}, "expected a positive number"),
         ({"rms_norm_eps": math.inf}, "rms_norm_eps is inf"),
         ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
-        ({"rope_parameters": ["linear"]}, "rope_scaling is .*; expected an object"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": ["linear"]}, "rope_parameters is .*; expected an object"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected an object"),
+        (
+            {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "partial_rotary_factor is 0.5; expected 1 with rope_type 'linear'",
+        ),
         ({"head_dim": 7}, "even head_dim, not 7"),
         (
             {"head_dim": 2, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},

@@ -1,0 +1,159 @@
+"""Settings that a config.json may spell in two ways: transformers says which one counts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from oracle import assert_same_model, draw_prompts, load, random_model
+from transformers import AutoConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = {"vocab_size": 90, "hidden_size": 32}
+BASES = {
+    "llama": {
+        **SIZES,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 40,
+        "max_position_embeddings": 24,
+    },
+    "opt": {**SIZES, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 40},
+    "bloom": {**SIZES, "n_layer": 2, "n_head": 2},
+}
+LINEAR = {"type": "linear", "factor": 4.0}
+YARN = {"type": "yarn", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"rope_type": "longrope", "short_factor": [1.5] * 8, "long_factor": [3.0] * 8}
+ORIGINAL = "original_max_position_embeddings"
+
+LLAMA = {
+    "no theta": {"rope_theta": None},
+    "theta outside": {"rope_theta": 500.0},
+    "theta inside and outside": {"rope_theta": 500.0, "rope_parameters": {"rope_theta": 77.0}},
+    "theta outside of new parameters": {
+        "rope_theta": 500.0,
+        "rope_parameters": {"rope_type": "default"},
+    },
+    "old scaling": {"rope_scaling": LINEAR},
+    "old scaling and theta": {"rope_scaling": LINEAR, "rope_theta": 500.0},
+    "old scaling with a theta": {"rope_scaling": {**LINEAR, "rope_theta": 77.0}, "rope_theta": 5.0},
+    "old scaling beside new parameters": {
+        "rope_scaling": LINEAR,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
+    },
+    "all three": {
+        "rope_scaling": LINEAR,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 77.0},
+        "rope_theta": 500.0,
+    },
+    "empty old scaling": {"rope_scaling": {}, "rope_parameters": {**LINEAR, "rope_theta": 77.0}},
+    "no old scaling": {"rope_scaling": None, "rope_parameters": {**LINEAR, "rope_theta": 77.0}},
+    "type and rope_type": {"rope_scaling": {**LINEAR, "rope_type": "dynamic"}},
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2}, "rope_theta": 500.0},
+    "dynamic with a length that it does not use": {
+        "rope_scaling": {"type": "dynamic", "factor": 2.0, ORIGINAL: 4},
+        ORIGINAL: 4,
+    },
+    "llama3": {"rope_scaling": {**LLAMA3, ORIGINAL: 8}, "rope_theta": 500.0},
+    "llama3 without its length": {"rope_scaling": LLAMA3},
+    "llama3 with its length inside and outside": {
+        "rope_scaling": {**LLAMA3, ORIGINAL: 8},
+        ORIGINAL: 12,
+    },
+    "yarn": {"rope_scaling": {**YARN, ORIGINAL: 8}},
+    "yarn without its length": {"rope_scaling": YARN},
+    "yarn with its length inside and outside": {
+        "rope_scaling": {**YARN, ORIGINAL: 8},
+        ORIGINAL: 12,
+    },
+    "yarn whose factor follows from the lengths": {
+        "rope_scaling": {"type": "yarn", "factor": None, ORIGINAL: 8}
+    },
+    "yarn that squeezes": {"rope_scaling": {"type": "yarn", "factor": 0.5, ORIGINAL: 8}},
+    "yarn with all parameters": {
+        "rope_scaling": {
+            **YARN,
+            ORIGINAL: 8,
+            "beta_fast": 2,
+            "beta_slow": 0.5,
+            "mscale": 2.0,
+            "mscale_all_dim": 0.5,
+            "truncate": False,
+        }
+    },
+    "yarn with one mscale": {"rope_scaling": {**YARN, ORIGINAL: 8, "mscale": 2.0}},
+    "yarn with an attention_factor": {
+        "rope_scaling": {
+            **YARN,
+            ORIGINAL: 8,
+            "attention_factor": 1.5,
+            "mscale": 2.0,
+            "mscale_all_dim": 0.5,
+            "beta_fast": None,
+            "truncate": None,
+        }
+    },
+    "longrope": {"rope_scaling": {**LONG, ORIGINAL: 8}},
+    "longrope without its length": {"rope_scaling": LONG},
+    "longrope with a factor": {"rope_scaling": {**LONG, ORIGINAL: 8, "factor": 3.0}},
+    "longrope with an attention_factor": {
+        "rope_scaling": {**LONG, "attention_factor": 2.0},
+        ORIGINAL: 8,
+    },
+    "a part that the plain kind does not know": {"partial_rotary_factor": 0.5},
+    "a part of nothing but the whole": {"partial_rotary_factor": 1.0, "rope_scaling": YARN},
+    "proportional": {
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {"rope_type": "proportional", "factor": 2.0},
+    },
+    "proportional with the part inside and outside": {
+        "partial_rotary_factor": 0.75,
+        "rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 0.4},
+    },
+    "parameters that nobody knows": {"rope_scaling": {**LINEAR, "finetuned": True}},
+    "head_dim and key-value heads that are not there": {
+        "head_dim": None,
+        "num_key_value_heads": None,
+    },
+    "BLOOM's spellings": {"n_embed": 16, "n_layer": 1, "n_head": 4},
+}
+BLOOM = {
+    "n_embed": {"hidden_size": None, "n_embed": 48},
+    "both hidden sizes": {"n_embed": 48},
+    "new names": {
+        "n_layer": None,
+        "n_head": None,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    },
+    "old and new names": {"num_hidden_layers": 1, "num_attention_heads": 4},
+    "no hidden size, but its null": {"n_embed": None},
+}
+OPT = {
+    "names of other families": {"n_layer": 1, "n_embed": 16, "intermediate_size": 8},
+    "no embedding of another size": {"word_embed_proj_dim": None},
+}
+CASES = [
+    (family, name)
+    for family, cases in (("llama", LLAMA), ("bloom", BLOOM), ("opt", OPT))
+    for name in cases
+]
+
+
+@pytest.mark.parametrize(("family", "name"), CASES, ids=[" ".join(case) for case in CASES])
+def test_settings_count_as_in_transformers(family, name, tmp_path):
+    changes = {"llama": LLAMA, "bloom": BLOOM, "opt": OPT}[family][name]
+    config = {"model_type": family, **BASES[family], **changes}
+    # A null is a value, but of sizes there is none, and transformers refuses a theta that is one.
+    dropped = ("rope_theta", "hidden_size", "n_layer", "n_head")
+    config = {key: v for key, v in config.items() if v is not None or key not in dropped}
+    text = json.dumps(config)
+    (tmp_path / "config.json").write_text(text)
+    theirs = random_model(AutoConfig.from_pretrained(tmp_path))
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    # Some prompts are shorter, and some longer, than what the model was trained on.
+    for lengths in ([5, 3], [18, 12]):
+        assert_same_model(load(tmp_path), theirs, draw_prompts(lengths, 90), 6)
