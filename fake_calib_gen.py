@@ -85,7 +85,7 @@ def calibrate_text(args: argparse.Namespace, folder: Path, vocab_size: int):  # 
         QuantPlan.uniform(QuantSpec()),
         dtype=cli.resolve_dtype(args),
         device=cli.resolve_device(args),
-        progress=cli.progress("loading"),
+        meter=cli.meter("loading"),
     )
     return calibration.calibrate(model, samples, cli.progress("calibrating"))
 

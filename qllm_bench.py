@@ -303,7 +303,7 @@ def loader(
             dtype=dtype,
             device=device,
             calibration=cli.find_calibration(args, folder, plan),
-            progress=cli.progress("loading"),
+            meter=cli.meter("loading"),
             **about,
         )
         about["bitwidth"] = report.bitwidth(model) if args.bitwidth is None else plan.text

@@ -295,7 +295,7 @@ def run_models(
             device=device,
             calibration=cli.find_calibration(args, folder, plan),
             activation_bits=activation_bits,
-            progress=cli.progress("loading"),
+            meter=cli.meter("loading"),
         )
         bitwidth = report.bitwidth(model) if args.bitwidth is None else plan.text
         row = decoder_row(model, bitwidth, asked, partial(progress_at, bitwidth))

@@ -166,7 +166,7 @@ def load(
         calibration=calibration,
         cache_shape=cache_shape,
         activation_bits=args.activation_bits,
-        progress=cli.progress("loading") if session is None else session.tick,
+        meter=cli.meter("loading") if session is None else session.meter,
         place=place,
     )
 

@@ -291,7 +291,7 @@ def quantize(
     if samples is None and any(spec.kind.startswith("w8a8") for _, spec in plan.rules):
         cli.note("without --dataset, int8 layers are not smoothed")
     try:
-        return quantize_checkpoint(job, target, cli.progress("quantizing"))
+        return quantize_checkpoint(job, target, cli.meter("quantizing"), cli.note_above)
     except (OSError, KeyboardInterrupt):
         cli.note(f"what is finished is kept beside {target}; the same command goes on with it")
         raise

@@ -32,7 +32,7 @@ def main() -> None:
 
     target = Path(args.save) if args.save else default_folder(model)
     # Our own copy of this model may be of an older state; a folder the user names is the user's.
-    size = convert(model, target, overwrite=not args.save, progress=cli.progress("converting"))
+    size = convert(model, target, overwrite=not args.save, meter=cli.meter("converting"))
     print(f"{model.name}: {megabytes(size)} written to {target}")
 
 

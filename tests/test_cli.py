@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from conftest import ROOT, assert_user_error, run, tiny
 
 from qllm import cli
-from qllm.cli import console
+from qllm.cli import bars
 from qllm.errors import UserError
 from qllm.tokenizer import Tokenizer
 
@@ -253,20 +255,25 @@ def test_devices_that_are_not_there(device, monkeypatch):
         cli.resolve_device(args)
 
 
-@pytest.mark.parametrize("every", [0.0, 25.0, 30.0, 1000.0])
-def test_progress_where_there_is_no_terminal(every, monkeypatch, capsys):
-    """A note of how far it is, no more often than asked for; each item takes ten seconds here."""
-    clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
-    assert list(console.noted("quantizing", list("abcdefgh"), every)) == list("abcdefgh")
-    lines = capsys.readouterr().err.splitlines()
-    # The clock is read at the start, and in front of each item.
-    expected = {0.0: [1, 2, 3, 4, 5, 6, 7], 25.0: [2, 5], 30.0: [2, 5], 1000.0: []}[every]
-    assert [line.split(" of ")[0] for line in lines] == [
-        f"note: quantizing: {number}" for number in expected
-    ]
-    if every == 25.0:
-        assert lines[0] == "note: quantizing: 2 of 8, 15.0 s each, about 2 min left"
+@pytest.mark.parametrize("done", [0, 25])
+def test_progress_where_there_is_no_terminal(done, monkeypatch):
+    """A line at least every so often, though what is counted takes longer; with what is left."""
+    said: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(bars, "NOTE_SECONDS", 0.001)
+    monkeypatch.setattr(bars, "note", said.put)
+    ticks = iter([100.0])
+    monkeypatch.setattr(bars.time, "monotonic", lambda: next(ticks, 200.0))
+    with cli.meter("quantizing")(1_000_000_000, done * 10_000_000) as add:
+        assert said.get(timeout=10) == f"quantizing: {done * 10} of 1000 MB"
+        add(100_000_000)
+        for line in iter(lambda: said.get(timeout=10), None):
+            if line.endswith("left"):
+                break
+    minutes = {0: 100 * 9 / 60, 25: 100 * 6.5 / 60}[done]
+    assert line == f"quantizing: {done * 10 + 100} of 1000 MB, about {minutes:.0f} min left"
+    count = threading.active_count()
+    assert list(cli.progress("measuring")([1, 2])) == [1, 2]
+    assert threading.active_count() == count  # whoever speaks ends with the work
 
 
 def test_progress_passes_items_on_as_they_are_worked_through(capsys):

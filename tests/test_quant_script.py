@@ -92,7 +92,9 @@ def test_the_json_object(opt, text, tmp_path):
 def test_what_is_printed_for_people(opt, text, tmp_path):
     target = tmp_path / "out"
     done = call(QUANT, "--model-path", opt, "--bitwidth", "3", "--save", target)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    line = r"note: layers\.[01]\.\S+: relative error [\d.]+% of the weights\n"
+    assert re.fullmatch(f"({line}){{8}}", done.stderr)
     assert re.fullmatch(
         rf"opt-shallow: 8 linears quantized in [\d.]+ s, [\d.]+ MB written to {target}\n"
         r"largest relative error: [\d.]+% of the weights of layers\.[01]\.\S+\n",
@@ -111,7 +113,7 @@ def test_what_is_printed_for_people(opt, text, tmp_path):
 def test_int8_without_text_says_that_it_is_not_smoothed(opt, tmp_path):
     done = call(QUANT, "--model-path", opt, "--bitwidth", "8:tc-li", "--save", tmp_path / "out")
     assert done.returncode == 0
-    assert done.stderr == "note: without --dataset, int8 layers are not smoothed\n"
+    assert done.stderr.startswith("note: without --dataset, int8 layers are not smoothed\n")
 
 
 def test_an_input_that_is_always_zero_is_named(text, tmp_path):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from qllm.checkpoint.reader import (
     QUANTIZATION_KEY,
@@ -20,6 +22,7 @@ from qllm.checkpoint.weights import LAYOUT, LAYOUT_KEY, Weights
 from qllm.checkpoint.writer import SafetensorsWriter, new_folder
 from qllm.errors import UserError
 from qllm.hub import ModelFolder, cache_folder
+from qllm.progress import Meter, unseen
 
 SOURCE_KEY = "qllm_source"
 COPIED = (
@@ -75,13 +78,14 @@ def convert(
     target: Path,
     *,
     overwrite: bool,
-    progress: Callable[[list], Iterable] = iter,
+    meter: Meter = unseen,
 ) -> int:
     """Write a checkpoint in QLLM's layout, one tensor in memory at a time.
 
     Args:
         target: the folder to make; it appears when it is whole.
         overwrite: replace a folder that is there.
+        meter: counts the bytes of the weights.
 
     Returns:
         Bytes of the weights.
@@ -106,10 +110,12 @@ def convert(
         SOURCE_KEY: fingerprint(model.path),
         "tie_word_embeddings": weights.config.tied_head,
     }
-    with new_folder(target) as folder:
+    sizes = [i.dtype.itemsize * torch.Size(i.shape).numel() for i in tensors.values()]
+    with new_folder(target) as folder, meter(sum(sizes), 0) as add:
         writer = SafetensorsWriter(folder / "model.safetensors", tensors, {"format": "pt"})
-        for name in progress(list(tensors)):
+        for name, size in zip(tensors, sizes, strict=True):
             writer.write(name, weights.read(name))
+            add(size)
         writer.close()
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in COPIED:

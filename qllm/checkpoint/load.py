@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from qllm import ops
 from qllm.checkpoint.loader import Loader
 from qllm.checkpoint.reader import Checkpoint
 from qllm.checkpoint.spread import spread
@@ -20,9 +21,8 @@ from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
 from qllm.parallel.pipeline import Place, balance
+from qllm.progress import Meter, unseen
 from qllm.quant.calibrate import Calibration
-
-Progress = Callable[[list], Iterable]
 
 
 def load_model(
@@ -35,7 +35,7 @@ def load_model(
     calibration: Calibration | None = None,
     cache_shape: tuple[int, int] = (0, 0),
     activation_bits: int = DEFAULT_ACTIVATION_BITS,
-    progress: Progress = iter,
+    meter: Meter = unseen,
     place: Place | None = None,
 ) -> Decoder:
     """Load a 16- or 32-bit checkpoint, quantizing each layer as it comes; or a quantized one.
@@ -51,7 +51,7 @@ def load_model(
         cache_shape: rows and tokens of the KV cache that must fit beside the model.
         activation_bits: 8: layers of 1 to 8 bits multiply activations as int8, one scale per 128
             inputs; 16: as exactly as 16-bit types allow.
-        progress: wraps the list of modules while it is worked through.
+        meter: counts the bytes that the linears' weights have in `dtype`.
         place: what this process of several has of the model; None: all of it.
 
     Raises:
@@ -87,8 +87,13 @@ def load_model(
     model.places = spread(sizes, largest * dtype.itemsize, device, what)
     loader = Loader(model, weights, specs, dtype, *options)
     leaves = [leaf for leaf in _leaves(model) if _is_here(leaf[0], halves, config.num_layers)]
-    for name, module in progress(leaves):
-        loader.fill(name, module)
+    sizes = [elements(module) * dtype.itemsize for _, module in leaves]
+    for place in set(model.places):
+        ops.prepare(place.type)  # what is compiled must not count as loading
+    with meter(sum(sizes), 0) as add:
+        for (name, module), size in zip(leaves, sizes, strict=True):
+            loader.fill(name, module)
+            add(size)
     loader.finish()
     return model
 
@@ -204,6 +209,12 @@ def _layer_bytes(model: Decoder) -> list[int]:
 def module_bytes(module: nn.Module) -> int:
     """Bytes of the tensors below a module."""
     return sum(tensor.nbytes for tensor in module.buffers())
+
+
+def elements(module: nn.Module) -> int:
+    """Elements of the matrices of the linears in a module; all else takes next to no time."""
+    linears = (inner for inner in module.modules() if isinstance(inner, Linear))
+    return sum(linear.in_features * linear.out_features for linear in linears)
 
 
 def shard_bytes(model: Decoder) -> list[int]:

@@ -5,7 +5,8 @@ Nothing heavy is imported until it is needed, so that `--help` and mistakes answ
 
 from __future__ import annotations
 
-from qllm.cli.console import Parser, note, progress, run, silent, whole_number
+from qllm.cli.bars import meter, note_above, progress
+from qllm.cli.console import Parser, note, run, silent, whole_number
 from qllm.cli.models import (
     DTYPES,
     add_accuracy_option,
@@ -48,7 +49,9 @@ __all__ = [
     "find_calibration",
     "holds_onnx",
     "join",
+    "meter",
     "note",
+    "note_above",
     "progress",
     "read_plan",
     "read_plans",

@@ -7,18 +7,10 @@ import io
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qllm.errors import UserError
-
-if TYPE_CHECKING:
-    pass
-
-# Between two notes of progress, where there is no terminal for a bar.
-NOTE_SECONDS = 30.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,30 +91,6 @@ def note(line: str) -> None:
 
 def silent(line: str) -> None:
     """Say nothing: of several processes, one speaks."""
-
-
-def progress(what: str) -> Callable[[list], Iterable]:
-    """A tqdm bar on standard error where that is a terminal; else a note every half minute."""
-
-    def wrap(items: list) -> Iterable:
-        from tqdm import tqdm
-
-        bar = tqdm(items, desc=what, leave=False, disable=None)
-        return noted(what, items) if bar.disable else bar
-
-    return wrap
-
-
-def noted(what: str, items: list, every: float = NOTE_SECONDS) -> Iterator:
-    """The items, and while they are worked through a note of how far it is and what is left."""
-    start = last = time.monotonic()
-    for number, item in enumerate(items):
-        now = time.monotonic()
-        if number and now - last >= every:
-            each, last = (now - start) / number, now
-            left = each * (len(items) - number) / 60
-            note(f"{what}: {number} of {len(items)}, {each:.1f} s each, about {left:.0f} min left")
-        yield item
 
 
 def whole_number(least: int) -> Callable[[str], int]:

@@ -255,6 +255,11 @@ def on(device: str) -> SimpleNamespace:
     return SimpleNamespace(**{op: select(op, request).kernel.run for op in SIMPLE})
 
 
+def prepare(device: str) -> None:
+    """Compile what a device's kernels need, in front of work that shows how far it is."""
+    on(device)
+
+
 def can_capture(device: torch.device) -> bool:
     """Whether a decode step on a device launches the same for every token (`gpu.graph`)."""
     own = on(device.type).decode_attention is gpu_attention.decode_attention

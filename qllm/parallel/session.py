@@ -163,11 +163,14 @@ class Session:
         finally:
             self.busy = False
 
-    def tick(self, items: list) -> Iterator:
-        """The items; each that is worked through counts as progress."""
-        for item in items:
+    @contextmanager
+    def meter(self, total: int, done: int) -> Iterator[Callable[[float], None]]:
+        """A `Meter` that shows nothing: all that is counted is progress of this rank."""
+
+        def add(count: float) -> None:
             self.progress += 1
-            yield item
+
+        yield add
 
     def close(self) -> None:
         """This rank is done."""

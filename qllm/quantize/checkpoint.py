@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qllm import __version__
+from qllm import __version__, ops
 from qllm.checkpoint.convert import COPIED, SOURCE_KEY, fingerprint
 from qllm.checkpoint.formats import Int8Weight, to_gptq, to_int_quantized, to_pack_quantized
+from qllm.checkpoint.load import elements
 from qllm.checkpoint.quant_config import describe, parse
 from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint
 from qllm.checkpoint.resume import PartialFolder
@@ -29,6 +30,7 @@ from qllm.layers.w8a8 import DynamicInt8Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import check_fits
 from qllm.models import Decoder
+from qllm.progress import Meter, unseen
 from qllm.quant.inputs import InputStats
 from qllm.quantize.card import model_card
 from qllm.quantize.hidden import HiddenStates
@@ -44,8 +46,6 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 # The modules in front of the layers, and behind them.
 FRONT = ("embed", "embed_norm", "project_in", "positions")
 BACK = ("final_norm", "project_out", LM_HEAD)
-
-Progress = Callable[[list], Iterable]
 
 
 @dataclass
@@ -74,11 +74,20 @@ class Job:
     about: Mapping[str, str] = field(default_factory=dict)
 
 
-def quantize_checkpoint(job: Job, target: Path, progress: Progress = iter) -> list[LinearReport]:
+def quantize_checkpoint(
+    job: Job,
+    target: Path,
+    meter: Meter = unseen,
+    note: Callable[[str], object] = lambda line: None,
+) -> list[LinearReport]:
     """Write a quantized checkpoint to `target`, which appears when it is whole.
 
     A run that was killed is gone on with by the same call, from the last layer it finished, and
     gives the same bytes.
+
+    Args:
+        meter: counts the bytes of the layers that are quantized.
+        note: called with a line for each linear, and with where an interrupted run is gone on with.
 
     Returns:
         what became of each linear.
@@ -87,9 +96,9 @@ def quantize_checkpoint(job: Job, target: Path, progress: Progress = iter) -> li
         UserError: for a checkpoint that is quantized or broken, a plan that does not fit it,
             calibration that is missing or not finite, or a target that is there.
     """
-    run = _Run(job, target)
+    run = _Run(job, target, note)
     try:
-        return run.work(progress)
+        return run.work(meter)
     finally:
         run.partial.close()
 
@@ -97,8 +106,8 @@ def quantize_checkpoint(job: Job, target: Path, progress: Progress = iter) -> li
 class _Run:
     """One call of `quantize_checkpoint`: what it knows before the first step, and the steps."""
 
-    def __init__(self, job: Job, target: Path) -> None:
-        self.job = job
+    def __init__(self, job: Job, target: Path, note: Callable[[str], object]) -> None:
+        self.job, self.note = job, note
         checkpoint = Checkpoint(job.source)
         if QUANTIZATION_KEY in checkpoint.raw_config.values:
             raise UserError(
@@ -170,7 +179,7 @@ class _Run:
         }
 
     @torch.inference_mode()
-    def work(self, progress: Progress) -> list[LinearReport]:
+    def work(self, meter: Meter) -> list[LinearReport]:
         """All of it; returns what became of each linear."""
         state = self.partial.state
         self.reports = [
@@ -185,26 +194,44 @@ class _Run:
                 header_bytes=sum(4 * (length + 160) for length in names) + 65536,
                 state=state.get("shards"),
             )
-            self._work(state.get("done", 0), progress)
+            ops.prepare(torch.device(self.job.device).type)
+            self._work(state.get("done", 0), meter)
             self._write_small_files()
             self.writer.finish()
         self.partial.finish()
         return self.reports
 
-    def _work(self, done: int, progress: Progress) -> None:
+    def _work(self, done: int, meter: Meter) -> None:
         """The steps behind the first `done`: what is in front of the layers, each, the rest."""
         last = self.config.num_layers + 1
         if self.job.samples is not None and 0 < done <= last:
             path = self._hidden_path(done)
             self.hidden = HiddenStates.load(path, self.model.positions, self.job.device)
-        for step in progress(list(range(done, last + 1))):
-            if step == 0:
-                self._front()
-            elif step == last:
-                self._back()
-            else:
-                self._layer(step - 1)
-            self._commit(step + 1)
+        if 0 < done <= last:
+            where = "what is behind the layers" if done == last else f"layers.{done - 1}"
+            self.note(f"going on at {where}, {done - 1} of {last - 1} layers are done")
+        sizes = self._sizes()
+        with meter(sum(sizes), sum(sizes[:done])) as add:
+            for step in range(done, last + 1):
+                if step == 0:
+                    self._front()
+                elif step == last:
+                    self._back()
+                else:  # its part of the bytes, as they are worked through
+                    self._layer(step - 1, lambda share, size=sizes[step]: add(share * size))
+                self._commit(step + 1)
+
+    def _sizes(self) -> list[int]:
+        """Bytes of the checkpoint that each step quantizes: what is only copied takes no time."""
+        itemsize = self.weights.dtype().itemsize
+        layers = [elements(layer) * itemsize for layer in self.model.layers]
+        return [0, *layers, 0]
+
+    def _report(self, report: LinearReport) -> None:
+        """Keep what became of a linear, and say it."""
+        self.reports.append(report)
+        of = "outputs" if report.of_output else "weights"
+        self.note(f"{report.name}: relative error {report.error:.2%} of the {of}")
 
     def _hidden_path(self, done: int) -> Path:
         return self.partial.folder / f"hidden-{done}.safetensors"
@@ -233,7 +260,7 @@ class _Run:
             self.hidden = HiddenStates.embed(self.model, self.job.samples, dtype)
             self._drop(FRONT[:-1])
 
-    def _layer(self, index: int) -> None:
+    def _layer(self, index: int, add: Callable[[float], object]) -> None:
         name = f"layers.{index}"
         layer = self.model.layers[index]
         modules = [
@@ -248,10 +275,17 @@ class _Run:
                 self._fill(f"{name}.{inner}")
             specs = {inner: self.specs[f"{name}.{inner}"] for inner in linears}
             more = index + 1 < self.config.num_layers or self._head_needs_inputs()
-            found, reports = quantize_layer(
-                layer, self.config, name, specs, self.hidden, self.job.options, advance=more
+            found = quantize_layer(
+                layer,
+                self.config,
+                name,
+                specs,
+                self.hidden,
+                self.job.options,
+                advance=more,
+                finished=self._report,
+                add=add,
             )
-            self.reports += reports
         for inner in modules:
             full = f"{name}.{inner}"
             if inner not in found and self.specs.get(full, QuantSpec()).kind != "dense":
@@ -262,6 +296,8 @@ class _Run:
                 self._write_floats(full, dict(layer.get_submodule(inner).named_buffers()))
             else:
                 self._write_floats(full, self._floats(full))
+            if self.hidden is None:
+                add(elements(self.model.get_submodule(full)) / elements(layer))
         self._drop([name])
 
     def _back(self) -> None:
@@ -293,7 +329,7 @@ class _Run:
         weight = floats["weight"].to(self.job.device)
         module = DenseLinear(weight, floats.get("bias"), QuantSpec())
         linear, report = quantize_linear(module, name, self.specs[name], stats, self.job.options)
-        self.reports.append(report)
+        self._report(report)
         return linear
 
     def _floats(self, module: str, *, mapped: bool = False) -> dict[str, Tensor]:

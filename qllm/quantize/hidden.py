@@ -32,12 +32,14 @@ class HiddenStates:
 
     Attributes:
         states: (S, T, C) in the type they are kept in.
+        passed: called with the share of the samples that went through a part of the model.
     """
 
     def __init__(self, states: Tensor, positions: nn.Module) -> None:
         self.states, self.positions = states, positions
         length = states.shape[1]
         self.per_pass = max(1, TOKENS_PER_PASS // length)
+        self.passed: Callable[[float], object] = lambda share: None
         self._step: tuple[int, Prefill] | None = None
 
     @classmethod
@@ -78,6 +80,7 @@ class HiddenStates:
                 lengths = [states.shape[1]] * len(states)
                 self._step = (len(states), Prefill(lengths, None, self.positions, x))
             yield states, x, self._step[1]
+            self.passed(len(states) / len(self.states))
 
     def observe(
         self, run: Run, modules: dict[str, nn.Module], products: set[str], where: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -78,7 +78,9 @@ def quantize_layer(
     options: QuantizeOptions,
     *,
     advance: bool,
-) -> tuple[dict[str, Linear], list[LinearReport]]:
+    finished: Callable[[LinearReport], object],
+    add: Callable[[float], object],
+) -> dict[str, Linear]:
     """Quantize a layer whose linears are dense and float32; each is replaced by what it became.
 
     Args:
@@ -86,16 +88,27 @@ def quantize_layer(
         specs: spec of each linear by its name in the layer, such as "attention.qkv".
         hidden: the states in front of the layer.
         advance: leave the states behind the layer; else where they happen to be.
+        finished: called with what became of each linear, when it is quantized.
+        add: called with shares of the work as they are done, which sum up to 1: a linear counts
+            as much as the samples on their way through a half of the layer.
 
     Returns:
-        the quantized linears by their names in the layer, and what became of each. The layer's
-        other tensors may have changed too.
+        the quantized linears by their names in the layer, whose other tensors may have changed.
     """
     halves = blocks_of(layer)
     names = [linear for _, linears in halves for linear in linears]
     quantized = [linear for linear in names if specs[linear].kind != "dense"]
     late = [n for n in quantized if specs[n].algorithm == "gptq" and options.true_sequential]
     early = [linear for linear in quantized if linear not in late]
+    moving = [
+        half
+        for half, _ in enumerate(halves)
+        if advance or any(linear in late for _, others in halves[half + 1 :] for linear in others)
+    ]
+    steps = len(late) + bool(early) + len(quantized) + len(moving)
+    if not steps:
+        add(1.0)
+    hidden.passed = lambda share: add(share / steps)
     stats: dict[str, InputStats] = {}
     if early:
         products = {linear for linear in early if specs[linear].algorithm != "rtn"}
@@ -103,7 +116,7 @@ def quantize_layer(
         stats = hidden.observe(layer, modules, products, name)
         for linear in early:
             _equalize(layer, config, linear, specs[linear], stats[linear], options)
-    linears, reports = {}, []
+    linears = {}
     for half, (run, members) in enumerate(halves):
         for linear in members:
             if linear not in quantized:
@@ -115,12 +128,12 @@ def quantize_layer(
                 module, f"{name}.{linear}", specs[linear], stats.pop(linear), options
             )
             linears[linear] = found
-            reports.append(report)
+            finished(report)
+            add(1 / steps)
             layer.set_submodule(linear, _stand_in(found))
-        behind = [linear for _, others in halves[half + 1 :] for linear in others]
-        if advance or set(behind) & set(late):
+        if half in moving:
             hidden.advance(run)
-    return linears, reports
+    return linears
 
 
 def _stand_in(linear: Linear) -> Linear:

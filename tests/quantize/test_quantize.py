@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -552,7 +553,23 @@ def test_other_options_do_not_go_on_with_a_run(sources, tmp_path):
         with pytest.raises(UserError, match="interrupted run") as error:
             quantize_checkpoint(replace(job, **change), target)
         assert words in str(error.value)
-    quantize_checkpoint(job, target)
+
+    lines: list[str] = []
+    counted: list[float] = []
+
+    def meter(total: int, done: int) -> nullcontext:
+        counted.extend([total, -done])
+        return nullcontext(lambda count: counted.append(-count))
+
+    reports = quantize_checkpoint(job, target, meter, lines.append)
+    assert lines[0] == "going on at layers.1, 1 of 2 layers are done"
+    ours = [report for report in reports if report.name.startswith("layers.1.")]
+    assert lines[1:] == [
+        f"{report.name}: relative error {report.error:.2%} of the outputs" for report in ours
+    ]
+    total, done, *steps = counted
+    assert done == -total / 2 and len(steps) > len(ours) and max(steps) < 0
+    assert sum(counted) == pytest.approx(0, abs=0.5)
     assert load(target).prefill(PROMPTS).isfinite().all()
 
 
