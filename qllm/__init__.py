@@ -6,17 +6,20 @@ import importlib
 
 __version__ = "0.1.0"
 
-# Neural Compressor's names, imported when they are asked for: `quantization` is the module itself.
-_NEURAL_COMPRESSOR = (
-    "AccuracyCriterion",
-    "PostTrainingQuantConfig",
-    "TuningCriterion",
-    "quantization",
-)
+# What `from qllm import …` gives besides, imported when it is asked for: torch takes a second.
+_FRONT = {
+    "Completion": "qllm.llm",
+    "LLM": "qllm.llm",
+    # Neural Compressor's names; `quantization` is the module itself.
+    "AccuracyCriterion": "qllm.neural_compressor",
+    "PostTrainingQuantConfig": "qllm.neural_compressor",
+    "TuningCriterion": "qllm.neural_compressor",
+    "quantization": "qllm.neural_compressor",
+}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _NEURAL_COMPRESSOR:
+    if name not in _FRONT:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module("qllm.neural_compressor")
+    module = importlib.import_module(_FRONT[name])
     return module if name == "quantization" else getattr(module, name)

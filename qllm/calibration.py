@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qllm.config import ModelConfig
+from qllm.config import W8A8, ModelConfig, QuantPlan
+from qllm.errors import UserError
 from qllm.hub import ModelFolder, cache_folder
 from qllm.layers import Linear
 from qllm.models import Decoder
@@ -22,6 +23,37 @@ RANDOM_SOURCE = "random input"
 def default_path(model: ModelFolder) -> Path:
     """Where a model's calibration is kept when no file is named."""
     return cache_folder() / "calibration" / f"{model.key}.safetensors"
+
+
+def find_calibration(
+    given: str | Path | Calibration | None,
+    model: ModelFolder,
+    plan: QuantPlan,
+    note: Callable[[str], None] = lambda line: None,
+) -> Calibration | None:
+    """The activation statistics for a plan's W8A8 layers; None where it has no such layer.
+
+    Args:
+        given: the statistics or their file; None is what is kept for the model, if anything is.
+        note: called with a line that says which they are.
+
+    Raises:
+        UserError: for a file that is not there, or broken.
+    """
+    if not any(spec.kind in W8A8.values() for _, spec in plan.rules):
+        if given is not None:
+            note("the calibration is not used: only 8:tc-li and 8:tc quantize activations")
+        return None
+    if isinstance(given, Calibration):
+        return given
+    path = default_path(model) if given is None else Path(given)
+    if not path.exists():
+        if given is not None:
+            raise UserError(f"--calib {path}: there is no such file; fake_calib_gen.py makes one")
+        return None
+    calibration = Calibration.load(path)
+    note(f"activation statistics of {calibration.about.get('source', 'unknown source')}: {path}")
+    return calibration
 
 
 def calibrate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -141,29 +141,42 @@ def generate(
         UserError: for an empty prompt, an id outside the vocabulary, or a prompt that leaves no
             room in the model's window for what is asked.
     """
+    results: list[list[int]] = [[] for _ in prompts]
+    for row, token, last in generate_tokens(model, prompts, config):
+        results[row].append(token)
+        on_token(row, token, last)
+    return results
+
+
+def generate_tokens(
+    model: Generator, prompts: Sequence[Sequence[int]], config: GenerationConfig
+) -> Iterator[tuple[int, int, bool]]:
+    """The new tokens of `generate` as they are found: row, id, and whether it is the row's last.
+
+    Raises:
+        UserError: see `generate`.
+    """
     check_prompts(model.config, prompts, config)
     longest = max(len(prompt) for prompt in prompts)
     count = config.new_tokens(longest)
-    results: list[list[int]] = [[] for _ in prompts]
     if count == 0:
-        return results
+        return
     whole = [range(len(prompts))]
     rows = whole if model.line is None else model.line.micro_batches(len(prompts))
     batches = [_Batch(model, run, prompts, config) for run in rows]
     for step in range(1, count + 1):
         for batch in batches:
             if batch.pending:
-                batch.take(results, on_token, False)
+                yield from batch.take(False)
             if not all(batch.finished):
                 batch.step()
                 if model.line is None:
-                    batch.take(results, on_token, step == count)
+                    yield from batch.take(step == count)
         if all(all(batch.finished) for batch in batches):
             break
     for batch in batches:
         if batch.pending:
-            batch.take(results, on_token, True)
-    return results
+            yield from batch.take(True)
 
 
 class _Batch:
@@ -205,13 +218,8 @@ class _Batch:
             if self.model.line is not None:
                 self.model.line.announce(self.tokens)
 
-    def take(
-        self,
-        results: list[list[int]],
-        on_token: Callable[[int, int, bool], None],
-        last: bool,
-    ) -> None:
-        """Take note of the tokens that the last step found."""
+    def take(self, last: bool) -> Iterator[tuple[int, int, bool]]:
+        """The tokens that the last step found, of the rows that had not ended."""
         self.pending = False
         line = self.model.line
         if line is not None and not line.last:
@@ -221,8 +229,7 @@ class _Batch:
         for index, token in enumerate(self.tokens.tolist()):
             if not self.finished[index]:
                 self.finished[index] = last or token in self.config.eos_token_ids
-                results[self.rows[index]].append(token)
-                on_token(self.rows[index], token, self.finished[index])
+                yield self.rows[index], token, self.finished[index]
 
 
 def check_prompts(

@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qllm import hub
-from qllm.checkpoint.load import load_model
-from qllm.config import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, QuantPlan, QuantSpec
+from qllm.config import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME
 from qllm.errors import UserError
 from qllm.evaluate.lambada import continuation
 from qllm.evaluate.perplexity import PerplexityOptions, Text, cut
 from qllm.evaluate.scoring import Passage, score
 from qllm.generate import GenerationConfig, generate
+from qllm.llm import LLM
 from qllm.lm_eval_hook import register
-from qllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -54,18 +52,18 @@ class Methods:
             max_batch_size: what the harness passes on; nothing here grows by itself.
 
         Raises:
-            UserError: see `load_model`.
+            UserError: see `LLM.from_pretrained`.
         """
         super().__init__()
-        folder = hub.resolve("opt", None, str(path)).path
-        default = QuantSpec(group_size=int(group_size), scheme=scheme)
-        self.model = load_model(
-            folder,
-            QuantPlan.parse(str(bitwidth), default),
-            dtype=None if dtype == "auto" else getattr(torch, dtype),
+        self.llm = LLM.from_pretrained(
+            path,
+            bitwidth=str(bitwidth),
+            group_size=int(group_size),
+            scheme=scheme,
+            dtype=None if dtype == "auto" else dtype,
             device=device if device and torch.cuda.is_available() else "cpu",
         )
-        self.tokens = Tokenizer.load(folder, self.model.config.vocab_size)
+        self.model, self.tokens = self.llm.model, self.llm.tokenizer
         self.batch = 8 if str(batch_size).startswith("auto") else int(batch_size)
         self.path = str(path)
 

@@ -62,6 +62,24 @@ def sizes(family: str) -> list[str]:
     return [*REPOSITORIES[family], TINY]
 
 
+def find(
+    name: str, *, weights: bool = True, note: Callable[[str], None] = lambda line: None
+) -> ModelFolder:
+    """The folder that a name stands for: a folder, a bundled model, or a Hub repository.
+
+    Args:
+        name: "path/to/folder", "opt-tiny" where there is no such folder, "facebook/opt-125m".
+        weights, note: see `resolve`.
+
+    Raises:
+        UserError: see `resolve`.
+    """
+    family, _, size = name.partition("-")
+    if family in REPOSITORIES and size == TINY and not Path(name).exists():
+        return resolve(family, TINY)
+    return resolve("opt", None, name, weights=weights, note=note)
+
+
 def resolve(
     family: str,
     size: str | None = None,

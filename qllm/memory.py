@@ -1,7 +1,8 @@
-"""How much memory there is, and how much was used."""
+"""Devices: which one is meant, how much memory it has, and how much of that was used."""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from pathlib import Path
@@ -11,6 +12,37 @@ import torch
 from qllm.errors import UserError
 
 CGROUP = Path("/sys/fs/cgroup")
+
+
+def resolve_device(name: str = "auto") -> str:
+    """The device of a name, checked to be there: "cpu", "cuda", "cuda:1", or "auto".
+
+    Raises:
+        UserError: for one that is not there.
+    """
+    found = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if found else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name!r} is unknown; give cpu, cuda, cuda:N or auto")
+    if device.type == "cuda" and (not found or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; give cpu"
+        )
+    return "cpu" if device.type == "cpu" else name
+
+
+def local_device(name: str) -> str:
+    """The same for one of several processes on a host, each of which takes a GPU of its own."""
+    if name not in ("auto", "cuda") or not torch.cuda.is_available():
+        return name
+    name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    torch.cuda.set_device(name)
+    return name
 
 
 def available_bytes(device: torch.device | str = "cpu") -> int:

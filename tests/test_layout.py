@@ -37,6 +37,7 @@ ROWS = (
     ),
     ("quantize",),
     ("onnx",),
+    ("llm",),
     ("neural_compressor",),
     ("cli",),
     ("harness",),

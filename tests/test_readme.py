@@ -135,16 +135,18 @@ def test_commands_run(block, folder, monkeypatch):
         assert done.stdout.strip()
 
 
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     import torch
     from conftest import tiny
 
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    generate, quantize = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(generate)
+    assert capsys.readouterr().out.count("\n") > 1
     draw = torch.Generator().manual_seed(0)
     batches = [torch.randint(4096, (1, 32), generator=draw) for _ in range(2)]
     monkeypatch.chdir(tmp_path)
     given = {"model": str(tiny("opt")), "batches": batches, "evaluate": lambda model: 1.0}
-    exec(code, given)
+    exec(quantize, given)
     assert (tmp_path / "saved_results" / "model.safetensors").exists()
 
 

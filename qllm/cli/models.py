@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qllm import hub
@@ -19,7 +17,6 @@ from qllm.config import (
     DEFAULT_SCHEME,
     LM_HEAD,
     SCHEMES,
-    W8A8,
     QuantPlan,
     QuantSpec,
 )
@@ -230,21 +227,9 @@ def find_calibration(
     note: Callable[[str], None] = note,
 ) -> Calibration | None:
     """The activation statistics for a plan's W8A8 layers: --calib, else what lies ready."""
-    from qllm.calibration import default_path
-    from qllm.quant.calibrate import Calibration
+    from qllm import calibration
 
-    if not any(spec.kind in W8A8.values() for _, spec in plan.rules):
-        if args.calib:
-            note(f"--calib {args.calib} is not used: only 8:tc-li and 8:tc quantize activations")
-        return None
-    path = Path(args.calib) if args.calib else default_path(model)
-    if not path.exists():
-        if args.calib:
-            raise UserError(f"--calib {path}: there is no such file; fake_calib_gen.py makes one")
-        return None
-    calibration = Calibration.load(path)
-    note(f"activation statistics of {calibration.about.get('source', 'unknown source')}: {path}")
-    return calibration
+    return calibration.find_calibration(args.calib, model, plan, note)
 
 
 def resolve_device(args: argparse.Namespace, *, local: bool = False) -> str:
@@ -253,23 +238,8 @@ def resolve_device(args: argparse.Namespace, *, local: bool = False) -> str:
     Args:
         local: of several processes on a host, each takes a GPU of its own.
     """
-    import torch
+    from qllm import memory
 
-    found = torch.cuda.is_available()
-    if local and found and args.device in ("auto", "cuda"):
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(args.device)
-    if args.device == "auto":
-        return "cuda" if found else "cpu"
-    try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {args.device!r} is unknown; give cpu, cuda, cuda:N or auto")
-    if device.type == "cuda" and (not found or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(
-            f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices; "
-            "give cpu"
-        )
-    return "cpu" if device.type == "cpu" else args.device
+    if local:
+        args.device = memory.local_device(args.device)
+    return memory.resolve_device(args.device)

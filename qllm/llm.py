@@ -1,0 +1,384 @@
+"""The front door: a model and its tokenizer, from a name or a folder to text and logits.
+
+    from qllm import LLM
+
+    llm = LLM.from_pretrained("opt-tiny", bitwidth=4)
+    for completion in llm.generate(["He is working on"], max_new_tokens=20):
+        print(completion.text)
+
+The scripts stand on this module: what they add is options, reports and words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from qllm import hub
+from qllm.calibration import find_calibration
+from qllm.checkpoint.convert import find_source
+from qllm.checkpoint.load import load_model, module_bytes
+from qllm.checkpoint.reader import read_raw_config
+from qllm.config import (
+    DEFAULT_ACTIVATION_BITS,
+    DEFAULT_GROUP_SIZE,
+    DEFAULT_SCHEME,
+    LM_HEAD,
+    ModelConfig,
+    QuantPlan,
+    QuantSpec,
+)
+from qllm.errors import UserError
+from qllm.evaluate.perplexity import PerplexityOptions, Text, perplexity
+from qllm.generate import (
+    GenerationConfig,
+    TextStream,
+    check_prompts,
+    generate,
+    generate_tokens,
+    read_generation_config,
+)
+from qllm.hub import ModelFolder
+from qllm.memory import resolve_device
+from qllm.models import Decoder, read_config
+from qllm.onnx import check_installed, is_onnx
+from qllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from qllm.onnx.runner import OnnxDecoder
+    from qllm.parallel.pipeline import Place
+    from qllm.quant.calibrate import Calibration
+
+# A text, or token ids that a tokenizer of one's own made.
+Prompt = str | Sequence[int]
+Progress = Callable[[list], Iterable]
+Note = Callable[[str], None]
+
+
+def silent(line: str) -> None:
+    """Drop a note: a library says nothing by itself."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model adds to a prompt.
+
+    Attributes:
+        prompt: as it was given.
+        prompt_tokens: what the model read of it, special tokens included.
+        tokens: the new ones, an end of text included.
+        text: that the new tokens add, without special tokens.
+        finish_reason: "stop" where the model ended its text, "length" where it was cut off.
+    """
+
+    prompt: Prompt
+    prompt_tokens: tuple[int, ...]
+    tokens: tuple[int, ...]
+    text: str
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What a model's files say without its weights: enough to check a request before loading.
+
+    Attributes:
+        onnx: the folder holds an ONNX model, which onnxruntime runs as it is.
+    """
+
+    folder: ModelFolder
+    config: ModelConfig
+    tokenizer: Tokenizer
+    generation: GenerationConfig
+    onnx: bool
+
+    @classmethod
+    def open(cls, model: str | Path | ModelFolder, *, note: Note = silent) -> Self:
+        """Find a model and read all but its weights.
+
+        Args:
+            model: a folder, a Hub repository, or the name of a bundled model ("opt-tiny").
+            note: called with lines that a user may want to know.
+
+        Raises:
+            UserError: for a model that is not there, or broken.
+        """
+        folder = model if isinstance(model, ModelFolder) else hub.find(str(model), note=note)
+        config = read_config(read_raw_config(folder.path))
+        onnx = is_onnx(folder.path)
+        if onnx:
+            check_installed()
+        return cls(
+            folder,
+            config,
+            Tokenizer.load(folder.path, config.vocab_size),
+            read_generation_config(folder.path, config, note),
+            onnx,
+        )
+
+    def encode(self, prompt: Prompt, max_length: int | None = None) -> list[int]:
+        """Token ids of a prompt; a longer one loses its beginning, but no special token.
+
+        Args:
+            max_length: in tokens, of texts; ids are taken as they are.
+        """
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, max_length)
+        return list(prompt)
+
+
+class LLM:
+    """A model that generates, and what belongs to it.
+
+    Attributes:
+        pretrained: its files, tokenizer and settings.
+        model: a `Decoder`, or an `OnnxDecoder` for an ONNX model.
+    """
+
+    def __init__(self, pretrained: Pretrained, model: Decoder | OnnxDecoder) -> None:
+        self.pretrained, self.model = pretrained, model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        bitwidth: int | str | Sequence[int | str] | Mapping[str, object] | QuantPlan = 16,
+        group_size: int = DEFAULT_GROUP_SIZE,
+        scheme: str = DEFAULT_SCHEME,
+        lm_head_bits: int | str | None = None,
+        activation_bits: int = DEFAULT_ACTIVATION_BITS,
+        calibration: str | Path | Calibration | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str = "auto",
+        num_shards: int = 1,
+        progress: Progress = iter,
+        note: Note = silent,
+    ) -> Self:
+        """Load a model, rounding its linear layers to nearest; or a quantized one as it is.
+
+        Args:
+            model: a folder, a Hub repository, or the name of a bundled model ("opt-tiny").
+            bitwidth: 1 to 8, "8:tc-li", "8:tc" or 16 for all layers; one of them per layer; a
+                mapping from regular expressions over module names to specs; or a JSON file of
+                one. Checkpoints that are quantized already keep theirs: leave it out.
+            group_size: input channels that share a scale, -1 for all of them.
+            scheme: "asym" or "sym".
+            lm_head_bits: quantizes the LM head too.
+            activation_bits: 8 rounds what layers of 1 to 8 bits multiply with to int8.
+            calibration: activation statistics for "8:tc-li" and "8:tc", or their file; without,
+                those that `fake_calib_gen.py` keeps for the model, if there are any.
+            dtype: of activations and dense weights; None is the checkpoint's.
+            device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
+            num_shards: contiguous ranges of layers, of which a GPU may hold the first ones alone.
+            progress: wraps the list of modules while they are loaded, as tqdm does.
+            note: called with lines that a user may want to know.
+
+        Raises:
+            UserError: for a model that is not there, broken or too large, or settings that do not
+                fit it; the message says what would.
+        """
+        pretrained = Pretrained.open(model, note=note)
+        default = QuantSpec(group_size=group_size, scheme=scheme)
+        plan = make_plan(bitwidth, default, lm_head_bits)
+        return cls.load(
+            pretrained,
+            plan,
+            dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+            device=resolve_device(device),
+            num_shards=num_shards,
+            calibration=calibration,
+            activation_bits=activation_bits,
+            progress=progress,
+            note=note,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        pretrained: Pretrained,
+        plan: QuantPlan,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        num_shards: int = 1,
+        calibration: str | Path | Calibration | None = None,
+        activation_bits: int = DEFAULT_ACTIVATION_BITS,
+        cache_shape: tuple[int, int] = (0, 0),
+        place: Place | None = None,
+        progress: Progress = iter,
+        note: Note = silent,
+    ) -> Self:
+        """Load the weights of a model whose other files were read.
+
+        Args:
+            plan: which layer gets which spec.
+            cache_shape: rows and tokens of the KV cache that must fit beside the model.
+            place: what this process of several has of the model; None: all of it.
+
+        Raises:
+            UserError: see `from_pretrained`.
+        """
+        folder = pretrained.folder
+        if pretrained.onnx:
+            if any(spec.kind != "dense" for _, spec in plan.rules) or dtype is not None:
+                raise UserError(
+                    f"{folder.path} holds an ONNX model, whose types and layers are as they are; "
+                    "leave bitwidth and dtype out"
+                )
+            from qllm.onnx.runner import OnnxDecoder
+
+            return cls(pretrained, OnnxDecoder(folder.path))
+        model = load_model(
+            find_source(folder, note),
+            plan,
+            dtype=dtype,
+            device=device,
+            num_shards=num_shards,
+            calibration=find_calibration(calibration, folder, plan, note),
+            cache_shape=cache_shape,
+            activation_bits=activation_bits,
+            progress=progress,
+            place=place,
+        )
+        return cls(pretrained, model)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        return self.pretrained.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What makes tokens of text, and text of tokens."""
+        return self.pretrained.tokenizer
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the model's tensors."""
+        return module_bytes(self.model) if isinstance(self.model, Decoder) else self.model.nbytes
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int | None = None,
+        max_prompt_length: int | None = None,
+        on_token: Callable[[int, int, bool], None] | None = None,
+    ) -> list[Completion]:
+        """Continue prompts greedily, all in one batch; no prompt changes what another one gets.
+
+        Args:
+            prompts: texts or lists of token ids, or one of them.
+            max_new_tokens: for each; None is what generation_config.json says, or 20.
+            max_prompt_length: in tokens; a longer text loses its beginning. None: no limit.
+            on_token: called with the row and the id of each new token as it is found, and whether
+                it is the row's last.
+
+        Raises:
+            UserError: for an empty prompt, or one that the model's window cannot hold.
+        """
+        many = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+        ids = [self.pretrained.encode(prompt, max_prompt_length) for prompt in many]
+        config = self._generation(max_new_tokens)
+        found = generate(self.model, ids, config, *filter(None, [on_token])) if ids else []
+        return [
+            Completion(
+                prompt,
+                tuple(read),
+                tuple(new),
+                self.tokenizer.continuation(read, new),
+                "stop" if new and new[-1] in config.eos_token_ids else "length",
+            )
+            for prompt, read, new in zip(many, ids, found, strict=True)
+        ]
+
+    def stream(self, prompt: Prompt, *, max_new_tokens: int | None = None) -> Iterator[str]:
+        """Pieces of the text that `generate` adds to one prompt, each as soon as it is known.
+
+        Raises:
+            UserError: see `generate`; before the first piece is asked for.
+        """
+        ids, config = self.pretrained.encode(prompt), self._generation(max_new_tokens)
+        check_prompts(self.model.config, [ids], config)
+        return self._pieces(ids, config)
+
+    def _pieces(self, ids: list[int], config: GenerationConfig) -> Iterator[str]:
+        pieces: list[str] = []
+        stream = TextStream(self.tokenizer, [ids], lambda row: None, pieces.append)
+        for token in generate_tokens(self.model, [ids], config):
+            stream.add(*token)
+            yield from pieces
+            pieces.clear()
+
+    def logits(self, prompts: Prompt | Sequence[Prompt]) -> list[Tensor]:
+        """Logits of the token behind each token of each prompt: float32 (T, V) per prompt.
+
+        Raises:
+            UserError: for an empty prompt, or one that the model's window cannot hold.
+        """
+        many = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+        if not many:
+            return []
+        ids = [self.pretrained.encode(prompt) for prompt in many]
+        check_prompts(self.model.config, ids, GenerationConfig(max_new_tokens=0))
+        found = self.model.prefill(ids, last=False)
+        return list(found.split([len(prompt) for prompt in ids]))
+
+    def perplexity(self, text: str, *, convention: str = "gptq", **options: int | None) -> float:
+        """exp of the mean negative log-likelihood of a text.
+
+        Args:
+            convention: how the text is cut and what counts: a name of
+                `qllm.evaluate.perplexity.CONVENTIONS`. Figures of one alone can be compared.
+            options: `window`, `stride`, `batch` of `PerplexityOptions`.
+
+        Raises:
+            UserError: for a text that is too short, or a window that the model cannot take.
+        """
+        encoded = Text.encode(text, self.tokenizer)
+        settings = PerplexityOptions((convention,), **options)
+        return perplexity(self.model, encoded, settings)[convention]
+
+    def _generation(self, max_new_tokens: int | None) -> GenerationConfig:
+        """The checkpoint's settings, with the length that was asked for."""
+        settings = self.pretrained.generation
+        if max_new_tokens is None:
+            return settings
+        return replace(settings, max_new_tokens=max_new_tokens)
+
+
+def make_plan(
+    bitwidth: int | str | Sequence[int | str] | Mapping[str, object] | QuantPlan,
+    default: QuantSpec | None = None,
+    lm_head_bits: int | str | None = None,
+) -> QuantPlan:
+    """The plan that a bitwidth stands for; see `LLM.from_pretrained`.
+
+    Args:
+        default: has the group size, scheme and algorithm of values that name none.
+
+    Raises:
+        UserError: for what is no plan.
+    """
+    if isinstance(bitwidth, QuantPlan):
+        plan = bitwidth
+    elif isinstance(bitwidth, Mapping):
+        plan = QuantPlan.from_json(bitwidth, default=default)
+    elif isinstance(bitwidth, int | str | Path):
+        plan = QuantPlan.parse(str(bitwidth), default)
+    else:
+        plan = QuantPlan.parse(",".join(map(str, bitwidth)), default)
+    if lm_head_bits is None:
+        return plan
+    return plan.with_rule(f"^{LM_HEAD}$", QuantSpec.from_json(lm_head_bits, default))
+
+
+def _is_ids(prompts: Sequence) -> bool:
+    """Whether this is one prompt of token ids, and no list of prompts."""
+    return len(prompts) > 0 and isinstance(prompts[0], int)

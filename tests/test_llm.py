@@ -1,0 +1,125 @@
+"""The front door against the parts behind it, and against transformers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import FAMILIES, ROOT, tiny
+from oracle import bundled, reference
+
+from qllm import LLM, Completion
+from qllm.errors import UserError
+from qllm.llm import make_plan
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PROMPTS = ["He is working on", "Once upon a time there was a"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_tokens_and_logits_are_the_references(family):
+    llm = LLM.from_pretrained(tiny(family), dtype="float32", device="cpu")
+    found = llm.generate(PROMPTS, max_new_tokens=8)
+    ids = [list(each.prompt_tokens) for each in found]
+    wanted = reference(bundled(family), ids, eos=None, max_new_tokens=8).tokens
+    assert [list(each.tokens) for each in found] == wanted
+    assert found[0] == Completion(
+        PROMPTS[0],
+        tuple(llm.tokenizer.encode(PROMPTS[0])),
+        tuple(wanted[0]),
+        llm.tokenizer.continuation(ids[0], wanted[0]),
+        "length",
+    )
+    assert llm.generate(ids[1], max_new_tokens=8)[0].tokens == found[1].tokens
+    assert "".join(llm.stream(PROMPTS[1], max_new_tokens=8)) == found[1].text
+    (logits,) = llm.logits(PROMPTS[0])
+    with torch.no_grad():
+        expected = bundled(family)(torch.tensor([ids[0]])).logits[0]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_text_ends_with_the_models_own_end():
+    llm = LLM.from_pretrained("opt-tiny", bitwidth=4)
+    (free,) = llm.generate(PROMPTS[0], max_new_tokens=4)
+    assert free.finish_reason == "length"
+    end = free.tokens[2]
+    settings = replace(llm.pretrained.generation, eos_token_ids=(end,))
+    llm.pretrained = replace(llm.pretrained, generation=settings)
+    (found,) = llm.generate(PROMPTS[0], max_new_tokens=4)
+    assert (found.tokens, found.finish_reason) == (free.tokens[:3], "stop")
+
+
+def test_a_stream_says_what_is_wrong_before_it_is_read():
+    with pytest.raises(UserError, match="window of 512"):
+        LLM.from_pretrained("opt-tiny").stream("He", max_new_tokens=512)
+
+
+def test_perplexity_is_that_of_the_logits():
+    llm = LLM.from_pretrained("llama-tiny", dtype="float32")
+    text = "the sea and the ship and the man who went down to it " * 3
+    ids = llm.tokenizer.encode(text)
+    (logits,) = llm.logits(text)
+    loss = torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(ids[1:]))
+    found = llm.perplexity(text, convention="strided", window=512, stride=512)
+    assert found == pytest.approx(loss.exp().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("bitwidth", "bits"),
+    [
+        (3, [3] * 6),
+        ("3", [3] * 6),
+        ([4, 4, 8, 8, 4, 16], [4, 4, 8, 8, 4, 16]),
+        ({r"layers\.[0-2]\.": 2, "mlp": 5}, None),
+    ],
+)
+def test_what_a_bitwidth_may_be(bitwidth, bits):
+    llm = LLM.from_pretrained("opt-tiny", bitwidth=bitwidth)
+    found = [layer.attention.qkv.spec.bits for layer in llm.model.layers]
+    assert found == (bits or [2, 2, 2, 16, 16, 16])
+    if bits is None:
+        assert {layer.mlp.up.spec.bits for layer in llm.model.layers} == {5}
+
+
+def test_a_plan_has_the_head_that_was_asked_for():
+    assert make_plan(4, lm_head_bits=8).to_json() == {
+        ".*": {"bits": 4, "group_size": 128, "scheme": "asym"},
+        "^lm_head$": {"bits": 8, "group_size": 128, "scheme": "asym"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("no/such/folder", {}, "there is no such folder"),
+        ("opt-tiny", {"bitwidth": 9}, "bitwidth '9' is unknown"),
+        ("opt-tiny", {"device": "tpu"}, "give cpu, cuda"),
+        ("opt-tiny", {"bitwidth": "8:tc-li", "calibration": "none.safetensors"}, "no such file"),
+    ],
+)
+def test_what_cannot_be_loaded(model, options, message):
+    with pytest.raises(UserError, match=message):
+        LLM.from_pretrained(model, **options)
+
+
+def test_the_front_door_opens_from_any_folder_without_transformers(tmp_path):
+    program = """
+import sys
+from qllm import LLM
+print(LLM.from_pretrained("bloom-tiny", bitwidth=4).generate("He has a", max_new_tokens=2)[0].text)
+assert not {"transformers", "datasets", "accelerate"} & set(sys.modules)
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.strip()
