@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qllm.errors import UserError
+from qllm.files import parse_json, read_bytes
+from qllm.patterns import Patterns
 
 DEFAULT_GROUP_SIZE = 128
 DEFAULT_SCHEME = "asym"
@@ -166,11 +166,9 @@ class QuantPlan:
             UserError: for a file that is none.
         """
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = parse_json(read_bytes(path), str(path))
         except FileNotFoundError:
             raise UserError(f"{path}: there is no such plan file") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: cannot be read as a JSON plan ({error})") from None
         if not isinstance(value, dict) or not value:
             raise UserError(
                 f"{path}: a plan is a JSON object from regular expressions over module names to "
@@ -188,13 +186,11 @@ class QuantPlan:
         """The inverse of `to_json`; takes the shape of Neural Compressor's configurations too."""
         if set(value) & {"op_type_dict", "op_name_dict"}:
             value = neural_compressor_rules(value, text)
-        rules = []
+        rules, patterns = [], Patterns(text)
         for pattern, spec in value.items():
+            patterns.compile(pattern)
             try:
-                re.compile(pattern)
                 rules.append((pattern, QuantSpec.from_json(spec, default)))
-            except (re.error, OverflowError, RecursionError) as error:
-                raise UserError(f"{text}: {pattern!r} is no regular expression ({error})") from None
             except UserError as error:
                 raise UserError(f"{text}: {pattern!r}: {error}") from None
         return cls(tuple(rules), text=text)
@@ -234,9 +230,10 @@ class QuantPlan:
         specs = {}
         # "all layers" does not mean the head: a rule has to say its name.
         named = QuantPlan(tuple(rule for rule in self.rules if LM_HEAD in rule[0]))
-        head = named._find(LM_HEAD, LM_HEAD, unused)
+        patterns = Patterns(self.text)
+        head = named._find(LM_HEAD, LM_HEAD, patterns, unused)
         for name, parts in modules.items():
-            found = {part: self._find(name, part, unused) for part in parts or (name,)}
+            found = {part: self._find(name, part, patterns, unused) for part in parts or (name,)}
             if len(set(found.values())) > 1:
                 listed = ", ".join(f"{part}: {spec.to_json()}" for part, spec in found.items())
                 raise UserError(
@@ -253,10 +250,10 @@ class QuantPlan:
             )
         return specs
 
-    def _find(self, name: str, part: str, unused: dict[str, None]) -> QuantSpec:
+    def _find(self, name: str, part: str, patterns: Patterns, unused: dict[str, None]) -> QuantSpec:
         spec = QuantSpec()
         for pattern, candidate in self.rules:
-            if re.search(pattern, name) or re.search(pattern, part):
+            if patterns.search(pattern, name) or patterns.search(pattern, part):
                 spec = candidate
                 unused.pop(pattern, None)
         return spec
@@ -280,12 +277,9 @@ def neural_compressor_rules(value: Mapping[str, object], text: str) -> dict[str,
         raise UserError(f"{text}: beside op_type_dict and op_name_dict there is {sorted(unknown)}")
     rules: dict[str, object] = {}
     by_type, by_name = tables[0] or {".*": {"weight": {}}}, tables[1]
+    patterns = Patterns(text)
     for pattern, entry in by_type.items():
-        try:
-            found = re.fullmatch(pattern, "Linear")
-        except re.error as error:
-            raise UserError(f"{text}: {pattern!r} is no regular expression ({error})") from None
-        if not found:
+        if not patterns.fullmatch(pattern, "Linear"):
             raise UserError(f"{text}: op_type_dict: {pattern!r} does not match 'Linear'")
         rules[".*"] = _neural_compressor_spec(entry, f"{text}: {pattern!r}")
     for pattern, entry in by_name.items():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from qllm.errors import UserError, first_line
+from qllm.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def _read(path: Path) -> str:
 
 def _rows(path: Path, text: str) -> list[str]:
     try:
-        rows = [json.loads(line)["text"] for line in text.split("\n") if line.strip()]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        rows = [parse_json(line, "it")["text"] for line in text.split("\n") if line.strip()]
+    except (UserError, KeyError, TypeError):
         rows = [None]
     if not all(isinstance(row, str) for row in rows):
         raise UserError(f'{path}: each line of a JSON-lines file is {{"text": "…"}}')

@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from qllm.checkpoint.reader import LFS_HEAD, read_json
+from qllm.checkpoint.reader import read_json
 from qllm.errors import UserError
+from qllm.files import check_file
 
 SPECIAL = ("bos", "eos", "unk", "pad")
 
@@ -134,14 +135,14 @@ def _load_codec(folder: Path) -> _FastCodec | _SlowCodec:
     whole = folder / "tokenizer.json"
     try:
         if whole.exists():
-            _refuse_lfs(whole)
+            check_file(whole)
             return _FastCodec(FastTokenizer.from_file(str(whole)))
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            _refuse_lfs(folder / "vocab.json")
-            _refuse_lfs(folder / "merges.txt")
+            check_file(folder / "vocab.json")
+            check_file(folder / "merges.txt")
             return _FastCodec(_byte_level_bpe(folder))
         if (folder / "tokenizer.model").exists():
-            _refuse_lfs(folder / "tokenizer.model")
+            check_file(folder / "tokenizer.model")
             return _SlowCodec(folder)
     except UserError:
         raise
@@ -151,12 +152,6 @@ def _load_codec(folder: Path) -> _FastCodec | _SlowCodec:
         f"{folder} has no tokenizer: neither tokenizer.json, vocab.json with merges.txt, "
         "nor tokenizer.model"
     )
-
-
-def _refuse_lfs(path: Path) -> None:
-    with path.open("rb") as file:
-        if file.read(len(LFS_HEAD)) == LFS_HEAD:
-            raise UserError(f"{path} is a Git LFS pointer; run `git lfs pull` where it came from")
 
 
 def _byte_level_bpe(folder: Path):  # noqa: ANN202 - tokenizers is imported late

@@ -227,10 +227,10 @@ def test_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", ("cannot be read as a JSON plan",)),
-        ("{", ("cannot be read as a JSON plan",)),
-        ("[" * 100_000, ("cannot be read as a JSON plan",)),
-        (b"\xff\xfe", ("cannot be read as a JSON plan",)),
+        ("", ("cannot be read as JSON",)),
+        ("{", ("cannot be read as JSON",)),
+        ("[" * 100_000, ("cannot be read as JSON",)),
+        (b"\xff\xfe", ("cannot be read as JSON",)),
         ("[4, 4]", ("JSON object", '"attention": 8')),
         ("4", ("JSON object",)),
         ("{}", ("JSON object",)),
@@ -251,7 +251,7 @@ def test_a_file_that_is_not_there(tmp_path):
     assert_refused(lambda: QuantPlan.parse(missing), missing, "there is no such plan file")
     folder = tmp_path / "folder.json"
     folder.mkdir()
-    assert_refused(lambda: QuantPlan.parse(str(folder)), "cannot be read as a JSON plan")
+    assert_refused(lambda: QuantPlan.parse(str(folder)), "is a folder")
 
 
 # ---- rules

@@ -21,6 +21,7 @@ from qllm.checkpoint.reader import (
 from qllm.checkpoint.weights import LAYOUT, LAYOUT_KEY, Weights
 from qllm.checkpoint.writer import SafetensorsWriter, new_folder
 from qllm.errors import UserError
+from qllm.files import read_bytes
 from qllm.hub import ModelFolder, cache_folder
 from qllm.progress import Meter, unseen
 
@@ -45,7 +46,7 @@ def default_folder(model: ModelFolder) -> Path:
 
 def fingerprint(folder: Path) -> str:
     """What tells one state of a checkpoint from another: config, and its files' sizes and times."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256(read_bytes(folder / "config.json"))
     for path in weight_files(folder):
         status = path.stat()
         digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())

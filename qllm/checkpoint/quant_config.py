@@ -21,6 +21,7 @@ from typing import Any
 from qllm import __version__
 from qllm.config import LM_HEAD, QuantSpec
 from qllm.errors import UserError
+from qllm.patterns import Patterns
 
 GPTQ_BITS = (2, 3, 4, 8)
 WEIGHT_ONLY, DYNAMIC, STATIC = "weight_only", "w8a8_dynamic", "w8a8_static"
@@ -28,6 +29,10 @@ WEIGHT_ONLY, DYNAMIC, STATIC = "weight_only", "w8a8_dynamic", "w8a8_static"
 # vLLM joins these modules, and looks for a rule under the name of the joined one.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
+Test = Callable[[str], bool]
+
+# Entries of a list or an object of rules; the largest models have some thousand linears.
+MOST_ENTRIES = 10_000
 # Values of an option that is not used.
 UNSET = (None, False, {}, [], "")
 
@@ -53,18 +58,22 @@ class QuantizationConfig:
     """A `quantization_config`, read.
 
     Attributes:
-        rules: pairs of a pattern and what the modules whose name starts with a match of it are;
-            the first one decides. None is a module at 16 bits.
+        rules: pairs of a test of a module's name and what the modules that pass it are; the first
+            one decides. None is a module at 16 bits.
         default: what the modules are that no rule names.
     """
 
-    rules: tuple[tuple[re.Pattern[str], Storage | None], ...]
+    rules: tuple[tuple[Test, Storage | None], ...]
     default: Storage | None
 
     def find(self, module: str) -> Storage | None:
-        """How a module, such as "model.layers.0.self_attn.q_proj", is stored; None at 16 bits."""
-        for pattern, storage in self.rules:
-            if pattern.match(module):
+        """How a module, such as "model.layers.0.self_attn.q_proj", is stored; None at 16 bits.
+
+        Raises:
+            UserError: for a regular expression that takes too long.
+        """
+        for test, storage in self.rules:
+            if test(module):
                 return storage
         return self.default
 
@@ -122,6 +131,7 @@ class _Fields:
             raise UserError(f"{where} is {_short(value)}, expected a JSON object")
         self.value: dict[str, Any] = value
         self.where = where
+        self._patterns = Patterns(where)
 
     def error(self, found: str, reads: str) -> UserError:
         return UserError(f"{self.where} has {found}; {reads}")
@@ -168,16 +178,23 @@ class _Fields:
         if isinstance(values, list):
             flat = [v for value in values for v in (value if isinstance(value, list) else [value])]
             if all(isinstance(v, str) for v in flat):
-                return flat
+                return self._few(name, flat)
         raise self.error(f"{name} {_short(values)}", "expected a list of texts")
 
     def objects(self, name: str) -> dict[str, _Fields]:
         """An object of objects."""
         value = self.value.get(name)
         fields = _Fields({} if value in UNSET else value, f"{self.where}.{name}")
+        self._few(name, fields.value)
         return {
             key: _Fields(v, f"{fields.where}[{_short(key)}]") for key, v in fields.value.items()
         }
+
+    def _few(self, name: str, values: Any) -> Any:
+        """The values, each of which is to be compared with every module's name."""
+        if len(values) > MOST_ENTRIES:
+            raise self.error(f"{len(values)} entries in {name}", f"QLLM reads up to {MOST_ENTRIES}")
+        return values
 
     def one_of(self, name: str, value: object, choices: tuple[object, ...]) -> None:
         """Refuse a value that is none of those QLLM reads."""
@@ -192,11 +209,10 @@ class _Fields:
                 found = f"{name} {_short(self.value[name])}"
                 raise self.error(found, f"QLLM reads checkpoints without {name}")
 
-    def pattern(self, regex: str) -> re.Pattern[str]:
-        try:
-            return re.compile(regex)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise self.error(_short(regex), f"it is no regular expression ({error})") from None
+    def pattern(self, regex: str) -> Test:
+        """Whether a name begins with what a regular expression matches."""
+        self._patterns.compile(regex)
+        return lambda name: self._patterns.match(regex, name)
 
 
 def _short(value: object) -> str:
@@ -218,9 +234,10 @@ def _parse_gptq(fields: _Fields) -> QuantizationConfig:
     fields.one_of("pack_dtype", fields.text("pack_dtype", default="int32"), ("int32",))
     base = _gptq_spec(fields, None)
     v1 = layout == "gptq"
-    skipped, rules = [], []
+    skipped: list[tuple[Test, None]] = []
+    rules: list[tuple[Test, Storage]] = []
     if not fields.flag("lm_head", False):
-        skipped.append((_exactly(LM_HEAD), None))
+        skipped.append((LM_HEAD.__eq__, None))
     for key, override in fields.objects("dynamic").items():
         pattern = fields.pattern(key.removeprefix("-:").removeprefix("+:"))
         if key.startswith("-:"):
@@ -231,8 +248,8 @@ def _parse_gptq(fields: _Fields) -> QuantizationConfig:
     # A list of the modules in each layer that are quantized; the others are not.
     names = fields.texts("modules_in_block_to_quantize")
     if names:
-        listed = "|".join(re.escape(name) for name in names)
-        skipped.append((re.compile(rf"(?!(?:.*\.)?(?:{listed})$)(?!{LM_HEAD}$)"), None))
+        ends = tuple(f".{name}" for name in names)
+        skipped.append((lambda name: name != LM_HEAD and not f".{name}".endswith(ends), None))
     return QuantizationConfig((*skipped, *rules), Storage("gptq", base, v1))
 
 
@@ -325,12 +342,10 @@ def _parse_awq(fields: _Fields) -> QuantizationConfig:
     fields.one_of("bits", fields.number("bits", "w_bit"), (4,))
     fields.one_of("zero_point", fields.flag("zero_point", True), (True,))
     group_size = fields.group_size("group_size", "q_group_size")
-    rules = [
-        (re.compile(f".*{re.escape(part)}"), None)
-        for part in fields.texts("modules_to_not_convert")
-    ]
+    parts = fields.texts("modules_to_not_convert")
+    rules: list[tuple[Test, None]] = [(lambda name: any(part in name for part in parts), None)]
     if not fields.flag("lm_head", False):
-        rules.append((_exactly(LM_HEAD), None))
+        rules.append((LM_HEAD.__eq__, None))
     return QuantizationConfig(
         tuple(rules), Storage("awq", QuantSpec(4, group_size, "asym", WEIGHT_ONLY))
     )
@@ -347,28 +362,33 @@ def _parse_compressed(fields: _Fields) -> QuantizationConfig:
     if sparsity is not None:
         sparse = _Fields(sparsity, f"{fields.where}.sparsity_config")
         sparse.one_of("format", sparse.text("format", default="dense"), ("dense",))
-    rules = [(_target(fields, target), None) for target in fields.texts("ignore")]
+    ignored = fields.texts("ignore")
+    rules: list[tuple[Test, Storage | None]] = [(frozenset(ignored).__contains__, None)]
+    rules += [(_target(fields, target), None) for target in ignored if _is_general(target)]
     targets: dict[str, Storage] = {}
     for group in fields.objects("config_groups").values():
         storage = _compressed_storage(group, fields)
         targets.update(dict.fromkeys(group.texts("targets"), storage))
     if not targets:
         raise fields.error("no config_groups with targets", "it says of no module how it is stored")
-    ordered = sorted(targets, key=lambda target: (target == "Linear", "re:" in target, target))
-    rules += [(_target(fields, target), targets[target]) for target in ordered]
+    named: dict[Storage, set[str]] = {}
+    for target, storage in targets.items():
+        named.setdefault(storage, set()).add(target)
+    rules += [(names.__contains__, storage) for storage, names in named.items()]
+    general = sorted(filter(_is_general, targets), key=lambda target: (target == "Linear", target))
+    rules += [(_target(fields, target), targets[target]) for target in general]
     return QuantizationConfig(tuple(rules), None)
 
 
-def _target(fields: _Fields, target: str) -> re.Pattern[str]:
+def _is_general(target: str) -> bool:
+    """Whether a target is no module's name."""
+    return target == "Linear" or target.startswith("re:")
+
+
+def _target(fields: _Fields, target: str) -> Test:
     if target == "Linear":
-        return re.compile("")
-    if target.startswith("re:"):
-        return fields.pattern(target.removeprefix("re:"))
-    return _exactly(target)
-
-
-def _exactly(name: str) -> re.Pattern[str]:
-    return re.compile(rf"{re.escape(name)}\Z")
+        return lambda name: True
+    return fields.pattern(target.removeprefix("re:"))
 
 
 def _compressed_storage(group: _Fields, fields: _Fields) -> Storage:

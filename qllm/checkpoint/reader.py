@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import gc
 import io
-import json
 import mmap
 import os
 import struct
 import sys
 import warnings
-import zipfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qllm import files
+from qllm.checkpoint.pickles import check_torch_file
 from qllm.errors import UserError, first_line
+from qllm.files import MOST_JSON_BYTES, open_file, parse_json
 from qllm.models.family import RawConfig
 
 DTYPES = {
@@ -37,36 +39,26 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Of a safetensors file's header, and of an index: a name, a shape and a place for each tensor.
+MOST_HEADER_BYTES = 16 << 20
 # What config.json calls the way its weights are quantized; 16-bit ones have none.
 QUANTIZATION_KEY = "quantization_config"
-LFS_HEAD = b"version https://git-lfs"
 # A mapped torch file is opened anew after this many bytes, which gives its pages back.
 RELEASE_BYTES = 256 << 20
 # Of a file that is read tensor by tensor, this much is asked for ahead.
 READ_AHEAD = 64 << 20
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file.
+def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint.
 
     Raises:
-        UserError: where there is none.
+        UserError: where there is none, or it has more than `most` bytes.
     """
     try:
-        data = path.read_bytes()
+        return files.read_json(path, most)
     except FileNotFoundError:
         raise UserError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    if data.startswith(LFS_HEAD):
-        raise _lfs_pointer(path)
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
-        raise UserError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
 
 
 def read_raw_config(folder: Path) -> RawConfig:
@@ -76,12 +68,6 @@ def read_raw_config(folder: Path) -> RawConfig:
     if QUANTIZATION_KEY not in values and other.exists():
         values[QUANTIZATION_KEY] = {"quant_method": "gptq", **read_json(other)}
     return RawConfig(values, str(path))
-
-
-def _lfs_pointer(path: Path) -> UserError:
-    return UserError(
-        f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` where it came from"
-    )
 
 
 @dataclass(frozen=True)
@@ -126,17 +112,18 @@ class SafetensorsFile(TensorFile):
 
         self.path = path
         try:
-            with path.open("rb") as file:
-                start = file.read(len(LFS_HEAD))
-                if start == LFS_HEAD:
-                    raise _lfs_pointer(path)
+            with open_file(path) as file:
+                (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+                if length > MOST_HEADER_BYTES:
+                    raise UserError(
+                        f"{path} is not a whole safetensors file (its header has {length} bytes); "
+                        "get it again"
+                    )
                 # The library checks the header against the file: sizes, overlaps, gaps. With
                 # "pt" it would ask for memory to hold the whole file, see `_map_file`.
                 with safe_open(path, framework="np"):
                     pass
-                (length,) = struct.unpack("<Q", start[:8])
-                file.seek(8)
-                header = json.loads(file.read(length))
+                header = parse_json(file.read(length), str(path))
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{path} is not a whole safetensors file ({error}); get it again"
@@ -247,17 +234,14 @@ class TorchFile(TensorFile):
         if self._state is not None:
             return self._state
         try:
-            with self.path.open("rb") as file:
-                if file.read(len(LFS_HEAD)) == LFS_HEAD:
-                    raise _lfs_pointer(self.path)
             # Files from before torch 1.6 are no zip archives and cannot be mapped.
-            self._mapped = zipfile.is_zipfile(self.path)
+            self._mapped = check_torch_file(self.path)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of old formats; what does not load is an error
                 state = torch.load(
                     self.path, map_location="cpu", weights_only=True, mmap=self._mapped
                 )
-        except UserError:
+        except (UserError, FileNotFoundError):
             raise
         except Exception as error:  # a broken or hostile pickle makes the loader raise anything
             raise UserError(
@@ -268,6 +252,12 @@ class TorchFile(TensorFile):
             isinstance(name, str) and _is_plain_tensor(value) for name, value in state.items()
         ):
             raise UserError(f"{self.path} holds something other than named tensors")
+        # A stride of 0 repeats an element without end; a tied head may share its elements.
+        total, size = sum(tensor.nbytes for tensor in state.values()), self.path.stat().st_size
+        if total > 2 * size:
+            raise UserError(
+                f"{self.path} has {size} bytes, and names tensors of {total}; get it again"
+            )
         # Some were saved as parameters, which torch keeps from being written to.
         self._state = {name: tensor.detach() for name, tensor in state.items()}
         return self._state
@@ -387,7 +377,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, MOST_HEADER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map from tensor names to files")
     for name in weight_map.values():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qllm.checkpoint.writer import new_file
 from qllm.errors import UserError
+from qllm.files import parse_json
 
 
 class PartialFolder:
@@ -74,7 +75,7 @@ class PartialFolder:
 
     def _read_journal(self) -> None:
         try:
-            journal = json.loads(self._journal.read_text(encoding="utf-8"))
+            journal = parse_json(self._journal.read_bytes(), "it")
             found, self.state = dict(journal["settings"]), dict(journal["state"])
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(

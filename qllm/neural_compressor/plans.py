@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from qllm.config import LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.neural_compressor.config import CONFIG, PostTrainingQuantConfig
+from qllm.patterns import Patterns
 
 HEAD_RULE = f"^{LM_HEAD}$"
 # What is tried when the user's configuration is not good enough: algorithm, group size, scheme,
@@ -112,9 +112,10 @@ def model_plan(
     if conf.recipes.get("last_conv_or_matmul_quantization") is False:
         rules.append((HEAD_RULE, QuantSpec()))
     names = {LM_HEAD, *modules, *itertools.chain(*modules.values())}
+    patterns = Patterns(plan.text)
     rules = [
         (pattern, spec)
         for pattern, spec in rules
-        if spec.kind != "dense" or any(re.search(pattern, name) for name in names)
+        if spec.kind != "dense" or any(patterns.search(pattern, name) for name in names)
     ]
     return replace(plan, rules=tuple(rules))

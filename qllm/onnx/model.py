@@ -9,9 +9,9 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
-from qllm.checkpoint.reader import LFS_HEAD
 from qllm.config import ModelConfig
 from qllm.errors import UserError, first_line
+from qllm.files import check_file
 from qllm.onnx.decoder import LOGITS
 from qllm.onnx.external import check_data, files, without_links
 from qllm.onnx.graph import MODEL
@@ -48,11 +48,7 @@ def read_model(path: Path) -> onnx.ModelProto:
             missing, too short or outside of the folder.
     """
     try:
-        with path.open("rb") as file:
-            if file.read(len(LFS_HEAD)) == LFS_HEAD:
-                raise UserError(
-                    f"{path} is a Git LFS pointer; run `git lfs pull` where it came from"
-                )
+        check_file(path)
         model = onnx.load(path, load_external_data=False)
     except (DecodeError, OSError) as error:
         raise UserError(f"{path} is no whole ONNX model ({first_line(error)})") from None

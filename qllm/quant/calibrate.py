@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qllm.errors import UserError
+from qllm.files import check_file
 
 FORMAT = "qllm-calibration"
 
@@ -65,6 +66,7 @@ class Calibration:
 
         calibration = cls()
         try:
+            check_file(path)
             with safe_open(path, framework="pt") as file:
                 about = dict(file.metadata() or {})
                 if about.pop("format", None) != FORMAT:
