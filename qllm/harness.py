@@ -2,7 +2,8 @@
 
     python3 -m qllm.harness --model qllm --model_args path=DIR,bitwidth=4 --tasks lambada_openai
 
-is `lm_eval` with the model "qllm", which that command itself knows where QLLM is installed by pip.
+is `lm_eval` with one more model: the harness has no plug-ins, so that code which has run must
+enter a model into its table, and this is the command that does. Python code calls `register()`.
 Log-likelihoods are those of `qllm.evaluate`; they equal the harness's own of the same weights.
 """
 
@@ -21,7 +22,6 @@ from qllm.evaluate.perplexity import PerplexityOptions, Text, cut
 from qllm.evaluate.scoring import Passage, score
 from qllm.generate import GenerationConfig, generate
 from qllm.llm import LLM
-from qllm.lm_eval_hook import register
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -141,6 +141,14 @@ def __getattr__(name: str) -> type:
     from lm_eval.api.model import LM
 
     return type(name, (Methods, LM), {})
+
+
+def register() -> None:
+    """Enter the model "qllm" into the harness's table; it is imported when it is asked for."""
+    from lm_eval.api.registry import model_registry
+
+    if "qllm" not in model_registry:
+        model_registry.register("qllm", target="qllm.harness:HarnessModel")
 
 
 def main() -> None:

@@ -10,7 +10,10 @@ from pathlib import Path
 
 from qllm.errors import UserError, first_line
 
-BUNDLED = Path(__file__).resolve().parent.parent / "tiny_models"
+PACKAGE = Path(__file__).resolve().parent
+# Inside the package where pip has copied it, beside it in a clone.
+_COPIED = PACKAGE / "tiny_models"
+BUNDLED = _COPIED if _COPIED.is_dir() else PACKAGE.parent / "tiny_models"
 
 REPOSITORIES: dict[str, dict[str, str]] = {
     "opt": {

@@ -11,7 +11,7 @@ The scripts stand on this module: what they add is options, reports and words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -47,6 +47,7 @@ from qllm.hub import ModelFolder
 from qllm.memory import resolve_device
 from qllm.models import Decoder, read_config
 from qllm.onnx import check_installed, is_onnx
+from qllm.progress import Meter, unseen
 from qllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
 
 # A text, or token ids that a tokenizer of one's own made.
 Prompt = str | Sequence[int]
-Progress = Callable[[list], Iterable]
 Note = Callable[[str], None]
 
 
@@ -157,7 +157,7 @@ class LLM:
         dtype: str | torch.dtype | None = None,
         device: str = "auto",
         num_shards: int = 1,
-        progress: Progress = iter,
+        meter: Meter = unseen,
         note: Note = silent,
     ) -> Self:
         """Load a model, rounding its linear layers to nearest; or a quantized one as it is.
@@ -176,7 +176,7 @@ class LLM:
             dtype: of activations and dense weights; None is the checkpoint's.
             device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
             num_shards: contiguous ranges of layers, of which a GPU may hold the first ones alone.
-            progress: wraps the list of modules while they are loaded, as tqdm does.
+            meter: shows how many bytes are loaded (`qllm.progress`).
             note: called with lines that a user may want to know.
 
         Raises:
@@ -194,7 +194,7 @@ class LLM:
             num_shards=num_shards,
             calibration=calibration,
             activation_bits=activation_bits,
-            progress=progress,
+            meter=meter,
             note=note,
         )
 
@@ -211,7 +211,7 @@ class LLM:
         activation_bits: int = DEFAULT_ACTIVATION_BITS,
         cache_shape: tuple[int, int] = (0, 0),
         place: Place | None = None,
-        progress: Progress = iter,
+        meter: Meter = unseen,
         note: Note = silent,
     ) -> Self:
         """Load the weights of a model whose other files were read.
@@ -243,7 +243,7 @@ class LLM:
             calibration=find_calibration(calibration, folder, plan, note),
             cache_shape=cache_shape,
             activation_bits=activation_bits,
-            progress=progress,
+            meter=meter,
             place=place,
         )
         return cls(pretrained, model)

@@ -109,45 +109,17 @@ def test_without_the_harness_one_line_says_so():
     assert "pip install lm_eval" in line
 
 
-FAKE = {
-    "lm_eval/__init__.py": "",
-    "lm_eval/api/__init__.py": "",
-    "lm_eval/api/registry.py": """
-class Registry(dict):
-    def register(self, name, target):
-        self[name] = target
-model_registry = Registry()
-""",
-    "lm_eval/models/__init__.py": """
-from lm_eval.api.registry import model_registry
-assert "qllm" not in model_registry
-model_registry.register("hf", target="some:Class")
-""",
-}
-
-
-def test_the_hook_enters_the_model_when_the_table_is_loaded(tmp_path):
-    """With what pip puts beside the packages, and a harness of a few lines."""
-    for name, text in FAKE.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    line = (ROOT / "tools" / "qllm_lm_eval.pth").read_text()
-    assert line.startswith("import ") and line.count("\n") == 1  # which `site` runs
-    program = f"""
-import sys
-sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]
-{line}
-assert "lm_eval" not in sys.modules and "torch" not in sys.modules
-import lm_eval.api.registry
-assert not lm_eval.api.registry.model_registry
-import lm_eval.models
-assert "torch" not in sys.modules
-print(lm_eval.api.registry.model_registry)
-"""
-    command = [sys.executable, "-S", "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "{'hf': 'some:Class', 'qllm': 'qllm.harness:HarnessModel'}\n"
+def test_the_model_enters_the_harness_table_once(monkeypatch):
+    """A table of a few lines in the place of the harness's."""
+    table = {"hf": "some:Class"}
+    registry = type("Table", (), {"__contains__": lambda self, name: name in table})()
+    registry.register = lambda name, target: table.update({name: target})
+    module = SimpleNamespace(model_registry=registry)
+    for name in ("lm_eval", "lm_eval.api", "lm_eval.api.registry"):
+        monkeypatch.setitem(sys.modules, name, module)
+    harness.register()
+    harness.register()
+    assert table == {"hf": "some:Class", "qllm": "qllm.harness:HarnessModel"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
