@@ -10,9 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import exact
+import numpy as np
 import pytest
 import torch
+from amx_tiles import AMX, AVX512, manual, pairs, pairs_library, started, tile_library
 from cpu_paths import DTYPES, INTEGERS, normal
 from torch import Tensor
 
@@ -26,58 +27,29 @@ pytestmark = pytest.mark.skipif(
     reason="compiles C++ on Linux",
 )
 
-AVX512, AMX = 4, 8  # of dispatch.cpp
 # Up to 8 rows are not for tiles, 16 fill one, 192 are a chunk.
 ROWS = (1, 8, 9, 15, 16, 17, 31, 33, 200)
 # Outputs: of 5 panels, 4 of which go together, of 3, 2 and 1. Inputs: blocks of 1 to 4 slabs.
 SHAPES = ((72, 200), (40, 300), (20, 131), (9, 257))
 GROUPS = (32, 64, 96, 128, 100, 20, -1)
-# What tiles have to do with, quick to compile: the products of avx512, and no other path.
-AVX512_SOURCE = """
-#include "isa_avx512.h"
-#undef FEW_STREAMS
-#include "tile.h"
-#include "linear.h"
-#include "elements.h"
-#include "dense_tile.h"
-#include "dense.h"
-const qllm::Path qllm::avx512_path = {
-    "avx512", linear, pack, unpack, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, dense};
-"""
-OTHER_SOURCE = '#include "kernels.h"\nconst qllm::Path qllm::%s_path = {"%s"};\n'
 
 
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory) -> dict[str, Path]:
     """Files with the path: on software tiles, and as users have it."""
-    folder, cache = tmp_path_factory.mktemp("src"), tmp_path_factory.mktemp("cache")
-    for pattern in ("*.h", "dispatch.cpp", "amx.cpp"):
-        for path in build.SOURCE.glob(pattern):
-            shutil.copy(path, folder)
-    (folder / "avx512.cpp").write_text(AVX512_SOURCE)
-    for name in ("avx512bf16", "avxvnni", "avx2", "scalar"):
-        (folder / f"{name}.cpp").write_text(OTHER_SOURCE % (name, name))
-    with pytest.MonkeyPatch.context() as patch:
-        for kind, flags in (("emulated", "-DQLLM_EMULATE_AMX"), ("hardware", "")):
-            patch.setenv("QLLM_CXXFLAGS", flags)
-            patch.setenv("QLLM_CACHE", str(cache / kind))
-            build.load.__wrapped__(folder)
-    return {path.parent.name: path for path in cache.glob("*/*.so")}
+    return {kind: tile_library(tmp_path_factory, kind) for kind in ("emulated", "hardware")}
 
 
 @pytest.fixture
 def found(monkeypatch, libraries, tmp_path):
     """A function that looks for a path as a process does when it starts."""
-    look = native.library.__wrapped__
 
     def find(kind: str, forced: str = "") -> ctypes.CDLL:
-        monkeypatch.setenv("QLLM_CPU_PATH", forced)
         # A test's own copy: what another test has loaded remembers what it found.
         copy = tmp_path / f"{kind}.so"
         if not copy.exists():
             shutil.copy(libraries[kind], copy)
-        monkeypatch.setattr(build, "load", lambda: ctypes.CDLL(str(copy)))
-        library = look()
+        library = started(copy, forced)
         if not library.qllm_features() & AVX512:
             pytest.skip("this machine lacks AVX-512 VNNI")
         monkeypatch.setattr(native, "library", lambda: library)
@@ -190,32 +162,54 @@ def test_extreme_products_do_not_saturate(tiles):
     assert torch.equal(y, x[:, :1] * torch.tensor([255.0, -255.0]) * 128)
 
 
-# 16 rows fill a tile, 32 two, 384 are held at once; inputs in blocks of 256, tiles of 32.
-@pytest.mark.parametrize(
-    ("inputs", "outputs"), [(1, 1), (31, 16), (32, 17), (70, 40), (256, 64), (300, 81), (530, 100)]
-)
-def test_dense_products_are_those_of_bfloat16(tiles, inputs, outputs):
-    x, weight = (normal(n, inputs, dtype=torch.bfloat16) for n in (400, outputs))
-    bias = normal(outputs, dtype=torch.bfloat16)
-    for b in (bias, None):
-        whole = linear.dense_linear(x, weight, b)
-        want, size = exact.numpy(x) @ exact.numpy(weight).T, exact.numpy(x.abs() @ weight.abs().t())
-        if b is not None:
-            want, size = want + exact.numpy(b), size + exact.numpy(b.abs())
-        exact.assert_rounded_once(whole, want, size)
-        for rows in (*ROWS[:-1], 32, 48, 383, 384, 385):
-            for part in (slice(rows), slice(-rows, None)):
-                assert torch.equal(linear.dense_linear(x[part], weight, b), whole[part])
+# Bits of bfloat16 that products find hard: zeros and subnormal numbers; the root of the smallest
+# normal one and its half; roots of the little below that which is rounded to it, or is zero.
+SUBNORMAL = (0x0001, 0x007F, 0x8040)
+TINY = (0, 0, 0, 0, 0x8000, *SUBNORMAL, 0x0080, 0x2000, 0xA000, 0x1F80, 0x1A00, 0x9A00, 0x1980)
+# 1, its neighbours, numbers of other sizes; the largest, and roots of what is beyond it.
+USUAL = (0x3F80, 0xBF80, 0x3F81, 0xBF7F, 0x4049, 0xB3FF, 0x2F55, 0xCBAA, 0x0000)
+HUGE = (0x7F7F, 0xFF7F, 0x5F80, 0xDF80, 0x5F00, 0x3F80, 0xBF80, 0x0080, *SUBNORMAL, 0x0000)
+INFINITE = (0x7F80, 0xFF80)
+NAN = (0x7FC0, 0x7F81, 0xFFC1)
+OPERANDS = {
+    "usual": (USUAL, ()),
+    "any": (range(0x10000), ()),
+    "tiny": (TINY, ()),
+    "huge": (HUGE, ()),
+    "infinite": ((*USUAL, *TINY), INFINITE),
+    "nan": ((*USUAL, *HUGE), (*INFINITE, *NAN)),
+}
 
 
-def test_a_row_of_dense_tiles_is_not_its_neighbours_(tiles):
-    x, weight = (normal(n, 70, dtype=torch.bfloat16) for n in (40, 20))
-    clean = linear.dense_linear(x, weight, None)
-    x[3, 69], x[20, 0] = torch.nan, torch.inf
-    got = linear.dense_linear(x, weight, None)
-    assert got[3].isnan().all() and not got[20].isfinite().any()
-    rest = [row for row in range(40) if row not in (3, 20)]
-    assert torch.equal(got[rest], clean[rest])
+@pytest.fixture(scope="module")
+def products(tmp_path_factory) -> ctypes.CDLL:
+    return pairs_library(tmp_path_factory)
+
+
+@pytest.mark.parametrize("operands", OPERANDS)
+def test_pairs_are_added_as_the_manual_says(found, products, operands):
+    """By software tiles, and where there is AMX by real ones."""
+    features = found("hardware").qllm_features()
+    often, seldom = OPERANDS[operands]
+    random = np.random.default_rng(0)
+    x, w = (random.choice(often, (16, 16, 2)).astype(np.uint16) for _ in range(2))
+    sums = random.choice(often, (16, 16)).astype(np.uint32) << 16
+    sums |= random.integers(0, 0x10000, sums.shape, dtype=np.uint32)
+    for part, shift in ((x, 0), (w, 0), (sums, 16)):
+        for value in seldom:  # a few: one in a row of x decides all of the row
+            part[tuple(random.integers(0, part.shape, (2, part.ndim)).T)] = value << shift
+    values = [torch.from_numpy(part).view(torch.bfloat16).double().numpy() for part in (x, w)]
+    sums = sums.view(np.float32)
+    kinds = ("emulated", *(["instructions"] if features & AMX else []))
+    got = {kind: pairs(products, kind, sums, x, w) for kind in kinds}
+    for row, lane in np.ndindex(sums.shape):
+        with np.errstate(over="ignore"):
+            want = np.float32(manual(float(sums[row, lane]), values[0][row], values[1][:, lane]))
+        for kind in kinds:
+            one = got[kind][row, lane]
+            same = one.tobytes() == want.tobytes() or (np.isnan(one) and np.isnan(want))
+            pair = f"{sums[row, lane]} + {x[row].tolist()} times {w[:, lane].tolist()}"
+            assert same, f"{kind} tiles make {one} of {pair}, not {want}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

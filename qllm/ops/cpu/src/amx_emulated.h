@@ -1,6 +1,7 @@
-// amx_instructions.h in software, to test on CPUs without AMX: with -DQLLM_EMULATE_AMX. What would
-// raise an exception ends the process. The environment variable QLLM_EMULATED_FAULT makes it what
-// a self-test is to find: "wrong" products, a "crash", or tiles that "hang".
+// amx_instructions.h in software, to test on CPUs without AMX: with -DQLLM_EMULATE_AMX, and after
+// isa_avx512.h. What would raise an exception ends the process. The environment variable
+// QLLM_EMULATED_FAULT makes it what a self-test is to find: "wrong" products, a "crash", or tiles
+// that "hang".
 #pragma once
 
 #include <stdlib.h>
@@ -71,8 +72,8 @@ template <int T> SLOW void store_tile(void *to, int64_t stride) {
                          emulated.shapes.bytes[T]);
 }
 
-// What the product of a sum's row and lane begins with and adds, step by step.
-template <typename T, int SUM, int X, int W, typename Add> SLOW void multiply_tiles(Add add) {
+// Adds to each row of sums the products of that row and the steps of W.
+template <int SUM, int X, int W, typename Add> SLOW void multiply_tiles(Add add) {
     static_assert(SUM != X && SUM != W && X != W);
     const uint8_t(*x)[64] = tile_of<X>(), (*w)[64] = tile_of<W>();
     uint8_t(*to)[64] = tile_of<SUM>();
@@ -80,45 +81,81 @@ template <typename T, int SUM, int X, int W, typename Add> SLOW void multiply_ti
     demand(s.bytes[SUM] % 4 == 0 && s.bytes[X] % 4 == 0 && s.bytes[W] % 4 == 0);
     demand(s.rows[SUM] == s.rows[X] && s.bytes[SUM] == s.bytes[W] && s.bytes[X] / 4 == s.rows[W]);
     for (int m = 0; m < s.rows[SUM]; m++) {
-        T sums[16];
-        __builtin_memcpy(sums, to[m], 64);
-        for (int n = 0; n < s.bytes[W] / 4; n++) sums[n] = add(sums[n], x[m], w, n, s.rows[W]);
-        __builtin_memcpy(to[m], sums, 64);
+        add(to[m], x[m], w, s.rows[W]);
         if (emulated.wrong) to[m][4 * m] ^= 1;
     }
 }
 
+// Lanes that a tile does not have are zeros, and stay so.
 template <int SUM, int X, int W> SLOW void add_product() {
-    multiply_tiles<uint32_t, SUM, X, W>(
-        [](uint32_t sum, const uint8_t *x, const uint8_t(*w)[64], int n, int steps) {
-            for (int k = 0; k < steps; k++)
+    multiply_tiles<SUM, X, W>([](uint8_t *to, const uint8_t *x, const uint8_t(*w)[64], int steps) {
+        uint32_t sums[16];
+        __builtin_memcpy(sums, to, 64);
+        for (int k = 0; k < steps; k++)
+            for (int n = 0; n < 16; n++)
                 for (int i = 0; i < 4; i++)
-                    sum += uint32_t(int8_t(x[4 * k + i]) * int8_t(w[k][4 * n + i]));
-            return sum;
-        });
+                    sums[n] += uint32_t(int8_t(x[4 * k + i]) * int8_t(w[k][4 * n + i]));
+        __builtin_memcpy(to, sums, 64);
+    });
 }
 
-// Input `at` of a row of bfloat16; subnormal numbers count as zero, and become it in sums.
-inline float flushed(float value) {
-    return __builtin_fabsf(value) < __FLT_MIN__ ? value * 0 : value;
-}
-inline float number_at(const uint8_t *row, int at) {
-    uint32_t bits = (uint32_t(row[2 * at + 1]) << 8 | row[2 * at]) << 16;
-    float value;
-    __builtin_memcpy(&value, &bits, 4);
-    return flushed(value);
+// TDPBF16PS as the pseudo-code of Intel's manual has it (Software Developer's Manual, volume 2),
+// which is not how VDPBF16PS adds up a pair: even and odd inputs have sums of their own, each of
+// fused multiply-adds from 0 on, in the order of the inputs; the two are added, and then that is
+// added to the tile. All of it is rounded to nearest, halves to even; operands that are subnormal
+// count as zero, and so do results; MXCSR is neither read nor written, and no exception raised.
+//
+// x86 of any make computes just that with these bits in its MXCSR. What the manual leaves open is
+// then as x86 has it: a result is subnormal if it is below the normal numbers after it was rounded
+// to 24 bits, and NaN is that of an operand, or the default one. Real tiles may have another NaN,
+// which no result of a layer shows, and could find out what is subnormal before rounding. On a
+// machine with AMX, this compares both with exact arithmetic, over operands that are hard:
+//
+//     python3 -m pytest tests/ops/cpu/test_amx.py -k manual
+//
+// All that this header stands in for is tested so, on CPUs with AVX-512:
+//
+//     QLLM_CXXFLAGS=-DQLLM_EMULATE_AMX python3 -m pytest tests/ops/cpu tests/test_invariance.py
+class PairArithmetic {
+  public:
+    // Denormals are zeros, flush to zero, exceptions masked; rounding is 0, to nearest.
+    PairArithmetic() {
+        const uint32_t own = 0x0040 | 0x8000 | 0x1F80;
+        __asm__ volatile("vstmxcsr %0\n\tvldmxcsr %1" : "=m"(before_) : "m"(own));
+    }
+    ~PairArithmetic() { __asm__ volatile("vldmxcsr %0" : : "m"(before_)); }
+
+    // In assembly that stays where it is: compilers move arithmetic across changes of MXCSR.
+    VF add(VF a, VF b) const {
+        __asm__ volatile("vaddps %1, %0, %0" : "+v"(a) : "v"(b));
+        return a;
+    }
+    VF add_product(VF sum, VF a, VF b) const {
+        __asm__ volatile("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+        return sum;
+    }
+
+  private:
+    uint32_t before_;
+};
+
+// The even or odd bfloat16 of every lane.
+template <int ODD> inline VF half_of(VI pairs) {
+    return as_float(ODD ? _mm512_and_si512(pairs, set_i(-0x10000)) : shift_left<16>(pairs));
 }
 
 template <int SUM, int X, int W> SLOW void add_pairs() {
-    multiply_tiles<float, SUM, X, W>(
-        [](float sum, const uint8_t *x, const uint8_t(*w)[64], int n, int steps) {
-            float halves[2] = {};  // of even and of odd inputs
-            for (int k = 0; k < steps; k++)
-                for (int i = 0; i < 2; i++)
-                    halves[i] = flushed(__builtin_fmaf(number_at(x, 2 * k + i),
-                                                       number_at(w[k], 2 * n + i), halves[i]));
-            return flushed(flushed(sum) + flushed(halves[0] + halves[1]));
-        });
+    multiply_tiles<SUM, X, W>([](uint8_t *to, const uint8_t *x, const uint8_t(*w)[64], int steps) {
+        const PairArithmetic with;
+        VF even = set_f(0), odd = set_f(0);
+        for (int k = 0; k < steps; k++) {
+            const VI a = four(reinterpret_cast<const int8_t *>(x) + 4 * k), b = weights(w[k]);
+            even = with.add_product(even, half_of<0>(a), half_of<0>(b));
+            odd = with.add_product(odd, half_of<1>(a), half_of<1>(b));
+        }
+        float *sums = reinterpret_cast<float *>(to);
+        store_f(sums, with.add(load_f(sums), with.add(even, odd)));
+    });
 }
 
 }  // namespace

@@ -155,7 +155,8 @@ INLINE inline void transpose(VF (&v)[WIDTH]) {
 
 #if defined(__AVX512BF16__)
 #define HAS_PAIRS 1
-// Adds the two products of bfloat16 in each lane, of which subnormal ones count as zero.
+// Adds the two products of bfloat16 in each lane, the odd one first, each fused with its sum. What
+// is subnormal counts as zero, and becomes it.
 inline VF add_pair(VF sum, VF a, VF b) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;

@@ -1,0 +1,131 @@
+"""Libraries with tiles in software, and what the manual says that a product of tiles is."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qllm.ops.cpu import build
+from qllm.ops.cpu import library as native
+
+AVX512, AMX = 4, 8  # of dispatch.cpp
+LOOK = native.library.__wrapped__  # tests put others in the place of `library`
+# What tiles have to do with, quick to compile: the products of avx512, and no other path.
+AVX512_SOURCE = """
+#include "isa_avx512.h"
+#undef FEW_STREAMS
+#include "tile.h"
+#include "linear.h"
+#include "elements.h"
+#include "dense_tile.h"
+#include "dense.h"
+const qllm::Path qllm::avx512_path = {
+    "avx512", linear, pack, unpack, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, dense};
+"""
+OTHER_SOURCE = '#include "kernels.h"\nconst qllm::Path qllm::%s_path = {"%s"};\n'
+# One product of whole tiles, by the instruction and by what stands in for it.
+PAIRS_SOURCE = """
+#include "isa_avx512.h"
+#include "amx_%s.h"
+extern "C" __attribute__((visibility("default")))
+void pairs_%s(float *sums, const uint16_t *x, const uint16_t *w) {
+    using namespace qllm;
+    TileShapes shapes = {};
+    shapes.palette = 1;
+    for (int t = 0; t < 8; t++) {
+        shapes.rows[t] = 16;
+        shapes.bytes[t] = 64;
+    }
+    load_shapes(shapes);
+    load_tile<0>(sums, 64);
+    load_tile<1>(x, 64);
+    load_tile<2>(w, 64);
+    add_pairs<0, 1, 2>();
+    store_tile<0>(sums, 64);
+    release_tiles();
+}
+"""
+
+
+def compiled(factory: pytest.TempPathFactory, sources: dict[str, str], flags: str) -> Path:
+    """The library of some sources and all headers; one for all processes of the tests."""
+    folder, shared = factory.mktemp("src"), factory.getbasetemp()
+    for path in build.SOURCE.glob("*.h"):
+        shutil.copy(path, folder)
+    for name, text in sources.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLLM_CXXFLAGS", flags)
+        patch.setenv("QLLM_CACHE", str(shared / "tiles"))
+        return Path(build.load.__wrapped__(folder)._name)
+
+
+def tile_library(factory: pytest.TempPathFactory, kind: str) -> Path:
+    """The path for AMX, on "emulated" tiles, or, on "hardware", as users have it."""
+    sources = {
+        name: (build.SOURCE / name).read_text(encoding="utf-8")
+        for name in ("dispatch.cpp", "amx.cpp")
+    }
+    sources["avx512.cpp"] = AVX512_SOURCE
+    for name in ("avx512bf16", "avxvnni", "avx2", "scalar"):
+        sources[f"{name}.cpp"] = OTHER_SOURCE % (name, name)
+    return compiled(factory, sources, "-DQLLM_EMULATE_AMX" if kind == "emulated" else "")
+
+
+def started(path: Path, forced: str = "") -> ctypes.CDLL:
+    """A library, on the best path or one that is forced, as a process has it that starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLLM_CPU_PATH", forced)
+        patch.setattr(build, "load", lambda: ctypes.CDLL(str(path)))
+        return LOOK()
+
+
+def pairs_library(factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """`pairs_emulated` and `pairs_instructions`: see `pairs`."""
+    kinds = ("emulated", "instructions")
+    sources = {f"{kind}.cpp": PAIRS_SOURCE % (kind, kind) for kind in kinds}
+    return ctypes.CDLL(str(compiled(factory, sources, " ".join(build.FLAGS["amx"]))))
+
+
+def pairs(library: ctypes.CDLL, kind: str, sums: np.ndarray, x: np.ndarray, w: np.ndarray):
+    """What tiles make of float32 sums (16, 16) and of bfloat16, as uint16, x and w (16, 16, 2)."""
+    out, x, w = sums.copy(), np.ascontiguousarray(x), np.ascontiguousarray(w)
+    getattr(library, f"pairs_{kind}")(
+        *(part.ctypes.data_as(ctypes.c_void_p) for part in (out, x, w))
+    )
+    return out
+
+
+SMALLEST, BITS = 2.0**-126, 24  # of the normal numbers of float32
+
+
+def fused(a: float, b: float, c: float) -> float:
+    """a b + c, rounded once to float32; what is subnormal counts as zero, and becomes it."""
+    a, b, c = (math.copysign(0, v) if abs(v) < SMALLEST else v for v in (a, b, c))
+    near = a * b + c  # of float64, which holds the product: the sign of zeros, infinities, NaN
+    if not near or not math.isfinite(near):
+        return near
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    exponent = abs(exact.numerator).bit_length() - exact.denominator.bit_length()
+    step = Fraction(2) ** (exponent + 1 - BITS)
+    value = float(round(exact / step) * step)  # halves go to even
+    if abs(value) < SMALLEST:
+        return math.copysign(0, value)
+    return math.copysign(math.inf, value) if abs(value) >= 2.0**128 else value
+
+
+def manual(total: float, x: np.ndarray, w: np.ndarray) -> float:
+    """TDPBF16PS: one sum, and pairs (16, 2) of a row of x and a column of w, as float64."""
+    halves = [0.0, 0.0]  # of even and of odd inputs
+    for one, other in zip(x.tolist(), w.tolist(), strict=True):
+        halves = [fused(*values) for values in zip(one, other, halves, strict=True)]
+    return fused(1, total, fused(1, *halves))
