@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import exact
 import numpy as np
 import pytest
 import torch
+from amx_tiles import started, tile_library
 from cpu_paths import (
     DTYPES,
     assert_rows_are_their_own,
@@ -36,13 +38,27 @@ SHAPES = ((1, 1), (1, 5), (3, 2), (7, 5), (15, 3), (16, 4), (17, 13), (64, 64), 
 SHAPES += ((129, 16), (256, 81), (300, 130), (768, 33))
 # Up to 8 are kept in registers, 12 make a tile, 384 are held at once.
 ROWS = (*range(1, 10), 11, 12, 13, 16, 17, 24, 25, 31, 32, 33, 37, 48, 70, 191, 383, 384, 385)
-PAIRS = ("avx512bf16",)  # paths that multiply bfloat16 two by two
+PAIRS = ("amx", "avx512bf16")  # paths that multiply bfloat16 two by two
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory) -> ctypes.CDLL:
+    """The path for AMX on tiles in software."""
+    return started(tile_library(tmp_path_factory, "emulated"))
 
 
 @pytest.fixture(params=native.PATHS)
-def path(request):
-    with on(request.param):
-        yield request.param
+def path(request, monkeypatch):
+    """A path of this machine, or that for AMX in software."""
+    if request.param != "amx" or "amx" in paths():
+        with on(request.param):
+            yield request.param
+        return
+    library = request.getfixturevalue("tiles")
+    if library.path != "amx":
+        pytest.skip("this machine lacks AVX-512 VNNI")
+    monkeypatch.setattr(native, "library", lambda: library)
+    yield request.param
 
 
 def size_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> np.ndarray:
@@ -120,14 +136,24 @@ def test_what_is_no_number_gives_what_torch_gives(rows, dtype, path):
     assert torch.equal(pattern(got), pattern(expected))
 
 
+@dtypes
 @pytest.mark.parametrize("rows", [1, 20])
-def test_subnormal_numbers_count(rows, path):
-    """As far as the instruction for pairs of bfloat16 counts them: torch takes the same one."""
-    for dtype in (torch.float32, torch.float16, *(() if path in PAIRS else (torch.bfloat16,))):
-        smallest = torch.finfo(dtype).smallest_normal
-        x = torch.full((rows, 3), smallest / 4, dtype=dtype)
-        weight = torch.full((5, 3), 2.0, dtype=dtype)
-        assert (linear.dense_linear(x, weight, None) == smallest * 1.5).all()
+def test_subnormal_numbers_count(rows, dtype, path):
+    """But where bfloat16 is multiplied in pairs: those instructions take them for zero."""
+    smallest = torch.finfo(dtype).smallest_normal
+    pairs = dtype == torch.bfloat16 and path in PAIRS
+    for value, factor in ((smallest / 4, 2.0), (2.0, smallest / 4), (smallest, 0.5)):
+        x = torch.full((rows, 3), value, dtype=dtype)
+        weight = torch.full((5, 3), factor, dtype=dtype)
+        want = 0 if pairs else 3 * value * factor
+        assert (linear.dense_linear(x, weight, None) == want).all()
+        # What is added to a sum is: by other instructions.
+        bias = torch.full((5,), smallest / 4, dtype=dtype)
+        assert (linear.dense_linear(x, weight, bias) == want + smallest / 4).all()
+    # The one place where it takes a small number for paths to differ in an infinity.
+    x = torch.full((rows, 1), math.inf, dtype=dtype)
+    got = linear.dense_linear(x, torch.full((5, 1), smallest / 4, dtype=dtype), None)
+    assert (got.isnan() if pairs else got.isposinf()).all()
 
 
 @dtypes

@@ -6,6 +6,11 @@
 // where there is an instruction for them, two as bfloat16. The products of a run of steps are added
 // in the order of the inputs, and then to those of the runs before it. So a row's result is the same
 // to the bit whatever else is computed beside it.
+//
+// On every path it is, too, but for bfloat16 in pairs. There, the instruction says in which order two
+// products (AVX512-BF16) or those of 32 inputs (AMX) are added, and takes what is subnormal for zero
+// among operands and sums; results differ in the last digits. Infinities and NaN are those of other
+// paths, but where such a zero meets an infinity, or a sum overflows half-way.
 #pragma once
 
 #include <omp.h>
