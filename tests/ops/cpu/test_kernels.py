@@ -238,7 +238,9 @@ def test_infinities_and_nan(bits, scheme, dtype):
         for row, values in special.items():
             x[row] = values
         got = weight.everywhere(x, bias)
-        assert torch.equal(pattern(got), pattern(weight.reference(x, bias)))
+        # Not torch's product in bfloat16, in which, on AMX, a row shows what is no number in the
+        # next one: https://github.com/uxlfoundation/oneDNN/issues/5717
+        assert torch.equal(pattern(got), pattern(weight.exact(x, bias)))
         finite = [row for row in range(rows) if row not in special]
         assert before.isfinite().all() and same(got[finite], before[finite])
 
@@ -250,7 +252,7 @@ def test_an_infinite_bias(dtype):
     before = weight.everywhere(x, bias)
     bias[[3, 20, 39]] = torch.tensor(SPECIAL, dtype=dtype)
     got = weight.everywhere(x, bias)
-    assert torch.equal(pattern(got), pattern(weight.reference(x, bias)))
+    assert torch.equal(pattern(got), pattern(weight.exact(x, bias)))
     others = [i for i in range(40) if i not in (3, 20, 39)]
     assert same(got[:, others], before[:, others])
 
@@ -473,7 +475,7 @@ def test_a_row_with_int8_activations_does_not_see_the_others(bits, dtype):
             assert same(weight.everywhere_int8(x[:rows]), expected[:rows]), rows
         got = weight.everywhere_int8(x)
         assert same(got[:198], expected[:198])
-        assert torch.equal(pattern(got[198:]), pattern(weight.reference(x[198:])))
+        assert torch.equal(pattern(got[198:]), pattern(weight.exact(x[198:])))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

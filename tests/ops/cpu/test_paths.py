@@ -23,7 +23,7 @@ from qllm.ops.cpu import build
 from qllm.ops.cpu import library as native
 
 GENERATE = ("--model-name", "opt", "--model-size", "tiny", "--bitwidth", "4")
-AVX2, AVX_VNNI, AVX512, BF16 = 1, 2, 4, 16  # of dispatch.cpp
+AVX2, AVX_VNNI, AVX512, AMX, BF16 = 1, 2, 4, 8, 16  # of dispatch.cpp
 
 REQUEST = Request(64, 64, 4, 32, "asym", "cpu")
 INT8_REQUEST = Request(64, 64, 8, -1, "sym", "cpu")
@@ -69,13 +69,21 @@ def test_a_path_of_this_machine_runs(name):
         (AVX2 | AVX_VNNI | AVX512, "avx512"),
         (AVX2 | AVX512 | BF16, "avx512bf16"),
         (AVX2 | BF16, "avx2"),
+        (AVX2 | AVX512 | AMX, "amx"),
+        (AVX2 | AVX512 | AMX | BF16, "amx"),
+        (AVX2 | AMX, "avx2"),
     ],
 )
 def test_the_best_path_of_what_a_machine_has(features, best):
     paths()
     library = native.library()
     assert library.qllm_best(ctypes.c_int64(features)).decode() == best
-    needs = {"avx512bf16": AVX512 | BF16, "avx512": AVX512, "avxvnni": AVX2 | AVX_VNNI}
+    needs = {
+        "amx": AVX512 | AMX,
+        "avx512bf16": AVX512 | BF16,
+        "avx512": AVX512,
+        "avxvnni": AVX2 | AVX_VNNI,
+    }
     needs |= {"avx2": AVX2, "scalar": 0}
     try:
         for name, needed in needs.items():
