@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qllm import cli
+from qllm import cli, folders
 
 # Samples, and tokens of each: random input says the same of every channel, text does not.
 TEXT, RANDOM = (32, 256), (1, 128)
@@ -45,7 +45,10 @@ def main() -> None:
     samples, tokens = TEXT if args.dataset else RANDOM
     args.nsamples = args.nsamples or samples
     args.seqlen = args.seqlen or tokens
-    target = Path(args.save) if args.save else calibration.default_path(model)
+    if args.save:
+        target = Path(args.save)
+    else:
+        target = folders.place(calibration.kept_as(model), cli.note)
     if target.is_dir():
         raise UserError(f"--save {target} is a folder; name a file")
     config = read_config(read_raw_config(model.path))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qllm import cli
+from qllm import cli, folders
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,10 +27,10 @@ def main() -> None:
     args = parse_args()
     model = cli.resolve_model(args)
 
-    from qllm.checkpoint.convert import convert, default_folder
+    from qllm.checkpoint.convert import convert, kept_as
     from qllm.report import megabytes
 
-    target = Path(args.save) if args.save else default_folder(model)
+    target = Path(args.save) if args.save else folders.place(kept_as(model), cli.note)
     # Our own copy of this model may be of an older state; a folder the user names is the user's.
     size = convert(model, target, overwrite=not args.save, meter=cli.meter("converting"))
     print(f"{model.name}: {megabytes(size)} written to {target}")

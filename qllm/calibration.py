@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qllm import folders
 from qllm.config import W8A8, ModelConfig, QuantPlan
 from qllm.errors import UserError
-from qllm.hub import ModelFolder, cache_folder
+from qllm.hub import ModelFolder
 from qllm.layers import Linear
 from qllm.models import Decoder
 from qllm.models.layer import Embedding
@@ -20,9 +21,9 @@ from qllm.quant.calibrate import Calibration
 RANDOM_SOURCE = "random input"
 
 
-def default_path(model: ModelFolder) -> Path:
-    """Where a model's calibration is kept when no file is named."""
-    return cache_folder() / "calibration" / f"{model.key}.safetensors"
+def kept_as(model: ModelFolder) -> str:
+    """What a model's calibration is called in QLLM's own folder (`qllm.folders`)."""
+    return f"calibration/{model.key}.safetensors"
 
 
 def find_calibration(
@@ -46,11 +47,11 @@ def find_calibration(
         return None
     if isinstance(given, Calibration):
         return given
-    path = default_path(model) if given is None else Path(given)
-    if not path.exists():
-        if given is not None:
-            raise UserError(f"--calib {path}: there is no such file; fake_calib_gen.py makes one")
+    path = folders.find(kept_as(model)) if given is None else Path(given)
+    if path is None:
         return None
+    if not path.exists():
+        raise UserError(f"--calib {path}: there is no such file; fake_calib_gen.py makes one")
     calibration = Calibration.load(path)
     note(f"activation statistics of {calibration.about.get('source', 'unknown source')}: {path}")
     return calibration

@@ -180,10 +180,3 @@ def _cached(repository: str, weights: bool) -> Path | None:
     folder = Path(config).parent
     found = any(True for name in (*SAFETENSORS, *TORCH_FILES) for _ in folder.glob(name))
     return folder if found or not weights else None
-
-
-def cache_folder() -> Path:
-    """Where QLLM keeps what it makes: $QLLM_HOME, else qllm in the user's cache folder."""
-    if home := os.environ.get("QLLM_HOME"):
-        return Path(home).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qllm"

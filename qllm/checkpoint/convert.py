@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from qllm import folders
 from qllm.checkpoint.reader import (
     QUANTIZATION_KEY,
     Checkpoint,
@@ -22,7 +23,7 @@ from qllm.checkpoint.weights import LAYOUT, LAYOUT_KEY, Weights
 from qllm.checkpoint.writer import SafetensorsWriter, new_folder
 from qllm.errors import UserError
 from qllm.files import read_bytes
-from qllm.hub import ModelFolder, cache_folder
+from qllm.hub import ModelFolder
 from qllm.progress import Meter, unseen
 
 SOURCE_KEY = "qllm_source"
@@ -39,9 +40,9 @@ COPIED = (
 )
 
 
-def default_folder(model: ModelFolder) -> Path:
-    """Where the converted copy of a model is kept when no folder is named."""
-    return cache_folder() / "converted" / model.key
+def kept_as(model: ModelFolder) -> str:
+    """What the converted copy of a model is called in QLLM's own folder (`qllm.folders`)."""
+    return f"converted/{model.key}"
 
 
 def fingerprint(folder: Path) -> str:
@@ -62,8 +63,8 @@ def find_source(model: ModelFolder, note: Callable[[str], None]) -> Path:
     config = read_raw_config(model.path).values
     if LAYOUT_KEY in config or QUANTIZATION_KEY in config:
         return model.path
-    copy = default_folder(model)
-    if not (copy / "config.json").exists():
+    copy = folders.find(kept_as(model))
+    if copy is None or not (copy / "config.json").exists():
         note("converting the checkpoint on the fly; weight_convert.py keeps a converted copy")
         return model.path
     state = read_json(copy / "config.json")

@@ -1,9 +1,10 @@
 """The C++ kernels: compiled by the system's compiler at first use, kept in a cache, and loaded.
 
 A library is named after a hash of all that goes into it, so that a changed source, flag or compiler
-makes a new one, and an old one never stands in for it. `CXX` names the compiler, `QLLM_CACHE` the
-folder, and `QLLM_CXXFLAGS` adds flags, such as those of the sanitizers (with the sanitizer's own
-library, which `g++ -print-file-name=libasan.so` finds, in `LD_PRELOAD`):
+makes a new one, and an old one never stands in for it. What is loaded is a copy in memory of what
+was checked, from a folder that others cannot write to, wherever it is mounted. `CXX` names the
+compiler, `QLLM_CACHE` the folder, and `QLLM_CXXFLAGS` adds flags, such as those of the sanitizers
+(with the sanitizer's own library, which `g++ -print-file-name=libasan.so` finds, in `LD_PRELOAD`):
 
     QLLM_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all"
 """
@@ -19,6 +20,7 @@ import re
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -34,6 +36,7 @@ from typing import Any
 
 import torch
 
+from qllm import folders
 from qllm.errors import first_line
 
 SOURCE = Path(__file__).parent / "src"
@@ -69,15 +72,15 @@ LINK = ("-shared",)
 # g++ first: clang calls functions (__kmpc_*) that the libgomp of torch's wheels does not have.
 COMPILERS = ("g++", "c++", "clang++")
 OTHER_COMPILER = "set CXX to another compiler, such as g++ 11 or newer"
-OTHER_FOLDER = "set QLLM_CACHE to a folder of your own"
+OTHER_FOLDER = f"set {folders.CACHE} to a folder of your own"
 SYSTEM_OPENMP = "libgomp.so.1"
 TIMEOUT = 300.0
 LOCK_SECONDS = 2 * TIMEOUT  # compiling, and linking
-NOTE_SECONDS = 1.0
 STALE_SECONDS = 24 * 3600.0
 TEMPORARY = "cpu-build-"
 LOCK = "cpu.lock"
 LIBRARY = "library.so"
+OPENING = os.O_NOFOLLOW | os.O_NONBLOCK  # neither a link, nor a pipe that keeps us waiting
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -119,35 +122,42 @@ def load(source: Path = SOURCE) -> ctypes.CDLL:
         Unavailable: after all was tried again at each call, which may take as long as compiling.
     """
     recipe = _recipe(source)
-    path = cache_folder() / f"cpu-{recipe.key}.so"
     _share_openmp()
-    try:
+    reasons: list[str] = []
+    for folder in folders.kept_in(folders.CACHE):
+        try:
+            path = folder / f"cpu-{recipe.key}.so"
+            return _cached(path) or _made(path, recipe, folders.fallback(folder, reasons))
+        except OSError as error:
+            reasons.append(f"{folder}: {error.strerror or first_line(error)}")
+    where = "; ".join(reasons) or folders.NO_HOME
+    raise Unavailable(f"the CPU kernels cannot be kept ({where}); {OTHER_FOLDER}")
+
+
+def _made(path: Path, recipe: _Recipe, fallback: str | None) -> ctypes.CDLL:
+    """The library of a recipe, compiled into `path` unless another process just did.
+
+    Args:
+        fallback: what to say of the folder, where it is not the usual one.
+
+    Raises:
+        OSError: it cannot be kept there.
+    """
+    folders.make(path.parent)
+    path = folders.check_private(path.parent) / path.name
+    with _locked(path.parent / LOCK):
         if library := _cached(path):
             return library
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _locked(path.parent / LOCK):
-            if library := _cached(path):  # made by another process meanwhile
-                return library
-            _compile(path, recipe)
-    except OSError as error:
-        where = f"{path.parent} ({error.strerror or first_line(error)})"
-        raise Unavailable(f"the CPU kernels cannot be kept in {where}; {OTHER_FOLDER}") from error
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        reason = first_line(error)
-        raise Unavailable(f"the CPU kernels do not load ({reason}); {OTHER_COMPILER}") from error
+        if fallback:
+            _note(f"the CPU kernels are kept in {fallback}; {OTHER_FOLDER}")
+        _compile(path, recipe)
+    if library := _cached(path):
+        return library
+    raise Unavailable(f"{path} is not what was written to it; {OTHER_FOLDER}")
 
 
-def cache_folder() -> Path:
-    """Where libraries are kept: $QLLM_CACHE, else qllm in the user's cache folder."""
-    own = os.environ.get("QLLM_CACHE")
-    folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "qllm"
-    try:
-        return folder.expanduser().absolute()
-    except RuntimeError as error:  # no home
-        reason = first_line(error)
-        raise Unavailable(f"no folder for the CPU kernels ({reason}); {OTHER_FOLDER}") from error
+def _note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 def _recipe(folder: Path) -> _Recipe:
@@ -200,25 +210,32 @@ def _cached(path: Path) -> ctypes.CDLL | None:
     """The library at `path`; None where there is none, or one that is damaged.
 
     Raises:
-        Unavailable: someone else could have written it, and it would run with our rights.
+        OSError: someone else could have written it, and it would run with our rights.
+        Unavailable: it is whole, and does not load; compiled again it would be the same.
     """
     try:
-        status = path.stat()
+        path = folders.check_private(path.parent) / path.name
+        with os.fdopen(os.open(path, os.O_RDONLY | OPENING), "rb") as file:
+            status = os.fstat(file.fileno())
+            if (who := folders.whose(status)) or not stat.S_ISREG(status.st_mode):
+                reason = f"{path} may be another user's work, {who or 'no file'}: delete it"
+                raise PermissionError(errno.EACCES, reason)
+            content = file.read()
     except FileNotFoundError:
         return None
-    if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
-        who = f"owner {status.st_uid}, mode {status.st_mode & 0o777:o}"
-        raise Unavailable(
-            f"{path} may be another user's work ({who}); delete it, or {OTHER_FOLDER}"
-        )
-    content = path.read_bytes()
     # The system loads a file that was cut short, and the process dies in what is not there.
     if hashlib.sha256(content[:-DIGEST_BYTES]).digest() != content[-DIGEST_BYTES:]:
         return None
     try:
-        return ctypes.CDLL(str(path))
-    except OSError:
-        return None
+        # It stays open: the loader knows what it has by its path, and would take the number for
+        # this library, whatever else is opened under it later.
+        copy = os.memfd_create(path.name)
+        with os.fdopen(copy, "wb", closefd=False) as file:
+            file.write(content)
+        return ctypes.CDLL(f"/proc/self/fd/{copy}")
+    except OSError as error:
+        reason = first_line(error)
+        raise Unavailable(f"the CPU kernels do not load ({reason}); {OTHER_COMPILER}") from error
 
 
 def _compile(path: Path, recipe: _Recipe) -> None:
@@ -234,9 +251,10 @@ def _compile(path: Path, recipe: _Recipe) -> None:
         folder = Path(temporary)
         for name, content in recipe.sources.items():
             (folder / name).write_bytes(content)
-        with _noted():
-            _run(recipe.compiling, folder)
-            _run([recipe.linking], folder)
+        _note("compiling the CPU kernels (once, about 20 s) ...")
+        start = time.monotonic()
+        _run(recipe.compiling, folder)
+        _run([recipe.linking], folder)
         library = folder / LIBRARY
         if not library.exists():
             raise Unavailable(f"{recipe.linking[0]} makes no library; {OTHER_COMPILER}")
@@ -244,19 +262,7 @@ def _compile(path: Path, recipe: _Recipe) -> None:
         library.write_bytes(content + hashlib.sha256(content).digest())
         library.chmod(0o755)
         library.replace(path)
-
-
-@contextmanager
-def _noted() -> Iterator[None]:
-    """Tell the user what takes so long, if it does."""
-    line = "note: compiling the CPU kernels (once; some twenty seconds) ..."
-    timer = threading.Timer(NOTE_SECONDS, print, [line], {"file": sys.stderr})
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    _note(f"the CPU kernels are compiled, in {time.monotonic() - start:.0f} s")
 
 
 @contextmanager
@@ -307,8 +313,9 @@ def _output(command: list[str], folder: Path | None, stop: threading.Event) -> s
         said = log.read().decode(errors="replace")
     if status:
         reason = _first_error(said) or f"status {status}"
-        remedy = OTHER_FOLDER if os.strerror(errno.ENOSPC) in reason else OTHER_COMPILER
-        raise Unavailable(f"{command[0]} fails on the CPU kernels ({reason}); {remedy}")
+        if os.strerror(errno.ENOSPC) in reason:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        raise Unavailable(f"{command[0]} fails on the CPU kernels ({reason}); {OTHER_COMPILER}")
     return said
 
 

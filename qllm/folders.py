@@ -1,0 +1,160 @@
+"""The folders that QLLM keeps things in, and who else could have put something there.
+
+`QLLM_HOME` names the folder of converted checkpoints and of statistics, `QLLM_CACHE` that of the
+compiled kernels. Without them both are `qllm` in the user's cache folder (`XDG_CACHE_HOME`, or
+`~/.cache`); and where that cannot be, `qllm-UID` in the system's folder for temporary files.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from qllm.errors import UserError, first_line
+
+HOME, CACHE = "QLLM_HOME", "QLLM_CACHE"
+NO_HOME = "this user has no home directory"
+
+
+def kept_in(variable: str) -> list[Path]:
+    """The folders to look into, the preferred one first; if `variable` names one, that alone.
+
+    Raises:
+        UserError: the variable names the home of somebody who has none.
+    """
+    if own := os.environ.get(variable):
+        try:
+            return [Path(own).expanduser().absolute()]
+        except RuntimeError as error:
+            raise UserError(f"{variable}={own}: {first_line(error)}; name a folder") from None
+    found = []
+    with suppress(RuntimeError):  # neither HOME nor a line of the password file
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        found.append(cache.absolute() / "qllm")
+    if last := temporary():
+        found.append(last)
+    return found
+
+
+def temporary() -> Path | None:
+    """A folder of this user's in the system's for temporary files; None where that has none."""
+    try:
+        return Path(tempfile.gettempdir()).absolute() / f"qllm-{os.geteuid()}"
+    except FileNotFoundError:
+        return None
+
+
+def find(name: str) -> Path | None:
+    """The path of what QLLM keeps under a name; None where there is nothing."""
+    for folder in kept_in(HOME):
+        with suppress(OSError):
+            if (folder / name).exists() and (folder != temporary() or check_private(folder)):
+                return folder / name
+    return None
+
+
+def place(name: str, note: Callable[[str], object]) -> Path:
+    """Where to keep something under a name.
+
+    Args:
+        note: called with a line, where it is not the usual folder.
+
+    Raises:
+        UserError: there is no place.
+    """
+    reasons: list[str] = []
+    for folder in kept_in(HOME):
+        try:
+            make(folder)
+            if where := fallback(folder, reasons):
+                check_private(folder)
+                note(f"what is made is kept in {where}; set {HOME} to a folder of your own")
+            return folder / name
+        except OSError as error:
+            reasons.append(f"{folder}: {error.strerror or first_line(error)}")
+    why = "; ".join(reasons) or NO_HOME
+    raise UserError(f"there is no place to keep it ({why}); name one with --save, or set {HOME}")
+
+
+def fallback(folder: Path, reasons: list[str]) -> str | None:
+    """What to say of a folder of `kept_in`, where it is not the usual one.
+
+    Args:
+        reasons: why the folders in front of it do not serve.
+    """
+    why = "; ".join(reasons) or NO_HOME
+    return f"{folder}, which may be cleared ({why})" if folder == temporary() else None
+
+
+def make(folder: Path) -> None:
+    """Make a folder and what is missing above it, for this user alone.
+
+    Raises:
+        OSError: it cannot be made, or nothing can be written into it.
+    """
+    for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+        missing.mkdir(0o700, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        reason = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(reason, os.strerror(reason), str(folder))
+
+
+def check_private(folder: Path) -> Path:
+    """The folder without links on the way, where nobody but this user and root can change it.
+
+    Raises:
+        PermissionError: somebody else can.
+        OSError: there is no such folder.
+    """
+    folder = folder.resolve(strict=True)
+    for each in (folder, *folder.parents):
+        status = each.stat()
+        # Of a sticky folder, such as /tmp, everybody can remove what is his own, and nothing else.
+        sticky = bool(status.st_mode & stat.S_ISVTX)
+        # In a user namespace root outside of it has no number; such a folder is not ours to make.
+        unmapped = each != folder and status.st_uid == _unmapped()
+        if (who := whose(status, sticky)) and not (unmapped and not _writable(status, sticky)):
+            raise PermissionError(errno.EACCES, f"others may change {each}: {who}", str(each))
+    return folder
+
+
+def whose(status: os.stat_result, sticky: bool = False) -> str | None:
+    """Who besides this user and root may change what has this status, None where nobody does."""
+    if status.st_uid in (0, os.geteuid()) and not _writable(status, sticky):
+        return None
+    return f"owner {status.st_uid}, mode {status.st_mode & 0o7777:o}"
+
+
+def _writable(status: os.stat_result, sticky: bool) -> bool:
+    if sticky:
+        return False
+    group = status.st_mode & stat.S_IWGRP and not _own_group(status.st_gid)
+    return bool(status.st_mode & stat.S_IWOTH or group)
+
+
+def _own_group(number: int) -> bool:
+    """Whether a group is root's, or one of this user alone, as many systems give to each user."""
+    import grp  # not on Windows
+    import pwd
+
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(number)
+    except KeyError:
+        return number == 0
+    alone = (group.gr_gid, group.gr_name) == (user.pw_gid, user.pw_name)
+    return number == 0 or (alone and set(group.gr_mem) <= {user.pw_name})
+
+
+def _unmapped() -> int | None:
+    """The number that stands for users whom this namespace does not know; None: it knows all."""
+    try:
+        if Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]:
+            return None
+        return int(Path("/proc/sys/kernel/overflowuid").read_text())
+    except (OSError, ValueError):
+        return None
