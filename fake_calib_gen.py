@@ -89,6 +89,7 @@ def calibrate_text(args: argparse.Namespace, folder: Path, vocab_size: int):  # 
         dtype=cli.resolve_dtype(args),
         device=cli.resolve_device(args),
         meter=cli.meter("loading"),
+        note=cli.note,
     )
     return calibration.calibrate(model, samples, cli.progress("calibrating"))
 

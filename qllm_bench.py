@@ -304,6 +304,7 @@ def loader(
             device=device,
             calibration=cli.find_calibration(args, folder, plan),
             meter=cli.meter("loading"),
+            note=cli.note if plan is plans[0] else cli.silent,
             **about,
         )
         about["bitwidth"] = report.bitwidth(model) if args.bitwidth is None else plan.text

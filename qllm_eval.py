@@ -296,6 +296,7 @@ def run_models(
             calibration=cli.find_calibration(args, folder, plan),
             activation_bits=activation_bits,
             meter=cli.meter("loading"),
+            note=cli.silent if rows else cli.note,
         )
         bitwidth = report.bitwidth(model) if args.bitwidth is None else plan.text
         row = decoder_row(model, bitwidth, asked, partial(progress_at, bitwidth))

@@ -55,6 +55,7 @@ def main() -> None:
         Path(args.save),
         ExportOptions(dtype=args.dtype, **given),
         cli.progress("writing"),
+        cli.note,
     )
     result = {
         "model": folder.name,

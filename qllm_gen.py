@@ -157,8 +157,9 @@ def load(
     from qllm.checkpoint.convert import find_source
     from qllm.checkpoint.load import load_model
 
+    note = cli.note if session is None or session.rank == 0 else cli.silent
     return load_model(
-        find_source(folder, cli.note if session is None or session.rank == 0 else cli.silent),
+        find_source(folder, note),
         plan,
         dtype=cli.resolve_dtype(args),
         device=device,
@@ -168,6 +169,7 @@ def load(
         activation_bits=args.activation_bits,
         meter=cli.meter("loading") if session is None else session.meter,
         place=place,
+        note=note,
     )
 
 

@@ -32,7 +32,8 @@ def main() -> None:
 
     target = Path(args.save) if args.save else folders.place(kept_as(model), cli.note)
     # Our own copy of this model may be of an older state; a folder the user names is the user's.
-    size = convert(model, target, overwrite=not args.save, meter=cli.meter("converting"))
+    meter = cli.meter("converting")
+    size = convert(model, target, overwrite=not args.save, meter=meter, note=cli.note)
     print(f"{model.name}: {megabytes(size)} written to {target}")
 
 

@@ -36,7 +36,7 @@ OFFLINE_DEFAULT = "--model-size tiny runs offline"
 # What a run needs besides weights; weights are safetensors where there are any.
 SMALL_FILES = ["*.json", "*.txt", "tokenizer.model"]
 SAFETENSORS = ["*.safetensors"]
-TORCH_FILES = ["pytorch_model*.bin"]
+TORCH_FILES = ["pytorch_model*.bin", "gptq_model*.bin"]
 
 
 @dataclass(frozen=True)

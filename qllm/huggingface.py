@@ -127,7 +127,7 @@ def load_reference(
     """
     check_readable_by_transformers(read_raw_config(folder))
     weights = Weights(Checkpoint(folder))
-    dtype = dtype or weights.dtype()
+    dtype = dtype or weights.default_dtype()
     elements = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
     check_fits(elements * dtype.itemsize, device, f"the reference of {folder.name}")
     del weights

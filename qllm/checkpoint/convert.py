@@ -81,6 +81,7 @@ def convert(
     *,
     overwrite: bool,
     meter: Meter = unseen,
+    note: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Write a checkpoint in QLLM's layout, one tensor in memory at a time.
 
@@ -88,6 +89,7 @@ def convert(
         target: the folder to make; it appears when it is whole.
         overwrite: replace a folder that is there.
         meter: counts the bytes of the weights.
+        note: called with a line on tensors that are not used.
 
     Returns:
         Bytes of the weights.
@@ -96,7 +98,7 @@ def convert(
         UserError: for a broken checkpoint, one that is converted already, or a target that is
             there.
     """
-    weights = Weights(Checkpoint(model.path))
+    weights = Weights(Checkpoint(model.path), note)
     if weights.stored:
         raise UserError(f"{model.path} is quantized; conversion takes 16-bit checkpoints")
     if weights.converted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from qllm.parallel.pipeline import Place, balance
 from qllm.progress import Meter, unseen
 from qllm.quant.calibrate import Calibration
 
+Note = Callable[[str], None]
+
 
 def load_model(
     folder: Path,
@@ -37,6 +39,7 @@ def load_model(
     activation_bits: int = DEFAULT_ACTIVATION_BITS,
     meter: Meter = unseen,
     place: Place | None = None,
+    note: Note = lambda line: None,
 ) -> Decoder:
     """Load a 16- or 32-bit checkpoint, quantizing each layer as it comes; or a quantized one.
 
@@ -53,14 +56,15 @@ def load_model(
             inputs; 16: as exactly as 16-bit types allow.
         meter: counts the bytes that the linears' weights have in `dtype`.
         place: what this process of several has of the model; None: all of it.
+        note: called with a line on what the checkpoint holds and the model does not use.
 
     Raises:
         UserError: for a broken checkpoint, a plan that does not fit it, too many shards, a model
             that does not fit into memory, a layer that needs a calibration and has none, or
             activations of 8 bits where no layer takes them.
     """
-    weights = Weights(Checkpoint(folder))
-    dtype = dtype or weights.dtype()
+    weights = Weights(Checkpoint(folder), note)
+    dtype = dtype or weights.default_dtype()
     specs = _specs(weights, plan)
     _check_calibration(weights, specs, calibration)
     model = _empty(weights, specs, dtype)
@@ -105,7 +109,7 @@ def outline(folder: Path, plan: QuantPlan, dtype: torch.dtype | None = None) -> 
         UserError: for a broken checkpoint, or a plan that does not fit it.
     """
     weights = Weights(Checkpoint(folder))
-    return _empty(weights, _specs(weights, plan), dtype or weights.dtype())
+    return _empty(weights, _specs(weights, plan), dtype or weights.default_dtype())
 
 
 def _empty(weights: Weights, specs: dict[str, QuantSpec], dtype: torch.dtype) -> Decoder:

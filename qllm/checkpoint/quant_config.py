@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qllm import __version__
-from qllm.config import LM_HEAD, QuantSpec
+from qllm.config import DEFAULT_GROUP_SIZE, LM_HEAD, QuantSpec
 from qllm.errors import UserError
 from qllm.patterns import Patterns
 
@@ -88,6 +88,9 @@ def parse(value: object, where: str) -> QuantizationConfig:
     Raises:
         UserError: for one that is not whole, or that QLLM cannot compute what it says.
     """
+    if isinstance(value, dict) and isinstance(value.get("quantization_config"), dict):
+        # Older compressed-tensors nested it so.
+        value = {"quant_method": "compressed-tensors", **value["quantization_config"]}
     fields = _Fields(value, f"{where}: quantization_config")
     method = fields.text("quant_method")
     if method.lower() not in METHODS:
@@ -152,6 +155,8 @@ class _Fields:
         value = self.get(*names)
         if value is None and default is not None:
             return default
+        if isinstance(value, str) and re.fullmatch(r"-?\d{1,9}", value):
+            return int(value)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.error(f"{names[0]} {_short(value)}", "expected a whole number")
         return value
@@ -165,6 +170,9 @@ class _Fields:
         return value
 
     def group_size(self, *names: str, default: int | None = None) -> int:
+        """A group size; a null is the whole channel where one may be left out."""
+        if default is not None and any(name in self.value for name in names):
+            default = -1
         value = self.number(*names, default=default)
         if value < 1 and value != -1:
             raise self.error(f"{names[0]} {value}", "expected 1 or more, or -1")
@@ -256,7 +264,8 @@ def _parse_gptq(fields: _Fields) -> QuantizationConfig:
 def _gptq_spec(fields: _Fields, base: QuantSpec | None) -> QuantSpec:
     bits = fields.number("bits", default=base.bits if base else None)
     fields.one_of("bits", bits, GPTQ_BITS)
-    group_size = fields.group_size("group_size", default=base.group_size if base else None)
+    default = base.group_size if base else DEFAULT_GROUP_SIZE
+    group_size = fields.group_size("group_size", default=default)
     sym = fields.flag("sym", base.scheme == "sym" if base else True)
     return QuantSpec(bits, group_size, "sym" if sym else "asym", WEIGHT_ONLY)
 
@@ -341,7 +350,7 @@ def _parse_awq(fields: _Fields) -> QuantizationConfig:
         raise fields.error('backend "llm-awq"', "QLLM reads what AutoAWQ wrote")
     fields.one_of("bits", fields.number("bits", "w_bit"), (4,))
     fields.one_of("zero_point", fields.flag("zero_point", True), (True,))
-    group_size = fields.group_size("group_size", "q_group_size")
+    group_size = fields.group_size("group_size", "q_group_size", default=DEFAULT_GROUP_SIZE)
     parts = fields.texts("modules_to_not_convert")
     rules: list[tuple[Test, None]] = [(lambda name: any(part in name for part in parts), None)]
     if not fields.flag("lm_head", False):

@@ -10,10 +10,12 @@ import gc
 import io
 import mmap
 import os
+import re
 import struct
 import sys
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,13 @@ DTYPES = {
 MOST_HEADER_BYTES = 16 << 20
 # What config.json calls the way its weights are quantized; 16-bit ones have none.
 QUANTIZATION_KEY = "quantization_config"
+# What older compressed-tensors called it; files of the same content that AutoGPTQ and AutoAWQ wrote
+# beside config.json, and what their quant_method is where they do not say.
+OLD_QUANTIZATION_KEY = "compression_config"
+QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+# Weights have the first names in transformers; other tools have others.
+STANDARD_NAMES = ("model.safetensors", "pytorch_model.bin")
+OTHER_NAMES = (r"(?!adapter_).*\.safetensors", r"(?:pytorch|gptq)_model.*\.bin")
 # A mapped torch file is opened anew after this many bytes, which gives its pages back.
 RELEASE_BYTES = 256 << 20
 # Of a file that is read tensor by tensor, this much is asked for ahead.
@@ -62,11 +71,18 @@ def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
 
 
 def read_raw_config(folder: Path) -> RawConfig:
-    """The folder's config.json; of older GPTQ checkpoints, with their quantize_config.json."""
-    path, other = folder / "config.json", folder / "quantize_config.json"
+    """The folder's config.json; its QUANTIZATION_KEY is where older tools put it elsewhere, too."""
+    path = folder / "config.json"
     values = read_json(path)
-    if QUANTIZATION_KEY not in values and other.exists():
-        values[QUANTIZATION_KEY] = {"quant_method": "gptq", **read_json(other)}
+    if values.get(QUANTIZATION_KEY) is None:
+        values.pop(QUANTIZATION_KEY, None)
+        found = values.get(OLD_QUANTIZATION_KEY)
+        for name, method in QUANTIZATION_FILES.items():
+            if found is None and (folder / name).exists():
+                found = read_json(folder / name)
+                found["quant_method"] = found.get("quant_method") or method
+        if found is not None:
+            values[QUANTIZATION_KEY] = found
     return RawConfig(values, str(path))
 
 
@@ -297,10 +313,16 @@ class Checkpoint:
         self.folder = folder
         self.raw_config = read_raw_config(folder)
         self._files: dict[str, TensorFile] = {}
-        for path in weight_files(folder):
+        elsewhere = self.raw_config.values.get("transformers_weights")
+        if elsewhere is not None:
+            raise self.raw_config.error("transformers_weights", elsewhere, "no entry of this name")
+        paths, weight_map = _find_weights(folder)
+        for path in paths:
             kind = SafetensorsFile if path.suffix == ".safetensors" else TorchFile
             file = kind(path)
             for name in file.tensors:
+                if weight_map is not None and weight_map.get(name) != path.name:
+                    continue  # the index says that it is read from elsewhere, or not at all
                 if name in self._files:
                     raise UserError(f"{path} holds {name}, as {self._files[name].path.name} does")
                 self._files[name] = file
@@ -332,7 +354,8 @@ class Checkpoint:
         # The extremes are NaN or infinite where any element is, and need no second tensor.
         if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise UserError(f"{file.path}: {name} holds NaN or infinite values; get it again")
-        return tensor
+        # No kernel knows float64.
+        return tensor.float() if tensor.dtype == torch.float64 else tensor
 
     def read_any(
         self,
@@ -362,21 +385,51 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that hold a folder's weights: safetensors before torch, whole before sharded.
 
     Raises:
-        UserError: where there are none, or an index names one that is missing or elsewhere.
+        UserError: where there are none, an index names one that is missing or elsewhere, or several
+            have names from which it cannot be told which to read.
     """
-    for stem in ("model.safetensors", "pytorch_model.bin"):
+    return _find_weights(folder)[0]
+
+
+def _find_weights(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
+    """The files of `weight_files`, and an index's name of the file that each tensor is in."""
+    for stem in STANDARD_NAMES:
         if (folder / stem).exists():
-            return [folder / stem]
+            return [folder / stem], None
         index = folder / f"{stem}.index.json"
         if index.exists():
-            return _indexed_files(index)
+            return _read_index(index)
+    names = sorted(path.name for path in folder.iterdir() if path.exists())
+    indices = [name for name in names if name.endswith(".safetensors.index.json")]
+    if len(indices) == 1:
+        return _read_index(folder / indices[0])
+    for pattern in OTHER_NAMES:
+        found = [name for name in names if re.fullmatch(pattern, name)]
+        if found and not _are_whole(found):
+            listed = ", ".join(found[:3]) + (" …" if len(found) > 3 else "")
+            raise UserError(
+                f"{folder} holds {listed}: neither one file, nor all of a numbered set, and there "
+                "is no index that says which tensor is read from which"
+            )
+        if found:
+            return [folder / name for name in found], None
     raise UserError(
-        f"{folder} is no checkpoint: it has neither model.safetensors nor pytorch_model.bin, "
-        "whole or with an index"
+        f"{folder} is no checkpoint: it has neither {' nor '.join(STANDARD_NAMES)}, whole or with "
+        "an index"
     )
 
 
-def _indexed_files(index: Path) -> list[Path]:
+def _are_whole(names: Sequence[str]) -> bool:
+    """Whether file names are a single one, or 00001-of-N to N-of-N of one set."""
+    found = [re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\..*)", name) for name in names]
+    if None in found:
+        return len(names) == 1
+    sets = {match.group(1, 3, 4) for match in found}
+    return len(sets) == 1 and len(names) == int(found[0][3])
+
+
+def _read_index(index: Path) -> tuple[list[Path], Mapping[str, str]]:
+    """The files that an index names, and its file of each tensor."""
     weight_map = read_json(index, MOST_HEADER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map from tensor names to files")
@@ -391,4 +444,4 @@ def _indexed_files(index: Path) -> list[Path]:
             raise UserError(
                 f"{index.parent} lacks {name}, one of {len(names)} that its index names"
             )
-    return [index.parent / name for name in names]
+    return [index.parent / name for name in names], weight_map

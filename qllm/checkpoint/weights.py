@@ -6,7 +6,7 @@ Two layouts: Hugging Face's, where a fused matrix is put together as it is read,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qllm.checkpoint.formats import WORD
 from qllm.checkpoint.quant_config import Storage, parse
-from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint
+from qllm.checkpoint.reader import QUANTIZATION_FILES, QUANTIZATION_KEY, Checkpoint
 from qllm.checkpoint.stored import (
     TENSORS,
     Quantized,
@@ -31,6 +31,14 @@ from qllm.models import Decoder, RawConfig, family_of
 
 LAYOUT_KEY = "qllm_layout"
 LAYOUT = 1
+
+# The types that config.json may name.
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Ends of names of tensors that change no result without what else they are for: scales of a
+# quantized cache, masks and frequencies that are computed anew.
+UNUSED = (".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".rotary_emb.inv_freq", ".masked_bias")
+# Parts of names of an adapter's tensors.
+ADAPTER = (".lora_", ".adapter", ".ia3_")
 
 
 def is_converted(checkpoint: Checkpoint) -> bool:
@@ -88,10 +96,17 @@ class Weights:
         config: the model's, with `tied_head` as the weights have it.
         converted: whether the checkpoint is in QLLM's layout.
         stored: how each quantized linear is stored, by our name; {} at 16 bits.
+        dropped: the checkpoint's names of tensors that no model of its config.json has, and that
+            change nothing.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, note: Callable[[str], None] = lambda line: None
+    ) -> None:
         """
+        Args:
+            note: called with a line on tensors that are not used.
+
         Raises:
             UserError: where config.json and the weights disagree.
         """
@@ -103,6 +118,12 @@ class Weights:
         self.config = self._untie_if_different(self.config)
         self.stored = self._find_stored()
         self._check()
+        if self.dropped:
+            more = f" and {len(self.dropped) - 1} more" if len(self.dropped) > 1 else ""
+            note(
+                f"{self.dropped[0]}{more} of the checkpoint: no {self.family.name} of its "
+                "config.json has that, it is not used"
+            )
 
     def _find_prefix(self) -> str:
         names = self.checkpoint.tensors
@@ -201,21 +222,70 @@ class Weights:
             for part, count in zip(parts, rows, strict=True):
                 expected.add(part)
                 if part not in tensors:
-                    raise UserError(
-                        f"{self.checkpoint.folder} lacks {part}, which its config.json implies"
-                    )
+                    raise self._lacks(part)
                 if tensors[part].shape != (count, *shape[1:]):
                     raise UserError(
                         f"{self.checkpoint.path(part)}: {part} has the shape "
                         f"{list(tensors[part].shape)}, config.json implies {[count, *shape[1:]]}"
                     )
-        for name in tensors:
-            known = name in expected or name.endswith(self.family.ignored or ("\0",))
-            if not known and not (name == "lm_head.weight" and self.config.tied_head):
-                raise UserError(
-                    f"{self.checkpoint.path(name)} holds {name}, which no {self.family.name} "
-                    "of its config.json has"
+        tied = {"lm_head.weight"} if self.config.tied_head else set()
+        self.dropped = self._check_unused(name for name in tensors if name not in expected | tied)
+
+    def _lacks(self, name: str) -> UserError:
+        """The error for a float tensor that is not there, and what is there in its place."""
+        raw, stem = self.checkpoint.raw_config, name.removesuffix("weight")
+        lacks = f"{self.checkpoint.folder} lacks {name}"
+        keys = dict.fromkeys(key for format in TENSORS.values() for key in format[0])
+        there = [stem + key for key in keys if stem + key in self.checkpoint.tensors]
+        if name.endswith("weight") and there:
+            listed = f"{lacks} and holds {', '.join(there)}: it is quantized, but "
+            if QUANTIZATION_KEY in raw.values:
+                return UserError(
+                    f"{listed}the {QUANTIZATION_KEY} of its config.json leaves that module out"
                 )
+            return UserError(
+                f"{listed}config.json has no {QUANTIZATION_KEY}, and beside it there is no "
+                f"{' or '.join(QUANTIZATION_FILES)}"
+            )
+        if name == f"{LM_HEAD}.weight":
+            key, family = "tie_word_embeddings", self.family.name
+            said = f"config.json has no {key}, which is false for {family}"
+            if raw.values.get(key) is not None:
+                said = f"{key} is false in its config.json"
+            return UserError(
+                f"{lacks}, and {said}: transformers would draw a head at random; set {key} to true "
+                "if the embedding is the head"
+            )
+        return UserError(f"{lacks}, which its config.json implies")
+
+    def _check_unused(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Refuse tensors that no model of the config.json has where they would change the result.
+
+        Returns:
+            Names of the others, but for those that the family's older checkpoints have.
+        """
+        dropped = []
+        outer = [self._parts(f"{name}.weight")[0] for name in (*self.family.outer, LM_HEAD)]
+        layer = "layers." if self.converted else self.family.layer.partition("{")[0]
+        inside = (
+            self._prefix + layer,
+            *(part.removesuffix("weight") for part in outer),
+        )
+        for name in names:
+            if name.endswith(self.family.ignored):
+                continue
+            unused = name.endswith(UNUSED) or any(part in name for part in ADAPTER)
+            if name.startswith(inside) and not unused:
+                where = f"{self.checkpoint.path(name)} holds {name}"
+                if not name.endswith(".bias"):
+                    raise UserError(f"{where}, which no {self.family.name} of its config.json has")
+                if self.checkpoint.read_any(name).count_nonzero():
+                    raise UserError(
+                        f"{where}, which is not 0, and no {self.family.name} of its config.json "
+                        "has this bias"
+                    )
+            dropped.append(name)
+        return tuple(dropped)
 
     def _check_quantized(self, module: str) -> set[str]:
         """Refuse a quantized linear whose tensors are not there; returns their names."""
@@ -225,9 +295,11 @@ class Weights:
             stem = part.removesuffix("weight")
             for key in tensors:
                 if stem + key not in self.checkpoint.tensors:
+                    there = [name for name in self.checkpoint.tensors if name.startswith(stem)]
                     raise UserError(
                         f"{self.checkpoint.folder} lacks {stem + key}, which the "
-                        "quantization_config of its config.json implies"
+                        f"{QUANTIZATION_KEY} of its config.json implies; it holds "
+                        f"{', '.join(there[:4]) or 'nothing of that module'}"
                     )
             expected |= {stem + key for key in (*tensors, *optional)}
         return expected
@@ -304,10 +376,15 @@ class Weights:
         span = range(int(wanted.min()), int(wanted.max()) + 1)
         return wanted - span.start, span
 
+    def default_dtype(self) -> torch.dtype:
+        """What a model is computed in: the type that config.json names, else the embedding's."""
+        return DTYPES.get(self.config.dtype or "") or self.dtype()
+
     def dtype(self, name: str = "embed.weight") -> torch.dtype:
-        """The type the checkpoint holds one of our tensors in; the embedding's is the model's."""
+        """The type in which one of our tensors is read."""
         types = [self.checkpoint.tensors[part].dtype for part in self._parts(name)]
-        return reduce(torch.promote_types, types)
+        found = reduce(torch.promote_types, types)
+        return torch.float32 if found == torch.float64 else found
 
     def read(
         self,

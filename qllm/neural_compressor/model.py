@@ -96,7 +96,9 @@ class Source:
         from transformers import AutoModelForCausalLM
 
         try:
-            model = AutoModelForCausalLM.from_pretrained(self.path, dtype=self.weights.dtype())
+            model = AutoModelForCausalLM.from_pretrained(
+                self.path, dtype=self.weights.default_dtype()
+            )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"transformers cannot load {self.path}: {first_line(error)}") from None
         return model.to(self.device)

@@ -40,11 +40,13 @@ def export(
     target: Path,
     options: ExportOptions | None = None,
     progress: Callable[[list], Iterable] = iter,
+    note: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Write the ONNX model of a checkpoint, one tensor in memory at a time.
 
     Args:
         target: the folder to make; it appears when it is whole.
+        note: called with a line on tensors that are not used.
 
     Returns:
         Bytes of the model.
@@ -54,7 +56,7 @@ def export(
             target that is there.
     """
     options = options or ExportOptions()
-    weights = Weights(Checkpoint(source))
+    weights = Weights(Checkpoint(source), note)
     if target.exists():
         raise UserError(f"{target} is there already; name another folder with --save")
     with new_folder(target) as folder:

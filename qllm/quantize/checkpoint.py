@@ -87,7 +87,8 @@ def quantize_checkpoint(
 
     Args:
         meter: counts the bytes of the layers that are quantized.
-        note: called with a line for each linear, and with where an interrupted run is gone on with.
+        note: called with a line for each linear, with where an interrupted run is gone on with,
+            and on tensors that are not used.
 
     Returns:
         what became of each linear.
@@ -113,7 +114,7 @@ class _Run:
             raise UserError(
                 f"{job.source} is quantized already; give the 16-bit checkpoint it was made from"
             )
-        self.weights = Weights(checkpoint)
+        self.weights = Weights(checkpoint, note)
         self.config = self.weights.config
         linears = self.weights.family.layer_linears(self.config.num_layers)
         self.specs = job.plan.resolve(linears, self.config.num_layers)
@@ -147,7 +148,7 @@ class _Run:
     def _bytes_needed(self) -> int:
         """About what calibration has in memory at its peak."""
         samples, length = len(self.job.samples), len(self.job.samples[0])
-        dtype = self.job.dtype or self.weights.dtype()
+        dtype = self.job.dtype or self.weights.default_dtype()
         hidden = samples * length * self.config.hidden_size * dtype.itemsize
         layer = sum(tensor.nbytes for tensor in self.model.layers[0].buffers())
         # The sum of x x^T of the widest input, its order, root and reversal.
@@ -256,7 +257,7 @@ class _Run:
         if self.job.samples is not None:
             for module in FRONT:
                 self._fill(module, mapped=True)
-            dtype = self.job.dtype or self.weights.dtype()
+            dtype = self.job.dtype or self.weights.default_dtype()
             self.hidden = HiddenStates.embed(self.model, self.job.samples, dtype)
             self._drop(FRONT[:-1])
 

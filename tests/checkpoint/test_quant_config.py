@@ -469,7 +469,7 @@ REFUSED = [
     (GPTQ | {"bits": None}, "has bits null; expected a whole number"),
     (GPTQ | {"group_size": 0}, "has group_size 0; expected 1 or more, or -1"),
     (GPTQ | {"group_size": -2}, "has group_size -2; expected 1 or more, or -1"),
-    (GPTQ | {"group_size": "128"}, 'has group_size "128"; expected a whole number'),
+    (GPTQ | {"group_size": "all"}, 'has group_size "all"; expected a whole number'),
     (GPTQ | {"sym": "yes"}, 'has sym "yes"; expected true or false'),
     (GPTQ | {"lm_head": 1}, "has lm_head 1; expected true or false"),
     (GPTQ | {"checkpoint_format": "marlin"}, 'checkpoint_format "marlin"; QLLM reads "gptq" or'),

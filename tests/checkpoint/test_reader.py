@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import mmap
 import pickle
+import re
 import struct
 
 import pytest
 import torch
-from checkpoints import FORMS, LFS_POINTER, rewritten, state_of
+from checkpoints import FORMS, LFS_POINTER, change_json, rewritten, state_of
 from conftest import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from qllm.checkpoint import reader
 from qllm.checkpoint.reader import (
@@ -22,6 +24,7 @@ from qllm.checkpoint.reader import (
     read_json,
     weight_files,
 )
+from qllm.checkpoint.weights import Weights
 from qllm.errors import UserError
 
 
@@ -284,17 +287,44 @@ def test_a_missing_shard_is_named(tmp_path):
         Checkpoint(folder)
 
 
-def test_two_shards_with_one_tensor(tmp_path):
+def test_the_index_says_which_file_a_tensor_is_read_from(tmp_path):
     folder = rewritten("opt", tmp_path / "model", "safetensors-sharded")
     first, second = (folder / f"model-0000{i}-of-00003.safetensors" for i in (1, 2))
-    second.write_bytes(first.read_bytes())
+    name, tensor = next(iter(load_file(first).items()))
+    # A second copy that is another, and one that nobody asks for.
+    save_file(load_file(second) | {name: tensor + 1, "unindexed": tensor}, second)
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.path(name) == first
+    assert torch.equal(checkpoint.read(name), tensor)
+    assert "unindexed" not in checkpoint.tensors
+    (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(UserError, match=r"holds .*, as model-00001-of-00003\.safetensors does"):
         Checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["gptq_model-4bit-128g.safetensors", "other.safetensors"],
+        ["model-00001-of-00002.safetensors"],
+        ["model-00001-of-00002.safetensors", "other-00002-of-00002.safetensors"],
+        ["pytorch_model-00001-of-00001.bin", "gptq_model.bin"],
+    ],
+)
+def test_files_of_which_nobody_says_what_they_hold(names, tmp_path):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"holds {re.escape(', '.join(sorted(names)))}: neither"):
+        weight_files(tmp_path)
+
+
 def test_which_files_are_taken(tmp_path):
-    """safetensors before torch, a whole file before shards."""
+    """safetensors before torch, a whole file before shards, transformers' names before others."""
+    (tmp_path / "adapter_model.safetensors").touch()
     names = [
+        "gptq_model-4bit-128g.bin",
+        "gptq_model-4bit-128g.safetensors",
+        "other.safetensors.index.json",
         "pytorch_model.bin.index.json",
         "pytorch_model.bin",
         "model.safetensors.index.json",
@@ -305,6 +335,21 @@ def test_which_files_are_taken(tmp_path):
         (tmp_path / name).write_text(json.dumps({"weight_map": {"a": "shard"}}))
         expected = "shard" if name.endswith(".json") else name
         assert weight_files(tmp_path) == [tmp_path / expected]
+
+
+def test_a_byte_order_mark_is_no_part_of_json(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "config.json") == {"a": 1}
+
+
+def test_float64_is_read_as_float32(tmp_path):
+    """CPU kernels know no float64."""
+    state = {name: tensor.double() for name, tensor in state_of("opt").items()}
+    folder = rewritten("opt", tmp_path / "model", "safetensors", state)
+    found = Checkpoint(folder).read("model.decoder.final_layer_norm.weight")
+    assert found.dtype == torch.float32
+    change_json(folder / "config.json", dtype=None)
+    assert Weights(Checkpoint(folder)).default_dtype() == torch.float32
 
 
 NO_JSON = {
