@@ -45,7 +45,8 @@ SMALL = {
     "benchmarks.evaluation": "--dtypes float32 --windows 1 --window 64 --repeats 1",
     "benchmarks.onnx": "--models opt --max-tokens 600 --limit 1 --nsamples 2 --seqlen 32 "
     "--repeats 1",
-    "benchmarks.gpu": "--shapes 128x256 --rows 1 --bitwidths 4 --repeats 1 --limit-size 64",
+    "benchmarks.gpu": "--shapes 128x256 --rows 1 --bitwidths 4 --repeats 1 --limit-size 64 "
+    "--parts layer",
     "benchmarks.rivals": "--rivals qllm --rows 1 --repeats 1 --megabytes 1 --prompt 8 --batches 1 "
     "--context 4 --steps 1 --rounds 1",
 }

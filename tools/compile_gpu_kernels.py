@@ -3,8 +3,8 @@
     python3 -m tools.compile_gpu_kernels 80 90
 
 prints a line of JSON for each kernel and compute capability: registers of a thread, bytes of them
-that did not fit (stack) and of shared memory, and the matrix instructions. Triton must not be told
-to interpret.
+that did not fit (stack) and of shared memory, the matrix instructions, and those that do not round
+as IEEE 754 says, or not after each step. Triton must not be told to interpret.
 """
 
 from __future__ import annotations
@@ -27,11 +27,16 @@ from qllm.ops.gpu.kernels import attention, matmul, rows
 
 BITS = (3, 4, 8)
 INSTRUCTIONS = ("HGMMA", "IGMMA", "HMMA", "IMMA")
+INEXACT = re.compile(r"\b(?:fma\.rn\.f32|[a-z0-9]+\.(?:full|approx)\.[.a-z0-9]+|[.a-z0-9]+\.ftz\b)")
 ALIGNED = ("inputs", "x_stride")  # numbers that are multiples of 16 in any model
 
 
 class Job(NamedTuple):
-    """A kernel, the types of its tensors by name, its constants, and how it is launched."""
+    """A kernel, the types of its tensors by name, its constants, and how it is launched.
+
+    Attributes:
+        fusion: products and sums may be contracted, see `enable_fp_fusion` at the launch.
+    """
 
     name: str
     kernel: triton.JITFunction
@@ -39,6 +44,7 @@ class Job(NamedTuple):
     constants: dict[str, object]
     warps: int
     stages: int
+    fusion: bool
 
 
 def products(capability: str) -> Iterator[Job]:
@@ -64,7 +70,8 @@ def products(capability: str) -> Iterator[Job]:
                 cut |= {"GROUP_BLOCKS": 1, "HAS_ZEROS": True}
             every = constants | cut | {"HAS_BIAS": True}
             name = f"{kind}, {count} rows"
-            yield Job(name, kernel, common | tensors, every, tile.warps, tile.stages)
+            how = (tile.warps, tile.stages, kind != "int8")
+            yield Job(name, kernel, common | tensors, every, *how)
 
 
 def others() -> Iterator[Job]:
@@ -76,10 +83,12 @@ def others() -> Iterator[Job]:
         constants = {"DIM": dim, "FIRST": dim // 2, "HALF": dim // 2, "GROUP": 1, "SPLITS": 8}
         constants |= {"GROUP_ROOM": 16, "SPAN": 256, "BLOCK": 64, "TURN": True, "SLOPE": True}
         name = f"attention, heads of {dim}"
-        yield Job(name, attention.decode_attention, tensors, constants, 4, 2)
+        yield Job(name, attention.decode_attention, tensors, constants, 4, 2, True)
     tensors = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "q": "*i8", "scales": "*fp32"}
-    constants = {"WIDTH": 4096, "NORM": 1, "HAS_WEIGHT": True, "HAS_BIAS": True, "STATIC": False}
-    yield Job("norm to int8", rows.quantize_rows, tensors, constants, 8, 1)
+    constants = {"WIDTH": 4096, "HAS_WEIGHT": True, "HAS_BIAS": True, "STATIC": False}
+    for name, norm in (("rows", 0), ("layer norm", 1), ("RMS norm", 2)):
+        every = constants | {"NORM": norm}
+        yield Job(f"{name} to int8", rows.quantize_rows, tensors, every, 8, 1, False)
 
 
 def build(job: Job, capability: int) -> dict[str, object]:
@@ -97,7 +106,11 @@ def build(job: Job, capability: int) -> dict[str, object]:
         if name in job.tensors or name in ALIGNED
     }
     source = ASTSource(fn=job.kernel, signature=types, constexprs=constants, attrs=aligned)
-    options = {"num_warps": job.warps, "num_stages": job.stages}
+    options = {
+        "num_warps": job.warps,
+        "num_stages": job.stages,
+        "enable_fp_fusion": job.fusion,
+    }
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage, code = disassemble(built.asm["cubin"])
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
@@ -108,6 +121,7 @@ def build(job: Job, capability: int) -> dict[str, object]:
         "stack": int(stack),
         "shared": built.metadata.shared,
         "instructions": [name for name in INSTRUCTIONS if name in code],
+        "inexact": sorted(set(INEXACT.findall(built.asm["ptx"]))),
     }
 
 

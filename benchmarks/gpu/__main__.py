@@ -1,5 +1,6 @@
 """How near the GPU kernels come to what the GPU allows, beside torch's.
 
+    python3 -m benchmarks.gpu --all
     python3 -m benchmarks.gpu
     python3 -m benchmarks.gpu --models meta-llama/Llama-2-7b-hf --bitwidths 4
     python3 -m benchmarks.gpu --tune
@@ -7,19 +8,27 @@
 Layers: a product of 1, 16 and 2048 rows, replayed as a CUDA graph over so many copies of the
 weight that none is in the cache. Models: a decode step of random weights. Both beside the
 bandwidth of a copy and the rate of a large product, measured in the same run. --tune searches for
-the tiles that are fastest here, and writes them into the kernels' table. Prints one JSON line last.
+the tiles that are fastest here, and writes them into the kernels' table. --all runs the tests of
+the GPU kernels, and measures all of that, each part in a process of its own, in less than eight
+minutes: the tables are those of the README, what fails is named, and the table of tiles stays as it
+is. Prints one JSON line last.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
+from itertools import chain, product
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.gpu import layers, models
+from benchmarks.gpu import everything, layers, models
 from qllm import cli
-from qllm.errors import UserError
+from qllm.errors import UserError, first_line
 from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu import limits, tiles
 from qllm.report import print_table
@@ -27,6 +36,7 @@ from tools.random_checkpoint import PUBLISHED
 
 LAYER_COLUMNS = ("layer", "rows", "name", "us", "GB/s", "of bandwidth", "TOP/s", "of rate")
 MODEL_COLUMNS = ("model", "bits", "batch", "ms", "tokens/s", "of bandwidth")
+ROWS, ALL_ROWS = (1, 16, 2048), (1, 16, 64, 128, 512, 2048)
 CACHE = 1 << 10  # bytes, where a device has none to speak of
 
 
@@ -34,13 +44,21 @@ def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     number = cli.whole_number(1)
     parser.add_argument("--shapes", nargs="*", default=["4096x11008", "8192x8192"], metavar="NxK")
-    parser.add_argument("--rows", nargs="+", type=number, default=[1, 16, 2048], metavar="M")
-    parser.add_argument("--bitwidths", nargs="+", default=["3", "4", "8", "8:tc-li", "16"])
-    parser.add_argument("--models", nargs="*", choices=list(PUBLISHED), default=[])
+    parser.add_argument("--rows", nargs="+", type=number, metavar="M")
+    parser.add_argument("--bitwidths", nargs="*", default=["3", "4", "8", "8:tc-li", "16"])
+    parser.add_argument(
+        "--rivals", nargs="*", choices=list(layers.RIVALS), default=["torch"], help="(%(default)s)"
+    )
+    parser.add_argument("--models", nargs="*", choices=list(PUBLISHED), metavar="NAME")
     parser.add_argument("--batches", nargs="+", type=number, default=[1])
     parser.add_argument("--steps", type=number, default=64, help="(%(default)s)")
     parser.add_argument("--repeats", type=number, default=7, help="(%(default)s)")
+    parser.add_argument("--all", action="store_true", help="tests, layers, models and tiles")
+    parser.add_argument(
+        "--parts", nargs="+", metavar="NAME", help="of --all, those whose names begin with one"
+    )
     parser.add_argument("--tune", action="store_true", help="write the table of tiles")
+    parser.add_argument("--table", type=Path, default=tiles.TABLE, help="the file it is written to")
     parser.add_argument("--candidates", type=number, help="tiles that --tune tries, of each kind")
     parser.add_argument(
         "--limit-size",
@@ -52,43 +70,88 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     args = parse_args()
     device = device_here()
+    if args.all:
+        options = {"repeats": args.repeats, "steps": args.steps, "limit-size": args.limit_size}
+        wanted = partial(
+            everything.parts,
+            args.shapes,
+            args.rows or ALL_ROWS,
+            args.bitwidths,
+            everything.MODELS if args.models is None else args.models,
+            [f"--{name}={value}" for name, value in options.items()],
+        )
+        return everything.main(wanted, args.parts or [""], cli.note)
     shapes = [tuple(map(int, reversed(text.split("x")))) for text in args.shapes]
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     cache = getattr(properties, "L2_cache_size", CACHE)
     if args.tune:
-        from benchmarks.gpu import tune
-
-        architecture, _ = device_of.architecture(device)
-        found = tune.search(args.bitwidths, shapes, device, cache, cli.note, most=args.candidates)
-        tune.save(architecture, found, tiles.TABLE)
-        print(json.dumps({"architecture": architecture, "tiles": found}))
-        return
+        return tune(args, shapes, device, cache)
     size = args.limit_size
     most = {
         "bandwidth": limits.copy_bandwidth(device, 16 * size * size),
         "bfloat16": limits.product_rate(device, size),
         "int8": limits.int8_rate(device, size),
     }
+    about = f"{properties.name if properties else 'Triton interpreter'}, torch {torch.__version__}"
     print(
-        f"{properties.name if properties else 'Triton interpreter'}: "
-        f"copies {most['bandwidth'] / 1e12:.2f} TB/s, bfloat16 {most['bfloat16'] / 1e12:.0f} "
-        f"TFLOP/s, int8 {most['int8'] / 1e12:.0f} TOP/s"
+        f"{about}: copies {most['bandwidth'] / 1e12:.2f} TB/s, bfloat16 "
+        f"{most['bfloat16'] / 1e12:.0f} TFLOP/s, int8 {most['int8'] / 1e12:.0f} TOP/s"
     )
-    rows = [row for shape in shapes for row in layer_rows(shape, args, most, device, cache)]
+    attempts = Attempts()
+    rows = [
+        row for shape in shapes for row in layer_rows(shape, args, most, device, cache, attempts)
+    ]
     if rows:
         print_table(LAYER_COLUMNS, [layer_cells(row) for row in rows])
-    found = [
-        models.measure(name, bits, batch, args.steps, most, torch.bfloat16, device)
-        for name in args.models
-        for bits in args.bitwidths
-        for batch in args.batches
-    ]
+    found = []
+    for name, bits, batch in product(args.models or (), args.bitwidths, args.batches):
+        what = f"{name}, {bits} bits, batch {batch}"
+        options = (name, bits, batch, args.steps, most, torch.bfloat16, device)
+        found += attempts(what, models.measure, *options)
     if found:
         print_table(MODEL_COLUMNS, [model_cells(row) for row in found])
-    print(json.dumps({"limits": most, "layers": rows, "models": found}))
+    result = {"device": about, "limits": most, "layers": rows, "models": found}
+    print(json.dumps(result | {"failures": attempts.failures}))
+    return 1 if attempts.failures else 0
+
+
+class Attempts:
+    """Measurements, of which one that fails keeps none of the others from being made.
+
+    Attributes:
+        failures: what failed, and why.
+    """
+
+    def __init__(self) -> None:
+        self.failures: list[dict[str, str]] = []
+
+    def __call__(self, what: str, measure: Callable[..., Any], *arguments: object) -> list:
+        """What a measurement finds, as a list of one: of none where it fails."""
+        try:
+            return [measure(*arguments)]
+        except Exception as error:  # whatever a compiler, a driver or a rival may raise
+            self.failures.append({"what": what, "error": first_line(error)})
+            cli.note(f"{what}: {first_line(error)}")
+            return []
+
+
+def tune(
+    args: argparse.Namespace, shapes: list[tuple[int, int]], device: torch.device, cache: int
+) -> int:
+    """Search for tiles, and save those of a kind when they are found."""
+    from benchmarks.gpu import tune
+
+    architecture, _ = device_of.architecture(device)
+    found = {}
+    for bitwidth in args.bitwidths:
+        options = (shapes, device, cache, cli.note)
+        found |= tune.search([bitwidth], *options, most=args.candidates)
+        tune.save(architecture, found, args.table)
+    print(json.dumps({"architecture": architecture, "tiles": found}))
+    return 0
 
 
 def device_here() -> torch.device:
@@ -108,15 +171,19 @@ def layer_rows(
     most: dict[str, float],
     device: torch.device,
     cache: int,
+    attempts: Attempts,
 ) -> list[dict]:
     """Of a layer's shape (K, N), what each way of multiplying takes."""
     dtype = torch.bfloat16
+    makers = {f"qllm {bits}": partial(layers.ours, bits) for bits in args.bitwidths}
+    makers |= {name: layers.RIVALS[name] for name in args.rivals}
     found = []
-    benches = (layers.ours(*shape, bits, dtype, device, cache) for bits in args.bitwidths)
-    for bench in (*benches, *layers.rivals(*shape, dtype, device, cache)):
-        for rows in args.rows:
-            options = (most, dtype, device, args.repeats)
-            found.append(layers.measure(bench, shape, rows, *options))
+    for name, make in makers.items():
+        label = f"{shape[1]}x{shape[0]}, {name}"
+        benches = attempts(label, lambda make: [*make(*shape, dtype, device, cache)], make)
+        for bench, rows in product(chain.from_iterable(benches), args.rows or ROWS):
+            options = (bench, shape, rows, most, dtype, device, args.repeats)
+            found += attempts(f"{label}, {rows} rows", layers.measure, *options)
     return sorted(found, key=lambda row: row["rows"])
 
 

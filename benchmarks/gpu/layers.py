@@ -69,8 +69,8 @@ def fill(name: str, like: Tensor, device: torch.device) -> Tensor:
 
 
 def ours(
-    inputs: int, outputs: int, bitwidth: str, dtype: torch.dtype, device: torch.device, cache: int
-) -> Bench:
+    bitwidth: str, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, cache: int
+) -> Iterator[Bench]:
     """A layer of this package."""
     first = random_layer(inputs, outputs, bitwidth, dtype, device)
     layers = [first]
@@ -79,10 +79,10 @@ def ours(
         for _ in range(copies(first.nbytes(), cache) - 1)
     ]
     rate = "int8" if bitwidth.startswith("8:tc") else "bfloat16"
-    return Bench(f"qllm {bitwidth}", first.nbytes(), rate, [layer.forward for layer in layers])
+    yield Bench(f"qllm {bitwidth}", first.nbytes(), rate, [layer.forward for layer in layers])
 
 
-def rivals(
+def of_torch(
     inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, cache: int
 ) -> Iterator[Bench]:
     """What torch has: its dense product, and that of 4 bits where it runs."""
@@ -104,6 +104,27 @@ def rivals(
     weights = [packed.clone() for _ in range(copies(size, cache))]
     runs = [lambda x, w=w: torch._weight_int4pack_mm(x, w, GROUP, scales) for w in weights]
     yield Bench("torch int4pack 4", size, "bfloat16", runs)
+
+
+def of_gemlite(
+    inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, cache: int
+) -> Iterator[Bench]:
+    """GemLite's product of 4 bits, where GemLite is installed (0.6 was tried)."""
+    from gemlite.core import DType, GemLiteLinear
+
+    kind = {torch.bfloat16: DType.BF16, torch.float16: DType.FP16}[dtype]
+    size = packed_size(inputs, 4) * outputs + inputs // GROUP * outputs * 4
+    runs = []
+    for _ in range(copies(size, cache)):
+        layer = GemLiteLinear(4, GROUP, inputs, outputs, input_dtype=kind, output_dtype=kind)
+        values = torch.randint(0, 16, (outputs, inputs), device=device).to(torch.uint8)
+        scales = torch.full((outputs, inputs // GROUP), DEVIATION / 8, dtype=dtype, device=device)
+        layer.pack(values, scales, torch.full_like(scales, 8), None)
+        runs.append(layer)
+    yield Bench("GemLite 4", size, "bfloat16", runs)
+
+
+RIVALS: dict[str, Callable[..., Iterator[Bench]]] = {"torch": of_torch, "gemlite": of_gemlite}
 
 
 def copies(size: int, cache: int) -> int:

@@ -108,14 +108,15 @@ def search(
     for bitwidth, kind in kinds(bitwidths).items():
         row = json.loads(json.dumps(tiles.entry(architecture, kind)))
         tiles.table().setdefault(architecture, {})[kind] = found[kind] = row
-        benches = [ours(*shape, bitwidth, torch.bfloat16, device, cache) for shape in shapes]
+        options = (torch.bfloat16, device, cache)
+        benches = [next(ours(bitwidth, *shape, *options)) for shape in shapes]
         Search(kind, row, shapes, benches, device, repeats, most, say).run()
     return found
 
 
 def save(architecture: str, found: dict, path: Path = tiles.TABLE) -> None:
     """Put rows into the table's file, a kind to a line."""
-    table = json.loads(path.read_text(encoding="utf-8"))
+    table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     table.setdefault(architecture, {}).update(found)
     blocks = (
         f"  {json.dumps(name)}: {{\n"

@@ -69,5 +69,6 @@ def _quantize(
                 HAS_BIAS=bias is not None,
                 STATIC=input_scale is not None,
                 num_warps=min(16, max(1, width // 512)),
+                enable_fp_fusion=False,  # each step is rounded, as the reference's are
             )
     return Int8Rows(q, scales, x.dtype)

@@ -10,8 +10,8 @@ import torch
 from conftest import assert_user_error
 from inside import call
 
-from benchmarks.gpu import models, tune
-from qllm.ops.gpu import limits, tiles
+from benchmarks.gpu import everything, layers, models, tune
+from qllm.ops.gpu import device, limits, tiles
 from tools.random_checkpoint import opt_config
 
 BENCHMARK = "benchmarks.gpu.__main__"
@@ -33,16 +33,70 @@ def test_layers(gpu):
     }
     for row in found["layers"]:
         size = row["gigabytes_per_second"] * row["microseconds"] * 1e3
-        bits = {"qllm 3": 3, "qllm 8:tc-li": 8}.get(row["name"], 16)
+        bits = {"qllm 3": 3, "qllm 8:tc-li": 8, "torch int4pack 4": 4}.get(row["name"], 16)
         assert size == pytest.approx(128 * 256 * bits / 8, rel=0.15)  # and scales
         assert row["of_bandwidth"] > 0 and row["of_arithmetic"] > 0
+
+
+def test_everything_whatever_fails(gpu, monkeypatch):
+    """Each part in this process, where a test fails, a model hangs, a layer breaks."""
+
+    def begin(arguments: tuple[str, ...], seconds: float) -> everything.Ended:
+        assert arguments[0] == "-m" and 0 < seconds <= everything.SECONDS
+        if arguments[1] == "pytest":
+            said = "[gw1] [ 50%] FAILED tests/a.py::b[c d] \ntests/a.py::b PASSED [100%]\n"
+            return everything.Ended(1, said, "")
+        if "--models" in arguments:
+            return everything.Ended(None, "", "")
+        done = call(BENCHMARK, *arguments[2:])
+        return everything.Ended(done.returncode, done.stdout, done.stderr.splitlines()[-1:])
+
+    def no_dense(bitwidth, *options, ours=layers.ours):
+        if bitwidth == "16":
+            raise RuntimeError("CUDA error: misaligned address\nand more")
+        return ours(bitwidth, *options)
+
+    monkeypatch.setattr(everything, "start", begin)
+    monkeypatch.setattr(layers, "ours", no_dense)
+    monkeypatch.setattr(everything, "TUNED", ("4",))
+    monkeypatch.setattr(everything, "CANDIDATES", 1)
+    monkeypatch.setattr(tune, "MANY", 20)
+    before = tiles.TABLE.read_text()
+    tiles.table.cache_clear()
+    try:
+        options = ("--rows", 1, 17, "--bitwidths", "4", "16", "--models", "facebook/opt-125m")
+        done = call(BENCHMARK, "--all", *SMALL, *options)
+    finally:
+        tiles.table.cache_clear()
+    found = last_line(done.stdout)
+    assert done.returncode == 1 and tiles.TABLE.read_text() == before
+    assert [failure["what"] for failure in found["failures"]] == [
+        *("test tests/a.py::b[c d]", "128x256, qllm 16", "model facebook/opt-125m")
+    ]
+    assert found["tests"] == {"passed": 1, "failed": 1, "error": 0, "skipped": 0}
+    assert {(row["name"], row["rows"]) for row in found["layers"]} >= {
+        (name, rows) for name in ("qllm 4", "torch bfloat16") for rows in (1, 17)
+    }
+    assert "packed-4" in found["tiles"][device.architecture(torch.device(gpu))[0]]
+    for line in ("| 128x256, 17 ", "FAILED: 128x256, qllm 16: CUDA error: misaligned address"):
+        assert line in done.stdout
+
+
+def test_a_part_is_a_process_that_is_ended_when_it_takes_too_long():
+    done = everything.start(("-c", "import sys; print(1); print(2, file=sys.stderr); exit(3)"), 60)
+    assert done == everything.Ended(3, "1\n", "2")
+    assert everything.start(("-c", "import time; print(1, flush=True); time.sleep(60)"), 1) == (
+        None,
+        "1\n",
+        "",
+    )
 
 
 def test_a_model(gpu, monkeypatch):
     config = opt_config(64, 2, 4, vocab_size=100, max_position_embeddings=64)
     monkeypatch.setitem(models.PUBLISHED, "tiny", config)
-    device = torch.device(gpu)
-    row = models.measure("tiny", "4", 2, 2, {"bandwidth": 1e9}, torch.bfloat16, device)
+    place = torch.device(gpu)
+    row = models.measure("tiny", "4", 2, 2, {"bandwidth": 1e9}, torch.bfloat16, place)
     layers = 2 * (4 * 64 * 64 + 8 * 64 * 64)
     assert layers / 2 < row["bytes"] < layers + 2 * 100 * 64 + 2 * 66 * 64 + 10_000
     assert row["of_bandwidth"] == pytest.approx(row["bytes"] / row["milliseconds"] / 1e6)

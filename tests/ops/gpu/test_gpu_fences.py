@@ -43,8 +43,22 @@ def run_attention(dtype: torch.dtype, fence) -> None:
             attention.decode_attention(new, *cache, places, length, turns, slopes)
 
 
+def forbid_tensors_as_bounds() -> None:
+    """Triton 3.6's interpreter has them as arrays of one number, which numpy 2.4 takes for none."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_strictly(tensor: type, scope: object) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", None)
+
+    interpreter._patch_lang_tensor = patch_strictly
+
+
 def run_all() -> None:
     """Every kernel, all tensors fenced: those that it is given and those that it makes."""
+    forbid_tensors_as_bounds()
     for at_end, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         fence = partial(fenced, at_end=at_end)
 

@@ -150,6 +150,11 @@ def test_what_is_no_number_gives_what_the_reference_gives(special, gpu):
     x[1, 130] = special
     got = multiply(weight, x, None, gpu)
     assert torch.equal(pattern(got), pattern(weight.reference(x)))
+    q, scales = torch.full((40, 256), 3, dtype=torch.int8), torch.ones(40)
+    for scale in (None, torch.tensor(0.03)):
+        want = reference.int8_linear(x, q, scales, None, scale, 40)
+        tensors = (part if part is None else part.to(gpu) for part in (x, q, scales, None, scale))
+        assert torch.equal(pattern(linear.int8_linear(*tensors, 40).cpu()), pattern(want))
 
 
 def test_no_rows(gpu):

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from qllm.ops.gpu.kernels.numbers import narrow, operand
+from qllm.ops.gpu.kernels.numbers import bound, narrow, operand
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def decode_attention(
         sum2 = tl.zeros((GROUP_ROOM, HALF), tl.float32)
         place = ((row * kv_heads + kv_head).to(tl.int64) * capacity) * DIM
         end = tl.minimum(position, (split + 1) * SPAN)
-        for start in range(split * SPAN, end, BLOCK):
+        for start in range(bound(split * SPAN), bound(end), BLOCK):
             token = start + tl.arange(0, BLOCK)
             here = token < end
             old1 = _load_half(keys + place, token * DIM, here, column, in_first)
@@ -134,7 +134,7 @@ def decode_attention(
                 total = tl.zeros((GROUP_ROOM,), tl.float32)
                 sum1 = tl.zeros((GROUP_ROOM, HALF), tl.float32)
                 sum2 = tl.zeros((GROUP_ROOM, HALF), tl.float32)
-                for part in range(0, count):
+                for part in range(0, bound(count)):
                     theirs = partials + (cell + part * GROUP_ROOM) * width
                     top = tl.load(theirs + 2 * HALF, cache_modifier=".cg")
                     higher = tl.maximum(most, top)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from qllm.ops.gpu import layout
-from qllm.ops.gpu.kernels.numbers import INTERPRETED, narrow, operand
+from qllm.ops.gpu.kernels.numbers import INTERPRETED, bound, narrow, operand
 
 PANEL = tl.constexpr(layout.PANEL)
 
@@ -180,10 +180,11 @@ def packed_matmul(
     q_panel = q + panel.to(tl.int64) * blocks * words
     per_slice = (blocks + SLICES - 1) // SLICES
     first = tl.program_id(2) if SPLIT else 0
+    past = first + 1 if SPLIT else SLICES
     total = tl.zeros((BN, BM), tl.float32)
-    for s in range(first, first + 1 if SPLIT else SLICES):
+    for s in range(bound(first), bound(past)):
         sums = tl.zeros((BN, BM), tl.float32)
-        for block in range(s * per_slice, tl.minimum(blocks, (s + 1) * per_slice)):
+        for block in range(bound(s * per_slice), bound(tl.minimum(blocks, (s + 1) * per_slice))):
             group = (block // GROUP_BLOCKS) * panels * PANEL
             scale = tl.load(scales + group + column).to(tl.float32)
             if HAS_ZEROS:
@@ -220,10 +221,11 @@ def dense_matmul(
     blocks = (inputs + BK - 1) // BK
     per_slice = (blocks + SLICES - 1) // SLICES
     first = tl.program_id(2) if SPLIT else 0
+    past = first + 1 if SPLIT else SLICES
     total = tl.zeros((BN, BM), tl.float32)
-    for s in range(first, first + 1 if SPLIT else SLICES):
+    for s in range(bound(first), bound(past)):
         sums = tl.zeros((BN, BM), tl.float32)
-        for block in range(s * per_slice, tl.minimum(blocks, (s + 1) * per_slice)):
+        for block in range(bound(s * per_slice), bound(tl.minimum(blocks, (s + 1) * per_slice))):
             k = block * BK + tl.arange(0, BK)
             within = (k < inputs)[None, :]
             part = tl.load(x_rows + k[None, :], mask=(m < rows)[:, None] & within, other=0.0)
@@ -256,7 +258,8 @@ def int8_matmul(
     per_slice = (blocks + SLICES - 1) // SLICES
     first = tl.program_id(2) * per_slice if SPLIT else 0
     total = tl.zeros((BN, BM), tl.int32)
-    for block in range(first, tl.minimum(blocks, first + per_slice) if SPLIT else blocks):
+    end = tl.minimum(blocks, first + per_slice) if SPLIT else blocks
+    for block in range(bound(first), bound(end)):
         k = block * BK + tl.arange(0, BK)
         within = (k < inputs)[None, :]
         part = tl.load(x_rows + k[None, :], mask=(m < rows)[:, None] & within, other=0)

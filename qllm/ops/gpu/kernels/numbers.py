@@ -8,6 +8,14 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
+def bound(x):
+    """One number as a bound of `range`, for which Triton 3.6's interpreter has an array."""
+    if INTERPRETED:
+        return x.handle.data.item()
+    return x
+
+
+@triton.jit
 def operand(x):
     """x as a product takes it."""
     return x.to(tl.float32) if INTERPRETED else x

@@ -1,4 +1,8 @@
-"""Rows of activations to int8, one program a row."""
+"""Rows of activations to int8, one program a row.
+
+A GPU's `/` and square root are a last digit off, which a rounded result would show: here both are
+rounded correctly, as the reference's are.
+"""
 
 import triton
 import triton.language as tl
@@ -33,10 +37,12 @@ def quantize_rows(
     source = x + row.to(tl.int64) * x_stride + column
     value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     if NORM != 0:
+        count = columns * 1.0
         if NORM == 1:
-            mean = tl.sum(value) / columns
+            mean = tl.div_rn(tl.sum(value), count)
             value = tl.where(inside, value - mean, 0.0)
-        value = value * (1.0 / tl.sqrt(tl.sum(value * value) / columns + eps))
+        variance = tl.div_rn(tl.sum(value * value), count)
+        value = value * tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
         if HAS_WEIGHT:
             value *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
         if HAS_BIAS:
@@ -45,9 +51,12 @@ def quantize_rows(
     if STATIC:
         scale = tl.load(scales)
     else:
-        scale = tl.max(tl.abs(value)) * 2 / 255
+        # By their bits, in whose order infinity is next to last, and NaN the largest number.
+        bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        scale = tl.div_rn(tl.max(bits).to(tl.float32, bitcast=True) * 2, 255.0)
         scale = tl.where(scale == 0, 1.0, scale)
         tl.store(scales + row, scale)
-    steps = tl.minimum(tl.maximum(tl.div_rn(value, scale), -128.0), 127.0)
+    steps = tl.div_rn(value, scale)
+    steps = tl.where(steps == steps, tl.minimum(tl.maximum(steps, -128.0), 127.0), 0.0)
     place = q + row.to(tl.int64) * columns + column
     tl.store(place, _round(steps).to(tl.int8), mask=inside)
