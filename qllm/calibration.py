@@ -13,6 +13,7 @@ from qllm.config import W8A8, ModelConfig, QuantPlan
 from qllm.errors import UserError
 from qllm.hub import ModelFolder
 from qllm.layers import Linear
+from qllm.memory import check_fits
 from qllm.models import Decoder
 from qllm.models.layer import Embedding
 from qllm.models.positions import LEARNED_OFFSET, LearnedPositions
@@ -167,8 +168,23 @@ def random_model(config: ModelConfig, length: int, seed: int) -> Decoder:
     return model
 
 
+def _bytes(config: ModelConfig, length: int) -> int:
+    """What statistics and one sample take, with no more than a config.json to go by."""
+    heads = config.num_heads + 2 * config.num_kv_heads
+    widths = (heads * config.head_dim, config.hidden_size, 2 * config.intermediate_size)
+    channels = config.num_layers * 2 * sum(widths) + config.vocab_size
+    # Some copies of the widest activations, the scores of all heads, and Python's own numbers.
+    tokens = length * (4 * max(*widths, config.vocab_size) + length * config.num_heads)
+    return 4 * (channels + tokens) + 100 * config.num_heads
+
+
 def calibrate_random(config: ModelConfig, samples: int, length: int, seed: int) -> Calibration:
-    """Statistics of random tokens through fresh weights: ranges to run with, not to judge by."""
+    """Statistics of random tokens through fresh weights: ranges to run with, not to judge by.
+
+    Raises:
+        UserError: for a config.json whose model would not fit into memory even so.
+    """
+    check_fits(_bytes(config, length), "cpu", f"a {config.family} of these sizes, without weights,")
     model = random_model(config, length, seed)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(config.vocab_size, (samples, length), generator=generator)

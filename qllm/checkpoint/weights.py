@@ -115,6 +115,7 @@ class Weights:
         self.converted = is_converted(checkpoint)
         self.config = self.family.read_config(checkpoint.raw_config)
         self._prefix = "" if self.converted else self._find_prefix()
+        self._confirm_sizes()
         self.config = self._untie_if_different(self.config)
         self.stored = self._find_stored()
         self._check()
@@ -135,6 +136,37 @@ class Weights:
             f"{self.checkpoint.folder} has no tensor that begins with {example}; its config.json "
             f"says that it is {self.family.name}"
         )
+
+    def _confirm_sizes(self) -> None:
+        """Refuse counts of config.json that the tensors do not bear out.
+
+        Nothing is made of such a count before, nor repeated so often.
+        """
+        count, layers = self.config.num_layers, self._prefix + "layers."
+        if not self.converted:
+            layers = self._prefix + self.family.layer.partition("{}")[0]
+        found = {
+            name.removeprefix(layers).partition(".")[0]
+            for name in self.checkpoint.tensors
+            if name.startswith(layers)
+        }
+        if count > len(found):
+            raise UserError(
+                f"{self.checkpoint.folder} holds {len(found)} layers, its config.json implies "
+                f"{count}"
+            )
+        (embed,) = self._parts("embed.weight")
+        self._check_shape(embed, (self.config.vocab_size, self.config.embed_size))
+
+    def _check_shape(self, part: str, shape: tuple[int, ...]) -> None:
+        info = self.checkpoint.tensors.get(part)
+        if info is None:
+            raise self._lacks(part)
+        if info.shape != shape:
+            raise UserError(
+                f"{self.checkpoint.path(part)}: {part} has the shape {list(info.shape)}, "
+                f"config.json implies {list(shape)}"
+            )
 
     def _untie_if_different(self, config: ModelConfig) -> ModelConfig:
         """As transformers has it: a head that differs from the embedding is not tied to it."""
@@ -199,12 +231,6 @@ class Weights:
 
     def _check(self) -> None:
         tensors = self.checkpoint.tensors
-        # The sizes in a config.json may be anything; these would take forever to build.
-        if self.config.num_layers > len(tensors):
-            raise UserError(
-                f"{self.checkpoint.folder} holds {len(tensors)} tensors, its config.json implies "
-                f"{self.config.num_layers} layers"
-            )
         try:
             self.shapes = float_tensors(Decoder(self.config, {}, torch.float16))
         except (RuntimeError, TypeError, OverflowError):
@@ -221,13 +247,7 @@ class Weights:
                 continue
             for part, count in zip(parts, rows, strict=True):
                 expected.add(part)
-                if part not in tensors:
-                    raise self._lacks(part)
-                if tensors[part].shape != (count, *shape[1:]):
-                    raise UserError(
-                        f"{self.checkpoint.path(part)}: {part} has the shape "
-                        f"{list(tensors[part].shape)}, config.json implies {[count, *shape[1:]]}"
-                    )
+                self._check_shape(part, (count, *shape[1:]))
         tied = {"lm_head.weight"} if self.config.tied_head else set()
         self.dropped = self._check_unused(name for name in tensors if name not in expected | tied)
 

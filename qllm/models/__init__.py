@@ -20,7 +20,7 @@ def family_of(raw: RawConfig) -> Family:
         UserError: for a model of another family.
     """
     name = raw.values.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(
             f"{raw.where}: model_type is {name!r}; QLLM runs {', '.join(FAMILIES)} checkpoints"
         )

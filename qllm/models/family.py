@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -11,7 +10,9 @@ from qllm.errors import UserError
 
 # Far beyond any model, and small enough that nothing overflows or hangs on it.
 MOST_OF_ANYTHING = 2**31 - 1
-MOST_LAYERS = 10_000
+MOST_LAYERS = 1_000
+# Of settings that are no counts: what is computed from them stays a finite float32.
+SMALLEST, LARGEST = 1e-12, 1e12
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class RawConfig:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A positive number."""
+        """A positive number, from SMALLEST to LARGEST."""
         value = self._find((name,), default)
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        if not numeric or not 0 < value <= sys.float_info.max:
-            raise self.error(name, value, "a positive number")
+        if not numeric or not SMALLEST <= value <= LARGEST:
+            raise self.error(name, value, f"a positive number from {SMALLEST} to {LARGEST}")
         return float(value)
 
     def numbers(self, name: str, count: int) -> tuple[float, ...]:

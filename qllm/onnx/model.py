@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from qllm.config import ModelConfig
 from qllm.errors import UserError, first_line
 from qllm.files import check_file
 from qllm.onnx.decoder import LOGITS
-from qllm.onnx.external import check_data, files, without_links
+from qllm.onnx.external import check_data, files, nbytes, without_links
 from qllm.onnx.graph import MODEL
 from qllm.onnx.nbits import BITS, OPERATOR
 
@@ -130,8 +131,7 @@ def check_decoder(model: onnx.ModelProto, config: ModelConfig, path: Path) -> in
     shape = [config.num_kv_heads, config.head_dim]
     for name in wanted[len(TOKENS) :]:
         found = value_shape(inputs[name])
-        sizes = [found[1], found[3]] if len(found) == 4 else None
-        fits = sizes and all(size in (None, want) for size, want in zip(sizes, shape, strict=True))
+        fits = len(found) == 4 and [found[1], found[3]] == shape
         if not fits or kind not in FLOATS or inputs[name].type.tensor_type.elem_type != kind:
             raise UserError(
                 f"{path}: {name} has the shape {found}; config.json implies "
@@ -142,14 +142,42 @@ def check_decoder(model: onnx.ModelProto, config: ModelConfig, path: Path) -> in
         raise UserError(
             f"{path}: {LOGITS} are {vocab} wide, config.json implies {config.vocab_size}"
         )
+    held = sum(nbytes(tensor) for tensor in tensors(model.graph))
+    if math.prod(shape) > held:
+        raise UserError(
+            f"{path} has {held} bytes of weights; config.json implies {math.prod(shape)} channels "
+            "of keys"
+        )
+    sizes = {tensor.name: nbytes(tensor) for tensor in model.graph.initializer}
     for node in model.graph.node:
-        bits = next((a.i for a in node.attribute if a.name == "bits"), BITS[0])
-        if node.op_type == OPERATOR and bits not in BITS:
-            raise UserError(
-                f"{path}: {node.name} has {bits} bits; {OPERATOR} is run at "
-                f"{' and '.join(map(str, BITS))}"
-            )
+        if node.op_type == OPERATOR:
+            _check_nbits(node, sizes, path)
     return kind
+
+
+def _check_nbits(node: onnx.NodeProto, sizes: dict[str, int], path: Path) -> None:
+    """Refuse a packed product whose attributes are not those of its matrix.
+
+    Args:
+        sizes: bytes of each initializer.
+    """
+    settings = {a.name: a.i for a in node.attribute if a.type == a.INT}
+    bits = settings.setdefault("bits", BITS[0])
+    if bits not in BITS:
+        raise UserError(
+            f"{path}: {node.name} has {bits} bits; {OPERATOR} is run at "
+            f"{' and '.join(map(str, BITS))}"
+        )
+    rows, columns, block = (settings.get(name, 0) for name in ("N", "K", "block_size"))
+    matrix = node.input[1] if len(node.input) > 1 else ""
+    fits = min(rows, columns, block) > 0 and sizes.get(matrix) == rows * -(-columns // block) * (
+        block * bits // 8
+    )
+    if not fits:
+        raise UserError(
+            f"{path}: {node.name} has N {rows}, K {columns} and block_size {block}, which are not "
+            f"those of a matrix {matrix!r} of {sizes.get(matrix, 0)} bytes; export it again"
+        )
 
 
 def bitwidth(model: onnx.ModelProto) -> str:
