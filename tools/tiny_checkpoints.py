@@ -1,0 +1,182 @@
+"""Checkpoints of every kind that QLLM reads, two layers and some kilobytes each, in memory."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from qllm.calibration import calibrate_random
+from qllm.checkpoint.convert import convert
+from qllm.checkpoint.reader import read_raw_config
+from qllm.config import QuantPlan, QuantSpec
+from qllm.hub import ModelFolder
+from qllm.models import read_config
+from qllm.quantize.checkpoint import Job, quantize_checkpoint
+from tools.random_checkpoint import (
+    TENSORS,
+    RandomWeights,
+    bloom_config,
+    llama_config,
+    opt_config,
+    write_safetensors,
+    write_torch,
+)
+
+Files = dict[str, bytes]
+
+VOCAB, HIDDEN, LAYERS, HEADS = 64, 32, 2, 4
+SIZES = {"vocab_size": VOCAB, "max_position_embeddings": 64}
+CONFIGS: dict[str, dict] = {
+    "opt": opt_config(HIDDEN, LAYERS, HEADS, **SIZES),
+    "bloom": bloom_config(HIDDEN, LAYERS, HEADS, vocab_size=VOCAB),
+    "llama": llama_config(HIDDEN, LAYERS, HEADS, 2, 48, **SIZES)
+    | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+}
+PLAN, CALIBRATION = "plan.json", "calibration.safetensors"
+GENERATION = {"eos_token_id": 2, "max_length": 20, "min_length": 0, "repetition_penalty": 1.2}
+# The last rule is one that takes exponential time in an engine that goes back.
+RULES = {"attention": 8, "mlp": {"bits": 4, "group_size": 16, "scheme": "sym"}, r"(\w+\.?)+up": 3}
+
+
+def tokenizer_files() -> Files:
+    """A byte-level BPE of single letters, and its settings."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    special = ("<s>", "<pad>", "</s>", "<unk>")
+    letters = "ĠabcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,"
+    vocabulary = {token: i for i, token in enumerate((*special, *letters, "th"))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("t", "h")], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 2)]
+    )
+    settings = {"bos_token": "</s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>"}
+    return {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps(settings).encode(),
+    }
+
+
+def checkpoints(*, onnx: bool = True) -> dict[str, Files]:
+    """A checkpoint of each kind, by a name that says which.
+
+    Args:
+        onnx: an ONNX model is among them, which takes the packages.
+    """
+    found: dict[str, Files] = {}
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        for family, config in CONFIGS.items():
+            for kind, write in WRITERS.items():
+                name = f"{family} {kind}"
+                _write(root / name, family, config, write)
+                found[name] = _read(root / name)
+        source = root / "llama safetensors"
+        found["opt converted"] = _converted(root / "opt safetensors", root / "converted")
+        for name, bits, compressed in QUANTIZED:
+            plan = QuantPlan.uniform(QuantSpec.parse(bits, 16))
+            quantize_checkpoint(Job(source, plan, compressed=compressed), root / name)
+            found[f"llama {name}"] = _read(root / name)
+        found["llama awq"] = _awq(root / "awq")
+        for family in CONFIGS:
+            found[f"{family} statistics"] = _with_statistics(root / f"{family} safetensors")
+        if onnx:
+            from qllm.onnx.export import export
+
+            export(root / "gptq", root / "onnx")
+            found["onnx"] = _read(root / "onnx")
+    return found
+
+
+def _write(folder: Path, family: str, config: dict, write: Callable[[Path, list], None]) -> None:
+    folder.mkdir()
+    files = {"config.json": config, "generation_config.json": GENERATION, PLAN: RULES}
+    for name, value in files.items():
+        (folder / name).write_text(json.dumps(value))
+    for name, data in tokenizer_files().items():
+        (folder / name).write_bytes(data)
+    write(folder, list(TENSORS[family](config)))
+
+
+def _sharded(folder: Path, tensors: list) -> None:
+    half, weight_map = len(tensors) // 2, {}
+    for number, part in enumerate((tensors[:half], tensors[half:])):
+        name = f"model-0000{number + 1}-of-00002.safetensors"
+        write_safetensors(folder / name, part)
+        weight_map |= {tensor: name for tensor, _ in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def _legacy(folder: Path, tensors: list) -> None:
+    weights = RandomWeights()
+    state = {name: weights(name, shape) for name, shape in tensors}
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+WRITERS: dict[str, Callable[[Path, list], None]] = {
+    "safetensors": lambda folder, t: write_safetensors(folder / "model.safetensors", t),
+    "sharded": _sharded,
+    "bin": lambda folder, t: write_torch(folder / "pytorch_model.bin", t),
+    "legacy bin": _legacy,
+}
+QUANTIZED = (
+    ("gptq", "4", False),
+    ("pack-quantized", "3", True),
+    ("int-quantized", "8:tc-li", False),
+)
+
+
+def _converted(source: Path, target: Path) -> Files:
+    convert(ModelFolder(source, "opt"), target, overwrite=False)
+    return _read(target)
+
+
+def _awq(folder: Path) -> Files:
+    """A checkpoint of AutoAWQ's layout; the values are drawn."""
+    config = dict(CONFIGS["llama"])
+    config["quantization_config"] = {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": 16,
+        "zero_point": True,
+        "modules_to_not_convert": None,
+    }
+    weights, state = RandomWeights(), {}
+    for name, shape in TENSORS["llama"](config):
+        if "_proj" not in name:
+            state[name] = weights(name, shape)
+            continue
+        (rows, columns), stem = shape, name.removesuffix("weight")
+        groups = columns // 16
+        for key, height in (("qweight", columns), ("qzeros", groups)):
+            state[stem + key] = torch.randint(-(2**31), 2**31, (height, rows // 8)).int()
+        state[stem + "scales"] = weights(name, (groups, rows)).abs() + 0.01
+
+    def write(target: Path, tensors: list) -> None:
+        from safetensors.torch import save_file
+
+        save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+
+    _write(folder, "llama", config, write)
+    (folder / PLAN).unlink()
+    return _read(folder)
+
+
+def _with_statistics(folder: Path) -> Files:
+    """The files of a folder, and statistics of its model's activations."""
+    found = calibrate_random(read_config(read_raw_config(folder)), 1, 8, seed=0)
+    found.save(folder / CALIBRATION)
+    files = _read(folder)
+    (folder / CALIBRATION).unlink()
+    return files
+
+
+def _read(folder: Path) -> Files:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
