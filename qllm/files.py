@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import BinaryIO
@@ -63,6 +64,16 @@ def check_file(path: Path) -> None:
         FileNotFoundError, UserError: as `open_file`.
     """
     open_file(path).close()
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy what is in a regular file.
+
+    Raises:
+        FileNotFoundError, UserError: as `open_file`.
+    """
+    with open_file(source) as file, target.open("wb") as copy:
+        shutil.copyfileobj(file, copy)
 
 
 def read_bytes(path: Path, most: int = MOST_JSON_BYTES) -> bytes:

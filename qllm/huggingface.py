@@ -17,6 +17,8 @@ from qllm.checkpoint.reader import Checkpoint, read_raw_config
 from qllm.checkpoint.weights import Weights, check_readable_by_transformers
 from qllm.config import ModelConfig
 from qllm.errors import UserError, first_line
+from qllm.files import check_file
+from qllm.hub import SMALL_FILES
 from qllm.memory import check_fits
 from qllm.models import read_config
 
@@ -126,6 +128,10 @@ def load_reference(
         UserError: for a broken checkpoint, one that transformers cannot read, or too little memory.
     """
     check_readable_by_transformers(read_raw_config(folder))
+    for pattern in SMALL_FILES:  # transformers opens what is there
+        for path in folder.glob(pattern):
+            if path.exists() and not path.is_dir():
+                check_file(path)
     weights = Weights(Checkpoint(folder))
     dtype = dtype or weights.default_dtype()
     elements = sum(torch.Size(shape).numel() for shape in weights.shapes.values())

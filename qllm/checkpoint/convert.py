@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from qllm.checkpoint.reader import (
 from qllm.checkpoint.weights import LAYOUT, LAYOUT_KEY, Weights
 from qllm.checkpoint.writer import SafetensorsWriter, new_folder
 from qllm.errors import UserError
-from qllm.files import read_bytes
+from qllm.files import copy_file, read_bytes
 from qllm.hub import ModelFolder
 from qllm.progress import Meter, unseen
 
@@ -124,5 +123,5 @@ def convert(
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in COPIED:
             if (model.path / name).exists():
-                shutil.copyfile(model.path / name, folder / name)
+                copy_file(model.path / name, folder / name)
     return (target / "model.safetensors").stat().st_size

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from qllm.checkpoint.reader import read_raw_config, weight_files
+from qllm.files import open_file
 
 PIECES, PIECE = 64, 4096  # of each file: how many places are looked at, and bytes of each
 
@@ -18,7 +19,7 @@ def fingerprint(folder: Path) -> str:
     for path in weight_files(folder):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
+        with open_file(path) as file:
             for piece in range(PIECES):
                 file.seek(size * piece // PIECES)
                 digest.update(file.read(PIECE))

@@ -13,6 +13,7 @@ import torch
 
 from qllm import __version__
 from qllm.checkpoint.reader import weight_files
+from qllm.files import open_file
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
@@ -33,7 +34,7 @@ def of_files(paths: Iterable[Path]) -> str:
     """SHA-256 of files: of their names and contents, in the order of their names."""
     whole = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.name):
-        with path.open("rb") as file:
+        with open_file(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         whole.update(f"{path.name}\0{digest}\n".encode())
     return whole.hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint
 from qllm.checkpoint.weights import LAYOUT_KEY, Weights
 from qllm.checkpoint.writer import new_folder
 from qllm.errors import UserError
+from qllm.files import copy_file
 from qllm.onnx import DEFAULT_ACCURACY_LEVEL
 from qllm.onnx.decoder import DecoderGraph
 from qllm.onnx.graph import MODEL, DataFile, Graph, save
@@ -71,5 +71,5 @@ def export(
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in COPIED:
             if (source / name).exists():
-                shutil.copyfile(source / name, folder / name)
+                copy_file(source / name, folder / name)
     return sum(path.stat().st_size for path in target.glob(f"{MODEL}*"))

@@ -21,6 +21,7 @@ from qllm.checkpoint.reader import read_raw_config
 from qllm.checkpoint.writer import new_folder
 from qllm.config import LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
+from qllm.files import copy_file
 from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import read_config
@@ -83,7 +84,7 @@ def quantize_onnx(job: OnnxJob, target: Path, progress: Progress = iter) -> list
         skipped = {file.name for file in model_files(job.source)}
         for file in job.source.iterdir():
             if file.is_file() and file.name not in skipped:
-                shutil.copyfile(file, folder / file.name)
+                copy_file(file, folder / file.name)
     return run.reports
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from qllm.checkpoint.weights import LAYOUT_KEY, Weights
 from qllm.checkpoint.writer import ShardWriter
 from qllm.config import LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
+from qllm.files import copy_file
 from qllm.layers import Linear
 from qllm.layers.fp16 import DenseLinear
 from qllm.layers.w8a8 import DynamicInt8Linear
@@ -401,7 +401,7 @@ class _Run:
         _write_json(folder / "config.json", config)
         for name in COPIED:
             if (job.source / name).exists():
-                shutil.copyfile(job.source / name, folder / name)
+                copy_file(job.source / name, folder / name)
         card = model_card(job.about, self.reports, job.options, fake=job.fake)
         (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import resource
 import zipfile
 
@@ -15,11 +16,14 @@ import torch
 from checkpoints import change_json, copy_of
 
 from qllm.calibration import calibrate_random
+from qllm.checkpoint.convert import convert
 from qllm.checkpoint.load import outline
 from qllm.checkpoint.reader import Checkpoint, TorchFile, read_raw_config
 from qllm.checkpoint.weights import Weights
 from qllm.config import QuantPlan
 from qllm.errors import UserError
+from qllm.hub import ModelFolder
+from qllm.huggingface import load_reference
 from qllm.models import read_config
 
 LARGE = 2**31 - 1
@@ -127,3 +131,15 @@ def test_patterns_have_a_limit_of_time_wherever_they_are(value, tmp_path, monkey
         plan = str(path)
     with pytest.raises(UserError, match=r"\.json.*takes too long"):
         outline(folder, QuantPlan.parse(plan))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_copied_or_given_to_transformers_is_a_file(make, tmp_path):
+    """A pipe would be waited for, and a device copied until the disk is full."""
+    folder = copy_of("opt", tmp_path / "m")
+    make(folder / "merges.txt")
+    with pytest.raises(UserError, match=r"merges\.txt is a (named pipe|device)"):
+        convert(ModelFolder(folder, "m"), tmp_path / "out", overwrite=False)
+    with pytest.raises(UserError, match=r"merges\.txt is a (named pipe|device)"):
+        load_reference(folder)
+    assert not (tmp_path / "out").exists()
