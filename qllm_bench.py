@@ -9,6 +9,12 @@ Without -p, -n, --benchmark, --tree or --tp-model: a prompt of 512 tokens, and 1
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import signal
+
+    # Held back while imports run, for `cli.run` to answer.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+
 import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING

@@ -9,6 +9,12 @@ Several bitwidths, separated by commas, are rows of one table.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import signal
+
+    # Held back while imports run, for `cli.run` to answer.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+
 import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import replace

@@ -9,6 +9,12 @@ qllm_gen.py, qllm_eval.py, qllm_bench.py and qllm_quant.py take the folder by --
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import signal
+
+    # Held back while imports run, for `cli.run` to answer.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+
 import argparse
 import time
 from pathlib import Path

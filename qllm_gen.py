@@ -6,6 +6,12 @@ python3 qllm_gen.py --model-name bloom --model-size tiny --bitwidth 4 --compare
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import signal
+
+    # Held back while imports run, for `cli.run` to answer.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+
 import argparse
 import time
 from dataclasses import replace
@@ -88,11 +94,11 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     plan = cli.read_plan(args)
     talks = session is None or session.rank == 0
     note = cli.note if talks else cli.silent
-    if session is None:
-        prompts = cli.read_prompts(args)
-    else:
-        prompts = session.share(cli.read_prompts(args) if talks else None)
-    folder = cli.resolve_model(args, note=note)
+    with cli.unbounded(session):
+        prompts = cli.read_prompts(args) if talks else []
+        folder = cli.resolve_model(args, note=note)
+    if session is not None:
+        prompts = session.share(prompts)
     onnx = cli.holds_onnx(args, folder, **NOT_FOR_ONNX)
     device = cli.resolve_device(args)
 

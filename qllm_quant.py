@@ -10,6 +10,12 @@ with past, exported by optimum or by qllm_export.py.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import signal
+
+    # Held back while imports run, for `cli.run` to answer.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+
 import argparse
 import math
 import time

@@ -6,6 +6,12 @@ python3 ref_gen.py --model-name bloom --model-size tiny --prompt "He is working 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import signal
+
+    # Held back while imports run, for `cli.run` to answer.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+
 import argparse
 
 from qllm import cli

@@ -8,6 +8,12 @@ Later runs of qllm_gen.py pick the converted copy up; without one they convert o
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import signal
+
+    # Held back while imports run, for `cli.run` to answer.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+
 import argparse
 from pathlib import Path
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import pty
 import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, assert_user_error, run, tiny
 
 from qllm import cli
-from qllm.cli import bars
+from qllm.cli import bars, console
 from qllm.errors import UserError
 from qllm.tokenizer import Tokenizer
 
@@ -26,9 +28,9 @@ SCRIPTS = {
 
 
 def run_main(body: str, **options) -> subprocess.CompletedProcess:
-    """A script whose main has this body; sys, os and cli are imported."""
+    """A script whose main has this body; sys, os, signal and cli are imported."""
     lines = "\n".join(f"    {line}" for line in body.splitlines())
-    code = f"import os, sys\nfrom qllm import cli\ndef main():\n{lines}\ncli.run(main)\n"
+    code = f"import os, signal, sys\nfrom qllm import cli\ndef main():\n{lines}\ncli.run(main)\n"
     options = {"capture_output": True, "text": True, "cwd": ROOT, **options}
     return subprocess.run([sys.executable, "-c", code], check=False, **options)
 
@@ -41,7 +43,17 @@ ENDINGS = {
         "-c: error: four five six\n",
     ),
     "Ctrl-C": ("raise KeyboardInterrupt", 130, "-c: interrupted\n"),
-    "the system": ("open('/no/file')", 1, "-c: error: [Errno 2] No such file"),
+    "SIGTERM": ("os.kill(os.getpid(), 15)\nsignal.pause()", 143, "-c: terminated\n"),
+    "SIGHUP": ("os.kill(os.getpid(), 1)\nsignal.pause()", 129, "-c: ended with its terminal\n"),
+    "what a terminal would obey": (
+        "from qllm.errors import UserError\n"
+        "raise UserError(f'a \x1b[31mb\x9bc \u202e{chr(0xDCFF)}')",
+        2,
+        "-c: error: a \\u001b[31mb\\u009bc \\u202e\\udcff\n",
+    ),
+    "a note of one": ("cli.note('\x07')", 0, "note: \\u0007\n"),
+    "an option of one": ("cli.Parser('x').error('\x1b')", 2, "-c: error: \\u001b (--help"),
+    "the system": ("open('/no/file')", 2, "-c: error: [Errno 2] No such file"),
     "memory": ("raise MemoryError", 1, "-c: error: out of memory; take fewer bits"),
     "torch's memory": (
         "raise RuntimeError('CUDA out of memory. Tried')",
@@ -61,8 +73,8 @@ def test_how_a_run_ends(body, status, words):
     done = run_main(body)
     assert done.returncode == status
     assert done.stderr.startswith(words)
-    assert done.stderr.count("\n") == (1 if status else 0)
-    assert done.stdout == ("" if status else "done\n")
+    assert done.stderr.count("\n") == (1 if words else 0)
+    assert done.stdout == ("done\n" if "print" in body else "")
 
 
 @pytest.mark.parametrize("body", ["raise RuntimeError('a bug')", "1 / 0", "import qllm.no_such"])
@@ -77,6 +89,92 @@ def test_a_second_interrupt_does_not_disturb_the_first():
     body = "import atexit, signal\natexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
     done = run_main(body + "raise KeyboardInterrupt")
     assert (done.returncode, done.stderr) == (130, "-c: interrupted\n")
+
+
+def test_long_values_lose_their_middle():
+    line = console.one_line(f"config.json: {'x' * 100_000} cannot be; give 3")
+    assert len(line) < 1300
+    assert line.startswith("config.json: xxx") and line.endswith("xxx cannot be; give 3")
+
+
+def test_a_terminal_shows_what_it_would_obey():
+    """Model output may hold escape sequences; a pipe gets them as they are."""
+    text = "\x1b]0;title\x07\x9b1m \u00e9\tend\n"
+    main, side = pty.openpty()
+    done = run_main(f"print({text!r}, end='')", stdout=side, stderr=side, capture_output=False)
+    os.close(side)
+    found = os.read(main, 1000).decode()
+    os.close(main)
+    assert (done.returncode, found) == (
+        0,
+        "\\u001b]0;title\\u0007\\u009b1m \u00e9\tend\r\n",
+    )
+    assert run_main(f"print({text!r}, end='')", encoding="utf-8").stdout == text
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_script_without_a_standard_stream(number, tmp_path):
+    """No traceback, and no file of the run's in the stream's place."""
+    body = "stream = [sys.stdin, sys.stdout, sys.stderr]\nfor s in stream: s.fileno()\n"
+    body += f"if {number}: print('x', file=stream[{number}], flush=True)\n"
+    body += "else: assert stream[0].buffer.read() == b''\n"
+    body += f"assert os.readlink('/proc/self/fd/{number}') == '/dev/null'"
+    done = run_main(body, preexec_fn=lambda: os.close(number))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_output_that_cannot_be_written():
+    with Path("/dev/full").open("w") as full:
+        done = run_main("print('text')", stdout=full, stderr=-1, capture_output=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "-c: error: [Errno 28] No space left on device\n",
+    )
+
+
+INTERRUPTED_IMPORT = """
+import os, runpy, signal, sys
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "qllm.cli":
+            os.kill(os.getpid(), int(number))
+number, script = sys.argv[1:]
+sys.argv = [script]
+sys.meta_path.insert(0, Interrupting())
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
+def test_a_signal_during_the_first_imports(script):
+    number = signal.SIGTERM if script.startswith("qllm") else signal.SIGINT
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IMPORT, str(number.value), script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 128 + number
+    assert done.stderr == f"{script}: {console.SIGNALS[number]}\n"
+
+
+def test_a_signal_while_a_file_is_written(tmp_path):
+    """Nothing is left behind, though a second signal comes while it is cleared away."""
+    body = f"""
+from pathlib import Path
+from qllm.checkpoint.writer import new_folder
+with new_folder(Path({str(tmp_path / "out")!r})) as folder:
+    import atexit, shutil
+    remove = shutil.rmtree
+    shutil.rmtree = lambda *a, **o: (os.kill(os.getpid(), signal.SIGINT), remove(*a, **o))
+    (folder / "file").write_text("half")
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pause()
+"""
+    done = run_main(body)
+    assert (done.returncode, done.stderr) == (143, "-c: terminated\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("lines", [10, 100_000])
@@ -145,7 +243,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize("delay", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9, 1.1, 1.5])
 @pytest.mark.parametrize("script", ["qllm_gen.py", "ref_gen.py"])
 def test_ctrl_c_at_any_time(script, delay):
-    """130 and one line, whether torch is being imported or a model run."""
+    """130 and one line, whether torch is being imported or a model run; SIGTERM is no other."""
     command = [sys.executable, "-c", STARTED, script, "--model-size", "tiny"]
     process = subprocess.Popen(
         # BLOOM knows no longest text: this one goes on for long after the last delay.
@@ -157,11 +255,12 @@ def test_ctrl_c_at_any_time(script, delay):
     )
     assert process.stdout.readline() == "started\n"
     time.sleep(delay)
-    process.send_signal(signal.SIGINT)
+    number = signal.SIGTERM if delay in (0.2, 0.4, 0.6, 0.9) else signal.SIGINT
+    process.send_signal(number)
     out, error = process.communicate(timeout=60)
-    assert process.returncode == 130, (error, out)
+    assert process.returncode == 128 + number, (error, out)
     lines = [line for line in error.splitlines() if not line.startswith("note: ")]
-    assert lines == [f"{script}: interrupted"]
+    assert lines == [f"{script}: {console.SIGNALS[number]}"]
 
 
 DEFAULTS = {

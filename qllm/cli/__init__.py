@@ -30,6 +30,7 @@ from qllm.cli.processes import (
     check_processes,
     join,
     session,
+    unbounded,
 )
 from qllm.cli.prompts import DEFAULT_PROMPTS, add_prompt_options, read_prompts, tokenize
 
@@ -64,6 +65,7 @@ __all__ = [
     "session",
     "silent",
     "tokenize",
+    "unbounded",
     "whole_number",
     "with_head",
 ]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from qllm.cli.console import note
+from qllm.cli.console import note, one_line
 from qllm.progress import Meter
 
 # Between two notes, where there is no terminal for a bar.
@@ -44,7 +44,7 @@ def _shown(what: str, total: int, done: int, unit: str) -> Iterator[Callable[[fl
     from tqdm import tqdm
 
     bar = tqdm(
-        desc=what,
+        desc=one_line(what),
         total=total,
         initial=done,
         unit=unit,

@@ -23,4 +23,4 @@ COMMANDS = {
 
 def main() -> None:
     """Run the script that the program was called as."""
-    run(importlib.import_module(COMMANDS[Path(sys.argv[0]).name]).main)
+    run(lambda: importlib.import_module(COMMANDS[Path(sys.argv[0]).name]).main())

@@ -5,12 +5,29 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from qllm import launch
 from qllm.errors import UserError
+
+# What a run says that a signal ends; its status is 128 and the signal's number, as a shell has it.
+SIGNALS = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "terminated",
+    signal.SIGHUP: "ended with its terminal",
+}
+# Seconds in which no second signal disturbs what the first one set off: temporary files go.
+CLEARING = 3.0
+# Characters of a line on standard error: of a longer one, the beginning and the end.
+LONGEST_LINE, LINE_END = 1200, 400
+# What a terminal would obey: all control characters but tab and line feed.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,9 +40,22 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+        self.color = False  # Python 3.14's, which would be escaped
+
     def error(self, message: str) -> None:
-        line = f"{self.prog}: error: {message} (--help lists the options)\n"
-        self.exit(2, line if _speaks() else None)
+        self.exit(_fail(self.prog, f"{message} (--help lists the options)", 2))
+
+
+class Terminal(io.TextIOWrapper):
+    """Standard output where it is a terminal: control characters in a text are shown, not obeyed.
+
+    What a model generates, and what files say, may hold escape sequences. A pipe or a file gets
+    the text as it is.
+    """
+
+    def write(self, text: str) -> int:
+        super().write(CONTROL.sub(_escape, text))
+        return len(text)
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -33,60 +63,124 @@ def run(main: Callable[[], int | None]) -> None:
     program = Path(sys.argv[0]).name
     # torch, not yet imported, will ask for huge pages: a fault for each 2 MB, not for each 4 KB.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    signal.signal(signal.SIGINT, _interrupt)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a character of the text
-        sys.stdout.reconfigure(errors="backslashreplace")
+    _open_streams()
+    handler = _Interrupt()
+    for number in SIGNALS:
+        # nohup means that the terminal's end is not the run's.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which a script held back
         status = main() or 0
         print(end="", flush=True)
     except UserError as error:
         status = _fail(program, str(error), 2)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not interrupt the exit
-        status = _fail(program, "interrupted", 130)
+    except KeyboardInterrupt as error:
+        for number in SIGNALS:  # a second one must not interrupt the exit
+            signal.signal(number, signal.SIG_IGN)
+        status = _end(program, error.args[0] if error.args else signal.SIGINT)
     except BrokenPipeError:
-        # The reader has what it wanted; Python would complain once more while it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
-    except ModuleNotFoundError as error:
+        status = 141  # the reader has what it wanted
+    except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "qllm"):
             raise
-        line = f"the package {package} is missing; pip install -r requirements.txt installs it"
+        what = "is missing" if isinstance(error, ModuleNotFoundError) else f"is broken ({error})"
+        line = f"the package {package} {what}; pip install -r requirements.txt installs it"
         status = _fail(program, line, 2)
     except OSError as error:
-        status = _fail(program, str(error), 1)
+        status = _fail(program, str(error), getattr(error, "status", 2))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
             raise
         status = _fail(program, f"out of memory; take fewer bits or a smaller model ({error})", 1)
+    try:
+        print(end="", flush=True)
+    except OSError:  # Python would complain once more while it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 
-def _interrupt(number: int, frame: object) -> None:
-    """Ctrl-C. An import that runs C code may drop the exception, so that one ends at once."""
-    specs = [getattr(module, "__spec__", None) for module in list(sys.modules.values())]
-    if any(getattr(spec, "_initializing", False) for spec in specs):
-        _fail(Path(sys.argv[0]).name, "interrupted", 130)
-        os._exit(130)
-    raise KeyboardInterrupt
+def _open_streams() -> None:
+    """Give the process the standard streams that it was started without, and a safe output."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # It takes the number that is free, so that no file of the run's does.
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a character of the text
+        sys.stdout.reconfigure(errors="backslashreplace")
+        if sys.stdout.isatty():
+            encoding = sys.stdout.encoding
+            sys.stdout = Terminal(sys.stdout.buffer, encoding, "backslashreplace", None, True)
 
 
-def _speaks() -> bool:
-    """Whether this process is the first on its host of those that torchrun started, or alone."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+class _Interrupt:
+    """What a signal that ends the run does: KeyboardInterrupt in the main thread, with its number.
+
+    An import that runs C code may drop the exception, so that one ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.last = -CLEARING
+
+    def __call__(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if now - self.last < CLEARING:
+            return
+        self.last = now
+        specs = [getattr(module, "__spec__", None) for module in list(sys.modules.values())]
+        if any(getattr(spec, "_initializing", False) for spec in specs):
+            os._exit(_end(Path(sys.argv[0]).name, number))
+        raise KeyboardInterrupt(number)
+
+
+def _end(program: str, number: int) -> int:
+    """Say that a signal ended the run; of several ranks one does, and names a rank that is gone."""
+    if launch.claim():
+        line = SIGNALS[number]
+        # torchrun ends the others where one has died.
+        if number == signal.SIGTERM and (lost := launch.lost()):
+            line = f"error: {lost}; the run ends"
+        _print(f"{program}: {line}")
+    return 128 + number
 
 
 def _fail(program: str, message: str, status: int) -> int:
-    line = " ".join(message.split())
-    if _speaks():
-        print(f"{program}: {'error: ' if status != 130 else ''}{line}", file=sys.stderr)
+    if launch.claim():
+        own = launch.Launch.of_environment()
+        rank = f"rank {own.rank}: " if own.world > 1 and not message.startswith("rank ") else ""
+        _print(f"{program}: error: {rank}{message}")
     return status
+
+
+def one_line(text: str) -> str:
+    """Text from anywhere as one line of bearable length, which a terminal prints and nothing else.
+
+    White space is one space each; what is not printable is escaped, the middle of a long text
+    left out.
+    """
+    line = " ".join(text.split())
+    line = "".join(c if c.isprintable() else _escape(c) for c in line)
+    if len(line) <= LONGEST_LINE:
+        return line
+    return f"{line[: LONGEST_LINE - LINE_END]} … {line[-LINE_END:]}"
+
+
+def _escape(character: str | re.Match) -> str:
+    """As JSON and Python write it."""
+    code = ord(character if isinstance(character, str) else character[0])
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _print(line: str) -> None:
+    """A line on standard error, whose end, such as a closed terminal, is not the run's."""
+    with suppress(OSError):
+        print(one_line(line), file=sys.stderr)
 
 
 def note(line: str) -> None:
     """Say something on standard error."""
-    print(f"note: {line}", file=sys.stderr)
+    _print(f"note: {line}")
 
 
 def silent(line: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from qllm.cli.console import whole_number
 from qllm.cli.models import resolve_device
 from qllm.errors import UserError
+from qllm.launch import Launch
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -59,7 +60,7 @@ def add_parallel_options(parser: argparse.ArgumentParser) -> None:
 
 def check_processes(args: argparse.Namespace) -> None:
     """Refuse a number of processes that the options do not ask for."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = Launch.of_environment().world
     wanted = args.tp * args.pp
     if world != wanted:
         found = "this is one" if world == 1 else f"there are {world}"
@@ -81,6 +82,11 @@ def session(args: argparse.Namespace) -> AbstractContextManager[Session]:
     device = resolve_device(args, local=True)
     layout = Layout(args.tp, args.pp, args.tp_mode)
     return session(layout, timeout=args.timeout, device=device, failed=_explain)
+
+
+def unbounded(session: Session | None) -> AbstractContextManager[None]:
+    """What takes as long as people or a download do, which other ranks wait for."""
+    return nullcontext() if session is None else session.unbounded()
 
 
 def join(
@@ -112,7 +118,6 @@ def join(
     if args.tp_mode == "exact":
         facts["kernel path"] = kernels
     session.compare(facts)
-    session.watch.start()
     return Place(session.tp, args.tp_mode, session.pp, cuts)
 
 

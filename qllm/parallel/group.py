@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -164,19 +165,13 @@ class Group:
         out.copy_(sums[: len(x)])
 
 
-class counted:  # noqa: N801 - reads as a statement
+@contextmanager
+def counted(links: Links, nbytes: int) -> Iterator[None]:
     """Adds what torch.distributed does to what links count."""
-
-    def __init__(self, links: Links, nbytes: int) -> None:
-        self.links, self.nbytes = links, nbytes
-
-    def __enter__(self) -> None:
-        self.links.begin(self.nbytes)
-        self.links.waiting_for = -1
-
-    def __exit__(self, *error: object) -> None:
-        self.links.waiting_for = None
-        self.links.end()
+    links.begin(nbytes)
+    with links.waiting():
+        yield
+    links.end()
 
 
 def places(widths: Sequence[int]) -> list[tuple[int, int]]:

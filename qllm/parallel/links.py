@@ -12,15 +12,18 @@ import secrets
 import select
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+    from qllm.launch import Launch
+
 HEADER = 64  # bytes with which a connection begins: who it is from
 DIED = "its process has died"
+POLL = 0.02  # seconds between two looks at the store
 SEND_BUFFER = 4 << 20
 
 
@@ -40,15 +43,18 @@ class Mesh:
         address: this host's.
     """
 
-    def __init__(self, store: Store, rank: int, world: int, master: str, timeout: float) -> None:
+    def __init__(self, store: Store, launch: Launch, deadline: float) -> None:
         """
+        Args:
+            deadline: of `time.monotonic()`, for all ranks to have come.
+
         Raises:
-            ConnectionError: names a rank that did not come within `timeout` seconds.
+            RankError: a rank did not come in time.
         """
+        rank, world, master = launch.rank, launch.world, launch.master
         self.address = own_address(master)
         family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
         listener = socket.create_server((self.address, 0), family=family, backlog=world)
-        deadline = time.monotonic() + timeout
         port, secret = listener.getsockname()[1], secrets.token_hex(16)
         store.set(f"rank{rank}", f"{self.address} {port} {secret}")
         self.sockets: dict[int, socket.socket] = {}
@@ -58,17 +64,17 @@ class Mesh:
                 words = _get(store, other, deadline)
                 key = key or words[2].encode()  # rank 0's: who knows it, knows the store
                 if other < rank:
-                    self.sockets[other] = _connect(words[0], int(words[1]), other, timeout)
+                    self.sockets[other] = _connect(words[0], int(words[1]), other, deadline)
                     self.sockets[other].sendall((b"%s %d" % (key, rank)).ljust(HEADER))
             while len(self.sockets) < world - 1:
-                listener.settimeout(max(0.01, deadline - time.monotonic()))
+                listener.settimeout(_left(deadline))
                 try:
                     link, _ = listener.accept()
-                    link.settimeout(timeout)
+                    link.settimeout(_left(deadline))
                     words = link.recv(HEADER, socket.MSG_WAITALL).split()
                 except TimeoutError:
                     missing = min(set(range(world)) - {rank, *self.sockets})
-                    raise ConnectionError(f"rank {missing} did not connect") from None
+                    raise RankError(missing, "it did not connect") from None
                 if len(words) == 2 and hmac.compare_digest(words[0], key):
                     self.sockets[int(words[1])] = link
                 else:
@@ -83,20 +89,34 @@ class Mesh:
             link.close()
 
 
-def _connect(address: str, port: int, rank: int, timeout: float) -> socket.socket:
+class RankError(ConnectionError):
+    """A rank did not come."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank}: {reason}")
+        self.rank, self.reason = rank, reason
+
+
+def _left(deadline: float) -> float:
+    return max(0.01, deadline - time.monotonic())
+
+
+def _connect(address: str, port: int, rank: int, deadline: float) -> socket.socket:
     try:
-        return socket.create_connection((address, port), timeout)
+        return socket.create_connection((address, port), _left(deadline))
     except OSError as error:
-        raise ConnectionError(f"rank {rank} at {address} cannot be reached ({error})") from None
+        raise RankError(rank, f"it cannot be reached at {address} ({error})") from None
 
 
 def _get(store: Store, rank: int, deadline: float) -> list[str]:
-    left = max(0.01, deadline - time.monotonic())
-    try:
-        store.wait([f"rank{rank}"], timedelta(seconds=left))
-    except Exception:  # the store raises a type of its own for each backend
-        raise ConnectionError(f"rank {rank} did not start") from None
-    return store.get(f"rank{rank}").decode().split()
+    """What a rank says of itself in the store."""
+    key = f"rank{rank}"
+    # The store's own `wait` would keep signals waiting, too, such as torchrun's that ends a rank.
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            raise RankError(rank, "it did not start")
+        time.sleep(POLL)
+    return store.get(key).decode().split()
 
 
 def _reason(error: OSError) -> str:
@@ -112,7 +132,7 @@ class Links:
         sent: bytes sent so far.
         calls: exchanges so far.
         seconds: spent in them.
-        waiting_for: a rank whose message has not come, None while there is no such.
+        waiting_for: a rank whose message has not come, -1 for any; None while there is no such.
     """
 
     def __init__(
@@ -150,6 +170,15 @@ class Links:
             incoming = [(r, rest) for r, data in incoming if (rest := self._receive(r, data))]
         self.waiting_for = None
         self.end()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What waits for other ranks by other ways than these sockets."""
+        self.waiting_for = -1
+        try:
+            yield
+        finally:
+            self.waiting_for = None
 
     def begin(self, nbytes: int) -> None:
         """Count an exchange, in which this rank sends so many bytes."""

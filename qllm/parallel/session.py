@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,35 +17,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from qllm import launch as launching
 from qllm.errors import UserError, first_line
+from qllm.launch import Launch
 from qllm.parallel.group import Group
-from qllm.parallel.links import Links, Mesh
+from qllm.parallel.links import Links, Mesh, RankError
 from qllm.parallel.watch import BUSY, SHARE, STATUS, Watch
 
 LONG = timedelta(days=7)  # of torch.distributed's own timeouts: the watch knows better
 DIFFERENT = 200  # characters of a value that differs between ranks are shown
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What torchrun tells a process.
-
-    Attributes:
-        rank, world: of all processes.
-        local: the rank on its own host.
-    """
-
-    rank: int
-    world: int
-    local: int
-    master: str
-
-    @classmethod
-    def of_environment(cls) -> Launch:
-        """As torchrun sets it in RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR."""
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local = int(os.environ.get("LOCAL_RANK", rank))
-        return cls(rank, world, local, os.environ.get("MASTER_ADDR", "127.0.0.1"))
 
 
 @dataclass(frozen=True)
@@ -73,28 +55,38 @@ class Session:
     def __init__(self, launch: Launch, layout: Layout, timeout: float, device: str) -> None:
         """
         Raises:
-            ConnectionError: a rank did not come in time.
+            ConnectionError: a rank did not come in time, or the store is not there.
         """
         self.rank, self.world, self.layout = launch.rank, launch.world, layout
         self.device = device
-        self.progress, self.busy = 0, False
-        patience = timeout * SHARE
-        store = _store(launch, patience)
+        self.progress, self.busy, self.joined = 0, False, False
+        deadline = time.monotonic() + timeout * SHARE
+        store = _store(launch, deadline)
 
         def prefixed(name: str) -> dist.Store:
             return dist.PrefixStore(f"qllm/{name}", store)
 
-        arguments = (launch.rank, launch.world, launch.master, patience)
-        self._control = Mesh(prefixed("watch"), *arguments)
-        self.watch = Watch(launch.rank, self._control.sockets, timeout, self._state)
-        self.watch.host = f"{socket.gethostname()} {self._control.address}"
-        self.watch.tell({"host": self.watch.host, "pid": os.getpid()})
-        for rank, peer in self.watch.peers.items():
-            found = self.watch.hear(rank)
-            peer.host, peer.pid = found["host"], found["pid"]
-        self._mesh = Mesh(prefixed("data"), *arguments)
-        self.links = Links(self._mesh.sockets, self.watch.fail)
-        self._join_group(prefixed("group"), device)
+        try:
+            self._control = Mesh(prefixed("watch"), launch, deadline)
+            # From here on it is noticed when a rank dies or is stopped, whatever the others do.
+            self.watch = Watch(launch.rank, self._control.sockets, timeout, self._state)
+            self.links = Links({}, self.watch.fail)
+            self.watch.start()
+            with self.links.waiting():
+                self._mesh = Mesh(prefixed("data"), launch, deadline)
+            self.links.sockets = self._mesh.sockets
+            self._name_hosts()
+            with self.links.waiting():
+                self._join_group(prefixed("group"), device)
+        except dist.DistError as error:
+            raise ConnectionError(f"the store was lost ({first_line(error)})") from None
+
+    def _name_hosts(self) -> None:
+        """Learn where the others run, for the line that says which of them ended the run."""
+        host = f"{socket.gethostname()} {self._control.address}"
+        for rank, (name, pid) in enumerate(self.collect([host, os.getpid()])):
+            if rank != self.rank:
+                self.watch.peers[rank].host, self.watch.peers[rank].pid = name, pid
 
     def _join_group(self, store: dist.Store, device: str) -> None:
         """torch.distributed's own process groups: the engine of large messages."""
@@ -114,8 +106,10 @@ class Session:
         self.pp = Group(tuple(line), self.stage, self.links, mesh.get_group("pp"))
 
     def _state(self) -> tuple[int, int | None]:
+        # What ranks do before they were compared has no steps to count: its tenths of a second do.
+        steps = self.progress if self.joined else int(10 * time.process_time())
         waiting = BUSY if self.busy else self.links.waiting_for
-        return self.progress + self.links.calls, waiting
+        return steps + self.links.calls, waiting
 
     def compare(self, facts: Mapping[str, object]) -> None:
         """End the run where ranks were not started alike.
@@ -123,21 +117,17 @@ class Session:
         Args:
             facts: what has to be the same for all, in JSON's types.
         """
-        self.watch.tell(facts)
-        others = {rank: self.watch.hear(rank) for rank in self.watch.peers}
-        first = facts if self.rank == 0 else others[0]
-        for rank, theirs in sorted({**others, self.rank: facts}.items()):
+        everyone = self.collect(facts)
+        for rank, theirs in enumerate(everyone):
             for key, value in theirs.items():
-                if value != first.get(key):
-                    mine, other = str(first.get(key))[:DIFFERENT], str(value)[:DIFFERENT]
+                if value != everyone[0].get(key):
+                    mine, other = str(everyone[0].get(key))[:DIFFERENT], str(value)[:DIFFERENT]
                     self.watch.fail(rank, f"its {key} is {other}, that of rank 0 is {mine}")
+        self.joined = True
 
     def share(self, value: object) -> object:
         """Rank 0's value, given to all; JSON's types."""
-        if self.rank == 0:
-            self.watch.tell({"value": value})
-            return value
-        return self.watch.hear(0)["value"]
+        return self.collect(value if self.rank == 0 else None)[0]
 
     def collect(self, value: object) -> list:
         """Each rank's value, in JSON's types, in their order."""
@@ -180,7 +170,7 @@ class Session:
         self._control.close()
 
 
-def _store(launch: Launch, timeout: float) -> dist.Store:
+def _store(launch: Launch, deadline: float) -> dist.Store:
     """The store of the launcher, or one that rank 0 keeps, by which ranks find each other.
 
     Raises:
@@ -188,7 +178,7 @@ def _store(launch: Launch, timeout: float) -> dist.Store:
     """
     port = int(os.environ["MASTER_PORT"])
     own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and launch.rank == 0
-    patience = timedelta(seconds=timeout)
+    patience = timedelta(seconds=max(1.0, deadline - time.monotonic()))
     try:
         return dist.TCPStore(
             launch.master, port, launch.world, own, patience, wait_for_workers=False
@@ -225,8 +215,13 @@ def session(
     launch = Launch.of_environment()
     try:
         joined = Session(launch, layout, timeout, device)
-    except (ConnectionError, TimeoutError) as error:
-        raise ParallelError(f"rank {launch.rank}: {error} within {timeout * SHARE:.0f} s") from None
+    except RankError as error:
+        reason = launching.trouble(error.rank)
+        atexit.register(launching.end_stopped, error.rank)  # after it was said why
+        line = f"{error} within {timeout * SHARE:.0f} s{f'; {reason}' if reason else ''}"
+        raise ParallelError(f"{line}; the run ends") from None
+    except ConnectionError as error:
+        raise ParallelError(f"{error}; the run ends") from None
     try:
         yield joined
     except BaseException as error:
@@ -239,3 +234,5 @@ def session(
 
 class ParallelError(OSError):
     """The processes of a run did not find each other."""
+
+    status = STATUS

@@ -3,6 +3,7 @@
 A thread of every process says once in a while to all others that it lives, how far its main thread
 is, and whom that waits for. A rank that says nothing, that is gone, or that neither gets further
 nor waits, ends the run: whoever notices tells the others, and each process exits with status 1.
+What cannot exit by itself is ended by torchrun.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import selectors
-import signal
 import socket
 import sys
 import threading
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from qllm import launch
 from qllm.parallel.links import DIED
 
 STATUS = 1
@@ -31,7 +32,7 @@ class Peer:
     """What is known of another rank.
 
     Attributes:
-        host, pid: where it runs.
+        host, pid: where it runs, as it says.
         heard: when it last said something.
         moved: when its main thread last got further.
         progress: how far it was then.
@@ -67,49 +68,15 @@ class Watch:
                 stands for work that may take any time.
         """
         self.rank, self.timeout, self.state = rank, timeout, state
-        self.host = ""
         self.peers = {other: Peer(link) for other, link in sockets.items()}
         self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._stop = False
         self._progress, self._moved = -1, time.monotonic()
 
-    # --- before the thread runs: a conversation in lines of JSON
-
-    def tell(self, value: object) -> None:
-        """Send a value to all others."""
-        line = json.dumps(value).encode() + b"\n"
-        for rank, peer in self.peers.items():
-            try:
-                peer.socket.settimeout(self.timeout)
-                peer.socket.sendall(line)
-            except OSError as error:
-                self.fail(rank, f"its connection broke ({error})")
-
-    def hear(self, rank: int) -> object:
-        """The next value that a rank tells."""
-        peer, deadline = self.peers[rank], time.monotonic() + self.timeout * SHARE
-        while b"\n" not in peer.rest:
-            peer.socket.settimeout(max(0.01, deadline - time.monotonic()))
-            try:
-                data = peer.socket.recv(1 << 16)
-            except TimeoutError:
-                self.fail(rank, f"it has said nothing for {self.timeout * SHARE:.0f} s")
-            except OSError as error:
-                self.fail(rank, f"its connection broke ({error})")
-            if not data:
-                self.fail(rank, DIED)
-            peer.rest += data
-        line, _, peer.rest = peer.rest.partition(b"\n")
-        value = json.loads(line)
-        if isinstance(value, dict) and "end" in value:
-            self._end(value["end"])
-        return value
-
     def start(self) -> None:
         """Begin to watch."""
         for peer in self.peers.values():
-            peer.socket.setblocking(False)
             peer.heard = peer.moved = time.monotonic()
         self._thread.start()
 
@@ -171,9 +138,9 @@ class Watch:
             if peer.leaving:
                 continue
             if now - peer.heard > patience:
-                if peer.host == self.host:  # no signal but this one reaches a stopped process
-                    os.kill(peer.pid, signal.SIGKILL)
-                self.fail(rank, f"it has not been heard of for {patience:.0f} s")
+                found = launch.trouble(rank)
+                silent = f"it has not been heard of for {patience:.0f} s"
+                self.fail(rank, f"{silent}; {found}" if found else silent)
             if now - peer.moved > patience and not peer.waiting:
                 self.fail(rank, f"it has neither worked nor waited for {patience:.0f} s")
         stuck = [now - peer.moved > patience for peer in self.peers.values()]
@@ -203,7 +170,7 @@ class Watch:
         """End the run: tell the others, say why, exit. Does not return.
 
         Args:
-            culprit: a rank that cannot say it itself.
+            culprit: a rank that may be unable to end by itself.
         """
         self._send({"end": [line, culprit, status]})
         self._end([line, culprit, status])
@@ -212,7 +179,8 @@ class Watch:
         if not self._ending.acquire(blocking=False):
             time.sleep(self.timeout)  # another thread is about to exit
         line, culprit, status = end
-        same = [r for r, peer in self.peers.items() if peer.host == self.host and r != culprit]
-        if self.rank < min(same, default=sys.maxsize):  # one line for each host
+        if launch.claim():  # one line for each host
             print(f"qllm: error: {line}; the run ends", file=sys.stderr, flush=True)
+        if culprit is not None:
+            launch.end_stopped(culprit)
         os._exit(status)

@@ -136,6 +136,41 @@ def test_a_rank_that_is_gone_ends_the_run(how):
     assert_gone(ranks.values())
 
 
+# What one rank does before the others know of it, and what is said of it.
+BEFORE = {
+    "stopped": (0, "os.kill(os.getpid(), signal.SIGSTOP)", r"did not start within 2 s.* stopped"),
+    "killed": (
+        1,
+        "import qllm.parallel.session as s\n"
+        "s._store = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
+        "its process has died",
+    ),
+    "options": (1, "sys.argv.append('--bits')", "unrecognized arguments: --bits"),
+    "a package": (
+        1,
+        "import qllm.cli\n"
+        "def failing(*_): raise ModuleNotFoundError('none', name='torchao')\n"
+        "qllm.cli.session = failing",
+        "the package torchao is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize(("rank", "deed", "words"), BEFORE.values(), ids=BEFORE)
+def test_a_rank_that_fails_before_it_has_joined(rank, deed, words, tmp_path):
+    first = f"import os, runpy, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+    lines = "\n".join(f"    {line}" for line in deed.splitlines())
+    own = f"if os.environ['RANK'] == '{rank}':\n{lines}\n"
+    last = f"sys.argv[0] = {GEN!r}\nrunpy.run_path({str(ROOT / GEN)!r}, run_name='__main__')\n"
+    file = tmp_path / "start.py"
+    file.write_text(first + own + last)
+    process = start(2, "--model-size", "tiny", "--tp", 2, "--timeout", 3, script=file)
+    _, lines = finish(process, timeout=60)  # torchrun itself ends a stopped process after 30 s
+    assert process.returncode == 1
+    (line,) = lines.splitlines()
+    assert re.search(rf"error: rank {rank}: .*{words}", line)
+
+
 PER_RANK = """
 import os, runpy, sys
 sys.path.insert(0, {root!r})
@@ -175,4 +210,4 @@ def test_a_rank_that_does_not_come_is_named():
     began = time.monotonic()
     done = run(GEN, "--model-size", "tiny", "--tp", 2, "--timeout", TIMEOUT, env=env)
     assert done.returncode == 1 and time.monotonic() - began < TIMEOUT + 8
-    assert "rank 1 did not start within 6 s" in done.stderr and tiny("opt").exists()
+    assert "rank 1: it did not start within 6 s" in done.stderr and tiny("opt").exists()

@@ -1,0 +1,136 @@
+"""What torchrun tells a process, and what this one sees of the others that it started here.
+
+Nothing heavy is imported: a rank has to say why it ends before torch is there, too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
+
+CLAIM = "qllm-said"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among those that torchrun started; alone where it was not started so.
+
+    Attributes:
+        rank, world: of all processes.
+        local: the rank on its own host.
+        here: the ranks that this host's torchrun started.
+        master: the address by which ranks find each other.
+    """
+
+    rank: int
+    world: int
+    local: int
+    here: range
+    master: str
+
+    @classmethod
+    def of_environment(cls) -> Launch:
+        """As torchrun sets it in RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR."""
+        rank, world = (int(os.environ.get(*pair)) for pair in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        count = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+        here = range(rank - local, rank - local + count)
+        return cls(rank, world, local, here, os.environ.get("MASTER_ADDR", "127.0.0.1"))
+
+
+def claim() -> bool:
+    """Whether this process is the first of its torchrun's to say why the run ends.
+
+    A file in the folder that torchrun makes for its processes' errors settles it; where there is
+    none, the first local rank speaks.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    try:
+        if file:
+            path = Path(file).parent.parent / CLAIM
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+            return True
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # no folder, or none that takes files
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def trouble(rank: int) -> str | None:
+    """What keeps a rank that this host's torchrun started; None where it runs, or is elsewhere."""
+    import psutil
+
+    if rank not in Launch.of_environment().here:
+        return None
+    processes = _processes().get(rank, [])
+    states = {process.pid: _status(process) for process in processes}
+    stopped = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    for pid, state in states.items():
+        if state in stopped:
+            return f"its process {pid} is stopped"
+    dead = (None, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    return "its process has died" if all(state in dead for state in states.values()) else None
+
+
+def lost() -> str | None:
+    """The first rank of this host's that is in trouble, and which."""
+    launch = Launch.of_environment()
+    for rank in launch.here:
+        if rank != launch.rank and (reason := trouble(rank)):
+            return f"rank {rank}: {reason}"
+    return None
+
+
+def end_stopped(rank: int) -> None:
+    """Kill a rank that the same torchrun started, and that is stopped.
+
+    No signal but SIGKILL reaches it, and torchrun itself sends that after half a minute.
+    """
+    import psutil
+
+    if "stopped" in (trouble(rank) or ""):
+        for process in _processes().get(rank, []):
+            try:
+                process.send_signal(signal.SIGKILL)  # to no other process that got the number since
+            except psutil.Error:
+                continue
+
+
+def _processes() -> dict[int, list[psutil.Process]]:
+    """The ranks below the process that started this one as a rank: children of this torchrun."""
+    import psutil
+
+    launcher = psutil.Process()
+    while launcher is not None and "RANK" in _environment(launcher):
+        launcher = launcher.parent()
+    found: dict[int, list[psutil.Process]] = {}
+    for process in [] if launcher is None else launcher.children(recursive=True):
+        rank = _environment(process).get("RANK", "")
+        if rank.isdecimal():
+            found.setdefault(int(rank), []).append(process)
+    return found
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    import psutil
+
+    try:
+        return process.environ()
+    except (psutil.Error, OSError):
+        return {}
+
+
+def _status(process: psutil.Process) -> str | None:
+    import psutil
+
+    try:
+        return process.status()
+    except psutil.Error:
+        return None
