@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qllm.errors import UserError, first_line
 from qllm.files import parse_json
+from qllm.text import read_text, surrogate
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def load_rows(name: str) -> list[str]:
     """
     path = Path(name)
     if path.is_file():
-        rows = _rows(path, _read(path))
+        rows = _rows(path, read_text(path))
     elif name in TASKS:
         rows = _read_hub("--tasks", name, TASKS[name], "evaluation")
     else:
@@ -88,24 +89,26 @@ def load_rows(name: str) -> list[str]:
 
 
 def _read_file(path: Path) -> str:
-    text = _read(path)
+    text = read_text(path)
     return "\n\n".join(_rows(path, text)) if path.suffix in (".jsonl", ".json") else text
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error})") from None
-
-
 def _rows(path: Path, text: str) -> list[str]:
-    try:
-        rows = [parse_json(line, "it")["text"] for line in text.split("\n") if line.strip()]
-    except (UserError, KeyError, TypeError):
-        rows = [None]
-    if not all(isinstance(row, str) for row in rows):
-        raise UserError(f'{path}: each line of a JSON-lines file is {{"text": "…"}}')
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line, "it")["text"]
+        except (UserError, KeyError, TypeError):
+            row = None
+        if not isinstance(row, str):
+            raise UserError(
+                f'{path}: each line of a JSON-lines file is {{"text": "…"}}; line {number} is not'
+            )
+        if (half := surrogate(row)) is not None:
+            raise UserError(f"{path}: line {number} holds {half}, half a surrogate pair")
+        rows.append(row)
     return rows
 
 

@@ -216,7 +216,8 @@ def test_lists_that_are_refused(text):
 
 def test_a_file(tmp_path):
     path = tmp_path / "plan.json"
-    path.write_text('{"attention": 8, "mlp": {"bits": 4, "group_size": 64}}')
+    text = '{"attention": 8, "mlp": {"bits": 4, "group_size": 64}}'
+    path.write_text(text, encoding="utf-8-sig")  # a byte-order mark is no part of it
     plan = QuantPlan.parse(str(path), QuantSpec(group_size=32, scheme="sym"))
     specs = plan.resolve(MODULES, 2)
     assert specs["layers.1.attention.qkv"] == QuantSpec(8, 32, "sym", "weight_only")

@@ -28,12 +28,18 @@ def test_json_lines_are_joined(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["no json", "[]", '"text"', "{}", '{"text": 7}', '{"text": null}', '{"text": ["a"]}']
+    "line",
+    [
+        *("no json", "[]", '"text"', "{}", '{"text": 7}', '{"text": null}', '{"text": ["a"]}'),
+        *("[" * 100_000, f'{{"text": {"9" * 5000}}}'),
+    ],
+    ids=range(9),
 )
 def test_rows_without_text(line, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"text": "good"}}\n{line}\n')
-    with pytest.raises(UserError, match=r'rows\.jsonl: each line of a JSON-lines file is {"text"'):
+    message = r'rows\.jsonl: each line of a JSON-lines file is {"text": "…"}; line 2 is not'
+    with pytest.raises(UserError, match=message):
         load_text(str(path))
 
 
@@ -45,10 +51,39 @@ def test_files_without_text(data, message, tmp_path):
         load_text(str(path))
 
 
-def test_a_file_that_is_no_text(tmp_path):
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("text".encode("utf-16"), r"text\.txt is UTF-16, .* `iconv -f UTF-16 -t UTF-8` converts"),
+        ("text".encode("utf-16-le"), r"text\.txt is UTF-16, "),
+        ("text".encode("utf-32"), r"text\.txt is UTF-32, "),
+        (b"one\ntwo\nna\xefve\n", r"text\.txt is not UTF-8 text: line 3 has the byte 0xef"),
+        (b"half a pair: \xed\xa0\xbd", r"is not UTF-8 text: line 1 has the byte 0xed"),
+        (b"cut off \xf0\x9f", r"is not UTF-8 text: line 1 has the byte 0xf0"),
+    ],
+)
+def test_a_file_that_is_no_text(data, message, tmp_path):
     path = tmp_path / "text.txt"
-    path.write_bytes(b"\xff\xfe\x00binary")
-    with pytest.raises(UserError, match=r"text\.txt cannot be read as UTF-8"):
+    path.write_bytes(data)
+    for load in (load_text, load_rows):
+        with pytest.raises(UserError, match=message):
+            load(str(path))
+
+
+def test_marks_and_line_ends_are_no_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
+    assert load_text(str(path)) == "one\ntwo\nthree\n"
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one\\r\\n"}\r\n{"text": "two"}\r\n')
+    assert load_rows(str(path)) == ["one\r\n", "two"]
+    assert load_text(str(path)) == "one\r\n\n\ntwo"
+
+
+def test_a_row_with_half_a_surrogate_pair(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": "\\ud83d"}\n')
+    with pytest.raises(UserError, match=r"line 3 holds '\\ud83d', half a surrogate pair"):
         load_text(str(path))
 
 

@@ -19,7 +19,7 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 
 # What may import what: each name below takes from its own row and those above it.
 ROWS = (
-    ("qllm", "errors", "files", "folders", "launch", "lm_eval_hook", "patterns", "progress"),
+    ("qllm", "errors", "text", "files", "folders", "launch", "patterns", "progress"),
     ("config", "hub", "memory", "data"),
     ("ops", "quant"),
     ("layers",),
