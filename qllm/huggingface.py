@@ -154,6 +154,14 @@ def load_reference(
     return model
 
 
+def _padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Prompts in one batch, and where its tokens are: both (B, T), filled up on the left."""
+    longest = max(map(len, rows))
+    ids = [[pad] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
 @contextmanager
 def _errors(folder: Path) -> Iterator[None]:
     try:
@@ -185,33 +193,30 @@ def reference_generate(
     from transformers import AutoTokenizer, GenerationConfig
 
     with _errors(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.padding_side = tokenizer.truncation_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    batch = tokenizer(
-        prompts,
-        return_tensors="pt",
-        padding=True,
-        truncation=True,
-        max_length=max_prompt_length,
-    ).to(model.device)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer.truncation_side = "left"
+    rows = tokenizer(prompts, truncation=True, max_length=max_prompt_length)["input_ids"]
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    pad = next((token for token in pads if token is not None), 0)
+    # An added pad token may lie beyond the model's vocabulary; any other fills as well.
+    pad = pad if pad < model.config.vocab_size else 0
+    ids, attention_mask = (tensor.to(model.device) for tensor in _padded(rows, pad))
     config: GenerationConfig = model.generation_config
     start = time.perf_counter()
     output = model.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
+        input_ids=ids,
+        attention_mask=attention_mask,
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad,
     )
     seconds = time.perf_counter() - start
     eos = config.eos_token_id
     eos = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-    padded = batch["input_ids"].shape[1]
+    padded = ids.shape[1]
     tokens, texts = [], []
-    for row, mask in zip(output, batch["attention_mask"], strict=True):
+    for row, mask in zip(output, attention_mask, strict=True):
         new = row[padded:].tolist()
         end = next((i + 1 for i, token in enumerate(new) if token in eos), len(new))
         prompt = row[:padded][mask.bool()].tolist()

@@ -138,7 +138,10 @@ OPTIONS = {
         ("prompts", "No such file"), (*TINY, "--prompt-file", "{}/prompts"), (GEN, REF)
     ),
     "a prompt file that is no text": Options(
-        ("UTF-8",), (*TINY, "--prompt-file", "{}/p"), (GEN, REF), (("p", b"\xff\xfe"),)
+        ("p is not UTF-8 text: line 2 has the byte 0xff",),
+        (*TINY, "--prompt-file", "{}/p"),
+        (GEN, REF),
+        (("p", b"a\nb\xff"),),
     ),
     "two models": Options(("--model-path and --model-size",), (*TINY, "--model-path", "{}"), ALL),
     "no folder": Options(("nowhere", "no such folder"), ("--model-path", "{}/nowhere"), ALL),
@@ -301,11 +304,11 @@ class Touch:
 
 
 def large_ids(folder: Path) -> None:
-    """A tokenizer with a token more than the model has embeddings for."""
+    """A tokenizer with a token more than the model has embeddings for, which a prompt becomes."""
     copy_of("opt", folder)
     path = folder / "tokenizer.json"
     tokens = json.loads(path.read_text())["added_tokens"]
-    extra = {**tokens[0], "id": 4096, "content": "<one-too-many>"}
+    extra = {**tokens[0], "id": 4096, "content": " working"}
     change_json(path, added_tokens=[*tokens, extra])
 
 
@@ -394,7 +397,9 @@ CHECKPOINTS = {
     ),
     "code in a pickle": Broken(("pytorch_model.bin", "tensors alone"), code_in_a_pickle),
     "token ids beyond the vocabulary": Broken(
-        ("ids up to 4096", "vocabulary ends at 4095"), large_ids, (GEN, REF)
+        ("prompt 1: the text becomes token 4096, ' working'", "vocabulary ends at 4095"),
+        large_ids,
+        (GEN, REF),
     ),
     "a tokenizer that is none": Broken(
         ("the tokenizer cannot be read",), holding("tokenizer.json", b"{}"), (GEN, REF)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import queue
@@ -295,10 +296,30 @@ def test_the_defaults(script, monkeypatch):
 
 def test_prompts_come_from_everywhere_in_order(tmp_path, monkeypatch):
     path = tmp_path / "prompts"
-    path.write_bytes("from a file\r\n\n  \nünd again\n".encode())
+    path.write_bytes("\ufefffrom a file\r\n\n  \nünd again\n".encode())
     options = ("--prompt", "one", "--prompt", "two\nlines", "--prompt-file", str(path))
     args = parsed("qllm_gen.py", monkeypatch, *options)
     assert cli.read_prompts(args) == ["one", "two\nlines", "from a file", "ünd again"]
+
+
+def test_standard_input_is_read_as_a_file_is(monkeypatch):
+    args = parsed("qllm_gen.py", monkeypatch, "--stdin")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfone\r\ntwo")))
+    assert cli.read_prompts(args) == ["one", "two"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\ntw\xe9")))
+    with pytest.raises(UserError, match="standard input is not UTF-8 text: line 2 has the byte"):
+        cli.read_prompts(args)
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="--stdin: standard input is closed"):
+        cli.read_prompts(args)
+
+
+def test_a_prompt_with_a_token_that_the_model_does_not_have(capsys):
+    """What a prompt loses with its beginning does not count."""
+    tokenizer = Tokenizer.load(tiny("opt"), 4000)
+    with pytest.raises(UserError, match="prompt 2: the text becomes token 4095, "):
+        cli.tokenize(tokenizer, ["a", "a" + tokenizer.decode([4095])], 20)
+    cli.tokenize(tokenizer, [tokenizer.decode([4095]) + " the end"], 2)
 
 
 def test_the_default_prompts(monkeypatch):

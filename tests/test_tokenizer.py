@@ -122,7 +122,7 @@ def test_what_comes_before_a_text(folders, sentencepiece_folder):
 def test_without_a_bos_the_end_of_text_stands_for_it_or_nothing(tmp_path):
     shutil.copy(tiny("opt") / "tokenizer.json", tmp_path)
     assert Tokenizer.load(tmp_path).begin is None
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     assert Tokenizer.load(tmp_path).begin == 2
 
 
@@ -206,34 +206,7 @@ def test_sentencepiece_model(sentencepiece_folder):
     assert tokenizer.decode(ids) == "the quick brown fox"
     assert tokenizer.continuation(ids[:3], ids[3:]) in "the quick brown fox"
     with pytest.raises(UserError, match="vocabulary ends at 99"):
-        Tokenizer.load(sentencepiece_folder, 100)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_ids_beyond_the_vocabulary_are_refused(folders, form):
-    Tokenizer.load(folders[form], 4096)
-    message = "has ids up to 4095, the model's vocabulary ends at 4094; they do not belong"
-    with pytest.raises(UserError, match=message):
-        Tokenizer.load(folders[form], 4095)
-
-
-def test_added_tokens_count(tmp_path):
-    values = json.loads((tiny("opt") / "tokenizer.json").read_text())
-    values["added_tokens"].append({**values["added_tokens"][0], "id": 4096, "content": "<new>"})
-    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
-    assert Tokenizer.load(tmp_path, 4097).encode("a<new>")[-1] == 4096
-    with pytest.raises(UserError, match="ids up to 4096"):
-        Tokenizer.load(tmp_path, 4096)
-
-
-def test_gaps_between_ids_are_seen(tmp_path):
-    """An id may lie far beyond the number of tokens."""
-    values = json.loads((tiny("opt") / "tokenizer.json").read_text())
-    name = max(values["model"]["vocab"], key=values["model"]["vocab"].get)
-    values["model"]["vocab"][name] = 9000
-    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match="ids up to 9000"):
-        Tokenizer.load(tmp_path, 4096)
+        Tokenizer.load(sentencepiece_folder, 100).encode("the quick brown fox")
 
 
 BPE_FILES = {"vocab.json": '{"a": 0}', "merges.txt": ""}

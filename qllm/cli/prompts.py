@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qllm.cli.console import note, whole_number
 from qllm.errors import UserError
+from qllm.text import decode, read_text, surrogate
 
 if TYPE_CHECKING:
     from qllm.tokenizer import Tokenizer
@@ -42,15 +43,10 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts that the options give, or the default ones."""
     prompts = list(args.prompt or ())
-    try:
-        if args.prompt_file:
-            prompts += _lines(Path(args.prompt_file).read_bytes())
-        if args.stdin:
-            prompts += _lines(sys.stdin.buffer.read())
-    except OSError as error:
-        raise UserError(f"--prompt-file {args.prompt_file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError("prompts are UTF-8 text, and what was given is not") from None
+    if args.prompt_file:
+        prompts += _lines(read_text(Path(args.prompt_file), "--prompt-file "))
+    if args.stdin:
+        prompts += _lines(_standard_input())
     if not prompts:
         if args.prompt_file or args.stdin:
             raise UserError("there is no prompt: no line of what was given has text")
@@ -58,14 +54,23 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise UserError(f"prompt {number} is empty; give it some text")
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
+        if surrogate(prompt) is not None:
             raise UserError(f"prompt {number} is not UTF-8 text")
     return prompts
 
 
-def _lines(data: bytes) -> list[str]:
-    lines = data.decode("utf-8").split("\n")
-    return [line.rstrip("\r") for line in lines if line.strip()]
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise UserError("--stdin: standard input is closed")
+    try:
+        data = sys.stdin.buffer.read()
+    except OSError as error:
+        raise UserError(f"--stdin: standard input cannot be read ({error.strerror})") from None
+    return decode(data, "standard input")
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def tokenize(
@@ -74,15 +79,21 @@ def tokenize(
     limit: int,
     note: Callable[[str], None] = note,
 ) -> list[list[int]]:
-    """Token ids of prompts; one of more than `limit` tokens loses its beginning, with a note."""
+    """Token ids of prompts; one of more than `limit` tokens loses its beginning, with a note.
+
+    Raises:
+        UserError: see `Tokenizer.encode`.
+    """
     encoded = []
     for number, prompt in enumerate(prompts, 1):
-        ids = tokenizer.encode(prompt)
-        if len(ids) > limit:
+        length = tokenizer.count(prompt)
+        if length > limit:
             note(
-                f"prompt {number} has {len(ids)} tokens and loses its beginning; "
+                f"prompt {number} has {length} tokens and loses its beginning; "
                 f"--max-prompt-length is {limit}"
             )
-            ids = tokenizer.encode(prompt, limit)
-        encoded.append(ids)
+        try:
+            encoded.append(tokenizer.encode(prompt, limit if length > limit else None))
+        except UserError as error:
+            raise UserError(f"prompt {number}: {error}") from None
     return encoded

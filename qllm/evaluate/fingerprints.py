@@ -11,14 +11,10 @@ from pathlib import Path
 
 import torch
 
-from qllm import __version__
+from qllm import __version__, tokenizer
 from qllm.checkpoint.reader import weight_files
 from qllm.files import open_file
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model"),
-    "special_tokens_map.json",
-)
 PACKAGES = (
     *("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy"),
     "onnxruntime",
@@ -47,7 +43,7 @@ def of_model(folder: Path) -> str:
 
 def of_tokenizer(folder: Path) -> str:
     """Of the files that a tokenizer is made from."""
-    return of_files(path for name in TOKENIZER_FILES if (path := folder / name).exists())
+    return of_files(path for name in tokenizer.FILES if (path := folder / name).exists())
 
 
 def versions() -> dict[str, str]:

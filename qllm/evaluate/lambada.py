@@ -33,10 +33,10 @@ def continuation(
     bare = context.rstrip()
     text, context = context[len(bare) :] + text, bare
     if context:
-        before = tokenizer.encode(context)
-        targets = tokenizer.encode(context + text)[len(before) :]
+        before = tokenizer.encode_open(context)
+        targets = tokenizer.encode_open(context + text)[len(before) :]
     else:
-        targets = tokenizer.encode(text)
+        targets = tokenizer.encode_open(text)
         if tokenizer.lead is not None:
             targets = targets[1:]
         before = [] if tokenizer.begin is None else [tokenizer.begin]

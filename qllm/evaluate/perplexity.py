@@ -25,12 +25,14 @@ class Text:
         ids: with the special tokens that the tokenizer puts in front.
         lead: the token that the tokenizer puts in front of every text; None where it puts none.
         begin: the token that stands for what comes before a text.
+        tail: the token that the tokenizer put behind this one; None where it put none.
     """
 
     text: str
     ids: Sequence[int]
     lead: int | None = None
     begin: int | None = None
+    tail: int | None = None
 
     @classmethod
     def encode(cls, text: str, tokenizer: Tokenizer, most: int | None = None) -> Text:
@@ -38,11 +40,11 @@ class Text:
         Args:
             most: tokens, of a longer text its first; None for all.
         """
-        ids = tokenizer.encode(text)
+        ids, tail = tokenizer.encode(text), tokenizer.tail
         if most is not None and most < len(ids):
-            ids = ids[:most]
+            ids, tail = ids[:most], None
             text = tokenizer.decode(ids)
-        return cls(text, ids, tokenizer.lead, tokenizer.begin)
+        return cls(text, ids, tokenizer.lead, tokenizer.begin, tail)
 
 
 class Window(NamedTuple):
@@ -131,10 +133,10 @@ def _second_halves(text: Text, window: int, stride: int) -> Windows:
 
 
 def _rolling(text: Text, window: int, stride: int) -> Windows:
-    """lm-evaluation-harness's rolling windows: every token is predicted, the first one after
-    `begin`; the last window reaches back as far as the others."""
-    ids = [text.begin, *text.ids]
-    size, windows = len(text.ids), []
+    """lm-evaluation-harness's rolling windows: every token of the text is predicted, the first
+    one after `begin`; the last window reaches back as far as the others."""
+    ids = [text.begin, *(text.ids if text.tail is None else text.ids[:-1])]
+    size, windows = len(ids) - 1, []
     for done in range(0, size, window):
         end = min(done + window, size)
         windows.append(Window(max(0, end - window), end, done + 1, end + 1))

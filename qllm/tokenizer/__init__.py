@@ -1,0 +1,226 @@
+"""Text to token ids and back, as transformers has it; where its files allow, without transformers.
+
+`qllm.tokenizer.direct` says which files do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Protocol
+
+from qllm.errors import UserError, first_line
+from qllm.files import check_file
+from qllm.text import surrogate
+
+# What decides a tokenizer's ids, with the model's config.json.
+FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model"),
+)
+# What transformers may read besides ends so.
+SUFFIXES = (".json", ".txt", ".model", ".jinja")
+MARK = b"\xef\xbb\xbf"
+
+
+class _Codec(Protocol):
+    """
+    Attributes:
+        begin: the id of BOS, or else of EOS; None where the files name neither.
+    """
+
+    begin: int | None
+
+    def encode(self, text: str, max_length: int | None) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+    def token(self, number: int) -> str | None: ...
+
+
+class Tokenizer:
+    """A model's tokenizer.
+
+    Attributes:
+        begin: the special token that stands for what comes before a text: the one named `bos`,
+            else `eos`; None where the files name neither, or one that the model does not have.
+        lead: the special token that `encode` puts in front of every text; None where it puts none.
+        tail: the one that it puts behind every text, likewise.
+    """
+
+    def __init__(self, codec: _Codec, vocab_size: int | None = None) -> None:
+        self._codec, self._vocab_size = codec, vocab_size
+        begin = codec.begin
+        self.begin = None if begin is not None and self._beyond(begin) else begin
+        empty, other = codec.encode("", None), codec.encode("a b", None)
+        self.lead = empty[0] if empty and empty[0] == other[0] else None
+        self.tail = empty[-1] if empty and empty[-1] == other[-1] else None
+
+    @classmethod
+    def load(cls, folder: Path, vocab_size: int | None = None) -> Tokenizer:
+        """The tokenizer of a checkpoint folder.
+
+        Args:
+            vocab_size: rows of the model's embedding. The tokenizer may have ids beyond it, as
+                files with added tokens do; a text that becomes one cannot be encoded.
+
+        Raises:
+            UserError: where there is none, or it is broken.
+        """
+        from qllm.tokenizer import direct
+
+        _check_files(folder)
+        with _failures(f"{folder}: the tokenizer cannot be read"), _readable(folder) as place:
+            with _quiet():
+                codec = direct.load(place)
+            codec = codec or _TransformersCodec(place)
+            with _quiet():
+                return cls(codec, vocab_size)
+
+    def encode(self, text: str, max_length: int | None = None) -> list[int]:
+        """Token ids of a prompt, with the special tokens its model expects.
+
+        Args:
+            max_length: a longer prompt loses its beginning, but not its special tokens.
+
+        Raises:
+            UserError: for a text that is not Unicode, or that becomes a token which the model
+                does not have.
+        """
+        ids = self._encode(text, max_length)
+        largest = max(ids, default=0)
+        if self._beyond(largest):
+            raise UserError(
+                f"the text becomes token {largest}, {self._codec.token(largest)!r}, and the "
+                f"model's vocabulary ends at {self._vocab_size - 1}; leave that token out, or "
+                "take the tokenizer that belongs to the model"
+            )
+        return ids
+
+    def encode_open(self, text: str) -> list[int]:
+        """Token ids of a text that something follows: `encode` without the token behind it."""
+        ids = self.encode(text)
+        return ids if self.tail is None else ids[:-1]
+
+    def count(self, text: str) -> int:
+        """How many tokens a text has, whether the model knows them or not."""
+        return len(self._encode(text, None))
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, without special tokens."""
+        with _failures("the tokenizer cannot decode its tokens"):
+            return self._codec.decode(ids)
+
+    def continuation(self, prompt: list[int], ids: list[int]) -> str:
+        """Text that `ids` add to a prompt; spaces between the two belong to it."""
+        before = self.decode(prompt)
+        whole = self.decode([*prompt, *ids])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
+
+    def _encode(self, text: str, max_length: int | None) -> list[int]:
+        if (half := surrogate(text)) is not None:
+            raise UserError(f"the text holds {half}, half a surrogate pair: it is not Unicode")
+        with _failures("the tokenizer cannot encode the text"):
+            return self._codec.encode(text, max_length)
+
+    def _beyond(self, number: int) -> bool:
+        return self._vocab_size is not None and number >= self._vocab_size
+
+
+class _TransformersCodec:
+    """transformers' own."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+        tokenizer.truncation_side = "left"
+        self._tokenizer = tokenizer
+        begin = tokenizer.bos_token_id
+        self.begin = tokenizer.eos_token_id if begin is None else begin
+
+    def encode(self, text: str, max_length: int | None) -> list[int]:
+        truncation = max_length is not None
+        return self._tokenizer(text, truncation=truncation, max_length=max_length)["input_ids"]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def token(self, number: int) -> str | None:
+        return self._tokenizer.convert_ids_to_tokens(number)
+
+
+@contextmanager
+def _failures(what: str) -> Iterator[None]:
+    """Make a user's error of whatever the libraries raise for a tokenizer that is broken."""
+    try:
+        yield
+    except (UserError, MemoryError, ModuleNotFoundError):
+        raise
+    except BaseException as error:
+        # A panic of Rust code is no Exception, so that nobody catches it; no module has its class.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what} ({first_line(error)})") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep a panic's own lines, which come before any exception, from standard error."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def _check_files(folder: Path) -> None:
+    def has(*names: str) -> bool:
+        return all((folder / name).exists() for name in names)
+
+    if not (has("tokenizer.json") or has("vocab.json", "merges.txt") or has("tokenizer.model")):
+        raise UserError(
+            f"{folder} has no tokenizer: neither tokenizer.json, vocab.json with merges.txt, "
+            "nor tokenizer.model"
+        )
+    for name in FILES:
+        if has(name):
+            check_file(folder / name)
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[Path]:
+    """The folder, or a copy of its small files that the libraries can read.
+
+    They take no byte-order marks, and no path that is not UTF-8.
+    """
+    files = [path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file()]
+    marked = set()
+    for path in files:
+        with path.open("rb") as file:
+            if file.read(len(MARK)) == MARK:
+                marked.add(path)
+    if not marked and os.fsencode(folder) == str(folder).encode(errors="replace"):
+        yield folder
+        return
+    with TemporaryDirectory() as name:
+        for path in files:
+            copy = Path(name) / path.name
+            if path in marked:
+                copy.write_bytes(path.read_bytes().removeprefix(MARK))
+            else:
+                copy.symlink_to(path.resolve())
+        yield Path(name)
