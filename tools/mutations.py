@@ -254,7 +254,7 @@ def _archive(data: bytes, random: Random) -> bytes:
             if record is odd:
                 kind = random.randrange(4)
                 if kind == 0:
-                    content, compression = content + bytes(1 << 24), zipfile.ZIP_DEFLATED
+                    content, compression = content + bytes(1 << 20), zipfile.ZIP_DEFLATED
                 elif kind == 1:
                     content = _bytes(content, random)
                 elif kind == 2:

@@ -89,8 +89,9 @@ def checkpoints(*, onnx: bool = True) -> dict[str, Files]:
         if onnx:
             from qllm.onnx.export import export
 
-            export(root / "gptq", root / "onnx")
-            found["onnx"] = _read(root / "onnx")
+            for name, origin in (("packed onnx", root / "gptq"), ("dense onnx", source)):
+                export(origin, root / name)
+                found[name] = _read(root / name)
     return found
 
 

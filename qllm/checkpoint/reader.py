@@ -268,6 +268,11 @@ class TorchFile(TensorFile):
             isinstance(name, str) and _is_plain_tensor(value) for name, value in state.items()
         ):
             raise UserError(f"{self.path} holds something other than named tensors")
+        odd = [name for name, tensor in state.items() if tensor.dtype not in DTYPES.values()]
+        if odd:
+            raise UserError(
+                f"{self.path}: {odd[0]} has the type {state[odd[0]].dtype}, which QLLM lacks"
+            )
         # A stride of 0 repeats an element without end; a tied head may share its elements.
         total, size = sum(tensor.nbytes for tensor in state.values()), self.path.stat().st_size
         if total > 2 * size:

@@ -13,13 +13,25 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from onnx import TensorProto, external_data_helper, helper
+import numpy as np
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from qllm.errors import UserError
 
+TYPES = helper.get_all_tensor_dtypes()
+
 
 def nbytes(tensor: TensorProto) -> int:
-    """Bytes of a tensor's elements."""
+    """Bytes of a tensor's elements.
+
+    Raises:
+        UserError: for a shape or a type that no tensor has.
+    """
+    if min(tensor.dims, default=0) < 0 or tensor.data_type not in TYPES:
+        raise UserError(
+            f"the tensor {tensor.name} has the shape {list(tensor.dims)} and the type "
+            f"{tensor.data_type}; onnx knows no such tensor"
+        )
     count = math.prod(tensor.dims)
     if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4):
         return -(-count // 2)
@@ -64,6 +76,21 @@ def load(tensor: TensorProto, folder: Path) -> TensorProto:
         whole.data_location = TensorProto.DEFAULT
         del whole.external_data[:]
     return whole
+
+
+def values(tensor: TensorProto, folder: Path) -> np.ndarray:
+    """The elements of a checked tensor, wherever they are.
+
+    Raises:
+        UserError: for data of another size than its shape.
+    """
+    try:
+        return numpy_helper.to_array(load(tensor, folder))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"the tensor {tensor.name} has the shape {list(tensor.dims)}, which its data has not "
+            f"({error})"
+        ) from None
 
 
 def files(path: Path, tensors: Iterable[TensorProto]) -> list[Path]:

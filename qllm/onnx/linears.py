@@ -13,6 +13,8 @@ from qllm.config import LM_HEAD
 from qllm.onnx.nbits import OPERATOR
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+# The domain whose operators onnx's checker knows, and with them how many inputs they have.
+STANDARD = ("", "ai.onnx")
 # What exporters call the list of layers; ours is "layers".
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+\..*)")
 
@@ -56,7 +58,9 @@ def find_linears(graph: onnx.GraphProto, vocab_size: int) -> list[OnnxLinear]:
     for index, node in enumerate(graph.node):
         settings = {attribute.name: attribute for attribute in node.attribute}
         transposed, bias = False, ""
-        if node.op_type not in ("MatMul", "Gemm") or node.input[1] not in constants:
+        if node.op_type not in ("MatMul", "Gemm") or node.domain not in STANDARD:
+            continue
+        if node.input[1] not in constants:
             continue
         if node.op_type == "Gemm":
             plain = all(
@@ -90,7 +94,8 @@ def _matrices(graph: onnx.GraphProto) -> dict[str, tuple[TensorProto, bool]]:
         if len(tensor.dims) == 2 and tensor.data_type in FLOATS
     }
     for node in graph.node:
-        if node.op_type in ("Transpose", "Identity") and node.input[0] in found:
+        turns = node.op_type in ("Transpose", "Identity") and node.domain in STANDARD
+        if turns and node.input[0] in found:
             tensor, turned = found[node.input[0]]
             found[node.output[0]] = (tensor, turned ^ (node.op_type == "Transpose"))
     return found

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import onnx
 import torch
-from onnx import numpy_helper
 from torch import Tensor
 
 from qllm.checkpoint.reader import read_raw_config
@@ -25,8 +24,7 @@ from qllm.files import copy_file
 from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import read_config
-from qllm.onnx import DEFAULT_ACCURACY_LEVEL
-from qllm.onnx.external import load
+from qllm.onnx import DEFAULT_ACCURACY_LEVEL, external
 from qllm.onnx.graph import DataFile, Graph, save
 from qllm.onnx.linears import OnnxLinear, find_linears
 from qllm.onnx.model import check_decoder, model_file, model_files, read_model
@@ -172,7 +170,7 @@ class _Run:
     def _quantize(self, linear: OnnxLinear, stats: InputStats | None) -> Tensor:
         """Write what a linear becomes; returns the matrix that it then is, (N, K)."""
         weight = torch.from_numpy(
-            numpy_helper.to_array(load(self.tensors[linear.weight], self.job.source)).copy()
+            external.values(self.tensors[linear.weight], self.job.source).copy()
         )
         if not weight.isfinite().all():
             raise UserError(f"{linear.weight} holds NaN or infinite values; export it again")

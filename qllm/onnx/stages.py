@@ -13,7 +13,8 @@ from onnxruntime import OrtValue
 from torch import Tensor
 
 from qllm.errors import UserError, first_line
-from qllm.onnx.external import load, nbytes
+from qllm.onnx import external
+from qllm.onnx.external import nbytes
 from qllm.onnx.linears import OnnxLinear
 from qllm.onnx.model import POSITIONS, TOKENS, value_shape
 from qllm.onnx.runner import session
@@ -135,7 +136,7 @@ class Stages:
         names = {name for node in nodes for name in node.input if name} - made - set(weights)
         for name in sorted(names & set(self._initializers)):
             tensor = self._initializers[name]
-            array = numpy_helper.to_array(load(tensor, self._source))
+            array = external.values(tensor, self._source)
             if nbytes(tensor) > INLINE_BYTES:
                 weights[name] = array
             else:

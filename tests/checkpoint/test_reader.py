@@ -210,6 +210,7 @@ NOT_TENSORS = {
     "a number": {"a": torch.zeros(2), "step": 3},
     "names that are numbers": {0: torch.zeros(2)},
     "a sparse tensor": {"a": torch.eye(3).to_sparse()},
+    "complex numbers": {"a": torch.zeros(3, dtype=torch.complex64)},
     "a meta tensor": {"a": torch.empty(3, device="meta")},
 }
 

@@ -99,6 +99,18 @@ def unknown_domain(model: onnx.ModelProto) -> None:
     model.opset_import.add(domain="org.example", version=1)
 
 
+def product_of_nothing(model: onnx.ModelProto) -> None:
+    """The checker knows how many inputs an operator has only where it knows the domain."""
+    model.opset_import.add(domain="org.example", version=1)
+    node = next(node for node in model.graph.node if node.op_type == "MatMul")
+    node.domain = "org.example"
+    del node.input[:]
+
+
+def no_type(model: onnx.ModelProto) -> None:
+    model.graph.initializer[0].data_type = 99
+
+
 def holding(data: bytes):
     return lambda folder: (folder / MODEL).write_bytes(data)
 
@@ -132,6 +144,8 @@ BROKEN = {
     "a past of integers": Broken("in float32 or float16", changed(integer_past)),
     "an operator that is none": Broken("no valid ONNX model.*NoSuch", changed(unknown_operator)),
     "a domain that is none": Broken("onnxruntime does not take", changed(unknown_domain)),
+    "a product of nothing": Broken("onnxruntime does not take", changed(product_of_nothing)),
+    "a tensor of no type": Broken("no valid|the type 99", changed(no_type)),
     "more layers": Broken(
         "no input past_key_values.6.key",
         lambda folder: change_json(folder / "config.json", num_hidden_layers=7),
@@ -167,17 +181,34 @@ def test_broken_models_are_one_line(case, folder):
     assert "\n" not in str(caught.value)
 
 
-def test_bits_that_onnxruntime_lacks(folder, tmp_path):
-    plan = QuantPlan.uniform(QuantSpec.parse("4", 32))
-    quantize_onnx(OnnxJob(folder, plan), tmp_path / "int4")
+@pytest.fixture(scope="module")
+def packed(whole, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed") / "int4"
+    quantize_onnx(OnnxJob(whole, QuantPlan.uniform(QuantSpec.parse("4", 32))), folder)
+    return folder
 
-    def five(model: onnx.ModelProto) -> None:
+
+@pytest.mark.parametrize("value", [None, 0, 2**62])
+@pytest.mark.parametrize("name", ["N", "K", "bits", "block_size"])
+def test_attributes_of_a_packed_product_are_those_of_its_matrix(name, value, packed, tmp_path):
+    """None: it has no such attribute; without bits there are 4, as these have."""
+    folder = Path(shutil.copytree(packed, tmp_path / "int4"))
+
+    def change(model: onnx.ModelProto) -> None:
         node = next(node for node in model.graph.node if node.op_type == "MatMulNBits")
-        next(a for a in node.attribute if a.name == "bits").i = 5
+        attribute = next(a for a in node.attribute if a.name == name)
+        if value is None:
+            node.attribute.remove(attribute)
+        else:
+            attribute.i = value
 
-    changed(five)(tmp_path / "int4")
-    with pytest.raises(UserError, match="has 5 bits; MatMulNBits is run at 4 and 8"):
-        OnnxDecoder(tmp_path / "int4")
+    changed(change)(folder)
+    if (name, value) == ("bits", None):
+        OnnxDecoder(folder)
+        return
+    words = "MatMulNBits is run at 4 and 8" if name == "bits" else "not those of a matrix"
+    with pytest.raises(UserError, match=words):
+        OnnxDecoder(folder)
 
 
 def test_a_model_of_another_name_is_found(folder):
