@@ -73,7 +73,7 @@ def tile_library(factory: pytest.TempPathFactory, kind: str) -> Path:
     """The path for AMX, on "emulated" tiles, or, on "hardware", as users have it."""
     sources = {
         name: (build.SOURCE / name).read_text(encoding="utf-8")
-        for name in ("dispatch.cpp", "amx.cpp")
+        for name in ("dispatch.cpp", "threads.cpp", "amx.cpp")
     }
     sources["avx512.cpp"] = AVX512_SOURCE
     for name in ("avx512bf16", "avxvnni", "avx2", "scalar"):

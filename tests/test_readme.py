@@ -38,6 +38,7 @@ SMALL = {
     "benchmarks.quality": "--windows 1 --window 64 --prompts 2 --new-tokens 4 --bitwidths 8:tc 3",
     "benchmarks.memory": "--repository facebook/opt-125m --format safetensors",
     "benchmarks.parallel": "--folder tiny_models/opt-tiny --processes 2 --steps 2",
+    "benchmarks.busy": "--runs 1 --prompt 4 --new 2",
     "benchmarks.startup": "--runs 1 --bitwidths 4 --models opt",
     "benchmarks.quantization": "--windows 1 --window 64 --nsamples 2 --seqlen 64 --bitwidths 3 "
     "--group-sizes -1 --models opt",
@@ -55,6 +56,7 @@ SMALL = {
 LIKE_SCRIPTS = (
     *("benchmarks.quality", "benchmarks.quantization", "benchmarks.onnx"),
     "benchmarks.evaluation",
+    "benchmarks.busy",
 )
 
 

@@ -347,7 +347,7 @@ def _first_error(said: str) -> str:
 
 
 def _share_openmp() -> None:
-    """Let the kernels find the OpenMP library that torch has, so that both run on its threads."""
+    """Let the kernels find the OpenMP library that torch has, so that it knows of their threads."""
     try:
         ctypes.CDLL(_openmp_of_torch() or SYSTEM_OPENMP, mode=ctypes.RTLD_GLOBAL)
     except OSError as error:

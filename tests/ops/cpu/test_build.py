@@ -278,7 +278,7 @@ TEAM = f"""
 """
 
 
-def test_the_kernels_run_on_torch_s_threads(real_compiler, tmp_path):
+def test_the_kernels_have_torch_s_openmp(real_compiler, tmp_path):
     program = """
 import ctypes, torch
 def mapped():

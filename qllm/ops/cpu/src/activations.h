@@ -4,11 +4,9 @@
 // bits. A plane of a row is a stream, or, where the instruction set multiplies 16 bits, two are.
 #pragma once
 
-#include <omp.h>
-
 #include "kernels.h"
 #include "layout.h"
-#include "runs.h"
+#include "threads.h"
 
 namespace qllm {
 namespace {
@@ -16,6 +14,15 @@ namespace {
 constexpr int64_t BLOCK_SLABS = 4;   // 128 inputs: 128 * 255 * 2^15 is below 2^31
 constexpr int64_t CHUNK_ROWS = 192;  // rows whose sums stay in cache: 48 KiB
 constexpr int64_t ROWS_AHEAD = 8;    // to prefetch while activations become integers
+
+// What a thread has of its own in memory, for stacks may be small: sums of rows (CHUNK_ROWS,
+// GROUP_LANES), a block of weights (GROUP_PANELS, BLOCK_SLABS, SLAB, LANES), sums of tiles.
+constexpr int64_t SUM_BYTES = CHUNK_ROWS * GROUP_LANES * 4;
+constexpr int64_t WEIGHT_BYTES = GROUP_LANES * BLOCK_SLABS * SLAB;
+constexpr int64_t OWN_BYTES = SUM_BYTES + WEIGHT_BYTES + TILE_SUMS * 4;
+
+// Up to so many activations become integers before another thread has begun.
+constexpr int64_t WORTH_QUANTIZING = 1 << 12;
 
 // |x| from 2^100 on, infinities and NaN are left to float arithmetic.
 constexpr int32_t HUGE_BITS = 227 << 23;
@@ -36,8 +43,7 @@ struct Activations {
     int32_t *sum;      // (blocks, rows): of the first two planes together
     int32_t *low_sum;  // (blocks, rows): of the third and fourth
     uint8_t *huge;     // (rows,): left to float arithmetic
-    float *out;        // (threads, CHUNK_ROWS, GROUP_LANES)
-    Run *runs;         // (threads,): of panels
+    char *own;         // (threads, OWN_BYTES)
 
     int8_t *tile(const Block &b, int64_t row) const {
         return q + (b.slab * rows + row * b.slabs) * SLAB * input_bytes;
@@ -141,28 +147,27 @@ static void prefetch(const Linear &a, int64_t start, int64_t count) {
     for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(from + i);
 }
 
-// A thread's share of the activations, `first` being their first row in a.x. It takes whole blocks:
-// the rows of a tile lie side by side in cache lines, which threads would take from each other.
-template <int P> void quantize_share(const Linear &a, const Activations &x, int64_t first) {
-    if (!is_scaled(a)) {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < x.rows; row++) {
+// The activations, `first` being their first row in a.x. A thread takes whole blocks: the rows of a
+// tile lie side by side in cache lines, which threads would take from each other.
+template <int P> void quantize_all(const Linear &a, const Activations &x, int64_t first) {
+    const bool worth = x.rows * a.in > WORTH_QUANTIZING;
+    if (!is_scaled(a))
+        for_each(x.rows, worth && a.mode == INT8_DYNAMIC, [&](int64_t row, int64_t) {
             float scale = a.input_scale ? *a.input_scale : 0;
             if (a.mode == INT8_DYNAMIC) {
                 scale = float_of(largest_bits(a, (first + row) * a.x_stride, a.in)) * 2 / 255;
                 if (scale == 0) scale = 1;
             }
             x.scale[row] = scale;
-        }
-    }
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < x.blocks; b++)
+        });
+    for_each(x.blocks, worth, [&](int64_t b, int64_t) {
         for (int64_t row = 0; row < x.rows; row++) {
             int64_t start = (first + row) * a.x_stride + x.block[b].input;
             if (row + ROWS_AHEAD < x.rows)
                 prefetch(a, start + ROWS_AHEAD * a.x_stride, x.block[b].inputs);
             quantize<P>(a, x, row, b, start, is_scaled(a) ? 1 : x.scale[row]);
         }
+    });
 }
 
 // What a tile needs of the activations of `row` and those below it.
@@ -192,14 +197,13 @@ bool prepare(Activations &x, const Linear &a, int64_t rows, int64_t tile_rows) {
                        most_blocks * rows * 4,
                        most_blocks * rows * 4,
                        rows,
-                       omp_get_max_threads() * CHUNK_ROWS * GROUP_LANES * 4,
-                       omp_get_max_threads() * int64_t(sizeof(Run))};
-    char *parts[8];
+                       most_threads() * OWN_BYTES};
+    char *parts[7];
     int64_t total = 0;
     for (int64_t size : sizes) total += (size + 63) / 64 * 64;
     char *memory = static_cast<char *>(scratch(total));
     if (!memory) return false;
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 7; i++) {
         parts[i] = memory;
         memory += (sizes[i] + 63) / 64 * 64;
     }
@@ -209,8 +213,7 @@ bool prepare(Activations &x, const Linear &a, int64_t rows, int64_t tile_rows) {
     x.sum = reinterpret_cast<int32_t *>(parts[3]);
     x.low_sum = reinterpret_cast<int32_t *>(parts[4]);
     x.huge = reinterpret_cast<uint8_t *>(parts[5]);
-    x.out = reinterpret_cast<float *>(parts[6]);
-    x.runs = reinterpret_cast<Run *>(parts[7]);
+    x.own = parts[6];
     for (int64_t start = 0, slab = 0, group = 0; start < a.in; start += a.group, group++) {
         int64_t end = smaller(a.in, start + a.group);
         for (int64_t input = start; input < end; input += BLOCK_SLABS * SLAB) {

@@ -25,25 +25,25 @@ static bool dense_by_type(const Dense &a) {
 
 // As in limits.h: adds products in registers; returns how many operations, two for a product.
 static int64_t multiply_all(int64_t rounds) {
-    int64_t total = 0;
-#pragma omp parallel reduction(+ : total)
-    {
-        Tiles tiles;
+    const int64_t all_rounds = rounds * most_threads();
+    in_threads(all_rounds, rounds / RUN_PARTS + 1, [&](const Share &share) {
+        Tiles tiles(nullptr);
         tiles.take_shapes(ROW_BYTES);
         zero_tile<X_TILE>();
         zero_tile<X_TILE + 1>();
         zero_tile<W_TILE>();
         zero_tile<W_TILE + 1>();
         clear_sums<2, 2>();
-        for (int64_t round = 0; round < rounds; round++) {
-            add_product<0, X_TILE, W_TILE>();
-            add_product<1, X_TILE, W_TILE + 1>();
-            add_product<2, X_TILE + 1, W_TILE>();
-            add_product<3, X_TILE + 1, W_TILE + 1>();
-        }
-        total += rounds * 4 * SUMS * ROW_BYTES * 2;
-    }
-    return total;
+        take_parts(share, [&](int64_t round, int64_t end) {
+            for (; round < end; round++) {
+                add_product<0, X_TILE, W_TILE>();
+                add_product<1, X_TILE, W_TILE + 1>();
+                add_product<2, X_TILE + 1, W_TILE>();
+                add_product<3, X_TILE + 1, W_TILE + 1>();
+            }
+        });
+    });
+    return all_rounds * 4 * SUMS * ROW_BYTES * 2;
 }
 
 // Whether tiles of blocks of some slabs make the products that plain C++ makes.
@@ -51,9 +51,10 @@ static bool products_are_right(int64_t slabs) {
     constexpr int64_t R = TILE_ROWS<1>, PANELS = 2, K = BLOCK_SLABS * SLAB;
     const int8_t some_x[] = {-128, 127, -1, 0, 127, -127, 1};
     const uint8_t some_w[] = {255, 0, 128, 127, 1};
-    alignas(64) int8_t x[R * K];
-    alignas(64) uint8_t w[PANELS * LANES * K];
-    alignas(64) uint32_t out[R * GROUP_LANES];
+    alignas(64) static int8_t x[R * K];
+    alignas(64) static uint8_t w[PANELS * LANES * K];
+    alignas(64) static uint32_t out[R * GROUP_LANES];
+    alignas(64) static int32_t sums[TILE_SUMS];
     alignas(64) int32_t zeros[GROUP_LANES];
     float scales[GROUP_LANES];
     const int64_t steps = slabs * STEPS, panel_bytes = steps * LANES * STEP;
@@ -62,7 +63,7 @@ static bool products_are_right(int64_t slabs) {
     for (int64_t i = 0; i < GROUP_LANES; i++) zeros[i] = 128;
     for (int64_t i = 0; i < R * GROUP_LANES; i++) out[i] = 0x7FFFFFFF;  // sums wrap
     {
-        Tiles tiles;
+        Tiles tiles(sums);
         Linear a = {};
         a.bits = 8;
         Operands o = {w, panel_bytes, scales, zeros, x, slabs, false, scales, zeros, zeros,
@@ -87,7 +88,7 @@ static bool products_are_right(int64_t slabs) {
 // The same of dense tiles: sums of whole numbers, which no order of theirs changes.
 static bool dense_products_are_right() {
     constexpr int64_t R = DENSE_TILE_ROWS, PANELS = 2, S = 2 * TILE_STEPS;
-    alignas(64) float x[R * S], w[PANELS * S * LANES], out[R * GROUP_LANES];
+    alignas(64) static float x[R * S], w[PANELS * S * LANES], out[R * GROUP_LANES];
     auto pair = [](int64_t i, uint32_t (&of)[2]) {  // 1, -2, 3, 0 and so on, as bfloat16
         const uint32_t some[] = {0x3F80, 0xC000, 0x4040, 0x0000, 0xC1C8};
         of[0] = some[(i + i / 64) % 5];

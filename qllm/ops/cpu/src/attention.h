@@ -120,13 +120,12 @@ static bool attend(const Attend &a) {
         if (a.positions[row] > longest) longest = a.positions[row];
     int64_t room = (longest + 1 + 15) / 16 * 16, head = (a.dim + 15) / 16 * 16;
     int64_t each = room + 2 * head;
-    float *memory = static_cast<float *>(scratch(size_t(omp_get_max_threads() * each * 4)));
+    float *memory = static_cast<float *>(scratch(size_t(most_threads() * each * 4)));
     if (!memory) return false;
     int64_t work = a.rows * a.heads * (longest + 1) * a.dim;
-#pragma omp parallel for schedule(static) if (work > WORTH_THREADS)
-    for (int64_t item = 0; item < a.rows * a.kv_heads; item++) {
+    for_each(a.rows * a.kv_heads, work > WORTH_THREADS, [&](int64_t item, int64_t thread) {
         int64_t row = item / a.kv_heads, kv = item % a.kv_heads, position = a.positions[row];
-        float *query = memory + omp_get_thread_num() * each, *out = query + head;
+        float *query = memory + thread * each, *out = query + head;
         float *scores = out + head;
         int64_t start = item * a.capacity * a.dim, at = start + position * a.dim;
         load_head(query, a, row, a.heads + kv);
@@ -141,10 +140,9 @@ static bool attend(const Attend &a) {
             BY_TYPE(a.type, attend_one, a, query, h, start, position + 1, scores, out);
             store_head(out, a, a.y, (row * a.heads + h) * a.dim);
         }
-    }
+    });
     return true;
 }
-
 
 // A prompt's queries are taken a few at a time, their keys a panel at a time.
 constexpr int64_t QUERIES = 4;
@@ -272,27 +270,22 @@ static bool attend_prompt(const AttendPrompt &a) {
     int64_t values = a.kv_heads * a.length * shared.width;
     int64_t queries = (QUERIES * a.dim + 15) / 16 * 16;
     int64_t each = queries + QUERIES * shared.panels * KEYS + 16;
-    int64_t total = keys + values + each * omp_get_max_threads();
+    int64_t total = keys + values + each * most_threads();
     float *memory = static_cast<float *>(scratch(size_t(total * 4)));
     if (!memory) return false;
     shared.keys = memory;
     shared.values = memory + keys;
     int64_t parts = (a.length + PART_QUERIES - 1) / PART_QUERIES;
-#pragma omp parallel
-    {
-        float *own = memory + keys + values + omp_get_thread_num() * each;
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < a.kv_heads * shared.panels; i++)
-            share_keys(a, shared, i / shared.panels, i % shared.panels, own);
-        // The longest rows first, so that no thread is left with one at the end.
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < a.heads * parts; i++) {
-            int64_t start = (parts - 1 - i / a.heads) * PART_QUERIES;
-            int64_t end = start + PART_QUERIES < a.length ? start + PART_QUERIES : a.length;
-            for (int64_t q = start; q < end; q += QUERIES)
-                attend_queries(a, shared, i % a.heads, q, own, own + queries);
-        }
-    }
+    auto own = [=](int64_t thread) { return memory + keys + values + thread * each; };
+    for_each(a.kv_heads * shared.panels, true, [&](int64_t i, int64_t thread) {
+        share_keys(a, shared, i / shared.panels, i % shared.panels, own(thread));
+    });
+    // A head's rows, which are longer the later they are, in turn with the other heads'.
+    for_each(a.heads * parts, true, [&](int64_t i, int64_t thread) {
+        int64_t start = i % parts * PART_QUERIES, end = smaller(start + PART_QUERIES, a.length);
+        for (int64_t q = start; q < end; q += QUERIES)
+            attend_queries(a, shared, i / parts, q, own(thread), own(thread) + queries);
+    });
     return true;
 }
 

@@ -13,10 +13,8 @@
 // paths, but where such a zero meets an infinity, or a sum overflows half-way.
 #pragma once
 
-#include <omp.h>
-
 #include "elements.h"
-#include "runs.h"
+#include "threads.h"
 
 namespace qllm {
 namespace {
@@ -24,6 +22,9 @@ namespace {
 constexpr int64_t DENSE_STEPS = 128;  // of a block: with four panels, 32 KiB
 constexpr int64_t DENSE_ROWS = 384;   // held at once: their sums stay in cache, 96 KiB
 constexpr int64_t DENSE_AHEAD = 256;  // bytes to prefetch ahead in every channel
+
+// Floats of a thread's own: its sums, and a block of weights.
+constexpr int64_t DENSE_OWN = (DENSE_ROWS + DENSE_STEPS) * GROUP_LANES;
 
 // Of a run. Shorter ones are more exact, and slower; other types lose more when they are stored.
 template <int64_t TYPE> constexpr int64_t RUN = TYPE == FLOAT32 ? 32 : DENSE_STEPS;
@@ -154,26 +155,19 @@ __attribute__((noinline)) void dense_few(const Dense &a, const DenseInput &x, in
 }
 
 template <int64_t TYPE, int R = 1>
-bool dense_if_few(const Dense &a, const DenseInput &x, int64_t first, Run *runs) {
+bool dense_if_few(const Dense &a, const DenseInput &x, int64_t first) {
     if (x.rows == R) {
         const int64_t panels = (a.out + LANES - 1) / LANES;
-#pragma omp parallel
-        {
-            begin_run(runs, panels);
-#pragma omp barrier
-            const int64_t part = panels / omp_get_num_threads() / RUN_PARTS + 1;
-            take_parts(runs, part, [&](int64_t panel, int64_t end) {
-                for (; panel < end; panel++) dense_few<TYPE, R>(a, x, first, panel);
-            });
-        }
+        for_each(panels, true,
+                 [&](int64_t panel, int64_t) { dense_few<TYPE, R>(a, x, first, panel); });
         return true;
     }
-    if constexpr (R < DENSE_FEW) return dense_if_few<TYPE, 2 * R>(a, x, first, runs);
+    if constexpr (R < DENSE_FEW) return dense_if_few<TYPE, 2 * R>(a, x, first);
     return false;
 }
 #else
 template <int64_t TYPE>
-bool dense_if_few(const Dense &, const DenseInput &, int64_t, Run *) {
+bool dense_if_few(const Dense &, const DenseInput &, int64_t) {
     return false;
 }
 #endif
@@ -181,8 +175,8 @@ bool dense_if_few(const Dense &, const DenseInput &, int64_t, Run *) {
 // Up to GROUP_PANELS panels times all rows.
 template <int64_t TYPE>
 void dense_many(const Dense &a, const DenseInput &x, int64_t first, int64_t panel,
-                int64_t panels, float *sums, DenseTiles &tiles) {
-    alignas(64) float block[GROUP_LANES * DENSE_STEPS];
+                int64_t panels, float *own, DenseTiles &tiles) {
+    float *sums = own, *block = own + DENSE_ROWS * GROUP_LANES;
     for (int64_t i = 0; i < x.rows * GROUP_LANES; i += WIDTH) store_f(sums + i, set_f(0));
     for (int64_t step = 0; step < x.steps; step += DENSE_STEPS) {
         const int64_t steps = smaller(DENSE_STEPS, x.steps - step);
@@ -208,25 +202,23 @@ template <int64_t TYPE> bool dense_of(const Dense &a) {
         DenseInput x;
         x.rows = in_whole_tiles(smaller(DENSE_ROWS, a.rows - first));
         x.steps = (a.in + INPUTS<TYPE> * LANES - 1) / (INPUTS<TYPE> * LANES) * LANES;
-        const int64_t held = (x.steps * x.rows + 15) / 16 * 16, own = DENSE_ROWS * GROUP_LANES;
-        x.x = static_cast<float *>(scratch(size_t((held + omp_get_max_threads() * own) * 4)));
+        const int64_t held = (x.steps * x.rows + 15) / 16 * 16;
+        x.x = static_cast<float *>(scratch(size_t((held + most_threads() * DENSE_OWN) * 4)));
         if (!x.x) return false;
         const int64_t blocks = (x.steps + DENSE_STEPS - 1) / DENSE_STEPS;
-#pragma omp parallel for schedule(static) if (x.rows * x.steps > WORTH_THREADS)
-        for (int64_t block = 0; block < blocks; block++)
+        for_each(blocks, x.rows * x.steps > WORTH_THREADS, [&](int64_t block, int64_t) {
             for (int64_t row = 0; row < x.rows; row++)
                 lay_out<TYPE>(a, x, first, row, block * DENSE_STEPS);
-        Run *runs = reinterpret_cast<Run *>(x.x + held);  // where else the sums of many rows are
-        if (dense_if_few<TYPE>(a, x, first, runs)) continue;
-        const int64_t group = smaller(GROUP_PANELS, panels / omp_get_max_threads() + 1);
-#pragma omp parallel
-        {
+        });
+        if (dense_if_few<TYPE>(a, x, first)) continue;
+        const int64_t group = smaller(GROUP_PANELS, panels / most_threads() + 1);
+        in_threads(panels, group, [&](const Share &share) {
             DenseTiles tiles;
-            float *sums = x.x + held + omp_get_thread_num() * own;
-#pragma omp for schedule(dynamic)
-            for (int64_t panel = 0; panel < panels; panel += group)
-                dense_many<TYPE>(a, x, first, panel, smaller(group, panels - panel), sums, tiles);
-        }
+            float *memory = x.x + held + share.thread * DENSE_OWN;
+            take_parts(share, [&](int64_t panel, int64_t end) {
+                dense_many<TYPE>(a, x, first, panel, end - panel, memory, tiles);
+            });
+        });
     }
     return true;
 }

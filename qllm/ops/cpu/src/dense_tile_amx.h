@@ -40,7 +40,7 @@ class DenseTiles {
     }
 
   private:
-    Tiles tiles_;
+    Tiles tiles_{nullptr};
 
     template <int W> void multiply_panels(const DenseOperands &o, int64_t rows, int64_t panel) {
         if (rows > ROWS) {

@@ -1,7 +1,7 @@
 // Between rows of bits, in which weights are stored, and the layout that the kernels read.
 #pragma once
 
-#include "kernels.h"
+#include "threads.h"
 
 #if defined(__BMI2__)
 #include <immintrin.h>
@@ -199,8 +199,7 @@ static void pack_grid(const Packing &p, int64_t panel, int64_t lanes, int64_t gr
 inline void pack(const Packing &p) {
     int64_t panels = (p.out + LANES - 1) / LANES, slabs = row_slabs(p.in, p.group);
     int64_t groups = (p.in + p.group - 1) / p.group, bits = p.bits;
-#pragma omp parallel for schedule(static)
-    for (int64_t panel = 0; panel < panels; panel++) {
+    for_each(panels, true, [&](int64_t panel, int64_t) {
         int64_t lanes = p.out - panel * LANES < LANES ? p.out - panel * LANES : LANES;
         uint8_t *to = p.q + panel * slabs * 64 * bits;
         for (int64_t group = 0; group < groups; group++) {
@@ -213,14 +212,13 @@ inline void pack(const Packing &p) {
             }
             pack_grid(p, panel, lanes, group, groups);
         }
-    }
+    });
 }
 
 // The inverse of `pack`: `rows` is zero before.
 inline void unpack(const Packing &p) {
     int64_t slabs = row_slabs(p.in, p.group), groups = (p.in + p.group - 1) / p.group;
-#pragma omp parallel for schedule(static)
-    for (int64_t n = 0; n < p.out; n++) {
+    for_each(p.out, true, [&](int64_t n, int64_t) {
         int64_t panel = n / LANES, lane = n % LANES;
         uint8_t *row = p.rows + n * p.row_bytes;
         for (int64_t k = 0; k < p.in; k++) {
@@ -238,7 +236,7 @@ inline void unpack(const Packing &p) {
                     p.scales[at * p.scale_bytes + i];
             if (p.zeros) p.row_zeros[n * groups + group] = p.zeros[at];
         }
-    }
+    });
 }
 
 }  // namespace

@@ -1,59 +1,59 @@
 // What the machine allows, for benchmarks: the rates of reading memory and of int8 products.
 #pragma once
 
-#include <omp.h>
-
-#include "kernels.h"
+#include "threads.h"
 
 namespace qllm {
 namespace {
 
 // Reads `bytes`, every thread a part of its own, and sums them up in some way.
 static int64_t read_all(const uint8_t *from, int64_t bytes) {
-    int64_t total = 0, parts = bytes / 256;
-#pragma omp parallel reduction(+ : total)
-    {
-        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    int64_t total = 0;
+    const int64_t parts = bytes / 256;
+    in_threads(parts, parts / most_threads() / RUN_PARTS + 1, [&](const Share &share) {
         VI sums[4] = {zero_i(), zero_i(), zero_i(), zero_i()};
-        for (int64_t part = parts * thread / threads; part < parts * (thread + 1) / threads; part++) {
-            const uint8_t *p = from + part * 256;
-            for (int i = 0; i < 4; i++) {
-                __builtin_prefetch(p + i * 64 + AHEAD);
-                for (int v = 0; v < VECTORS; v++)
-                    sums[i] = add_i(sums[i], weights(p + i * 64 + v * WIDTH * STEP));
+        take_parts(share, [&](int64_t part, int64_t end) {
+            for (; part < end; part++) {
+                const uint8_t *p = from + part * 256;
+                for (int i = 0; i < 4; i++) {
+                    __builtin_prefetch(p + i * 64 + AHEAD);
+                    for (int v = 0; v < VECTORS; v++)
+                        sums[i] = add_i(sums[i], weights(p + i * 64 + v * WIDTH * STEP));
+                }
             }
-        }
-        for (int i = 0; i < 4; i++) total += sum_of_i(sums[i]);
-    }
+        });
+        for (VI sum : sums) __atomic_fetch_add(&total, sum_of_i(sum), __ATOMIC_RELAXED);
+    });
     return total;
 }
 
-// Multiplies and adds int8 in registers; returns how many operations, two for a product.
+// Multiplies and adds int8 in registers, so many rounds for each thread; returns how many
+// operations, two for a product.
 static int64_t multiply_all(int64_t rounds) {
     constexpr int VECTORS_AT_ONCE = ACCUMULATORS > 2 ? 2 : 1;
     constexpr int STREAMS_AT_ONCE = ACCUMULATORS > 2 ? ACCUMULATORS / 2 : 1;
-    int64_t total = 0;
+    const int64_t all_rounds = rounds * most_threads();
     alignas(64) const int8_t x[STREAMS_AT_ONCE * STEP * STREAM_BYTES] = {1, 2, 3};
-#pragma omp parallel reduction(+ : total)
-    {
+    in_threads(all_rounds, rounds / RUN_PARTS + 1, [&](const Share &share) {
         Sums<STREAMS_AT_ONCE, VECTORS_AT_ONCE> sums;
         sums.clear();
         VI bytes[VECTORS_AT_ONCE];
         for (VI &v : bytes) v = set_i(int32_t(rounds));
-        for (int64_t round = 0; round < rounds; round++) {
-            Weights w[VECTORS_AT_ONCE];
-            for (int v = 0; v < VECTORS_AT_ONCE; v++) w[v] = prepared(bytes[v]);
-            sums.add(w, x);
-            // The weights may be others now, so that no round can be left out.
-            for (VI &v : bytes) __asm__ volatile("" : "+" REGISTER(v));
-        }
+        take_parts(share, [&](int64_t round, int64_t end) {
+            for (; round < end; round++) {
+                Weights w[VECTORS_AT_ONCE];
+                for (int v = 0; v < VECTORS_AT_ONCE; v++) w[v] = prepared(bytes[v]);
+                sums.add(w, x);
+                // The weights may be others now, so that no round can be left out.
+                for (VI &v : bytes) __asm__ volatile("" : "+" REGISTER(v));
+            }
+        });
         int32_t all = 0;
         for (VI sum : sums.of) all += sum_of_i(sum);
         volatile int32_t kept = all;
         (void)kept;
-        total += rounds * STREAMS_AT_ONCE * VECTORS_AT_ONCE * WIDTH * STEP * 2;
-    }
-    return total;
+    });
+    return all_rounds * STREAMS_AT_ONCE * VECTORS_AT_ONCE * WIDTH * STEP * 2;
 }
 
 }  // namespace

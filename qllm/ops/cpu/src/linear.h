@@ -18,8 +18,7 @@ constexpr int64_t FEW_ROWS = 16;     // up to here memory is the limit: threads 
 // `panels` panels, up to GROUP_PANELS, times all rows: unpacked to cache for many rows.
 template <int P>
 void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_t panel,
-                    int64_t panels, float *sums, Tiles &tiles) {
-    alignas(64) uint8_t bytes[GROUP_LANES * BLOCK_SLABS * SLAB];
+                    int64_t panels, float *sums, uint8_t *bytes, Tiles &tiles) {
     Grid grid;
     const UnpackSlab unpack = UNPACK_SLAB[a.bits];
     for (int64_t row = 0; row < x.rows; row += CHUNK_ROWS) {
@@ -57,22 +56,26 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
 // Panels `from` to `end`.
 template <int P>
 void multiply_part(const Linear &a, const Activations &x, int64_t first, int64_t from,
-                   int64_t end, float *sums, Tiles &tiles) {
+                   int64_t end, char *own, Tiles &tiles) {
+    float *sums = reinterpret_cast<float *>(own);
+    uint8_t *bytes = reinterpret_cast<uint8_t *>(own + SUM_BYTES);
     if constexpr (MOST_FEW<P> > 0)
         if (x.rows <= MOST_FEW<P>) return multiply_few_rows<P>(a, x, first, from, end, sums);
     for (; from < end; from += GROUP_PANELS)
-        multiply_group<P>(a, x, first, from, smaller(GROUP_PANELS, end - from), sums, tiles);
+        multiply_group<P>(a, x, first, from, smaller(GROUP_PANELS, end - from), sums, bytes, tiles);
 }
 
-// A thread's share of the panels.
-template <int P> void multiply_share(const Linear &a, const Activations &x, int64_t first) {
+// All panels.
+template <int P> void multiply_all_panels(const Linear &a, const Activations &x, int64_t first) {
     const int64_t panels = (a.out + LANES - 1) / LANES;
-    const int64_t groups = panels / GROUP_PANELS / omp_get_num_threads() / RUN_PARTS;
+    const int64_t groups = panels / GROUP_PANELS / most_threads() / RUN_PARTS;
     const int64_t part = GROUP_PANELS * (x.rows <= FEW_ROWS && groups > 1 ? groups : 1);
-    [[maybe_unused]] Tiles tiles;
-    float *sums = x.out + omp_get_thread_num() * CHUNK_ROWS * GROUP_LANES;
-    take_parts(x.runs, part, [&](int64_t from, int64_t end) {
-        multiply_part<P>(a, x, first, from, end, sums, tiles);
+    in_threads(panels, part, [&](const Share &share) {
+        char *own = x.own + share.thread * OWN_BYTES;
+        Tiles tiles(reinterpret_cast<int32_t *>(own + SUM_BYTES + WEIGHT_BYTES));
+        take_parts(share, [&](int64_t from, int64_t end) {
+            multiply_part<P>(a, x, first, from, end, own, tiles);
+        });
     });
 }
 
@@ -83,12 +86,8 @@ template <int P> bool linear_of(const Linear &a) {
         const int64_t tile_rows = rows <= MOST_FEW<P> ? FEW_TILE_ROWS<P> : TILE_ROWS<P>;
         if (!prepare<P>(x, a, rows, tile_rows)) return false;
         for (int64_t row = 0; row < x.rows; row++) x.huge[row] = 0;
-#pragma omp parallel
-        {
-            begin_run(x.runs, (a.out + LANES - 1) / LANES);
-            quantize_share<P>(a, x, first);  // it ends with all threads having come here
-            multiply_share<P>(a, x, first);
-        }
+        quantize_all<P>(a, x, first);
+        multiply_all_panels<P>(a, x, first);
     }
     return true;
 }

@@ -4,9 +4,9 @@
 #pragma once
 
 #include <math.h>
-#include <omp.h>
 
 #include "elements.h"
+#include "threads.h"
 
 namespace qllm {
 namespace {
@@ -64,8 +64,8 @@ template <int64_t TYPE> void activate_row(const Activate &a, int64_t row) {
 }
 
 static void activate(const Activate &a) {
-#pragma omp parallel for schedule(static) if (a.rows > 1 && a.rows * a.channels > WORTH_THREADS)
-    for (int64_t row = 0; row < a.rows; row++) BY_TYPE(a.type, activate_row, a, row);
+    for_each(a.rows, a.rows * a.channels > WORTH_THREADS,
+             [&](int64_t row, int64_t) { BY_TYPE(a.type, activate_row, a, row); });
 }
 
 // part(start, end) of a few vectors each, added in pairs: a sum of thousands, one after the other,
@@ -109,8 +109,8 @@ template <int64_t TYPE> void norm_row(const Norm &a, int64_t row) {
 }
 
 static void norm(const Norm &a) {
-#pragma omp parallel for schedule(static) if (a.rows > 1 && a.rows * a.channels > WORTH_THREADS)
-    for (int64_t row = 0; row < a.rows; row++) BY_TYPE(a.type, norm_row, a, row);
+    for_each(a.rows, a.rows * a.channels > WORTH_THREADS,
+             [&](int64_t row, int64_t) { BY_TYPE(a.type, norm_row, a, row); });
 }
 
 template <int64_t TYPE> void add_part(const Add &a, int64_t start, int64_t end) {
@@ -122,11 +122,9 @@ template <int64_t TYPE> void add_part(const Add &a, int64_t start, int64_t end) 
 
 static void add(const Add &a) {
     constexpr int64_t PART = 4096;
-#pragma omp parallel for schedule(static) if (a.count > WORTH_THREADS)
-    for (int64_t start = 0; start < a.count; start += PART) {
-        int64_t end = start + PART < a.count ? start + PART : a.count;
-        BY_TYPE(a.type, add_part, a, start, end);
-    }
+    for_each((a.count + PART - 1) / PART, a.count > WORTH_THREADS, [&](int64_t part, int64_t) {
+        BY_TYPE(a.type, add_part, a, part * PART, smaller((part + 1) * PART, a.count));
+    });
 }
 
 static bool embed(const Embed &a) {

@@ -7,6 +7,7 @@ namespace qllm {
 namespace {
 
 template <int P> constexpr int64_t TILE_ROWS = MAX_STREAMS / STREAMS<P>;
+constexpr int64_t TILE_SUMS = 0;  // that a thread keeps in memory
 
 // What an input of a row takes.
 template <int P> constexpr int64_t INPUT_BYTES = STREAMS<P> * STREAM_BYTES;
@@ -141,6 +142,7 @@ void multiply_tile(const Operands &o, int64_t rows, int64_t panels) {
 
 // What a thread keeps for its tiles: nothing.
 struct Tiles {
+    explicit Tiles(int32_t *) {}
     void begin(const Operands &, const Linear &, uint8_t *, int64_t, int64_t) {}
     template <int P> void multiply(const Operands &o, int64_t rows, int64_t panels) {
         multiply_tile<P>(o, rows, panels);

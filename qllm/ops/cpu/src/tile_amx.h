@@ -23,6 +23,7 @@ namespace {
 constexpr int64_t ROWS = 16;         // of a tile
 constexpr int64_t ROW_BYTES = 64;
 constexpr int64_t SUMS = ROWS * LANES;
+constexpr int64_t TILE_SUMS = 8 * SUMS;  // that a thread keeps in memory
 
 // One plane has two tiles of rows side by side, as others have two planes.
 template <int P> constexpr int64_t TILE_ROWS = P == 1 ? 2 * ROWS : ROWS;
@@ -101,6 +102,8 @@ INLINE inline void add_products(const Operands &o, const int8_t *x, int64_t next
 // What a thread keeps for its tiles.
 class Tiles {
   public:
+    // `sums`: (TILE_SUMS,), for `begin` to `end`.
+    explicit Tiles(int32_t *sums) : sums_(sums) {}
     ~Tiles() {
         if (inputs_) release_tiles();
     }
@@ -163,7 +166,7 @@ class Tiles {
     int64_t inputs_ = 0;  // of the shapes in use
     bool zeros_left_;
     alignas(64) int32_t zero_left_[GROUP_LANES];
-    alignas(64) int32_t sums_[8 * SUMS];  // (planes or row tiles, 2 panels, ROWS, LANES)
+    int32_t *sums_;  // (planes or row tiles, 2 panels, ROWS, LANES)
     Pending pending_;
 
     template <int P, int W>

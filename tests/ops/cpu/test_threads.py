@@ -1,0 +1,184 @@
+"""How threads share a call's work, whoever calls, and from where."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cpu_paths import DTYPES, normal, on, paths, random_weight, same
+from fences import run_in
+
+from qllm.ops.cpu import build, linear, steps
+
+# What share_work does, seen from inside: how often each number was taken, and which threads came.
+# A thread that has taken its first part waits until `wanted` threads have one.
+SOURCE = """
+#include <time.h>
+#include "threads.h"
+using namespace qllm;
+extern "C" __attribute__((visibility("default")))
+int64_t shared(int64_t count, int64_t part, int64_t wanted, int64_t *taken, int64_t *came) {
+    int64_t there = 0, most = most_threads();
+    in_threads(count, part, [&](const Share &share) {
+        bool first = true;
+        __atomic_add_fetch(came + share.thread, 1, __ATOMIC_RELAXED);
+        take_parts(share, [&](int64_t from, int64_t end) {
+            for (int64_t i = from; i < end; i++) __atomic_add_fetch(taken + i, 1, __ATOMIC_RELAXED);
+            if (first) __atomic_add_fetch(&there, 1, __ATOMIC_RELAXED);
+            first = false;
+            const timespec soon = {0, 100000};
+            for (int i = 0; i < 100000 && __atomic_load_n(&there, __ATOMIC_RELAXED) < wanted; i++)
+                nanosleep(&soon, nullptr);
+        });
+    });
+    return there * 1000 + most;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """share_work of `count` in parts: which numbers were taken, and by which threads."""
+    if sys.platform != "linux" or not any(map(shutil.which, build.COMPILERS)):
+        pytest.skip("compiles C++ on Linux")
+    folder = tmp_path_factory.mktemp("src")
+    for name in ("threads.cpp", "threads.h", "kernels.h"):
+        shutil.copy(build.SOURCE / name, folder)
+    (folder / "shared.cpp").write_text(SOURCE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        library = build.load(folder)
+    library.shared.restype = ctypes.c_int64
+
+    def run(count: int, part: int, wanted: int) -> tuple[list[int], list[int], int]:
+        taken, came = (ctypes.c_int64 * count)(), (ctypes.c_int64 * 64)()
+        sizes = map(ctypes.c_int64, (count, part, wanted))
+        there, most = divmod(library.shared(*sizes, taken, came), 1000)
+        assert most == torch.get_num_threads()
+        return list(taken), list(came), there
+
+    return run
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, for a while."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 2])
+def test_threads_come_and_share_what_there_is(shared, threads, number):
+    threads(number)
+    for count, part in ((0, 1), (1, 1), (number, 1), (97, 3), (1000, 7)):
+        most = max(1, min(number, -(-count // part)))
+        taken, came, there = shared(count, part, most)
+        assert taken == [1] * count
+        assert there == (most if count else 0) and came == [1] * most + [0] * (64 - most)
+
+
+def test_a_call_does_not_wait_for_threads_that_do_not_come(shared, threads):
+    # Its work is done by the one that is there; and others that come late do none of it twice.
+    threads(3)
+    for count in (2, 3, 50):
+        for _ in range(200):
+            assert shared(count, 1, 1)[0] == [1] * count
+
+
+def test_calls_at_once_do_without_each_other(shared, threads):
+    threads(3)
+    found = []
+
+    def run() -> None:
+        torch.set_num_threads(3)
+        found.extend(shared(100, 3, 1)[0] == [1] * 100 for _ in range(100))
+
+    callers = [threading.Thread(target=run) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert found == [True] * 400
+
+
+# What follows runs in processes of its own.
+
+
+def every_kernel() -> list[torch.Tensor]:
+    """Results of all that threads share."""
+    found = []
+    for dtype in DTYPES:
+        weight, dense = random_weight((300, 256)), normal(300, 256, dtype=dtype)
+        for rows in (1, 3, 40):
+            x = normal(rows, 256, dtype=dtype)
+            found += [weight.kernel(x), linear.dense_linear(x, dense, None)]
+        found.append(steps.gated_activation(normal(200, 512, dtype=dtype), "gelu"))
+        cache = torch.zeros(2, 2, 200, 32, dtype=dtype)
+        found.append(steps.prompt_attention(normal(200, 192, dtype=dtype), *cache, None, None))
+        x, cache = normal(16, 192, dtype=dtype), torch.zeros(2, 16, 2, 90, 32, dtype=dtype)
+        positions = torch.full((16,), 80)
+        found.append(steps.decode_attention(x, *cache, positions, 81, None, None))
+    return found
+
+
+def with_little_stack() -> None:
+    for name in paths():
+        with on(name):
+            torch.set_num_threads(1)
+            alone = every_kernel()
+            torch.set_num_threads(3)
+            assert all(map(same, every_kernel(), alone))
+
+
+def in_a_fork() -> None:
+    torch.set_num_threads(2)
+    weight, x = random_weight((300, 256)), normal(40, 256)
+    before = weight.kernel(x)
+    child = os.fork()
+    assert same(weight.kernel(x), before)
+    if not child:
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def beside_torch() -> None:
+    def cpu_seconds() -> float:
+        begin = time.process_time()
+        for _ in range(5):
+            x.add(1)  # on torch's threads, which then wait for more to do
+            time.sleep(0.02)
+        return time.process_time() - begin
+
+    x = normal(1 << 18)
+    before = cpu_seconds()
+    every_kernel()
+    time.sleep(0.02)  # in which the kernels' threads, too, go to sleep
+    assert cpu_seconds() < before / 4
+
+
+@pytest.mark.parametrize(
+    ("command", "environment"),
+    [
+        # The least that the system takes; the first thread has the process's.
+        ("with_little_stack", {"OMP_STACKSIZE": "16k"}),
+        ("in_a_fork", {}),
+        # Threads of OpenMP spin for ever, but where there are more of them than processors.
+        ("beside_torch", {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "CPUS"}),
+    ],
+)
+def test_in_a_process(command, environment):
+    paths()
+    cpus = len(os.sched_getaffinity(0))
+    if "CPUS" in environment.values() and cpus == 1:
+        pytest.skip("needs two processors")
+    environment = {name: value.replace("CPUS", str(cpus)) for name, value in environment.items()}
+    done = run_in(Path(__file__), f"{command}()", **environment)
+    assert done.returncode == 0, done.stderr
