@@ -56,7 +56,8 @@ def tokenizer_files() -> Files:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="</s> $A", special_tokens=[("</s>", 2)]
     )
-    settings = {"bos_token": "</s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>"}
+    eos = {"__type": "AddedToken", "content": "</s>"}
+    settings = {"bos_token": "</s>", "eos_token": eos, "unk_token": "<unk>"}
     return {
         "tokenizer.json": tokenizer.to_str().encode(),
         "tokenizer_config.json": json.dumps(settings).encode(),
