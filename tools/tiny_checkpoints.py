@@ -181,4 +181,5 @@ def _with_statistics(folder: Path) -> Files:
 
 
 def _read(folder: Path) -> Files:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    files = sorted(path for path in folder.iterdir() if path.name != "README.md")
+    return {path.name: path.read_bytes() for path in files}
