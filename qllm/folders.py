@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qllm.errors import UserError, first_line
+from qllm.errors import UserError, WritingError, first_line
 
 HOME, CACHE = "QLLM_HOME", "QLLM_CACHE"
+# What a disk says that takes no more, whatever is written to it.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 NO_HOME = "this user has no home directory"
 
 
@@ -158,3 +161,49 @@ def _unmapped() -> int | None:
         return int(Path("/proc/sys/kernel/overflowuid").read_text())
     except (OSError, ValueError):
         return None
+
+
+@contextmanager
+def writing(path: Path, only: Collection[int] | None = None) -> Iterator[None]:
+    """What keeps a file or folder from being written is one line that says what would work.
+
+    Args:
+        only: the errors that this is about; others are of what is read meanwhile.
+
+    Raises:
+        WritingError: naming the file that the system names, else `path`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or (only is not None and error.errno not in only):
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = f"{free_bytes(path) / 1e9:.2f} GB are free there; free some, or name another"
+        elif error.errno == errno.EFBIG:
+            advice = "the file system or a limit (ulimit -f) allows no larger file; name another"
+        else:
+            advice = "name another"
+        raise WritingError(
+            f"{error.filename or path} cannot be written ({error.strerror}); {advice} place"
+        ) from error
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Refuse to write what the disk has no room for.
+
+    Raises:
+        WritingError: with both numbers, where `needed` bytes are more than are free.
+    """
+    free = free_bytes(path)
+    if needed > free:
+        raise WritingError(
+            f"{path} takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free there; "
+            "free some, or name another place"
+        )
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that can still be written to the disk that a path is on, or will be."""
+    path = path.absolute()
+    return shutil.disk_usage(next(each for each in (path, *path.parents) if each.exists())).free

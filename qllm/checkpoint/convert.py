@@ -114,6 +114,7 @@ def convert(
         "tie_word_embeddings": weights.config.tied_head,
     }
     sizes = [i.dtype.itemsize * torch.Size(i.shape).numel() for i in tensors.values()]
+    folders.check_room(target, sum(sizes))
     with new_folder(target) as folder, meter(sum(sizes), 0) as add:
         writer = SafetensorsWriter(folder / "model.safetensors", tensors, {"format": "pt"})
         for name, size in zip(tensors, sizes, strict=True):

@@ -6,15 +6,21 @@ be OUT. The journal is replaced as a whole, after all that it speaks of is on th
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-from qllm.checkpoint.writer import new_file
+from qllm.checkpoint.writer import is_running, new_file
 from qllm.errors import UserError
 from qllm.files import parse_json
+from qllm.folders import writing
+
+# Of the file that stands for a lock where the file system has none, and says whose it is.
+MARK = "running-"
 
 
 class PartialFolder:
@@ -44,12 +50,16 @@ class PartialFolder:
         self._journal = self.folder / "journal.json"
         self.state: dict = {}
         self._check_target()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("w")
+        with writing(target):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / "lock").open("w")
+        self._mark: Path | None = None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is writing {target} now") from None
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(f"another process is writing {target} now") from None
+            self._mark_out()
         try:
             if self._journal.exists():
                 self._read_journal()
@@ -59,6 +69,29 @@ class PartialFolder:
         except BaseException:
             self.close()
             raise
+
+    def _mark_out(self) -> None:
+        """A lock for file systems that have none: a file that names this process.
+
+        It is written before others are looked for, so that of two at least one sees the other's.
+
+        Raises:
+            UserError: there is one of a process that runs, or of another machine.
+        """
+        self._mark = self.folder / f"{MARK}{platform.node()}-{os.getpid()}"
+        self._mark.touch()
+        for other in self.folder.glob(f"{MARK}*"):
+            host, _, process = other.name.removeprefix(MARK).rpartition("-")
+            if other == self._mark:
+                continue
+            if host == platform.node() and not is_running(int(process)):
+                other.unlink(missing_ok=True)
+                continue
+            self.close()
+            raise UserError(
+                f"another process is writing {self.target} now, {process} on {host}; if that has "
+                f"ended, remove {other}"
+            )
 
     def _check_target(self) -> None:
         if self.target.exists() and not self.target.is_dir():
@@ -120,6 +153,8 @@ class PartialFolder:
 
     def close(self) -> None:
         """Let go of the lock."""
+        if self._mark:
+            self._mark.unlink(missing_ok=True)
         self._lock.close()
 
 

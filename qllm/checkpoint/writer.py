@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qllm.checkpoint.reader import DTYPES, TensorInfo
+from qllm.folders import FULL, writing
 
 WEIGHTS = "model.safetensors"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -111,15 +112,16 @@ class ShardWriter:
         """Append a tensor."""
         data = tensor.detach().cpu().contiguous()
         if not self.shards or self._end(self.shards[-1]) + data.nbytes > self.limit:
-            if self._file is not None:
-                self._flush()
-                self._file.close()
-            self.shards.append({})
-            self._file = self._path(len(self.shards) - 1).open("wb")
-            self._file.write(b" " * (8 + self.room))
+            with writing(self.folder, FULL):
+                if self._file is not None:
+                    self._flush()
+                    self._file.close()
+                self.shards.append({})
+                self._file = self._path(len(self.shards) - 1).open("wb")
+                self._file.write(b" " * (8 + self.room))
         start = self._end(self.shards[-1])
         if data.numel():
-            with _naming(self.folder):
+            with writing(self.folder, FULL):
                 self._file.write(memoryview(data.view(-1).view(torch.uint8).numpy()))
         self.shards[-1][name] = {
             "dtype": DTYPE_NAMES[data.dtype],
@@ -134,11 +136,16 @@ class ShardWriter:
     def sync(self) -> list[dict]:
         """Put what was written on the disk; returns what another writer needs to go on."""
         if self._file is not None:
-            self._flush()
+            with writing(self.folder, FULL):
+                self._flush()
         return self.shards
 
     def finish(self) -> int:
         """Complete the shards, give them their names, and write their index; bytes of tensors."""
+        with writing(self.folder, FULL):
+            return self._finish()
+
+    def _finish(self) -> int:
         if self._file is not None:
             self._file.close()
         weight_map = {}
@@ -161,15 +168,17 @@ class ShardWriter:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends, and is gone if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
     temporary = Path(name)
     try:
-        with _naming(path):
+        with writing(path, FULL):
             yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        with writing(path):
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -178,12 +187,13 @@ def new_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path`, in place of what was there, when the block ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
     mark = f".{path.name}.{platform.node()}.{os.getpid()}."
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=mark))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=mark))
     try:
-        with _naming(path):
+        with writing(path, FULL):
             yield temporary
         temporary.chmod(0o777 & ~_umask())
         if path.exists():
@@ -203,24 +213,19 @@ def _remove_abandoned(path: Path) -> None:
     start = f".{path.name}.{platform.node()}."
     for folder in path.parent.iterdir():
         process = folder.name.removeprefix(start).partition(".")[0]
-        if folder.name.startswith(start) and process.isdecimal():
-            try:
-                os.kill(int(process), 0)
-            except ProcessLookupError:
-                shutil.rmtree(folder, ignore_errors=True)
-            except PermissionError:
-                pass  # it runs, for somebody else
+        if folder.name.startswith(start) and process.isdecimal() and not is_running(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Errors that name no file, as a full disk's do not, name this one."""
+def is_running(process: int) -> bool:
+    """Whether this machine has a process of this number."""
     try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it runs, for somebody else
+    return True
 
 
 def _umask() -> int:

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 from qllm import report
+from qllm.checkpoint.writer import new_file
 from qllm.evaluate.plots import svg
 from qllm.evaluate.table import table_of
 
@@ -22,9 +23,8 @@ svg { max-width: 100%; height: auto; background: white }
 
 def write(result: Mapping, path: Path) -> None:
     """Write the page, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(page(result), encoding="utf-8")
-    temporary.replace(path)
+    with new_file(path) as temporary:
+        temporary.write_text(page(result), encoding="utf-8")
 
 
 def page(result: Mapping) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qllm.checkpoint.writer import new_file
 from qllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -108,9 +109,8 @@ def _layers(rows: Sequence[Mapping]) -> Callable[[Axes], None]:
 
 def save(result: Mapping, path: Path) -> None:
     """Write the pictures to a file whose name says what kind it is; whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.partial{path.suffix}")
-    figure(result).savefig(temporary, dpi=150)
-    temporary.replace(path)
+    with new_file(path) as temporary:
+        figure(result).savefig(temporary, dpi=150, format=path.suffix[1:])
 
 
 def svg(result: Mapping) -> str:

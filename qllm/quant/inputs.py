@@ -100,4 +100,5 @@ class InputStats:
 def output_error(error: Tensor, hessian: Tensor) -> float:
     """Squared length of E x, summed over inputs x, for E (N, K) and the sum of x x^T (K, K)."""
     parts = error.split(ROWS)
-    return sum((part @ hessian).mul_(part).sum(dtype=torch.float64).item() for part in parts)
+    total = sum((part @ hessian).mul_(part).sum(dtype=torch.float64).item() for part in parts)
+    return max(total, 0.0)  # rounding makes one that is next to nothing negative

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import platform
 import random
 import shutil
 import subprocess
@@ -283,3 +286,28 @@ def test_folders_above_it_are_made(undisturbed, tmp_path):
 def test_a_name_with_a_dot_keeps_it(tmp_path):
     partial = PartialFolder(tmp_path / "llama-3.2", SETTINGS)
     assert partial.folder == tmp_path / "llama-3.2.partial"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(number, undisturbed, tmp_path, monkeypatch):
+    """As Lustre and NFS may be: a file says who writes, unless that process is dead."""
+
+    def refuse(file: object, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    folder = interrupted(tmp_path / "out")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (folder / f"running-{platform.node()}-{dead.pid}").touch()
+    for other in (f"{platform.node()}-{os.getppid()}", "another-host-1"):
+        mark = folder / f"running-{other}"
+        mark.touch()
+        host, _, process = other.rpartition("-")
+        assert refusal(tmp_path / "out") == (
+            f"another process is writing {tmp_path / 'out'} now, {process} on {host}; if that has "
+            f"ended, remove {mark}"
+        )
+        mark.unlink()
+    run(tmp_path / "out")
+    assert_whole(tmp_path / "out", undisturbed)

@@ -182,7 +182,7 @@ def test_a_write_that_fails_names_the_folder(tmp_path):
 
     writer._file.close()
     writer._file = Full()
-    with pytest.raises(OSError, match=r"No space left on device: '.*model'"):
+    with pytest.raises(OSError, match=r"model cannot be written \(No space left on device\)"):
         writer.write("b", torch.ones(3))
 
 
@@ -246,7 +246,7 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path):
 def test_a_full_disk_names_the_file(new, tmp_path):
     """The system's error has no name in it when a write fails."""
     with (
-        pytest.raises(OSError, match=r"No space left on device: '.*target'"),
+        pytest.raises(OSError, match=r"target cannot be written \(No space left on device\)"),
         new(tmp_path / "target"),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -100,3 +100,14 @@ def test_output_error(monkeypatch, rows):
     before = error.clone()
     assert output_error(error, collected([x]).hessian) == pytest.approx(expected, rel=1e-5)
     assert torch.equal(error, before)
+
+
+def test_output_error_is_not_negative():
+    """Where all inputs are one and the weights' error does nothing to it, rounding decides."""
+    generator = torch.Generator().manual_seed(0)
+    x, errors = torch.randn(64, generator=generator), torch.randn(200, 64, generator=generator)
+    errors -= torch.outer(errors @ x, x) / (x @ x)
+    hessian = torch.outer(x, x) * 1000
+    plain = [((row @ hessian) * row).sum().item() for row in errors]
+    found = [output_error(row[None], hessian) for row in errors]
+    assert min(plain) < 0 and min(found) == 0
