@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
+from qllm import cgroups
 from qllm.errors import UserError
-
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def resolve_device(name: str = "auto") -> str:
@@ -52,18 +51,8 @@ def available_bytes(device: torch.device | str = "cpu") -> int:
     import psutil
 
     available = psutil.virtual_memory().available
-    try:
-        limit = int((CGROUP / "memory.max").read_text())
-        used = int((CGROUP / "memory.current").read_text())
-        cached = sum(
-            int(line.split()[1])
-            for line in (CGROUP / "memory.stat").read_text().splitlines()
-            if line.split()[0] in ("inactive_file", "active_file")
-        )
-        available = min(available, limit - used + cached)
-    except (OSError, ValueError, IndexError):
-        pass  # no cgroup here, or one without a limit ("max")
-    return available
+    allowed = cgroups.available_memory()
+    return available if allowed is None else max(0, min(available, allowed))
 
 
 def check_fits(

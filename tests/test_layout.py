@@ -19,7 +19,7 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 
 # What may import what: each name below takes from its own row and those above it.
 ROWS = (
-    ("qllm", "errors", "text", "files", "folders", "launch", "patterns", "progress"),
+    ("qllm", "cgroups", "errors", "text", "files", "folders", "launch", "patterns", "progress"),
     ("config", "hub", "memory", "data"),
     ("ops", "quant"),
     ("layers",),
@@ -140,7 +140,7 @@ def test_only_cli_knows_argparse(path):
 def test_ops_and_quant_know_tensors_only(path):
     known = imports(path)
     assert not {name for name in known if name in ("torch.nn", "torch.nn.Module")}
-    assert own_imports(path) <= {"errors", "files", "folders", "ops", "quant"}
+    assert own_imports(path) <= {"cgroups", "errors", "files", "folders", "ops", "quant"}
 
 
 @pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=name_of)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from qllm import launch
+from qllm import cgroups, launch
 from qllm.errors import UserError
 
 # What a run says that a signal ends; its status is 128 and the signal's number, as a shell has it.
@@ -63,6 +63,7 @@ def run(main: Callable[[], int | None]) -> None:
     program = Path(sys.argv[0]).name
     # torch, not yet imported, will ask for huge pages: a fault for each 2 MB, not for each 4 KB.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    cgroups.limit_threads()
     _open_streams()
     handler = _Interrupt()
     for number in SIGNALS:

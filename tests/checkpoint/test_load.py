@@ -292,29 +292,6 @@ def test_the_cache_counts_as_well(monkeypatch):
         load_model(tiny("opt"), QuantPlan.parse("16"), cache_shape=(100, 500))
 
 
-@pytest.mark.parametrize(
-    ("limit", "used", "stat", "expected"),
-    [
-        ("5000", "3000", "active_file 500\ninactive_file 300\nanon 2200\n", 2800),
-        ("max", "3000", "anon 3000\n", 10_000),  # no limit: the machine's memory counts
-        ("50000", "0", "anon 0\n", 10_000),
-        (None, None, None, 10_000),
-    ],
-)
-def test_a_containers_limit_counts(limit, used, stat, expected, tmp_path, monkeypatch):
-    import psutil
-
-    class Machine:
-        available = 10_000
-
-    monkeypatch.setattr(psutil, "virtual_memory", Machine)
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    for name, text in (("max", limit), ("current", used), ("stat", stat)):
-        if text is not None:
-            (tmp_path / f"memory.{name}").write_text(text)
-    assert memory.available_bytes() == expected
-
-
 @pytest.mark.parametrize("number", [0, 7])
 def test_shards_that_cannot_be(number):
     with pytest.raises(UserError, match=f"{number} shards cannot share 6 layers; give 1 to 6"):

@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from qllm import folders
+from qllm import cgroups, folders
 from qllm.errors import first_line
 
 SOURCE = Path(__file__).parent / "src"
@@ -292,7 +292,7 @@ def _run(commands: list[list[str]], folder: Path | None = None) -> list[str]:
     None outlives this: threads hold the processes, and Ctrl-C does not reach threads.
     """
     stop = threading.Event()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cgroups.usable_cpus()) as pool:
         try:
             jobs = [pool.submit(_output, command, folder, stop) for command in commands]
             return [job.result() for job in as_completed(jobs)]

@@ -227,7 +227,7 @@ def test_units_compile_beside_each_other(monkeypatch, tmp_path, seven):
     for line in lines(work / "log"):
         running += 1 if line == "+" else -1
         most = max(most, running)
-    assert most == min(len(files), len(os.sched_getaffinity(0)))
+    assert most == min(len(files), build.cgroups.usable_cpus())
 
 
 def test_flags_of_the_user_reach_compiler_and_linker(monkeypatch, real_compiler, source, capfd):
