@@ -204,12 +204,12 @@ def test_text_that_the_terminal_lacks():
 
 @pytest.fixture
 def without_torch(tmp_path) -> dict[str, str]:
-    """The environment of a Python that has no torch."""
+    """The environment of a Python that has no torch, nor a script's own folder to import from."""
     shim = tmp_path / "shim" / "torch"
     shim.mkdir(parents=True)
     message = "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n"
     (shim / "__init__.py").write_text(message)
-    return {**os.environ, "PYTHONPATH": str(shim.parent)}
+    return {**os.environ, "PYTHONPATH": str(shim.parent), "PYTHONSAFEPATH": "1"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

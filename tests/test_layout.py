@@ -163,6 +163,14 @@ def test_a_module_only_defines(path):
     assert not {call for call in calls if call.rpartition(".")[2] in doing}
 
 
+@pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
+def test_a_script_finds_its_folder(path):
+    """As `python -P` and PYTHONSAFEPATH do not; tests/test_cli.py runs some so."""
+    line = "sys.path.insert(0, str(Path(__file__).resolve().parent))"
+    source = path.read_text(encoding="utf-8")
+    assert 0 < source.find(line) < source.find("from qllm import cli")
+
+
 def python(program: str, *args: str) -> str:
     """What a fresh Python prints, which must be all it says."""
     done = subprocess.run(
