@@ -44,7 +44,7 @@ def find_calibration(
     """
     if not any(spec.kind in W8A8.values() for _, spec in plan.rules):
         if given is not None:
-            note("the calibration is not used: only 8:tc-li and 8:tc quantize activations")
+            note(f"--calib {given} is not used: only 8:tc-li and 8:tc quantize activations")
         return None
     if isinstance(given, Calibration):
         return given
