@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import resource
 import shutil
@@ -112,6 +113,7 @@ def fuzz(bases: dict[str, Files], seed: int, numbers: range, save: Path | None =
             # Unchanged: each is loaded, and what is imported late is not counted with a later one.
             write(Path(place) / name, files)
             load(Path(place) / name)
+        gc.freeze()  # a torch file is closed by a collection, which need not look at all of torch
         for number in cli.progress("loads")(list(numbers)) if len(numbers) > 100 else numbers:
             random = Random(f"{seed} {number}")
             base = random.choice(sorted(bases))
@@ -132,6 +134,7 @@ def fuzz(bases: dict[str, Files], seed: int, numbers: range, save: Path | None =
                     if save is not None:
                         shutil.copytree(folder, save / f"{seed}-{number}", symlinks=True)
             shutil.rmtree(folder)
+        gc.unfreeze()
     return result
 
 
