@@ -73,8 +73,8 @@ class Patterns:
             self._left -= time.thread_time() - start
         if self._left <= 0:
             raise UserError(
-                f"{self.where}: matching {_short(pattern)} takes too long; write it without "
-                "repetitions inside of repetitions"
+                f"{self.where}: matching its regular expressions takes too long, at "
+                f"{_short(pattern)}; write fewer, and no repetitions inside of repetitions"
             )
         return found
 
