@@ -20,7 +20,7 @@ def test_no_load_breaks(bases, capsys):
     assert result.ended["refused"] > 20
 
 
-def test_a_fault_is_told_with_its_number(bases, monkeypatch, capsys):
+def test_a_fault_is_told_with_its_number(bases, monkeypatch, capsys, tmp_path):
     def break_down(folder):
         raise ZeroDivisionError("nothing is divided")
 
@@ -29,6 +29,7 @@ def test_a_fault_is_told_with_its_number(bases, monkeypatch, capsys):
     with pytest.raises(ZeroDivisionError):  # a whole one has to be loaded
         fuzz.fuzz(base, seed=0, numbers=range(3, 5))
     monkeypatch.setattr(fuzz, "load", lambda folder: folder.name == "0" or break_down(folder))
-    result = fuzz.fuzz(base, seed=0, numbers=range(3, 5))
+    result = fuzz.fuzz(base, seed=0, numbers=range(3, 5), save=tmp_path / "kept")
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["0-3"]
     assert dict(result.counts) == {"ZeroDivisionError in test_fuzz.py:break_down": 2}
     assert "load 3 of seed 0: " in capsys.readouterr().out

@@ -132,7 +132,7 @@ def fuzz(bases: dict[str, Files], seed: int, numbers: range, save: Path | None =
                     result.faults[kind] = number, about
                     print(f"load {number} of seed {seed}: {about}", flush=True)
                     if save is not None:
-                        shutil.copytree(folder, save / f"{seed}-{number}", symlinks=True)
+                        write(save / f"{seed}-{number}", files)  # no pipe can be copied
             shutil.rmtree(folder)
         gc.unfreeze()
     return result
@@ -144,7 +144,7 @@ def _overdue(*_: object) -> None:
 
 def write(folder: Path, files: Files) -> None:
     """Make a folder of these files."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for name, content in files.items():
         if isinstance(content, bytes):
             (folder / name).write_bytes(content)
