@@ -24,7 +24,7 @@ from pathlib import Path
 from qllm import cli, folders
 
 # Samples, and tokens of each: random input says the same of every channel, text does not.
-TEXT, RANDOM = (32, 256), (1, 128)
+TEXT, RANDOM = (32, cli.Default(256)), (1, cli.Default(128))
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,6 +61,7 @@ def main() -> None:
     if target.is_dir():
         raise UserError(f"--save {target} is a folder; name a file")
     config = read_config(read_raw_config(model.path))
+    args.seqlen = cli.up_to(args.seqlen, config.max_positions)
     if config.max_positions is not None and args.seqlen > config.max_positions:
         raise UserError(f"--seqlen {args.seqlen} exceeds the window of {config.max_positions}")
     if args.dataset is None:

@@ -19,6 +19,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -105,7 +106,7 @@ def check_options(args: argparse.Namespace) -> None:
         if getattr(args, option) is not None and not throughput:
             name = f"-{option}" if len(option) == 1 else f"--{option}"
             raise UserError(f"{name} does nothing without -p or -n")
-    if (args.p or args.n) and not any((*(args.p or ()), *(args.n or ()))):
+    if args.p and args.n and not any((*args.p, *args.n)):
         raise UserError("-p 0 and -n 0 leave nothing to measure")
     if args.output == "csv" and (args.tree or args.tp_model or args.benchmark):
         raise UserError("csv is for the table of -p and -n; take --output json")
@@ -147,12 +148,19 @@ def check_length(args: argparse.Namespace, config: ModelConfig) -> int:
 
 def throughput_cases(args: argparse.Namespace, config: ModelConfig) -> list[Case]:
     """What -p, -n and -b ask for."""
-    from qllm.bench.speed import cases
+    from qllm.bench.speed import Case, cases, context
 
     if not wants_throughput(args):
         return []
-    prompts, news = ((), ()) if args.p or args.n else (PROMPT, NEW)
-    return cases(config, args.p or prompts, args.n or news, args.b or (1,))
+    prompts, news = args.p, args.n
+    longest = math.inf if config.max_positions is None else config.max_positions
+    # As in llama-bench, a length of 0 stands for no test, and leaves the other at its default.
+    if args.p is None and not any(args.n or ()):
+        prompts = [min(count, longest) for count in PROMPT]
+    if args.n is None and not any(args.p or ()):
+        longest -= context(Case("tg", 0, 1))
+        news = [max(0, min(count, longest)) for count in NEW]
+    return cases(config, prompts or (), news or (), args.b or (1,))
 
 
 def latency(

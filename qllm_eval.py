@@ -88,7 +88,7 @@ def parse_args() -> argparse.Namespace:
         "--compare", choices=("hf",), help="measure transformers, too, in the same run"
     )
     cli.add_prompt_options(parser)
-    parser.set_defaults(max_gen_tokens=NEW_TOKENS)
+    parser.set_defaults(max_gen_tokens=cli.Default(NEW_TOKENS))
     cli.add_run_options(parser)
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -181,6 +181,7 @@ def read_reference(
     from qllm.evaluate.agreement import Reference
     from qllm.generate import GenerationConfig, check_prompts
 
+    cli.fit_defaults(args, model.config)
     count = args.max_gen_tokens
     if text is None or args.prompt or args.prompt_file or args.stdin:
         prompts = passages = cli.tokenize(tokenizer, cli.read_prompts(args), args.max_prompt_length)

@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--num-shards",
         type=cli.whole_number(1),
-        default=SHARDS,
+        default=cli.Default(SHARDS),
         metavar="N",
         help="contiguous layer ranges, run one after the other (%(default)s)",
     )
@@ -81,7 +81,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cli.check_processes(args)
-    if args.pp > 1 and args.num_shards != SHARDS:
+    if args.pp > 1 and not isinstance(args.num_shards, cli.Default):
         raise UserError(
             "--num-shards are ranges of one process; --pp says how many stages it takes"
         )
@@ -117,6 +117,7 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
         check_readable_by_transformers(raw_config)
     config = read_config(raw_config)
     tokenizer = Tokenizer.load(folder.path, config.vocab_size)
+    cli.fit_defaults(args, config)
     ids = cli.tokenize(tokenizer, prompts, args.max_prompt_length, note)
     generation = replace(
         read_generation_config(folder.path, config, note),
@@ -126,11 +127,10 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     calibration = cli.find_calibration(args, folder, plan, note)
     place = session and cli.join(args, session, folder, config, calibration)
     start = time.perf_counter()
-    shape = (len(ids), max(map(len, ids)) + args.max_gen_tokens)
     if onnx:
         model = load_onnx(folder)
     else:
-        model = load(args, folder, plan, device, calibration, shape, session, place)
+        model = load(args, folder, plan, device, calibration, ids, session, place)
     result = describe(args, folder.name, model, session, onnx)
     if not args.json and talks:
         show(result, model, time.perf_counter() - start, onnx)
@@ -158,7 +158,7 @@ def load(
     plan: QuantPlan,
     device: str,
     calibration: Calibration | None,
-    cache_shape: tuple[int, int],
+    ids: list[list[int]],
     session: Session | None,
     place: Place | None,
 ) -> Decoder:
@@ -174,7 +174,7 @@ def load(
         device=device,
         num_shards=args.num_shards,
         calibration=calibration,
-        cache_shape=cache_shape,
+        cache_shape=(len(ids), max(map(len, ids)) + args.max_gen_tokens),
         activation_bits=args.activation_bits,
         meter=cli.meter("loading") if session is None else session.meter,
         place=place,

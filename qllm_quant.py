@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 from qllm import cli
 from qllm.config import ALGORITHMS, DEFAULT_ALGORITHM, QuantPlan, QuantSpec
 from qllm.errors import UserError
+from qllm.files import readable
 from qllm.onnx import is_onnx
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ def read_samples(
     if args.dataset is None:
         cli.note(f"calibrating on {dataset}; --dataset names another text")
     about = {
-        "dataset": Path(dataset).name,
+        "dataset": readable(Path(dataset).name),
         "samples": f"{count} of {length} tokens, seed {args.seed}",
     }
     return sample_windows(ids, count, length, args.seed), about

@@ -117,3 +117,19 @@ def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, object]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
     return value
+
+
+def portable(path: Path) -> Path:
+    """A path by which libraries in other languages find a file or folder that is there.
+
+    They take the characters of a path for UTF-8. Where its bytes are not those, in a locale of
+    another encoding or in none, it is opened, and reached by its number until the process ends.
+    """
+    if os.fsencode(path) == str(path).encode("utf-8", "surrogatepass"):
+        return path
+    return Path(f"/proc/self/fd/{os.open(path, os.O_RDONLY | os.O_CLOEXEC)}")
+
+
+def readable(text: str) -> str:
+    """A file's name as text that can be written: what is not UTF-8 in it becomes U+FFFD."""
+    return os.fsencode(text).decode("utf-8", "replace")

@@ -38,6 +38,13 @@ NOT_APPLIED = {
     "num_beams": 1,
     "stop_strings": [],
     "watermarking_config": None,
+    "penalty_alpha": 0,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "num_return_sequences": 1,
+    "max_time": None,
+    "token_healing": False,
 }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qllm.errors import UserError, first_line
+from qllm.files import portable, readable
 
 PACKAGE = Path(__file__).resolve().parent
 # Inside the package where pip has copied it, beside it in a clone.
@@ -56,7 +57,7 @@ class ModelFolder:
         """A file name that stands for this model and no other on this machine."""
         if "/" in self.name or self.path.parent == BUNDLED:
             return self.name.replace("/", "--")
-        digest = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()
+        digest = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()
         return f"{self.name}-{digest[:8]}"
 
 
@@ -107,7 +108,7 @@ def resolve(
     if path is not None:
         folder = Path(path)
         if path and folder.is_dir():
-            return ModelFolder(folder, folder.resolve().name)
+            return ModelFolder(portable(folder), readable(folder.resolve().name))
         if path and folder.exists():
             raise UserError(f"{path} is a file; --model-path takes a folder or a Hub repository")
         if path.count("/") != 1 or path.startswith((".", "/", "~")) or path.endswith("/"):

@@ -60,6 +60,8 @@ class ReferenceModel:
             UserError: see `load_reference`.
         """
         model = load_reference(folder, dtype=dtype, device=device)
+        # Scoring asks what follows, not what the checkpoint's settings make of it.
+        model.generation_config = type(model.generation_config)()
         return cls(model, read_config(read_raw_config(folder)))
 
     @property
@@ -144,7 +146,7 @@ def load_reference(
     logging.set_verbosity_error()
     if not os.isatty(2):
         logging.disable_progress_bar()
-    with _errors(folder):
+    with _errors(folder, "load"):
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map="auto" if device == "cuda" else {"": device}
         ).eval()
@@ -163,11 +165,14 @@ def _padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _errors(folder: Path) -> Iterator[None]:
+def _errors(folder: Path, what: str) -> Iterator[None]:
+    """What transformers refuses, in one line: it raises what the first wrong value happens to."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"transformers cannot load {folder}: {first_line(error)}") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"transformers cannot {what} {folder}: {first_line(error)}") from None
 
 
 def reference_generate(
@@ -192,10 +197,10 @@ def reference_generate(
 
     from transformers import AutoTokenizer, GenerationConfig
 
-    with _errors(folder):
+    with _errors(folder, "read the tokenizer of"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    tokenizer.truncation_side = "left"
-    rows = tokenizer(prompts, truncation=True, max_length=max_prompt_length)["input_ids"]
+        tokenizer.truncation_side = "left"
+        rows = tokenizer(prompts, truncation=True, max_length=max_prompt_length)["input_ids"]
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     pad = next((token for token in pads if token is not None), 0)
     # An added pad token may lie beyond the model's vocabulary; any other fills as well.
@@ -203,14 +208,16 @@ def reference_generate(
     ids, attention_mask = (tensor.to(model.device) for tensor in _padded(rows, pad))
     config: GenerationConfig = model.generation_config
     start = time.perf_counter()
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=attention_mask,
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-    )
+    with _errors(folder, "generate with the settings of"):
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=attention_mask,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            return_dict_in_generate=False,
+        )
     seconds = time.perf_counter() - start
     eos = config.eos_token_id
     eos = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)

@@ -41,7 +41,7 @@ def print_latency(found: Mapping, dtype: str) -> None:
         f"\nbitwidth {report.label(found)}, {dtype}: {found['tokens']} tokens one by one, in "
         f"{found['sequences']} sequence{'s' if found['sequences'] > 1 else ''}"
     )
-    print(f"time per token: {', '.join(times)} ({1 / found['median']:.1f} tokens/s)")
+    print(f"time per token: {', '.join(times)} ({1 / found['mean']:.1f} tokens/s)")
     if found.get("perplexity") is not None:
         by_prefill = found.get("perplexity_by_prefill")
         print(f"perplexity: {found['perplexity']:.4f}, by prefill {by_prefill:.4f}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from qllm.cli.bars import meter, note_above, progress
 from qllm.cli.console import Parser, note, run, silent, whole_number
+from qllm.cli.lengths import Default, fit_defaults, up_to
 from qllm.cli.models import (
     DTYPES,
     add_accuracy_option,
@@ -37,6 +38,7 @@ from qllm.cli.prompts import DEFAULT_PROMPTS, add_prompt_options, read_prompts, 
 __all__ = [
     "DEFAULT_PROMPTS",
     "DTYPES",
+    "Default",
     "Parser",
     "add_accuracy_option",
     "add_activation_options",
@@ -48,6 +50,7 @@ __all__ = [
     "add_run_options",
     "check_processes",
     "find_calibration",
+    "fit_defaults",
     "holds_onnx",
     "join",
     "meter",
@@ -66,6 +69,7 @@ __all__ = [
     "silent",
     "tokenize",
     "unbounded",
+    "up_to",
     "whole_number",
     "with_head",
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qllm.cli.console import note, whole_number
+from qllm.cli.lengths import Default
 from qllm.errors import UserError
 from qllm.text import decode, read_text, surrogate
 
@@ -27,14 +28,14 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-prompt-length",
         type=whole_number(1),
-        default=20,
+        default=Default(20),
         metavar="N",
         help="a prompt of more tokens loses its beginning (%(default)s)",
     )
     group.add_argument(
         "--max-gen-tokens",
         type=whole_number(1),
-        default=10,
+        default=Default(10),
         metavar="N",
         help="tokens to generate (%(default)s)",
     )

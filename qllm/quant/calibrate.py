@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qllm.errors import UserError
-from qllm.files import check_file
+from qllm.files import check_file, portable, readable
 
 FORMAT = "qllm-calibration"
 
@@ -49,7 +49,8 @@ class Calibration:
 
         tensors = {f"{name}.input": value for name, value in self.inputs.items()}
         tensors |= {f"{name}.output": value for name, value in self.outputs.items()}
-        path.write_bytes(save(tensors, metadata={"format": FORMAT, **self.about}))
+        about = {key: readable(value) for key, value in self.about.items()}
+        path.write_bytes(save(tensors, metadata={"format": FORMAT, **about}))
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -63,7 +64,7 @@ class Calibration:
         calibration = cls()
         try:
             check_file(path)
-            with safe_open(path, framework="pt") as file:
+            with safe_open(portable(path), framework="pt") as file:
                 about = dict(file.metadata() or {})
                 if about.pop("format", None) != FORMAT:
                     raise UserError(f"{path} is no calibration; fake_calib_gen.py makes one")
