@@ -181,9 +181,10 @@ def read_reference(
     from qllm.evaluate.agreement import Reference
     from qllm.generate import GenerationConfig, check_prompts
 
-    cli.fit_defaults(args, model.config)
+    own = bool(args.prompt or args.prompt_file or args.stdin)
+    cli.fit_defaults(args, model.config, own)
     count = args.max_gen_tokens
-    if text is None or args.prompt or args.prompt_file or args.stdin:
+    if text is None or own:
         prompts = passages = cli.tokenize(tokenizer, cli.read_prompts(args), args.max_prompt_length)
     else:
         ids = text.ids[:TOKENS]

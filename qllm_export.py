@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_model_options(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--format", choices=("onnx",), required=True, help="what to write")
-    group.add_argument("--save", metavar="DIR", required=True, help="where to")
+    group.add_argument("--save", "--output-dir", metavar="DIR", required=True, help="where to")
     group.add_argument(
         "--dtype",
         choices=("float32", "float16"),
@@ -40,6 +40,7 @@ def parse_args() -> argparse.Namespace:
         help="of activations and unquantized weights (%(default)s)",
     )
     cli.add_accuracy_option(group)
+    cli.add_threads_option(group)
     group.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args()
 

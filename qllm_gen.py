@@ -70,6 +70,11 @@ def parse_args() -> argparse.Namespace:
         "--compare", action="store_true", help="run the reference too, and show where they differ"
     )
     parser.add_argument(
+        "--reference",
+        metavar="DIR_OR_REPO",
+        help="for --compare, the 16-bit checkpoint of a model that is quantized already (itself)",
+    )
+    parser.add_argument(
         "--explain", action="store_true", help="show which kernel each layer uses, and why"
     )
     output = parser.add_mutually_exclusive_group()
@@ -107,17 +112,14 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
 
     from qllm import report
     from qllm.checkpoint.reader import read_raw_config
-    from qllm.checkpoint.weights import check_readable_by_transformers
     from qllm.generate import check_prompts, read_generation_config
     from qllm.models import read_config
     from qllm.tokenizer import Tokenizer
 
-    raw_config = read_raw_config(folder.path)
-    if args.compare:
-        check_readable_by_transformers(raw_config)
-    config = read_config(raw_config)
+    reference = find_reference(args, folder)
+    config = read_config(read_raw_config(folder.path))
     tokenizer = Tokenizer.load(folder.path, config.vocab_size)
-    cli.fit_defaults(args, config)
+    cli.fit_defaults(args, config, prompts != list(cli.DEFAULT_PROMPTS))
     ids = cli.tokenize(tokenizer, prompts, args.max_prompt_length, note)
     generation = replace(
         read_generation_config(folder.path, config, note),
@@ -133,7 +135,7 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
         model = load(args, folder, plan, device, calibration, ids, session, place)
     result = describe(args, folder.name, model, session, onnx)
     if not args.json and talks:
-        show(result, model, time.perf_counter() - start, onnx)
+        show(args, result, model, time.perf_counter() - start, onnx)
     stream = args.stream and talks
     tokens, result["seconds"] = run_prompts(stream, model, tokenizer, prompts, ids, generation)
     if not talks:
@@ -143,13 +145,33 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     if args.compare:
         dtype, device = model.dtype, str(model.device)
         del model  # the two need not fit into memory together
-        result["compare"] = compare(args, folder.path, tokenizer, prompts, tokens, dtype, device)
+        result["compare"] = compare(args, reference, tokenizer, prompts, tokens, dtype, device)
     if args.json:
         report.print_json(result)
         return
     report.print_speed(result["results"], result["seconds"])
     if args.compare or not args.stream:
         report.print_results(result["results"], result.get("compare", ()))
+
+
+def find_reference(args: argparse.Namespace, folder: ModelFolder) -> Path:
+    """The folder that --compare gives to transformers.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
+    from qllm import hub
+    from qllm.checkpoint.reader import read_raw_config
+    from qllm.checkpoint.weights import check_readable_by_transformers
+
+    if not args.compare:
+        if args.reference:
+            raise UserError("--reference does nothing without --compare")
+        return folder.path
+    if args.reference:
+        folder = hub.resolve(args.model_name, None, args.reference, note=cli.note)
+    check_readable_by_transformers(read_raw_config(folder.path))
+    return folder.path
 
 
 def load(
@@ -213,9 +235,17 @@ def describe(
     return result
 
 
-def show(result: dict, model: Decoder | OnnxDecoder, seconds: float, onnx: bool) -> None:
-    """Print what `describe` found."""
+def show(
+    args: argparse.Namespace,
+    result: dict,
+    model: Decoder | OnnxDecoder,
+    seconds: float,
+    onnx: bool,
+) -> None:
+    """Print what `describe` found; shards where they were asked for, or are in several places."""
     from qllm import report
+
+    given = not isinstance(args.num_shards, cli.Default)
 
     dtype = str(model.dtype).removeprefix("torch.")
     print(
@@ -224,7 +254,7 @@ def show(result: dict, model: Decoder | OnnxDecoder, seconds: float, onnx: bool)
     )
     if "ranks" in result:
         report.print_ranks(result["ranks"])
-    else:
+    elif given or len({shard["device"] for shard in result["shards"]}) > 1:
         report.print_shards(result["shards"])
     report.print_kernels(result.get("kernels", ()))
 

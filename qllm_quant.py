@@ -52,7 +52,7 @@ NOT_FOR_ONNX = {
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     cli.add_model_options(parser)
-    cli.add_quant_options(parser)
+    cli.add_quant_options(parser, bitwidth=DEFAULT_BITWIDTH)
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -66,7 +66,7 @@ def parse_args() -> argparse.Namespace:
     add_algorithm_options(parser)
     cli.add_run_options(parser)
     group = parser.add_argument_group("output")
-    group.add_argument("--save", metavar="DIR", required=True, help="where to")
+    group.add_argument("--save", "--output-dir", metavar="DIR", required=True, help="where to")
     group.add_argument(
         "--fake",
         action="store_true",

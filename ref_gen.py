@@ -44,7 +44,7 @@ def main() -> None:
     # Our own checks come first: they answer in one line, and before transformers is imported.
     config = read_config(read_raw_config(model.path))
     tokenizer = Tokenizer.load(model.path, config.vocab_size)
-    cli.fit_defaults(args, config)
+    cli.fit_defaults(args, config, prompts != list(cli.DEFAULT_PROMPTS))
     ids = cli.tokenize(tokenizer, prompts, args.max_prompt_length)
     check_prompts(config, ids, GenerationConfig(max_new_tokens=args.max_gen_tokens))
     device = cli.resolve_device(args)

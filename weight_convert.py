@@ -27,7 +27,9 @@ def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     cli.add_model_options(parser)
     parser.add_argument(
-        "--save", metavar="DIR", help="where to (a folder that later runs find by themselves)"
+        *("--save", "--output-dir"),
+        metavar="DIR",
+        help="where to (a folder that later runs find by themselves)",
     )
     return parser.parse_args()
 

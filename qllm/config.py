@@ -168,7 +168,7 @@ class QuantPlan:
         try:
             value = parse_json(read_bytes(path), str(path))
         except FileNotFoundError:
-            raise UserError(f"{path}: there is no such plan file") from None
+            raise UserError(f"{path}: there is no such file") from None
         if not isinstance(value, dict) or not value:
             raise UserError(
                 f"{path}: a plan is a JSON object from regular expressions over module names to "

@@ -132,4 +132,4 @@ def portable(path: Path) -> Path:
 
 def readable(text: str) -> str:
     """A file's name as text that can be written: what is not UTF-8 in it becomes U+FFFD."""
-    return os.fsencode(text).decode("utf-8", "replace")
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

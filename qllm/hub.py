@@ -113,7 +113,10 @@ def resolve(
             raise UserError(f"{path} is a file; --model-path takes a folder or a Hub repository")
         if path.count("/") != 1 or path.startswith((".", "/", "~")) or path.endswith("/"):
             raise UserError(f"{path}: there is no such folder")
-        return _download(path, weights, note)
+        try:
+            return _download(path, weights, note)
+        except UserError as error:
+            raise UserError(f"{path} is no folder here; on the Hub, {error}") from None
     size = sizes(family)[0] if size is None else size
     if size == TINY:
         return ModelFolder(BUNDLED / f"{family}-tiny", f"{family}-tiny")

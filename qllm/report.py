@@ -94,7 +94,16 @@ def print_ranks(ranks: Sequence[dict]) -> None:
     """A line per rank."""
     for number, rank in enumerate(ranks):
         begin, end = rank["layers"]
-        print(f"rank {number}: layers {begin:g} to {end:g}, {megabytes(rank['bytes'])}")
+        print(f"rank {number}: {layer_range(begin, end)}, {megabytes(rank['bytes'])}")
+
+
+def layer_range(begin: float, end: float) -> str:
+    """What lies from `begin` up to `end`, x.5 being the MLP of layer x: "layers 0-2"."""
+    first, last = math.ceil(begin), math.floor(end)
+    parts = [f"MLP of layer {math.floor(begin)}"] if first > begin else []
+    if last > first:
+        parts.append(f"layers {index_ranges(range(first, last))}")
+    return ", ".join(parts + ([f"attention of layer {last}"] if end > last else []))
 
 
 def index_ranges(indices: Sequence[int]) -> str:
@@ -189,9 +198,7 @@ def comparison_rows(
         summary = f"{agree} of {of} tokens"
         if first is not None:
             pair = [
-                json.dumps(tokenizer.decode([ids[first]]), ensure_ascii=False)
-                if first < len(ids)
-                else "the end"
+                token_text(tokenizer, ids[first]) if first < len(ids) else "the end"
                 for ids in (ours, theirs)
             ]
             summary += f"; first difference at token {first + 1}: {pair[0]}, reference {pair[1]}"
@@ -206,6 +213,13 @@ def comparison_rows(
             }
         )
     return rows
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token as text in quotes; with its id where nobody could see it."""
+    text = tokenizer.decode([token])
+    quoted = json.dumps(text, ensure_ascii=False)
+    return quoted if text.strip("\ufffd").strip() else f"{quoted} (id {token})"
 
 
 def first_difference(tokens: Sequence[int], reference: Sequence[int]) -> int | None:

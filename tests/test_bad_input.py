@@ -73,7 +73,7 @@ OPTIONS = {
     "bitwidth in a list": Options(("'x'", "8:tc-li"), (*TINY, "--bitwidth", "4,4,x,4,4,4")),
     "a list too short": Options(("names 3 layers", "has 6"), (*TINY, "--bitwidth", "4,4,8")),
     "a list too long": Options(("names 7 layers", "has 6"), (*TINY, "--bitwidth", "4,4,8,4,4,4,4")),
-    "no plan": Options(("plan.json", "no such plan"), (*TINY, "--bitwidth", "{}/plan.json")),
+    "no plan": Options(("plan.json", "no such file"), (*TINY, "--bitwidth", "{}/plan.json")),
     "a plan that is no JSON": Options(
         ("plan.json", "cannot be read"),
         (*TINY, "--bitwidth", "{}/plan.json"),

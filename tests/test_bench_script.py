@@ -116,7 +116,7 @@ def test_the_tree():
     [
         (("-p", "513"), ("pp513", "window is 512")),
         (("-n", "511"), ("tg511 takes 514", "window is 512")),
-        (("-p", "0"), ("leave nothing to measure",)),
+        (("-p", "0", "-n", "0"), ("leave nothing to measure",)),
         (("-p", "x"), ("'x' is not a whole number",)),
         (("-b", "0"), ("0 is too small",)),
         (("--benchmark", "1024"), ("window of 512", "--max-length 512")),

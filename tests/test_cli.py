@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, assert_user_error, run, tiny
 
+import qllm
 from qllm import cli
 from qllm.cli import bars, console
 from qllm.errors import UserError
@@ -403,3 +405,32 @@ def test_progress_passes_items_on_as_they_are_worked_through(capsys):
         done.append(item)
     assert done == [1, 2, 3]
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
+def test_every_script_has_a_version_and_names_that_hands_expect(script, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        parsed(script, monkeypatch, "--version")
+    assert capsys.readouterr().out == f"{script} {qllm.__version__}\n"
+    with pytest.raises(SystemExit):
+        parsed(script, monkeypatch, "--help")
+    shown = capsys.readouterr().out
+    options = {"--model": "model_path"}
+    if "--threads" in shown:
+        options["--threads"] = "threads"
+    if "--max-gen-tokens" in shown:
+        options["--max-new-tokens"] = "max_gen_tokens"
+    if "--tp" in shown.split():
+        options |= {"--tensor-parallel-size": "tp", "--pipeline-parallel-size": "pp"}
+    given = [word for option in options for word in (option, "3")]
+    needed = {"qllm_quant.py": ["--output-dir", "out"]}
+    needed["qllm_export.py"] = ["--format", "onnx", "--output-dir", "out"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    found = vars(parsed(script, monkeypatch, *needed.get(script, ()), *given))
+    assert {str(found[name]) for name in options.values()} == {"3"}
+    if "--threads" in shown:
+        assert (os.environ["OMP_NUM_THREADS"], torch.get_num_threads()) == ("3", 3)
+    else:
+        assert script == "weight_convert.py"
+    torch.set_num_threads(threads)

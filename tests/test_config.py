@@ -249,7 +249,7 @@ def test_files_that_are_refused(tmp_path, content, words):
 
 def test_a_file_that_is_not_there(tmp_path):
     missing = str(tmp_path / "plan.json")
-    assert_refused(lambda: QuantPlan.parse(missing), missing, "there is no such plan file")
+    assert_refused(lambda: QuantPlan.parse(missing), missing, "there is no such file")
     folder = tmp_path / "folder.json"
     folder.mkdir()
     assert_refused(lambda: QuantPlan.parse(str(folder)), "is a folder")

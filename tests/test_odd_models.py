@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from inside import call
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BloomConfig, LlamaConfig, OPTConfig
 from transformers.models.auto import AutoModelForCausalLM
+
+import qllm_bench
 
 SIZES = {"vocab_size": 260, "hidden_size": 32}
 ONE = {"num_attention_heads": 1, "num_hidden_layers": 1, "max_position_embeddings": 16}
@@ -66,11 +69,9 @@ DEFAULTS = {
     "awq": "qllm_quant.py --save {}/out --algorithm awq --dataset {}/text",
     "int8": "qllm_quant.py --save {}/out --bitwidth 8:tc --dataset {}/text",
     "eval": "qllm_eval.py --dataset {}/text --conventions all --tasks {}/rows.jsonl "
-    "--max-tokens 99",
+    "--max-tokens 2100",
     "agreement": "qllm_eval.py --agreement --bitwidth 4",
     "bench": "qllm_bench.py --bitwidth 4 -r 1",
-    "bench without a prompt": "qllm_bench.py -p 0 -r 1",
-    "bench without new tokens": "qllm_bench.py -n 0 -r 1",
     "tree": "qllm_bench.py --tree",
 }
 
@@ -98,6 +99,52 @@ def test_what_is_given_is_refused(line, words, odd):
     script, *options = line.split()
     done = call(script, "--model-path", odd / "opt", *options)
     assert done.returncode == 2 and words in done.stderr
+
+
+def test_a_users_prompt_gets_the_window(odd):
+    """A token a byte: a window of 16 less 8 new tokens; BLOOM has no window, and reads it all."""
+    text = "It was the best of times, it was the worst of times."
+    for family, lost in (
+        ("llama", "and loses its beginning; --max-prompt-length is 8"),
+        ("bloom", ""),
+    ):
+        done = call("qllm_gen.py", "--model-path", odd / family, "--prompt", text)
+        assert done.returncode == 0 and lost in done.stderr
+        assert ("loses" in done.stderr) == bool(lost)
+
+
+def test_a_quantized_checkpoint_is_compared_with_its_original(odd, tmp_path):
+    options = ("--model-path", tmp_path / "out", "--compare")
+    made = call("qllm_quant.py", "--model-path", odd / "opt", "--save", tmp_path / "out")
+    assert made.returncode == 0, made.stderr
+    assert "with --reference" in call("qllm_gen.py", *options).stderr
+    done = call("qllm_gen.py", *options, "--reference", odd / "opt", "--json")
+    assert done.returncode == 0, done.stderr
+    whole = json.loads(call("ref_gen.py", "--model-path", odd / "opt", "--json").stdout)
+    rows = json.loads(done.stdout)["compare"]
+    assert [row["tokens"] for row in rows] == [row["tokens"] for row in whole["results"]]
+    done = call("qllm_gen.py", "--model-path", odd / "opt", "--reference", odd / "opt")
+    assert done.returncode == 2 and "nothing without --compare" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "window", "expected"),
+    [
+        ("", None, ["pp512", "tg128"]),
+        ("", 16, ["pp16", "tg13"]),
+        ("-p 0", None, ["tg128"]),
+        ("-n 0", 16, ["pp16"]),
+        ("-p 7", None, ["pp7"]),
+        ("-p 0,7 -n 5", None, ["pp7", "tg5"]),
+    ],
+)
+def test_what_is_measured_by_default(options, window, expected, monkeypatch):
+    """As llama-bench has it: a length of 0 stands for no test, and leaves the other at its own."""
+    monkeypatch.setattr(sys, "argv", ["qllm_bench.py", *options.split()])
+    args = qllm_bench.parse_args()
+    qllm_bench.check_options(args)
+    found = qllm_bench.throughput_cases(args, SimpleNamespace(max_positions=window))
+    assert [str(case) for case in found] == expected
 
 
 SETTINGS = [
@@ -150,8 +197,8 @@ def test_settings_are_followed_named_or_refused(settings, odd, tmp_path):
 ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 
 
-@pytest.mark.parametrize("name", ["m\u00fc".encode(), b"m\xff"], ids=["UTF-8", "no UTF-8"])
-def test_a_path_that_the_locale_cannot_decode(name, odd, tmp_path):
+def test_a_path_that_the_locale_cannot_decode(odd, tmp_path):
+    name = "m\u00fc".encode() + b"\xff"
     folder = os.path.join(os.fsencode(tmp_path), name)  # noqa: PTH118 - of bytes
     os.mkdir(folder)  # noqa: PTH102
     for path in (odd / "llama").iterdir():
@@ -174,11 +221,10 @@ def test_a_path_that_the_locale_cannot_decode(name, odd, tmp_path):
         "weight_convert.py --save {}/out",
         "qllm_quant.py --save {}/gptq --algorithm gptq --dataset {}/text --nsamples 4",
         "qllm_eval.py --dataset {}/text --max-tokens 99 --report {}/page.html",
-        "qllm_bench.py --tree",
     )
     done = subprocess.run(
         [sys.executable, "-c", program, ROOT, ROOT / "tests", folder, *lines],
-        env={**os.environ, **(ASCII if name.endswith(b"\xbc") else {})},
+        env={**os.environ, **ASCII},
         capture_output=True,
         text=True,
         check=False,

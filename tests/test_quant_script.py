@@ -325,7 +325,7 @@ OPTIONS = {
     "a bitwidth of nothing": (("''", "8:tc-li"), ("--bitwidth", "", "--save", "{}/out")),
     "an algorithm": (("'obq'", "gptq"), ("--algorithm", "obq", "--save", "{}/out")),
     "a head's bits": (("'9'",), ("--lm-head-bits", "9", "--save", "{}/out")),
-    "no config": (("no such plan file",), ("--config", "{}/c.json", "--save", "{}/out")),
+    "no config": (("no such file",), ("--config", "{}/c.json", "--save", "{}/out")),
     "both": (
         ("--config and --bitwidth",),
         ("--config", "{}/rules.json", "--bitwidth", "4", "--save", "{}/out"),

@@ -6,10 +6,13 @@ import json
 import math
 
 import pytest
+from conftest import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qllm import report
 from qllm.report import finite, first_difference, print_table
+from qllm.tokenizer import Tokenizer
 
 
 def test_numbers_that_json_lacks_become_null():
@@ -52,3 +55,23 @@ def test_first_difference_is_the_first(tokens, reference):
     if index is not None:
         assert tokens[:index] == reference[:index]
         assert tokens[index : index + 1] != reference[index : index + 1]
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "words"),
+    [
+        (0, 6, "layers 0-5"),
+        (0, 0.5, "attention of layer 0"),
+        (0.5, 1, "MLP of layer 0"),
+        (2.5, 5.5, "MLP of layer 2, layers 3-4, attention of layer 5"),
+    ],
+)
+def test_ranges_of_halves_of_layers(begin, end, words):
+    assert report.layer_range(begin, end) == words
+
+
+def test_a_token_that_nobody_sees_has_its_number():
+    tokenizer = Tokenizer.load(tiny("opt"))
+    assert report.token_text(tokenizer, 2) == '"" (id 2)'
+    (the,) = tokenizer.encode(" the")[-1:]
+    assert report.token_text(tokenizer, the) == '" the"'

@@ -64,12 +64,12 @@ def check_readable_by_transformers(raw_config: RawConfig) -> None:
     if QUANTIZATION_KEY in raw_config.values:
         raise UserError(
             f"{raw_config.where}: this checkpoint is quantized, the reference is the 16-bit one; "
-            "give the one it was made from"
+            "name that, which it was made from, with --reference"
         )
     if LAYOUT_KEY in raw_config.values:
         raise UserError(
             f"{raw_config.where}: this checkpoint is in QLLM's layout, the reference reads "
-            "Hugging Face's; give the one it was converted from"
+            "Hugging Face's; name the one it was converted from with --reference"
         )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from qllm import cgroups, launch
+from qllm import __version__, cgroups, launch
 from qllm.errors import UserError
 
 # What a run says that a signal ends; its status is 128 and the signal's number, as a shell has it.
@@ -41,6 +41,16 @@ class Parser(argparse.ArgumentParser):
         )
 
         self.color = False  # Python 3.14's, which would be escaped
+        self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+
+    def parse_args(self, *given: object) -> argparse.Namespace:
+        """What was given; --threads counts from here on, for torch and all that looks there."""
+        args = super().parse_args(*given)
+        if threads := getattr(args, "threads", None):
+            os.environ["OMP_NUM_THREADS"] = str(threads)
+            if torch := sys.modules.get("torch"):
+                torch.set_num_threads(threads)
+        return args
 
     def error(self, message: str) -> None:
         self.exit(_fail(self.prog, f"{message} (--help lists the options)", 2))

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from qllm.config import ModelConfig
 
 
+NO_LIMIT = 1 << 30  # tokens of a prompt, where a model has no window
+
+
 class Default(int):
     """An option's default; what a user gives is a plain number, and never changed."""
 
@@ -20,13 +23,18 @@ def up_to(value: int, most: int | None) -> int:
     return Default(max(1, min(value, most)))
 
 
-def fit_defaults(args: argparse.Namespace, config: ModelConfig) -> None:
+def fit_defaults(args: argparse.Namespace, config: ModelConfig, own: bool) -> None:
     """Let --max-prompt-length, --max-gen-tokens and --num-shards fit a model, where not given.
 
     New tokens get no more than half of its window, or what a given length of the prompt leaves.
+
+    Args:
+        own: the prompts are a user's, who gets all that the window holds of them.
     """
     if "num_shards" in args:
         args.num_shards = up_to(args.num_shards, config.num_layers)
+    if own and isinstance(args.max_prompt_length, Default):
+        args.max_prompt_length = Default(NO_LIMIT)
     window = config.max_positions
     if window is not None:
         given = not isinstance(args.max_prompt_length, Default)

@@ -46,13 +46,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--model-path",
+        "--model",
         metavar="DIR_OR_REPO",
         help="any OPT, BLOOM or Llama checkpoint instead: a folder or a Hub repository",
     )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """--dtype, --device."""
+    """--dtype, --device, --threads."""
     group = parser.add_argument_group("run")
     group.add_argument(
         "--dtype",
@@ -61,22 +62,36 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="of activations and unquantized weights (auto: the checkpoint's)",
     )
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto (%(default)s)")
+    add_threads_option(group)
 
 
-def add_quant_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+def add_threads_option(group: argparse._ArgumentGroup) -> None:
+    """--threads."""
+    group.add_argument(
+        "--threads", type=whole_number(1), metavar="N", help="OMP_NUM_THREADS (a core each)"
+    )
+
+
+def add_quant_options(
+    parser: argparse.ArgumentParser, *, several: bool = False, bitwidth: str = "16"
+) -> None:
     """--bitwidth, --group-size, --scheme, --lm-head-bits.
 
     Args:
         several: commas separate models, not layers; see `read_plans`.
+        bitwidth: where none is given, for the help.
     """
     group = parser.add_argument_group("quantization")
     known = ", ".join(BITWIDTHS)
     group.add_argument(
         "--bitwidth",
         metavar="BITS",
-        help=f"of {known} or JSON plans, one or several (16,8,4): a row of the table each"
-        if several
-        else f"one of {known}; or one per layer (4,4,8,…); or a JSON plan",
+        help=(
+            f"of {known} or JSON plans, one or several, as 16,8,4: a row of the table each"
+            if several
+            else f"one of {known}; or one per layer, as 4,4,8,…; or a JSON plan"
+        )
+        + f" ({bitwidth})",
     )
     group.add_argument(
         "--group-size",
@@ -155,7 +170,11 @@ def add_activation_options(parser: argparse.ArgumentParser) -> None:
         help="of layers of 1 to 8 bits: 8 rounds activations to int8, which is faster for prompts "
         "and batches, and less exact (%(default)s)",
     )
-    group.add_argument("--calib", metavar="FILE", help="their statistics for 8:tc-li and 8:tc")
+    group.add_argument(
+        "--calib",
+        metavar="FILE",
+        help="their statistics for 8:tc-li and 8:tc (what fake_calib_gen.py wrote for the model)",
+    )
 
 
 def read_plan(args: argparse.Namespace, algorithm: str = DEFAULT_ALGORITHM) -> QuantPlan:

@@ -24,7 +24,7 @@ TP_MODES = ("exact", "fast")
 # Options that only rank 0 heeds, or that may differ between hosts.
 NOT_COMPARED = {
     *("prompt", "prompt_file", "stdin", "model_path", "calib", "device"),
-    *("compare", "json", "stream", "timeout"),
+    *("compare", "reference", "json", "stream", "timeout", "threads"),
 }
 
 
@@ -33,7 +33,11 @@ def add_parallel_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("processes, started by torchrun")
     number = whole_number(1)
     group.add_argument(
-        "--tp", type=number, default=1, metavar="N", help="ranks that share each layer (1)"
+        *("--tp", "--tensor-parallel-size"),
+        type=number,
+        default=1,
+        metavar="N",
+        help="ranks that share each layer (1)",
     )
     group.add_argument(
         "--tp-mode",
@@ -42,7 +46,11 @@ def add_parallel_options(parser: argparse.ArgumentParser) -> None:
         help="exact: the bits of one process; fast: fewer exchanges, sums split (%(default)s)",
     )
     group.add_argument(
-        "--pp", type=number, default=1, metavar="N", help="stages that share the layers (1)"
+        *("--pp", "--pipeline-parallel-size"),
+        type=number,
+        default=1,
+        metavar="N",
+        help="stages that share the layers (1)",
     )
     group.add_argument(
         "--stages",

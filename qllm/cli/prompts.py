@@ -30,10 +30,11 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         type=whole_number(1),
         default=Default(20),
         metavar="N",
-        help="a prompt of more tokens loses its beginning (%(default)s)",
+        help="a prompt of more tokens loses its beginning (what the window leaves; examples: 20)",
     )
     group.add_argument(
         "--max-gen-tokens",
+        "--max-new-tokens",
         type=whole_number(1),
         default=Default(10),
         metavar="N",

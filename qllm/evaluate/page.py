@@ -24,7 +24,7 @@ svg { max-width: 100%; height: auto; background: white }
 def write(result: Mapping, path: Path) -> None:
     """Write the page, whole or not at all."""
     with new_file(path) as temporary:
-        temporary.write_text(page(result), encoding="utf-8")
+        temporary.write_text(page(result), encoding="utf-8", errors="replace")
 
 
 def page(result: Mapping) -> str:
