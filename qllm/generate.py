@@ -99,7 +99,7 @@ class GenerationConfig:
 def read_generation_config(
     folder: Path, config: ModelConfig, note: Callable[[str], None] = lambda line: None
 ) -> GenerationConfig:
-    """The settings of a checkpoint: generation_config.json, else what config.json says of tokens.
+    """The settings of a checkpoint: generation_config.json, else those that config.json has.
 
     Args:
         note: called with a line for settings that would change the result and are not applied.
@@ -108,6 +108,8 @@ def read_generation_config(
         UserError: for values that cannot be.
     """
     path = folder / "generation_config.json"
+    if not path.exists():
+        path = folder / "config.json"
     if not path.exists():
         return GenerationConfig(eos_token_ids=config.eos_token_ids)
     raw = RawConfig(read_json(path), str(path))

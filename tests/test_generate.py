@@ -237,6 +237,11 @@ FILES = {
     "lengths": ({"eos_token_id": "said", "min_length": 20, "max_length": 30}, {}),
     "new tokens": ({"eos_token_id": "said", "min_new_tokens": 5, "max_new_tokens": 9}, {}),
     "penalty": ({"eos_token_id": "said", "repetition_penalty": 1.5, "pad_token_id": 4}, {}),
+    "in config.json": (
+        None,
+        {"repetition_penalty": 1.5, "min_length": 14, "max_length": 21, "eos_token_id": ["said"]},
+    ),
+    "not in config.json": ({"max_new_tokens": 5}, {"repetition_penalty": 1.5, "max_length": 12}),
     "nothing said": ({"repetition_penalty": 1.0, "min_length": 0, "max_length": None}, {}),
 }
 

@@ -462,13 +462,18 @@ def _describe_compressed(
     ignore = dict.fromkeys(name for name in specs if name not in quantized)
     if LM_HEAD not in quantized:
         ignore[LM_HEAD] = None
-    return {
+    config = {
         "quant_method": "compressed-tensors",
         "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         "ignore": list(ignore),
     }
+    if not others and base.kind == WEIGHT_ONLY and base.scheme == "asym":
+        # transformers 5 has packed zero points only where it dequantizes while it loads; otherwise
+        # it expects them unpacked, and refuses the file. It takes the first group for all modules.
+        config["dequantize"] = True
+    return config
 
 
 def _compressed_group(spec: QuantSpec, targets: list[str], desc_act: bool) -> dict[str, object]:

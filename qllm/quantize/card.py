@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from qllm import __version__
 from qllm.layers.base import describe
+from qllm.quantize.compatibility import refusals, snippet, summary
 from qllm.quantize.layer import LinearReport, QuantizeOptions
 
 
@@ -15,11 +16,14 @@ def model_card(
     options: QuantizeOptions,
     *,
     fake: bool,
+    quantization: Mapping,
+    ragged: str | None,
 ) -> str:
     """README.md of the folder.
 
     Args:
         about: "model", the name of what was quantized, and what to say of the calibration.
+        quantization, ragged: see `qllm.quantize.compatibility`.
     """
     name = about.get("model", "A model")
     what = "quantized and dequantized" if fake else "quantized"
@@ -42,6 +46,12 @@ def model_card(
     if any(kind.startswith("w8a8") for kind in kinds):
         smoothed = "dataset" in about
         lines.append(f"- SmoothQuant: {f'alpha {options.smooth_alpha}' if smoothed else 'no'}")
+    if not fake:
+        line = summary(quantization, ragged)
+        lines += ["", "## Where it loads", "", f"It {line}.", ""]
+        if "transformers" not in refusals(quantization, ragged):
+            lines += snippet(quantization, ragged)
+        lines += ["", "```sh", "python3 qllm_gen.py --model-path DIR", "```"]
     lines += ["", "## Error of each linear", ""]
     lines += [
         "Relative root mean square error: of the layer's output over the calibration inputs, or,",

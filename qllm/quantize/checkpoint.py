@@ -33,6 +33,7 @@ from qllm.models import Decoder
 from qllm.progress import Meter, unseen
 from qllm.quant.inputs import InputStats
 from qllm.quantize.card import model_card
+from qllm.quantize.compatibility import find_ragged, summary
 from qllm.quantize.hidden import HiddenStates
 from qllm.quantize.layer import (
     LinearReport,
@@ -402,7 +403,18 @@ class _Run:
         for name in COPIED:
             if (job.source / name).exists():
                 copy_file(job.source / name, folder / name)
-        card = model_card(job.about, self.reports, job.options, fake=job.fake)
+        quantization = self.quantization
+        ragged = find_ragged(self.specs, self.weights.shapes)
+        if not job.fake:
+            self.note(summary(quantization, ragged))
+        card = model_card(
+            job.about,
+            self.reports,
+            job.options,
+            fake=job.fake,
+            quantization=quantization,
+            ragged=ragged,
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoints import FORMS
 from conftest import FAMILIES, tiny
+from foreign import twin_of
 from killing import contents, is_killed, killed_at
 from oracle import assert_logits_close, draw_prompts, load, prefill_logits
 from quantizing import MODELS, TEXT, VOCAB, samples, saved
@@ -621,6 +622,79 @@ def test_the_card_and_the_config_say_how_it_was_made(sources, tmp_path):
     source = json.loads((sources("opt") / "config.json").read_text())
     config.pop("quantization_config")
     assert config == {**source, "tie_word_embeddings": True}
+
+
+COMPRESSED = {
+    "4 bits": ({"bits": 4, "group_size": 16}, True),
+    "4 bits, symmetric": ({"bits": 4, "group_size": 16, "scheme": "sym"}, True),
+    "5 bits": ({"bits": 5, "group_size": 32}, True),
+    "3 bits per channel": ({"bits": 3, "group_size": -1}, True),
+    "int8": ("8:tc-li", True),
+    "groups that do not divide": ({"bits": 5, "group_size": 24}, False),
+    "two specs": ({".*": {"bits": 4, "group_size": 16}, "mlp": 8}, False),
+    "two specs, symmetric": (
+        {".*": {"bits": 4, "group_size": 16, "scheme": "sym"}, "mlp": "8:tc-li"},
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama"])
+@pytest.mark.parametrize("form", COMPRESSED)
+def test_transformers_loads_what_is_said_to_load(form, family, tmp_path):
+    """As the card has it, without an option."""
+    spec, loads = COMPRESSED[form]
+    notes: list[str] = []
+    twin_of(family).save_pretrained(tmp_path / "source")  # inputs are multiples of 32
+    rules = spec if ".*" in spec else {".*": spec}
+    job = Job(tmp_path / "source", plan_of(rules), compressed=True)
+    quantize_checkpoint(job, tmp_path / "out", note=notes.append)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert notes[-1].startswith("loads in QLLM, transformers (with") == loads
+    assert (notes[-1] in card) and ("AutoModelForCausalLM" in card) == loads
+    if not loads:
+        with pytest.raises((RuntimeError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        return
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    prompts = draw_prompts([7, 1, 12], 96)
+    ours = load(tmp_path / "out").prefill(prompts, last=False)
+    # It dequantizes to the type of the scales, float16, and rounds int8 activations otherwise.
+    tolerance = 2e-2 if "8:tc-li" in str(spec) else 5e-3
+    assert_logits_close(ours, prefill_logits(theirs, prompts), tolerance)
+
+
+@pytest.mark.parametrize(
+    ("spec", "line"),
+    [
+        (
+            {"bits": 4, "group_size": 32, "scheme": "sym"},
+            "loads in QLLM, transformers (with optimum gptqmodel), vLLM",
+        ),
+        (
+            {"bits": 4, "group_size": 32},
+            "loads in QLLM, transformers (with optimum gptqmodel); not in vLLM: it takes GPTQ of 4 "
+            "and 8 bits, with --scheme sym",
+        ),
+        (
+            {"bits": 8, "group_size": 24, "scheme": "sym"},
+            'loads in QLLM, transformers (with optimum gptqmodel and its backend "torch"); not in '
+            "vLLM: groups of 24 do not divide the 64 inputs of layers.0.attention.qkv, as groups "
+            "of 8 would",
+        ),
+    ],
+)
+def test_where_gptq_loads(spec, line, tmp_path):
+    """GPTQModel 7.7.0 was seen to load these on a CPU, and without that backend not the last."""
+    notes: list[str] = []
+    twin_of("llama").save_pretrained(tmp_path / "source")
+    quantize_checkpoint(
+        Job(tmp_path / "source", plan_of({".*": spec})), tmp_path / "out", note=notes.append
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert notes[-1] == line
+    assert f"It {line}.\n" in card
+    assert ('backend="torch"' in card) == ("torch" in line)
 
 
 def test_nothing_but_the_linears_in_layers_is_said_to_be_quantized(sources, tmp_path):

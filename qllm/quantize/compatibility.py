@@ -1,0 +1,84 @@
+"""Which other libraries load a quantized checkpoint that is written here, and what they need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from qllm.config import QuantSpec
+
+# What transformers needs besides itself, by quant_method.
+PACKAGES = {"gptq": "optimum gptqmodel", "compressed-tensors": "compressed-tensors"}
+VLLM_GPTQ_BITS = (4, 8)
+
+
+def find_ragged(specs: Mapping[str, QuantSpec], shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """A line on the first linear whose last group is shorter than the others, if there is one.
+
+    Args:
+        specs: of each linear, by our name.
+        shapes: of each tensor of the model.
+    """
+    for name, spec in specs.items():
+        _, columns = shapes.get(f"{name}.weight") or shapes["embed.weight"]  # a tied head
+        if spec.kind == "weight_only" and spec.group_size != -1 and columns % spec.group_size:
+            return (
+                f"groups of {spec.group_size} do not divide the {columns} inputs of {name}, as "
+                f"groups of {math.gcd(spec.group_size, columns)} would"
+            )
+    return None
+
+
+def refusals(quantization: Mapping, ragged: str | None) -> dict[str, str]:
+    """Why "transformers" or "vLLM" refuses a checkpoint; one that loads it has no entry.
+
+    Args:
+        quantization: its quantization_config.
+        ragged: a line on a linear whose last group is shorter than the others; None: there is none.
+    """
+    gptq = quantization["quant_method"] == "gptq"
+    refuse = ("vLLM",) if gptq else ("transformers", "vLLM")
+    found = {} if ragged is None else dict.fromkeys(refuse, ragged)
+    if gptq:
+        rules = quantization.get("dynamic", {})
+        entries = [quantization, *({**quantization, **rule} for rule in rules.values())]
+        if not all(entry["sym"] and entry["bits"] in VLLM_GPTQ_BITS for entry in entries):
+            found.setdefault("vLLM", "it takes GPTQ of 4 and 8 bits, with --scheme sym")
+        return found
+    weights = [group["weights"] for group in quantization["config_groups"].values()]
+    if len(weights) > 1 and not all(entry["symmetric"] for entry in weights):
+        found.setdefault("transformers", "where layers differ it takes --scheme sym")
+    if any(entry["num_bits"] == 1 for entry in weights):
+        found.setdefault("vLLM", "it takes 2 to 8 bits")
+    return found
+
+
+def summary(quantization: Mapping, ragged: str | None) -> str:
+    """One line on where a checkpoint loads."""
+    method = quantization["quant_method"]
+    packages = PACKAGES[method]
+    if method == "gptq" and ragged:
+        packages += ' and its backend "torch"'
+    refused = refusals(quantization, ragged)
+    loads = {"QLLM": "QLLM", "transformers": f"transformers (with {packages})", "vLLM": "vLLM"}
+    taken = ", ".join(text for name, text in loads.items() if name not in refused)
+    left = "".join(f"; not in {name}: {reason}" for name, reason in refused.items())
+    return f"loads in {taken}{left}"
+
+
+def snippet(quantization: Mapping, ragged: str | None) -> list[str]:
+    """Lines of Markdown: what loads a checkpoint in transformers."""
+    method = quantization["quant_method"]
+    options, names = 'device_map="auto"', "AutoModelForCausalLM, AutoTokenizer"
+    if method == "gptq" and ragged:  # the other kernels of GPTQModel want groups of one size
+        options += f', quantization_config=GPTQConfig({quantization["bits"]}, backend="torch")'
+        names += ", GPTQConfig"
+    return [
+        "```python",
+        f"# pip install transformers accelerate {PACKAGES[method]}",
+        f"from transformers import {names}",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("DIR", {options})',
+        'tokenizer = AutoTokenizer.from_pretrained("DIR")',
+        "```",
+    ]
