@@ -78,7 +78,6 @@ def work(args: object) -> None:
         print(json.dumps(decode(load_model(Path(args.folder), plan), args.steps, None)))
         return
     with session(Layout(world, 1, mode), timeout=600, device="cpu", failed=str) as joined:
-        joined.watch.start()
         place = Place(joined.tp, mode, joined.pp)
         model = load_model(Path(args.folder), plan, place=place)
         found = decode(model, args.steps, joined)

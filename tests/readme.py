@@ -1,4 +1,4 @@
-"""The README's text and the commands in it."""
+"""The documentation's text and the commands in it: README.md, CONTRIBUTING.md and docs/."""
 
 from __future__ import annotations
 
@@ -7,13 +7,24 @@ import re
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
+}
+TEXT = "\n".join(PAGES.values())
 
 
 def blocks() -> list[list[str]]:
-    """The commands of each of the README's shell blocks, without their comments."""
-    found = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    """The commands of each shell block, without their comments; a block that stands twice, once."""
+    found = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
     lines = [[re.sub(r"\s+#.*", "", line) for line in block.splitlines()] for block in found]
-    return [[line for line in block if line] for block in lines]
+    unique = dict.fromkeys(tuple(line for line in block if line) for block in lines)
+    return [list(block) for block in unique]
 
 
 def commands() -> list[str]:

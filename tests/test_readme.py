@@ -1,4 +1,4 @@
-"""The README is true: every command in it runs, every option and every file is there."""
+"""The documentation is true: every command in it runs, every option, file and link is there."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from inside import call
-from readme import README, TORCHRUN, blocks, commands
+from readme import PAGES, README, TEXT, TORCHRUN, blocks, commands
 from test_real_sizes import COMMANDS as REAL_SIZES
 
-SCRIPTS = (
-    *("ref_gen.py", "qllm_gen.py", "weight_convert.py", "fake_calib_gen.py", "qllm_quant.py"),
-    *("qllm_eval.py", "qllm_bench.py", "qllm_export.py"),
-)
+from tools import write_options
 
 # What a script or module of the README gets besides, where the command has the first.
 SMALLER = {
@@ -71,16 +68,13 @@ OTHERS = [block for block in blocks() if not any(is_setup(c) or c in ELSEWHERE f
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder as a user has it: the project, a plan and a text."""
+    """A folder as a user has it: the project and texts."""
     folder = tmp_path_factory.mktemp("readme")
-    saved = set(re.findall(r"--save (\w[\w-]*)/", README))  # who tried the commands has them
+    saved = set(re.findall(r"--save (\w[\w-]*)/", TEXT))  # who tried the commands has them
     for path in ROOT.iterdir():
         if not path.name.startswith(".") and path.name not in saved:
             (folder / path.name).symlink_to(path)
-    for name in ("plan.json", "rules.json"):
-        value = re.search(rf"`{name}` gives .*?`(\{{.*?\}})`", README, re.DOTALL)[1]
-        (folder / name).write_text(json.dumps(json.loads(value)), encoding="utf-8")
-    text = README.replace("`", "") * 4
+    text = TEXT.replace("`", "")
     for name in ("wiki.test.raw", "wiki.valid.raw"):
         (folder / name).write_text(text, encoding="utf-8")
     rows = [json.dumps({"text": line}) for line in text.splitlines() if line.count(" ") > 5]
@@ -142,9 +136,10 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     import torch
     from conftest import tiny
 
-    generate, quantize = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(generate)
-    assert capsys.readouterr().out.count("\n") > 1
+    *generate, quantize = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    for code in generate:
+        exec(code, {})
+        assert capsys.readouterr().out.count("\n") > 1
     draw = torch.Generator().manual_seed(0)
     batches = [torch.randint(4096, (1, 32), generator=draw) for _ in range(2)]
     monkeypatch.chdir(tmp_path)
@@ -167,31 +162,21 @@ def test_second_setup_command_is_what_ci_runs():
     assert second in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
 
-@pytest.fixture(scope="module")
-def helps():
-    done = [
-        subprocess.run(
-            [sys.executable, str(ROOT / script), "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        for script in SCRIPTS
-    ]
-    return [process.stdout for process in done]
+def test_the_page_of_options_is_what_the_parsers_say():
+    assert write_options.TARGET.read_text(encoding="utf-8") == write_options.page()
 
 
-def test_every_option_is_in_the_readme_and_in_a_script(helps):
-    table = README.partition("## Options")[2].partition("\n## ")[0]
-    documented = set(re.findall(r"`(--[a-z-]+)`", table))
-    offered = {option for text in helps for option in re.findall(r"(?<![\w-])--[a-z-]+", text)}
-    assert documented == offered - {"--help"}
+def test_the_readme_is_short_and_links_lead_somewhere():
+    assert len(README.encode()) <= 10_000
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+            assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), link
 
 
 def test_the_file_tree_is_the_one_on_disk():
-    tree = README.partition("## For developers")[2]
-    names = re.findall(r"^    (\S[^ ]*(?:, \S+)*)  ", tree, re.MULTILINE)
+    tree = PAGES["docs/architecture.md"]
+    names = re.findall(r"^    ([^ ,]+(?:, [^ ,]+)*) {2,}", tree, re.MULTILINE)
     names = [name for line in names for name in line.split(", ")]
-    assert "qllm/" in names
+    assert "qllm/ops/" in names
     for name in names:
         assert (ROOT / name).exists(), name
