@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -72,7 +73,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--reference",
         metavar="DIR_OR_REPO",
-        help="for --compare, the 16-bit checkpoint of a model that is quantized already (itself)",
+        help="for --compare, the 16-bit checkpoint (the one that the model says it was made from, "
+        "else itself)",
     )
     parser.add_argument(
         "--explain", action="store_true", help="show which kernel each layer uses, and why"
@@ -116,7 +118,7 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     from qllm.models import read_config
     from qllm.tokenizer import Tokenizer
 
-    reference = find_reference(args, folder)
+    reference = find_reference(args, folder, note)
     config = read_config(read_raw_config(folder.path))
     tokenizer = Tokenizer.load(folder.path, config.vocab_size)
     cli.fit_defaults(args, config, prompts != list(cli.DEFAULT_PROMPTS))
@@ -154,24 +156,21 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
         report.print_results(result["results"], result.get("compare", ()))
 
 
-def find_reference(args: argparse.Namespace, folder: ModelFolder) -> Path:
+def find_reference(
+    args: argparse.Namespace, folder: ModelFolder, note: Callable[[str], None]
+) -> Path:
     """The folder that --compare gives to transformers.
 
     Raises:
         UserError: transformers cannot read it.
     """
-    from qllm import hub
-    from qllm.checkpoint.reader import read_raw_config
-    from qllm.checkpoint.weights import check_readable_by_transformers
+    from qllm.checkpoint import origin
 
     if not args.compare:
         if args.reference:
             raise UserError("--reference does nothing without --compare")
         return folder.path
-    if args.reference:
-        folder = hub.resolve(args.model_name, None, args.reference, note=cli.note)
-    check_readable_by_transformers(read_raw_config(folder.path))
-    return folder.path
+    return origin.find_reference(folder, args.reference, note).path
 
 
 def load(

@@ -296,6 +296,7 @@ def quantize(
         fake=args.fake,
         compressed=args.format == "compressed-tensors",
         shard_bytes=int(args.shard_size * 1e9),
+        origin=folder.origin,
         about={"model": folder.name, **about},
     )
     if samples is None and any(spec.kind.startswith("w8a8") for _, spec in plan.rules):

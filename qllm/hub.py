@@ -60,6 +60,12 @@ class ModelFolder:
         digest = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()
         return f"{self.name}-{digest[:8]}"
 
+    @property
+    def origin(self) -> str:
+        """What `find` finds this model by, from any folder of this machine."""
+        path = self.path.resolve()
+        return self.name if "/" in self.name or path.parent == BUNDLED else str(path)
+
 
 def sizes(family: str) -> list[str]:
     """The sizes a family has, its smallest published one first, and the bundled one."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from qllm import folders
+from qllm.checkpoint.origin import record
 from qllm.checkpoint.reader import (
     QUANTIZATION_KEY,
     Checkpoint,
@@ -111,6 +112,7 @@ def convert(
     config |= {
         LAYOUT_KEY: LAYOUT,
         SOURCE_KEY: fingerprint(model.path),
+        **record(model.origin, ()),
         "tie_word_embeddings": weights.config.tied_head,
     }
     sizes = [i.dtype.itemsize * torch.Size(i.shape).numel() for i in tensors.values()]

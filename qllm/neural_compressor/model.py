@@ -21,6 +21,7 @@ from qllm.checkpoint.weights import Weights, check_readable_by_transformers
 from qllm.checkpoint.writer import new_folder
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError, first_line
+from qllm.hub import ModelFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +37,7 @@ class Source:
         name: for the model card.
         device: where it is quantized and evaluated.
         given: the model in memory, None for a folder.
+        origin: see `ModelFolder.origin`; None for a model in memory, whose weights may be its own.
     """
 
     def __init__(self, model: PreTrainedModel | str | Path, device: str, scratch: Path) -> None:
@@ -48,9 +50,10 @@ class Source:
             UserError: for what is neither, or no model that QLLM quantizes.
         """
         self.device = device
-        self.given = None
+        self.given = self.origin = None
         if isinstance(model, str | Path):
             self.path = Path(model)
+            self.origin = ModelFolder(self.path, self.path.resolve().name).origin
             self.name = self.path.resolve().name
             if not self.path.is_dir():
                 raise UserError(f"{model} is no folder; give a checkpoint's, or a model")

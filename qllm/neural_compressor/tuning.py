@@ -199,6 +199,7 @@ class _Run:
             samples,
             dtype=torch.float32,
             device=self.source.device,
+            origin=self.source.origin,
             about=about,
         )
         quantize_checkpoint(job, self.folder)

@@ -29,7 +29,10 @@ def model_card(
     what = "quantized and dequantized" if fake else "quantized"
     algorithms = {report.spec.algorithm for report in reports}
     kinds = {report.spec.kind for report in reports}
-    lines = ["---", "library_name: transformers", "tags:", "- qllm", "- quantized", "---", ""]
+    lines = ["---", "library_name: transformers", "tags:", "- qllm", "- quantized"]
+    if "/" in name:  # a repository, to which the Hub then links
+        lines += [f"base_model: {name}", "base_model_relation: quantized"]
+    lines += ["---", ""]
     lines += [f"# {name}, {what}", "", f"Made by QLLM {__version__} from `{name}`.", ""]
     lines += [f"- {key}: {value}" for key, value in about.items() if key != "model"]
     if "gptq" in algorithms:

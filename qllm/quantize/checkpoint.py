@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qllm import __version__, ops
+from qllm.checkpoint import origin
 from qllm.checkpoint.convert import COPIED, SOURCE_KEY, fingerprint
 from qllm.checkpoint.formats import Int8Weight, to_gptq, to_int_quantized, to_pack_quantized
 from qllm.checkpoint.load import elements
@@ -55,6 +56,8 @@ class Job:
 
     Attributes:
         source: folder of a 16- or 32-bit checkpoint.
+        origin: what the result records as that it was made from, see `ModelFolder.origin`; None:
+            nothing.
         plan: which linear gets which spec.
         samples: token ids for calibration, of one length; None where the plan needs none.
         dtype: that activations are kept in between layers; None is the checkpoint's.
@@ -72,6 +75,7 @@ class Job:
     fake: bool = False
     compressed: bool = False
     shard_bytes: int = DEFAULT_SHARD_BYTES
+    origin: str | None = None
     about: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -176,6 +180,7 @@ class _Run:
             "fake": job.fake,
             "compressed": job.compressed,
             "shard size": job.shard_bytes,
+            "origin": job.origin,
             "threads": torch.get_num_threads(),
             **{f"about {key}": value for key, value in job.about.items()},
         }
@@ -385,12 +390,24 @@ class _Run:
         packed = take_rows(linear.packed, rows)
         return write(packed, linear.spec.bits, linear.spec.group_size, linear.in_features)
 
+    def _algorithm(self, report: LinearReport) -> str:
+        """What chose a linear's integers, in a word or two."""
+        spec, job = report.spec, self.job
+        if spec.kind != "weight_only":
+            return "rtn" if job.samples is None else "smoothquant"
+        clipped = job.options.clip and spec.algorithm != "awq"  # which clips unless told otherwise
+        return f"{spec.algorithm}, clipped" if clipped else spec.algorithm
+
     def _write_small_files(self) -> None:
         """What stands beside the weights: config.json, the tokenizer, the model card."""
         job, folder = self.job, self.partial.model
         raw = dict(self.weights.checkpoint.raw_config.values)
-        config = {key: value for key, value in raw.items() if key not in (LAYOUT_KEY, SOURCE_KEY)}
+        gone = (LAYOUT_KEY, SOURCE_KEY, *origin.KEYS)
+        config = {key: value for key, value in raw.items() if key not in gone}
         config["tie_word_embeddings"] = self.config.tied_head and LM_HEAD not in self.specs
+        # A converted copy knows what it was made from.
+        base = raw.get(origin.BASE_MODEL_KEY) if LAYOUT_KEY in raw else job.origin
+        config |= origin.record(base, map(self._algorithm, self.reports))
         if job.fake:
             entries = {
                 part: spec.to_json() | {"algorithm": spec.algorithm}

@@ -1,0 +1,92 @@
+"""What a checkpoint records of how it was made: from which 16-bit one, with which algorithm."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from qllm import hub
+from qllm.checkpoint.reader import QUANTIZATION_KEY, read_raw_config
+from qllm.checkpoint.weights import check_readable_by_transformers
+from qllm.errors import UserError
+from qllm.files import read_bytes
+from qllm.hub import ModelFolder
+from qllm.models.family import RawConfig
+from qllm.text import surrogate
+
+BASE_MODEL_KEY, ALGORITHM_KEY = "qllm_base_model", "qllm_algorithm"
+KEYS = (BASE_MODEL_KEY, ALGORITHM_KEY)
+# What the Hub's model cards say at their head, in YAML; a list of one is written in two ways.
+CARD_BASE_MODEL = re.compile(r"^base_model:\s*(?:-\s+|\[\s*)?[\"']?([\w./-]+)", re.MULTILINE)
+# Of these the method that config.json names is the algorithm, too.
+METHODS = ("gptq", "awq")
+LONGEST = 4096  # characters of what names a model, as of a path
+
+
+def record(base_model: str | None, algorithms: Iterable[str]) -> dict[str, str]:
+    """What config.json says of how a checkpoint was made.
+
+    Args:
+        base_model: finds the 16-bit checkpoint again, see `ModelFolder.origin`; None: nothing does.
+        algorithms: of its linears; none of one that is not quantized.
+    """
+    known = isinstance(base_model, str) and surrogate(base_model) is None  # which JSON cannot say
+    found = {BASE_MODEL_KEY: base_model if known else None}
+    found[ALGORITHM_KEY] = "; ".join(sorted(set(algorithms))) or None
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def base_model(folder: Path) -> str | None:
+    """What a checkpoint's config.json, or the head of its model card, says it was made from."""
+    found = read_raw_config(folder).values.get(BASE_MODEL_KEY)
+    if found is None:
+        try:
+            card = read_bytes(folder / "README.md").decode("utf-8", "replace")
+        except (FileNotFoundError, UserError):
+            return None
+        head = card.split("\n---", 1)[0] if card.startswith("---") else ""
+        match = CARD_BASE_MODEL.search(head)
+        found = match[1] if match else None
+    return found if isinstance(found, str) and 0 < len(found) <= LONGEST else None
+
+
+def algorithm(raw_config: RawConfig) -> str:
+    """How the integers of a checkpoint were chosen, as far as config.json says, else ""."""
+    found = raw_config.values.get(ALGORITHM_KEY)
+    if isinstance(found, str):
+        return found[:LONGEST]
+    quantization = raw_config.values.get(QUANTIZATION_KEY)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return method if method in METHODS else ""
+
+
+def find_reference(
+    model: ModelFolder, named: str | None = None, note: Callable[[str], None] = lambda line: None
+) -> ModelFolder:
+    """The 16-bit checkpoint that a model is compared with.
+
+    Args:
+        named: a folder, a bundled model or a repository, whatever the model records.
+        note: called with a line on what the model was made from.
+
+    Returns:
+        the one it was made from where it records that, else the model itself.
+
+    Raises:
+        UserError: it cannot be found, or is none that transformers reads.
+    """
+    base = base_model(model.path) if named is None else None
+    if named is not None:
+        model = hub.find(named, note=note)
+    elif base is not None:
+        note(f"the reference is {base}, which {model.path} was made from")
+        try:
+            model = hub.find(base, note=note)
+        except (UserError, OSError) as error:
+            raise UserError(
+                f"{model.path} was made from {base}, which is not to be had here ({error}); name "
+                "the 16-bit checkpoint with --reference"
+            ) from None
+    check_readable_by_transformers(read_raw_config(model.path))
+    return model
