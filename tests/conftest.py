@@ -10,11 +10,23 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# The same examples on every run and machine, and no folder of past failures beside the tests.
-settings.register_profile("qllm", derandomize=True, deadline=None, database=None)
-settings.load_profile("qllm")
+# The same examples on every run and machine, and no folder of past failures beside the tests. How
+# long an example takes depends on what else the machine does, and says nothing.
+settings.register_profile(
+    "qllm",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+# Fresh examples each time, and many more: HYPOTHESIS_PROFILE=nightly. A failure prints what
+# makes it anew.
+settings.register_profile(
+    "nightly", settings.get_profile("qllm"), derandomize=False, max_examples=2000, print_blob=True
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "qllm"))
 
 # Tests run beside each other, and beside the processes they start: threads that spin while they
 # wait take the processor from those that work. Read once, when torch is imported.
@@ -74,6 +86,12 @@ def gpu(monkeypatch):
     ops.on.cache_clear()
     yield "cpu"
     ops.on.cache_clear()
+
+
+def examples(count: int) -> settings:
+    """For a hypothesis test whose examples cost more, or less, than most: here, and nightly."""
+    nightly = settings.get_current_profile_name() == "nightly"
+    return settings(max_examples=20 * count if nightly else count)
 
 
 def tiny(family: str) -> Path:

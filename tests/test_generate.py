@@ -9,8 +9,8 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, tiny
-from hypothesis import given, settings
+from conftest import FAMILIES, examples, tiny
+from hypothesis import given
 from hypothesis import strategies as st
 from oracle import (
     assert_tokens_equal,
@@ -91,7 +91,7 @@ def small(tmp_path_factory):
 
 
 @given(data=st.data())
-@settings(max_examples=120)
+@examples(120)
 def test_settings_mean_what_they_mean_in_transformers(small, data):
     """Ends of text in a batch, shortest and longest lengths, repetition penalty, all at once."""
     ours, theirs = small[data.draw(st.sampled_from(FAMILIES))]

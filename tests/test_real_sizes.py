@@ -1,6 +1,6 @@
 """The README's commands at the published sizes, from a Hub cache with random weights.
 
-One model lies on the disk at a time, 2.6 GB at the most.
+One model lies on the disk at a time, 2.6 GB at the most. The smallest is run by default.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ class TestOpt125m:
         assert sum(size for _, size in shards(kept)) == pytest.approx(250.5, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("bloom_560m")
 class TestBloom560m:
     def test_sixteen_bits_say_what_the_reference_says(self, home):
@@ -140,6 +141,7 @@ class TestBloom560m:
         results(done)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("opt_1_3b")
 class TestOpt13b:
     def test_int8(self, home):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from compressed_tensors.compressors import IntQuantizationCompressor, PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qllm.checkpoint.formats import (
@@ -279,7 +280,7 @@ def test_one_group_has_no_order():
 
 
 @given(st.data())
-@settings(max_examples=150)
+@examples(150)
 def test_both_ways_for_any_shape(data):
     bits, scheme = data.draw(st.sampled_from(BITS)), data.draw(st.sampled_from(SCHEMES))
     rows, columns = data.draw(st.integers(1, 70), "N"), data.draw(st.integers(1, 100), "K")

@@ -11,8 +11,8 @@ import struct
 import pytest
 import torch
 from checkpoints import FORMS, LFS_POINTER, change_json, rewritten, state_of
-from conftest import tiny
-from hypothesis import given, settings
+from conftest import examples, tiny
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -161,7 +161,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path):
 
 
 @given(data=st.data())
-@settings(max_examples=150)
+@examples(150)
 def test_damaged_safetensors_are_read_or_refused(data, tmp_path_factory):
     """A byte changed anywhere gives a UserError or tensors of the sizes that are said."""
     whole = bytearray(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny
-from hypothesis import given, settings
+from conftest import FAMILIES, examples, tiny
+from hypothesis import given
 from oracle import (
     assert_logits_close,
     assert_same_model,
@@ -54,19 +54,19 @@ def check_random_model(config: PretrainedConfig, lengths: list[int], seed: int) 
 
 
 @given(opt_configs(), batches, seeds)
-@settings(max_examples=80)
+@examples(25)
 def test_random_opt(config, lengths, seed):
     check_random_model(config, lengths, seed)
 
 
 @given(bloom_configs(), batches, seeds)
-@settings(max_examples=80)
+@examples(25)
 def test_random_bloom(config, lengths, seed):
     check_random_model(config, lengths, seed)
 
 
 @given(llama_configs(), batches, seeds)
-@settings(max_examples=100)
+@examples(30)
 def test_random_llama(config, lengths, seed):
     check_random_model(config, lengths, seed)
 

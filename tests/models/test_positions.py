@@ -9,8 +9,8 @@ from collections.abc import Callable
 import oracle  # noqa: F401 - silences transformers
 import pytest
 import torch
-from conftest import tiny
-from hypothesis import given, settings
+from conftest import examples, tiny
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -76,7 +76,7 @@ def token_weights(run: Callable, heads: int, positions: list[int], slopes: Tenso
     return out.view(len(positions), heads, capacity)
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(1, 12))
 def test_alibi_biases_are_transformers_up_to_a_constant_per_query(lengths, heads):
     """Left-padded rows of transformers, each cut out of the batch; softmax sees no constant."""

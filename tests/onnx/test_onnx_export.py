@@ -9,8 +9,8 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from conftest import FAMILIES, tiny
-from hypothesis import given, settings
+from conftest import FAMILIES, examples, tiny
+from hypothesis import given
 from oracle import (
     TIE,
     assert_logits_close,
@@ -64,19 +64,19 @@ def check_random_model(config, lengths: list[int], seed: int) -> None:
 
 
 @given(opt_configs(), batches, seeds)
-@settings(max_examples=15)
+@examples(15)
 def test_random_opt(config, lengths, seed):
     check_random_model(config, lengths, seed)
 
 
 @given(bloom_configs(), batches, seeds)
-@settings(max_examples=15)
+@examples(15)
 def test_random_bloom(config, lengths, seed):
     check_random_model(config, lengths, seed)
 
 
 @given(llama_configs(), batches, seeds)
-@settings(max_examples=20)
+@examples(20)
 def test_random_llama(config, lengths, seed):
     check_random_model(config, lengths, seed)
 

@@ -9,6 +9,7 @@ import exact
 import numpy as np
 import pytest
 import torch
+from conftest import examples
 from cpu_paths import (
     DTYPES,
     Int8,
@@ -20,7 +21,7 @@ from cpu_paths import (
     same,
     weight_of,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -394,7 +395,7 @@ def test_int8_rows_at_the_edges_of_tiles(scale, dtype):
         weight.assert_exact(x[:rows], None, scale)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(data=st.data())
 def test_any_product(data):
     outputs, inputs = data.draw(st.integers(1, 80)), data.draw(st.integers(1, 400))
@@ -417,7 +418,7 @@ def test_any_product(data):
     assert same(weight.everywhere(x[some], bias), got[some])
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(data=st.data())
 def test_any_int8_product(data):
     outputs, inputs = data.draw(st.integers(1, 80)), data.draw(st.integers(1, 400))

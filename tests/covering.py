@@ -1,0 +1,26 @@
+"""Fewer cases than a full product of axes has, where a fault lies in one value or in two."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+
+def pairwise(*axes: Iterable) -> list[tuple]:
+    """Cases with a value of every axis, such that any two values of two axes meet in one.
+
+    For products whose cases see the same code. Where a fault needs three values to meet,
+    `itertools.product` is what finds it. The same cases each time.
+    """
+    values = [tuple(axis) for axis in axes]
+    candidates = [
+        (case, frozenset(itertools.combinations(enumerate(case), 2)))
+        for case in itertools.product(*(range(len(axis)) for axis in values))
+    ]
+    missing = set().union(*(pairs for _, pairs in candidates))
+    cases = []
+    while missing:
+        case, pairs = max(candidates, key=lambda candidate: len(candidate[1] & missing))
+        missing -= pairs
+        cases.append(tuple(axis[i] for axis, i in zip(values, case, strict=True)))
+    return cases
