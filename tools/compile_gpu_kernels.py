@@ -18,12 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qllm.ops.gpu import tiles
-from qllm.ops.gpu.kernels import attention, matmul, rows
+from qllm.ops.gpu.attention import prompt_tile
+from qllm.ops.gpu.kernels import attention, matmul, prompts, rows
 
 BITS = (3, 4, 8)
 INSTRUCTIONS = ("HGMMA", "IGMMA", "HMMA", "IMMA")
@@ -53,7 +55,8 @@ def products(capability: str) -> Iterator[Job]:
     packed = {"q": "*i32", "scales": "*fp16", "zeros": "*u8"}
     int8 = {"x": "*i8", "x_scales": "*fp32", "weight": "*i8", "scales": "*fp16", "partials": "*i32"}
     kinds = [
-        (f"packed-{bits}", matmul.packed_matmul, packed, {"BITS": bits, "BK": 128}) for bits in BITS
+        (f"packed-{bits}", matmul.packed_matmul, packed, {"BITS": bits, "SPAN": 128})
+        for bits in BITS
     ]
     kinds.append(("dense", matmul.dense_matmul, {"weight": "*bf16"}, {"BK": 64}))
     kinds.append(("int8", matmul.int8_matmul, int8, {"BK": 128, "PER_ROW": True}))
@@ -84,6 +87,16 @@ def others() -> Iterator[Job]:
         constants |= {"GROUP_ROOM": 16, "SPAN": 256, "BLOCK": 64, "TURN": True, "SLOPE": True}
         name = f"attention, heads of {dim}"
         yield Job(name, attention.decode_attention, tensors, constants, 4, 2, True)
+        kinds = ("q", "row_of", "starts")
+        tensors |= dict(zip(kinds, ("*bf16", "*i64", "*i32"), strict=True))
+        constants = {"DIM": dim, "FIRST": dim // 2, "HALF": dim // 2, "HEADS": 128, "TURN": True}
+        name = f"placing heads of {dim}"
+        yield Job(name, prompts.place_tokens, tensors, constants, dim // 16, 1, True)
+        width, tokens, keys, warps = prompt_tile(dim, torch.bfloat16)
+        constants = {"DIM": dim, "WIDTH": width, "GROUP": 1, "BM": tokens, "BN": keys}
+        constants |= {"SLOPE": True}
+        name = f"prompts' attention, heads of {dim}"
+        yield Job(name, prompts.prompt_attention, tensors, constants, warps, 2, True)
     tensors = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "q": "*i8", "scales": "*fp32"}
     constants = {"WIDTH": 4096, "HAS_WEIGHT": True, "HAS_BIAS": True, "STATIC": False}
     for name, norm in (("rows", 0), ("layer norm", 1), ("RMS norm", 2)):

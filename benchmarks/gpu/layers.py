@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from qllm.cli import note
 from qllm.config import QuantSpec
 from qllm.layers import linear_class
 from qllm.layers.base import Linear, QuantizedLinear
+from qllm.ops import phase
 from qllm.ops.gpu.limits import seconds
 from qllm.quant.packing import packed_size
 
@@ -20,6 +22,7 @@ GROUP = 128
 WORKING_SET = 4  # times the cache, so that a weight comes from memory
 DEVIATION = 0.02  # of the weights
 MOST_COPIES = 64
+DECODE_ROWS = 16
 
 
 class Bench(NamedTuple):
@@ -136,11 +139,15 @@ def measure(
     bench: Bench, shape: tuple[int, int], rows: int, limits: dict[str, float], dtype: torch.dtype,
     device: torch.device, repeats: int,
 ) -> dict[str, object]:  # fmt: skip
-    """Times of a product, and their share of what the machine allows."""
+    """Times of a product, and their share of what the machine allows.
+
+    Up to DECODE_ROWS rows it is that of a decode step, beyond that of a prompt.
+    """
     inputs, outputs = shape
     x = torch.randn(rows, inputs, device=device).to(dtype)
     calls = [lambda run=run: run(x) for run in bench.runs]
-    with torch.inference_mode():
+    step = phase.decode() if rows <= DECODE_ROWS else nullcontext()
+    with torch.inference_mode(), step:
         taken = seconds(calls, device, repeats)
     read, done = bench.size / taken, 2 * rows * inputs * outputs / taken
     return {

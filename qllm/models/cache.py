@@ -75,11 +75,16 @@ class KVCache:
 
 
 class Pass:
-    """What both ways share: tensors that every layer reads, on the device of most layers."""
+    """What both ways share: tensors that every layer reads, on the device of most layers.
+
+    Attributes:
+        together: what attention of all prompts at once takes besides; None where there is none.
+    """
 
     positions: Tensor
     angles: object
     slopes: Tensor | None
+    together: tuple | None = None
 
     def __init__(self) -> None:
         self._elsewhere: dict[torch.device, Self] = {}
@@ -90,7 +95,7 @@ class Pass:
             return self
         if device not in self._elsewhere:
             moved = self._elsewhere[device] = copy.copy(self)
-            for name in ("positions", "angles", "slopes"):
+            for name in ("positions", "angles", "slopes", "together"):
                 setattr(moved, name, _moved(getattr(self, name), device))
         return self._elsewhere[device]
 
@@ -117,10 +122,25 @@ class Prefill(Pass):
         parts = [part.split(lengths) for part in angles or ()]
         self.angles = list(zip(*parts, strict=True)) or [None] * len(lengths)
         self.slopes = None if encoding.slopes is None else encoding.slopes.to(x.device)
+        if ops.on(x.device.type).prompts_attention:
+            counts = torch.tensor([0, *lengths])
+            rows = torch.arange(len(lengths)).repeat_interleave(counts[1:])
+            starts = counts.cumsum(0).to(torch.int32)
+            self.together = (angles, rows.to(x.device), starts.to(x.device))
 
     def attend(self, layer: int, qkv: Tensor, heads: Sequence[int]) -> Tensor:
         """Attention among the heads [queries, keys, values] of qkv (N, heads D): (N, H D)."""
         kv_heads, dim = heads[1], qkv.shape[1] // sum(heads)
+        at_once = ops.on(qkv.device.type).prompts_attention
+        if at_once and self.together:
+            if self.cache is None:
+                shape = (2, len(self.lengths), kv_heads, max(self.lengths), dim)
+                keys, values = qkv.new_empty(shape)
+            else:
+                keys, values = self.cache.keys[layer], self.cache.values[layer]
+            angles, rows, starts = self.together
+            place = (rows, self.positions, starts, max(self.lengths))
+            return at_once(qkv, keys, values, *place, angles, self.slopes)
         outputs = []
         for row, (part, angles) in enumerate(
             zip(qkv.split(self.lengths), self.angles, strict=True)

@@ -23,6 +23,7 @@ from qllm.layers import Linear, linear_class
 from qllm.models.cache import Decode, KVCache, Prefill
 from qllm.models.layer import NORMS, Embedding, layer_class
 from qllm.models.positions import POSITIONS
+from qllm.ops import phase
 from qllm.ops.cpu.tape import record
 from qllm.ops.gpu.graph import Graph
 from qllm.ops.reference import ACTIVATIONS
@@ -204,7 +205,8 @@ class Decoder(nn.Module):
         return step.logits
 
     def _run_step(self, step: Decode) -> None:
-        step.logits = self._logits(self._run_layers(self._embed(step.tokens), step))
+        with phase.decode():
+            step.logits = self._logits(self._run_layers(self._embed(step.tokens), step))
 
     def _can_capture(self) -> bool:
         """Whether a step is nothing but launches on one device."""

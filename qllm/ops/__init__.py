@@ -250,9 +250,14 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
 
 @cache
 def on(device: str) -> SimpleNamespace:
-    """The ops between linear layers, by name, as the best kernels of a device have them."""
+    """The ops between linear layers, by name, as the best kernels of a device have them.
+
+    Besides, `prompts_attention` takes all prompts at once, and is None where that gains nothing.
+    """
     request = Request(0, 0, 16, -1, "asym", device)
-    return SimpleNamespace(**{op: select(op, request).kernel.run for op in SIMPLE})
+    found = {op: select(op, request).kernel.run for op in SIMPLE}
+    together = None if _gpu_why_not(request) else gpu_attention.prompts_attention
+    return SimpleNamespace(**found, prompts_attention=together)
 
 
 def prepare(device: str) -> None:

@@ -12,8 +12,9 @@ from qllm.quant.packing import PackedWeight
 from qllm.quant.packing import pack as pack_rows
 from qllm.quant.packing import unpack as unpack_rows
 
-PANEL = 64  # output channels that lie together
-BLOCK, SMALLEST_BLOCK = 128, 32  # input channels that are multiplied at once, and have one scale
+PANEL = 16  # output channels that lie together
+BLOCK, UNIT = 128, 32  # input channels that lie together, and the fewest that have one scale
+LANES = 32  # of a warp, which share a block of a panel
 PARTS = (8, 4, 2, 1)  # widths of which every number of bits is a sum of different ones
 CHUNK = 1 << 24  # values that are repacked at a time
 
@@ -23,17 +24,15 @@ class Shape(NamedTuple):
 
     Attributes:
         group: inputs that share a scale.
-        room: what they take up: a power of two from SMALLEST_BLOCK on, or whole BLOCKs.
+        room: what they take up: a power of two from UNIT on, or whole BLOCKs.
         groups: of a row.
-        block: inputs of a block.
-        blocks: of a row.
+        blocks: of a row, the last of which may have more room than is needed.
         panels: of PANEL output channels each.
     """
 
     group: int
     room: int
     groups: int
-    block: int
     blocks: int
     panels: int
 
@@ -43,9 +42,14 @@ class Shape(NamedTuple):
         if group >= BLOCK:
             room = -(-group // BLOCK) * BLOCK
         else:
-            room = max(SMALLEST_BLOCK, 1 << (group - 1).bit_length())
-        groups, block = -(-in_features // group), min(room, BLOCK)
-        return cls(group, room, groups, block, groups * room // block, -(-out_features // PANEL))
+            room = max(UNIT, 1 << (group - 1).bit_length())
+        groups = -(-in_features // group)
+        return cls(group, room, groups, -(-groups * room // BLOCK), -(-out_features // PANEL))
+
+    @property
+    def span(self) -> int:
+        """Inputs of a block that share a scale."""
+        return min(self.room, BLOCK)
 
     @property
     def spreads(self) -> bool:
@@ -61,44 +65,31 @@ class Shape(NamedTuple):
 def pack(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> PackedWeight:
     """A weight (N, K) in the kernels' layout.
 
-    A block of a panel has its values part by part: a part holds p bits of each, p being 8, 4, 2
-    or 1, the lower bits in the wider part. Of a row's BK values, word i of BK p / 32 holds in its
-    bits [j p, (j + 1) p) the value 2 r for r = j BK p / 32 + i, and 16 bits further up 2 r + 1.
+    It is that of the matrix units' operands (mma.m16n8k16): of a block of a panel, lane 4 g + t of
+    a warp holds of rows g and g + 8 the inputs 8 t to 8 t + 7 of each UNIT, 16 pairs of a row.
+    Values come part by part: a part holds p bits of each, p being 8, 4, 2 or 1, the lower bits in
+    the wider part. Of a row's pairs, word w of p holds in its bits [j p, (j + 1) p) the first value
+    of pair w (16 / p) + j, and 16 bits further up the second. A lane's 2 p words, row g's first,
+    lie in pieces of up to four, each of all lanes.
 
     Returns:
-        qweight int32 (panels, blocks, PANEL BK bits / 32): of a part, the words of one row after
-        the other's; scales (G, panels PANEL) and qzeros uint8 of that shape, or empty.
+        qweight int32 (panels, blocks, 64 bits): part after part; scales (G, panels PANEL), rows g
+        and g + 8 of a panel side by side, and qzeros uint8 of that shape, or empty.
     """
     shape = Shape.of(in_features, len(weight.qweight), group_size)
-    step = max(1, CHUNK // (shape.blocks * shape.block * PANEL)) * PANEL
+    step = max(1, CHUNK // (shape.blocks * BLOCK * PANEL)) * PANEL
     packed = [
         _words(unpack_rows(rows, bits, in_features), bits, shape)
         for rows in weight.qweight.split(step)
     ]
-    columns = (0, shape.panels * PANEL - len(weight.qweight))
     scales, zeros = (
-        pad(tensor.t(), columns).contiguous() if tensor.numel() else tensor
-        for tensor in weight[1:3]
+        _by_lane(tensor, shape.panels) if tensor.numel() else tensor for tensor in weight[1:3]
     )
-    return PackedWeight(torch.cat(packed), scales, zeros)
-
-
-def _words(values: Tensor, bits: int, shape: Shape) -> Tensor:
-    """Rows of values, uint8 (R, K), as words (ceil(R / PANEL), blocks, PANEL BK bits / 32)."""
-    values = pad(shape.spread(values), (0, 0, 0, -len(values) % PANEL))
-    values = values.view(-1, PANEL, shape.blocks, shape.block).to(torch.int32)
-    parts, low = [], 0
-    for width in _parts(bits):
-        count = shape.block * width // 32
-        part = values.bitwise_right_shift(low).bitwise_and_((1 << width) - 1)
-        part = part.unflatten(-1, (16 // width, count, 2))
-        words = values.new_zeros(*values.shape[:3], count)
-        for field in range(16 // width):
-            for half in range(2):
-                words |= part[..., field, :, half] << (16 * half + field * width)
-        parts.append(words.transpose(1, 2).flatten(2))
-        low += width
-    return torch.cat(parts, dim=-1)
+    packed = PackedWeight(torch.cat(packed), scales, zeros)
+    if packed.qweight.is_cuda:
+        # The decode kernel reads weights before it waits for the kernel in front of it.
+        torch.cuda.current_stream(packed.qweight.device).synchronize()
+    return packed
 
 
 def unpack(
@@ -106,34 +97,72 @@ def unpack(
 ) -> PackedWeight:
     """The inverse of `pack`."""
     shape = Shape.of(in_features, out_features, group_size)
-    step = max(1, CHUNK // (shape.blocks * shape.block * PANEL))
+    step = max(1, CHUNK // (shape.blocks * BLOCK * PANEL))
     rows = [
         pack_rows(_values(words, bits, shape)[:, :in_features], bits)
         for words in packed.qweight.split(step)
     ]
     scales, zeros = (
-        tensor.t()[:out_features].contiguous() if tensor.numel() else tensor
-        for tensor in packed[1:3]
+        _by_row(tensor, out_features) if tensor.numel() else tensor for tensor in packed[1:3]
     )
     return PackedWeight(torch.cat(rows)[:out_features], scales, zeros)
 
 
+def _words(values: Tensor, bits: int, shape: Shape) -> Tensor:
+    """Rows of values, uint8 (R, K), as words (ceil(R / PANEL), blocks, 64 bits)."""
+    values = shape.spread(values)
+    columns = shape.blocks * BLOCK - values.shape[1]
+    values = pad(values, (0, columns, 0, -len(values) % PANEL)).to(torch.int32)
+    # Panel, half of it, g, block, unit, t, pair, which of two.
+    values = values.view(-1, 2, 8, shape.blocks, 4, 4, 4, 2)
+    pairs = values.permute(0, 3, 2, 5, 1, 4, 6, 7).flatten(
+        5, 6
+    )  # (panel, block, g, t, half, 16, 2)
+    parts, low = [], 0
+    for width in _parts(bits):
+        part = pairs.bitwise_right_shift(low).bitwise_and_((1 << width) - 1)
+        part = part.unflatten(5, (width, 16 // width))
+        words = part.new_zeros(part.shape[:6])
+        for field in range(16 // width):
+            for second in range(2):
+                words |= part[..., field, second] << (16 * second + field * width)
+        pieces = words.flatten(2, 3).flatten(3).unflatten(3, (-1, min(4, 2 * width)))
+        parts.append(pieces.transpose(2, 3).flatten(2))
+        low += width
+    return torch.cat(parts, dim=-1)
+
+
 def _values(words: Tensor, bits: int, shape: Shape) -> Tensor:
     """The inverse of `_words`, with the rows that fill the last panel: uint8 (R, G · group)."""
-    values = words.new_zeros(len(words), PANEL, shape.blocks, shape.block, dtype=torch.uint8)
+    count = len(words)
+    pairs = words.new_zeros(count, shape.blocks, 8, 4, 2, 16, 2, dtype=torch.uint8)
     start = low = 0
     for width in _parts(bits):
-        count = shape.block * width // 32
-        part = words[..., start : start + PANEL * count]
-        part = part.unflatten(-1, (PANEL, count)).transpose(1, 2)
-        fields = values.unflatten(-1, (16 // width, count, 2))
+        size, piece = 2 * LANES * width, min(4, 2 * width)
+        part = words[..., start : start + size].unflatten(2, (-1, LANES, piece)).transpose(2, 3)
+        part = part.reshape(count, shape.blocks, 8, 4, 2, width)
+        fields = pairs.unflatten(5, (width, 16 // width))
         for field in range(16 // width):
-            for half in range(2):
-                value = (part >> (16 * half + field * width)) & ((1 << width) - 1)
-                fields[..., field, :, half] |= (value << low).to(torch.uint8)
-        start, low = start + PANEL * count, low + width
-    values = values.view(-1, shape.groups, shape.room)
+            for second in range(2):
+                value = (part >> (16 * second + field * width)) & ((1 << width) - 1)
+                fields[..., field, second] |= (value << low).to(torch.uint8)
+        start, low = start + size, low + width
+    pairs = pairs.unflatten(5, (4, 4)).permute(0, 4, 2, 1, 5, 3, 6, 7)
+    values = pairs.reshape(count * PANEL, shape.blocks * BLOCK)
+    values = values[:, : shape.groups * shape.room].unflatten(1, (-1, shape.room))
     return values[..., : shape.group].flatten(1)
+
+
+def _by_lane(values: Tensor, panels: int) -> Tensor:
+    """Scales or zeros (N, G) as (G, panels PANEL), row g of a panel beside row g + 8."""
+    values = pad(values.t(), (0, panels * PANEL - len(values)))
+    return values.unflatten(1, (-1, 2, 8)).transpose(2, 3).flatten(1).contiguous()
+
+
+def _by_row(values: Tensor, rows: int) -> Tensor:
+    """The inverse of `_by_lane`."""
+    values = values.unflatten(1, (-1, 8, 2)).transpose(2, 3).flatten(1)
+    return values[:, :rows].t().contiguous()
 
 
 def _parts(bits: int) -> list[int]:

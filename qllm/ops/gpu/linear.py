@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qllm.ops.gpu import device, tiles
+from qllm.ops import phase
+from qllm.ops.gpu import decode, device, tiles
 from qllm.ops.gpu.layout import BLOCK, Shape
 from qllm.ops.gpu.rows import quantize, side_by_side
 from qllm.ops.reference import Int8Rows
@@ -16,7 +17,9 @@ FEW_ROWS = 256  # beyond, a dense product is a library's work
 
 def about() -> str:
     """What the kernel of packed weights does, for `--explain`."""
-    return f"{device.about()}; integers times activations, one scale to a block's sum"
+    place = torch.device("cuda", 0)
+    steps = "" if device.interpreting() else f"; {decode.about(place)}"
+    return f"{device.about()}; integers times activations, one scale to a block's sum{steps}"
 
 
 def about_int8() -> str:
@@ -35,14 +38,17 @@ def weight_only_linear(
     group_size: int,
 ) -> Tensor:
     """`reference.weight_only_linear` on tensors of `layout.pack`."""
+    if phase.decoding() and x.dtype in decode.DTYPES and not decode.why_not(x.device):
+        packed = (qweight, scales, qzeros)
+        return decode.weight_only_linear(x, *packed, bias, out_features, bits, group_size)
     from qllm.ops.gpu.kernels.matmul import packed_matmul
 
     shape = Shape.of(x.shape[1], out_features, group_size)
     x = shape.spread(x) if shape.spreads else side_by_side(x)
     constants = {
         "BITS": bits,
-        "BK": shape.block,
-        "GROUP_BLOCKS": shape.room // shape.block,
+        "SPAN": shape.span,
+        "GROUP_BLOCKS": -(-shape.room // BLOCK),
         "HAS_ZEROS": qzeros.numel() > 0,
     }
     return _multiply(
@@ -51,7 +57,7 @@ def weight_only_linear(
         (x, x.stride(0), qweight, scales, qzeros),
         bias,
         (x.shape[1], out_features, shape.blocks),
-        (shape.blocks,),
+        (shape.blocks, shape.groups),
         constants,
     )
 

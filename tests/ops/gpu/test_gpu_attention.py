@@ -87,6 +87,68 @@ def test_counters_are_left_as_they_were(gpu):
     assert not device_of.counters(torch.device(gpu)).any()
 
 
+LENGTHS = (5, 1, 70)
+
+
+def prompts(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, *, turned: bool, sloped: bool):
+    """qkv, keys, values, angles and slopes of prompts of these lengths."""
+    qkv = normal(sum(LENGTHS), (heads + 2 * kv_heads) * dim, dtype=dtype)
+    keys, values = normal(2, len(LENGTHS), kv_heads, CAPACITY, dim, dtype=dtype)
+    angle = normal(len(qkv), dim // 2).repeat(1, 2)
+    angles = (angle.cos().to(dtype), angle.sin().to(dtype)) if turned else None
+    return qkv, keys, values, angles, torch.linspace(0.01, 0.5, heads) if sloped else None
+
+
+def together(lengths: tuple[int, ...], qkv, keys, values, angles, slopes) -> Tensor:
+    """What is computed at once."""
+    counts = torch.tensor([0, *lengths])
+    rows = torch.arange(len(lengths)).repeat_interleave(counts[1:])
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    place = (rows, positions, counts.cumsum(0).int())
+    place = (part.to(qkv.device) for part in place)
+    options = (*place, max(lengths), angles, slopes)
+    return attention.prompts_attention(qkv, keys, values, *options)
+
+
+def one_by_one(qkv, keys, values, angles, slopes) -> Tensor:
+    """The reference of each prompt."""
+    parts = zip(*(part.split(LENGTHS) for part in angles), strict=True) if angles else [None] * 3
+    return torch.cat(
+        [
+            reference.prompt_attention(part, *cache, turns, slopes)
+            for part, turns, *cache in zip(qkv.split(LENGTHS), parts, keys, values, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prompts_together_are_what_each_is_by_itself(dtype, gpu):
+    shapes = {(2, 2, 40): (True, False), (6, 2, 16): (False, True), (1, 1, 5): (False, False)}
+    for shape, (turned, sloped) in shapes.items():
+        arguments = prompts(*shape, dtype, turned=turned, sloped=sloped)
+        exact = moved(arguments, "cpu", torch.float64)
+        plain, own = moved(arguments, "cpu"), moved(arguments, gpu)
+        want = one_by_one(*exact)
+        allowed = 2 * error(one_by_one(*plain), want)
+        got = together(LENGTHS, *own)
+        assert got.dtype == dtype
+        assert error(got, want) <= allowed + torch.finfo(dtype).eps / 4
+        for cache in (1, 2):  # nothing but the prompts' own tokens has changed
+            before, after = arguments[cache], own[cache].cpu()
+            for row, length in enumerate(LENGTHS):
+                assert torch.equal(after[row, :, length:], before[row, :, length:])
+            assert error(after, exact[cache]) <= 2 * torch.finfo(dtype).eps
+
+
+def test_a_prompt_is_the_same_whatever_is_beside_it(gpu):
+    arguments = prompts(4, 2, 16, torch.float32, turned=True, sloped=True)
+    whole = together(LENGTHS, *moved(arguments, gpu)).cpu()
+    qkv, keys, values, (cos, sin), slopes = arguments
+    last = slice(sum(LENGTHS[:2]), None)
+    alone = (qkv[last], keys[2:], values[2:], (cos[last], sin[last]), slopes)
+    assert torch.equal(together(LENGTHS[2:], *moved(alone, gpu)).cpu(), whole[last])
+
+
 def test_a_full_cache_is_refused(gpu):
     arguments = example(2, 2, 16, torch.float32, turned=False, sloped=False)
     with pytest.raises(IndexError, match=f"{CAPACITY + 1} tokens in a cache for {CAPACITY}"):

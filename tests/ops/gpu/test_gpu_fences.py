@@ -41,6 +41,14 @@ def run_attention(dtype: torch.dtype, fence) -> None:
             cache = map(fence, normal(2, 3, kv_heads, length, dim, dtype=dtype))
             places = fence(torch.tensor([length - 1, 0, length - 1]))
             attention.decode_attention(new, *cache, places, length, turns, slopes)
+            cache = map(fence, normal(2, 2, kv_heads, length, dim, dtype=dtype))
+            new = fence(normal(length + 1, (heads + 2 * kv_heads) * dim, dtype=dtype))
+            turns = [*map(fence, normal(2, length + 1, dim, dtype=dtype))] if dim > 1 else None
+            row_of = fence(torch.tensor([0] * length + [1]))
+            places = fence(torch.tensor([*range(length), 0]))
+            starts = fence(torch.tensor([0, length, length + 1], dtype=torch.int32))
+            options = (row_of, places, starts, length, turns, slopes)
+            attention.prompts_attention(new, *cache, *options)
 
 
 def forbid_tensors_as_bounds() -> None:

@@ -49,19 +49,21 @@ def test_large_weights_are_repacked_in_parts(monkeypatch):
 
 
 def test_the_bits_of_a_block():
-    # Of 32 values of 3 bits: two words of the lower two bits, then one of the highest; pair r is
-    # the values 2 r and 2 r + 1, the second 16 bits up.
-    values = torch.zeros(1, 32, dtype=torch.uint8)
-    values[0, 0] = 0b111  # pair 0: word 0, field 0
-    values[0, 3] = 0b010  # pair 1, second: word 1, field 0
-    values[0, 4] = 0b101  # pair 2: word 0, field 1; of the third word, field 2
-    packed = layout.pack(stored(values, 3, 1), 3, 32, 32)
-    assert packed.qweight.shape == (1, 1, PANEL * 3)
-    words = packed.qweight[0, 0]
-    assert words[0] == 0b11 | 0b01 << 2
-    assert words[1] == 0b10 << 16
-    assert words[2 * PANEL] == 0b1 | 0b1 << 2
-    assert words.count_nonzero() == 3
+    # Of a panel's block of 3 bits: the lower two bits of all values, then the highest. Lane 4 g + t
+    # has of rows g and g + 8 the inputs 8 t to 8 t + 7 of each 32, the second of a pair 16 bits up.
+    values = torch.zeros(9, 128, dtype=torch.uint8)
+    values[0, 0] = 0b111  # lane 0, pair 0, first
+    values[0, 11] = 0b010  # lane 1, pair 1, second
+    values[8, 32] = 0b101  # lane 0, second half of its words, pair 4, first
+    packed = layout.pack(stored(values, 3, 1), 3, 128, 128)
+    assert packed.qweight.shape == (1, 1, 64 * 3)
+    words, third = packed.qweight[0, 0].split([128, 64])
+    assert words[0] == 0b11 and third[0] == 1
+    assert words[4] == 0b10 << 16 + 2
+    assert words[2] == 0b01 << 4 * 2 and third[1] == 1 << 4
+    assert packed.qweight.count_nonzero() == 5
+    scales = packed.scales.view(8, 2)  # of rows g and g + 8
+    assert scales[0].tolist() == [1, 9] and scales[1].tolist() == [2, 0]
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -71,7 +73,7 @@ def test_a_weight_takes_as_many_bytes_as_its_bits(bits):
 
 
 @pytest.mark.parametrize(
-    ("group_size", "room", "block"),
+    ("group_size", "room", "span"),
     [
         (-1, 1024, BLOCK),
         (16, 32, 32),
@@ -81,7 +83,7 @@ def test_a_weight_takes_as_many_bytes_as_its_bits(bits):
         (200, 256, BLOCK),
     ],
 )
-def test_the_room_of_a_group(group_size, room, block):
+def test_the_room_of_a_group(group_size, room, span):
     shape = Shape.of(1000, 64, group_size)
-    assert (shape.room, shape.block) == (room, block)
+    assert (shape.room, shape.span) == (room, span)
     assert shape.spreads == (group_size not in (-1, 32))

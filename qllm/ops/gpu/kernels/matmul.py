@@ -13,7 +13,7 @@ import triton.language as tl
 from qllm.ops.gpu import layout
 from qllm.ops.gpu.kernels.numbers import INTERPRETED, bound, narrow, operand
 
-PANEL = tl.constexpr(layout.PANEL)
+PANEL, BLOCK = tl.constexpr(layout.PANEL), tl.constexpr(layout.BLOCK)
 
 
 @triton.jit
@@ -41,37 +41,42 @@ def _turn(a, by):
 
 @triton.jit
 def _part(
-    block, row, before, half: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, P: tl.constexpr,
-    BK: tl.constexpr, BN: tl.constexpr,
+    q, lane, half, before, step: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr,
+    P: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Bits [LOW, LOW + P) of half a block's values, in pairs, and `before`: int32 (BN, BK / 4)."""
-    words: tl.constexpr = BK * P // 32  # of a row
+    """Bits [LOW, LOW + P) of a step's values, in pairs, and `before`: int32 (BN, BK / 2)."""
+    words: tl.constexpr = max(1, BK * P // 128)  # of a lane
+    fields: tl.constexpr = BK // 8 // words  # of a word
     mask: tl.constexpr = ((1 << P) - 1) * 0x10001 << LOW
+    piece: tl.constexpr = min(4, 2 * P)  # words that lie together
     # Parts lie one after the other, the widest first.
-    start: tl.constexpr = (BITS & ~(2 * P - 1)) * (PANEL * BK // 32)
-    place = block[:, None] + start + row[:, None] * words + tl.arange(0, words)[None, :]
-    turns = (tl.arange(0, 8 // P) * P + half * 8 - LOW) & 31
-    pairs = _turn(tl.load(place)[:, None, :], turns[None, :, None])
-    return _and_or(tl.reshape(pairs, (BN, BK // 4)), mask, before)
+    start: tl.constexpr = (BITS & ~(2 * P - 1)) * 64
+    word = half[:, None] * P + step * BK * P // 128 + tl.arange(0, words)[None, :]
+    column = word // piece * (32 * piece) + word % piece
+    place = q[:, None, None] + (lane[:, :, None] * piece + start + column[:, None, :])
+    first: tl.constexpr = step * BK // 8 % (16 // P)
+    turns = ((first + tl.arange(0, fields)) * P - LOW) & 31
+    pairs = _turn(tl.load(place)[:, :, :, None], turns[None, None, None, :])
+    return _and_or(tl.reshape(pairs, (BN, BK // 2)), mask, before)
 
 
 @triton.jit
 def _pairs(
-    block, row, base, half: tl.constexpr, BITS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr
+    q, lane, half, base, step: tl.constexpr, BITS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr
 ):
-    """The values of BN rows of half a block, in pairs, and base: int32 (BN, BK / 4).
+    """The values of BN rows in a step, in pairs, and base: int32 (BN, BK / 2).
 
     The second of a pair is 16 bits higher.
     """
-    pairs = tl.full((BN, BK // 4), base, tl.int32)
+    pairs = tl.full((BN, BK // 2), base, tl.int32)
     if BITS & 8:
-        pairs = _part(block, row, pairs, half, BITS, 0, 8, BK, BN)
+        pairs = _part(q, lane, half, pairs, step, BITS, 0, 8, BK, BN)
     if BITS & 4:
-        pairs = _part(block, row, pairs, half, BITS, 0, 4, BK, BN)
+        pairs = _part(q, lane, half, pairs, step, BITS, 0, 4, BK, BN)
     if BITS & 2:
-        pairs = _part(block, row, pairs, half, BITS, BITS & 4, 2, BK, BN)
+        pairs = _part(q, lane, half, pairs, step, BITS, BITS & 4, 2, BK, BN)
     if BITS & 1:
-        pairs = _part(block, row, pairs, half, BITS, BITS & 6, 1, BK, BN)
+        pairs = _part(q, lane, half, pairs, step, BITS, BITS & 6, 1, BK, BN)
     return pairs
 
 
@@ -96,29 +101,29 @@ def _add_pairs(a, b, type: tl.constexpr):
 
 @triton.jit
 def _weight(
-    block, row, zero, half: tl.constexpr, type: tl.constexpr, BITS: tl.constexpr,
+    q, lane, half, zero, step: tl.constexpr, type: tl.constexpr, BITS: tl.constexpr,
     BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """q - zero of BN rows of half a block as numbers, exactly: (BN, BK / 2), zero int32 (BN,)."""
+    """q - zero of BN rows in a step as numbers, exactly: (BN, BK), zero int32 (BN,)."""
     if INTERPRETED or type == tl.float32:
-        values = _apart(_pairs(block, row, 0, half, BITS, BK, BN), tl.int16, BN, BK // 2)
+        values = _apart(_pairs(q, lane, half, 0, step, BITS, BK, BN), tl.int16, BN, BK)
         weight = values.to(tl.float32) - zero.to(tl.float32)[:, None]
     # An integer, put into the lowest bits of a power of two's fraction, makes their sum.
     elif type == tl.float16:  # 1024 + q, for ten bits
-        pairs = _pairs(block, row, 0x64006400, half, BITS, BK, BN)
+        pairs = _pairs(q, lane, half, 0x64006400, step, BITS, BK, BN)
         minus = (zero | 0xE400) * 0x10001
-        weight = _apart(_add_pairs(pairs, minus[:, None], type), type, BN, BK // 2)
+        weight = _apart(_add_pairs(pairs, minus[:, None], type), type, BN, BK)
     elif BITS < 8:  # 128 + q, for seven bits
-        pairs = _pairs(block, row, 0x43004300, half, BITS, BK, BN)
+        pairs = _pairs(q, lane, half, 0x43004300, step, BITS, BK, BN)
         minus = (zero | 0xC300) * 0x10001
-        weight = _apart(_add_pairs(pairs, minus[:, None], type), type, BN, BK // 2)
+        weight = _apart(_add_pairs(pairs, minus[:, None], type), type, BN, BK)
     else:  # 128 + the lower seven bits, less 128 where the eighth is not set
-        pairs = _pairs(block, row, 0, half, BITS, BK, BN)
+        pairs = _pairs(q, lane, half, 0, step, BITS, BK, BN)
         eighth = ((~pairs >> 7) & 0x00010001) * 0xC300
         low = _and_or(pairs, 0x007F007F, 0x43004300)
         minus = (-zero.to(tl.float32)).to(type).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         pairs = _add_pairs(_add_pairs(low, eighth, type), (minus * 0x10001)[:, None], type)
-        weight = _apart(pairs, type, BN, BK // 2)
+        weight = _apart(pairs, type, BN, BK)
     return weight
 
 
@@ -154,30 +159,35 @@ def _store(
 @triton.jit
 def packed_matmul(
     x, x_stride, q, scales, zeros, bias, y, partials, counters, rows, inputs, outputs, blocks,
-    BITS: tl.constexpr, BK: tl.constexpr, GROUP_BLOCKS: tl.constexpr, HAS_ZEROS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLICES: tl.constexpr,
-    SPLIT: tl.constexpr,
+    groups, BITS: tl.constexpr, SPAN: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SLICES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T + bias, for W packed as in `qllm.ops.gpu.layout`.
 
-    A block of BK values of a row has one scale, which multiplies the block's sum: the products are
-    of numbers as they are, integers times x. They are taken by halves of a block, so that registers
-    hold no more of the weight than that.
+    SPAN inputs of a block share a scale, which multiplies their sum: the products are of numbers as
+    they are, integers times x. They are taken in steps of up to 64 inputs, so that registers hold
+    no more of the weight than that; in a step the lanes' inputs come one after the other, as the
+    weight's words have them.
 
     Args:
-        q: int32 (panels, blocks, PANEL · BK · BITS / 32).
-        scales, zeros: (G, panels · PANEL).
+        q: int32 (panels, blocks, 64 · BITS).
+        scales, zeros: (groups, panels · PANEL).
     """
     type: tl.constexpr = x.dtype.element_ty
+    BK: tl.constexpr = min(SPAN, 64)  # noqa: N806
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     panels = (outputs + PANEL - 1) // PANEL
     # The last tile may reach beyond the last panel: there it reads that one again.
-    panel, row = tl.minimum(n // PANEL, panels - 1), n % PANEL
-    column = panel * PANEL + row
+    panel, half = tl.minimum(n // PANEL, panels - 1), n // 8 % 2
+    column = panel * PANEL + n % 8 * 2 + half
+    lane = (n % 8 * 4)[:, None] + tl.arange(0, 4)[None, :]
+    i = tl.arange(0, BK)
+    order = i % (BK // 4) // 8 * 32 + i // (BK // 4) * 8 + i % 8  # unit, lane, input
+    order = tl.max_contiguous(tl.multiple_of(order, 8), 8)
     x_rows = x + m.to(tl.int64)[:, None] * x_stride
-    words: tl.constexpr = PANEL * BK * BITS // 32
-    q_panel = q + panel.to(tl.int64) * blocks * words
+    q_panel = q + panel.to(tl.int64) * blocks * (64 * BITS)
     per_slice = (blocks + SLICES - 1) // SLICES
     first = tl.program_id(2) if SPLIT else 0
     past = first + 1 if SPLIT else SLICES
@@ -185,20 +195,27 @@ def packed_matmul(
     for s in range(bound(first), bound(past)):
         sums = tl.zeros((BN, BM), tl.float32)
         for block in range(bound(s * per_slice), bound(tl.minimum(blocks, (s + 1) * per_slice))):
-            group = (block // GROUP_BLOCKS) * panels * PANEL
-            scale = tl.load(scales + group + column).to(tl.float32)
-            if HAS_ZEROS:
-                zero = tl.load(zeros + group + column).to(tl.int32)
-            else:
-                zero = tl.full((BN,), 1 << (BITS - 1), tl.int32)
-            product = tl.zeros((BN, BM), tl.float32)
-            for half in tl.static_range(2):
-                weight = _weight(q_panel + block * words, row, zero, half, type, BITS, BK, BN)
-                k = block * BK + half * (BK // 2) + tl.arange(0, BK // 2)
+            q_block = q_panel + block * (64 * BITS)
+            for step in tl.static_range(BLOCK // BK):
+                if step * BK % SPAN == 0:
+                    if SPAN == BLOCK:
+                        group = block // GROUP_BLOCKS
+                    else:  # behind the last group, x is 0
+                        group = tl.minimum(block * (BLOCK // SPAN) + step * BK // SPAN, groups - 1)
+                    place = group * panels * PANEL + column
+                    scale = tl.load(scales + place).to(tl.float32)
+                    if HAS_ZEROS:
+                        zero = tl.load(zeros + place).to(tl.int32)
+                    else:
+                        zero = tl.full((BN,), 1 << (BITS - 1), tl.int32)
+                    product = tl.zeros((BN, BM), tl.float32)
+                weight = _weight(q_block, lane, half, zero, step, type, BITS, BK, BN)
+                k = block * BLOCK + step * BK + order
                 inside = (m < rows)[:, None] & (k < inputs)[None, :]
                 part = tl.trans(operand(tl.load(x_rows + k[None, :], mask=inside, other=0.0)))
                 product = tl.dot(operand(weight), part, product, input_precision="ieee")
-            sums += product * scale[:, None]
+                if (step + 1) * BK % SPAN == 0:
+                    sums += product * scale[:, None]
         total = total + sums if SLICES > 1 and not SPLIT else sums
     last = True
     if SPLIT:

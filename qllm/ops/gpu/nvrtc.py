@@ -1,0 +1,126 @@
+"""NVIDIA's runtime compiler, which torch's CUDA build brings, and the kernels it has compiled.
+
+What it makes is kept like the CPU's kernels, in `QLLM_CACHE`, under a hash of what goes into it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from qllm import folders
+from qllm.errors import first_line
+
+VERSIONS = ("13", "12")
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+class Unavailable(Exception):  # noqa: N818 - it says what is the case, not what went wrong
+    """No kernel can be compiled, or none can run; one line says why."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiler's library.
+
+    Raises:
+        Unavailable: there is none.
+    """
+    for name in _names():
+        with suppress(OSError):
+            return ctypes.CDLL(name)
+    raise Unavailable("NVRTC is not installed (pip install nvidia-cuda-nvrtc)")
+
+
+def _names() -> Iterator[str]:
+    """Where it may be: in the packages that torch's CUDA builds ask for, else where the system is.
+
+    That of torch's own version of CUDA comes first: the driver is known to take what it makes.
+    """
+    own = (torch.version.cuda or "").partition(".")[0]
+    versions = sorted(VERSIONS, key=lambda version: version != own)
+    spec = importlib.util.find_spec("nvidia")
+    roots = [Path(root) for root in (spec.submodule_search_locations or ())] if spec else []
+    for version in versions:
+        for root in roots:
+            yield from map(str, root.glob(f"*/lib/libnvrtc.so.{version}"))
+        yield f"libnvrtc.so.{version}"
+
+
+def compile_cached(source: str, options: Sequence[str]) -> bytes:
+    """The binary of a source for one compute capability, from the cache where it was made before.
+
+    Args:
+        options: of the compiler, such as --gpu-architecture=sm_90.
+
+    Raises:
+        Unavailable: there is no compiler, or it refuses.
+    """
+    key = hashlib.sha256(repr((source, list(options), version())).encode()).hexdigest()[:16]
+    places = [folder / f"gpu-{key}.cubin" for folder in folders.kept_in(folders.CACHE)]
+    for path in places:
+        with suppress(OSError):
+            if found := _read(path):
+                return found
+    made = compile(source, options)
+    for path in places:
+        with suppress(OSError):
+            _write(path, made)
+            break
+    return made
+
+
+def _read(path: Path) -> bytes | None:
+    """What was written to a path; None where it was cut short."""
+    folders.check_private(path.parent)
+    content = path.read_bytes()
+    made, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+    return made if hashlib.sha256(made).digest() == digest else None
+
+
+def _write(path: Path, made: bytes) -> None:
+    folders.make(path.parent)
+    folders.check_private(path.parent)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix="gpu-")
+    with os.fdopen(handle, "wb") as file:
+        file.write(made + hashlib.sha256(made).digest())
+    Path(name).replace(path)
+
+
+def version() -> tuple[int, int]:
+    """The compiler's, such as (13, 0)."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
+def compile(source: str, options: Sequence[str]) -> bytes:
+    """`compile_cached`, without the cache."""
+    own, program = library(), ctypes.c_void_p()
+    words = [option.encode() for option in options]
+    own.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"decode.cu", 0, None, None)
+    try:
+        if own.nvrtcCompileProgram(program, len(words), (ctypes.c_char_p * len(words))(*words)):
+            said = _text(own.nvrtcGetProgramLogSize, own.nvrtcGetProgramLog, program)
+            reason = first_line(ValueError(said.rstrip(b"\0").decode(errors="replace")))
+            raise Unavailable(f"NVRTC {'.'.join(map(str, version()))} refuses: {reason}")
+        return _text(own.nvrtcGetCUBINSize, own.nvrtcGetCUBIN, program)
+    finally:
+        own.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _text(size_of: ctypes._CFuncPtr, get: ctypes._CFuncPtr, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    size_of(program, ctypes.byref(size))
+    found = ctypes.create_string_buffer(size.value)
+    get(program, found)
+    return found.raw

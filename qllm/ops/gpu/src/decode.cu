@@ -1,0 +1,192 @@
+// y = x W^T + bias for the few rows of a decode step, W packed as in qllm/ops/gpu/layout.py.
+//
+// A block of threads takes a panel of 16 outputs and up to 8 TILES rows of x. Its warps take turns
+// at the panel's blocks of 128 inputs; what they find they add up in the order of the warps. The
+// number of rows decides on no sum: neither on what is added up, nor in which order.
+//
+// A lane's part of a block lies in memory as it is loaded, 16 bytes at once and 512 consecutive ones
+// by a warp, and as operand A of the products wants it: of rows g and g + 8 of the panel, for lane
+// 4 g + t, inputs 8 t to 8 t + 7 of each 32. Nothing goes through shared memory. Of x, operand B, a
+// lane loads the same inputs of row g.
+//
+// Constants: BITS; FLOAT16: the type of x, bias and y, else bfloat16; ZEROS: there are zeros, else
+// each is 2^(BITS - 1); WIDE: scales are float32, else float16; GROUP: inputs of a block that share a
+// scale, 32, 64 or 128; WARPS; DEPTH: blocks that a warp has asked for in advance; TILES.
+
+struct Arguments {
+    const u16* x;       // (rows, inputs), rows x_stride apart
+    const u32* q;       // (panels, blocks, 64 BITS)
+    const void* scales;  // (groups, panels, 8, 2): of rows g and g + 8
+    const u8* zeros;    // the same
+    const u16* bias;    // (outputs), or null
+    u16* y;             // (rows, outputs)
+    i64 x_stride;       // a multiple of 8, as inputs is
+    int rows, inputs, outputs, panels, blocks, groups;
+    // 2^32 over the blocks that share a scale where GROUP is 128, rounded up: a block times it, less
+    // its lower 32 bits, is the block's group.
+    i64 groups_of_a_block;
+};
+
+// Of a block, what a lane holds.
+struct Part {
+    u32 words[2 * MOST_BITS];            // by parts of 8, 4, 2, 1 bits; row g, then row g + 8
+    float scales[MOST_SCALES][2];
+    u32 zeros[MOST_SCALES];              // that of row g + 8 in the higher byte
+};
+
+// Words of all lanes that come before those of `width` bits, the wider ones being first.
+DEVICE int words_before(int width) { return (BITS & ~(2 * width - 1)) * 64; }
+
+DEVICE void load(Part& part, const Arguments& from, int panel, int block, int lane) {
+    const u32* q = from.q + ((i64)panel * from.blocks + block) * (64 * BITS);
+    u32* to = part.words;
+#pragma unroll
+    for (int width = 8; width > 1; width /= 2)
+        if (BITS & width) {
+#pragma unroll
+            for (int piece = 0; piece < width / 2; ++piece, to += 4)
+                load4(to, q + words_before(width) + (piece * 32 + lane) * 4);
+        }
+    if (BITS & 1) load2(to, q + words_before(1) + lane * 2);
+#pragma unroll
+    for (int i = 0; i < 128 / GROUP; ++i) {
+        int group = GROUP == 128 ? (int)((block * from.groups_of_a_block) >> 32)
+                                 : block * (128 / GROUP) + i;
+        group = group < from.groups ? group : from.groups - 1;  // behind the last, x is 0
+        const i64 at = ((i64)group * from.panels + panel) * 16 + lane / 4 * 2;
+        if (WIDE) {
+            u32 both[2];
+            load2(both, (const u32*)from.scales + at);
+            part.scales[i][0] = of_bits(both[0]);
+            part.scales[i][1] = of_bits(both[1]);
+        } else {
+            const u32 both = *(const u32*)((const u16*)from.scales + at);
+            part.scales[i][0] = from_float16(both & 0xFFFF);
+            part.scales[i][1] = from_float16(both >> 16);
+        }
+        if (ZEROS) part.zeros[i] = *(const u16*)(from.zeros + at);
+    }
+}
+
+// The bits [low, low + width) of two values: the pair with this index of the 16 that a lane has of a
+// row, whose words of this width these are.
+DEVICE u32 field(const u32* words, int width, int low, int pair, u32 before) {
+    const int shift = pair % (16 / width) * width - low;
+    const u32 word = words[pair / (16 / width)];
+    const u32 mask = (((1u << width) - 1) * 0x10001u) << low;
+    return and_or(shift < 0 ? word << -shift : word >> shift, mask, before);
+}
+
+// What added to a pair as `numbers` begins takes its zero off.
+DEVICE u32 less_zero(u32 zero) {
+    if (FLOAT16) return (0xE400 | zero) * 0x10001u;            // -(1024 + zero)
+    if (BITS < 8) return (0xC300 | zero) * 0x10001u;           // -(128 + zero)
+    return (bits_of(-(float)(int)zero) >> 16) * 0x10001u;      // -zero
+}
+
+// q - zero of two inputs, exactly: an integer put into the lowest bits of a power of two's fraction
+// makes their sum.
+DEVICE u32 numbers(const u32* words, int half, int pair, u32 minus) {
+    const bool in_two = !FLOAT16 && BITS == 8;  // a bfloat16's fraction has seven bits
+    u32 q = in_two ? 0 : FLOAT16 ? 0x64006400 : 0x43004300;
+    int low = 0, before = 0;
+#pragma unroll
+    for (int width = 8; width >= 1; width /= 2)
+        if (BITS & width) {
+            q = field(words + before + half * width, width, low, pair, q);
+            before += 2 * width;
+            low += width;
+        }
+    if (in_two) {  // 128 + the lower seven bits, less 128 where the eighth is not set
+        const u32 eighth = ((~q >> 7) & 0x00010001) * 0xC300;
+        q = add_pairs(and_or(q, 0x007F007F, 0x43004300), eighth);
+    }
+    return add_pairs(q, minus);
+}
+
+DEVICE void multiply_block(
+    float (*total)[4], const Part& part, const Arguments& from, int first_row, int block, int lane
+) {
+    float sums[MOST_TILES][4];
+    u32 minus[2];
+#pragma unroll
+    for (int unit = 0; unit < 4; ++unit) {
+        const int i = unit * 32 / GROUP;
+        if (unit * 32 % GROUP == 0) {
+            const u32 zeros = ZEROS ? part.zeros[i] : (1u << (BITS - 1)) * 0x101u;
+            minus[0] = less_zero(zeros & 0xFF);
+            minus[1] = less_zero(zeros >> 8);
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+                for (int c = 0; c < 4; ++c) sums[tile][c] = 0;
+        }
+        u32 x[MOST_TILES][4];
+        const int k = block * 128 + unit * 32 + lane % 4 * 8;
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            const int row = first_row + tile * 8 + lane / 4;
+            x[tile][0] = x[tile][1] = x[tile][2] = x[tile][3] = 0;
+            if (row < from.rows && k < from.inputs)
+                load4_shared(x[tile], from.x + row * from.x_stride + k);
+        }
+#pragma unroll
+        for (int pair = 0; pair < 4; pair += 2) {
+            u32 a[4];
+#pragma unroll
+            for (int r = 0; r < 4; ++r)
+                a[r] = numbers(part.words, r % 2, unit * 4 + pair + r / 2, minus[r % 2]);
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile)
+                multiply(sums[tile], a, x[tile][pair], x[tile][pair + 1]);
+        }
+        if ((unit + 1) * 32 % GROUP == 0) {
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+                for (int c = 0; c < 4; ++c)
+                    total[tile][c] =
+                        fused_multiply_add(sums[tile][c], part.scales[i][c / 2], total[tile][c]);
+        }
+    }
+}
+
+KERNEL decode(Arguments from) {
+    const int lane = (int)(thread_index() % 32), warp = (int)(thread_index() / 32);
+    const int panel = panel_index(), first_row = chunk_index() * (8 * TILES);
+    let_next_begin();
+    Part ahead[MOST_DEPTH];
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d)
+        if (warp + d * WARPS < from.blocks) load(ahead[d], from, panel, warp + d * WARPS, lane);
+    wait_for_previous();
+    float total[MOST_TILES][4] = {};
+    for (int first = warp; first < from.blocks; first += DEPTH * WARPS) {
+#pragma unroll
+        for (int d = 0; d < DEPTH; ++d) {
+            const int block = first + d * WARPS, next = block + DEPTH * WARPS;
+            if (block < from.blocks) {
+                const Part part = ahead[d];
+                if (next < from.blocks) load(ahead[d], from, panel, next, lane);
+                multiply_block(total, part, from, first_row, block, lane);
+            }
+        }
+    }
+
+    SHARED float sums[MOST_WARPS][4 * MOST_TILES][32];
+#pragma unroll
+    for (int i = 0; i < 4 * TILES; ++i) sums[warp][i][lane] = total[i / 4][i % 4];
+    barrier();
+#pragma unroll 1
+    for (int at = (int)thread_index(); at < 128 * TILES; at += 32 * WARPS) {
+        const int i = at / 32, who = at % 32;
+        float sum = sums[0][i][who];
+        for (int other = 1; other < WARPS; ++other) sum += sums[other][i][who];
+        const int row = first_row + i / 4 * 8 + who % 4 * 2 + i % 2;
+        const int output = panel * 16 + who / 4 + i % 4 / 2 * 8;
+        if (row < from.rows && output < from.outputs) {
+            if (from.bias) sum += widen(from.bias[output]);
+            from.y[(i64)row * from.outputs + output] = narrow(sum);
+        }
+    }
+}

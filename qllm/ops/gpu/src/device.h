@@ -1,0 +1,107 @@
+// What decode.cu asks of a GPU. emulated.h has the same for the CPU.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+
+#define DEVICE __device__ __forceinline__
+#define SHARED __shared__
+#define KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32)
+
+// Sizes of arrays, which the emulation, whose constants are variables, has to have for the largest.
+#define MOST_BITS BITS
+#define MOST_TILES TILES
+#define MOST_WARPS WARPS
+#define MOST_DEPTH DEPTH
+#define MOST_SCALES (128 / GROUP)
+
+DEVICE u32 thread_index() { return threadIdx.x; }
+DEVICE int chunk_index() { return blockIdx.x; }
+DEVICE int panel_index() { return blockIdx.y; }
+DEVICE void barrier() { __syncthreads(); }
+
+// Kernels that are launched with programmatic stream serialization begin while the one in front
+// still runs: what that one writes is there behind the wait.
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+DEVICE void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Words that are read once: they need no place in the L1.
+DEVICE void load4(u32* to, const u32* from) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "l"(from));
+}
+
+DEVICE void load2(u32* to, const u32* from) {
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(to[0]), "=r"(to[1])
+                 : "l"(from));
+}
+
+// Words that other warps read as well.
+DEVICE void load4_shared(u32* to, const u16* from) {
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "l"(from)
+                 : "memory");
+}
+
+// (a & mask) | c: one lop3.
+DEVICE u32 and_or(u32 a, u32 mask, u32 c) { return (a & mask) | c; }
+
+// Sums of two pairs of 16-bit numbers.
+DEVICE u32 add_pairs(u32 a, u32 b) {
+    u32 sum;
+#if FLOAT16
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3C003C00), "r"(b));
+#else
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3F803F80), "r"(b));
+#endif
+    return sum;
+}
+
+// c += A B for A (16, 16) and B (16, 8), of which each lane of a warp holds its part.
+DEVICE void multiply(float* c, const u32* a, u32 b0, u32 b1) {
+#if FLOAT16
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+#endif
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+DEVICE u32 bits_of(float value) { return __float_as_uint(value); }
+DEVICE float of_bits(u32 bits) { return __uint_as_float(bits); }
+
+DEVICE float from_float16(u16 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+
+// A number of the type of x from its bits, and the bits of one, to nearest even.
+DEVICE float widen(u16 bits) { return FLOAT16 ? from_float16(bits) : of_bits((u32)bits << 16); }
+
+DEVICE u16 narrow(float value) {
+    u16 bits;
+#if FLOAT16
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#endif
+    return bits;
+}

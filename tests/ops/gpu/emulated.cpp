@@ -1,0 +1,274 @@
+// A GPU for decode.cu: device.h on the CPU, and the few functions of CUDA's driver that launch it.
+//
+// The lanes of a block of threads take turns, each with a stack of its own, and one that comes to what
+// a warp or a block does together lets the others catch up. What is constant on a GPU is a variable
+// here, so that one library does for all kernels: a binary is nothing but its constants.
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+
+struct Constants {
+    int bits, float16, zeros, wide, group, warps, depth, tiles;
+};
+
+static Constants constants;
+
+#define BITS constants.bits
+#define FLOAT16 constants.float16
+#define ZEROS constants.zeros
+#define WIDE constants.wide
+#define GROUP constants.group
+#define WARPS constants.warps
+#define DEPTH constants.depth
+#define TILES constants.tiles
+
+#define MOST_BITS 8
+#define MOST_TILES 4
+#define MOST_WARPS 16
+#define MOST_DEPTH 4
+#define MOST_SCALES 4
+
+#define DEVICE static inline
+#define SHARED static
+#define KERNEL static void
+
+// What lanes do together: the last of them to come does it for all.
+struct Meeting {
+    int here = 0;
+    u32 held = 0;  // how often it took place
+};
+
+struct Warp {
+    Meeting product;
+    u32 a[32][4], b[32][2];
+    float c[32][4];
+};
+
+struct Fiber {
+    ucontext_t context;
+    bool done;
+};
+
+constexpr int MOST_THREADS = MOST_WARPS * 32;
+constexpr size_t STACK = 64 << 10;
+
+static Fiber fibers[MOST_THREADS];
+static Warp warps[MOST_WARPS];
+static Meeting block;
+static ucontext_t scheduler;
+static int current, chunk, panel;
+static bool moved;       // some lane has got on in this round
+static bool misaligned;  // a load was not at a multiple of its size
+
+DEVICE u32 thread_index() { return (u32)current; }
+DEVICE int chunk_index() { return chunk; }
+DEVICE int panel_index() { return panel; }
+
+template <class Act>
+static void meet(Meeting& meeting, int all, Act act) {
+    moved = true;
+    const u32 held = meeting.held;
+    if (++meeting.here == all) {
+        act();
+        meeting.here = 0;
+        ++meeting.held;
+        return;
+    }
+    while (meeting.held == held) swapcontext(&fibers[current].context, &scheduler);
+    moved = true;
+}
+
+DEVICE void barrier() {
+    meet(block, WARPS * 32, [] {});
+}
+
+DEVICE void wait_for_previous() {}
+DEVICE void let_next_begin() {}
+
+static void copy_words(u32* to, const void* from, int count) {
+    misaligned |= reinterpret_cast<uintptr_t>(from) % (count * sizeof(u32)) != 0;
+    std::memcpy(to, from, count * sizeof(u32));
+}
+
+DEVICE void load4(u32* to, const u32* from) { copy_words(to, from, 4); }
+DEVICE void load2(u32* to, const u32* from) { copy_words(to, from, 2); }
+DEVICE void load4_shared(u32* to, const u16* from) { copy_words(to, from, 4); }
+
+DEVICE u32 and_or(u32 a, u32 mask, u32 c) { return (a & mask) | c; }
+
+DEVICE u32 bits_of(float value) {
+    u32 bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+DEVICE float of_bits(u32 bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+DEVICE float from_float16(u16 bits) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    float value;
+    if (exponent == 31)
+        value = fraction ? NAN : INFINITY;
+    else if (exponent)
+        value = std::ldexp(1024 + fraction, exponent - 25);
+    else
+        value = std::ldexp(fraction, -24);
+    return bits >> 15 ? -value : value;
+}
+
+DEVICE float widen(u16 bits) { return FLOAT16 ? from_float16(bits) : of_bits((u32)bits << 16); }
+
+DEVICE u16 narrow(float value) {
+    const u16 sign = bits_of(value) >> 16 & 0x8000;
+    if (value != value) return 0x7FFF;
+    if (!FLOAT16) {
+        const u32 bits = bits_of(value);
+        return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    }
+    const float size = std::fabs(value);
+    if (size >= 65520) return sign | 0x7C00;
+    int exponent;
+    std::frexp(size, &exponent);  // size < 2^exponent
+    exponent = size && exponent > -13 ? exponent : -13;
+    // In units of the last of eleven bits, the next exponent's first where it rounds up to that.
+    const int units = (int)std::nearbyint(std::ldexp(size, 11 - exponent));
+    return sign | (units + ((exponent + 13) << 10));
+}
+
+DEVICE u32 add_pairs(u32 a, u32 b) {
+    const u32 low = narrow(widen(a & 0xFFFF) + widen(b & 0xFFFF));
+    return low | (u32)narrow(widen(a >> 16) + widen(b >> 16)) << 16;
+}
+
+DEVICE float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+
+// Element (row, k) of operand A or (k, column) of operand B, by its lane, register and half: see the
+// figures of mma.m16n8k16 in NVIDIA's description of PTX.
+static float element_of_a(const Warp& warp, int row, int k) {
+    const u32 word = warp.a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+    return widen(k % 2 ? word >> 16 : word & 0xFFFF);
+}
+
+static float element_of_b(const Warp& warp, int k, int column) {
+    const u32 word = warp.b[column * 4 + k % 8 / 2][k / 8];
+    return widen(k % 2 ? word >> 16 : word & 0xFFFF);
+}
+
+static void multiply_all(Warp& warp) {
+    float a[16][16], b[16][8];
+    for (int k = 0; k < 16; ++k) {
+        for (int row = 0; row < 16; ++row) a[row][k] = element_of_a(warp, row, k);
+        for (int column = 0; column < 8; ++column) b[k][column] = element_of_b(warp, k, column);
+    }
+    for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+            double sum = warp.c[lane][i];
+            for (int k = 0; k < 16; ++k) sum += (double)a[row][k] * b[k][column];
+            warp.c[lane][i] = (float)sum;
+        }
+}
+
+DEVICE void multiply(float* c, const u32* a, u32 b0, u32 b1) {
+    const int lane = current % 32;
+    Warp& warp = warps[current / 32];
+    std::memcpy(warp.a[lane], a, sizeof warp.a[lane]);
+    std::memcpy(warp.c[lane], c, sizeof warp.c[lane]);
+    warp.b[lane][0] = b0;
+    warp.b[lane][1] = b1;
+    meet(warp.product, 32, [&warp] { multiply_all(warp); });
+    std::memcpy(c, warp.c[lane], sizeof warp.c[lane]);
+}
+
+#include "decode.cu"
+
+static Arguments arguments;
+
+static void run_lane() {
+    decode(arguments);
+    moved = true;
+    fibers[current].done = true;
+}
+
+static int run_block() {
+    const int threads = WARPS * 32;
+    static std::vector<char> stacks(MOST_THREADS * STACK);
+    for (Warp& warp : warps) warp.product = {};
+    block = {};
+    for (int i = 0; i < threads; ++i) {
+        getcontext(&fibers[i].context);
+        fibers[i].context.uc_stack.ss_sp = stacks.data() + i * STACK;
+        fibers[i].context.uc_stack.ss_size = STACK;
+        fibers[i].context.uc_link = &scheduler;
+        fibers[i].done = false;
+        makecontext(&fibers[i].context, run_lane, 0);
+    }
+    for (bool left = true; left;) {
+        left = moved = false;
+        for (current = 0; current < threads; ++current)
+            if (!fibers[current].done) {
+                left = true;
+                swapcontext(&scheduler, &fibers[current].context);
+            }
+        if (left && !moved) return 719;  // lanes wait for others that do not come: launch failure
+    }
+    return misaligned ? 716 : 0;  // misaligned address
+}
+
+extern "C" {
+
+struct Config {
+    unsigned grid[3], block[3], shared_bytes;
+    void* stream;
+    const struct {
+        int id, pad, value[16];
+    }* attributes;
+    unsigned attribute_count;
+};
+
+int launches_that_began_early;
+
+int cuCtxGetCurrent(void** context) {
+    *context = &fibers;
+    return 0;
+}
+
+int cuModuleLoadData(void** module, const void* image) {
+    auto copy = new Constants;
+    std::memcpy(copy, image, sizeof *copy);
+    *module = copy;
+    return 0;
+}
+
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+    *function = module;
+    return std::strcmp(name, "decode") ? 500 : 0;  // not found
+}
+
+int cuLaunchKernelEx(const Config* config, const void* function, void** parameters, void**) {
+    std::memcpy(&constants, function, sizeof constants);
+    std::memcpy(&arguments, parameters[0], sizeof arguments);
+    if (config->block[0] != (unsigned)WARPS * 32 || config->block[1] != 1) return 1;
+    for (unsigned i = 0; i < config->attribute_count; ++i)
+        launches_that_began_early +=
+            config->attributes[i].id == 6 && config->attributes[i].value[0];
+    misaligned = false;
+    for (panel = 0; panel < (int)config->grid[1]; ++panel)
+        for (chunk = 0; chunk < (int)config->grid[0]; ++chunk)
+            if (const int error = run_block()) return error;
+    return 0;
+}
+}

@@ -1,0 +1,269 @@
+"""The decode product in CUDA C++: on a GPU, on one that is emulated lane by lane, and as code."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import itertools
+import re
+import shutil
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from cpu_paths import normal, pattern, random_weight, weight_of
+from fences import fenced, kept, run_in
+from gpu_kernels import packed
+from torch import Tensor
+
+from qllm.config import SCHEMES
+from qllm.ops import phase
+from qllm.ops.gpu import decode, driver, layout, linear, nvrtc
+from qllm.ops.gpu import device as device_of
+from qllm.quant.packing import BITS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = ((1, 1), (13, 67), (33, 390), (20, 1160))  # (N, K)
+GROUPS = (-1, 16, 32, 48, 64, 100, 128, 200)
+ROWS = (1, 3, 8, 13, 17, 40)
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory):
+    """A driver whose GPU is emulated."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    path = tmp_path_factory.mktemp("gpu") / "emulated.so"
+    flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared")
+    folder = ROOT / "tests/ops/gpu/emulated.cpp"
+    command = ["g++", *flags, "-Wno-unknown-pragmas", "-fPIC", f"-I{decode.SOURCE}", str(folder)]
+    subprocess.run([*command, "-o", str(path)], check=True)
+    return ctypes.CDLL(str(path))
+
+
+def constants(source: str, options: list[str]) -> bytes:
+    """A binary of the emulation's."""
+    assert options[:2] == ["--std=c++17", "--gpu-architecture=sm_90"]
+    numbers = [int(option.partition("=")[2]) for option in options[2:]]
+    return bytes((ctypes.c_int * len(numbers))(*numbers))
+
+
+@pytest.fixture
+def own_gpu(request, monkeypatch):
+    """The GPU, or where there is none the emulation, of which this is the driver."""
+    if DEVICE == "cuda":
+        if reason := decode.why_not(torch.device("cuda", 0)):
+            pytest.fail(reason)
+        yield None
+        return
+    library = request.getfixturevalue("emulation")
+
+    monkeypatch.setattr(driver, "library", lambda: library)
+    monkeypatch.setattr(nvrtc, "compile_cached", constants)
+    monkeypatch.setattr(device_of, "architecture", lambda device: ("9.0", 4))
+    decode._kernel.cache_clear()
+    yield library
+    decode._kernel.cache_clear()
+
+
+def multiply(weight, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    tensors = packed(weight, DEVICE)[:3]
+    bias = None if bias is None else bias.to(DEVICE)
+    asked = weight.request
+    format_ = (asked.out_features, asked.bits, asked.group_size)
+    return decode.weight_only_linear(x.to(DEVICE), *tensors, bias, *format_).cpu()
+
+
+def rms(values: Tensor) -> float:
+    return values.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_error_is_at_most_twice_the_reference_s(bits, own_gpu, monkeypatch):
+    schemes = SCHEMES if bits > 1 else ("asym",)
+    cases = list(itertools.product(GROUPS, schemes, decode.DTYPES))
+    for i, (group_size, scheme, dtype) in enumerate(cases):
+        if DEVICE == "cpu" and i % 4 != bits % 4:  # each at some number of bits
+            continue
+        shape, count = SHAPES[(i + i // 4) % len(SHAPES)], ROWS[i // 2 % len(ROWS)]
+        wide = torch.float32 if i % 3 == 0 else torch.float16
+        weight = random_weight(shape, bits, group_size, scheme, scales_dtype=wide)
+        x = normal(count, shape[1] + 3, dtype=dtype)[:, : shape[1]]
+        bias = normal(shape[0], dtype=dtype) if i % 8 < 4 else None
+        got = multiply(weight, x, bias)
+        assert got.dtype == dtype and got.shape == (count, shape[0])
+        exact = weight.exact(x, bias)
+        allowed = 2 * rms(weight.reference(x, bias).double() - exact)
+        size = torch.finfo(dtype).eps * rms(weight.size(x, bias))
+        # The reference may be exact by chance, the more so the fewer numbers it finds.
+        assert rms(got.double() - exact) <= allowed + (size / 16 if got.numel() > 64 else size)
+
+
+@pytest.mark.parametrize("dtype", decode.DTYPES, ids=str)
+def test_a_row_is_the_same_whatever_is_beside_it(dtype, own_gpu):
+    weight = random_weight((20, 1160), 4, 128)
+    x = normal(40, 1160, dtype=dtype)
+    whole = multiply(weight, x)
+    for first, count in ((0, 1), (3, 8), (5, 16), (39, 1)):
+        some = slice(first, first + count)
+        assert torch.equal(multiply(weight, x[some]), whole[some])
+
+
+@pytest.mark.parametrize("warps", decode.WARPS)
+def test_any_number_of_warps_shares_a_panel(warps, own_gpu, monkeypatch):
+    monkeypatch.setattr(decode, "warps", lambda *asked: warps)
+    weight = random_weight((20, 1160), 8, 32)
+    x = torch.randint(-8, 9, (9, 1160), generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.allclose(multiply(weight, x).double(), weight.exact(x), rtol=2**-8, atol=2e-3)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("dtype", decode.DTYPES, ids=str)
+def test_every_value_meets_every_zero(bits, dtype, own_gpu):
+    top = 2**bits
+    q = (torch.arange(256) % top).repeat(top, 1).numpy()
+    weight = weight_of(q, torch.arange(top)[:, None].numpy(), torch.ones(top, 1).half(), bits, -1)
+    x = torch.eye(256)[:: 256 // min(top, 32)].to(dtype)
+    assert torch.equal(multiply(weight, x).double(), weight.exact(x))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("special", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_no_number_gives_what_the_reference_gives(special, own_gpu):
+    weight = random_weight((20, 256), 4, 128)
+    x = normal(3, 256, dtype=torch.bfloat16)
+    x[1, 130] = special
+    assert torch.equal(pattern(multiply(weight, x)), pattern(weight.reference(x)))
+
+
+def run_between_fences(library: str) -> None:
+    """On the emulation, all tensors fenced: those that it is given and the one that it makes."""
+    driver.library = lambda: ctypes.CDLL(library)
+    nvrtc.compile_cached = constants
+    device_of.architecture = lambda device: ("9.0", 4)
+    for at_end, ((outputs, inputs), count) in itertools.product(
+        (True, False), (((1, 1), 1), ((33, 67), 9), ((20, 390), 17))
+    ):
+        fence = partial(fenced, at_end=at_end)
+
+        def new_empty(x, *shape, fence=fence):
+            return fence(torch.zeros(*shape, dtype=x.dtype))
+
+        torch.Tensor.new_empty = new_empty
+        for bits, group, scheme in (
+            (3, 32, "asym"),
+            (4, -1, "sym"),
+            (8, 20, "asym"),
+            (5, 64, "sym"),
+        ):
+            x = fence(normal(count, -(-inputs // 8) * 8, dtype=torch.float16))[:, :inputs]
+            stored = random_weight((outputs, inputs), bits, group, scheme).stored
+            tensors = map(fence, layout.pack(stored, bits, group, inputs)[:3])
+            bias = fence(normal(outputs, dtype=torch.float16))
+            decode.weight_only_linear(x, *tensors, bias, outputs, bits, group)
+            kept.clear()
+
+
+def test_nothing_outside_is_touched(emulation):
+    done = run_in(Path(__file__), f"run_between_fences({emulation._name!r})")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_self_test_finds_what_is_wrong(own_gpu, monkeypatch, capsys):
+    assert decode._self_test(torch.device(DEVICE, 0) if own_gpu is None else "cpu") is None
+    if own_gpu is None:
+        return
+    right = decode.weight_only_linear
+    monkeypatch.setattr(decode, "weight_only_linear", lambda *given: right(*given) + 1)
+    assert "found other sums" in decode._self_test("cpu")
+    assert own_gpu is not None and ctypes.c_int.in_dll(own_gpu, "launches_that_began_early").value
+
+
+def test_a_decode_step_takes_it_and_a_prompt_does_not(own_gpu, gpu, monkeypatch):
+    weight, x = random_weight((20, 256), 4, 128), normal(3, 256, dtype=torch.bfloat16)
+    asked, tensors = [], packed(weight, DEVICE)[:3]
+
+    def noted(x, *given, run=decode.weight_only_linear):
+        asked.append(len(x))
+        return run(x, *given)
+
+    monkeypatch.setattr(decode, "weight_only_linear", noted)
+    monkeypatch.setattr(decode, "why_not", lambda device: None)
+    for rows, dtype in ((3, torch.bfloat16), (2, torch.float16), (1, torch.float32)):
+        given = (x[:rows].to(DEVICE, dtype), *tensors, None, 20, 4, 128)
+        prompt = linear.weight_only_linear(*given)
+        with phase.decode():
+            step = linear.weight_only_linear(*given)
+        assert not phase.decoding()
+        assert torch.allclose(prompt.float(), step.float(), atol=0.1, rtol=0.02)
+    assert asked == [3, 2]  # float32 is Triton's
+
+
+def test_where_it_cannot_run_a_note_and_the_explanation_say_so(monkeypatch, capsys):
+    decode.why_not.cache_clear()
+    try:
+        place = torch.device("cuda", 7)
+        for error in (nvrtc.Unavailable("NVRTC is not installed"), RuntimeError("CUDA error 1\nx")):
+            decode.why_not.cache_clear()
+
+            def fail(device: torch.device, error=error) -> None:
+                raise error
+
+            monkeypatch.setattr(decode, "_self_test", fail)
+            reason = str(error).splitlines()[0]
+            assert decode.why_not(place) == reason
+            assert decode.about(place).endswith(f"not in CUDA C++: {reason}")
+            said = capsys.readouterr().err
+            assert said == f"note: {reason}; decode steps take Triton's product, a slower one\n"
+    finally:
+        decode.why_not.cache_clear()
+
+
+# Constants of the kernel: each number of bits, and one of each of the others somewhere.
+VARIANTS = [
+    decode.Variant(bits, bits % 3 == 0, bits % 4 != 2, bits % 5 == 0, group, 8, depth, tiles)
+    for bits, group, depth, tiles in (
+        *((bits, 128, decode.depth(bits), 1) for bits in (1, 3, 4, 7, 8)),
+        (4, 32, decode.depth(4), 4),
+        (6, 64, decode.depth(6), 2),
+    )
+]
+
+
+def disassembled(binary: bytes, folder) -> tuple[str, str]:
+    """What a kernel takes, and its instructions, by the tools that Triton brings."""
+    from tools.compile_gpu_kernels import disassemble
+
+    return disassemble(binary)
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton, whose disassembler this takes, is not installed")
+    try:
+        return nvrtc.library()
+    except nvrtc.Unavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_it_compiles_into_what_was_meant(capability, compiler, tmp_path):
+    chosen = VARIANTS if capability == 90 else VARIANTS[2:3]
+    for variant in chosen:
+        options = ["--std=c++17", f"--gpu-architecture=sm_{capability}", *variant.options]
+        usage, code = disassembled(nvrtc.compile(decode.source(), options), tmp_path)
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        assert stack == 0 and not re.search(r"\b(LDL|STL)\b", code), variant
+        # Two blocks of eight warps, or more, have room on a processor: 65,536 registers.
+        assert registers <= (128 if variant.tiles == 1 else 200), variant
+        products = len(re.findall(r"\bHMMA\.16816\.F32", code))
+        assert products == 8 * variant.tiles * variant.depth, variant
+        # In front of the loop and in it; the lowest bit's part is loaded by eights of bytes.
+        wide = len(re.findall(r"\bLDG\.E\.NA\.128", code))
+        assert wide == 2 * variant.depth * (variant.bits // 2), variant
+        assert len(re.findall(r"\bLDG\.E\.128", code)) == 4 * variant.tiles * variant.depth
+        assert ("ACQBULK" in code) == (capability >= 90)  # griddepcontrol.wait
