@@ -14,12 +14,14 @@ import torch
 import triton
 
 from benchmarks.gpu.layers import Bench, ours
+from qllm.ops import phase
+from qllm.ops.gpu import decode, tiles
 from qllm.ops.gpu import device as device_of
-from qllm.ops.gpu import tiles
 from qllm.ops.gpu.limits import seconds
 from qllm.ops.gpu.tiles import ROWS, Tile
 
 PROGRAMS = (1, 2, 3, 4, 6, 8)
+DECODE_WARPS, DECODE_DEPTHS = (8, 16, 24, 32), (1, 2, 3, 4)
 COLUMNS, WARPS, STAGES = (64, 128), (4, 8), (2, 3, 4, 5)
 MANY = 2048  # rows for which the last tile of a kind is chosen
 
@@ -70,6 +72,16 @@ class Search:
                 tried = {count: self._with_programs(count) for count in PROGRAMS[: self.most]}
                 self.row["programs"] = min(tried, key=tried.get)
 
+    def decode(self, row: dict) -> None:
+        """Leave in a row of the decode product's what took the least time."""
+        costs = {}
+        for programs, depth in itertools.product(DECODE_WARPS, DECODE_DEPTHS):
+            row |= {"programs": programs, "depth": depth}
+            with phase.decode():
+                costs[programs, depth] = self._cost(1)
+        row["programs"], row["depth"] = min(costs, key=costs.get)
+        self.say(f"{self.kind}, decode: {row}")
+
     def _with_tile(self, place: int, tile: Tile, rows: int) -> float:
         self.row["tiles"][str(place)] = list(tile)
         return self._cost(rows)
@@ -110,7 +122,13 @@ def search(
         tiles.table().setdefault(architecture, {})[kind] = found[kind] = row
         options = (torch.bfloat16, device, cache)
         benches = [next(ours(bitwidth, *shape, *options)) for shape in shapes]
-        Search(kind, row, shapes, benches, device, repeats, most, say).run()
+        search = Search(kind, row, shapes, benches, device, repeats, most, say)
+        search.run()
+        if kind.startswith("packed") and not decode.why_not(device):
+            step = kind.replace("packed", "decode")
+            row = dict(tiles.entry(architecture, step))
+            tiles.table()[architecture][step] = found[step] = row
+            search.decode(row)
     return found
 
 

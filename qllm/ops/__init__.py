@@ -177,6 +177,7 @@ SIMPLE = (
 )
 GPU_SIMPLE = {
     "decode_attention": gpu_attention.decode_attention,
+    "gated_activation": gpu_rows.gated_activation,
     "layer_norm_int8": gpu_rows.layer_norm_int8,
     "rms_norm_int8": gpu_rows.rms_norm_int8,
 }

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from qllm.errors import first_line
 from qllm.ops import reference
 from qllm.ops.gpu import device as device_of
-from qllm.ops.gpu import driver, layout, nvrtc
+from qllm.ops.gpu import driver, layout, nvrtc, tiles
 from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
 from qllm.quant.packing import PackedWeight
 from qllm.quant.packing import pack as pack_rows
@@ -29,7 +29,6 @@ DTYPES = (torch.bfloat16, torch.float16)
 ALIGNED = 8  # numbers of x that are loaded at once
 EARLY = (9, 0)  # the first compute capability whose kernels can begin before the last has ended
 WARPS = (4, 8, 16)
-WARPS_OF_A_PROCESSOR = 16  # wanted; how many registers allow for is 24 or so
 TILES = (1, 2, 4)  # eights of rows that a block of threads takes at once
 
 
@@ -70,14 +69,13 @@ def source() -> str:
     return "".join((SOURCE / name).read_text("utf-8") for name in ("device.h", "decode.cu"))
 
 
-def depth(bits: int) -> int:
-    """Blocks that a warp asks for in advance."""
-    return 2 if bits > 4 else 3 if bits > 2 else 4
+def warps(wanted: int, panels: int, blocks: int, processors: int) -> int:
+    """Warps that share a panel, so that few panels keep every processor busy.
 
-
-def warps(panels: int, blocks: int, processors: int) -> int:
-    """Warps that share a panel, so that few panels keep every processor busy."""
-    most = max(WARPS[0], min(blocks, WARPS_OF_A_PROCESSOR * processors // panels))
+    Args:
+        wanted: warps of a processor.
+    """
+    most = max(WARPS[0], min(blocks, wanted * processors // panels))
     return max(count for count in WARPS if count <= most)
 
 
@@ -121,17 +119,18 @@ def weight_only_linear(
     rows, y = len(x), x.new_empty(len(x), out_features)
     if rows == 0:
         return y
-    _, processors = device_of.architecture(x.device)
-    tiles = next((count for count in TILES if rows <= 8 * count), TILES[-1])
+    architecture, processors = device_of.architecture(x.device)
+    row = tiles.entry(architecture, f"decode-{bits}")
+    tall = next((count for count in TILES if rows <= 8 * count), TILES[-1])
     variant = Variant(
         bits,
         float16=x.dtype == torch.float16,
         zeros=qzeros.numel() > 0,
         wide=scales.dtype == torch.float32,
         group=shape.span,
-        warps=warps(shape.panels, shape.blocks, processors),
-        depth=depth(bits),
-        tiles=tiles,
+        warps=warps(row["programs"], shape.panels, shape.blocks, processors),
+        depth=row["depth"],
+        tiles=tall,
     )
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
@@ -151,7 +150,7 @@ def weight_only_linear(
         shape.groups,
         -(-(1 << 32) // -(-shape.room // BLOCK)),
     )
-    grid = (-(-rows // (8 * tiles)), shape.panels)
+    grid = (-(-rows // (8 * tall)), shape.panels)
     with device_of.current(x):
         function, early = _kernel(variant, x.device)
         driver.launch(function, grid, 32 * variant.warps, arguments, x.device, early=early)

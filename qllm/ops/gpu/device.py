@@ -54,11 +54,29 @@ def _too_old() -> str | None:
     return None
 
 
+@cache
+def say_that_it_compiles() -> None:
+    """Tell the user, once, what takes so long."""
+    print("note: compiling GPU kernels, which are kept for the next time ...", file=sys.stderr)
+
+
+def watch_triton() -> None:
+    """Tell the user where Triton compiles, when it has compiled the first kernel."""
+    import triton
+
+    def compiled(*, cache_hit: bool, **_: object) -> None:
+        if not cache_hit:
+            say_that_it_compiles()
+
+    triton.knobs.compilation.listener = compiled
+
+
 def _self_test() -> str | None:
     """What keeps Triton from running a small kernel: it wants a C compiler and Python's headers."""
     from qllm.ops.gpu.rows import quantize
 
     try:
+        watch_triton()
         found = quantize(torch.tensor([[-3.0, 0.0, 3.0]], device="cuda"), None).values.tolist()
     except Exception as error:  # whatever a compiler or a driver may raise
         return f"Triton cannot run here: {first_line(error)}"

@@ -19,6 +19,7 @@ import torch
 
 from qllm import folders
 from qllm.errors import first_line
+from qllm.ops.gpu.device import say_that_it_compiles
 
 VERSIONS = ("13", "12")
 DIGEST_BYTES = hashlib.sha256().digest_size
@@ -71,6 +72,7 @@ def compile_cached(source: str, options: Sequence[str]) -> bytes:
         with suppress(OSError):
             if found := _read(path):
                 return found
+    say_that_it_compiles()
     made = compile(source, options)
     for path in places:
         with suppress(OSError):

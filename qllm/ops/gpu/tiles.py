@@ -1,4 +1,5 @@
-"""The sizes of the products' tiles, from a table by architecture, kind and number of rows.
+"""The sizes of the products' tiles, from a table by architecture, kind and number of rows; and of
+the decode product, warps of a processor ("programs") and blocks asked for in advance ("depth").
 
 `python3 -m benchmarks.gpu --tune` measures them on the GPU at hand and writes `tiles.json`.
 """
@@ -49,8 +50,8 @@ def table() -> dict:
 def entry(architecture: str, kind: str) -> dict:
     """The table's row of a kind on an architecture, or what stands in for it."""
     family = kind.partition("-")[0]
-    rows = table().get(architecture, {})
-    return rows.get(kind) or rows.get(family) or table()[DEFAULT][family]
+    rows, others = table().get(architecture, {}), table()[DEFAULT]
+    return rows.get(kind) or rows.get(family) or others.get(kind) or others[family]
 
 
 def slices(kind: str, columns: int, blocks: int, architecture: str, processors: int) -> int:

@@ -11,6 +11,7 @@ from conftest import assert_user_error
 from inside import call
 
 from benchmarks.gpu import everything, layers, models, tune
+from qllm.ops import phase
 from qllm.ops.gpu import device, limits, tiles
 from tools.random_checkpoint import opt_config
 
@@ -126,6 +127,20 @@ def test_tuning_writes_the_table(gpu, tmp_path, monkeypatch):
         )
     finally:
         tiles.table.cache_clear()
+
+
+def test_tuning_tries_what_the_decode_product_has(gpu, monkeypatch):
+    row, tried = {"programs": 16, "depth": 3}, []
+
+    def cost(self, rows):
+        assert rows == 1 and phase.decoding()
+        tried.append((row["programs"], row["depth"]))
+        return abs(row["programs"] - 24) + abs(row["depth"] - 2)
+
+    monkeypatch.setattr(tune.Search, "_cost", cost)
+    place = torch.device(gpu)
+    tune.Search("packed-4", {}, (), (), place, 1, None, lambda line: None).decode(row)
+    assert row == {"programs": 24, "depth": 2} and len(set(tried)) == 16
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

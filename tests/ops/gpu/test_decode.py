@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qllm.config import SCHEMES
 from qllm.ops import phase
-from qllm.ops.gpu import decode, driver, layout, linear, nvrtc
+from qllm.ops.gpu import decode, driver, layout, linear, nvrtc, tiles
 from qllm.ops.gpu import device as device_of
 from qllm.quant.packing import BITS
 
@@ -222,13 +222,39 @@ def test_where_it_cannot_run_a_note_and_the_explanation_say_so(monkeypatch, caps
         decode.why_not.cache_clear()
 
 
+def test_what_is_compiled_is_kept(monkeypatch, tmp_path, capsys):
+    made = []
+    monkeypatch.setenv("QLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
+    monkeypatch.setattr(nvrtc, "compile", lambda *given: made.append(given) or b"binary")
+    device_of.say_that_it_compiles.cache_clear()
+    for options in (["-DBITS=4"], ["-DBITS=4"], ["-DBITS=3"]):
+        assert nvrtc.compile_cached("source", options) == b"binary"
+    assert [options for _, options in made] == [["-DBITS=4"], ["-DBITS=3"]]
+    assert capsys.readouterr().err.count("note: compiling GPU kernels") == 1
+    for path in (tmp_path / "cache").iterdir():
+        path.write_bytes(path.read_bytes()[:-1])  # as after a crash
+    assert nvrtc.compile_cached("source", ["-DBITS=4"]) == b"binary" and len(made) == 3
+
+
+def test_few_panels_get_more_warps():
+    for panels, blocks, expected in ((256, 86, 8), (512, 64, 4), (1376, 32, 4), (48, 6, 4)):
+        assert decode.warps(16, panels, blocks, 132) == expected
+    assert decode.warps(16, 64, 32, 132) == 16
+
+
+def depth(bits: int) -> int:
+    """Blocks that a warp asks for in advance."""
+    return tiles.entry(tiles.DEFAULT, f"decode-{bits}")["depth"]
+
+
 # Constants of the kernel: each number of bits, and one of each of the others somewhere.
 VARIANTS = [
     decode.Variant(bits, bits % 3 == 0, bits % 4 != 2, bits % 5 == 0, group, 8, depth, tiles)
     for bits, group, depth, tiles in (
-        *((bits, 128, decode.depth(bits), 1) for bits in (1, 3, 4, 7, 8)),
-        (4, 32, decode.depth(4), 4),
-        (6, 64, decode.depth(6), 2),
+        *((bits, 128, depth(bits), 1) for bits in (1, 3, 4, 7, 8)),
+        (4, 32, depth(4), 4),
+        (6, 64, depth(6), 2),
     )
 ]
 

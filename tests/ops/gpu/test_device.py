@@ -84,6 +84,20 @@ def test_a_triton_that_cannot_run_takes_the_reference(a_gpu, monkeypatch):
     assert device.why_not("cuda") is None
 
 
+def test_a_note_says_that_triton_compiles(monkeypatch, capsys):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)
+    device.watch_triton()
+    device.say_that_it_compiles.cache_clear()
+    said = []
+    for cache_hit in (True, False, False):
+        given = {"src": None, "metadata": {}, "metadata_group": {}, "times": None}
+        triton.knobs.compilation.listener(**given, cache_hit=cache_hit)
+        said.append(capsys.readouterr().err)
+    note = "note: compiling GPU kernels, which are kept for the next time ...\n"
+    assert said == ["", note, ""]
+
+
 def test_another_maker_s_gpu_takes_the_reference(a_gpu, monkeypatch):
     a_gpu(9, 0)
     monkeypatch.setattr(torch.version, "hip", "6.2")

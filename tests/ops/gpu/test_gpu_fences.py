@@ -26,6 +26,7 @@ def run_linear(dtype: torch.dtype, fence) -> None:
         q = fence(torch.ones(outputs, inputs, dtype=torch.int8))
         for scale in (None, fence(torch.tensor(0.02))):
             linear.int8_linear(x, q, fence(torch.ones(outputs)), bias, scale, outputs)
+        rows.gated_activation(fence(normal(count, 2 * inputs, dtype=dtype)), "silu")
         weight = fence(normal(inputs, dtype=dtype))
         rows.layer_norm_int8(x, weight, fence(normal(inputs, dtype=dtype)), 1e-5, None)
         rows.rms_norm_int8(x, weight, 1e-5, fence(torch.tensor(0.02)))

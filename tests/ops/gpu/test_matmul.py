@@ -190,6 +190,18 @@ def test_int8_is_exact(static, dtype, gpu):
         assert torch.equal(linear.int8_linear(made, q, scales, bias, scale, outputs), got)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["silu", "gelu"])
+def test_gated_activations(name, dtype, gpu):
+    x = normal(5, 2600, dtype=dtype) * 4
+    exact = reference.gated_activation(x.double(), name)
+    got = rows.gated_activation(x.to(gpu), name).cpu()
+    assert got.dtype == dtype and got.shape == exact.shape
+    plain = rms(reference.gated_activation(x, name).double() - exact)
+    assert rms(got.double() - exact) <= 2 * plain
+    assert rows.gated_activation(x[:0].to(gpu), name).shape == (0, 1300)
+
+
 def test_int8_sums_that_float32_cannot_hold(gpu):
     # Above 2^24 there are no odd numbers: of ones that are added there, one by one, all are lost.
     x = torch.cat([torch.full((1, 2048), 127.0), torch.ones(1, 64)], dim=1)

@@ -1,4 +1,4 @@
-"""Rows of activations to int8, one program a row.
+"""Rows of activations to int8, one program a row; and gated activations.
 
 A GPU's `/` and square root are a last digit off, which a rounded result would show: here both are
 rounded correctly, as the reference's are.
@@ -60,3 +60,16 @@ def quantize_rows(
     steps = tl.where(steps == steps, tl.minimum(tl.maximum(steps, -128.0), 127.0), 0.0)
     place = q + row.to(tl.int64) * columns + column
     tl.store(place, _round(steps).to(tl.int8), mask=inside)
+
+
+@triton.jit
+def gated_silu(x, y, columns, BLOCK: tl.constexpr):
+    """y = silu(gate) * up, rounded where each of the two is stored, for x (M, 2 C): (M, C)."""
+    type: tl.constexpr = x.dtype.element_ty
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside, row = column < columns, tl.program_id(1).to(tl.int64)
+    source = x + row * columns * 2 + column
+    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
+    gate = narrow(tl.div_rn(gate, 1.0 + tl.exp(-gate)), type).to(tl.float32)
+    tl.store(y + row * columns + column, narrow(gate * up, type), mask=inside)
