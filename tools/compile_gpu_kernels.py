@@ -74,7 +74,16 @@ def products(capability: str) -> Iterator[Job]:
             every = constants | cut | {"HAS_BIAS": True}
             name = f"{kind}, {count} rows"
             how = (tile.warps, tile.stages, kind != "int8")
-            yield Job(name, kernel, common | tensors, every, *how)
+            if not kind.startswith("packed"):
+                yield Job(name, kernel, common | tensors, every, *how)
+                continue
+            yield Job(name, kernel, common | tensors, every | {"UNPACKED": False}, *how)
+            if kind == "packed-4" and not cut["SPLIT"]:
+                unpacked = common | tensors | {"q": "*bf16"}
+                yield Job(f"{name}, unpacked", kernel, unpacked, every | {"UNPACKED": True}, *how)
+    tensors = {"q": "*i32", "zeros": "*u8", "unpacked": "*bf16"}
+    constants = {"BITS": 4, "SPAN": 128, "GROUP_BLOCKS": 1, "HAS_ZEROS": True, "BN": 64}
+    yield Job("unpacking", matmul.unpack_weight, tensors, constants, 4, 1, True)
 
 
 def others() -> Iterator[Job]:

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from qllm.ops import phase
 from qllm.ops.gpu import decode, device, tiles
-from qllm.ops.gpu.layout import BLOCK, Shape
+from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
 from qllm.ops.gpu.rows import quantize, side_by_side
 from qllm.ops.reference import Int8Rows
 
 DENSE_BLOCK = 64
 FEW_ROWS = 256  # beyond, a dense product is a library's work
+MANY_ROWS = 512  # from which on a packed weight is unpacked in front of its product
+UNPACKED_AT_ONCE = 64  # rows of the weight
 
 
 def about() -> str:
@@ -41,7 +43,7 @@ def weight_only_linear(
     if phase.decoding() and x.dtype in decode.DTYPES and not decode.why_not(x.device):
         packed = (qweight, scales, qzeros)
         return decode.weight_only_linear(x, *packed, bias, out_features, bits, group_size)
-    from qllm.ops.gpu.kernels.matmul import packed_matmul
+    from qllm.ops.gpu.kernels.matmul import packed_matmul, unpack_weight
 
     shape = Shape.of(x.shape[1], out_features, group_size)
     x = shape.spread(x) if shape.spreads else side_by_side(x)
@@ -51,6 +53,17 @@ def weight_only_linear(
         "GROUP_BLOCKS": -(-shape.room // BLOCK),
         "HAS_ZEROS": qzeros.numel() > 0,
     }
+    many = len(x) >= MANY_ROWS
+    if many:  # for which it pays to take the integers out of the words but once
+        unpacked = x.new_empty(shape.panels * PANEL, shape.blocks * BLOCK)
+        grid = (-(-len(unpacked) // UNPACKED_AT_ONCE), shape.blocks)
+        sizes = (shape.panels, shape.blocks, shape.groups)
+        with device.current(x):
+            unpack_weight[grid](
+                qweight, qzeros, unpacked, *sizes, **constants, BN=UNPACKED_AT_ONCE, num_warps=4
+            )
+        qweight = unpacked
+    constants["UNPACKED"] = many
     return _multiply(
         packed_matmul,
         f"packed-{bits}",

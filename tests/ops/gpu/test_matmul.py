@@ -134,6 +134,18 @@ def test_splitting_changes_no_bit(gpu, monkeypatch):
     assert all(map(torch.equal, found[True], found[False]))
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+def test_unpacking_in_front_changes_no_bit(bits, gpu, monkeypatch):
+    for group_size, scheme, dtype in ((32, "asym", DTYPES[0]), (200, "sym", DTYPES[2])):
+        weight = random_weight((70, 390), bits, group_size, scheme)
+        x = normal(20, 390, dtype=dtype)
+        bias = normal(70, dtype=dtype)
+        expected = multiply(weight, x, bias, gpu)
+        with monkeypatch.context() as patch:
+            patch.setattr(linear, "MANY_ROWS", 20)
+            assert torch.equal(multiply(weight, x, bias, gpu), expected)
+
+
 def test_counters_are_left_as_they_were(gpu):
     weight = random_weight((70, 1280), 4, 128)
     x = normal(2, 1280)

@@ -157,11 +157,69 @@ def _store(
 
 
 @triton.jit
+def _group(
+    block, step: tl.constexpr, groups, BK: tl.constexpr, SPAN: tl.constexpr,
+    GROUP_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The group that a step of a block is in; behind the last one, where x is 0, the last one."""
+    if SPAN == BLOCK:
+        group = block // GROUP_BLOCKS
+    else:
+        group = tl.minimum(block * (BLOCK // SPAN) + step * BK // SPAN, groups - 1)
+    return group
+
+
+@triton.jit
+def _zeros(zeros, place, BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, BN: tl.constexpr):
+    """The zeros of BN rows."""
+    if HAS_ZEROS:
+        zero = tl.load(zeros + place).to(tl.int32)
+    else:
+        zero = tl.full((BN,), 1 << (BITS - 1), tl.int32)
+    return zero
+
+
+@triton.jit
+def _rows_of_panels(n, panels):
+    """Panels, places of the scales, lanes' first words and halves of outputs (BN,).
+
+    The last tile may reach beyond the last panel: there it reads that one again.
+    """
+    panel, half = tl.minimum(n // PANEL, panels - 1), n // 8 % 2
+    lane = (n % 8 * 4)[:, None] + tl.arange(0, 4)[None, :]
+    return panel, panel * PANEL + n % 8 * 2 + half, lane, half
+
+
+@triton.jit
+def unpack_weight(
+    q, zeros, unpacked, panels, blocks, groups,
+    BITS: tl.constexpr, SPAN: tl.constexpr, GROUP_BLOCKS: tl.constexpr, HAS_ZEROS: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """q - zero of BN rows and a block: (panels · PANEL, blocks · BLOCK), each step's lanes in turn.
+
+    See `packed_matmul`, whose UNPACKED reads it.
+    """
+    type: tl.constexpr = unpacked.dtype.element_ty
+    BK: tl.constexpr = min(SPAN, 64)  # noqa: N806
+    n, block = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1)
+    panel, column, lane, half = _rows_of_panels(n, panels)
+    q_block = q + (panel.to(tl.int64) * blocks + block) * (64 * BITS)
+    target = unpacked + n.to(tl.int64)[:, None] * blocks * BLOCK + tl.arange(0, BK)[None, :]
+    for step in tl.static_range(BLOCK // BK):
+        group = _group(block, step, groups, BK, SPAN, GROUP_BLOCKS)
+        zero = _zeros(zeros, group * panels * PANEL + column, BITS, HAS_ZEROS, BN)
+        weight = _weight(q_block, lane, half, zero, step, type, BITS, BK, BN)
+        place = target + (block * BLOCK + step * BK)
+        tl.store(place, narrow(weight, type), mask=(n < panels * PANEL)[:, None])
+
+
+@triton.jit
 def packed_matmul(
     x, x_stride, q, scales, zeros, bias, y, partials, counters, rows, inputs, outputs, blocks,
     groups, BITS: tl.constexpr, SPAN: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SLICES: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_ZEROS: tl.constexpr, UNPACKED: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, SLICES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T + bias, for W packed as in `qllm.ops.gpu.layout`.
 
@@ -171,7 +229,8 @@ def packed_matmul(
     weight's words have them.
 
     Args:
-        q: int32 (panels, blocks, 64 · BITS).
+        q: int32 (panels, blocks, 64 · BITS); UNPACKED: what `unpack_weight` makes of it, by which
+            the same numbers are multiplied in the same order.
         scales, zeros: (groups, panels · PANEL).
     """
     type: tl.constexpr = x.dtype.element_ty
@@ -179,15 +238,13 @@ def packed_matmul(
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     panels = (outputs + PANEL - 1) // PANEL
-    # The last tile may reach beyond the last panel: there it reads that one again.
-    panel, half = tl.minimum(n // PANEL, panels - 1), n // 8 % 2
-    column = panel * PANEL + n % 8 * 2 + half
-    lane = (n % 8 * 4)[:, None] + tl.arange(0, 4)[None, :]
+    panel, column, lane, half = _rows_of_panels(n, panels)
     i = tl.arange(0, BK)
     order = i % (BK // 4) // 8 * 32 + i // (BK // 4) * 8 + i % 8  # unit, lane, input
     order = tl.max_contiguous(tl.multiple_of(order, 8), 8)
     x_rows = x + m.to(tl.int64)[:, None] * x_stride
     q_panel = q + panel.to(tl.int64) * blocks * (64 * BITS)
+    stored = tl.minimum(n, panels * PANEL - 1).to(tl.int64) * blocks * BLOCK
     per_slice = (blocks + SLICES - 1) // SLICES
     first = tl.program_id(2) if SPLIT else 0
     past = first + 1 if SPLIT else SLICES
@@ -195,21 +252,19 @@ def packed_matmul(
     for s in range(bound(first), bound(past)):
         sums = tl.zeros((BN, BM), tl.float32)
         for block in range(bound(s * per_slice), bound(tl.minimum(blocks, (s + 1) * per_slice))):
-            q_block = q_panel + block * (64 * BITS)
             for step in tl.static_range(BLOCK // BK):
                 if step * BK % SPAN == 0:
-                    if SPAN == BLOCK:
-                        group = block // GROUP_BLOCKS
-                    else:  # behind the last group, x is 0
-                        group = tl.minimum(block * (BLOCK // SPAN) + step * BK // SPAN, groups - 1)
+                    group = _group(block, step, groups, BK, SPAN, GROUP_BLOCKS)
                     place = group * panels * PANEL + column
                     scale = tl.load(scales + place).to(tl.float32)
-                    if HAS_ZEROS:
-                        zero = tl.load(zeros + place).to(tl.int32)
-                    else:
-                        zero = tl.full((BN,), 1 << (BITS - 1), tl.int32)
                     product = tl.zeros((BN, BM), tl.float32)
-                weight = _weight(q_block, lane, half, zero, step, type, BITS, BK, BN)
+                if UNPACKED:
+                    here = block * BLOCK + step * BK + i
+                    weight = tl.load(q + stored[:, None] + here[None, :])
+                else:
+                    zero = _zeros(zeros, place, BITS, HAS_ZEROS, BN)
+                    words = q_panel + block * (64 * BITS)
+                    weight = _weight(words, lane, half, zero, step, type, BITS, BK, BN)
                 k = block * BLOCK + step * BK + order
                 inside = (m < rows)[:, None] & (k < inputs)[None, :]
                 part = tl.trans(operand(tl.load(x_rows + k[None, :], mask=inside, other=0.0)))
