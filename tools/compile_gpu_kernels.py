@@ -96,21 +96,21 @@ def others() -> Iterator[Job]:
         constants |= {"GROUP_ROOM": 16, "SPAN": 256, "BLOCK": 64, "TURN": True, "SLOPE": True}
         name = f"attention, heads of {dim}"
         yield Job(name, attention.decode_attention, tensors, constants, 4, 2, True)
-        kinds = ("q", "row_of", "starts")
-        tensors |= dict(zip(kinds, ("*bf16", "*i64", "*i32"), strict=True))
-        constants = {"DIM": dim, "FIRST": dim // 2, "HALF": dim // 2, "HEADS": 128, "TURN": True}
-        name = f"placing heads of {dim}"
-        yield Job(name, prompts.place_tokens, tensors, constants, dim // 16, 1, True)
-        width, tokens, keys, warps = prompt_tile(dim, torch.bfloat16)
-        constants = {"DIM": dim, "WIDTH": width, "GROUP": 1, "BM": tokens, "BN": keys}
-        constants |= {"SLOPE": True}
-        name = f"prompts' attention, heads of {dim}"
-        yield Job(name, prompts.prompt_attention, tensors, constants, warps, 2, True)
-    tensors = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "q": "*i8", "scales": "*fp32"}
+    kinds = ("q", "row_of", "starts")
+    tensors |= dict(zip(kinds, ("*bf16", "*i64", "*i32"), strict=True))
+    constants = {"DIM": 128, "FIRST": 64, "HALF": 64, "HEADS": 128, "TURN": True}
+    yield Job("placing heads", prompts.place_tokens, tensors, constants, 8, 1, True)
+    width, tokens, keys, warps = prompt_tile(128, torch.bfloat16)
+    constants = {"DIM": 128, "WIDTH": width, "GROUP": 1, "BM": tokens, "BN": keys, "SLOPE": True}
+    yield Job("prompts' attention", prompts.prompt_attention, tensors, constants, warps, 2, True)
+    tensors = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "scales": "*fp32"}
+    tensors |= {"z": "*bf16", "sums": "*bf16", "out": "*i8"}
     constants = {"WIDTH": 4096, "HAS_WEIGHT": True, "HAS_BIAS": True, "STATIC": False}
-    for name, norm in (("rows", 0), ("layer norm", 1), ("RMS norm", 2)):
-        every = constants | {"NORM": norm}
-        yield Job(f"{name} to int8", rows.quantize_rows, tensors, every, 8, 1, False)
+    for name, norm in (("rows", 0), ("layer norm", 1)):
+        every = constants | {"NORM": norm, "ADD": norm > 0, "QUANTIZE": True}
+        yield Job(f"{name} to int8", rows.norm_rows, tensors, every, 8, 1, False)
+    every = constants | {"NORM": 2, "ADD": True, "QUANTIZE": False}
+    yield Job("sum and RMS norm", rows.norm_rows, tensors | {"out": "*bf16"}, every, 8, 1, False)
 
 
 def build(job: Job, capability: int) -> dict[str, object]:

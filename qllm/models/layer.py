@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -27,7 +28,7 @@ class Embedding(nn.Module):
         return ops.on(tokens.device.type).embedding(tokens, self.weight, 0)
 
 
-class Norm(nn.Module):
+class Norm(nn.Module, ABC):
     """What norms of rows (N, C) share.
 
     Attributes:
@@ -46,6 +47,21 @@ class Norm(nn.Module):
         self.op += "_int8"
         self.options += (linear.input_scale,)
 
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What the op takes behind x."""
+
+    def forward(self, x: Tensor) -> Tensor | Int8Rows:
+        return getattr(ops.on(x.device.type), self.op)(x, *self.tensors, *self.options)
+
+    def after_sum(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor | Int8Rows]:
+        """x + z and its norm, in one launch where the device has that."""
+        if fused := ops.on(x.device.type).add_norm.get(self.op):
+            return fused(x, z, *self.tensors, *self.options)
+        x = _add(x, z)
+        return x, self(x)
+
 
 class LayerNorm(Norm):
     """Mean and variance to 0 and 1, then weight (C,) and bias (C,), where there are any."""
@@ -58,9 +74,9 @@ class LayerNorm(Norm):
             value = torch.empty(self.shape, dtype=dtype, device="meta")
             self.register_buffer(name, value if config.norm_affine else None)
 
-    def forward(self, x: Tensor) -> Tensor | Int8Rows:
-        run = getattr(ops.on(x.device.type), self.op)
-        return run(x, self.weight, self.bias, *self.options)
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.weight, self.bias
 
 
 class RMSNorm(Norm):
@@ -72,9 +88,9 @@ class RMSNorm(Norm):
         super().__init__(config)
         self.register_buffer("weight", torch.empty(self.shape, dtype=dtype, device="meta"))
 
-    def forward(self, x: Tensor) -> Tensor | Int8Rows:
-        run = getattr(ops.on(x.device.type), self.op)
-        return run(x, self.weight, *self.options)
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return (self.weight,)
 
 
 NORMS: dict[str, type[Norm]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
@@ -152,9 +168,15 @@ class PreNormLayer(nn.Module):
         self.mlp = (GatedMLP if config.gated_mlp else MLP)(config, index, make)
 
     def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        if self.has_attention:
-            x = self.attention_block(x, step)
-        return self.mlp_block(x) if self.has_mlp else x
+        if self.has_attention and self.has_mlp:
+            return self.both_blocks(x, step)
+        return self.attention_block(x, step) if self.has_attention else self.mlp_block(x)
+
+    def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        """The whole layer: x (N, C) to (N, C)."""
+        z = self.attention(self.attention_norm(x), step)
+        x, normed = self.mlp_norm.after_sum(x, z)
+        return _add(x, self.mlp(normed))
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         """The first half of the layer: x (N, C) to (N, C)."""
@@ -178,6 +200,9 @@ class NormedResidualLayer(PreNormLayer):
     def fuse_norms(self) -> None:
         """The residual needs what a norm makes as it is."""
 
+    def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        return self.mlp_block(self.attention_block(x, step))
+
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         x = self.attention_norm(x)
         return _add(x, self.attention(x, step))
@@ -192,6 +217,9 @@ class PostNormLayer(PreNormLayer):
 
     def fuse_norms(self) -> None:
         """The residual needs what a norm makes as it is."""
+
+    def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        return self.mlp_block(self.attention_block(x, step))
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         return self.attention_norm(_add(x, self.attention(x, step)))

@@ -253,12 +253,19 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
 def on(device: str) -> SimpleNamespace:
     """The ops between linear layers, by name, as the best kernels of a device have them.
 
-    Besides, `prompts_attention` takes all prompts at once, and is None where that gains nothing.
+    Besides, `prompts_attention` takes all prompts at once, and `add_norm` has by a norm's name what
+    adds in front of it; None and empty where that gains nothing.
     """
     request = Request(0, 0, 16, -1, "asym", device)
     found = {op: select(op, request).kernel.run for op in SIMPLE}
-    together = None if _gpu_why_not(request) else gpu_attention.prompts_attention
-    return SimpleNamespace(**found, prompts_attention=together)
+    if _gpu_why_not(request) is None:
+        fused = {
+            "prompts_attention": gpu_attention.prompts_attention,
+            "add_norm": gpu_rows.ADD_NORM,
+        }
+    else:
+        fused = {"prompts_attention": None, "add_norm": {}}
+    return SimpleNamespace(**found, **fused)
 
 
 def prepare(device: str) -> None:

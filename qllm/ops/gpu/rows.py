@@ -1,4 +1,4 @@
-"""Rows of activations as int8, with the norm in front where there is one; and gated ones."""
+"""Rows of activations: sums and norms of them, those as int8; and gated ones."""
 
 from __future__ import annotations
 
@@ -20,60 +20,110 @@ def side_by_side(x: Tensor) -> Tensor:
 
 def quantize(x: Tensor, input_scale: Tensor | None) -> Int8Rows:
     """`reference.quantize_rows`."""
-    return _quantize(x, NO_NORM, None, None, 0.0, input_scale)
+    return _run(x, None, NO_NORM, None, None, 0.0, (input_scale,))[1]
 
 
 def layer_norm_int8(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, input_scale: Tensor | None
 ) -> Int8Rows:
     """`reference.layer_norm_int8`."""
-    return _quantize(x, LAYER_NORM, weight, bias, eps, input_scale)
+    return _run(x, None, LAYER_NORM, weight, bias, eps, (input_scale,))[1]
 
 
 def rms_norm_int8(
     x: Tensor, weight: Tensor | None, eps: float, input_scale: Tensor | None
 ) -> Int8Rows:
     """`reference.rms_norm_int8`."""
-    return _quantize(x, RMS_NORM, weight, None, eps, input_scale)
+    return _run(x, None, RMS_NORM, weight, None, eps, (input_scale,))[1]
 
 
-def _quantize(
+def add_layer_norm(
+    x: Tensor, z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x + z, and `reference.layer_norm` of it."""
+    return _run(x, z, LAYER_NORM, weight, bias, eps, None)
+
+
+def add_rms_norm(x: Tensor, z: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """x + z, and `reference.rms_norm` of it."""
+    return _run(x, z, RMS_NORM, weight, None, eps, None)
+
+
+def add_layer_norm_int8(
+    x: Tensor, z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    input_scale: Tensor | None,
+) -> tuple[Tensor, Int8Rows]:  # fmt: skip
+    """x + z, and `reference.layer_norm_int8` of it."""
+    return _run(x, z, LAYER_NORM, weight, bias, eps, (input_scale,))
+
+
+def add_rms_norm_int8(
+    x: Tensor, z: Tensor, weight: Tensor | None, eps: float, input_scale: Tensor | None
+) -> tuple[Tensor, Int8Rows]:
+    """x + z, and `reference.rms_norm_int8` of it."""
+    return _run(x, z, RMS_NORM, weight, None, eps, (input_scale,))
+
+
+# What adds to the rows in front of a norm, by the op of the norm.
+ADD_NORM = {
+    "layer_norm": add_layer_norm,
+    "rms_norm": add_rms_norm,
+    "layer_norm_int8": add_layer_norm_int8,
+    "rms_norm_int8": add_rms_norm_int8,
+}
+
+
+def _run(
     x: Tensor,
+    z: Tensor | None,
     norm: int,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    input_scale: Tensor | None,
-) -> Int8Rows:
-    from qllm.ops.gpu.kernels.rows import quantize_rows
+    quantized: tuple[Tensor | None] | None,
+) -> tuple[Tensor, Tensor | Int8Rows]:
+    """x + z, or x, and what follows.
+
+    Args:
+        quantized: to int8, by a scale or (None) one for each row; None: not at all.
+    """
+    from qllm.ops.gpu.kernels.rows import norm_rows
 
     x = side_by_side(x)
+    z = None if z is None else side_by_side(z)
     rows, columns = x.shape
-    q = x.new_empty(rows, columns, dtype=torch.int8)
-    scales = input_scale
-    if scales is None:
+    sums = x if z is None else x.new_empty(rows, columns)
+    out = x.new_empty(rows, columns, dtype=torch.int8 if quantized else x.dtype)
+    scales = quantized[0] if quantized else None
+    static = scales is not None
+    if quantized and not static:
         scales = x.new_empty(rows, 1, dtype=torch.float32)
     width = 1 << (columns - 1).bit_length()
     if rows:
         with device.current(x):
-            quantize_rows[(rows,)](
+            norm_rows[(rows,)](
                 x,
                 x.stride(0),
+                z,
+                0 if z is None else z.stride(0),
+                sums,
                 weight,
                 bias,
-                q,
+                out,
                 scales,
                 columns,
                 eps,
                 WIDTH=width,
+                ADD=z is not None,
                 NORM=norm,
                 HAS_WEIGHT=weight is not None,
                 HAS_BIAS=bias is not None,
-                STATIC=input_scale is not None,
+                QUANTIZE=quantized is not None,
+                STATIC=static,
                 num_warps=min(16, max(1, width // 512)),
                 enable_fp_fusion=False,  # each step is rounded, as the reference's are
             )
-    return Int8Rows(q, scales, x.dtype)
+    return sums, Int8Rows(out, scales, x.dtype) if quantized else out
 
 
 def gated_activation(x: Tensor, name: str) -> Tensor:

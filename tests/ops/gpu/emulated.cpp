@@ -101,7 +101,7 @@ static void copy_words(u32* to, const void* from, int count) {
 
 DEVICE void load4(u32* to, const u32* from) { copy_words(to, from, 4); }
 DEVICE void load2(u32* to, const u32* from) { copy_words(to, from, 2); }
-DEVICE void load4_shared(u32* to, const u16* from) { copy_words(to, from, 4); }
+DEVICE void load4_cached(u32* to, const u16* from) { copy_words(to, from, 4); }
 
 DEVICE u32 and_or(u32 a, u32 mask, u32 c) { return (a & mask) | c; }
 

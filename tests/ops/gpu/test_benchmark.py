@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import assert_user_error
+from conftest import ROOT, assert_user_error
 from inside import call
 
 from benchmarks.gpu import everything, layers, models, tune
@@ -127,6 +127,21 @@ def test_tuning_writes_the_table(gpu, tmp_path, monkeypatch):
         )
     finally:
         tiles.table.cache_clear()
+
+
+def test_results_of_tests_are_read_from_what_pytest_says(tmp_path):
+    text = "import pytest\ndef test_a(): pass\n@pytest.mark.parametrize('x', ['1 2'])\n"
+    (tmp_path / "test_it.py").write_text(text + "def test_b(x): assert False\n")
+    (tests,) = (
+        part for part in everything.parts([], [], [], [], [], tmp_path) if part.name == "tests"
+    )
+    options = ("-n", "1", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider")
+    ended = everything.start((*tests.arguments[:-1], *options, str(tmp_path)), 60)
+    found, said = {"failures": []}, []
+    everything._read_tests(found, ended, said.append)
+    assert found["tests"] == {"passed": 1, "failed": 1, "error": 0, "skipped": 0}
+    (failure,) = found["failures"]
+    assert failure["what"].endswith("test_it.py::test_b[1 2]") and len(said) == 1
 
 
 def test_tuning_tries_what_the_decode_product_has(gpu, monkeypatch):

@@ -30,6 +30,7 @@ def run_linear(dtype: torch.dtype, fence) -> None:
         weight = fence(normal(inputs, dtype=dtype))
         rows.layer_norm_int8(x, weight, fence(normal(inputs, dtype=dtype)), 1e-5, None)
         rows.rms_norm_int8(x, weight, 1e-5, fence(torch.tensor(0.02)))
+        rows.add_rms_norm(x, fence(normal(count, inputs, dtype=dtype)), weight, 1e-5)
 
 
 def run_attention(dtype: torch.dtype, fence) -> None:
@@ -42,14 +43,14 @@ def run_attention(dtype: torch.dtype, fence) -> None:
             cache = map(fence, normal(2, 3, kv_heads, length, dim, dtype=dtype))
             places = fence(torch.tensor([length - 1, 0, length - 1]))
             attention.decode_attention(new, *cache, places, length, turns, slopes)
-            cache = map(fence, normal(2, 2, kv_heads, length, dim, dtype=dtype))
-            new = fence(normal(length + 1, (heads + 2 * kv_heads) * dim, dtype=dtype))
-            turns = [*map(fence, normal(2, length + 1, dim, dtype=dtype))] if dim > 1 else None
-            row_of = fence(torch.tensor([0] * length + [1]))
-            places = fence(torch.tensor([*range(length), 0]))
-            starts = fence(torch.tensor([0, length, length + 1], dtype=torch.int32))
-            options = (row_of, places, starts, length, turns, slopes)
-            attention.prompts_attention(new, *cache, *options)
+        cache = map(fence, normal(2, 2, kv_heads, 17, dim, dtype=dtype))
+        new = fence(normal(18, (heads + 2 * kv_heads) * dim, dtype=dtype))
+        turns = [*map(fence, normal(2, 18, dim, dtype=dtype))] if dim > 1 else None
+        row_of = fence(torch.tensor([0] * 17 + [1]))
+        places = fence(torch.tensor([*range(17), 0]))
+        starts = fence(torch.tensor([0, 17, 18], dtype=torch.int32))
+        options = (row_of, places, starts, 17, turns, slopes)
+        attention.prompts_attention(new, *cache, *options)
 
 
 def forbid_tensors_as_bounds() -> None:
@@ -89,10 +90,8 @@ def test_nothing_outside_is_touched():
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 def test_a_kernel_that_touched_it_would_die():
     command = (
-        "from qllm.ops.gpu.kernels.rows import quantize_rows; x = fenced(torch.ones(1, 100),"
-        " at_end=True); q = torch.ones(4000, dtype=torch.int8); quantize_rows[(1,)](x, 100, None,"
-        " None, q, torch.ones(1), 3000, 0.0, WIDTH=4096, NORM=0, HAS_WEIGHT=False, HAS_BIAS=False,"
-        " STATIC=False)"
+        "from qllm.ops.gpu.kernels.rows import gated_silu; x = fenced(torch.ones(1, 100),"
+        " at_end=True); gated_silu[(1, 1)](x, torch.ones(4000), 3000, BLOCK=4096)"
     )
     done = run_in(Path(__file__), command, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert done.returncode < 0

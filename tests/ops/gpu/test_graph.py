@@ -11,6 +11,7 @@ from conftest import tiny
 from oracle import load
 
 from qllm import ops
+from qllm.ops import phase
 from qllm.ops.gpu.graph import Graph
 
 
@@ -96,3 +97,17 @@ def test_a_model_is_captured_where_it_is_in_one_place(whole, made, monkeypatch):
     if whole:
         model.decode(tokens, cache)
         assert made.events[-2:] == ["capture", "replay"]
+
+
+def test_a_step_is_decode_and_a_prompt_is_not(monkeypatch):
+    model, seen = load(tiny("opt"), "4"), []
+    for linear in (model.layers[0].mlp.up, model.lm_head):
+        run = linear.forward
+        monkeypatch.setattr(
+            linear, "forward", lambda x, run=run: seen.append(phase.decoding()) or run(x)
+        )
+    cache = model.new_cache(2, 9)
+    tokens = model.prefill([[5, 6], [7]], cache).argmax(-1)
+    assert seen == [False, False]
+    model.decode(tokens, cache)
+    assert seen == [False, False, True, True] and not phase.decoding()

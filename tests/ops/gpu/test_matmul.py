@@ -214,6 +214,27 @@ def test_gated_activations(name, dtype, gpu):
     assert rows.gated_activation(x[:0].to(gpu), name).shape == (0, 1300)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_and_their_norms(dtype, gpu):
+    x, z = normal(2, 5, 300, dtype=dtype)
+    weight, bias = normal(2, 300, dtype=dtype)
+    parameters = {"layer_norm": (weight, bias, 1e-5), "rms_norm": (weight, 1e-5)}
+    for name, given in parameters.items():
+        there = [part.to(gpu) if isinstance(part, Tensor) else part for part in given]
+        total, normed = rows.ADD_NORM[name](x.to(gpu), z.to(gpu), *there)
+        assert torch.equal(total.cpu(), x + z)
+        norm = getattr(reference, name)
+        doubled = [part.double() if isinstance(part, Tensor) else part for part in given]
+        exact = norm((x + z).double(), *doubled)
+        allowed = 2 * rms(norm(x + z, *given).double() - exact)
+        assert rms(normed.cpu().double() - exact) <= allowed
+        # As int8, to the bit what becomes of the norm itself.
+        again, quantized = rows.ADD_NORM[f"{name}_int8"](x.to(gpu), z.to(gpu), *there, None)
+        wanted = reference.quantize_rows(normed.cpu(), None)
+        assert torch.equal(again, total) and torch.equal(quantized.values.cpu(), wanted.values)
+        assert torch.equal(quantized.scales.cpu(), wanted.scales)
+
+
 def test_int8_sums_that_float32_cannot_hold(gpu):
     # Above 2^24 there are no odd numbers: of ones that are added there, one by one, all are lost.
     x = torch.cat([torch.full((1, 2048), 127.0), torch.ones(1, 64)], dim=1)

@@ -1,4 +1,4 @@
-"""Rows of activations to int8, one program a row; and gated activations.
+"""Rows of activations: sums, norms, and to int8, one program a row; and gated activations.
 
 A GPU's `/` and square root are a last digit off, which a rounded result would show: here both are
 rounded correctly, as the reference's are.
@@ -18,24 +18,33 @@ def _round(x):
 
 
 @triton.jit
-def quantize_rows(
-    x, x_stride, weight, bias, q, scales, columns, eps,
-    WIDTH: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    STATIC: tl.constexpr,
+def norm_rows(
+    x, x_stride, z, z_stride, sums, weight, bias, out, scales, columns, eps,
+    WIDTH: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, QUANTIZE: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
-    """q = clamp(round(norm(x) / scale)): int8 (M, K), and scales float32, per row or given.
+    """norm(x + z), or of x alone, for (M, K); with QUANTIZE as int8, clamp(round(... / scale)).
 
     Args:
+        sums: (M, K), takes x + z where they are added, rounded as the norm sees them.
+        out: of x's type or int8.
+        scales: float32, per row or given.
         WIDTH: K or the next power of two.
         NORM: 0: none, 1: layer norm, 2: root mean square; rounded to the type of x, as where it is
             stored in between.
         STATIC: scales is one number, which is read.
     """
-    row = tl.program_id(0)
+    type: tl.constexpr = x.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < columns
-    source = x + row.to(tl.int64) * x_stride + column
-    value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    place = row * columns + column
+    if ADD:
+        value += tl.load(z + row * z_stride + column, mask=inside, other=0.0).to(tl.float32)
+        total = narrow(value, type)
+        tl.store(sums + place, total, mask=inside)
+        value = total.to(tl.float32)
     if NORM != 0:
         count = columns * 1.0
         if NORM == 1:
@@ -47,19 +56,22 @@ def quantize_rows(
             value *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
         if HAS_BIAS:
             value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-        value = narrow(value, x.dtype.element_ty).to(tl.float32)
-    if STATIC:
-        scale = tl.load(scales)
+        normed = narrow(value, type)
+        value = normed.to(tl.float32)
+    if QUANTIZE:
+        if STATIC:
+            scale = tl.load(scales)
+        else:
+            # By their bits, in whose order infinity is next to last, and NaN the largest number.
+            bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            scale = tl.div_rn(tl.max(bits).to(tl.float32, bitcast=True) * 2, 255.0)
+            scale = tl.where(scale == 0, 1.0, scale)
+            tl.store(scales + row, scale)
+        steps = tl.div_rn(value, scale)
+        steps = tl.where(steps == steps, tl.minimum(tl.maximum(steps, -128.0), 127.0), 0.0)
+        tl.store(out + place, _round(steps).to(tl.int8), mask=inside)
     else:
-        # By their bits, in whose order infinity is next to last, and NaN the largest number.
-        bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        scale = tl.div_rn(tl.max(bits).to(tl.float32, bitcast=True) * 2, 255.0)
-        scale = tl.where(scale == 0, 1.0, scale)
-        tl.store(scales + row, scale)
-    steps = tl.div_rn(value, scale)
-    steps = tl.where(steps == steps, tl.minimum(tl.maximum(steps, -128.0), 127.0), 0.0)
-    place = q + row.to(tl.int64) * columns + column
-    tl.store(place, _round(steps).to(tl.int8), mask=inside)
+        tl.store(out + place, normed, mask=inside)
 
 
 @triton.jit

@@ -128,7 +128,7 @@ DEVICE void multiply_block(
             const int row = first_row + tile * 8 + lane / 4;
             x[tile][0] = x[tile][1] = x[tile][2] = x[tile][3] = 0;
             if (row < from.rows && k < from.inputs)
-                load4_shared(x[tile], from.x + row * from.x_stride + k);
+                load4_cached(x[tile], from.x + row * from.x_stride + k);
         }
 #pragma unroll
         for (int pair = 0; pair < 4; pair += 2) {

@@ -48,8 +48,8 @@ DEVICE void load2(u32* to, const u32* from) {
                  : "l"(from));
 }
 
-// Words that other warps read as well.
-DEVICE void load4_shared(u32* to, const u16* from) {
+// Words that other blocks of threads read as well, and that the kernel in front may have written.
+DEVICE void load4_cached(u32* to, const u16* from) {
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "l"(from)
