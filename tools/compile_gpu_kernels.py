@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,6 +23,7 @@ from triton.compiler import ASTSource
 from qllm.ops.gpu import tiles
 from qllm.ops.gpu.attention import prompt_tile
 from qllm.ops.gpu.kernels import attention, matmul, prompts, rows
+from tools.disassemble import disassemble
 
 BITS = (3, 4, 8)
 INSTRUCTIONS = ("HGMMA", "IGMMA", "HMMA", "IMMA")
@@ -145,21 +143,6 @@ def build(job: Job, capability: int) -> dict[str, object]:
         "instructions": [name for name in INSTRUCTIONS if name in code],
         "inexact": sorted(set(INEXACT.findall(built.asm["ptx"]))),
     }
-
-
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    """What a kernel takes, and its instructions, by the tools that Triton brings."""
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        commands = ((tools / "cuobjdump", "-res-usage"), (tools / "nvdisasm", "-c"))
-        texts = (
-            subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
-            for command in commands
-        )
-        usage, code = texts
-        return usage, code
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from qllm.ops import phase
 from qllm.ops.gpu import decode, driver, layout, linear, nvrtc, tiles
 from qllm.ops.gpu import device as device_of
 from qllm.quant.packing import BITS
+from tools.disassemble import disassemble
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = ((1, 1), (13, 67), (33, 390), (20, 1160))  # (N, K)
@@ -259,13 +260,6 @@ VARIANTS = [
 ]
 
 
-def disassembled(binary: bytes, folder) -> tuple[str, str]:
-    """What a kernel takes, and its instructions, by the tools that Triton brings."""
-    from tools.compile_gpu_kernels import disassemble
-
-    return disassemble(binary)
-
-
 @pytest.fixture(scope="module")
 def compiler():
     if importlib.util.find_spec("triton") is None:
@@ -277,11 +271,11 @@ def compiler():
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])
-def test_it_compiles_into_what_was_meant(capability, compiler, tmp_path):
+def test_it_compiles_into_what_was_meant(capability, compiler):
     chosen = VARIANTS if capability == 90 else VARIANTS[2:3]
     for variant in chosen:
         options = ["--std=c++17", f"--gpu-architecture=sm_{capability}", *variant.options]
-        usage, code = disassembled(nvrtc.compile(decode.source(), options), tmp_path)
+        usage, code = disassemble(nvrtc.compile(decode.source(), options))
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
         assert stack == 0 and not re.search(r"\b(LDL|STL)\b", code), variant
         # Two blocks of eight warps, or more, have room on a processor: 65,536 registers.
