@@ -30,14 +30,11 @@ if TYPE_CHECKING:
 
     import torch
 
-    from qllm.config import QuantPlan
     from qllm.generate import GenerationConfig
     from qllm.hub import ModelFolder
     from qllm.models import Decoder
     from qllm.onnx.runner import OnnxDecoder
-    from qllm.parallel.pipeline import Place
     from qllm.parallel.session import Session
-    from qllm.quant.calibrate import Calibration
     from qllm.tokenizer import Tokenizer
 
 
@@ -113,28 +110,32 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     device = cli.resolve_device(args)
 
     from qllm import report
-    from qllm.checkpoint.reader import read_raw_config
-    from qllm.generate import check_prompts, read_generation_config
-    from qllm.models import read_config
-    from qllm.tokenizer import Tokenizer
+    from qllm.generate import check_prompts
+    from qllm.llm import LLM, Pretrained
 
     reference = find_reference(args, folder, note)
-    config = read_config(read_raw_config(folder.path))
-    tokenizer = Tokenizer.load(folder.path, config.vocab_size)
+    pretrained = Pretrained.open(folder, note=note)
+    config, tokenizer = pretrained.config, pretrained.tokenizer
     cli.fit_defaults(args, config, prompts != list(cli.DEFAULT_PROMPTS))
     ids = cli.tokenize(tokenizer, prompts, args.max_prompt_length, note)
-    generation = replace(
-        read_generation_config(folder.path, config, note),
-        max_new_tokens=args.max_gen_tokens,
-    )
+    generation = replace(pretrained.generation, max_new_tokens=args.max_gen_tokens)
     check_prompts(config, ids, generation)
     calibration = cli.find_calibration(args, folder, plan, note)
     place = session and cli.join(args, session, folder, config, calibration)
     start = time.perf_counter()
-    if onnx:
-        model = load_onnx(folder)
-    else:
-        model = load(args, folder, plan, device, calibration, ids, session, place)
+    model = LLM.load(
+        pretrained,
+        plan,
+        dtype=cli.resolve_dtype(args),
+        device=device,
+        num_shards=args.num_shards,
+        calibration=calibration,
+        cache_shape=(len(ids), max(map(len, ids)) + args.max_gen_tokens),
+        activation_bits=args.activation_bits,
+        meter=cli.meter("loading") if session is None else session.meter,
+        place=place,
+        note=note,
+    ).model
     result = describe(args, folder.name, model, session, onnx)
     if not args.json and talks:
         show(args, result, model, time.perf_counter() - start, onnx)
@@ -171,43 +172,6 @@ def find_reference(
             raise UserError("--reference does nothing without --compare")
         return folder.path
     return origin.find_reference(folder, args.reference, note).path
-
-
-def load(
-    args: argparse.Namespace,
-    folder: ModelFolder,
-    plan: QuantPlan,
-    device: str,
-    calibration: Calibration | None,
-    ids: list[list[int]],
-    session: Session | None,
-    place: Place | None,
-) -> Decoder:
-    """Our model of a checkpoint; of several processes, each loads what is its."""
-    from qllm.checkpoint.convert import find_source
-    from qllm.checkpoint.load import load_model
-
-    note = cli.note if session is None or session.rank == 0 else cli.silent
-    return load_model(
-        find_source(folder, note),
-        plan,
-        dtype=cli.resolve_dtype(args),
-        device=device,
-        num_shards=args.num_shards,
-        calibration=calibration,
-        cache_shape=(len(ids), max(map(len, ids)) + args.max_gen_tokens),
-        activation_bits=args.activation_bits,
-        meter=cli.meter("loading") if session is None else session.meter,
-        place=place,
-        note=note,
-    )
-
-
-def load_onnx(folder: ModelFolder) -> OnnxDecoder:
-    """The ONNX model of a folder in onnxruntime."""
-    from qllm.onnx.runner import OnnxDecoder
-
-    return OnnxDecoder(folder.path)
 
 
 def describe(

@@ -245,6 +245,7 @@ class LLM:
             activation_bits=activation_bits,
             meter=meter,
             place=place,
+            note=note,
         )
         return cls(pretrained, model)
 

@@ -209,5 +209,6 @@ def test_a_rank_that_does_not_come_is_named():
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
     began = time.monotonic()
     done = run(GEN, "--model-size", "tiny", "--tp", 2, "--timeout", TIMEOUT, env=env)
-    assert done.returncode == 1 and time.monotonic() - began < TIMEOUT + 8
+    # A busy machine takes ten seconds and more to import torch.
+    assert done.returncode == 1 and time.monotonic() - began < TIMEOUT + 40
     assert "rank 1: it did not start within 6 s" in done.stderr and tiny("opt").exists()
