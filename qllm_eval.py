@@ -3,8 +3,9 @@
     python3 qllm_eval.py --model-name opt --model-size tiny --bitwidth 16,8,4,3 --dataset FILE
     python3 qllm_eval.py --model-size tiny --bitwidth 4 --tasks lambada_openai --agreement
     python3 qllm_eval.py --model-path QUANTIZED --dataset wikitext2 --conventions all --json
+    python3 qllm_eval.py --model-path ORIGINAL RTN GPTQ AWQ --dataset FILE --report quality.html
 
-Several bitwidths, separated by commas, are rows of one table.
+Several bitwidths, separated by commas, are rows of one table, and so are several checkpoints.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
 
 import argparse
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,9 +31,9 @@ from qllm import cli
 from qllm.errors import UserError
 
 if TYPE_CHECKING:
-    from qllm.config import ModelConfig, QuantPlan
+    from qllm.config import QuantPlan
     from qllm.evaluate.agreement import Reference
-    from qllm.evaluate.evaluation import Evaluation
+    from qllm.evaluate.candidates import Candidate
     from qllm.evaluate.perplexity import Text
     from qllm.hub import ModelFolder
     from qllm.huggingface import ReferenceModel
@@ -47,7 +49,7 @@ PROMPTS, TOKENS = 64, 16384
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     number = cli.whole_number(1)
-    cli.add_model_options(parser)
+    cli.add_model_options(parser, several=True)
     cli.add_quant_options(parser, several=True)
     cli.add_activation_options(parser)
     group = parser.add_argument_group("perplexity")
@@ -82,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--reference",
         metavar="DIR_OR_REPO",
-        help="the 16-bit checkpoint of a model that is quantized already (the model itself)",
+        help="the 16-bit checkpoint (the one that the model says it was made from, else itself)",
     )
     group.add_argument(
         "--compare", choices=("hf",), help="measure transformers, too, in the same run"
@@ -146,31 +148,34 @@ def conventions(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
-def read_text(args: argparse.Namespace, tokenizer: Tokenizer) -> Text | None:
-    """The text of --dataset."""
-    if args.dataset is None:
-        return None
-    from qllm.data import load_text
-    from qllm.evaluate.perplexity import Text
-
-    return Text.encode(load_text(args.dataset, "evaluation"), tokenizer, args.max_tokens)
-
-
-def read_tasks(
-    args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig
-) -> tuple[dict[str, list], dict[str, dict]]:
-    """The passages of each task, and what to say of where they are from."""
+def read_tasks(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The rows of each task."""
     from qllm.data import load_rows
-    from qllm.evaluate import fingerprints
-    from qllm.evaluate.lambada import passages
 
-    found, about = {}, {}
-    for task in args.tasks.split(",") if args.tasks else ():
-        rows = load_rows(task)[: args.limit]
-        name = Path(task).name
-        found[name] = passages(rows, tokenizer, config)
-        about[name] = {"rows": len(rows), "sha256": fingerprints.of_text("\0".join(rows))}
-    return found, about
+    tasks = args.tasks.split(",") if args.tasks else ()
+    return {Path(task).name: load_rows(task)[: args.limit] for task in tasks}
+
+
+def read_candidates(
+    args: argparse.Namespace,
+    folders: list[ModelFolder],
+    text: str | None,
+    tasks: dict[str, list[str]],
+) -> list[Candidate]:
+    """The models with what they are asked; mistakes come to light here, before one is loaded."""
+    from qllm.evaluate.candidates import Candidate, check_comparable, names_of
+    from qllm.evaluate.perplexity import PerplexityOptions
+
+    batch = {} if args.batch_size is None else {"batch": args.batch_size}
+    options = PerplexityOptions(conventions(args), args.window, args.stride, **batch)
+    names = names_of(folders, args.model_path or ())
+    found = [
+        Candidate.of(folder, name, text, tasks, options, args.max_tokens)
+        for folder, name in zip(folders, names, strict=True)
+    ]
+    if len(found) > 1:
+        check_comparable(found, agree=args.agreement)
+    return found
 
 
 def read_reference(
@@ -200,46 +205,58 @@ def main() -> None:
     args = parse_args()
     check_options(args)
     plans = cli.read_plans(args)
-    folder = cli.resolve_model(args)
-    onnx = cli.holds_onnx(args, folder, agreement=False)
-    if onnx and args.compare and not args.reference:
-        raise UserError("--compare takes the checkpoint of an ONNX model; name it with --reference")
-    device = "cpu" if onnx else cli.resolve_device(args)
+    folders = cli.resolve_models(args)
+    onnx = [cli.holds_onnx(args, folder, agreement=False) for folder in folders]
+    device = "cpu" if any(onnx) else cli.resolve_device(args)
 
     from qllm import report
     from qllm.checkpoint.load import activation_bits
-    from qllm.checkpoint.reader import read_raw_config
-    from qllm.evaluate import page, plots
-    from qllm.evaluate.evaluation import Evaluation
-    from qllm.evaluate.perplexity import PerplexityOptions, cut
+    from qllm.checkpoint.origin import base_model
+    from qllm.data import load_text
+    from qllm.evaluate import facts, fingerprints, page, plots
     from qllm.evaluate.table import print_evaluation
-    from qllm.models import read_config
-    from qllm.tokenizer import Tokenizer
 
-    config = read_config(read_raw_config(folder.path))
-    tokenizer = Tokenizer.load(folder.path, config.vocab_size)
-    batch = {} if args.batch_size is None else {"batch": args.batch_size}
-    options = PerplexityOptions(conventions(args), args.window, args.stride, **batch)
-    text = read_text(args, tokenizer)
-    # Mistakes come to light here, before a model is loaded.
-    cuts = [] if text is None else cut(text, config, options)
-    tasks, about_tasks = read_tasks(args, tokenizer, config)
-    asked = Evaluation(text, options, tasks)
-    bits = [] if onnx else activation_bits(folder.path, plans, args.activation_bits)
-    models = list(zip(plans, bits, strict=False))
-    asked, other = run_reference(args, folder, config, device, asked, tokenizer)
-    rows = run_onnx(folder, asked) if onnx else run_models(args, folder, device, models, asked)
+    for folder, there in zip(folders, onnx, strict=True):
+        if there and args.compare and not args.reference and base_model(folder.path) is None:
+            raise UserError(
+                "--compare takes the checkpoint of an ONNX model; name it with --reference"
+            )
+    text = None if args.dataset is None else load_text(args.dataset, "evaluation")
+    tasks = read_tasks(args)
+    candidates = read_candidates(args, folders, text, tasks)
+    bits = [
+        [] if there else activation_bits(folder.path, plans, args.activation_bits)
+        for folder, there in zip(folders, onnx, strict=True)
+    ]
+    reference, other = run_reference(args, candidates, device)
+    rows: list[dict] = []
+    for candidate, there, each in zip(candidates, onnx, bits, strict=True):
+        asked = replace(candidate, asked=replace(candidate.asked, reference=reference))
+        if there:
+            rows += show_rows([run_onnx(asked)])
+        else:
+            models = list(zip(plans, each, strict=True))
+            rows += show_rows(run_models(args, asked, device, models, bool(rows)))
+    first = candidates[0]
     result = {
-        "model": folder.name,
+        "model": ", ".join(candidate.name for candidate in candidates),
+        "models": [candidate.name for candidate in candidates],
         "device": device,
-        "dataset": about_text(args, text),
-        "conventions": about_cuts(cuts),
-        "tasks": about_tasks,
+        "dataset": facts.of_text(args.dataset, first.asked.text),
+        "conventions": facts.of_cuts(first.cuts),
+        "tasks": facts.of_tasks(tasks),
+        "samples": facts.of_samples(first.tokenizer, reference, rows),
         "rows": rows,
         **other,
+        "versions": fingerprints.versions(),
+        "machine": fingerprints.machine(),
+        "date": time.strftime("%Y-%m-%d"),
     }
     if args.json or args.report:
-        result |= about_run(args, folder, onnx)
+        result["fingerprints"] = facts.of_files(
+            folders, result["models"], list(map(onnx_files, folders, onnx))
+        )
+        result["settings"] = {**vars(args), "conventions": list(conventions(args))}
     if args.plot:
         plots.save(result, Path(args.plot))
     if args.report:
@@ -251,147 +268,113 @@ def main() -> None:
 
 
 def run_reference(
-    args: argparse.Namespace,
-    folder: ModelFolder,
-    config: ModelConfig,
-    device: str,
-    asked: Evaluation,
-    tokenizer: Tokenizer,
-) -> tuple[Evaluation, dict]:
-    """What is asked, with the reference that agreement needs; and what --compare adds."""
+    args: argparse.Namespace, candidates: list[Candidate], device: str
+) -> tuple[Reference | None, dict]:
+    """What agreement needs of the reference, None without it; and what --compare adds."""
     if not reference_wanted(args):
-        return asked, {}
+        return None, {}
+    from qllm.evaluate.candidates import check_sizes, find_reference
     from qllm.evaluate.evaluation import evaluate
     from qllm.huggingface import ReferenceModel
 
-    dtype = cli.resolve_dtype(args)
-    place = reference_folder(args, folder)
-    model = ReferenceModel.load(place.path, dtype=dtype, device=device)
-    for size in ("family", "vocab_size", "hidden_size", "num_layers"):
-        ours, theirs = getattr(config, size), getattr(model.config, size)
-        if ours != theirs:
-            raise UserError(
-                f"--reference {args.reference} is another model: its {size} is {theirs}, not {ours}"
-            )
+    place = find_reference(candidates, args.reference, cli.note)
+    check_sizes(candidates, place)
+    model = ReferenceModel.load(place.path, dtype=cli.resolve_dtype(args), device=device)
+    first = candidates[0]
     other = {}
     if args.compare:
         about = {"name": "transformers", "dtype": model.dtype, "bytes": model.nbytes}
-        found = evaluate(model, asked, partial(progress_at, "transformers"))
+        found = evaluate(model, first.asked, partial(progress_at, "transformers"))
         other["compare"] = about | found
-    if args.agreement:
-        asked = replace(asked, reference=read_reference(args, model, tokenizer, asked.text))
-    return asked, other
+    if not args.agreement:
+        return None, other
+    return read_reference(args, model, first.tokenizer, first.asked.text), other
 
 
 def run_models(
     args: argparse.Namespace,
-    folder: ModelFolder,
+    candidate: Candidate,
     device: str,
     models: list[tuple[QuantPlan, int]],
-    asked: Evaluation,
-) -> list[dict]:
-    """A row per plan and bits of activations, each model in memory alone."""
+    again: bool,
+) -> Iterator[dict]:
+    """A row per plan and bits of activations, each model in memory alone.
+
+    Args:
+        again: there are rows of other models; notes are of the first.
+    """
     from qllm import report
     from qllm.checkpoint.convert import find_source
     from qllm.checkpoint.load import load_model
+    from qllm.evaluate.candidates import algorithm_of
     from qllm.evaluate.evaluation import decoder_row
 
-    source = find_source(folder, cli.note)
-    rows = []
+    note = cli.silent if again else cli.note
+    source = find_source(candidate.folder, note)
     for plan, activation_bits in models:
         model = load_model(
             source,
             plan,
             dtype=cli.resolve_dtype(args),
             device=device,
-            calibration=cli.find_calibration(args, folder, plan),
+            calibration=cli.find_calibration(args, candidate.folder, plan),
             activation_bits=activation_bits,
             meter=cli.meter("loading"),
-            note=cli.silent if rows else cli.note,
+            note=note,
         )
+        note = cli.silent
         bitwidth = report.bitwidth(model) if args.bitwidth is None else plan.text
-        row = decoder_row(model, bitwidth, asked, partial(progress_at, bitwidth))
-        rows.append(row | {"activation_bits": activation_bits})
+        what = f"{candidate.name}, {bitwidth}" if args.model_path else bitwidth
+        row = decoder_row(model, bitwidth, candidate.asked, partial(progress_at, what))
+        about = {"model": candidate.name, "algorithm": algorithm_of(candidate.folder, model)}
         del model  # the next one has its place
-    return rows
+        yield about | row | {"activation_bits": activation_bits}
 
 
-def run_onnx(folder: ModelFolder, asked: Evaluation) -> list[dict]:
+def show_rows(rows: Iterable[dict]) -> list[dict]:
+    """The rows, each said on standard error as soon as it is there."""
+    from qllm.evaluate.table import line
+
+    found = []
+    for row in rows:
+        found.append(row)
+        cli.note(line(row))
+    return found
+
+
+def run_onnx(candidate: Candidate) -> dict:
     """The row of an ONNX model."""
+    from qllm.checkpoint.origin import algorithm
+    from qllm.checkpoint.reader import read_raw_config
     from qllm.evaluate.evaluation import evaluate
     from qllm.onnx.runner import OnnxDecoder
 
-    model = OnnxDecoder(folder.path)
+    model = OnnxDecoder(candidate.folder.path)
     dtype = str(model.dtype).removeprefix("torch.")
-    about = {"bitwidth": model.bitwidth, "dtype": dtype, "bytes": model.nbytes}
-    about["activation_bits"] = None  # a node's accuracy level says it
-    return [about | evaluate(model, asked, partial(progress_at, model.bitwidth))]
+    about = {
+        "model": candidate.name,
+        "algorithm": algorithm(read_raw_config(candidate.folder.path)),
+        "bitwidth": model.bitwidth,
+        "format": f"{model.bitwidth} bits, ONNX",
+        "dtype": dtype,
+        "bytes": model.nbytes,
+        "activation_bits": None,  # a node's accuracy level says it
+    }
+    return about | evaluate(model, candidate.asked, partial(progress_at, model.bitwidth))
+
+
+def onnx_files(folder: ModelFolder, there: bool) -> list[Path]:
+    """The files of the ONNX model that a folder holds; none where there is none."""
+    if not there:
+        return []
+    from qllm.onnx.model import model_files
+
+    return model_files(folder.path)
 
 
 def progress_at(bitwidth: str, what: str) -> Callable[[list], Iterable]:
     """Progress of one row's part."""
     return cli.progress(f"{what}, {bitwidth}")
-
-
-def reference_folder(args: argparse.Namespace, folder: ModelFolder) -> ModelFolder:
-    """The 16-bit checkpoint."""
-    from qllm import hub
-
-    if args.reference is None:
-        return folder
-    return hub.resolve(args.model_name, None, args.reference, note=cli.note)
-
-
-def about_text(args: argparse.Namespace, text: Text | None) -> dict | None:
-    """What says which text it was."""
-    if text is None:
-        return None
-    from qllm.evaluate import fingerprints
-    from qllm.evaluate.perplexity import count_bytes, count_words
-
-    return {
-        "name": args.dataset,
-        "sha256": fingerprints.of_text(text.text),
-        "bytes": count_bytes(text.text),
-        "words": count_words(text.text),
-        "tokens": len(text.ids),
-    }
-
-
-def about_cuts(cuts: list) -> dict[str, dict]:
-    """What says how perplexity was measured, by convention."""
-    from qllm.evaluate.perplexity import CONVENTIONS
-
-    return {
-        name: {
-            "about": CONVENTIONS[name].about,
-            "window": part.window,
-            "stride": part.stride,
-            "windows": len(part.windows.windows),
-            "tokens": part.tokens,
-        }
-        for part in cuts
-        for name in part.names
-    }
-
-
-def about_run(args: argparse.Namespace, folder: ModelFolder, onnx: bool) -> dict:
-    """What two runs have to have in common."""
-    from qllm.evaluate import fingerprints
-
-    if onnx:
-        from qllm.onnx.model import model_files
-
-        files = [folder.path / "config.json", *model_files(folder.path)]
-    return {
-        "fingerprints": {
-            "model": fingerprints.of_files(files) if onnx else fingerprints.of_model(folder.path),
-            "tokenizer": fingerprints.of_tokenizer(folder.path),
-        },
-        "versions": fingerprints.versions(),
-        "machine": fingerprints.machine(),
-        "settings": {**vars(args), "conventions": list(conventions(args))},
-    }
 
 
 if __name__ == "__main__":

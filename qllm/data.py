@@ -82,7 +82,11 @@ def load_rows(name: str) -> list[str]:
     elif name in TASKS:
         rows = _read_hub("--tasks", name, TASKS[name], "evaluation")
     else:
-        raise UserError(f"--tasks {name!r} is neither a file nor one of {', '.join(TASKS)}")
+        raise UserError(
+            f"--tasks {name!r} is neither a file nor one of {', '.join(TASKS)}; tasks of "
+            f"lm-evaluation-harness (pip install lm_eval) run with python3 -m qllm.harness --tasks "
+            f"{name}"
+        )
     if not rows:
         raise UserError(f"--tasks {name}: there are no rows in it")
     return rows

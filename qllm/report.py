@@ -49,9 +49,15 @@ def bitwidth(model: Decoder) -> str:
     return ",".join(dict.fromkeys(linear.spec.bitwidth for linear in linears))
 
 
-def label(row: Mapping) -> str:
-    """What a table calls a model: its bitwidth, and activations of 8 bits."""
-    return row["bitwidth"] + (", activations 8" if row.get("activation_bits") == 8 else "")
+def formats(model: Decoder) -> str:
+    """How a model's layers are held, each way once: "4 bits, group 128, asym"."""
+    linears = (m for m in model.layers.modules() if isinstance(m, Linear))
+    return "; ".join(dict.fromkeys(describe(linear.spec) for linear in linears))
+
+
+def label(row: Mapping, key: str = "bitwidth") -> str:
+    """What a table calls a model: its bitwidth or "format", and activations of 8 bits."""
+    return row[key] + (", activations 8" if row.get("activation_bits") == 8 else "")
 
 
 def shard_rows(model: Decoder) -> list[dict]:

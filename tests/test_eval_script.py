@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 
 import pytest
 from conftest import assert_user_error, tiny
@@ -62,7 +63,10 @@ def test_the_object_is_complete(files):
         "tokens": len(text.ids) // 100 * 99,
     }
     assert result["conventions"]["strided"]["stride"] == 50
-    assert all(len(value) == 64 for value in result["fingerprints"].values())
+    assert result["fingerprints"].keys() == {"llama-tiny"}
+    assert all(len(value) == 64 for value in result["fingerprints"]["llama-tiny"].values())
+    for sample in result["samples"]:
+        assert sample["rows"][0] == sample["reference"]
     assert result["versions"]["qllm"] and result["versions"]["torch"]
     assert result["machine"]["threads"] > 0
     assert result["settings"]["conventions"] == list(CONVENTIONS)
@@ -110,12 +114,78 @@ def test_a_quantized_checkpoint_goes_without_a_bitwidth(files, tmp_path):
     (other,) = call_json(EVAL, *TINY, "--bitwidth", 4, *args[2:])["rows"]
     assert row["perplexity"] == pytest.approx(other["perplexity"], rel=1e-6)
     assert_user_error(call(EVAL, *args, "--agreement"), "is quantized, the reference is the 16-bit")
+    again = (tmp_path / "q", *args[1:])
+    assert_user_error(call(EVAL, "--model-path", *again), "is given more than once")
     assert_user_error(call(EVAL, *args, "--bitwidth", "4"), "is quantized already")
     other = ("--agreement", "--reference", tiny("llama"))
     assert_user_error(call(EVAL, *args, *other), "another model: its family is llama, not opt")
     options = ("--agreement", "--reference", tiny("opt"), "--max-gen-tokens", 2)
     (row,) = call_json(EVAL, *args, *options)["rows"]
     assert 0 < row["agreement"]["kl"]["mean"] < 0.1
+
+
+def test_checkpoints_side_by_side(files, tmp_path):
+    """The record of one leads to the reference of all, and rows are said as they come."""
+    for name, algorithm in (("a", "rtn"), ("b", "gptq")):
+        plan = QuantPlan.uniform(QuantSpec.parse("3", 32, "sym", algorithm))
+        samples = [list(range(5, 69))] * 2
+        job = Job(tiny("opt"), plan, samples=samples, origin="opt-tiny")
+        quantize_checkpoint(job, tmp_path / name)
+    data = ("--dataset", files / "text.txt", "--max-tokens", 600)
+    paths = (tmp_path / "b", tmp_path / "a")
+    done = call(EVAL, "--model-path", *paths, *data, "--agreement", "--max-gen-tokens", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [(row["model"], row["algorithm"]) for row in result["rows"]] == [
+        ("b", "gptq"),
+        ("a", "rtn"),
+    ]
+    assert {row["format"] for row in result["rows"]} == {"3 bits, group 32, sym"}
+    assert all(0 < row["agreement"]["kl"]["mean"] < 0.2 for row in result["rows"])
+    said = [line for line in done.stderr.splitlines() if "perplexity gptq" in line]
+    assert [line.split(",")[0] for line in said] == ["note: model b", "note: model a"]
+    assert "the reference is opt-tiny" in done.stderr
+    assert result["fingerprints"].keys() == {"a", "b"}
+    (alone,) = call_json(EVAL, "--model-path", paths[1], *data)["rows"]
+    assert alone["perplexity"] == result["rows"][1]["perplexity"]
+    done = call(EVAL, "--model-path", tiny("opt"), *paths, *data, "--bitwidth", 4)
+    assert_user_error(done, "is quantized already")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--dataset {}/text.txt", "the tokenizers of other and opt-tiny differ"),
+        ("--dataset {}/text.txt --conventions word --max-tokens 600", "--max-tokens leaves"),
+        ("--tasks {}/task.jsonl --agreement", "measure --agreement of one at a time"),
+        ("--dataset {}/text.txt --window 100 --conventions word,byte", None),
+        ("--tasks {}/task.jsonl", None),
+    ],
+)
+def test_only_what_is_comparable_is_compared(options, words, files, tmp_path):
+    """The other model's tokenizer has fewer merges."""
+    shutil.copytree(tiny("opt"), tmp_path / "other")
+    path = tmp_path / "other/tokenizer.json"
+    found = json.loads(path.read_text())
+    found["model"]["merges"] = found["model"]["merges"][:100]
+    path.write_text(json.dumps(found))
+    given = options.format(files, files).split()
+    done = call(EVAL, "--model-path", tiny("opt"), tmp_path / "other", *given)
+    if words is None:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert_user_error(done, words)
+
+
+def test_windows_that_differ_are_not_compared(files, tmp_path):
+    """BLOOM has no window of its own, and reads what the convention says."""
+    paths = (tiny("opt"), tiny("bloom"))
+    done = call(
+        EVAL, "--model-path", *paths, "--dataset", files / "text.txt", "--conventions", "word"
+    )
+    assert_user_error(
+        done, "windows of bloom-tiny and opt-tiny differ, 2048 and 512", "--window 512"
+    )
 
 
 def test_agreement_on_prompts():

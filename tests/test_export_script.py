@@ -60,8 +60,10 @@ def test_evaluation_is_that_of_the_checkpoint(models, files):
     assert row["perplexity"]["gptq"] == pytest.approx(other["perplexity"]["gptq"], rel=0.005)
     task, same = (each["tasks"]["task.jsonl"] for each in (row, other))
     assert task["perplexity"] == pytest.approx(same["perplexity"], rel=0.05)
-    assert found["fingerprints"]["tokenizer"] == want["fingerprints"]["tokenizer"]
-    assert found["fingerprints"]["model"] != want["fingerprints"]["model"]
+    ours, theirs = found["fingerprints"]["onnx"], want["fingerprints"]["int4"]
+    assert ours["tokenizer"] == theirs["tokenizer"]
+    assert ours["model"] != theirs["model"]
+    assert row.pop("algorithm") == other.pop("algorithm") != ""
     assert found["dataset"] == want["dataset"]
     for batch in (1, 8):
         again = call_json(EVAL, "--model-path", models / "onnx", *args, "--batch-size", batch)
@@ -107,7 +109,6 @@ REFUSED = [
     (GEN, ("--dtype", "bfloat16")),
     (EVAL, ("--agreement",)),
     (EVAL, ("--scheme", "sym", "--tasks", "x")),
-    (EVAL, ("--compare", "hf", "--tasks", "x")),
     (BENCH, ("--tree",)),
     (BENCH, ("--compare", "hf")),
     (BENCH, ("--lm-head-bits", 4)),
@@ -123,6 +124,15 @@ def test_options_that_mean_nothing_are_refused(script, options, models, monkeypa
     monkeypatch.chdir(tmp_path)
     done = call(script, "--model-path", models / "onnx", *options)
     assert_user_error(done, options[0])
+
+
+def test_an_onnx_model_is_compared_with_its_original(models, files, monkeypatch):
+    """Where the checkpoint that was exported recorded what it was made from."""
+    args = ("--model-path", models / "onnx", "--compare", "hf", "--tasks", files / "task.jsonl")
+    result = call_json(EVAL, *args)
+    assert result["compare"]["name"] == "transformers"
+    monkeypatch.setattr("qllm.checkpoint.origin.base_model", lambda folder: None)
+    assert_user_error(call(EVAL, *args), "name it with --reference")
 
 
 @pytest.mark.parametrize("flag", ["--true-sequential", "--no-true-sequential"])

@@ -22,7 +22,8 @@ from tools import write_options
 SMALLER = {
     "qllm_quant.py": {"--dataset": "--nsamples 2 --seqlen 64"},
     "qllm_eval.py": {
-        "--dataset": "--max-tokens 600 --bitwidth 4,2",
+        "--dataset": "--max-tokens 600",
+        "--bitwidth": "--bitwidth 4,2",
         "--tasks": "--limit 3",
         "--agreement": "--max-gen-tokens 2",
     },

@@ -25,6 +25,7 @@ from qllm.cli.models import (
     resolve_device,
     resolve_dtype,
     resolve_model,
+    resolve_models,
     with_head,
 )
 from qllm.cli.processes import (
@@ -66,6 +67,7 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
     "resolve_model",
+    "resolve_models",
     "run",
     "session",
     "silent",

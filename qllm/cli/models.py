@@ -32,8 +32,12 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model-name, --model-size, --model-path."""
+def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """--model-name, --model-size, --model-path.
+
+    Args:
+        several: --model-path may name more than one; see `resolve_models`.
+    """
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model-name", choices=list(hub.REPOSITORIES), default="opt", help="family (%(default)s)"
@@ -48,7 +52,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model-path",
         "--model",
         metavar="DIR_OR_REPO",
-        help="any OPT, BLOOM or Llama checkpoint instead: a folder or a Hub repository",
+        nargs="+" if several else None,
+        help="any OPT, BLOOM or Llama checkpoint instead: a folder or a Hub repository"
+        + (" (several: a row of the table each)" if several else ""),
     )
 
 
@@ -230,6 +236,13 @@ def resolve_model(
     return hub.resolve(
         args.model_name, args.model_size, args.model_path, weights=weights, note=note
     )
+
+
+def resolve_models(args: argparse.Namespace) -> list[ModelFolder]:
+    """The folders that the model options name, where there may be several."""
+    paths = args.model_path or [None]
+    given = vars(args)
+    return [resolve_model(argparse.Namespace(**{**given, "model_path": path})) for path in paths]
 
 
 def resolve_dtype(args: argparse.Namespace) -> torch.dtype | None:

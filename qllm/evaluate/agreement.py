@@ -20,6 +20,7 @@ from qllm.models import Decoder
 from qllm.report import first_difference
 
 PERCENTILES = (50, 90, 99)
+SAMPLES = 3  # prompts whose continuation is shown
 LAYER_TOKENS = 512  # of the first passage, of which each layer's output is compared
 
 Progress = Callable[[list], Iterable]
@@ -109,7 +110,7 @@ def agreement(model: Decoder, reference: Reference, progress: Progress = iter) -
         positions with the same likeliest token; `positions`: how many there were; `layers`: the
         relative error of the output of each layer. With prompts, `prefix`: how many greedy tokens
         agree before the first that does not: `mean`, `median`, `min`, `of`, and the number of
-        `prompts`.
+        `prompts`; `samples`: the tokens that continue the first of them.
     """
     parts = list(zip(reference.passages, reference.hidden, strict=True))
     divergences, equal = [], []
@@ -148,6 +149,7 @@ def agreement(model: Decoder, reference: Reference, progress: Progress = iter) -
             "of": count,
             "prompts": len(lengths),
         }
+        found["samples"] = tokens[:SAMPLES]
     return found
 
 

@@ -12,6 +12,7 @@ from qllm.evaluate.lambada import lambada
 from qllm.evaluate.perplexity import PerplexityOptions, Text, cut, perplexity
 from qllm.evaluate.scoring import Passage, Predictor
 from qllm.models import Decoder
+from qllm.report import formats
 
 Progress = Callable[[str], Callable[[list], Iterable]]
 
@@ -23,7 +24,7 @@ def no_progress(what: str) -> Callable[[list], Iterable]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is asked of every model.
+    """What is asked of a model.
 
     Attributes:
         text: whose perplexity is measured; None for none.
@@ -71,7 +72,8 @@ def evaluate(
 def decoder_row(
     model: Decoder, bitwidth: str, asked: Evaluation, progress: Progress = no_progress
 ) -> dict[str, object]:
-    """A row of the table: bitwidth, dtype, bytes in memory, and what `evaluate` finds."""
+    """A row of the table: bitwidth, format, dtype, bytes in memory, and what `evaluate` finds."""
     dtype = str(model.dtype).removeprefix("torch.")
-    about = {"bitwidth": bitwidth, "dtype": dtype, "bytes": module_bytes(model)}
+    about = {"bitwidth": bitwidth, "format": formats(model), "dtype": dtype}
+    about["bytes"] = module_bytes(model)
     return about | evaluate(model, asked, progress)

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -59,8 +60,20 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, object]:
     """What computes."""
-    return {
+    found = {
         "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+
+
+def cpu_name() -> str:
+    """What the processor calls itself, else its architecture."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(\S.*?)\s*$", text, re.MULTILINE)
+    return found[1] if found else platform.machine()

@@ -9,15 +9,23 @@ from pathlib import Path
 
 from qllm import report
 from qllm.checkpoint.writer import new_file
-from qllm.evaluate.plots import svg
-from qllm.evaluate.table import table_of
+from qllm.evaluate.plots import svgs
+from qllm.evaluate.table import DIVERGENCE, label_of, subtitle_of, table_of, title_of
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
+h1, h2, h3, p, td { overflow-wrap: anywhere }
+h1 { font-size: 1.5rem; line-height: 1.25 }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; margin: 1rem 0 }
 th, td { border-bottom: 1px solid #ccc; padding: .3rem .8rem; text-align: left }
+th, td { vertical-align: top }
+.texts td:first-child { overflow-wrap: normal }
+.wide th, .wide td { white-space: nowrap }
 td { font-variant-numeric: tabular-nums }
-svg { max-width: 100%; height: auto; background: white }
+.pictures { display: grid; gap: 1rem }
+.pictures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
+svg { width: 100%; height: auto; background: white }
 """
 
 
@@ -29,10 +37,10 @@ def write(result: Mapping, path: Path) -> None:
 
 def page(result: Mapping) -> str:
     """The page of qllm_eval.py's JSON object."""
-    title = f"{result['model']}: evaluation"
+    title = title_of(result)
     columns, rows = table_of(result)
     facts = {
-        "model": result["model"],
+        "models": result["model"],
         "dtype": result["rows"][0]["dtype"],
         "device": result["device"],
     }
@@ -42,7 +50,8 @@ def page(result: Mapping) -> str:
         facts[f"perplexity {name}"] = (
             f"{about['about']}; {about['windows']} windows of up to {about['window']} tokens"
         )
-    facts |= {f"SHA-256 of the {name}": value for name, value in result["fingerprints"].items()}
+    for model, hashes in result["fingerprints"].items():
+        facts |= {f"SHA-256 of {model}'s {name}": value for name, value in hashes.items()}
     facts["versions"] = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     # "<" cannot end the element early when it is written so, and means the same in JSON.
     data = json.dumps(report.finite(dict(result)), ensure_ascii=False).replace("<", "\\u003c")
@@ -56,14 +65,32 @@ def page(result: Mapping) -> str:
 </head>
 <body>
 <h1>{escape(title)}</h1>
-{table(columns, rows)}
-{svg(result)}
+<p>{escape(subtitle_of(result))}</p>
+<div class="wide">{table(columns, rows)}</div>
+{f"<p>{escape(DIVERGENCE)}.</p>" if result["rows"][0]["agreement"] else ""}
+<div class="pictures">
+{"".join(svgs(result))}
+</div>
+{samples(result)}
 <h2>What was measured</h2>
 {table((), facts.items())}
 <script type="application/json" id="result">{data}</script>
 </body>
 </html>
 """
+
+
+def samples(result: Mapping) -> str:
+    """Prompts with the texts of the reference and of each row, where agreement was measured."""
+    if not result["samples"]:
+        return ""
+    names = ["reference", *(label_of(result, row) for row in result["rows"])]
+    parts = ["<h2>Greedy text</h2>"]
+    for sample in result["samples"]:
+        texts = [sample["reference"], *sample["rows"]]
+        parts.append(f"<h3>{escape(sample['prompt'])} …</h3>")
+        parts.append(f'<div class="texts">{table((), zip(names, texts, strict=True))}</div>')
+    return "\n".join(parts)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
+import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qllm.checkpoint.writer import new_file
 from qllm.errors import UserError
+from qllm.evaluate.table import DIVERGENCE, label_of, subtitle_of, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +21,9 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".pdf")
 PANEL, COLUMNS = (6.0, 4.2), 3  # inches
+LETTERS = 70  # of a title that fit above a panel
+MARKERS = "osD^vP*X"
+DENSE = "16 bits"  # the format of a row that is not quantized
 
 Panel = tuple[str, Callable[["Axes"], None]]
 
@@ -37,11 +44,16 @@ def check(option: str, path: Path, suffixes: Sequence[str]) -> None:
         )
 
 
-def figure(result: Mapping) -> Figure:
-    """The pictures of what qllm_eval.py's JSON object holds, in rows of COLUMNS."""
+def figure(result: Mapping, panels: Sequence[Panel] | None = None) -> Figure:
+    """Pictures in rows of COLUMNS.
+
+    Args:
+        result: qllm_eval.py's JSON object.
+        panels: which ones, without a title; None: all that there is something for, with one.
+    """
     from matplotlib.figure import Figure
 
-    panels = list_panels(result)
+    titled, panels = panels is None, list_panels(result) if panels is None else panels
     rows, columns = -(-len(panels) // COLUMNS), min(len(panels), COLUMNS)
     whole = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
     for place, (title, draw) in enumerate(panels, 1):
@@ -49,6 +61,12 @@ def figure(result: Mapping) -> Figure:
         axes.set_title(title)
         axes.grid(alpha=0.3)
         draw(axes)
+    if titled:
+        lines = [title_of(result), subtitle_of(result)]
+        if result["rows"][0]["agreement"]:
+            lines.append(DIVERGENCE)
+        width = LETTERS * columns
+        whole.suptitle("\n".join(textwrap.fill(line, width) for line in lines), fontsize=11)
     return whole
 
 
@@ -57,34 +75,56 @@ def list_panels(result: Mapping) -> list[Panel]:
     rows, panels = result["rows"], []
     for name in result["conventions"]:
         values = [row["perplexity"][name] for row in rows]
-        panels.append(
-            (f"perplexity ({name}) against bytes", _against_bytes(rows, values, "perplexity"))
-        )
+        title = f"perplexity ({name}) against bytes"
+        base = baseline(result, lambda row, name=name: row["perplexity"][name])
+        panels.append((title, _against_bytes(result, values, "perplexity", base)))
     for name in result["tasks"]:
         values = [row["tasks"][name]["accuracy"] for row in rows]
-        panels.append((f"{name} against bytes", _against_bytes(rows, values, "accuracy")))
+        base = baseline(result, lambda row, name=name: row["tasks"][name]["accuracy"])
+        panels.append((f"{name} against bytes", _against_bytes(result, values, "accuracy", base)))
     if all(row["agreement"] for row in rows):
         values = [row["agreement"]["kl"]["mean"] for row in rows]
-        label = "mean KL divergence, nats"
-        panels.append(
-            ("divergence from the reference", _against_bytes(rows, values, label, log=True))
-        )
-        panels.append(("error of each layer's output", _layers(rows)))
+        draw = _against_bytes(result, values, "mean KL divergence, nats", log=True)
+        panels.append(("divergence from the reference", draw))
+        panels.append(("error of each layer's output", _layers(result)))
     return panels
 
 
+def baseline(result: Mapping, value: Callable[[Mapping], float]) -> tuple[str, float] | None:
+    """Name and figure of what was measured at 16 bits: transformers, or a row; None without one."""
+    if "compare" in result:
+        return result["compare"]["name"], value(result["compare"])
+    dense = [row for row in result["rows"] if row["format"] == DENSE]
+    return (label_of(result, dense[0]), value(dense[0])) if dense else None
+
+
 def _against_bytes(
-    rows: Sequence[Mapping], values: Sequence[float], label: str, *, log: bool = False
+    result: Mapping,
+    values: Sequence[float],
+    label: str,
+    base: tuple[str, float] | None = None,
+    *,
+    log: bool = False,
 ) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
-        points = sorted(
-            (row["bytes"] / 1e6, value, row["bitwidth"])
-            for row, value in zip(rows, values, strict=True)
-        )
-        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o")
-        for x, y, name in points:
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5))
-        axes.margins(x=0.1)  # room for the last one's name
+        points = [
+            (row["bytes"] / 1e6, value, label_of(result, row))
+            for row, value in zip(result["rows"], values, strict=True)
+        ]
+        if len(result["models"]) == 1:
+            points.sort()
+            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o")
+            for x, y, name in points:
+                axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5))
+        else:  # of the same bytes, whose names would be written over each other
+            for (x, y, name), marker in zip(points, itertools.cycle(MARKERS)):
+                axes.plot([x], [y], marker=marker, linestyle="none", markersize=8, label=name)
+        if base is not None:
+            name, value = base
+            axes.axhline(value, color="gray", linestyle="--", label=f"{name}: {value:.4g}")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+        axes.margins(x=0.1)  # space for the last one's name
         axes.set_xlabel("MB")
         axes.set_ylabel(label)
         if log and all(y > 0 for y in values):
@@ -93,16 +133,19 @@ def _against_bytes(
     return draw
 
 
-def _layers(rows: Sequence[Mapping]) -> Callable[[Axes], None]:
+def _layers(result: Mapping) -> Callable[[Axes], None]:
+    rows = result["rows"]
+
     def draw(axes: Axes) -> None:
         for row in rows:
             errors = row["agreement"]["layers"]
-            axes.plot(range(len(errors)), errors, marker=".", label=row["bitwidth"])
+            axes.plot(range(len(errors)), errors, marker=".", label=label_of(result, row))
         axes.set_xlabel("layer")
         axes.set_ylabel("relative error")
         if all(error > 0 for row in rows for error in row["agreement"]["layers"]):
             axes.set_yscale("log")
-        axes.legend(title="bitwidth", loc="center left", bbox_to_anchor=(1, 0.5))
+        title = "bitwidth" if len(result["models"]) == 1 else None
+        axes.legend(title=title, fontsize="small")
 
     return draw
 
@@ -113,13 +156,17 @@ def save(result: Mapping, path: Path) -> None:
         figure(result).savefig(temporary, dpi=150, format=path.suffix[1:])
 
 
-def svg(result: Mapping) -> str:
-    """The pictures as an <svg> element, its text as text."""
+def svgs(result: Mapping) -> list[str]:
+    """Each picture as an <svg> element, its text as text."""
     import matplotlib
 
-    file = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "qllm"}
-    with matplotlib.rc_context(settings):
-        figure(result).savefig(file, format="svg", metadata={"Date": None})
-    text = file.getvalue()
-    return text[text.index("<svg") :]
+    found = []
+    for number, panel in enumerate(list_panels(result)):
+        file = io.StringIO()
+        settings = {"svg.fonttype": "none", "svg.hashsalt": f"qllm {number}"}
+        with matplotlib.rc_context(settings):
+            figure(result, [panel]).savefig(file, format="svg", metadata={"Date": None})
+        text = file.getvalue()
+        # Names of parts, which nothing refers to, would be there once in each picture.
+        found.append(re.sub(r' id="[\w.]+_\d+"', "", text[text.index("<svg") :]))
+    return found

@@ -6,9 +6,15 @@ from collections.abc import Mapping
 
 from qllm import report
 
+DIVERGENCE = (
+    "KL: how far a model's next-token distribution is from the 16-bit reference's "
+    "(Kullback-Leibler divergence, nats): 0 where they are the same; exp(KL mean) is the factor by "
+    "which the perplexity of text that the reference itself writes grows"
+)
+
 
 def print_evaluation(result: Mapping) -> None:
-    """What was measured of what, and a table with a row per bitwidth."""
+    """What was measured of what, and a table with a row per model and bitwidth."""
     print(f"{result['model']}, {result['rows'][0]['dtype']} on {result['device']}")
     if result["dataset"]:
         about = result["dataset"]
@@ -21,22 +27,68 @@ def print_evaluation(result: Mapping) -> None:
         )
     for name, about in result["tasks"].items():
         print(f"{name}: {about['rows']} rows")
+    if result["rows"][0]["agreement"]:
+        print(DIVERGENCE)
     print()
     report.print_table(*table_of(result))
 
 
+def title_of(result: Mapping) -> str:
+    """Which models were measured on what."""
+    about = result["dataset"]
+    text = f" on {about['name'].rpartition('/')[2]} ({about['tokens']} tokens)" if about else ""
+    return result["model"] + text
+
+
+def subtitle_of(result: Mapping) -> str:
+    """How they were quantized, on which machine it was measured, and when."""
+    rows, machine = result["rows"], result["machine"]
+    parts = [part for row in rows for part in row["format"].split("; ")]
+    grids = [part.partition(", ")[2] for part in parts]
+    names = [row["algorithm"] for row in rows]
+    place = machine["cpu"] if result["device"] == "cpu" else machine.get("gpu", result["device"])
+    count = machine["threads"]
+    threads = f"{count} thread{'s' if count > 1 else ''}" if result["device"] == "cpu" else ""
+    facts = [*grids, *names, place, threads, result["date"]]
+    return "; ".join(dict.fromkeys(fact for fact in facts if fact))
+
+
+def label_of(result: Mapping, row: Mapping) -> str:
+    """What tells a row from the others in few words."""
+    if len(result["models"]) == 1:
+        return report.label(row)
+    alone = sum(other["model"] == row["model"] for other in result["rows"]) == 1
+    return row["model"] if alone else f"{row['model']}, {report.label(row)}"
+
+
+def line(row: Mapping) -> str:
+    """A row in one line."""
+    return ", ".join(f"{name} {value}" for name, value in cells(row, several=True).items() if value)
+
+
 def table_of(result: Mapping) -> tuple[list[str], list[list[str]]]:
-    """Columns, and a row per bitwidth, transformers' last."""
-    rows = [cells(row) for row in result["rows"]]
+    """Columns, and a row per model and bitwidth, transformers' last."""
+    several = len(result["models"]) > 1
+    rows = [cells(row, several=several) for row in result["rows"]]
     if "compare" in result:
-        rows.append(cells(result["compare"] | {"bitwidth": result["compare"]["name"]}))
+        name = result["compare"]["name"]
+        about = {"bitwidth": name, "model": name, "format": "16 bits", "algorithm": ""}
+        rows.append(cells(result["compare"] | about, several=several))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     return columns, [[row.get(name, "") for name in columns] for row in rows]
 
 
-def cells(row: Mapping) -> dict[str, str]:
-    """A row of the JSON object as text, by column."""
-    found = {"bitwidth": report.label(row), "MB": f"{row['bytes'] / 1e6:.2f}"}
+def cells(row: Mapping, *, several: bool) -> dict[str, str]:
+    """A row of the JSON object as text, by column.
+
+    Args:
+        several: there are other models, so that bitwidths do not say which it is.
+    """
+    found = {"bitwidth": report.label(row)}
+    if several:
+        weights = report.label(row, "format")
+        found = {"model": row["model"], "weights": weights, "algorithm": row["algorithm"]}
+    found["MB"] = f"{row['bytes'] / 1e6:.2f}"
     found |= {f"perplexity {name}": f"{value:.2f}" for name, value in row["perplexity"].items()}
     for name, task in row["tasks"].items():
         found[f"{name} accuracy"] = f"{task['accuracy']:.2%}"

@@ -43,4 +43,4 @@ def test_tokenizers():
 def test_versions_and_machine():
     found = fingerprints.versions()
     assert found["qllm"] and found["torch"] and found["python"]
-    assert set(fingerprints.machine()) == {"system", "cpus", "threads"}
+    assert set(fingerprints.machine()) == {"system", "cpu", "cpus", "threads"}

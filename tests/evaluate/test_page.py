@@ -12,6 +12,7 @@ import pytest
 
 from qllm.errors import UserError
 from qllm.evaluate import page, plots
+from qllm.evaluate.table import DIVERGENCE, table_of
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 VOID = {"meta", "br", "link", "img"}
@@ -20,7 +21,10 @@ VOID = {"meta", "br", "link", "img"}
 def row(bitwidth: str, size: int, value: float) -> dict:
     kl = {"mean": value / 1e4, "p50": 0.0, "p90": 0.0, "p99": 0.1, "max": 0.2}
     return {
+        "model": "a & <b>",
+        "algorithm": "" if bitwidth == "16" else "rtn",
         "bitwidth": bitwidth,
+        "format": "16 bits" if bitwidth == "16" else f"{bitwidth} bits, group 32, sym",
         "dtype": "float16",
         "bytes": size,
         "perplexity": {"gptq": value},
@@ -38,6 +42,7 @@ def row(bitwidth: str, size: int, value: float) -> dict:
 
 RESULT = {
     "model": "a & <b>",
+    "models": ["a & <b>"],
     "device": "cpu",
     "dataset": {"name": "</script>", "sha256": "00", "bytes": 3, "words": 1, "tokens": 600},
     "conventions": {
@@ -45,8 +50,20 @@ RESULT = {
     },
     "tasks": {"lambada_openai": {"rows": 2, "sha256": "11"}},
     "rows": [row("16", 2_000_000, 20.0), row("4", 600_000, 25.0), row("2", 400_000, 90.0)],
-    "fingerprints": {"model": "22", "tokenizer": "33"},
+    "samples": [{"prompt": "It <was>", "reference": "the", "rows": ["the best", "a", "</td>"]}],
+    "fingerprints": {"a & <b>": {"model": "22", "tokenizer": "33"}},
     "versions": {"qllm": "0.1.0"},
+    "machine": {"system": "Linux", "cpu": "Z80 & more", "cpus": 2, "threads": 2},
+    "date": "2026-11-26",
+}
+SEVERAL = RESULT | {
+    "models": ["opt", "rtn", "gptq"],
+    "rows": [
+        {**each, "model": name, "algorithm": algorithm}
+        for each, name, algorithm in zip(
+            RESULT["rows"], ("opt", "rtn", "gptq"), ("", "rtn", "gptq"), strict=True
+        )
+    ],
 }
 
 
@@ -74,7 +91,7 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] in ("td", "h1"):
+        if self.open and self.open[-1] in ("td", "h1", "h3", "p"):
             self.cells.append(data)
 
 
@@ -91,7 +108,10 @@ def test_the_page_is_whole_and_fetches_nothing(html):
     assert all(target.startswith("#") for target in reader.fetched)
     assert not re.search(r"@import|url\((?!#)", html)
     assert {"svg", "table", "script", "style"} <= set(reader.seen)
-    assert {"a & <b>: evaluation", "25.00", "0.0025", "90.00%"} <= set(reader.cells)
+    assert {"25.00", "0.0025", "90.00%", f"{DIVERGENCE}."} <= set(reader.cells)
+    assert "a & <b> on script> (600 tokens)" in reader.cells
+    assert "group 32, sym; rtn; Z80 & more; 2 threads; 2026-11-26" in reader.cells
+    assert {"It <was> …", "the best", "</td>"} <= set(reader.cells)
     assert "</script>, 600 tokens, SHA-256 00" in reader.cells
 
 
@@ -101,7 +121,10 @@ def test_the_page_holds_the_object(html):
 
 
 def test_the_pictures_say_what_they_show(html):
-    text = html[html.index("<svg") : html.index("</svg>")]
+    text = "".join(re.findall("<svg.*?</svg>", html, re.DOTALL))
+    assert html.count("<svg") == 4
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
     for words in (
         *("perplexity (gptq) against bytes", "lambada_openai against bytes"),
         *("divergence from the reference", "error of each layer's output", "relative error"),
@@ -119,13 +142,34 @@ def test_only_what_was_measured_is_drawn():
 def test_points_are_the_rows():
     pytest.importorskip("matplotlib")
     first, *_, last = plots.figure(RESULT).axes
-    (line,) = first.lines
+    line, base = first.lines
+    assert base.get_ydata() == [20.0, 20.0]  # at 16 bits
     assert line.get_xdata().tolist() == [0.4, 0.6, 2.0]
     assert line.get_ydata().tolist() == [90.0, 25.0, 20.0]
     assert [text.get_text() for text in first.texts] == ["2", "4", "16"]
     assert [line.get_ydata().tolist() for line in last.lines] == [
         row["agreement"]["layers"] for row in RESULT["rows"]
     ]
+
+
+def test_several_models_are_told_apart():
+    pytest.importorskip("matplotlib")
+    whole = plots.figure(SEVERAL)
+    first = whole.axes[0]
+    assert [text.get_text() for text in first.legend_.texts] == ["opt", "rtn", "gptq", "opt: 20"]
+    assert [line.get_ydata()[0] for line in first.lines] == [20.0, 25.0, 90.0, 20.0]
+    assert "rtn; gptq; Z80" in whole.get_suptitle()
+    columns, rows = table_of(SEVERAL)
+    assert columns[:4] == ["model", "weights", "algorithm", "MB"]
+    assert rows[2][:3] == ["gptq", "2 bits, group 32, sym", "gptq"]
+
+
+def test_a_baseline_is_never_invented():
+    quantized = RESULT["rows"][1:]
+    assert plots.baseline(RESULT | {"rows": quantized}, lambda row: row["bytes"]) is None
+    compare = {"name": "transformers", "bytes": 5}
+    found = plots.baseline(RESULT | {"rows": quantized, "compare": compare}, lambda r: r["bytes"])
+    assert found == ("transformers", 5)
 
 
 @pytest.mark.parametrize("name", ["plot.png", "plot.svg"])
@@ -137,8 +181,9 @@ def test_pictures_are_written(name, tmp_path):
     assert start == (b"\x89PNG\r" if name.endswith("png") else b"<?xml")
 
 
-def test_a_browser_shows_it(html, tmp_path):
-    """Its own rendering has the table, and the pictures with a size."""
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_it(html, width, tmp_path):
+    """Its own rendering has the table, and the pictures with a size; nothing is wider than it."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
@@ -146,11 +191,12 @@ def test_a_browser_shows_it(html, tmp_path):
         "<script>document.title = JSON.stringify([document.querySelectorAll('td').length, "
         "document.querySelector('svg').getBoundingClientRect().width, "
         "JSON.parse(document.getElementById('result').textContent).rows.length, "
-        "performance.getEntriesByType('resource').length])</script></body>"
+        "performance.getEntriesByType('resource').length, "
+        "document.documentElement.scrollWidth])</script></body>"
     )
     path = tmp_path / "report.html"
     path.write_text(html.replace("</body>", probe), encoding="utf-8")
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900")
     done = subprocess.run(
         [found, *options, f"--user-data-dir={tmp_path}", "--dump-dom", path.as_uri()],
         capture_output=True,
@@ -158,9 +204,11 @@ def test_a_browser_shows_it(html, tmp_path):
         timeout=120,
         check=True,
     )
-    cells, width, rows, fetched = json.loads(re.search(r"<title>(.*?)</title>", done.stdout)[1])
+    cells, drawn, rows, fetched, whole = json.loads(
+        re.search(r"<title>(.*?)</title>", done.stdout)[1]
+    )
     assert cells > 3 * 5 and rows == 3
-    assert 300 < width <= 1200
+    assert 300 < drawn <= whole <= max(width, 500)  # Chromium has no window that is less wide
     assert fetched == 0
 
 

@@ -1,0 +1,182 @@
+"""Several checkpoints that are asked the same, and whether their answers can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qllm.checkpoint import origin
+from qllm.checkpoint.reader import QUANTIZATION_KEY, read_raw_config
+from qllm.config import DEFAULT_ALGORITHM, ModelConfig
+from qllm.errors import UserError
+from qllm.evaluate.evaluation import Evaluation
+from qllm.evaluate.lambada import passages
+from qllm.evaluate.perplexity import Cut, PerplexityOptions, Text, cut
+from qllm.hub import ModelFolder
+from qllm.layers import Linear
+from qllm.models import Decoder, read_config
+from qllm.tokenizer import Tokenizer
+
+# Conventions whose figures do not depend on how a text is cut into tokens.
+ANY_TOKENS = ("word", "byte")
+# What tells tokenizers apart where there is no text.
+SENTENCE = "In 1815, M. Charles-François-Bienvenu Myriel was Bishop of D——, «really».\n\t 0.5%"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint and what it is asked.
+
+    Attributes:
+        name: what tells it from the others.
+        cuts: of the text, see `qllm.evaluate.perplexity.cut`.
+    """
+
+    folder: ModelFolder
+    name: str
+    config: ModelConfig
+    tokenizer: Tokenizer
+    asked: Evaluation
+    cuts: list[Cut]
+
+    @classmethod
+    def of(
+        cls,
+        folder: ModelFolder,
+        name: str,
+        text: str | None,
+        tasks: Mapping[str, Sequence[str]],
+        options: PerplexityOptions,
+        most: int | None,
+    ) -> Candidate:
+        """
+        Args:
+            text: whose perplexity is measured; None for none.
+            tasks: the rows of each, by name.
+            most: tokens of the text, its first; None for all.
+
+        Raises:
+            UserError: for a broken checkpoint, or what the model cannot take.
+        """
+        config = read_config(read_raw_config(folder.path))
+        tokenizer = Tokenizer.load(folder.path, config.vocab_size)
+        encoded = None if text is None else Text.encode(text, tokenizer, most)
+        cuts = [] if encoded is None else cut(encoded, config, options)
+        found = {task: passages(rows, tokenizer, config) for task, rows in tasks.items()}
+        return cls(folder, name, config, tokenizer, Evaluation(encoded, options, found), cuts)
+
+
+def names_of(folders: Sequence[ModelFolder], given: Sequence[str]) -> list[str]:
+    """What to call each of some models: as it is called, or given where two would be called alike.
+
+    Raises:
+        UserError: for a folder that is there twice.
+    """
+    names = [folder.name for folder in folders]
+    paths = [folder.path.resolve() for folder in folders]
+    for name, path in zip(given, paths, strict=False):
+        if paths.count(path) > 1:
+            raise UserError(f"{name} is given more than once; a model takes one row")
+    return [
+        name if names.count(name) == 1 else str(Path(given[place]))
+        for place, name in enumerate(names)
+    ]
+
+
+def check_comparable(candidates: Sequence[Candidate], *, agree: bool) -> None:
+    """Refuse models whose figures do not mean the same.
+
+    Args:
+        agree: all are compared with one reference, token by token.
+
+    Raises:
+        UserError: naming the first two.
+    """
+    first = candidates[0]
+    for other in candidates[1:]:
+        alike = f"{other.name} and {first.name}"
+        for ours, theirs in zip(first.cuts, other.cuts, strict=True):
+            if (ours.window, ours.stride) != (theirs.window, theirs.stride):
+                raise UserError(
+                    f"the windows of {alike} differ, {theirs.window} and {ours.window} tokens; "
+                    f"give both --window {min(theirs.window, ours.window)}"
+                )
+        text, their_text = first.asked.text, other.asked.text
+        if text is not None and text.text != their_text.text:
+            raise UserError(
+                f"the tokenizers of {alike} differ, and so does the text that --max-tokens leaves; "
+                "leave it out"
+            )
+        names = [name for part in first.cuts for name in part.names if name not in ANY_TOKENS]
+        if names and not same_text(text, their_text):
+            raise UserError(
+                f"the tokenizers of {alike} differ ({len(their_text.ids)} and {len(text.ids)} "
+                f"tokens): perplexity {names[0]} is per token, and only that of one tokenizer can "
+                "be compared; take --conventions word,byte"
+            )
+        vocabularies = [each.tokenizer.encode(SENTENCE) for each in (first, other)]
+        if agree and vocabularies[0] != vocabularies[1]:
+            raise UserError(
+                f"the tokenizers of {alike} differ: they cannot agree with one reference token by "
+                "token; measure --agreement of one at a time"
+            )
+
+
+def find_reference(
+    candidates: Sequence[Candidate], named: str | None, note: Callable[[str], None]
+) -> ModelFolder:
+    """The one 16-bit checkpoint that all are compared with; see `qllm.checkpoint.origin`.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    if named is not None:
+        return origin.find_reference(candidates[0].folder, named, note)
+    found, notes = {}, []
+    for candidate in candidates:
+        model = origin.find_reference(candidate.folder, None, notes.append)
+        found.setdefault(model.path.resolve(), (candidate.name, model))
+    for said in notes[:1]:
+        note(said)
+    (name, model), *others = found.values()
+    if others:
+        other_name, other = others[0]
+        raise UserError(
+            f"{name} and {other_name} have two originals, {model.path} and {other.path}; name the "
+            "one that both are compared with: --reference"
+        )
+    return model
+
+
+def check_sizes(candidates: Sequence[Candidate], reference: ModelFolder) -> None:
+    """Refuse a reference that is another model.
+
+    Raises:
+        UserError: it differs from one of the models in family or size.
+    """
+    config = read_config(read_raw_config(reference.path))
+    for candidate in candidates:
+        for size in ("family", "vocab_size", "hidden_size", "num_layers"):
+            ours, theirs = getattr(candidate.config, size), getattr(config, size)
+            if ours != theirs:
+                raise UserError(
+                    f"the reference {reference.name} of {candidate.name} is another model: its "
+                    f"{size} is {theirs}, not {ours}; name another with --reference"
+                )
+
+
+def algorithm_of(folder: ModelFolder, model: Decoder) -> str:
+    """How the integers of a loaded model were chosen, as far as is known; "" at 16 bits."""
+    raw_config = read_raw_config(folder.path)
+    linears = (m for m in model.layers.modules() if isinstance(m, Linear))
+    quantized = any(linear.spec.kind != "dense" for linear in linears)
+    if quantized and QUANTIZATION_KEY not in raw_config.values:
+        return DEFAULT_ALGORITHM  # while it was loaded
+    return origin.algorithm(raw_config)
+
+
+def same_text(text: Text, other: Text) -> bool:
+    """Whether two tokenizers made the same of a text."""
+    ours, theirs = (list(each.ids) for each in (text, other))
+    return ours == theirs and text.begin == other.begin
