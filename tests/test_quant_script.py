@@ -535,7 +535,8 @@ def test_a_quantized_checkpoint_runs_as_it_is(saved, opt, tmp_path):
         assert_user_error(done, "is quantized already, and runs as it is", args[0])
     quantized = "this checkpoint is quantized, the reference is the 16-bit one"
     assert_user_error(call(REF, "--model-path", saved), quantized)
-    assert_user_error(call(GEN, "--model-path", saved, "--compare"), quantized)
+    again = ("--compare", "--reference", saved)
+    assert_user_error(call(GEN, "--model-path", saved, *again), quantized)
     done = call(CONVERT, "--model-path", saved, "--save", tmp_path / "converted")
     assert_user_error(done, "is quantized; conversion takes 16-bit checkpoints")
     done = call(QUANT, "--model-path", saved, "--save", tmp_path / "again")

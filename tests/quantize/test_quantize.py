@@ -622,6 +622,7 @@ def test_the_card_and_the_config_say_how_it_was_made(sources, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     source = json.loads((sources("opt") / "config.json").read_text())
     config.pop("quantization_config")
+    assert config.pop("qllm_algorithm") == "gptq; smoothquant"
     assert config == {**source, "tie_word_embeddings": True}
 
 
