@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
+import pytest
+
 
 def pairwise(*axes: Iterable) -> list[tuple]:
     """Cases with a value of every axis, such that any two values of two axes meet in one.
@@ -24,3 +26,17 @@ def pairwise(*axes: Iterable) -> list[tuple]:
         missing -= pairs
         cases.append(tuple(axis[i] for axis, i in zip(values, case, strict=True)))
     return cases
+
+
+def each(*axes: Iterable) -> list[tuple]:
+    """As many cases as the longest axis has values, all of which stand in some case."""
+    values = [tuple(axis) for axis in axes]
+    return [tuple(axis[i % len(axis)] for axis in values) for i in range(max(map(len, values)))]
+
+
+def slow_but(kept: Iterable[tuple], *axes: Iterable) -> list:
+    """All cases there are, of which those that are not kept are marked slow."""
+    kept = list(kept)
+    cases = [*itertools.product(*axes)]
+    assert all(case in cases for case in kept)
+    return [case if case in kept else pytest.param(*case, marks=pytest.mark.slow) for case in cases]

@@ -14,15 +14,15 @@ from unittest.mock import patch
 from qllm import cli
 
 
-def call(script: str, *args: object) -> subprocess.CompletedProcess:
-    """What `conftest.run` does, in this process and with nothing on the standard input."""
+def call(script: str, *args: object, input: str = "") -> subprocess.CompletedProcess:
+    """What `conftest.run` does, in this process."""
     arguments = [script, *map(str, args)]
     out, error, status = io.StringIO(), io.StringIO(), 0
     main = importlib.import_module(script.removesuffix(".py")).main
     with (
         patch.object(sys, "argv", arguments),
         patch.object(signal, "signal"),  # Ctrl-C stays pytest's
-        patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO())),
+        patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode()))),
         redirect_stdout(out),
         redirect_stderr(error),
     ):

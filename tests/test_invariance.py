@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, tiny
+from covering import each, slow_but
 from cpu_paths import on, paths, same
 from oracle import load
 from torch import Tensor
@@ -19,15 +20,20 @@ from qllm.generate import GenerationConfig, generate
 from qllm.models import Decoder
 from qllm.tokenizer import Tokenizer
 
-PROMPTS, LONGEST, NEW_TOKENS = 200, 60, 8
+PROMPTS, LONGEST, NEW_TOKENS = 200, 60, 5
 # Bitwidths of the layers, of the head, and of activations.
 PLANS = (
     *(("3", "16", "16"), ("4", "16", "16"), ("8", "16", "16"), ("8:tc-li", "16", "16")),
     *(("4", "8", "16"), ("4", "8", "8")),
 )
 FOUR, TENSOR_CORES = PLANS[1], PLANS[3]
+HALVES = (torch.float16, torch.bfloat16)
 
 pytestmark = pytest.mark.usefixtures("one_thread", "kernels")
+
+
+def named(value: object) -> str:
+    return "-".join(value) if isinstance(value, tuple) else str(value)
 
 
 @pytest.fixture
@@ -99,8 +105,9 @@ EVERY = [*range(PROMPTS)]
 SHUFFLED = random.Random(1).sample(EVERY, PROMPTS)
 
 
-@pytest.mark.parametrize("plan", PLANS, ids="-".join)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "plan"), slow_but(each(FAMILIES, PLANS), FAMILIES, PLANS), ids=named
+)
 def test_one_answer(family, plan):
     model, sharded = model_of(family, plan), model_of(family, plan, 3)
     assert len(sharded.shards) == 3
@@ -121,8 +128,9 @@ def test_one_answer(family, plan):
     assert found == whole.tokens[SHUFFLED[:20]].tolist()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"), slow_but(each(FAMILIES, HALVES), FAMILIES, HALVES), ids=named
+)
 def test_one_answer_in_half_types(family, dtype):
     model, sharded = model_of(family, FOUR, 1, dtype), model_of(family, FOUR, 3, dtype)
     whole = answer(model, family, EVERY[:60], batch=60, threads=1)
@@ -130,8 +138,11 @@ def test_one_answer_in_half_types(family, dtype):
         assert answer(decoder, family, rows, batch, threads).is_same(whole.at(rows))
 
 
-@pytest.mark.parametrize("plan", [FOUR, TENSOR_CORES], ids="-".join)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "plan"),
+    slow_but(each(FAMILIES, (FOUR, TENSOR_CORES)), FAMILIES, (FOUR, TENSOR_CORES)),
+    ids=named,
+)
 def test_one_answer_on_every_path(family, plan):
     """The tokens are the same on all of them, but where activations are rounded to 8 bits.
 

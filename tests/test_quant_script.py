@@ -260,7 +260,7 @@ def test_a_run_that_is_stopped_goes_on(opt, text, tmp_path, one_thread):
     stopped = start(*args, "--save", target, env=environment)
     wait_for(stopped, journal, 1)
     stopped.send_signal(signal.SIGINT)
-    out, error = stopped.communicate(timeout=60)
+    out, error = stopped.communicate(timeout=300)
     assert (stopped.returncode, out) == (130, "")
     assert error.splitlines()[-2:] == [
         f"note: what is finished is kept beside {target}; the same command goes on with it",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import FORMS, change_json, copy_of, rewritten
-from conftest import FAMILIES, run, run_json, tiny
+from conftest import FAMILIES, run, tiny
 from inside import call, call_json
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -58,8 +58,7 @@ def assert_schema(result: dict, bitwidth: str, new_tokens: int = 10) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_print_the_same_object_and_the_same_tokens(family):
     options = ("--model-name", family, "--model-size", "tiny", "--dtype", "float32")
-    start = run_json if family == "bloom" else call_json
-    reference, ours = start("ref_gen.py", *options), start("qllm_gen.py", *options)
+    reference, ours = call_json("ref_gen.py", *options), call_json("qllm_gen.py", *options)
     for result in (reference, ours):
         assert_schema(result, "16")
         assert set(result) == {"model", "bitwidth", "results", "shards", "seconds"}
@@ -100,7 +99,8 @@ def test_what_is_printed_for_people(script):
 @pytest.mark.parametrize("script", ["ref_gen.py", "qllm_gen.py"])
 def test_prompts_from_all_places(script, tmp_path):
     (tmp_path / "prompts").write_text("The king of\n\nIt was the best of times, it was the worst\n")
-    done = run(
+    start = run if script == "qllm_gen.py" else call
+    done = start(
         script,
         *("--model-size", "tiny", "--max-gen-tokens", "4", "--max-prompt-length", "6", "--json"),
         *("--prompt", "He said", "--prompt", "In the year"),
@@ -174,7 +174,7 @@ def test_explain_says_that_activations_are_int8():
 
 def test_stream_prints_the_same_text():
     options = ("--model-name", "llama", "--model-size", "tiny", "--bitwidth", "4")
-    rows = run_json("qllm_gen.py", *options)["results"]
+    rows = call_json("qllm_gen.py", *options)["results"]
     done = run("qllm_gen.py", *options, "--stream")
     assert done.returncode == 0, done.stderr
     for row in rows:
@@ -336,6 +336,6 @@ def test_the_bundled_models_need_no_network():
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     environment |= {"HF_ENDPOINT": "http://127.0.0.1:9"}
     for script in ("ref_gen.py", "qllm_gen.py"):
-        done = run(script, "--model-size", "tiny", env=environment, timeout=60)
+        done = run(script, "--model-size", "tiny", env=environment)
         assert done.returncode == 0, done.stderr
         assert all(line.startswith("note: ") for line in done.stderr.splitlines())

@@ -87,7 +87,7 @@ def parts(
         options: of every measurement.
         table: where the tiles go that are found.
     """
-    yield Part("tests", ("-m", "pytest", "-vv", "tests/ops/gpu"), 180)
+    yield Part("tests", ("-m", "pytest", "-vv", "-m", "", "tests/ops/gpu"), 180)
 
     def measure(name: str, seconds: float, *arguments: str) -> Part:
         return Part(name, ("-m", "benchmarks.gpu", *options, *arguments), seconds)

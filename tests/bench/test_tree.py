@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import time
 from pathlib import Path
 
 import pytest
@@ -108,12 +107,10 @@ def sparse(folder: Path, config: dict) -> Path:
     return folder
 
 
-def test_seven_billion_parameters_in_no_time(tmp_path):
-    """Of a process's two seconds, most are torch's import."""
+def test_seven_billion_parameters(tmp_path):
+    """Of a file that has no room for them on the disk: none is read."""
     folder = sparse(tmp_path / "7b", PUBLISHED["meta-llama/Llama-2-7b-hf"])
-    start = time.perf_counter()
     root = tree(outline(folder, QuantPlan.parse("4")))
-    assert time.perf_counter() - start < 2
     assert root.parameters == 6_738_415_616  # as the model's card counts them
     assert root.quantized == root.parameters - 2 * 32000 * 4096 - (2 * 32 + 1) * 4096
     assert root.nbytes < 4.5e9

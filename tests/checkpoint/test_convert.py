@@ -199,8 +199,15 @@ cli.run(weight_convert.main)
 """
 
 
-@pytest.mark.parametrize("there", [False, True])
-@pytest.mark.parametrize(("name", "status"), [("SIGKILL", -signal.SIGKILL), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("name", "status", "there"),
+    [
+        ("SIGKILL", -signal.SIGKILL, True),
+        ("SIGINT", 130, False),
+        pytest.param("SIGKILL", -signal.SIGKILL, False, marks=pytest.mark.slow),
+        pytest.param("SIGINT", 130, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_stopped_leaves_the_old_copy_or_none(name, status, there, tmp_path):
     """And the next run finishes the work."""
     environment = {**os.environ, "QLLM_HOME": str(tmp_path)}

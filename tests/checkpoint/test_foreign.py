@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, tiny
+from covering import each, slow_but
 from foreign import Folder, Writer, awq, compressed, folder_of, gptq, quantize
 from oracle import assert_same_model, draw_prompts, load
 from safetensors.torch import load_file, save_file
@@ -430,8 +431,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "form"), slow_but(each(FAMILIES, FORMS), FAMILIES, FORMS))
 def test_some_rows_are_those_of_the_whole_and_no_more_is_read(family, form, tmp_path, monkeypatch):
     spec = FORMS[form]["spec"]
     gptq = GPTQOptions(static_groups=FORMS[form].get("static_groups", True))

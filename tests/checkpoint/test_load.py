@@ -9,7 +9,8 @@ import struct
 import pytest
 import torch
 from checkpoints import change_json, copy_of, rewritten, state_of
-from conftest import FAMILIES, assert_user_error, run, tiny
+from conftest import FAMILIES, assert_user_error, tiny
+from inside import call
 
 from qllm import memory
 from qllm.calibration import calibrate
@@ -279,7 +280,7 @@ def test_the_script_refuses_it_before_it_starts(tmp_path):
     sparse_checkpoint(folder, 300)
     shutil.copy(tiny("opt") / "tokenizer.json", folder)
     for script in ("qllm_gen.py", "ref_gen.py"):
-        done = run(script, "--model-path", folder)
+        done = call(script, "--model-path", folder)
         assert_user_error(done, "GB of memory and", "GB are free on cpu")
 
 

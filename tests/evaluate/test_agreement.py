@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import FAMILIES
+from covering import each, slow_but
 from oracle import bundled, draw_prompts, our_bundled, prefill_logits, reference
 
 from qllm.evaluate.agreement import (
@@ -29,8 +30,10 @@ def theirs(family: str) -> ReferenceModel:
     return ReferenceModel(bundled(family), our_bundled(family).config)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", [theirs, lambda f: DecoderReference(our_bundled(f))])
+KINDS = (theirs, lambda family: DecoderReference(our_bundled(family)))
+
+
+@pytest.mark.parametrize(("family", "kind"), slow_but(each(FAMILIES, KINDS), FAMILIES, KINDS))
 def test_agreement_is_what_it_says(family, kind):
     model = our_bundled(family, "3")
     kls, same = [], []

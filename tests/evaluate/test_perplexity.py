@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from conftest import FAMILIES, tiny
+from covering import each, slow_but
 from oracle import bundled, draw_prompts, our_bundled
 
 from qllm.errors import UserError
@@ -22,6 +23,10 @@ from qllm.evaluate.perplexity import (
     perplexity,
 )
 from qllm.tokenizer import Tokenizer
+
+BITWIDTHS = ("16", "4", "8:tc-li")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WINDOWS = ((32, 16), (40, 7), (33, 33), (300, 100))  # and strides
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,10 +110,12 @@ def test_every_convention_has_an_oracle():
     assert ORACLES.keys() == CONVENTIONS.keys()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("window", "stride"), [(32, 16), (40, 7), (33, 33), (300, 100)])
-def test_conventions_equal_transformers(family, window, stride):
+@pytest.mark.parametrize(
+    ("family", "shape"), slow_but(each(FAMILIES, WINDOWS), FAMILIES, WINDOWS), ids=str
+)
+def test_conventions_equal_transformers(family, shape):
     """Windows of up to 128 tokens share forward calls here; of 300 each has its own."""
+    window, stride = shape
     text = story(family, 4 if window < 300 else 20)
     assert len(text.ids) % window  # a remainder, which the conventions treat differently
     options = PerplexityOptions(tuple(CONVENTIONS), window, stride)
@@ -148,8 +155,9 @@ def test_of_text_that_a_model_knows_it_is_low_and_higher_at_one_bit():
     assert bad > 2 * good
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bitwidth", ["16", "4", "8:tc-li"])
+@pytest.mark.parametrize(
+    ("bitwidth", "dtype"), slow_but(each(BITWIDTHS, DTYPES), BITWIDTHS, DTYPES), ids=str
+)
 def test_batches_change_nothing(bitwidth, dtype):
     """Short windows share a call with 1, 3 or 100 others, long ones never do."""
     from cpu_paths import paths

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, examples, tiny
+from covering import each, slow_but
 from hypothesis import given
 from oracle import (
     assert_logits_close,
@@ -294,8 +295,10 @@ def fake_quantize(model: PreTrainedModel, bits: int, group: int, scheme: str = "
             linear.weight.copy_(fake_quantized(linear.weight, bits, group, scheme))
 
 
-@pytest.mark.parametrize("scheme", ["asym", "sym"])
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(
+    ("bits", "scheme"),
+    slow_but(each(range(1, 9), ("asym", "sym")), range(1, 9), ("asym", "sym")),
+)
 def test_weight_only_equals_transformers_with_the_same_weights(small, bits, scheme):
     config, folder = small
     theirs = random_model(config)

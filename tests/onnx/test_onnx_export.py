@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from conftest import FAMILIES, examples, tiny
+from covering import pairwise
 from hypothesis import given
 from oracle import (
     TIE,
@@ -95,11 +96,14 @@ def quantized(family: str, folder: Path, spec: QuantSpec, **options) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("bits", "group", "scheme"), [("4", 32, "asym"), ("8", -1, "sym")])
-@pytest.mark.parametrize("level", [0, 4])
-def test_quantized_models(level, bits, group, scheme, family, tmp_path):
+@pytest.mark.parametrize(
+    ("level", "form", "family"),
+    pairwise((0, 4), (("4", 32, "asym"), ("8", -1, "sym")), FAMILIES),
+    ids=str,
+)
+def test_quantized_models(level, form, family, tmp_path):
     """Logits within the level's tolerance, and so tokens wherever two logits are further apart."""
+    bits, group, scheme = form
     spec = QuantSpec.parse(bits, group, scheme)
     source = quantized(family, tmp_path / "checkpoint", spec)
     theirs = exported(source, tmp_path / "onnx", accuracy_level=level)

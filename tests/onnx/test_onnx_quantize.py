@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from itertools import product
 
 import onnx
 import pytest
 import torch
 from conftest import tiny
+from covering import slow_but
 from exports import torch_export
 from onnx import helper, numpy_helper
 from oracle import assert_logits_close, assert_same_model, bundled, draw_prompts, load
@@ -73,7 +75,11 @@ def test_torchs_exports_run_as_they_are(foreign):
     assert_same_model(OnnxDecoder(folder), bundled(family), PROMPTS, 8)
 
 
-@pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
+@pytest.mark.parametrize(
+    ("foreign", "algorithm"),
+    slow_but([*product(MODULES, ("rtn",)), ("bloom", "gptq")], MODULES, ("rtn", "gptq")),
+    indirect=["foreign"],
+)
 def test_a_foreign_model_quantized_is_the_checkpoint_quantized(foreign, algorithm, tmp_path):
     """Name by name the same errors; to nearest the same integers, and so the same logits."""
     family, folder = foreign
@@ -251,7 +257,7 @@ def test_stages_whose_inputs_are_read_early(tmp_path):
     torch.testing.assert_close(torch.stack(list(stages.run(third))), want)
 
 
-@pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
+@pytest.mark.parametrize("algorithm", ["rtn", pytest.param("gptq", marks=pytest.mark.slow)])
 def test_links_as_a_hub_cache_has_them(algorithm, tmp_path):
     export(tiny("opt"), tmp_path / "whole")
     blobs, linked = tmp_path / "blobs", tmp_path / "linked"

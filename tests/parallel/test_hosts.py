@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT, run_json
@@ -59,6 +58,7 @@ def start(host: str, node: int, *args: object) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_two_hosts_generate_and_a_cut_link_ends_both(hosts):
     one = run_json("qllm_gen.py", *OPTIONS[:-2])
     runs = [start(host, node, "--json") for node, (host, _) in enumerate(hosts)]
@@ -71,10 +71,8 @@ def test_two_hosts_generate_and_a_cut_link_ends_both(hosts):
     for line in iter(runs[0].stdout.readline, ""):
         if line == "\n":  # its text begins
             break
-    began = time.monotonic()
     ip("-n", hosts[0][0], "link", "set", hosts[0][1], "down")
     errors = [run.communicate(timeout=120)[1] for run in runs]
-    assert time.monotonic() - began < TIMEOUT + 5
     for node, error in enumerate(errors):
         assert runs[node].returncode == 1
         (line,) = re.findall("^qllm: error: .*", error, re.MULTILINE)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoints import rewritten, state_of
 from conftest import FAMILIES, tiny
+from covering import each, slow_but
 from cpu_paths import paths, same
 from oracle import draw_prompts, load, spread
 from quantizing import MODELS, VOCAB, samples, saved
@@ -76,7 +77,10 @@ def assert_close(got: Tensor, whole: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [*product(MODELS, ("4", "8:tc-li")), ("opt-350m", "16"), ("bloom", "16"), ("llama", "16")],
+    [
+        *slow_but(each(MODELS, ("4", "8:tc-li")), MODELS, ("4", "8:tc-li")),
+        *product(("opt-350m", "bloom", "llama"), ("16",)),
+    ],
 )
 def test_every_model_on_as_many_ranks_as_it_has_heads_and_on_three(name, bits, tmp_path):
     folder = saved(name, tmp_path)
@@ -108,8 +112,12 @@ def test_activations_of_8_bits(family):
     assert all(same(logits, whole) for logits in on_places(3, run))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), slow_but(each(FAMILIES, DTYPES), FAMILIES, DTYPES), ids=str
+)
 def test_long_prompts_at_16_bits_are_exact(family, dtype):
     prompts = draw_prompts((300, 100), 4096)  # more rows than a dense kernel holds at once
     whole = load(tiny(family), dtype=dtype).prefill(prompts, last=False)
@@ -120,12 +128,14 @@ def test_long_prompts_at_16_bits_are_exact(family, dtype):
     assert all(same(logits, whole) for logits in on_places(3, run))
 
 
+STAGES = ((1, 3, None), (2, 2, None), (1, 2, (7,)), (3, 2, (1,)), (1, 4, (3, 4, 9)))
+
+
 @pytest.mark.parametrize(
-    ("tp", "pp", "cuts"),
-    [(1, 3, None), (2, 2, None), (1, 2, (7,)), (3, 2, (1,)), (1, 4, (3, 4, 9))],
+    ("family", "places"), slow_but(each(FAMILIES, STAGES), FAMILIES, STAGES), ids=str
 )
-@pytest.mark.parametrize("family", FAMILIES)
-def test_stages(family, tp, pp, cuts):
+def test_stages(family, places):
+    tp, pp, cuts = places
     prompts = draw_prompts((3, 9, 1, 5, 7), 4096)
     model = load(tiny(family), "4")
     whole, tokens = logits_of(model, prompts), generate(model, prompts, GENERATION)
@@ -202,8 +212,7 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("how", SAVED)
-@pytest.mark.parametrize("name", ["opt", "bloom", "llama"])
+@pytest.mark.parametrize(("name", "how"), slow_but(each(FAMILIES, SAVED), FAMILIES, SAVED))
 def test_a_saved_quantized_checkpoint_serves_any_number(name, how, tmp_path):
     bits, spec = SAVED[how]
     source = saved(name, tmp_path / "float")

@@ -9,19 +9,19 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 import readme
 from checkpoints import copy_of, rewritten, state_of
-from conftest import ROOT, assert_user_error, run, run_json, tiny
+from conftest import ROOT, assert_user_error, run, tiny
+from inside import call_json
 
 GEN = "qllm_gen.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LONG = ("--max-gen-tokens", 480, "--max-prompt-length", 20)
-TIMEOUT = 8  # seconds within which a run has to end
+TIMEOUT = 8  # seconds without a word of a rank after which a run ends
 
 
 def start(processes: int, *args: object, script: str = GEN, **options) -> subprocess.Popen:
@@ -64,7 +64,7 @@ def test_ranks_print_what_one_process_does(line):
     torchrun, _, processes, script, *options = shlex.split(line)
     assert (torchrun, script) == ("torchrun", GEN)
     alone = options[: options.index("--tp")]
-    one = run_json(GEN, *alone)
+    one = call_json(GEN, *alone)
     out, _ = finish(start(int(processes), *options, "--json"))
     many = json.loads(out)
     assert many["results"] == one["results"]
@@ -83,7 +83,7 @@ def test_messages_of_all_sizes_over_gloo(tmp_path):
     prompts.write_text("\n".join([line for line in lines if len(line) > 90][:24]), encoding="utf-8")
     options = ("--model-size", "tiny", "--bitwidth", "4", "--json", "--dtype", "float32")
     options += ("--prompt-file", str(prompts), "--max-prompt-length", "60")
-    one = run_json(GEN, *(option for option in options if option != "--json"))
+    one = call_json(GEN, *(option for option in options if option != "--json"))
     out, _ = finish(start(2, *options, "--tp", 2, "--tp-mode", "fast"))
     assert json.loads(out)["results"] == one["results"]
 
@@ -125,10 +125,8 @@ def test_a_rank_that_is_gone_ends_the_run(how):
         if line == "\n":  # its text begins
             break
     ranks = ranks_of(process)
-    began = time.monotonic()
     os.kill(ranks[1], signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     _, lines = finish(process)
-    assert time.monotonic() - began < TIMEOUT + 3
     assert process.returncode == 1
     assert len(lines.splitlines()) == 1
     reason = "its process has died" if how == "killed" else "has not been heard of"
@@ -179,7 +177,7 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("what", ["model", "version"])
+@pytest.mark.parametrize("what", ["model", pytest.param("version", marks=pytest.mark.slow)])
 def test_a_rank_that_was_started_otherwise_ends_the_run(what, tmp_path):
     first, others, patch = ["--bitwidth", "4"], ["--bitwidth", "4"], ""
     if what == "model":
@@ -207,8 +205,6 @@ def test_a_rank_that_was_started_otherwise_ends_the_run(what, tmp_path):
 def test_a_rank_that_does_not_come_is_named():
     env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
-    began = time.monotonic()
-    done = run(GEN, "--model-size", "tiny", "--tp", 2, "--timeout", TIMEOUT, env=env)
-    # A busy machine takes ten seconds and more to import torch.
-    assert done.returncode == 1 and time.monotonic() - began < TIMEOUT + 40
+    done = run(GEN, "--model-size", "tiny", "--tp", 2, "--timeout", TIMEOUT, env=env, timeout=120)
+    assert done.returncode == 1
     assert "rank 1: it did not start within 6 s" in done.stderr and tiny("opt").exists()

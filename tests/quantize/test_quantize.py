@@ -7,12 +7,14 @@ import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import FORMS
 from conftest import FAMILIES, tiny
+from covering import each, slow_but
 from foreign import twin_of
 from killing import contents, is_killed, killed_at
 from oracle import assert_logits_close, draw_prompts, load, prefill_logits
@@ -106,8 +108,11 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("bits", [*range(1, 9), "8:tc-li", "mixed"])
-@pytest.mark.parametrize("name", [*SMALL, "opt untied"])
+BITS = (*range(1, 9), "8:tc-li", "mixed")
+TIED_OR_NOT = (*SMALL, "opt untied")
+
+
+@pytest.mark.parametrize(("name", "bits"), slow_but(each(TIED_OR_NOT, BITS), TIED_OR_NOT, BITS))
 def test_saved_is_what_loading_makes(name, bits, sources, tmp_path):
     source = sources(name, torch.float16)
     # Heads of a width of their own, tied or not; none for an odd one.
@@ -186,8 +191,13 @@ def assert_saved_and_fake_agree(source: Path, folder: Path, plan: QuantPlan, **j
     return ours
 
 
-@pytest.mark.parametrize("algorithm", ["rtn", "gptq", "awq"])
-@pytest.mark.parametrize("name", MODELS)
+ALGORITHMS = ("rtn", "gptq", "awq")
+
+
+@pytest.mark.parametrize(
+    ("name", "algorithm"),
+    slow_but([*each(MODELS, ALGORITHMS), *product(FAMILIES, ALGORITHMS)], MODELS, ALGORITHMS),
+)
 def test_the_dequantized_twin_in_transformers(name, algorithm, sources, tmp_path):
     plan = plan_of(4, "8", algorithm=algorithm)
     ours = assert_saved_and_fake_agree(sources(name), tmp_path, plan, samples=samples())
@@ -207,8 +217,10 @@ def test_the_dequantized_twin_in_transformers(name, algorithm, sources, tmp_path
     }
 
 
-@pytest.mark.parametrize("bitwidth", ["8:tc-li", "8:tc"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "bitwidth"),
+    slow_but(each(MODELS, ("8:tc-li", "8:tc")), MODELS, ("8:tc-li", "8:tc")),
+)
 def test_int8_activations_run_from_what_is_saved(name, bitwidth, sources, tmp_path):
     quantize(sources(name), tmp_path / "out", plan_of(bitwidth, "8:tc-li"), samples=samples())
     ours, exact = load(tmp_path / "out"), load(sources(name))
@@ -343,7 +355,7 @@ def divergence(model: Decoder, exact: Decoder, prompts: list[list[int]]) -> floa
     return (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean().item()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family",), slow_but([("bloom",)], FAMILIES))
 def test_the_model_is_better_than_rounded_to_nearest(family, tmp_path):
     """On text that calibration did not see."""
     seen, unseen = read(family)

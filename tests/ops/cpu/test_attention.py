@@ -10,6 +10,7 @@ import exact
 import numpy as np
 import pytest
 import torch
+from covering import each, slow_but
 from cpu_paths import DTYPES, bits_of, everywhere, normal, on, same
 from exact import assert_rounded_once
 from torch import Tensor
@@ -156,8 +157,7 @@ def check_prompt(tokens: Tokens, capacity: int) -> None:
     assert_attention(tokens, got, other, seen)
 
 
-@dtypes
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize(("dim", "dtype"), slow_but(each(DIMS, DTYPES), DIMS, DTYPES), ids=str)
 def test_attention_of_all_shapes(dim, dtype):
     places = itertools.cycle(EDGES)
     for i, heads in enumerate(HEADS):

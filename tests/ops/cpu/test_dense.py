@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from amx_tiles import started, tile_library
+from covering import each, slow_but
 from cpu_paths import (
     DTYPES,
     assert_rows_are_their_own,
@@ -72,9 +73,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> np.ndarray:
     return y if bias is None else y + exact.numpy(bias)
 
 
-@dtypes
-@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
-def test_they_are_rounded_once_and_rows_are_their_own(inputs, outputs, dtype, path):
+@pytest.mark.parametrize(
+    ("shape", "dtype"), slow_but(each(SHAPES, DTYPES), SHAPES, DTYPES), ids=str
+)
+def test_they_are_rounded_once_and_rows_are_their_own(shape, dtype, path):
+    inputs, outputs = shape
     x, weight = normal(70, inputs, dtype=dtype), normal(outputs, inputs, dtype=dtype)
     bias = normal(outputs + 1, dtype=dtype)[1:]
     for b in (bias, None):

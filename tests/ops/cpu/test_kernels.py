@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import examples
+from covering import each, pairwise, slow_but
 from cpu_paths import (
     DTYPES,
     Int8,
@@ -33,6 +34,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 GROUPS = (-1, 16, 20, 32, 100, 128)
 SHAPES = ((1, 1), (13, 67), (40, 256), (64, 100), (70, 33), (97, 300))  # (N, K)
 ROWS = (1, 2, 3, 4, 5, 7, 13, 33, 200)
+each_type_and_all_bits = pytest.mark.parametrize(
+    ("bits", "dtype"), slow_but(each(BITS, DTYPES), BITS, DTYPES), ids=str
+)
 SPECIAL = (math.inf, -math.inf, math.nan)
 
 
@@ -55,9 +59,8 @@ def assert_close(weight: Weight, x: Tensor, bias: Tensor | None, got: Tensor) ->
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", BITS)
 def test_the_error_is_at_most_twice_the_reference_s(bits, dtype):
-    cases = itertools.product(GROUPS, SCHEMES, SHAPES)
-    for i, (group_size, scheme, shape) in enumerate(cases):
-        scales_dtype = (torch.float16, torch.float32)[i % 2]
+    cases = pairwise(GROUPS, SHAPES, SCHEMES, (torch.float16, torch.float32))
+    for i, (group_size, shape, scheme, scales_dtype) in enumerate(cases):
         weight = random_weight(shape, bits, group_size, scheme, scales_dtype)
         for rows in (ROWS[i % 9], ROWS[(i + 4) % 9]):
             # Rows may lie apart, as those of a slice do.
@@ -87,8 +90,7 @@ def exact_weight(shape: tuple[int, int], bits: int, group_size: int, scheme: str
     return Weight(weight.request, weight.stored._replace(scales=scales), matrix.mul(8).round() / 8)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", BITS)
+@each_type_and_all_bits
 def test_integers_times_powers_of_two_are_exact(bits, dtype):
     cases = itertools.product((-1, 16, 20, 128), SCHEMES, (1, 4, 17, 40), ((70, 200), (16, 33)))
     for i, (group_size, scheme, rows, shape) in enumerate(cases):
@@ -155,8 +157,7 @@ def test_a_row_does_not_depend_on_how_many_there_are(dtype):
                 assert same(weight.everywhere(x[part], bias), expected[part]), (rows, first)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", BITS)
+@each_type_and_all_bits
 def test_a_row_of_few_is_a_row_of_many(bits, dtype):
     # 1 to 9 panels: those that are left over where several are read at once.
     for outputs, group_size in zip(
@@ -464,8 +465,7 @@ def test_the_largest_sums_of_int8_activations(bits):
             assert torch.allclose(weight.everywhere_int8(x).double(), want, rtol=2.0**-21, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", BITS)
+@each_type_and_all_bits
 def test_a_row_with_int8_activations_does_not_see_the_others(bits, dtype):
     for outputs, group_size in zip((16, 67, 96, 129), (-1, 20, 32, 128), strict=True):
         weight = random_weight((outputs, 300), bits, group_size)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from conftest import FAMILIES, tiny
+from covering import pairwise
 from cpu_paths import normal, on, paths, same
 from oracle import draw_prompts, load, our_bundled
 from torch import Tensor
@@ -60,9 +61,7 @@ def assert_decodes(model: Decoder, cache: KVCache, want: list[Tensor], first: in
         assert same(model.decode(tokens_of(step, len(cache.lengths)), cache), logits)
 
 
-@pytest.mark.parametrize("lengths", BATCHES)
-@pytest.mark.parametrize("bitwidth", BITWIDTHS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "bitwidth", "lengths"), pairwise(FAMILIES, BITWIDTHS, BATCHES))
 def test_what_is_played_is_what_was_recorded(family, bitwidth, lengths):
     model = our_bundled(family, bitwidth)
     cache = begun(model, lengths)

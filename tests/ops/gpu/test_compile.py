@@ -16,7 +16,7 @@ TARGETS = {80: (163 << 10, "HMMA", "IMMA"), 90: (227 << 10, "HGMMA", "IGMMA")}
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
-@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_kernels_fit_into_registers_use_the_matrix_units_and_round_as_they_should(
     capability, tmp_path
 ):

@@ -52,9 +52,10 @@ def error(got: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("turned", "sloped"), [(False, False), (True, False), (False, True)])
 def test_the_error_is_at_most_twice_the_reference_s(dtype, turned, sloped, gpu):
-    for heads, kv_heads, dim in ((2, 2, 80), (6, 2, 16), (1, 1, 5)):
-        if turned and dim % 2:
-            continue
+    first = DTYPES.index(dtype) + 2 * turned + sloped
+    shapes = ((2, 2, 80), (6, 2, 16), (1, 1, 6 if turned else 5))
+    # In the interpreter, which is slow, each type and each encoding meets each shape once.
+    for heads, kv_heads, dim in shapes if gpu == "cuda" else (shapes[first % 3],):
         arguments = example(heads, kv_heads, dim, dtype, turned=turned, sloped=sloped)
         exact = moved(arguments, "cpu", torch.float64)
         plain, own = moved(arguments, "cpu"), moved(arguments, gpu)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_json, tiny
+from checkpoints import change_json, rewritten, state_of
+from conftest import tiny
+from covering import each, slow_but
+from inside import call_json
 from oracle import load, random_model
 from transformers import BloomConfig, LlamaConfig, OPTConfig
 
@@ -31,7 +35,7 @@ CONFIGS = {
         num_key_value_heads=2,
     ),
 }
-PLANS = [(family, bits) for family in CONFIGS for bits in ("3", "4", "8", "8:tc-li")]
+BITWIDTHS = ("3", "4", "8", "8:tc-li")
 
 
 @pytest.fixture(scope="module")
@@ -61,27 +65,34 @@ def logits_of(model: Decoder, prompts: list[list[int]]) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def expected(folders):
     """The same by the CPU's kernels, before any test asks for the GPU's."""
-    return {plan: logits_of(model_of(folders[plan[0]], plan[1], "cpu"), PROMPTS) for plan in PLANS}
+    plans = product(CONFIGS, BITWIDTHS)
+    return {plan: logits_of(model_of(folders[plan[0]], plan[1], "cpu"), PROMPTS) for plan in plans}
 
 
-@pytest.mark.parametrize("plan", PLANS, ids="-".join)
-def test_a_model_finds_what_it_finds_on_a_cpu(plan, folders, expected, gpu):
-    model = model_of(folders[plan[0]], plan[1], gpu)
+@pytest.mark.parametrize(
+    ("family", "bitwidth"), slow_but(each(CONFIGS, BITWIDTHS), CONFIGS, BITWIDTHS)
+)
+def test_a_model_finds_what_it_finds_on_a_cpu(family, bitwidth, folders, expected, gpu):
+    model = model_of(folders[family], bitwidth, gpu)
     layer = model.layers[0]
     assert {m.choice.kernel.name for m in (layer.mlp.down, layer.attention.qkv)} == {"triton"}
-    fused = plan[1] == "8:tc-li"
+    fused = bitwidth == "8:tc-li"
     assert layer.attention_norm.op.endswith("_int8") == fused
     assert model.lm_head.choice.kernel.name == "triton"
-    got, want = logits_of(model, PROMPTS), expected[plan]
+    got, want = logits_of(model, PROMPTS), expected[family, bitwidth]
     assert torch.equal(got.argmax(-1), want.argmax(-1))
     # int8 activations may fall to either side of a step.
     assert (got - want).abs().max() <= (0.1 if fused else 2e-3) * want.abs().max()
 
 
-def test_a_script_says_which_kernels_run(gpu):
-    arguments = ("--model-name", "llama", "--model-size", "tiny", "--bitwidth", "4", "--explain")
+def test_a_script_says_which_kernels_run(gpu, tmp_path):
+    first = {key: value for key, value in state_of("llama").items() if ".layers." not in key}
+    first |= {key: value for key, value in state_of("llama").items() if ".layers.0." in key}
+    folder = rewritten("llama", tmp_path / "one layer", "safetensors", first)
+    change_json(folder / "config.json", num_hidden_layers=1)
+    arguments = ("--model-path", folder, "--num-shards", 1, "--bitwidth", "4", "--explain")
     arguments += ("--prompt", "a", "--max-gen-tokens", "1", "--device", gpu)
-    text = str(run_json("qllm_gen.py", *arguments))
+    text = str(call_json("qllm_gen.py", *arguments))
     assert "Triton, " in text and "integers times activations" in text
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from covering import each, slow_but
 from cpu_paths import DTYPES, normal, pattern, random_weight, weight_of
 from gpu_kernels import multiply, packed
 from torch import Tensor
@@ -23,6 +24,7 @@ from qllm.quant.packing import BITS
 SHAPES = ((1, 1), (13, 67), (70, 300), (66, 390))  # (N, K)
 GROUPS = (-1, 16, 20, 32, 100, 128, 200)
 ROWS = (1, 3, 16, 17, 40)
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def rms(values: Tensor) -> float:
@@ -59,8 +61,11 @@ def integers(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randint(-8, 9, shape, generator=draw).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    slow_but([(3, torch.float32), (8, torch.bfloat16)], (3, 8), (torch.float32, torch.bfloat16)),
+    ids=str,
+)
 def test_a_row_is_the_same_whatever_is_beside_it(bits, dtype, gpu):
     # Of sums of blocks the order counts: with 4 slices, which one row's programs share.
     weight = random_weight((70, 1280), bits, 128)
@@ -93,8 +98,12 @@ def emulated(builder: object, asm: str, constraints: str, values: list, *rest: o
     return SimpleNamespace(get_result=lambda index: handle)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    # 8 bits fill bfloat16's significand, and 1 bit has no field beside it.
+    slow_but([*each(BITS, HALVES), (1, HALVES[1]), (8, HALVES[0])], BITS, HALVES),
+    ids=str,
+)
 def test_bits_become_numbers_as_a_gpu_makes_them(bits, dtype, gpu, monkeypatch):
     """The instructions that a GPU gets, one by one, where the interpreter takes others."""
     if gpu == "cuda":
@@ -182,8 +191,9 @@ def test_scales_in_float32(gpu):
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(
+    ("static", "dtype"), slow_but(each((False, True), DTYPES), (False, True), DTYPES), ids=str
+)
 def test_int8_is_exact(static, dtype, gpu):
     for (outputs, inputs), count in zip(SHAPES, (40, 1, 17, 130), strict=True):
         x = normal(count, inputs + 2, dtype=dtype)[:, :inputs]
