@@ -370,7 +370,7 @@ CHECKPOINTS = {
     ),
     "a size that is text": Broken(("ffn_dim is '1k'",), changed(ffn_dim="1k"), ALL),
     "a negative size": Broken(
-        ("num_hidden_layers is -6", "from 1 to 10000"), changed(num_hidden_layers=-6), ALL
+        ("num_hidden_layers is -6", "from 1 to 1000"), changed(num_hidden_layers=-6), ALL
     ),
     "other shapes than config.json": Broken(
         ("fc1.weight has the shape [1024, 256]", "config.json implies [512, 256]"),
@@ -383,7 +383,7 @@ CHECKPOINTS = {
         ("holds model.decoder.layers.5", "config.json"), changed(num_hidden_layers=5)
     ),
     "layers without end": Broken(
-        ("num_hidden_layers is 10000000", "to 10000"), changed(num_hidden_layers=10**7), ALL
+        ("num_hidden_layers is 10000000", "to 1000"), changed(num_hidden_layers=10**7), ALL
     ),
     "a size without end": Broken(("ffn_dim", "to 2147483647"), changed(ffn_dim=10**30), ALL),
     "no weights": Broken(("neither model.safetensors nor pytorch_model.bin",), without_weights),

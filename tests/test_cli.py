@@ -35,8 +35,10 @@ SCRIPTS = {
 def run_main(body: str, **options) -> subprocess.CompletedProcess:
     """A script whose main has this body; sys, os, signal and cli are imported."""
     lines = "\n".join(f"    {line}" for line in body.splitlines())
-    code = f"import os, signal, sys\nfrom qllm import cli\ndef main():\n{lines}\ncli.run(main)\n"
-    options = {"capture_output": True, "text": True, "cwd": ROOT, **options}
+    code = "import os, signal, sys\nfrom qllm import cli\n"
+    code += "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # under nohup it is ignored
+    code += f"def main():\n{lines}\ncli.run(main)\n"
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "timeout": 300, **options}
     return subprocess.run([sys.executable, "-c", code], check=False, **options)
 
 

@@ -221,7 +221,7 @@ def test_reference_refuses_our_own_layout(tmp_path):
 def test_reference_says_what_transformers_cannot_load(tmp_path):
     shutil.copytree(tiny("opt"), tmp_path, dirs_exist_ok=True)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="transformers cannot load"):
+    with pytest.raises(UserError, match="transformers cannot read the tokenizer"):
         reference_generate(tmp_path, ["a"], max_prompt_length=4, max_new_tokens=1)
 
 

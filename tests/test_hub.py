@@ -134,7 +134,7 @@ def test_a_cache_without_weights_does_for_random_input_alone(tmp_path):
 
 def test_a_name_that_cannot_be_one(tmp_path):
     (line,) = resolve(tmp_path, path="not a/repo--name..")
-    assert line.startswith("error: not a/repo--name..: ")
+    assert line.startswith("error: not a/repo--name.. is no folder here; on the Hub, not a/")
 
 
 @pytest.fixture
