@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -204,7 +205,9 @@ def test_a_rank_that_was_started_otherwise_ends_the_run(what, tmp_path):
 
 def test_a_rank_that_does_not_come_is_named():
     env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     done = run(GEN, "--model-size", "tiny", "--tp", 2, "--timeout", TIMEOUT, env=env, timeout=120)
     assert done.returncode == 1
     assert "rank 1: it did not start within 6 s" in done.stderr and tiny("opt").exists()
