@@ -377,7 +377,7 @@ CHECKPOINTS = {
         changed(ffn_dim=512),
     ),
     "more layers than weights": Broken(
-        ("lacks model.decoder.layers.6", "config.json"), changed(num_hidden_layers=7)
+        ("holds 6 layers", "config.json implies 7"), changed(num_hidden_layers=7)
     ),
     "more weights than layers": Broken(
         ("holds model.decoder.layers.5", "config.json"), changed(num_hidden_layers=5)
