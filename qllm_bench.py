@@ -10,13 +10,13 @@ Without -p, -n, --benchmark, --tree or --tp-model: a prompt of 512 tokens, and 1
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import signal
     import sys
     from pathlib import Path
 
-    # Held back while imports run, for `cli.run` to answer.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
+    from qllm.start import begin
+
+    begin()
 
 import argparse
 import math

@@ -9,13 +9,13 @@ Later runs of qllm_gen.py pick the converted copy up; without one they convert o
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import signal
     import sys
     from pathlib import Path
 
-    # Held back while imports run, for `cli.run` to answer.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
+    from qllm.start import begin
+
+    begin()
 
 import argparse
 from pathlib import Path

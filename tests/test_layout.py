@@ -19,7 +19,10 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 
 # What may import what: each name below takes from its own row and those above it.
 ROWS = (
-    ("qllm", "cgroups", "errors", "text", "files", "folders", "launch", "patterns", "progress"),
+    (
+        *("qllm", "start", "cgroups", "errors", "text", "files", "folders", "launch"),
+        *("patterns", "progress"),
+    ),
     ("config", "hub", "memory", "data"),
     ("ops", "quant"),
     ("layers",),
