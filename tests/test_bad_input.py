@@ -424,14 +424,17 @@ def test_checkpoints(start, script, case, tmp_path):
 
 
 def test_a_converted_folder_is_not_for_the_reference_nor_converted_again(tmp_path):
+    """It is compared with what it was made from."""
     done = call(CONVERT, *TINY, "--save", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     for script, options, words in (
         (REF, (), "the reference reads Hugging Face's"),
-        (GEN, ("--compare",), "the reference reads Hugging Face's"),
+        (GEN, ("--compare", "--reference", tmp_path / "out"), "the reference reads Hugging Face's"),
         (CONVERT, (), "already"),
     ):
         assert_user_error(call(script, "--model-path", tmp_path / "out", *options), words)
+    done = call(GEN, "--model-path", tmp_path / "out", "--compare", "--max-gen-tokens", "1")
+    assert done.stdout.count("agreement:  1 of 1 tokens") == 3, done.stderr
 
 
 def test_the_calibration_of_another_model(tmp_path):

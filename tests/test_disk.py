@@ -37,8 +37,13 @@ def write_calibration(target: Path) -> None:
 
 def write_plot(target: Path) -> None:
     pytest.importorskip("matplotlib")
-    rows = [{"bitwidth": "16", "bytes": 1, "perplexity": {"gptq": 2.0}, "agreement": None}]
-    plots.save({"rows": rows, "conventions": ["gptq"], "tasks": []}, target.with_suffix(".png"))
+    row = {"model": "opt", "bitwidth": "16", "format": "16 bits", "algorithm": "", "bytes": 1}
+    result = {
+        "rows": [{**row, "perplexity": {"gptq": 2.0}, "agreement": None}],
+        **{"model": "opt", "models": ["opt"], "dataset": None, "conventions": ["gptq"]},
+        **{"tasks": [], "device": "cpu", "machine": {"cpu": "Z80", "threads": 1}, "date": "today"},
+    }
+    plots.save(result, target.with_suffix(".png"))
 
 
 WRITERS = {

@@ -94,7 +94,7 @@ def test_what_is_printed_for_people(opt, text, tmp_path):
     done = call(QUANT, "--model-path", opt, "--bitwidth", "3", "--save", target)
     assert done.returncode == 0
     line = r"note: layers\.[01]\.\S+: relative error [\d.]+% of the weights\n"
-    assert re.fullmatch(f"({line}){{8}}", done.stderr)
+    assert re.fullmatch(f"({line}){{8}}note: loads in QLLM, .*; not in vLLM: .*\n", done.stderr)
     assert re.fullmatch(
         rf"opt-shallow: 8 linears quantized in [\d.]+ s, [\d.]+ MB written to {target}\n"
         r"largest relative error: [\d.]+% of the weights of layers\.[01]\.\S+\n",
