@@ -292,8 +292,9 @@ def test_a_run_that_is_stopped_goes_on(opt, text, tmp_path, one_thread):
 
     done = call(QUANT, *args, "--damp", "0.1", "--save", target)
     assert_user_error(done, "holds an interrupted run with option gptq", "0.1")
-    assert call(QUANT, *args, "--save", target).returncode == 0
-    assert call(QUANT, *args, "--save", tmp_path / "expected").returncode == 0
+    # In processes of their own, too: what ran before in this one may change a product's last digit.
+    for folder in (target, tmp_path / "expected"):
+        assert run(QUANT, *args, "--save", folder, env=environment).returncode == 0
     assert contents(target) == contents(tmp_path / "expected")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
 
