@@ -116,7 +116,17 @@ def interpret(monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-@pytest.mark.parametrize("block", OTHERS, ids=" ; ".join)
+# Benchmarks of ten seconds and more, even at their smallest; .ci/run --all runs them.
+LONG = tuple(f"benchmarks.{name}" for name in ("rivals", "memory", "parallel", "onnx", "quantize "))
+
+
+def marked(block: list[str]) -> object:
+    """A block as a case, slow where it is one of those."""
+    slow = [pytest.mark.slow] * any(name in command for command in block for name in LONG)
+    return pytest.param(block, marks=slow, id=" ; ".join(block))
+
+
+@pytest.mark.parametrize("block", [marked(block) for block in OTHERS])
 def test_commands_run(block, folder, monkeypatch):
     monkeypatch.chdir(folder)
     for command in block:
