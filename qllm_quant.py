@@ -154,7 +154,7 @@ def read_plan(args: argparse.Namespace) -> QuantPlan:
         return cli.read_plan(args, args.algorithm)
     if args.bitwidth is not None:
         raise UserError("--config and --bitwidth both say how many bits; give one of them")
-    return cli.with_head(args, QuantPlan.from_file(Path(args.config), default), default)
+    return QuantPlan.from_file(Path(args.config), default).with_head(args.lm_head_bits, default)
 
 
 def check_options(args: argparse.Namespace, plan: QuantPlan) -> None:

@@ -199,6 +199,16 @@ class QuantPlan:
         """The plan with one more rule, which wins over those it has."""
         return replace(self, rules=(*self.rules, (pattern, spec)))
 
+    def with_head(self, bits: int | str | None, default: QuantSpec) -> QuantPlan:
+        """The plan with the LM head quantized as well, None leaves it as it is.
+
+        Args:
+            default: has the group size, scheme and algorithm.
+        """
+        if bits is None:
+            return self
+        return self.with_rule(f"^{LM_HEAD}$", QuantSpec.from_json(bits, default))
+
     def to_json(self) -> dict[str, object]:
         """The JSON plan: regular expression to spec."""
         return {pattern: spec.to_json() for pattern, spec in self.rules}

@@ -28,7 +28,6 @@ from qllm.config import (
     DEFAULT_ACTIVATION_BITS,
     DEFAULT_GROUP_SIZE,
     DEFAULT_SCHEME,
-    LM_HEAD,
     ModelConfig,
     QuantPlan,
     QuantSpec,
@@ -375,9 +374,7 @@ def make_plan(
         plan = QuantPlan.parse(str(bitwidth), default)
     else:
         plan = QuantPlan.parse(",".join(map(str, bitwidth)), default)
-    if lm_head_bits is None:
-        return plan
-    return plan.with_rule(f"^{LM_HEAD}$", QuantSpec.from_json(lm_head_bits, default))
+    return plan.with_head(lm_head_bits, default or QuantSpec())
 
 
 def _is_ids(prompts: Sequence) -> bool:

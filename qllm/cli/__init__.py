@@ -26,7 +26,6 @@ from qllm.cli.models import (
     resolve_dtype,
     resolve_model,
     resolve_models,
-    with_head,
 )
 from qllm.cli.processes import (
     add_parallel_options,
@@ -75,5 +74,4 @@ __all__ = [
     "unbounded",
     "up_to",
     "whole_number",
-    "with_head",
 ]

@@ -15,7 +15,6 @@ from qllm.config import (
     DEFAULT_ALGORITHM,
     DEFAULT_GROUP_SIZE,
     DEFAULT_SCHEME,
-    LM_HEAD,
     SCHEMES,
     QuantPlan,
     QuantSpec,
@@ -187,7 +186,7 @@ def read_plan(args: argparse.Namespace, algorithm: str = DEFAULT_ALGORITHM) -> Q
     """The plan that the quantization options name; without --bitwidth, all at 16 bits."""
     default = QuantSpec(group_size=args.group_size, scheme=args.scheme, algorithm=algorithm)
     bitwidth = "16" if args.bitwidth is None else args.bitwidth
-    return with_head(args, QuantPlan.parse(bitwidth, default), default)
+    return QuantPlan.parse(bitwidth, default).with_head(args.lm_head_bits, default)
 
 
 def read_plans(args: argparse.Namespace) -> list[QuantPlan]:
@@ -200,14 +199,9 @@ def read_plans(args: argparse.Namespace) -> list[QuantPlan]:
                 f"--bitwidth names {value} more than once; here commas separate models, and a "
                 "JSON plan gives layers bits of their own"
             )
-    return [with_head(args, QuantPlan.parse(value, default), default) for value in values]
-
-
-def with_head(args: argparse.Namespace, plan: QuantPlan, default: QuantSpec) -> QuantPlan:
-    """A plan and what --lm-head-bits adds to it."""
-    if args.lm_head_bits is None:
-        return plan
-    return plan.with_rule(f"^{LM_HEAD}$", QuantSpec.from_json(args.lm_head_bits, default))
+    return [
+        QuantPlan.parse(value, default).with_head(args.lm_head_bits, default) for value in values
+    ]
 
 
 def add_calibration_options(
