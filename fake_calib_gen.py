@@ -45,7 +45,7 @@ def main() -> None:
     args = parse_args()
     model = cli.resolve_model(args, weights=args.dataset is not None)
 
-    from qllm import calibration
+    from qllm import calibration, random_model
     from qllm.checkpoint.reader import read_raw_config
     from qllm.checkpoint.writer import new_file
     from qllm.errors import UserError
@@ -65,8 +65,8 @@ def main() -> None:
     if config.max_positions is not None and args.seqlen > config.max_positions:
         raise UserError(f"--seqlen {args.seqlen} exceeds the window of {config.max_positions}")
     if args.dataset is None:
-        found = calibration.calibrate_random(config, args.nsamples, args.seqlen, args.seed)
-        source = calibration.RANDOM_SOURCE
+        found = random_model.calibrate_random(config, args.nsamples, args.seqlen, args.seed)
+        source = random_model.RANDOM_SOURCE
     else:
         found = calibrate_text(args, model.path, config.vocab_size)
         source = args.dataset

@@ -273,9 +273,9 @@ def measure(
     load = onnx_loader(folder) if onnx else loader(args, folder, plans, device)
     reference = None
     if args.compare:
-        from qllm.huggingface import ReferenceModel
+        from qllm.huggingface import HuggingFaceModel
 
-        reference = ReferenceModel.load(folder.path, dtype=dtype, device=device)
+        reference = HuggingFaceModel.load(folder.path, dtype=dtype, device=device)
     for plan in plans:
         forget_peak(device)
         runner, about = load(plan)

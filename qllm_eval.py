@@ -32,11 +32,11 @@ from qllm.errors import UserError
 
 if TYPE_CHECKING:
     from qllm.config import QuantPlan
-    from qllm.evaluate.agreement import Reference
+    from qllm.evaluate.agreement import ReferenceOutputs
     from qllm.evaluate.candidates import Candidate
     from qllm.evaluate.perplexity import Text
     from qllm.hub import ModelFolder
-    from qllm.huggingface import ReferenceModel
+    from qllm.huggingface import HuggingFaceModel
     from qllm.tokenizer import Tokenizer
 
 CONVENTIONS = "gptq, strided, llama.cpp, word, byte"
@@ -179,11 +179,11 @@ def read_candidates(
 
 
 def read_reference(
-    args: argparse.Namespace, model: ReferenceModel, tokenizer: Tokenizer, text: Text | None
-) -> Reference:
+    args: argparse.Namespace, model: HuggingFaceModel, tokenizer: Tokenizer, text: Text | None
+) -> ReferenceOutputs:
     """What transformers says of the prompts, or of the text and of prompts cut from it."""
     from qllm.data import sample_windows
-    from qllm.evaluate.agreement import Reference
+    from qllm.evaluate.agreement import ReferenceOutputs
     from qllm.generate import GenerationConfig, check_prompts
 
     own = bool(args.prompt or args.prompt_file or args.stdin)
@@ -198,7 +198,7 @@ def read_reference(
         length = min(args.max_prompt_length, len(ids))
         prompts = sample_windows(list(ids), PROMPTS, length, seed=1)
     check_prompts(model.config, prompts, GenerationConfig(max_new_tokens=count))
-    return Reference.of(model, passages, prompts, count, cli.progress("reference"))
+    return ReferenceOutputs.of(model, passages, prompts, count, cli.progress("reference"))
 
 
 def main() -> None:
@@ -269,17 +269,17 @@ def main() -> None:
 
 def run_reference(
     args: argparse.Namespace, candidates: list[Candidate], device: str
-) -> tuple[Reference | None, dict]:
+) -> tuple[ReferenceOutputs | None, dict]:
     """What agreement needs of the reference, None without it; and what --compare adds."""
     if not reference_wanted(args):
         return None, {}
     from qllm.evaluate.candidates import check_sizes, find_reference
     from qllm.evaluate.evaluation import evaluate
-    from qllm.huggingface import ReferenceModel
+    from qllm.huggingface import HuggingFaceModel
 
     place = find_reference(candidates, args.reference, cli.note)
     check_sizes(candidates, place)
-    model = ReferenceModel.load(place.path, dtype=cli.resolve_dtype(args), device=device)
+    model = HuggingFaceModel.load(place.path, dtype=cli.resolve_dtype(args), device=device)
     first = candidates[0]
     other = {}
     if args.compare:

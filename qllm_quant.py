@@ -34,7 +34,7 @@ from qllm.onnx import is_onnx
 if TYPE_CHECKING:
     from qllm.config import ModelConfig
     from qllm.hub import ModelFolder
-    from qllm.quantize.layer import LinearReport, QuantizeOptions
+    from qllm.quantizer.layer import LinearReport, QuantizeOptions
 
 DEFAULT_BITWIDTH = "4"
 DATASET, SAMPLES, TOKENS = "wikitext2", 128, 2048
@@ -126,7 +126,7 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
     """The algorithms' settings; what is not given is at its default."""
     from dataclasses import replace
 
-    from qllm.quantize.layer import QuantizeOptions
+    from qllm.quantizer.layer import QuantizeOptions
 
     given = {
         key: value
@@ -284,7 +284,7 @@ def quantize(
     target: Path,
 ) -> list[LinearReport]:
     """Write the quantized checkpoint; returns what became of each linear."""
-    from qllm.quantize.checkpoint import Job, quantize_checkpoint
+    from qllm.quantizer.checkpoint import Job, quantize_checkpoint
 
     job = Job(
         folder.path,

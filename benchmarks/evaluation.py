@@ -21,7 +21,7 @@ from qllm.checkpoint.load import load_model
 from qllm.config import QuantPlan
 from qllm.data import load_text
 from qllm.evaluate.perplexity import PerplexityOptions, Text, perplexity
-from qllm.huggingface import ReferenceModel
+from qllm.huggingface import HuggingFaceModel
 from qllm.report import print_table
 from qllm.tokenizer import Tokenizer
 
@@ -66,7 +66,7 @@ def measure(family: str, dtype: str, args: object) -> list[dict]:
         timed[bitwidth, "perplexity"] = lambda model=model: perplexity(model, text, options)
         timed[bitwidth, "all"] = lambda prefill=prefill: prefill(False)
         timed[bitwidth, "last"] = lambda prefill=prefill: prefill(True)
-    reference = ReferenceModel.load(folder, dtype=kind)
+    reference = HuggingFaceModel.load(folder, dtype=kind)
     timed["transformers", "perplexity"] = lambda: perplexity(reference, text, options)
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in timed}
     for repeat in range(args.repeats + 1):

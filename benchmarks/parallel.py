@@ -70,14 +70,14 @@ def work(args: object) -> None:
     from qllm.checkpoint.load import load_model
     from qllm.config import QuantPlan
     from qllm.parallel.pipeline import Place
-    from qllm.parallel.session import Layout, session
+    from qllm.parallel.session import ParallelConfig, session
 
     world, mode = int(os.environ["WORLD_SIZE"]), os.environ["TP_MODE"]
     plan = QuantPlan.parse(args.bitwidth)
     if world == 1:
         print(json.dumps(decode(load_model(Path(args.folder), plan), args.steps, None)))
         return
-    with session(Layout(world, 1, mode), timeout=600, device="cpu", failed=str) as joined:
+    with session(ParallelConfig(world, 1, mode), timeout=600, device="cpu", failed=str) as joined:
         place = Place(joined.tp, mode, joined.pp)
         model = load_model(Path(args.folder), plan, place=place)
         found = decode(model, args.steps, joined)

@@ -21,7 +21,7 @@ from qllm.config import BITWIDTHS, QuantPlan, QuantSpec
 from qllm.data import load_text, sample_windows
 from qllm.evaluate.perplexity import PerplexityOptions, Text, perplexity
 from qllm.generate import GenerationConfig, generate
-from qllm.huggingface import ReferenceModel
+from qllm.huggingface import HuggingFaceModel
 from qllm.report import first_difference
 from qllm.tokenizer import Tokenizer
 
@@ -52,7 +52,7 @@ def measure(family: str, args: argparse.Namespace) -> list[dict]:
     samples = sample_windows(seen, 32, min(256, len(seen)), seed=0)
 
     dense = load_model(folder, QuantPlan.uniform(QuantSpec()), dtype=dtype)
-    reference = ReferenceModel.load(folder, dtype=dtype)
+    reference = HuggingFaceModel.load(folder, dtype=dtype)
     expected = reference.greedy(prompts, args.new_tokens)
     text, options = Text("", ids), PerplexityOptions(window=args.window)
     rows = [

@@ -20,10 +20,10 @@ from qllm import cli, hub
 from qllm.checkpoint.load import load_model
 from qllm.config import QuantPlan, QuantSpec
 from qllm.data import load_text, sample_windows
-from qllm.evaluate.agreement import DecoderReference, Reference, agreement
+from qllm.evaluate.agreement import DecoderReference, ReferenceOutputs, agreement
 from qllm.evaluate.perplexity import PerplexityOptions, Text, perplexity
-from qllm.quantize.checkpoint import Job, quantize_checkpoint
-from qllm.quantize.layer import QuantizeOptions
+from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.layer import QuantizeOptions
 from qllm.tokenizer import Tokenizer
 
 # A column of the table each: the algorithm, and whether the clipping range is searched.
@@ -63,7 +63,7 @@ def measure(family: str, args: argparse.Namespace) -> list[dict]:
     text, options = Text("", ids), PerplexityOptions(window=args.window)
     starts = range(0, len(ids) - args.window + 1, args.window)
     passages = [ids[start : start + args.window] for start in starts]
-    reference = Reference.of(DecoderReference(dense), passages)
+    reference = ReferenceOutputs.of(DecoderReference(dense), passages)
     found = perplexity(dense, text, options)["gptq"]
     rows = [{"model": folder.name, "bits": "16", "perplexity": found}]
     for bits in args.bitwidths:

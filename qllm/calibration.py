@@ -1,25 +1,115 @@
-"""Activation statistics of a model: of real text through its weights, or of random input."""
+"""Activation statistics of a model: what flows through its linear layers, and the file of that."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from qllm import folders
-from qllm.config import W8A8, ModelConfig, QuantPlan
+from qllm.config import W8A8, QuantPlan
 from qllm.errors import UserError
+from qllm.files import check_file, portable, readable
 from qllm.hub import ModelFolder
-from qllm.layers import Linear
-from qllm.memory import check_fits
 from qllm.models import Decoder
-from qllm.models.layer import Embedding
-from qllm.models.positions import LEARNED_OFFSET, LearnedPositions
-from qllm.quant.calibrate import Calibration
 
-RANDOM_SOURCE = "random input"
+FORMAT = "qllm-calibration"
+
+
+@dataclass
+class Calibration:
+    """Largest absolute values, per channel, of the inputs and outputs of linear layers.
+
+    Attributes:
+        inputs: layer name to float32 (K,).
+        outputs: layer name to float32 (N,).
+        about: how they were found (source, model, samples), strings both ways.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    about: dict[str, str] = field(default_factory=dict)
+
+    def observe(self, name: str, x: Tensor, y: Tensor) -> None:
+        """Take in the inputs (M, K) and outputs (M, N) of one call of a layer."""
+        for store, value in ((self.inputs, x), (self.outputs, y)):
+            largest = value.abs().amax(dim=0).float().cpu()
+            torch.maximum(store.setdefault(name, largest), largest, out=store[name])
+
+    def digest(self) -> str:
+        """What tells these ranges from others."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.inputs.items()):
+            digest.update(name.encode() + value.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file: `NAME.input` and `NAME.output` of every layer."""
+        from safetensors.torch import save
+
+        tensors = {f"{name}.input": value for name, value in self.inputs.items()}
+        tensors |= {f"{name}.output": value for name, value in self.outputs.items()}
+        about = {key: readable(value) for key, value in self.about.items()}
+        path.write_bytes(save(tensors, metadata={"format": FORMAT, **about}))
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """The inverse of `save`.
+
+        Raises:
+            UserError: for a file that is none of ours, or holds values that cannot be.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        calibration = cls()
+        try:
+            check_file(path)
+            with safe_open(portable(path), framework="pt") as file:
+                about = dict(file.metadata() or {})
+                if about.pop("format", None) != FORMAT:
+                    raise UserError(f"{path} is no calibration; fake_calib_gen.py makes one")
+                for key in file.keys():  # noqa: SIM118 - it is no dictionary
+                    name, _, side = key.rpartition(".")
+                    store = {"input": calibration.inputs, "output": calibration.outputs}
+                    store[side][name] = file.get_tensor(key).clone()
+        except (SafetensorError, OSError, KeyError) as error:
+            raise UserError(f"{path} cannot be read as a calibration ({error})") from None
+        for store in (calibration.inputs, calibration.outputs):
+            for name, value in store.items():
+                if value.dtype != torch.float32 or value.dim() != 1:
+                    raise UserError(
+                        f"{path}: the ranges of {name} are {value.dtype} of shape "
+                        f"{tuple(value.shape)}, not a float32 vector; make it again"
+                    )
+                if not value.isfinite().all() or (value < 0).any():
+                    raise UserError(
+                        f"{path}: the ranges of {name} are not all finite and 0 or more; "
+                        "make it again"
+                    )
+        calibration.about = about
+        return calibration
+
+    def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Refuse statistics of another model.
+
+        Args:
+            shapes: name of each linear to (N, K).
+
+        Raises:
+            UserError: for a layer that is missing or has other sizes.
+        """
+        for name, (_, columns) in shapes.items():
+            found = self.inputs.get(name)
+            if found is None or found.shape != (columns,):
+                size = "nothing" if found is None else f"{len(found)} channels"
+                raise UserError(
+                    f"the calibration is of another model ({self.about.get('model', 'unnamed')}): "
+                    f"it has {size} for {name}, which takes {columns}"
+                )
 
 
 def kept_as(model: ModelFolder) -> str:
@@ -62,10 +152,9 @@ def calibrate(
     model: Decoder, samples: list[list[int]], progress: Callable[[list], Iterable] = iter
 ) -> Calibration:
     """Statistics of every linear layer while the model reads samples of token ids."""
+    # A linear layer is told by its features: those of a random model hold no weight.
     linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, Linear | RandomLinear)
+        name: module for name, module in model.named_modules() if hasattr(module, "in_features")
     }
     # All that stays is allocated first: small tensors that stay between large ones that go would
     # keep the memory of those from being used again.
@@ -91,101 +180,3 @@ def _observer(calibration: Calibration, name: str) -> Callable:
         calibration.observe(name, inputs[0], output)
 
     return observe
-
-
-class RandomLinear(nn.Module):
-    """A linear layer with a fresh Gaussian weight, without the weight.
-
-    With W's entries independent and of deviation std, the columns of x W^T are independent, and
-    each is Gaussian over the M tokens with covariance std^2 x x^T. So the product is drawn from
-    its own distribution, in time and memory that do not know the size of W. The bias is zero, as
-    a fresh one is.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, std: float, generator: torch.Generator
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.std, self.generator = std, generator
-
-    def forward(self, x: Tensor) -> Tensor:
-        gram = x.double() @ x.double().t()
-        # A token that repeats makes the matrix singular; its own scale times 1e-9 does not show.
-        gram.diagonal().mul_(1 + 1e-9).add_(1e-30)
-        root = torch.linalg.cholesky(gram).float() * self.std
-        noise = torch.randn(x.shape[0], self.out_features, generator=self.generator)
-        return root @ noise
-
-
-class RandomEmbedding(nn.Module):
-    """A fresh embedding table, without the table: a row is drawn for each token as it comes."""
-
-    def __init__(self, channels: int, std: float, generator: torch.Generator) -> None:
-        super().__init__()
-        self.channels, self.std, self.generator = channels, std, generator
-        # No rows, but the type and device that a decoder asks its embedding for.
-        self.register_buffer("weight", torch.empty(0, channels))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        drawn = torch.randn(len(tokens), self.channels, generator=self.generator)
-        return drawn * self.std
-
-
-class RandomPositions(LearnedPositions):
-    """Learned positions as they are before training; only those in use have memory."""
-
-    def __init__(
-        self, config: ModelConfig, length: int, std: float, generator: torch.Generator
-    ) -> None:
-        super().__init__(config, torch.float32)
-        rows = length + LEARNED_OFFSET
-        self.weight = torch.randn(rows, config.hidden_size, generator=generator) * std
-
-
-def random_model(config: ModelConfig, length: int, seed: int) -> Decoder:
-    """The real architecture with fresh weights that take no memory: any size runs in seconds.
-
-    Args:
-        length: the longest sample it will be given.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    model = Decoder(config, {}, torch.float32)
-    for name, module in list(model.named_modules()):
-        new: nn.Module | None = None
-        if isinstance(module, Linear):
-            new = RandomLinear(module.in_features, module.out_features, config.init_std, generator)
-        elif isinstance(module, Embedding):
-            new = RandomEmbedding(config.embed_size, config.init_std, generator)
-        elif isinstance(module, LearnedPositions):
-            new = RandomPositions(config, length, config.init_std, generator)
-        else:
-            for key, buffer in module.named_buffers(recurse=False):
-                fresh = torch.ones if key == "weight" else torch.zeros
-                setattr(module, key, fresh(buffer.shape))
-        if new is not None:
-            model.set_submodule(name, new)
-    return model
-
-
-def _bytes(config: ModelConfig, length: int) -> int:
-    """What statistics and one sample take, with no more than a config.json to go by."""
-    heads = config.num_heads + 2 * config.num_kv_heads
-    widths = (heads * config.head_dim, config.hidden_size, 2 * config.intermediate_size)
-    channels = config.num_layers * 2 * sum(widths) + config.vocab_size
-    # Some copies of the widest activations, the scores of all heads, and Python's own numbers.
-    tokens = length * (4 * max(*widths, config.vocab_size) + length * config.num_heads)
-    return 4 * (channels + tokens) + 100 * config.num_heads
-
-
-def calibrate_random(config: ModelConfig, samples: int, length: int, seed: int) -> Calibration:
-    """Statistics of random tokens through fresh weights: ranges to run with, not to judge by.
-
-    Raises:
-        UserError: for a config.json whose model would not fit into memory even so.
-    """
-    check_fits(_bytes(config, length), "cpu", f"a {config.family} of these sizes, without weights,")
-    model = random_model(config, length, seed)
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(config.vocab_size, (samples, length), generator=generator)
-    return calibrate(model, tokens.tolist())

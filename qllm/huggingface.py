@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceGeneration:
     """What transformers generates.
 
     Attributes:
@@ -45,7 +45,7 @@ class Reference:
     seconds: float
 
 
-class ReferenceModel:
+class HuggingFaceModel:
     """transformers' model, with what scoring asks of one of ours."""
 
     def __init__(self, model: PreTrainedModel, config: ModelConfig) -> None:
@@ -54,7 +54,7 @@ class ReferenceModel:
     @classmethod
     def load(
         cls, folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu"
-    ) -> ReferenceModel:
+    ) -> HuggingFaceModel:
         """
         Raises:
             UserError: see `load_reference`.
@@ -183,7 +183,7 @@ def reference_generate(
     max_new_tokens: int,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
-) -> Reference:
+) -> ReferenceGeneration:
     """Generate greedily with transformers, all prompts in one left-padded batch.
 
     Args:
@@ -231,6 +231,6 @@ def reference_generate(
         before = tokenizer.decode(prompt, skip_special_tokens=True)
         whole = tokenizer.decode(prompt + new[:end], skip_special_tokens=True)
         texts.append(whole[len(before) :])
-    return Reference(
+    return ReferenceGeneration(
         tokens, texts, model.get_memory_footprint(), model.config.num_hidden_layers, seconds
     )

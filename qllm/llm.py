@@ -50,9 +50,9 @@ from qllm.progress import Meter, unseen
 from qllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from qllm.calibration import Calibration
     from qllm.onnx.runner import OnnxDecoder
     from qllm.parallel.pipeline import Place
-    from qllm.quant.calibrate import Calibration
 
 # A text, or token ids that a tokenizer of one's own made.
 Prompt = str | Sequence[int]

@@ -13,7 +13,6 @@ import pytest
 from conftest import tiny
 
 from qllm import folders
-from qllm.calibration import calibrate_random
 from qllm.checkpoint.convert import convert
 from qllm.checkpoint.reader import read_raw_config
 from qllm.checkpoint.writer import new_file, new_folder
@@ -23,7 +22,8 @@ from qllm.evaluate import plots
 from qllm.hub import ModelFolder
 from qllm.models import read_config
 from qllm.onnx.export import export
-from qllm.quantize.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.random_model import calibrate_random
 
 SOURCE = tiny("opt")
 LIMIT = 10_000  # bytes of a file

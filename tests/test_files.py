@@ -8,11 +8,11 @@ import socket
 import pytest
 from checkpoints import copy_of
 
+from qllm.calibration import Calibration
 from qllm.checkpoint.reader import Checkpoint
 from qllm.errors import UserError
 from qllm.files import open_file, parse_json, read_bytes
 from qllm.patterns import Patterns
-from qllm.quant.calibrate import Calibration
 from qllm.tokenizer import Tokenizer
 
 

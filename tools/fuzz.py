@@ -31,13 +31,13 @@ from random import Random
 import torch
 
 from qllm import cli
+from qllm.calibration import Calibration
 from qllm.checkpoint.load import load_model
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.generate import GenerationConfig, generate, read_generation_config
 from qllm.memory import forget_peak, peak_resident_bytes
 from qllm.onnx import is_onnx
-from qllm.quant.calibrate import Calibration
 from qllm.tokenizer import Tokenizer
 from tools.mutations import Files, mutate
 from tools.tiny_checkpoints import CALIBRATION, PLAN, checkpoints

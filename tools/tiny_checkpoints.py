@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from qllm.calibration import calibrate_random
 from qllm.checkpoint.convert import convert
 from qllm.checkpoint.reader import read_raw_config
 from qllm.config import QuantPlan, QuantSpec
 from qllm.hub import ModelFolder
 from qllm.models import read_config
-from qllm.quantize.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.random_model import calibrate_random
 from tools.random_checkpoint import (
     TENSORS,
     RandomWeights,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qllm.checkpoint.load import module_bytes
 from qllm.generate import Generator
-from qllm.huggingface import ReferenceModel
+from qllm.huggingface import HuggingFaceModel
 from qllm.layers import Linear
 from qllm.models import Decoder
 
@@ -71,7 +71,7 @@ class ModelRunner:
 class ReferenceRunner:
     """transformers' model, with its own cache."""
 
-    def __init__(self, reference: ReferenceModel, like: ModelRunner) -> None:
+    def __init__(self, reference: HuggingFaceModel, like: ModelRunner) -> None:
         """
         Args:
             like: a runner of the same model, of whose weights each token meets as many.

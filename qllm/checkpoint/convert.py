@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from qllm import folders
+from qllm.checkpoint.fingerprint import state_fingerprint
 from qllm.checkpoint.origin import record
 from qllm.checkpoint.reader import (
     QUANTIZATION_KEY,
@@ -17,12 +17,11 @@ from qllm.checkpoint.reader import (
     TensorInfo,
     read_json,
     read_raw_config,
-    weight_files,
 )
 from qllm.checkpoint.weights import LAYOUT, LAYOUT_KEY, Weights
 from qllm.checkpoint.writer import SafetensorsWriter, new_folder
 from qllm.errors import UserError
-from qllm.files import copy_file, read_bytes
+from qllm.files import copy_file
 from qllm.hub import ModelFolder
 from qllm.progress import Meter, unseen
 
@@ -45,15 +44,6 @@ def kept_as(model: ModelFolder) -> str:
     return f"converted/{model.key}"
 
 
-def fingerprint(folder: Path) -> str:
-    """What tells one state of a checkpoint from another: config, and its files' sizes and times."""
-    digest = hashlib.sha256(read_bytes(folder / "config.json"))
-    for path in weight_files(folder):
-        status = path.stat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()
-
-
 def find_source(model: ModelFolder, note: Callable[[str], None]) -> Path:
     """The folder to load a model from: its converted copy, where there is one of its present state.
 
@@ -68,7 +58,7 @@ def find_source(model: ModelFolder, note: Callable[[str], None]) -> Path:
         note("converting the checkpoint on the fly; weight_convert.py keeps a converted copy")
         return model.path
     state = read_json(copy / "config.json")
-    if (state.get(LAYOUT_KEY), state.get(SOURCE_KEY)) != (LAYOUT, fingerprint(model.path)):
+    if (state.get(LAYOUT_KEY), state.get(SOURCE_KEY)) != (LAYOUT, state_fingerprint(model.path)):
         note(f"{copy} is of an older state of {model.name}; converting on the fly instead")
         return model.path
     note(f"reading the converted copy {copy}")
@@ -111,7 +101,7 @@ def convert(
     config = dict(weights.checkpoint.raw_config.values)
     config |= {
         LAYOUT_KEY: LAYOUT,
-        SOURCE_KEY: fingerprint(model.path),
+        SOURCE_KEY: state_fingerprint(model.path),
         **record(model.origin, ()),
         "tie_word_embeddings": weights.config.tied_head,
     }

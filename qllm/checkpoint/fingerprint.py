@@ -1,4 +1,4 @@
-"""Whether two folders hold the same checkpoint, told without reading all of it."""
+"""Whether a folder holds the checkpoint it held before, or another one the same, unread."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ import json
 from pathlib import Path
 
 from qllm.checkpoint.reader import read_raw_config, weight_files
-from qllm.files import open_file
+from qllm.files import open_file, read_bytes
 
-PIECES, PIECE = 64, 4096  # of each file: how many places are looked at, and bytes of each
+PIECES, PIECE = 64, 4096  # of each file: how many samples are taken, and bytes of each
 
 
-def fingerprint(folder: Path) -> str:
-    """A digest of config.json, and of the sizes and samples of the weights' files."""
+def state_fingerprint(folder: Path) -> str:
+    """What tells one state of a folder from another: config.json, and files' sizes and times."""
+    digest = hashlib.sha256(read_bytes(folder / "config.json"))
+    for path in weight_files(folder):
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def content_fingerprint(folder: Path) -> str:
+    """What two machines compare: config.json, and the sizes and samples of the weights' files."""
     config = json.dumps(dict(read_raw_config(folder).values), sort_keys=True)
     digest = hashlib.sha256(config.encode())
     for path in weight_files(folder):

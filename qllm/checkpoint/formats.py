@@ -21,7 +21,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qllm.errors import UserError
-from qllm.quant.packing import VALUES_PER_BLOCK, PackedWeight, pack, packed_size, unpack
+from qllm.quant.packing import (
+    VALUES_PER_BLOCK,
+    PackedWeight,
+    group_width,
+    pack,
+    packed_size,
+    unpack,
+)
 
 WORD = 32
 SCALE_TYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -311,7 +318,7 @@ class _Reader:
         self.bits = bits
         self.in_features = in_features
         self.out_features = out_features
-        self.group_size = in_features if group_size == -1 else min(group_size, in_features)
+        self.group_size = group_width(in_features, group_size)
         self.groups = -(-in_features // self.group_size)
 
     def tensor(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
@@ -440,7 +447,7 @@ def _by_channel(
     weight: PackedWeight, bits: int, group_size: int, in_features: int
 ) -> tuple[Tensor, Tensor]:
     """Packed rows with the input channels in their own order, and int32 (K,) the group of each."""
-    group = in_features if group_size == -1 else min(group_size, in_features)
+    group = group_width(in_features, group_size)
     groups = torch.arange(in_features, dtype=torch.int32) // group
     if weight.order is None:
         return weight.qweight, groups

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qllm import ops
+from qllm.calibration import Calibration
 from qllm.checkpoint.loader import Loader
 from qllm.checkpoint.reader import Checkpoint
 from qllm.checkpoint.spread import spread
@@ -22,7 +23,6 @@ from qllm.models import Decoder
 from qllm.models.cache import KVCache
 from qllm.parallel.pipeline import Place, balance
 from qllm.progress import Meter, unseen
-from qllm.quant.calibrate import Calibration
 
 Note = Callable[[str], None]
 

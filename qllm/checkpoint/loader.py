@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from qllm.calibration import Calibration
 from qllm.checkpoint.formats import Int8Weight
 from qllm.checkpoint.weights import Weights
 from qllm.config import LM_HEAD, QuantSpec
@@ -20,8 +21,7 @@ from qllm.models.equalize import NORMS, can_divide, divide_rows
 from qllm.parallel.group import Group
 from qllm.parallel.layers import VocabularyParallel, parallel
 from qllm.parallel.plan import Share, head_shares, model_shares
-from qllm.quant.calibrate import Calibration
-from qllm.quant.packing import PackedWeight
+from qllm.quant.packing import PackedWeight, group_width
 from qllm.quant.smooth import smooth_scales
 
 
@@ -223,6 +223,6 @@ def _whole_groups(columns: range, spec: QuantSpec, in_features: int) -> range:
     """The input channels of the groups that some channels are in."""
     if spec.kind == "dense":
         return columns
-    group = in_features if spec.group_size == -1 else min(spec.group_size, in_features)
+    group = group_width(in_features, spec.group_size)
     stop = min(in_features, -(-columns.stop // group) * group)
     return range(columns.start // group * group, stop)

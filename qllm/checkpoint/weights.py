@@ -456,9 +456,8 @@ class Weights:
             return {module: slice(None)}
         parts = [self.family.prefixes[0] + part for part in self.family.parts(module)]
         if len(parts) == 1 and self.family.interleaved_qkv and ".attention.qkv" in module:
-            heads, dim = self.config.num_heads, self.config.head_dim
-            rows = torch.arange(3 * heads * dim).view(3, heads, dim).transpose(0, 1).flatten()
-            return {parts[0]: rows}
+            total = 3 * self.config.num_heads * self.config.head_dim
+            return {parts[0]: self._interleaved(total).argsort()}
         counts = self._rows(module, len(parts))
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]
         return {

@@ -25,8 +25,8 @@ from qllm.onnx import ACCURACY_LEVELS, DEFAULT_ACCURACY_LEVEL, check_installed, 
 if TYPE_CHECKING:
     import torch
 
+    from qllm.calibration import Calibration
     from qllm.hub import ModelFolder
-    from qllm.quant.calibrate import Calibration
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 

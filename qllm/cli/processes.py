@@ -14,11 +14,11 @@ from qllm.launch import Launch
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from qllm.calibration import Calibration
     from qllm.config import ModelConfig
     from qllm.hub import ModelFolder
     from qllm.parallel.pipeline import Place
     from qllm.parallel.session import Session
-    from qllm.quant.calibrate import Calibration
 
 TP_MODES = ("exact", "fast")
 # Options that only rank 0 heeds, or that may differ between hosts.
@@ -85,11 +85,11 @@ def check_processes(args: argparse.Namespace) -> None:
 
 def session(args: argparse.Namespace) -> AbstractContextManager[Session]:
     """This process among those that torchrun started."""
-    from qllm.parallel.session import Layout, session
+    from qllm.parallel.session import ParallelConfig, session
 
     device = resolve_device(args, local=True)
-    layout = Layout(args.tp, args.pp, args.tp_mode)
-    return session(layout, timeout=args.timeout, device=device, failed=_explain)
+    config = ParallelConfig(args.tp, args.pp, args.tp_mode)
+    return session(config, timeout=args.timeout, device=device, failed=_explain)
 
 
 def unbounded(session: Session | None) -> AbstractContextManager[None]:
@@ -108,7 +108,7 @@ def join(
     import torch
 
     from qllm import __version__
-    from qllm.checkpoint.fingerprint import fingerprint
+    from qllm.checkpoint.fingerprint import content_fingerprint
     from qllm.ops.cpu import library
     from qllm.parallel.pipeline import Place, parse_cuts
 
@@ -119,7 +119,7 @@ def join(
     facts = {
         "QLLM version": __version__,
         "torch version": torch.__version__,
-        "model": fingerprint(folder.path),
+        "model": content_fingerprint(folder.path),
         "calibration": calibration.digest() if calibration else None,
         **{f"--{key.replace('_', '-')}": value for key, value in options.items()},
     }

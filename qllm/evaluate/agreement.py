@@ -59,7 +59,7 @@ class DecoderReference:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceOutputs:
     """What a reference model said.
 
     Attributes:
@@ -87,7 +87,7 @@ class Reference:
         prompts: Sequence[Sequence[int]] = (),
         new_tokens: int = 0,
         progress: Progress = iter,
-    ) -> Reference:
+    ) -> ReferenceOutputs:
         """Run a reference model.
 
         Args:
@@ -101,7 +101,9 @@ class Reference:
         return cls(model.config, passages, hidden, model.head(), outputs, list(prompts), tokens)
 
 
-def agreement(model: Decoder, reference: Reference, progress: Progress = iter) -> dict[str, object]:
+def agreement(
+    model: Decoder, reference: ReferenceOutputs, progress: Progress = iter
+) -> dict[str, object]:
     """How a model agrees with a reference.
 
     Returns:
@@ -155,7 +157,7 @@ def agreement(model: Decoder, reference: Reference, progress: Progress = iter) -
 
 @torch.inference_mode()
 def _compare(
-    model: Decoder, reference: Reference, passage: Sequence[int], expected: Tensor
+    model: Decoder, reference: ReferenceOutputs, passage: Sequence[int], expected: Tensor
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """Divergences, and whether the likeliest tokens are the same, piece by piece."""
     theirs = logit_pieces(reference.logits, expected, reference.config.vocab_size)

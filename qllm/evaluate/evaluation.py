@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from qllm.checkpoint.load import module_bytes
-from qllm.evaluate.agreement import Reference, agreement
+from qllm.evaluate.agreement import ReferenceOutputs, agreement
 from qllm.evaluate.lambada import lambada
 from qllm.evaluate.perplexity import PerplexityOptions, Text, cut, perplexity
 from qllm.evaluate.scoring import Passage, Predictor
@@ -35,7 +35,7 @@ class Evaluation:
     text: Text | None = None
     options: PerplexityOptions = field(default_factory=PerplexityOptions)
     tasks: dict[str, list[Passage]] = field(default_factory=dict)
-    reference: Reference | None = None
+    reference: ReferenceOutputs | None = None
 
 
 def evaluate(

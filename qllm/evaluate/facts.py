@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qllm.evaluate import fingerprints
-from qllm.evaluate.agreement import Reference
+from qllm.evaluate.agreement import ReferenceOutputs
 from qllm.evaluate.perplexity import CONVENTIONS, Cut, Text, count_bytes, count_words
 from qllm.hub import ModelFolder
 from qllm.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ def of_cuts(cuts: Sequence[Cut]) -> dict[str, dict]:
 
 
 def of_samples(
-    tokenizer: Tokenizer, reference: Reference | None, rows: Sequence[Mapping]
+    tokenizer: Tokenizer, reference: ReferenceOutputs | None, rows: Sequence[Mapping]
 ) -> list[dict]:
     """The first prompts of agreement: `prompt`, what `reference` makes of it, and each of `rows`.
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qllm.quant.packing import PackedWeight, pack, packed_size, unpack
+from qllm.quant.packing import PackedWeight, group_width, pack, packed_size, unpack
 
 # Values unpacked at a time: the temporaries stay small beside a matrix.
 CHUNK_VALUES = 1 << 21
@@ -44,7 +44,7 @@ def take_columns(
     Where the run begins inside a group, groups become the longest ones that both its beginning and
     the old groups' ends are multiples of: each has the scale and zero of the group it was cut from.
     """
-    group = in_features if group_size == -1 else min(group_size, in_features)
+    group = group_width(in_features, group_size)
     size = math.gcd(group, columns.start % group) or group
     if columns.start // group == (columns.stop - 1) // group:
         size = len(columns)  # all of it is of one group

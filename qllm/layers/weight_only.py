@@ -13,7 +13,7 @@ from qllm.config import QuantSpec
 from qllm.layers.base import ALL_ROWS, QuantizedLinear
 from qllm.layers.parts import take, take_columns
 from qllm.ops.reference import dequantize
-from qllm.quant.packing import PackedWeight, pack, packed_size, unpack
+from qllm.quant.packing import PackedWeight, group_width, pack, packed_size, unpack
 from qllm.quant.rtn import quantize_rtn
 
 # Input channels that the kernels give room at once.
@@ -177,7 +177,7 @@ class ReorderedLinear(WeightOnlyLinear):
             return super()._part(dim, *ranges)
         (channels,) = ranges
         spec, packed = self.spec, self.packed
-        group = self.in_features if spec.group_size == -1 else spec.group_size
+        group = group_width(self.in_features, spec.group_size)
         mine = (self.order >= channels.start) & (self.order < channels.stop)
         columns = mine.nonzero().flatten()
         counts = (columns // group).bincount(minlength=spec.groups(self.in_features))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from qllm.errors import UserError
 from qllm.quant.gptq import GPTQOptions
-from qllm.quantize.layer import QuantizeOptions
+from qllm.quantizer.layer import QuantizeOptions
 
 CONFIG = "PostTrainingQuantConfig"
 

@@ -31,7 +31,7 @@ from qllm.onnx.model import check_decoder, model_file, model_files, read_model
 from qllm.onnx.nbits import DOMAIN, NBits, block_size
 from qllm.onnx.stages import Stages
 from qllm.quant.inputs import InputStats
-from qllm.quantize.layer import LinearReport, QuantizeOptions, needs_inputs, quantize_linear
+from qllm.quantizer.layer import LinearReport, QuantizeOptions, needs_inputs, quantize_linear
 
 Progress = Callable[[list], Iterable]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qllm.quant.packing import unpack
+from qllm.quant.packing import group_width, unpack
 
 # |q| <= 128, so 1024 products sum to at most 2^24: every partial sum is an exact float32.
 EXACT_FLOAT32_TERMS = 1024
@@ -60,7 +60,7 @@ def dequantize(
     # from float32; bfloat16 would round the scale first.
     work = dtype if dtype == scales.dtype == torch.float16 else torch.float32
     zeros = qzeros[..., None] if qzeros.numel() else 2 ** (bits - 1)
-    group = in_features if group_size == -1 else min(group_size, in_features)
+    group = group_width(in_features, group_size)
     if in_features % group:
         zeros = _per_column(qzeros, group, in_features) if qzeros.numel() else zeros
         weight = q.to(work).sub_(zeros).mul_(_per_column(scales, group, in_features))
@@ -122,7 +122,7 @@ def round_blocks(x: Tensor, group_size: int) -> Tensor:
     values = x.float()
     rounded = torch.empty_like(values)
     columns = x.shape[1]
-    group = columns if group_size == -1 else min(group_size, columns)
+    group = group_width(columns, group_size)
     for first in range(0, columns, group):
         end = min(first + group, columns)
         for start in range(first, end, INT8_BLOCK):

@@ -29,7 +29,7 @@ DIFFERENT = 200  # characters of a value that differs between ranks are shown
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelConfig:
     """How the ranks share a model.
 
     Attributes:
@@ -52,12 +52,12 @@ class Session:
         stage: which stage of the pipeline this rank is in.
     """
 
-    def __init__(self, launch: Launch, layout: Layout, timeout: float, device: str) -> None:
+    def __init__(self, launch: Launch, config: ParallelConfig, timeout: float, device: str) -> None:
         """
         Raises:
             ConnectionError: a rank did not come in time, or the store is not there.
         """
-        self.rank, self.world, self.layout = launch.rank, launch.world, layout
+        self.rank, self.world, self.config = launch.rank, launch.world, config
         self.device = device
         self.progress, self.busy, self.joined = 0, False, False
         deadline = time.monotonic() + timeout * SHARE
@@ -97,12 +97,12 @@ class Session:
         dist.init_process_group(
             backend, store=store, rank=self.rank, world_size=self.world, timeout=LONG
         )
-        layout = self.layout
-        mesh = init_device_mesh(kind, (layout.pp, layout.tp), mesh_dim_names=("pp", "tp"))
-        self.stage, self.tp_rank = divmod(self.rank, layout.tp)
-        ranks = range(self.stage * layout.tp, (self.stage + 1) * layout.tp)
+        config = self.config
+        mesh = init_device_mesh(kind, (config.pp, config.tp), mesh_dim_names=("pp", "tp"))
+        self.stage, self.tp_rank = divmod(self.rank, config.tp)
+        ranks = range(self.stage * config.tp, (self.stage + 1) * config.tp)
         self.tp = Group(tuple(ranks), self.tp_rank, self.links, mesh.get_group("tp"))
-        line = range(self.tp_rank, self.world, layout.tp)
+        line = range(self.tp_rank, self.world, config.tp)
         self.pp = Group(tuple(line), self.stage, self.links, mesh.get_group("pp"))
 
     def _state(self) -> tuple[int, int | None]:
@@ -201,7 +201,11 @@ def interface(address: str) -> str | None:
 
 @contextmanager
 def session(
-    layout: Layout, *, timeout: float, device: str, failed: Callable[[BaseException], str | None]
+    config: ParallelConfig,
+    *,
+    timeout: float,
+    device: str,
+    failed: Callable[[BaseException], str | None],
 ) -> Iterator[Session]:
     """This process's place among those that torchrun started.
 
@@ -214,7 +218,7 @@ def session(
     """
     launch = Launch.of_environment()
     try:
-        joined = Session(launch, layout, timeout, device)
+        joined = Session(launch, config, timeout, device)
     except RankError as error:
         reason = launching.trouble(error.rank)
         atexit.register(launching.end_stopped, error.rank)  # after it was said why

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qllm.quant.packing import group_width
 from qllm.quant.rtn import (
     Ranges,
     fake_quantize,
     group_range,
     group_ranges,
-    group_width,
     grouped,
     round_trip,
     row_pieces,

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qllm.quant.packing import PackedWeight, pack, packed_size
-from qllm.quant.rtn import Ranges, group_ranges, group_width, store_scales, zero_points
+from qllm.quant.packing import PackedWeight, group_width, pack, packed_size
+from qllm.quant.rtn import Ranges, group_ranges, store_scales, zero_points
 
 # Rows are independent: this many at a time keep a panel of columns in cache.
 CHUNK_ROWS = 4096

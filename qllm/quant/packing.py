@@ -36,6 +36,11 @@ class PackedWeight(NamedTuple):
     order: Tensor | None = None
 
 
+def group_width(columns: int, group_size: int) -> int:
+    """Input channels in a full group of a row of `columns`; a group size of -1 is all of them."""
+    return columns if group_size == -1 else min(group_size, columns)
+
+
 def packed_size(count: int, bits: int) -> int:
     """Bytes that a row of `count` values takes at `bits` bits."""
     return -(-count // VALUES_PER_BLOCK) * VALUES_PER_BLOCK * bits // 8

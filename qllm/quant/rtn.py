@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qllm.quant.packing import PackedWeight, pack, packed_size
+from qllm.quant.packing import PackedWeight, group_width, pack, packed_size
 
 # Scales and lower ends (N, G) of weights (N, K) at some bits, group size and scheme.
 Ranges = Callable[[Tensor, int, int, str], tuple[Tensor, Tensor]]
@@ -89,11 +89,6 @@ def group_ranges(weight: Tensor, bits: int, group_size: int, scheme: str) -> tup
     for piece in row_pieces(weight):
         scales[piece], lows[piece] = group_range(grouped(weight[piece], group), bits, scheme)
     return scales, lows
-
-
-def group_width(columns: int, group_size: int) -> int:
-    """Input channels in a full group of a row of `columns`."""
-    return columns if group_size == -1 else min(group_size, columns)
 
 
 def row_pieces(weight: Tensor) -> list[slice]:

@@ -16,7 +16,7 @@ from qllm.bench.runners import ModelRunner, ReferenceRunner
 from qllm.bench.speed import Case, cases, decode_one_by_one, measure, seconds_of
 from qllm.errors import UserError
 from qllm.evaluate.perplexity import PerplexityOptions, Text, perplexity
-from qllm.huggingface import ReferenceModel
+from qllm.huggingface import HuggingFaceModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def theirs(family: str) -> ReferenceRunner:
     model = our_bundled(family)
     return ReferenceRunner(
-        ReferenceModel(bundled(family), model.config), ModelRunner.of_decoder(model)
+        HuggingFaceModel(bundled(family), model.config), ModelRunner.of_decoder(model)
     )
 
 

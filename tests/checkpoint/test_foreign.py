@@ -27,8 +27,8 @@ from qllm.checkpoint.weights import Checkpoint, Weights
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.quant.gptq import GPTQOptions
-from qllm.quantize.checkpoint import Job, quantize_checkpoint
-from qllm.quantize.layer import QuantizeOptions
+from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.layer import QuantizeOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 from checkpoints import change_json, copy_of
 
-from qllm.calibration import calibrate_random
 from qllm.checkpoint.convert import convert
 from qllm.checkpoint.load import outline
 from qllm.checkpoint.reader import Checkpoint, TorchFile, read_raw_config
@@ -25,6 +24,7 @@ from qllm.errors import UserError
 from qllm.hub import ModelFolder
 from qllm.huggingface import load_reference
 from qllm.models import read_config
+from qllm.random_model import calibrate_random
 
 LARGE = 2**31 - 1
 CONFIGS = {

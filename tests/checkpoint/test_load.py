@@ -13,7 +13,7 @@ from conftest import FAMILIES, assert_user_error, tiny
 from inside import call
 
 from qllm import memory
-from qllm.calibration import calibrate
+from qllm.calibration import Calibration, calibrate
 from qllm.checkpoint import loader
 from qllm.checkpoint.load import load_model, module_bytes, shard_bytes
 from qllm.config import QuantPlan, QuantSpec
@@ -23,7 +23,6 @@ from qllm.layers.base import QuantizedLinear
 from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.equalize import can_divide
-from qllm.quant.calibrate import Calibration
 
 PROMPTS = [[2, 5, 6, 7, 8, 300], [2, 9, 10]]
 

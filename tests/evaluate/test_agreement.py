@@ -10,13 +10,13 @@ from oracle import bundled, draw_prompts, our_bundled, prefill_logits, reference
 
 from qllm.evaluate.agreement import (
     DecoderReference,
-    Reference,
+    ReferenceOutputs,
     agreement,
     layer_outputs,
     quantile,
 )
 from qllm.generate import GenerationConfig, generate
-from qllm.huggingface import ReferenceModel
+from qllm.huggingface import HuggingFaceModel
 from qllm.report import first_difference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,8 +26,8 @@ PROMPTS = draw_prompts([4, 9, 2], 4096, seed=1)
 COUNT = 12
 
 
-def theirs(family: str) -> ReferenceModel:
-    return ReferenceModel(bundled(family), our_bundled(family).config)
+def theirs(family: str) -> HuggingFaceModel:
+    return HuggingFaceModel(bundled(family), our_bundled(family).config)
 
 
 KINDS = (theirs, lambda family: DecoderReference(our_bundled(family)))
@@ -43,7 +43,7 @@ def test_agreement_is_what_it_says(family, kind):
         kls.append((p.exp() * (p - q)).sum(-1))
         same.append(p.argmax(-1) == q.argmax(-1))
     kl = torch.cat(kls)
-    found = agreement(model, Reference.of(kind(family), PASSAGES, PROMPTS, COUNT))
+    found = agreement(model, ReferenceOutputs.of(kind(family), PASSAGES, PROMPTS, COUNT))
     assert found["positions"] == len(kl) == sum(map(len, PASSAGES))
     assert found["same_top"] == torch.cat(same).double().mean().item()
     assert found["kl"]["mean"] == pytest.approx(kl.mean().item(), rel=1e-3)
@@ -69,7 +69,9 @@ def test_agreement_is_what_it_says(family, kind):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_model_agrees(family):
-    found = agreement(our_bundled(family), Reference.of(theirs(family), PASSAGES, PROMPTS, COUNT))
+    found = agreement(
+        our_bundled(family), ReferenceOutputs.of(theirs(family), PASSAGES, PROMPTS, COUNT)
+    )
     assert found["kl"]["max"] < 1e-6
     assert found["same_top"] == 1
     assert found["prefix"]["min"] == COUNT
@@ -92,7 +94,7 @@ def test_outputs_of_layers_are_those_of_transformers(family):
 
 def test_without_prompts_there_is_no_prefix():
     passages = PASSAGES[2:]
-    found = agreement(our_bundled("opt"), Reference.of(theirs("opt"), passages))
+    found = agreement(our_bundled("opt"), ReferenceOutputs.of(theirs("opt"), passages))
     assert "prefix" not in found
 
 

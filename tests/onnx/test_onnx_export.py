@@ -38,8 +38,8 @@ from qllm.onnx.export import ExportOptions, export
 from qllm.onnx.graph import DATA, MODEL
 from qllm.onnx.runner import OnnxDecoder
 from qllm.quant.gptq import GPTQOptions
-from qllm.quantize.checkpoint import Job, quantize_checkpoint
-from qllm.quantize.layer import QuantizeOptions
+from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.layer import QuantizeOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

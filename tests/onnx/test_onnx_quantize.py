@@ -22,7 +22,7 @@ from qllm.onnx.linears import SCOPES, find_linears
 from qllm.onnx.quantize import OnnxJob, quantize_onnx
 from qllm.onnx.runner import OnnxDecoder
 from qllm.onnx.stages import Stages
-from qllm.quantize.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import Job, quantize_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

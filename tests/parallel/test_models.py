@@ -17,6 +17,7 @@ from quantizing import MODELS, VOCAB, samples, saved
 from ranks import on_ranks
 from torch import Tensor
 
+from qllm.calibration import Calibration
 from qllm.checkpoint.convert import convert
 from qllm.config import LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
@@ -25,8 +26,7 @@ from qllm.hub import ModelFolder
 from qllm.models import Decoder
 from qllm.parallel.group import Group
 from qllm.parallel.pipeline import Place, parse_cuts
-from qllm.quant.calibrate import Calibration
-from qllm.quantize.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import Job, quantize_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread", "kernels")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qllm.ops.cpu import library
 from qllm.ops.cpu.library import TYPES, Arena, like, pointer, structure
-from qllm.quant.packing import PackedWeight, packed_size
+from qllm.quant.packing import PackedWeight, group_width, packed_size
 
 LANES, SLAB, VECTOR = 16, 32, 64  # of the layout, as in kernels.h
 SMALLEST_GROUP = 16  # every group is filled up to a slab
@@ -51,7 +51,7 @@ _arena = Arena()
 
 def _shape(in_features: int, bits: int, group_size: int) -> tuple[int, int, int]:
     """Group size, groups and slabs of a row."""
-    group = in_features if group_size == -1 else min(group_size, in_features)
+    group = group_width(in_features, group_size)
     full, rest = divmod(in_features, group)
     slabs = full * -(-group // SLAB) + -(-rest // SLAB)
     return group, full + (rest > 0), slabs
@@ -165,7 +165,7 @@ def _linear(
         in_features,
         out_features,
         bits,
-        in_features if group_size == -1 else min(group_size, in_features),
+        group_width(in_features, group_size),
         mode,
         pointer(x),
         TYPES[x.dtype],

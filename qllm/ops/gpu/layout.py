@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qllm.quant.packing import PackedWeight
+from qllm.quant.packing import PackedWeight, group_width
 from qllm.quant.packing import pack as pack_rows
 from qllm.quant.packing import unpack as unpack_rows
 
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, in_features: int, out_features: int, group_size: int) -> Shape:
-        group = in_features if group_size == -1 else min(group_size, in_features)
+        group = group_width(in_features, group_size)
         if group >= BLOCK:
             room = -(-group // BLOCK) * BLOCK
         else:

@@ -35,10 +35,10 @@ from qllm.models import FAMILIES as FAMILY_TABLE
 from qllm.models import Decoder
 from qllm.quant.gptq import GPTQOptions
 from qllm.quant.rtn import quantize_rtn
-from qllm.quantize import hidden
-from qllm.quantize import layer as layer_module
-from qllm.quantize.checkpoint import Job, quantize_checkpoint
-from qllm.quantize.layer import LinearReport, QuantizeOptions
+from qllm.quantizer import hidden
+from qllm.quantizer import layer as layer_module
+from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.layer import LinearReport, QuantizeOptions
 from qllm.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from qllm import __version__
 from qllm.layers.base import describe
-from qllm.quantize.compatibility import refusals, snippet, summary
-from qllm.quantize.layer import LinearReport, QuantizeOptions
+from qllm.quantizer.compatibility import refusals, snippet, summary
+from qllm.quantizer.layer import LinearReport, QuantizeOptions
 
 
 def model_card(
@@ -23,7 +23,7 @@ def model_card(
 
     Args:
         about: "model", the name of what was quantized, and what to say of the calibration.
-        quantization, ragged: see `qllm.quantize.compatibility`.
+        quantization, ragged: see `qllm.quantizer.compatibility`.
     """
     name = about.get("model", "A model")
     what = "quantized and dequantized" if fake else "quantized"

@@ -21,7 +21,7 @@ from qllm.quant.gptq import GPTQOptions, quantize_gptq
 from qllm.quant.inputs import InputStats, output_error
 from qllm.quant.rtn import Ranges, group_ranges, quantize_rtn, row_pieces
 from qllm.quant.smooth import DEFAULT_ALPHA, smooth_scales
-from qllm.quantize.hidden import HiddenStates, blocks_of
+from qllm.quantizer.hidden import HiddenStates, blocks_of
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from qllm import __version__, ops
 from qllm.checkpoint import origin
-from qllm.checkpoint.convert import COPIED, SOURCE_KEY, fingerprint
+from qllm.checkpoint.convert import COPIED, SOURCE_KEY
+from qllm.checkpoint.fingerprint import state_fingerprint
 from qllm.checkpoint.formats import Int8Weight, to_gptq, to_int_quantized, to_pack_quantized
 from qllm.checkpoint.load import elements
 from qllm.checkpoint.quant_config import describe, parse
@@ -33,10 +34,10 @@ from qllm.memory import check_fits
 from qllm.models import Decoder
 from qllm.progress import Meter, unseen
 from qllm.quant.inputs import InputStats
-from qllm.quantize.card import model_card
-from qllm.quantize.compatibility import find_ragged, summary
-from qllm.quantize.hidden import HiddenStates
-from qllm.quantize.layer import (
+from qllm.quantizer.card import model_card
+from qllm.quantizer.compatibility import find_ragged, summary
+from qllm.quantizer.hidden import HiddenStates
+from qllm.quantizer.layer import (
     LinearReport,
     QuantizeOptions,
     needs_inputs,
@@ -171,7 +172,7 @@ class _Run:
         return {
             "QLLM": __version__,
             "model": str(job.source.resolve()),
-            "state of the model": fingerprint(job.source),
+            "state of the model": state_fingerprint(job.source),
             "layers": {name: spec.to_json() for name, spec in self.specs.items()},
             **{f"option {key}": value for key, value in options.items()},
             "calibration samples": samples,
