@@ -234,18 +234,18 @@ def tp_models(
 ) -> list[dict]:
     """What each plan's model would take on ranks that read memory as this machine does."""
     from qllm.bench.runners import read_bytes
-    from qllm.bench.speed import Limits
+    from qllm.bench.speed import Roofline
     from qllm.checkpoint.load import outline
     from qllm.parallel.cost import Machine, table
 
-    limits = Limits.measure("cpu")
-    if limits is None:
+    roofline = Roofline.measure("cpu")
+    if roofline is None:
         raise UserError("--tp-model measures memory with the compiled kernels, and there are none")
     found = []
     for plan in plans:
         nbytes = read_bytes(outline(folder, plan, cli.resolve_dtype(args)))
-        about = {"bitwidth": plan.text, "bytes": nbytes, "bandwidth": limits.bandwidth}
-        found.append(about | {"rows": table(config, nbytes, Machine(limits.bandwidth))})
+        about = {"bitwidth": plan.text, "bytes": nbytes, "bandwidth": roofline.bandwidth}
+        found.append(about | {"rows": table(config, nbytes, Machine(roofline.bandwidth))})
     return found
 
 
@@ -268,7 +268,7 @@ def measure(
 
     from qllm.bench.runners import ReferenceRunner
     from qllm.bench.speed import measure as measure_case
-    from qllm.memory import forget_peak, peak_bytes
+    from qllm.memory import peak_bytes, reset_peak_memory
 
     load = onnx_loader(folder) if onnx else loader(args, folder, plans, device)
     reference = None
@@ -277,7 +277,7 @@ def measure(
 
         reference = HuggingFaceModel.load(folder.path, dtype=dtype, device=device)
     for plan in plans:
-        forget_peak(device)
+        reset_peak_memory(device)
         runner, about = load(plan)
         bitwidth = about["bitwidth"]
         result["dtype"] = str(runner.model.dtype).removeprefix("torch.")

@@ -105,7 +105,7 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
         prompts = cli.read_prompts(args) if talks else []
         folder = cli.resolve_model(args, note=note)
     if session is not None:
-        prompts = session.share(prompts)
+        prompts = session.broadcast(prompts)
     onnx = cli.holds_onnx(args, folder, **NOT_FOR_ONNX)
     device = cli.resolve_device(args)
 
@@ -121,7 +121,7 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     generation = replace(pretrained.generation, max_new_tokens=args.max_gen_tokens)
     check_prompts(config, ids, generation)
     calibration = cli.find_calibration(args, folder, plan, note)
-    place = session and cli.join(args, session, folder, config, calibration)
+    parallel = session and cli.join(args, session, folder, config, calibration)
     start = time.perf_counter()
     model = LLM.load(
         pretrained,
@@ -133,7 +133,7 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
         cache_shape=(len(ids), max(map(len, ids)) + args.max_gen_tokens),
         activation_bits=args.activation_bits,
         meter=cli.meter("loading") if session is None else session.meter,
-        place=place,
+        parallel=parallel,
         note=note,
     ).model
     result = describe(args, folder.name, model, session, onnx)
@@ -192,7 +192,7 @@ def describe(
     if session is None:
         result["shards"] = [] if onnx else report.shard_rows(model)
     else:
-        result["ranks"] = session.collect(report.rank_row(model))
+        result["ranks"] = session.all_gather_object(report.rank_row(model))
     if args.explain:
         result["kernels"] = report.kernel_rows(model)
     return result

@@ -69,7 +69,7 @@ def work(args: object) -> None:
     """One of the processes."""
     from qllm.checkpoint.load import load_model
     from qllm.config import QuantPlan
-    from qllm.parallel.pipeline import Place
+    from qllm.parallel.pipeline import ParallelContext
     from qllm.parallel.session import ParallelConfig, session
 
     world, mode = int(os.environ["WORLD_SIZE"]), os.environ["TP_MODE"]
@@ -78,8 +78,8 @@ def work(args: object) -> None:
         print(json.dumps(decode(load_model(Path(args.folder), plan), args.steps, None)))
         return
     with session(ParallelConfig(world, 1, mode), timeout=600, device="cpu", failed=str) as joined:
-        place = Place(joined.tp, mode, joined.pp)
-        model = load_model(Path(args.folder), plan, place=place)
+        parallel = ParallelContext(joined.tp, mode, joined.pp)
+        model = load_model(Path(args.folder), plan, parallel=parallel)
         found = decode(model, args.steps, joined)
         if joined.rank == 0:
             print(json.dumps(found))
@@ -109,7 +109,7 @@ def decode(model: object, steps: int, joined: object) -> dict:
     result |= {"resident": resident_bytes(), "exchange": 0.0, "gloo": 0.0}
     if joined is not None:
         x = torch.zeros(1, EXCHANGE_BYTES // 4)
-        result["exchange"] = repeat(lambda: joined.tp.sum(x))
+        result["exchange"] = repeat(lambda: joined.tp.all_reduce(x))
         result["gloo"] = repeat(lambda: torch.distributed.all_reduce(x))
     return result
 

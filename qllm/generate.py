@@ -15,7 +15,7 @@ from qllm.checkpoint.reader import read_json
 from qllm.config import ModelConfig
 from qllm.errors import UserError
 from qllm.models import RawConfig
-from qllm.models.decoder import Line
+from qllm.models.decoder import PipelineStage
 from qllm.tokenizer import Tokenizer
 
 # What transformers generates when nothing says how much.
@@ -53,7 +53,7 @@ class Generator(Protocol):
 
     config: ModelConfig
     device: torch.device
-    line: Line | None
+    stage: PipelineStage | None
 
     def new_cache(self, rows: int, capacity: int) -> object: ...
     def prefill(
@@ -171,7 +171,7 @@ def generate_tokens(
     if count == 0:
         return
     whole = [range(len(prompts))]
-    rows = whole if model.line is None else model.line.micro_batches(len(prompts))
+    rows = whole if model.stage is None else model.stage.micro_batches(len(prompts))
     batches = [_Batch(model, run, prompts, config) for run in rows]
     for step in range(1, count + 1):
         for batch in batches:
@@ -179,7 +179,7 @@ def generate_tokens(
                 yield from batch.take(False)
             if not all(batch.finished):
                 batch.step()
-                if model.line is None:
+                if model.stage is None:
                     yield from batch.take(step == count)
         if all(all(batch.finished) for batch in batches):
             break
@@ -224,16 +224,16 @@ class _Batch:
         self.pending = True
         if logits is not None:
             self.tokens = self.processor(logits).argmax(dim=-1)
-            if self.model.line is not None:
-                self.model.line.announce(self.tokens)
+            if self.model.stage is not None:
+                self.model.stage.broadcast(self.tokens)
 
     def take(self, last: bool) -> Iterator[tuple[int, int, bool]]:
         """The tokens that the last step found, of the rows that had not ended."""
         self.pending = False
-        line = self.model.line
-        if line is not None and not line.last:
-            room = torch.empty(len(self.rows), dtype=torch.int64, device=self.model.device)
-            self.tokens = line.hear(room)
+        stage = self.model.stage
+        if stage is not None and not stage.last:
+            received = torch.empty(len(self.rows), dtype=torch.int64, device=self.model.device)
+            self.tokens = stage.broadcast(received)
         self.processor.add(self.tokens)
         for index, token in enumerate(self.tokens.tolist()):
             if not self.finished[index]:

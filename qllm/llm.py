@@ -52,7 +52,7 @@ from qllm.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from qllm.calibration import Calibration
     from qllm.onnx.runner import OnnxDecoder
-    from qllm.parallel.pipeline import Place
+    from qllm.parallel.pipeline import ParallelContext
 
 # A text, or token ids that a tokenizer of one's own made.
 Prompt = str | Sequence[int]
@@ -209,7 +209,7 @@ class LLM:
         calibration: str | Path | Calibration | None = None,
         activation_bits: int = DEFAULT_ACTIVATION_BITS,
         cache_shape: tuple[int, int] = (0, 0),
-        place: Place | None = None,
+        parallel: ParallelContext | None = None,
         meter: Meter = unseen,
         note: Note = silent,
     ) -> Self:
@@ -218,7 +218,7 @@ class LLM:
         Args:
             plan: which layer gets which spec.
             cache_shape: rows and tokens of the KV cache that must fit beside the model.
-            place: what this process of several has of the model; None: all of it.
+            parallel: which part of the model this process of several has; None: all of it.
 
         Raises:
             UserError: see `from_pretrained`.
@@ -243,7 +243,7 @@ class LLM:
             cache_shape=cache_shape,
             activation_bits=activation_bits,
             meter=meter,
-            place=place,
+            parallel=parallel,
             note=note,
         )
         return cls(pretrained, model)

@@ -79,7 +79,7 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
 
 
-def forget_peak(device: torch.device | str = "cpu") -> None:
+def reset_peak_memory(device: torch.device | str = "cpu") -> None:
     """Count the peak from here on, where the system can."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

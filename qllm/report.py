@@ -62,10 +62,10 @@ def label(row: Mapping, key: str = "bitwidth") -> str:
 
 def shard_rows(model: Decoder) -> list[dict]:
     """The `shards` of the JSON object: layers, bytes as held in memory, and where."""
-    shards = zip(model.shards, shard_bytes(model), model.places, strict=True)
+    shards = zip(model.shards, shard_bytes(model), model.device_map, strict=True)
     return [
-        {"layers": list(layers), "bytes": size, "device": str(place)}
-        for layers, size, place in shards
+        {"layers": list(layers), "bytes": size, "device": str(device)}
+        for layers, size, device in shards
     ]
 
 

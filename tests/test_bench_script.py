@@ -21,7 +21,7 @@ SHORT = ("-p", "8,4", "-n", "2", "-b", "1,3", "-r", "2")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_throughput_beside_transformers(family, monkeypatch):
     # What the machine allows takes the longest to measure.
-    monkeypatch.setattr(speed.Limits, "measure", lambda device: None)
+    monkeypatch.setattr(speed.Roofline, "measure", lambda device: None)
     args = ("--model-name", family, "--bitwidth", "16,4", *SHORT, "--compare", "hf")
     result = call_json(BENCH, *TINY, *args)
     tests = ["pp8", "pp4", "tg2"]
@@ -39,7 +39,7 @@ def test_throughput_beside_transformers(family, monkeypatch):
 
 
 def test_formats(monkeypatch):
-    monkeypatch.setattr(speed.Limits, "measure", lambda device: speed.Limits(1e10, 1e12))
+    monkeypatch.setattr(speed.Roofline, "measure", lambda device: speed.Roofline(1e10, 1e12))
     args = (*TINY, "--bitwidth", "3", *SHORT)
     done = call(BENCH, *args)
     assert done.returncode == 0, done.stderr
@@ -54,13 +54,13 @@ def test_formats(monkeypatch):
 
 
 def test_activations_of_8_bits(monkeypatch):
-    monkeypatch.setattr(speed.Limits, "measure", lambda device: None)
+    monkeypatch.setattr(speed.Roofline, "measure", lambda device: None)
     rows = call_json(BENCH, *TINY, "--bitwidth", "16,4", "--activation-bits", 8, *SHORT)["rows"]
     assert {(row["bitwidth"], row["activation_bits"]) for row in rows} == {("16", 16), ("4", 8)}
 
 
 def test_a_model_of_tensor_parallelism(monkeypatch):
-    monkeypatch.setattr(speed.Limits, "measure", lambda device: speed.Limits(1e10, 1e12))
+    monkeypatch.setattr(speed.Roofline, "measure", lambda device: speed.Roofline(1e10, 1e12))
     args = (*TINY, "--bitwidth", "16,4", "--tp-model")
     dense, four = call_json(BENCH, *args)["tp_models"]
     assert (dense["bitwidth"], four["bitwidth"]) == ("16", "4")
@@ -71,15 +71,15 @@ def test_a_model_of_tensor_parallelism(monkeypatch):
     assert {row["ranks"] for row in others} == {8}  # of 8 heads, no more can have one
     done = call(BENCH, *args)
     assert done.stdout.count("| ranks ") == 2 and "at 10.0 GB/s on each rank" in done.stdout
-    monkeypatch.setattr(speed.Limits, "measure", lambda device: None)
+    monkeypatch.setattr(speed.Roofline, "measure", lambda device: None)
     assert_user_error(call(BENCH, *args), "--tp-model measures memory")
 
 
 def test_what_the_machine_allows():
     paths()  # skips where there are no kernels
-    found = speed.Limits.measure("cpu")
+    found = speed.Roofline.measure("cpu")
     assert found.bandwidth > 1e8 and found.arithmetic > 1e8
-    assert (speed.Limits.measure("cuda") is None) != torch.cuda.is_available()
+    assert (speed.Roofline.measure("cuda") is None) != torch.cuda.is_available()
 
 
 def test_token_by_token(tmp_path):

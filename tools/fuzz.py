@@ -36,7 +36,7 @@ from qllm.checkpoint.load import load_model
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.generate import GenerationConfig, generate, read_generation_config
-from qllm.memory import forget_peak, peak_resident_bytes
+from qllm.memory import peak_resident_bytes, reset_peak_memory
 from qllm.onnx import is_onnx
 from qllm.tokenizer import Tokenizer
 from tools.mutations import Files, mutate
@@ -156,7 +156,7 @@ def _judge(folder: Path) -> tuple[str, str | None, str]:
     """Load a folder: how it ended, the kind of fault if it is one, and what there is to say."""
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     ended, kind, about = "loaded", None, ""
-    forget_peak()
+    reset_peak_memory()
     before, start = peak_resident_bytes(), time.process_time()
     signal.setitimer(signal.ITIMER_REAL, HANGING_SECONDS)
     try:

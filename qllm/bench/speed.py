@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Limits:
+class Roofline:
     """What the machine does at most.
 
     Attributes:
@@ -52,7 +52,7 @@ class Limits:
     arithmetic: float
 
     @classmethod
-    def measure(cls, device: torch.device | str) -> Limits | None:
+    def measure(cls, device: torch.device | str) -> Roofline | None:
         """By our kernels, on a GPU by torch's; None where there are none."""
         device = torch.device(device)
         if device.type == "cuda":
@@ -145,22 +145,22 @@ def measure(
         run, `bytes`; `gigabytes_per_second` and `teraops_per_second`, and their shares of what the
         machine allows, measured before and after: None where they cannot be told.
     """
-    before = Limits.measure(device)
+    before = Roofline.measure(device)
     times: list[list[float]] = [[] for _ in runners]
     for repeat in range(repeats + 1):
         for runner, kept in zip(runners, times, strict=True):
             seconds = seconds_of(runner, case, config.vocab_size)
             if repeat:
                 kept.append(seconds)
-    after = Limits.measure(device)
-    limits = None
+    after = Roofline.measure(device)
+    roofline = None
     if before and after:
-        limits = replace(before, bandwidth=(before.bandwidth + after.bandwidth) / 2)
-    return [_row(runner, case, kept, limits) for runner, kept in zip(runners, times, strict=True)]
+        roofline = replace(before, bandwidth=(before.bandwidth + after.bandwidth) / 2)
+    return [_row(runner, case, kept, roofline) for runner, kept in zip(runners, times, strict=True)]
 
 
 def _row(
-    runner: Runner, case: Case, seconds: list[float], limits: Limits | None
+    runner: Runner, case: Case, seconds: list[float], roofline: Roofline | None
 ) -> dict[str, object]:
     count = case.tokens * case.batch
     rates = [count / each for each in seconds]
@@ -176,9 +176,9 @@ def _row(
         "deviation": statistics.stdev(rates) if len(rates) > 1 else 0.0,
         "seconds": seconds,
         "gigabytes_per_second": read / 1e9,
-        "of_bandwidth": read / limits.bandwidth if limits else None,
+        "of_bandwidth": read / roofline.bandwidth if roofline else None,
         "teraops_per_second": done / 1e12,
-        "of_arithmetic": done / limits.arithmetic if limits else None,
+        "of_arithmetic": done / roofline.arithmetic if roofline else None,
     }
 
 

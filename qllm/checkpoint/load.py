@@ -11,9 +11,9 @@ from torch import nn
 
 from qllm import ops
 from qllm.calibration import Calibration
-from qllm.checkpoint.loader import Loader
+from qllm.checkpoint.device_map import infer_device_map
+from qllm.checkpoint.materialize import Materializer
 from qllm.checkpoint.reader import Checkpoint
-from qllm.checkpoint.spread import spread
 from qllm.checkpoint.weights import Weights
 from qllm.config import DEFAULT_ACTIVATION_BITS, DEFAULT_ALGORITHM, LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
@@ -21,7 +21,7 @@ from qllm.layers import Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
-from qllm.parallel.pipeline import Place, balance
+from qllm.parallel.pipeline import ParallelContext, balance
 from qllm.progress import Meter, unseen
 
 Note = Callable[[str], None]
@@ -38,7 +38,7 @@ def load_model(
     cache_shape: tuple[int, int] = (0, 0),
     activation_bits: int = DEFAULT_ACTIVATION_BITS,
     meter: Meter = unseen,
-    place: Place | None = None,
+    parallel: ParallelContext | None = None,
     note: Note = lambda line: None,
 ) -> Decoder:
     """Load a 16- or 32-bit checkpoint, quantizing each layer as it comes; or a quantized one.
@@ -55,7 +55,7 @@ def load_model(
         activation_bits: 8: layers of 1 to 8 bits multiply activations as int8, one scale per 128
             inputs; 16: as exactly as 16-bit types allow.
         meter: counts the bytes that the linears' weights have in `dtype`.
-        place: what this process of several has of the model; None: all of it.
+        parallel: which part of the model this process of several has; None: all of it.
         note: called with a line on what the checkpoint holds and the model does not use.
 
     Raises:
@@ -71,34 +71,34 @@ def load_model(
     if activation_bits == 8:
         _check_takes_int8([model])
     config = model.config
-    place = place or Place()
+    parallel = parallel or ParallelContext()
     costs = _layer_bytes(model)
-    if place.line is not None and config.tied_head:
+    if parallel.stage is not None and config.tied_head:
         costs[-1] += module_bytes(model.embed)  # the last stage has it, too
-    halves = place.halves(costs)[place.stage]
-    model.line = place.line
-    model.alone = place.line is None and place.tp.size == 1
+    halves = parallel.halves(costs)
+    model.stage = parallel.stage
+    model.alone = parallel.stage is None and parallel.tp.size == 1
     layers = range(halves.start // 2, (halves.stop + 1) // 2)
-    parts = balance([costs[i] for i in layers], num_shards if place.line is None else 1)
+    parts = balance([costs[i] for i in layers], num_shards if parallel.stage is None else 1)
     model.shards = [range(layers[r.start], layers[r.stop - 1] + 1) for r in parts]
     model.layers[layers[0]].has_attention = halves.start % 2 == 0
     model.layers[layers[-1]].has_mlp = halves.stop % 2 == 0
-    options = (calibration, activation_bits, place.tp, place.mode)
+    options = (calibration, activation_bits, parallel.tp, parallel.mode)
     largest = max(torch.Size(shape).numel() for shape in weights.shapes.values())
     cache = KVCache.size(config, *cache_shape, dtype) // config.num_layers
-    sizes = [sum(costs[i] + cache for i in shard) // place.tp.size for shard in model.shards]
+    sizes = [sum(costs[i] + cache for i in shard) // parallel.tp.size for shard in model.shards]
     what = f"the model at bitwidth {plan.text}"
-    model.places = spread(sizes, largest * dtype.itemsize, device, what)
-    loader = Loader(model, weights, specs, dtype, *options)
+    model.device_map = infer_device_map(sizes, largest * dtype.itemsize, device, what)
+    materializer = Materializer(model, weights, specs, dtype, *options)
     leaves = [leaf for leaf in _leaves(model) if _is_here(leaf[0], halves, config.num_layers)]
     sizes = [elements(module) * dtype.itemsize for _, module in leaves]
-    for place in set(model.places):
-        ops.prepare(place.type)  # what is compiled must not count as loading
+    for device_type in {device.type for device in model.device_map}:
+        ops.prepare(device_type)  # what is compiled must not count as loading
     with meter(sum(sizes), 0) as add:
         for (name, module), size in zip(leaves, sizes, strict=True):
-            loader.fill(name, module)
+            materializer.materialize(name, module)
             add(size)
-    loader.finish()
+    materializer.finish()
     return model
 
 

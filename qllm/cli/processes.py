@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qllm.calibration import Calibration
     from qllm.config import ModelConfig
     from qllm.hub import ModelFolder
-    from qllm.parallel.pipeline import Place
+    from qllm.parallel.pipeline import ParallelContext
     from qllm.parallel.session import Session
 
 TP_MODES = ("exact", "fast")
@@ -103,14 +103,14 @@ def join(
     folder: ModelFolder,
     config: ModelConfig,
     calibration: Calibration | None,
-) -> Place:
+) -> ParallelContext:
     """This process's part of a model, after all were found to be about to load the same."""
     import torch
 
     from qllm import __version__
     from qllm.checkpoint.fingerprint import content_fingerprint
     from qllm.ops.cpu import library
-    from qllm.parallel.pipeline import Place, parse_cuts
+    from qllm.parallel.pipeline import ParallelContext, parse_cuts
 
     cuts = parse_cuts(args.stages, config.num_layers, args.pp) if args.stages else None
     with session.unbounded():  # they may have to be compiled first
@@ -126,7 +126,7 @@ def join(
     if args.tp_mode == "exact":
         facts["kernel path"] = kernels
     session.compare(facts)
-    return Place(session.tp, args.tp_mode, session.pp, cuts)
+    return ParallelContext(session.tp, args.tp_mode, session.pp, cuts)
 
 
 def _explain(error: BaseException) -> str | None:

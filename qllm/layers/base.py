@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qllm import ops
 from qllm.config import QuantSpec
-from qllm.layers.parts import shares
+from qllm.layers.sharding import split_evenly
 from qllm.quant.packing import PackedWeight
 
 ALL_ROWS = slice(None)
@@ -93,7 +93,7 @@ class Linear(nn.Module, ABC):
         """The matrix the layer stands for, or some rows of it: float32 (N, K)."""
 
     @abstractmethod
-    def part(self, dim: int, *ranges: range) -> Linear:
+    def narrow(self, dim: int, *ranges: range) -> Linear:
         """A layer of some of this one's channels, with nothing of the others in memory.
 
         Args:
@@ -109,7 +109,7 @@ class Linear(nn.Module, ABC):
             unit: channels that stay together, such as those of a head.
         """
         size = self.in_features if dim else self.out_features
-        return self.part(dim, shares(size, world, unit)[rank])
+        return self.narrow(dim, split_evenly(size, world, unit)[rank])
 
     def nbytes(self) -> int:
         """Bytes of the tensors the layer holds."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qllm.config import QuantSpec
 from qllm.layers.base import ALL_ROWS, Linear
-from qllm.layers.parts import take
+from qllm.layers.sharding import narrow_runs
 
 
 class DenseLinear(Linear):
@@ -50,6 +50,6 @@ class DenseLinear(Linear):
     def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
         return self.weight[rows].float()
 
-    def part(self, dim: int, *ranges: range) -> DenseLinear:
-        bias = None if dim or self.bias is None else take(self.bias, 0, ranges)
-        return DenseLinear(take(self.weight, dim, ranges), bias, self.spec)
+    def narrow(self, dim: int, *ranges: range) -> DenseLinear:
+        bias = None if dim or self.bias is None else narrow_runs(self.bias, 0, ranges)
+        return DenseLinear(narrow_runs(self.weight, dim, ranges), bias, self.spec)

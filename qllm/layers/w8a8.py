@@ -10,7 +10,7 @@ from torch import Tensor
 from qllm.config import QuantSpec
 from qllm.errors import UserError
 from qllm.layers.base import ALL_ROWS, QuantizedLinear
-from qllm.layers.parts import take
+from qllm.layers.sharding import narrow_runs
 from qllm.quant.packing import PackedWeight, pack, unpack
 from qllm.quant.rtn import quantize_rtn
 
@@ -78,14 +78,14 @@ class DynamicInt8Linear(QuantizedLinear):
         qweight, scales = self.integers
         return qweight[rows].float() * scales[rows].float()[:, None]
 
-    def part(self, dim: int, *ranges: range) -> DynamicInt8Linear:
-        """See `Linear.part`; of some input channels, each token gets a scale of its own."""
+    def narrow(self, dim: int, *ranges: range) -> DynamicInt8Linear:
+        """See `Linear.narrow`; of some input channels, each token gets a scale of its own."""
         qweight, scales = self.integers
-        qweight = take(qweight, dim, ranges)
+        qweight = narrow_runs(qweight, dim, ranges)
         bias = None
         if dim == 0:
-            scales = take(scales, 0, ranges)
-            bias = None if self.bias is None else take(self.bias, 0, ranges)
+            scales = narrow_runs(scales, 0, ranges)
+            bias = None if self.bias is None else narrow_runs(self.bias, 0, ranges)
         scale = () if self.input_scale is None else (self.input_scale,)
         return type(self)(qweight, scales, bias, self.spec, *scale)
 

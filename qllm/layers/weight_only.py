@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from qllm.config import QuantSpec
 from qllm.layers.base import ALL_ROWS, QuantizedLinear
-from qllm.layers.parts import take, take_columns
+from qllm.layers.sharding import narrow_columns, narrow_runs
 from qllm.ops.reference import dequantize
 from qllm.quant.packing import PackedWeight, group_width, pack, packed_size, unpack
 from qllm.quant.rtn import quantize_rtn
@@ -121,21 +121,21 @@ class WeightOnlyLinear(QuantizedLinear):
             torch.float32,
         )
 
-    def part(self, dim: int, *ranges: range) -> WeightOnlyLinear:
-        layer = self._part(dim, *ranges)
+    def narrow(self, dim: int, *ranges: range) -> WeightOnlyLinear:
+        layer = self._narrow(dim, *ranges)
         layer.op = self.op
         return layer
 
-    def _part(self, dim: int, *ranges: range) -> WeightOnlyLinear:
+    def _narrow(self, dim: int, *ranges: range) -> WeightOnlyLinear:
         packed = self.packed
         if dim == 0:
-            bias = None if self.bias is None else take(self.bias, 0, ranges)
-            tensors = [take(t, 0, ranges) if t.numel() else t for t in packed[:3]]
+            bias = None if self.bias is None else narrow_runs(self.bias, 0, ranges)
+            tensors = [narrow_runs(t, 0, ranges) if t.numel() else t for t in packed[:3]]
             rows = PackedWeight(*tensors, packed.order)
             return WeightOnlyLinear.from_packed(rows, bias, self.spec, self.in_features)
         (columns,) = ranges
         spec = self.spec
-        some, group = take_columns(packed, spec.bits, spec.group_size, self.in_features, columns)
+        some, group = narrow_columns(packed, spec.bits, spec.group_size, self.in_features, columns)
         spec = replace(spec, group_size=group)
         return WeightOnlyLinear.from_packed(some, None, spec, len(columns))
 
@@ -172,9 +172,9 @@ class ReorderedLinear(WeightOnlyLinear):
         columns = super().dequantize(rows)
         return torch.empty_like(columns).index_copy_(1, self.order, columns)
 
-    def _part(self, dim: int, *ranges: range) -> WeightOnlyLinear:
+    def _narrow(self, dim: int, *ranges: range) -> WeightOnlyLinear:
         if dim == 0:
-            return super()._part(dim, *ranges)
+            return super()._narrow(dim, *ranges)
         (channels,) = ranges
         spec, packed = self.spec, self.packed
         group = group_width(self.in_features, spec.group_size)

@@ -32,21 +32,22 @@ class KVCache:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        places: Mapping[int, torch.device | str] | None = None,
+        device_map: Mapping[int, torch.device | str] | None = None,
     ) -> None:
         """
         Args:
             device: of what goes into it.
-            places: of the layers that have a cache here, the device; None: all, on `device`.
+            device_map: of the layers that have a cache here, the device; None: all, on `device`.
         """
-        places = dict.fromkeys(range(config.num_layers), device) if places is None else places
+        if device_map is None:
+            device_map = dict.fromkeys(range(config.num_layers), device)
         shape = (rows, config.num_kv_heads, capacity, config.head_dim)
         none = torch.empty(0, dtype=dtype, device=device)
         both = dict.fromkeys(range(config.num_layers), (none, none))
-        for place in set(places.values()):
-            layers = [i for i in places if places[i] == place]
+        for each in set(device_map.values()):
+            layers = [i for i in device_map if device_map[i] == each]
             # Zeros: a shorter row's unused places are masked, but 0 * NaN would still be NaN.
-            keys, values = torch.zeros((2, len(layers), *shape), dtype=dtype, device=place)
+            keys, values = torch.zeros((2, len(layers), *shape), dtype=dtype, device=each)
             both |= zip(layers, zip(keys, values, strict=True), strict=True)
         self.keys, self.values = zip(*both.values(), strict=True)
         self.capacity, self.dtype, self.device = capacity, dtype, none.device

@@ -37,17 +37,15 @@ SAME_ACTIVATION = {
 }
 
 
-class Line(Protocol):
-    """What a decoder asks of a pipeline; see `qllm.parallel.pipeline.Line`."""
+class PipelineStage(Protocol):
+    """What a decoder asks of a pipeline; see `qllm.parallel.pipeline.PipelineStage`."""
 
     first: bool
     last: bool
 
-    def receive(self, x: Tensor) -> Tensor: ...
+    def recv(self, x: Tensor) -> Tensor: ...
     def send(self, x: Tensor) -> None: ...
-    def share(self, x: Tensor) -> Tensor: ...
-    def announce(self, tokens: Tensor) -> None: ...
-    def hear(self, tokens: Tensor) -> Tensor: ...
+    def broadcast(self, x: Tensor) -> Tensor: ...
     def micro_batches(self, rows: int) -> list[range]: ...
 
 
@@ -56,14 +54,14 @@ class Decoder(nn.Module):
 
     Attributes:
         shards: contiguous ranges of layers, run one after the other.
-        places: the device of each shard; what is in front of the layers is with the first shard,
+        device_map: the device of each shard; what is in front of the layers is with the first one,
             what is behind them with the last one.
-        line: the stages of a pipeline, of which this process is one; None: there is but this.
+        stage: of a pipeline, which this process is; None: there is no other.
         kv_heads: heads of keys and values that this process has.
         alone: no other process has a part of it.
     """
 
-    line: Line | None = None
+    stage: PipelineStage | None = None
     alone = True
 
     def __init__(
@@ -100,30 +98,30 @@ class Decoder(nn.Module):
         if config.tied_head and "lm_head" not in specs:
             self.lm_head.weight = self.embed.weight
         self.shards = [range(config.num_layers)]
-        self.places: list[torch.device] | None = None
+        self.device_map: list[torch.device] | None = None
         self.kv_heads = config.num_kv_heads
         self.eval()
 
     @property
     def device(self) -> torch.device:
-        if self.line is None:
+        if self.stage is None:
             return self.embed.weight.device
         return next(tensor.device for tensor in self.buffers() if not tensor.is_meta)
 
     @property
-    def _places(self) -> list[torch.device]:
-        return self.places or [self.device] * len(self.shards)
+    def _device_map(self) -> list[torch.device]:
+        return self.device_map or [self.device] * len(self.shards)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty cache for `rows` sequences of up to `capacity` tokens."""
         config = replace(self.config, num_kv_heads=self.kv_heads)
-        places = {
-            i: place
-            for shard, place in zip(self.shards, self._places, strict=True)
+        device_map = {
+            i: device
+            for shard, device in zip(self.shards, self._device_map, strict=True)
             for i in shard
             if self.layers[i].has_attention
         }
-        return KVCache(config, rows, capacity, self.dtype, self.device, places)
+        return KVCache(config, rows, capacity, self.dtype, self.device, device_map)
 
     @torch.inference_mode()
     def prefill(
@@ -151,7 +149,7 @@ class Decoder(nn.Module):
         """
         x = self.hidden(prompts, cache)
         lengths = [len(prompt) for prompt in prompts]
-        if last and (self.line is None or self.line.last):
+        if last and (self.stage is None or self.stage.last):
             x = x[torch.tensor(lengths, device=x.device).cumsum(0) - 1]
         return self._shared(self._logits(x), len(lengths) if last else sum(lengths), share)
 
@@ -210,28 +208,28 @@ class Decoder(nn.Module):
 
     def _can_capture(self) -> bool:
         """Whether a step is nothing but launches on one device."""
-        return self.alone and len(set(self._places)) == 1 and ops.can_capture(self.device)
+        return self.alone and len(set(self._device_map)) == 1 and ops.can_capture(self.device)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """What the layers take: embedded tokens (N,), or what the stage in front sends: (N, C)."""
-        if self.line is None or self.line.first:
+        if self.stage is None or self.stage.first:
             return self.project_in(self.embed_norm(self.embed(tokens)))
         shape = (len(tokens), self.config.hidden_size)
-        return self.line.receive(torch.empty(shape, dtype=self.dtype, device=tokens.device))
+        return self.stage.recv(torch.empty(shape, dtype=self.dtype, device=tokens.device))
 
     def _run_layers(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        if self.line is None or self.line.first:
+        if self.stage is None or self.stage.first:
             x = self.positions.embed(x, step.positions)
-        for shard, place in zip(self.shards, self._places, strict=True):
-            x, here = x.to(place), step.on(place)
+        for shard, device in zip(self.shards, self._device_map, strict=True):
+            x, here = x.to(device), step.on(device)
             for index in shard:
                 x = self.layers[index](x, here)
         return x
 
     def _logits(self, x: Tensor) -> Tensor | None:
-        if self.line is None or self.line.last:
+        if self.stage is None or self.stage.last:
             return self.lm_head(self.project_out(self.final_norm(x)))
-        self.line.send(x)
+        self.stage.send(x)
         return None
 
     def _shared(self, logits: Tensor | None, rows: int, share: bool) -> Tensor | None:
@@ -239,11 +237,11 @@ class Decoder(nn.Module):
         if logits is not None:
             # A copy: the next pass overwrites these.
             logits = logits.to(self.device, torch.float32, copy=True)
-        if self.line is None or not share:
+        if self.stage is None or not share:
             return logits
         if logits is None:
             logits = torch.empty(rows, self.config.vocab_size, device=self.device)
-        return self.line.share(logits)
+        return self.stage.broadcast(logits)
 
 
 def _known_activation(config: ModelConfig) -> ModelConfig:

@@ -55,7 +55,7 @@ class OnnxDecoder:
     """
 
     device = torch.device("cpu")
-    line = None  # one process has all of it, so that there is nothing to share
+    stage = None  # of a pipeline: one process has all of the model
 
     def __init__(self, folder: Path) -> None:
         """

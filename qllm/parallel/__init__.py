@@ -1,7 +1,7 @@
 """A model over processes: each layer over ranks (`layers`), layers over stages (`pipeline`).
 
 `session` finds the processes that torchrun started; a `Group` of them is what the functions below
-take, each of which leaves this rank's part of a module in its place.
+take, each of which replaces a module by this rank's shard of it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from qllm.parallel.layers import (
     shard_linear,
     shard_mlp,
 )
-from qllm.parallel.plan import Share, row_share
+from qllm.parallel.plan import Sharding, shard_rows
 
 __all__ = [
     "Group",
-    "Share",
-    "row_share",
+    "Sharding",
     "shard_attention",
     "shard_classifier",
     "shard_embedding",
     "shard_linear",
     "shard_mlp",
+    "shard_rows",
 ]

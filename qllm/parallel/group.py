@@ -1,4 +1,4 @@
-"""What the ranks that share a matrix tell each other: parts put together, and summands added up."""
+"""Collectives of the ranks that share a matrix: all_gather, all_reduce, send and recv."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Group:
     """Some ranks of a run, in an order.
 
     Every result is the same to the bit on all of them, and does not depend on what is exchanged
-    beside it: summands are added in the order of the ranks, in float32, and rounded once.
+    beside it: partial sums are added in the order of the ranks, in float32, and rounded once.
 
     Attributes:
         ranks: of all processes, those in the group.
-        rank: this one's place among them.
-        size: how many they are.
+        rank: the index of this process among them.
+        size: how many there are.
     """
 
     def __init__(
@@ -40,16 +40,16 @@ class Group:
         self.ranks, self.rank, self.size = tuple(ranks), rank, len(ranks)
         self.links, self.group = links, group
 
-    def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
+    def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         """The columns of all ranks, side by side: x (M, widths[rank]) to (M, sum(widths))."""
         if self.size == 1:
             return x
         x = x.contiguous()
         out = x.new_empty(len(x), sum(widths))
-        call_out(self._collect(x, [out.narrow(1, *place) for place in places(widths)]))
+        call_out(self._collect(x, [out.narrow(1, *columns) for columns in columns_of(widths)]))
         return out
 
-    def sum(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def all_reduce(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The sum of all ranks' x (M, N), of one shape and type, and bias (N,)."""
         x = x.contiguous()
         out = torch.empty_like(x)
@@ -70,11 +70,11 @@ class Group:
         call_out(run)
         return out
 
-    def choose(self, x: Tensor, fill: Callable[[], None]) -> Tensor:
-        """Elementwise, the one of all ranks' x whose bits are not all zero; one rank's at most.
+    def all_reduce_or(self, x: Tensor, fill: Callable[[], None]) -> Tensor:
+        """The bitwise or of all ranks' x, of which each element has bits on one rank at most.
 
         Args:
-            fill: writes x; called each time that the exchange is made.
+            fill: writes x; it is called each time that the exchange is made.
         """
         bits = x.view(INTEGERS[x.element_size()])
         parts, out = bits.new_empty(self.size, *bits.shape), torch.empty_like(bits)
@@ -88,15 +88,15 @@ class Group:
         call_out(run)
         return out.view(x.dtype)
 
-    def all(self, flag: bool) -> bool:
-        """Whether it is true on all ranks."""
+    def all_true(self, flag: bool) -> bool:
+        """Whether the flag is true on all ranks."""
         if self.size == 1:
             return flag
         mine = torch.tensor([[flag]], dtype=torch.uint8)
-        return bool(self.gather(mine, [1] * self.size).all())
+        return bool(self.all_gather(mine, [1] * self.size).all())
 
     def send(self, x: Tensor, to: int) -> None:
-        """Give x to a rank of the group, which knows its shape and type."""
+        """Send x to a rank of the group, which knows its shape and type."""
         x = x.contiguous()
         if x.device.type != "cpu":
             dist.send(x, self.ranks[to], group=self.group)
@@ -104,8 +104,8 @@ class Group:
         data = view(x)
         call_out(lambda: self.links.exchange([(self.ranks[to], data)], []))
 
-    def receive(self, out: Tensor, source: int) -> Tensor:
-        """Take what a rank of the group sends into `out`, which is returned."""
+    def recv(self, out: Tensor, source: int) -> Tensor:
+        """Receive what a rank of the group sends into `out`, which is returned."""
         if out.device.type != "cpu":
             dist.recv(out, self.ranks[source], group=self.group)
             return out
@@ -118,41 +118,41 @@ class Group:
         return out
 
     def _collect(self, x: Tensor, outs: list[Tensor]) -> Callable[[], None]:
-        """What brings each rank's x into `outs`."""
+        """A function that gathers each rank's x into `outs`."""
         largest = max(out.nbytes for out in outs)
         if x.device.type != "cpu" or largest > SMALL:
             return lambda: self._collect_many(x, outs)
         mine, data = outs[self.rank], view(x)
         others = [i for i in range(self.size) if i != self.rank]
-        # A column of several rows lies in pieces: it comes into memory of its own first.
-        landed = {
+        # Columns of several rows are not contiguous: they are received into a buffer first.
+        received = {
             i: outs[i] if outs[i].is_contiguous() else x.new_empty(outs[i].shape) for i in others
         }
-        copies = [(outs[i], landed[i]) for i in others if landed[i] is not outs[i]]
+        copies = [(outs[i], received[i]) for i in others if received[i] is not outs[i]]
         send = [(self.ranks[i], data) for i in others]
-        receive = [(self.ranks[i], view(landed[i])) for i in others]
+        receive = [(self.ranks[i], view(received[i])) for i in others]
 
         def run() -> None:
             self.links.exchange(send, receive)
             mine.copy_(x)
-            for out, part in copies:
-                out.copy_(part)
+            for out, buffer in copies:
+                out.copy_(buffer)
 
         return run
 
     def _collect_many(self, x: Tensor, outs: list[Tensor]) -> None:
-        """`_collect` by torch.distributed, whose parts are all of one size."""
-        most = max(out.numel() for out in outs)
-        flat = x.new_empty(most)
+        """`_collect` by torch.distributed, which gathers tensors of one size."""
+        largest = max(out.numel() for out in outs)
+        flat = x.new_empty(largest)
         flat[: x.numel()] = x.reshape(-1)
-        parts = x.new_empty(self.size, most)
+        parts = x.new_empty(self.size, largest)
         with counted(self.links, flat.nbytes * (self.size - 1)):
             dist.all_gather_into_tensor(parts.view(-1), flat, group=self.group)
         for out, part in zip(outs, parts, strict=True):
             out.copy_(part[: out.numel()].view(out.shape))
 
     def _sum_many(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """Each rank sums a share of the rows, then all collect the sums."""
+        """`all_reduce` of many rows: a reduce-scatter by rows, then an all-gather of the sums."""
         rows = -(-len(x) // self.size)
         padded = x.new_zeros(self.size * rows, x.shape[1])
         padded[: len(x)] = x
@@ -167,15 +167,15 @@ class Group:
 
 @contextmanager
 def counted(links: Links, nbytes: int) -> Iterator[None]:
-    """Adds what torch.distributed does to what links count."""
+    """Count what torch.distributed sends among what the links send."""
     links.begin(nbytes)
     with links.waiting():
         yield
     links.end()
 
 
-def places(widths: Sequence[int]) -> list[tuple[int, int]]:
-    """Beginning and width of each of some columns that lie side by side."""
+def columns_of(widths: Sequence[int]) -> list[tuple[int, int]]:
+    """Start and width of each rank's columns in their concatenation."""
     return [(sum(widths[:i]), width) for i, width in enumerate(widths)]
 
 

@@ -1,12 +1,13 @@
-"""Linear layers, attention, MLPs, embeddings and classifiers of which each rank holds a part.
+"""Linear layers, attention, MLPs, embeddings and classifiers of which each rank holds a shard.
 
-Two modes. In both, the first matrix of attention and MLP is cut by output channels (whole heads),
-so that a rank computes what it needs of its own; they differ in the second:
+There are two modes. In both, the first matrix of attention and MLP is column-parallel: it is cut
+by output channels (whole heads), so that a rank computes what it needs of its own. They differ in
+the second matrix:
 
-    exact   it is cut by output channels too: its inputs are gathered, and then its outputs. No sum
-            is split, so all is the same to the bit as in one process
-    fast    it is cut by input channels (Megatron, Shoeybi et al. 2019): each rank has a summand of
-            all outputs, and one exchange adds them up; the bias is added behind it
+    exact   it is cut by output channels too: its inputs are all-gathered, and then its outputs. No
+            sum is split, so every result is the same to the bit as in one process
+    fast    it is row-parallel, cut by input channels (Megatron, Shoeybi et al. 2019): each rank has
+            a partial sum of all outputs, which an all-reduce adds up; the bias is added behind it
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from qllm.layers import Linear
-from qllm.layers.parts import take
+from qllm.layers.sharding import narrow_runs
 from qllm.parallel.group import Group
-from qllm.parallel.plan import Share, attention_shares, head_shares, mlp_shares, row_share
+from qllm.parallel.plan import Sharding, attention_shardings, mlp_shardings, shard_heads, shard_rows
 
 
 class ColumnParallel(nn.Module):
     """Some output channels of a linear layer: x (M, K), on all ranks, to this rank's (M, n)."""
 
-    def __init__(self, linear: Linear, group: Group, share: Share) -> None:
+    def __init__(self, linear: Linear, group: Group, sharding: Sharding) -> None:
         super().__init__()
-        self.linear, self.group, self.share = linear, group, share
+        self.linear, self.group, self.sharding = linear, group, sharding
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)
@@ -42,15 +43,15 @@ class Gathered(nn.Module):
     """
 
     def __init__(
-        self, linear: Linear, group: Group, share: Share, inputs: Sequence[int] | None
+        self, linear: Linear, group: Group, sharding: Sharding, inputs: Sequence[int] | None
     ) -> None:
         super().__init__()
-        self.linear, self.group, self.share, self.inputs = linear, group, share, inputs
+        self.linear, self.group, self.sharding, self.inputs = linear, group, sharding, inputs
 
     def forward(self, x: Tensor) -> Tensor:
         if self.inputs is not None:
-            x = self.group.gather(x, self.inputs)
-        return self.group.gather(self.linear(x), self.share.widths)
+            x = self.group.all_gather(x, self.inputs)
+        return self.group.all_gather(self.linear(x), self.sharding.widths)
 
 
 class RowParallel(nn.Module):
@@ -62,7 +63,7 @@ class RowParallel(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.group.sum(self.linear(x), self.bias)
+        return self.group.all_reduce(self.linear(x), self.bias)
 
 
 class VocabularyParallel(nn.Module):
@@ -71,14 +72,14 @@ class VocabularyParallel(nn.Module):
     Buffer: weight (v, C).
     """
 
-    def __init__(self, weight: Tensor, group: Group, share: Share) -> None:
+    def __init__(self, weight: Tensor, group: Group, sharding: Sharding) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
-        self.group, (self.rows,) = group, share.ranges[group.rank]
+        self.group, (self.rows,) = group, sharding.ranges[group.rank]
 
     def forward(self, tokens: Tensor) -> Tensor:
         out = self.weight.new_empty(len(tokens), self.weight.shape[1])
-        return self.group.choose(out, lambda: self._look_up(tokens, out))
+        return self.group.all_reduce_or(out, lambda: self._look_up(tokens, out))
 
     def _look_up(self, tokens: Tensor, out: Tensor) -> None:
         """This rank's rows, and zeros for the others'."""
@@ -91,33 +92,38 @@ class VocabularyParallel(nn.Module):
 def parallel(
     linear: Linear,
     group: Group,
-    share: Share,
+    sharding: Sharding,
     *,
     inputs: Sequence[int] | None = None,
     bias: Tensor | None = None,
     gather: bool = False,
 ) -> nn.Module:
-    """What computes with this rank's part of a linear layer.
+    """The module that computes with this rank's shard of a linear layer.
 
     Args:
-        linear: the part, of `Linear.part`.
-        inputs: of a layer behind another that is cut: how many channels each rank comes with.
-        bias: of a whole layer that is cut by input channels, which its parts lack.
+        linear: the shard, of `Linear.narrow`.
+        inputs: of a layer behind another sharded one: how many channels each rank comes with.
+        bias: of a whole layer that is cut by input channels, which its shards lack.
         gather: the outputs of all ranks are wanted.
     """
-    if share.dim == 1:
+    if sharding.dim == 1:
         return RowParallel(linear, group, bias)
     if gather:
-        return Gathered(linear, group, share, inputs)
-    return ColumnParallel(linear, group, share)
+        return Gathered(linear, group, sharding, inputs)
+    return ColumnParallel(linear, group, sharding)
 
 
 def shard_linear(
-    linear: Linear, group: Group, share: Share, inputs: Sequence[int] | None = None, *, gather: bool
+    linear: Linear,
+    group: Group,
+    sharding: Sharding,
+    inputs: Sequence[int] | None = None,
+    *,
+    gather: bool,
 ) -> nn.Module:
-    """A whole linear layer cut: what each rank keeps is a part in memory of its own."""
-    part = linear.part(share.dim, *share.ranges[group.rank])
-    return parallel(part, group, share, inputs=inputs, bias=linear.bias, gather=gather)
+    """Shard a whole linear layer: what each rank keeps lies in memory of its own."""
+    shard = linear.narrow(sharding.dim, *sharding.ranges[group.rank])
+    return parallel(shard, group, sharding, inputs=inputs, bias=linear.bias, gather=gather)
 
 
 class AttentionLike(Protocol):
@@ -136,14 +142,14 @@ class MLPLike(Protocol):
 
 
 def shard_attention(attention: AttentionLike, group: Group, mode: str = "exact") -> None:
-    """Leave this rank's heads of an attention module, which then exchanges with the others.
+    """Shard an attention module: this rank keeps its heads, and exchanges with the others.
 
     Its key-value cache, slopes and rotations are then those of its own heads.
     """
     count, kv_heads, _ = attention.heads
     head_dim = attention.out.in_features // count
-    heads = head_shares(count, kv_heads, group.size)
-    both = attention_shares(heads, head_dim, attention.out.out_features, mode)
+    heads = shard_heads(count, kv_heads, group.size)
+    both = attention_shardings(heads, head_dim, attention.out.out_features, mode)
     widths = [len(h.queries) * head_dim for h in heads]
     attention.qkv = shard_linear(attention.qkv, group, both["qkv"], gather=False)
     attention.out = shard_linear(attention.out, group, both["out"], widths, gather=mode == "exact")
@@ -152,10 +158,10 @@ def shard_attention(attention: AttentionLike, group: Group, mode: str = "exact")
 
 
 def shard_mlp(mlp: MLPLike, group: Group, mode: str = "exact") -> None:
-    """Leave this rank's inner channels of an MLP, which then exchanges with the others."""
+    """Shard an MLP: this rank keeps its inner channels, and exchanges with the others."""
     inner, hidden = mlp.down.in_features, mlp.down.out_features
     gated = mlp.up.out_features == 2 * inner
-    both = mlp_shares(inner, hidden, gated, group.size, mode)
+    both = mlp_shardings(inner, hidden, gated, group.size, mode)
     widths = [len(runs[0]) for runs in both["up"].ranges]
     mlp.up = shard_linear(mlp.up, group, both["up"], gather=False)
     mlp.down = shard_linear(mlp.down, group, both["down"], widths, gather=mode == "exact")
@@ -163,10 +169,10 @@ def shard_mlp(mlp: MLPLike, group: Group, mode: str = "exact") -> None:
 
 def shard_embedding(weight: Tensor, group: Group) -> VocabularyParallel:
     """This rank's rows of an embedding (V, C), as a module that gives all tokens theirs."""
-    share = row_share(len(weight), group.size)
-    return VocabularyParallel(take(weight, 0, share.ranges[group.rank]), group, share)
+    sharding = shard_rows(len(weight), group.size)
+    return VocabularyParallel(narrow_runs(weight, 0, sharding.ranges[group.rank]), group, sharding)
 
 
 def shard_classifier(linear: Linear, group: Group) -> nn.Module:
     """This rank's classes of a linear layer, as a module that gives the logits of all."""
-    return shard_linear(linear, group, row_share(linear.out_features, group.size), gather=True)
+    return shard_linear(linear, group, shard_rows(linear.out_features, group.size), gather=True)

@@ -1,4 +1,4 @@
-"""Which layers go into which stage, and what stages tell each other."""
+"""Stages of a pipeline: which layers each has, and what they exchange."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from math import inf
 from torch import Tensor
 
 from qllm.errors import UserError
-from qllm.layers.parts import shares
+from qllm.layers.sharding import split_evenly
 from qllm.parallel.group import Group
 
 
@@ -95,55 +95,49 @@ def parse_cuts(text: str, num_layers: int, stages: int) -> tuple[int, ...]:
     return tuple(int(half) for half in halves)
 
 
-class Line:
-    """The stages of a pipeline, as one of them sees it.
+class PipelineStage:
+    """One stage of a pipeline, and what it exchanges with the others.
 
     Attributes:
-        first, last: whether it is this one.
+        index: of this stage; stages are numbered from 0 in the order in which they run.
+        count: how many stages there are.
+        first, last: whether this stage is the first one, or the last one.
     """
 
     def __init__(self, group: Group) -> None:
         self.group = group
+        self.index, self.count = group.rank, group.size
         self.first, self.last = group.rank == 0, group.rank == group.size - 1
 
-    def receive(self, x: Tensor) -> Tensor:
-        """Fill x (N, C) with what the stage in front sends, and return it."""
-        return self.group.receive(x, self.group.rank - 1)
+    def recv(self, x: Tensor) -> Tensor:
+        """Receive from the previous stage into x (N, C), which is returned."""
+        return self.group.recv(x, self.index - 1)
 
     def send(self, x: Tensor) -> None:
-        """Give x (N, C) to the next stage."""
-        self.group.send(x, self.group.rank + 1)
+        """Send x (N, C) to the next stage."""
+        self.group.send(x, self.index + 1)
 
-    def announce(self, x: Tensor) -> None:
-        """The last stage tells all others x."""
-        for stage in range(self.group.size - 1):
+    def broadcast(self, x: Tensor) -> Tensor:
+        """The last stage's x on all stages; the others receive into the x that they give."""
+        if not self.last:
+            return self.group.recv(x, self.count - 1)
+        for stage in range(self.count - 1):
             self.group.send(x, stage)
-
-    def hear(self, x: Tensor) -> Tensor:
-        """Fill x with what the last stage announces, and return it."""
-        return self.group.receive(x, self.group.size - 1)
-
-    def share(self, x: Tensor) -> Tensor:
-        """x of the last stage, on all of them; the others give one to fill."""
-        if self.last:
-            self.announce(x)
-            return x
-        return self.hear(x)
+        return x
 
     def micro_batches(self, rows: int) -> list[range]:
         """Rows in as many runs as there are stages, which are then all busy at once."""
-        return shares(rows, min(rows, self.group.size))
+        return split_evenly(rows, min(rows, self.count))
 
 
-class Place:
-    """What one process of several has of a model.
+class ParallelContext:
+    """Which part of a model this process of several has.
 
     Attributes:
         tp: the ranks that share its layers.
-        mode: how they do, "exact" or "fast".
-        line: its pipeline, None without one.
-        stage, stages: its place there.
-        cuts: where stages begin, in halves of layers; None: balanced by bytes.
+        mode: of tensor parallelism, "exact" or "fast".
+        stage: of a pipeline; None without one.
+        cuts: the halves of layers with which stages begin; None: balanced by bytes.
     """
 
     def __init__(
@@ -154,12 +148,20 @@ class Place:
         cuts: tuple[int, ...] | None = None,
     ) -> None:
         self.tp, self.mode, self.cuts = tp or Group(), mode, cuts
-        self.line = Line(pp) if pp is not None and pp.size > 1 else None
-        self.stage, self.stages = (pp.rank, pp.size) if self.line else (0, 1)
+        self.stage = PipelineStage(pp) if pp is not None and pp.size > 1 else None
 
-    def halves(self, costs: Sequence[int]) -> list[range]:
-        """The halves of layers of each stage; layer i has 2 i, its attention, and 2 i + 1."""
+    def halves(self, costs: Sequence[int]) -> range:
+        """The halves of layers of this stage; layer i has 2 i, its attention, and 2 i + 1.
+
+        Args:
+            costs: bytes of each layer, by which stages without cuts are balanced.
+
+        Raises:
+            UserError: there are more stages than layers.
+        """
+        index, count = (self.stage.index, self.stage.count) if self.stage else (0, 1)
         if self.cuts is None:
-            return [range(2 * r.start, 2 * r.stop) for r in balance(costs, self.stages)]
+            layers = balance(costs, count)[index]
+            return range(2 * layers.start, 2 * layers.stop)
         cuts = (0, *self.cuts, 2 * len(costs))
-        return [range(a, b) for a, b in pairwise(cuts)]
+        return range(cuts[index], cuts[index + 1])

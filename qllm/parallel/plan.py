@@ -1,4 +1,4 @@
-"""Which rank has which part of a layer's matrices, by the shape of the model."""
+"""How each matrix of a model is sharded over ranks, by the shape of the model."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from math import ceil
 
 from qllm.config import ModelConfig
 from qllm.errors import UserError
-from qllm.layers.parts import shares
+from qllm.layers.sharding import split_evenly
 
 UNITS = (128, 64, 32)  # channels that are better left together: groups and the kernels' panels
 
 
 @dataclass(frozen=True)
-class Share:
+class Sharding:
     """How the ranks share one matrix.
 
     Attributes:
@@ -38,7 +38,7 @@ class Heads:
     keys: range
 
 
-def head_shares(heads: int, kv_heads: int, world: int) -> list[Heads]:
+def shard_heads(heads: int, kv_heads: int, world: int) -> list[Heads]:
     """Whole heads for each rank, so that all key heads of a rank have as many query heads.
 
     Up to as many ranks as there are key heads share these, and query heads go with theirs; of more
@@ -51,34 +51,36 @@ def head_shares(heads: int, kv_heads: int, world: int) -> list[Heads]:
         raise UserError(f"--tp {world} is more than the model's {heads} heads; give 1 to {heads}")
     each = heads // kv_heads
     if world <= kv_heads:
-        runs = shares(kv_heads, world)
+        runs = split_evenly(kv_heads, world)
         return [Heads(range(run.start * each, run.stop * each), run) for run in runs]
     found = []
-    for key, ranks in enumerate(shares(world, kv_heads)):
-        for run in shares(each, len(ranks)):
+    for key, ranks in enumerate(split_evenly(world, kv_heads)):
+        for run in split_evenly(each, len(ranks)):
             queries = range(key * each + run.start, key * each + run.stop)
             found.append(Heads(queries, range(key, key + 1)))
     return found
 
 
 def even(size: int, world: int) -> list[range]:
-    """Channels that may be cut anywhere, in runs that are even, of whole units where it goes.
+    """Channels that may be cut anywhere, in runs of about one length, of whole units if possible.
 
     Raises:
         ValueError: there are fewer channels than ranks.
     """
     for unit in UNITS:
         if size % (unit * world) == 0:
-            return shares(size, world, unit)
+            return split_evenly(size, world, unit)
     smallest = UNITS[-1]
-    return shares(size, world, smallest if ceil(size / smallest) >= world else 1)
+    return split_evenly(size, world, smallest if ceil(size / smallest) >= world else 1)
 
 
-def attention_shares(heads: list[Heads], head_dim: int, hidden: int, mode: str) -> dict[str, Share]:
-    """Of "qkv" and "out".
+def attention_shardings(
+    heads: list[Heads], head_dim: int, hidden: int, mode: str
+) -> dict[str, Sharding]:
+    """The shardings of "qkv" and "out".
 
     Args:
-        heads: of each rank, of `head_shares`.
+        heads: of each rank, of `shard_heads`.
     """
     kv_heads, count = heads[-1].keys.stop, heads[-1].queries.stop
     qkv = tuple(
@@ -89,38 +91,40 @@ def attention_shares(heads: list[Heads], head_dim: int, hidden: int, mode: str) 
         for h in heads
     )
     queries = tuple(runs[:1] for runs in qkv)
-    return {"qkv": Share(0, qkv), "out": _second(queries, hidden, mode)}
+    return {"qkv": Sharding(0, qkv), "out": _second(queries, hidden, mode)}
 
 
-def mlp_shares(inner: int, hidden: int, gated: bool, world: int, mode: str) -> dict[str, Share]:
-    """Of "up" and "down"."""
+def mlp_shardings(
+    inner: int, hidden: int, gated: bool, world: int, mode: str
+) -> dict[str, Sharding]:
+    """The shardings of "up" and "down"."""
     runs = even(inner, world)
     parts = (0, inner) if gated else (0,)
     up = tuple(tuple(range(b + run.start, b + run.stop) for b in parts) for run in runs)
-    return {"up": Share(0, up), "down": _second(tuple((run,) for run in runs), hidden, mode)}
+    return {"up": Sharding(0, up), "down": _second(tuple((run,) for run in runs), hidden, mode)}
 
 
-def _second(inputs: tuple[tuple[range, ...], ...], hidden: int, mode: str) -> Share:
-    """The share of a matrix whose input channels the ranks have as they are given."""
+def _second(inputs: tuple[tuple[range, ...], ...], hidden: int, mode: str) -> Sharding:
+    """The sharding of a matrix whose input channels the ranks have as they are given."""
     if mode == "fast":
-        return Share(1, inputs)
-    return row_share(hidden, len(inputs))
+        return Sharding(1, inputs)
+    return shard_rows(hidden, len(inputs))
 
 
-def row_share(size: int, world: int) -> Share:
+def shard_rows(size: int, world: int) -> Sharding:
     """Output channels, or rows of an embedding, in even runs."""
-    return Share(0, tuple((run,) for run in even(size, world)))
+    return Sharding(0, tuple((run,) for run in even(size, world)))
 
 
-def model_shares(config: ModelConfig, world: int, mode: str) -> dict[str, Share]:
-    """The share of each matrix by the name of its module, in a layer or outside of them."""
-    heads = head_shares(config.num_heads, config.num_kv_heads, world)
-    attention = attention_shares(heads, config.head_dim, config.hidden_size, mode)
-    mlp = mlp_shares(config.intermediate_size, config.hidden_size, config.gated_mlp, world, mode)
-    vocabulary = row_share(config.vocab_size, world)
+def model_shardings(config: ModelConfig, world: int, mode: str) -> dict[str, Sharding]:
+    """The sharding of each matrix by the name of its module, in a layer or outside of them."""
+    heads = shard_heads(config.num_heads, config.num_kv_heads, world)
+    attention = attention_shardings(heads, config.head_dim, config.hidden_size, mode)
+    mlp = mlp_shardings(config.intermediate_size, config.hidden_size, config.gated_mlp, world, mode)
+    vocabulary = shard_rows(config.vocab_size, world)
     return {
-        **{f"attention.{name}": share for name, share in attention.items()},
-        **{f"mlp.{name}": share for name, share in mlp.items()},
+        **{f"attention.{name}": sharding for name, sharding in attention.items()},
+        **{f"mlp.{name}": sharding for name, sharding in mlp.items()},
         "embed": vocabulary,
         "lm_head": vocabulary,
     }

@@ -49,7 +49,7 @@ class Session:
     Attributes:
         rank, world: of all processes.
         tp: the ranks that share this one's layers.
-        stage: which stage of the pipeline this rank is in.
+        pp: the ranks that are the stages of this one's pipeline.
     """
 
     def __init__(self, launch: Launch, config: ParallelConfig, timeout: float, device: str) -> None:
@@ -84,7 +84,7 @@ class Session:
     def _name_hosts(self) -> None:
         """Learn where the others run, for the line that says which of them ended the run."""
         host = f"{socket.gethostname()} {self._control.address}"
-        for rank, (name, pid) in enumerate(self.collect([host, os.getpid()])):
+        for rank, (name, pid) in enumerate(self.all_gather_object([host, os.getpid()])):
             if rank != self.rank:
                 self.watch.peers[rank].host, self.watch.peers[rank].pid = name, pid
 
@@ -99,11 +99,11 @@ class Session:
         )
         config = self.config
         mesh = init_device_mesh(kind, (config.pp, config.tp), mesh_dim_names=("pp", "tp"))
-        self.stage, self.tp_rank = divmod(self.rank, config.tp)
-        ranks = range(self.stage * config.tp, (self.stage + 1) * config.tp)
-        self.tp = Group(tuple(ranks), self.tp_rank, self.links, mesh.get_group("tp"))
-        line = range(self.tp_rank, self.world, config.tp)
-        self.pp = Group(tuple(line), self.stage, self.links, mesh.get_group("pp"))
+        stage, tp_rank = divmod(self.rank, config.tp)
+        ranks = range(stage * config.tp, (stage + 1) * config.tp)
+        self.tp = Group(tuple(ranks), tp_rank, self.links, mesh.get_group("tp"))
+        ranks = range(tp_rank, self.world, config.tp)
+        self.pp = Group(tuple(ranks), stage, self.links, mesh.get_group("pp"))
 
     def _state(self) -> tuple[int, int | None]:
         # What ranks do before they were compared has no steps to count: its tenths of a second do.
@@ -117,7 +117,7 @@ class Session:
         Args:
             facts: what has to be the same for all, in JSON's types.
         """
-        everyone = self.collect(facts)
+        everyone = self.all_gather_object(facts)
         for rank, theirs in enumerate(everyone):
             for key, value in theirs.items():
                 if value != everyone[0].get(key):
@@ -125,24 +125,24 @@ class Session:
                     self.watch.fail(rank, f"its {key} is {other}, that of rank 0 is {mine}")
         self.joined = True
 
-    def share(self, value: object) -> object:
-        """Rank 0's value, given to all; JSON's types."""
-        return self.collect(value if self.rank == 0 else None)[0]
+    def broadcast(self, value: object) -> object:
+        """Rank 0's value, of JSON's types, on all ranks."""
+        return self.all_gather_object(value if self.rank == 0 else None)[0]
 
-    def collect(self, value: object) -> list:
-        """Each rank's value, in JSON's types, in their order."""
+    def all_gather_object(self, value: object) -> list:
+        """Each rank's value, of JSON's types, in the order of the ranks."""
         data = json.dumps(value).encode()
-        room = self._exchange_all(struct.pack("<q", len(data)), [8] * self.world)
-        sizes = [struct.unpack("<q", part)[0] for part in room]
+        lengths = self._exchange_all(struct.pack("<q", len(data)), [8] * self.world)
+        sizes = [struct.unpack("<q", part)[0] for part in lengths]
         return [json.loads(part) for part in self._exchange_all(data, sizes)]
 
     def _exchange_all(self, data: bytes, sizes: list[int]) -> list[bytes]:
         """The bytes of every rank, whose sizes are known."""
         others = [rank for rank in range(self.world) if rank != self.rank]
-        room = {rank: bytearray(sizes[rank]) for rank in others}
-        receive = [(rank, memoryview(room[rank])) for rank in others]
+        buffers = {rank: bytearray(sizes[rank]) for rank in others}
+        receive = [(rank, memoryview(buffers[rank])) for rank in others]
         self.links.exchange([(rank, memoryview(data)) for rank in others], receive)
-        return [data if rank == self.rank else bytes(room[rank]) for rank in range(self.world)]
+        return [data if rank == self.rank else bytes(buffers[rank]) for rank in range(self.world)]
 
     @contextmanager
     def unbounded(self) -> Iterator[None]:

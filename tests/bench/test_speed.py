@@ -89,8 +89,8 @@ def test_runs_are_in_turn_and_the_first_is_not_counted(monkeypatch):
     monkeypatch.setattr(
         speed, "seconds_of", lambda runner, *rest: order.append(runner) or next(seconds)
     )
-    limits = iter([speed.Limits(4e3, 1e5), speed.Limits(6e3, 1e5)])
-    monkeypatch.setattr(speed.Limits, "measure", lambda device: next(limits))
+    roofline = iter([speed.Roofline(4e3, 1e5), speed.Roofline(6e3, 1e5)])
+    monkeypatch.setattr(speed.Roofline, "measure", lambda device: next(roofline))
     first, second = Spy(), Spy()
     config = SimpleNamespace(vocab_size=9)
     rows = measure([first, second], Case("tg", 10, 2), 2, config, "cpu")
@@ -108,7 +108,7 @@ def test_runs_are_in_turn_and_the_first_is_not_counted(monkeypatch):
 
 def test_a_prompt_reads_the_weights_once(monkeypatch):
     monkeypatch.setattr(speed, "seconds_of", lambda *rest: 0.5)
-    monkeypatch.setattr(speed.Limits, "measure", lambda device: None)
+    monkeypatch.setattr(speed.Roofline, "measure", lambda device: None)
     (row,) = measure([Spy()], Case("pp", 10, 2), 1, SimpleNamespace(vocab_size=9), "cpu")
     assert row["gigabytes_per_second"] == pytest.approx(800 / 0.5 / 1e9)
     assert row["of_bandwidth"] is row["of_arithmetic"] is None

@@ -14,7 +14,7 @@ from inside import call
 
 from qllm import memory
 from qllm.calibration import Calibration, calibrate
-from qllm.checkpoint import loader
+from qllm.checkpoint import materialize
 from qllm.checkpoint.load import load_model, module_bytes, shard_bytes
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
@@ -49,9 +49,11 @@ def test_smoothing_keeps_the_function(family, monkeypatch):
             smoothed.append(weight)
             return DenseLinear(weight.float(), bias, QuantSpec())
 
-    real = loader.linear_class
+    real = materialize.linear_class
     monkeypatch.setattr(
-        loader, "linear_class", lambda spec: real(spec) if spec.kind == "dense" else NotQuantized
+        materialize,
+        "linear_class",
+        lambda spec: real(spec) if spec.kind == "dense" else NotQuantized,
     )
     expected = load_model(tiny(family), QuantPlan.parse("16"), dtype=torch.float32)
     model = load_model(

@@ -10,7 +10,7 @@ from ranks import on_ranks
 
 from qllm.parallel.cost import Machine, Network, cost, exchange_seconds, table
 from qllm.parallel.group import Group
-from qllm.parallel.pipeline import Place
+from qllm.parallel.pipeline import ParallelContext
 
 MACHINE = Machine(bandwidth=1e9, overhead=1e-5)
 
@@ -23,8 +23,8 @@ def test_bytes_and_exchanges_are_what_ranks_send(family, world, mode, one_thread
     def run(rank, links):
         import torch
 
-        place = Place(Group(range(world), rank, links), mode)
-        model = load(tiny(family), "4", dtype=torch.float16, place=place)
+        parallel = ParallelContext(Group(range(world), rank, links), mode)
+        model = load(tiny(family), "4", dtype=torch.float16, parallel=parallel)
         cache = model.new_cache(3, 9)
         model.prefill([[5, 6], [7], [8]], cache)
         before = links.sent, links.calls

@@ -25,7 +25,7 @@ from qllm.generate import GenerationConfig, generate
 from qllm.hub import ModelFolder
 from qllm.models import Decoder
 from qllm.parallel.group import Group
-from qllm.parallel.pipeline import Place, parse_cuts
+from qllm.parallel.pipeline import ParallelContext, parse_cuts
 from qllm.quantizer.checkpoint import Job, quantize_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread", "kernels")
@@ -50,21 +50,21 @@ def logits_of(model: Decoder, prompts=PROMPTS) -> Tensor:
     return torch.cat(found)
 
 
-def on_places(
+def on_mesh(
     tp: int,
-    run: Callable[[Place], object],
+    run: Callable[[ParallelContext], object],
     *,
     pp: int = 1,
     mode: str = "exact",
     cuts: tuple[int, ...] | None = None,
 ) -> list:
-    """What a function of its place returns on each of tp x pp ranks."""
+    """What a function of its context returns on each of tp x pp ranks."""
 
     def body(rank, links):
-        stage, mine = divmod(rank, tp)
+        stage, tp_rank = divmod(rank, tp)
         ranks = range(stage * tp, (stage + 1) * tp)
-        line = Group(range(mine, tp * pp, tp), stage, links)
-        return run(Place(Group(ranks, mine, links), mode, line, cuts))
+        stages = Group(range(tp_rank, tp * pp, tp), stage, links)
+        return run(ParallelContext(Group(ranks, tp_rank, links), mode, stages, cuts))
 
     return on_ranks(tp * pp, body)
 
@@ -89,7 +89,9 @@ def test_every_model_on_as_many_ranks_as_it_has_heads_and_on_three(name, bits, t
     exact = logits_of(load(folder, plan=QuantPlan.uniform(QuantSpec.parse("8", -1, "sym"))))
     heads = load(folder).config.num_heads
     for world, mode in ((heads, "exact"), (3, "exact"), (3, "fast"), (heads, "fast")):
-        got = on_places(world, lambda place: logits_of(load(folder, bits, place=place)), mode=mode)
+        got = on_mesh(
+            world, lambda parallel: logits_of(load(folder, bits, parallel=parallel)), mode=mode
+        )
         for logits in got:
             if mode == "exact":
                 assert same(logits, whole)
@@ -106,10 +108,10 @@ def test_activations_of_8_bits(family):
     whole = logits_of(load(tiny(family), "4", activation_bits=8))
     assert not same(whole, logits_of(load(tiny(family), "4")))
 
-    def run(place):
-        return logits_of(load(tiny(family), "4", activation_bits=8, place=place))
+    def run(parallel):
+        return logits_of(load(tiny(family), "4", activation_bits=8, parallel=parallel))
 
-    assert all(same(logits, whole) for logits in on_places(3, run))
+    assert all(same(logits, whole) for logits in on_mesh(3, run))
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -122,29 +124,29 @@ def test_long_prompts_at_16_bits_are_exact(family, dtype):
     prompts = draw_prompts((300, 100), 4096)  # more rows than a dense kernel holds at once
     whole = load(tiny(family), dtype=dtype).prefill(prompts, last=False)
 
-    def run(place):
-        return load(tiny(family), dtype=dtype, place=place).prefill(prompts, last=False)
+    def run(parallel):
+        return load(tiny(family), dtype=dtype, parallel=parallel).prefill(prompts, last=False)
 
-    assert all(same(logits, whole) for logits in on_places(3, run))
+    assert all(same(logits, whole) for logits in on_mesh(3, run))
 
 
 STAGES = ((1, 3, None), (2, 2, None), (1, 2, (7,)), (3, 2, (1,)), (1, 4, (3, 4, 9)))
 
 
 @pytest.mark.parametrize(
-    ("family", "places"), slow_but(each(FAMILIES, STAGES), FAMILIES, STAGES), ids=str
+    ("family", "layout"), slow_but(each(FAMILIES, STAGES), FAMILIES, STAGES), ids=str
 )
-def test_stages(family, places):
-    tp, pp, cuts = places
+def test_stages(family, layout):
+    tp, pp, cuts = layout
     prompts = draw_prompts((3, 9, 1, 5, 7), 4096)
     model = load(tiny(family), "4")
     whole, tokens = logits_of(model, prompts), generate(model, prompts, GENERATION)
 
-    def run(place):
-        mine = load(tiny(family), "4", place=place)
+    def run(parallel):
+        mine = load(tiny(family), "4", parallel=parallel)
         return generate(mine, prompts, GENERATION), logits_of(mine, prompts)
 
-    for found, logits in on_places(tp, run, pp=pp, cuts=cuts):
+    for found, logits in on_mesh(tp, run, pp=pp, cuts=cuts):
         assert found == tokens
         assert same(logits, whole)
 
@@ -152,14 +154,14 @@ def test_stages(family, places):
 @pytest.mark.parametrize(("tp", "pp", "mode"), [(2, 1, "exact"), (2, 1, "fast"), (1, 2, "exact")])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_decode_step_is_a_tape_on_every_rank(family, tp, pp, mode):
-    def run(place):
-        model = load(tiny(family), "4", place=place)
+    def run(parallel):
+        model = load(tiny(family), "4", parallel=parallel)
         cache = model.new_cache(2, 8)
         model.prefill([[5, 6], [7]], cache)
         model.decode(torch.tensor([8, 9]), cache)
         return cache.tape.foreign
 
-    assert on_places(tp, run, pp=pp, mode=mode) == [None] * tp * pp
+    assert on_mesh(tp, run, pp=pp, mode=mode) == [None] * tp * pp
 
 
 def test_an_end_of_text_ends_its_row_in_every_stage():
@@ -170,19 +172,21 @@ def test_an_end_of_text_ends_its_row_in_every_stage():
         max_new_tokens=6, eos_token_ids=(free[0][1], free[2][3]), repetition_penalty=1.1
     )
     tokens = generate(model, prompts, config)
-    seen = on_places(
-        1, lambda place: generate(load(tiny("opt"), "4", place=place), prompts, config), pp=2
+    seen = on_mesh(
+        1,
+        lambda parallel: generate(load(tiny("opt"), "4", parallel=parallel), prompts, config),
+        pp=2,
     )
     assert seen == [tokens, tokens] and min(map(len, tokens)) < 6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranks_share_what_the_model_takes(family):
-    def nbytes(place=None):
-        tensors = load(tiny(family), "4", place=place).buffers()
+    def nbytes(parallel=None):
+        tensors = load(tiny(family), "4", parallel=parallel).buffers()
         return sum(t.nbytes for t in {t.data_ptr(): t for t in tensors if not t.is_meta}.values())
 
-    whole, parts = nbytes(), on_places(4, nbytes)
+    whole, parts = nbytes(), on_mesh(4, nbytes)
     # Norms and positions are on every rank, and a row of scales is not cut finer than a group.
     assert max(parts) < whole / 4 + 0.1 * whole
 
@@ -192,7 +196,7 @@ def test_a_converted_copy_serves_any_number(family, tmp_path):
     model = ModelFolder(tiny(family), family)
     convert(model, tmp_path / "copy", overwrite=False)
     whole = logits_of(load(tiny(family), "3"))
-    got = on_places(3, lambda place: logits_of(load(tmp_path / "copy", "3", place=place)))
+    got = on_mesh(3, lambda parallel: logits_of(load(tmp_path / "copy", "3", parallel=parallel)))
     assert all(same(logits, whole) for logits in got)
 
 
@@ -200,7 +204,7 @@ def test_a_converted_copy_serves_any_number(family, tmp_path):
 def test_other_forms_of_files(form, tmp_path):
     folder = rewritten("bloom", tmp_path / "copy", form)
     whole = logits_of(load(tiny("bloom"), "4"))
-    got = on_places(3, lambda place: logits_of(load(folder, "4", place=place)), mode="fast")
+    got = on_mesh(3, lambda parallel: logits_of(load(folder, "4", parallel=parallel)), mode="fast")
     assert_close(got[0], whole)
 
 
@@ -220,18 +224,18 @@ def test_a_saved_quantized_checkpoint_serves_any_number(name, how, tmp_path):
     quantize_checkpoint(Job(source, plan, samples=samples()), tmp_path / "out")
     whole = logits_of(load(tmp_path / "out"))
 
-    def run(place):
-        return logits_of(load(tmp_path / "out", place=place))
+    def run(parallel):
+        return logits_of(load(tmp_path / "out", parallel=parallel))
 
-    assert all(same(logits, whole) for logits in on_places(3, run))
-    assert_close(on_places(3, run, mode="fast")[0], whole)
+    assert all(same(logits, whole) for logits in on_mesh(3, run))
+    assert_close(on_mesh(3, run, mode="fast")[0], whole)
 
 
 def test_a_quantized_head_and_a_plan_of_many_specs(tmp_path):
     rules = (*QuantPlan.parse("2,3,8:tc-li,16,8,5").rules, (LM_HEAD, QuantSpec.parse("4")))
     plan = QuantPlan(rules, 6)
     whole = logits_of(load(tiny("opt"), plan=plan))
-    got = on_places(3, lambda place: logits_of(load(tiny("opt"), plan=plan, place=place)))
+    got = on_mesh(3, lambda parallel: logits_of(load(tiny("opt"), plan=plan, parallel=parallel)))
     assert all(same(logits, whole) for logits in got)
 
 
@@ -247,10 +251,10 @@ def test_smoothing_is_that_of_the_whole(family):
             calibration.outputs[name.removesuffix(".weight")] = torch.ones(module.out_features)
     whole = logits_of(load(tiny(family), "8:tc", calibration=calibration))
 
-    def run(place):
-        return logits_of(load(tiny(family), "8:tc", calibration=calibration, place=place))
+    def run(parallel):
+        return logits_of(load(tiny(family), "8:tc", calibration=calibration, parallel=parallel))
 
-    assert all(same(logits, whole) for logits in on_places(3, run))
+    assert all(same(logits, whole) for logits in on_mesh(3, run))
 
 
 def test_scales_that_one_rank_cannot_hold_in_float16_are_wide_on_all(tmp_path):
@@ -259,18 +263,18 @@ def test_scales_that_one_rank_cannot_hold_in_float16_are_wide_on_all(tmp_path):
     folder = rewritten("opt", tmp_path / "copy", "safetensors", state)
     whole = logits_of(load(folder, "4"))
 
-    def run(place):
-        model = load(folder, "4", place=place)
+    def run(parallel):
+        model = load(folder, "4", parallel=parallel)
         return model.layers[0].mlp.up.linear.scales.dtype, logits_of(model)
 
-    for dtype, logits in on_places(3, run):
+    for dtype, logits in on_mesh(3, run):
         assert dtype == torch.float32
         assert same(logits, whole)
 
 
 def test_more_ranks_than_heads_are_refused():
     with pytest.raises(UserError, match="--tp 9 is more than the model's 8 heads; give 1 to 8"):
-        on_places(9, lambda place: load(tiny("opt"), place=place))
+        on_mesh(9, lambda parallel: load(tiny("opt"), parallel=parallel))
 
 
 @pytest.mark.parametrize(
@@ -291,4 +295,4 @@ def test_stages_that_cannot_be(text):
 def test_more_stages_than_layers_are_refused(tmp_path: Path):
     folder = saved("opt", tmp_path)
     with pytest.raises(UserError, match="5 shards cannot share 2 layers"):
-        on_places(1, lambda place: load(folder, place=place), pp=5)
+        on_mesh(1, lambda parallel: load(folder, parallel=parallel), pp=5)

@@ -20,14 +20,14 @@ from qllm.models.cache import Prefill
 from qllm.models.layer import MLP, Attention, GatedMLP
 from qllm.models.positions import PositionEncoding
 from qllm.parallel import (
-    row_share,
     shard_attention,
     shard_classifier,
     shard_embedding,
     shard_linear,
     shard_mlp,
+    shard_rows,
 )
-from qllm.parallel.plan import Share, even
+from qllm.parallel.plan import Sharding, even
 from qllm.quant.packing import PackedWeight, pack, unpack
 
 pytestmark = pytest.mark.usefixtures("one_thread", "kernels")
@@ -80,8 +80,8 @@ def assert_close(got, layer, x, spec):
 def test_a_linear_by_output_channels_is_the_same_to_the_bit(spec, world):
     layer, x = make(spec, 70, 200), normal(5, 200, seed=2).clamp(-RANGE, RANGE)
     whole = layer(x)
-    share = row_share(70, world)
-    got = in_group(world, lambda group: shard_linear(layer, group, share, gather=True)(x))
+    sharding = shard_rows(70, world)
+    got = in_group(world, lambda group: shard_linear(layer, group, sharding, gather=True)(x))
     assert all(same(y, whole) for y in got)
 
 
@@ -90,11 +90,11 @@ def test_a_linear_by_output_channels_is_the_same_to_the_bit(spec, world):
 def test_a_linear_by_input_channels_is_as_near(spec, world):
     # Shares of 200 channels begin inside groups of 128, and inside packing words.
     layer, x = make(spec, 70, 200), normal(5, 200, seed=2).clamp(-RANGE, RANGE)
-    share = Share(1, tuple((run,) for run in even(200, world)))
+    sharding = Sharding(1, tuple((run,) for run in even(200, world)))
 
     def run(group):
-        (mine,) = share.ranges[group.rank]
-        return shard_linear(layer, group, share, gather=False)(x[:, mine.start : mine.stop])
+        (mine,) = sharding.ranges[group.rank]
+        return shard_linear(layer, group, sharding, gather=False)(x[:, mine.start : mine.stop])
 
     got = in_group(world, run)
     assert all(same(y, got[0]) for y in got)
@@ -106,11 +106,11 @@ def test_a_linear_by_input_channels_is_as_near(spec, world):
 def test_a_reordered_linear(dim, world):
     layer, x = reordered(70, 200), normal(5, 200, seed=2)
     whole = layer(x)
-    share = Share(dim, tuple((run,) for run in even(200 if dim else 70, world)))
+    sharding = Sharding(dim, tuple((run,) for run in even(200 if dim else 70, world)))
 
     def run(group):
-        (mine,) = share.ranges[group.rank]
-        module = shard_linear(layer, group, share, gather=True)
+        (mine,) = sharding.ranges[group.rank]
+        module = shard_linear(layer, group, sharding, gather=True)
         return module(x[:, mine.start : mine.stop] if dim else x)
 
     got = in_group(world, run)
@@ -153,7 +153,7 @@ def test_parts_of_a_reordered_linear_are_the_whole(dim):
 def test_a_part_has_the_integers_of_the_whole(bits):
     spec = QuantSpec.parse(bits, 128)
     layer = make(spec, 6, 300)
-    part = layer.part(1, range(100, 231))
+    part = layer.narrow(1, range(100, 231))
     q = unpack(layer.qweight, bits, 300)[:, 100:231]
     assert torch.equal(part.qweight, pack(q, bits))
     assert part.spec.group_size == 4  # divides 128 and the 100 channels in front

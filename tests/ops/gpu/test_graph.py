@@ -89,7 +89,7 @@ def test_a_model_is_captured_where_it_is_in_one_place(whole, made, monkeypatch):
     model = load(tiny("opt"), "4", num_shards=2)
     monkeypatch.setattr(ops, "can_capture", lambda device: True)
     if not whole:
-        model.places = [torch.device("cpu"), torch.device("cpu:0")]
+        model.device_map = [torch.device("cpu"), torch.device("cpu:0")]
     cache = model.new_cache(2, 9)
     tokens = model.prefill([[5, 6], [7]], cache).argmax(-1)
     model.decode(tokens, cache)

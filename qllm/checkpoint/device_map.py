@@ -11,7 +11,7 @@ from qllm.memory import available_bytes, check_fits, gigabytes
 CPU = torch.device("cpu")
 
 
-def spread(
+def infer_device_map(
     sizes: Sequence[int], spare: int, device: torch.device | str, what: str
 ) -> list[torch.device]:
     """The device of each shard, in the order in which they run.
@@ -37,9 +37,9 @@ def spread(
             "qllm_gen.py with --num-shards 2 or more leaves some to the CPU; or take fewer bits"
         )
         check_fits(needed, device, what, advice)
-    kept, room = 0, free - spare
-    while kept < len(sizes) and sizes[kept] <= room:
-        room -= sizes[kept]
+    kept, left = 0, free - spare
+    while kept < len(sizes) and sizes[kept] <= left:
+        left -= sizes[kept]
         kept += 1
     rest = sum(sizes[kept:])
     beside = f"{what}, beside {gigabytes(sum(sizes[:kept]))} on {device},"

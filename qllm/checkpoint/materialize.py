@@ -1,4 +1,4 @@
-"""Fill a model's modules with what a checkpoint holds, each as its spec says."""
+"""Materialize modules that are on the meta device: each gets its tensors, as its spec says."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from qllm.models import Decoder
 from qllm.models.equalize import NORMS, can_divide, divide_rows
 from qllm.parallel.group import Group
 from qllm.parallel.layers import VocabularyParallel, parallel
-from qllm.parallel.plan import Share, head_shares, model_shares
+from qllm.parallel.plan import Sharding, model_shardings, shard_heads
 from qllm.quant.packing import PackedWeight, group_width
 from qllm.quant.smooth import smooth_scales
 
 
 @dataclass
-class Loader:
-    """Fills a model's modules, each with the part that this process has of it.
+class Materializer:
+    """Gives a model's modules their tensors, of each the shard that this process has.
 
     Attributes:
-        device: where the module goes that is being filled.
+        device: of the module that is being materialized.
     """
 
     model: Decoder
@@ -44,44 +44,46 @@ class Loader:
 
     def __post_init__(self) -> None:
         shared = self.tp.size > 1
-        self.shares = model_shares(self.model.config, self.tp.size, self.mode) if shared else {}
+        self.shardings = (
+            model_shardings(self.model.config, self.tp.size, self.mode) if shared else {}
+        )
 
-    def fill(self, name: str, module: nn.Module) -> None:
+    def materialize(self, name: str, module: nn.Module) -> None:
         """Give a module its tensors."""
-        share, self.device = self._share(name), self._place(name)
+        sharding, self.device = self._sharding(name), self._device_of(name)
         if not isinstance(module, Linear):
-            rows = share and share.ranges[self.tp.rank]
+            rows = sharding and sharding.ranges[self.tp.rank]
             for key in dict(module.named_buffers(recurse=False)):
                 tensor = self._read(f"{name}.{key}", rows)
-                if share:
-                    self.model.set_submodule(name, VocabularyParallel(tensor, self.tp, share))
+                if sharding:
+                    self.model.set_submodule(name, VocabularyParallel(tensor, self.tp, sharding))
                 else:
                     setattr(module, key, tensor)
             return
         if name in self.weights.stored:
-            layer, bias = self._stored(name, module, share)
+            layer, bias = self._stored(name, module, sharding)
         else:
-            layer, bias = self._quantized(name, module, share)
-        self._put(name, layer, share, bias)
+            layer, bias = self._quantized(name, module, sharding)
+        self._put(name, layer, sharding, bias)
 
     def finish(self) -> None:
         """Tie the head, and tell the rest of the model which heads are here."""
-        model, tp, self.device = self.model, self.tp, self._place(LM_HEAD)
-        last = model.line is None or model.line.last
+        model, tp, self.device = self.model, self.tp, self._device_of(LM_HEAD)
+        last = model.stage is None or model.stage.last
         if model.config.tied_head and last:
             if model.embed.weight.is_meta:
-                share = self._share(LM_HEAD)
-                weight = self._read("embed.weight", share and share.ranges[tp.rank])
+                sharding = self._sharding(LM_HEAD)
+                weight = self._read("embed.weight", sharding and sharding.ranges[tp.rank])
             else:
                 weight = model.embed.weight.to(self.device)
             head = linear_class(QuantSpec()).from_float(weight, None, QuantSpec())
-            self._put(LM_HEAD, head, self._share(LM_HEAD), None)
+            self._put(LM_HEAD, head, self._sharding(LM_HEAD), None)
         for layer in model.layers:
             layer.fuse_norms()
-        if not self.shares:
+        if not self.shardings:
             return
         config = model.config
-        heads = head_shares(config.num_heads, config.num_kv_heads, tp.size)[tp.rank]
+        heads = shard_heads(config.num_heads, config.num_kv_heads, tp.size)[tp.rank]
         model.kv_heads = len(heads.keys)
         for layer in model.layers:
             layer.attention.heads = [len(heads.queries), len(heads.keys), len(heads.keys)]
@@ -89,38 +91,40 @@ class Loader:
             queries = heads.queries
             model.positions.slopes = model.positions.slopes[queries.start : queries.stop].clone()
 
-    def _place(self, name: str) -> torch.device:
+    def _device_of(self, name: str) -> torch.device:
         """The device of a module."""
         model = self.model
         if not name.startswith("layers."):
             front = name in ("embed", "embed_norm", "project_in", "positions")
-            return model.places[0 if front else -1]
+            return model.device_map[0 if front else -1]
         index = int(name.split(".")[1])
-        places = zip(model.shards, model.places, strict=True)
-        return next(place for shard, place in places if index in shard)
+        devices = zip(model.shards, model.device_map, strict=True)
+        return next(device for shard, device in devices if index in shard)
 
-    def _share(self, name: str) -> Share | None:
-        """How the ranks share a module; None: each has all of it."""
-        return self.shares.get(_inner(name))
+    def _sharding(self, name: str) -> Sharding | None:
+        """How a module is sharded over the ranks; None: each has all of it."""
+        return self.shardings.get(_inner(name))
 
-    def _put(self, name: str, layer: Linear, share: Share | None, bias: Tensor | None) -> None:
+    def _put(
+        self, name: str, layer: Linear, sharding: Sharding | None, bias: Tensor | None
+    ) -> None:
         if self.activation_bits == 8 and isinstance(layer, WeightOnlyLinear):
             layer.round_activations()
         if isinstance(layer, QuantizedLinear):
             layer.settle()  # here, and not all together later, the two forms need little room
-        if share:
+        if sharding:
             inner = _inner(name)
             first = {"attention.out": "attention.qkv", "mlp.down": "mlp.up"}.get(inner)
-            inputs = first and [len(runs[0]) for runs in self.shares[first].ranges]
+            inputs = first and [len(runs[0]) for runs in self.shardings[first].ranges]
             gather = inner not in ("attention.qkv", "mlp.up")
-            layer = parallel(layer, self.tp, share, inputs=inputs, bias=bias, gather=gather)
+            layer = parallel(layer, self.tp, sharding, inputs=inputs, bias=bias, gather=gather)
         self.model.set_submodule(name, layer)
 
     def _stored(
-        self, name: str, module: Linear, share: Share | None
+        self, name: str, module: Linear, sharding: Sharding | None
     ) -> tuple[Linear, Tensor | None]:
-        """A linear that the checkpoint holds quantized, and the bias of a whole one that is cut."""
-        rows = share.ranges[self.tp.rank] if share and share.dim == 0 else None
+        """A linear that is stored quantized, and the bias of one that is cut by input channels."""
+        rows = sharding.ranges[self.tp.rank] if sharding and sharding.dim == 0 else None
         found = self.weights.read_quantized(name, rows)
         bias = None if module.bias is None else self._read(f"{name}.bias", rows)
         tensors = [None if tensor is None else tensor.to(self.device) for tensor in found]
@@ -133,23 +137,23 @@ class Loader:
             spec = replace(spec, scheme="asym" if found.qzeros.numel() else "sym")
             packed = PackedWeight(*tensors)
             layer = WeightOnlyLinear.from_packed(packed, bias, spec, module.in_features)
-        if share and share.dim == 1:
-            layer = layer.part(1, *share.ranges[self.tp.rank])
+        if sharding and sharding.dim == 1:
+            layer = layer.narrow(1, *sharding.ranges[self.tp.rank])
         return layer, bias
 
     def _quantized(
-        self, name: str, module: Linear, share: Share | None
+        self, name: str, module: Linear, sharding: Sharding | None
     ) -> tuple[Linear, Tensor | None]:
-        """A linear of float weights as its spec says, and the bias of a whole one that is cut.
+        """A linear of float weights as its spec says, and the bias as in `_stored`.
 
-        What is read is the part that is kept, and where that begins or ends inside a group, the
-        rest of the group: so the integers are those of the whole matrix.
+        The shard is read, and where it begins or ends inside a group, the rest of the group with
+        it: so its integers are those of the whole matrix.
         """
         spec = self.specs.get(name, QuantSpec())
-        runs = share.ranges[self.tp.rank] if share else None
-        rows, columns = (runs, None) if share and share.dim == 0 else (None, None)
+        runs = sharding.ranges[self.tp.rank] if sharding else None
+        rows, columns = (runs, None) if sharding and sharding.dim == 0 else (None, None)
         kept = None
-        if share and share.dim == 1:
+        if sharding and sharding.dim == 1:
             (run,) = runs
             columns = _whole_groups(run, spec, module.in_features)
             kept = range(run.start - columns.start, run.stop - columns.start)
@@ -161,15 +165,15 @@ class Loader:
             weight = self._read(source, rows, columns)
         else:
             weight = self.weights.read(source, rows=rows, columns=columns).to(self.device)
-        whole = weight if share is None else None
+        whole = weight if sharding is None else None
         input_range, scales = self._smoothing(name, source, spec, whole)
         if scales is not None:
             weight = weight.float() * scales
         layer = linear_class(spec).from_float(
-            weight, bias, spec, input_range=input_range, together=self.tp.all
+            weight, bias, spec, input_range=input_range, together=self.tp.all_true
         )
         if kept is not None and (spec.kind != "dense"):
-            layer = layer.part(1, kept)
+            layer = layer.narrow(1, kept)
         elif kept is not None:
             layer.bias = None
         return layer, bias
@@ -180,7 +184,7 @@ class Loader:
         """The range of a W8A8 layer's inputs, and by what its input channels are multiplied.
 
         Args:
-            whole: the layer's weight; None where only a part of it has been read.
+            whole: the layer's weight; None where only a shard of it has been read.
         """
         calibration = self.calibration
         if calibration is None or not spec.kind.startswith("w8a8"):

@@ -1,4 +1,4 @@
-"""Which part of a matrix each of several ranks has."""
+"""Shards of a matrix: which channels each rank has, and how they are taken out."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from qllm.quant.packing import PackedWeight, group_width, pack, packed_size, unp
 CHUNK_VALUES = 1 << 21
 
 
-def shares(size: int, world: int, unit: int = 1) -> list[range]:
-    """`size` channels in `world` runs of whole units, as even as they can be.
+def split_evenly(size: int, world: int, unit: int = 1) -> list[range]:
+    """`size` channels in `world` runs of whole units, whose lengths differ by a unit at most.
 
     The first runs are the longer ones; the last unit may be a shorter one.
 
@@ -30,13 +30,13 @@ def shares(size: int, world: int, unit: int = 1) -> list[range]:
     return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def take(tensor: Tensor, dim: int, ranges: Sequence[range]) -> Tensor:
+def narrow_runs(tensor: Tensor, dim: int, ranges: Sequence[range]) -> Tensor:
     """Some runs of a tensor along `dim`, in memory of their own."""
     pieces = [tensor.narrow(dim, run.start, len(run)) for run in ranges]
     return torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0].contiguous().clone()
 
 
-def take_columns(
+def narrow_columns(
     weight: PackedWeight, bits: int, group_size: int, in_features: int, columns: range
 ) -> tuple[PackedWeight, int]:
     """Some input channels of a packed matrix, and the group size that they then have.

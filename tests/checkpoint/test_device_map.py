@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny
 
-from qllm.checkpoint import spread as module
+from qllm.checkpoint import device_map as module
+from qllm.checkpoint.device_map import CPU, infer_device_map
 from qllm.checkpoint.load import load_model, shard_bytes
-from qllm.checkpoint.spread import CPU, spread
 from qllm.config import QuantPlan
 from qllm.errors import UserError
 from qllm.generate import GenerationConfig, generate
@@ -39,13 +39,13 @@ def memory(monkeypatch):
 )
 def test_the_first_shards_stay(free, kept, memory):
     memory(free)
-    places = spread([20, 20, 10, 10], 5, OTHER, "the model")
-    assert places == [OTHER] * kept + [CPU] * (4 - kept)
+    devices = infer_device_map([20, 20, 10, 10], 5, OTHER, "the model")
+    assert devices == [OTHER] * kept + [CPU] * (4 - kept)
 
 
 def test_a_large_shard_takes_those_behind_it_along(memory):
     memory(50)
-    assert spread([10, 100, 10], 5, OTHER, "the model") == [OTHER, CPU, CPU]
+    assert infer_device_map([10, 100, 10], 5, OTHER, "the model") == [OTHER, CPU, CPU]
 
 
 def test_one_shard_is_refused_with_the_numbers(memory):
@@ -53,20 +53,20 @@ def test_one_shard_is_refused_with_the_numbers(memory):
     with pytest.raises(
         UserError, match=r"needs 2.50 GB .* 1.00 GB are free on cpu:0; .*--num-shards"
     ):
-        spread([2 * 10**9], 5 * 10**8, OTHER, "the model")
+        infer_device_map([2 * 10**9], 5 * 10**8, OTHER, "the model")
 
 
 def test_too_much_for_both_is_refused_with_the_numbers(memory):
     memory(10**9, 10**9)
     message = r"beside 0.90 GB on cpu:0, needs 2.70 GB of memory and 1.00 GB are free on cpu"
     with pytest.raises(UserError, match=message):
-        spread([9 * 10**8, 2 * 10**9, 7 * 10**8], 0, OTHER, "the model")
+        infer_device_map([9 * 10**8, 2 * 10**9, 7 * 10**8], 0, OTHER, "the model")
 
 
 def test_the_cpu_alone_has_no_other_place(memory):
     memory(0, 10)
     with pytest.raises(UserError, match="take a smaller model or fewer bits"):
-        spread([10, 10], 0, CPU, "the model")
+        infer_device_map([10, 10], 0, CPU, "the model")
 
 
 @pytest.mark.parametrize("bitwidth", ["4", "8:tc-li", "16"])
@@ -76,7 +76,7 @@ def test_a_model_in_two_places_finds_the_same(family, bitwidth, memory, one_thre
     whole = load_model(tiny(family), plan, num_shards=3)
     memory(sum(shard_bytes(whole)) + whole.embed.weight.nbytes - 1)
     model = load_model(tiny(family), plan, num_shards=3, device="cpu:0")
-    assert OTHER in model.places and CPU in model.places
+    assert OTHER in model.device_map and CPU in model.device_map
     config = GenerationConfig(max_new_tokens=6)
     assert generate(model, PROMPTS, config) == generate(whole, PROMPTS, config)
     with torch.inference_mode():
