@@ -20,7 +20,7 @@ LOOK = native.library.__wrapped__  # tests put others in the place of `library`
 # What tiles have to do with, quick to compile: the products of avx512, and no other path.
 AVX512_SOURCE = """
 #include "isa_avx512.h"
-#undef FEW_STREAMS
+#undef GEMV_OPERANDS
 #include "tile.h"
 #include "linear.h"
 #include "elements.h"

@@ -62,8 +62,8 @@ def products(capability: str) -> Iterator[Job]:
         for count in (tiles.ROWS[0], tiles.ROWS[-1]):
             tile = tiles.Tile(*tiles.entry(capability, kind)["tiles"][str(count)])
             cut = {
-                "SLICES": 4,
-                "SPLIT": count == tiles.ROWS[0],
+                "SPLIT_K": 4,
+                "PARALLEL": count == tiles.ROWS[0],
                 "BM": tile.rows,
                 "BN": tile.columns,
             }
@@ -76,7 +76,7 @@ def products(capability: str) -> Iterator[Job]:
                 yield Job(name, kernel, common | tensors, every, *how)
                 continue
             yield Job(name, kernel, common | tensors, every | {"UNPACKED": False}, *how)
-            if kind == "packed-4" and not cut["SPLIT"]:
+            if kind == "packed-4" and not cut["PARALLEL"]:
                 unpacked = common | tensors | {"q": "*bf16"}
                 yield Job(f"{name}, unpacked", kernel, unpacked, every | {"UNPACKED": True}, *how)
     tensors = {"q": "*i32", "zeros": "*u8", "unpacked": "*bf16"}

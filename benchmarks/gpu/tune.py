@@ -20,7 +20,7 @@ from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu.limits import seconds
 from qllm.ops.gpu.tiles import ROWS, Tile
 
-PROGRAMS = (1, 2, 3, 4, 6, 8)
+CTAS_PER_SM = (1, 2, 3, 4, 6, 8)
 DECODE_WARPS, DECODE_DEPTHS = (8, 16, 24, 32), (1, 2, 3, 4)
 COLUMNS, WARPS, STAGES = (64, 128), (4, 8), (2, 3, 4, 5)
 MANY = 2048  # rows for which the last tile of a kind is chosen
@@ -69,25 +69,25 @@ class Search:
             self.row["tiles"][str(place)] = list(best)
             self.say(f"{self.kind}, {place} rows: {best}")
             if place == ROWS[0]:
-                tried = {count: self._with_programs(count) for count in PROGRAMS[: self.most]}
-                self.row["programs"] = min(tried, key=tried.get)
+                tried = {count: self._with_ctas(count) for count in CTAS_PER_SM[: self.most]}
+                self.row["ctas_per_sm"] = min(tried, key=tried.get)
 
     def decode(self, row: dict) -> None:
         """Leave in a row of the decode product's what took the least time."""
         costs = {}
-        for programs, depth in itertools.product(DECODE_WARPS, DECODE_DEPTHS):
-            row |= {"programs": programs, "depth": depth}
+        for warps, depth in itertools.product(DECODE_WARPS, DECODE_DEPTHS):
+            row |= {"warps_per_sm": warps, "depth": depth}
             with phase.decode():
-                costs[programs, depth] = self._cost(1)
-        row["programs"], row["depth"] = min(costs, key=costs.get)
+                costs[warps, depth] = self._cost(1)
+        row["warps_per_sm"], row["depth"] = min(costs, key=costs.get)
         self.say(f"{self.kind}, decode: {row}")
 
     def _with_tile(self, place: int, tile: Tile, rows: int) -> float:
         self.row["tiles"][str(place)] = list(tile)
         return self._cost(rows)
 
-    def _with_programs(self, count: int) -> float:
-        self.row["programs"] = count
+    def _with_ctas(self, count: int) -> float:
+        self.row["ctas_per_sm"] = count
         return self._cost(1)
 
     def _cost(self, rows: int) -> float:

@@ -368,7 +368,7 @@ def test_a_weight_lies_in_memory_once(spec):
     layer(normal(1, 256))
     if layer.layout:
         assert kept() is None
-        # 48 channels are full panels; 256 inputs are full slabs, but for groups of 20.
+        # 48 channels are full panels; 256 inputs are full K blocks, but for groups of 20.
         assert layer.nbytes() == size or (spec.group_size == 20 and layer.nbytes() < 2 * size)
 
 

@@ -11,8 +11,8 @@ from qllm.ops.cpu import library
 from qllm.ops.cpu.library import TYPES, Arena, like, pointer, structure
 from qllm.quant.packing import PackedWeight, group_width, packed_size
 
-LANES, SLAB, VECTOR = 16, 32, 64  # of the layout, as in kernels.h
-SMALLEST_GROUP = 16  # every group is filled up to a slab
+LANES, K_BLOCK, VECTOR = 16, 32, 64  # of the layout, as in kernels.h
+SMALLEST_GROUP = 16  # every group is filled up to a K block
 WEIGHT_ONLY, WEIGHT_ONLY_INT8, INT8_DYNAMIC, INT8_STATIC = range(4)
 
 # As in kernels.h.
@@ -50,27 +50,27 @@ _arena = Arena()
 
 
 def _shape(in_features: int, bits: int, group_size: int) -> tuple[int, int, int]:
-    """Group size, groups and slabs of a row."""
+    """Group size, groups and K blocks of a row."""
     group = group_width(in_features, group_size)
     full, rest = divmod(in_features, group)
-    slabs = full * -(-group // SLAB) + -(-rest // SLAB)
-    return group, full + (rest > 0), slabs
+    k_blocks = full * -(-group // K_BLOCK) + -(-rest // K_BLOCK)
+    return group, full + (rest > 0), k_blocks
 
 
 def pack(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> PackedWeight:
     """A weight (N, K) in the kernels' layout.
 
     Returns:
-        qweight uint8 (ceil(N / 16), slabs, bits, 64), a slab being 32 inputs of a group or the
-        rest of it; scales (ceil(N / 16), G, 16) and qzeros uint8 of that shape, or empty.
+        qweight uint8 (ceil(N / 16), K blocks, bits, 64), a K block being 32 inputs of a group or
+        the rest of it; scales (ceil(N / 16), G, 16) and qzeros uint8 of that shape, or empty.
     """
-    group, groups, slabs = _shape(in_features, bits, group_size)
+    group, groups, k_blocks = _shape(in_features, bits, group_size)
     out_features = len(weight.qweight)
     panels = -(-out_features // LANES)
     rows, scales, zeros = (tensor.contiguous() for tensor in weight[:3])
     grid = (panels, groups, LANES)
     packed = PackedWeight(
-        _arena.empty((panels, slabs, bits, VECTOR), rows.dtype),
+        _arena.empty((panels, k_blocks, bits, VECTOR), rows.dtype),
         _arena.empty(grid, scales.dtype),
         _arena.empty(grid, zeros.dtype) if zeros.numel() else zeros,
     )

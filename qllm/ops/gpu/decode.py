@@ -69,13 +69,13 @@ def source() -> str:
     return "".join((SOURCE / name).read_text("utf-8") for name in ("device.h", "decode.cu"))
 
 
-def warps(wanted: int, panels: int, blocks: int, processors: int) -> int:
-    """Warps that share a panel, so that few panels keep every processor busy.
+def warps(wanted: int, panels: int, blocks: int, num_sms: int) -> int:
+    """Warps that share a panel, so that few panels keep every multiprocessor busy.
 
     Args:
-        wanted: warps of a processor.
+        wanted: warps of a multiprocessor.
     """
-    most = max(WARPS[0], min(blocks, wanted * processors // panels))
+    most = max(WARPS[0], min(blocks, wanted * num_sms // panels))
     return max(count for count in WARPS if count <= most)
 
 
@@ -119,7 +119,7 @@ def weight_only_linear(
     rows, y = len(x), x.new_empty(len(x), out_features)
     if rows == 0:
         return y
-    architecture, processors = device_of.architecture(x.device)
+    architecture, num_sms = device_of.architecture(x.device)
     row = tiles.entry(architecture, f"decode-{bits}")
     tall = next((count for count in TILES if rows <= 8 * count), TILES[-1])
     variant = Variant(
@@ -128,7 +128,7 @@ def weight_only_linear(
         zeros=qzeros.numel() > 0,
         wide=scales.dtype == torch.float32,
         group=shape.span,
-        warps=warps(row["programs"], shape.panels, shape.blocks, processors),
+        warps=warps(row["warps_per_sm"], shape.panels, shape.blocks, num_sms),
         depth=row["depth"],
         tiles=tall,
     )
@@ -148,7 +148,7 @@ def weight_only_linear(
         shape.panels,
         shape.blocks,
         shape.groups,
-        -(-(1 << 32) // -(-shape.room // BLOCK)),
+        -(-(1 << 32) // -(-shape.padded_size // BLOCK)),
     )
     grid = (-(-rows // (8 * tall)), shape.panels)
     with device_of.current(x):

@@ -14,7 +14,7 @@ from torch import Tensor
 from qllm.errors import first_line
 
 OLDEST = (8, 0)  # Ampere: the first compute capability that multiplies bfloat16
-INTERPRETED_PROCESSORS = 4  # so that the interpreter gets to split a product
+INTERPRETED_SMS = 4  # so that the interpreter gets to split a product
 MOST_TILES = 1 << 16
 
 
@@ -92,9 +92,9 @@ def about() -> str:
 
 @cache
 def architecture(device: torch.device) -> tuple[str, int]:
-    """A device's compute capability, such as "9.0", and how many processors it has."""
+    """A device's compute capability, such as "9.0", and how many multiprocessors (SMs) it has."""
     if device.type != "cuda":
-        return "interpreter", INTERPRETED_PROCESSORS
+        return "interpreter", INTERPRETED_SMS
     properties = torch.cuda.get_device_properties(device)
     return f"{properties.major}.{properties.minor}", properties.multi_processor_count
 

@@ -24,14 +24,14 @@ class Shape(NamedTuple):
 
     Attributes:
         group: inputs that share a scale.
-        room: what they take up: a power of two from UNIT on, or whole BLOCKs.
+        padded_size: what a group is filled up to: a power of two from UNIT on, or whole BLOCKs.
         groups: of a row.
-        blocks: of a row, the last of which may have more room than is needed.
+        blocks: of a row, the last of which may be larger than is needed.
         panels: of PANEL output channels each.
     """
 
     group: int
-    room: int
+    padded_size: int
     groups: int
     blocks: int
     panels: int
@@ -40,26 +40,27 @@ class Shape(NamedTuple):
     def of(cls, in_features: int, out_features: int, group_size: int) -> Shape:
         group = group_width(in_features, group_size)
         if group >= BLOCK:
-            room = -(-group // BLOCK) * BLOCK
+            padded_size = -(-group // BLOCK) * BLOCK
         else:
-            room = max(UNIT, 1 << (group - 1).bit_length())
+            padded_size = max(UNIT, 1 << (group - 1).bit_length())
         groups = -(-in_features // group)
-        return cls(group, room, groups, -(-groups * room // BLOCK), -(-out_features // PANEL))
+        blocks, panels = -(-groups * padded_size // BLOCK), -(-out_features // PANEL)
+        return cls(group, padded_size, groups, blocks, panels)
 
     @property
     def span(self) -> int:
         """Inputs of a block that share a scale."""
-        return min(self.room, BLOCK)
+        return min(self.padded_size, BLOCK)
 
     @property
     def spreads(self) -> bool:
         """Whether groups have gaps between them, which x then needs as well."""
-        return self.groups > 1 and self.room != self.group
+        return self.groups > 1 and self.padded_size != self.group
 
     def spread(self, x: Tensor) -> Tensor:
-        """x (M, K) with each group at the beginning of its room, and zeros behind it."""
+        """x (M, K) with each group at the beginning of its padded_size inputs, and zeros behind it."""
         x = pad(x, (0, self.groups * self.group - x.shape[1])).unflatten(1, (-1, self.group))
-        return pad(x, (0, self.room - self.group)).flatten(1)
+        return pad(x, (0, self.padded_size - self.group)).flatten(1)
 
 
 def pack(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> PackedWeight:
@@ -149,7 +150,7 @@ def _values(words: Tensor, bits: int, shape: Shape) -> Tensor:
         start, low = start + size, low + width
     pairs = pairs.unflatten(5, (4, 4)).permute(0, 4, 2, 1, 5, 3, 6, 7)
     values = pairs.reshape(count * PANEL, shape.blocks * BLOCK)
-    values = values[:, : shape.groups * shape.room].unflatten(1, (-1, shape.room))
+    values = values[:, : shape.groups * shape.padded_size].unflatten(1, (-1, shape.padded_size))
     return values[..., : shape.group].flatten(1)
 
 

@@ -50,7 +50,7 @@ def weight_only_linear(
     constants = {
         "BITS": bits,
         "SPAN": shape.span,
-        "GROUP_BLOCKS": -(-shape.room // BLOCK),
+        "GROUP_BLOCKS": -(-shape.padded_size // BLOCK),
         "HAS_ZEROS": qzeros.numel() > 0,
     }
     many = len(x) >= MANY_ROWS
@@ -140,12 +140,13 @@ def _multiply(
     y = x.new_empty(rows, outputs, dtype=dtype or x.dtype)
     if rows == 0:
         return y
-    tile, slices, split = tiles.plan(kind, rows, outputs, blocks, *device.architecture(x.device))
-    grid = (-(-rows // tile.rows), -(-outputs // tile.columns), slices if split else 1)
-    assert grid[0] * grid[1] <= device.MOST_TILES or not split
+    architecture = device.architecture(x.device)
+    tile, split_k, parallel = tiles.plan(kind, rows, outputs, blocks, *architecture)
+    grid = (-(-rows // tile.rows), -(-outputs // tile.columns), split_k if parallel else 1)
+    assert grid[0] * grid[1] <= device.MOST_TILES or not parallel
     partials = counters = None
-    if split:
-        size = grid[0] * grid[1] * slices * tile.rows * tile.columns
+    if parallel:
+        size = grid[0] * grid[1] * split_k * tile.rows * tile.columns
         kept = torch.int32 if x.dtype == torch.int8 else torch.float32
         partials, counters = x.new_empty(size, dtype=kept), device.counters(x.device)
     with device.current(x):
@@ -163,8 +164,8 @@ def _multiply(
             HAS_BIAS=bias is not None,
             BM=tile.rows,
             BN=tile.columns,
-            SLICES=slices,
-            SPLIT=split,
+            SPLIT_K=split_k,
+            PARALLEL=parallel,
             num_warps=tile.warps,
             num_stages=tile.stages,
             enable_fp_fusion=x.dtype != torch.int8,  # as the reference rounds what is exact so far

@@ -1,5 +1,5 @@
 """The sizes of the products' tiles, from a table by architecture, kind and number of rows; and of
-the decode product, warps of a processor ("programs") and blocks asked for in advance ("depth").
+the decode product, "warps_per_sm" and blocks asked for in advance ("depth").
 
 `python3 -m benchmarks.gpu --tune` measures them on the GPU at hand and writes `tiles.json`.
 """
@@ -15,8 +15,8 @@ TABLE = Path(__file__).with_name("tiles.json")
 DEFAULT = "default"  # the row for what has not been measured
 # The numbers of rows up to which an entry of the table serves; the last one serves all beyond.
 ROWS = (16, 32, 64, 256)
-MOST_SLICES = 16
-FEWEST_BLOCKS = 2  # of a slice
+MAX_SPLIT_K = 16
+MIN_BLOCKS = 2  # of a part of K
 
 
 class Tile(NamedTuple):
@@ -29,21 +29,21 @@ class Tile(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a product is cut into programs.
+    """How a product is cut into programs (CTAs).
 
     Attributes:
-        slices: parts of K that are summed by themselves.
-        split: a program takes one of them, and not all.
+        split_k: into how many parts K is cut, which are summed by themselves.
+        parallel: a program takes one of them, and not all in turn.
     """
 
     tile: Tile
-    slices: int
-    split: bool
+    split_k: int
+    parallel: bool
 
 
 @cache
 def table() -> dict:
-    """{architecture: {kind: {"programs": of a processor, "tiles": {rows: Tile's fields}}}}."""
+    """{architecture: {kind: {"ctas_per_sm": int, "tiles": {rows: Tile's fields}}}}."""
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
@@ -54,21 +54,19 @@ def entry(architecture: str, kind: str) -> dict:
     return rows.get(kind) or rows.get(family) or others.get(kind) or others[family]
 
 
-def slices(kind: str, columns: int, blocks: int, architecture: str, processors: int) -> int:
-    """Into how many parts K is cut, so that few rows keep every processor busy.
+def split_k(kind: str, columns: int, blocks: int, architecture: str, num_sms: int) -> int:
+    """Into how many parts K is cut, so that few rows keep every multiprocessor busy.
 
     It is the same for any number of rows, whose results then do not depend on it.
     """
     row = entry(architecture, kind)
     tiles = -(-columns // row["tiles"][str(ROWS[0])][1])
-    wanted = -(-row["programs"] * processors // tiles)
-    count = max(1, min(wanted, blocks // FEWEST_BLOCKS, MOST_SLICES))
+    wanted = -(-row["ctas_per_sm"] * num_sms // tiles)
+    count = max(1, min(wanted, blocks // MIN_BLOCKS, MAX_SPLIT_K))
     return -(-blocks // -(-blocks // count))  # fewer, where the last ones would get none
 
 
-def plan(
-    kind: str, rows: int, columns: int, blocks: int, architecture: str, processors: int
-) -> Plan:
+def plan(kind: str, rows: int, columns: int, blocks: int, architecture: str, num_sms: int) -> Plan:
     """How to compute a product of `rows` rows of x and `columns` of the weight.
 
     Args:
@@ -77,6 +75,6 @@ def plan(
     """
     size = next((n for n in ROWS if rows <= n), ROWS[-1])
     tile = Tile(*entry(architecture, kind)["tiles"][str(size)])
-    count = slices(kind, columns, blocks, architecture, processors)
+    count = split_k(kind, columns, blocks, architecture, num_sms)
     tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
-    return Plan(tile, count, split=count > 1 and tiles < processors * 2)
+    return Plan(tile, count, parallel=count > 1 and tiles < num_sms * 2)

@@ -15,7 +15,7 @@ from qllm.quant.packing import BITS, PackedWeight, unpack
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 GROUPS = (-1, 16, 20, 32, 100, 128)
-# (N, K): one, primes, full panels and slabs, less than a vector, long rows.
+# (N, K): one, primes, full panels and K blocks, less than a vector, long rows.
 SHAPES = ((1, 1), (2, 3), (17, 31), (16, 128), (13, 67), (33, 1000), (5, 257))
 
 
@@ -28,8 +28,8 @@ def described(q: np.ndarray, bits: int, group: int) -> np.ndarray:
         for start in range(group_start, min(group_start + group, inputs), 32)
     ]
     filled = np.zeros((-(-outputs // 16) * 16, len(starts), 32), np.uint8)
-    for slab, (start, end) in enumerate(starts):
-        filled[:outputs, slab, : end - start] = q[:, start:end]
+    for k_block, (start, end) in enumerate(starts):
+        filled[:outputs, k_block, : end - start] = q[:, start:end]
     steps = filled.reshape(-1, 16, len(starts), 8, 4).transpose(0, 2, 3, 1, 4)
     steps = steps.reshape(-1, len(starts), 8, 64)  # byte 4 lane + i of a step
     vectors, begin = [], 0
@@ -110,7 +110,7 @@ def test_bytes_by_hand():
     scales = torch.tensor([[0.5, 1.0], [2.0, 4.0]], dtype=torch.float16)
     zeros = np.array([[1, 2], [3, 4]])
     packed = packed_everywhere(weight_of(q, zeros, scales, 3, 4))
-    # Two groups, of inputs 0 to 3 and of input 4, are a slab each.
+    # Two groups, of inputs 0 to 3 and of input 4, are a K block each.
     assert packed.qweight.shape == (1, 2, 3, 64)
     expected = np.zeros((1, 2, 3, 64), np.uint8)
     expected[0, 0, 0, :8] = [1, 2, 3, 0, 3, 0, 2, 0]  # low bits of step 0: 4 bytes to a lane
@@ -129,7 +129,7 @@ def test_bytes_by_hand():
 
 
 def test_seven_bits_by_hand():
-    # Planes of 4, 2 and 1 bits: 0b1_01_1010 in the last input that the last lane of a slab has.
+    # Planes of 4, 2 and 1 bits: 0b1_01_1010 in the last input that the last lane of a K block has.
     q = np.zeros((16, 32), np.int64)
     q[15, 31] = 0b1011010
     packed = packed_everywhere(weight_of(q, None, torch.ones(16, 1), 7, -1))

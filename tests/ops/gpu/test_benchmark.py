@@ -146,17 +146,17 @@ def test_results_of_tests_are_read_from_what_pytest_says(tmp_path):
 
 
 def test_tuning_tries_what_the_decode_product_has(gpu, monkeypatch):
-    row, tried = {"programs": 16, "depth": 3}, []
+    row, tried = {"warps_per_sm": 16, "depth": 3}, []
 
     def cost(self, rows):
         assert rows == 1 and phase.decoding()
-        tried.append((row["programs"], row["depth"]))
-        return abs(row["programs"] - 24) + abs(row["depth"] - 2)
+        tried.append((row["warps_per_sm"], row["depth"]))
+        return abs(row["warps_per_sm"] - 24) + abs(row["depth"] - 2)
 
     monkeypatch.setattr(tune.Search, "_cost", cost)
     place = torch.device(gpu)
     tune.Search("packed-4", {}, (), (), place, 1, None, lambda line: None).decode(row)
-    assert row == {"programs": 24, "depth": 2} and len(set(tried)) == 16
+    assert row == {"warps_per_sm": 24, "depth": 2} and len(set(tried)) == 16
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

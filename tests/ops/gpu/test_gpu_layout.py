@@ -73,7 +73,7 @@ def test_a_weight_takes_as_many_bytes_as_its_bits(bits):
 
 
 @pytest.mark.parametrize(
-    ("group_size", "room", "span"),
+    ("group_size", "padded_size", "span"),
     [
         (-1, 1024, BLOCK),
         (16, 32, 32),
@@ -83,7 +83,7 @@ def test_a_weight_takes_as_many_bytes_as_its_bits(bits):
         (200, 256, BLOCK),
     ],
 )
-def test_the_room_of_a_group(group_size, room, span):
+def test_the_padded_size_of_a_group(group_size, padded_size, span):
     shape = Shape.of(1000, 64, group_size)
-    assert (shape.room, shape.span) == (room, span)
+    assert (shape.padded_size, shape.span) == (padded_size, span)
     assert shape.spreads == (group_size not in (-1, 32))

@@ -67,12 +67,12 @@ def integers(*shape: int, dtype: torch.dtype) -> Tensor:
     ids=str,
 )
 def test_a_row_is_the_same_whatever_is_beside_it(bits, dtype, gpu):
-    # Of sums of blocks the order counts: with 4 slices, which one row's programs share.
+    # Of sums of blocks the order counts: of 4 parts of K, which one row's programs share.
     weight = random_weight((70, 1280), bits, 128)
     x = integers(90, 1280, dtype=dtype)
     architecture = device_of.architecture(torch.device(gpu))
     plans = [tiles.plan(f"packed-{bits}", count, 70, 10, *architecture) for count in (1, 90)]
-    assert plans[0].split and plans[0].slices == plans[1].slices > 1
+    assert plans[0].parallel and plans[0].split_k == plans[1].split_k > 1
     whole = multiply(weight, x, None, gpu)
     for first, count in ((0, 1), (3, 16), (20, 17), (5, 40)):
         some = slice(first, first + count)
@@ -136,10 +136,10 @@ def test_splitting_changes_no_bit(gpu, monkeypatch):
     x, dense = integers(5, 1280, dtype=torch.float32), integers(200, 1280, dtype=torch.float32)
     dense *= 0.1
     plan, found = tiles.plan, {}
-    for split in (True, False):
-        monkeypatch.setattr(tiles, "plan", lambda *a, s=split: plan(*a)._replace(split=s))
+    for parallel in (True, False):
+        monkeypatch.setattr(tiles, "plan", lambda *a, p=parallel: plan(*a)._replace(parallel=p))
         product = linear.dense_linear(x.to(gpu), dense.to(gpu), None).cpu()
-        found[split] = (multiply(weight, x, None, gpu), product)
+        found[parallel] = (multiply(weight, x, None, gpu), product)
     assert all(map(torch.equal, found[True], found[False]))
 
 

@@ -1,7 +1,8 @@
-// The activations of a layer as integers, block by block of up to BLOCK_SLABS slabs of one group,
+// The activations of a layer as integers, in blocks of up to MAX_K_BLOCKS K blocks of one group,
 // with a scale to multiply with: a power of two, for int8 the block's largest value over 127, or,
 // in int8 layers, the row's or the tensor's. An integer is split into int8 planes, one for every 8
-// bits. A plane of a row is a stream, or, where the instruction set multiplies 16 bits, two are.
+// bits. A plane of a row is an operand of the products; where the instruction set multiplies 16 bits, two
+// planes are one.
 #pragma once
 
 #include "kernels.h"
@@ -11,30 +12,30 @@
 namespace qllm {
 namespace {
 
-constexpr int64_t BLOCK_SLABS = 4;   // 128 inputs: 128 * 255 * 2^15 is below 2^31
+constexpr int64_t MAX_K_BLOCKS = 4;   // 128 inputs: 128 * 255 * 2^15 is below 2^31
 constexpr int64_t CHUNK_ROWS = 192;  // rows whose sums stay in cache: 48 KiB
 constexpr int64_t ROWS_AHEAD = 8;    // to prefetch while activations become integers
 
 // What a thread has of its own in memory, for stacks may be small: sums of rows (CHUNK_ROWS,
-// GROUP_LANES), a block of weights (GROUP_PANELS, BLOCK_SLABS, SLAB, LANES), sums of tiles.
+// GROUP_LANES), a block of weights (GROUP_PANELS, MAX_K_BLOCKS, K_BLOCK, LANES), sums of tiles.
 constexpr int64_t SUM_BYTES = CHUNK_ROWS * GROUP_LANES * 4;
-constexpr int64_t WEIGHT_BYTES = GROUP_LANES * BLOCK_SLABS * SLAB;
+constexpr int64_t WEIGHT_BYTES = GROUP_LANES * MAX_K_BLOCKS * K_BLOCK;
 constexpr int64_t OWN_BYTES = SUM_BYTES + WEIGHT_BYTES + TILE_SUMS * 4;
 
 // Up to so many activations become integers before another thread has begun.
 constexpr int64_t WORTH_QUANTIZING = 1 << 12;
 
 // |x| from 2^100 on, infinities and NaN are left to float arithmetic.
-constexpr int32_t HUGE_BITS = 227 << 23;
+constexpr int32_t FALLBACK_BITS = 227 << 23;
 
 struct Block {
     int64_t input, inputs;  // the first input, and how many there are
-    int64_t slab, slabs;    // the same in slabs
+    int64_t k_block, k_blocks;  // the same in K blocks
     int64_t group;
 };
 
 struct Activations {
-    int64_t rows, blocks, slabs;
+    int64_t rows, blocks, k_blocks;
     int64_t tile_rows;            // rows of all tiles but the last
     int64_t planes, input_bytes;  // that an input of a row takes
     Block *block;      // (blocks,)
@@ -42,11 +43,11 @@ struct Activations {
     float *scale;      // (blocks, rows)
     int32_t *sum;      // (blocks, rows): of the first two planes together
     int32_t *low_sum;  // (blocks, rows): of the third and fourth
-    uint8_t *huge;     // (rows,): left to float arithmetic
+    uint8_t *fallback; // (rows,): left to float arithmetic
     char *own;         // (threads, OWN_BYTES)
 
     int8_t *tile(const Block &b, int64_t row) const {
-        return q + (b.slab * rows + row * b.slabs) * SLAB * input_bytes;
+        return q + (b.k_block * rows + row * b.k_blocks) * K_BLOCK * input_bytes;
     }
 };
 
@@ -92,8 +93,8 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
     VF up = set_f(1), up_again = set_f(1);
     if (is_scaled(a)) {
         int32_t largest = largest_bits(a, start, block.inputs);
-        if (largest >= HUGE_BITS) {
-            x.huge[row] = 1;
+        if (largest >= FALLBACK_BITS) {
+            x.fallback[row] = 1;
             largest = 0;
         }
         if (P > 1) {
@@ -111,7 +112,7 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
     int64_t rows = smaller(x.tile_rows, x.rows - tile_row);
     int8_t *tile = x.tile(block, tile_row);
     VI sum = zero_i(), low_sum = zero_i();
-    for (int64_t i = 0; i < block.slabs * SLAB; i += LANES) {
+    for (int64_t i = 0; i < block.k_blocks * K_BLOCK; i += LANES) {
         int8_t bytes[P][LANES];
         for (int v = 0; v < VECTORS; v++) {
             int64_t at = i + v * WIDTH;
@@ -132,7 +133,7 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
             sum = add_i(sum, top);
             if (P == 4) low_sum = add_i(low_sum, sub_i(all, shift_left<16>(top)));
         }
-        put<P>(tile, rows, row - tile_row, i / STEP, block.slabs, bytes);
+        put<P>(tile, rows, row - tile_row, i / STEP, block.k_blocks, bytes);
     }
     int64_t at = b * x.rows + row;
     if (is_scaled(a)) x.scale[at] = scale;  // else one for all blocks, which is there
@@ -174,7 +175,7 @@ template <int P> void quantize_all(const Linear &a, const Activations &x, int64_
 static void point_at(Operands &o, const Activations &x, int64_t b, int64_t row) {
     int64_t at = b * x.rows + row;
     o.x = x.tile(x.block[b], row);
-    o.slabs = x.block[b].slabs;
+    o.k_blocks = x.block[b].k_blocks;
     o.x_scale = x.scale + at;
     o.sum = x.sum + at;
     o.low_sum = x.low_sum + at;
@@ -187,12 +188,12 @@ bool prepare(Activations &x, const Linear &a, int64_t rows, int64_t tile_rows) {
     x.tile_rows = tile_rows;
     x.planes = P;
     x.input_bytes = INPUT_BYTES<P>;
-    x.slabs = row_slabs(a.in, a.group);
+    x.k_blocks = row_k_blocks(a.in, a.group);
     x.blocks = 0;
-    int64_t per_group = (slabs_of(a.group) + BLOCK_SLABS - 1) / BLOCK_SLABS;
+    int64_t per_group = (k_blocks_of(a.group) + MAX_K_BLOCKS - 1) / MAX_K_BLOCKS;
     int64_t most_blocks = (a.in / a.group + 1) * per_group;
     int64_t sizes[] = {most_blocks * int64_t(sizeof(Block)),
-                       x.slabs * SLAB * rows * INPUT_BYTES<P>,  // AMX reads up to 4 KiB behind them
+                       x.k_blocks * K_BLOCK * rows * INPUT_BYTES<P>,  // AMX reads 4 KiB more
                        most_blocks * rows * 4,
                        most_blocks * rows * 4,
                        most_blocks * rows * 4,
@@ -212,14 +213,14 @@ bool prepare(Activations &x, const Linear &a, int64_t rows, int64_t tile_rows) {
     x.scale = reinterpret_cast<float *>(parts[2]);
     x.sum = reinterpret_cast<int32_t *>(parts[3]);
     x.low_sum = reinterpret_cast<int32_t *>(parts[4]);
-    x.huge = reinterpret_cast<uint8_t *>(parts[5]);
+    x.fallback = reinterpret_cast<uint8_t *>(parts[5]);
     x.own = parts[6];
-    for (int64_t start = 0, slab = 0, group = 0; start < a.in; start += a.group, group++) {
+    for (int64_t start = 0, k_block = 0, group = 0; start < a.in; start += a.group, group++) {
         int64_t end = smaller(a.in, start + a.group);
-        for (int64_t input = start; input < end; input += BLOCK_SLABS * SLAB) {
-            int64_t inputs = smaller(BLOCK_SLABS * SLAB, end - input);
-            x.block[x.blocks++] = {input, inputs, slab, slabs_of(inputs), group};
-            slab += slabs_of(inputs);
+        for (int64_t input = start; input < end; input += MAX_K_BLOCKS * K_BLOCK) {
+            int64_t inputs = smaller(MAX_K_BLOCKS * K_BLOCK, end - input);
+            x.block[x.blocks++] = {input, inputs, k_block, k_blocks_of(inputs), group};
+            k_block += k_blocks_of(inputs);
         }
     }
     return true;

@@ -8,12 +8,12 @@
 namespace qllm {
 namespace {
 
-constexpr int64_t MOST_FOR_VECTORS = 8;  // rows; memory is the limit, or tiles would be half empty
+constexpr int64_t MAX_VECTOR_ROWS = 8;  // rows; memory is the limit, or tiles would be half empty
 
 static_assert(CHUNK_ROWS % TILE_ROWS<1> == 0);  // tiles of sums have all their rows
 
 static bool linear_by_rows(const Linear &a) {
-    return a.rows <= MOST_FOR_VECTORS ? avx512_path.linear(a) : linear(a);
+    return a.rows <= MAX_VECTOR_ROWS ? avx512_path.linear(a) : linear(a);
 }
 
 static_assert(DENSE_ROWS % DENSE_TILE_ROWS == 0);
@@ -46,9 +46,9 @@ static int64_t multiply_all(int64_t rounds) {
     return all_rounds * 4 * SUMS * ROW_BYTES * 2;
 }
 
-// Whether tiles of blocks of some slabs make the products that plain C++ makes.
-static bool products_are_right(int64_t slabs) {
-    constexpr int64_t R = TILE_ROWS<1>, PANELS = 2, K = BLOCK_SLABS * SLAB;
+// Whether tiles of blocks of some K blocks make the products that plain C++ makes.
+static bool products_are_right(int64_t k_blocks) {
+    constexpr int64_t R = TILE_ROWS<1>, PANELS = 2, K = MAX_K_BLOCKS * K_BLOCK;
     const int8_t some_x[] = {-128, 127, -1, 0, 127, -127, 1};
     const uint8_t some_w[] = {255, 0, 128, 127, 1};
     alignas(64) static int8_t x[R * K];
@@ -57,7 +57,7 @@ static bool products_are_right(int64_t slabs) {
     alignas(64) static int32_t sums[TILE_SUMS];
     alignas(64) int32_t zeros[GROUP_LANES];
     float scales[GROUP_LANES];
-    const int64_t steps = slabs * STEPS, panel_bytes = steps * LANES * STEP;
+    const int64_t steps = k_blocks * STEPS, panel_bytes = steps * LANES * STEP;
     for (int64_t i = 0; i < R * K; i++) x[i] = some_x[(i + i / 64) % 7];
     for (int64_t i = 0; i < PANELS * LANES * K; i++) w[i] = some_w[(i + i / 64) % 5];
     for (int64_t i = 0; i < GROUP_LANES; i++) zeros[i] = 128;
@@ -66,9 +66,9 @@ static bool products_are_right(int64_t slabs) {
         Tiles tiles(sums);
         Linear a = {};
         a.bits = 8;
-        Operands o = {w, panel_bytes, scales, zeros, x, slabs, false, scales, zeros, zeros,
+        Operands o = {w, panel_bytes, scales, zeros, x, k_blocks, false, scales, zeros, zeros,
                       reinterpret_cast<float *>(out)};
-        tiles.begin(o, a, w, PANELS, slabs);
+        tiles.begin(o, a, w, PANELS, k_blocks);
         tiles.multiply<1>(o, R, PANELS);
         tiles.end<1>();
     }
@@ -76,7 +76,7 @@ static bool products_are_right(int64_t slabs) {
         for (int64_t n = 0; n < PANELS * LANES; n++) {
             uint32_t sum = 0x7FFFFFFF;
             for (int64_t step = 0; step < steps; step++) {
-                const int8_t *a = x + place(R, r, step, slabs);
+                const int8_t *a = x + place(R, r, step, k_blocks);
                 const uint8_t *b = w + n / LANES * panel_bytes + (step * LANES + n % LANES) * STEP;
                 for (int i = 0; i < STEP; i++) sum += uint32_t(a[i] * int8_t(b[i]));  // less zeros
             }
@@ -123,7 +123,7 @@ static bool dense_products_are_right() {
 }
 
 static bool self_test() {
-    return products_are_right(BLOCK_SLABS) && products_are_right(3) && dense_products_are_right();
+    return products_are_right(MAX_K_BLOCKS) && products_are_right(3) && dense_products_are_right();
 }
 
 }  // namespace

@@ -121,7 +121,7 @@ void store_sums(const Dense &a, int64_t row, int64_t channel, int64_t channels, 
     }
 }
 
-#ifdef DENSE_FEW
+#ifdef DENSE_GEMV_ROWS
 // Steps I and on of a square times R rows.
 template <bool PAIR, int R, int I = 0>
 INLINE inline void add_square(DenseSums<PAIR, R, 1> &sums, const VF (&square)[WIDTH],
@@ -133,7 +133,7 @@ INLINE inline void add_square(DenseSums<PAIR, R, 1> &sums, const VF (&square)[WI
 
 // A panel times R rows, all there are: memory has to be read without a pause.
 template <int64_t TYPE, int R>
-__attribute__((noinline)) void dense_few(const Dense &a, const DenseInput &x, int64_t first,
+__attribute__((noinline)) void dense_gemv(const Dense &a, const DenseInput &x, int64_t first,
                                          int64_t panel) {
     for (int64_t lane = 0; lane < LANES; lane += WIDTH) {
         const int64_t channel = panel * LANES + lane;
@@ -155,19 +155,19 @@ __attribute__((noinline)) void dense_few(const Dense &a, const DenseInput &x, in
 }
 
 template <int64_t TYPE, int R = 1>
-bool dense_if_few(const Dense &a, const DenseInput &x, int64_t first) {
+bool dense_as_gemv(const Dense &a, const DenseInput &x, int64_t first) {
     if (x.rows == R) {
         const int64_t panels = (a.out + LANES - 1) / LANES;
         for_each(panels, true,
-                 [&](int64_t panel, int64_t) { dense_few<TYPE, R>(a, x, first, panel); });
+                 [&](int64_t panel, int64_t) { dense_gemv<TYPE, R>(a, x, first, panel); });
         return true;
     }
-    if constexpr (R < DENSE_FEW) return dense_if_few<TYPE, 2 * R>(a, x, first);
+    if constexpr (R < DENSE_GEMV_ROWS) return dense_as_gemv<TYPE, 2 * R>(a, x, first);
     return false;
 }
 #else
 template <int64_t TYPE>
-bool dense_if_few(const Dense &, const DenseInput &, int64_t) {
+bool dense_as_gemv(const Dense &, const DenseInput &, int64_t) {
     return false;
 }
 #endif
@@ -210,7 +210,7 @@ template <int64_t TYPE> bool dense_of(const Dense &a) {
             for (int64_t row = 0; row < x.rows; row++)
                 lay_out<TYPE>(a, x, first, row, block * DENSE_STEPS);
         });
-        if (dense_if_few<TYPE>(a, x, first)) continue;
+        if (dense_as_gemv<TYPE>(a, x, first)) continue;
         const int64_t group = smaller(GROUP_PANELS, panels / most_threads() + 1);
         in_threads(panels, group, [&](const Share &share) {
             DenseTiles tiles;

@@ -6,7 +6,8 @@
 #ifndef HAS_PAIRS
 #define HAS_PAIRS 0
 #endif
-#define DENSE_FEW (WIDTH == 16 ? 8 : WIDTH == 8 ? 4 : 1)  // rows whose sums stay in registers
+// Rows whose sums stay in registers.
+#define DENSE_GEMV_ROWS (WIDTH == 16 ? 8 : WIDTH == 8 ? 4 : 1)
 
 namespace qllm {
 namespace {

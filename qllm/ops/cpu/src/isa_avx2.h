@@ -15,7 +15,7 @@ using VF = __m256;
 constexpr int WIDTH = 8;
 #define REGISTER "x"
 constexpr int FLOAT_ROWS = 6;  // of a tile; 16 registers hold no more
-#define FEW_STREAMS 4          // of tiles for which weights are not unpacked to cache
+#define GEMV_OPERANDS 4        // of tiles for which weights are not unpacked to cache
 
 inline VI zero_i() { return _mm256_setzero_si256(); }
 inline VI set_i(int32_t v) { return _mm256_set1_epi32(v); }
@@ -51,9 +51,9 @@ inline VI broadcast(const int8_t *p) {
     return _mm256_set1_epi32(v);
 }
 #if defined(__AVXVNNI__)
-constexpr int MAX_STREAMS = 6;    // rows x streams of a tile
+constexpr int MAX_OPERANDS = 6;   // rows x operands of a tile
 constexpr int ACCUMULATORS = 12;  // sums of one that registers hold
-constexpr int STREAM_BYTES = 1;   // that an input of a stream takes
+constexpr int OPERAND_BYTES = 1;   // that an input of an operand takes
 using Weights = VI;
 using Inputs = VI;
 inline Weights prepared(VI bytes) { return bytes; }
@@ -66,9 +66,9 @@ inline VI dot(VI sum, Weights w, Inputs x) {
 #elif defined(SHORT_SUMS)
 // Sums of pairs of products in 16 bits, which hold some steps of them, and those before them.
 #define WIDENS 1
-constexpr int MAX_STREAMS = 4;
+constexpr int MAX_OPERANDS = 4;
 constexpr int ACCUMULATORS = 8;
-constexpr int STREAM_BYTES = 1;
+constexpr int OPERAND_BYTES = 1;
 using Weights = VI;
 using Inputs = VI;
 struct Sum {
@@ -94,9 +94,9 @@ inline VI total(Sum sum) { return sum.whole; }
 #else
 // Pairs of products of bytes would saturate; those of 16 bits do not, and two planes of an input
 // are one number of 16 bits, so that it takes one product: the inputs 0 and 2 of a step, 1 and 3.
-constexpr int MAX_STREAMS = 4;
+constexpr int MAX_OPERANDS = 4;
 constexpr int ACCUMULATORS = 12;
-constexpr int STREAM_BYTES = 2;
+constexpr int OPERAND_BYTES = 2;
 struct Weights {
     VI even, odd;
 };

@@ -13,9 +13,9 @@ using VF = __m512;
 constexpr int WIDTH = 16;
 #define REGISTER "v"
 constexpr int FLOAT_ROWS = 12;    // of a tile
-constexpr int MAX_STREAMS = 12;   // rows x streams of one
+constexpr int MAX_OPERANDS = 12;  // rows x operands of one
 constexpr int ACCUMULATORS = 24;  // registers that its sums may take
-#define FEW_STREAMS 8  // of tiles for which weights are not unpacked to cache
+#define GEMV_OPERANDS 8  // of tiles for which weights are not unpacked to cache
 
 inline __mmask16 first(int64_t count) {
     return count >= 16 ? 0xFFFF : count > 0 ? (1u << count) - 1 : 0;
@@ -39,7 +39,7 @@ inline int32_t max_of_i(VI v) { return _mm512_reduce_max_epi32(v); }
 inline VI weights(const uint8_t *p) { return _mm512_load_si512(p); }
 using Weights = VI;
 using Inputs = VI;
-constexpr int STREAM_BYTES = 1;  // that an input of a stream takes
+constexpr int OPERAND_BYTES = 1;  // that an input of an operand takes
 inline Weights prepared(VI bytes) { return bytes; }
 inline Inputs four(const int8_t *p) {
     int32_t v;

@@ -12,7 +12,7 @@ using VI = int32_t;
 using VF = float;
 constexpr int WIDTH = 1;
 #define REGISTER "r"
-constexpr int FLOAT_ROWS = 6, MAX_STREAMS = 6;
+constexpr int FLOAT_ROWS = 6, MAX_OPERANDS = 6;
 constexpr int ACCUMULATORS = 1;  // they lie in memory: no panels side by side
 
 inline VI zero_i() { return 0; }
@@ -37,7 +37,7 @@ inline VI weights(const uint8_t *p) {
 }
 using Weights = VI;
 using Inputs = VI;
-constexpr int STREAM_BYTES = 1;  // that an input of a stream takes
+constexpr int OPERAND_BYTES = 1;  // that an input of an operand takes
 inline Weights prepared(VI bytes) { return bytes; }
 inline Inputs four(const int8_t *p) {
     VI v;

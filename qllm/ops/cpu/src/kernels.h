@@ -25,17 +25,17 @@ enum Mode : int64_t {
 
 // The layout of a weight (N, K) of b bits in groups of g:
 //
-//   panels of LANES output channels (the last is filled up with zeros), in them slabs of SLAB
-//   inputs. A group of inputs starts a slab and is filled up with zeros to whole slabs.
+//   panels of LANES output channels (the last is filled up with zeros), in them K blocks of K_BLOCK
+//   inputs. A group of inputs starts a K block and is filled up with zeros to whole K blocks.
 //
-//   q       uint8 (panels, slabs, b, 64)     a slab's bits in planes: 8 = 8, 7 = 4 + 2 + 1, …
+//   q       uint8 (panels, K blocks, b, 64)     a K block's bits in planes: 8 = 8, 7 = 4 + 2 + 1, …
 //   scales  float16 or float32 (panels, groups, LANES)
 //   zeros   uint8 (panels, groups, LANES), none for the symmetric scheme
 //
-// A plane of p bits takes p vectors of 64 bytes for the 8 steps of a slab, a step being 4 inputs
+// A plane of p bits takes p vectors of 64 bytes for the 8 steps of a K block, a step being 4 inputs
 // of all lanes: byte 4 lane + i of vector v holds input i of steps v 8/p + j at bit j p.
 constexpr int64_t LANES = 16;
-constexpr int64_t SLAB = 32;
+constexpr int64_t K_BLOCK = 32;
 constexpr int64_t STEP = 4;
 
 struct Linear {
@@ -148,11 +148,11 @@ void *scratch(size_t bytes);
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static inline int64_t slabs_of(int64_t inputs) { return (inputs + SLAB - 1) / SLAB; }
+static inline int64_t k_blocks_of(int64_t inputs) { return (inputs + K_BLOCK - 1) / K_BLOCK; }
 
 // Slabs of a row: every group's, the last group may be shorter.
-static inline int64_t row_slabs(int64_t in, int64_t group) {
-    return in / group * slabs_of(group) + slabs_of(in % group);
+static inline int64_t row_k_blocks(int64_t in, int64_t group) {
+    return in / group * k_blocks_of(group) + k_blocks_of(in % group);
 }
 
 }  // namespace qllm

@@ -19,7 +19,7 @@ typedef uint16_t Halves __attribute__((vector_size(PART), may_alias));
 constexpr int64_t AHEAD = 4096;  // bytes to prefetch ahead of what is read
 constexpr int64_t PACK_AHEAD = 512;  // the same in each of the LANES rows that are packed
 
-// Where the planes of a slab begin, in bits of a value; a plane of p bits is p vectors long, so
+// Where the planes of a K block begin, in bits of a value; a plane of p bits is p vectors long, so
 // this counts vectors as well. 7 bits: the plane of 4 at 0, of 2 at 4, of 1 at 6.
 constexpr int plane_begin(int bits, int plane) { return bits & ~(2 * plane - 1); }
 
@@ -31,52 +31,52 @@ template <int SHIFT> inline Halves shifted(Halves v) {
     }
 }
 
-inline Bytes &part(uint8_t *slab, int vector) {
-    return *reinterpret_cast<Bytes *>(slab + vector * 64);
+inline Bytes &part(uint8_t *k_block, int vector) {
+    return *reinterpret_cast<Bytes *>(k_block + vector * 64);
 }
-inline const Bytes &part(const uint8_t *slab, int vector) {
-    return *reinterpret_cast<const Bytes *>(slab + vector * 64);
+inline const Bytes &part(const uint8_t *k_block, int vector) {
+    return *reinterpret_cast<const Bytes *>(k_block + vector * 64);
 }
 
 // The bits that a plane of p bits gives to the values of a step, a part of its lanes: that which a
-// pointer to the slab's first vector points to.
-template <int BITS, int PLANE, int STEP_INDEX> inline Bytes plane_of(const uint8_t *slab) {
+// pointer to the K block's first vector points to.
+template <int BITS, int PLANE, int STEP_INDEX> inline Bytes plane_of(const uint8_t *k_block) {
     constexpr int BEGIN = plane_begin(BITS, PLANE), PER_VECTOR = 8 / PLANE;
     constexpr int SHIFT = STEP_INDEX % PER_VECTOR * PLANE - BEGIN;
-    Halves v = (Halves)part(slab, BEGIN + STEP_INDEX / PER_VECTOR);
+    Halves v = (Halves)part(k_block, BEGIN + STEP_INDEX / PER_VECTOR);
     return (Bytes)shifted<SHIFT>(v) & uint8_t(((1 << PLANE) - 1) << BEGIN);
 }
 
 // The values of a step: a byte each, 4 inputs of every lane.
-template <int BITS, int STEP_INDEX> inline Bytes step_of(const uint8_t *slab) {
+template <int BITS, int STEP_INDEX> inline Bytes step_of(const uint8_t *k_block) {
     Bytes value = {};
-    if constexpr (BITS & 8) value = part(slab, STEP_INDEX);
-    if constexpr (BITS & 4) value = plane_of<BITS, 4, STEP_INDEX>(slab);
-    if constexpr (BITS & 2) value |= plane_of<BITS, 2, STEP_INDEX>(slab);
-    if constexpr (BITS & 1) value |= plane_of<BITS, 1, STEP_INDEX>(slab);
+    if constexpr (BITS & 8) value = part(k_block, STEP_INDEX);
+    if constexpr (BITS & 4) value = plane_of<BITS, 4, STEP_INDEX>(k_block);
+    if constexpr (BITS & 2) value |= plane_of<BITS, 2, STEP_INDEX>(k_block);
+    if constexpr (BITS & 1) value |= plane_of<BITS, 1, STEP_INDEX>(k_block);
     return value;
 }
 
 template <int BITS, int STEP_INDEX = 0>
-inline void unpack_steps(const uint8_t *slab, uint8_t *out) {
-    part(out, STEP_INDEX) = step_of<BITS, STEP_INDEX>(slab);
-    if constexpr (STEP_INDEX + 1 < STEPS) unpack_steps<BITS, STEP_INDEX + 1>(slab, out);
+inline void unpack_steps(const uint8_t *k_block, uint8_t *out) {
+    part(out, STEP_INDEX) = step_of<BITS, STEP_INDEX>(k_block);
+    if constexpr (STEP_INDEX + 1 < STEPS) unpack_steps<BITS, STEP_INDEX + 1>(k_block, out);
 }
 
-// A slab of a panel to bytes, step after step.
-template <int BITS> void unpack_slab(const uint8_t *slab, uint8_t *out) {
-    for (int v = 0; v < BITS; v++) __builtin_prefetch(slab + v * 64 + AHEAD);
-    for (int64_t at = 0; at < 64; at += PART) unpack_steps<BITS>(slab + at, out + at);
+// A K block of a panel to bytes, step after step.
+template <int BITS> void unpack_k_block(const uint8_t *k_block, uint8_t *out) {
+    for (int v = 0; v < BITS; v++) __builtin_prefetch(k_block + v * 64 + AHEAD);
+    for (int64_t at = 0; at < 64; at += PART) unpack_steps<BITS>(k_block + at, out + at);
 }
 
-typedef void (*UnpackSlab)(const uint8_t *, uint8_t *);
-const UnpackSlab UNPACK_SLAB[] = {nullptr,        unpack_slab<1>, unpack_slab<2>,
-                                  unpack_slab<3>, unpack_slab<4>, unpack_slab<5>,
-                                  unpack_slab<6>, unpack_slab<7>, unpack_slab<8>};
+typedef void (*UnpackKBlock)(const uint8_t *, uint8_t *);
+const UnpackKBlock UNPACK_K_BLOCK[] = {
+    nullptr,           unpack_k_block<1>, unpack_k_block<2>, unpack_k_block<3>, unpack_k_block<4>,
+    unpack_k_block<5>, unpack_k_block<6>, unpack_k_block<7>, unpack_k_block<8>};
 
-// The inverse: bytes of a slab to its planes.
+// The inverse: bytes of a K block to its planes.
 template <int PLANE>
-inline void pack_plane(const uint8_t *bytes, uint8_t *slab, int bits) {
+inline void pack_plane(const uint8_t *bytes, uint8_t *k_block, int bits) {
     if (!(bits & PLANE)) return;
     int begin = plane_begin(bits, PLANE);
     uint16_t mask = uint16_t(((1 << PLANE) - 1) * 0x101);
@@ -87,19 +87,19 @@ inline void pack_plane(const uint8_t *bytes, uint8_t *slab, int bits) {
                 Halves step = (Halves)part(bytes + at, v * (8 / PLANE) + j);
                 value |= ((step >> begin) & mask) << (j * PLANE);
             }
-            part(slab + at, begin + v) = (Bytes)value;
+            part(k_block + at, begin + v) = (Bytes)value;
         }
 }
 
-static void pack_slab(const uint8_t *bytes, uint8_t *slab, int bits) {
-    pack_plane<8>(bytes, slab, bits);
-    pack_plane<4>(bytes, slab, bits);
-    pack_plane<2>(bytes, slab, bits);
-    pack_plane<1>(bytes, slab, bits);
+static void pack_k_block(const uint8_t *bytes, uint8_t *k_block, int bits) {
+    pack_plane<8>(bytes, k_block, bits);
+    pack_plane<4>(bytes, k_block, bits);
+    pack_plane<2>(bytes, k_block, bits);
+    pack_plane<1>(bytes, k_block, bits);
 }
 
-// One value of a slab.
-static int value_at(const uint8_t *slab, int bits, int64_t lane, int64_t input) {
+// One value of a K block.
+static int value_at(const uint8_t *k_block, int bits, int64_t lane, int64_t input) {
     int64_t step = input / STEP, byte = lane * STEP + input % STEP;
     int value = 0;
     for (int plane = 8; plane; plane /= 2) {
@@ -107,7 +107,7 @@ static int value_at(const uint8_t *slab, int bits, int64_t lane, int64_t input) 
         int begin = plane_begin(bits, plane);
         int64_t vector = begin + step / (8 / plane);
         int from = int(step % (8 / plane)) * plane;
-        value |= (slab[vector * 64 + byte] >> from & ((1 << plane) - 1)) << begin;
+        value |= (k_block[vector * 64 + byte] >> from & ((1 << plane) - 1)) << begin;
     }
     return value;
 }
@@ -147,17 +147,17 @@ static inline uint64_t spread(const uint8_t *from, uint64_t mask, int bits) {
 #endif
 }
 
-// The values from `start` on of LANES rows, a slab of them or what is left of a group.
-static void read_slab(const Packing &p, int64_t first, int64_t lanes, int64_t start, int64_t count,
-                      uint32_t (&bytes)[STEPS][LANES]) {
+// The values from `start` on of LANES rows, a K block of them or what is left of a group.
+static void read_k_block(const Packing &p, int64_t first, int64_t lanes, int64_t start,
+                         int64_t count, uint32_t (&bytes)[STEPS][LANES]) {
     const int bits = int(p.bits);
     const int64_t at = start * bits / 8;
-    if (count == SLAB && start % 8 == 0 && at + 3 * bits + 8 <= p.row_bytes) {
+    if (count == K_BLOCK && start % 8 == 0 && at + 3 * bits + 8 <= p.row_bytes) {
         const uint64_t mask = ((1u << bits) - 1) * 0x0101010101010101ull;
         for (int64_t lane = 0; lane < lanes; lane++) {
             const uint8_t *row = p.rows + (first + lane) * p.row_bytes + at;
             __builtin_prefetch(row + PACK_AHEAD);
-            for (int i = 0; i < SLAB / 8; i++) {
+            for (int i = 0; i < K_BLOCK / 8; i++) {
                 uint64_t values = spread(row + i * bits, mask, bits);
                 bytes[2 * i][lane] = uint32_t(values);
                 bytes[2 * i + 1][lane] = uint32_t(values >> 32);
@@ -195,20 +195,20 @@ static void pack_grid(const Packing &p, int64_t panel, int64_t lanes, int64_t gr
     if (p.zeros) pack_grid(p.row_zeros + from, p.zeros + to, lanes, groups);
 }
 
-// Panel by panel; a group's inputs begin a slab, and what fills up panels and slabs is zero.
+// Panel by panel; a group's inputs begin a K block, and what fills up panels and K blocks is zero.
 inline void pack(const Packing &p) {
-    int64_t panels = (p.out + LANES - 1) / LANES, slabs = row_slabs(p.in, p.group);
+    int64_t panels = (p.out + LANES - 1) / LANES, k_blocks = row_k_blocks(p.in, p.group);
     int64_t groups = (p.in + p.group - 1) / p.group, bits = p.bits;
     for_each(panels, true, [&](int64_t panel, int64_t) {
         int64_t lanes = p.out - panel * LANES < LANES ? p.out - panel * LANES : LANES;
-        uint8_t *to = p.q + panel * slabs * 64 * bits;
+        uint8_t *to = p.q + panel * k_blocks * 64 * bits;
         for (int64_t group = 0; group < groups; group++) {
             int64_t end = (group + 1) * p.group < p.in ? (group + 1) * p.group : p.in;
-            for (int64_t start = group * p.group; start < end; start += SLAB, to += 64 * bits) {
+            for (int64_t start = group * p.group; start < end; start += K_BLOCK, to += 64 * bits) {
                 alignas(64) uint32_t bytes[STEPS][LANES] = {};
-                int64_t count = end - start < SLAB ? end - start : SLAB;
-                read_slab(p, panel * LANES, lanes, start, count, bytes);
-                pack_slab(reinterpret_cast<uint8_t *>(bytes), to, int(bits));
+                int64_t count = end - start < K_BLOCK ? end - start : K_BLOCK;
+                read_k_block(p, panel * LANES, lanes, start, count, bytes);
+                pack_k_block(reinterpret_cast<uint8_t *>(bytes), to, int(bits));
             }
             pack_grid(p, panel, lanes, group, groups);
         }
@@ -217,14 +217,14 @@ inline void pack(const Packing &p) {
 
 // The inverse of `pack`: `rows` is zero before.
 inline void unpack(const Packing &p) {
-    int64_t slabs = row_slabs(p.in, p.group), groups = (p.in + p.group - 1) / p.group;
+    int64_t k_blocks = row_k_blocks(p.in, p.group), groups = (p.in + p.group - 1) / p.group;
     for_each(p.out, true, [&](int64_t n, int64_t) {
         int64_t panel = n / LANES, lane = n % LANES;
         uint8_t *row = p.rows + n * p.row_bytes;
         for (int64_t k = 0; k < p.in; k++) {
-            int64_t slab = k / p.group * slabs_of(p.group) + k % p.group / SLAB;
-            int value = value_at(p.q + (panel * slabs + slab) * 64 * p.bits, int(p.bits), lane,
-                                 k % p.group % SLAB);
+            int64_t k_block = k / p.group * k_blocks_of(p.group) + k % p.group / K_BLOCK;
+            int value = value_at(p.q + (panel * k_blocks + k_block) * 64 * p.bits, int(p.bits), lane,
+                                 k % p.group % K_BLOCK);
             int64_t bit = k * p.bits;
             row[bit / 8] |= uint8_t(value << bit % 8);
             if (bit % 8 + p.bits > 8) row[bit / 8 + 1] |= uint8_t(value >> (8 - bit % 8));

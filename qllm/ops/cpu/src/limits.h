@@ -31,11 +31,11 @@ static int64_t read_all(const uint8_t *from, int64_t bytes) {
 // operations, two for a product.
 static int64_t multiply_all(int64_t rounds) {
     constexpr int VECTORS_AT_ONCE = ACCUMULATORS > 2 ? 2 : 1;
-    constexpr int STREAMS_AT_ONCE = ACCUMULATORS > 2 ? ACCUMULATORS / 2 : 1;
+    constexpr int OPERANDS_AT_ONCE = ACCUMULATORS > 2 ? ACCUMULATORS / 2 : 1;
     const int64_t all_rounds = rounds * most_threads();
-    alignas(64) const int8_t x[STREAMS_AT_ONCE * STEP * STREAM_BYTES] = {1, 2, 3};
+    alignas(64) const int8_t x[OPERANDS_AT_ONCE * STEP * OPERAND_BYTES] = {1, 2, 3};
     in_threads(all_rounds, rounds / RUN_PARTS + 1, [&](const Share &share) {
-        Sums<STREAMS_AT_ONCE, VECTORS_AT_ONCE> sums;
+        Sums<OPERANDS_AT_ONCE, VECTORS_AT_ONCE> sums;
         sums.clear();
         VI bytes[VECTORS_AT_ONCE];
         for (VI &v : bytes) v = set_i(int32_t(rounds));
@@ -53,7 +53,7 @@ static int64_t multiply_all(int64_t rounds) {
         volatile int32_t kept = all;
         (void)kept;
     });
-    return all_rounds * STREAMS_AT_ONCE * VECTORS_AT_ONCE * WIDTH * STEP * 2;
+    return all_rounds * OPERANDS_AT_ONCE * VECTORS_AT_ONCE * WIDTH * STEP * 2;
 }
 
 }  // namespace

@@ -1,26 +1,26 @@
 // y = x W^T + b for packed weights, in terms of an instruction set's `isa_*.h` and a `tile.h`.
 //
 // Activations become integers. A block of weights is unpacked to bytes, in cache or, for few rows,
-// in registers, and multiplied with tiles of streams in int32, which is exact.
+// in registers, and multiplied with tiles of operands in int32, which is exact.
 // Sums over blocks are in float32, one fused multiply-add each, in the order of the inputs. So a
 // row's result is the same to the bit whatever else is computed beside it, and on every path.
 #pragma once
 
-#include "few.h"
+#include "gemv.h"
 #include "results.h"
 
 namespace qllm {
 namespace {
 
-constexpr int64_t MOST_ROWS = 1536;  // rows whose activations are held at once
-constexpr int64_t FEW_ROWS = 16;     // up to here memory is the limit: threads take longer parts
+constexpr int64_t MAX_ROWS = 1536;         // rows whose activations are held at once
+constexpr int64_t MEMORY_BOUND_ROWS = 16;  // up to here threads take longer parts, to read on
 
 // `panels` panels, up to GROUP_PANELS, times all rows: unpacked to cache for many rows.
 template <int P>
 void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_t panel,
                     int64_t panels, float *sums, uint8_t *bytes, Tiles &tiles) {
     Grid grid;
-    const UnpackSlab unpack = UNPACK_SLAB[a.bits];
+    const UnpackKBlock unpack = UNPACK_K_BLOCK[a.bits];
     for (int64_t row = 0; row < x.rows; row += CHUNK_ROWS) {
         int64_t rows = smaller(CHUNK_ROWS, x.rows - row), group = -1;
         for (int64_t i = 0; i < rows * GROUP_LANES; i += WIDTH) store_f(sums + i, set_f(0));
@@ -28,18 +28,18 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
             const Block &block = x.block[b];
             Operands o;
             o.w = bytes;
-            o.w_stride = block.slabs * SLAB * LANES;
+            o.w_stride = block.k_blocks * K_BLOCK * LANES;
             o.scales = grid.scales;
             o.zeros = grid.zeros;
             o.scaled = is_scaled(a);
             o.widen = steps_to_widen(a.bits);
             for (int64_t p = 0; p < panels; p++) {
-                const uint8_t *q = a.q + ((panel + p) * x.slabs + block.slab) * 64 * a.bits;
-                for (int64_t s = 0; s < block.slabs; s++)
-                    unpack(q + s * 64 * a.bits, bytes + p * o.w_stride + s * SLAB * LANES);
+                const uint8_t *q = a.q + ((panel + p) * x.k_blocks + block.k_block) * 64 * a.bits;
+                for (int64_t s = 0; s < block.k_blocks; s++)
+                    unpack(q + s * 64 * a.bits, bytes + p * o.w_stride + s * K_BLOCK * LANES);
             }
             if (block.group != group) grid.load(a, panel, panels, group = block.group);
-            tiles.begin(o, a, bytes, panels, block.slabs);
+            tiles.begin(o, a, bytes, panels, block.k_blocks);
             for (int64_t r = 0; r < rows; r += x.tile_rows) {
                 point_at(o, x, b, row + r);
                 o.out = sums + r * GROUP_LANES;
@@ -49,7 +49,7 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
         tiles.end<P>();
         finish<P>(a, x, first, row, rows, panel, panels, sums, grid.scales);
         for (int64_t r = row; r < row + rows; r++)
-            if (x.huge[r]) multiply_huge(a, first + r, panel, panels);
+            if (x.fallback[r]) multiply_fallback_row(a, first + r, panel, panels);
     }
 }
 
@@ -59,8 +59,8 @@ void multiply_part(const Linear &a, const Activations &x, int64_t first, int64_t
                    int64_t end, char *own, Tiles &tiles) {
     float *sums = reinterpret_cast<float *>(own);
     uint8_t *bytes = reinterpret_cast<uint8_t *>(own + SUM_BYTES);
-    if constexpr (MOST_FEW<P> > 0)
-        if (x.rows <= MOST_FEW<P>) return multiply_few_rows<P>(a, x, first, from, end, sums);
+    if constexpr (GEMV_MAX_ROWS<P> > 0)
+        if (x.rows <= GEMV_MAX_ROWS<P>) return gemv_rows<P>(a, x, first, from, end, sums);
     for (; from < end; from += GROUP_PANELS)
         multiply_group<P>(a, x, first, from, smaller(GROUP_PANELS, end - from), sums, bytes, tiles);
 }
@@ -69,7 +69,7 @@ void multiply_part(const Linear &a, const Activations &x, int64_t first, int64_t
 template <int P> void multiply_all_panels(const Linear &a, const Activations &x, int64_t first) {
     const int64_t panels = (a.out + LANES - 1) / LANES;
     const int64_t groups = panels / GROUP_PANELS / most_threads() / RUN_PARTS;
-    const int64_t part = GROUP_PANELS * (x.rows <= FEW_ROWS && groups > 1 ? groups : 1);
+    const int64_t part = GROUP_PANELS * (x.rows <= MEMORY_BOUND_ROWS && groups > 1 ? groups : 1);
     in_threads(panels, part, [&](const Share &share) {
         char *own = x.own + share.thread * OWN_BYTES;
         Tiles tiles(reinterpret_cast<int32_t *>(own + SUM_BYTES + WEIGHT_BYTES));
@@ -80,12 +80,12 @@ template <int P> void multiply_all_panels(const Linear &a, const Activations &x,
 }
 
 template <int P> bool linear_of(const Linear &a) {
-    for (int64_t first = 0; first < a.rows; first += MOST_ROWS) {
+    for (int64_t first = 0; first < a.rows; first += MAX_ROWS) {
         Activations x;
-        const int64_t rows = smaller(MOST_ROWS, a.rows - first);
-        const int64_t tile_rows = rows <= MOST_FEW<P> ? FEW_TILE_ROWS<P> : TILE_ROWS<P>;
+        const int64_t rows = smaller(MAX_ROWS, a.rows - first);
+        const int64_t tile_rows = rows <= GEMV_MAX_ROWS<P> ? GEMV_TILE_ROWS<P> : TILE_ROWS<P>;
         if (!prepare<P>(x, a, rows, tile_rows)) return false;
-        for (int64_t row = 0; row < x.rows; row++) x.huge[row] = 0;
+        for (int64_t row = 0; row < x.rows; row++) x.fallback[row] = 0;
         quantize_all<P>(a, x, first);
         multiply_all_panels<P>(a, x, first);
     }

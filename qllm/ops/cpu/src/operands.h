@@ -8,12 +8,12 @@ namespace {
 
 constexpr int VECTORS = LANES / WIDTH;  // to a panel
 constexpr int64_t GROUP_PANELS = 4;     // panels that share a pass over the activations
-constexpr int64_t STEPS = SLAB / STEP;
+constexpr int64_t STEPS = K_BLOCK / STEP;
 constexpr int64_t GROUP_LANES = GROUP_PANELS * LANES;
 
-// The streams that P int8 planes of an input are: where streams are of 16 bits, the first two planes
-// are one, and the third and fourth, which need not fit together, have one each.
-template <int P> constexpr int STREAMS = STREAM_BYTES == 1 ? P : P == 4 ? 3 : 1;
+// How many operands the P int8 planes of a row are: where operands are of 16 bits, the first two
+// planes are one, and the third and fourth, which need not fit together, have one each.
+template <int P> constexpr int OPERAND_PLANES = OPERAND_BYTES == 1 ? P : P == 4 ? 3 : 1;
 
 #if !defined(WIDENS)
 // A sum of products is in int32, unless an instruction set has the latest ones apart, in 16 bits.
@@ -32,7 +32,7 @@ struct Operands {
     const float *scales;   // (panels, LANES)
     const int32_t *zeros;  // (panels, LANES)
     const int8_t *x;       // the tile's, as `place` says
-    int64_t slabs;
+    int64_t k_blocks;
     bool scaled;              // blocks have scales; without, their sums stay integers (one plane)
     const float *x_scale;     // (rows,)
     const int32_t *sum;       // (rows,): of the first two planes together

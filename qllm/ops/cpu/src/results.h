@@ -38,15 +38,15 @@ static float one(const void *p, int64_t i, int64_t type) {
 }
 
 // A row with numbers that integers cannot stand for: the products as they are.
-static void multiply_huge(const Linear &a, int64_t row, int64_t panel, int64_t panels) {
-    int64_t slabs = row_slabs(a.in, a.group), groups = (a.in + a.group - 1) / a.group;
+static void multiply_fallback_row(const Linear &a, int64_t row, int64_t panel, int64_t panels) {
+    int64_t k_blocks = row_k_blocks(a.in, a.group), groups = (a.in + a.group - 1) / a.group;
     for (int64_t n = panel * LANES; n < smaller(a.out, (panel + panels) * LANES); n++) {
         double sum = 0;  // K products one by one: in float32 their roundings would add up
         for (int64_t k = 0; k < a.in; k++) {
-            int64_t slab = k / a.group * slabs_of(a.group) + k % a.group / SLAB;
+            int64_t k_block = k / a.group * k_blocks_of(a.group) + k % a.group / K_BLOCK;
             int64_t group = (n / LANES * groups + k / a.group) * LANES + n % LANES;
-            int value = value_at(a.q + (n / LANES * slabs + slab) * 64 * a.bits, int(a.bits),
-                                 n % LANES, k % a.group % SLAB);
+            int value = value_at(a.q + (n / LANES * k_blocks + k_block) * 64 * a.bits, int(a.bits),
+                                 n % LANES, k % a.group % K_BLOCK);
             value -= a.zeros ? a.zeros[group] : 1 << (a.bits - 1);
             sum += one(a.x, row * a.x_stride + k, a.x_type) *
                    (float(value) * one(a.scales, group, a.scale_type));

@@ -6,28 +6,29 @@
 namespace qllm {
 namespace {
 
-template <int P> constexpr int64_t TILE_ROWS = MAX_STREAMS / STREAMS<P>;
+template <int P> constexpr int64_t TILE_ROWS = MAX_OPERANDS / OPERAND_PLANES<P>;
 constexpr int64_t TILE_SUMS = 0;  // that a thread keeps in memory
 
 // What an input of a row takes.
-template <int P> constexpr int64_t INPUT_BYTES = STREAMS<P> * STREAM_BYTES;
+template <int P> constexpr int64_t INPUT_BYTES = OPERAND_PLANES<P> * OPERAND_BYTES;
 
-// LANES inputs of a row, from a step on, to the activations of a tile: step by step the streams.
+// LANES inputs of a row, from a step on, to the activations of a tile: step by step the operands.
 template <int P>
-INLINE inline void put(int8_t *tile, int64_t rows, int64_t row, int64_t step, int64_t /*slabs*/,
+INLINE inline void put(int8_t *tile, int64_t rows, int64_t row, int64_t step, int64_t /*k_blocks*/,
                        const int8_t (&planes)[P][LANES]) {
     for (int64_t s = 0; s < LANES / STEP; s++, step++)
-        for (int64_t stream = 0; stream < STREAMS<P>; stream++) {
-            int8_t *to = tile + ((step * rows + row) * STREAMS<P> + stream) * (STEP * STREAM_BYTES);
-            if constexpr (STREAM_BYTES == 1) {
-                __builtin_memcpy(to, planes[stream] + s * STEP, STEP);
+        for (int64_t operand = 0; operand < OPERAND_PLANES<P>; operand++) {
+            const int64_t at = (step * rows + row) * OPERAND_PLANES<P> + operand;
+            int8_t *to = tile + at * (STEP * OPERAND_BYTES);
+            if constexpr (OPERAND_BYTES == 1) {
+                __builtin_memcpy(to, planes[operand] + s * STEP, STEP);
             } else {
                 int16_t four[STEP];
                 for (int64_t i = 0; i < STEP; i++) {
-                    const int64_t at = s * STEP + i;
-                    const int whole = P == 1     ? planes[0][at]
-                                      : stream == 0 ? planes[0][at] * 256 + planes[1][at]
-                                                    : planes[stream + 1][at];
+                    const int64_t k = s * STEP + i;
+                    const int whole = P == 1         ? planes[0][k]
+                                      : operand == 0 ? planes[0][k] * 256 + planes[1][k]
+                                                     : planes[operand + 1][k];
                     four[i % 2 * 2 + i / 2] = int16_t(whole);
                 }
                 __builtin_memcpy(to, four, sizeof(four));
@@ -35,7 +36,7 @@ INLINE inline void put(int8_t *tile, int64_t rows, int64_t row, int64_t step, in
         }
 }
 
-// The sums of S streams times V vectors of channels. They stay in registers: what indexes them is
+// The sums of S operands times V vectors of channels. They stay in registers: what indexes them is
 // written out at compile time, since compilers leave in memory what a loop indexes.
 template <int S, int V> struct Sums {
     static constexpr int COUNT = S * V;
@@ -46,16 +47,16 @@ template <int S, int V> struct Sums {
         if constexpr (I + 1 < COUNT) clear<I + 1>();
     }
 
-    // Adds a step: its weights times the activations of every stream.
+    // Adds a step: its weights times the activations of every operand.
     template <int I = 0> INLINE void add(const Weights (&w)[V], const int8_t *x) {
-        add_stream<I>(w, four(x + I * STEP * STREAM_BYTES));
+        add_operand<I>(w, four(x + I * STEP * OPERAND_BYTES));
         if constexpr (I + 1 < S) add<I + 1>(w, x);
     }
 
-    template <int STREAM, int I = 0>
-    INLINE void add_stream(const Weights (&w)[V], const Inputs &x) {
-        of[STREAM * V + I] = dot(of[STREAM * V + I], w[I], x);
-        if constexpr (I + 1 < V) add_stream<STREAM, I + 1>(w, x);
+    template <int OPERAND, int I = 0>
+    INLINE void add_operand(const Weights (&w)[V], const Inputs &x) {
+        of[OPERAND * V + I] = dot(of[OPERAND * V + I], w[I], x);
+        if constexpr (I + 1 < V) add_operand<OPERAND, I + 1>(w, x);
     }
 
     template <int I = 0> INLINE void widen() {
@@ -78,12 +79,13 @@ template <int S, int V> struct Sums {
 
     template <int P, int I, int ROW = 0>
     INLINE void finish_row(const Operands &o, float *out, VI zero, VF scale) {
-        constexpr int AT = ROW * STREAMS<P> * V + I;
+        constexpr int AT = ROW * OPERAND_PLANES<P> * V + I;
         VI high = total(of[AT]), low = zero_i();
-        if constexpr (P > 1 && STREAM_BYTES == 1) high = pair(high, total(of[AT + V]));
+        if constexpr (P > 1 && OPERAND_BYTES == 1) high = pair(high, total(of[AT + V]));
         high = sub_i(high, mul_i(zero, set_i(o.sum[ROW])));
         if constexpr (P == 4) {
-            low = pair(total(of[AT + (STREAMS<P> - 2) * V]), total(of[AT + (STREAMS<P> - 1) * V]));
+            constexpr int LAST = AT + (OPERAND_PLANES<P> - 1) * V;
+            low = pair(total(of[LAST - V]), total(of[LAST]));
             low = sub_i(low, mul_i(zero, set_i(o.low_sum[ROW])));
         }
         if (P > 1 || o.scaled) {
@@ -92,7 +94,7 @@ template <int S, int V> struct Sums {
             int32_t *whole = reinterpret_cast<int32_t *>(out);
             store_i(whole, add_i(load_i(whole), high));
         }
-        if constexpr ((ROW + 1) * STREAMS<P> < S)
+        if constexpr ((ROW + 1) * OPERAND_PLANES<P> < S)
             finish_row<P, I, ROW + 1>(o, out + GROUP_LANES, zero, scale);
     }
 };
@@ -106,11 +108,11 @@ INLINE inline void load(Weights (&w)[V], const uint8_t *from, int64_t stride) {
 // P planes, R rows, N panels from panel `from` on.
 template <int P, int R, int N>
 __attribute__((noinline)) void multiply(const Operands &o, int64_t from) {
-    Sums<STREAMS<P> * R, N * VECTORS> sums;
+    Sums<OPERAND_PLANES<P> * R, N * VECTORS> sums;
     sums.clear();
     const uint8_t *w = o.w + from * o.w_stride;
     const int8_t *x = o.x;
-    const int64_t steps = o.slabs * STEPS, together = WIDENS ? o.widen : steps;
+    const int64_t steps = o.k_blocks * STEPS, together = WIDENS ? o.widen : steps;
     for (int64_t done = 0; done < steps; done += together) {
         for (int64_t step = 0; step < together; step++, w += LANES * STEP) {
             Weights step_weights[N * VECTORS];
@@ -124,7 +126,7 @@ __attribute__((noinline)) void multiply(const Operands &o, int64_t from) {
 }
 
 template <int P, int R> void multiply_panels(const Operands &o, int64_t panels) {
-    constexpr int MOST = ACCUMULATORS / (STREAMS<P> * R * VECTORS);
+    constexpr int MOST = ACCUMULATORS / (OPERAND_PLANES<P> * R * VECTORS);
     int64_t n = 0;
     if constexpr (MOST >= 4)
         for (; n + 4 <= panels; n += 4) multiply<P, R, 4>(o, n);

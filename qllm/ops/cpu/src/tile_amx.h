@@ -15,7 +15,7 @@
 #include "amx_instructions.h"
 #endif
 
-#undef FEW_STREAMS  // few rows are not for tiles
+#undef GEMV_OPERANDS  // few rows are not for tiles
 
 namespace qllm {
 namespace {
@@ -28,25 +28,25 @@ constexpr int64_t TILE_SUMS = 8 * SUMS;  // that a thread keeps in memory
 // One plane has two tiles of rows side by side, as others have two planes.
 template <int P> constexpr int64_t TILE_ROWS = P == 1 ? 2 * ROWS : ROWS;
 
-// How many inputs a tile of activations has. Blocks of an odd number of slabs take half tiles:
+// How many inputs a tile of activations has. Blocks of an odd number of K blocks take half tiles:
 // shapes cannot change while sums are in tiles, and there are no tiles left for a second shape.
-inline int64_t tile_inputs(int64_t slabs) { return slabs % 2 ? SLAB : 2 * SLAB; }
+inline int64_t tile_inputs(int64_t k_blocks) { return k_blocks % 2 ? K_BLOCK : 2 * K_BLOCK; }
 
-// Where the 4 inputs of a step of a stream lie among the activations of a tile: the rows of a
+// Where the 4 inputs of a step of an operand lie among the activations of a tile: the rows of a
 // tile one after the other, with those of other planes in between.
-inline int64_t place(int64_t streams, int64_t stream, int64_t step, int64_t slabs) {
-    int64_t inputs = tile_inputs(slabs), input = step * STEP;
-    return (input & -inputs) * streams + stream * inputs + (input & (inputs - 1));
+inline int64_t place(int64_t operands, int64_t operand, int64_t step, int64_t k_blocks) {
+    int64_t inputs = tile_inputs(k_blocks), input = step * STEP;
+    return (input & -inputs) * operands + operand * inputs + (input & (inputs - 1));
 }
 
 template <int P> constexpr int64_t INPUT_BYTES = P;  // that an input of a row takes
 
 // LANES inputs of a row, from a step on, to the activations of a tile.
 template <int P>
-INLINE inline void put(int8_t *tile, int64_t rows, int64_t row, int64_t step, int64_t slabs,
+INLINE inline void put(int8_t *tile, int64_t rows, int64_t row, int64_t step, int64_t k_blocks,
                        const int8_t (&planes)[P][LANES]) {
     for (int64_t p = 0; p < P; p++)
-        __builtin_memcpy(tile + place(rows * P, row * P + p, step, slabs), planes[p], LANES);
+        __builtin_memcpy(tile + place(rows * P, row * P + p, step, k_blocks), planes[p], LANES);
 }
 
 // Tile registers: sums of X (one or two) tiles of activations times W of weights are 2 x + w.
@@ -76,12 +76,12 @@ INLINE inline void store_sums(T *to, int64_t next_x, int64_t next_w, int64_t str
     if constexpr (X == 2 && W == 2) store_tile<3>(to + next_x + next_w, stride);
 }
 
-// Adds a block's products; activations `next_x` bytes from one tile to the next, in `streams`.
+// Adds a block's products; activations `next_x` bytes from one tile to the next, in `operands`.
 template <int X, int W>
 INLINE inline void add_products(const Operands &o, const int8_t *x, int64_t next_x, int64_t stride,
-                                int64_t streams, const uint8_t *w) {
-    const int64_t inputs = tile_inputs(o.slabs), next_w = o.w_stride;
-    for (int64_t left = o.slabs * SLAB; left > 0; left -= inputs) {
+                                int64_t operands, const uint8_t *w) {
+    const int64_t inputs = tile_inputs(o.k_blocks), next_w = o.w_stride;
+    for (int64_t left = o.k_blocks * K_BLOCK; left > 0; left -= inputs) {
         load_tile<X_TILE>(x, stride);
         load_tile<W_TILE>(w, ROW_BYTES);
         add_product<0, X_TILE, W_TILE>();
@@ -94,7 +94,7 @@ INLINE inline void add_products(const Operands &o, const int8_t *x, int64_t next
             add_product<1, X_TILE, W_TILE + 1>();
         }
         if constexpr (X == 2 && W == 2) add_product<3, X_TILE + 1, W_TILE + 1>();
-        x += streams * inputs;
+        x += operands * inputs;
         w += LANES * inputs;
     }
 }
@@ -122,8 +122,9 @@ class Tiles {
     }
 
     // Takes a block of unpacked weights: what a signed byte can hold of their zeros is subtracted.
-    void begin(const Operands &o, const Linear &a, uint8_t *bytes, int64_t panels, int64_t slabs) {
-        take_shapes(tile_inputs(slabs));
+    void begin(const Operands &o, const Linear &a, uint8_t *bytes, int64_t panels,
+               int64_t k_blocks) {
+        take_shapes(tile_inputs(k_blocks));
         const VI most = set_i(128);
         zeros_left_ = false;
         for (int64_t p = 0; p < panels; p++) {
@@ -133,7 +134,7 @@ class Tiles {
             store_i(zero_left_ + p * LANES, left);
             zeros_left_ |= _mm512_test_epi32_mask(left, left) != 0;
             uint8_t *w = bytes + p * o.w_stride;
-            for (int64_t i = 0; i < slabs * SLAB * LANES; i += ROW_BYTES)
+            for (int64_t i = 0; i < k_blocks * K_BLOCK * LANES; i += ROW_BYTES)
                 _mm512_store_si512(w + i, _mm512_sub_epi8(weights(w + i), in_bytes));
         }
     }
@@ -172,11 +173,12 @@ class Tiles {
     template <int P, int W>
     __attribute__((noinline)) void multiply_panels(const Operands &o, int64_t rows, int64_t panel) {
         const uint8_t *w = o.w + panel * o.w_stride;
-        const int64_t inputs = tile_inputs(o.slabs), stride = P * inputs, streams = P * rows;
+        const int64_t inputs = tile_inputs(o.k_blocks);
+        const int64_t stride = P * inputs, operands = P * rows;
         if (P > 1) {
             for (int plane = 0; plane < P; plane += 2) {
                 clear_sums<2, W>();
-                add_products<2, W>(o, o.x + plane * inputs, inputs, stride, streams, w);
+                add_products<2, W>(o, o.x + plane * inputs, inputs, stride, operands, w);
                 // While tiles multiply, and before their sums take the place of those.
                 if (plane == 0) finish<P>();
                 store_sums<2, W>(sums_ + plane * 2 * SUMS, 2 * SUMS, SUMS, LANES * 4);
@@ -185,12 +187,12 @@ class Tiles {
         } else if (o.scaled) {
             if (rows > ROWS) {
                 clear_sums<2, W>();
-                add_products<2, W>(o, o.x, ROWS * stride, stride, streams, w);
+                add_products<2, W>(o, o.x, ROWS * stride, stride, operands, w);
                 finish<P>();
                 store_sums<2, W>(sums_, 2 * SUMS, SUMS, LANES * 4);
             } else {
                 clear_sums<1, W>();
-                add_products<1, W>(o, o.x, 0, stride, streams, w);
+                add_products<1, W>(o, o.x, 0, stride, operands, w);
                 finish<P>();
                 store_sums<1, W>(sums_, 0, SUMS, LANES * 4);
             }
@@ -201,11 +203,11 @@ class Tiles {
             constexpr int64_t NEXT = ROWS * GROUP_LANES, OUT_STRIDE = GROUP_LANES * 4;
             if (rows > ROWS) {
                 load_sums<2, W>(out, NEXT, LANES, OUT_STRIDE);
-                add_products<2, W>(o, o.x, ROWS * stride, stride, streams, w);
+                add_products<2, W>(o, o.x, ROWS * stride, stride, operands, w);
                 store_sums<2, W>(out, NEXT, LANES, OUT_STRIDE);
             } else {
                 load_sums<1, W>(out, NEXT, LANES, OUT_STRIDE);
-                add_products<1, W>(o, o.x, 0, stride, streams, w);
+                add_products<1, W>(o, o.x, 0, stride, operands, w);
                 store_sums<1, W>(out, NEXT, LANES, OUT_STRIDE);
             }
         }

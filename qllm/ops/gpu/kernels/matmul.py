@@ -1,10 +1,11 @@
 """Products of few or many rows x (M, K) with a weight (N, K), in tiles (N, M).
 
 The weight is the first operand of each tile's product, so that its 64 or more rows fill the matrix
-units even where there is one row of x. K is cut into SLICES of whole blocks: with SPLIT each is a
-program's, and the last program to finish adds them up; without, one program takes them in turn.
-Either way a slice is summed block by block from zero, and slices are added in their order: M, which
-decides whether to split, changes no bit of a result.
+units even where there is one row of x. K is cut into SPLIT_K parts of whole blocks: with PARALLEL
+each is a program's (a CTA's), and the last program to finish adds them up; without, one program
+takes them in turn.
+Either way a part is summed block by block from zero, and parts are added in their order: M, which
+decides between the two, changes no bit of a result.
 """
 
 import triton
@@ -128,18 +129,18 @@ def _weight(
 
 
 @triton.jit
-def _total(total, partials, counters, SLICES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
-    """Keep a slice's sum of a tile; the program that comes last gets those of all, and True."""
+def _total(total, partials, counters, SPLIT_K: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """Keep a part's sum of a tile; the program that comes last gets those of all, and True."""
     tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     cells = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-    place = partials + tile.to(tl.int64) * (SLICES * BN * BM) + cells
+    place = partials + tile.to(tl.int64) * (SPLIT_K * BN * BM) + cells
     tl.store(place + tl.program_id(2) * (BN * BM), total)
     tl.debug_barrier()  # all threads have stored before one of them says so
-    last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SLICES - 1
+    last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT_K - 1
     if last:
         tl.store(counters + tile, 0)  # for the next launch
         total = tl.load(place, cache_modifier=".cg")
-        for s in tl.static_range(1, SLICES):
+        for s in tl.static_range(1, SPLIT_K):
             total += tl.load(place + s * (BN * BM), cache_modifier=".cg")
     return total, last
 
@@ -219,7 +220,7 @@ def packed_matmul(
     x, x_stride, q, scales, zeros, bias, y, partials, counters, rows, inputs, outputs, blocks,
     groups, BITS: tl.constexpr, SPAN: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
     HAS_ZEROS: tl.constexpr, UNPACKED: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, SLICES: tl.constexpr, SPLIT: tl.constexpr,
+    BN: tl.constexpr, SPLIT_K: tl.constexpr, PARALLEL: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T + bias, for W packed as in `qllm.ops.gpu.layout`.
 
@@ -245,13 +246,13 @@ def packed_matmul(
     x_rows = x + m.to(tl.int64)[:, None] * x_stride
     q_panel = q + panel.to(tl.int64) * blocks * (64 * BITS)
     stored = tl.minimum(n, panels * PANEL - 1).to(tl.int64) * blocks * BLOCK
-    per_slice = (blocks + SLICES - 1) // SLICES
-    first = tl.program_id(2) if SPLIT else 0
-    past = first + 1 if SPLIT else SLICES
+    per_split = (blocks + SPLIT_K - 1) // SPLIT_K
+    first = tl.program_id(2) if PARALLEL else 0
+    past = first + 1 if PARALLEL else SPLIT_K
     total = tl.zeros((BN, BM), tl.float32)
     for s in range(bound(first), bound(past)):
         sums = tl.zeros((BN, BM), tl.float32)
-        for block in range(bound(s * per_slice), bound(tl.minimum(blocks, (s + 1) * per_slice))):
+        for block in range(bound(s * per_split), bound(tl.minimum(blocks, (s + 1) * per_split))):
             for step in tl.static_range(BLOCK // BK):
                 if step * BK % SPAN == 0:
                     group = _group(block, step, groups, BK, SPAN, GROUP_BLOCKS)
@@ -271,10 +272,10 @@ def packed_matmul(
                 product = tl.dot(operand(weight), part, product, input_precision="ieee")
                 if (step + 1) * BK % SPAN == 0:
                     sums += product * scale[:, None]
-        total = total + sums if SLICES > 1 and not SPLIT else sums
+        total = total + sums if SPLIT_K > 1 and not PARALLEL else sums
     last = True
-    if SPLIT:
-        total, last = _total(total, partials, counters, SLICES, BN, BM)
+    if PARALLEL:
+        total, last = _total(total, partials, counters, SPLIT_K, BN, BM)
     if last:
         _store(total, bias, y, m, n, rows, outputs, HAS_BIAS, BM, BN)
 
@@ -283,7 +284,7 @@ def packed_matmul(
 def dense_matmul(
     x, x_stride, weight, bias, y, partials, counters, rows, inputs, outputs,
     BK: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SLICES: tl.constexpr, SPLIT: tl.constexpr,
+    SPLIT_K: tl.constexpr, PARALLEL: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T + bias, for W (N, K) of x's type."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -291,22 +292,22 @@ def dense_matmul(
     x_rows = x + m.to(tl.int64)[:, None] * x_stride
     w_rows = weight + n.to(tl.int64)[:, None] * inputs
     blocks = (inputs + BK - 1) // BK
-    per_slice = (blocks + SLICES - 1) // SLICES
-    first = tl.program_id(2) if SPLIT else 0
-    past = first + 1 if SPLIT else SLICES
+    per_split = (blocks + SPLIT_K - 1) // SPLIT_K
+    first = tl.program_id(2) if PARALLEL else 0
+    past = first + 1 if PARALLEL else SPLIT_K
     total = tl.zeros((BN, BM), tl.float32)
     for s in range(bound(first), bound(past)):
         sums = tl.zeros((BN, BM), tl.float32)
-        for block in range(bound(s * per_slice), bound(tl.minimum(blocks, (s + 1) * per_slice))):
+        for block in range(bound(s * per_split), bound(tl.minimum(blocks, (s + 1) * per_split))):
             k = block * BK + tl.arange(0, BK)
             within = (k < inputs)[None, :]
             part = tl.load(x_rows + k[None, :], mask=(m < rows)[:, None] & within, other=0.0)
             w = tl.load(w_rows + k[None, :], mask=(n < outputs)[:, None] & within, other=0.0)
             sums = tl.dot(operand(w), tl.trans(operand(part)), sums, input_precision="ieee")
-        total = total + sums if SLICES > 1 and not SPLIT else sums
+        total = total + sums if SPLIT_K > 1 and not PARALLEL else sums
     last = True
-    if SPLIT:
-        total, last = _total(total, partials, counters, SLICES, BN, BM)
+    if PARALLEL:
+        total, last = _total(total, partials, counters, SPLIT_K, BN, BM)
     if last:
         _store(total, bias, y, m, n, rows, outputs, HAS_BIAS, BM, BN)
 
@@ -315,7 +316,7 @@ def dense_matmul(
 def int8_matmul(
     x, x_scales, weight, scales, bias, y, partials, counters, rows, inputs, outputs,
     BK: tl.constexpr, PER_ROW: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, SLICES: tl.constexpr, SPLIT: tl.constexpr,
+    BN: tl.constexpr, SPLIT_K: tl.constexpr, PARALLEL: tl.constexpr,
 ):  # fmt: skip
     """y = (x W^T) · x_scales · scales + bias, for int8 x (M, K) and W (N, K), summed exactly.
 
@@ -327,10 +328,10 @@ def int8_matmul(
     x_rows = x + m.to(tl.int64)[:, None] * inputs
     w_rows = weight + n.to(tl.int64)[:, None] * inputs
     blocks = (inputs + BK - 1) // BK
-    per_slice = (blocks + SLICES - 1) // SLICES
-    first = tl.program_id(2) * per_slice if SPLIT else 0
+    per_split = (blocks + SPLIT_K - 1) // SPLIT_K
+    first = tl.program_id(2) * per_split if PARALLEL else 0
     total = tl.zeros((BN, BM), tl.int32)
-    end = tl.minimum(blocks, first + per_slice) if SPLIT else blocks
+    end = tl.minimum(blocks, first + per_split) if PARALLEL else blocks
     for block in range(bound(first), bound(end)):
         k = block * BK + tl.arange(0, BK)
         within = (k < inputs)[None, :]
@@ -338,8 +339,8 @@ def int8_matmul(
         w = tl.load(w_rows + k[None, :], mask=(n < outputs)[:, None] & within, other=0)
         total = tl.dot(w, tl.trans(part), total, out_dtype=tl.int32)
     last = True
-    if SPLIT:
-        total, last = _total(total, partials, counters, SLICES, BN, BM)
+    if PARALLEL:
+        total, last = _total(total, partials, counters, SPLIT_K, BN, BM)
     if last:
         by_row = tl.load(x_scales + m, mask=m < rows, other=0.0) if PER_ROW else tl.load(x_scales)
         scale = tl.load(scales + n, mask=n < outputs, other=0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-// Packed weights times few rows: weights become bytes in registers.
+// Packed weights times one or a few rows (GEMV): weights become bytes in registers.
 #pragma once
 
 #include "results.h"
@@ -6,13 +6,13 @@
 namespace qllm {
 namespace {
 
-#if FEW_STREAMS
-constexpr int64_t FEW_TILES = 6;  // from here on the way through the cache is as fast
+#if GEMV_OPERANDS
+constexpr int64_t GEMV_TILES = 6;  // from here on the way through the cache is as fast
 
 // Up to how many rows weights are unpacked in registers. In float32 they never are, which spares a
 // third of the functions.
-template <int P> constexpr int64_t FEW_TILE_ROWS = FEW_STREAMS / STREAMS<P>;
-template <int P> constexpr int64_t MOST_FEW = P <= 2 ? FEW_TILES * FEW_TILE_ROWS<P> : 0;
+template <int P> constexpr int64_t GEMV_TILE_ROWS = GEMV_OPERANDS / OPERAND_PLANES<P>;
+template <int P> constexpr int64_t GEMV_MAX_ROWS = P <= 2 ? GEMV_TILES * GEMV_TILE_ROWS<P> : 0;
 
 template <int BITS, int V, int T, int I = 0>
 INLINE inline void load_step(Weights (&w)[V], const uint8_t *q, int64_t stride) {
@@ -20,26 +20,26 @@ INLINE inline void load_step(Weights (&w)[V], const uint8_t *q, int64_t stride) 
     if constexpr (I + 1 < V) load_step<BITS, V, T, I + 1>(w, q, stride);
 }
 
-// Adds the steps of a slab, V vectors of panels, to each of the sums in turn.
+// Adds the steps of a K block, V vectors of panels, to each of the sums in turn.
 template <int BITS, int S, int V, int SETS, int T = 0>
-INLINE inline void add_slab(Sums<S, V> (&sums)[SETS], const uint8_t *q, int64_t stride,
+INLINE inline void add_k_block(Sums<S, V> (&sums)[SETS], const uint8_t *q, int64_t stride,
                             const int8_t *x) {
     Weights w[V];
     load_step<BITS, V, T>(w, q, stride);
-    sums[T % SETS].add(w, x + T * S * STREAM_BYTES * STEP);
+    sums[T % SETS].add(w, x + T * S * OPERAND_BYTES * STEP);
     if constexpr (WIDENS && (T + 1) % steps_to_widen(BITS) == 0) sums[0].widen();
-    if constexpr (T + 1 < STEPS) add_slab<BITS, S, V, SETS, T + 1>(sums, q, stride, x);
+    if constexpr (T + 1 < STEPS) add_k_block<BITS, S, V, SETS, T + 1>(sums, q, stride, x);
 }
 
-// One or N panels times the S streams of a tile, rows from `row` on or their two planes, each step
+// One or N panels times the S operands of a tile, rows from `row` on or their two planes, each step
 // unpacked in registers: where weights are used a few times, memory has to be read without a pause,
 // and the way through the cache costs more than it saves. It is slower in several places at once,
 // where it is slow: no more panels go together than the units need to be busy, for which one panel
 // has several sets of sums.
 template <int BITS, int S, int N>
-__attribute__((noinline)) void multiply_few(const Linear &a, const Activations &x, int64_t row,
+__attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64_t row,
                                             int64_t panel, int64_t panels, Grid &grid, float *out) {
-    const int64_t size = x.slabs * 64 * BITS;
+    const int64_t size = x.k_blocks * 64 * BITS;
     const int64_t stride = panels < N ? 0 : size;  // one in place of N: the same again, for nothing
     const uint8_t *q = a.q + panel * size, *end = q + size;
     int64_t group = -1;
@@ -55,72 +55,72 @@ __attribute__((noinline)) void multiply_few(const Linear &a, const Activations &
         point_at(o, x, b, row);
         Sums<S, V> sums[SETS];
         for (auto &set : sums) set.clear();
-        for (int64_t s = 0; s < o.slabs; s++, q += 64 * BITS) {
+        for (int64_t s = 0; s < o.k_blocks; s++, q += 64 * BITS) {
             if (row == 0) {  // for the tiles below, panels are in cache
                 // Behind the end of these panels come the next ones.
                 const uint8_t *ahead = q + AHEAD + (q + AHEAD < end ? 0 : (N - 1) * stride);
                 for (int n = 0; n < N; n++)
                     for (int v = 0; v < BITS; v++) __builtin_prefetch(ahead + n * stride + v * 64);
             }
-            add_slab<BITS>(sums, q, stride, o.x + s * (SLAB * S * STREAM_BYTES));
+            add_k_block<BITS>(sums, q, stride, o.x + s * (K_BLOCK * S * OPERAND_BYTES));
         }
         if constexpr (SETS > 1)
             for (int i = 1; i < SETS; i++) sums[0].join(sums[i]);
-        if constexpr (S % STREAMS<2> == 0 && !WIDENS)
+        if constexpr (S % OPERAND_PLANES<2> == 0 && !WIDENS)
             if (x.planes == 2) sums[0].template finish<2>(o, 0);
         if (x.planes == 1) sums[0].template finish<1>(o, 0);
     }
 }
 
 // What multiplies a tile of so many rows, and with how many panels at once.
-struct Few {
+struct Gemv {
     void (*multiply)(const Linear &, const Activations &, int64_t, int64_t, int64_t, Grid &,
                      float *);
     int64_t panels;
 };
 
-template <int S, int BITS = WIDENS ? SHORT_SUM_BITS : 8> Few few_of_bits(int64_t bits) {
+template <int S, int BITS = WIDENS ? SHORT_SUM_BITS : 8> Gemv gemv_of_bits(int64_t bits) {
     if constexpr (BITS > 1)
-        if (bits != BITS) return few_of_bits<S, BITS - 1>(bits);
+        if (bits != BITS) return gemv_of_bits<S, BITS - 1>(bits);
     constexpr int N = VECTORS == 1 && S > 2 ? 2 : 1;
-    return {multiply_few<BITS, S, N>, N};
+    return {gemv<BITS, S, N>, N};
 }
 
-template <int S = FEW_STREAMS> Few few_of(int64_t bits, int64_t streams) {
+template <int S = GEMV_OPERANDS> Gemv gemv_of(int64_t bits, int64_t operands) {
     if constexpr (S > 1)
-        if (streams < S) return few_of<S - 1>(bits, streams);
-    return few_of_bits<S>(bits);
+        if (operands < S) return gemv_of<S - 1>(bits, operands);
+    return gemv_of_bits<S>(bits);
 }
 
 // Panels up to `end` times all rows, a tile after the other while the panels are in cache.
 template <int P>
-void multiply_few_rows(const Linear &a, const Activations &x, int64_t first, int64_t panel,
+void gemv_rows(const Linear &a, const Activations &x, int64_t first, int64_t panel,
                        int64_t end, float *sums) {
-    const Few full = few_of(a.bits, x.tile_rows * STREAMS<P>);
-    const Few last = few_of(a.bits, ((x.rows - 1) % x.tile_rows + 1) * STREAMS<P>);
+    const Gemv full = gemv_of(a.bits, x.tile_rows * OPERAND_PLANES<P>);
+    const Gemv last = gemv_of(a.bits, ((x.rows - 1) % x.tile_rows + 1) * OPERAND_PLANES<P>);
     const int64_t together = x.rows < x.tile_rows ? last.panels : full.panels;
     Grid grid{};
     for (int64_t panels; panel < end; panel += panels) {
         panels = smaller(together, end - panel);
         for (int64_t row = 0; row < x.rows; row += x.tile_rows) {
             const int64_t rows = smaller(x.tile_rows, x.rows - row);
-            const Few &few = rows < x.tile_rows ? last : full;
-            for (int64_t n = 0; n < panels; n += few.panels) {
-                const int64_t some = smaller(few.panels, panels - n);
+            const Gemv &some_rows = rows < x.tile_rows ? last : full;
+            for (int64_t n = 0; n < panels; n += some_rows.panels) {
+                const int64_t some = smaller(some_rows.panels, panels - n);
                 for (int64_t i = 0; i < rows * GROUP_LANES; i += WIDTH) store_f(sums + i, set_f(0));
-                few.multiply(a, x, row, panel + n, some, grid, sums);
+                some_rows.multiply(a, x, row, panel + n, some, grid, sums);
                 finish<P>(a, x, first, row, rows, panel + n, some, sums, grid.scales);
             }
         }
         for (int64_t r = 0; r < x.rows; r++)
-            if (x.huge[r]) multiply_huge(a, first + r, panel, panels);
+            if (x.fallback[r]) multiply_fallback_row(a, first + r, panel, panels);
     }
 }
 #else
-template <int P> constexpr int64_t FEW_TILE_ROWS = 0;
-template <int P> constexpr int64_t MOST_FEW = 0;  // other paths do not unpack in registers
+template <int P> constexpr int64_t GEMV_TILE_ROWS = 0;
+template <int P> constexpr int64_t GEMV_MAX_ROWS = 0;  // other paths do not unpack in registers
 template <int P>
-void multiply_few_rows(const Linear &, const Activations &, int64_t, int64_t, int64_t, float *);
+void gemv_rows(const Linear &, const Activations &, int64_t, int64_t, int64_t, float *);
 #endif
 
 }  // namespace
