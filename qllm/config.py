@@ -333,6 +333,7 @@ class RopeConfig:
     Attributes:
         kind: "default", "linear" (Chen et al. 2023), "dynamic", "llama3", "yarn" (Peng et al.
             2023), "longrope" (Ding et al. 2024), or "proportional", where not all pairs are turned.
+        rotary_dim: how many channels of a head are turned, from its first one on; None: all.
         attention_factor: multiplies cosines and sines.
         original_max_positions: the length that a model was trained on before it was stretched.
         beta_fast, beta_slow, truncate: ends of YaRN's ramp in turns over that length, and whether
@@ -343,6 +344,7 @@ class RopeConfig:
 
     theta: float = 10000.0
     kind: str = "default"
+    rotary_dim: int | None = None
     factor: float | None = None
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
@@ -366,10 +368,13 @@ class ModelConfig:
         max_positions: the longest sequence; None where the position encoding sets no limit.
         trained_positions: the length that dynamic RoPE scaling starts from.
         position: "learned" (OPT), "alibi" (BLOOM) or "rope" (Llama).
+        position_offset: rows of the table of learned positions that no position uses.
         norm: "layernorm" or "rmsnorm".
+        qk_norm: each head's query and key have a norm of their own, in front of the positions.
         pre_norm: norms before attention and MLP (False: after, as in OPT-350m).
         residual_after_norm: the residual branches off behind the norm (a BLOOM option).
         gated_mlp: the MLP is `down(act(gate(x)) * up(x))`.
+        attention_bias, output_bias: of the matrices in front of attention and behind it.
         init_std: standard deviation of a fresh weight.
     """
 
@@ -388,14 +393,17 @@ class ModelConfig:
     norm_eps: float
     activation: str
     trained_positions: int = 0
+    position_offset: int = 0
     rope: RopeConfig | None = None
     norm_affine: bool = True
+    qk_norm: bool = False
     pre_norm: bool = True
     final_norm: bool = True
     embed_norm: bool = False
     residual_after_norm: bool = False
     gated_mlp: bool = False
     attention_bias: bool = True
+    output_bias: bool = True
     mlp_bias: bool = True
     tied_head: bool = True
     dtype: str | None = None

@@ -30,9 +30,37 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         for chat in ("", "-chat")
         for size in ("7b", "13b", "70b")
     },
+    "mistral": {
+        "7b": "mistralai/Mistral-7B-v0.3",
+        "12b": "mistralai/Mistral-Nemo-Base-2407",
+        "7b-instruct": "mistralai/Mistral-7B-Instruct-v0.3",
+        "12b-instruct": "mistralai/Mistral-Nemo-Instruct-2407",
+    },
+    "qwen2": {
+        f"{version}{size.lower()}{chat.lower()}": f"Qwen/Qwen{name}-{size}{chat}"
+        for version, name, numbers in (
+            ("", "2", ("0.5B", "1.5B", "7B", "72B")),
+            ("2.5-", "2.5", ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")),
+        )
+        for chat in ("", "-Instruct")
+        for size in numbers
+    },
+    "qwen3": {
+        **{f"{size}b": f"Qwen/Qwen3-{size}B" for size in ("0.6", "1.7", "4", "8", "14", "32")},
+        **{f"{size}b-base": f"Qwen/Qwen3-{size}B-Base" for size in ("0.6", "1.7", "4", "8", "14")},
+    },
+    "gpt2": {
+        size: f"openai-community/gpt2{name}"
+        for size, name in (
+            ("124m", ""),
+            ("355m", "-medium"),
+            ("774m", "-large"),
+            ("1.5b", "-xl"),
+        )
+    },
 }
 TINY = "tiny"
-OFFLINE_DEFAULT = "--model-size tiny runs offline"
+OFFLINE_DEFAULT = "--model-name opt --model-size tiny runs offline"
 
 # What a run needs besides weights; weights are safetensors where there are any.
 SMALL_FILES = ["*.json", "*.txt", "tokenizer.model"]
@@ -68,8 +96,9 @@ class ModelFolder:
 
 
 def sizes(family: str) -> list[str]:
-    """The sizes a family has, its smallest published one first, and the bundled one."""
-    return [*REPOSITORIES[family], TINY]
+    """The sizes a family has, its smallest published one first, and the bundled one, if any."""
+    bundled = (BUNDLED / f"{family}-{TINY}").is_dir()
+    return [*REPOSITORIES[family], *([TINY] if bundled else [])]
 
 
 def find(
@@ -101,7 +130,7 @@ def resolve(
     """The folder of a model, downloaded where it has to be.
 
     Args:
-        family: "opt", "bloom" or "llama".
+        family: a key of REPOSITORIES.
         size: one of `sizes(family)`; None is the smallest published one.
         path: a folder or a Hub repository, which takes the place of family and size.
         weights: False where config.json is enough.
@@ -124,10 +153,10 @@ def resolve(
         except UserError as error:
             raise UserError(f"{path} is no folder here; on the Hub, {error}") from None
     size = sizes(family)[0] if size is None else size
+    if size not in sizes(family):
+        raise UserError(f"{family} has no size {size!r}; choose from {', '.join(sizes(family))}")
     if size == TINY:
         return ModelFolder(BUNDLED / f"{family}-tiny", f"{family}-tiny")
-    if size not in REPOSITORIES[family]:
-        raise UserError(f"{family} has no size {size!r}; choose from {', '.join(sizes(family))}")
     return _download(REPOSITORIES[family][size], weights, note)
 
 

@@ -11,7 +11,7 @@ from qllm.layers import Linear
 from qllm.memory import check_fits
 from qllm.models import Decoder
 from qllm.models.layer import Embedding
-from qllm.models.positions import LEARNED_OFFSET, LearnedPositions
+from qllm.models.positions import LearnedPositions
 
 RANDOM_SOURCE = "random input"
 
@@ -62,7 +62,7 @@ class RandomPositions(LearnedPositions):
         self, config: ModelConfig, length: int, std: float, generator: torch.Generator
     ) -> None:
         super().__init__(config, torch.float32)
-        rows = length + LEARNED_OFFSET
+        rows = length + config.position_offset
         self.weight = torch.randn(rows, config.hidden_size, generator=generator) * std
 
 

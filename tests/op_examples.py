@@ -125,13 +125,38 @@ def embedding_example(request: Request, rows: int, dtype: torch.dtype):
     return arguments, exact.numpy(table[index + 2]), 0.0
 
 
-def norm_example(request: Request, rows: int, dtype: torch.dtype, *, centered: bool, affine: bool):
+def norm_example(
+    request: Request,
+    rows: int,
+    dtype: torch.dtype,
+    *,
+    centered: bool,
+    affine: bool,
+    offset: float = 0.0,
+):
     x = (normal(rows, request.in_features) * 3 + 1).to(dtype)
     weight, bias = normal(2, request.in_features).to(dtype) if affine else (None, None)
     arguments = {"x": x, "weight": weight, **({"bias": bias} if centered else {}), "eps": 1e-5}
+    if offset:
+        arguments["offset"], weight = offset, weight.double() + offset
     bias = bias if centered else None
     y, size = exact.norm(x, weight, bias, 1e-5, centered=centered)
     return arguments, y, size.max()
+
+
+def qk_norm_example(request: Request, rows: int, dtype: torch.dtype, *, offset: float):
+    dim, heads, kv_heads = request.in_features, 3, 2
+    qkv = (normal(rows, heads + 2 * kv_heads, dim) * 3 + 1).to(dtype)
+    weight = normal(2, dim).to(dtype)
+    want, sizes = exact.numpy(qkv).copy(), [0.0]
+    for part, each in ((slice(heads), weight[0]), (slice(heads, heads + kv_heads), weight[1])):
+        values = qkv[:, part].flatten(0, 1)
+        y, size = exact.norm(values, each.double() + offset, None, 1e-5, centered=False)
+        want[:, part] = y.reshape(qkv[:, part].shape)
+        sizes.append(size.max())
+    arguments = {"qkv": qkv.flatten(1), "weight": weight.flatten(), "heads": heads}
+    arguments |= {"kv_heads": kv_heads, "eps": 1e-5, "offset": offset}
+    return arguments, want.reshape(rows, -1), max(sizes)
 
 
 def norm_int8_example(
@@ -142,8 +167,10 @@ def norm_int8_example(
     centered: bool,
     affine: bool,
     scale: float | None,
+    offset: float = 0.0,
 ):
-    arguments, y, size = norm_example(request, rows, dtype, centered=centered, affine=affine)
+    options = {"centered": centered, "affine": affine, "offset": offset}
+    arguments, y, size = norm_example(request, rows, dtype, **options)
     arguments["input_scale"] = None if scale is None else torch.tensor(scale)
     return arguments, y if scale is None else y.clip(-128 * scale, 127 * scale), size
 
@@ -202,8 +229,10 @@ EXAMPLES = {
         partial(norm_example, centered=True, affine=affine) for affine in (True, False)
     ),
     "rms_norm": tuple(
-        partial(norm_example, centered=False, affine=affine) for affine in (True, False)
+        partial(norm_example, centered=False, affine=affine, offset=offset)
+        for affine, offset in ((True, 0.0), (False, 0.0), (True, 1.0))
     ),
+    "qk_norm": tuple(partial(qk_norm_example, offset=offset) for offset in (0.0, 1.0)),
     **{
         op: tuple(
             partial(norm_int8_example, centered=op == "layer_norm_int8", affine=affine, scale=scale)
@@ -211,6 +240,13 @@ EXAMPLES = {
         )
         for op in TO_INT8
     },
+    "rms_norm_int8": tuple(
+        partial(norm_int8_example, centered=False, affine=affine, scale=scale, offset=offset)
+        for affine, scale, offset in (
+            *((True, None, 0.0), (False, None, 0.0)),
+            *((True, 0.05, 0.0), (True, None, 1.0)),
+        )
+    ),
     "activation": tuple(
         partial(activation_example, name=name, gated=False) for name in exact.ACTIVATIONS
     ),

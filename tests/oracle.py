@@ -16,7 +16,6 @@ import transformers
 from conftest import tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qllm.checkpoint.load import load_model
 from qllm.config import QuantPlan
@@ -40,7 +39,7 @@ def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name or ".ln_f." in name:
+            if "norm" in name or ".ln_" in name:
                 parameter.copy_(noise * 0.3 + (1.0 if name.endswith("weight") else 0.0))
             else:
                 parameter.copy_(noise * (0.4 if parameter.dim() == 2 else 0.3))
@@ -87,8 +86,9 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Te
 
 def forget_length(model: PreTrainedModel) -> None:
     """Undo what dynamic RoPE remembers of the longest sequence it has seen."""
-    if model.config.model_type == "llama":
-        model.model.rotary_emb = LlamaRotaryEmbedding(model.config)
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "original_inv_freq"):
+            model.set_submodule(name, type(module)(model.config))
 
 
 @torch.no_grad()

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import torch
 from oracle import draw_prompts, random_model
-from transformers import BloomConfig, LlamaConfig, OPTConfig, PretrainedConfig
+from transformers import (
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 VOCAB = 90
 OPT = {"vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": 40}
@@ -53,6 +61,11 @@ MODELS: dict[str, PretrainedConfig] = {
         mlp_bias=True,
         hidden_act="relu",
         tie_word_embeddings=True,
+    ),
+    "qwen2": Qwen2Config(**LLAMA, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**LLAMA, num_key_value_heads=3, head_dim=10),
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB, n_embd=40, n_layer=2, n_head=5, n_inner=70, n_positions=40
     ),
 }
 

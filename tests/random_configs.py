@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from hypothesis import strategies as st
-from transformers import BloomConfig, LlamaConfig, OPTConfig
+from transformers import (
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from qllm.models.decoder import ACTIVATIONS, SAME_ACTIVATION
-from qllm.models.llama import ROPE_KINDS
+from qllm.models.rope import ROPE_KINDS
 
 LONGEST_PROMPT, MOST_NEW_TOKENS = 20, 8
 WINDOW = LONGEST_PROMPT + MOST_NEW_TOKENS
@@ -78,29 +87,75 @@ def rope_settings(draw, head_dim: int) -> tuple[dict, int]:
 
 
 @st.composite
-def llama_configs(draw) -> LlamaConfig:
+def llama_sizes(draw) -> dict:
+    """Settings that Llama has, and all that come from it."""
     kv_heads = draw(st.integers(1, 3))
     heads = kv_heads * draw(st.integers(1, 4))
     # Not hidden_size / heads, and 4 or more: dynamic scaling divides by head_dim - 2.
     head_dim = 2 * draw(st.integers(2, 8))
     rope, trained = draw(rope_settings(head_dim))
-    return LlamaConfig(
+    return {
+        "vocab_size": draw(vocab_sizes),
+        "hidden_size": heads * draw(st.integers(-(-6 // heads), 8)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "num_hidden_layers": draw(layer_counts),
+        "intermediate_size": draw(st.integers(1, 70)),
+        "max_position_embeddings": trained,
+        "rope_parameters": rope,
+        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-2])),
+        "hidden_act": draw(st.one_of(st.just("silu"), activations)),
+        "tie_word_embeddings": draw(flags),
+    }
+
+
+@st.composite
+def llama_configs(draw) -> LlamaConfig:
+    biases = {"attention_bias": draw(flags), "mlp_bias": draw(flags)}
+    return LlamaConfig(**draw(llama_sizes()), **biases)
+
+
+@st.composite
+def mistral_configs(draw) -> MistralConfig:
+    return MistralConfig(**draw(llama_sizes()), sliding_window=None)
+
+
+@st.composite
+def qwen2_configs(draw) -> Qwen2Config:
+    return Qwen2Config(**draw(llama_sizes()))
+
+
+@st.composite
+def qwen3_configs(draw) -> Qwen3Config:
+    return Qwen3Config(**draw(llama_sizes()), attention_bias=draw(flags))
+
+
+@st.composite
+def gpt2_configs(draw) -> GPT2Config:
+    heads = draw(st.integers(1, 6))
+    return GPT2Config(
         vocab_size=draw(vocab_sizes),
-        hidden_size=heads * draw(st.integers(-(-6 // heads), 8)),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        num_hidden_layers=draw(layer_counts),
-        intermediate_size=draw(st.integers(1, 70)),
-        max_position_embeddings=trained,
-        rope_parameters=rope,
-        rms_norm_eps=draw(st.sampled_from([1e-6, 1e-2])),
-        hidden_act=draw(st.one_of(st.just("silu"), activations)),
-        attention_bias=draw(flags),
-        mlp_bias=draw(flags),
+        n_embd=heads * draw(st.integers(-(-6 // heads), 12)),
+        n_head=heads,
+        n_layer=draw(layer_counts),
+        n_inner=draw(st.one_of(st.none(), st.integers(1, 70))),
+        n_positions=draw(st.integers(WINDOW, 50)),
+        activation_function=draw(activations),
+        layer_norm_epsilon=draw(st.sampled_from([1e-5, 1e-2])),
         tie_word_embeddings=draw(flags),
     )
 
 
+# Of every family, and how many are drawn: a family that comes from another adds little.
+CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
+    "opt": (opt_configs(), 25),
+    "bloom": (bloom_configs(), 25),
+    "llama": (llama_configs(), 30),
+    "mistral": (mistral_configs(), 10),
+    "qwen2": (qwen2_configs(), 8),
+    "qwen3": (qwen3_configs(), 10),
+    "gpt2": (gpt2_configs(), 12),
+}
 batches = st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=5)
 seeds = st.integers(0, 2**20)

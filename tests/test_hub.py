@@ -24,6 +24,7 @@ from qllm import hub
 from qllm.checkpoint.load import load_model
 from qllm.config import QuantPlan
 from qllm.errors import UserError
+from qllm.models import FAMILIES as FAMILY_TABLE
 from tools.random_checkpoint import COMMIT, bloom_config, lay_out, llama_config, opt_config
 
 RESOLVE = """
@@ -63,6 +64,12 @@ def test_the_sizes_that_there_are():
     assert " ".join(hub.sizes("llama")) == "7b 13b 70b 7b-chat 13b-chat 70b-chat tiny"
     assert hub.REPOSITORIES["bloom"]["176b"] == "bigscience/bloom"
     assert hub.REPOSITORIES["llama"]["7b-chat"] == "meta-llama/Llama-2-7b-chat-hf"
+    assert hub.REPOSITORIES["qwen2"]["2.5-0.5b-instruct"] == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert hub.REPOSITORIES.keys() == FAMILY_TABLE.keys()
+    page = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
+    for family in FAMILY_TABLE:
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{family}` |"))
+        assert row.endswith(f"| {' '.join(hub.sizes(family))} |")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,7 +113,9 @@ def test_the_smallest_published_size_is_the_default(tmp_path):
     ):
         (line,) = resolve(tmp_path, family)
         assert line.startswith(f"error: {name} is not in the cache ({tmp_path}/hub)")
-        assert line.endswith("(HF_HUB_OFFLINE is set); --model-size tiny runs offline")
+        assert line.endswith(
+            "(HF_HUB_OFFLINE is set); --model-name opt --model-size tiny runs offline"
+        )
 
 
 def test_a_cached_model_is_found_offline(tmp_path):
@@ -256,7 +265,7 @@ def test_what_the_hub_refuses(refusal, words, serving, tmp_path):
     (line,) = resolve(tmp_path, online=serving.address)
     assert line.startswith("error: facebook/opt-125m ")
     assert words in line
-    assert line.endswith("; --model-size tiny runs offline")
+    assert line.endswith("; --model-name opt --model-size tiny runs offline")
     # One that was downloaded before is used, with a note.
     snapshot = lay_out(tmp_path, "facebook/opt-125m", SMALL)
     note, line = resolve(tmp_path, online=serving.address)
@@ -275,7 +284,7 @@ def test_without_a_network_the_error_comes_soon(kind, silent_hub, tmp_path):
     (line,) = resolve(tmp_path, online=address)
     assert line.startswith("error: facebook/opt-125m is not in the cache")
     assert "cannot be downloaded now (" in line
-    assert line.endswith("; --model-size tiny runs offline")
+    assert line.endswith("; --model-name opt --model-size tiny runs offline")
     snapshot = lay_out(tmp_path, "facebook/opt-125m", SMALL)
     note, line = resolve(tmp_path, online=address)
     assert note.startswith("note: ")

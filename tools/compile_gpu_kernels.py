@@ -114,7 +114,7 @@ def others() -> Iterator[Job]:
 def build(job: Job, capability: int) -> dict[str, object]:
     """Compile a kernel, and say what came of it."""
     names = job.kernel.arg_names
-    numbers = {"scale": "fp32", "eps": "fp32"}
+    numbers = {"scale": "fp32", "eps": "fp32", "offset": "fp32"}
     types = {
         name: "constexpr" if name in job.constants else {**numbers, **job.tensors}.get(name, "i32")
         for name in names

@@ -227,7 +227,7 @@ class Weights:
         if module.endswith(".attention.qkv"):
             heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
             return [count * self.config.head_dim for count in heads]
-        return [self.config.intermediate_size] * 2
+        return [self.shapes[f"{module}.weight"][0] // parts] * parts
 
     def _check(self) -> None:
         tensors = self.checkpoint.tensors
@@ -245,9 +245,10 @@ class Weights:
             if name.endswith(".weight") and module in self.stored:
                 expected |= self._check_quantized(module)
                 continue
+            turn = -1 if self._is_transposed(name) else 1
             for part, count in zip(parts, rows, strict=True):
                 expected.add(part)
-                self._check_shape(part, (count, *shape[1:]))
+                self._check_shape(part, (count, *shape[1:])[::turn])
         tied = {"lm_head.weight"} if self.config.tied_head else set()
         self.dropped = self._check_unused(name for name in tensors if name not in expected | tied)
 
@@ -430,6 +431,12 @@ class Weights:
             order, span = self._interleaved_rows(total, runs)
             return self.checkpoint.read(parts[0], rows=span, columns=columns)[order]
         pieces = self._runs_of_parts(name, runs)
+        if self._is_transposed(name):
+            tensors = [
+                self.checkpoint.read(part, rows=columns, columns=None if rows is None else inside)
+                for part, _, inside in pieces
+            ]
+            return torch.cat(tensors, dim=1).t().contiguous()
         mapped = mapped and len(pieces) == 1
         read = partial(self.checkpoint.read, mapped=mapped, columns=columns)
         tensors = [
@@ -437,6 +444,10 @@ class Weights:
             for part, count, inside in pieces
         ]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    def _is_transposed(self, name: str) -> bool:
+        """Whether the checkpoint has one of our tensors as (inputs, outputs)."""
+        return not self.converted and self.family.is_transposed(name)
 
     def _is_interleaved(self, name: str) -> bool:
         """Whether the checkpoint has the rows of one of our tensors in BLOOM's order."""

@@ -41,18 +41,18 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
     group.add_argument(
         "--model-name", choices=list(hub.REPOSITORIES), default="opt", help="family (%(default)s)"
     )
-    listed = "; ".join(f"{family}: {' '.join(hub.sizes(family))}" for family in hub.REPOSITORIES)
     group.add_argument(
         "--model-size",
         metavar="SIZE",
-        help=f"published size, or the bundled 'tiny' (the smallest published one; {listed})",
+        help="published size, or the bundled 'tiny' of opt, bloom and llama (the smallest "
+        "published one; an unknown one lists them)",
     )
     group.add_argument(
         "--model-path",
         "--model",
         metavar="DIR_OR_REPO",
         nargs="+" if several else None,
-        help="any OPT, BLOOM or Llama checkpoint instead: a folder or a Hub repository"
+        help="any checkpoint of one of these families instead: a folder or a Hub repository"
         + (" (several: a row of the table each)" if several else ""),
     )
 

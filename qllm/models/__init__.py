@@ -7,10 +7,16 @@ from qllm.errors import UserError
 from qllm.models.bloom import BLOOM
 from qllm.models.decoder import Decoder
 from qllm.models.family import Family, RawConfig
+from qllm.models.gpt2 import GPT2
 from qllm.models.llama import LLAMA
+from qllm.models.mistral import MISTRAL
 from qllm.models.opt import OPT
+from qllm.models.qwen2 import QWEN2
+from qllm.models.qwen3 import QWEN3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (OPT, BLOOM, LLAMA)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GPT2)
+}
 
 
 def family_of(raw: RawConfig) -> Family:

@@ -71,6 +71,10 @@ class RawConfig:
             raise self.error(name, value, "a token id or a list of them")
         return tuple(ids)
 
+    def with_defaults(self, defaults: Mapping[str, object]) -> RawConfig:
+        """The same with what a family has where there is no such value."""
+        return RawConfig({**defaults, **self.values}, self.where)
+
     def error(self, name: str, value: object, expected: str) -> UserError:
         """The error for a value that cannot be."""
         if value is None:
@@ -95,6 +99,7 @@ class Family:
         layer: the prefix of a layer's tensors, with {} for its index.
         inner: our module inside a layer, to the names of the parts it is fused from, in order.
         interleaved_qkv: the QKV matrix has its rows as (head, q/k/v, channel), BLOOM's order.
+        transposed: matrices of the layers lie in the file as (inputs, outputs).
         ignored: ends of names of tensors that hold no weights.
         read_config: the ModelConfig of a config.json.
     """
@@ -106,6 +111,7 @@ class Family:
     inner: Mapping[str, tuple[str, ...]]
     read_config: Callable[[RawConfig], ModelConfig]
     interleaved_qkv: bool = False
+    transposed: bool = False
     ignored: tuple[str, ...] = ()
     linears: tuple[str, ...] = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
 
@@ -115,6 +121,11 @@ class Family:
             return (self.outer[module],)
         _, index, inner = module.split(".", 2)
         return tuple(self.layer.format(index) + part for part in self.inner[inner])
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether a checkpoint has one of our tensors as (inputs, outputs)."""
+        module, _, kind = name.rpartition(".")
+        return self.transposed and kind == "weight" and module.endswith(self.linears)
 
     def layer_linears(self, num_layers: int) -> dict[str, tuple[str, ...]]:
         """Our name of every linear in the layers, to the full names of its parts."""
@@ -126,3 +137,9 @@ def check_heads(raw: RawConfig, hidden: int, heads: int) -> None:
     """Refuse a hidden size that the heads cannot share out."""
     if hidden % heads:
         raise UserError(f"{raw.where}: {heads} heads cannot share a hidden size of {hidden}")
+
+
+def check_groups(raw: RawConfig, heads: int, kv_heads: int) -> None:
+    """Refuse key-value heads that the heads cannot share out."""
+    if heads % kv_heads:
+        raise UserError(f"{raw.where}: {heads} heads cannot share {kv_heads} key-value heads")

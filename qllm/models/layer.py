@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -99,18 +99,50 @@ NORMS: dict[str, type[Norm]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 class Attention(nn.Module):
     """Grouped-query attention with one fused QKV matrix, rows [q heads; k heads; v heads]."""
 
-    def __init__(self, config: ModelConfig, index: int, make: MakeLinear) -> None:
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
         super().__init__()
         self.index = index
         self.heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         width = config.num_heads * config.head_dim
         rows = sum(self.heads) * config.head_dim
-        name, bias = f"layers.{index}.attention", config.attention_bias
-        self.qkv = make(f"{name}.qkv", config.hidden_size, rows, bias)
-        self.out = make(f"{name}.out", width, config.hidden_size, bias)
+        name = f"layers.{index}.attention"
+        self.qkv = make(f"{name}.qkv", config.hidden_size, rows, config.attention_bias)
+        self.out = make(f"{name}.out", width, config.hidden_size, config.output_bias)
+
+    def project(self, x: Tensor) -> Tensor:
+        """The queries, keys and values that attention takes: (N, heads D)."""
+        return self.qkv(x)
 
     def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        return self.out(step.attend(self.index, self.qkv(x), self.heads))
+        return self.out(step.attend(self.index, self.project(x), self.heads))
+
+
+class QKNorm(nn.Module):
+    """Weights of the norms that each head's query and key have: (2 D,), of queries, of keys."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        weight = torch.empty(2 * config.head_dim, dtype=dtype, device="meta")
+        self.register_buffer("weight", weight)
+
+    def forward(self, qkv: Tensor, heads: Sequence[int]) -> Tensor:
+        return ops.on(qkv.device.type).qk_norm(qkv, self.weight, *heads[:2], self.eps)
+
+
+class NormedAttention(Attention):
+    """Attention whose queries and keys are normed, head by head, before they are turned."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        self.qk_norm = QKNorm(config, dtype)
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.qk_norm(self.qkv(x), self.heads)
 
 
 class MLP(nn.Module):
@@ -163,7 +195,8 @@ class PreNormLayer(nn.Module):
         super().__init__()
         norm = NORMS[config.norm]
         self.attention_norm = norm(config, dtype)
-        self.attention = Attention(config, index, make)
+        attention = NormedAttention if config.qk_norm else Attention
+        self.attention = attention(config, index, dtype, make)
         self.mlp_norm = norm(config, dtype)
         self.mlp = (GatedMLP if config.gated_mlp else MLP)(config, index, make)
 

@@ -14,9 +14,6 @@ from torch import Tensor, nn
 from qllm import ops
 from qllm.config import ModelConfig
 
-# OPT's table of positions starts with two rows that no position uses.
-LEARNED_OFFSET = 2
-
 
 class PositionEncoding(nn.Module):
     """What all share: nothing is added, turned or sloped.
@@ -45,17 +42,21 @@ class PositionEncoding(nn.Module):
 
 
 class LearnedPositions(PositionEncoding):
-    """OPT: a learned vector per position is added to the embedding. Buffer: weight (P + 2, C)."""
+    """OPT, GPT-2: a learned vector per position is added to the embedding.
+
+    Buffer: weight (offset + P, C).
+    """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        rows = config.max_positions + LEARNED_OFFSET
+        self.offset = config.position_offset
+        rows = config.max_positions + self.offset
         weight = torch.empty(rows, config.hidden_size, dtype=dtype, device="meta")
         self.register_buffer("weight", weight)
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         kernels = ops.on(x.device.type)
-        return kernels.add(x, kernels.embedding(positions, self.weight, LEARNED_OFFSET))
+        return kernels.add(x, kernels.embedding(positions, self.weight, self.offset))
 
 
 def alibi_slopes(heads: int) -> Tensor:
@@ -84,13 +85,14 @@ class RotaryPositions(PositionEncoding):
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
+        self.rotary_dim = config.rope.rotary_dim or config.head_dim
 
     def frequencies(self, longest: int) -> Tensor:
-        """Radians per position of each pair, float32 (D / 2,).
+        """Radians per position of each pair that is turned, float32: (D / 2,), or fewer.
 
         "dynamic" (NTK-aware) and "longrope" depend on the length of the sequence so far.
         """
-        rope, dim = self.config.rope, self.config.head_dim
+        rope, dim = self.config.rope, self.rotary_dim
         theta = rope.theta
         if rope.kind == "dynamic":
             trained = self.config.trained_positions
@@ -122,7 +124,7 @@ class RotaryPositions(PositionEncoding):
 
     def _yarn_ramp(self) -> Tensor:
         """YaRN's ramp over the pairs, from 0 for the fastest to 1 for the slowest: (D / 2,)."""
-        rope, dim = self.config.rope, self.config.head_dim
+        rope, dim = self.config.rope, self.rotary_dim
 
         def pair(turns: float) -> float:
             """Which pair turns so often over the length that the model was trained on."""

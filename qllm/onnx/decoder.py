@@ -20,7 +20,7 @@ from qllm.checkpoint.weights import Weights
 from qllm.config import LM_HEAD
 from qllm.errors import UserError
 from qllm.models.decoder import SAME_ACTIVATION
-from qllm.models.positions import LEARNED_OFFSET, RotaryPositions, alibi_slopes
+from qllm.models.positions import RotaryPositions, alibi_slopes
 from qllm.onnx.graph import TYPES, Graph
 from qllm.onnx.nbits import NBits, block_size
 
@@ -146,11 +146,16 @@ class DecoderGraph:
                 scale = g.constant(np.ones(config.hidden_size), self.numpy)
             bias = [self._weight(f"{name}.bias")] if affine else []
             return g.op("LayerNormalization", x, scale, *bias, epsilon=config.norm_eps)
+        return g.op("Mul", self._root_mean_square(x), scale)
+
+    def _root_mean_square(self, x: str) -> str:
+        """Each row of x to a root mean square of 1."""
+        g, config = self.graph, self.config
         wide = self._cast(x, torch.float32)
         mean = g.op("Pow", wide, g.constant(2, np.float32))
         mean = g.op("ReduceMean", mean, g.constant([-1]), keepdims=1)
         root = g.op("Sqrt", g.op("Add", mean, g.constant(config.norm_eps, np.float32)))
-        return g.op("Mul", self._cast(g.op("Div", wide, root), self.dtype), scale)
+        return self._cast(g.op("Div", wide, root), self.dtype)
 
     def _cast(self, x: str, dtype: torch.dtype) -> str:
         """x, computed in the model's type or in float32, in another."""
@@ -180,7 +185,7 @@ class DecoderGraph:
             added = self._alibi(places, new)
         if config.position == "learned":
             index = g.op("Reshape", new, g.constant([-1]))
-            index = g.op("Add", index, g.constant(LEARNED_OFFSET))
+            index = g.op("Add", index, g.constant(config.position_offset))
             x = g.op("Add", x, g.op("Gather", self._weight("positions.weight"), index))
         # Not -inf: where a row is all pads its softmax would be NaN.
         self.mask = g.op("Where", mask, added, g.constant(np.finfo(self.numpy).min, self.numpy))
@@ -273,6 +278,8 @@ class DecoderGraph:
         qkv = self._linear(x, f"{name}.qkv")
         shape = g.op("Concat", self.shape, g.constant([heads + 2 * kv_heads, dim]), axis=0)
         qkv = g.op("Transpose", g.op("Reshape", qkv, shape), perm=[0, 2, 1, 3])
+        if config.qk_norm:
+            qkv = self._norm_heads(qkv, f"{name}.qk_norm")
         if config.position == "rope":  # queries and keys are turned at once
             parts = g.constant([heads + kv_heads, kv_heads])
             qk, v = g.ops("Split", qkv, parts, outputs=["", ""], axis=1)
@@ -303,6 +310,16 @@ class DecoderGraph:
         x = g.op("Transpose", x, perm=[0, 2, 1, 3])
         x = g.op("Reshape", x, g.constant([-1, heads * dim]))
         return self._linear(x, f"{name}.out")
+
+    def _norm_heads(self, qkv: str, name: str) -> str:
+        """Norms of queries and keys among the heads of qkv (B, heads, T, D), each by itself."""
+        g, config = self.graph, self.config
+        parts = g.constant([config.num_heads + config.num_kv_heads, config.num_kv_heads])
+        qk, v = g.ops("Split", qkv, parts, outputs=["", ""], axis=1)
+        counts = torch.tensor([config.num_heads, config.num_kv_heads])
+        weight = self._read(f"{name}.weight").view(2, 1, -1).repeat_interleave(counts, dim=0)
+        scale = g.weight(f"{name}.weight", weight)
+        return g.op("Concat", g.op("Mul", self._root_mean_square(qk), scale), v, axis=1)
 
     def _grouped(self, q: str, dim: int) -> str:
         return self._reshaped(q, self.graph.constant([0, self.config.num_kv_heads, -1, dim]))

@@ -360,8 +360,13 @@ class _Run:
         """Append a module's tensors, in the type that the checkpoint has them in."""
         for part, rows in self.weights.rows_of_parts(module).items() if tensors else ():
             for key, tensor in tensors.items():
-                dtype = self.weights.dtype(f"{module}.{key}")
-                self.writer.write(f"{part}.{key}", tensor[rows].to(dtype))
+                name = f"{module}.{key}"
+                values = tensor[rows].to(self.weights.dtype(name))
+                self.writer.write(f"{part}.{key}", self._turned(name, values))
+
+    def _turned(self, name: str, tensor: Tensor) -> Tensor:
+        """One of our tensors as Hugging Face's layout has it."""
+        return tensor.t().contiguous() if self.weights.family.is_transposed(name) else tensor
 
     def _write_linear(self, module: str, linear: Linear) -> None:
         """Append a quantized linear's parts in the format of the checkpoint."""
@@ -371,7 +376,7 @@ class _Run:
                 dtype = self.weights.dtype(
                     "embed.weight" if module == LM_HEAD else f"{module}.weight"
                 )
-                tensors = {"weight": whole[rows].to(dtype)}
+                tensors = {"weight": self._turned(f"{module}.weight", whole[rows].to(dtype))}
             else:
                 tensors = self._pack(linear, part, rows)
             if linear.bias is not None:

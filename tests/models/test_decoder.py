@@ -24,14 +24,7 @@ from oracle import (
     save,
     spread,
 )
-from random_configs import (
-    MOST_NEW_TOKENS,
-    batches,
-    bloom_configs,
-    llama_configs,
-    opt_configs,
-    seeds,
-)
+from random_configs import CONFIGS, MOST_NEW_TOKENS, batches, seeds
 from torch import Tensor, nn
 from transformers import BloomConfig, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
 
@@ -54,22 +47,16 @@ def check_random_model(config: PretrainedConfig, lengths: list[int], seed: int) 
     assert_same_model(ours, theirs, prompts, MOST_NEW_TOKENS)
 
 
-@given(opt_configs(), batches, seeds)
-@examples(25)
-def test_random_opt(config, lengths, seed):
-    check_random_model(config, lengths, seed)
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_random_models(family):
+    configs, count = CONFIGS[family]
 
+    @examples(count)
+    @given(configs, batches, seeds)
+    def check(config, lengths, seed):
+        check_random_model(config, lengths, seed)
 
-@given(bloom_configs(), batches, seeds)
-@examples(25)
-def test_random_bloom(config, lengths, seed):
-    check_random_model(config, lengths, seed)
-
-
-@given(llama_configs(), batches, seeds)
-@examples(30)
-def test_random_llama(config, lengths, seed):
-    check_random_model(config, lengths, seed)
+    check()
 
 
 # What is particular about released models, in small.

@@ -25,6 +25,9 @@ DIVIDED = {
     "llama": LINEARS,
     "llama with all heads": LINEARS,
     "llama with one key-value head": LINEARS,
+    "qwen2": LINEARS,
+    "qwen3": LINEARS,
+    "gpt2": (QKV, OUT, UP),
 }
 PROMPTS = draw_prompts([7, 1, 12], VOCAB)
 

@@ -22,18 +22,12 @@ from oracle import (
     random_model,
     spread,
 )
-from random_configs import (
-    MOST_NEW_TOKENS,
-    batches,
-    bloom_configs,
-    llama_configs,
-    opt_configs,
-    seeds,
-)
+from random_configs import CONFIGS, MOST_NEW_TOKENS, batches, seeds
 
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.generate import GenerationConfig, generate
+from qllm.models import FAMILIES as MODEL_FAMILIES
 from qllm.onnx.export import ExportOptions, export
 from qllm.onnx.graph import DATA, MODEL
 from qllm.onnx.runner import OnnxDecoder
@@ -64,22 +58,16 @@ def check_random_model(config, lengths: list[int], seed: int) -> None:
     assert_same_model(ours, theirs, prompts, MOST_NEW_TOKENS)
 
 
-@given(opt_configs(), batches, seeds)
-@examples(15)
-def test_random_opt(config, lengths, seed):
-    check_random_model(config, lengths, seed)
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_random_models(family):
+    configs, count = CONFIGS[family]
 
+    @examples(max(4, count // 2))
+    @given(configs, batches, seeds)
+    def check(config, lengths, seed):
+        check_random_model(config, lengths, seed)
 
-@given(bloom_configs(), batches, seeds)
-@examples(15)
-def test_random_bloom(config, lengths, seed):
-    check_random_model(config, lengths, seed)
-
-
-@given(llama_configs(), batches, seeds)
-@examples(20)
-def test_random_llama(config, lengths, seed):
-    check_random_model(config, lengths, seed)
+    check()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -180,7 +180,7 @@ def config(**changes):
 @pytest.mark.parametrize("bits", ["4", "8:tc-li", "16"])
 def test_attention(bits, world, kv_heads):
     spec = QuantSpec.parse(bits)
-    attention = Attention(config(num_kv_heads=kv_heads), 0, make_of(spec))
+    attention = Attention(config(num_kv_heads=kv_heads), 0, torch.float32, make_of(spec))
     x = normal(7, 128, seed=5)
     step = Prefill([3, 4], None, Plain(), x)
     whole = attention(x, step)

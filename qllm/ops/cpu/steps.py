@@ -10,9 +10,12 @@ from qllm.ops.cpu.library import TYPES, like, pointer, structure
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # as in kernels.h
 
-# As in kernels.h; eps is a double.
+# As in kernels.h; eps and offset are doubles.
 Activate = structure("Activate", "rows channels kind gated type *x *y")
-Norm = structure("Norm", "rows channels centered type =eps *x *weight *bias *y")
+Norm = structure(
+    "Norm",
+    "rows channels centered type =eps =offset run first second *x *weight *bias *y",
+)
 Add = structure("Add", "count type *x *z *y")
 Embed = structure("Embed", "rows table_rows bytes offset *index *table *y")
 Attend = structure(
@@ -43,19 +46,36 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return _norm(x, weight, bias, eps, centered=True)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
     """`reference.rms_norm`."""
-    return _norm(x, weight, None, eps, centered=False)
+    return _norm(x, weight, None, eps, offset, centered=False)
+
+
+def qk_norm(
+    qkv: Tensor, weight: Tensor, heads: int, kv_heads: int, eps: float, offset: float = 0.0
+) -> Tensor:
+    """`reference.qk_norm`."""
+    every = heads + 2 * kv_heads
+    rows = qkv.reshape(len(qkv) * every, -1)
+    runs = (every, heads, kv_heads)
+    return _norm(rows, weight, None, eps, offset, centered=False, runs=runs).view(qkv.shape)
 
 
 def _norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, centered: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    *,
+    centered: bool,
+    runs: tuple[int, int, int] = (0, 0, 0),
 ) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     tensors = (x, like(x, weight), like(x, bias), y)
-    arguments = Norm(*x.shape, centered, TYPES[x.dtype], eps, *map(pointer, tensors))
-    library.run("qllm_norm", arguments, *tensors)
+    shape = (*x.shape, centered, TYPES[x.dtype], eps, offset, *runs)
+    library.run("qllm_norm", Norm(*shape, *map(pointer, tensors)), *tensors)
     return y
 
 

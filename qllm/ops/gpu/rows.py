@@ -31,10 +31,14 @@ def layer_norm_int8(
 
 
 def rms_norm_int8(
-    x: Tensor, weight: Tensor | None, eps: float, input_scale: Tensor | None
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    input_scale: Tensor | None,
+    offset: float = 0.0,
 ) -> Int8Rows:
     """`reference.rms_norm_int8`."""
-    return _run(x, None, RMS_NORM, weight, None, eps, (input_scale,))[1]
+    return _run(x, None, RMS_NORM, weight, None, eps, (input_scale,), offset)[1]
 
 
 def add_layer_norm(
@@ -44,9 +48,11 @@ def add_layer_norm(
     return _run(x, z, LAYER_NORM, weight, bias, eps, None)
 
 
-def add_rms_norm(x: Tensor, z: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, z: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """x + z, and `reference.rms_norm` of it."""
-    return _run(x, z, RMS_NORM, weight, None, eps, None)
+    return _run(x, z, RMS_NORM, weight, None, eps, None, offset)
 
 
 def add_layer_norm_int8(
@@ -58,10 +64,11 @@ def add_layer_norm_int8(
 
 
 def add_rms_norm_int8(
-    x: Tensor, z: Tensor, weight: Tensor | None, eps: float, input_scale: Tensor | None
-) -> tuple[Tensor, Int8Rows]:
+    x: Tensor, z: Tensor, weight: Tensor | None, eps: float, input_scale: Tensor | None,
+    offset: float = 0.0,
+) -> tuple[Tensor, Int8Rows]:  # fmt: skip
     """x + z, and `reference.rms_norm_int8` of it."""
-    return _run(x, z, RMS_NORM, weight, None, eps, (input_scale,))
+    return _run(x, z, RMS_NORM, weight, None, eps, (input_scale,), offset)
 
 
 # What adds to the rows in front of a norm, by the op of the norm.
@@ -81,10 +88,12 @@ def _run(
     bias: Tensor | None,
     eps: float,
     quantized: tuple[Tensor | None] | None,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor | Int8Rows]:
     """x + z, or x, and what follows.
 
     Args:
+        offset: is added to the weight.
         quantized: to int8, by a scale or (None) one for each row; None: not at all.
     """
     from qllm.ops.gpu.kernels.rows import norm_rows
@@ -113,6 +122,7 @@ def _run(
                 scales,
                 columns,
                 eps,
+                offset,
                 WIDTH=width,
                 ADD=z is not None,
                 NORM=norm,

@@ -76,8 +76,11 @@ struct Activate {  // y (rows, channels) = f(x), or f(x) z where x is [x; z] (ro
 
 struct Norm {  // of each row of x (rows, channels); `centered`: less its mean
     int64_t rows, channels, centered, type;
-    double eps;
-    const void *x, *weight, *bias;  // weight and bias (channels,) or null
+    double eps, offset;             // offset is added to the weight
+    // Rows come in runs of `run`, of which the first `first` take the weight's first row, the next
+    // `second` its second one, and the rest stay as they are; 0: all take the one row there is.
+    int64_t run, first, second;
+    const void *x, *weight, *bias;  // weight and bias (channels,) or null; weight (2, channels)
     void *y;
 };
 

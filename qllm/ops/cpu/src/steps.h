@@ -78,6 +78,15 @@ template <typename Part> VF sum_in_pairs(int64_t start, int64_t end, const Part 
 
 template <int64_t TYPE> void norm_row(const Norm &a, int64_t row) {
     const int64_t first = row * a.channels;
+    const int64_t place = a.run ? row % a.run : 0;
+    const int64_t weight = a.run && place >= a.first ? a.channels : 0;
+    if (a.run && place >= a.first + a.second) {
+        for (int64_t i = 0; i < a.channels; i += WIDTH) {
+            int64_t count = a.channels - i;
+            store<TYPE>(a.y, first + i, count, load<TYPE>(a.x, first + i, count));
+        }
+        return;
+    }
     auto sum = [&](int64_t start, int64_t end) {
         VF total = set_f(0);
         for (int64_t i = start; i < end; i += WIDTH)
@@ -99,10 +108,12 @@ template <int64_t TYPE> void norm_row(const Norm &a, int64_t row) {
     };
     const VF squares = sum_in_pairs(0, a.channels, sum_squares);
     const VF scale = set_f(1 / sqrtf(sum_of(squares) / float(a.channels) + float(a.eps)));
+    const VF offset = set_f(float(a.offset));
     for (int64_t i = 0; i < a.channels; i += WIDTH) {
         int64_t count = a.channels - i;
         VF value = mul_f(sub_f(load<TYPE>(a.x, first + i, count), mean), scale);
-        if (a.weight) value = mul_f(value, load<TYPE>(a.weight, i, count));
+        if (a.weight)
+            value = mul_f(value, add_f(load<TYPE>(a.weight, weight + i, count), offset));
         if (a.bias) value = add_f(value, load<TYPE>(a.bias, i, count));
         store<TYPE>(a.y, first + i, count, value);
     }

@@ -19,7 +19,7 @@ def _round(x):
 
 @triton.jit
 def norm_rows(
-    x, x_stride, z, z_stride, sums, weight, bias, out, scales, columns, eps,
+    x, x_stride, z, z_stride, sums, weight, bias, out, scales, columns, eps, offset,
     WIDTH: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, QUANTIZE: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
@@ -28,6 +28,7 @@ def norm_rows(
     Args:
         sums: (M, K), takes x + z where they are added, rounded as the norm sees them.
         out: of x's type or int8.
+        offset: is added to the weight.
         scales: float32, per row or given.
         WIDTH: K or the next power of two.
         NORM: 0: none, 1: layer norm, 2: root mean square; rounded to the type of x, as where it is
@@ -53,7 +54,7 @@ def norm_rows(
         variance = tl.div_rn(tl.sum(value * value), count)
         value = value * tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
         if HAS_WEIGHT:
-            value *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+            value *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset
         if HAS_BIAS:
             value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
         normed = narrow(value, type)

@@ -1,0 +1,28 @@
+"""Mistral (Jiang et al. 2023): Llama in which a token may see no further back than a window."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qllm.config import ModelConfig
+from qllm.models import llama
+from qllm.models.family import Family, RawConfig
+
+DEFAULTS = {
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+}
+
+
+def read_config(raw: RawConfig) -> ModelConfig:
+    raw = raw.with_defaults(DEFAULTS)
+    if raw.values["sliding_window"] is not None:
+        raise raw.error("sliding_window", raw.values["sliding_window"], "null")
+    config = llama.read_config(raw)
+    biases = dict.fromkeys(("attention_bias", "output_bias", "mlp_bias"), False)
+    return replace(config, family="mistral", **biases)
+
+
+MISTRAL: Family = replace(llama.LLAMA, name="mistral", read_config=read_config)
