@@ -6,9 +6,9 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -101,10 +101,9 @@ def tiny(family: str) -> Path:
 
 def run(script: str, *args: object, **options) -> subprocess.CompletedProcess:
     """Run a script of the project as a user does, and wait for it."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
     options.setdefault("env", os.environ.copy())
     options.setdefault("timeout", 300)
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    return processes.run([str(ROOT / script), *map(str, args)], **options)
 
 
 def run_json(script: str, *args: object, **options) -> dict:

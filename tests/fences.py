@@ -9,9 +9,9 @@ import ctypes
 import mmap
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import torch
 from conftest import ROOT
 from torch import Tensor
@@ -39,13 +39,7 @@ def fenced(tensor: Tensor, *, at_end: bool) -> Tensor:
 
 def run_in(module: Path, command: str, **environment: str) -> subprocess.CompletedProcess:
     """A command in a test module, in a process of its own."""
-    program = f"from {module.stem} import *; {command}"
     folders = [str(ROOT), str(TESTS), str(module.parent)]
-    kept = {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, **kept, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    program = f"import sys; sys.path[:0] = {folders}; from {module.stem} import *; {command}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return processes.run(["-c", program], env=environment)

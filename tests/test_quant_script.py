@@ -8,11 +8,11 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from checkpoints import change_json, copy_of, state_of
@@ -233,14 +233,14 @@ def test_rules_of_neural_compressor(opt, tmp_path):
 # ---- runs that end before they are done
 
 
-def start(*args: object, **options) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / QUANT), *map(str, args)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+Process = processes.Forked | subprocess.Popen
 
 
-def wait_for(process: subprocess.Popen, journal: Path, done: int) -> None:
+def start(*args: object, env: dict[str, str]) -> Process:
+    return processes.start([str(ROOT / QUANT), *map(str, args)], env)
+
+
+def wait_for(process: Process, journal: Path, done: int) -> None:
     """Until a run has committed so many steps."""
     for _ in range(6000):
         assert process.poll() is None, process.communicate()

@@ -6,9 +6,8 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from checkpoints import FORMS, change_json, copy_of, rewritten, state_of
@@ -214,9 +213,7 @@ def test_a_run_that_is_stopped_leaves_the_old_copy_or_none(name, status, there, 
     target = tmp_path / "converted" / "opt-tiny"
     before = old_copy(target) if there else None
     code = KILLED.format(root=str(ROOT), signal=name)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+    done = processes.run(["-c", code], environment)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     assert (contents(target) if target.exists() else None) == before
