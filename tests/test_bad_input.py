@@ -366,7 +366,7 @@ CHECKPOINTS = {
         ("config.json", "cannot be read as JSON"), holding("config.json", b"{"), ALL
     ),
     "config.json of another family": Broken(
-        ("'gpt2'", "opt, bloom, llama"), changed(model_type="gpt2"), ALL
+        ("'t5'", "opt, bloom, llama"), changed(model_type="t5"), ALL
     ),
     "a size that is text": Broken(("ffn_dim is '1k'",), changed(ffn_dim="1k"), ALL),
     "a negative size": Broken(
