@@ -41,7 +41,7 @@ def busy(cores: list[int]) -> Iterator[None]:
 def main() -> None:
     parser = cli.Parser(__doc__)
     number = cli.whole_number(1)
-    parser.add_argument("--model", choices=list(hub.REPOSITORIES), default="opt")
+    parser.add_argument("--model", choices=hub.bundled(), default="opt")
     parser.add_argument("--bitwidth", default="4", help="(%(default)s)")
     parser.add_argument("--prompt", type=number, default=32, help="to prefill (%(default)s)")
     parser.add_argument("--new", type=number, default=64, help="to decode (%(default)s)")

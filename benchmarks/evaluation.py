@@ -31,7 +31,7 @@ COLUMNS = ("model", "dtype", "bits", "perplexity", "prefill, all logits", "last 
 def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--text", required=True, metavar="FILE")
-    parser.add_argument("--models", nargs="+", choices=list(hub.REPOSITORIES), default=["opt"])
+    parser.add_argument("--models", nargs="+", choices=hub.bundled(), default=["opt"])
     parser.add_argument("--bitwidths", nargs="+", default=["16", "4"], metavar="BITS")
     dtypes = [name for name in cli.DTYPES if name != "auto"]
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)

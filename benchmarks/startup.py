@@ -30,7 +30,7 @@ def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--runs", type=cli.whole_number(1), default=7, help="(%(default)s)")
     parser.add_argument("--bitwidths", nargs="+", default=["16", "4", "3", "8:tc-li"])
-    families = list(hub.REPOSITORIES)
+    families = hub.bundled()
     parser.add_argument("--models", nargs="+", choices=families, default=families)
     args = parser.parse_args()
     importing = [sys.executable, "-c", "import torch"]

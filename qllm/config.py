@@ -370,9 +370,14 @@ class ModelConfig:
         position: "learned" (OPT), "alibi" (BLOOM) or "rope" (Llama).
         position_offset: rows of the table of learned positions that no position uses.
         norm: "layernorm" or "rmsnorm".
+        norm_offset: what an RMS norm adds to its weight (Gemma's 1).
         qk_norm: each head's query and key have a norm of their own, in front of the positions.
         pre_norm: norms before attention and MLP (False: after, as in OPT-350m).
+        output_norms: what attention and MLP give is normed as well, in front of the sum.
         residual_after_norm: the residual branches off behind the norm (a BLOOM option).
+        parallel_blocks: attention and MLP take the same input, and both are added to it.
+        embed_scale: multiplies the embeddings.
+        logit_cap: logits are cap tanh(logits / cap); None: as they are.
         gated_mlp: the MLP is `down(act(gate(x)) * up(x))`.
         attention_bias, output_bias: of the matrices in front of attention and behind it.
         init_std: standard deviation of a fresh weight.
@@ -395,12 +400,17 @@ class ModelConfig:
     trained_positions: int = 0
     position_offset: int = 0
     rope: RopeConfig | None = None
+    norm_offset: float = 0.0
     norm_affine: bool = True
     qk_norm: bool = False
     pre_norm: bool = True
     final_norm: bool = True
     embed_norm: bool = False
+    output_norms: bool = False
     residual_after_norm: bool = False
+    parallel_blocks: bool = False
+    embed_scale: float = 1.0
+    logit_cap: float | None = None
     gated_mlp: bool = False
     attention_bias: bool = True
     output_bias: bool = True

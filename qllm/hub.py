@@ -49,6 +49,22 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         **{f"{size}b": f"Qwen/Qwen3-{size}B" for size in ("0.6", "1.7", "4", "8", "14", "32")},
         **{f"{size}b-base": f"Qwen/Qwen3-{size}B-Base" for size in ("0.6", "1.7", "4", "8", "14")},
     },
+    "phi3": {
+        "mini-4k": "microsoft/Phi-3-mini-4k-instruct",
+        "mini-128k": "microsoft/Phi-3-mini-128k-instruct",
+        "medium-4k": "microsoft/Phi-3-medium-4k-instruct",
+        "medium-128k": "microsoft/Phi-3-medium-128k-instruct",
+        "3.5-mini": "microsoft/Phi-3.5-mini-instruct",
+        "4-mini": "microsoft/Phi-4-mini-instruct",
+        "4": "microsoft/phi-4",
+    },
+    "gpt_neox": {
+        **{
+            size: f"EleutherAI/pythia-{size}"
+            for size in ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
+        },
+        "20b": "EleutherAI/gpt-neox-20b",
+    },
     "gpt2": {
         size: f"openai-community/gpt2{name}"
         for size, name in (
@@ -97,8 +113,12 @@ class ModelFolder:
 
 def sizes(family: str) -> list[str]:
     """The sizes a family has, its smallest published one first, and the bundled one, if any."""
-    bundled = (BUNDLED / f"{family}-{TINY}").is_dir()
-    return [*REPOSITORIES[family], *([TINY] if bundled else [])]
+    return [*REPOSITORIES[family], *([TINY] if family in bundled() else [])]
+
+
+def bundled() -> list[str]:
+    """The families of which a tiny model is bundled."""
+    return [family for family in REPOSITORIES if (BUNDLED / f"{family}-{TINY}").is_dir()]
 
 
 def find(

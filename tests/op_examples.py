@@ -13,7 +13,7 @@ from qllm.ops import SIMPLE, Request, reference
 from qllm.quant.packing import BITS, pack
 
 SHAPES = ((64, 32), (67, 13), (1, 1), (256, 40))  # (K, N)
-EXACT = ("int8_linear", "embedding", "add")
+EXACT = ("int8_linear", "embedding", "add", "scale")
 TO_INT8 = ("layer_norm_int8", "rms_norm_int8")
 
 
@@ -186,6 +186,11 @@ def add_example(request: Request, rows: int, dtype: torch.dtype):
     return {"x": x, "z": z}, exact.numpy((x.double() + z.double()).to(dtype)), 0.0
 
 
+def scale_example(request: Request, rows: int, dtype: torch.dtype):
+    x, factor = normal(rows, request.in_features).to(dtype), 55.5
+    return {"x": x, "factor": factor}, exact.numpy((x.double() * factor).to(dtype)), 0.0
+
+
 CAPACITY = 70  # of the cache
 
 
@@ -254,6 +259,7 @@ EXAMPLES = {
         partial(activation_example, name=name, gated=True) for name in exact.ACTIVATIONS
     ),
     "add": (add_example,),
+    "scale": (scale_example,),
     "decode_attention": tuple(
         partial(attention_example, prompt=False, turned=turned, share=share)
         for turned, share in ((True, 3), (False, 1))

@@ -9,8 +9,10 @@ from oracle import draw_prompts, random_model
 from transformers import (
     BloomConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -64,6 +66,13 @@ MODELS: dict[str, PretrainedConfig] = {
     ),
     "qwen2": Qwen2Config(**LLAMA, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**LLAMA, num_key_value_heads=3, head_dim=10),
+    "phi3": Phi3Config(
+        **LLAMA,
+        num_key_value_heads=2,
+        pad_token_id=None,
+        rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.75},
+    ),
+    "gpt_neox": GPTNeoXConfig(**LLAMA, rope_parameters={"rope_type": "default"}),
     "gpt2": GPT2Config(
         vocab_size=VOCAB, n_embd=40, n_layer=2, n_head=5, n_inner=70, n_positions=40
     ),

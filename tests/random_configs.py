@@ -6,9 +6,11 @@ from hypothesis import strategies as st
 from transformers import (
     BloomConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -62,10 +64,19 @@ def bloom_configs(draw) -> BloomConfig:
 
 
 @st.composite
-def rope_settings(draw, head_dim: int) -> tuple[dict, int]:
-    """rope_parameters and max_position_embeddings that have room for the test's prompts."""
+def rope_settings(draw, head_dim: int, partial: float | None = None) -> tuple[dict, int]:
+    """rope_parameters and max_position_embeddings that have room for the test's prompts.
+
+    Args:
+        partial: the share of a head that is turned, in a family that has it.
+    """
     kind = draw(st.sampled_from(ROPE_KINDS))
+    turned = head_dim if partial is None else int(head_dim * partial)
+    if turned < 3 or (kind == "yarn" and turned % 2):
+        kind, partial, turned = "default", 1.0, head_dim
     rope = {"rope_type": kind, "rope_theta": draw(st.sampled_from([100.0, 10000.0, 500000.0]))}
+    if partial is not None:
+        rope["partial_rotary_factor"] = partial
     if kind == "default":
         return rope, draw(st.integers(WINDOW, 100))
     # The window is `trained` times the factor: prompts go past what the model was trained for.
@@ -81,7 +92,8 @@ def rope_settings(draw, head_dim: int) -> tuple[dict, int]:
         rope["high_freq_factor"] = rope["low_freq_factor"] + draw(st.floats(0.5, 4.0))
     if kind == "longrope":
         for name in ("short_factor", "long_factor"):
-            factors = st.lists(st.floats(0.5, 8.0), min_size=head_dim // 2, max_size=head_dim // 2)
+            pairs = -(-turned // 2)
+            factors = st.lists(st.floats(0.5, 8.0), min_size=pairs, max_size=pairs)
             rope[name] = draw(factors)
     return rope, WINDOW
 
@@ -132,6 +144,45 @@ def qwen3_configs(draw) -> Qwen3Config:
 
 
 @st.composite
+def phi3_configs(draw) -> Phi3Config:
+    sizes = draw(llama_sizes()) | {"max_position_embeddings": WINDOW}
+    # transformers looks at heads of this size when it reads the file.
+    head_dim = sizes["head_dim"] = 2 * draw(st.integers(2, 4))
+    sizes["hidden_size"] = head_dim * sizes["num_attention_heads"]
+    pairs = draw(st.one_of(st.just(head_dim // 2), st.integers(1, head_dim // 2)))
+    partial = 2 * pairs / head_dim
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": partial}
+    if draw(flags):
+        factors = st.lists(st.floats(0.5, 8.0), min_size=pairs, max_size=pairs)
+        rope |= {"rope_type": "longrope", "short_factor": draw(factors)}
+        rope["long_factor"] = draw(factors)
+        # Not in between: transformers reads a text anew that grows beyond this length.
+        sizes["original_max_position_embeddings"] = draw(st.sampled_from([1, WINDOW]))
+        rope["attention_factor"] = draw(st.floats(1.0, 1.2))
+    return Phi3Config(**sizes | {"rope_parameters": rope, "pad_token_id": None})
+
+
+@st.composite
+def gpt_neox_configs(draw) -> GPTNeoXConfig:
+    heads, head_dim = draw(st.integers(1, 6)), 2 * draw(st.integers(2, 8))
+    rope, trained = draw(rope_settings(head_dim, partial=draw(st.floats(0.1, 1.0))))
+    return GPTNeoXConfig(
+        vocab_size=draw(vocab_sizes),
+        hidden_size=heads * head_dim,
+        num_attention_heads=heads,
+        num_hidden_layers=draw(layer_counts),
+        intermediate_size=draw(st.integers(1, 70)),
+        max_position_embeddings=trained,
+        rope_parameters=rope,
+        hidden_act=draw(activations),
+        layer_norm_eps=draw(st.sampled_from([1e-5, 1e-2])),
+        use_parallel_residual=draw(flags),
+        attention_bias=draw(flags),
+        tie_word_embeddings=draw(flags),
+    )
+
+
+@st.composite
 def gpt2_configs(draw) -> GPT2Config:
     heads = draw(st.integers(1, 6))
     return GPT2Config(
@@ -155,6 +206,8 @@ CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "mistral": (mistral_configs(), 10),
     "qwen2": (qwen2_configs(), 8),
     "qwen3": (qwen3_configs(), 10),
+    "phi3": (phi3_configs(), 10),
+    "gpt_neox": (gpt_neox_configs(), 20),
     "gpt2": (gpt2_configs(), 12),
 }
 batches = st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=5)

@@ -76,6 +76,11 @@ def load_model(
     if parallel.stage is not None and config.tied_head:
         costs[-1] += module_bytes(model.embed)  # the last stage has it, too
     halves = parallel.halves(costs)
+    if config.parallel_blocks and (halves.start % 2 or halves.stop % 2):
+        raise UserError(
+            "attention and MLP of a layer take the same input in this model: a stage begins with a "
+            "whole layer"
+        )
     model.stage = parallel.stage
     model.alone = parallel.stage is None and parallel.tp.size == 1
     layers = range(halves.start // 2, (halves.stop + 1) // 2)

@@ -17,7 +17,7 @@ from qllm.layers import Linear, linear_class
 from qllm.layers.base import QuantizedLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
-from qllm.models.equalize import NORMS, can_divide, divide_rows
+from qllm.models.equalize import NORMS, can_divide
 from qllm.parallel.group import Group
 from qllm.parallel.layers import VocabularyParallel, parallel
 from qllm.parallel.plan import Sharding, model_shardings, shard_heads
@@ -201,7 +201,7 @@ class Materializer:
             scales = smooth_scales(inputs, whole)
             inputs = inputs / scales
             norm = self.model.get_submodule(f"layers.{index}.{NORMS[inner]}")
-            divide_rows(norm, slice(None), scales)
+            norm.divide(scales)
         return float(inputs.max()), scales
 
     def _read(

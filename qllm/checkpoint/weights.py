@@ -115,6 +115,7 @@ class Weights:
         self.converted = is_converted(checkpoint)
         self.config = self.family.read_config(checkpoint.raw_config)
         self._prefix = "" if self.converted else self._find_prefix()
+        self._head = LM_HEAD if self.converted else self._find_head()
         self._confirm_sizes()
         self.config = self._untie_if_different(self.config)
         self.stored = self._find_stored()
@@ -136,6 +137,12 @@ class Weights:
             f"{self.checkpoint.folder} has no tensor that begins with {example}; its config.json "
             f"says that it is {self.family.name}"
         )
+
+    def _find_head(self) -> str:
+        """The classifier's name: the family's, or that of today's transformers."""
+        own = f"{self.family.head}."
+        found = any(name.startswith(own) for name in self.checkpoint.tensors)
+        return self.family.head if found else LM_HEAD
 
     def _confirm_sizes(self) -> None:
         """Refuse counts of config.json that the tensors do not bear out.
@@ -172,14 +179,16 @@ class Weights:
         """As transformers has it: a head that differs from the embedding is not tied to it."""
         if not config.tied_head or self.converted:
             return config
-        info = self.checkpoint.tensors.get("lm_head.weight")
+        name = f"{self._head}.weight"
+        info = self.checkpoint.tensors.get(name)
         if info is None or not info.dtype.is_floating_point:
-            head = any(name.startswith(f"{LM_HEAD}.") for name in self.checkpoint.tensors)
+            own = f"{self._head}."
+            head = any(each.startswith(own) for each in self.checkpoint.tensors)
             return replace(config, tied_head=not head)  # a quantized one is its own
         (embed,) = self._parts("embed.weight")
         if embed not in self.checkpoint.tensors:
             return config
-        pair = [self.checkpoint.read(name, mapped=True) for name in (embed, "lm_head.weight")]
+        pair = [self.checkpoint.read(each, mapped=True) for each in (embed, name)]
         return config if torch.equal(*pair) else replace(config, tied_head=False)
 
     def _find_stored(self) -> dict[str, Storage]:
@@ -213,10 +222,10 @@ class Weights:
             return (name,)
         module, kind = name.rsplit(".", 1)
         if module == LM_HEAD:
-            return (name,)
+            return (f"{self._head}.{kind}",)
         parts = tuple(f"{self._prefix}{part}.{kind}" for part in self.family.parts(module))
         if name == "embed.weight" and parts[0] not in self.checkpoint.tensors:
-            return ("lm_head.weight",) if self.config.tied_head else parts
+            return (f"{self._head}.weight",) if self.config.tied_head else parts
         return parts
 
     def _rows(self, module: str, parts: int) -> list[int]:
@@ -249,7 +258,7 @@ class Weights:
             for part, count in zip(parts, rows, strict=True):
                 expected.add(part)
                 self._check_shape(part, (count, *shape[1:])[::turn])
-        tied = {"lm_head.weight"} if self.config.tied_head else set()
+        tied = {f"{self._head}.weight"} if self.config.tied_head else set()
         self.dropped = self._check_unused(name for name in tensors if name not in expected | tied)
 
     def _lacks(self, name: str) -> UserError:
@@ -268,7 +277,7 @@ class Weights:
                 f"{listed}config.json has no {QUANTIZATION_KEY}, and beside it there is no "
                 f"{' or '.join(QUANTIZATION_FILES)}"
             )
-        if name == f"{LM_HEAD}.weight":
+        if name == f"{self._head}.weight":
             key, family = "tie_word_embeddings", self.family.name
             said = f"config.json has no {key}, which is false for {family}"
             if raw.values.get(key) is not None:
@@ -338,8 +347,8 @@ class Weights:
         total = self.shapes[f"{module}.weight"][0]
         names = self._parts(f"{module}.weight")
         runs = [range(total)] if rows is None else list(rows)
-        if self._is_interleaved(module):
-            order, span = self._interleaved_rows(total, runs)
+        if self._is_reordered(module):
+            order, span = self._reordered_rows(total, runs)
             part = self._read_quantized_part(module, names[0], total, span)
             return take_rows(join_rows([part], self.stored[module].spec.bits), order)
         parts = [
@@ -390,10 +399,10 @@ class Weights:
                     found.append((part, count, inside))
         return found
 
-    def _interleaved_rows(self, total: int, runs: Sequence[range]) -> tuple[Tensor, range]:
-        """Where runs of our QKV rows are in BLOOM's order: a span, and each one's place in it."""
+    def _reordered_rows(self, total: int, runs: Sequence[range]) -> tuple[Tensor, range]:
+        """Where runs of our QKV rows are in the checkpoint: a span, and each one's place in it."""
         rows = torch.cat([torch.arange(run.start, run.stop) for run in runs])
-        wanted = self._interleaved(total)[rows]
+        wanted = self._order()[rows]
         span = range(int(wanted.min()), int(wanted.max()) + 1)
         return wanted - span.start, span
 
@@ -427,8 +436,8 @@ class Weights:
         parts = self._parts(name)
         total = self.shapes[name][0]
         runs = [range(total)] if rows is None else list(rows)
-        if self._is_interleaved(name):
-            order, span = self._interleaved_rows(total, runs)
+        if self._is_reordered(name):
+            order, span = self._reordered_rows(total, runs)
             return self.checkpoint.read(parts[0], rows=span, columns=columns)[order]
         pieces = self._runs_of_parts(name, runs)
         if self._is_transposed(name):
@@ -449,26 +458,24 @@ class Weights:
         """Whether the checkpoint has one of our tensors as (inputs, outputs)."""
         return not self.converted and self.family.is_transposed(name)
 
-    def _is_interleaved(self, name: str) -> bool:
-        """Whether the checkpoint has the rows of one of our tensors in BLOOM's order."""
-        return self.family.interleaved_qkv and not self.converted and ".attention.qkv" in name
+    def _is_reordered(self, name: str) -> bool:
+        """Whether the checkpoint has the rows of one of our tensors in another order."""
+        return not self.converted and ".attention.qkv" in name and self._order() is not None
 
-    def _interleaved(self, total: int) -> Tensor:
-        """The row that each of our QKV rows has in BLOOM's order: (total,)."""
-        heads, dim = self.config.num_heads, self.config.head_dim
-        return torch.arange(total).view(heads, 3, dim).transpose(0, 1).flatten()
+    def _order(self) -> Tensor | None:
+        """The row that each of our QKV rows has in Hugging Face's layout; None: the same."""
+        return self.family.qkv_order(self.config)
 
     def rows_of_parts(self, module: str) -> dict[str, slice | Tensor]:
         """Which rows of one of our modules' tensors each part has, by its Hugging Face name.
 
-        Rows are a slice, or the index of each of the part's own, in their order (BLOOM's QKV).
+        Rows are a slice, or the index of each of the part's own, in their order.
         """
         if module == LM_HEAD:
-            return {module: slice(None)}
+            return {self.family.head if self.converted else self._head: slice(None)}
         parts = [self.family.prefixes[0] + part for part in self.family.parts(module)]
-        if len(parts) == 1 and self.family.interleaved_qkv and ".attention.qkv" in module:
-            total = 3 * self.config.num_heads * self.config.head_dim
-            return {parts[0]: self._interleaved(total).argsort()}
+        if ".attention.qkv" in module and (order := self._order()) is not None:
+            return {parts[0]: order.argsort()}
         counts = self._rows(module, len(parts))
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]
         return {

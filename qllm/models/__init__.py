@@ -8,14 +8,17 @@ from qllm.models.bloom import BLOOM
 from qllm.models.decoder import Decoder
 from qllm.models.family import Family, RawConfig
 from qllm.models.gpt2 import GPT2
+from qllm.models.gpt_neox import GPT_NEOX
 from qllm.models.llama import LLAMA
 from qllm.models.mistral import MISTRAL
 from qllm.models.opt import OPT
+from qllm.models.phi3 import PHI3
 from qllm.models.qwen2 import QWEN2
 from qllm.models.qwen3 import QWEN3
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GPT2)
+    family.name: family
+    for family in (OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GPT_NEOX, GPT2)
 }
 
 

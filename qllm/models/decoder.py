@@ -21,7 +21,7 @@ from qllm.config import ModelConfig, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.models.cache import Decode, KVCache, Prefill
-from qllm.models.layer import NORMS, Embedding, layer_class
+from qllm.models.layer import NORMS, Embedding, Scale, layer_class
 from qllm.models.positions import POSITIONS
 from qllm.ops import phase
 from qllm.ops.cpu.tape import record
@@ -87,6 +87,8 @@ class Decoder(nn.Module):
         projected = embed != hidden
         self.config, self.dtype = config, dtype
         self.embed = Embedding(config.vocab_size, embed, dtype)
+        scaled = config.embed_scale != 1
+        self.embed_scale = Scale(config.embed_scale, dtype) if scaled else nn.Identity()
         self.embed_norm = norm(config, dtype) if config.embed_norm else nn.Identity()
         self.project_in = make("project_in", embed, hidden, False) if projected else nn.Identity()
         self.positions = POSITIONS[config.position](config, dtype)
@@ -170,7 +172,7 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
         """Logits (M, V), in the model's type, of rows (M, C) of `hidden`: of a whole model."""
-        return self._logits(x)
+        return self._capped(self._logits(x))
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: KVCache, *, share: bool = True) -> Tensor | None:
@@ -213,7 +215,7 @@ class Decoder(nn.Module):
     def _embed(self, tokens: Tensor) -> Tensor:
         """What the layers take: embedded tokens (N,), or what the stage in front sends: (N, C)."""
         if self.stage is None or self.stage.first:
-            return self.project_in(self.embed_norm(self.embed(tokens)))
+            return self.project_in(self.embed_norm(self.embed_scale(self.embed(tokens))))
         shape = (len(tokens), self.config.hidden_size)
         return self.stage.recv(torch.empty(shape, dtype=self.dtype, device=tokens.device))
 
@@ -236,12 +238,17 @@ class Decoder(nn.Module):
         """Logits in float32, on all stages where they are shared."""
         if logits is not None:
             # A copy: the next pass overwrites these.
-            logits = logits.to(self.device, torch.float32, copy=True)
+            logits = self._capped(logits.to(self.device, torch.float32, copy=True))
         if self.stage is None or not share:
             return logits
         if logits is None:
             logits = torch.empty(rows, self.config.vocab_size, device=self.device)
         return self.stage.broadcast(logits)
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        """Logits, softly kept below a cap where the model has one."""
+        cap = self.config.logit_cap
+        return logits if cap is None else (logits / cap).tanh() * cap
 
 
 def _known_activation(config: ModelConfig) -> ModelConfig:

@@ -7,9 +7,10 @@ but a product or a ReLU in between.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from qllm.config import ModelConfig
+from qllm.layers import Linear
 from qllm.models.layer import PreNormLayer
 
 # A linear of a layer, and the norm in front of it.
@@ -43,7 +44,7 @@ def divide_input(layer: PreNormLayer, config: ModelConfig, linear: str, scales: 
     """Divide the input of a dense linear by `scales` (K,), and multiply its weight by them."""
     layer.get_submodule(linear).weight.mul_(scales)
     if linear in NORMS:
-        divide_rows(layer.get_submodule(NORMS[linear]), slice(None), scales)
+        layer.get_submodule(NORMS[linear]).divide(scales)
     elif linear == "attention.out":
         values = scales.view(config.num_kv_heads, -1, config.head_dim)[:, 0].flatten()
         divide_rows(layer.attention.qkv, slice(-len(values), None), values)
@@ -51,8 +52,8 @@ def divide_input(layer: PreNormLayer, config: ModelConfig, linear: str, scales: 
         divide_rows(layer.mlp.up, slice(-len(scales), None), scales)
 
 
-def divide_rows(module: nn.Module, rows: slice, scales: Tensor) -> None:
-    """Divide some rows of a linear's or a norm's weight and bias, in place."""
-    for tensor in (module.weight, getattr(module, "bias", None)):
-        if tensor is not None:
-            tensor[rows] /= scales.view(-1, *[1] * (tensor.dim() - 1))
+def divide_rows(linear: Linear, rows: slice, scales: Tensor) -> None:
+    """Divide some rows of a linear's weight and bias, in place."""
+    linear.weight[rows] /= scales[:, None]
+    if linear.bias is not None:
+        linear.bias[rows] /= scales

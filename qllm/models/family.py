@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from qllm.config import ModelConfig
+import torch
+from torch import Tensor
+
+from qllm.config import LM_HEAD, ModelConfig
 from qllm.errors import UserError
 
 # Far beyond any model, and small enough that nothing overflows or hangs on it.
@@ -98,7 +101,8 @@ class Family:
         outer: our module outside the layers, to the name it has in a checkpoint.
         layer: the prefix of a layer's tensors, with {} for its index.
         inner: our module inside a layer, to the names of the parts it is fused from, in order.
-        interleaved_qkv: the QKV matrix has its rows as (head, q/k/v, channel), BLOOM's order.
+        interleaved_qkv: the QKV matrix has its rows as (head, q/k/v, channel), as BLOOM's has.
+        head: the classifier's name in a checkpoint, where it is not "lm_head".
         transposed: matrices of the layers lie in the file as (inputs, outputs).
         ignored: ends of names of tensors that hold no weights.
         read_config: the ModelConfig of a config.json.
@@ -111,6 +115,7 @@ class Family:
     inner: Mapping[str, tuple[str, ...]]
     read_config: Callable[[RawConfig], ModelConfig]
     interleaved_qkv: bool = False
+    head: str = LM_HEAD
     transposed: bool = False
     ignored: tuple[str, ...] = ()
     linears: tuple[str, ...] = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
@@ -121,6 +126,27 @@ class Family:
             return (self.outer[module],)
         _, index, inner = module.split(".", 2)
         return tuple(self.layer.format(index) + part for part in self.inner[inner])
+
+    def qkv_order(self, config: ModelConfig) -> Tensor | None:
+        """The row of the one QKV matrix of a file that each of ours is; None: the same one.
+
+        Ours are query heads, key heads, value heads; what RoPE turns of a head comes in two halves
+        with what it does not behind each, so that pairs are D / 2 apart in any case.
+        """
+        heads, dim = config.num_heads + 2 * config.num_kv_heads, config.head_dim
+        turned = config.rope and config.rope.rotary_dim
+        if not (self.interleaved_qkv or turned):
+            return None
+        rows = torch.arange(heads * dim).view(heads, dim)
+        if self.interleaved_qkv:
+            rows = rows.view(config.num_heads, 3, dim).transpose(0, 1).reshape(heads, dim)
+        if turned:
+            pairs = -(-turned // 2)
+            still = dim // 2 - pairs
+            order = torch.arange(dim).split([pairs, pairs, still, still])
+            order = torch.cat([order[i] for i in (0, 2, 1, 3)])
+            rows[: -config.num_kv_heads] = rows[: -config.num_kv_heads, order]
+        return rows.flatten()
 
     def is_transposed(self, name: str) -> bool:
         """Whether a checkpoint has one of our tensors as (inputs, outputs)."""

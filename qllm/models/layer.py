@@ -15,6 +15,7 @@ from qllm.models.cache import Decode, Prefill
 from qllm.ops.reference import Int8Rows
 
 MakeLinear = Callable[[str, int, int, bool], Linear]
+Block = Callable[[Tensor, "Prefill | Decode"], Tensor]
 
 
 class Embedding(nn.Module):
@@ -34,6 +35,7 @@ class Norm(nn.Module, ABC):
     Attributes:
         op: name of what computes it.
         options: that the op takes last.
+        offset: what is added to the weight.
     """
 
     op: str
@@ -41,11 +43,29 @@ class Norm(nn.Module, ABC):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.shape, self.options = (config.hidden_size,), (config.norm_eps,)
+        self.offset = config.norm_offset
 
     def round_for(self, linear: DynamicInt8Linear) -> None:
         """Return `Int8Rows` from now on, as a linear, which alone takes them, would make them."""
         self.op += "_int8"
         self.options += (linear.input_scale,)
+
+    def divide(self, scales: Tensor) -> None:
+        """Divide what the norm gives by `scales` (C,)."""
+        # The whole weight: a half type would lose digits of a small one that is less its offset.
+        weight = (self.weight.float() + self.offset) / scales
+        self.weight, self.offset = weight.to(self.weight.dtype), 0.0
+        if getattr(self, "bias", None) is not None:
+            self.bias = (self.bias / scales).to(self.bias.dtype)
+
+    def stored(self, offset: float) -> dict[str, Tensor]:
+        """Its tensors, of which the weight is less an offset."""
+        tensors = dict(self.named_buffers())
+        return tensors | ({"weight": self.weight + (self.offset - offset)} if tensors else {})
+
+    @property
+    def _last(self) -> tuple[object, ...]:
+        return (*self.options, self.offset) if self.offset else self.options
 
     @property
     @abstractmethod
@@ -53,12 +73,12 @@ class Norm(nn.Module, ABC):
         """What the op takes behind x."""
 
     def forward(self, x: Tensor) -> Tensor | Int8Rows:
-        return getattr(ops.on(x.device.type), self.op)(x, *self.tensors, *self.options)
+        return getattr(ops.on(x.device.type), self.op)(x, *self.tensors, *self._last)
 
     def after_sum(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor | Int8Rows]:
         """x + z and its norm, in one launch where the device has that."""
         if fused := ops.on(x.device.type).add_norm.get(self.op):
-            return fused(x, z, *self.tensors, *self.options)
+            return fused(x, z, *self.tensors, *self._last)
         x = _add(x, z)
         return x, self(x)
 
@@ -124,12 +144,13 @@ class QKNorm(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.eps = config.norm_eps
+        self.eps, self.offset = config.norm_eps, config.norm_offset
         weight = torch.empty(2 * config.head_dim, dtype=dtype, device="meta")
         self.register_buffer("weight", weight)
 
     def forward(self, qkv: Tensor, heads: Sequence[int]) -> Tensor:
-        return ops.on(qkv.device.type).qk_norm(qkv, self.weight, *heads[:2], self.eps)
+        options = (*heads[:2], self.eps, self.offset)
+        return ops.on(qkv.device.type).qk_norm(qkv, self.weight, *options)
 
 
 class NormedAttention(Attention):
@@ -176,6 +197,17 @@ class GatedMLP(MLP):
         return self.down(ops.on(x.device.type).gated_activation(x, self.act))
 
 
+class Scale(nn.Module):
+    """x times a number, as the type of x has it."""
+
+    def __init__(self, factor: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.factor = torch.tensor(factor, dtype=dtype, device="cpu").item()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.on(x.device.type).scale(x, self.factor)
+
+
 def _add(x: Tensor, z: Tensor) -> Tensor:
     return ops.on(x.device.type).add(x, z)
 
@@ -205,19 +237,33 @@ class PreNormLayer(nn.Module):
             return self.both_blocks(x, step)
         return self.attention_block(x, step) if self.has_attention else self.mlp_block(x)
 
+    def blocks(self) -> tuple[tuple[Block, tuple[str, ...]], ...]:
+        """What the layer is one after the other, and the linears in each, as they run."""
+        return (
+            (self.attention_block, ("attention.qkv", "attention.out")),
+            (lambda x, step: self.mlp_block(x), ("mlp.up", "mlp.down")),
+        )
+
     def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         """The whole layer: x (N, C) to (N, C)."""
-        z = self.attention(self.attention_norm(x), step)
-        x, normed = self.mlp_norm.after_sum(x, z)
-        return _add(x, self.mlp(normed))
+        x, normed = self.mlp_norm.after_sum(x, self._attended(x, step))
+        return _add(x, self._through_mlp(normed))
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         """The first half of the layer: x (N, C) to (N, C)."""
-        return _add(x, self.attention(self.attention_norm(x), step))
+        return _add(x, self._attended(x, step))
 
     def mlp_block(self, x: Tensor) -> Tensor:
         """The second half of the layer: x (N, C) to (N, C)."""
-        return _add(x, self.mlp(self.mlp_norm(x)))
+        return _add(x, self._through_mlp(self.mlp_norm(x)))
+
+    def _attended(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        """What attention adds to x."""
+        return self.attention(self.attention_norm(x), step)
+
+    def _through_mlp(self, normed: Tensor | Int8Rows) -> Tensor:
+        """What the MLP adds to the rows of which these are the norms."""
+        return self.mlp(normed)
 
     def fuse_norms(self) -> None:
         """Let norms make int8 of their results, where a linear that gains by it alone has them."""
@@ -225,6 +271,35 @@ class PreNormLayer(nn.Module):
         for name, linear in pairs:
             if isinstance(linear, DynamicInt8Linear) and linear.choice.kernel.takes_rows:
                 getattr(self, name).round_for(linear)
+
+
+class OutputNormLayer(PreNormLayer):
+    """A pre-norm layer that norms what attention and MLP add as well: Gemma 2 and 3."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        norm = NORMS[config.norm]
+        self.attention_output_norm = norm(config, dtype)
+        self.mlp_output_norm = norm(config, dtype)
+
+    def _attended(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        return self.attention_output_norm(super()._attended(x, step))
+
+    def _through_mlp(self, normed: Tensor | Int8Rows) -> Tensor:
+        return self.mlp_output_norm(super()._through_mlp(normed))
+
+
+class ParallelLayer(PreNormLayer):
+    """x + attention(norm(x)) + mlp(norm(x)), each with a norm of its own: GPT-NeoX."""
+
+    def blocks(self) -> tuple[tuple[Block, tuple[str, ...]], ...]:
+        return ((self.both_blocks, ("attention.qkv", "attention.out", "mlp.up", "mlp.down")),)
+
+    def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        z = self._attended(x, step)
+        return _add(_add(self._through_mlp(self.mlp_norm(x)), z), x)
 
 
 class NormedResidualLayer(PreNormLayer):
@@ -265,4 +340,8 @@ def layer_class(config: ModelConfig) -> type[PreNormLayer]:
     """The layer that a model's norms ask for."""
     if not config.pre_norm:
         return PostNormLayer
+    if config.parallel_blocks:
+        return ParallelLayer
+    if config.output_norms:
+        return OutputNormLayer
     return NormedResidualLayer if config.residual_after_norm else PreNormLayer

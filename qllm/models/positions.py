@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from qllm import ops
 from qllm.config import ModelConfig
@@ -87,11 +88,22 @@ class RotaryPositions(PositionEncoding):
         self.config = config
         self.rotary_dim = config.rope.rotary_dim or config.head_dim
 
+    @property
+    def factors(self) -> Tensor:
+        """What multiplies the cosine and sine of each pair, 1 for one that stays: (D / 2,)."""
+        turned = torch.full((-(-self.rotary_dim // 2),), self.config.rope.attention_factor)
+        return pad(turned, (0, self.config.head_dim // 2 - len(turned)), value=1.0)
+
     def frequencies(self, longest: int) -> Tensor:
-        """Radians per position of each pair that is turned, float32: (D / 2,), or fewer.
+        """Radians per position of each pair, float32 (D / 2,); those that stay have 0.
 
         "dynamic" (NTK-aware) and "longrope" depend on the length of the sequence so far.
         """
+        turned = self._turned(longest)
+        return pad(turned, (0, self.config.head_dim // 2 - len(turned)))
+
+    def _turned(self, longest: int) -> Tensor:
+        """The frequencies of the pairs that are turned."""
         rope, dim = self.config.rope, self.rotary_dim
         theta = rope.theta
         if rope.kind == "dynamic":
@@ -143,7 +155,7 @@ class RotaryPositions(PositionEncoding):
         frequencies = self.frequencies(longest).to(positions.device)
         angles = positions[:, None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)  # (N, D)
-        factor = self.config.rope.attention_factor
+        factor = self.factors.to(positions.device).repeat(2)
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
     def table(

@@ -97,9 +97,11 @@ def _rotary_dim(rope: RawConfig, kind: str, head_dim: int, partial: float | None
         share = rope.number(PARTIAL, 1.0)
         if int(min(head_dim * share, MOST_OF_ANYTHING)) != head_dim:
             raise rope.error(PARTIAL, share, f"1 with rope_type {kind!r}, as this family has it")
-    if dim % 2 and (dim == head_dim or kind == "yarn"):  # else one channel more is turned
-        where = rope.where.rpartition(": ")[0]
-        raise UserError(f"{where}: RoPE needs an even head_dim, not {dim}")
+    where = rope.where.rpartition(": ")[0]
+    if head_dim % 2:
+        raise UserError(f"{where}: RoPE needs an even head_dim, not {head_dim}")
+    if dim % 2 and kind == "yarn":  # the others turn one channel more
+        raise UserError(f"{where}: YaRN needs an even number of channels to turn, not {dim}")
     return None if dim == head_dim else dim
 
 

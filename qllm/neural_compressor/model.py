@@ -123,6 +123,8 @@ class Source:
             for part, rows in weights.rows_of_parts(name).items():
                 linear = model.get_submodule(part)
                 value = whole[rows].to(linear.weight.device, linear.weight.dtype)
+                if weights.family.is_transposed(f"{name}.weight"):
+                    value = value.t().contiguous()
                 # A new one, as a head's may be tied to the embedding, which stays as it is.
                 linear.weight = nn.Parameter(value, requires_grad=linear.weight.requires_grad)
         model.config.tie_word_embeddings = weights.config.tied_head

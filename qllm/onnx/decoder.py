@@ -222,11 +222,12 @@ class DecoderGraph:
             beyond = g.op("Greater", longest, g.constant(original))
             frequencies = g.op("Where", beyond, slower, frequencies)
         if rope.kind == "dynamic":
-            trained, dim = config.trained_positions, config.head_dim
+            trained, dim = config.trained_positions, encoding.rotary_dim
             longest = g.op("Cast", g.op("Max", longest, g.constant(trained)), to=1)
             stretch = g.op("Mul", longest, g.constant(rope.factor / trained, np.float32))
             stretch = g.op("Sub", stretch, g.constant(rope.factor - 1, np.float32))
-            powers = -np.arange(0, dim, 2) / (dim - 2)
+            powers = np.zeros(config.head_dim // 2)
+            powers[: -(-dim // 2)] = -np.arange(0, dim, 2) / (dim - 2)
             powers = g.op("Pow", stretch, g.constant(powers, np.float32))
             frequencies = g.op("Mul", frequencies, powers)
         places = g.op("Cast", "position_ids", to=onnx.TensorProto.FLOAT)
@@ -235,7 +236,7 @@ class DecoderGraph:
         angles = g.op("Concat", angles, angles, axis=-1)
         parts = [g.op(kind, angles) for kind in ("Cos", "Sin")]
         if rope.attention_factor != 1:
-            factor = g.constant(rope.attention_factor, np.float32)
+            factor = g.constant(encoding.factors.repeat(2), np.float32)
             parts = [g.op("Mul", part, factor) for part in parts]
         cos, sin = (self._cast(part, self.dtype) for part in parts)
         return cos, sin
@@ -243,6 +244,10 @@ class DecoderGraph:
     def _layer(self, x: str, index: int) -> str:
         """As the layer classes of `qllm.models.layer`: both halves with their norms."""
         config, name = self.config, f"layers.{index}"
+        if config.parallel_blocks:
+            z = self._attention(self._norm(x, f"{name}.attention_norm"), index)
+            z = self.graph.op("Add", self._mlp(self._norm(x, f"{name}.mlp_norm"), index), z)
+            return self.graph.op("Add", z, x)
         for half, norm in ((self._attention, "attention_norm"), (self._mlp, "mlp_norm")):
             inner = x
             if config.pre_norm:

@@ -173,6 +173,7 @@ def _gpu_dense_for_few(
 # Ops that need no more than a device, besides those of the layers; and their kernels for GPUs.
 SIMPLE = (
     *("embedding", "layer_norm", "rms_norm", "qk_norm", "activation", "gated_activation", "add"),
+    "scale",
     *("decode_attention", "prompt_attention", "layer_norm_int8", "rms_norm_int8"),
 )
 GPU_SIMPLE = {

@@ -314,6 +314,11 @@ def add(x: Tensor, z: Tensor) -> Tensor:
     return x + z
 
 
+def scale(x: Tensor, factor: float) -> Tensor:
+    """x times a number."""
+    return x * factor
+
+
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the heads of x (N, H, D) by cosines and sines (N, D): pairs are (i, i + D / 2)."""
     cos, sin = (part[:, None] for part in angles)

@@ -32,6 +32,7 @@ from qllm.layers.w8a8 import DynamicInt8Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import check_fits
 from qllm.models import Decoder
+from qllm.models.layer import Norm
 from qllm.progress import Meter, unseen
 from qllm.quant.inputs import InputStats
 from qllm.quantizer.card import model_card
@@ -133,9 +134,7 @@ class _Run:
             raise UserError(f"{what} needs calibration text; name one with --dataset")
         self.model = Decoder(self.config, {}, torch.float32)
         self.by_part = {
-            part: spec
-            for name, spec in self.specs.items()
-            for part in self.weights.rows_of_parts(name)
+            part: spec for name, spec in self.specs.items() for part in self._rows_of_parts(name)
         }
         outer = [n for n, m in self.model.named_children() if isinstance(m, Linear)]
         for name in outer:  # OPT-350m's projections, which other tools look up as well
@@ -150,6 +149,12 @@ class _Run:
         self.partial = PartialFolder(target, self._settings())
         self.reports: list[LinearReport] = []
         self.hidden: HiddenStates | None = None
+
+    def _rows_of_parts(self, module: str) -> dict[str, slice | Tensor]:
+        """As `Weights.rows_of_parts`; a quantized head has the name that readers look for."""
+        if module == LM_HEAD and LM_HEAD in self.specs:
+            return {module: slice(None)}
+        return self.weights.rows_of_parts(module)
 
     def _bytes_needed(self) -> int:
         """About what calibration has in memory at its peak."""
@@ -301,7 +306,10 @@ class _Run:
             if inner in found:
                 self._write_linear(full, found.pop(inner))
             elif self.hidden is not None:  # AWQ and SmoothQuant may have changed it
-                self._write_floats(full, dict(layer.get_submodule(inner).named_buffers()))
+                module = layer.get_submodule(inner)
+                norm = isinstance(module, Norm)
+                stored = module.stored(self.config.norm_offset) if norm else module.named_buffers()
+                self._write_floats(full, dict(stored))
             else:
                 self._write_floats(full, self._floats(full))
             if self.hidden is None:
@@ -358,7 +366,7 @@ class _Run:
 
     def _write_floats(self, module: str, tensors: Mapping[str, Tensor]) -> None:
         """Append a module's tensors, in the type that the checkpoint has them in."""
-        for part, rows in self.weights.rows_of_parts(module).items() if tensors else ():
+        for part, rows in self._rows_of_parts(module).items() if tensors else ():
             for key, tensor in tensors.items():
                 name = f"{module}.{key}"
                 values = tensor[rows].to(self.weights.dtype(name))
@@ -371,7 +379,7 @@ class _Run:
     def _write_linear(self, module: str, linear: Linear) -> None:
         """Append a quantized linear's parts in the format of the checkpoint."""
         whole = linear.dequantize() if self.job.fake else None
-        for part, rows in self.weights.rows_of_parts(module).items():
+        for part, rows in self._rows_of_parts(module).items():
             if whole is not None:
                 dtype = self.weights.dtype(
                     "embed.weight" if module == LM_HEAD else f"{module}.weight"

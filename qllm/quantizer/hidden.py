@@ -14,7 +14,6 @@ from qllm.checkpoint.writer import SafetensorsWriter, new_file
 from qllm.errors import UserError
 from qllm.models import Decoder
 from qllm.models.cache import Prefill
-from qllm.models.layer import PreNormLayer
 from qllm.quant.inputs import InputStats
 
 # Tokens per pass: whole samples, more than one of them where they are short.
@@ -53,7 +52,7 @@ class HiddenStates:
         hidden = cls(states, model.positions)
         for index, sample in enumerate(samples):
             tokens = torch.tensor(sample, device=device)
-            x = model.project_in(model.embed_norm(model.embed(tokens).float()))
+            x = model.project_in(model.embed_norm(model.embed_scale(model.embed(tokens).float())))
             step = Prefill([len(sample)], None, model.positions, x)
             states[index] = model.positions.embed(x, step.positions)
         return hidden
@@ -145,11 +144,3 @@ class HiddenStates:
                 raise UserError(
                     f"activations leave the range of {name}; use --dtype bfloat16 or float32"
                 )
-
-
-def blocks_of(layer: PreNormLayer) -> tuple[tuple[Run, tuple[str, ...]], ...]:
-    """The halves of a layer, and the linears in each, in the order in which they run."""
-    return (
-        (layer.attention_block, ("attention.qkv", "attention.out")),
-        (lambda x, step: layer.mlp_block(x), ("mlp.up", "mlp.down")),
-    )

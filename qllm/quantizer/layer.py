@@ -21,7 +21,7 @@ from qllm.quant.gptq import GPTQOptions, quantize_gptq
 from qllm.quant.inputs import InputStats, output_error
 from qllm.quant.rtn import Ranges, group_ranges, quantize_rtn, row_pieces
 from qllm.quant.smooth import DEFAULT_ALPHA, smooth_scales
-from qllm.quantizer.hidden import HiddenStates, blocks_of
+from qllm.quantizer.hidden import HiddenStates
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def quantize_layer(
     Returns:
         the quantized linears by their names in the layer, whose other tensors may have changed.
     """
-    halves = blocks_of(layer)
+    halves = layer.blocks()
     names = [linear for _, linears in halves for linear in linears]
     quantized = [linear for linear in names if specs[linear].kind != "dense"]
     late = [n for n in quantized if specs[n].algorithm == "gptq" and options.true_sequential]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import FAMILIES, examples, tiny
 from covering import each, slow_but
-from hypothesis import given
+from hypothesis import assume, given
 from oracle import (
     assert_logits_close,
     assert_same_model,
@@ -40,6 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def check_random_model(config: PretrainedConfig, lengths: list[int], seed: int) -> None:
+    assume(config.model_type != "phi3" or max(lengths) > 1)  # see phi3_configs
     theirs = random_model(config, seed)
     with tempfile.TemporaryDirectory() as folder:
         ours = save(theirs, Path(folder))

@@ -27,6 +27,8 @@ DIVIDED = {
     "llama with one key-value head": LINEARS,
     "qwen2": LINEARS,
     "qwen3": LINEARS,
+    "phi3": LINEARS,
+    "gpt_neox": (QKV, OUT, UP),
     "gpt2": (QKV, OUT, UP),
 }
 PROMPTS = draw_prompts([7, 1, 12], VOCAB)

@@ -22,6 +22,12 @@ BASES = {
     "opt": {**SIZES, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 40},
     "bloom": {**SIZES, "n_layer": 2, "n_head": 2},
 }
+BASES |= {
+    "phi3": {**BASES["llama"], "pad_token_id": None},
+    "gpt_neox": BASES["llama"],
+    "gpt2": {**SIZES, "n_layer": 2, "n_head": 2},
+    "qwen2": {**BASES["llama"], "num_key_value_heads": None},
+}
 LINEAR = {"type": "linear", "factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -135,16 +141,50 @@ OPT = {
     "names of other families": {"n_layer": 1, "n_embed": 16, "intermediate_size": 8},
     "no embedding of another size": {"word_embed_proj_dim": None},
 }
-CASES = [
-    (family, name)
-    for family, cases in (("llama", LLAMA), ("bloom", BLOOM), ("opt", OPT))
-    for name in cases
-]
+FACTOR = {"attention_factor": 1.1}
+PHI3 = {
+    "a part outside": {"partial_rotary_factor": 0.5, "rope_theta": 500.0},
+    "a name of old": {
+        "rope_scaling": {**LONG, "type": "su", "rope_type": "su", ORIGINAL: 4, **FACTOR},
+        ORIGINAL: 1,
+    },
+    "another name of old": {
+        "rope_scaling": {**LONG, "rope_type": "yarn", ORIGINAL: 8, **FACTOR},
+        ORIGINAL: 40,
+    },
+}
+GPT_NEOX = {
+    "no part": {},
+    "names of its own": {"rotary_pct": 0.5, "rotary_emb_base": 500},
+    "names of its own beside others": {
+        "rotary_pct": 0.5,
+        "rotary_emb_base": 500,
+        "rope_theta": 77.0,
+        "partial_rotary_factor": 1.0,
+        "rope_scaling": LINEAR,
+    },
+    "one after the other": {"use_parallel_residual": False, "rotary_pct": 0.3},
+}
+GPT2 = {
+    "both names": {"n_embd": 48, "num_attention_heads": 4},
+    "an inner size": {"n_inner": 24, "activation_function": "relu"},
+}
+QWEN2 = {"null heads": {"tie_word_embeddings": True}}
+TABLE = {
+    "llama": LLAMA,
+    "bloom": BLOOM,
+    "opt": OPT,
+    "phi3": PHI3,
+    "gpt_neox": GPT_NEOX,
+    "gpt2": GPT2,
+    "qwen2": QWEN2,
+}
+CASES = [(family, name) for family, cases in TABLE.items() for name in cases]
 
 
 @pytest.mark.parametrize(("family", "name"), CASES, ids=[" ".join(case) for case in CASES])
 def test_settings_count_as_in_transformers(family, name, tmp_path):
-    changes = {"llama": LLAMA, "bloom": BLOOM, "opt": OPT}[family][name]
+    changes = TABLE[family][name]
     config = {"model_type": family, **BASES[family], **changes}
     # A null is a value, but of sizes there is none, and transformers refuses a theta that is one.
     dropped = ("rope_theta", "hidden_size", "n_layer", "n_head")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import FAMILIES, examples, tiny
 from covering import pairwise
-from hypothesis import given
+from hypothesis import assume, given
 from oracle import (
     TIE,
     assert_logits_close,
@@ -50,6 +50,7 @@ def exported(source: Path, target: Path, **options) -> OnnxDecoder:
 
 
 def check_random_model(config, lengths: list[int], seed: int) -> None:
+    assume(config.model_type != "phi3" or max(lengths) > 1)  # see phi3_configs
     theirs = random_model(config, seed)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(Path(folder) / "model")

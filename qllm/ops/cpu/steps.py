@@ -10,13 +10,13 @@ from qllm.ops.cpu.library import TYPES, like, pointer, structure
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # as in kernels.h
 
-# As in kernels.h; eps and offset are doubles.
+# As in kernels.h; eps, offset and factor are doubles.
 Activate = structure("Activate", "rows channels kind gated type *x *y")
 Norm = structure(
     "Norm",
     "rows channels centered type =eps =offset run first second *x *weight *bias *y",
 )
-Add = structure("Add", "count type *x *z *y")
+Add = structure("Add", "count type =factor *x *z *y")
 Embed = structure("Embed", "rows table_rows bytes offset *index *table *y")
 Attend = structure(
     "Attend",
@@ -101,10 +101,19 @@ def _activate(x: Tensor, name: str, *, gated: bool) -> Tensor:
 
 def add(x: Tensor, z: Tensor) -> Tensor:
     """`reference.add`."""
-    x, z = x.contiguous(), like(x, z)
+    return _add(x.contiguous(), like(x, z), 1.0)
+
+
+def scale(x: Tensor, factor: float) -> Tensor:
+    """`reference.scale`."""
+    return _add(x.contiguous(), None, factor)
+
+
+def _add(x: Tensor, z: Tensor | None, factor: float) -> Tensor:
     y = torch.empty_like(x)
     tensors = (x, z, y)
-    library.run("qllm_add", Add(x.numel(), TYPES[x.dtype], *map(pointer, tensors)), *tensors)
+    arguments = Add(x.numel(), TYPES[x.dtype], factor, *map(pointer, tensors))
+    library.run("qllm_add", arguments, *tensors)
     return y
 
 

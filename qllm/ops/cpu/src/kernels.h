@@ -84,8 +84,9 @@ struct Norm {  // of each row of x (rows, channels); `centered`: less its mean
     void *y;
 };
 
-struct Add {  // y = x + z, all (count,)
+struct Add {  // y = x + z, all (count,); or x factor, where z is null
     int64_t count, type;
+    double factor;
     const void *x, *z;
     void *y;
 };

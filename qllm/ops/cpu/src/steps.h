@@ -127,7 +127,9 @@ static void norm(const Norm &a) {
 template <int64_t TYPE> void add_part(const Add &a, int64_t start, int64_t end) {
     for (int64_t i = start; i < end; i += WIDTH) {
         int64_t count = a.count - i;
-        store<TYPE>(a.y, i, count, add_f(load<TYPE>(a.x, i, count), load<TYPE>(a.z, i, count)));
+        VF x = load<TYPE>(a.x, i, count);
+        VF y = a.z ? add_f(x, load<TYPE>(a.z, i, count)) : mul_f(x, set_f(float(a.factor)));
+        store<TYPE>(a.y, i, count, y);
     }
 }
 
