@@ -48,6 +48,12 @@ NOT_APPLIED = {
 }
 
 
+class Cache(Protocol):
+    """What a `Generator` keeps of its sequences: a `KVCache`, or an `OnnxCache`."""
+
+    def keep(self, indices: Sequence[int]) -> None: ...
+
+
 class Generator(Protocol):
     """What generates: a `Decoder`, or an ONNX model of `qllm.onnx`; `Decoder` says how."""
 
@@ -55,11 +61,11 @@ class Generator(Protocol):
     device: torch.device
     stage: PipelineStage | None
 
-    def new_cache(self, rows: int, capacity: int) -> object: ...
+    def new_cache(self, rows: int, capacity: int) -> Cache: ...
     def prefill(
-        self, prompts: Sequence[Sequence[int]], cache: object, *, share: bool
+        self, prompts: Sequence[Sequence[int]], cache: Cache, *, share: bool
     ) -> Tensor | None: ...
-    def decode(self, tokens: Tensor, cache: object, *, share: bool) -> Tensor | None: ...
+    def decode(self, tokens: Tensor, cache: Cache, *, share: bool) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -177,11 +183,11 @@ def generate_tokens(
         for batch in batches:
             if batch.pending:
                 yield from batch.take(False)
-            if not all(batch.finished):
+            if batch.live:
                 batch.step()
                 if model.stage is None:
                     yield from batch.take(step == count)
-        if all(all(batch.finished) for batch in batches):
+        if not any(batch.live for batch in batches):
             break
     for batch in batches:
         if batch.pending:
@@ -189,14 +195,14 @@ def generate_tokens(
 
 
 class _Batch:
-    """Some of the prompts, which go through the model together.
+    """Some of the prompts, which go through the model together, until each has ended.
 
     In a pipeline there are several, so that each stage has one to work on; a stage learns the new
     tokens of one when it comes to it again.
 
     Attributes:
         pending: a step was made whose tokens have not been taken.
-        finished: of each row.
+        live: the prompts that have not ended, in the order of their tokens.
     """
 
     def __init__(
@@ -206,12 +212,11 @@ class _Batch:
         prompts: Sequence[Sequence[int]],
         config: GenerationConfig,
     ) -> None:
-        self.model, self.rows, self.config = model, rows, config
+        self.model, self.live, self.config = model, list(rows), config
         self.prompts = [prompts[row] for row in rows]
         longest = max(map(len, prompts))
         self.cache = model.new_cache(len(rows), longest + config.new_tokens(longest))
         self.processor = LogitsProcessor(model, self.prompts, config, longest)
-        self.finished = [False] * len(rows)
         self.tokens: Tensor | None = None
         self.pending = False
 
@@ -232,13 +237,22 @@ class _Batch:
         self.pending = False
         stage = self.model.stage
         if stage is not None and not stage.last:
-            received = torch.empty(len(self.rows), dtype=torch.int64, device=self.model.device)
+            received = torch.empty(len(self.live), dtype=torch.int64, device=self.model.device)
             self.tokens = stage.broadcast(received)
         self.processor.add(self.tokens)
-        for index, token in enumerate(self.tokens.tolist()):
-            if not self.finished[index]:
-                self.finished[index] = last or token in self.config.eos_token_ids
-                yield self.rows[index], token, self.finished[index]
+        found = self.tokens.tolist()
+        ended = [last or token in self.config.eos_token_ids for token in found]
+        rows = list(zip(self.live, found, ended, strict=True))
+        if any(ended):
+            self._keep([i for i, over in enumerate(ended) if not over])
+        yield from rows
+
+    def _keep(self, indices: list[int]) -> None:
+        """Let all prompts go but those at these places, so that the others cost nothing more."""
+        self.live = [self.live[i] for i in indices]
+        self.cache.keep(indices)
+        self.processor.keep(indices)
+        self.tokens = self.tokens[torch.tensor(indices, dtype=torch.int64)]
 
 
 def check_prompts(
@@ -310,6 +324,11 @@ class LogitsProcessor:
         if self.generated < self.least and len(self.eos):
             logits = logits.index_fill(1, self.eos, -math.inf)
         return logits
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Go on with the prompts at these places alone."""
+        if self.seen is not None:
+            self.seen = self.seen[list(indices)]
 
     def add(self, tokens: Tensor) -> None:
         """Take note of the tokens (B,) that were chosen."""

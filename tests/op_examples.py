@@ -10,6 +10,7 @@ import torch
 
 from qllm.config import SCHEMES
 from qllm.ops import SIMPLE, Request, reference
+from qllm.ops.kv import KV, Batch
 from qllm.quant.packing import BITS, pack
 
 SHAPES = ((64, 32), (67, 13), (1, 1), (256, 40))  # (K, N)
@@ -201,20 +202,21 @@ def attention_example(
     dim, kv_heads = request.in_features + request.in_features % 2, 2
     heads, at = kv_heads * share, torch.arange(rows) * (1 if prompt else 7) % CAPACITY
     qkv = normal(rows, (heads + 2 * kv_heads) * dim).to(dtype)
-    keys, values = normal(2, *([] if prompt else [rows]), kv_heads, CAPACITY, dim).to(dtype)
+    keys, values = normal(2, 1 if prompt else rows, kv_heads, CAPACITY, dim).to(dtype)
     angle = normal(rows, dim // 2).repeat(1, 2)
     angles = (angle.cos().to(dtype), angle.sin().to(dtype)) if turned else None
     slopes = None if turned else torch.linspace(0.01, 0.5, heads)
-    arguments = {"qkv": qkv, "keys": keys, "values": values, "angles": angles, "slopes": slopes}
-    if not prompt:
-        arguments |= {"positions": at, "span": int(at.max()) + 1}
+    lengths, pasts = ([rows], [0]) if prompt else ([1] * rows, at.tolist())
+    batch = Batch.of(lengths, request.device, pasts=pasts)
+    arguments = {"qkv": qkv, "kv": KV(keys, values), "batch": batch}
+    arguments |= {"cos_sin": angles, "slopes": slopes}
     parts = exact.numpy(qkv).reshape(rows, -1, dim)
     q, k, v = np.split(parts, [heads, heads + kv_heads], axis=1)
     q, k = exact.rotate(q, angles), exact.rotate(k, angles)
     caches = [exact.numpy(part).copy() for part in (keys, values)]
     found = []
     for row, position in enumerate(at.tolist()):
-        own = caches if prompt else [cache[row] for cache in caches]
+        own = [cache[0 if prompt else row] for cache in caches]
         own[0][:, position], own[1][:, position] = k[row], v[row]
         seen = (cache[:, : position + 1] for cache in own)
         found.append(exact.attention(q[row], *seen, None if turned else exact.numpy(slopes)))
@@ -264,7 +266,7 @@ EXAMPLES = {
         partial(attention_example, prompt=False, turned=turned, share=share)
         for turned, share in ((True, 3), (False, 1))
     ),
-    "prompt_attention": tuple(
+    "prefill_attention": tuple(
         partial(attention_example, prompt=True, turned=turned, share=share)
         for turned, share in ((True, 3), (False, 1))
     ),

@@ -133,8 +133,9 @@ def test_default_number_of_new_tokens(small, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_end_of_text_inside_a_batch(family):
-    """A row that has ended ends with its end of text; the others say what they say without it."""
+def test_end_of_text_inside_a_batch(family, monkeypatch):
+    """A row that has ended ends with its end of text, and is computed no more; the others say what
+    they say without it."""
     model = our_bundled(family)
     prompts = draw_prompts([5, 1, 33, 12, 60, 2, 20, 7], 4096, seed=1)
     free = generate(model, prompts, GenerationConfig(max_new_tokens=24))
@@ -143,11 +144,17 @@ def test_end_of_text_inside_a_batch(family):
     rare = [row - set().union(*rows[:i], *rows[i + 1 :]) for i, row in enumerate(rows)]
     eos = {sorted(row, key=free[i].index)[len(row) // 2] for i, row in enumerate(rare[:6]) if row}
     config = GenerationConfig(max_new_tokens=24, eos_token_ids=tuple(eos))
-    seen = [[] for _ in prompts]
+    seen, computed, decode = [[] for _ in prompts], [], model.decode
+    monkeypatch.setattr(
+        model,
+        "decode",
+        lambda tokens, *a, **k: computed.append(len(tokens)) or decode(tokens, *a, **k),
+    )
     got = generate(model, prompts, config, lambda *event: seen[event[0]].append(event[1:]))
     assert got == [cut(row, eos) for row in free]
     # Each token is told of, and of the last one that it is.
     assert seen == [[(token, i == len(row)) for i, token in enumerate(row, 1)] for row in got]
+    assert computed == [sum(len(row) > step for row in got) for step in range(1, 24)]
     assert len({len(row) for row in got}) > 3  # they end at different times
     assert 24 in {len(row) for row in got}
     assert_tokens_equal(got, reference(bundled(family), prompts, list(eos), max_new_tokens=24))

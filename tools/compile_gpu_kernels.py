@@ -21,8 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qllm.ops.gpu import tiles
-from qllm.ops.gpu.attention import prompt_tile
-from qllm.ops.gpu.kernels import attention, matmul, prompts, rows
+from qllm.ops.gpu.attention import prefill_tile
+from qllm.ops.gpu.kernels import attention, matmul, prefill, rows
 from tools.disassemble import disassemble
 
 BITS = (3, 4, 8)
@@ -88,19 +88,18 @@ def others() -> Iterator[Job]:
     """What is no product."""
     names = ("qkv", "cos", "sin", "keys", "values", "y")
     tensors = dict.fromkeys(names, "*bf16")
-    tensors |= {"slopes": "*fp32", "positions": "*i64", "partials": "*fp32", "counters": "*i32"}
+    tensors |= dict.fromkeys(("rows", "starts", "positions"), "*i64")
+    tensors |= {"slopes": "*fp32", "partials": "*fp32", "counters": "*i32", "q": "*bf16"}
     for dim in (64, 128):
         constants = {"DIM": dim, "FIRST": dim // 2, "HALF": dim // 2, "GROUP": 1, "SPLITS": 8}
-        constants |= {"GROUP_ROOM": 16, "SPAN": 256, "BLOCK": 64, "TURN": True, "SLOPE": True}
+        constants |= {"PADDED_GROUP": 16, "SPAN": 256, "BLOCK": 64, "ROTATE": True, "SLOPE": True}
         name = f"attention, heads of {dim}"
         yield Job(name, attention.decode_attention, tensors, constants, 4, 2, True)
-    kinds = ("q", "row_of", "starts")
-    tensors |= dict(zip(kinds, ("*bf16", "*i64", "*i32"), strict=True))
-    constants = {"DIM": 128, "FIRST": 64, "HALF": 64, "HEADS": 128, "TURN": True}
-    yield Job("placing heads", prompts.place_tokens, tensors, constants, 8, 1, True)
-    width, tokens, keys, warps = prompt_tile(128, torch.bfloat16)
+    constants = {"DIM": 128, "FIRST": 64, "HALF": 64, "HEADS": 128, "ROTATE": True}
+    yield Job("writing heads", prefill.write_tokens, tensors, constants, 8, 1, True)
+    width, tokens, keys, warps = prefill_tile(128, torch.bfloat16)
     constants = {"DIM": 128, "WIDTH": width, "GROUP": 1, "BM": tokens, "BN": keys, "SLOPE": True}
-    yield Job("prompts' attention", prompts.prompt_attention, tensors, constants, warps, 2, True)
+    yield Job("attention of prefill", prefill.prefill_attention, tensors, constants, warps, 2, True)
     tensors = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "scales": "*fp32"}
     tensors |= {"z": "*bf16", "sums": "*bf16", "out": "*i8"}
     constants = {"WIDTH": 4096, "HAS_WEIGHT": True, "HAS_BIAS": True, "STATIC": False}

@@ -14,14 +14,16 @@ from qllm.config import ModelConfig
 from qllm.models.positions import PositionEncoding
 from qllm.ops.cpu.tape import Tape
 from qllm.ops.gpu.graph import Graph
+from qllm.ops.kv import KV, Batch
 
 
 class KVCache:
-    """Keys and values of every token so far, allocated once.
+    """Keys and values of sequences, each in a row that begins, goes on and ends by itself.
 
     Attributes:
-        keys, values: one (B, H_kv, capacity, D) per layer, an empty one where it is not here.
-        lengths: tokens held for each of the B rows.
+        layers: a `KV` for each layer, with nothing in it where the layer is not here.
+        lengths: tokens held in each of the R rows.
+        live: the rows in use, in the order in which a decode step takes their tokens.
         step, tape: what decodes into it and the calls that takes, once something has.
     """
 
@@ -36,6 +38,8 @@ class KVCache:
     ) -> None:
         """
         Args:
+            rows: sequences that it has memory for; all of them begin at once.
+            capacity: tokens that a row has memory for.
             device: of what goes into it.
             device_map: of the layers that have a cache here, the device; None: all, on `device`.
         """
@@ -43,30 +47,64 @@ class KVCache:
             device_map = dict.fromkeys(range(config.num_layers), device)
         shape = (rows, config.num_kv_heads, capacity, config.head_dim)
         none = torch.empty(0, dtype=dtype, device=device)
-        both = dict.fromkeys(range(config.num_layers), (none, none))
+        layers = dict.fromkeys(range(config.num_layers), KV(none, none))
         for each in set(device_map.values()):
-            layers = [i for i in device_map if device_map[i] == each]
+            here = [i for i in device_map if device_map[i] == each]
             # Zeros: a shorter row's unused places are masked, but 0 * NaN would still be NaN.
-            keys, values = torch.zeros((2, len(layers), *shape), dtype=dtype, device=each)
-            both |= zip(layers, zip(keys, values, strict=True), strict=True)
-        self.keys, self.values = zip(*both.values(), strict=True)
+            keys, values = torch.zeros((2, len(here), *shape), dtype=dtype, device=each)
+            layers |= {i: KV(*pair) for i, *pair in zip(here, keys, values, strict=True)}
+        self.layers = tuple(layers.values())
         self.capacity, self.dtype, self.device = capacity, dtype, none.device
         self.lengths = [0] * rows
+        self.live = list(range(rows))
         self.step: Decode | None = None
         self.tape: Tape | Graph | None = None
 
-    def check(self, lengths: Sequence[int]) -> None:
-        """Refuse what rows of these lengths would write outside the cache.
+    def start(self, count: int = 1) -> list[int]:
+        """Take rows into use that are not, empty.
 
         Raises:
-            IndexError: a row is longer than the cache.
-            ValueError: there are not as many rows.
+            IndexError: there are not as many.
         """
-        rows = len(self.lengths)
-        if len(lengths) != rows:
-            raise ValueError(f"{len(lengths)} prompts for a cache of {rows} rows")
-        if max(lengths) > self.capacity:
-            raise IndexError(f"{max(lengths)} tokens in a cache for {self.capacity}")
+        free = [row for row in range(len(self.lengths)) if row not in self.live][:count]
+        if len(free) < count:
+            raise IndexError(f"{count} more sequences for a cache of {len(self.lengths)} rows")
+        self.live += free
+        return free
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Let all live rows go but those at these places among them.
+
+        Decode steps do without the others, and their memory is for other sequences.
+        """
+        for row in set(self.live) - {self.live[i] for i in indices}:
+            self.lengths[row] = 0
+        self.live = [self.live[i] for i in indices]
+
+    def reset(self) -> None:
+        """Let all rows begin anew, empty."""
+        self.lengths = [0] * len(self.lengths)
+        self.live = list(range(len(self.lengths)))
+
+    def check(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Refuse what `lengths` more tokens of live rows would write outside the cache.
+
+        Raises:
+            IndexError: a row gets longer than the cache.
+            ValueError: there are not as many rows, or they are not in use.
+        """
+        if len(lengths) != len(rows):
+            raise ValueError(f"{len(lengths)} prompts for a cache of {len(rows)} rows")
+        if ended := set(rows) - set(self.live):
+            raise ValueError(f"row {min(ended)} of the cache is not in use")
+        longest = max(self.lengths[row] + n for row, n in zip(rows, lengths, strict=True))
+        if longest > self.capacity:
+            raise IndexError(f"{longest} tokens in a cache for {self.capacity}")
+
+    def advance(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Count tokens that a pass has written."""
+        for row, length in zip(rows, lengths, strict=True):
+            self.lengths[row] += length
 
     @staticmethod
     def size(config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype) -> int:
@@ -79,16 +117,22 @@ class Pass:
     """What both ways share: tensors that every layer reads, on the device of most layers.
 
     Attributes:
-        together: what attention of all prompts at once takes besides; None where there is none.
+        batch: which tokens it takes.
+        cos_sin: by which queries and keys are rotated, (N, D) each; None: they are not.
+        slopes: float32 (H,), of ALiBi; None: there are none.
     """
 
-    positions: Tensor
-    angles: object
+    batch: Batch
+    cos_sin: tuple[Tensor, Tensor] | None
     slopes: Tensor | None
-    together: tuple | None = None
 
     def __init__(self) -> None:
         self._elsewhere: dict[torch.device, Self] = {}
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 (N,): of each token in its sequence."""
+        return self.batch.positions
 
     def on(self, device: torch.device) -> Self:
         """The same pass, for layers on a device."""
@@ -96,116 +140,113 @@ class Pass:
             return self
         if device not in self._elsewhere:
             moved = self._elsewhere[device] = copy.copy(self)
-            for name in ("positions", "angles", "slopes", "together"):
+            for name in ("batch", "cos_sin", "slopes"):
                 setattr(moved, name, _moved(getattr(self, name), device))
         return self._elsewhere[device]
 
 
 def _moved(value: object, device: torch.device) -> object:
-    """Tensors, alone or in sequences, on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return value if value is None else [_moved(part, device) for part in value]
+    """Tensors, alone or in tuples, on a device."""
+    if isinstance(value, Batch):
+        return Batch(*(_moved(part, device) for part in value))
+    if isinstance(value, tuple):
+        return tuple(_moved(part, device) for part in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 class Prefill(Pass):
-    """One pass over whole prompts, each attending to itself."""
+    """One pass over runs of tokens, each attending to itself and to what its row holds already."""
 
     def __init__(
-        self, lengths: Sequence[int], cache: KVCache | None, encoding: PositionEncoding, x: Tensor
+        self,
+        lengths: Sequence[int],
+        cache: KVCache | None,
+        encoding: PositionEncoding,
+        x: Tensor,
+        *,
+        rows: Sequence[int] | None = None,
+        longest: int = 0,
     ) -> None:
+        """
+        Args:
+            lengths: of the runs.
+            cache: takes keys and values; None: they are whole sequences, and it keeps none.
+            x: of the device and type of the activations.
+            rows: of the cache; None: 0, 1, …
+            longest: tokens of the longest sequence once all its runs have come, where more do.
+        """
         super().__init__()
-        if cache is not None:
-            cache.check(lengths)
-        self.lengths, self.cache = lengths, cache
-        self.positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])
-        angles = encoding.angles(self.positions, max(lengths), x.dtype)
-        parts = [part.split(lengths) for part in angles or ()]
-        self.angles = list(zip(*parts, strict=True)) or [None] * len(lengths)
+        rows = range(len(lengths)) if rows is None else rows
+        pasts = [0] * len(lengths) if cache is None else [cache.lengths[row] for row in rows]
+        self.cache = cache
+        self.batch = Batch.of(lengths, x.device, rows, pasts)
+        longest = max(longest, self.batch.span)
+        self.cos_sin = encoding.cos_sin(self.positions, longest, x.dtype)
         self.slopes = None if encoding.slopes is None else encoding.slopes.to(x.device)
-        if ops.on(x.device.type).prompts_attention:
-            counts = torch.tensor([0, *lengths])
-            rows = torch.arange(len(lengths)).repeat_interleave(counts[1:])
-            starts = counts.cumsum(0).to(torch.int32)
-            self.together = (angles, rows.to(x.device), starts.to(x.device))
 
     def attend(self, layer: int, qkv: Tensor, heads: Sequence[int]) -> Tensor:
         """Attention among the heads [queries, keys, values] of qkv (N, heads D): (N, H D)."""
-        kv_heads, dim = heads[1], qkv.shape[1] // sum(heads)
-        at_once = ops.on(qkv.device.type).prompts_attention
-        if at_once and self.together:
-            if self.cache is None:
-                shape = (2, len(self.lengths), kv_heads, max(self.lengths), dim)
-                keys, values = qkv.new_empty(shape)
-            else:
-                keys, values = self.cache.keys[layer], self.cache.values[layer]
-            angles, rows, starts = self.together
-            place = (rows, self.positions, starts, max(self.lengths))
-            return at_once(qkv, keys, values, *place, angles, self.slopes)
-        outputs = []
-        for row, (part, angles) in enumerate(
-            zip(qkv.split(self.lengths), self.angles, strict=True)
-        ):
-            if self.cache is None:
-                keys, values = part.new_empty(2, kv_heads, len(part), dim)
-            else:
-                keys, values = self.cache.keys[layer][row], self.cache.values[layer][row]
-            attend = ops.on(qkv.device.type).prompt_attention
-            outputs.append(attend(part, keys, values, angles, self.slopes))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if self.cache is None:
+            shape = (len(self.batch.rows), heads[1], self.batch.span, qkv.shape[1] // sum(heads))
+            kv = KV(*qkv.new_empty(2, *shape))
+        else:
+            kv = self.cache.layers[layer]
+        attend = ops.on(qkv.device.type).prefill_attention
+        return attend(qkv, kv, self.batch, self.cos_sin, self.slopes)
 
 
 class Decode(Pass):
-    """One pass over one new token per row, attending to the cache.
+    """One pass over one new token of each live row, attending to the cache.
 
     Its tensors keep their places from token to token, so that the calls of a pass can be kept and
     made again (`qllm.ops.cpu.tape`, `qllm.ops.gpu.graph`).
 
     Attributes:
+        size: tokens B that it takes; where there are fewer live rows the last one's is repeated,
+            whose results are then computed several times over.
         tokens, positions: int64 (B,).
-        angles: (B, D) each, or None.
     """
 
-    def __init__(self, cache: KVCache, encoding: PositionEncoding) -> None:
+    def __init__(self, cache: KVCache, encoding: PositionEncoding, size: int) -> None:
         super().__init__()
-        self.cache, self.encoding = cache, encoding
+        self.cache, self.encoding, self.size = cache, encoding, size
         device = cache.device
-        self.tokens = torch.zeros(len(cache.lengths), dtype=torch.int64, device=device)
-        self.positions = torch.zeros_like(self.tokens)
+        self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
+        self.batch = Batch.of([1] * size, device)
         slopes = encoding.slopes
         self.slopes = None if slopes is None else slopes.to(device)
-        self.angles: tuple[Tensor, Tensor] | None = None
+        self.cos_sin: tuple[Tensor, Tensor] | None = None
         self.table = encoding.table(cache.capacity, cache.dtype, device)
 
     def begin(self, tokens: Tensor) -> None:
-        """Take the next tokens (B,), which come where the cache ends.
+        """Take the next tokens of the live rows, which come where each ends.
 
         Raises:
             IndexError: a row of the cache is full.
+            ValueError: there are not as many live rows.
         """
-        self.cache.check([n + 1 for n in self.cache.lengths])
+        live = self.cache.live
+        self.cache.check(live, [1] * len(tokens))
         self._elsewhere.clear()
-        self.tokens.copy_(tokens)
-        self.positions.copy_(torch.tensor(self.cache.lengths))
-        self.span = max(self.cache.lengths) + 1
+        rows = [*live, *[live[-1]] * (self.size - len(live))]
+        pasts = torch.tensor([self.cache.lengths[row] for row in rows])
+        self.tokens[: len(tokens)].copy_(tokens)
+        if len(tokens) < self.size:
+            self.tokens[len(tokens) :].copy_(tokens[-1:].expand(self.size - len(tokens)))
+        self.batch.rows.copy_(torch.tensor(rows))
+        self.batch.positions.copy_(pasts)
+        self.batch = self.batch._replace(span=int(pasts.max()) + 1)
         if self.table is None:
-            angles = self.encoding.angles(self.positions, self.span, self.cache.dtype)
+            cos_sin = self.encoding.cos_sin(self.positions, self.batch.span, self.cache.dtype)
         else:
-            angles = tuple(part[self.positions] for part in self.table)
-        if self.angles is None:
-            self.angles = angles
+            cos_sin = tuple(part[self.positions] for part in self.table)
+        if self.cos_sin is None:
+            self.cos_sin = cos_sin
         else:
-            for kept, new in zip(self.angles, angles, strict=True):
+            for kept, new in zip(self.cos_sin, cos_sin, strict=True):
                 kept.copy_(new)
 
     def attend(self, layer: int, qkv: Tensor, heads: Sequence[int]) -> Tensor:
         """Attention of qkv (B, heads D), whose keys and values join the cache: (B, H D)."""
-        return ops.on(qkv.device.type).decode_attention(
-            qkv,
-            self.cache.keys[layer],
-            self.cache.values[layer],
-            self.positions,
-            self.span,
-            self.angles,
-            self.slopes,
-        )
+        attend = ops.on(qkv.device.type).decode_attention
+        return attend(qkv, self.cache.layers[layer], self.batch, self.cos_sin, self.slopes)

@@ -1,16 +1,17 @@
 """The decoder of every family.
 
 Activations are (N, C): the tokens of all prompts one after another, without padding. In prefill
-N is the sum of the prompts' lengths, in decode it is the number of prompts. Every prompt starts
-at position 0 of its own row in the cache, so no token ever sees a pad.
+N is the sum of the prompts' lengths, in decode it is the number of live rows. Every sequence has a
+row of its own in the cache, which starts at position 0, so no token ever sees a pad.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -27,6 +28,10 @@ from qllm.ops import phase
 from qllm.ops.cpu.tape import record
 from qllm.ops.gpu.graph import Graph
 from qllm.ops.reference import ACTIVATIONS
+
+# Tokens that a pass of prefill takes at the most, where a cache lets a long prompt come in pieces:
+# its activations are bounded, and more of them at once would be no faster.
+PREFILL_TOKENS = 2048
 
 # Names that config.json files use for the same functions.
 SAME_ACTIVATION = {
@@ -131,14 +136,19 @@ class Decoder(nn.Module):
         prompts: Sequence[Sequence[int]],
         cache: KVCache | None = None,
         *,
+        rows: Sequence[int] | None = None,
         last: bool = True,
         share: bool = True,
     ) -> Tensor | None:
-        """Run whole prompts.
+        """Run prompts, or what follows on the tokens that the cache holds already.
+
+        With a cache, long prompts go through in several passes of up to PREFILL_TOKENS tokens; no
+        bit of what comes out depends on where they are cut.
 
         Args:
             prompts: B lists of token ids, none of them empty.
-            cache: takes the keys and values, one row per prompt; None keeps none.
+            cache: takes the keys and values; None keeps none.
+            rows: of the cache, one per prompt; None: all live ones.
             last: return the logits behind each prompt's last token only.
             share: all stages of a pipeline get the logits; else the last one does, others None.
 
@@ -146,28 +156,61 @@ class Decoder(nn.Module):
             float32 logits, (B, V), or (N, V) for all N tokens.
 
         Raises:
-            IndexError: a prompt is longer than the cache.
-            ValueError: the cache has not one row per prompt.
+            IndexError: a sequence gets longer than the cache.
+            ValueError: there is not one live row per prompt.
         """
-        x = self.hidden(prompts, cache)
-        lengths = [len(prompt) for prompt in prompts]
-        if last and (self.stage is None or self.stage.last):
-            x = x[torch.tensor(lengths, device=x.device).cumsum(0) - 1]
-        return self._shared(self._logits(x), len(lengths) if last else sum(lengths), share)
+        kept = []
+        for x, ends in self._passes(prompts, cache, rows):
+            if self.stage is not None and not self.stage.last:
+                self.stage.send(x)
+            elif last:
+                kept.append(x[torch.tensor(ends, dtype=torch.int64, device=x.device)])
+            else:
+                kept.append(x)
+        logits = self._logits(_joined(kept)) if kept else None
+        return self._shared(logits, len(prompts) if last else sum(map(len, prompts)), share)
 
     @torch.inference_mode()
-    def hidden(self, prompts: Sequence[Sequence[int]], cache: KVCache | None = None) -> Tensor:
-        """What this process's layers make of whole prompts: (N, C) for all N tokens.
+    def hidden(
+        self,
+        prompts: Sequence[Sequence[int]],
+        cache: KVCache | None = None,
+        *,
+        rows: Sequence[int] | None = None,
+    ) -> Tensor:
+        """What this process's layers make of prompts: (N, C) for all N tokens.
 
         Arguments and errors are those of `prefill`.
         """
+        return _joined([x for x, _ in self._passes(prompts, cache, rows)])
+
+    def _passes(
+        self,
+        prompts: Sequence[Sequence[int]],
+        cache: KVCache | None,
+        rows: Sequence[int] | None,
+    ) -> Iterator[tuple[Tensor, list[int]]]:
+        """Hidden states (n, C) of each pass, and which of them prompts end with."""
         lengths = [len(prompt) for prompt in prompts]
-        tokens = torch.tensor([t for prompt in prompts for t in prompt], device=self.device)
-        x = self._embed(tokens)
-        x = self._run_layers(x, Prefill(lengths, cache, self.positions, x))
+        rows = rows if cache is None or rows is not None else list(cache.live)
+        longest, limit = max(lengths), sum(lengths)
         if cache is not None:
-            cache.lengths = lengths
-        return x
+            cache.check(rows, lengths)
+            longest = max(cache.lengths[row] + n for row, n in zip(rows, lengths, strict=True))
+            limit = PREFILL_TOKENS
+        for pieces in _pieces(lengths, limit):
+            tokens = [
+                token for i, piece in pieces for token in prompts[i][piece.start : piece.stop]
+            ]
+            x = self._embed(torch.tensor(tokens, device=self.device))
+            counts = [len(piece) for _, piece in pieces]
+            here = None if rows is None else [rows[i] for i, _ in pieces]
+            step = Prefill(counts, cache, self.positions, x, rows=here, longest=longest)
+            x = self._run_layers(x, step)
+            if cache is not None:
+                cache.advance(here, counts)
+            ends = zip(accumulate(counts), pieces, strict=True)
+            yield x, [end - 1 for end, (i, piece) in ends if piece.stop == lengths[i]]
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
@@ -176,20 +219,32 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: KVCache, *, share: bool = True) -> Tensor | None:
-        """Run one new token per row, int64 (B,): float32 logits (B, V).
+        """Run one new token of each live row, int64 (B,): float32 logits (B, V).
 
         Args:
             share: as in `prefill`.
 
         Raises:
             IndexError: a row of the cache is full.
+            ValueError: there are not as many live rows.
         """
-        if cache.step is None:
-            cache.step = Decode(cache, self.positions)
+        size = self._step_size(cache)
+        if cache.step is None or cache.step.size != size:
+            cache.step, cache.tape = Decode(cache, self.positions, size), None
         cache.step.begin(tokens)
         logits = self._decode(cache)
-        cache.lengths = [n + 1 for n in cache.lengths]
-        return self._shared(logits, len(tokens), share)
+        cache.advance(cache.live, [1] * len(tokens))
+        return self._shared(None if logits is None else logits[: len(tokens)], len(tokens), share)
+
+    def _step_size(self, cache: KVCache) -> int:
+        """Tokens of the next step: as many as there are live rows, or the next padded size.
+
+        What a graph captures takes long to capture again, and few tokens more cost nothing.
+        """
+        live = len(cache.live)
+        if cache.step is None or live > cache.step.size or not self._can_capture():
+            return live
+        return min(cache.step.size, live if live < 3 else -(-live // 4) * 4)
 
     def _decode(self, cache: KVCache) -> Tensor | None:
         """One pass: the first of a cache is recorded, the others play the record."""
@@ -249,6 +304,27 @@ class Decoder(nn.Module):
         """Logits, softly kept below a cap where the model has one."""
         cap = self.config.logit_cap
         return logits if cap is None else (logits / cap).tanh() * cap
+
+
+def _pieces(lengths: Sequence[int], limit: int) -> Iterator[list[tuple[int, range]]]:
+    """What each pass takes, of up to `limit` tokens: prompts, and which tokens of each."""
+    taken: list[tuple[int, range]] = []
+    left = limit
+    for i, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            piece = range(start, min(length, start + left))
+            taken.append((i, piece))
+            start, left = piece.stop, left - len(piece)
+            if not left:
+                yield taken
+                taken, left = [], limit
+    if taken:
+        yield taken
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _known_activation(config: ModelConfig) -> ModelConfig:

@@ -1,7 +1,7 @@
 """How each family tells its decoder where a token stands: learned, ALiBi or rotary.
 
-A decoder calls `embed` once on the embeddings; in every layer attention turns queries and keys by
-`angles`, and adds `slopes` times the distance to the scores.
+A decoder calls `embed` once on the embeddings; in every layer attention rotates queries and keys by
+`cos_sin`, and adds `slopes` times the distance to the scores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qllm.config import ModelConfig
 
 
 class PositionEncoding(nn.Module):
-    """What all share: nothing is added, turned or sloped.
+    """What all share: nothing is added, rotated or sloped.
 
     Attributes:
         slopes: float32 (H,), by which scores fall with the distance; None: they do not.
@@ -29,7 +29,7 @@ class PositionEncoding(nn.Module):
         """Add to the embeddings (N, hidden) of tokens at `positions` (N,)."""
         return x
 
-    def angles(
+    def cos_sin(
         self, positions: Tensor, longest: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines (N, D) for tokens at `positions` (N,); the largest is longest - 1."""
@@ -38,7 +38,7 @@ class PositionEncoding(nn.Module):
     def table(
         self, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor] | None:
-        """The angles of every position in a cache, (capacity, D); None: they depend on more."""
+        """`cos_sin` of every position in a cache, (capacity, D); None: they depend on more."""
         return None
 
 
@@ -81,7 +81,7 @@ class AlibiPositions(PositionEncoding):
 
 
 class RotaryPositions(PositionEncoding):
-    """Llama: queries and keys are turned, pair by pair, by angles that grow with the position."""
+    """Llama: queries and keys are rotated, pair by pair, by angles that grow with the position."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class RotaryPositions(PositionEncoding):
             high += 0.001  # as transformers has it, so that nothing is divided by 0
         return (torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)
 
-    def angles(self, positions: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, positions: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         frequencies = self.frequencies(longest).to(positions.device)
         angles = positions[:, None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)  # (N, D)
@@ -166,7 +166,7 @@ class RotaryPositions(PositionEncoding):
             return None
         if rope.kind == "longrope" and capacity > rope.original_max_positions:
             return None
-        return self.angles(torch.arange(capacity, device=device), capacity, dtype)
+        return self.cos_sin(torch.arange(capacity, device=device), capacity, dtype)
 
 
 POSITIONS: dict[str, type[PositionEncoding]] = {

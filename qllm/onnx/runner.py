@@ -42,6 +42,16 @@ class OnnxCache:
         self.mask = np.zeros((rows, 0), np.int64)
         self.lengths = np.zeros(rows, np.int64)
 
+    def keep(self, indices: Sequence[int]) -> None:
+        """Let all rows go but those at these places, and with them pads that all others have."""
+        kept = list(indices)
+        first = int(self.mask[kept].any(0).argmax()) if kept else 0
+        self.mask, self.lengths = self.mask[kept, first:], self.lengths[kept]
+        self.past = {
+            name: OrtValue.ortvalue_from_numpy(value.numpy()[kept, :, first:])
+            for name, value in self.past.items()
+        }
+
 
 class OnnxDecoder:
     """A decoder with past, of the names that optimum gives its inputs and outputs.

@@ -174,10 +174,11 @@ def _gpu_dense_for_few(
 SIMPLE = (
     *("embedding", "layer_norm", "rms_norm", "qk_norm", "activation", "gated_activation", "add"),
     "scale",
-    *("decode_attention", "prompt_attention", "layer_norm_int8", "rms_norm_int8"),
+    *("decode_attention", "prefill_attention", "layer_norm_int8", "rms_norm_int8"),
 )
 GPU_SIMPLE = {
     "decode_attention": gpu_attention.decode_attention,
+    "prefill_attention": gpu_attention.prefill_attention,
     "gated_activation": gpu_rows.gated_activation,
     "layer_norm_int8": gpu_rows.layer_norm_int8,
     "rms_norm_int8": gpu_rows.rms_norm_int8,
@@ -254,19 +255,14 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
 def on(device: str) -> SimpleNamespace:
     """The ops between linear layers, by name, as the best kernels of a device have them.
 
-    Besides, `prompts_attention` takes all prompts at once, and `add_norm` has by a norm's name what
-    adds in front of it; None and empty where that gains nothing.
+    Besides, `add_norm` has by a norm's name what adds in front of it; empty where that gains
+    nothing.
     """
     request = Request(0, 0, 16, -1, "asym", device)
     found = {op: select(op, request).kernel.run for op in SIMPLE}
-    if _gpu_why_not(request) is None:
-        fused = {
-            "prompts_attention": gpu_attention.prompts_attention,
-            "add_norm": gpu_rows.ADD_NORM,
-        }
-    else:
-        fused = {"prompts_attention": None, "add_norm": {}}
-    return SimpleNamespace(**found, **fused)
+    return SimpleNamespace(
+        **found, add_norm=gpu_rows.ADD_NORM if _gpu_why_not(request) is None else {}
+    )
 
 
 def prepare(device: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qllm.ops.kv import KV, Batch
 from qllm.quant.packing import group_width, unpack
 
 # |q| <= 128, so 1024 products sum to at most 2^24: every partial sum is an exact float32.
@@ -319,84 +320,85 @@ def scale(x: Tensor, factor: float) -> Tensor:
     return x * factor
 
 
-def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the heads of x (N, H, D) by cosines and sines (N, D): pairs are (i, i + D / 2)."""
-    cos, sin = (part[:, None] for part in angles)
+def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the heads of x (N, H, D) by cosines and sines (N, D): pairs are (i, i + D / 2)."""
+    cos, sin = (part[:, None] for part in cos_sin)
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
 def decode_attention(
     qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    span: int,
-    angles: tuple[Tensor, Tensor] | None,
+    kv: KV,
+    batch: Batch,
+    cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
 ) -> Tensor:
-    """Attention of one new token per row to a cache, which its own key and value join.
+    """Attention of one new token per sequence to the cache, which its own key and value join.
 
     Args:
         qkv: (B, (H + 2 H_kv) D): the heads of the queries, then of the key, then of the value.
-        keys, values: the cache, (B, H_kv, capacity, D), written to at `positions`.
-        positions: int64 (B,), how many tokens a row has before this one.
-        span: max(positions) + 1.
-        angles: cosines and sines (B, D) by which queries and keys are turned; None: not at all.
+        kv: the cache of this layer, written to at the tokens' rows and positions.
+        batch: B sequences of one token each.
+        cos_sin: cosines and sines (B, D) by which queries and keys are rotated; None: not at all.
         slopes: float32 (H,), by which scores fall with the distance (ALiBi); None: they do not.
 
     Returns:
         (B, H D).
     """
-    rows, kv_heads, _, dim = keys.shape
-    heads = qkv.shape[1] // dim - 2 * kv_heads
-    q, k, v = qkv.view(rows, -1, dim).split([heads, kv_heads, kv_heads], dim=1)
-    if angles is not None:
-        q, k = rotate(q, angles), rotate(k, angles)
-    index = torch.arange(rows, device=qkv.device)
-    keys[index, :, positions] = k
-    values[index, :, positions] = v
-    distance = torch.arange(span, device=qkv.device) - positions[:, None, None]  # (B, 1, S)
-    scores = distance.new_zeros(distance.shape, dtype=torch.float32)
+    q, k, v = _heads(qkv, kv, cos_sin)
+    kv.write(batch.rows, batch.positions, k, v)
+    keys, values = kv.read(batch.rows, batch.span)
+    distance = torch.arange(batch.span, device=qkv.device) - batch.positions[:, None, None]
+    scores = distance.new_zeros(distance.shape, dtype=torch.float32)  # (B, 1, S)
     if slopes is not None:
         scores = slopes.to(qkv.device)[:, None] * distance  # (B, H, S)
     mask = scores.masked_fill(distance > 0, -torch.inf).to(qkv.dtype)[:, :, None]
-    out = attention(q[:, :, None], keys[:, :, :span], values[:, :, :span], mask, causal=False)
-    return out.reshape(rows, heads * dim)
+    out = attention(q[:, :, None], keys, values, mask, causal=False)
+    return out.reshape(len(qkv), -1)
 
 
-def prompt_attention(
+def prefill_attention(
     qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    angles: tuple[Tensor, Tensor] | None,
+    kv: KV,
+    batch: Batch,
+    cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
 ) -> Tensor:
-    """Attention of a prompt's tokens to themselves and those before them.
+    """Attention of runs of tokens to those before them in the cache, which they join, and to
+    themselves.
 
-    Args:
-        qkv: (T, (H + 2 H_kv) D), as in `decode_attention`.
-        keys, values: a row of the cache, (H_kv, capacity, D), written to from the start.
-        angles, slopes: as in `decode_attention`, for T tokens.
+    Arguments are those of `decode_attention`, for the N tokens of all sequences.
 
     Returns:
-        (T, H D).
+        (N, H D).
     """
-    kv_heads, _, dim = keys.shape
-    length, heads = len(qkv), qkv.shape[1] // dim - 2 * kv_heads
-    q, k, v = qkv.view(length, -1, dim).split([heads, kv_heads, kv_heads], dim=1)
-    if angles is not None:
-        q, k = rotate(q, angles), rotate(k, angles)
-    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))  # (1, H, T, D)
-    keys[:, :length], values[:, :length] = k[0], v[0]
-    mask = None
-    if slopes is not None:
-        positions = torch.arange(length, device=qkv.device)
-        distance = positions - positions[:, None]
-        mask = slopes.to(qkv.device)[:, None, None] * distance
-        mask = mask.masked_fill_(distance > 0, -torch.inf).to(qkv.dtype)[None]
-    out = attention(q, k, v, mask, causal=mask is None)
-    return out[0].transpose(0, 1).reshape(length, heads * dim)
+    q, k, v = _heads(qkv, kv, cos_sin)
+    starts = batch.starts.tolist()
+    kv.write(batch.rows.repeat_interleave(batch.starts.diff()), batch.positions, k, v)
+    outputs = []
+    for sequence, run in enumerate(map(slice, starts, starts[1:])):
+        positions = batch.positions[run]
+        keys, values = kv.read(batch.rows[sequence : sequence + 1], int(positions[-1]) + 1)
+        mask = None
+        if slopes is not None or len(positions) < keys.shape[2]:
+            distance = torch.arange(keys.shape[2], device=qkv.device) - positions[:, None]
+            mask = distance.new_zeros(1, *distance.shape, dtype=torch.float32)
+            if slopes is not None:
+                mask = slopes.to(qkv.device)[:, None, None] * distance
+            mask = mask.masked_fill_(distance > 0, -torch.inf).to(qkv.dtype)[None]
+        out = attention(q[run].transpose(0, 1)[None], keys, values, mask, causal=mask is None)
+        outputs.append(out[0].transpose(0, 1).flatten(1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _heads(
+    qkv: Tensor, kv: KV, cos_sin: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (N, H, D), keys and values (N, H_kv, D), the former two rotated."""
+    heads = qkv.shape[1] // kv.dim - 2 * kv.kv_heads
+    q, k, v = qkv.view(len(qkv), -1, kv.dim).split([heads, kv.kv_heads, kv.kv_heads], dim=1)
+    return (q, k, v) if cos_sin is None else (rotate(q, cos_sin), rotate(k, cos_sin), v)
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

@@ -8,13 +8,15 @@ from conftest import FAMILIES
 from cpu_paths import same
 from oracle import assert_logits_close, draw_prompts, our_bundled
 
+from qllm.models import decoder
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPTS = draw_prompts([9, 4, 11], 4096)
 
 
 def tensors(cache) -> list[torch.Tensor]:
-    return [*cache.keys, *cache.values]
+    return [part for kv in cache.layers for part in kv]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -69,8 +71,75 @@ def test_a_cache_holds_the_same_however_its_tokens_came(family):
     model.prefill([prompt[:1] for prompt in PROMPTS], single)
     for i in range(1, 4):
         logits = model.decode(torch.tensor([prompt[i] for prompt in PROMPTS]), single)
-    for a, b in ((whole.keys, single.keys), (whole.values, single.values)):
+    for a, b in zip(zip(*whole.layers, strict=True), zip(*single.layers, strict=True), strict=True):
         assert same(a[0], b[0])
         assert_logits_close(torch.stack(a), torch.stack(b))
         assert not any(part[:, :, 4:].any() for part in (*a, *b))
     assert_logits_close(logits, last)
+
+
+@pytest.mark.parametrize(("family", "bitwidth"), zip(FAMILIES, ("4", "16", "8:tc-li"), strict=True))
+def test_a_prompt_may_come_in_pieces(family, bitwidth, monkeypatch):
+    """In passes of any size, or as turns of a chat: no bit depends on it, behind it neither."""
+    model = our_bundled(family, bitwidth)
+    prompts = draw_prompts([70, 3, 41], 4096)
+    whole, pieces, turns = (model.new_cache(3, 80) for _ in range(3))
+    want = model.prefill(prompts, whole)
+    everything = model.prefill(prompts, model.new_cache(3, 80), last=False)
+    for tokens in (1, 7, 64, 72):
+        monkeypatch.setattr(decoder, "PREFILL_TOKENS", tokens)
+        pieces.reset()
+        assert same(model.prefill(prompts, pieces), want)
+        assert pieces.lengths == [70, 3, 41]
+        assert same(model.prefill(prompts, model.new_cache(3, 80), last=False), everything)
+    for run in (slice(0, 2), slice(2, 33), slice(33, None)):
+        rows = [row for row, prompt in enumerate(prompts) if prompt[run]]
+        last = model.prefill([prompts[row][run] for row in rows], turns, rows=rows)
+    assert same(last, want[[0, 2]])
+    tokens = torch.tensor([5, 6, 7])
+    want = model.decode(tokens, whole)
+    assert same(model.decode(tokens, pieces), want) and same(model.decode(tokens, turns), want)
+    for part, *others in zip(*(tensors(cache) for cache in (whole, pieces, turns)), strict=True):
+        assert all(same(other, part) for other in others)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_begin_and_end_by_themselves(family):
+    """What a row's tokens are does not depend on which others are there, nor on its row."""
+    model = our_bundled(family, "4")
+    prompts = [*PROMPTS, *draw_prompts([20, 6], 4096, seed=3)]
+    forced = draw_prompts([6] * 5, 4096, seed=4)
+
+    def alone(sequence: int, first: int, steps: int) -> torch.Tensor:
+        cache = model.new_cache(1, 40)
+        model.prefill([prompts[sequence]], cache)
+        tokens = torch.tensor(forced[sequence])
+        return [model.decode(tokens[i : i + 1], cache) for i in range(steps)][first:]
+
+    cache = model.new_cache(3, 40)
+    model.prefill(prompts[:3], cache)
+
+    def step(sequences: dict[int, int]) -> None:
+        """Each sequence's token of this number."""
+        tokens = torch.tensor([forced[sequence][i] for sequence, i in sequences.items()])
+        logits = model.decode(tokens, cache)
+        for (sequence, i), row in zip(sequences.items(), logits, strict=True):
+            assert same(row[None], alone(sequence, i, i + 1)[0])
+
+    step({0: 0, 1: 0, 2: 0})
+    cache.keep([0, 2])
+    assert cache.live == [0, 2] and cache.lengths == [10, 0, 12]
+    step({0: 1, 2: 1})
+    assert cache.step.size == 2
+    with pytest.raises(ValueError, match="^row 1 of the cache is not in use$"):
+        model.prefill(prompts[3:4], cache, rows=[1])
+    assert cache.start() == [1]
+    with pytest.raises(IndexError, match=r"^1 more sequences for a cache of 3 rows$"):
+        cache.start()
+    model.prefill(prompts[3:4], cache, rows=[1])
+    step({0: 2, 2: 2, 3: 0})
+    cache.keep([2, 1])
+    step({3: 1, 2: 3})
+    assert cache.start() == [0]
+    model.prefill(prompts[4:], cache, rows=[0])
+    step({3: 2, 2: 4, 4: 0})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -176,10 +177,10 @@ def test_rows_see_nothing_but_their_own_tokens(family):
     forced = torch.tensor(draw_prompts([4] * 3, 4096))
     clean = decode_logits(model, prompts, forced)
     cache = model.new_cache(3, 64)
-    for tensor in (*cache.keys, *cache.values):
+    for tensor in chain(*cache.layers):
         tensor.fill_(1e4)
     got = [model.prefill(prompts, cache)]
-    for tensor in (*cache.keys, *cache.values):
+    for tensor in chain(*cache.layers):
         tensor[1] = torch.nan
     got += [model.decode(forced[:, step], cache) for step in range(3)]
     got = torch.stack(got)
@@ -207,7 +208,7 @@ def test_half_precision_is_as_good_as_transformers(family, dtype):
     theirs = prefill_logits(bundled(family, dtype), prompts)
     model = our_bundled(family, dtype=dtype)
     ours = model.prefill(prompts, last=False)
-    assert model.dtype == model.new_cache(1, 1).keys[0].dtype == dtype
+    assert model.dtype == model.new_cache(1, 1).layers[0].keys.dtype == dtype
     assert ours.dtype == torch.float32
     error, allowed = (ours - exact).square().mean().sqrt(), (theirs - exact).square().mean().sqrt()
     assert 0 < error < 1.5 * allowed
@@ -223,7 +224,7 @@ def test_cache_size_is_what_a_cache_takes():
     for family in FAMILIES:
         model = our_bundled(family)
         cache = model.new_cache(3, 11)
-        size = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+        size = sum(tensor.nbytes for tensor in chain(*cache.layers))
         assert KVCache.size(model.config, 3, 11, torch.float32) == size
 
 

@@ -30,6 +30,7 @@ from qllm.models.positions import (
     alibi_slopes,
 )
 from qllm.ops import KERNELS, Request
+from qllm.ops.kv import KV, Batch
 from qllm.ops.reference import rotate
 
 
@@ -53,12 +54,18 @@ def kernels(op: str) -> list[Callable]:
     return [kernel.run for kernel in KERNELS[op] if kernel.why_not(request) is None]
 
 
-def prompt_weights(run: Callable, heads: int, length: int, slopes: Tensor | None) -> Tensor:
+def prompt_weights(
+    run: Callable,
+    heads: int,
+    length: int,
+    slopes: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """What each query of a prompt takes of each value, when all keys are alike: (T, H, T)."""
     qkv = torch.zeros(length, heads + 2, length)
     qkv[:, -1] = torch.eye(length)
-    keys, values = torch.full((2, 1, length + 3, length), 1e4)
-    out = run(qkv.flatten(1), keys, values, None, slopes)
+    kv = KV(*torch.full((2, 1, 1, length + 3, length), 1e4, dtype=dtype))
+    out = run(qkv.flatten(1).to(dtype), kv, Batch.of([length], "cpu"), None, slopes)
     return out.view(length, heads, length)
 
 
@@ -71,8 +78,8 @@ def token_weights(run: Callable, heads: int, positions: list[int], slopes: Tenso
         keys[row, :, :position] = 0
         values[row, 0, :position] = torch.eye(capacity)[:position]
         qkv[row, -1, position] = 1
-    index = torch.tensor(positions)
-    out = run(qkv.flatten(1), keys, values, index, max(positions) + 1, None, slopes)
+    batch = Batch.of([1] * len(positions), "cpu", pasts=positions)
+    out = run(qkv.flatten(1), KV(keys, values), batch, None, slopes)
     return out.view(len(positions), heads, capacity)
 
 
@@ -95,7 +102,7 @@ def test_alibi_biases_are_transformers_up_to_a_constant_per_query(lengths, heads
         for row, n in enumerate(lengths):
             want = weights(theirs[row, :, longest - n :], longest + 2)
             torch.testing.assert_close(last[row], want, rtol=1e-5, atol=0)
-    for attend in kernels("prompt_attention"):
+    for attend in kernels("prefill_attention"):
         for row, n in enumerate(lengths):
             bias = theirs[row, :, longest - n :]
             want = torch.stack([weights(bias[:, : query + 1], n) for query in range(n)])
@@ -105,7 +112,7 @@ def test_alibi_biases_are_transformers_up_to_a_constant_per_query(lengths, heads
 
 def test_without_slopes_all_tokens_so_far_weigh_the_same():
     assert PositionEncoding.slopes is None
-    for attend in kernels("prompt_attention"):
+    for attend in kernels("prefill_attention"):
         want = torch.ones(5, 5).tril() / torch.arange(1, 6)[:, None]
         torch.testing.assert_close(prompt_weights(attend, 1, 5, None)[:, 0], want)
     for attend in kernels("decode_attention"):
@@ -115,10 +122,10 @@ def test_without_slopes_all_tokens_so_far_weigh_the_same():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_angles_have_the_type_of_the_activations(dtype):
+def test_cosines_have_the_type_of_the_activations(dtype):
     encoding = RotaryPositions(our_config("llama"), dtype)
-    exact = encoding.angles(torch.arange(3), 3, torch.float32)
-    for part, want in zip(encoding.angles(torch.arange(3), 3, dtype), exact, strict=True):
+    exact = encoding.cos_sin(torch.arange(3), 3, torch.float32)
+    for part, want in zip(encoding.cos_sin(torch.arange(3), 3, dtype), exact, strict=True):
         assert part.shape == (3, 32)
         assert torch.equal(part, want.to(dtype))
 
@@ -127,12 +134,8 @@ def test_angles_have_the_type_of_the_activations(dtype):
 def test_biases_are_not_rounded_to_the_type_of_the_activations(dtype):
     """Nor is the result of another type."""
     slopes = alibi_slopes(4)
-    for attend in kernels("prompt_attention"):
-
-        def run(*tensors: Tensor, attend: Callable = attend) -> Tensor:
-            return attend(*(t.to(dtype) for t in tensors[:3]), *tensors[3:])
-
-        got, want = (prompt_weights(how, 4, 9, slopes) for how in (run, attend))
+    for attend in kernels("prefill_attention"):
+        got, want = (prompt_weights(attend, 4, 9, slopes, t) for t in (dtype, torch.float32))
         assert got.dtype == dtype
         torch.testing.assert_close(got.float(), want, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
@@ -153,7 +156,7 @@ def test_each_family_has_one_encoding(family):
     x = torch.zeros(3, 256)
     assert encoding.embed(x, torch.arange(3)).any() == (family == "opt")
     assert (encoding.slopes is not None) == (family == "bloom")
-    turns = encoding.angles(torch.tensor([5, 6, 7]), 8, torch.float32) is not None
+    turns = encoding.cos_sin(torch.tensor([5, 6, 7]), 8, torch.float32) is not None
     assert turns == (family == "llama")
 
 
@@ -223,7 +226,7 @@ def test_rope_turns_as_transformers_does(positions):
     cos, sin = LlamaRotaryEmbedding(LlamaConfig(head_dim=32))(q, torch.tensor([positions]))
     want = apply_rotary_pos_emb(q[None], k[None], cos, sin, unsqueeze_dim=2)
     encoding = RotaryPositions(config, torch.float32)
-    angles = encoding.angles(torch.tensor(positions), max(positions) + 1, torch.float32)
+    angles = encoding.cos_sin(torch.tensor(positions), max(positions) + 1, torch.float32)
     assert angles[0].shape == angles[1].shape == (len(positions), 32)
     torch.testing.assert_close(rotate(q, angles), want[0][0])
     torch.testing.assert_close(rotate(k, angles), want[1][0])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qllm.ops.cpu import library
 from qllm.ops.cpu.library import TYPES, like, pointer, structure
+from qllm.ops.kv import KV, Batch
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # as in kernels.h
 
@@ -18,13 +19,11 @@ Norm = structure(
 )
 Add = structure("Add", "count type =factor *x *z *y")
 Embed = structure("Embed", "rows table_rows bytes offset *index *table *y")
+# Of a decode step and of prefill: one token to a sequence, or runs of them.
 Attend = structure(
     "Attend",
-    "rows heads kv_heads dim capacity type *qkv *positions *cos *sin *slopes *keys *values *y",
-)
-AttendPrompt = structure(
-    "AttendPrompt",
-    "length heads kv_heads dim capacity type *qkv *cos *sin *slopes *keys *values *y",
+    "sequences heads kv_heads dim capacity type *qkv *rows *starts *positions *cos *sin *slopes"
+    " *keys *values *y",
 )
 
 
@@ -117,49 +116,42 @@ def _add(x: Tensor, z: Tensor | None, factor: float) -> Tensor:
     return y
 
 
-def _check_cache(qkv: Tensor, keys: Tensor, values: Tensor, tokens: int) -> None:
-    """Refuse to write outside of keys and values (…, capacity, D)."""
-    assert keys.is_contiguous() and values.is_contiguous()
-    assert keys.dtype == values.dtype == qkv.dtype
-    if tokens > keys.shape[-2]:
-        raise IndexError(f"{tokens} tokens in a cache for {keys.shape[-2]}")
-
-
 def decode_attention(
     qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    span: int,
-    angles: tuple[Tensor, Tensor] | None,
+    kv: KV,
+    batch: Batch,
+    cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
 ) -> Tensor:
-    """`reference.decode_attention`; rows attend to what their own positions say."""
-    rows, kv_heads, capacity, dim = keys.shape
-    heads = qkv.shape[1] // dim - 2 * kv_heads
-    _check_cache(qkv, keys, values, span)
-    y = qkv.new_empty(rows, heads * dim)
-    turns = [like(qkv, part) for part in angles or (None, None)]
-    tensors = (qkv.contiguous(), positions.contiguous(), *turns, slopes, keys, values, y)
-    shape = (rows, heads, kv_heads, dim, capacity, TYPES[qkv.dtype])
-    library.run("qllm_attend", Attend(*shape, *map(pointer, tensors)), *tensors)
-    return y
+    """`reference.decode_attention`; a sequence attends to what its own position says."""
+    return _attend("qllm_attend", qkv, kv, batch, cos_sin, slopes)
 
 
-def prompt_attention(
+def prefill_attention(
     qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    angles: tuple[Tensor, Tensor] | None,
+    kv: KV,
+    batch: Batch,
+    cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
 ) -> Tensor:
-    """`reference.prompt_attention`."""
-    kv_heads, capacity, dim = keys.shape
-    length, heads = len(qkv), qkv.shape[1] // dim - 2 * kv_heads
-    _check_cache(qkv, keys, values, length)
-    y = qkv.new_empty(length, heads * dim)
-    turns = [like(qkv, part) for part in angles or (None, None)]
-    tensors = (qkv.contiguous(), *turns, slopes, keys, values, y)
-    shape = (length, heads, kv_heads, dim, capacity, TYPES[qkv.dtype])
-    library.run("qllm_attend_prompt", AttendPrompt(*shape, *map(pointer, tensors)), *tensors)
+    """`reference.prefill_attention`; where a run of tokens begins and ends changes no bit."""
+    return _attend("qllm_attend_prefill", qkv, kv, batch, cos_sin, slopes)
+
+
+def _attend(
+    function: str,
+    qkv: Tensor,
+    kv: KV,
+    batch: Batch,
+    cos_sin: tuple[Tensor, Tensor] | None,
+    slopes: Tensor | None,
+) -> Tensor:
+    kv.check(qkv, batch)
+    heads = qkv.shape[1] // kv.dim - 2 * kv.kv_heads
+    y = qkv.new_empty(len(qkv), heads * kv.dim)
+    index = (batch.rows, batch.starts, batch.positions)
+    rotation = [like(qkv, part) for part in cos_sin or (None, None)]
+    tensors = (qkv.contiguous(), *index, *rotation, slopes, kv.keys, kv.values, y)
+    shape = (len(batch.rows), heads, kv.kv_heads, kv.dim, kv.capacity, TYPES[qkv.dtype])
+    library.run(function, Attend(*shape, *map(pointer, tensors)), *tensors)
     return y

@@ -18,6 +18,7 @@ from torch import Tensor
 from qllm.ops import reference
 from qllm.ops.cpu import library as native
 from qllm.ops.cpu import steps
+from qllm.ops.kv import KV, Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread", "path")
 
@@ -93,12 +94,16 @@ def full_cache(tokens: Tokens, capacity: int, *, rows: int | None = None) -> tup
 
 
 def decode(tokens: Tokens, keys: Tensor, values: Tensor, run=steps.decode_attention) -> Tensor:
-    span = int(tokens.positions.max()) + 1
-    return run(tokens.qkv, keys, values, tokens.positions, span, tokens.angles, tokens.slopes)
+    pasts = tokens.positions.tolist()
+    batch = Batch.of([1] * len(pasts), "cpu", pasts=pasts)
+    return run(tokens.qkv, KV(keys, values), batch, tokens.angles, tokens.slopes)
 
 
-def prompt(tokens: Tokens, keys: Tensor, values: Tensor, run=steps.prompt_attention) -> Tensor:
-    return run(tokens.qkv, keys, values, tokens.angles, tokens.slopes)
+def prompt(tokens: Tokens, keys: Tensor, values: Tensor, run=steps.prefill_attention) -> Tensor:
+    """A run of tokens of one row, which may hold others already."""
+    batch = Batch.of([len(tokens.qkv)], "cpu", pasts=[int(tokens.positions[0])])
+    kv = KV(keys[None], values[None])
+    return run(tokens.qkv, kv, batch, tokens.angles, tokens.slopes)
 
 
 def assert_written(cache: Tensor, before: Tensor, places: list, heads: np.ndarray) -> None:
@@ -152,7 +157,7 @@ def check_prompt(tokens: Tokens, capacity: int) -> None:
     places = [(slice(None), place) for place in range(len(tokens.qkv))]
     for part, before, heads in zip(after, cache, tokens.heads()[1:], strict=True):
         assert_written(part, before, places, heads)
-    other = prompt(tokens, *(part.clone() for part in cache), reference.prompt_attention)
+    other = prompt(tokens, *(part.clone() for part in cache), reference.prefill_attention)
     seen = [(after[0][:, : i + 1], after[1][:, : i + 1]) for i in range(len(tokens.qkv))]
     assert_attention(tokens, got, other, seen)
 
@@ -204,9 +209,9 @@ def test_weights_of_a_softmax(scale):
         qkv[:, 0, 0], qkv[:, 1], qkv[:, 2] = 8, keys[0], torch.eye(64)[:length]
         everything = prompt_of(qkv.flatten(1))
         values = torch.eye(64)[None, None, :length].clone()
-        last = torch.tensor([length - 1])
-        new = qkv[-1:].flatten(1)
-        got = steps.decode_attention(new, keys[None], values, last, length, None, None)
+        batch = Batch.of([1], "cpu", pasts=[length - 1])
+        new, kv = qkv[-1:].flatten(1), KV(keys[None], values)
+        got = steps.decode_attention(new, kv, batch, None, None)
         for weights in map(exact.numpy, (got[0], everything[-1])):
             assert not weights[length:].any()
             assert (np.abs(weights[:length] - want) <= 1e-6 * want + 2e-38).all()
@@ -214,8 +219,8 @@ def test_weights_of_a_softmax(scale):
 
 def prompt_of(qkv: Tensor) -> Tensor:
     """Attention of a prompt with one head of 64."""
-    keys, values = torch.zeros(2, 1, len(qkv), 64)
-    return steps.prompt_attention(qkv, keys, values, None, None)
+    kv = KV(*torch.zeros(2, 1, 1, len(qkv), 64))
+    return steps.prefill_attention(qkv, kv, Batch.of([len(qkv)], "cpu"), None, None)
 
 
 @pytest.mark.parametrize("largest", [1e4, 1e20, 3e38])
@@ -260,6 +265,42 @@ def test_a_prompt_s_token_sees_nothing_behind_it(dtype):
     changed = replace(tokens, qkv=tokens.qkv.clone())
     changed.qkv[33:] *= -7
     assert same(prompt(changed, *full_cache(tokens, 70))[:33], whole[:33])
+
+
+@dtypes
+def test_a_prompt_may_come_in_runs(dtype):
+    """Wherever it is cut, and in whichever row of a cache, beside others, it comes."""
+    tokens = tokens_at([*range(70)], (6, 2, 20), dtype, turned=True, sloped=True)
+    cache = full_cache(tokens, 70)
+    whole = prompt(tokens, *cache)
+    for cuts in ([0, 33, 70], [0, 1, 64, 69, 70], [0, 2, 3, 37, 38, 70]):
+        kv = KV(*torch.full((2, 5, 2, 70, 20), math.nan, dtype=dtype))
+        for start, end in itertools.pairwise(cuts):
+            run, other = tokens.at(slice(start, end)), tokens.at(slice(end - start))
+            batch = Batch.of([end - start] * 2, "cpu", rows=[3, 1], pasts=[start, 0])
+            both = torch.cat([run.qkv, other.qkv])
+            angles = tuple(map(torch.cat, zip(run.angles, other.angles, strict=True)))
+            got = steps.prefill_attention(both, kv, batch, angles, tokens.slopes)
+            assert same(got[: end - start], whole[start:end])
+            assert same(got[end - start :], whole[: end - start])
+        assert all(same(part[3], want) for part, want in zip(kv, cache, strict=True))
+        assert all(part[[0, 2, 4]].isnan().all() for part in kv)
+
+
+@dtypes
+def test_memory_that_is_shared_is_bounded(dtype):
+    """A few heads at a time where the keys of all would be too large: here 20 MB to a head."""
+    tokens = tokens_at([*range(3)], (4, 4, 20), dtype)
+    past = 40_000
+    kv = KV(*normal(2, 1, 4, past + 3, 20, dtype=dtype))
+    batch = Batch.of([3], "cpu", pasts=[past])
+    got = steps.prefill_attention(tokens.qkv, kv, batch, None, None)
+    parts = tokens.qkv.view(3, 12, 20)
+    for head in range(4):
+        alone = KV(*(part[:, head : head + 1].contiguous() for part in kv))
+        qkv = parts[:, [head, 4 + head, 8 + head]].flatten(1)
+        want = steps.prefill_attention(qkv, alone, batch, None, None)
+        assert same(got.view(3, 4, 20)[:, head], want)
 
 
 @dtypes

@@ -16,6 +16,7 @@ from fences import fenced, kept, run_in
 
 from qllm.ops.cpu import library as native
 from qllm.ops.cpu import linear, steps
+from qllm.ops.kv import KV, Batch
 
 
 def run_steps(dtype: torch.dtype, fence) -> None:
@@ -38,13 +39,16 @@ def run_attention(dtype: torch.dtype, fence) -> None:
             parts = heads + 2 * kv_heads
             qkv = fence(normal(length, parts * dim, dtype=dtype))
             turns = [*map(fence, normal(2, length, dim, dtype=dtype))] if dim > 1 else None
-            cache = map(fence, normal(2, kv_heads, length, dim, dtype=dtype))
-            steps.prompt_attention(qkv, *cache, turns, slopes)
+            cache = KV(*map(fence, normal(2, 1, kv_heads, length, dim, dtype=dtype)))
+            batch = Batch(*map(fence, Batch.of([length], "cpu")[:3]), length, length)
+            steps.prefill_attention(qkv, cache, batch, turns, slopes)
             new = fence(normal(3, parts * dim, dtype=dtype))
             turns = [*map(fence, normal(2, 3, dim, dtype=dtype))] if dim > 1 else None
-            cache = map(fence, normal(2, 3, kv_heads, length, dim, dtype=dtype))
-            places = fence(torch.tensor([length - 1, 0, length - 1]))
-            steps.decode_attention(new, *cache, places, length, turns, slopes)
+            cache = KV(*map(fence, normal(2, 3, kv_heads, length, dim, dtype=dtype)))
+            pasts = [length - 1, 0, length - 1]
+            batch = Batch.of([1] * 3, "cpu", rows=[2, 0, 1], pasts=pasts)
+            batch = Batch(*map(fence, batch[:3]), 1, length)
+            steps.decode_attention(new, cache, batch, turns, slopes)
 
 
 def run_dense(dtype: torch.dtype, fence) -> None:

@@ -16,6 +16,7 @@ from cpu_paths import DTYPES, normal, on, paths, random_weight, same
 from fences import run_in
 
 from qllm.ops.cpu import build, linear, steps
+from qllm.ops.kv import KV, Batch
 
 # What share_work does, seen from inside: how often each number was taken, and which threads came.
 # A thread that has taken its first part waits until `wanted` threads have one.
@@ -121,11 +122,11 @@ def every_kernel() -> list[torch.Tensor]:
             x = normal(rows, 256, dtype=dtype)
             found += [weight.kernel(x), linear.dense_linear(x, dense, None)]
         found.append(steps.gated_activation(normal(200, 512, dtype=dtype), "gelu"))
-        cache = torch.zeros(2, 2, 200, 32, dtype=dtype)
-        found.append(steps.prompt_attention(normal(200, 192, dtype=dtype), *cache, None, None))
-        x, cache = normal(16, 192, dtype=dtype), torch.zeros(2, 16, 2, 90, 32, dtype=dtype)
-        positions = torch.full((16,), 80)
-        found.append(steps.decode_attention(x, *cache, positions, 81, None, None))
+        x, kv = normal(200, 192, dtype=dtype), KV(*torch.zeros(2, 1, 2, 200, 32, dtype=dtype))
+        found.append(steps.prefill_attention(x, kv, Batch.of([200], "cpu"), None, None))
+        x, kv = normal(16, 192, dtype=dtype), KV(*torch.zeros(2, 16, 2, 90, 32, dtype=dtype))
+        batch = Batch.of([1] * 16, "cpu", pasts=[80] * 16)
+        found.append(steps.decode_attention(x, kv, batch, None, None))
     return found
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from qllm.ops import reference
 from qllm.ops.gpu import attention
 from qllm.ops.gpu import device as device_of
+from qllm.ops.kv import KV, Batch
 
 CAPACITY = 200
 POSITIONS = (0, 63, 64, 150, 199)
@@ -29,7 +30,8 @@ def example(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, *, turned: 
     angle = normal(rows, dim // 2).repeat(1, 2)
     angles = (angle.cos().to(dtype), angle.sin().to(dtype)) if turned else None
     slopes = torch.linspace(0.01, 0.5, heads) if sloped else None
-    return qkv, keys, values, torch.tensor(POSITIONS), max(POSITIONS) + 1, angles, slopes
+    batch = Batch.of([1] * rows, "cpu", pasts=POSITIONS)
+    return qkv, KV(keys, values), batch, angles, slopes
 
 
 def moved(arguments: tuple, device: str, dtype: torch.dtype | None = None) -> list:
@@ -37,7 +39,7 @@ def moved(arguments: tuple, device: str, dtype: torch.dtype | None = None) -> li
 
     def move(part: object) -> object:
         if isinstance(part, tuple):
-            return tuple(map(move, part))
+            return getattr(type(part), "_make", tuple)(map(move, part))
         if not isinstance(part, Tensor):
             return part
         return part.to(device, dtype if part.dtype in DTYPES else None, copy=True)
@@ -64,22 +66,24 @@ def test_the_error_is_at_most_twice_the_reference_s(dtype, turned, sloped, gpu):
         got = attention.decode_attention(*own)
         assert got.dtype == dtype
         assert error(got, want) <= allowed + torch.finfo(dtype).eps / 4
-        for cache in (1, 2):  # the new key and value have joined them, and nothing else has changed
-            before, after = arguments[cache], own[cache].cpu()
+        for before, after, want in zip(arguments[1], own[1], exact[1], strict=True):
+            # The new key and value have joined them, and nothing else has changed.
             changed = torch.zeros_like(before, dtype=torch.bool)
-            changed[torch.arange(len(POSITIONS)), :, arguments[3]] = True
-            assert torch.equal(after[~changed], before[~changed])
-            assert error(after, exact[cache]) <= 2 * torch.finfo(dtype).eps
+            changed[torch.arange(len(POSITIONS)), :, arguments[2].positions] = True
+            assert torch.equal(after.cpu()[~changed], before[~changed])
+            assert error(after, want) <= 2 * torch.finfo(dtype).eps
 
 
 def test_a_row_is_the_same_whatever_is_beside_it(gpu):
     arguments = example(4, 2, 16, torch.float32, turned=False, sloped=True)
     whole = attention.decode_attention(*moved(arguments, gpu)).cpu()
-    qkv, keys, values, positions, _, _, slopes = arguments
+    qkv, kv, _, _, slopes = arguments
     for row, position in enumerate(POSITIONS):
-        one = slice(row, row + 1)
-        alone = (qkv[one], keys[one], values[one], positions[one], position + 1, None, slopes)
-        assert torch.equal(attention.decode_attention(*moved(alone, gpu)).cpu(), whole[one])
+        batch = Batch.of([1], "cpu", rows=[row], pasts=[position])
+        alone = (qkv[row : row + 1], kv, batch, None, slopes)
+        assert torch.equal(
+            attention.decode_attention(*moved(alone, gpu)).cpu(), whole[row : row + 1]
+        )
 
 
 def test_counters_are_left_as_they_were(gpu):
@@ -92,34 +96,13 @@ LENGTHS = (5, 1, 70)
 
 
 def prompts(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, *, turned: bool, sloped: bool):
-    """qkv, keys, values, angles and slopes of prompts of these lengths."""
+    """Arguments for prompts of these lengths."""
     qkv = normal(sum(LENGTHS), (heads + 2 * kv_heads) * dim, dtype=dtype)
     keys, values = normal(2, len(LENGTHS), kv_heads, CAPACITY, dim, dtype=dtype)
     angle = normal(len(qkv), dim // 2).repeat(1, 2)
     angles = (angle.cos().to(dtype), angle.sin().to(dtype)) if turned else None
-    return qkv, keys, values, angles, torch.linspace(0.01, 0.5, heads) if sloped else None
-
-
-def together(lengths: tuple[int, ...], qkv, keys, values, angles, slopes) -> Tensor:
-    """What is computed at once."""
-    counts = torch.tensor([0, *lengths])
-    rows = torch.arange(len(lengths)).repeat_interleave(counts[1:])
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    place = (rows, positions, counts.cumsum(0).int())
-    place = (part.to(qkv.device) for part in place)
-    options = (*place, max(lengths), angles, slopes)
-    return attention.prompts_attention(qkv, keys, values, *options)
-
-
-def one_by_one(qkv, keys, values, angles, slopes) -> Tensor:
-    """The reference of each prompt."""
-    parts = zip(*(part.split(LENGTHS) for part in angles), strict=True) if angles else [None] * 3
-    return torch.cat(
-        [
-            reference.prompt_attention(part, *cache, turns, slopes)
-            for part, turns, *cache in zip(qkv.split(LENGTHS), parts, keys, values, strict=True)
-        ]
-    )
+    slopes = torch.linspace(0.01, 0.5, heads) if sloped else None
+    return qkv, KV(keys, values), Batch.of(LENGTHS, "cpu"), angles, slopes
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -129,28 +112,38 @@ def test_prompts_together_are_what_each_is_by_itself(dtype, gpu):
         arguments = prompts(*shape, dtype, turned=turned, sloped=sloped)
         exact = moved(arguments, "cpu", torch.float64)
         plain, own = moved(arguments, "cpu"), moved(arguments, gpu)
-        want = one_by_one(*exact)
-        allowed = 2 * error(one_by_one(*plain), want)
-        got = together(LENGTHS, *own)
+        want = reference.prefill_attention(*exact)
+        allowed = 2 * error(reference.prefill_attention(*plain), want)
+        got = attention.prefill_attention(*own)
         assert got.dtype == dtype
         assert error(got, want) <= allowed + torch.finfo(dtype).eps / 4
-        for cache in (1, 2):  # nothing but the prompts' own tokens has changed
-            before, after = arguments[cache], own[cache].cpu()
-            for row, length in enumerate(LENGTHS):
-                assert torch.equal(after[row, :, length:], before[row, :, length:])
-            assert error(after, exact[cache]) <= 2 * torch.finfo(dtype).eps
+        for before, after, want in zip(arguments[1], own[1], exact[1], strict=True):
+            for row, length in enumerate(LENGTHS):  # nothing but the prompts' own tokens changes
+                assert torch.equal(after.cpu()[row, :, length:], before[row, :, length:])
+            assert error(after, want) <= 2 * torch.finfo(dtype).eps
 
 
 def test_a_prompt_is_the_same_whatever_is_beside_it(gpu):
     arguments = prompts(4, 2, 16, torch.float32, turned=True, sloped=True)
-    whole = together(LENGTHS, *moved(arguments, gpu)).cpu()
-    qkv, keys, values, (cos, sin), slopes = arguments
-    last = slice(sum(LENGTHS[:2]), None)
-    alone = (qkv[last], keys[2:], values[2:], (cos[last], sin[last]), slopes)
-    assert torch.equal(together(LENGTHS[2:], *moved(alone, gpu)).cpu(), whole[last])
+    whole = attention.prefill_attention(*moved(arguments, gpu)).cpu()
+    qkv, kv, _, cos_sin, slopes = arguments
+    start = sum(LENGTHS[:2])
+    for cut in (33, LENGTHS[2]):  # and in whichever runs it comes, and to whichever row
+        run = slice(start, start + cut)
+        batch = Batch.of([cut], "cpu", rows=[1], pasts=[0])
+        got = moved((qkv[run], kv, batch, tuple(part[run] for part in cos_sin), slopes), gpu)
+        assert torch.equal(attention.prefill_attention(*got).cpu(), whole[run])
+        rest = slice(run.stop, None)
+        if left := LENGTHS[2] - cut:
+            batch = Batch.of([left], "cpu", rows=[1], pasts=[cut])
+            parts = (qkv[rest], batch, tuple(part[rest] for part in cos_sin), slopes)
+            new, batch, turns, slope = moved(parts, gpu)
+            got = attention.prefill_attention(new, got[1], batch, turns, slope)
+            assert torch.equal(got.cpu(), whole[rest])
 
 
 def test_a_full_cache_is_refused(gpu):
     arguments = example(2, 2, 16, torch.float32, turned=False, sloped=False)
+    batch = Batch.of([1, 1], "cpu", pasts=[0, CAPACITY])
     with pytest.raises(IndexError, match=f"{CAPACITY + 1} tokens in a cache for {CAPACITY}"):
-        attention.decode_attention(*arguments[:4], CAPACITY + 1, None, None)
+        attention.decode_attention(*arguments[:2], batch, None, None)

@@ -12,6 +12,7 @@ from cpu_paths import normal, random_weight
 from fences import fenced, kept, run_in
 
 from qllm.ops.gpu import attention, layout, linear, rows
+from qllm.ops.kv import KV, Batch
 
 
 def run_linear(dtype: torch.dtype, fence) -> None:
@@ -39,17 +40,17 @@ def run_attention(dtype: torch.dtype, fence) -> None:
         for length in (1, 33, 65):
             new = fence(normal(3, (heads + 2 * kv_heads) * dim, dtype=dtype))
             turns = [*map(fence, normal(2, 3, dim, dtype=dtype))] if dim > 1 else None
-            cache = map(fence, normal(2, 3, kv_heads, length, dim, dtype=dtype))
-            places = fence(torch.tensor([length - 1, 0, length - 1]))
-            attention.decode_attention(new, *cache, places, length, turns, slopes)
-        cache = map(fence, normal(2, 2, kv_heads, 17, dim, dtype=dtype))
+            cache = KV(*map(fence, normal(2, 3, kv_heads, length, dim, dtype=dtype)))
+            pasts = [length - 1, 0, length - 1]
+            batch = Batch.of([1] * 3, "cpu", rows=[2, 0, 1], pasts=pasts)
+            batch = Batch(*map(fence, batch[:3]), 1, length)
+            attention.decode_attention(new, cache, batch, turns, slopes)
+        cache = KV(*map(fence, normal(2, 2, kv_heads, 17, dim, dtype=dtype)))
         new = fence(normal(18, (heads + 2 * kv_heads) * dim, dtype=dtype))
         turns = [*map(fence, normal(2, 18, dim, dtype=dtype))] if dim > 1 else None
-        row_of = fence(torch.tensor([0] * 17 + [1]))
-        places = fence(torch.tensor([*range(17), 0]))
-        starts = fence(torch.tensor([0, 17, 18], dtype=torch.int32))
-        options = (row_of, places, starts, 17, turns, slopes)
-        attention.prompts_attention(new, *cache, *options)
+        batch = Batch.of([16, 2], "cpu", rows=[1, 0], pasts=[0, 15])
+        batch = Batch(*map(fence, batch[:3]), 16, 17)
+        attention.prefill_attention(new, cache, batch, turns, slopes)
 
 
 def forbid_tensors_as_bounds() -> None:

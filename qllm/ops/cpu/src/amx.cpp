@@ -131,4 +131,4 @@ static bool self_test() {
 
 const qllm::Path qllm::amx_path = {
     "amx", linear_by_rows, pack, unpack, same_activate, same_norm, same_add, same_embed,
-    same_attend, same_attend_prompt, dense_by_type, same_read_all, multiply_all, self_test};
+    same_attend, same_attend_prefill, dense_by_type, same_read_all, multiply_all, self_test};

@@ -14,7 +14,7 @@ inline void same_norm(const Norm &a) { avx512_path.norm(a); }
 inline void same_add(const Add &a) { avx512_path.add(a); }
 inline bool same_embed(const Embed &a) { return avx512_path.embed(a); }
 inline bool same_attend(const Attend &a) { return avx512_path.attend(a); }
-inline bool same_attend_prompt(const AttendPrompt &a) { return avx512_path.attend_prompt(a); }
+inline bool same_attend_prefill(const Attend &a) { return avx512_path.attend_prefill(a); }
 inline int64_t same_read_all(const uint8_t *from, int64_t bytes) {
     return avx512_path.read_all(from, bytes);
 }

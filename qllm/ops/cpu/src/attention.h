@@ -1,4 +1,4 @@
-// Attention: of one new token per row to the cache, and of a prompt to itself. In float32.
+// Attention, in float32: of one new token per sequence to the cache, and of runs of tokens.
 #pragma once
 
 #include "steps.h"
@@ -6,20 +6,21 @@
 namespace qllm {
 namespace {
 
-// e^(s - largest) in place of scores s; their sum.
-inline float exponents(float *scores, int64_t count, float largest) {
-    VF total = set_f(0);
+// e^(s - m_i), the softmax before its division, in place of scores s of which m_i is the largest;
+// their sum l_i.
+inline float exponents(float *scores, int64_t count, float m_i) {
+    VF l_i = set_f(0);
     for (int64_t j = 0; j < count; j += WIDTH) {
-        VF e = exp_f(sub_f(load<FLOAT32>(scores, j, count - j), set_f(largest)));
+        VF e = exp_f(sub_f(load<FLOAT32>(scores, j, count - j), set_f(m_i)));
         if (count - j < WIDTH) e = first_of(e, count - j);
-        total = add_f(total, e);
+        l_i = add_f(l_i, e);
         store<FLOAT32>(scores, j, count - j, e);
     }
-    return sum_of(total);
+    return sum_of(l_i);
 }
 
-// One head turned by its angles: the halves (p, q) to (p cos - q sin, q cos + p sin).
-template <typename Call> void turn(float *head, const Call &a, int64_t row) {
+// One head rotated by its cosines and sines: the halves (p, q) to (p cos - q sin, q cos + p sin).
+static void rotate(float *head, const Attend &a, int64_t row) {
     if (!a.cos) return;
     int64_t half = a.dim / 2;
     for (int64_t i = 0; i < half; i += WIDTH) {
@@ -33,14 +34,13 @@ template <typename Call> void turn(float *head, const Call &a, int64_t row) {
     }
 }
 
-template <typename Call> void load_head(float *head, const Call &a, int64_t row, int64_t index) {
+static void load_head(float *head, const Attend &a, int64_t row, int64_t index) {
     int64_t start = (row * (a.heads + 2 * a.kv_heads) + index) * a.dim;
     for (int64_t i = 0; i < a.dim; i += WIDTH)
         store_as(head, i, FLOAT32, a.dim - i, load_as(a.qkv, start + i, a.type, a.dim - i));
 }
 
-template <typename Call>
-void store_head(const float *head, const Call &a, void *to, int64_t at) {
+static void store_head(const float *head, const Attend &a, void *to, int64_t at) {
     for (int64_t i = 0; i < a.dim; i += WIDTH)
         store_as(to, at + i, a.type, a.dim - i, load_as(head, i, FLOAT32, a.dim - i));
 }
@@ -82,12 +82,12 @@ void attend_one(const Attend &a, const float *query, int64_t head, int64_t start
     }
     for (; j < length; j++)
         scores[j] = dot_product<TYPE>(query, a.keys, start + j * a.dim, a.dim);
-    float largest = -INFINITY;
+    float m_i = -INFINITY;
     for (j = 0; j < length; j++) {
         scores[j] = scores[j] * root + slope * float(j - (length - 1));
-        largest = scores[j] > largest ? scores[j] : largest;
+        m_i = scores[j] > m_i ? scores[j] : m_i;
     }
-    const VF share = set_f(1 / exponents(scores, length, largest));
+    const VF share = set_f(1 / exponents(scores, length, m_i));
     int64_t i = 0;
     for (; i + 4 * WIDTH <= a.dim; i += 4 * WIDTH) {
         VF s0 = set_f(0), s1 = s0, s2 = s0, s3 = s0;
@@ -116,68 +116,78 @@ void attend_one(const Attend &a, const float *query, int64_t head, int64_t start
 
 static bool attend(const Attend &a) {
     int64_t longest = 0;
-    for (int64_t row = 0; row < a.rows; row++)
-        if (a.positions[row] > longest) longest = a.positions[row];
-    int64_t room = (longest + 1 + 15) / 16 * 16, head = (a.dim + 15) / 16 * 16;
-    int64_t each = room + 2 * head;
+    for (int64_t i = 0; i < a.sequences; i++)
+        if (a.positions[i] > longest) longest = a.positions[i];
+    int64_t capacity = (longest + 1 + 15) / 16 * 16, head = (a.dim + 15) / 16 * 16;
+    int64_t each = capacity + 2 * head;
     float *memory = static_cast<float *>(scratch(size_t(most_threads() * each * 4)));
     if (!memory) return false;
-    int64_t work = a.rows * a.heads * (longest + 1) * a.dim;
-    for_each(a.rows * a.kv_heads, work > WORTH_THREADS, [&](int64_t item, int64_t thread) {
-        int64_t row = item / a.kv_heads, kv = item % a.kv_heads, position = a.positions[row];
+    int64_t work = a.sequences * a.heads * (longest + 1) * a.dim;
+    for_each(a.sequences * a.kv_heads, work > WORTH_THREADS, [&](int64_t item, int64_t thread) {
+        int64_t i = item / a.kv_heads, kv = item % a.kv_heads, position = a.positions[i];
         float *query = memory + thread * each, *out = query + head;
         float *scores = out + head;
-        int64_t start = item * a.capacity * a.dim, at = start + position * a.dim;
-        load_head(query, a, row, a.heads + kv);
-        turn(query, a, row);
+        int64_t start = (a.rows[i] * a.kv_heads + kv) * a.capacity * a.dim;
+        int64_t at = start + position * a.dim;
+        load_head(query, a, i, a.heads + kv);
+        rotate(query, a, i);
         store_head(query, a, a.keys, at);
-        load_head(query, a, row, a.heads + a.kv_heads + kv);
+        load_head(query, a, i, a.heads + a.kv_heads + kv);
         store_head(query, a, a.values, at);
         int64_t shared = a.heads / a.kv_heads;
         for (int64_t h = kv * shared; h < (kv + 1) * shared; h++) {
-            load_head(query, a, row, h);
-            turn(query, a, row);
+            load_head(query, a, i, h);
+            rotate(query, a, i);
             BY_TYPE(a.type, attend_one, a, query, h, start, position + 1, scores, out);
-            store_head(out, a, a.y, (row * a.heads + h) * a.dim);
+            store_head(out, a, a.y, (i * a.heads + h) * a.dim);
         }
     });
     return true;
 }
 
-// A prompt's queries are taken a few at a time, their keys a panel at a time.
+// A sequence's queries are taken a few at a time, its keys a panel at a time, from its first token
+// on: what is summed, and in which order, does not depend on the runs in which the tokens come.
 constexpr int64_t QUERIES = 4;
 constexpr int64_t PART_QUERIES = 32;  // that a thread takes at once
 constexpr int64_t KEY_VECTORS = WIDTH == 16 ? 4 : 2;
 constexpr int64_t KEYS = KEY_VECTORS * WIDTH;
+constexpr int64_t SHARED_BYTES = 64 << 20;  // of keys and values in float32, but for one head's
 
-// What the threads of a call share: keys (kv_heads, panels, dim, KEYS), values (kv_heads, length,
-// width), in float32.
-struct Shared {
-    int64_t width, panels;
+// A run of tokens of one sequence, some heads of keys and values of which the threads share:
+// keys (heads, panels, dim, KEYS), values (heads, length, width), in float32.
+struct Sequence {
+    int64_t row, token, past, length;  // of the cache; the first new one; those before; all
+    int64_t kv_head, panels, width;    // the first head that is shared
     float *keys, *values;
 };
 
-// Keys and values of some tokens to the cache, and to `shared`.
-static void share_keys(const AttendPrompt &a, const Shared &shared, int64_t kv, int64_t panel,
+// Keys and values of some tokens, of which the new ones go to the cache, to what is shared.
+static void share_keys(const Attend &a, const Sequence &s, int64_t index, int64_t panel,
                        float *head) {
+    const int64_t kv = s.kv_head + index;
     for (int64_t j = panel * KEYS; j < (panel + 1) * KEYS; j++) {
-        float *keys = shared.keys + (kv * shared.panels + panel) * a.dim * KEYS + j % KEYS;
-        if (j >= a.length) {
+        float *keys = s.keys + (index * s.panels + panel) * a.dim * KEYS + j % KEYS;
+        if (j >= s.length) {
             for (int64_t d = 0; d < a.dim; d++) keys[d * KEYS] = 0;
             continue;
         }
-        int64_t at = (kv * a.capacity + j) * a.dim;
-        load_head(head, a, j, a.heads + kv);
-        turn(head, a, j);
+        int64_t at = ((s.row * a.kv_heads + kv) * a.capacity + j) * a.dim;
+        float *values = s.values + (index * s.length + j) * s.width;
+        if (j >= s.past) {
+            int64_t token = s.token + j - s.past;
+            load_head(head, a, token, a.heads + kv);
+            rotate(head, a, token);
+            store_head(head, a, a.keys, at);
+            load_head(head, a, token, a.heads + a.kv_heads + kv);
+            store_head(head, a, a.values, at);
+        }
         // What decoding will find in the cache.
-        store_head(head, a, a.keys, at);
-        for (int64_t d = 0; d < a.dim; d += WIDTH)
+        for (int64_t d = 0; d < a.dim; d += WIDTH) {
             store_as(head, d, FLOAT32, a.dim - d, load_as(a.keys, at + d, a.type, a.dim - d));
+            store_f(values + d, load_as(a.values, at + d, a.type, a.dim - d));
+        }
         for (int64_t d = 0; d < a.dim; d++) keys[d * KEYS] = head[d];
-        float *values = shared.values + (kv * a.length + j) * shared.width;
-        load_head(values, a, j, a.heads + a.kv_heads + kv);
-        store_head(values, a, a.values, at);
-        for (int64_t d = a.dim; d < shared.width; d++) values[d] = 0;
+        for (int64_t d = (a.dim + WIDTH - 1) / WIDTH * WIDTH; d < s.width; d++) values[d] = 0;
     }
 }
 
@@ -220,72 +230,89 @@ static void weigh_values(const float *weights, int64_t stride, int64_t length, c
         for (int64_t v = 0; v < KEY_VECTORS; v++) store_f(out[q] + v * WIDTH, sums[q][v]);
 }
 
-// The queries of one head from `first` on, QUERIES of them or what is left.
-static void attend_queries(const AttendPrompt &a, const Shared &shared, int64_t head, int64_t first,
+// The queries of one head from the new token `first` on, QUERIES of them or what is left.
+static void attend_queries(const Attend &a, const Sequence &s, int64_t head, int64_t first,
                            float *queries, float *scores) {
-    const int64_t count = a.length - first < QUERIES ? a.length - first : QUERIES;
-    const int64_t length = first + count, stride = shared.panels * KEYS;
-    const int64_t kv = head / (a.heads / a.kv_heads);
+    const int64_t tokens = s.length - s.past, count = smaller(tokens - first, QUERIES);
+    const int64_t length = s.past + first + count, stride = s.panels * KEYS;
+    const int64_t kv = head / (a.heads / a.kv_heads) - s.kv_head;
     const float root = 1 / sqrtf(float(a.dim)), slope = a.slopes ? a.slopes[head] : 0;
     for (int64_t q = 0; q < QUERIES; q++) {
         // Missing queries are the last one again.
-        int64_t row = first + (q < count ? q : count - 1);
-        load_head(queries + q * a.dim, a, row, head);
-        turn(queries + q * a.dim, a, row);
+        int64_t token = s.token + first + (q < count ? q : count - 1);
+        load_head(queries + q * a.dim, a, token, head);
+        rotate(queries + q * a.dim, a, token);
     }
     for (int64_t panel = 0; panel * KEYS < length; panel++) {
-        const float *keys = shared.keys + (kv * shared.panels + panel) * a.dim * KEYS;
+        const float *keys = s.keys + (kv * s.panels + panel) * a.dim * KEYS;
         score_panel(queries, a.dim, keys, scores + panel * KEYS, stride);
     }
     float share[QUERIES];
     for (int64_t q = 0; q < QUERIES; q++) {
-        float *row = scores + q * stride, largest = -INFINITY;
-        int64_t position = first + (q < count ? q : count - 1);
+        float *row = scores + q * stride, m_i = -INFINITY;
+        int64_t position = s.past + first + (q < count ? q : count - 1);
         for (int64_t j = 0; j <= position; j++) {
             row[j] = row[j] * root + slope * float(j - position);
-            largest = row[j] > largest ? row[j] : largest;
+            m_i = row[j] > m_i ? row[j] : m_i;
         }
-        share[q] = 1 / exponents(row, position + 1, largest);
+        share[q] = 1 / exponents(row, position + 1, m_i);
         // Keys behind the query, and the panel's filling, weigh nothing.
         for (int64_t j = position + 1; j < length; j++) row[j] = 0;
     }
     for (int64_t d = 0; d < a.dim; d += KEYS) {
         alignas(64) float out[QUERIES][KEYS];
-        const float *values = shared.values + kv * a.length * shared.width + d;
-        weigh_values(scores, stride, length, values, shared.width, out);
+        const float *values = s.values + kv * s.length * s.width + d;
+        weigh_values(scores, stride, length, values, s.width, out);
         for (int64_t q = 0; q < count; q++)
             for (int64_t i = 0; i < KEYS && d + i < a.dim; i += WIDTH) {
                 VF value = mul_f(load_f(out[q] + i), set_f(share[q]));
-                int64_t at = ((first + q) * a.heads + head) * a.dim + d + i;
+                int64_t at = ((s.token + first + q) * a.heads + head) * a.dim + d + i;
                 store_as(a.y, at, a.type, a.dim - d - i, value);
             }
     }
 }
 
-static bool attend_prompt(const AttendPrompt &a) {
-    Shared shared;
-    shared.width = (a.dim + KEYS - 1) / KEYS * KEYS;
-    shared.panels = (a.length + KEYS - 1) / KEYS;
-    int64_t keys = a.kv_heads * shared.panels * a.dim * KEYS;
-    int64_t values = a.kv_heads * a.length * shared.width;
-    int64_t queries = (QUERIES * a.dim + 15) / 16 * 16;
-    int64_t each = queries + QUERIES * shared.panels * KEYS + 16;
-    int64_t total = keys + values + each * most_threads();
+// The run of tokens of one sequence; of a long one a few heads at a time, so that memory is bounded.
+static bool attend_run(const Attend &a, int64_t index) {
+    Sequence s;
+    s.row = a.rows[index], s.token = a.starts[index], s.past = a.positions[s.token];
+    const int64_t tokens = a.starts[index + 1] - s.token, shared = a.heads / a.kv_heads;
+    s.length = s.past + tokens;
+    s.width = (a.dim + KEYS - 1) / KEYS * KEYS;
+    s.panels = (s.length + KEYS - 1) / KEYS;
+    const int64_t keys = s.panels * a.dim * KEYS, values = s.length * s.width;
+    const int64_t fitting = SHARED_BYTES / 4 / (keys + values);
+    const int64_t at_once = fitting < 1 ? 1 : smaller(fitting, a.kv_heads);
+    const int64_t queries = (QUERIES * a.dim + 15) / 16 * 16;
+    const int64_t each = queries + QUERIES * s.panels * KEYS + 16;
+    const int64_t total = at_once * (keys + values) + each * most_threads();
     float *memory = static_cast<float *>(scratch(size_t(total * 4)));
     if (!memory) return false;
-    shared.keys = memory;
-    shared.values = memory + keys;
-    int64_t parts = (a.length + PART_QUERIES - 1) / PART_QUERIES;
-    auto own = [=](int64_t thread) { return memory + keys + values + thread * each; };
-    for_each(a.kv_heads * shared.panels, true, [&](int64_t i, int64_t thread) {
-        share_keys(a, shared, i / shared.panels, i % shared.panels, own(thread));
-    });
-    // A head's rows, which are longer the later they are, in turn with the other heads'.
-    for_each(a.heads * parts, true, [&](int64_t i, int64_t thread) {
-        int64_t start = i % parts * PART_QUERIES, end = smaller(start + PART_QUERIES, a.length);
-        for (int64_t q = start; q < end; q += QUERIES)
-            attend_queries(a, shared, i / parts, q, own(thread), own(thread) + queries);
-    });
+    s.keys = memory;
+    s.values = memory + at_once * keys;
+    auto own = [=](int64_t thread) {
+        return memory + at_once * (keys + values) + thread * each;
+    };
+    const int64_t parts = (tokens + PART_QUERIES - 1) / PART_QUERIES;
+    for (s.kv_head = 0; s.kv_head < a.kv_heads; s.kv_head += at_once) {
+        const int64_t heads = smaller(at_once, a.kv_heads - s.kv_head);
+        for_each(heads * s.panels, true, [&](int64_t i, int64_t thread) {
+            share_keys(a, s, i / s.panels, i % s.panels, own(thread));
+        });
+        // A head's rows, which are longer the later they are, in turn with the other heads'.
+        for_each(heads * shared * parts, true, [&](int64_t i, int64_t thread) {
+            const int64_t head = s.kv_head * shared + i / parts;
+            int64_t first = i % parts * PART_QUERIES, end = smaller(first + PART_QUERIES, tokens);
+            for (; first < end; first += QUERIES)
+                attend_queries(a, s, head, first, own(thread), own(thread) + queries);
+        });
+    }
+    return true;
+}
+
+static bool attend_prefill(const Attend &a) {
+    for (int64_t i = 0; i < a.sequences; i++)
+        if (!attend_run(a, i)) return false;
     return true;
 }
 

@@ -177,8 +177,8 @@ PUBLIC void qllm_unpack(const Packing *a) { current->unpack(*a); }
 PUBLIC bool qllm_linear(const void *a) { return current->linear(*static_cast<const Linear *>(a)); }
 PUBLIC bool qllm_dense(const void *a) { return current->dense(*static_cast<const Dense *>(a)); }
 PUBLIC bool qllm_attend(const void *a) { return current->attend(*static_cast<const Attend *>(a)); }
-PUBLIC bool qllm_attend_prompt(const void *a) {
-    return current->attend_prompt(*static_cast<const AttendPrompt *>(a));
+PUBLIC bool qllm_attend_prefill(const void *a) {
+    return current->attend_prefill(*static_cast<const Attend *>(a));
 }
 PUBLIC bool qllm_activate(const void *a) {
     current->activate(*static_cast<const Activate *>(a));

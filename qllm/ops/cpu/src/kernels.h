@@ -98,23 +98,19 @@ struct Embed {  // row index[i] + offset of a table, `bytes` wide, for each i
     void *y;
 };
 
-struct Attend {  // one new token per row: its keys and values join the cache, its queries attend
-    int64_t rows, heads, kv_heads, dim, capacity, type;
-    const void *qkv;            // (rows, heads + 2 kv_heads, dim)
-    const int64_t *positions;   // (rows,): how many tokens the row has in the cache
-    const void *cos, *sin;      // (rows, dim), or null for no rotation
+// Tokens attend to those before them in the cache, which their keys and values join, and to
+// themselves. N tokens of some sequences lie one sequence after the other; in a decode step each
+// has one.
+struct Attend {
+    int64_t sequences, heads, kv_heads, dim, capacity, type;
+    const void *qkv;            // (N, heads + 2 kv_heads, dim)
+    const int64_t *rows;        // (sequences,): of the cache
+    const int64_t *starts;      // (sequences + 1,): where the tokens of each begin
+    const int64_t *positions;   // (N,): of a token in its row
+    const void *cos, *sin;      // (N, dim), or null for no rotation
     const float *slopes;        // (heads,): of ALiBi, or null
-    void *keys, *values;        // (rows, kv_heads, capacity, dim)
-    void *y;                    // (rows, heads, dim)
-};
-
-struct AttendPrompt {  // the tokens of one prompt attend to themselves and those before them
-    int64_t length, heads, kv_heads, dim, capacity, type;
-    const void *qkv;         // (length, heads + 2 kv_heads, dim)
-    const void *cos, *sin;   // (length, dim), or null for no rotation
-    const float *slopes;     // (heads,): of ALiBi, or null
-    void *keys, *values;     // (kv_heads, capacity, dim), of which `length` are written
-    void *y;                 // (length, heads, dim)
+    void *keys, *values;        // (…, kv_heads, capacity, dim)
+    void *y;                    // (N, heads, dim)
 };
 
 struct Dense {  // y (rows, out) = x w^T + bias
@@ -133,7 +129,7 @@ struct Path {
     void (*add)(const Add &);
     bool (*embed)(const Embed &);  // false for an index outside the table
     bool (*attend)(const Attend &);
-    bool (*attend_prompt)(const AttendPrompt &);
+    bool (*attend_prefill)(const Attend &);
     bool (*dense)(const Dense &);
     int64_t (*read_all)(const uint8_t *, int64_t bytes);
     int64_t (*multiply_all)(int64_t rounds);

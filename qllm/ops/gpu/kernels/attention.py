@@ -14,70 +14,72 @@ def _load_half(base, rows, inside, column, within):
 
 
 @triton.jit
-def _turned(a, b, cos, sin, type: tl.constexpr):
-    """The first half of heads (a, b), turned; with -sin of (b, a), the second."""
+def rotated(a, b, cos, sin, type: tl.constexpr):
+    """The first half of heads (a, b), rotated; with -sin of (b, a), the second."""
     return narrow(a.to(tl.float32) * cos[None, :] - b.to(tl.float32) * sin[None, :], type)
 
 
 @triton.jit
 def decode_attention(
-    qkv, cos, sin, slopes, keys, values, positions, y, partials, counters, heads, kv_heads,
+    qkv, cos, sin, slopes, keys, values, rows, positions, y, partials, counters, heads, kv_heads,
     capacity, scale,
     DIM: tl.constexpr, FIRST: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_ROOM: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-    TURN: tl.constexpr, SLOPE: tl.constexpr,
+    PADDED_GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    ROTATE: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
-    """A program takes SPAN tokens of the cache of one row and key head, and all heads that read it.
+    """A program takes SPAN tokens of a sequence's cache, one key head and all heads that read it.
 
     The program of the new token puts its key and value into the cache, and takes them from its
-    registers. The last program of a row and key head to finish joins what all have found, in the
-    order of the tokens. How the cache is cut does not depend on the other rows.
+    registers. The last program of a sequence and key head to finish joins what all have found, in
+    the order of the tokens. How the cache is cut does not depend on the other sequences.
 
-    A head's D = DIM columns are taken in two halves, the first of FIRST columns, each in room for
-    HALF: so they are turned.
+    A head's D = DIM columns are taken in two halves, the first of FIRST columns, each padded to
+    HALF: so they are rotated.
 
     Args:
         qkv: (B, (H + 2 H_kv) D).
         cos, sin: (B, D).
-        keys, values: (B, H_kv, capacity, D).
+        keys, values: (R, H_kv, capacity, D).
+        rows: int64 (B,), of the cache.
         positions: int64 (B,).
         y: (B, H D).
-        partials: float32, (B H_kv, SPLITS, GROUP_ROOM, 2 HALF + 2).
+        partials: float32, (B H_kv, SPLITS, PADDED_GROUP, 2 HALF + 2).
     """
     type: tl.constexpr = qkv.dtype.element_ty
-    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    position = tl.load(positions + row).to(tl.int32)
+    sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    position = tl.load(positions + sequence).to(tl.int32)
     column = tl.arange(0, HALF)
     in_first, in_second = column < FIRST, column < DIM - FIRST
-    member = tl.arange(0, GROUP_ROOM)
+    member = tl.arange(0, PADDED_GROUP)
     is_head = member < GROUP
     head = kv_head * GROUP + member
     if split * SPAN <= position:
-        own = qkv + row.to(tl.int64) * (heads + 2 * kv_heads) * DIM
+        own = qkv + sequence.to(tl.int64) * (heads + 2 * kv_heads) * DIM
         one = tl.arange(0, 1)
         q1 = _load_half(own, head * DIM, is_head, column, in_first)
         q2 = _load_half(own, head * DIM + FIRST, is_head, column, in_second)
         key = (heads + kv_head + one) * DIM
         k1 = _load_half(own, key, one == 0, column, in_first)
         k2 = _load_half(own, key + FIRST, one == 0, column, in_second)
-        if TURN:
-            c1 = tl.load(cos + row * DIM + column, mask=in_first, other=0.0).to(tl.float32)
-            s1 = tl.load(sin + row * DIM + column, mask=in_first, other=0.0).to(tl.float32)
-            c2 = tl.load(cos + row * DIM + FIRST + column, mask=in_second, other=0.0).to(tl.float32)
-            s2 = tl.load(sin + row * DIM + FIRST + column, mask=in_second, other=0.0).to(tl.float32)
-            r1, r2 = _turned(q1, q2, c1, s1, type), _turned(q2, q1, c2, -s2, type)
+        if ROTATE:
+            at = sequence * DIM + column
+            c1 = tl.load(cos + at, mask=in_first, other=0.0).to(tl.float32)
+            s1 = tl.load(sin + at, mask=in_first, other=0.0).to(tl.float32)
+            c2 = tl.load(cos + at + FIRST, mask=in_second, other=0.0).to(tl.float32)
+            s2 = tl.load(sin + at + FIRST, mask=in_second, other=0.0).to(tl.float32)
+            r1, r2 = rotated(q1, q2, c1, s1, type), rotated(q2, q1, c2, -s2, type)
             q1, q2 = r1, r2
-            r1, r2 = _turned(k1, k2, c1, s1, type), _turned(k2, k1, c2, -s2, type)
+            r1, r2 = rotated(k1, k2, c1, s1, type), rotated(k2, k1, c2, -s2, type)
             k1, k2 = r1, r2
-        slope = tl.zeros((GROUP_ROOM,), tl.float32)
+        slope = tl.zeros((PADDED_GROUP,), tl.float32)
         if SLOPE:
             slope = tl.load(slopes + head, mask=is_head, other=0.0)
 
-        most = tl.full((GROUP_ROOM,), float("-inf"), tl.float32)
-        total = tl.zeros((GROUP_ROOM,), tl.float32)
-        sum1 = tl.zeros((GROUP_ROOM, HALF), tl.float32)
-        sum2 = tl.zeros((GROUP_ROOM, HALF), tl.float32)
-        place = ((row * kv_heads + kv_head).to(tl.int64) * capacity) * DIM
+        m_i = tl.full((PADDED_GROUP,), float("-inf"), tl.float32)
+        l_i = tl.zeros((PADDED_GROUP,), tl.float32)
+        acc1 = tl.zeros((PADDED_GROUP, HALF), tl.float32)
+        acc2 = tl.zeros((PADDED_GROUP, HALF), tl.float32)
+        place = (tl.load(rows + sequence) * kv_heads + kv_head) * capacity * DIM
         end = tl.minimum(position, (split + 1) * SPAN)
         for start in range(bound(split * SPAN), bound(end), BLOCK):
             token = start + tl.arange(0, BLOCK)
@@ -88,15 +90,15 @@ def decode_attention(
             scores = tl.dot(operand(q2), tl.trans(operand(old2)), scores, input_precision="ieee")
             scores = scores * scale + slope[:, None] * (token - position).to(tl.float32)[None, :]
             scores = tl.where(here[None, :], scores, float("-inf"))
-            higher = tl.maximum(most, tl.max(scores, 1))
-            fade = tl.exp(most - higher)
-            weights = tl.exp(scores - higher[:, None])
-            most, total = higher, total * fade + tl.sum(weights, 1)
+            m_new = tl.maximum(m_i, tl.max(scores, 1))
+            alpha = tl.exp(m_i - m_new)
+            weights = tl.exp(scores - m_new[:, None])
+            m_i, l_i = m_new, l_i * alpha + tl.sum(weights, 1)
             old1 = _load_half(values + place, token * DIM, here, column, in_first)
             old2 = _load_half(values + place, token * DIM + FIRST, here, column, in_second)
             weights = operand(narrow(weights, type))
-            sum1 = tl.dot(weights, operand(old1), sum1 * fade[:, None], input_precision="ieee")
-            sum2 = tl.dot(weights, operand(old2), sum2 * fade[:, None], input_precision="ieee")
+            acc1 = tl.dot(weights, operand(old1), acc1 * alpha[:, None], input_precision="ieee")
+            acc2 = tl.dot(weights, operand(old2), acc2 * alpha[:, None], input_precision="ieee")
 
         if position < (split + 1) * SPAN:
             value = (heads + kv_heads + kv_head + one) * DIM
@@ -109,45 +111,45 @@ def decode_attention(
             tl.store(values + target + FIRST, v2, mask=in_second[None, :])
             score = tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1)
             score = (score + tl.sum(q2.to(tl.float32) * k2.to(tl.float32), 1)) * scale
-            higher = tl.maximum(most, score)
-            fade, weight = tl.exp(most - higher), tl.exp(score - higher)
-            most, total = higher, total * fade + weight
-            sum1 = sum1 * fade[:, None] + weight[:, None] * v1.to(tl.float32)
-            sum2 = sum2 * fade[:, None] + weight[:, None] * v2.to(tl.float32)
+            m_new = tl.maximum(m_i, score)
+            alpha, weight = tl.exp(m_i - m_new), tl.exp(score - m_new)
+            m_i, l_i = m_new, l_i * alpha + weight
+            acc1 = acc1 * alpha[:, None] + weight[:, None] * v1.to(tl.float32)
+            acc2 = acc2 * alpha[:, None] + weight[:, None] * v2.to(tl.float32)
 
         last = True
         if SPLITS > 1:
             count = position // SPAN + 1  # of programs that have something to say
             width: tl.constexpr = 2 * HALF + 2
-            cell = (row * kv_heads + kv_head).to(tl.int64) * SPLITS * GROUP_ROOM + member
-            mine = partials + (cell + split * GROUP_ROOM) * width
-            tl.store(mine[:, None] + column[None, :], sum1)
-            tl.store(mine[:, None] + HALF + column[None, :], sum2)
-            tl.store(mine + 2 * HALF, most)
-            tl.store(mine + 2 * HALF + 1, total)
+            cell = (sequence * kv_heads + kv_head).to(tl.int64) * SPLITS * PADDED_GROUP + member
+            mine = partials + (cell + split * PADDED_GROUP) * width
+            tl.store(mine[:, None] + column[None, :], acc1)
+            tl.store(mine[:, None] + HALF + column[None, :], acc2)
+            tl.store(mine + 2 * HALF, m_i)
+            tl.store(mine + 2 * HALF + 1, l_i)
             tl.debug_barrier()  # all threads have stored before one of them says so
-            counter = counters + row * kv_heads + kv_head
+            counter = counters + sequence * kv_heads + kv_head
             last = tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
             if last:
                 tl.store(counter, 0)  # for the next launch
-                most = tl.full((GROUP_ROOM,), float("-inf"), tl.float32)
-                total = tl.zeros((GROUP_ROOM,), tl.float32)
-                sum1 = tl.zeros((GROUP_ROOM, HALF), tl.float32)
-                sum2 = tl.zeros((GROUP_ROOM, HALF), tl.float32)
+                m_i = tl.full((PADDED_GROUP,), float("-inf"), tl.float32)
+                l_i = tl.zeros((PADDED_GROUP,), tl.float32)
+                acc1 = tl.zeros((PADDED_GROUP, HALF), tl.float32)
+                acc2 = tl.zeros((PADDED_GROUP, HALF), tl.float32)
                 for part in range(0, bound(count)):
-                    theirs = partials + (cell + part * GROUP_ROOM) * width
+                    theirs = partials + (cell + part * PADDED_GROUP) * width
                     top = tl.load(theirs + 2 * HALF, cache_modifier=".cg")
-                    higher = tl.maximum(most, top)
-                    fade, weight = tl.exp(most - higher), tl.exp(top - higher)
+                    m_new = tl.maximum(m_i, top)
+                    alpha, weight = tl.exp(m_i - m_new), tl.exp(top - m_new)
                     found = tl.load(theirs + 2 * HALF + 1, cache_modifier=".cg")
-                    most, total = higher, total * fade + weight * found
+                    m_i, l_i = m_new, l_i * alpha + weight * found
                     found1 = tl.load(theirs[:, None] + column[None, :], cache_modifier=".cg")
                     found2 = tl.load(theirs[:, None] + HALF + column[None, :], cache_modifier=".cg")
-                    sum1 = sum1 * fade[:, None] + weight[:, None] * found1
-                    sum2 = sum2 * fade[:, None] + weight[:, None] * found2
+                    acc1 = acc1 * alpha[:, None] + weight[:, None] * found1
+                    acc2 = acc2 * alpha[:, None] + weight[:, None] * found2
         if last:
-            out = y + row.to(tl.int64) * heads * DIM + (head * DIM)[:, None] + column[None, :]
-            mean1 = narrow(sum1 / total[:, None], type)
-            mean2 = narrow(sum2 / total[:, None], type)
+            out = y + sequence.to(tl.int64) * heads * DIM + (head * DIM)[:, None] + column[None, :]
+            mean1 = narrow(acc1 / l_i[:, None], type)
+            mean2 = narrow(acc2 / l_i[:, None], type)
             tl.store(out, mean1, mask=is_head[:, None] & in_first[None, :])
             tl.store(out + FIRST, mean2, mask=is_head[:, None] & in_second[None, :])

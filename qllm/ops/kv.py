@@ -1,0 +1,92 @@
+"""What the decoder, its KV cache and the kernels of attention agree on: rows, offsets, memory.
+
+A pass takes N tokens of B sequences, one sequence after the other and without padding. Each
+sequence has a row of the cache, in which its tokens stand at their positions; a row may begin, go
+on and end whatever the others do, and a pass takes those that are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Which tokens a pass takes: vLLM's and nano-vllm's attention metadata.
+
+    Attributes:
+        rows: int64 (B,), the cache row of each sequence.
+        starts: int64 (B + 1,), where the tokens of each begin among the N: "cu_seqlens".
+        positions: int64 (N,), of each token in its sequence; those of a sequence follow each other.
+        max_tokens: of one sequence in this pass.
+        span: the largest position + 1, of the keys that are read.
+    """
+
+    rows: Tensor
+    starts: Tensor
+    positions: Tensor
+    max_tokens: int
+    span: int
+
+    @classmethod
+    def of(
+        cls,
+        lengths: Sequence[int],
+        device: torch.device | str,
+        rows: Sequence[int] | None = None,
+        pasts: Sequence[int] | None = None,
+    ) -> Batch:
+        """Sequences of so many tokens, behind `pasts` (none) others, in `rows` (0, 1, …)."""
+        pasts = [0] * len(lengths) if pasts is None else pasts
+        ends = [past + length for past, length in zip(pasts, lengths, strict=True)]
+        positions = torch.cat([torch.arange(*run) for run in zip(pasts, ends, strict=True)])
+        index = torch.tensor([*range(len(lengths))] if rows is None else list(rows))
+        starts = torch.tensor([0, *lengths]).cumsum(0)
+        tensors = (part.to(device) for part in (index, starts, positions))
+        return cls(*tensors, max(lengths), max(ends))
+
+
+class KV(NamedTuple):
+    """Keys and values of one layer, in the type of the activations.
+
+    Attributes:
+        keys, values: (R, H_kv, capacity, D).
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def kv_heads(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def dim(self) -> int:
+        return self.keys.shape[3]
+
+    def check(self, qkv: Tensor, batch: Batch) -> None:
+        """Refuse to write outside of it.
+
+        Raises:
+            IndexError: a sequence is longer than a row.
+        """
+        assert self.keys.is_contiguous() and self.values.is_contiguous()
+        assert self.keys.dtype == self.values.dtype == qkv.dtype
+        if batch.span > self.capacity:
+            raise IndexError(f"{batch.span} tokens in a cache for {self.capacity}")
+
+    def write(self, rows: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put heads (N, H_kv, D) of tokens into rows (N,), at positions (N,)."""
+        self.keys[rows, :, positions] = keys
+        self.values[rows, :, positions] = values
+
+    def read(self, rows: Tensor, span: int) -> tuple[Tensor, Tensor]:
+        """The first `span` keys and values of rows (B,): (B, H_kv, span, D) each."""
+        return self.keys[rows, :, :span], self.values[rows, :, :span]
