@@ -195,6 +195,8 @@ def describe(
         result["ranks"] = session.all_gather_object(report.rank_row(model))
     if args.explain:
         result["kernels"] = report.kernel_rows(model)
+        if not onnx:
+            result["graph_break"] = model.graph_break()
     return result
 
 
@@ -220,6 +222,8 @@ def show(
     elif given or len({shard["device"] for shard in result["shards"]}) > 1:
         report.print_shards(result["shards"])
     report.print_kernels(result.get("kernels", ()))
+    if "graph_break" in result:
+        report.print_graph_break(result["graph_break"])
 
 
 def run_prompts(

@@ -152,6 +152,15 @@ def print_kernels(rows: Sequence[dict]) -> None:
         print(f"{cells}  {row['why']}")
 
 
+def print_graph_break(reason: str | None) -> None:
+    """Whether decode steps are replayed, or why not."""
+    print(
+        "decode step: captured, then replayed"
+        if reason is None
+        else f"decode step: run in Python, because {reason}"
+    )
+
+
 def result_rows(
     prompts: Sequence[str], texts: Sequence[str], tokens: Sequence[Sequence[int]]
 ) -> list[dict]:

@@ -14,7 +14,7 @@ from qllm.ops.kv import KV, Batch
 from qllm.quant.packing import BITS, pack
 
 SHAPES = ((64, 32), (67, 13), (1, 1), (256, 40))  # (K, N)
-EXACT = ("int8_linear", "embedding", "add", "scale")
+EXACT = ("int8_linear", "embedding", "add", "scale", "gather")
 TO_INT8 = ("layer_norm_int8", "rms_norm_int8")
 
 
@@ -182,6 +182,12 @@ def activation_example(request: Request, rows: int, dtype: torch.dtype, *, name:
     return {"x": x, "name": name}, exact.ACTIVATIONS[name](gate) * up, np.abs(gate * up).max()
 
 
+def gather_example(request: Request, rows: int, dtype: torch.dtype):
+    x, index = normal(rows, request.in_features).to(dtype), torch.arange(request.out_features)
+    index = index * 7 % request.in_features
+    return {"x": x, "index": index}, exact.numpy(x)[:, index.numpy()], 0.0
+
+
 def add_example(request: Request, rows: int, dtype: torch.dtype):
     x, z = normal(2, rows, request.in_features).to(dtype)
     return {"x": x, "z": z}, exact.numpy((x.double() + z.double()).to(dtype)), 0.0
@@ -262,6 +268,7 @@ EXAMPLES = {
     ),
     "add": (add_example,),
     "scale": (scale_example,),
+    "gather": (gather_example,),
     "decode_attention": tuple(
         partial(attention_example, prompt=False, turned=turned, share=share)
         for turned, share in ((True, 3), (False, 1))

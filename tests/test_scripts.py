@@ -148,6 +148,7 @@ def test_explain_names_every_layers_kernel(tmp_path):
     plan.write_text(json.dumps({"attention": 4, r"layers\.[0-2]\.mlp": "8:tc-li"}))
     result = call_json("qllm_gen.py", "--model-size", "tiny", "--bitwidth", plan, "--explain")
     rows = result["kernels"]
+    assert result["graph_break"] is None
     assert all(set(row) == {"layer", "format", "kernel", "why"} for row in rows)
     assert all(all(row.values()) for row in rows)
     assert {(row["layer"], row["format"]) for row in rows} == {
@@ -160,6 +161,7 @@ def test_explain_names_every_layers_kernel(tmp_path):
         ("lm_head", "16 bits"),
     }
     done = call("qllm_gen.py", "--model-size", "tiny", "--bitwidth", plan, "--explain")
+    assert "decode step: captured, then replayed\n" in done.stdout
     for row in rows:
         assert re.search(rf"^{re.escape(row['layer'])} +{row['format']} +\S.*\S", done.stdout, re.M)
 

@@ -14,7 +14,7 @@ from benchmarks.rivals.common import Layer, LayerBench, layer_bench
 from qllm.config import QuantSpec
 from qllm.layers import Linear, linear_class
 from qllm.layers.weight_only import WeightOnlyLinear
-from qllm.ops.cpu.tape import Tape, record
+from qllm.ops.cpu.capture import CapturedCalls, capture_calls
 from qllm.quant.packing import PackedWeight, pack
 
 
@@ -40,7 +40,7 @@ def _bench(layer: Layer, bits: str, group: int, copies: int, int8: bool) -> Laye
         bits,
         made[0].nbytes(),
         layer.dense(),
-        [_recorded(one) for one in made],
+        [_captured(one) for one in made],
         prepare=torch.Tensor.bfloat16,
         finish=lambda _, y: y,
     )
@@ -58,21 +58,21 @@ def _make(layer: Layer, bits: str, group: int) -> Linear:
     return WeightOnlyLinear.from_packed(packed, None, spec, layer.codes.shape[1])
 
 
-def _recorded(layer: Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The layer, whose calls are recorded at the first use of an input and then repeated."""
-    calls: dict[int, tuple[Tape, torch.Tensor, torch.Tensor]] = {}
+def _captured(layer: Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The layer, whose calls are captured at the first use of an input and then replayed."""
+    calls: dict[int, tuple[CapturedCalls, torch.Tensor, torch.Tensor]] = {}
 
     @torch.inference_mode()
     def run(x: torch.Tensor) -> torch.Tensor:
         if id(x) not in calls:
             layer(x)  # gives the weight its layout
-            with record() as tape:
+            with capture_calls() as captured:
                 y = layer(x)
-            calls[id(x)] = tape, x, y
-        tape, _, y = calls[id(x)]
-        if tape.foreign:
+            calls[id(x)] = captured, x, y
+        captured, _, y = calls[id(x)]
+        if captured.graph_break:
             return layer(x)
-        tape.play()
+        captured.replay()
         return y
 
     return run

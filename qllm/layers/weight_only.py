@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qllm import ops
 from qllm.config import QuantSpec
 from qllm.layers.base import ALL_ROWS, QuantizedLinear
 from qllm.layers.sharding import narrow_columns, narrow_runs
@@ -166,7 +167,7 @@ class ReorderedLinear(WeightOnlyLinear):
         return super().packed._replace(order=self.order)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x[:, self.order])
+        return super().forward(ops.on(x.device.type).gather(x, self.order))
 
     def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
         columns = super().dequantize(rows)

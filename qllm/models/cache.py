@@ -12,8 +12,7 @@ from torch import Tensor
 from qllm import ops
 from qllm.config import ModelConfig
 from qllm.models.positions import PositionEncoding
-from qllm.ops.cpu.tape import Tape
-from qllm.ops.gpu.graph import Graph
+from qllm.ops.capture import CapturedStep
 from qllm.ops.kv import KV, Batch
 
 
@@ -24,7 +23,7 @@ class KVCache:
         layers: a `KV` for each layer, with nothing in it where the layer is not here.
         lengths: tokens held in each of the R rows.
         live: the rows in use, in the order in which a decode step takes their tokens.
-        step, tape: what decodes into it and the calls that takes, once something has.
+        step, captured: what decodes into it and how that is replayed, once something has.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class KVCache:
         self.lengths = [0] * rows
         self.live = list(range(rows))
         self.step: Decode | None = None
-        self.tape: Tape | Graph | None = None
+        self.captured: CapturedStep | None = None
 
     def start(self, count: int = 1) -> list[int]:
         """Take rows into use that are not, empty.
@@ -198,8 +197,8 @@ class Prefill(Pass):
 class Decode(Pass):
     """One pass over one new token of each live row, attending to the cache.
 
-    Its tensors keep their places from token to token, so that the calls of a pass can be kept and
-    made again (`qllm.ops.cpu.tape`, `qllm.ops.gpu.graph`).
+    Its tensors stay where they are from token to token, so that a pass can be captured and replayed
+    (`qllm.ops.capture`).
 
     Attributes:
         size: tokens B that it takes; where there are fewer live rows the last one's is repeated,

@@ -8,7 +8,6 @@ row of its own in the cache, which starts at position 0, so no token ever sees a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -17,7 +16,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qllm import ops
 from qllm.config import ModelConfig, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
@@ -25,8 +23,7 @@ from qllm.models.cache import Decode, KVCache, Prefill
 from qllm.models.layer import NORMS, Embedding, Scale, layer_class
 from qllm.models.positions import POSITIONS
 from qllm.ops import phase
-from qllm.ops.cpu.tape import record
-from qllm.ops.gpu.graph import Graph
+from qllm.ops.capture import capture
 from qllm.ops.reference import ACTIVATIONS
 
 # Tokens that a pass of prefill takes at the most, where a cache lets a long prompt come in pieces:
@@ -230,10 +227,15 @@ class Decoder(nn.Module):
         """
         size = self._step_size(cache)
         if cache.step is None or cache.step.size != size:
-            cache.step, cache.tape = Decode(cache, self.positions, size), None
+            cache.step, cache.captured = Decode(cache, self.positions, size), None
         cache.step.begin(tokens)
-        logits = self._decode(cache)
+        if cache.captured is None:
+            step = partial(self._run_step, cache.step)
+            cache.captured = capture(step, self.device, alone=self._one_device)
+        else:
+            cache.captured.replay()
         cache.advance(cache.live, [1] * len(tokens))
+        logits = cache.step.logits
         return self._shared(None if logits is None else logits[: len(tokens)], len(tokens), share)
 
     def _step_size(self, cache: KVCache) -> int:
@@ -242,30 +244,29 @@ class Decoder(nn.Module):
         What a graph captures takes long to capture again, and few tokens more cost nothing.
         """
         live = len(cache.live)
-        if cache.step is None or live > cache.step.size or not self._can_capture():
+        if cache.step is None or live > cache.step.size or self.device.type == "cpu":
             return live
         return min(cache.step.size, live if live < 3 else -(-live // 4) * 4)
-
-    def _decode(self, cache: KVCache) -> Tensor | None:
-        """One pass: the first of a cache is recorded, the others play the record."""
-        step, tape = cache.step, cache.tape
-        if tape is not None and tape.foreign is None:
-            tape.play()
-        elif tape is None and self._can_capture():
-            cache.tape = Graph(partial(self._run_step, step), self.device)
-        else:
-            with record() if tape is None else nullcontext(tape) as tape:
-                self._run_step(step)
-            cache.tape = tape
-        return step.logits
 
     def _run_step(self, step: Decode) -> None:
         with phase.decode():
             step.logits = self._logits(self._run_layers(self._embed(step.tokens), step))
 
-    def _can_capture(self) -> bool:
-        """Whether a step is nothing but launches on one device."""
-        return self.alone and len(set(self._device_map)) == 1 and ops.can_capture(self.device)
+    def graph_break(self) -> str | None:
+        """Why decode steps are not replayed from what was captured; None: they are.
+
+        A step is run to find out, by all processes that have a part of the model.
+        """
+        cache = self.new_cache(1, 3)
+        self.prefill([[0]], cache, share=False)
+        for _ in range(2):  # a graph is captured the second time
+            self.decode(torch.zeros(1, dtype=torch.int64, device=self.device), cache, share=False)
+        return cache.captured.graph_break
+
+    @property
+    def _one_device(self) -> bool:
+        """Whether a step exchanges nothing with other processes or devices."""
+        return self.alone and len(set(self._device_map)) == 1
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """What the layers take: embedded tokens (N,), or what the stage in front sends: (N, C)."""

@@ -173,7 +173,7 @@ def _gpu_dense_for_few(
 # Ops that need no more than a device, besides those of the layers; and their kernels for GPUs.
 SIMPLE = (
     *("embedding", "layer_norm", "rms_norm", "qk_norm", "activation", "gated_activation", "add"),
-    "scale",
+    *("scale", "gather"),
     *("decode_attention", "prefill_attention", "layer_norm_int8", "rms_norm_int8"),
 )
 GPU_SIMPLE = {
@@ -268,12 +268,6 @@ def on(device: str) -> SimpleNamespace:
 def prepare(device: str) -> None:
     """Compile what a device's kernels need, in front of work that shows how far it is."""
     on(device)
-
-
-def can_capture(device: torch.device) -> bool:
-    """Whether a decode step on a device launches the same for every token (`gpu.graph`)."""
-    own = on(device.type).decode_attention is gpu_attention.decode_attention
-    return device.type == "cuda" and own
 
 
 def select(op: str, request: Request) -> Choice:

@@ -310,6 +310,11 @@ def gated_activation(x: Tensor, name: str) -> Tensor:
     return ACTIVATIONS[name](gate) * up
 
 
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """Columns `index` (J,), int64, of x (N, C): (N, J)."""
+    return x[:, index]
+
+
 def add(x: Tensor, z: Tensor) -> Tensor:
     """x + z, of one shape."""
     return x + z

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qllm.ops.cpu.tape import call_out
+from qllm.ops.cpu.capture import host_callback
 from qllm.parallel.links import Links
 
 # Up to this many bytes from each rank, a message is a matter of latency, which sockets have least
@@ -46,7 +46,7 @@ class Group:
             return x
         x = x.contiguous()
         out = x.new_empty(len(x), sum(widths))
-        call_out(self._collect(x, [out.narrow(1, *columns) for columns in columns_of(widths)]))
+        host_callback(self._collect(x, [out.narrow(1, *columns) for columns in columns_of(widths)]))
         return out
 
     def all_reduce(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -58,7 +58,7 @@ class Group:
             dist.all_reduce(out, group=self.group)
             return out if bias is None else out + bias
         if x.nbytes > SMALL:
-            call_out(lambda: self._sum_many(x, bias, out))
+            host_callback(lambda: self._sum_many(x, bias, out))
             return out
         parts = x.new_empty(self.size, *x.shape)
         collect = self._collect(x, list(parts))
@@ -67,7 +67,7 @@ class Group:
             collect()
             _add_up(parts, bias, out)
 
-        call_out(run)
+        host_callback(run)
         return out
 
     def all_reduce_or(self, x: Tensor, fill: Callable[[], None]) -> Tensor:
@@ -85,7 +85,7 @@ class Group:
             collect()
             torch.sum(parts, 0, dtype=out.dtype, out=out)
 
-        call_out(run)
+        host_callback(run)
         return out.view(x.dtype)
 
     def all_true(self, flag: bool) -> bool:
@@ -102,7 +102,7 @@ class Group:
             dist.send(x, self.ranks[to], group=self.group)
             return
         data = view(x)
-        call_out(lambda: self.links.exchange([(self.ranks[to], data)], []))
+        host_callback(lambda: self.links.exchange([(self.ranks[to], data)], []))
 
     def recv(self, out: Tensor, source: int) -> Tensor:
         """Receive what a rank of the group sends into `out`, which is returned."""
@@ -114,7 +114,7 @@ class Group:
         def run() -> None:
             self.links.exchange([], [(self.ranks[source], data)])
 
-        call_out(run)
+        host_callback(run)
         return out
 
     def _collect(self, x: Tensor, outs: list[Tensor]) -> Callable[[], None]:

@@ -153,13 +153,13 @@ def test_stages(family, layout):
 
 @pytest.mark.parametrize(("tp", "pp", "mode"), [(2, 1, "exact"), (2, 1, "fast"), (1, 2, "exact")])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_decode_step_is_a_tape_on_every_rank(family, tp, pp, mode):
+def test_a_decode_step_is_captured_on_every_rank(family, tp, pp, mode):
     def run(parallel):
         model = load(tiny(family), "4", parallel=parallel)
         cache = model.new_cache(2, 8)
         model.prefill([[5, 6], [7]], cache)
         model.decode(torch.tensor([8, 9]), cache)
-        return cache.tape.foreign
+        return cache.captured.graph_break
 
     assert on_mesh(tp, run, pp=pp, mode=mode) == [None] * tp * pp
 

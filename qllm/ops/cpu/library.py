@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qllm.errors import UserError
 from qllm.ops.cpu import build
-from qllm.ops.cpu.tape import call
+from qllm.ops.cpu.capture import call
 
 # What each path is built on, the best one first.
 PATHS = {
@@ -28,7 +28,7 @@ PATHS = {
 # Functions that say whether they could do it.
 CALLS = (
     *("qllm_use", "qllm_linear", "qllm_dense", "qllm_attend", "qllm_activate", "qllm_norm"),
-    *("qllm_add", "qllm_embed", "qllm_attend_prefill", "qllm_replay"),
+    *("qllm_add", "qllm_embed", "qllm_gather", "qllm_attend_prefill", "qllm_replay"),
 )
 HUGE_PAGE = 1 << 21
 ARENA_BYTES = 32 << 20

@@ -18,6 +18,7 @@ Norm = structure(
     "rows channels centered type =eps =offset run first second *x *weight *bias *y",
 )
 Add = structure("Add", "count type =factor *x *z *y")
+Gather = structure("Gather", "rows columns gathered bytes *x *index *y")
 Embed = structure("Embed", "rows table_rows bytes offset *index *table *y")
 # Of a decode step and of prefill: one token to a sequence, or runs of them.
 Attend = structure(
@@ -25,6 +26,16 @@ Attend = structure(
     "sequences heads kv_heads dim capacity type *qkv *rows *starts *positions *cos *sin *slopes"
     " *keys *values *y",
 )
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """`reference.gather`; the index is not checked."""
+    x, index = x.contiguous(), index.contiguous()
+    y = x.new_empty(len(x), len(index))
+    tensors = (x, index, y)
+    arguments = Gather(*x.shape, len(index), x.element_size(), *map(pointer, tensors))
+    library.run("qllm_gather", arguments, *tensors)
+    return y
 
 
 def embedding(index: Tensor, table: Tensor, offset: int) -> Tensor:

@@ -18,10 +18,9 @@ class Graph:
     be captured, for want of memory or else, runs as it is, and a note says so.
     """
 
-    foreign = None  # nothing keeps it from being replayed
-
     def __init__(self, run: Callable[[], None], device: torch.device) -> None:
         self._run = run
+        self.graph_break: str | None = None
         self._launch: Callable[[], None] | None = None
         # Not the default stream, on which nothing can be captured. Kernels that keep counters keep
         # them by stream: those that the first call makes are the graph's.
@@ -32,7 +31,7 @@ class Graph:
             run()
         current.wait_stream(self._stream)
 
-    def play(self) -> None:
+    def replay(self) -> None:
         """Launch it again."""
         if self._launch is None:
             self._launch = self._capture()
@@ -44,9 +43,9 @@ class Graph:
             with torch.cuda.graph(graph, stream=self._stream):
                 self._run()
         except RuntimeError as error:
-            reason = first_line(error)
+            self.graph_break = first_line(error)
             print(
-                f"note: steps are launched one by one, without a CUDA graph: {reason}",
+                f"note: steps are launched one by one, without a CUDA graph: {self.graph_break}",
                 file=sys.stderr,
             )
             return self._run

@@ -47,7 +47,7 @@ def seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats
     graph = Graph(play, device)
 
     def replay() -> None:
-        graph.play()
+        graph.replay()
         torch.cuda.synchronize(device)
 
     return median_seconds(replay, repeats) / len(calls)

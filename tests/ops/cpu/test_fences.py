@@ -29,6 +29,7 @@ def run_steps(dtype: torch.dtype, fence) -> None:
         steps.layer_norm(x, one, two, 1e-5)
         steps.rms_norm(x, one, 1e-5)
         steps.add(x, z)
+        steps.gather(x, fence(torch.arange(channels).flip(0)))
         steps.embedding(fence(torch.arange(rows)), z, 0)
 
 

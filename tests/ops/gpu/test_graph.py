@@ -11,7 +11,10 @@ from conftest import tiny
 from oracle import load
 
 from qllm import ops
-from qllm.ops import phase
+from qllm.models import Decoder
+from qllm.ops import phase, reference
+from qllm.ops.capture import capture
+from qllm.ops.gpu import attention
 from qllm.ops.gpu.graph import Graph
 
 
@@ -58,11 +61,11 @@ def test_it_runs_then_is_captured_then_replayed(made):
     # What came before is waited for, and what comes then waits for it.
     assert made.events == ["wait", "on the side", "run", "wait"]
     made.events.clear()
-    graph.play()
+    graph.replay()
     assert made.events == ["capture", "run", "replay"]
     made.events.clear()
-    graph.play()
-    graph.play()
+    graph.replay()
+    graph.replay()
     assert made.events == ["replay"] * 2
 
 
@@ -76,7 +79,7 @@ def test_what_cannot_be_captured_runs_as_it_is(made, monkeypatch, capsys):
     graph = Graph(lambda: made.events.append("run"), torch.device("cuda", 0))
     for _ in range(3):
         made.events.clear()
-        graph.play()
+        graph.replay()
         assert made.events[-1] == "run"
     assert made.events == ["run"]
     assert capsys.readouterr().err == (
@@ -84,19 +87,50 @@ def test_what_cannot_be_captured_runs_as_it_is(made, monkeypatch, capsys):
     )
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_model_is_captured_where_it_is_in_one_place(whole, made, monkeypatch):
+BREAKS = {
+    None: (attention.decode_attention, True),
+    "it exchanges activations with other processes or devices": (attention.decode_attention, False),
+    "there is no kernel of ours for attention": (reference.decode_attention, True),
+}
+
+
+@pytest.mark.parametrize(("graph_break", "given"), BREAKS.items())
+def test_a_step_that_cannot_be_a_graph_says_why(graph_break, given, made, monkeypatch):
+    attend, alone = given
+    monkeypatch.setattr(ops, "on", lambda device: SimpleNamespace(decode_attention=attend))
+    step = capture(lambda: made.events.append("run"), torch.device("cuda"), alone=alone)
+    assert step.graph_break == graph_break and isinstance(step, Graph) == (graph_break is None)
+    assert made.events.count("run") == 1
+    step.replay()
+    assert made.events[-1] == ("run" if graph_break else "replay")
+
+
+def test_a_model_in_one_place_exchanges_nothing():
     model = load(tiny("opt"), "4", num_shards=2)
-    monkeypatch.setattr(ops, "can_capture", lambda device: True)
-    if not whole:
-        model.device_map = [torch.device("cpu"), torch.device("cpu:0")]
-    cache = model.new_cache(2, 9)
-    tokens = model.prefill([[5, 6], [7]], cache).argmax(-1)
-    model.decode(tokens, cache)
-    assert isinstance(cache.tape, Graph) == whole
-    if whole:
-        model.decode(tokens, cache)
-        assert made.events[-2:] == ["capture", "replay"]
+    assert model._one_device
+    model.device_map = [torch.device("cpu"), torch.device("cpu:0")]
+    assert not model._one_device
+
+
+@pytest.mark.parametrize("ended", [0, 1, 3, 5])
+def test_a_captured_step_takes_fewer_rows_than_it_was_captured_for(ended, monkeypatch):
+    """On a GPU, where to capture takes long: what is left over computes the last row again."""
+    model = load(tiny("llama"), "4")
+    caches, prompts = [model.new_cache(9, 9) for _ in range(2)], [[i, 7] for i in range(9)]
+    for cache in caches:
+        model.prefill(prompts, cache)
+        model.decode(torch.arange(9), cache)
+        cache.keep(range(9 - ended))
+    want = model.decode(torch.arange(9 - ended), caches[0])
+    monkeypatch.setattr(Decoder, "device", SimpleNamespace(type="cuda"))
+    sizes = {0: 9, 1: 8, 3: 8, 5: 4}
+    assert model._step_size(caches[1]) == sizes[ended]
+    monkeypatch.undo()
+    monkeypatch.setattr(model, "_step_size", lambda cache: sizes[ended])
+    for cache in caches[1:]:
+        assert torch.equal(model.decode(torch.arange(9 - ended), cache), want)
+    for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
+        assert all(map(torch.equal, ours, theirs))
 
 
 def test_a_step_is_decode_and_a_prompt_is_not(monkeypatch):

@@ -130,5 +130,6 @@ static bool self_test() {
 }  // namespace qllm
 
 const qllm::Path qllm::amx_path = {
-    "amx", linear_by_rows, pack, unpack, same_activate, same_norm, same_add, same_embed,
-    same_attend, same_attend_prefill, dense_by_type, same_read_all, multiply_all, self_test};
+    "amx", linear_by_rows, pack, unpack, same_activate, same_norm, same_add, same_gather,
+    same_embed, same_attend, same_attend_prefill, dense_by_type, same_read_all, multiply_all,
+    self_test};

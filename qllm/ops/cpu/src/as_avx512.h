@@ -12,6 +12,7 @@ inline void same_unpack(const Packing &a) { avx512_path.unpack(a); }
 inline void same_activate(const Activate &a) { avx512_path.activate(a); }
 inline void same_norm(const Norm &a) { avx512_path.norm(a); }
 inline void same_add(const Add &a) { avx512_path.add(a); }
+inline void same_gather(const Gather &a) { avx512_path.gather(a); }
 inline bool same_embed(const Embed &a) { return avx512_path.embed(a); }
 inline bool same_attend(const Attend &a) { return avx512_path.attend(a); }
 inline bool same_attend_prefill(const Attend &a) { return avx512_path.attend_prefill(a); }

@@ -12,4 +12,4 @@ static bool linear_by_bits(const qllm::Linear &a) {
 }
 
 const qllm::Path qllm::avx2_path = {"avx2", linear_by_bits, pack, unpack, activate, norm,   add,
-                 embed,  attend, attend_prefill, dense, read_all, multiply_all};
+                 gather, embed, attend, attend_prefill, dense, read_all, multiply_all};

@@ -16,4 +16,5 @@ static bool dense_by_type(const Dense &a) {
 
 const qllm::Path qllm::avx512bf16_path = {
     "avx512bf16", same_linear, same_pack, same_unpack, same_activate, same_norm, same_add,
-    same_embed, same_attend, same_attend_prefill, dense_by_type, same_read_all, same_multiply_all};
+    same_gather, same_embed, same_attend, same_attend_prefill, dense_by_type, same_read_all,
+    same_multiply_all};

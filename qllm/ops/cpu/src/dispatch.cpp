@@ -192,6 +192,10 @@ PUBLIC bool qllm_add(const void *a) {
     current->add(*static_cast<const Add *>(a));
     return true;
 }
+PUBLIC bool qllm_gather(const void *a) {
+    current->gather(*static_cast<const Gather *>(a));
+    return true;
+}
 PUBLIC bool qllm_embed(const void *a) { return current->embed(*static_cast<const Embed *>(a)); }
 
 struct Call {

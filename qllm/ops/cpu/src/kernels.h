@@ -91,6 +91,13 @@ struct Add {  // y = x + z, all (count,); or x factor, where z is null
     void *y;
 };
 
+struct Gather {  // y (rows, gathered) = x[:, index], of elements of 2 or 4 bytes
+    int64_t rows, columns, gathered, bytes;
+    const void *x;           // (rows, columns)
+    const int64_t *index;    // (gathered,)
+    void *y;
+};
+
 struct Embed {  // row index[i] + offset of a table, `bytes` wide, for each i
     int64_t rows, table_rows, bytes, offset;
     const int64_t *index;
@@ -127,6 +134,7 @@ struct Path {
     void (*activate)(const Activate &);
     void (*norm)(const Norm &);
     void (*add)(const Add &);
+    void (*gather)(const Gather &);
     bool (*embed)(const Embed &);  // false for an index outside the table
     bool (*attend)(const Attend &);
     bool (*attend_prefill)(const Attend &);

@@ -7,4 +7,4 @@
 #include "dense.h"
 
 const qllm::Path qllm::scalar_path = {"scalar", linear, pack, unpack, activate, norm,   add,
-                 embed,  attend, attend_prefill, dense, read_all, multiply_all};
+                 gather, embed, attend, attend_prefill, dense, read_all, multiply_all};

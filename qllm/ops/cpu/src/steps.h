@@ -140,6 +140,18 @@ static void add(const Add &a) {
     });
 }
 
+template <typename Element> void gather_row(const Gather &a, int64_t row) {
+    const Element *x = static_cast<const Element *>(a.x) + row * a.columns;
+    Element *y = static_cast<Element *>(a.y) + row * a.gathered;
+    for (int64_t i = 0; i < a.gathered; i++) y[i] = x[a.index[i]];
+}
+
+static void gather(const Gather &a) {
+    for_each(a.rows, a.rows * a.gathered > WORTH_THREADS, [&](int64_t row, int64_t) {
+        a.bytes == 2 ? gather_row<uint16_t>(a, row) : gather_row<uint32_t>(a, row);
+    });
+}
+
 static bool embed(const Embed &a) {
     for (int64_t row = 0; row < a.rows; row++) {
         int64_t index = a.index[row] + a.offset;

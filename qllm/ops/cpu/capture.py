@@ -1,9 +1,9 @@
 """Calls of kernels, kept so that they can be made again without Python in between.
 
-A decode step makes the same calls for every token, on the same memory: a tape of them is to the
-CPU what a captured graph is to a GPU. Only what changes (tokens, positions, angles) is written into
-the tensors that the calls read. What is no kernel, such as an exchange with other processes, is
-called out to between two runs of them (`call_out`).
+A decode step makes the same calls for every token, on the same memory: a list of them is to the CPU
+what a captured graph is to a GPU. Only what changes (tokens, rows, positions, cosines and sines) is
+written into the tensors that the calls read. What is no kernel, such as an exchange with other
+processes, is a host callback between two runs of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-# Ops of torch that a tape may leave out: they compute nothing.
+# Ops of torch that a replay may leave out: they compute nothing.
 NO_WORK = {
     *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
     *(
@@ -43,15 +43,16 @@ class Call(ctypes.Structure):
     _fields_ = (("function", ctypes.c_void_p), ("arguments", ctypes.c_void_p))
 
 
-class Tape:
-    """The calls made while it was recording.
+class CapturedCalls:
+    """The calls made while it was capturing.
 
     Attributes:
-        foreign: an op of torch among them, which makes the tape useless; None where there is none.
+        graph_break: an op of torch among them, whose results a replay would lack; None: there is
+            none.
     """
 
     def __init__(self) -> None:
-        self.foreign: str | None = None
+        self.graph_break: str | None = None
         self._calls: list[Call] = []
         self._kept: list[object] = []
         self._parts: list[Callable[[], None]] = []
@@ -66,12 +67,12 @@ class Tape:
         self._kept.append((arguments, tensors))
         self._replay = library.qllm_replay
 
-    def add_call_out(self, function: Callable[[], None]) -> None:
+    def add_host_callback(self, function: Callable[[], None]) -> None:
         """Call a function of Python between the kernels before it and those behind it."""
         self._close_run()
         self._parts.append(function)
 
-    def play(self) -> None:
+    def replay(self) -> None:
         """Make the calls again."""
         self._close_run()
         for part in self._parts:
@@ -92,11 +93,11 @@ class Tape:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes on the tape that an op of torch was run."""
+    """Notes that an op of torch was run."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, calls: CapturedCalls) -> None:
         super().__init__()
-        self.tape = tape
+        self.calls = calls
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -110,34 +111,34 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         in_place = name in NO_WORK_IN_PLACE and result.data_ptr() == args[0].data_ptr()
         if name not in NO_WORK and not in_place:
-            self.tape.foreign = name
+            self.calls.graph_break = name
         return result
 
 
-class _Recording(threading.local):
-    """The tape on which calls of this thread are kept, None for none."""
+class _Capturing(threading.local):
+    """Where calls of this thread are kept, None for nowhere."""
 
-    tape: Tape | None = None
+    calls: CapturedCalls | None = None
 
 
-_recording = _Recording()
+_capturing = _Capturing()
 
 
 @contextmanager
-def record() -> Iterator[Tape]:
-    """A tape of the calls that this thread makes inside."""
-    before, _recording.tape = _recording.tape, Tape()
+def capture_calls() -> Iterator[CapturedCalls]:
+    """The calls that this thread makes inside."""
+    before, _capturing.calls = _capturing.calls, CapturedCalls()
     try:
-        with _Watch(_recording.tape):
-            yield _recording.tape
+        with _Watch(_capturing.calls):
+            yield _capturing.calls
     finally:
-        _recording.tape = before
+        _capturing.calls = before
 
 
 def call(
     library: ctypes.CDLL, name: str, arguments: ctypes.Structure, *tensors: Tensor | None
 ) -> None:
-    """Call a kernel, and keep the call where a tape is recording.
+    """Call a kernel, and keep the call while calls are captured.
 
     Args:
         tensors: those that the arguments point to.
@@ -147,19 +148,19 @@ def call(
     """
     if not getattr(library, name)(ctypes.byref(arguments)):
         raise MemoryError(f"no memory for {name}")
-    if _recording.tape is not None:
-        _recording.tape.add(library, name, arguments, tensors)
+    if _capturing.calls is not None:
+        _capturing.calls.add(library, name, arguments, tensors)
 
 
-def call_out(function: Callable[[], None]) -> None:
-    """Call a function that is no kernel, now and whenever a tape that is recording plays.
+def host_callback(function: Callable[[], None]) -> None:
+    """Call a function that is no kernel, now and in every replay of what is being captured.
 
     Args:
         function: holds on to the tensors that it reads and writes, which keep their places.
     """
-    if _recording.tape is None:
+    if _capturing.calls is None:
         function()
         return
     with _disable_current_modes():
         function()
-    _recording.tape.add_call_out(function)
+    _capturing.calls.add_host_callback(function)

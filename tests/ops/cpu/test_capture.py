@@ -1,4 +1,4 @@
-"""A decode step that is played from its record is the one that was recorded, to the bit."""
+"""A decode step that is replayed is the one that was captured, to the bit."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from oracle import draw_prompts, load, our_bundled
 from torch import Tensor
 
 from qllm.config import QuantPlan, QuantSpec
+from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
 from qllm.ops.cpu import steps
-from qllm.ops.cpu.tape import record
+from qllm.ops.cpu.capture import capture_calls
 
 BITWIDTHS = ("3", "4", "8", "8:tc-li", "16")
 BATCHES = ([9], [9, 1, 33, 4, 20])
@@ -47,11 +48,11 @@ def begun(model: Decoder, lengths: Sequence[int], seed: int = 0) -> KVCache:
 
 @functools.cache
 def eager(family: str, bitwidth: str, lengths: tuple[int, ...], seed: int = 0) -> list[Tensor]:
-    """Logits of each step, none of them played."""
+    """Logits of each step, none of them replayed."""
     model = our_bundled(family, bitwidth)
     cache, logits = begun(model, lengths, seed), []
     for step in range(TOKENS):
-        cache.tape = None
+        cache.captured = None
         logits.append(model.decode(tokens_of(step, len(lengths)), cache).clone())
     return logits
 
@@ -62,17 +63,17 @@ def assert_decodes(model: Decoder, cache: KVCache, want: list[Tensor], first: in
 
 
 @pytest.mark.parametrize(("family", "bitwidth", "lengths"), pairwise(FAMILIES, BITWIDTHS, BATCHES))
-def test_what_is_played_is_what_was_recorded(family, bitwidth, lengths):
+def test_what_is_replayed_is_what_was_captured(family, bitwidth, lengths):
     model = our_bundled(family, bitwidth)
     cache = begun(model, lengths)
     got = [model.decode(tokens_of(0, len(lengths)), cache)]
-    tape = cache.tape
-    assert tape.foreign is None
+    captured = cache.captured
+    assert captured.graph_break is None
     kept = [got[0].clone()]
     for step in range(1, TOKENS):
         got.append(model.decode(tokens_of(step, len(lengths)), cache))
         kept.append(got[-1].clone())
-    assert cache.tape is tape
+    assert cache.captured is captured
     assert cache.lengths == [n + TOKENS for n in lengths]
     want = eager(family, bitwidth, tuple(lengths))
     for a, b, c in zip(got, kept, want, strict=True):
@@ -82,7 +83,7 @@ def test_what_is_played_is_what_was_recorded(family, bitwidth, lengths):
     # The cache holds the same as well.
     other = begun(model, lengths)
     for step in range(TOKENS):
-        other.tape = None
+        other.captured = None
         model.decode(tokens_of(step, len(lengths)), other)
     for ours, theirs in zip(cache.layers, other.layers, strict=True):
         assert all(map(same, ours, theirs))
@@ -90,14 +91,14 @@ def test_what_is_played_is_what_was_recorded(family, bitwidth, lengths):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_half_types_are_played_too(family, dtype):
+def test_half_types_are_replayed_too(family, dtype):
     model = our_bundled(family, "4", dtype)
     caches = [begun(model, [9, 1, 4]) for _ in range(2)]
     for step in range(5):
-        caches[1].tape = None
+        caches[1].captured = None
         first, second = (model.decode(tokens_of(step, 3), cache) for cache in caches)
         assert same(first, second)
-    assert caches[0].tape.foreign is None
+    assert caches[0].captured.graph_break is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,34 +107,51 @@ def test_a_model_quantized_from_head_to_toe(family):
     model = load(tiny(family), plan=plan)
     caches = [begun(model, [9, 1, 4]) for _ in range(2)]
     for step in range(5):
-        caches[1].tape = None
+        caches[1].captured = None
         first, second = (model.decode(tokens_of(step, 3), cache) for cache in caches)
         assert same(first, second)
-    assert caches[0].tape.foreign is None
+    assert caches[0].captured.graph_break is None
 
 
 @pytest.mark.parametrize("where", ["embed", "layers.2.attention", "layers.5.mlp.up", "lm_head"])
-def test_a_foreign_op_is_noticed(where):
-    """Its results would be missing from what is played; without playing all is right."""
+def test_an_op_of_torch_breaks_the_graph(where):
+    """Its results would be missing from a replay; without it all is right."""
     model = load(tiny("llama"), "4")
     want = eager("llama", "4", (9, 1, 33, 4, 20))
     hook = model.get_submodule(where).register_forward_hook(lambda module, inputs, y: y * 1)
     cache = begun(model, BATCHES[1])
     assert_decodes(model, cache, want)
-    assert cache.tape.foreign == "mul"
+    assert cache.captured.graph_break == "torch computes a part of it (mul)"
     hook.remove()
     assert_decodes(model, begun(model, BATCHES[1]), want)
 
 
-def test_layers_without_a_kernel_are_not_played():
+def test_layers_without_a_kernel_are_not_replayed():
     """Groups of 8 are the reference's."""
     model = load(tiny("opt"), plan=QuantPlan.uniform(QuantSpec.parse("4", 8)))
     caches = [begun(model, [9, 1]) for _ in range(2)]
     for step in range(4):
-        caches[1].tape = None
+        caches[1].captured = None
         first, second = (model.decode(tokens_of(step, 2), cache) for cache in caches)
         assert same(first, second)
-    assert caches[0].tape.foreign is not None
+    assert caches[0].captured.graph_break is not None
+
+
+def test_reordered_layers_are_replayed():
+    """Those of act-order, whose inputs are gathered."""
+    model = load(tiny("llama"), "4")
+    for name in ("attention.qkv", "mlp.down"):
+        layer = model.layers[1].get_submodule(name)
+        order = torch.randperm(layer.in_features, generator=torch.Generator().manual_seed(0))
+        rest = (layer.bias, layer.spec, layer.in_features)
+        reordered = WeightOnlyLinear.from_packed(layer.packed._replace(order=order), *rest)
+        model.layers[1].set_submodule(name, reordered)
+    assert model.graph_break() is None
+    caches = [begun(model, [9, 1]) for _ in range(2)]
+    for step in range(4):
+        caches[1].captured = None
+        first, second = (model.decode(tokens_of(step, 2), cache) for cache in caches)
+        assert same(first, second)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -145,7 +163,7 @@ def test_caches_of_one_model_take_turns(family):
     for step in range(6):
         for cache, want in zip(caches, wants, strict=True):
             assert_decodes(model, cache, [want[step]], step)
-    assert len({id(cache.tape) for cache in caches}) == 3
+    assert len({id(cache.captured) for cache in caches}) == 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -158,8 +176,8 @@ def test_prompts_may_come_between_tokens(family):
         model.prefill(draw_prompts([70, 3], 4096, step), last=step % 2 == 0)
         begun(model, [8], seed=step)
         assert_decodes(model, cache, [want[step]], step)
-    # A cache may begin anew, and its tape goes on.
-    tape = cache.tape
+    # A cache may begin anew, and what was captured goes on.
+    captured = cache.captured
     cache.reset()
     model.prefill(draw_prompts(lengths, 4096), cache)
     assert_decodes(model, cache, want[:4])
@@ -167,12 +185,12 @@ def test_prompts_may_come_between_tokens(family):
     others = [33, 20, 2, 9, 50]
     model.prefill(draw_prompts(others, 4096, 7), cache)
     assert_decodes(model, cache, eager(family, "4", tuple(others), 7)[:4])
-    assert cache.tape is tape
+    assert cache.captured is captured
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_tape_keeps_what_it_reads_and_writes(family):
-    """It is played when nothing but the cache is left of the model, and memory was used again."""
+def test_a_captured_step_keeps_what_it_reads_and_writes(family):
+    """It is replayed when nothing but the cache is left of the model, and memory was used again."""
     want = eager(family, "4", (9,))
     model = load(tiny(family), "4")
     cache = begun(model, [9])
@@ -185,7 +203,7 @@ def test_a_tape_keeps_what_it_reads_and_writes(family):
     for step in range(1, 5):
         with torch.inference_mode():
             cache.step.begin(tokens_of(step, 1))
-        cache.tape.play()
+        cache.captured.replay()
         cache.lengths = [n + 1 for n in cache.lengths]
         assert same(cache.step.logits, want[step])
     assert all((part == 7).all() for part in garbage)
@@ -194,7 +212,7 @@ def test_a_tape_keeps_what_it_reads_and_writes(family):
 @pytest.mark.parametrize("wrong", [-1, 4096, 2**40])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_token_outside_the_vocabulary_is_an_error(family, wrong):
-    """When it is recorded, and when it is played; what follows is not harmed by it."""
+    """When it is captured, and when it is replayed; what follows is not harmed by it."""
     model, lengths = our_bundled(family, "4"), BATCHES[1]
     want = eager(family, "4", tuple(lengths))
     cache = begun(model, lengths)
@@ -205,10 +223,10 @@ def test_a_token_outside_the_vocabulary_is_an_error(family, wrong):
             model.decode(tokens, cache)
         assert cache.lengths == [n + step for n in lengths]
         assert_decodes(model, cache, [want[step]], step)
-    assert cache.tape.foreign is None
+    assert cache.captured.graph_break is None
 
 
-def test_a_record_that_broke_off_is_not_played():
+def test_a_capture_that_broke_off_is_not_replayed():
     model = load(tiny("opt"), "4")
 
     def stop(module, inputs) -> None:
@@ -218,15 +236,15 @@ def test_a_record_that_broke_off_is_not_played():
     cache = begun(our_bundled("opt", "4"), [9])
     with pytest.raises(RuntimeError, match="enough"):
         model.decode(tokens_of(0, 1), cache)
-    assert cache.tape is None
+    assert cache.captured is None
     assert cache.lengths == [9]
     hook.remove()
     assert_decodes(model, cache, eager("opt", "4", (9,))[:3])
-    assert cache.tape.foreign is None
+    assert cache.captured.graph_break is None
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_may_change_between_recording_and_playing(threads):
+def test_threads_may_change_between_capture_and_replay(threads):
     want = eager("llama", "4", tuple(BATCHES[1]))
     model = our_bundled("llama", "4")
     cache = begun(model, BATCHES[1])
@@ -235,8 +253,8 @@ def test_threads_may_change_between_recording_and_playing(threads):
         assert_decodes(model, cache, [want[step]], step)
 
 
-def test_the_path_may_change_between_recording_and_playing():
-    """A tape holds calls, not the instructions that serve them."""
+def test_the_path_may_change_between_capture_and_replay():
+    """Calls are captured, not the instructions that serve them."""
     model, wanted = our_bundled("opt", "4"), {}
     names = (paths()[0], "scalar")
     for name in names:
@@ -252,56 +270,56 @@ def test_the_path_may_change_between_recording_and_playing():
             assert same(model.decode(tokens_of(0, 1), cache), wanted[name])
 
 
-# The tape itself
+# The calls themselves
 
 
-def test_a_tape_repeats_calls_on_the_memory_they_had():
+def test_a_replay_makes_calls_on_the_memory_they_had():
     x, z = normal(2, 5, 40)
-    with record() as tape:
+    with capture_calls() as captured:
         y = steps.activation(steps.add(x, z), "relu")
-    assert tape.foreign is None
+    assert captured.graph_break is None
     for _ in range(3):
         x.normal_()
         want = (x + z).relu()
-        tape.play()
+        captured.replay()
         assert same(y, want)
 
 
-def test_only_what_is_inside_is_recorded():
+def test_only_what_is_inside_is_captured():
     x = normal(2, 40)
     steps.add(x, x)
-    with record() as outer:
+    with capture_calls() as outer:
         first = steps.add(x, x)
-        with record() as inner:
+        with capture_calls() as inner:
             second = steps.add(x, x)
         third = steps.add(x, x)
     fourth = steps.add(x, x)
     x.fill_(1)
-    inner.play()
+    inner.replay()
     assert (second == 2).all() and not (first == 2).all()
     x.fill_(2)
-    outer.play()
+    outer.replay()
     assert (first == 4).all() and (third == 4).all() and (second == 2).all()
     assert not (fourth == 4).any()
 
 
-def test_another_thread_s_calls_are_not_recorded():
+def test_another_thread_s_calls_are_not_captured():
     x, results = normal(2, 40), []
 
     def run() -> None:
         results.append(steps.add(x, x))
-        with record() as own:
+        with capture_calls() as own:
             results.append(steps.add(x, x))
-        own.play()
+        own.replay()
 
-    with record() as tape:
+    with capture_calls() as captured:
         mine = steps.add(x, x)
         thread = threading.Thread(target=run)
         thread.start()
         thread.join()
         also_mine = steps.add(x, x)
     x.fill_(1)
-    tape.play()
+    captured.replay()
     assert (mine == 2).all() and (also_mine == 2).all()
     assert not any((result == 2).any() for result in results)
 
@@ -327,14 +345,14 @@ def test_models_may_decode_in_threads():
     assert not failures
 
 
-def foreign(run, *tensors: Tensor) -> str | None:
-    """What a tape makes of a function."""
-    with torch.inference_mode(), record() as tape:
+def graph_break(run, *tensors: Tensor) -> str | None:
+    """The op of torch in a function that a replay would lack."""
+    with torch.inference_mode(), capture_calls() as captured:
         run(*tensors)
-    return tape.foreign
+    return captured.graph_break
 
 
-def test_what_computes_nothing_is_not_foreign():
+def test_what_computes_nothing_breaks_no_graph():
     x = normal(6, 40)
     for run in (
         lambda x: x.view(3, 80)[:2].unsqueeze(1).expand(2, 5, 80).transpose(0, 1),
@@ -343,10 +361,10 @@ def test_what_computes_nothing_is_not_foreign():
         lambda x: (x.contiguous(), x.to(torch.float32), x.to("cpu")),
         lambda x: steps.add(x, x),
     ):
-        assert foreign(run, x) is None
+        assert graph_break(run, x) is None
 
 
-def test_what_computes_or_copies_is_foreign():
+def test_what_computes_or_copies_breaks_the_graph():
     x = normal(6, 40)
     for run in (
         lambda x: x + 0,
@@ -365,4 +383,4 @@ def test_what_computes_or_copies_is_foreign():
         lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
         lambda x: steps.add(x, x.half()),
     ):
-        assert foreign(run, x.clone()) is not None
+        assert graph_break(run, x.clone()) is not None
