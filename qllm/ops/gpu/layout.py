@@ -58,7 +58,7 @@ class Shape(NamedTuple):
         return self.groups > 1 and self.padded_size != self.group
 
     def spread(self, x: Tensor) -> Tensor:
-        """x (M, K) with each group at the beginning of its padded_size inputs, and zeros behind it."""
+        """x (M, K) with each group at the beginning of its `padded_size` inputs, then zeros."""
         x = pad(x, (0, self.groups * self.group - x.shape[1])).unflatten(1, (-1, self.group))
         return pad(x, (0, self.padded_size - self.group)).flatten(1)
 
