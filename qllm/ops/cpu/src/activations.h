@@ -19,7 +19,7 @@ constexpr int64_t ROWS_AHEAD = 8;    // to prefetch while activations become int
 // What a thread has of its own in memory, for stacks may be small: sums of rows (CHUNK_ROWS,
 // GROUP_LANES), a block of weights (GROUP_PANELS, MAX_K_BLOCKS, K_BLOCK, LANES), sums of tiles.
 constexpr int64_t SUM_BYTES = CHUNK_ROWS * GROUP_LANES * 4;
-constexpr int64_t WEIGHT_BYTES = GROUP_LANES * MAX_K_BLOCKS * K_BLOCK;
+constexpr int64_t WEIGHT_BYTES = GROUP_LANES * MAX_K_BLOCKS * K_BLOCK * UNPACKED_BYTES;
 constexpr int64_t OWN_BYTES = SUM_BYTES + WEIGHT_BYTES + TILE_SUMS * 4;
 
 // Up to so many activations become integers before another thread has begun.
@@ -38,6 +38,7 @@ struct Activations {
     int64_t rows, blocks, k_blocks;
     int64_t tile_rows;            // rows of all tiles but the last
     int64_t planes, input_bytes;  // that an input of a row takes
+    bool words;                   // two planes as int16
     Block *block;      // (blocks,)
     int8_t *q;         // block after block, in it tile after tile
     float *scale;      // (blocks, rows)
@@ -123,6 +124,14 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
             } else {
                 whole = round_i(max_f(lowest, min_f(set_f(127), div_f(value, step))));
             }
+#if HAS_WORDS
+            if (x.words) {
+                const int64_t step_bytes = rows * WORD_STEP_BYTES;
+                const int64_t to = i / STEP * step_bytes + (row - tile_row) * WORD_STEP_BYTES;
+                store_words(tile + to, step_bytes, whole);
+                continue;
+            }
+#endif
             VI all = whole, top = whole;
             for (int plane = P - 1; plane >= 0; plane--) {
                 if (plane == 1) top = whole;
@@ -133,7 +142,7 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
             sum = add_i(sum, top);
             if (P == 4) low_sum = add_i(low_sum, sub_i(all, shift_left<16>(top)));
         }
-        put<P>(tile, rows, row - tile_row, i / STEP, block.k_blocks, bytes);
+        if (!x.words) put<P>(tile, rows, row - tile_row, i / STEP, block.k_blocks, bytes);
     }
     int64_t at = b * x.rows + row;
     if (is_scaled(a)) x.scale[at] = scale;  // else one for all blocks, which is there
@@ -187,6 +196,7 @@ bool prepare(Activations &x, const Linear &a, int64_t rows, int64_t tile_rows) {
     x.rows = rows;
     x.tile_rows = tile_rows;
     x.planes = P;
+    x.words = IN_WORDS<P> && tile_rows == TILE_ROWS<P>;
     x.input_bytes = INPUT_BYTES<P>;
     x.k_blocks = row_k_blocks(a.in, a.group);
     x.blocks = 0;

@@ -20,7 +20,7 @@ namespace qllm {
 namespace {
 
 constexpr int64_t DENSE_STEPS = 128;  // of a block: with four panels, 32 KiB
-constexpr int64_t DENSE_ROWS = 384;   // held at once: their sums stay in cache, 96 KiB
+constexpr int64_t DENSE_ROWS = 768;   // held at once: their sums stay in cache, 192 KiB
 constexpr int64_t DENSE_AHEAD = 256;  // bytes to prefetch ahead in every channel
 
 // Floats of a thread's own: its sums, and a block of weights.

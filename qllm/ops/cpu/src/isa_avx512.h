@@ -51,6 +51,32 @@ inline VI dot(VI sum, Weights w, Inputs x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
     return sum;
 }
+// Two int16 weights of every lane times two int16 activations, and the activations of LANES inputs:
+// of each step the inputs 0, 2, 1 and 3, steps `next_step` bytes apart.
+#define HAS_WORDS 1
+inline VI dot_words(VI sum, VI w, VI x) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+}
+inline void store_words(int8_t *p, int64_t next_step, VI v) {
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    const __m256i words = _mm256_shuffle_epi8(_mm512_cvtepi32_epi16(v), order);
+    const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
+    const int64_t steps[] = {_mm_cvtsi128_si64(low), _mm_extract_epi64(low, 1),
+                             _mm_cvtsi128_si64(high), _mm_extract_epi64(high, 1)};
+    for (int64_t step : steps) {
+        __builtin_memcpy(p, &step, 8);
+        p += next_step;
+    }
+}
+// The bytes of a step less a zero for each lane, as int16: inputs 0 and 2 of each lane, 1 and 3.
+inline void bytes_to_words(uint8_t *to, VI bytes, VI zero) {
+    const VI zeros = _mm512_or_si512(zero, _mm512_slli_epi32(zero, 16));
+    const VI even = _mm512_and_si512(bytes, _mm512_set1_epi16(255));
+    _mm512_store_si512(to, _mm512_sub_epi16(even, zeros));
+    _mm512_store_si512(to + 64, _mm512_sub_epi16(_mm512_srli_epi16(bytes, 8), zeros));
+}
 // The low byte of every lane.
 inline void store_bytes(int8_t *p, VI v) {
     _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtepi32_epi8(v));

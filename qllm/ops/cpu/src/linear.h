@@ -15,12 +15,25 @@ namespace {
 constexpr int64_t MAX_ROWS = 1536;         // rows whose activations are held at once
 constexpr int64_t MEMORY_BOUND_ROWS = 16;  // up to here threads take longer parts, to read on
 
+// A K block as int16 without its zeros.
+[[maybe_unused]] static void unpack_words(UnpackKBlock unpack, const uint8_t *q, uint8_t *to,
+                                const int32_t *zeros) {
+#if HAS_WORDS
+    alignas(64) uint8_t bytes[K_BLOCK * LANES];
+    unpack(q, bytes);
+    const VI zero = load_i(zeros);
+    for (int64_t step = 0; step < STEPS; step++)
+        bytes_to_words(to + step * LANES * WORD_STEP_BYTES, weights(bytes + step * 64), zero);
+#endif
+}
+
 // `panels` panels, up to GROUP_PANELS, times all rows: unpacked to cache for many rows.
 template <int P>
 void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_t panel,
                     int64_t panels, float *sums, uint8_t *bytes, Tiles &tiles) {
     Grid grid;
     const UnpackKBlock unpack = UNPACK_K_BLOCK[a.bits];
+    constexpr int64_t unpacked = K_BLOCK * LANES * (IN_WORDS<P> ? 2 : 1);
     for (int64_t row = 0; row < x.rows; row += CHUNK_ROWS) {
         int64_t rows = smaller(CHUNK_ROWS, x.rows - row), group = -1;
         for (int64_t i = 0; i < rows * GROUP_LANES; i += WIDTH) store_f(sums + i, set_f(0));
@@ -28,17 +41,23 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
             const Block &block = x.block[b];
             Operands o;
             o.w = bytes;
-            o.w_stride = block.k_blocks * K_BLOCK * LANES;
+            o.w_stride = block.k_blocks * unpacked;
             o.scales = grid.scales;
             o.zeros = grid.zeros;
             o.scaled = is_scaled(a);
             o.widen = steps_to_widen(a.bits);
+            if (block.group != group) grid.load(a, panel, panels, group = block.group);
             for (int64_t p = 0; p < panels; p++) {
                 const uint8_t *q = a.q + ((panel + p) * x.k_blocks + block.k_block) * 64 * a.bits;
-                for (int64_t s = 0; s < block.k_blocks; s++)
-                    unpack(q + s * 64 * a.bits, bytes + p * o.w_stride + s * K_BLOCK * LANES);
+                uint8_t *to = bytes + p * o.w_stride;
+                for (int64_t s = 0; s < block.k_blocks; s++, q += 64 * a.bits, to += unpacked) {
+                    if constexpr (IN_WORDS<P>) {
+                        unpack_words(unpack, q, to, grid.zeros + p * LANES);
+                    } else {
+                        unpack(q, to);
+                    }
+                }
             }
-            if (block.group != group) grid.load(a, panel, panels, group = block.group);
             tiles.begin(o, a, bytes, panels, block.k_blocks);
             for (int64_t r = 0; r < rows; r += x.tile_rows) {
                 point_at(o, x, b, row + r);

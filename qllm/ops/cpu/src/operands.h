@@ -41,6 +41,18 @@ struct Operands {
     int64_t widen = STEPS;    // steps after which sums widen, a power of two
 };
 
+#if !defined(HAS_WORDS)
+// Whether an instruction multiplies and adds pairs of int16: two planes then are one operand, where
+// weights are unpacked to cache. They become int16 there and lose their zeros, once for all rows.
+#define HAS_WORDS 0
+#endif
+template <int P> constexpr bool IN_WORDS = HAS_WORDS && P == 2;
+constexpr int64_t WORD_STEP_BYTES = 2 * STEP;  // of a row of activations, or of a lane of weights
+constexpr int64_t UNPACKED_BYTES = HAS_WORDS ? 2 : 1;  // that a weight in cache takes at most
+
+// How many operands a row is in a tile.
+template <int P> constexpr int TILE_OPERANDS = IN_WORDS<P> ? 1 : OPERAND_PLANES<P>;
+
 // Two planes as one integer.
 inline VI pair(VI high, VI low) { return add_i(shift_left<8>(high), low); }
 

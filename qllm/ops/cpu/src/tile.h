@@ -6,7 +6,7 @@
 namespace qllm {
 namespace {
 
-template <int P> constexpr int64_t TILE_ROWS = MAX_OPERANDS / OPERAND_PLANES<P>;
+template <int P> constexpr int64_t TILE_ROWS = MAX_OPERANDS / TILE_OPERANDS<P>;
 constexpr int64_t TILE_SUMS = 0;  // that a thread keeps in memory
 
 // What an input of a row takes.
@@ -58,6 +58,32 @@ template <int S, int V> struct Sums {
         of[OPERAND * V + I] = dot(of[OPERAND * V + I], w[I], x);
         if constexpr (I + 1 < V) add_operand<OPERAND, I + 1>(w, x);
     }
+
+#if HAS_WORDS
+    // The same of half a step in int16.
+    template <int I = 0> INLINE void add_words(const VI (&w)[V], const int8_t *x) {
+        add_words_of_row<I>(w, four(x + I * WORD_STEP_BYTES));
+        if constexpr (I + 1 < S) add_words<I + 1>(w, x);
+    }
+
+    template <int ROW, int I = 0> INLINE void add_words_of_row(const VI (&w)[V], VI x) {
+        of[ROW * V + I] = dot_words(of[ROW * V + I], w[I], x);
+        if constexpr (I + 1 < V) add_words_of_row<ROW, I + 1>(w, x);
+    }
+
+    // Adds the results of a block, scaled, to those of the blocks before it.
+    template <int I = 0> INLINE void finish_words(const Operands &o, int64_t lane) {
+        const VF scale = load_f(o.scales + lane + I * WIDTH);
+        finish_words_of_row<I>(o, o.out + lane + I * WIDTH, scale);
+        if constexpr (I + 1 < V) finish_words<I + 1>(o, lane);
+    }
+
+    template <int I, int ROW = 0>
+    INLINE void finish_words_of_row(const Operands &o, float *out, VF scale) {
+        add_scaled<2>(out, of[ROW * V + I], zero_i(), o.x_scale[ROW], scale);
+        if constexpr (ROW + 1 < S) finish_words_of_row<I, ROW + 1>(o, out + GROUP_LANES, scale);
+    }
+#endif
 
     template <int I = 0> INLINE void widen() {
         of[I] = widened(of[I]);
@@ -125,14 +151,41 @@ __attribute__((noinline)) void multiply(const Operands &o, int64_t from) {
     sums.template finish<P>(o, from * LANES);
 }
 
+// The same of activations and weights that are int16, which have lost their zeros.
+template <int R, int N>
+__attribute__((noinline)) void multiply_words(const Operands &o, int64_t from) {
+#if HAS_WORDS
+    Sums<R, N * VECTORS> sums;
+    sums.clear();
+    const uint8_t *w = o.w + from * o.w_stride;
+    const int8_t *x = o.x;
+    for (int64_t step = 0; step < o.k_blocks * STEPS; step++, x += R * WORD_STEP_BYTES) {
+        for (int half = 0; half < 2; half++, w += LANES * STEP) {
+            Weights words[N * VECTORS];
+            load(words, w, o.w_stride);
+            sums.add_words(words, x + half * STEP);
+        }
+    }
+    sums.finish_words(o, from * LANES);
+#endif
+}
+
+template <int P, int R, int N> void multiply_some(const Operands &o, int64_t from) {
+    if constexpr (IN_WORDS<P>) {
+        multiply_words<R, N>(o, from);
+    } else {
+        multiply<P, R, N>(o, from);
+    }
+}
+
 template <int P, int R> void multiply_panels(const Operands &o, int64_t panels) {
-    constexpr int MOST = ACCUMULATORS / (OPERAND_PLANES<P> * R * VECTORS);
+    constexpr int MOST = ACCUMULATORS / (TILE_OPERANDS<P> * R * VECTORS);
     int64_t n = 0;
     if constexpr (MOST >= 4)
-        for (; n + 4 <= panels; n += 4) multiply<P, R, 4>(o, n);
+        for (; n + 4 <= panels; n += 4) multiply_some<P, R, 4>(o, n);
     if constexpr (MOST >= 2)
-        for (; n + 2 <= panels; n += 2) multiply<P, R, 2>(o, n);
-    for (; n < panels; n++) multiply<P, R, 1>(o, n);
+        for (; n + 2 <= panels; n += 2) multiply_some<P, R, 2>(o, n);
+    for (; n < panels; n++) multiply_some<P, R, 1>(o, n);
 }
 
 // A tile of up to TILE_ROWS<P> rows.

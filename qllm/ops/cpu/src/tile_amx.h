@@ -7,6 +7,8 @@
 // their products, so that it does not wait in front of them for sums that are not there yet.
 #pragma once
 
+#undef GEMV_OPERANDS  // few rows are not for tiles
+#undef HAS_WORDS      // nor are int16
 #include "operands.h"
 
 #if defined(QLLM_EMULATE_AMX)
@@ -15,7 +17,6 @@
 #include "amx_instructions.h"
 #endif
 
-#undef GEMV_OPERANDS  // few rows are not for tiles
 
 namespace qllm {
 namespace {
