@@ -378,6 +378,12 @@ class ModelConfig:
         parallel_blocks: attention and MLP take the same input, and both are added to it.
         embed_scale: multiplies the embeddings.
         logit_cap: logits are cap tanh(logits / cap); None: as they are.
+        score_scale: multiplies attention's scores; None: 1 / sqrt(head_dim).
+        scale_by_layer: it is divided by the number of the layer, from 1 on.
+        score_cap: of attention's scores, as of logits.
+        windows: how many tokens those of each layer see, themselves included, 0 being all before
+            them; empty: all layers see all.
+        window_rope: of layers with a window; None: they have that of the others.
         gated_mlp: the MLP is `down(act(gate(x)) * up(x))`.
         attention_bias, output_bias: of the matrices in front of attention and behind it.
         init_std: standard deviation of a fresh weight.
@@ -411,6 +417,11 @@ class ModelConfig:
     parallel_blocks: bool = False
     embed_scale: float = 1.0
     logit_cap: float | None = None
+    score_scale: float | None = None
+    scale_by_layer: bool = False
+    score_cap: float | None = None
+    windows: tuple[int, ...] = ()
+    window_rope: RopeConfig | None = None
     gated_mlp: bool = False
     attention_bias: bool = True
     output_bias: bool = True

@@ -49,6 +49,17 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         **{f"{size}b": f"Qwen/Qwen3-{size}B" for size in ("0.6", "1.7", "4", "8", "14", "32")},
         **{f"{size}b-base": f"Qwen/Qwen3-{size}B-Base" for size in ("0.6", "1.7", "4", "8", "14")},
     },
+    "gemma2": {
+        size + chat: f"google/gemma-2-{size}{chat}"
+        for chat in ("", "-it")
+        for size in ("2b", "9b", "27b")
+    },
+    "gemma3_text": {
+        "270m": "google/gemma-3-270m",
+        "1b": "google/gemma-3-1b-pt",
+        "270m-it": "google/gemma-3-270m-it",
+        "1b-it": "google/gemma-3-1b-it",
+    },
     "phi3": {
         "mini-4k": "microsoft/Phi-3-mini-4k-instruct",
         "mini-128k": "microsoft/Phi-3-mini-128k-instruct",

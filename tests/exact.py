@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qllm.ops.kv import PLAIN, Scores
+
 # Of float32, by which sums of a kernel may be off, in proportion to the size of what they sum.
 ULPS = 4
 
@@ -59,7 +61,11 @@ def rotate(x: np.ndarray, angles: tuple[Tensor, Tensor] | None) -> np.ndarray:
 
 
 def attention(
-    query: np.ndarray, keys: np.ndarray, values: np.ndarray, slopes: np.ndarray | None
+    query: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    slopes: np.ndarray | None,
+    how: Scores = PLAIN,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The last token's attention: query (H, D), keys and values (H_kv, S, D).
 
@@ -68,8 +74,11 @@ def attention(
     """
     (heads, dim), (kv_heads, length, _) = query.shape, keys.shape
     keys, values = (np.repeat(part, heads // kv_heads, axis=0) for part in (keys, values))
-    scores = np.einsum("hd,hsd->hs", query, keys) / math.sqrt(dim)
-    sizes = np.einsum("hd,hsd->hs", np.abs(query), np.abs(keys)) / math.sqrt(dim)
+    factor = 1 / math.sqrt(dim) if how.scale is None else how.scale
+    scores = np.einsum("hd,hsd->hs", query, keys) * factor
+    sizes = np.einsum("hd,hsd->hs", np.abs(query), np.abs(keys)) * factor
+    if how.cap:
+        scores = how.cap * np.tanh(scores / how.cap)
     if slopes is not None:
         bias = slopes[:, None] * np.arange(1 - length, 1)
         scores, sizes = scores + bias, sizes + np.abs(bias)

@@ -10,7 +10,7 @@ import torch
 
 from qllm.config import SCHEMES
 from qllm.ops import SIMPLE, Request, reference
-from qllm.ops.kv import KV, Batch
+from qllm.ops.kv import KV, PLAIN, Batch, Scores
 from qllm.quant.packing import BITS, pack
 
 SHAPES = ((64, 32), (67, 13), (1, 1), (256, 40))  # (K, N)
@@ -202,7 +202,14 @@ CAPACITY = 70  # of the cache
 
 
 def attention_example(
-    request: Request, rows: int, dtype: torch.dtype, *, prompt: bool, turned: bool, share: int
+    request: Request,
+    rows: int,
+    dtype: torch.dtype,
+    *,
+    prompt: bool,
+    turned: bool,
+    share: int,
+    scores: Scores = PLAIN,
 ):
     """Rows of a prompt that see each other, or new tokens that have a cache each."""
     dim, kv_heads = request.in_features + request.in_features % 2, 2
@@ -215,7 +222,7 @@ def attention_example(
     lengths, pasts = ([rows], [0]) if prompt else ([1] * rows, at.tolist())
     batch = Batch.of(lengths, request.device, pasts=pasts)
     arguments = {"qkv": qkv, "kv": KV(keys, values), "batch": batch}
-    arguments |= {"cos_sin": angles, "slopes": slopes}
+    arguments |= {"cos_sin": angles, "slopes": slopes, "scores": scores}
     parts = exact.numpy(qkv).reshape(rows, -1, dim)
     q, k, v = np.split(parts, [heads, heads + kv_heads], axis=1)
     q, k = exact.rotate(q, angles), exact.rotate(k, angles)
@@ -224,8 +231,10 @@ def attention_example(
     for row, position in enumerate(at.tolist()):
         own = [cache[0 if prompt else row] for cache in caches]
         own[0][:, position], own[1][:, position] = k[row], v[row]
-        seen = (cache[:, : position + 1] for cache in own)
-        found.append(exact.attention(q[row], *seen, None if turned else exact.numpy(slopes)))
+        begin = max(0, position + 1 - scores.window) if scores.window else 0
+        seen = (cache[:, begin : position + 1] for cache in own)
+        sloped = None if turned else exact.numpy(slopes)
+        found.append(exact.attention(q[row], *seen, sloped, scores))
     y, size = (np.stack(parts) for parts in zip(*found, strict=True))
     return arguments, y.reshape(rows, -1), size.max()
 
@@ -269,12 +278,13 @@ EXAMPLES = {
     "add": (add_example,),
     "scale": (scale_example,),
     "gather": (gather_example,),
-    "decode_attention": tuple(
-        partial(attention_example, prompt=False, turned=turned, share=share)
-        for turned, share in ((True, 3), (False, 1))
-    ),
-    "prefill_attention": tuple(
-        partial(attention_example, prompt=True, turned=turned, share=share)
-        for turned, share in ((True, 3), (False, 1))
-    ),
+    **{
+        f"{phase}_attention": tuple(
+            partial(attention_example, prompt=prompt, turned=turned, share=share, scores=scores)
+            for turned, share, scores in (
+                *((True, 3, PLAIN), (False, 1, PLAIN), (True, 2, Scores(0.3, 2.0, 5))),
+            )
+        )
+        for phase, prompt in (("decode", False), ("prefill", True))
+    },
 }

@@ -8,6 +8,8 @@ import torch
 from oracle import draw_prompts, random_model
 from transformers import (
     BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -21,6 +23,7 @@ from transformers import (
 VOCAB = 90
 OPT = {"vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": 40}
 LLAMA = {**OPT, "hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 70}
+GEMMA = {**LLAMA, "num_key_value_heads": 2, "head_dim": 10, "sliding_window": 9}
 
 # A model of each kind that the layers' norms, activations and heads tell apart. Sizes are no
 # multiples of 32, so that packing and groups have a remainder.
@@ -66,6 +69,8 @@ MODELS: dict[str, PretrainedConfig] = {
     ),
     "qwen2": Qwen2Config(**LLAMA, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**LLAMA, num_key_value_heads=3, head_dim=10),
+    "gemma2": Gemma2Config(**GEMMA, attn_logit_softcapping=20.0),
+    "gemma3_text": Gemma3TextConfig(**GEMMA, layer_types=["full_attention", "sliding_attention"]),
     "phi3": Phi3Config(
         **LLAMA,
         num_key_value_heads=2,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from transformers import (
     BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -128,19 +130,69 @@ def llama_configs(draw) -> LlamaConfig:
     return LlamaConfig(**draw(llama_sizes()), **biases)
 
 
+# Shorter than many of the prompts. With 1, transformers' cache forgets to forget.
+windows = st.integers(2, 24)
+
+
 @st.composite
 def mistral_configs(draw) -> MistralConfig:
-    return MistralConfig(**draw(llama_sizes()), sliding_window=None)
+    window = draw(st.one_of(st.none(), windows))
+    return MistralConfig(**draw(llama_sizes()), sliding_window=window)
+
+
+@st.composite
+def qwen_windows(draw) -> dict:
+    """Which layers of Qwen2 and Qwen3 have a window."""
+    return {
+        "use_sliding_window": draw(flags),
+        "sliding_window": draw(windows),
+        "max_window_layers": draw(st.integers(0, 2)),
+    }
 
 
 @st.composite
 def qwen2_configs(draw) -> Qwen2Config:
-    return Qwen2Config(**draw(llama_sizes()))
+    return Qwen2Config(**draw(llama_sizes()), **draw(qwen_windows()))
 
 
 @st.composite
 def qwen3_configs(draw) -> Qwen3Config:
-    return Qwen3Config(**draw(llama_sizes()), attention_bias=draw(flags))
+    more = {**draw(qwen_windows()), "attention_bias": draw(flags)}
+    return Qwen3Config(**draw(llama_sizes()), **more)
+
+
+@st.composite
+def gemma_sizes(draw) -> dict:
+    """Settings that Gemma 2 and 3 share."""
+    sizes = draw(llama_sizes())
+    kinds = st.sampled_from(["full_attention", "sliding_attention"])
+    count = sizes["num_hidden_layers"]
+    return {
+        **sizes,
+        "hidden_activation": sizes.pop("hidden_act"),
+        # The norm behind an MLP of one channel or two, which may be next to 0, has no digits.
+        "intermediate_size": draw(st.integers(16, 70)),
+        "attention_bias": draw(flags),
+        "sliding_window": draw(windows),
+        "layer_types": draw(st.one_of(st.none(), st.lists(kinds, min_size=count, max_size=count))),
+        "query_pre_attn_scalar": draw(st.integers(1, 300)),
+        "attn_logit_softcapping": draw(st.one_of(st.none(), st.floats(1.0, 50.0))),
+        "final_logit_softcapping": draw(st.one_of(st.none(), st.floats(1.0, 50.0))),
+    }
+
+
+@st.composite
+def gemma2_configs(draw) -> Gemma2Config:
+    return Gemma2Config(**draw(gemma_sizes()))
+
+
+@st.composite
+def gemma3_text_configs(draw) -> Gemma3TextConfig:
+    sizes = draw(gemma_sizes())
+    rope = sizes["rope_parameters"]
+    local = {"rope_type": "default", "rope_theta": 100.0}
+    sizes["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+    return Gemma3TextConfig(**sizes)
 
 
 @st.composite
@@ -195,6 +247,8 @@ def gpt2_configs(draw) -> GPT2Config:
         activation_function=draw(activations),
         layer_norm_epsilon=draw(st.sampled_from([1e-5, 1e-2])),
         tie_word_embeddings=draw(flags),
+        scale_attn_weights=draw(flags),
+        scale_attn_by_inverse_layer_idx=draw(flags),
     )
 
 
@@ -203,8 +257,10 @@ CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "opt": (opt_configs(), 25),
     "bloom": (bloom_configs(), 25),
     "llama": (llama_configs(), 30),
-    "mistral": (mistral_configs(), 10),
+    "mistral": (mistral_configs(), 12),
     "qwen2": (qwen2_configs(), 8),
+    "gemma2": (gemma2_configs(), 20),
+    "gemma3_text": (gemma3_text_configs(), 20),
     "qwen3": (qwen3_configs(), 10),
     "phi3": (phi3_configs(), 10),
     "gpt_neox": (gpt_neox_configs(), 20),

@@ -92,13 +92,30 @@ def others() -> Iterator[Job]:
     tensors |= {"slopes": "*fp32", "partials": "*fp32", "counters": "*i32", "q": "*bf16"}
     for dim in (64, 128):
         constants = {"DIM": dim, "FIRST": dim // 2, "HALF": dim // 2, "GROUP": 1, "SPLITS": 8}
-        constants |= {"PADDED_GROUP": 16, "SPAN": 256, "BLOCK": 64, "ROTATE": True, "SLOPE": True}
+        constants |= {
+            "PADDED_GROUP": 16,
+            "SPAN": 256,
+            "BLOCK": 64,
+            "ROTATE": True,
+            "SLOPE": True,
+            "CAP": False,
+            "WINDOW": True,
+        }
         name = f"attention, heads of {dim}"
         yield Job(name, attention.decode_attention, tensors, constants, 4, 2, True)
     constants = {"DIM": 128, "FIRST": 64, "HALF": 64, "HEADS": 128, "ROTATE": True}
     yield Job("writing heads", prefill.write_tokens, tensors, constants, 8, 1, True)
     width, tokens, keys, warps = prefill_tile(128, torch.bfloat16)
-    constants = {"DIM": 128, "WIDTH": width, "GROUP": 1, "BM": tokens, "BN": keys, "SLOPE": True}
+    constants = {
+        "DIM": 128,
+        "WIDTH": width,
+        "GROUP": 1,
+        "BM": tokens,
+        "BN": keys,
+        "SLOPE": True,
+        "CAP": False,
+        "WINDOW": True,
+    }
     yield Job("attention of prefill", prefill.prefill_attention, tensors, constants, warps, 2, True)
     tensors = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "scales": "*fp32"}
     tensors |= {"z": "*bf16", "sums": "*bf16", "out": "*i8"}
@@ -113,7 +130,7 @@ def others() -> Iterator[Job]:
 def build(job: Job, capability: int) -> dict[str, object]:
     """Compile a kernel, and say what came of it."""
     names = job.kernel.arg_names
-    numbers = {"scale": "fp32", "eps": "fp32", "offset": "fp32"}
+    numbers = {"scale": "fp32", "eps": "fp32", "offset": "fp32", "cap": "fp32"}
     types = {
         name: "constexpr" if name in job.constants else {**numbers, **job.tensors}.get(name, "i32")
         for name in names

@@ -7,6 +7,8 @@ from qllm.errors import UserError
 from qllm.models.bloom import BLOOM
 from qllm.models.decoder import Decoder
 from qllm.models.family import Family, RawConfig
+from qllm.models.gemma2 import GEMMA2
+from qllm.models.gemma3_text import GEMMA3_TEXT
 from qllm.models.gpt2 import GPT2
 from qllm.models.gpt_neox import GPT_NEOX
 from qllm.models.llama import LLAMA
@@ -18,7 +20,9 @@ from qllm.models.qwen3 import QWEN3
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GPT_NEOX, GPT2)
+    for family in (
+        *(OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, PHI3, GPT_NEOX, GPT2),
+    )
 }
 
 

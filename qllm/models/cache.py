@@ -13,7 +13,7 @@ from qllm import ops
 from qllm.config import ModelConfig
 from qllm.models.positions import PositionEncoding
 from qllm.ops.capture import CapturedStep
-from qllm.ops.kv import KV, Batch
+from qllm.ops.kv import KV, Batch, Scores
 
 
 class KVCache:
@@ -117,12 +117,13 @@ class Pass:
 
     Attributes:
         batch: which tokens it takes.
-        cos_sin: by which queries and keys are rotated, (N, D) each; None: they are not.
+        cos_sin: by which queries and keys are rotated, (N, D) each, in layers that see all tokens
+            and in those that have a window; None: they are not.
         slopes: float32 (H,), of ALiBi; None: there are none.
     """
 
     batch: Batch
-    cos_sin: tuple[Tensor, Tensor] | None
+    cos_sin: tuple[tuple[Tensor, Tensor] | None, ...]
     slopes: Tensor | None
 
     def __init__(self) -> None:
@@ -132,6 +133,10 @@ class Pass:
     def positions(self) -> Tensor:
         """int64 (N,): of each token in its sequence."""
         return self.batch.positions
+
+    def _cos_sin(self, scores: Scores) -> tuple[Tensor, Tensor] | None:
+        """The cosines and sines of a layer with such scores."""
+        return self.cos_sin[-1 if scores.window else 0]
 
     def on(self, device: torch.device) -> Self:
         """The same pass, for layers on a device."""
@@ -180,10 +185,12 @@ class Prefill(Pass):
         self.cache = cache
         self.batch = Batch.of(lengths, x.device, rows, pasts)
         longest = max(longest, self.batch.span)
-        self.cos_sin = encoding.cos_sin(self.positions, longest, x.dtype)
+        self.cos_sin = tuple(
+            each.cos_sin(self.positions, longest, x.dtype) for each in encoding.kinds
+        )
         self.slopes = None if encoding.slopes is None else encoding.slopes.to(x.device)
 
-    def attend(self, layer: int, qkv: Tensor, heads: Sequence[int]) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor, heads: Sequence[int], scores: Scores) -> Tensor:
         """Attention among the heads [queries, keys, values] of qkv (N, heads D): (N, H D)."""
         if self.cache is None:
             shape = (len(self.batch.rows), heads[1], self.batch.span, qkv.shape[1] // sum(heads))
@@ -191,7 +198,7 @@ class Prefill(Pass):
         else:
             kv = self.cache.layers[layer]
         attend = ops.on(qkv.device.type).prefill_attention
-        return attend(qkv, kv, self.batch, self.cos_sin, self.slopes)
+        return attend(qkv, kv, self.batch, self._cos_sin(scores), self.slopes, scores)
 
 
 class Decode(Pass):
@@ -214,8 +221,8 @@ class Decode(Pass):
         self.batch = Batch.of([1] * size, device)
         slopes = encoding.slopes
         self.slopes = None if slopes is None else slopes.to(device)
-        self.cos_sin: tuple[Tensor, Tensor] | None = None
-        self.table = encoding.table(cache.capacity, cache.dtype, device)
+        self.cos_sin = ()
+        self.tables = [each.table(cache.capacity, cache.dtype, device) for each in encoding.kinds]
 
     def begin(self, tokens: Tensor) -> None:
         """Take the next tokens of the live rows, which come where each ends.
@@ -235,17 +242,24 @@ class Decode(Pass):
         self.batch.rows.copy_(torch.tensor(rows))
         self.batch.positions.copy_(pasts)
         self.batch = self.batch._replace(span=int(pasts.max()) + 1)
-        if self.table is None:
-            cos_sin = self.encoding.cos_sin(self.positions, self.batch.span, self.cache.dtype)
-        else:
-            cos_sin = tuple(part[self.positions] for part in self.table)
-        if self.cos_sin is None:
-            self.cos_sin = cos_sin
-        else:
-            for kept, new in zip(self.cos_sin, cos_sin, strict=True):
-                kept.copy_(new)
+        found = tuple(map(self._look_up, self.encoding.kinds, self.tables))
+        if not self.cos_sin:
+            self.cos_sin = found
+            return
+        for pair, new in zip(self.cos_sin, found, strict=True):
+            for kept, part in zip(pair or (), new or (), strict=True):
+                kept.copy_(part)
 
-    def attend(self, layer: int, qkv: Tensor, heads: Sequence[int]) -> Tensor:
+    def _look_up(
+        self, encoding: PositionEncoding, table: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of the tokens' positions."""
+        if table is None:
+            return encoding.cos_sin(self.positions, self.batch.span, self.cache.dtype)
+        return tuple(part[self.positions] for part in table)
+
+    def attend(self, layer: int, qkv: Tensor, heads: Sequence[int], scores: Scores) -> Tensor:
         """Attention of qkv (B, heads D), whose keys and values join the cache: (B, H D)."""
         attend = ops.on(qkv.device.type).decode_attention
-        return attend(qkv, self.cache.layers[layer], self.batch, self.cos_sin, self.slopes)
+        kv, cos_sin = self.cache.layers[layer], self._cos_sin(scores)
+        return attend(qkv, kv, self.batch, cos_sin, self.slopes, scores)

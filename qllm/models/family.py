@@ -30,11 +30,17 @@ class RawConfig:
     values: Mapping[str, object]
     where: str
 
-    def count(self, *names: str, default: int | None = None, most: int = MOST_OF_ANYTHING) -> int:
-        """A whole number from 1 to `most`, under the first of `names` that is there."""
+    def count(
+        self,
+        *names: str,
+        default: int | None = None,
+        least: int = 1,
+        most: int = MOST_OF_ANYTHING,
+    ) -> int:
+        """A whole number from `least` to `most`, under the first of `names` that is there."""
         value = self._find(names, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise self.error(names[0], value, f"a whole number from 1 to {most}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.error(names[0], value, f"a whole number from {least} to {most}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -73,6 +79,27 @@ class RawConfig:
         if any(isinstance(item, bool) or not isinstance(item, int) for item in ids):
             raise self.error(name, value, "a token id or a list of them")
         return tuple(ids)
+
+    def windows(self, num_layers: int, sliding: Callable[[int], bool]) -> tuple[int, ...]:
+        """The window of each layer, 0 where it sees all; () where all do.
+
+        Args:
+            sliding: whether a layer has a window, where no `layer_types` say it.
+        """
+        kinds = self.values.get("layer_types")
+        if kinds is None:
+            chosen = [sliding(index) for index in range(num_layers)]
+        else:
+            known = ("full_attention", "sliding_attention")
+            unknown = not isinstance(kinds, list) or any(kind not in known for kind in kinds)
+            if unknown or len(kinds) < num_layers:
+                expected = f"a list of {num_layers} of {' and '.join(known)}"
+                raise self.error("layer_types", kinds, expected)
+            chosen = [kind == known[1] for kind in kinds[:num_layers]]
+        if not any(chosen):
+            return ()
+        window = self.count("sliding_window")
+        return tuple(window if each else 0 for each in chosen)
 
     def with_defaults(self, defaults: Mapping[str, object]) -> RawConfig:
         """The same with what a family has where there is no such value."""

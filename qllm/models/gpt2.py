@@ -11,11 +11,8 @@ def read_config(raw: RawConfig) -> ModelConfig:
     hidden = raw.count("hidden_size", "n_embd", default=768)
     heads = raw.count("num_attention_heads", "n_head", default=12)
     check_heads(raw, hidden, heads)
-    for name, needed in (("scale_attn_weights", True), ("add_cross_attention", False)):
-        if raw.flag(name, needed) is not needed:
-            raise raw.error(name, not needed, str(needed).lower())
-    if raw.flag("scale_attn_by_inverse_layer_idx", False):
-        raise raw.error("scale_attn_by_inverse_layer_idx", True, "false")
+    if raw.flag("add_cross_attention", False):
+        raise raw.error("add_cross_attention", True, "false")
     return ModelConfig(
         family="gpt2",
         vocab_size=raw.count("vocab_size", default=50257),
@@ -30,6 +27,8 @@ def read_config(raw: RawConfig) -> ModelConfig:
         position="learned",
         norm="layernorm",
         norm_eps=raw.number("layer_norm_epsilon", 1e-5),
+        score_scale=None if raw.flag("scale_attn_weights", True) else 1.0,
+        scale_by_layer=raw.flag("scale_attn_by_inverse_layer_idx", False),
         activation=raw.text("activation_function", "gelu_new"),
         tied_head=raw.flag("tie_word_embeddings", True),
         dtype=raw.text("dtype", raw.text("torch_dtype", None)),

@@ -12,6 +12,7 @@ from qllm import ops
 from qllm.config import ModelConfig
 from qllm.layers import DynamicInt8Linear, Linear
 from qllm.models.cache import Decode, Prefill
+from qllm.ops.kv import Scores
 from qllm.ops.reference import Int8Rows
 
 MakeLinear = Callable[[str, int, int, bool], Linear]
@@ -128,6 +129,7 @@ class Attention(nn.Module):
         width = config.num_heads * config.head_dim
         rows = sum(self.heads) * config.head_dim
         name = f"layers.{index}.attention"
+        self.scores = scores_of_layer(config, index)
         self.qkv = make(f"{name}.qkv", config.hidden_size, rows, config.attention_bias)
         self.out = make(f"{name}.out", width, config.hidden_size, config.output_bias)
 
@@ -136,7 +138,16 @@ class Attention(nn.Module):
         return self.qkv(x)
 
     def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        return self.out(step.attend(self.index, self.project(x), self.heads))
+        return self.out(step.attend(self.index, self.project(x), self.heads, self.scores))
+
+
+def scores_of_layer(config: ModelConfig, index: int) -> Scores:
+    """What a layer's attention makes of products."""
+    scale = config.score_scale
+    if config.scale_by_layer:
+        scale = Scores(scale).factor(config.head_dim) / (index + 1)
+    window = config.windows[index] if config.windows else 0
+    return Scores(scale, config.score_cap or 0.0, window)
 
 
 class QKNorm(nn.Module):

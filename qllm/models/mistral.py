@@ -18,11 +18,11 @@ DEFAULTS = {
 
 def read_config(raw: RawConfig) -> ModelConfig:
     raw = raw.with_defaults(DEFAULTS)
-    if raw.values["sliding_window"] is not None:
-        raise raw.error("sliding_window", raw.values["sliding_window"], "null")
     config = llama.read_config(raw)
+    sliding = raw.values["sliding_window"] is not None
+    windows = raw.windows(config.num_layers, lambda index: sliding)
     biases = dict.fromkeys(("attention_bias", "output_bias", "mlp_bias"), False)
-    return replace(config, family="mistral", **biases)
+    return replace(config, family="mistral", windows=windows, **biases)
 
 
 MISTRAL: Family = replace(llama.LLAMA, name="mistral", read_config=read_config)

@@ -24,16 +24,16 @@ LONGROPE = ("su", "yarn")
 
 def read_config(raw: RawConfig) -> ModelConfig:
     raw = raw.with_defaults(DEFAULTS)
-    if raw.values.get("sliding_window") is not None:
-        raise raw.error("sliding_window", raw.values["sliding_window"], "null")
     values = {key: _renamed(raw.values.get(key)) for key in ("rope_scaling", "rope_parameters")}
     raw = RawConfig({**raw.values, **values}, raw.where)
     config = llama.read_config(RawConfig({**raw.values, **dict.fromkeys(values)}, raw.where))
     rope = read_rope(
         raw, config.trained_positions, config.head_dim, kinds=("default", "longrope"), partial=1.0
     )
+    sliding = raw.values.get("sliding_window") is not None
+    windows = raw.windows(config.num_layers, lambda index: sliding)
     biases = dict.fromkeys(("attention_bias", "output_bias", "mlp_bias"), False)
-    return replace(config, family="phi3", rope=rope, **biases)
+    return replace(config, family="phi3", rope=rope, windows=windows, **biases)
 
 
 def _renamed(rope: object) -> object:

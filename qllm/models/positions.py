@@ -7,6 +7,7 @@ A decoder calls `embed` once on the embeddings; in every layer attention rotates
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,14 @@ class PositionEncoding(nn.Module):
 
     Attributes:
         slopes: float32 (H,), by which scores fall with the distance; None: they do not.
+        kinds: what counts in layers that see all tokens, and in those with a window.
     """
 
     slopes: Tensor | None = None
+
+    @property
+    def kinds(self) -> tuple[PositionEncoding, ...]:
+        return (self,)
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         """Add to the embeddings (N, hidden) of tokens at `positions` (N,)."""
@@ -87,6 +93,14 @@ class RotaryPositions(PositionEncoding):
         super().__init__()
         self.config = config
         self.rotary_dim = config.rope.rotary_dim or config.head_dim
+        self._of_windows: RotaryPositions | None = None
+        if config.window_rope is not None:
+            changed = replace(config, rope=config.window_rope, window_rope=None)
+            self._of_windows = RotaryPositions(changed, dtype)
+
+    @property
+    def kinds(self) -> tuple[PositionEncoding, ...]:
+        return (self,) if self._of_windows is None else (self, self._of_windows)
 
     @property
     def factors(self) -> Tensor:

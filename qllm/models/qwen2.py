@@ -13,15 +13,24 @@ DEFAULTS = {
     "intermediate_size": 22016,
     "max_position_embeddings": 32768,
     "num_key_value_heads": 32,
+    "sliding_window": 4096,
 }
 
 
 def read_config(raw: RawConfig) -> ModelConfig:
-    if raw.flag("use_sliding_window", False):
-        raise raw.error("use_sliding_window", True, "false")
-    config = llama.read_config(raw.with_defaults(DEFAULTS))
+    raw = raw.with_defaults(DEFAULTS)
+    config = llama.read_config(raw)
     biases = {"attention_bias": True, "output_bias": False, "mlp_bias": False}
-    return replace(config, family="qwen2", **biases)
+    return replace(config, family="qwen2", windows=windows_of(raw, config), **biases)
+
+
+def windows_of(raw: RawConfig, config: ModelConfig) -> tuple[int, ...]:
+    """The windows of Qwen2 and Qwen3: in the upper layers, if at all."""
+    sliding = raw.flag("use_sliding_window", False)
+    first = raw.count("max_window_layers", default=28, least=0)
+    if not sliding:  # the window counts for nothing then
+        raw = RawConfig({**raw.values, "sliding_window": None}, raw.where)
+    return raw.windows(config.num_layers, lambda index: sliding and index >= first)
 
 
 QWEN2: Family = replace(llama.LLAMA, name="qwen2", read_config=read_config)

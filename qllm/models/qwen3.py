@@ -10,10 +10,10 @@ from qllm.models.family import Family, RawConfig
 
 
 def read_config(raw: RawConfig) -> ModelConfig:
-    if raw.flag("use_sliding_window", False):
-        raise raw.error("use_sliding_window", True, "false")
-    config = llama.read_config(raw.with_defaults(qwen2.DEFAULTS | {"head_dim": 128}))
-    return replace(config, family="qwen3", mlp_bias=False, qk_norm=True)
+    raw = raw.with_defaults(qwen2.DEFAULTS | {"head_dim": 128})
+    config = llama.read_config(raw)
+    windows = qwen2.windows_of(raw, config)
+    return replace(config, family="qwen3", mlp_bias=False, qk_norm=True, windows=windows)
 
 
 QWEN3: Family = replace(

@@ -6,7 +6,6 @@ S is how many tokens there are with those of the past.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -20,6 +19,7 @@ from qllm.checkpoint.weights import Weights
 from qllm.config import LM_HEAD
 from qllm.errors import UserError
 from qllm.models.decoder import SAME_ACTIVATION
+from qllm.models.layer import scores_of_layer
 from qllm.models.positions import RotaryPositions, alibi_slopes
 from qllm.onnx.graph import TYPES, Graph
 from qllm.onnx.nbits import NBits, block_size
@@ -59,6 +59,8 @@ class DecoderGraph:
         tokens = g.op("Reshape", "input_ids", g.constant([-1]))
         self.embedding = self._weight("embed.weight")
         x = g.op("Gather", self.embedding, tokens)
+        if config.embed_scale != 1:
+            x = g.op("Mul", x, g.constant(config.embed_scale, self.numpy))
         if config.embed_norm:
             x = self._norm(x, "embed_norm")
         if config.embed_size != config.hidden_size:
@@ -72,7 +74,7 @@ class DecoderGraph:
             x = self._norm(x, "final_norm")
         if config.embed_size != config.hidden_size:
             x = self._linear(x, "project_out")
-        x = self._head(x)
+        x = self._capped(self._head(x), config.logit_cap)
         shape = g.op("Concat", self.shape, g.constant([config.vocab_size]), axis=0)
         g.op("Reshape", x, shape, output=LOGITS)
         return g.model(*self._ends())
@@ -140,13 +142,16 @@ class DecoderGraph:
         g, config = self.graph, self.config
         g.scope = name
         affine = f"{name}.weight" in self.weights.shapes
-        scale = self._weight(f"{name}.weight") if affine else None
+        scale = self._norm_weight(f"{name}.weight") if affine else None
         if config.norm == "layernorm":
             if scale is None:
                 scale = g.constant(np.ones(config.hidden_size), self.numpy)
             bias = [self._weight(f"{name}.bias")] if affine else []
             return g.op("LayerNormalization", x, scale, *bias, epsilon=config.norm_eps)
         return g.op("Mul", self._root_mean_square(x), scale)
+
+    def _norm_weight(self, name: str) -> str:
+        return self.graph.weight(name, self._read(name) + self.config.norm_offset)
 
     def _root_mean_square(self, x: str) -> str:
         """Each row of x to a root mean square of 1."""
@@ -156,6 +161,13 @@ class DecoderGraph:
         mean = g.op("ReduceMean", mean, g.constant([-1]), keepdims=1)
         root = g.op("Sqrt", g.op("Add", mean, g.constant(config.norm_eps, np.float32)))
         return self._cast(g.op("Div", wide, root), self.dtype)
+
+    def _capped(self, x: str, cap: float | None) -> str:
+        """cap tanh(x / cap), where there is a cap."""
+        if not cap:
+            return x
+        g, value = self.graph, self.graph.constant(cap, self.numpy)
+        return g.op("Mul", g.op("Tanh", g.op("Div", x, value)), value)
 
     def _cast(self, x: str, dtype: torch.dtype) -> str:
         """x, computed in the model's type or in float32, in another."""
@@ -171,12 +183,14 @@ class DecoderGraph:
         """
         g, config = self.graph, self.config
         causal = g.op("Unsqueeze", self._range(self.past), g.constant([1]))  # (T, 1)
-        causal = g.op("LessOrEqual", self._range(g.constant([0])), causal)  # (T, S)
+        keys, query = self._range(g.constant([0])), causal
+        causal = g.op("LessOrEqual", keys, query)  # (T, S)
         mask = g.op("Cast", "attention_mask", to=onnx.TensorProto.BOOL)
         mask = g.op("And", g.op("Unsqueeze", mask, g.constant([1, 2])), causal)  # (B, 1, T, S)
         added = g.constant(0, self.numpy)
         if config.position == "rope":
-            self.angles = self._angles()
+            kinds = RotaryPositions(config, torch.float32).kinds
+            self.angles = [self._angles(encoding) for encoding in kinds]
         else:
             places = g.op("CumSum", "attention_mask", g.constant(1))
             places = g.op("Mul", g.op("Sub", places, g.constant(1)), "attention_mask")  # (B, S)
@@ -188,7 +202,11 @@ class DecoderGraph:
             index = g.op("Add", index, g.constant(config.position_offset))
             x = g.op("Add", x, g.op("Gather", self._weight("positions.weight"), index))
         # Not -inf: where a row is all pads its softmax would be NaN.
-        self.mask = g.op("Where", mask, added, g.constant(np.finfo(self.numpy).min, self.numpy))
+        least = g.constant(np.finfo(self.numpy).min, self.numpy)
+        self.masks = {0: g.op("Where", mask, added, least)}
+        for window in set(config.windows) - {0}:
+            near = g.op("Greater", keys, g.op("Sub", query, g.constant(window)))
+            self.masks[window] = g.op("Where", g.op("And", mask, near), added, least)
         return x
 
     def _range(self, start: str) -> str:
@@ -206,10 +224,9 @@ class DecoderGraph:
         slopes = alibi_slopes(self.config.num_heads)[:, None, None].numpy()
         return self._cast(g.op("Mul", distance, g.constant(slopes, np.float32)), self.dtype)
 
-    def _angles(self) -> tuple[str, str]:
+    def _angles(self, encoding: RotaryPositions) -> tuple[str, str]:
         """Cosines and sines (B, 1, T, D) for `position_ids`."""
-        g, config, rope = self.graph, self.config, self.config.rope
-        encoding = RotaryPositions(config, torch.float32)
+        g, config, rope = self.graph, self.config, encoding.config.rope
         frequencies = g.constant(encoding.frequencies(1), np.float32)
         # As `RotaryPositions.frequencies`, for a length that is known when the graph runs.
         longest = ""
@@ -253,7 +270,10 @@ class DecoderGraph:
             if config.pre_norm:
                 inner = self._norm(x, f"{name}.{norm}")
             residual = inner if config.residual_after_norm else x
-            x = self.graph.op("Add", residual, half(inner, index))
+            added = half(inner, index)
+            if config.output_norms:
+                added = self._norm(added, f"{name}.{norm.replace('_norm', '_output_norm')}")
+            x = self.graph.op("Add", residual, added)
             if not config.pre_norm:
                 x = self._norm(x, f"{name}.{norm}")
         return x
@@ -285,11 +305,13 @@ class DecoderGraph:
         qkv = g.op("Transpose", g.op("Reshape", qkv, shape), perm=[0, 2, 1, 3])
         if config.qk_norm:
             qkv = self._norm_heads(qkv, f"{name}.qk_norm")
+        scores_of = scores_of_layer(config, index)
+        windowed = scores_of.window > 0
         if config.position == "rope":  # queries and keys are turned at once
             parts = g.constant([heads + kv_heads, kv_heads])
             qk, v = g.ops("Split", qkv, parts, outputs=["", ""], axis=1)
             parts = g.constant([heads, kv_heads])
-            q, k = g.ops("Split", self._rotate(qk), parts, outputs=["", ""], axis=1)
+            q, k = g.ops("Split", self._rotate(qk, windowed), parts, outputs=["", ""], axis=1)
         else:
             parts = g.constant([heads, kv_heads, kv_heads])
             q, k, v = g.ops("Split", qkv, parts, outputs=["", "", ""], axis=1)
@@ -303,11 +325,12 @@ class DecoderGraph:
             )
             for what, new in (("key", k), ("value", v))
         )
-        q = g.op("Mul", q, g.constant(1 / math.sqrt(dim), self.numpy))
+        q = g.op("Mul", q, g.constant(scores_of.factor(dim), self.numpy))
         # The heads that share a key head are rows of one product: (B, H_kv, H / H_kv T, D).
         scores = g.op("MatMul", self._grouped(q, dim), g.op("Transpose", keys, perm=[0, 1, 3, 2]))
         shape = g.op("Concat", g.constant([0, heads, -1]), self.span, axis=0)
-        scores = g.op("Add", self._reshaped(scores, shape), self.mask)
+        scores = self._capped(self._reshaped(scores, shape), scores_of.cap)
+        scores = g.op("Add", scores, self.masks[scores_of.window])
         weights = g.op("Softmax", scores, axis=-1)
         shape = g.op("Concat", g.constant([0, kv_heads, -1]), self.span, axis=0)
         x = g.op("MatMul", self._reshaped(weights, shape), values)
@@ -322,8 +345,8 @@ class DecoderGraph:
         parts = g.constant([config.num_heads + config.num_kv_heads, config.num_kv_heads])
         qk, v = g.ops("Split", qkv, parts, outputs=["", ""], axis=1)
         counts = torch.tensor([config.num_heads, config.num_kv_heads])
-        weight = self._read(f"{name}.weight").view(2, 1, -1).repeat_interleave(counts, dim=0)
-        scale = g.weight(f"{name}.weight", weight)
+        weight = (self._read(f"{name}.weight") + config.norm_offset).view(2, 1, -1)
+        scale = g.weight(f"{name}.weight", weight.repeat_interleave(counts, dim=0))
         return g.op("Concat", g.op("Mul", self._root_mean_square(qk), scale), v, axis=1)
 
     def _grouped(self, q: str, dim: int) -> str:
@@ -335,10 +358,10 @@ class DecoderGraph:
             return x
         return self.graph.op("Reshape", x, shape)
 
-    def _rotate(self, x: str) -> str:
-        """Turn the heads of x (B, H, T, D): pairs are (i, i + D / 2)."""
+    def _rotate(self, x: str, windowed: bool) -> str:
+        """Turn the heads of a layer, windowed or not, x (B, H, T, D): pairs are D / 2 apart."""
         g = self.graph
-        cos, sin = self.angles
+        cos, sin = self.angles[-1 if windowed else 0]
         a, b = g.ops("Split", x, outputs=["", ""], axis=-1, num_outputs=2)
         turned = g.op("Concat", g.op("Neg", b), a, axis=-1)
         return g.op("Add", g.op("Mul", x, cos), g.op("Mul", turned, sin))

@@ -7,6 +7,7 @@ on and end whatever the others do, and a pass takes those that are asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -47,6 +48,27 @@ class Batch(NamedTuple):
         starts = torch.tensor([0, *lengths]).cumsum(0)
         tensors = (part.to(device) for part in (index, starts, positions))
         return cls(*tensors, max(lengths), max(ends))
+
+
+class Scores(NamedTuple):
+    """What a layer's attention makes of the products of a query and the keys.
+
+    Attributes:
+        scale: multiplies them; None: 1 / sqrt(D).
+        cap: what comes of that is cap tanh(score / cap); 0: as it is.
+        window: how many tokens a query sees, its own included; 0: all before it.
+    """
+
+    scale: float | None = None
+    cap: float = 0.0
+    window: int = 0
+
+    def factor(self, dim: int) -> float:
+        """What multiplies the products, for heads of `dim` channels."""
+        return 1 / math.sqrt(dim) if self.scale is None else self.scale
+
+
+PLAIN = Scores()
 
 
 class KV(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qllm.ops.kv import KV, Batch
+from qllm.ops.kv import KV, PLAIN, Batch, Scores
 from qllm.quant.packing import group_width, unpack
 
 # |q| <= 128, so 1024 products sum to at most 2^24: every partial sum is an exact float32.
@@ -338,6 +338,7 @@ def decode_attention(
     batch: Batch,
     cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
+    scores: Scores = PLAIN,
 ) -> Tensor:
     """Attention of one new token per sequence to the cache, which its own key and value join.
 
@@ -347,6 +348,7 @@ def decode_attention(
         batch: B sequences of one token each.
         cos_sin: cosines and sines (B, D) by which queries and keys are rotated; None: not at all.
         slopes: float32 (H,), by which scores fall with the distance (ALiBi); None: they do not.
+        scores: their scale, cap and window.
 
     Returns:
         (B, H D).
@@ -355,11 +357,11 @@ def decode_attention(
     kv.write(batch.rows, batch.positions, k, v)
     keys, values = kv.read(batch.rows, batch.span)
     distance = torch.arange(batch.span, device=qkv.device) - batch.positions[:, None, None]
-    scores = distance.new_zeros(distance.shape, dtype=torch.float32)  # (B, 1, S)
+    added = distance.new_zeros(distance.shape, dtype=torch.float32)  # (B, 1, S)
     if slopes is not None:
-        scores = slopes.to(qkv.device)[:, None] * distance  # (B, H, S)
-    mask = scores.masked_fill(distance > 0, -torch.inf).to(qkv.dtype)[:, :, None]
-    out = attention(q[:, :, None], keys, values, mask, causal=False)
+        added = slopes.to(qkv.device)[:, None] * distance  # (B, H, S)
+    mask = added.masked_fill(_unseen(distance, scores), -torch.inf).to(qkv.dtype)[:, :, None]
+    out = attention(q[:, :, None], keys, values, mask, causal=False, scores=scores)
     return out.reshape(len(qkv), -1)
 
 
@@ -369,6 +371,7 @@ def prefill_attention(
     batch: Batch,
     cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
+    scores: Scores = PLAIN,
 ) -> Tensor:
     """Attention of runs of tokens to those before them in the cache, which they join, and to
     themselves.
@@ -386,15 +389,23 @@ def prefill_attention(
         positions = batch.positions[run]
         keys, values = kv.read(batch.rows[sequence : sequence + 1], int(positions[-1]) + 1)
         mask = None
-        if slopes is not None or len(positions) < keys.shape[2]:
+        cut = 0 < scores.window < keys.shape[2]
+        if slopes is not None or cut or len(positions) < keys.shape[2]:
             distance = torch.arange(keys.shape[2], device=qkv.device) - positions[:, None]
             mask = distance.new_zeros(1, *distance.shape, dtype=torch.float32)
             if slopes is not None:
                 mask = slopes.to(qkv.device)[:, None, None] * distance
-            mask = mask.masked_fill_(distance > 0, -torch.inf).to(qkv.dtype)[None]
-        out = attention(q[run].transpose(0, 1)[None], keys, values, mask, causal=mask is None)
+            mask = mask.masked_fill_(_unseen(distance, scores), -torch.inf).to(qkv.dtype)[None]
+        queries = q[run].transpose(0, 1)[None]
+        out = attention(queries, keys, values, mask, causal=mask is None, scores=scores)
         outputs.append(out[0].transpose(0, 1).flatten(1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _unseen(distance: Tensor, scores: Scores) -> Tensor:
+    """Which keys a query does not see, of those at such distances from it."""
+    unseen = distance > 0
+    return unseen | (distance <= -scores.window) if scores.window else unseen
 
 
 def _heads(
@@ -406,7 +417,14 @@ def _heads(
     return (q, k, v) if cos_sin is None else (rotate(q, cos_sin), rotate(k, cos_sin), v)
 
 
-def attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scores: Scores = PLAIN,
+) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v.
 
     Args:
@@ -415,6 +433,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, caus
             h // (H / H_kv).
         mask: added to the scores, broadcast to (B, H, T, S); or None.
         causal: query t sees keys up to t (needs T = S and no mask).
+        scores: their scale and cap; a window is in the mask.
 
     Returns:
         (B, H, T, D).
@@ -426,9 +445,26 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, caus
         if mask is not None and mask.shape[1] == heads:
             mask = mask.view(batch, kv_heads, heads // kv_heads, -1)
         q = q.view(batch, kv_heads, heads // kv_heads, dim)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        out = _softmax_product(q, keys, values, mask, causal, scores)
         return out.view(batch, heads, 1, dim)
     if heads != kv_heads:
         keys = keys.repeat_interleave(heads // kv_heads, dim=1)
         values = values.repeat_interleave(heads // kv_heads, dim=1)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal)
+    return _softmax_product(q, keys, values, mask, causal, scores)
+
+
+def _softmax_product(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool, scores: Scores
+) -> Tensor:
+    """`attention` of as many heads of queries as of keys."""
+    factor = scores.factor(q.shape[-1])
+    if not scores.cap:
+        return F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, is_causal=causal, scale=factor
+        )
+    found = (q.float() @ keys.float().mT).mul_(factor / scores.cap).tanh_().mul_(scores.cap)
+    if causal:
+        found += torch.full(found.shape[-2:], -torch.inf, device=q.device).triu_(1)
+    if mask is not None:
+        found = found + mask
+    return (found.softmax(-1) @ values.float()).to(q.dtype)

@@ -27,6 +27,8 @@ DIVIDED = {
     "llama with one key-value head": LINEARS,
     "qwen2": LINEARS,
     "qwen3": LINEARS,
+    "gemma2": LINEARS,
+    "gemma3_text": LINEARS,
     "phi3": LINEARS,
     "gpt_neox": (QKV, OUT, UP),
     "gpt2": (QKV, OUT, UP),

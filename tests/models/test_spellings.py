@@ -25,6 +25,9 @@ BASES = {
 BASES |= {
     "phi3": {**BASES["llama"], "pad_token_id": None},
     "gpt_neox": BASES["llama"],
+    "gemma2": {**BASES["llama"], "head_dim": 16, "num_key_value_heads": 1},
+    "gemma3_text": {**BASES["llama"], "head_dim": 16, "num_key_value_heads": 1},
+    "mistral": {**BASES["llama"], "num_key_value_heads": 1},
     "gpt2": {**SIZES, "n_layer": 2, "n_head": 2},
     "qwen2": {**BASES["llama"], "num_key_value_heads": None},
 }
@@ -170,7 +173,37 @@ GPT2 = {
     "an inner size": {"n_inner": 24, "activation_function": "relu"},
 }
 QWEN2 = {"null heads": {"tie_word_embeddings": True}}
+QWEN2 |= {
+    "windows in the upper layer": {
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+    },
+    "windows that are not used": {"sliding_window": 4, "max_window_layers": 0},
+}
+MISTRAL = {"no word of a window": {}, "a window": {"sliding_window": 5}}
+GEMMA2 = {
+    "no word of caps, and windows in every other layer": {"sliding_window": 4},
+    "no caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+}
+LOCAL = {"sliding_window": 4, "sliding_window_pattern": 2}
+GEMMA3_TEXT = {
+    "bases of old": {**LOCAL, "rope_theta": 500.0, "rope_local_base_freq": 77.0},
+    "no bases": LOCAL,
+    "scaling of old": {**LOCAL, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "layers by name": {
+        "sliding_window": 4,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 99.0},
+        },
+    },
+}
 TABLE = {
+    "mistral": MISTRAL,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3_TEXT,
     "llama": LLAMA,
     "bloom": BLOOM,
     "opt": OPT,

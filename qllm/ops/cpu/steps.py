@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qllm.ops.cpu import library
 from qllm.ops.cpu.library import TYPES, like, pointer, structure
-from qllm.ops.kv import KV, Batch
+from qllm.ops.kv import KV, PLAIN, Batch, Scores
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # as in kernels.h
 
@@ -23,8 +23,8 @@ Embed = structure("Embed", "rows table_rows bytes offset *index *table *y")
 # Of a decode step and of prefill: one token to a sequence, or runs of them.
 Attend = structure(
     "Attend",
-    "sequences heads kv_heads dim capacity type *qkv *rows *starts *positions *cos *sin *slopes"
-    " *keys *values *y",
+    "sequences heads kv_heads dim capacity type window =scale =cap *qkv *rows *starts *positions"
+    " *cos *sin *slopes *keys *values *y",
 )
 
 
@@ -133,9 +133,10 @@ def decode_attention(
     batch: Batch,
     cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
+    scores: Scores = PLAIN,
 ) -> Tensor:
     """`reference.decode_attention`; a sequence attends to what its own position says."""
-    return _attend("qllm_attend", qkv, kv, batch, cos_sin, slopes)
+    return _attend("qllm_attend", qkv, kv, batch, cos_sin, slopes, scores)
 
 
 def prefill_attention(
@@ -144,9 +145,10 @@ def prefill_attention(
     batch: Batch,
     cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
+    scores: Scores = PLAIN,
 ) -> Tensor:
     """`reference.prefill_attention`; where a run of tokens begins and ends changes no bit."""
-    return _attend("qllm_attend_prefill", qkv, kv, batch, cos_sin, slopes)
+    return _attend("qllm_attend_prefill", qkv, kv, batch, cos_sin, slopes, scores)
 
 
 def _attend(
@@ -156,6 +158,7 @@ def _attend(
     batch: Batch,
     cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
+    scores: Scores = PLAIN,
 ) -> Tensor:
     kv.check(qkv, batch)
     heads = qkv.shape[1] // kv.dim - 2 * kv.kv_heads
@@ -164,5 +167,6 @@ def _attend(
     rotation = [like(qkv, part) for part in cos_sin or (None, None)]
     tensors = (qkv.contiguous(), *index, *rotation, slopes, kv.keys, kv.values, y)
     shape = (len(batch.rows), heads, kv.kv_heads, kv.dim, kv.capacity, TYPES[qkv.dtype])
-    library.run(function, Attend(*shape, *map(pointer, tensors)), *tensors)
+    how = (scores.window, scores.factor(kv.dim), scores.cap)
+    library.run(function, Attend(*shape, *how, *map(pointer, tensors)), *tensors)
     return y

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from qllm.ops.gpu import device
-from qllm.ops.kv import KV, Batch
+from qllm.ops.kv import KV, PLAIN, Batch, Scores
 
 SPAN = 256  # tokens of the cache that a program takes
 BLOCK = 64  # of them at once
@@ -21,6 +19,7 @@ def decode_attention(
     batch: Batch,
     cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
+    scores: Scores = PLAIN,
 ) -> Tensor:
     """`reference.decode_attention`; a sequence attends to what its own position says.
 
@@ -58,7 +57,9 @@ def decode_attention(
             heads,
             kv_heads,
             capacity,
-            1 / math.sqrt(dim),
+            scores.factor(dim),
+            scores.cap,
+            scores.window,
             DIM=dim,
             FIRST=first,
             HALF=half,
@@ -69,6 +70,8 @@ def decode_attention(
             SPLITS=splits,
             ROTATE=cos_sin is not None,
             SLOPE=slopes is not None,
+            CAP=scores.cap > 0,
+            WINDOW=scores.window > 0,
             num_warps=4,
             num_stages=2,
         )
@@ -81,6 +84,7 @@ def prefill_attention(
     batch: Batch,
     cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
+    scores: Scores = PLAIN,
 ) -> Tensor:
     """`reference.prefill_attention`, of all sequences at once."""
     from qllm.ops.gpu.kernels import prefill
@@ -101,9 +105,11 @@ def prefill_attention(
             num_warps=max(1, min(8, _power(first) * _power(every) // 1024)),
         )  # fmt: skip
         prefill.prefill_attention[(-(-batch.max_tokens // tokens), heads, sequences)](
-            q, *cache, slopes, *index, y, heads, kv_heads, capacity, 1 / math.sqrt(dim),
+            q, *cache, slopes, *index, y, heads, kv_heads, capacity,
+            scores.factor(dim), scores.cap, scores.window,
             DIM=dim, WIDTH=width, GROUP=heads // kv_heads, BM=tokens, BN=keys_at_once,
-            SLOPE=slopes is not None, num_warps=warps, num_stages=2,
+            SLOPE=slopes is not None, CAP=scores.cap > 0, WINDOW=scores.window > 0,
+            num_warps=warps, num_stages=2,
         )  # fmt: skip
     return y
 

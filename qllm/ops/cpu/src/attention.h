@@ -19,6 +19,24 @@ inline float exponents(float *scores, int64_t count, float m_i) {
     return sum_of(l_i);
 }
 
+// How much further back than `window` tokens, its own included, a query at a position would see.
+inline int64_t unseen(int64_t window, int64_t position) {
+    return window > 0 && position + 1 > window ? position + 1 - window : 0;
+}
+
+// Scores from products of queries and keys, where they are capped; else the scale is left to do.
+inline float cap_scores(const Attend &a, float *scores, int64_t count) {
+    const float scale = float(a.scale), cap = float(a.cap);
+    if (!(cap > 0)) return scale;
+    for (int64_t j = 0; j < count; j += WIDTH) {
+        // cap tanh u = cap (1 - 2 / (1 + e^2u))
+        VF e = exp_f(mul_f(load<FLOAT32>(scores, j, count - j), set_f(2 * scale / cap)));
+        VF value = sub_f(set_f(1), div_f(set_f(2), add_f(set_f(1), e)));
+        store<FLOAT32>(scores, j, count - j, mul_f(value, set_f(cap)));
+    }
+    return 1;
+}
+
 // One head rotated by its cosines and sines: the halves (p, q) to (p cos - q sin, q cos + p sin).
 static void rotate(float *head, const Attend &a, int64_t row) {
     if (!a.cos) return;
@@ -67,7 +85,7 @@ inline void four_scores(const Attend &a, const float *query, int64_t start, floa
 template <int64_t TYPE>
 void attend_one(const Attend &a, const float *query, int64_t head, int64_t start, int64_t length,
                 float *scores, float *out) {
-    const float root = 1 / sqrtf(float(a.dim)), slope = a.slopes ? a.slopes[head] : 0;
+    const float slope = a.slopes ? a.slopes[head] : 0;
     constexpr int64_t SIZE = TYPE == FLOAT32 ? 4 : 2;
     const char *keys = static_cast<const char *>(a.keys) + start * SIZE;
     const char *values = static_cast<const char *>(a.values) + start * SIZE;
@@ -82,9 +100,10 @@ void attend_one(const Attend &a, const float *query, int64_t head, int64_t start
     }
     for (; j < length; j++)
         scores[j] = dot_product<TYPE>(query, a.keys, start + j * a.dim, a.dim);
+    const float scale = cap_scores(a, scores, length);
     float m_i = -INFINITY;
     for (j = 0; j < length; j++) {
-        scores[j] = scores[j] * root + slope * float(j - (length - 1));
+        scores[j] = scores[j] * scale + slope * float(j - (length - 1));
         m_i = scores[j] > m_i ? scores[j] : m_i;
     }
     const VF share = set_f(1 / exponents(scores, length, m_i));
@@ -128,7 +147,7 @@ static bool attend(const Attend &a) {
         float *query = memory + thread * each, *out = query + head;
         float *scores = out + head;
         int64_t start = (a.rows[i] * a.kv_heads + kv) * a.capacity * a.dim;
-        int64_t at = start + position * a.dim;
+        int64_t at = start + position * a.dim, first = unseen(a.window, position);
         load_head(query, a, i, a.heads + kv);
         rotate(query, a, i);
         store_head(query, a, a.keys, at);
@@ -138,7 +157,8 @@ static bool attend(const Attend &a) {
         for (int64_t h = kv * shared; h < (kv + 1) * shared; h++) {
             load_head(query, a, i, h);
             rotate(query, a, i);
-            BY_TYPE(a.type, attend_one, a, query, h, start, position + 1, scores, out);
+            BY_TYPE(a.type, attend_one, a, query, h, start + first * a.dim, position + 1 - first,
+                    scores, out);
             store_head(out, a, a.y, (i * a.heads + h) * a.dim);
         }
     });
@@ -236,14 +256,16 @@ static void attend_queries(const Attend &a, const Sequence &s, int64_t head, int
     const int64_t tokens = s.length - s.past, count = smaller(tokens - first, QUERIES);
     const int64_t length = s.past + first + count, stride = s.panels * KEYS;
     const int64_t kv = head / (a.heads / a.kv_heads) - s.kv_head;
-    const float root = 1 / sqrtf(float(a.dim)), slope = a.slopes ? a.slopes[head] : 0;
+    const float slope = a.slopes ? a.slopes[head] : 0;
+    // Panels of which no query sees anything are left out.
+    const int64_t begin = unseen(a.window, s.past + first) / KEYS * KEYS;
     for (int64_t q = 0; q < QUERIES; q++) {
         // Missing queries are the last one again.
         int64_t token = s.token + first + (q < count ? q : count - 1);
         load_head(queries + q * a.dim, a, token, head);
         rotate(queries + q * a.dim, a, token);
     }
-    for (int64_t panel = 0; panel * KEYS < length; panel++) {
+    for (int64_t panel = begin / KEYS; panel * KEYS < length; panel++) {
         const float *keys = s.keys + (kv * s.panels + panel) * a.dim * KEYS;
         score_panel(queries, a.dim, keys, scores + panel * KEYS, stride);
     }
@@ -251,18 +273,21 @@ static void attend_queries(const Attend &a, const Sequence &s, int64_t head, int
     for (int64_t q = 0; q < QUERIES; q++) {
         float *row = scores + q * stride, m_i = -INFINITY;
         int64_t position = s.past + first + (q < count ? q : count - 1);
-        for (int64_t j = 0; j <= position; j++) {
-            row[j] = row[j] * root + slope * float(j - position);
+        int64_t start = unseen(a.window, position), seen = position + 1 - start;
+        const float scale = cap_scores(a, row + start, seen);
+        for (int64_t j = start; j <= position; j++) {
+            row[j] = row[j] * scale + slope * float(j - position);
             m_i = row[j] > m_i ? row[j] : m_i;
         }
-        share[q] = 1 / exponents(row, position + 1, m_i);
-        // Keys behind the query, and the panel's filling, weigh nothing.
+        share[q] = 1 / exponents(row + start, seen, m_i);
+        // Keys in front of the window and behind the query, and the panel's filling, weigh nothing.
+        for (int64_t j = begin; j < start; j++) row[j] = 0;
         for (int64_t j = position + 1; j < length; j++) row[j] = 0;
     }
     for (int64_t d = 0; d < a.dim; d += KEYS) {
         alignas(64) float out[QUERIES][KEYS];
-        const float *values = s.values + kv * s.length * s.width + d;
-        weigh_values(scores, stride, length, values, s.width, out);
+        const float *values = s.values + (kv * s.length + begin) * s.width + d;
+        weigh_values(scores + begin, stride, length - begin, values, s.width, out);
         for (int64_t q = 0; q < count; q++)
             for (int64_t i = 0; i < KEYS && d + i < a.dim; i += WIDTH) {
                 VF value = mul_f(load_f(out[q] + i), set_f(share[q]));

@@ -110,6 +110,8 @@ struct Embed {  // row index[i] + offset of a table, `bytes` wide, for each i
 // has one.
 struct Attend {
     int64_t sequences, heads, kv_heads, dim, capacity, type;
+    int64_t window;             // how many tokens a query sees, its own included; 0: all before it
+    double scale, cap;          // scores are scale q k; or cap tanh(scale q k / cap), cap being > 0
     const void *qkv;            // (N, heads + 2 kv_heads, dim)
     const int64_t *rows;        // (sequences,): of the cache
     const int64_t *starts;      // (sequences + 1,): where the tokens of each begin

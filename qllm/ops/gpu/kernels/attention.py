@@ -20,12 +20,21 @@ def rotated(a, b, cos, sin, type: tl.constexpr):
 
 
 @triton.jit
+def scaled(products, scale, cap, CAP: tl.constexpr):
+    """Scores: products times a scale, softly kept below a cap."""
+    scores = products * scale
+    if CAP:  # cap tanh u = cap (1 - 2 / (1 + e^2u))
+        scores = cap * (1.0 - 2.0 / (1.0 + tl.exp(scores * (2.0 / cap))))
+    return scores
+
+
+@triton.jit
 def decode_attention(
     qkv, cos, sin, slopes, keys, values, rows, positions, y, partials, counters, heads, kv_heads,
-    capacity, scale,
+    capacity, scale, cap, window,
     DIM: tl.constexpr, FIRST: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-    ROTATE: tl.constexpr, SLOPE: tl.constexpr,
+    ROTATE: tl.constexpr, SLOPE: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """A program takes SPAN tokens of a sequence's cache, one key head and all heads that read it.
 
@@ -42,6 +51,7 @@ def decode_attention(
         keys, values: (R, H_kv, capacity, D).
         rows: int64 (B,), of the cache.
         positions: int64 (B,).
+        window: tokens that a query sees, its own included, with WINDOW; else all before it.
         y: (B, H D).
         partials: float32, (B H_kv, SPLITS, PADDED_GROUP, 2 HALF + 2).
     """
@@ -53,7 +63,10 @@ def decode_attention(
     member = tl.arange(0, PADDED_GROUP)
     is_head = member < GROUP
     head = kv_head * GROUP + member
-    if split * SPAN <= position:
+    first_token = position * 0
+    if WINDOW:
+        first_token = tl.maximum(position + 1 - window, 0)
+    if (split * SPAN <= position) & ((split + 1) * SPAN > first_token):
         own = qkv + sequence.to(tl.int64) * (heads + 2 * kv_heads) * DIM
         one = tl.arange(0, 1)
         q1 = _load_half(own, head * DIM, is_head, column, in_first)
@@ -81,14 +94,21 @@ def decode_attention(
         acc2 = tl.zeros((PADDED_GROUP, HALF), tl.float32)
         place = (tl.load(rows + sequence) * kv_heads + kv_head) * capacity * DIM
         end = tl.minimum(position, (split + 1) * SPAN)
-        for start in range(bound(split * SPAN), bound(end), BLOCK):
+        begin = split * SPAN
+        if WINDOW:  # with a block in which there is a token, or with none
+            begin = tl.maximum(begin, first_token // BLOCK * BLOCK)
+            begin = tl.where(first_token < end, begin, end)
+        for start in range(bound(begin), bound(end), BLOCK):
             token = start + tl.arange(0, BLOCK)
             here = token < end
+            if WINDOW:
+                here = here & (token >= first_token)
             old1 = _load_half(keys + place, token * DIM, here, column, in_first)
             old2 = _load_half(keys + place, token * DIM + FIRST, here, column, in_second)
             scores = tl.dot(operand(q1), tl.trans(operand(old1)), input_precision="ieee")
             scores = tl.dot(operand(q2), tl.trans(operand(old2)), scores, input_precision="ieee")
-            scores = scores * scale + slope[:, None] * (token - position).to(tl.float32)[None, :]
+            scores = scaled(scores, scale, cap, CAP)
+            scores += slope[:, None] * (token - position).to(tl.float32)[None, :]
             scores = tl.where(here[None, :], scores, float("-inf"))
             m_new = tl.maximum(m_i, tl.max(scores, 1))
             alpha = tl.exp(m_i - m_new)
@@ -110,7 +130,8 @@ def decode_attention(
             tl.store(values + target, v1, mask=in_first[None, :])
             tl.store(values + target + FIRST, v2, mask=in_second[None, :])
             score = tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1)
-            score = (score + tl.sum(q2.to(tl.float32) * k2.to(tl.float32), 1)) * scale
+            score += tl.sum(q2.to(tl.float32) * k2.to(tl.float32), 1)
+            score = scaled(score, scale, cap, CAP)
             m_new = tl.maximum(m_i, score)
             alpha, weight = tl.exp(m_i - m_new), tl.exp(score - m_new)
             m_i, l_i = m_new, l_i * alpha + weight
@@ -119,7 +140,8 @@ def decode_attention(
 
         last = True
         if SPLITS > 1:
-            count = position // SPAN + 1  # of programs that have something to say
+            earliest = first_token // SPAN
+            count = position // SPAN + 1 - earliest  # of programs that have something to say
             width: tl.constexpr = 2 * HALF + 2
             cell = (sequence * kv_heads + kv_head).to(tl.int64) * SPLITS * PADDED_GROUP + member
             mine = partials + (cell + split * PADDED_GROUP) * width
@@ -136,7 +158,7 @@ def decode_attention(
                 l_i = tl.zeros((PADDED_GROUP,), tl.float32)
                 acc1 = tl.zeros((PADDED_GROUP, HALF), tl.float32)
                 acc2 = tl.zeros((PADDED_GROUP, HALF), tl.float32)
-                for part in range(0, bound(count)):
+                for part in range(bound(earliest), bound(earliest + count)):
                     theirs = partials + (cell + part * PADDED_GROUP) * width
                     top = tl.load(theirs + 2 * HALF, cache_modifier=".cg")
                     m_new = tl.maximum(m_i, top)

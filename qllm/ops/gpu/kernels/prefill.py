@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from qllm.ops.gpu.kernels.attention import rotated
+from qllm.ops.gpu.kernels.attention import rotated, scaled
 from qllm.ops.gpu.kernels.numbers import bound, narrow, operand
 
 
@@ -67,8 +67,9 @@ def write_tokens(
 @triton.jit
 def prefill_attention(
     q, keys, values, slopes, rows, starts, positions, y, heads, kv_heads, capacity, scale,
+    cap, window,
     DIM: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, SLOPE: tl.constexpr,
+    BN: tl.constexpr, SLOPE: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """A program takes BM tokens of a sequence, and one head; keys come in blocks of BN.
 
@@ -98,17 +99,26 @@ def prefill_attention(
         m_i = tl.full((BM,), float("-inf"), tl.float32)
         l_i = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, WIDTH), tl.float32)
-        for start in range(0, bound(length), BN):
+        begin_key = past * 0
+        if WINDOW:
+            begin_key = tl.maximum(past + first + 1 - window, 0) // BN * BN
+        for start in range(bound(begin_key), bound(length), BN):
             token = start + n
             there = base + token[:, None] * DIM + column[None, :]
             known = (token < length)[:, None] & within
             k = operand(tl.load(keys + there, mask=known, other=0.0))
-            scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+            scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
+            scores = scaled(scores, scale, cap, CAP)
             distance = token[None, :] - (past + m)[:, None]
             if SLOPE:
                 scores += slope * distance.to(tl.float32)
-            scores = tl.where(distance <= 0, scores, float("-inf"))
+            seen = distance <= 0
+            if WINDOW:
+                seen = seen & (distance > -window)
+            scores = tl.where(seen, scores, float("-inf"))
             m_new = tl.maximum(m_i, tl.max(scores, 1))
+            if WINDOW:  # there may be none so far, and infinity less infinity is no number
+                m_new = tl.where(m_new == float("-inf"), -1e30, m_new)
             alpha = tl.exp(m_i - m_new)
             weights = tl.exp(scores - m_new[:, None])
             m_i, l_i = m_new, l_i * alpha + tl.sum(weights, 1)
