@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -55,17 +54,14 @@ void pairs_%s(float *sums, const uint16_t *x, const uint16_t *w) {
 
 
 def compiled(factory: pytest.TempPathFactory, sources: dict[str, str], flags: str) -> Path:
-    """The library of some sources and all headers; one for all processes of the tests."""
-    folder, shared = factory.mktemp("src"), factory.getbasetemp()
+    """The library of some sources and all headers, from the cache that keeps the users' own."""
+    folder = factory.mktemp("src")
     for path in build.SOURCE.glob("*.h"):
         shutil.copy(path, folder)
     for name, text in sources.items():
         (folder / name).write_text(text, encoding="utf-8")
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLLM_CXXFLAGS", flags)
-        patch.setenv("QLLM_CACHE", str(shared / "tiles"))
         return Path(build.load.__wrapped__(folder)._name)
 
 

@@ -20,7 +20,7 @@ from qllm.generate import GenerationConfig, generate
 from qllm.models import Decoder
 from qllm.tokenizer import Tokenizer
 
-PROMPTS, LONGEST, NEW_TOKENS = 200, 60, 5
+PROMPTS, LONGEST, NEW_TOKENS = 130, 60, 5
 # Bitwidths of the layers, of the head, and of activations.
 PLANS = (
     *(("3", "16", "16"), ("4", "16", "16"), ("8", "16", "16"), ("8:tc-li", "16", "16")),
@@ -114,11 +114,11 @@ def test_one_answer(family, plan):
     whole = answer(model, family, EVERY, batch=PROMPTS, threads=1)
     assert len({tuple(row) for row in whole.tokens.tolist()}) > PROMPTS / 2
     cases = (
-        (sharded, SHUFFLED[:128], 64, 2),
+        (sharded, SHUFFLED[:66], 33, 2),
         (model, SHUFFLED[:35], 7, 4),
         (sharded, SHUFFLED[:8], 1, 1),
         (model, SHUFFLED[:4], 1, 2),
-        (model, EVERY[:34], 33, 4),
+        (model, EVERY[:34], 17, 4),
     )
     for decoder, rows, batch, threads in cases:
         got = answer(decoder, family, rows, batch, threads)

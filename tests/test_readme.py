@@ -116,8 +116,12 @@ def interpret(monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-# Benchmarks of ten seconds and more, even at their smallest; .ci/run --all runs them.
-LONG = tuple(f"benchmarks.{name}" for name in ("rivals", "memory", "parallel", "onnx", "quantize "))
+# Benchmarks of five seconds and more, even at their smallest; .ci/run --all runs them, and
+# those of the GPU's are called in tests/ops/gpu/test_benchmark.py.
+LONG = tuple(
+    f"benchmarks.{name}"
+    for name in ("rivals", "memory", "parallel", "onnx", "quantize ", "startup", "gpu")
+)
 
 
 def marked(block: list[str]) -> object:

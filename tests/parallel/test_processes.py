@@ -1,4 +1,8 @@
-"""Real processes, started by torchrun, over gloo: results, mistakes and faults."""
+"""Real processes over gloo: results, mistakes and faults.
+
+torchrun starts them where it has a part in what is looked at, and once for a result; else they are
+forks, which have imported torch, with the environment that it gives its ranks.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import psutil
 import pytest
 import readme
@@ -25,9 +30,9 @@ LONG = ("--max-gen-tokens", 480, "--max-prompt-length", 20)
 TIMEOUT = 8  # seconds without a word of a rank after which a run ends
 
 
-def start(processes: int, *args: object, script: str = GEN, **options) -> subprocess.Popen:
+def start(count: int, *args: object, script: str = GEN, **options) -> subprocess.Popen:
     """Start a script on so many ranks of this host."""
-    launch = ["--nproc-per-node", str(processes), "--rdzv-backend", "c10d"]
+    launch = ["--nproc-per-node", str(count), "--rdzv-backend", "c10d"]
     launch += ["--rdzv-endpoint", "localhost:0"]
     return subprocess.Popen(
         [*TORCHRUN, *launch, str(ROOT / script), *map(str, args)],
@@ -42,6 +47,22 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[str, str]:
     """Standard output, and our own lines of standard error."""
     out, error = process.communicate(timeout=timeout)
     return out, "\n".join(line for line in error.splitlines() if re.match("qllm.*: ", line))
+
+
+def on_ranks(world: int, *args: object) -> str:
+    """What qllm_gen.py prints on so many ranks of this host, of which the first alone does."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": 1}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words, ranks = [str(ROOT / GEN), *map(str, args)], []
+    for rank in range(world):
+        own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+        environment = os.environ | {name: str(value) for name, value in own.items()}
+        ranks.append(processes.start(words, environment))
+    printed = [finish(rank)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * world and not any(printed[1:])
+    return printed[0]
 
 
 def ranks_of(process: subprocess.Popen) -> dict[int, int]:
@@ -62,11 +83,14 @@ def assert_gone(pids) -> None:
 
 @pytest.mark.parametrize("line", readme.TORCHRUN)
 def test_ranks_print_what_one_process_does(line):
-    torchrun, _, processes, script, *options = shlex.split(line)
+    torchrun, _, count, script, *options = shlex.split(line)
     assert (torchrun, script) == ("torchrun", GEN)
     alone = options[: options.index("--tp")]
     one = call_json(GEN, *alone)
-    out, _ = finish(start(int(processes), *options, "--json"))
+    if "--pp" not in options:
+        out, _ = finish(start(int(count), *options, "--json"))
+    else:
+        out = on_ranks(int(count), *options, "--json")
     many = json.loads(out)
     assert many["results"] == one["results"]
     layers = [rank["layers"] for rank in many["ranks"]]
@@ -85,7 +109,7 @@ def test_messages_of_all_sizes_over_gloo(tmp_path):
     options = ("--model-size", "tiny", "--bitwidth", "4", "--json", "--dtype", "float32")
     options += ("--prompt-file", str(prompts), "--max-prompt-length", "60")
     one = call_json(GEN, *(option for option in options if option != "--json"))
-    out, _ = finish(start(2, *options, "--tp", 2, "--tp-mode", "fast"))
+    out = on_ranks(2, *options, "--tp", 2, "--tp-mode", "fast")
     assert json.loads(out)["results"] == one["results"]
 
 

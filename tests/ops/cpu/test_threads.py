@@ -53,9 +53,7 @@ def shared(tmp_path_factory):
     for name in ("threads.cpp", "threads.h", "kernels.h"):
         shutil.copy(build.SOURCE / name, folder)
     (folder / "shared.cpp").write_text(SOURCE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        library = build.load(folder)
+    library = build.load(folder)
     library.shared.restype = ctypes.c_int64
 
     def run(count: int, part: int, wanted: int) -> tuple[list[int], list[int], int]:

@@ -108,7 +108,9 @@ def prompts(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, *, turned: 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_prompts_together_are_what_each_is_by_itself(dtype, gpu):
     shapes = {(2, 2, 40): (True, False), (6, 2, 16): (False, True), (1, 1, 5): (False, False)}
-    for shape, (turned, sloped) in shapes.items():
+    # In the interpreter, which is slow, each shape meets one type.
+    chosen = list(shapes.items())
+    for shape, (turned, sloped) in chosen if gpu == "cuda" else [chosen[DTYPES.index(dtype)]]:
         arguments = prompts(*shape, dtype, turned=turned, sloped=sloped)
         exact = moved(arguments, "cpu", torch.float64)
         plain, own = moved(arguments, "cpu"), moved(arguments, gpu)

@@ -37,7 +37,7 @@ def run_attention(dtype: torch.dtype, fence) -> None:
     attention.SPAN, attention.BLOCK = 32, 16
     for heads, kv_heads, dim in ((1, 1, 1), (4, 2, 2), (2, 1, 34)):
         slopes = fence(torch.ones(heads))
-        for length in (1, 33, 65):
+        for length in (1, 33):
             new = fence(normal(3, (heads + 2 * kv_heads) * dim, dtype=dtype))
             turns = [*map(fence, normal(2, 3, dim, dtype=dtype))] if dim > 1 else None
             cache = KV(*map(fence, normal(2, 3, kv_heads, length, dim, dtype=dtype)))

@@ -19,7 +19,7 @@ from qllm.models import Decoder
 from qllm.ops.gpu.graph import Graph
 
 PROMPTS = [[5, 6, 7, 8, 9], [40, 41]]
-STEPS = 2
+STEPS = 1
 SIZES = {"vocab_size": 120, "hidden_size": 64, "max_position_embeddings": 64}
 CONFIGS = {
     "opt": OPTConfig(
