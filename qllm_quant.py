@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qllm import cli
+from qllm.bitwidths import make_plan
 from qllm.config import ALGORITHMS, DEFAULT_ALGORITHM, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.files import readable
@@ -34,7 +35,8 @@ from qllm.onnx import is_onnx
 if TYPE_CHECKING:
     from qllm.config import ModelConfig
     from qllm.hub import ModelFolder
-    from qllm.quantizer.layer import LinearReport, QuantizeOptions
+    from qllm.quant.algorithm import QuantizeOptions
+    from qllm.quantizer.layer import LinearReport
 
 DEFAULT_BITWIDTH = "4"
 DATASET, SAMPLES, TOKENS = "wikitext2", 128, 2048
@@ -126,7 +128,7 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
     """The algorithms' settings; what is not given is at its default."""
     from dataclasses import replace
 
-    from qllm.quantizer.layer import QuantizeOptions
+    from qllm.quant.algorithm import QuantizeOptions
 
     given = {
         key: value
@@ -154,7 +156,7 @@ def read_plan(args: argparse.Namespace) -> QuantPlan:
         return cli.read_plan(args, args.algorithm)
     if args.bitwidth is not None:
         raise UserError("--config and --bitwidth both say how many bits; give one of them")
-    return QuantPlan.from_file(Path(args.config), default).with_head(args.lm_head_bits, default)
+    return make_plan(Path(args.config), default, args.lm_head_bits)
 
 
 def check_options(args: argparse.Namespace, plan: QuantPlan) -> None:
@@ -325,7 +327,7 @@ def quantize_onnx_model(
 
 def note_inputs(reports: list[LinearReport], damp: float | None) -> None:
     """Say where calibration did not reach, and where GPTQ needed more dampening."""
-    from qllm.quant.gptq import GPTQOptions
+    from qllm.quant.algorithm import GPTQOptions
 
     nothing = [entry.name for entry in reports if entry.dead == entry.channels]
     some = [entry for entry in reports if 0 < entry.dead < entry.channels]

@@ -22,8 +22,8 @@ from qllm.config import QuantPlan, QuantSpec
 from qllm.data import load_text, sample_windows
 from qllm.evaluate.agreement import DecoderReference, ReferenceOutputs, agreement
 from qllm.evaluate.perplexity import PerplexityOptions, Text, perplexity
+from qllm.quant.algorithm import QuantizeOptions
 from qllm.quantizer.checkpoint import Job, quantize_checkpoint
-from qllm.quantizer.layer import QuantizeOptions
 from qllm.tokenizer import Tokenizer
 
 # A column of the table each: the algorithm, and whether the clipping range is searched.

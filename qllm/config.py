@@ -160,21 +160,12 @@ class QuantPlan:
 
     @classmethod
     def from_file(cls, path: Path, default: QuantSpec | None = None) -> QuantPlan:
-        """The plan in a JSON file, in the shape of `to_json` or of Neural Compressor.
+        """The plan in a JSON file, in the shape of `to_json`.
 
         Raises:
             UserError: for a file that is none.
         """
-        try:
-            value = parse_json(read_bytes(path), str(path))
-        except FileNotFoundError:
-            raise UserError(f"{path}: there is no such file") from None
-        if not isinstance(value, dict) or not value:
-            raise UserError(
-                f"{path}: a plan is a JSON object from regular expressions over module names to "
-                'specs, such as {"attention": 8, "mlp": {"bits": 4, "group_size": 64}}'
-            )
-        return cls.from_json(value, str(path), default)
+        return cls.from_json(read_plan_file(path), str(path), default)
 
     @classmethod
     def from_json(
@@ -183,9 +174,7 @@ class QuantPlan:
         text: str = "the plan",
         default: QuantSpec | None = None,
     ) -> QuantPlan:
-        """The inverse of `to_json`; takes the shape of Neural Compressor's configurations too."""
-        if set(value) & {"op_type_dict", "op_name_dict"}:
-            value = neural_compressor_rules(value, text)
+        """The inverse of `to_json`."""
         rules, patterns = [], Patterns(text)
         for pattern, spec in value.items():
             patterns.compile(pattern)
@@ -269,59 +258,22 @@ class QuantPlan:
         return spec
 
 
-def neural_compressor_rules(value: Mapping[str, object], text: str) -> dict[str, object]:
-    """The rules of a Neural Compressor configuration: those by name win over those by type.
-
-    `{"op_type_dict": {".*": {"weight": {"bit": [4], "group_size": [32], "scheme": ["asym"],
-    "algorithm": ["RTN"]}}}, "op_name_dict": …}`: of a list, which spans a space to search there,
-    the first entry counts. A type is a regular expression over class names, of which "Linear" is
-    the one that is quantized; a name's expression has to match all of it. What an entry leaves out
-    is as Neural Compressor has it: 4 bits in groups of 32, symmetric, to nearest, for all types.
+def read_plan_file(path: Path) -> dict[str, object]:
+    """The JSON object in a file that holds a plan, in whichever shape.
 
     Raises:
-        UserError: for keys, types or values that have no meaning here.
+        UserError: for a file that is not there, or holds no such object.
     """
-    unknown = set(value) - {"op_type_dict", "op_name_dict"}
-    tables = [value.get(key) or {} for key in ("op_type_dict", "op_name_dict")]
-    if unknown or not all(isinstance(table, Mapping) for table in tables):
-        raise UserError(f"{text}: beside op_type_dict and op_name_dict there is {sorted(unknown)}")
-    rules: dict[str, object] = {}
-    by_type, by_name = tables[0] or {".*": {"weight": {}}}, tables[1]
-    patterns = Patterns(text)
-    for pattern, entry in by_type.items():
-        if not patterns.fullmatch(pattern, "Linear"):
-            raise UserError(f"{text}: op_type_dict: {pattern!r} does not match 'Linear'")
-        rules[".*"] = _neural_compressor_spec(entry, f"{text}: {pattern!r}")
-    for pattern, entry in by_name.items():
-        rules[f"^(?:{pattern})$"] = _neural_compressor_spec(entry, f"{text}: {pattern!r}")
-    return rules
-
-
-def _neural_compressor_spec(entry: object, where: str) -> dict[str, object]:
-    weight = entry.get("weight") if isinstance(entry, Mapping) else None
-    if not isinstance(weight, Mapping) or set(entry) - {"weight", "activation"}:
-        raise UserError(f'{where} is {entry}; write {{"weight": {{"bit": [4], …}}}}')
-    first = {
-        key: value[0] if isinstance(value, list | tuple) and value else value
-        for key, value in weight.items()
-    }
-    activation = entry.get("activation") or {"dtype": "fp32"}
-    if activation not in ({"dtype": "fp32"}, {"dtype": ["fp32"]}):
-        raise UserError(f"{where}: activation {activation} cannot be; with these it stays fp32")
-    names = {"bit": "bits", "bits": "bits", "group_size": "group_size", "scheme": "scheme"}
-    unknown = set(first) - set(names) - {"algorithm", "dtype"}
-    if unknown:
-        raise UserError(f"{where}: QLLM knows no {sorted(unknown)[0]!r}")
-    dtype = first.get("dtype", "int")
-    if dtype in ("fp32", "fp16", "bf16"):
-        return {"bits": 16}
-    if dtype not in ("int", "int8", "int4"):
-        raise UserError(f"{where}: QLLM has no weights of type {dtype!r}; it has int")
-    spec = {names[key]: value for key, value in first.items() if key in names}
-    if "algorithm" in first:
-        spec["algorithm"] = str(first["algorithm"]).lower()
-    bits = 8 if dtype == "int8" else 4
-    return {"bits": bits, "group_size": 32, "scheme": "sym", "algorithm": "rtn"} | spec
+    try:
+        value = parse_json(read_bytes(path), str(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    if not isinstance(value, dict) or not value:
+        raise UserError(
+            f"{path}: a plan is a JSON object from regular expressions over module names to "
+            'specs, such as {"attention": 8, "mlp": {"bits": 4, "group_size": 64}}'
+        )
+    return value
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ The scripts stand on this module: what they add is options, reports and words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qllm import hub
+from qllm.bitwidths import Bitwidth, make_plan
 from qllm.calibration import find_calibration
 from qllm.checkpoint.convert import find_source
 from qllm.checkpoint.load import load_model, module_bytes
@@ -147,7 +148,7 @@ class LLM:
         cls,
         model: str | Path,
         *,
-        bitwidth: int | str | Sequence[int | str] | Mapping[str, object] | QuantPlan = 16,
+        bitwidth: Bitwidth = 16,
         group_size: int = DEFAULT_GROUP_SIZE,
         scheme: str = DEFAULT_SCHEME,
         lm_head_bits: int | str | None = None,
@@ -164,8 +165,9 @@ class LLM:
         Args:
             model: a folder, a Hub repository, or the name of a bundled model ("opt-tiny").
             bitwidth: 1 to 8, "8:tc-li", "8:tc" or 16 for all layers; one of them per layer; a
-                mapping from regular expressions over module names to specs; or a JSON file of
-                one. Checkpoints that are quantized already keep theirs: leave it out.
+                mapping from regular expressions over module names to specs, or the JSON file of
+                one, in Neural Compressor's shape too. Checkpoints that are quantized already keep
+                theirs: leave it out.
             group_size: input channels that share a scale, -1 for all of them.
             scheme: "asym" or "sym".
             lm_head_bits: quantizes the LM head too.
@@ -351,30 +353,6 @@ class LLM:
         if max_new_tokens is None:
             return settings
         return replace(settings, max_new_tokens=max_new_tokens)
-
-
-def make_plan(
-    bitwidth: int | str | Sequence[int | str] | Mapping[str, object] | QuantPlan,
-    default: QuantSpec | None = None,
-    lm_head_bits: int | str | None = None,
-) -> QuantPlan:
-    """The plan that a bitwidth stands for; see `LLM.from_pretrained`.
-
-    Args:
-        default: has the group size, scheme and algorithm of values that name none.
-
-    Raises:
-        UserError: for what is no plan.
-    """
-    if isinstance(bitwidth, QuantPlan):
-        plan = bitwidth
-    elif isinstance(bitwidth, Mapping):
-        plan = QuantPlan.from_json(bitwidth, default=default)
-    elif isinstance(bitwidth, int | str | Path):
-        plan = QuantPlan.parse(str(bitwidth), default)
-    else:
-        plan = QuantPlan.parse(",".join(map(str, bitwidth)), default)
-    return plan.with_head(lm_head_bits, default or QuantSpec())
 
 
 def _is_ids(prompts: Sequence) -> bool:

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from qllm.bitwidths import make_plan
 from qllm.config import (
     ALGORITHMS,
     BITWIDTHS,
@@ -16,9 +17,10 @@ from qllm.config import (
     SCHEMES,
     QuantPlan,
     QuantSpec,
-    neural_compressor_rules,
 )
 from qllm.errors import UserError
+from qllm.neural_compressor.rules import to_rules
+from qllm.quant.algorithms import ALGORITHMS as CLASSES
 
 # Two layers, named as OPT's: our names, and those of their parts in a Hugging Face checkpoint.
 MODULES = {
@@ -345,7 +347,7 @@ def test_what_the_command_line_gave_both_ways(text):
 
 
 def test_the_algorithms():
-    assert ALGORITHMS == ("rtn", "gptq", "awq")
+    assert ALGORITHMS == tuple(CLASSES) == ("rtn", "gptq", "awq")
     assert FOUR.algorithm == "rtn"
 
 
@@ -430,7 +432,7 @@ def compressor(by_type: object = None, by_name: object = None, default=None) -> 
     """The spec of every layer."""
     tables = {"op_type_dict": by_type, "op_name_dict": by_name}
     value = {key: table for key, table in tables.items() if table is not None}
-    return QuantPlan.from_json(value, default=default).resolve(MODULES, 2)
+    return make_plan(value, default).resolve(MODULES, 2)
 
 
 @pytest.mark.parametrize("bit", ["bit", "bits"])
@@ -515,12 +517,12 @@ def test_activations_stay():
 def test_neural_compressor_s_that_are_refused(value, words, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(value))
-    assert_refused(lambda: QuantPlan.parse(str(path)), str(path), *words)
+    assert_refused(lambda: make_plan(path), str(path), *words)
 
 
 def test_the_rules_of_a_neural_compressor_configuration():
     value = {"op_type_dict": {"Linear": weight(bit=3)}, "op_name_dict": {"a.b|c": weight()}}
-    rules = neural_compressor_rules(value, "text")
+    rules = to_rules(value, "text")
     assert list(rules) == [".*", "^(?:a.b|c)$"]
     assert rules[".*"]["bits"] == 3
 

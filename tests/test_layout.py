@@ -41,8 +41,9 @@ ROWS = (
     ),
     ("quantizer",),
     ("onnx",),
-    ("llm",),
     ("neural_compressor",),
+    ("bitwidths",),
+    ("llm",),
     ("cli",),
     ("harness",),
 )

@@ -13,8 +13,8 @@ from conftest import FAMILIES, ROOT, tiny
 from oracle import bundled, reference
 
 from qllm import LLM, Completion
+from qllm.bitwidths import make_plan
 from qllm.errors import UserError
-from qllm.llm import make_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = ["He is working on", "Once upon a time there was a"]

@@ -31,6 +31,7 @@ from random import Random
 import torch
 
 from qllm import cli
+from qllm.bitwidths import make_plan
 from qllm.calibration import Calibration
 from qllm.checkpoint.load import load_model
 from qllm.config import QuantPlan, QuantSpec
@@ -85,7 +86,7 @@ def load(folder: Path) -> None:
         if (folder / CALIBRATION).exists():
             plan, calibration = QuantPlan.parse("8:tc"), Calibration.load(folder / CALIBRATION)
         elif (folder / PLAN).exists():
-            plan = QuantPlan.parse(str(folder / PLAN))
+            plan = make_plan(folder / PLAN)
         model = load_model(folder, plan, calibration=calibration)
     tokenizer = Tokenizer.load(folder, model.config.vocab_size)
     settings = read_generation_config(folder, model.config)

@@ -13,17 +13,16 @@ from functools import partial, reduce
 import torch
 from torch import Tensor
 
-from qllm.checkpoint.formats import WORD
-from qllm.checkpoint.quant_config import Storage, parse
-from qllm.checkpoint.reader import QUANTIZATION_FILES, QUANTIZATION_KEY, Checkpoint
-from qllm.checkpoint.stored import (
-    TENSORS,
+from qllm.checkpoint.formats import (
+    FORMATS,
+    WORD,
+    Format,
     Quantized,
     join_rows,
-    read_linear,
-    slices_of,
+    parse,
     take_rows,
 )
+from qllm.checkpoint.reader import QUANTIZATION_FILES, QUANTIZATION_KEY, Checkpoint
 from qllm.config import LM_HEAD, ModelConfig
 from qllm.errors import UserError
 from qllm.layers import Linear
@@ -191,7 +190,7 @@ class Weights:
         pair = [self.checkpoint.read(each, mapped=True) for each in (embed, name)]
         return config if torch.equal(*pair) else replace(config, tied_head=False)
 
-    def _find_stored(self) -> dict[str, Storage]:
+    def _find_stored(self) -> dict[str, Format]:
         """What config.json says of the linears that are quantized."""
         raw = self.checkpoint.raw_config
         value = raw.values.get(QUANTIZATION_KEY)
@@ -265,7 +264,7 @@ class Weights:
         """The error for a float tensor that is not there, and what is there in its place."""
         raw, stem = self.checkpoint.raw_config, name.removesuffix("weight")
         lacks = f"{self.checkpoint.folder} lacks {name}"
-        keys = dict.fromkeys(key for format in TENSORS.values() for key in format[0])
+        keys = dict.fromkeys(key for format in FORMATS.values() for key in format.tensors)
         there = [stem + key for key in keys if stem + key in self.checkpoint.tensors]
         if name.endswith("weight") and there:
             listed = f"{lacks} and holds {', '.join(there)}: it is quantized, but "
@@ -319,11 +318,11 @@ class Weights:
 
     def _check_quantized(self, module: str) -> set[str]:
         """Refuse a quantized linear whose tensors are not there; returns their names."""
-        tensors, optional = TENSORS[self.stored[module].format]
+        storage = self.stored[module]
         expected = set()
         for part in self._parts(f"{module}.weight"):
             stem = part.removesuffix("weight")
-            for key in tensors:
+            for key in storage.tensors:
                 if stem + key not in self.checkpoint.tensors:
                     there = [name for name in self.checkpoint.tensors if name.startswith(stem)]
                     raise UserError(
@@ -331,7 +330,7 @@ class Weights:
                         f"{QUANTIZATION_KEY} of its config.json implies; it holds "
                         f"{', '.join(there[:4]) or 'nothing of that module'}"
                     )
-            expected |= {stem + key for key in (*tensors, *optional)}
+            expected |= {stem + key for key in (*storage.tensors, *storage.optional)}
         return expected
 
     def read_quantized(self, module: str, rows: Sequence[range] | None = None) -> Quantized:
@@ -364,11 +363,11 @@ class Weights:
         """Some of the `count` output channels of a linear of the checkpoint, and no others."""
         storage, columns = self.stored[module], self.shapes[f"{module}.weight"][1]
         stem, infos = name.removesuffix("weight"), self.checkpoint.tensors
-        keys = {key for keys in TENSORS[storage.format] for key in keys}
-        shapes = {key: infos[stem + key].shape for key in sorted(keys) if stem + key in infos}
+        keys = sorted({*storage.tensors, *storage.optional})
+        shapes = {key: infos[stem + key].shape for key in keys if stem + key in infos}
         # Some tensors have several channels in a word.
         wide = range(run.start // WORD * WORD, min(count, -(-run.stop // WORD) * WORD))
-        slices = slices_of(storage, shapes, count, wide) if len(wide) < count else {}
+        slices = storage.slices(shapes, count, wide) if len(wide) < count else {}
         if slices is None:
             wide, slices = range(count), {}
         tensors = {}
@@ -379,7 +378,7 @@ class Weights:
         if slices and tuple(shapes.get("weight_shape", ())) == (2,):
             tensors["weight_shape"] -= torch.tensor([count - len(wide), 0])
         try:
-            found = read_linear(storage, tensors, columns, len(wide))
+            found = storage.read(tensors, columns, len(wide))
         except UserError as error:
             file = self.checkpoint.path(stem + next(iter(tensors)))
             raise UserError(f"{file}: {stem}{error}") from None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from qllm import hub
+from qllm.bitwidths import make_plan
 from qllm.cli.console import note, whole_number
 from qllm.config import (
     ACTIVATION_BITS,
@@ -186,7 +187,7 @@ def read_plan(args: argparse.Namespace, algorithm: str = DEFAULT_ALGORITHM) -> Q
     """The plan that the quantization options name; without --bitwidth, all at 16 bits."""
     default = QuantSpec(group_size=args.group_size, scheme=args.scheme, algorithm=algorithm)
     bitwidth = "16" if args.bitwidth is None else args.bitwidth
-    return QuantPlan.parse(bitwidth, default).with_head(args.lm_head_bits, default)
+    return make_plan(bitwidth, default, args.lm_head_bits)
 
 
 def read_plans(args: argparse.Namespace) -> list[QuantPlan]:
@@ -199,9 +200,7 @@ def read_plans(args: argparse.Namespace) -> list[QuantPlan]:
                 f"--bitwidth names {value} more than once; here commas separate models, and a "
                 "JSON plan gives layers bits of their own"
             )
-    return [
-        QuantPlan.parse(value, default).with_head(args.lm_head_bits, default) for value in values
-    ]
+    return [make_plan(value, default, args.lm_head_bits) for value in values]
 
 
 def add_calibration_options(

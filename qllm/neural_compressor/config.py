@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from qllm.errors import UserError
-from qllm.quant.gptq import GPTQOptions
-from qllm.quantizer.layer import QuantizeOptions
+from qllm.quant.algorithm import GPTQOptions, QuantizeOptions
 
 CONFIG = "PostTrainingQuantConfig"
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from qllm.config import LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.neural_compressor.config import CONFIG, PostTrainingQuantConfig
+from qllm.neural_compressor.rules import to_rules
 from qllm.patterns import Patterns
 
 HEAD_RULE = f"^{LM_HEAD}$"
@@ -81,7 +82,7 @@ def user_plans(conf: PostTrainingQuantConfig) -> Iterator[QuantPlan]:
             name: {pattern: {"weight": weight} for pattern, weight in entries.items()}
             for name, entries in zip(names, tables, strict=True)
         }
-        yield QuantPlan.from_json(value, CONFIG)
+        yield QuantPlan.from_json(to_rules(value, CONFIG), CONFIG)
 
 
 def tuned_plan(plan: QuantPlan, name: str) -> QuantPlan:

@@ -30,8 +30,10 @@ from qllm.onnx.linears import OnnxLinear, find_linears
 from qllm.onnx.model import check_decoder, model_file, model_files, read_model
 from qllm.onnx.nbits import DOMAIN, NBits, block_size
 from qllm.onnx.stages import Stages
+from qllm.quant.algorithm import QuantizeOptions
+from qllm.quant.algorithms import ALGORITHMS
 from qllm.quant.inputs import InputStats
-from qllm.quantizer.layer import LinearReport, QuantizeOptions, needs_inputs, quantize_linear
+from qllm.quantizer.layer import LinearReport, needs_inputs, quantize_linear
 
 Progress = Callable[[list], Iterable]
 
@@ -102,10 +104,10 @@ def _specs(
         raise UserError("every layer stays as it is; name fewer bits with --bitwidth or --config")
     for name, spec in specs.items():
         block_size(spec, name)
-        if spec.algorithm == "awq":
+        if ALGORITHMS[spec.algorithm].divides_inputs:
             raise UserError(
-                "awq moves scales between the modules of a checkpoint: quantize that, and export "
-                "it; ONNX models take rtn and gptq"
+                f"{spec.algorithm} moves scales between the modules of a checkpoint: quantize "
+                "that, and export it; ONNX models take rtn and gptq"
             )
         if needs_inputs(spec) and job.samples is None:
             raise UserError(f"{spec.algorithm} needs calibration text; name one with --dataset")

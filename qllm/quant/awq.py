@@ -7,17 +7,56 @@ over a grid for the least squared error of the output.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from qllm.quant.inputs import output_error
-from qllm.quant.rtn import fake_quantize
+from qllm.quant.algorithm import Algorithm, Form, QuantizeOptions, yes
+from qllm.quant.clip import clip_ranges_for
+from qllm.quant.inputs import InputStats, output_error
+from qllm.quant.packing import PackedWeight
+from qllm.quant.rtn import fake_quantize, group_ranges, quantize_rtn
 
 # Ratios tried: 0, 1 / GRID, …, below 1.
 GRID = 20
 SMALLEST_INPUT = 1e-4
 # Rows per piece: the temporaries are a few times as large.
 ROWS = 2048
+
+
+class AWQ(Algorithm):
+    """See above; then each group is clipped for the least error of the outputs."""
+
+    name = "awq"
+    calibrates = products = divides_inputs = own_clipping = True
+
+    def input_scales(
+        self,
+        weight: Tensor,
+        stats: InputStats,
+        form: Form,
+        options: QuantizeOptions,
+        share: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        return search_scales(weight, share(stats.mean), stats.hessian, *form)
+
+    def quantize(
+        self,
+        weight: Tensor,
+        form: Form,
+        hessian: Tensor | None,
+        options: QuantizeOptions,
+        *,
+        in_scores: bool,
+    ) -> tuple[PackedWeight, float]:
+        # As in AWQ's own code, what makes the scores of attention is not clipped.
+        plain = options.clip is False or in_scores
+        ranges = group_ranges if plain else clip_ranges_for(hessian)
+        return quantize_rtn(weight, *form, ranges), 0.0
+
+    def describe(self, options: QuantizeOptions) -> str:
+        return f"AWQ: scales searched, clipping {yes(options.clip is not False)}"
 
 
 def search_scales(

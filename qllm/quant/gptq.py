@@ -10,11 +10,11 @@ factorization and no inverse.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from qllm.quant.algorithm import Algorithm, Form, GPTQOptions, QuantizeOptions, yes
+from qllm.quant.clip import clip_ranges
 from qllm.quant.packing import PackedWeight, group_width, pack, packed_size
 from qllm.quant.rtn import Ranges, group_ranges, store_scales, zero_points
 
@@ -26,22 +26,35 @@ SUB_COLUMNS = 32
 MORE_DAMPING = 10.0
 
 
-@dataclass(frozen=True)
-class GPTQOptions:
-    """The settings of the paper and of its implementations.
+class GPTQ(Algorithm):
+    """See above."""
 
-    Attributes:
-        damp: share of the mean diagonal of H that is added to it.
-        block_size: columns per panel, behind which errors are handed on as one product.
-        act_order: columns with the largest inputs first.
-        static_groups: scales from the weights as they were, before any error was handed on, so
-            that act_order leaves groups runs of channels.
-    """
+    name = "gptq"
+    settings = ("damp", "block_size", "act_order", "static_groups", "true_sequential")
+    calibrates = products = True
 
-    damp: float = 0.01
-    block_size: int = 128
-    act_order: bool = True
-    static_groups: bool = True
+    def sequential(self, options: QuantizeOptions) -> bool:
+        return options.true_sequential
+
+    def quantize(
+        self,
+        weight: Tensor,
+        form: Form,
+        hessian: Tensor | None,
+        options: QuantizeOptions,
+        *,
+        in_scores: bool,
+    ) -> tuple[PackedWeight, float]:
+        ranges = clip_ranges if options.clip else group_ranges
+        return quantize_gptq(weight, hessian, *form, options.gptq, ranges)
+
+    def describe(self, options: QuantizeOptions) -> str:
+        gptq = options.gptq
+        return (
+            f"GPTQ: dampening {gptq.damp}, block {gptq.block_size}, act-order "
+            f"{yes(gptq.act_order)}, static groups {yes(gptq.static_groups)}, "
+            f"true-sequential {yes(options.true_sequential)}"
+        )
 
 
 def triangular_root(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor, float]:

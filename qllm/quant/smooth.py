@@ -7,9 +7,31 @@ division costs nothing where a norm in front of the linear takes it into its own
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-DEFAULT_ALPHA = 0.5
+from qllm.quant.algorithm import DEFAULT_ALPHA, Form, QuantizeOptions
+from qllm.quant.inputs import InputStats
+from qllm.quant.nearest import RTN
+
+
+class SmoothQuant(RTN):
+    """What goes in front of rounding to int8, where there are statistics of the inputs."""
+
+    name = "smoothquant"
+    settings = ("smooth_alpha",)
+    divides_inputs = True
+
+    def input_scales(
+        self,
+        weight: Tensor,
+        stats: InputStats,
+        form: Form,
+        options: QuantizeOptions,
+        share: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        return share(smooth_scales(stats.largest, weight, options.smooth_alpha))
 
 
 def smooth_scales(input_absmax: Tensor, weight: Tensor, alpha: float = DEFAULT_ALPHA) -> Tensor:

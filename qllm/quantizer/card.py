@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from qllm import __version__
 from qllm.layers.base import describe
+from qllm.quant.algorithm import QuantizeOptions
+from qllm.quant.algorithms import ALGORITHMS
 from qllm.quantizer.compatibility import refusals, snippet, summary
-from qllm.quantizer.layer import LinearReport, QuantizeOptions
+from qllm.quantizer.layer import LinearReport
 
 
 def model_card(
@@ -27,7 +29,7 @@ def model_card(
     """
     name = about.get("model", "A model")
     what = "quantized and dequantized" if fake else "quantized"
-    algorithms = {report.spec.algorithm for report in reports}
+    names = {report.spec.algorithm for report in reports}
     kinds = {report.spec.kind for report in reports}
     lines = ["---", "library_name: transformers", "tags:", "- qllm", "- quantized"]
     if "/" in name:  # a repository, to which the Hub then links
@@ -35,16 +37,10 @@ def model_card(
     lines += ["---", ""]
     lines += [f"# {name}, {what}", "", f"Made by QLLM {__version__} from `{name}`.", ""]
     lines += [f"- {key}: {value}" for key, value in about.items() if key != "model"]
-    if "gptq" in algorithms:
-        gptq = options.gptq
-        lines.append(
-            f"- GPTQ: dampening {gptq.damp}, block {gptq.block_size}, act-order "
-            f"{_yes(gptq.act_order)}, static groups {_yes(gptq.static_groups)}, "
-            f"true-sequential {_yes(options.true_sequential)}"
-        )
-    if "awq" in algorithms:
-        lines.append(f"- AWQ: scales searched, clipping {_yes(options.clip is not False)}")
-    if options.clip and algorithms & {"rtn", "gptq"}:
+    algorithms = [each for name, each in ALGORITHMS.items() if name in names]
+    described = [each.describe(options) for each in algorithms]
+    lines += [f"- {line}" for line in described if line is not None]
+    if options.clip and not all(each.own_clipping for each in algorithms):
         lines.append("- clipping range searched for the least squared error of the weights")
     if any(kind.startswith("w8a8") for kind in kinds):
         smoothed = "dataset" in about
@@ -70,7 +66,3 @@ def model_card(
         for report in reports
     ]
     return "\n".join(lines) + "\n"
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"

@@ -15,15 +15,13 @@ from qllm import __version__, ops
 from qllm.checkpoint import origin
 from qllm.checkpoint.convert import COPIED, SOURCE_KEY
 from qllm.checkpoint.fingerprint import state_fingerprint
-from qllm.checkpoint.formats import Int8Weight, to_gptq, to_int_quantized, to_pack_quantized
+from qllm.checkpoint.formats import Int8Weight, describe, parse, take_rows
 from qllm.checkpoint.load import elements
-from qllm.checkpoint.quant_config import describe, parse
 from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint
 from qllm.checkpoint.resume import PartialFolder
-from qllm.checkpoint.stored import take_rows
 from qllm.checkpoint.weights import LAYOUT_KEY, Weights
 from qllm.checkpoint.writer import ShardWriter
-from qllm.config import LM_HEAD, QuantPlan, QuantSpec
+from qllm.config import DEFAULT_ALGORITHM, LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.files import copy_file
 from qllm.layers import Linear
@@ -34,13 +32,14 @@ from qllm.memory import check_fits
 from qllm.models import Decoder
 from qllm.models.layer import Norm
 from qllm.progress import Meter, unseen
+from qllm.quant.algorithm import QuantizeOptions
 from qllm.quant.inputs import InputStats
 from qllm.quantizer.card import model_card
 from qllm.quantizer.compatibility import find_ragged, summary
 from qllm.quantizer.hidden import HiddenStates
 from qllm.quantizer.layer import (
     LinearReport,
-    QuantizeOptions,
+    algorithm_of,
     needs_inputs,
     quantize_layer,
     quantize_linear,
@@ -332,7 +331,7 @@ class _Run:
             def run(x: Tensor, step: object) -> Tensor:
                 return model.lm_head(model.project_out(model.final_norm(x)))
 
-            products = {LM_HEAD} if head.algorithm != "rtn" else set()
+            products = {LM_HEAD} if algorithm_of(head).products else set()
             stats = self.hidden.observe(run, {LM_HEAD: model.lm_head}, products, "model")[LM_HEAD]
         self._write_linear(LM_HEAD, self._quantize_alone(LM_HEAD, stats))
 
@@ -396,21 +395,19 @@ class _Run:
         """Some rows of a quantized linear as the tensors of a module of the checkpoint."""
         if isinstance(linear, DynamicInt8Linear):
             whole = Int8Weight(*linear.integers, linear.input_scale)
-            return to_int_quantized(take_rows(whole, rows))
-        assert isinstance(linear, WeightOnlyLinear)
-        write = {"gptq": to_gptq, "pack-quantized": to_pack_quantized}[
-            self.storage.find(part).format
-        ]
-        packed = take_rows(linear.packed, rows)
-        return write(packed, linear.spec.bits, linear.spec.group_size, linear.in_features)
+        else:
+            assert isinstance(linear, WeightOnlyLinear)
+            whole = linear.packed
+        return self.storage.find(part).write(take_rows(whole, rows), linear.in_features)
 
     def _algorithm(self, report: LinearReport) -> str:
         """What chose a linear's integers, in a word or two."""
         spec, job = report.spec, self.job
-        if spec.kind != "weight_only":
-            return "rtn" if job.samples is None else "smoothquant"
-        clipped = job.options.clip and spec.algorithm != "awq"  # which clips unless told otherwise
-        return f"{spec.algorithm}, clipped" if clipped else spec.algorithm
+        if spec.kind != "weight_only" and job.samples is None:
+            return DEFAULT_ALGORITHM
+        algorithm = algorithm_of(spec)
+        clipped = spec.kind == "weight_only" and job.options.clip and not algorithm.own_clipping
+        return f"{algorithm.name}, clipped" if clipped else algorithm.name
 
     def _write_small_files(self) -> None:
         """What stands beside the weights: config.json, the tokenizer, the model card."""

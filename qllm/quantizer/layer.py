@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,31 +16,11 @@ from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.equalize import can_divide, divide_input, shared_channels
 from qllm.models.layer import PreNormLayer
-from qllm.quant.awq import search_scales
-from qllm.quant.clip import clip_ranges, clip_ranges_for
-from qllm.quant.gptq import GPTQOptions, quantize_gptq
+from qllm.quant.algorithm import Algorithm, QuantizeOptions
+from qllm.quant.algorithms import ALGORITHMS, SMOOTHQUANT
 from qllm.quant.inputs import InputStats, output_error
-from qllm.quant.rtn import Ranges, group_ranges, quantize_rtn, row_pieces
-from qllm.quant.smooth import DEFAULT_ALPHA, smooth_scales
+from qllm.quant.rtn import row_pieces
 from qllm.quantizer.hidden import HiddenStates
-
-
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """How the algorithms go about it.
-
-    Attributes:
-        gptq: GPTQ's own.
-        true_sequential: GPTQ sees the inputs that the layer's quantized linears in front of a
-            linear give it; else those of the float layer.
-        clip: search the clipping range; None is yes for AWQ, no for the others.
-        smooth_alpha: SmoothQuant's share of the difficulty that moves into the weights.
-    """
-
-    gptq: GPTQOptions = field(default_factory=GPTQOptions)
-    true_sequential: bool = True
-    clip: bool | None = None
-    smooth_alpha: float = DEFAULT_ALPHA
 
 
 @dataclass(frozen=True)
@@ -64,9 +45,14 @@ class LinearReport:
     dead: int = 0
 
 
+def algorithm_of(spec: QuantSpec) -> Algorithm:
+    """What chooses the integers of a layer that is quantized so."""
+    return SMOOTHQUANT if spec.kind.startswith("w8a8") else ALGORITHMS[spec.algorithm]
+
+
 def needs_inputs(spec: QuantSpec) -> bool:
     """Whether a spec cannot do without calibration."""
-    return spec.algorithm != "rtn" or spec.kind == "w8a8_static"
+    return ALGORITHMS[spec.algorithm].calibrates or spec.kind == "w8a8_static"
 
 
 def quantize_layer(
@@ -98,7 +84,7 @@ def quantize_layer(
     halves = layer.blocks()
     names = [linear for _, linears in halves for linear in linears]
     quantized = [linear for linear in names if specs[linear].kind != "dense"]
-    late = [n for n in quantized if specs[n].algorithm == "gptq" and options.true_sequential]
+    late = [n for n in quantized if algorithm_of(specs[n]).sequential(options)]
     early = [linear for linear in quantized if linear not in late]
     moving = [
         half
@@ -111,7 +97,7 @@ def quantize_layer(
     hidden.passed = lambda share: add(share / steps)
     stats: dict[str, InputStats] = {}
     if early:
-        products = {linear for linear in early if specs[linear].algorithm != "rtn"}
+        products = {linear for linear in early if algorithm_of(specs[linear]).products}
         modules = {linear: layer.get_submodule(linear) for linear in early}
         stats = hidden.observe(layer, modules, products, name)
         for linear in early:
@@ -123,7 +109,8 @@ def quantize_layer(
                 continue
             module = layer.get_submodule(linear)
             if linear in late:
-                stats |= hidden.observe(run, {linear: module}, {linear}, name)
+                products = {linear} if algorithm_of(specs[linear]).products else set()
+                stats |= hidden.observe(run, {linear: module}, products, name)
             found, report = quantize_linear(
                 module, f"{name}.{linear}", specs[linear], stats.pop(linear), options
             )
@@ -154,21 +141,15 @@ def _equalize(
     stats: InputStats,
     options: QuantizeOptions,
 ) -> None:
-    """Divide a linear's input as AWQ or SmoothQuant would, where something can take it."""
-    weight = layer.get_submodule(linear).weight
+    """Divide a linear's input as its algorithm would, where something can take it."""
     if not can_divide(config, linear):
         return
-    if spec.algorithm == "awq":
-        means = shared_channels(config, linear, stats.mean)
-        form = (spec.bits, spec.group_size, spec.scheme)
-        scales = search_scales(weight, means, stats.hessian, *form)
-    elif spec.kind.startswith("w8a8"):
-        scales = smooth_scales(stats.largest, weight, options.smooth_alpha)
-        scales = shared_channels(config, linear, scales)
-    else:
-        return
-    divide_input(layer, config, linear, scales)
-    stats.divide(scales)
+    weight, form = layer.get_submodule(linear).weight, (spec.bits, spec.group_size, spec.scheme)
+    share = partial(shared_channels, config, linear)
+    scales = algorithm_of(spec).input_scales(weight, stats, form, options, share)
+    if scales is not None:
+        divide_input(layer, config, linear, scales)
+        stats.divide(scales)
 
 
 def quantize_linear(
@@ -194,25 +175,14 @@ def quantize_linear(
         largest = None if stats is None else stats.largest.max().item()
         linear = linear_class(spec).from_float(weight, bias, spec, input_range=largest)
     else:
-        if spec.algorithm == "gptq":
-            ranges = clip_ranges if options.clip else group_ranges
-            packed, damp = quantize_gptq(weight, hessian, *form, options.gptq, ranges)
-        else:
-            packed = quantize_rtn(weight, *form, _ranges(name, spec, hessian, options))
+        packed, damp = algorithm_of(spec).quantize(
+            weight, form, hessian, options, in_scores=name.endswith("attention.qkv")
+        )
         linear = WeightOnlyLinear.from_packed(packed, bias, spec, module.in_features)
     error = _relative_error(linear, weight, hessian)
     dead = 0 if stats is None else int((stats.largest == 0).sum())
     of_output = hessian is not None
     return linear, LinearReport(name, spec, error, of_output, module.in_features, damp, dead)
-
-
-def _ranges(name: str, spec: QuantSpec, hessian: Tensor | None, options: QuantizeOptions) -> Ranges:
-    """How a linear that is rounded to nearest finds its grids."""
-    if spec.algorithm == "awq" and options.clip is not False:
-        # The scores of attention are no linear function of queries and keys: as in AWQ's own
-        # code, what makes them is left as it is.
-        return group_ranges if name.endswith("attention.qkv") else clip_ranges_for(hessian)
-    return clip_ranges if options.clip else group_ranges
 
 
 def _relative_error(linear: Linear, weight: Tensor, hessian: Tensor | None) -> float:

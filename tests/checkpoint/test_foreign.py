@@ -22,13 +22,12 @@ from oracle import assert_same_model, draw_prompts, load
 from safetensors.torch import load_file, save_file
 from test_formats import awq_tensors
 
-from qllm.checkpoint.stored import Quantized, read_linear, take_rows
+from qllm.checkpoint.formats import Quantized, take_rows
 from qllm.checkpoint.weights import Checkpoint, Weights
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
-from qllm.quant.gptq import GPTQOptions
+from qllm.quant.algorithm import GPTQOptions, QuantizeOptions
 from qllm.quantizer.checkpoint import Job, quantize_checkpoint
-from qllm.quantizer.layer import QuantizeOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -412,7 +411,7 @@ def as_awq(folder: Path, target: Path) -> Path:
         keys = ("qweight", "qzeros", "scales", "g_idx")
         tensors = {key: state.pop(f"{module}.{key}") for key in keys}
         columns, rows = len(tensors["g_idx"]), tensors["qweight"].shape[1]
-        found = awq_tensors(read_linear(storage, tensors, columns, rows), columns)
+        found = awq_tensors(storage.read(tensors, columns, rows), columns)
         state |= {f"{module}.{key}": tensor for key, tensor in found.items()}
     save_file(state, target / "model.safetensors")
     raw = json.loads((folder / "config.json").read_text())

@@ -11,23 +11,54 @@ from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qllm.checkpoint.formats import (
-    Int8Weight,
-    from_awq,
-    from_gptq,
-    from_int_quantized,
-    from_int_quantized_weight,
-    from_pack_quantized,
-    to_gptq,
-    to_int_quantized,
-    to_pack_quantized,
-)
+from qllm.checkpoint.formats import FORMATS, Int8Weight
+from qllm.config import QuantSpec
 from qllm.errors import UserError
 from qllm.ops.reference import dequantize
 from qllm.quant.packing import BITS, PackedWeight, pack, packed_size, unpack
 from qllm.quant.rtn import quantize_rtn
 
 SCHEMES = ("sym", "asym")
+
+
+def weight_only(name: str, bits: int, group_size: int, **settings: bool):
+    return FORMATS[name](QuantSpec(bits, group_size, "asym", "weight_only"), **settings)
+
+
+def to_gptq(weight, bits, group_size, columns):
+    return weight_only("gptq", bits, group_size).write(weight, columns)
+
+
+def from_gptq(tensors, bits, group_size, columns, rows, *, v1):
+    return weight_only("gptq", bits, group_size, v1=v1).read(tensors, columns, rows)
+
+
+def from_awq(tensors, group_size, columns, rows):
+    return weight_only("awq", 4, group_size).read(tensors, columns, rows)
+
+
+def to_pack_quantized(weight, bits, group_size, columns):
+    return weight_only("pack-quantized", bits, group_size).write(weight, columns)
+
+
+def from_pack_quantized(tensors, bits, group_size, columns, rows):
+    return weight_only("pack-quantized", bits, group_size).read(tensors, columns, rows)
+
+
+def from_int_quantized_weight(tensors, bits, group_size, columns, rows):
+    return weight_only("int-quantized", bits, group_size).read(tensors, columns, rows)
+
+
+def to_int_quantized(weight):
+    spec = QuantSpec(8, -1, "sym", "w8a8_dynamic")
+    return FORMATS["int-quantized"](spec).write(weight, weight.qweight.shape[1])
+
+
+def from_int_quantized(tensors, columns, rows, *, static):
+    spec = QuantSpec(8, -1, "sym", "w8a8_static" if static else "w8a8_dynamic")
+    return FORMATS["int-quantized"](spec).read(tensors, columns, rows)
+
+
 # N, K and group size: whole blocks of 32; one group, or row; primes; a short last group; a group
 # longer than a row.
 SHAPES = (
@@ -352,7 +383,7 @@ def test_awq(rows, columns, group_size):
 
 
 def test_awq_in_pieces(monkeypatch):
-    monkeypatch.setattr("qllm.checkpoint.formats.CHUNK_VALUES", 500)
+    monkeypatch.setattr("qllm.checkpoint.formats.tensors.CHUNK_VALUES", 500)
     weight = scattered(drawn(16, 131, 4, 32, "asym"), 131, 32, 0)
     plain = weight._replace(order=None)
     assert_same(from_awq(awq_tensors(plain, 131), 32, 131, 16), plain)

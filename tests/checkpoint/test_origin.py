@@ -16,8 +16,8 @@ from qllm.checkpoint.reader import read_raw_config
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.hub import ModelFolder
+from qllm.quant.algorithm import QuantizeOptions
 from qllm.quantizer.checkpoint import Job, quantize_checkpoint
-from qllm.quantizer.layer import QuantizeOptions
 
 
 def quantize(source, target, origin, bits="2", **options):

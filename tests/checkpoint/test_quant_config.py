@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import AwqConfig, GPTQConfig
 
 from qllm import __version__
-from qllm.checkpoint.quant_config import Storage, describe, parse
+from qllm.checkpoint.formats import FORMATS, Format, describe, parse
 from qllm.config import QuantSpec
 from qllm.errors import UserError
 
@@ -119,20 +119,20 @@ W8A8["config_groups"]["group_0"]["input_activations"] = {
 @pytest.mark.parametrize(
     ("config", "storage"),
     [
-        (GPTQ, Storage("gptq", bits(4, scheme="sym"), v1=True)),
-        (GPTQ | {"checkpoint_format": "gptq"}, Storage("gptq", bits(4, scheme="sym"), v1=True)),
+        (GPTQ, FORMATS["gptq"](bits(4, scheme="sym"), v1=True)),
+        (GPTQ | {"checkpoint_format": "gptq"}, FORMATS["gptq"](bits(4, scheme="sym"), v1=True)),
         (
             GPTQ | {"checkpoint_format": "gptq_v2", "sym": False, "bits": 3, "group_size": -1},
-            Storage("gptq", bits(3, -1)),
+            FORMATS["gptq"](bits(3, -1)),
         ),
-        (GPTQ | {"format": "gptq_v2", "desc_act": True}, Storage("gptq", bits(4, scheme="sym"))),
-        (AWQ, Storage("awq", bits(4))),
+        (GPTQ | {"format": "gptq_v2", "desc_act": True}, FORMATS["gptq"](bits(4, scheme="sym"))),
+        (AWQ, FORMATS["awq"](bits(4))),
         (
             {"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "version": "GEMM"},
-            Storage("awq", bits(4, 64)),
+            FORMATS["awq"](bits(4, 64)),
         ),
-        (W4A16, Storage("pack-quantized", bits(4, scheme="sym"))),
-        (W8A8, Storage("int-quantized", DYNAMIC)),
+        (W4A16, FORMATS["pack-quantized"](bits(4, scheme="sym"))),
+        (W8A8, FORMATS["int-quantized"](DYNAMIC)),
     ],
 )
 def test_whole_models_as_others_write_them(config, storage):
@@ -171,7 +171,7 @@ def test_gptq_dynamic():
     assert config.find(q.format(9)).spec == bits(4, 128, "sym")
     assert config.find(q.format(10)).spec == bits(8, 128, "sym")
     assert config.find(q.format(15)).spec == bits(8, 128, "sym")
-    assert config.find(q.format(16)) == Storage("gptq", bits(2, 64, "asym"), v1=True)
+    assert config.find(q.format(16)) == FORMATS["gptq"](bits(2, 64, "asym"), v1=True)
     # GPTQModel tries "-:" first, wherever it stands.
     assert config.find("model.layers.10.mlp.up_proj") is None
     for nothing in (None, {}, False):
@@ -249,9 +249,9 @@ def test_compressed_tensors_finds_the_same_group(module):
         assert_described(found, theirs)
 
 
-def assert_described(storage: Storage, scheme) -> None:
+def assert_described(storage: Format, scheme) -> None:
     weights, inputs, spec = scheme.weights, scheme.input_activations, storage.spec
-    assert storage.format == scheme.format
+    assert storage.name == scheme.format
     assert spec.bits == weights.num_bits
     assert (spec.scheme == "sym") == weights.symmetric
     assert weights.strategy == ("channel" if spec.group_size == -1 else "group")
@@ -267,7 +267,7 @@ def test_strategies_that_follow_from_the_group_size():
         weights = {"num_bits": 8, "group_size": size}
         one = {"targets": ["Linear"], "weights": weights}
         found = read(compressed(one, layout="int-quantized")).find("fc1")
-        assert found == Storage("int-quantized", expected)
+        assert found == FORMATS["int-quantized"](expected)
     one = {"targets": ["Linear"], "weights": {}, "input_activations": {}}
     assert read(compressed(one, layout="int-quantized")).find("fc1").spec == STATIC
 
@@ -368,13 +368,13 @@ def test_which_format_a_model_of_one_spec_gets(spec, method, layout):
     config = describe(dict.fromkeys([*OPT, "lm_head"], spec))
     assert config["quant_method"] == method
     assert config.get("format", "gptq") == layout
-    assert {read(config).find(name) for name in [*OPT, "lm_head"]} == {Storage(layout, spec)}
+    assert {read(config).find(name) for name in [*OPT, "lm_head"]} == {FORMATS[layout](spec)}
 
 
 def test_one_odd_module_decides_for_all():
     """A file has one quant_method: the 4-bit modules are then written as pack-quantized."""
     specs = dict.fromkeys(OPT, bits(4)) | {OPT[0]: bits(5)}
-    assert {read(describe(specs)).find(name).format for name in specs} == {"pack-quantized"}
+    assert {read(describe(specs)).find(name).name for name in specs} == {"pack-quantized"}
 
 
 WEIGHT_ONLY = st.builds(

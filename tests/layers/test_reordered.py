@@ -11,7 +11,8 @@ import torch
 from qllm.config import SCHEMES, QuantSpec
 from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import ReorderedLinear, WeightOnlyLinear
-from qllm.quant.gptq import GPTQOptions, quantize_gptq
+from qllm.quant.algorithm import GPTQOptions
+from qllm.quant.gptq import quantize_gptq
 from qllm.quant.packing import BITS, PackedWeight
 from qllm.quant.rtn import fake_quantize, quantize_rtn
 

@@ -31,9 +31,8 @@ from qllm.models import FAMILIES as MODEL_FAMILIES
 from qllm.onnx.export import ExportOptions, export
 from qllm.onnx.graph import DATA, MODEL
 from qllm.onnx.runner import OnnxDecoder
-from qllm.quant.gptq import GPTQOptions
+from qllm.quant.algorithm import GPTQOptions, QuantizeOptions
 from qllm.quantizer.checkpoint import Job, quantize_checkpoint
-from qllm.quantizer.layer import QuantizeOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

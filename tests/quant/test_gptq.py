@@ -12,8 +12,9 @@ from test_rtn import exact_scale, groups_of
 from qllm.config import SCHEMES
 from qllm.ops.reference import dequantize
 from qllm.quant import gptq
+from qllm.quant.algorithm import GPTQOptions
 from qllm.quant.clip import clip_ranges
-from qllm.quant.gptq import GPTQOptions, quantize_gptq, triangular_root
+from qllm.quant.gptq import quantize_gptq, triangular_root
 from qllm.quant.packing import BITS, PackedWeight, packed_size, unpack
 from qllm.quant.rtn import quantize_rtn
 

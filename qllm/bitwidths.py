@@ -1,0 +1,47 @@
+"""What a user may give as a bitwidth, as a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qllm.config import QuantPlan, QuantSpec, read_plan_file
+
+# One value for all layers, one for each, rules by module name or their file, or a plan.
+Bitwidth = int | str | Path | Sequence[int | str] | Mapping[str, object] | QuantPlan
+
+
+def make_plan(
+    bitwidth: Bitwidth,
+    default: QuantSpec | None = None,
+    lm_head_bits: int | str | None = None,
+) -> QuantPlan:
+    """The plan that a bitwidth stands for; see `LLM.from_pretrained`.
+
+    Args:
+        default: has the group size, scheme and algorithm of values that name none.
+
+    Raises:
+        UserError: for what is no plan.
+    """
+    if isinstance(bitwidth, QuantPlan):
+        plan = bitwidth
+    elif isinstance(bitwidth, Mapping):
+        plan = _plan_of(bitwidth, "the plan", default)
+    elif isinstance(bitwidth, Path) or str(bitwidth).strip().endswith(".json"):
+        path = Path(str(bitwidth).strip())
+        plan = _plan_of(read_plan_file(path), str(path), default)
+    elif isinstance(bitwidth, int | str):
+        plan = QuantPlan.parse(str(bitwidth), default)
+    else:
+        plan = QuantPlan.parse(",".join(map(str, bitwidth)), default)
+    return plan.with_head(lm_head_bits, default or QuantSpec())
+
+
+def _plan_of(value: Mapping[str, object], text: str, default: QuantSpec | None) -> QuantPlan:
+    """The plan that a JSON object is, in our shape or in Neural Compressor's."""
+    from qllm.neural_compressor import rules
+
+    if set(value) & rules.KEYS:
+        value = rules.to_rules(value, text)
+    return QuantPlan.from_json(value, text, default)

@@ -1,0 +1,88 @@
+"""The formats of quantized checkpoints, and the `quantization_config` that names one per module.
+
+Read are GPTQ (v1 and v2), AWQ and compressed-tensors. Written is GPTQ v2 where that holds every
+module, and compressed-tensors otherwise: nobody's GPTQ knows int8 activations, or all widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from qllm.checkpoint.formats import compressed_tensors, gptq
+from qllm.checkpoint.formats.awq import AWQ
+from qllm.checkpoint.formats.awq import parse as parse_awq
+from qllm.checkpoint.formats.base import Format, Int8Weight, Quantized, join_rows, take_rows
+from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, short
+from qllm.checkpoint.formats.tensors import WORD
+from qllm.config import QuantSpec
+
+FORMATS: dict[str, type[Format]] = {
+    format.name: format for format in (gptq.GPTQ, AWQ, *compressed_tensors.FORMATS.values())
+}
+# What reads the settings of each quant_method.
+METHODS: dict[str, Callable[[Fields], QuantizationConfig]] = {
+    "gptq": gptq.parse,
+    "awq": parse_awq,
+    "compressed-tensors": compressed_tensors.parse,
+}
+
+
+def parse(value: object, where: str) -> QuantizationConfig:
+    """Read a `quantization_config`.
+
+    Args:
+        value: the JSON object.
+        where: the file it is from, for messages.
+
+    Raises:
+        UserError: for one that is not whole, or that QLLM cannot compute what it says.
+    """
+    if isinstance(value, dict) and isinstance(value.get("quantization_config"), dict):
+        # Older compressed-tensors nested it so.
+        value = {"quant_method": "compressed-tensors", **value["quantization_config"]}
+    fields = Fields(value, f"{where}: quantization_config")
+    method = fields.text("quant_method")
+    if method.lower() not in METHODS:
+        found = f"quant_method {short(method)}"
+        raise fields.error(found, "QLLM reads gptq, awq and compressed-tensors")
+    return METHODS[method.lower()](fields)
+
+
+def describe(
+    specs: Mapping[str, QuantSpec], *, desc_act: bool = False, compressed: bool = False
+) -> dict[str, object]:
+    """The `quantization_config` of a model, such that `parse` finds each module's spec in it.
+
+    Args:
+        specs: Hugging Face module name to spec, 16-bit ones included. At least one is quantized.
+        desc_act: input channels are grouped by importance (their groups are in `g_idx`).
+        compressed: compressed-tensors where GPTQ would hold every module, too.
+    """
+    specs = {name: _plain(spec) for name, spec in specs.items()}
+    quantized = {name: spec for name, spec in specs.items() if spec.kind != "dense"}
+    if not quantized:
+        raise ValueError("every module is at 16 bits; there is no quantization to describe")
+    if all(map(gptq.GPTQ.holds, quantized.values())) and not compressed:
+        return gptq.describe(specs, quantized, desc_act)
+    return compressed_tensors.describe(specs, quantized, desc_act)
+
+
+def _plain(spec: QuantSpec) -> QuantSpec:
+    """What of a spec a checkpoint is told: not how the integers were chosen."""
+    if spec.kind == "dense":
+        return QuantSpec()
+    return QuantSpec(spec.bits, spec.group_size, spec.scheme, spec.kind)
+
+
+__all__ = [
+    "FORMATS",
+    "WORD",
+    "Format",
+    "Int8Weight",
+    "QuantizationConfig",
+    "Quantized",
+    "describe",
+    "join_rows",
+    "parse",
+    "take_rows",
+]
