@@ -15,7 +15,7 @@ from qllm.checkpoint.reader import read_json
 from qllm.config import ModelConfig
 from qllm.errors import UserError
 from qllm.models import RawConfig
-from qllm.models.decoder import PipelineStage
+from qllm.parallel.pipeline import PipelineStage
 from qllm.tokenizer import Tokenizer
 
 # What transformers generates when nothing says how much.

@@ -62,10 +62,9 @@ def label(row: Mapping, key: str = "bitwidth") -> str:
 
 def shard_rows(model: Decoder) -> list[dict]:
     """The `shards` of the JSON object: layers, bytes as held in memory, and where."""
-    shards = zip(model.shards, shard_bytes(model), model.device_map, strict=True)
     return [
         {"layers": list(layers), "bytes": size, "device": str(device)}
-        for layers, size, device in shards
+        for (layers, device), size in zip(model.device_map.items(), shard_bytes(model), strict=True)
     ]
 
 
@@ -81,8 +80,8 @@ def rank_row(model: Decoder) -> dict:
     """What this process has of a model: layers, bytes, and bytes of its memory in use."""
     halves = [
         index + half / 2
-        for shard in model.shards
-        for index in shard
+        for layers in model.device_map
+        for index in layers
         for half, here in enumerate(
             (model.layers[index].has_attention, model.layers[index].has_mlp)
         )

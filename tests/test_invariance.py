@@ -110,7 +110,7 @@ SHUFFLED = random.Random(1).sample(EVERY, PROMPTS)
 )
 def test_one_answer(family, plan):
     model, sharded = model_of(family, plan), model_of(family, plan, 3)
-    assert len(sharded.shards) == 3
+    assert len(sharded.device_map) == 3
     whole = answer(model, family, EVERY, batch=PROMPTS, threads=1)
     assert len({tuple(row) for row in whole.tokens.tolist()}) > PROMPTS / 2
     cases = (

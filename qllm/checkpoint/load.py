@@ -67,37 +67,39 @@ def load_model(
     dtype = dtype or weights.default_dtype()
     specs = _specs(weights, plan)
     _check_calibration(weights, specs, calibration)
-    model = _empty(weights, specs, dtype)
+    whole = _empty(weights, specs, dtype)
     if activation_bits == 8:
-        _check_takes_int8([model])
-    config = model.config
+        _check_takes_int8([whole])
     parallel = parallel or ParallelContext()
-    costs = _layer_bytes(model)
-    if parallel.stage is not None and config.tied_head:
-        costs[-1] += module_bytes(model.embed)  # the last stage has it, too
+    costs = _layer_bytes(whole)
+    if parallel.stage is not None and whole.config.tied_head:
+        costs[-1] += module_bytes(whole.embed)  # the last stage has it, too
     halves = parallel.halves(costs)
-    if config.parallel_blocks and (halves.start % 2 or halves.stop % 2):
+    if whole.config.parallel_blocks and (halves.start % 2 or halves.stop % 2):
         raise UserError(
             "attention and MLP of a layer take the same input in this model: a stage begins with a "
             "whole layer"
         )
-    model.stage = parallel.stage
-    model.alone = parallel.stage is None and parallel.tp.size == 1
     layers = range(halves.start // 2, (halves.stop + 1) // 2)
     parts = balance([costs[i] for i in layers], num_shards if parallel.stage is None else 1)
-    model.shards = [range(layers[r.start], layers[r.stop - 1] + 1) for r in parts]
-    model.layers[layers[0]].has_attention = halves.start % 2 == 0
-    model.layers[layers[-1]].has_mlp = halves.stop % 2 == 0
-    options = (calibration, activation_bits, parallel.tp, parallel.mode)
+    shards = [range(layers[r.start], layers[r.stop - 1] + 1) for r in parts]
     largest = max(torch.Size(shape).numel() for shape in weights.shapes.values())
-    cache = KVCache.size(config, *cache_shape, dtype) // config.num_layers
-    sizes = [sum(costs[i] + cache for i in shard) // parallel.tp.size for shard in model.shards]
+    cache = KVCache.size(whole.config, *cache_shape, dtype) // whole.config.num_layers
+    sizes = [sum(costs[i] + cache for i in shard) // parallel.tp.size for shard in shards]
     what = f"the model at bitwidth {plan.text}"
-    model.device_map = infer_device_map(sizes, largest * dtype.itemsize, device, what)
-    materializer = Materializer(model, weights, specs, dtype, *options)
-    leaves = [leaf for leaf in _leaves(model) if _is_here(leaf[0], halves, config.num_layers)]
+    devices = infer_device_map(sizes, largest * dtype.itemsize, device, what)
+    model = Decoder(
+        whole.config,
+        specs,
+        dtype,
+        parallel=parallel,
+        halves=halves,
+        device_map=dict(zip(shards, devices, strict=True)),
+    )
+    materializer = Materializer(model, weights, specs, calibration, activation_bits)
+    leaves = materializer.leaves()
     sizes = [elements(module) * dtype.itemsize for _, module in leaves]
-    for device_type in {device.type for device in model.device_map}:
+    for device_type in {device.type for device in devices}:
         ops.prepare(device_type)  # what is compiled must not count as loading
     with meter(sum(sizes), 0) as add:
         for (name, module), size in zip(leaves, sizes, strict=True):
@@ -148,15 +150,6 @@ def _weight_only(model: Decoder) -> Iterator[WeightOnlyLinear]:
     return (layer for layer in model.modules() if isinstance(layer, WeightOnlyLinear))
 
 
-def _is_here(name: str, halves: range, num_layers: int) -> bool:
-    """Whether a stage with these halves of layers has a module."""
-    if name.startswith("layers."):
-        _, index, inner = name.split(".", 2)
-        return 2 * int(index) + inner.startswith("mlp") in halves
-    front = name in ("embed", "embed_norm", "project_in", "positions")
-    return (0 if front else 2 * num_layers - 1) in halves
-
-
 def _specs(weights: Weights, plan: QuantPlan) -> dict[str, QuantSpec]:
     """The spec of every linear: of the plan, or as a quantized checkpoint has it."""
     config = weights.config
@@ -193,16 +186,6 @@ def _check_calibration(
         calibration.check(shapes)
 
 
-def _leaves(model: Decoder) -> list[tuple[str, nn.Module]]:
-    """The modules that hold tensors, in the order of the checkpoint; a tied head holds none."""
-    leaves = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, Linear) or any(True for _ in module.buffers(recurse=False))
-    ]
-    return [leaf for leaf in leaves if leaf[0] != "lm_head" or not model.config.tied_head]
-
-
 def _layer_bytes(model: Decoder) -> list[int]:
     """Bytes of each layer, what is in front of the layers and behind them counted with an end."""
     costs = [module_bytes(layer) for layer in model.layers]
@@ -229,4 +212,4 @@ def elements(module: nn.Module) -> int:
 def shard_bytes(model: Decoder) -> list[int]:
     """Bytes that each shard holds; a head tied to the embedding counts once, with the first."""
     costs = _layer_bytes(model)
-    return [sum(costs[i] for i in shard) for shard in model.shards]
+    return [sum(costs[i] for i in layers) for layers in model.device_map]

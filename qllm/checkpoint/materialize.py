@@ -18,10 +18,8 @@ from qllm.layers.base import QuantizedLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
 from qllm.models.equalize import NORMS, can_divide
-from qllm.parallel.group import Group
-from qllm.parallel.layers import VocabularyParallel, parallel
-from qllm.parallel.plan import Sharding, model_shardings, shard_heads
-from qllm.quant.packing import PackedWeight, group_width
+from qllm.parallel.layers import RowParallel, ShardedLinear, VocabularyParallel
+from qllm.quant.packing import PackedWeight
 from qllm.quant.smooth import smooth_scales
 
 
@@ -36,97 +34,87 @@ class Materializer:
     model: Decoder
     weights: Weights
     specs: dict[str, QuantSpec]
-    dtype: torch.dtype
     calibration: Calibration | None
     activation_bits: int
-    tp: Group
-    mode: str
 
     def __post_init__(self) -> None:
-        shared = self.tp.size > 1
-        self.shardings = (
-            model_shardings(self.model.config, self.tp.size, self.mode) if shared else {}
-        )
+        model = self.model
+        self.tp, self.dtype, self.device = model.parallel.tp, model.dtype, model.device
+        outer = isinstance(model.embed, nn.Identity) or isinstance(model.lm_head, nn.Identity)
+        self.ties = model.config.tied_head and not outer
+
+    def leaves(self) -> list[tuple[str, nn.Module]]:
+        """The modules that hold tensors, in the order of the checkpoint; a tied head holds none."""
+        found: list[tuple[str, nn.Module]] = []
+
+        def visit(prefix: str, module: nn.Module) -> None:
+            for key, child in module.named_children():
+                name = f"{prefix}{key}"
+                buffers = any(True for _ in child.buffers(recurse=False))
+                if isinstance(child, Linear | ShardedLinear) or buffers:
+                    found.append((name, child))
+                else:
+                    visit(f"{name}.", child)
+
+        visit("", self.model)
+        return [leaf for leaf in found if leaf[0] != LM_HEAD or not self.ties]
 
     def materialize(self, name: str, module: nn.Module) -> None:
         """Give a module its tensors."""
-        sharding, self.device = self._sharding(name), self._device_of(name)
-        if not isinstance(module, Linear):
-            rows = sharding and sharding.ranges[self.tp.rank]
-            for key in dict(module.named_buffers(recurse=False)):
-                tensor = self._read(f"{name}.{key}", rows)
-                if sharding:
-                    self.model.set_submodule(name, VocabularyParallel(tensor, self.tp, sharding))
-                else:
-                    setattr(module, key, tensor)
-            return
-        if name in self.weights.stored:
-            layer, bias = self._stored(name, module, sharding)
+        self.device = self._device_of(name)
+        if isinstance(module, ShardedLinear):
+            module.linear, bias = self._linear(name, module)
+            if isinstance(module, RowParallel):
+                module.bias = bias
+        elif isinstance(module, Linear):
+            self.model.set_submodule(name, self._linear(name)[0])
         else:
-            layer, bias = self._quantized(name, module, sharding)
-        self._put(name, layer, sharding, bias)
+            rows = module.ranges if isinstance(module, VocabularyParallel) else None
+            for key in dict(module.named_buffers(recurse=False)):
+                setattr(module, key, self._read(f"{name}.{key}", rows))
 
     def finish(self) -> None:
-        """Tie the head, and tell the rest of the model which heads are here."""
-        model, tp, self.device = self.model, self.tp, self._device_of(LM_HEAD)
-        last = model.stage is None or model.stage.last
-        if model.config.tied_head and last:
-            if model.embed.weight.is_meta:
-                sharding = self._sharding(LM_HEAD)
-                weight = self._read("embed.weight", sharding and sharding.ranges[tp.rank])
-            else:
-                weight = model.embed.weight.to(self.device)
+        """Tie the head to the embedding, and let norms round for the linears behind them."""
+        model = self.model
+        if self.ties:
+            weight = model.embed.weight.to(self._device_of(LM_HEAD))
             head = linear_class(QuantSpec()).from_float(weight, None, QuantSpec())
-            self._put(LM_HEAD, head, self._sharding(LM_HEAD), None)
+            if isinstance(model.lm_head, ShardedLinear):
+                model.lm_head.linear = head
+            else:
+                model.lm_head = head
         for layer in model.layers:
             layer.fuse_norms()
-        if not self.shardings:
-            return
-        config = model.config
-        heads = shard_heads(config.num_heads, config.num_kv_heads, tp.size)[tp.rank]
-        model.kv_heads = len(heads.keys)
-        for layer in model.layers:
-            layer.attention.heads = [len(heads.queries), len(heads.keys), len(heads.keys)]
-        if model.positions.slopes is not None:
-            queries = heads.queries
-            model.positions.slopes = model.positions.slopes[queries.start : queries.stop].clone()
 
     def _device_of(self, name: str) -> torch.device:
         """The device of a module."""
-        model = self.model
+        devices = self.model.device_map
         if not name.startswith("layers."):
             front = name in ("embed", "embed_norm", "project_in", "positions")
-            return model.device_map[0 if front else -1]
+            return list(devices.values())[0 if front else -1]
         index = int(name.split(".")[1])
-        devices = zip(model.shards, model.device_map, strict=True)
-        return next(device for shard, device in devices if index in shard)
+        return next(device for layers, device in devices.items() if index in layers)
 
-    def _sharding(self, name: str) -> Sharding | None:
-        """How a module is sharded over the ranks; None: each has all of it."""
-        return self.shardings.get(_inner(name))
-
-    def _put(
-        self, name: str, layer: Linear, sharding: Sharding | None, bias: Tensor | None
-    ) -> None:
+    def _linear(
+        self, name: str, sharded: ShardedLinear | None = None
+    ) -> tuple[Linear, Tensor | None]:
+        """A linear or the shard of one, and the bias, which a shard of input channels lacks."""
+        rows = sharded.ranges if sharded and sharded.sharding.dim == 0 else None
+        bias = None
+        if f"{name}.bias" in self.weights.shapes:
+            bias = self._read(f"{name}.bias", rows)
+        make = self._stored if name in self.weights.stored else self._quantized
+        layer = make(name, bias, sharded)
         if self.activation_bits == 8 and isinstance(layer, WeightOnlyLinear):
             layer.round_activations()
         if isinstance(layer, QuantizedLinear):
-            layer.settle()  # here, and not all together later, the two forms need little room
-        if sharding:
-            inner = _inner(name)
-            first = {"attention.out": "attention.qkv", "mlp.down": "mlp.up"}.get(inner)
-            inputs = first and [len(runs[0]) for runs in self.shardings[first].ranges]
-            gather = inner not in ("attention.qkv", "mlp.up")
-            layer = parallel(layer, self.tp, sharding, inputs=inputs, bias=bias, gather=gather)
-        self.model.set_submodule(name, layer)
+            layer.settle()  # here, and not all together later, the two layouts need little memory
+        return layer, bias
 
-    def _stored(
-        self, name: str, module: Linear, sharding: Sharding | None
-    ) -> tuple[Linear, Tensor | None]:
-        """A linear that is stored quantized, and the bias of one that is cut by input channels."""
-        rows = sharding.ranges[self.tp.rank] if sharding and sharding.dim == 0 else None
+    def _stored(self, name: str, bias: Tensor | None, sharded: ShardedLinear | None) -> Linear:
+        """A linear that is stored quantized."""
+        rows = sharded.ranges if sharded and sharded.sharding.dim == 0 else None
         found = self.weights.read_quantized(name, rows)
-        bias = None if module.bias is None else self._read(f"{name}.bias", rows)
         tensors = [None if tensor is None else tensor.to(self.device) for tensor in found]
         spec = self.weights.stored[name].spec
         if isinstance(found, Int8Weight):
@@ -135,48 +123,40 @@ class Materializer:
             layer = linear_class(spec)(qweight, scales, bias, spec, *extra)
         else:
             spec = replace(spec, scheme="asym" if found.qzeros.numel() else "sym")
-            packed = PackedWeight(*tensors)
-            layer = WeightOnlyLinear.from_packed(packed, bias, spec, module.in_features)
-        if sharding and sharding.dim == 1:
-            layer = layer.narrow(1, *sharding.ranges[self.tp.rank])
-        return layer, bias
+            columns = self.weights.shapes[f"{name}.weight"][1]
+            layer = WeightOnlyLinear.from_packed(PackedWeight(*tensors), bias, spec, columns)
+        return layer if rows or not sharded else layer.shard(sharded.sharding, self.tp.rank)
 
-    def _quantized(
-        self, name: str, module: Linear, sharding: Sharding | None
-    ) -> tuple[Linear, Tensor | None]:
-        """A linear of float weights as its spec says, and the bias as in `_stored`.
+    def _quantized(self, name: str, bias: Tensor | None, sharded: ShardedLinear | None) -> Linear:
+        """A linear of float weights, quantized as its spec says.
 
-        The shard is read, and where it begins or ends inside a group, the rest of the group with
-        it: so its integers are those of the whole matrix.
+        Of a shard of input channels what its layer asks for is read: with the rest of the groups
+        in which it begins and ends, its integers are those of the whole matrix.
         """
         spec = self.specs.get(name, QuantSpec())
-        runs = sharding.ranges[self.tp.rank] if sharding else None
-        rows, columns = (runs, None) if sharding and sharding.dim == 0 else (None, None)
-        kept = None
-        if sharding and sharding.dim == 1:
-            (run,) = runs
-            columns = _whole_groups(run, spec, module.in_features)
-            kept = range(run.start - columns.start, run.stop - columns.start)
-        bias = None if module.bias is None else self._read(f"{name}.bias", rows)
-        source = f"{name}.weight"
-        if name == LM_HEAD and self.weights.config.tied_head and spec.kind != "dense":
+        kind, source = linear_class(spec), f"{name}.weight"
+        if name == LM_HEAD and self.weights.config.tied_head:
             source = "embed.weight"
+        rows = wanted = columns = None
+        if sharded and sharded.sharding.dim == 0:
+            rows = sharded.ranges
+        elif sharded:
+            (wanted,) = sharded.ranges
+            columns = kind.columns_to_read(wanted, spec, self.weights.shapes[source][1])
+            bias = None
         if spec.kind == "dense":
             weight = self._read(source, rows, columns)
         else:
             weight = self.weights.read(source, rows=rows, columns=columns).to(self.device)
-        whole = weight if sharding is None else None
-        input_range, scales = self._smoothing(name, source, spec, whole)
+        input_range, scales = self._smoothing(name, source, spec, None if sharded else weight)
         if scales is not None:
             weight = weight.float() * scales
-        layer = linear_class(spec).from_float(
+        layer = kind.from_float(
             weight, bias, spec, input_range=input_range, together=self.tp.all_true
         )
-        if kept is not None and (spec.kind != "dense"):
-            layer = layer.narrow(1, kept)
-        elif kept is not None:
-            layer.bias = None
-        return layer, bias
+        if columns == wanted:
+            return layer
+        return layer.narrow(1, range(wanted.start - columns.start, wanted.stop - columns.start))
 
     def _smoothing(
         self, name: str, source: str, spec: QuantSpec, whole: Tensor | None
@@ -216,17 +196,3 @@ class Materializer:
         if narrower and not converted.isfinite().all():
             raise UserError(f"{name} holds values beyond {dtype}; use --dtype bfloat16 or float32")
         return converted
-
-
-def _inner(name: str) -> str:
-    """A module's name without its layer."""
-    return name.split(".", 2)[2] if name.startswith("layers.") else name
-
-
-def _whole_groups(columns: range, spec: QuantSpec, in_features: int) -> range:
-    """The input channels of the groups that some channels are in."""
-    if spec.kind == "dense":
-        return columns
-    group = group_width(in_features, spec.group_size)
-    stop = min(in_features, -(-columns.stop // group) * group)
-    return range(columns.start // group * group, stop)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from qllm import ops
 from qllm.config import QuantSpec
-from qllm.layers.sharding import split_evenly
-from qllm.quant.packing import PackedWeight
+from qllm.layers.sharding import Sharding
+from qllm.quant.packing import PackedWeight, group_width
 
 ALL_ROWS = slice(None)
 
@@ -102,14 +102,14 @@ class Linear(nn.Module, ABC):
                 without the bias, which whoever sums adds once.
         """
 
-    def shard(self, dim: int, rank: int, world: int, unit: int = 1) -> Linear:
-        """The part of one of `world` ranks that share the channels of `dim` evenly.
+    def shard(self, sharding: Sharding, rank: int) -> Linear:
+        """The layer of the channels that one of the ranks of a sharding has; see `narrow`."""
+        return self.narrow(sharding.dim, *sharding.ranges[rank])
 
-        Args:
-            unit: channels that stay together, such as those of a head.
-        """
-        size = self.in_features if dim else self.out_features
-        return self.narrow(dim, split_evenly(size, world, unit)[rank])
+    @classmethod
+    def columns_to_read(cls, columns: range, spec: QuantSpec, in_features: int) -> range:
+        """The input channels of a float weight that decide the values of some of them."""
+        return columns
 
     def nbytes(self) -> int:
         """Bytes of the tensors the layer holds."""
@@ -139,6 +139,12 @@ class QuantizedLinear(Linear):
     def settle(self) -> None:
         """Choose the kernel, and take its layout, before the first use."""
         _ = self.run
+
+    @classmethod
+    def columns_to_read(cls, columns: range, spec: QuantSpec, in_features: int) -> range:
+        width = group_width(spec.group_size, in_features)  # a group is quantized as a whole
+        start, stop = columns.start // width * width, -(-columns.stop // width) * width
+        return range(start, min(in_features, stop))
 
     @property
     def packed(self) -> PackedWeight:

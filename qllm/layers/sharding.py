@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -12,6 +14,36 @@ from qllm.quant.packing import PackedWeight, group_width, pack, packed_size, unp
 
 # Values unpacked at a time: the temporaries stay small beside a matrix.
 CHUNK_VALUES = 1 << 21
+UNITS = (128, 64, 32)  # channels that are better left together: groups and the kernels' panels
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How ranks share one matrix.
+
+    Attributes:
+        dim: 0: its output channels, 1: its input channels.
+        ranges: of each rank, its runs of channels.
+    """
+
+    dim: int
+    ranges: tuple[tuple[range, ...], ...]
+
+    @classmethod
+    def evenly(cls, dim: int, size: int, world: int) -> Self:
+        """`size` channels that may be cut anywhere, shared as evenly as whole UNITS allow.
+
+        Raises:
+            ValueError: there are fewer channels than ranks.
+        """
+        unit = next((unit for unit in UNITS if size % (unit * world) == 0), UNITS[-1])
+        unit = unit if -(-size // unit) >= world else 1
+        return cls(dim, tuple((run,) for run in split_evenly(size, world, unit)))
+
+    @property
+    def widths(self) -> list[int]:
+        """How many channels each rank has."""
+        return [sum(map(len, runs)) for runs in self.ranges]
 
 
 def split_evenly(size: int, world: int, unit: int = 1) -> list[range]:
@@ -32,8 +64,13 @@ def split_evenly(size: int, world: int, unit: int = 1) -> list[range]:
 
 def narrow_runs(tensor: Tensor, dim: int, ranges: Sequence[range]) -> Tensor:
     """Some runs of a tensor along `dim`, in memory of their own."""
-    pieces = [tensor.narrow(dim, run.start, len(run)) for run in ranges]
-    return torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0].contiguous().clone()
+    size = list(tensor.shape)
+    size[dim], start = sum(map(len, ranges)), 0
+    out = tensor.new_empty(size)  # torch.cat of meta tensors would import torch's compiler
+    for run in ranges:
+        out.narrow(dim, start, len(run)).copy_(tensor.narrow(dim, run.start, len(run)))
+        start += len(run)
+    return out
 
 
 def narrow_columns(
@@ -52,10 +89,10 @@ def narrow_columns(
     index = torch.tensor([start // group for start in starts], device=weight.scales.device)
     packed = weight.qweight.new_empty(len(weight.qweight), packed_size(len(columns), bits))
     step = max(1, CHUNK_VALUES // in_features)
-    for start in range(0, len(packed), step):
+    for start in range(0, 0 if packed.is_meta else len(packed), step):
         rows = slice(start, start + step)
         values = unpack(weight.qweight[rows], bits, in_features)
         packed[rows] = pack(values[:, columns.start : columns.stop], bits)
-    zeros = weight.qzeros[:, index] if weight.qzeros.numel() else weight.qzeros
-    scales = weight.scales[:, index]
+    zeros = weight.qzeros.index_select(1, index) if weight.qzeros.numel() else weight.qzeros
+    scales = weight.scales.index_select(1, index)
     return PackedWeight(packed, scales, zeros), -1 if len(index) == 1 else size

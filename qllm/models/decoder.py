@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +20,12 @@ from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.models.cache import Decode, KVCache, Prefill
 from qllm.models.layer import NORMS, Embedding, Scale, layer_class
+from qllm.models.partition import keep_shards, keep_stage
 from qllm.models.positions import POSITIONS
 from qllm.ops import phase
 from qllm.ops.capture import capture
 from qllm.ops.reference import ACTIVATIONS
+from qllm.parallel.pipeline import ParallelContext
 
 # Tokens that a pass of prefill takes at the most, where a cache lets a long prompt come in pieces:
 # its activations are bounded, and more of them at once would be no faster.
@@ -39,43 +40,37 @@ SAME_ACTIVATION = {
 }
 
 
-class PipelineStage(Protocol):
-    """What a decoder asks of a pipeline; see `qllm.parallel.pipeline.PipelineStage`."""
-
-    first: bool
-    last: bool
-
-    def recv(self, x: Tensor) -> Tensor: ...
-    def send(self, x: Tensor) -> None: ...
-    def broadcast(self, x: Tensor) -> Tensor: ...
-    def micro_batches(self, rows: int) -> list[range]: ...
-
-
 class Decoder(nn.Module):
     """A model of any family, built on the meta device and filled by `qllm.checkpoint`.
 
     Attributes:
-        shards: contiguous ranges of layers, run one after the other.
-        device_map: the device of each shard; what is in front of the layers is with the first one,
-            what is behind them with the last one.
+        parallel: the ranks that share the model with this process.
         stage: of a pipeline, which this process is; None: there is no other.
         kv_heads: heads of keys and values that this process has.
-        alone: no other process has a part of it.
     """
 
-    stage: PipelineStage | None = None
-    alone = True
-
     def __init__(
-        self, config: ModelConfig, specs: Mapping[str, QuantSpec], dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        specs: Mapping[str, QuantSpec],
+        dtype: torch.dtype,
+        *,
+        parallel: ParallelContext | None = None,
+        halves: range | None = None,
+        device_map: Mapping[range, torch.device] | None = None,
     ) -> None:
         """
         Args:
             specs: the spec of every quantized linear by name; the others are dense.
             dtype: the type of activations, norms, embeddings and dense weights.
+            parallel: the ranks that share the model with this process; None: there are no others.
+            halves: of layers, those that this stage of a pipeline has; layer i has 2 i, its
+                attention, and 2 i + 1, its MLP.
+            device_map: the devices of runs of layers, in the order in which they run; what is in
+                front of the layers is with the first ones, what is behind them with the last.
 
         Raises:
-            UserError: for an activation function that is not known.
+            UserError: for an activation function that is not known, or more ranks than heads.
         """
         super().__init__()
         config = _known_activation(config)
@@ -101,28 +96,33 @@ class Decoder(nn.Module):
         self.lm_head = make("lm_head", embed, config.vocab_size, False)
         if config.tied_head and "lm_head" not in specs:
             self.lm_head.weight = self.embed.weight
-        self.shards = [range(config.num_layers)]
-        self.device_map: list[torch.device] | None = None
         self.kv_heads = config.num_kv_heads
+        self.parallel = parallel or ParallelContext()
+        self.stage = self.parallel.stage
+        if self.stage is not None:
+            keep_stage(self, self.stage, halves)
+        if self.parallel.tp.size > 1:
+            keep_shards(self, self.parallel.tp, self.parallel.mode)
+        self._device_map = dict(device_map or {})
         self.eval()
 
     @property
-    def device(self) -> torch.device:
-        if self.stage is None:
-            return self.embed.weight.device
-        return next(tensor.device for tensor in self.buffers() if not tensor.is_meta)
+    def device_map(self) -> dict[range, torch.device]:
+        """The devices of runs of layers, in the order in which they run."""
+        return self._device_map or {range(len(self.layers)): self.embed.weight.device}
 
     @property
-    def _device_map(self) -> list[torch.device]:
-        return self.device_map or [self.device] * len(self.shards)
+    def device(self) -> torch.device:
+        """Where tokens go, and where logits are."""
+        return next(iter(self.device_map.values()))
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty cache for `rows` sequences of up to `capacity` tokens."""
         config = replace(self.config, num_kv_heads=self.kv_heads)
         device_map = {
             i: device
-            for shard, device in zip(self.shards, self._device_map, strict=True)
-            for i in shard
+            for layers, device in self.device_map.items()
+            for i in layers
             if self.layers[i].has_attention
         }
         return KVCache(config, rows, capacity, self.dtype, self.device, device_map)
@@ -266,7 +266,8 @@ class Decoder(nn.Module):
     @property
     def _one_device(self) -> bool:
         """Whether a step exchanges nothing with other processes or devices."""
-        return self.alone and len(set(self._device_map)) == 1
+        alone = self.stage is None and self.parallel.tp.size == 1
+        return alone and len(set(self.device_map.values())) == 1
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """What the layers take: embedded tokens (N,), or what the stage in front sends: (N, C)."""
@@ -278,9 +279,9 @@ class Decoder(nn.Module):
     def _run_layers(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         if self.stage is None or self.stage.first:
             x = self.positions.embed(x, step.positions)
-        for shard, device in zip(self.shards, self._device_map, strict=True):
+        for layers, device in self.device_map.items():
             x, here = x.to(device), step.on(device)
-            for index in shard:
+            for index in layers:
                 x = self.layers[index](x, here)
         return x
 

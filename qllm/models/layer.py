@@ -278,7 +278,11 @@ class PreNormLayer(nn.Module):
 
     def fuse_norms(self) -> None:
         """Let norms make int8 of their results, where a linear that gains by it alone has them."""
-        pairs = (("attention_norm", self.attention.qkv), ("mlp_norm", self.mlp.up))
+        pairs = []
+        if self.has_attention:
+            pairs.append(("attention_norm", self.attention.qkv))
+        if self.has_mlp:
+            pairs.append(("mlp_norm", self.mlp.up))
         for name, linear in pairs:
             if isinstance(linear, DynamicInt8Linear) and linear.choice.kernel.takes_rows:
                 getattr(self, name).round_for(linear)

@@ -19,24 +19,38 @@ import torch
 from torch import Tensor, nn
 
 from qllm.layers import Linear
-from qllm.layers.sharding import narrow_runs
+from qllm.layers.sharding import Sharding, narrow_runs
 from qllm.parallel.group import Group
-from qllm.parallel.plan import Sharding, attention_shardings, mlp_shardings, shard_heads, shard_rows
+from qllm.parallel.plan import attention_shardings, mlp_shardings, shard_heads
 
 
-class ColumnParallel(nn.Module):
-    """Some output channels of a linear layer: x (M, K), on all ranks, to this rank's (M, n)."""
+class ShardedLinear(nn.Module):
+    """A linear layer of which each rank of a group holds a shard.
+
+    Attributes:
+        linear: this rank's shard, as `Linear.shard` cuts it.
+        sharding: which channels each rank has.
+    """
 
     def __init__(self, linear: Linear, group: Group, sharding: Sharding) -> None:
         super().__init__()
         self.linear, self.group, self.sharding = linear, group, sharding
 
+    @property
+    def ranges(self) -> tuple[range, ...]:
+        """The runs of channels that this rank has."""
+        return self.sharding.ranges[self.group.rank]
+
+
+class ColumnParallel(ShardedLinear):
+    """Some output channels of a linear layer: x (M, K), on all ranks, to this rank's (M, n)."""
+
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)
 
 
-class Gathered(nn.Module):
-    """A linear layer with the outputs of all ranks: this rank's inputs (M, k) to (M, N).
+class GatheredColumnParallel(ShardedLinear):
+    """Some output channels, gathered from all ranks: this rank's inputs (M, k) to (M, N).
 
     Attributes:
         inputs: how many input channels each rank comes with; None: all ranks have all.
@@ -45,8 +59,8 @@ class Gathered(nn.Module):
     def __init__(
         self, linear: Linear, group: Group, sharding: Sharding, inputs: Sequence[int] | None
     ) -> None:
-        super().__init__()
-        self.linear, self.group, self.sharding, self.inputs = linear, group, sharding, inputs
+        super().__init__(linear, group, sharding)
+        self.inputs = inputs
 
     def forward(self, x: Tensor) -> Tensor:
         if self.inputs is not None:
@@ -54,12 +68,16 @@ class Gathered(nn.Module):
         return self.group.all_gather(self.linear(x), self.sharding.widths)
 
 
-class RowParallel(nn.Module):
-    """Some input channels of a linear layer: this rank's (M, k) to the sum over ranks (M, N)."""
+class RowParallel(ShardedLinear):
+    """Some input channels of a linear layer: this rank's (M, k) to the sum over ranks (M, N).
 
-    def __init__(self, linear: Linear, group: Group, bias: Tensor | None) -> None:
-        super().__init__()
-        self.linear, self.group = linear, group
+    Buffer: bias (N,) of the whole layer, or None; it is added once, to the sum.
+    """
+
+    def __init__(
+        self, linear: Linear, group: Group, sharding: Sharding, bias: Tensor | None
+    ) -> None:
+        super().__init__(linear, group, sharding)
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +93,7 @@ class VocabularyParallel(nn.Module):
     def __init__(self, weight: Tensor, group: Group, sharding: Sharding) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
-        self.group, (self.rows,) = group, sharding.ranges[group.rank]
+        self.group, self.ranges = group, sharding.ranges[group.rank]
 
     def forward(self, tokens: Tensor) -> Tensor:
         out = self.weight.new_empty(len(tokens), self.weight.shape[1])
@@ -83,47 +101,33 @@ class VocabularyParallel(nn.Module):
 
     def _look_up(self, tokens: Tensor, out: Tensor) -> None:
         """This rank's rows, and zeros for the others'."""
-        index = tokens - self.rows.start
-        absent = (index < 0) | (index >= len(self.rows))
-        torch.index_select(self.weight, 0, index.clamp(0, len(self.rows) - 1), out=out)
+        (rows,) = self.ranges
+        index = tokens - rows.start
+        absent = (index < 0) | (index >= len(rows))
+        torch.index_select(self.weight, 0, index.clamp(0, len(rows) - 1), out=out)
         out.masked_fill_(absent[:, None], 0)
-
-
-def parallel(
-    linear: Linear,
-    group: Group,
-    sharding: Sharding,
-    *,
-    inputs: Sequence[int] | None = None,
-    bias: Tensor | None = None,
-    gather: bool = False,
-) -> nn.Module:
-    """The module that computes with this rank's shard of a linear layer.
-
-    Args:
-        linear: the shard, of `Linear.narrow`.
-        inputs: of a layer behind another sharded one: how many channels each rank comes with.
-        bias: of a whole layer that is cut by input channels, which its shards lack.
-        gather: the outputs of all ranks are wanted.
-    """
-    if sharding.dim == 1:
-        return RowParallel(linear, group, bias)
-    if gather:
-        return Gathered(linear, group, sharding, inputs)
-    return ColumnParallel(linear, group, sharding)
 
 
 def shard_linear(
     linear: Linear,
     group: Group,
     sharding: Sharding,
-    inputs: Sequence[int] | None = None,
     *,
-    gather: bool,
-) -> nn.Module:
-    """Shard a whole linear layer: what each rank keeps lies in memory of its own."""
-    shard = linear.narrow(sharding.dim, *sharding.ranges[group.rank])
-    return parallel(shard, group, sharding, inputs=inputs, bias=linear.bias, gather=gather)
+    inputs: Sequence[int] | None = None,
+    gather: bool = True,
+) -> ShardedLinear:
+    """This rank's shard of a whole linear layer, in memory of its own.
+
+    Args:
+        inputs: of a layer behind a column-parallel one: how many channels each rank comes with.
+        gather: whether each rank gets the outputs of all.
+    """
+    shard = linear.shard(sharding, group.rank)
+    if sharding.dim == 1:
+        return RowParallel(shard, group, sharding, linear.bias)
+    if gather:
+        return GatheredColumnParallel(shard, group, sharding, inputs)
+    return ColumnParallel(shard, group, sharding)
 
 
 class AttentionLike(Protocol):
@@ -152,7 +156,7 @@ def shard_attention(attention: AttentionLike, group: Group, mode: str = "exact")
     both = attention_shardings(heads, head_dim, attention.out.out_features, mode)
     widths = [len(h.queries) * head_dim for h in heads]
     attention.qkv = shard_linear(attention.qkv, group, both["qkv"], gather=False)
-    attention.out = shard_linear(attention.out, group, both["out"], widths, gather=mode == "exact")
+    attention.out = shard_linear(attention.out, group, both["out"], inputs=widths)
     mine = heads[group.rank]
     attention.heads = [len(mine.queries), len(mine.keys), len(mine.keys)]
 
@@ -164,15 +168,15 @@ def shard_mlp(mlp: MLPLike, group: Group, mode: str = "exact") -> None:
     both = mlp_shardings(inner, hidden, gated, group.size, mode)
     widths = [len(runs[0]) for runs in both["up"].ranges]
     mlp.up = shard_linear(mlp.up, group, both["up"], gather=False)
-    mlp.down = shard_linear(mlp.down, group, both["down"], widths, gather=mode == "exact")
+    mlp.down = shard_linear(mlp.down, group, both["down"], inputs=widths)
 
 
 def shard_embedding(weight: Tensor, group: Group) -> VocabularyParallel:
     """This rank's rows of an embedding (V, C), as a module that gives all tokens theirs."""
-    sharding = shard_rows(len(weight), group.size)
+    sharding = Sharding.evenly(0, len(weight), group.size)
     return VocabularyParallel(narrow_runs(weight, 0, sharding.ranges[group.rank]), group, sharding)
 
 
-def shard_classifier(linear: Linear, group: Group) -> nn.Module:
+def shard_classifier(linear: Linear, group: Group) -> ShardedLinear:
     """This rank's classes of a linear layer, as a module that gives the logits of all."""
-    return shard_linear(linear, group, shard_rows(linear.out_features, group.size), gather=True)
+    return shard_linear(linear, group, Sharding.evenly(0, linear.out_features, group.size))

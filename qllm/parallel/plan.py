@@ -3,31 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 
-from qllm.config import ModelConfig
 from qllm.errors import UserError
-from qllm.layers.sharding import split_evenly
-
-UNITS = (128, 64, 32)  # channels that are better left together: groups and the kernels' panels
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """How the ranks share one matrix.
-
-    Attributes:
-        dim: 0: its output channels, 1: its input channels.
-        ranges: of each rank, its runs of channels.
-    """
-
-    dim: int
-    ranges: tuple[tuple[range, ...], ...]
-
-    @property
-    def widths(self) -> list[int]:
-        """How many channels each rank has."""
-        return [sum(map(len, runs)) for runs in self.ranges]
+from qllm.layers.sharding import Sharding, split_evenly
 
 
 @dataclass(frozen=True)
@@ -61,19 +39,6 @@ def shard_heads(heads: int, kv_heads: int, world: int) -> list[Heads]:
     return found
 
 
-def even(size: int, world: int) -> list[range]:
-    """Channels that may be cut anywhere, in runs of about one length, of whole units if possible.
-
-    Raises:
-        ValueError: there are fewer channels than ranks.
-    """
-    for unit in UNITS:
-        if size % (unit * world) == 0:
-            return split_evenly(size, world, unit)
-    smallest = UNITS[-1]
-    return split_evenly(size, world, smallest if ceil(size / smallest) >= world else 1)
-
-
 def attention_shardings(
     heads: list[Heads], head_dim: int, hidden: int, mode: str
 ) -> dict[str, Sharding]:
@@ -98,7 +63,7 @@ def mlp_shardings(
     inner: int, hidden: int, gated: bool, world: int, mode: str
 ) -> dict[str, Sharding]:
     """The shardings of "up" and "down"."""
-    runs = even(inner, world)
+    runs = [run for (run,) in Sharding.evenly(0, inner, world).ranges]
     parts = (0, inner) if gated else (0,)
     up = tuple(tuple(range(b + run.start, b + run.stop) for b in parts) for run in runs)
     return {"up": Sharding(0, up), "down": _second(tuple((run,) for run in runs), hidden, mode)}
@@ -108,23 +73,4 @@ def _second(inputs: tuple[tuple[range, ...], ...], hidden: int, mode: str) -> Sh
     """The sharding of a matrix whose input channels the ranks have as they are given."""
     if mode == "fast":
         return Sharding(1, inputs)
-    return shard_rows(hidden, len(inputs))
-
-
-def shard_rows(size: int, world: int) -> Sharding:
-    """Output channels, or rows of an embedding, in even runs."""
-    return Sharding(0, tuple((run,) for run in even(size, world)))
-
-
-def model_shardings(config: ModelConfig, world: int, mode: str) -> dict[str, Sharding]:
-    """The sharding of each matrix by the name of its module, in a layer or outside of them."""
-    heads = shard_heads(config.num_heads, config.num_kv_heads, world)
-    attention = attention_shardings(heads, config.head_dim, config.hidden_size, mode)
-    mlp = mlp_shardings(config.intermediate_size, config.hidden_size, config.gated_mlp, world, mode)
-    vocabulary = shard_rows(config.vocab_size, world)
-    return {
-        **{f"attention.{name}": sharding for name, sharding in attention.items()},
-        **{f"mlp.{name}": sharding for name, sharding in mlp.items()},
-        "embed": vocabulary,
-        "lm_head": vocabulary,
-    }
+    return Sharding.evenly(0, hidden, len(inputs))

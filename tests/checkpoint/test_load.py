@@ -177,7 +177,7 @@ def test_shards_hold_the_bytes_that_they_say(family, bitwidth):
     assert sum(shard_bytes(whole)) == sum(seen.values())
     for count in (2, 3, 6):
         model = load_model(tiny(family), QuantPlan.parse(bitwidth), num_shards=count)
-        assert [i for shard in model.shards for i in shard] == list(range(6))
+        assert [i for layers in model.device_map for i in layers] == list(range(6))
         assert sum(shard_bytes(model)) == sum(shard_bytes(whole))
 
 

@@ -380,8 +380,8 @@ def test_shards_change_nothing(small, bitwidth):
     results = []
     for shards in range(1, config.num_hidden_layers + 1):
         model = load(folder, bitwidth, num_shards=shards, **options)
-        assert len(model.shards) == shards
-        assert [i for shard in model.shards for i in shard] == list(range(4))
+        assert len(model.device_map) == shards
+        assert [i for layers in model.device_map for i in layers] == list(range(4))
         results.append(generate(model, prompts, GenerationConfig(max_new_tokens=6)))
         assert results[-1] == results[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -24,6 +25,7 @@ from qllm.errors import UserError
 from qllm.generate import GenerationConfig, generate
 from qllm.hub import ModelFolder
 from qllm.models import Decoder
+from qllm.parallel import shard_attention, shard_embedding, shard_mlp
 from qllm.parallel.group import Group
 from qllm.parallel.pipeline import ParallelContext, parse_cuts
 from qllm.quantizer.checkpoint import Job, quantize_checkpoint
@@ -189,6 +191,26 @@ def test_ranks_share_what_the_model_takes(family):
     whole, parts = nbytes(), on_mesh(4, nbytes)
     # Norms and positions are on every rank, and a row of scales is not cut finer than a group.
     assert max(parts) < whole / 4 + 0.1 * whole
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize(("name", "bits"), [("llama", "4"), ("bloom", "8:tc-li"), ("opt", "16")])
+def test_ranks_load_what_the_whole_layers_are_sharded_into(name, bits, mode):
+    whole = load(tiny(name), bits)
+
+    def run(parallel):
+        layer, ours = copy.deepcopy(whole.layers[1]), load(tiny(name), bits, parallel=parallel)
+        shard_attention(layer.attention, parallel.tp, mode)
+        shard_mlp(layer.mlp, parallel.tp, mode)
+        embed = shard_embedding(whole.embed.weight, parallel.tp)
+        assert torch.equal(embed.weight, ours.embed.weight)
+        assert layer.attention.heads == ours.layers[1].attention.heads
+        for key in ("attention.qkv", "attention.out", "mlp.up", "mlp.down"):
+            want, got = layer.get_submodule(key), ours.layers[1].get_submodule(key)
+            assert type(got) is type(want) and got.ranges == want.ranges
+            assert torch.equal(got.linear.dequantize(), want.linear.dequantize())
+
+    on_mesh(3, run, mode=mode)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from conftest import tiny
 from oracle import load
 
+from qllm.models import Decoder
 from qllm.parallel.group import Group
 from qllm.parallel.links import Links
 
@@ -37,9 +38,9 @@ def test_parts_come_together(group):
     assert torch.equal(out, x)
 
 
-def test_a_model_is_not_captured_among_others(group):
+def test_a_model_is_not_captured_among_others(group, monkeypatch):
+    monkeypatch.setattr(Decoder, "_one_device", False)
     model = load(tiny("opt"), "4", device="cuda")
-    model.alone = False
     cache = model.new_cache(1, 8)
     tokens = model.prefill([[5, 6]], cache).argmax(-1)
     for _ in range(3):

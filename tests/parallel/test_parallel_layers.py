@@ -14,20 +14,19 @@ from cpu_paths import paths, same
 from ranks import in_group
 
 from qllm.config import BITWIDTHS, QuantSpec
-from qllm.layers import linear_class
+from qllm.layers import Linear, linear_class
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.cache import Prefill
 from qllm.models.layer import MLP, Attention, GatedMLP
 from qllm.models.positions import PositionEncoding
 from qllm.parallel import (
+    Sharding,
     shard_attention,
     shard_classifier,
     shard_embedding,
     shard_linear,
     shard_mlp,
-    shard_rows,
 )
-from qllm.parallel.plan import Sharding, even
 from qllm.quant.packing import PackedWeight, pack, unpack
 
 pytestmark = pytest.mark.usefixtures("one_thread", "kernels")
@@ -63,6 +62,12 @@ def reordered(rows: int, columns: int, group: int = 32) -> WeightOnlyLinear:
     )
 
 
+def shards_of(layer: Linear, dim: int, world: int) -> list[Linear]:
+    """The layers of all ranks that share the channels of `dim` evenly."""
+    sharding = Sharding.evenly(dim, layer.in_features if dim else layer.out_features, world)
+    return [layer.shard(sharding, rank) for rank in range(world)]
+
+
 def assert_close(got, layer, x, spec):
     """As near to the exact product as the whole layer is, or nearer than what rounding may do."""
     matrix = layer.dequantize().double()
@@ -80,7 +85,7 @@ def assert_close(got, layer, x, spec):
 def test_a_linear_by_output_channels_is_the_same_to_the_bit(spec, world):
     layer, x = make(spec, 70, 200), normal(5, 200, seed=2).clamp(-RANGE, RANGE)
     whole = layer(x)
-    sharding = shard_rows(70, world)
+    sharding = Sharding.evenly(0, 70, world)
     got = in_group(world, lambda group: shard_linear(layer, group, sharding, gather=True)(x))
     assert all(same(y, whole) for y in got)
 
@@ -90,7 +95,7 @@ def test_a_linear_by_output_channels_is_the_same_to_the_bit(spec, world):
 def test_a_linear_by_input_channels_is_as_near(spec, world):
     # Shares of 200 channels begin inside groups of 128, and inside packing words.
     layer, x = make(spec, 70, 200), normal(5, 200, seed=2).clamp(-RANGE, RANGE)
-    sharding = Sharding(1, tuple((run,) for run in even(200, world)))
+    sharding = Sharding.evenly(1, 200, world)
 
     def run(group):
         (mine,) = sharding.ranges[group.rank]
@@ -106,7 +111,7 @@ def test_a_linear_by_input_channels_is_as_near(spec, world):
 def test_a_reordered_linear(dim, world):
     layer, x = reordered(70, 200), normal(5, 200, seed=2)
     whole = layer(x)
-    sharding = Sharding(dim, tuple((run,) for run in even(200 if dim else 70, world)))
+    sharding = Sharding.evenly(dim, 200 if dim else 70, world)
 
     def run(group):
         (mine,) = sharding.ranges[group.rank]
@@ -124,7 +129,7 @@ def test_a_reordered_linear(dim, world):
 def test_parts_round_activations_as_the_whole_does(kind, dim):
     layer = reordered(70, 256) if kind == "reordered" else make(QuantSpec.parse("4"), 70, 256)
     layer.round_activations()
-    assert {layer.shard(dim, rank, 2).op for rank in range(2)} == {"weight_only_linear_int8"}
+    assert {part.op for part in shards_of(layer, dim, 2)} == {"weight_only_linear_int8"}
 
 
 @pytest.mark.parametrize("used", [False, True])
@@ -134,7 +139,7 @@ def test_parts_are_the_whole_and_hold_nothing_else(spec, dim, used):
     layer = make(spec, 70, 200)
     if used:
         layer(normal(1, 200))
-    parts = [layer.shard(dim, rank, 3) for rank in range(3)]
+    parts = shards_of(layer, dim, 3)
     assert torch.equal(torch.cat([p.dequantize() for p in parts], dim), layer.dequantize())
     for part in parts:
         for tensor in part.buffers():
@@ -145,7 +150,7 @@ def test_parts_are_the_whole_and_hold_nothing_else(spec, dim, used):
 @pytest.mark.parametrize("dim", [0, 1])
 def test_parts_of_a_reordered_linear_are_the_whole(dim):
     layer = reordered(70, 200)
-    parts = [layer.shard(dim, rank, 3) for rank in range(3)]
+    parts = shards_of(layer, dim, 3)
     assert torch.equal(torch.cat([p.dequantize() for p in parts], dim), layer.dequantize())
 
 

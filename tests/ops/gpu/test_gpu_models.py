@@ -102,7 +102,7 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bitwidth", ["3", "4", "8", "8:tc-li", "16"])
 @pytest.mark.parametrize("family", ["opt", "bloom", "llama"])
-def test_a_captured_step_is_the_same(family, bitwidth, dtype, capsys):
+def test_a_captured_step_is_the_same(family, bitwidth, dtype, capsys, monkeypatch):
     plan = QuantPlan.uniform(QuantSpec.parse(bitwidth))
     model = load(tiny(family), plan=plan, dtype=dtype, device="cuda")
     cache, plain = model.new_cache(2, 40), model.new_cache(2, 40)
@@ -110,9 +110,9 @@ def test_a_captured_step_is_the_same(family, bitwidth, dtype, capsys):
     model.prefill(PROMPTS, plain)
     for _ in range(10):
         plain.captured = None
-        model.alone = False  # not captured
+        monkeypatch.setattr(Decoder, "_one_device", False)  # not captured
         want = model.decode(tokens, plain)
-        model.alone = True
+        monkeypatch.undo()
         got = model.decode(tokens, cache)
         assert torch.equal(got, want)
         tokens = got.argmax(-1)

@@ -105,10 +105,11 @@ def test_a_step_that_cannot_be_a_graph_says_why(graph_break, given, made, monkey
     assert made.events[-1] == ("run" if graph_break else "replay")
 
 
-def test_a_model_in_one_place_exchanges_nothing():
+def test_a_model_in_one_place_exchanges_nothing(monkeypatch):
     model = load(tiny("opt"), "4", num_shards=2)
     assert model._one_device
-    model.device_map = [torch.device("cpu"), torch.device("cpu:0")]
+    devices = {range(3): torch.device("cpu"), range(3, 6): torch.device("cpu:0")}
+    monkeypatch.setattr(Decoder, "device_map", devices)
     assert not model._one_device
 
 

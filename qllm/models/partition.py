@@ -1,0 +1,56 @@
+"""What of a decoder one process of several keeps: its stage's layers, and its shards of them.
+
+A decoder does this while it is on the meta device, so that loading reads and holds nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from qllm.parallel.group import Group
+from qllm.parallel.layers import shard_attention, shard_classifier, shard_embedding, shard_mlp
+from qllm.parallel.pipeline import PipelineStage
+from qllm.parallel.plan import shard_heads
+
+if TYPE_CHECKING:
+    from qllm.models.decoder import Decoder
+
+
+def keep_stage(model: Decoder, stage: PipelineStage, halves: range) -> None:
+    """Leave one stage's halves of layers, and what is in front of the first or behind the last."""
+    for index, layer in enumerate(model.layers):
+        layer.has_attention, layer.has_mlp = 2 * index in halves, 2 * index + 1 in halves
+        for name, _ in list(layer.named_children()):  # "attention…" or "mlp…"
+            if not (layer.has_mlp if name.startswith("mlp") else layer.has_attention):
+                setattr(layer, name, nn.Identity())
+    if not stage.first:
+        model.embed = model.embed_norm = model.project_in = nn.Identity()
+        for name, _ in list(model.positions.named_buffers()):
+            setattr(model.positions, name, None)  # the first stage alone adds them to embeddings
+    if not stage.last:
+        model.final_norm = model.project_out = model.lm_head = nn.Identity()
+
+
+def keep_shards(model: Decoder, group: Group, mode: str) -> None:
+    """Leave one rank's shards of the layers, the embedding and the LM head.
+
+    Raises:
+        UserError: there are more ranks than heads.
+    """
+    config = model.config
+    heads = shard_heads(config.num_heads, config.num_kv_heads, group.size)[group.rank]
+    model.kv_heads = len(heads.keys)
+    for layer in model.layers:
+        if layer.has_attention:
+            shard_attention(layer.attention, group, mode)
+        if layer.has_mlp:
+            shard_mlp(layer.mlp, group, mode)
+    if not isinstance(model.embed, nn.Identity):
+        model.embed = shard_embedding(model.embed.weight, group)
+    if not isinstance(model.lm_head, nn.Identity):
+        model.lm_head = shard_classifier(model.lm_head, group)
+    if model.positions.slopes is not None:
+        queries = heads.queries
+        model.positions.slopes = model.positions.slopes[queries.start : queries.stop].clone()
