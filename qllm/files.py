@@ -12,7 +12,7 @@ from typing import BinaryIO
 from qllm.errors import UserError
 
 # Of a JSON file. Its values take up to thirty times its bytes; a config.json has some thousand.
-MOST_JSON_BYTES = 4 << 20
+MAX_JSON_BYTES = 4 << 20
 LFS_HEAD = b"version https://git-lfs"
 
 KINDS = {
@@ -76,7 +76,7 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(file, copy)
 
 
-def read_bytes(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
+def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
     """All of a file.
 
     Raises:
@@ -107,7 +107,7 @@ def parse_json(data: bytes | str, where: str) -> object:
         raise UserError(f"{where} cannot be read as JSON ({error})") from None
 
 
-def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, object]:
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, object]:
     """A JSON object from a file.
 
     Raises:

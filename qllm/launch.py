@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import psutil
 
 CLAIM = "qllm-said"
+# What torchrun gives all ranks of a run alike, and no other run on this host.
+RUN = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,10 @@ def lost() -> str | None:
 
 
 def end_stopped(rank: int) -> None:
-    """Kill a rank that the same torchrun started, and that is stopped.
+    """Kill a rank of this run that the same torchrun started, and that is stopped.
 
-    No signal but SIGKILL reaches it, and torchrun itself sends that after half a minute.
+    This is the one signal that a run sends. No other reaches a stopped process; torchrun would send
+    it too, but 30 s after the others have ended, and --timeout promises less.
     """
     import psutil
 
@@ -104,7 +107,11 @@ def end_stopped(rank: int) -> None:
 
 
 def _processes() -> dict[int, list[psutil.Process]]:
-    """The ranks below the process that started this one as a rank: children of this torchrun."""
+    """The ranks of this run below the process that started this one as a rank, its torchrun.
+
+    Runs that were started by hand, without torchrun, may have a shell in common: what RUN names
+    tells them apart.
+    """
     import psutil
 
     launcher = psutil.Process()
@@ -112,8 +119,10 @@ def _processes() -> dict[int, list[psutil.Process]]:
         launcher = launcher.parent()
     found: dict[int, list[psutil.Process]] = {}
     for process in [] if launcher is None else launcher.children(recursive=True):
-        rank = _environment(process).get("RANK", "")
-        if rank.isdecimal():
+        environment = _environment(process)
+        rank = environment.get("RANK", "")
+        ours = all(environment.get(key) == os.environ.get(key) for key in RUN)
+        if ours and rank.isdecimal():
             found.setdefault(int(rank), []).append(process)
     return found
 

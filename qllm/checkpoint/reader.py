@@ -26,7 +26,7 @@ from torch import Tensor
 from qllm import files
 from qllm.checkpoint.pickles import check_torch_file
 from qllm.errors import UserError, first_line
-from qllm.files import MOST_JSON_BYTES, open_file, parse_json
+from qllm.files import MAX_JSON_BYTES, open_file, parse_json
 from qllm.models.family import RawConfig
 
 DTYPES = {
@@ -42,7 +42,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 # Of a safetensors file's header, and of an index: a name, a shape and a place for each tensor.
-MOST_HEADER_BYTES = 16 << 20
+MAX_HEADER_BYTES = 16 << 20
 # What config.json calls the way its weights are quantized; 16-bit ones have none.
 QUANTIZATION_KEY = "quantization_config"
 # What older compressed-tensors called it; files of the same content that AutoGPTQ and AutoAWQ wrote
@@ -58,7 +58,7 @@ RELEASE_BYTES = 256 << 20
 READ_AHEAD = 64 << 20
 
 
-def read_json(path: Path, most: int = MOST_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint.
 
     Raises:
@@ -130,7 +130,7 @@ class SafetensorsFile(TensorFile):
         try:
             with open_file(path) as file:
                 (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-                if length > MOST_HEADER_BYTES:
+                if length > MAX_HEADER_BYTES:
                     raise UserError(
                         f"{path} is not a whole safetensors file (its header has {length} bytes); "
                         "get it again"
@@ -435,7 +435,7 @@ def _are_whole(names: Sequence[str]) -> bool:
 
 def _read_index(index: Path) -> tuple[list[Path], Mapping[str, str]]:
     """The files that an index names, and its file of each tensor."""
-    weight_map = read_json(index, MOST_HEADER_BYTES).get("weight_map")
+    weight_map = read_json(index, MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map from tensor names to files")
     for name in weight_map.values():

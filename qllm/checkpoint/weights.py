@@ -161,7 +161,7 @@ class Weights:
                 f"{self.checkpoint.folder} holds {len(found)} layers, its config.json implies "
                 f"{count}"
             )
-        (embed,) = self._parts("embed.weight")
+        (embed,) = self._sources("embed.weight")
         self._check_shape(embed, (self.config.vocab_size, self.config.embed_size))
 
     def _check_shape(self, part: str, shape: tuple[int, ...]) -> None:
@@ -184,7 +184,7 @@ class Weights:
             own = f"{self._head}."
             head = any(each.startswith(own) for each in self.checkpoint.tensors)
             return replace(config, tied_head=not head)  # a quantized one is its own
-        (embed,) = self._parts("embed.weight")
+        (embed,) = self._sources("embed.weight")
         if embed not in self.checkpoint.tensors:
             return config
         pair = [self.checkpoint.read(each, mapped=True) for each in (embed, name)]
@@ -200,7 +200,7 @@ class Weights:
         names = [*self.family.layer_linears(self.config.num_layers)]
         stored = {}
         for name in [*names, *([] if self.config.tied_head else [LM_HEAD])]:
-            parts = [part.rpartition(".")[0] for part in self._parts(f"{name}.weight")]
+            parts = [part.rpartition(".")[0] for part in self._sources(f"{name}.weight")]
             found = {part: config.find(part) for part in parts}
             storage = found[parts[0]]
             tensors = [self.checkpoint.tensors.get(f"{part}.weight") for part in parts]
@@ -215,8 +215,8 @@ class Weights:
                 stored[name] = storage
         return stored
 
-    def _parts(self, name: str) -> tuple[str, ...]:
-        """The names in the checkpoint of what our tensor is fused from."""
+    def _sources(self, name: str) -> tuple[str, ...]:
+        """The checkpoint's names of the tensors that ours is fused from."""
         if self.converted:
             return (name,)
         module, kind = name.rsplit(".", 1)
@@ -227,8 +227,8 @@ class Weights:
             return (f"{self._head}.weight",) if self.config.tied_head else parts
         return parts
 
-    def _rows(self, module: str, parts: int) -> list[int]:
-        """How many rows of our module's tensors each of its parts has."""
+    def _row_counts(self, module: str, parts: int) -> list[int]:
+        """How many rows of our module's fused tensors each of its sources has."""
         if parts == 1:
             tensors = (f"{module}.weight", f"{module}.bias")
             return [next(self.shapes[name][0] for name in tensors if name in self.shapes)]
@@ -247,8 +247,8 @@ class Weights:
             ) from None
         expected = set()
         for name, shape in self.shapes.items():
-            parts = self._parts(name)
-            rows = self._rows(name.rpartition(".")[0], len(parts))
+            parts = self._sources(name)
+            rows = self._row_counts(name.rpartition(".")[0], len(parts))
             module = name.rpartition(".")[0]
             if name.endswith(".weight") and module in self.stored:
                 expected |= self._check_quantized(module)
@@ -294,7 +294,7 @@ class Weights:
             Names of the others, but for those that the family's older checkpoints have.
         """
         dropped = []
-        outer = [self._parts(f"{name}.weight")[0] for name in (*self.family.outer, LM_HEAD)]
+        outer = [self._sources(f"{name}.weight")[0] for name in (*self.family.outer, LM_HEAD)]
         layer = "layers." if self.converted else self.family.layer.partition("{")[0]
         inside = (
             self._prefix + layer,
@@ -320,7 +320,7 @@ class Weights:
         """Refuse a quantized linear whose tensors are not there; returns their names."""
         storage = self.stored[module]
         expected = set()
-        for part in self._parts(f"{module}.weight"):
+        for part in self._sources(f"{module}.weight"):
             stem = part.removesuffix("weight")
             for key in storage.tensors:
                 if stem + key not in self.checkpoint.tensors:
@@ -344,22 +344,22 @@ class Weights:
                 together.
         """
         total = self.shapes[f"{module}.weight"][0]
-        names = self._parts(f"{module}.weight")
+        names = self._sources(f"{module}.weight")
         runs = [range(total)] if rows is None else list(rows)
         if self._is_reordered(module):
             order, span = self._reordered_rows(total, runs)
-            part = self._read_quantized_part(module, names[0], total, span)
+            part = self._read_quantized_source(module, names[0], total, span)
             return take_rows(join_rows([part], self.stored[module].spec.bits), order)
         parts = [
-            self._read_quantized_part(module, name, count, run)
-            for name, count, run in self._runs_of_parts(f"{module}.weight", runs)
+            self._read_quantized_source(module, name, count, run)
+            for name, count, run in self._runs_of_sources(f"{module}.weight", runs)
         ]
         try:
             return join_rows(parts, self.stored[module].spec.bits)
         except UserError as error:
             raise UserError(f"{self.checkpoint.folder}: {', '.join(names)}: {error}") from None
 
-    def _read_quantized_part(self, module: str, name: str, count: int, run: range) -> Quantized:
+    def _read_quantized_source(self, module: str, name: str, count: int, run: range) -> Quantized:
         """Some of the `count` output channels of a linear of the checkpoint, and no others."""
         storage, columns = self.stored[module], self.shapes[f"{module}.weight"][1]
         stem, infos = name.removesuffix("weight"), self.checkpoint.tensors
@@ -386,10 +386,10 @@ class Weights:
             return found
         return take_rows(found, slice(run.start - wide.start, run.stop - wide.start))
 
-    def _runs_of_parts(self, name: str, runs: Sequence[range]) -> list[tuple[str, int, range]]:
+    def _runs_of_sources(self, name: str, runs: Sequence[range]) -> list[tuple[str, int, range]]:
         """Where runs of a tensor's rows are: a part, how many rows it has, and which of them."""
-        parts = self._parts(name)
-        counts = self._rows(name.rpartition(".")[0], len(parts))
+        parts = self._sources(name)
+        counts = self._row_counts(name.rpartition(".")[0], len(parts))
         starts, found = [sum(counts[:i]) for i in range(len(counts))], []
         for run in runs:
             for part, begin, count in zip(parts, starts, counts, strict=True):
@@ -411,7 +411,7 @@ class Weights:
 
     def dtype(self, name: str = "embed.weight") -> torch.dtype:
         """The type in which one of our tensors is read."""
-        types = [self.checkpoint.tensors[part].dtype for part in self._parts(name)]
+        types = [self.checkpoint.tensors[part].dtype for part in self._sources(name)]
         found = reduce(torch.promote_types, types)
         return torch.float32 if found == torch.float64 else found
 
@@ -432,13 +432,13 @@ class Weights:
         Raises:
             UserError: for values that are not finite.
         """
-        parts = self._parts(name)
+        parts = self._sources(name)
         total = self.shapes[name][0]
         runs = [range(total)] if rows is None else list(rows)
         if self._is_reordered(name):
             order, span = self._reordered_rows(total, runs)
             return self.checkpoint.read(parts[0], rows=span, columns=columns)[order]
-        pieces = self._runs_of_parts(name, runs)
+        pieces = self._runs_of_sources(name, runs)
         if self._is_transposed(name):
             tensors = [
                 self.checkpoint.read(part, rows=columns, columns=None if rows is None else inside)
@@ -475,7 +475,7 @@ class Weights:
         parts = [self.family.prefixes[0] + part for part in self.family.parts(module)]
         if ".attention.qkv" in module and (order := self._order()) is not None:
             return {parts[0]: order.argsort()}
-        counts = self._rows(module, len(parts))
+        counts = self._row_counts(module, len(parts))
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]
         return {
             part: slice(end - count, end)

@@ -66,8 +66,8 @@ class SafetensorsWriter:
 class ShardWriter:
     """Tensors appended to the shards of a checkpoint, by a run that may be killed and go on.
 
-    While a shard grows its header is not known. Room for it is kept at the beginning, and what is
-    not used is filled with spaces, as the format allows.
+    While a shard grows its header is not known. Its capacity is reserved at the beginning, and what
+    is not used of that is filled with spaces, as the format allows.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class ShardWriter:
         Args:
             folder: the shards' own; whatever `state` does not name is removed from it.
             limit: bytes of tensors per shard, unless one tensor has more.
-            header_bytes: room for a header.
+            header_bytes: capacity of the header of a shard.
             state: what `sync` returned, to go on from there.
         """
         self.folder, self.limit = folder, limit
-        self.room = -(-header_bytes // 4096) * 4096 - 8
+        self.header_capacity = -(-header_bytes // 4096) * 4096 - 8
         self.shards = [dict(shard) for shard in state or ()]
         folder.mkdir(exist_ok=True)
         for index in range(len(self.shards)):  # killed in `finish`, it may have its name already
@@ -94,7 +94,7 @@ class ShardWriter:
         self._file: BinaryIO | None = None
         if self.shards:
             self._file = self._path(len(self.shards) - 1).open("r+b")
-            self._file.seek(8 + self.room + self._end(self.shards[-1]))
+            self._file.seek(8 + self.header_capacity + self._end(self.shards[-1]))
             self._file.truncate()
 
     def _path(self, index: int) -> Path:
@@ -118,7 +118,7 @@ class ShardWriter:
                     self._file.close()
                 self.shards.append({})
                 self._file = self._path(len(self.shards) - 1).open("wb")
-                self._file.write(b" " * (8 + self.room))
+                self._file.write(b" " * (8 + self.header_capacity))
         start = self._end(self.shards[-1])
         if data.numel():
             with writing(self.folder, FULL):
@@ -153,7 +153,10 @@ class ShardWriter:
             header = json.dumps({"__metadata__": {"format": "pt"}, **shard}, separators=(",", ":"))
             weight_map |= dict.fromkeys(shard, self._name(index))
             with self._path(index).open("r+b") as file:
-                file.write(struct.pack("<Q", self.room) + header.encode().ljust(self.room))
+                file.write(
+                    struct.pack("<Q", self.header_capacity)
+                    + header.encode().ljust(self.header_capacity)
+                )
                 file.flush()
                 os.fsync(file.fileno())
             self._path(index).rename(self.folder / self._name(index))

@@ -22,7 +22,7 @@ from qllm.errors import UserError, first_line
 from qllm.launch import Launch
 from qllm.parallel.group import Group
 from qllm.parallel.links import Links, Mesh, RankError
-from qllm.parallel.watch import BUSY, SHARE, STATUS, Watch
+from qllm.parallel.watch import BUSY, SHARE, STATUS, Watchdog
 
 LONG = timedelta(days=7)  # of torch.distributed's own timeouts: the watch knows better
 DIFFERENT = 200  # characters of a value that differs between ranks are shown
@@ -69,9 +69,9 @@ class Session:
         try:
             self._control = Mesh(prefixed("watch"), launch, deadline)
             # From here on it is noticed when a rank dies or is stopped, whatever the others do.
-            self.watch = Watch(launch.rank, self._control.sockets, timeout, self._state)
-            self.links = Links({}, self.watch.fail)
-            self.watch.start()
+            self.watchdog = Watchdog(launch.rank, self._control.sockets, timeout, self._state)
+            self.links = Links({}, self.watchdog.fail)
+            self.watchdog.start()
             with self.links.waiting():
                 self._mesh = Mesh(prefixed("data"), launch, deadline)
             self.links.sockets = self._mesh.sockets
@@ -86,7 +86,7 @@ class Session:
         host = f"{socket.gethostname()} {self._control.address}"
         for rank, (name, pid) in enumerate(self.all_gather_object([host, os.getpid()])):
             if rank != self.rank:
-                self.watch.peers[rank].host, self.watch.peers[rank].pid = name, pid
+                self.watchdog.peers[rank].host, self.watchdog.peers[rank].pid = name, pid
 
     def _join_group(self, store: dist.Store, device: str) -> None:
         """torch.distributed's own process groups: the engine of large messages."""
@@ -122,7 +122,7 @@ class Session:
             for key, value in theirs.items():
                 if value != everyone[0].get(key):
                     mine, other = str(everyone[0].get(key))[:DIFFERENT], str(value)[:DIFFERENT]
-                    self.watch.fail(rank, f"its {key} is {other}, that of rank 0 is {mine}")
+                    self.watchdog.fail(rank, f"its {key} is {other}, that of rank 0 is {mine}")
         self.joined = True
 
     def broadcast(self, value: object) -> object:
@@ -164,7 +164,7 @@ class Session:
 
     def close(self) -> None:
         """This rank is done."""
-        self.watch.stop()
+        self.watchdog.stop()
         dist.destroy_process_group()
         self._mesh.close()
         self._control.close()
@@ -231,7 +231,7 @@ def session(
     except BaseException as error:
         if line := failed(error):
             status = 2 if isinstance(error, UserError) else STATUS
-            joined.watch.end(f"rank {joined.rank}: {line}", status=status)
+            joined.watchdog.end(f"rank {joined.rank}: {line}", status=status)
         raise
     joined.close()
 

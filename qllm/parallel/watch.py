@@ -1,9 +1,9 @@
 """The end of a run whose ranks cannot all go on: noticed, explained and carried out by each rank.
 
-A thread of every process says once in a while to all others that it lives, how far its main thread
-is, and whom that waits for. A rank that says nothing, that is gone, or that neither gets further
-nor waits, ends the run: whoever notices tells the others, and each process exits with status 1.
-What cannot exit by itself is ended by torchrun.
+A watchdog thread of every process sends a heartbeat to all others: that it lives, how far its main
+thread is, and which rank that waits for. A rank whose heartbeats stop, whose connection breaks, or
+which neither makes progress nor waits, ends the run: the process that notices tells the others, and
+each exits by itself, with status 1. No signal is sent to a process that this run did not start.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qllm.parallel.links import DIED
 
 STATUS = 1
 BUSY = -2
-BEATS = 20  # in the time after which a silent rank is given up
+HEARTBEATS = 20  # in the time after which a silent rank is given up
 SHARE = 0.8  # of the time that a run may take to end: what is left is for ending it
 
 
@@ -32,27 +32,27 @@ class Peer:
     """What is known of another rank.
 
     Attributes:
-        host, pid: where it runs, as it says.
-        heard: when it last said something.
-        moved: when its main thread last got further.
+        host, pid: where it runs, as it says; they are shown, and nothing is sent there.
+        last_heartbeat: when a message last came.
+        last_progress: when its main thread last got further.
         progress: how far it was then.
-        waiting: it waits for another rank.
-        leaving: it has said that it is done.
+        waiting: whether it waits for another rank.
+        leaving: whether it has said that it is done.
     """
 
     socket: socket.socket
     host: str = ""
     pid: int = 0
-    heard: float = field(default_factory=time.monotonic)
-    moved: float = field(default_factory=time.monotonic)
+    last_heartbeat: float = field(default_factory=time.monotonic)
+    last_progress: float = field(default_factory=time.monotonic)
     progress: int = -1
     waiting: bool = False
     leaving: bool = False
     rest: bytes = b""
 
 
-class Watch:
-    """Sees to it that this process and its peers end together."""
+class Watchdog:
+    """The thread by which this process and its peers end together."""
 
     def __init__(
         self,
@@ -64,24 +64,24 @@ class Watch:
         """
         Args:
             timeout: seconds within which a run that cannot go on has ended.
-            state: how far this process is, a number that grows, and the rank it waits for; BUSY
-                stands for work that may take any time.
+            state: returns how far this process is, a number that grows, and the rank it waits for;
+                BUSY stands for work that may take any time.
         """
         self.rank, self.timeout, self.state = rank, timeout, state
         self.peers = {other: Peer(link) for other, link in sockets.items()}
         self._ending = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._stop = False
-        self._progress, self._moved = -1, time.monotonic()
+        self._progress, self._last_progress = -1, time.monotonic()
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start the thread."""
         for peer in self.peers.values():
-            peer.heard = peer.moved = time.monotonic()
+            peer.last_heartbeat = peer.last_progress = time.monotonic()
         self._thread.start()
 
     def stop(self) -> None:
-        """This process is done, and needs none of the others any more."""
+        """Stop watching: this process is done, and needs none of the others."""
         self._stop = True
         self._thread.join()
         self._send({"bye": True})
@@ -89,7 +89,7 @@ class Watch:
     # --- the thread
 
     def _run(self) -> None:
-        every = min(1.0, self.timeout / BEATS)
+        every = min(1.0, self.timeout / HEARTBEATS)
         with selectors.DefaultSelector() as selector:
             for rank, peer in self.peers.items():
                 selector.register(peer.socket, selectors.EVENT_READ, rank)
@@ -98,10 +98,13 @@ class Watch:
                 now = time.monotonic()
                 if now - last > 5 * every:  # this process itself was stopped for a while
                     for peer in self.peers.values():
-                        peer.heard, peer.moved = max(peer.heard, now - every), now
+                        peer.last_heartbeat, peer.last_progress = (
+                            max(peer.last_heartbeat, now - every),
+                            now,
+                        )
                 if now - last >= every:
                     last = now
-                    self._send({"beat": self.state()})
+                    self._send({"heartbeat": self.state()})
                 for key, _ in selector.select(every / 4):
                     self._read(key.data, selector)
                 self._judge(time.monotonic())
@@ -117,15 +120,15 @@ class Watch:
         *lines, peer.rest = (peer.rest + data).split(b"\n")
         for line in lines:
             value = json.loads(line)
-            peer.heard = time.monotonic()
+            peer.last_heartbeat = time.monotonic()
             if "end" in value:
                 self._end(value["end"])
             elif "bye" in value:
                 peer.leaving = True
             else:
-                progress, waiting = value["beat"]
+                progress, waiting = value["heartbeat"]
                 if progress != peer.progress or waiting == BUSY:
-                    peer.progress, peer.moved = progress, peer.heard
+                    peer.progress, peer.last_progress = progress, peer.last_heartbeat
                 peer.waiting = waiting is not None
         if not data:
             selector.unregister(peer.socket)
@@ -137,17 +140,17 @@ class Watch:
         for rank, peer in self.peers.items():
             if peer.leaving:
                 continue
-            if now - peer.heard > patience:
+            if now - peer.last_heartbeat > patience:
                 found = launch.trouble(rank)
                 silent = f"it has not been heard of for {patience:.0f} s"
                 self.fail(rank, f"{silent}; {found}" if found else silent)
-            if now - peer.moved > patience and not peer.waiting:
+            if now - peer.last_progress > patience and not peer.waiting:
                 self.fail(rank, f"it has neither worked nor waited for {patience:.0f} s")
-        stuck = [now - peer.moved > patience for peer in self.peers.values()]
+        stuck = [now - peer.last_progress > patience for peer in self.peers.values()]
         progress, waiting = self.state()
         if progress != self._progress or waiting is None or waiting == BUSY:
-            self._progress, self._moved = progress, now
-        if all(stuck) and now - self._moved > patience:
+            self._progress, self._last_progress = progress, now
+        if all(stuck) and now - self._last_progress > patience:
             self.end(f"all ranks have waited for each other for {patience:.0f} s")
 
     def _send(self, value: object) -> None:
