@@ -157,6 +157,7 @@ class LLM:
         dtype: str | torch.dtype | None = None,
         device: str = "auto",
         num_shards: int = 1,
+        parallel: ParallelContext | None = None,
         meter: Meter = unseen,
         note: Note = silent,
     ) -> Self:
@@ -177,6 +178,7 @@ class LLM:
             dtype: of activations and dense weights; None is the checkpoint's.
             device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
             num_shards: contiguous ranges of layers, of which a GPU may hold the first ones alone.
+            parallel: which part of the model this process of several has; None: all of it.
             meter: shows how many bytes are loaded (`qllm.progress`).
             note: called with lines that a user may want to know.
 
@@ -193,6 +195,7 @@ class LLM:
             dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
             device=resolve_device(device),
             num_shards=num_shards,
+            parallel=parallel,
             calibration=calibration,
             activation_bits=activation_bits,
             meter=meter,

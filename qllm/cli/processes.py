@@ -89,7 +89,7 @@ def session(args: argparse.Namespace) -> AbstractContextManager[Session]:
 
     device = resolve_device(args, local=True)
     config = ParallelConfig(args.tp, args.pp, args.tp_mode)
-    return session(config, timeout=args.timeout, device=device, failed=_explain)
+    return session(config, timeout=args.timeout, device=device)
 
 
 def unbounded(session: Session | None) -> AbstractContextManager[None]:
@@ -110,7 +110,7 @@ def join(
     from qllm import __version__
     from qllm.checkpoint.fingerprint import content_fingerprint
     from qllm.ops.cpu import library
-    from qllm.parallel.pipeline import ParallelContext, parse_cuts
+    from qllm.parallel.pipeline import parse_cuts
 
     cuts = parse_cuts(args.stages, config.num_layers, args.pp) if args.stages else None
     with session.unbounded():  # they may have to be compiled first
@@ -126,11 +126,4 @@ def join(
     if args.tp_mode == "exact":
         facts["kernel path"] = kernels
     session.compare(facts)
-    return ParallelContext(session.tp, args.tp_mode, session.pp, cuts)
-
-
-def _explain(error: BaseException) -> str | None:
-    """What ended this rank, in a line for the others; None for a normal end."""
-    if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and not error.code):
-        return None
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    return session.context(cuts)

@@ -22,6 +22,7 @@ from qllm.errors import UserError, first_line
 from qllm.launch import Launch
 from qllm.parallel.group import Group
 from qllm.parallel.links import Links, Mesh, RankError
+from qllm.parallel.pipeline import ParallelContext
 from qllm.parallel.watch import BUSY, SHARE, STATUS, Watchdog
 
 LONG = timedelta(days=7)  # of torch.distributed's own timeouts: the watch knows better
@@ -162,8 +163,16 @@ class Session:
 
         yield add
 
+    def context(self, cuts: tuple[int, ...] | None = None) -> ParallelContext:
+        """What a model is loaded with, so that these ranks share it.
+
+        Args:
+            cuts: where stages begin, in halves of layers; None: balanced by bytes.
+        """
+        return ParallelContext(self.tp, self.config.mode, self.pp, cuts)
+
     def close(self) -> None:
-        """This rank is done."""
+        """Leave the others: this rank is done."""
         self.watchdog.stop()
         dist.destroy_process_group()
         self._mesh.close()
@@ -199,18 +208,26 @@ def interface(address: str) -> str | None:
     return None
 
 
+def explain(error: BaseException) -> str | None:
+    """What ended this rank, in a line for the others; None for a normal end."""
+    if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and not error.code):
+        return None
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
 @contextmanager
 def session(
     config: ParallelConfig,
     *,
-    timeout: float,
-    device: str,
-    failed: Callable[[BaseException], str | None],
+    timeout: float = 60.0,
+    device: str = "cpu",
+    failed: Callable[[BaseException], str | None] = explain,
 ) -> Iterator[Session]:
-    """This process's place among those that torchrun started.
+    """This process among those that torchrun started.
 
     Args:
         timeout: seconds within which a run that cannot go on has ended.
+        device: of this process's part of a model.
         failed: the line for an error that ends this rank, and so all; None where it is none.
 
     Raises:

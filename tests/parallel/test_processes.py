@@ -24,6 +24,8 @@ from checkpoints import copy_of, rewritten, state_of
 from conftest import ROOT, assert_user_error, run, tiny
 from inside import call_json
 
+from qllm import LLM
+
 GEN = "qllm_gen.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LONG = ("--max-gen-tokens", 480, "--max-prompt-length", 20)
@@ -81,7 +83,22 @@ def assert_gone(pids) -> None:
         assert not path.exists() or path.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-@pytest.mark.parametrize("line", readme.TORCHRUN)
+def test_the_sample_shards_a_model_and_a_layer():
+    (line,) = (line for line in readme.TORCHRUN if GEN not in line)
+    words = shlex.split(line)[1:]
+    done = subprocess.run(
+        [*TORCHRUN, *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    (one,) = LLM.from_pretrained("opt-tiny", bitwidth=4).generate(
+        "He is working on", max_new_tokens=20
+    )
+    # 3 bits for each weight, and a scale and a zero for every 64: half of them here.
+    nbytes = 128 * 256 * 3 // 8 + 128 * 4 * 3
+    expected = f"{nbytes // 2} of {nbytes} bytes are here; same: True"
+    assert done.stdout.split("\n") == [*f"{one.prompt}{one.text}".split("\n"), expected, ""]
+
+
+@pytest.mark.parametrize("line", [line for line in readme.TORCHRUN if GEN in line])
 def test_ranks_print_what_one_process_does(line):
     torchrun, _, count, script, *options = shlex.split(line)
     assert (torchrun, script) == ("torchrun", GEN)
