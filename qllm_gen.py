@@ -1,7 +1,8 @@
-"""Greedy generation with a quantized model.
+"""Generation with a quantized model.
 
 python3 qllm_gen.py --model-name bloom --model-size 560m --bitwidth 4 --num-shards 3
 python3 qllm_gen.py --model-name bloom --model-size tiny --bitwidth 4 --compare
+python3 qllm_gen.py --model-size tiny --temperature 0.8 --top-p 0.95 --seed 1
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from qllm.generate import GenerationConfig
     from qllm.hub import ModelFolder
+    from qllm.llm import Pretrained
     from qllm.models import Decoder
     from qllm.onnx.runner import OnnxDecoder
     from qllm.parallel.session import Session
@@ -55,6 +57,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_quant_options(parser)
     cli.add_activation_options(parser)
     cli.add_prompt_options(parser)
+    cli.add_sampling_options(parser)
     cli.add_run_options(parser)
     parser.add_argument(
         "--num-shards",
@@ -112,13 +115,14 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     from qllm import report
     from qllm.generate import check_prompts
     from qllm.llm import LLM, Pretrained
+    from qllm.stopping import cut
 
     reference = find_reference(args, folder, note)
     pretrained = Pretrained.open(folder, note=note)
     config, tokenizer = pretrained.config, pretrained.tokenizer
     cli.fit_defaults(args, config, prompts != list(cli.DEFAULT_PROMPTS))
     ids = cli.tokenize(tokenizer, prompts, args.max_prompt_length, note)
-    generation = replace(pretrained.generation, max_new_tokens=args.max_gen_tokens)
+    generation = read_generation(args, pretrained, session)
     check_prompts(config, ids, generation)
     calibration = cli.find_calibration(args, folder, plan, note)
     parallel = session and cli.join(args, session, folder, config, calibration)
@@ -140,10 +144,15 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     if not args.json and talks:
         show(args, result, model, time.perf_counter() - start, onnx)
     stream = args.stream and talks
-    tokens, result["seconds"] = run_prompts(stream, model, tokenizer, prompts, ids, generation)
+    stops = args.stop or []
+    tokens, result["seconds"] = run_prompts(
+        stream, model, tokenizer, prompts, ids, generation, stops
+    )
     if not talks:
         return
-    texts = [tokenizer.continuation(*pair) for pair in zip(ids, tokens, strict=True)]
+    if generation.sampling is not None:
+        result["seed"] = generation.sampling.seed
+    texts = [cut(tokenizer.continuation(*pair), stops) for pair in zip(ids, tokens, strict=True)]
     result["results"] = report.result_rows(prompts, texts, tokens)
     if args.compare:
         dtype, device = model.dtype, str(model.device)
@@ -155,6 +164,28 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     report.print_speed(result["results"], result["seconds"])
     if args.compare or not args.stream:
         report.print_results(result["results"], result.get("compare", ()))
+
+
+def read_generation(
+    args: argparse.Namespace, pretrained: Pretrained, session: Session | None
+) -> GenerationConfig:
+    """The checkpoint's settings, with those that the options give; a seed is all processes'.
+
+    Raises:
+        UserError: for settings that cannot be, or that --compare's reference does not have.
+    """
+    settings = cli.read_sampling_options(args)
+    given = [key for key, value in {**settings, "stop": args.stop}.items() if value is not None]
+    if args.compare and given:
+        option = given[0].replace("_", "-")
+        raise UserError(f"--compare shows greedy search; leave --{option} out")
+    generation = pretrained.generation_with(max_new_tokens=args.max_gen_tokens, **settings)
+    if generation.sampling is None:
+        return generation
+    sampling = generation.sampling.with_seed()
+    if session is not None:
+        sampling = replace(sampling, seed=session.broadcast(sampling.seed))
+    return replace(generation, sampling=sampling)
 
 
 def find_reference(
@@ -233,16 +264,19 @@ def run_prompts(
     prompts: list[str],
     ids: list[list[int]],
     generation: GenerationConfig,
+    stops: list[str],
 ) -> tuple[list[list[int]], float]:
     """New tokens of each prompt and the seconds they took; if `streamed`, printed as they come."""
     from qllm.generate import TextStream, generate
+    from qllm.stopping import StopStrings
 
+    stop = StopStrings(tokenizer, ids, stops) if stops else None
     start = time.perf_counter()
     if not streamed:
-        return generate(model, ids, generation), time.perf_counter() - start
+        return generate(model, ids, generation, stop=stop), time.perf_counter() - start
     write = partial(print, end="", flush=True)
-    stream = TextStream(tokenizer, ids, lambda row: write(f"\n{prompts[row]}"), write)
-    tokens = generate(model, ids, generation, stream.add)
+    stream = TextStream(tokenizer, ids, lambda row: write(f"\n{prompts[row]}"), write, stops)
+    tokens = generate(model, ids, generation, stream.add, stop)
     seconds = time.perf_counter() - start
     print("\n")
     return tokens, seconds

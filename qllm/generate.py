@@ -1,10 +1,10 @@
-"""Greedy search, with transformers' rules for where it ends and what it avoids."""
+"""Generation, with transformers' rules for where it ends and what it avoids."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,8 @@ from qllm.config import ModelConfig
 from qllm.errors import UserError
 from qllm.models import RawConfig
 from qllm.parallel.pipeline import PipelineStage
+from qllm.sampling import Sampler, Sampling
+from qllm.stopping import cut, settled
 from qllm.tokenizer import Tokenizer
 
 # What transformers generates when nothing says how much.
@@ -80,6 +82,7 @@ class GenerationConfig:
         eos_token_ids: each of them ends a text.
         repetition_penalty: divides positive logits of tokens seen so far, multiplies negative
             ones (Keskar et al. 2019).
+        sampling: how tokens are drawn; None: the largest logit is taken.
     """
 
     max_new_tokens: int | None = None
@@ -88,6 +91,7 @@ class GenerationConfig:
     min_new_tokens: int = 0
     eos_token_ids: tuple[int, ...] = ()
     repetition_penalty: float = 1.0
+    sampling: Sampling | None = None
 
     def new_tokens(self, longest: int) -> int:
         """How many tokens a batch may get whose longest prompt has `longest`."""
@@ -100,6 +104,16 @@ class GenerationConfig:
     def least_tokens(self, longest: int) -> int:
         """How many tokens a batch whose longest prompt has `longest` gets before a text may end."""
         return self.min_new_tokens or self.min_length - longest
+
+
+def read_sampling(folder: Path) -> Sampling:
+    """How a checkpoint's generation_config.json would have tokens drawn.
+
+    Raises:
+        UserError: for values that are no numbers.
+    """
+    path = folder / "generation_config.json"
+    return Sampling.read(RawConfig(read_json(path), str(path))) if path.exists() else Sampling()
 
 
 def read_generation_config(
@@ -141,13 +155,15 @@ def generate(
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     on_token: Callable[[int, int, bool], None] = lambda row, token, last: None,
+    stop: Callable[[int, int], bool] | None = None,
 ) -> list[list[int]]:
-    """Generate greedily for a batch of prompts.
+    """Generate for a batch of prompts.
 
     Args:
         prompts: lists of token ids, none of them empty.
         on_token: called with the row and the id of each new token as it is found, and whether it
             is the row's last.
+        stop: called with the row and the id of each new token, says whether it ends the row.
 
     Returns:
         The new ids of each prompt, up to and with its end of text.
@@ -157,14 +173,17 @@ def generate(
             room in the model's window for what is asked.
     """
     results: list[list[int]] = [[] for _ in prompts]
-    for row, token, last in generate_tokens(model, prompts, config):
+    for row, token, last in generate_tokens(model, prompts, config, stop):
         results[row].append(token)
         on_token(row, token, last)
     return results
 
 
 def generate_tokens(
-    model: Generator, prompts: Sequence[Sequence[int]], config: GenerationConfig
+    model: Generator,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    stop: Callable[[int, int], bool] | None = None,
 ) -> Iterator[tuple[int, int, bool]]:
     """The new tokens of `generate` as they are found: row, id, and whether it is the row's last.
 
@@ -178,7 +197,9 @@ def generate_tokens(
         return
     whole = [range(len(prompts))]
     rows = whole if model.stage is None else model.stage.micro_batches(len(prompts))
-    batches = [_Batch(model, run, prompts, config) for run in rows]
+    if config.sampling is not None:
+        config = replace(config, sampling=config.sampling.with_seed())
+    batches = [_Batch(model, run, prompts, config, stop) for run in rows]
     for step in range(1, count + 1):
         for batch in batches:
             if batch.pending:
@@ -211,8 +232,13 @@ class _Batch:
         rows: range,
         prompts: Sequence[Sequence[int]],
         config: GenerationConfig,
+        stop: Callable[[int, int], bool] | None,
     ) -> None:
-        self.model, self.live, self.config = model, list(rows), config
+        self.model, self.live, self.config, self.stop = model, list(rows), config, stop
+        self.sampler: Sampler | None = None
+        if config.sampling is not None:
+            seeds = config.sampling.seeds(prompts)
+            self.sampler = Sampler(config.sampling, [seeds[row] for row in rows])
         self.prompts = [prompts[row] for row in rows]
         longest = max(map(len, prompts))
         self.cache = model.new_cache(len(rows), longest + config.new_tokens(longest))
@@ -228,7 +254,8 @@ class _Batch:
             logits = self.model.decode(self.tokens, self.cache, share=False)
         self.pending = True
         if logits is not None:
-            self.tokens = self.processor(logits).argmax(dim=-1)
+            logits = self.processor(logits)
+            self.tokens = logits.argmax(dim=-1) if self.sampler is None else self.sampler(logits)
             if self.model.stage is not None:
                 self.model.stage.broadcast(self.tokens)
 
@@ -242,6 +269,9 @@ class _Batch:
         self.processor.add(self.tokens)
         found = self.tokens.tolist()
         ended = [last or token in self.config.eos_token_ids for token in found]
+        if self.stop is not None:
+            pairs = zip(self.live, found, ended, strict=True)
+            ended = [self.stop(row, token) or over for row, token, over in pairs]
         rows = list(zip(self.live, found, ended, strict=True))
         if any(ended):
             self._keep([i for i, over in enumerate(ended) if not over])
@@ -252,6 +282,8 @@ class _Batch:
         self.live = [self.live[i] for i in indices]
         self.cache.keep(indices)
         self.processor.keep(indices)
+        if self.sampler is not None:
+            self.sampler.keep(indices)
         self.tokens = self.tokens[torch.tensor(indices, dtype=torch.int64)]
 
 
@@ -350,13 +382,15 @@ class TextStream:
         prompts: Sequence[Sequence[int]],
         begin: Callable[[int], None],
         write: Callable[[str], None],
+        stop: Sequence[str] = (),
     ) -> None:
         """
         Args:
             begin: called with a row before its text comes.
             write: called with each piece of text.
+            stop: strings that a text ends in front of.
         """
-        self.tokenizer, self.prompts = tokenizer, prompts
+        self.tokenizer, self.prompts, self.stop = tokenizer, prompts, stop
         self.begin, self.write = begin, write
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.ended = [False] * len(prompts)
@@ -380,7 +414,8 @@ class TextStream:
     def _write(self) -> None:
         text = self.tokenizer.continuation(self.prompts[self.row], self.tokens[self.row])
         # A character whose bytes have not all come yet decodes to a replacement character.
-        ready = text if self.ended[self.row] else text.rstrip("\ufffd")
+        ready = text if self.ended[self.row] else settled(text.rstrip("\ufffd"), self.stop)
+        ready = cut(ready, self.stop)
         if ready.startswith(self.written):
             self.write(ready[len(self.written) :])
             self.written = ready

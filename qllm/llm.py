@@ -11,7 +11,7 @@ The scripts stand on this module: what they add is options, reports and words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -42,12 +42,14 @@ from qllm.generate import (
     generate,
     generate_tokens,
     read_generation_config,
+    read_sampling,
 )
 from qllm.hub import ModelFolder
 from qllm.memory import resolve_device
 from qllm.models import Decoder, read_config
 from qllm.onnx import check_installed, is_onnx
 from qllm.progress import Meter, unseen
+from qllm.stopping import StopStrings, cut
 from qllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -73,7 +75,8 @@ class Completion:
         prompt_tokens: what the model read of it, special tokens included.
         tokens: the new ones, an end of text included.
         text: that the new tokens add, without special tokens.
-        finish_reason: "stop" where the model ended its text, "length" where it was cut off.
+        finish_reason: "stop" where the model ended its text, or a string did; "length" where it
+            was cut off.
     """
 
     prompt: Prompt
@@ -130,6 +133,34 @@ class Pretrained:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, max_length)
         return list(prompt)
+
+    def generation_with(
+        self,
+        *,
+        max_new_tokens: int | None = None,
+        repetition_penalty: float | None = None,
+        **sampling: float | None,
+    ) -> GenerationConfig:
+        """The checkpoint's settings, with those that are given (not None).
+
+        Args:
+            sampling: see `LLM.generate`.
+
+        Raises:
+            UserError: for values that cannot be, or that contradict each other.
+        """
+        changes: dict[str, object] = {}
+        if max_new_tokens is not None:
+            changes["max_new_tokens"] = max_new_tokens
+        if repetition_penalty is not None:
+            if not repetition_penalty > 0:
+                raise UserError(
+                    f"repetition_penalty is {repetition_penalty}; give a number above 0"
+                )
+            changes["repetition_penalty"] = repetition_penalty
+        if any(value is not None for value in sampling.values()):
+            changes["sampling"] = read_sampling(self.folder.path).with_changes(**sampling)
+        return replace(self.generation, **changes)
 
 
 class LLM:
@@ -275,12 +306,20 @@ class LLM:
         max_new_tokens: int | None = None,
         max_prompt_length: int | None = None,
         on_token: Callable[[int, int, bool], None] | None = None,
+        stop: str | Sequence[str] = (),
+        repetition_penalty: float | None = None,
+        **sampling: float | None,
     ) -> list[Completion]:
-        """Continue prompts greedily, all in one batch; no prompt changes what another one gets.
+        """Continue prompts, all in one batch; no prompt changes what another one gets.
 
         Args:
             prompts: texts or lists of token ids, or one of them.
             max_new_tokens: for each; None is what generation_config.json says, or 20.
+            stop: a string that ends a text, which it is no part of, or several.
+            repetition_penalty: None is what generation_config.json says, or 1.
+            sampling: `temperature`, `top_k`, `top_p`, `min_p` and `seed` (`qllm.sampling`): with
+                one of them tokens are drawn, with the others as generation_config.json has them;
+                without, or with a temperature of 0, the likeliest is taken.
             max_prompt_length: in tokens; a longer text loses its beginning. None: no limit.
             on_token: called with the row and the id of each new token as it is found, and whether
                 it is the row's last.
@@ -290,33 +329,52 @@ class LLM:
         """
         many = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
         ids = [self.pretrained.encode(prompt, max_prompt_length) for prompt in many]
-        config = self._generation(max_new_tokens)
-        found = generate(self.model, ids, config, *filter(None, [on_token])) if ids else []
+        config = self._generation(max_new_tokens, repetition_penalty, sampling)
+        strings = [stop] if isinstance(stop, str) else list(stop)
+        more: dict[str, Callable] = {} if on_token is None else {"on_token": on_token}
+        if strings and ids:
+            more["stop"] = StopStrings(self.tokenizer, ids, strings)
+        found = generate(self.model, ids, config, **more) if ids else []
+        texts = [self.tokenizer.continuation(*pair) for pair in zip(ids, found, strict=True)]
         return [
             Completion(
                 prompt,
                 tuple(read),
                 tuple(new),
-                self.tokenizer.continuation(read, new),
-                "stop" if new and new[-1] in config.eos_token_ids else "length",
+                cut(text, strings),
+                "stop"
+                if (new and new[-1] in config.eos_token_ids) or cut(text, strings) != text
+                else "length",
             )
-            for prompt, read, new in zip(many, ids, found, strict=True)
+            for prompt, read, new, text in zip(many, ids, found, texts, strict=True)
         ]
 
-    def stream(self, prompt: Prompt, *, max_new_tokens: int | None = None) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        repetition_penalty: float | None = None,
+        **sampling: float | None,
+    ) -> Iterator[str]:
         """Pieces of the text that `generate` adds to one prompt, each as soon as it is known.
+
+        Arguments are those of `generate`.
 
         Raises:
             UserError: see `generate`; before the first piece is asked for.
         """
-        ids, config = self.pretrained.encode(prompt), self._generation(max_new_tokens)
+        ids = self.pretrained.encode(prompt)
+        config = self._generation(max_new_tokens, repetition_penalty, sampling)
         check_prompts(self.model.config, [ids], config)
-        return self._pieces(ids, config)
+        return self._pieces(ids, config, [stop] if isinstance(stop, str) else list(stop))
 
-    def _pieces(self, ids: list[int], config: GenerationConfig) -> Iterator[str]:
+    def _pieces(self, ids: list[int], config: GenerationConfig, stop: list[str]) -> Iterator[str]:
         pieces: list[str] = []
-        stream = TextStream(self.tokenizer, [ids], lambda row: None, pieces.append)
-        for token in generate_tokens(self.model, [ids], config):
+        stream = TextStream(self.tokenizer, [ids], lambda row: None, pieces.append, stop)
+        stops = StopStrings(self.tokenizer, [ids], stop) if stop else None
+        for token in generate_tokens(self.model, [ids], config, stops):
             stream.add(*token)
             yield from pieces
             pieces.clear()
@@ -350,12 +408,16 @@ class LLM:
         settings = PerplexityOptions((convention,), **options)
         return perplexity(self.model, encoded, settings)[convention]
 
-    def _generation(self, max_new_tokens: int | None) -> GenerationConfig:
-        """The checkpoint's settings, with the length that was asked for."""
-        settings = self.pretrained.generation
-        if max_new_tokens is None:
-            return settings
-        return replace(settings, max_new_tokens=max_new_tokens)
+    def _generation(
+        self,
+        max_new_tokens: int | None,
+        repetition_penalty: float | None,
+        sampling: Mapping[str, float | None],
+    ) -> GenerationConfig:
+        """The checkpoint's settings, with those that were asked for."""
+        return self.pretrained.generation_with(
+            max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, **sampling
+        )
 
 
 def _is_ids(prompts: Sequence) -> bool:

@@ -84,8 +84,9 @@ def random_model(config: ModelConfig, length: int, seed: int) -> Decoder:
             new = RandomPositions(config, length, config.init_std, generator)
         else:
             for key, buffer in module.named_buffers(recurse=False):
-                fresh = torch.ones if key == "weight" else torch.zeros
-                setattr(module, key, fresh(buffer.shape))
+                # Of norms, which multiply by one at first, offset and all.
+                value = 1.0 - config.norm_offset if key == "weight" else 0.0
+                setattr(module, key, torch.full(buffer.shape, value))
         if new is not None:
             model.set_submodule(name, new)
     return model

@@ -13,6 +13,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
@@ -69,6 +70,7 @@ MODELS: dict[str, PretrainedConfig] = {
     ),
     "qwen2": Qwen2Config(**LLAMA, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**LLAMA, num_key_value_heads=3, head_dim=10),
+    "mistral": MistralConfig(**LLAMA, num_key_value_heads=2, sliding_window=9),
     "gemma2": Gemma2Config(**GEMMA, attn_logit_softcapping=20.0),
     "gemma3_text": Gemma3TextConfig(**GEMMA, layer_types=["full_attention", "sliding_attention"]),
     "phi3": Phi3Config(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, tiny
+from quantizing import MODELS
 from torch import Tensor
 
 from qllm.calibration import Calibration, calibrate
@@ -235,3 +236,15 @@ def test_statistics_are_what_flows_through():
         for side, store in enumerate((calibration.inputs, calibration.outputs)):
             largest = np.max([np.abs(call[side].numpy()).max(axis=0) for call in calls], axis=0)
             assert np.array_equal(store[name].numpy(), largest)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_fresh_norm_multiplies_by_one(name):
+    """Whatever it adds to its weight; and random samples run through every kind of layer."""
+    config = config_of(MODELS[name].to_dict())
+    model = random_model(config, 8, seed=0)
+    if config.norm_affine:
+        x = torch.randn(5, config.hidden_size, generator=generator())
+        normed = model.layers[0].mlp_norm(x)
+        torch.testing.assert_close(normed.square().mean(1), torch.ones(5), rtol=1e-2, atol=0)
+    assert calibrate_random(config, 2, 8, seed=0).inputs

@@ -69,10 +69,12 @@ def folders(tmp_path_factory):
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     shutil.copy(tiny("opt") / "config.json", folder)
-    return {family: tiny(family) for family in FAMILIES} | {"opt-files": folder}
+    gpt2 = shutil.copytree(folder, folder.parent / "gpt2")
+    (gpt2 / "config.json").write_text('{"model_type": "gpt2"}')
+    return {family: tiny(family) for family in FAMILIES} | {"opt-files": folder, "gpt2": gpt2}
 
 
-FORMS = [*FAMILIES, "opt-files"]
+FORMS = [*FAMILIES, "opt-files", "gpt2"]
 
 
 def assert_same(folder: Path, text: str) -> None:

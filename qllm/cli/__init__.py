@@ -34,7 +34,14 @@ from qllm.cli.processes import (
     session,
     unbounded,
 )
-from qllm.cli.prompts import DEFAULT_PROMPTS, add_prompt_options, read_prompts, tokenize
+from qllm.cli.prompts import (
+    DEFAULT_PROMPTS,
+    add_prompt_options,
+    add_sampling_options,
+    read_prompts,
+    read_sampling_options,
+    tokenize,
+)
 
 __all__ = [
     "DEFAULT_PROMPTS",
@@ -49,6 +56,7 @@ __all__ = [
     "add_prompt_options",
     "add_quant_options",
     "add_run_options",
+    "add_sampling_options",
     "add_threads_option",
     "check_processes",
     "find_calibration",
@@ -62,6 +70,7 @@ __all__ = [
     "read_plan",
     "read_plans",
     "read_prompts",
+    "read_sampling_options",
     "refuse_for_onnx",
     "resolve_device",
     "resolve_dtype",

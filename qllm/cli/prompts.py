@@ -42,6 +42,55 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """--temperature, --top-k, --top-p, --min-p, --seed, --repetition-penalty, --stop."""
+    group = parser.add_argument_group(
+        "sampling, with one of the first five; the others are then as generation_config.json says"
+    )
+    group.add_argument(
+        "--temperature", type=float, metavar="T", help="divides the logits; 0: greedy (1)"
+    )
+    group.add_argument(
+        "--top-k", type=int, metavar="K", help="draw from the K likeliest tokens, 0: all (50)"
+    )
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the likeliest of probability P (1)"
+    )
+    group.add_argument(
+        "--min-p", type=float, metavar="P", help="and of P times the likeliest one's (0)"
+    )
+    group.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="gives a prompt the same text each time, whatever the batch (a new one)",
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        help="makes tokens that were there already less likely; greedy search, too (1)",
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="ends a text, which it is no part of; may be given repeatedly",
+    )
+
+
+def read_sampling_options(args: argparse.Namespace) -> dict[str, float | None]:
+    """What `Pretrained.generation_with` takes of them.
+
+    Raises:
+        UserError: for an empty --stop.
+    """
+    if "" in (args.stop or ()):
+        raise UserError("--stop is empty; give it some text")
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty")
+    return {name: getattr(args, name) for name in names}
+
+
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts that the options give, or the default ones."""
     prompts = list(args.prompt or ())

@@ -173,7 +173,7 @@ CLASSES = {
     "LlamaTokenizerFast": LLAMA,
 }
 # By the model's type, where no file names one; a folder may lack config.json.
-DEFAULT_CLASS = {"opt": GPT2, "bloom": BACKEND, "llama": BACKEND, None: BACKEND}
+DEFAULT_CLASS = {"opt": GPT2, "gpt2": GPT2, "bloom": BACKEND, "llama": BACKEND, None: BACKEND}
 
 
 def load(folder: Path) -> DirectCodec | None:

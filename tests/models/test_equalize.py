@@ -27,6 +27,7 @@ DIVIDED = {
     "llama with one key-value head": LINEARS,
     "qwen2": LINEARS,
     "qwen3": LINEARS,
+    "mistral": LINEARS,
     "gemma2": LINEARS,
     "gemma3_text": LINEARS,
     "phi3": LINEARS,

@@ -66,7 +66,7 @@ def qk_norm(
 ) -> Tensor:
     """`reference.qk_norm`."""
     every = heads + 2 * kv_heads
-    rows = qkv.reshape(len(qkv) * every, -1)
+    rows = qkv.contiguous().view(len(qkv) * every, -1)
     runs = (every, heads, kv_heads)
     return _norm(rows, weight, None, eps, offset, centered=False, runs=runs).view(qkv.shape)
 

@@ -13,6 +13,7 @@ from conftest import FAMILIES, tiny
 from covering import pairwise
 from cpu_paths import normal, on, paths, same
 from oracle import draw_prompts, load, our_bundled
+from quantizing import MODELS, VOCAB, saved
 from torch import Tensor
 
 from qllm.config import QuantPlan, QuantSpec
@@ -60,6 +61,25 @@ def eager(family: str, bitwidth: str, lengths: tuple[int, ...], seed: int = 0) -
 def assert_decodes(model: Decoder, cache: KVCache, want: list[Tensor], first: int = 0) -> None:
     for step, logits in enumerate(want, first):
         assert same(model.decode(tokens_of(step, len(cache.lengths)), cache), logits)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in FAMILIES])
+def test_every_kind_of_model_is_captured(name, tmp_path):
+    """And a row is the same alone, past its window too."""
+    model = load(saved(name, tmp_path), "4")
+    prompts = draw_prompts([7, 1, 12], VOCAB)
+    caches = [model.new_cache(rows, 20) for rows in (3, 3, 1)]
+    for cache, some in zip(caches, (prompts, prompts, prompts[2:]), strict=True):
+        model.prefill(some, cache)
+    for step in range(6):
+        tokens = torch.tensor(draw_prompts([3], VOCAB, seed=step)[0])
+        caches[1].captured = None
+        replayed, eager, alone = (
+            model.decode(some, cache)
+            for some, cache in zip((tokens, tokens, tokens[2:]), caches, strict=True)
+        )
+        assert same(replayed, eager) and same(replayed[2:], alone)
+    assert caches[0].captured.graph_break is None
 
 
 @pytest.mark.parametrize(("family", "bitwidth", "lengths"), pairwise(FAMILIES, BITWIDTHS, BATCHES))

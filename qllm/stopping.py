@@ -1,0 +1,52 @@
+"""Strings that end a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qllm.tokenizer import Tokenizer
+
+# Tokens that are decoded in front of those that may hold a string: a first one alone may decode to
+# something else than it does in its place.
+MARGIN = 8
+
+
+class StopStrings:
+    """Looks for strings in the texts that a batch of prompts gets.
+
+    Attributes:
+        strings: of which the first that comes ends a text, and is no part of it.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], strings: Sequence[str]
+    ) -> None:
+        self.tokenizer, self.prompts, self.strings = tokenizer, prompts, tuple(strings)
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        # A token may be one byte of a string.
+        self.tail = max(len(string.encode()) for string in strings) + MARGIN
+
+    def __call__(self, row: int, token: int) -> bool:
+        """Whether a row's text ends with its next token."""
+        tokens = self.tokens[row]
+        tokens.append(token)
+        start = max(0, len(tokens) - self.tail)
+        before = [*self.prompts[row], *tokens[:start]][-self.tail :]
+        text = self.tokenizer.continuation(before, tokens[start:])
+        return any(string in text for string in self.strings)
+
+
+def cut(text: str, strings: Sequence[str]) -> str:
+    """A text up to the first of the strings in it."""
+    return text[: min((at for s in strings if (at := text.find(s)) >= 0), default=len(text))]
+
+
+def settled(text: str, strings: Sequence[str]) -> str:
+    """A text so far without what may turn out to be the beginning of one of the strings."""
+    held = (
+        size
+        for string in strings
+        for size in range(min(len(string) - 1, len(text)), 0, -1)
+        if text.endswith(string[:size])
+    )
+    return text[: len(text) - max(held, default=0)]
