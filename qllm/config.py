@@ -291,6 +291,7 @@ class RopeConfig:
         beta_fast, beta_slow, truncate: ends of YaRN's ramp in turns over that length, and whether
             they are rounded to whole pairs.
         short_factor, long_factor: what divides each pair's frequency up to that length, and beyond.
+        rereads: a text that grows beyond that length is read anew, with the long factors (Phi-3).
         turned_pairs: how many pairs are turned, of the kind that turns not all.
     """
 
@@ -307,6 +308,7 @@ class RopeConfig:
     truncate: bool = True
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
+    rereads: bool = False
     turned_pairs: int | None = None
 
 

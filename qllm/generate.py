@@ -239,17 +239,21 @@ class _Batch:
         if config.sampling is not None:
             seeds = config.sampling.seeds(prompts)
             self.sampler = Sampler(config.sampling, [seeds[row] for row in rows])
-        self.prompts = [prompts[row] for row in rows]
+        self.texts = [list(prompts[row]) for row in rows]
         longest = max(map(len, prompts))
-        self.cache = model.new_cache(len(rows), longest + config.new_tokens(longest))
-        self.processor = LogitsProcessor(model, self.prompts, config, longest)
+        self.capacity = longest + config.new_tokens(longest)
+        self.cache = model.new_cache(len(rows), self.capacity)
+        self.processor = LogitsProcessor(model, self.texts, config, longest)
         self.tokens: Tensor | None = None
         self.pending = False
 
     def step(self) -> None:
         """Find the next token of each row."""
         if self.tokens is None:
-            logits = self.model.prefill(self.prompts, self.cache, share=False)
+            logits = self.model.prefill(self.texts, self.cache, share=False)
+        elif self._is_to_be_read_anew():
+            self.cache = self.model.new_cache(len(self.live), self.capacity)
+            logits = self.model.prefill(self.texts, self.cache, share=False)
         else:
             logits = self.model.decode(self.tokens, self.cache, share=False)
         self.pending = True
@@ -258,6 +262,13 @@ class _Batch:
             self.tokens = logits.argmax(dim=-1) if self.sampler is None else self.sampler(logits)
             if self.model.stage is not None:
                 self.model.stage.broadcast(self.tokens)
+
+    def _is_to_be_read_anew(self) -> bool:
+        """Whether the longest text has just outgrown what its keys were made for."""
+        rope = self.model.config.rope
+        if rope is None or not rope.rereads:
+            return False
+        return max(map(len, self.texts)) == rope.original_max_positions + 1
 
     def take(self, last: bool) -> Iterator[tuple[int, int, bool]]:
         """The tokens that the last step found, of the rows that had not ended."""
@@ -268,6 +279,8 @@ class _Batch:
             self.tokens = stage.broadcast(received)
         self.processor.add(self.tokens)
         found = self.tokens.tolist()
+        for text, token in zip(self.texts, found, strict=True):
+            text.append(token)
         ended = [last or token in self.config.eos_token_ids for token in found]
         if self.stop is not None:
             pairs = zip(self.live, found, ended, strict=True)
@@ -280,6 +293,7 @@ class _Batch:
     def _keep(self, indices: list[int]) -> None:
         """Let all prompts go but those at these places, so that the others cost nothing more."""
         self.live = [self.live[i] for i in indices]
+        self.texts = [self.texts[i] for i in indices]
         self.cache.keep(indices)
         self.processor.keep(indices)
         if self.sampler is not None:

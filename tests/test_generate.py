@@ -28,6 +28,7 @@ from transformers import (
     BloomConfig,
     LlamaConfig,
     OPTConfig,
+    Phi3Config,
     RepetitionPenaltyLogitsProcessor,
 )
 
@@ -430,3 +431,28 @@ def test_golden_text():
         " a species of small sea snail, marine gastropod mollusk in the family Costellariidae, "
         "the ribbed miters."
     )
+
+
+@pytest.mark.parametrize("prompts", [[10], [12, 3], [13, 2], [4, 11, 7]])
+def test_phi3_reads_a_text_anew_that_outgrows_its_short_factors(prompts, tmp_path):
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 2.0, 1.5],
+        "long_factor": [4.0, 1.0, 9.0],
+    }
+    config = Phi3Config(
+        vocab_size=90,
+        hidden_size=24,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        intermediate_size=40,
+        max_position_embeddings=40,
+        original_max_position_embeddings=12,
+        rope_parameters=rope,
+        pad_token_id=None,
+    )
+    theirs = random_model(config)
+    ours = save(theirs, tmp_path)
+    ids = draw_prompts(prompts, 90)
+    got = generate(ours, ids, GenerationConfig(max_new_tokens=9))
+    assert_tokens_equal(got, reference(theirs, ids, max_new_tokens=9))

@@ -29,7 +29,7 @@ ROWS = (
     ("models", "parallel"),
     (
         "checkpoint",
-        "generate",
+        *("generate", "sampling", "stopping"),
         "evaluate",
         "bench",
         "export",

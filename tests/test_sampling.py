@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import FAMILIES, examples, tiny
+from covering import slow_but
 from hypothesis import given
 from hypothesis import strategies as st
 from inside import call
@@ -68,7 +69,7 @@ def test_tokens_come_as_often_as_they_are_likely():
     torch.testing.assert_close(found, logits[0].softmax(0), atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family",), slow_but([("llama",)], FAMILIES))
 def test_a_seed_gives_a_prompt_one_text(family):
     """Alone, beside others that end before it, in shards; a prompt that comes again has another."""
     model, config = our_bundled(family, "4"), GenerationConfig(12, sampling=DRAWN)

@@ -120,11 +120,14 @@ def others() -> Iterator[Job]:
     tensors = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "scales": "*fp32"}
     tensors |= {"z": "*bf16", "sums": "*bf16", "out": "*i8"}
     constants = {"WIDTH": 4096, "HAS_WEIGHT": True, "HAS_BIAS": True, "STATIC": False}
+    constants |= {"RUN": 0, "FIRST": 0, "SECOND": 0}
     for name, norm in (("rows", 0), ("layer norm", 1)):
         every = constants | {"NORM": norm, "ADD": norm > 0, "QUANTIZE": True}
         yield Job(f"{name} to int8", rows.norm_rows, tensors, every, 8, 1, False)
     every = constants | {"NORM": 2, "ADD": True, "QUANTIZE": False}
     yield Job("sum and RMS norm", rows.norm_rows, tensors | {"out": "*bf16"}, every, 8, 1, False)
+    every |= {"WIDTH": 128, "ADD": False, "HAS_BIAS": False, "RUN": 40, "FIRST": 32, "SECOND": 4}
+    yield Job("norms of heads", rows.norm_rows, tensors | {"out": "*bf16"}, every, 1, 1, False)
 
 
 def build(job: Job, capability: int) -> dict[str, object]:

@@ -30,6 +30,7 @@ def read_config(raw: RawConfig) -> ModelConfig:
     rope = read_rope(
         raw, config.trained_positions, config.head_dim, kinds=("default", "longrope"), partial=1.0
     )
+    rope = replace(rope, rereads=rope.kind == "longrope")
     sliding = raw.values.get("sliding_window") is not None
     windows = raw.windows(config.num_layers, lambda index: sliding)
     biases = dict.fromkeys(("attention_bias", "output_bias", "mlp_bias"), False)

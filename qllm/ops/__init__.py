@@ -182,6 +182,8 @@ GPU_SIMPLE = {
     "gated_activation": gpu_rows.gated_activation,
     "layer_norm_int8": gpu_rows.layer_norm_int8,
     "rms_norm_int8": gpu_rows.rms_norm_int8,
+    "rms_norm": gpu_rows.rms_norm,
+    "qk_norm": gpu_rows.qk_norm,
 }
 
 

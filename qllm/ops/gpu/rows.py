@@ -23,6 +23,22 @@ def quantize(x: Tensor, input_scale: Tensor | None) -> Int8Rows:
     return _run(x, None, NO_NORM, None, None, 0.0, (input_scale,))[1]
 
 
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
+    """`reference.rms_norm`; in one launch, where torch would take several."""
+    if not offset:
+        return reference.rms_norm(x, weight, eps)
+    return _run(x, None, RMS_NORM, weight, None, eps, None, offset)[1]
+
+
+def qk_norm(
+    qkv: Tensor, weight: Tensor, heads: int, kv_heads: int, eps: float, offset: float = 0.0
+) -> Tensor:
+    """`reference.qk_norm`."""
+    runs = (heads + 2 * kv_heads, heads, kv_heads)
+    rows = qkv.contiguous().view(len(qkv) * runs[0], -1)
+    return _run(rows, None, RMS_NORM, weight, None, eps, None, offset, runs)[1].view(qkv.shape)
+
+
 def layer_norm_int8(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, input_scale: Tensor | None
 ) -> Int8Rows:
@@ -89,11 +105,13 @@ def _run(
     eps: float,
     quantized: tuple[Tensor | None] | None,
     offset: float = 0.0,
+    runs: tuple[int, int, int] = (0, 0, 0),
 ) -> tuple[Tensor, Tensor | Int8Rows]:
     """x + z, or x, and what follows.
 
     Args:
         offset: is added to the weight.
+        runs: RUN, FIRST and SECOND of the kernel.
         quantized: to int8, by a scale or (None) one for each row; None: not at all.
     """
     from qllm.ops.gpu.kernels.rows import norm_rows
@@ -130,6 +148,9 @@ def _run(
                 HAS_BIAS=bias is not None,
                 QUANTIZE=quantized is not None,
                 STATIC=static,
+                RUN=runs[0],
+                FIRST=runs[1],
+                SECOND=runs[2],
                 num_warps=min(16, max(1, width // 512)),
                 enable_fp_fusion=False,  # each step is rounded, as the reference's are
             )

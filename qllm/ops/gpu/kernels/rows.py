@@ -21,7 +21,8 @@ def _round(x):
 def norm_rows(
     x, x_stride, z, z_stride, sums, weight, bias, out, scales, columns, eps, offset,
     WIDTH: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, QUANTIZE: tl.constexpr, STATIC: tl.constexpr,
+    HAS_BIAS: tl.constexpr, QUANTIZE: tl.constexpr, STATIC: tl.constexpr, RUN: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
     """norm(x + z), or of x alone, for (M, K); with QUANTIZE as int8, clamp(round(... / scale)).
 
@@ -34,6 +35,8 @@ def norm_rows(
         NORM: 0: none, 1: layer norm, 2: root mean square; rounded to the type of x, as where it is
             stored in between.
         STATIC: scales is one number, which is read.
+        RUN: rows come in runs of so many, of which the FIRST take the weight's first row, the next
+            SECOND its second one, and the rest stay as they are; 0: all take the one row there is.
     """
     type: tl.constexpr = x.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -46,6 +49,10 @@ def norm_rows(
         total = narrow(value, type)
         tl.store(sums + place, total, mask=inside)
         value = total.to(tl.float32)
+    before, place_in_run = value, 0
+    if RUN > 0:
+        place_in_run = row % RUN
+        weight += tl.where(place_in_run < FIRST, 0, columns)
     if NORM != 0:
         count = columns * 1.0
         if NORM == 1:
@@ -57,6 +64,8 @@ def norm_rows(
             value *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset
         if HAS_BIAS:
             value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        if RUN > 0:
+            value = tl.where(place_in_run < FIRST + SECOND, value, before)
         normed = narrow(value, type)
         value = normed.to(tl.float32)
     if QUANTIZE:
