@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qllm.config import QuantPlan, QuantSpec, read_plan_file
 
 # One value for all layers, one for each, rules by module name or their file, or a plan.
-Bitwidth = int | str | Path | Sequence[int | str] | Mapping[str, object] | QuantPlan
+Bitwidth = int | str | Path | Sequence[int | str] | Mapping[str, Any] | QuantPlan
 
 
 def make_plan(
@@ -38,7 +39,7 @@ def make_plan(
     return plan.with_head(lm_head_bits, default or QuantSpec())
 
 
-def _plan_of(value: Mapping[str, object], text: str, default: QuantSpec | None) -> QuantPlan:
+def _plan_of(value: Mapping[str, Any], text: str, default: QuantSpec | None) -> QuantPlan:
     """The plan that a JSON object is, in our shape or in Neural Compressor's."""
     from qllm.neural_compressor import rules
 

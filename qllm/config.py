@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from qllm.errors import UserError
 from qllm.files import parse_json, read_bytes
@@ -89,7 +90,7 @@ class QuantSpec:
         """How many groups a row of `in_features` weights has; a last, shorter one counts."""
         return 1 if self.group_size == -1 else -(-in_features // self.group_size)
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """The object that a JSON plan holds for this spec."""
         if self.kind != "weight_only":
             return {"bits": self.bitwidth}
@@ -98,7 +99,7 @@ class QuantSpec:
         return value | ({} if self.algorithm == "rtn" else {"algorithm": self.algorithm})
 
     @classmethod
-    def from_json(cls, value: object, default: QuantSpec | None = None) -> QuantSpec:
+    def from_json(cls, value: Any, default: QuantSpec | None = None) -> QuantSpec:
         """The inverse of `to_json`; a bare bitwidth (4, "8:tc-li") stands for an object too.
 
         Args:
@@ -170,7 +171,7 @@ class QuantPlan:
     @classmethod
     def from_json(
         cls,
-        value: Mapping[str, object],
+        value: Mapping[str, Any],
         text: str = "the plan",
         default: QuantSpec | None = None,
     ) -> QuantPlan:
@@ -198,7 +199,7 @@ class QuantPlan:
             return self
         return self.with_rule(f"^{LM_HEAD}$", QuantSpec.from_json(bits, default))
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """The JSON plan: regular expression to spec."""
         return {pattern: spec.to_json() for pattern, spec in self.rules}
 
@@ -258,7 +259,7 @@ class QuantPlan:
         return spec
 
 
-def read_plan_file(path: Path) -> dict[str, object]:
+def read_plan_file(path: Path) -> dict[str, Any]:
     """The JSON object in a file that holds a plan, in whichever shape.
 
     Raises:

@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from qllm.errors import UserError
 
@@ -92,7 +92,7 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
     return data
 
 
-def parse_json(data: bytes | str, where: str) -> object:
+def parse_json(data: bytes | str, where: str) -> Any:
     """A JSON value.
 
     Args:
@@ -107,7 +107,7 @@ def parse_json(data: bytes | str, where: str) -> object:
         raise UserError(f"{where} cannot be read as JSON ({error})") from None
 
 
-def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, object]:
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:

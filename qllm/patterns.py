@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Callable
+from typing import Any
 
 from qllm.errors import UserError
 
@@ -29,7 +30,7 @@ class Patterns:
             where: what they are from, for messages.
         """
         self.where, self._left = where, SECONDS
-        self._compiled: dict[str, object] = {}
+        self._compiled: dict[str, Any] = {}
 
     def compile(self, pattern: str) -> None:
         """Refuse what is no regular expression.

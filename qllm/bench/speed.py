@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,7 +137,7 @@ def timed(run: Callable[[], Tensor | None]) -> tuple[float, Tensor | None]:
 
 def measure(
     runners: Sequence[Runner], case: Case, repeats: int, config: ModelConfig, device: str
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """A case on each of some runners, in turn, `repeats` times after one that is not counted.
 
     Returns:
@@ -161,7 +161,7 @@ def measure(
 
 def _row(
     runner: Runner, case: Case, seconds: list[float], roofline: Roofline | None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     count = case.tokens * case.batch
     rates = [count / each for each in seconds]
     median = statistics.median(seconds)
@@ -187,7 +187,7 @@ def decode_one_by_one(
     tokens: Sequence[int],
     longest: int,
     progress: Callable[[list], Iterable] = iter,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Decode given tokens one at a time, as GPTQ's and pyllama's `--benchmark` do.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -47,7 +48,7 @@ class Node:
         below = tuple(child.name + repr(child.signature()) for child in self.children)
         return (self.kind, self.about, self.tensors, self.tied, below)
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """The node and those below as one object."""
         return {
             "name": self.name,

@@ -6,7 +6,7 @@ import pickletools
 import re
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from qllm.errors import UserError, first_line
 from qllm.files import open_file
@@ -63,13 +63,14 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
                 _check_pickles(file, 1)
 
 
-def _check_pickles(file: BinaryIO, count: int) -> None:
+def _check_pickles(file: IO[bytes], count: int) -> None:
     """Read what some pickles would call, without calling it."""
     begin = file.tell()
     for _ in range(count):
         for operation, value, place in pickletools.genops(file):
+            assert place is not None  # a file tells where it is
             if place - begin > MOST_PICKLE_BYTES:
                 raise UserError(f"its pickle is larger than {MOST_PICKLE_BYTES >> 20} MB")
             called = operation.name in ("GLOBAL", "INST")
-            if operation.name == "STACK_GLOBAL" or (called and not CALLED.fullmatch(value)):
+            if operation.name == "STACK_GLOBAL" or (called and not CALLED.fullmatch(str(value))):
                 raise UserError(f"it names {value}")

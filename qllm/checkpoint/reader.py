@@ -157,7 +157,7 @@ class SafetensorsFile(TensorFile):
         info = self.tensors[name]
         tensor = torch.empty(info.shape, dtype=info.dtype)
         if tensor.numel():
-            view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            view = tensor.view(-1).view(torch.uint8).numpy().data
             with self.path.open("rb", buffering=0) as file:
                 end = self._fill(file, view, self._offsets[name])
                 if hasattr(os, "posix_fadvise"):  # what is read next comes while this is used
@@ -185,7 +185,7 @@ class SafetensorsFile(TensorFile):
         tensor = torch.empty(shape, dtype=info.dtype)
         if not tensor.numel():
             return tensor
-        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        view = tensor.view(-1).view(torch.uint8).numpy().data
         with self.path.open("rb", buffering=0) as file:
             if columns is None:
                 self._fill(file, view, self._offsets[name] + begin)

@@ -13,6 +13,7 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from qllm.checkpoint.writer import is_running, new_file
 from qllm.errors import UserError
@@ -32,7 +33,7 @@ class PartialFolder:
         state: what the journal says, {} at the start; `commit` replaces it.
     """
 
-    def __init__(self, target: Path, settings: Mapping[str, object]) -> None:
+    def __init__(self, target: Path, settings: Mapping[str, Any]) -> None:
         """
         Args:
             settings: what decides the result, as JSON values; an interrupted run with other

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class SafetensorsWriter:
     def __init__(
         self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     ) -> None:
-        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
         end = 0
         for name, info in tensors.items():
             start, end = end, end + info.dtype.itemsize * torch.Size(info.shape).numel()
@@ -53,7 +53,7 @@ class SafetensorsWriter:
         assert (name, tensor.shape, tensor.dtype) == (expected, info.shape, info.dtype)
         if tensor.numel():
             data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-            self._file.write(memoryview(data))
+            self._file.write(data.data)
 
     def close(self) -> None:
         """Finish the file; every tensor has been written."""
@@ -122,7 +122,7 @@ class ShardWriter:
         start = self._end(self.shards[-1])
         if data.numel():
             with writing(self.folder, FULL):
-                self._file.write(memoryview(data.view(-1).view(torch.uint8).numpy()))
+                self._file.write(data.view(-1).view(torch.uint8).numpy().data)
         self.shards[-1][name] = {
             "dtype": DTYPE_NAMES[data.dtype],
             "shape": list(data.shape),
@@ -148,7 +148,7 @@ class ShardWriter:
     def _finish(self) -> int:
         if self._file is not None:
             self._file.close()
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for index, shard in enumerate(self.shards):
             header = json.dumps({"__metadata__": {"format": "pt"}, **shard}, separators=(",", ":"))
             weight_map |= dict.fromkeys(shard, self._name(index))
@@ -162,8 +162,8 @@ class ShardWriter:
             self._path(index).rename(self.folder / self._name(index))
         total = sum(map(self._end, self.shards))
         if len(self.shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            about = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            text = json.dumps(about, indent=2, sort_keys=True) + "\n"
             (self.folder / f"{WEIGHTS}.index.json").write_text(text, encoding="utf-8")
         return total
 

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NoReturn
 
 from qllm import __version__, cgroups, launch
 from qllm.errors import UserError
 
 # What a run says that a signal ends; its status is 128 and the signal's number, as a shell has it.
-SIGNALS = {
+SIGNALS: dict[int, str] = {
     signal.SIGINT: "interrupted",
     signal.SIGTERM: "terminated",
     signal.SIGHUP: "ended with its terminal",
@@ -43,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         self.color = False  # Python 3.14's, which would be escaped
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
-    def parse_args(self, *given: object) -> argparse.Namespace:
+    def parse_args(self, *given: Any) -> argparse.Namespace:  # type: ignore[override]
         """What was given; --threads counts from here on, for torch and all that looks there."""
         args = super().parse_args(*given)
         if threads := getattr(args, "threads", None):
@@ -52,7 +53,7 @@ class Parser(argparse.ArgumentParser):
                 torch.set_num_threads(threads)
         return args
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(_fail(self.prog, f"{message} (--help lists the options)", 2))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ class ReferenceOutputs:
 
 def agreement(
     model: Decoder, reference: ReferenceOutputs, progress: Progress = iter
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """How a model agrees with a reference.
 
     Returns:
@@ -122,7 +122,7 @@ def agreement(
             equal.append(same)
     kl = torch.cat(divergences)
     outputs = layer_outputs(model, list(model.layers), reference.passages[0][:LAYER_TOKENS])
-    found: dict[str, object] = {
+    found: dict[str, Any] = {
         "kl": {
             "mean": kl.mean().item(),
             **{f"p{share}": quantile(kl, share / 100) for share in PERCENTILES},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from qllm.checkpoint.load import module_bytes
 from qllm.evaluate.agreement import ReferenceOutputs, agreement
@@ -40,7 +41,7 @@ class Evaluation:
 
 def evaluate(
     model: Predictor, asked: Evaluation, progress: Progress = no_progress
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """What a model answers.
 
     Returns:
@@ -50,7 +51,7 @@ def evaluate(
     Raises:
         UserError: for a text or window that the model cannot take.
     """
-    found: dict[str, object] = {
+    found: dict[str, Any] = {
         "perplexity": {},
         "tasks": {},
         "agreement": None,
@@ -71,7 +72,7 @@ def evaluate(
 
 def decoder_row(
     model: Decoder, bitwidth: str, asked: Evaluation, progress: Progress = no_progress
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """A row of the table: bitwidth, format, dtype, bytes in memory, and what `evaluate` finds."""
     dtype = str(model.dtype).removeprefix("torch.")
     about = {"bitwidth": bitwidth, "format": formats(model), "dtype": dtype}

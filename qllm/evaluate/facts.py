@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qllm.evaluate import fingerprints
 from qllm.evaluate.agreement import ReferenceOutputs
@@ -12,7 +13,7 @@ from qllm.hub import ModelFolder
 from qllm.tokenizer import Tokenizer
 
 
-def of_text(name: str, text: Text | None) -> dict[str, object] | None:
+def of_text(name: str, text: Text | None) -> dict[str, Any] | None:
     """Which text it was; None without one."""
     if text is None:
         return None

@@ -9,6 +9,7 @@ import platform
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine() -> dict[str, object]:
+def machine() -> dict[str, Any]:
     """What computes."""
     found = {
         "system": f"{platform.system()} {platform.machine()}",

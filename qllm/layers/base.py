@@ -29,6 +29,7 @@ class Linear(nn.Module, ABC):
     """
 
     op: str
+    bias: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, spec: QuantSpec) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ class DenseLinear(Linear):
     """
 
     op = "dense_linear"
+    weight: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, spec: QuantSpec) -> None:
         super().__init__(weight.shape[1], weight.shape[0], spec)

@@ -26,6 +26,9 @@ class DynamicInt8Linear(QuantizedLinear):
     """
 
     op = "int8_linear"
+    qweight: Tensor
+    scales: Tensor
+    input_scale: Tensor | None
 
     def __init__(
         self, qweight: Tensor, scales: Tensor, bias: Tensor | None, spec: QuantSpec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ class WeightOnlyLinear(QuantizedLinear):
     """
 
     op = "weight_only_linear"
+    qweight: Tensor
+    scales: Tensor
+    qzeros: Tensor
 
     def __init__(
         self,
@@ -59,8 +63,8 @@ class WeightOnlyLinear(QuantizedLinear):
         groups = (out_features, spec.groups(in_features))
         scales = qweight.new_empty(groups, dtype=torch.float16)
         qzeros = qweight.new_empty(groups if spec.scheme == "asym" else 0)
-        bias = qweight.new_empty(out_features, dtype=dtype) if bias else None
-        return cls(qweight, scales, qzeros, bias, spec, in_features)
+        offsets = qweight.new_empty(out_features, dtype=dtype) if bias else None
+        return cls(qweight, scales, qzeros, offsets, spec, in_features)
 
     @classmethod
     def from_float(
@@ -80,10 +84,10 @@ class WeightOnlyLinear(QuantizedLinear):
         packed: PackedWeight, bias: Tensor | None, spec: QuantSpec, in_features: int
     ) -> WeightOnlyLinear:
         """The layer of integers that were chosen before, by any algorithm."""
-        *tensors, order = packed
+        qweight, scales, qzeros, order = packed
         if order is None:
-            return WeightOnlyLinear(*tensors, bias, spec, in_features)
-        return ReorderedLinear(*tensors, bias, spec, in_features, order)
+            return WeightOnlyLinear(qweight, scales, qzeros, bias, spec, in_features)
+        return ReorderedLinear(qweight, scales, qzeros, bias, spec, in_features, order)
 
     def round_activations(self) -> None:
         """Multiply activations as int8 from now on, which is faster; before the first use."""
@@ -131,8 +135,10 @@ class WeightOnlyLinear(QuantizedLinear):
         packed = self.packed
         if dim == 0:
             bias = None if self.bias is None else narrow_runs(self.bias, 0, ranges)
-            tensors = [narrow_runs(t, 0, ranges) if t.numel() else t for t in packed[:3]]
-            rows = PackedWeight(*tensors, packed.order)
+            qweight, scales, qzeros = (
+                narrow_runs(t, 0, ranges) if t.numel() else t for t in packed[:3]
+            )
+            rows = PackedWeight(qweight, scales, qzeros, packed.order)
             return WeightOnlyLinear.from_packed(rows, bias, self.spec, self.in_features)
         (columns,) = ranges
         spec = self.spec
@@ -148,6 +154,8 @@ class ReorderedLinear(WeightOnlyLinear):
 
         order  int64 (K,)   packed column i holds input channel order[i]
     """
+
+    order: Tensor
 
     def __init__(
         self,
@@ -206,7 +214,7 @@ class ScatteredLinear(ReorderedLinear):
         channels: inputs that it takes.
     """
 
-    def __init__(self, *args: object, channels: int) -> None:
+    def __init__(self, *args: Any, channels: int) -> None:
         super().__init__(*args)
         self.channels = channels
 

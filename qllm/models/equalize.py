@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from qllm.config import ModelConfig
-from qllm.layers import Linear
+from qllm.layers import DenseLinear
 from qllm.models.layer import PreNormLayer
 
 # A linear of a layer, and the norm in front of it.
@@ -52,7 +52,7 @@ def divide_input(layer: PreNormLayer, config: ModelConfig, linear: str, scales: 
         divide_rows(layer.mlp.up, slice(-len(scales), None), scales)
 
 
-def divide_rows(linear: Linear, rows: slice, scales: Tensor) -> None:
+def divide_rows(linear: DenseLinear, rows: slice, scales: Tensor) -> None:
     """Divide some rows of a linear's weight and bias, in place."""
     linear.weight[rows] /= scales[:, None]
     if linear.bias is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class RawConfig:
         where: the file, for messages.
     """
 
-    values: Mapping[str, object]
+    values: Mapping[str, Any]
     where: str
 
     def count(
@@ -45,7 +46,7 @@ class RawConfig:
 
     def number(self, name: str, default: float | None = None) -> float:
         """A positive number, from SMALLEST to LARGEST."""
-        value = self._find((name,), default)
+        value: Any = self._find((name,), default)
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
         if not numeric or not SMALLEST <= value <= LARGEST:
             raise self.error(name, value, f"a positive number from {SMALLEST} to {LARGEST}")
@@ -64,6 +65,12 @@ class RawConfig:
         if not isinstance(value, bool):
             raise self.error(name, value, "true or false")
         return value
+
+    @overload
+    def text(self, name: str, default: str) -> str: ...
+
+    @overload
+    def text(self, name: str, default: None) -> str | None: ...
 
     def text(self, name: str, default: str | None) -> str | None:
         """A string."""
@@ -101,7 +108,7 @@ class RawConfig:
         window = self.count("sliding_window")
         return tuple(window if each else 0 for each in chosen)
 
-    def with_defaults(self, defaults: Mapping[str, object]) -> RawConfig:
+    def with_defaults(self, defaults: Mapping[str, Any]) -> RawConfig:
         """The same with what a family has where there is no such value."""
         return RawConfig({**defaults, **self.values}, self.where)
 

@@ -40,6 +40,8 @@ class Norm(nn.Module, ABC):
     """
 
     op: str
+    weight: Tensor
+    options: tuple[float | Tensor | None, ...]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -114,7 +116,10 @@ class RMSNorm(Norm):
         return (self.weight,)
 
 
-NORMS: dict[str, type[Norm]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+NORMS: dict[str, Callable[[ModelConfig, torch.dtype], Norm]] = {
+    "layernorm": LayerNorm,
+    "rmsnorm": RMSNorm,
+}
 
 
 class Attention(nn.Module):

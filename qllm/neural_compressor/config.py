@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from qllm.errors import UserError
 from qllm.quant.algorithm import GPTQOptions, QuantizeOptions
@@ -100,7 +101,7 @@ RECIPES: dict[str, Rule] = {
 }
 
 
-def _check(where: str, given: Mapping[str, object], rules: Mapping[str, Rule]) -> None:
+def _check(where: str, given: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
     for key, value in given.items():
         if key not in rules:
             known = ", ".join(rules)
@@ -151,7 +152,7 @@ class TuningCriterion:
     """
 
     strategy: str = "basic"
-    strategy_kwargs: Mapping[str, object] | None = None
+    strategy_kwargs: Mapping[str, Any] | None = None
     timeout: float = 0
     max_trials: int = 100
     objective: str | Sequence[str] = "performance"
@@ -192,14 +193,14 @@ class PostTrainingQuantConfig:
     device: str = "cpu"
     backend: str = "default"
     domain: str = "auto"
-    recipes: Mapping[str, object] = field(default_factory=dict)
+    recipes: Mapping[str, Any] = field(default_factory=dict)
     quant_format: str = "default"
     inputs: Sequence[str] = ()
     outputs: Sequence[str] = ()
     approach: str = "static"
     calibration_sampling_size: int | Sequence[int] = 100
-    op_type_dict: Mapping[str, object] | None = None
-    op_name_dict: Mapping[str, object] | None = None
+    op_type_dict: Mapping[str, Any] | None = None
+    op_name_dict: Mapping[str, Any] | None = None
     reduce_range: bool | None = None
     example_inputs: object = None
     excluded_precisions: Sequence[str] = ()
@@ -248,10 +249,10 @@ class PostTrainingQuantConfig:
             isinstance(given, list | tuple) and len(given) == 1 and _is_count(given[0])
         )
 
-    def _recipes(self) -> dict[str, object]:
+    def _recipes(self) -> dict[str, Any]:
         return {key: value for key, value in self.recipes.items() if value is not None}
 
-    def arguments(self, name: str) -> dict[str, object]:
+    def arguments(self, name: str) -> dict[str, Any]:
         """The settings in `rtn_args`, `gptq_args` or `awq_args`, by their present names."""
         given = self.recipes.get(name) or {}
         return {OLD_NAMES.get(key, key): value for key, value in given.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from qllm.config import LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
@@ -45,7 +46,7 @@ def _listed(value: object) -> list:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _is_float(weight: Mapping[str, object]) -> bool:
+def _is_float(weight: Mapping[str, Any]) -> bool:
     return str(weight.get("dtype", "int")) in ("fp32", "fp16", "bf16")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from qllm.errors import UserError
 from qllm.patterns import Patterns
@@ -10,7 +11,7 @@ from qllm.patterns import Patterns
 KEYS = {"op_type_dict", "op_name_dict"}
 
 
-def to_rules(value: Mapping[str, object], text: str) -> dict[str, object]:
+def to_rules(value: Mapping[str, Any], text: str) -> dict[str, Any]:
     """The rules of a Neural Compressor configuration: those by name win over those by type.
 
     `{"op_type_dict": {".*": {"weight": {"bit": [4], "group_size": [32], "scheme": ["asym"],
@@ -26,7 +27,7 @@ def to_rules(value: Mapping[str, object], text: str) -> dict[str, object]:
     tables = [value.get(key) or {} for key in ("op_type_dict", "op_name_dict")]
     if unknown or not all(isinstance(table, Mapping) for table in tables):
         raise UserError(f"{text}: beside op_type_dict and op_name_dict there is {sorted(unknown)}")
-    rules: dict[str, object] = {}
+    rules: dict[str, Any] = {}
     by_type, by_name = tables[0] or {".*": {"weight": {}}}, tables[1]
     patterns = Patterns(text)
     for pattern, entry in by_type.items():
@@ -38,7 +39,7 @@ def to_rules(value: Mapping[str, object], text: str) -> dict[str, object]:
     return rules
 
 
-def _to_spec(entry: object, where: str) -> dict[str, object]:
+def _to_spec(entry: object, where: str) -> dict[str, Any]:
     weight = entry.get("weight") if isinstance(entry, Mapping) else None
     if not isinstance(weight, Mapping) or set(entry) - {"weight", "activation"}:
         raise UserError(f'{where} is {entry}; write {{"weight": {{"bit": [4], …}}}}')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -165,7 +166,7 @@ class Stages:
 
 
 def _needed(
-    graph: onnx.GraphProto, wanted: set[str], linears: set[int], weights: dict[str, object]
+    graph: onnx.GraphProto, wanted: set[str], linears: set[int], weights: dict[str, Any]
 ) -> dict[int, onnx.NodeProto]:
     """The nodes that some tensors come from and the linears among those that take them, by index.
 

@@ -274,7 +274,7 @@ def prepare(device: str) -> None:
 
 def select(op: str, request: Request) -> Choice:
     """The first kernel of `op` that can serve the request, with the reason."""
-    refusals = []
+    refusals: list[str] = []
     for kernel in KERNELS[op]:
         reason = kernel.why_not(request)
         if reason is None:

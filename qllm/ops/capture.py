@@ -37,7 +37,9 @@ class EagerStep:
         self.graph_break, self.replay = graph_break, step
 
 
-def capture(step: Callable[[], None], device: torch.device, *, alone: bool) -> CapturedStep:
+def capture(
+    step: Callable[[], None], device: torch.device, *, alone: bool
+) -> CapturedStep | EagerStep:
     """Run a step once, and keep how it is run again.
 
     Args:

@@ -46,8 +46,8 @@ class Batch(NamedTuple):
         positions = torch.cat([torch.arange(*run) for run in zip(pasts, ends, strict=True)])
         index = torch.tensor([*range(len(lengths))] if rows is None else list(rows))
         starts = torch.tensor([0, *lengths]).cumsum(0)
-        tensors = (part.to(device) for part in (index, starts, positions))
-        return cls(*tensors, max(lengths), max(ends))
+        index, starts, positions = (part.to(device) for part in (index, starts, positions))
+        return cls(index, starts, positions, max(lengths), max(ends))
 
 
 class Scores(NamedTuple):

@@ -181,7 +181,7 @@ def columns_of(widths: Sequence[int]) -> list[tuple[int, int]]:
 
 def view(x: Tensor) -> memoryview:
     """A tensor's bytes."""
-    return memoryview(x.view(-1).view(torch.uint8).numpy())
+    return x.view(-1).view(torch.uint8).numpy().data
 
 
 def _add_up(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -74,6 +74,8 @@ class RowParallel(ShardedLinear):
     Buffer: bias (N,) of the whole layer, or None; it is added once, to the sum.
     """
 
+    bias: Tensor | None
+
     def __init__(
         self, linear: Linear, group: Group, sharding: Sharding, bias: Tensor | None
     ) -> None:
@@ -89,6 +91,8 @@ class VocabularyParallel(nn.Module):
 
     Buffer: weight (v, C).
     """
+
+    weight: Tensor
 
     def __init__(self, weight: Tensor, group: Group, sharding: Sharding) -> None:
         super().__init__()

@@ -71,12 +71,12 @@ class Mesh:
                 try:
                     link, _ = listener.accept()
                     link.settimeout(_left(deadline))
-                    words = link.recv(HEADER, socket.MSG_WAITALL).split()
+                    came = link.recv(HEADER, socket.MSG_WAITALL).split()
                 except TimeoutError:
                     missing = min(set(range(world)) - {rank, *self.sockets})
                     raise RankError(missing, "it did not connect") from None
-                if len(words) == 2 and hmac.compare_digest(words[0], key):
-                    self.sockets[int(words[1])] = link
+                if len(came) == 2 and hmac.compare_digest(came[0], key):
+                    self.sockets[int(came[1])] = link
                 else:
                     link.close()  # no rank of this run
         for link in self.sockets.values():

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -112,7 +113,7 @@ class Session:
         waiting = BUSY if self.busy else self.links.waiting_for
         return steps + self.links.calls, waiting
 
-    def compare(self, facts: Mapping[str, object]) -> None:
+    def compare(self, facts: Mapping[str, Any]) -> None:
         """End the run where ranks were not started alike.
 
         Args:

@@ -77,7 +77,7 @@ class InputStats:
 
         It is, up to a factor, the second derivative of the squared output error.
         """
-        if not self._mirrored:
+        if self._products is not None and not self._mirrored:
             for rows in self._rows():
                 self._products[: rows.start, rows] = self._products[rows, : rows.start].t()
             self._mirrored = True

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -165,7 +166,7 @@ class _Run:
         widest = max(self.config.hidden_size, self.config.intermediate_size)
         return hidden + 2 * layer + 4 * 4 * widest**2
 
-    def _settings(self) -> dict[str, object]:
+    def _settings(self) -> dict[str, Any]:
         """What decides the bytes that are written."""
         job = self.job
         options = asdict(job.options)

@@ -88,7 +88,7 @@ class _Files:
     @cached_property
     def parsed(self) -> dict:
         """tokenizer.json, of which transformers takes the vocabulary and the merges."""
-        values = parse_json(self.whole, str(self.folder / "tokenizer.json"))
+        values = parse_json(self.whole or b"", str(self.folder / "tokenizer.json"))
         model = values.get("model") if isinstance(values, dict) else None
         if not isinstance(model, dict) or model.get("type") != "BPE" or values.get("padding"):
             raise NotDirectError
@@ -155,7 +155,7 @@ class _Class:
     """
 
     build: Callable[[_Files], tokenizers.Tokenizer]
-    defaults: dict[str, str]
+    defaults: dict[str, Token | None]
 
 
 BACKEND = _Class(_as_the_file_says, {})

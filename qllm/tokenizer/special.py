@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import AddedToken
 
@@ -68,7 +69,8 @@ class SpecialTokens:
         extra = values.get(LISTS[0]) if LISTS[0] in values else values.get(LISTS[1])
         found = {key: _typed(values[key]) for key in NAMED if key in values}
         found = {key: token and by_text.get(str(token), token) for key, token in found.items()}
-        return cls(found, [_typed(token) for token in _list(extra)], tokens)
+        typed = [_typed(token) for token in _list(extra)]
+        return cls(found, [token for token in typed if token is not None], tokens)
 
     def missing(self, present: Iterable[str]) -> list[AddedToken]:
         """What is added to a tokenizer that has the tokens `present`, in order.
@@ -77,7 +79,7 @@ class SpecialTokens:
         """
         tokens: list[Token] = [token for _, token in sorted(self.added.items())]
         known = {*present, *map(str, tokens)}
-        named = [self.named[key] for key in NAMED if self.named.get(key) is not None]
+        named = [token for key in NAMED if (token := self.named.get(key)) is not None]
         for token in (*named, *self.extra):
             if str(token) not in known and token not in tokens:
                 tokens.append(token)
@@ -130,20 +132,20 @@ def _legacy(added: dict, values: dict) -> dict[int, AddedToken]:
     return tokens
 
 
-def _decoder(value: object) -> dict[int, AddedToken]:
+def _decoder(value: Any) -> dict[int, AddedToken]:
     if not isinstance(value, dict) or not all(number.isdecimal() for number in value):
         raise NotDirectError
     return {int(number): _flagged(token) for number, token in value.items()}
 
 
-def _list(value: object) -> list:
+def _list(value: Any) -> list:
     """A list of tokens; none where it is null."""
     if not isinstance(value, list | None):
         raise NotDirectError
     return value or []
 
 
-def _typed(value: object) -> Token | None:
+def _typed(value: Any) -> Token | None:
     """A token as tokenizer_config.json writes it: a text, or a typed object."""
     if value is None or isinstance(value, AddedToken) or (isinstance(value, str) and value):
         return value
@@ -152,7 +154,7 @@ def _typed(value: object) -> Token | None:
     return _flagged({key: flag for key, flag in value.items() if key != "__type"})
 
 
-def _flagged(value: object, **given: bool) -> AddedToken:
+def _flagged(value: Any, **given: bool) -> AddedToken:
     """A token from an object of its text and flags."""
     if not isinstance(value, dict):
         raise NotDirectError

@@ -127,7 +127,7 @@ CONFIG_CHANGES = {
     "other window": ({"max_position_embeddings": 100}, r"embed_positions\.weight has the shape"),
     "no biases": ({"enable_bias": False}, r"holds .*bias"),
     "another family": ({"model_type": "llama"}, r"no tensor that begins with model\.layers\.0"),
-    "an unknown family": ({"model_type": "gpt2"}, r"gpt2.*opt.*bloom.*llama"),
+    "an unknown family": ({"model_type": "t5"}, r"t5.*opt.*bloom.*llama"),
     "a family that is a number": ({"model_type": 7}, r"opt.*bloom.*llama"),
     "a size that is text": ({"hidden_size": "256"}, r"hidden_size is '256'"),
     "a size that is a fraction": ({"hidden_size": 256.5}, r"hidden_size is 256\.5"),

@@ -7,13 +7,15 @@ compares what the ranks compute together with what the whole layer does.
 from __future__ import annotations
 
 import copy
+import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cpu_paths import paths, same
 from ranks import in_group
 
-from qllm.config import BITWIDTHS, QuantSpec
+from qllm.config import BITWIDTHS, ModelConfig, QuantSpec
 from qllm.layers import Linear, linear_class
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.cache import Prefill
@@ -174,9 +176,9 @@ def make_of(spec: QuantSpec):
 
 
 def config(**changes):
-    from types import SimpleNamespace
-
-    base = {"num_heads": 8, "num_kv_heads": 8, "head_dim": 16, "hidden_size": 128}
+    fields = dataclasses.fields(ModelConfig)
+    base = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    base |= {"num_heads": 8, "num_kv_heads": 8, "head_dim": 16, "hidden_size": 128}
     rest = {"attention_bias": True, "mlp_bias": True, "intermediate_size": 352}
     return SimpleNamespace(**{**base, **rest, "activation": "silu", **changes})
 

@@ -7,6 +7,7 @@ module, and compressed-tensors otherwise: nobody's GPTQ knows int8 activations, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from qllm.checkpoint.formats import compressed_tensors, gptq
 from qllm.checkpoint.formats.awq import AWQ
@@ -27,7 +28,7 @@ METHODS: dict[str, Callable[[Fields], QuantizationConfig]] = {
 }
 
 
-def parse(value: object, where: str) -> QuantizationConfig:
+def parse(value: Any, where: str) -> QuantizationConfig:
     """Read a `quantization_config`.
 
     Args:
@@ -50,7 +51,7 @@ def parse(value: object, where: str) -> QuantizationConfig:
 
 def describe(
     specs: Mapping[str, QuantSpec], *, desc_act: bool = False, compressed: bool = False
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """The `quantization_config` of a model, such that `parse` finds each module's spec in it.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from qllm.checkpoint.formats.base import Format
 from qllm.checkpoint.formats.int_quantized import IntQuantized
@@ -102,7 +103,7 @@ def _activations(inputs: Fields) -> str:
 
 def describe(
     specs: Mapping[str, QuantSpec], quantized: Mapping[str, QuantSpec], desc_act: bool
-) -> dict[str, object]:
+) -> dict[str, Any]:
     (base, _), *others = Counter(quantized.values()).most_common()
     groups = []
     for spec in (base, *(spec for spec, _ in others)):
@@ -129,7 +130,7 @@ def describe(
     return config
 
 
-def _group(spec: QuantSpec, targets: list[str], desc_act: bool) -> dict[str, object]:
+def _group(spec: QuantSpec, targets: list[str], desc_act: bool) -> dict[str, Any]:
     grouped = spec.kind == "weight_only" and spec.group_size != -1
     weights = {
         "num_bits": spec.bits,

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -145,9 +146,9 @@ def _spec(fields: Fields, base: QuantSpec | None) -> QuantSpec:
 
 def describe(
     specs: Mapping[str, QuantSpec], quantized: Mapping[str, QuantSpec], desc_act: bool
-) -> dict[str, object]:
+) -> dict[str, Any]:
     (base, _), *others = Counter(quantized.values()).most_common()
-    dynamic: dict[str, dict[str, object]] = {}
+    dynamic: dict[str, dict[str, Any]] = {}
     dense = [name for name in specs if name not in quantized and name != LM_HEAD]
     for regex in _alternatives(dense):
         dynamic[f"-:{regex}"] = {}
@@ -157,7 +158,7 @@ def describe(
         }
         for regex in _alternatives(name for name in quantized if quantized[name] == spec):
             dynamic[f"+:{regex}"] = dict(differing)
-    config: dict[str, object] = {
+    config: dict[str, Any] = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq_v2",
         **_to_fields(base),
@@ -171,7 +172,7 @@ def describe(
     return config
 
 
-def _to_fields(spec: QuantSpec) -> dict[str, object]:
+def _to_fields(spec: QuantSpec) -> dict[str, Any]:
     return {"bits": spec.bits, "group_size": spec.group_size, "sym": spec.scheme == "sym"}
 
 

@@ -21,7 +21,7 @@ Test = Callable[[str], bool]
 # Entries of a list or an object of rules; the largest models have some thousand linears.
 MOST_ENTRIES = 10_000
 # Values of an option that is not used.
-UNSET = (None, False, {}, [], "")
+UNSET: tuple[Any, ...] = (None, False, {}, [], "")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class QuantizationConfig:
 class Fields:
     """A JSON object, each of whose values is checked as it is taken."""
 
-    def __init__(self, value: object, where: str) -> None:
+    def __init__(self, value: Any, where: str) -> None:
         if not isinstance(value, dict):
             raise UserError(f"{where} is {short(value)}, expected a JSON object")
         self.value: dict[str, Any] = value
@@ -62,7 +62,7 @@ class Fields:
     def error(self, found: str, reads: str) -> UserError:
         return UserError(f"{self.where} has {found}; {reads}")
 
-    def get(self, *names: str) -> object:
+    def get(self, *names: str) -> Any:
         """The value of the first of these names that is there, None without one."""
         return next((self.value[name] for name in names if self.value.get(name) is not None), None)
 
@@ -125,7 +125,7 @@ class Fields:
             raise self.error(f"{len(values)} entries in {name}", f"QLLM reads up to {MOST_ENTRIES}")
         return values
 
-    def one_of(self, name: str, value: object, choices: tuple[object, ...]) -> None:
+    def one_of(self, name: str, value: Any, choices: tuple[object, ...]) -> None:
         """Refuse a value that is none of those QLLM reads."""
         if value not in choices:
             listed = " or ".join(short(choice) for choice in choices)
@@ -144,7 +144,7 @@ class Fields:
         return lambda name: self._patterns.match(regex, name)
 
 
-def short(value: object) -> str:
+def short(value: Any) -> str:
     """A value from a file, on one line of bounded length."""
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"

@@ -364,7 +364,7 @@ def _openmp_of_torch() -> str | None:
         function = ctypes.CDLL(torch._C.__file__).GOMP_parallel
     except (AttributeError, OSError):
         return None
-    address = ctypes.cast(function, ctypes.c_void_p).value
+    address = ctypes.cast(function, ctypes.c_void_p).value or 0
     for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines():
         span, *_, path = line.split(maxsplit=5)
         first, end = (int(number, 16) for number in span.split("-"))

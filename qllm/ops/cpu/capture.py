@@ -56,7 +56,7 @@ class CapturedCalls:
         self._calls: list[Call] = []
         self._kept: list[object] = []
         self._parts: list[Callable[[], None]] = []
-        self._replay: ctypes._CFuncPtr | None = None
+        self._replay: Callable[..., bool] | None = None
 
     def add(
         self, library: ctypes.CDLL, name: str, arguments: ctypes.Structure, tensors: tuple
@@ -84,6 +84,7 @@ class CapturedCalls:
             return
         calls, count = (Call * len(self._calls))(*self._calls), ctypes.c_int64(len(self._calls))
         replay, self._calls = self._replay, []
+        assert replay is not None  # there are calls, whose library has it
 
         def run() -> None:
             if not replay(calls, count):
@@ -105,9 +106,9 @@ class _Watch(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(
-        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
-        name = func.overloadpacket.__name__
+        name = func.overloadpacket.__name__  # an OpOverload's
         result = func(*args, **(kwargs or {}))
         in_place = name in NO_WORK_IN_PLACE and result.data_ptr() == args[0].data_ptr()
         if name not in NO_WORK and not in_place:

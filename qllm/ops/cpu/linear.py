@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
@@ -101,7 +102,7 @@ def unpack(
 
 
 def _move(
-    function: ctypes._CFuncPtr,
+    function: Callable[..., None],
     shape: tuple[int, int, int, int],
     stored: tuple[Tensor, Tensor, Tensor],
     packed: PackedWeight,

@@ -86,11 +86,11 @@ def pack(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> 
     scales, zeros = (
         _by_lane(tensor, shape.panels) if tensor.numel() else tensor for tensor in weight[1:3]
     )
-    packed = PackedWeight(torch.cat(packed), scales, zeros)
-    if packed.qweight.is_cuda:
+    whole = PackedWeight(torch.cat(packed), scales, zeros)
+    if whole.qweight.is_cuda:
         # The decode kernel reads weights before it waits for the kernel in front of it.
-        torch.cuda.current_stream(packed.qweight.device).synchronize()
-    return packed
+        torch.cuda.current_stream(whole.qweight.device).synchronize()
+    return whole
 
 
 def unpack(

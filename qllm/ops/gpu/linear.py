@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -124,7 +126,7 @@ def _multiply(
     bias: Tensor | None,
     shape: tuple[int, int, int],
     extra: tuple[int, ...],
-    constants: dict[str, object],
+    constants: dict[str, Any],
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Launch a product.
