@@ -13,11 +13,9 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
-    MistralConfig,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
-    Qwen2Config,
     Qwen3Config,
 )
 
@@ -68,9 +66,7 @@ MODELS: dict[str, PretrainedConfig] = {
         hidden_act="relu",
         tie_word_embeddings=True,
     ),
-    "qwen2": Qwen2Config(**LLAMA, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**LLAMA, num_key_value_heads=3, head_dim=10),
-    "mistral": MistralConfig(**LLAMA, num_key_value_heads=2, sliding_window=9),
     "gemma2": Gemma2Config(**GEMMA, attn_logit_softcapping=20.0),
     "gemma3_text": Gemma3TextConfig(**GEMMA, layer_types=["full_attention", "sliding_attention"]),
     "phi3": Phi3Config(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import FORMS, change_json, copy_of, rewritten, state_of
 from conftest import FAMILIES, ROOT, assert_user_error, run, tiny
+from quantizing import MODELS, saved
 from safetensors import safe_open
 
 from qllm import folders
@@ -39,6 +40,13 @@ def test_the_copy_is_the_same_model(family, tmp_path):
     assert size == (tmp_path / "out" / "model.safetensors").stat().st_size
     for plan in ("16", "4"):
         assert torch.equal(logits(tmp_path / "out", plan), logits(tiny(family), plan))
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in FAMILIES])
+def test_the_copy_of_every_kind_of_model(name, tmp_path):
+    source = saved(name, tmp_path / "in")
+    convert(model(source), tmp_path / "out", overwrite=False)
+    assert torch.equal(logits(tmp_path / "out", "4"), logits(source, "4"))
 
 
 @pytest.mark.parametrize("form", FORMS)

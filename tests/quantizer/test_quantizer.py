@@ -46,6 +46,11 @@ from qllm.tokenizer import Tokenizer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = ("opt", "opt-350m", "bloom", "llama")  # one of each layout of tensors
+LAYOUTS = [
+    *SMALL,
+    "opt untied",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gemma2", "phi3")),
+]
 LINEARS = [*FAMILY_TABLE["opt"].layer_linears(2)]
 PROMPTS = draw_prompts([7, 1, 12], VOCAB)
 
@@ -158,7 +163,7 @@ def test_every_form_of_source_gives_the_same(form, sources, tmp_path):
 
 
 @pytest.mark.parametrize("algorithm", ["rtn", "awq"])
-@pytest.mark.parametrize("name", [*SMALL, "opt untied"])
+@pytest.mark.parametrize("name", [*LAYOUTS, "gpt_neox"])
 def test_a_converted_source_gives_the_same(name, algorithm, sources, tmp_path):
     source = sources(name)
     convert(ModelFolder(source, "model"), tmp_path / "converted", overwrite=False)
@@ -287,7 +292,7 @@ def relative(error: Tensor, whole: Tensor) -> float:
 
 
 @pytest.mark.parametrize("per_pass", [2048, 70])
-@pytest.mark.parametrize("name", [*SMALL, "opt untied", "bloom with normed residuals"])
+@pytest.mark.parametrize("name", [*LAYOUTS, "bloom with normed residuals", "gpt_neox"])
 def test_what_is_reported_of_gptq_is_the_error_behind_quantized_layers(
     name, per_pass, sources, monkeypatch, tmp_path
 ):
@@ -436,7 +441,7 @@ def test_true_sequential_sees_the_quantized_linears_in_front(sources, tmp_path):
     assert not torch.equal(*(tensors[first.format("o")] for tensors in found))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("act_order", [False, True])
 def test_groups_as_they_come(name, act_order, sources, tmp_path):
     """Without static groups, those of channels in another order are no runs."""
