@@ -28,18 +28,15 @@ from typing import TYPE_CHECKING
 from qllm import cli
 from qllm.bitwidths import make_plan
 from qllm.config import ALGORITHMS, DEFAULT_ALGORITHM, QuantPlan, QuantSpec
+from qllm.data import DATASET, SAMPLES, TOKENS, CalibrationText
 from qllm.errors import UserError
-from qllm.files import readable
 from qllm.onnx import is_onnx
 
 if TYPE_CHECKING:
-    from qllm.config import ModelConfig
-    from qllm.hub import ModelFolder
     from qllm.quant.algorithm import QuantizeOptions
     from qllm.quantizer.layer import LinearReport
 
 DEFAULT_BITWIDTH = "4"
-DATASET, SAMPLES, TOKENS = "wikitext2", 128, 2048
 FORMAT, SHARD_GIGABYTES = "auto", 5.0
 # What means nothing for an ONNX model, which is one file of packed layers.
 NOT_FOR_ONNX = {
@@ -165,18 +162,21 @@ def check_options(args: argparse.Namespace, plan: QuantPlan) -> None:
     Raises:
         UserError: naming the first of them.
     """
+    from qllm.quant.algorithms import ALGORITHMS as CLASSES
+    from qllm.quantize_model import needs_text
+
     specs = [spec for _, spec in plan.rules]
-    gptq = any(spec.algorithm == "gptq" for spec in specs)
+    named = {spec.algorithm for spec in specs}
     int8 = any(spec.kind.startswith("w8a8") for spec in specs)
-    inputs = int8 or any(spec.algorithm != "rtn" for spec in specs)
+    inputs = int8 or any(CLASSES[name].calibrates for name in named)
     weight_only = any(spec.kind == "weight_only" for spec in specs)
     has_text = args.dataset is not None or needs_text(plan)
     for option, used, who in (
-        ("damp", gptq, "--algorithm gptq"),
-        ("block_size", gptq, "--algorithm gptq"),
-        ("act_order", gptq, "--algorithm gptq"),
-        ("static_groups", gptq, "--algorithm gptq"),
-        ("true_sequential", gptq, "--algorithm gptq"),
+        *(
+            (setting, name in named, f"--algorithm {name}")
+            for name, algorithm in CLASSES.items()
+            for setting in algorithm.settings
+        ),
         ("clip", weight_only, "1 to 8 bits"),
         ("smooth_alpha", int8, "8:tc-li or 8:tc"),
         ("dataset", inputs, "--algorithm gptq or awq, 8:tc-li or 8:tc"),
@@ -189,7 +189,7 @@ def check_options(args: argparse.Namespace, plan: QuantPlan) -> None:
             raise UserError(f"{name} does nothing here; it goes with {who}")
         if given and option in ("nsamples", "seqlen", "smooth_alpha") and not has_text:
             raise UserError(f"{name} needs text to calibrate on; name one with --dataset")
-    if args.algorithm != "rtn" and args.config is None and not weight_only:
+    if args.algorithm != DEFAULT_ALGORITHM and args.config is None and not weight_only:
         raise UserError(f"--algorithm {args.algorithm} goes with 1 to 8 bits, not {args.bitwidth}")
     if args.fake and args.format != FORMAT:
         raise UserError("--fake saves 16-bit weights, --format says how packed ones are written")
@@ -197,63 +197,38 @@ def check_options(args: argparse.Namespace, plan: QuantPlan) -> None:
         raise UserError(f"--shard-size {args.shard_size} cannot be; give gigabytes")
 
 
-def needs_text(plan: QuantPlan) -> bool:
-    """Whether some layer cannot do without calibration."""
-    return any(s.algorithm != "rtn" or s.kind == "w8a8_static" for _, s in plan.rules)
-
-
-def read_samples(
-    args: argparse.Namespace, plan: QuantPlan, folder: ModelFolder, config: ModelConfig
-) -> tuple[list[list[int]] | None, dict[str, str]]:
-    """The calibration samples, None where none are asked for; and what to say of them."""
-    dataset = args.dataset
-    if dataset is None:
-        if not needs_text(plan):
-            return None, {}
-        dataset = DATASET
-    from qllm.data import load_text, sample_windows
-    from qllm.tokenizer import Tokenizer
-
-    window = config.max_positions or TOKENS
-    count, length = args.nsamples or SAMPLES, args.seqlen or min(TOKENS, window)
-    if config.max_positions is not None and length > window:
-        raise UserError(f"--seqlen {length} exceeds the model's window of {window}")
-    ids = Tokenizer.load(folder.path, config.vocab_size).encode(load_text(dataset))
-    if args.dataset is None:
-        cli.note(f"calibrating on {dataset}; --dataset names another text")
-    about = {
-        "dataset": readable(Path(dataset).name),
-        "samples": f"{count} of {length} tokens, seed {args.seed}",
-    }
-    return sample_windows(ids, count, length, args.seed), about
-
-
 def main() -> None:
     args = parse_args()
     plan = read_plan(args)
     check_options(args, plan)
     folder = cli.resolve_model(args)
-    onnx = is_onnx(folder.path)
-    if onnx:
+    if is_onnx(folder.path):
         cli.refuse_for_onnx(args, folder, **NOT_FOR_ONNX)
     elif args.accuracy_level is not None:
         raise UserError("--accuracy-level is for ONNX models, and this is a checkpoint")
-    device = cli.resolve_device(args)
 
     from qllm import report
-    from qllm.checkpoint.reader import read_raw_config
     from qllm.memory import peak_resident_bytes
-    from qllm.models import read_config
+    from qllm.quantize_model import quantize
 
-    config = read_config(read_raw_config(folder.path))
-    samples, about = read_samples(args, plan, folder, config)
     target = Path(args.save)
     start = time.perf_counter()
-    if onnx:
-        reports = quantize_onnx_model(args, plan, folder, samples, target)
-    else:
-        reports = quantize(args, plan, folder, device, samples, about, target)
-    note_inputs(reports, args.damp)
+    reports = quantize(
+        folder,
+        plan,
+        save=target,
+        dataset=CalibrationText(args.dataset, args.nsamples, args.seqlen, args.seed),
+        options=read_options(args),
+        dtype=cli.resolve_dtype(args),
+        device=cli.resolve_device(args),
+        fake=args.fake,
+        compressed=args.format == "compressed-tensors",
+        shard_bytes=int(args.shard_size * 1e9),
+        accuracy_level=args.accuracy_level,
+        meter=cli.meter("quantizing"),
+        progress=cli.progress("quantizing"),
+        note=cli.note_above,
+    )
     result = {
         "model": folder.name,
         "saved": str(target),
@@ -274,77 +249,6 @@ def main() -> None:
     )
     what = "outputs" if worst.of_output else "weights"
     print(f"largest relative error: {worst.error:.2%} of the {what} of {worst.name}")
-
-
-def quantize(
-    args: argparse.Namespace,
-    plan: QuantPlan,
-    folder: ModelFolder,
-    device: str,
-    samples: list[list[int]] | None,
-    about: dict[str, str],
-    target: Path,
-) -> list[LinearReport]:
-    """Write the quantized checkpoint; returns what became of each linear."""
-    from qllm.quantizer.checkpoint import Job, quantize_checkpoint
-
-    job = Job(
-        folder.path,
-        plan,
-        read_options(args),
-        samples,
-        dtype=cli.resolve_dtype(args),
-        device=device,
-        fake=args.fake,
-        compressed=args.format == "compressed-tensors",
-        shard_bytes=int(args.shard_size * 1e9),
-        origin=folder.origin,
-        about={"model": folder.name, **about},
-    )
-    if samples is None and any(spec.kind.startswith("w8a8") for _, spec in plan.rules):
-        cli.note("without --dataset, int8 layers are not smoothed")
-    try:
-        return quantize_checkpoint(job, target, cli.meter("quantizing"), cli.note_above)
-    except (OSError, KeyboardInterrupt):
-        cli.note(f"what is finished is kept beside {target}; the same command goes on with it")
-        raise
-
-
-def quantize_onnx_model(
-    args: argparse.Namespace,
-    plan: QuantPlan,
-    folder: ModelFolder,
-    samples: list[list[int]] | None,
-    target: Path,
-) -> list[LinearReport]:
-    """The same for a folder that holds an ONNX model, and becomes another."""
-    from qllm.onnx.quantize import OnnxJob, quantize_onnx
-
-    given = {} if args.accuracy_level is None else {"accuracy_level": args.accuracy_level}
-    job = OnnxJob(folder.path, plan, read_options(args), samples, **given)
-    return quantize_onnx(job, target, cli.progress("quantizing"))
-
-
-def note_inputs(reports: list[LinearReport], damp: float | None) -> None:
-    """Say where calibration did not reach, and where GPTQ needed more dampening."""
-    from qllm.quant.algorithm import GPTQOptions
-
-    nothing = [entry.name for entry in reports if entry.dead == entry.channels]
-    some = [entry for entry in reports if 0 < entry.dead < entry.channels]
-    if nothing:
-        cli.note(
-            f"the input of {', '.join(nothing)} was zero in all of the calibration; such a layer "
-            "is rounded to nearest"
-        )
-    if some:
-        most = max(some, key=lambda entry: entry.dead / entry.channels)
-        cli.note(
-            f"{len(some)} linears have input channels that were zero in all of the calibration "
-            f"(most: {most.dead} of {most.channels} of {most.name}); those are rounded to nearest"
-        )
-    for entry in reports:
-        if entry.damp > (GPTQOptions().damp if damp is None else damp):
-            cli.note(f"{entry.name}: its Hessian is singular and took dampening of {entry.damp:g}")
 
 
 def linear_row(entry: LinearReport) -> dict:

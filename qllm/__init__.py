@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _FRONT = {
     "Completion": "qllm.llm",
     "LLM": "qllm.llm",
+    "quantize": "qllm.quantize_model",
     # Neural Compressor's names; `quantization` is the module itself.
     "AccuracyCriterion": "qllm.neural_compressor",
     "PostTrainingQuantConfig": "qllm.neural_compressor",

@@ -10,6 +10,26 @@ from qllm.errors import UserError, first_line
 from qllm.files import parse_json
 from qllm.text import read_text, surrogate
 
+# What calibration takes where nothing is named.
+DATASET, SAMPLES, TOKENS = "wikitext2", 128, 2048
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """The text that a model is calibrated on; what is None is at its default.
+
+    Attributes:
+        dataset: a text or JSON-lines file, or one of DATASETS. None: DATASET where a layer cannot
+            do without calibration, and else no text.
+        samples, tokens: how many windows of it, and how long each is.
+        seed: decides where they begin.
+    """
+
+    dataset: str | None = None
+    samples: int | None = None
+    tokens: int | None = None
+    seed: int = 0
+
 
 @dataclass(frozen=True)
 class HubDataset:

@@ -11,7 +11,9 @@ The scripts stand on this module: what they add is options, reports and words.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -45,7 +47,8 @@ from qllm.generate import (
     read_sampling,
 )
 from qllm.hub import ModelFolder
-from qllm.memory import resolve_device
+from qllm.launch import Launch
+from qllm.memory import local_device, resolve_device
 from qllm.models import Decoder, read_config
 from qllm.onnx import check_installed, is_onnx
 from qllm.progress import Meter, unseen
@@ -188,6 +191,7 @@ class LLM:
         dtype: str | torch.dtype | None = None,
         device: str = "auto",
         num_shards: int = 1,
+        tp: int = 1,
         parallel: ParallelContext | None = None,
         meter: Meter = unseen,
         note: Note = silent,
@@ -209,7 +213,10 @@ class LLM:
             dtype: of activations and dense weights; None is the checkpoint's.
             device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
             num_shards: contiguous ranges of layers, of which a GPU may hold the first ones alone.
-            parallel: which part of the model this process of several has; None: all of it.
+            tp: processes that share each layer, all of which torchrun started with this program:
+                each makes the same calls, and gets the same results.
+            parallel: which part of the model this process has in a session of one's own
+                (`qllm.parallel.session`), in place of `tp`.
             meter: shows how many bytes are loaded (`qllm.progress`).
             note: called with lines that a user may want to know.
 
@@ -217,18 +224,23 @@ class LLM:
             UserError: for a model that is not there, broken or too large, or settings that do not
                 fit it; the message says what would.
         """
+        if parallel is None:
+            check_world(tp)
         pretrained = Pretrained.open(model, note=note)
         default = QuantSpec(group_size=group_size, scheme=scheme)
         plan = make_plan(bitwidth, default, lm_head_bits)
+        if parallel is None and tp > 1:
+            device = resolve_device(local_device(device))
+            parallel = _join(tp, pretrained, plan, device)
         return cls.load(
             pretrained,
             plan,
             dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
             device=resolve_device(device),
             num_shards=num_shards,
-            parallel=parallel,
             calibration=calibration,
             activation_bits=activation_bits,
+            parallel=parallel,
             meter=meter,
             note=note,
         )
@@ -418,6 +430,38 @@ class LLM:
         return self.pretrained.generation_with(
             max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, **sampling
         )
+
+
+def check_world(tp: int) -> None:
+    """Refuse a number of processes that is not the one that torchrun started.
+
+    Raises:
+        UserError: says what would work.
+    """
+    world = Launch.of_environment().world
+    if tp < 1 or world != tp:
+        found = "this is one" if world == 1 else f"there are {world}"
+        start = f"it with torchrun --nproc-per-node {tp}" if tp > 1 else "it without torchrun"
+        raise UserError(
+            f"tp={tp} takes {max(tp, 1)} process{'es' if tp > 1 else ''}, and {found}: put the "
+            f"program in a file and start {start}"
+        )
+
+
+def _join(tp: int, pretrained: Pretrained, plan: QuantPlan, device: str) -> ParallelContext:
+    """This process among those that share a model, until the program ends."""
+    from qllm.checkpoint.fingerprint import content_fingerprint
+    from qllm.parallel.session import ParallelConfig, session
+
+    stack = ExitStack()
+    joined = stack.enter_context(session(ParallelConfig(tp), device=device))
+    atexit.register(stack.close)
+    # Between two calls a program may take any time.
+    stack.enter_context(joined.unbounded())
+    joined.compare(
+        {"model": content_fingerprint(pretrained.folder.path), "bitwidth": plan.to_json()}
+    )
+    return joined.context()
 
 
 def _is_ids(prompts: Sequence) -> bool:

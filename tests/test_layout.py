@@ -43,7 +43,7 @@ ROWS = (
     ("onnx",),
     ("neural_compressor",),
     ("bitwidths",),
-    ("llm",),
+    ("llm", "quantize_model"),
     ("cli",),
     ("harness",),
 )

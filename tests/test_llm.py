@@ -12,7 +12,7 @@ import torch
 from conftest import FAMILIES, ROOT, tiny
 from oracle import bundled, reference
 
-from qllm import LLM, Completion
+from qllm import LLM, Completion, quantize
 from qllm.bitwidths import make_plan
 from qllm.errors import UserError
 
@@ -123,3 +123,50 @@ assert not {"transformers", "datasets", "accelerate"} & set(sys.modules)
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.strip()
+
+
+def test_what_quantize_saves_is_what_a_bitwidth_computes(tmp_path):
+    reports = quantize("opt-tiny", 4, save=tmp_path / "out", lm_head_bits=8)
+    assert len(reports) == 4 * 6 + 1
+    saved, rounded = (
+        LLM.from_pretrained(tmp_path / "out"),
+        LLM.from_pretrained("opt-tiny", bitwidth=4, lm_head_bits=8),
+    )
+    assert torch.equal(saved.logits(PROMPTS[0])[0], rounded.logits(PROMPTS[0])[0])
+    with pytest.raises(UserError, match="is quantized already"):
+        quantize(tmp_path / "out", save=tmp_path / "again")
+
+
+@pytest.mark.parametrize("tp", [0, 2])
+def test_a_number_of_processes_that_is_not_there_is_refused(tp):
+    with pytest.raises(UserError, match=f"^tp={tp} takes .*, and this is one: put the program"):
+        LLM.from_pretrained("opt-tiny", tp=tp)
+
+
+SHARED = """
+from qllm import LLM
+llm = LLM.from_pretrained("opt-tiny", bitwidth=4, tp=2)
+for text in ("He is working on", "Once"):
+    print(list(llm.generate(text, max_new_tokens=8)[0].tokens))
+"""
+
+
+def test_ranks_that_share_a_model_from_python_say_what_one_says(tmp_path):
+    (tmp_path / "shared.py").write_text(SHARED)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node=2", str(tmp_path / "shared.py")),
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    llm = LLM.from_pretrained("opt-tiny", bitwidth=4)
+    wanted = [
+        str(list(each.tokens))
+        for each in llm.generate(["He is working on", "Once"], max_new_tokens=8)
+    ]
+    assert sorted(done.stdout.splitlines()) == sorted(2 * wanted)
