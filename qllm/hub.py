@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qllm.errors import UserError, first_line
 from qllm.files import portable, readable
+from qllm.gguf import is_gguf
 
 PACKAGE = Path(__file__).resolve().parent
 # Inside the package where pip has copied it, beside it in a clone.
@@ -100,7 +101,7 @@ class ModelFolder:
     """A model's files.
 
     Attributes:
-        path: the folder that holds them.
+        path: the folder that holds them, or a GGUF file.
         name: what to call the model: a repository, or the folder's own name.
     """
 
@@ -163,7 +164,7 @@ def resolve(
     Args:
         family: a key of REPOSITORIES.
         size: one of `sizes(family)`; None is the smallest published one.
-        path: a folder or a Hub repository, which takes the place of family and size.
+        path: a folder, a GGUF file or a Hub repository, which takes the place of family and size.
         weights: False where config.json is enough.
         note: called with a line when a cached copy is used because the Hub is out of reach.
 
@@ -175,8 +176,14 @@ def resolve(
         folder = Path(path)
         if path and folder.is_dir():
             return ModelFolder(portable(folder), readable(folder.resolve().name))
+        if is_gguf(folder) and (folder.exists() or path.count("/") != 1):
+            if not folder.exists():
+                raise UserError(f"{path}: there is no such file")
+            return ModelFolder(folder, readable(folder.resolve().stem))
         if path and folder.exists():
-            raise UserError(f"{path} is a file; --model-path takes a folder or a Hub repository")
+            raise UserError(
+                f"{path} is a file; --model-path takes a folder, a GGUF file or a Hub repository"
+            )
         if path.count("/") != 1 or path.startswith((".", "/", "~")) or path.endswith("/"):
             raise UserError(f"{path}: there is no such folder")
         try:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qllm.config import SCHEMES
 from qllm.ops import KERNELS, Kernel, Layout, Request, reference
 from qllm.ops.cpu import library as native
 from qllm.quant.packing import PackedWeight, pack
@@ -141,12 +142,23 @@ class Weight:
         return y if bias is None else y + bias.double().abs()
 
 
+# Of weights that are stored; users choose among `qllm.config.SCHEMES`.
+STORED_SCHEMES = (*SCHEMES, "offset")
+
+
 def weight_of(
-    q: np.ndarray, zeros: np.ndarray | None, scales: Tensor, bits: int, group_size: int
+    q: np.ndarray,
+    zeros: np.ndarray | None,
+    scales: Tensor,
+    bits: int,
+    group_size: int,
+    offsets: Tensor | None = None,
 ) -> Weight:
-    """The weight with these integers (N, K), zeros (N, G) or None, and scales (N, G)."""
+    """The weight with these integers (N, K), zeros (N, G) or None, scales, and offsets (N, G)."""
     outputs, inputs = q.shape
     scheme = "sym" if zeros is None else "asym"
+    if offsets is not None:
+        scheme, zeros = "offset", np.zeros(scales.shape)
     request = Request(inputs, outputs, bits, group_size, scheme, "cpu")
     index = np.arange(inputs) // (inputs if group_size == -1 else group_size)
     zero = 2 ** (bits - 1) if zeros is None else zeros.astype(np.int64)[:, index]
@@ -154,6 +166,9 @@ def weight_of(
     qzeros = np.empty(0) if zeros is None else zeros
     rows = pack(torch.from_numpy(q.astype(np.uint8)), bits)
     stored = PackedWeight(rows, scales, torch.from_numpy(qzeros.astype(np.uint8)))
+    if offsets is not None:
+        matrix += offsets.double().numpy()[:, index]
+        stored = stored._replace(qzeros=offsets)
     return Weight(request, stored, torch.from_numpy(matrix))
 
 
@@ -171,7 +186,11 @@ def random_weight(
     q = random.integers(0, 2**bits, shape)
     zeros = random.integers(0, 2**bits, (shape[0], groups)) if scheme == "asym" else None
     scales = torch.from_numpy(random.uniform(0.01, 0.1, (shape[0], groups))).to(scales_dtype)
-    return weight_of(q, zeros, scales, bits, group_size)
+    offsets = None
+    if scheme == "offset":  # as of a minimum that is no multiple of the step
+        offsets = -scales * torch.from_numpy(random.uniform(0, 2**bits, (shape[0], groups)))
+        offsets = offsets.to(scales_dtype)
+    return weight_of(q, zeros, scales, bits, group_size, offsets)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -23,8 +23,10 @@ ROWS = (
         *("qllm", "start", "cgroups", "errors", "text", "files", "folders", "launch"),
         *("patterns", "progress"),
     ),
-    ("config", "hub", "memory", "data"),
+    ("config", "memory", "data"),
     ("ops", "quant"),
+    ("gguf",),
+    ("hub",),
     ("layers",),
     ("models", "parallel"),
     (

@@ -22,6 +22,8 @@ from qllm.checkpoint.weights import LAYOUT, LAYOUT_KEY, Weights
 from qllm.checkpoint.writer import SafetensorsWriter, new_folder
 from qllm.errors import UserError
 from qllm.files import copy_file
+from qllm.gguf import is_gguf
+from qllm.gguf.tokenizer import tokenizer_files
 from qllm.hub import ModelFolder
 from qllm.progress import Meter, unseen
 
@@ -63,6 +65,17 @@ def find_source(model: ModelFolder, note: Callable[[str], None]) -> Path:
         return model.path
     note(f"reading the converted copy {copy}")
     return copy
+
+
+def copy_small_files(source: Path, folder: Path) -> None:
+    """Copy what stands beside a checkpoint's weights; of a GGUF file, write its tokenizer."""
+    if is_gguf(source):
+        for name, text in tokenizer_files(source).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        return
+    for name in COPIED:
+        if (source / name).exists():
+            copy_file(source / name, folder / name)
 
 
 def convert(
@@ -114,7 +127,5 @@ def convert(
             add(size)
         writer.close()
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in COPIED:
-            if (model.path / name).exists():
-                copy_file(model.path / name, folder / name)
+        copy_small_files(model.path, folder)
     return (target / "model.safetensors").stat().st_size

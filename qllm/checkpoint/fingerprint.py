@@ -8,13 +8,15 @@ from pathlib import Path
 
 from qllm.checkpoint.reader import read_raw_config, weight_files
 from qllm.files import open_file, read_bytes
+from qllm.gguf import is_gguf
 
 PIECES, PIECE = 64, 4096  # of each file: how many samples are taken, and bytes of each
 
 
 def state_fingerprint(folder: Path) -> str:
     """What tells one state of a folder from another: config.json, and files' sizes and times."""
-    digest = hashlib.sha256(read_bytes(folder / "config.json"))
+    config = b"" if is_gguf(folder) else read_bytes(folder / "config.json")
+    digest = hashlib.sha256(config)
     for path in weight_files(folder):
         status = path.stat()
         digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())

@@ -63,9 +63,14 @@ def load_model(
             that does not fit into memory, a layer that needs a calibration and has none, or
             activations of 8 bits where no layer takes them.
     """
-    weights = Weights(Checkpoint(folder), note)
+    weights = Weights(_open(folder, plan), note)
     dtype = dtype or weights.default_dtype()
     specs = _specs(weights, plan)
+    if (unpacked := weights.checkpoint.unpacked_types) and not _quantizes(plan):
+        note(
+            f"layers of {', '.join(unpacked)} are held at 16 bits: a packed layer has no groups of "
+            "16, nor parts of several types; --bitwidth rounds the numbers of all layers"
+        )
     _check_calibration(weights, specs, calibration)
     whole = _empty(weights, specs, dtype)
     if activation_bits == 8:
@@ -115,8 +120,17 @@ def outline(folder: Path, plan: QuantPlan, dtype: torch.dtype | None = None) -> 
     Raises:
         UserError: for a broken checkpoint, or a plan that does not fit it.
     """
-    weights = Weights(Checkpoint(folder))
+    weights = Weights(_open(folder, plan))
     return _empty(weights, _specs(weights, plan), dtype or weights.default_dtype())
+
+
+def _quantizes(plan: QuantPlan) -> bool:
+    return any(spec.kind != "dense" for _, spec in plan.rules)
+
+
+def _open(folder: Path, plan: QuantPlan) -> Checkpoint:
+    """A checkpoint; what a plan quantizes of a GGUF file is its numbers, whatever their type."""
+    return Checkpoint(folder, packed=not _quantizes(plan))
 
 
 def _empty(weights: Weights, specs: dict[str, QuantSpec], dtype: torch.dtype) -> Decoder:
@@ -154,7 +168,7 @@ def _specs(weights: Weights, plan: QuantPlan) -> dict[str, QuantSpec]:
     """The spec of every linear: of the plan, or as a quantized checkpoint has it."""
     config = weights.config
     if weights.stored:
-        if any(spec.kind != "dense" for _, spec in plan.rules):
+        if _quantizes(plan):
             raise UserError(
                 f"{weights.checkpoint.folder} is quantized already, and runs as it is; "
                 "leave --bitwidth and --lm-head-bits out"

@@ -19,7 +19,7 @@ from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
 from qllm.models.equalize import NORMS, can_divide
 from qllm.parallel.layers import RowParallel, ShardedLinear, VocabularyParallel
-from qllm.quant.packing import PackedWeight
+from qllm.quant.packing import PackedWeight, scheme_of
 from qllm.quant.smooth import smooth_scales
 
 
@@ -122,7 +122,7 @@ class Materializer:
             extra = [] if input_scale is None else [input_scale]
             layer = linear_class(spec)(qweight, scales, bias, spec, *extra)
         else:
-            spec = replace(spec, scheme="asym" if found.qzeros.numel() else "sym")
+            spec = replace(spec, scheme=scheme_of(found.qzeros))
             columns = self.weights.shapes[f"{name}.weight"][1]
             layer = WeightOnlyLinear.from_packed(PackedWeight(*tensors), bias, spec, columns)
         return layer if rows or not sharded else layer.shard(sharded.sharding, self.tp.rank)

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import gc
 import io
-import mmap
 import os
 import re
 import struct
-import sys
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +20,14 @@ import torch
 from torch import Tensor
 
 from qllm import files
+from qllm.checkpoint.gguf import GGUFFile, quantization_of
 from qllm.checkpoint.pickles import check_torch_file
+from qllm.checkpoint.tensors import TensorFile, TensorInfo, map_file
 from qllm.errors import UserError, first_line
 from qllm.files import MAX_JSON_BYTES, open_file, parse_json
+from qllm.gguf import is_gguf
+from qllm.gguf.config import read_config
+from qllm.gguf.file import read_gguf
 from qllm.models.family import RawConfig
 
 DTYPES = {
@@ -43,6 +44,8 @@ DTYPES = {
 }
 # Of a safetensors file's header, and of an index: a name, a shape and a place for each tensor.
 MAX_HEADER_BYTES = 16 << 20
+# QLLM's own layout of a checkpoint, in its config.json.
+LAYOUT_KEY, LAYOUT = "qllm_layout", 1
 # What config.json calls the way its weights are quantized; 16-bit ones have none.
 QUANTIZATION_KEY = "quantization_config"
 # What older compressed-tensors called it; files of the same content that AutoGPTQ and AutoAWQ wrote
@@ -70,8 +73,21 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
         raise UserError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
 
 
-def read_raw_config(folder: Path) -> RawConfig:
-    """The folder's config.json; its QUANTIZATION_KEY is where older tools put it elsewhere, too."""
+def read_raw_config(folder: Path, *, packed: bool = True) -> RawConfig:
+    """The folder's config.json; its QUANTIZATION_KEY is where older tools put it elsewhere, too.
+
+    Args:
+        folder: or a GGUF file, of whose metadata a config.json is made.
+        packed: of a GGUF file, linears are as it has them; else they are its numbers.
+    """
+    if is_gguf(folder):
+        found = read_gguf(folder)
+        values = read_config(found) | {LAYOUT_KEY: LAYOUT}
+        if packed:
+            values[QUANTIZATION_KEY] = quantization_of(found)
+            # A head that is the embedding, in blocks, is a linear of its own.
+            values["tie_word_embeddings"] &= "lm_head" not in values[QUANTIZATION_KEY]["modules"]
+        return RawConfig(values, str(folder))
     path = folder / "config.json"
     values = read_json(path)
     if values.get(QUANTIZATION_KEY) is None:
@@ -84,40 +100,6 @@ def read_raw_config(folder: Path) -> RawConfig:
         if found is not None:
             values[QUANTIZATION_KEY] = found
     return RawConfig(values, str(path))
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a file says of a tensor without reading it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class TensorFile(ABC):
-    """The tensors of one file.
-
-    Attributes:
-        tensors: name to shape and type.
-    """
-
-    path: Path
-    tensors: dict[str, TensorInfo]
-
-    @abstractmethod
-    def read(self, name: str) -> Tensor:
-        """The tensor, in memory of its own."""
-
-    def map(self, name: str) -> Tensor:
-        """The tensor as a view of the mapped file where the file allows it, else a copy."""
-        return self.read(name)
-
-    @abstractmethod
-    def read_part(self, name: str, rows: range, columns: range | None) -> Tensor:
-        """Some rows of a tensor, and of those some columns where they are given."""
-
-    def release(self) -> None:  # noqa: B027 - most files keep nothing open
-        """Give back what was kept open to read from; a later read opens it again."""
 
 
 class SafetensorsFile(TensorFile):
@@ -136,7 +118,7 @@ class SafetensorsFile(TensorFile):
                         "get it again"
                     )
                 # The library checks the header against the file: sizes, overlaps, gaps. With
-                # "pt" it would ask for memory to hold the whole file, see `_map_file`.
+                # "pt" it would ask for memory to hold the whole file, see `map_file`.
                 with safe_open(path, framework="np"):
                     pass
                 header = parse_json(file.read(length), str(path))
@@ -203,23 +185,11 @@ class SafetensorsFile(TensorFile):
             return self.read(name)
         if self._mapped is None:
             try:
-                self._mapped = _map_file(self.path)
+                self._mapped = map_file(self.path)
             except OSError:  # where memory may not be promised twice; a copy does it there
                 return self.read(name)
         size = info.dtype.itemsize * torch.Size(info.shape).numel()
         return self._mapped[offset : offset + size].view(info.dtype).view(info.shape)
-
-
-def _map_file(path: Path) -> Tensor:
-    """A file's bytes as a tensor, paged in as they are used; writing to it changes no file.
-
-    torch.from_file asks for memory to hold all of it, which a file larger than memory does not get.
-    """
-    no_reserve = 0x4000 if sys.platform == "linux" else 0
-    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", no_reserve)
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 def _is_plain_tensor(value: object) -> bool:
@@ -308,23 +278,29 @@ class Checkpoint:
         folder: where it is.
         raw_config: its config.json.
         tensors: name to shape and type.
+        unpacked_types: of a GGUF file, the types of blocks that no layer holds as they are.
     """
 
-    def __init__(self, folder: Path) -> None:
+    unpacked_types: tuple[str, ...] = ()
+
+    def __init__(self, folder: Path, *, packed: bool = True) -> None:
         """
+        Args:
+            folder: or a GGUF file.
+            packed: see `read_raw_config`.
+
         Raises:
             UserError: where the folder holds no checkpoint, or a broken one.
         """
         self.folder = folder
-        self.raw_config = read_raw_config(folder)
+        self.raw_config = read_raw_config(folder, packed=packed)
         self._files: dict[str, TensorFile] = {}
         elsewhere = self.raw_config.values.get("transformers_weights")
         if elsewhere is not None:
             raise self.raw_config.error("transformers_weights", elsewhere, "no entry of this name")
-        paths, weight_map = _find_weights(folder)
-        for path in paths:
-            kind = SafetensorsFile if path.suffix == ".safetensors" else TorchFile
-            file = kind(path)
+        opened, weight_map = _open_weights(folder, packed)
+        for file in opened:
+            path = file.path
             for name in file.tensors:
                 if weight_map is not None and weight_map.get(name) != path.name:
                     continue  # the index says that it is read from elsewhere, or not at all
@@ -332,6 +308,8 @@ class Checkpoint:
                     raise UserError(f"{path} holds {name}, as {self._files[name].path.name} does")
                 self._files[name] = file
         self.tensors = {name: file.tensors[name] for name, file in self._files.items()}
+        if isinstance(file, GGUFFile):
+            self.unpacked_types = file.unpacked_types
         self._last = file
 
     def read(
@@ -386,14 +364,27 @@ class Checkpoint:
         return self._files[name].path
 
 
+def _open_weights(
+    folder: Path, packed: bool
+) -> tuple[Iterator[TensorFile], Mapping[str, str] | None]:
+    """The files of a checkpoint, each opened as it is asked for, and an index's `weight_map`."""
+    if is_gguf(folder):
+        return iter([GGUFFile(read_gguf(folder), packed)]), None
+    paths, weight_map = _find_weights(folder)
+    kinds = {True: SafetensorsFile, False: TorchFile}
+    return (kinds[path.suffix == ".safetensors"](path) for path in paths), weight_map
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a folder's weights: safetensors before torch, whole before sharded.
+
+    Of a GGUF file, it and what else its model was split into.
 
     Raises:
         UserError: where there are none, an index names one that is missing or elsewhere, or several
             have names from which it cannot be told which to read.
     """
-    return _find_weights(folder)[0]
+    return read_gguf(folder).paths if is_gguf(folder) else _find_weights(folder)[0]
 
 
 def _find_weights(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:

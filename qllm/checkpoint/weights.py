@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial, reduce
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,14 +23,18 @@ from qllm.checkpoint.formats import (
     parse,
     take_rows,
 )
-from qllm.checkpoint.reader import QUANTIZATION_FILES, QUANTIZATION_KEY, Checkpoint
+from qllm.checkpoint.reader import (
+    LAYOUT,
+    LAYOUT_KEY,
+    QUANTIZATION_FILES,
+    QUANTIZATION_KEY,
+    Checkpoint,
+)
 from qllm.config import LM_HEAD, ModelConfig
 from qllm.errors import UserError
+from qllm.gguf import is_gguf
 from qllm.layers import Linear
 from qllm.models import Decoder, RawConfig, family_of
-
-LAYOUT_KEY = "qllm_layout"
-LAYOUT = 1
 
 # The types that config.json may name.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -58,8 +63,13 @@ def check_readable_by_transformers(raw_config: RawConfig) -> None:
     """Refuse the reference what it cannot read.
 
     Raises:
-        UserError: for a checkpoint in QLLM's layout, or a quantized one.
+        UserError: for a checkpoint in QLLM's layout, a quantized one, or a GGUF file.
     """
+    if is_gguf(Path(raw_config.where)):
+        raise UserError(
+            f"{raw_config.where}: the reference is a checkpoint in Hugging Face's layout, and this "
+            "is a GGUF file; name the checkpoint it was made from with --reference"
+        )
     if QUANTIZATION_KEY in raw_config.values:
         raise UserError(
             f"{raw_config.where}: this checkpoint is quantized, the reference is the 16-bit one; "

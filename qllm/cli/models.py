@@ -53,7 +53,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
         "--model",
         metavar="DIR_OR_REPO",
         nargs="+" if several else None,
-        help="any checkpoint of one of these families instead: a folder or a Hub repository"
+        help="any checkpoint of one of these families instead: a folder, a GGUF file or a Hub "
+        "repository"
         + (" (several: a row of the table each)" if several else ""),
     )
 

@@ -16,6 +16,7 @@ import torch
 from qllm import __version__, tokenizer
 from qllm.checkpoint.reader import weight_files
 from qllm.files import open_file
+from qllm.gguf import is_gguf
 
 PACKAGES = (
     *("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy"),
@@ -40,11 +41,13 @@ def of_files(paths: Iterable[Path]) -> str:
 
 def of_model(folder: Path) -> str:
     """Of a checkpoint: its configuration and all of its weights."""
-    return of_files([folder / "config.json", *weight_files(folder)])
+    return of_files([*([] if is_gguf(folder) else [folder / "config.json"]), *weight_files(folder)])
 
 
 def of_tokenizer(folder: Path) -> str:
     """Of the files that a tokenizer is made from."""
+    if is_gguf(folder):
+        return of_files([folder])
     return of_files(path for name in tokenizer.FILES if (path := folder / name).exists())
 
 

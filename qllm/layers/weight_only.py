@@ -29,7 +29,8 @@ class WeightOnlyLinear(QuantizedLinear):
 
         qweight  uint8  (N, ceil(K / 32) · 4b)   a row is one little-endian stream of b-bit values
         scales   float16 (float32 where that over- or underflows)  (N, G)
-        qzeros   uint8  (N, G), empty for the symmetric scheme, where each is 2^(b-1)
+        qzeros   uint8  (N, G), empty for the symmetric scheme, where each is 2^(b-1); of the
+                 scheme "offset" numbers in the type of the scales, added to q · scale
         bias     (N,) or None
     """
 
@@ -62,7 +63,8 @@ class WeightOnlyLinear(QuantizedLinear):
         )
         groups = (out_features, spec.groups(in_features))
         scales = qweight.new_empty(groups, dtype=torch.float16)
-        qzeros = qweight.new_empty(groups if spec.scheme == "asym" else 0)
+        offset = spec.scheme == "offset"
+        qzeros = (scales if offset else qweight).new_empty(0 if spec.scheme == "sym" else groups)
         offsets = qweight.new_empty(out_features, dtype=dtype) if bias else None
         return cls(qweight, scales, qzeros, offsets, spec, in_features)
 

@@ -37,6 +37,8 @@ def check_installed() -> None:
 
 def is_onnx(folder: Path) -> bool:
     """Whether a folder holds an ONNX model, and no checkpoint beside it."""
+    if not folder.is_dir():  # but a GGUF file
+        return False
     if any(True for pattern in CHECKPOINTS for _ in folder.glob(pattern)):
         return False
     return any(True for _ in folder.glob("*.onnx"))

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from qllm.checkpoint.convert import COPIED, SOURCE_KEY
+from qllm.checkpoint.convert import SOURCE_KEY, copy_small_files
 from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint
 from qllm.checkpoint.weights import LAYOUT_KEY, Weights
 from qllm.checkpoint.writer import new_folder
 from qllm.errors import UserError
-from qllm.files import copy_file
+from qllm.gguf import is_gguf
 from qllm.onnx import DEFAULT_ACCURACY_LEVEL
 from qllm.onnx.decoder import DecoderGraph
 from qllm.onnx.graph import MODEL, DataFile, Graph, save
@@ -56,7 +56,7 @@ def export(
             target that is there.
     """
     options = options or ExportOptions()
-    weights = Weights(Checkpoint(source), note)
+    weights = Weights(Checkpoint(source, packed=not is_gguf(source)), note)
     if target.exists():
         raise UserError(f"{target} is there already; name another folder with --save")
     with new_folder(target) as folder:
@@ -69,7 +69,5 @@ def export(
         gone = (QUANTIZATION_KEY, LAYOUT_KEY, SOURCE_KEY)
         config = {key: value for key, value in values.items() if key not in gone}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in COPIED:
-            if (source / name).exists():
-                copy_file(source / name, folder / name)
+        copy_small_files(source, folder)
     return sum(path.stat().st_size for path in target.glob(f"{MODEL}*"))

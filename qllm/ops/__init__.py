@@ -150,6 +150,12 @@ def _gpu_why_not(request: Request) -> str | None:
     return gpu.why_not(request.device)
 
 
+def _gpu_packed_why_not(request: Request) -> str | None:
+    if request.scheme == "offset":
+        return "groups with offsets"
+    return _gpu_why_not(request)
+
+
 def _layout(module: ModuleType) -> Layout:
     """The layout that a module's `pack` and `unpack` make and undo."""
     return Layout(
@@ -217,7 +223,13 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     ),
     "weight_only_linear": (
         Kernel("cpu", linear.about, linear.weight_only_linear, _packed_why_not, CPU_LAYOUT),
-        Kernel("triton", gpu_linear.about, gpu_linear.weight_only_linear, _gpu_why_not, GPU_LAYOUT),
+        Kernel(
+            "triton",
+            gpu_linear.about,
+            gpu_linear.weight_only_linear,
+            _gpu_packed_why_not,
+            GPU_LAYOUT,
+        ),
         Kernel(
             "reference", lambda: "dequantize, then a dense product", reference.weight_only_linear
         ),

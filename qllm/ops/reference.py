@@ -48,15 +48,22 @@ def dequantize(
 ) -> Tensor:
     """The matrix that packed integers stand for: (q - zero) * scale, rounded to dtype once.
 
+    With offsets in place of zero points it is q * scale + offset, in float32.
+
     Args:
         qweight: uint8 (N, packed_size(K, bits)), as `qllm.quant.packing` packs.
         scales: float16 or float32 (N, G).
-        qzeros: uint8 (N, G), or empty for a symmetric grid with zero 2^(bits-1).
+        qzeros: uint8 (N, G), or empty for a symmetric grid with zero 2^(bits-1), or offsets, in
+            the type of the scales.
 
     Returns:
         (N, K) in dtype.
     """
     q = unpack(qweight, bits, in_features)
+    if qzeros.is_floating_point():
+        group = in_features if group_size == -1 else min(group_size, in_features)
+        weight = q.float().mul_(_per_column(scales.float(), group, in_features))
+        return weight.add_(_per_column(qzeros.float(), group, in_features)).to(dtype)
     # In float16 the product of a float16 scale and an integer is rounded once, as it would be
     # from float32; bfloat16 would round the scale first.
     work = dtype if dtype == scales.dtype == torch.float16 else torch.float32

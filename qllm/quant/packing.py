@@ -25,7 +25,8 @@ class PackedWeight(NamedTuple):
     Attributes:
         qweight: uint8 (N, packed_size(K, b)).
         scales: float16, or float32 where float16 over- or underflows, (N, G).
-        qzeros: uint8 (N, G); empty for a symmetric grid, where each is 2^(b-1).
+        qzeros: uint8 (N, G); empty for a symmetric grid, where each is 2^(b-1); or, in the type of
+            the scales, offsets: a value is then q · scale + offset (GGUF's Q4_1).
         order: int64 (K,), where the groups are not runs of input channels: packed column i holds
             input channel order[i], and the groups are runs of packed columns. None is 0, 1, 2, ….
     """
@@ -39,6 +40,13 @@ class PackedWeight(NamedTuple):
 def group_width(columns: int, group_size: int) -> int:
     """Input channels in a full group of a row of `columns`; a group size of -1 is all of them."""
     return columns if group_size == -1 else min(group_size, columns)
+
+
+def scheme_of(qzeros: Tensor) -> str:
+    """The `QuantSpec.scheme` of a matrix with these zero points."""
+    if not qzeros.numel():
+        return "sym"
+    return "offset" if qzeros.is_floating_point() else "asym"
 
 
 def packed_size(count: int, bits: int) -> int:

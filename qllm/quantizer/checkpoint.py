@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qllm import __version__, ops
 from qllm.checkpoint import origin
-from qllm.checkpoint.convert import COPIED, SOURCE_KEY
+from qllm.checkpoint.convert import SOURCE_KEY, copy_small_files
 from qllm.checkpoint.fingerprint import state_fingerprint
 from qllm.checkpoint.formats import Int8Weight, describe, parse, take_rows
 from qllm.checkpoint.load import elements
@@ -24,7 +24,6 @@ from qllm.checkpoint.weights import LAYOUT_KEY, Weights
 from qllm.checkpoint.writer import ShardWriter
 from qllm.config import DEFAULT_ALGORITHM, LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
-from qllm.files import copy_file
 from qllm.layers import Linear
 from qllm.layers.fp16 import DenseLinear
 from qllm.layers.w8a8 import DynamicInt8Linear
@@ -116,7 +115,7 @@ class _Run:
 
     def __init__(self, job: Job, target: Path, note: Callable[[str], object]) -> None:
         self.job, self.note = job, note
-        checkpoint = Checkpoint(job.source)
+        checkpoint = Checkpoint(job.source, packed=False)
         if QUANTIZATION_KEY in checkpoint.raw_config.values:
             raise UserError(
                 f"{job.source} is quantized already; give the 16-bit checkpoint it was made from"
@@ -429,9 +428,7 @@ class _Run:
         else:
             config[QUANTIZATION_KEY] = self.quantization
         _write_json(folder / "config.json", config)
-        for name in COPIED:
-            if (job.source / name).exists():
-                copy_file(job.source / name, folder / name)
+        copy_small_files(job.source, folder)
         quantization = self.quantization
         ragged = find_ragged(self.specs, self.weights.shapes)
         if not job.fake:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from qllm.errors import UserError, first_line
 from qllm.files import check_file
+from qllm.gguf import is_gguf
 from qllm.text import surrogate
 
 # What decides a tokenizer's ids, with the model's config.json.
@@ -59,7 +60,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path, vocab_size: int | None = None) -> Tokenizer:
-        """The tokenizer of a checkpoint folder.
+        """The tokenizer of a checkpoint folder, or of a GGUF file.
 
         Args:
             vocab_size: rows of the model's embedding. The tokenizer may have ids beyond it, as
@@ -68,6 +69,11 @@ class Tokenizer:
         Raises:
             UserError: where there is none, or it is broken.
         """
+        if is_gguf(folder):
+            from qllm.gguf.tokenizer import load
+
+            with _failures(f"{folder}: the tokenizer cannot be read"), _quiet():
+                return cls(load(folder), vocab_size)
         from qllm.tokenizer import direct
 
         _check_files(folder)

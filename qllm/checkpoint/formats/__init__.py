@@ -13,18 +13,22 @@ from qllm.checkpoint.formats import compressed_tensors, gptq
 from qllm.checkpoint.formats.awq import AWQ
 from qllm.checkpoint.formats.awq import parse as parse_awq
 from qllm.checkpoint.formats.base import Format, Int8Weight, Quantized, join_rows, take_rows
+from qllm.checkpoint.formats.gguf import GGUFBlocks
+from qllm.checkpoint.formats.gguf import parse as parse_gguf
 from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, short
 from qllm.checkpoint.formats.tensors import WORD
 from qllm.config import QuantSpec
 
 FORMATS: dict[str, type[Format]] = {
-    format.name: format for format in (gptq.GPTQ, AWQ, *compressed_tensors.FORMATS.values())
+    format.name: format
+    for format in (gptq.GPTQ, AWQ, GGUFBlocks, *compressed_tensors.FORMATS.values())
 }
 # What reads the settings of each quant_method.
 METHODS: dict[str, Callable[[Fields], QuantizationConfig]] = {
     "gptq": gptq.parse,
     "awq": parse_awq,
     "compressed-tensors": compressed_tensors.parse,
+    "gguf": parse_gguf,
 }
 
 

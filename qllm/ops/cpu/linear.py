@@ -19,14 +19,14 @@ WEIGHT_ONLY, WEIGHT_ONLY_INT8, INT8_DYNAMIC, INT8_STATIC = range(4)
 # As in kernels.h.
 Linear = structure(
     "Linear",
-    "rows inputs outputs bits group mode *x x_type x_stride *y *q *scales scale_type *zeros *bias "
-    "*input_scale",
+    "rows inputs outputs bits group mode *x x_type x_stride *y *q *scales scale_type *zeros "
+    "*offsets *bias *input_scale",
 )
 Dense = structure("Dense", "rows inputs outputs x_stride type *x *w *bias *y")
 Packing = structure(
     "Packing",
     "inputs outputs bits group *rows row_bytes *row_scales *row_zeros scale_bytes *q *scales "
-    "*zeros",
+    "*zeros *row_offsets *offsets",
 )
 
 
@@ -63,7 +63,8 @@ def pack(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> 
 
     Returns:
         qweight uint8 (ceil(N / 16), K blocks, bits, 64), a K block being 32 inputs of a group or
-        the rest of it; scales (ceil(N / 16), G, 16) and qzeros uint8 of that shape, or empty.
+        the rest of it; scales (ceil(N / 16), G, 16) and qzeros, uint8 or offsets, of that shape, or
+        empty.
     """
     group, groups, k_blocks = _shape(in_features, bits, group_size)
     out_features = len(weight.qweight)
@@ -109,9 +110,16 @@ def _move(
 ) -> None:
     """Call `qllm_pack` or `qllm_unpack`."""
     rows, scales, zeros = stored
-    arguments = (pointer(rows), rows.shape[1], pointer(scales), pointer(zeros))
-    kept = (scales.element_size(), *map(pointer, packed[:3]))
-    function(ctypes.byref(Packing(*shape, *arguments, *kept)))
+    (row_zeros, row_offsets), (own_zeros, offsets) = _apart(zeros), _apart(packed.qzeros)
+    arguments = (pointer(rows), rows.shape[1], pointer(scales), row_zeros)
+    kept = (scales.element_size(), pointer(packed.qweight), pointer(packed.scales), own_zeros)
+    function(ctypes.byref(Packing(*shape, *arguments, *kept, row_offsets, offsets)))
+
+
+def _apart(zeros: Tensor) -> tuple[int | None, int | None]:
+    """Where zero points are, and where offsets."""
+    offsets = zeros.is_floating_point()
+    return (None, pointer(zeros)) if offsets else (pointer(zeros), None)
 
 
 def _weight_only_linear(
@@ -175,7 +183,7 @@ def _linear(
         pointer(weight.qweight),
         pointer(weight.scales),
         TYPES[weight.scales.dtype],
-        pointer(weight.qzeros),
+        *_apart(weight.qzeros),
         pointer(bias),
         pointer(input_scale),
     )

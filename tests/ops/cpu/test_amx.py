@@ -72,13 +72,17 @@ def random_bytes(*shape: int, below: int = 256) -> Tensor:
     return torch.randint(below, shape, generator=generator, dtype=torch.uint8)
 
 
-def random_weight(shape: tuple[int, int], bits: int, group_size: int, zeros: int) -> PackedWeight:
-    """A weight (N, K) in the kernels' layout, zeros below a number or symmetric for 0."""
+def random_weight(
+    shape: tuple[int, int], bits: int, group_size: int, zeros: int | None
+) -> PackedWeight:
+    """A weight (N, K) in the kernels' layout, zeros below a number, symmetric for 0, or offsets."""
     outputs, inputs = shape
     groups = 1 if group_size == -1 else -(-inputs // group_size)
     rows = random_bytes(outputs, packed_size(inputs, bits))
     scales = normal(outputs, groups).abs().half()
     qzeros = random_bytes(outputs, groups, below=zeros) if zeros else rows.new_empty(0)
+    if zeros is None:
+        qzeros = normal(outputs, groups, seed=1).half()
     return linear.pack(PackedWeight(rows, scales, qzeros), bits, group_size, inputs)
 
 
@@ -113,7 +117,7 @@ def on_both(library: ctypes.CDLL, x: Tensor, compute) -> Iterator[tuple[int, Ten
 )
 def test_products_are_those_of_vectors(tiles, run, bits, group_size):
     # Zeros are below 2^bits in what is quantized here; other bytes are no reason to differ.
-    for (i, zeros), dtype in itertools.product(enumerate((0, 2**bits, 256)), DTYPES):
+    for (i, zeros), dtype in itertools.product(enumerate((0, 2**bits, 256, None)), DTYPES):
         shape = SHAPES[(bits + i + DTYPES.index(dtype)) % len(SHAPES)]
         weight = random_weight(shape, bits, group_size, zeros)
         x, bias = activations(200, shape[1], dtype), normal(shape[0]).to(dtype)

@@ -13,6 +13,7 @@ from conftest import examples
 from covering import each, pairwise, slow_but
 from cpu_paths import (
     DTYPES,
+    STORED_SCHEMES,
     Int8,
     Weight,
     everywhere,
@@ -59,7 +60,7 @@ def assert_close(weight: Weight, x: Tensor, bias: Tensor | None, got: Tensor) ->
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", BITS)
 def test_the_error_is_at_most_twice_the_reference_s(bits, dtype):
-    cases = pairwise(GROUPS, SHAPES, SCHEMES, (torch.float16, torch.float32))
+    cases = pairwise(GROUPS, SHAPES, STORED_SCHEMES, (torch.float16, torch.float32))
     for i, (group_size, shape, scheme, scales_dtype) in enumerate(cases):
         weight = random_weight(shape, bits, group_size, scheme, scales_dtype)
         for rows in (ROWS[i % 9], ROWS[(i + 4) % 9]):
@@ -229,7 +230,7 @@ def special_rows(x: Tensor) -> dict[int, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", STORED_SCHEMES)
 @pytest.mark.parametrize("bits", [1, 3, 4, 8])
 def test_infinities_and_nan(bits, scheme, dtype):
     for rows, shape in ((8, (40, 100)), (200, (70, 67)), (17, (3, 300))):
@@ -439,7 +440,7 @@ def test_any_int8_product(data):
 @pytest.mark.parametrize("bits", BITS)
 def test_int8_activations(bits, dtype):
     # What int8 cannot hold of x is lost; nothing else is but one rounding.
-    for i, (group_size, scheme) in enumerate(itertools.product((*GROUPS, 256), SCHEMES)):
+    for i, (group_size, scheme) in enumerate(itertools.product((*GROUPS, 256), STORED_SCHEMES)):
         shape, rows = SHAPES[i % len(SHAPES)], ROWS[i % len(ROWS)]
         weight = random_weight(shape, bits, group_size, scheme)
         x, bias = normal(rows, shape[1], dtype=dtype), normal(shape[0], dtype=dtype)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cpu_paths import Weight, everywhere, kernel, random_weight, weight_of
+from cpu_paths import STORED_SCHEMES, Weight, everywhere, kernel, random_weight, weight_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qllm.config import SCHEMES
 from qllm.quant.packing import BITS, PackedWeight, unpack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,7 +82,7 @@ def assert_layout(weight: Weight) -> None:
     assert layout.unpack(packed, request).order is None
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", STORED_SCHEMES)
 @pytest.mark.parametrize("bits", BITS)
 def test_there_and_back(bits, scheme):
     for group_size in GROUPS:
@@ -96,7 +95,7 @@ def test_there_and_back(bits, scheme):
     shape=st.tuples(st.integers(1, 40), st.integers(1, 300)),
     bits=st.sampled_from(BITS),
     group_size=st.one_of(st.just(-1), st.integers(1, 310)),
-    scheme=st.sampled_from(SCHEMES),
+    scheme=st.sampled_from(STORED_SCHEMES),
     scales_dtype=st.sampled_from([torch.float16, torch.float32]),
     seed=st.integers(0),
 )

@@ -47,6 +47,7 @@ __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64
     o.out = out;
     o.scales = grid.scales;
     o.zeros = grid.zeros;
+    o.offsets = a.offsets ? grid.offsets : nullptr;
     o.scaled = is_scaled(a);
     constexpr int V = N * VECTORS, SETS = WIDENS || S * V > 4 ? 1 : S * V > 2 ? 2 : 4;
     for (int64_t b = 0; b < x.blocks; b++) {

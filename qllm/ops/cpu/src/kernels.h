@@ -31,6 +31,7 @@ enum Mode : int64_t {
 //   q       uint8 (panels, K blocks, b, 64)     a K block's bits in planes: 8 = 8, 7 = 4 + 2 + 1, …
 //   scales  float16 or float32 (panels, groups, LANES)
 //   zeros   uint8 (panels, groups, LANES), none for the symmetric scheme
+//   offsets of the type and shape of scales in place of zeros: a weight is q scale + offset
 //
 // A plane of p bits takes p vectors of 64 bytes for the 8 steps of a K block, a step being 4 inputs
 // of all lanes: byte 4 lane + i of vector v holds input i of steps v 8/p + j at bit j p.
@@ -49,6 +50,7 @@ struct Linear {
     const void *scales;
     int64_t scale_type;
     const uint8_t *zeros;     // or null
+    const void *offsets;      // or null
     const void *bias;         // (N,) in the type of x, or null
     const float *input_scale; // of INT8_STATIC
 };
@@ -62,6 +64,7 @@ struct Packing {
     uint8_t *row_zeros;       // uint8 (N, G) or null
     int64_t scale_bytes;
     uint8_t *q, *scales, *zeros;
+    uint8_t *row_offsets, *offsets;  // of scale_bytes, or null
 };
 
 // The rest of a decoder; all tensors of one call but the float32 and integer ones are of one type.

@@ -185,13 +185,17 @@ void pack_grid(const T *from, T *to, int64_t lanes, int64_t groups) {
 static void pack_grid(const Packing &p, int64_t panel, int64_t lanes, int64_t group,
                       int64_t groups) {
     int64_t from = panel * LANES * groups + group, to = (panel * groups + group) * LANES;
-    if (p.scale_bytes == 4) {
-        pack_grid(reinterpret_cast<const uint32_t *>(p.row_scales) + from,
-                  reinterpret_cast<uint32_t *>(p.scales) + to, lanes, groups);
-    } else {
-        pack_grid(reinterpret_cast<const uint16_t *>(p.row_scales) + from,
-                  reinterpret_cast<uint16_t *>(p.scales) + to, lanes, groups);
-    }
+    const auto numbers = [&](const uint8_t *rows, uint8_t *packed) {
+        if (p.scale_bytes == 4) {
+            pack_grid(reinterpret_cast<const uint32_t *>(rows) + from,
+                      reinterpret_cast<uint32_t *>(packed) + to, lanes, groups);
+        } else {
+            pack_grid(reinterpret_cast<const uint16_t *>(rows) + from,
+                      reinterpret_cast<uint16_t *>(packed) + to, lanes, groups);
+        }
+    };
+    numbers(p.row_scales, p.scales);
+    if (p.offsets) numbers(p.row_offsets, p.offsets);
     if (p.zeros) pack_grid(p.row_zeros + from, p.zeros + to, lanes, groups);
 }
 
@@ -231,9 +235,12 @@ inline void unpack(const Packing &p) {
         }
         for (int64_t group = 0; group < groups; group++) {
             int64_t at = (panel * groups + group) * LANES + lane;
-            for (int64_t i = 0; i < p.scale_bytes; i++)
-                p.row_scales[(n * groups + group) * p.scale_bytes + i] =
-                    p.scales[at * p.scale_bytes + i];
+            for (int64_t i = 0; i < p.scale_bytes; i++) {
+                const int64_t from = at * p.scale_bytes + i;
+                const int64_t to = (n * groups + group) * p.scale_bytes + i;
+                p.row_scales[to] = p.scales[from];
+                if (p.offsets) p.row_offsets[to] = p.offsets[from];
+            }
             if (p.zeros) p.row_zeros[n * groups + group] = p.zeros[at];
         }
     });

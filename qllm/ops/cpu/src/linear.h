@@ -44,6 +44,7 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
             o.w_stride = block.k_blocks * unpacked;
             o.scales = grid.scales;
             o.zeros = grid.zeros;
+            o.offsets = a.offsets ? grid.offsets : nullptr;
             o.scaled = is_scaled(a);
             o.widen = steps_to_widen(a.bits);
             if (block.group != group) grid.load(a, panel, panels, group = block.group);

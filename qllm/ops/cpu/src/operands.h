@@ -39,6 +39,7 @@ struct Operands {
     const int32_t *low_sum;   // (rows,): of the third and fourth
     float *out;               // (rows, GROUP_LANES), added to; int32 where not scaled
     int64_t widen = STEPS;    // steps after which sums widen, a power of two
+    const float *offsets = nullptr;  // (panels, LANES), added to each weight, or null
 };
 
 #if !defined(HAS_WORDS)
@@ -63,6 +64,14 @@ INLINE inline void add_scaled(float *out, VI high, VI low, float x_scale, VF sca
     if constexpr (P == 4) value = fma_f(value, set_f(65536), to_float(low));
     value = mul_f(value, set_f(x_scale));
     store_f(out, fma_f(value, scale, load_f(out)));
+}
+
+// Adds what the offsets of a block's weights make of a row's activations, whose sums these are.
+template <int P>
+INLINE inline void add_offset(float *out, int32_t sum, int32_t low_sum, float x_scale, VF offset) {
+    float whole = float(sum);
+    if constexpr (P == 4) whole = whole * 65536 + float(low_sum);
+    store_f(out, fma_f(set_f(whole * x_scale), offset, load_f(out)));
 }
 
 }  // namespace

@@ -47,19 +47,21 @@ static void multiply_fallback_row(const Linear &a, int64_t row, int64_t panel, i
             int64_t group = (n / LANES * groups + k / a.group) * LANES + n % LANES;
             int value = value_at(a.q + (n / LANES * k_blocks + k_block) * 64 * a.bits, int(a.bits),
                                  n % LANES, k % a.group % K_BLOCK);
-            value -= a.zeros ? a.zeros[group] : 1 << (a.bits - 1);
-            sum += one(a.x, row * a.x_stride + k, a.x_type) *
-                   (float(value) * one(a.scales, group, a.scale_type));
+            if (!a.offsets) value -= a.zeros ? a.zeros[group] : 1 << (a.bits - 1);
+            float weight = float(value) * one(a.scales, group, a.scale_type);
+            if (a.offsets) weight += one(a.offsets, group, a.scale_type);
+            sum += one(a.x, row * a.x_stride + k, a.x_type) * weight;
         }
         if (a.bias) sum += one(a.bias, n, a.x_type);
         store_as(a.y, row * a.out + n, a.x_type, 1, set_f(float(sum)));
     }
 }
 
-// The scales and zeros of a group of inputs, for some panels, `step` apart.
+// The scales and zeros, or offsets, of a group of inputs, for some panels, `step` apart.
 struct Grid {
     alignas(64) float scales[GROUP_LANES];
     alignas(64) int32_t zeros[GROUP_LANES];
+    alignas(64) float offsets[GROUP_LANES];
 
     INLINE void load(const Linear &a, int64_t panel, int64_t panels, int64_t group,
                      int64_t step = 1) {
@@ -69,6 +71,11 @@ struct Grid {
             for (int64_t lane = 0; lane < LANES; lane += WIDTH) {
                 VF scale = load_as(a.scales, from + lane, a.scale_type, WIDTH);
                 store_f(scales + to + lane, scale);
+                if (a.offsets) {  // on integers without their middle, whose sums are smaller
+                    VF offset = load_as(a.offsets, from + lane, a.scale_type, WIDTH);
+                    VF middle = set_f(float(1 << (a.bits - 1)));
+                    store_f(offsets + to + lane, fma_f(scale, middle, offset));
+                }
                 VI zero = a.zeros ? load_bytes(a.zeros + from + lane) : set_i(1 << (a.bits - 1));
                 store_i(zeros + to + lane, zero);
             }

@@ -99,12 +99,13 @@ template <int S, int V> struct Sums {
     template <int P, int I = 0> INLINE void finish(const Operands &o, int64_t lane) {
         VI zero = load_i(o.zeros + lane + I * WIDTH);
         VF scale = load_f(o.scales + lane + I * WIDTH);
-        finish_row<P, I>(o, o.out + lane + I * WIDTH, zero, scale);
+        VF offset = o.offsets ? load_f(o.offsets + lane + I * WIDTH) : set_f(0);
+        finish_row<P, I>(o, o.out + lane + I * WIDTH, zero, scale, offset);
         if constexpr (I + 1 < V) finish<P, I + 1>(o, lane);
     }
 
     template <int P, int I, int ROW = 0>
-    INLINE void finish_row(const Operands &o, float *out, VI zero, VF scale) {
+    INLINE void finish_row(const Operands &o, float *out, VI zero, VF scale, VF offset) {
         constexpr int AT = ROW * OPERAND_PLANES<P> * V + I;
         VI high = total(of[AT]), low = zero_i();
         if constexpr (P > 1 && OPERAND_BYTES == 1) high = pair(high, total(of[AT + V]));
@@ -116,12 +117,14 @@ template <int S, int V> struct Sums {
         }
         if (P > 1 || o.scaled) {
             add_scaled<P>(out, high, low, o.x_scale[ROW], scale);
+            if (o.offsets)
+                add_offset<P>(out, o.sum[ROW], P == 4 ? o.low_sum[ROW] : 0, o.x_scale[ROW], offset);
         } else {
             int32_t *whole = reinterpret_cast<int32_t *>(out);
             store_i(whole, add_i(load_i(whole), high));
         }
         if constexpr ((ROW + 1) * OPERAND_PLANES<P> < S)
-            finish_row<P, I, ROW + 1>(o, out + GROUP_LANES, zero, scale);
+            finish_row<P, I, ROW + 1>(o, out + GROUP_LANES, zero, scale, offset);
     }
 };
 

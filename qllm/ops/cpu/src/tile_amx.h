@@ -163,6 +163,8 @@ class Tiles {
         bool zeros;
         alignas(64) float scales[2 * LANES];
         alignas(64) int32_t zero_left[2 * LANES];
+        bool has_offsets;
+        alignas(64) float offsets[2 * LANES];
     };
 
     int64_t inputs_ = 0;  // of the shapes in use
@@ -223,9 +225,11 @@ class Tiles {
         pending_.sum = o.sum;
         pending_.low_sum = o.low_sum;
         pending_.zeros = zeros_left_;
+        pending_.has_offsets = o.offsets != nullptr;
         for (int64_t i = 0; i < W * LANES; i += LANES) {
             store_f(pending_.scales + i, load_f(o.scales + lane + i));
             store_i(pending_.zero_left + i, load_i(zero_left_ + lane + i));
+            if (o.offsets) store_f(pending_.offsets + i, load_f(o.offsets + lane + i));
         }
     }
 
@@ -249,6 +253,8 @@ class Tiles {
             float *out = pending_.out + p * LANES;
             const VF scale = load_f(pending_.scales + p * LANES);
             const VI zero = load_i(pending_.zero_left + p * LANES);
+            const bool has_offsets = pending_.has_offsets;
+            const VF offset = has_offsets ? load_f(pending_.offsets + p * LANES) : set_f(0);
             for (int64_t r = 0; r < rows; r++, from += LANES, out += GROUP_LANES) {
                 if (P == 1 && r == ROWS) from += SUMS;  // to the second tile: past the other panel
                 VI high = load_i(from), low = zero_i();
@@ -259,6 +265,8 @@ class Tiles {
                     if (P == 4) low = sub_i(low, mul_i(zero, set_i(low_sum[r])));
                 }
                 add_scaled<P>(out, high, low, x_scale[r], scale);
+                if (has_offsets)
+                    add_offset<P>(out, sum[r], P == 4 ? low_sum[r] : 0, x_scale[r], offset);
             }
         }
     }

@@ -1,0 +1,237 @@
+"""A GGUF file's tensors under our names, each linear in one piece, its blocks as they are.
+
+llama.cpp's names are the same in all of its architectures, so that one table takes them to ours: a
+file is a checkpoint in QLLM's layout (`weight_convert.py`), put together as it is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qllm.checkpoint.tensors import TensorFile, TensorInfo, map_file
+from qllm.errors import UserError
+from qllm.gguf.config import architecture_of
+from qllm.gguf.file import GGUF, GGUFTensor
+from qllm.gguf.metadata import Metadata
+from qllm.gguf.types import BlockType
+
+BLOCKS = "blocks"  # the tensor of a linear that is held as it is
+
+# llama.cpp's name of a module: ours, and, of one that is put together, the parts in order.
+OUTER = {
+    "token_embd": "embed",
+    "token_embd_norm": "embed_norm",
+    "position_embd": "positions",
+    "output_norm": "final_norm",
+    "output": "lm_head",
+}
+INNER: dict[str, tuple[str, int]] = {
+    "attn_norm": ("attention_norm", 0),
+    "attn_qkv": ("attention.qkv", 0),
+    "attn_q": ("attention.qkv", 0),
+    "attn_k": ("attention.qkv", 1),
+    "attn_v": ("attention.qkv", 2),
+    "attn_q_norm": ("attention.qk_norm", 0),
+    "attn_k_norm": ("attention.qk_norm", 1),
+    "attn_output": ("attention.out", 0),
+    "ffn_norm": ("mlp_norm", 0),
+    "ffn_gate": ("mlp.up", 0),
+    "ffn_up": ("mlp.up", 1),
+    "ffn_down": ("mlp.down", 0),
+}
+LAYER = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
+# Where a model's rotation turns pairs side by side, of these each pair's halves are apart here.
+ROTATED = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
+# What the configuration has of a file.
+CONSUMED = ("rope_freqs.weight",)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one of our tensors, all of a file's tensor.
+
+    Attributes:
+        heads: whose halves are to be put apart; 0: the rows are in our order.
+    """
+
+    tensor: GGUFTensor
+    heads: int = 0
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return self.tensor.shape[0]
+
+    def order(self) -> Tensor | None:
+        """The file's row of each of ours; None where they are the same."""
+        if not self.heads:
+            return None
+        index = torch.arange(self.rows).view(self.heads, -1, 2)
+        return index.transpose(1, 2).flatten()
+
+
+def parts_of(found: GGUF) -> dict[str, list[Part]]:
+    """Our name of each tensor, to what it is put together from.
+
+    A tensor that has no name of ours keeps its own, in the layer that it is in.
+    """
+    metadata = Metadata(found)
+    permuted = architecture_of(metadata).permuted
+    many = metadata.count(metadata.own("attention.head_count"), 0)
+    heads = {
+        part: metadata.count(metadata.own(key), many) if permuted else 0
+        for part, key in ROTATED.items()
+    }
+    parts: dict[str, dict[int, Part]] = {}
+    for name, tensor in found.tensors.items():
+        layer, (stem, _, kind) = LAYER.fullmatch(name), name.rpartition(".")
+        if name in CONSUMED:
+            continue
+        at = 0
+        if layer:
+            inner, at = INNER.get(layer[2], (layer[2], 0))
+            stem, kind = f"layers.{int(layer[1])}.{inner}", layer[3]
+        elif stem in OUTER:
+            stem = OUTER[stem]
+        count = heads.get(layer[2], 0) if layer else 0
+        if count and (count < 1 or tensor.shape[0] % (2 * count)):
+            raise UserError(f"{tensor.path}: {name} has {tensor.shape[0]} rows for {count} heads")
+        same = parts.setdefault(f"{stem}.{kind}", {})
+        if at in same:
+            raise UserError(f"{tensor.path}: {name} and another tensor are the same part")
+        same[at] = Part(tensor, count)
+    return {name: [same[at] for at in sorted(same)] for name, same in parts.items()}
+
+
+def _is_linear(name: str) -> bool:
+    """Whether one of our tensors is a linear's."""
+    module = name.rpartition(".")[0]
+    return module == "lm_head" or module.endswith((".qkv", ".out", ".up", ".down"))
+
+
+def packed_types(parts: dict[str, list[Part]]) -> dict[str, BlockType]:
+    """Our name of each linear that a layer can hold as the file has it, to its type."""
+    found = {}
+    for name, pieces in parts.items():
+        module, _, kind = name.rpartition(".")
+        types = {piece.tensor.type for piece in pieces}
+        if _is_linear(name) and kind == "weight" and len(types) == 1 and next(iter(types)).packs:
+            found[module] = next(iter(types))
+    return found
+
+
+def parts_with_head(found: GGUF) -> dict[str, list[Part]]:
+    """`parts_of`; a head that is the embedding is a linear of its own where it can be packed."""
+    parts = parts_of(found)
+    embed = parts["embed.weight"]
+    if "lm_head.weight" not in parts and embed[0].tensor.type.packs:
+        parts["lm_head.weight"] = embed
+    return parts
+
+
+def quantization_of(found: GGUF) -> dict[str, object]:
+    """The `quantization_config` of a file: the type of each linear that is held as it is."""
+    types = packed_types(parts_with_head(found))
+    return {
+        "quant_method": "gguf",
+        "modules": {module: kind.name for module, kind in types.items()},
+    }
+
+
+class GGUFFile(TensorFile):
+    """The tensors of a file, or of all that a model was split into.
+
+    A linear that is held as it is has "blocks", uint8 (N, bytes of a row), in place of a "weight".
+    """
+
+    def __init__(self, found: GGUF, packed: bool) -> None:
+        """
+        Args:
+            packed: linears are held as they are where a layer can; else all are numbers.
+        """
+        self.path, self._maps = found.path, {}
+        self._parts = parts_with_head(found) if packed else parts_of(found)
+        types = packed_types(self._parts) if packed else {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for name in list(self._parts):
+            module, pieces = name.rpartition(".")[0], self._parts[name]
+            first = pieces[0].tensor
+            shape = (sum(piece.rows for piece in pieces), *first.shape[1:])
+            odd = [p.tensor.shape for p in pieces if p.tensor.shape[1:] != first.shape[1:]]
+            if odd:
+                raise UserError(f"{first.path}: {module} is of rows of {first.shape} and {odd[0]}")
+            if module in types and name.endswith(".weight"):
+                self._parts[f"{module}.{BLOCKS}"] = self._parts.pop(name)
+                width = types[module].row_bytes(shape[1])
+                self.tensors[f"{module}.{BLOCKS}"] = TensorInfo((shape[0], width), torch.uint8)
+                continue
+            dtypes = {piece.tensor.type.dtype or torch.float32 for piece in pieces}
+            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+            self.tensors[name] = TensorInfo(shape, dtype)
+
+    @property
+    def unpacked_types(self) -> tuple[str, ...]:
+        """Of the layers' linears that are read as numbers, and are blocks in the file."""
+        found = {
+            part.tensor.type.name
+            for name, pieces in self._parts.items()
+            for part in pieces
+            if _is_linear(name) and not name.endswith(BLOCKS) and part.tensor.type.dtype is None
+        }
+        return tuple(sorted(found))
+
+    def read(self, name: str) -> Tensor:
+        return self.map(name).clone()
+
+    def map(self, name: str) -> Tensor:
+        return self._rows(name, range(self.tensors[name].shape[0]))
+
+    def read_part(self, name: str, rows: range, columns: range | None) -> Tensor:
+        tensor = self._rows(name, rows)
+        return (
+            tensor.clone() if columns is None else tensor[:, columns.start : columns.stop].clone()
+        )
+
+    def _rows(self, name: str, rows: range) -> Tensor:
+        """Some rows of a tensor, a view of the file where they lie there as they are."""
+        info = self.tensors[name]
+        pieces = [
+            self._piece(part, run, name.endswith(f".{BLOCKS}"))
+            for part, run in self._runs(name, rows)
+        ]
+        if len(pieces) == 1:
+            return pieces[0]
+        return torch.cat([piece.to(info.dtype) for piece in pieces])
+
+    def _runs(self, name: str, rows: range) -> Iterator[tuple[Part, range]]:
+        """The parts that some rows are in, and which of theirs."""
+        begin = 0
+        for part in self._parts[name]:
+            run = range(max(rows.start - begin, 0), min(rows.stop - begin, part.rows))
+            if run:
+                yield part, run
+            begin += part.rows
+
+    def _piece(self, part: Part, run: range, blocks: bool) -> Tensor:
+        tensor = part.tensor
+        kind, order = tensor.type, part.order()
+        data = self._mapped(tensor.path)[tensor.offset : tensor.offset + tensor.nbytes]
+        matrix = data.view(part.rows, -1)
+        taken = (
+            matrix[run.start : run.stop] if order is None else matrix[order[run.start : run.stop]]
+        )
+        if blocks:
+            return taken
+        numbers = kind.dequantize(taken)
+        return numbers.view(len(run), *tensor.shape[1:])
+
+    def _mapped(self, path: Path) -> Tensor:
+        if path not in self._maps:
+            self._maps[path] = map_file(path)
+        return self._maps[path]

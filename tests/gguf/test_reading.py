@@ -1,0 +1,184 @@
+"""GGUF files that the `gguf` package writes, against its numbers and transformers' models."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, quants
+from gguf_files import FAMILIES, KINDS, VOCAB, dequantized, write_model, write_sentencepiece
+
+from qllm import LLM
+from qllm.checkpoint.gguf import GGUFFile
+from qllm.checkpoint.reader import Checkpoint
+from qllm.errors import UserError
+from qllm.gguf.file import read_gguf
+from qllm.gguf.tokenizer import tokenizer_files
+from qllm.gguf.types import TYPES
+from qllm.models.decoder import Decoder
+from qllm.quant.packing import unpack
+from qllm.tokenizer import Tokenizer
+
+# Where the float16 factors of a block are: random bytes may be no numbers there.
+FACTORS = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q6_K": (208,),
+}
+IDS = [[5, 9, 70, 33, 2, 61, 90], [17, 4]]
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_blocks_are_llama_cpp_s_numbers(name):
+    (kind,) = (kind for kind in TYPES.values() if kind.name == name)
+    random = np.random.default_rng(0)
+    blocks = random.integers(0, 256, (5, 3, kind.nbytes), dtype=np.uint8)
+    for at in FACTORS[name]:
+        factors = random.standard_normal((5, 3, 1)).astype(np.float16)
+        blocks[..., at : at + 2] = factors.view(np.uint8)
+    rows = blocks.reshape(5, -1)
+    want = torch.from_numpy(quants.dequantize(rows, GGMLQuantizationType[name]))
+    assert torch.equal(kind.dequantize(torch.from_numpy(rows)), want)
+    if kind.packs:
+        qweight, scales, offsets, _ = kind.to_packed(torch.from_numpy(rows))
+        q = unpack(qweight, kind.bits, want.shape[1]).float().unflatten(1, (-1, kind.group))
+        zero = 0 if offsets.numel() else kind.zero
+        packed = (q - zero) * scales.float()[..., None]
+        if offsets.numel():
+            packed += offsets.float()[..., None]
+        assert torch.equal(packed.flatten(1), want)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("llama", kind) for kind in KINDS]
+    + [(family, kind) for family in FAMILIES for kind in ("F16", "Q4_1") if family != "llama"],
+)
+def test_the_model_is_transformers_(tmp_path, family, kind):
+    model = FAMILIES[family]()
+    path = write_model(tmp_path / "model.gguf", model, kind)
+    llm = LLM.from_pretrained(path, dtype="float32")
+    specs = {layer.spec.bits for name, layer in _linears(llm.model) if name != "lm_head"}
+    assert specs == {16 if kind in ("F32", "F16", "BF16") else int(kind[1])}
+    reference = dequantized(model, kind)
+    for ids, logits in zip(IDS, llm.logits(IDS), strict=True):
+        want = reference(torch.tensor([ids])).logits[0]
+        assert (logits - want).abs().max() < 1e-4 * (want.max() - want.min())
+
+
+def _linears(model: Decoder):
+    return [(n, m) for n, m in model.named_modules() if hasattr(m, "spec")]
+
+
+def test_numbers_are_quantized_where_bits_are_asked_for(tmp_path):
+    model = FAMILIES["llama"]()
+    path = write_model(tmp_path / "model.gguf", model, "Q8_0")
+    llm = LLM.from_pretrained(path, bitwidth=3, group_size=32)
+    assert {m.spec.bits for n, m in _linears(llm.model) if n != "lm_head"} == {3}
+
+
+def test_a_split_model_is_one(tmp_path):
+    model = FAMILIES["llama"]()
+    whole = write_model(tmp_path / "whole.gguf", model, "Q4_0")
+    first = write_model(tmp_path / "part.gguf", model, "Q4_0", split=3)
+    assert first.name == "part-00001-of-00003.gguf"
+    for path in (first, first.with_name("part-00003-of-00003.gguf")):
+        parts, one = Checkpoint(path), Checkpoint(whole)
+        assert parts.tensors == one.tensors
+        assert all(torch.equal(parts.read_any(n), one.read_any(n)) for n in one.tensors)
+    first.with_name("part-00002-of-00003.gguf").unlink()
+    with pytest.raises(UserError, match="lacks part-00002-of-00003"):
+        Checkpoint(first)
+
+
+def test_parts_of_rows_and_columns(tmp_path):
+    path = write_model(tmp_path / "model.gguf", FAMILIES["llama"](), "Q4_1")
+    for packed in (True, False):
+        file = GGUFFile(read_gguf(path), packed)
+        for name, info in file.tensors.items():
+            whole, run = file.read(name), range(info.shape[0] // 3, info.shape[0] - 1)
+            assert torch.equal(file.read_part(name, run, None), whole[run.start : run.stop])
+            if len(info.shape) > 1:
+                part = file.read_part(name, run, range(1, 5))
+                assert torch.equal(part, whole[run.start : run.stop, 1:5])
+
+
+@pytest.mark.parametrize("broken", ["type", "end", "overlap", "architecture", "tokenizer", "keys"])
+def test_what_is_broken_is_one_line(tmp_path, broken):
+    path = write_model(tmp_path / "model.gguf", FAMILIES["llama"](), "Q4_0")
+    data = bytearray(path.read_bytes())
+    reader = gguf.GGUFReader(path)
+    last = reader.tensors[-1]
+    if broken == "type":
+        type_at = last.field.parts[4]
+        at = last.field.offset + sum(part.nbytes for part in last.field.parts[:4])
+        assert int(type_at[0]) == int.from_bytes(data[at : at + 4], "little")
+        data[at : at + 4] = (23).to_bytes(4, "little")
+    elif broken == "end":
+        del data[-40:]
+    elif broken == "overlap":
+        at = last.field.offset + sum(part.nbytes for part in last.field.parts[:5])
+        data[at : at + 8] = (0).to_bytes(8, "little")
+    elif broken == "architecture":
+        data = data.replace(b"llama", b"lhama")
+    elif broken == "tokenizer":
+        data = data.replace(b"tokenizer.ggml.model", b"tokenizer.ggml.mmmmm")
+    else:
+        data[16:24] = (2**60).to_bytes(8, "little")
+    path.write_bytes(data)
+    says = {
+        "type": "has the type 23; QLLM reads F32",
+        "end": "get it again",
+        "overlap": "begins inside",
+        "architecture": "its architecture is 'lhama'; QLLM runs llama",
+        "tokenizer": "has no tokenizer",
+        "keys": "keys and",
+    }
+    with pytest.raises(UserError, match=says[broken]) as error:
+        LLM.from_pretrained(path)
+    assert "\n" not in str(error.value)
+
+
+def test_sentencepiece_s_tokens(tmp_path):
+    import sentencepiece
+
+    lines = [
+        "the cat sat on the mat and the dog sat on the log",
+        "a man, a plan: in the inn 1 2 3",
+        "one  two   three",
+    ]
+    prefix = tmp_path / "model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines * 20),
+        model_prefix=str(prefix),
+        vocab_size=VOCAB,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    own = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    path = write_sentencepiece(tmp_path / "model.gguf", own)
+    tokenizer = Tokenizer.load(path)
+    for text in (*lines, "", " ", "  the", "the ", "Zürich 北京 🙂", "a\nb", "sat<0x41>on"):
+        ids = tokenizer.encode(text)
+        assert ids == [own.bos_id(), *own.encode(text)], text
+        assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_the_tokenizer_as_files_of_a_folder(tmp_path, begins):
+    path = write_model(tmp_path / "model.gguf", FAMILIES["llama"](), "F16", begins=begins)
+    for name, text in tokenizer_files(path).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    ours, written = Tokenizer.load(path), Tokenizer.load(tmp_path)
+    for text in ("", "the hen in a tent", "<|begin|>x\n\n  y 42<|im_end|>", "Zürich 北京"):
+        assert ours.encode(text) == written.encode(text)
+        assert ours.decode(ours.encode(text)) == written.decode(written.encode(text))
+    assert (ours.begin, ours.lead) == (written.begin, written.lead)
+    assert (ours.lead is not None) == begins

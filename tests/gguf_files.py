@@ -1,0 +1,174 @@
+"""Small models, written as GGUF files by the `gguf` package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, quants
+from torch import nn
+
+VOCAB = 300
+SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "num_attention_heads": 4}
+LLAMA = SIZES | {
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return made(LlamaForCausalLM, LlamaConfig(**LLAMA, tie_word_embeddings=True))
+
+
+def qwen2() -> nn.Module:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return made(Qwen2ForCausalLM, Qwen2Config(**LLAMA))
+
+
+def qwen3() -> nn.Module:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return made(Qwen3ForCausalLM, Qwen3Config(**LLAMA, head_dim=32))
+
+
+def bloom() -> nn.Module:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    return made(BloomForCausalLM, BloomConfig(**SIZES, n_layer=2))
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return made(GPT2LMHeadModel, GPT2Config(**SIZES, n_layer=2, n_positions=64))
+
+
+FAMILIES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "bloom": bloom, "gpt2": gpt2}
+
+
+def made(kind: type, config: object) -> nn.Module:
+    """A model of random weights, none of which is a plain 0 or 1."""
+    torch.manual_seed(0)
+    model = kind(config).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        around = 1.0 if "norm" in name or ".ln_" in name else 0.0
+        weight.normal_(around if name.endswith("weight") else 0.0, 0.1)
+    return model
+
+
+def dequantized(model: nn.Module, kind: str) -> nn.Module:
+    """The model with the numbers that a file of this type holds."""
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 and "wpe" not in name:
+            transposed = _transposed(name)
+            matrix = (weight.t() if transposed else weight).contiguous().numpy()
+            type_ = GGMLQuantizationType[kind]
+            numbers = quants.dequantize(quants.quantize(matrix, type_), type_)
+            numbers = torch.from_numpy(np.ascontiguousarray(numbers)).view(matrix.shape)
+            weight.copy_(numbers.t() if transposed else numbers)
+    return model
+
+
+def _transposed(name: str) -> bool:
+    """Whether GPT-2 has a matrix as (inputs, outputs)."""
+    return ".c_" in name and name.endswith("weight")
+
+
+def write_model(
+    path: Path, model: nn.Module, kind: str, *, split: int = 1, begins: bool = False
+) -> Path:
+    """The file of a model, its matrices of one type; the first of several."""
+    config = model.config
+    architecture = config.model_type
+    limit = {"split_max_tensors": -(-len(list(model.parameters())) // split)} if split > 1 else {}
+    writer = GGUFWriter(path, architecture, **limit)
+    layers = config.num_hidden_layers
+    writer.add_block_count(layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    if architecture in ("bloom", "gpt2"):
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        writer.add_feed_forward_length(4 * config.hidden_size)
+        writer.add_context_length(64)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        if architecture == "qwen3":
+            writer.add_key_length(config.head_dim)
+            writer.add_value_length(config.head_dim)
+    add_tokenizer(writer)
+    writer.add_add_bos_token(begins)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], layers)
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        stem, _, end = name.rpartition(".")
+        target = names.get_name(stem) or names.get_name(stem.removeprefix("transformer."))
+        target = f"{target}.{end}"
+        matrix = weight.t() if _transposed(name) and weight.dim() > 1 else weight
+        if architecture == "llama" and (".q_proj" in name or ".k_proj" in name):
+            heads = config.num_attention_heads if ".q_" in name else config.num_key_value_heads
+            matrix = matrix.view(heads, 2, -1, matrix.shape[-1]).transpose(1, 2).flatten(0, 2)
+        if "query_key_value" in name:
+            parts = matrix.view(config.num_attention_heads, 3, -1, *matrix.shape[1:])
+            matrix = parts.transpose(0, 1).flatten(0, 2)
+        type_ = GGMLQuantizationType[kind]
+        if matrix.dim() < 2 or "position_embd" in target:
+            type_ = GGMLQuantizationType.F32
+        data = quants.quantize(matrix.contiguous().numpy(), type_)
+        writer.add_tensor(target, data, raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path if split == 1 else next(iter(sorted(path.parent.glob(f"{path.stem}-00001-*"))))
+
+
+def add_tokenizer(writer: GGUFWriter) -> None:
+    """Bytes, some merges, and two control tokens."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    tokens = list(bytes_to_unicode().values())
+    merges = ["Ġ t", "h e", "Ġt he", "i n", "Ġ a"]
+    tokens += [merge.replace(" ", "") for merge in merges]
+    tokens += ["<|begin|>", "<|im_end|>"]
+    types = [1] * (len(tokens) - 2) + [3, 3]
+    tokens += [f"<unused{i}>" for i in range(VOCAB - len(tokens))]
+    types += [5] * (VOCAB - len(types))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(tokens.index("<|begin|>"))
+    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+
+
+def write_sentencepiece(path: Path, own: object) -> Path:
+    """A file with a tokenizer of SentencePiece's, and hardly a model."""
+    writer = GGUFWriter(path, "llama")
+    size = own.vocab_size()
+    kinds = ((own.is_unknown, 2), (own.is_control, 3), (own.is_byte, 6))
+    types = [next((n for test, n in kinds if test(i)), 1) for i in range(size)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([own.id_to_piece(i) for i in range(size)])
+    writer.add_token_scores([own.get_score(i) for i in range(size)])
+    writer.add_token_types(types)
+    writer.add_bos_token_id(own.bos_id())
+    writer.add_eos_token_id(own.eos_id())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
