@@ -1,10 +1,12 @@
-"""Write a checkpoint in another runtime's format: ONNX, 4- and 8-bit layers as MatMulNBits.
+"""Write a checkpoint in another runtime's format: ONNX (layers as MatMulNBits), or GGUF.
 
     python3 qllm_export.py --model-path QUANTIZED --format onnx --save onnx
     python3 qllm_export.py --model-name llama --model-size tiny --format onnx --save onnx
     python3 qllm_export.py --model-path QUANTIZED --format onnx --dtype float16 --save onnx
 
-qllm_gen.py, qllm_eval.py, qllm_bench.py and qllm_quant.py take the folder by --model-path.
+    python3 qllm_export.py --model-path QUANTIZED --format gguf --save model.gguf
+
+qllm_gen.py, qllm_eval.py, qllm_bench.py and qllm_quant.py take the folder or file by --model-path.
 """
 
 from __future__ import annotations
@@ -31,13 +33,18 @@ def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     cli.add_model_options(parser)
     group = parser.add_argument_group("output")
-    group.add_argument("--format", choices=("onnx",), required=True, help="what to write")
-    group.add_argument("--save", "--output-dir", metavar="DIR", required=True, help="where to")
+    group.add_argument("--format", choices=("onnx", "gguf"), required=True, help="what to write")
+    group.add_argument(
+        "--save",
+        "--output-dir",
+        metavar="PATH",
+        required=True,
+        help="where to: a folder, or a .gguf file",
+    )
     group.add_argument(
         "--dtype",
         choices=("float32", "float16"),
-        default="float32",
-        help="of activations and unquantized weights (%(default)s)",
+        help="ONNX: of activations and unquantized weights (float32)",
     )
     cli.add_accuracy_option(group)
     cli.add_threads_option(group)
@@ -47,7 +54,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    check_installed()
+    onnx = args.format == "onnx"
+    if onnx:
+        check_installed()
+    elif args.dtype or args.accuracy_level is not None:
+        raise UserError("--dtype and --accuracy-level are for --format onnx; leave them out")
     folder = cli.resolve_model(args)
     if is_onnx(folder.path):
         raise UserError(
@@ -56,17 +67,9 @@ def main() -> None:
 
     from qllm import report
     from qllm.memory import peak_resident_bytes
-    from qllm.onnx.export import ExportOptions, export
 
-    given = {} if args.accuracy_level is None else {"accuracy_level": args.accuracy_level}
     start = time.perf_counter()
-    size = export(
-        folder.path,
-        Path(args.save),
-        ExportOptions(dtype=args.dtype, **given),
-        cli.progress("writing"),
-        cli.note,
-    )
+    size = (export_onnx if onnx else export_gguf)(args, folder.path)
     result = {
         "model": folder.name,
         "saved": args.save,
@@ -81,6 +84,23 @@ def main() -> None:
         f"{folder.name}: {report.megabytes(size)} written to {args.save} in "
         f"{result['seconds']:.1f} s"
     )
+
+
+def export_onnx(args: argparse.Namespace, source: Path) -> int:
+    """Write a folder; returns its model's bytes."""
+    from qllm.onnx.export import ExportOptions, export
+
+    given = {"dtype": args.dtype, "accuracy_level": args.accuracy_level}
+    given = {key: value for key, value in given.items() if value is not None}
+    target = Path(args.save)
+    return export(source, target, ExportOptions(**given), cli.progress("writing"), cli.note)
+
+
+def export_gguf(args: argparse.Namespace, source: Path) -> int:
+    """Write a file; returns its bytes."""
+    from qllm.checkpoint import to_gguf
+
+    return to_gguf.export_gguf(source, Path(args.save), cli.note)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
         metavar="DIR_OR_REPO",
         nargs="+" if several else None,
         help="any checkpoint of one of these families instead: a folder, a GGUF file or a Hub "
-        "repository"
-        + (" (several: a row of the table each)" if several else ""),
+        "repository" + (" (several: a row of the table each)" if several else ""),
     )
 
 

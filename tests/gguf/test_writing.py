@@ -1,0 +1,73 @@
+"""GGUF files that are written: the `gguf` package reads them, and they run as what they are of."""
+
+from __future__ import annotations
+
+import gguf
+import pytest
+import torch
+from conftest import ROOT
+from gguf import quants
+
+from qllm import LLM
+from qllm.checkpoint.load import load_model
+from qllm.checkpoint.to_gguf import export_gguf
+from qllm.config import QuantPlan, QuantSpec
+from qllm.errors import UserError
+from qllm.layers import Linear
+from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+
+IDS = [[5, 9, 70, 33, 2, 61, 90], [17, 4]]
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize(
+    ("spec", "kind"),
+    [
+        (None, "F16"),
+        (QuantSpec(4, 32, "sym", "weight_only"), "Q4_0"),
+        (QuantSpec(4, 64, "asym", "weight_only"), "Q8_0"),
+        (QuantSpec(8, 32, "sym", "weight_only"), "Q8_0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_there_and_back(tmp_path, family, spec, kind):
+    source = ROOT / "tiny_models" / f"{family}-tiny"
+    if spec is not None:
+        job = Job(source, QuantPlan.uniform(spec))
+        quantize_checkpoint(job, tmp_path / "quantized")
+        source = tmp_path / "quantized"
+    path = tmp_path / "model.gguf"
+    assert export_gguf(source, path) == path.stat().st_size
+    types = {t.tensor_type.name for t in gguf.GGUFReader(path).tensors if "ffn_up" in t.name}
+    assert types - {"F32"} == {kind}
+    ours, again = LLM.from_pretrained(source), LLM.from_pretrained(path)
+    linears = [(n, m) for n, m in ours.model.named_modules() if isinstance(m, Linear)]
+    for name, linear in linears:
+        assert torch.equal(again.model.get_submodule(name).dequantize(), linear.dequantize()), name
+    for text in ("He is working on", "  Zürich\n\n42", ""):
+        assert again.tokenizer.encode(text) == ours.tokenizer.encode(text)
+    prompt = "Once upon a time"
+    assert again.generate(prompt, max_new_tokens=12) == ours.generate(prompt, max_new_tokens=12)
+
+
+def test_rows_are_in_llama_cpp_s_order(tmp_path):
+    source = ROOT / "tiny_models" / "llama-tiny"
+    export_gguf(source, tmp_path / "model.gguf")
+    model = load_model(source, QuantPlan.uniform(QuantSpec()))
+    heads, dim = model.config.num_heads, model.config.head_dim
+    query = model.layers[0].attention.qkv.dequantize()[: heads * dim]
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    written = tensors["blk.0.attn_q.weight"]
+    found = torch.from_numpy(quants.dequantize(written.data, written.tensor_type))
+    pairs = query.view(heads, 2, dim // 2, -1)
+    assert torch.equal(found.view(heads, dim // 2, 2, -1), pairs.transpose(1, 2))
+
+
+def test_what_gguf_has_not_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="not of this opt"):
+        export_gguf(ROOT / "tiny_models" / "opt-tiny", tmp_path / "model.gguf")
+    job = Job(ROOT / "tiny_models" / "llama-tiny", QuantPlan.parse("4", QuantSpec(group_size=48)))
+    quantize_checkpoint(job, tmp_path / "quantized")
+    with pytest.raises(UserError, match="groups of 48"):
+        export_gguf(tmp_path / "quantized", tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
