@@ -107,7 +107,7 @@ def check_options(args: argparse.Namespace) -> None:
             name = f"-{option}" if len(option) == 1 else f"--{option}"
             raise UserError(f"{name} does nothing without -p or -n")
     if args.p and args.n and not any((*args.p, *args.n)):
-        raise UserError("-p 0 and -n 0 leave nothing to measure")
+        raise UserError("-p 0 and -n 0 leave nothing to measure; give one of them 1 or more")
     if args.output == "csv" and (args.tree or args.tp_model or args.benchmark):
         raise UserError("csv is for the table of -p and -n; take --output json")
 

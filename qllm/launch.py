@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qllm.errors import UserError
+
 if TYPE_CHECKING:
     import psutil
 
 CLAIM = "qllm-said"
+START = "start processes by torchrun, which sets it, or unset RANK and WORLD_SIZE for one"
 # What torchrun gives all ranks of a run alike, and no other run on this host.
 RUN = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
 
@@ -27,7 +30,7 @@ class Launch:
         rank, world: of all processes.
         local: the rank on its own host.
         here: the ranks that this host's torchrun started.
-        master: the address by which ranks find each other.
+        master, port: the address by which ranks find each other; port 0 where there is no other.
     """
 
     rank: int
@@ -35,15 +38,36 @@ class Launch:
     local: int
     here: range
     master: str
+    port: int
 
     @classmethod
     def of_environment(cls) -> Launch:
-        """As torchrun sets it in RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR."""
-        rank, world = (int(os.environ.get(*pair)) for pair in (("RANK", "0"), ("WORLD_SIZE", "1")))
-        local = int(os.environ.get("LOCAL_RANK", rank))
-        count = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+        """As torchrun sets it in RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, …
+
+        Raises:
+            UserError: for values that torchrun does not set, or some without the others.
+        """
+        world = _number("WORLD_SIZE", 1, 1)
+        rank = _number("RANK", 0, 0, world - 1)
+        local = _number("LOCAL_RANK", rank, 0, rank)
+        count = _number("LOCAL_WORLD_SIZE", 0, 0, world)
+        port = _number("MASTER_PORT", 0, 0, 65535) if world > 1 else 0
+        if world > 1 and port == 0:
+            raise UserError(f"WORLD_SIZE is {world} and there is no MASTER_PORT; {START}")
         here = range(rank - local, rank - local + count)
-        return cls(rank, world, local, here, os.environ.get("MASTER_ADDR", "127.0.0.1"))
+        return cls(rank, world, local, here, os.environ.get("MASTER_ADDR", "127.0.0.1"), port)
+
+
+def _number(name: str, default: int, least: int, most: int = 1_000_000) -> int:
+    """A whole number of the environment.
+
+    Raises:
+        UserError: it is none, or out of range.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise UserError(f"{name} is {text!r} in the environment; {START}")
+    return int(text)
 
 
 def claim() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,9 @@ import psutil
 import pytest
 
 from qllm import launch
+from qllm.errors import UserError
+from qllm.launch import Launch
+from qllm.parallel.session import ParallelConfig, ParallelError, session
 
 OURS = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
 
@@ -54,3 +58,37 @@ def test_a_rank_of_another_run_is_left_alone(key, stopped_rank):
     launch.end_stopped(1)
     time.sleep(0.05)
     assert process.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RANK": "x"}, "RANK is 'x' in the environment; start processes by torchrun"),
+        ({"RANK": "2"}, "RANK is '2'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'"),
+        ({"MASTER_PORT": None}, "WORLD_SIZE is 2 and there is no MASTER_PORT; start"),
+    ],
+    ids=str,
+)
+def test_an_environment_that_torchrun_does_not_make_is_refused(changes, message, monkeypatch):
+    for key, value in {"RANK": "1", "LOCAL_RANK": "1", **OURS, **changes}.items():
+        monkeypatch.delenv(key, raising=False)
+        if value is not None:
+            monkeypatch.setenv(key, value)
+    with pytest.raises(UserError, match=message):
+        Launch.of_environment()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "none.invalid"])
+def test_a_store_that_is_not_there_is_one_line(host, monkeypatch, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    given = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": str(port)}
+    for key, value in given.items():
+        monkeypatch.setenv(key, value)
+    message = f"the store at {host}:{port} was not found .*; the run ends"
+    with pytest.raises(ParallelError, match=message), session(ParallelConfig(2), timeout=0.2):
+        pass
+    assert capfd.readouterr() == ("", "")

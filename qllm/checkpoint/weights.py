@@ -73,12 +73,13 @@ def check_readable_by_transformers(raw_config: RawConfig) -> None:
     if QUANTIZATION_KEY in raw_config.values:
         raise UserError(
             f"{raw_config.where}: this checkpoint is quantized, the reference is the 16-bit one; "
-            "name that, which it was made from, with --reference"
+            "name that, which it was made from (--reference, or --model-path of ref_gen.py)"
         )
     if LAYOUT_KEY in raw_config.values:
         raise UserError(
             f"{raw_config.where}: this checkpoint is in QLLM's layout, the reference reads "
-            "Hugging Face's; name the one it was converted from with --reference"
+            "Hugging Face's; name the one it was converted from (--reference, or --model-path of "
+            "ref_gen.py)"
         )
 
 

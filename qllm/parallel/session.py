@@ -22,7 +22,7 @@ from qllm import launch as launching
 from qllm.errors import UserError, first_line
 from qllm.launch import Launch
 from qllm.parallel.group import Group
-from qllm.parallel.links import Links, Mesh, RankError
+from qllm.parallel.links import POLL, Links, Mesh, RankError
 from qllm.parallel.pipeline import ParallelContext
 from qllm.parallel.watch import BUSY, SHARE, STATUS, Watchdog
 
@@ -186,17 +186,41 @@ def _store(launch: Launch, deadline: float) -> dist.Store:
     Raises:
         ConnectionError: it cannot be reached.
     """
-    port = int(os.environ["MASTER_PORT"])
     own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and launch.rank == 0
+    if not own:
+        _wait_for_store(launch, deadline)
     patience = timedelta(seconds=max(1.0, deadline - time.monotonic()))
     try:
         return dist.TCPStore(
-            launch.master, port, launch.world, own, patience, wait_for_workers=False
+            launch.master, launch.port, launch.world, own, patience, wait_for_workers=False
         )
     except dist.DistError as error:
         raise ConnectionError(
-            f"the store at {launch.master}:{port} was not found ({first_line(error)})"
+            f"the store at {launch.master}:{launch.port} was not found ({first_line(error)})"
         ) from None
+
+
+def _wait_for_store(launch: Launch, deadline: float) -> None:
+    """Return when something listens where the store is to be.
+
+    torch's own client prints forty lines for each connection that is refused.
+
+    Raises:
+        ConnectionError: nothing does in time.
+    """
+    while True:
+        try:
+            left = max(0.1, deadline - time.monotonic())
+            socket.create_connection((launch.master, launch.port), left).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConnectionError(
+                    f"the store at {launch.master}:{launch.port} was not found "
+                    f"({error.strerror or error})"
+                ) from None
+            time.sleep(POLL)
+        else:
+            return
 
 
 def interface(address: str) -> str | None:
