@@ -19,7 +19,7 @@ from qllm.config import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME
 from qllm.errors import UserError
 from qllm.evaluate.lambada import continuation
 from qllm.evaluate.perplexity import PerplexityOptions, Text, cut
-from qllm.evaluate.scoring import Passage, score
+from qllm.evaluate.scoring import ScoringRequest, score
 from qllm.generate import GenerationConfig, generate
 from qllm.llm import LLM
 
@@ -126,7 +126,9 @@ class Methods:
             text = text.partition(end)[0] if end else text
         return text
 
-    def _score(self, passages: Sequence[Passage], quiet: bool, *, greedy: bool = False) -> Iterator:
+    def _score(
+        self, passages: Sequence[ScoringRequest], quiet: bool, *, greedy: bool = False
+    ) -> Iterator:
         """Scores in order, with a bar; passages of like length share a forward call."""
         from tqdm import tqdm
 

@@ -11,9 +11,7 @@ The scripts stand on this module: what they add is options, reports and words.
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -25,6 +23,7 @@ from qllm import hub
 from qllm.bitwidths import Bitwidth, make_plan
 from qllm.calibration import find_calibration
 from qllm.checkpoint.convert import find_source
+from qllm.checkpoint.fingerprint import content_fingerprint
 from qllm.checkpoint.load import load_model, module_bytes
 from qllm.checkpoint.reader import read_raw_config
 from qllm.config import (
@@ -47,10 +46,10 @@ from qllm.generate import (
     read_sampling,
 )
 from qllm.hub import ModelFolder
-from qllm.launch import Launch
 from qllm.memory import local_device, resolve_device
 from qllm.models import Decoder, read_config
 from qllm.onnx import check_installed, is_onnx
+from qllm.parallel.world import check_world, join
 from qllm.progress import Meter, unseen
 from qllm.stopping import StopStrings, cut
 from qllm.tokenizer import Tokenizer
@@ -231,7 +230,8 @@ class LLM:
         plan = make_plan(bitwidth, default, lm_head_bits)
         if parallel is None and tp > 1:
             device = resolve_device(local_device(device))
-            parallel = _join(tp, pretrained, plan, device)
+            facts = {"model": content_fingerprint(pretrained.folder.path), "plan": plan.to_json()}
+            parallel = join(tp, device, facts)
         return cls.load(
             pretrained,
             plan,
@@ -430,38 +430,6 @@ class LLM:
         return self.pretrained.generation_with(
             max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, **sampling
         )
-
-
-def check_world(tp: int) -> None:
-    """Refuse a number of processes that is not the one that torchrun started.
-
-    Raises:
-        UserError: says what would work.
-    """
-    world = Launch.of_environment().world
-    if tp < 1 or world != tp:
-        found = "this is one" if world == 1 else f"there are {world}"
-        start = f"it with torchrun --nproc-per-node {tp}" if tp > 1 else "it without torchrun"
-        raise UserError(
-            f"tp={tp} takes {max(tp, 1)} process{'es' if tp > 1 else ''}, and {found}: put the "
-            f"program in a file and start {start}"
-        )
-
-
-def _join(tp: int, pretrained: Pretrained, plan: QuantPlan, device: str) -> ParallelContext:
-    """This process among those that share a model, until the program ends."""
-    from qllm.checkpoint.fingerprint import content_fingerprint
-    from qllm.parallel.session import ParallelConfig, session
-
-    stack = ExitStack()
-    joined = stack.enter_context(session(ParallelConfig(tp), device=device))
-    atexit.register(stack.close)
-    # Between two calls a program may take any time.
-    stack.enter_context(joined.unbounded())
-    joined.compare(
-        {"model": content_fingerprint(pretrained.folder.path), "bitwidth": plan.to_json()}
-    )
-    return joined.context()
 
 
 def _is_ids(prompts: Sequence) -> bool:

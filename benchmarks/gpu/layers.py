@@ -56,7 +56,7 @@ def fill_buffers(module: nn.Module, device: torch.device) -> None:
         if tensor.is_meta:
             setattr(module, name, fill(name, tensor, device))
     if isinstance(module, QuantizedLinear):
-        module.settle()
+        module.process_weights_after_loading()
 
 
 def fill(name: str, like: Tensor, device: torch.device) -> Tensor:

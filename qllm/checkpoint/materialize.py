@@ -108,7 +108,8 @@ class Materializer:
         if self.activation_bits == 8 and isinstance(layer, WeightOnlyLinear):
             layer.round_activations()
         if isinstance(layer, QuantizedLinear):
-            layer.settle()  # here, and not all together later, the two layouts need little memory
+            # Here, and not all together later, the two layouts need little memory.
+            layer.process_weights_after_loading()
         return layer, bias
 
     def _stored(self, name: str, bias: Tensor | None, sharded: ShardedLinear | None) -> Linear:

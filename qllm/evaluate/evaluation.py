@@ -11,7 +11,7 @@ from qllm.checkpoint.load import module_bytes
 from qllm.evaluate.agreement import ReferenceOutputs, agreement
 from qllm.evaluate.lambada import lambada
 from qllm.evaluate.perplexity import PerplexityOptions, Text, cut, perplexity
-from qllm.evaluate.scoring import Passage, Predictor
+from qllm.evaluate.scoring import Predictor, ScoringRequest
 from qllm.models import Decoder
 from qllm.report import formats
 
@@ -35,7 +35,7 @@ class Evaluation:
 
     text: Text | None = None
     options: PerplexityOptions = field(default_factory=PerplexityOptions)
-    tasks: dict[str, list[Passage]] = field(default_factory=dict)
+    tasks: dict[str, list[ScoringRequest]] = field(default_factory=dict)
     reference: ReferenceOutputs | None = None
 
 

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from qllm.config import ModelConfig
 from qllm.errors import UserError
 from qllm.evaluate.perplexity import exp
-from qllm.evaluate.scoring import DEFAULT_BATCH, Passage, Predictor, score
+from qllm.evaluate.scoring import DEFAULT_BATCH, Predictor, ScoringRequest, score
 from qllm.tokenizer import Tokenizer
 
 
 def continuation(
     tokenizer: Tokenizer, context: str, text: str, longest: int | None, name: str = "a row"
-) -> Passage:
+) -> ScoringRequest:
     """The passage that scores `text` behind `context`, as lm-evaluation-harness has it.
 
     Spaces at the context's end go to the text, the two are encoded together, and what the model's
@@ -48,10 +48,12 @@ def continuation(
         )
     tokens = (before + targets)[:-1]
     tokens = tokens if longest is None else tokens[-longest:]
-    return Passage(tokens, len(tokens) - len(targets), targets)
+    return ScoringRequest(tokens, len(tokens) - len(targets), targets)
 
 
-def passages(rows: Sequence[str], tokenizer: Tokenizer, config: ModelConfig) -> list[Passage]:
+def passages(
+    rows: Sequence[str], tokenizer: Tokenizer, config: ModelConfig
+) -> list[ScoringRequest]:
     """Each row's last word behind what is in front of it.
 
     Raises:
@@ -67,7 +69,7 @@ def passages(rows: Sequence[str], tokenizer: Tokenizer, config: ModelConfig) -> 
 
 def lambada(
     model: Predictor,
-    rows: list[Passage],
+    rows: list[ScoringRequest],
     batch: int = DEFAULT_BATCH,
     progress: Callable[[list], Iterable] = iter,
 ) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from qllm.config import ModelConfig
 from qllm.errors import UserError
-from qllm.evaluate.scoring import DEFAULT_BATCH, Passage, Predictor, score
+from qllm.evaluate.scoring import DEFAULT_BATCH, Predictor, ScoringRequest, score
 from qllm.tokenizer import Tokenizer
 
 LONGEST_WINDOW = 2048  # where neither the user nor the model says one
@@ -72,13 +72,13 @@ class Windows(NamedTuple):
     windows: list[Window]
     replacement: int | None = None
 
-    def passages(self, windows: Iterable[Window]) -> Iterator[Passage]:
+    def passages(self, windows: Iterable[Window]) -> Iterator[ScoringRequest]:
         """What is scored of these windows."""
         for begin, end, first, last in windows:
             tokens = list(self.ids[begin:end])
             if self.replacement is not None:
                 tokens[0] = self.replacement
-            yield Passage(tokens, first - 1 - begin, self.ids[first:last])
+            yield ScoringRequest(tokens, first - 1 - begin, self.ids[first:last])
 
 
 @dataclass(frozen=True)

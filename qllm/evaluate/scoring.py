@@ -31,7 +31,7 @@ class Predictor(Protocol):
         """Logits (M, V) of rows (M, C) of `hidden`."""
 
 
-class Passage(NamedTuple):
+class ScoringRequest(NamedTuple):
     """Tokens that a model reads, and those that it is to predict from one of them on.
 
     Attributes:
@@ -60,7 +60,7 @@ class Score(NamedTuple):
 @torch.inference_mode()
 def score(
     model: Predictor,
-    passages: Iterable[Passage],
+    passages: Iterable[ScoringRequest],
     batch: int = DEFAULT_BATCH,
     *,
     greedy: bool = False,
@@ -87,9 +87,9 @@ def score(
             yield Score(loss.sum().item(), None if hit is None else bool(hit.all()))
 
 
-def groups(passages: Iterable[Passage], batch: int) -> Iterator[list[Passage]]:
+def groups(passages: Iterable[ScoringRequest], batch: int) -> Iterator[list[ScoringRequest]]:
     """Passages as forward calls take them: up to `batch` of them, and TOGETHER tokens or one."""
-    group: list[Passage] = []
+    group: list[ScoringRequest] = []
     size = 0
     for passage in passages:
         length = len(passage.tokens)
@@ -102,7 +102,9 @@ def groups(passages: Iterable[Passage], batch: int) -> Iterator[list[Passage]]:
         yield group
 
 
-def scored_logits(model: Predictor, group: Sequence[Passage]) -> Iterator[tuple[slice, Tensor]]:
+def scored_logits(
+    model: Predictor, group: Sequence[ScoringRequest]
+) -> Iterator[tuple[slice, Tensor]]:
     """The logits that predict the targets of passages, one after the other, in pieces.
 
     Yields:
@@ -122,7 +124,7 @@ def logit_pieces(head: Callable[[Tensor], Tensor], x: Tensor, vocab_size: int) -
             yield piece.float()
 
 
-def hidden_rows(model: Predictor, group: Sequence[Passage]) -> Tensor:
+def hidden_rows(model: Predictor, group: Sequence[ScoringRequest]) -> Tensor:
     """The hidden states (M, C) that predict the targets of passages."""
     x = model.hidden([passage.tokens for passage in group])
     parts = x.split([len(passage.tokens) for passage in group])

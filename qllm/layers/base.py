@@ -137,7 +137,7 @@ class QuantizedLinear(Linear):
             self.layout = kernel.layout
         return kernel.run
 
-    def settle(self) -> None:
+    def process_weights_after_loading(self) -> None:
         """Choose the kernel, and take its layout, before the first use."""
         _ = self.run
 
