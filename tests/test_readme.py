@@ -116,11 +116,10 @@ def interpret(monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-# Benchmarks of five seconds and more, even at their smallest; .ci/run --all runs them, and
-# those of the GPU's are called in tests/ops/gpu/test_benchmark.py.
+# Benchmarks of ten seconds and more, even at their smallest, and those of the GPU's, which
+# tests/ops/gpu/test_benchmark.py calls; .ci/run --all runs them.
 LONG = tuple(
-    f"benchmarks.{name}"
-    for name in ("rivals", "memory", "parallel", "onnx", "quantize ", "startup", "gpu")
+    f"benchmarks.{name}" for name in ("rivals", "memory", "parallel", "onnx", "quantize ", "gpu")
 )
 
 
