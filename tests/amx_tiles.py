@@ -18,15 +18,21 @@ AVX512, AMX = 4, 8  # of dispatch.cpp
 LOOK = native.library.__wrapped__  # tests put others in the place of `library`
 # What tiles have to do with, quick to compile: the products of avx512, and no other path.
 AVX512_SOURCE = """
-#include "isa_avx512.h"
+#include "isa.h"
 #undef GEMV_OPERANDS
-#include "tile.h"
-#include "linear.h"
-#include "elements.h"
-#include "dense_tile.h"
 #include "dense.h"
-const qllm::Path qllm::avx512_path = {
-    "avx512", linear, pack, unpack, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, dense};
+#include "linear.h"
+namespace qllm {
+constexpr Path path() {
+    Path path = {"avx512"};
+    path.linear = linear;
+    path.pack = pack;
+    path.unpack = unpack;
+    path.dense = dense;
+    return path;
+}
+}
+const qllm::Path qllm::avx512_path = path();
 """
 OTHER_SOURCE = '#include "kernels.h"\nconst qllm::Path qllm::%s_path = {"%s"};\n'
 # One product of whole tiles, by the instruction and by what stands in for it.

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from qllm.ops.cpu.interface import BAD_INDEX, OK, Call
+
 # Ops of torch that a replay may leave out: they compute nothing.
 NO_WORK = {
     *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
@@ -37,12 +39,6 @@ NO_WORK = {
 NO_WORK_IN_PLACE = {"to", "contiguous", "resolve_neg", "resolve_conj"}
 
 
-class Call(ctypes.Structure):
-    """A function of the library and its arguments, as in dispatch.cpp."""
-
-    _fields_ = (("function", ctypes.c_void_p), ("arguments", ctypes.c_void_p))
-
-
 class CapturedCalls:
     """The calls made while it was capturing.
 
@@ -56,16 +52,16 @@ class CapturedCalls:
         self._calls: list[Call] = []
         self._kept: list[object] = []
         self._parts: list[Callable[[], None]] = []
-        self._replay: Callable[..., bool] | None = None
+        self._library: ctypes.CDLL | None = None
 
     def add(
         self, library: ctypes.CDLL, name: str, arguments: ctypes.Structure, tensors: tuple
     ) -> None:
         """Keep a call, and the memory that it reads and writes."""
-        function = ctypes.cast(getattr(library, name), ctypes.c_void_p)
+        function = ctypes.cast(getattr(library, f"qllm_{name}"), ctypes.c_void_p)
         self._calls.append(Call(function, ctypes.addressof(arguments)))
         self._kept.append((arguments, tensors))
-        self._replay = library.qllm_replay
+        self._library = library
 
     def add_host_callback(self, function: Callable[[], None]) -> None:
         """Call a function of Python between the kernels before it and those behind it."""
@@ -83,12 +79,11 @@ class CapturedCalls:
         if not self._calls:
             return
         calls, count = (Call * len(self._calls))(*self._calls), ctypes.c_int64(len(self._calls))
-        replay, self._calls = self._replay, []
-        assert replay is not None  # there are calls, whose library has it
+        library, self._calls = self._library, []
+        assert library is not None  # there are calls of it
 
         def run() -> None:
-            if not replay(calls, count):
-                raise MemoryError("no memory for a decode step, or a token outside the vocabulary")
+            check(library, library.qllm_replay(calls, count), "a decode step")
 
         self._parts.append(run)
 
@@ -136,6 +131,18 @@ def capture_calls() -> Iterator[CapturedCalls]:
         _capturing.calls = before
 
 
+def check(library: ctypes.CDLL, status: int, what: str) -> None:
+    """Raise where a call did not do its work.
+
+    Raises:
+        MemoryError: there was none for what the kernel keeps in between.
+        IndexError: an index is outside its table, such as a token outside the vocabulary.
+    """
+    if status != OK:
+        kind = IndexError if status == BAD_INDEX else MemoryError
+        raise kind(f"{what}: {library.qllm_message(ctypes.c_int64(status)).decode()}")
+
+
 def call(
     library: ctypes.CDLL, name: str, arguments: ctypes.Structure, *tensors: Tensor | None
 ) -> None:
@@ -144,11 +151,9 @@ def call(
     Args:
         tensors: those that the arguments point to.
 
-    Raises:
-        MemoryError: the kernel found none for what it keeps in between.
+    Raises: what `check` does.
     """
-    if not getattr(library, name)(ctypes.byref(arguments)):
-        raise MemoryError(f"no memory for {name}")
+    check(library, getattr(library, f"qllm_{name}")(ctypes.byref(arguments)), name)
     if _capturing.calls is not None:
         _capturing.calls.add(library, name, arguments, tensors)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qllm.errors import UserError
-from qllm.ops.cpu import build
+from qllm.ops.cpu import build, interface
 from qllm.ops.cpu.capture import call
 
 # What each path is built on, the best one first.
@@ -25,22 +25,10 @@ PATHS = {
     "avx2": "AVX2",
     "scalar": "no vector instructions",
 }
-# Functions that say whether they could do it.
-CALLS = (
-    *("qllm_use", "qllm_linear", "qllm_dense", "qllm_attend", "qllm_activate", "qllm_norm"),
-    *("qllm_add", "qllm_embed", "qllm_gather", "qllm_attend_prefill", "qllm_replay"),
-)
 HUGE_PAGE = 1 << 21
 ARENA_BYTES = 32 << 20
 CACHE_LINE = 64
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-
-def structure(name: str, text: str) -> type[ctypes.Structure]:
-    """A C structure of int64, or of pointers (*name) and doubles (=name)."""
-    kinds = {"*": ctypes.c_void_p, "=": ctypes.c_double}
-    fields = [(word.lstrip("*="), kinds.get(word[0], ctypes.c_int64)) for word in text.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
 @cache
@@ -52,10 +40,10 @@ def library() -> ctypes.CDLL:
         UserError: for a path that is unknown, or that this machine lacks.
     """
     loaded = build.load()
-    loaded.qllm_features.restype = ctypes.c_int64
-    loaded.qllm_best.restype = loaded.qllm_amx_state.restype = ctypes.c_char_p
-    for name in CALLS:
-        getattr(loaded, name).restype = ctypes.c_bool
+    interface.declare(loaded)
+    if op := interface.mismatch(loaded):
+        reason = f"the CPU kernels and QLLM's Python differ on the arguments of {op}"
+        raise build.Unavailable(f"{reason}; reinstall QLLM")
     features = ctypes.c_int64(loaded.qllm_features())
     best = loaded.qllm_best(features).decode()
     name = os.environ.get("QLLM_CPU_PATH") or best
@@ -104,7 +92,7 @@ def like(x: Tensor, other: Tensor | None) -> Tensor | None:
 
 
 def run(name: str, arguments: ctypes.Structure, *tensors: Tensor | None) -> None:
-    """Call a kernel by name; `tensors` are those that the arguments point to."""
+    """Call an op by name; `tensors` are those that the arguments point to."""
     call(library(), name, arguments, *tensors)
 
 

@@ -24,7 +24,6 @@ def read_bandwidth(repeats: int = 5) -> float:
 def int8_rate(repeats: int = 5) -> float:
     """Operations per second of int8 products out of registers, two for each product: a median."""
     function = library.library().qllm_multiply_all
-    function.restype = ctypes.c_int64
     done = function(ctypes.c_int64(1))
     rounds = ctypes.c_int64(ROUNDS)
     return done * ROUNDS / median_seconds(lambda: function(rounds), repeats)

@@ -9,25 +9,13 @@ from functools import partial
 from torch import Tensor
 
 from qllm.ops.cpu import library
-from qllm.ops.cpu.library import TYPES, Arena, like, pointer, structure
+from qllm.ops.cpu.interface import Dense, Linear, Packing
+from qllm.ops.cpu.library import TYPES, Arena, like, pointer
 from qllm.quant.packing import PackedWeight, group_width, packed_size
 
 LANES, K_BLOCK, VECTOR = 16, 32, 64  # of the layout, as in kernels.h
 SMALLEST_GROUP = 16  # every group is filled up to a K block
 WEIGHT_ONLY, WEIGHT_ONLY_INT8, INT8_DYNAMIC, INT8_STATIC = range(4)
-
-# As in kernels.h.
-Linear = structure(
-    "Linear",
-    "rows inputs outputs bits group mode *x x_type x_stride *y *q *scales scale_type *zeros "
-    "*offsets *bias *input_scale",
-)
-Dense = structure("Dense", "rows inputs outputs x_stride type *x *w *bias *y")
-Packing = structure(
-    "Packing",
-    "inputs outputs bits group *rows row_bytes *row_scales *row_zeros scale_bytes *q *scales "
-    "*zeros *row_offsets *offsets",
-)
 
 
 def about() -> str:
@@ -187,7 +175,7 @@ def _linear(
         pointer(bias),
         pointer(input_scale),
     )
-    library.run("qllm_linear", arguments, x, y, *weight[:3], bias, input_scale)
+    library.run("linear", arguments, x, y, *weight[:3], bias, input_scale)
     return y
 
 
@@ -197,7 +185,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = x.new_empty(len(x), len(weight))
     tensors = (x, like(x, weight), like(x, bias), y)
     shape = (*x.shape, len(weight), x.stride(0), TYPES[x.dtype])
-    library.run("qllm_dense", Dense(*shape, *map(pointer, tensors)), *tensors)
+    library.run("dense", Dense(*shape, *map(pointer, tensors)), *tensors)
     return y
 
 

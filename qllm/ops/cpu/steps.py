@@ -6,26 +6,11 @@ import torch
 from torch import Tensor
 
 from qllm.ops.cpu import library
-from qllm.ops.cpu.library import TYPES, like, pointer, structure
+from qllm.ops.cpu.interface import Activate, Add, Attend, Embed, Gather, Norm
+from qllm.ops.cpu.library import TYPES, like, pointer
 from qllm.ops.kv import KV, PLAIN, Batch, Scores
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # as in kernels.h
-
-# As in kernels.h; eps, offset and factor are doubles.
-Activate = structure("Activate", "rows channels kind gated type *x *y")
-Norm = structure(
-    "Norm",
-    "rows channels centered type =eps =offset run first second *x *weight *bias *y",
-)
-Add = structure("Add", "count type =factor *x *z *y")
-Gather = structure("Gather", "rows columns gathered bytes *x *index *y")
-Embed = structure("Embed", "rows table_rows bytes offset *index *table *y")
-# Of a decode step and of prefill: one token to a sequence, or runs of them.
-Attend = structure(
-    "Attend",
-    "sequences heads kv_heads dim capacity type window =scale =cap *qkv *rows *starts *positions"
-    " *cos *sin *slopes *keys *values *y",
-)
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
@@ -34,7 +19,7 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     y = x.new_empty(len(x), len(index))
     tensors = (x, index, y)
     arguments = Gather(*x.shape, len(index), x.element_size(), *map(pointer, tensors))
-    library.run("qllm_gather", arguments, *tensors)
+    library.run("gather", arguments, *tensors)
     return y
 
 
@@ -44,10 +29,7 @@ def embedding(index: Tensor, table: Tensor, offset: int) -> Tensor:
     y = table.new_empty(len(index), table.shape[1])
     shape = (len(index), len(table), table.shape[1] * table.element_size(), offset)
     tensors = (index, table, y)
-    try:
-        library.run("qllm_embed", Embed(*shape, *map(pointer, tensors)), *tensors)
-    except MemoryError:
-        raise IndexError(f"an index is outside a table of {len(table)} rows") from None
+    library.run("embed", Embed(*shape, *map(pointer, tensors)), *tensors)
     return y
 
 
@@ -85,7 +67,7 @@ def _norm(
     y = torch.empty_like(x)
     tensors = (x, like(x, weight), like(x, bias), y)
     shape = (*x.shape, centered, TYPES[x.dtype], eps, offset, *runs)
-    library.run("qllm_norm", Norm(*shape, *map(pointer, tensors)), *tensors)
+    library.run("norm", Norm(*shape, *map(pointer, tensors)), *tensors)
     return y
 
 
@@ -105,7 +87,7 @@ def _activate(x: Tensor, name: str, *, gated: bool) -> Tensor:
     y = x.new_empty(rows, channels)
     kind = ACTIVATIONS.index(name)
     arguments = Activate(rows, channels, kind, gated, TYPES[x.dtype], pointer(x), pointer(y))
-    library.run("qllm_activate", arguments, x, y)
+    library.run("activate", arguments, x, y)
     return y
 
 
@@ -123,7 +105,7 @@ def _add(x: Tensor, z: Tensor | None, factor: float) -> Tensor:
     y = torch.empty_like(x)
     tensors = (x, z, y)
     arguments = Add(x.numel(), TYPES[x.dtype], factor, *map(pointer, tensors))
-    library.run("qllm_add", arguments, *tensors)
+    library.run("add", arguments, *tensors)
     return y
 
 
@@ -136,7 +118,7 @@ def decode_attention(
     scores: Scores = PLAIN,
 ) -> Tensor:
     """`reference.decode_attention`; a sequence attends to what its own position says."""
-    return _attend("qllm_attend", qkv, kv, batch, cos_sin, slopes, scores)
+    return _attend("attend", qkv, kv, batch, cos_sin, slopes, scores)
 
 
 def prefill_attention(
@@ -148,7 +130,7 @@ def prefill_attention(
     scores: Scores = PLAIN,
 ) -> Tensor:
     """`reference.prefill_attention`; where a run of tokens begins and ends changes no bit."""
-    return _attend("qllm_attend_prefill", qkv, kv, batch, cos_sin, slopes, scores)
+    return _attend("attend_prefill", qkv, kv, batch, cos_sin, slopes, scores)
 
 
 def _attend(

@@ -19,7 +19,7 @@ from inside import call_json
 from qllm import ops
 from qllm.errors import UserError
 from qllm.ops import Request
-from qllm.ops.cpu import build
+from qllm.ops.cpu import build, interface
 from qllm.ops.cpu import library as native
 
 GENERATE = ("--model-name", "opt", "--model-size", "tiny", "--bitwidth", "4")
@@ -164,6 +164,30 @@ def test_without_kernels_the_reference_runs(monkeypatch, capsys):
     assert lines == [
         "note: no compiler today; install one; running plain torch ops, which are slow"
     ]
+
+
+@pytest.mark.usefixtures("anew")
+@pytest.mark.parametrize("op", ["add", "attend"])
+def test_arguments_of_another_size_are_refused(op, monkeypatch):
+    monkeypatch.setitem(interface.OPS, op, interface.Embed)
+    with pytest.raises(build.Unavailable, match=f"differ on the arguments of {op}; reinstall"):
+        native.library()
+    monkeypatch.delitem(interface.OPS, op)
+    with pytest.raises(build.Unavailable, match=f"differ on the arguments of {op}; reinstall"):
+        native.library()
+
+
+@pytest.mark.parametrize("header", sorted(path.name for path in build.SOURCE.glob("*.h")))
+def test_a_header_includes_what_it_uses(header):
+    # As the scalar path has it; what is for one instruction set compiles with its path alone.
+    if "amx" in header or header.startswith("isa_avx"):
+        pytest.skip("for one instruction set")
+    compiler = next(filter(None, map(shutil.which, build.COMPILERS)), None)
+    if compiler is None:
+        pytest.skip("needs a compiler")
+    command = [compiler, "-std=c++17", "-fsyntax-only", "-x", "c++", str(build.SOURCE / header)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
 
 
 def test_without_a_compiler_a_model_runs(tmp_path):

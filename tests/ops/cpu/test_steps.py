@@ -173,7 +173,7 @@ def test_an_index_outside_the_table_is_an_error(wrong, offset):
     for place in (0, 3, 4):
         index = torch.arange(5)
         index[place] = wrong
-        with pytest.raises(IndexError, match=f"outside a table of {len(table)} rows"):
+        with pytest.raises(IndexError, match="an index is outside its table"):
             steps.embedding(index, table, offset)
 
 

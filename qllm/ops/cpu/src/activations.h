@@ -5,9 +5,12 @@
 // planes are one.
 #pragma once
 
+#include "isa.h"
 #include "kernels.h"
 #include "layout.h"
+#include "operands.h"
 #include "threads.h"
+#include "tiles.h"
 
 namespace qllm {
 namespace {
@@ -129,6 +132,7 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
                 const int64_t step_bytes = rows * WORD_STEP_BYTES;
                 const int64_t to = i / STEP * step_bytes + (row - tile_row) * WORD_STEP_BYTES;
                 store_words(tile + to, step_bytes, whole);
+                sum = add_i(sum, whole);
                 continue;
             }
 #endif

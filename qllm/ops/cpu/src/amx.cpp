@@ -1,9 +1,9 @@
-#include "as_avx512.h"
-#include "isa_avx512.h"
-#include "tile_amx.h"
-#include "linear.h"
-#include "dense_tile_amx.h"
 #include "dense.h"
+#include "isa.h"
+#include "kernels.h"
+#include "linear.h"
+#include "threads.h"
+#include "tiles.h"
 
 namespace qllm {
 namespace {
@@ -12,14 +12,14 @@ constexpr int64_t MAX_VECTOR_ROWS = 8;  // rows; memory is the limit, or tiles w
 
 static_assert(CHUNK_ROWS % TILE_ROWS<1> == 0);  // tiles of sums have all their rows
 
-static bool linear_by_rows(const Linear &a) {
+static Status linear_by_rows(const Linear &a) {
     return a.rows <= MAX_VECTOR_ROWS ? avx512_path.linear(a) : linear(a);
 }
 
 static_assert(DENSE_ROWS % DENSE_TILE_ROWS == 0);
 
 // Only bfloat16 is for tiles.
-static bool dense_by_type(const Dense &a) {
+static Status dense_by_type(const Dense &a) {
     return a.type == BFLOAT16 ? dense_of<BFLOAT16>(a) : avx512_path.dense(a);
 }
 
@@ -126,10 +126,18 @@ static bool self_test() {
     return products_are_right(MAX_K_BLOCKS) && products_are_right(3) && dense_products_are_right();
 }
 
+constexpr Path path() {
+    Path path = {"amx", &avx512_path};
+    path.linear = linear_by_rows;
+    path.pack = pack;
+    path.unpack = unpack;
+    path.dense = dense_by_type;
+    path.multiply_all = multiply_all;
+    path.self_test = self_test;
+    return path;
+}
+
 }  // namespace
 }  // namespace qllm
 
-const qllm::Path qllm::amx_path = {
-    "amx", linear_by_rows, pack, unpack, same_activate, same_norm, same_add, same_gather,
-    same_embed, same_attend, same_attend_prefill, dense_by_type, same_read_all, multiply_all,
-    self_test};
+const qllm::Path qllm::amx_path = path();

@@ -1,5 +1,4 @@
-// amx_instructions.h in software, to test on CPUs without AMX: with -DQLLM_EMULATE_AMX, and after
-// isa_avx512.h. What would raise an exception ends the process. The environment variable
+// amx_instructions.h in software, to test on CPUs without AMX: with -DQLLM_EMULATE_AMX. What would raise an exception ends the process. The environment variable
 // QLLM_EMULATED_FAULT makes it what a self-test is to find: "wrong" products, a "crash", or tiles
 // that "hang".
 #pragma once
@@ -8,6 +7,8 @@
 #include <unistd.h>
 
 #include <cstdint>
+
+#include "isa.h"
 
 namespace qllm {
 namespace {

@@ -1,7 +1,12 @@
 // Attention, in float32: of one new token per sequence to the cache, and of runs of tokens.
 #pragma once
 
+#include "elements.h"
+#include "isa.h"
+#include "kernels.h"
+#include "layout.h"
 #include "steps.h"
+#include "threads.h"
 
 namespace qllm {
 namespace {
@@ -133,14 +138,14 @@ void attend_one(const Attend &a, const float *query, int64_t head, int64_t start
     }
 }
 
-static bool attend(const Attend &a) {
+static Status attend(const Attend &a) {
     int64_t longest = 0;
     for (int64_t i = 0; i < a.sequences; i++)
         if (a.positions[i] > longest) longest = a.positions[i];
     int64_t capacity = (longest + 1 + 15) / 16 * 16, head = (a.dim + 15) / 16 * 16;
     int64_t each = capacity + 2 * head;
     float *memory = static_cast<float *>(scratch(size_t(most_threads() * each * 4)));
-    if (!memory) return false;
+    if (!memory) return Status::NO_MEMORY;
     int64_t work = a.sequences * a.heads * (longest + 1) * a.dim;
     for_each(a.sequences * a.kv_heads, work > WORTH_THREADS, [&](int64_t item, int64_t thread) {
         int64_t i = item / a.kv_heads, kv = item % a.kv_heads, position = a.positions[i];
@@ -162,7 +167,7 @@ static bool attend(const Attend &a) {
             store_head(out, a, a.y, (i * a.heads + h) * a.dim);
         }
     });
-    return true;
+    return Status::OK;
 }
 
 // A sequence's queries are taken a few at a time, its keys a panel at a time, from its first token
@@ -335,10 +340,10 @@ static bool attend_run(const Attend &a, int64_t index) {
     return true;
 }
 
-static bool attend_prefill(const Attend &a) {
+static Status attend_prefill(const Attend &a) {
     for (int64_t i = 0; i < a.sequences; i++)
-        if (!attend_run(a, i)) return false;
-    return true;
+        if (!attend_run(a, i)) return Status::NO_MEMORY;
+    return Status::OK;
 }
 
 }  // namespace

@@ -1,15 +1,25 @@
-#include "isa_avx2.h"
-#include "tile.h"
-#include "linear.h"
-#include "limits.h"
 #include "attention.h"
-#include "dense_tile.h"
 #include "dense.h"
+#include "kernels.h"
+#include "limits.h"
+#include "linear.h"
+#include "steps.h"
 
-static bool linear_by_bits(const qllm::Linear &a) {
-    const bool fits = a.mode == qllm::WEIGHT_ONLY_INT8 && a.bits <= qllm::SHORT_SUM_BITS;
-    return fits ? qllm::avx2_int8_linear(a) : qllm::linear(a);
+namespace qllm {
+namespace {
+
+Status linear_by_bits(const Linear &a) {
+    const bool fits = a.mode == WEIGHT_ONLY_INT8 && a.bits <= SHORT_SUM_BITS;
+    return fits ? avx2_int8_linear(a) : linear(a);
 }
 
-const qllm::Path qllm::avx2_path = {"avx2", linear_by_bits, pack, unpack, activate, norm,   add,
-                 gather, embed, attend, attend_prefill, dense, read_all, multiply_all};
+constexpr Path path() {
+    Path path = QLLM_WHOLE_PATH("avx2");
+    path.linear = linear_by_bits;
+    return path;
+}
+
+}  // namespace
+}  // namespace qllm
+
+const qllm::Path qllm::avx2_path = path();

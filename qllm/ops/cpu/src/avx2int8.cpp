@@ -1,7 +1,6 @@
 // What AVX2 has for int8 activations times a few bits.
 #define SHORT_SUMS 1
-#include "isa_avx2.h"
-#include "tile.h"
+#include "kernels.h"
 #include "linear.h"
 
-bool (*const qllm::avx2_int8_linear)(const Linear &) = linear_of<1>;
+qllm::Status (*const qllm::avx2_int8_linear)(const Linear &) = linear_of<1>;

@@ -14,7 +14,10 @@
 #pragma once
 
 #include "elements.h"
+#include "isa.h"
+#include "operands.h"
 #include "threads.h"
+#include "tiles.h"
 
 namespace qllm {
 namespace {
@@ -196,7 +199,7 @@ void dense_many(const Dense &a, const DenseInput &x, int64_t first, int64_t pane
         store_sums<TYPE>(a, first + row, panel * LANES, panels * LANES, sums + row * GROUP_LANES);
 }
 
-template <int64_t TYPE> bool dense_of(const Dense &a) {
+template <int64_t TYPE> Status dense_of(const Dense &a) {
     const int64_t panels = (a.out + LANES - 1) / LANES;
     for (int64_t first = 0; first < a.rows; first += DENSE_ROWS) {
         DenseInput x;
@@ -204,7 +207,7 @@ template <int64_t TYPE> bool dense_of(const Dense &a) {
         x.steps = (a.in + INPUTS<TYPE> * LANES - 1) / (INPUTS<TYPE> * LANES) * LANES;
         const int64_t held = (x.steps * x.rows + 15) / 16 * 16;
         x.x = static_cast<float *>(scratch(size_t((held + most_threads() * DENSE_OWN) * 4)));
-        if (!x.x) return false;
+        if (!x.x) return Status::NO_MEMORY;
         const int64_t blocks = (x.steps + DENSE_STEPS - 1) / DENSE_STEPS;
         for_each(blocks, x.rows * x.steps > WORTH_THREADS, [&](int64_t block, int64_t) {
             for (int64_t row = 0; row < x.rows; row++)
@@ -220,10 +223,10 @@ template <int64_t TYPE> bool dense_of(const Dense &a) {
             });
         });
     }
-    return true;
+    return Status::OK;
 }
 
-[[maybe_unused]] static bool dense(const Dense &a) { return BY_TYPE(a.type, dense_of, a); }
+[[maybe_unused]] static Status dense(const Dense &a) { return BY_TYPE(a.type, dense_of, a); }
 
 }  // namespace
 }  // namespace qllm

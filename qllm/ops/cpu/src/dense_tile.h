@@ -1,6 +1,7 @@
 // A tile of a dense product: some rows of activations times a block of panels, on vector units.
 #pragma once
 
+#include "isa.h"
 #include "operands.h"
 
 #ifndef HAS_PAIRS

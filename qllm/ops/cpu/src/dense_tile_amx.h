@@ -2,6 +2,7 @@
 // instruction, and sums are tiles again in the next block. In place of dense_tile.h.
 #pragma once
 
+#include "isa.h"
 #include "operands.h"
 #include "tile_amx.h"
 

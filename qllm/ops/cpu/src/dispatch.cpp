@@ -120,6 +120,13 @@ const Choice CHOICES[] = {{&amx_path, AVX512 | AMX},
 
 const Path *current = &scalar_path;
 
+// A function of the current path, or of the one that it is based on.
+template <typename Function> Function of_current(Function Path::*member) {
+    const Path *path = current;
+    while (!(path->*member)) path = path->base;
+    return path->*member;
+}
+
 struct Scratch {
     void *memory = nullptr;
     size_t size = 0;
@@ -169,37 +176,39 @@ PUBLIC bool qllm_use(const char *name, int64_t with) {
     return false;
 }
 
-PUBLIC void qllm_pack(const Packing *a) { current->pack(*a); }
-PUBLIC void qllm_unpack(const Packing *a) { current->unpack(*a); }
+// All ops have one form, so that calls can be kept and repeated; they return a Status.
+#define QLLM_EXPORT(op, Arguments)                                          \
+    PUBLIC int64_t qllm_##op(const void *arguments) {                       \
+        const auto function = of_current(&Path::op);                        \
+        return int64_t(function(*static_cast<const Arguments *>(arguments))); \
+    }
+QLLM_OPS(QLLM_EXPORT)
 
-// All that a pass over a decoder calls has one form, so that calls can be kept and repeated;
-// false where there is no memory, or an index outside its table.
-PUBLIC bool qllm_linear(const void *a) { return current->linear(*static_cast<const Linear *>(a)); }
-PUBLIC bool qllm_dense(const void *a) { return current->dense(*static_cast<const Dense *>(a)); }
-PUBLIC bool qllm_attend(const void *a) { return current->attend(*static_cast<const Attend *>(a)); }
-PUBLIC bool qllm_attend_prefill(const void *a) {
-    return current->attend_prefill(*static_cast<const Attend *>(a));
+// The name of op i and the size of its arguments, -1 behind the last.
+PUBLIC int64_t qllm_op(int64_t i, const char **name) {
+    struct Op {
+        const char *name;
+        int64_t size;
+    };
+#define QLLM_SIZE(op, Arguments) {#op, int64_t(sizeof(Arguments))},
+    static const Op ops[] = {QLLM_OPS(QLLM_SIZE)};
+    if (i < 0 || i >= int64_t(sizeof(ops) / sizeof(*ops))) return -1;
+    *name = ops[i].name;
+    return ops[i].size;
 }
-PUBLIC bool qllm_activate(const void *a) {
-    current->activate(*static_cast<const Activate *>(a));
-    return true;
+
+// What a status means, in words.
+PUBLIC const char *qllm_message(int64_t status) {
+    switch (Status(status)) {
+        case Status::OK: return "done";
+        case Status::NO_MEMORY: return "no memory";
+        case Status::BAD_INDEX: return "an index is outside its table";
+    }
+    return "an unknown status";
 }
-PUBLIC bool qllm_norm(const void *a) {
-    current->norm(*static_cast<const Norm *>(a));
-    return true;
-}
-PUBLIC bool qllm_add(const void *a) {
-    current->add(*static_cast<const Add *>(a));
-    return true;
-}
-PUBLIC bool qllm_gather(const void *a) {
-    current->gather(*static_cast<const Gather *>(a));
-    return true;
-}
-PUBLIC bool qllm_embed(const void *a) { return current->embed(*static_cast<const Embed *>(a)); }
 
 struct Call {
-    bool (*function)(const void *);
+    int64_t (*function)(const void *);
     const void *arguments;
 };
 
@@ -208,14 +217,17 @@ PUBLIC void qllm_huge_pages(void *memory, int64_t bytes) {
     madvise(memory, size_t(bytes), MADV_HUGEPAGE);
 }
 
-// Makes calls again that were made before.
-PUBLIC bool qllm_replay(const Call *calls, int64_t count) {
-    for (int64_t i = 0; i < count; i++)
-        if (!calls[i].function(calls[i].arguments)) return false;
-    return true;
+// Makes calls again that were made before, up to the first that cannot; returns its status.
+PUBLIC int64_t qllm_replay(const Call *calls, int64_t count) {
+    int64_t status = int64_t(Status::OK);
+    for (int64_t i = 0; i < count && status == int64_t(Status::OK); i++)
+        status = calls[i].function(calls[i].arguments);
+    return status;
 }
 
 PUBLIC int64_t qllm_read_all(const uint8_t *from, int64_t bytes) {
-    return current->read_all(from, bytes);
+    return of_current(&Path::read_all)(from, bytes);
 }
-PUBLIC int64_t qllm_multiply_all(int64_t rounds) { return current->multiply_all(rounds); }
+PUBLIC int64_t qllm_multiply_all(int64_t rounds) {
+    return of_current(&Path::multiply_all)(rounds);
+}

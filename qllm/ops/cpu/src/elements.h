@@ -1,6 +1,7 @@
 // Vectors of elements of a call's type.
 #pragma once
 
+#include "isa.h"
 #include "kernels.h"
 
 namespace qllm {

@@ -1,7 +1,12 @@
 // Packed weights times one or a few rows (GEMV): weights become bytes in registers.
 #pragma once
 
+#include "activations.h"
+#include "isa.h"
+#include "layout.h"
+#include "operands.h"
 #include "results.h"
+#include "tiles.h"
 
 namespace qllm {
 namespace {

@@ -131,30 +131,45 @@ struct Dense {  // y (rows, out) = x w^T + bias
     void *y;
 };
 
+// What became of a call; `qllm_message` says it in words.
+enum class Status : int64_t { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
+
+// Every op and its arguments. What paths have, what the library exports (`qllm_` and the name), and
+// the sizes that Python checks its own structures against, come from this list.
+#define QLLM_OPS(OP)                  \
+    OP(linear, Linear)                \
+    OP(dense, Dense)                  \
+    OP(pack, Packing)                 \
+    OP(unpack, Packing)               \
+    OP(activate, Activate)            \
+    OP(norm, Norm)                    \
+    OP(add, Add)                      \
+    OP(gather, Gather)                \
+    OP(embed, Embed)                  \
+    OP(attend, Attend)                \
+    OP(attend_prefill, Attend)
+
 struct Path {
     const char *name;
-    bool (*linear)(const Linear &);  // false where there is no memory
-    void (*pack)(const Packing &);
-    void (*unpack)(const Packing &);
-    void (*activate)(const Activate &);
-    void (*norm)(const Norm &);
-    void (*add)(const Add &);
-    void (*gather)(const Gather &);
-    bool (*embed)(const Embed &);  // false for an index outside the table
-    bool (*attend)(const Attend &);
-    bool (*attend_prefill)(const Attend &);
-    bool (*dense)(const Dense &);
-    int64_t (*read_all)(const uint8_t *, int64_t bytes);
-    int64_t (*multiply_all)(int64_t rounds);
+    const Path *base = nullptr;  // has what is null here
+#define QLLM_FIELD(op, Arguments) Status (*op)(const Arguments &) = nullptr;
+    QLLM_OPS(QLLM_FIELD)
+#undef QLLM_FIELD
+    int64_t (*read_all)(const uint8_t *, int64_t bytes) = nullptr;
+    int64_t (*multiply_all)(int64_t rounds) = nullptr;
     bool (*self_test)() = nullptr;  // of AMX; where it does not work, this may also crash or hang
 };
+
+// A path that has every op, by the functions of its file that are called like the ops.
+#define QLLM_OP(op, Arguments) op,
+#define QLLM_WHOLE_PATH(name) {name, nullptr, QLLM_OPS(QLLM_OP) read_all, multiply_all}
 
 extern const Path scalar_path, avx2_path, avxvnni_path, avx512_path, avx512bf16_path, amx_path;
 
 // What avx2_path takes for WEIGHT_ONLY_INT8 of few bits: with more, sums in 16 bits would be full
 // after every step.
 constexpr int SHORT_SUM_BITS = 6;
-extern bool (*const avx2_int8_linear)(const Linear &);
+extern Status (*const avx2_int8_linear)(const Linear &);
 
 // Memory of the calling thread, 64-byte aligned, kept for its next call; null where there is none.
 void *scratch(size_t bytes);
@@ -163,7 +178,7 @@ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline int64_t k_blocks_of(int64_t inputs) { return (inputs + K_BLOCK - 1) / K_BLOCK; }
 
-// Slabs of a row: every group's, the last group may be shorter.
+// K blocks of a row: every group's, the last group may be shorter.
 static inline int64_t row_k_blocks(int64_t in, int64_t group) {
     return in / group * k_blocks_of(group) + k_blocks_of(in % group);
 }

@@ -1,6 +1,8 @@
 // Between rows of bits, in which weights are stored, and the layout that the kernels read.
 #pragma once
 
+#include "isa.h"
+#include "operands.h"
 #include "threads.h"
 
 #if defined(__BMI2__)
@@ -200,7 +202,7 @@ static void pack_grid(const Packing &p, int64_t panel, int64_t lanes, int64_t gr
 }
 
 // Panel by panel; a group's inputs begin a K block, and what fills up panels and K blocks is zero.
-inline void pack(const Packing &p) {
+inline Status pack(const Packing &p) {
     int64_t panels = (p.out + LANES - 1) / LANES, k_blocks = row_k_blocks(p.in, p.group);
     int64_t groups = (p.in + p.group - 1) / p.group, bits = p.bits;
     for_each(panels, true, [&](int64_t panel, int64_t) {
@@ -217,10 +219,11 @@ inline void pack(const Packing &p) {
             pack_grid(p, panel, lanes, group, groups);
         }
     });
+    return Status::OK;
 }
 
 // The inverse of `pack`: `rows` is zero before.
-inline void unpack(const Packing &p) {
+inline Status unpack(const Packing &p) {
     int64_t k_blocks = row_k_blocks(p.in, p.group), groups = (p.in + p.group - 1) / p.group;
     for_each(p.out, true, [&](int64_t n, int64_t) {
         int64_t panel = n / LANES, lane = n % LANES;
@@ -244,6 +247,7 @@ inline void unpack(const Packing &p) {
             if (p.zeros) p.row_zeros[n * groups + group] = p.zeros[at];
         }
     });
+    return Status::OK;
 }
 
 }  // namespace

@@ -1,7 +1,10 @@
 // What the machine allows, for benchmarks: the rates of reading memory and of int8 products.
 #pragma once
 
+#include "isa.h"
+#include "layout.h"
 #include "threads.h"
+#include "tiles.h"
 
 namespace qllm {
 namespace {

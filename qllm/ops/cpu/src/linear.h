@@ -6,8 +6,14 @@
 // row's result is the same to the bit whatever else is computed beside it, and on every path.
 #pragma once
 
+#include "activations.h"
 #include "gemv.h"
+#include "isa.h"
+#include "layout.h"
+#include "operands.h"
 #include "results.h"
+#include "threads.h"
+#include "tiles.h"
 
 namespace qllm {
 namespace {
@@ -15,17 +21,20 @@ namespace {
 constexpr int64_t MAX_ROWS = 1536;         // rows whose activations are held at once
 constexpr int64_t MEMORY_BOUND_ROWS = 16;  // up to here threads take longer parts, to read on
 
-// A K block as int16 without its zeros.
-[[maybe_unused]] static void unpack_words(UnpackKBlock unpack, const uint8_t *q, uint8_t *to,
-                                const int32_t *zeros) {
 #if HAS_WORDS
+// A K block as int16 without its zeros.
+template <int P>
+void unpack_words(UnpackKBlock unpack, const uint8_t *q, uint8_t *to, const int32_t *zeros) {
     alignas(64) uint8_t bytes[K_BLOCK * LANES];
     unpack(q, bytes);
     const VI zero = load_i(zeros);
     for (int64_t step = 0; step < STEPS; step++)
         bytes_to_words(to + step * LANES * WORD_STEP_BYTES, weights(bytes + step * 64), zero);
-#endif
 }
+#else
+template <int P>
+void unpack_words(UnpackKBlock, const uint8_t *, uint8_t *, const int32_t *);  // no int16
+#endif
 
 // `panels` panels, up to GROUP_PANELS, times all rows: unpacked to cache for many rows.
 template <int P>
@@ -53,7 +62,7 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
                 uint8_t *to = bytes + p * o.w_stride;
                 for (int64_t s = 0; s < block.k_blocks; s++, q += 64 * a.bits, to += unpacked) {
                     if constexpr (IN_WORDS<P>) {
-                        unpack_words(unpack, q, to, grid.zeros + p * LANES);
+                        unpack_words<P>(unpack, q, to, grid.zeros + p * LANES);
                     } else {
                         unpack(q, to);
                     }
@@ -99,21 +108,21 @@ template <int P> void multiply_all_panels(const Linear &a, const Activations &x,
     });
 }
 
-template <int P> bool linear_of(const Linear &a) {
+template <int P> Status linear_of(const Linear &a) {
     for (int64_t first = 0; first < a.rows; first += MAX_ROWS) {
         Activations x;
         const int64_t rows = smaller(MAX_ROWS, a.rows - first);
         const int64_t tile_rows = rows <= GEMV_MAX_ROWS<P> ? GEMV_TILE_ROWS<P> : TILE_ROWS<P>;
-        if (!prepare<P>(x, a, rows, tile_rows)) return false;
+        if (!prepare<P>(x, a, rows, tile_rows)) return Status::NO_MEMORY;
         for (int64_t row = 0; row < x.rows; row++) x.fallback[row] = 0;
         quantize_all<P>(a, x, first);
         multiply_all_panels<P>(a, x, first);
     }
-    return true;
+    return Status::OK;
 }
 
 #if !WIDENS  // which is for one plane
-static bool linear(const Linear &a) {
+static Status linear(const Linear &a) {
     if (a.mode != WEIGHT_ONLY) return linear_of<1>(a);
     return a.x_type == FLOAT32 ? linear_of<4>(a) : linear_of<2>(a);
 }

@@ -1,6 +1,7 @@
 // What every kind of tile takes, and how its sums become results.
 #pragma once
 
+#include "isa.h"
 #include "kernels.h"
 
 namespace qllm {

@@ -3,6 +3,9 @@
 #pragma once
 
 #include "activations.h"
+#include "isa.h"
+#include "layout.h"
+#include "operands.h"
 
 namespace qllm {
 namespace {

@@ -6,6 +6,8 @@
 #include <math.h>
 
 #include "elements.h"
+#include "isa.h"
+#include "kernels.h"
 #include "threads.h"
 
 namespace qllm {
@@ -63,9 +65,10 @@ template <int64_t TYPE> void activate_row(const Activate &a, int64_t row) {
     activate_row<TYPE, GELU>(a, row);
 }
 
-static void activate(const Activate &a) {
+static Status activate(const Activate &a) {
     for_each(a.rows, a.rows * a.channels > WORTH_THREADS,
              [&](int64_t row, int64_t) { BY_TYPE(a.type, activate_row, a, row); });
+    return Status::OK;
 }
 
 // part(start, end) of a few vectors each, added in pairs: a sum of thousands, one after the other,
@@ -119,9 +122,10 @@ template <int64_t TYPE> void norm_row(const Norm &a, int64_t row) {
     }
 }
 
-static void norm(const Norm &a) {
+static Status norm(const Norm &a) {
     for_each(a.rows, a.rows * a.channels > WORTH_THREADS,
              [&](int64_t row, int64_t) { BY_TYPE(a.type, norm_row, a, row); });
+    return Status::OK;
 }
 
 template <int64_t TYPE> void add_part(const Add &a, int64_t start, int64_t end) {
@@ -133,11 +137,12 @@ template <int64_t TYPE> void add_part(const Add &a, int64_t start, int64_t end) 
     }
 }
 
-static void add(const Add &a) {
+static Status add(const Add &a) {
     constexpr int64_t PART = 4096;
     for_each((a.count + PART - 1) / PART, a.count > WORTH_THREADS, [&](int64_t part, int64_t) {
         BY_TYPE(a.type, add_part, a, part * PART, smaller((part + 1) * PART, a.count));
     });
+    return Status::OK;
 }
 
 template <typename Element> void gather_row(const Gather &a, int64_t row) {
@@ -146,20 +151,21 @@ template <typename Element> void gather_row(const Gather &a, int64_t row) {
     for (int64_t i = 0; i < a.gathered; i++) y[i] = x[a.index[i]];
 }
 
-static void gather(const Gather &a) {
+static Status gather(const Gather &a) {
     for_each(a.rows, a.rows * a.gathered > WORTH_THREADS, [&](int64_t row, int64_t) {
         a.bytes == 2 ? gather_row<uint16_t>(a, row) : gather_row<uint32_t>(a, row);
     });
+    return Status::OK;
 }
 
-static bool embed(const Embed &a) {
+static Status embed(const Embed &a) {
     for (int64_t row = 0; row < a.rows; row++) {
         int64_t index = a.index[row] + a.offset;
-        if (index < 0 || index >= a.table_rows) return false;
+        if (index < 0 || index >= a.table_rows) return Status::BAD_INDEX;
         __builtin_memcpy(static_cast<char *>(a.y) + row * a.bytes,
                          static_cast<const char *>(a.table) + index * a.bytes, size_t(a.bytes));
     }
-    return true;
+    return Status::OK;
 }
 
 // The sum of x[i] y[i], x being float32.

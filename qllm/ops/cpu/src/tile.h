@@ -1,6 +1,7 @@
 // A tile: the activations of a few rows times a block of unpacked weights, on vector units.
 #pragma once
 
+#include "isa.h"
 #include "operands.h"
 
 namespace qllm {
@@ -74,14 +75,17 @@ template <int S, int V> struct Sums {
     // Adds the results of a block, scaled, to those of the blocks before it.
     template <int I = 0> INLINE void finish_words(const Operands &o, int64_t lane) {
         const VF scale = load_f(o.scales + lane + I * WIDTH);
-        finish_words_of_row<I>(o, o.out + lane + I * WIDTH, scale);
+        const VF offset = o.offsets ? load_f(o.offsets + lane + I * WIDTH) : set_f(0);
+        finish_words_of_row<I>(o, o.out + lane + I * WIDTH, scale, offset);
         if constexpr (I + 1 < V) finish_words<I + 1>(o, lane);
     }
 
     template <int I, int ROW = 0>
-    INLINE void finish_words_of_row(const Operands &o, float *out, VF scale) {
+    INLINE void finish_words_of_row(const Operands &o, float *out, VF scale, VF offset) {
         add_scaled<2>(out, of[ROW * V + I], zero_i(), o.x_scale[ROW], scale);
-        if constexpr (ROW + 1 < S) finish_words_of_row<I, ROW + 1>(o, out + GROUP_LANES, scale);
+        if (o.offsets) add_offset<2>(out, o.sum[ROW], 0, o.x_scale[ROW], offset);
+        if constexpr (ROW + 1 < S)
+            finish_words_of_row<I, ROW + 1>(o, out + GROUP_LANES, scale, offset);
     }
 #endif
 

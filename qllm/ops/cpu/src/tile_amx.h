@@ -1,5 +1,4 @@
-// A tile on AMX: 16 rows of 64 inputs times 16 channels are one instruction. In place of tile.h,
-// after isa_avx512.h.
+// A tile on AMX: 16 rows of 64 inputs times 16 channels are one instruction. In place of tile.h.
 //
 // Sums are of signed bytes: weights lose their zeros in cache, once for all rows, so that what
 // remains to be done for each result is its scale. That is vector work, as long as the products
@@ -7,8 +6,7 @@
 // their products, so that it does not wait in front of them for sums that are not there yet.
 #pragma once
 
-#undef GEMV_OPERANDS  // few rows are not for tiles
-#undef HAS_WORDS      // nor are int16
+#include "isa.h"
 #include "operands.h"
 
 #if defined(QLLM_EMULATE_AMX)

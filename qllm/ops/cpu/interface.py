@@ -1,0 +1,88 @@
+"""The C interface in Python: the arguments of each op, as `src/kernels.h` has them.
+
+A structure is a line of names: int64 by itself, *name a pointer, =name a double. What the library
+says of its ops and their sizes is compared with this when it is opened (`mismatch`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import count
+
+KINDS = {"*": ctypes.c_void_p, "=": ctypes.c_double}
+OK, NO_MEMORY, BAD_INDEX = range(3)  # what an op returns: Status of kernels.h
+
+
+def structure(name: str, text: str) -> type[ctypes.Structure]:
+    """A C structure of int64, of pointers (*name) and of doubles (=name)."""
+    fields = [(word.lstrip("*="), KINDS.get(word[0], ctypes.c_int64)) for word in text.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+Linear = structure(
+    "Linear",
+    "rows inputs outputs bits group mode *x x_type x_stride *y *q *scales scale_type *zeros "
+    "*offsets *bias *input_scale",
+)
+Dense = structure("Dense", "rows inputs outputs x_stride type *x *w *bias *y")
+Packing = structure(
+    "Packing",
+    "inputs outputs bits group *rows row_bytes *row_scales *row_zeros scale_bytes *q *scales "
+    "*zeros *row_offsets *offsets",
+)
+Activate = structure("Activate", "rows channels kind gated type *x *y")
+Norm = structure(
+    "Norm",
+    "rows channels centered type =eps =offset run first second *x *weight *bias *y",
+)
+Add = structure("Add", "count type =factor *x *z *y")
+Gather = structure("Gather", "rows columns gathered bytes *x *index *y")
+Embed = structure("Embed", "rows table_rows bytes offset *index *table *y")
+# Of a decode step and of prefill: one token to a sequence, or runs of them.
+Attend = structure(
+    "Attend",
+    "sequences heads kv_heads dim capacity type window =scale =cap *qkv *rows *starts *positions"
+    " *cos *sin *slopes *keys *values *y",
+)
+
+OPS: dict[str, type[ctypes.Structure]] = {
+    "linear": Linear,
+    "dense": Dense,
+    "pack": Packing,
+    "unpack": Packing,
+    "activate": Activate,
+    "norm": Norm,
+    "add": Add,
+    "gather": Gather,
+    "embed": Embed,
+    "attend": Attend,
+    "attend_prefill": Attend,
+}
+
+
+class Call(ctypes.Structure):
+    """A function of the library and its arguments, as in dispatch.cpp."""
+
+    _fields_ = (("function", ctypes.c_void_p), ("arguments", ctypes.c_void_p))
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Say what a library's functions return; ctypes takes all else for int."""
+    for name in ("features", "op", "replay", "read_all", "multiply_all", *OPS):
+        getattr(library, f"qllm_{name}").restype = ctypes.c_int64
+    for name in ("best", "amx_state", "message"):
+        getattr(library, f"qllm_{name}").restype = ctypes.c_char_p
+    library.qllm_use.restype = ctypes.c_bool
+
+
+def mismatch(library: ctypes.CDLL) -> str | None:
+    """The op whose arguments have another size here than in a library; None where all agree."""
+    found = {}
+    for index in count():
+        name = ctypes.c_char_p()
+        size = library.qllm_op(ctypes.c_int64(index), ctypes.byref(name))
+        if size < 0:
+            break
+        found[name.value.decode()] = size
+    own = {name: ctypes.sizeof(arguments) for name, arguments in OPS.items()}
+    return next((name for name in {**found, **own} if found.get(name) != own.get(name)), None)
