@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qllm.config import SCHEMES
-from qllm.ops import KERNELS, Kernel, Layout, Request, reference
+from qllm.ops import KERNELS, Kernel, Layout, Request, phase, reference
 from qllm.ops.cpu import library as native
 from qllm.quant.packing import PackedWeight, pack
 
@@ -116,9 +116,10 @@ class Weight:
         return self.request.out_features, self.request.bits, self.request.group_size
 
     def kernel(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The product on the current path."""
+        """The product of a decode step on the current path; that of a prefill is one for AMX."""
         run = kernel("weight_only_linear").run
-        return run(x, *self.packed[:3], bias, *self._format)
+        with phase.decode():
+            return run(x, *self.packed[:3], bias, *self._format)
 
     def everywhere(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product on every path."""

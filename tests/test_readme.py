@@ -46,6 +46,7 @@ SMALL = {
     "--repeats 1",
     "benchmarks.gpu": "--shapes 128x256 --rows 1 --bitwidths 4 --repeats 1 --limit-size 64 "
     "--parts layer",
+    "benchmarks.cpu": "--layer 64x128 --rows 1 32 --rounds 1",
     "benchmarks.rivals": "--rivals qllm --rows 1 --repeats 1 --megabytes 1 --prompt 8 --batches 1 "
     "--context 4 --steps 1 --rounds 1",
 }

@@ -1,4 +1,4 @@
-"""QLLM's own layers, by what a decode step does of them: the recorded call of a kernel.
+"""QLLM's own layers: the recorded call of a kernel, that of a decode step for few rows.
 
 bfloat16 activations; weight-only layers keep 15 bits and a sign of them, or int8 of 128 inputs;
 "8:tc-li" int8 of a row.
@@ -7,6 +7,7 @@ bfloat16 activations; weight-only layers keep 15 bits and a sign of them, or int
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
@@ -14,6 +15,7 @@ from benchmarks.rivals.common import Layer, LayerBench, layer_bench
 from qllm.config import QuantSpec
 from qllm.layers import Linear, linear_class
 from qllm.layers.weight_only import WeightOnlyLinear
+from qllm.ops import phase
 from qllm.ops.cpu.capture import CapturedCalls, capture_calls
 from qllm.quant.packing import PackedWeight, pack
 
@@ -58,6 +60,9 @@ def _make(layer: Layer, bits: str, group: int) -> Linear:
     return WeightOnlyLinear.from_packed(packed, None, spec, layer.codes.shape[1])
 
 
+DECODE_ROWS = 16  # more are multiplied as in a prefill
+
+
 def _captured(layer: Linear) -> Callable[[torch.Tensor], torch.Tensor]:
     """The layer, whose calls are captured at the first use of an input and then replayed."""
     calls: dict[int, tuple[CapturedCalls, torch.Tensor, torch.Tensor]] = {}
@@ -66,7 +71,8 @@ def _captured(layer: Linear) -> Callable[[torch.Tensor], torch.Tensor]:
     def run(x: torch.Tensor) -> torch.Tensor:
         if id(x) not in calls:
             layer(x)  # gives the weight its layout
-            with capture_calls() as captured:
+            step = phase.decode() if len(x) <= DECODE_ROWS else nullcontext()
+            with step, capture_calls() as captured:
                 y = layer(x)
             calls[id(x)] = captured, x, y
         captured, _, y = calls[id(x)]

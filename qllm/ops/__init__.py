@@ -245,7 +245,7 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         ),
     ),
     "int8_linear": (
-        Kernel("cpu", linear.about, linear.int8_linear, _packed_why_not, CPU_LAYOUT),
+        Kernel("cpu", linear.about_int8_weights, linear.int8_linear, _packed_why_not, CPU_LAYOUT),
         Kernel(
             "triton",
             gpu_linear.about_int8,

@@ -63,7 +63,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "avxvnni": (*_AVX2, "-mavxvnni"),
     "avx512": _AVX512,
     "avx512bf16": (*_AVX512, "-mavx512bf16"),
-    "amx": (*_AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+    "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
     "scalar": ("-O2",),  # -O3 compiles twice as long, for code that few machines run
 }
 # Not -fopenmp: it would bring the compiler's libgomp. A shared object may leave GOMP_* undefined.

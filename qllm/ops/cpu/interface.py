@@ -21,8 +21,8 @@ def structure(name: str, text: str) -> type[ctypes.Structure]:
 
 Linear = structure(
     "Linear",
-    "rows inputs outputs bits group mode *x x_type x_stride *y *q *scales scale_type *zeros "
-    "*offsets *bias *input_scale",
+    "rows inputs outputs bits group mode prefill *x x_type x_stride *y *q *scales scale_type "
+    "*zeros *offsets *bias *input_scale",
 )
 Dense = structure("Dense", "rows inputs outputs x_stride type *x *w *bias *y")
 Packing = structure(

@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
+from qllm.ops import phase
 from qllm.ops.cpu import library
 from qllm.ops.cpu.interface import Dense, Linear, Packing
 from qllm.ops.cpu.library import TYPES, Arena, like, pointer
@@ -20,7 +21,17 @@ WEIGHT_ONLY, WEIGHT_ONLY_INT8, INT8_DYNAMIC, INT8_STATIC = range(4)
 
 def about() -> str:
     """What the kernels do, for `--explain`."""
-    return f"{library.about()}; activations as integers, exact sums within a group"
+    integers = "activations as integers, exact sums within a group"
+    if library.library().path == "amx":
+        # As `is_bf16_prefill` in prefill_amx.h decides.
+        prefill = "prefill of bfloat16 and float16: weights as bfloat16, sums in float32"
+        return f"{library.about()}; {prefill}; decode: {integers}"
+    return f"{library.about()}; {integers}"
+
+
+def about_int8_weights() -> str:
+    """The same of `int8_linear`."""
+    return f"{library.about()}; activations as int8, exact sums"
 
 
 def about_int8() -> str:
@@ -164,6 +175,7 @@ def _linear(
         bits,
         group_width(in_features, group_size),
         mode,
+        not phase.decoding(),
         pointer(x),
         TYPES[x.dtype],
         x.stride(0),

@@ -69,7 +69,7 @@ def test_a_path_of_this_machine_runs(name):
         (AVX2 | AVX_VNNI | AVX512, "avx512"),
         (AVX2 | AVX512 | BF16, "avx512bf16"),
         (AVX2 | BF16, "avx2"),
-        (AVX2 | AVX512 | AMX, "amx"),
+        (AVX2 | AVX512 | AMX, "avx512"),
         (AVX2 | AVX512 | AMX | BF16, "amx"),
         (AVX2 | AMX, "avx2"),
     ],
@@ -79,7 +79,7 @@ def test_the_best_path_of_what_a_machine_has(features, best):
     library = native.library()
     assert library.qllm_best(ctypes.c_int64(features)).decode() == best
     needs = {
-        "amx": AVX512 | AMX,
+        "amx": AVX512 | AMX | BF16,
         "avx512bf16": AVX512 | BF16,
         "avx512": AVX512,
         "avxvnni": AVX2 | AVX_VNNI,

@@ -2,6 +2,7 @@
 #include "isa.h"
 #include "kernels.h"
 #include "linear.h"
+#include "prefill_amx.h"
 #include "threads.h"
 #include "tiles.h"
 
@@ -12,7 +13,10 @@ constexpr int64_t MAX_VECTOR_ROWS = 8;  // rows; memory is the limit, or tiles w
 
 static_assert(CHUNK_ROWS % TILE_ROWS<1> == 0);  // tiles of sums have all their rows
 
-static Status linear_by_rows(const Linear &a) {
+// All of a prefill in bfloat16, or steps of decode, which are the same on all paths.
+static Status linear_by_phase(const Linear &a) {
+    if (is_bf16_prefill(a))
+        return a.x_type == BFLOAT16 ? bf16_prefill<BFLOAT16>(a) : bf16_prefill<FLOAT16>(a);
     return a.rows <= MAX_VECTOR_ROWS ? avx512_path.linear(a) : linear(a);
 }
 
@@ -128,7 +132,7 @@ static bool self_test() {
 
 constexpr Path path() {
     Path path = {"amx", &avx512_path};
-    path.linear = linear_by_rows;
+    path.linear = linear_by_phase;
     path.pack = pack;
     path.unpack = unpack;
     path.dense = dense_by_type;

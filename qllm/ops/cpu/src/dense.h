@@ -75,6 +75,7 @@ INLINE inline void load_square(VF (&steps)[WIDTH], const Dense &a, int64_t chann
 struct DenseInput {
     int64_t rows, steps;  // whole tiles and LANES, with zeros for what is not there
     float *x;             // block after block, in it tile after tile, as `dense_place` says
+    int64_t block = DENSE_STEPS;  // steps of a block
 
     float *tile(int64_t row, int64_t step, int64_t steps_of_block) const {
         return x + step * rows + row * steps_of_block;
@@ -86,22 +87,25 @@ static int64_t in_whole_tiles(int64_t rows) {
     return rows - rest + (rest ? dense_tile_rows(rest) : 0);
 }
 
-// One row of one block.
-template <int64_t TYPE>
+// One row of one block, in pairs of bfloat16 or not.
+template <int64_t TYPE, bool PAIRS = IN_PAIRS<TYPE>>
 void lay_out(const Dense &a, const DenseInput &x, int64_t first, int64_t row, int64_t step) {
-    const int64_t steps = smaller(DENSE_STEPS, x.steps - step);
+    const int64_t steps = smaller(x.block, x.steps - step);
     const int64_t tile_row = row / DENSE_TILE_ROWS * DENSE_TILE_ROWS;
     const int64_t rows = dense_tile_rows(x.rows - tile_row);
     float *tile = x.tile(tile_row, step, steps);
     for (int64_t s = 0; s < steps; s += WIDTH) {
-        const int64_t input = (step + s) * INPUTS<TYPE>;
+        const int64_t input = (step + s) * (PAIRS ? 2 : 1);
         const int64_t count = first + row < a.rows ? a.in - input : 0;
         const int64_t at = (first + row) * a.x_stride + input;
         alignas(64) float some[WIDTH] = {};
-        if constexpr (IN_PAIRS<TYPE>) {
+        if constexpr (PAIRS && TYPE == BFLOAT16) {
             if (count > 0)
                 __builtin_memcpy(some, static_cast<const uint16_t *>(a.x) + at,
                                  size_t(smaller(2 * WIDTH, count) * 2));
+        } else if constexpr (PAIRS) {
+            store_f(some, as_pairs(load<TYPE>(a.x, at, count),
+                                   load<TYPE>(a.x, at + WIDTH, count - WIDTH)));
         } else {
             store_f(some, load<TYPE>(a.x, at, count));
         }

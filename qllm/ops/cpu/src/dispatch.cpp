@@ -111,7 +111,7 @@ struct Choice {
 };
 
 // The best one first.
-const Choice CHOICES[] = {{&amx_path, AVX512 | AMX},
+const Choice CHOICES[] = {{&amx_path, AVX512 | BF16 | AMX},
                           {&avx512bf16_path, AVX512 | BF16},
                           {&avx512_path, AVX512},
                           {&avxvnni_path, AVX2 | AVX_VNNI},

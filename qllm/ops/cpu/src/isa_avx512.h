@@ -181,6 +181,26 @@ INLINE inline void transpose(VF (&v)[WIDTH]) {
 
 #if defined(__AVX512BF16__)
 #define HAS_PAIRS 1
+// Two vectors of numbers as bfloat16, to nearest, halves to even: one after the other.
+inline VF as_pairs(VF first, VF second) {
+    return (VF)_mm512_cvtne2ps_pbh(second, first);
+}
+// The first inputs and the second ones of every lane as pairs of bfloat16.
+inline VF interleaved_pairs(VF first, VF second) {
+    const VI order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                      23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_castsi512_ps(
+        _mm512_permutexvar_epi16(order, (VI)_mm512_cvtne2ps_pbh(second, first)));
+}
+// 256 + input I of every lane, a byte, as float32: it is put into the significand.
+template <int I> inline VF above_256(VI bytes) {
+    const VI bits = set_i(255 << 15), high = set_i(0x43800000);
+    VI v = I == 0   ? _mm512_slli_epi32(bytes, 15)
+           : I == 1 ? _mm512_slli_epi32(bytes, 7)
+           : I == 2 ? _mm512_srli_epi32(bytes, 1)
+                    : _mm512_srli_epi32(bytes, 9);
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(v, bits, high, 0xEA));  // v & bits | high
+}
 // Adds the two products of bfloat16 in each lane, the odd one first, each fused with its sum. What
 // is subnormal counts as zero, and becomes it.
 inline VF add_pair(VF sum, VF a, VF b) {

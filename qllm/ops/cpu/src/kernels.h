@@ -43,6 +43,7 @@ struct Linear {
     int64_t rows, in, out;    // M, K, N
     int64_t bits, group;      // the group is K where there is one per channel
     int64_t mode;             // Mode
+    int64_t prefill;          // or a step of decode: arithmetic may differ, rows may not count
     const void *x;            // (M, K), its rows x_stride elements apart
     int64_t x_type, x_stride;
     void *y;                  // (M, N) in the type of x

@@ -8,7 +8,8 @@ namespace qllm {
 namespace {
 
 template <int P> constexpr int64_t TILE_ROWS = MAX_OPERANDS / TILE_OPERANDS<P>;
-constexpr int64_t TILE_SUMS = 0;  // that a thread keeps in memory
+constexpr int64_t TILE_SUMS = 0;          // that a thread keeps in memory
+constexpr int64_t UNSCALED_K_BLOCKS = 4;  // of a block that has no scale of its own
 
 // What an input of a row takes.
 template <int P> constexpr int64_t INPUT_BYTES = OPERAND_PLANES<P> * OPERAND_BYTES;

@@ -23,6 +23,8 @@ constexpr int64_t ROWS = 16;         // of a tile
 constexpr int64_t ROW_BYTES = 64;
 constexpr int64_t SUMS = ROWS * LANES;
 constexpr int64_t TILE_SUMS = 8 * SUMS;  // that a thread keeps in memory
+// Of a block that has no scale of its own: its sums leave the tiles once in 512 inputs.
+constexpr int64_t UNSCALED_K_BLOCKS = 16;
 
 // One plane has two tiles of rows side by side, as others have two planes.
 template <int P> constexpr int64_t TILE_ROWS = P == 1 ? 2 * ROWS : ROWS;
