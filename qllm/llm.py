@@ -26,6 +26,7 @@ from qllm.checkpoint.convert import find_source
 from qllm.checkpoint.fingerprint import content_fingerprint
 from qllm.checkpoint.load import load_model, module_bytes
 from qllm.checkpoint.reader import read_raw_config
+from qllm.checkpoint.weights import resolve_dtype
 from qllm.config import (
     DEFAULT_ACTIVATION_BITS,
     DEFAULT_GROUP_SIZE,
@@ -235,7 +236,7 @@ class LLM:
         return cls.load(
             pretrained,
             plan,
-            dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+            dtype=resolve_dtype(dtype),
             device=resolve_device(device),
             num_shards=num_shards,
             calibration=calibration,

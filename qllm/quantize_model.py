@@ -16,6 +16,7 @@ import torch
 from qllm import hub
 from qllm.bitwidths import Bitwidth, make_plan
 from qllm.checkpoint.reader import read_raw_config
+from qllm.checkpoint.weights import resolve_dtype
 from qllm.config import (
     DEFAULT_ALGORITHM,
     DEFAULT_GROUP_SIZE,
@@ -112,7 +113,7 @@ def quantize(
             plan,
             options,
             samples,
-            dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+            dtype=resolve_dtype(dtype),
             device=resolve_device(device),
             fake=fake,
             compressed=compressed,

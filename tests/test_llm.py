@@ -143,6 +143,15 @@ def test_a_number_of_processes_that_is_not_there_is_refused(tp):
         LLM.from_pretrained("opt-tiny", tp=tp)
 
 
+@pytest.mark.parametrize("dtype", ["float12", "int8", torch.float64])
+def test_a_type_that_no_model_is_computed_in_is_refused(dtype, tmp_path):
+    message = r"^dtype .* is unknown; give one of float32, float16, bfloat16"
+    with pytest.raises(UserError, match=message):
+        LLM.from_pretrained("opt-tiny", dtype=dtype)
+    with pytest.raises(UserError, match=message):
+        quantize("opt-tiny", 4, save=tmp_path / "out", dtype=dtype)
+
+
 SHARED = """
 import os
 from pathlib import Path

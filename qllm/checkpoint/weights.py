@@ -45,6 +45,18 @@ UNUSED = (".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".rotary_emb.inv_freq
 ADAPTER = (".lora_", ".adapter", ".ia3_")
 
 
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The type of a name; None stays None.
+
+    Raises:
+        UserError: for a type in which no model is computed.
+    """
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in DTYPES.values():
+        raise UserError(f"dtype {dtype!r} is unknown; give one of {', '.join(DTYPES)}")
+    return found
+
+
 def is_converted(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is in QLLM's layout.
 
