@@ -81,7 +81,7 @@ def mismatch(library: ctypes.CDLL) -> str | None:
     for index in count():
         name = ctypes.c_char_p()
         size = library.qllm_op(ctypes.c_int64(index), ctypes.byref(name))
-        if size < 0:
+        if size < 0 or name.value is None:
             break
         found[name.value.decode()] = size
     own = {name: ctypes.sizeof(arguments) for name, arguments in OPS.items()}
