@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qllm.quant.packing import PackedWeight, pack
 
-# Groups that the packed layers hold without room for nothing (a slab of the CPU kernels' layout).
+# Groups that the packed layers hold without padding (a K block of the CPU kernels' layout).
 PACKED_GROUP = 32
 # Rows are dequantized in pieces of about this many values: the temporaries stay in cache.
 CHUNK_VALUES = 1 << 20
