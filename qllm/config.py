@@ -130,11 +130,15 @@ class QuantPlan:
             decides, and a module that none is found in stays at 16 bits.
         num_layers: the number of layers the plan was written for, when it names them one by one.
         text: the plan as the user wrote it.
+        stages: where the stages of a pipeline begin, as --stages has it; None: it does not say.
+        model: fields of the ModelConfig that it was made for, see `check`; None: any.
     """
 
     rules: tuple[tuple[str, QuantSpec], ...]
     num_layers: int | None = None
     text: str = ""
+    stages: str | None = None
+    model: Mapping[str, Any] | None = None
 
     @classmethod
     def uniform(cls, spec: QuantSpec) -> QuantPlan:
@@ -176,7 +180,20 @@ class QuantPlan:
         text: str = "the plan",
         default: QuantSpec | None = None,
     ) -> QuantPlan:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`.
+
+        What qllm_plan.py writes is taken, too: `{"rules": {…}, "model": {…}, "stages": "2,3.5",
+        …}`, whose other keys are for readers.
+        """
+        if isinstance(value.get("rules"), Mapping):
+            model, stages = value.get("model"), value.get("stages")
+            if not isinstance(model, Mapping) or not isinstance(stages, str | None):
+                raise UserError(
+                    f"{text}: beside its rules a plan says which model it was made for, and may "
+                    'have stages, such as "2,3.5"; qllm_plan.py writes them'
+                )
+            plan = cls.from_json(value["rules"], text, default)
+            return replace(plan, stages=stages, model=model)
         rules, patterns = [], Patterns(text)
         for pattern, spec in value.items():
             patterns.compile(pattern)
@@ -199,6 +216,19 @@ class QuantPlan:
         if bits is None:
             return self
         return self.with_rule(f"^{LM_HEAD}$", QuantSpec.from_json(bits, default))
+
+    def check(self, config: ModelConfig) -> None:
+        """Refuse a model that the plan was not made for.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        for key, value in (self.model or {}).items():
+            ours = getattr(config, key, None)
+            if ours != value:
+                raise UserError(
+                    f"{self.text} was made for another model: its {key} is {value}, not {ours}"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """The JSON plan: regular expression to spec."""
@@ -224,8 +254,8 @@ class QuantPlan:
         """
         if self.num_layers is not None and self.num_layers != num_layers:
             raise UserError(
-                f"--bitwidth names {self.num_layers} layers, the model has {num_layers}; "
-                "give one value, or one for each layer"
+                f"--bitwidth {self.text} names {self.num_layers} layers, the model has "
+                f"{num_layers}; give one value, or one for each layer"
             )
         unused = dict.fromkeys(pattern for pattern, _ in self.rules)
         specs = {}

@@ -42,6 +42,7 @@ ROWS = (
         "report",
     ),
     ("quantizer",),
+    ("plan",),
     ("onnx",),
     ("neural_compressor",),
     ("bitwidths",),

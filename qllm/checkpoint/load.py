@@ -174,6 +174,7 @@ def _specs(weights: Weights, plan: QuantPlan) -> dict[str, QuantSpec]:
                 "leave --bitwidth and --lm-head-bits out"
             )
         return {name: storage.spec for name, storage in weights.stored.items()}
+    plan.check(config)
     specs = plan.resolve(weights.family.layer_linears(config.num_layers), config.num_layers)
     for spec in specs.values():
         if spec.algorithm != DEFAULT_ALGORITHM:

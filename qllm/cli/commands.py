@@ -15,6 +15,7 @@ COMMANDS = {
     "qllm-export": "qllm_export",
     "qllm-fake-calib-gen": "fake_calib_gen",
     "qllm-gen": "qllm_gen",
+    "qllm-plan": "qllm_plan",
     "qllm-quant": "qllm_quant",
     "qllm-ref-gen": "ref_gen",
     "qllm-weight-convert": "weight_convert",

@@ -187,7 +187,16 @@ def read_plan(args: argparse.Namespace, algorithm: str = DEFAULT_ALGORITHM) -> Q
     """The plan that the quantization options name; without --bitwidth, all at 16 bits."""
     default = QuantSpec(group_size=args.group_size, scheme=args.scheme, algorithm=algorithm)
     bitwidth = "16" if args.bitwidth is None else args.bitwidth
-    return make_plan(bitwidth, default, args.lm_head_bits)
+    plan = make_plan(bitwidth, default, args.lm_head_bits)
+    if plan.stages and getattr(args, "pp", 1) > 1 and not args.stages:
+        wanted = plan.stages.count(",") + 2
+        if args.pp != wanted:
+            raise UserError(
+                f"{plan.text} has {wanted} stages, --pp is {args.pp}; give --pp {wanted}, or "
+                "--stages to cut the layers otherwise"
+            )
+        args.stages = plan.stages
+    return plan
 
 
 def read_plans(args: argparse.Namespace) -> list[QuantPlan]:

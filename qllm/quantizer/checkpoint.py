@@ -123,6 +123,7 @@ class _Run:
         self.weights = Weights(checkpoint, note)
         self.config = self.weights.config
         linears = self.weights.family.layer_linears(self.config.num_layers)
+        job.plan.check(self.config)
         self.specs = job.plan.resolve(linears, self.config.num_layers)
         if all(spec.kind == "dense" for spec in self.specs.values()):
             raise UserError("every layer stays at 16 bits; name fewer with --bitwidth or --config")

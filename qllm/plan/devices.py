@@ -1,0 +1,280 @@
+"""Devices that a model may lie on, and what a linear and the rest of a layer take there.
+
+A device is either measured (`qllm.plan.probe`) or described by its published figures: memory,
+bandwidth and rates. Of a described one a product takes the longer of reading its weights and
+multiplying them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from qllm.config import QuantSpec
+from qllm.errors import UserError
+from qllm.files import parse_json, read_bytes
+
+UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+DESCRIBED = ("memory", "bandwidth", "flops", "int8_flops", "overhead")
+# What most kernels reach of what is published, of bandwidth and of arithmetic.
+OF_BANDWIDTH, OF_FLOPS = 0.8, 0.5
+
+
+class Speed(Protocol):
+    """How long things take on a device, in seconds."""
+
+    def linear(
+        self, spec: QuantSpec, weights: int, nbytes: int, rows: int, *, decode: bool, model: float
+    ) -> float:
+        """A product with a matrix.
+
+        Args:
+            weights, nbytes: of the matrix.
+            rows: tokens that are multiplied.
+            decode: in a step of decode; else of prompts.
+            model: bytes of all that a step reads, by which caches keep it or do not.
+        """
+
+    def half(self, values: int, context: int, *, decode: bool) -> float:
+        """All else in half a layer.
+
+        Args:
+            values: activations, tokens by channels.
+            context: bytes of the cache that a step reads; of prompts, scores.
+        """
+
+    def step(self) -> float:
+        """What a pass takes besides its layers."""
+
+
+@dataclass(frozen=True)
+class DescribedSpeed:
+    """Of published figures.
+
+    Attributes:
+        bandwidth: bytes per second.
+        flops, int8_flops: operations per second, of 16-bit and of int8 products.
+        overhead: seconds of half a layer beside its products.
+    """
+
+    bandwidth: float
+    flops: float
+    int8_flops: float
+    overhead: float = 10e-6
+
+    def linear(
+        self, spec: QuantSpec, weights: int, nbytes: int, rows: int, *, decode: bool, model: float
+    ) -> float:
+        rate = self.int8_flops if spec.kind.startswith("w8a8") else self.flops
+        read = nbytes / (self.bandwidth * OF_BANDWIDTH)
+        return max(read, 2 * weights * rows / (rate * OF_FLOPS))
+
+    def half(self, values: int, context: int, *, decode: bool) -> float:
+        # Activations are read and written a few times; scores are next to nothing beside products.
+        moved = 8 * values + (context if decode else 0)
+        return self.overhead + moved / (self.bandwidth * OF_BANDWIDTH)
+
+    def step(self) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class MeasuredSpeed:
+    """Of a probe on the machine itself.
+
+    Attributes:
+        linears: "decode" and "prefill" to bitwidth to rows to seconds per call, per weight out of
+            caches and per weight out of memory.
+        halves: "decode" and "prefill" to seconds per half of a layer, per activation and per unit
+            of context; see `Speed.half`.
+        steps: seconds of a pass besides its layers.
+        cache: bytes that stay in caches from step to step.
+    """
+
+    linears: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]]
+    halves: Mapping[str, tuple[float, float, float]]
+    steps: float
+    cache: float
+
+    def linear(
+        self, spec: QuantSpec, weights: int, nbytes: int, rows: int, *, decode: bool, model: float
+    ) -> float:
+        phase = self.linears["decode" if decode else "prefill"]
+        if spec.bitwidth not in phase:
+            raise UserError(
+                f"the probe measured no {spec.bitwidth} bits; measure again: "
+                f"--probe --bits {','.join([*phase, spec.bitwidth])}"
+            )
+        table = phase[spec.bitwidth]
+        known = sorted(map(int, table))
+        where = 2 if model > self.cache else 1
+        seconds = [table[str(count)][0] + table[str(count)][where] * weights for count in known]
+        if rows > known[-1]:
+            return seconds[-1] * rows / known[-1]
+        return float(np.interp(rows, known, seconds))
+
+    def half(self, values: int, context: int, *, decode: bool) -> float:
+        fixed, each, of_context = self.halves["decode" if decode else "prefill"]
+        return fixed + each * values + of_context * context
+
+    def step(self) -> float:
+        return self.steps
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Device:
+    """One that can take a stage.
+
+    Attributes:
+        memory: bytes.
+        kind: what makes devices alike.
+    """
+
+    name: str
+    memory: float
+    speed: Speed
+    kind: str
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Devices, and what joins them.
+
+    Attributes:
+        bandwidth: bits per second between two of them.
+        latency: seconds from a send to the return of the receive.
+    """
+
+    devices: tuple[Device, ...]
+    bandwidth: float = 10e9
+    latency: float = 50e-6
+
+    def hop(self, nbytes: float) -> float:
+        """Seconds to hand so many bytes on."""
+        return self.latency + nbytes * 8 / self.bandwidth
+
+    @classmethod
+    def from_file(cls, path: Path) -> Cluster:
+        """The cluster of a JSON file.
+
+        `{"devices": [{"name": "v100", "count": 3, "memory": "32GB", "bandwidth": "900GB",
+        "flops": 1.12e14}, …], "network": {"bandwidth": 1e11, "latency": 2e-5}}`: memory in bytes,
+        bandwidth of memory in bytes and of the network in bits per second, `flops` of 16-bit
+        products (`int8_flops` twice that where it is left out), latency in seconds. A device of
+        `qllm_plan.py --probe` has "measured" in place of the figures.
+
+        Raises:
+            UserError: for a file that is none, naming what is wrong.
+        """
+        try:
+            value = parse_json(read_bytes(path), str(path))
+        except FileNotFoundError:
+            raise UserError(f"{path}: there is no such file") from None
+        if not isinstance(value, dict) or set(value) - {"devices", "network"}:
+            raise UserError(f'{path}: a cluster is {{"devices": […], "network": {{…}}}}')
+        entries = value.get("devices")
+        if not isinstance(entries, list) or not entries:
+            raise UserError(f"{path}: it names no devices")
+        devices = [each for entry in entries for each in _devices(entry, str(path))]
+        network = value.get("network", {})
+        if not isinstance(network, dict) or set(network) - {"bandwidth", "latency"}:
+            raise UserError(f"{path}: a network has bandwidth and latency, not {network!r}")
+        where = f"{path}: network"
+        bandwidth = _number(network, "bandwidth", where, cls.bandwidth)
+        latency = _number(network, "latency", where, cls.latency, least=0.0)
+        return cls(tuple(devices), bandwidth, latency)
+
+
+def parse_bytes(text: object, where: str) -> float:
+    """ "6GB", or a number of bytes.
+
+    Raises:
+        UserError: for what is neither.
+    """
+    if isinstance(text, str):
+        unit = next((unit for unit in UNITS if text.strip().upper().endswith(unit)), "")
+        number = text.strip()[: -len(unit)] if unit else text
+        try:
+            value = float(number) * UNITS.get(unit, 1.0)
+        except ValueError:
+            value = math.nan
+    else:
+        value = float(text) if isinstance(text, int | float) and text is not True else math.nan
+    if not 0 < value < math.inf:
+        raise UserError(f"{where} {text!r} is no size; give one such as 6GB")
+    return value
+
+
+def _number(
+    value: Mapping[str, object], key: str, where: str, default: float | None, least: float = 1e-30
+) -> float:
+    given = value.get(key, default)
+    if isinstance(given, str):
+        return parse_bytes(given, f"{where}: {key}")
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise UserError(f"{where}: {key} is {given!r}; give a number")
+    if not least <= given < math.inf:
+        raise UserError(f"{where}: {key} {given!r} cannot be; give a positive number")
+    return float(given)
+
+
+def _devices(entry: object, path: str) -> list[Device]:
+    """The devices of one entry, `count` of them."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise UserError(f"{path}: a device is an object with a name, not {entry!r}")
+    where = f"{path}: device {entry['name']!r}"
+    unknown = set(entry) - {"name", "count", "measured", *DESCRIBED}
+    if unknown:
+        known = ", ".join(("name", "count", "measured", *DESCRIBED))
+        raise UserError(f"{where}: {sorted(unknown)[0]!r} is unknown; known: {known}")
+    if "memory" not in entry:
+        raise UserError(f"{where} has no memory; give its bytes, such as 24GB")
+    memory = parse_bytes(entry["memory"], f"{where}: memory")
+    count = entry.get("count", 1)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise UserError(f"{where}: count {count!r} is no number of devices")
+    speed: Speed
+    if "measured" in entry:
+        speed = _measured(entry["measured"], where)
+    else:
+        flops = _number(entry, "flops", where, None)
+        speed = DescribedSpeed(
+            _number(entry, "bandwidth", where, None),
+            flops,
+            _number(entry, "int8_flops", where, 2 * flops),
+            _number(entry, "overhead", where, DescribedSpeed.overhead, least=0.0),
+        )
+    names = [entry["name"]] if count == 1 else [f"{entry['name']}.{i}" for i in range(count)]
+    return [Device(name, memory, speed, entry["name"]) for name in names]
+
+
+def _measured(value: Any, where: str) -> MeasuredSpeed:
+    try:
+        linears = {
+            phase: {
+                bits: {str(int(rows)): _three(times) for rows, times in table.items()}
+                for bits, table in value["linears"][phase].items()
+            }
+            for phase in ("decode", "prefill")
+        }
+        halves = {phase: _three(value["halves"][phase]) for phase in ("decode", "prefill")}
+        return MeasuredSpeed(linears, halves, float(value["steps"]), float(value["cache"]))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(
+            f"{where}: measured is not what qllm_plan.py --probe writes; measure again"
+        ) from None
+
+
+def _three(times: object) -> tuple[float, float, float]:
+    first, second, third = map(float, times)  # type: ignore[call-overload]
+    if not all(math.isfinite(t) and t >= 0 for t in (first, second, third)):
+        raise ValueError
+    return first, second, third

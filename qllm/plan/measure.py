@@ -1,0 +1,293 @@
+"""Run a model's linears at all candidate bits, one layer in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qllm import ops
+from qllm.checkpoint.fingerprint import state_fingerprint
+from qllm.checkpoint.load import elements
+from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint
+from qllm.checkpoint.weights import Weights
+from qllm.config import LM_HEAD, QuantSpec
+from qllm.errors import UserError
+from qllm.evaluate.scoring import logit_pieces
+from qllm.layers import Linear
+from qllm.layers.fp16 import DenseLinear
+from qllm.layers.weight_only import WeightOnlyLinear
+from qllm.memory import check_fits
+from qllm.models import Decoder
+from qllm.models.layer import PreNormLayer
+from qllm.plan.sensitivity import Array, Sensitivity, draw_choices
+from qllm.progress import Meter, unseen
+from qllm.quant.inputs import InputStats
+from qllm.quantizer.hidden import HiddenStates
+from qllm.quantizer.layer import QuantizeOptions, quantize_linear
+
+# The modules in front of the layers, and behind them.
+FRONT = ("embed", "embed_norm", "project_in", "positions")
+BACK = ("final_norm", "project_out", LM_HEAD)
+# Bits at which a linear is run alone: its divergence is well above rounding, and still small.
+PROBE_BITS = 3
+PLANS = 8  # of mixed bits
+SMALLEST = 1e-12  # divergence that is told from none
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure.
+
+    Attributes:
+        source: folder of a 16- or 32-bit checkpoint.
+        candidates: the specs that each linear may have, by rising bits.
+        samples: token ids, of one length, that Hessians are made of.
+        judged: token ids, of one length, on which divergence is measured.
+        lm_head: the LM head is one of the linears.
+        plans: how many plans of mixed bits are run.
+    """
+
+    source: Path
+    candidates: tuple[QuantSpec, ...]
+    samples: Sequence[Sequence[int]]
+    judged: Sequence[Sequence[int]]
+    lm_head: bool = False
+    plans: int = PLANS
+    seed: int = 0
+    options: QuantizeOptions = field(default_factory=QuantizeOptions)
+    device: str = "cpu"
+
+    def about(self) -> dict[str, object]:
+        """What decides the figures."""
+        text = json.dumps([[list(s) for s in part] for part in (self.samples, self.judged)])
+        return {
+            "model": state_fingerprint(self.source),
+            "candidates": [
+                spec.to_json() | {"algorithm": spec.algorithm} for spec in self.candidates
+            ],
+            "samples": hashlib.sha256(text.encode()).hexdigest(),
+            "lm_head": self.lm_head,
+            "plans": self.plans,
+            "seed": self.seed,
+            "options": asdict(self.options),
+        }
+
+
+@torch.inference_mode()
+def measure(
+    job: Job, meter: Meter = unseen, note: Callable[[str], None] = lambda line: None
+) -> Sensitivity:
+    """Measure how much each candidate of each linear changes what the model says.
+
+    Layer by layer the Hessian of each linear's input is summed over the float model's states, each
+    candidate is quantized, and each plan's own states go through the layer with its choice.
+
+    Raises:
+        UserError: for a checkpoint that is quantized or broken, or too little memory.
+    """
+    return _Run(job, note).work(meter)
+
+
+class _Run:
+    """One call of `measure`."""
+
+    def __init__(self, job: Job, note: Callable[[str], None]) -> None:
+        self.job, self.note = job, note
+        checkpoint = Checkpoint(job.source)
+        if QUANTIZATION_KEY in checkpoint.raw_config.values:
+            raise UserError(
+                f"{job.source} is quantized already; give the 16-bit checkpoint it was made from"
+            )
+        self.weights = Weights(checkpoint, note)
+        self.config = self.weights.config
+        self.model = Decoder(self.config, {}, torch.float32)
+        names = list(self.weights.family.layer_linears(self.config.num_layers))
+        self.modules = (*names, LM_HEAD) if job.lm_head else tuple(names)
+        self.choices = draw_choices(len(self.modules), job.candidates, job.plans, job.seed)
+        bits = [abs(spec.bits - PROBE_BITS) for spec in job.candidates]
+        self.probe = bits.index(min(bits))
+        self.errors = np.zeros((len(self.modules), len(job.candidates)))
+        check_fits(self._bytes_needed(), job.device, "measuring the losses")
+
+    def _bytes_needed(self) -> int:
+        """About what is in memory at the peak."""
+        paths = 1 + len(self.choices) + len(self.modules)
+        tokens = sum(map(len, self.job.samples)) + paths * sum(map(len, self.job.judged))
+        layer = sum(tensor.nbytes for tensor in self.model.layers[0].buffers())
+        widest = max(self.config.hidden_size, self.config.intermediate_size)
+        packed = layer * sum(min(spec.bits, 16) for spec in self.job.candidates) // 32
+        return 4 * tokens * self.config.hidden_size + 2 * layer + packed + 4 * 4 * widest**2
+
+    def work(self, meter: Meter) -> Sensitivity:
+        ops.prepare(torch.device(self.job.device).type)
+        for module in FRONT:
+            self._fill(module)
+        embed = HiddenStates.embed
+        self.hidden = embed(self.model, self.job.samples, torch.float32)
+        judged = embed(self.model, self.job.judged, torch.float32).states
+        self.float = HiddenStates(judged, self.model.positions)
+        self.mixed = [self._branch() for _ in self.choices]
+        self.alone: list[HiddenStates] = []  # of each linear so far, in the modules' order
+        if not (self.config.tied_head or self.job.lm_head):
+            self._drop(FRONT[:-1])
+        sizes = [elements(layer) for layer in self.model.layers]
+        with meter(sum(sizes), 0) as add:
+            for index, size in enumerate(sizes):
+                self._layer(index)
+                add(size)
+        alone, mixed = self._head()
+        return Sensitivity(
+            self.modules,
+            self.job.candidates,
+            self.errors,
+            self.probe,
+            alone,
+            self.choices,
+            mixed,
+            self.job.about(),
+        )
+
+    def _branch(self) -> HiddenStates:
+        """A copy of what the float model has made of the judged text so far."""
+        return HiddenStates(self.float.states.clone(), self.model.positions)
+
+    def _layer(self, index: int) -> None:
+        name = f"layers.{index}"
+        layer = self.model.layers[index]
+        assert isinstance(layer, PreNormLayer)
+        for inner, module in layer.named_modules():
+            if any(True for _ in module.buffers(recurse=False)):
+                self._fill(f"{name}.{inner}")
+        halves = layer.blocks()
+        modules = {inner: _linear(layer, inner) for _, names in halves for inner in names}
+        stats = self.hidden.observe(layer, dict(modules), set(modules), name)
+        found = {
+            inner: self._candidates(f"{name}.{inner}", module, stats.pop(inner))
+            for inner, module in modules.items()
+        }
+        for run, _ in halves:
+            self.hidden.advance(run)
+        for path in self.alone:
+            self._advance(path, layer, modules)
+        for inner in modules:
+            path = self._branch()
+            self._advance(path, layer, modules | {inner: _stand_in(found[inner][self.probe])})
+            self.alone.append(path)
+        self._advance(self.float, layer, modules)
+        places = {inner: self.modules.index(f"{name}.{inner}") for inner in modules}
+        for path, choice in zip(self.mixed, self.choices, strict=True):
+            picked = {inner: found[inner][choice[place]] for inner, place in places.items()}
+            self._advance(path, layer, {inner: _stand_in(m) for inner, m in picked.items()})
+        self._drop([name])
+
+    def _advance(
+        self, path: HiddenStates, layer: PreNormLayer, linears: Mapping[str, Linear]
+    ) -> None:
+        """Put states through a layer with these linears."""
+        for inner, module in linears.items():
+            layer.set_submodule(inner, module)
+        for run, _ in layer.blocks():
+            path.advance(run)
+
+    def _candidates(self, name: str, module: Linear, stats: InputStats) -> list[Linear]:
+        """A linear as each candidate has it; its errors are kept."""
+        found = []
+        for place, spec in enumerate(self.job.candidates):
+            if spec.kind == "dense":
+                found.append(module)
+                continue
+            linear, report = quantize_linear(module, name, spec, stats, self.job.options)
+            self.errors[self.modules.index(name), place] = report.error**2
+            found.append(linear)
+        return found
+
+    def _head(self) -> tuple[Array, Array]:
+        """The divergences of the linears alone, and of the mixed plans, behind the LM head."""
+        for module in BACK:
+            self._fill(module)
+        model = self.model
+        head: Linear = model.lm_head
+        if next(head.buffers()).is_meta:  # it is tied
+            tied = model.embed.weight
+            assert isinstance(tied, Tensor)
+            head = DenseLinear(tied.float(), None, QuantSpec())
+        heads = [head] * len(self.job.candidates)
+        if self.job.lm_head:
+            stats = InputStats(head.in_features, self.job.device, products=True, multiply=head.run)
+            for sample in self.hidden.states:
+                stats.add(self._last(sample))
+            heads = [_stand_in(each) for each in self._candidates(LM_HEAD, head, stats)]
+        expected = [p.log_softmax(-1) for p in self._logits(self.float, head)]
+        alone = [self._divergence(path, head, expected) for path in self.alone]
+        if self.job.lm_head:
+            alone.append(self._divergence(self.float, heads[self.probe], expected))
+        mixed = [
+            self._divergence(path, heads[choice[-1]] if self.job.lm_head else head, expected)
+            for path, choice in zip(self.mixed, self.choices, strict=True)
+        ]
+        return np.array(alone), np.array(mixed)
+
+    def _last(self, x: Tensor) -> Tensor:
+        return self.model.project_out(self.model.final_norm(x))
+
+    def _logits(self, path: HiddenStates, head: Linear) -> Iterator[Tensor]:
+        """Pieces of the logits of all judged tokens."""
+        states = path.states.flatten(0, 1)
+        return logit_pieces(lambda x: head(self._last(x)), states, self.config.vocab_size)
+
+    def _divergence(self, path: HiddenStates, head: Linear, expected: Sequence[Tensor]) -> float:
+        """Mean Kullback-Leibler divergence from the float model, nats per token."""
+        total = 0.0
+        for p, logits in zip(expected, self._logits(path, head), strict=True):
+            q = logits.log_softmax(-1)
+            total += torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True).item()
+        # Rounding leaves a little less than nothing of two that are the same.
+        return max(total / path.states.shape[:2].numel(), SMALLEST)
+
+    def _fill(self, name: str) -> None:
+        """Give a module of the model its tensors, in float32."""
+        module = self.model.get_submodule(name)
+        for key in ("weight", "bias"):
+            if f"{name}.{key}" in self.weights.shapes:
+                tensor = self.weights.read(f"{name}.{key}", mapped=True)
+                value = tensor if name == "embed" else tensor.float()
+                setattr(module, key, value.to(self.job.device))
+
+    def _drop(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.model.set_submodule(name, nn.Identity())
+
+
+def _linear(layer: nn.Module, name: str) -> Linear:
+    module = layer.get_submodule(name)
+    assert isinstance(module, Linear)
+    return module
+
+
+def _stand_in(linear: Linear) -> Linear:
+    """What computes for a candidate: its matrix in float32, where it is one."""
+    if not isinstance(linear, WeightOnlyLinear):
+        return linear
+    return DenseLinear(linear.dequantize(), linear.bias, QuantSpec())
+
+
+def parse_candidates(text: str, default: QuantSpec) -> tuple[QuantSpec, ...]:
+    """The specs of "2,3,4,8:tc-li,16", by rising bits.
+
+    Args:
+        default: has the group size, scheme and algorithm.
+
+    Raises:
+        UserError: for what is no list of two or more bitwidths.
+    """
+    specs = [QuantSpec.from_json(word.strip(), default) for word in text.split(",")]
+    if len(set(specs)) < 2:
+        raise UserError(f"--bits {text!r} leaves nothing to choose; name two or more bitwidths")
+    return tuple(sorted(dict.fromkeys(specs), key=lambda spec: (spec.bits, spec.kind)))

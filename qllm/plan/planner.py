@@ -1,0 +1,250 @@
+"""Plans for a model: one that keeps to limits, a front of them, and the file that others read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from qllm.config import QuantPlan, QuantSpec
+from qllm.errors import UserError
+from qllm.patterns import Patterns
+from qllm.plan.devices import Cluster, Device
+from qllm.plan.program import Shape, Workload, build
+from qllm.plan.sensitivity import Fit, Sensitivity
+from qllm.plan.solve import Problem, Solution, orders, solve
+
+# What tells one model from another in a plan.
+MODEL_KEYS = ("family", "num_layers", "hidden_size", "intermediate_size", "vocab_size")
+# What a device is where no memory and no speed is asked for.
+ANYWHERE = Device("here", float("inf"), None, "here")  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan has to keep to, and what it should be best at.
+
+    Attributes:
+        objective: one of `qllm.plan.solve.OBJECTIVES`.
+        max_divergence: nats per token; None: no limit.
+        max_bits: mean bits per weight; None: no limit.
+        time_limit: seconds for the solver.
+    """
+
+    objective: str = "loss"
+    max_divergence: float | None = None
+    max_bits: float | None = None
+    time_limit: float = 60.0
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What was decided.
+
+    Attributes:
+        order: devices in the order of their stages; those without one are left out.
+        cuts: the halves of layers with which stages begin, but the first.
+    """
+
+    planner: Planner
+    problem: Problem
+    solution: Solution
+    order: tuple[Device, ...]
+    cuts: tuple[int, ...]
+
+    @property
+    def specs(self) -> dict[str, QuantSpec]:
+        """The spec of each linear."""
+        candidates = self.planner.sensitivity.candidates
+        pairs = zip(self.planner.sensitivity.modules, self.solution.choice, strict=True)
+        return {name: candidates[index] for name, index in pairs}
+
+    @property
+    def divergence(self) -> float:
+        """Predicted, nats per token."""
+        return self.planner.fit.divergence(self.solution.costs.loss)
+
+    @property
+    def nbytes(self) -> float:
+        """Of all weights, as loading has them."""
+        copies = self.planner.shape.tied if self.cuts else 0
+        return self.solution.costs.nbytes + float(self.planner.shape.fixed.sum()) + copies
+
+    @property
+    def quant_plan(self) -> QuantPlan:
+        """What the other scripts take: integers are chosen as these are told to."""
+        rules = tuple(
+            (f"^{re.escape(name)}$", replace(spec, algorithm="rtn"))
+            for name, spec in self.specs.items()
+            if spec.kind != "dense"
+        )
+        config = self.planner.shape.config
+        model = {key: getattr(config, key) for key in MODEL_KEYS}
+        return QuantPlan(rules, text="the plan", stages=self.stages, model=model)
+
+    @property
+    def stages(self) -> str | None:
+        """As --stages takes them."""
+        return ",".join(f"{cut / 2:g}" for cut in self.cuts) or None
+
+    def predicted(self) -> dict[str, object]:
+        """What the program says of it."""
+        costs = self.solution.costs
+        found: dict[str, object] = {
+            "divergence": self.divergence,
+            "bits_per_weight": costs.bits,
+            "bytes": int(self.nbytes),
+            "gap": self.solution.gap,
+            "solver_seconds": self.solution.seconds,
+        }
+        if self.planner.cluster is not None:
+            work = self.planner.work
+            total = costs.prefill + work.new * costs.decode
+            held = [int(each) for each in costs.held if each]
+            found |= {
+                "bytes_by_device": held,
+                "prefill_seconds": costs.prefill,
+                "decode_seconds": costs.decode,
+                "latency_seconds": total,
+                "tokens_per_second": work.batch * work.new / costs.slowest,
+            }
+        return found
+
+    def to_json(self) -> dict[str, object]:
+        """What the other scripts take as a plan."""
+        quant = self.quant_plan
+        value: dict[str, object] = {"rules": quant.to_json(), "model": quant.model}
+        if self.cuts:
+            value["stages"] = self.stages
+        if self.planner.cluster is not None:
+            value["devices"] = [device.name for device in self.order]
+        return value | {"predicted": self.predicted()}
+
+
+@dataclass(frozen=True, eq=False)
+class Planner:
+    """A model with its losses, and what it is to run on.
+
+    Attributes:
+        cluster: None: bits alone are decided.
+        allowed: bool (M, C), what each linear may have; None: all.
+    """
+
+    sensitivity: Sensitivity
+    shape: Shape
+    work: Workload
+    cluster: Cluster | None = None
+    allowed: np.ndarray | None = None
+
+    @property
+    def fit(self) -> Fit:
+        return self.sensitivity.fit()
+
+    def problem(self, limits: Limits, devices: Sequence[Device]) -> Problem:
+        """The program for devices in this order."""
+        fit = self.fit
+        divergence = limits.max_divergence
+        return build(
+            self.shape,
+            self.sensitivity.sums,
+            self.sensitivity.candidates,
+            self.cluster,
+            devices,
+            self.work,
+            limits.objective,
+            None if divergence is None else fit.total(divergence),
+            limits.max_bits,
+            self.allowed,
+        )
+
+    def decide(self, limits: Limits) -> Plan:
+        """The best plan within the limits.
+
+        Raises:
+            UserError: there is none.
+        """
+        devices = (ANYWHERE,) if self.cluster is None else self.cluster.devices
+        tried = orders([device.kind for device in devices])
+        best: Plan | None = None
+        failed: UserError | None = None
+        for order in tried:
+            chosen = [devices[i] for i in order]
+            problem = self.problem(limits, chosen)
+            try:
+                solution = solve(problem, limits.time_limit / len(tried))
+            except UserError as error:
+                failed = error
+                continue
+            if best is None or solution.value < best.solution.value:
+                best = self._plan(problem, solution, chosen)
+        if best is None:
+            assert failed is not None
+            raise failed
+        return best
+
+    def _plan(self, problem: Problem, solution: Solution, devices: Sequence[Device]) -> Plan:
+        used = np.unique(solution.device)
+        cuts = tuple(int(c) for c in np.flatnonzero(np.diff(solution.device)) + 1)
+        return Plan(self, problem, solution, tuple(devices[d] for d in used), cuts)
+
+    def uniform(self, bits: str, limits: Limits, cuts: Sequence[int] | None = None) -> Plan:
+        """All linears at one of the candidates, on the devices as they are given.
+
+        Args:
+            cuts: halves of layers with which stages begin; None: even ones.
+        """
+        devices = (ANYWHERE,) if self.cluster is None else self.cluster.devices
+        names = [spec.bitwidth for spec in self.sensitivity.candidates]
+        choice = np.full(len(self.shape.modules), names.index(bits))
+        halves = len(self.shape.fixed)
+        if cuts is None:
+            layers = halves // 2
+            cuts = [2 * round(layers * d / len(devices)) for d in range(1, len(devices))]
+        device = np.searchsorted(np.asarray(cuts), np.arange(halves), side="right")
+        problem = self.problem(limits, devices)
+        costs = problem.evaluate(choice, device)
+        solution = Solution(choice, device, costs, problem.value(costs), 0.0, 0.0)
+        return self._plan(problem, solution, devices)
+
+    def front(self, limits: Limits, points: int) -> list[Plan]:
+        """Plans from the fewest bits to the most, each with the least loss at its bits."""
+        bits = [spec.bits for spec in self.sensitivity.candidates]
+        found = []
+        for target in np.linspace(min(bits), max(b for b in bits if b < 16), points):
+            try:
+                found.append(self.decide(replace(limits, max_bits=float(target))))
+            except UserError:  # so many bits, or so few, do not fit the other limits
+                continue
+        return found
+
+
+def allowed(
+    sensitivity: Sensitivity, fixed: Mapping[str, str], where: str = "--fixed"
+) -> np.ndarray | None:
+    """What each linear may have (M, C), where expressions over names hold some of them.
+
+    Args:
+        fixed: regular expression to bitwidth; the last one found in a name counts.
+
+    Raises:
+        UserError: for a bitwidth that is no candidate, or an expression that no name matches.
+    """
+    if not fixed:
+        return None
+    names = [spec.bitwidth for spec in sensitivity.candidates]
+    mask = np.ones((len(sensitivity.modules), len(names)), dtype=bool)
+    patterns = Patterns(where)
+    for pattern, bits in fixed.items():
+        patterns.compile(pattern)
+        if bits not in names:
+            raise UserError(
+                f"{where} {pattern}={bits}: {bits} is not among --bits {','.join(names)}"
+            )
+        rows = [i for i, n in enumerate(sensitivity.modules) if patterns.search(pattern, n)]
+        if not rows:
+            example = sensitivity.modules[0]
+            raise UserError(f"{where}: {pattern!r} matches no linear; names are like {example}")
+        mask[rows] = [name == bits for name in names]
+    return mask

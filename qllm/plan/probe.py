@@ -1,0 +1,201 @@
+"""What this machine takes for a linear and for the rest of a layer, measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qllm.config import QuantSpec
+from qllm.layers import Linear, linear_class
+from qllm.models import Decoder, RawConfig, read_config
+from qllm.ops import phase
+from qllm.plan.devices import MeasuredSpeed
+from qllm.progress import Meter, unseen
+
+WIDTHS = (256, 1024, 2048)  # channels of the square matrices that are multiplied
+DECODE_ROWS, PREFILL_ROWS = (1, 4, 8, 16), (16, 128, 512)
+STREAMED = 192 << 20  # bytes of matrices that no cache keeps
+CACHED = 4 << 20  # bytes that caches are taken to keep from one step to the next
+SECONDS = 0.1  # that one measurement takes at least
+# Of the models with which is measured what is beside the products: hidden size and layers.
+MODELS = ((256, 2), (256, 8), (1024, 4))
+BATCHES, CONTEXTS = (1, 8), (16, 1024)
+PROMPTS = (32, 256, 768)
+
+
+def probe(
+    specs: Sequence[QuantSpec],
+    dtype: torch.dtype,
+    device: str,
+    meter: Meter = unseen,
+) -> MeasuredSpeed:
+    """Measure products of each spec, and what a model takes besides.
+
+    Args:
+        dtype: of activations.
+    """
+    wanted = list({spec.bitwidth: spec for spec in (QuantSpec(), *specs)}.values())
+    with meter(len(wanted) + 1, 0) as add:
+        linears: dict[str, dict] = {"decode": {}, "prefill": {}}
+        for spec in wanted:
+            found = _linears(spec, dtype, device)
+            for name, table in found.items():
+                linears[name][spec.bitwidth] = table
+            add(1)
+        speed = MeasuredSpeed(linears, {}, 0.0, float(CACHED))
+        decode, prefill, steps = _halves(speed, dtype, device)
+        add(1)
+    return MeasuredSpeed(linears, {"decode": decode, "prefill": prefill}, steps, float(CACHED))
+
+
+def _linears(
+    spec: QuantSpec, dtype: torch.dtype, device: str
+) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Seconds per call, per weight in caches and per weight in memory: by phase and rows."""
+    cached = [[_linear(width, spec, dtype, device)] for width in WIDTHS[:2]]
+    width = WIDTHS[-1]
+    first = _linear(width, spec, dtype, device)
+    copies = max(2, -(-STREAMED // first.nbytes()))
+    streamed = [first] + [_linear(width, spec, dtype, device) for _ in range(copies - 1)]
+    found: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for name, counts in (("decode", DECODE_ROWS), ("prefill", PREFILL_ROWS)):
+        found[name] = {}
+        for rows in counts:
+            # A product of many rows is bound by arithmetic: a few matrices are as good as many.
+            far_linears = streamed if name == "decode" else streamed[:2]
+            small, large = (_seconds_of(each, rows, dtype, device, name) for each in cached)
+            weights = [each**2 for each in WIDTHS]
+            slope = max((large - small) / (weights[1] - weights[0]), 1e-15)
+            call = max(small - slope * weights[0], 0.0)
+            far = _seconds_of(far_linears, rows, dtype, device, name)
+            found[name][str(rows)] = (call, slope, max((far - call) / weights[2], slope))
+    return found
+
+
+def _linear(width: int, spec: QuantSpec, dtype: torch.dtype, device: str) -> Linear:
+    weight = torch.randn(width, width, device=device, dtype=dtype) * width**-0.5
+    return linear_class(spec).from_float(weight, None, spec, input_range=4.0)
+
+
+def _seconds_of(
+    linears: Sequence[Linear], rows: int, dtype: torch.dtype, device: str, name: str
+) -> float:
+    """Seconds of a product, of some matrices in turn."""
+    x = torch.randn(rows, linears[0].in_features, dtype=dtype, device=device)
+
+    def run() -> None:
+        for linear in linears:
+            linear(x)
+
+    if name == "prefill":
+        return least_seconds(run, device) / len(linears)
+    with phase.decode():
+        return least_seconds(run, device) / len(linears)
+
+
+@torch.inference_mode()
+def least_seconds(run: Callable[[], object], device: str) -> float:
+    """The fastest of the runs that fit into SECONDS, three at least, after one that is not counted.
+
+    What else runs on the machine only ever adds to a time.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    run()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < SECONDS:
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _halves(
+    speed: MeasuredSpeed, dtype: torch.dtype, device: str
+) -> tuple[tuple[float, float, float], tuple[float, float, float], float]:
+    """What passes through small models take besides their products, by least squares."""
+    decode: list[tuple[list[float], float]] = []
+    prefill: list[tuple[list[float], float]] = []
+    for hidden, layers in MODELS:
+        model = _model(hidden, layers, dtype, device)
+        linears = [m for m in model.modules() if isinstance(m, Linear)]
+        weights = [m.in_features * m.out_features for m in linears]
+        held = float(sum(m.nbytes() for m in linears))
+        count = 2 * layers
+
+        def products(rows: int, head_rows: int, *, decoding: bool, of: list = weights) -> float:
+            """Of the layers' linears, and of the head, which is the last one."""
+            each = [rows] * (len(of) - 1) + [head_rows]
+            return sum(
+                speed.linear(QuantSpec(), w, 2 * w, r, decode=decoding, model=held)  # noqa: B023
+                for w, r in zip(of, each, strict=True)
+            )
+
+        for batch in BATCHES:
+            for context in CONTEXTS:
+                seconds = _decode_seconds(model, batch, context, device)
+                values, read = batch * hidden, 2 * batch * context * hidden * dtype.itemsize
+                features = [1.0, count, count * values, layers * read]
+                decode.append((features, seconds - products(batch, batch, decoding=True)))
+        for length in PROMPTS:
+            prompt = [list(range(length))]
+            seconds = least_seconds(partial(model.prefill, prompt), device)
+            features = [1.0, count, count * length * hidden, layers * length**2 * hidden]
+            prefill.append((features, seconds - products(length, 1, decoding=False)))
+    step = _fit(decode)
+    prompt_pass = _fit(prefill)
+    return (step[1], step[2], step[3]), (prompt_pass[1], prompt_pass[2], prompt_pass[3]), step[0]
+
+
+def _fit(rows: Sequence[tuple[list[float], float]]) -> list[float]:
+    """Coefficients, 0 or more, with which features add up to the seconds, each by its own size."""
+    from scipy.optimize import nnls
+
+    features = np.array([row for row, _ in rows])
+    seconds = np.maximum(np.array([value for _, value in rows]), 1e-7)
+    weighed = features / seconds[:, None]
+    scale = weighed.max(axis=0)
+    return list(nnls(weighed / scale, np.ones(len(rows)))[0] / scale)
+
+
+def _decode_seconds(model: Decoder, batch: int, context: int, device: str) -> float:
+    cache = model.new_cache(batch, context + 200)
+    logits = model.prefill([list(range(context))] * batch, cache)
+    assert logits is not None  # there are no other stages
+    tokens = logits.argmax(-1)
+    times = []
+    for _ in range(100):
+        start = time.perf_counter()
+        model.decode(tokens, cache)
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[3:])  # of which the first ones are captured
+
+
+def _model(hidden: int, layers: int, dtype: torch.dtype, device: str) -> Decoder:
+    """A Llama of these sizes with random weights."""
+    raw = {
+        "model_type": "llama",
+        "vocab_size": 4 * hidden,
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    }
+    model = Decoder(read_config(RawConfig(raw, "the probe")), {}, dtype)
+    for module in model.modules():
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            fresh: Tensor = torch.randn(buffer.shape, dtype=buffer.dtype, device=device)
+            setattr(module, key, fresh * hidden**-0.5)
+    return model

@@ -1,0 +1,220 @@
+"""The program of a model, its losses and its devices: what `qllm.plan.solve` is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qllm.checkpoint.load import module_bytes, outline
+from qllm.config import LM_HEAD, ModelConfig, QuantPlan, QuantSpec
+from qllm.layers import Linear, linear_class
+from qllm.models.cache import KVCache
+from qllm.plan.devices import Cluster, Device
+from qllm.plan.sensitivity import Array
+from qllm.plan.solve import Problem
+
+FRONT = ("embed", "embed_norm", "project_in", "positions")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the model will be asked.
+
+    Attributes:
+        prompt, new: tokens of each sequence.
+        batch: sequences at once.
+    """
+
+    prompt: int = 512
+    new: int = 128
+    batch: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """What of a model's sizes the program needs.
+
+    Attributes:
+        modules: names of the linears that are decided on.
+        half_of: int (M,), their halves of layers.
+        weights: (M,), elements.
+        nbytes: int (M, C), as loading has them.
+        fixed: int (H,), bytes of the rest of each half: dense linears, norms, and with the first
+            and last half what is in front of the layers and behind them.
+        head_rows, head_bytes: of an LM head that is not decided on.
+        tied: bytes of the embedding that a last stage of several has once more.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+    modules: tuple[str, ...]
+    half_of: np.ndarray
+    weights: Array
+    nbytes: Array
+    fixed: Array
+    head: tuple[int, int] | None
+    tied: int
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        modules: Sequence[str],
+        candidates: Sequence[QuantSpec],
+        dtype: torch.dtype | None,
+    ) -> Shape:
+        """Of a 16- or 32-bit checkpoint, whose files' headers alone are read."""
+        plan = QuantPlan.uniform(QuantSpec())
+        if LM_HEAD in modules:  # so that a tied one is a matrix of its own, as it will be
+            plan = plan.with_rule(f"^{LM_HEAD}$", candidates[0])
+        model = outline(folder, plan, dtype)
+        config = model.config
+        last = 2 * config.num_layers - 1
+        halves, weights, nbytes = [], [], []
+        for name in modules:
+            linear = model.get_submodule(name)
+            assert isinstance(linear, Linear)
+            halves.append(last if name == LM_HEAD else _half(name))
+            weights.append(linear.in_features * linear.out_features)
+            bias = getattr(linear, "bias", None) is not None
+            size = (linear.in_features, linear.out_features, bias)
+            nbytes.append(
+                [linear_class(s).empty(*size, s, model.dtype).nbytes() for s in candidates]
+            )
+        fixed = np.zeros(last + 1)
+        for name, module in model.named_modules():
+            own = sum(t.nbytes for t in module.buffers(recurse=False))
+            if not own or name in modules or (name == LM_HEAD and config.tied_head):
+                continue
+            layer = name.startswith("layers.")
+            fixed[_half(name) if layer else 0 if name.split(".")[0] in FRONT else last] += own
+        head = None
+        if LM_HEAD not in modules:
+            linear = model.lm_head
+            count = linear.in_features * linear.out_features
+            head = (count, count * model.dtype.itemsize)
+        tied = module_bytes(model.embed) if config.tied_head else 0
+        return cls(
+            config,
+            model.dtype,
+            tuple(modules),
+            np.array(halves),
+            np.array(weights, dtype=np.float64),
+            np.array(nbytes, dtype=np.float64),
+            fixed,
+            head,
+            tied,
+        )
+
+    def cache(self, work: Workload) -> Array:
+        """Bytes (H,) of keys and values in each half: attention has them, the MLP none."""
+        tokens = work.prompt + work.new
+        layers = self.config.num_layers
+        each = KVCache.size(self.config, work.batch, tokens, self.dtype) // layers
+        return np.array([each, 0] * layers, dtype=np.float64)
+
+    def buffers(self, work: Workload) -> float:
+        """Bytes of activations at the peak of a prompt's pass: a layer's, and the logits."""
+        config = self.config
+        heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        inner = config.intermediate_size * (2 if config.gated_mlp else 1)
+        tokens = work.batch * work.prompt
+        layer = tokens * (3 * config.hidden_size + max(heads, inner)) * self.dtype.itemsize
+        return float(layer + work.batch * config.vocab_size * (4 + self.dtype.itemsize))
+
+
+def _half(name: str) -> int:
+    """Of a module in a layer: 2 i is the attention of layer i, 2 i + 1 its MLP."""
+    _, index, inner = name.split(".", 2)
+    return 2 * int(index) + inner.startswith("mlp")
+
+
+def build(
+    shape: Shape,
+    loss: Array,
+    candidates: Sequence[QuantSpec],
+    cluster: Cluster | None,
+    devices: Sequence[Device],
+    work: Workload,
+    objective: str,
+    max_loss: float | None = None,
+    max_bits: float | None = None,
+    allowed: np.ndarray | None = None,
+) -> Problem:
+    """The program for devices in this order.
+
+    Args:
+        loss: (M, C), of `Sensitivity.sums`.
+        cluster: what joins them; None: there is one device, without a limit or a speed.
+    """
+    count, halves = len(devices), len(shape.fixed)
+    config, rows = shape.config, work.batch
+    micro = min(rows, count)
+    rows_each = -(-rows // micro)
+    size = loss.shape
+    prefill, decode = np.zeros((2, count, *size))
+    fixed_prefill, fixed_decode = np.zeros((2, count, halves))
+    memory = np.array([device.memory for device in devices]) if cluster else np.array([np.inf])
+    fixed = shape.fixed + shape.cache(work) if cluster else shape.fixed.copy()
+    hop_prefill = hop_decode = 0.0
+    if cluster is not None:
+        held = float(np.median(shape.nbytes, axis=1).sum()) / count
+        tokens = rows_each * work.prompt
+        if count > 1:
+            fixed[-1] += shape.tied
+        values = config.hidden_size * tokens
+        hop_prefill = cluster.hop(values * shape.dtype.itemsize)
+        hop_decode = cluster.hop(config.hidden_size * rows_each * shape.dtype.itemsize)
+        context = shape.cache(work) * rows_each / rows
+        scores = work.prompt**2 * rows_each * config.num_heads * config.head_dim
+        for d, device in enumerate(devices):
+            speed = device.speed
+            for m in range(size[0]):
+                for c, spec in enumerate(candidates):
+                    args = (spec, int(shape.weights[m]), int(shape.nbytes[m, c]))
+                    behind = shape.modules[m] == LM_HEAD  # which sees each prompt's last token
+                    n = rows_each if behind else tokens
+                    prefill[d, m, c] = speed.linear(*args, n, decode=False, model=held)
+                    decode[d, m, c] = speed.linear(*args, rows_each, decode=True, model=held)
+            for h in range(halves):
+                # Keys and values grow from the prompt's length on: the mean of all steps.
+                mean = context[h] * (work.prompt + work.new / 2) / (work.prompt + work.new)
+                attention = scores if h % 2 == 0 else 0
+                fixed_prefill[d, h] = speed.half(values, attention, decode=False)
+                fixed_decode[d, h] = speed.half(
+                    config.hidden_size * rows_each, int(mean), decode=True
+                )
+            if shape.head is not None:
+                weights, nbytes = shape.head
+                for table, decoding in ((fixed_prefill, False), (fixed_decode, True)):
+                    table[d, -1] += speed.linear(
+                        QuantSpec(), weights, nbytes, rows_each, decode=decoding, model=held
+                    )
+            fixed_prefill[d, 0] += speed.step()
+            fixed_decode[d, 0] += speed.step()
+    return Problem(
+        half_of=shape.half_of,
+        loss=loss,
+        nbytes=shape.nbytes,
+        weights=shape.weights,
+        bits=np.array([float(spec.bits) for spec in candidates]),
+        fixed_bytes=fixed,
+        memory=memory,
+        buffers=shape.buffers(work) if cluster else 0.0,
+        prefill=prefill,
+        decode=decode,
+        fixed_prefill=fixed_prefill,
+        fixed_decode=fixed_decode,
+        hop_prefill=hop_prefill,
+        hop_decode=hop_decode,
+        micro_batches=micro,
+        steps=work.new,
+        objective=objective,
+        allowed=allowed,
+        max_loss=max_loss,
+        max_bits=max_bits,
+    )

@@ -1,0 +1,456 @@
+"""Decide how many bits each linear gets, and which layers each device, for the least loss or time.
+
+    python3 qllm_plan.py --model-size tiny --avg-bits 3.5 --dataset FILE -o plan.json
+    python3 qllm_plan.py --model-size tiny --max-kl 0.001 --dataset FILE -o plan.json
+    python3 qllm_plan.py --model-size tiny --memory 40MB --objective latency --dataset FILE
+    python3 qllm_plan.py --model-size tiny --cluster cluster.json --dataset FILE -o plan.json
+    python3 qllm_plan.py --model-size tiny --pareto --dataset FILE --plot front.png
+    python3 qllm_plan.py --probe -o here.json
+
+What each linear's bits cost is measured once per model and text, one layer in memory at a time, and
+kept: the next plan takes seconds. `qllm_quant.py --config plan.json` and `qllm_gen.py --bitwidth
+plan.json` take what is written.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
+    from qllm.start import begin
+
+    begin()
+
+import argparse
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qllm import cli
+from qllm.config import QuantSpec
+from qllm.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from qllm.hub import ModelFolder
+    from qllm.plan.devices import Cluster
+    from qllm.plan.planner import Limits, Plan, Planner
+    from qllm.plan.sensitivity import Sensitivity
+
+BITS = "2,3,4,5,6,8"
+ALGORITHMS = ("gptq", "rtn")
+DATASET, SAMPLES, JUDGED, TOKENS = "wikitext2", 128, 8192, 2048
+OBJECTIVES = ("loss", "latency", "throughput")
+FRONT_POINTS = 13
+# Where time is to be short and nothing says how good the text has to be.
+USUAL_BITS = "4"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    cli.add_model_options(parser)
+    group = parser.add_argument_group("what there is to choose from")
+    group.add_argument("--bits", default=BITS, metavar="LIST", help="candidates (%(default)s)")
+    default = QuantSpec()
+    group.add_argument("--group-size", type=int, default=default.group_size, metavar="N")
+    group.add_argument("--scheme", choices=("sym", "asym"), default=default.scheme)
+    group.add_argument(
+        "--algorithm", choices=ALGORITHMS, default="gptq", help="that will quantize (%(default)s)"
+    )
+    group.add_argument("--lm-head", action="store_true", help="decide on the LM head, too")
+    group.add_argument(
+        "--fixed",
+        action="append",
+        default=[],
+        metavar="REGEX=BITS",
+        help="hold the linears whose names match (several times: the last match counts)",
+    )
+    group = parser.add_argument_group("limits and objective")
+    group.add_argument("--avg-bits", type=float, metavar="BITS", help="at most, per weight")
+    group.add_argument(
+        "--max-kl", type=float, metavar="NATS", help="divergence from 16 bits, at most, per token"
+    )
+    group.add_argument("--memory", metavar="BYTES", help="of this machine, such as 6GB")
+    group.add_argument("--cluster", metavar="FILE", help="devices and what joins them; see --probe")
+    group.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        help="loss, latency or throughput (loss; with --max-kl alone the fewest bytes)",
+    )
+    number = cli.whole_number(1)
+    group.add_argument("--prompt", type=number, default=512, metavar="N", help="(%(default)s)")
+    group.add_argument("--gen", type=number, default=128, metavar="N", help="(%(default)s)")
+    group.add_argument("--batch", type=number, default=1, metavar="N", help="(%(default)s)")
+    group.add_argument(
+        "--time-limit", type=float, default=60.0, metavar="SECONDS", help="solver (%(default)s)"
+    )
+    cli.add_calibration_options(parser, DATASET, str(SAMPLES), f"{TOKENS}, or the model's window")
+    cli.add_run_options(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--output", metavar="FILE", help="the plan; with --probe, the device")
+    group.add_argument("--table", metavar="FILE", help="of losses: read, or made (QLLM's folder)")
+    group.add_argument("--probe", action="store_true", help="measure this machine instead")
+    group.add_argument("--pareto", action="store_true", help="the whole front of plans")
+    group.add_argument("--plot", metavar="FILE", help="draw the front (.png, .svg, .pdf)")
+    group.add_argument(
+        "--verify", action="store_true", help="quantize and run the plan here, and print both"
+    )
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser.parse_args()
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse what contradicts itself.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in ("avg_bits", "max_kl", "time_limit"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value} cannot be; give more than 0")
+    if args.probe:
+        if args.output is None:
+            raise UserError("--probe measures this machine for a file; name it with -o")
+        return
+    if args.memory and args.cluster:
+        raise UserError("--memory is this machine's and --cluster names others; give one of them")
+    limits = (args.avg_bits, args.max_kl, args.memory, args.cluster)
+    if not args.pareto and all(limit is None for limit in limits):
+        raise UserError(
+            "nothing limits the plan; give --avg-bits, --max-kl, --memory, --cluster or --pareto"
+        )
+    timed = args.memory or args.cluster
+    if args.objective in ("latency", "throughput") and not timed:
+        raise UserError(
+            f"--objective {args.objective} needs devices; give --memory for this machine, or "
+            "--cluster"
+        )
+    if args.plot:
+        from qllm.evaluate import plots
+
+        if not args.pareto:
+            raise UserError("--plot draws the front; give --pareto")
+        plots.check("--plot", Path(args.plot), plots.SUFFIXES)
+
+
+def main() -> None:
+    args = parse_args()
+    check_options(args)
+    device = cli.resolve_device(args)
+    if args.probe:
+        write_probe(args, device)
+        return
+    candidates = read_candidates(args)
+    cluster = read_cluster(args, device)
+    folder = cli.resolve_model(args)
+
+    from qllm import report
+    from qllm.plan.planner import Planner, allowed
+    from qllm.plan.program import Shape, Workload
+
+    samples, judged = read_samples(args, folder)
+    sensitivity = find_table(args, folder, candidates, samples, judged, device)
+    shape = Shape.of(folder.path, sensitivity.modules, candidates, cli.resolve_dtype(args))
+    work = Workload(args.prompt, args.gen, args.batch)
+    mask = allowed(sensitivity, read_fixed(args))
+    planner = Planner(sensitivity, shape, work, cluster, mask)
+    limits = read_limits(args, planner)
+    result: dict[str, object] = {
+        "model": folder.name,
+        "fit": {"power": planner.fit.power, "error": planner.fit.error},
+    }
+    if args.pareto:
+        result["front"] = show_front(args, folder, planner, limits)
+    else:
+        plan = planner.decide(limits)
+        result["plan"] = plan.to_json()
+        if not args.json:
+            show(folder, plan)
+        if args.output:
+            write_json(Path(args.output), plan.to_json())
+        if args.verify:
+            result["measured"] = check(args, folder, plan, samples, judged, device)
+    if args.json:
+        report.print_json(report.finite(result))
+
+
+def read_candidates(args: argparse.Namespace) -> tuple[QuantSpec, ...]:
+    """The specs that --bits names."""
+    from qllm.plan.measure import parse_candidates
+
+    default = QuantSpec(group_size=args.group_size, scheme=args.scheme, algorithm=args.algorithm)
+    return parse_candidates(args.bits, default)
+
+
+def read_fixed(args: argparse.Namespace) -> dict[str, str]:
+    """Regular expression to bitwidth, of --fixed."""
+    found = {}
+    for text in args.fixed:
+        pattern, equals, bits = text.rpartition("=")
+        if not equals or not pattern:
+            raise UserError(f"--fixed {text!r} is no REGEX=BITS, such as 'attention=8'")
+        found[pattern] = bits
+    return found
+
+
+def read_cluster(args: argparse.Namespace, device: str) -> Cluster | None:
+    """The devices of --cluster, or this machine with --memory, as it was probed."""
+    from qllm.plan.devices import Cluster, Device, parse_bytes
+
+    if args.cluster:
+        return Cluster.from_file(Path(args.cluster))
+    if not args.memory:
+        return None
+    memory = parse_bytes(args.memory, "--memory")
+    path = probe_path(args, device)
+    if not path.exists():
+        cli.note(f"measuring this machine, once; it is kept in {path}")
+        write_json(path, probe_entry(args, device))
+    here = Cluster.from_file(path).devices[0]
+    return Cluster((Device(here.name, memory, here.speed, here.kind),))
+
+
+def probe_path(args: argparse.Namespace, device: str) -> Path:
+    """Where what was measured of this machine is kept."""
+    import torch
+
+    from qllm import folders
+    from qllm.evaluate import fingerprints
+
+    about = [fingerprints.machine(), fingerprints.versions(), torch.get_num_threads(), device]
+    about += [args.bits, args.dtype]
+    digest = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
+    path = folders.place(f"plan/probe-{digest}.json", cli.note)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def probe_entry(args: argparse.Namespace, device: str) -> dict[str, object]:
+    """A cluster of this machine alone."""
+    import platform
+
+    import torch
+
+    from qllm import ops
+    from qllm.memory import available_bytes
+    from qllm.plan.probe import probe
+
+    ops.prepare(torch.device(device).type)
+    dtype = cli.resolve_dtype(args) or torch.float16
+    speed = probe(read_candidates(args), dtype, device, cli.meter("measuring"))
+    name = f"{platform.node()} {device}, {torch.get_num_threads()} threads"
+    entry = {"name": name, "memory": available_bytes(device), "measured": speed.to_json()}
+    return {"devices": [entry]}
+
+
+def write_probe(args: argparse.Namespace, device: str) -> None:
+    """Measure this machine for --cluster."""
+    write_json(Path(args.output), probe_entry(args, device))
+    if not args.json:
+        print(f"what this machine does is written to {args.output}")
+
+
+def read_samples(
+    args: argparse.Namespace, folder: ModelFolder
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Windows of the text that Hessians are made of, and others to measure divergence on."""
+    from qllm.checkpoint.reader import read_raw_config
+    from qllm.data import load_text, sample_windows
+    from qllm.models import read_config
+    from qllm.tokenizer import Tokenizer
+
+    config = read_config(read_raw_config(folder.path))
+    window = config.max_positions or TOKENS
+    count, length = args.nsamples or SAMPLES, args.seqlen or min(TOKENS, window)
+    if length > window:
+        raise UserError(f"--seqlen {length} exceeds the model's window of {window}")
+    dataset = args.dataset or DATASET
+    if args.dataset is None:
+        cli.note(f"measuring on {dataset}; --dataset names another text")
+    ids = Tokenizer.load(folder.path, config.vocab_size).encode(load_text(dataset))
+    more = max(1, min(JUDGED // length, count // 4))
+    windows = sample_windows(ids, count + more, length, args.seed)
+    return windows[:count], windows[count:]
+
+
+def find_table(
+    args: argparse.Namespace,
+    folder: ModelFolder,
+    candidates: tuple[QuantSpec, ...],
+    samples: list[list[int]],
+    judged: list[list[int]],
+    device: str,
+) -> Sensitivity:
+    """The table of losses: as --table has it, or QLLM's folder; else measured, and kept there."""
+    from qllm import folders
+    from qllm.plan.measure import Job, measure
+    from qllm.plan.sensitivity import Sensitivity, write
+
+    job = Job(folder.path, candidates, samples, judged, args.lm_head, seed=args.seed, device=device)
+    about = json.loads(json.dumps(job.about(), default=str))
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    path = Path(args.table) if args.table else folders.place(f"plan/{digest}.json", cli.note)
+    if path.exists():
+        found = Sensitivity.from_file(path)
+        if found.about != about:
+            raise UserError(
+                f"{path} was measured of another model, text or candidates; name another --table"
+            )
+        return found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = measure(job, cli.meter("measuring the losses"), cli.note_above)
+    write(path, found)
+    cli.note(f"the losses are kept in {path}")
+    return found
+
+
+def read_limits(args: argparse.Namespace, planner: Planner) -> Limits:
+    """What the plan has to keep to."""
+    from qllm.plan.planner import Limits
+
+    objective = args.objective
+    if objective is None:
+        alone = args.max_kl is not None and not (args.avg_bits or planner.cluster)
+        objective = "bytes" if alone else "loss"
+    max_kl = args.max_kl
+    if objective in ("latency", "throughput") and max_kl is None and args.avg_bits is None:
+        uniform = planner.uniform(USUAL_BITS, Limits(objective))
+        max_kl = uniform.divergence * (1 + 1e-9)
+        cli.note(
+            f"--max-kl is not given: the plan is to be as good as uniform {USUAL_BITS} bits, "
+            f"{max_kl:.3g} nats"
+        )
+    return Limits(objective, max_kl, args.avg_bits, args.time_limit)
+
+
+def show(folder: ModelFolder, plan: Plan) -> None:
+    """Print a plan as a table, and what it comes to."""
+    from qllm import report
+
+    layers: dict[str, dict[str, str]] = {}
+    for name, spec in plan.specs.items():
+        # "layers.0.mlp.up" is a cell of the row "layers.0"; the LM head is a row with one.
+        words = name.split(".")
+        row, column = (".".join(words[:2]), ".".join(words[2:])) if words[2:] else (name, "")
+        layers.setdefault(row, {})[column] = spec.bitwidth
+    columns = list(next(iter(layers.values())))
+    rows = [
+        [row, *(cells.get(column, "") for column in columns)]
+        if "" not in cells
+        else [row, cells[""], *[""] * (len(columns) - 1)]
+        for row, cells in layers.items()
+    ]
+    report.print_table(["", *columns], rows)
+    costs = plan.solution.costs
+    print(
+        f"{folder.name}: {costs.bits:.3f} bits per weight, {report.megabytes(int(plan.nbytes))}; "
+        f"divergence {plan.divergence:.3g} nats per token, predicted"
+    )
+    fit, gap = plan.planner.fit, plan.solution.gap
+    print(
+        f"predictions of mixed plans missed what was measured by {fit.error:.1%}; "
+        f"a better plan could be better by {gap:.2%} at most"
+    )
+    if plan.planner.cluster is not None:
+        show_devices(plan)
+
+
+def show_devices(plan: Plan) -> None:
+    """Print where the layers are, and the times."""
+    from qllm.memory import gigabytes
+
+    work, costs = plan.planner.work, plan.solution.costs
+    held = [each for each in costs.held if each]
+    bounds = [0, *plan.cuts, len(plan.solution.device)]
+    for device, nbytes, begin, end in zip(plan.order, held, bounds, bounds[1:], strict=False):
+        print(
+            f"{device.name}: layers {begin / 2:g} to {end / 2:g}, {gigabytes(int(nbytes))} of "
+            f"{gigabytes(int(device.memory))}"
+        )
+    print(
+        f"prompts of {work.batch} x {work.prompt}: {costs.prefill:.4g} s; a step: "
+        f"{costs.decode * 1e3:.4g} ms; {work.batch * work.new / costs.slowest:.4g} tokens/s with "
+        "all stages at work, predicted"
+    )
+
+
+def show_front(
+    args: argparse.Namespace, folder: ModelFolder, planner: Planner, limits: Limits
+) -> list[dict[str, object]]:
+    """Print and draw plans from the fewest bits to the most, uniform ones beside them."""
+    from qllm import report
+
+    plans = planner.front(limits, FRONT_POINTS)
+    if not plans:
+        raise UserError("no plan keeps to the limits; allow more")
+    names = [spec.bitwidth for spec in planner.sensitivity.candidates]
+    uniform = [(name, planner.uniform(name, limits)) for name in names]
+    rows = [("planned", plan) for plan in plans] + [(f"uniform {n}", p) for n, p in uniform]
+    if args.plot:
+        from qllm.plan.plot import draw
+
+        draw(Path(args.plot), folder.name, plans, uniform)
+    found = [{"name": name} | plan.predicted() for name, plan in rows]
+    if not args.json:
+        timed = planner.cluster is not None
+        columns = ["", "bits per weight", "MB", "divergence", *(["ms a token"] if timed else [])]
+        cells = [
+            [
+                name,
+                f"{plan.solution.costs.bits:.3f}",
+                f"{plan.nbytes / 1e6:.2f}",
+                f"{plan.divergence:.3g}",
+                *([f"{plan.solution.costs.decode * 1e3:.4g}"] if timed else []),
+            ]
+            for name, plan in rows
+        ]
+        report.print_table(columns, cells)
+    if args.output:
+        write_json(Path(args.output), {"front": [plan.to_json() for plan in plans]})
+    return found
+
+
+def check(
+    args: argparse.Namespace,
+    folder: ModelFolder,
+    plan: Plan,
+    samples: list[list[int]],
+    judged: list[list[int]],
+    device: str,
+) -> dict[str, float]:
+    """Quantize and run a plan here; print what was predicted beside what was measured."""
+    from qllm import report
+    from qllm.plan.verify import verify
+
+    timed = plan.planner.cluster is not None and not plan.cuts
+    if plan.cuts:
+        cli.note("the plan has stages: its times are those of several processes, not measured here")
+    dtype: torch.dtype | None = cli.resolve_dtype(args)
+    work = plan.planner.work if timed else None
+    quant = plan.quant_plan
+    found = verify(folder.path, quant, args.algorithm, samples, judged, dtype, device, work)
+    predicted = plan.predicted()
+    if not args.json:
+        rows = [[key, f"{predicted[key]:.4g}", f"{value:.4g}"] for key, value in found.items()]
+        report.print_table(["", "predicted", "measured"], rows)
+    return found
+
+
+def write_json(path: Path, value: object) -> None:
+    """A file, which is there when it is whole."""
+    from qllm.checkpoint.writer import new_file
+
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}")
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,89 @@
+"""Clusters: what a file may say, and what is said of one that is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import ROOT
+
+from qllm.config import QuantSpec
+from qllm.errors import UserError
+from qllm.plan.devices import Cluster, MeasuredSpeed, parse_bytes
+
+GOOD = {"name": "gpu", "memory": "10GB", "bandwidth": "900GB", "flops": 1e14}
+
+
+def read(tmp_path, value) -> Cluster:
+    path = tmp_path / "cluster.json"
+    path.write_text(json.dumps(value))
+    return Cluster.from_file(path)
+
+
+def test_the_example_is_read():
+    cluster = Cluster.from_file(ROOT / "examples" / "cluster.json")
+    assert [d.name for d in cluster.devices] == ["v100.0", "v100.1", "v100.2", "a100"]
+    assert [d.memory for d in cluster.devices] == [32e9] * 3 + [40e9]
+    assert cluster.hop(1e6) == pytest.approx(2e-5 + 8e-5)
+    v100, a100 = cluster.devices[0].speed, cluster.devices[-1].speed
+    job = (QuantSpec(4), 10**8, 5 * 10**7)
+    # One row waits for memory, many for arithmetic.
+    slow, fast = (s.linear(*job, 1, decode=True, model=1e9) for s in (v100, a100))
+    assert slow / fast == pytest.approx(1555 / 900)
+    slow, fast = (s.linear(*job, 4096, decode=False, model=1e9) for s in (v100, a100))
+    assert slow / fast == pytest.approx(312 / 112)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"devices": []}, "names no devices"),
+        ({"devices": [GOOD], "net": 1}, "a cluster is"),
+        ({"devices": [GOOD | {"speed": 3}]}, "device 'gpu': 'speed' is unknown"),
+        ({"devices": [{"name": "gpu"}]}, "device 'gpu' has no memory"),
+        ({"devices": [{"memory": "1GB"}]}, "a device is an object with a name"),
+        ({"devices": [GOOD | {"memory": "much"}]}, "memory 'much' is no size"),
+        ({"devices": [GOOD | {"memory": -1}]}, "memory -1 is no size"),
+        ({"devices": [GOOD | {"count": 0}]}, "count 0 is no number of devices"),
+        ({"devices": [GOOD | {"flops": None}]}, "flops is None; give a number"),
+        ({"devices": [GOOD], "network": {"latency": -1}}, "latency -1 cannot be"),
+        ({"devices": [GOOD], "network": {"delay": 1}}, "a network has bandwidth and latency"),
+        ({"devices": [{"name": "x", "memory": 1, "measured": {}}]}, "measured is not what"),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path, value, said):
+    with pytest.raises(UserError, match=said):
+        read(tmp_path, value)
+
+
+def test_a_file_that_is_not_there():
+    with pytest.raises(UserError, match="there is no such file"):
+        Cluster.from_file(ROOT / "no.json")
+
+
+def test_measured_speeds_are_what_was_measured(tmp_path):
+    table = {"1": (1e-5, 1e-10, 3e-10), "8": (2e-5, 2e-10, 4e-10)}
+    speed = MeasuredSpeed(
+        {"decode": {"4": table}, "prefill": {"4": table}},
+        {"decode": (1e-6, 1e-9, 1e-11), "prefill": (2e-6, 0.0, 0.0)},
+        5e-6,
+        1e6,
+    )
+    device = {"name": "here", "memory": 1e9, "measured": speed.to_json()}
+    again = read(tmp_path, {"devices": [device]}).devices[0].speed
+    assert again == speed
+    four = QuantSpec(4)
+    assert again.linear(four, 10**6, 0, 1, decode=True, model=1e5) == pytest.approx(1.1e-4)
+    assert again.linear(four, 10**6, 0, 1, decode=True, model=1e7) == pytest.approx(3.1e-4)
+    middle = again.linear(four, 10**6, 0, 4, decode=True, model=1e5)
+    assert middle == pytest.approx(1.1e-4 + 3 / 7 * 1.1e-4)
+    assert again.linear(four, 10**6, 0, 16, decode=True, model=1e5) == pytest.approx(4.4e-4)
+    assert again.half(1000, 10**5, decode=True) == pytest.approx(3e-6)
+    with pytest.raises(UserError, match="the probe measured no 3 bits"):
+        again.linear(QuantSpec(3), 1, 1, 1, decode=True, model=1.0)
+
+
+def test_sizes():
+    assert parse_bytes("6GB", "") == 6e9
+    assert parse_bytes(" 1.5 mb ", "") == 1.5e6
+    assert parse_bytes(12, "") == 12

@@ -1,0 +1,102 @@
+"""Losses of linears: what is measured, against running such plans, and the table that keeps it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+
+from qllm.checkpoint.load import load_model
+from qllm.config import QuantPlan, QuantSpec
+from qllm.errors import UserError
+from qllm.evaluate.agreement import DecoderReference, ReferenceOutputs, agreement
+from qllm.plan.measure import Job, measure, parse_candidates
+from qllm.plan.sensitivity import Sensitivity, draw_choices, fit, write
+
+
+def windows(count: int, length: int, seed: int) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(5, 4000, (count, length), generator=draw).tolist()
+
+
+@pytest.fixture(scope="module", params=["opt", "bloom", "llama"])
+def measured(request):
+    """Rounding to nearest, whose weights do not depend on the inputs."""
+    default = QuantSpec(group_size=64)
+    candidates = parse_candidates("4,2,16", default)
+    job = Job(tiny(request.param), candidates, windows(2, 32, 0), windows(2, 32, 1), plans=3)
+    return job, measure(job)
+
+
+def divergence(job: Job, specs: dict[str, QuantSpec]) -> float:
+    """Of the model that a plan makes, from the float one: through loading and generation's code."""
+    rules = tuple(
+        (f"^{name.replace('.', chr(92) + '.')}$", spec)
+        for name, spec in specs.items()
+        if spec.kind != "dense"
+    )
+    reference = load_model(job.source, QuantPlan.uniform(QuantSpec()), dtype=torch.float32)
+    outputs = ReferenceOutputs.of(DecoderReference(reference), job.judged)
+    model = load_model(job.source, QuantPlan(rules), dtype=torch.float32)
+    return agreement(model, outputs)["kl"]["mean"]
+
+
+def test_divergences_are_those_of_the_models(measured):
+    job, found = measured
+    names, candidates = found.modules, found.candidates
+    assert [spec.bits for spec in candidates] == [2, 4, 16]
+    for index in (1, len(names) - 1):  # a linear by itself
+        only = {names[index]: candidates[found.probe]}
+        assert found.alone[index] == pytest.approx(divergence(job, only), rel=0.02)
+    mixed = {name: candidates[c] for name, c in zip(names, found.choices[0], strict=True)}
+    assert found.divergences[0] == pytest.approx(divergence(job, mixed), rel=0.02)
+
+
+def test_fewer_bits_err_more(measured):
+    _, found = measured
+    assert (found.errors[:, 0] > found.errors[:, 1]).all()
+    assert (found.errors[:, 2] == 0).all()
+    assert found.sums[:, found.probe] == pytest.approx(found.alone)
+
+
+def test_a_table_is_read_as_it_was_written(measured, tmp_path):
+    _, found = measured
+    path = tmp_path / "table.json"
+    write(path, found)
+    again = Sensitivity.from_file(path)
+    assert again.modules == found.modules
+    assert [s.bits for s in again.candidates] == [s.bits for s in found.candidates]
+    for name in ("errors", "alone", "choices", "divergences"):
+        assert np.array_equal(getattr(again, name), getattr(found, name)), name
+    value = json.loads(path.read_text())
+    for key, wrong in (("alone", [1.0]), ("errors", [[-1.0]]), ("probe", 9), ("choices", [[99]])):
+        path.write_text(json.dumps(value | {key: wrong}))
+        with pytest.raises(UserError, match="is no table of losses"):
+            Sensitivity.from_file(path)
+
+
+def test_a_power_of_the_sum_is_found_again():
+    sums = np.array([1e-5, 1e-4, 1e-3, 1e-2])
+    found = fit(sums, 1.2 * sums**1.03)
+    assert (found.factor, found.power) == pytest.approx((1.2, 1.03))
+    assert found.error < 1e-9
+    assert found.total(found.divergence(0.003)) == pytest.approx(0.003)
+    assert found.divergence(0.0) == 0.0
+
+
+def test_mixed_plans_stay_near_a_candidate():
+    candidates = parse_candidates("2,3,4,8", QuantSpec())
+    choices = draw_choices(40, candidates, 8, seed=0)
+    assert choices.shape == (8, 40)
+    assert all(row.max() - row.min() <= 2 for row in choices)
+    assert len({tuple(row) for row in choices}) == 8
+
+
+def test_nothing_to_choose_is_refused():
+    with pytest.raises(UserError, match="leaves nothing to choose"):
+        parse_candidates("4,4", QuantSpec())
+    with pytest.raises(UserError, match="bitwidth '9' is unknown"):
+        parse_candidates("4,9", QuantSpec())

@@ -1,0 +1,134 @@
+"""The solver against all choices there are, and against dynamic programming."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from qllm.errors import UserError
+from qllm.plan import solve as solver
+from qllm.plan.solve import Problem, orders, solve
+
+
+def problem(seed: int, devices: int, layers: int, candidates: int = 2, **changes) -> Problem:
+    """A problem of random sizes, with one linear to a half of a layer."""
+    draw = np.random.default_rng(seed)
+    linears = halves = 2 * layers
+    weights = draw.integers(50, 200, linears).astype(float)
+    bits = np.array([2.0, 4.0, 8.0])[:candidates]
+    nbytes = weights[:, None] * bits / 8
+    speed = draw.uniform(1, 4, devices)
+    loss = np.exp(draw.normal(size=linears))[:, None] * 4.0**-bits
+    fixed = draw.uniform(1, 5, halves)
+    total = nbytes[:, 1].sum() + fixed.sum()
+    memory = np.full(devices, np.inf) if devices == 1 else total * draw.uniform(0.5, 0.8, devices)
+    return Problem(
+        half_of=np.arange(halves),
+        loss=loss,
+        nbytes=nbytes,
+        weights=weights,
+        bits=bits,
+        fixed_bytes=fixed,
+        memory=memory,
+        buffers=3.0,
+        prefill=draw.uniform(1, 2, (devices, linears, 1)) * weights[:, None] / speed[:, None, None]
+        + np.zeros((devices, linears, candidates)),
+        decode=nbytes[None] / speed[:, None, None],
+        fixed_prefill=draw.uniform(0, 1, (devices, halves)),
+        fixed_decode=draw.uniform(0, 1, (devices, halves)),
+        hop_prefill=2.0,
+        hop_decode=0.5,
+        micro_batches=devices,
+        steps=3,
+        **changes,
+    )
+
+
+def all_values(p: Problem):
+    """The value of each choice that keeps to the limits."""
+    linears, candidates = p.loss.shape
+    devices, halves = len(p.memory), p.halves
+    for cuts in itertools.combinations_with_replacement(range(halves + 1), devices - 1):
+        device = np.searchsorted(np.array(cuts), np.arange(halves), side="right")
+        for choice in itertools.product(range(candidates), repeat=linears):
+            costs = p.evaluate(np.array(choice), device)
+            fits = (costs.held <= p.memory + 1e-9).all()
+            fits = fits and (p.max_loss is None or costs.loss <= p.max_loss)
+            fits = fits and (p.max_bits is None or costs.bits <= p.max_bits + 1e-9)
+            if p.allowed is not None:
+                fits = fits and p.allowed[np.arange(linears), list(choice)].all()
+            if fits:
+                yield p.value(costs)
+
+
+OBJECTIVES = ("loss", "bytes", "latency", "throughput")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("devices", "layers"), [(1, 4), (2, 3), (3, 2)])
+@pytest.mark.parametrize("seed", range(2))
+def test_it_is_the_best_of_all_choices(objective, devices, layers, seed):
+    p = problem(seed, devices, layers, objective=objective)
+    limit = p.loss[:, 0].sum() * 0.3 if objective != "loss" else None
+    most = 3.1 if objective == "loss" and devices == 1 else None
+    p = problem(seed, devices, layers, objective=objective, max_loss=limit, max_bits=most)
+    found = solve(p)
+    assert found.value == pytest.approx(min(all_values(p)), rel=2e-4)
+    assert (found.costs.held <= p.memory + 1e-6).all()
+    assert (np.diff(found.device) >= 0).all()
+    assert found.gap <= 2e-4
+
+
+def test_what_is_held_stays():
+    base = problem(0, 1, 4)
+    allowed = np.ones(base.loss.shape, dtype=bool)
+    allowed[2] = False, True
+    p = problem(0, 1, 4, allowed=allowed, max_bits=2.5)
+    found = solve(p)
+    assert found.choice[2] == 1
+    assert found.value == pytest.approx(min(all_values(p)), rel=2e-4)
+
+
+def test_many_linears_against_dynamic_programming():
+    """Bits of 60 linears of whole sizes: the knapsack by its recursion over bytes."""
+    p = problem(5, 1, 30, 3, max_bits=3.0)
+    sizes = (p.weights[:, None] * p.bits).astype(int)
+    budget = int(p.weights.sum() * 3.0)
+    best = np.full(budget + 1, math.inf)
+    best[0] = 0.0
+    for loss, size in zip(p.loss, sizes, strict=True):
+        new = np.full(budget + 1, math.inf)
+        for one, count in zip(loss, size, strict=True):
+            new[count:] = np.minimum(new[count:], best[: budget + 1 - count] + one)
+        best = new
+    assert solve(p).value == pytest.approx(best.min(), rel=2e-4)
+
+
+def test_a_large_program_is_searched_and_says_how_good_it_is(monkeypatch):
+    p = problem(3, 3, 3, objective="latency", max_loss=1.0)
+    best = solve(p).value
+    monkeypatch.setattr(solver, "SMALL", 0)
+    found = solve(p, 20.0)
+    assert best * (1 - 1e-3) <= found.value <= best * 1.05
+    assert found.value * (1 - found.gap) <= best * (1 + 1e-3)
+
+
+def test_orders_do_not_tell_alike_devices_apart():
+    assert orders(["a", "a", "a"]) == [(0, 1, 2)]
+    assert len(orders(["a", "b", "a"])) == 3
+    assert len(orders(list("aaaabbbb"))) == 2
+    assert len({tuple("abcd"[i] for i in o) for o in orders(list("abcd"))}) == 6
+
+
+def test_what_cannot_be_is_refused_with_the_numbers():
+    p = problem(0, 2, 3)
+    tight = Problem(**{**vars(p), "memory": p.memory / 100})
+    with pytest.raises(UserError, match=r"nothing fits: .* are missing"):
+        solve(tight)
+    with pytest.raises(UserError, match="below the fewest of --bits"):
+        solve(problem(0, 1, 3, max_bits=1.5))
+    with pytest.raises(UserError, match="no plan keeps to all limits"):
+        solve(problem(0, 1, 3, max_bits=2.0, max_loss=1e-9))

@@ -1,0 +1,112 @@
+"""qllm_plan.py, and the scripts that take what it writes: as they are run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import ROOT, assert_user_error, run_json, tiny
+from inside import call, call_json
+
+PLAN, QUANT, GEN = "qllm_plan.py", "qllm_quant.py", "qllm_gen.py"
+STORY = "Once upon a time there was a man who lived by the sea, and he was not a happy man. "
+CHOICES = ("--bits", "2,3,4", "--group-size", 64, "--nsamples", 4, "--seqlen", 32)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Options of a plan, with a table of losses that was measured."""
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "text.txt").write_text(STORY * 400)
+    args = ("--model-path", tiny("llama"), "--dataset", folder / "text.txt", *CHOICES)
+    args += ("--table", folder / "table.json")
+    plan = folder / "plan.json"
+    found = run_json(PLAN, *args, "--avg-bits", 3, "-o", plan, "--verify")
+    return folder, args, found
+
+
+def test_a_plan_does_better_than_uniform_bits_and_as_predicted(given):
+    folder, args, found = given
+    predicted, measured = found["plan"]["predicted"], found["measured"]
+    assert predicted["bits_per_weight"] <= 3
+    assert measured["bytes"] == predicted["bytes"]
+    assert measured["divergence"] == pytest.approx(predicted["divergence"], rel=0.5)
+    front = call_json(PLAN, *args, "--pareto")["front"]
+    uniform = {row["name"]: row for row in front}["uniform 3"]
+    assert predicted["bytes"] <= uniform["bytes"]
+    assert measured["divergence"] < uniform["divergence"]
+    planned = [row["divergence"] for row in front if row["name"] == "planned"]
+    assert planned == sorted(planned, reverse=True)
+    assert json.loads((folder / "plan.json").read_text()) == found["plan"]
+
+
+def test_the_fewest_bytes_for_a_divergence(given):
+    _, args, found = given
+    kl = found["plan"]["predicted"]["divergence"]
+    best = call_json(PLAN, *args, "--max-kl", kl * 1.001)["plan"]["predicted"]
+    assert best["divergence"] <= kl * 1.001
+    assert best["bytes"] <= found["plan"]["predicted"]["bytes"]
+
+
+def test_others_take_the_plan(given):
+    folder, _, found = given
+    plan = ("--model-path", tiny("llama"), "--bitwidth", folder / "plan.json")
+    generated = call_json(GEN, *plan, "--max-gen-tokens", 2)
+    held = sum(shard["bytes"] for shard in generated["shards"])
+    assert held == found["plan"]["predicted"]["bytes"]
+    other = call(GEN, "--model-path", tiny("opt"), "--bitwidth", folder / "plan.json")
+    assert_user_error(other, "was made for another model: its family is llama, not opt")
+    text = ("--dataset", folder / "text.txt", "--nsamples", 2, "--seqlen", 16)
+    saved = call_json(
+        *(QUANT, "--model-path", tiny("llama"), "--config", folder / "plan.json"),
+        *("--algorithm", "gptq", *text, "--save", folder / "out"),
+    )
+    assert {row["algorithm"] for row in saved["linears"]} == {"gptq"}
+
+
+def test_devices_and_stages(given, tmp_path):
+    _, args, found = given
+    half = found["plan"]["predicted"]["bytes"] * 0.6
+    device = {"memory": half, "bandwidth": 1e10, "flops": 1e11}
+    cluster = {"devices": [device | {"name": "a"}, device | {"name": "b", "bandwidth": 3e10}]}
+    (tmp_path / "cluster.json").write_text(json.dumps(cluster))
+    work = ("--prompt", 16, "--gen", 8, "--batch", 2)
+    args = (*args, "--cluster", tmp_path / "cluster.json", *work)
+    plan = call_json(PLAN, *args, "--objective", "throughput", "--avg-bits", 3)["plan"]
+    assert sorted(plan["devices"]) == ["a", "b"]
+    assert all(each <= half for each in plan["predicted"]["bytes_by_device"])
+    assert 0 < float(plan["stages"]) < 6
+    shown = call(PLAN, *args, "--objective", "latency")
+    assert "a plan is to be as good" not in shown.stdout
+    assert "is to be as good as uniform 4 bits" in shown.stderr
+    assert "layers 0 to" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "nothing limits the plan"),
+        (("--avg-bits", -1), "--avg-bits -1.0 cannot be"),
+        (("--avg-bits", 1.5), "below the fewest of --bits"),
+        (("--avg-bits", 3, "--objective", "latency"), "--objective latency needs devices"),
+        (("--avg-bits", 3, "--fixed", "attention"), "is no REGEX=BITS"),
+        (("--avg-bits", 3, "--fixed", "attention=8"), "8 is not among --bits"),
+        (("--avg-bits", 3, "--fixed", "nothing=4"), "matches no linear"),
+        (("--cluster", "no.json"), "no.json: there is no such file"),
+        (("--avg-bits", 3, "--bits", "2,3"), "was measured of another model"),
+        (("--memory", "1KB", "--cluster", "x"), "give one of them"),
+        (("--avg-bits", 3, "--plot", "x.png"), "--plot draws the front"),
+        (("--probe",), "name it with -o"),
+    ],
+)
+def test_mistakes_are_one_line(given, options, said):
+    _, args, _ = given
+    assert_user_error(call(PLAN, *args, *options), said)
+
+
+def test_what_does_not_fit_is_said_with_its_bytes(given):
+    _, args, _ = given
+    cluster = ROOT / "examples" / "cluster.json"
+    work = ("--batch", 100_000_000, "--prompt", 100)
+    found = call(PLAN, *args, "--cluster", cluster, *work)
+    assert_user_error(found, "are missing")
