@@ -47,6 +47,7 @@ ROWS = (
     ("neural_compressor",),
     ("bitwidths",),
     ("llm", "quantize_model"),
+    ("chat",),
     ("cli",),
     ("harness",),
 )

@@ -11,6 +11,7 @@ from qllm.cli.console import run
 # Names in pyproject.toml, and the modules beside the package that they stand for.
 COMMANDS = {
     "qllm-bench": "qllm_bench",
+    "qllm-chat": "qllm_chat",
     "qllm-eval": "qllm_eval",
     "qllm-export": "qllm_export",
     "qllm-fake-calib-gen": "fake_calib_gen",

@@ -1,0 +1,224 @@
+"""A conversation with a model: its chat template, and a cache that stays between turns."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from qllm.errors import UserError, first_line
+from qllm.files import MAX_JSON_BYTES, read_bytes, read_json
+from qllm.generate import GenerationConfig, LogitsProcessor, TextStream
+from qllm.gguf import is_gguf
+from qllm.gguf.file import read_gguf
+from qllm.gguf.metadata import Metadata
+from qllm.gguf.tokenizer import CHAT_TEMPLATE
+from qllm.llm import LLM
+from qllm.sampling import Sampler
+from qllm.stopping import StopStrings
+
+# What a cache has where a model's positions set no limit.
+DEFAULT_WINDOW = 4096
+LONGEST_TEMPLATE = 1 << 20
+
+
+class ChatTemplate:
+    """A chat template, run in jinja2's sandbox as transformers does.
+
+    Attributes:
+        where: the file it is from, for messages.
+    """
+
+    def __init__(self, source: str, tokens: dict[str, str], where: str) -> None:
+        """
+        Args:
+            tokens: "bos_token" and the like, to their texts.
+
+        Raises:
+            UserError: for what is no template.
+        """
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        self.where, self._tokens = where, tokens
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = _now
+        try:
+            if len(source) > LONGEST_TEMPLATE:
+                _refuse(f"it has {len(source)} characters")
+            self._template = environment.from_string(source)
+        except Exception as error:
+            raise UserError(f"{where}: its chat template is none ({first_line(error)})") from None
+
+    @classmethod
+    def load(cls, folder: Path) -> ChatTemplate:
+        """The template of a checkpoint folder, or of a GGUF file.
+
+        Raises:
+            UserError: where there is none.
+        """
+        if is_gguf(folder):
+            found = Metadata(read_gguf(folder))
+            source = found.text(CHAT_TEMPLATE, "")
+            listed = found.texts("tokenizer.ggml.tokens", [])
+            ids = {k: found.count(f"tokenizer.ggml.{k}_token_id", -1) for k in ("bos", "eos")}
+            tokens = {f"{k}_token": listed[i] for k, i in ids.items() if 0 <= i < len(listed)}
+        else:
+            path = folder / "tokenizer_config.json"
+            settings = read_json(path) if path.exists() else {}
+            own = folder / "chat_template.jinja"
+            source = settings.get("chat_template")
+            if own.exists():
+                source = read_bytes(own, MAX_JSON_BYTES).decode("utf-8", "replace")
+            if isinstance(source, list):  # of several by name
+                named = [each for each in source if isinstance(each, dict)]
+                source = next((e.get("template") for e in named if e.get("name") == "default"), "")
+            values = {key: settings.get(key) for key in ("bos_token", "eos_token")}
+            values = {k: v.get("content") if isinstance(v, dict) else v for k, v in values.items()}
+            tokens = {key: value for key, value in values.items() if isinstance(value, str)}
+        if not isinstance(source, str) or not source:
+            raise UserError(
+                f"{folder} has no chat template; qllm_gen.py continues texts without one"
+            )
+        return cls(source, tokens, str(folder))
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """The text of a conversation, up to where an answer begins.
+
+        Raises:
+            UserError: for a template that fails, or asks for what a template may not.
+        """
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=True, **self._tokens
+            )
+        except Exception as error:  # a template raises whatever it likes
+            raise UserError(
+                f"{self.where}: its chat template fails ({first_line(error)})"
+            ) from None
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """Without the escapes for HTML that jinja2's own filter makes."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+class Chat:
+    """A conversation.
+
+    Attributes:
+        messages: what was said, as templates take it; of the oldest turns none that would not fit.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        template: ChatTemplate,
+        config: GenerationConfig,
+        *,
+        system: str | None = None,
+        stop: Sequence[str] = (),
+    ) -> None:
+        self.llm, self.template, self.config, self.stop = llm, template, config, list(stop)
+        self.window = llm.config.max_positions or DEFAULT_WINDOW
+        self._system = [{"role": "system", "content": system}] if system else []
+        self._cache = llm.model.new_cache(1, self.window)
+        self._read: list[int] = []  # tokens whose keys and values the cache has
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        self.messages: list[dict[str, str]] = list(self._system)
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Pieces of the answer to a message; one that is not waited for until its end counts too.
+
+        Raises:
+            UserError: for a message that does not fit the window, or a template that fails; it is
+                then forgotten.
+        """
+        before = list(self.messages)
+        self.messages.append({"role": "user", "content": text})
+        try:
+            ids = self._fit()
+        except UserError:
+            self.messages = before
+            raise
+        pieces: list[str] = []
+        try:
+            for piece in self._generate(ids):
+                pieces.append(piece)
+                yield piece
+        finally:
+            self.messages.append({"role": "assistant", "content": "".join(pieces)})
+
+    def _fit(self) -> list[int]:
+        """Token ids of the conversation, without its oldest turns where the window is too short."""
+        most = self.window - 1
+        wanted = self.config.max_new_tokens or 1
+        while True:
+            ids = self._encode(self.template.render(self.messages))
+            turns = len(self.messages) - len(self._system)
+            if len(ids) + wanted <= self.window or (turns == 1 and len(ids) <= most):
+                return ids
+            if turns == 1:
+                raise UserError(
+                    f"the message has {len(ids)} tokens with the template's, the model's window "
+                    f"{self.window}; write a shorter one"
+                )
+            first = len(self._system)
+            del self.messages[first : first + 2]
+
+    def _encode(self, text: str) -> list[int]:
+        """Token ids of a rendered text, which has its special tokens itself."""
+        ids = self.llm.tokenizer.encode_open(text)
+        return ids if self.llm.tokenizer.lead is None else ids[1:]
+
+    def _generate(self, ids: list[int]) -> Iterator[str]:
+        """Pieces of what follows; what the cache has of the tokens is not read again."""
+        model, cache = self.llm.model, self._cache
+        same = 0
+        while same < min(len(self._read), len(ids) - 1) and self._read[same] == ids[same]:
+            same += 1
+        cache.lengths[0] = same
+        self._read = list(ids[:same])
+        pieces: list[str] = []
+        stream = TextStream(self.llm.tokenizer, [ids], lambda row: None, pieces.append, self.stop)
+        stops = StopStrings(self.llm.tokenizer, [ids], self.stop) if self.stop else None
+        processor = LogitsProcessor(model, [ids], self.config)
+        sampler = None
+        if self.config.sampling is not None:
+            sampler = Sampler(self.config.sampling, self.config.sampling.seeds([ids]))
+        logits = model.prefill([ids[same:]], cache)
+        self._read = list(ids)
+        left = min(self.config.max_new_tokens or self.window, self.window - len(ids))
+        for number in range(left):
+            logits = processor(logits)
+            tokens = logits.argmax(dim=-1) if sampler is None else sampler(logits)
+            processor.add(tokens)
+            token = int(tokens)
+            last = token in self.config.eos_token_ids or number == left - 1
+            last = (stops is not None and stops(0, token)) or last
+            stream.add(0, token, last)
+            yield from pieces
+            pieces.clear()
+            if last:
+                return
+            logits = model.decode(torch.tensor([token], device=model.device), cache)
+            self._read.append(token)

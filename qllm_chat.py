@@ -1,0 +1,127 @@
+"""Talk with a model by its chat template; /reset forgets, /exit ends, Ctrl-C stops an answer.
+
+    python3 qllm_chat.py --model-path MODEL.gguf
+    echo "What is gravity?" | python3 qllm_chat.py --model-path MODEL.gguf
+
+From a pipe each line is a message of one conversation, and each answer a line.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
+    from qllm.start import begin
+
+    begin()
+
+import argparse
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from qllm import cli
+from qllm.errors import UserError
+
+if TYPE_CHECKING:
+    from qllm.chat import Chat
+
+NEW_TOKENS = 512
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    cli.add_model_options(parser)
+    cli.add_quant_options(parser)
+    cli.add_activation_options(parser)
+    cli.add_sampling_options(parser)
+    cli.add_run_options(parser)
+    parser.add_argument("--system", metavar="TEXT", help="the message in front of all others")
+    parser.add_argument(
+        "--max-gen-tokens",
+        type=cli.whole_number(1),
+        default=NEW_TOKENS,
+        metavar="N",
+        help="of an answer (%(default)s)",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    plan = cli.read_plan(args)
+    folder = cli.resolve_model(args)
+    if cli.holds_onnx(args, folder):
+        raise UserError(f"{folder.path} holds an ONNX model; chat takes a checkpoint")
+    device = cli.resolve_device(args)
+
+    from qllm.chat import Chat, ChatTemplate
+    from qllm.llm import LLM, Pretrained
+
+    template = ChatTemplate.load(folder.path)
+    pretrained = Pretrained.open(folder, note=cli.note)
+    config = pretrained.generation_with(
+        max_new_tokens=args.max_gen_tokens, **cli.read_sampling_options(args)
+    )
+    llm = LLM.load(
+        pretrained,
+        plan,
+        dtype=cli.resolve_dtype(args),
+        device=device,
+        calibration=cli.find_calibration(args, folder, plan),
+        activation_bits=args.activation_bits,
+        meter=cli.meter("loading"),
+        note=cli.note,
+    )
+    chat = Chat(llm, template, config, system=args.system, stop=args.stop or ())
+    if sys.stdin.isatty():
+        talk(chat)
+        return
+    for line in sys.stdin:
+        text = line.rstrip("\n")
+        if text == "/exit":
+            break
+        if text == "/reset":
+            chat.reset()
+        elif text:
+            print(" ".join("".join(chat.answer(text)).split()), flush=True)
+
+
+def talk(chat: Chat) -> None:
+    """A conversation in a terminal."""
+    import readline  # noqa: F401 - which gives input() its history
+
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n/exit ends the conversation")
+            continue
+        if text == "/exit":
+            return
+        if text == "/reset":
+            chat.reset()
+        elif text:
+            say(chat, text)
+
+
+def say(chat: Chat, text: str) -> None:
+    """Print an answer as it comes; Ctrl-C ends it."""
+    try:
+        for piece in chat.answer(text):
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt as error:
+        if error.args and error.args[0] != signal.SIGINT:  # what ends the program
+            raise
+    except UserError as error:
+        cli.note(str(error))
+    print()
+
+
+if __name__ == "__main__":
+    cli.run(main)
