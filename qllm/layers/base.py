@@ -143,7 +143,7 @@ class QuantizedLinear(Linear):
 
     @classmethod
     def columns_to_read(cls, columns: range, spec: QuantSpec, in_features: int) -> range:
-        width = group_width(spec.group_size, in_features)  # a group is quantized as a whole
+        width = group_width(in_features, spec.group_size)  # a group is quantized as a whole
         start, stop = columns.start // width * width, -(-columns.stop // width) * width
         return range(start, min(in_features, stop))
 
