@@ -77,6 +77,8 @@ def load(folder: Path) -> None:
     Raises:
         UserError: as it should be for a broken one.
     """
+    if (folder / "model.gguf").exists():
+        folder /= "model.gguf"
     if is_onnx(folder):
         from qllm.onnx.runner import OnnxDecoder
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -60,9 +61,23 @@ def _kinds(name: str) -> list[Callable[[bytes, Random], Content]]:
         return [_header, _tensors, _tensors]
     if name.endswith(".bin"):
         return [_torch, _archive, _bytes]
+    if name.endswith(".gguf"):
+        return [_gguf]
     if name.endswith(".onnx"):
         return [_onnx]
     return [_bytes]
+
+
+def _gguf(data: bytes, random: Random) -> bytes:
+    """Another number in a GGUF file's header: a count, or a length, type or value beside a name."""
+    changed, at = bytearray(data), random.choice((4, 8, 16))
+    names = list(re.finditer(rb"(?:general|llama|tokenizer|blk|token_embd|output)[.\w]+", data))
+    if names and random.random() < 0.9:
+        name = random.choice(names)
+        at = random.choice((name.start() - 8, *(name.end() + i for i in (0, 4, 8, 12, 20, 24))))
+    size = random.choice((1, 4, 8))
+    changed[at : at + size] = (random.choice(NUMBERS) % 256**size).to_bytes(size, "little")
+    return bytes(changed)
 
 
 def _bytes(data: bytes, random: Random) -> bytes:

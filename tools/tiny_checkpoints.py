@@ -11,6 +11,7 @@ import torch
 
 from qllm.checkpoint.convert import convert
 from qllm.checkpoint.reader import read_raw_config
+from qllm.checkpoint.to_gguf import export_gguf
 from qllm.config import QuantPlan, QuantSpec
 from qllm.hub import ModelFolder
 from qllm.models import read_config
@@ -87,12 +88,28 @@ def checkpoints(*, onnx: bool = True) -> dict[str, Files]:
         found["llama awq"] = _awq(root / "awq")
         for family in CONFIGS:
             found[f"{family} statistics"] = _with_statistics(root / f"{family} safetensors")
+        found |= _gguf(root)
         if onnx:
             from qllm.onnx.export import export
 
             for name, origin in (("packed onnx", root / "gptq"), ("dense onnx", source)):
                 export(origin, root / name)
                 found[name] = _read(root / name)
+    return found
+
+
+def _gguf(root: Path) -> dict[str, Files]:
+    """GGUF files, of 16 bits and of blocks; llama.cpp's Llama has no dynamic RoPE."""
+    source, packed = root / "plain rope", root / "groups of 32"
+    config = CONFIGS["llama"] | {"rope_scaling": None, "intermediate_size": 64}
+    _write(source, "llama", config, WRITERS["safetensors"])
+    plan = QuantPlan.uniform(QuantSpec.parse("4", 32, "sym"))
+    quantize_checkpoint(Job(source, plan), packed)
+    found = {}
+    for name, origin in (("gguf", source), ("packed gguf", packed)):
+        target = root / name / "model.gguf"
+        export_gguf(origin, target)
+        found[f"llama {name}"] = _read(target.parent)
     return found
 
 

@@ -25,6 +25,7 @@ from qllm.gguf.tokenizer import CONTROL, LLAMA3, QWEN2, USER_DEFINED
 from qllm.gguf.types import BF16, F16, F32, PACKED_GROUP, Q4_0, Q8_0, BlockType
 from qllm.gguf.write import Planned, write_gguf
 from qllm.quant.packing import PackedWeight, group_width, unpack
+from qllm.tokenizer import Tokenizer
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "bloom": "bloom"}
 # Our modules in a layer, to llama.cpp's names of their parts.
@@ -144,7 +145,8 @@ def _tokenizer(source: Path, config: ModelConfig) -> dict[str, Value]:
     }
     if config.eos_token_ids:
         found["tokenizer.ggml.eos_token_id"] = config.eos_token_ids[0]
-    return found | _settings(source, listed)
+    lead = Tokenizer.load(source, config.vocab_size).lead
+    return found | _settings(source, listed, lead)
 
 
 def _pre(text: str) -> list[tuple[bool, str]]:
@@ -164,17 +166,18 @@ def _type(added: dict | None, there: bool) -> int:
     return 1 if there else 5
 
 
-def _settings(source: Path, tokens: list[str]) -> dict[str, Value]:
-    """What tokenizer_config.json says besides."""
+def _settings(source: Path, tokens: list[str], lead: int | None) -> dict[str, Value]:
+    """What tokenizer_config.json says besides; `lead` is what stands in front of each text."""
     path = source / "tokenizer_config.json"
     values = parse_json(read_bytes(path), str(path)) if path.exists() else {}
     values = values if isinstance(values, dict) else {}
     found: dict[str, Value] = {}
     named = values.get("bos_token")
     named = named.get("content") if isinstance(named, dict) else named
-    if named in tokens:
-        found["tokenizer.ggml.bos_token_id"] = tokens.index(named)
-    found["tokenizer.ggml.add_bos_token"] = values.get("add_bos_token") is True
+    if lead is not None or named in tokens:
+        begin = tokens.index(named) if lead is None else lead
+        found["tokenizer.ggml.bos_token_id"] = begin
+    found["tokenizer.ggml.add_bos_token"] = lead is not None
     if isinstance(values.get("chat_template"), str):
         found["tokenizer.chat_template"] = values["chat_template"]
     return found
