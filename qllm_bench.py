@@ -44,6 +44,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_model_options(parser)
     cli.add_quant_options(parser, several=True)
     cli.add_activation_options(parser)
+    cli.add_kv_options(parser)
     cli.add_run_options(parser)
     group = parser.add_argument_group("throughput, as llama-bench has it")
     group.add_argument("-p", type=whole_numbers(0), metavar="N", help="tokens of a prompt (512)")
@@ -267,10 +268,13 @@ def measure(
     dtype, device = cli.resolve_dtype(args), result["device"]
 
     from qllm.bench.runners import ReferenceRunner
+    from qllm.bench.speed import context
     from qllm.bench.speed import measure as measure_case
     from qllm.memory import peak_bytes, reset_peak_memory
 
-    load = onnx_loader(folder) if onnx else loader(args, folder, plans, device)
+    shapes = [(case.batch, context(case)) for case in wanted] + [(1, longest)]
+    cache_shape = max(shapes, key=math.prod)
+    load = onnx_loader(folder) if onnx else loader(args, folder, plans, device, cache_shape)
     reference = None
     if args.compare:
         from qllm.huggingface import HuggingFaceModel
@@ -285,7 +289,7 @@ def measure(
         if reference is not None:
             rows.append(
                 (
-                    {"bitwidth": "transformers", "activation_bits": None},
+                    {"bitwidth": "transformers", "activation_bits": None, "kv_bits": None},
                     ReferenceRunner(reference, runner),
                 )
             )
@@ -301,7 +305,11 @@ def measure(
 
 
 def loader(
-    args: argparse.Namespace, folder: ModelFolder, plans: list[QuantPlan], device: str
+    args: argparse.Namespace,
+    folder: ModelFolder,
+    plans: list[QuantPlan],
+    device: str,
+    cache_shape: tuple[int, int],
 ) -> Callable[[QuantPlan], tuple[ModelRunner, dict]]:
     """What loads the model of a plan, and says its bits, and those of its activations."""
     from qllm import report
@@ -313,13 +321,14 @@ def loader(
     bits = activation_bits(folder.path, plans, args.activation_bits)
 
     def load(plan: QuantPlan) -> tuple[ModelRunner, dict]:
-        about = {"activation_bits": bits[plans.index(plan)]}
+        about = {"activation_bits": bits[plans.index(plan)], "kv_bits": args.kv_bits}
         model = load_model(
             source,
             plan,
             dtype=dtype,
             device=device,
             calibration=cli.find_calibration(args, folder, plan),
+            cache_shape=cache_shape,
             meter=cli.meter("loading"),
             note=cli.note if plan is plans[0] else cli.silent,
             **about,
@@ -338,7 +347,7 @@ def onnx_loader(folder: ModelFolder) -> Callable[[QuantPlan], tuple[ModelRunner,
     def load(plan: QuantPlan) -> tuple[ModelRunner, dict]:
         model = OnnxDecoder(folder.path)
         sizes = (model.nbytes, model.read_bytes, model.multiplied)
-        about = {"bitwidth": model.bitwidth, "activation_bits": None}
+        about = {"bitwidth": model.bitwidth, "activation_bits": None, "kv_bits": None}
         return ModelRunner(model, *sizes), about
 
     return load

@@ -52,6 +52,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_model_options(parser, several=True)
     cli.add_quant_options(parser, several=True)
     cli.add_activation_options(parser)
+    cli.add_kv_options(parser, several=True)
     group = parser.add_argument_group("perplexity")
     group.add_argument(
         "--dataset",
@@ -298,7 +299,7 @@ def run_models(
     models: list[tuple[QuantPlan, int]],
     again: bool,
 ) -> Iterator[dict]:
-    """A row per plan and bits of activations, each model in memory alone.
+    """A row per plan and bits of keys and values, each model in memory alone.
 
     Args:
         again: there are rows of other models; notes are of the first.
@@ -324,11 +325,15 @@ def run_models(
         )
         note = cli.silent
         bitwidth = report.bitwidth(model) if args.bitwidth is None else plan.text
-        what = f"{candidate.name}, {bitwidth}" if args.model_path else bitwidth
-        row = decoder_row(model, bitwidth, candidate.asked, partial(progress_at, what))
         about = {"model": candidate.name, "algorithm": algorithm_of(candidate.folder, model)}
+        about |= {"activation_bits": activation_bits}
+        for kv_bits in args.kv_bits:
+            model.kv_bits = kv_bits
+            what = report.label({"bitwidth": bitwidth, "kv_bits": kv_bits})
+            what = f"{candidate.name}, {what}" if args.model_path else what
+            row = decoder_row(model, bitwidth, candidate.asked, partial(progress_at, what))
+            yield about | row | {"kv_bits": kv_bits}
         del model  # the next one has its place
-        yield about | row | {"activation_bits": activation_bits}
 
 
 def show_rows(rows: Iterable[dict]) -> list[dict]:

@@ -56,6 +56,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_model_options(parser)
     cli.add_quant_options(parser)
     cli.add_activation_options(parser)
+    cli.add_kv_options(parser)
     cli.add_prompt_options(parser)
     cli.add_sampling_options(parser)
     cli.add_run_options(parser)
@@ -126,6 +127,7 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     check_prompts(config, ids, generation)
     calibration = cli.find_calibration(args, folder, plan, note)
     parallel = session and cli.join(args, session, folder, config, calibration)
+    cache_shape = (len(ids), max(map(len, ids)) + args.max_gen_tokens)
     start = time.perf_counter()
     model = LLM.load(
         pretrained,
@@ -134,13 +136,14 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
         device=device,
         num_shards=args.num_shards,
         calibration=calibration,
-        cache_shape=(len(ids), max(map(len, ids)) + args.max_gen_tokens),
+        cache_shape=cache_shape,
         activation_bits=args.activation_bits,
+        kv_bits=args.kv_bits,
         meter=cli.meter("loading") if session is None else session.meter,
         parallel=parallel,
         note=note,
     ).model
-    result = describe(args, folder.name, model, session, onnx)
+    result = describe(args, folder.name, model, session, onnx, cache_shape)
     if not args.json and talks:
         show(args, result, model, time.perf_counter() - start, onnx)
     stream = args.stream and talks
@@ -211,6 +214,7 @@ def describe(
     model: Decoder | OnnxDecoder,
     session: Session | None,
     onnx: bool,
+    cache_shape: tuple[int, int],
 ) -> dict[str, object]:
     """What the JSON object says of a model; each of several tells its part."""
     from qllm import report
@@ -224,6 +228,8 @@ def describe(
         result["shards"] = [] if onnx else report.shard_rows(model)
     else:
         result["ranks"] = session.all_gather_object(report.rank_row(model))
+    if not onnx:
+        result["kv_cache"] = report.cache_row(model, *cache_shape)
     if args.explain:
         result["kernels"] = report.kernel_rows(model)
         if not onnx:
@@ -252,6 +258,8 @@ def show(
         report.print_ranks(result["ranks"])
     elif given or len({shard["device"] for shard in result["shards"]}) > 1:
         report.print_shards(result["shards"])
+    if "kv_cache" in result:
+        report.print_cache(result["kv_cache"])
     report.print_kernels(result.get("kernels", ()))
     if "graph_break" in result:
         report.print_graph_break(result["graph_break"])

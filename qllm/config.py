@@ -20,6 +20,8 @@ DEFAULT_ALGORITHM = "rtn"
 # Of what layers of 1 to 8 bits multiply their weights with.
 DEFAULT_ACTIVATION_BITS = 16
 ACTIVATION_BITS = (8, DEFAULT_ACTIVATION_BITS)
+DEFAULT_KV_BITS = 16  # of keys and values: the type of the activations
+KV_BITS = (DEFAULT_KV_BITS, 8, 4)
 # The one quantized module outside the layers, which stays at 16 bits unless it is named.
 LM_HEAD = "lm_head"
 W8A8 = {"8:tc-li": "w8a8_dynamic", "8:tc": "w8a8_static"}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qllm.config import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME
+from qllm.config import DEFAULT_GROUP_SIZE, DEFAULT_KV_BITS, DEFAULT_SCHEME
 from qllm.errors import UserError
 from qllm.evaluate.lambada import continuation
 from qllm.evaluate.perplexity import PerplexityOptions, Text, cut
@@ -41,12 +41,14 @@ class Methods:
         batch_size: int | str = 8,
         group_size: int = DEFAULT_GROUP_SIZE,
         scheme: str = DEFAULT_SCHEME,
+        kv_bits: int | str = DEFAULT_KV_BITS,
         max_batch_size: int | None = None,
     ) -> None:
         """
         Args:
             path: a folder or a Hub repository; one that is quantized goes without a bitwidth.
             bitwidth: a value, or a JSON plan.
+            kv_bits: of keys and values, 16, 8 or 4.
             device: "cpu", "cuda" or "cuda:1"; the CPU where there is no other, or None is given.
             batch_size: requests per forward call; "auto" is 8. It changes no result.
             max_batch_size: what the harness passes on; nothing here grows by itself.
@@ -60,6 +62,7 @@ class Methods:
             bitwidth=str(bitwidth),
             group_size=int(group_size),
             scheme=scheme,
+            kv_bits=int(kv_bits),
             dtype=None if dtype == "auto" else dtype,
             device=device if device and torch.cuda.is_available() else "cpu",
         )

@@ -30,6 +30,7 @@ from qllm.checkpoint.weights import resolve_dtype
 from qllm.config import (
     DEFAULT_ACTIVATION_BITS,
     DEFAULT_GROUP_SIZE,
+    DEFAULT_KV_BITS,
     DEFAULT_SCHEME,
     ModelConfig,
     QuantPlan,
@@ -187,6 +188,7 @@ class LLM:
         scheme: str = DEFAULT_SCHEME,
         lm_head_bits: int | str | None = None,
         activation_bits: int = DEFAULT_ACTIVATION_BITS,
+        kv_bits: int = DEFAULT_KV_BITS,
         calibration: str | Path | Calibration | None = None,
         dtype: str | torch.dtype | None = None,
         device: str = "auto",
@@ -208,6 +210,7 @@ class LLM:
             scheme: "asym" or "sym".
             lm_head_bits: quantizes the LM head too.
             activation_bits: 8 rounds what layers of 1 to 8 bits multiply with to int8.
+            kv_bits: of keys and values, 8 or 4; 16 is the type of the activations.
             calibration: activation statistics for "8:tc-li" and "8:tc", or their file; without,
                 those that `fake_calib_gen.py` keeps for the model, if there are any.
             dtype: of activations and dense weights; None is the checkpoint's.
@@ -241,6 +244,7 @@ class LLM:
             num_shards=num_shards,
             calibration=calibration,
             activation_bits=activation_bits,
+            kv_bits=kv_bits,
             parallel=parallel,
             meter=meter,
             note=note,
@@ -257,6 +261,7 @@ class LLM:
         num_shards: int = 1,
         calibration: str | Path | Calibration | None = None,
         activation_bits: int = DEFAULT_ACTIVATION_BITS,
+        kv_bits: int = DEFAULT_KV_BITS,
         cache_shape: tuple[int, int] = (0, 0),
         parallel: ParallelContext | None = None,
         meter: Meter = unseen,
@@ -274,10 +279,11 @@ class LLM:
         """
         folder = pretrained.folder
         if pretrained.onnx:
-            if any(spec.kind != "dense" for _, spec in plan.rules) or dtype is not None:
+            asked = dtype is not None or kv_bits != DEFAULT_KV_BITS
+            if asked or any(spec.kind != "dense" for _, spec in plan.rules):
                 raise UserError(
                     f"{folder.path} holds an ONNX model, whose types and layers are as they are; "
-                    "leave bitwidth and dtype out"
+                    "leave bitwidth, dtype and kv_bits out"
                 )
             from qllm.onnx.runner import OnnxDecoder
 
@@ -291,6 +297,7 @@ class LLM:
             calibration=find_calibration(calibration, folder, plan, note),
             cache_shape=cache_shape,
             activation_bits=activation_bits,
+            kv_bits=kv_bits,
             meter=meter,
             parallel=parallel,
             note=note,

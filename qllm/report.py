@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from qllm.checkpoint.load import shard_bytes
+from qllm.config import DEFAULT_KV_BITS
 from qllm.layers import Linear
 from qllm.layers.base import describe
 from qllm.memory import resident_bytes
@@ -56,8 +57,11 @@ def formats(model: Decoder) -> str:
 
 
 def label(row: Mapping, key: str = "bitwidth") -> str:
-    """What a table calls a model: its bitwidth or "format", and activations of 8 bits."""
-    return row[key] + (", activations 8" if row.get("activation_bits") == 8 else "")
+    """What a table calls a model: its bitwidth or "format", activations of 8 bits, and a KV cache
+    of fewer than 16."""
+    bits = row.get("kv_bits") or DEFAULT_KV_BITS
+    activations = ", activations 8" if row.get("activation_bits") == 8 else ""
+    return row[key] + activations + (f", KV {bits}" if bits != DEFAULT_KV_BITS else "")
 
 
 def shard_rows(model: Decoder) -> list[dict]:
@@ -149,6 +153,20 @@ def print_kernels(rows: Sequence[dict]) -> None:
     for row in rows:
         cells = "  ".join(f"{row[key]:<{width}}" for key, width in widths.items())
         print(f"{cells}  {row['why']}")
+
+
+def cache_row(model: Decoder, rows: int, capacity: int) -> dict[str, int]:
+    """The `kv_cache` of the JSON object: of so many sequences and tokens, in this process."""
+    size = model.cache_bytes(rows, capacity)
+    return {"bits": model.kv_bits, "sequences": rows, "tokens": capacity, "bytes": size}
+
+
+def print_cache(row: Mapping[str, int]) -> None:
+    """A line of `cache_row`."""
+    print(
+        f"KV cache: {row['bits']} bits, {megabytes(row['bytes'])} for {row['sequences']} x "
+        f"{row['tokens']} tokens"
+    )
 
 
 def print_graph_break(reason: str | None) -> None:

@@ -101,8 +101,12 @@ def others() -> Iterator[Job]:
             "CAP": False,
             "WINDOW": True,
         }
-        name = f"attention, heads of {dim}"
-        yield Job(name, attention.decode_attention, tensors, constants, 4, 2, True)
+        for bits in (16, 8, 4):
+            every = constants | {"BITS": bits, "WIDTH": dim}
+            codes = tensors | {"key_scales": "*bf16", "value_scales": "*bf16"}
+            codes |= dict.fromkeys(("key_codes", "value_codes", "key_zeros", "value_zeros"), "*u8")
+            name = f"attention, heads of {dim}, keys and values of {bits} bits"
+            yield Job(name, attention.decode_attention, codes, every, 4, 2, True)
     constants = {"DIM": 128, "FIRST": 64, "HALF": 64, "HEADS": 128, "ROTATE": True}
     yield Job("writing heads", prefill.write_tokens, tensors, constants, 8, 1, True)
     width, tokens, keys, warps = prefill_tile(128, torch.bfloat16)

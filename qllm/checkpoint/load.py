@@ -15,10 +15,19 @@ from qllm.checkpoint.device_map import infer_device_map
 from qllm.checkpoint.materialize import Materializer
 from qllm.checkpoint.reader import Checkpoint
 from qllm.checkpoint.weights import Weights
-from qllm.config import DEFAULT_ACTIVATION_BITS, DEFAULT_ALGORITHM, LM_HEAD, QuantPlan, QuantSpec
+from qllm.config import (
+    DEFAULT_ACTIVATION_BITS,
+    DEFAULT_ALGORITHM,
+    DEFAULT_KV_BITS,
+    KV_BITS,
+    LM_HEAD,
+    QuantPlan,
+    QuantSpec,
+)
 from qllm.errors import UserError
 from qllm.layers import Linear
 from qllm.layers.weight_only import WeightOnlyLinear
+from qllm.memory import gigabytes
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
 from qllm.parallel.pipeline import ParallelContext, balance
@@ -36,6 +45,7 @@ def load_model(
     num_shards: int = 1,
     calibration: Calibration | None = None,
     cache_shape: tuple[int, int] = (0, 0),
+    kv_bits: int = DEFAULT_KV_BITS,
     activation_bits: int = DEFAULT_ACTIVATION_BITS,
     meter: Meter = unseen,
     parallel: ParallelContext | None = None,
@@ -52,6 +62,7 @@ def load_model(
         num_shards: contiguous layer ranges of about equal bytes, run one after the other.
         calibration: activation ranges, for W8A8 layers.
         cache_shape: rows and tokens of the KV cache that must fit beside the model.
+        kv_bits: of the keys and values in it, one of KV_BITS.
         activation_bits: 8: layers of 1 to 8 bits multiply activations as int8, one scale per 128
             inputs; 16: as exactly as 16-bit types allow.
         meter: counts the bytes that the linears' weights have in `dtype`.
@@ -60,9 +71,11 @@ def load_model(
 
     Raises:
         UserError: for a broken checkpoint, a plan that does not fit it, too many shards, a model
-            that does not fit into memory, a layer that needs a calibration and has none, or
-            activations of 8 bits where no layer takes them.
+            that does not fit into memory with its cache, a layer that needs a calibration and has
+            none, or activations of 8 bits where no layer takes them.
     """
+    if kv_bits not in KV_BITS:
+        raise UserError(f"kv_bits is {kv_bits!r}; give one of {', '.join(map(str, KV_BITS))}")
     weights = Weights(_open(folder, plan), note)
     dtype = dtype or weights.default_dtype()
     specs = _specs(weights, plan)
@@ -89,9 +102,12 @@ def load_model(
     parts = balance([costs[i] for i in layers], num_shards if parallel.stage is None else 1)
     shards = [range(layers[r.start], layers[r.stop - 1] + 1) for r in parts]
     largest = max(torch.Size(shape).numel() for shape in weights.shapes.values())
-    cache = KVCache.size(whole.config, *cache_shape, dtype) // whole.config.num_layers
+    cache = KVCache.size(whole.config, *cache_shape, dtype, kv_bits) // whole.config.num_layers
     sizes = [sum(costs[i] + cache for i in shard) // parallel.tp.size for shard in shards]
     what = f"the model at bitwidth {plan.text}"
+    if cache:
+        in_all = gigabytes(cache * whole.config.num_layers // parallel.tp.size)
+        what += f" with a KV cache of {in_all} ({cache_shape[0]} x {cache_shape[1]} tokens)"
     devices = infer_device_map(sizes, largest * dtype.itemsize, device, what)
     model = Decoder(
         whole.config,
@@ -101,6 +117,7 @@ def load_model(
         halves=halves,
         device_map=dict(zip(shards, devices, strict=True)),
     )
+    model.kv_bits = kv_bits
     materializer = Materializer(model, weights, specs, calibration, activation_bits)
     leaves = materializer.leaves()
     sizes = [elements(module) * dtype.itemsize for _, module in leaves]

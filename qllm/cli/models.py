@@ -15,7 +15,9 @@ from qllm.config import (
     DEFAULT_ACTIVATION_BITS,
     DEFAULT_ALGORITHM,
     DEFAULT_GROUP_SIZE,
+    DEFAULT_KV_BITS,
     DEFAULT_SCHEME,
+    KV_BITS,
     SCHEMES,
     QuantPlan,
     QuantSpec,
@@ -140,6 +142,10 @@ def holds_onnx(args: argparse.Namespace, model: ModelFolder, **others: object) -
         "activation_bits": DEFAULT_ACTIVATION_BITS,
         "calib": None,
     }
+    if getattr(args, "kv_bits", None) is not None:
+        quantization["kv_bits"] = (
+            (DEFAULT_KV_BITS,) if isinstance(args.kv_bits, tuple) else DEFAULT_KV_BITS
+        )
     refuse_for_onnx(args, model, **quantization, **others)
     return True
 
@@ -163,6 +169,26 @@ def refuse_for_onnx(args: argparse.Namespace, model: ModelFolder, **options: obj
     if args.device not in ("auto", "cpu"):
         raise UserError(f"--device {args.device}: ONNX models are run on the CPU; give cpu")
     check_installed()
+
+
+def add_kv_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """--kv-bits, of which several may be given with commas between them."""
+    known = ", ".join(map(str, KV_BITS))
+
+    def parse(text: str) -> int | tuple[int, ...]:
+        found = [part.strip() for part in text.split(",")] if several else [text]
+        if wrong := [part for part in found if part not in map(str, KV_BITS)]:
+            raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of {known}")
+        bits = tuple(dict.fromkeys(map(int, found)))
+        return bits if several else bits[0]
+
+    parser.add_argument_group("KV cache").add_argument(
+        "--kv-bits",
+        type=parse,
+        default=(DEFAULT_KV_BITS,) if several else DEFAULT_KV_BITS,
+        metavar="BITS,…" if several else "BITS",
+        help=f"of keys and values: {known}; 16 is the type of the activations ({DEFAULT_KV_BITS})",
+    )
 
 
 def add_activation_options(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,10 @@ from qllm.config import ModelConfig
 from qllm.models.positions import PositionEncoding
 from qllm.ops.capture import CapturedStep
 from qllm.ops.kv import KV, Batch, Scores
+from qllm.ops.quantized_kv import QuantizedKV
+
+# How keys and values are held, by bits.
+KINDS: dict[int, type[KV | QuantizedKV]] = {16: KV, 8: QuantizedKV, 4: QuantizedKV}
 
 
 class KVCache:
@@ -34,6 +38,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
         device_map: Mapping[int, torch.device | str] | None = None,
+        bits: int = 16,
     ) -> None:
         """
         Args:
@@ -41,19 +46,18 @@ class KVCache:
             capacity: tokens that a row has memory for.
             device: of what goes into it.
             device_map: of the layers that have a cache here, the device; None: all, on `device`.
+            bits: one of KINDS; 16 is `dtype`, whatever that is.
         """
         if device_map is None:
             device_map = dict.fromkeys(range(config.num_layers), device)
-        shape = (rows, config.num_kv_heads, capacity, config.head_dim)
-        none = torch.empty(0, dtype=dtype, device=device)
-        layers = dict.fromkeys(range(config.num_layers), KV(none, none))
-        for each in set(device_map.values()):
-            here = [i for i in device_map if device_map[i] == each]
-            # Zeros: a shorter row's unused places are masked, but 0 * NaN would still be NaN.
-            keys, values = torch.zeros((2, len(here), *shape), dtype=dtype, device=each)
-            layers |= {i: KV(*pair) for i, *pair in zip(here, keys, values, strict=True)}
-        self.layers = tuple(layers.values())
-        self.capacity, self.dtype, self.device = capacity, dtype, none.device
+        shape = (config.num_kv_heads, capacity, config.head_dim, dtype)
+        self.layers = tuple(
+            KINDS[bits].empty(
+                bits, rows if i in device_map else 0, *shape, device_map.get(i, device)
+            )
+            for i in range(config.num_layers)
+        )
+        self.capacity, self.dtype, self.device = capacity, dtype, torch.device(device)
         self.lengths = [0] * rows
         self.live = list(range(rows))
         self.step: Decode | None = None
@@ -106,10 +110,12 @@ class KVCache:
             self.lengths[row] += length
 
     @staticmethod
-    def size(config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype) -> int:
+    def size(
+        config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, bits: int = 16
+    ) -> int:
         """Bytes of a cache."""
-        per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
-        return rows * capacity * per_token
+        shape = (config.num_kv_heads, capacity, config.head_dim, dtype)
+        return config.num_layers * rows * KINDS[bits].row_bytes(bits, *shape)
 
 
 class Pass:
@@ -170,6 +176,7 @@ class Prefill(Pass):
         *,
         rows: Sequence[int] | None = None,
         longest: int = 0,
+        bits: int = 16,
     ) -> None:
         """
         Args:
@@ -178,11 +185,12 @@ class Prefill(Pass):
             x: of the device and type of the activations.
             rows: of the cache; None: 0, 1, …
             longest: tokens of the longest sequence once all its runs have come, where more do.
+            bits: of keys and values where there is no cache, as of one.
         """
         super().__init__()
         rows = range(len(lengths)) if rows is None else rows
         pasts = [0] * len(lengths) if cache is None else [cache.lengths[row] for row in rows]
-        self.cache = cache
+        self.cache, self.bits = cache, bits
         self.batch = Batch.of(lengths, x.device, rows, pasts)
         longest = max(longest, self.batch.span)
         self.cos_sin = tuple(
@@ -194,7 +202,7 @@ class Prefill(Pass):
         """Attention among the heads [queries, keys, values] of qkv (N, heads D): (N, H D)."""
         if self.cache is None:
             shape = (len(self.batch.rows), heads[1], self.batch.span, qkv.shape[1] // sum(heads))
-            kv = KV(*qkv.new_empty(2, *shape))
+            kv = KINDS[self.bits].empty(self.bits, *shape, qkv.dtype, qkv.device)
         else:
             kv = self.cache.layers[layer]
         attend = ops.on(qkv.device.type).prefill_attention

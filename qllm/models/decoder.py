@@ -47,7 +47,10 @@ class Decoder(nn.Module):
         parallel: the ranks that share the model with this process.
         stage: of a pipeline, which this process is; None: there is no other.
         kv_heads: heads of keys and values that this process has.
+        kv_bits: of the keys and values that a cache holds, and that prompts see without one.
     """
+
+    kv_bits = 16
 
     def __init__(
         self,
@@ -125,7 +128,19 @@ class Decoder(nn.Module):
             for i in layers
             if self.layers[i].has_attention
         }
-        return KVCache(config, rows, capacity, self.dtype, self.device, device_map)
+        shape = (rows, capacity, self.dtype, self.device, device_map)
+        return KVCache(config, *shape, self.kv_bits)
+
+    def cache_bytes(self, rows: int, capacity: int) -> int:
+        """Bytes of `new_cache`."""
+        config = replace(
+            self.config,
+            num_kv_heads=self.kv_heads,
+            num_layers=sum(
+                self.layers[i].has_attention for layers in self.device_map for i in layers
+            ),
+        )
+        return KVCache.size(config, rows, capacity, self.dtype, self.kv_bits)
 
     @torch.inference_mode()
     def prefill(
@@ -202,7 +217,8 @@ class Decoder(nn.Module):
             x = self._embed(torch.tensor(tokens, device=self.device))
             counts = [len(piece) for _, piece in pieces]
             here = None if rows is None else [rows[i] for i, _ in pieces]
-            step = Prefill(counts, cache, self.positions, x, rows=here, longest=longest)
+            how = {"rows": here, "longest": longest, "bits": self.kv_bits}
+            step = Prefill(counts, cache, self.positions, x, **how)
             x = self._run_layers(x, step)
             if cache is not None:
                 cache.advance(here, counts)

@@ -55,7 +55,7 @@ def capture(
         if own:
             return EagerStep(step, "it exchanges activations with other processes or devices")
         # The reference's launches depend on how many tokens there are.
-        return EagerStep(step, "there is no kernel of ours for attention")
+        return EagerStep(step, "there is no kernel of ours for its attention")
     with capture_calls() as calls:
         step()
     if calls.graph_break is None:

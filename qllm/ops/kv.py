@@ -8,7 +8,7 @@ on and end whatever the others do, and a pass takes those that are asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -74,12 +74,40 @@ PLAIN = Scores()
 class KV(NamedTuple):
     """Keys and values of one layer, in the type of the activations.
 
+    Another kind of cache is a class with the same methods (`qllm.ops.quantized_kv` is one) and a
+    row in `qllm.models.cache.KINDS`.
+
     Attributes:
         keys, values: (R, H_kv, capacity, D).
     """
 
     keys: Tensor
     values: Tensor
+
+    @property
+    def bits(self) -> int:
+        """Of a key or value, 16 for the activations' own type, whatever that is."""
+        return 16
+
+    @classmethod
+    def empty(
+        cls,
+        bits: int,
+        rows: int,
+        kv_heads: int,
+        capacity: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> KV:
+        """One that holds zeros: places that are masked are read, and 0 * NaN would be NaN."""
+        shape = (2, rows, kv_heads, capacity, dim)
+        return cls(*torch.zeros(shape, dtype=dtype, device=device))
+
+    @staticmethod
+    def row_bytes(bits: int, kv_heads: int, capacity: int, dim: int, dtype: torch.dtype) -> int:
+        """Bytes of a row."""
+        return 2 * kv_heads * capacity * dim * dtype.itemsize
 
     @property
     def kv_heads(self) -> int:
@@ -99,16 +127,22 @@ class KV(NamedTuple):
         Raises:
             IndexError: a sequence is longer than a row.
         """
-        assert self.keys.is_contiguous() and self.values.is_contiguous()
         assert self.keys.dtype == self.values.dtype == qkv.dtype
+        assert all(part.is_contiguous() for part in self)
         if batch.span > self.capacity:
             raise IndexError(f"{batch.span} tokens in a cache for {self.capacity}")
+
+    @staticmethod
+    def pieces(start: int, end: int) -> Iterator[range]:
+        """Runs of positions, each of which may be written before the first of it is read."""
+        yield range(start, end)
 
     def write(self, rows: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put heads (N, H_kv, D) of tokens into rows (N,), at positions (N,)."""
         self.keys[rows, :, positions] = keys
         self.values[rows, :, positions] = values
 
-    def read(self, rows: Tensor, span: int) -> tuple[Tensor, Tensor]:
-        """The first `span` keys and values of rows (B,): (B, H_kv, span, D) each."""
+    def read(self, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of rows (B,) in front of `ends` (B,): (B, H_kv, max(ends), D) each."""
+        span = int(ends.max())
         return self.keys[rows, :, :span], self.values[rows, :, :span]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qllm.ops.kv import KV, PLAIN, Batch, Scores
+from qllm.ops.quantized_kv import QuantizedKV
 from qllm.quant.packing import group_width, unpack
 
 # |q| <= 128, so 1024 products sum to at most 2^24: every partial sum is an exact float32.
@@ -341,7 +342,7 @@ def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
 
 def decode_attention(
     qkv: Tensor,
-    kv: KV,
+    kv: KV | QuantizedKV,
     batch: Batch,
     cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
@@ -362,7 +363,7 @@ def decode_attention(
     """
     q, k, v = _heads(qkv, kv, cos_sin)
     kv.write(batch.rows, batch.positions, k, v)
-    keys, values = kv.read(batch.rows, batch.span)
+    keys, values = kv.read(batch.rows, batch.positions + 1)
     distance = torch.arange(batch.span, device=qkv.device) - batch.positions[:, None, None]
     added = distance.new_zeros(distance.shape, dtype=torch.float32)  # (B, 1, S)
     if slopes is not None:
@@ -374,7 +375,7 @@ def decode_attention(
 
 def prefill_attention(
     qkv: Tensor,
-    kv: KV,
+    kv: KV | QuantizedKV,
     batch: Batch,
     cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
@@ -389,23 +390,26 @@ def prefill_attention(
         (N, H D).
     """
     q, k, v = _heads(qkv, kv, cos_sin)
-    starts = batch.starts.tolist()
-    kv.write(batch.rows.repeat_interleave(batch.starts.diff()), batch.positions, k, v)
     outputs = []
-    for sequence, run in enumerate(map(slice, starts, starts[1:])):
-        positions = batch.positions[run]
-        keys, values = kv.read(batch.rows[sequence : sequence + 1], int(positions[-1]) + 1)
-        mask = None
-        cut = 0 < scores.window < keys.shape[2]
-        if slopes is not None or cut or len(positions) < keys.shape[2]:
-            distance = torch.arange(keys.shape[2], device=qkv.device) - positions[:, None]
-            mask = distance.new_zeros(1, *distance.shape, dtype=torch.float32)
-            if slopes is not None:
-                mask = slopes.to(qkv.device)[:, None, None] * distance
-            mask = mask.masked_fill_(_unseen(distance, scores), -torch.inf).to(qkv.dtype)[None]
-        queries = q[run].transpose(0, 1)[None]
-        out = attention(queries, keys, values, mask, causal=mask is None, scores=scores)
-        outputs.append(out[0].transpose(0, 1).flatten(1))
+    for row, start, end in zip(
+        batch.rows.split(1), batch.starts[:-1], batch.starts[1:], strict=True
+    ):
+        past = int(batch.positions[start])
+        for piece in kv.pieces(past, past + int(end - start)):
+            run = slice(int(start) + piece.start - past, int(start) + piece.stop - past)
+            positions = batch.positions[run]
+            kv.write(row.expand(len(piece)), positions, k[run], v[run])
+            keys, values = kv.read(row, positions[-1:] + 1)
+            mask = None
+            if slopes is not None or piece.start or 0 < scores.window < piece.stop:
+                distance = torch.arange(piece.stop, device=qkv.device) - positions[:, None]
+                mask = distance.new_zeros(1, *distance.shape, dtype=torch.float32)
+                if slopes is not None:
+                    mask = slopes.to(qkv.device)[:, None, None] * distance
+                mask = mask.masked_fill_(_unseen(distance, scores), -torch.inf).to(qkv.dtype)[None]
+            queries = q[run].transpose(0, 1)[None]
+            out = attention(queries, keys, values, mask, causal=mask is None, scores=scores)
+            outputs.append(out[0].transpose(0, 1).flatten(1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

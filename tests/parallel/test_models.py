@@ -140,12 +140,13 @@ STAGES = ((1, 3, None), (2, 2, None), (1, 2, (7,)), (3, 2, (1,)), (1, 4, (3, 4, 
 )
 def test_stages(family, layout):
     tp, pp, cuts = layout
-    prompts = draw_prompts((3, 9, 1, 5, 7), 4096)
-    model = load(tiny(family), "4")
+    prompts = draw_prompts((3, 68, 1, 5, 7), 4096)
+    how = {"kv_bits": {"opt": 8, "llama": 4}.get(family, 16)}
+    model = load(tiny(family), "4", **how)
     whole, tokens = logits_of(model, prompts), generate(model, prompts, GENERATION)
 
     def run(parallel):
-        mine = load(tiny(family), "4", parallel=parallel)
+        mine = load(tiny(family), "4", parallel=parallel, **how)
         return generate(mine, prompts, GENERATION), logits_of(mine, prompts)
 
     for found, logits in on_mesh(tp, run, pp=pp, cuts=cuts):

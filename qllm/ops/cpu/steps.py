@@ -9,6 +9,7 @@ from qllm.ops.cpu import library
 from qllm.ops.cpu.interface import Activate, Add, Attend, Embed, Gather, Norm
 from qllm.ops.cpu.library import TYPES, like, pointer
 from qllm.ops.kv import KV, PLAIN, Batch, Scores
+from qllm.ops.quantized_kv import QuantizedKV, padded_size
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # as in kernels.h
 
@@ -111,7 +112,7 @@ def _add(x: Tensor, z: Tensor | None, factor: float) -> Tensor:
 
 def decode_attention(
     qkv: Tensor,
-    kv: KV,
+    kv: KV | QuantizedKV,
     batch: Batch,
     cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
@@ -123,7 +124,7 @@ def decode_attention(
 
 def prefill_attention(
     qkv: Tensor,
-    kv: KV,
+    kv: KV | QuantizedKV,
     batch: Batch,
     cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
@@ -136,7 +137,7 @@ def prefill_attention(
 def _attend(
     function: str,
     qkv: Tensor,
-    kv: KV,
+    kv: KV | QuantizedKV,
     batch: Batch,
     cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
@@ -147,8 +148,13 @@ def _attend(
     y = qkv.new_empty(len(qkv), heads * kv.dim)
     index = (batch.rows, batch.starts, batch.positions)
     rotation = [like(qkv, part) for part in cos_sin or (None, None)]
-    tensors = (qkv.contiguous(), *index, *rotation, slopes, kv.keys, kv.values, y)
+    tensors = (qkv.contiguous(), *index, *rotation, slopes)
+    if isinstance(kv, QuantizedKV):
+        tensors += (kv.recent_keys, kv.recent_values, y, kv.keys, kv.values, kv.key_scales)
+        tensors += (kv.value_scales, kv.key_zeros, kv.value_zeros)
+    else:
+        tensors += (kv.keys, kv.values, y, *[None] * 6)
     shape = (len(batch.rows), heads, kv.kv_heads, kv.dim, kv.capacity, TYPES[qkv.dtype])
-    how = (scores.window, scores.factor(kv.dim), scores.cap)
+    how = (kv.bits, padded_size(kv.dim), scores.window, scores.factor(kv.dim), scores.cap)
     library.run(function, Attend(*shape, *how, *map(pointer, tensors)), *tensors)
     return y

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qllm.ops import reference
 from qllm.ops.gpu import device
 from qllm.ops.kv import KV, PLAIN, Batch, Scores
+from qllm.ops.quantized_kv import QuantizedKV, padded_size
 
 SPAN = 256  # tokens of the cache that a program takes
 BLOCK = 64  # of them at once
@@ -15,7 +17,7 @@ SMALLEST = 16  # rows or columns of a product on the matrix units
 
 def decode_attention(
     qkv: Tensor,
-    kv: KV,
+    kv: KV | QuantizedKV,
     batch: Batch,
     cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
@@ -47,8 +49,7 @@ def decode_attention(
             cos,
             sin,
             slopes,
-            kv.keys,
-            kv.values,
+            *_memory(kv),
             batch.rows,
             batch.positions,
             y,
@@ -72,21 +73,33 @@ def decode_attention(
             SLOPE=slopes is not None,
             CAP=scores.cap > 0,
             WINDOW=scores.window > 0,
+            BITS=kv.bits,
+            WIDTH=padded_size(dim),
             num_warps=4,
             num_stages=2,
         )
     return y
 
 
+def _memory(kv: KV | QuantizedKV) -> tuple[Tensor | None, ...]:
+    """What the kernel of a decode step reads and writes."""
+    if isinstance(kv, QuantizedKV):
+        codes = (kv.keys, kv.values, kv.key_scales, kv.value_scales, kv.key_zeros, kv.value_zeros)
+        return (kv.recent_keys, kv.recent_values, *codes)
+    return (kv.keys, kv.values, *[None] * 6)
+
+
 def prefill_attention(
     qkv: Tensor,
-    kv: KV,
+    kv: KV | QuantizedKV,
     batch: Batch,
     cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
     scores: Scores = PLAIN,
 ) -> Tensor:
     """`reference.prefill_attention`, of all sequences at once."""
+    if isinstance(kv, QuantizedKV):
+        return reference.prefill_attention(qkv, kv, batch, cos_sin, slopes, scores)
     from qllm.ops.gpu.kernels import prefill
 
     kv.check(qkv, batch)

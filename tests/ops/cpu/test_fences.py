@@ -17,6 +17,7 @@ from fences import fenced, kept, run_in
 from qllm.ops.cpu import library as native
 from qllm.ops.cpu import linear, steps
 from qllm.ops.kv import KV, Batch
+from qllm.ops.quantized_kv import RUN, QuantizedKV
 
 
 def run_steps(dtype: torch.dtype, fence) -> None:
@@ -52,6 +53,18 @@ def run_attention(dtype: torch.dtype, fence) -> None:
             steps.decode_attention(new, cache, batch, turns, slopes)
 
 
+def run_quantized_attention(dtype: torch.dtype, fence) -> None:
+    for bits, (heads, kv_heads, dim) in itertools.product((8, 4), ((1, 1, 1), (4, 2, 20))):
+        kv = QuantizedKV.empty(bits, 2, kv_heads, 2 * RUN, dim, dtype, "cpu")
+        kv = QuantizedKV(*map(fence, kv))
+        new = fence(normal(RUN + 2, (heads + 2 * kv_heads) * dim, dtype=dtype))
+        batch = Batch(*map(fence, Batch.of([RUN + 2], "cpu", rows=[1])[:3]), RUN + 2, RUN + 2)
+        steps.prefill_attention(new, kv, batch, None, None)
+        batch = Batch.of([1], "cpu", rows=[1], pasts=[2 * RUN - 1])
+        batch = Batch(*map(fence, batch[:3]), 1, 2 * RUN)
+        steps.decode_attention(new[:1], kv, batch, None, None)
+
+
 def run_dense(dtype: torch.dtype, fence) -> None:
     for channels, rows in itertools.product((1, 2, 15, 17, 33, 70, 300), (1, 3, 6, 14)):
         x = fence(normal(rows, channels, dtype=dtype))
@@ -83,7 +96,7 @@ def run_all(path: str) -> None:
             torch.Tensor.new_empty = lambda x, *shape, fence=fence: fence(
                 torch.zeros(*shape, dtype=x.dtype)
             )
-            for run in (run_steps, run_attention, run_dense, run_linear):
+            for run in (run_steps, run_attention, run_quantized_attention, run_dense, run_linear):
                 run(dtype, fence)
                 kept.clear()
 

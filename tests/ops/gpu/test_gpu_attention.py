@@ -10,7 +10,8 @@ from torch import Tensor
 from qllm.ops import reference
 from qllm.ops.gpu import attention
 from qllm.ops.gpu import device as device_of
-from qllm.ops.kv import KV, Batch
+from qllm.ops.kv import KV, Batch, Scores
+from qllm.ops.quantized_kv import RUN, QuantizedKV
 
 CAPACITY = 200
 POSITIONS = (0, 63, 64, 150, 199)
@@ -149,3 +150,35 @@ def test_a_full_cache_is_refused(gpu):
     batch = Batch.of([1, 1], "cpu", pasts=[0, CAPACITY])
     with pytest.raises(IndexError, match=f"{CAPACITY + 1} tokens in a cache for {CAPACITY}"):
         attention.decode_attention(*arguments[:2], batch, None, None)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keys_and_values_of_few_bits(bits, dtype, gpu):
+    """The reference's results and integers, where a run becomes whole and behind it."""
+    heads, kv_heads, dim = {8: (4, 2, 32), 4: (2, 2, 20)}[bits]
+    end = 2 * RUN
+    qkv = normal(end + 3, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    qkv.view(len(qkv), -1, dim)[:, heads, 3] += 9
+    slopes = torch.linspace(0.01, 0.5, heads)
+    want, own = (QuantizedKV.empty(bits, 2, kv_heads, 4 * RUN, dim, dtype, "cpu") for _ in range(2))
+    for kv in (want, own):
+        batch = Batch.of([end - 2], "cpu", rows=[1])
+        reference.prefill_attention(qkv[: end - 2], kv, batch, None, slopes)
+    own = moved((own,), gpu)[0]
+    for place in range(end - 2, end + 3):
+        scores = Scores(window=70 if place % 2 else 0)
+        batch = Batch.of([1], "cpu", rows=[1], pasts=[place])
+        new, slope, there = moved((qkv[place : place + 1], slopes, batch), gpu)
+        got = attention.decode_attention(new, own, there, None, slope, scores).cpu()
+        expected = reference.decode_attention(
+            qkv[place : place + 1], want, batch, None, slopes, scores
+        )
+        limit = (4 * torch.finfo(dtype).eps + 1e-6) * expected.abs().max()
+        assert (got - expected).abs().max() <= limit
+    assert torch.equal(own.keys.cpu()[..., : dim // 4, :, :], want.keys[..., : dim // 4, :, :])
+    assert torch.equal(own.values.cpu()[..., :dim, :], want.values[..., :dim, :])
+    for part, other in zip(own[2:4], want[2:4], strict=True):
+        assert torch.equal(part.cpu()[..., :dim], other[..., :dim])
+    for part, other in zip(own[4:], want[4:], strict=True):
+        assert torch.equal(part.cpu(), other)

@@ -90,7 +90,7 @@ def test_what_cannot_be_captured_runs_as_it_is(made, monkeypatch, capsys):
 BREAKS = {
     None: (attention.decode_attention, True),
     "it exchanges activations with other processes or devices": (attention.decode_attention, False),
-    "there is no kernel of ours for attention": (reference.decode_attention, True),
+    "there is no kernel of ours for its attention": (reference.decode_attention, True),
 }
 
 

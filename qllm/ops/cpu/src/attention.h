@@ -1,10 +1,11 @@
-// Attention, in float32: of one new token per sequence to the cache, and of runs of tokens.
+// Attention, in float32, of one new token per sequence to the cache.
 #pragma once
 
 #include "elements.h"
 #include "isa.h"
 #include "kernels.h"
 #include "layout.h"
+#include "quantized_attention.h"
 #include "steps.h"
 #include "threads.h"
 
@@ -138,12 +139,113 @@ void attend_one(const Attend &a, const float *query, int64_t head, int64_t start
     }
 }
 
+// A thread's memory for `attend_codes`, in elements of 4 bytes.
+struct CodesMemory {
+    int64_t queries, scores, outs, numbers, planes, all;
+};
+static CodesMemory codes_memory(const Attend &a, int64_t capacity) {
+    const int64_t shared = a.heads / a.kv_heads, most = a.width > RUN ? a.width : RUN;
+    CodesMemory m;
+    m.queries = 0;
+    m.outs = shared * a.width;
+    m.scores = 2 * m.outs;
+    m.numbers = m.scores + shared * capacity;
+    m.planes = m.numbers + 2 * RUN * a.width;  // a run of keys and values, too
+    m.all = m.planes + most;
+    return m;
+}
+
+// A sequence's new token, all heads that share one of keys and values: integers of the runs before
+// its own, and what is in its own.
+template <int64_t TYPE>
+void attend_codes(const Attend &a, int64_t i, int64_t kv, int64_t capacity, float *memory) {
+    const int64_t shared = a.heads / a.kv_heads, position = a.positions[i], row = a.rows[i];
+    const int64_t runs = position / RUN, length = position + 1, recent = length - runs * RUN;
+    const int64_t start = (row * a.kv_heads + kv) * RUN * a.dim, base = code_base(a.bits);
+    const int64_t first = unseen(a.window, position), first_run = first / RUN;
+    const CodesMemory at = codes_memory(a, capacity);
+    float *queries = memory + at.queries, *outs = memory + at.outs, *numbers = memory + at.numbers;
+    Integers x = {0, 0, reinterpret_cast<int8_t *>(memory + at.planes)};
+    for (int64_t h = 0; h < shared; h++) {
+        float *query = queries + h * a.width;
+        for (int64_t d = 0; d < a.width; d++) query[d] = outs[h * a.width + d] = 0;
+        load_head(query, a, i, kv * shared + h);
+        rotate(query, a, i);
+    }
+    for (int64_t run = first_run; run < runs; run++) {
+        const Codes c = codes_of(a, row, kv, run);
+        for (int64_t h = 0; h < shared; h++) {
+            for (int64_t d = 0; d < a.width; d += WIDTH) {
+                VF scale = load_all<BFLOAT16>(c.key_scales, d);
+                store_f(numbers + d, mul_f(load_f(queries + h * a.width + d), scale));
+            }
+            to_integers(&x, numbers, c.key_zeros, base, a.width);
+            float *scores = memory + at.scores + h * capacity + run * RUN;
+            if (a.bits == 8)
+                score_run<8>(c.keys, a.width, x, scores);
+            else
+                score_run<4>(c.keys, a.width, x, scores);
+        }
+    }
+    for (int64_t h = 0; h < shared; h++) {
+        float *scores = memory + at.scores + h * capacity, m_i = -INFINITY;
+        const float slope = a.slopes ? a.slopes[kv * shared + h] : 0;
+        for (int64_t j = 0; j < recent; j++)
+            scores[runs * RUN + j] =
+                dot_product<TYPE>(queries + h * a.width, a.keys, start + j * a.dim, a.dim);
+        const float scale = cap_scores(a, scores + first, length - first);
+        for (int64_t j = first; j < length; j++) {
+            scores[j] = scores[j] * scale + slope * float(j - position);
+            m_i = scores[j] > m_i ? scores[j] : m_i;
+        }
+        // The query is not needed any more.
+        queries[h * a.width] = 1 / exponents(scores + first, length - first, m_i);
+        // Keys in front of the window weigh nothing.
+        for (int64_t j = first_run * RUN; j < first; j++) scores[j] = 0;
+    }
+    for (int64_t run = first_run; run < runs; run++) {
+        const Codes c = codes_of(a, row, kv, run);
+        for (int64_t h = 0; h < shared; h++) {
+            const float *weights_of = memory + at.scores + h * capacity + run * RUN;
+            for (int64_t t = 0; t < RUN; t += WIDTH) {
+                VF scale = load_all<BFLOAT16>(c.value_scales, t);
+                store_f(numbers + t, mul_f(load_f(weights_of + t), scale));
+            }
+            to_integers(&x, numbers, c.value_zeros, base, RUN);
+            if (a.bits == 8)
+                add_values<8>(c.values, a.width, x, outs + h * a.width);
+            else
+                add_values<4>(c.values, a.width, x, outs + h * a.width);
+        }
+    }
+    for (int64_t h = 0; h < shared; h++) {
+        const float *weights_of = memory + at.scores + h * capacity + runs * RUN;
+        float *out = outs + h * a.width;
+        for (int64_t d = 0; d < a.dim; d += WIDTH) {
+            VF sum = load_f(out + d);
+            for (int64_t j = 0; j < recent; j++)
+                sum = fma_f(set_f(weights_of[j]), load<TYPE>(a.values, start + j * a.dim + d, a.dim - d),
+                            sum);
+            store_f(out + d, mul_f(sum, set_f(queries[h * a.width])));
+        }
+        store_head(out, a, a.y, (i * a.heads + kv * shared + h) * a.dim);
+    }
+    if (recent < RUN) return;
+    float *keys = numbers, *values = numbers + RUN * a.dim;
+    for (int64_t j = 0; j < RUN * a.dim; j += WIDTH) {
+        const int64_t count = RUN * a.dim - j;
+        store_as(keys, j, FLOAT32, count, load_as(a.keys, start + j, a.type, count));
+        store_as(values, j, FLOAT32, count, load_as(a.values, start + j, a.type, count));
+    }
+    quantize_run(a, codes_of(a, row, kv, runs), keys, values);
+}
+
 static Status attend(const Attend &a) {
     int64_t longest = 0;
     for (int64_t i = 0; i < a.sequences; i++)
         if (a.positions[i] > longest) longest = a.positions[i];
     int64_t capacity = (longest + 1 + 15) / 16 * 16, head = (a.dim + 15) / 16 * 16;
-    int64_t each = capacity + 2 * head;
+    int64_t each = a.bits == 16 ? capacity + 2 * head : codes_memory(a, capacity).all + head;
     float *memory = static_cast<float *>(scratch(size_t(most_threads() * each * 4)));
     if (!memory) return Status::NO_MEMORY;
     int64_t work = a.sequences * a.heads * (longest + 1) * a.dim;
@@ -151,13 +253,18 @@ static Status attend(const Attend &a) {
         int64_t i = item / a.kv_heads, kv = item % a.kv_heads, position = a.positions[i];
         float *query = memory + thread * each, *out = query + head;
         float *scores = out + head;
-        int64_t start = (a.rows[i] * a.kv_heads + kv) * a.capacity * a.dim;
-        int64_t at = start + position * a.dim, first = unseen(a.window, position);
+        const int64_t held = a.bits == 16 ? a.capacity : RUN;
+        int64_t start = (a.rows[i] * a.kv_heads + kv) * held * a.dim;
+        int64_t at = start + position % held * a.dim, first = unseen(a.window, position);
         load_head(query, a, i, a.heads + kv);
         rotate(query, a, i);
         store_head(query, a, a.keys, at);
         load_head(query, a, i, a.heads + a.kv_heads + kv);
         store_head(query, a, a.values, at);
+        if (a.bits != 16) {
+            BY_TYPE(a.type, attend_codes, a, i, kv, capacity, query + head);
+            return;
+        }
         int64_t shared = a.heads / a.kv_heads;
         for (int64_t h = kv * shared; h < (kv + 1) * shared; h++) {
             load_head(query, a, i, h);
@@ -167,182 +274,6 @@ static Status attend(const Attend &a) {
             store_head(out, a, a.y, (i * a.heads + h) * a.dim);
         }
     });
-    return Status::OK;
-}
-
-// A sequence's queries are taken a few at a time, its keys a panel at a time, from its first token
-// on: what is summed, and in which order, does not depend on the runs in which the tokens come.
-constexpr int64_t QUERIES = 4;
-constexpr int64_t PART_QUERIES = 32;  // that a thread takes at once
-constexpr int64_t KEY_VECTORS = WIDTH == 16 ? 4 : 2;
-constexpr int64_t KEYS = KEY_VECTORS * WIDTH;
-constexpr int64_t SHARED_BYTES = 64 << 20;  // of keys and values in float32, but for one head's
-
-// A run of tokens of one sequence, some heads of keys and values of which the threads share:
-// keys (heads, panels, dim, KEYS), values (heads, length, width), in float32.
-struct Sequence {
-    int64_t row, token, past, length;  // of the cache; the first new one; those before; all
-    int64_t kv_head, panels, width;    // the first head that is shared
-    float *keys, *values;
-};
-
-// Keys and values of some tokens, of which the new ones go to the cache, to what is shared.
-static void share_keys(const Attend &a, const Sequence &s, int64_t index, int64_t panel,
-                       float *head) {
-    const int64_t kv = s.kv_head + index;
-    for (int64_t j = panel * KEYS; j < (panel + 1) * KEYS; j++) {
-        float *keys = s.keys + (index * s.panels + panel) * a.dim * KEYS + j % KEYS;
-        if (j >= s.length) {
-            for (int64_t d = 0; d < a.dim; d++) keys[d * KEYS] = 0;
-            continue;
-        }
-        int64_t at = ((s.row * a.kv_heads + kv) * a.capacity + j) * a.dim;
-        float *values = s.values + (index * s.length + j) * s.width;
-        if (j >= s.past) {
-            int64_t token = s.token + j - s.past;
-            load_head(head, a, token, a.heads + kv);
-            rotate(head, a, token);
-            store_head(head, a, a.keys, at);
-            load_head(head, a, token, a.heads + a.kv_heads + kv);
-            store_head(head, a, a.values, at);
-        }
-        // What decoding will find in the cache.
-        for (int64_t d = 0; d < a.dim; d += WIDTH) {
-            store_as(head, d, FLOAT32, a.dim - d, load_as(a.keys, at + d, a.type, a.dim - d));
-            store_f(values + d, load_as(a.values, at + d, a.type, a.dim - d));
-        }
-        for (int64_t d = 0; d < a.dim; d++) keys[d * KEYS] = head[d];
-        for (int64_t d = (a.dim + WIDTH - 1) / WIDTH * WIDTH; d < s.width; d++) values[d] = 0;
-    }
-}
-
-// The scores of QUERIES queries (each `dim` apart) and a panel of keys.
-static void score_panel(const float *queries, int64_t dim, const float *keys, float *scores,
-                        int64_t stride) {
-    VF sums[QUERIES][KEY_VECTORS];
-    for (int64_t q = 0; q < QUERIES; q++)
-        for (int64_t v = 0; v < KEY_VECTORS; v++) sums[q][v] = set_f(0);
-    for (int64_t d = 0; d < dim; d++, keys += KEYS) {
-        VF key[KEY_VECTORS];
-        for (int64_t v = 0; v < KEY_VECTORS; v++) key[v] = load_f(keys + v * WIDTH);
-        for (int64_t q = 0; q < QUERIES; q++) {
-            VF value = set_f(queries[q * dim + d]);
-            for (int64_t v = 0; v < KEY_VECTORS; v++)
-                sums[q][v] = add_product(sums[q][v], value, key[v]);
-        }
-    }
-    for (int64_t q = 0; q < QUERIES; q++)
-        for (int64_t v = 0; v < KEY_VECTORS; v++)
-            store_f(scores + q * stride + v * WIDTH, sums[q][v]);
-}
-
-// The values of `length` tokens, weighted for QUERIES queries: KEY_VECTORS vectors of channels.
-static void weigh_values(const float *weights, int64_t stride, int64_t length, const float *values,
-                         int64_t width, float (*out)[KEYS]) {
-    VF sums[QUERIES][KEY_VECTORS];
-    for (int64_t q = 0; q < QUERIES; q++)
-        for (int64_t v = 0; v < KEY_VECTORS; v++) sums[q][v] = set_f(0);
-    for (int64_t j = 0; j < length; j++, values += width) {
-        VF value[KEY_VECTORS];
-        for (int64_t v = 0; v < KEY_VECTORS; v++) value[v] = load_f(values + v * WIDTH);
-        for (int64_t q = 0; q < QUERIES; q++) {
-            VF weight = set_f(weights[q * stride + j]);
-            for (int64_t v = 0; v < KEY_VECTORS; v++)
-                sums[q][v] = add_product(sums[q][v], weight, value[v]);
-        }
-    }
-    for (int64_t q = 0; q < QUERIES; q++)
-        for (int64_t v = 0; v < KEY_VECTORS; v++) store_f(out[q] + v * WIDTH, sums[q][v]);
-}
-
-// The queries of one head from the new token `first` on, QUERIES of them or what is left.
-static void attend_queries(const Attend &a, const Sequence &s, int64_t head, int64_t first,
-                           float *queries, float *scores) {
-    const int64_t tokens = s.length - s.past, count = smaller(tokens - first, QUERIES);
-    const int64_t length = s.past + first + count, stride = s.panels * KEYS;
-    const int64_t kv = head / (a.heads / a.kv_heads) - s.kv_head;
-    const float slope = a.slopes ? a.slopes[head] : 0;
-    // Panels of which no query sees anything are left out.
-    const int64_t begin = unseen(a.window, s.past + first) / KEYS * KEYS;
-    for (int64_t q = 0; q < QUERIES; q++) {
-        // Missing queries are the last one again.
-        int64_t token = s.token + first + (q < count ? q : count - 1);
-        load_head(queries + q * a.dim, a, token, head);
-        rotate(queries + q * a.dim, a, token);
-    }
-    for (int64_t panel = begin / KEYS; panel * KEYS < length; panel++) {
-        const float *keys = s.keys + (kv * s.panels + panel) * a.dim * KEYS;
-        score_panel(queries, a.dim, keys, scores + panel * KEYS, stride);
-    }
-    float share[QUERIES];
-    for (int64_t q = 0; q < QUERIES; q++) {
-        float *row = scores + q * stride, m_i = -INFINITY;
-        int64_t position = s.past + first + (q < count ? q : count - 1);
-        int64_t start = unseen(a.window, position), seen = position + 1 - start;
-        const float scale = cap_scores(a, row + start, seen);
-        for (int64_t j = start; j <= position; j++) {
-            row[j] = row[j] * scale + slope * float(j - position);
-            m_i = row[j] > m_i ? row[j] : m_i;
-        }
-        share[q] = 1 / exponents(row + start, seen, m_i);
-        // Keys in front of the window and behind the query, and the panel's filling, weigh nothing.
-        for (int64_t j = begin; j < start; j++) row[j] = 0;
-        for (int64_t j = position + 1; j < length; j++) row[j] = 0;
-    }
-    for (int64_t d = 0; d < a.dim; d += KEYS) {
-        alignas(64) float out[QUERIES][KEYS];
-        const float *values = s.values + (kv * s.length + begin) * s.width + d;
-        weigh_values(scores + begin, stride, length - begin, values, s.width, out);
-        for (int64_t q = 0; q < count; q++)
-            for (int64_t i = 0; i < KEYS && d + i < a.dim; i += WIDTH) {
-                VF value = mul_f(load_f(out[q] + i), set_f(share[q]));
-                int64_t at = ((s.token + first + q) * a.heads + head) * a.dim + d + i;
-                store_as(a.y, at, a.type, a.dim - d - i, value);
-            }
-    }
-}
-
-// The run of tokens of one sequence; of a long one a few heads at a time, so that memory is bounded.
-static bool attend_run(const Attend &a, int64_t index) {
-    Sequence s;
-    s.row = a.rows[index], s.token = a.starts[index], s.past = a.positions[s.token];
-    const int64_t tokens = a.starts[index + 1] - s.token, shared = a.heads / a.kv_heads;
-    s.length = s.past + tokens;
-    s.width = (a.dim + KEYS - 1) / KEYS * KEYS;
-    s.panels = (s.length + KEYS - 1) / KEYS;
-    const int64_t keys = s.panels * a.dim * KEYS, values = s.length * s.width;
-    const int64_t fitting = SHARED_BYTES / 4 / (keys + values);
-    const int64_t at_once = fitting < 1 ? 1 : smaller(fitting, a.kv_heads);
-    const int64_t queries = (QUERIES * a.dim + 15) / 16 * 16;
-    const int64_t each = queries + QUERIES * s.panels * KEYS + 16;
-    const int64_t total = at_once * (keys + values) + each * most_threads();
-    float *memory = static_cast<float *>(scratch(size_t(total * 4)));
-    if (!memory) return false;
-    s.keys = memory;
-    s.values = memory + at_once * keys;
-    auto own = [=](int64_t thread) {
-        return memory + at_once * (keys + values) + thread * each;
-    };
-    const int64_t parts = (tokens + PART_QUERIES - 1) / PART_QUERIES;
-    for (s.kv_head = 0; s.kv_head < a.kv_heads; s.kv_head += at_once) {
-        const int64_t heads = smaller(at_once, a.kv_heads - s.kv_head);
-        for_each(heads * s.panels, true, [&](int64_t i, int64_t thread) {
-            share_keys(a, s, i / s.panels, i % s.panels, own(thread));
-        });
-        // A head's rows, which are longer the later they are, in turn with the other heads'.
-        for_each(heads * shared * parts, true, [&](int64_t i, int64_t thread) {
-            const int64_t head = s.kv_head * shared + i / parts;
-            int64_t first = i % parts * PART_QUERIES, end = smaller(first + PART_QUERIES, tokens);
-            for (; first < end; first += QUERIES)
-                attend_queries(a, s, head, first, own(thread), own(thread) + queries);
-        });
-    }
-    return true;
-}
-
-static Status attend_prefill(const Attend &a) {
-    for (int64_t i = 0; i < a.sequences; i++)
-        if (!attend_run(a, i)) return Status::NO_MEMORY;
     return Status::OK;
 }
 

@@ -1,4 +1,4 @@
-#include "attention.h"
+#include "prefill_attention.h"
 #include "dense.h"
 #include "kernels.h"
 #include "limits.h"

@@ -25,6 +25,7 @@ inline VI load_i(const int32_t *p) {
 inline void store_i(int32_t *p, VI v) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), v); }
 inline VI add_i(VI a, VI b) { return _mm256_add_epi32(a, b); }
 inline VI sub_i(VI a, VI b) { return _mm256_sub_epi32(a, b); }
+inline VI and_i(VI a, VI b) { return _mm256_and_si256(a, b); }
 inline VI mul_i(VI a, VI b) { return _mm256_mullo_epi32(a, b); }
 template <int N> inline VI shift_left(VI a) { return _mm256_slli_epi32(a, N); }
 template <int N> inline VI shift_right(VI a) { return _mm256_srai_epi32(a, N); }

@@ -27,6 +27,7 @@ inline VI load_i(const int32_t *p) { return _mm512_loadu_si512(p); }
 inline void store_i(int32_t *p, VI v) { _mm512_storeu_si512(p, v); }
 inline VI add_i(VI a, VI b) { return _mm512_add_epi32(a, b); }
 inline VI sub_i(VI a, VI b) { return _mm512_sub_epi32(a, b); }
+inline VI and_i(VI a, VI b) { return _mm512_and_si512(a, b); }
 inline VI mul_i(VI a, VI b) { return _mm512_mullo_epi32(a, b); }
 template <int N> inline VI shift_left(VI a) { return _mm512_slli_epi32(a, N); }
 template <int N> inline VI shift_right(VI a) { return _mm512_srai_epi32(a, N); }

@@ -22,6 +22,7 @@ inline void store_i(int32_t *p, VI v) { *p = v; }
 // Sums wrap where those of the other paths do.
 inline VI add_i(VI a, VI b) { return VI(uint32_t(a) + uint32_t(b)); }
 inline VI sub_i(VI a, VI b) { return VI(uint32_t(a) - uint32_t(b)); }
+inline VI and_i(VI a, VI b) { return a & b; }
 inline VI mul_i(VI a, VI b) { return VI(uint32_t(a) * uint32_t(b)); }
 template <int N> inline VI shift_left(VI a) { return VI(uint32_t(a) << N); }
 template <int N> inline VI shift_right(VI a) { return a >> N; }

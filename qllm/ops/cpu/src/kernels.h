@@ -112,8 +112,14 @@ struct Embed {  // row index[i] + offset of a table, `bytes` wide, for each i
 // Tokens attend to those before them in the cache, which their keys and values join, and to
 // themselves. N tokens of some sequences lie one sequence after the other; in a decode step each
 // has one.
+//
+// Keys and values are of the type of the activations, or integers of 8 or 4 bits: see
+// qllm/ops/quantized_kv.py. Then `capacity` is of whole runs of RUN tokens, and `width` is dim
+// padded to a multiple of CHANNELS.
+constexpr int64_t RUN = 64;
+
 struct Attend {
-    int64_t sequences, heads, kv_heads, dim, capacity, type;
+    int64_t sequences, heads, kv_heads, dim, capacity, type, bits, width;
     int64_t window;             // how many tokens a query sees, its own included; 0: all before it
     double scale, cap;          // scores are scale q k; or cap tanh(scale q k / cap), cap being > 0
     const void *qkv;            // (N, heads + 2 kv_heads, dim)
@@ -122,8 +128,12 @@ struct Attend {
     const int64_t *positions;   // (N,): of a token in its row
     const void *cos, *sin;      // (N, dim), or null for no rotation
     const float *slopes;        // (heads,): of ALiBi, or null
-    void *keys, *values;        // (…, kv_heads, capacity, dim)
+    void *keys, *values;        // (…, kv_heads, capacity, dim), or of bits (…, kv_heads, RUN, dim)
     void *y;                    // (N, heads, dim)
+    uint8_t *key_codes;         // (…, kv_heads, runs, width / 4, RUN b / 8, 4)
+    uint8_t *value_codes;       // (…, kv_heads, runs, RUN b / 32, width, 4)
+    uint16_t *key_scales, *value_scales;  // bfloat16 (…, kv_heads, runs, width), and (…, RUN)
+    uint8_t *key_zeros, *value_zeros;
 };
 
 struct Dense {  // y (rows, out) = x w^T + bias

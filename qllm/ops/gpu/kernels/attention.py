@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from qllm.ops.gpu.kernels.codes import RUN, load_held, quantize_keys, quantize_values
 from qllm.ops.gpu.kernels.numbers import bound, narrow, operand
 
 
@@ -29,12 +30,14 @@ def scaled(products, scale, cap, CAP: tl.constexpr):
 
 
 @triton.jit
-def decode_attention(
-    qkv, cos, sin, slopes, keys, values, rows, positions, y, partials, counters, heads, kv_heads,
-    capacity, scale, cap, window,
+def decode_attention(  # noqa: PLR0912 - one launch
+    qkv, cos, sin, slopes, keys, values, key_codes, value_codes, key_scales, value_scales,
+    key_zeros, value_zeros, rows, positions, y, partials, counters, heads, kv_heads, capacity,
+    scale, cap, window,
     DIM: tl.constexpr, FIRST: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     ROTATE: tl.constexpr, SLOPE: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
+    BITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A program takes SPAN tokens of a sequence's cache, one key head and all heads that read it.
 
@@ -48,7 +51,8 @@ def decode_attention(
     Args:
         qkv: (B, (H + 2 H_kv) D).
         cos, sin: (B, D).
-        keys, values: (R, H_kv, capacity, D).
+        keys, values: (R, H_kv, capacity, D); with BITS of 8 and 4, of the newest run of RUN tokens
+            alone, those before it being integers, of D padded to WIDTH: `qllm.ops.quantized_kv`.
         rows: int64 (B,), of the cache.
         positions: int64 (B,).
         window: tokens that a query sees, its own included, with WINDOW; else all before it.
@@ -92,7 +96,13 @@ def decode_attention(
         l_i = tl.zeros((PADDED_GROUP,), tl.float32)
         acc1 = tl.zeros((PADDED_GROUP, HALF), tl.float32)
         acc2 = tl.zeros((PADDED_GROUP, HALF), tl.float32)
-        place = (tl.load(rows + sequence) * kv_heads + kv_head) * capacity * DIM
+        item = tl.load(rows + sequence) * kv_heads + kv_head
+        place = item * capacity * DIM
+        recent = position * 0  # the first token that is no integer
+        if BITS != 16:
+            place = item * RUN * DIM
+            recent = position // RUN * RUN
+        second = column + FIRST
         end = tl.minimum(position, (split + 1) * SPAN)
         begin = split * SPAN
         if WINDOW:  # with a block in which there is a token, or with none
@@ -103,8 +113,13 @@ def decode_attention(
             here = token < end
             if WINDOW:
                 here = here & (token >= first_token)
-            old1 = _load_half(keys + place, token * DIM, here, column, in_first)
-            old2 = _load_half(keys + place, token * DIM + FIRST, here, column, in_second)
+            in_run, run = token, item
+            if BITS != 16:  # a block is part of one run
+                in_run, run = token % RUN, item * (capacity // RUN) + start // RUN
+            held, codes = keys + place, (key_codes, key_scales, key_zeros)
+            how = (run, in_run, here, start >= recent)
+            old1 = load_held(held, codes, how, column, in_first, True, DIM, WIDTH, BITS, type)
+            old2 = load_held(held, codes, how, second, in_second, True, DIM, WIDTH, BITS, type)
             scores = tl.dot(operand(q1), tl.trans(operand(old1)), input_precision="ieee")
             scores = tl.dot(operand(q2), tl.trans(operand(old2)), scores, input_precision="ieee")
             scores = scaled(scores, scale, cap, CAP)
@@ -114,8 +129,9 @@ def decode_attention(
             alpha = tl.exp(m_i - m_new)
             weights = tl.exp(scores - m_new[:, None])
             m_i, l_i = m_new, l_i * alpha + tl.sum(weights, 1)
-            old1 = _load_half(values + place, token * DIM, here, column, in_first)
-            old2 = _load_half(values + place, token * DIM + FIRST, here, column, in_second)
+            held, codes = values + place, (value_codes, value_scales, value_zeros)
+            old1 = load_held(held, codes, how, column, in_first, False, DIM, WIDTH, BITS, type)
+            old2 = load_held(held, codes, how, second, in_second, False, DIM, WIDTH, BITS, type)
             weights = operand(narrow(weights, type))
             acc1 = tl.dot(weights, operand(old1), acc1 * alpha[:, None], input_precision="ieee")
             acc2 = tl.dot(weights, operand(old2), acc2 * alpha[:, None], input_precision="ieee")
@@ -124,7 +140,7 @@ def decode_attention(
             value = (heads + kv_heads + kv_head + one) * DIM
             v1 = _load_half(own, value, one == 0, column, in_first)
             v2 = _load_half(own, value + FIRST, one == 0, column, in_second)
-            target = place + position * DIM + column[None, :]
+            target = place + (position - recent) * DIM + column[None, :]
             tl.store(keys + target, k1, mask=in_first[None, :])
             tl.store(keys + target + FIRST, k2, mask=in_second[None, :])
             tl.store(values + target, v1, mask=in_first[None, :])
@@ -137,6 +153,15 @@ def decode_attention(
             m_i, l_i = m_new, l_i * alpha + weight
             acc1 = acc1 * alpha[:, None] + weight[:, None] * v1.to(tl.float32)
             acc2 = acc2 * alpha[:, None] + weight[:, None] * v2.to(tl.float32)
+            if BITS != 16:
+                run = item * (capacity // RUN) + position // RUN
+                of_keys = (key_codes, key_scales, key_zeros)
+                of_values = (value_codes, value_scales, value_zeros)
+                if position - recent == RUN - 1:  # a run is whole
+                    tl.debug_barrier()  # all threads have stored what others now read
+                    quantize_keys(keys + place, of_keys, run, column, in_first, DIM, WIDTH, BITS)
+                    quantize_keys(keys + place, of_keys, run, second, in_second, DIM, WIDTH, BITS)
+                    quantize_values(values + place, of_values, run, DIM, 2 * HALF, WIDTH, BITS)
 
         last = True
         if SPLITS > 1:

@@ -1,0 +1,282 @@
+// Attention, in float32, of runs of tokens to those before them in the cache and to themselves.
+#pragma once
+
+#include "attention.h"
+#include "isa.h"
+#include "kernels.h"
+#include "threads.h"
+
+namespace qllm {
+namespace {
+
+// A sequence's queries are taken a few at a time, its keys a panel at a time, from its first token
+// on: what is summed, and in which order, does not depend on the runs in which the tokens come.
+constexpr int64_t QUERIES = 4;
+constexpr int64_t PART_QUERIES = 32;  // that a thread takes at once
+constexpr int64_t KEY_VECTORS = WIDTH == 16 ? 4 : 2;
+constexpr int64_t KEYS = KEY_VECTORS * WIDTH;
+constexpr int64_t SHARED_BYTES = 64 << 20;  // of keys and values in float32, but for one head's
+
+// A run of tokens of one sequence, some heads of keys and values of which the threads share:
+// keys (heads, panels, dim, KEYS), values (heads, length, width), in float32. Where the cache holds
+// integers these are what runs of RUN tokens stand for once they are quantized, and `recent_…` has
+// the tokens from `recent` on as they come, which those of the same run of RUN see.
+struct Sequence {
+    int64_t row, token, past, length;  // of the cache; the first new one; those before; all
+    int64_t kv_head, panels, width;    // the first head that is shared
+    int64_t recent, recent_panels;
+    float *keys, *values, *recent_keys, *recent_values;
+};
+
+// A key or value (dim,) of a head of the token j, from the cache or, where it is new, from qkv; as
+// the cache's type has it.
+static void load_token(const Attend &a, const Sequence &s, int64_t kv, int64_t j, bool is_value,
+                       float *head) {
+    void *held = is_value ? a.values : a.keys;
+    const int64_t room = a.bits == 16 ? a.capacity : RUN;
+    const int64_t at = ((s.row * a.kv_heads + kv) * room + j % room) * a.dim;
+    if (j < s.past) {
+        for (int64_t d = 0; d < a.dim; d += WIDTH)
+            store_as(head, d, FLOAT32, a.dim - d, load_as(held, at + d, a.type, a.dim - d));
+        return;
+    }
+    const int64_t token = s.token + j - s.past;
+    load_head(head, a, token, a.heads + (is_value ? a.kv_heads : 0) + kv);
+    if (!is_value) rotate(head, a, token);
+    alignas(64) char few[WIDTH * 4];
+    for (int64_t d = 0; d < a.dim; d += WIDTH) {
+        store_as(few, 0, a.type, a.dim - d, load_as(head, d, FLOAT32, a.dim - d));
+        store_as(head, d, FLOAT32, a.dim - d, load_as(few, 0, a.type, a.dim - d));
+    }
+}
+
+// A key and a value to their places among what is shared, counted from a panel's first token.
+static void share_key(const Attend &a, float *keys, int64_t j, const float *head) {
+    for (int64_t d = 0; d < a.dim; d++) keys[(j / KEYS * a.dim + d) * KEYS + j % KEYS] = head[d];
+}
+static void share_value(const Attend &a, const Sequence &s, float *values, int64_t j,
+                        const float *head) {
+    for (int64_t d = 0; d < s.width; d++) values[j * s.width + d] = d < a.dim ? head[d] : 0;
+}
+
+// Keys and values of RUN tokens to what is shared, and the new ones among them to the cache.
+static void share_run(const Attend &a, const Sequence &s, int64_t index, int64_t run, float *head) {
+    const int64_t kv = s.kv_head + index, first = run * RUN, end = smaller(first + RUN, s.length);
+    float *keys = s.keys + index * s.panels * a.dim * KEYS;
+    float *values = s.values + index * s.length * s.width;
+    for (int64_t j = end; j < smaller(first + RUN, s.panels * KEYS); j++)
+        for (int64_t d = 0; d < a.dim; d++) keys[(j / KEYS * a.dim + d) * KEYS + j % KEYS] = 0;
+    if (a.bits == 16) {
+        for (int64_t j = first; j < end; j++) {
+            const int64_t at = ((s.row * a.kv_heads + kv) * a.capacity + j) * a.dim;
+            load_token(a, s, kv, j, false, head);
+            if (j >= s.past) store_head(head, a, a.keys, at);
+            share_key(a, keys, j, head);
+            load_token(a, s, kv, j, true, head);
+            if (j >= s.past) store_head(head, a, a.values, at);
+            share_value(a, s, values, j, head);
+        }
+        return;
+    }
+    const Codes c = codes_of(a, s.row, kv, run);
+    if (first >= s.recent) {
+        float *recent_keys = s.recent_keys + index * s.recent_panels * a.dim * KEYS;
+        float *recent_values = s.recent_values + index * s.recent_panels * KEYS * s.width;
+        float *run_keys = head + a.width, *run_values = run_keys + RUN * a.dim;
+        for (int64_t j = first; j < end; j++) {
+            float *key = run_keys + (j - first) * a.dim, *value = run_values + (j - first) * a.dim;
+            load_token(a, s, kv, j, false, head);
+            for (int64_t d = 0; d < a.dim; d++) key[d] = head[d];
+            share_key(a, recent_keys, j - s.recent, head);
+            load_token(a, s, kv, j, true, head);
+            for (int64_t d = 0; d < a.dim; d++) value[d] = head[d];
+            share_value(a, s, recent_values, j - s.recent, head);
+        }
+        if (end < first + RUN) return;
+        quantize_run(a, c, run_keys, run_values);
+    }
+    for (int64_t j = first; j < end; j++) {
+        for (int64_t d = 0; d < a.dim; d++) head[d] = key_at(a, c, d, j - first);
+        share_key(a, keys, j, head);
+        for (int64_t d = 0; d < a.dim; d++) head[d] = value_at(a, c, d, j - first);
+        share_value(a, s, values, j, head);
+    }
+}
+
+// The new tokens of the last run of RUN to where the cache has them as they came.
+static void store_recent(const Attend &a, const Sequence &s, int64_t index, float *head) {
+    const int64_t kv = s.kv_head + index, first = (s.length - 1) / RUN * RUN;
+    for (int64_t j = first > s.past ? first : s.past; j < s.length; j++) {
+        const int64_t at = ((s.row * a.kv_heads + kv) * RUN + j % RUN) * a.dim;
+        load_token(a, s, kv, j, false, head);
+        store_head(head, a, a.keys, at);
+        load_token(a, s, kv, j, true, head);
+        store_head(head, a, a.values, at);
+    }
+}
+
+// The scores of QUERIES queries (each `dim` apart) and a panel of keys.
+static void score_panel(const float *queries, int64_t dim, const float *keys, float *scores,
+                        int64_t stride) {
+    VF sums[QUERIES][KEY_VECTORS];
+    for (int64_t q = 0; q < QUERIES; q++)
+        for (int64_t v = 0; v < KEY_VECTORS; v++) sums[q][v] = set_f(0);
+    for (int64_t d = 0; d < dim; d++, keys += KEYS) {
+        VF key[KEY_VECTORS];
+        for (int64_t v = 0; v < KEY_VECTORS; v++) key[v] = load_f(keys + v * WIDTH);
+        for (int64_t q = 0; q < QUERIES; q++) {
+            VF value = set_f(queries[q * dim + d]);
+            for (int64_t v = 0; v < KEY_VECTORS; v++)
+                sums[q][v] = add_product(sums[q][v], value, key[v]);
+        }
+    }
+    for (int64_t q = 0; q < QUERIES; q++)
+        for (int64_t v = 0; v < KEY_VECTORS; v++)
+            store_f(scores + q * stride + v * WIDTH, sums[q][v]);
+}
+
+// Adds the values of `length` tokens, weighted for QUERIES queries: KEY_VECTORS vectors of channels.
+static void weigh_values(const float *weights, int64_t stride, int64_t length, const float *values,
+                         int64_t width, float (*out)[KEYS]) {
+    VF sums[QUERIES][KEY_VECTORS];
+    for (int64_t q = 0; q < QUERIES; q++)
+        for (int64_t v = 0; v < KEY_VECTORS; v++) sums[q][v] = load_f(out[q] + v * WIDTH);
+    for (int64_t j = 0; j < length; j++, values += width) {
+        VF value[KEY_VECTORS];
+        for (int64_t v = 0; v < KEY_VECTORS; v++) value[v] = load_f(values + v * WIDTH);
+        for (int64_t q = 0; q < QUERIES; q++) {
+            VF weight = set_f(weights[q * stride + j]);
+            for (int64_t v = 0; v < KEY_VECTORS; v++)
+                sums[q][v] = add_product(sums[q][v], weight, value[v]);
+        }
+    }
+    for (int64_t q = 0; q < QUERIES; q++)
+        for (int64_t v = 0; v < KEY_VECTORS; v++) store_f(out[q] + v * WIDTH, sums[q][v]);
+}
+
+// The queries of one head from `position` on to `end`, up to QUERIES of them and all of one run of
+// RUN.
+static void attend_queries(const Attend &a, const Sequence &s, int64_t head, int64_t position,
+                           int64_t end, float *queries, float *scores) {
+    const int64_t count = smaller(end - position, QUERIES), length = position + count;
+    const int64_t stride = s.panels * KEYS, kv = head / (a.heads / a.kv_heads) - s.kv_head;
+    const float slope = a.slopes ? a.slopes[head] : 0;
+    // Panels of which no query sees anything are left out.
+    const int64_t begin = unseen(a.window, position) / KEYS * KEYS;
+    // Tokens that it sees as they came, if those before them are integers.
+    const int64_t own = a.bits == 16 ? length : position / RUN * RUN;
+    const float *keys = s.keys + kv * s.panels * a.dim * KEYS;
+    const float *values = s.values + kv * s.length * s.width;
+    const float *own_keys = nullptr, *own_values = nullptr;
+    if (a.bits != 16) {
+        const int64_t first = kv * s.recent_panels * KEYS + own - s.recent;
+        own_keys = s.recent_keys + first * a.dim;
+        own_values = s.recent_values + first * s.width;
+    }
+    for (int64_t q = 0; q < QUERIES; q++) {
+        // Missing queries are the last one again.
+        int64_t token = s.token + position - s.past + (q < count ? q : count - 1);
+        load_head(queries + q * a.dim, a, token, head);
+        rotate(queries + q * a.dim, a, token);
+    }
+    for (int64_t j = begin; j < length; j += KEYS) {
+        const float *panel = j < own ? keys + j * a.dim : own_keys + (j - own) * a.dim;
+        score_panel(queries, a.dim, panel, scores + j, stride);
+    }
+    float share[QUERIES];
+    for (int64_t q = 0; q < QUERIES; q++) {
+        float *row = scores + q * stride, m_i = -INFINITY;
+        int64_t place = position + (q < count ? q : count - 1);
+        const int64_t start = unseen(a.window, place), seen = place + 1 - start;
+        const float scale = cap_scores(a, row + start, seen);
+        for (int64_t j = start; j <= place; j++) {
+            row[j] = row[j] * scale + slope * float(j - place);
+            m_i = row[j] > m_i ? row[j] : m_i;
+        }
+        share[q] = 1 / exponents(row + start, seen, m_i);
+        // Keys in front of the window and behind the query, and the panel's filling, weigh nothing.
+        for (int64_t j = begin; j < start; j++) row[j] = 0;
+        for (int64_t j = place + 1; j < length; j++) row[j] = 0;
+    }
+    for (int64_t d = 0; d < a.dim; d += KEYS) {
+        alignas(64) float out[QUERIES][KEYS] = {};
+        if (begin < own)
+            weigh_values(scores + begin, stride, own - begin, values + begin * s.width + d, s.width,
+                         out);
+        const int64_t from = begin > own ? begin : own;
+        if (from < length)
+            weigh_values(scores + from, stride, length - from,
+                         own_values + (from - own) * s.width + d, s.width, out);
+        for (int64_t q = 0; q < count; q++)
+            for (int64_t i = 0; i < KEYS && d + i < a.dim; i += WIDTH) {
+                VF value = mul_f(load_f(out[q] + i), set_f(share[q]));
+                int64_t token = s.token + position - s.past + q;
+                int64_t at = (token * a.heads + head) * a.dim + d + i;
+                store_as(a.y, at, a.type, a.dim - d - i, value);
+            }
+    }
+}
+
+// The run of tokens of one sequence; of a long one a few heads at a time, so that memory is bounded.
+static Status attend_run(const Attend &a, int64_t index) {
+    Sequence s;
+    s.row = a.rows[index], s.token = a.starts[index], s.past = a.positions[s.token];
+    const int64_t tokens = a.starts[index + 1] - s.token, shared = a.heads / a.kv_heads;
+    s.length = s.past + tokens;
+    s.width = (a.dim + KEYS - 1) / KEYS * KEYS;
+    s.panels = (s.length + KEYS - 1) / KEYS;
+    s.recent = a.bits == 16 ? s.length : s.past / RUN * RUN;
+    s.recent_panels = (s.length - s.recent + KEYS - 1) / KEYS;
+    const int64_t keys = s.panels * a.dim * KEYS, values = s.length * s.width;
+    const int64_t recent = s.recent_panels * KEYS * (a.dim + s.width);
+    const int64_t fitting = SHARED_BYTES / 4 / (keys + values + recent);
+    const int64_t at_once = fitting < 1 ? 1 : smaller(fitting, a.kv_heads);
+    const int64_t queries = (QUERIES * a.dim + 15) / 16 * 16;
+    const int64_t run = a.bits == 16 ? a.width : a.width + 2 * RUN * a.dim;
+    int64_t each = queries + QUERIES * s.panels * KEYS + 16;
+    each = each > run ? each : run;
+    const int64_t in_all = at_once * (keys + values + recent);
+    float *memory = static_cast<float *>(scratch(size_t((in_all + each * most_threads()) * 4)));
+    if (!memory) return Status::NO_MEMORY;
+    s.keys = memory;
+    s.values = s.keys + at_once * keys;
+    s.recent_keys = s.values + at_once * values;
+    s.recent_values = s.recent_keys + at_once * s.recent_panels * KEYS * a.dim;
+    auto own = [=](int64_t thread) { return memory + in_all + thread * each; };
+    const int64_t runs = (s.length + RUN - 1) / RUN;
+    // Cuts are where positions say, not where this run of tokens begins.
+    const int64_t before = s.past / PART_QUERIES * PART_QUERIES;
+    const int64_t parts = (s.length - before + PART_QUERIES - 1) / PART_QUERIES;
+    for (s.kv_head = 0; s.kv_head < a.kv_heads; s.kv_head += at_once) {
+        const int64_t heads = smaller(at_once, a.kv_heads - s.kv_head);
+        for_each(heads * runs, true, [&](int64_t i, int64_t thread) {
+            share_run(a, s, i / runs, i % runs, own(thread));
+        });
+        // A head's rows, which are longer the later they are, in turn with the other heads'.
+        for_each(heads * shared * parts, true, [&](int64_t i, int64_t thread) {
+            const int64_t head = s.kv_head * shared + i / parts;
+            const int64_t start = before + i % parts * PART_QUERIES;
+            const int64_t end = smaller(start + PART_QUERIES, s.length);
+            for (int64_t first = start; first < end; first += QUERIES) {
+                const int64_t position = first > s.past ? first : s.past;
+                const int64_t stop = smaller(first + QUERIES, end);
+                if (position < stop)
+                    attend_queries(a, s, head, position, stop, own(thread), own(thread) + queries);
+            }
+        });
+        if (a.bits != 16)
+            for_each(heads, false, [&](int64_t i, int64_t thread) {
+                store_recent(a, s, i, own(thread));
+            });
+    }
+    return Status::OK;
+}
+
+static Status attend_prefill(const Attend &a) {
+    for (int64_t i = 0; i < a.sequences; i++)
+        if (attend_run(a, i) != Status::OK) return Status::NO_MEMORY;
+    return Status::OK;
+}
+
+}  // namespace
+}  // namespace qllm
