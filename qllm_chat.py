@@ -36,6 +36,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_model_options(parser)
     cli.add_quant_options(parser)
     cli.add_activation_options(parser)
+    cli.add_kv_options(parser)
     cli.add_sampling_options(parser)
     cli.add_run_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="the message in front of all others")
@@ -72,6 +73,7 @@ def main() -> None:
         device=device,
         calibration=cli.find_calibration(args, folder, plan),
         activation_bits=args.activation_bits,
+        kv_bits=args.kv_bits,
         meter=cli.meter("loading"),
         note=cli.note,
     )
