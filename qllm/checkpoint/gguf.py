@@ -187,16 +187,18 @@ class GGUFFile(TensorFile):
         return tuple(sorted(found))
 
     def read(self, name: str) -> Tensor:
-        return self.map(name).clone()
+        return self.read_part(name, range(self.tensors[name].shape[0]), None)
 
     def map(self, name: str) -> Tensor:
         return self._rows(name, range(self.tensors[name].shape[0]))
 
     def read_part(self, name: str, rows: range, columns: range | None) -> Tensor:
         tensor = self._rows(name, rows)
-        return (
-            tensor.clone() if columns is None else tensor[:, columns.start : columns.stop].clone()
-        )
+        if columns is not None:
+            return tensor[:, columns.start : columns.stop].clone()
+        # Blocks are only read; what was made of some is in memory of its own.
+        plain = all(part.tensor.type.dtype is not None for part in self._parts[name])
+        return tensor.clone() if plain else tensor
 
     def _rows(self, name: str, rows: range) -> Tensor:
         """Some rows of a tensor, a view of the file where they lie there as they are."""
