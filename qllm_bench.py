@@ -188,6 +188,7 @@ def main() -> None:
     plans = cli.read_plans(args)
     folder = cli.resolve_model(args)
     onnx = cli.holds_onnx(args, folder, compare=None, tree=False, tp_model=False)
+    cli.check_rounding(args, plans)
     device = "cpu" if onnx else cli.resolve_device(args)
 
     import torch

@@ -42,6 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--system", metavar="TEXT", help="the message in front of all others")
     parser.add_argument(
         "--max-gen-tokens",
+        "--max-new-tokens",
         type=cli.whole_number(1),
         default=NEW_TOKENS,
         metavar="N",
@@ -56,6 +57,7 @@ def main() -> None:
     folder = cli.resolve_model(args)
     if cli.holds_onnx(args, folder):
         raise UserError(f"{folder.path} holds an ONNX model; chat takes a checkpoint")
+    cli.check_rounding(args, [plan])
     device = cli.resolve_device(args)
 
     from qllm.chat import Chat, ChatTemplate

@@ -208,6 +208,7 @@ def main() -> None:
     plans = cli.read_plans(args)
     folders = cli.resolve_models(args)
     onnx = [cli.holds_onnx(args, folder, agreement=False) for folder in folders]
+    cli.check_rounding(args, plans)
     device = "cpu" if any(onnx) else cli.resolve_device(args)
 
     from qllm import report

@@ -111,6 +111,7 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     if session is not None:
         prompts = session.broadcast(prompts)
     onnx = cli.holds_onnx(args, folder, **NOT_FOR_ONNX)
+    cli.check_rounding(args, [plan])
     device = cli.resolve_device(args)
 
     from qllm import report

@@ -26,7 +26,7 @@ from checkpoints import (
 from conftest import assert_user_error, run, tiny
 from inside import call
 
-GEN, REF = "qllm_gen.py", "ref_gen.py"
+GEN, REF, CHAT = "qllm_gen.py", "ref_gen.py", "qllm_chat.py"
 CONVERT, CALIB, BENCH = "weight_convert.py", "fake_calib_gen.py", "qllm_bench.py"
 ALL = (GEN, REF, CONVERT, CALIB, BENCH)
 PROCESSES = {
@@ -101,6 +101,14 @@ OPTIONS = {
         ("group size -2", "-1"), (*TINY, "--bitwidth", "4", "--group-size", "-2")
     ),
     "scheme": Options(("'both'", "sym", "asym"), (*TINY, "--scheme", "both")),
+    "a group size with nothing to round": Options(
+        ("--group-size 128 does nothing", "--bitwidth"),
+        (*TINY, "--group-size", "128"),
+        (GEN, BENCH),
+    ),
+    "a scheme with nothing to round": Options(
+        ("--scheme asym does nothing", "--bitwidth"), (*TINY, "--scheme", "asym"), (CHAT,)
+    ),
     "dtype": Options(("'int8'", "float32", "bfloat16"), (*TINY, "--dtype", "int8"), (GEN, REF)),
     "device": Options(("'tpu'", "cpu, cuda"), (*TINY, "--device", "tpu"), (GEN, REF)),
     "activations of 4 bits": Options(("choose from 8, 16",), (*TINY, "--activation-bits", "4")),
@@ -216,6 +224,11 @@ def test_options(start, script, case, tmp_path):
         (tmp_path / name).write_bytes(data)
     args = [arg.replace("{}", str(tmp_path)) for arg in case.args]
     assert_user_error(start(script, *args), *case.words)
+
+
+def test_more_new_tokens_than_the_window_are_refused_without_a_note_of_cut_prompts():
+    done = call(GEN, *TINY, "--max-gen-tokens", "600", "--prompt", "He is working on")
+    assert done.stderr.count("\n") == 1, done.stderr
 
 
 def broken_state(name: str, value: float, family: str = "opt") -> dict[str, torch.Tensor]:

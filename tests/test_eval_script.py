@@ -249,6 +249,7 @@ def test_pictures_and_page(files, tmp_path):
         (("--agreement", "--max-gen-tokens", "600"), ("window of 512",)),
         (("--dataset", "{}/text.txt", "--bitwidth", "4,4,8"), ("4 more than once", "JSON plan")),
         (("--dataset", "{}/text.txt", "--bitwidth", "4,9"), ("'9' is unknown",)),
+        (("--dataset", "{}/text.txt", "--scheme", "sym"), ("--scheme sym does nothing",)),
         (("--dataset", "{}/text.txt", "--plot", "x.gif"), ("--plot x.gif", ".png")),
         (("--dataset", "{}/text.txt", "--report", "no/x.html"), ("there is no folder no",)),
         (("--dataset", "{}/text.txt", "--prompt", "a"), ("--prompt does nothing",)),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from qllm.cli.bars import meter, note_above, progress
 from qllm.cli.console import Parser, note, run, silent, whole_number
-from qllm.cli.lengths import Default, fit_defaults, up_to
+from qllm.cli.lengths import Default, check_rounding, fit_defaults, up_to
 from qllm.cli.models import (
     DTYPES,
     add_accuracy_option,
@@ -61,6 +61,7 @@ __all__ = [
     "add_sampling_options",
     "add_threads_option",
     "check_processes",
+    "check_rounding",
     "find_calibration",
     "fit_defaults",
     "holds_onnx",

@@ -1,12 +1,15 @@
-"""Numbers that nobody gave, which give way to what the model takes."""
+"""Defaults: numbers that nobody gave give way to what the model takes, and mean nothing alone."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from qllm.errors import UserError
+
 if TYPE_CHECKING:
-    from qllm.config import ModelConfig
+    from qllm.config import ModelConfig, QuantPlan
 
 
 NO_LIMIT = 1 << 30  # tokens of a prompt, where a model has no window
@@ -14,6 +17,12 @@ NO_LIMIT = 1 << 30  # tokens of a prompt, where a model has no window
 
 class Default(int):
     """An option's default; what a user gives is a plain number, and never changed."""
+
+
+class DefaultName(str):
+    """The same of an option that takes a name."""
+
+    __slots__ = ()
 
 
 def up_to(value: int, most: int | None) -> int:
@@ -30,6 +39,9 @@ def fit_defaults(args: argparse.Namespace, config: ModelConfig, own: bool) -> No
 
     Args:
         own: the prompts are a user's, who gets all that the window holds of them.
+
+    Raises:
+        UserError: as many new tokens as were asked for leave no place for a prompt.
     """
     if "num_shards" in args:
         args.num_shards = up_to(args.num_shards, config.num_layers)
@@ -37,7 +49,28 @@ def fit_defaults(args: argparse.Namespace, config: ModelConfig, own: bool) -> No
         args.max_prompt_length = Default(NO_LIMIT)
     window = config.max_positions
     if window is not None:
+        if args.max_gen_tokens >= window and not isinstance(args.max_gen_tokens, Default):
+            raise UserError(
+                f"a prompt and {args.max_gen_tokens} new tokens exceed the model's window of "
+                f"{window}; lower --max-gen-tokens"
+            )
         given = not isinstance(args.max_prompt_length, Default)
         left = window - args.max_prompt_length if given else window // 2
         args.max_gen_tokens = up_to(args.max_gen_tokens, left)
         args.max_prompt_length = up_to(args.max_prompt_length, window - args.max_gen_tokens)
+
+
+def check_rounding(args: argparse.Namespace, plans: Sequence[QuantPlan]) -> None:
+    """Refuse --group-size and --scheme where no plan quantizes: 16 bits, or a quantized checkpoint.
+
+    Raises:
+        UserError: naming the first that was given.
+    """
+    if any(spec.kind != "dense" for plan in plans for _, spec in plan.rules):
+        return
+    for option, value in (("--group-size", args.group_size), ("--scheme", args.scheme)):
+        if not isinstance(value, Default | DefaultName):
+            raise UserError(
+                f"{option} {value} does nothing without --bitwidth or --lm-head-bits of less than "
+                "16, and a quantized checkpoint, which takes neither, keeps its own; leave it out"
+            )

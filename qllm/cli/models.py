@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qllm import hub
 from qllm.bitwidths import make_plan
 from qllm.cli.console import note, whole_number
+from qllm.cli.lengths import Default, DefaultName
 from qllm.config import (
     ACTIVATION_BITS,
     BITWIDTHS,
@@ -104,11 +105,13 @@ def add_quant_options(
     group.add_argument(
         "--group-size",
         type=int,
-        default=DEFAULT_GROUP_SIZE,
+        default=Default(DEFAULT_GROUP_SIZE),
         metavar="N",
         help="input channels per scale, -1 for all of them (%(default)s)",
     )
-    group.add_argument("--scheme", choices=SCHEMES, default=DEFAULT_SCHEME, help="(%(default)s)")
+    group.add_argument(
+        "--scheme", choices=SCHEMES, default=DefaultName(DEFAULT_SCHEME), help="(%(default)s)"
+    )
     group.add_argument("--lm-head-bits", metavar="BITS", help="quantize the LM head, too (16)")
 
 
