@@ -67,7 +67,7 @@ class ChatTemplate:
         """
         if is_gguf(folder):
             found = Metadata(read_gguf(folder))
-            source = found.text(CHAT_TEMPLATE, "")
+            source: Any = found.text(CHAT_TEMPLATE, "")
             listed = found.texts("tokenizer.ggml.tokens", [])
             ids = {k: found.count(f"tokenizer.ggml.{k}_token_id", -1) for k in ("bos", "eos")}
             tokens = {f"{k}_token": listed[i] for k, i in ids.items() if 0 <= i < len(listed)}
@@ -192,7 +192,8 @@ class Chat:
 
     def _generate(self, ids: list[int]) -> Iterator[str]:
         """Pieces of what follows; what the cache has of the tokens is not read again."""
-        model, cache = self.llm.model, self._cache
+        model: Any = self.llm.model  # a cache of its own, and logits: all layers are here
+        cache: Any = self._cache
         same = 0
         while same < min(len(self._read), len(ids) - 1) and self._read[same] == ids[same]:
             same += 1

@@ -137,7 +137,7 @@ def holds_onnx(args: argparse.Namespace, model: ModelFolder, **others: object) -
     """
     if not is_onnx(model.path):
         return False
-    quantization = {
+    quantization: dict[str, object] = {
         "bitwidth": None,
         "lm_head_bits": None,
         "group_size": DEFAULT_GROUP_SIZE,

@@ -420,7 +420,7 @@ def _unseen(distance: Tensor, scores: Scores) -> Tensor:
 
 
 def _heads(
-    qkv: Tensor, kv: KV, cos_sin: tuple[Tensor, Tensor] | None
+    qkv: Tensor, kv: KV | QuantizedKV, cos_sin: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (N, H, D), keys and values (N, H_kv, D), the former two rotated."""
     heads = qkv.shape[1] // kv.dim - 2 * kv.kv_heads
