@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from qllm.cli import note
 from qllm.config import QuantSpec
 from qllm.layers import linear_class
-from qllm.layers.base import Linear, QuantizedLinear
+from qllm.layers.base import Linear
 from qllm.ops import phase
 from qllm.ops.gpu.limits import seconds
 from qllm.quant.packing import packed_size
@@ -55,7 +55,7 @@ def fill_buffers(module: nn.Module, device: torch.device) -> None:
     for name, tensor in dict(module.named_buffers(recurse=False)).items():
         if tensor.is_meta:
             setattr(module, name, fill(name, tensor, device))
-    if isinstance(module, QuantizedLinear):
+    if isinstance(module, Linear):
         module.process_weights_after_loading()
 
 

@@ -33,9 +33,10 @@ def layers(n: int, k: int, bits: str, group: int, copies: int, threads: int) -> 
 def _bench(layer: Layer, bits: str, group: int, copies: int, int8: bool) -> LayerBench:
     """The layer, its activations as int8 or not."""
     made = [_make(layer.rolled(i), bits, group) for i in range(copies)]
-    if int8:
-        for one in made:
+    for one in made:
+        if int8:
             one.round_activations()
+        one.process_weights_after_loading()
     name = "per channel" if group == -1 else f"group {group}"
     return layer_bench(
         f"{name}, activations 8" if int8 else name,
@@ -70,7 +71,6 @@ def _captured(layer: Linear) -> Callable[[torch.Tensor], torch.Tensor]:
     @torch.inference_mode()
     def run(x: torch.Tensor) -> torch.Tensor:
         if id(x) not in calls:
-            layer(x)  # gives the weight its layout
             step = phase.decode() if len(x) <= DECODE_ROWS else nullcontext()
             with step, capture_calls() as captured:
                 y = layer(x)

@@ -14,7 +14,6 @@ from qllm.checkpoint.weights import Weights
 from qllm.config import LM_HEAD, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
-from qllm.layers.base import QuantizedLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
 from qllm.models.equalize import NORMS, can_divide
@@ -107,9 +106,8 @@ class Materializer:
         layer = make(name, bias, sharded)
         if self.activation_bits == 8 and isinstance(layer, WeightOnlyLinear):
             layer.round_activations()
-        if isinstance(layer, QuantizedLinear):
-            # Here, and not all together later, the two layouts need little memory.
-            layer.process_weights_after_loading()
+        # Here, and not all together later, the two layouts need little memory.
+        layer.process_weights_after_loading()
         return layer, bias
 
     def _stored(self, name: str, bias: Tensor | None, sharded: ShardedLinear | None) -> Linear:

@@ -39,7 +39,7 @@ class Linear(nn.Module, ABC):
 
     @cached_property
     def choice(self) -> ops.Choice:
-        """The kernel this layer runs, and the reason: chosen at the first use, where it then is."""
+        """The kernel for this layer, and the reason: chosen when first asked, where it then is."""
         return ops.select(self.op, self.request)
 
     @property
@@ -49,10 +49,14 @@ class Linear(nn.Module, ABC):
         shape = (self.in_features, self.out_features)
         return ops.Request(*shape, spec.bits, spec.group_size, spec.scheme, device)
 
-    @cached_property
+    @property
     def run(self) -> Callable[..., Tensor]:
-        """The kernel's function; a quantized weight takes the kernel's layout at the first use."""
+        """What multiplies, which takes the layer's tensors as they lie in memory."""
         return self.choice.kernel.run
+
+    @abstractmethod
+    def process_weights_after_loading(self) -> None:
+        """Let the tensors take the layout of the layer's kernel, once, before the layer is used."""
 
     @classmethod
     @abstractmethod
@@ -121,25 +125,35 @@ class Linear(nn.Module, ABC):
 
 
 class QuantizedLinear(Linear):
-    """A layer of packed integers, which lie in memory as its kernel wants them.
+    """A layer of packed integers, made as a subclass says, which is how checkpoints have them.
 
-    Until the first use, and in checkpoints, they are as a subclass says; `packed` is that again.
+    `process_weights_after_loading` lets them lie in memory as the kernel wants them, and nothing
+    else does; until then the reference multiplies. `packed` is in either case what it was made of.
+
+    Attributes:
+        kernel: the one whose layout the tensors have; None: that of checkpoints.
     """
 
-    layout: ops.Layout | None = None
+    kernel: ops.Kernel | None = None
 
-    @cached_property
+    @property
+    def layout(self) -> ops.Layout | None:
+        """The layout of the tensors; None where they are as checkpoints have them."""
+        return self.kernel.layout if self.kernel else None
+
+    @property
     def run(self) -> Callable[..., Tensor]:
-        """The kernel's function; the first use gives the weight the kernel's layout."""
+        # The last kernel of an op is the reference, which takes what checkpoints have.
+        return (self.kernel or ops.KERNELS[self.op][-1]).run
+
+    def process_weights_after_loading(self) -> None:
+        """Choose the kernel, and let the tensors take its layout; a second call does nothing."""
+        if self.kernel is not None:
+            return
         kernel = self.choice.kernel
         if kernel.layout:
             self.tensors = kernel.layout.pack(self.packed, self.request)
-            self.layout = kernel.layout
-        return kernel.run
-
-    def process_weights_after_loading(self) -> None:
-        """Choose the kernel, and take its layout, before the first use."""
-        _ = self.run
+        self.kernel = kernel
 
     @classmethod
     def columns_to_read(cls, columns: range, spec: QuantSpec, in_features: int) -> range:

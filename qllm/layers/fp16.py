@@ -45,6 +45,9 @@ class DenseLinear(Linear):
     ) -> DenseLinear:
         return cls(weight, bias, spec)
 
+    def process_weights_after_loading(self) -> None:
+        """Its kernels take the weight as it is."""
+
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x, self.weight, self.bias)
 

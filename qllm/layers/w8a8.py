@@ -74,8 +74,9 @@ class DynamicInt8Linear(QuantizedLinear):
         self.qweight, self.scales = packed.qweight, packed.scales
 
     def forward(self, x: Tensor) -> Tensor:
-        run = self.run  # before its arguments are read: the first use changes them
-        return run(x, self.qweight, self.scales, self.bias, self.input_scale, self.out_features)
+        return self.run(
+            x, self.qweight, self.scales, self.bias, self.input_scale, self.out_features
+        )
 
     def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
         qweight, scales = self.integers

@@ -92,7 +92,7 @@ class WeightOnlyLinear(QuantizedLinear):
         return ReorderedLinear(qweight, scales, qzeros, bias, spec, in_features, order)
 
     def round_activations(self) -> None:
-        """Multiply activations as int8 from now on, which is faster; before the first use."""
+        """Multiply activations as int8 from now on, which is faster; before a kernel is chosen."""
         self.op = "weight_only_linear_int8"
 
     @property
@@ -104,8 +104,7 @@ class WeightOnlyLinear(QuantizedLinear):
         self.qweight, self.scales, self.qzeros, _ = packed
 
     def forward(self, x: Tensor) -> Tensor:
-        run = self.run  # before its arguments are read: the first use changes them
-        return run(
+        return self.run(
             x,
             self.qweight,
             self.scales,

@@ -127,6 +127,8 @@ def shard_linear(
         gather: whether each rank gets the outputs of all.
     """
     shard = linear.shard(sharding, group.rank)
+    if not any(tensor.is_meta for tensor in shard.buffers()):
+        shard.process_weights_after_loading()
     if sharding.dim == 1:
         return RowParallel(shard, group, sharding, linear.bias)
     if gather:

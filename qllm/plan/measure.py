@@ -22,7 +22,6 @@ from qllm.errors import UserError
 from qllm.evaluate.scoring import logit_pieces
 from qllm.layers import Linear
 from qllm.layers.fp16 import DenseLinear
-from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import check_fits
 from qllm.models import Decoder
 from qllm.models.layer import PreNormLayer
@@ -30,7 +29,7 @@ from qllm.plan.sensitivity import Array, Sensitivity, draw_choices
 from qllm.progress import Meter, unseen
 from qllm.quant.inputs import InputStats
 from qllm.quantizer.hidden import HiddenStates
-from qllm.quantizer.layer import QuantizeOptions, quantize_linear
+from qllm.quantizer.layer import QuantizeOptions, quantize_linear, stand_in
 
 # The modules in front of the layers, and behind them.
 FRONT = ("embed", "embed_norm", "project_in", "positions")
@@ -178,13 +177,13 @@ class _Run:
             self._advance(path, layer, modules)
         for inner in modules:
             path = self._branch()
-            self._advance(path, layer, modules | {inner: _stand_in(found[inner][self.probe])})
+            self._advance(path, layer, modules | {inner: stand_in(found[inner][self.probe])})
             self.alone.append(path)
         self._advance(self.float, layer, modules)
         places = {inner: self.modules.index(f"{name}.{inner}") for inner in modules}
         for path, choice in zip(self.mixed, self.choices, strict=True):
             picked = {inner: found[inner][choice[place]] for inner, place in places.items()}
-            self._advance(path, layer, {inner: _stand_in(m) for inner, m in picked.items()})
+            self._advance(path, layer, {inner: stand_in(m) for inner, m in picked.items()})
         self._drop([name])
 
     def _advance(
@@ -223,7 +222,7 @@ class _Run:
             stats = InputStats(head.in_features, self.job.device, products=True, multiply=head.run)
             for sample in self.hidden.states:
                 stats.add(self._last(sample))
-            heads = [_stand_in(each) for each in self._candidates(LM_HEAD, head, stats)]
+            heads = [stand_in(each) for each in self._candidates(LM_HEAD, head, stats)]
         expected = [p.log_softmax(-1) for p in self._logits(self.float, head)]
         alone = [self._divergence(path, head, expected) for path in self.alone]
         if self.job.lm_head:
@@ -269,13 +268,6 @@ def _linear(layer: nn.Module, name: str) -> Linear:
     module = layer.get_submodule(name)
     assert isinstance(module, Linear)
     return module
-
-
-def _stand_in(linear: Linear) -> Linear:
-    """What computes for a candidate: its matrix in float32, where it is one."""
-    if not isinstance(linear, WeightOnlyLinear):
-        return linear
-    return DenseLinear(linear.dequantize(), linear.bias, QuantSpec())
 
 
 def parse_candidates(text: str, default: QuantSpec) -> tuple[QuantSpec, ...]:

@@ -79,7 +79,9 @@ def _linears(
 
 def _linear(width: int, spec: QuantSpec, dtype: torch.dtype, device: str) -> Linear:
     weight = torch.randn(width, width, device=device, dtype=dtype) * width**-0.5
-    return linear_class(spec).from_float(weight, None, spec, input_range=4.0)
+    linear = linear_class(spec).from_float(weight, None, spec, input_range=4.0)
+    linear.process_weights_after_loading()
+    return linear
 
 
 def _seconds_of(

@@ -117,18 +117,19 @@ def quantize_layer(
             linears[linear] = found
             finished(report)
             add(1 / steps)
-            layer.set_submodule(linear, _stand_in(found))
+            layer.set_submodule(linear, stand_in(found))
         if half in moving:
             hidden.advance(run)
     return linears
 
 
-def _stand_in(linear: Linear) -> Linear:
+def stand_in(linear: Linear) -> Linear:
     """What computes for a quantized linear in calibration: its matrix in float32, where it is one.
 
     Dequantized once, and not on every pass.
     """
     if not isinstance(linear, WeightOnlyLinear):
+        linear.process_weights_after_loading()
         return linear
     return DenseLinear(linear.dequantize(), linear.bias, QuantSpec())
 

@@ -200,7 +200,7 @@ def test_a_loaded_layer_lies_as_its_kernel_wants_it(bitwidth):
     assert layers
     for layer in layers:
         before = [tensor.data_ptr() for tensor in layer.buffers()]
-        assert layer.layout is layer.choice.kernel.layout
+        assert layer.kernel is layer.choice.kernel
         layer(torch.zeros(1, layer.in_features, dtype=model.dtype))
         assert [tensor.data_ptr() for tensor in layer.buffers()] == before
 

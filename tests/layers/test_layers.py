@@ -52,6 +52,12 @@ def make(spec, rows=24, columns=67, *, dtype=torch.float32, bias=True, input_ran
     return layer, weight, b
 
 
+def processed(layer):
+    """The layer, in its kernel's layout."""
+    layer.process_weights_after_loading()
+    return layer
+
+
 def test_every_row_of_the_table_has_a_bitwidth():
     assert {spec.kind for spec in SPECS} == set(LAYERS)
     assert all(linear_class(spec) is LAYERS[spec.kind] for spec in SPECS)
@@ -81,7 +87,7 @@ def test_an_empty_layer_takes_the_tensors_strictly(spec, bias):
     loaded = linear_class(spec).empty(67, 24, bias, spec, torch.float32)
     loaded.load_state_dict(layer.state_dict(), strict=True, assign=True)
     x = normal(3, 67, seed=2)
-    assert torch.equal(loaded(x), layer(x))
+    assert torch.equal(processed(loaded)(x), processed(layer)(x))
     assert torch.equal(loaded.dequantize(), layer.dequantize())
 
 
@@ -90,7 +96,7 @@ def test_an_empty_layer_takes_the_tensors_strictly(spec, bias):
 def test_forward_is_the_product_with_dequantize(spec, dtype):
     layer, _, bias = make(spec, dtype=dtype)
     x = normal(4, 67, seed=2, dtype=dtype).clamp(-RANGE, RANGE)
-    got = layer(x)
+    got = processed(layer)(x)
     assert got.dtype == dtype and got.shape == (4, 24)
     weight = layer.dequantize()
     assert weight.dtype == torch.float32 and weight.shape == (24, 67)
@@ -225,7 +231,7 @@ def test_w8a8_is_numpy_s_integer_arithmetic(spec, dtype, bias, columns):
     total = int8_input(values, x_scales) @ q_weight.T
     expected = total.astype(np.float32) * x_scales * scales.astype(np.float32)
     expected = expected + b.numpy().astype(np.float32) if bias else expected
-    got = layer(x)
+    got = processed(layer)(x)
     assert got.dtype == dtype
     assert np.array_equal(got.numpy(), expected.astype(got.numpy().dtype))
     back = q_weight * scales.astype(np.float64)[:, None]
@@ -241,11 +247,11 @@ def test_w8a8_weights_by_hand(spec):
     assert layer.qweight.tolist() == [[127, -128, 0, 3], [127, -128, 0, 5]]
     assert layer.scales.tolist() == [1.0, 2.0]
     x = torch.tensor([[127.5, -1.0, 2.0, 0.0]])  # with scale 1: 127, -1, 2, 0
-    assert layer(x).tolist() == [[127.0 * 127 + 128, 2 * (127.0 * 127 + 128)]]
+    assert processed(layer)(x).tolist() == [[127.0 * 127 + 128, 2 * (127.0 * 127 + 128)]]
 
 
 def test_rows_do_not_see_each_other():
-    layer, _, _ = make(QuantSpec.parse("8:tc-li"))
+    layer = processed(make(QuantSpec.parse("8:tc-li"))[0])
     x = normal(6, 67, seed=2)
     x[0] *= 1000
     alone = torch.cat([layer(row[None]) for row in x])
@@ -268,7 +274,7 @@ def test_a_static_range_of_nothing(input_range):
     layer = linear_class(spec).from_float(torch.ones(2, 3), None, spec, input_range=input_range)
     assert layer.input_scale.item() == 1.0 and layer.input_scale.dtype == torch.float32
     expected = 6 * layer.dequantize()[0, 0].item()
-    assert layer(torch.full((1, 3), 2.0)).tolist() == [[expected] * 2]
+    assert processed(layer)(torch.full((1, 3), 2.0)).tolist() == [[expected] * 2]
 
 
 def test_static_scale_is_float32_whatever_the_default_type():
@@ -296,7 +302,7 @@ def test_the_others_need_none(spec):
     with_range, _, _ = make(spec, input_range=RANGE)
     without, _, _ = make(spec, input_range=None)
     x = normal(2, 67)
-    assert torch.equal(with_range(x), without(x))
+    assert torch.equal(processed(with_range)(x), processed(without)(x))
 
 
 def test_8_and_8_tc_li_differ():
@@ -304,7 +310,7 @@ def test_8_and_8_tc_li_differ():
     assert plain != integer and linear_class(plain) is not linear_class(integer)
     x = normal(4, 256, seed=2)
     x[:, 0] = 60  # an outlier, which costs the int8 activations their steps
-    layers = [make(spec, 24, 256)[0] for spec in (plain, integer)]
+    layers = [processed(make(spec, 24, 256)[0]) for spec in (plain, integer)]
     exact = [x @ layer.dequantize().t() + layer.bias for layer in layers]
     errors = [(layer(x) - y).abs().max().item() for layer, y in zip(layers, exact, strict=True)]
     assert errors[0] < 1e-4
@@ -316,7 +322,7 @@ def test_a_layer_says_what_it_is(spec):
     layer, _, _ = make(spec)
     assert layer.extra_repr() == f"67 -> 24, {describe(spec)}"
     assert layer.extra_repr() in repr(layer)
-    assert layer.choice.kernel.run is layer.run and layer.choice.reason
+    assert layer.choice.kernel.run is processed(layer).run and layer.choice.reason
 
 
 @pytest.mark.parametrize(
@@ -346,13 +352,13 @@ def stored(layer) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("spec", QUANTIZED, ids=spec_id)
-def test_the_first_use_changes_how_a_weight_lies_and_not_what_it_is(spec):
+def test_a_kernel_changes_how_a_weight_lies_and_not_what_it_is(spec):
     layer, _, _ = make(spec)
     names = [name for name, _ in layer.named_buffers()]
     before, matrix = [t.clone() for t in stored(layer)], layer.dequantize()
     x = normal(5, 67, seed=2)
-    first = layer(x)
-    assert torch.equal(layer(x), first)
+    first = processed(layer)(x)
+    assert torch.equal(processed(layer)(x), first)
     assert [name for name, _ in layer.named_buffers()] == names
     for got, expected in zip(stored(layer), before, strict=True):
         assert got.dtype == expected.dtype and torch.equal(got, expected)
@@ -365,7 +371,7 @@ def test_the_first_use_changes_how_a_weight_lies_and_not_what_it_is(spec):
 def test_a_weight_lies_in_memory_once(spec):
     layer, _, _ = make(spec, 48, 256)
     size, kept = layer.nbytes(), weakref.ref(layer.qweight)
-    layer(normal(1, 256))
+    processed(layer)
     if layer.layout:
         assert kept() is None
         # 48 channels are full panels; 256 inputs are full K blocks, but for groups of 20.
@@ -373,8 +379,8 @@ def test_a_weight_lies_in_memory_once(spec):
 
 
 @pytest.mark.parametrize("spec", QUANTIZED, ids=spec_id)
-def test_a_layer_of_what_a_used_one_holds_is_the_same(spec):
-    layer, _, _ = make(spec)
+def test_a_layer_of_what_a_processed_one_holds_is_the_same(spec):
+    layer = processed(make(spec)[0])
     x = normal(5, 67, seed=2)
     expected = layer(x)
     if spec.kind == "weight_only":
@@ -382,26 +388,31 @@ def test_a_layer_of_what_a_used_one_holds_is_the_same(spec):
     else:
         scale = [layer.input_scale] if spec.kind == "w8a8_static" else []
         again = linear_class(spec)(*layer.integers, layer.bias, spec, *scale)
-    assert torch.equal(again(x), expected)
+    assert torch.equal(processed(again)(x), expected)
     assert again.layout is layer.layout
 
 
 @pytest.mark.parametrize("spec", QUANTIZED, ids=spec_id)
-def test_a_copy_of_a_used_layer_is_one(spec):
-    layer, _, _ = make(spec)
+def test_a_copy_of_a_processed_layer_is_one(spec):
+    layer = processed(make(spec)[0])
     x = normal(5, 67, seed=2)
     expected = layer(x)
     assert torch.equal(copy.deepcopy(layer)(x), expected)
 
 
 @pytest.mark.parametrize("spec", QUANTIZED, ids=spec_id)
-def test_kernels_and_reference_agree(spec, monkeypatch):
+def test_forward_changes_no_layer_and_is_the_reference_s_until_it_is_processed(spec, monkeypatch):
     x = normal(5, 67, seed=2)
-    got = make(spec)[0](x)
-    monkeypatch.setattr(ops, "KERNELS", {op: kernels[-1:] for op, kernels in ops.KERNELS.items()})
-    layer, *_ = make(spec)
+    layer = make(spec)[0]
+    held = dict(layer.named_buffers())
     expected = layer(x)
+    assert all(tensor is held[name] for name, tensor in layer.named_buffers())
+    assert layer.layout is None and layer.run is getattr(ops.reference, layer.op)
+    got = processed(layer)(x)
+    monkeypatch.setattr(ops, "KERNELS", {op: kernels[-1:] for op, kernels in ops.KERNELS.items()})
+    layer = processed(make(spec)[0])
     assert layer.choice.kernel.name == "reference" and layer.layout is None
+    assert torch.equal(layer(x), expected)
     if spec in W8A8_SPECS:
         assert torch.equal(got, expected)
     else:
@@ -414,7 +425,7 @@ def test_shapes_with_little_in_them(spec, rows, columns):
     layer, _, bias = make(spec, rows, columns)
     matrix = layer.dequantize()
     x = normal(3, columns, seed=2).clamp(-RANGE, RANGE)
-    got = layer(x)
+    got = processed(layer)(x)
     step = RANGE / 255 if spec in W8A8_SPECS else 0
     allowed = 1e-5 + 1.01 * step * matrix.abs().sum(dim=1)
     assert ((got - (x @ matrix.t() + bias)).abs() <= allowed).all()

@@ -49,15 +49,23 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make(spec: QuantSpec, rows: int, columns: int, seed: int = 0):
+def stored(spec: QuantSpec, rows: int, columns: int, seed: int = 0):
+    """A layer as checkpoints have it."""
     weight, bias = normal(rows, columns, seed=seed) * 0.05, normal(rows, seed=seed + 1)
     return linear_class(spec).from_float(weight, bias, spec, input_range=RANGE)
+
+
+def make(spec: QuantSpec, rows: int, columns: int, seed: int = 0):
+    """A layer in its kernel's layout."""
+    layer = stored(spec, rows, columns, seed)
+    layer.process_weights_after_loading()
+    return layer
 
 
 def reordered(rows: int, columns: int, group: int = 32) -> WeightOnlyLinear:
     """A layer whose groups are scattered over the input channels (GPTQ's act-order)."""
     spec = QuantSpec.parse("4", group)
-    layer = make(spec, rows, columns)
+    layer = stored(spec, rows, columns)
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(3))
     return WeightOnlyLinear.from_packed(
         PackedWeight(*layer.packed[:3], order), layer.bias, spec, columns
@@ -112,6 +120,7 @@ def test_a_linear_by_input_channels_is_as_near(spec, world):
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_reordered_linear(dim, world):
     layer, x = reordered(70, 200), normal(5, 200, seed=2)
+    layer.process_weights_after_loading()
     whole = layer(x)
     sharding = Sharding.evenly(dim, 200 if dim else 70, world)
 
@@ -129,18 +138,16 @@ def test_a_reordered_linear(dim, world):
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("kind", ["plain", "reordered"])
 def test_parts_round_activations_as_the_whole_does(kind, dim):
-    layer = reordered(70, 256) if kind == "reordered" else make(QuantSpec.parse("4"), 70, 256)
+    layer = reordered(70, 256) if kind == "reordered" else stored(QuantSpec.parse("4"), 70, 256)
     layer.round_activations()
     assert {part.op for part in shards_of(layer, dim, 2)} == {"weight_only_linear_int8"}
 
 
-@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("made", [stored, make])
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_parts_are_the_whole_and_hold_nothing_else(spec, dim, used):
-    layer = make(spec, 70, 200)
-    if used:
-        layer(normal(1, 200))
+def test_parts_are_the_whole_and_hold_nothing_else(spec, dim, made):
+    layer = made(spec, 70, 200)
     parts = shards_of(layer, dim, 3)
     assert torch.equal(torch.cat([p.dequantize() for p in parts], dim), layer.dequantize())
     for part in parts:
@@ -159,7 +166,7 @@ def test_parts_of_a_reordered_linear_are_the_whole(dim):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_a_part_has_the_integers_of_the_whole(bits):
     spec = QuantSpec.parse(bits, 128)
-    layer = make(spec, 6, 300)
+    layer = stored(spec, 6, 300)
     part = layer.narrow(1, range(100, 231))
     q = unpack(layer.qweight, bits, 300)[:, 100:231]
     assert torch.equal(part.qweight, pack(q, bits))

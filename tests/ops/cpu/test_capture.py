@@ -165,6 +165,7 @@ def test_reordered_layers_are_replayed():
         order = torch.randperm(layer.in_features, generator=torch.Generator().manual_seed(0))
         rest = (layer.bias, layer.spec, layer.in_features)
         reordered = WeightOnlyLinear.from_packed(layer.packed._replace(order=order), *rest)
+        reordered.process_weights_after_loading()
         model.layers[1].set_submodule(name, reordered)
     assert model.graph_break() is None
     caches = [begun(model, [9, 1]) for _ in range(2)]
