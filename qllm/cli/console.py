@@ -159,8 +159,11 @@ def _end(program: str, number: int) -> int:
 
 def _fail(program: str, message: str, status: int) -> int:
     if launch.claim():
-        own = launch.Launch.of_environment()
-        rank = f"rank {own.rank}: " if own.world > 1 and not message.startswith("rank ") else ""
+        rank = ""
+        with suppress(UserError):  # the environment may be what is wrong
+            own = launch.Launch.of_environment()
+            if own.world > 1 and not message.startswith("rank "):
+                rank = f"rank {own.rank}: "
         _print(f"{program}: error: {rank}{message}")
     return status
 

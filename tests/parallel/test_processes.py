@@ -141,6 +141,7 @@ def test_messages_of_all_sizes_over_gloo(tmp_path):
 )
 def test_options_that_would_do_nothing_are_refused(args, world, words):
     env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}
+    env["MASTER_PORT"] = "29500"
     assert_user_error(run(GEN, "--model-size", "tiny", *args, env=env), words)
 
 
@@ -148,6 +149,8 @@ def test_a_wrong_number_of_processes_is_one_line():
     args = ("--model-size", "tiny", "--tp", 2, "--pp", 2)
     assert_user_error(run(GEN, *args), "--tp 2 x --pp 2 takes 4 processes", "--nproc-per-node 4")
     env = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}
+    assert_user_error(run(GEN, *args, env=env), "WORLD_SIZE is 3 and there is no MASTER_PORT")
+    env["MASTER_PORT"] = "29500"
     assert_user_error(run(GEN, *args, env=env), "takes 4 processes, and there are 3")
     others = run(GEN, *args, env={**env, "RANK": "1", "LOCAL_RANK": "1"})
     assert (others.returncode, others.stderr) == (2, "")

@@ -188,7 +188,7 @@ HAS = {
     "avxvnni": MACROS[:5],
     "avx512": (*MACROS[:4], *MACROS[5:10]),
     "avx512bf16": (*MACROS[:4], *MACROS[5:11]),
-    "amx": (*MACROS[:4], *MACROS[5:10], *MACROS[11:]),
+    "amx": (*MACROS[:4], *MACROS[5:]),
 }
 
 
