@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from qllm.bench.runners import ModelRunner
     from qllm.bench.speed import Case
     from qllm.config import ModelConfig, QuantPlan
-    from qllm.hub import ModelFolder
+    from qllm.llm import Pretrained
 
 # As llama-bench has them.
 PROMPT, NEW, RUNS = (512,), (128,), 5
@@ -118,33 +118,18 @@ def wants_throughput(args: argparse.Namespace) -> bool:
     return bool(args.p or args.n) or not (args.benchmark or args.tree or args.tp_model)
 
 
-def read_tokens(args: argparse.Namespace, folder: ModelFolder, config: ModelConfig) -> list[int]:
+def read_tokens(args: argparse.Namespace, pretrained: Pretrained) -> list[int]:
     """What --benchmark decodes."""
     if args.dataset is None:
-        import torch
+        from qllm.bench.latency import random_tokens
 
-        draw = torch.Generator().manual_seed(0)
-        return torch.randint(config.vocab_size, (args.benchmark,), generator=draw).tolist()
+        return random_tokens(pretrained.config, args.benchmark)
     from qllm.data import load_text
-    from qllm.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(folder.path, config.vocab_size)
-    ids = tokenizer.encode(load_text(args.dataset, "evaluation"))
+    ids = pretrained.tokenizer.encode(load_text(args.dataset, "evaluation"))
     if len(ids) < args.benchmark:
         raise UserError(f"--dataset {args.dataset} has {len(ids)} tokens, not {args.benchmark}")
     return ids[: args.benchmark]
-
-
-def check_length(args: argparse.Namespace, config: ModelConfig) -> int:
-    """How long a sequence of --benchmark gets."""
-    longest = min(args.max_length or args.benchmark, args.benchmark)
-    window = config.max_positions
-    if window is not None and longest > window:
-        raise UserError(
-            f"{longest} tokens are more than the model's window of {window} holds; give "
-            f"--max-length {window} to begin anew after as many"
-        )
-    return longest
 
 
 def throughput_cases(args: argparse.Namespace, config: ModelConfig) -> list[Case]:
@@ -164,24 +149,6 @@ def throughput_cases(args: argparse.Namespace, config: ModelConfig) -> list[Case
     return cases(config, prompts or (), news or (), args.b or (1,))
 
 
-def latency(
-    args: argparse.Namespace, runner: ModelRunner, tokens: list[int], longest: int
-) -> dict[str, object]:
-    """What --benchmark finds."""
-    from qllm.bench.speed import decode_one_by_one
-    from qllm.evaluate.perplexity import PerplexityOptions, Text, perplexity
-
-    found = decode_one_by_one(runner, tokens, longest, cli.progress("decoding"))
-    if not args.check:
-        del found["perplexity"]
-    elif longest > 1:
-        # Sequences as they were decoded: the same number, by the other way through the model.
-        options = PerplexityOptions(("strided",), longest, longest)
-        by_prefill = perplexity(runner.model, Text("", tokens), options)["strided"]
-        found["perplexity_by_prefill"] = by_prefill
-    return found
-
-
 def main() -> None:
     args = parse_args()
     check_options(args)
@@ -194,21 +161,23 @@ def main() -> None:
     import torch
 
     from qllm import report
+    from qllm.bench.ranks import predict
     from qllm.bench.table import print_bench
-    from qllm.checkpoint.reader import read_raw_config
-    from qllm.models import read_config
+    from qllm.llm import Pretrained
 
-    config = read_config(read_raw_config(folder.path))
+    pretrained = Pretrained.open(folder, texts=False)
+    dtype = cli.resolve_dtype(args)
+    ranks = predict(folder.path, plans, pretrained.config, dtype) if args.tp_model else []
     result = {
         "model": folder.name,
         "device": device,
         "threads": torch.get_num_threads(),
         "trees": trees(args, folder.path, plans) if args.tree else [],
-        "tp_models": tp_models(args, folder.path, plans, config) if args.tp_model else [],
+        "tp_models": ranks,
         "benchmarks": [],
         "rows": [],
     }
-    measure(args, folder, plans, result, config, onnx)
+    measure(args, pretrained, plans, result)
     if args.output == "json":
         from qllm.evaluate import fingerprints
 
@@ -231,75 +200,46 @@ def trees(args: argparse.Namespace, folder: Path, plans: list[QuantPlan]) -> lis
     ]
 
 
-def tp_models(
-    args: argparse.Namespace, folder: Path, plans: list[QuantPlan], config: ModelConfig
-) -> list[dict]:
-    """What each plan's model would take on ranks that read memory as this machine does."""
-    from qllm.bench.runners import read_bytes
-    from qllm.bench.speed import Roofline
-    from qllm.checkpoint.load import outline
-    from qllm.parallel.cost import Machine, table
-
-    roofline = Roofline.measure("cpu")
-    if roofline is None:
-        raise UserError("--tp-model measures memory with the compiled kernels, and there are none")
-    found = []
-    for plan in plans:
-        nbytes = read_bytes(outline(folder, plan, cli.resolve_dtype(args)))
-        about = {"bitwidth": plan.text, "bytes": nbytes, "bandwidth": roofline.bandwidth}
-        found.append(about | {"rows": table(config, nbytes, Machine(roofline.bandwidth))})
-    return found
-
-
 def measure(
-    args: argparse.Namespace,
-    folder: ModelFolder,
-    plans: list[QuantPlan],
-    result: dict,
-    config: ModelConfig,
-    onnx: bool,
+    args: argparse.Namespace, pretrained: Pretrained, plans: list[QuantPlan], result: dict
 ) -> None:
     """Load each plan's model, and add to the result what is asked of it."""
-
-    wanted = throughput_cases(args, config)
-    longest = check_length(args, config) if args.benchmark else 0
-    if not (wanted or longest):
-        return
-    tokens = read_tokens(args, folder, config) if longest else []
-    dtype, device = cli.resolve_dtype(args), result["device"]
-
+    from qllm.bench import latency
     from qllm.bench.runners import ReferenceRunner
     from qllm.bench.speed import context
     from qllm.bench.speed import measure as measure_case
     from qllm.memory import peak_bytes, reset_peak_memory
 
+    config, device = pretrained.config, result["device"]
+    wanted = throughput_cases(args, config)
+    longest = min(args.max_length or args.benchmark, args.benchmark) if args.benchmark else 0
+    latency.check_length(config, longest)
+    if not (wanted or longest):
+        return
+    tokens = read_tokens(args, pretrained) if longest else []
     shapes = [(case.batch, context(case)) for case in wanted] + [(1, longest)]
-    cache_shape = max(shapes, key=math.prod)
-    load = onnx_loader(folder) if onnx else loader(args, folder, plans, device, cache_shape)
+    load = loader(args, pretrained, plans, device, max(shapes, key=math.prod))
     reference = None
     if args.compare:
         from qllm.huggingface import HuggingFaceModel
 
-        reference = HuggingFaceModel.load(folder.path, dtype=dtype, device=device)
+        dtype = cli.resolve_dtype(args)
+        reference = HuggingFaceModel.load(pretrained.folder.path, dtype=dtype, device=device)
     for plan in plans:
         reset_peak_memory(device)
         runner, about = load(plan)
-        bitwidth = about["bitwidth"]
         result["dtype"] = str(runner.model.dtype).removeprefix("torch.")
         rows = [(about, runner)]
         if reference is not None:
-            rows.append(
-                (
-                    {"bitwidth": "transformers", "activation_bits": None, "kv_bits": None},
-                    ReferenceRunner(reference, runner),
-                )
-            )
-        for case in cli.progress(f"measuring {bitwidth}")(wanted):
+            other = {"bitwidth": "transformers", "activation_bits": None, "kv_bits": None}
+            rows.append((other, ReferenceRunner(reference, runner)))
+        for case in cli.progress(f"measuring {about['bitwidth']}")(wanted):
             runners = [runner for _, runner in rows]
             found = measure_case(runners, case, args.r or RUNS, config, device)
             result["rows"] += [of | row for (of, _), row in zip(rows, found, strict=True)]
         if longest:
-            found = latency(args, runner, tokens, longest)
+            bar = cli.progress("decoding")
+            found = latency.latency(runner, tokens, longest, check=args.check, progress=bar)
             about = about | {"bytes": runner.nbytes}
             result["benchmarks"].append(about | found | {"peak_memory": peak_bytes(device)})
         del runner, rows  # the next one has their place
@@ -307,7 +247,7 @@ def measure(
 
 def loader(
     args: argparse.Namespace,
-    folder: ModelFolder,
+    pretrained: Pretrained,
     plans: list[QuantPlan],
     device: str,
     cache_shape: tuple[int, int],
@@ -315,41 +255,31 @@ def loader(
     """What loads the model of a plan, and says its bits, and those of its activations."""
     from qllm import report
     from qllm.bench.runners import ModelRunner
-    from qllm.checkpoint.convert import find_source
-    from qllm.checkpoint.load import activation_bits, load_model
+    from qllm.checkpoint.load import activation_bits
+    from qllm.llm import LLM
 
-    source, dtype = find_source(folder, cli.note), cli.resolve_dtype(args)
-    bits = activation_bits(folder.path, plans, args.activation_bits)
+    folder, onnx = pretrained.folder, pretrained.onnx
+    bits = [] if onnx else activation_bits(folder.path, plans, args.activation_bits)
 
     def load(plan: QuantPlan) -> tuple[ModelRunner, dict]:
+        if onnx:
+            model = LLM.load(pretrained, plan).model
+            about = {"bitwidth": model.bitwidth, "activation_bits": None, "kv_bits": None}
+            return ModelRunner(model, model.nbytes, model.read_bytes, model.multiplied), about
         about = {"activation_bits": bits[plans.index(plan)], "kv_bits": args.kv_bits}
-        model = load_model(
-            source,
+        model = LLM.load(
+            pretrained,
             plan,
-            dtype=dtype,
+            dtype=cli.resolve_dtype(args),
             device=device,
             calibration=cli.find_calibration(args, folder, plan),
             cache_shape=cache_shape,
             meter=cli.meter("loading"),
             note=cli.note if plan is plans[0] else cli.silent,
             **about,
-        )
+        ).model
         about["bitwidth"] = report.bitwidth(model) if args.bitwidth is None else plan.text
         return ModelRunner.of_decoder(model), about
-
-    return load
-
-
-def onnx_loader(folder: ModelFolder) -> Callable[[QuantPlan], tuple[ModelRunner, dict]]:
-    """The same for an ONNX model, which is what it is."""
-    from qllm.bench.runners import ModelRunner
-    from qllm.onnx.runner import OnnxDecoder
-
-    def load(plan: QuantPlan) -> tuple[ModelRunner, dict]:
-        model = OnnxDecoder(folder.path)
-        sizes = (model.nbytes, model.read_bytes, model.multiplied)
-        about = {"bitwidth": model.bitwidth, "activation_bits": None, "kv_bits": None}
-        return ModelRunner(model, *sizes), about
 
     return load
 

@@ -366,7 +366,8 @@ def run_onnx(candidate: Candidate) -> dict:
         "bytes": model.nbytes,
         "activation_bits": None,  # a node's accuracy level says it
     }
-    return about | evaluate(model, candidate.asked, partial(progress_at, model.bitwidth))
+    row = about | evaluate(model, candidate.asked, partial(progress_at, model.bitwidth))
+    return row | {"kv_bits": None}
 
 
 def onnx_files(folder: ModelFolder, there: bool) -> list[Path]:

@@ -12,20 +12,18 @@ The scripts stand on this module: what they add is options, reports and words.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
-from qllm import hub
 from qllm.bitwidths import Bitwidth, make_plan
 from qllm.calibration import find_calibration
 from qllm.checkpoint.convert import find_source
 from qllm.checkpoint.fingerprint import content_fingerprint
 from qllm.checkpoint.load import load_model, module_bytes
-from qllm.checkpoint.reader import read_raw_config
 from qllm.checkpoint.weights import resolve_dtype
 from qllm.config import (
     DEFAULT_ACTIVATION_BITS,
@@ -44,14 +42,11 @@ from qllm.generate import (
     check_prompts,
     generate,
     generate_tokens,
-    read_generation_config,
-    read_sampling,
 )
-from qllm.hub import ModelFolder
 from qllm.memory import local_device, resolve_device
-from qllm.models import Decoder, read_config
-from qllm.onnx import check_installed, is_onnx
+from qllm.models import Decoder
 from qllm.parallel.world import check_world, join
+from qllm.pretrained import Note, Pretrained, Prompt, silent
 from qllm.progress import Meter, unseen
 from qllm.stopping import StopStrings, cut
 from qllm.tokenizer import Tokenizer
@@ -60,14 +55,6 @@ if TYPE_CHECKING:
     from qllm.calibration import Calibration
     from qllm.onnx.runner import OnnxDecoder
     from qllm.parallel.pipeline import ParallelContext
-
-# A text, or token ids that a tokenizer of one's own made.
-Prompt = str | Sequence[int]
-Note = Callable[[str], None]
-
-
-def silent(line: str) -> None:
-    """Drop a note: a library says nothing by itself."""
 
 
 @dataclass(frozen=True)
@@ -88,83 +75,6 @@ class Completion:
     tokens: tuple[int, ...]
     text: str
     finish_reason: str
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """What a model's files say without its weights: enough to check a request before loading.
-
-    Attributes:
-        onnx: the folder holds an ONNX model, which onnxruntime runs as it is.
-    """
-
-    folder: ModelFolder
-    config: ModelConfig
-    tokenizer: Tokenizer
-    generation: GenerationConfig
-    onnx: bool
-
-    @classmethod
-    def open(cls, model: str | Path | ModelFolder, *, note: Note = silent) -> Self:
-        """Find a model and read all but its weights.
-
-        Args:
-            model: a folder, a Hub repository, or the name of a bundled model ("opt-tiny").
-            note: called with lines that a user may want to know.
-
-        Raises:
-            UserError: for a model that is not there, or broken.
-        """
-        folder = model if isinstance(model, ModelFolder) else hub.find(str(model), note=note)
-        config = read_config(read_raw_config(folder.path))
-        onnx = is_onnx(folder.path)
-        if onnx:
-            check_installed()
-        return cls(
-            folder,
-            config,
-            Tokenizer.load(folder.path, config.vocab_size),
-            read_generation_config(folder.path, config, note),
-            onnx,
-        )
-
-    def encode(self, prompt: Prompt, max_length: int | None = None) -> list[int]:
-        """Token ids of a prompt; a longer one loses its beginning, but no special token.
-
-        Args:
-            max_length: in tokens, of texts; ids are taken as they are.
-        """
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, max_length)
-        return list(prompt)
-
-    def generation_with(
-        self,
-        *,
-        max_new_tokens: int | None = None,
-        repetition_penalty: float | None = None,
-        **sampling: float | None,
-    ) -> GenerationConfig:
-        """The checkpoint's settings, with those that are given (not None).
-
-        Args:
-            sampling: see `LLM.generate`.
-
-        Raises:
-            UserError: for values that cannot be, or that contradict each other.
-        """
-        changes: dict[str, object] = {}
-        if max_new_tokens is not None:
-            changes["max_new_tokens"] = max_new_tokens
-        if repetition_penalty is not None:
-            if not repetition_penalty > 0:
-                raise UserError(
-                    f"repetition_penalty is {repetition_penalty}; give a number above 0"
-                )
-            changes["repetition_penalty"] = repetition_penalty
-        if any(value is not None for value in sampling.values()):
-            changes["sampling"] = read_sampling(self.folder.path).with_changes(**sampling)
-        return replace(self.generation, **changes)
 
 
 class LLM:

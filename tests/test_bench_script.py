@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from checkpoints import copy_of
 from conftest import FAMILIES, assert_user_error, run
 from cpu_paths import paths
 from inside import call, call_json
@@ -36,6 +37,15 @@ def test_throughput_beside_transformers(family, monkeypatch):
         assert row["tokens_per_second"] > 0 and len(row["seconds"]) == 2
     assert result["settings"]["p"] == [8, 4]
     assert result["threads"] > 0 and result["versions"]["qllm"]
+
+
+def test_a_model_without_a_tokenizer(monkeypatch, tmp_path):
+    monkeypatch.setattr(speed.Roofline, "measure", lambda device: None)
+    model = tmp_path / "model"
+    copy_of("opt", model)
+    (model / "tokenizer.json").unlink()
+    (row,) = call_json(BENCH, "--model-path", model, "-p", 4, "-r", 1)["rows"]
+    assert row["test"] == "pp4"
 
 
 def test_formats(monkeypatch):

@@ -45,7 +45,7 @@ ROWS = (
     ("plan",),
     ("onnx",),
     ("neural_compressor",),
-    ("bitwidths",),
+    ("bitwidths", "pretrained"),
     ("llm", "quantize_model"),
     ("chat",),
     ("cli",),

@@ -1,0 +1,39 @@
+"""What a model would take on several ranks that read memory as this machine does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qllm.bench.runners import read_bytes
+from qllm.bench.speed import Roofline
+from qllm.checkpoint.load import outline
+from qllm.config import ModelConfig, QuantPlan
+from qllm.errors import UserError
+from qllm.parallel.cost import Machine, table
+
+
+def predict(
+    folder: Path, plans: Sequence[QuantPlan], config: ModelConfig, dtype: torch.dtype | None
+) -> list[dict[str, Any]]:
+    """The time per token of each plan's model, from the headers of its files alone.
+
+    Returns:
+        of each, `bitwidth`, `bytes` that a token reads, the `bandwidth` that was measured, and
+        `rows`, see `qllm.parallel.cost.table`.
+
+    Raises:
+        UserError: without the kernels that measure memory; or as `outline`.
+    """
+    roofline = Roofline.measure("cpu")
+    if roofline is None:
+        raise UserError("--tp-model measures memory with the compiled kernels, and there are none")
+    found = []
+    for plan in plans:
+        nbytes = read_bytes(outline(folder, plan, dtype))
+        about = {"bitwidth": plan.text, "bytes": nbytes, "bandwidth": roofline.bandwidth}
+        found.append(about | {"rows": table(config, nbytes, Machine(roofline.bandwidth))})
+    return found

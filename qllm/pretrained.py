@@ -1,0 +1,112 @@
+"""What a model's files say without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from qllm import hub
+from qllm.checkpoint.reader import read_raw_config
+from qllm.config import ModelConfig
+from qllm.errors import UserError
+from qllm.generate import GenerationConfig, read_generation_config, read_sampling
+from qllm.hub import ModelFolder
+from qllm.models import read_config
+from qllm.onnx import check_installed, is_onnx
+from qllm.tokenizer import Tokenizer
+
+# A text, or token ids that a tokenizer of one's own made.
+Prompt = str | Sequence[int]
+Note = Callable[[str], None]
+
+
+def silent(line: str) -> None:
+    """Drop a note: a library says nothing by itself."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model's files but for its weights: enough to check a request before loading.
+
+    Attributes:
+        onnx: the folder holds an ONNX model, which onnxruntime runs as it is.
+    """
+
+    folder: ModelFolder
+    config: ModelConfig
+    generation: GenerationConfig
+    onnx: bool
+
+    @classmethod
+    def open(
+        cls, model: str | Path | ModelFolder, *, texts: bool = True, note: Note = silent
+    ) -> Self:
+        """Find a model and read all but its weights.
+
+        Args:
+            model: a folder, a Hub repository, or the name of a bundled model ("opt-tiny").
+            texts: False leaves the tokenizer until it is asked for: a model may have none.
+            note: called with lines that a user may want to know.
+
+        Raises:
+            UserError: for a model that is not there, or broken.
+        """
+        folder = model if isinstance(model, ModelFolder) else hub.find(str(model), note=note)
+        config = read_config(read_raw_config(folder.path))
+        onnx = is_onnx(folder.path)
+        if onnx:
+            check_installed()
+        found = cls(folder, config, read_generation_config(folder.path, config, note), onnx)
+        if texts:
+            _ = found.tokenizer
+        return found
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What makes tokens of text, and text of tokens.
+
+        Raises:
+            UserError: where there is none, or it is broken.
+        """
+        return Tokenizer.load(self.folder.path, self.config.vocab_size)
+
+    def encode(self, prompt: Prompt, max_length: int | None = None) -> list[int]:
+        """Token ids of a prompt; a longer one loses its beginning, but no special token.
+
+        Args:
+            max_length: in tokens, of texts; ids are taken as they are.
+        """
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, max_length)
+        return list(prompt)
+
+    def generation_with(
+        self,
+        *,
+        max_new_tokens: int | None = None,
+        repetition_penalty: float | None = None,
+        **sampling: float | None,
+    ) -> GenerationConfig:
+        """The checkpoint's settings, with those that are given (not None).
+
+        Args:
+            sampling: see `LLM.generate`.
+
+        Raises:
+            UserError: for values that cannot be, or that contradict each other.
+        """
+        changes: dict[str, Any] = {}
+        if max_new_tokens is not None:
+            changes["max_new_tokens"] = max_new_tokens
+        if repetition_penalty is not None:
+            if not repetition_penalty > 0:
+                raise UserError(
+                    f"repetition_penalty is {repetition_penalty}; give a number above 0"
+                )
+            changes["repetition_penalty"] = repetition_penalty
+        if any(value is not None for value in sampling.values()):
+            changes["sampling"] = read_sampling(self.folder.path).with_changes(**sampling)
+        return replace(self.generation, **changes)
