@@ -306,16 +306,15 @@ def run_models(
         again: there are rows of other models; notes are of the first.
     """
     from qllm import report
-    from qllm.checkpoint.convert import find_source
-    from qllm.checkpoint.load import load_model
     from qllm.evaluate.candidates import algorithm_of
     from qllm.evaluate.evaluation import decoder_row
+    from qllm.llm import LLM, Pretrained
 
     note = cli.silent if again else cli.note
-    source = find_source(candidate.folder, note)
+    pretrained = Pretrained.open(candidate.folder, texts=False)
     for plan, activation_bits in models:
-        model = load_model(
-            source,
+        model = LLM.load(
+            pretrained,
             plan,
             dtype=cli.resolve_dtype(args),
             device=device,
@@ -323,7 +322,7 @@ def run_models(
             activation_bits=activation_bits,
             meter=cli.meter("loading"),
             note=note,
-        )
+        ).model
         note = cli.silent
         bitwidth = report.bitwidth(model) if args.bitwidth is None else plan.text
         about = {"model": candidate.name, "algorithm": algorithm_of(candidate.folder, model)}
