@@ -114,6 +114,9 @@ def check_options(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value} cannot be; give more than 0")
+    for name in filter(None, (args.output, args.table)):  # before anything is measured
+        if not Path(name).absolute().parent.is_dir():
+            raise UserError(f"{name}: there is no folder {Path(name).parent}")
     if args.probe:
         if args.output is None:
             raise UserError("--probe measures this machine for a file; name it with -o")
@@ -446,8 +449,6 @@ def write_json(path: Path, value: object) -> None:
     """A file, which is there when it is whole."""
     from qllm.checkpoint.writer import new_file
 
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}")
     with new_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 

@@ -98,6 +98,7 @@ def test_devices_and_stages(given, tmp_path):
         (("--memory", "1KB", "--cluster", "x"), "give one of them"),
         (("--avg-bits", 3, "--plot", "x.png"), "--plot draws the front"),
         (("--probe",), "name it with -o"),
+        (("--avg-bits", 3, "-o", "no/plan.json"), "no/plan.json: there is no folder no"),
     ],
 )
 def test_mistakes_are_one_line(given, options, said):

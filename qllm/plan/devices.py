@@ -273,8 +273,8 @@ def _measured(value: Any, where: str) -> MeasuredSpeed:
         ) from None
 
 
-def _three(times: object) -> tuple[float, float, float]:
-    first, second, third = map(float, times)  # type: ignore[call-overload]
+def _three(times: Any) -> tuple[float, float, float]:
+    first, second, third = map(float, times)
     if not all(math.isfinite(t) and t >= 0 for t in (first, second, third)):
         raise ValueError
     return first, second, third

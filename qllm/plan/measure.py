@@ -28,12 +28,10 @@ from qllm.models.layer import PreNormLayer
 from qllm.plan.sensitivity import Array, Sensitivity, draw_choices
 from qllm.progress import Meter, unseen
 from qllm.quant.inputs import InputStats
+from qllm.quantizer.checkpoint import BACK, FRONT
 from qllm.quantizer.hidden import HiddenStates
 from qllm.quantizer.layer import QuantizeOptions, quantize_linear, stand_in
 
-# The modules in front of the layers, and behind them.
-FRONT = ("embed", "embed_norm", "project_in", "positions")
-BACK = ("final_norm", "project_out", LM_HEAD)
 # Bits at which a linear is run alone: its divergence is well above rounding, and still small.
 PROBE_BITS = 3
 PLANS = 8  # of mixed bits

@@ -16,8 +16,7 @@ from qllm.models.cache import KVCache
 from qllm.plan.devices import Cluster, Device
 from qllm.plan.sensitivity import Array
 from qllm.plan.solve import Problem
-
-FRONT = ("embed", "embed_norm", "project_in", "positions")
+from qllm.quantizer.checkpoint import FRONT
 
 
 @dataclass(frozen=True)

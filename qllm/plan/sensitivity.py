@@ -52,7 +52,10 @@ class Sensitivity:
     @property
     def sums(self) -> Array:
         """(M, C): the divergence that each candidate makes by itself, nats."""
-        return self.errors * (self.alone / self.errors[:, self.probe])[:, None]
+        probed = self.errors[:, self.probe]
+        # A linear that its grid holds exactly, such as one of zeros, adds nothing at any bits.
+        weights = np.divide(self.alone, probed, out=np.zeros_like(probed), where=probed > 0)
+        return self.errors * weights[:, None]
 
     def fit(self) -> Fit:
         """What a sum of divergences comes to when its linears are quantized together."""
@@ -132,7 +135,8 @@ class Fit:
 
 def fit(sums: Array, divergences: Array) -> Fit:
     """A line through the logarithms: (P,) each, above 0."""
-    x, y = np.log(sums), np.log(divergences)
+    told = sums > 0  # a plan whose linears are all float says nothing
+    x, y = np.log(sums[told]), np.log(divergences[told])
     power, shift = np.polyfit(x, y, 1)
     missed = y - (power * x + shift)
     return Fit(float(np.exp(shift)), float(power), float(np.sqrt(np.square(missed).mean())))

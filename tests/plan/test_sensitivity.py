@@ -87,6 +87,13 @@ def test_a_power_of_the_sum_is_found_again():
     assert found.divergence(0.0) == 0.0
 
 
+def test_a_linear_without_an_error_adds_nothing():
+    specs = parse_candidates("3,4", QuantSpec())
+    errors, alone = np.array([[0.0, 0.0], [0.4, 0.1]]), np.array([1e-12, 0.02])
+    table = Sensitivity(("a", "b"), specs, errors, 0, alone, np.array([[0, 0]]), alone[1:], {})
+    assert table.sums == pytest.approx(np.array([[0.0, 0.0], [0.02, 0.005]]))
+
+
 def test_mixed_plans_stay_near_a_candidate():
     candidates = parse_candidates("2,3,4,8", QuantSpec())
     choices = draw_choices(40, candidates, 8, seed=0)
