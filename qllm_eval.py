@@ -21,22 +21,24 @@ if __name__ == "__main__":
 
 import argparse
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qllm import cli
+from qllm.config import DEFAULT_ACTIVATION_BITS
 from qllm.errors import UserError
 
 if TYPE_CHECKING:
+    from qllm.candidates import Candidate
     from qllm.config import QuantPlan
     from qllm.evaluate.agreement import ReferenceOutputs
-    from qllm.evaluate.candidates import Candidate
     from qllm.evaluate.perplexity import Text
     from qllm.hub import ModelFolder
     from qllm.huggingface import HuggingFaceModel
+    from qllm.pretrained import Pretrained
     from qllm.tokenizer import Tokenizer
 
 CONVENTIONS = "gptq, strided, llama.cpp, word, byte"
@@ -159,20 +161,20 @@ def read_tasks(args: argparse.Namespace) -> dict[str, list[str]]:
 
 def read_candidates(
     args: argparse.Namespace,
-    folders: list[ModelFolder],
+    models: list[Pretrained],
     text: str | None,
     tasks: dict[str, list[str]],
 ) -> list[Candidate]:
     """The models with what they are asked; mistakes come to light here, before one is loaded."""
-    from qllm.evaluate.candidates import Candidate, check_comparable, names_of
+    from qllm.candidates import Candidate, check_comparable, names_of
     from qllm.evaluate.perplexity import PerplexityOptions
 
     batch = {} if args.batch_size is None else {"batch": args.batch_size}
     options = PerplexityOptions(conventions(args), args.window, args.stride, **batch)
-    names = names_of(folders, args.model_path or ())
+    names = names_of([model.folder for model in models], args.model_path or ())
     found = [
-        Candidate.of(folder, name, text, tasks, options, args.max_tokens)
-        for folder, name in zip(folders, names, strict=True)
+        Candidate.of(model, name, text, tasks, options, args.max_tokens)
+        for model, name in zip(models, names, strict=True)
     ]
     if len(found) > 1:
         check_comparable(found, agree=args.agreement)
@@ -212,11 +214,11 @@ def main() -> None:
     device = "cpu" if any(onnx) else cli.resolve_device(args)
 
     from qllm import report
-    from qllm.checkpoint.load import activation_bits
     from qllm.checkpoint.origin import base_model
     from qllm.data import load_text
     from qllm.evaluate import facts, fingerprints, page, plots
     from qllm.evaluate.table import print_evaluation
+    from qllm.pretrained import Pretrained
 
     for folder, there in zip(folders, onnx, strict=True):
         if there and args.compare and not args.reference and base_model(folder.path) is None:
@@ -225,20 +227,13 @@ def main() -> None:
             )
     text = None if args.dataset is None else load_text(args.dataset, "evaluation")
     tasks = read_tasks(args)
-    candidates = read_candidates(args, folders, text, tasks)
-    bits = [
-        [] if there else activation_bits(folder.path, plans, args.activation_bits)
-        for folder, there in zip(folders, onnx, strict=True)
-    ]
+    candidates = read_candidates(args, list(map(Pretrained.open, folders)), text, tasks)
+    models = [plans_of(args, candidate, plans) for candidate in candidates]
     reference, other = run_reference(args, candidates, device)
     rows: list[dict] = []
-    for candidate, there, each in zip(candidates, onnx, bits, strict=True):
+    for candidate, each in zip(candidates, models, strict=True):
         asked = replace(candidate, asked=replace(candidate.asked, reference=reference))
-        if there:
-            rows += show_rows([run_onnx(asked)])
-        else:
-            models = list(zip(plans, each, strict=True))
-            rows += show_rows(run_models(args, asked, device, models, bool(rows)))
+        rows += show_rows(run_models(args, asked, device, each, bool(rows)))
     first = candidates[0]
     result = {
         "model": ", ".join(candidate.name for candidate in candidates),
@@ -275,7 +270,7 @@ def run_reference(
     """What agreement needs of the reference, None without it; and what --compare adds."""
     if not reference_wanted(args):
         return None, {}
-    from qllm.evaluate.candidates import check_sizes, find_reference
+    from qllm.candidates import check_sizes, find_reference
     from qllm.evaluate.evaluation import evaluate
     from qllm.huggingface import HuggingFaceModel
 
@@ -293,47 +288,61 @@ def run_reference(
     return read_reference(args, model, first.tokenizer, first.asked.text), other
 
 
+def plans_of(
+    args: argparse.Namespace, candidate: Candidate, plans: Sequence[QuantPlan]
+) -> list[tuple[QuantPlan, int | None]]:
+    """The plans of a model's rows with the bits of their activations; see `run_models`.
+
+    Raises:
+        UserError: for plans that the checkpoint cannot take.
+    """
+    from qllm.checkpoint.load import activation_bits
+
+    if candidate.pretrained.onnx:
+        return [(plan, None) for plan in plans]  # one, of 16 bits: others were refused
+    bits = activation_bits(candidate.folder.path, plans, args.activation_bits)
+    return list(zip(plans, bits, strict=True))
+
+
 def run_models(
     args: argparse.Namespace,
     candidate: Candidate,
     device: str,
-    models: list[tuple[QuantPlan, int]],
+    models: list[tuple[QuantPlan, int | None]],
     again: bool,
 ) -> Iterator[dict]:
     """A row per plan and bits of keys and values, each model in memory alone.
 
     Args:
+        models: plans, each with the bits of activations, None for an ONNX model.
         again: there are rows of other models; notes are of the first.
     """
     from qllm import report
-    from qllm.evaluate.candidates import algorithm_of
-    from qllm.evaluate.evaluation import decoder_row
-    from qllm.llm import LLM, Pretrained
+    from qllm.llm import LLM
+    from qllm.models import Decoder
 
     note = cli.silent if again else cli.note
-    pretrained = Pretrained.open(candidate.folder, texts=False)
     for plan, activation_bits in models:
-        model = LLM.load(
-            pretrained,
+        llm = LLM.load(
+            candidate.pretrained,
             plan,
             dtype=cli.resolve_dtype(args),
             device=device,
             calibration=cli.find_calibration(args, candidate.folder, plan),
-            activation_bits=activation_bits,
+            activation_bits=activation_bits or DEFAULT_ACTIVATION_BITS,
             meter=cli.meter("loading"),
             note=note,
-        ).model
+        )
         note = cli.silent
-        bitwidth = report.bitwidth(model) if args.bitwidth is None else plan.text
-        about = {"model": candidate.name, "algorithm": algorithm_of(candidate.folder, model)}
-        about |= {"activation_bits": activation_bits}
+        model = llm.model
+        own = report.bitwidth(model) if isinstance(model, Decoder) else model.bitwidth
+        bitwidth = own if args.bitwidth is None else plan.text
         for kv_bits in args.kv_bits:
-            model.kv_bits = kv_bits
             what = report.label({"bitwidth": bitwidth, "kv_bits": kv_bits})
             what = f"{candidate.name}, {what}" if args.model_path else what
-            row = decoder_row(model, bitwidth, candidate.asked, partial(progress_at, what))
-            yield about | row | {"kv_bits": kv_bits}
-        del model  # the next one has its place
+            progress = partial(progress_at, what)
+            yield candidate.row(llm, bitwidth, activation_bits, kv_bits, progress)
+        del llm, model  # the next one has its place
 
 
 def show_rows(rows: Iterable[dict]) -> list[dict]:
@@ -345,28 +354,6 @@ def show_rows(rows: Iterable[dict]) -> list[dict]:
         found.append(row)
         cli.note(line(row))
     return found
-
-
-def run_onnx(candidate: Candidate) -> dict:
-    """The row of an ONNX model."""
-    from qllm.checkpoint.origin import algorithm
-    from qllm.checkpoint.reader import read_raw_config
-    from qllm.evaluate.evaluation import evaluate
-    from qllm.onnx.runner import OnnxDecoder
-
-    model = OnnxDecoder(candidate.folder.path)
-    dtype = str(model.dtype).removeprefix("torch.")
-    about = {
-        "model": candidate.name,
-        "algorithm": algorithm(read_raw_config(candidate.folder.path)),
-        "bitwidth": model.bitwidth,
-        "format": f"{model.bitwidth} bits, ONNX",
-        "dtype": dtype,
-        "bytes": model.nbytes,
-        "activation_bits": None,  # a node's accuracy level says it
-    }
-    row = about | evaluate(model, candidate.asked, partial(progress_at, model.bitwidth))
-    return row | {"kv_bits": None}
 
 
 def onnx_files(folder: ModelFolder, there: bool) -> list[Path]:

@@ -47,6 +47,7 @@ ROWS = (
     ("neural_compressor",),
     ("bitwidths", "pretrained"),
     ("llm", "quantize_model"),
+    ("candidates",),
     ("chat",),
     ("cli",),
     ("harness",),

@@ -1,4 +1,4 @@
-"""Everything that is asked of a model, measured: a row of the table."""
+"""Everything that is asked of a model, measured."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from qllm.checkpoint.load import module_bytes
 from qllm.evaluate.agreement import ReferenceOutputs, agreement
 from qllm.evaluate.lambada import lambada
 from qllm.evaluate.perplexity import PerplexityOptions, Text, cut, perplexity
 from qllm.evaluate.scoring import Predictor, ScoringRequest
 from qllm.models import Decoder
-from qllm.report import formats
 
 Progress = Callable[[str], Callable[[list], Iterable]]
 
@@ -68,13 +66,3 @@ def evaluate(
     if asked.reference is not None and isinstance(model, Decoder):
         found["agreement"] = agreement(model, asked.reference, progress("agreement"))
     return found
-
-
-def decoder_row(
-    model: Decoder, bitwidth: str, asked: Evaluation, progress: Progress = no_progress
-) -> dict[str, Any]:
-    """A row of the table: bitwidth, format, dtype, bytes in memory, and what `evaluate` finds."""
-    dtype = str(model.dtype).removeprefix("torch.")
-    about = {"bitwidth": bitwidth, "format": formats(model), "dtype": dtype}
-    about["bytes"] = module_bytes(model)
-    return about | evaluate(model, asked, progress)

@@ -1,21 +1,25 @@
-"""Several checkpoints that are asked the same, and whether their answers can be compared."""
+"""Several checkpoints that are asked the same, their rows, and whether those can be compared."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from qllm import report
 from qllm.checkpoint import origin
 from qllm.checkpoint.reader import QUANTIZATION_KEY, read_raw_config
 from qllm.config import DEFAULT_ALGORITHM, ModelConfig
 from qllm.errors import UserError
-from qllm.evaluate.evaluation import Evaluation
+from qllm.evaluate.evaluation import Evaluation, Progress, evaluate, no_progress
 from qllm.evaluate.lambada import passages
 from qllm.evaluate.perplexity import Cut, PerplexityOptions, Text, cut
 from qllm.hub import ModelFolder
 from qllm.layers import Linear
+from qllm.llm import LLM
 from qllm.models import Decoder, read_config
+from qllm.pretrained import Pretrained
 from qllm.tokenizer import Tokenizer
 
 # Conventions whose figures do not depend on how a text is cut into tokens.
@@ -33,17 +37,15 @@ class Candidate:
         cuts: of the text, see `qllm.evaluate.perplexity.cut`.
     """
 
-    folder: ModelFolder
+    pretrained: Pretrained
     name: str
-    config: ModelConfig
-    tokenizer: Tokenizer
     asked: Evaluation
     cuts: list[Cut]
 
     @classmethod
     def of(
         cls,
-        folder: ModelFolder,
+        pretrained: Pretrained,
         name: str,
         text: str | None,
         tasks: Mapping[str, Sequence[str]],
@@ -57,14 +59,59 @@ class Candidate:
             most: tokens of the text, its first; None for all.
 
         Raises:
-            UserError: for a broken checkpoint, or what the model cannot take.
+            UserError: for a broken tokenizer, or what the model cannot take.
         """
-        config = read_config(read_raw_config(folder.path))
-        tokenizer = Tokenizer.load(folder.path, config.vocab_size)
+        config, tokenizer = pretrained.config, pretrained.tokenizer
         encoded = None if text is None else Text.encode(text, tokenizer, most)
         cuts = [] if encoded is None else cut(encoded, config, options)
         found = {task: passages(rows, tokenizer, config) for task, rows in tasks.items()}
-        return cls(folder, name, config, tokenizer, Evaluation(encoded, options, found), cuts)
+        return cls(pretrained, name, Evaluation(encoded, options, found), cuts)
+
+    @property
+    def folder(self) -> ModelFolder:
+        """The checkpoint's files."""
+        return self.pretrained.folder
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        return self.pretrained.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's own."""
+        return self.pretrained.tokenizer
+
+    def row(
+        self,
+        llm: LLM,
+        bitwidth: str,
+        activation_bits: int | None,
+        kv_bits: int,
+        progress: Progress = no_progress,
+    ) -> dict[str, Any]:
+        """What this model answers in one form: a row of the table.
+
+        Args:
+            llm: the model, loaded.
+            bitwidth: as it is called.
+            activation_bits: of its layers; None where the nodes of an ONNX file say it.
+            kv_bits: to hold keys and values in; those of an ONNX model are as they are.
+
+        Raises:
+            UserError: see `evaluate`.
+        """
+        model = llm.model
+        about = {"model": self.name, "bitwidth": bitwidth, "activation_bits": activation_bits}
+        about |= {"dtype": str(model.dtype).removeprefix("torch."), "bytes": llm.nbytes}
+        if isinstance(model, Decoder):
+            model.kv_bits = kv_bits
+            about |= {"algorithm": algorithm_of(self.folder, model), "kv_bits": kv_bits}
+            about["format"] = report.formats(model)
+        else:
+            about["algorithm"] = origin.algorithm(read_raw_config(self.folder.path))
+            about |= {"format": f"{bitwidth} bits, ONNX", "kv_bits": None}
+        return about | evaluate(model, self.asked, progress)
 
 
 def names_of(folders: Sequence[ModelFolder], given: Sequence[str]) -> list[str]:
@@ -102,25 +149,32 @@ def check_comparable(candidates: Sequence[Candidate], *, agree: bool) -> None:
                     f"the windows of {alike} differ, {theirs.window} and {ours.window} tokens; "
                     f"give both --window {min(theirs.window, ours.window)}"
                 )
-        text, their_text = first.asked.text, other.asked.text
-        if text is not None and text.text != their_text.text:
-            raise UserError(
-                f"the tokenizers of {alike} differ, and so does the text that --max-tokens leaves; "
-                "leave it out"
-            )
-        names = [name for part in first.cuts for name in part.names if name not in ANY_TOKENS]
-        if names and not same_text(text, their_text):
-            raise UserError(
-                f"the tokenizers of {alike} differ ({len(their_text.ids)} and {len(text.ids)} "
-                f"tokens): perplexity {names[0]} is per token, and only that of one tokenizer can "
-                "be compared; take --conventions word,byte"
-            )
+        _check_texts(first, other, alike)
         vocabularies = [each.tokenizer.encode(SENTENCE) for each in (first, other)]
         if agree and vocabularies[0] != vocabularies[1]:
             raise UserError(
                 f"the tokenizers of {alike} differ: they cannot agree with one reference token by "
                 "token; measure --agreement of one at a time"
             )
+
+
+def _check_texts(first: Candidate, other: Candidate, alike: str) -> None:
+    """Refuse perplexities per token of two texts, or of one that is cut into tokens in two ways."""
+    text, their_text = first.asked.text, other.asked.text
+    if text is None or their_text is None:
+        return
+    if text.text != their_text.text:
+        raise UserError(
+            f"the tokenizers of {alike} differ, and so does the text that --max-tokens leaves; "
+            "leave it out"
+        )
+    names = [name for part in first.cuts for name in part.names if name not in ANY_TOKENS]
+    if names and not same_text(text, their_text):
+        raise UserError(
+            f"the tokenizers of {alike} differ ({len(their_text.ids)} and {len(text.ids)} "
+            f"tokens): perplexity {names[0]} is per token, and only that of one tokenizer can "
+            "be compared; take --conventions word,byte"
+        )
 
 
 def find_reference(
@@ -133,7 +187,8 @@ def find_reference(
     """
     if named is not None:
         return origin.find_reference(candidates[0].folder, named, note)
-    found, notes = {}, []
+    found: dict[Path, tuple[str, ModelFolder]] = {}
+    notes: list[str] = []
     for candidate in candidates:
         model = origin.find_reference(candidate.folder, None, notes.append)
         found.setdefault(model.path.resolve(), (candidate.name, model))
