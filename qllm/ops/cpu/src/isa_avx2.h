@@ -154,6 +154,11 @@ inline float sum_of(VF v) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+inline float max_of(VF v) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
 // Zeros from lane `count` on.
 inline VF first_of(VF v, int64_t count) {
     VI lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

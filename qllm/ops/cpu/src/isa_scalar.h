@@ -78,6 +78,7 @@ inline VF from_bits(uint32_t bits) {
     return v;
 }
 inline VF as_float(VI v) { return from_bits(uint32_t(v)); }
+inline float max_of(VF v) { return v; }
 inline float sum_of(VF v) { return v; }
 inline VF first_of(VF v, int64_t count) { return count > 0 ? v : 0; }
 // To the nearest integer, halves to even; what is not a number becomes 0.

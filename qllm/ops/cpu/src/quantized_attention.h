@@ -139,10 +139,15 @@ struct Integers {
     int8_t *planes;  // of fours: the upper plane, then the lower one; or pairs of 16 bits
 };
 
-inline void to_integers(Integers *out, const float *x, const uint8_t *zeros, int64_t base,
-                        int64_t count) {
+// Integers of the products of `count` numbers and as many scales, which are put into memory.
+inline void to_integers(Integers *out, const float *from, float *x, const uint16_t *scales, 
+                        const uint8_t *zeros, int64_t base, int64_t count) {
     VI top = zero_i(), sum = zero_i();
-    for (int64_t i = 0; i < count; i += WIDTH) top = max_i(top, bits_of(abs_f(load_f(x + i))));
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        const VF product = mul_f(load_f(from + i), load_all<BFLOAT16>(scales, i));
+        top = max_i(top, bits_of(abs_f(product)));
+        store_f(x + i, product);
+    }
     const int32_t bits = max_of_i(top);
     float most;
     __builtin_memcpy(&most, &bits, 4);
@@ -188,17 +193,17 @@ inline VI high_codes(VI bytes) { return and_i(shift_right<4>(bytes), set_i(0x0F0
 
 // The scores of a query with a run's keys: RUN of them.
 template <int BITS>
-inline void score_run(const uint8_t *codes, int64_t width, const Integers &x, float *scores) {
+inline void score_run(const uint8_t *codes, int64_t width, const Integers &x,
+                      float *scores) {
     constexpr int64_t SLOTS = RUN * BITS / 8, VECTORS_AT_ONCE = BITS / 2;
-    const int8_t *lower = x.planes + (OPERAND_BYTES == 1 ? width : 0);
+    const int64_t lower = OPERAND_BYTES == 1 ? width : 0;
     for (int64_t slot = 0; slot < SLOTS; slot += VECTORS_AT_ONCE * WIDTH) {
         Both sums[4] = {no_products(), no_products(), no_products(), no_products()};
-        for (int64_t four_of = 0; four_of < width; four_of += 4) {
-            const uint8_t *bytes = codes + (four_of / 4 * SLOTS + slot) * 4;
-            const Inputs up = four(x.planes + four_of * OPERAND_BYTES);
-            const Inputs low = four(lower + four_of * OPERAND_BYTES);
+        const uint8_t *bytes = codes + slot * 4;
+        const int8_t *in = x.planes, *end = in + width * OPERAND_BYTES;
+        for (; in < end; in += 4 * OPERAND_BYTES, bytes += SLOTS * 4) {
+            const Inputs up = four(in), low = four(in + lower);
             for (int64_t v = 0; v < VECTORS_AT_ONCE; v++) {
-                __builtin_prefetch(bytes + v * WIDTH * 4 + AHEAD);
                 const VI codes_of_four = weights(bytes + v * WIDTH * 4);
                 if constexpr (BITS == 8) {
                     add_codes(&sums[v], codes_of_four, up, low);
@@ -216,35 +221,39 @@ inline void score_run(const uint8_t *codes, int64_t width, const Integers &x, fl
     }
 }
 
-// Adds a run's values, weighted, to a result (width,).
-template <int BITS>
-inline void add_values(const uint8_t *codes, int64_t width, const Integers &x, float *out) {
-    constexpr int64_t SLOTS = RUN * BITS / 8;
-    const int8_t *lower = x.planes + (OPERAND_BYTES == 1 ? RUN : 0);
-    for (int64_t channel = 0; channel < width; channel += WIDTH) {
-        Both even = no_products(), odd = no_products();
-        for (int64_t token = 0; token < SLOTS; token += 8) {
-            const uint8_t *bytes = codes + (token / 4 * width + channel) * 4;
-            auto add = [&](Both *sum, VI w, int64_t at) {
-                add_codes(sum, w, four(x.planes + at * OPERAND_BYTES),
-                             four(lower + at * OPERAND_BYTES));
-            };
-            __builtin_prefetch(bytes + AHEAD);
-            __builtin_prefetch(bytes + width * 4 + AHEAD);
-            const VI first = weights(bytes), second = weights(bytes + width * 4);
+// out (width,) = out times a factor + a run's values, weighted: VECTORS_AT_ONCE vectors of it.
+template <int BITS, int VECTORS_AT_ONCE>
+inline void add_values(const uint8_t *codes, int64_t width, const Integers &x,
+                       VF factor, float *out) {
+    constexpr int64_t SLOTS = RUN * BITS / 8, LOWER = OPERAND_BYTES == 1 ? RUN : 0;
+    Both sums[VECTORS_AT_ONCE];
+    for (Both &sum : sums) sum = no_products();
+    const int8_t *in = x.planes, *end = in + SLOTS * OPERAND_BYTES;
+    for (; in < end; in += 4 * OPERAND_BYTES, codes += width * 4) {
+        const int8_t *behind = in + SLOTS * OPERAND_BYTES;
+        const Inputs up = four(in), low = four(in + LOWER);
+        for (int64_t v = 0; v < VECTORS_AT_ONCE; v++) {
+            const VI bytes = weights(codes + v * WIDTH * 4);
             if constexpr (BITS == 8) {
-                add(&even, first, token);
-                add(&odd, second, token + 4);
+                add_codes(&sums[v], bytes, up, low);
             } else {
-                add(&even, low_codes(first), token);
-                add(&odd, high_codes(first), token + SLOTS);
-                add(&even, low_codes(second), token + 4);
-                add(&odd, high_codes(second), token + 4 + SLOTS);
+                add_codes(&sums[v], low_codes(bytes), up, low);
+                add_codes(&sums[v], high_codes(bytes), four(behind), four(behind + LOWER));
             }
         }
-        const Both sum = {add_i(even.upper, odd.upper), add_i(even.lower, odd.lower)};
-        store_f(out + channel, add_f(load_f(out + channel), numbers(sum, x)));
     }
+    for (int64_t v = 0; v < VECTORS_AT_ONCE; v++)
+        store_f(out + v * WIDTH,
+                fma_f(load_f(out + v * WIDTH), factor, numbers(sums[v], x)));
+}
+template <int BITS>
+inline void add_values(const uint8_t *codes, int64_t width, const Integers &x,
+                       VF factor, float *out) {
+    int64_t d = 0;
+    for (; d + 4 * WIDTH <= width; d += 4 * WIDTH)
+        add_values<BITS, 4>(codes + d * 4, width, x, factor, out + d);
+    for (; d < width; d += WIDTH)
+        add_values<BITS, 1>(codes + d * 4, width, x, factor, out + d);
 }
 
 }  // namespace
