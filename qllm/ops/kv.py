@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qllm.ops.cpu import library
+
 
 class Batch(NamedTuple):
     """Which tokens a pass takes: vLLM's and nano-vllm's attention metadata.
@@ -71,6 +73,14 @@ class Scores(NamedTuple):
 PLAIN = Scores()
 
 
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Memory of a cache: what is large stands on huge pages, where a CPU's kernels read it."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < library.HUGE_PAGE or library.why_not(torch.device(device).type) is not None:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return library.huge_pages(nbytes).zero_().view(dtype).view(shape)
+
+
 class KV(NamedTuple):
     """Keys and values of one layer, in the type of the activations.
 
@@ -102,7 +112,7 @@ class KV(NamedTuple):
     ) -> KV:
         """One that holds zeros: places that are masked are read, and 0 * NaN would be NaN."""
         shape = (2, rows, kv_heads, capacity, dim)
-        return cls(*torch.zeros(shape, dtype=dtype, device=device))
+        return cls(*zeros(shape, dtype, device))
 
     @staticmethod
     def row_bytes(bits: int, kv_heads: int, capacity: int, dim: int, dtype: torch.dtype) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qllm.ops.kv import Batch
+from qllm.ops.kv import Batch, zeros
 
 # Tokens of a row that are quantized together, once the last of them has come.
 RUN = 64
@@ -60,17 +60,14 @@ class QuantizedKV(NamedTuple):
         runs, width = -(-capacity // RUN), padded_size(dim)
         lead = (rows, kv_heads, runs)
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
         return cls(
-            zeros(*lead, width // 4, RUN * bits // 8, 4),
-            zeros(*lead, RUN * bits // 32, width, 4),
-            zeros(*lead, width, dtype=torch.bfloat16),
-            zeros(*lead, width),
-            zeros(*lead, RUN, dtype=torch.bfloat16),
-            zeros(*lead, RUN),
-            *zeros(2, rows, kv_heads, RUN, dim, dtype=dtype),
+            zeros((*lead, width // 4, RUN * bits // 8, 4), torch.uint8, device),
+            zeros((*lead, RUN * bits // 32, width, 4), torch.uint8, device),
+            zeros((*lead, width), torch.bfloat16, device),
+            zeros((*lead, width), torch.uint8, device),
+            zeros((*lead, RUN), torch.bfloat16, device),
+            zeros((*lead, RUN), torch.uint8, device),
+            *zeros((2, rows, kv_heads, RUN, dim), dtype, device),
         )
 
     @staticmethod

@@ -12,7 +12,7 @@ from cpu_paths import normal, on, paths, same
 from torch import Tensor
 
 from qllm.ops import reference
-from qllm.ops.cpu import steps
+from qllm.ops.cpu import library, steps
 from qllm.ops.kv import KV, PLAIN, Batch, Scores
 from qllm.ops.quantized_kv import BASES, RUN, QuantizedKV, quantize
 
@@ -181,3 +181,12 @@ def test_what_is_not_finite_stays_with_its_channel_or_token(bits):
     for out in outs:
         bad = out.view(LENGTH, 2, 32).isnan().any(2)
         assert not bad[:72].any() and bad[2 * RUN :].all()
+
+
+def test_a_large_cache_stands_on_huge_pages():
+    """A stream over small pages is read more slowly."""
+    kv = QuantizedKV.empty(8, 1, 4, 8192, 64, torch.bfloat16, "cpu")
+    large = [part for part in kv if part.nbytes >= library.HUGE_PAGE]
+    assert len(large) == 2
+    assert not any(part.data_ptr() % library.HUGE_PAGE for part in large)
+    assert not any(part.any() for part in kv)
