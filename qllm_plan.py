@@ -27,6 +27,8 @@ import argparse
 import hashlib
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,8 +37,6 @@ from qllm.config import QuantSpec
 from qllm.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from qllm.hub import ModelFolder
     from qllm.plan.devices import Cluster
     from qllm.plan.planner import Limits, Plan, Planner
@@ -48,7 +48,7 @@ DATASET, SAMPLES, JUDGED, TOKENS = "wikitext2", 128, 8192, 2048
 OBJECTIVES = ("loss", "latency", "throughput")
 FRONT_POINTS = 13
 # Where time is to be short and nothing says how good the text has to be.
-USUAL_BITS = "4"
+USUAL_BITS = 4
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,8 +57,15 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("what there is to choose from")
     group.add_argument("--bits", default=BITS, metavar="LIST", help="candidates (%(default)s)")
     default = QuantSpec()
-    group.add_argument("--group-size", type=int, default=default.group_size, metavar="N")
-    group.add_argument("--scheme", choices=("sym", "asym"), default=default.scheme)
+    group.add_argument(
+        "--group-size",
+        default=str(default.group_size),
+        metavar="N",
+        help="or several to choose from, as 64,128,-1 (%(default)s)",
+    )
+    group.add_argument(
+        "--scheme", default=default.scheme, metavar="NAMES", help="sym, asym or both (%(default)s)"
+    )
     group.add_argument(
         "--algorithm", choices=ALGORITHMS, default="gptq", help="that will quantize (%(default)s)"
     )
@@ -71,7 +78,12 @@ def parse_args() -> argparse.Namespace:
         help="hold the linears whose names match (several times: the last match counts)",
     )
     group = parser.add_argument_group("limits and objective")
-    group.add_argument("--avg-bits", type=float, metavar="BITS", help="at most, per weight")
+    group.add_argument(
+        "--avg-bits",
+        type=float,
+        metavar="BITS",
+        help="at most, per weight, scales and zeros included",
+    )
     group.add_argument(
         "--max-kl", type=float, metavar="NATS", help="divergence from 16 bits, at most, per token"
     )
@@ -185,10 +197,10 @@ def main() -> None:
 
 def read_candidates(args: argparse.Namespace) -> tuple[QuantSpec, ...]:
     """The specs that --bits names."""
-    from qllm.plan.measure import parse_candidates
+    from qllm.plan.candidates import parse_candidates
 
-    default = QuantSpec(group_size=args.group_size, scheme=args.scheme, algorithm=args.algorithm)
-    return parse_candidates(args.bits, default)
+    default = QuantSpec(algorithm=args.algorithm)
+    return parse_candidates(args.bits, args.group_size, args.scheme, default)
 
 
 def read_fixed(args: argparse.Namespace) -> dict[str, str]:
@@ -204,7 +216,7 @@ def read_fixed(args: argparse.Namespace) -> dict[str, str]:
 
 def read_cluster(args: argparse.Namespace, device: str) -> Cluster | None:
     """The devices of --cluster, or this machine with --memory, as it was probed."""
-    from qllm.plan.devices import Cluster, Device, parse_bytes
+    from qllm.plan.devices import Cluster, parse_bytes
 
     if args.cluster:
         return Cluster.from_file(Path(args.cluster))
@@ -216,7 +228,7 @@ def read_cluster(args: argparse.Namespace, device: str) -> Cluster | None:
         cli.note(f"measuring this machine, once; it is kept in {path}")
         write_json(path, probe_entry(args, device))
     here = Cluster.from_file(path).devices[0]
-    return Cluster((Device(here.name, memory, here.speed, here.kind),))
+    return Cluster((replace(here, memory=memory),))
 
 
 def probe_path(args: argparse.Namespace, device: str) -> Path:
@@ -227,7 +239,7 @@ def probe_path(args: argparse.Namespace, device: str) -> Path:
     from qllm.evaluate import fingerprints
 
     about = [fingerprints.machine(), fingerprints.versions(), torch.get_num_threads(), device]
-    about += [args.bits, args.dtype]
+    about += [args.bits, args.group_size, args.scheme, args.dtype]
     digest = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
     path = folders.place(f"plan/probe-{digest}.json", cli.note)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,9 +258,12 @@ def probe_entry(args: argparse.Namespace, device: str) -> dict[str, object]:
 
     ops.prepare(torch.device(device).type)
     dtype = cli.resolve_dtype(args) or torch.float16
-    speed = probe(read_candidates(args), dtype, device, cli.meter("measuring"))
+    speed = probe(read_candidates(args), dtype, device, cli.progress("measuring"))
     name = f"{platform.node()} {device}, {torch.get_num_threads()} threads"
-    entry = {"name": name, "memory": available_bytes(device), "measured": speed.to_json()}
+    entry = {"name": name, "host": platform.node(), "memory": available_bytes(device)}
+    if device == "cpu":
+        entry["threads"] = torch.get_num_threads()
+    entry["measured"] = speed.to_json()
     return {"devices": [entry]}
 
 
@@ -323,25 +338,36 @@ def read_limits(args: argparse.Namespace, planner: Planner) -> Limits:
         objective = "bytes" if alone else "loss"
     max_kl = args.max_kl
     if objective in ("latency", "throughput") and max_kl is None and args.avg_bits is None:
-        uniform = planner.uniform(USUAL_BITS, Limits(objective))
-        max_kl = uniform.divergence * (1 + 1e-9)
+        usual, name = usual_candidate(planner.sensitivity.candidates)
+        max_kl = planner.uniform(usual, Limits(objective)).divergence * (1 + 1e-9)
         cli.note(
-            f"--max-kl is not given: the plan is to be as good as uniform {USUAL_BITS} bits, "
+            f"--max-kl is not given: the plan is to be as good as uniform {name} bits, "
             f"{max_kl:.3g} nats"
         )
     return Limits(objective, max_kl, args.avg_bits, args.time_limit)
 
 
+def usual_candidate(candidates: Sequence[QuantSpec]) -> tuple[int, str]:
+    """The index and label of the candidate that is nearest to what most take."""
+    from qllm.plan.candidates import labels
+
+    index = min(range(len(candidates)), key=lambda i: abs(candidates[i].bits - USUAL_BITS))
+    return index, labels(candidates)[index]
+
+
 def show(folder: ModelFolder, plan: Plan) -> None:
     """Print a plan as a table, and what it comes to."""
     from qllm import report
+    from qllm.plan.candidates import labels
 
+    candidates = plan.planner.sensitivity.candidates
+    called = dict(zip(candidates, labels(candidates), strict=True))
     layers: dict[str, dict[str, str]] = {}
     for name, spec in plan.specs.items():
         # "layers.0.mlp.up" is a cell of the row "layers.0"; the LM head is a row with one.
         words = name.split(".")
         row, column = (".".join(words[:2]), ".".join(words[2:])) if words[2:] else (name, "")
-        layers.setdefault(row, {})[column] = spec.bitwidth
+        layers.setdefault(row, {})[column] = called[spec]
     columns = list(next(iter(layers.values())))
     rows = [
         [row, *(cells.get(column, "") for column in columns)]
@@ -388,12 +414,13 @@ def show_front(
 ) -> list[dict[str, object]]:
     """Print and draw plans from the fewest bits to the most, uniform ones beside them."""
     from qllm import report
+    from qllm.plan.candidates import labels
 
     plans = planner.front(limits, FRONT_POINTS)
     if not plans:
         raise UserError("no plan keeps to the limits; allow more")
-    names = [spec.bitwidth for spec in planner.sensitivity.candidates]
-    uniform = [(name, planner.uniform(name, limits)) for name in names]
+    names = labels(planner.sensitivity.candidates)
+    uniform = [(name, planner.uniform(i, limits)) for i, name in enumerate(names)]
     rows = [("planned", plan) for plan in plans] + [(f"uniform {n}", p) for n, p in uniform]
     if args.plot:
         from qllm.plan.plot import draw
@@ -431,13 +458,10 @@ def check(
     from qllm import report
     from qllm.plan.verify import verify
 
-    timed = plan.planner.cluster is not None and not plan.cuts
-    if plan.cuts:
-        cli.note("the plan has stages: its times are those of several processes, not measured here")
-    dtype: torch.dtype | None = cli.resolve_dtype(args)
-    work = plan.planner.work if timed else None
-    quant = plan.quant_plan
-    found = verify(folder.path, quant, args.algorithm, samples, judged, dtype, device, work)
+    if plan.planner.cluster is not None and not plan.is_here():
+        cli.note("the plan's devices are not this machine's CPU or GPU: no times are measured")
+    dtype = cli.resolve_dtype(args)
+    found = verify(folder.path, plan, args.algorithm, samples, judged, dtype, device)
     predicted = plan.predicted()
     if not args.json:
         rows = [[key, f"{predicted[key]:.4g}", f"{value:.4g}"] for key, value in found.items()]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -57,17 +57,23 @@ class Cache(Protocol):
 
 
 class Generator(Protocol):
-    """What generates: a `Decoder`, or an ONNX model of `qllm.onnx`; `Decoder` says how."""
+    """What generates: a `Decoder`, or an ONNX model of `qllm.onnx`; `Decoder` says how.
 
-    config: ModelConfig
-    device: torch.device
-    stage: PipelineStage | None
+    Each takes the caches that its own `new_cache` makes.
+    """
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def stage(self) -> PipelineStage | None: ...
 
     def new_cache(self, rows: int, capacity: int) -> Cache: ...
     def prefill(
-        self, prompts: Sequence[Sequence[int]], cache: Cache, *, share: bool
+        self, prompts: Sequence[Sequence[int]], cache: Any, *, share: bool
     ) -> Tensor | None: ...
-    def decode(self, tokens: Tensor, cache: Cache, *, share: bool) -> Tensor | None: ...
+    def decode(self, tokens: Tensor, cache: Any, *, share: bool) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)

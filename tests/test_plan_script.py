@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 
 import pytest
 from conftest import ROOT, assert_user_error, run_json, tiny
@@ -10,6 +11,8 @@ from inside import call, call_json
 
 PLAN, QUANT, GEN = "qllm_plan.py", "qllm_quant.py", "qllm_gen.py"
 STORY = "Once upon a time there was a man who lived by the sea, and he was not a happy man. "
+# Bits per weight of 3 in groups of 64, with a scale of 16 bits and a zero of 8 each.
+UNIFORM_3 = 3 + 24 / 64
 CHOICES = ("--bits", "2,3,4", "--group-size", 64, "--nsamples", 4, "--seqlen", 32)
 
 
@@ -21,14 +24,14 @@ def given(tmp_path_factory):
     args = ("--model-path", tiny("llama"), "--dataset", folder / "text.txt", *CHOICES)
     args += ("--table", folder / "table.json")
     plan = folder / "plan.json"
-    found = run_json(PLAN, *args, "--avg-bits", 3, "-o", plan, "--verify")
+    found = run_json(PLAN, *args, "--avg-bits", UNIFORM_3, "-o", plan, "--verify")
     return folder, args, found
 
 
 def test_a_plan_does_better_than_uniform_bits_and_as_predicted(given):
     folder, args, found = given
     predicted, measured = found["plan"]["predicted"], found["measured"]
-    assert predicted["bits_per_weight"] <= 3
+    assert predicted["bits_per_weight"] <= UNIFORM_3
     assert measured["bytes"] == predicted["bytes"]
     # Four samples say little: what is held to is the order of magnitude.
     assert 1 / 3 < measured["divergence"] / predicted["divergence"] < 3
@@ -73,7 +76,7 @@ def test_devices_and_stages(given, tmp_path):
     (tmp_path / "cluster.json").write_text(json.dumps(cluster))
     work = ("--prompt", 16, "--gen", 8, "--batch", 2)
     args = (*args, "--cluster", tmp_path / "cluster.json", *work)
-    plan = call_json(PLAN, *args, "--objective", "throughput", "--avg-bits", 3)["plan"]
+    plan = call_json(PLAN, *args, "--objective", "throughput", "--avg-bits", UNIFORM_3)["plan"]
     assert sorted(plan["devices"]) == ["a", "b"]
     assert all(each <= half for each in plan["predicted"]["bytes_by_device"])
     assert 0 < float(plan["stages"]) < 6
@@ -81,6 +84,25 @@ def test_devices_and_stages(given, tmp_path):
     assert "a plan is to be as good" not in shown.stdout
     assert "is to be as good as uniform 4 bits" in shown.stderr
     assert "layers 0 to" in shown.stdout
+
+
+def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_path):
+    _, args, found = given
+    half = found["plan"]["predicted"]["bytes"] * 0.6
+    linear = {"1": (1e-6, 1e-10, 2e-10), "32": (1e-5, 1e-9, 1e-9)}
+    linears = {f"{bits}:g64:asym": linear for bits in (2, 3, 4)} | {"16": linear}
+    halves = dict.fromkeys(("decode", "prefill"), (1e-6, 0.0, 0.0))
+    speed = {"linears": dict.fromkeys(("decode", "prefill"), linears), "halves": halves}
+    speed |= {"steps": 1e-6, "cache": 1e6}
+    device = {"host": platform.node(), "threads": 1, "memory": half, "measured": speed}
+    devices = [device | {"name": "a"}, device | {"name": "b"}]
+    (tmp_path / "cluster.json").write_text(json.dumps({"devices": devices}))
+    args = (*args, "--cluster", tmp_path / "cluster.json", "--prompt", 8, "--gen", 4)
+    both = call_json(PLAN, *args, "--avg-bits", UNIFORM_3, "--verify")
+    predicted, measured = both["plan"]["predicted"], both["measured"]
+    assert measured["bytes"] == predicted["bytes"]
+    assert both["plan"]["stages"] and measured["divergence"] > 0
+    assert measured["decode_seconds"] > 0 and measured["prefill_seconds"] > 0
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import numpy as np
 from qllm.config import QuantSpec
 from qllm.errors import UserError
 from qllm.files import parse_json, read_bytes
+from qllm.plan.candidates import key
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 DESCRIBED = ("memory", "bandwidth", "flops", "int8_flops", "overhead")
@@ -88,8 +89,8 @@ class MeasuredSpeed:
     """Of a probe on the machine itself.
 
     Attributes:
-        linears: "decode" and "prefill" to bitwidth to rows to seconds per call, per weight out of
-            caches and per weight out of memory.
+        linears: "decode" and "prefill" to `candidates.key` to rows to seconds per call, per
+            weight out of caches and per weight out of memory.
         halves: "decode" and "prefill" to seconds per half of a layer, per activation and per unit
             of context; see `Speed.half`.
         steps: seconds of a pass besides its layers.
@@ -105,12 +106,12 @@ class MeasuredSpeed:
         self, spec: QuantSpec, weights: int, nbytes: int, rows: int, *, decode: bool, model: float
     ) -> float:
         phase = self.linears["decode" if decode else "prefill"]
-        if spec.bitwidth not in phase:
+        if key(spec) not in phase:
             raise UserError(
-                f"the probe measured no {spec.bitwidth} bits; measure again: "
-                f"--probe --bits {','.join([*phase, spec.bitwidth])}"
+                f"the probe measured {', '.join(phase)} and no {key(spec)}; measure again: --probe "
+                "with the --bits, --group-size and --scheme of the plan"
             )
-        table = phase[spec.bitwidth]
+        table = phase[key(spec)]
         known = sorted(map(int, table))
         where = 2 if model > self.cache else 1
         seconds = [table[str(count)][0] + table[str(count)][where] * weights for count in known]
@@ -136,12 +137,15 @@ class Device:
     Attributes:
         memory: bytes.
         kind: what makes devices alike.
+        host, threads: the machine and the threads of a CPU that was probed; None of others.
     """
 
     name: str
     memory: float
     speed: Speed
     kind: str
+    host: str | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -231,9 +235,10 @@ def _devices(entry: object, path: str) -> list[Device]:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise UserError(f"{path}: a device is an object with a name, not {entry!r}")
     where = f"{path}: device {entry['name']!r}"
-    unknown = set(entry) - {"name", "count", "measured", *DESCRIBED}
+    keys = ("name", "count", "measured", "host", "threads", *DESCRIBED)
+    unknown = set(entry) - set(keys)
     if unknown:
-        known = ", ".join(("name", "count", "measured", *DESCRIBED))
+        known = ", ".join(keys)
         raise UserError(f"{where}: {sorted(unknown)[0]!r} is unknown; known: {known}")
     if "memory" not in entry:
         raise UserError(f"{where} has no memory; give its bytes, such as 24GB")
@@ -241,6 +246,9 @@ def _devices(entry: object, path: str) -> list[Device]:
     count = entry.get("count", 1)
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise UserError(f"{where}: count {count!r} is no number of devices")
+    host, threads = entry.get("host"), entry.get("threads")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
+        raise UserError(f"{where}: threads {threads!r} is no number of threads")
     speed: Speed
     if "measured" in entry:
         speed = _measured(entry["measured"], where)
@@ -253,7 +261,7 @@ def _devices(entry: object, path: str) -> list[Device]:
             _number(entry, "overhead", where, DescribedSpeed.overhead, least=0.0),
         )
     names = [entry["name"]] if count == 1 else [f"{entry['name']}.{i}" for i in range(count)]
-    return [Device(name, memory, speed, entry["name"]) for name in names]
+    return [Device(name, memory, speed, entry["name"], host, threads) for name in names]
 
 
 def _measured(value: Any, where: str) -> MeasuredSpeed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -177,7 +178,8 @@ class _Run:
             path = self._branch()
             self._advance(path, layer, modules | {inner: stand_in(found[inner][self.probe])})
             self.alone.append(path)
-        self._advance(self.float, layer, modules)
+        with self._int8_errors(name, modules, found):
+            self._advance(self.float, layer, modules)
         places = {inner: self.modules.index(f"{name}.{inner}") for inner in modules}
         for path, choice in zip(self.mixed, self.choices, strict=True):
             picked = {inner: found[inner][choice[place]] for inner, place in places.items()}
@@ -204,6 +206,36 @@ class _Run:
             self.errors[self.modules.index(name), place] = report.error**2
             found.append(linear)
         return found
+
+    @contextmanager
+    def _int8_errors(
+        self, layer: str, modules: Mapping[str, Linear], found: Mapping[str, Sequence[Linear]]
+    ) -> Iterator[None]:
+        """While states pass, measure what linears with int8 activations put out.
+
+        Their inputs are rounded as well, of which the Hessian says nothing.
+        """
+        int8 = [i for i, spec in enumerate(self.job.candidates) if spec.kind.startswith("w8a8")]
+
+        def watch(name: str) -> Callable:
+            squares = np.zeros((len(int8), 2))
+            linears = [stand_in(found[name][place]) for place in int8]
+            row = self.modules.index(f"{layer}.{name}")
+
+            def see(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+                for count, place in enumerate(int8):
+                    error = linears[count](inputs[0]) - output
+                    squares[count] += error.square().sum().item(), output.square().sum().item()
+                    self.errors[row, place] = squares[count, 0] / max(squares[count, 1], SMALLEST)
+
+            return see
+
+        hooks = [m.register_forward_hook(watch(n)) for n, m in modules.items() if int8]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _head(self) -> tuple[Array, Array]:
         """The divergences of the linears alone, and of the mixed plans, behind the LM head."""
@@ -266,18 +298,3 @@ def _linear(layer: nn.Module, name: str) -> Linear:
     module = layer.get_submodule(name)
     assert isinstance(module, Linear)
     return module
-
-
-def parse_candidates(text: str, default: QuantSpec) -> tuple[QuantSpec, ...]:
-    """The specs of "2,3,4,8:tc-li,16", by rising bits.
-
-    Args:
-        default: has the group size, scheme and algorithm.
-
-    Raises:
-        UserError: for what is no list of two or more bitwidths.
-    """
-    specs = [QuantSpec.from_json(word.strip(), default) for word in text.split(",")]
-    if len(set(specs)) < 2:
-        raise UserError(f"--bits {text!r} leaves nothing to choose; name two or more bitwidths")
-    return tuple(sorted(dict.fromkeys(specs), key=lambda spec: (spec.bits, spec.kind)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ import numpy as np
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.patterns import Patterns
+from qllm.plan.candidates import labels
 from qllm.plan.devices import Cluster, Device
 from qllm.plan.program import Shape, Workload, build
 from qllm.plan.sensitivity import Fit, Sensitivity
@@ -88,6 +90,12 @@ class Plan:
     def stages(self) -> str | None:
         """As --stages takes them."""
         return ",".join(f"{cut / 2:g}" for cut in self.cuts) or None
+
+    def is_here(self) -> bool:
+        """Whether this machine can time the plan: one probed device, or stages on its CPU."""
+        known = [device.host == platform.node() for device in self.order]
+        staged = all(device.threads for device in self.order)
+        return self.planner.cluster is not None and all(known) and (staged or not self.cuts)
 
     def predicted(self) -> dict[str, object]:
         """What the program says of it."""
@@ -189,15 +197,15 @@ class Planner:
         cuts = tuple(int(c) for c in np.flatnonzero(np.diff(solution.device)) + 1)
         return Plan(self, problem, solution, tuple(devices[d] for d in used), cuts)
 
-    def uniform(self, bits: str, limits: Limits, cuts: Sequence[int] | None = None) -> Plan:
+    def uniform(self, candidate: int, limits: Limits, cuts: Sequence[int] | None = None) -> Plan:
         """All linears at one of the candidates, on the devices as they are given.
 
         Args:
+            candidate: its index.
             cuts: halves of layers with which stages begin; None: even ones.
         """
         devices = (ANYWHERE,) if self.cluster is None else self.cluster.devices
-        names = [spec.bitwidth for spec in self.sensitivity.candidates]
-        choice = np.full(len(self.shape.modules), names.index(bits))
+        choice = np.full(len(self.shape.modules), candidate)
         halves = len(self.shape.fixed)
         if cuts is None:
             layers = halves // 2
@@ -210,9 +218,11 @@ class Planner:
 
     def front(self, limits: Limits, points: int) -> list[Plan]:
         """Plans from the fewest bits to the most, each with the least loss at its bits."""
-        bits = [spec.bits for spec in self.sensitivity.candidates]
+        weights, candidates = self.shape.weights, self.sensitivity.candidates
+        packed = [i for i, spec in enumerate(candidates) if spec.kind != "dense"]
+        bits = (weights @ self.shape.bits)[packed] / weights.sum()
         found = []
-        for target in np.linspace(min(bits), max(b for b in bits if b < 16), points):
+        for target in np.linspace(bits.min(), bits.max(), points):
             try:
                 found.append(self.decide(replace(limits, max_bits=float(target))))
             except UserError:  # so many bits, or so few, do not fit the other limits
@@ -226,19 +236,22 @@ def allowed(
     """What each linear may have (M, C), where expressions over names hold some of them.
 
     Args:
-        fixed: regular expression to bitwidth; the last one found in a name counts.
+        fixed: regular expression to a bitwidth or a label of `candidates.labels`; the last one
+            found in a name counts.
 
     Raises:
         UserError: for a bitwidth that is no candidate, or an expression that no name matches.
     """
     if not fixed:
         return None
-    names = [spec.bitwidth for spec in sensitivity.candidates]
+    candidates = sensitivity.candidates
+    names = labels(candidates)
     mask = np.ones((len(sensitivity.modules), len(names)), dtype=bool)
     patterns = Patterns(where)
     for pattern, bits in fixed.items():
         patterns.compile(pattern)
-        if bits not in names:
+        held = [bits in (n, spec.bitwidth) for n, spec in zip(names, candidates, strict=True)]
+        if not any(held):
             raise UserError(
                 f"{where} {pattern}={bits}: {bits} is not among --bits {','.join(names)}"
             )
@@ -246,5 +259,5 @@ def allowed(
         if not rows:
             example = sensitivity.modules[0]
             raise UserError(f"{where}: {pattern!r} matches no linear; names are like {example}")
-        mask[rows] = [name == bits for name in names]
+        mask[rows] = held
     return mask

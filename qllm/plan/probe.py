@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -14,8 +14,9 @@ from qllm.config import QuantSpec
 from qllm.layers import Linear, linear_class
 from qllm.models import Decoder, RawConfig, read_config
 from qllm.ops import phase
+from qllm.ops.capture import capture
+from qllm.plan.candidates import key
 from qllm.plan.devices import MeasuredSpeed
-from qllm.progress import Meter, unseen
 
 WIDTHS = (256, 1024, 2048)  # channels of the square matrices that are multiplied
 DECODE_ROWS, PREFILL_ROWS = (1, 4, 8, 16), (16, 128, 512)
@@ -32,24 +33,22 @@ def probe(
     specs: Sequence[QuantSpec],
     dtype: torch.dtype,
     device: str,
-    meter: Meter = unseen,
+    progress: Callable[[list], Iterable] = iter,
 ) -> MeasuredSpeed:
     """Measure products of each spec, and what a model takes besides.
 
     Args:
         dtype: of activations.
+        progress: what loops go through, to be seen.
     """
-    wanted = list({spec.bitwidth: spec for spec in (QuantSpec(), *specs)}.values())
-    with meter(len(wanted) + 1, 0) as add:
-        linears: dict[str, dict] = {"decode": {}, "prefill": {}}
-        for spec in wanted:
-            found = _linears(spec, dtype, device)
-            for name, table in found.items():
-                linears[name][spec.bitwidth] = table
-            add(1)
-        speed = MeasuredSpeed(linears, {}, 0.0, float(CACHED))
-        decode, prefill, steps = _halves(speed, dtype, device)
-        add(1)
+    wanted = list({key(spec): spec for spec in (QuantSpec(), *specs)}.values())
+    linears: dict[str, dict] = {"decode": {}, "prefill": {}}
+    for spec in progress(wanted):
+        found = _linears(spec, dtype, device)
+        for name, table in found.items():
+            linears[name][key(spec)] = table
+    speed = MeasuredSpeed(linears, {}, 0.0, float(CACHED))
+    decode, prefill, steps = _halves(speed, dtype, device)
     return MeasuredSpeed(linears, {"decode": decode, "prefill": prefill}, steps, float(CACHED))
 
 
@@ -96,8 +95,9 @@ def _seconds_of(
 
     if name == "prefill":
         return least_seconds(run, device) / len(linears)
-    with phase.decode():
-        return least_seconds(run, device) / len(linears)
+    with torch.inference_mode(), phase.decode():
+        step = capture(run, torch.device(device), alone=True)  # as steps of decode are
+        return least_seconds(step.replay, device) / len(linears)
 
 
 @torch.inference_mode()
@@ -197,7 +197,7 @@ def _model(hidden: int, layers: int, dtype: torch.dtype, device: str) -> Decoder
     }
     model = Decoder(read_config(RawConfig(raw, "the probe")), {}, dtype)
     for module in model.modules():
-        for key, buffer in list(module.named_buffers(recurse=False)):
+        for name, buffer in list(module.named_buffers(recurse=False)):
             fresh: Tensor = torch.randn(buffer.shape, dtype=buffer.dtype, device=device)
-            setattr(module, key, fresh * hidden**-0.5)
+            setattr(module, name, fresh * hidden**-0.5)
     return model

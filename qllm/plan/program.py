@@ -42,6 +42,7 @@ class Shape:
         half_of: int (M,), their halves of layers.
         weights: (M,), elements.
         nbytes: int (M, C), as loading has them.
+        bits: (M, C), per weight: integers, scales and zeros.
         fixed: int (H,), bytes of the rest of each half: dense linears, norms, and with the first
             and last half what is in front of the layers and behind them.
         head_rows, head_bytes: of an LM head that is not decided on.
@@ -54,6 +55,7 @@ class Shape:
     half_of: np.ndarray
     weights: Array
     nbytes: Array
+    bits: Array
     fixed: Array
     head: tuple[int, int] | None
     tied: int
@@ -73,17 +75,20 @@ class Shape:
         model = outline(folder, plan, dtype)
         config = model.config
         last = 2 * config.num_layers - 1
-        halves, weights, nbytes = [], [], []
+        halves, weights, nbytes, bits = [], [], [], []
         for name in modules:
             linear = model.get_submodule(name)
             assert isinstance(linear, Linear)
             halves.append(last if name == LM_HEAD else _half(name))
             weights.append(linear.in_features * linear.out_features)
             bias = getattr(linear, "bias", None) is not None
-            size = (linear.in_features, linear.out_features, bias)
-            nbytes.append(
-                [linear_class(s).empty(*size, s, model.dtype).nbytes() for s in candidates]
-            )
+            size = (linear.in_features, linear.out_features)
+            held = [
+                [linear_class(s).empty(*size, part, s, model.dtype).nbytes() for s in candidates]
+                for part in (bias, False)
+            ]
+            nbytes.append(held[0])
+            bits.append([8 * each / weights[-1] for each in held[1]])
         fixed = np.zeros(last + 1)
         for name, module in model.named_modules():
             own = sum(t.nbytes for t in module.buffers(recurse=False))
@@ -104,6 +109,7 @@ class Shape:
             np.array(halves),
             np.array(weights, dtype=np.float64),
             np.array(nbytes, dtype=np.float64),
+            np.array(bits),
             fixed,
             head,
             tied,
@@ -200,7 +206,7 @@ def build(
         loss=loss,
         nbytes=shape.nbytes,
         weights=shape.weights,
-        bits=np.array([float(spec.bits) for spec in candidates]),
+        bits=shape.bits,
         fixed_bytes=fixed,
         memory=memory,
         buffers=shape.buffers(work) if cluster else 0.0,

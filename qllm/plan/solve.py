@@ -44,7 +44,7 @@ class Problem:
         loss: (M, C), which adds up over linears.
         nbytes: (M, C).
         weights: (M,), elements.
-        bits: (C,), for `max_bits`.
+        bits: (M, C), per weight, for `max_bits`.
         fixed_bytes: (H,), of what else a half has: norms, cache; of the first and the last one
             what is in front of the layers and behind them.
         memory: (D,), bytes; infinite where it does not matter.
@@ -103,7 +103,7 @@ class Problem:
         return Costs(
             loss=float(self.loss[rows, choice].sum()),
             nbytes=float(self.nbytes[rows, choice].sum()),
-            bits=float((self.weights * self.bits[choice]).sum() / self.weights.sum()),
+            bits=float((self.weights * self.bits[rows, choice]).sum() / self.weights.sum()),
             held=held + np.isin(np.arange(len(held)), used) * self.buffers,
             prefill=float(prefill),
             decode=float(decode),
@@ -266,9 +266,11 @@ def _check_possible(problem: Problem) -> None:
             f"{gigabytes(int(memory))}, {gigabytes(int(least - memory))} are missing; take fewer "
             "--bits, a smaller --batch, --prompt or --gen, or more devices"
         )
-    if problem.max_bits is not None and problem.bits.min() > problem.max_bits + TOLERANCE:
+    fewest = (problem.weights * problem.bits.min(axis=1)).sum() / problem.weights.sum()
+    if problem.max_bits is not None and fewest > problem.max_bits + TOLERANCE:
         raise UserError(
-            f"--avg-bits {problem.max_bits:g} is below the fewest of --bits, {problem.bits.min():g}"
+            f"--avg-bits {problem.max_bits:g} is below the fewest of --bits, {fewest:.4g} with "
+            "their scales and zeros"
         )
 
 

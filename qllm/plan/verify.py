@@ -14,7 +14,10 @@ from qllm.bench.speed import Case, seconds_of
 from qllm.checkpoint.load import load_model, module_bytes
 from qllm.config import QuantPlan, QuantSpec
 from qllm.evaluate.agreement import DecoderReference, ReferenceOutputs, agreement
+from qllm.models import Decoder
+from qllm.plan.planner import Plan
 from qllm.plan.program import Workload
+from qllm.plan.stages import time_stages
 from qllm.quantizer.checkpoint import Job, quantize_checkpoint
 from qllm.quantizer.layer import needs_inputs
 
@@ -23,48 +26,58 @@ REPEATS = 5
 
 def verify(
     folder: Path,
-    plan: QuantPlan,
+    plan: Plan,
     algorithm: str,
     samples: Sequence[Sequence[int]],
     judged: Sequence[Sequence[int]],
     dtype: torch.dtype | None,
     device: str,
-    work: Workload | None,
 ) -> dict[str, float]:
-    """Quantize and run a plan in this process.
+    """Quantize and run a plan: in this process, and where it has stages, each in one of its own.
 
     Args:
         algorithm: by which integers are chosen.
         samples, judged: what is calibrated on, and what divergence is measured on.
-        work: whose passes are timed; None: none are.
 
     Returns:
-        `divergence` from the model at 16 bits, nats per token; `bytes`; with `work`,
-        `prefill_seconds` and `decode_seconds`, the fastest of some runs.
+        `divergence` from the model at 16 bits, nats per token; `bytes`; where the plan's devices
+        are this machine's, `prefill_seconds` and `decode_seconds`, the fastest of some runs.
     """
-    rules = tuple((pattern, _by(algorithm, spec)) for pattern, spec in plan.rules)
-    chosen = replace(plan, rules=rules)
+    rules = tuple((pattern, _by(algorithm, spec)) for pattern, spec in plan.quant_plan.rules)
+    chosen = replace(plan.quant_plan, rules=rules)
     with tempfile.TemporaryDirectory() as place:
         source = folder
         if rules:
             source = Path(place) / "quantized"
             inputs = samples if any(needs_inputs(spec) for _, spec in rules) else None
-            quantize_checkpoint(Job(folder, chosen, samples=inputs, dtype=dtype), source)
+            job = Job(folder, chosen, samples=inputs, dtype=dtype, device=device)
+            quantize_checkpoint(job, source)
         dense = QuantPlan.uniform(QuantSpec())
         reference = load_model(folder, dense, dtype=dtype, device=device)
         outputs = ReferenceOutputs.of(DecoderReference(reference), judged)
         model = load_model(source, dense, dtype=dtype, device=device)
         kl = agreement(model, outputs)["kl"]
         assert isinstance(kl, dict)
-        found = {"divergence": kl["mean"], "bytes": float(module_bytes(model))}
+        copies = plan.planner.shape.tied if plan.cuts else 0  # which the last stage has
+        found = {"divergence": kl["mean"], "bytes": float(module_bytes(model) + copies)}
         del reference, outputs
-        if work is not None:
-            runner, vocab = ModelRunner.of_decoder(model), model.config.vocab_size
-            prompt = Case("pp", work.prompt, work.batch)
-            found["prefill_seconds"] = _fastest(runner, prompt, vocab)
-            step = Case("tg", work.new, work.batch)
-            found["decode_seconds"] = _fastest(runner, step, vocab) / work.new
+        if plan.is_here():
+            work, stages = plan.planner.work, plan.stages
+            if stages is not None:
+                del model
+                threads = [each.threads or 1 for each in plan.order]
+                times = time_stages(source, stages, threads, dtype, work)
+            else:
+                times = _time(model, work)
+            found["prefill_seconds"], found["decode_seconds"] = times
     return found
+
+
+def _time(model: Decoder, work: Workload) -> tuple[float, float]:
+    """Seconds of the prompts' pass and of a step."""
+    runner, vocab = ModelRunner.of_decoder(model), model.config.vocab_size
+    prefill = _fastest(runner, Case("pp", work.prompt, work.batch), vocab)
+    return prefill, _fastest(runner, Case("tg", work.new, work.batch), vocab) / work.new
 
 
 def _by(algorithm: str, spec: QuantSpec) -> QuantSpec:

@@ -64,7 +64,7 @@ def test_a_file_that_is_not_there():
 def test_measured_speeds_are_what_was_measured(tmp_path):
     table = {"1": (1e-5, 1e-10, 3e-10), "8": (2e-5, 2e-10, 4e-10)}
     speed = MeasuredSpeed(
-        {"decode": {"4": table}, "prefill": {"4": table}},
+        {"decode": {"4:g128:asym": table}, "prefill": {"4:g128:asym": table}},
         {"decode": (1e-6, 1e-9, 1e-11), "prefill": (2e-6, 0.0, 0.0)},
         5e-6,
         1e6,
@@ -72,15 +72,15 @@ def test_measured_speeds_are_what_was_measured(tmp_path):
     device = {"name": "here", "memory": 1e9, "measured": speed.to_json()}
     again = read(tmp_path, {"devices": [device]}).devices[0].speed
     assert again == speed
-    four = QuantSpec(4)
+    four = QuantSpec(4, kind="weight_only")
     assert again.linear(four, 10**6, 0, 1, decode=True, model=1e5) == pytest.approx(1.1e-4)
     assert again.linear(four, 10**6, 0, 1, decode=True, model=1e7) == pytest.approx(3.1e-4)
     middle = again.linear(four, 10**6, 0, 4, decode=True, model=1e5)
     assert middle == pytest.approx(1.1e-4 + 3 / 7 * 1.1e-4)
     assert again.linear(four, 10**6, 0, 16, decode=True, model=1e5) == pytest.approx(4.4e-4)
     assert again.half(1000, 10**5, decode=True) == pytest.approx(3e-6)
-    with pytest.raises(UserError, match="the probe measured no 3 bits"):
-        again.linear(QuantSpec(3), 1, 1, 1, decode=True, model=1.0)
+    with pytest.raises(UserError, match="4:g128:asym and no 3:g128:asym; measure again"):
+        again.linear(QuantSpec(3, kind="weight_only"), 1, 1, 1, decode=True, model=1.0)
 
 
 def test_sizes():

@@ -13,7 +13,8 @@ from qllm.checkpoint.load import load_model
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.evaluate.agreement import DecoderReference, ReferenceOutputs, agreement
-from qllm.plan.measure import Job, measure, parse_candidates
+from qllm.plan.candidates import labels, parse_candidates
+from qllm.plan.measure import Job, measure
 from qllm.plan.sensitivity import Sensitivity, draw_choices, fit, write
 
 
@@ -25,8 +26,7 @@ def windows(count: int, length: int, seed: int) -> list[list[int]]:
 @pytest.fixture(scope="module", params=["opt", "bloom", "llama"])
 def measured(request):
     """Rounding to nearest, whose weights do not depend on the inputs."""
-    default = QuantSpec(group_size=64)
-    candidates = parse_candidates("4,2,16", default)
+    candidates = parse_candidates("4,2,16", "64", "asym", QuantSpec())
     job = Job(tiny(request.param), candidates, windows(2, 32, 0), windows(2, 32, 1), plans=3)
     return job, measure(job)
 
@@ -88,14 +88,14 @@ def test_a_power_of_the_sum_is_found_again():
 
 
 def test_a_linear_without_an_error_adds_nothing():
-    specs = parse_candidates("3,4", QuantSpec())
+    specs = parse_candidates("3,4", "128", "asym", QuantSpec())
     errors, alone = np.array([[0.0, 0.0], [0.4, 0.1]]), np.array([1e-12, 0.02])
     table = Sensitivity(("a", "b"), specs, errors, 0, alone, np.array([[0, 0]]), alone[1:], {})
     assert table.sums == pytest.approx(np.array([[0.0, 0.0], [0.02, 0.005]]))
 
 
 def test_mixed_plans_stay_near_a_candidate():
-    candidates = parse_candidates("2,3,4,8", QuantSpec())
+    candidates = parse_candidates("2,3,4,8", "128", "asym", QuantSpec())
     choices = draw_choices(40, candidates, 8, seed=0)
     assert choices.shape == (8, 40)
     assert all(row.max() - row.min() <= 2 for row in choices)
@@ -104,6 +104,23 @@ def test_mixed_plans_stay_near_a_candidate():
 
 def test_nothing_to_choose_is_refused():
     with pytest.raises(UserError, match="leaves nothing to choose"):
-        parse_candidates("4,4", QuantSpec())
+        parse_candidates("4,4", "64", "sym", QuantSpec())
     with pytest.raises(UserError, match="bitwidth '9' is unknown"):
-        parse_candidates("4,9", QuantSpec())
+        parse_candidates("4,9", "64", "sym", QuantSpec())
+    with pytest.raises(UserError, match="--group-size 'all' is no whole number"):
+        parse_candidates("4,3", "64,all", "sym", QuantSpec())
+
+
+def test_groups_and_schemes_are_candidates_beside_each_other():
+    specs = parse_candidates("16,3,2,8:tc-li", "64,-1", "asym", QuantSpec(algorithm="gptq"))
+    assert labels(specs) == ["2:g-1", "2:g64", "3:g-1", "3:g64", "8:tc-li", "16"]
+    assert {s.algorithm for s in specs if s.kind == "weight_only"} == {"gptq"}
+    assert labels(parse_candidates("4", "64", "sym,asym", QuantSpec())) == ["4:asym", "4:sym"]
+
+
+def test_int8_activations_count():
+    candidates = parse_candidates("8,8:tc-li", "-1", "sym", QuantSpec())
+    job = Job(tiny("llama"), candidates, windows(2, 32, 0), windows(2, 32, 1), plans=1)
+    int8, eight = measure(job).errors.T
+    # Weights are rounded alike, and the inputs of the first besides.
+    assert (int8 > eight).all()
