@@ -168,7 +168,7 @@ def calibrate(
     ]
     try:
         for sample in progress(samples):
-            model.prefill([sample])
+            model.logits(model.hidden([sample])[-1:])
     finally:
         for hook in hooks:
             hook.remove()

@@ -144,6 +144,16 @@ class Pass:
         """The cosines and sines of a layer with such scores."""
         return self.cos_sin[-1 if scores.window else 0]
 
+    def kept(self, x: Tensor) -> Tensor:
+        """Of rows (N, C), those of which a layer's results are asked for."""
+        return self.batch.kept(x)
+
+    def last(self) -> Self:
+        """The same pass, for a layer of which each sequence's last token alone is asked for."""
+        step = copy.copy(self)
+        step.batch = self.batch._replace(last=self.batch.max_tokens > 1)
+        return step
+
     def on(self, device: torch.device) -> Self:
         """The same pass, for layers on a device."""
         if device == self.positions.device:

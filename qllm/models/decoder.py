@@ -172,7 +172,7 @@ class Decoder(nn.Module):
             ValueError: there is not one live row per prompt.
         """
         kept = []
-        for x, ends in self._passes(prompts, cache, rows):
+        for x, ends in self._passes(prompts, cache, rows, last):
             if self.stage is not None and not self.stage.last:
                 self.stage.send(x)
             elif last:
@@ -201,8 +201,13 @@ class Decoder(nn.Module):
         prompts: Sequence[Sequence[int]],
         cache: KVCache | None,
         rows: Sequence[int] | None,
+        last: bool = False,
     ) -> Iterator[tuple[Tensor, list[int]]]:
-        """Hidden states (n, C) of each pass, and which of them prompts end with."""
+        """Hidden states (n, C) of each pass, and which of them prompts end with.
+
+        Args:
+            last: nothing else is asked for.
+        """
         lengths = [len(prompt) for prompt in prompts]
         rows = rows if cache is None or rows is not None else list(cache.live)
         longest, limit = max(lengths), sum(lengths)
@@ -219,11 +224,17 @@ class Decoder(nn.Module):
             here = None if rows is None else [rows[i] for i, _ in pieces]
             how = {"rows": here, "longest": longest, "bits": self.kv_bits}
             step = Prefill(counts, cache, self.positions, x, **how)
-            x = self._run_layers(x, step)
+            x = self._run_layers(x, step, last)
             if cache is not None:
                 cache.advance(here, counts)
-            ends = zip(accumulate(counts), pieces, strict=True)
-            yield x, [end - 1 for end, (i, piece) in ends if piece.stop == lengths[i]]
+            # Where there is one row for each piece, it is that of the last token.
+            last_rows = (
+                range(len(pieces))
+                if len(x) == len(pieces)
+                else [end - 1 for end in accumulate(counts)]
+            )
+            ends = zip(last_rows, pieces, strict=True)
+            yield x, [row for row, (i, piece) in ends if piece.stop == lengths[i]]
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
@@ -292,12 +303,21 @@ class Decoder(nn.Module):
         shape = (len(tokens), self.config.hidden_size)
         return self.stage.recv(torch.empty(shape, dtype=self.dtype, device=tokens.device))
 
-    def _run_layers(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+    def _run_layers(self, x: Tensor, step: Prefill | Decode, last: bool = False) -> Tensor:
+        """What the layers make of x (N, C).
+
+        Args:
+            last: of the sequences' last tokens alone, where the last layer's end is here: it does
+                no more of the others than their keys and values.
+        """
         if self.stage is None or self.stage.first:
             x = self.positions.embed(x, step.positions)
+        last = last and (self.stage is None or self.stage.last)
         for layers, device in self.device_map.items():
             x, here = x.to(device), step.on(device)
             for index in layers:
+                if last and index == len(self.layers) - 1:
+                    here = here.last()
                 x = self.layers[index](x, here)
         return x
 

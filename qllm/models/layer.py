@@ -251,7 +251,9 @@ class PreNormLayer(nn.Module):
     def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         if self.has_attention and self.has_mlp:
             return self.both_blocks(x, step)
-        return self.attention_block(x, step) if self.has_attention else self.mlp_block(x)
+        if self.has_attention:
+            return self.attention_block(x, step)
+        return self.mlp_block(step.kept(x))
 
     def blocks(self) -> tuple[tuple[Block, tuple[str, ...]], ...]:
         """What the layer is one after the other, and the linears in each, as they run."""
@@ -261,20 +263,20 @@ class PreNormLayer(nn.Module):
         )
 
     def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        """The whole layer: x (N, C) to (N, C)."""
-        x, normed = self.mlp_norm.after_sum(x, self._attended(x, step))
+        """The whole layer: x (N, C) to (N, C), or to those of the tokens that are asked for."""
+        x, normed = self.mlp_norm.after_sum(step.kept(x), self._attended(x, step))
         return _add(x, self._through_mlp(normed))
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         """The first half of the layer: x (N, C) to (N, C)."""
-        return _add(x, self._attended(x, step))
+        return _add(step.kept(x), self._attended(x, step))
 
     def mlp_block(self, x: Tensor) -> Tensor:
         """The second half of the layer: x (N, C) to (N, C)."""
         return _add(x, self._through_mlp(self.mlp_norm(x)))
 
     def _attended(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        """What attention adds to x."""
+        """What attention adds to x, to the tokens that are asked for."""
         return self.attention(self.attention_norm(x), step)
 
     def _through_mlp(self, normed: Tensor | Int8Rows) -> Tensor:
@@ -318,7 +320,7 @@ class ParallelLayer(PreNormLayer):
         return ((self.both_blocks, ("attention.qkv", "attention.out", "mlp.up", "mlp.down")),)
 
     def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        z = self._attended(x, step)
+        z, x = self._attended(x, step), step.kept(x)
         return _add(_add(self._through_mlp(self.mlp_norm(x)), z), x)
 
 
@@ -333,7 +335,7 @@ class NormedResidualLayer(PreNormLayer):
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         x = self.attention_norm(x)
-        return _add(x, self.attention(x, step))
+        return _add(step.kept(x), self.attention(x, step))
 
     def mlp_block(self, x: Tensor) -> Tensor:
         x = self.mlp_norm(x)
@@ -350,7 +352,7 @@ class PostNormLayer(PreNormLayer):
         return self.mlp_block(self.attention_block(x, step))
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        return self.attention_norm(_add(x, self.attention(x, step)))
+        return self.attention_norm(_add(step.kept(x), self.attention(x, step)))
 
     def mlp_block(self, x: Tensor) -> Tensor:
         return self.mlp_norm(_add(x, self.mlp(x)))

@@ -26,6 +26,7 @@ class Batch(NamedTuple):
         positions: int64 (N,), of each token in its sequence; those of a sequence follow each other.
         max_tokens: of one sequence in this pass.
         span: the largest position + 1, of the keys that are read.
+        last: results are asked for of each sequence's last token alone: B of them, in place of N.
     """
 
     rows: Tensor
@@ -33,6 +34,7 @@ class Batch(NamedTuple):
     positions: Tensor
     max_tokens: int
     span: int
+    last: bool = False
 
     @classmethod
     def of(
@@ -50,6 +52,10 @@ class Batch(NamedTuple):
         starts = torch.tensor([0, *lengths]).cumsum(0)
         index, starts, positions = (part.to(device) for part in (index, starts, positions))
         return cls(index, starts, positions, max(lengths), max(ends))
+
+    def kept(self, x: Tensor) -> Tensor:
+        """Of what there is for each token (N, …), that of which results are asked for."""
+        return x[self.starts[1:] - 1] if self.last else x
 
 
 class Scores(NamedTuple):

@@ -387,7 +387,7 @@ def prefill_attention(
     Arguments are those of `decode_attention`, for the N tokens of all sequences.
 
     Returns:
-        (N, H D).
+        (N, H D), or (B, H D) where the batch asks for the last tokens alone.
     """
     q, k, v = _heads(qkv, kv, cos_sin)
     outputs = []
@@ -410,7 +410,7 @@ def prefill_attention(
             queries = q[run].transpose(0, 1)[None]
             out = attention(queries, keys, values, mask, causal=mask is None, scores=scores)
             outputs.append(out[0].transpose(0, 1).flatten(1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return batch.kept(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 
 
 def _unseen(distance: Tensor, scores: Scores) -> Tensor:

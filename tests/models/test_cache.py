@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import FAMILIES
 from cpu_paths import same
-from oracle import assert_logits_close, draw_prompts, our_bundled
+from oracle import assert_logits_close, draw_prompts, load, our_bundled
+from quantizing import MODELS, VOCAB, saved
 
 from qllm.models import decoder
 from qllm.models.cache import KVCache
@@ -91,6 +92,7 @@ def test_a_prompt_may_come_in_pieces(family, bitwidth, kv_bits, monkeypatch):
     whole, pieces, turns = (model.new_cache(3, 80) for _ in range(3))
     want = model.prefill(prompts, whole)
     everything = model.prefill(prompts, model.new_cache(3, 80), last=False)
+    assert same(want, everything[[69, 72, 113]])
     for tokens in (7, 64, 72):
         monkeypatch.setattr(decoder, "PREFILL_TOKENS", tokens)
         pieces.reset()
@@ -107,6 +109,22 @@ def test_a_prompt_may_come_in_pieces(family, bitwidth, kv_bits, monkeypatch):
     for layer, *others in zip(*(cache.layers for cache in (whole, pieces, turns)), strict=True):
         for other in others:  # of integers, what is behind the newest token may be anything
             assert all(map(same, layer[:6], other[:6]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_last_layer_does_what_is_asked_for(name, tmp_path):
+    """Of all tokens but the last ones it makes keys and values alone, and the same to the bit."""
+    model = load(saved(name, tmp_path), "4")
+    prompts = draw_prompts([13, 1, 9], VOCAB)
+    rows = [[], []]
+    for i in (0, 1):
+        model.layers[i].mlp.register_forward_hook(lambda m, x, y, i=i: rows[i].append(len(y)))
+    part, whole = model.new_cache(3, 20), model.new_cache(3, 20)
+    want = model.prefill(prompts, whole, last=False)[[12, 13, 22]]
+    assert same(model.prefill(prompts, part), want)
+    assert same(model.prefill(prompts), want)
+    assert rows == [[23, 23, 23], [23, 3, 3]]
+    assert all(map(same, tensors(part), tensors(whole)))
 
 
 @pytest.mark.parametrize(("family", "kv_bits"), [("opt", 16), ("bloom", 4), ("llama", 8)])

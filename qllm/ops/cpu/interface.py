@@ -41,8 +41,8 @@ Embed = structure("Embed", "rows table_rows bytes offset *index *table *y")
 # Of a decode step and of prefill: one token to a sequence, or runs of them.
 Attend = structure(
     "Attend",
-    "sequences heads kv_heads dim capacity type bits width window =scale =cap *qkv *rows *starts"
-    " *positions *cos *sin *slopes *keys *values *y *key_codes *value_codes *key_scales"
+    "sequences heads kv_heads dim capacity type bits width window =scale =cap last *qkv *rows"
+    " *starts *positions *cos *sin *slopes *keys *values *y *key_codes *value_codes *key_scales"
     " *value_scales *key_zeros *value_zeros",
 )
 

@@ -145,7 +145,7 @@ def _attend(
 ) -> Tensor:
     kv.check(qkv, batch)
     heads = qkv.shape[1] // kv.dim - 2 * kv.kv_heads
-    y = qkv.new_empty(len(qkv), heads * kv.dim)
+    y = qkv.new_empty(len(batch.rows) if batch.last else len(qkv), heads * kv.dim)
     index = (batch.rows, batch.starts, batch.positions)
     rotation = [like(qkv, part) for part in cos_sin or (None, None)]
     tensors = (qkv.contiguous(), *index, *rotation, slopes)
@@ -156,5 +156,6 @@ def _attend(
         tensors += (kv.keys, kv.values, y, *[None] * 6)
     shape = (len(batch.rows), heads, kv.kv_heads, kv.dim, kv.capacity, TYPES[qkv.dtype])
     how = (kv.bits, padded_size(kv.dim), scores.window, scores.factor(kv.dim), scores.cap)
-    library.run(function, Attend(*shape, *how, *map(pointer, tensors)), *tensors)
+    arguments = Attend(*shape, *how, batch.last, *map(pointer, tensors))
+    library.run(function, arguments, *tensors)
     return y

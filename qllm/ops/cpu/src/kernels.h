@@ -122,6 +122,7 @@ struct Attend {
     int64_t sequences, heads, kv_heads, dim, capacity, type, bits, width;
     int64_t window;             // how many tokens a query sees, its own included; 0: all before it
     double scale, cap;          // scores are scale q k; or cap tanh(scale q k / cap), cap being > 0
+    int64_t last;               // of a prefill: results are asked for of each sequence's last token
     const void *qkv;            // (N, heads + 2 kv_heads, dim)
     const int64_t *rows;        // (sequences,): of the cache
     const int64_t *starts;      // (sequences + 1,): where the tokens of each begin
@@ -129,7 +130,7 @@ struct Attend {
     const void *cos, *sin;      // (N, dim), or null for no rotation
     const float *slopes;        // (heads,): of ALiBi, or null
     void *keys, *values;        // (…, kv_heads, capacity, dim), or of bits (…, kv_heads, RUN, dim)
-    void *y;                    // (N, heads, dim)
+    void *y;                    // (N, heads, dim), or (sequences, heads, dim) of the last tokens
     uint8_t *key_codes;         // (…, kv_heads, runs, width / 4, RUN b / 8, 4)
     uint8_t *value_codes;       // (…, kv_heads, runs, RUN b / 32, width, 4)
     uint16_t *key_scales, *value_scales;  // bfloat16 (…, kv_heads, runs, width), and (…, RUN)

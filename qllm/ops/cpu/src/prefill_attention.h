@@ -23,6 +23,7 @@ constexpr int64_t SHARED_BYTES = 64 << 20;  // of keys and values in float32, bu
 // the tokens from `recent` on as they come, which those of the same run of RUN see.
 struct Sequence {
     int64_t row, token, past, length;  // of the cache; the first new one; those before; all
+    int64_t asked, result;             // the first position that is asked for; its row of y
     int64_t kv_head, panels, width;    // the first head that is shared
     int64_t recent, recent_panels;
     float *keys, *values, *recent_keys, *recent_values;
@@ -210,8 +211,8 @@ static void attend_queries(const Attend &a, const Sequence &s, int64_t head, int
         for (int64_t q = 0; q < count; q++)
             for (int64_t i = 0; i < KEYS && d + i < a.dim; i += WIDTH) {
                 VF value = mul_f(load_f(out[q] + i), set_f(share[q]));
-                int64_t token = s.token + position - s.past + q;
-                int64_t at = (token * a.heads + head) * a.dim + d + i;
+                int64_t result = s.result + position - s.asked + q;
+                int64_t at = (result * a.heads + head) * a.dim + d + i;
                 store_as(a.y, at, a.type, a.dim - d - i, value);
             }
     }
@@ -223,6 +224,8 @@ static Status attend_run(const Attend &a, int64_t index) {
     s.row = a.rows[index], s.token = a.starts[index], s.past = a.positions[s.token];
     const int64_t tokens = a.starts[index + 1] - s.token, shared = a.heads / a.kv_heads;
     s.length = s.past + tokens;
+    s.asked = a.last ? s.length - 1 : s.past;
+    s.result = a.last ? index : s.token;
     s.width = (a.dim + KEYS - 1) / KEYS * KEYS;
     s.panels = (s.length + KEYS - 1) / KEYS;
     s.recent = a.bits == 16 ? s.length : s.past / RUN * RUN;
@@ -245,7 +248,7 @@ static Status attend_run(const Attend &a, int64_t index) {
     auto own = [=](int64_t thread) { return memory + in_all + thread * each; };
     const int64_t runs = (s.length + RUN - 1) / RUN;
     // Cuts are where positions say, not where this run of tokens begins.
-    const int64_t before = s.past / PART_QUERIES * PART_QUERIES;
+    const int64_t before = s.asked / PART_QUERIES * PART_QUERIES;
     const int64_t parts = (s.length - before + PART_QUERIES - 1) / PART_QUERIES;
     for (s.kv_head = 0; s.kv_head < a.kv_heads; s.kv_head += at_once) {
         const int64_t heads = smaller(at_once, a.kv_heads - s.kv_head);
@@ -258,7 +261,7 @@ static Status attend_run(const Attend &a, int64_t index) {
             const int64_t start = before + i % parts * PART_QUERIES;
             const int64_t end = smaller(start + PART_QUERIES, s.length);
             for (int64_t first = start; first < end; first += QUERIES) {
-                const int64_t position = first > s.past ? first : s.past;
+                const int64_t position = first > s.asked ? first : s.asked;
                 const int64_t stop = smaller(first + QUERIES, end);
                 if (position < stop)
                     attend_queries(a, s, head, position, stop, own(thread), own(thread) + queries);
