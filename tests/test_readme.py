@@ -46,6 +46,7 @@ SMALL = {
     "--repeats 1",
     "benchmarks.gpu": "--shapes 128x256 --rows 1 --bitwidths 4 --repeats 1 --limit-size 64 "
     "--parts layer",
+    "benchmarks.planner": "--model opt-30b --time-limit 1 --windows 2",
     "benchmarks.cpu": "--layer 64x128 --rows 1 32 --rounds 1",
     "benchmarks.rivals": "--rivals qllm --rows 1 --repeats 1 --megabytes 1 --prompt 8 --batches 1 "
     "--context 4 --steps 1 --rounds 1",
@@ -120,7 +121,8 @@ def interpret(monkeypatch):
 # Benchmarks of ten seconds and more, even at their smallest, and those of the GPU's, which
 # tests/ops/gpu/test_benchmark.py calls; .ci/run --all runs them.
 LONG = tuple(
-    f"benchmarks.{name}" for name in ("rivals", "memory", "parallel", "onnx", "quantize ", "gpu")
+    f"benchmarks.{name}"
+    for name in ("rivals", "memory", "parallel", "onnx", "quantize ", "gpu", "planner")
 )
 
 

@@ -12,6 +12,7 @@ import torch
 from qllm.checkpoint.load import module_bytes, outline
 from qllm.config import LM_HEAD, ModelConfig, QuantPlan, QuantSpec
 from qllm.layers import Linear, linear_class
+from qllm.models import Decoder
 from qllm.models.cache import KVCache
 from qllm.plan.devices import Cluster, Device
 from qllm.plan.sensitivity import Array
@@ -72,7 +73,13 @@ class Shape:
         plan = QuantPlan.uniform(QuantSpec())
         if LM_HEAD in modules:  # so that a tied one is a matrix of its own, as it will be
             plan = plan.with_rule(f"^{LM_HEAD}$", candidates[0])
-        model = outline(folder, plan, dtype)
+        return cls.of_model(outline(folder, plan, dtype), modules, candidates)
+
+    @classmethod
+    def of_model(
+        cls, model: Decoder, modules: Sequence[str], candidates: Sequence[QuantSpec]
+    ) -> Shape:
+        """Of a dense model, which may be on the meta device."""
         config = model.config
         last = 2 * config.num_layers - 1
         halves, weights, nbytes, bits = [], [], [], []

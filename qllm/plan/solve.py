@@ -110,6 +110,11 @@ class Problem:
             slowest=float(self.micro_batches * (first.max() + self.steps * step.max())),
         )
 
+    def keeps_to_limits(self, costs: Costs) -> bool:
+        """Whether costs are within `max_loss` and `max_bits`."""
+        limits = ((costs.loss, self.max_loss), (costs.bits, self.max_bits))
+        return all(limit is None or cost <= limit * (1 + 1e-12) for cost, limit in limits)
+
     def value(self, costs: Costs) -> float:
         """What the objective makes of costs."""
         if self.objective == "loss":
@@ -191,7 +196,11 @@ def _solve_stages(problem: Problem, device: Whole, time_limit: float) -> Solutio
 
 
 def _search(problem: Problem, deadline: float) -> Solution:
-    """Cuts by the relaxation of the whole, then moved; the gap is to the relaxation's bound."""
+    """Cuts by the relaxation of the whole or of uniform bits, whichever are better, then moved.
+
+    It is never worse than uniform bits with the stages that are best for them; the gap is to the
+    relaxation's bound.
+    """
     relaxed = _Program(problem).run(deadline - time.perf_counter(), whole=False)
     shares = np.cumsum(relaxed.y.sum(axis=0))[:-1]  # halves on the devices up to each
     cuts = tuple(round(share) for share in shares)
@@ -208,7 +217,9 @@ def _search(problem: Problem, deadline: float) -> Solution:
                 tried[cuts] = np.inf
         return tried[cuts]
 
-    best, step = cuts, 4
+    uniform = _uniform(problem, deadline)
+    starts = [cuts, *(_cuts(each.device, problem) for each in uniform)]
+    best, step = min(starts, key=value), 4
     while step:
         # A third of the time is left to the program of the bits.
         moved = [
@@ -223,11 +234,39 @@ def _search(problem: Problem, deadline: float) -> Solution:
             best = better
         else:
             step //= 2
-    found = _solve_stages(
-        problem, _device_of_half(best, problem), max(LEFT, deadline - time.perf_counter())
-    )
+    try:
+        left = max(LEFT, deadline - time.perf_counter())
+        uniform.append(_solve_stages(problem, _device_of_half(best, problem), left))
+    except UserError:
+        if not uniform:
+            raise
+    found = min(uniform, key=lambda each: each.value)
     bound = relaxed.bound
     return replace(found, gap=max(found.gap, 1 - bound / found.value if found.value else 0.0))
+
+
+def _uniform(problem: Problem, deadline: float) -> list[Solution]:
+    """Each candidate for all linears, where that keeps to the limits, in the best stages for it."""
+    found = []
+    for candidate in range(problem.loss.shape[1]):
+        alone = np.zeros(problem.loss.shape, dtype=bool)
+        alone[:, candidate] = True
+        if problem.allowed is not None and (alone & ~problem.allowed).any():
+            continue
+        # What the limits say of it is plain, and near to one they are no question for HiGHS.
+        free = replace(problem, allowed=alone, max_loss=None, max_bits=None)
+        try:
+            each = _solve_whole(free, max(1.0, deadline - LEFT - time.perf_counter()))
+        except UserError:
+            continue
+        if problem.keeps_to_limits(each.costs):
+            found.append(each)
+    return found
+
+
+def _cuts(device: Whole, problem: Problem) -> tuple[int, ...]:
+    """The inverse of `_device_of_half`."""
+    return tuple(int(c) for c in np.searchsorted(device, np.arange(1, len(problem.memory))))
 
 
 def _device_of_half(cuts: Sequence[int], problem: Problem) -> Whole:
