@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from gguf_files import FAMILIES as GGUF_FAMILIES
+from gguf_files import write_model
+
+from qllm.deferred import MODULES
 
 PACKAGE = ROOT / "qllm"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -20,7 +24,7 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 # What may import what: each name below takes from its own row and those above it.
 ROWS = (
     (
-        *("qllm", "start", "cgroups", "errors", "text", "files", "folders", "launch"),
+        *("qllm", "start", "deferred", "cgroups", "errors", "text", "files", "folders", "launch"),
         *("patterns", "progress"),
     ),
     ("config", "memory", "data"),
@@ -56,8 +60,11 @@ HEIGHT = {name: height for height, row in enumerate(ROWS) for name in row}
 
 # Too slow to import before they are needed, or not needed to run at all.
 HEAVY = {"transformers", "datasets", "accelerate", "huggingface_hub"}
-# sympy comes with torch's compiler, which takes a second to import.
-NOT_FOR_A_BUNDLED_MODEL = ["transformers", "datasets", "accelerate", "sympy"]
+# What generation leaves alone: a good part of a second each, and sympy is torch's compiler's.
+NOT_TO_GENERATE = HEAVY | {
+    *("gguf", "onnx", "onnxruntime", "scipy", "matplotlib", "jinja2", "sympy"),
+    *("torch._dynamo", "torch._inductor", "torch._decomp", "torch._refs", *MODULES),
+}
 
 
 def name_of(path: Path) -> str:
@@ -217,21 +224,27 @@ print([name for name in ("torch", "numpy", "safetensors", "tokenizers") if name 
     assert python(program) == "[]\n"
 
 
-def test_the_bundled_models_run_without_transformers():
+def test_generation_imports_only_what_it_needs(tmp_path):
     program = """
 import json, runpy, sys
-options = sys.argv[1:]
-for family, bitwidth in (("opt", "4"), ("bloom", "8:tc-li"), ("llama", "16")):
-    sys.argv = ["qllm_gen.py", "--model-name", family, "--bitwidth", bitwidth, *options]
+file, *options = sys.argv[1:]
+tiny = {"opt": "4", "bloom": "8:tc-li", "llama": "16"}
+models = [*((f"tiny_models/{name}-tiny", bits) for name, bits in tiny.items()), (file, None)]
+for path, bitwidth in models:
+    more = ["--bitwidth", bitwidth] if bitwidth else []
+    sys.argv = ["qllm_gen.py", "--model-path", path, *more, *options]
     try:
         runpy.run_path("qllm_gen.py", run_name="__main__")
     except SystemExit as end:
         assert not end.code, end.code
-print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
+from qllm.deferred import _Deferred
+print(json.dumps([name for name, each in sys.modules.items() if not isinstance(each, _Deferred)]))
+import transformers  # which may use all of torch
+assert not any(isinstance(each, _Deferred) for each in sys.modules.values())
 """
-    options = ("--model-size", "tiny", "--json")
+    file = write_model(tmp_path / "model.gguf", GGUF_FAMILIES["llama"](), "Q4_1")
     done = subprocess.run(
-        [sys.executable, "-c", program, *options, "--max-gen-tokens", "2"],
+        [sys.executable, "-c", program, file, "--json", "--max-gen-tokens", "2"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -239,6 +252,6 @@ print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
     )
     assert done.returncode == 0, done.stderr
     *results, modules = map(json.loads, done.stdout.splitlines())
-    assert len(results) == 3 and all(result["results"] for result in results)
-    assert "torch" in modules
-    assert not [name for name in NOT_FOR_A_BUNDLED_MODEL if name in modules]
+    assert len(results) == 4 and all(result["results"] for result in results)
+    assert "torch.nn" in modules
+    assert not NOT_TO_GENERATE & set(modules)

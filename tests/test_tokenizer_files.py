@@ -121,6 +121,28 @@ DIRECT = {
         | {"tokenizer_config": None},
     ),
     "another model's class": ("json", {"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer"}}),
+    "Qwen": (
+        "json",
+        {
+            "config": {"model_type": "qwen3"},
+            "tokenizer_config": {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "</s>"},
+        },
+    ),
+    "Gemma": (
+        "llama",
+        {"config": {"model_type": "gemma2"}, "tokenizer_config": {"bos_token": "<s>"}},
+    ),
+    "Pythia": (
+        "json",
+        {
+            "config": {"model_type": "gpt_neox"},
+            "tokenizer_config": {"tokenizer_class": "GPTNeoXTokenizer", "add_prefix_space": False},
+        },
+    ),
+    "Phi, which says it is Llama": (
+        "llama",
+        {"config": {"model_type": "phi3"}, "tokenizer_config": LLAMA | {"legacy": False}},
+    ),
     "Llama 3, which says it is Llama 2": (
         "json",
         {"tokenizer_config": LLAMA},
@@ -181,6 +203,12 @@ def test_tokens_are_those_of_transformers(name, tmp_path):
     assert isinstance(ours._codec, DirectCodec) == (name in DIRECT)
 
 
+def _encode_all(folder) -> None:
+    ours = Tokenizer.load(folder)
+    for text in TEXTS:
+        ours.encode(text)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_any_combination_of_files(seed, tmp_path):
     random, same = Random(seed), 0
@@ -189,9 +217,10 @@ def test_any_combination_of_files(seed, tmp_path):
         folder = write(tmp_path / str(number), *case)
         try:
             theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            theirs(list(TEXTS))
         except Exception:  # whatever it raises is a refusal
             with pytest.raises(UserError):
-                Tokenizer.load(folder)
+                _encode_all(folder)
             continue
         try:
             assert_same(Tokenizer.load(folder), theirs)

@@ -114,6 +114,8 @@ def write(folder: Path, form: str, files: dict, whole: dict | None = None) -> Pa
     return folder
 
 
+FAMILIES = ("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neox", "phi3", "mistral", "gpt2")
+OTHERS = ("Qwen2Tokenizer", "GemmaTokenizerFast", "GPTNeoXTokenizer", "Unknown")
 NAMES = ("<|im_end|>", "<|im_start|>", "<tool>", "the", " x ", "<pad>", "<s>", "</s>", "<unk>")
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
 LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -157,8 +159,8 @@ def draw(random: Random) -> tuple[str, dict, dict | None]:
     if chance(0.4):
         end = in_front("</s>", values["model"]["vocab"]["</s>"])
         whole["post_processor"] = random.choice([None, end])
-    names = [CLASSES[form]] * 3 + [None, *CLASSES.values(), "Unknown", "PreTrainedTokenizer"]
-    config = {"model_type": random.choice(list(FAMILY.values()))}
+    names = [CLASSES[form]] * 3 + [None, *CLASSES.values(), *OTHERS]
+    config = {"model_type": random.choice([*FAMILY.values(), *FAMILIES])}
     config |= {"tokenizer_class": random.choice(names)} if chance(0.1) else {}
     settings: dict[str, object] = {"tokenizer_class": random.choice(names)}
     settings |= {key: token(typed=True) for key in NAMED if chance(0.4)}

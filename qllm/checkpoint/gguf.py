@@ -150,11 +150,13 @@ class GGUFFile(TensorFile):
     A linear that is held as it is has "blocks", uint8 (N, bytes of a row), in place of a "weight".
     """
 
-    def __init__(self, found: GGUF, packed: bool) -> None:
+    def __init__(self, found: GGUF, packed: bool, dtype: torch.dtype = torch.float32) -> None:
         """
         Args:
             packed: linears are held as they are where a layer can; else all are numbers.
+            dtype: in which the numbers of blocks are read.
         """
+        self._dtype = dtype
         self.path, self._maps = found.path, {}
         self._parts = parts_with_head(found) if packed else parts_of(found)
         types = packed_types(self._parts) if packed else {}
@@ -171,7 +173,7 @@ class GGUFFile(TensorFile):
                 width = types[module].row_bytes(shape[1])
                 self.tensors[f"{module}.{BLOCKS}"] = TensorInfo((shape[0], width), torch.uint8)
                 continue
-            dtypes = {piece.tensor.type.dtype or torch.float32 for piece in pieces}
+            dtypes = {piece.tensor.type.dtype or dtype for piece in pieces}
             dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
             self.tensors[name] = TensorInfo(shape, dtype)
 
@@ -230,7 +232,7 @@ class GGUFFile(TensorFile):
         )
         if blocks:
             return taken
-        numbers = kind.dequantize(taken)
+        numbers = kind.dequantize(taken, self._dtype)
         return numbers.view(len(run), *tensor.shape[1:])
 
     def _mapped(self, path: Path) -> Tensor:

@@ -13,8 +13,8 @@ from qllm import ops
 from qllm.calibration import Calibration
 from qllm.checkpoint.device_map import infer_device_map
 from qllm.checkpoint.materialize import Materializer
-from qllm.checkpoint.reader import Checkpoint
-from qllm.checkpoint.weights import Weights
+from qllm.checkpoint.reader import Checkpoint, read_raw_config
+from qllm.checkpoint.weights import Weights, resolve_dtype
 from qllm.config import (
     DEFAULT_ACTIVATION_BITS,
     DEFAULT_ALGORITHM,
@@ -25,6 +25,7 @@ from qllm.config import (
     QuantSpec,
 )
 from qllm.errors import UserError
+from qllm.gguf import is_gguf
 from qllm.layers import Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import gigabytes
@@ -76,7 +77,7 @@ def load_model(
     """
     if kv_bits not in KV_BITS:
         raise UserError(f"kv_bits is {kv_bits!r}; give one of {', '.join(map(str, KV_BITS))}")
-    weights = Weights(_open(folder, plan), note)
+    weights = Weights(_open(folder, plan, dtype), note)
     dtype = dtype or weights.default_dtype()
     specs = _specs(weights, plan)
     if (unpacked := weights.checkpoint.unpacked_types) and not _quantizes(plan):
@@ -137,7 +138,7 @@ def outline(folder: Path, plan: QuantPlan, dtype: torch.dtype | None = None) -> 
     Raises:
         UserError: for a broken checkpoint, or a plan that does not fit it.
     """
-    weights = Weights(_open(folder, plan))
+    weights = Weights(_open(folder, plan, dtype))
     return _empty(weights, _specs(weights, plan), dtype or weights.default_dtype())
 
 
@@ -145,9 +146,15 @@ def _quantizes(plan: QuantPlan) -> bool:
     return any(spec.kind != "dense" for _, spec in plan.rules)
 
 
-def _open(folder: Path, plan: QuantPlan) -> Checkpoint:
-    """A checkpoint; what a plan quantizes of a GGUF file is its numbers, whatever their type."""
-    return Checkpoint(folder, packed=not _quantizes(plan))
+def _open(folder: Path, plan: QuantPlan, dtype: torch.dtype | None) -> Checkpoint:
+    """A checkpoint; what a plan quantizes of a GGUF file is its numbers, whatever their type.
+
+    What is not quantized is read in the type that the model will have, None being the file's own.
+    """
+    if _quantizes(plan) or not is_gguf(folder):
+        return Checkpoint(folder, packed=not _quantizes(plan))
+    own = resolve_dtype(read_raw_config(folder).values["dtype"])
+    return Checkpoint(folder, dtype=dtype or own)
 
 
 def _empty(weights: Weights, specs: dict[str, QuantSpec], dtype: torch.dtype) -> Decoder:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qllm.calibration import Calibration
 from qllm.checkpoint.formats import Int8Weight
+from qllm.checkpoint.tensors import is_finite
 from qllm.checkpoint.weights import Weights
 from qllm.config import LM_HEAD, QuantSpec
 from qllm.errors import UserError
@@ -192,6 +193,6 @@ class Materializer:
         tensor = self.weights.read(name, mapped=mapped, rows=rows, columns=columns)
         converted = tensor.to(device=device, dtype=dtype)
         narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
-        if narrower and not converted.isfinite().all():
+        if narrower and not is_finite(converted):
             raise UserError(f"{name} holds values beyond {dtype}; use --dtype bfloat16 or float32")
         return converted

@@ -22,7 +22,7 @@ from torch import Tensor
 from qllm import files
 from qllm.checkpoint.gguf import GGUFFile, quantization_of
 from qllm.checkpoint.pickles import check_torch_file
-from qllm.checkpoint.tensors import TensorFile, TensorInfo, map_file
+from qllm.checkpoint.tensors import TensorFile, TensorInfo, is_finite, map_file
 from qllm.errors import UserError, first_line
 from qllm.files import MAX_JSON_BYTES, open_file, parse_json
 from qllm.gguf import is_gguf
@@ -283,11 +283,14 @@ class Checkpoint:
 
     unpacked_types: tuple[str, ...] = ()
 
-    def __init__(self, folder: Path, *, packed: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *, packed: bool = True, dtype: torch.dtype = torch.float32
+    ) -> None:
         """
         Args:
             folder: or a GGUF file.
             packed: see `read_raw_config`.
+            dtype: of a GGUF file, in which the numbers of blocks are read.
 
         Raises:
             UserError: where the folder holds no checkpoint, or a broken one.
@@ -298,7 +301,7 @@ class Checkpoint:
         elsewhere = self.raw_config.values.get("transformers_weights")
         if elsewhere is not None:
             raise self.raw_config.error("transformers_weights", elsewhere, "no entry of this name")
-        opened, weight_map = _open_weights(folder, packed)
+        opened, weight_map = _open_weights(folder, packed, dtype)
         for file in opened:
             path = file.path
             for name in file.tensors:
@@ -334,8 +337,7 @@ class Checkpoint:
             raise UserError(
                 f"{file.path}: {name} holds {tensor.dtype}; weights are floating point here"
             )
-        # The extremes are NaN or infinite where any element is, and need no second tensor.
-        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        if not is_finite(tensor):
             raise UserError(f"{file.path}: {name} holds NaN or infinite values; get it again")
         # No kernel knows float64.
         return tensor.float() if tensor.dtype == torch.float64 else tensor
@@ -365,11 +367,11 @@ class Checkpoint:
 
 
 def _open_weights(
-    folder: Path, packed: bool
+    folder: Path, packed: bool, dtype: torch.dtype
 ) -> tuple[Iterator[TensorFile], Mapping[str, str] | None]:
     """The files of a checkpoint, each opened as it is asked for, and an index's `weight_map`."""
     if is_gguf(folder):
-        return iter([GGUFFile(read_gguf(folder), packed)]), None
+        return iter([GGUFFile(read_gguf(folder), packed, dtype)]), None
     paths, weight_map = _find_weights(folder)
     kinds = {True: SafetensorsFile, False: TorchFile}
     return (kinds[path.suffix == ".safetensors"](path) for path in paths), weight_map

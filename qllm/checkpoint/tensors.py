@@ -46,6 +46,11 @@ class TensorFile(ABC):
         """Give back what was kept open to read from; a later read opens it again."""
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite: where one is, the extremes are, found faster."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
 def map_file(path: Path) -> Tensor:
     """A file's bytes as a tensor, paged in as they are used; writing to it changes no file.
 

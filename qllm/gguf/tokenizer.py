@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -161,7 +162,8 @@ def _byte_level(metadata: Metadata, tokens: list[str], types: list) -> tokenizer
             f"{metadata.where} cuts its texts by {pre or 'default'!r} (tokenizer.ggml.pre), which "
             f"QLLM does not know; it knows {', '.join(PATTERNS)}"
         )
-    merges = [_pair(text) for text in metadata.texts("tokenizer.ggml.merges")]
+    listed = metadata.texts("tokenizer.ggml.merges")
+    merges: Any = [tuple(t.split(" ")) if t.count(" ") == 1 else _pair(t) for t in listed]
     vocabulary = {text: i for i, text in enumerate(tokens)}
     tokenizer = tokenizers.Tokenizer(
         models.BPE(vocabulary, merges, ignore_merges=pre in IGNORE_MERGES)

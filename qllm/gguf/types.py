@@ -19,7 +19,7 @@ from qllm.quant.packing import PackedWeight, pack
 # Groups that the packed layers hold without padding (a K block of the CPU kernels' layout).
 PACKED_GROUP = 32
 # Rows are dequantized in pieces of about this many values: the temporaries stay in cache.
-CHUNK_VALUES = 1 << 20
+CHUNK_VALUES = 1 << 18
 
 
 class Values(NamedTuple):
@@ -77,16 +77,17 @@ class BlockType:
         """Bytes of a row."""
         return columns // self.values * self.nbytes
 
-    def dequantize(self, rows: Tensor) -> Tensor:
-        """uint8 (N, row_bytes(K)) to float32 (N, K), or in the type that plain numbers have.
+    def dequantize(self, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """uint8 (N, row_bytes(K)) to numbers (N, K): of `dtype`, or as plain numbers are.
 
-        The products are float32's, in llama.cpp's order: the numbers are its, to the bit.
+        The products are float32's, in llama.cpp's order: the numbers are its, to the bit, and then
+        rounded to `dtype`.
         """
         if self.dtype is not None:
             # Flat in between: a single row has any stride.
             return rows.contiguous().flatten().view(self.dtype).view(len(rows), -1)
         columns = rows.shape[1] // self.nbytes * self.values
-        out = torch.empty(len(rows), columns)
+        out = torch.empty(len(rows), columns, dtype=dtype)
         step = max(1, CHUNK_VALUES // columns)
         for start in range(0, len(rows), step):
             part = rows[start : start + step]

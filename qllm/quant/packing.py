@@ -77,7 +77,8 @@ def pack(values: Tensor, bits: int) -> Tensor:
     if values.numel() and int(values.max()) >> bits:
         raise ValueError(f"value {int(values.max())} does not fit in {bits} bits")
     rows, count = values.shape
-    values = pad(values, (0, -count % VALUES_PER_BLOCK))
+    if count % VALUES_PER_BLOCK:
+        values = pad(values, (0, -count % VALUES_PER_BLOCK))
     if bits == 8:
         return values.contiguous()
     period, size = _period(bits)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from qllm.files import parse_json, read_bytes, read_json
 from qllm.tokenizer.special import LISTS, NAMED, NotDirectError, SpecialTokens, Token
@@ -34,6 +35,11 @@ SWITCHES = {
 SIDES = {"padding_side", "truncation_side"}
 # Of a tokenizer.json: those of 250,000 tokens have 15 MB to 35 MB.
 MOST_BYTES = 256 << 20
+UNKNOWN = "<unk>"
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # Any of these in a folder without tokenizer.json is what transformers reads.
 OTHER_FORMATS = re.compile(r"tekken\.json|tokenizer\.model|tiktoken\.model|vocab_file|merges_file")
 
@@ -145,6 +151,47 @@ def _llama(files: _Files) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def _byte_level(files: _Files, *, words: str | None) -> tokenizers.Tokenizer:
+    """Byte-level BPE of normalized text, from tokenizer.json.
+
+    Args:
+        words: a pattern of what becomes tokens by itself; None is GPT-2's.
+    """
+    if files.whole is None:
+        raise NotDirectError
+    empty = {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    tokenizer = tokenizers.Tokenizer(files.bpe(**empty))
+    tokenizer.normalizer = normalizers.NFC()
+    prefix_space = bool(files.settings.get("add_prefix_space"))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=words is None)
+    split = [] if words is None else [pre_tokenizers.Split(Regex(words), behavior="isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, level])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _content(token: object) -> object:
+    """The text of a token, which files write with its flags as well."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _gemma(files: _Files) -> tokenizers.Tokenizer:
+    """BPE over text whose spaces are "▁", of which none is put in front."""
+    if files.whole is None:
+        raise NotDirectError
+    said = (files.settings, files.optional("special_tokens_map.json") or {})
+    named = [each["unk_token"] for each in said if "unk_token" in each]
+    if any(_content(each) != UNKNOWN for each in named):
+        raise NotDirectError
+    model = files.bpe(fuse_unk=True, byte_fallback=True, unk_token=UNKNOWN)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
 @dataclass(frozen=True)
 class _Class:
     """One of transformers' classes.
@@ -155,11 +202,22 @@ class _Class:
     """
 
     build: Callable[[_Files], tokenizers.Tokenizer]
-    defaults: dict[str, Token | None]
+    defaults: Mapping[str, Token | None]
 
 
 BACKEND = _Class(_as_the_file_says, {})
-GPT2 = _Class(_gpt2, dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>"))
+TEXT_ENDS = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>")
+GPT2 = _Class(_gpt2, TEXT_ENDS)
+GPT_NEOX = _Class(partial(_byte_level, words=None), TEXT_ENDS | {"pad_token": "<|padding|>"})
+QWEN2 = _Class(
+    partial(_byte_level, words=QWEN2_WORDS),
+    {**TEXT_ENDS, "bos_token": None, "pad_token": "<|endoftext|>"},
+)
+GEMMA = _Class(
+    _gemma,
+    {f"{kind}_token": f"<{kind}>" for kind in ("bos", "eos", "pad", "mask")}
+    | {"unk_token": UNKNOWN},
+)
 LLAMA = _Class(_llama, {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"})
 
 CLASSES = {
@@ -171,9 +229,30 @@ CLASSES = {
     "GPT2TokenizerFast": GPT2,
     "LlamaTokenizer": LLAMA,
     "LlamaTokenizerFast": LLAMA,
+    "Qwen2Tokenizer": QWEN2,
+    "Qwen2TokenizerFast": QWEN2,
+    "GemmaTokenizer": GEMMA,
+    "GemmaTokenizerFast": GEMMA,
+    "GPTNeoXTokenizer": GPT_NEOX,
+    "GPTNeoXTokenizerFast": GPT_NEOX,
 }
 # By the model's type, where no file names one; a folder may lack config.json.
-DEFAULT_CLASS = {"opt": GPT2, "gpt2": GPT2, "bloom": BACKEND, "llama": BACKEND, None: BACKEND}
+DEFAULT_CLASS = {
+    "opt": GPT2,
+    "gpt2": GPT2,
+    "bloom": BACKEND,
+    "llama": BACKEND,
+    "mistral": BACKEND,
+    "phi3": BACKEND,
+    "qwen2": QWEN2,
+    "qwen3": QWEN2,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "gpt_neox": GPT_NEOX,
+    None: BACKEND,
+}
+# Types whose files name classes that they are not of.
+OWN_CLASS = ("mistral", "phi3", "qwen2")
 
 
 def load(folder: Path) -> DirectCodec | None:
@@ -211,9 +290,12 @@ def _class_of(files: _Files) -> _Class:
     # transformers knows models by `model_name` whose files name a wrong class.
     if config.get("model_type", "") not in DEFAULT_CLASS or "model_name" in config:
         raise NotDirectError
+    model_type = config["model_type"]
+    if model_type == "mistral" and find_spec("mistral_common"):  # which transformers then asks
+        raise NotDirectError
     name = files.settings.get("tokenizer_class") or config.get("tokenizer_class")
-    if name is None:
-        return DEFAULT_CLASS[config["model_type"]]
+    if name is None or model_type in OWN_CLASS:
+        return DEFAULT_CLASS[model_type]
     found = CLASSES.get(name)
     if found is None:
         raise NotDirectError
@@ -234,15 +316,21 @@ def _load(files: _Files, kind: _Class) -> DirectCodec:
         files.optional("added_tokens.json"),
         _own_tokens(files, kind, tokenizer),
     )
-    special.named = kind.defaults | special.named
+    special.named = {**kind.defaults, **special.named}
     if tokenizer.padding is not None:
         special.named.setdefault("pad_token", tokenizer.padding["pad_token"])
     tokenizer.encode_special_tokens = settings.get("split_special_tokens", False)
     present = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     tokenizer.add_tokens(special.missing(present))
     bos, eos = (special.named.get(key) for key in ("bos_token", "eos_token"))
+    if kind is QWEN2:  # adds all of them once more, without flags
+        named = [token for token in special.named.values() if token is not None]
+        texts = dict.fromkeys(map(str, [*named, *special.extra]))
+        tokenizer.add_tokens([tokenizers.AddedToken(text, special=True) for text in texts])
     if files.whole is None:
         tokenizer.post_processor = _around(settings, tokenizer, bos, eos)
+    elif kind is GPT_NEOX:  # puts nothing around a text, whatever tokenizer.json says
+        tokenizer.post_processor = _around({}, tokenizer, None, None)
     elif kind is not BACKEND:
         tokenizer.post_processor = _post_processor(files.parsed)
     first = bos if bos is not None else eos

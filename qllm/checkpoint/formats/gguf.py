@@ -11,6 +11,7 @@ from torch import Tensor
 from qllm.checkpoint.formats.base import Format
 from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, Test
 from qllm.checkpoint.formats.tensors import TensorReader
+from qllm.checkpoint.tensors import is_finite
 from qllm.config import QuantSpec
 from qllm.errors import UserError
 from qllm.gguf.types import PACKED
@@ -49,7 +50,7 @@ class GGUFBlocks(Format):
         shape = (out_features, kind.row_bytes(in_features))
         packed = kind.to_packed(read.tensor("blocks", shape, (torch.uint8,)))
         for numbers in packed[1:3]:
-            if numbers.is_floating_point() and not numbers.isfinite().all():
+            if numbers.is_floating_point() and not is_finite(numbers):
                 raise UserError("blocks hold NaN or infinite scales; get the file again")
         return packed
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qllm.checkpoint.tensors import is_finite
 from qllm.config import QuantSpec
 from qllm.errors import UserError
 from qllm.quant.packing import (
@@ -60,7 +61,7 @@ class TensorReader:
     def scales(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Scales as we hold them: bfloat16 ones as float16 where that is exact, else float32."""
         scales = self.tensor(name, shape, SCALE_TYPES)
-        if not scales.isfinite().all():
+        if not is_finite(scales):
             raise UserError(f"{name} holds NaN or infinite values")
         if scales.dtype == torch.bfloat16:
             half = scales.half()
