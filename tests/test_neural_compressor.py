@@ -69,7 +69,7 @@ def assert_same_weights(model, folder) -> None:
     assert weights.stored
     for name in weights.stored:
         whole = ours.get_submodule(name).dequantize()
-        for part, rows in weights.rows_of_parts(name).items():
+        for part, rows in weights.names.rows_of_parts(name).items():
             theirs = model.get_submodule(part).weight
             assert torch.equal(theirs, whole[rows].to(theirs.dtype))
     parameters = dict(model.named_parameters())

@@ -12,13 +12,15 @@ from qllm import folders
 from qllm.checkpoint.fingerprint import state_fingerprint
 from qllm.checkpoint.origin import record
 from qllm.checkpoint.reader import (
+    LAYOUT,
+    LAYOUT_KEY,
     QUANTIZATION_KEY,
     Checkpoint,
     TensorInfo,
     read_json,
     read_raw_config,
 )
-from qllm.checkpoint.weights import LAYOUT, LAYOUT_KEY, Weights
+from qllm.checkpoint.weights import Weights
 from qllm.checkpoint.writer import SafetensorsWriter, new_folder
 from qllm.errors import UserError
 from qllm.files import copy_file

@@ -120,7 +120,7 @@ class Source:
         decoder = load_model(folder, QuantPlan.uniform(QuantSpec()))
         for name in weights.stored:
             whole = decoder.get_submodule(name).dequantize()
-            for part, rows in weights.rows_of_parts(name).items():
+            for part, rows in weights.names.rows_of_parts(name).items():
                 linear = model.get_submodule(part)
                 value = whole[rows].to(linear.weight.device, linear.weight.dtype)
                 if weights.family.is_transposed(f"{name}.weight"):

@@ -139,7 +139,7 @@ class _Run:
         outer = [n for n, m in self.model.named_children() if isinstance(m, Linear)]
         for name in outer:  # OPT-350m's projections, which other tools look up as well
             if name != LM_HEAD:
-                self.by_part |= dict.fromkeys(self.weights.rows_of_parts(name), QuantSpec())
+                self.by_part |= dict.fromkeys(self.weights.names.rows_of_parts(name), QuantSpec())
         gptq = job.options.gptq
         reordered = gptq.act_order and not gptq.static_groups
         self.quantization = describe(self.by_part, desc_act=reordered, compressed=job.compressed)
@@ -151,10 +151,10 @@ class _Run:
         self.hidden: HiddenStates | None = None
 
     def _rows_of_parts(self, module: str) -> dict[str, slice | Tensor]:
-        """As `Weights.rows_of_parts`; a quantized head has the name that readers look for."""
+        """As `TensorNames.rows_of_parts`; a quantized head has the name that readers look for."""
         if module == LM_HEAD and LM_HEAD in self.specs:
             return {module: slice(None)}
-        return self.weights.rows_of_parts(module)
+        return self.weights.names.rows_of_parts(module)
 
     def _bytes_needed(self) -> int:
         """About what calibration has in memory at its peak."""
