@@ -6,45 +6,11 @@
 #include "kernels.h"
 #include "layout.h"
 #include "quantized_attention.h"
-#include "steps.h"
+#include "softmax.h"
 #include "threads.h"
 
 namespace qllm {
 namespace {
-
-// e^(s - m_i), the softmax before its division, in place of scores s of which m_i is the largest;
-// their sum l_i.
-inline float exponents(float *scores, int64_t count, float m_i) {
-    VF l_i = set_f(0);
-    for (int64_t j = 0; j < count; j += WIDTH) {
-        VF e = exp_f(sub_f(load<FLOAT32>(scores, j, count - j), set_f(m_i)));
-        if (count - j < WIDTH) e = first_of(e, count - j);
-        l_i = add_f(l_i, e);
-        store<FLOAT32>(scores, j, count - j, e);
-    }
-    return sum_of(l_i);
-}
-
-// How much further back than `window` tokens, its own included, a query at a position would see.
-inline int64_t unseen(int64_t window, int64_t position) {
-    return window > 0 && position + 1 > window ? position + 1 - window : 0;
-}
-
-// The score of a product of a query and a key: cap tanh u = cap (1 - 2 / (1 + e^2u)).
-inline VF capped(VF product, float scale, float cap) {
-    const VF e = exp_f(mul_f(product, set_f(2 * scale / cap)));
-    return mul_f(sub_f(set_f(1), div_f(set_f(2), add_f(set_f(1), e))), set_f(cap));
-}
-
-// Scores from products of queries and keys, where they are capped; else the scale is left to do.
-inline float cap_scores(const Attend &a, float *scores, int64_t count) {
-    const float scale = float(a.scale), cap = float(a.cap);
-    if (!(cap > 0)) return scale;
-    for (int64_t j = 0; j < count; j += WIDTH)
-        store<FLOAT32>(scores, j, count - j,
-                       capped(load<FLOAT32>(scores, j, count - j), scale, cap));
-    return 1;
-}
 
 // One head rotated by its cosines and sines: the halves (p, q) to (p cos - q sin, q cos + p sin).
 static void rotate(float *head, const Attend &a, int64_t row) {
@@ -72,107 +38,77 @@ static void store_head(const float *head, const Attend &a, void *to, int64_t at)
         store_as(to, at + i, a.type, a.dim - i, load_as(head, i, FLOAT32, a.dim - i));
 }
 
-// The softmax of a query's scores so far, which come RUN at a time: sums of e^(s - top).
-struct Softmax {
-    float top;
-    VF sum, factor;  // what came before the latest scores is to be multiplied with the factor
+template <int N> struct Count {
+    static constexpr int value = N;
 };
-constexpr float LOWEST = -3.4028234e38f;
-inline Softmax no_softmax() { return {LOWEST, set_f(0), set_f(1)}; }
-
-// What results are to be multiplied with at the end; NaN where no score was finite.
-inline VF share_of(const Softmax &softmax) {
-    return set_f(softmax.top == LOWEST ? NAN : 1 / sum_of(softmax.sum));
-}
-
-// Products of a query at `position` and the keys of RUN tokens, from `first` on, to weights
-// e^(s - top); those of tokens outside of [begin, end) to 0.
-inline void to_weights(const Attend &a, Softmax *softmax, float slope, int64_t position,
-                       int64_t first, int64_t begin, int64_t end, float *scores) {
-    alignas(64) static const float LANE[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    constexpr int64_t COUNT = RUN / WIDTH;
-    const float scale = float(a.scale), cap = float(a.cap);
-    VF s[COUNT];
-    for (int64_t v = 0; v < COUNT; v++) s[v] = load_f(scores + v * WIDTH);
-    const auto fill = [&](float with) {
-        if (begin <= first && end >= first + RUN) return;
-        for (int64_t v = 0; v < COUNT; v++) store_f(scores + v * WIDTH, s[v]);
-        for (int64_t j = first; j < first + RUN; j++)
-            if (j < begin || j >= end) scores[j - first] = with;
-        for (int64_t v = 0; v < COUNT; v++) s[v] = load_f(scores + v * WIDTH);
-    };
-    for (VF &score : s) score = cap > 0 ? capped(score, scale, cap) : mul_f(score, set_f(scale));
-    if (a.slopes)
-        for (int64_t v = 0; v < COUNT; v++) {
-            const VF distance = set_f(float(first + v * WIDTH - position));
-            s[v] = add_f(s[v], mul_f(set_f(slope), add_f(load_f(LANE), distance)));
-        }
-    fill(LOWEST);
-    VF most = set_f(softmax->top);
-    for (VF score : s) most = max_f(score, most);
-    const float top = max_of(most);
-    softmax->factor = set_f(1);
-    if (top > softmax->top) {
-        softmax->factor = exp_f(set_f(softmax->top - top));
-        softmax->sum = mul_f(softmax->sum, softmax->factor);
-        softmax->top = top;
-    }
-    for (VF &score : s) score = exp_f(sub_f(score, set_f(top)));
-    fill(0);
-    for (int64_t v = 0; v < COUNT; v++) {
-        softmax->sum = add_f(softmax->sum, s[v]);
-        store_f(scores + v * WIDTH, s[v]);
-    }
-}
 
 // Keys and values of up to RUN tokens of a head as they came, from element `start` on.
 struct Tokens {
     int64_t start, count;
 };
 
-// A query (dim,) times the keys of some tokens; what fills RUN up is 0.
-template <int64_t TYPE>
-void score_tokens(const Attend &a, const Tokens &tokens, const float *query, float *scores) {
-    int64_t j = 0, start = tokens.start;
-    for (; j + 4 <= tokens.count; j += 4, start += 4 * a.dim) {
-        VF s0 = set_f(0), s1 = s0, s2 = s0, s3 = s0;
+// Heads that share the way of keys and values to float32, as many as registers hold sums of.
+constexpr int HEADS_AT_ONCE = WIDTH == 16 ? 4 : WIDTH == 8 ? 2 : 1;
+
+// Queries (dim,), `width` apart, times the keys of some tokens: RUN scores of each.
+template <int64_t TYPE, int HEADS>
+void score_tokens(const Attend &a, const Tokens &tokens, const float *queries, float *scores) {
+    int64_t j = 0;
+    for (; j < tokens.count; j += 4) {
+        int64_t at[4];  // where there are fewer, the last one again
+        for (int64_t t = 0; t < 4; t++)
+            at[t] = tokens.start + smaller(j + t, tokens.count - 1) * a.dim;
+        VF sums[HEADS][4];
+        for (auto &sum : sums)
+            for (VF &each : sum) each = set_f(0);
         for (int64_t i = 0; i < a.dim; i += WIDTH) {
-            const int64_t count = a.dim - i, at = start + i;
-            const VF q = load<FLOAT32>(query, i, count);
-            s0 = fma_f(q, load<TYPE>(a.keys, at, count), s0);
-            s1 = fma_f(q, load<TYPE>(a.keys, at + a.dim, count), s1);
-            s2 = fma_f(q, load<TYPE>(a.keys, at + 2 * a.dim, count), s2);
-            s3 = fma_f(q, load<TYPE>(a.keys, at + 3 * a.dim, count), s3);
+            const int64_t count = a.dim - i;
+            VF keys[4];
+            for (int t = 0; t < 4; t++) keys[t] = load<TYPE>(a.keys, at[t] + i, count);
+            for (int h = 0; h < HEADS; h++) {
+                const VF query = load_f(queries + h * a.width + i);
+                for (int t = 0; t < 4; t++) sums[h][t] = fma_f(query, keys[t], sums[h][t]);
+            }
         }
-        scores[j] = sum_of(s0);
-        scores[j + 1] = sum_of(s1);
-        scores[j + 2] = sum_of(s2);
-        scores[j + 3] = sum_of(s3);
+        for (int h = 0; h < HEADS; h++)
+            store_sums(scores + h * RUN + j, sums[h][0], sums[h][1], sums[h][2], sums[h][3]);
     }
-    for (; j < tokens.count; j++, start += a.dim)
-        scores[j] = dot_product<TYPE>(query, a.keys, start, a.dim);
-    for (; j < RUN; j++) scores[j] = 0;
+    for (int h = 0; h < HEADS; h++)
+        for (int64_t t = j; t < RUN; t++) scores[h * RUN + t] = 0;
 }
 
-// out (dim,) = out times a factor + the values of some tokens, weighted.
-template <int64_t TYPE>
-void add_tokens(const Attend &a, const Tokens &tokens, const float *weights, VF factor,
-                float *out) {
+// out (dim,) of each head, `width` apart, = out times a factor + the values of some tokens, weighted.
+template <int64_t TYPE, int HEADS>
+void add_tokens(const Attend &a, const Tokens &tokens, const float *weights,
+                const Softmax *softmax, float *out) {
+    constexpr int VECTORS_AT_ONCE = 4;
     int64_t i = 0;
-    for (; i + 4 * WIDTH <= a.dim; i += 4 * WIDTH) {
-        VF s[4];
-        for (int v = 0; v < 4; v++) s[v] = mul_f(load_f(out + i + v * WIDTH), factor);
-        for (int64_t j = 0, at = tokens.start + i; j < tokens.count; j++, at += a.dim)
-            for (int v = 0; v < 4; v++)
-                s[v] = fma_f(set_f(weights[j]), load_all<TYPE>(a.values, at + v * WIDTH), s[v]);
-        for (int v = 0; v < 4; v++) store_f(out + i + v * WIDTH, s[v]);
+    for (; i + VECTORS_AT_ONCE * WIDTH <= a.dim; i += VECTORS_AT_ONCE * WIDTH) {
+        VF sums[HEADS][VECTORS_AT_ONCE];
+        for (int h = 0; h < HEADS; h++)
+            for (int v = 0; v < VECTORS_AT_ONCE; v++)
+                sums[h][v] = mul_f(load_f(out + h * a.width + i + v * WIDTH), softmax[h].factor);
+        for (int64_t j = 0, at = tokens.start + i; j < tokens.count; j++, at += a.dim) {
+            VF values[VECTORS_AT_ONCE];
+            for (int v = 0; v < VECTORS_AT_ONCE; v++)
+                values[v] = load_all<TYPE>(a.values, at + v * WIDTH);
+            for (int h = 0; h < HEADS; h++) {
+                const VF weight = set_f(weights[h * RUN + j]);
+                for (int v = 0; v < VECTORS_AT_ONCE; v++)
+                    sums[h][v] = fma_f(weight, values[v], sums[h][v]);
+            }
+        }
+        for (int h = 0; h < HEADS; h++)
+            for (int v = 0; v < VECTORS_AT_ONCE; v++)
+                store_f(out + h * a.width + i + v * WIDTH, sums[h][v]);
     }
-    for (; i < a.dim; i += WIDTH) {
-        VF sum = mul_f(load_f(out + i), factor);
-        for (int64_t j = 0, at = tokens.start + i; j < tokens.count; j++, at += a.dim)
-            sum = fma_f(set_f(weights[j]), load<TYPE>(a.values, at, a.dim - i), sum);
-        store_f(out + i, sum);
-    }
+    for (; i < a.dim; i += WIDTH)
+        for (int h = 0; h < HEADS; h++) {
+            VF sum = mul_f(load_f(out + h * a.width + i), softmax[h].factor);
+            for (int64_t j = 0, at = tokens.start + i; j < tokens.count; j++, at += a.dim)
+                sum = fma_f(set_f(weights[h * RUN + j]), load<TYPE>(a.values, at, a.dim - i), sum);
+            store_f(out + h * a.width + i, sum);
+        }
 }
 
 // A thread's memory for `attend_token`, in elements of 4 bytes: of all heads that share one of keys
@@ -241,11 +177,17 @@ void attend_token(const Attend &a, int64_t i, int64_t kv, float *memory) {
         const int64_t held = BITS == 16 ? a.capacity : RUN, from = BITS == 16 ? run * RUN : 0;
         const Tokens tokens = {((row * a.kv_heads + kv) * held + from) * a.dim,
                                smaller(length - run * RUN, RUN)};
-        for (int64_t h = 0; h < shared; h++) {
-            score_tokens<TYPE>(a, tokens, query(h), scores(h));
-            weigh(h, run);
-            add_tokens<TYPE>(a, tokens, scores(h), softmax[h].factor, out(h));
-        }
+        int64_t h = 0;
+        const auto heads = [&](auto count) {
+            constexpr int HEADS = decltype(count)::value;
+            for (; h + HEADS <= shared; h += HEADS) {
+                score_tokens<TYPE, HEADS>(a, tokens, query(h), scores(h));
+                for (int64_t each = h; each < h + HEADS; each++) weigh(each, run);
+                add_tokens<TYPE, HEADS>(a, tokens, scores(h), &softmax[h], out(h));
+            }
+        };
+        heads(Count<HEADS_AT_ONCE>());
+        heads(Count<1>());
     }
     for (int64_t h = 0; h < shared; h++) {
         const VF share = share_of(softmax[h]);

@@ -159,6 +159,11 @@ inline float max_of(VF v) {
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
+// The sums of four vectors, side by side.
+inline void store_sums(float *to, VF a, VF b, VF c, VF d) {
+    const VF all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
 // Zeros from lane `count` on.
 inline VF first_of(VF v, int64_t count) {
     VI lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

@@ -107,6 +107,18 @@ inline float max_of(VF v) { return _mm512_reduce_max_ps(v); }
 inline VF to_float(VI v) { return _mm512_cvtepi32_ps(v); }
 inline VF as_float(VI v) { return _mm512_castsi512_ps(v); }
 inline float sum_of(VF v) { return _mm512_reduce_add_ps(v); }
+// The sums of four vectors, side by side.
+inline void store_sums(float *to, VF a, VF b, VF c, VF d) {
+    const __m512d ab = _mm512_castps_pd(
+        _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    const __m512d cd = _mm512_castps_pd(
+        _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    const VF all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all),
+                                      _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 // Zeros from lane `count` on.
 inline VF first_of(VF v, int64_t count) { return _mm512_maskz_mov_ps(first(count), v); }
 inline VI bits_of(VF v) { return _mm512_castps_si512(v); }

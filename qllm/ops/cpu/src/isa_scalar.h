@@ -80,6 +80,9 @@ inline VF from_bits(uint32_t bits) {
 inline VF as_float(VI v) { return from_bits(uint32_t(v)); }
 inline float max_of(VF v) { return v; }
 inline float sum_of(VF v) { return v; }
+inline void store_sums(float *to, VF a, VF b, VF c, VF d) {
+    to[0] = a, to[1] = b, to[2] = c, to[3] = d;
+}
 inline VF first_of(VF v, int64_t count) { return count > 0 ? v : 0; }
 // To the nearest integer, halves to even; what is not a number becomes 0.
 inline VI round_i(VF v) { return v == v ? VI(__builtin_lrintf(v)) : 0; }

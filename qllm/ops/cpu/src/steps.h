@@ -168,14 +168,5 @@ static Status embed(const Embed &a) {
     return Status::OK;
 }
 
-// The sum of x[i] y[i], x being float32.
-template <int64_t TYPE>
-inline float dot_product(const float *x, const void *y, int64_t start, int64_t count) {
-    VF sum = set_f(0);
-    for (int64_t i = 0; i < count; i += WIDTH)
-        sum = fma_f(load<FLOAT32>(x, i, count - i), load<TYPE>(y, start + i, count - i), sum);
-    return sum_of(sum);
-}
-
 }  // namespace
 }  // namespace qllm

@@ -1,0 +1,102 @@
+// The softmax of attention: of all scores at once in a prefill, of RUN after the other in a decode step.
+#pragma once
+
+#include <math.h>
+
+#include "elements.h"
+#include "isa.h"
+#include "kernels.h"
+#include "steps.h"
+
+namespace qllm {
+namespace {
+
+// e^(s - m_i), the softmax before its division, in place of scores s of which m_i is the largest;
+// their sum l_i.
+inline float exponents(float *scores, int64_t count, float m_i) {
+    VF l_i = set_f(0);
+    for (int64_t j = 0; j < count; j += WIDTH) {
+        VF e = exp_f(sub_f(load<FLOAT32>(scores, j, count - j), set_f(m_i)));
+        if (count - j < WIDTH) e = first_of(e, count - j);
+        l_i = add_f(l_i, e);
+        store<FLOAT32>(scores, j, count - j, e);
+    }
+    return sum_of(l_i);
+}
+
+// How much further back than `window` tokens, its own included, a query at a position would see.
+inline int64_t unseen(int64_t window, int64_t position) {
+    return window > 0 && position + 1 > window ? position + 1 - window : 0;
+}
+
+// The score of a product of a query and a key: cap tanh u = cap (1 - 2 / (1 + e^2u)).
+inline VF capped(VF product, float scale, float cap) {
+    const VF e = exp_f(mul_f(product, set_f(2 * scale / cap)));
+    return mul_f(sub_f(set_f(1), div_f(set_f(2), add_f(set_f(1), e))), set_f(cap));
+}
+
+// Scores from products of queries and keys, where they are capped; else the scale is left to do.
+inline float cap_scores(const Attend &a, float *scores, int64_t count) {
+    const float scale = float(a.scale), cap = float(a.cap);
+    if (!(cap > 0)) return scale;
+    for (int64_t j = 0; j < count; j += WIDTH)
+        store<FLOAT32>(scores, j, count - j,
+                       capped(load<FLOAT32>(scores, j, count - j), scale, cap));
+    return 1;
+}
+
+// The softmax of a query's scores so far, which come RUN at a time: sums of e^(s - top).
+struct Softmax {
+    float top;
+    VF sum, factor;  // what came before the latest scores is to be multiplied with the factor
+};
+constexpr float LOWEST = -3.4028234e38f;
+inline Softmax no_softmax() { return {LOWEST, set_f(0), set_f(1)}; }
+
+// What results are to be multiplied with at the end; NaN where no score was finite.
+inline VF share_of(const Softmax &softmax) {
+    return set_f(softmax.top == LOWEST ? NAN : 1 / sum_of(softmax.sum));
+}
+
+// Products of a query at `position` and the keys of RUN tokens, from `first` on, to weights
+// e^(s - top); those of tokens outside of [begin, end) to 0.
+inline void to_weights(const Attend &a, Softmax *softmax, float slope, int64_t position,
+                       int64_t first, int64_t begin, int64_t end, float *scores) {
+    alignas(64) static const float LANE[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    constexpr int64_t COUNT = RUN / WIDTH;
+    const float scale = float(a.scale), cap = float(a.cap);
+    VF s[COUNT];
+    for (int64_t v = 0; v < COUNT; v++) s[v] = load_f(scores + v * WIDTH);
+    const auto fill = [&](float with) {
+        if (begin <= first && end >= first + RUN) return;
+        for (int64_t v = 0; v < COUNT; v++) store_f(scores + v * WIDTH, s[v]);
+        for (int64_t j = first; j < first + RUN; j++)
+            if (j < begin || j >= end) scores[j - first] = with;
+        for (int64_t v = 0; v < COUNT; v++) s[v] = load_f(scores + v * WIDTH);
+    };
+    for (VF &score : s) score = cap > 0 ? capped(score, scale, cap) : mul_f(score, set_f(scale));
+    if (a.slopes)
+        for (int64_t v = 0; v < COUNT; v++) {
+            const VF distance = set_f(float(first + v * WIDTH - position));
+            s[v] = add_f(s[v], mul_f(set_f(slope), add_f(load_f(LANE), distance)));
+        }
+    fill(LOWEST);
+    VF most = set_f(softmax->top);
+    for (VF score : s) most = max_f(score, most);
+    const float top = max_of(most);
+    softmax->factor = set_f(1);
+    if (top > softmax->top) {
+        softmax->factor = exp_f(set_f(softmax->top - top));
+        softmax->sum = mul_f(softmax->sum, softmax->factor);
+        softmax->top = top;
+    }
+    for (VF &score : s) score = exp_f(sub_f(score, set_f(top)));
+    fill(0);
+    for (int64_t v = 0; v < COUNT; v++) {
+        softmax->sum = add_f(softmax->sum, s[v]);
+        store_f(scores + v * WIDTH, s[v]);
+    }
+}
+
+}  // namespace
+}  // namespace qllm
