@@ -12,6 +12,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What scripts import, of others and in front of everything, and what they do not change there.
 PRELOADED = ("torch", "safetensors.torch", "tokenizers")
 # Read when libraries are loaded, so that a fork has those of the process that forks.
+LATER = ("OMP_NUM_THREADS", "TORCHELASTIC_ERROR_FILE")  # of these, those that are not
 READ_AT_IMPORT = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "MALLOC_", "GLIBC_"),
     *("TORCH", "PYTORCH", "TRITON", "CUDA", "NVIDIA", "LD_", "PYTHON", "LC_", "LANG"),
@@ -38,7 +40,7 @@ def _fixed(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if name.startswith(READ_AT_IMPORT) and name != THREADS
+        if name.startswith(READ_AT_IMPORT) and name not in LATER
     }
 
 
@@ -117,6 +119,27 @@ def start(words: list[str], env: Mapping[str, str]) -> Forked | subprocess.Popen
         return Forked(words, env)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *words], env=env, text=True, **pipes)
+
+
+def start_ranks(
+    world: int, words: list[str], errors: Path | None = None
+) -> list[Forked | subprocess.Popen]:
+    """A script on so many ranks of this host, with the environment that torchrun gives them.
+
+    Args:
+        errors: a folder in which torchrun would let the ranks write their errors.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": 1}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = []
+    for rank in range(world):
+        own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+        if errors:
+            own["TORCHELASTIC_ERROR_FILE"] = errors / str(rank) / "error.json"
+        ranks.append(start(words, os.environ | {name: str(value) for name, value in own.items()}))
+    return ranks
 
 
 def run(

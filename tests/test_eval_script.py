@@ -24,6 +24,9 @@ STORY = "Once upon a time there was a man who lived by the sea, and he was not a
 ROWS = [STORY + "He went down to the sea", "The end of it was the end", STORY[:-2]]
 
 
+SHORT = STORY * 12
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A text and a task."""
@@ -36,14 +39,15 @@ def files(tmp_path_factory):
 def test_the_object_is_complete(files):
     """Another run, in other batches, says the same but for the times."""
     args = (*TINY, "--model-name", "llama", "--bitwidth", "16,4", "--dtype", "float32")
-    args += ("--dataset", files / "text.txt", "--conventions", "all", "--window", 100)
+    (files / "short text").write_text(SHORT)
+    args += ("--dataset", files / "short text", "--conventions", "all", "--window", 100)
     args += ("--tasks", files / "task.jsonl", "--agreement", "--max-gen-tokens", 4)
     result = call_json(EVAL, *args)
     assert [row["bitwidth"] for row in result["rows"]] == ["16", "4"]
     for row in result["rows"]:
         model = our_bundled("llama", row["bitwidth"])
         assert row["bytes"] == pytest.approx(module_bytes(model), rel=0.02)  # as a kernel has it
-        text = Text.encode(STORY * 30, Tokenizer.load(tiny("llama")))
+        text = Text.encode(SHORT, Tokenizer.load(tiny("llama")))
         options = PerplexityOptions(tuple(CONVENTIONS), 100)
         assert row["perplexity"] == pytest.approx(perplexity(model, text, options), rel=1e-6)
         assert row["tasks"]["task.jsonl"]["rows"] == 3
@@ -52,7 +56,7 @@ def test_the_object_is_complete(files):
     dense, quantized = (row["agreement"]["kl"]["mean"] for row in result["rows"])
     assert dense < 1e-6
     assert quantized > 1e-4
-    assert result["dataset"]["sha256"] == hashlib.sha256((STORY * 30).encode()).hexdigest()
+    assert result["dataset"]["sha256"] == hashlib.sha256(SHORT.encode()).hexdigest()
     assert result["dataset"]["tokens"] == len(text.ids)
     assert result["conventions"].keys() == CONVENTIONS.keys()
     assert result["conventions"]["gptq"] | {"about": ""} == {

@@ -14,10 +14,10 @@ def bases():
 
 @pytest.mark.usefixtures("one_thread")
 def test_no_load_breaks(bases, capsys):
-    result = fuzz.fuzz(bases, seed=0, numbers=range(40))
+    result = fuzz.fuzz(bases, seed=0, numbers=range(24))
     assert not result.faults, capsys.readouterr().out
-    assert result.ended["loaded"] > 2
-    assert result.ended["refused"] > 20
+    assert result.ended["loaded"] > 1
+    assert result.ended["refused"] > 12
 
 
 def test_a_fault_is_told_with_its_number(bases, monkeypatch, capsys, tmp_path):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 from conftest import ROOT
 from gguf_files import FAMILIES as GGUF_FAMILIES
@@ -80,9 +83,15 @@ def part_of(module: str) -> str:
     return "qllm"
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imports(path: Path, *, late: bool = True) -> set[str]:
     """Every module that a file imports: at its top, and `late`, inside functions, as well."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     module = name_of(path)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = set()
@@ -167,7 +176,7 @@ def test_heavy_imports_are_late(path):
 
 @pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=name_of)
 def test_a_module_only_defines(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     assert ast.get_docstring(tree), "a module says at its top what it is"
     allowed = (
         *(ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign),
@@ -213,7 +222,8 @@ for name in names:
 assert sorted(os.environ) == before
 """
     names = [name_of(path) for path in [*FILES, *SCRIPTS]]
-    assert python(program, ",".join(names)) == ""
+    done = processes.run(["-c", program, ",".join(names)], os.environ, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_cli_answers_without_torch():

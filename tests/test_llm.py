@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
+import processes
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, tiny
@@ -107,21 +106,14 @@ def test_what_cannot_be_loaded(model, options, message):
 
 
 def test_the_front_door_opens_from_any_folder_without_transformers(tmp_path):
-    program = """
+    program = f"""
 import sys
+sys.path.insert(0, {str(ROOT)!r})
 from qllm import LLM
 print(LLM.from_pretrained("bloom-tiny", bitwidth=4).generate("He has a", max_new_tokens=2)[0].text)
-assert not {"transformers", "datasets", "accelerate"} & set(sys.modules)
+assert not {{"transformers", "datasets", "accelerate"}} & set(sys.modules)
 """
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = processes.run(["-c", program], os.environ, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.strip()
 
 
@@ -153,8 +145,9 @@ def test_a_type_that_no_model_is_computed_in_is_refused(dtype, tmp_path):
 
 
 SHARED = """
-import os
+import os, sys
 from pathlib import Path
+sys.path.insert(0, {root!r})
 from qllm import LLM
 llm = LLM.from_pretrained("opt-tiny", bitwidth=4, tp=2)
 found = [str(llm.generate(text, max_new_tokens=8)[0].tokens) for text in ("He is", "Once")]
@@ -163,18 +156,10 @@ Path(__file__).with_name(os.environ["RANK"]).write_text("\\n".join(found))
 
 
 def test_ranks_that_share_a_model_from_python_say_what_one_says(tmp_path):
-    (tmp_path / "shared.py").write_text(SHARED)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node=2", str(tmp_path / "shared.py")),
-        ],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "shared.py").write_text(SHARED.format(root=str(ROOT)))
+    ranks = processes.start_ranks(2, [str(tmp_path / "shared.py")])
+    said = [rank.communicate(120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
     llm = LLM.from_pretrained("opt-tiny", bitwidth=4)
     wanted = [str(each.tokens) for each in llm.generate(["He is", "Once"], max_new_tokens=8)]
     assert [(tmp_path / rank).read_text().splitlines() for rank in "01"] == [wanted, wanted]

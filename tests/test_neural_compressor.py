@@ -120,7 +120,13 @@ def test_a_folder_gives_the_bytes_that_its_model_gives(opt, tmp_path):
         assert (tmp_path / "model" / name).read_bytes() == (tmp_path / "folder" / name).read_bytes()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float16, torch.float32)),
+    ],
+)
 def test_a_model_stays_as_it_is(dtype, ids, tmp_path):
     model = transformers_model("llama").to(dtype)
     weights = copy.deepcopy(model.state_dict())
@@ -169,9 +175,10 @@ def test_good_enough_ends_it(opt, caplog):
 
 def test_tuning_goes_on_in_order(opt, ids, caplog, tmp_path):
     caplog.set_level(logging.INFO, "qllm")
+    fp32 = {"activation": {"dtype": ["fp32"]}, "weight": {"dtype": ["fp32"]}}
     conf = config(
         op_type_dict=weight(bits=3, scheme="sym"),
-        op_name_dict={"lm_head": {"weight": {"bits": 8}}},
+        op_name_dict={"lm_head": {"weight": {"bits": 8}}, r"model.*layers\.[1-5]\..*": fp32},
     )
     scores = scripted(1, 0.5, 0.6, 0.7, 0.8, 0.9, 0.995)
     q_model = quantization.fit(opt, conf, [(ids, None)], eval_func=scores)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import re
@@ -118,11 +120,14 @@ def interpret(monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-# Benchmarks of ten seconds and more, even at their smallest, and those of the GPU's, which
-# tests/ops/gpu/test_benchmark.py calls; .ci/run --all runs them.
+# Benchmarks that take seconds, even at their smallest, and those of the GPU's, which
+# tests/ops/gpu/test_benchmark.py calls; .ci/run --all runs them, and here their options are read.
 LONG = tuple(
     f"benchmarks.{name}"
-    for name in ("rivals", "memory", "parallel", "onnx", "quantize ", "gpu", "planner")
+    for name in (
+        *("rivals", "memory", "parallel", "onnx", "quantize ", "gpu"),
+        *("quality", "quantization", "startup", "planner"),
+    )
 )
 
 
@@ -147,6 +152,28 @@ def test_commands_run(block, folder, monkeypatch):
         done = call(*words) if words else shell(command + small, folder)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
+
+
+class Parsed(Exception):  # noqa: N818 - it is what is hoped for
+    """A command's options were read."""
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if any(name in c for name in LONG)])
+def test_long_commands_have_the_options_that_they_are_given(command, monkeypatch):
+    words = shlex.split(command)
+    _, module, *options = words[words.index("-m") :]
+    if (ROOT / module.replace(".", "/")).is_dir():
+        module += ".__main__"
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser):
+        parse(parser)
+        raise Parsed
+
+    monkeypatch.setattr(sys, "argv", [module, *options])
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    with pytest.raises(Parsed):
+        importlib.import_module(module).main()
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):

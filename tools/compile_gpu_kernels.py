@@ -1,10 +1,12 @@
 """What the GPU kernels compile to, for any GPU, on a machine that has none.
 
     python3 -m tools.compile_gpu_kernels 80 90
+    python3 -m tools.compile_gpu_kernels 90 packed-3 "layer norm"
 
-prints a line of JSON for each kernel and compute capability: registers of a thread, bytes of them
-that did not fit (stack) and of shared memory, the matrix instructions, and those that do not round
-as IEEE 754 says, or not after each step. Triton must not be told to interpret.
+prints a line of JSON for each compute capability and each kernel, or each whose name begins as one
+of the words: registers of a thread, bytes of them that did not fit (stack) and of shared memory,
+the matrix instructions, and those that do not round as IEEE 754 says, or not after each step.
+Triton must not be told to interpret.
 """
 
 from __future__ import annotations
@@ -169,9 +171,12 @@ def build(job: Job, capability: int) -> dict[str, object]:
 
 
 def main() -> None:
-    for capability in map(int, sys.argv[1:]):
+    capabilities = [int(word) for word in sys.argv[1:] if word.isdecimal()]
+    names = tuple(word for word in sys.argv[1:] if not word.isdecimal()) or ("",)
+    for capability in capabilities:
         for job in (*products(f"{capability // 10}.{capability % 10}"), *others()):
-            print(json.dumps(build(job, capability)), flush=True)
+            if job.name.startswith(names):
+                print(json.dumps(build(job, capability)), flush=True)
 
 
 if __name__ == "__main__":

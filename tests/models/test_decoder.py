@@ -38,6 +38,7 @@ from qllm.models import Decoder
 from qllm.models.cache import KVCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def check_random_model(config: PretrainedConfig, lengths: list[int], seed: int) -> None:
@@ -199,8 +200,9 @@ def test_prefill_is_hidden_states_and_the_head(family):
     assert cache.lengths == [5, 9]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"), slow_but(each(FAMILIES, HALVES), FAMILIES, HALVES), ids=str
+)
 def test_half_precision_is_as_good_as_transformers(family, dtype):
     """By the error against float32: half types round at different places in the two."""
     prompts = draw_prompts(TEXT_LENGTHS, 4096, seed=6)
@@ -378,7 +380,7 @@ def test_shards_change_nothing(small, bitwidth):
     if bitwidth == "8:tc":
         options["calibration"] = calibrate(load(folder), prompts)
     results = []
-    for shards in range(1, config.num_hidden_layers + 1):
+    for shards in (1, 3, config.num_hidden_layers):
         model = load(folder, bitwidth, num_shards=shards, **options)
         assert len(model.device_map) == shards
         assert [i for layers in model.device_map for i in layers] == list(range(4))

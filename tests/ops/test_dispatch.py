@@ -32,9 +32,10 @@ DTYPES = (
     (torch.float32, torch.bfloat16),
     (torch.float32, torch.float16, torch.bfloat16),
 )
-# Of so many cases one is taken: of the interpreter's, which is slow, by op, and of the reference's,
-# where all see the same code. None of these numbers is a factor of an axis.
-INTERPRETED, INTERPRETED_WEIGHTS, REFERENCE = 7, 61, 5
+# Of so many cases one is taken: of the interpreter's, which is slow, of the reference's, where all
+# see the same code, and of products of weights, which have the most and other tests of their own.
+# None of these numbers is a factor of an axis.
+STEPS = {"interpreter": (13, 61), "reference": (5, 17), "cpu": (1, 5)}
 # Of a unit in the last place of the largest sum: what a kernel may add to the reference's error.
 # Scales of activations that are no powers of two round every product.
 SLACK = {"weight_only_linear_int8": 1 / 2}
@@ -93,9 +94,8 @@ def test_kernel_computes_the_op(op, name, device):
     specification = getattr(reference, op)
     served = served_requests(op, kernel, device)
     cases = itertools.product(served, EXAMPLES[op], DTYPES[op in EXACT], ROWS)
-    step = REFERENCE if name == "reference" else 1
-    if name == "triton" and device == "cpu":
-        step = INTERPRETED_WEIGHTS if op == "weight_only_linear" else INTERPRETED
+    where = "interpreter" if name == "triton" and device == "cpu" else name
+    step = STEPS.get(where, (1, 1))[op.startswith("weight_only_linear")]
     for request, example, dtype, rows in itertools.islice(cases, 0, None, step):
         arguments, want, size = example(request, rows, dtype)
         got = kernel.run(**laid_out(kernel, request, moved(arguments, device)))

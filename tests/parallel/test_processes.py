@@ -1,6 +1,6 @@
 """Real processes over gloo: results, mistakes and faults.
 
-torchrun starts them where it has a part in what is looked at, and once for a result; else they are
+torchrun starts them where it has a part in what is looked at, and for the sample; else they are
 forks, which have imported torch, with the environment that it gives its ranks.
 """
 
@@ -51,20 +51,23 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[str, str]:
     return out, "\n".join(line for line in error.splitlines() if re.match("qllm.*: ", line))
 
 
+def forked(
+    world: int, *args: object, script: str | Path = GEN, errors: Path | None = None
+) -> list[tuple[int, str, str]]:
+    """A script on so many ranks of this host, which are forks: status, output, our own lines."""
+    first = script if script == "-c" else str(ROOT / script)
+    ranks = processes.start_ranks(world, [first, *map(str, args)], errors)
+    said = [finish(rank) for rank in ranks]
+    return [(rank.returncode, *texts) for rank, texts in zip(ranks, said, strict=True)]
+
+
 def on_ranks(world: int, *args: object) -> str:
     """What qllm_gen.py prints on so many ranks of this host, of which the first alone does."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": 1}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    words, ranks = [str(ROOT / GEN), *map(str, args)], []
-    for rank in range(world):
-        own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
-        environment = os.environ | {name: str(value) for name, value in own.items()}
-        ranks.append(processes.start(words, environment))
-    printed = [finish(rank)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * world and not any(printed[1:])
-    return printed[0]
+    found = forked(world, *args)
+    assert [status for status, *_ in found] == [0] * world
+    first, *others = (out for _, out, _ in found)
+    assert not any(others)
+    return first
 
 
 def ranks_of(process: subprocess.Popen) -> dict[int, int]:
@@ -85,17 +88,18 @@ def assert_gone(pids) -> None:
 
 def test_the_sample_shards_a_model_and_a_layer():
     (line,) = (line for line in readme.TORCHRUN if GEN not in line)
-    words = shlex.split(line)[1:]
-    done = subprocess.run(
-        [*TORCHRUN, *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
-    )
+    _, _, count, _, module = shlex.split(line)
+    program = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); "
+    program += f"runpy.run_module({module!r}, run_name='__main__')"
+    (_, printed, _), (*_, nothing) = forked(int(count), program, script="-c")
     (one,) = LLM.from_pretrained("opt-tiny", bitwidth=4).generate(
         "He is working on", max_new_tokens=20
     )
     # 3 bits for each weight, and a scale and a zero for every 64: half of them here.
     nbytes = 128 * 256 * 3 // 8 + 128 * 4 * 3
     expected = f"{nbytes // 2} of {nbytes} bytes are here; same: True"
-    assert done.stdout.split("\n") == [*f"{one.prompt}{one.text}".split("\n"), expected, ""]
+    assert printed.split("\n") == [*f"{one.prompt}{one.text}".split("\n"), expected, ""]
+    assert not nothing
 
 
 @pytest.mark.parametrize("line", [line for line in readme.TORCHRUN if GEN in line])
@@ -104,11 +108,7 @@ def test_ranks_print_what_one_process_does(line):
     assert (torchrun, script) == ("torchrun", GEN)
     alone = options[: options.index("--tp")]
     one = call_json(GEN, *alone)
-    if "--pp" not in options:
-        out, _ = finish(start(int(count), *options, "--json"))
-    else:
-        out = on_ranks(int(count), *options, "--json")
-    many = json.loads(out)
+    many = json.loads(on_ranks(int(count), *options, "--json"))
     assert many["results"] == one["results"]
     layers = [rank["layers"] for rank in many["ranks"]]
     if "--pp" not in options:
@@ -157,13 +157,14 @@ def test_a_wrong_number_of_processes_is_one_line():
 
 
 def test_a_mistake_is_one_line_of_all_ranks(tmp_path):
-    process = start(2, "--model-path", tmp_path / "none", "--tp", 2)
-    out, lines = finish(process)
-    assert out == "" and process.returncode == 1  # torchrun's own
-    assert len(lines.splitlines()) == 1 and "none" in lines
+    options = ("--model-path", tmp_path / "none", "--tp", 2)
+    found = forked(2, *options, errors=tmp_path)
+    assert [(status, out) for status, out, _ in found] == [(2, "")] * 2
+    (line,) = "".join(lines for *_, lines in found).splitlines()
+    assert "none" in line
 
 
-@pytest.mark.parametrize("how", ["killed", "stopped"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_a_rank_that_is_gone_ends_the_run(how):
     process = start(2, "--model-size", "tiny", *LONG, "--tp", 2, "--timeout", TIMEOUT, "--stream")
     for line in iter(process.stdout.readline, ""):
@@ -199,7 +200,16 @@ BEFORE = {
 }
 
 
-@pytest.mark.parametrize(("rank", "deed", "words"), BEFORE.values(), ids=BEFORE)
+SELDOM = ("killed", "a package")  # which end a run as the others do
+
+
+@pytest.mark.parametrize(
+    ("rank", "deed", "words"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in SELDOM))
+        for name, case in BEFORE.items()
+    ],
+)
 def test_a_rank_that_fails_before_it_has_joined(rank, deed, words, tmp_path):
     first = f"import os, runpy, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
     lines = "\n".join(f"    {line}" for line in deed.splitlines())
@@ -207,9 +217,14 @@ def test_a_rank_that_fails_before_it_has_joined(rank, deed, words, tmp_path):
     last = f"sys.argv[0] = {GEN!r}\nrunpy.run_path({str(ROOT / GEN)!r}, run_name='__main__')\n"
     file = tmp_path / "start.py"
     file.write_text(first + own + last)
-    process = start(2, "--model-size", "tiny", "--tp", 2, "--timeout", 3, script=file)
-    _, lines = finish(process, timeout=60)  # torchrun itself ends a stopped process after 30 s
-    assert process.returncode == 1
+    options = ("--model-size", "tiny", "--tp", 2, "--timeout", 3)
+    if "signal.SIG" in deed:  # what becomes of a process, torchrun says
+        process = start(2, *options, script=file)
+        _, lines = finish(process, timeout=60)  # it ends a stopped process after 30 s itself
+        assert process.returncode == 1
+    else:
+        found = forked(2, *options, script=file, errors=tmp_path)
+        lines = "".join(lines for *_, lines in found)
     (line,) = lines.splitlines()
     assert re.search(rf"error: rank {rank}: .*{words}", line)
 
@@ -222,7 +237,7 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("what", ["model", pytest.param("version", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", ["model", "version"])
 def test_a_rank_that_was_started_otherwise_ends_the_run(what, tmp_path):
     first, others, patch = ["--bitwidth", "4"], ["--bitwidth", "4"], ""
     if what == "model":
@@ -239,12 +254,12 @@ def test_a_rank_that_was_started_otherwise_ends_the_run(what, tmp_path):
     file = tmp_path / "start.py"
     file.write_text(f"{head}{patch}sys.argv{tail}")
     size = () if what == "model" else ("--model-size", "tiny")
-    process = start(2, *size, "--tp", 2, "--timeout", TIMEOUT, script=file)
-    _, lines = finish(process)
-    assert process.returncode == 1
-    assert "rank 1" in lines
-    assert ("its model is" if what == "model" else "its QLLM version is 9, that of rank 0") in lines
-    assert len(lines.splitlines()) == 1
+    options = (*size, "--tp", 2, "--timeout", TIMEOUT)
+    found = forked(2, *options, script=file, errors=tmp_path)
+    assert all(status in (1, 2) for status, *_ in found)
+    (line,) = "".join(lines for *_, lines in found).splitlines()
+    assert "rank 1" in line
+    assert ("its model is" if what == "model" else "its QLLM version is 9, that of rank 0") in line
 
 
 def test_a_rank_that_does_not_come_is_named():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from amx_tiles import AMX, AVX512, manual, pairs, pairs_library, started, tile_library
+from covering import each
 from cpu_paths import DTYPES, INTEGERS, Weight, normal, same
 from cpu_paths import random_weight as matrix_weight
 from torch import Tensor
@@ -119,7 +120,7 @@ def on_both(library: ctypes.CDLL, x: Tensor, compute) -> Iterator[tuple[int, Ten
 )
 def test_products_are_those_of_vectors(tiles, run, bits, group_size):
     # Zeros are below 2^bits in what is quantized here; other bytes are no reason to differ.
-    for (i, zeros), dtype in itertools.product(enumerate((0, 2**bits, 256, None)), DTYPES):
+    for (i, zeros), dtype in each(enumerate((0, 2**bits, 256, None)), DTYPES):
         shape = SHAPES[(bits + i + DTYPES.index(dtype)) % len(SHAPES)]
         weight = random_weight(shape, bits, group_size, zeros)
         x, bias = activations(200, shape[1], dtype), normal(shape[0]).to(dtype)
@@ -188,7 +189,7 @@ def test_where_a_prefill_is_that_of_decode(tiles, dtype):
 @pytest.mark.parametrize("inputs", [1, 31, 64, 200, 300, 513])
 def test_int8_products_are_those_of_vectors(tiles, inputs, static):
     scale = torch.tensor([0.02]) if static else None
-    for dtype, outputs in itertools.product(DTYPES, (9, 20, 40, 72)):
+    for dtype, outputs in each(DTYPES, (9, 20, 40, 72)):
         weight = random_weight((outputs, inputs), 8, -1, 0)
         x, bias = activations(200, inputs, dtype), normal(outputs).to(dtype)
         for rows, ours, expected in on_both(

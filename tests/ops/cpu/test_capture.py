@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from conftest import FAMILIES, tiny
-from covering import pairwise
+from covering import each, slow_but
 from cpu_paths import normal, on, paths, same
 from oracle import draw_prompts, load, our_bundled
 from quantizing import MODELS, VOCAB, saved
@@ -82,7 +82,10 @@ def test_every_kind_of_model_is_captured(name, tmp_path):
     assert caches[0].captured.graph_break is None
 
 
-@pytest.mark.parametrize(("family", "bitwidth", "lengths"), pairwise(FAMILIES, BITWIDTHS, BATCHES))
+@pytest.mark.parametrize(
+    ("family", "bitwidth", "lengths"),
+    slow_but(each(FAMILIES, BITWIDTHS, BATCHES), FAMILIES, BITWIDTHS, BATCHES),
+)
 def test_what_is_replayed_is_what_was_captured(family, bitwidth, lengths):
     model = our_bundled(family, bitwidth)
     cache = begun(model, lengths)

@@ -90,7 +90,7 @@ def run_linear(dtype: torch.dtype, fence) -> None:
 def run_all(path: str) -> None:
     """Every kernel, all tensors fenced: those that it is given and those that it makes."""
     with on(path):
-        for at_end, dtype in itertools.product((True, False), DTYPES):
+        for at_end, dtype in ((True, DTYPES[0]), (False, DTYPES[1]), (True, DTYPES[2])):
             fence = partial(fenced, at_end=at_end)
             torch.empty_like = lambda x, fence=fence: fence(torch.zeros_like(x))
             torch.Tensor.new_empty = lambda x, *shape, fence=fence: fence(

@@ -12,14 +12,28 @@ from conftest import ROOT
 
 # Of a compute capability: bytes of shared memory that a program may have, and what multiplies.
 TARGETS = {80: (163 << 10, "HMMA", "IMMA"), 90: (227 << 10, "HGMMA", "IGMMA")}
+# Kernels of each kind: products of bits and of integers, attention, norms.
+SOME = (
+    *("packed-3", "int8", "layer norm", "attention of prefill"),
+    "attention, heads of 64, keys and values of 8",
+)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
-@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
-def test_kernels_fit_into_registers_use_the_matrix_units_and_round_as_they_should(capability):
+@pytest.mark.parametrize(
+    ("capability", "names", "count"),
+    [
+        (90, SOME, 7),
+        *(pytest.param(target, (), 24, marks=pytest.mark.slow) for target in TARGETS),
+    ],
+    ids=str,
+)
+def test_kernels_fit_into_registers_use_the_matrix_units_and_round_as_they_should(
+    capability, names, count
+):
     # Triton's own cache, named after all that goes into a kernel, keeps what has not changed.
     done = subprocess.run(
-        [sys.executable, "-m", "tools.compile_gpu_kernels", str(capability)],
+        [sys.executable, "-m", "tools.compile_gpu_kernels", str(capability), *names],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -28,7 +42,7 @@ def test_kernels_fit_into_registers_use_the_matrix_units_and_round_as_they_shoul
     assert done.returncode == 0, done.stderr
     shared, floats, integers = TARGETS[capability]
     kernels = {found["kernel"]: found for found in map(json.loads, done.stdout.splitlines())}
-    assert len(kernels) == 24
+    assert len(kernels) == count
     for name, found in kernels.items():
         assert found["stack"] == 0, f"{name}: registers go to memory"
         assert found["shared"] <= shared, name

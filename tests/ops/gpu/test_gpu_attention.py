@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from covering import each, slow_but
 from cpu_paths import DTYPES, normal
 from torch import Tensor
 
@@ -52,9 +53,16 @@ def error(got: Tensor, exact: Tensor) -> float:
     return (got.cpu().double() - exact).square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("turned", "sloped"), [(False, False), (True, False), (False, True)])
-def test_the_error_is_at_most_twice_the_reference_s(dtype, turned, sloped, gpu):
+ENCODINGS = ((False, False), (True, False), (False, True))  # turned by positions, and sloped
+
+
+@pytest.mark.parametrize(
+    ("encoding", "dtype"),
+    slow_but([*each(ENCODINGS, DTYPES), *each(ENCODINGS, DTYPES[1:])], ENCODINGS, DTYPES),
+    ids=str,
+)
+def test_the_error_is_at_most_twice_the_reference_s(encoding, dtype, gpu):
+    turned, sloped = encoding
     first = DTYPES.index(dtype) + 2 * turned + sloped
     shapes = ((2, 2, 80), (6, 2, 16), (1, 1, 6 if turned else 5))
     # In the interpreter, which is slow, each type and each encoding meets each shape once.
@@ -94,6 +102,7 @@ def test_counters_are_left_as_they_were(gpu):
 
 
 LENGTHS = (5, 1, 70)
+KV_TYPES = (torch.float32, torch.bfloat16)
 
 
 def prompts(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, *, turned: bool, sloped: bool):
@@ -152,8 +161,11 @@ def test_a_full_cache_is_refused(gpu):
         attention.decode_attention(*arguments[:2], batch, None, None)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    slow_but(each((8, 4), KV_TYPES), (8, 4), KV_TYPES),
+    ids=str,
+)
 def test_keys_and_values_of_few_bits(bits, dtype, gpu):
     """The reference's results and integers, where a run becomes whole and behind it."""
     heads, kv_heads, dim = {8: (4, 2, 32), 4: (2, 2, 20)}[bits]

@@ -16,12 +16,15 @@ from qllm.ops.kv import KV, Batch
 
 
 def run_linear(dtype: torch.dtype, fence) -> None:
-    for outputs, inputs, count in ((1, 1, 1), (70, 67, 20), (65, 400, 1)):
+    shapes = ((1, 1, 1), (70, 67, 20), (65, 400, 1))
+    formats = ((3, 32, "asym"), (4, -1, "sym"), (8, 20, "asym"))
+    if dtype == torch.float32:  # each format meets two of the shapes
+        formats = (formats[1], formats[2], formats[0])
+    for (outputs, inputs, count), (bits, group, scheme) in zip(shapes, formats, strict=True):
         x, bias = fence(normal(count, inputs, dtype=dtype)), fence(normal(outputs, dtype=dtype))
-        for bits, group, scheme in ((3, 32, "asym"), (4, -1, "sym"), (8, 20, "asym")):
-            stored = random_weight((outputs, inputs), bits, group, scheme).stored
-            tensors = map(fence, layout.pack(stored, bits, group, inputs)[:3])
-            linear.weight_only_linear(x, *tensors, bias, outputs, bits, group)
+        stored = random_weight((outputs, inputs), bits, group, scheme).stored
+        tensors = map(fence, layout.pack(stored, bits, group, inputs)[:3])
+        linear.weight_only_linear(x, *tensors, bias, outputs, bits, group)
         linear.dense_linear(x, fence(normal(outputs, inputs, dtype=dtype)), bias)
         q = fence(torch.ones(outputs, inputs, dtype=torch.int8))
         for scale in (None, fence(torch.tensor(0.02))):

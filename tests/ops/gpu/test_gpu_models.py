@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import change_json, rewritten, state_of
 from conftest import tiny
 from covering import each, slow_but
 from inside import call_json
 from oracle import load, random_model
+from test_odd_models import write_tokenizer
 from transformers import BloomConfig, LlamaConfig, OPTConfig
 
 from qllm.config import QuantPlan, QuantSpec
@@ -85,11 +85,16 @@ def test_a_model_finds_what_it_finds_on_a_cpu(family, bitwidth, folders, expecte
 
 
 def test_a_script_says_which_kernels_run(gpu, tmp_path):
-    first = {key: value for key, value in state_of("llama").items() if ".layers." not in key}
-    first |= {key: value for key, value in state_of("llama").items() if ".layers.0." in key}
-    folder = rewritten("llama", tmp_path / "one layer", "safetensors", first)
-    change_json(folder / "config.json", num_hidden_layers=1)
-    arguments = ("--model-path", folder, "--num-shards", 1, "--bitwidth", "4", "--explain")
+    config = LlamaConfig(
+        **SIZES | {"vocab_size": 260},
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    random_model(config).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    arguments = ("--model-path", tmp_path, "--num-shards", 1, "--bitwidth", "4", "--explain")
     arguments += ("--prompt", "a", "--max-gen-tokens", "1", "--device", gpu)
     text = str(call_json("qllm_gen.py", *arguments))
     assert "Triton, " in text and "integers times activations" in text
