@@ -39,7 +39,7 @@ def write_plot(target: Path) -> None:
     pytest.importorskip("matplotlib")
     row = {"model": "opt", "bitwidth": "16", "format": "16 bits", "algorithm": "", "bytes": 1}
     result = {
-        "rows": [{**row, "perplexity": {"gptq": 2.0}, "agreement": None}],
+        "rows": [{**row, "perplexity": {"gptq": 2.0}, "perplexity_error": {}, "agreement": None}],
         **{"model": "opt", "models": ["opt"], "dataset": None, "conventions": ["gptq"]},
         **{"tasks": [], "device": "cpu", "machine": {"cpu": "Z80", "threads": 1}, "date": "today"},
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 from qllm.evaluate.agreement import ReferenceOutputs, agreement
 from qllm.evaluate.lambada import lambada
-from qllm.evaluate.perplexity import PerplexityOptions, Text, cut, perplexity
+from qllm.evaluate.perplexity import PerplexityOptions, Text, cut, estimate
 from qllm.evaluate.scoring import Predictor, ScoringRequest
 from qllm.models import Decoder
 
@@ -43,14 +43,16 @@ def evaluate(
     """What a model answers.
 
     Returns:
-        `perplexity` by convention; `tasks` by name; `agreement`, None where there is no reference;
-        `tokens_per_second` of the passes over the text, None without one.
+        `perplexity` and its standard error, `perplexity_error`, by convention; `tasks` by name;
+        `agreement`, None where there is no reference; `tokens_per_second` of the passes over the
+        text, None without one.
 
     Raises:
         UserError: for a text or window that the model cannot take.
     """
     found: dict[str, Any] = {
         "perplexity": {},
+        "perplexity_error": {},
         "tasks": {},
         "agreement": None,
         "tokens_per_second": None,
@@ -59,7 +61,9 @@ def evaluate(
         cuts = cut(asked.text, model.config, asked.options)
         read = sum(w.end - w.begin for part in cuts for w in part.windows.windows)
         start = time.perf_counter()
-        found["perplexity"] = perplexity(model, asked.text, asked.options, progress("perplexity"))
+        each = estimate(model, asked.text, asked.options, progress("perplexity"))
+        found["perplexity"] = {name: figure.value for name, figure in each.items()}
+        found["perplexity_error"] = {name: figure.error for name, figure in each.items()}
         found["tokens_per_second"] = read / (time.perf_counter() - start)
     for name, passages in asked.tasks.items():
         found["tasks"][name] = lambada(model, passages, asked.options.batch, progress(name))

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from qllm.config import ModelConfig
 from qllm.errors import UserError
 from qllm.evaluate.scoring import DEFAULT_BATCH, Predictor, ScoringRequest, score
@@ -15,6 +17,8 @@ from qllm.tokenizer import Tokenizer
 
 LONGEST_WINDOW = 2048  # where neither the user nor the model says one
 LLAMA_CPP_WINDOW = 512
+# Texts of as many windows, drawn from those there are, that say how far a figure is from certain.
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,13 @@ class Cut(NamedTuple):
         return sum(window.last - window.first for window in self.windows.windows)
 
 
+class Estimate(NamedTuple):
+    """A perplexity, and its standard error; None where the text is one window."""
+
+    value: float
+    error: float | None
+
+
 def perplexity(
     model: Predictor,
     text: Text,
@@ -215,14 +226,50 @@ def perplexity(
     Raises:
         UserError: see `cut`.
     """
+    return {name: found.value for name, found in estimate(model, text, options, progress).items()}
+
+
+def estimate(
+    model: Predictor,
+    text: Text,
+    options: PerplexityOptions = PerplexityOptions(),
+    progress: Callable[[list], Iterable] = iter,
+) -> dict[str, Estimate]:
+    """`perplexity`, with the standard error that the choice of the text's windows leaves."""
     found = {}
     for part in cut(text, model.config, options):
-        passages = part.windows.passages(progress(part.windows.windows))
-        loss = math.fsum(each.loss for each in score(model, passages, options.batch))
+        windows = part.windows.windows
+        passages = part.windows.passages(progress(windows))
+        losses = [each.loss for each in score(model, passages, options.batch)]
+        total, spread = math.fsum(losses), resampled(losses, [w.last - w.first for w in windows])
         for name in part.names:
             count = CONVENTIONS[name].count
-            found[name] = exp(loss / (count(text.text) if count else part.tokens))
+            divisor = count(text.text) if count else part.tokens
+            values = [exp(each * part.tokens / divisor) for each in spread]
+            error = torch.tensor(values, dtype=torch.float64).std().item() if values else None
+            found[name] = Estimate(exp(total / divisor), error)
     return {name: found[name] for name in options.conventions}
+
+
+def resampled(losses: Sequence[float], tokens: Sequence[int]) -> list[float]:
+    """Mean losses per token of texts drawn from the windows of one (the bootstrap of Efron 1979).
+
+    Args:
+        losses, tokens: of each window, summed up.
+
+    Returns:
+        RESAMPLES of them, the same for the same windows; none for one window.
+    """
+    if len(losses) < 2:
+        return []
+    draw = torch.Generator().manual_seed(0)
+    sums = torch.tensor([losses, tokens], dtype=torch.float64)
+    means = []
+    for _ in range(RESAMPLES):
+        chosen = torch.randint(len(losses), (len(losses),), generator=draw)
+        loss, count = sums[:, chosen].sum(1).tolist()
+        means.append(loss / count)
+    return means
 
 
 def exp(value: float) -> float:

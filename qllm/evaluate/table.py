@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from qllm import report
@@ -10,6 +11,11 @@ DIVERGENCE = (
     "KL: how far a model's next-token distribution is from the 16-bit reference's "
     "(Kullback-Leibler divergence, nats): 0 where they are the same; exp(KL mean) is the factor by "
     "which the perplexity of text that the reference itself writes grows"
+)
+
+SPREAD = (
+    "±: a standard error over the text's windows, of one model; rows see the same windows, so that "
+    "between them far less is chance"
 )
 
 
@@ -25,6 +31,8 @@ def print_evaluation(result: Mapping) -> None:
             f"perplexity {name}: {about['about']}; {about['windows']} windows of up to "
             f"{about['window']} tokens{stride}, {about['tokens']} predicted"
         )
+    if any(error for row in result["rows"] for error in row["perplexity_error"].values()):
+        print(SPREAD)
     for name, about in result["tasks"].items():
         print(f"{name}: {about['rows']} rows")
     if result["rows"][0]["agreement"]:
@@ -89,7 +97,10 @@ def cells(row: Mapping, *, several: bool) -> dict[str, str]:
         weights = report.label(row, "format")
         found = {"model": row["model"], "weights": weights, "algorithm": row["algorithm"]}
     found["MB"] = f"{row['bytes'] / 1e6:.2f}"
-    found |= {f"perplexity {name}": f"{value:.2f}" for name, value in row["perplexity"].items()}
+    for name, value in row["perplexity"].items():
+        error = row["perplexity_error"].get(name)
+        certain = error is None or not math.isfinite(error)
+        found[f"perplexity {name}"] = f"{value:.2f}" + ("" if certain else f" ± {error:.2f}")
     for name, task in row["tasks"].items():
         found[f"{name} accuracy"] = f"{task['accuracy']:.2%}"
         found[f"{name} perplexity"] = f"{task['perplexity']:.2f}"

@@ -28,6 +28,7 @@ def row(bitwidth: str, size: int, value: float) -> dict:
         "dtype": "float16",
         "bytes": size,
         "perplexity": {"gptq": value},
+        "perplexity_error": {"gptq": 0.1 * value},
         "tasks": {"lambada_openai": {"accuracy": 0.5, "perplexity": 9.0, "rows": 2}},
         "agreement": {
             "kl": kl,
@@ -108,7 +109,7 @@ def test_the_page_is_whole_and_fetches_nothing(html):
     assert all(target.startswith("#") for target in reader.fetched)
     assert not re.search(r"@import|url\((?!#)", html)
     assert {"svg", "table", "script", "style"} <= set(reader.seen)
-    assert {"25.00", "0.0025", "90.00%", f"{DIVERGENCE}."} <= set(reader.cells)
+    assert {"25.00 ± 2.50", "0.0025", "90.00%", f"{DIVERGENCE}."} <= set(reader.cells)
     assert "a & <b> on script> (600 tokens)" in reader.cells
     assert "group 32, sym; rtn; Z80 & more; 2 threads; 2026-11-26" in reader.cells
     assert {"It <was> …", "the best", "</td>"} <= set(reader.cells)

@@ -19,6 +19,7 @@ from qllm.evaluate.perplexity import (
     count_bytes,
     count_words,
     cut,
+    estimate,
     exp,
     perplexity,
 )
@@ -199,6 +200,19 @@ def test_the_first_tokens_of_a_text():
 )
 def test_words_and_bytes(text, words, size):
     assert (count_words(text), count_bytes(text)) == (words, size)
+
+
+def test_the_standard_error_over_windows():
+    """Beside the delta method: windows of one length are as many draws of a mean."""
+    text, model = story("opt", 20), our_bundled("opt")
+    found = estimate(model, text, PerplexityOptions(window=20))["gptq"]
+    whole = range(0, len(text.ids) - 19, 20)
+    means = [sum(losses("opt", list(text.ids[i : i + 20]))) / 19 for i in whole]
+    spread = torch.tensor(means, dtype=torch.float64).std().item()
+    assert found.value == pytest.approx(math.exp(sum(means) / len(means)), rel=1e-4)
+    assert found.error == pytest.approx(found.value * spread / len(means) ** 0.5, rel=0.15)
+    alone = estimate(model, text, PerplexityOptions(window=300))["gptq"]
+    assert alone.error is None
 
 
 def test_a_perplexity_beyond_numbers_is_infinite():
