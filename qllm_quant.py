@@ -1,4 +1,4 @@
-"""Quantize a checkpoint once, and save it: RTN, GPTQ, AWQ and SmoothQuant, 1 to 8 bits.
+"""Quantize a checkpoint once, and save it: RTN, GPTQ, AWQ, SignRound, SmoothQuant; 1 to 8 bits.
 
     python3 qllm_quant.py --model-name llama --model-size tiny --bitwidth 4 --save out
     python3 qllm_quant.py --model-size tiny --bitwidth 3 --algorithm gptq --dataset FILE --save out
@@ -45,6 +45,9 @@ NOT_FOR_ONNX = {
     "shard_size": SHARD_GIGABYTES,
     "smooth_alpha": None,
     "true_sequential": None,
+    "refine": None,
+    "refine_steps": None,
+    "refine_batch": None,
 }
 
 
@@ -119,6 +122,24 @@ def add_algorithm_options(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="SmoothQuant: of the difficulty that moves into the weights, 0 to 1 (0.5)",
     )
+    group.add_argument(
+        "--refine",
+        action="store_true",
+        default=None,
+        help="GPTQ: then tune the roundings of each layer together, as signround does",
+    )
+    group.add_argument(
+        "--refine-steps",
+        type=cli.whole_number(1),
+        metavar="N",
+        help="of tuning, for each layer (200)",
+    )
+    group.add_argument(
+        "--refine-batch",
+        type=cli.whole_number(1),
+        metavar="N",
+        help="calibration samples per step of tuning (as many as have 2048 tokens)",
+    )
 
 
 def read_options(args: argparse.Namespace) -> QuantizeOptions:
@@ -137,12 +158,19 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
         for key in ("damp", "block_size", "act_order", "static_groups")
         if (value := getattr(args, key)) is not None
     }
+    tune = {
+        key: value
+        for key in ("steps", "batch")
+        if (value := getattr(args, f"refine_{key}")) is not None
+    }
     if not 0 <= gptq.get("damp", 0) < math.inf:
         raise UserError(f"--damp {args.damp} cannot be; give a share such as 0.01")
     if not 0 <= given.get("smooth_alpha", 0) <= 1:
         raise UserError(f"--smooth-alpha {args.smooth_alpha} cannot be; give 0 to 1")
-    options = QuantizeOptions(**given)
-    return replace(options, gptq=replace(options.gptq, **gptq))
+    options = QuantizeOptions(**given, refine=bool(args.refine))
+    tuned = replace(options.tune, seed=args.seed, **tune)
+    scales = replace(options.distill, steps=-(-tuned.steps // 4), batch=tuned.batch, seed=args.seed)
+    return replace(options, gptq=replace(options.gptq, **gptq), tune=tuned, distill=scales)
 
 
 def read_plan(args: argparse.Namespace) -> QuantPlan:
@@ -170,6 +198,7 @@ def check_options(args: argparse.Namespace, plan: QuantPlan) -> None:
     int8 = any(spec.kind.startswith("w8a8") for spec in specs)
     inputs = int8 or any(CLASSES[name].calibrates for name in named)
     weight_only = any(spec.kind == "weight_only" for spec in specs)
+    tuned = "signround" in named or (args.refine and "gptq" in named)
     has_text = args.dataset is not None or needs_text(plan)
     for option, used, who in (
         *(
@@ -177,9 +206,11 @@ def check_options(args: argparse.Namespace, plan: QuantPlan) -> None:
             for name, algorithm in CLASSES.items()
             for setting in algorithm.settings
         ),
+        ("refine_steps", tuned, "--refine or --algorithm signround"),
+        ("refine_batch", tuned, "--refine or --algorithm signround"),
         ("clip", weight_only, "1 to 8 bits"),
         ("smooth_alpha", int8, "8:tc-li or 8:tc"),
-        ("dataset", inputs, "--algorithm gptq or awq, 8:tc-li or 8:tc"),
+        ("dataset", inputs, "--algorithm gptq, awq or signround, 8:tc-li or 8:tc"),
         ("nsamples", inputs, "calibration"),
         ("seqlen", inputs, "calibration"),
     ):

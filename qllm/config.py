@@ -15,7 +15,7 @@ DEFAULT_GROUP_SIZE = 128
 DEFAULT_SCHEME = "asym"
 SCHEMES = ("sym", "asym")
 # How the integers are chosen: to nearest, or from calibration (see qllm.quant).
-ALGORITHMS = ("rtn", "gptq", "awq")
+ALGORITHMS = ("rtn", "gptq", "awq", "signround")
 DEFAULT_ALGORITHM = "rtn"
 # Of what layers of 1 to 8 bits multiply their weights with.
 DEFAULT_ACTIVATION_BITS = 16

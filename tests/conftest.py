@@ -98,9 +98,9 @@ def gpu(monkeypatch):
         return
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    ops.on.cache_clear()
+    ops.kernels_on.cache_clear()
     yield "cpu"
-    ops.on.cache_clear()
+    ops.kernels_on.cache_clear()
 
 
 def examples(count: int) -> settings:

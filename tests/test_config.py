@@ -347,7 +347,7 @@ def test_what_the_command_line_gave_both_ways(text):
 
 
 def test_the_algorithms():
-    assert ALGORITHMS == tuple(CLASSES) == ("rtn", "gptq", "awq")
+    assert ALGORITHMS == tuple(CLASSES) == ("rtn", "gptq", "awq", "signround")
     assert FOUR.algorithm == "rtn"
 
 

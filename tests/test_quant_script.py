@@ -408,7 +408,7 @@ USELESS = {
     "--no-static-groups": (None, "--algorithm gptq"),
     "--true-sequential": (None, "--algorithm gptq"),
     "--smooth-alpha": ("0.4", "8:tc-li or 8:tc"),
-    "--dataset": ("{}/text", "--algorithm gptq or awq"),
+    "--dataset": ("{}/text", "--algorithm gptq, awq or signround"),
     "--nsamples": ("3", "calibration"),
     "--seqlen": ("3", "calibration"),
 }

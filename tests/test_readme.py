@@ -22,7 +22,10 @@ from tools import write_options
 
 # What a script or module of the README gets besides, where the command has the first.
 SMALLER = {
-    "qllm_quant.py": {"--dataset": "--nsamples 2 --seqlen 64"},
+    "qllm_quant.py": {
+        "--dataset": "--nsamples 2 --seqlen 64",
+        "--refine": "--refine-steps 2",
+    },
     "qllm_eval.py": {
         "--dataset": "--max-tokens 600",
         "--bitwidth": "--bitwidth 4,2",
@@ -41,7 +44,7 @@ SMALL = {
     "benchmarks.busy": "--runs 1 --prompt 4 --new 2",
     "benchmarks.startup": "--runs 1 --bitwidths 4 --models opt",
     "benchmarks.quantization": "--windows 1 --window 64 --nsamples 2 --seqlen 64 --bitwidths 3 "
-    "--group-sizes -1 --models opt",
+    "--group-sizes -1 --models opt --refine-steps 1 --methods rtn 'gptq, refined'",
     "benchmarks.quantize": "--repository facebook/opt-125m --layers 1 --algorithms rtn --size 64",
     "benchmarks.evaluation": "--dtypes float32 --windows 1 --window 64 --repeats 1",
     "benchmarks.onnx": "--models opt --max-tokens 600 --limit 1 --nsamples 2 --seqlen 32 "

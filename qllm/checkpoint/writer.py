@@ -129,6 +129,20 @@ class ShardWriter:
             "data_offsets": [start, start + data.nbytes],
         }
 
+    def overwrite(self, name: str, tensor: Tensor) -> None:
+        """Put another tensor of the same shape and type in the place of one that was written."""
+        index, entry = next(
+            (i, shard[name]) for i, shard in enumerate(self.shards) if name in shard
+        )
+        assert (list(tensor.shape), DTYPE_NAMES[tensor.dtype]) == (entry["shape"], entry["dtype"])
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        self.sync()
+        with writing(self.folder, FULL), self._path(index).open("r+b") as file:
+            file.seek(8 + self.header_capacity + entry["data_offsets"][0])
+            file.write(memoryview(data.numpy()))
+            file.flush()
+            os.fsync(file.fileno())
+
     def _flush(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -239,7 +239,7 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
         """Logits (M, V), in the model's type, of rows (M, C) of `hidden`: of a whole model."""
-        return self._capped(self._logits(x))
+        return self.capped(self._logits(x))
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: KVCache, *, share: bool = True) -> Tensor | None:
@@ -331,14 +331,14 @@ class Decoder(nn.Module):
         """Logits in float32, on all stages where they are shared."""
         if logits is not None:
             # A copy: the next pass overwrites these.
-            logits = self._capped(logits.to(self.device, torch.float32, copy=True))
+            logits = self.capped(logits.to(self.device, torch.float32, copy=True))
         if self.stage is None or not share:
             return logits
         if logits is None:
             logits = torch.empty(rows, self.config.vocab_size, device=self.device)
         return self.stage.broadcast(logits)
 
-    def _capped(self, logits: Tensor) -> Tensor:
+    def capped(self, logits: Tensor) -> Tensor:
         """Logits, softly kept below a cap where the model has one."""
         cap = self.config.logit_cap
         return logits if cap is None else (logits / cap).tanh() * cap

@@ -61,6 +61,7 @@ def _to_spec(entry: object, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: QLLM has no weights of type {dtype!r}; it has int")
     spec = {names[key]: value for key, value in first.items() if key in names}
     if "algorithm" in first:
-        spec["algorithm"] = str(first["algorithm"]).lower()
+        name = str(first["algorithm"]).lower()
+        spec["algorithm"] = "signround" if name == "autoround" else name
     bits = 8 if dtype == "int8" else 4
     return {"bits": bits, "group_size": 32, "scheme": "sym", "algorithm": "rtn"} | spec

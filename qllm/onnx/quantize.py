@@ -104,10 +104,11 @@ def _specs(
         raise UserError("every layer stays as it is; name fewer bits with --bitwidth or --config")
     for name, spec in specs.items():
         block_size(spec, name)
-        if ALGORITHMS[spec.algorithm].divides_inputs:
+        algorithm = ALGORITHMS[spec.algorithm]
+        if algorithm.divides_inputs or algorithm.tunes(job.options):
             raise UserError(
-                f"{spec.algorithm} moves scales between the modules of a checkpoint: quantize "
-                "that, and export it; ONNX models take rtn and gptq"
+                f"{spec.algorithm} works on whole layers of a checkpoint: quantize that, and "
+                "export it; ONNX models take rtn and gptq"
             )
         if needs_inputs(spec) and job.samples is None:
             raise UserError(f"{spec.algorithm} needs calibration text; name one with --dataset")

@@ -7,7 +7,9 @@ and gives a reason where it cannot. `select` decides once per layer; `--explain`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -265,13 +267,43 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
 }
 
 
-@cache
+class _Mode(threading.local):
+    """That of this thread."""
+
+    differentiable = False
+
+
+_mode = _Mode()
+# The ops between linear layers as autograd follows them, see `on`.
+DIFFERENTIABLE = SimpleNamespace(
+    **{op: getattr(reference, op) for op in SIMPLE}
+    | {"prefill_attention": reference.differentiable_attention},
+    add_norm={},
+)
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """The ops between linear layers are plain torch inside, so that gradients go through them."""
+    before, _mode.differentiable = _mode.differentiable, True
+    try:
+        yield
+    finally:
+        _mode.differentiable = before
+
+
 def on(device: str) -> SimpleNamespace:
     """The ops between linear layers, by name, as the best kernels of a device have them.
 
     Besides, `add_norm` has by a norm's name what adds in front of it; empty where that gains
     nothing.
     """
+    return DIFFERENTIABLE if _mode.differentiable else kernels_on(device)
+
+
+@cache
+def kernels_on(device: str) -> SimpleNamespace:
+    """`on` outside `differentiable`."""
     request = Request(0, 0, 16, -1, "asym", device)
     found = {op: select(op, request).kernel.run for op in SIMPLE}
     return SimpleNamespace(

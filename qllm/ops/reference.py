@@ -413,6 +413,38 @@ def prefill_attention(
     return batch.kept(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 
 
+def differentiable_attention(
+    qkv: Tensor,
+    kv: KV,
+    batch: Batch,
+    cos_sin: tuple[Tensor, Tensor] | None,
+    slopes: Tensor | None,
+    scores: Scores = PLAIN,
+) -> Tensor:
+    """`prefill_attention` of B whole sequences of one length T, all at once: (B T, H D).
+
+    Gradients go through it: nothing is written to the cache.
+    """
+    length, dtype = batch.span, qkv.dtype
+    q, k, v = (
+        part.to(dtype).unflatten(0, (-1, length)).transpose(1, 2)  # (B, H, T, D)
+        for part in _heads(qkv, kv, cos_sin)
+    )
+    place = torch.arange(length, device=qkv.device)
+    distance = place - place[:, None]
+    mask = distance.new_zeros(1, length, length, dtype=torch.float32)
+    if slopes is not None:
+        mask = slopes.to(qkv.device)[:, None, None] * distance
+    mask = mask.masked_fill_(_unseen(distance, scores), -torch.inf).to(dtype)  # (1 or H, T, T)
+    k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
+    # On a CPU, the gradients of torch's fused attention take three times as long as these.
+    found = (q * scores.factor(q.shape[-1])) @ k.mT
+    if scores.cap:
+        found = (found.float() / scores.cap).tanh() * scores.cap
+    out = (found + mask).softmax(-1).to(dtype) @ v
+    return out.transpose(1, 2).reshape(len(qkv), -1)
+
+
 def _unseen(distance: Tensor, scores: Scores) -> Tensor:
     """Which keys a query does not see, of those at such distances from it."""
     unseen = distance > 0

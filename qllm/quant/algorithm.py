@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -13,6 +13,8 @@ from qllm.quant.inputs import InputStats
 from qllm.quant.packing import PackedWeight
 
 DEFAULT_ALPHA = 0.5  # of SmoothQuant
+# Of calibration samples that a step of tuning takes together, where nobody says how many.
+TOKENS_PER_STEP = 2048
 # Bits, group size and scheme.
 Form = tuple[int, int, str]
 
@@ -36,6 +38,48 @@ class GPTQOptions:
 
 
 @dataclass(frozen=True)
+class DescentOptions:
+    """How something is tuned step by step.
+
+    Attributes:
+        steps: how many.
+        batch: calibration samples per step; None: as many as have TOKENS_PER_STEP, or one.
+        seed: of their choice.
+    """
+
+    steps: int
+    batch: int | None = None
+    seed: int = 0
+
+    def samples(self, length: int) -> int:
+        """Of each step, where they have so many tokens."""
+        return self.batch or max(1, TOKENS_PER_STEP // length)
+
+
+@dataclass(frozen=True)
+class TuneOptions(DescentOptions):
+    """How the roundings of a layer are tuned together: signed gradient descent, for each layer."""
+
+    steps: int = 200
+
+    def __str__(self) -> str:
+        size = f"{TOKENS_PER_STEP} tokens" if self.batch is None else f"{self.batch} samples"
+        return f"each layer tuned in {self.steps} steps of {size}"
+
+
+@dataclass(frozen=True)
+class DistillOptions(DescentOptions):
+    """How all scales are tuned behind that, with Adam; in 0 steps they are not.
+
+    Attributes:
+        rate: of the first step; the others' fall linearly.
+    """
+
+    steps: int = 50
+    rate: float = 5e-3
+
+
+@dataclass(frozen=True)
 class QuantizeOptions:
     """How the algorithms go about it.
 
@@ -45,12 +89,31 @@ class QuantizeOptions:
             linear give it; else those of the float layer.
         clip: search the clipping range; None is yes for AWQ, no for the others.
         smooth_alpha: SmoothQuant's share of the difficulty that moves into the weights.
+        refine: tune what GPTQ made, layer by layer, as SignRound does what was rounded to nearest.
+        tune: how that is done.
+        distill: how all scales are tuned behind it, where any layer is.
     """
 
     gptq: GPTQOptions = field(default_factory=GPTQOptions)
     true_sequential: bool = True
     clip: bool | None = None
     smooth_alpha: float = DEFAULT_ALPHA
+    refine: bool = False
+    tune: TuneOptions = field(default_factory=TuneOptions)
+    distill: DistillOptions = field(default_factory=DistillOptions)
+
+
+class TuningStart(NamedTuple):
+    """What tuning starts from.
+
+    Attributes:
+        packed: a matrix (N, K) on its grids.
+        weight: floating point (N, K), what was rounded to it. How near to the border of its bin a
+            weight lies says how readily it is rounded otherwise.
+    """
+
+    packed: PackedWeight
+    weight: Tensor
 
 
 class Algorithm(ABC):
@@ -107,6 +170,16 @@ class Algorithm(ABC):
             hessian: the sum of x x^T over inputs x, float32 (K, K), where `products` asks for it.
             in_scores: the product goes into the scores of attention, which are not linear in it.
         """
+
+    def tunes(self, options: QuantizeOptions) -> bool:
+        """Whether what it made is tuned, layer by layer."""
+        return False
+
+    def tuning_start(
+        self, weight: Tensor, form: Form, stats: InputStats, options: QuantizeOptions
+    ) -> TuningStart:
+        """What tuning starts from, of an algorithm that is tuned: arguments as for `quantize`."""
+        raise NotImplementedError
 
     def describe(self, options: QuantizeOptions) -> str | None:
         """A line on its settings for the model card."""

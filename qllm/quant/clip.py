@@ -57,6 +57,65 @@ def clip_ranges_for(hessian: Tensor) -> Ranges:
     return search
 
 
+def clip_ranges_by_channel(squares: Tensor) -> Ranges:
+    """The search for the least squared error of the weights, weighted by their inputs' squares.
+
+    Each end of a range is searched on its own, which pays where roundings are tuned behind it:
+    one that is shrunk for nothing can no longer be widened much.
+
+    Args:
+        squares: (K,), the mean square of each input channel, or the sum.
+    """
+
+    def search(weight: Tensor, bits: int, group_size: int, scheme: str) -> tuple[Tensor, Tensor]:
+        group = group_width(weight.shape[1], group_size)
+        importance = grouped(squares[None].float(), group)  # (1, G, g)
+        found = [
+            _search_ends(grouped(weight[p], group).float(), importance, bits, scheme)
+            for p in row_pieces(weight)
+        ]
+        scales, lows = zip(*found, strict=True)
+        return torch.cat(scales), torch.cat(lows)
+
+    return search
+
+
+def _search_ends(
+    groups: Tensor, importance: Tensor, bits: int, scheme: str
+) -> tuple[Tensor, Tensor]:
+    """Scales and lower ends of groups (n, G, g): both ends shrunk together, then each one."""
+    full_scale, full_low = group_range(groups, bits, scheme)
+    full_high = full_low + full_scale * (2**bits - 1)
+    best_low, best_high = torch.ones_like(full_low), torch.ones_like(full_low)
+    least = torch.full_like(full_low, torch.inf)
+    together = [(True, True)]
+    for low_too, high_too in (
+        together if scheme == "sym" else [*together, (True, False), (False, True)]
+    ):
+        start_low, start_high = best_low, best_high
+        for share in SHRINK:
+            shares = torch.full_like(least, share)
+            low_share = shares if low_too else start_low
+            high_share = shares if high_too else start_high
+            low = full_low * low_share
+            scale = (full_high * high_share - low) / (2**bits - 1)
+            scale = torch.where(scale <= 0, 1.0, scale)
+            if scheme == "sym":
+                scale = full_scale * share
+            zero = zero_points(low, scale, bits, scheme)
+            error = round_trip(groups, scale, zero, bits).sub_(groups)
+            loss = error.square_().mul_(importance).sum(-1)
+            better = loss < least
+            least = torch.where(better, loss, least)
+            best_low = torch.where(better, low_share, best_low)
+            best_high = torch.where(better, high_share, best_high)
+    if scheme == "sym":
+        return full_scale * best_low, full_low * best_low
+    low = full_low * best_low
+    scale = (full_high * best_high - low) / (2**bits - 1)
+    return torch.where(scale <= 0, 1.0, scale), low
+
+
 def _row_losses(
     weight: Tensor,
     bits: int,

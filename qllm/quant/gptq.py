@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qllm.quant.algorithm import Algorithm, Form, GPTQOptions, QuantizeOptions, yes
-from qllm.quant.clip import clip_ranges
+from qllm.quant.algorithm import Algorithm, Form, GPTQOptions, QuantizeOptions, TuningStart, yes
+from qllm.quant.clip import clip_ranges, clip_ranges_by_channel
+from qllm.quant.inputs import InputStats
 from qllm.quant.packing import PackedWeight, group_width, pack, packed_size
 from qllm.quant.rtn import Ranges, group_ranges, store_scales, zero_points
 
@@ -30,7 +31,10 @@ class GPTQ(Algorithm):
     """See above."""
 
     name = "gptq"
-    settings = ("damp", "block_size", "act_order", "static_groups", "true_sequential")
+    settings = (
+        *("damp", "block_size", "act_order", "static_groups"),
+        *("true_sequential", "refine"),
+    )
     calibrates = products = True
 
     def sequential(self, options: QuantizeOptions) -> bool:
@@ -48,12 +52,27 @@ class GPTQ(Algorithm):
         ranges = clip_ranges if options.clip else group_ranges
         return quantize_gptq(weight, hessian, *form, options.gptq, ranges)
 
+    def tunes(self, options: QuantizeOptions) -> bool:
+        return options.refine
+
+    def tuning_start(
+        self, weight: Tensor, form: Form, stats: InputStats, options: QuantizeOptions
+    ) -> TuningStart:
+        # Narrower grids alone would often make a matrix worse; tuning makes up for what they clip.
+        ranges = clip_ranges_by_channel(stats.squares)
+        if not options.gptq.static_groups:  # whose grids are found on the way, column by column
+            ranges = group_ranges
+        rounded = torch.empty_like(weight, dtype=torch.float32)
+        packed, _ = quantize_gptq(weight, stats.hessian, *form, options.gptq, ranges, rounded)
+        return TuningStart(packed, rounded)
+
     def describe(self, options: QuantizeOptions) -> str:
-        gptq = options.gptq
+        gptq, tune = options.gptq, options.tune
+        refined = f"; then {tune}" if options.refine else ""
         return (
             f"GPTQ: dampening {gptq.damp}, block {gptq.block_size}, act-order "
             f"{yes(gptq.act_order)}, static groups {yes(gptq.static_groups)}, "
-            f"true-sequential {yes(options.true_sequential)}"
+            f"true-sequential {yes(options.true_sequential)}{refined}"
         )
 
 
@@ -88,6 +107,7 @@ def quantize_gptq(
     scheme: str,
     options: GPTQOptions | None = None,
     ranges: Ranges = group_ranges,
+    compensated: Tensor | None = None,
 ) -> tuple[PackedWeight, float]:
     """Quantize a matrix so that its product with the inputs behind H changes little.
 
@@ -96,6 +116,8 @@ def quantize_gptq(
         hessian: float32 (K, K): the sum, or mean, of x x^T over input vectors x. An input channel
             that is always zero is rounded to nearest.
         ranges: finds the groups' grids: `group_ranges`, or `clip_ranges`.
+        compensated: float32 (N, K), takes what was rounded: weights that make up for the errors
+            of those rounded before them.
 
     Returns:
         the matrix, and the damping that its factorization took.
@@ -118,7 +140,10 @@ def quantize_gptq(
         if static:
             grid.set_groups(0, part)
         work = part[:, order].t().contiguous()
-        integers = _round_columns(work, root, grid, groups, options.block_size, static)
+        rounded = None if compensated is None else torch.empty_like(work)
+        integers = _round_columns(work, root, grid, groups, options.block_size, static, rounded)
+        if rounded is not None:
+            compensated[start : start + CHUNK_ROWS].t().index_copy_(0, order, rounded)
         if static:  # the groups are runs of channels, so the channels go back to their places
             integers = torch.empty_like(integers).index_copy_(0, order, integers)
         packed[start : start + CHUNK_ROWS] = pack(integers.t(), bits)
@@ -159,7 +184,13 @@ class _Grid:
 
 
 def _round_columns(
-    weight: Tensor, root: Tensor, grid: _Grid, groups: list[int], block_size: int, static: bool
+    weight: Tensor,
+    root: Tensor,
+    grid: _Grid,
+    groups: list[int],
+    block_size: int,
+    static: bool,
+    compensated: Tensor | None,
 ) -> Tensor:
     """Round weights (K, n), columns first, in their order.
 
@@ -167,6 +198,7 @@ def _round_columns(
         groups: the group of each column.
         static: the grids are there already; else each group's comes from its weights and what
             the errors in front of it ask of them.
+        compensated: (K, n), takes what was rounded; None: it is not wanted.
 
     Returns:
         uint8 (K, n).
@@ -194,6 +226,8 @@ def _round_columns(
             for k in range(first, last):
                 scale, zero = grid.scales[groups[k]], grid.zeros[groups[k]]
                 q = torch.add(weight[k], pending[k - start], alpha=1 / diagonal[k])
+                if compensated is not None:
+                    compensated[k] = q
                 q = q.div_(scale).round_().add_(zero).clamp_(0, 2**grid.bits - 1)
                 integers[k] = q
                 torch.addcmul(weight[k], q.sub_(zero), scale, value=-1, out=errors[k])

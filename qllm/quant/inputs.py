@@ -22,6 +22,7 @@ class InputStats:
         count: how many tokens.
         absolute: float32 (K,), the sum of |x|.
         largest: float32 (K,), the largest |x|.
+        squares: float32 (K,), the sum of x².
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class InputStats:
         self.count = 0
         self.absolute = torch.zeros(channels, device=device)
         self.largest = torch.zeros(channels, device=device)
+        self.squares = torch.zeros(channels, device=device)
         self._products = torch.zeros(channels, channels, device=device) if products else None
         self._block = max(SMALLEST_BLOCK, -(-channels // BLOCKS))
         self._mirrored = True
@@ -57,6 +59,7 @@ class InputStats:
         size = x.abs()
         self.absolute += size.sum(dim=0)
         torch.maximum(self.largest, size.amax(dim=0), out=self.largest)
+        self.squares += size.square_().sum(dim=0)
         self.count += len(x)
 
     def _rows(self) -> list[slice]:
@@ -70,6 +73,7 @@ class InputStats:
             self._products.div_(scales[:, None]).div_(scales)
         self.absolute /= scales
         self.largest /= scales
+        self.squares /= scales.square()
 
     @property
     def hessian(self) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +17,49 @@ from qllm.checkpoint import origin
 from qllm.checkpoint.convert import SOURCE_KEY, copy_small_files
 from qllm.checkpoint.fingerprint import state_fingerprint
 from qllm.checkpoint.formats import Int8Weight, describe, parse, take_rows
-from qllm.checkpoint.load import elements
-from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint
+from qllm.checkpoint.load import elements, load_model
+from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint, SafetensorsFile, TensorInfo
 from qllm.checkpoint.resume import PartialFolder
 from qllm.checkpoint.weights import LAYOUT_KEY, Weights
-from qllm.checkpoint.writer import ShardWriter
+from qllm.checkpoint.writer import SafetensorsWriter, ShardWriter, new_file
 from qllm.config import DEFAULT_ALGORITHM, LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear
 from qllm.layers.fp16 import DenseLinear
 from qllm.layers.w8a8 import DynamicInt8Linear
 from qllm.layers.weight_only import WeightOnlyLinear
-from qllm.memory import check_fits
+from qllm.memory import available_bytes, check_fits, gigabytes
 from qllm.models import Decoder
-from qllm.models.layer import Norm
+from qllm.models.layer import Norm, PreNormLayer
 from qllm.progress import Meter, unseen
-from qllm.quant.algorithm import QuantizeOptions
+from qllm.quant.algorithm import QuantizeOptions, TuningStart
 from qllm.quant.inputs import InputStats
 from qllm.quantizer.card import model_card
 from qllm.quantizer.compatibility import find_ragged, summary
+from qllm.quantizer.distill import memory_needed, tune_scales
 from qllm.quantizer.hidden import HiddenStates
 from qllm.quantizer.layer import (
     LinearReport,
     algorithm_of,
+    is_tuned,
     needs_inputs,
     quantize_layer,
     quantize_linear,
+    stand_in,
+)
+from qllm.quantizer.tune import (
+    TOKENS_PER_PASS,
+    TuneReport,
+    output_errors,
+    relative_error,
+    tune_layer,
 )
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+# What a run keeps between two layers: the states behind the quantized ones, and the float ones.
+HIDDEN, TARGETS = "hidden", "targets"
+# And behind all of them: the tensors that take the place of others, since scales were tuned.
+SCALES = "scales.safetensors"
 # The modules in front of the layers, and behind them.
 FRONT = ("embed", "embed_norm", "project_in", "positions")
 BACK = ("final_norm", "project_out", LM_HEAD)
@@ -148,7 +162,38 @@ class _Run:
             check_fits(self._bytes_needed(), job.device, "calibration")
         self.partial = PartialFolder(target, self._settings())
         self.reports: list[LinearReport] = []
+        self.tuned: list[TuneReport] = []
         self.hidden: HiddenStates | None = None
+        # What the float model has there, where layers are tuned.
+        self.targets: HiddenStates | None = None
+        # Decided once: a run that is gone on with may find more memory or less.
+        self.distilling = self.partial.state.get("distilling")
+        if self.distilling is None:
+            self.distilling = self._distills()
+
+    def _distills(self) -> bool:
+        """Whether scales are tuned behind the layers; says why where they are not."""
+        job = self.job
+        if not self.tuning or not job.options.distill.steps:
+            return False
+        if job.fake:
+            self.note("scales are not tuned with --fake, whose weights have none")
+            return False
+        model = Decoder(self.config, self.specs, self.job.dtype or self.weights.default_dtype())
+        length = len(job.samples[0])
+        needed = memory_needed(model, len(job.samples), length, job.options.distill)
+        available = available_bytes(job.device)
+        if needed > available:
+            self.note(
+                f"scales are not tuned: it takes {gigabytes(needed)} of memory, and "
+                f"{gigabytes(available)} are free on {job.device}"
+            )
+        return needed <= available
+
+    @property
+    def tuning(self) -> bool:
+        """Whether any layer is tuned."""
+        return any(is_tuned(spec, self.job.options) for spec in self.specs.values())
 
     def _rows_of_parts(self, module: str) -> dict[str, slice | Tensor]:
         """As `TensorNames.rows_of_parts`; a quantized head has the name that readers look for."""
@@ -162,6 +207,14 @@ class _Run:
         dtype = self.job.dtype or self.weights.default_dtype()
         hidden = samples * length * self.config.hidden_size * dtype.itemsize
         layer = sum(tensor.nbytes for tensor in self.model.layers[0].buffers())
+        if self.tuning:
+            # The targets, and the inputs for both ways; a tuned weight has what it starts from, an
+            # offset, a gradient, its average and what it is now, and each token of a pass what
+            # gradients are computed from.
+            hidden *= 3
+            widest = self.config.intermediate_size + self.config.hidden_size
+            scores = self.config.num_heads * length
+            layer = 4 * layer + max(TOKENS_PER_PASS, length) * 4 * (8 * widest + scores)
         # The sum of x x^T of the widest input, its order, root and reversal.
         widest = max(self.config.hidden_size, self.config.intermediate_size)
         return hidden + 2 * layer + 4 * 4 * widest**2
@@ -191,22 +244,17 @@ class _Run:
             **{f"about {key}": value for key, value in job.about.items()},
         }
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode, whose tensors tuning could not take gradients through
     def work(self, meter: Meter) -> list[LinearReport]:
         """All of it; returns what became of each linear."""
         state = self.partial.state
+        self.tuned = [TuneReport(**entry) for entry in state.get("tuned", ())]
         self.reports = [
             LinearReport(**{**entry, "spec": QuantSpec(**entry["spec"])})
             for entry in state.get("reports", ())
         ]
         if not self.partial.finished:
-            names = (len(name) for name in self.weights.checkpoint.tensors)
-            self.writer = ShardWriter(
-                self.partial.model,
-                limit=self.job.shard_bytes,
-                header_bytes=sum(4 * (length + 160) for length in names) + 65536,
-                state=state.get("shards"),
-            )
+            self.writer = self._open_shards(state.get("shards"))
             ops.prepare(torch.device(self.job.device).type)
             self._work(state.get("done", 0), meter)
             self._write_small_files()
@@ -214,31 +262,59 @@ class _Run:
         self.partial.finish()
         return self.reports
 
+    def _open_shards(self, state: list[dict] | None) -> ShardWriter:
+        names = (len(name) for name in self.weights.checkpoint.tensors)
+        return ShardWriter(
+            self.partial.model,
+            limit=self.job.shard_bytes,
+            header_bytes=sum(4 * (length + 160) for length in names) + 65536,
+            state=state,
+        )
+
     def _work(self, done: int, meter: Meter) -> None:
         """The steps behind the first `done`: what is in front of the layers, each, the rest."""
         last = self.config.num_layers + 1
         if self.job.samples is not None and 0 < done <= last:
-            path = self._hidden_path(done)
-            self.hidden = HiddenStates.load(path, self.model.positions, self.job.device)
+            self.hidden = self._load_states(HIDDEN, done)
+        if self.tuning and 0 < done <= last + self.distilling:
+            self.targets = self._load_states(TARGETS, done)
         if 0 < done <= last:
             where = "what is behind the layers" if done == last else f"layers.{done - 1}"
             self.note(f"going on at {where}, {done - 1} of {last - 1} layers are done")
         sizes = self._sizes()
         with meter(sum(sizes), sum(sizes[:done])) as add:
-            for step in range(done, last + 1):
+            for step in range(done, last + 1 + self.distilling):
+
+                def add_share(share: float, size: float = sizes[step]) -> None:
+                    add(share * size)
+
                 if step == 0:
                     self._front()
                 elif step == last:
                     self._back()
+                elif step > last:
+                    self._distill(add_share)
                 else:  # its part of the bytes, as they are worked through
-                    self._layer(step - 1, lambda share, size=sizes[step]: add(share * size))
+                    self._layer(step - 1, add_share)
                 self._commit(step + 1)
+        if self.distilling:
+            # Again in a run that was killed here, whose file has the same.
+            file = SafetensorsFile(self.partial.folder / SCALES)
+            for name in file.tensors:
+                self.writer.overwrite(name, file.read(name))
 
     def _sizes(self) -> list[int]:
         """Bytes of the checkpoint that each step quantizes: what is only copied takes no time."""
         itemsize = self.weights.dtype().itemsize
         layers = [elements(layer) * itemsize for layer in self.model.layers]
-        return [0, *layers, 0]
+        if not self.distilling:
+            return [0, *layers, 0]
+        tune, distill = self.job.options.tune, self.job.options.distill
+        length = len(self.job.samples[0])
+        # A step of either goes through the model once and back; of the latter, twice and back.
+        again = 4 / 3 * distill.steps * distill.samples(length)
+        again /= tune.steps * tune.samples(length)
+        return [0, *layers, 0, sum(layers) * again]
 
     def _report(self, report: LinearReport) -> None:
         """Keep what became of a linear, and say it."""
@@ -246,22 +322,34 @@ class _Run:
         of = "outputs" if report.of_output else "weights"
         self.note(f"{report.name}: relative error {report.error:.2%} of the {of}")
 
-    def _hidden_path(self, done: int) -> Path:
-        return self.partial.folder / f"hidden-{done}.safetensors"
+    def _states_path(self, name: str, done: int) -> Path:
+        return self.partial.folder / f"{name}-{done}.safetensors"
+
+    def _load_states(self, name: str, done: int) -> HiddenStates:
+        path = self._states_path(name, done)
+        return HiddenStates.load(path, self.model.positions, self.job.device)
 
     def _commit(self, done: int) -> None:
         """Put on the disk that `done` steps are finished, and what the next one needs."""
-        if self.hidden is not None and done <= self.config.num_layers + 1:
-            self.hidden.save(self._hidden_path(done))
+        kept = []
+        last = self.config.num_layers + 1
+        ends = (HIDDEN, self.hidden, last), (TARGETS, self.targets, last + self.distilling)
+        for name, states, end in ends:
+            if states is not None and done <= end:
+                kept.append(self._states_path(name, done))
+                states.save(kept[-1])
         state = {
             "done": done,
             "shards": self.writer.sync(),
             "reports": [asdict(report) for report in self.reports],
+            "tuned": [asdict(report) for report in self.tuned],
+            "distilling": self.distilling,
         }
         self.partial.commit(state)
-        for path in self.partial.folder.glob("*hidden-*"):
-            if path != self._hidden_path(done):
-                path.unlink()
+        for name in (HIDDEN, TARGETS):
+            for path in self.partial.folder.glob(f"*{name}-*"):
+                if path not in kept:
+                    path.unlink()
 
     def _front(self) -> None:
         for module in FRONT:
@@ -271,6 +359,8 @@ class _Run:
                 self._fill(module, mapped=True)
             dtype = self.job.dtype or self.weights.default_dtype()
             self.hidden = HiddenStates.embed(self.model, self.job.samples, dtype)
+            if self.tuning:
+                self.targets = self.hidden.copy()
             self._drop(FRONT[:-1])
 
     def _layer(self, index: int, add: Callable[[float], object]) -> None:
@@ -288,17 +378,10 @@ class _Run:
                 self._fill(f"{name}.{inner}")
             specs = {inner: self.specs[f"{name}.{inner}"] for inner in linears}
             more = index + 1 < self.config.num_layers or self._head_needs_inputs()
-            found = quantize_layer(
-                layer,
-                self.config,
-                name,
-                specs,
-                self.hidden,
-                self.job.options,
-                advance=more,
-                finished=self._report,
-                add=add,
-            )
+            if any(is_tuned(spec, self.job.options) for spec in specs.values()):
+                found = self._tune(name, layer, specs, add)
+            else:
+                found = self._quantize(name, layer, specs, self._report, add, advance=more)
         for inner in modules:
             full = f"{name}.{inner}"
             if inner not in found and self.specs.get(full, QuantSpec()).kind != "dense":
@@ -315,6 +398,75 @@ class _Run:
             if self.hidden is None:
                 add(elements(self.model.get_submodule(full)) / elements(layer))
         self._drop([name])
+
+    def _quantize(
+        self,
+        name: str,
+        layer: PreNormLayer,
+        specs: Mapping[str, QuantSpec],
+        finished: Callable[[LinearReport], object],
+        add: Callable[[float], object],
+        advance: bool,
+        starts: dict[str, TuningStart] | None = None,
+    ) -> dict[str, Linear]:
+        """Quantize the linears of a layer, one by one."""
+        if self.targets is not None:
+            self.targets.advance(layer)  # while it is the float model's
+        where = (layer, self.config, name, specs, self.hidden, self.job.options)
+        return quantize_layer(*where, advance=advance, finished=finished, add=add, starts=starts)
+
+    def _tune(
+        self,
+        name: str,
+        layer: PreNormLayer,
+        specs: Mapping[str, QuantSpec],
+        add: Callable[[float], object],
+    ) -> dict[str, Linear]:
+        """Quantize the linears of a layer, then tune them together; the better of the two stays."""
+        tune, inputs = self.job.options.tune, self.hidden.copy()
+        weights = {
+            inner: layer.get_submodule(inner).weight
+            for inner, spec in specs.items()
+            if is_tuned(spec, self.job.options)
+        }
+        # Passes of a sample through the layer: gradients take two more, GPTQ about four in all.
+        tuning = 3 * tune.steps * tune.samples(inputs.states.shape[1])
+        share = tuning / (tuning + 4 * len(inputs.states))
+        reports: list[LinearReport] = []
+        starts: dict[str, TuningStart] = {}
+
+        def quantized(done: float) -> None:
+            add((1 - share) * done)
+
+        found = self._quantize(name, layer, specs, reports.append, quantized, True, starts)
+        before = relative_error(self.hidden, self.targets)
+        stand_ins = {inner: layer.get_submodule(inner) for inner in specs}
+        tuned = tune_layer(
+            layer,
+            {inner: (starts[inner], found[inner]) for inner in weights},
+            (inputs, self.targets),
+            tune,
+            lambda done: add(share * done),
+        )
+        for inner, linear in stand_ins.items():
+            layer.set_submodule(inner, stand_in(tuned[inner]) if inner in tuned else linear)
+        with output_errors(layer, weights) as errors:
+            inputs.advance(layer)
+        report = TuneReport(name, before, relative_error(inputs, self.targets))
+        self.tuned.append(report)
+        if report.gained:
+            found |= tuned
+            self.hidden = inputs
+        for entry in reports:
+            inner = entry.name.removeprefix(f"{name}.")
+            changed = report.gained and inner in tuned
+            new = {"error": errors[inner], "of_output": True} if changed else {}
+            self._report(replace(entry, **new))
+        kept = "" if report.gained else ", so that it stays as it was"
+        self.note(
+            f"{name}: relative error {report.before:.2%}, {report.after:.2%} when tuned{kept}"
+        )
+        return found
 
     def _back(self) -> None:
         head = self.specs.get(LM_HEAD)
@@ -335,6 +487,44 @@ class _Run:
             products = {LM_HEAD} if algorithm_of(head).products else set()
             stats = self.hidden.observe(run, {LM_HEAD: model.lm_head}, products, "model")[LM_HEAD]
         self._write_linear(LM_HEAD, self._quantize_alone(LM_HEAD, stats))
+
+    def _distill(self, add: Callable[[float], object]) -> None:
+        """Tune all scales of what was written, and keep what is to take their place."""
+        job = self.job
+        self._write_small_files()
+        self.writer.finish()
+        dtype = job.dtype or self.weights.default_dtype()
+        plan = QuantPlan.uniform(QuantSpec())
+        model = load_model(self.partial.model, plan, dtype=dtype, device=job.device)
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, WeightOnlyLinear)}
+        states = HiddenStates.embed(model, job.samples, dtype)
+        head = None
+        if LM_HEAD in self.specs:
+            head = self._floats(LM_HEAD) or self._floats("embed")
+            head = head["weight"].to(job.device)
+        scales, before, after = tune_scales(
+            model, states, self.targets, head, job.options.distill, add
+        )
+        self.note(
+            f"divergence from the float model over samples held out: {before:.3g}, {after:.3g} "
+            f"with tuned scales{'' if scales else ', so that they stay as they were'}"
+        )
+        self.writer = self._open_shards(self.writer.shards)
+        tensors = {}
+        for name, values in scales.items():
+            spec, in_features = linears[name].spec, linears[name].in_features
+            packed = linears[name].packed._replace(scales=values)
+            linear = WeightOnlyLinear.from_packed(packed, None, spec, in_features)
+            for part, rows in self._rows_of_parts(name).items():
+                for key, tensor in self._pack(linear, part, rows).items():
+                    if tensor.is_floating_point():
+                        tensors[f"{part}.{key}"] = tensor.cpu().contiguous()
+        infos = {n: TensorInfo(tuple(t.shape), t.dtype) for n, t in tensors.items()}
+        with new_file(self.partial.folder / SCALES) as temporary:
+            writer = SafetensorsWriter(temporary, infos, {})
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+            writer.close()
 
     def _head_needs_inputs(self) -> bool:
         return LM_HEAD in self.specs and needs_inputs(self.specs[LM_HEAD])

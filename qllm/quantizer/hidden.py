@@ -14,6 +14,7 @@ from qllm.checkpoint.writer import SafetensorsWriter, new_file
 from qllm.errors import UserError
 from qllm.models import Decoder
 from qllm.models.cache import Prefill
+from qllm.models.positions import PositionEncoding
 from qllm.quant.inputs import InputStats
 
 # Tokens per pass: whole samples, more than one of them where they are short.
@@ -34,7 +35,7 @@ class HiddenStates:
         passed: called with the share of the samples that went through a part of the model.
     """
 
-    def __init__(self, states: Tensor, positions: nn.Module) -> None:
+    def __init__(self, states: Tensor, positions: PositionEncoding) -> None:
         self.states, self.positions = states, positions
         length = states.shape[1]
         self.per_pass = max(1, TOKENS_PER_PASS // length)
@@ -57,6 +58,10 @@ class HiddenStates:
             states[index] = model.positions.embed(x, step.positions)
         return hidden
 
+    def copy(self) -> HiddenStates:
+        """The same states, which go their own way from here."""
+        return HiddenStates(self.states.clone(), self.positions)
+
     def save(self, path: Path) -> None:
         """Write the states to a file, which is there when it is whole."""
         states = self.states.cpu()
@@ -67,7 +72,7 @@ class HiddenStates:
             writer.close()
 
     @classmethod
-    def load(cls, path: Path, positions: nn.Module, device: str) -> HiddenStates:
+    def load(cls, path: Path, positions: PositionEncoding, device: str) -> HiddenStates:
         """The inverse of `save`."""
         return cls(SafetensorsFile(path).read("states").to(device), positions)
 

@@ -16,7 +16,7 @@ from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.equalize import can_divide, divide_input, shared_channels
 from qllm.models.layer import PreNormLayer
-from qllm.quant.algorithm import Algorithm, QuantizeOptions
+from qllm.quant.algorithm import Algorithm, QuantizeOptions, TuningStart
 from qllm.quant.algorithms import ALGORITHMS, SMOOTHQUANT
 from qllm.quant.inputs import InputStats, output_error
 from qllm.quant.rtn import row_pieces
@@ -50,6 +50,11 @@ def algorithm_of(spec: QuantSpec) -> Algorithm:
     return SMOOTHQUANT if spec.kind.startswith("w8a8") else ALGORITHMS[spec.algorithm]
 
 
+def is_tuned(spec: QuantSpec, options: QuantizeOptions) -> bool:
+    """Whether a linear of this spec is tuned together with its layer."""
+    return spec.kind == "weight_only" and algorithm_of(spec).tunes(options)
+
+
 def needs_inputs(spec: QuantSpec) -> bool:
     """Whether a spec cannot do without calibration."""
     return ALGORITHMS[spec.algorithm].calibrates or spec.kind == "w8a8_static"
@@ -66,6 +71,7 @@ def quantize_layer(
     advance: bool,
     finished: Callable[[LinearReport], object],
     add: Callable[[float], object],
+    starts: dict[str, TuningStart] | None = None,
 ) -> dict[str, Linear]:
     """Quantize a layer whose linears are dense and float32; each is replaced by what it became.
 
@@ -77,6 +83,7 @@ def quantize_layer(
         finished: called with what became of each linear, when it is quantized.
         add: called with shares of the work as they are done, which sum up to 1: a linear counts
             as much as the samples on their way through a half of the layer.
+        starts: takes what tuning is to start from, by the names of the linears to tune.
 
     Returns:
         the quantized linears by their names in the layer, whose other tensors may have changed.
@@ -111,9 +118,15 @@ def quantize_layer(
             if linear in late:
                 products = {linear} if algorithm_of(specs[linear]).products else set()
                 stats |= hidden.observe(run, {linear: module}, products, name)
+            seen = stats.pop(linear)
             found, report = quantize_linear(
-                module, f"{name}.{linear}", specs[linear], stats.pop(linear), options
+                module, f"{name}.{linear}", specs[linear], seen, options
             )
+            if starts is not None and is_tuned(specs[linear], options):
+                spec = specs[linear]
+                form = (spec.bits, spec.group_size, spec.scheme)
+                algorithm = algorithm_of(spec)
+                starts[linear] = algorithm.tuning_start(module.weight, form, seen, options)
             linears[linear] = found
             finished(report)
             add(1 / steps)

@@ -1,0 +1,221 @@
+"""Tune a quantized layer as a whole against what the float one puts out, by signed gradients.
+
+SignRound (Cheng et al. 2023, arXiv:2309.05516): its inputs are those that the quantized layers in
+front give it, its targets what the float layer makes of the float model's states, so that later
+layers make up for the errors of earlier ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as product
+from torch.utils.hooks import RemovableHandle
+
+from qllm import ops
+from qllm.layers import Linear
+from qllm.layers.fp16 import DenseLinear
+from qllm.layers.weight_only import WeightOnlyLinear
+from qllm.models.cache import Prefill
+from qllm.models.layer import PreNormLayer
+from qllm.quant.algorithm import TuneOptions, TuningStart
+from qllm.quant.rounding import TunedRounding
+from qllm.quantizer.hidden import HiddenStates
+
+# Tokens whose activations are in memory at once.
+TOKENS_PER_PASS = 2048
+# One of so many samples is held out.
+HELD_OUT = 8
+MOST_BITS_IN_BFLOAT16 = 4
+# So that a state of zeros has an error, too.
+SMALLEST_SIZE = 1e-6
+# The first step over 1 / steps, of offsets and of factors. Steps fall linearly, so that all of them
+# in one direction would sum up to half of this.
+RATE, RANGE_RATE = 1.0, 0.1
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """What tuning did to a layer.
+
+    Attributes:
+        before, after: relative root mean square error of what the layer puts out, with those in
+            front of it quantized and tuned.
+    """
+
+    name: str
+    before: float
+    after: float
+
+    @property
+    def gained(self) -> bool:
+        """Whether the layer is better, and keeps what tuning found."""
+        return self.after < self.before
+
+
+def work_dtype(device: torch.device, bits: int) -> torch.dtype:
+    """What products are computed in: bfloat16 where the hardware has it, and where its own error is
+    small beside that of weights of so many bits."""
+    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast and bits <= MOST_BITS_IN_BFLOAT16 else torch.float32
+
+
+class FrozenLinear(nn.Module):
+    """A linear that gradients go through, and that has none of its own."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.bias = weight.to(dtype), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = product(x.to(self.weight.dtype), self.weight)
+        # A bias in bfloat16 would be off by as much for every token, and be tuned against.
+        return y if self.bias is None else (y + self.bias).to(y.dtype)
+
+
+class TunedLinear(FrozenLinear):
+    """A linear whose weight, a leaf of autograd, is what its rounding gives at the moment."""
+
+    def __init__(self, rounding: TunedRounding, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(rounding.dequantize(dtype).requires_grad_(), bias, dtype)
+        self.rounding = rounding
+
+    def step(self, rate: float, range_rate: float) -> None:
+        """Move the rounding against the gradient that came together in the weight."""
+        assert self.weight.grad is not None
+        self.rounding.step(self.weight.grad, rate, range_rate)
+        self.weight = self.rounding.dequantize(self.weight.dtype).requires_grad_()
+
+
+def token_errors(states: Tensor, targets: Tensor) -> Tensor:
+    """Squared error of each token's state, (…, C) to (…), in shares of what a norm divides by.
+
+    All that reads the states does so behind a norm, to which a token with large values counts no
+    more than another: without this the few tokens that have them would be all that is tuned.
+    """
+    size = targets.square().mean(-1)
+    return (states - targets).square().mean(-1) / (size + SMALLEST_SIZE)
+
+
+def tuned_samples(count: int) -> int:
+    """How many of the samples, the first ones, are tuned on; what tuning gained the others say.
+
+    Roundings fit themselves to what they are tuned on: there, tuning nearly always seems to gain.
+    """
+    return count - -(-count // HELD_OUT) if count > 1 else count
+
+
+def held_out(count: int) -> range:
+    """The samples that judge."""
+    return range(tuned_samples(count) % count, count)
+
+
+def relative_error(states: HiddenStates, targets: HiddenStates) -> float:
+    """Root mean square, over the tokens held out, of how far states are from their targets."""
+    errors = [
+        token_errors(states.states[i].float(), targets.states[i].float()).double().mean()
+        for i in held_out(len(states.states))
+    ]
+    return torch.stack(errors).mean().sqrt().item()
+
+
+@contextmanager
+def output_errors(layer: PreNormLayer, weights: Mapping[str, Tensor]) -> Iterator[dict[str, float]]:
+    """How far what linears put out is from what float ones would of the same inputs.
+
+    Args:
+        layer: its linears are matrices in float32.
+        weights: the float weights by name in the layer.
+
+    Yields:
+        relative root mean square errors by name, there when the block has ended.
+    """
+    squares = {name: torch.zeros(2, dtype=torch.float64) for name in weights}
+    errors: dict[str, float] = {}
+
+    def watch(name: str, weight: Tensor) -> RemovableHandle:
+        module = layer.get_submodule(name)
+        assert isinstance(module, DenseLinear)
+        error = module.weight - weight
+
+        def see(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            for index, matrix in enumerate((error, weight)):
+                y = module.run(inputs[0], matrix, None)
+                squares[name][index] += torch.linalg.vector_norm(y).double().cpu() ** 2
+
+        return module.register_forward_pre_hook(see)
+
+    hooks = [watch(*entry) for entry in weights.items()]
+    try:
+        yield errors
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, (error, whole) in squares.items():
+        errors[name] = (error / whole).sqrt().item() if whole else 0.0
+
+
+def tune_layer(
+    layer: PreNormLayer,
+    linears: Mapping[str, tuple[TuningStart, WeightOnlyLinear]],
+    states: tuple[HiddenStates, HiddenStates],
+    options: TuneOptions,
+    add: Callable[[float], object],
+) -> dict[str, WeightOnlyLinear]:
+    """Tune the linears of a layer that were quantized, together.
+
+    Args:
+        layer: float32; all of its linears are replaced.
+        linears: what the linears to tune start from, and layers of their kind, by name in it.
+        states: those in front of the layer, and those wanted behind it.
+        add: called with shares of the work as they are done, which sum up to 1.
+
+    Returns:
+        the tuned linears.
+    """
+    inputs, targets = states
+    samples, device = tuned_samples(len(inputs.states)), inputs.states.device
+    dtype = work_dtype(device, max(found.spec.bits for _, found in linears.values()))
+    tuned = {}
+    for name, module in list(layer.named_modules()):
+        if name in linears:
+            start, found = linears[name]
+            rounding = TunedRounding(*start, found.spec.bits, found.spec.group_size)
+            tuned[name] = TunedLinear(rounding, found.bias, dtype)
+            layer.set_submodule(name, tuned[name])
+        elif isinstance(module, Linear):
+            frozen = FrozenLinear(module.dequantize(), module.bias, dtype)
+            layer.set_submodule(name, frozen)
+    draw = torch.Generator().manual_seed(options.seed)
+    batch = options.samples(inputs.states.shape[1])
+    with torch.enable_grad(), ops.differentiable():
+        for step in range(options.steps):
+            chosen = torch.randperm(samples, generator=draw)[:batch].to(device)
+            _add_gradients(layer, inputs, targets, chosen)
+            left = 1 - step / options.steps
+            for linear in tuned.values():
+                linear.step(left * RATE / options.steps, left * RANGE_RATE / options.steps)
+            add(1 / options.steps)
+    return {
+        name: WeightOnlyLinear.from_packed(
+            linear.rounding.packed(), found.bias, found.spec, found.in_features
+        )
+        for name, linear in tuned.items()
+        for found in [linears[name][1]]
+    }
+
+
+def _add_gradients(
+    layer: PreNormLayer, inputs: HiddenStates, targets: HiddenStates, chosen: Tensor
+) -> None:
+    """Gradients of the squared error of some samples (B,), a few of them at a time."""
+    length = inputs.states.shape[1]
+    for part in chosen.split(max(1, TOKENS_PER_PASS // length)):
+        x = inputs.states[part].flatten(0, 1).float()
+        wanted = targets.states[part].flatten(0, 1).float()
+        step = Prefill([length] * len(part), None, inputs.positions, x)
+        token_errors(layer(x, step), wanted).mean().backward()

@@ -1,0 +1,231 @@
+"""Layers that are tuned as a whole: what it gains, what it leaves alone, and what is saved."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from covering import each
+from killing import contents, is_killed, killed_at
+from oracle import assert_logits_close, draw_prompts, load, prefill_logits
+from quantizing import MODELS, VOCAB, samples, saved
+from transformers import AutoModelForCausalLM
+
+from qllm.config import QuantPlan, QuantSpec
+from qllm.layers.weight_only import WeightOnlyLinear
+from qllm.models import Decoder
+from qllm.quant.algorithm import DistillOptions, QuantizeOptions, TuneOptions
+from qllm.quant.packing import unpack
+from qllm.quant.rtn import quantize_rtn
+from qllm.quantizer import checkpoint
+from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.layer import LinearReport
+from qllm.quantizer.tune import held_out
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SEEN = samples(64, 24)
+PROMPTS = draw_prompts([7, 1, 12], VOCAB)
+NONE = DistillOptions(steps=0)
+TUNED = TuneOptions(steps=12, batch=4)
+OPTIONS = QuantizeOptions(refine=True, tune=TUNED, distill=NONE)
+
+
+def plan_of(value: object, algorithm: str = "signround", group_size: int = 16) -> QuantPlan:
+    spec = QuantSpec(group_size=group_size, algorithm=algorithm)
+    if isinstance(value, dict):
+        return QuantPlan.from_json(value, default=spec)
+    return QuantPlan.parse(str(value), spec)
+
+
+def tune(
+    source: Path, target: Path, plan: QuantPlan, **job
+) -> tuple[list[str], list[LinearReport]]:
+    """The notes of a run, and its reports."""
+    notes: list[str] = []
+    job = {"options": OPTIONS, "samples": samples(), **job}
+    return notes, quantize_checkpoint(Job(source, plan, **job), target, note=notes.append)
+
+
+def errors(notes: list[str]) -> list[tuple[float, float]]:
+    """Of each layer, before and after tuning, in percent."""
+    lines = [line for line in notes if " when tuned" in line]
+    words = [line.replace("%", "").replace(",", "").split() for line in lines]
+    return [(float(line[3]), float(line[4])) for line in words]
+
+
+@pytest.mark.parametrize(("name", "algorithm"), each(MODELS, ("gptq", "signround")))
+def test_a_layer_is_never_worse_than_it_was(name, algorithm, tmp_path):
+    source = saved(name, tmp_path / "source")
+    notes, reports = tune(source, tmp_path / "out", plan_of(4, algorithm))
+    found = errors(notes)
+    assert len(found) == 2
+    better = [after < before for before, after in found for _ in range(4)]
+    assert [report.of_output for report in reports] == [
+        tuned or algorithm == "gptq" for tuned in better
+    ]
+    exact = load(source).prefill(PROMPTS, last=False)
+    got = load(tmp_path / "out").prefill(PROMPTS, last=False)
+    assert (got - exact).square().mean() < 0.6 * exact.var()
+
+
+def test_tuning_gains_where_the_grid_is_coarse(tmp_path):
+    """On samples that are held out, and of the whole model."""
+    source = saved("opt", tmp_path / "source")
+    options = QuantizeOptions(tune=TuneOptions(steps=40, batch=16), distill=NONE)
+    job = {"options": options, "samples": samples(64, 24)}
+    notes, _ = tune(source, tmp_path / "out", plan_of(2, group_size=-1), **job)
+    assert all(after < 0.85 * before for before, after in errors(notes))
+    quantize_checkpoint(Job(source, plan_of(2, "rtn", group_size=-1)), tmp_path / "nearest")
+    exact = load(source).prefill(PROMPTS, last=False)
+    found = [
+        (load(tmp_path / name).prefill(PROMPTS, last=False) - exact).square().mean()
+        for name in ("out", "nearest")
+    ]
+    assert found[0] < found[1]
+
+
+def test_integers_are_those_of_rounding_to_nearest_or_beside_them(tmp_path):
+    source = saved("opt", tmp_path / "source")
+    options = QuantizeOptions(tune=TUNED, distill=NONE)
+    tune(source, tmp_path / "out", plan_of(4), options=options)
+    ours, exact = load(tmp_path / "out"), load(source)
+    changed = 0
+    for name in ("layers.0.attention.qkv", "layers.1.mlp.down"):
+        packed = ours.get_submodule(name).packed
+        weight = exact.get_submodule(name).weight
+        nearest = quantize_rtn(weight, 4, 16, "asym", lambda *_, p=packed: _ranges(p))
+        pairs = [unpack(p.qweight, 4, weight.shape[1]).int() for p in (packed, nearest)]
+        moved = pairs[0] - pairs[1]
+        assert moved.abs().max() <= 1
+        changed += int(moved.count_nonzero())
+    assert changed
+
+
+def _ranges(packed) -> tuple[torch.Tensor, torch.Tensor]:
+    """The grids of a packed matrix, as `quantize_rtn` takes them."""
+    scales = packed.scales.float()
+    return scales, -packed.qzeros.float() * scales
+
+
+def test_a_layer_that_got_worse_stays_as_it_was(tmp_path, monkeypatch):
+    source = saved("llama", tmp_path / "source")
+    # One step, which goes half a bin at once.
+    options = QuantizeOptions(refine=True, tune=TuneOptions(steps=1, batch=1), distill=NONE)
+    notes, _ = tune(source, tmp_path / "out", plan_of(4, "gptq"), options=options)
+    assert sum("stays as it was" in line for line in notes) == 2
+    plain = QuantizeOptions()
+    quantize_checkpoint(
+        Job(source, plan_of(4, "gptq"), plain, samples=samples()), tmp_path / "plain"
+    )
+    files = [contents(tmp_path / name)["model.safetensors"] for name in ("out", "plain")]
+    assert files[0] == files[1]
+
+
+def test_what_transformers_makes_of_it(tmp_path):
+    source = saved("opt", tmp_path / "source", torch.float16)
+    plan = plan_of(4, group_size=-1)
+    for name, fake in (("out", False), ("fake", True)):
+        tune(source, tmp_path / name, plan, fake=fake, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "fake", dtype=torch.float32)
+    ours = load(tmp_path / "out").prefill(PROMPTS, last=False)
+    assert_logits_close(ours, prefill_logits(theirs, PROMPTS), 5e-3)
+
+
+def test_by_module_name_beside_other_algorithms(tmp_path):
+    """Gradients go through what is not tuned, and it stays."""
+    rules = {
+        ".*": {"bits": 3, "algorithm": "signround"},
+        "mlp.up": {"bits": 4, "algorithm": "awq"},
+        r"layers\.0\.mlp\.down": "8:tc-li",
+        r"layers\.0\.attention\.out": 16,
+        "lm_head": 8,
+    }
+    source = saved("llama with all heads", tmp_path / "source")
+    notes, reports = tune(source, tmp_path / "out", plan_of(rules))
+    assert len(errors(notes)) == 2
+    assert len(reports) == 8
+    out = load(tmp_path / "out")
+    exact = load(source)
+    left = (model.layers[0].attention.out.weight for model in (out, exact))
+    assert torch.equal(*left)
+    got = out.prefill(PROMPTS, last=False)
+    assert (got - exact.prefill(PROMPTS, last=False)).square().mean() < 0.5 * got.var()
+
+
+def test_killed_anywhere_and_gone_on_with(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    source = saved("opt-350m", tmp_path / "source")
+    job = {"shard_bytes": 8000, "samples": samples(4, 12)}
+    tuned, scales = TuneOptions(steps=2, batch=2), DistillOptions(steps=2, batch=2)
+    options = QuantizeOptions(refine=True, tune=tuned, distill=scales)
+
+    def run(target: Path) -> None:
+        tune(source, target, plan_of(3, "gptq"), options=options, **job)
+
+    with killed_at(10**6) as came:
+        run(tmp_path / "expected")
+    expected = contents(tmp_path / "expected")
+    for number in range(6):
+        target = tmp_path / str(number) / "out"
+        assert is_killed(lambda target=target: run(target), len(came) * number // 6)
+        run(target)
+        assert contents(target) == expected
+
+
+def test_the_seed_decides(tmp_path):
+    source = saved("opt", tmp_path / "source")
+    for name, seed in (("one", 0), ("two", 1)):
+        options = QuantizeOptions(tune=TuneOptions(steps=12, batch=2, seed=seed), distill=NONE)
+        tune(source, tmp_path / name, plan_of(3), options=options)
+    files = [contents(tmp_path / name)["model.safetensors"] for name in ("one", "two")]
+    assert files[0] != files[1]
+
+
+def test_memory_is_asked_for_in_front(tmp_path, monkeypatch):
+    """What tuning needs counts, so that it is refused in the beginning and not in the end."""
+    needed: list[int] = []
+    monkeypatch.setattr(checkpoint, "check_fits", lambda count, *_: needed.append(count))
+    source = saved("opt", tmp_path / "source")
+    for name, refine in (("plain", False), ("refined", True)):
+        options = QuantizeOptions(refine=refine, tune=TuneOptions(steps=1), distill=NONE)
+        tune(source, tmp_path / name, plan_of(4, "gptq"), options=options)
+    assert needed[1] > needed[0]
+
+
+@pytest.mark.parametrize(("name", "head"), [("opt-350m", None), ("bloom", 4), ("llama", 4)])
+def test_scales_come_closer_to_the_float_model_and_nothing_else_changes(name, head, tmp_path):
+    source = saved(name, tmp_path / "source", torch.float16)
+    rules = {".*": 3} | ({} if head is None else {"lm_head": head})
+    kept = []
+    for steps in (0, 12):
+        scales = DistillOptions(steps=steps, batch=3, rate=0.003)
+        options = QuantizeOptions(tune=TuneOptions(steps=2, batch=2), distill=scales)
+        out = tmp_path / str(steps)
+        job = {"options": options, "dtype": torch.float32, "samples": SEEN}
+        notes, _ = tune(source, out, plan_of(rules), **job)
+        kept.append(load(out))
+    words = next(line for line in notes if "divergence" in line).replace(",", "").split()
+    numbers = [float(word) for word in words if word[0].isdigit()]
+    assert numbers[1] < numbers[0]
+    before, after = (dict(model.named_modules()) for model in kept)
+    for part, module in before.items():
+        if isinstance(module, WeightOnlyLinear):
+            pair = module.packed, after[part].packed
+            assert torch.equal(pair[0].qweight, pair[1].qweight)
+            assert torch.equal(pair[0].qzeros, pair[1].qzeros)
+            assert not torch.equal(pair[0].scales, pair[1].scales)
+    found = [divergence(model, load(source)) for model in kept]
+    assert found[1] < found[0]
+    assert found == pytest.approx(numbers, rel=0.05)
+
+
+def divergence(model: Decoder, exact: Decoder) -> float:
+    """Mean over all tokens of the samples that are held out, in float64."""
+    held = [SEEN[i] for i in held_out(len(SEEN))]
+    ours, theirs = (
+        each.prefill(held, last=False).double().log_softmax(-1) for each in (model, exact)
+    )
+    return (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
