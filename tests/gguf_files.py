@@ -51,7 +51,54 @@ def gpt2() -> nn.Module:
     return made(GPT2LMHeadModel, GPT2Config(**SIZES, n_layer=2, n_positions=64))
 
 
-FAMILIES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "bloom": bloom, "gpt2": gpt2}
+def gemma2() -> nn.Module:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+    more = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 4, **caps}
+    return made(Gemma2ForCausalLM, Gemma2Config(**LLAMA, **more))
+
+
+def gemma3() -> nn.Module:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    sliding = ["sliding_attention"] * 5 + ["full_attention"]
+    more = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 4}
+    ropes = {
+        "full_attention": {"rope_type": "linear", "rope_theta": 5e4, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    sizes = LLAMA | {"num_hidden_layers": 6}
+    config = Gemma3TextConfig(**sizes, **more, layer_types=sliding, rope_parameters=ropes)
+    return made(Gemma3ForCausalLM, config)
+
+
+def phi3() -> nn.Module:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    factors = {"short_factor": [1.0, 1.5, 2.0], "long_factor": [3.0, 4.0, 5.0]}
+    length = {"original_max_position_embeddings": 32}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.375, **factors}
+    config = Phi3Config(
+        **LLAMA, pad_token_id=0, eos_token_id=0, rope_parameters=rope | length, **length
+    )
+    return made(Phi3ForCausalLM, config)
+
+
+def gptneox() -> nn.Module:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = SIZES | {"intermediate_size": 96, "num_hidden_layers": 2, "rotary_pct": 0.25}
+    config = GPTNeoXConfig(**sizes, max_position_embeddings=64)
+    return made(GPTNeoXForCausalLM, config)
+
+
+FAMILIES = {
+    **{"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "bloom": bloom, "gpt2": gpt2},
+    **{"gemma2": gemma2, "gemma3": gemma3, "phi3": phi3, "gptneox": gptneox},
+}
+# llama.cpp's name of an architecture, where it is another one.
+ARCHITECTURES = {"gemma3_text": "gemma3", "gpt_neox": "gptneox"}
 
 
 def made(kind: type, config: object) -> nn.Module:
@@ -87,31 +134,17 @@ def write_model(
 ) -> Path:
     """The file of a model, its matrices of one type; the first of several."""
     config = model.config
-    architecture = config.model_type
+    architecture = ARCHITECTURES.get(config.model_type, config.model_type)
     limit = {"split_max_tensors": -(-len(list(model.parameters())) // split)} if split > 1 else {}
     writer = GGUFWriter(path, architecture, **limit)
-    layers = config.num_hidden_layers
-    writer.add_block_count(layers)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_head_count(config.num_attention_heads)
-    if architecture in ("bloom", "gpt2"):
-        writer.add_layer_norm_eps(config.layer_norm_epsilon)
-        writer.add_feed_forward_length(4 * config.hidden_size)
-        writer.add_context_length(64)
-    else:
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_context_length(config.max_position_embeddings)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-        if architecture == "qwen3":
-            writer.add_key_length(config.head_dim)
-            writer.add_value_length(config.head_dim)
+    add_sizes(writer, architecture, config)
     add_tokenizer(writer)
     writer.add_add_bos_token(begins)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], layers)
+    names = gguf.get_tensor_name_map(
+        gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers
+    )
     for name, weight in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if (name == "lm_head.weight" and config.tie_word_embeddings) or "rotary_emb" in name:
             continue
         stem, _, end = name.rpartition(".")
         target = names.get_name(stem) or names.get_name(stem.removeprefix("transformer."))
@@ -120,6 +153,8 @@ def write_model(
         if architecture == "llama" and (".q_proj" in name or ".k_proj" in name):
             heads = config.num_attention_heads if ".q_" in name else config.num_key_value_heads
             matrix = matrix.view(heads, 2, -1, matrix.shape[-1]).transpose(1, 2).flatten(0, 2)
+        if "gemma" in architecture and name.endswith("norm.weight"):
+            matrix = matrix + 1
         if "query_key_value" in name:
             parts = matrix.view(config.num_attention_heads, 3, -1, *matrix.shape[1:])
             matrix = parts.transpose(0, 1).flatten(0, 2)
@@ -133,6 +168,53 @@ def write_model(
     writer.write_tensors_to_file()
     writer.close()
     return path if split == 1 else next(iter(sorted(path.parent.glob(f"{path.stem}-00001-*"))))
+
+
+def add_sizes(writer: GGUFWriter, architecture: str, config: object) -> None:
+    """A model's hyperparameters."""
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    if architecture in ("bloom", "gpt2"):
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        writer.add_feed_forward_length(4 * config.hidden_size)
+        writer.add_context_length(64)
+    elif architecture == "gptneox":
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_context_length(64)
+        writer.add_parallel_residual(True)
+        writer.add_rope_dimension_count(4)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        add_settings(writer, architecture, config)
+
+
+def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
+    """Those of RoPE and of windows, for the families that come from Llama."""
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if architecture in ("qwen3", "gemma2", "gemma3"):
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    if "gemma" in architecture:
+        writer.add_sliding_window(config.sliding_window)
+    if architecture == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if architecture == "gemma3":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(8.0)
+    if architecture == "phi3":
+        writer.add_rope_dimension_count(6)
+        writer.add_rope_scaling_orig_ctx_len(32)
+        writer.add_rope_scaling_attn_factors((1 + np.log(2) / np.log(32)) ** 0.5)
+        for length in ("short", "long"):
+            factors = np.array(rope[f"{length}_factor"], dtype=np.float32)
+            writer.add_tensor(f"rope_factors_{length}.weight", factors)
 
 
 def add_tokenizer(writer: GGUFWriter) -> None:

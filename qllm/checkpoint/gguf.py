@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from qllm.checkpoint.tensors import TensorFile, TensorInfo, map_file
 from qllm.errors import UserError
-from qllm.gguf.config import architecture_of
+from qllm.gguf.config import architecture_of, read_config
 from qllm.gguf.file import GGUF, GGUFTensor
 from qllm.gguf.metadata import Metadata
 from qllm.gguf.types import BlockType
+from qllm.models import FAMILIES, RawConfig
+from qllm.models import read_config as model_config
 
 BLOCKS = "blocks"  # the tensor of a linear that is held as it is
 
@@ -40,16 +42,16 @@ INNER: dict[str, tuple[str, int]] = {
     "attn_q_norm": ("attention.qk_norm", 0),
     "attn_k_norm": ("attention.qk_norm", 1),
     "attn_output": ("attention.out", 0),
+    "post_attention_norm": ("attention_output_norm", 0),
     "ffn_norm": ("mlp_norm", 0),
     "ffn_gate": ("mlp.up", 0),
     "ffn_up": ("mlp.up", 1),
     "ffn_down": ("mlp.down", 0),
+    "post_ffw_norm": ("mlp_output_norm", 0),
 }
 LAYER = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
-# Where a model's rotation turns pairs side by side, of these each pair's halves are apart here.
-ROTATED = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
 # What the configuration has of a file.
-CONSUMED = ("rope_freqs.weight",)
+CONSUMED = tuple(f"rope_{kind}.weight" for kind in ("freqs", "factors_long", "factors_short"))
 
 
 @dataclass(frozen=True)
@@ -57,23 +59,18 @@ class Part:
     """Rows of one of our tensors, all of a file's tensor.
 
     Attributes:
-        heads: whose halves are to be put apart; 0: the rows are in our order.
+        order: the file's row of each of ours; None where they are the same.
+        offset: what its numbers have more than ours.
     """
 
     tensor: GGUFTensor
-    heads: int = 0
+    order: Tensor | None = None
+    offset: float = 0.0
 
     @property
     def rows(self) -> int:
         """How many there are."""
         return self.tensor.shape[0]
-
-    def order(self) -> Tensor | None:
-        """The file's row of each of ours; None where they are the same."""
-        if not self.heads:
-            return None
-        index = torch.arange(self.rows).view(self.heads, -1, 2)
-        return index.transpose(1, 2).flatten()
 
 
 def parts_of(found: GGUF) -> dict[str, list[Part]]:
@@ -81,13 +78,8 @@ def parts_of(found: GGUF) -> dict[str, list[Part]]:
 
     A tensor that has no name of ours keeps its own, in the layer that it is in.
     """
-    metadata = Metadata(found)
-    permuted = architecture_of(metadata).permuted
-    many = metadata.count(metadata.own("attention.head_count"), 0)
-    heads = {
-        part: metadata.count(metadata.own(key), many) if permuted else 0
-        for part, key in ROTATED.items()
-    }
+    offset = architecture_of(Metadata(found)).norm_offset
+    orders = _row_orders(found)
     parts: dict[str, dict[int, Part]] = {}
     for name, tensor in found.tensors.items():
         layer, (stem, _, kind) = LAYER.fullmatch(name), name.rpartition(".")
@@ -99,14 +91,33 @@ def parts_of(found: GGUF) -> dict[str, list[Part]]:
             stem, kind = f"layers.{int(layer[1])}.{inner}", layer[3]
         elif stem in OUTER:
             stem = OUTER[stem]
-        count = heads.get(layer[2], 0) if layer else 0
-        if count and (count < 1 or tensor.shape[0] % (2 * count)):
-            raise UserError(f"{tensor.path}: {name} has {tensor.shape[0]} rows for {count} heads")
+        order = orders.get(layer[2]) if layer else None
+        if order is not None and len(order) != tensor.shape[0]:
+            rows = tensor.shape[0]
+            raise UserError(f"{tensor.path}: {name} has {rows} rows, its heads {len(order)}")
         same = parts.setdefault(f"{stem}.{kind}", {})
         if at in same:
             raise UserError(f"{tensor.path}: {name} and another tensor are the same part")
-        same[at] = Part(tensor, count)
+        same[at] = Part(tensor, order, offset if stem.endswith("norm") else 0.0)
     return {name: [same[at] for at in sorted(same)] for name, same in parts.items()}
+
+
+def _row_orders(found: GGUF) -> dict[str, Tensor]:
+    """llama.cpp's name of each part whose rows are not in our order: the row of each of ours."""
+    architecture = architecture_of(Metadata(found))
+    config = model_config(RawConfig(read_config(found), str(found.path)))
+    counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    if architecture.permuted:
+        runs = [torch.arange(n * config.head_dim).view(n, -1, 2) for n in counts[:2]]
+        q, k = (run.transpose(1, 2).flatten() for run in runs)
+        return {"attn_q": q, "attn_k": k}
+    # Heads lie one behind the other here, whatever the family's own checkpoints have.
+    family = replace(FAMILIES[config.family], interleaved_qkv=False)
+    whole = family.qkv_order(config)
+    if whole is None:
+        return {}
+    q, k, _ = whole.split([n * config.head_dim for n in counts])
+    return {"attn_qkv": whole, "attn_q": q, "attn_k": k - len(q)}
 
 
 def _is_linear(name: str) -> bool:
@@ -224,7 +235,7 @@ class GGUFFile(TensorFile):
 
     def _piece(self, part: Part, run: range, blocks: bool) -> Tensor:
         tensor = part.tensor
-        kind, order = tensor.type, part.order()
+        kind, order = tensor.type, part.order
         data = self._mapped(tensor.path)[tensor.offset : tensor.offset + tensor.nbytes]
         matrix = data.view(part.rows, -1)
         taken = (
@@ -233,6 +244,8 @@ class GGUFFile(TensorFile):
         if blocks:
             return taken
         numbers = kind.dequantize(taken, self._dtype)
+        if part.offset:
+            numbers = numbers - part.offset
         return numbers.view(len(run), *tensor.shape[1:])
 
     def _mapped(self, path: Path) -> Tensor:

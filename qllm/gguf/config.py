@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from qllm.errors import UserError
-from qllm.gguf.file import GGUF
+from qllm.gguf.file import GGUF, GGUFTensor
 from qllm.gguf.metadata import Metadata
 from qllm.gguf.types import F32
 
 # Tokens that end a text whatever a file calls its EOS, as in llama.cpp.
 ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
 CONTROL = 3  # of tokenizer.ggml.token_type
+VALUES, TURNED = "attention.value_length", "rope.dimension_count"
 # Present with another value, each of these makes another model.
 NEUTRAL = {
     "expert_count": 0,
@@ -35,11 +36,15 @@ class Architecture:
         model_type: transformers' name.
         config: what config.json says besides what all have.
         permuted: rows of q and k lie in the order of llama.cpp's rotation: pairs side by side.
+        norm_offset: what norms' weights have more than in a checkpoint.
+        reads: keys of NEUTRAL that `config` reads.
     """
 
     model_type: str
     config: Callable[[Metadata, GGUF], dict[str, object]]
     permuted: bool = False
+    norm_offset: float = 0.0
+    reads: frozenset[str] = frozenset()
 
 
 def architecture_of(metadata: Metadata) -> Architecture:
@@ -67,7 +72,7 @@ def read_config(found: GGUF) -> dict[str, object]:
     architecture = architecture_of(metadata)
     for key, neutral in NEUTRAL.items():
         value = metadata.values.get(metadata.own(key), neutral)
-        if value != neutral:
+        if value != neutral and key not in architecture.reads:
             raise UserError(
                 f"{found.path}: {metadata.own(key)} is {value!r}; QLLM's {architecture.model_type} "
                 f"has none"
@@ -92,8 +97,8 @@ def _ends(metadata: Metadata) -> list[int]:
     tokens = metadata.texts("tokenizer.ggml.tokens", [])
     types = metadata.numbers("tokenizer.ggml.token_type", [])
     if len(types) == len(tokens):
-        wanted = set(ENDS)
-        found |= {i for i, text in enumerate(tokens) if text in wanted and types[i] == CONTROL}
+        control = [i for i, kind in enumerate(types) if kind == CONTROL]
+        found |= {i for i in control if tokens[i] in ENDS}
     return sorted(found)
 
 
@@ -105,12 +110,18 @@ def _dtype(found: GGUF) -> str:
     return "bfloat16" if "BF16" in names else "float16"
 
 
-def _llama(metadata: Metadata, found: GGUF) -> dict[str, object]:
+def _llama(
+    metadata: Metadata, found: GGUF, *, same: tuple[str, ...] = (VALUES, TURNED)
+) -> dict[str, object]:
+    """
+    Args:
+        same: keys that are to say the channels of a head, where they are there.
+    """
     own = metadata.own
     hidden, heads = metadata.count(own("embedding_length")), _heads(metadata)
     head_dim = metadata.count(own("attention.key_length"), hidden // heads)
     trained = metadata.count(own("context_length"))
-    for key in ("attention.value_length", "rope.dimension_count"):
+    for key in same:
         if metadata.count(own(key), head_dim) != head_dim:
             raise UserError(
                 f"{found.path}: {own(key)} is {metadata.values[own(key)]}, the heads have "
@@ -138,9 +149,7 @@ def _rope(metadata: Metadata, found: GGUF, trained: int) -> dict[str, object]:
     kind = metadata.text(own("rope.scaling.type"), "none")
     factors = found.tensors.get("rope_freqs.weight")
     if factors is not None:
-        if factors.type is not F32 or len(factors.shape) != 1:
-            raise UserError(f"{found.path}: rope_freqs.weight is no list of float32")
-        values = _floats(factors)
+        values = _floats(factors, found)
         return rope | {
             "rope_type": "longrope",
             "short_factor": values,
@@ -160,13 +169,100 @@ def _rope(metadata: Metadata, found: GGUF, trained: int) -> dict[str, object]:
     return rope
 
 
-def _floats(tensor: object) -> list[float]:
+def _floats(tensor: GGUFTensor, found: GGUF) -> list[float]:
     """The numbers of a short float32 tensor."""
     import torch
 
+    if tensor.type is not F32 or len(tensor.shape) != 1:
+        raise UserError(f"{found.path}: factors of RoPE are no list of float32")
     with tensor.path.open("rb") as file:
         file.seek(tensor.offset)
         return torch.frombuffer(bytearray(file.read(tensor.nbytes)), dtype=torch.float32).tolist()
+
+
+def _gemma2(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    own = metadata.own
+    return _gemma(metadata, found, every=2, widest=46) | {
+        "sliding_window": metadata.count(own("attention.sliding_window"), 4096),
+        "attn_logit_softcapping": metadata.number(own("attn_logit_softcapping"), 50.0),
+        "final_logit_softcapping": metadata.number(own("final_logit_softcapping"), 30.0),
+    }
+
+
+def _gemma3(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    own = metadata.own
+    values = _gemma(metadata, found, every=6, widest=62)
+    window = metadata.count(own("attention.sliding_window"), 0)
+    if window:
+        values["sliding_window"] = window
+    else:
+        values["layer_types"] = ["full_attention"] * metadata.count(own("block_count"))
+    cap = metadata.number(own("final_logit_softcapping"), 0.0)
+    local = {"rope_theta": metadata.number(own("rope.freq_base_swa"), 10000.0)}
+    ropes = {"full_attention": values["rope_parameters"], "sliding_attention": local}
+    return values | {"final_logit_softcapping": cap or None, "rope_parameters": ropes}
+
+
+def _gemma(metadata: Metadata, found: GGUF, every: int, widest: int) -> dict[str, object]:
+    """
+    Args:
+        every: each so many-th layer sees all, where the file does not say which do.
+        widest: layers of the size whose scores are scaled by the width that a head has of all.
+    """
+    values, layers = _llama(metadata, found), metadata.count(metadata.own("block_count"))
+    pattern = metadata.values.get(metadata.own("attention.sliding_window_pattern"), every)
+    slides = pattern if isinstance(pattern, list) else [False] * layers
+    if not isinstance(pattern, list):
+        every = metadata.count(metadata.own("attention.sliding_window_pattern"), every)
+        slides = [every > 0 and i % every < every - 1 for i in range(layers)]
+    head = metadata.count(metadata.own("embedding_length")) / _heads(metadata)
+    return values | {
+        "layer_types": ["sliding_attention" if each else "full_attention" for each in slides],
+        "query_pre_attn_scalar": head if layers == widest else values["head_dim"],
+    }
+
+
+def _phi3(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    own = metadata.own
+    values = _llama(metadata, found, same=(VALUES,))
+    rope = _rope(metadata, found, metadata.count(own("context_length")))
+    factors = {
+        f"{kind}_factor": found.tensors.get(f"rope_factors_{kind}.weight")
+        for kind in ("short", "long")
+    }
+    if all(factors.values()):
+        original = metadata.count(own("rope.scaling.original_context_length"))
+        rope |= {key: _floats(tensor, found) for key, tensor in factors.items() if tensor}
+        rope["rope_type"] = "longrope"
+        values["original_max_position_embeddings"] = original
+        rope["attention_factor"] = metadata.number(own("rope.scaling.attn_factor"), 1.0)
+    rope |= _partial(metadata, values["head_dim"])
+    window = metadata.count(own("attention.sliding_window"), 0)
+    return values | {"rope_parameters": rope, "sliding_window": window or None}
+
+
+def _partial(metadata: Metadata, head_dim: object) -> dict[str, object]:
+    """The share of a head's channels that RoPE turns."""
+    turned = metadata.count(metadata.own(TURNED), head_dim)
+    # transformers cuts the product with the head's channels to a whole number.
+    return {"partial_rotary_factor": 1.0 if turned == head_dim else (turned + 0.5) / head_dim}
+
+
+def _gpt_neox(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    own = metadata.own
+    hidden, trained = metadata.count(own("embedding_length")), metadata.count(own("context_length"))
+    rope = _rope(metadata, found, trained) | _partial(metadata, hidden // _heads(metadata))
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": metadata.count(own("block_count")),
+        "num_attention_heads": _heads(metadata),
+        "intermediate_size": metadata.count(own("feed_forward_length")),
+        "max_position_embeddings": trained,
+        "layer_norm_eps": metadata.number(own("attention.layer_norm_epsilon")),
+        "use_parallel_residual": metadata.flag(own("use_parallel_residual"), True),
+        "attention_bias": "blk.0.attn_qkv.bias" in found.tensors,
+        "rope_parameters": rope,
+    }
 
 
 def _bloom(metadata: Metadata, found: GGUF) -> dict[str, object]:
@@ -202,10 +298,15 @@ def _heads(metadata: Metadata) -> int:
     return heads
 
 
+WINDOW = frozenset({"attention.sliding_window"})
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", _llama, permuted=True),
     "qwen2": Architecture("qwen2", _llama),
     "qwen3": Architecture("qwen3", _llama),
+    "gemma2": Architecture("gemma2", _gemma2, norm_offset=1.0, reads=WINDOW),
+    "gemma3": Architecture("gemma3_text", _gemma3, norm_offset=1.0, reads=WINDOW),
+    "phi3": Architecture("phi3", _phi3, reads=WINDOW),
+    "gptneox": Architecture("gpt_neox", _gpt_neox, reads=frozenset({"use_parallel_residual"})),
     "bloom": Architecture("bloom", _bloom),
     "gpt2": Architecture("gpt2", _gpt2),
 }

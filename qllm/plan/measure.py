@@ -98,7 +98,7 @@ class _Run:
 
     def __init__(self, job: Job, note: Callable[[str], None]) -> None:
         self.job, self.note = job, note
-        checkpoint = Checkpoint(job.source)
+        checkpoint = Checkpoint(job.source, packed=False)
         if QUANTIZATION_KEY in checkpoint.raw_config.values:
             raise UserError(
                 f"{job.source} is quantized already; give the 16-bit checkpoint it was made from"
