@@ -47,6 +47,12 @@ def parse_args() -> argparse.Namespace:
         help="ONNX: of activations and unquantized weights (float32)",
     )
     cli.add_accuracy_option(group)
+    group.add_argument(
+        "--round-offsets",
+        action="store_true",
+        help="GGUF: write 4 bits with zero points as Q4_1, whose offsets are float16, where Q8_0 "
+        "would hold them without a loss",
+    )
     cli.add_threads_option(group)
     group.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args()
@@ -56,6 +62,8 @@ def main() -> None:
     args = parse_args()
     onnx = args.format == "onnx"
     if onnx:
+        if args.round_offsets:
+            raise UserError("--round-offsets is for --format gguf; leave it out")
         check_installed()
     elif args.dtype or args.accuracy_level is not None:
         raise UserError("--dtype and --accuracy-level are for --format onnx; leave them out")
@@ -100,7 +108,8 @@ def export_gguf(args: argparse.Namespace, source: Path) -> int:
     """Write a file; returns its bytes."""
     from qllm.checkpoint import to_gguf
 
-    return to_gguf.export_gguf(source, Path(args.save), cli.note)
+    target = Path(args.save)
+    return to_gguf.export_gguf(source, target, cli.note, round_offsets=args.round_offsets)
 
 
 if __name__ == "__main__":

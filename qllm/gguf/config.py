@@ -238,7 +238,12 @@ def _phi3(metadata: Metadata, found: GGUF) -> dict[str, object]:
         rope["attention_factor"] = metadata.number(own("rope.scaling.attn_factor"), 1.0)
     rope |= _partial(metadata, values["head_dim"])
     window = metadata.count(own("attention.sliding_window"), 0)
-    return values | {"rope_parameters": rope, "sliding_window": window or None}
+    # Where nothing is said of padding, transformers has an id that the model may not have.
+    return values | {
+        "rope_parameters": rope,
+        "sliding_window": window or None,
+        "pad_token_id": None,
+    }
 
 
 def _partial(metadata: Metadata, head_dim: object) -> dict[str, object]:

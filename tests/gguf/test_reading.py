@@ -12,12 +12,14 @@ from gguf_files import FAMILIES, KINDS, VOCAB, dequantized, write_model, write_s
 from qllm import LLM
 from qllm.checkpoint.gguf import GGUFFile
 from qllm.checkpoint.reader import Checkpoint
+from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.gguf.file import read_gguf
 from qllm.gguf.tokenizer import tokenizer_files
 from qllm.gguf.types import TYPES
 from qllm.models.decoder import Decoder
 from qllm.quant.packing import unpack
+from qllm.quantizer.checkpoint import Job, quantize_checkpoint
 from qllm.tokenizer import Tokenizer
 
 # Where the float16 factors of a block are: random bytes may be no numbers there.
@@ -79,6 +81,21 @@ def test_numbers_are_quantized_where_bits_are_asked_for(tmp_path):
     path = write_model(tmp_path / "model.gguf", model, "Q8_0")
     llm = LLM.from_pretrained(path, bitwidth=3, group_size=32)
     assert {m.spec.bits for n, m in _linears(llm.model) if n != "lm_head"} == {3}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "phi3", "gptneox"])
+def test_what_is_quantized_from_a_file_is_a_checkpoint_of_transformers(tmp_path, family):
+    from transformers import AutoModelForCausalLM
+
+    path = write_model(tmp_path / "model.gguf", FAMILIES[family](), "F16")
+    plan = QuantPlan.uniform(QuantSpec(6, 32, "asym", "weight_only"))
+    quantize_checkpoint(Job(path, plan, fake=True), tmp_path / "fake")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "fake", dtype=torch.float32)
+    llm = LLM.from_pretrained(path, bitwidth=6, group_size=32, dtype="float32")
+    want = reference(torch.tensor(IDS[:1])).logits[0]
+    (logits,) = llm.logits(IDS[:1])
+    # The checkpoint's values are float16.
+    assert (logits - want).abs().max() < 4e-3 * (want.max() - want.min())
 
 
 def test_a_split_model_is_one(tmp_path):

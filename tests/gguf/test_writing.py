@@ -50,6 +50,28 @@ def test_there_and_back(tmp_path, family, spec, kind):
     assert again.generate(prompt, max_new_tokens=12) == ours.generate(prompt, max_new_tokens=12)
 
 
+def test_offsets_are_rounded_where_that_is_asked_for_and_kept_where_they_are_float16(tmp_path):
+    job = Job(ROOT / "tiny_models" / "llama-tiny", QuantPlan.parse("4", QuantSpec(group_size=32)))
+    quantize_checkpoint(job, tmp_path / "quantized")
+    notes: list[str] = []
+    export_gguf(tmp_path / "quantized", tmp_path / "wide.gguf", notes.append)
+    assert "--round-offsets makes Q4_1" in notes[0]
+    first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
+    export_gguf(tmp_path / "quantized", first, notes.append, round_offsets=True)
+    export_gguf(first, second, notes.append)
+    assert len(notes) == 1
+    files = [gguf.GGUFReader(path).tensors for path in (tmp_path / "wide.gguf", first, second)]
+    for wide, rounded, again in zip(*files, strict=True):
+        assert rounded.data.tobytes() == again.data.tobytes()
+        if wide.tensor_type.name != "Q8_0":
+            continue
+        assert rounded.tensor_type.name == "Q4_1"
+        want, found = (quants.dequantize(t.data, t.tensor_type) for t in (wide, rounded))
+        groups = want.reshape(-1, 32)
+        step = (groups.max(1) - groups.min(1))[:, None] / 15
+        assert (abs(found.reshape(-1, 32) - groups) <= 0.01 * step).all()
+
+
 def test_rows_are_in_llama_cpp_s_order(tmp_path):
     source = ROOT / "tiny_models" / "llama-tiny"
     export_gguf(source, tmp_path / "model.gguf")
