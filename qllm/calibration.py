@@ -74,8 +74,8 @@ class Calibration:
                     raise UserError(f"{path} is no calibration; fake_calib_gen.py makes one")
                 for key in file.keys():  # noqa: SIM118 - it is no dictionary
                     name, _, side = key.rpartition(".")
-                    store = {"input": calibration.inputs, "output": calibration.outputs}
-                    store[side][name] = file.get_tensor(key).clone()
+                    sides = {"input": calibration.inputs, "output": calibration.outputs}
+                    sides[side][name] = file.get_tensor(key).clone()
         except (SafetensorError, OSError, KeyError) as error:
             raise UserError(f"{path} cannot be read as a calibration ({error})") from None
         for store in (calibration.inputs, calibration.outputs):
@@ -93,7 +93,7 @@ class Calibration:
         calibration.about = about
         return calibration
 
-    def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse statistics of another model.
 
         Args:

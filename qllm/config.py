@@ -314,7 +314,7 @@ def read_plan_file(path: Path) -> dict[str, Any]:
 class RopeConfig:
     """Rotary position embedding (Su et al. 2021) and the scalings of its frequencies.
 
-    The fields that a kind does not use are None.
+    The fields that a kind does not use are at their defaults.
 
     Attributes:
         kind: "default", "linear" (Chen et al. 2023), "dynamic", "llama3", "yarn" (Peng et al.
@@ -332,18 +332,18 @@ class RopeConfig:
     theta: float = 10000.0
     kind: str = "default"
     rotary_dim: int | None = None
-    factor: float | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_positions: int | None = None
+    factor: float = 1.0
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    original_max_positions: int = 0
     attention_factor: float = 1.0
-    beta_fast: float | None = None
-    beta_slow: float | None = None
+    beta_fast: float = 0.0
+    beta_slow: float = 0.0
     truncate: bool = True
-    short_factor: tuple[float, ...] | None = None
-    long_factor: tuple[float, ...] | None = None
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
     rereads: bool = False
-    turned_pairs: int | None = None
+    turned_pairs: int = 0
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,6 @@ class WritingError(UserError, OSError):
     """Something cannot be written: the disk is full or read-only, or what is named cannot be."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error of a library says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

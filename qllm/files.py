@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from qllm.errors import UserError
 
@@ -23,7 +24,7 @@ KINDS = {
 }
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """Open a regular file, or a link to one, to read from.
 
     A named pipe would wait for its writer for good, and a device may have no end.

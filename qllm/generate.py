@@ -50,12 +50,6 @@ NOT_APPLIED = {
 }
 
 
-class Cache(Protocol):
-    """What a `Generator` keeps of its sequences: a `KVCache`, or an `OnnxCache`."""
-
-    def keep(self, indices: Sequence[int]) -> None: ...
-
-
 class Generator(Protocol):
     """What generates: a `Decoder`, or an ONNX model of `qllm.onnx`; `Decoder` says how.
 
@@ -69,11 +63,11 @@ class Generator(Protocol):
     @property
     def stage(self) -> PipelineStage | None: ...
 
-    def new_cache(self, rows: int, capacity: int) -> Cache: ...
+    def new_cache(self, rows: int, capacity: int) -> Any: ...
     def prefill(
-        self, prompts: Sequence[Sequence[int]], cache: Any, *, share: bool
+        self, prompts: Sequence[Sequence[int]], cache: Any, *, share: bool = ...
     ) -> Tensor | None: ...
-    def decode(self, tokens: Tensor, cache: Any, *, share: bool) -> Tensor | None: ...
+    def decode(self, tokens: Tensor, cache: Any, *, share: bool = ...) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -144,7 +138,7 @@ def read_generation_config(
     ]
     if ignored:
         note(f"{path.name} sets {', '.join(ignored)}, which QLLM does not apply")
-    lengths = {
+    lengths: dict[str, Any] = {
         key: raw.count(key)
         for key in ("max_new_tokens", "max_length", "min_length", "min_new_tokens")
         if raw.values.get(key) not in (None, 0)
@@ -283,6 +277,7 @@ class _Batch:
         if stage is not None and not stage.last:
             received = torch.empty(len(self.live), dtype=torch.int64, device=self.model.device)
             self.tokens = stage.broadcast(received)
+        assert self.tokens is not None  # the last stage has found them
         self.processor.add(self.tokens)
         found = self.tokens.tolist()
         for text, token in zip(self.texts, found, strict=True):
@@ -304,7 +299,8 @@ class _Batch:
         self.processor.keep(indices)
         if self.sampler is not None:
             self.sampler.keep(indices)
-        self.tokens = self.tokens[torch.tensor(indices, dtype=torch.int64)]
+        if self.tokens is not None:
+            self.tokens = self.tokens[torch.tensor(indices, dtype=torch.int64)]
 
 
 def check_prompts(

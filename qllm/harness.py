@@ -81,11 +81,11 @@ class Methods:
         """Of each (context, continuation): log-likelihood, and whether greedy search says it."""
         longest = self.model.config.max_positions
         passages = [
-            continuation(self.tokens, *request.args, longest, f"request {number}")
-            for number, request in enumerate(requests, 1)
+            continuation(self.tokens, context, text, longest, f"request {number}")
+            for number, (context, text) in enumerate((each.args for each in requests), 1)
         ]
         found = self._score(passages, disable_tqdm, greedy=True)
-        return [(-each.loss, each.greedy) for each in found]
+        return [(-each.loss, each.greedy is True) for each in found]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -120,7 +120,9 @@ class Methods:
             raise UserError(
                 f"max_gen_toks {count} leaves no prompt room in the model's window of {window}"
             )
-        prompt = self.tokens.encode(context, room) or [self.tokens.begin]
+        prompt = self.tokens.encode(context, room)
+        if not prompt and self.tokens.begin is not None:
+            prompt = [self.tokens.begin]
         eos = self.model.config.eos_token_ids
         (ids,) = generate(self.model, [prompt], GenerationConfig(count, eos_token_ids=eos))
         text = self.tokens.continuation(list(prompt), ids)

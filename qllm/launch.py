@@ -138,7 +138,7 @@ def _processes() -> dict[int, list[psutil.Process]]:
     """
     import psutil
 
-    launcher = psutil.Process()
+    launcher: psutil.Process | None = psutil.Process()
     while launcher is not None and "RANK" in _environment(launcher):
         launcher = launcher.parent()
     found: dict[int, list[psutil.Process]] = {}

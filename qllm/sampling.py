@@ -11,6 +11,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class Sampling:
         Raises:
             UserError: for values that cannot be, or that contradict each other.
         """
-        given = {name: value for name, value in changes.items() if value is not None}
+        given: dict[str, Any] = {n: value for n, value in changes.items() if value is not None}
         if not given:
             return None
         if given.get("temperature") == 0:
@@ -104,6 +105,7 @@ class Sampling:
 
     def seeds(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """The seed of each prompt's stream: of one that comes again, another."""
+        assert self.seed is not None  # see `with_seed`
         met: dict[tuple[int, ...], int] = {}
         found = []
         for prompt in map(tuple, prompts):

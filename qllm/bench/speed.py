@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -199,14 +199,14 @@ def decode_one_by_one(
         sequence has a second one.
     """
     seconds, losses = [], []
-    logits = None
+    logits: Tensor | None = None
     for index in progress(list(range(len(tokens)))):
         token = torch.tensor(tokens[index : index + 1])
         if index % longest == 0:
             runner.begin(1, longest)
-        else:
+        elif logits is not None:
             losses.append(cross_entropy(logits.cpu(), token).item())
-        elapsed, logits = timed(lambda token=token: runner.step(token))
+        elapsed, logits = timed(partial(runner.step, token))
         seconds.append(elapsed)
     times = torch.tensor(seconds, dtype=torch.float64)
     return {

@@ -168,7 +168,8 @@ class GGUFFile(TensorFile):
             dtype: in which the numbers of blocks are read.
         """
         self._dtype = dtype
-        self.path, self._maps = found.path, {}
+        self.path = found.path
+        self._maps: dict[Path, Tensor] = {}
         self._parts = parts_with_head(found) if packed else parts_of(found)
         types = packed_types(self._parts) if packed else {}
         self.tensors: dict[str, TensorInfo] = {}

@@ -154,7 +154,7 @@ def _open(folder: Path, plan: QuantPlan, dtype: torch.dtype | None) -> Checkpoin
     if _quantizes(plan) or not is_gguf(folder):
         return Checkpoint(folder, packed=not _quantizes(plan))
     own = resolve_dtype(read_raw_config(folder).values["dtype"])
-    return Checkpoint(folder, dtype=dtype or own)
+    return Checkpoint(folder, dtype=dtype or own or torch.float32)
 
 
 def _empty(weights: Weights, specs: dict[str, QuantSpec], dtype: torch.dtype) -> Decoder:

@@ -81,12 +81,13 @@ def read_raw_config(folder: Path, *, packed: bool = True) -> RawConfig:
         packed: of a GGUF file, linears are as it has them; else they are its numbers.
     """
     if is_gguf(folder):
-        found = read_gguf(folder)
-        values = read_config(found) | {LAYOUT_KEY: LAYOUT}
+        file = read_gguf(folder)
+        values: dict[str, Any] = read_config(file) | {LAYOUT_KEY: LAYOUT}
         if packed:
-            values[QUANTIZATION_KEY] = quantization_of(found)
+            values[QUANTIZATION_KEY] = quantization_of(file)
             # A head that is the embedding, in blocks, is a linear of its own.
-            values["tie_word_embeddings"] &= "lm_head" not in values[QUANTIZATION_KEY]["modules"]
+            if "lm_head" in values[QUANTIZATION_KEY]["modules"]:
+                values["tie_word_embeddings"] = False
         return RawConfig(values, str(folder))
     path = folder / "config.json"
     values = read_json(path)
@@ -419,8 +420,9 @@ def _find_weights(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
 
 def _are_whole(names: Sequence[str]) -> bool:
     """Whether file names are a single one, or 00001-of-N to N-of-N of one set."""
-    found = [re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\..*)", name) for name in names]
-    if None in found:
+    matches = (re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\..*)", name) for name in names)
+    found = [match for match in matches if match is not None]
+    if len(found) < len(names):
         return len(names) == 1
     sets = {match.group(1, 3, 4) for match in found}
     return len(sets) == 1 and len(names) == int(found[0][3])

@@ -119,6 +119,7 @@ class ShardWriter:
                 self.shards.append({})
                 self._file = self._path(len(self.shards) - 1).open("wb")
                 self._file.write(b" " * (8 + self.header_capacity))
+        assert self._file is not None  # there is one for the last shard
         start = self._end(self.shards[-1])
         if data.numel():
             with writing(self.folder, FULL):
@@ -139,11 +140,12 @@ class ShardWriter:
         self.sync()
         with writing(self.folder, FULL), self._path(index).open("r+b") as file:
             file.seek(8 + self.header_capacity + entry["data_offsets"][0])
-            file.write(memoryview(data.numpy()))
+            file.write(data.numpy().data)
             file.flush()
             os.fsync(file.fileno())
 
     def _flush(self) -> None:
+        assert self._file is not None  # whoever calls this has looked
         self._file.flush()
         os.fsync(self._file.fileno())
 

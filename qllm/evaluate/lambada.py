@@ -81,7 +81,7 @@ def lambada(
     """
     found = list(score(model, progress(rows), batch, greedy=True))
     return {
-        "accuracy": sum(each.greedy for each in found) / len(found),
+        "accuracy": sum(each.greedy is True for each in found) / len(found),
         "perplexity": exp(math.fsum(each.loss for each in found) / len(found)),
         "rows": len(found),
     }

@@ -139,6 +139,7 @@ def _second_halves(text: Text, window: int, stride: int) -> Windows:
 def _rolling(text: Text, window: int, stride: int) -> Windows:
     """lm-evaluation-harness's rolling windows: every token of the text is predicted, the first
     one after `begin`; the last window reaches back as far as the others."""
+    assert text.begin is not None  # as every encoded text has one
     ids = [text.begin, *(text.ids if text.tail is None else text.ids[:-1])]
     size, windows = len(ids) - 1, []
     for done in range(0, size, window):

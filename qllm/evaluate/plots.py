@@ -9,7 +9,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qllm.checkpoint.writer import new_file
 from qllm.errors import UserError
@@ -76,11 +76,11 @@ def list_panels(result: Mapping) -> list[Panel]:
     for name in result["conventions"]:
         values = [row["perplexity"][name] for row in rows]
         title = f"perplexity ({name}) against bytes"
-        base = baseline(result, lambda row, name=name: row["perplexity"][name])
+        base = baseline(result, _at("perplexity", name))
         panels.append((title, _against_bytes(result, values, "perplexity", base)))
     for name in result["tasks"]:
         values = [row["tasks"][name]["accuracy"] for row in rows]
-        base = baseline(result, lambda row, name=name: row["tasks"][name]["accuracy"])
+        base = baseline(result, _at("tasks", name, "accuracy"))
         panels.append((f"{name} against bytes", _against_bytes(result, values, "accuracy", base)))
     if all(row["agreement"] for row in rows):
         values = [row["agreement"]["kl"]["mean"] for row in rows]
@@ -96,6 +96,18 @@ def baseline(result: Mapping, value: Callable[[Mapping], float]) -> tuple[str, f
         return result["compare"]["name"], value(result["compare"])
     dense = [row for row in result["rows"] if row["format"] == DENSE]
     return (label_of(result, dense[0]), value(dense[0])) if dense else None
+
+
+def _at(*keys: str) -> Callable[[Mapping], float]:
+    """What stands in a row under these keys, one within the other."""
+
+    def value(row: Mapping) -> float:
+        found: Any = row
+        for key in keys:
+            found = found[key]
+        return found
+
+    return value
 
 
 def _against_bytes(
@@ -163,7 +175,7 @@ def svgs(result: Mapping) -> list[str]:
     found = []
     for number, panel in enumerate(list_panels(result)):
         file = io.StringIO()
-        settings = {"svg.fonttype": "none", "svg.hashsalt": f"qllm {number}"}
+        settings: Any = {"svg.fonttype": "none", "svg.hashsalt": f"qllm {number}"}
         with matplotlib.rc_context(settings):
             figure(result, [panel]).savefig(file, format="svg", metadata={"Date": None})
         text = file.getvalue()

@@ -91,7 +91,7 @@ class BlockType:
         step = max(1, CHUNK_VALUES // columns)
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
-            values = self.unpack(part.unflatten(1, (-1, self.nbytes)))
+            values = self._unpacked(part.unflatten(1, (-1, self.nbytes)))
             numbers = values.q.float().unflatten(1, (-1, self.group))
             if values.offsets is None:
                 numbers -= self.zero
@@ -101,13 +101,17 @@ class BlockType:
             out[start : start + step] = numbers.flatten(1)
         return out
 
+    def _unpacked(self, blocks: Tensor) -> Values:
+        assert self.unpack is not None  # only plain numbers have none
+        return self.unpack(blocks)
+
     def to_packed(self, rows: Tensor) -> PackedWeight:
         """uint8 (N, row_bytes(K)) as a layer holds them: bit for bit the same weights."""
         blocks = rows.unflatten(1, (-1, self.nbytes))
         if self.name in NIBBLES_AT:
             scales, offsets, packed = _from_nibbles(blocks, NIBBLES_AT[self.name])
         else:
-            q, scales, offsets = self.unpack(blocks)
+            q, scales, offsets = self._unpacked(blocks)
             packed = pack(q, self.bits)
         zeros = scales.new_empty(0, dtype=torch.uint8) if offsets is None else offsets
         return PackedWeight(packed, scales.contiguous(), zeros.contiguous())

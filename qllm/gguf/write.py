@@ -60,9 +60,9 @@ def write_gguf(
     data = b"".join(header)
     with path.open("wb") as file:
         file.write(data.ljust(_aligned(len(data)), b"\0"))
-        for tensor, plan in zip(tensors, planned.values(), strict=True):
-            assert tensor.dtype == torch.uint8 and tensor.numel() == plan.nbytes
-            file.write(memoryview(tensor.contiguous().flatten().numpy()))
+        for data_of, plan in zip(tensors, planned.values(), strict=True):
+            assert data_of.dtype == torch.uint8 and data_of.numel() == plan.nbytes
+            file.write(data_of.contiguous().flatten().numpy().data)
             file.write(b"\0" * (_aligned(plan.nbytes) - plan.nbytes))
         file.flush()
         os.fsync(file.fileno())
@@ -98,4 +98,4 @@ def _value(value: Value) -> bytes:
 
 
 def _bare(value: Value, kind: int) -> bytes:
-    return _text(value) if kind == STRING else struct.pack(f"<{NUMBERS[kind]}", value)
+    return _text(str(value)) if kind == STRING else struct.pack(f"<{NUMBERS[kind]}", value)

@@ -168,7 +168,8 @@ class Pass:
 def _moved(value: object, device: torch.device) -> object:
     """Tensors, alone or in tuples, on a device."""
     if isinstance(value, Batch):
-        return Batch(*(_moved(part, device) for part in value))
+        rows, starts, positions = (part.to(device) for part in value[:3])
+        return value._replace(rows=rows, starts=starts, positions=positions)
     if isinstance(value, tuple):
         return tuple(_moved(part, device) for part in value)
     return value.to(device) if isinstance(value, Tensor) else value
@@ -274,7 +275,8 @@ class Decode(Pass):
         """Cosines and sines of the tokens' positions."""
         if table is None:
             return encoding.cos_sin(self.positions, self.batch.span, self.cache.dtype)
-        return tuple(part[self.positions] for part in table)
+        cos, sin = table
+        return cos[self.positions], sin[self.positions]
 
     def attend(self, layer: int, qkv: Tensor, heads: Sequence[int], scores: Scores) -> Tensor:
         """Attention of qkv (B, heads D), whose keys and values join the cache: (B, H D)."""

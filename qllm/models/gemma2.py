@@ -39,13 +39,10 @@ def gemma_config(raw: RawConfig, family: str, every: int) -> ModelConfig:
     config = llama.read_config(raw)
     if raw.flag("use_bidirectional_attention", False):
         raise raw.error("use_bidirectional_attention", True, "false: QLLM generates text")
-    caps = {
-        name: None if raw.values.get(key) is None else raw.number(key)
-        for name, key in (
-            ("score_cap", "attn_logit_softcapping"),
-            ("logit_cap", "final_logit_softcapping"),
-        )
-    }
+
+    def cap(key: str) -> float | None:
+        return None if raw.values.get(key) is None else raw.number(key)
+
     return replace(
         config,
         family=family,
@@ -56,15 +53,16 @@ def gemma_config(raw: RawConfig, family: str, every: int) -> ModelConfig:
         embed_scale=math.sqrt(config.hidden_size),
         score_scale=raw.number("query_pre_attn_scalar", 256) ** -0.5,
         windows=raw.windows(config.num_layers, lambda index: (index + 1) % every != 0),
-        **caps,
+        score_cap=cap("attn_logit_softcapping"),
+        logit_cap=cap("final_logit_softcapping"),
     )
 
 
 GEMMA2: Family = replace(
     llama.LLAMA,
     name="gemma2",
-    inner=llama.LLAMA.inner
-    | {
+    inner={
+        **llama.LLAMA.inner,
         "attention_output_norm": ("post_attention_layernorm",),
         "mlp_norm": ("pre_feedforward_layernorm",),
         "mlp_output_norm": ("post_feedforward_layernorm",),

@@ -59,6 +59,6 @@ def read_config(raw: RawConfig) -> ModelConfig:
 GEMMA3_TEXT: Family = replace(
     gemma2.GEMMA2,
     name="gemma3_text",
-    inner=gemma2.GEMMA2.inner | {"attention.qk_norm": ("self_attn.q_norm", "self_attn.k_norm")},
+    inner={**gemma2.GEMMA2.inner, "attention.qk_norm": ("self_attn.q_norm", "self_attn.k_norm")},
     read_config=read_config,
 )

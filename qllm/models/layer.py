@@ -41,6 +41,7 @@ class Norm(nn.Module, ABC):
 
     op: str
     weight: Tensor
+    bias: Tensor | None
     options: tuple[float | Tensor | None, ...]
 
     def __init__(self, config: ModelConfig) -> None:
@@ -58,8 +59,9 @@ class Norm(nn.Module, ABC):
         # The whole weight: a half type would lose digits of a small one that is less its offset.
         weight = (self.weight.float() + self.offset) / scales
         self.weight, self.offset = weight.to(self.weight.dtype), 0.0
-        if getattr(self, "bias", None) is not None:
-            self.bias = (self.bias / scales).to(self.bias.dtype)
+        bias = getattr(self, "bias", None)
+        if bias is not None:
+            self.bias = (bias / scales).to(bias.dtype)
 
     def stored(self, offset: float) -> dict[str, Tensor]:
         """Its tensors, of which the weight is less an offset."""

@@ -21,8 +21,14 @@ def read_config(raw: RawConfig) -> ModelConfig:
     config = llama.read_config(raw)
     sliding = raw.values["sliding_window"] is not None
     windows = raw.windows(config.num_layers, lambda index: sliding)
-    biases = dict.fromkeys(("attention_bias", "output_bias", "mlp_bias"), False)
-    return replace(config, family="mistral", windows=windows, **biases)
+    return replace(
+        config,
+        family="mistral",
+        windows=windows,
+        attention_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+    )
 
 
 MISTRAL: Family = replace(llama.LLAMA, name="mistral", read_config=read_config)

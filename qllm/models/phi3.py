@@ -33,8 +33,15 @@ def read_config(raw: RawConfig) -> ModelConfig:
     rope = replace(rope, rereads=rope.kind == "longrope")
     sliding = raw.values.get("sliding_window") is not None
     windows = raw.windows(config.num_layers, lambda index: sliding)
-    biases = dict.fromkeys(("attention_bias", "output_bias", "mlp_bias"), False)
-    return replace(config, family="phi3", rope=rope, windows=windows, **biases)
+    return replace(
+        config,
+        family="phi3",
+        rope=rope,
+        windows=windows,
+        attention_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+    )
 
 
 def _renamed(rope: object) -> object:
@@ -48,7 +55,10 @@ def _renamed(rope: object) -> object:
 PHI3: Family = replace(
     llama.LLAMA,
     name="phi3",
-    inner=llama.LLAMA.inner
-    | {"attention.qkv": ("self_attn.qkv_proj",), "mlp.up": ("mlp.gate_up_proj",)},
+    inner={
+        **llama.LLAMA.inner,
+        "attention.qkv": ("self_attn.qkv_proj",),
+        "mlp.up": ("mlp.gate_up_proj",),
+    },
     read_config=read_config,
 )

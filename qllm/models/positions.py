@@ -57,6 +57,7 @@ class LearnedPositions(PositionEncoding):
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.offset = config.position_offset
+        assert config.max_positions is not None  # as a family that learns them reads it
         rows = config.max_positions + self.offset
         weight = torch.empty(rows, config.hidden_size, dtype=dtype, device="meta")
         self.register_buffer("weight", weight)
@@ -91,8 +92,9 @@ class RotaryPositions(PositionEncoding):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.config = config
-        self.rotary_dim = config.rope.rotary_dim or config.head_dim
+        assert config.rope is not None  # as a family whose positions are rotated reads it
+        self.config, self.rope = config, config.rope
+        self.rotary_dim = self.rope.rotary_dim or config.head_dim
         self._of_windows: RotaryPositions | None = None
         if config.window_rope is not None:
             changed = replace(config, rope=config.window_rope, window_rope=None)
@@ -105,7 +107,7 @@ class RotaryPositions(PositionEncoding):
     @property
     def factors(self) -> Tensor:
         """What multiplies the cosine and sine of each pair, 1 for one that stays: (D / 2,)."""
-        turned = torch.full((-(-self.rotary_dim // 2),), self.config.rope.attention_factor)
+        turned = torch.full((-(-self.rotary_dim // 2),), self.rope.attention_factor)
         return pad(turned, (0, self.config.head_dim // 2 - len(turned)), value=1.0)
 
     def frequencies(self, longest: int) -> Tensor:
@@ -118,7 +120,7 @@ class RotaryPositions(PositionEncoding):
 
     def _turned(self, longest: int) -> Tensor:
         """The frequencies of the pairs that are turned."""
-        rope, dim = self.config.rope, self.rotary_dim
+        rope, dim = self.rope, self.rotary_dim
         theta = rope.theta
         if rope.kind == "dynamic":
             trained = self.config.trained_positions
@@ -146,11 +148,11 @@ class RotaryPositions(PositionEncoding):
     def _stretched(self, frequencies: Tensor, kept: Tensor) -> Tensor:
         """Frequencies of which the share `kept` (D / 2,) stays, and the rest is slowed down."""
         kept = kept.clamp(0, 1)
-        return (1 - kept) * frequencies / self.config.rope.factor + kept * frequencies
+        return (1 - kept) * frequencies / self.rope.factor + kept * frequencies
 
     def _yarn_ramp(self) -> Tensor:
         """YaRN's ramp over the pairs, from 0 for the fastest to 1 for the slowest: (D / 2,)."""
-        rope, dim = self.config.rope, self.rotary_dim
+        rope, dim = self.rope, self.rotary_dim
 
         def pair(turns: float) -> float:
             """Which pair turns so often over the length that the model was trained on."""
@@ -175,7 +177,7 @@ class RotaryPositions(PositionEncoding):
     def table(
         self, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor] | None:
-        rope = self.config.rope
+        rope = self.rope
         if rope.kind == "dynamic":
             return None
         if rope.kind == "longrope" and capacity > rope.original_max_positions:

@@ -20,8 +20,14 @@ DEFAULTS = {
 def read_config(raw: RawConfig) -> ModelConfig:
     raw = raw.with_defaults(DEFAULTS)
     config = llama.read_config(raw)
-    biases = {"attention_bias": True, "output_bias": False, "mlp_bias": False}
-    return replace(config, family="qwen2", windows=windows_of(raw, config), **biases)
+    return replace(
+        config,
+        family="qwen2",
+        windows=windows_of(raw, config),
+        attention_bias=True,
+        output_bias=False,
+        mlp_bias=False,
+    )
 
 
 def windows_of(raw: RawConfig, config: ModelConfig) -> tuple[int, ...]:

@@ -19,6 +19,6 @@ def read_config(raw: RawConfig) -> ModelConfig:
 QWEN3: Family = replace(
     llama.LLAMA,
     name="qwen3",
-    inner=llama.LLAMA.inner | {"attention.qk_norm": ("self_attn.q_norm", "self_attn.k_norm")},
+    inner={**llama.LLAMA.inner, "attention.qk_norm": ("self_attn.q_norm", "self_attn.k_norm")},
     read_config=read_config,
 )

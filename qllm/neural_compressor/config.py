@@ -27,8 +27,9 @@ def _kind(kind: type) -> Rule:
 
 def _number(low: float) -> Rule:
     def test(given: object) -> bool:
-        is_number = isinstance(given, int | float) and not isinstance(given, bool)
-        return is_number and low <= given < math.inf
+        if not isinstance(given, int | float) or isinstance(given, bool):
+            return False
+        return low <= given < math.inf
 
     return test, "a number" if low == -math.inf else f"a number from {low} on"
 

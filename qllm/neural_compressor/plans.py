@@ -89,11 +89,13 @@ def user_plans(conf: PostTrainingQuantConfig) -> Iterator[QuantPlan]:
 def tuned_plan(plan: QuantPlan, name: str) -> QuantPlan:
     """A plan with the algorithm and grids of a row of WOQ_TUNE; its bits are kept."""
     algorithm, group_size, scheme, disable_last = WOQ_TUNE[name]
-    form = {"algorithm": algorithm, "group_size": group_size, "scheme": scheme}
-    rules = [
-        (pattern, replace(spec, **form) if spec.kind == "weight_only" else spec)
-        for pattern, spec in plan.rules
-    ]
+
+    def tuned(spec: QuantSpec) -> QuantSpec:
+        if spec.kind != "weight_only":
+            return spec
+        return replace(spec, algorithm=algorithm, group_size=group_size, scheme=scheme)
+
+    rules = [(pattern, tuned(spec)) for pattern, spec in plan.rules]
     if disable_last:
         rules.append((HEAD_RULE, QuantSpec()))
     return replace(plan, rules=tuple(rules))

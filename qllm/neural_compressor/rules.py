@@ -40,14 +40,15 @@ def to_rules(value: Mapping[str, Any], text: str) -> dict[str, Any]:
 
 
 def _to_spec(entry: object, where: str) -> dict[str, Any]:
-    weight = entry.get("weight") if isinstance(entry, Mapping) else None
-    if not isinstance(weight, Mapping) or set(entry) - {"weight", "activation"}:
+    given: Mapping[str, Any] = entry if isinstance(entry, Mapping) else {}
+    weight = given.get("weight")
+    if not isinstance(weight, Mapping) or set(given) - {"weight", "activation"}:
         raise UserError(f'{where} is {entry}; write {{"weight": {{"bit": [4], …}}}}')
     first = {
         key: value[0] if isinstance(value, list | tuple) and value else value
         for key, value in weight.items()
     }
-    activation = entry.get("activation") or {"dtype": "fp32"}
+    activation = given.get("activation") or {"dtype": "fp32"}
     if activation not in ({"dtype": "fp32"}, {"dtype": ["fp32"]}):
         raise UserError(f"{where}: activation {activation} cannot be; with these it stays fp32")
     names = {"bit": "bits", "bits": "bits", "group_size": "group_size", "scheme": "scheme"}

@@ -223,6 +223,7 @@ class _Run:
         count = max(counts[algorithm] for algorithm in algorithms & set(counts))
         if (count, length, full) not in self.samples:
             batches = self.batches
+            assert batches is not None  # a plan that needs them is left out without
             if iter(batches) is batches:  # a generator, which can be gone through once
                 batches, self.batches = itertools.tee(batches)
             self.samples[count, length, full] = read_samples(

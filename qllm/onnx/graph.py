@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -45,7 +45,7 @@ class DataFile:
             return numpy_helper.from_array(array, name)
         proto = TensorProto(name=name, data_type=TYPES[tensor.dtype], dims=tensor.shape)
         self._external(proto, array.nbytes)
-        self._file.write(memoryview(array.reshape(-1).view(np.uint8)))
+        self._file.write(array.reshape(-1).view(np.uint8).data)
         return proto
 
     def move(self, tensor: TensorProto, folder: Path) -> TensorProto:
@@ -83,12 +83,12 @@ class Graph:
         self.initializers: list[TensorProto] = []
         self._constants: dict[tuple, str] = {}
 
-    def op(self, kind: str, *inputs: str, output: str = "", **attributes: object) -> str:
+    def op(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
         """A node of one output, whose name this returns."""
         return self.ops(kind, *inputs, outputs=[output], **attributes)[0]
 
     def ops(
-        self, kind: str, *inputs: str, outputs: list[str], domain: str = "", **attributes: object
+        self, kind: str, *inputs: str, outputs: list[str], domain: str = "", **attributes: Any
     ) -> list[str]:
         """A node, and the names of its outputs; those given as "" are made up."""
         name = f"{self.scope}/{kind}_{len(self.nodes)}"

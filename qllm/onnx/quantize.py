@@ -157,6 +157,7 @@ class _Run:
                 self._quantize(linear, None)
             return
         folder = self.folder / "states"
+        assert self.job.samples is not None  # as `quantize_onnx` has looked
         stages = Stages(self.model, self.linears, self.job.source, self.job.samples, folder)
         for members in progress(stages.groups):
             stats = InputStats(members[0].columns, "cpu", products=True)

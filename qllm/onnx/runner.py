@@ -131,7 +131,9 @@ class OnnxDecoder:
         """Logits (M, V) of rows of `hidden`, which they are already."""
         return x
 
-    def _run(self, ids: np.ndarray, mask: np.ndarray, places: np.ndarray, cache: OnnxCache):  # noqa: ANN202
+    def _run(
+        self, ids: np.ndarray, mask: np.ndarray, places: np.ndarray, cache: OnnxCache
+    ) -> Tensor:
         """Logits (B, T, V) in float32; the cache takes what is new.
 
         Raises:
@@ -173,4 +175,4 @@ def session(path: Path | bytes) -> onnxruntime.InferenceSession:
             providers=["CPUExecutionProvider"],
         )
     except Exception as error:  # as above
-        raise UserError(f"onnxruntime does not take {path}: {first_line(error)}") from None
+        raise UserError(f"onnxruntime does not take {path!s}: {first_line(error)}") from None

@@ -61,7 +61,7 @@ class Stages:
         folder.mkdir()
         self._files = [folder / f"{number}.npz" for number in range(len(samples))]
         for file, sample in zip(self._files, samples, strict=True):
-            np.savez(file, **{TOKENS[0]: np.array([sample], np.int64)})
+            np.savez(file, allow_pickle=True, **{TOKENS[0]: np.array([sample], np.int64)})
 
     def _inputs(self, length: int) -> dict[str, np.ndarray]:
         """What every sample gets: a mask of ones, positions, an empty past."""
@@ -74,7 +74,7 @@ class Stages:
                 given[value.name] = np.ones((1, length), kind)
             elif value.name.startswith("past_key_values."):
                 _, heads, _, dim = value_shape(value)
-                given[value.name] = np.zeros((1, heads, 0, dim), kind)
+                given[value.name] = np.zeros((1, heads or 0, 0, dim or 0), kind)
         return given
 
     def replace(self, linear: OnnxLinear, matrix: Tensor) -> None:
@@ -113,7 +113,7 @@ class Stages:
                 values |= {n: v for n, v in new.items() if n in self._dependent}
                 self._shared |= {n: v for n, v in new.items() if n not in self._dependent}
             values = {n: v for n, v in values.items() if n in live}
-            np.savez(file, **values)
+            np.savez(file, allow_pickle=True, **values)
             yield torch.from_numpy(values[x])
         self._shared = {n: v for n, v in self._shared.items() if n in live}
         for index in stage:

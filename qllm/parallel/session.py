@@ -262,18 +262,18 @@ def session(
     try:
         joined = Session(launch, config, timeout, device)
     except RankError as error:
-        reason = launching.trouble(error.rank)
+        trouble = launching.trouble(error.rank)
         atexit.register(launching.end_stopped, error.rank)  # after it was said why
-        line = f"{error} within {timeout * SHARE:.0f} s{f'; {reason}' if reason else ''}"
+        line = f"{error} within {timeout * SHARE:.0f} s{f'; {trouble}' if trouble else ''}"
         raise ParallelError(f"{line}; the run ends") from None
     except ConnectionError as error:
         raise ParallelError(f"{error}; the run ends") from None
     try:
         yield joined
     except BaseException as error:
-        if line := failed(error):
+        if reason := failed(error):
             status = 2 if isinstance(error, UserError) else STATUS
-            joined.watchdog.end(f"rank {joined.rank}: {line}", status=status)
+            joined.watchdog.end(f"rank {joined.rank}: {reason}", status=status)
         raise
     joined.close()
 

@@ -16,7 +16,7 @@ from qllm.quant.algorithm import Algorithm, Form, QuantizeOptions, yes
 from qllm.quant.clip import clip_ranges_for
 from qllm.quant.inputs import InputStats, output_error
 from qllm.quant.packing import PackedWeight
-from qllm.quant.rtn import fake_quantize, group_ranges, quantize_rtn
+from qllm.quant.rtn import Ranges, fake_quantize, group_ranges, quantize_rtn
 
 # Ratios tried: 0, 1 / GRID, …, below 1.
 GRID = 20
@@ -39,6 +39,7 @@ class AWQ(Algorithm):
         options: QuantizeOptions,
         share: Callable[[Tensor], Tensor],
     ) -> Tensor:
+        assert stats.hessian is not None  # it needs inputs
         return search_scales(weight, share(stats.mean), stats.hessian, *form)
 
     def quantize(
@@ -52,7 +53,10 @@ class AWQ(Algorithm):
     ) -> tuple[PackedWeight, float]:
         # As in AWQ's own code, what makes the scores of attention is not clipped.
         plain = options.clip is False or in_scores
-        ranges = group_ranges if plain else clip_ranges_for(hessian)
+        ranges: Ranges = group_ranges
+        if not plain:
+            assert hessian is not None  # it needs inputs
+            ranges = clip_ranges_for(hessian)
         return quantize_rtn(weight, *form, ranges), 0.0
 
     def describe(self, options: QuantizeOptions) -> str:

@@ -49,6 +49,7 @@ class GPTQ(Algorithm):
         *,
         in_scores: bool,
     ) -> tuple[PackedWeight, float]:
+        assert hessian is not None  # it needs inputs
         ranges = clip_ranges if options.clip else group_ranges
         return quantize_gptq(weight, hessian, *form, options.gptq, ranges)
 
@@ -62,6 +63,7 @@ class GPTQ(Algorithm):
         ranges = clip_ranges_by_channel(stats.squares)
         if not options.gptq.static_groups:  # whose grids are found on the way, column by column
             ranges = group_ranges
+        assert stats.hessian is not None  # it needs inputs
         rounded = torch.empty_like(weight, dtype=torch.float32)
         packed, _ = quantize_gptq(weight, stats.hessian, *form, options.gptq, ranges, rounded)
         return TuningStart(packed, rounded)
@@ -142,7 +144,7 @@ def quantize_gptq(
         work = part[:, order].t().contiguous()
         rounded = None if compensated is None else torch.empty_like(work)
         integers = _round_columns(work, root, grid, groups, options.block_size, static, rounded)
-        if rounded is not None:
+        if rounded is not None and compensated is not None:
             compensated[start : start + CHUNK_ROWS].t().index_copy_(0, order, rounded)
         if static:  # the groups are runs of channels, so the channels go back to their places
             integers = torch.empty_like(integers).index_copy_(0, order, integers)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -80,9 +80,9 @@ class Tokenizer:
         with _failures(f"{folder}: the tokenizer cannot be read"), _readable(folder) as place:
             with _quiet():
                 codec = direct.load(place)
-            codec = codec or _TransformersCodec(place)
+            whole: _Codec = codec or _TransformersCodec(place)
             with _quiet():
-                return cls(codec, vocab_size)
+                return cls(whole, vocab_size)
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
         """Token ids of a prompt, with the special tokens its model expects.
@@ -96,7 +96,7 @@ class Tokenizer:
         """
         ids = self._encode(text, max_length)
         largest = max(ids, default=0)
-        if self._beyond(largest):
+        if self._vocab_size is not None and self._beyond(largest):
             raise UserError(
                 f"the text becomes token {largest}, {self._codec.token(largest)!r}, and the "
                 f"model's vocabulary ends at {self._vocab_size - 1}; leave that token out, or "
@@ -118,9 +118,9 @@ class Tokenizer:
         with _failures("the tokenizer cannot decode its tokens"):
             return self._codec.decode(ids)
 
-    def continuation(self, prompt: list[int], ids: list[int]) -> str:
+    def continuation(self, prompt: Sequence[int], ids: list[int]) -> str:
         """Text that `ids` add to a prompt; spaces between the two belong to it."""
-        before = self.decode(prompt)
+        before = self.decode(list(prompt))
         whole = self.decode([*prompt, *ids])
         return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
 
@@ -156,10 +156,14 @@ class _TransformersCodec:
         return self._tokenizer(text, truncation=truncation, max_length=max_length)["input_ids"]
 
     def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(text, str)  # of one text
+        return text
 
     def token(self, number: int) -> str | None:
-        return self._tokenizer.convert_ids_to_tokens(number)
+        token = self._tokenizer.convert_ids_to_tokens(number)
+        assert not isinstance(token, list)  # of one number
+        return token
 
 
 @contextmanager

@@ -19,10 +19,11 @@ from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, short
 from qllm.checkpoint.formats.tensors import WORD
 from qllm.config import QuantSpec
 
-FORMATS: dict[str, type[Format]] = {
-    format.name: format
-    for format in (gptq.GPTQ, AWQ, GGUFBlocks, *compressed_tensors.FORMATS.values())
-}
+_FORMATS: tuple[type[Format], ...] = (
+    *(gptq.GPTQ, AWQ, GGUFBlocks),
+    *compressed_tensors.FORMATS.values(),
+)
+FORMATS: dict[str, type[Format]] = {format.name: format for format in _FORMATS}
 # What reads the settings of each quant_method.
 METHODS: dict[str, Callable[[Fields], QuantizationConfig]] = {
     "gptq": gptq.parse,

@@ -109,18 +109,20 @@ def join_rows(parts: Sequence[Quantized], bits: int) -> Quantized:
     qweight = torch.cat([part.qweight for part in parts])
     first = parts[0]
     if isinstance(first, Int8Weight):
-        inputs = [part.input_scale for part in parts if part.input_scale is not None]
+        found = [part.input_scale for part in parts if isinstance(part, Int8Weight)]
+        inputs = [scale for scale in found if scale is not None]
         return Int8Weight(qweight, scales, torch.stack(inputs).amax() if inputs else None)
-    for part in parts[1:]:
+    packed = [part for part in parts if isinstance(part, PackedWeight)]
+    for part in packed[1:]:
         orders = [p.order for p in (first, part) if p.order is not None]
         if len(orders) == 1 or (orders and not torch.equal(*orders)):
             raise UserError("their g_idx differ, and they are one matrix here")
-    zeros = [part.qzeros for part in parts]
+    zeros = [part.qzeros for part in packed]
     if any(zero.numel() for zero in zeros):  # a symmetric part among others has its zeros, too
         middle = 2 ** (bits - 1)
         zeros = [
             zero if zero.numel() else torch.full_like(part.scales, middle, dtype=torch.uint8)
-            for zero, part in zip(zeros, parts, strict=True)
+            for zero, part in zip(zeros, packed, strict=True)
         ]
     return PackedWeight(qweight, scales, torch.cat(zeros), first.order)
 

@@ -60,9 +60,9 @@ def parse(fields: Fields) -> QuantizationConfig:
     names: dict[str, set[str]] = {}
     modules = Fields(fields.get("modules"), f"{fields.where}.modules")
     for module in modules.value:
-        kind = modules.text(module)
-        modules.one_of("type", kind, tuple(PACKED))
-        names.setdefault(kind, set()).add(module)
+        type_name = modules.text(module)
+        modules.one_of("type", type_name, tuple(PACKED))
+        names.setdefault(type_name, set()).add(module)
     rules: list[tuple[Test, GGUFBlocks]] = []
     for name, same in names.items():
         kind = PACKED[name]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from qllm import __version__
-from qllm.checkpoint.formats.base import Format
+from qllm.checkpoint.formats.base import Format, Quantized
 from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, Test
 from qllm.checkpoint.formats.tensors import (
     WORD,
@@ -82,7 +82,8 @@ class GPTQ(Format):
         packed = in_order(from_words(qweight.t(), bits, in_features), bits, in_features, order)
         return PackedWeight(packed, scales.contiguous(), without_middle(zeros, bits), order)
 
-    def write(self, weight: PackedWeight, in_features: int) -> dict[str, Tensor]:
+    def write(self, weight: Quantized, in_features: int) -> dict[str, Tensor]:
+        assert isinstance(weight, PackedWeight)  # which is what the spec stands for
         bits = self.spec.bits
         qweight, g_idx = by_channel(weight, self.spec, in_features)
         return {
@@ -184,7 +185,9 @@ def _alternatives(names: Iterable[str]) -> list[str]:
     """
     layers: dict[tuple[str, str], list[str]] = {}
     for name in _with_fused(names):
-        before, index, after = re.fullmatch(r"(.*?)(?:(?<=\.)(\d+)(?=\.)(.*))?", name).groups("")
+        match = re.fullmatch(r"(.*?)(?:(?<=\.)(\d+)(?=\.)(.*))?", name)
+        assert match is not None  # all of it is optional, or anything
+        before, index, after = match.groups("")
         layers.setdefault((before, after), []).append(index)
     tails: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for (before, after), indices in layers.items():

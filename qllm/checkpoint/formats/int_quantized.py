@@ -89,7 +89,8 @@ class IntQuantized(Format):
             packed[part] = pack(_unsigned(values[part], bits), bits)
         return PackedWeight(packed, scales.contiguous(), zeros)
 
-    def write(self, weight: Int8Weight, in_features: int) -> dict[str, Tensor]:
+    def write(self, weight: Quantized, in_features: int) -> dict[str, Tensor]:
+        assert isinstance(weight, Int8Weight)  # which is what the spec stands for
         tensors = {"weight": weight.qweight, "weight_scale": weight.scales[:, None]}
         if weight.input_scale is not None:
             tensors["input_scale"] = weight.input_scale.reshape(1)

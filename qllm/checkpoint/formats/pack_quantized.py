@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qllm.checkpoint.formats.base import Format
+from qllm.checkpoint.formats.base import Format, Quantized
 from qllm.checkpoint.formats.tensors import (
     INDEX_TYPES,
     TensorReader,
@@ -69,7 +69,8 @@ class PackQuantized(Format):
         packed = in_order(from_words(packed, bits, in_features), bits, in_features, order)
         return PackedWeight(packed, scales.contiguous(), zeros, order)
 
-    def write(self, weight: PackedWeight, in_features: int) -> dict[str, Tensor]:
+    def write(self, weight: Quantized, in_features: int) -> dict[str, Tensor]:
+        assert isinstance(weight, PackedWeight)  # which is what the spec stands for
         bits = self.spec.bits
         qweight, g_idx = by_channel(weight, self.spec, in_features)
         tensors = {

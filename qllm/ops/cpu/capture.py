@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from qllm.ops.cpu.interface import BAD_INDEX, OK, Call
@@ -101,9 +102,13 @@ class _Watch(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(
-        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+        self,
+        func: OpOverload,
+        types: object,
+        args: tuple = (),
+        kwargs: dict | None = None,
     ) -> object:
-        name = func.overloadpacket.__name__  # an OpOverload's
+        name = func.overloadpacket.__name__
         result = func(*args, **(kwargs or {}))
         in_place = name in NO_WORK_IN_PLACE and result.data_ptr() == args[0].data_ptr()
         if name not in NO_WORK and not in_place:

@@ -120,7 +120,7 @@ def int8_linear(
 
 
 def _multiply(
-    kernel: object,
+    kernel: Any,
     kind: str,
     operands: tuple,
     bias: Tensor | None,
