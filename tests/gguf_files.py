@@ -73,16 +73,20 @@ def gemma3() -> nn.Module:
     return made(Gemma3ForCausalLM, config)
 
 
-def phi3() -> nn.Module:
+def phi3(*, long: bool = True) -> nn.Module:
+    """
+    Args:
+        long: has LongRoPE.
+    """
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    factors = {"short_factor": [1.0, 1.5, 2.0], "long_factor": [3.0, 4.0, 5.0]}
-    length = {"original_max_position_embeddings": 32}
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.375, **factors}
-    config = Phi3Config(
-        **LLAMA, pad_token_id=0, eos_token_id=0, rope_parameters=rope | length, **length
-    )
-    return made(Phi3ForCausalLM, config)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.375}
+    more = {"pad_token_id": 0, "eos_token_id": 0}
+    if long:
+        more["original_max_position_embeddings"] = 32
+        factors = {"short_factor": [1.0, 1.5, 2.0], "long_factor": [3.0, 4.0, 5.0]}
+        rope |= factors | {"rope_type": "longrope", "original_max_position_embeddings": 32}
+    return made(Phi3ForCausalLM, Phi3Config(**LLAMA, **more, rope_parameters=rope))
 
 
 def gptneox() -> nn.Module:
@@ -210,6 +214,7 @@ def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
         writer.add_rope_scaling_factor(8.0)
     if architecture == "phi3":
         writer.add_rope_dimension_count(6)
+    if architecture == "phi3" and rope["rope_type"] == "longrope":
         writer.add_rope_scaling_orig_ctx_len(32)
         writer.add_rope_scaling_attn_factors((1 + np.log(2) / np.log(32)) ** 0.5)
         for length in ("short", "long"):
