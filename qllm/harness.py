@@ -10,6 +10,7 @@ Log-likelihoods are those of `qllm.evaluate`; they equal the harness's own of th
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from qllm.evaluate.perplexity import PerplexityOptions, Text, cut
 from qllm.evaluate.scoring import ScoringRequest, score
 from qllm.generate import GenerationConfig, generate
 from qllm.llm import LLM
+from qllm.sampling import MOST_SEED, Sampling
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -101,18 +103,26 @@ class Methods:
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Of each (context, settings): greedy text, up to one of the settings' `until`."""
+        """Of each (context, settings): text, up to one of the settings' `until`.
+
+        Greedy, or with `do_sample` drawn by the settings and those of generation_config.json; the
+        seed is the harness's own. A context that comes again is drawn anew.
+        """
         from tqdm import tqdm
 
+        asked: list[tuple[str, dict[str, Any]]] = [request.args for request in requests]
+        again: Counter[str] = Counter()
         texts = []
-        for request in tqdm(requests, disable=disable_tqdm, desc="generating"):
-            context, settings = request.args
-            texts.append(self._generate(context, settings))
+        for context, settings in tqdm(asked, disable=disable_tqdm, desc="generating"):
+            texts.append(self._generate(context, settings, again[context]))
+            again[context] += 1
         return texts
 
-    def _generate(self, context: str, settings: dict[str, Any]) -> str:
-        if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
-            raise UserError("QLLM generates greedily; take do_sample=False")
+    def _generate(self, context: str, settings: dict[str, Any], time: int) -> str:
+        """
+        Args:
+            time: how often the context has come before.
+        """
         count = int(settings.get("max_gen_toks", NEW_TOKENS))
         window = self.model.config.max_positions
         room = None if window is None else window - count
@@ -124,12 +134,22 @@ class Methods:
         if not prompt and self.tokens.begin is not None:
             prompt = [self.tokens.begin]
         eos = self.model.config.eos_token_ids
-        (ids,) = generate(self.model, [prompt], GenerationConfig(count, eos_token_ids=eos))
+        config = GenerationConfig(count, eos_token_ids=eos, sampling=self._sampling(settings, time))
+        (ids,) = generate(self.model, [prompt], config)
         text = self.tokens.continuation(list(prompt), ids)
         until = settings.get("until") or []
         for end in [until] if isinstance(until, str) else until:
             text = text.partition(end)[0] if end else text
         return text
+
+    def _sampling(self, settings: dict[str, Any], time: int) -> Sampling | None:
+        """How tokens are drawn; None: the likeliest is taken."""
+        given = {name: settings.get(name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        if not settings.get("do_sample") or given["temperature"] == 0:
+            return None
+        given["seed"] = torch.initial_seed() & MOST_SEED
+        sampling = self.llm.pretrained.generation_with(**given).sampling
+        return None if sampling is None else sampling.repeated(time)
 
     def _score(
         self, passages: Sequence[ScoringRequest], quiet: bool, *, greedy: bool = False

@@ -103,6 +103,10 @@ class Sampling:
         """The same with a seed: a new one where there is none."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(32))
 
+    def repeated(self, time: int) -> Sampling:
+        """The same for a prompt that has come as often before, with the seed of another stream."""
+        return replace(self, seed=((self.seed or 0) + time * APART) & MOST_SEED)
+
     def seeds(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """The seed of each prompt's stream: of one that comes again, another."""
         assert self.seed is not None  # see `with_seed`
@@ -110,7 +114,7 @@ class Sampling:
         found = []
         for prompt in map(tuple, prompts):
             count = met[prompt] = met.get(prompt, -1) + 1
-            found.append((self.seed + count * APART) & MOST_SEED)
+            found.append(self.repeated(count).seed or 0)
         return found
 
     def scores(self, logits: Tensor) -> Tensor:

@@ -87,10 +87,21 @@ def test_greedy_text_ends_where_it_is_told():
     assert model.generate_until(requests((STORY, settings)), True) == [text.partition(end)[0]]
 
 
+def test_drawn_text_is_that_of_the_front_door():
+    model = ours("opt")
+    torch.manual_seed(7)
+    settings = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 0.9, "top_p": 0.8}
+    found = model.generate_until(requests((STORY, settings), (STORY, settings)), True)
+    drawn = {"temperature": 0.9, "top_p": 0.8, "seed": 7}
+    want = model.llm.generate([STORY, STORY], max_new_tokens=8, **drawn)
+    assert found == [completion.text for completion in want]
+    assert found[0] != found[1]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"do_sample": True, "temperature": 0.7}, "generates greedily"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature is -1.0; give a number above 0"),
         ({"max_gen_toks": 512}, "512 leaves no prompt room in the model's window of 512"),
     ],
 )
