@@ -20,18 +20,26 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from oracle import layer_linears, random_model
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import BloomConfig, LlamaConfig, OPTConfig, PreTrainedModel
+from transformers import (
+    BloomConfig,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedModel,
+)
 
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+}
 CONFIGS = {
-    "llama": LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        max_position_embeddings=64,
-    ),
+    "llama": LlamaConfig(**SIZES, num_key_value_heads=2),
     "opt": OPTConfig(
         vocab_size=96,
         hidden_size=64,
@@ -41,6 +49,9 @@ CONFIGS = {
         max_position_embeddings=64,
     ),
     "bloom": BloomConfig(vocab_size=96, hidden_size=64, n_layer=2, n_head=4),
+    "phi3": Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=None),
+    "gemma3_text": Gemma3TextConfig(**SIZES, num_key_value_heads=2, head_dim=16),
+    "gpt_neox": GPTNeoXConfig(**SIZES),
 }
 
 # One linear's tensors by the names that a file has behind the module's, and the weight they are.

@@ -20,12 +20,13 @@ def model_card(
     fake: bool,
     quantization: Mapping,
     ragged: str | None,
+    transposed: bool = False,
 ) -> str:
     """README.md of the folder.
 
     Args:
         about: "model", the name of what was quantized, and what to say of the calibration.
-        quantization, ragged: see `qllm.quantizer.compatibility`.
+        quantization, ragged, transposed: see `qllm.quantizer.compatibility`.
     """
     name = about.get("model", "A model")
     what = "quantized and dequantized" if fake else "quantized"
@@ -46,9 +47,9 @@ def model_card(
         smoothed = "dataset" in about
         lines.append(f"- SmoothQuant: {f'alpha {options.smooth_alpha}' if smoothed else 'no'}")
     if not fake:
-        line = summary(quantization, ragged)
+        line = summary(quantization, ragged, transposed)
         lines += ["", "## Where it loads", "", f"It {line}.", ""]
-        if "transformers" not in refusals(quantization, ragged):
+        if "transformers" not in refusals(quantization, ragged, transposed):
             lines += snippet(quantization, ragged)
         lines += ["", "```sh", "python3 qllm_gen.py --model-path DIR", "```"]
     lines += ["", "## Error of each linear", ""]

@@ -622,8 +622,9 @@ class _Run:
         copy_small_files(job.source, folder)
         quantization = self.quantization
         ragged = find_ragged(self.specs, self.weights.shapes)
+        transposed = self.weights.family.transposed
         if not job.fake:
-            self.note(summary(quantization, ragged))
+            self.note(summary(quantization, ragged, transposed))
         card = model_card(
             job.about,
             self.reports,
@@ -631,6 +632,7 @@ class _Run:
             fake=job.fake,
             quantization=quantization,
             ragged=ragged,
+            transposed=transposed,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
 

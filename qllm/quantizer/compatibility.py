@@ -29,12 +29,13 @@ def find_ragged(specs: Mapping[str, QuantSpec], shapes: Mapping[str, Sequence[in
     return None
 
 
-def refusals(quantization: Mapping, ragged: str | None) -> dict[str, str]:
+def refusals(quantization: Mapping, ragged: str | None, transposed: bool = False) -> dict[str, str]:
     """Why "transformers" or "vLLM" refuses a checkpoint; one that loads it has no entry.
 
     Args:
         quantization: its quantization_config.
         ragged: a line on a linear whose last group is shorter than the others; None: there is none.
+        transposed: the family's matrices lie in its files as (inputs, outputs).
     """
     gptq = quantization["quant_method"] == "gptq"
     refuse = ("vLLM",) if gptq else ("transformers", "vLLM")
@@ -45,6 +46,8 @@ def refusals(quantization: Mapping, ragged: str | None) -> dict[str, str]:
         if not all(entry["sym"] and entry["bits"] in VLLM_GPTQ_BITS for entry in entries):
             found.setdefault("vLLM", "it takes GPTQ of 4 and 8 bits, with --scheme sym")
         return found
+    if transposed:
+        found.setdefault("transformers", "this family's layers are Conv1D there, which stay dense")
     weights = [group["weights"] for group in quantization["config_groups"].values()]
     if len(weights) > 1 and not all(entry["symmetric"] for entry in weights):
         found.setdefault("transformers", "where layers differ it takes --scheme sym")
@@ -53,13 +56,13 @@ def refusals(quantization: Mapping, ragged: str | None) -> dict[str, str]:
     return found
 
 
-def summary(quantization: Mapping, ragged: str | None) -> str:
+def summary(quantization: Mapping, ragged: str | None, transposed: bool = False) -> str:
     """One line on where a checkpoint loads."""
     method = quantization["quant_method"]
     packages = PACKAGES[method]
     if method == "gptq" and ragged:
         packages += ' and its backend "torch"'
-    refused = refusals(quantization, ragged)
+    refused = refusals(quantization, ragged, transposed)
     loads = {"QLLM": "QLLM", "transformers": f"transformers (with {packages})", "vLLM": "vLLM"}
     taken = ", ".join(text for name, text in loads.items() if name not in refused)
     left = "".join(f"; not in {name}: {reason}" for name, reason in refused.items())

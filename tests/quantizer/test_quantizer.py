@@ -664,9 +664,13 @@ COMPRESSED = {
 }
 
 
-@pytest.mark.parametrize("family", ["opt", "bloom", "llama"])
-@pytest.mark.parametrize("form", COMPRESSED)
-def test_transformers_loads_what_is_said_to_load(form, family, tmp_path):
+FUSED = ("4 bits, symmetric", "3 bits per channel", "int8")
+CASES = [(family, form) for family in ("opt", "bloom", "llama") for form in COMPRESSED]
+CASES += [(family, form) for family in ("phi3", "gemma3_text", "gpt_neox") for form in FUSED]
+
+
+@pytest.mark.parametrize(("family", "form"), CASES)
+def test_transformers_loads_what_is_said_to_load(family, form, tmp_path):
     """As the card has it, without an option."""
     spec, loads = COMPRESSED[form]
     notes: list[str] = []
@@ -687,6 +691,14 @@ def test_transformers_loads_what_is_said_to_load(form, family, tmp_path):
     # It dequantizes to the type of the scales, float16, and rounds int8 activations otherwise.
     tolerance = 2e-2 if "8:tc-li" in str(spec) else 5e-3
     assert_logits_close(ours, prefill_logits(theirs, prompts), tolerance)
+
+
+def test_conv1d_stays_dense_in_compressed_tensors(tmp_path):
+    """transformers loads GPT-2's integers into no layer, and says nothing."""
+    notes: list[str] = []
+    job = Job(saved("gpt2", tmp_path / "source"), plan_of(4, group_size=-1), compressed=True)
+    quantize_checkpoint(job, tmp_path / "out", note=notes.append)
+    assert "not in transformers: this family's layers are Conv1D" in notes[-1]
 
 
 @pytest.mark.parametrize(
