@@ -2,6 +2,7 @@
 
     python3 -m benchmarks.rivals --layer 4096x4096 11008x4096
     python3 -m benchmarks.rivals --model tinyllama-1.1b
+    python3 -m benchmarks.rivals --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
 A layer is N x K, N its output channels, in as many copies as fill --megabytes, so that no cache
 holds them; the times are medians. Models are all in memory, each rival's in a process of its own,
@@ -18,9 +19,10 @@ import json
 import os
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.rivals import LAYER_RIVALS, MODEL_RIVALS, RIVALS, Rival
+from benchmarks.rivals import GGUF_RIVALS, LAYER_RIVALS, MODEL_RIVALS, RIVALS, Rival
 from benchmarks.rivals.turns import Settings, measure_models
 from qllm import cli
 
@@ -42,6 +44,7 @@ def parse_args() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--layer", nargs="+", type=shape, metavar="NxK")
     what.add_argument("--model", choices=list(REPOSITORIES))
+    what.add_argument("--gguf", metavar="FILE", help="a model that QLLM and llama.cpp both read")
     parser.add_argument("--rivals", nargs="+", choices=list(RIVALS), default=list(RIVALS))
     number = cli.whole_number(1)
     cores = len(os.sched_getaffinity(0))
@@ -155,7 +158,10 @@ def main() -> None:
     else:
         rivals = [name for name, _ in installed(MODEL_RIVALS, args.rivals)]
         settings = Settings(args.threads, args.prompt, args.batches, args.context, args.steps)
-        rows = measure_models(REPOSITORIES[args.model], rivals, settings, args.rounds)
+        model = args.gguf or REPOSITORIES[args.model]
+        if args.gguf:
+            rivals = [name for name in rivals if name in GGUF_RIVALS]
+        rows = measure_models(model, rivals, settings, args.rounds)
     versions = {name: RIVALS[name].version() for name in {row["rival"]: 0 for row in rows}}
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     bandwidth = statistics.median(row["bandwidth"] for row in rows)
@@ -167,7 +173,7 @@ def main() -> None:
     if args.layer:
         print_layers(rows, args)
     else:
-        print(f"{args.model}\n")
+        print(f"{args.model or Path(args.gguf).stem}\n")
         print_models(rows, args)
     limits = {"bandwidth": bandwidth, "int8_rate": rate}
     print(json.dumps({"settings": vars(args), "versions": versions, **limits, "rows": rows}))

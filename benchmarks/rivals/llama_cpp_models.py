@@ -76,17 +76,23 @@ FORMATS = (
 def models(
     repository: str, threads: int, folder: Path, stack: contextlib.ExitStack
 ) -> Iterator[Model]:
-    """One for each format.
+    """One for each format, or that of a GGUF file.
 
     Args:
         folder: for the file, which is deleted as soon as it is loaded.
         stack: frees the models.
     """
+    if repository.endswith(".gguf"):
+        path = Path(repository)
+        runner = Runner(stack.enter_context(_loaded(path)), threads)
+        yield Model("llama.cpp", "file", path.stat().st_size, runner.prefill, runner.decode)
+        return
     path = folder / "model.gguf"
     for bits, name, blocks, head in FORMATS:
         write_gguf(path, PUBLISHED[repository], blocks, head)
         size = path.stat().st_size
         runner = Runner(stack.enter_context(_loaded(path)), threads)
+        path.unlink()
         yield Model(f"llama.cpp {name}", bits, size, runner.prefill, runner.decode)
 
 
@@ -204,14 +210,13 @@ def _silent(level: int, text: bytes, data: ctypes.c_void_p) -> None:
 
 @contextlib.contextmanager
 def _loaded(path: Path) -> Iterator[int]:
-    """A handle of the model in a file, which is deleted."""
+    """A handle of the model in a file."""
     llama_cpp.llama_log_set(_silent, ctypes.c_void_p())
     model = llama_cpp.llama_model_load_from_file(
         str(path).encode(), llama_cpp.llama_model_default_params()
     )
-    path.unlink()
     if not model:
-        raise ValueError(f"llama.cpp does not load the {path.name} that was written for it")
+        raise ValueError(f"llama.cpp does not load {path.name}")
     try:
         yield model
     finally:

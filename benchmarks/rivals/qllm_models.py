@@ -18,13 +18,19 @@ BITWIDTHS = (("16", 16), ("8:tc-li", 16), ("8", 16), ("4", 16), ("4", 8), ("3", 
 
 
 def models(repository: str, threads: int, folder: Path, stack: ExitStack) -> Iterator[Model]:
-    """One for each bitwidth.
+    """One for each bitwidth; of a GGUF file, as it is and with activations of 8 bits.
 
     Args:
         folder: for the checkpoint, which stays.
         stack: has nothing to free.
     """
     torch.set_num_threads(threads)
+    if repository.endswith(".gguf"):
+        for activation_bits in (16, 8):
+            yield _model(
+                Path(repository), "file", QuantPlan.parse("16"), activation_bits, dtype=None
+            )
+        return
     source = checkpoint(folder, repository)
     for bitwidth, activation_bits in BITWIDTHS:
         plan = QuantPlan.parse(bitwidth)
@@ -33,8 +39,14 @@ def models(repository: str, threads: int, folder: Path, stack: ExitStack) -> Ite
         yield _model(source, bitwidth, plan, activation_bits)
 
 
-def _model(source: Path, bitwidth: str, plan: QuantPlan, activation_bits: int) -> Model:
-    model = load_model(source, plan, dtype=torch.bfloat16, activation_bits=activation_bits)
+def _model(
+    source: Path,
+    bitwidth: str,
+    plan: QuantPlan,
+    activation_bits: int,
+    dtype: torch.dtype | None = torch.bfloat16,
+) -> Model:
+    model = load_model(source, plan, dtype=dtype, activation_bits=activation_bits)
     vocab = model.config.vocab_size
 
     def prefill(tokens: int) -> float:
@@ -51,7 +63,7 @@ def _model(source: Path, bitwidth: str, plan: QuantPlan, activation_bits: int) -
 
         return median_seconds(step, steps)
 
-    name = f"QLLM {bitwidth}{'' if bitwidth == '16' else ', head 8'}"
+    name = f"QLLM {bitwidth}{'' if bitwidth in ('16', 'file') else ', head 8'}"
     name += ", activations 8" if activation_bits == 8 else ""
     read = module_bytes(model)
     if getattr(model.lm_head, "weight", None) is not model.embed.weight:
