@@ -13,6 +13,8 @@ import processes
 import pytest
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["building"]  # whose fixtures several modules take
+
 # The same examples on every run and machine, and no folder of past failures beside the tests. How
 # long an example takes depends on what else the machine does, and says nothing.
 settings.register_profile(

@@ -20,7 +20,7 @@ from covering import each, slow_but
 from foreign import Folder, Writer, awq, compressed, folder_of, gptq, quantize
 from oracle import assert_same_model, draw_prompts, load
 from safetensors.torch import load_file, save_file
-from test_formats import awq_tensors
+from stored_formats import awq_tensors
 
 from qllm.checkpoint.formats import Quantized, take_rows
 from qllm.checkpoint.weights import Checkpoint, Weights

@@ -1,113 +1,33 @@
-"""Others' tensors: written by hand, decoded bit by bit, and by compressed-tensors itself."""
+"""Others' tensors: written by hand, and decoded bit by bit; both ways."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from compressed_tensors.compressors import IntQuantizationCompressor, PackedQuantizationCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
-
-from qllm.checkpoint.formats import FORMATS, Int8Weight
-from qllm.config import QuantSpec
-from qllm.errors import UserError
-from qllm.ops.reference import dequantize
-from qllm.quant.packing import BITS, PackedWeight, pack, packed_size, unpack
-from qllm.quant.rtn import quantize_rtn
-
-SCHEMES = ("sym", "asym")
-
-
-def weight_only(name: str, bits: int, group_size: int, **settings: bool):
-    return FORMATS[name](QuantSpec(bits, group_size, "asym", "weight_only"), **settings)
-
-
-def to_gptq(weight, bits, group_size, columns):
-    return weight_only("gptq", bits, group_size).write(weight, columns)
-
-
-def from_gptq(tensors, bits, group_size, columns, rows, *, v1):
-    return weight_only("gptq", bits, group_size, v1=v1).read(tensors, columns, rows)
-
-
-def from_awq(tensors, group_size, columns, rows):
-    return weight_only("awq", 4, group_size).read(tensors, columns, rows)
-
-
-def to_pack_quantized(weight, bits, group_size, columns):
-    return weight_only("pack-quantized", bits, group_size).write(weight, columns)
-
-
-def from_pack_quantized(tensors, bits, group_size, columns, rows):
-    return weight_only("pack-quantized", bits, group_size).read(tensors, columns, rows)
-
-
-def from_int_quantized_weight(tensors, bits, group_size, columns, rows):
-    return weight_only("int-quantized", bits, group_size).read(tensors, columns, rows)
-
-
-def to_int_quantized(weight):
-    spec = QuantSpec(8, -1, "sym", "w8a8_dynamic")
-    return FORMATS["int-quantized"](spec).write(weight, weight.qweight.shape[1])
-
-
-def from_int_quantized(tensors, columns, rows, *, static):
-    spec = QuantSpec(8, -1, "sym", "w8a8_static" if static else "w8a8_dynamic")
-    return FORMATS["int-quantized"](spec).read(tensors, columns, rows)
-
-
-# N, K and group size: whole blocks of 32; one group, or row; primes; a short last group; a group
-# longer than a row.
-SHAPES = (
-    (64, 96, 32),
-    (32, 64, -1),
-    (1, 64, 32),
-    (1, 1, 1),
-    (7, 13, 5),
-    (33, 31, -1),
-    (8, 40, 16),
-    (5, 64, 128),
-    (40, 72, 24),
+from stored_formats import (
+    SCHEMES,
+    SHAPES,
+    assert_same,
+    awq_tensors,
+    drawn,
+    float_weight,
+    from_awq,
+    from_gptq,
+    from_int_quantized,
+    from_int_quantized_weight,
+    from_pack_quantized,
+    scattered,
+    stream,
+    to_gptq,
+    to_pack_quantized,
+    words,
 )
 
-
-def drawn(rows: int, columns: int, bits: int, group_size: int, scheme: str, seed: int = 0):
-    """A matrix of random integers and zero points, 0 and 2^b - 1 among them."""
-    random = np.random.default_rng([seed, rows, columns, bits])
-    groups = 1 if group_size == -1 else -(-columns // group_size)
-    values = torch.from_numpy(random.integers(0, 2**bits, (rows, columns), dtype=np.uint8))
-    scales = torch.from_numpy(random.uniform(0.01, 1, (rows, groups)).astype(np.float16))
-    zeros = torch.empty(0, dtype=torch.uint8)
-    if scheme == "asym":
-        zeros = torch.from_numpy(random.integers(0, 2**bits, (rows, groups), dtype=np.uint8))
-        zeros[0, 0] = 0  # at every width other than the middle, which would be a symmetric grid
-    return PackedWeight(pack(values, bits), scales, zeros)
-
-
-def float_weight(weight: PackedWeight, bits: int, group_size: int, columns: int) -> torch.Tensor:
-    """The matrix, with input channels in their own order."""
-    found = dequantize(*weight[:3], bits, group_size, columns, torch.float32)
-    if weight.order is not None:
-        found[:, weight.order] = found.clone()
-    return found
-
-
-def assert_same(found: PackedWeight, expected: PackedWeight) -> None:
-    for a, b in zip(found, expected, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            assert a.dtype == b.dtype
-            assert torch.equal(a, b)
-            assert a.is_contiguous()
-
-
-def stream(words: np.ndarray, bits: int, count: int) -> list[int]:
-    """The values of one little-endian stream of words, taken out of one long number."""
-    number = sum(int(word) << (32 * i) for i, word in enumerate(words.view(np.uint32)))
-    return [(number >> (bits * i)) & (2**bits - 1) for i in range(count)]
+from qllm.quant.packing import BITS, pack, packed_size, unpack
 
 
 def gptq_decoder(tensors: dict, bits: int, columns: int, rows: int, v1: bool) -> torch.Tensor:
@@ -122,10 +42,6 @@ def gptq_decoder(tensors: dict, bits: int, columns: int, rows: int, v1: bool) ->
         for k, (value, group) in enumerate(zip(column, t["g_idx"], strict=True)):
             out[n, k] = np.float32(value - zeros[group, n]) * np.float32(t["scales"][group, n])
     return torch.from_numpy(out)
-
-
-def words(*values: int) -> torch.Tensor:
-    return torch.from_numpy(np.array(values, dtype=np.uint32).view(np.int32))
 
 
 def test_gptq_by_hand():
@@ -271,13 +187,6 @@ def test_every_zero_point_comes_back_from_v1(bits):
     assert_same(found, weight)
 
 
-def scattered(weight: PackedWeight, columns: int, group_size: int, seed: int) -> PackedWeight:
-    """The same integers, said to belong to other input channels."""
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(columns))
-    # Within a group the channels stay sorted, which is how a g_idx is read.
-    return weight._replace(order=torch.cat([run.sort().values for run in order.split(group_size)]))
-
-
 @pytest.mark.parametrize(("rows", "columns", "group_size"), [(8, 64, 16), (5, 45, 7), (33, 37, 32)])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
@@ -357,23 +266,6 @@ def test_scales_keep_their_type_and_bfloat16_its_values():
         assert torch.equal(found.float(), scales.float())
 
 
-def awq_tensors(weight: PackedWeight, columns: int) -> dict[str, torch.Tensor]:
-    """As AutoAWQ's WQLinear_GEMM packs: a loop over words and over the nibbles of each."""
-
-    def words_of(values: np.ndarray) -> torch.Tensor:
-        out = np.zeros((values.shape[0], values.shape[1] // 8), dtype=np.uint32)
-        for word in range(out.shape[1]):
-            for i, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
-                out[:, word] |= values[:, 8 * word + column].astype(np.uint32) << np.uint32(4 * i)
-        return torch.from_numpy(out.view(np.int32))
-
-    return {
-        "qweight": words_of(unpack(weight.qweight, 4, columns).t().numpy()),
-        "qzeros": words_of(weight.qzeros.t().numpy()),
-        "scales": weight.scales.t().contiguous(),
-    }
-
-
 @pytest.mark.parametrize(
     ("rows", "columns", "group_size"), [(8, 1, -1), (64, 96, 32), (24, 37, 8), (16, 20, 128)]
 )
@@ -390,96 +282,6 @@ def test_awq_in_pieces(monkeypatch):
     assert_same(from_gptq(to_gptq(weight, 4, 32, 131), 4, 32, 131, 16, v1=False), weight)
 
 
-def scheme_of(bits: int, group_size: int, scheme: str, **inputs: object) -> QuantizationScheme:
-    weights = QuantizationArgs(
-        num_bits=bits,
-        symmetric=scheme == "sym",
-        strategy="channel" if group_size == -1 else "group",
-        group_size=None if group_size == -1 else group_size,
-    )
-    activations = QuantizationArgs(num_bits=8, **inputs) if inputs else None
-    return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations)
-
-
-# With 8 rows or fewer, 0.20.0 cannot read its own 4-bit zero points (a view of a single word).
-CT_SHAPES = [(32, 64, 16), (9, 96, 32), (33, 45, -1), (13, 20, 5)]
-
-
-@pytest.mark.parametrize(("rows", "columns", "group_size"), CT_SHAPES)
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("bits", BITS)
-def test_compressed_tensors_reads_what_we_write(bits, scheme, rows, columns, group_size):
-    weight = drawn(rows, columns, bits, group_size, scheme)
-    weight = weight._replace(scales=weight.scales.float())
-    found = PackedQuantizationCompressor.decompress(
-        to_pack_quantized(weight, bits, group_size, columns), scheme_of(bits, group_size, scheme)
-    )
-    assert torch.equal(found["weight"], float_weight(weight, bits, group_size, columns))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("rows", "columns", "group_size"), CT_SHAPES)
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("bits", BITS)
-def test_we_read_what_compressed_tensors_writes(bits, scheme, rows, columns, group_size, dtype):
-    random = torch.Generator().manual_seed(bits)
-    groups = 1 if group_size == -1 else columns // group_size
-    limit = 2 ** (bits - 1)
-    state = {
-        "weight": torch.randn(rows, columns, generator=random).to(dtype),
-        "weight_scale": (torch.rand(rows, groups, generator=random) * 2 / limit + 0.01).to(dtype),
-        "weight_zero_point": torch.randint(
-            -limit, limit, (rows, groups), generator=random, dtype=torch.int8
-        ),
-    }
-    if scheme == "sym":
-        state["weight_zero_point"].zero_()
-    described = scheme_of(bits, group_size, scheme)
-    for compressor, read in (
-        (PackedQuantizationCompressor, from_pack_quantized),
-        (IntQuantizationCompressor, from_int_quantized_weight),
-    ):
-        tensors = compressor.compress(state, described)
-        expected = compressor.decompress(tensors, described)["weight"]
-        found = read(tensors, bits, group_size, columns, rows)
-        assert torch.equal(float_weight(found, bits, group_size, columns).to(dtype), expected)
-        again = to_pack_quantized(found, bits, group_size, columns)
-        if compressor is PackedQuantizationCompressor:
-            assert set(again) == set(tensors)
-            for name in set(tensors) - {"weight_scale"}:
-                assert torch.equal(again[name], tensors[name])
-
-
-@pytest.mark.parametrize("static", [False, True])
-def test_int_quantized_both_ways_with_compressed_tensors(static):
-    inputs = {"strategy": "tensor"} if static else {"strategy": "token", "dynamic": True}
-    described = scheme_of(8, -1, "sym", **inputs)
-    weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
-    packed, scales, *_ = quantize_rtn(weight, 8, -1, "sym")
-    ours = Int8Weight(
-        (unpack(packed, 8, 40) - 128).view(torch.int8),
-        scales[:, 0],
-        torch.tensor(0.125) if static else None,
-    )
-    tensors = to_int_quantized(ours)
-    read = IntQuantizationCompressor.decompress(tensors, described)["weight"]
-    assert torch.equal(read, ours.qweight.half() * ours.scales[:, None])
-    state = {"weight": read, "weight_scale": scales}
-    if static:
-        state["input_scale"] = torch.tensor([0.125])
-    written = IntQuantizationCompressor.compress(state, described)
-    found = from_int_quantized(written, 40, 24, static=static)
-    for a, b in zip(found, ours, strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
-
-
-def test_one_scale_for_a_whole_matrix():
-    tensors = {"weight": torch.ones(3, 4, dtype=torch.int8), "weight_scale": torch.tensor([0.5])}
-    for scale in (torch.tensor([0.5]), torch.tensor(0.5), torch.tensor([[0.5]])):
-        found = from_int_quantized(tensors | {"weight_scale": scale}, 4, 3, static=False)
-        assert found.scales.tolist() == [0.5, 0.5, 0.5]
-
-
 def test_nothing_given_is_changed():
     weight = scattered(drawn(5, 37, 3, 16, "asym"), 37, 16, 0)
     before = [tensor.clone() for tensor in weight]
@@ -492,155 +294,3 @@ def test_nothing_given_is_changed():
         read(tensors)
         assert all(torch.equal(tensors[name], copies[name]) for name in tensors)
     assert all(torch.equal(a, b) for a, b in zip(weight, before, strict=True))
-
-
-GPTQ = to_gptq(drawn(6, 40, 4, 16, "asym"), 4, 16, 40)  # qweight (5, 6), qzeros (3, 1)
-AWQ = awq_tensors(drawn(8, 40, 4, 16, "asym"), 40)
-PACKED = to_pack_quantized(drawn(6, 40, 4, 16, "asym"), 4, 16, 40)
-INT8 = to_int_quantized(
-    Int8Weight(torch.ones(6, 40, dtype=torch.int8), torch.ones(6), torch.tensor(0.5))
-)
-INT4 = {
-    "weight": torch.full((6, 40), 7, dtype=torch.int8),
-    "weight_scale": torch.ones(6, 3),
-    "weight_zero_point": torch.full((6, 3), -8, dtype=torch.int8),
-}
-READERS = {
-    "gptq": (GPTQ, lambda t: from_gptq(t, 4, 16, 40, 6, v1=False)),
-    "gptq v1": (GPTQ, lambda t: from_gptq(t, 4, 16, 40, 6, v1=True)),
-    "awq": (AWQ, lambda t: from_awq(t, 16, 40, 8)),
-    "pack-quantized": (PACKED, lambda t: from_pack_quantized(t, 4, 16, 40, 6)),
-    "int-quantized": (INT8, lambda t: from_int_quantized(t, 40, 6, static=True)),
-    "int-quantized weight": (INT4, lambda t: from_int_quantized_weight(t, 4, 16, 40, 6)),
-}
-REQUIRED = {
-    "gptq": ("qweight", "qzeros", "scales"),
-    "awq": ("qweight", "qzeros", "scales"),
-    "pack-quantized": ("weight_packed", "weight_scale", "weight_shape"),
-    "int-quantized": ("weight", "weight_scale", "input_scale"),
-    "int-quantized weight": ("weight", "weight_scale"),
-}
-
-
-@pytest.mark.parametrize("kind", READERS)
-def test_the_tensors_to_be_spoilt_are_whole(kind):
-    tensors, read = READERS[kind]
-    read(tensors)
-
-
-@pytest.mark.parametrize(("kind", "name"), [(k, n) for k, names in REQUIRED.items() for n in names])
-def test_a_missing_tensor_is_named(kind, name):
-    tensors, read = READERS[kind]
-    with pytest.raises(UserError, match=f"^{name} is missing$"):
-        read({key: tensor for key, tensor in tensors.items() if key != name})
-
-
-EVERY = [(kind, name) for kind, (tensors, _) in READERS.items() for name in tensors]
-SPOILT = {
-    "one less": lambda t: t[:-1],
-    "one more": lambda t: torch.cat([t, t[-1:]]),
-    "narrower": lambda t: t[..., :-1] if t.dim() > 1 else t[:-1],
-    "wider": lambda t: torch.cat([t, t[..., -1:]], dim=-1),
-    "one dimension more": lambda t: t[None, None],
-    "empty": lambda t: t[:0],
-    "of another type": lambda t: t.to(torch.float64),
-    "of booleans": lambda t: t.bool(),
-}
-
-
-@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
-@pytest.mark.parametrize(("kind", "name"), EVERY)
-def test_a_spoilt_tensor_is_named(kind, name, spoil):
-    tensors, read = READERS[kind]
-    with pytest.raises(UserError, match=rf"^{name} is \w+ \(.*\), expected [\w ]+ \(.*\)$"):
-        read(tensors | {name: spoil(tensors[name])})
-
-
-def changed(tensor: torch.Tensor, value: float) -> torch.Tensor:
-    tensor = tensor.clone()
-    tensor.view(-1)[3 % tensor.numel()] = value
-    return tensor
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize(("kind", "name"), [(k, n) for k, n in EVERY if "scale" in n])
-def test_scales_that_are_not_finite_are_refused(kind, name, value):
-    tensors, read = READERS[kind]
-    with pytest.raises(UserError, match=f"^{name} holds NaN or infinite values$"):
-        read(tensors | {name: changed(tensors[name], value)})
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (-1, "g_idx holds groups from -1 to 2; the layer has 3"),
-        (3, "g_idx holds groups from 0 to 3; the layer has 3"),
-        (2**31 - 1, "g_idx holds groups from 0 to 2147483647; the layer has 3"),
-        (2, "g_idx has groups of other sizes than 16"),
-    ],
-)
-def test_a_g_idx_that_cannot_be(value, message):
-    with pytest.raises(UserError, match=f"^{message}$"):
-        READERS["gptq"][1](GPTQ | {"g_idx": changed(GPTQ["g_idx"], value)})
-    with pytest.raises(UserError, match=f"^weight_{message}$"):
-        READERS["pack-quantized"][1](PACKED | {"weight_g_idx": changed(GPTQ["g_idx"], value)})
-
-
-def test_a_g_idx_nobody_set_orders_nothing():
-    unset = PACKED | {"weight_g_idx": torch.full((40,), -1, dtype=torch.int32)}
-    assert READERS["pack-quantized"][1](unset).order is None
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "tensor", "message"),
-    [
-        (
-            "pack-quantized",
-            "weight_shape",
-            torch.tensor([40, 6]),
-            r"weight_shape is \[40, 6\], expected \[6, 40\]",
-        ),
-        (
-            "int-quantized",
-            "weight_zero_point",
-            torch.ones(6, 1, dtype=torch.int8),
-            "weight_zero_point is not 0; with int8 activations QLLM reads symmetric grids",
-        ),
-        (
-            "int-quantized",
-            "input_zero_point",
-            torch.ones(1, dtype=torch.int8),
-            "input_zero_point is not 0; with int8 activations QLLM reads symmetric grids",
-        ),
-        ("int-quantized", "input_scale", torch.zeros(1), "input_scale is 0.0, expected a number"),
-        (
-            "int-quantized weight",
-            "weight",
-            torch.full((6, 40), 8, dtype=torch.int8),
-            "weight holds values from 8 to 8; 4 bits hold -8 to 7",
-        ),
-        (
-            "int-quantized weight",
-            "weight_zero_point",
-            torch.full((6, 3), -9, dtype=torch.int8),
-            "weight_zero_point holds values from -9 to -9; 4 bits hold -8 to 7",
-        ),
-    ],
-)
-def test_values_that_cannot_be(kind, name, tensor, message):
-    tensors, read = READERS[kind]
-    with pytest.raises(UserError, match=f"^{message}"):
-        read(tensors | {name: tensor})
-
-
-def test_awq_for_a_width_it_cannot_pack():
-    with pytest.raises(UserError, match="cannot hold 12 output channels: AWQ packs them by 8"):
-        from_awq(AWQ, 16, 40, 12)
-
-
-def test_a_group_size_of_any_size():
-    """A config may name a number that no tensor index can be."""
-    weight = drawn(6, 40, 4, -1, "asym")
-    for size in (40, 41, 2**63, 10**30):
-        tensors = to_gptq(weight, 4, size, 40)
-        assert_same(from_gptq(tensors, 4, size, 40, 6, v1=False), weight)

@@ -1,0 +1,173 @@
+"""Tensors of quantized checkpoints that are not what they should be, or odd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stored_formats import (
+    assert_same,
+    awq_tensors,
+    drawn,
+    from_awq,
+    from_gptq,
+    from_int_quantized,
+    from_int_quantized_weight,
+    from_pack_quantized,
+    to_gptq,
+    to_int_quantized,
+    to_pack_quantized,
+)
+
+from qllm.checkpoint.formats import Int8Weight
+from qllm.errors import UserError
+
+GPTQ = to_gptq(drawn(6, 40, 4, 16, "asym"), 4, 16, 40)  # qweight (5, 6), qzeros (3, 1)
+AWQ = awq_tensors(drawn(8, 40, 4, 16, "asym"), 40)
+PACKED = to_pack_quantized(drawn(6, 40, 4, 16, "asym"), 4, 16, 40)
+INT8 = to_int_quantized(
+    Int8Weight(torch.ones(6, 40, dtype=torch.int8), torch.ones(6), torch.tensor(0.5))
+)
+INT4 = {
+    "weight": torch.full((6, 40), 7, dtype=torch.int8),
+    "weight_scale": torch.ones(6, 3),
+    "weight_zero_point": torch.full((6, 3), -8, dtype=torch.int8),
+}
+READERS = {
+    "gptq": (GPTQ, lambda t: from_gptq(t, 4, 16, 40, 6, v1=False)),
+    "gptq v1": (GPTQ, lambda t: from_gptq(t, 4, 16, 40, 6, v1=True)),
+    "awq": (AWQ, lambda t: from_awq(t, 16, 40, 8)),
+    "pack-quantized": (PACKED, lambda t: from_pack_quantized(t, 4, 16, 40, 6)),
+    "int-quantized": (INT8, lambda t: from_int_quantized(t, 40, 6, static=True)),
+    "int-quantized weight": (INT4, lambda t: from_int_quantized_weight(t, 4, 16, 40, 6)),
+}
+REQUIRED = {
+    "gptq": ("qweight", "qzeros", "scales"),
+    "awq": ("qweight", "qzeros", "scales"),
+    "pack-quantized": ("weight_packed", "weight_scale", "weight_shape"),
+    "int-quantized": ("weight", "weight_scale", "input_scale"),
+    "int-quantized weight": ("weight", "weight_scale"),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_the_tensors_to_be_spoilt_are_whole(kind):
+    tensors, read = READERS[kind]
+    read(tensors)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(k, n) for k, names in REQUIRED.items() for n in names])
+def test_a_missing_tensor_is_named(kind, name):
+    tensors, read = READERS[kind]
+    with pytest.raises(UserError, match=f"^{name} is missing$"):
+        read({key: tensor for key, tensor in tensors.items() if key != name})
+
+
+EVERY = [(kind, name) for kind, (tensors, _) in READERS.items() for name in tensors]
+SPOILT = {
+    "one less": lambda t: t[:-1],
+    "one more": lambda t: torch.cat([t, t[-1:]]),
+    "narrower": lambda t: t[..., :-1] if t.dim() > 1 else t[:-1],
+    "wider": lambda t: torch.cat([t, t[..., -1:]], dim=-1),
+    "one dimension more": lambda t: t[None, None],
+    "empty": lambda t: t[:0],
+    "of another type": lambda t: t.to(torch.float64),
+    "of booleans": lambda t: t.bool(),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
+@pytest.mark.parametrize(("kind", "name"), EVERY)
+def test_a_spoilt_tensor_is_named(kind, name, spoil):
+    tensors, read = READERS[kind]
+    with pytest.raises(UserError, match=rf"^{name} is \w+ \(.*\), expected [\w ]+ \(.*\)$"):
+        read(tensors | {name: spoil(tensors[name])})
+
+
+def changed(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor.view(-1)[3 % tensor.numel()] = value
+    return tensor
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("kind", "name"), [(k, n) for k, n in EVERY if "scale" in n])
+def test_scales_that_are_not_finite_are_refused(kind, name, value):
+    tensors, read = READERS[kind]
+    with pytest.raises(UserError, match=f"^{name} holds NaN or infinite values$"):
+        read(tensors | {name: changed(tensors[name], value)})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (-1, "g_idx holds groups from -1 to 2; the layer has 3"),
+        (3, "g_idx holds groups from 0 to 3; the layer has 3"),
+        (2**31 - 1, "g_idx holds groups from 0 to 2147483647; the layer has 3"),
+        (2, "g_idx has groups of other sizes than 16"),
+    ],
+)
+def test_a_g_idx_that_cannot_be(value, message):
+    with pytest.raises(UserError, match=f"^{message}$"):
+        READERS["gptq"][1](GPTQ | {"g_idx": changed(GPTQ["g_idx"], value)})
+    with pytest.raises(UserError, match=f"^weight_{message}$"):
+        READERS["pack-quantized"][1](PACKED | {"weight_g_idx": changed(GPTQ["g_idx"], value)})
+
+
+def test_a_g_idx_nobody_set_orders_nothing():
+    unset = PACKED | {"weight_g_idx": torch.full((40,), -1, dtype=torch.int32)}
+    assert READERS["pack-quantized"][1](unset).order is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "tensor", "message"),
+    [
+        (
+            "pack-quantized",
+            "weight_shape",
+            torch.tensor([40, 6]),
+            r"weight_shape is \[40, 6\], expected \[6, 40\]",
+        ),
+        (
+            "int-quantized",
+            "weight_zero_point",
+            torch.ones(6, 1, dtype=torch.int8),
+            "weight_zero_point is not 0; with int8 activations QLLM reads symmetric grids",
+        ),
+        (
+            "int-quantized",
+            "input_zero_point",
+            torch.ones(1, dtype=torch.int8),
+            "input_zero_point is not 0; with int8 activations QLLM reads symmetric grids",
+        ),
+        ("int-quantized", "input_scale", torch.zeros(1), "input_scale is 0.0, expected a number"),
+        (
+            "int-quantized weight",
+            "weight",
+            torch.full((6, 40), 8, dtype=torch.int8),
+            "weight holds values from 8 to 8; 4 bits hold -8 to 7",
+        ),
+        (
+            "int-quantized weight",
+            "weight_zero_point",
+            torch.full((6, 3), -9, dtype=torch.int8),
+            "weight_zero_point holds values from -9 to -9; 4 bits hold -8 to 7",
+        ),
+    ],
+)
+def test_values_that_cannot_be(kind, name, tensor, message):
+    tensors, read = READERS[kind]
+    with pytest.raises(UserError, match=f"^{message}"):
+        read(tensors | {name: tensor})
+
+
+def test_awq_for_a_width_it_cannot_pack():
+    with pytest.raises(UserError, match="cannot hold 12 output channels: AWQ packs them by 8"):
+        from_awq(AWQ, 16, 40, 12)
+
+
+def test_a_group_size_of_any_size():
+    """A config may name a number that no tensor index can be."""
+    weight = drawn(6, 40, 4, -1, "asym")
+    for size in (40, 41, 2**63, 10**30):
+        tensors = to_gptq(weight, 4, size, 40)
+        assert_same(from_gptq(tensors, 4, size, 40, 6, v1=False), weight)

@@ -1,0 +1,135 @@
+"""`quantization_config`: what is refused."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+from quant_configs import AWQ, GPTQ, LLAMA, TOKEN, W4A16, W8A8, bits, read
+
+from qllm.checkpoint.formats import describe
+from qllm.errors import UserError
+
+
+def test_names_joined_by_vllm():
+    """It asks for qkv_proj and gate_up_proj, which no file has: whole sets get a rule for them."""
+    specs = dict.fromkeys(LLAMA, bits(4))
+    specs |= {name: bits(8) for name in LLAMA if name.startswith("model.layers.3.")}
+    specs["model.layers.5.mlp.up_proj"] = bits(8)
+    config = read(describe(specs))
+    assert config.find("model.layers.3.self_attn.qkv_proj").spec.bits == 8
+    assert config.find("model.layers.3.mlp.gate_up_proj").spec.bits == 8
+    assert config.find("model.layers.5.mlp.gate_up_proj").spec.bits == 4
+    assert config.find("model.layers.4.self_attn.qkv_proj").spec.bits == 4
+
+
+def with_weights(config, **weights):
+    config = copy.deepcopy(config)
+    config["config_groups"]["group_0"]["weights"] |= weights
+    return config
+
+
+def with_group(config, **values):
+    config = copy.deepcopy(config)
+    config["config_groups"]["group_0"] |= values
+    return config
+
+
+def with_inputs(**values):
+    inputs = W8A8["config_groups"]["group_0"]["input_activations"] | values
+    return with_group(W8A8, input_activations=inputs)
+
+
+G0 = re.escape('quantization_config.config_groups["group_0"]')
+REFUSED = [
+    ([], "quantization_config is a list, expected a JSON object"),
+    (None, "quantization_config is null, expected a JSON object"),
+    ({}, "has quant_method null; expected a text"),
+    ({"quant_method": 3}, "has quant_method 3; expected a text"),
+    ({"quant_method": "fp8"}, 'quant_method "fp8"; QLLM reads gptq, awq and compressed-tensors'),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 'quant_method "bitsandbytes"; QLLM'),
+    ({"quant_method": "auto-round"}, 'quant_method "auto-round"; QLLM reads'),
+    ({"quant_method": "x" * 999}, r'quant_method "x{56}\.\.\.; QLLM reads'),
+    (GPTQ | {"bits": 5}, "has bits 5; QLLM reads 2 or 3 or 4 or 8"),
+    (GPTQ | {"bits": 4.0}, r"has bits 4\.0; expected a whole number"),
+    (GPTQ | {"bits": True}, "has bits true; expected a whole number"),
+    (GPTQ | {"bits": None}, "has bits null; expected a whole number"),
+    (GPTQ | {"group_size": 0}, "has group_size 0; expected 1 or more, or -1"),
+    (GPTQ | {"group_size": -2}, "has group_size -2; expected 1 or more, or -1"),
+    (GPTQ | {"group_size": "all"}, 'has group_size "all"; expected a whole number'),
+    (GPTQ | {"sym": "yes"}, 'has sym "yes"; expected true or false'),
+    (GPTQ | {"lm_head": 1}, "has lm_head 1; expected true or false"),
+    (GPTQ | {"checkpoint_format": "marlin"}, 'checkpoint_format "marlin"; QLLM reads "gptq" or'),
+    (GPTQ | {"checkpoint_format": "gptq_p"}, 'checkpoint_format "gptq_p"; QLLM reads "gptq" or'),
+    (GPTQ | {"format": "bitblas"}, 'has checkpoint_format "bitblas"; QLLM reads'),
+    (GPTQ | {"is_marlin_format": True}, "is_marlin_format true; QLLM reads checkpoints without"),
+    (GPTQ | {"rotation": "hadamard"}, 'rotation "hadamard"; QLLM reads checkpoints without'),
+    (GPTQ | {"pack_dtype": "int16"}, 'pack_dtype "int16"; QLLM reads "int32"'),
+    (GPTQ | {"dynamic": [1]}, r"quantization_config\.dynamic is a list, expected a JSON object"),
+    (GPTQ | {"dynamic": {"+:x": 8}}, r'dynamic\["\+:x"\] is 8, expected a JSON object'),
+    (GPTQ | {"dynamic": {"+:x": {"bits": 6}}}, r'dynamic\["\+:x"\] has bits 6; QLLM reads'),
+    (GPTQ | {"dynamic": {"+:x": {"format": "marlin"}}}, 'has format "marlin"; QLLM reads'),
+    (GPTQ | {"dynamic": {"-:(": {}}}, r"'\(' is no regular expression"),
+    (GPTQ | {"modules_in_block_to_quantize": "fc1"}, '"fc1"; expected a list of texts'),
+    (GPTQ | {"modules_in_block_to_quantize": [[1]]}, "a list; expected a list of texts"),
+    (AWQ | {"version": "gemv"}, 'has version "gemv"; QLLM reads "gemm"'),
+    (AWQ | {"version": "gemv_fast"}, 'has version "gemv_fast"; QLLM reads "gemm"'),
+    (AWQ | {"version": "marlin"}, 'has version "marlin"; QLLM reads "gemm"'),
+    (AWQ | {"backend": "llm-awq"}, 'has backend "llm-awq"; QLLM reads what AutoAWQ wrote'),
+    (AWQ | {"bits": 8}, "has bits 8; QLLM reads 4"),
+    (AWQ | {"zero_point": False}, "has zero_point false; QLLM reads true"),
+    (AWQ | {"group_size": 0}, "has group_size 0; expected"),
+    (AWQ | {"modules_to_not_convert": {}}, "modules_to_not_convert an object; expected a list"),
+    (W4A16 | {"format": "float-quantized"}, 'format "float-quantized"; QLLM reads "pack-quant'),
+    (W4A16 | {"format": "marlin-24"}, 'format "marlin-24"; QLLM reads'),
+    (W4A16 | {"format": "mixed-precision"}, 'format "mixed-precision"; QLLM reads'),
+    (W4A16 | {"format": "dense"}, 'format "dense"; QLLM reads'),
+    (W4A16 | {"format": None}, "format null; QLLM reads"),
+    (with_group(W4A16, format="nvfp4-pack-quantized"), 'format "nvfp4-pack-quantized"; QLLM'),
+    (W4A16 | {"config_groups": {}}, "no config_groups with targets; it says of no module"),
+    (W4A16 | {"config_groups": {"W4A16": ["Linear"]}}, r'\["W4A16"\] is a list, expected'),
+    (W4A16 | {"config_groups": [1]}, "config_groups is a list, expected a JSON object"),
+    (with_group(W4A16, targets="Linear"), f'{G0} has targets "Linear"; expected a list of texts'),
+    (with_group(W4A16, targets=["re:("]), r"'\(' is no regular expression"),
+    (with_group(W4A16, weights=None), rf"{G0}\.weights is null, expected a JSON object"),
+    (with_group(W4A16, output_activations={"num_bits": 8}), "output_activations an object; QLLM"),
+    (with_group(W4A16, input_activations=TOKEN), 'format "pack-quantized"; QLLM reads "int-quant'),
+    (W4A16 | {"ignore": [3]}, "has ignore a list; expected a list of texts"),
+    (W4A16 | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme an object; QLLM reads check"),
+    (W4A16 | {"transform_config": {"config_groups": {}}}, "transform_config an object; QLLM reads"),
+    (
+        W4A16 | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        r'sparsity_config has format "sparse-24-bitmask"; QLLM reads "dense"',
+    ),
+    (with_weights(W4A16, type="float"), rf'{G0}\.weights has type "float"; QLLM reads "int"'),
+    (with_weights(W4A16, num_bits=16), "num_bits 16; QLLM reads 1 or 2 or"),
+    (with_weights(W4A16, num_bits=0), "num_bits 0; QLLM reads 1 or 2 or"),
+    (with_weights(W4A16, strategy="block"), 'strategy "block"; QLLM reads "channel" or "group"'),
+    (with_weights(W4A16, strategy="tensor"), 'strategy "tensor"; QLLM reads "channel" or "group"'),
+    (with_weights(W4A16, group_size=None), "group_size null; expected a whole number"),
+    (with_weights(W4A16, dynamic=True), "dynamic true; QLLM reads checkpoints without dynamic"),
+    (with_weights(W8A8, num_bits=4), "num_bits 4; QLLM reads 8"),
+    (with_weights(W8A8, symmetric=False), "symmetric false; QLLM reads true"),
+    (
+        with_weights(W8A8, strategy="group", group_size=64),
+        'strategy "group"; QLLM reads "channel" or "tensor"',
+    ),
+    (with_inputs(type="float"), r'input_activations has type "float"; QLLM reads "int"'),
+    (with_inputs(symmetric=False), r"input_activations has symmetric false; QLLM reads true"),
+    (with_inputs(num_bits=4), r"input_activations has num_bits 4; QLLM reads 8"),
+    (with_inputs(strategy="tensor"), 'strategy "tensor" and dynamic true; QLLM reads "token"'),
+    (with_inputs(dynamic=False), 'strategy "token" and dynamic false; QLLM reads "token"'),
+    (with_inputs(strategy="group"), 'strategy "group" and dynamic true; QLLM reads "token"'),
+    (with_inputs(dynamic="local"), 'has dynamic "local"; expected true or false'),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), REFUSED)
+def test_what_is_refused(config, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read(config)
+    text = str(caught.value)
+    assert text.startswith("config.json: quantization_config")
+    assert "\n" not in text
+    assert len(text) < 300
