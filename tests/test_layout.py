@@ -133,12 +133,12 @@ def test_there_is_something_to_test():
     assert {"qllm_gen.py", "ref_gen.py"} <= {path.name for path in SCRIPTS}
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_point_one_way(path):
-    part = part_of(name_of(path))
-    assert part in HEIGHT, f"{part} is new: give it its row in ROWS, and in DESIGN §1"
-    above = {name for name in own_imports(path) if HEIGHT[name] > HEIGHT[part]}
-    assert not above, f"{name_of(path)} imports from above {part}: {above}"
+def test_imports_point_one_way():
+    for path in FILES:
+        part = part_of(name_of(path))
+        assert part in HEIGHT, f"{part} is new: give it its row in ROWS, and in DESIGN §1"
+        above = {name for name in own_imports(path) if HEIGHT[name] > HEIGHT[part]}
+        assert not above, f"{name_of(path)} imports from above {part}: {above}"
 
 
 def test_imports_make_no_circle():
@@ -148,45 +148,49 @@ def test_imports_make_no_circle():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_the_library_does_not_import_what_stands_around_it(path):
+def imported(path: Path, *, late: bool = True) -> set[str]:
+    """The packages that a file imports."""
+    return {name.split(".")[0] for name in imports(path, late=late)}
+
+
+def test_the_library_does_not_import_what_stands_around_it():
     around = {script.stem for script in SCRIPTS} | {"tests", "tools", "benchmarks", "conftest"}
-    assert not {name.split(".")[0] for name in imports(path)} & around
+    for path in FILES:
+        assert not imported(path) & around, name_of(path)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_only_cli_knows_argparse(path):
-    modules = {name.split(".")[0] for name in imports(path)}
-    assert "argparse" not in modules or part_of(name_of(path)) == "cli"
+def test_only_cli_knows_argparse():
+    for path in FILES:
+        assert "argparse" not in imported(path) or part_of(name_of(path)) == "cli", name_of(path)
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in FILES if part_of(name_of(path)) in ("ops", "quant")], ids=name_of
-)
-def test_ops_and_quant_know_tensors_only(path):
-    known = imports(path)
-    assert not {name for name in known if name in ("torch.nn", "torch.nn.Module")}
-    assert own_imports(path) <= {"cgroups", "errors", "files", "folders", "ops", "quant"}
+def test_ops_and_quant_know_tensors_only():
+    for path in FILES:
+        if part_of(name_of(path)) in ("ops", "quant"):
+            assert not imports(path) & {"torch.nn", "torch.nn.Module"}, name_of(path)
+            allowed = {"cgroups", "errors", "files", "folders", "ops", "quant"}
+            assert own_imports(path) <= allowed, name_of(path)
 
 
-@pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=name_of)
-def test_heavy_imports_are_late(path):
-    assert not {name.split(".")[0] for name in imports(path, late=False)} & HEAVY
+def test_heavy_imports_are_late():
+    for path in (*FILES, *SCRIPTS):
+        assert not imported(path, late=False) & HEAVY, name_of(path)
 
 
-@pytest.mark.parametrize("path", [*FILES, *SCRIPTS], ids=name_of)
-def test_a_module_only_defines(path):
-    tree = tree_of(path)
-    assert ast.get_docstring(tree), "a module says at its top what it is"
+def test_a_module_only_defines():
     allowed = (
         *(ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign),
         *(ast.FunctionDef, ast.ClassDef, ast.If, ast.Try),
     )
-    odd = [ast.unparse(node) for node in tree.body[1:] if not isinstance(node, allowed)]
-    assert not odd, f"runs at import: {odd}"
-    calls = {ast.unparse(node.func) for node in at_import(tree) if isinstance(node, ast.Call)}
     doing = {"print", "input", "open", "exit", "parse_args", "parse_known_args", "read_text", "run"}
-    assert not {call for call in calls if call.rpartition(".")[2] in doing}
+    for path in (*FILES, *SCRIPTS):
+        tree = tree_of(path)
+        assert ast.get_docstring(tree), f"{name_of(path)} says at its top what it is"
+        odd = [ast.unparse(node) for node in tree.body[1:] if not isinstance(node, allowed)]
+        assert not odd, f"{name_of(path)} runs at import: {odd}"
+        calls = {ast.unparse(node.func) for node in at_import(tree) if isinstance(node, ast.Call)}
+        done = {call for call in calls if call.rpartition(".")[2] in doing}
+        assert not done, f"{name_of(path)} does at import: {done}"
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
