@@ -62,10 +62,16 @@ class ModelRunner:
         self.cache = self.model.new_cache(rows, capacity)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        return self.model.prefill(prompts, self.cache)
+        return _whole(self.model.prefill(prompts, self.cache))
 
     def step(self, tokens: Tensor) -> Tensor:
-        return self.model.decode(tokens, self.cache)
+        return _whole(self.model.decode(tokens, self.cache))
+
+
+def _whole(logits: Tensor | None) -> Tensor:
+    """Logits, which the last stage of several has, and a process by itself."""
+    assert logits is not None
+    return logits
 
 
 class ReferenceRunner:
@@ -78,6 +84,7 @@ class ReferenceRunner:
         """
         self.model, self.nbytes = reference.model, reference.nbytes
         embed = reference.model.get_input_embeddings().weight
+        assert isinstance(embed, Tensor)
         tied = reference.model.get_output_embeddings().weight is embed
         self.read_bytes = self.nbytes - (0 if tied else embed.nbytes)
         self.multiplied = like.multiplied

@@ -236,7 +236,9 @@ def _phi3(metadata: Metadata, found: GGUF) -> dict[str, object]:
         rope["rope_type"] = "longrope"
         values["original_max_position_embeddings"] = original
         rope["attention_factor"] = metadata.number(own("rope.scaling.attn_factor"), 1.0)
-    rope |= _partial(metadata, values["head_dim"])
+    head_dim = values["head_dim"]
+    assert isinstance(head_dim, int)  # as `_llama` counts it
+    rope |= _partial(metadata, head_dim)
     window = metadata.count(own("attention.sliding_window"), 0)
     # Where nothing is said of padding, transformers has an id that the model may not have.
     return values | {
@@ -246,7 +248,7 @@ def _phi3(metadata: Metadata, found: GGUF) -> dict[str, object]:
     }
 
 
-def _partial(metadata: Metadata, head_dim: object) -> dict[str, object]:
+def _partial(metadata: Metadata, head_dim: int) -> dict[str, object]:
     """The share of a head's channels that RoPE turns."""
     turned = metadata.count(metadata.own(TURNED), head_dim)
     # transformers cuts the product with the head's channels to a whole number.

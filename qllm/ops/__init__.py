@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -184,7 +185,7 @@ SIMPLE = (
     *("scale", "gather"),
     *("decode_attention", "prefill_attention", "layer_norm_int8", "rms_norm_int8"),
 )
-GPU_SIMPLE = {
+GPU_SIMPLE: dict[str, Callable[..., Any]] = {  # which return tensors, or `Int8Rows`
     "decode_attention": gpu_attention.decode_attention,
     "prefill_attention": gpu_attention.prefill_attention,
     "gated_activation": gpu_rows.gated_activation,

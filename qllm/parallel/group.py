@@ -38,7 +38,13 @@ class Group:
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.ranks, self.rank, self.size = tuple(ranks), rank, len(ranks)
-        self.links, self.group = links, group
+        self._links, self.group = links, group
+
+    @property
+    def links(self) -> Links:
+        """What this rank exchanges by; a group of one has none, and exchanges nothing."""
+        assert self._links is not None
+        return self._links
 
     def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         """The columns of all ranks, side by side: x (M, widths[rank]) to (M, sum(widths))."""

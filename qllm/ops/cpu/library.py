@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -33,15 +34,21 @@ CACHE_LINE = 64
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
+class Library(ctypes.CDLL):
+    """The compiled kernels, with the name of the path that is in use."""
+
+    path: str
+
+
 @cache
-def library() -> ctypes.CDLL:
+def library() -> Library:
     """The compiled kernels, on the path that `QLLM_CPU_PATH` names or the best there is.
 
     Raises:
         build.Unavailable: they cannot be had here.
         UserError: for a path that is unknown, or that this machine lacks.
     """
-    loaded = build.load()
+    loaded = cast("Library", build.load())
     interface.declare(loaded)
     if op := interface.mismatch(loaded):
         reason = f"the CPU kernels and QLLM's Python differ on the arguments of {op}"
