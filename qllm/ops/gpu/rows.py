@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -96,6 +98,16 @@ ADD_NORM = {
 }
 
 
+@overload
+def _run(
+    x: Tensor, z: Tensor | None, norm: int, weight: Tensor | None, bias: Tensor | None, eps: float,
+    quantized: None, offset: float = ..., runs: tuple[int, int, int] = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def _run(
+    x: Tensor, z: Tensor | None, norm: int, weight: Tensor | None, bias: Tensor | None, eps: float,
+    quantized: tuple[Tensor | None], offset: float = ..., runs: tuple[int, int, int] = ...,
+) -> tuple[Tensor, Int8Rows]: ...  # fmt: skip
 def _run(
     x: Tensor,
     z: Tensor | None,
@@ -154,7 +166,7 @@ def _run(
                 num_warps=min(16, max(1, width // 512)),
                 enable_fp_fusion=False,  # each step is rounded, as the reference's are
             )
-    return sums, Int8Rows(out, scales, x.dtype) if quantized else out
+    return sums, out if scales is None else Int8Rows(out, scales, x.dtype)
 
 
 def gated_activation(x: Tensor, name: str) -> Tensor:
