@@ -19,6 +19,7 @@ from qllm.config import QuantPlan
 from qllm.errors import UserError
 from qllm.neural_compressor.model import read_samples
 from qllm.neural_compressor.plans import WOQ_TUNE
+from qllm.neural_compressor.rules import to_rules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -292,6 +293,13 @@ def test_gptq_reads_its_settings(opt, ids, tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     assert "4 samples of 16 tokens" in card
     assert "dampening 0.1, block 64, act-order no, static groups no, true-sequential no" in card
+
+
+@pytest.mark.parametrize("algorithm", ["AUTOROUND", "SIGNROUND"])
+def test_signround_has_two_names(algorithm):
+    rules = to_rules({"op_type_dict": weight(bits=[3], algorithm=[algorithm])}, "conf")
+    (spec,) = rules.values()
+    assert (spec["bits"], spec["algorithm"]) == (3, "signround")
 
 
 def test_samples_are_made_of_what_data_loaders_yield(ids):

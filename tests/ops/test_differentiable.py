@@ -1,0 +1,50 @@
+"""Layers that gradients go through: what they put out, and the gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import load
+from quantizing import MODELS, saved
+
+from qllm import ops
+from qllm.layers import Linear
+from qllm.models.cache import Prefill
+from qllm.quantizer.tune import FrozenLinear
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LENGTH, COUNT, STEP = 13, 2, 1e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_they_are_those_of_the_kernels(name, tmp_path):
+    """Gradients along a direction are the difference that a small step in it makes."""
+    model = load(saved(name, tmp_path / "source"))
+    draw = torch.Generator().manual_seed(0)
+    shape = (COUNT * LENGTH, model.config.hidden_size)
+    x, ahead, behind = (torch.randn(shape, generator=draw) for _ in range(3))
+    step = Prefill([LENGTH] * COUNT, None, model.positions, x)
+    for layer in model.layers:
+        with torch.no_grad():
+            expected = layer(x.clone(), step)
+            near = [layer(x + sign * STEP * ahead, step).double() for sign in (1, -1)]
+        for inner, module in list(layer.named_modules()):
+            if isinstance(module, Linear):
+                frozen = FrozenLinear(module.dequantize(), module.bias, torch.float32)
+                layer.set_submodule(inner, frozen)
+        leaf = x.clone().requires_grad_()
+        with ops.differentiable():
+            found = layer(leaf, step)
+            found.backward(behind)
+        torch.testing.assert_close(found.detach(), expected, rtol=1e-3, atol=1e-4)
+        slope = ((near[0] - near[1]) * behind).sum().item() / (2 * STEP)
+        size = leaf.grad.norm() * ahead.norm()
+        assert abs((leaf.grad * ahead).sum().item() - slope) < 2e-3 * size.item()
+
+
+def test_they_are_the_kernels_again_behind_it():
+    plain = ops.on("cpu")
+    with pytest.raises(ZeroDivisionError), ops.differentiable():
+        assert ops.on("cpu") is ops.DIFFERENTIABLE
+        1 / 0  # noqa: B018
+    assert ops.on("cpu") is plain
