@@ -150,7 +150,7 @@ def auto_round(
         device_map="cpu",
         seed=tune.seed,
     ).quantize_and_save(str(target), format="fake")
-    return target
+    return next(target.rglob("config.json")).parent  # whose name it makes up
 
 
 def main() -> None:
