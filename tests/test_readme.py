@@ -52,6 +52,7 @@ SMALL = {
     "benchmarks.gpu": "--shapes 128x256 --rows 1 --bitwidths 4 --repeats 1 --limit-size 64 "
     "--parts layer",
     "benchmarks.planner": "--model opt-30b --time-limit 1 --windows 2",
+    "benchmarks.attention": "--context 130 --batch 1 --rounds 1",
     "benchmarks.cpu": "--layer 64x128 --rows 1 32 --rounds 1",
     "benchmarks.rivals": "--rivals qllm --rows 1 --repeats 1 --megabytes 1 --prompt 8 --batches 1 "
     "--context 4 --steps 1 --rounds 1",

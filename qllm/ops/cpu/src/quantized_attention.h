@@ -68,24 +68,16 @@ inline float value_at(const Attend &a, const Codes &c, int64_t channel, int64_t 
     return float(code - zero) * from_bfloat16(c.value_scales[token]);
 }
 
-// The grid of `count` numbers, `stride` apart, of which those from `real` on are padding with 0.
+// The grid of numbers between two, all of which are finite or not.
 struct CodeGrid {
     uint16_t scale;
     uint8_t zero;
-    float step;
-    bool finite;
+    float step, offset;  // a code is x / step, rounded, + offset
+    float most;          // of a code: 0 where a number is not finite
 };
-static CodeGrid code_grid(const float *x, int64_t count, int64_t stride, int64_t bits) {
+static CodeGrid code_grid(float low, float high, bool finite, int64_t bits) {
     const float base = float(code_base(bits)), steps = float((1 << bits) - 1);
-    float low = x[0], high = x[0];
-    bool finite = true;
-    for (int64_t i = 0; i < count; i++) {
-        float v = x[i * stride];
-        finite = finite && v - v == 0;
-        low = v < low ? v : low;
-        high = v > high ? v : high;
-    }
-    if (!finite) return {0x7FC0, 0, 1, false};
+    if (!finite) return {0x7FC0, 0, 1, 0, 0};
     if (base == 0) low = low < 0 ? low : 0, high = high > 0 ? high : 0;
     float scale = (high - low) / steps;
     if (base != 0) {
@@ -98,38 +90,99 @@ static CodeGrid code_grid(const float *x, int64_t count, int64_t stride, int64_t
     uint16_t half = uint16_t((word + 0x7FFF + (word >> 16 & 1)) >> 16);
     if (half == 0) half = 0x3F80;  // 1
     const float step = from_bfloat16(half), zero = base - __builtin_rintf(low / step);
-    return {half, uint8_t(zero < 0 ? 0 : zero > 255 ? 255 : zero), step, true};
+    const uint8_t byte = uint8_t(zero < 0 ? 0 : zero > 255 ? 255 : zero);
+    return {half, byte, step, float(byte) - base, steps};
 }
 
-inline void store_code(uint8_t *codes, Place place, float x, const CodeGrid &grid, int64_t bits) {
-    const float most = float((1 << bits) - 1);
-    float code = __builtin_rintf(x / grid.step) + float(grid.zero - code_base(bits));
-    code = !grid.finite || code < 0 ? 0 : code > most ? most : code;
-    if (bits == 8) {
-        codes[place.byte] = uint8_t(code);
-    } else {
-        const int keep = 15 << (4 - place.shift);
-        codes[place.byte] = uint8_t((codes[place.byte] & keep) | int(code) << place.shift);
+// Codes of numbers, 0 where a grid has no others; what is not finite then is no matter.
+inline VI codes_of_numbers(VF x, VF step, VF offset, VF most) {
+    const VF code = add_f(to_float(round_i(div_f(x, step))), offset);
+    return round_i(min_f(max_f(code, set_f(0)), most));
+}
+
+// The least and the largest of a run's keys in WIDTH channels, or of a token's values in one lane;
+// `check` is not a number in a lane where one of them is not finite.
+struct Range {
+    VF low, high, check;
+};
+inline Range no_range() { return {set_f(INFINITY), set_f(-INFINITY), set_f(0)}; }
+inline void extend(Range *range, VF x) {
+    range->low = min_f(x, range->low);
+    range->high = max_f(x, range->high);
+    range->check = add_f(range->check, sub_f(x, x));
+}
+
+// A run's keys (RUN, dim) in float32 to integers, channel by channel.
+static void quantize_keys(const Attend &a, const Codes &c, const float *keys) {
+    const int64_t slots = RUN * a.bits / 8;
+    for (int64_t d = 0; d < a.width; d += WIDTH) {
+        Range range = no_range();
+        for (int64_t t = 0; t < RUN; t++)
+            extend(&range, load<FLOAT32>(keys + t * a.dim, d, a.dim - d));
+        alignas(64) float low[WIDTH], high[WIDTH], check[WIDTH];
+        alignas(64) float steps[WIDTH], offsets[WIDTH], mosts[WIDTH];
+        store_f(low, range.low), store_f(high, range.high), store_f(check, range.check);
+        for (int64_t i = 0; i < WIDTH; i++) {
+            const CodeGrid grid = code_grid(low[i], high[i], check[i] == 0, a.bits);
+            c.key_scales[d + i] = grid.scale, c.key_zeros[d + i] = grid.zero;
+            steps[i] = grid.step, offsets[i] = grid.offset, mosts[i] = grid.most;
+        }
+        const VF step = load_f(steps), offset = load_f(offsets), most = load_f(mosts);
+        const auto codes = [&](int64_t t) {
+            const VF x = load<FLOAT32>(keys + t * a.dim, d, a.dim - d);
+            return codes_of_numbers(x, step, offset, most);
+        };
+        for (int64_t t = 0; t < slots; t++) {
+            VI bytes = codes(t);
+            if (slots < RUN) bytes = add_i(bytes, shift_left<4>(codes(t + slots)));
+            alignas(16) int8_t four_by_four[16];
+            store_bytes(four_by_four, bytes);
+            for (int64_t i = 0; i < WIDTH; i++)
+                c.keys[((d + i) / 4 * slots + t) * 4 + (d + i) % 4] = uint8_t(four_by_four[i]);
+        }
     }
+}
+
+// A run's values (RUN, dim) in float32 to integers, token by token.
+static void quantize_values(const Attend &a, const Codes &c, const float *values) {
+    const int64_t slots = RUN * a.bits / 8;
+    CodeGrid grids[RUN];
+    for (int64_t t = 0; t < RUN; t++) {
+        const float *token = values + t * a.dim;
+        Range range = no_range();
+        int64_t d = 0;
+        for (; d + WIDTH <= a.dim; d += WIDTH) extend(&range, load_f(token + d));
+        float low = -max_of(sub_f(set_f(0), range.low)), high = max_of(range.high);
+        bool finite = sum_of(range.check) == 0;
+        for (; d < a.dim; d++) {
+            finite = finite && token[d] - token[d] == 0;
+            low = token[d] < low ? token[d] : low;
+            high = token[d] > high ? token[d] : high;
+        }
+        grids[t] = code_grid(low, high, finite, a.bits);
+        c.value_scales[t] = grids[t].scale, c.value_zeros[t] = grids[t].zero;
+    }
+    const auto codes = [&](int64_t t, int64_t d) {
+        const VF x = load<FLOAT32>(values + t * a.dim, d, a.dim - d);
+        return codes_of_numbers(x, set_f(grids[t].step), set_f(grids[t].offset),
+                                set_f(grids[t].most));
+    };
+    for (int64_t t = 0; t < slots; t += 4)
+        for (int64_t d = 0; d < a.width; d += WIDTH) {
+            VI bytes = zero_i();
+            for (int64_t i = 3; i >= 0; i--) {
+                VI byte = codes(t + i, d);
+                if (slots < RUN) byte = add_i(byte, shift_left<4>(codes(t + i + slots, d)));
+                bytes = add_i(shift_left<8>(bytes), byte);
+            }
+            store_i(reinterpret_cast<int32_t *>(c.values) + t / 4 * a.width + d, bytes);
+        }
 }
 
 // A whole run of keys and values (RUN, dim) in float32 to its integers.
 static void quantize_run(const Attend &a, const Codes &c, const float *keys, const float *values) {
-    for (int64_t d = 0; d < a.width; d++) {
-        const float none = 0;
-        const bool real = d < a.dim;
-        const CodeGrid grid = real ? code_grid(keys + d, RUN, a.dim, a.bits) : code_grid(&none, 1, 1, a.bits);
-        c.key_scales[d] = grid.scale, c.key_zeros[d] = grid.zero;
-        for (int64_t t = 0; t < RUN; t++)
-            store_code(c.keys, key_place(a, d, t), real ? keys[t * a.dim + d] : 0, grid, a.bits);
-    }
-    for (int64_t t = 0; t < RUN; t++) {
-        const float *token = values + t * a.dim;
-        const CodeGrid grid = code_grid(token, a.dim, 1, a.bits);
-        c.value_scales[t] = grid.scale, c.value_zeros[t] = grid.zero;
-        for (int64_t d = 0; d < a.width; d++)
-            store_code(c.values, value_place(a, d, t), d < a.dim ? token[d] : 0, grid, a.bits);
-    }
+    quantize_keys(a, c, keys);
+    quantize_values(a, c, values);
 }
 
 // What products of a run take in place of `count` numbers, a multiple of 16.
