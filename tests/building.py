@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 from conftest import ROOT
 
@@ -144,6 +145,13 @@ def is_gone(pid: int) -> bool:
         return True
 
 
+def forked(program: str, *args: object) -> processes.Forked | subprocess.Popen:
+    """What `python` does, without the import of torch; Ctrl-C does not end it as it ends that."""
+    start = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\n"
+    start += "from qllm.ops.cpu import build\n"
+    return processes.start(["-c", start + program, *map(str, args)], os.environ)
+
+
 def python(program: str, *args: object, wrapped_in: tuple[str, ...] = ()) -> subprocess.Popen:
     """A fresh Python that has the loader, and starts with `from pathlib import Path`."""
     start = "import os, signal, sys\nfrom pathlib import Path\nfrom qllm.ops.cpu import build\n"
@@ -158,7 +166,7 @@ def python(program: str, *args: object, wrapped_in: tuple[str, ...] = ()) -> sub
     )
 
 
-def output(process: subprocess.Popen) -> str:
+def output(process: processes.Forked | subprocess.Popen) -> str:
     """What it printed, and that it ended well."""
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error

@@ -254,17 +254,17 @@ def gpt2_configs(draw) -> GPT2Config:
 
 # Of every family, and how many are drawn: a family that comes from another adds little.
 CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
-    "opt": (opt_configs(), 25),
-    "bloom": (bloom_configs(), 25),
-    "llama": (llama_configs(), 30),
-    "mistral": (mistral_configs(), 8),
-    "qwen2": (qwen2_configs(), 5),
-    "gemma2": (gemma2_configs(), 12),
-    "gemma3_text": (gemma3_text_configs(), 14),
-    "qwen3": (qwen3_configs(), 8),
-    "phi3": (phi3_configs(), 8),
-    "gpt_neox": (gpt_neox_configs(), 14),
-    "gpt2": (gpt2_configs(), 8),
+    "opt": (opt_configs(), 14),
+    "bloom": (bloom_configs(), 14),
+    "llama": (llama_configs(), 16),
+    "mistral": (mistral_configs(), 5),
+    "qwen2": (qwen2_configs(), 4),
+    "gemma2": (gemma2_configs(), 8),
+    "gemma3_text": (gemma3_text_configs(), 9),
+    "qwen3": (qwen3_configs(), 5),
+    "phi3": (phi3_configs(), 5),
+    "gpt_neox": (gpt_neox_configs(), 9),
+    "gpt2": (gpt2_configs(), 6),
 }
 batches = st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=5)
 seeds = st.integers(0, 2**20)

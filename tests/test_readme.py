@@ -124,14 +124,18 @@ def interpret(monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-# Benchmarks that take seconds, even at their smallest, and those of the GPU's, which
-# tests/ops/gpu/test_benchmark.py calls; .ci/run --all runs them, and here their options are read.
-LONG = tuple(
-    f"benchmarks.{name}"
-    for name in (
-        *("rivals", "memory", "parallel", "onnx", "quantize ", "gpu"),
-        *("quality", "quantization", "startup", "planner"),
-    )
+# What takes seconds, even at its smallest: most benchmarks, those of the GPU's being called by
+# tests/ops/gpu/test_benchmark.py, and what the scripts' own tests run in small. .ci/run --all runs
+# all of it, and here the options are read.
+LONG = (
+    *(
+        f"benchmarks.{name}"
+        for name in (
+            *("rivals", "memory", "parallel", "onnx", "quantize ", "gpu"),
+            *("quality", "quantization", "startup", "planner", "cpu"),
+        )
+    ),
+    *("qllm_plan.py", "--algorithm awq", "--report compared.html"),
 )
 
 
@@ -165,7 +169,11 @@ class Parsed(Exception):  # noqa: N818 - it is what is hoped for
 @pytest.mark.parametrize("command", [c for c in commands() if any(name in c for name in LONG)])
 def test_long_commands_have_the_options_that_they_are_given(command, monkeypatch):
     words = shlex.split(command)
-    _, module, *options = words[words.index("-m") :]
+    if "-m" in words:
+        _, module, *options = words[words.index("-m") :]
+    else:
+        _, script, *options = words
+        module = script.removesuffix(".py")
     if (ROOT / module.replace(".", "/")).is_dir():
         module += ".__main__"
     parse = argparse.ArgumentParser.parse_args

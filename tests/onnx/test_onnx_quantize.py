@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from itertools import product
 
 import onnx
 import pytest
@@ -77,7 +76,7 @@ def test_torchs_exports_run_as_they_are(foreign):
 
 @pytest.mark.parametrize(
     ("foreign", "algorithm"),
-    slow_but([*product(MODULES, ("rtn",)), ("bloom", "gptq")], MODULES, ("rtn", "gptq")),
+    slow_but([("opt", "rtn"), ("llama", "rtn"), ("bloom", "gptq")], MODULES, ("rtn", "gptq")),
     indirect=["foreign"],
 )
 def test_a_foreign_model_quantized_is_the_checkpoint_quantized(foreign, algorithm, tmp_path):

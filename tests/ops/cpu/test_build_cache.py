@@ -15,6 +15,7 @@ from building import (
     MARKS,
     SEVEN,
     compiler_script,
+    forked,
     is_gone,
     libraries,
     lines,
@@ -200,7 +201,7 @@ for _ in range(6):
             os._exit(1)
 print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
 """
-    process = python(program, source)
+    process = forked(program, source)
     assert output(process) == f"{[7] * 6}\n"
     assert lines(work / "log") == ["a.cpp", "library.so"]
     assert temporary_folders() == [] and len(libraries()) == 1
@@ -208,7 +209,8 @@ print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 def stopped_while_compiling(source: Path, work: Path, number: int) -> tuple[int, str, list[int]]:
     """Send a signal to a process that compiles: its status and errors, the compiler's pids."""
-    process = python("build.load(Path(sys.argv[1]))", source)
+    start = python if number == signal.SIGINT else forked
+    process = start("build.load(Path(sys.argv[1]))", source)
     pids = [int(pid) for pid in wait_for(work / "pids").split()]
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
