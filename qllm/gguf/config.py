@@ -77,6 +77,12 @@ def read_config(found: GGUF) -> dict[str, object]:
                 f"{found.path}: {metadata.own(key)} is {value!r}; QLLM's {architecture.model_type} "
                 f"has none"
             )
+    layers = metadata.count(metadata.own("block_count"))
+    if layers > len(found.tensors):
+        raise UserError(
+            f"{found.path}: {metadata.own('block_count')} is {layers}, more than its "
+            f"{len(found.tensors)} tensors"
+        )
     embed = found.tensors.get("token_embd.weight")
     if embed is None or len(embed.shape) != 2:
         raise UserError(f"{found.path} has no matrix token_embd.weight")
@@ -252,7 +258,8 @@ def _partial(metadata: Metadata, head_dim: int) -> dict[str, object]:
     """The share of a head's channels that RoPE turns."""
     turned = metadata.count(metadata.own(TURNED), head_dim)
     # transformers cuts the product with the head's channels to a whole number.
-    return {"partial_rotary_factor": 1.0 if turned == head_dim else (turned + 0.5) / head_dim}
+    whole = turned == head_dim or not head_dim
+    return {"partial_rotary_factor": 1.0 if whole else (turned + 0.5) / head_dim}
 
 
 def _gpt_neox(metadata: Metadata, found: GGUF) -> dict[str, object]:

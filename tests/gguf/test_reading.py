@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gguf
 import numpy as np
 import pytest
@@ -14,9 +16,11 @@ from qllm.checkpoint.gguf import GGUFFile
 from qllm.checkpoint.reader import Checkpoint
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
+from qllm.gguf.config import read_config as gguf_config
 from qllm.gguf.file import read_gguf
 from qllm.gguf.tokenizer import tokenizer_files
 from qllm.gguf.types import TYPES
+from qllm.models import RawConfig, read_config
 from qllm.models.decoder import Decoder
 from qllm.quant.packing import unpack
 from qllm.quantizer.checkpoint import Job, quantize_checkpoint
@@ -158,6 +162,24 @@ def test_what_is_broken_is_one_line(tmp_path, broken):
     with pytest.raises(UserError, match=says[broken]) as error:
         LLM.from_pretrained(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_numbers_that_cannot_be_are_one_line(tmp_path, family):
+    found = read_gguf(write_model(tmp_path / "model.gguf", FAMILIES[family](), "F16"))
+    architecture = found.metadata["general.architecture"]
+    for key, value in found.metadata.items():
+        if not key.startswith(architecture) or isinstance(value, str):
+            continue
+        for other in (0, -1, 1, 3, 2**31 - 1, 2**62, 1e300, float("nan"), True, "x", [4, 5], []):
+            changed = replace(found, metadata={**found.metadata, key: other})
+            try:
+                file = GGUFFile(changed, True)
+                read_config(RawConfig(gguf_config(changed), "model.gguf"))
+            except UserError as error:
+                assert "\n" not in str(error)
+            else:
+                assert file.tensors
 
 
 def test_sentencepiece_s_tokens(tmp_path):
