@@ -41,12 +41,21 @@ class ChatTemplate:
         Raises:
             UserError: for what is no template.
         """
-        from jinja2.ext import loopcontrols
+        from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        class Generation(Extension):
+            """Marks what a model said, for training: here it is the text that it marks."""
+
+            tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
+
+            def parse(self, parser: Any) -> Any:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
         self.where, self._tokens = where, tokens
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
@@ -98,7 +107,11 @@ class ChatTemplate:
         """
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=True, **self._tokens
+                messages=messages,
+                tools=None,  # templates tell None from what is not defined
+                documents=None,
+                add_generation_prompt=True,
+                **self._tokens,
             )
         except Exception as error:  # a template raises whatever it likes
             raise UserError(

@@ -40,6 +40,26 @@ def chat_of(llm, folder, count=6, **more):
     return Chat(llm, ChatTemplate.load(folder), config, **more)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{{ m.role }}{% if loop.last %}{% break %}{% endif %}{% endfor %}",
+        "{% for m in messages %}{% generation %}{{ m.content }}\n{% endgeneration %}{% endfor %}",
+        "{{ messages | tojson }} {{ messages | tojson(indent=2) }} {{ bos_token }}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}\n  {% set ns.n = ns.n + 1 %}\n"
+        "{%- endfor %}{{ ns.n }}{{ tools is defined and tools }}",
+    ],
+)
+def test_templates_are_run_as_in_transformers(llm, folder, source):
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "<a & 'b'> é"}, {"role": "assistant", "content": "c"}]
+    want = reference.apply_chat_template(messages, chat_template=source, tokenize=False)
+    tokens = {"bos_token": reference.bos_token} if reference.bos_token else {}
+    assert ChatTemplate(source, tokens, "model").render(messages) == want
+
+
 def test_answers_are_a_fresh_model_s(llm, folder, monkeypatch):
     from transformers import AutoTokenizer
 
