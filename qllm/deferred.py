@@ -1,7 +1,8 @@
 """Modules of torch that `import torch` runs and a model does not need, left until they are used.
 
-They are a third of the time of `import torch`: kernels of the meta device for torch.compile,
-torch.export, the quantization and the distributions of torch's own.
+They are a good part of the time of `import torch`: torch.export, the quantization and the
+distributions of torch's own. Modules that change what others do when they are imported are not
+among them (torch._meta_registrations: without it there is no torch.Generator).
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from importlib.machinery import ModuleSpec, PathFinder
 
 # Modules that run code of other modules when they are imported, which nothing else in torch needs.
 MODULES = (
-    "torch._meta_registrations",
     "torch.ao",
     "torch.distributions",
     "torch.export",
@@ -26,7 +26,7 @@ MODULES = (
     "torch.nn.quantized",
     "torch.quantization",
 )
-# What may rely on all of torch, on what a module registers as well, where it is imported.
+# What may rely on all of torch where it is imported.
 USERS = ("transformers", "torch._dynamo", "torch._inductor", "torch.onnx", "torch._export")
 
 
