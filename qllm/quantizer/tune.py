@@ -34,8 +34,9 @@ MOST_BITS_IN_BFLOAT16 = 4
 # So that a state of zeros has an error, too.
 SMALLEST_SIZE = 1e-6
 # The first step over 1 / steps, of offsets and of factors. Steps fall linearly, so that all of them
-# in one direction would sum up to half of this.
-RATE, RANGE_RATE = 1.0, 0.1
+# in one direction would sum up to half of this; what fewer steps know is less certain, and the
+# way they may go is shorter.
+RATE, RANGE_RATE, STEPS = 1.0, 0.1, 200
 
 
 @dataclass(frozen=True)
@@ -192,13 +193,14 @@ def tune_layer(
             layer.set_submodule(name, frozen)
     draw = torch.Generator().manual_seed(options.seed)
     batch = options.samples(inputs.states.shape[1])
+    rate = RATE * min(1.0, (options.steps / STEPS) ** 0.5)
     with torch.enable_grad(), ops.differentiable():
         for step in range(options.steps):
             chosen = torch.randperm(samples, generator=draw)[:batch].to(device)
             _add_gradients(layer, inputs, targets, chosen)
             left = 1 - step / options.steps
             for linear in tuned.values():
-                linear.step(left * RATE / options.steps, left * RANGE_RATE / options.steps)
+                linear.step(left * rate / options.steps, left * RANGE_RATE / options.steps)
             add(1 / options.steps)
     return {
         name: WeightOnlyLinear.from_packed(
