@@ -186,14 +186,11 @@ static void attend_queries(const Attend &a, const Sequence &s, int64_t head, int
     }
     float share[QUERIES];
     for (int64_t q = 0; q < QUERIES; q++) {
-        float *row = scores + q * stride, m_i = -INFINITY;
+        float *row = scores + q * stride;
         int64_t place = position + (q < count ? q : count - 1);
         const int64_t start = unseen(a.window, place), seen = place + 1 - start;
         const float scale = cap_scores(a, row + start, seen);
-        for (int64_t j = start; j <= place; j++) {
-            row[j] = row[j] * scale + slope * float(j - place);
-            m_i = row[j] > m_i ? row[j] : m_i;
-        }
+        const float m_i = scale_scores(row + start, seen, scale, slope, start - place);
         share[q] = 1 / exponents(row + start, seen, m_i);
         // Keys in front of the window and behind the query, and the panel's filling, weigh nothing.
         for (int64_t j = begin; j < start; j++) row[j] = 0;

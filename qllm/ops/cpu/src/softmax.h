@@ -11,6 +11,8 @@
 namespace qllm {
 namespace {
 
+alignas(64) constexpr float LANE[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 // e^(s - m_i), the softmax before its division, in place of scores s of which m_i is the largest;
 // their sum l_i.
 inline float exponents(float *scores, int64_t count, float m_i) {
@@ -45,6 +47,25 @@ inline float cap_scores(const Attend &a, float *scores, int64_t count) {
     return 1;
 }
 
+// Scores s of keys of a query, `distance` from it (none behind it) and nearer, from products, in place; the largest.
+inline float scale_scores(float *scores, int64_t count, float scale, float slope, int64_t distance) {
+    VF most = set_f(-INFINITY);
+    for (int64_t j = 0; j < count; j += WIDTH) {
+        const VF from = add_f(load_f(LANE), set_f(float(j + distance)));
+        VF s = mul_f(load<FLOAT32>(scores, j, count - j), set_f(scale));
+        s = add_f(s, mul_f(set_f(slope), from));
+        store<FLOAT32>(scores, j, count - j, s);
+        if (count - j < WIDTH) {
+            alignas(64) float few[WIDTH];
+            for (float &each : few) each = -INFINITY;
+            for (int64_t i = j; i < count; i++) few[i - j] = scores[i];
+            s = load_f(few);
+        }
+        most = max_f(s, most);
+    }
+    return max_of(most);
+}
+
 // The softmax of a query's scores so far, which come RUN at a time: sums of e^(s - top).
 struct Softmax {
     float top;
@@ -62,7 +83,6 @@ inline VF share_of(const Softmax &softmax) {
 // e^(s - top); those of tokens outside of [begin, end) to 0.
 inline void to_weights(const Attend &a, Softmax *softmax, float slope, int64_t position,
                        int64_t first, int64_t begin, int64_t end, float *scores) {
-    alignas(64) static const float LANE[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     constexpr int64_t COUNT = RUN / WIDTH;
     const float scale = float(a.scale), cap = float(a.cap);
     VF s[COUNT];
