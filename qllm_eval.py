@@ -97,7 +97,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_run_options(parser)
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--batch-size", type=number, metavar="N", help="passages per forward call (8)"
+        "--batch-size", type=number, metavar="N", help="sequences per forward call (8)"
     )
     group.add_argument("--json", action="store_true", help="print one JSON object")
     group.add_argument(
@@ -193,15 +193,16 @@ def read_reference(
     cli.fit_defaults(args, model.config, own)
     count = args.max_gen_tokens
     if text is None or own:
-        prompts = passages = cli.tokenize(tokenizer, cli.read_prompts(args), args.max_prompt_length)
+        prompts = cli.tokenize(tokenizer, cli.read_prompts(args), args.max_prompt_length)
+        sequences = prompts
     else:
         ids = text.ids[:TOKENS]
         window = min(args.window or 2048, model.config.max_positions or 2048, len(ids))
-        passages = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)]
+        sequences = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)]
         length = min(args.max_prompt_length, len(ids))
         prompts = sample_windows(list(ids), PROMPTS, length, seed=1)
     check_prompts(model.config, prompts, GenerationConfig(max_new_tokens=count))
-    return ReferenceOutputs.of(model, passages, prompts, count, cli.progress("reference"))
+    return ReferenceOutputs.of(model, sequences, prompts, count, cli.progress("reference"))
 
 
 def main() -> None:

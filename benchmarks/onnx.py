@@ -28,7 +28,7 @@ from qllm.checkpoint.load import load_model
 from qllm.config import QuantPlan, QuantSpec
 from qllm.data import load_rows, load_text, sample_windows
 from qllm.evaluate.evaluation import Evaluation, evaluate
-from qllm.evaluate.lambada import passages
+from qllm.evaluate.lambada import requests
 from qllm.evaluate.perplexity import PerplexityOptions, Text
 from qllm.onnx import ACCURACY_LEVELS, DEFAULT_ACCURACY_LEVEL
 from qllm.onnx.export import ExportOptions, export
@@ -116,7 +116,7 @@ def bundled(family: str, args: argparse.Namespace, folder: Path) -> list[dict]:
             found[f"onnxruntime, level {level}, quantized there"] = in_onnxruntime(target)
         rows += measured(source.name, weights, found, args)
         config = found["QLLM"].model.config
-        tasks = {"lambada": passages(load_rows(args.tasks)[: args.limit], tokenizer, config)}
+        tasks = {"lambada": requests(load_rows(args.tasks)[: args.limit], tokenizer, config)}
         asked = Evaluation(text, PerplexityOptions(), tasks)
         for row, runner in zip(rows[-len(found) :], found.values(), strict=True):
             answers = evaluate(runner.model, asked)

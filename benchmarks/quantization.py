@@ -79,8 +79,8 @@ def measure(family: str, args: argparse.Namespace) -> list[dict]:
     dense = load_model(folder, DENSE, dtype=torch.float32)
     text, options = Text("", ids), PerplexityOptions(window=args.window)
     starts = range(0, len(ids) - args.window + 1, args.window)
-    passages = [ids[start : start + args.window] for start in starts]
-    reference = ReferenceOutputs.of(DecoderReference(dense), passages)
+    sequences = [ids[start : start + args.window] for start in starts]
+    reference = ReferenceOutputs.of(DecoderReference(dense), sequences)
     found = perplexity(dense, text, options)["gptq"]
     rows = [{"model": folder.name, "bits": "16", "perplexity": found}]
     for bits in args.bitwidths:

@@ -13,7 +13,7 @@ from qllm.checkpoint.reader import QUANTIZATION_KEY, read_raw_config
 from qllm.config import DEFAULT_ALGORITHM, ModelConfig
 from qllm.errors import UserError
 from qllm.evaluate.evaluation import Evaluation, Progress, evaluate, no_progress
-from qllm.evaluate.lambada import passages
+from qllm.evaluate.lambada import requests
 from qllm.evaluate.perplexity import Cut, PerplexityOptions, Text, cut
 from qllm.hub import ModelFolder
 from qllm.layers import Linear
@@ -64,7 +64,7 @@ class Candidate:
         config, tokenizer = pretrained.config, pretrained.tokenizer
         encoded = None if text is None else Text.encode(text, tokenizer, most)
         cuts = [] if encoded is None else cut(encoded, config, options)
-        found = {task: passages(rows, tokenizer, config) for task, rows in tasks.items()}
+        found = {task: requests(rows, tokenizer, config) for task, rows in tasks.items()}
         return cls(pretrained, name, Evaluation(encoded, options, found), cuts)
 
     @property
@@ -234,4 +234,4 @@ def algorithm_of(folder: ModelFolder, model: Decoder) -> str:
 def same_text(text: Text, other: Text) -> bool:
     """Whether two tokenizers made the same of a text."""
     ours, theirs = (list(each.ids) for each in (text, other))
-    return ours == theirs and text.begin == other.begin
+    return ours == theirs and text.prefix_token_id == other.prefix_token_id

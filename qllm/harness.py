@@ -82,11 +82,11 @@ class Methods:
     ) -> list[tuple[float, bool]]:
         """Of each (context, continuation): log-likelihood, and whether greedy search says it."""
         longest = self.model.config.max_positions
-        passages = [
+        continuations = [
             continuation(self.tokens, context, text, longest, f"request {number}")
             for number, (context, text) in enumerate((each.args for each in requests), 1)
         ]
-        found = self._score(passages, disable_tqdm, greedy=True)
+        found = self._score(continuations, disable_tqdm, greedy=True)
         return [(-each.loss, each.greedy is True) for each in found]
 
     def loglikelihood_rolling(
@@ -98,8 +98,8 @@ class Methods:
             (text,) = request.args
             encoded = Text.encode(text, self.tokens)
             (part,) = cut(encoded, self.model.config, PerplexityOptions(("word",)))
-            passages = list(part.windows.passages(part.windows.windows))
-            found.append(-math.fsum(s.loss for s in self._score(passages, disable_tqdm)))
+            windows = list(part.windows.requests(part.windows.windows))
+            found.append(-math.fsum(s.loss for s in self._score(windows, disable_tqdm)))
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -131,8 +131,8 @@ class Methods:
                 f"max_gen_toks {count} leaves no prompt room in the model's window of {window}"
             )
         prompt = self.tokens.encode(context, room)
-        if not prompt and self.tokens.begin is not None:
-            prompt = [self.tokens.begin]
+        if not prompt and self.tokens.prefix_token_id is not None:
+            prompt = [self.tokens.prefix_token_id]
         eos = self.model.config.eos_token_ids
         config = GenerationConfig(count, eos_token_ids=eos, sampling=self._sampling(settings, time))
         (ids,) = generate(self.model, [prompt], config)
@@ -152,12 +152,12 @@ class Methods:
         return None if sampling is None else sampling.repeated(time)
 
     def _score(
-        self, passages: Sequence[ScoringRequest], quiet: bool, *, greedy: bool = False
+        self, requests: Sequence[ScoringRequest], quiet: bool, *, greedy: bool = False
     ) -> Iterator:
-        """Scores in order, with a bar; passages of like length share a forward call."""
+        """Scores in order, with a bar; requests of like length share a forward call."""
         from tqdm import tqdm
 
-        bar = tqdm(passages, disable=quiet, desc="scoring")
+        bar = tqdm(requests, disable=quiet, desc="scoring")
         return score(self.model, bar, self.batch, greedy=greedy)
 
 

@@ -82,8 +82,8 @@ def drawn(rows: int, columns: int, bits: int, group_size: int, scheme: str, seed
 def float_weight(weight: PackedWeight, bits: int, group_size: int, columns: int) -> torch.Tensor:
     """The matrix, with input channels in their own order."""
     found = dequantize(*weight[:3], bits, group_size, columns, torch.float32)
-    if weight.order is not None:
-        found[:, weight.order] = found.clone()
+    if weight.perm is not None:
+        found[:, weight.perm] = found.clone()
     return found
 
 
@@ -110,7 +110,7 @@ def scattered(weight: PackedWeight, columns: int, group_size: int, seed: int) ->
     """The same integers, said to belong to other input channels."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(columns))
     # Within a group the channels stay sorted, which is how a g_idx is read.
-    return weight._replace(order=torch.cat([run.sort().values for run in order.split(group_size)]))
+    return weight._replace(perm=torch.cat([run.sort().values for run in order.split(group_size)]))
 
 
 def awq_tensors(weight: PackedWeight, columns: int) -> dict[str, torch.Tensor]:

@@ -50,7 +50,7 @@ def test_log_likelihoods_equal_transformers(family):
     for (context, text), (got, greedy) in zip(PAIRS, found, strict=True):
         bare = context.rstrip()
         whole = coder.encode(context + text)
-        before = coder.encode(bare) if bare else [coder.begin]
+        before = coder.encode(bare) if bare else [coder.prefix_token_id]
         targets = whole[len(before) :] if bare else whole
         room = len(whole) if family == "bloom" else 512  # BLOOM's window has no end
         tokens = [*before, *targets][-(room + 1) :]
@@ -63,7 +63,7 @@ def test_log_likelihoods_equal_transformers(family):
 def test_rolling_scores_every_token():
     text = STORY * 40
     coder = Tokenizer.load(tiny("llama"))
-    ids = [coder.begin, *coder.encode(text)]
+    ids = [coder.prefix_token_id, *coder.encode(text)]
     assert 513 < len(ids) < 1024
     first = log_probs("llama", ids[:512])
     total = math.fsum(first[i, ids[i + 1]].item() for i in range(512))

@@ -53,6 +53,8 @@ SMALL = {
     "--parts layer",
     "benchmarks.planner": "--model opt-30b --time-limit 1 --windows 2",
     "benchmarks.attention": "--context 130 --batch 1 --rounds 1",
+    "benchmarks.planned": "--models opt --bits 2,3 --group-size=-1 --uniform 2 3 --nsamples 2 "
+    "--seqlen 64",
     "benchmarks.cpu": "--layer 64x128 --rows 1 32 --rounds 1",
     "benchmarks.rivals": "--rivals qllm --rows 1 --repeats 1 --megabytes 1 --prompt 8 --batches 1 "
     "--context 4 --steps 1 --rounds 1",
@@ -132,7 +134,7 @@ LONG = (
         f"benchmarks.{name}"
         for name in (
             *("rivals", "memory", "parallel", "onnx", "quantize ", "gpu"),
-            *("quality", "quantization", "startup", "planner", "cpu"),
+            *("quality", "quantization", "startup", "planner", "planned", "cpu"),
         )
     ),
     *("qllm_plan.py", "--algorithm awq", "--report compared.html"),

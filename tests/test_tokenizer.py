@@ -113,19 +113,19 @@ def test_opt_begins_every_prompt_and_keeps_that_when_it_is_cut(folders):
 
 
 def test_what_comes_before_a_text(folders, sentencepiece_folder):
-    """`begin` is the BOS that transformers' tokenizer names, `lead` what it puts in front."""
+    """The BOS that transformers' tokenizer names, and what it puts in front."""
     for name, folder in {**folders, "sentencepiece": sentencepiece_folder}.items():
         tokenizer, other = Tokenizer.load(folder), theirs(folder)
-        assert tokenizer.begin == other.bos_token_id, name
+        assert tokenizer.prefix_token_id == other.bos_token_id, name
         added = other("a")["input_ids"] != other("a", add_special_tokens=False)["input_ids"]
-        assert tokenizer.lead == (other.bos_token_id if added else None), name
+        assert tokenizer.added_bos_id == (other.bos_token_id if added else None), name
 
 
 def test_without_a_bos_the_end_of_text_stands_for_it_or_nothing(tmp_path):
     shutil.copy(tiny("opt") / "tokenizer.json", tmp_path)
-    assert Tokenizer.load(tmp_path).begin is None
+    assert Tokenizer.load(tmp_path).prefix_token_id is None
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    assert Tokenizer.load(tmp_path).begin == 2
+    assert Tokenizer.load(tmp_path).prefix_token_id == 2
 
 
 def test_file_that_asks_for_padding_and_truncation(tmp_path):

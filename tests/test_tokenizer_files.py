@@ -171,7 +171,7 @@ BY_TRANSFORMERS = {
 def assert_same(ours: Tokenizer, theirs) -> None:
     theirs.truncation_side = "left"
     begin = theirs.bos_token_id
-    assert ours.begin == (theirs.eos_token_id if begin is None else begin)
+    assert ours.prefix_token_id == (theirs.eos_token_id if begin is None else begin)
     for text in TEXTS:
         ids = theirs(text)["input_ids"]
         assert ours.encode(text) == ids
@@ -188,7 +188,7 @@ def assert_same(ours: Tokenizer, theirs) -> None:
         return
     before = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     behind = len(whole) - len(plain) - before
-    assert ours.lead == (whole[0] if before else None)
+    assert ours.added_bos_id == (whole[0] if before else None)
     assert ours.tail == (whole[-1] if behind else None)
     assert ours.encode_open("hi") == whole[: len(whole) - behind]
 
@@ -245,8 +245,8 @@ def test_a_token_that_the_model_does_not_have(tmp_path):
 
 def test_a_begin_that_the_model_does_not_have(tmp_path):
     folder = write(tmp_path, "files", {"tokenizer_config": None})  # GPT-2's <|endoftext|> is added
-    assert Tokenizer.load(folder).begin == SIZE
-    assert Tokenizer.load(folder, SIZE).begin is None
+    assert Tokenizer.load(folder).prefix_token_id == SIZE
+    assert Tokenizer.load(folder, SIZE).prefix_token_id is None
 
 
 def test_a_token_behind_a_text_is_no_part_of_what_is_scored(tmp_path):

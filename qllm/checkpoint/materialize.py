@@ -152,7 +152,7 @@ class Materializer:
         if scales is not None:
             weight = weight.float() * scales
         layer = kind.from_float(
-            weight, bias, spec, input_range=input_range, together=self.tp.all_true
+            weight, bias, spec, input_range=input_range, all_fit=self.tp.all_true
         )
         if columns == wanted:
             return layer

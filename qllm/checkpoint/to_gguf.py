@@ -160,8 +160,8 @@ def _tokenizer(source: Path, config: ModelConfig) -> dict[str, Value]:
     }
     if config.eos_token_ids:
         found["tokenizer.ggml.eos_token_id"] = config.eos_token_ids[0]
-    lead = Tokenizer.load(source, config.vocab_size).lead
-    return found | _settings(source, listed, lead)
+    added_bos = Tokenizer.load(source, config.vocab_size).added_bos_id
+    return found | _settings(source, listed, added_bos)
 
 
 def _pre(text: str) -> list[tuple[bool, str]]:
@@ -181,18 +181,18 @@ def _type(added: dict | None, there: bool) -> int:
     return 1 if there else 5
 
 
-def _settings(source: Path, tokens: list[str], lead: int | None) -> dict[str, Value]:
-    """What tokenizer_config.json says besides; `lead` is what stands in front of each text."""
+def _settings(source: Path, tokens: list[str], added_bos: int | None) -> dict[str, Value]:
+    """What tokenizer_config.json says besides; `added_bos` is what stands in front of each text."""
     path = source / "tokenizer_config.json"
     values = parse_json(read_bytes(path), str(path)) if path.exists() else {}
     values = values if isinstance(values, dict) else {}
     found: dict[str, Value] = {}
     named = values.get("bos_token")
     named = named.get("content") if isinstance(named, dict) else named
-    if lead is not None or named in tokens:
-        begin = tokens.index(named) if lead is None else lead
+    if added_bos is not None or named in tokens:
+        begin = tokens.index(named) if added_bos is None else added_bos
         found["tokenizer.ggml.bos_token_id"] = begin
-    found["tokenizer.ggml.add_bos_token"] = lead is not None
+    found["tokenizer.ggml.add_bos_token"] = added_bos is not None
     if isinstance(values.get("chat_template"), str):
         found["tokenizer.chat_template"] = values["chat_template"]
     return found
@@ -249,7 +249,7 @@ class _Tensors:
         return Q8_0
 
     def _check(self, module: str, packed: PackedWeight, bits: int) -> None:
-        if packed.order is not None or packed.scales.dtype != torch.float16:
+        if packed.perm is not None or packed.scales.dtype != torch.float16:
             raise UserError(f"{module} has act-order or scales beyond float16, which GGUF has not")
         if packed.qzeros.is_floating_point() and bits != 4:
             raise UserError(

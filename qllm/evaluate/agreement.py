@@ -21,7 +21,7 @@ from qllm.report import first_difference
 
 PERCENTILES = (50, 90, 99)
 SAMPLES = 3  # prompts whose continuation is shown
-LAYER_TOKENS = 512  # of the first passage, of which each layer's output is compared
+LAYER_TOKENS = 512  # of the first sequence, of which each layer's output is compared
 
 Progress = Callable[[list], Iterable]
 
@@ -63,16 +63,16 @@ class ReferenceOutputs:
     """What a reference model said.
 
     Attributes:
-        passages: token lists whose every next-token distribution is compared.
+        sequences: token lists whose every next-token distribution is compared.
         hidden: its hidden states for them.
         logits: its LM head.
-        layers: (T, C) behind each layer, for the first LAYER_TOKENS tokens of the first passage.
+        layers: (T, C) behind each layer, for the first LAYER_TOKENS tokens of the first sequence.
         prompts: token lists that are continued.
         tokens: what it continues them with.
     """
 
     config: ModelConfig
-    passages: list[Sequence[int]]
+    sequences: list[Sequence[int]]
     hidden: list[Tensor]
     logits: Callable[[Tensor], Tensor]
     layers: list[Tensor]
@@ -83,7 +83,7 @@ class ReferenceOutputs:
     def of(
         cls,
         model: ReferenceModel,
-        passages: Sequence[Sequence[int]],
+        sequences: Sequence[Sequence[int]],
         prompts: Sequence[Sequence[int]] = (),
         new_tokens: int = 0,
         progress: Progress = iter,
@@ -91,14 +91,14 @@ class ReferenceOutputs:
         """Run a reference model.
 
         Args:
-            passages: one or more token lists.
+            sequences: one or more token lists.
             prompts: token lists to be continued by `new_tokens` tokens.
         """
-        passages = list(passages)
-        hidden = [model.hidden([passage]) for passage in progress(passages)]
+        sequences = list(sequences)
+        hidden = [model.hidden([sequence]) for sequence in progress(sequences)]
         tokens = model.greedy(prompts, new_tokens) if prompts else []
-        outputs = layer_outputs(model, model.layers(), passages[0][:LAYER_TOKENS])
-        return cls(model.config, passages, hidden, model.head(), outputs, list(prompts), tokens)
+        outputs = layer_outputs(model, model.layers(), sequences[0][:LAYER_TOKENS])
+        return cls(model.config, sequences, hidden, model.head(), outputs, list(prompts), tokens)
 
 
 def agreement(
@@ -114,14 +114,14 @@ def agreement(
         agree before the first that does not: `mean`, `median`, `min`, `of`, and the number of
         `prompts`; `samples`: the tokens that continue the first of them.
     """
-    parts = list(zip(reference.passages, reference.hidden, strict=True))
+    parts = list(zip(reference.sequences, reference.hidden, strict=True))
     divergences, equal = [], []
-    for passage, expected in progress(parts):
-        for kl, same in _compare(model, reference, passage, expected):
+    for sequence, expected in progress(parts):
+        for kl, same in _compare(model, reference, sequence, expected):
             divergences.append(kl)
             equal.append(same)
     kl = torch.cat(divergences)
-    outputs = layer_outputs(model, list(model.layers), reference.passages[0][:LAYER_TOKENS])
+    outputs = layer_outputs(model, list(model.layers), reference.sequences[0][:LAYER_TOKENS])
     found: dict[str, Any] = {
         "kl": {
             "mean": kl.mean().item(),
@@ -157,11 +157,11 @@ def agreement(
 
 @torch.inference_mode()
 def _compare(
-    model: Decoder, reference: ReferenceOutputs, passage: Sequence[int], expected: Tensor
+    model: Decoder, reference: ReferenceOutputs, sequence: Sequence[int], expected: Tensor
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """Divergences, and whether the likeliest tokens are the same, piece by piece."""
     theirs = logit_pieces(reference.logits, expected, reference.config.vocab_size)
-    ours = logit_pieces(model.logits, model.hidden([passage]), reference.config.vocab_size)
+    ours = logit_pieces(model.logits, model.hidden([sequence]), reference.config.vocab_size)
     for found, wanted in zip(ours, theirs, strict=True):
         p, q = wanted.log_softmax(-1), found.log_softmax(-1)
         kl = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)

@@ -27,7 +27,7 @@ class Evaluation:
 
     Attributes:
         text: whose perplexity is measured; None for none.
-        tasks: the passages of each, by name.
+        tasks: the requests of each, by name.
         reference: what agreement is measured with; None where it is not.
     """
 
@@ -65,8 +65,8 @@ def evaluate(
         found["perplexity"] = {name: figure.value for name, figure in each.items()}
         found["perplexity_error"] = {name: figure.error for name, figure in each.items()}
         found["tokens_per_second"] = read / (time.perf_counter() - start)
-    for name, passages in asked.tasks.items():
-        found["tasks"][name] = lambada(model, passages, asked.options.batch, progress(name))
+    for name, requests in asked.tasks.items():
+        found["tasks"][name] = lambada(model, requests, asked.options.batch, progress(name))
     if asked.reference is not None and isinstance(model, Decoder):
         found["agreement"] = agreement(model, asked.reference, progress("agreement"))
     return found

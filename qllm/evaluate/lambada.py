@@ -18,14 +18,14 @@ from qllm.tokenizer import Tokenizer
 def continuation(
     tokenizer: Tokenizer, context: str, text: str, longest: int | None, name: str = "a row"
 ) -> ScoringRequest:
-    """The passage that scores `text` behind `context`, as lm-evaluation-harness has it.
+    """The request that scores `text` behind `context`, as lm-evaluation-harness has it.
 
     Spaces at the context's end go to the text, the two are encoded together, and what the model's
     window cannot hold is left out in front.
 
     Args:
         longest: tokens that the model can read; None where nothing limits them.
-        name: of the passage, for errors.
+        name: of the row, for errors.
 
     Raises:
         UserError: for a text that has no tokens of its own, or more than the window holds.
@@ -37,9 +37,9 @@ def continuation(
         targets = tokenizer.encode_open(context + text)[len(before) :]
     else:
         targets = tokenizer.encode_open(text)
-        if tokenizer.lead is not None:
+        if tokenizer.added_bos_id is not None:
             targets = targets[1:]
-        before = [] if tokenizer.begin is None else [tokenizer.begin]
+        before = [] if tokenizer.prefix_token_id is None else [tokenizer.prefix_token_id]
     if not targets or not before:
         raise UserError(f"{name} has nothing to predict, or nothing to predict it from: {text!r}")
     if longest is not None and len(targets) > longest:
@@ -51,7 +51,7 @@ def continuation(
     return ScoringRequest(tokens, len(tokens) - len(targets), targets)
 
 
-def passages(
+def requests(
     rows: Sequence[str], tokenizer: Tokenizer, config: ModelConfig
 ) -> list[ScoringRequest]:
     """Each row's last word behind what is in front of it.
@@ -73,7 +73,7 @@ def lambada(
     batch: int = DEFAULT_BATCH,
     progress: Callable[[list], Iterable] = iter,
 ) -> dict[str, float]:
-    """How well a model guesses the last words of `passages`.
+    """How well a model guesses the last words of `requests`.
 
     Returns:
         `accuracy`, the share of words all of whose tokens were the likeliest; `perplexity`, exp of

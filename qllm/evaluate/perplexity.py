@@ -27,15 +27,16 @@ class Text:
 
     Attributes:
         ids: with the special tokens that the tokenizer puts in front.
-        lead: the token that the tokenizer puts in front of every text; None where it puts none.
-        begin: the token that stands for what comes before a text.
+        added_bos_id: the token that the tokenizer puts in front of every text; None where it puts
+            none.
+        prefix_token_id: the token that stands for what comes before a text.
         tail: the token that the tokenizer put behind this one; None where it put none.
     """
 
     text: str
     ids: Sequence[int]
-    lead: int | None = None
-    begin: int | None = None
+    added_bos_id: int | None = None
+    prefix_token_id: int | None = None
     tail: int | None = None
 
     @classmethod
@@ -48,7 +49,7 @@ class Text:
         if most is not None and most < len(ids):
             ids, tail = ids[:most], None
             text = tokenizer.decode(ids)
-        return cls(text, ids, tokenizer.lead, tokenizer.begin, tail)
+        return cls(text, ids, tokenizer.added_bos_id, tokenizer.prefix_token_id, tail)
 
 
 class Window(NamedTuple):
@@ -76,7 +77,7 @@ class Windows(NamedTuple):
     windows: list[Window]
     replacement: int | None = None
 
-    def passages(self, windows: Iterable[Window]) -> Iterator[ScoringRequest]:
+    def requests(self, windows: Iterable[Window]) -> Iterator[ScoringRequest]:
         """What is scored of these windows."""
         for begin, end, first, last in windows:
             tokens = list(self.ids[begin:end])
@@ -86,7 +87,7 @@ class Windows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Convention:
+class PerplexityMethod:
     """A way to measure perplexity.
 
     Attributes:
@@ -133,14 +134,14 @@ def _second_halves(text: Text, window: int, stride: int) -> Windows:
     predicted; where the tokenizer puts a token in front of a text, it begins each window."""
     starts = range(0, len(text.ids) - window + 1, window)
     windows = [Window(s, s + window, s + window // 2 + 1, s + window) for s in starts]
-    return Windows(text.ids, windows, text.lead)
+    return Windows(text.ids, windows, text.added_bos_id)
 
 
 def _rolling(text: Text, window: int, stride: int) -> Windows:
     """lm-evaluation-harness's rolling windows: every token of the text is predicted, the first
-    one after `begin`; the last window reaches back as far as the others."""
-    assert text.begin is not None  # as every encoded text has one
-    ids = [text.begin, *(text.ids if text.tail is None else text.ids[:-1])]
+    one after it; the last window reaches back as far as the others."""
+    assert text.prefix_token_id is not None  # as every encoded text has one
+    ids = [text.prefix_token_id, *(text.ids if text.tail is None else text.ids[:-1])]
     size, windows = len(ids) - 1, []
     for done in range(0, size, window):
         end = min(done + window, size)
@@ -158,14 +159,14 @@ def count_bytes(text: str) -> int:
     return len(text.encode())
 
 
-CONVENTIONS: dict[str, Convention] = {
-    "gptq": Convention("disjoint windows, as in GPTQ", _disjoint, whole=True),
-    "strided": Convention("overlapping windows, as in transformers' documentation", _strided),
-    "llama.cpp": Convention(
+CONVENTIONS: dict[str, PerplexityMethod] = {
+    "gptq": PerplexityMethod("disjoint windows, as in GPTQ", _disjoint, whole=True),
+    "strided": PerplexityMethod("overlapping windows, as in transformers' documentation", _strided),
+    "llama.cpp": PerplexityMethod(
         "second half of each window, as in llama.cpp", _second_halves, LLAMA_CPP_WINDOW, whole=True
     ),
-    "word": Convention("per word, as in lm-evaluation-harness", _rolling, count=count_words),
-    "byte": Convention("per byte, as in lm-evaluation-harness", _rolling, count=count_bytes),
+    "word": PerplexityMethod("per word, as in lm-evaluation-harness", _rolling, count=count_words),
+    "byte": PerplexityMethod("per byte, as in lm-evaluation-harness", _rolling, count=count_bytes),
 }
 
 
@@ -240,8 +241,8 @@ def estimate(
     found = {}
     for part in cut(text, model.config, options):
         windows = part.windows.windows
-        passages = part.windows.passages(progress(windows))
-        losses = [each.loss for each in score(model, passages, options.batch)]
+        requests = part.windows.requests(progress(windows))
+        losses = [each.loss for each in score(model, requests, options.batch)]
         total, spread = math.fsum(losses), resampled(losses, [w.last - w.first for w in windows])
         for name in part.names:
             count = CONVENTIONS[name].count
@@ -303,7 +304,7 @@ def cut(text: Text, config: ModelConfig, options: PerplexityOptions) -> list[Cut
         stride = options.stride or window // 2
         if strided and stride > window:
             raise UserError(f"a stride of {stride} leaves tokens out of windows of {window}")
-        if convention.cut is _rolling and text.begin is None:
+        if convention.cut is _rolling and text.prefix_token_id is None:
             raise UserError(
                 f"the {name} convention begins with a special token, and the tokenizer names none"
             )
@@ -316,7 +317,7 @@ def cut(text: Text, config: ModelConfig, options: PerplexityOptions) -> list[Cut
     return list(cuts.values())
 
 
-def _window(convention: Convention, config: ModelConfig, asked: int | None) -> int:
+def _window(convention: PerplexityMethod, config: ModelConfig, asked: int | None) -> int:
     longest = config.max_positions
     window = min(convention.window, longest or convention.window) if asked is None else asked
     if window < 2 or (longest is not None and window > longest):

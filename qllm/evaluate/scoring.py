@@ -1,4 +1,4 @@
-"""Log-likelihoods of given tokens, a few passages at a time and never more logits than needed."""
+"""Log-likelihoods of given tokens, a few requests at a time and never more logits than needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from qllm.config import ModelConfig
 
 DEFAULT_BATCH = 8
-# Up to this many tokens a forward call takes several passages. Our own kernels compute each row as
+# Up to this many tokens a forward call takes several requests. Our own kernels compute each row as
 # if it were alone; on GPUs the dense product of more rows is a library's, which may not.
 TOGETHER = 256
 HEAD_ROWS = 512  # of hidden states that the LM head takes at once
@@ -46,7 +46,7 @@ class ScoringRequest(NamedTuple):
 
 
 class Score(NamedTuple):
-    """How a passage's targets were predicted, in float64.
+    """How a request's targets were predicted, in float64.
 
     Attributes:
         loss: the sum of their negative log-likelihoods, in nats.
@@ -60,43 +60,43 @@ class Score(NamedTuple):
 @torch.inference_mode()
 def score(
     model: Predictor,
-    passages: Iterable[ScoringRequest],
+    requests: Iterable[ScoringRequest],
     batch: int = DEFAULT_BATCH,
     *,
     greedy: bool = False,
 ) -> Iterator[Score]:
-    """Score passages, in their order.
+    """Score requests, in their order.
 
     Args:
         batch: how many may share a forward call. On a CPU with our kernels it does not change a
             bit of any score.
         greedy: find out whether the targets were the likeliest tokens, too.
     """
-    for group in groups(passages, batch):
-        targets = [target for passage in group for target in passage.targets]
+    for group in groups(requests, batch):
+        targets = [target for request in group for target in request.targets]
         losses, hits = [], []
         for rows, logits in scored_logits(model, group):
             wanted = torch.tensor(targets[rows], device=logits.device)
             losses.append(cross_entropy(logits, wanted, reduction="none").double())
             if greedy:
                 hits.append(logits.argmax(-1) == wanted)
-        counts = [len(passage.targets) for passage in group]
+        counts = [len(request.targets) for request in group]
         all_losses = torch.cat(losses).split(counts)
         all_hits = torch.cat(hits).split(counts) if greedy else [None] * len(group)
         for loss, hit in zip(all_losses, all_hits, strict=True):
             yield Score(loss.sum().item(), None if hit is None else bool(hit.all()))
 
 
-def groups(passages: Iterable[ScoringRequest], batch: int) -> Iterator[list[ScoringRequest]]:
+def groups(requests: Iterable[ScoringRequest], batch: int) -> Iterator[list[ScoringRequest]]:
     """Passages as forward calls take them: up to `batch` of them, and TOGETHER tokens or one."""
     group: list[ScoringRequest] = []
     size = 0
-    for passage in passages:
-        length = len(passage.tokens)
+    for request in requests:
+        length = len(request.tokens)
         if group and (len(group) == batch or size + length > TOGETHER):
             yield group
             group, size = [], 0
-        group.append(passage)
+        group.append(request)
         size += length
     if group:
         yield group
@@ -105,7 +105,7 @@ def groups(passages: Iterable[ScoringRequest], batch: int) -> Iterator[list[Scor
 def scored_logits(
     model: Predictor, group: Sequence[ScoringRequest]
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The logits that predict the targets of passages, one after the other, in pieces.
+    """The logits that predict the targets of requests, one after the other, in pieces.
 
     Yields:
         which of the targets a piece predicts, and float32 logits (M, V).
@@ -125,11 +125,11 @@ def logit_pieces(head: Callable[[Tensor], Tensor], x: Tensor, vocab_size: int) -
 
 
 def hidden_rows(model: Predictor, group: Sequence[ScoringRequest]) -> Tensor:
-    """The hidden states (M, C) that predict the targets of passages."""
-    x = model.hidden([passage.tokens for passage in group])
-    parts = x.split([len(passage.tokens) for passage in group])
+    """The hidden states (M, C) that predict the targets of requests."""
+    x = model.hidden([request.tokens for request in group])
+    parts = x.split([len(request.tokens) for request in group])
     rows = [
-        part[passage.start : passage.start + len(passage.targets)]
-        for part, passage in zip(parts, group, strict=True)
+        part[request.start : request.start + len(request.targets)]
+        for part, request in zip(parts, group, strict=True)
     ]
     return rows[0] if len(rows) == 1 else torch.cat(rows)

@@ -46,7 +46,7 @@ class GGUFCodec:
     """The tokenizer of a file.
 
     Attributes:
-        begin: the id of BOS, or else of EOS; None where the file names neither.
+        prefix_token_id: the id of BOS, or else of EOS; None where the file names neither.
     """
 
     def __init__(self, metadata: Metadata) -> None:
@@ -73,7 +73,7 @@ class GGUFCodec:
         found = {name: self._special(metadata, f"{key}{name}_token_id") for name in ("bos", "eos")}
         self._named = {name: i for name, i in found.items() if i is not None}
         bos, eos = found.values()
-        self.begin = eos if bos is None else bos
+        self.prefix_token_id = eos if bos is None else bos
         pre = metadata.text(f"{key}pre", "")
         ahead = metadata.flag(f"{key}add_bos_token", kind == "llama" or pre in IGNORE_MERGES)
         behind = metadata.flag(f"{key}add_eos_token", False)

@@ -74,7 +74,7 @@ class Linear(nn.Module, ABC):
         spec: QuantSpec,
         *,
         input_range: float | None,
-        together: Callable[[bool], bool] = bool,
+        all_fit: Callable[[bool], bool] = bool,
     ) -> Linear:
         """The layer that holds a float weight (N, K), and bias (N,), as `spec` says.
 
@@ -82,7 +82,7 @@ class Linear(nn.Module, ABC):
             weight: floating point, on the layer's device. A dense layer keeps it as it is; the
                 others compute in the type of what they are given.
             input_range: the largest |x| seen in calibration, None without calibration.
-            together: of a weight that is part of a larger one, takes whether this part's scales
+            all_fit: of a weight that is part of a larger one, takes whether this part's scales
                 fit into float16, and returns whether those of all parts do.
 
         Raises:

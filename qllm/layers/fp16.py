@@ -41,7 +41,7 @@ class DenseLinear(Linear):
         spec: QuantSpec,
         *,
         input_range: float | None = None,
-        together: Callable[[bool], bool] = bool,
+        all_fit: Callable[[bool], bool] = bool,
     ) -> DenseLinear:
         return cls(weight, bias, spec)
 

@@ -57,9 +57,9 @@ class DynamicInt8Linear(QuantizedLinear):
         spec: QuantSpec,
         *,
         input_range: float | None = None,
-        together: Callable[[bool], bool] = bool,
+        all_fit: Callable[[bool], bool] = bool,
     ) -> DynamicInt8Linear:
-        return cls(*_quantize_channels(weight, together), bias, spec)
+        return cls(*_quantize_channels(weight, all_fit), bias, spec)
 
     @property
     def tensors(self) -> PackedWeight:
@@ -131,7 +131,7 @@ class StaticInt8Linear(DynamicInt8Linear):
         spec: QuantSpec,
         *,
         input_range: float | None = None,
-        together: Callable[[bool], bool] = bool,
+        all_fit: Callable[[bool], bool] = bool,
     ) -> StaticInt8Linear:
         if input_range is None:
             raise UserError(
@@ -141,7 +141,7 @@ class StaticInt8Linear(DynamicInt8Linear):
         scale = torch.tensor(input_range * 2 / 255, dtype=torch.float32, device=weight.device)
         # Zero as float32 stores it: a range may be too small for its scale to be told from it.
         scale = torch.where(scale == 0, 1.0, scale)
-        return cls(*_quantize_channels(weight, together), bias, spec, scale)
+        return cls(*_quantize_channels(weight, all_fit), bias, spec, scale)
 
 
 def _signed(packed: Tensor, in_features: int) -> Tensor:
@@ -150,7 +150,7 @@ def _signed(packed: Tensor, in_features: int) -> Tensor:
     return unpack(packed, 8, in_features).sub(128).view(torch.int8).contiguous()
 
 
-def _quantize_channels(weight: Tensor, together: Callable[[bool], bool]) -> tuple[Tensor, Tensor]:
+def _quantize_channels(weight: Tensor, all_fit: Callable[[bool], bool]) -> tuple[Tensor, Tensor]:
     """(N, K) to int8 (N, K) and scales (N,): the symmetric 8-bit grid, its zero taken off."""
-    packed, scales, *_ = quantize_rtn(weight, 8, -1, "sym", together=together)
+    packed, scales, *_ = quantize_rtn(weight, 8, -1, "sym", all_fit=all_fit)
     return _signed(packed, weight.shape[1]), scales[:, 0]

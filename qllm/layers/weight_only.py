@@ -76,9 +76,9 @@ class WeightOnlyLinear(QuantizedLinear):
         spec: QuantSpec,
         *,
         input_range: float | None = None,
-        together: Callable[[bool], bool] = bool,
+        all_fit: Callable[[bool], bool] = bool,
     ) -> WeightOnlyLinear:
-        packed = quantize_rtn(weight, spec.bits, spec.group_size, spec.scheme, together=together)
+        packed = quantize_rtn(weight, spec.bits, spec.group_size, spec.scheme, all_fit=all_fit)
         return cls.from_packed(packed, bias, spec, weight.shape[1])
 
     @staticmethod
@@ -86,10 +86,10 @@ class WeightOnlyLinear(QuantizedLinear):
         packed: PackedWeight, bias: Tensor | None, spec: QuantSpec, in_features: int
     ) -> WeightOnlyLinear:
         """The layer of integers that were chosen before, by any algorithm."""
-        qweight, scales, qzeros, order = packed
-        if order is None:
+        qweight, scales, qzeros, perm = packed
+        if perm is None:
             return WeightOnlyLinear(qweight, scales, qzeros, bias, spec, in_features)
-        return ReorderedLinear(qweight, scales, qzeros, bias, spec, in_features, order)
+        return ReorderedLinear(qweight, scales, qzeros, bias, spec, in_features, perm)
 
     def round_activations(self) -> None:
         """Multiply activations as int8 from now on, which is faster; before a kernel is chosen."""
@@ -139,7 +139,7 @@ class WeightOnlyLinear(QuantizedLinear):
             qweight, scales, qzeros = (
                 narrow_runs(t, 0, ranges) if t.numel() else t for t in packed[:3]
             )
-            rows = PackedWeight(qweight, scales, qzeros, packed.order)
+            rows = PackedWeight(qweight, scales, qzeros, packed.perm)
             return WeightOnlyLinear.from_packed(rows, bias, self.spec, self.in_features)
         (columns,) = ranges
         spec = self.spec
@@ -153,10 +153,10 @@ class ReorderedLinear(WeightOnlyLinear):
 
     Buffers: those of `WeightOnlyLinear`, whose columns stand for the channels in this order, and
 
-        order  int64 (K,)   packed column i holds input channel order[i]
+        perm   int64 (K,)   packed column i holds input channel perm[i]
     """
 
-    order: Tensor
+    perm: Tensor
 
     def __init__(
         self,
@@ -166,21 +166,21 @@ class ReorderedLinear(WeightOnlyLinear):
         bias: Tensor | None,
         spec: QuantSpec,
         in_features: int,
-        order: Tensor,
+        perm: Tensor,
     ) -> None:
         super().__init__(qweight, scales, qzeros, bias, spec, in_features)
-        self.register_buffer("order", order)
+        self.register_buffer("perm", perm)
 
     @property
     def packed(self) -> PackedWeight:
-        return super().packed._replace(order=self.order)
+        return super().packed._replace(perm=self.perm)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(ops.on(x.device.type).gather(x, self.order))
+        return super().forward(ops.on(x.device.type).gather(x, self.perm))
 
     def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
         columns = super().dequantize(rows)
-        return torch.empty_like(columns).index_copy_(1, self.order, columns)
+        return torch.empty_like(columns).index_copy_(1, self.perm, columns)
 
     def _narrow(self, dim: int, *ranges: range) -> WeightOnlyLinear:
         if dim == 0:
@@ -188,7 +188,7 @@ class ReorderedLinear(WeightOnlyLinear):
         (channels,) = ranges
         spec, packed = self.spec, self.packed
         group = group_width(self.in_features, spec.group_size)
-        mine = (self.order >= channels.start) & (self.order < channels.stop)
+        mine = (self.perm >= channels.start) & (self.perm < channels.stop)
         columns = mine.nonzero().flatten()
         counts = (columns // group).bincount(minlength=spec.groups(self.in_features))
         # Of each group a few channels are here: all get the room of the one that has most, filled
@@ -196,19 +196,19 @@ class ReorderedLinear(WeightOnlyLinear):
         width = -(-int(counts.max()) // ROOM) * ROOM
         slots = torch.arange(width, device=counts.device) < counts[:, None]  # (G, width)
         source = torch.zeros(slots.numel(), dtype=torch.int64, device=counts.device)
-        order = torch.full_like(source, len(channels))
+        perm = torch.full_like(source, len(channels))
         source[slots.flatten()] = columns
-        order[slots.flatten()] = self.order[columns] - channels.start
+        perm[slots.flatten()] = self.perm[columns] - channels.start
         values = unpack(packed.qweight, spec.bits, self.in_features)[:, source]
         rows = PackedWeight(pack(values, spec.bits), *packed[1:3])
         spec = replace(spec, group_size=width if len(counts) > 1 else -1)
-        return ScatteredLinear(*rows[:3], None, spec, len(order), order, channels=len(channels))
+        return ScatteredLinear(*rows[:3], None, spec, len(perm), perm, channels=len(channels))
 
 
 class ScatteredLinear(ReorderedLinear):
     """Some input channels of a `ReorderedLinear`: a few of each group.
 
-    Buffers: as there, K being the columns that the groups fill; where `order` is the number of
+    Buffers: as there, K being the columns that the groups fill; where `perm` is the number of
     channels, a column has none, and its input is 0.
 
     Attributes:
@@ -224,6 +224,6 @@ class ScatteredLinear(ReorderedLinear):
 
     def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
         columns = WeightOnlyLinear.dequantize(self, rows)
-        filled = self.order < self.channels
+        filled = self.perm < self.channels
         out = columns.new_empty(len(columns), self.channels)
-        return out.index_copy_(1, self.order[filled], columns[:, filled])
+        return out.index_copy_(1, self.perm[filled], columns[:, filled])

@@ -176,7 +176,7 @@ class DecoderGraph:
         return self.graph.op("Cast", x, to=TYPES[dtype])
 
     def _positions(self, x: str) -> str:
-        """What all layers share: the mask, with ALiBi's slopes in it, and RoPE's angles.
+        """What all layers share: the mask, with ALiBi's slopes in it, and RoPE's cosines and sines.
 
         Returns:
             x (N, C), with learned positions added.
@@ -190,7 +190,7 @@ class DecoderGraph:
         added = g.constant(0, self.numpy)
         if config.position == "rope":
             kinds = RotaryPositions(config, torch.float32).kinds
-            self.angles = [self._angles(encoding) for encoding in kinds]
+            self.cos_sin = [self._cos_sin(encoding) for encoding in kinds]
         else:
             places = g.op("CumSum", "attention_mask", g.constant(1))
             places = g.op("Mul", g.op("Sub", places, g.constant(1)), "attention_mask")  # (B, S)
@@ -224,7 +224,7 @@ class DecoderGraph:
         slopes = alibi_slopes(self.config.num_heads)[:, None, None].numpy()
         return self._cast(g.op("Mul", distance, g.constant(slopes, np.float32)), self.dtype)
 
-    def _angles(self, encoding: RotaryPositions) -> tuple[str, str]:
+    def _cos_sin(self, encoding: RotaryPositions) -> tuple[str, str]:
         """Cosines and sines (B, 1, T, D) for `position_ids`."""
         g, config, rope = self.graph, self.config, encoding.config.rope
         frequencies = g.constant(encoding.frequencies(1), np.float32)
@@ -361,7 +361,7 @@ class DecoderGraph:
     def _rotate(self, x: str, windowed: bool) -> str:
         """Turn the heads of a layer, windowed or not, x (B, H, T, D): pairs are D / 2 apart."""
         g = self.graph
-        cos, sin = self.angles[-1 if windowed else 0]
+        cos, sin = self.cos_sin[-1 if windowed else 0]
         a, b = g.ops("Split", x, outputs=["", ""], axis=-1, num_outputs=2)
         turned = g.op("Concat", g.op("Neg", b), a, axis=-1)
         return g.op("Add", g.op("Mul", x, cos), g.op("Mul", turned, sin))

@@ -115,8 +115,8 @@ class Graph:
         self, x: str, name: str, matrix: NBits, bias: str = "", *, level: int, output: str = ""
     ) -> str:
         """x (…, K) times a matrix of packed integers, and what may be added: (…, N)."""
-        if matrix.order is not None:
-            x = self.op("Gather", x, self.weight(f"{name}.order", matrix.order), axis=-1)
+        if matrix.perm is not None:
+            x = self.op("Gather", x, self.weight(f"{name}.perm", matrix.perm), axis=-1)
         inputs = [
             x,
             self.weight(f"{name}.qweight", matrix.weight),

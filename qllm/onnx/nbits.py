@@ -55,7 +55,7 @@ class NBits:
     """A matrix as the operator takes it; shapes are above.
 
     Attributes:
-        order: int64 (K,), in which the input channels are to come; None: as they are.
+        perm: int64 (K,), in which the input channels are to come; None: as they are.
     """
 
     weight: Tensor
@@ -64,7 +64,7 @@ class NBits:
     block: int
     bits: int
     columns: int
-    order: Tensor | None
+    perm: Tensor | None
 
     @classmethod
     def of(
@@ -97,4 +97,4 @@ class NBits:
             # A row of zero points ends on a byte; `pack` ends it on a word.
             zeros = pack(per_block(packed.qzeros), bits)[:, : -(-blocks * bits // 8)]
             zeros = zeros.contiguous().view(-1)
-        return cls(weight, scales.view(-1), zeros, block, bits, columns, packed.order)
+        return cls(weight, scales.view(-1), zeros, block, bits, columns, packed.perm)

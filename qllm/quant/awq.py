@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from qllm.quant.algorithm import Algorithm, Form, QuantizeOptions, yes
-from qllm.quant.clip import clip_ranges_for
+from qllm.quant.clip import clipped_qparams_for
 from qllm.quant.inputs import InputStats, output_error
 from qllm.quant.packing import PackedWeight
-from qllm.quant.rtn import Ranges, fake_quantize, group_ranges, quantize_rtn
+from qllm.quant.rtn import FindQParams, fake_quantize, minmax_qparams, quantize_rtn
 
 # Ratios tried: 0, 1 / GRID, …, below 1.
 GRID = 20
@@ -53,11 +53,11 @@ class AWQ(Algorithm):
     ) -> tuple[PackedWeight, float]:
         # As in AWQ's own code, what makes the scores of attention is not clipped.
         plain = options.clip is False or in_scores
-        ranges: Ranges = group_ranges
+        find_qparams: FindQParams = minmax_qparams
         if not plain:
             assert hessian is not None  # it needs inputs
-            ranges = clip_ranges_for(hessian)
-        return quantize_rtn(weight, *form, ranges), 0.0
+            find_qparams = clipped_qparams_for(hessian)
+        return quantize_rtn(weight, *form, find_qparams), 0.0
 
     def describe(self, options: QuantizeOptions) -> str:
         return f"AWQ: scales searched, clipping {yes(options.clip is not False)}"

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from qllm.quant.packing import group_width
 from qllm.quant.rtn import (
-    Ranges,
+    FindQParams,
     fake_quantize,
-    group_range,
-    group_ranges,
+    group_qparams,
     grouped,
+    minmax_qparams,
     round_trip,
     row_pieces,
     zero_points,
@@ -26,12 +26,14 @@ from qllm.quant.rtn import (
 SHRINK = tuple(1 - 0.05 * i for i in range(15))
 
 
-def clip_ranges(weight: Tensor, bits: int, group_size: int, scheme: str) -> tuple[Tensor, Tensor]:
-    """Scales and lower ends (N, G) of groups of weights (N, K), least in squared weight error."""
+def clipped_qparams(
+    weight: Tensor, bits: int, group_size: int, scheme: str
+) -> tuple[Tensor, Tensor]:
+    """Scales and least values (N, G) of groups of weights (N, K), least in squared weight error."""
     return _search(weight, bits, group_size, scheme, None)
 
 
-def clip_ranges_for(hessian: Tensor) -> Ranges:
+def clipped_qparams_for(hessian: Tensor) -> FindQParams:
     """The search for the least squared output error, group by group.
 
     What a group's channels have in common with those of other groups does not enter; clipped
@@ -43,11 +45,11 @@ def clip_ranges_for(hessian: Tensor) -> Ranges:
 
     def search(weight: Tensor, bits: int, group_size: int, scheme: str) -> tuple[Tensor, Tensor]:
         form = (bits, group_size, scheme)
-        clipped, full = _search(weight, *form, hessian), group_ranges(weight, *form)
+        clipped, full = _search(weight, *form, hessian), minmax_qparams(weight, *form)
         for rows in row_pieces(weight):
             losses = [
-                _row_losses(weight[rows], *form, (scales[rows], lows[rows]), hessian)
-                for scales, lows in (clipped, full)
+                _row_losses(weight[rows], *form, (scales[rows], min_vals[rows]), hessian)
+                for scales, min_vals in (clipped, full)
             ]
             worse = (losses[0] >= losses[1])[:, None]
             for ours, theirs in zip(clipped, full, strict=True):
@@ -57,7 +59,7 @@ def clip_ranges_for(hessian: Tensor) -> Ranges:
     return search
 
 
-def clip_ranges_by_channel(squares: Tensor) -> Ranges:
+def clipped_qparams_by_channel(squares: Tensor) -> FindQParams:
     """The search for the least squared error of the weights, weighted by their inputs' squares.
 
     Each end of a range is searched on its own, which pays where roundings are tuned behind it:
@@ -74,8 +76,8 @@ def clip_ranges_by_channel(squares: Tensor) -> Ranges:
             _search_ends(grouped(weight[p], group).float(), importance, bits, scheme)
             for p in row_pieces(weight)
         ]
-        scales, lows = zip(*found, strict=True)
-        return torch.cat(scales), torch.cat(lows)
+        scales, min_vals = zip(*found, strict=True)
+        return torch.cat(scales), torch.cat(min_vals)
 
     return search
 
@@ -83,11 +85,11 @@ def clip_ranges_by_channel(squares: Tensor) -> Ranges:
 def _search_ends(
     groups: Tensor, importance: Tensor, bits: int, scheme: str
 ) -> tuple[Tensor, Tensor]:
-    """Scales and lower ends of groups (n, G, g): both ends shrunk together, then each one."""
-    full_scale, full_low = group_range(groups, bits, scheme)
-    full_high = full_low + full_scale * (2**bits - 1)
-    best_low, best_high = torch.ones_like(full_low), torch.ones_like(full_low)
-    least = torch.full_like(full_low, torch.inf)
+    """Scales and least values of groups (n, G, g): both ends shrunk together, then each one."""
+    full_scale, full_min_vals = group_qparams(groups, bits, scheme)
+    full_high = full_min_vals + full_scale * (2**bits - 1)
+    best_low, best_high = torch.ones_like(full_min_vals), torch.ones_like(full_min_vals)
+    least = torch.full_like(full_min_vals, torch.inf)
     together = [(True, True)]
     for low_too, high_too in (
         together if scheme == "sym" else [*together, (True, False), (False, True)]
@@ -97,7 +99,7 @@ def _search_ends(
             shares = torch.full_like(least, share)
             low_share = shares if low_too else start_low
             high_share = shares if high_too else start_high
-            low = full_low * low_share
+            low = full_min_vals * low_share
             scale = (full_high * high_share - low) / (2**bits - 1)
             scale = torch.where(scale <= 0, 1.0, scale)
             if scheme == "sym":
@@ -110,8 +112,8 @@ def _search_ends(
             best_low = torch.where(better, low_share, best_low)
             best_high = torch.where(better, high_share, best_high)
     if scheme == "sym":
-        return full_scale * best_low, full_low * best_low
-    low = full_low * best_low
+        return full_scale * best_low, full_min_vals * best_low
+    low = full_min_vals * best_low
     scale = (full_high * best_high - low) / (2**bits - 1)
     return torch.where(scale <= 0, 1.0, scale), low
 
@@ -121,11 +123,11 @@ def _row_losses(
     bits: int,
     group_size: int,
     scheme: str,
-    ranges: tuple[Tensor, Tensor],
+    qparams: tuple[Tensor, Tensor],
     hessian: Tensor,
 ) -> Tensor:
-    """The squared output error of rows (n, K) on the grids of `ranges`, as stored: (n,)."""
-    error = fake_quantize(weight, bits, group_size, scheme, lambda *_: ranges)
+    """The squared output error of rows (n, K) on the grids of `qparams`, as stored: (n,)."""
+    error = fake_quantize(weight, bits, group_size, scheme, lambda *_: qparams)
     error = error.sub_(weight.float())
     return (error @ hessian).mul_(error).sum(dim=1)
 
@@ -136,19 +138,19 @@ def _search(
     group = group_width(weight.shape[1], group_size)
     blocks = None if hessian is None else _diagonal_blocks(hessian, group)
     found = [_search_rows(weight[p], bits, group, scheme, blocks) for p in row_pieces(weight)]
-    scales, lows = zip(*found, strict=True)
-    return torch.cat(scales), torch.cat(lows)
+    scales, min_vals = zip(*found, strict=True)
+    return torch.cat(scales), torch.cat(min_vals)
 
 
 def _search_rows(
     weight: Tensor, bits: int, group: int, scheme: str, blocks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     groups = grouped(weight, group).float()  # (n, G, g)
-    full_scale, full_low = group_range(groups, bits, scheme)
-    best_scale, best_low = full_scale, full_low
+    full_scale, full_min_vals = group_qparams(groups, bits, scheme)
+    best_scale, best_low = full_scale, full_min_vals
     least = torch.full_like(full_scale, torch.inf)
     for share in SHRINK:
-        scale, low = full_scale * share, full_low * share
+        scale, low = full_scale * share, full_min_vals * share
         zero = zero_points(low, scale, bits, scheme)
         error = round_trip(groups, scale, zero, bits).sub_(groups)
         if blocks is None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from qllm.quant.algorithm import Algorithm, Form, GPTQOptions, QuantizeOptions, TuningStart, yes
-from qllm.quant.clip import clip_ranges, clip_ranges_by_channel
+from qllm.quant.clip import clipped_qparams, clipped_qparams_by_channel
 from qllm.quant.inputs import InputStats
 from qllm.quant.packing import PackedWeight, group_width, pack, packed_size
-from qllm.quant.rtn import Ranges, group_ranges, store_scales, zero_points
+from qllm.quant.rtn import FindQParams, minmax_qparams, store_scales, zero_points
 
 # Rows are independent: this many at a time keep a panel of columns in cache.
 CHUNK_ROWS = 4096
@@ -50,8 +50,8 @@ class GPTQ(Algorithm):
         in_scores: bool,
     ) -> tuple[PackedWeight, float]:
         assert hessian is not None  # it needs inputs
-        ranges = clip_ranges if options.clip else group_ranges
-        return quantize_gptq(weight, hessian, *form, options.gptq, ranges)
+        find_qparams = clipped_qparams if options.clip else minmax_qparams
+        return quantize_gptq(weight, hessian, *form, options.gptq, find_qparams)
 
     def tunes(self, options: QuantizeOptions) -> bool:
         return options.refine
@@ -60,12 +60,12 @@ class GPTQ(Algorithm):
         self, weight: Tensor, form: Form, stats: InputStats, options: QuantizeOptions
     ) -> TuningStart:
         # Narrower grids alone would often make a matrix worse; tuning makes up for what they clip.
-        ranges = clip_ranges_by_channel(stats.squares)
+        find_qparams = clipped_qparams_by_channel(stats.squares)
         if not options.gptq.static_groups:  # whose grids are found on the way, column by column
-            ranges = group_ranges
+            find_qparams = minmax_qparams
         assert stats.hessian is not None  # it needs inputs
         rounded = torch.empty_like(weight, dtype=torch.float32)
-        packed, _ = quantize_gptq(weight, stats.hessian, *form, options.gptq, ranges, rounded)
+        packed, _ = quantize_gptq(weight, stats.hessian, *form, options.gptq, find_qparams, rounded)
         return TuningStart(packed, rounded)
 
     def describe(self, options: QuantizeOptions) -> str:
@@ -78,17 +78,17 @@ class GPTQ(Algorithm):
         )
 
 
-def triangular_root(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor, float]:
+def triangular_root(hessian: Tensor, perm: Tensor, damp: float) -> tuple[Tensor, float]:
     """Upper triangular R with R R^T = H + damp · mean(diag H) · I, and the damping it took.
 
     Args:
         hessian: float32 (K, K), symmetric, no negative eigenvalues but those of rounding.
-        order: int64 (K,); H has its rows and columns in this order.
+        perm: int64 (K,); H has its rows and columns in this order.
         damp: 0 or more; raised tenfold (from 1e-4 at least) as often as the factorization fails.
     """
     # The Cholesky factor L of the matrix with both axes reversed is lower triangular, and its
     # own reversal is R.
-    last_first = order.flip(0)
+    last_first = perm.flip(0)
     reverse = hessian.index_select(0, last_first).index_select(1, last_first)
     mean = reverse.diagonal().mean().item() or 1.0
     reverse.diagonal().add_(damp * mean)
@@ -108,7 +108,7 @@ def quantize_gptq(
     group_size: int,
     scheme: str,
     options: GPTQOptions | None = None,
-    ranges: Ranges = group_ranges,
+    find_qparams: FindQParams = minmax_qparams,
     compensated: Tensor | None = None,
 ) -> tuple[PackedWeight, float]:
     """Quantize a matrix so that its product with the inputs behind H changes little.
@@ -117,7 +117,7 @@ def quantize_gptq(
         weight: floating point (N, K), finite.
         hessian: float32 (K, K): the sum, or mean, of x x^T over input vectors x. An input channel
             that is always zero is rounded to nearest.
-        ranges: finds the groups' grids: `group_ranges`, or `clip_ranges`.
+        find_qparams: finds the groups' grids: `minmax_qparams`, or `clipped_qparams`.
         compensated: float32 (N, K), takes what was rounded: weights that make up for the errors
             of those rounded before them.
 
@@ -128,26 +128,26 @@ def quantize_gptq(
     rows, columns = weight.shape
     group = group_width(columns, group_size)
     static = options.static_groups or group == columns
-    order = torch.arange(columns, device=weight.device)
+    perm = torch.arange(columns, device=weight.device)
     if options.act_order:
-        order = hessian.diagonal().argsort(descending=True, stable=True)
-    root, damp = triangular_root(hessian, order, options.damp)
-    groups = ((order if static else torch.arange(columns)) // group).tolist()
+        perm = hessian.diagonal().argsort(descending=True, stable=True)
+    root, damp = triangular_root(hessian, perm, options.damp)
+    groups = ((perm if static else torch.arange(columns)) // group).tolist()
 
     packed = weight.new_empty(rows, packed_size(columns, bits), dtype=torch.uint8)
     grids = []
     for start in range(0, rows, CHUNK_ROWS):
         part = weight[start : start + CHUNK_ROWS].float()
-        grid = _Grid(part, group, bits, scheme, ranges)
+        grid = _Grid(part, group, bits, scheme, find_qparams)
         if static:
             grid.set_groups(0, part)
-        work = part[:, order].t().contiguous()
+        work = part[:, perm].t().contiguous()
         rounded = None if compensated is None else torch.empty_like(work)
         integers = _round_columns(work, root, grid, groups, options.block_size, static, rounded)
         if rounded is not None and compensated is not None:
-            compensated[start : start + CHUNK_ROWS].t().index_copy_(0, order, rounded)
+            compensated[start : start + CHUNK_ROWS].t().index_copy_(0, perm, rounded)
         if static:  # the groups are runs of channels, so the channels go back to their places
-            integers = torch.empty_like(integers).index_copy_(0, order, integers)
+            integers = torch.empty_like(integers).index_copy_(0, perm, integers)
         packed[start : start + CHUNK_ROWS] = pack(integers.t(), bits)
         grids.append(grid)
     scales = torch.cat([grid.scales for grid in grids], dim=1).t().contiguous()
@@ -157,7 +157,7 @@ def quantize_gptq(
     if scheme == "asym":
         zeros = torch.cat([grid.zeros for grid in grids], dim=1).t().to(torch.uint8).contiguous()
     moved = options.act_order and not static
-    return PackedWeight(packed, scales, zeros, order if moved else None), damp
+    return PackedWeight(packed, scales, zeros, perm if moved else None), damp
 
 
 class _Grid:
@@ -168,18 +168,20 @@ class _Grid:
         half: whether each of them is a float16.
     """
 
-    def __init__(self, part: Tensor, group: int, bits: int, scheme: str, ranges: Ranges) -> None:
+    def __init__(
+        self, part: Tensor, group: int, bits: int, scheme: str, find_qparams: FindQParams
+    ) -> None:
         rows, columns = part.shape
-        self.group, self.bits, self.scheme, self.ranges = group, bits, scheme, ranges
+        self.group, self.bits, self.scheme, self.find_qparams = group, bits, scheme, find_qparams
         self.scales = part.new_empty(-(-columns // group), rows)
         self.zeros = torch.empty_like(self.scales)
         self.half = True
 
     def set_groups(self, index: int, part: Tensor) -> None:
         """The grids of the group `index` and those behind it, from their weights (n, C)."""
-        scales, lows = self.ranges(part, self.bits, self.group, self.scheme)
+        scales, min_vals = self.find_qparams(part, self.bits, self.group, self.scheme)
         scales = store_scales(scales)
-        zeros = zero_points(lows, scales, self.bits, self.scheme)
+        zeros = zero_points(min_vals, scales, self.bits, self.scheme)
         span = slice(index, index + scales.shape[1])
         self.scales[span], self.zeros[span] = scales.t(), zeros.t()
         self.half = self.half and scales.dtype == torch.float16

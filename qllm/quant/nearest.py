@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from qllm.quant.algorithm import Algorithm, Form, QuantizeOptions
-from qllm.quant.clip import clip_ranges
+from qllm.quant.clip import clipped_qparams
 from qllm.quant.packing import PackedWeight
-from qllm.quant.rtn import group_ranges, quantize_rtn
+from qllm.quant.rtn import minmax_qparams, quantize_rtn
 
 
 class RTN(Algorithm):
@@ -24,4 +24,4 @@ class RTN(Algorithm):
         *,
         in_scores: bool,
     ) -> tuple[PackedWeight, float]:
-        return quantize_rtn(weight, *form, clip_ranges if options.clip else group_ranges), 0.0
+        return quantize_rtn(weight, *form, clipped_qparams if options.clip else minmax_qparams), 0.0

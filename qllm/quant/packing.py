@@ -27,14 +27,14 @@ class PackedWeight(NamedTuple):
         scales: float16, or float32 where float16 over- or underflows, (N, G).
         qzeros: uint8 (N, G); empty for a symmetric grid, where each is 2^(b-1); or, in the type of
             the scales, offsets: a value is then q · scale + offset (GGUF's Q4_1).
-        order: int64 (K,), where the groups are not runs of input channels: packed column i holds
-            input channel order[i], and the groups are runs of packed columns. None is 0, 1, 2, ….
+        perm: int64 (K,), where the groups are not runs of input channels: packed column i holds
+            input channel perm[i], and the groups are runs of packed columns. None is 0, 1, 2, ….
     """
 
     qweight: Tensor
     scales: Tensor
     qzeros: Tensor
-    order: Tensor | None = None
+    perm: Tensor | None = None
 
 
 def group_width(columns: int, group_size: int) -> int:

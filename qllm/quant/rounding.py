@@ -45,7 +45,7 @@ class TunedRounding:
         """
         self.bits, self.columns = bits, weight.shape[1]
         self.group = group_width(self.columns, group_size)
-        self.symmetric, self.order = not packed.qzeros.numel(), packed.order
+        self.symmetric, self.perm = not packed.qzeros.numel(), packed.perm
         self.dtype = packed.scales.dtype
         scales = packed.scales.float()
         zeros = torch.full_like(scales, 2 ** (bits - 1))
@@ -63,7 +63,7 @@ class TunedRounding:
             values = unpack(packed.qweight[rows], bits, self.columns)
             start = self._grouped(values.float()).sub_(zeros[rows, :, None])
             part = weight[rows].float()
-            part = self._grouped(part if self.order is None else part[:, self.order])
+            part = self._grouped(part if self.perm is None else part[:, self.perm])
             scale = scales[rows, :, None]
             inside = (part / scale).clamp_(start - INSIDE, start + INSIDE).mul_(scale)
             self.weight[rows] = self._flat(inside)
@@ -102,10 +102,10 @@ class TunedRounding:
             scales, zeros = self._grid(rows)
             integers, _ = self._rounded(rows, scales, zeros)
             values = self._flat(integers.sub_(zeros).mul_(scales)).to(dtype)
-            if self.order is None:
+            if self.perm is None:
                 found[rows] = values
             else:
-                found[rows] = torch.empty_like(values).index_copy_(1, self.order, values)
+                found[rows] = torch.empty_like(values).index_copy_(1, self.perm, values)
         return found
 
     def step(self, gradient: Tensor, rate: float, range_rate: float) -> None:
@@ -118,7 +118,7 @@ class TunedRounding:
         """
         for rows in self.pieces:
             part = gradient[rows].float()
-            part = self._grouped(part if self.order is None else part[:, self.order])
+            part = self._grouped(part if self.perm is None else part[:, self.perm])
             scales, zeros = self._grid(rows)
             integers, free = self._rounded(rows, scales, zeros)
             if range_rate:
@@ -164,5 +164,5 @@ class TunedRounding:
             scales[rows], zeros[rows] = (part[..., 0] for part in grid)
         zeros = zeros.to(torch.uint8)
         return PackedWeight(
-            qweight, scales, zeros.new_empty(0) if self.symmetric else zeros, self.order
+            qweight, scales, zeros.new_empty(0) if self.symmetric else zeros, self.perm
         )

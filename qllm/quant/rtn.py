@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 
 from qllm.quant.packing import PackedWeight, group_width, pack, packed_size
 
-# Scales and lower ends (N, G) of weights (N, K) at some bits, group size and scheme.
-Ranges = Callable[[Tensor, int, int, str], tuple[Tensor, Tensor]]
+# Scales and least values (N, G) of weights (N, K) at some bits, group size and scheme.
+FindQParams = Callable[[Tensor, int, int, str], tuple[Tensor, Tensor]]
 
 # Rows are quantized in pieces of about this many weights: the float32 temporaries stay in cache,
 # and small beside the matrix.
@@ -35,8 +35,8 @@ def quantize_rtn(
     bits: int,
     group_size: int,
     scheme: str,
-    ranges: Ranges | None = None,
-    together: Callable[[bool], bool] = bool,
+    find_qparams: FindQParams | None = None,
+    all_fit: Callable[[bool], bool] = bool,
 ) -> PackedWeight:
     """Quantize a matrix to nearest.
 
@@ -45,15 +45,15 @@ def quantize_rtn(
         bits: 1 to 8.
         group_size: input channels per group, -1 for K; a last, shorter group is one of its own.
         scheme: "sym" or "asym".
-        ranges: finds the groups' grids; None is `group_ranges`.
-        together: see `store_scales`.
+        find_qparams: finds the groups' grids; None is `minmax_qparams`.
+        all_fit: see `store_scales`.
     """
     rows, columns = weight.shape
     group = group_width(columns, group_size)
-    scales, lows = (ranges or group_ranges)(weight, bits, group, scheme)
+    scales, min_vals = (find_qparams or minmax_qparams)(weight, bits, group, scheme)
     # One decision for the matrix: its scales have one type.
-    scales = store_scales(scales, together)
-    zeros = zero_points(lows, scales, bits, scheme)
+    scales = store_scales(scales, all_fit)
+    zeros = zero_points(min_vals, scales, bits, scheme)
     packed = weight.new_empty(rows, packed_size(columns, bits), dtype=torch.uint8)
     for piece in row_pieces(weight):
         groups = grouped(weight[piece], group)
@@ -63,14 +63,14 @@ def quantize_rtn(
 
 
 def fake_quantize(
-    weight: Tensor, bits: int, group_size: int, scheme: str, ranges: Ranges | None = None
+    weight: Tensor, bits: int, group_size: int, scheme: str, find_qparams: FindQParams | None = None
 ) -> Tensor:
     """What a matrix (N, K) is after `quantize_rtn` and back: float32 (N, K)."""
     columns = weight.shape[1]
     group = group_width(columns, group_size)
-    scales, lows = (ranges or group_ranges)(weight, bits, group, scheme)
+    scales, min_vals = (find_qparams or minmax_qparams)(weight, bits, group, scheme)
     scales = store_scales(scales)
-    zeros = zero_points(lows, scales, bits, scheme)
+    zeros = zero_points(min_vals, scales, bits, scheme)
     result = torch.empty_like(weight, dtype=torch.float32)
     for piece in row_pieces(weight):
         back = round_trip(grouped(weight[piece], group), scales[piece], zeros[piece], bits)
@@ -78,17 +78,19 @@ def fake_quantize(
     return result
 
 
-def group_ranges(weight: Tensor, bits: int, group_size: int, scheme: str) -> tuple[Tensor, Tensor]:
-    """Scales and lower ends of the groups of weights (N, K): two float32 (N, G).
+def minmax_qparams(
+    weight: Tensor, bits: int, group_size: int, scheme: str
+) -> tuple[Tensor, Tensor]:
+    """Scales and least values of the groups of weights (N, K): two float32 (N, G).
 
     Each grid reaches from the least weight of its group to the largest.
     """
     group = group_width(weight.shape[1], group_size)
     scales = weight.new_empty(len(weight), -(-weight.shape[1] // group), dtype=torch.float32)
-    lows = torch.empty_like(scales)
+    min_vals = torch.empty_like(scales)
     for piece in row_pieces(weight):
-        scales[piece], lows[piece] = group_range(grouped(weight[piece], group), bits, scheme)
-    return scales, lows
+        scales[piece], min_vals[piece] = group_qparams(grouped(weight[piece], group), bits, scheme)
+    return scales, min_vals
 
 
 def row_pieces(weight: Tensor) -> list[slice]:
@@ -97,8 +99,8 @@ def row_pieces(weight: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(weight), step)]
 
 
-def group_range(groups: Tensor, bits: int, scheme: str) -> tuple[Tensor, Tensor]:
-    """Scales and lower ends of groups: (N, G, g) to two float32 (N, G)."""
+def group_qparams(groups: Tensor, bits: int, scheme: str) -> tuple[Tensor, Tensor]:
+    """Scales and least values of groups: (N, G, g) to two float32 (N, G)."""
     groups = groups.float()
     low, high = groups.amin(dim=-1), groups.amax(dim=-1)  # aminmax is not vectorized here
     if scheme == "sym":
@@ -109,22 +111,22 @@ def group_range(groups: Tensor, bits: int, scheme: str) -> tuple[Tensor, Tensor]
     return torch.where(scale == 0, 1.0, scale), low
 
 
-def store_scales(scales: Tensor, together: Callable[[bool], bool] = bool) -> Tensor:
+def store_scales(scales: Tensor, all_fit: Callable[[bool], bool] = bool) -> Tensor:
     """Scales in the type they are stored in: float16, unless one over- or underflows there.
 
     Args:
-        together: of a part of a matrix, takes whether its scales fit and returns whether all do.
+        all_fit: of a part of a matrix, takes whether its scales fit and returns whether all do.
     """
     half = scales.to(torch.float16)
     fits = bool(half.isfinite().all() and (half >= SMALLEST_HALF_SCALE).all())
-    return half if together(fits) else scales
+    return half if all_fit(fits) else scales
 
 
-def zero_points(lows: Tensor, scales: Tensor, bits: int, scheme: str) -> Tensor:
-    """Zero points of groups with lower ends `lows` and scales as stored, (N, G): uint8 (N, G)."""
+def zero_points(min_vals: Tensor, scales: Tensor, bits: int, scheme: str) -> Tensor:
+    """Zero points of groups with such least values and scales as stored, (N, G): uint8 (N, G)."""
     if scheme == "sym":
-        return torch.full_like(lows, 2 ** (bits - 1), dtype=torch.uint8)
-    return torch.round(-lows / scales.float()).clamp_(0, 2**bits - 1).to(torch.uint8)
+        return torch.full_like(min_vals, 2 ** (bits - 1), dtype=torch.uint8)
+    return torch.round(-min_vals / scales.float()).clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
 def round_to_grid(groups: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:

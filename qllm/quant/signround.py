@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from qllm.quant.algorithm import Form, QuantizeOptions, TuningStart
-from qllm.quant.clip import clip_ranges_by_channel
+from qllm.quant.clip import clipped_qparams_by_channel
 from qllm.quant.inputs import InputStats
 from qllm.quant.nearest import RTN
 from qllm.quant.rtn import quantize_rtn
@@ -23,8 +23,8 @@ class SignRound(RTN):
     def tuning_start(
         self, weight: Tensor, form: Form, stats: InputStats, options: QuantizeOptions
     ) -> TuningStart:
-        ranges = clip_ranges_by_channel(stats.squares)
-        return TuningStart(quantize_rtn(weight, *form, ranges), weight)
+        find_qparams = clipped_qparams_by_channel(stats.squares)
+        return TuningStart(quantize_rtn(weight, *form, find_qparams), weight)
 
     def describe(self, options: QuantizeOptions) -> str:
         return f"SignRound: {options.tune}"

@@ -65,8 +65,8 @@ class ScaledLinear(FrozenLinear):
             # A weight is its scale times a constant: its gradient by the factor is its own times
             # what it is.
             by_factor = self.weight.grad.float() * self.weight.detach().float()
-            if self.packed.order is not None:
-                by_factor = by_factor[:, self.packed.order]
+            if self.packed.perm is not None:
+                by_factor = by_factor[:, self.packed.perm]
             by_factor = grouped(by_factor, self.group).sum(-1)
             seen = self.factors.grad
             self.factors.grad = by_factor if seen is None else seen + by_factor

@@ -30,10 +30,10 @@ MARK = b"\xef\xbb\xbf"
 class _Codec(Protocol):
     """
     Attributes:
-        begin: the id of BOS, or else of EOS; None where the files name neither.
+        prefix_token_id: the id of BOS, or else of EOS; None where the files name neither.
     """
 
-    begin: int | None
+    prefix_token_id: int | None
 
     def encode(self, text: str, max_length: int | None) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
@@ -44,18 +44,19 @@ class Tokenizer:
     """A model's tokenizer.
 
     Attributes:
-        begin: the special token that stands for what comes before a text: the one named `bos`,
-            else `eos`; None where the files name neither, or one that the model does not have.
-        lead: the special token that `encode` puts in front of every text; None where it puts none.
+        prefix_token_id: the special token that stands for what comes before a text: the one named
+            `bos`, else `eos`; None where the files name neither, or one that the model lacks.
+        added_bos_id: the special token that `encode` puts in front of every text; None where it
+            puts none.
         tail: the one that it puts behind every text, likewise.
     """
 
     def __init__(self, codec: _Codec, vocab_size: int | None = None) -> None:
         self._codec, self._vocab_size = codec, vocab_size
-        begin = codec.begin
-        self.begin = None if begin is not None and self._beyond(begin) else begin
+        begin = codec.prefix_token_id
+        self.prefix_token_id = None if begin is not None and self._beyond(begin) else begin
         empty, other = codec.encode("", None), codec.encode("a b", None)
-        self.lead = empty[0] if empty and empty[0] == other[0] else None
+        self.added_bos_id = empty[0] if empty and empty[0] == other[0] else None
         self.tail = empty[-1] if empty and empty[-1] == other[-1] else None
 
     @classmethod
@@ -149,7 +150,7 @@ class _TransformersCodec:
         tokenizer.truncation_side = "left"
         self._tokenizer = tokenizer
         begin = tokenizer.bos_token_id
-        self.begin = tokenizer.eos_token_id if begin is None else begin
+        self.prefix_token_id = tokenizer.eos_token_id if begin is None else begin
 
     def encode(self, text: str, max_length: int | None) -> list[int]:
         truncation = max_length is not None

@@ -45,11 +45,11 @@ class DirectCodec:
     """The `tokenizers` library.
 
     Attributes:
-        begin: the id of BOS, or else of EOS; None where the files name neither.
+        prefix_token_id: the id of BOS, or else of EOS; None where the files name neither.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, begin: int | None) -> None:
-        self._tokenizer, self.begin = tokenizer, begin
+    def __init__(self, tokenizer: tokenizers.Tokenizer, prefix_token_id: int | None) -> None:
+        self._tokenizer, self.prefix_token_id = tokenizer, prefix_token_id
         tokenizer.no_padding()  # which the file may ask for
 
     def encode(self, text: str, max_length: int | None) -> list[int]:

@@ -115,7 +115,7 @@ def test_a_g_idx_that_cannot_be(value, message):
 
 def test_a_g_idx_nobody_set_orders_nothing():
     unset = PACKED | {"weight_g_idx": torch.full((40,), -1, dtype=torch.int32)}
-    assert READERS["pack-quantized"][1](unset).order is None
+    assert READERS["pack-quantized"][1](unset).perm is None
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_gptq_by_hand():
     ]
     assert weight.scales.tolist() == [[0.5, 2.0], [1.0, 0.25]]
     assert weight.qzeros.tolist() == [[8, 8], [15, 2]]
-    assert weight.order is None
+    assert weight.perm is None
     for name, tensor in to_gptq(weight, 4, 4, 8).items():
         assert tensor.dtype == tensors[name].dtype
         assert torch.equal(tensor, tensors[name])
@@ -203,19 +203,19 @@ def test_order_of_channels(bits, scheme, rows, columns, group_size):
 
 def test_an_order_within_groups_changes_no_weight():
     """An order as GPTQ makes it, by importance, is read back sorted within its groups."""
-    order = torch.from_numpy(np.random.default_rng(0).permutation(48))
-    weight = drawn(9, 48, 4, 16, "asym")._replace(order=order)
+    perm = torch.from_numpy(np.random.default_rng(0).permutation(48))
+    weight = drawn(9, 48, 4, 16, "asym")._replace(perm=perm)
     found = from_gptq(to_gptq(weight, 4, 16, 48), 4, 16, 48, 9, v1=False)
-    assert not torch.equal(found.order, order)
+    assert not torch.equal(found.perm, perm)
     assert torch.equal(float_weight(found, 4, 16, 48), float_weight(weight, 4, 16, 48))
 
 
 def test_one_group_has_no_order():
-    weight = drawn(4, 20, 4, -1, "asym")._replace(order=torch.arange(19, -1, -1))
+    weight = drawn(4, 20, 4, -1, "asym")._replace(perm=torch.arange(19, -1, -1))
     tensors = to_gptq(weight, 4, -1, 20)
     assert tensors["g_idx"].tolist() == [0] * 20
     found = from_gptq(tensors, 4, -1, 20, 4, v1=False)
-    assert found.order is None
+    assert found.perm is None
     assert torch.equal(float_weight(found, 4, -1, 20), float_weight(weight, 4, -1, 20))
 
 
@@ -228,15 +228,15 @@ def test_both_ways_for_any_shape(data):
     weight = drawn(rows, columns, bits, group_size, scheme, data.draw(st.integers(0, 5)))
     if group_size not in (-1, 1) and group_size < columns and data.draw(st.booleans(), "order"):
         weight = scattered(weight, columns, group_size, rows)
-        assert not torch.equal(weight.order, torch.arange(columns)) or columns < 5
+        assert not torch.equal(weight.perm, torch.arange(columns)) or columns < 5
     sizes = (bits, group_size, columns)
     for tensors, found in (
         (t := to_gptq(weight, *sizes), from_gptq(t, *sizes, rows, v1=False)),
         (t := to_pack_quantized(weight, *sizes), from_pack_quantized(t, *sizes, rows)),
     ):
         assert all(tensor.is_contiguous() for tensor in tensors.values())
-        if weight.order is not None and torch.equal(weight.order, torch.arange(columns)):
-            weight = weight._replace(order=None)
+        if weight.perm is not None and torch.equal(weight.perm, torch.arange(columns)):
+            weight = weight._replace(perm=None)
         assert_same(found, weight)
 
 
@@ -277,7 +277,7 @@ def test_awq(rows, columns, group_size):
 def test_awq_in_pieces(monkeypatch):
     monkeypatch.setattr("qllm.checkpoint.formats.tensors.CHUNK_VALUES", 500)
     weight = scattered(drawn(16, 131, 4, 32, "asym"), 131, 32, 0)
-    plain = weight._replace(order=None)
+    plain = weight._replace(perm=None)
     assert_same(from_awq(awq_tensors(plain, 131), 32, 131, 16), plain)
     assert_same(from_gptq(to_gptq(weight, 4, 32, 131), 4, 32, 131, 16, v1=False), weight)
 

@@ -21,7 +21,7 @@ from qllm.report import first_difference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PASSAGES = draw_prompts([70, 33, 5], 4096)
+SEQUENCES = draw_prompts([70, 33, 5], 4096)
 PROMPTS = draw_prompts([4, 9, 2], 4096, seed=1)
 COUNT = 12
 
@@ -37,14 +37,14 @@ KINDS = (theirs, lambda family: DecoderReference(our_bundled(family)))
 def test_agreement_is_what_it_says(family, kind):
     model = our_bundled(family, "3")
     kls, same = [], []
-    for passage in PASSAGES:
-        p = prefill_logits(bundled(family), [passage]).double().log_softmax(-1)
-        q = model.prefill([passage], last=False).double().log_softmax(-1)
+    for sequence in SEQUENCES:
+        p = prefill_logits(bundled(family), [sequence]).double().log_softmax(-1)
+        q = model.prefill([sequence], last=False).double().log_softmax(-1)
         kls.append((p.exp() * (p - q)).sum(-1))
         same.append(p.argmax(-1) == q.argmax(-1))
     kl = torch.cat(kls)
-    found = agreement(model, ReferenceOutputs.of(kind(family), PASSAGES, PROMPTS, COUNT))
-    assert found["positions"] == len(kl) == sum(map(len, PASSAGES))
+    found = agreement(model, ReferenceOutputs.of(kind(family), SEQUENCES, PROMPTS, COUNT))
+    assert found["positions"] == len(kl) == sum(map(len, SEQUENCES))
     assert found["same_top"] == torch.cat(same).double().mean().item()
     assert found["kl"]["mean"] == pytest.approx(kl.mean().item(), rel=1e-3)
     assert found["kl"]["max"] == pytest.approx(kl.max().item(), rel=1e-3)
@@ -70,7 +70,7 @@ def test_agreement_is_what_it_says(family, kind):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_model_agrees(family):
     found = agreement(
-        our_bundled(family), ReferenceOutputs.of(theirs(family), PASSAGES, PROMPTS, COUNT)
+        our_bundled(family), ReferenceOutputs.of(theirs(family), SEQUENCES, PROMPTS, COUNT)
     )
     assert found["kl"]["max"] < 1e-6
     assert found["same_top"] == 1
@@ -81,10 +81,10 @@ def test_the_same_model_agrees(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_of_layers_are_those_of_transformers(family):
     model = bundled(family)
-    hidden = model(torch.tensor([PASSAGES[0]]), output_hidden_states=True).hidden_states
+    hidden = model(torch.tensor([SEQUENCES[0]]), output_hidden_states=True).hidden_states
     layers = theirs(family).layers()
     hooks = [len(layer._forward_hooks) for layer in layers]  # transformers has some of its own
-    outputs = layer_outputs(theirs(family), layers, PASSAGES[0])
+    outputs = layer_outputs(theirs(family), layers, SEQUENCES[0])
     assert len(outputs) == 6
     # The last of transformers' is behind the final norm.
     for output, expected in zip(outputs[:-1], hidden[1:-1], strict=True):
@@ -93,8 +93,8 @@ def test_outputs_of_layers_are_those_of_transformers(family):
 
 
 def test_without_prompts_there_is_no_prefix():
-    passages = PASSAGES[2:]
-    found = agreement(our_bundled("opt"), ReferenceOutputs.of(theirs("opt"), passages))
+    sequences = SEQUENCES[2:]
+    found = agreement(our_bundled("opt"), ReferenceOutputs.of(theirs("opt"), sequences))
     assert "prefix" not in found
 
 

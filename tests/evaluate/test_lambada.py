@@ -10,7 +10,7 @@ from conftest import FAMILIES, tiny
 from oracle import bundled, our_bundled
 
 from qllm.errors import UserError
-from qllm.evaluate.lambada import continuation, lambada, passages
+from qllm.evaluate.lambada import continuation, lambada, requests
 from qllm.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,7 +43,7 @@ def expected(family: str, rows: list[str]) -> tuple[float, float]:
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, word = context[:-spaces], context[-spaces:] + word
-        before = coder.encode(context) or [coder.begin]
+        before = coder.encode(context) or [coder.prefix_token_id]
         whole = coder.encode(context + word) if context else before + coder.encode(word)
         targets = torch.tensor(whole[len(before) :])
         whole = whole[-(512 + 1) :]
@@ -62,7 +62,7 @@ def test_equals_transformers_whatever_the_batch(family):
     accuracy, perplexity = expected(family, rows)
     assert 0.3 < accuracy < 1
     found = [
-        lambada(model, passages(rows, coder, model.config), batch=batch) for batch in (1, 2, 8)
+        lambada(model, requests(rows, coder, model.config), batch=batch) for batch in (1, 2, 8)
     ]
     assert found[0] == found[1] == found[2]
     assert found[0]["rows"] == len(rows)
@@ -80,20 +80,20 @@ def guessed(family: str, row: str) -> str:
 
 def test_a_row_longer_than_the_window_loses_its_beginning():
     model, coder = our_bundled("llama"), tokenizer("llama")
-    (passage,) = passages([LONG], coder, model.config)
-    assert len(passage.tokens) == 512
-    assert coder.encode(LONG)[-513:] == [*passage.tokens, passage.targets[-1]]
+    (request,) = requests([LONG], coder, model.config)
+    assert len(request.tokens) == 512
+    assert coder.encode(LONG)[-513:] == [*request.tokens, request.targets[-1]]
     accuracy, perplexity = expected("llama", [LONG])
-    found = lambada(model, [passage])
+    found = lambada(model, [request])
     assert found["accuracy"] == accuracy
     assert found["perplexity"] == pytest.approx(perplexity, rel=1e-5)
 
 
 def test_spaces_in_front_of_a_word_are_its_own():
     coder = tokenizer("opt")
-    passage = continuation(coder, "two  ", "words", None)
-    assert coder.decode([*passage.tokens, passage.targets[-1]]) == "two  words"
-    assert coder.decode(list(passage.tokens[: passage.start + 1])) == "two"
+    request = continuation(coder, "two  ", "words", None)
+    assert coder.decode([*request.tokens, request.targets[-1]]) == "two  words"
+    assert coder.decode(list(request.tokens[: request.start + 1])) == "two"
 
 
 @pytest.mark.parametrize(

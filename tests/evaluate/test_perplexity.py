@@ -71,8 +71,8 @@ def llama_cpp(family: str, text: Text, window: int, stride: int) -> float:
     total, count, first = 0.0, 0, window // 2
     for i in range(len(text.ids) // window):
         tokens = list(text.ids[i * window : (i + 1) * window])
-        if text.lead is not None:
-            tokens[0] = text.lead
+        if text.added_bos_id is not None:
+            tokens[0] = text.added_bos_id
         total += math.fsum(losses(family, tokens)[first:])
         count += window - first - 1
     return math.exp(total / count)
@@ -82,7 +82,7 @@ def rolling(family: str, text: Text, window: int) -> float:
     """The loss of lm-evaluation-harness's loglikelihood_rolling; every token is predicted once."""
     total, done, ids = 0.0, 0, list(text.ids)
     first = ids[:window]
-    total += math.fsum(losses(family, [text.begin, *first]))
+    total += math.fsum(losses(family, [text.prefix_token_id, *first]))
     done = len(first)
     while done < len(ids):
         count = min(len(ids) - done, window)
@@ -132,7 +132,7 @@ def test_conventions_equal_transformers(family, shape):
 def test_ends_of_a_text(length, stride):
     """Whole windows and nothing else, and one token more."""
     (ids,) = draw_prompts([length], 4096)
-    text = Text("some words", ids, begin=2)
+    text = Text("some words", ids, prefix_token_id=2)
     options = PerplexityOptions(tuple(CONVENTIONS), 32, stride)
     got = perplexity(our_bundled("opt"), text, options)
     for name, oracle in ORACLES.items():
@@ -142,7 +142,7 @@ def test_ends_of_a_text(length, stride):
 def test_a_token_in_front_begins_each_of_llama_cpps_windows():
     (ids,) = draw_prompts([100], 4096)
     options = PerplexityOptions(("llama.cpp",), 32)
-    plain, led = Text("", ids), Text("", ids, lead=2)
+    plain, led = Text("", ids), Text("", ids, added_bos_id=2)
     got = [perplexity(our_bundled("opt"), text, options)["llama.cpp"] for text in (plain, led)]
     assert got[0] != got[1]
     assert got[1] == pytest.approx(llama_cpp("opt", led, 32, 0), rel=1e-5)

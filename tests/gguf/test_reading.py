@@ -220,5 +220,8 @@ def test_the_tokenizer_as_files_of_a_folder(tmp_path, begins):
     for text in ("", "the hen in a tent", "<|begin|>x\n\n  y 42<|im_end|>", "Zürich 北京"):
         assert ours.encode(text) == written.encode(text)
         assert ours.decode(ours.encode(text)) == written.decode(written.encode(text))
-    assert (ours.begin, ours.lead) == (written.begin, written.lead)
-    assert (ours.lead is not None) == begins
+    assert (ours.prefix_token_id, ours.added_bos_id) == (
+        written.prefix_token_id,
+        written.added_bos_id,
+    )
+    assert (ours.added_bos_id is not None) == begins

@@ -28,11 +28,11 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def made(bits: int, group_size: int, scheme: str, *, bias: bool = True):
     """A layer, and the matrix (N, K) it stands for: groups of a shuffled weight, shuffled back."""
     spec = QuantSpec.parse(bits, group_size, scheme)
-    order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(bits))
+    perm = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(bits))
     shuffled = normal(ROWS, COLUMNS, seed=bits) * 0.05
-    packed = quantize_rtn(shuffled, bits, group_size, scheme)._replace(order=order)
+    packed = quantize_rtn(shuffled, bits, group_size, scheme)._replace(perm=perm)
     matrix = np.empty((ROWS, COLUMNS), np.float32)
-    matrix[:, order.numpy()] = fake_quantize(shuffled, bits, group_size, scheme).numpy()
+    matrix[:, perm.numpy()] = fake_quantize(shuffled, bits, group_size, scheme).numpy()
     b = normal(ROWS, seed=9) if bias else None
     return WeightOnlyLinear.from_packed(packed, b, spec, COLUMNS), torch.from_numpy(matrix)
 
@@ -65,7 +65,7 @@ def test_without_an_order_it_is_the_plain_layer():
     packed = quantize_rtn(normal(ROWS, COLUMNS), 4, 16, "asym")
     layer = WeightOnlyLinear.from_packed(packed, None, QuantSpec.parse(4, 16), COLUMNS)
     assert type(layer) is WeightOnlyLinear
-    assert layer.packed.order is None
+    assert layer.packed.perm is None
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -75,9 +75,9 @@ def test_it_gives_back_what_it_is_made_of(scheme):
     for got, expected in zip(again.packed, layer.packed, strict=True):
         assert torch.equal(got, expected)
     assert isinstance(layer.packed, PackedWeight)
-    assert dict(layer.named_buffers()).keys() == {"qweight", "scales", "qzeros", "bias", "order"}
+    assert dict(layer.named_buffers()).keys() == {"qweight", "scales", "qzeros", "bias", "perm"}
     assert layer.nbytes() == sum(t.nbytes for t in (*layer.packed, layer.bias))
-    assert layer.packed.order.dtype == torch.int64
+    assert layer.packed.perm.dtype == torch.int64
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -66,9 +66,9 @@ def reordered(rows: int, columns: int, group: int = 32) -> WeightOnlyLinear:
     """A layer whose groups are scattered over the input channels (GPTQ's act-order)."""
     spec = QuantSpec.parse("4", group)
     layer = stored(spec, rows, columns)
-    order = torch.randperm(columns, generator=torch.Generator().manual_seed(3))
+    perm = torch.randperm(columns, generator=torch.Generator().manual_seed(3))
     return WeightOnlyLinear.from_packed(
-        PackedWeight(*layer.packed[:3], order), layer.bias, spec, columns
+        PackedWeight(*layer.packed[:3], perm), layer.bias, spec, columns
     )
 
 

@@ -9,8 +9,8 @@ from test_rtn import exact_scale, groups_of
 
 from qllm.config import SCHEMES
 from qllm.quant import rtn
-from qllm.quant.clip import SHRINK, clip_ranges, clip_ranges_for
-from qllm.quant.rtn import fake_quantize, group_ranges, quantize_rtn
+from qllm.quant.clip import SHRINK, clipped_qparams, clipped_qparams_for
+from qllm.quant.rtn import fake_quantize, minmax_qparams, quantize_rtn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,18 +67,18 @@ def ends(group: np.ndarray, bits: int, scheme: str) -> tuple[np.ndarray, np.ndar
 def test_no_range_that_is_tried_is_better(of, bits, group_size, scheme):
     weight = drawn(seed=bits)
     hessian = torch.eye(COLUMNS) if of == "weights" else apart(hessian_of(), group_size)
-    search = clip_ranges if of == "weights" else clip_ranges_for(hessian)
-    scales, lows = (tensor.numpy() for tensor in search(weight, bits, group_size, scheme))
+    search = clipped_qparams if of == "weights" else clipped_qparams_for(hessian)
+    scales, min_vals = (tensor.numpy() for tensor in search(weight, bits, group_size, scheme))
     spans = groups_of(COLUMNS, group_size)
-    assert scales.shape == lows.shape == (len(weight), len(spans))
+    assert scales.shape == min_vals.shape == (len(weight), len(spans))
     clipped = 0
     for index, span in enumerate(spans):
         group = weight[:, span].numpy()
         block = hessian[span, span].double().numpy()
         rest = (bits, scheme, block)
-        full, full_low = ends(group, bits, scheme)
-        tried = [losses(group, full * s, full_low * s, *rest) for s in SHRINK]
-        got = losses(group, scales[:, index], lows[:, index], *rest)
+        full, full_min_vals = ends(group, bits, scheme)
+        tried = [losses(group, full * s, full_min_vals * s, *rest) for s in SHRINK]
+        got = losses(group, scales[:, index], min_vals[:, index], *rest)
         # The search computes in float32, where the errors of 8 bits are small differences.
         slack = (1e-3 if bits == 8 else 1e-5) * tried[0] + 1e-12
         best = got <= np.min(tried, axis=0) + slack
@@ -89,7 +89,7 @@ def test_no_range_that_is_tried_is_better(of, bits, group_size, scheme):
         share = scales[:, index] / full
         assert np.abs(share[:, None] - np.array(SHRINK)).min(axis=1).max() < 1e-5
         if scheme == "asym":
-            assert np.allclose(lows[:, index], full_low * share, rtol=1e-5, atol=1e-9)
+            assert np.allclose(min_vals[:, index], full_min_vals * share, rtol=1e-5, atol=1e-9)
         clipped += (share < 0.99).sum()
     if bits in (2, 3, 4) and group_size in (-1, 64):
         assert clipped > len(weight) / 2
@@ -104,16 +104,16 @@ def test_the_full_range_comes_first():
 def test_where_nothing_is_gained_the_range_is_whole():
     # Each weight is a value of its grid.
     weight = torch.tensor([[-2.0, 5.5, 0.0, 0.5, 1.5, 1.0], [0.0] * 6])
-    for search in (clip_ranges, clip_ranges_for(hessian_of(6))):
-        scales, lows = search(weight, 4, -1, "asym")
+    for search in (clipped_qparams, clipped_qparams_for(hessian_of(6))):
+        scales, min_vals = search(weight, 4, -1, "asym")
         assert scales.tolist() == [[0.5], [1.0]]
-        assert lows.tolist() == [[-2.0], [0.0]]
+        assert min_vals.tolist() == [[-2.0], [0.0]]
 
 
 def test_without_inputs_the_range_is_whole():
     weight = drawn()
-    found = clip_ranges_for(torch.zeros(COLUMNS, COLUMNS))(weight, 3, 20, "asym")
-    for got, expected in zip(found, group_ranges(weight, 3, 20, "asym"), strict=True):
+    found = clipped_qparams_for(torch.zeros(COLUMNS, COLUMNS))(weight, 3, 20, "asym")
+    for got, expected in zip(found, minmax_qparams(weight, 3, 20, "asym"), strict=True):
         assert torch.equal(got, expected)
 
 
@@ -127,10 +127,10 @@ def output_error(matrix: torch.Tensor, weight: torch.Tensor, hessian: torch.Tens
 def test_what_is_rounded_on_the_grids_gains(bits, scheme):
     weight, hessian = drawn(200, seed=5), hessian_of()
     identity = torch.eye(COLUMNS)
-    for search, kind in ((clip_ranges, identity), (clip_ranges_for(hessian), hessian)):
+    for search, kind in ((clipped_qparams, identity), (clipped_qparams_for(hessian), hessian)):
         plain, clipped = (
-            output_error(fake_quantize(weight, bits, 20, scheme, ranges), weight, kind)
-            for ranges in (None, search)
+            output_error(fake_quantize(weight, bits, 20, scheme, find_qparams), weight, kind)
+            for find_qparams in (None, search)
         )
         assert clipped < plain * (0.97 if kind is identity else 1)
 
@@ -144,17 +144,17 @@ def test_no_row_loses_by_what_its_groups_have_in_common(bits, group_size):
     weight, hessian = drawn(50).abs(), x.t() @ x
     form = (bits, group_size, "asym")
 
-    def of_rows(ranges) -> torch.Tensor:
-        error = (fake_quantize(weight, *form, ranges) - weight).double()
+    def of_rows(find_qparams) -> torch.Tensor:
+        error = (fake_quantize(weight, *form, find_qparams) - weight).double()
         return ((error @ hessian.double()) * error).sum(1)
 
-    full, alone, found = map(of_rows, (None, clip_ranges, clip_ranges_for(hessian)))
+    full, alone, found = map(of_rows, (None, clipped_qparams, clipped_qparams_for(hessian)))
     assert (alone > full).any()  # such rows there are
     assert (found <= full * (1 + 1e-5)).all() and found.sum() < full.sum()
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 500])
-@pytest.mark.parametrize("search", [clip_ranges, clip_ranges_for(hessian_of())])
+@pytest.mark.parametrize("search", [clipped_qparams, clipped_qparams_for(hessian_of())])
 def test_the_size_of_a_piece_does_not_show(monkeypatch, search, chunk):
     weight = drawn(11)
     whole = quantize_rtn(weight, 3, 16, "asym", search)
@@ -168,7 +168,7 @@ def test_the_size_of_a_piece_does_not_show(monkeypatch, search, chunk):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_grid_that_is_found_is_the_one_that_is_stored(scheme):
     weight = drawn()
-    scales, _ = clip_ranges(weight, 4, 20, scheme)
-    packed = quantize_rtn(weight, 4, 20, scheme, clip_ranges)
+    scales, _ = clipped_qparams(weight, 4, 20, scheme)
+    packed = quantize_rtn(weight, 4, 20, scheme, clipped_qparams)
     assert torch.equal(packed.scales, scales.half())
     assert not torch.equal(packed.scales, quantize_rtn(weight, 4, 20, scheme).scales)

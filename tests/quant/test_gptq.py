@@ -13,7 +13,7 @@ from qllm.config import SCHEMES
 from qllm.ops.reference import dequantize
 from qllm.quant import gptq
 from qllm.quant.algorithm import GPTQOptions
-from qllm.quant.clip import clip_ranges
+from qllm.quant.clip import clipped_qparams
 from qllm.quant.gptq import quantize_gptq, triangular_root
 from qllm.quant.packing import BITS, PackedWeight, packed_size, unpack
 from qllm.quant.rtn import quantize_rtn
@@ -38,12 +38,12 @@ def drawn(rows: int = ROWS, columns: int = COLUMNS, tokens: int = 600, seed: int
 
 def restored(packed: PackedWeight, bits: int, group_size: int, columns: int) -> torch.Tensor:
     """The matrix that integers stand for, its columns in their places: float32 (N, K)."""
-    *tensors, order = packed
+    *tensors, perm = packed
     matrix = dequantize(*tensors, bits, group_size, columns, torch.float32)
-    if order is None:
+    if perm is None:
         return matrix
     back = torch.empty_like(matrix)
-    back[:, order] = matrix
+    back[:, perm] = matrix
     return back
 
 
@@ -81,22 +81,22 @@ def by_the_paper(
     work, columns = weight.double().numpy().copy(), weight.shape[1]
     h = hessian.double()
     h = h + options.damp * h.diagonal().mean() * torch.eye(columns)
-    order = np.arange(columns)
+    perm = np.arange(columns)
     if options.act_order:
-        order = np.argsort(-hessian.diagonal().numpy(), kind="stable")
-    inverse = torch.linalg.inv(h[order][:, order])
+        perm = np.argsort(-hessian.diagonal().numpy(), kind="stable")
+    inverse = torch.linalg.inv(h[perm][:, perm])
     factor = torch.linalg.cholesky(inverse).t().numpy()  # upper triangular, U^T U = H^-1
     spans = groups_of(columns, group_size)
     group = spans[0].stop
     static = [Grid(work[:, span], bits, scheme) for span in spans]
-    work = work[:, order]
+    work = work[:, perm]
     result = np.empty_like(work)
     for i in range(columns):
         if options.static_groups or len(spans) == 1:
-            grid = static[order[i] // group]
+            grid = static[perm[i] // group]
         elif i % group == 0:
             grid = Grid(work[:, i : i + group], bits, scheme)
-        result[:, order[i]] = q = grid.nearest(work[:, i])
+        result[:, perm[i]] = q = grid.nearest(work[:, i])
         error = (work[:, i] - q) / factor[i, i]
         work[:, i:] -= np.outer(error, factor[i, i:])
     return result
@@ -146,7 +146,7 @@ def test_static_groups_have_the_grids_of_rounding_to_nearest(scheme):
     for act_order in FLAGS:
         options = GPTQOptions(act_order=act_order)
         found, _ = quantize_gptq(weight, hessian, 4, 32, scheme, options)
-        assert found.order is None
+        assert found.perm is None
         assert torch.equal(found.scales, nearest.scales)
         assert torch.equal(found.qzeros, nearest.qzeros)
         assert found.scales.dtype == torch.float16 and found.qzeros.dtype == torch.uint8
@@ -237,23 +237,23 @@ def assert_root(root: torch.Tensor, hessian: torch.Tensor, damp: float) -> None:
 def test_the_triangular_root(damp):
     _, hessian = drawn()
     before = hessian.clone()
-    for order in (torch.arange(COLUMNS), torch.randperm(COLUMNS)):
-        root, took = triangular_root(hessian, order, damp)
+    for perm in (torch.arange(COLUMNS), torch.randperm(COLUMNS)):
+        root, took = triangular_root(hessian, perm, damp)
         assert torch.equal(hessian, before)
         assert took == damp
-        assert_root(root, hessian[order][:, order], damp)
+        assert_root(root, hessian[perm][:, perm], damp)
 
 
 def test_a_singular_hessian_takes_more_dampening_and_says_so():
     """Fewer tokens than channels; in float32 their sum has eigenvalues below 0."""
     weight, hessian = drawn(tokens=40)
     hessian -= 2e-4 * hessian.diagonal().mean() * torch.eye(COLUMNS)
-    order = torch.arange(COLUMNS)
-    root, took = triangular_root(hessian, order, 0.0)
+    perm = torch.arange(COLUMNS)
+    root, took = triangular_root(hessian, perm, 0.0)
     assert took == pytest.approx(1e-3)  # the first step, 1e-4, does not reach
     assert_root(root, hessian, took)
-    assert triangular_root(hessian, order, 1e-5)[1] == pytest.approx(1e-3)
-    assert triangular_root(hessian, order, 0.01)[1] == 0.01
+    assert triangular_root(hessian, perm, 1e-5)[1] == pytest.approx(1e-3)
+    assert triangular_root(hessian, perm, 0.01)[1] == 0.01
     packed, again = quantize_gptq(weight, hessian, 4, 32, "asym", GPTQOptions(damp=0.0))
     assert again == took
     nearest = quantize_rtn(weight, 4, 32, "asym")
@@ -266,10 +266,10 @@ def test_channels_in_order_of_their_inputs():
     options = GPTQOptions(act_order=True, static_groups=False)
     packed, _ = quantize_gptq(weight, hessian, 8, 32, "sym", options)
     expected = hessian.diagonal().argsort(descending=True, stable=True)
-    assert torch.equal(packed.order, expected) and packed.order.dtype == torch.int64
+    assert torch.equal(packed.perm, expected) and packed.perm.dtype == torch.int64
     got = restored(packed, 8, 32, COLUMNS)
     assert (got - weight).square().mean() < weight.square().mean() / 1000
-    wrong = restored(packed._replace(order=None), 8, 32, COLUMNS)
+    wrong = restored(packed._replace(perm=None), 8, 32, COLUMNS)
     assert (wrong - weight).square().mean() > weight.square().mean()
 
 
@@ -279,7 +279,7 @@ def test_all_of_a_channel_in_one_group_needs_no_order():
         options = GPTQOptions(static_groups=False)
         packed, _ = quantize_gptq(weight, hessian, 4, group_size, "asym", options)
         expected, _ = quantize_gptq(weight, hessian, 4, -1, "asym", GPTQOptions())
-        assert packed.order is None
+        assert packed.perm is None
         assert torch.equal(packed.qweight, expected.qweight)
 
 
@@ -357,7 +357,7 @@ def test_clipping_finds_the_grids(static_groups):
     weight, hessian = drawn(seed=3)
     options = GPTQOptions(static_groups=static_groups)
     plain, _ = quantize_gptq(weight, hessian, 2, 64, "asym", options)
-    clipped, _ = quantize_gptq(weight, hessian, 2, 64, "asym", options, clip_ranges)
+    clipped, _ = quantize_gptq(weight, hessian, 2, 64, "asym", options, clipped_qparams)
     if static_groups:
         assert (clipped.scales <= plain.scales).all()
     assert clipped.scales.float().mean() < plain.scales.float().mean() * 0.9

@@ -34,9 +34,9 @@ def start(bits: int, group_size: int, scheme: str, algorithm: str) -> TuningStar
 def values(packed: PackedWeight, bits: int, group_size: int) -> torch.Tensor:
     """What a packed matrix stands for, by the specification."""
     columns = dequantize(*packed[:3], bits, group_size, COLUMNS, torch.float32)
-    if packed.order is None:
+    if packed.perm is None:
         return columns
-    return torch.empty_like(columns).index_copy_(1, packed.order, columns)
+    return torch.empty_like(columns).index_copy_(1, packed.perm, columns)
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,12 @@ def test_it_starts_from_what_an_algorithm_found(bits, group_size, scheme, algori
 def test_what_gptq_rounds_is_nearest_to_what_it_takes(algorithm):
     """And another than the matrix: it makes up for the errors before it."""
     (packed, weight), bits = start(3, 16, "asym", algorithm), 3
-    group, order = (
+    group, perm = (
         torch.arange(COLUMNS) // 16,
-        slice(None) if packed.order is None else packed.order,
+        slice(None) if packed.perm is None else packed.perm,
     )
     scales, zeros = packed.scales.float()[:, group], packed.qzeros.float()[:, group]
-    nearest = (weight[:, order] / scales).round() + zeros
+    nearest = (weight[:, perm] / scales).round() + zeros
     assert torch.equal(nearest.clamp(0, 7), unpack(packed.qweight, bits, COLUMNS).float())
     changed = (weight != drawn()).any(0)
     assert changed.sum() == COLUMNS - 1  # all but the first

@@ -114,7 +114,7 @@ def join_rows(parts: Sequence[Quantized], bits: int) -> Quantized:
         return Int8Weight(qweight, scales, torch.stack(inputs).amax() if inputs else None)
     packed = [part for part in parts if isinstance(part, PackedWeight)]
     for part in packed[1:]:
-        orders = [p.order for p in (first, part) if p.order is not None]
+        orders = [p.perm for p in (first, part) if p.perm is not None]
         if len(orders) == 1 or (orders and not torch.equal(*orders)):
             raise UserError("their g_idx differ, and they are one matrix here")
     zeros = [part.qzeros for part in packed]
@@ -124,7 +124,7 @@ def join_rows(parts: Sequence[Quantized], bits: int) -> Quantized:
             zero if zero.numel() else torch.full_like(part.scales, middle, dtype=torch.uint8)
             for zero, part in zip(zeros, packed, strict=True)
         ]
-    return PackedWeight(qweight, scales, torch.cat(zeros), first.order)
+    return PackedWeight(qweight, scales, torch.cat(zeros), first.perm)
 
 
 def take_rows(weight: Quantized, rows: Tensor | slice) -> Quantized:
@@ -132,4 +132,4 @@ def take_rows(weight: Quantized, rows: Tensor | slice) -> Quantized:
     if isinstance(weight, Int8Weight):
         return Int8Weight(weight.qweight[rows], weight.scales[rows], weight.input_scale)
     zeros = weight.qzeros[rows] if weight.qzeros.numel() else weight.qzeros
-    return PackedWeight(weight.qweight[rows], weight.scales[rows], zeros, weight.order)
+    return PackedWeight(weight.qweight[rows], weight.scales[rows], zeros, weight.perm)

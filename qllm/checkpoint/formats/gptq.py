@@ -78,9 +78,9 @@ class GPTQ(Format):
             zeros = _add_one(zeros, bits)
         zeros = unpack(from_words(zeros, bits, out_features), bits, out_features).t()
         scales = read.scales("scales", (read.groups, out_features)).t()
-        order = read.order("g_idx")
-        packed = in_order(from_words(qweight.t(), bits, in_features), bits, in_features, order)
-        return PackedWeight(packed, scales.contiguous(), without_middle(zeros, bits), order)
+        perm = read.perm("g_idx")
+        packed = in_order(from_words(qweight.t(), bits, in_features), bits, in_features, perm)
+        return PackedWeight(packed, scales.contiguous(), without_middle(zeros, bits), perm)
 
     def write(self, weight: Quantized, in_features: int) -> dict[str, Tensor]:
         assert isinstance(weight, PackedWeight)  # which is what the spec stands for

@@ -65,9 +65,9 @@ class PackQuantized(Format):
             words = read.stream("weight_zero_point", out_features, (None, read.groups)).t()
             zeros = unpack(from_words(words, bits, out_features), bits, out_features).t()
             zeros = without_middle(zeros, bits)
-        order = read.order("weight_g_idx")
-        packed = in_order(from_words(packed, bits, in_features), bits, in_features, order)
-        return PackedWeight(packed, scales.contiguous(), zeros, order)
+        perm = read.perm("weight_g_idx")
+        packed = in_order(from_words(packed, bits, in_features), bits, in_features, perm)
+        return PackedWeight(packed, scales.contiguous(), zeros, perm)
 
     def write(self, weight: Quantized, in_features: int) -> dict[str, Tensor]:
         assert isinstance(weight, PackedWeight)  # which is what the spec stands for
@@ -81,6 +81,6 @@ class PackQuantized(Format):
         if weight.qzeros.numel():
             zeros = to_words(pack(weight.qzeros.t(), bits), bits, len(qweight))
             tensors["weight_zero_point"] = zeros.t().contiguous()
-        if weight.order is not None:
+        if weight.perm is not None:
             tensors["weight_g_idx"] = g_idx
         return tensors

@@ -97,7 +97,7 @@ class TensorReader:
             )
         return values
 
-    def order(self, name: str) -> Tensor | None:
+    def perm(self, name: str) -> Tensor | None:
         """The input channels sorted by group, from the group of each; None where that changes none.
 
         A g_idx of -1 throughout is one that compressed-tensors made and never set.
@@ -113,10 +113,10 @@ class TensorReader:
             raise UserError(
                 f"{name} holds groups from {low} to {high}; the layer has {self.groups}"
             )
-        order = groups.argsort(stable=True)
-        if not torch.equal(groups[order], runs):
+        perm = groups.argsort(stable=True)
+        if not torch.equal(groups[perm], runs):
             raise UserError(f"{name} has groups of other sizes than {self.group_size}")
-        return order
+        return perm
 
     def _get(self, name: str) -> Tensor:
         if name not in self.tensors:
@@ -177,19 +177,19 @@ def by_channel(weight: PackedWeight, spec: QuantSpec, in_features: int) -> tuple
     """Packed rows with the input channels in their own order, and int32 (K,) the group of each."""
     group = group_width(in_features, spec.group_size)
     groups = torch.arange(in_features, dtype=torch.int32) // group
-    if weight.order is None:
+    if weight.perm is None:
         return weight.qweight, groups
-    place = weight.order.argsort()
+    place = weight.perm.argsort()
     return in_order(weight.qweight, spec.bits, in_features, place), groups[place]
 
 
-def in_order(packed: Tensor, bits: int, count: int, order: Tensor | None) -> Tensor:
-    """Packed rows whose value i is value order[i] of the given ones."""
-    if order is None:
+def in_order(packed: Tensor, bits: int, count: int, perm: Tensor | None) -> Tensor:
+    """Packed rows whose value i is value perm[i] of the given ones."""
+    if perm is None:
         return packed
     out = torch.empty_like(packed)
     for part in chunks(len(packed), count):
-        out[part] = pack(unpack(packed[part], bits, count)[:, order], bits)
+        out[part] = pack(unpack(packed[part], bits, count)[:, perm], bits)
     return out
 
 

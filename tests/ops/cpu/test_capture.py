@@ -165,9 +165,9 @@ def test_reordered_layers_are_replayed():
     model = load(tiny("llama"), "4")
     for name in ("attention.qkv", "mlp.down"):
         layer = model.layers[1].get_submodule(name)
-        order = torch.randperm(layer.in_features, generator=torch.Generator().manual_seed(0))
+        perm = torch.randperm(layer.in_features, generator=torch.Generator().manual_seed(0))
         rest = (layer.bias, layer.spec, layer.in_features)
-        reordered = WeightOnlyLinear.from_packed(layer.packed._replace(order=order), *rest)
+        reordered = WeightOnlyLinear.from_packed(layer.packed._replace(perm=perm), *rest)
         reordered.process_weights_after_loading()
         model.layers[1].set_submodule(name, reordered)
     assert model.graph_break() is None

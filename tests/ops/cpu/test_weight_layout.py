@@ -79,7 +79,7 @@ def assert_layout(weight: Weight) -> None:
         strict=True,
     ):
         assert got.dtype == expected.dtype and torch.equal(got, expected)
-    assert layout.unpack(packed, request).order is None
+    assert layout.unpack(packed, request).perm is None
 
 
 @pytest.mark.parametrize("scheme", STORED_SCHEMES)
