@@ -34,7 +34,8 @@ from qllm.onnx import ACCURACY_LEVELS, DEFAULT_ACCURACY_LEVEL
 from qllm.onnx.export import ExportOptions, export
 from qllm.onnx.quantize import OnnxJob, quantize_onnx
 from qllm.onnx.runner import OnnxDecoder
-from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import Job
 from qllm.report import print_table
 from qllm.tokenizer import Tokenizer
 

@@ -31,7 +31,8 @@ from qllm.data import load_text, sample_windows
 from qllm.evaluate.agreement import DecoderReference, ReferenceOutputs, agreement
 from qllm.evaluate.perplexity import PerplexityOptions, Text, perplexity
 from qllm.quant.algorithm import DistillOptions, QuantizeOptions, TuneOptions
-from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import Job
 from qllm.tokenizer import Tokenizer
 
 # A column of the table each: the algorithm, and its options.

@@ -34,7 +34,8 @@ from qllm.models import read_config
 from qllm.onnx import is_onnx
 from qllm.progress import Meter, unseen
 from qllm.quant.algorithm import QuantizeOptions
-from qllm.quantizer.checkpoint import DEFAULT_SHARD_BYTES, Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import DEFAULT_SHARD_BYTES, Job
 from qllm.quantizer.layer import LinearReport, needs_inputs
 from qllm.tokenizer import Tokenizer
 

@@ -22,7 +22,8 @@ from qllm.evaluate import plots
 from qllm.hub import ModelFolder
 from qllm.models import read_config
 from qllm.onnx.export import export
-from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import Job
 from qllm.random_model import calibrate_random
 
 SOURCE = tiny("opt")

@@ -15,7 +15,8 @@ from oracle import our_bundled
 from qllm.checkpoint.load import module_bytes
 from qllm.config import QuantPlan, QuantSpec
 from qllm.evaluate.perplexity import CONVENTIONS, PerplexityOptions, Text, perplexity
-from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import Job
 from qllm.tokenizer import Tokenizer
 
 EVAL = "qllm_eval.py"

@@ -15,7 +15,8 @@ from qllm.checkpoint.to_gguf import export_gguf
 from qllm.config import QuantPlan, QuantSpec
 from qllm.hub import ModelFolder
 from qllm.models import read_config
-from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import Job
 from qllm.random_model import calibrate_random
 from tools.random_checkpoint import (
     TENSORS,

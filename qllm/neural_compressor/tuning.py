@@ -20,7 +20,8 @@ from qllm.errors import UserError
 from qllm.neural_compressor.config import PostTrainingQuantConfig
 from qllm.neural_compressor.model import QuantizedModel, Source, read_samples
 from qllm.neural_compressor.plans import WOQ_TUNE, model_plan, tuned_plan, user_plans
-from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import Job
 from qllm.quantizer.layer import needs_inputs
 
 if TYPE_CHECKING:

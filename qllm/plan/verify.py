@@ -18,7 +18,8 @@ from qllm.models import Decoder
 from qllm.plan.planner import Plan
 from qllm.plan.program import Workload
 from qllm.plan.stages import time_stages
-from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import Job
 from qllm.quantizer.layer import needs_inputs
 
 REPEATS = 5

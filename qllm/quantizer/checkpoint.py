@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from qllm import __version__, ops
-from qllm.checkpoint import origin
-from qllm.checkpoint.convert import SOURCE_KEY, copy_small_files
 from qllm.checkpoint.fingerprint import state_fingerprint
-from qllm.checkpoint.formats import Int8Weight, describe, parse, take_rows
 from qllm.checkpoint.load import elements, load_model
 from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint, SafetensorsFile, TensorInfo
 from qllm.checkpoint.resume import PartialFolder
-from qllm.checkpoint.weights import LAYOUT_KEY, Weights
-from qllm.checkpoint.writer import SafetensorsWriter, ShardWriter, new_file
-from qllm.config import DEFAULT_ALGORITHM, LM_HEAD, QuantPlan, QuantSpec
+from qllm.checkpoint.weights import Weights
+from qllm.checkpoint.writer import SafetensorsWriter, new_file
+from qllm.config import LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear
 from qllm.layers.fp16 import DenseLinear
-from qllm.layers.w8a8 import DynamicInt8Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import available_bytes, check_fits, gigabytes
 from qllm.models import Decoder
 from qllm.models.layer import Norm, PreNormLayer
 from qllm.progress import Meter, unseen
-from qllm.quant.algorithm import QuantizeOptions, TuningStart
+from qllm.quant.algorithm import TuningStart
 from qllm.quant.inputs import InputStats
-from qllm.quantizer.card import model_card
-from qllm.quantizer.compatibility import find_ragged, summary
 from qllm.quantizer.distill import memory_needed, tune_scales
 from qllm.quantizer.hidden import HiddenStates
+from qllm.quantizer.job import Job
 from qllm.quantizer.layer import (
     LinearReport,
     algorithm_of,
@@ -47,6 +42,7 @@ from qllm.quantizer.layer import (
     quantize_linear,
     stand_in,
 )
+from qllm.quantizer.output import OutputCheckpoint
 from qllm.quantizer.tune import (
     TOKENS_PER_PASS,
     TuneReport,
@@ -55,7 +51,6 @@ from qllm.quantizer.tune import (
     tune_layer,
 )
 
-DEFAULT_SHARD_BYTES = 5 * 10**9
 # What a run keeps between two layers: the states behind the quantized ones, and the float ones.
 HIDDEN, TARGETS = "hidden", "targets"
 # And behind all of them: the tensors that take the place of others, since scales were tuned.
@@ -63,35 +58,6 @@ SCALES = "scales.safetensors"
 # The modules in front of the layers, and behind them.
 FRONT = ("embed", "embed_norm", "project_in", "positions")
 BACK = ("final_norm", "project_out", LM_HEAD)
-
-
-@dataclass
-class Job:
-    """What to quantize, and how.
-
-    Attributes:
-        source: folder of a 16- or 32-bit checkpoint.
-        origin: what the result records as that it was made from, see `ModelFolder.origin`; None:
-            nothing.
-        plan: which linear gets which spec.
-        samples: token ids for calibration, of one length; None where the plan needs none.
-        dtype: that activations are kept in between layers; None is the checkpoint's.
-        fake: write the dequantized values in Hugging Face's layout.
-        compressed: write compressed-tensors where GPTQ would do, too.
-        about: what the model card says besides, such as the model's name and the data set.
-    """
-
-    source: Path
-    plan: QuantPlan
-    options: QuantizeOptions = field(default_factory=QuantizeOptions)
-    samples: Sequence[Sequence[int]] | None = None
-    dtype: torch.dtype | None = None
-    device: str = "cpu"
-    fake: bool = False
-    compressed: bool = False
-    shard_bytes: int = DEFAULT_SHARD_BYTES
-    origin: str | None = None
-    about: Mapping[str, str] = field(default_factory=dict)
 
 
 def quantize_checkpoint(
@@ -147,17 +113,7 @@ class _Run:
             what = spec.algorithm if spec.kind == "weight_only" else spec.bitwidth
             raise UserError(f"{what} needs calibration text; name one with --dataset")
         self.model = Decoder(self.config, {}, torch.float32)
-        self.by_part = {
-            part: spec for name, spec in self.specs.items() for part in self._rows_of_parts(name)
-        }
-        outer = [n for n, m in self.model.named_children() if isinstance(m, Linear)]
-        for name in outer:  # OPT-350m's projections, which other tools look up as well
-            if name != LM_HEAD:
-                self.by_part |= dict.fromkeys(self.weights.names.rows_of_parts(name), QuantSpec())
-        gptq = job.options.gptq
-        reordered = gptq.act_order and not gptq.static_groups
-        self.quantization = describe(self.by_part, desc_act=reordered, compressed=job.compressed)
-        self.storage = parse(self.quantization, "config.json")
+        self.output = OutputCheckpoint(job, self.weights, self.specs, self.model)
         if job.samples is not None:
             check_fits(self._bytes_needed(), job.device, "calibration")
         self.partial = PartialFolder(target, self._settings())
@@ -194,12 +150,6 @@ class _Run:
     def tuning(self) -> bool:
         """Whether any layer is tuned."""
         return any(is_tuned(spec, self.job.options) for spec in self.specs.values())
-
-    def _rows_of_parts(self, module: str) -> dict[str, slice | Tensor]:
-        """As `TensorNames.rows_of_parts`; a quantized head has the name that readers look for."""
-        if module == LM_HEAD and LM_HEAD in self.specs:
-            return {module: slice(None)}
-        return self.weights.names.rows_of_parts(module)
 
     def _bytes_needed(self) -> int:
         """About what calibration has in memory at its peak."""
@@ -254,22 +204,13 @@ class _Run:
             for entry in state.get("reports", ())
         ]
         if not self.partial.finished:
-            self.writer = self._open_shards(state.get("shards"))
+            self.output.open(self.partial.model, state.get("shards"))
             ops.prepare(torch.device(self.job.device).type)
             self._work(state.get("done", 0), meter)
-            self._write_small_files()
-            self.writer.finish()
+            self.output.write_small_files(self.reports, self.note)
+            self.output.writer.finish()
         self.partial.finish()
         return self.reports
-
-    def _open_shards(self, state: list[dict] | None) -> ShardWriter:
-        names = (len(name) for name in self.weights.checkpoint.tensors)
-        return ShardWriter(
-            self.partial.model,
-            limit=self.job.shard_bytes,
-            header_bytes=sum(4 * (length + 160) for length in names) + 65536,
-            state=state,
-        )
 
     def _work(self, done: int, meter: Meter) -> None:
         """The steps behind the first `done`: what is in front of the layers, each, the rest."""
@@ -301,7 +242,7 @@ class _Run:
             # Again in a run that was killed here, whose file has the same.
             file = SafetensorsFile(self.partial.folder / SCALES)
             for name in file.tensors:
-                self.writer.overwrite(name, file.read(name))
+                self.output.writer.overwrite(name, file.read(name))
 
     def _sizes(self) -> list[int]:
         """Bytes of the checkpoint that each step quantizes: what is only copied takes no time."""
@@ -340,7 +281,7 @@ class _Run:
                 states.save(kept[-1])
         state = {
             "done": done,
-            "shards": self.writer.sync(),
+            "shards": self.output.writer.sync(),
             "reports": [asdict(report) for report in self.reports],
             "tuned": [asdict(report) for report in self.tuned],
             "distilling": self.distilling,
@@ -353,7 +294,7 @@ class _Run:
 
     def _front(self) -> None:
         for module in FRONT:
-            self._write_floats(module, self._floats(module))
+            self.output.write_floats(module, self._floats(module))
         if self.job.samples is not None:
             for module in FRONT:
                 self._fill(module, mapped=True)
@@ -387,14 +328,14 @@ class _Run:
             if inner not in found and self.specs.get(full, QuantSpec()).kind != "dense":
                 found[inner] = self._quantize_alone(full)
             if inner in found:
-                self._write_linear(full, found.pop(inner))
+                self.output.write_linear(full, found.pop(inner))
             elif self.hidden is not None:  # AWQ and SmoothQuant may have changed it
                 module = layer.get_submodule(inner)
                 norm = isinstance(module, Norm)
                 stored = module.stored(self.config.norm_offset) if norm else module.named_buffers()
-                self._write_floats(full, dict(stored))
+                self.output.write_floats(full, dict(stored))
             else:
-                self._write_floats(full, self._floats(full))
+                self.output.write_floats(full, self._floats(full))
             if self.hidden is None:
                 add(elements(self.model.get_submodule(full)) / elements(layer))
         self._drop([name])
@@ -472,7 +413,7 @@ class _Run:
         head = self.specs.get(LM_HEAD)
         for module in BACK:
             if module != LM_HEAD or head is None:
-                self._write_floats(module, self._floats(module))
+                self.output.write_floats(module, self._floats(module))
         if head is None:
             return
         stats = None
@@ -486,13 +427,13 @@ class _Run:
 
             products = {LM_HEAD} if algorithm_of(head).products else set()
             stats = self.hidden.observe(run, {LM_HEAD: model.lm_head}, products, "model")[LM_HEAD]
-        self._write_linear(LM_HEAD, self._quantize_alone(LM_HEAD, stats))
+        self.output.write_linear(LM_HEAD, self._quantize_alone(LM_HEAD, stats))
 
     def _distill(self, add: Callable[[float], object]) -> None:
         """Tune all scales of what was written, and keep what is to take their place."""
         job = self.job
-        self._write_small_files()
-        self.writer.finish()
+        self.output.write_small_files(self.reports, self.note)
+        self.output.writer.finish()
         dtype = job.dtype or self.weights.default_dtype()
         plan = QuantPlan.uniform(QuantSpec())
         model = load_model(self.partial.model, plan, dtype=dtype, device=job.device)
@@ -509,16 +450,13 @@ class _Run:
             f"divergence from the float model over samples held out: {before:.3g}, {after:.3g} "
             f"with tuned scales{'' if scales else ', so that they stay as they were'}"
         )
-        self.writer = self._open_shards(self.writer.shards)
-        tensors = {}
+        self.output.open(self.partial.model, self.output.writer.shards)
+        tensors: dict[str, Tensor] = {}
         for name, values in scales.items():
             spec, in_features = linears[name].spec, linears[name].in_features
             packed = linears[name].packed._replace(scales=values)
             linear = WeightOnlyLinear.from_packed(packed, None, spec, in_features)
-            for part, rows in self._rows_of_parts(name).items():
-                for key, tensor in self._pack(linear, part, rows).items():
-                    if tensor.is_floating_point():
-                        tensors[f"{part}.{key}"] = tensor.cpu().contiguous()
+            tensors |= self.output.scales_of(name, linear)
         infos = {n: TensorInfo(tuple(t.shape), t.dtype) for n, t in tensors.items()}
         with new_file(self.partial.folder / SCALES) as temporary:
             writer = SafetensorsWriter(temporary, infos, {})
@@ -553,89 +491,3 @@ class _Run:
     def _drop(self, names: Iterable[str]) -> None:
         for name in names:
             self.model.set_submodule(name, nn.Identity())
-
-    def _write_floats(self, module: str, tensors: Mapping[str, Tensor]) -> None:
-        """Append a module's tensors, in the type that the checkpoint has them in."""
-        for part, rows in self._rows_of_parts(module).items() if tensors else ():
-            for key, tensor in tensors.items():
-                name = f"{module}.{key}"
-                values = tensor[rows].to(self.weights.dtype(name))
-                self.writer.write(f"{part}.{key}", self._turned(name, values))
-
-    def _turned(self, name: str, tensor: Tensor) -> Tensor:
-        """One of our tensors as Hugging Face's layout has it."""
-        return tensor.t().contiguous() if self.weights.family.is_transposed(name) else tensor
-
-    def _write_linear(self, module: str, linear: Linear) -> None:
-        """Append a quantized linear's parts in the format of the checkpoint."""
-        whole = linear.dequantize() if self.job.fake else None
-        for part, rows in self._rows_of_parts(module).items():
-            if whole is not None:
-                dtype = self.weights.dtype(
-                    "embed.weight" if module == LM_HEAD else f"{module}.weight"
-                )
-                tensors = {"weight": self._turned(f"{module}.weight", whole[rows].to(dtype))}
-            else:
-                tensors = self._pack(linear, part, rows)
-            if linear.bias is not None:
-                tensors["bias"] = linear.bias[rows].to(self.weights.dtype(f"{module}.bias"))
-            for key, tensor in tensors.items():
-                self.writer.write(f"{part}.{key}", tensor)
-
-    def _pack(self, linear: Linear, part: str, rows: slice | Tensor) -> dict[str, Tensor]:
-        """Some rows of a quantized linear as the tensors of a module of the checkpoint."""
-        if isinstance(linear, DynamicInt8Linear):
-            whole = Int8Weight(*linear.integers, linear.input_scale)
-        else:
-            assert isinstance(linear, WeightOnlyLinear)
-            whole = linear.packed
-        return self.storage.find(part).write(take_rows(whole, rows), linear.in_features)
-
-    def _algorithm(self, report: LinearReport) -> str:
-        """What chose a linear's integers, in a word or two."""
-        spec, job = report.spec, self.job
-        if spec.kind != "weight_only" and job.samples is None:
-            return DEFAULT_ALGORITHM
-        algorithm = algorithm_of(spec)
-        clipped = spec.kind == "weight_only" and job.options.clip and not algorithm.own_clipping
-        return f"{algorithm.name}, clipped" if clipped else algorithm.name
-
-    def _write_small_files(self) -> None:
-        """What stands beside the weights: config.json, the tokenizer, the model card."""
-        job, folder = self.job, self.partial.model
-        raw = dict(self.weights.checkpoint.raw_config.values)
-        gone = (LAYOUT_KEY, SOURCE_KEY, *origin.KEYS)
-        config = {key: value for key, value in raw.items() if key not in gone}
-        config["tie_word_embeddings"] = self.config.tied_head and LM_HEAD not in self.specs
-        # A converted copy knows what it was made from.
-        base = raw.get(origin.BASE_MODEL_KEY) if LAYOUT_KEY in raw else job.origin
-        config |= origin.record(base, map(self._algorithm, self.reports))
-        if job.fake:
-            entries = {
-                part: spec.to_json() | {"algorithm": spec.algorithm}
-                for part, spec in self.by_part.items()
-            }
-            _write_json(folder / "weight_config.json", entries)
-        else:
-            config[QUANTIZATION_KEY] = self.quantization
-        _write_json(folder / "config.json", config)
-        copy_small_files(job.source, folder)
-        quantization = self.quantization
-        ragged = find_ragged(self.specs, self.weights.shapes)
-        transposed = self.weights.family.transposed
-        if not job.fake:
-            self.note(summary(quantization, ragged, transposed))
-        card = model_card(
-            job.about,
-            self.reports,
-            job.options,
-            fake=job.fake,
-            quantization=quantization,
-            ragged=ragged,
-            transposed=transposed,
-        )
-        (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

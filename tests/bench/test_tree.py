@@ -16,7 +16,8 @@ from qllm.bench.tree import Node, lines, tree
 from qllm.checkpoint.load import module_bytes, outline
 from qllm.config import QuantPlan, QuantSpec
 from qllm.layers import Linear
-from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import Job
 from tools.random_checkpoint import PUBLISHED, TENSORS, write_checkpoint
 
 

@@ -27,7 +27,8 @@ from qllm.checkpoint.weights import Checkpoint, Weights
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.quant.algorithm import GPTQOptions, QuantizeOptions
-from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import Job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,8 @@ from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.hub import ModelFolder
 from qllm.quant.algorithm import QuantizeOptions
-from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import Job
 
 
 def quantize(source, target, origin, bits="2", **options):

@@ -21,7 +21,8 @@ from gguf_files import FAMILIES, write_model
 from qllm import LLM
 from qllm.checkpoint.to_gguf import export_gguf
 from qllm.config import QuantPlan, QuantSpec
-from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import Job
 from qllm.tokenizer import Tokenizer
 
 llama_cpp = pytest.importorskip("llama_cpp")

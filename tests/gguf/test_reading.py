@@ -23,7 +23,8 @@ from qllm.gguf.types import TYPES
 from qllm.models import RawConfig, read_config
 from qllm.models.decoder import Decoder
 from qllm.quant.packing import unpack
-from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import Job
 from qllm.tokenizer import Tokenizer
 
 # Where the float16 factors of a block are: random bytes may be no numbers there.

@@ -14,7 +14,8 @@ from qllm.checkpoint.to_gguf import export_gguf
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear
-from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import Job
 
 IDS = [[5, 9, 70, 33, 2, 61, 90], [17, 4]]
 

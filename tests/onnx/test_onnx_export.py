@@ -32,7 +32,8 @@ from qllm.onnx.export import ExportOptions, export
 from qllm.onnx.graph import DATA, MODEL
 from qllm.onnx.runner import OnnxDecoder
 from qllm.quant.algorithm import GPTQOptions, QuantizeOptions
-from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import Job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

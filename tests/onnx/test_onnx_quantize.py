@@ -21,7 +21,8 @@ from qllm.onnx.linears import SCOPES, find_linears
 from qllm.onnx.quantize import OnnxJob, quantize_onnx
 from qllm.onnx.runner import OnnxDecoder
 from qllm.onnx.stages import Stages
-from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import Job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

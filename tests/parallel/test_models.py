@@ -28,7 +28,8 @@ from qllm.models import Decoder
 from qllm.parallel import shard_attention, shard_embedding, shard_mlp
 from qllm.parallel.group import Group
 from qllm.parallel.pipeline import ParallelContext, parse_cuts
-from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import Job
 
 pytestmark = pytest.mark.usefixtures("one_thread", "kernels")
 

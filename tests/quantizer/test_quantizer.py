@@ -39,7 +39,8 @@ from qllm.quant.algorithm import GPTQOptions, QuantizeOptions
 from qllm.quant.rtn import quantize_rtn
 from qllm.quantizer import hidden
 from qllm.quantizer import layer as layer_module
-from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import Job
 from qllm.quantizer.layer import LinearReport
 from qllm.tokenizer import Tokenizer
 

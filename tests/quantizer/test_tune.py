@@ -21,7 +21,8 @@ from qllm.quant.packing import unpack
 from qllm.quant.rtn import quantize_rtn
 from qllm.quantizer import checkpoint
 from qllm.quantizer import tune as tune_module
-from qllm.quantizer.checkpoint import Job, quantize_checkpoint
+from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.job import Job
 from qllm.quantizer.layer import LinearReport
 from qllm.quantizer.tune import held_out
 
