@@ -70,6 +70,7 @@ def test_evaluation_is_that_of_the_checkpoint(models, files):
         assert again["rows"][0]["perplexity"] == row["perplexity"]
 
 
+@pytest.mark.slow
 def test_benchmarks_have_the_same_columns(models, files):
     args = ("-p", 8, "-n", 3, "-b", "1,2", "-r", 1, "--benchmark", 6, "--check")
     found, want = (

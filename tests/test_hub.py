@@ -273,7 +273,9 @@ def test_what_the_hub_refuses(refusal, words, serving, tmp_path):
     assert line == f"{snapshot} facebook/opt-125m"
 
 
-@pytest.mark.parametrize("kind", ["no name", "no server", "silence"])
+@pytest.mark.parametrize(
+    "kind", ["no name", "no server", pytest.param("silence", marks=pytest.mark.slow)]
+)
 def test_without_a_network_the_error_comes_soon(kind, silent_hub, tmp_path):
     """Before `resolve` gives up; it names what runs offline, and a cached model is used."""
     address = {

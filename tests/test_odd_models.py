@@ -210,7 +210,8 @@ OURS = (
 THEIRS = ("qllm_gen.py --bitwidth 4 --compare", "ref_gen.py")  # import transformers
 
 
-@pytest.mark.parametrize("theirs", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("theirs", [False, True])
 def test_a_path_that_the_locale_cannot_decode(theirs, odd, tmp_path):
     name = "m\u00fc".encode() + b"\xff"
     folder = os.path.join(os.fsencode(tmp_path), name)  # noqa: PTH118 - of bytes

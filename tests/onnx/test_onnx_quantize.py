@@ -77,7 +77,7 @@ def test_torchs_exports_run_as_they_are(foreign):
 
 @pytest.mark.parametrize(
     ("foreign", "algorithm"),
-    slow_but([("opt", "rtn"), ("llama", "rtn"), ("bloom", "gptq")], MODULES, ("rtn", "gptq")),
+    slow_but([("llama", "rtn"), ("bloom", "gptq")], MODULES, ("rtn", "gptq")),
     indirect=["foreign"],
 )
 def test_a_foreign_model_quantized_is_the_checkpoint_quantized(foreign, algorithm, tmp_path):

@@ -200,7 +200,7 @@ BEFORE = {
 }
 
 
-SELDOM = ("killed", "a package")  # which end a run as the others do
+SELDOM = ("killed", "stopped", "a package")  # which end a run as the others do
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def children() -> set[str]:
     return {number for path in found for number in path.read_text(encoding="ascii").split()}
 
 
-@pytest.mark.parametrize("fault", ["wrong", "crash", "hang"])
+@pytest.mark.parametrize("fault", ["wrong", "crash", pytest.param("hang", marks=pytest.mark.slow)])
 def test_tiles_that_fail_their_test_are_not_used(found, monkeypatch, capfd, fault):
     monkeypatch.setenv("QLLM_EMULATED_FAULT", fault)
     before = children()

@@ -169,7 +169,7 @@ def beside_torch() -> None:
     ("command", "environment"),
     [
         # The least that the system takes; the first thread has the process's.
-        ("with_little_stack", {"OMP_STACKSIZE": "16k"}),
+        pytest.param("with_little_stack", {"OMP_STACKSIZE": "16k"}, marks=pytest.mark.slow),
         ("in_a_fork", {}),
         # Threads of OpenMP spin for ever, but where there are more of them than processors.
         ("beside_torch", {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "CPUS"}),

@@ -130,6 +130,7 @@ def test_tuning_writes_the_table(gpu, tmp_path, monkeypatch):
         tiles.table.cache_clear()
 
 
+@pytest.mark.slow
 def test_results_of_tests_are_read_from_what_pytest_says(tmp_path):
     text = "import pytest\ndef test_a(): pass\n@pytest.mark.parametrize('x', ['1 2'])\n"
     (tmp_path / "test_it.py").write_text(text + "def test_b(x): assert False\n")
