@@ -124,8 +124,8 @@ def _halves(
     speed: MeasuredSpeed, dtype: torch.dtype, device: str
 ) -> tuple[tuple[float, float, float], tuple[float, float, float], float]:
     """What passes through small models take besides their products, by least squares."""
-    decode: list[tuple[list[float], float]] = []
-    prefill: list[tuple[list[float], float]] = []
+    decode: list[tuple[list[float], float, float]] = []
+    prefill: list[tuple[list[float], float, float]] = []
     for hidden, layers in MODELS:
         model = _model(hidden, layers, dtype, device)
         linears = [m for m in model.modules() if isinstance(m, Linear)]
@@ -146,26 +146,32 @@ def _halves(
                 seconds = _decode_seconds(model, batch, context, device)
                 values, read = batch * hidden, 2 * batch * context * hidden * dtype.itemsize
                 features = [1.0, count, count * values, layers * read]
-                decode.append((features, seconds - products(batch, batch, decoding=True)))
+                decode.append((features, seconds, products(batch, batch, decoding=True)))
         for length in PROMPTS:
             prompt = [list(range(length))]
             seconds = least_seconds(partial(model.prefill, prompt), device)
             features = [1.0, count, count * length * hidden, layers * length**2 * hidden]
-            prefill.append((features, seconds - products(length, 1, decoding=False)))
+            prefill.append((features, seconds, products(length, 1, decoding=False)))
     step = _fit(decode)
     prompt_pass = _fit(prefill)
     return (step[1], step[2], step[3]), (prompt_pass[1], prompt_pass[2], prompt_pass[3]), step[0]
 
 
-def _fit(rows: Sequence[tuple[list[float], float]]) -> list[float]:
-    """Coefficients, 0 or more, with which features add up to the seconds, each by its own size."""
+def _fit(rows: Sequence[tuple[list[float], float, float]]) -> list[float]:
+    """Coefficients, 0 or more, with which features and what is known add up to the seconds.
+
+    What is missed counts by its share of a pass: that is what predictions are judged by.
+
+    Args:
+        rows: features, the seconds of a pass, and those of its products.
+    """
     from scipy.optimize import nnls
 
-    features = np.array([row for row, _ in rows])
-    seconds = np.maximum(np.array([value for _, value in rows]), 1e-7)
+    features = np.array([row for row, _, _ in rows])
+    seconds, known = np.array([[whole, part] for _, whole, part in rows]).T
     weighed = features / seconds[:, None]
     scale = weighed.max(axis=0)
-    return list(nnls(weighed / scale, np.ones(len(rows)))[0] / scale)
+    return list(nnls(weighed / scale, 1 - known / seconds)[0] / scale)
 
 
 def _decode_seconds(model: Decoder, batch: int, context: int, device: str) -> float:
