@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -112,6 +113,20 @@ class Weights:
                 f"{self.dropped[0]}{more} of the checkpoint: no {self.family.name} of its "
                 "config.json has that, it is not used"
             )
+
+    @classmethod
+    def of_floats(cls, source: Path, note: Callable[[str], None] = lambda line: None) -> Self:
+        """Those of a folder or GGUF file that is to be quantized.
+
+        Raises:
+            UserError: for one that is quantized, or as for others.
+        """
+        checkpoint = Checkpoint(source, packed=False)
+        if QUANTIZATION_KEY in checkpoint.raw_config.values:
+            raise UserError(
+                f"{source} is quantized already; give the 16-bit checkpoint it was made from"
+            )
+        return cls(checkpoint, note)
 
     @property
     def family(self) -> Family:

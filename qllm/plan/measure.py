@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from qllm import ops
 from qllm.checkpoint.fingerprint import state_fingerprint
 from qllm.checkpoint.load import elements
-from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint
 from qllm.checkpoint.weights import Weights
 from qllm.config import LM_HEAD, QuantSpec
-from qllm.errors import UserError
 from qllm.evaluate.scoring import logit_pieces
 from qllm.layers import Linear
 from qllm.layers.fp16 import DenseLinear
@@ -98,12 +96,7 @@ class _Run:
 
     def __init__(self, job: Job, note: Callable[[str], None]) -> None:
         self.job, self.note = job, note
-        checkpoint = Checkpoint(job.source, packed=False)
-        if QUANTIZATION_KEY in checkpoint.raw_config.values:
-            raise UserError(
-                f"{job.source} is quantized already; give the 16-bit checkpoint it was made from"
-            )
-        self.weights = Weights(checkpoint, note)
+        self.weights = Weights.of_floats(job.source, note)
         self.config = self.weights.config
         self.model = Decoder(self.config, {}, torch.float32)
         names = list(self.weights.family.layer_linears(self.config.num_layers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.patterns import Patterns
 from qllm.plan.candidates import labels
-from qllm.plan.devices import Cluster, Device
+from qllm.plan.devices import Cluster, DescribedSpeed, Device
 from qllm.plan.program import Shape, Workload, build
 from qllm.plan.sensitivity import Fit, Sensitivity
 from qllm.plan.solve import Problem, Solution, orders, solve
@@ -21,7 +22,7 @@ from qllm.plan.solve import Problem, Solution, orders, solve
 # What tells one model from another in a plan.
 MODEL_KEYS = ("family", "num_layers", "hidden_size", "intermediate_size", "vocab_size")
 # What a device is where no memory and no speed is asked for.
-ANYWHERE = Device("here", float("inf"), None, "here")  # type: ignore[arg-type]
+ANYWHERE = Device("here", math.inf, DescribedSpeed(math.inf, math.inf, math.inf), "here")
 
 
 @dataclass(frozen=True)

@@ -78,15 +78,15 @@ def time_stages(
     world: dict[str, object] = {"WORLD_SIZE": len(threads), "LOCAL_WORLD_SIZE": len(threads)}
     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": path}
     with tempfile.TemporaryFile("w+") as said:
-        processes = []
-        for rank, count in enumerate(threads):
-            own = world | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": count}
-            environment = os.environ | {key: str(value) for key, value in own.items()}
-            out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
-            processes.append(
-                subprocess.Popen(command, stdout=out, stderr=said, env=environment, text=True)
-            )
+        processes: list[subprocess.Popen[str]] = []
         try:
+            for rank, count in enumerate(threads):
+                own = world | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": count}
+                environment = os.environ | {key: str(value) for key, value in own.items()}
+                out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+                processes.append(
+                    subprocess.Popen(command, stdout=out, stderr=said, env=environment, text=True)
+                )
             answer, _ = processes[0].communicate(timeout=PATIENCE)
             codes = [process.wait(timeout=PATIENCE) for process in processes]
             failed = any(codes)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qllm import __version__, ops
 from qllm.checkpoint.fingerprint import state_fingerprint
 from qllm.checkpoint.load import elements, load_model
-from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint, SafetensorsFile, TensorInfo
+from qllm.checkpoint.reader import SafetensorsFile, TensorInfo
 from qllm.checkpoint.resume import PartialFolder
 from qllm.checkpoint.weights import Weights
 from qllm.checkpoint.writer import SafetensorsWriter, new_file
@@ -95,12 +95,7 @@ class _Run:
 
     def __init__(self, job: Job, target: Path, note: Callable[[str], object]) -> None:
         self.job, self.note = job, note
-        checkpoint = Checkpoint(job.source, packed=False)
-        if QUANTIZATION_KEY in checkpoint.raw_config.values:
-            raise UserError(
-                f"{job.source} is quantized already; give the 16-bit checkpoint it was made from"
-            )
-        self.weights = Weights(checkpoint, note)
+        self.weights = Weights.of_floats(job.source, note)
         self.config = self.weights.config
         linears = self.weights.family.layer_linears(self.config.num_layers)
         job.plan.check(self.config)
