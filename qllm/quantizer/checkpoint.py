@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,18 @@ from torch import Tensor, nn
 
 from qllm import __version__, ops
 from qllm.checkpoint.fingerprint import state_fingerprint
-from qllm.checkpoint.load import elements, load_model
-from qllm.checkpoint.reader import SafetensorsFile, TensorInfo
+from qllm.checkpoint.load import elements
 from qllm.checkpoint.resume import PartialFolder
 from qllm.checkpoint.weights import Weights
-from qllm.checkpoint.writer import SafetensorsWriter, new_file
-from qllm.config import LM_HEAD, QuantPlan, QuantSpec
+from qllm.config import LM_HEAD, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear
 from qllm.layers.fp16 import DenseLinear
-from qllm.layers.weight_only import WeightOnlyLinear
-from qllm.memory import available_bytes, check_fits, gigabytes
+from qllm.memory import check_fits
 from qllm.models import Decoder
 from qllm.models.layer import Norm, PreNormLayer
 from qllm.progress import Meter, unseen
-from qllm.quant.algorithm import TuningStart
 from qllm.quant.inputs import InputStats
-from qllm.quantizer.distill import memory_needed, tune_scales
 from qllm.quantizer.hidden import HiddenStates
 from qllm.quantizer.job import Job
 from qllm.quantizer.layer import (
@@ -40,16 +35,10 @@ from qllm.quantizer.layer import (
     needs_inputs,
     quantize_layer,
     quantize_linear,
-    stand_in,
 )
 from qllm.quantizer.output import OutputCheckpoint
-from qllm.quantizer.tune import (
-    TOKENS_PER_PASS,
-    TuneReport,
-    output_errors,
-    relative_error,
-    tune_layer,
-)
+from qllm.quantizer.refine import can_refine_scales, refine_layer, refine_scales, replace_scales
+from qllm.quantizer.tune import TOKENS_PER_PASS, TuneReport
 
 # What a run keeps between two layers: the states behind the quantized ones, and the float ones.
 HIDDEN, TARGETS = "hidden", "targets"
@@ -118,39 +107,27 @@ class _Run:
         # What the float model has there, where layers are tuned.
         self.targets: HiddenStates | None = None
         # Decided once: a run that is gone on with may find more memory or less.
-        self.distilling = self.partial.state.get("distilling")
+        self.distilling: bool | None = self.partial.state.get("distilling")
         if self.distilling is None:
-            self.distilling = self._distills()
-
-    def _distills(self) -> bool:
-        """Whether scales are tuned behind the layers; says why where they are not."""
-        job = self.job
-        if not self.tuning or not job.options.distill.steps:
-            return False
-        if job.fake:
-            self.note("scales are not tuned with --fake, whose weights have none")
-            return False
-        model = Decoder(self.config, self.specs, self.job.dtype or self.weights.default_dtype())
-        length = len(job.samples[0])
-        needed = memory_needed(model, len(job.samples), length, job.options.distill)
-        available = available_bytes(job.device)
-        if needed > available:
-            self.note(
-                f"scales are not tuned: it takes {gigabytes(needed)} of memory, and "
-                f"{gigabytes(available)} are free on {job.device}"
+            dtype = self._states_dtype()
+            self.distilling = self.tuning and can_refine_scales(
+                job, self.config, self.specs, dtype, note
             )
-        return needed <= available
 
     @property
     def tuning(self) -> bool:
         """Whether any layer is tuned."""
         return any(is_tuned(spec, self.job.options) for spec in self.specs.values())
 
+    def _states_dtype(self) -> torch.dtype:
+        """What hidden states are kept in between layers."""
+        return self.job.dtype or self.weights.default_dtype()
+
     def _bytes_needed(self) -> int:
         """About what calibration has in memory at its peak."""
         samples, length = len(self.job.samples), len(self.job.samples[0])
-        dtype = self.job.dtype or self.weights.default_dtype()
-        hidden = samples * length * self.config.hidden_size * dtype.itemsize
+        itemsize = self._states_dtype().itemsize
+        hidden = samples * length * self.config.hidden_size * itemsize
         layer = sum(tensor.nbytes for tensor in self.model.layers[0].buffers())
         if self.tuning:
             # The targets, and the inputs for both ways; a tuned weight has what it starts from, an
@@ -229,15 +206,12 @@ class _Run:
                 elif step == last:
                     self._back()
                 elif step > last:
-                    self._distill(add_share)
+                    self._refine_scales(add_share)
                 else:  # its part of the bytes, as they are worked through
                     self._layer(step - 1, add_share)
                 self._commit(step + 1)
         if self.distilling:
-            # Again in a run that was killed here, whose file has the same.
-            file = SafetensorsFile(self.partial.folder / SCALES)
-            for name in file.tensors:
-                self.output.writer.overwrite(name, file.read(name))
+            replace_scales(self.output, self.partial.folder / SCALES)
 
     def _sizes(self) -> list[int]:
         """Bytes of the checkpoint that each step quantizes: what is only copied takes no time."""
@@ -257,6 +231,13 @@ class _Run:
         self.reports.append(report)
         of = "outputs" if report.of_output else "weights"
         self.note(f"{report.name}: relative error {report.error:.2%} of the {of}")
+
+    def _report_tuning(self, report: TuneReport) -> None:
+        """Keep what became of a layer that was tuned, and say it."""
+        self.tuned.append(report)
+        kept = "" if report.gained else ", so that it stays as it was"
+        before, after = f"{report.before:.2%}", f"{report.after:.2%}"
+        self.note(f"{report.name}: relative error {before}, {after} when tuned{kept}")
 
     def _states_path(self, name: str, done: int) -> Path:
         return self.partial.folder / f"{name}-{done}.safetensors"
@@ -293,8 +274,8 @@ class _Run:
         if self.job.samples is not None:
             for module in FRONT:
                 self._fill(module, mapped=True)
-            dtype = self.job.dtype or self.weights.default_dtype()
-            self.hidden = HiddenStates.embed(self.model, self.job.samples, dtype)
+            states_dtype = self._states_dtype()
+            self.hidden = HiddenStates.embed(self.model, self.job.samples, states_dtype)
             if self.tuning:
                 self.targets = self.hidden.copy()
             self._drop(FRONT[:-1])
@@ -313,11 +294,7 @@ class _Run:
             for inner in modules:
                 self._fill(f"{name}.{inner}")
             specs = {inner: self.specs[f"{name}.{inner}"] for inner in linears}
-            more = index + 1 < self.config.num_layers or self._head_needs_inputs()
-            if any(is_tuned(spec, self.job.options) for spec in specs.values()):
-                found = self._tune(name, layer, specs, add)
-            else:
-                found = self._quantize(name, layer, specs, self._report, add, advance=more)
+            found = self._quantize(name, layer, specs, self.hidden, add)
         for inner in modules:
             full = f"{name}.{inner}"
             if inner not in found and self.specs.get(full, QuantSpec()).kind != "dense":
@@ -340,69 +317,37 @@ class _Run:
         name: str,
         layer: PreNormLayer,
         specs: Mapping[str, QuantSpec],
-        finished: Callable[[LinearReport], object],
-        add: Callable[[float], object],
-        advance: bool,
-        starts: dict[str, TuningStart] | None = None,
-    ) -> dict[str, Linear]:
-        """Quantize the linears of a layer, one by one."""
-        if self.targets is not None:
-            self.targets.advance(layer)  # while it is the float model's
-        where = (layer, self.config, name, specs, self.hidden, self.job.options)
-        return quantize_layer(*where, advance=advance, finished=finished, add=add, starts=starts)
-
-    def _tune(
-        self,
-        name: str,
-        layer: PreNormLayer,
-        specs: Mapping[str, QuantSpec],
+        hidden: HiddenStates,
         add: Callable[[float], object],
     ) -> dict[str, Linear]:
-        """Quantize the linears of a layer, then tune them together; the better of the two stays."""
-        tune, inputs = self.job.options.tune, self.hidden.copy()
-        weights = {
-            inner: layer.get_submodule(inner).weight
-            for inner, spec in specs.items()
-            if is_tuned(spec, self.job.options)
-        }
-        # Passes of a sample through the layer: gradients take two more, GPTQ about four in all.
-        tuning = 3 * tune.steps * tune.samples(inputs.states.shape[1])
-        share = tuning / (tuning + 4 * len(inputs.states))
-        reports: list[LinearReport] = []
-        starts: dict[str, TuningStart] = {}
+        """Quantize the linears of a layer whose inputs are known, and tune them if that is asked.
 
-        def quantized(done: float) -> None:
-            add((1 - share) * done)
-
-        found = self._quantize(name, layer, specs, reports.append, quantized, True, starts)
-        before = relative_error(self.hidden, self.targets)
-        stand_ins = {inner: layer.get_submodule(inner) for inner in specs}
-        tuned = tune_layer(
+        Args:
+            specs: of the linears, by their names in the layer.
+            hidden: the states in front of the layer.
+        """
+        options, targets = self.job.options, self.targets
+        if targets is not None and any(is_tuned(spec, options) for spec in specs.values()):
+            refined = refine_layer(layer, self.config, name, specs, (hidden, targets), options, add)
+            for report in refined.reports:
+                self._report(report)
+            self._report_tuning(refined.tuning)
+            self.hidden = refined.hidden
+            return refined.linears
+        if targets is not None:
+            targets.advance(layer)  # while it is the float model's
+        last = name == f"layers.{self.config.num_layers - 1}"
+        return quantize_layer(
             layer,
-            {inner: (starts[inner], found[inner]) for inner in weights},
-            (inputs, self.targets),
-            tune,
-            lambda done: add(share * done),
+            self.config,
+            name,
+            specs,
+            hidden,
+            options,
+            advance=not last or self._head_needs_inputs(),
+            finished=self._report,
+            add=add,
         )
-        for inner, linear in stand_ins.items():
-            layer.set_submodule(inner, stand_in(tuned[inner]) if inner in tuned else linear)
-        with output_errors(layer, weights) as errors:
-            inputs.advance(layer)
-        report = TuneReport(name, before, relative_error(inputs, self.targets))
-        self.tuned.append(report)
-        if report.gained:
-            found |= tuned
-            self.hidden = inputs
-        for entry in reports:
-            inner = entry.name.removeprefix(f"{name}.")
-            changed = report.gained and inner in tuned
-            new = {"error": errors[inner], "of_output": True} if changed else {}
-            self._report(replace(entry, **new))
-        kept = "" if report.gained else ", so that it stays as it was"
-        self.note(
-            f"{name}: relative error {report.before:.2%}, {report.after:.2%} when tuned{kept}"
-        )
-        return found
 
     def _back(self) -> None:
         head = self.specs.get(LM_HEAD)
@@ -424,40 +369,18 @@ class _Run:
             stats = self.hidden.observe(run, {LM_HEAD: model.lm_head}, products, "model")[LM_HEAD]
         self.output.write_linear(LM_HEAD, self._quantize_alone(LM_HEAD, stats))
 
-    def _distill(self, add: Callable[[float], object]) -> None:
-        """Tune all scales of what was written, and keep what is to take their place."""
-        job = self.job
+    def _refine_scales(self, add: Callable[[float], object]) -> None:
+        """Finish the checkpoint, tune its scales, and open it again for those."""
+        assert self.targets is not None  # as where any layer is tuned
         self.output.write_small_files(self.reports, self.note)
         self.output.writer.finish()
-        dtype = job.dtype or self.weights.default_dtype()
-        plan = QuantPlan.uniform(QuantSpec())
-        model = load_model(self.partial.model, plan, dtype=dtype, device=job.device)
-        linears = {n: m for n, m in model.named_modules() if isinstance(m, WeightOnlyLinear)}
-        states = HiddenStates.embed(model, job.samples, dtype)
         head = None
         if LM_HEAD in self.specs:
-            head = self._floats(LM_HEAD) or self._floats("embed")
-            head = head["weight"].to(job.device)
-        scales, before, after = tune_scales(
-            model, states, self.targets, head, job.options.distill, add
-        )
-        self.note(
-            f"divergence from the float model over samples held out: {before:.3g}, {after:.3g} "
-            f"with tuned scales{'' if scales else ', so that they stay as they were'}"
-        )
+            floats = self._floats(LM_HEAD) or self._floats("embed")
+            head = floats["weight"].to(self.job.device)
+        scales, dtype = self.partial.folder / SCALES, self._states_dtype()
+        refine_scales(self.output, scales, self.job, self.targets, head, dtype, self.note, add)
         self.output.open(self.partial.model, self.output.writer.shards)
-        tensors: dict[str, Tensor] = {}
-        for name, values in scales.items():
-            spec, in_features = linears[name].spec, linears[name].in_features
-            packed = linears[name].packed._replace(scales=values)
-            linear = WeightOnlyLinear.from_packed(packed, None, spec, in_features)
-            tensors |= self.output.scales_of(name, linear)
-        infos = {n: TensorInfo(tuple(t.shape), t.dtype) for n, t in tensors.items()}
-        with new_file(self.partial.folder / SCALES) as temporary:
-            writer = SafetensorsWriter(temporary, infos, {})
-            for name, tensor in tensors.items():
-                writer.write(name, tensor)
-            writer.close()
 
     def _head_needs_inputs(self) -> bool:
         return LM_HEAD in self.specs and needs_inputs(self.specs[LM_HEAD])
