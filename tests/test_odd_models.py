@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import FAMILIES, ROOT
+from covering import each, slow_but
 from inside import call
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BloomConfig, LlamaConfig, OPTConfig
@@ -76,15 +77,14 @@ DEFAULTS = {
 }
 
 
-@pytest.mark.parametrize("line", DEFAULTS.values(), ids=DEFAULTS)
-def test_a_default_fits_every_model(line, odd, one_thread):
-    for family in FAMILIES:
-        script, *options = line.replace("{}", str(odd)).split()
-        if "--algorithm" in options and family != "opt":
-            options += ["--nsamples", "4"]
-        done = call(script, "--model-path", odd / family, *options)
-        assert done.returncode == 0, (family, done.stderr)
-        shutil.rmtree(odd / "out", ignore_errors=True)
+@pytest.mark.parametrize(("name", "family"), slow_but(each(DEFAULTS, FAMILIES), DEFAULTS, FAMILIES))
+def test_a_default_fits_every_model(name, family, odd, one_thread):
+    script, *options = DEFAULTS[name].replace("{}", str(odd)).split()
+    if "--algorithm" in options and family != "opt":
+        options += ["--nsamples", "4"]
+    done = call(script, "--model-path", odd / family, *options)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(odd / "out", ignore_errors=True)
 
 
 @pytest.mark.parametrize(

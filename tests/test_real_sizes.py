@@ -91,6 +91,7 @@ def results(done: subprocess.CompletedProcess) -> str:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("opt_125m")
 class TestOpt125m:
     def test_conversion_is_kept_and_picked_up(self, home):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoints import change_json, copy_of, rewritten, state_of
 from conftest import FAMILIES, assert_user_error, tiny
+from covering import each, slow_but
 from inside import call
 
 from qllm import memory
@@ -168,8 +169,12 @@ def test_values_beyond_float16_are_refused_there_alone(name, tmp_path):
         load_model(folder, QuantPlan.parse("16"), dtype=dtype)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("bitwidth", ["16", "4", "3", "8:tc-li"])
+BITWIDTHS = ("16", "4", "3", "8:tc-li")
+
+
+@pytest.mark.parametrize(
+    ("family", "bitwidth"), slow_but(each(FAMILIES, BITWIDTHS), FAMILIES, BITWIDTHS)
+)
 def test_shards_hold_the_bytes_that_they_say(family, bitwidth):
     """Their sum is what the model holds, a tied head counted once."""
     whole = load_model(tiny(family), QuantPlan.parse(bitwidth))

@@ -6,6 +6,7 @@ import gguf
 import pytest
 import torch
 from conftest import ROOT
+from covering import each, slow_but
 from gguf import quants
 
 from qllm import LLM
@@ -20,18 +21,21 @@ from qllm.quantizer.job import Job
 IDS = [[5, 9, 70, 33, 2, 61, 90], [17, 4]]
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom"])
-@pytest.mark.parametrize(
-    ("spec", "kind"),
-    [
-        (None, "F16"),
-        (QuantSpec(4, 32, "sym", "weight_only"), "Q4_0"),
-        (QuantSpec(4, 64, "asym", "weight_only"), "Q8_0"),
-        (QuantSpec(8, 32, "sym", "weight_only"), "Q8_0"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
+TYPES = (
+    (None, "F16"),
+    (QuantSpec(4, 32, "sym", "weight_only"), "Q4_0"),
+    (QuantSpec(4, 64, "asym", "weight_only"), "Q8_0"),
+    (QuantSpec(8, 32, "sym", "weight_only"), "Q8_0"),
 )
-def test_there_and_back(tmp_path, family, spec, kind):
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    slow_but(each(("llama", "bloom"), TYPES), ("llama", "bloom"), TYPES),
+    ids=lambda value: value if isinstance(value, str) else value[1],
+)
+def test_there_and_back(tmp_path, family, form):
+    spec, kind = form
     source = ROOT / "tiny_models" / f"{family}-tiny"
     if spec is not None:
         job = Job(source, QuantPlan.uniform(spec))

@@ -372,7 +372,11 @@ def test_8_tc_equals_transformers_with_int8_linears(tmp_path):
     assert_int8_equal(ours, int8_model(config, ranges), exact=theirs)
 
 
-@pytest.mark.parametrize("bitwidth", BITWIDTHS)
+@pytest.mark.parametrize(
+    ("small", "bitwidth"),
+    slow_but(each(FAMILIES, BITWIDTHS), FAMILIES, BITWIDTHS),
+    indirect=["small"],
+)
 def test_shards_change_nothing(small, bitwidth):
     config, folder = small
     prompts = draw_prompts([6, 1, 11], 90)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from covering import each, pairwise, slow_but
 from cpu_paths import paths, same
 from ranks import in_group
 
@@ -190,9 +191,13 @@ def config(**changes):
     return SimpleNamespace(**{**base, **rest, "activation": "silu", **changes})
 
 
-@pytest.mark.parametrize(("world", "kv_heads"), [(2, 8), (3, 8), (5, 2), (3, 4), (8, 2), (8, 8)])
-@pytest.mark.parametrize("bits", ["4", "8:tc-li", "16"])
-def test_attention(bits, world, kv_heads):
+HEADS = ((2, 8), (3, 8), (5, 2), (3, 4), (8, 2), (8, 8))  # ranks, heads of keys and values
+BITS = ("4", "8:tc-li", "16")
+
+
+@pytest.mark.parametrize(("bits", "heads"), slow_but(each(BITS, HEADS), BITS, HEADS), ids=str)
+def test_attention(bits, heads):
+    world, kv_heads = heads
     spec = QuantSpec.parse(bits)
     attention = Attention(config(num_kv_heads=kv_heads), 0, torch.float32, make_of(spec))
     x = normal(7, 128, seed=5)
@@ -212,9 +217,10 @@ def test_attention(bits, world, kv_heads):
     assert error < (0.02 if bits == "8:tc-li" else 1e-5)
 
 
-@pytest.mark.parametrize("kind", [MLP, GatedMLP])
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("bits", ["3", "8:tc", "16"])
+MLP_CASES = (("3", "8:tc", "16"), WORLDS, (MLP, GatedMLP))
+
+
+@pytest.mark.parametrize(("bits", "world", "kind"), slow_but(pairwise(*MLP_CASES), *MLP_CASES))
 def test_mlp(bits, world, kind):
     mlp = kind(config(), 0, make_of(QuantSpec.parse(bits)))
     x = normal(7, 128, seed=5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 
-import datasets
 import pytest
 
 from qllm.data import load_rows, load_text
@@ -24,7 +23,7 @@ def test_files_are_the_rows_as_they_were(monkeypatch, tmp_path):
         assert config == {"Salesforce/wikitext": "wikitext-2-raw-v1"}.get(repository, "default")
         return {"text": ROWS[repository, split]}
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.setattr(sys, "argv", ["fetch_texts", "--save", str(tmp_path / "texts")])
     fetch_texts.main()
     folder = tmp_path / "texts"
@@ -40,7 +39,7 @@ def test_a_hub_that_is_not_there_is_one_line(monkeypatch, tmp_path):
     def load_dataset(*args, **options):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     monkeypatch.setattr(sys, "argv", ["fetch_texts", "--save", str(tmp_path)])
     with pytest.raises(UserError, match="Salesforce/wikitext cannot be had"):
         fetch_texts.main()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from amx_tiles import AMX, AVX512, manual, pairs, pairs_library, started, tile_library
-from covering import each
+from covering import each, slow_but
 from cpu_paths import DTYPES, INTEGERS, Weight, normal, same
 from cpu_paths import random_weight as matrix_weight
 from torch import Tensor
@@ -110,15 +110,22 @@ def on_both(library: ctypes.CDLL, x: Tensor, compute) -> Iterator[tuple[int, Ten
         yield rows, on("amx", x[:rows]), expected[:rows]
 
 
-@pytest.mark.parametrize("group_size", GROUPS)
-@pytest.mark.parametrize(
-    ("run", "bits"),
-    [
-        *((linear.weight_only_linear, bits) for bits in range(1, 9)),
-        *((linear.weight_only_linear_int8, bits) for bits in (1, 4, 8)),
-    ],
+PRODUCTS = (
+    *((linear.weight_only_linear, bits) for bits in range(1, 9)),
+    *((linear.weight_only_linear_int8, bits) for bits in (1, 4, 8)),
 )
-def test_products_are_those_of_vectors(tiles, run, bits, group_size):
+
+
+@pytest.mark.parametrize(
+    ("product", "group_size"),
+    slow_but(
+        [*each(PRODUCTS, GROUPS), *each(PRODUCTS, GROUPS[1:]), *each(PRODUCTS, GROUPS[3:])],
+        PRODUCTS,
+        GROUPS,
+    ),
+)
+def test_products_are_those_of_vectors(tiles, product, group_size):
+    run, bits = product
     # Zeros are below 2^bits in what is quantized here; other bytes are no reason to differ.
     for (i, zeros), dtype in each(enumerate((0, 2**bits, 256, None)), DTYPES):
         shape = SHAPES[(bits + i + DTYPES.index(dtype)) % len(SHAPES)]

@@ -177,6 +177,7 @@ def test_arguments_of_another_size_are_refused(op, monkeypatch):
         native.library()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("header", sorted(path.name for path in build.SOURCE.glob("*.h")))
 def test_a_header_includes_what_it_uses(header):
     # As the scalar path has it; what is for one instruction set compiles with its path alone.
