@@ -230,7 +230,10 @@ class Decode(Pass):
         size: tokens B that it takes; where there are fewer live rows the last one's is repeated,
             whose results are then computed several times over.
         tokens, positions: int64 (B,).
+        logits: (B, V), in the model's type, of the last run; None where this process has none.
     """
+
+    logits: Tensor | None = None
 
     def __init__(self, cache: KVCache, encoding: PositionEncoding, size: int) -> None:
         super().__init__()

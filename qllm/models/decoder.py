@@ -19,12 +19,13 @@ from qllm.config import ModelConfig, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.models.cache import Decode, KVCache, Prefill
-from qllm.models.layer import NORMS, Embedding, Scale, layer_class
+from qllm.models.layer import NORMS, Embedding, LayerList, Scale, layer_class
 from qllm.models.partition import keep_shards, keep_stage
 from qllm.models.positions import POSITIONS
 from qllm.ops import phase
 from qllm.ops.capture import capture
 from qllm.ops.reference import ACTIVATIONS
+from qllm.parallel.layers import LinearOrShard, VocabularyParallel
 from qllm.parallel.pipeline import ParallelContext
 
 # Tokens that a pass of prefill takes at the most, where a cache lets a long prompt come in pieces:
@@ -51,6 +52,13 @@ class Decoder(nn.Module):
     """
 
     kv_bits = 16
+    # An identity stands for what the model does without, or another stage of a pipeline has.
+    embed: Embedding | VocabularyParallel | nn.Identity
+    embed_norm: nn.Module
+    project_in: nn.Module
+    final_norm: nn.Module
+    project_out: nn.Module
+    lm_head: LinearOrShard | nn.Identity
 
     def __init__(
         self,
@@ -93,7 +101,7 @@ class Decoder(nn.Module):
         self.project_in = make("project_in", embed, hidden, False) if projected else nn.Identity()
         self.positions = POSITIONS[config.position](config, dtype)
         layer = layer_class(config)
-        self.layers = nn.ModuleList(layer(config, i, dtype, make) for i in range(config.num_layers))
+        self.layers = LayerList(layer(config, i, dtype, make) for i in range(config.num_layers))
         self.final_norm = norm(config, dtype) if config.final_norm else nn.Identity()
         self.project_out = make("project_out", hidden, embed, False) if projected else nn.Identity()
         self.lm_head = make("lm_head", embed, config.vocab_size, False)
@@ -103,6 +111,7 @@ class Decoder(nn.Module):
         self.parallel = parallel or ParallelContext()
         self.stage = self.parallel.stage
         if self.stage is not None:
+            assert halves is not None
             keep_stage(self, self.stage, halves)
         if self.parallel.tp.size > 1:
             keep_shards(self, self.parallel.tp, self.parallel.mode)
@@ -112,7 +121,7 @@ class Decoder(nn.Module):
     @property
     def device_map(self) -> dict[range, torch.device]:
         """The devices of runs of layers, in the order in which they run."""
-        return self._device_map or {range(len(self.layers)): self.embed.weight.device}
+        return self._device_map or {range(len(self.layers)): next(self.buffers()).device}
 
     @property
     def device(self) -> torch.device:
@@ -209,9 +218,9 @@ class Decoder(nn.Module):
             last: nothing else is asked for.
         """
         lengths = [len(prompt) for prompt in prompts]
-        rows = rows if cache is None or rows is not None else list(cache.live)
         longest, limit = max(lengths), sum(lengths)
         if cache is not None:
+            rows = list(cache.live) if rows is None else rows
             cache.check(rows, lengths)
             longest = max(cache.lengths[row] + n for row, n in zip(rows, lengths, strict=True))
             limit = PREFILL_TOKENS
@@ -222,10 +231,10 @@ class Decoder(nn.Module):
             x = self._embed(torch.tensor(tokens, device=self.device))
             counts = [len(piece) for _, piece in pieces]
             here = None if rows is None else [rows[i] for i, _ in pieces]
-            how = {"rows": here, "longest": longest, "bits": self.kv_bits}
-            step = Prefill(counts, cache, self.positions, x, **how)
+            where = (counts, cache, self.positions, x)
+            step = Prefill(*where, rows=here, longest=longest, bits=self.kv_bits)
             x = self._run_layers(x, step, last)
-            if cache is not None:
+            if cache is not None and here is not None:
                 cache.advance(here, counts)
             # Where there is one row for each piece, it is that of the last token.
             last_rows = (
@@ -239,7 +248,7 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
         """Logits (M, V), in the model's type, of rows (M, C) of `hidden`: of a whole model."""
-        return self.capped(self._logits(x))
+        return self.capped(self._head(x))
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: KVCache, *, share: bool = True) -> Tensor | None:
@@ -288,6 +297,7 @@ class Decoder(nn.Module):
         self.prefill([[0]], cache, share=False)
         for _ in range(2):  # a graph is captured the second time
             self.decode(torch.zeros(1, dtype=torch.int64, device=self.device), cache, share=False)
+        assert cache.captured is not None
         return cache.captured.graph_break
 
     @property
@@ -321,9 +331,14 @@ class Decoder(nn.Module):
                 x = self.layers[index](x, here)
         return x
 
+    def _head(self, x: Tensor) -> Tensor:
+        """What stands behind the layers: x (M, C) to logits (M, V), in the model's type."""
+        return self.lm_head(self.project_out(self.final_norm(x)))
+
     def _logits(self, x: Tensor) -> Tensor | None:
+        """Logits, on the last stage of a pipeline; another one sends x (M, C) to the next."""
         if self.stage is None or self.stage.last:
-            return self.lm_head(self.project_out(self.final_norm(x)))
+            return self._head(x)
         self.stage.send(x)
         return None
 

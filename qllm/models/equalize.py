@@ -10,8 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from qllm.config import ModelConfig
-from qllm.layers import DenseLinear
-from qllm.models.layer import PreNormLayer
+from qllm.layers.fp16 import DenseLinear
+from qllm.models.layer import Norm, PreNormLayer
 
 # A linear of a layer, and the norm in front of it.
 NORMS = {"attention.qkv": "attention_norm", "mlp.up": "mlp_norm"}
@@ -42,14 +42,23 @@ def shared_channels(config: ModelConfig, linear: str, values: Tensor) -> Tensor:
 
 def divide_input(layer: PreNormLayer, config: ModelConfig, linear: str, scales: Tensor) -> None:
     """Divide the input of a dense linear by `scales` (K,), and multiply its weight by them."""
-    layer.get_submodule(linear).weight.mul_(scales)
+    dense_linear(layer, linear).weight.mul_(scales)
     if linear in NORMS:
-        layer.get_submodule(NORMS[linear]).divide(scales)
+        norm = layer.get_submodule(NORMS[linear])
+        assert isinstance(norm, Norm)
+        norm.divide(scales)
     elif linear == "attention.out":
         values = scales.view(config.num_kv_heads, -1, config.head_dim)[:, 0].flatten()
-        divide_rows(layer.attention.qkv, slice(-len(values), None), values)
+        divide_rows(dense_linear(layer, "attention.qkv"), slice(-len(values), None), values)
     else:  # the rows of up stand behind those of gate, where there are any
-        divide_rows(layer.mlp.up, slice(-len(scales), None), scales)
+        divide_rows(dense_linear(layer, "mlp.up"), slice(-len(scales), None), scales)
+
+
+def dense_linear(layer: PreNormLayer, name: str) -> DenseLinear:
+    """A linear of a layer, which nobody has quantized or sharded yet."""
+    linear = layer.get_submodule(name)
+    assert isinstance(linear, DenseLinear)
+    return linear
 
 
 def divide_rows(linear: DenseLinear, rows: slice, scales: Tensor) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,17 @@ from qllm.models.cache import Decode, Prefill
 from qllm.ops.kv import Scores
 from qllm.ops.reference import Int8Rows
 
+if TYPE_CHECKING:
+    from qllm.parallel.layers import LinearOrShard
+
 MakeLinear = Callable[[str, int, int, bool], Linear]
 Block = Callable[[Tensor, "Prefill | Decode"], Tensor]
 
 
 class Embedding(nn.Module):
     """One row of `weight` (V, C) per token."""
+
+    weight: Tensor
 
     def __init__(self, rows: int, channels: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -127,6 +133,9 @@ NORMS: dict[str, Callable[[ModelConfig, torch.dtype], Norm]] = {
 class Attention(nn.Module):
     """Grouped-query attention with one fused QKV matrix, rows [q heads; k heads; v heads]."""
 
+    qkv: LinearOrShard
+    out: LinearOrShard
+
     def __init__(
         self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
     ) -> None:
@@ -186,6 +195,9 @@ class NormedAttention(Attention):
 
 class MLP(nn.Module):
     """down(act(up(x)))."""
+
+    up: LinearOrShard
+    down: LinearOrShard
 
     def __init__(self, config: ModelConfig, index: int, make: MakeLinear) -> None:
         super().__init__()
@@ -295,6 +307,22 @@ class PreNormLayer(nn.Module):
         for name, linear in pairs:
             if isinstance(linear, DynamicInt8Linear) and linear.choice.kernel.takes_rows:
                 getattr(self, name).round_for(linear)
+
+
+class LayerList(nn.ModuleList):
+    """The layers of a decoder, in the order in which they run."""
+
+    if TYPE_CHECKING:  # torch knows no more of a list than that it has modules
+
+        @overload
+        def __getitem__(self, idx: slice) -> LayerList: ...
+
+        @overload
+        def __getitem__(self, idx: int) -> PreNormLayer: ...
+
+        def __getitem__(self, idx: int | slice) -> PreNormLayer | LayerList: ...
+
+        def __iter__(self) -> Iterator[PreNormLayer]: ...
 
 
 class OutputNormLayer(PreNormLayer):

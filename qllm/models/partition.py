@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from qllm.layers import Linear
+from qllm.models.layer import Embedding
 from qllm.parallel.group import Group
 from qllm.parallel.layers import shard_attention, shard_classifier, shard_embedding, shard_mlp
 from qllm.parallel.pipeline import PipelineStage
@@ -47,9 +49,9 @@ def keep_shards(model: Decoder, group: Group, mode: str) -> None:
             shard_attention(layer.attention, group, mode)
         if layer.has_mlp:
             shard_mlp(layer.mlp, group, mode)
-    if not isinstance(model.embed, nn.Identity):
+    if isinstance(model.embed, Embedding):  # and no stage without it
         model.embed = shard_embedding(model.embed.weight, group)
-    if not isinstance(model.lm_head, nn.Identity):
+    if isinstance(model.lm_head, Linear):
         model.lm_head = shard_classifier(model.lm_head, group)
     if model.positions.slopes is not None:
         queries = heads.queries

@@ -34,12 +34,14 @@ class EagerStep:
     """A step that is run as it is, and why."""
 
     def __init__(self, step: Callable[[], None], graph_break: str) -> None:
-        self.graph_break, self.replay = graph_break, step
+        self.graph_break: str | None = graph_break
+        self._step = step
+
+    def replay(self) -> None:
+        self._step()
 
 
-def capture(
-    step: Callable[[], None], device: torch.device, *, alone: bool
-) -> CapturedStep | EagerStep:
+def capture(step: Callable[[], None], device: torch.device, *, alone: bool) -> CapturedStep:
     """Run a step once, and keep how it is run again.
 
     Args:

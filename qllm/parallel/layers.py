@@ -42,6 +42,10 @@ class ShardedLinear(nn.Module):
         return self.sharding.ranges[self.group.rank]
 
 
+# What stands where a layer has a linear: all of it, or this rank's shard.
+LinearOrShard = Linear | ShardedLinear
+
+
 class ColumnParallel(ShardedLinear):
     """Some output channels of a linear layer: x (M, K), on all ranks, to this rank's (M, n)."""
 
@@ -139,16 +143,16 @@ def shard_linear(
 class AttentionLike(Protocol):
     """A module with `qkv` (rows: query, key, value heads), `out`, and the number of `heads`."""
 
-    qkv: Linear
-    out: Linear
+    qkv: LinearOrShard
+    out: LinearOrShard
     heads: list[int]
 
 
 class MLPLike(Protocol):
     """A module with `up` (or gate and up, rows one behind the other) and `down`."""
 
-    up: Linear
-    down: Linear
+    up: LinearOrShard
+    down: LinearOrShard
 
 
 def shard_attention(attention: AttentionLike, group: Group, mode: str = "exact") -> None:
@@ -157,24 +161,30 @@ def shard_attention(attention: AttentionLike, group: Group, mode: str = "exact")
     Its key-value cache, slopes and rotations are then those of its own heads.
     """
     count, kv_heads, _ = attention.heads
-    head_dim = attention.out.in_features // count
+    qkv, out = attention.qkv, attention.out
+    assert isinstance(qkv, Linear)  # nothing is sharded twice
+    assert isinstance(out, Linear)
+    head_dim = out.in_features // count
     heads = shard_heads(count, kv_heads, group.size)
-    both = attention_shardings(heads, head_dim, attention.out.out_features, mode)
+    both = attention_shardings(heads, head_dim, out.out_features, mode)
     widths = [len(h.queries) * head_dim for h in heads]
-    attention.qkv = shard_linear(attention.qkv, group, both["qkv"], gather=False)
-    attention.out = shard_linear(attention.out, group, both["out"], inputs=widths)
+    attention.qkv = shard_linear(qkv, group, both["qkv"], gather=False)
+    attention.out = shard_linear(out, group, both["out"], inputs=widths)
     mine = heads[group.rank]
     attention.heads = [len(mine.queries), len(mine.keys), len(mine.keys)]
 
 
 def shard_mlp(mlp: MLPLike, group: Group, mode: str = "exact") -> None:
     """Shard an MLP: this rank keeps its inner channels, and exchanges with the others."""
-    inner, hidden = mlp.down.in_features, mlp.down.out_features
-    gated = mlp.up.out_features == 2 * inner
+    up, down = mlp.up, mlp.down
+    assert isinstance(up, Linear)  # nothing is sharded twice
+    assert isinstance(down, Linear)
+    inner, hidden = down.in_features, down.out_features
+    gated = up.out_features == 2 * inner
     both = mlp_shardings(inner, hidden, gated, group.size, mode)
     widths = [len(runs[0]) for runs in both["up"].ranges]
-    mlp.up = shard_linear(mlp.up, group, both["up"], gather=False)
-    mlp.down = shard_linear(mlp.down, group, both["down"], inputs=widths)
+    mlp.up = shard_linear(up, group, both["up"], gather=False)
+    mlp.down = shard_linear(down, group, both["down"], inputs=widths)
 
 
 def shard_embedding(weight: Tensor, group: Group) -> VocabularyParallel:

@@ -235,12 +235,13 @@ class _Run:
         for module in BACK:
             self._fill(module)
         model = self.model
-        head: Linear = model.lm_head
+        head = model.lm_head
+        assert isinstance(head, Linear)  # of a whole model
         if next(head.buffers()).is_meta:  # it is tied
             tied = model.embed.weight
             assert isinstance(tied, Tensor)
             head = DenseLinear(tied.float(), None, QuantSpec())
-        heads = [head] * len(self.job.candidates)
+        heads: list[Linear] = [head] * len(self.job.candidates)
         if self.job.lm_head:
             stats = InputStats(head.in_features, self.job.device, products=True, multiply=head.run)
             for sample in self.hidden.states:

@@ -106,6 +106,7 @@ class Shape:
         head = None
         if LM_HEAD not in modules:
             linear = model.lm_head
+            assert isinstance(linear, Linear)  # of a whole model
             count = linear.in_features * linear.out_features
             head = (count, count * model.dtype.itemsize)
         tied = module_bytes(model.embed) if config.tied_head else 0
