@@ -237,8 +237,15 @@ def probe_path(args: argparse.Namespace, device: str) -> Path:
 
     from qllm import folders
     from qllm.evaluate import fingerprints
+    from qllm.plan.probe import FORMAT
 
-    about = [fingerprints.machine(), fingerprints.versions(), torch.get_num_threads(), device]
+    about = [
+        FORMAT,
+        fingerprints.machine(),
+        fingerprints.versions(),
+        torch.get_num_threads(),
+        device,
+    ]
     about += [args.bits, args.group_size, args.scheme, args.dtype]
     digest = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
     path = folders.place(f"plan/probe-{digest}.json", cli.note)

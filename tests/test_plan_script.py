@@ -89,7 +89,7 @@ def test_devices_and_stages(given, tmp_path):
 def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_path):
     _, args, found = given
     half = found["plan"]["predicted"]["bytes"] * 0.6
-    linear = {"1": (1e-6, 1e-10, 2e-10), "32": (1e-5, 1e-9, 1e-9)}
+    linear = {"1": (1e-6, 0.0, 1e-10, 2e-10), "32": (1e-5, 0.0, 1e-9, 1e-9)}
     linears = {f"{bits}:g64:asym": linear for bits in (2, 3, 4)} | {"16": linear}
     halves = dict.fromkeys(("decode", "prefill"), (1e-6, 0.0, 0.0))
     speed = {"linears": dict.fromkeys(("decode", "prefill"), linears), "halves": halves}

@@ -25,17 +25,19 @@ DESCRIBED = ("memory", "bandwidth", "flops", "int8_flops", "overhead")
 # What most kernels reach of what is published, of bandwidth and of arithmetic.
 OF_BANDWIDTH, OF_FLOPS = 0.8, 0.5
 
+Size = tuple[int, int]  # inputs and outputs of a matrix
+
 
 class Speed(Protocol):
     """How long things take on a device, in seconds."""
 
     def linear(
-        self, spec: QuantSpec, weights: int, nbytes: int, rows: int, *, decode: bool, model: float
+        self, spec: QuantSpec, size: Size, nbytes: int, rows: int, *, decode: bool, model: float
     ) -> float:
         """A product with a matrix.
 
         Args:
-            weights, nbytes: of the matrix.
+            size, nbytes: of the matrix.
             rows: tokens that are multiplied.
             decode: in a step of decode; else of prompts.
             model: bytes of all that a step reads, by which caches keep it or do not.
@@ -69,11 +71,11 @@ class DescribedSpeed:
     overhead: float = 10e-6
 
     def linear(
-        self, spec: QuantSpec, weights: int, nbytes: int, rows: int, *, decode: bool, model: float
+        self, spec: QuantSpec, size: Size, nbytes: int, rows: int, *, decode: bool, model: float
     ) -> float:
         rate = self.int8_flops if spec.kind.startswith("w8a8") else self.flops
         read = nbytes / (self.bandwidth * OF_BANDWIDTH)
-        return max(read, 2 * weights * rows / (rate * OF_FLOPS))
+        return max(read, 2 * math.prod(size) * rows / (rate * OF_FLOPS))
 
     def half(self, values: int, context: int, *, decode: bool) -> float:
         # Activations are read and written a few times; scores are next to nothing beside products.
@@ -90,20 +92,21 @@ class MeasuredSpeed:
 
     Attributes:
         linears: "decode" and "prefill" to `candidates.key` to rows to seconds per call, per
-            weight out of caches and per weight out of memory.
+            channel (inputs and outputs together), per weight out of caches and per weight out
+            of memory.
         halves: "decode" and "prefill" to seconds per half of a layer, per activation and per unit
             of context; see `Speed.half`.
         steps: seconds of a pass besides its layers.
         cache: bytes that stay in caches from step to step.
     """
 
-    linears: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]]
+    linears: Mapping[str, Mapping[str, Mapping[str, tuple[float, ...]]]]
     halves: Mapping[str, tuple[float, float, float]]
     steps: float
     cache: float
 
     def linear(
-        self, spec: QuantSpec, weights: int, nbytes: int, rows: int, *, decode: bool, model: float
+        self, spec: QuantSpec, size: Size, nbytes: int, rows: int, *, decode: bool, model: float
     ) -> float:
         phase = self.linears["decode" if decode else "prefill"]
         if key(spec) not in phase:
@@ -113,8 +116,10 @@ class MeasuredSpeed:
             )
         table = phase[key(spec)]
         known = sorted(map(int, table))
-        where = 2 if model > self.cache else 1
-        seconds = [table[str(count)][0] + table[str(count)][where] * weights for count in known]
+        features = (1, sum(size), 0, math.prod(size))
+        if model <= self.cache:
+            features = (1, sum(size), math.prod(size), 0)
+        seconds = [float(np.dot(features, table[str(count)])) for count in known]
         if rows > known[-1]:
             return seconds[-1] * rows / known[-1]
         return float(np.interp(rows, known, seconds))
@@ -268,7 +273,7 @@ def _measured(value: Any, where: str) -> MeasuredSpeed:
     try:
         linears = {
             phase: {
-                bits: {str(int(rows)): _three(times) for rows, times in table.items()}
+                bits: {str(int(rows)): _numbers(times, 4) for rows, times in table.items()}
                 for bits, table in value["linears"][phase].items()
             }
             for phase in ("decode", "prefill")
@@ -282,7 +287,12 @@ def _measured(value: Any, where: str) -> MeasuredSpeed:
 
 
 def _three(times: Any) -> tuple[float, float, float]:
-    first, second, third = map(float, times)
-    if not all(math.isfinite(t) and t >= 0 for t in (first, second, third)):
-        raise ValueError
+    first, second, third = _numbers(times, 3)
     return first, second, third
+
+
+def _numbers(times: Any, count: int) -> tuple[float, ...]:
+    found = tuple(map(float, times))
+    if len(found) != count or not all(math.isfinite(t) and t >= 0 for t in found):
+        raise ValueError
+    return found

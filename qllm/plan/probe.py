@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -16,12 +18,15 @@ from qllm.models import Decoder, RawConfig, read_config
 from qllm.ops import phase
 from qllm.ops.capture import capture
 from qllm.plan.candidates import key
-from qllm.plan.devices import MeasuredSpeed
+from qllm.plan.devices import MeasuredSpeed, Size
 
-WIDTHS = (256, 1024, 2048)  # channels of the square matrices that are multiplied
+# Inputs and outputs of the matrices that are multiplied: those that caches keep, and a large one.
+SIZES = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
+LARGE = (2048, 2048)
 DECODE_ROWS, PREFILL_ROWS = (1, 4, 8, 16), (16, 128, 512)
 STREAMED = 192 << 20  # bytes of matrices that no cache keeps
 CACHED = 4 << 20  # bytes that caches are taken to keep from one step to the next
+FORMAT = 2  # of what is found: what was kept in another is measured again
 SECONDS = 0.1  # that one measurement takes at least
 # Of the models with which is measured what is beside the products: hidden size and layers.
 MODELS = ((256, 2), (256, 8), (1024, 4))
@@ -54,30 +59,31 @@ def probe(
 
 def _linears(
     spec: QuantSpec, dtype: torch.dtype, device: str
-) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """Seconds per call, per weight in caches and per weight in memory: by phase and rows."""
-    cached = [[_linear(width, spec, dtype, device)] for width in WIDTHS[:2]]
-    width = WIDTHS[-1]
-    first = _linear(width, spec, dtype, device)
+) -> dict[str, dict[str, tuple[float, ...]]]:
+    """Coefficients of `MeasuredSpeed.linears`, by phase and rows."""
+    cached = [[_linear(size, spec, dtype, device)] for size in SIZES]
+    first = _linear(LARGE, spec, dtype, device)
     copies = max(2, -(-STREAMED // first.nbytes()))
-    streamed = [first] + [_linear(width, spec, dtype, device) for _ in range(copies - 1)]
-    found: dict[str, dict[str, tuple[float, float, float]]] = {}
+    streamed = [first] + [_linear(LARGE, spec, dtype, device) for _ in range(copies - 1)]
+    found: dict[str, dict[str, tuple[float, ...]]] = {}
     for name, counts in (("decode", DECODE_ROWS), ("prefill", PREFILL_ROWS)):
         found[name] = {}
         for rows in counts:
             # A product of many rows is bound by arithmetic: a few matrices are as good as many.
             far_linears = streamed if name == "decode" else streamed[:2]
-            small, large = (_seconds_of(each, rows, dtype, device, name) for each in cached)
-            weights = [each**2 for each in WIDTHS]
-            slope = max((large - small) / (weights[1] - weights[0]), 1e-15)
-            call = max(small - slope * weights[0], 0.0)
+            near = [_seconds_of(each, rows, dtype, device, name) for each in cached]
+            features = [[1.0, sum(size), math.prod(size)] for size in SIZES]
+            call, channel, weight = _fit(list(zip(features, near, [0.0] * len(near), strict=True)))
             far = _seconds_of(far_linears, rows, dtype, device, name)
-            found[name][str(rows)] = (call, slope, max((far - call) / weights[2], slope))
+            beside = call + channel * sum(LARGE)
+            far_weight = max((far - beside) / math.prod(LARGE), weight)
+            found[name][str(rows)] = (call, channel, weight, far_weight)
     return found
 
 
-def _linear(width: int, spec: QuantSpec, dtype: torch.dtype, device: str) -> Linear:
-    weight = torch.randn(width, width, device=device, dtype=dtype) * width**-0.5
+def _linear(size: Size, spec: QuantSpec, dtype: torch.dtype, device: str) -> Linear:
+    inputs, outputs = size
+    weight = torch.randn(outputs, inputs, device=device, dtype=dtype) * inputs**-0.5
     linear = linear_class(spec).from_float(weight, None, spec, input_range=4.0)
     linear.process_weights_after_loading()
     return linear
@@ -94,17 +100,17 @@ def _seconds_of(
             linear(x)
 
     if name == "prefill":
-        return least_seconds(run, device) / len(linears)
+        return median_seconds(run, device) / len(linears)
     with torch.inference_mode(), phase.decode():
         step = capture(run, torch.device(device), alone=True)  # as steps of decode are
-        return least_seconds(step.replay, device) / len(linears)
+        return median_seconds(step.replay, device) / len(linears)
 
 
 @torch.inference_mode()
-def least_seconds(run: Callable[[], object], device: str) -> float:
-    """The fastest of the runs that fit into SECONDS, three at least, after one that is not counted.
+def median_seconds(run: Callable[[], object], device: str) -> float:
+    """Of the runs that fit into SECONDS, three at least, after one that is not counted.
 
-    What else runs on the machine only ever adds to a time.
+    The fastest run of many is faster than those of a text are on the whole.
     """
     on_gpu = torch.device(device).type == "cuda"
     run()
@@ -117,7 +123,7 @@ def least_seconds(run: Callable[[], object], device: str) -> float:
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return statistics.median(times)
 
 
 def _halves(
@@ -129,16 +135,16 @@ def _halves(
     for hidden, layers in MODELS:
         model = _model(hidden, layers, dtype, device)
         linears = [m for m in model.modules() if isinstance(m, Linear)]
-        weights = [m.in_features * m.out_features for m in linears]
+        sizes = [(m.in_features, m.out_features) for m in linears]
         held = float(sum(m.nbytes() for m in linears))
         count = 2 * layers
 
-        def products(rows: int, head_rows: int, *, decoding: bool, of: list = weights) -> float:
+        def products(rows: int, head_rows: int, *, decoding: bool, of: list = sizes) -> float:
             """Of the layers' linears, and of the head, which is the last one."""
             each = [rows] * (len(of) - 1) + [head_rows]
             return sum(
-                speed.linear(QuantSpec(), w, 2 * w, r, decode=decoding, model=held)  # noqa: B023
-                for w, r in zip(of, each, strict=True)
+                speed.linear(QuantSpec(), size, 0, r, decode=decoding, model=held)  # noqa: B023
+                for size, r in zip(of, each, strict=True)
             )
 
         for batch in BATCHES:
@@ -149,7 +155,7 @@ def _halves(
                 decode.append((features, seconds, products(batch, batch, decoding=True)))
         for length in PROMPTS:
             prompt = [list(range(length))]
-            seconds = least_seconds(partial(model.prefill, prompt), device)
+            seconds = median_seconds(partial(model.prefill, prompt), device)
             features = [1.0, count, count * length * hidden, layers * length**2 * hidden]
             prefill.append((features, seconds, products(length, 1, decoding=False)))
     step = _fit(decode)
@@ -186,7 +192,7 @@ def _decode_seconds(model: Decoder, batch: int, context: int, device: str) -> fl
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return min(times[3:])  # of which the first ones are captured
+    return statistics.median(times[3:])  # of which the first ones are captured
 
 
 def _model(hidden: int, layers: int, dtype: torch.dtype, device: str) -> Decoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from qllm.config import LM_HEAD, ModelConfig, QuantPlan, QuantSpec
 from qllm.layers import Linear, linear_class
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
-from qllm.plan.devices import Cluster, Device
+from qllm.plan.devices import Cluster, Device, Size
 from qllm.plan.sensitivity import Array
 from qllm.plan.solve import Problem
 from qllm.quantizer.checkpoint import FRONT
@@ -41,12 +42,13 @@ class Shape:
     Attributes:
         modules: names of the linears that are decided on.
         half_of: int (M,), their halves of layers.
+        sizes: int (M, 2), their inputs and outputs.
         weights: (M,), elements.
         nbytes: int (M, C), as loading has them.
         bits: (M, C), per weight: integers, scales and zeros.
         fixed: int (H,), bytes of the rest of each half: dense linears, norms, and with the first
             and last half what is in front of the layers and behind them.
-        head_rows, head_bytes: of an LM head that is not decided on.
+        head: size and bytes of an LM head that is not decided on.
         tied: bytes of the embedding that a last stage of several has once more.
     """
 
@@ -54,11 +56,12 @@ class Shape:
     dtype: torch.dtype
     modules: tuple[str, ...]
     half_of: np.ndarray
+    sizes: np.ndarray
     weights: Array
     nbytes: Array
     bits: Array
     fixed: Array
-    head: tuple[int, int] | None
+    head: tuple[Size, int] | None
     tied: int
 
     @classmethod
@@ -82,20 +85,20 @@ class Shape:
         """Of a dense model, which may be on the meta device."""
         config = model.config
         last = 2 * config.num_layers - 1
-        halves, weights, nbytes, bits = [], [], [], []
+        halves, sizes, nbytes, bits = [], [], [], []
         for name in modules:
             linear = model.get_submodule(name)
             assert isinstance(linear, Linear)
             halves.append(last if name == LM_HEAD else _half(name))
-            weights.append(linear.in_features * linear.out_features)
-            bias = getattr(linear, "bias", None) is not None
             size = (linear.in_features, linear.out_features)
+            sizes.append(size)
+            bias = getattr(linear, "bias", None) is not None
             held = [
                 [linear_class(s).empty(*size, part, s, model.dtype).nbytes() for s in candidates]
                 for part in (bias, False)
             ]
             nbytes.append(held[0])
-            bits.append([8 * each / weights[-1] for each in held[1]])
+            bits.append([8 * each / math.prod(size) for each in held[1]])
         fixed = np.zeros(last + 1)
         for name, module in model.named_modules():
             own = sum(t.nbytes for t in module.buffers(recurse=False))
@@ -107,15 +110,16 @@ class Shape:
         if LM_HEAD not in modules:
             linear = model.lm_head
             assert isinstance(linear, Linear)  # of a whole model
-            count = linear.in_features * linear.out_features
-            head = (count, count * model.dtype.itemsize)
+            size = (linear.in_features, linear.out_features)
+            head = (size, math.prod(size) * model.dtype.itemsize)
         tied = module_bytes(model.embed) if config.tied_head else 0
         return cls(
             config,
             model.dtype,
             tuple(modules),
             np.array(halves),
-            np.array(weights, dtype=np.float64),
+            np.array(sizes),
+            np.array([math.prod(size) for size in sizes], dtype=np.float64),
             np.array(nbytes, dtype=np.float64),
             np.array(bits),
             fixed,
@@ -188,7 +192,8 @@ def build(
             speed = device.speed
             for m in range(size[0]):
                 for c, spec in enumerate(candidates):
-                    args = (spec, int(shape.weights[m]), int(shape.nbytes[m, c]))
+                    inputs, outputs = map(int, shape.sizes[m])
+                    args = (spec, (inputs, outputs), int(shape.nbytes[m, c]))
                     behind = shape.modules[m] == LM_HEAD  # which sees each prompt's last token
                     n = rows_each if behind else tokens
                     prefill[d, m, c] = speed.linear(*args, n, decode=False, model=held)
@@ -202,10 +207,10 @@ def build(
                     config.hidden_size * rows_each, int(mean), decode=True
                 )
             if shape.head is not None:
-                weights, nbytes = shape.head
+                head, nbytes = shape.head
                 for table, decoding in ((fixed_prefill, False), (fixed_decode, True)):
                     table[d, -1] += speed.linear(
-                        QuantSpec(), weights, nbytes, rows_each, decode=decoding, model=held
+                        QuantSpec(), head, nbytes, rows_each, decode=decoding, model=held
                     )
             fixed_prefill[d, 0] += speed.step()
             fixed_decode[d, 0] += speed.step()

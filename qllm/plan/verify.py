@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,7 +43,7 @@ def verify(
 
     Returns:
         `divergence` from the model at 16 bits, nats per token; `bytes`; where the plan's devices
-        are this machine's, `prefill_seconds` and `decode_seconds`, the fastest of some runs.
+        are this machine's, `prefill_seconds` and `decode_seconds`, the median of some runs.
     """
     rules = tuple((pattern, _by(algorithm, spec)) for pattern, spec in plan.quant_plan.rules)
     chosen = replace(plan.quant_plan, rules=rules)
@@ -77,13 +78,13 @@ def verify(
 def _time(model: Decoder, work: Workload) -> tuple[float, float]:
     """Seconds of the prompts' pass and of a step."""
     runner, vocab = ModelRunner.of_decoder(model), model.config.vocab_size
-    prefill = _fastest(runner, Case("pp", work.prompt, work.batch), vocab)
-    return prefill, _fastest(runner, Case("tg", work.new, work.batch), vocab) / work.new
+    prefill = _median(runner, Case("pp", work.prompt, work.batch), vocab)
+    return prefill, _median(runner, Case("tg", work.new, work.batch), vocab) / work.new
 
 
 def _by(algorithm: str, spec: QuantSpec) -> QuantSpec:
     return replace(spec, algorithm=algorithm) if spec.kind == "weight_only" else spec
 
 
-def _fastest(runner: Runner, case: Case, vocab_size: int) -> float:
-    return min(seconds_of(runner, case, vocab_size) for _ in range(REPEATS))
+def _median(runner: Runner, case: Case, vocab_size: int) -> float:
+    return statistics.median(seconds_of(runner, case, vocab_size) for _ in range(REPEATS))

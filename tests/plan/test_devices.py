@@ -26,7 +26,7 @@ def test_the_example_is_read():
     assert [d.memory for d in cluster.devices] == [32e9] * 3 + [40e9]
     assert cluster.hop(1e6) == pytest.approx(2e-5 + 8e-5)
     v100, a100 = cluster.devices[0].speed, cluster.devices[-1].speed
-    job = (QuantSpec(4), 10**8, 5 * 10**7)
+    job = (QuantSpec(4), (10**4, 10**4), 5 * 10**7)
     # One row waits for memory, many for arithmetic.
     slow, fast = (s.linear(*job, 1, decode=True, model=1e9) for s in (v100, a100))
     assert slow / fast == pytest.approx(1555 / 900)
@@ -62,7 +62,7 @@ def test_a_file_that_is_not_there():
 
 
 def test_measured_speeds_are_what_was_measured(tmp_path):
-    table = {"1": (1e-5, 1e-10, 3e-10), "8": (2e-5, 2e-10, 4e-10)}
+    table = {"1": (1e-5, 1e-9, 1e-10, 3e-10), "8": (2e-5, 2e-9, 2e-10, 4e-10)}
     speed = MeasuredSpeed(
         {"decode": {"4:g128:asym": table}, "prefill": {"4:g128:asym": table}},
         {"decode": (1e-6, 1e-9, 1e-11), "prefill": (2e-6, 0.0, 0.0)},
@@ -72,15 +72,16 @@ def test_measured_speeds_are_what_was_measured(tmp_path):
     device = {"name": "here", "memory": 1e9, "measured": speed.to_json()}
     again = read(tmp_path, {"devices": [device]}).devices[0].speed
     assert again == speed
-    four = QuantSpec(4, kind="weight_only")
-    assert again.linear(four, 10**6, 0, 1, decode=True, model=1e5) == pytest.approx(1.1e-4)
-    assert again.linear(four, 10**6, 0, 1, decode=True, model=1e7) == pytest.approx(3.1e-4)
-    middle = again.linear(four, 10**6, 0, 4, decode=True, model=1e5)
-    assert middle == pytest.approx(1.1e-4 + 3 / 7 * 1.1e-4)
-    assert again.linear(four, 10**6, 0, 16, decode=True, model=1e5) == pytest.approx(4.4e-4)
+    four, size = QuantSpec(4, kind="weight_only"), (500, 2000)
+    near, far = (again.linear(four, size, 0, 1, decode=True, model=m) for m in (1e5, 1e7))
+    assert near == pytest.approx(1e-5 + 2.5e-6 + 1e-4)
+    assert far == pytest.approx(1e-5 + 2.5e-6 + 3e-4)
+    middle = again.linear(four, size, 0, 4, decode=True, model=1e5)
+    assert middle == pytest.approx(near + 3 / 7 * near)
+    assert again.linear(four, size, 0, 16, decode=True, model=1e5) == pytest.approx(4 * near)
     assert again.half(1000, 10**5, decode=True) == pytest.approx(3e-6)
     with pytest.raises(UserError, match="4:g128:asym and no 3:g128:asym; measure again"):
-        again.linear(QuantSpec(3, kind="weight_only"), 1, 1, 1, decode=True, model=1.0)
+        again.linear(QuantSpec(3, kind="weight_only"), (1, 1), 1, 1, decode=True, model=1.0)
 
 
 def test_sizes():
