@@ -15,9 +15,12 @@ from qllm.checkpoint.weights import Weights
 from qllm.config import LM_HEAD, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
+from qllm.layers.fp16 import DenseLinear
+from qllm.layers.w8a8 import DynamicInt8Linear, StaticInt8Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
 from qllm.models.equalize import NORMS, can_divide
+from qllm.models.layer import Embedding, Norm
 from qllm.parallel.layers import RowParallel, ShardedLinear, VocabularyParallel
 from qllm.quant.packing import PackedWeight, scheme_of
 from qllm.quant.smooth import smooth_scales
@@ -77,8 +80,9 @@ class Materializer:
         """Tie the head to the embedding, and let norms round for the linears behind them."""
         model = self.model
         if self.ties:
+            assert isinstance(model.embed, Embedding | VocabularyParallel)  # of all that tie
             weight = model.embed.weight.to(self._device_of(LM_HEAD))
-            head = linear_class(QuantSpec()).from_float(weight, None, QuantSpec())
+            head = DenseLinear(weight, None, QuantSpec())
             if isinstance(model.lm_head, ShardedLinear):
                 model.lm_head.linear = head
             else:
@@ -115,16 +119,25 @@ class Materializer:
         """A linear that is stored quantized."""
         rows = sharded.ranges if sharded and sharded.sharding.dim == 0 else None
         found = self.weights.read_quantized(name, rows)
-        tensors = [None if tensor is None else tensor.to(self.device) for tensor in found]
-        spec = self.weights.stored[name].spec
+        spec, device = self.weights.stored[name].spec, self.device
+        layer: Linear
         if isinstance(found, Int8Weight):
-            qweight, scales, input_scale = tensors
-            extra = [] if input_scale is None else [input_scale]
-            layer = linear_class(spec)(qweight, scales, bias, spec, *extra)
+            qweight, scales = found.qweight.to(device), found.scales.to(device)
+            if found.input_scale is None:
+                layer = DynamicInt8Linear(qweight, scales, bias, spec)
+            else:
+                input_scale = found.input_scale.to(device)
+                layer = StaticInt8Linear(qweight, scales, bias, spec, input_scale)
         else:
             spec = replace(spec, scheme=scheme_of(found.qzeros))
             columns = self.weights.shapes[f"{name}.weight"][1]
-            layer = WeightOnlyLinear.from_packed(PackedWeight(*tensors), bias, spec, columns)
+            packed = PackedWeight(
+                found.qweight.to(device),
+                found.scales.to(device),
+                found.qzeros.to(device),
+                None if found.perm is None else found.perm.to(device),
+            )
+            layer = WeightOnlyLinear.from_packed(packed, bias, spec, columns)
         return layer if rows or not sharded else layer.shard(sharded.sharding, self.tp.rank)
 
     def _quantized(self, name: str, bias: Tensor | None, sharded: ShardedLinear | None) -> Linear:
@@ -154,7 +167,7 @@ class Materializer:
         layer = kind.from_float(
             weight, bias, spec, input_range=input_range, all_fit=self.tp.all_true
         )
-        if columns == wanted:
+        if wanted is None or columns is None or columns == wanted:
             return layer
         return layer.narrow(1, range(wanted.start - columns.start, wanted.stop - columns.start))
 
@@ -181,6 +194,7 @@ class Materializer:
             scales = smooth_scales(inputs, whole)
             inputs = inputs / scales
             norm = self.model.get_submodule(f"layers.{index}.{NORMS[inner]}")
+            assert isinstance(norm, Norm)
             norm.divide(scales)
         return float(inputs.max()), scales
 

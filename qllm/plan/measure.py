@@ -195,6 +195,7 @@ class _Run:
             if spec.kind == "dense":
                 found.append(module)
                 continue
+            assert isinstance(module, DenseLinear)  # as long as the layer is the float model's
             linear, report = quantize_linear(module, name, spec, stats, self.job.options)
             self.errors[self.modules.index(name), place] = report.error**2
             found.append(linear)

@@ -23,6 +23,7 @@ from qllm.layers import Linear
 from qllm.layers.fp16 import DenseLinear
 from qllm.memory import check_fits
 from qllm.models import Decoder
+from qllm.models.cache import Prefill
 from qllm.models.layer import Norm, PreNormLayer
 from qllm.progress import Meter, unseen
 from qllm.quant.inputs import InputStats
@@ -53,7 +54,7 @@ def quantize_checkpoint(
     job: Job,
     target: Path,
     meter: Meter = unseen,
-    note: Callable[[str], object] = lambda line: None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> list[LinearReport]:
     """Write a quantized checkpoint to `target`, which appears when it is whole.
 
@@ -82,7 +83,7 @@ def quantize_checkpoint(
 class _Run:
     """One call of `quantize_checkpoint`: what it knows before the first step, and the steps."""
 
-    def __init__(self, job: Job, target: Path, note: Callable[[str], object]) -> None:
+    def __init__(self, job: Job, target: Path, note: Callable[[str], None]) -> None:
         self.job, self.note = job, note
         self.weights = Weights.of_floats(job.source, note)
         self.config = self.weights.config
@@ -99,7 +100,8 @@ class _Run:
         self.model = Decoder(self.config, {}, torch.float32)
         self.output = OutputCheckpoint(job, self.weights, self.specs, self.model)
         if job.samples is not None:
-            check_fits(self._bytes_needed(), job.device, "calibration")
+            needed = self._bytes_needed(len(job.samples), len(job.samples[0]))
+            check_fits(needed, job.device, "calibration")
         self.partial = PartialFolder(target, self._settings())
         self.reports: list[LinearReport] = []
         self.tuned: list[TuneReport] = []
@@ -107,12 +109,8 @@ class _Run:
         # What the float model has there, where layers are tuned.
         self.targets: HiddenStates | None = None
         # Decided once: a run that is gone on with may find more memory or less.
-        self.distilling: bool | None = self.partial.state.get("distilling")
-        if self.distilling is None:
-            dtype = self._states_dtype()
-            self.distilling = self.tuning and can_refine_scales(
-                job, self.config, self.specs, dtype, note
-            )
+        decided: bool | None = self.partial.state.get("distilling")
+        self.distilling = self._can_refine_scales() if decided is None else decided
 
     @property
     def tuning(self) -> bool:
@@ -123,9 +121,15 @@ class _Run:
         """What hidden states are kept in between layers."""
         return self.job.dtype or self.weights.default_dtype()
 
-    def _bytes_needed(self) -> int:
-        """About what calibration has in memory at its peak."""
-        samples, length = len(self.job.samples), len(self.job.samples[0])
+    def _can_refine_scales(self) -> bool:
+        """Whether scales are tuned behind the layers."""
+        dtype = self._states_dtype()
+        return self.tuning and can_refine_scales(
+            self.job, self.config, self.specs, dtype, self.note
+        )
+
+    def _bytes_needed(self, samples: int, length: int) -> int:
+        """About what calibration on so many samples of a length has in memory at its peak."""
         itemsize = self._states_dtype().itemsize
         hidden = samples * length * self.config.hidden_size * itemsize
         layer = sum(tensor.nbytes for tensor in self.model.layers[0].buffers())
@@ -219,12 +223,13 @@ class _Run:
         layers = [elements(layer) * itemsize for layer in self.model.layers]
         if not self.distilling:
             return [0, *layers, 0]
+        assert self.job.samples is not None  # without which no layer is tuned
         tune, distill = self.job.options.tune, self.job.options.distill
         length = len(self.job.samples[0])
         # A step of either goes through the model once and back; of the latter, twice and back.
         again = 4 / 3 * distill.steps * distill.samples(length)
         again /= tune.steps * tune.samples(length)
-        return [0, *layers, 0, sum(layers) * again]
+        return [0, *layers, 0, round(sum(layers) * again)]
 
     def _report(self, report: LinearReport) -> None:
         """Keep what became of a linear, and say it."""
@@ -303,9 +308,11 @@ class _Run:
                 self.output.write_linear(full, found.pop(inner))
             elif self.hidden is not None:  # AWQ and SmoothQuant may have changed it
                 module = layer.get_submodule(inner)
-                norm = isinstance(module, Norm)
-                stored = module.stored(self.config.norm_offset) if norm else module.named_buffers()
-                self.output.write_floats(full, dict(stored))
+                if isinstance(module, Norm):
+                    stored = module.stored(self.config.norm_offset)
+                else:
+                    stored = dict(module.named_buffers())
+                self.output.write_floats(full, stored)
             else:
                 self.output.write_floats(full, self._floats(full))
             if self.hidden is None:
@@ -360,13 +367,15 @@ class _Run:
         if self._head_needs_inputs():
             for module in BACK[:-1]:
                 self._fill(module)
-            model = self.model
+            model, linear = self.model, self.model.lm_head
+            assert self.hidden is not None  # as where any linear needs inputs
+            assert isinstance(linear, Linear)
 
-            def run(x: Tensor, step: object) -> Tensor:
-                return model.lm_head(model.project_out(model.final_norm(x)))
+            def run(x: Tensor, step: Prefill) -> Tensor:
+                return linear(model.project_out(model.final_norm(x)))
 
             products = {LM_HEAD} if algorithm_of(head).products else set()
-            stats = self.hidden.observe(run, {LM_HEAD: model.lm_head}, products, "model")[LM_HEAD]
+            stats = self.hidden.observe(run, {LM_HEAD: linear}, products, "model")[LM_HEAD]
         self.output.write_linear(LM_HEAD, self._quantize_alone(LM_HEAD, stats))
 
     def _refine_scales(self, add: Callable[[float], object]) -> None:

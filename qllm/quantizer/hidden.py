@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qllm.checkpoint.reader import SafetensorsFile, TensorInfo
 from qllm.checkpoint.writer import SafetensorsWriter, new_file
 from qllm.errors import UserError
+from qllm.layers import Linear
 from qllm.models import Decoder
 from qllm.models.cache import Prefill
 from qllm.models.positions import PositionEncoding
@@ -87,13 +88,13 @@ class HiddenStates:
             self.passed(len(states) / len(self.states))
 
     def observe(
-        self, run: Run, modules: dict[str, nn.Module], products: set[str], where: str
+        self, run: Run, modules: Mapping[str, Linear], products: set[str], where: str
     ) -> dict[str, InputStats]:
         """The statistics of the inputs of some modules, in a pass that changes nothing.
 
         Args:
             run: what the states go through; it is left when the last module has its input.
-            modules: name to module, in the order in which they run.
+            modules: name to linear, in the order in which they run.
             products: the names whose x x^T is wanted.
             where: the layer they are in, for messages.
 

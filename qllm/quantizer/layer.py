@@ -14,7 +14,7 @@ from qllm.config import ModelConfig, QuantSpec
 from qllm.layers import Linear, linear_class
 from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import WeightOnlyLinear
-from qllm.models.equalize import can_divide, divide_input, shared_channels
+from qllm.models.equalize import can_divide, dense_linear, divide_input, shared_channels
 from qllm.models.layer import PreNormLayer
 from qllm.quant.algorithm import Algorithm, QuantizeOptions, TuningStart
 from qllm.quant.algorithms import ALGORITHMS, SMOOTHQUANT
@@ -105,16 +105,16 @@ def quantize_layer(
     stats: dict[str, InputStats] = {}
     if early:
         products = {linear for linear in early if algorithm_of(specs[linear]).products}
-        modules = {linear: layer.get_submodule(linear) for linear in early}
+        modules = {linear: dense_linear(layer, linear) for linear in early}
         stats = hidden.observe(layer, modules, products, name)
         for linear in early:
             _equalize(layer, config, linear, specs[linear], stats[linear], options)
-    linears = {}
+    linears: dict[str, Linear] = {}
     for half, (run, members) in enumerate(halves):
         for linear in members:
             if linear not in quantized:
                 continue
-            module = layer.get_submodule(linear)
+            module = dense_linear(layer, linear)
             if linear in late:
                 products = {linear} if algorithm_of(specs[linear]).products else set()
                 stats |= hidden.observe(run, {linear: module}, products, name)
@@ -158,7 +158,7 @@ def _equalize(
     """Divide a linear's input as its algorithm would, where something can take it."""
     if not can_divide(config, linear):
         return
-    weight, form = layer.get_submodule(linear).weight, (spec.bits, spec.group_size, spec.scheme)
+    weight, form = dense_linear(layer, linear).weight, (spec.bits, spec.group_size, spec.scheme)
     share = partial(shared_channels, config, linear)
     scales = algorithm_of(spec).input_scales(weight, stats, form, options, share)
     if scales is not None:
@@ -167,7 +167,7 @@ def _equalize(
 
 
 def quantize_linear(
-    module: Linear,
+    module: DenseLinear,
     name: str,
     spec: QuantSpec,
     stats: InputStats | None,
@@ -187,7 +187,7 @@ def quantize_linear(
     damp = 0.0
     if spec.kind != "weight_only":
         largest = None if stats is None else stats.largest.max().item()
-        linear = linear_class(spec).from_float(weight, bias, spec, input_range=largest)
+        linear: Linear = linear_class(spec).from_float(weight, bias, spec, input_range=largest)
     else:
         packed, damp = algorithm_of(spec).quantize(
             weight, form, hessian, options, in_scores=name.endswith("attention.qkv")

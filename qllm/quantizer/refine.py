@@ -17,10 +17,10 @@ from qllm.checkpoint.reader import SafetensorsFile, TensorInfo
 from qllm.checkpoint.writer import SafetensorsWriter, new_file
 from qllm.config import ModelConfig, QuantPlan, QuantSpec
 from qllm.layers import Linear
-from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import available_bytes, gigabytes
 from qllm.models import Decoder
+from qllm.models.equalize import dense_linear
 from qllm.models.layer import PreNormLayer
 from qllm.quant.algorithm import QuantizeOptions, TuningStart
 from qllm.quantizer.distill import memory_needed, tune_scales
@@ -68,12 +68,11 @@ def refine_layer(
     hidden, targets = states
     targets.advance(layer)  # while it is the float model's
     tune, inputs = options.tune, hidden.copy()
-    weights: dict[str, Tensor] = {}
-    for inner, spec in specs.items():
-        if is_tuned(spec, options):
-            module = layer.get_submodule(inner)
-            assert isinstance(module, DenseLinear)
-            weights[inner] = module.weight
+    weights = {
+        inner: dense_linear(layer, inner).weight
+        for inner, spec in specs.items()
+        if is_tuned(spec, options)
+    }
     # Passes of a sample through the layer: gradients take two more, GPTQ about four in all.
     tuning = 3 * tune.steps * tune.samples(inputs.states.shape[1])
     share = tuning / (tuning + 4 * len(inputs.states))

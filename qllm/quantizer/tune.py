@@ -18,9 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from qllm import ops
 from qllm.layers import Linear
-from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.cache import Prefill
+from qllm.models.equalize import dense_linear
 from qllm.models.layer import PreNormLayer
 from qllm.quant.algorithm import TuneOptions, TuningStart
 from qllm.quant.rounding import TunedRounding
@@ -139,8 +139,7 @@ def output_errors(layer: PreNormLayer, weights: Mapping[str, Tensor]) -> Iterato
     errors: dict[str, float] = {}
 
     def watch(name: str, weight: Tensor) -> RemovableHandle:
-        module = layer.get_submodule(name)
-        assert isinstance(module, DenseLinear)
+        module = dense_linear(layer, name)
         error = module.weight - weight
 
         def see(_: nn.Module, inputs: tuple[Tensor]) -> None:
