@@ -25,6 +25,11 @@ from qllm.models import read_config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    class CausalLM(PreTrainedModel):
+        """What every causal language model of transformers is: one that generates."""
+
+        def generate(self, input_ids: Tensor, **settings: object) -> Tensor: ...
+
 
 @dataclass(frozen=True)
 class ReferenceGeneration:
@@ -48,7 +53,7 @@ class ReferenceGeneration:
 class HuggingFaceModel:
     """transformers' model, with what scoring asks of one of ours."""
 
-    def __init__(self, model: PreTrainedModel, config: ModelConfig) -> None:
+    def __init__(self, model: CausalLM, config: ModelConfig) -> None:
         self.model, self.config = model, config
 
     @classmethod
@@ -101,7 +106,7 @@ class HuggingFaceModel:
         # Prompts of one length need no padding, and go together.
         lengths = {len(prompt) for prompt in prompts}
         batches = [prompts] if len(lengths) == 1 else [[prompt] for prompt in prompts]
-        found = []
+        found: list[list[int]] = []
         for batch in batches:
             ids = torch.tensor([list(prompt) for prompt in batch], device=self.model.device)
             output = self.model.generate(
@@ -120,7 +125,7 @@ class HuggingFaceModel:
 
 def load_reference(
     folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu"
-) -> PreTrainedModel:
+) -> CausalLM:
     """transformers' model of a checkpoint.
 
     Args:
@@ -219,17 +224,20 @@ def reference_generate(
             return_dict_in_generate=False,
         )
     seconds = time.perf_counter() - start
-    eos = config.eos_token_id
-    eos = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    ends = config.eos_token_id
+    eos = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
     padded = ids.shape[1]
-    tokens, texts = [], []
+    tokens: list[list[int]] = []
+    texts: list[str] = []
     for row, mask in zip(output, attention_mask, strict=True):
         new = row[padded:].tolist()
         end = next((i + 1 for i, token in enumerate(new) if token in eos), len(new))
         prompt = row[:padded][mask.bool()].tolist()
         tokens.append(new[:end])
-        before = tokenizer.decode(prompt, skip_special_tokens=True)
-        whole = tokenizer.decode(prompt + new[:end], skip_special_tokens=True)
+        before, whole = (
+            str(tokenizer.decode(ids, skip_special_tokens=True))  # a list alone for several rows
+            for ids in (prompt, prompt + new[:end])
+        )
         texts.append(whole[len(before) :])
     return ReferenceGeneration(
         tokens, texts, model.get_memory_footprint(), model.config.num_hidden_layers, seconds

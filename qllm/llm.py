@@ -35,7 +35,7 @@ from qllm.config import (
     QuantSpec,
 )
 from qllm.errors import UserError
-from qllm.evaluate.perplexity import PerplexityOptions, Text, perplexity
+from qllm.evaluate.perplexity import DEFAULT_BATCH, PerplexityOptions, Text, perplexity
 from qllm.generate import (
     GenerationConfig,
     TextStream,
@@ -52,6 +52,8 @@ from qllm.stopping import StopStrings, cut
 from qllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
     from qllm.calibration import Calibration
     from qllm.onnx.runner import OnnxDecoder
     from qllm.parallel.pipeline import ParallelContext
@@ -257,7 +259,7 @@ class LLM:
         Raises:
             UserError: for an empty prompt, or one that the model's window cannot hold.
         """
-        many = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+        many = _several(prompts)
         ids = [self.pretrained.encode(prompt, max_prompt_length) for prompt in many]
         config = self._generation(max_new_tokens, repetition_penalty, sampling)
         strings = [stop] if isinstance(stop, str) else list(stop)
@@ -315,27 +317,36 @@ class LLM:
         Raises:
             UserError: for an empty prompt, or one that the model's window cannot hold.
         """
-        many = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+        many = _several(prompts)
         if not many:
             return []
         ids = [self.pretrained.encode(prompt) for prompt in many]
         check_prompts(self.model.config, ids, GenerationConfig(max_new_tokens=0))
         found = self.model.prefill(ids, last=False)
+        assert found is not None  # as all stages of a pipeline share logits
         return list(found.split([len(prompt) for prompt in ids]))
 
-    def perplexity(self, text: str, *, convention: str = "gptq", **options: int | None) -> float:
+    def perplexity(
+        self,
+        text: str,
+        *,
+        convention: str = "gptq",
+        window: int | None = None,
+        stride: int | None = None,
+        batch: int = DEFAULT_BATCH,
+    ) -> float:
         """exp of the mean negative log-likelihood of a text.
 
         Args:
             convention: how the text is cut and what counts: a name of
                 `qllm.evaluate.perplexity.CONVENTIONS`. Figures of one alone can be compared.
-            options: `window`, `stride`, `batch` of `PerplexityOptions`.
+            window, stride, batch: see `qllm.evaluate.perplexity.PerplexityOptions`.
 
         Raises:
             UserError: for a text that is too short, or a window that the model cannot take.
         """
         encoded = Text.encode(text, self.tokenizer)
-        settings = PerplexityOptions((convention,), **options)
+        settings = PerplexityOptions((convention,), window, stride, batch)
         return perplexity(self.model, encoded, settings)[convention]
 
     def _generation(
@@ -350,6 +361,11 @@ class LLM:
         )
 
 
-def _is_ids(prompts: Sequence) -> bool:
+def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as several."""
+    return [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+
+
+def _is_ids(prompts: Sequence[int] | Sequence[Prompt]) -> TypeIs[Sequence[int]]:
     """Whether this is one prompt of token ids, and no list of prompts."""
     return len(prompts) > 0 and isinstance(prompts[0], int)

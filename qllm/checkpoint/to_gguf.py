@@ -8,7 +8,8 @@ q - zero being an int8 with the same scale.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -109,6 +110,7 @@ def _metadata(config: ModelConfig) -> dict[str, Value]:
     if config.norm == "layernorm":
         return values | {f"{name}.attention.layer_norm_epsilon": config.norm_eps}
     rope = config.rope
+    assert rope is not None  # of the other architectures
     if rope.kind not in ("default", "linear") or rope.rotary_dim not in (None, config.head_dim):
         raise UserError(f"GGUF files are written of plain and linear RoPE, not of {rope.kind}")
     if rope.kind == "linear":
@@ -151,7 +153,7 @@ def _tokenizer(source: Path, config: ModelConfig) -> dict[str, Value]:
         raise UserError(f"{path} is not whole") from None
     if pre is None or model.get("type") != "BPE" or model.get("byte_fallback"):
         raise UserError(f"{path}: GGUF files are written of byte-level BPE that llama.cpp knows")
-    found: dict[str, Value] = {
+    made: dict[str, Value] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": listed,
@@ -159,9 +161,9 @@ def _tokenizer(source: Path, config: ModelConfig) -> dict[str, Value]:
         "tokenizer.ggml.merges": merges,
     }
     if config.eos_token_ids:
-        found["tokenizer.ggml.eos_token_id"] = config.eos_token_ids[0]
+        made["tokenizer.ggml.eos_token_id"] = config.eos_token_ids[0]
     added_bos = Tokenizer.load(source, config.vocab_size).added_bos_id
-    return found | _settings(source, listed, added_bos)
+    return made | _settings(source, listed, added_bos)
 
 
 def _pre(text: str) -> list[tuple[bool, str]]:
@@ -189,9 +191,10 @@ def _settings(source: Path, tokens: list[str], added_bos: int | None) -> dict[st
     found: dict[str, Value] = {}
     named = values.get("bos_token")
     named = named.get("content") if isinstance(named, dict) else named
-    if added_bos is not None or named in tokens:
-        begin = tokens.index(named) if added_bos is None else added_bos
-        found["tokenizer.ggml.bos_token_id"] = begin
+    if added_bos is None and isinstance(named, str) and named in tokens:
+        found["tokenizer.ggml.bos_token_id"] = tokens.index(named)
+    elif added_bos is not None:
+        found["tokenizer.ggml.bos_token_id"] = added_bos
     found["tokenizer.ggml.add_bos_token"] = added_bos is not None
     if isinstance(values.get("chat_template"), str):
         found["tokenizer.chat_template"] = values["chat_template"]
@@ -217,7 +220,7 @@ class _Tensors:
                 target = f"{part}.{kind}"
                 inner = shape[1:]
                 planned[target] = Planned((len(rows), *inner), form)
-                self._made[target] = lambda n=name, r=rows, o=order, f=form: self._bytes(n, r, o, f)
+                self._made[target] = partial(self._bytes, name, rows, order, form)
         return planned
 
     def bytes_of(self, planned: dict[str, Planned]) -> Iterator[Tensor]:
@@ -236,8 +239,7 @@ class _Tensors:
                 f"{module} has {spec.bits} bits in groups of {group}, which GGUF's blocks of "
                 f"{PACKED_GROUP} do not hold"
             )
-        packed = self.weights.read_quantized(module)
-        self._check(module, packed, spec.bits)
+        packed = self._packed(module)
         if spec.bits != 4:
             return Q8_0
         if not packed.qzeros.numel():  # but the middle, which a checkpoint's settings do not tell
@@ -248,13 +250,24 @@ class _Tensors:
         self.wide += 1
         return Q8_0
 
-    def _check(self, module: str, packed: PackedWeight, bits: int) -> None:
+    def _packed(self, module: str, rows: Sequence[range] | None = None) -> PackedWeight:
+        """A quantized matrix, or some runs of its rows.
+
+        Raises:
+            UserError: for one that no type of GGUF holds.
+        """
+        packed, bits = (
+            self.weights.read_quantized(module, rows),
+            self.weights.stored[module].spec.bits,
+        )
+        assert isinstance(packed, PackedWeight)  # of all with weights alone
         if packed.perm is not None or packed.scales.dtype != torch.float16:
             raise UserError(f"{module} has act-order or scales beyond float16, which GGUF has not")
         if packed.qzeros.is_floating_point() and bits != 4:
             raise UserError(
                 f"{module} has {bits} bits and offsets, of a type of GGUF that is not written"
             )
+        return packed
 
     def _parts(self, module: str, total: int) -> Iterator[tuple[str, range, int]]:
         """llama.cpp's name of each part, its rows in ours, and the heads that are rotated."""
@@ -263,18 +276,19 @@ class _Tensors:
             return
         _, index, inner = module.split(".", 2)
         config, layer = self.config, f"blk.{index}"
-        if inner == "attention.qkv":
-            names, counts = ("attn_qkv",), (total,)
-            if config.family != "bloom":
-                names = ("attn_q", "attn_k", "attn_v")
-                heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-                counts = tuple(count * config.head_dim for count in heads)
-        elif inner == "mlp.up":
-            names = ("ffn_gate", "ffn_up") if config.gated_mlp else ("ffn_up",)
-            counts = (total // len(names),) * len(names)
+        names: tuple[str, ...]
+        if inner == "attention.qkv" and config.family != "bloom":
+            names = ("attn_q", "attn_k", "attn_v")
+            many = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+            counts = [count * config.head_dim for count in many]
         else:
-            names = INNER[inner]
-            counts = (total // len(names),) * len(names)
+            if inner == "attention.qkv":
+                names = ("attn_qkv",)
+            elif inner == "mlp.up":
+                names = ("ffn_gate", "ffn_up") if config.gated_mlp else ("ffn_up",)
+            else:
+                names = INNER[inner]
+            counts = [total // len(names)] * len(names)
         begin = 0
         for name, count in zip(names, counts, strict=True):
             heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(name, 0)
@@ -290,9 +304,8 @@ class _Tensors:
         if form.dtype is not None:
             numbers = self.weights.read(name, rows=[rows])[order].to(form.dtype).contiguous()
             return numbers.flatten().view(torch.uint8)
-        packed = self.weights.read_quantized(module, [rows])
+        packed = self._packed(module, [rows])
         spec, width = self.weights.stored[module].spec, self.weights.shapes[name][1]
-        self._check(module, packed, spec.bits)
         group = group_width(width, spec.group_size)
 
         def of_blocks(numbers: Tensor) -> Tensor:
@@ -307,10 +320,9 @@ class _Tensors:
             if form is Q4_1:
                 factors.append(of_blocks(_offsets(packed).half()).view(torch.uint8))
         else:
-            zeros = 2 ** (spec.bits - 1)
-            if packed.qzeros.numel():
-                zeros = of_blocks(packed.qzeros).short()
-            values = q.short() - zeros
+            middle = 2 ** (spec.bits - 1)
+            asymmetric = packed.qzeros.numel() > 0
+            values = q.short() - (of_blocks(packed.qzeros).short() if asymmetric else middle)
             if values.amin() < -128 or values.amax() > 127:
                 raise UserError(f"{module} has zero points with which it needs 9 bits")
             values = values.to(torch.int8).view(torch.uint8)

@@ -151,12 +151,12 @@ class _Header:
     def read(self) -> GGUF:
         if self._take(4) != MAGIC:
             raise UserError(f"{self.path} is no GGUF file: it does not begin with GGUF")
-        version = self._number("I")
+        version = self._u32()
         if version not in VERSIONS:
             other = version and version & 0xFFFF == 0
-            kind = "of a big-endian machine" if other else f"of version {version}"
-            raise UserError(f"{self.path} is a GGUF file {kind}; QLLM reads little-endian 2 and 3")
-        tensors, pairs = self._number("Q"), self._number("Q")
+            what = "of a big-endian machine" if other else f"of version {version}"
+            raise UserError(f"{self.path} is a GGUF file {what}; QLLM reads little-endian 2 and 3")
+        tensors, pairs = self._u64(), self._u64()
         # A key has 8 bytes and more, its value 5; a tensor's name, shape, type and place 32.
         self._confirm(13 * pairs + 32 * tensors, f"{pairs} keys and {tensors} tensors")
         metadata: dict[str, Value] = {}
@@ -164,7 +164,7 @@ class _Header:
             key = self._text("a key", MOST_NAME_BYTES)
             if key in metadata:
                 raise UserError(f"{self.path} has the key {key!r} twice")
-            metadata[key] = self._value(self._number("I"), key)
+            metadata[key] = self._value(self._u32(), key)
         found = GGUF(self.path, metadata)
         stated = [self._tensor() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", ALIGNMENT)
@@ -204,11 +204,18 @@ class _Header:
         return self.data[self.at - count : self.at]
 
     def _number(self, letter: str) -> bool | int | float:
+        """The next number, of a type that `struct` has by this letter."""
         size = struct.calcsize(f"<{letter}")
         return struct.unpack(f"<{letter}", self._take(size))[0]
 
+    def _u32(self) -> int:
+        return int(self._number("I"))
+
+    def _u64(self) -> int:
+        return int(self._number("Q"))
+
     def _text(self, what: str, most: int = MOST_HEADER_BYTES) -> str:
-        length = self._number("Q")
+        length = self._u64()
         if length > most:
             raise UserError(f"{self.path}: {what} has {length} bytes")
         try:
@@ -224,7 +231,7 @@ class _Header:
             return self._number(NUMBERS[kind])
         if kind != ARRAY:
             raise UserError(f"{self.path}: {what} has the type {kind}, which GGUF does not have")
-        inner, count = self._number("I"), self._number("Q")
+        inner, count = self._u32(), self._u64()
         if inner in NUMBERS:
             letter = NUMBERS[inner]
             size = struct.calcsize(f"<{letter}")
@@ -257,11 +264,11 @@ class _Header:
 
     def _tensor(self) -> tuple[str, tuple[int, ...], BlockType, int]:
         name = self._text("a tensor's name", MOST_NAME_BYTES)
-        dimensions = self._number("I")
+        dimensions = self._u32()
         if not 1 <= dimensions <= MOST_DIMENSIONS:
             raise UserError(f"{self.path}: {name} has {dimensions} dimensions")
-        shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
-        kind, offset = self._number("I"), self._number("Q")
+        shape = tuple(self._u64() for _ in range(dimensions))[::-1]
+        kind, offset = self._u32(), self._u64()
         if kind not in TYPES:
             known = ", ".join(each.name for each in TYPES.values())
             raise UserError(f"{self.path}: {name} has the type {kind}; QLLM reads {known}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from qllm.errors import UserError
 from qllm.gguf.file import GGUF, Value
 
 LONGEST_SHOWN = 60
+Kind = TypeVar("Kind", bool, int, float, str, list)
 
 
 class Metadata:
@@ -30,7 +32,7 @@ class Metadata:
         """A key of the architecture: "block_count" to "llama.block_count"."""
         return f"{self.architecture}.{key}"
 
-    def get(self, key: str, kind: type | tuple[type, ...], default: Value | None = None) -> Value:
+    def get(self, key: str, kind: type[Kind], default: Kind | None = None) -> Kind:
         """The value of a key, of a type; `default` without one.
 
         Raises:
@@ -39,10 +41,13 @@ class Metadata:
         value = self.values.get(key, default)
         odd = isinstance(value, bool) and kind is not bool
         if value is None or odd or not isinstance(value, kind):
-            shown = repr(value)[:LONGEST_SHOWN]
-            said = "has no" if value is None else f"says {shown} of"
-            raise UserError(f"{self.where} {said} {key}")
+            raise self._refusal(key, value)
         return value
+
+    def _refusal(self, key: str, value: Value | None) -> UserError:
+        """What is said of a value of another type than its key has, or of none."""
+        said = "has no" if value is None else f"says {repr(value)[:LONGEST_SHOWN]} of"
+        return UserError(f"{self.where} {said} {key}")
 
     def text(self, key: str, default: str | None = None) -> str:
         """A string."""
@@ -63,7 +68,10 @@ class Metadata:
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number."""
-        return float(self.get(key, (int, float), default))
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._refusal(key, value)
+        return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """true or false."""
@@ -71,14 +79,14 @@ class Metadata:
 
     def texts(self, key: str, default: Sequence[str] | None = None) -> list[str]:
         """A list of strings."""
-        value = self.get(key, list, default)
+        value = self.get(key, list, None if default is None else list(default))
         if value and not isinstance(value[0], str):  # arrays are of one type
             raise UserError(f"{self.where}: {key} is no list of texts")
         return value
 
     def numbers(self, key: str, default: Sequence[float] | None = None) -> list[int | float]:
         """A list of numbers."""
-        value = self.get(key, list, default)
+        value = self.get(key, list, None if default is None else list(default))
         if value and (isinstance(value[0], bool) or not isinstance(value[0], int | float)):
             raise UserError(f"{self.where}: {key} is no list of numbers")
         return value

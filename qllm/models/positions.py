@@ -101,7 +101,7 @@ class RotaryPositions(PositionEncoding):
             self._of_windows = RotaryPositions(changed, dtype)
 
     @property
-    def kinds(self) -> tuple[PositionEncoding, ...]:
+    def kinds(self) -> tuple[RotaryPositions, ...]:
         return (self,) if self._of_windows is None else (self, self._of_windows)
 
     @property

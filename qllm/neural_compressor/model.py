@@ -22,6 +22,7 @@ from qllm.checkpoint.writer import new_folder
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError, first_line
 from qllm.hub import ModelFolder
+from qllm.layers import Linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +51,8 @@ class Source:
             UserError: for what is neither, or no model that QLLM quantizes.
         """
         self.device = device
-        self.given = self.origin = None
+        self.given: PreTrainedModel | None = None
+        self.origin: str | None = None
         if isinstance(model, str | Path):
             self.path = Path(model)
             self.origin = ModelFolder(self.path, self.path.resolve().name).origin
@@ -104,7 +106,7 @@ class Source:
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"transformers cannot load {self.path}: {first_line(error)}") from None
-        return model.to(self.device)
+        return model.to(self.device)  # type: ignore[arg-type]  # its wrapper hides `self`
 
     @torch.no_grad()
     def dequantized(self, folder: Path) -> PreTrainedModel:
@@ -119,14 +121,17 @@ class Source:
                 parameters[name].copy_(weights.checkpoint.read(name))
         decoder = load_model(folder, QuantPlan.uniform(QuantSpec()))
         for name in weights.stored:
-            whole = decoder.get_submodule(name).dequantize()
+            quantized = decoder.get_submodule(name)
+            assert isinstance(quantized, Linear)
+            whole = quantized.dequantize()
             for part, rows in weights.names.rows_of_parts(name).items():
                 linear = model.get_submodule(part)
-                value = whole[rows].to(linear.weight.device, linear.weight.dtype)
+                weight = linear.get_parameter("weight")
+                value = whole[rows].to(weight.device, weight.dtype)
                 if weights.family.is_transposed(f"{name}.weight"):
                     value = value.t().contiguous()
                 # A new one, as a head's may be tied to the embedding, which stays as it is.
-                linear.weight = nn.Parameter(value, requires_grad=linear.weight.requires_grad)
+                linear.weight = nn.Parameter(value, requires_grad=weight.requires_grad)
         model.config.tie_word_embeddings = weights.config.tied_head
         return model
 
@@ -231,12 +236,12 @@ def read_samples(
 
 def _rows(batches: Iterable) -> Iterator[list[int]]:
     for batch in batches:
-        given = batch[0] if isinstance(batch, list | tuple) and batch else batch
-        mask = None
-        if isinstance(given, Mapping):
-            given, mask = given.get("input_ids"), given.get("attention_mask")
+        inputs = batch[0] if isinstance(batch, list | tuple) and batch else batch
+        tokens, mask = inputs, None
+        if isinstance(inputs, Mapping):
+            tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         try:
-            ids = _matrix(given)
+            ids = _matrix(tokens)
             keep = torch.ones_like(ids) if mask is None else _matrix(mask)
             rows = [row[kept.bool()].tolist() for row, kept in zip(ids, keep, strict=True)]
         except (ValueError, TypeError, RuntimeError, IndexError):

@@ -89,7 +89,7 @@ class DecoderGraph:
         ]
         if config.position == "rope":
             inputs.append(helper.make_tensor_value_info("position_ids", ids, [batch, length]))
-        shape = [batch, length, config.vocab_size]
+        shape: list[str | int] = [batch, length, config.vocab_size]
         outputs = [helper.make_tensor_value_info(LOGITS, kind, shape)]
         for index in range(config.num_layers):
             for what in ("key", "value"):
@@ -142,10 +142,11 @@ class DecoderGraph:
         g, config = self.graph, self.config
         g.scope = name
         affine = f"{name}.weight" in self.weights.shapes
-        scale = self._norm_weight(f"{name}.weight") if affine else None
+        if affine:
+            scale = self._norm_weight(f"{name}.weight")
+        else:
+            scale = g.constant(np.ones(config.hidden_size), self.numpy)
         if config.norm == "layernorm":
-            if scale is None:
-                scale = g.constant(np.ones(config.hidden_size), self.numpy)
             bias = [self._weight(f"{name}.bias")] if affine else []
             return g.op("LayerNormalization", x, scale, *bias, epsilon=config.norm_eps)
         return g.op("Mul", self._root_mean_square(x), scale)
@@ -226,7 +227,7 @@ class DecoderGraph:
 
     def _cos_sin(self, encoding: RotaryPositions) -> tuple[str, str]:
         """Cosines and sines (B, 1, T, D) for `position_ids`."""
-        g, config, rope = self.graph, self.config, encoding.config.rope
+        g, config, rope = self.graph, self.config, encoding.rope
         frequencies = g.constant(encoding.frequencies(1), np.float32)
         # As `RotaryPositions.frequencies`, for a length that is known when the graph runs.
         longest = ""
@@ -243,9 +244,9 @@ class DecoderGraph:
             longest = g.op("Cast", g.op("Max", longest, g.constant(trained)), to=1)
             stretch = g.op("Mul", longest, g.constant(rope.factor / trained, np.float32))
             stretch = g.op("Sub", stretch, g.constant(rope.factor - 1, np.float32))
-            powers = np.zeros(config.head_dim // 2)
-            powers[: -(-dim // 2)] = -np.arange(0, dim, 2) / (dim - 2)
-            powers = g.op("Pow", stretch, g.constant(powers, np.float32))
+            exponents = np.zeros(config.head_dim // 2)
+            exponents[: -(-dim // 2)] = -np.arange(0, dim, 2) / (dim - 2)
+            powers = g.op("Pow", stretch, g.constant(exponents, np.float32))
             frequencies = g.op("Mul", frequencies, powers)
         places = g.op("Cast", "position_ids", to=onnx.TensorProto.FLOAT)
         places = g.op("Unsqueeze", places, g.constant([1, 3]))  # (B, 1, T, 1)
