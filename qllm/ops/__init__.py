@@ -1,6 +1,6 @@
 """Every operation of the quantized layers, and the choice of the kernel that runs it.
 
-`reference.py` is the specification. A kernel has the reference's signature, says what it can do,
+`reference` is the specification. A kernel has the reference's signature, says what it can do,
 and gives a reason where it cannot. `select` decides once per layer; `--explain` prints the answer.
 """
 

@@ -65,13 +65,15 @@ def test_dequantize_rounds_once(dtype, scales_dtype):
     assert got.dtype == dtype and torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("chunk", [reference.CHUNK_WEIGHTS, 140])  # whole, or two rows at a time
+@pytest.mark.parametrize(
+    "chunk", [reference.linear.CHUNK_WEIGHTS, 140]
+)  # whole, or two rows at a time
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scheme", ["sym", "asym"])
 @pytest.mark.parametrize("group_size", [-1, 7, 32])
 @pytest.mark.parametrize("bits", BITS)
 def test_weight_only_linear(bits, group_size, scheme, bias, chunk, monkeypatch):
-    monkeypatch.setattr(reference, "CHUNK_WEIGHTS", chunk)
+    monkeypatch.setattr(reference.linear, "CHUNK_WEIGHTS", chunk)
     packed, scales, qzeros, matrix = quantized(5, 67, bits, group_size, scheme, torch.half)
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 67)).astype(np.float32))
     b = torch.arange(5.0) if bias else None
@@ -258,7 +260,9 @@ def test_attention(length, span, kv_heads, mask_heads):
         mask = random.standard_normal((2, 6 if mask_heads == "all" else 1, length, span))
         mask[1, :, :, span // 2 + 1 :] = -np.inf  # a shorter row
     tensors = (torch.from_numpy(t) for t in (q, keys, values))
-    got = reference.attention(*tensors, None if mask is None else torch.from_numpy(mask), False)
+    got = reference.softmax_attention(
+        *tensors, None if mask is None else torch.from_numpy(mask), False
+    )
     expected = softmax_attention(q, keys, values, mask, causal=False)
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-9, atol=1e-12)
 
@@ -269,6 +273,6 @@ def test_causal_attention(length, kv_heads):
     random = np.random.default_rng(0)
     q = random.standard_normal((1, 4, length, 8))
     keys, values = random.standard_normal((2, 1, kv_heads, length, 8))
-    got = reference.attention(*(torch.from_numpy(t) for t in (q, keys, values)), None, True)
+    got = reference.softmax_attention(*(torch.from_numpy(t) for t in (q, keys, values)), None, True)
     expected = softmax_attention(q, keys, values, None, causal=True)
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-9, atol=1e-12)

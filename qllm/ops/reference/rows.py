@@ -1,0 +1,102 @@
+"""What is computed of each row, or element, by itself: norms, activations, embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qllm.ops.reference.linear import Int8Rows, quantize_rows
+
+
+def embedding(index: Tensor, table: Tensor, offset: int) -> Tensor:
+    """Rows `index + offset` of a table (V, C): (N, C)."""
+    return F.embedding(index + offset, table)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Each row of x (N, C) to mean 0 and variance 1, times weight (C,), plus bias (C,)."""
+    return F.layer_norm(x, x.shape[1:], weight, bias, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
+    """Each row of x (N, C) to a root mean square of 1, times weight (C,) + offset."""
+    if offset and weight is not None:
+        # In float32: a half type would round the sum.
+        weight = weight.float() + offset
+        return F.rms_norm(x.float(), x.shape[1:], weight, eps).to(x.dtype)
+    return F.rms_norm(x, x.shape[1:], weight, eps)
+
+
+def qk_norm(
+    qkv: Tensor, weight: Tensor, heads: int, kv_heads: int, eps: float, offset: float = 0.0
+) -> Tensor:
+    """`rms_norm` of each head of the queries and of the keys, the values left as they are.
+
+    Args:
+        qkv: (N, (H + 2 H_kv) D): the heads of the queries, then of the key, then of the value.
+        weight: (2 D,), of the queries, then of the keys.
+
+    Returns:
+        as qkv.
+    """
+    parts = qkv.view(len(qkv), heads + 2 * kv_heads, -1).split([heads, kv_heads, kv_heads], dim=1)
+    normed = [
+        rms_norm(part.flatten(0, 1), each, eps, offset).view(part.shape)
+        for part, each in zip(parts, weight.chunk(2), strict=False)
+    ]
+    return torch.cat([*normed, parts[2]], dim=1).view(qkv.shape)
+
+
+def layer_norm_int8(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, input_scale: Tensor | None
+) -> Int8Rows:
+    """`layer_norm`, then `quantize_rows`."""
+    return quantize_rows(layer_norm(x, weight, bias, eps), input_scale)
+
+
+def rms_norm_int8(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    input_scale: Tensor | None,
+    offset: float = 0.0,
+) -> Int8Rows:
+    """`rms_norm`, then `quantize_rows`."""
+    return quantize_rows(rms_norm(x, weight, eps, offset), input_scale)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def activation(x: Tensor, name: str) -> Tensor:
+    """One of ACTIVATIONS of x (N, C)."""
+    return ACTIVATIONS[name](x)
+
+
+def gated_activation(x: Tensor, name: str) -> Tensor:
+    """f(gate) * up for x (N, 2 C), which is [gate; up]: (N, C)."""
+    gate, up = x.chunk(2, dim=-1)
+    return ACTIVATIONS[name](gate) * up
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """Columns `index` (J,), int64, of x (N, C): (N, J)."""
+    return x[:, index]
+
+
+def add(x: Tensor, z: Tensor) -> Tensor:
+    """x + z, of one shape."""
+    return x + z
+
+
+def scale(x: Tensor, factor: float) -> Tensor:
+    """x times a number."""
+    return x * factor
