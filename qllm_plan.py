@@ -24,10 +24,7 @@ if __name__ == "__main__":
     begin()
 
 import argparse
-import hashlib
-import json
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,11 +41,9 @@ if TYPE_CHECKING:
 
 BITS = "2,3,4,5,6,8"
 ALGORITHMS = ("gptq", "rtn")
-DATASET, SAMPLES, JUDGED, TOKENS = "wikitext2", 128, 8192, 2048
+DATASET, SAMPLES = "wikitext2", 128
 OBJECTIVES = ("loss", "latency", "throughput")
 FRONT_POINTS = 13
-# Where time is to be short and nothing says how good the text has to be.
-USUAL_BITS = 4
 
 
 def parse_args() -> argparse.Namespace:
@@ -101,7 +96,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--time-limit", type=float, default=60.0, metavar="SECONDS", help="solver (%(default)s)"
     )
-    cli.add_calibration_options(parser, DATASET, str(SAMPLES), f"{TOKENS}, or the model's window")
+    cli.add_calibration_options(parser, DATASET, str(SAMPLES), "2048, or the model's window")
     cli.add_run_options(parser)
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", metavar="FILE", help="the plan; with --probe, the device")
@@ -166,6 +161,7 @@ def main() -> None:
     folder = cli.resolve_model(args)
 
     from qllm import report
+    from qllm.checkpoint.writer import write_json
     from qllm.plan.planner import Planner, allowed
     from qllm.plan.program import Shape, Workload
 
@@ -223,60 +219,21 @@ def read_cluster(args: argparse.Namespace, device: str) -> Cluster | None:
     if not args.memory:
         return None
     memory = parse_bytes(args.memory, "--memory")
-    path = probe_path(args, device)
-    if not path.exists():
-        cli.note(f"measuring this machine, once; it is kept in {path}")
-        write_json(path, probe_entry(args, device))
-    here = Cluster.from_file(path).devices[0]
+    from qllm.plan.cached import this_machine
+
+    specs, dtype = read_candidates(args), cli.resolve_dtype(args)
+    here = this_machine(specs, dtype, device, cli.progress("measuring"), cli.note)
     return Cluster((replace(here, memory=memory),))
-
-
-def probe_path(args: argparse.Namespace, device: str) -> Path:
-    """Where what was measured of this machine is kept."""
-    import torch
-
-    from qllm import folders
-    from qllm.evaluate import fingerprints
-    from qllm.plan.probe import FORMAT
-
-    about = [
-        FORMAT,
-        fingerprints.machine(),
-        fingerprints.versions(),
-        torch.get_num_threads(),
-        device,
-    ]
-    about += [args.bits, args.group_size, args.scheme, args.dtype]
-    digest = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
-    path = folders.place(f"plan/probe-{digest}.json", cli.note)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def probe_entry(args: argparse.Namespace, device: str) -> dict[str, object]:
-    """A cluster of this machine alone."""
-    import platform
-
-    import torch
-
-    from qllm import ops
-    from qllm.memory import available_bytes
-    from qllm.plan.probe import probe
-
-    ops.prepare(torch.device(device).type)
-    dtype = cli.resolve_dtype(args) or torch.float16
-    speed = probe(read_candidates(args), dtype, device, cli.progress("measuring"))
-    name = f"{platform.node()} {device}, {torch.get_num_threads()} threads"
-    entry = {"name": name, "host": platform.node(), "memory": available_bytes(device)}
-    if device == "cpu":
-        entry["threads"] = torch.get_num_threads()
-    entry["measured"] = speed.to_json()
-    return {"devices": [entry]}
 
 
 def write_probe(args: argparse.Namespace, device: str) -> None:
     """Measure this machine for --cluster."""
-    write_json(Path(args.output), probe_entry(args, device))
+    from qllm.checkpoint.writer import write_json
+    from qllm.plan.cached import describe_machine
+
+    specs, dtype = read_candidates(args), cli.resolve_dtype(args)
+    machine = describe_machine(specs, dtype, device, cli.progress("measuring"))
+    write_json(Path(args.output), machine)
     if not args.json:
         print(f"what this machine does is written to {args.output}")
 
@@ -285,23 +242,12 @@ def read_samples(
     args: argparse.Namespace, folder: ModelFolder
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Windows of the text that Hessians are made of, and others to measure divergence on."""
-    from qllm.checkpoint.reader import read_raw_config
-    from qllm.data import load_text, sample_windows
-    from qllm.models import read_config
-    from qllm.tokenizer import Tokenizer
+    from qllm.plan.measure import draw_samples
 
-    config = read_config(read_raw_config(folder.path))
-    window = config.max_positions or TOKENS
-    count, length = args.nsamples or SAMPLES, args.seqlen or min(TOKENS, window)
-    if length > window:
-        raise UserError(f"--seqlen {length} exceeds the model's window of {window}")
-    dataset = args.dataset or DATASET
+    dataset, count = args.dataset or DATASET, args.nsamples or SAMPLES
     if args.dataset is None:
         cli.note(f"measuring on {dataset}; --dataset names another text")
-    ids = Tokenizer.load(folder.path, config.vocab_size).encode(load_text(dataset))
-    more = max(1, min(JUDGED // length, count // 4))
-    windows = sample_windows(ids, count + more, length, args.seed)
-    return windows[:count], windows[count:]
+    return draw_samples(folder.path, dataset, count, args.seqlen, args.seed)
 
 
 def find_table(
@@ -313,26 +259,12 @@ def find_table(
     device: str,
 ) -> Sensitivity:
     """The table of losses: as --table has it, or QLLM's folder; else measured, and kept there."""
-    from qllm import folders
-    from qllm.plan.measure import Job, measure
-    from qllm.plan.sensitivity import Sensitivity, write
+    from qllm.plan.cached import load_or_measure
+    from qllm.plan.measure import Job
 
     job = Job(folder.path, candidates, samples, judged, args.lm_head, seed=args.seed, device=device)
-    about = json.loads(json.dumps(job.about(), default=str))
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    path = Path(args.table) if args.table else folders.place(f"plan/{digest}.json", cli.note)
-    if path.exists():
-        found = Sensitivity.from_file(path)
-        if found.about != about:
-            raise UserError(
-                f"{path} was measured of another model, text or candidates; name another --table"
-            )
-        return found
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = measure(job, cli.meter("measuring the losses"), cli.note_above)
-    write(path, found)
-    cli.note(f"the losses are kept in {path}")
-    return found
+    path = Path(args.table) if args.table else None
+    return load_or_measure(job, path, cli.meter("measuring the losses"), cli.note, cli.note_above)
 
 
 def read_limits(args: argparse.Namespace, planner: Planner) -> Limits:
@@ -345,21 +277,13 @@ def read_limits(args: argparse.Namespace, planner: Planner) -> Limits:
         objective = "bytes" if alone else "loss"
     max_kl = args.max_kl
     if objective in ("latency", "throughput") and max_kl is None and args.avg_bits is None:
-        usual, name = usual_candidate(planner.sensitivity.candidates)
-        max_kl = planner.uniform(usual, Limits(objective)).divergence * (1 + 1e-9)
+        name, usual = planner.usual_divergence(objective)
+        max_kl = usual * (1 + 1e-9)  # which it keeps to itself
         cli.note(
             f"--max-kl is not given: the plan is to be as good as uniform {name} bits, "
             f"{max_kl:.3g} nats"
         )
     return Limits(objective, max_kl, args.avg_bits, args.time_limit)
-
-
-def usual_candidate(candidates: Sequence[QuantSpec]) -> tuple[int, str]:
-    """The index and label of the candidate that is nearest to what most take."""
-    from qllm.plan.candidates import labels
-
-    index = min(range(len(candidates)), key=lambda i: abs(candidates[i].bits - USUAL_BITS))
-    return index, labels(candidates)[index]
 
 
 def show(folder: ModelFolder, plan: Plan) -> None:
@@ -421,6 +345,7 @@ def show_front(
 ) -> list[dict[str, object]]:
     """Print and draw plans from the fewest bits to the most, uniform ones beside them."""
     from qllm import report
+    from qllm.checkpoint.writer import write_json
     from qllm.plan.candidates import labels
 
     plans = planner.front(limits, FRONT_POINTS)
@@ -474,14 +399,6 @@ def check(
         rows = [[key, f"{predicted[key]:.4g}", f"{value:.4g}"] for key, value in found.items()]
         report.print_table(["", "predicted", "measured"], rows)
     return found
-
-
-def write_json(path: Path, value: object) -> None:
-    """A file, which is there when it is whole."""
-    from qllm.checkpoint.writer import new_file
-
-    with new_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

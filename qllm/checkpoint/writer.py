@@ -203,6 +203,12 @@ def new_file(path: Path) -> Iterator[Path]:
         raise
 
 
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file, which appears when it is whole."""
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path`, in place of what was there, when the block ends."""

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from qllm import ops
 from qllm.checkpoint.fingerprint import state_fingerprint
 from qllm.checkpoint.load import elements
+from qllm.checkpoint.reader import read_raw_config
 from qllm.checkpoint.weights import Weights
 from qllm.config import LM_HEAD, QuantSpec
+from qllm.data import load_text, sample_windows
+from qllm.errors import UserError
 from qllm.evaluate.scoring import logit_pieces
 from qllm.layers import Linear
 from qllm.layers.fp16 import DenseLinear
 from qllm.memory import check_fits
-from qllm.models import Decoder
+from qllm.models import Decoder, read_config
 from qllm.models.layer import PreNormLayer
 from qllm.plan.sensitivity import Array, Sensitivity, draw_choices
 from qllm.progress import Meter, unseen
@@ -30,11 +33,14 @@ from qllm.quant.inputs import InputStats
 from qllm.quantizer.checkpoint import BACK, FRONT
 from qllm.quantizer.hidden import HiddenStates
 from qllm.quantizer.layer import QuantizeOptions, quantize_linear, stand_in
+from qllm.tokenizer import Tokenizer
 
 # Bits at which a linear is run alone: its divergence is well above rounding, and still small.
 PROBE_BITS = 3
 PLANS = 8  # of mixed bits
 SMALLEST = 1e-12  # divergence that is told from none
+# Of the samples, where nobody says how long they are; and those that divergence is measured on.
+TOKENS, MAX_JUDGED_TOKENS = 2048, 8192
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,31 @@ class Job:
             "seed": self.seed,
             "options": asdict(self.options),
         }
+
+
+def draw_samples(
+    folder: Path, dataset: str, count: int, length: int | None, seed: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Windows of a text that Hessians are made of, and others to measure divergence on.
+
+    Args:
+        folder: the model's.
+        dataset: see `qllm.data.load_text`.
+        count: of the former; there are at most a quarter as many of the latter.
+        length: tokens of each; None: TOKENS, or as many as the model takes.
+
+    Raises:
+        UserError: for a longer window than the model takes, or a text that is too short.
+    """
+    config = read_config(read_raw_config(folder))
+    window = config.max_positions or TOKENS
+    length = length or min(TOKENS, window)
+    if length > window:
+        raise UserError(f"--seqlen {length} exceeds the model's window of {window}")
+    ids = Tokenizer.load(folder, config.vocab_size).encode(load_text(dataset))
+    more = max(1, min(MAX_JUDGED_TOKENS // length, count // 4))
+    windows = sample_windows(ids, count + more, length, seed)
+    return windows[:count], windows[count:]
 
 
 @torch.inference_mode()

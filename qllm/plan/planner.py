@@ -15,12 +15,14 @@ from qllm.errors import UserError
 from qllm.patterns import Patterns
 from qllm.plan.candidates import labels
 from qllm.plan.devices import Cluster, DescribedSpeed, Device
+from qllm.plan.problem import Problem, Solution
 from qllm.plan.program import Shape, Workload, build
 from qllm.plan.sensitivity import Fit, Sensitivity
-from qllm.plan.solve import Problem, Solution, orders, solve
+from qllm.plan.solve import orders, solve
 
 # What tells one model from another in a plan.
 MODEL_KEYS = ("family", "num_layers", "hidden_size", "intermediate_size", "vocab_size")
+USUAL_BITS = 4
 # What a device is where no memory and no speed is asked for.
 ANYWHERE = Device("here", math.inf, DescribedSpeed(math.inf, math.inf, math.inf), "here")
 
@@ -30,7 +32,7 @@ class Limits:
     """What a plan has to keep to, and what it should be best at.
 
     Attributes:
-        objective: one of `qllm.plan.solve.OBJECTIVES`.
+        objective: one of `qllm.plan.problem.OBJECTIVES`.
         max_divergence: nats per token; None: no limit.
         max_bits: mean bits per weight; None: no limit.
         time_limit: seconds for the solver.
@@ -216,6 +218,16 @@ class Planner:
         costs = problem.evaluate(choice, device)
         solution = Solution(choice, device, costs, problem.value(costs), 0.0, 0.0)
         return self._plan(problem, solution, devices)
+
+    def usual_divergence(self, objective: str) -> tuple[str, float]:
+        """What most people take: the candidate nearest to USUAL_BITS for all linears.
+
+        Returns:
+            its label, and the divergence that is predicted of it, nats per token.
+        """
+        candidates = self.sensitivity.candidates
+        index = min(range(len(candidates)), key=lambda i: abs(candidates[i].bits - USUAL_BITS))
+        return labels(candidates)[index], self.uniform(index, Limits(objective)).divergence
 
     def front(self, limits: Limits, points: int) -> list[Plan]:
         """Plans from the fewest bits to the most, each with the least loss at its bits."""

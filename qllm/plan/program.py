@@ -16,8 +16,8 @@ from qllm.layers import Linear, linear_class
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
 from qllm.plan.devices import Cluster, Device, Size
+from qllm.plan.problem import Problem
 from qllm.plan.sensitivity import Array
-from qllm.plan.solve import Problem
 from qllm.quantizer.checkpoint import FRONT
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from qllm.errors import UserError
 from qllm.plan import solve as solver
-from qllm.plan.solve import Problem, orders, solve
+from qllm.plan.problem import Problem
+from qllm.plan.solve import orders, solve
 
 
 def problem(seed: int, devices: int, layers: int, candidates: int = 2, **changes) -> Problem:

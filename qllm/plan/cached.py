@@ -1,0 +1,107 @@
+"""What is measured once and kept in a file: a model's table of losses, and this machine's speed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from qllm import folders, ops
+from qllm.checkpoint.writer import write_json
+from qllm.config import QuantSpec
+from qllm.errors import UserError
+from qllm.evaluate import fingerprints
+from qllm.memory import available_bytes
+from qllm.plan.candidates import key
+from qllm.plan.devices import Cluster, Device
+from qllm.plan.measure import Job, measure
+from qllm.plan.probe import FORMAT, probe
+from qllm.plan.sensitivity import Sensitivity, write
+from qllm.progress import Meter
+
+Note = Callable[[str], None]
+
+
+def load_or_measure(
+    job: Job, path: Path | None, meter: Meter, note: Note, note_linear: Note
+) -> Sensitivity:
+    """A model's table of losses: of a file, or measured, and kept there.
+
+    Args:
+        path: of the file; None: one in QLLM's folder, named after all that decides the figures.
+        note: called with where the table is kept, once it is measured.
+        note_linear: called with a line for each linear that is measured.
+
+    Raises:
+        UserError: the file's table is of something else; or as `measure`.
+    """
+    about = json.loads(json.dumps(job.about(), default=str))
+    if path is None:
+        path = folders.place(f"plan/{_digest(about)}.json", note)
+    if path.exists():
+        found = Sensitivity.from_file(path)
+        if found.about != about:
+            raise UserError(
+                f"{path} was measured of another model, text or candidates; name another --table"
+            )
+        return found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = measure(job, meter, note_linear)
+    write(path, found)
+    note(f"the losses are kept in {path}")
+    return found
+
+
+def describe_machine(
+    specs: Sequence[QuantSpec],
+    dtype: torch.dtype | None,
+    device: str,
+    progress: Callable[[list], Iterable],
+) -> dict[str, object]:
+    """This machine, measured, as the only device of a cluster, for `Cluster.from_file`.
+
+    Args:
+        specs: whose products are measured.
+        dtype: of activations; None is float16.
+        progress: what loops go through, to be seen.
+    """
+    ops.prepare(torch.device(device).type)
+    speed = probe(specs, dtype or torch.float16, device, progress)
+    threads = torch.get_num_threads()
+    entry: dict[str, object] = {
+        "name": f"{platform.node()} {device}, {threads} threads",
+        "host": platform.node(),
+        "memory": available_bytes(device),
+    }
+    if device == "cpu":
+        entry["threads"] = threads
+    entry["measured"] = speed.to_json()
+    return {"devices": [entry]}
+
+
+def this_machine(
+    specs: Sequence[QuantSpec],
+    dtype: torch.dtype | None,
+    device: str,
+    progress: Callable[[list], Iterable],
+    note: Note,
+) -> Device:
+    """This machine as `describe_machine` has it: measured once, and kept in QLLM's folder."""
+    about = [FORMAT, fingerprints.machine(), fingerprints.versions(), torch.get_num_threads()]
+    about += [device, [key(spec) for spec in specs], dtype]
+    path = folders.place(f"plan/probe-{_digest(about)}.json", note)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        note(f"measuring this machine, once; it is kept in {path}")
+        write_json(path, describe_machine(specs, dtype, device, progress))
+    return Cluster.from_file(path).devices[0]
+
+
+def _digest(about: object) -> str:
+    """A name for what depends on these facts."""
+    text = json.dumps(about, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,213 @@
+"""The mixed-integer program of a problem: its variables, rows and costs, as HiGHS takes them.
+
+Binary x[m, c] gives linear m candidate c, binary y[h, d] puts half h of a layer on device d. Of a
+linear z[m, c, d] is the part that candidate c has on device d; with x and y whole, sums over c and
+over d leave z no choice but their product. Stages are contiguous where, for each device d, the
+halves on the devices up to d only become fewer from half to half.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qllm.errors import UserError
+from qllm.plan.problem import Array, Problem, Solution, Whole
+
+GAP = 1e-4  # relative, at which a solution is as good as the best
+# HiGHS holds constraints to about this much of a number around 1.
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What HiGHS says: x (M, C), y (H, D), and a bound that no solution is better than."""
+
+    x: Array
+    y: Array
+    bound: float
+
+
+class MixedIntegerProgram:
+    """The matrices of one problem, with its numbers scaled to about 1.
+
+    Variables: x (M, C); y (H, D); z (M, C, D); used (D,); the slowest prefill, and the slowest
+    step. Where the halves' devices are given, y and z are constants and only x and the last two
+    are there.
+    """
+
+    def __init__(self, problem: Problem, device: Whole | None = None) -> None:
+        self.problem, self.device = problem, device
+        m, c, d, h = self.sizes = (*problem.loss.shape, len(problem.memory), problem.halves)
+        self.x = np.arange(m * c).reshape(m, c)
+        count = self.x.size
+        if device is None:
+            self.y = count + np.arange(h * d).reshape(h, d)
+            self.z = count + h * d + np.arange(m * c * d).reshape(m, c, d)
+            self.used = count + h * d + m * c * d + np.arange(d)
+            count += h * d + m * c * d + d
+        self.slow = count + np.arange(2)
+        self.count = count + 2
+        self.parts: list[tuple[Array, Whole, Whole]] = []  # values, rows and columns
+        self.low: list[Array] = []
+        self.high: list[Array] = []
+        self.rows = 0
+        self.cost = np.zeros(self.count)
+        self.constant = 0.0
+        self._choose()
+        if device is None:
+            self._place()
+        self._limits()
+        self._set_cost()
+
+    def _add(self, columns: Whole, values: float | Array, low: float, high: float) -> None:
+        """Rows, one for each of `columns` (R, V)."""
+        columns = np.atleast_2d(columns)
+        count = len(columns)
+        rows = np.repeat(np.arange(self.rows, self.rows + count), columns.shape[1])
+        values = np.broadcast_to(np.asarray(values, dtype=np.float64), columns.shape)
+        self.parts.append((values.ravel(), rows, columns.ravel()))
+        self.low.append(np.full(count, low))
+        self.high.append(np.full(count, high))
+        self.rows += count
+
+    def _choose(self) -> None:
+        self._add(self.x, 1.0, 1, 1)
+
+    def _place(self) -> None:
+        m, c, d, h = self.sizes
+        all_devices = self.z.reshape(m * c, d)
+        columns = np.concatenate([all_devices, self.x.reshape(-1, 1)], axis=1)
+        self._add(columns, np.array([1.0] * d + [-1.0]), 0, 0)
+        all_candidates = self.z.transpose(0, 2, 1).reshape(m * d, c)
+        there = self.y[self.problem.half_of].reshape(-1, 1)
+        columns = np.concatenate([all_candidates, there], axis=1)
+        self._add(columns, np.array([1.0] * c + [-1.0]), 0, 0)
+        self._add(self.y, 1.0, 1, 1)
+        columns = np.stack([np.broadcast_to(self.used, (h, d)), self.y], axis=-1).reshape(-1, 2)
+        self._add(columns, np.array([1.0, -1.0]), 0, np.inf)
+        for last in range(d - 1):
+            columns = np.concatenate([self.y[:-1, : last + 1], self.y[1:, : last + 1]], axis=1)
+            values = np.array([1.0] * (last + 1) + [-1.0] * (last + 1))
+            self._add(columns, values, 0, np.inf)
+
+    def _on_device(self, d: int, linear: Array, half: Array) -> tuple[Whole, Array, float]:
+        """A sum over what is on a device, as columns, values and a constant.
+
+        Args:
+            linear: (M, C).
+            half: (H,).
+        """
+        if self.device is None:
+            columns = np.concatenate([self.z[:, :, d].ravel(), self.y[:, d]])
+            return columns, np.concatenate([linear.ravel(), half]), 0.0
+        here = self.device[self.problem.half_of] == d
+        constant = float(half[self.device == d].sum())
+        return self.x[here].ravel(), linear[here].ravel(), constant
+
+    def _limits(self) -> None:
+        p = self.problem
+        scale = max(float(p.nbytes.max()), 1.0)
+        for d, memory in enumerate(p.memory):
+            if np.isfinite(memory):
+                columns, values, constant = self._on_device(d, p.nbytes, p.fixed_bytes)
+                if self.device is None:
+                    columns = np.append(columns, self.used[d])
+                    values = np.append(values, p.buffers)
+                elif (self.device == d).any():
+                    constant += p.buffers
+                self._add(columns, values / scale, -np.inf, (memory - constant) / scale)
+            for place, (linear, half) in enumerate(
+                ((p.prefill, p.fixed_prefill), (p.decode, p.fixed_decode))
+            ):
+                columns, values, constant = self._on_device(d, linear[d], half[d])
+                columns = np.append(columns, self.slow[place])
+                unit = self._unit(place)
+                values = np.append(values / unit, -1.0)
+                self._add(columns, values, -np.inf, -constant / unit)
+        if p.max_loss is not None:
+            # A little less than the limit, so that rounding inside HiGHS does not break it.
+            self._add(self.x.ravel(), p.loss.ravel() / p.max_loss, -np.inf, 1 - TOLERANCE)
+        if p.max_bits is not None:
+            share = p.weights[:, None] * p.bits / (p.weights.sum() * p.max_bits)
+            self._add(self.x.ravel(), share.ravel(), -np.inf, 1 + TOLERANCE / 100)
+
+    def _unit(self, place: int) -> float:
+        """Seconds that stand for 1: of prefill, of a step."""
+        p = self.problem
+        part = (p.prefill, p.decode)[place].max(axis=(0, 2)).sum()
+        rest = (p.fixed_prefill, p.fixed_decode)[place].max(axis=0).sum()
+        return float(part + rest) or 1.0
+
+    def _set_cost(self) -> None:
+        p, cost = self.problem, self.cost
+        if p.objective in ("loss", "bytes"):
+            cost[self.x] = p.loss if p.objective == "loss" else p.nbytes
+            return
+        more = p.micro_batches - 1 if p.objective == "latency" else p.micro_batches
+        cost[self.slow] = self._unit(0) * more, self._unit(1) * more * p.steps
+        if p.objective == "throughput":
+            return
+        for d in range(len(p.memory)):
+            total = p.prefill[d] + p.steps * p.decode[d]
+            half = p.fixed_prefill[d] + p.steps * p.fixed_decode[d]
+            columns, values, constant = self._on_device(d, total, half)
+            cost[columns] = values
+            self.constant += constant
+        hop = p.hop_prefill + p.steps * p.hop_decode
+        if self.device is None:
+            cost[self.used] = hop
+            self.constant -= hop  # one less than there are stages
+        else:
+            self.constant += hop * (len(np.unique(self.device)) - 1)
+
+    def run(self, time_limit: float, *, whole: bool = True) -> Result:
+        """Solve it; or its relaxation, where variables need not be whole.
+
+        Raises:
+            UserError: nothing keeps to the limits, or nothing was found in time.
+        """
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import coo_array
+
+        values, rows, columns = (np.concatenate(part) for part in zip(*self.parts, strict=True))
+        matrix = coo_array((values, (rows, columns)), shape=(self.rows, self.count)).tocsr()
+        integral, high = np.zeros(self.count), np.ones(self.count)
+        high[self.slow] = np.inf
+        if self.problem.allowed is not None:
+            high[self.x] = self.problem.allowed
+        if whole:
+            integral[self.x] = 1
+            if self.device is None:
+                integral[self.y] = 1
+        unit = float(np.abs(self.cost).max()) or 1.0
+        limits = LinearConstraint(matrix, np.concatenate(self.low), np.concatenate(self.high))
+        result = milp(
+            self.cost / unit,
+            constraints=limits,
+            integrality=integral,
+            bounds=Bounds(np.zeros(self.count), high),
+            options={"time_limit": max(time_limit, 1.0), "mip_rel_gap": GAP},
+        )
+        if result.x is None:
+            if result.status == 1:
+                raise UserError(
+                    f"no plan was found in {time_limit:.0f} s; give more with --time-limit"
+                )
+            raise UserError(
+                "no plan keeps to all limits at once; allow more --max-kl or --memory, or name "
+                "fewer bits in --bits"
+            )
+        bound = result.mip_dual_bound if whole else result.fun
+        y = np.zeros((0, 0)) if self.device is not None else result.x[self.y]
+        return Result(result.x[self.x], y, bound * unit + self.constant)
+
+    def solution(self, result: Result) -> Solution:
+        """The choice that a result stands for."""
+        device = result.y.argmax(axis=1) if self.device is None else self.device
+        choice = result.x.argmax(axis=1)
+        costs = self.problem.evaluate(choice, device)
+        value = self.problem.value(costs)
+        gap = max(1 - result.bound / value, 0.0) if value else 0.0
+        return Solution(choice, device, costs, value, gap, 0.0)
