@@ -138,3 +138,19 @@ def assert_user_error(done: subprocess.CompletedProcess, *words: str) -> None:
     for word in words:
         assert word in lines[0]
     assert done.stdout == ""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The folder of one of `quantizing.MODELS`, made once."""
+    import torch
+    from quantizing import saved
+
+    made: dict[tuple, Path] = {}
+
+    def source(name: str, dtype: torch.dtype = torch.float32) -> Path:
+        if (name, dtype) not in made:
+            made[name, dtype] = saved(name, tmp_path_factory.mktemp("source") / "model", dtype)
+        return made[name, dtype]
+
+    return source

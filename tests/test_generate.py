@@ -1,4 +1,4 @@
-"""Greedy search against transformers: ends of text, lengths, penalties, streams, a golden text."""
+"""Greedy generation, token for token what transformers says."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, examples, tiny
+from generating import SMALL, VOCAB
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import (
@@ -17,35 +18,25 @@ from oracle import (
     bundled,
     cut,
     draw_prompts,
-    load,
     our_bundled,
     random_model,
     reference,
     save,
 )
 from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    LlamaConfig,
-    OPTConfig,
     Phi3Config,
     RepetitionPenaltyLogitsProcessor,
 )
 
-from qllm.checkpoint.reader import read_raw_config
 from qllm.errors import UserError
 from qllm.generate import (
     DEFAULT_NEW_TOKENS,
-    NOT_APPLIED,
     GenerationConfig,
     LogitsProcessor,
-    TextStream,
-    check_prompts,
     generate,
     read_generation_config,
 )
 from qllm.huggingface import reference_generate
-from qllm.models import read_config
 from qllm.tokenizer import Tokenizer
 
 pytestmark = [
@@ -53,29 +44,6 @@ pytestmark = [
     # transformers warns of lengths that contradict each other; here they are meant to.
     pytest.mark.filterwarnings("ignore::UserWarning:transformers"),
 ]
-
-VOCAB = 60
-SMALL = {
-    "opt": OPTConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_hidden_layers=2,
-        ffn_dim=64,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    ),
-    "bloom": BloomConfig(vocab_size=VOCAB, hidden_size=36, n_head=6, n_layer=2),
-    "llama": LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_hidden_layers=2,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    ),
-}
-
 
 # Older versions of transformers take the pads in front of a prompt for words it has said.
 PENALTY_SKIPS_PADS = "prompt_ignore_length" in inspect.getsource(transformers.generation.utils)
@@ -233,193 +201,11 @@ def test_reference_says_what_transformers_cannot_load(tmp_path):
         reference_generate(tmp_path, ["a"], max_prompt_length=4, max_new_tokens=1)
 
 
-# generation_config.json: what is in it, and what config.json says beside it.
-FILES = {
-    "none": (None, {"eos_token_id": "said"}),
-    "none, and a list": (None, {"eos_token_id": ["said"]}),
-    "empty": ({}, {"eos_token_id": "said"}),
-    "one": ({"eos_token_id": "said"}, {"eos_token_id": 2}),
-    "list": ({"eos_token_id": [58, "said"]}, {"eos_token_id": 2}),
-    "null": ({"eos_token_id": None}, {"eos_token_id": "said"}),
-    "no such token": ({"eos_token_id": [-1, 9999, "said"], "min_length": 20}, {}),
-    "lengths": ({"eos_token_id": "said", "min_length": 20, "max_length": 30}, {}),
-    "new tokens": ({"eos_token_id": "said", "min_new_tokens": 5, "max_new_tokens": 9}, {}),
-    "penalty": ({"eos_token_id": "said", "repetition_penalty": 1.5, "pad_token_id": 4}, {}),
-    "in config.json": (
-        None,
-        {"repetition_penalty": 1.5, "min_length": 14, "max_length": 21, "eos_token_id": ["said"]},
-    ),
-    "not in config.json": ({"max_new_tokens": 5}, {"repetition_penalty": 1.5, "max_length": 12}),
-    "nothing said": ({"repetition_penalty": 1.0, "min_length": 0, "max_length": None}, {}),
-}
-
-
-@pytest.mark.parametrize("limit", [{}, {"max_new_tokens": 7}], ids=["own length", "7 tokens"])
-@pytest.mark.parametrize("name", FILES)
-def test_generation_config_is_read_as_transformers_reads_it(name, limit, tmp_path):
-    theirs = random_model(SMALL["llama"], seed=3)
-    prompts = draw_prompts([11, 4, 8], VOCAB, seed=5)
-    said = reference(theirs, prompts).tokens[1][2]
-    file, changes = json.loads(json.dumps(FILES[name]).replace('"said"', str(said)))
-    theirs.save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    path = tmp_path / "generation_config.json"
-    path.unlink()
-    if file is not None:
-        path.write_text(json.dumps(file))
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    want = reference(theirs, prompts, eos=None, **limit)
-    notes = []
-    config = read_generation_config(tmp_path, read_config(read_raw_config(tmp_path)), notes.append)
-    config = GenerationConfig(**{**vars(config), **limit})
-    assert_tokens_equal(generate(load(tmp_path), prompts, config), want)
-    assert notes == []
-
-
-@pytest.mark.parametrize("key", NOT_APPLIED)
-def test_settings_that_are_not_applied_are_named(key, tmp_path):
-    config = read_config(read_raw_config(tiny("opt")))
-    path, notes = tmp_path / "generation_config.json", []
-    for neutral in (None, NOT_APPLIED[key]):
-        path.write_text(json.dumps({key: neutral}))
-        read_generation_config(tmp_path, config, notes.append)
-        assert notes == []
-    path.write_text(json.dumps({key: 3}))
-    read_generation_config(tmp_path, config, notes.append)
-    assert notes == [f"generation_config.json sets {key}, which QLLM does not apply"]
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
-        ({"eos_token_id": [1, None]}, "a token id or a list of them"),
-        ({"max_length": -4}, "max_length is -4"),
-        ({"min_new_tokens": 2.5}, "min_new_tokens is 2.5"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
-        ({"repetition_penalty": "strong"}, "a positive number"),
-    ],
-)
-def test_impossible_settings_are_refused(values, message, tmp_path):
-    (tmp_path / "generation_config.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match=message):
-        read_generation_config(tmp_path, read_config(read_raw_config(tiny("opt"))))
-
-
-@pytest.mark.parametrize(
-    ("prompts", "wishes", "message"),
-    [
-        ([[1], []], {}, "prompt 2 is empty"),
-        ([[1, 4096]], {}, "prompt 1 has the token id 4096; the model's vocabulary ends at 4095"),
-        ([[5], [-1]], {}, "prompt 2 has the token id -1"),
-        ([[1] * 500], {"max_new_tokens": 13}, "500 tokens and 13 new ones exceed .* 512"),
-        ([[1] * 9], {"max_length": 9}, "9 tokens leaves nothing to generate: max_length"),
-    ],
-)
-@pytest.mark.parametrize("check", [check_prompts, generate])
-def test_impossible_prompts_are_refused(check, prompts, wishes, message):
-    model, config = our_bundled("llama"), GenerationConfig(**wishes)
-    with pytest.raises(UserError, match=message):
-        if check is generate:
-            generate(model, prompts, config)
-        else:
-            check_prompts(model.config, prompts, config)
-
-
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_window_can_be_filled_to_the_end(family):
     model, prompts = our_bundled(family), draw_prompts([508, 2], 4096)
     got = generate(model, prompts, GenerationConfig(max_new_tokens=4))
     assert_tokens_equal(got, reference(bundled(family), prompts, max_new_tokens=4))
-
-
-class Recorder:
-    """What a stream begins and writes, in order."""
-
-    def __init__(self) -> None:
-        self.events: list[int | str] = []
-        self.pieces: dict[int, list[str]] = {}
-
-    def begin(self, row: int) -> None:
-        self.row = row
-        self.pieces[row] = []
-
-    def write(self, piece: str) -> None:
-        self.pieces[self.row].append(piece)
-
-
-EOS = 2
-TEXTS = [
-    " a fish 🐟🐠 and a family 👨‍👩‍👧 in naïve Zürich",
-    " 日本語のテキスト, Ελληνικά, עברית",
-    "",
-    "\n\n  two spaces\tand a tab ",
-    "🙂",
-]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_stream_writes_whole_characters_one_prompt_after_the_other(family):
-    tokenizer = Tokenizer.load(tiny(family))
-    prompts = [tokenizer.encode(f"Prompt {i}: 🦊") for i in range(len(TEXTS))]
-    rows = [[*tokenizer.encode(text), EOS] for text in TEXTS]
-    assert len(rows[0]) > 2 * len(TEXTS[0].split())  # its emoji are several tokens each
-    record = Recorder()
-    stream = TextStream(tokenizer, prompts, record.begin, record.write)
-    for step in range(max(map(len, rows))):
-        for row, tokens in enumerate(rows):
-            if step < len(tokens):
-                stream.add(row, tokens[step], step == len(tokens) - 1)
-        so_far = "".join(record.pieces[0])
-        if step < len(rows[0]) - 1:
-            assert list(record.pieces) == [0]
-            assert TEXTS[0].startswith(so_far)
-        # At most the bytes of one character wait.
-        known = tokenizer.continuation(prompts[0], rows[0][: step + 1]).rstrip("\ufffd")
-        assert so_far == known
-    assert len(record.pieces[0]) > 10
-    assert ["".join(record.pieces[row]) for row in range(len(TEXTS))] == TEXTS
-    for pieces in record.pieces.values():
-        assert not any("\ufffd" in piece for piece in pieces)
-
-
-def test_stream_goes_on_to_the_next_prompt_when_one_has_ended():
-    tokenizer = Tokenizer.load(tiny("bloom"))
-    record = Recorder()
-    stream = TextStream(tokenizer, [[5], [6]], record.begin, record.write)
-    hello, world = (tokenizer.encode(text)[0] for text in (" hello", " world"))
-    stream.add(0, EOS, True)
-    assert list(record.pieces) == [0, 1]
-    stream.add(1, hello, False)
-    assert "".join(record.pieces[1]) == tokenizer.decode([hello])
-    stream.add(1, world, True)
-    assert "".join(record.pieces[1]) == tokenizer.decode([hello, world])
-
-
-def test_stream_ends_with_what_is_no_character():
-    """A text that breaks off inside a character ends as its decoded form does."""
-    tokenizer = Tokenizer.load(tiny("bloom"))
-    prompt, fish = tokenizer.encode("a"), tokenizer.encode("b🐟")[:-1]
-    record = Recorder()
-    stream = TextStream(tokenizer, [prompt], record.begin, record.write)
-    for token in fish[:-1]:
-        stream.add(0, token, False)
-    assert "".join(record.pieces[0]) == "b"
-    stream.add(0, fish[-1], True)
-    assert "".join(record.pieces[0]) == tokenizer.continuation(prompt, fish) == "b\ufffd"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_streamed_text_is_the_final_text(family):
-    tokenizer, model = Tokenizer.load(tiny(family)), our_bundled(family)
-    prompts = [tokenizer.encode(text) for text in ("Once upon a time", "The 🐟", "She said")]
-    record = Recorder()
-    stream = TextStream(tokenizer, prompts, record.begin, record.write)
-    got = generate(model, prompts, GenerationConfig(max_new_tokens=20), stream.add)
-    texts = [tokenizer.continuation(*pair) for pair in zip(prompts, got, strict=True)]
-    assert ["".join(record.pieces[row]) for row in range(3)] == texts
-    assert all(texts)
 
 
 def test_golden_text():
