@@ -176,20 +176,19 @@ def resolve(
         folder = Path(path)
         if path and folder.is_dir():
             return ModelFolder(portable(folder), readable(folder.resolve().name))
-        if is_gguf(folder) and (folder.exists() or path.count("/") != 1):
-            if not folder.exists():
-                raise UserError(f"{path}: there is no such file")
+        kind = "file" if is_gguf(folder) else "folder"
+        if is_gguf(folder) and folder.exists():
             return ModelFolder(folder, readable(folder.resolve().stem))
         if path and folder.exists():
             raise UserError(
                 f"{path} is a file; --model-path takes a folder, a GGUF file or a Hub repository"
             )
         if path.count("/") != 1 or path.startswith((".", "/", "~")) or path.endswith("/"):
-            raise UserError(f"{path}: there is no such folder")
+            raise UserError(f"{path}: there is no such {kind}")
         try:
             return _download(path, weights, note)
         except UserError as error:
-            raise UserError(f"{path} is no folder here; on the Hub, {error}") from None
+            raise UserError(f"{path} is no {kind} here; on the Hub, {error}") from None
     size = sizes(family)[0] if size is None else size
     if size not in sizes(family):
         raise UserError(f"{family} has no size {size!r}; choose from {', '.join(sizes(family))}")

@@ -93,6 +93,11 @@ def test_paths(tmp_path):
     for path in ("nowhere", "./no/where", "/no/where", "~/nowhere", "a/b/c", "a/", ""):
         with pytest.raises(UserError, match="there is no such folder"):
             hub.resolve("opt", path=path)
+    for path in ("nowhere.gguf", "./nowhere.gguf", "/no/where.gguf", "a/b/c.gguf"):
+        with pytest.raises(UserError, match="there is no such file"):
+            hub.resolve("opt", path=path)
+    with pytest.raises(UserError, match=r"no/where\.gguf is no file here; on the Hub"):
+        hub.resolve("opt", path="no/where.gguf")
 
 
 def test_folders_of_one_name_have_keys_of_their_own(tmp_path):
