@@ -83,9 +83,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def whole_numbers(least: int) -> Callable[[str], tuple[int, ...]]:
+def whole_numbers(minimum: int) -> Callable[[str], tuple[int, ...]]:
     """An argparse type: whole numbers of `least` or more, separated by commas."""
-    parse = cli.whole_number(least)
+    parse = cli.whole_number(minimum)
     return lambda text: tuple(dict.fromkeys(parse(part) for part in text.split(",")))
 
 

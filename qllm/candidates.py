@@ -50,19 +50,19 @@ class Candidate:
         text: str | None,
         tasks: Mapping[str, Sequence[str]],
         options: PerplexityOptions,
-        most: int | None,
+        max_tokens: int | None,
     ) -> Candidate:
         """
         Args:
             text: whose perplexity is measured; None for none.
             tasks: the rows of each, by name.
-            most: tokens of the text, its first; None for all.
+            max_tokens: tokens of the text, its first; None for all.
 
         Raises:
             UserError: for a broken tokenizer, or what the model cannot take.
         """
         config, tokenizer = pretrained.config, pretrained.tokenizer
-        encoded = None if text is None else Text.encode(text, tokenizer, most)
+        encoded = None if text is None else Text.encode(text, tokenizer, max_tokens)
         cuts = [] if encoded is None else cut(encoded, config, options)
         found = {task: requests(rows, tokenizer, config) for task, rows in tasks.items()}
         return cls(pretrained, name, Evaluation(encoded, options, found), cuts)

@@ -35,11 +35,11 @@ def available_memory() -> int | None:
     for version, group in _groups("memory"):
         limit, used, cached = MEMORY[version]
         with suppress(OSError, ValueError):  # "max"
-            most = int((group / limit).read_text())
+            max_bytes = int((group / limit).read_text())
             lines = (group / "memory.stat").read_text().splitlines()
             numbers = dict(line.split(None, 1) for line in lines)
             files = sum(int(numbers.get(name, "0")) for name in cached)
-            found.append(most - int((group / used).read_text()) + files)
+            found.append(max_bytes - int((group / used).read_text()) + files)
     return min(found, default=None)
 
 

@@ -183,12 +183,12 @@ class Chat:
 
     def _fit(self) -> list[int]:
         """Token ids of the conversation, without its oldest turns where the window is too short."""
-        most = self.window - 1
+        max_tokens = self.window - 1
         wanted = self.config.max_new_tokens or 1
         while True:
             ids = self._encode(self.template.render(self.messages))
             turns = len(self.messages) - len(self._system)
-            if len(ids) + wanted <= self.window or (turns == 1 and len(ids) <= most):
+            if len(ids) + wanted <= self.window or (turns == 1 and len(ids) <= max_tokens):
                 return ids
             if turns == 1:
                 raise UserError(

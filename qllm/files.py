@@ -77,7 +77,7 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(file, copy)
 
 
-def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
+def read_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     """All of a file.
 
     Raises:
@@ -85,11 +85,11 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
     """
     with open_file(path) as file:
         try:
-            data = file.read(most + 1) or b""  # some files of the system give None
+            data = file.read(max_bytes + 1) or b""  # some files of the system give None
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    if len(data) > most:
-        raise UserError(f"{path} has more than {most >> 20} MB, which no file of its kind has")
+    if len(data) > max_bytes:
+        raise UserError(f"{path} has more than {max_bytes >> 20} MB, which no file of its kind has")
     return data
 
 
@@ -108,13 +108,13 @@ def parse_json(data: bytes | str, where: str) -> Any:
         raise UserError(f"{where} cannot be read as JSON ({error})") from None
 
 
-def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
         FileNotFoundError, UserError: as `read_bytes` and `parse_json`, or for another value.
     """
-    value = parse_json(read_bytes(path, most), str(path))
+    value = parse_json(read_bytes(path, max_bytes), str(path))
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
     return value

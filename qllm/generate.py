@@ -101,7 +101,7 @@ class GenerationConfig:
             return max(0, self.max_length - longest)
         return DEFAULT_NEW_TOKENS
 
-    def least_tokens(self, longest: int) -> int:
+    def min_tokens(self, longest: int) -> int:
         """How many tokens a batch whose longest prompt has `longest` gets before a text may end."""
         return self.min_new_tokens or self.min_length - longest
 
@@ -351,7 +351,7 @@ class LogitsProcessor:
         """
         self.config = config
         longest = max(len(prompt) for prompt in prompts) if longest is None else longest
-        self.least = config.least_tokens(longest)
+        self.min_tokens = config.min_tokens(longest)
         self.generated = 0
         # Checkpoints name ids that no token has, such as -1 for none.
         eos = [token for token in config.eos_token_ids if 0 <= token < model.config.vocab_size]
@@ -369,7 +369,7 @@ class LogitsProcessor:
             penalty = self.config.repetition_penalty
             punished = torch.where(logits < 0, logits * penalty, logits / penalty)
             logits = torch.where(self.seen, punished, logits)
-        if self.generated < self.least and len(self.eos):
+        if self.generated < self.min_tokens and len(self.eos):
             logits = logits.index_fill(1, self.eos, -math.inf)
         return logits
 

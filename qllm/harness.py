@@ -23,7 +23,7 @@ from qllm.evaluate.perplexity import PerplexityOptions, Text, cut
 from qllm.evaluate.scoring import ScoringRequest, score
 from qllm.generate import GenerationConfig, generate
 from qllm.llm import LLM
-from qllm.sampling import MOST_SEED, Sampling
+from qllm.sampling import MAX_SEED, Sampling
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -147,7 +147,7 @@ class Methods:
         given = {name: settings.get(name) for name in ("temperature", "top_k", "top_p", "min_p")}
         if not settings.get("do_sample") or given["temperature"] == 0:
             return None
-        given["seed"] = torch.initial_seed() & MOST_SEED
+        given["seed"] = torch.initial_seed() & MAX_SEED
         sampling = self.llm.pretrained.generation_with(**given).sampling
         return None if sampling is None else sampling.repeated(time)
 

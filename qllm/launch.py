@@ -58,14 +58,14 @@ class Launch:
         return cls(rank, world, local, here, os.environ.get("MASTER_ADDR", "127.0.0.1"), port)
 
 
-def _number(name: str, default: int, least: int, most: int = 1_000_000) -> int:
+def _number(name: str, default: int, minimum: int, maximum: int = 1_000_000) -> int:
     """A whole number of the environment.
 
     Raises:
         UserError: it is none, or out of range.
     """
     text = os.environ.get(name, str(default))
-    if not text.isdecimal() or not least <= int(text) <= most:
+    if not text.isdecimal() or not minimum <= int(text) <= maximum:
         raise UserError(f"{name} is {text!r} in the environment; {START}")
     return int(text)
 

@@ -12,9 +12,9 @@ from qllm.errors import UserError
 
 # What a plan's or a checkpoint's expressions may take all together, in seconds of the processor.
 SECONDS = 2.0
-MOST_CHARACTERS = 10_000
+MAX_CHARACTERS = 10_000
 # `regex` writes counted repetitions out, those inside of others too.
-MOST_REPETITIONS = 10_000
+MAX_REPETITIONS = 10_000
 COUNTED = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 
 
@@ -81,11 +81,11 @@ class Patterns:
 
 
 def _bounded(pattern: str) -> str:
-    if len(pattern) > MOST_CHARACTERS:
-        raise ValueError(f"it has more than {MOST_CHARACTERS:,} characters")
+    if len(pattern) > MAX_CHARACTERS:
+        raise ValueError(f"it has more than {MAX_CHARACTERS:,} characters")
     counts = [max(int(n or 1) for n in pair) for pair in COUNTED.findall(pattern)]
-    if math.prod(count or 1 for count in counts) > MOST_REPETITIONS:
-        raise ValueError(f"its counts come to more than {MOST_REPETITIONS:,} repetitions")
+    if math.prod(count or 1 for count in counts) > MAX_REPETITIONS:
+        raise ValueError(f"its counts come to more than {MAX_REPETITIONS:,} repetitions")
     return pattern
 
 

@@ -166,10 +166,11 @@ def _note_inputs(reports: list[LinearReport], damp: float, note: Note) -> None:
             "is rounded to nearest"
         )
     if some:
-        most = max(some, key=lambda entry: entry.dead / entry.channels)
+        worst = max(some, key=lambda entry: entry.dead / entry.channels)
         note(
             f"{len(some)} linears have input channels that were zero in all of the calibration "
-            f"(most: {most.dead} of {most.channels} of {most.name}); those are rounded to nearest"
+            f"(most: {worst.dead} of {worst.channels} of {worst.name}); those are rounded to "
+            "nearest"
         )
     for entry in reports:
         if entry.damp > damp:

@@ -21,7 +21,7 @@ from qllm.models import RawConfig
 
 # What transformers takes where nothing says how many.
 DEFAULT_TOP_K = 50
-MOST_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1
 # Streams of one prompt that comes several times are so far apart (the golden ratio of 64 bits).
 APART = 0x9E3779B97F4A7C15
 
@@ -91,8 +91,8 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "a number above 0, up to 1"),
             "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "a number from 0 to 1"),
             "seed": (
-                self.seed is None or 0 <= self.seed <= MOST_SEED,
-                f"a whole number from 0 to {MOST_SEED}",
+                self.seed is None or 0 <= self.seed <= MAX_SEED,
+                f"a whole number from 0 to {MAX_SEED}",
             ),
         }
         for name, (fits, expected) in bounds.items():
@@ -105,7 +105,7 @@ class Sampling:
 
     def repeated(self, time: int) -> Sampling:
         """The same for a prompt that has come as often before, with the seed of another stream."""
-        return replace(self, seed=((self.seed or 0) + time * APART) & MOST_SEED)
+        return replace(self, seed=((self.seed or 0) + time * APART) & MAX_SEED)
 
     def seeds(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """The seed of each prompt's stream: of one that comes again, another."""
@@ -122,8 +122,8 @@ class Sampling:
         if self.temperature != 1:
             logits = logits / self.temperature
         if self.top_k:
-            least = logits.topk(min(int(self.top_k), logits.shape[-1])).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -math.inf)
+            threshold = logits.topk(min(int(self.top_k), logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < threshold, -math.inf)
         if self.top_p < 1:
             rising, order = logits.sort(dim=-1, stable=True)
             sums = rising.softmax(-1).cumsum(-1)
@@ -132,8 +132,8 @@ class Sampling:
             logits = logits.masked_fill(few.scatter(1, order, few), -math.inf)
         if self.min_p is not None:
             shares = logits.softmax(-1)
-            least = shares.amax(-1, keepdim=True) * self.min_p
-            logits = logits.masked_fill(shares < least, -math.inf)
+            threshold = shares.amax(-1, keepdim=True) * self.min_p
+            logits = logits.masked_fill(shares < threshold, -math.inf)
         return logits
 
 

@@ -21,8 +21,8 @@ from transformers import (
 from qllm.models.decoder import ACTIVATIONS, SAME_ACTIVATION
 from qllm.models.rope import ROPE_KINDS
 
-LONGEST_PROMPT, MOST_NEW_TOKENS = 20, 8
-WINDOW = LONGEST_PROMPT + MOST_NEW_TOKENS
+LONGEST_PROMPT, MAX_NEW_TOKENS = 20, 8
+WINDOW = LONGEST_PROMPT + MAX_NEW_TOKENS
 
 layer_counts = st.integers(1, 3)
 vocab_sizes = st.integers(5, 120)

@@ -262,8 +262,8 @@ def test_a_token_behind_a_text_is_no_part_of_what_is_scored(tmp_path):
         assert found == want
     config = read_config(read_raw_config(tiny("opt")))
 
-    def windows(coder: Tokenizer, convention: str, most: int | None = None) -> Windows:
-        text = Text.encode("the hi there the end", coder, most)
+    def windows(coder: Tokenizer, convention: str, max_tokens: int | None = None) -> Windows:
+        text = Text.encode("the hi there the end", coder, max_tokens)
         (part,) = cut(text, config, PerplexityOptions((convention,), window=4))
         return part.windows
 

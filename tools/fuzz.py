@@ -47,7 +47,7 @@ from tools.tiny_checkpoints import CALIBRATION, PLAN, checkpoints
 SECONDS, HANGING_SECONDS = 5, 60
 EXTRA_BYTES = 100 << 20
 # What no load needs: what runs away ends with a MemoryError, not with the machine's memory.
-MOST_BYTES = 32 << 30
+MAX_BYTES = 32 << 30
 COSTS = ("slow", "large")
 PROMPT = [2, 5, 6]
 
@@ -208,7 +208,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     with contextlib.suppress(ValueError):
-        resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, resource.RLIM_INFINITY))
     bases = {name: files for name, files in checkpoints().items() if args.only in name}
     start = time.monotonic()
     numbers = range(args.start, args.start + args.number)

@@ -90,30 +90,30 @@ def main() -> int:
     if args.tune:
         return tune(args, shapes, device, cache)
     size = args.limit_size
-    most = {
+    peaks = {
         "bandwidth": limits.copy_bandwidth(device, 16 * size * size),
         "bfloat16": limits.product_rate(device, size),
         "int8": limits.int8_rate(device, size),
     }
     about = f"{properties.name if properties else 'Triton interpreter'}, torch {torch.__version__}"
     print(
-        f"{about}: copies {most['bandwidth'] / 1e12:.2f} TB/s, bfloat16 "
-        f"{most['bfloat16'] / 1e12:.0f} TFLOP/s, int8 {most['int8'] / 1e12:.0f} TOP/s"
+        f"{about}: copies {peaks['bandwidth'] / 1e12:.2f} TB/s, bfloat16 "
+        f"{peaks['bfloat16'] / 1e12:.0f} TFLOP/s, int8 {peaks['int8'] / 1e12:.0f} TOP/s"
     )
     attempts = Attempts()
     rows = [
-        row for shape in shapes for row in layer_rows(shape, args, most, device, cache, attempts)
+        row for shape in shapes for row in layer_rows(shape, args, peaks, device, cache, attempts)
     ]
     if rows:
         print_table(LAYER_COLUMNS, [layer_cells(row) for row in rows])
     found = []
     for name, bits, batch in product(args.models or (), args.bitwidths, args.batches):
         what = f"{name}, {bits} bits, batch {batch}"
-        options = (name, bits, batch, args.steps, most, torch.bfloat16, device)
+        options = (name, bits, batch, args.steps, peaks, torch.bfloat16, device)
         found += attempts(what, models.measure, *options)
     if found:
         print_table(MODEL_COLUMNS, [model_cells(row) for row in found])
-    result = {"device": about, "limits": most, "layers": rows, "models": found}
+    result = {"device": about, "limits": peaks, "layers": rows, "models": found}
     print(json.dumps(result | {"failures": attempts.failures}))
     return 1 if attempts.failures else 0
 
@@ -148,7 +148,7 @@ def tune(
     found = {}
     for bitwidth in args.bitwidths:
         options = (shapes, device, cache, cli.note)
-        found |= tune.search([bitwidth], *options, most=args.candidates)
+        found |= tune.search([bitwidth], *options, max_candidates=args.candidates)
         tune.save(architecture, found, args.table)
     print(json.dumps({"architecture": architecture, "tiles": found}))
     return 0
@@ -168,7 +168,7 @@ def device_here() -> torch.device:
 def layer_rows(
     shape: tuple[int, int],
     args: argparse.Namespace,
-    most: dict[str, float],
+    peaks: dict[str, float],
     device: torch.device,
     cache: int,
     attempts: Attempts,
@@ -182,7 +182,7 @@ def layer_rows(
         label = f"{shape[1]}x{shape[0]}, {name}"
         benches = attempts(label, lambda make: [*make(*shape, dtype, device, cache)], make)
         for bench, rows in product(chain.from_iterable(benches), args.rows or ROWS):
-            options = (bench, shape, rows, most, dtype, device, args.repeats)
+            options = (bench, shape, rows, peaks, dtype, device, args.repeats)
             found += attempts(f"{label}, {rows} rows", layers.measure, *options)
     return sorted(found, key=lambda row: row["rows"])
 

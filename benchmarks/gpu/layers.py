@@ -21,7 +21,7 @@ from qllm.quant.packing import packed_size
 GROUP = 128
 WORKING_SET = 4  # times the cache, so that a weight comes from memory
 DEVIATION = 0.02  # of the weights
-MOST_COPIES = 64
+MAX_COPIES = 64
 DECODE_ROWS = 16
 
 
@@ -132,7 +132,7 @@ RIVALS: dict[str, Callable[..., Iterator[Bench]]] = {"torch": of_torch, "gemlite
 
 def copies(size: int, cache: int) -> int:
     """How many of some bytes are far more than a cache of some holds."""
-    return min(MOST_COPIES, max(2, -(-WORKING_SET * cache // size)))
+    return min(MAX_COPIES, max(2, -(-WORKING_SET * cache // size)))
 
 
 def measure(

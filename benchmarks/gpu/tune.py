@@ -47,7 +47,7 @@ class Search:
     Attributes:
         shapes: (K, N) of layers.
         benches: them, in the same order.
-        most: candidates that are tried; None: all.
+        max_candidates: candidates that are tried; None: all.
     """
 
     kind: str
@@ -56,20 +56,22 @@ class Search:
     benches: Sequence[Bench]
     device: torch.device
     repeats: int
-    most: int | None
+    max_candidates: int | None
     say: Callable[[str], None]
 
     def run(self) -> None:
         """Leave in the row what took the least time."""
         for place in ROWS:
             rows = MANY if place == ROWS[-1] else place
-            options = candidates(place)[: self.most]
+            options = candidates(place)[: self.max_candidates]
             costs = {tile: self._with_tile(place, tile, rows) for tile in options}
             best = min(costs, key=costs.get)
             self.row["tiles"][str(place)] = list(best)
             self.say(f"{self.kind}, {place} rows: {best}")
             if place == ROWS[0]:
-                tried = {count: self._with_ctas(count) for count in CTAS_PER_SM[: self.most]}
+                tried = {
+                    count: self._with_ctas(count) for count in CTAS_PER_SM[: self.max_candidates]
+                }
                 self.row["ctas_per_sm"] = min(tried, key=tried.get)
 
     def decode(self, row: dict) -> None:
@@ -112,7 +114,7 @@ def search(
     cache: int,
     say: Callable[[str], None],
     repeats: int = 3,
-    most: int | None = None,
+    max_candidates: int | None = None,
 ) -> dict:
     """The table's rows for an architecture; see `Search`."""
     architecture, _ = device_of.architecture(device)
@@ -122,7 +124,7 @@ def search(
         tiles.table().setdefault(architecture, {})[kind] = found[kind] = row
         options = (torch.bfloat16, device, cache)
         benches = [next(ours(bitwidth, *shape, *options)) for shape in shapes]
-        search = Search(kind, row, shapes, benches, device, repeats, most, say)
+        search = Search(kind, row, shapes, benches, device, repeats, max_candidates, say)
         search.run()
         if kind.startswith("packed") and not decode.why_not(device):
             step = kind.replace("packed", "decode")

@@ -107,11 +107,11 @@ def _row_orders(found: GGUF) -> dict[str, Tensor]:
     architecture = architecture_of(Metadata(found))
     config = model_config(RawConfig(read_config(found), str(found.path)))
     counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-    most = sum(tensor.shape[0] for tensor in found.tensors.values())
-    if sum(counts) * config.head_dim > most:
+    rows = sum(tensor.shape[0] for tensor in found.tensors.values())
+    if sum(counts) * config.head_dim > rows:
         raise UserError(
             f"{found.path}: {config.num_heads} heads of {config.head_dim} channels are more than "
-            f"the {most} rows of its tensors"
+            f"the {rows} rows of its tensors"
         )
     if architecture.permuted:
         runs = [torch.arange(n * config.head_dim).view(n, -1, 2) for n in counts[:2]]

@@ -12,7 +12,7 @@ from qllm.errors import UserError, first_line
 from qllm.files import open_file
 
 # Of the part that names tensors: some three hundred bytes for each.
-MOST_PICKLE_BYTES = 2 << 20
+MAX_PICKLE_BYTES = 2 << 20
 # What torch.save calls for dense tensors and parameters. `weights_only` lets through more, of which
 # some make objects of any size out of a few bytes.
 CALLED = re.compile(
@@ -57,8 +57,8 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
         raise UserError("it holds parts of more bytes than its own")
     for record in records:
         if record.filename.endswith(".pkl"):
-            if record.file_size > MOST_PICKLE_BYTES:
-                raise UserError(f"{record.filename} is larger than {MOST_PICKLE_BYTES >> 20} MB")
+            if record.file_size > MAX_PICKLE_BYTES:
+                raise UserError(f"{record.filename} is larger than {MAX_PICKLE_BYTES >> 20} MB")
             with archive.open(record) as file:
                 _check_pickles(file, 1)
 
@@ -69,8 +69,8 @@ def _check_pickles(file: IO[bytes], count: int) -> None:
     for _ in range(count):
         for operation, value, place in pickletools.genops(file):
             assert place is not None  # a file tells where it is
-            if place - begin > MOST_PICKLE_BYTES:
-                raise UserError(f"its pickle is larger than {MOST_PICKLE_BYTES >> 20} MB")
+            if place - begin > MAX_PICKLE_BYTES:
+                raise UserError(f"its pickle is larger than {MAX_PICKLE_BYTES >> 20} MB")
             called = operation.name in ("GLOBAL", "INST")
             if operation.name == "STACK_GLOBAL" or (called and not CALLED.fullmatch(str(value))):
                 raise UserError(f"it names {value}")

@@ -61,14 +61,14 @@ RELEASE_BYTES = 256 << 20
 READ_AHEAD = 64 << 20
 
 
-def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint.
 
     Raises:
         UserError: where there is none, or it has more than `most` bytes.
     """
     try:
-        return files.read_json(path, most)
+        return files.read_json(path, max_bytes)
     except FileNotFoundError:
         raise UserError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
 

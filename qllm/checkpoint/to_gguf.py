@@ -44,7 +44,7 @@ OUTER = {
     "final_norm": "output_norm",
     LM_HEAD: "output",
 }
-MOST_TOKENIZER_BYTES = 256 << 20
+MAX_TOKENIZER_BYTES = 256 << 20
 PLAIN = {torch.float16: F16, torch.bfloat16: BF16, torch.float32: F32}
 
 
@@ -136,7 +136,7 @@ def _tokenizer(source: Path, config: ModelConfig) -> dict[str, Value]:
         return {key: value for key, value in found.items() if key.startswith("tokenizer.")}
     path = source / "tokenizer.json"
     try:
-        values = parse_json(read_bytes(path, MOST_TOKENIZER_BYTES), str(path))
+        values = parse_json(read_bytes(path, MAX_TOKENIZER_BYTES), str(path))
     except FileNotFoundError:
         raise UserError(f"{source} has no tokenizer.json, of which a GGUF file's is made") from None
     try:

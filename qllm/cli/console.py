@@ -202,7 +202,7 @@ def silent(line: str) -> None:
     """Say nothing: of several processes, one speaks."""
 
 
-def whole_number(least: int) -> Callable[[str], int]:
+def whole_number(minimum: int) -> Callable[[str], int]:
     """An argparse type: a whole number of `least` or more."""
 
     def parse(text: str) -> int:
@@ -210,8 +210,8 @@ def whole_number(least: int) -> Callable[[str], int]:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is too small; give {least} or more")
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is too small; give {minimum} or more")
         return value
 
     return parse

@@ -25,11 +25,11 @@ class DefaultName(str):
     __slots__ = ()
 
 
-def up_to(value: int, most: int | None) -> int:
+def up_to(value: int, maximum: int | None) -> int:
     """A number, and where it is a `Default` no more than `most` (None: no limit), but 1 or more."""
-    if most is None or not isinstance(value, Default):
+    if maximum is None or not isinstance(value, Default):
         return value
-    return Default(max(1, min(value, most)))
+    return Default(max(1, min(value, maximum)))
 
 
 def fit_defaults(args: argparse.Namespace, config: ModelConfig, own: bool) -> None:

@@ -40,14 +40,14 @@ class Text:
     tail: int | None = None
 
     @classmethod
-    def encode(cls, text: str, tokenizer: Tokenizer, most: int | None = None) -> Text:
+    def encode(cls, text: str, tokenizer: Tokenizer, max_tokens: int | None = None) -> Text:
         """
         Args:
-            most: tokens, of a longer text its first; None for all.
+            max_tokens: tokens, of a longer text its first; None for all.
         """
         ids, tail = tokenizer.encode(text), tokenizer.tail
-        if most is not None and most < len(ids):
-            ids, tail = ids[:most], None
+        if max_tokens is not None and max_tokens < len(ids):
+            ids, tail = ids[:max_tokens], None
             text = tokenizer.decode(ids)
         return cls(text, ids, tokenizer.added_bos_id, tokenizer.prefix_token_id, tail)
 
@@ -308,9 +308,9 @@ def cut(text: Text, config: ModelConfig, options: PerplexityOptions) -> list[Cut
             raise UserError(
                 f"the {name} convention begins with a special token, and the tokenizer names none"
             )
-        least = window if convention.whole else 2
+        min_tokens = window if convention.whole else 2
         windows = convention.cut(text, window, stride)
-        if len(windows.ids) < least:
+        if len(windows.ids) < min_tokens:
             what = f"one window of {window}" if convention.whole else "2"
             raise UserError(f"the text has {len(text.ids)} tokens, fewer than {what}")
         cuts[convention.cut] = Cut((name,), window, stride if strided else None, windows)

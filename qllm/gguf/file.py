@@ -23,10 +23,10 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32
 # Of a header; a vocabulary of 256,000 tokens and its merges takes 16 MB.
-MOST_HEADER_BYTES = 256 << 20
-MOST_NAME_BYTES = 1024
-MOST_DIMENSIONS = 4
-MOST_SPLITS = 10_000
+MAX_HEADER_BYTES = 256 << 20
+MAX_NAME_BYTES = 1024
+MAX_DIMENSIONS = 4
+MAX_SPLITS = 10_000
 SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 # The types of metadata, as `struct` has them; the string, the array and what else they are.
@@ -101,7 +101,7 @@ def read_gguf(path: Path) -> GGUF:
     if count == 1:
         return found
     match = SPLIT_NAME.fullmatch(path.name)
-    if not isinstance(count, int) or not 1 <= count <= MOST_SPLITS or match is None:
+    if not isinstance(count, int) or not 1 <= count <= MAX_SPLITS or match is None:
         raise UserError(
             f"{path} is one of {count!r} files; they are to have names such as "
             "model-00001-of-00002.gguf"
@@ -146,7 +146,7 @@ class _Header:
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.at = path, data, 0
-        self.end = min(len(data), MOST_HEADER_BYTES)
+        self.end = min(len(data), MAX_HEADER_BYTES)
 
     def read(self) -> GGUF:
         if self._take(4) != MAGIC:
@@ -161,7 +161,7 @@ class _Header:
         self._confirm(13 * pairs + 32 * tensors, f"{pairs} keys and {tensors} tensors")
         metadata: dict[str, Value] = {}
         for _ in range(pairs):
-            key = self._text("a key", MOST_NAME_BYTES)
+            key = self._text("a key", MAX_NAME_BYTES)
             if key in metadata:
                 raise UserError(f"{self.path} has the key {key!r} twice")
             metadata[key] = self._value(self._u32(), key)
@@ -214,9 +214,9 @@ class _Header:
     def _u64(self) -> int:
         return int(self._number("Q"))
 
-    def _text(self, what: str, most: int = MOST_HEADER_BYTES) -> str:
+    def _text(self, what: str, max_bytes: int = MAX_HEADER_BYTES) -> str:
         length = self._u64()
-        if length > most:
+        if length > max_bytes:
             raise UserError(f"{self.path}: {what} has {length} bytes")
         try:
             return self._take(length, what).decode()
@@ -263,9 +263,9 @@ class _Header:
         return found
 
     def _tensor(self) -> tuple[str, tuple[int, ...], BlockType, int]:
-        name = self._text("a tensor's name", MOST_NAME_BYTES)
+        name = self._text("a tensor's name", MAX_NAME_BYTES)
         dimensions = self._u32()
-        if not 1 <= dimensions <= MOST_DIMENSIONS:
+        if not 1 <= dimensions <= MAX_DIMENSIONS:
             raise UserError(f"{self.path}: {name} has {dimensions} dimensions")
         shape = tuple(self._u64() for _ in range(dimensions))[::-1]
         kind, offset = self._u32(), self._u64()

@@ -96,8 +96,8 @@ class GGUFCodec:
     def encode(self, text: str, max_length: int | None) -> list[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         if max_length is not None:
-            most = max(0, max_length - len(self._first) - len(self._last))
-            ids = ids[max(0, len(ids) - most) :]
+            max_tokens = max(0, max_length - len(self._first) - len(self._last))
+            ids = ids[max(0, len(ids) - max_tokens) :]
         return [*self._first, *ids, *self._last]
 
     def decode(self, ids: list[int]) -> str:

@@ -176,9 +176,9 @@ def _crumbs(packed: Tensor) -> Tensor:
 
 def _q2_k(blocks: Tensor) -> Values:
     """16 bytes of a 4-bit scale and a 4-bit minimum, 64 of values, their two factors."""
-    d, least = half(blocks, 80).float()[..., None], half(blocks, 82).float()[..., None]
+    d, dmin = half(blocks, 80).float()[..., None], half(blocks, 82).float()[..., None]
     scales = d * (blocks[..., :16] & 0xF)
-    offsets = -(least * (blocks[..., :16] >> 4))
+    offsets = -(dmin * (blocks[..., :16] >> 4))
     return Values(_crumbs(blocks[..., 16:80]).flatten(1), scales.flatten(1), offsets.flatten(1))
 
 
@@ -203,8 +203,8 @@ def _six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
 def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Of Q4_K and Q5_K, which begin with two factors and 12 bytes: float32 (N, G) each."""
     scales, minima = _six_bits(blocks[..., 4:16])
-    d, least = half(blocks, 0).float()[..., None], half(blocks, 2).float()[..., None]
-    return (d * scales).flatten(1), -(least * minima).flatten(1)
+    d, dmin = half(blocks, 0).float()[..., None], half(blocks, 2).float()[..., None]
+    return (d * scales).flatten(1), -(dmin * minima).flatten(1)
 
 
 def _q4_k(blocks: Tensor) -> Values:

@@ -13,8 +13,8 @@ from qllm.config import LM_HEAD, ModelConfig
 from qllm.errors import UserError
 
 # Far beyond any model, and small enough that nothing overflows or hangs on it.
-MOST_OF_ANYTHING = 2**31 - 1
-MOST_LAYERS = 1_000
+MAX_COUNT = 2**31 - 1
+MAX_LAYERS = 1_000
 # Of settings that are no counts: what is computed from them stays a finite float32.
 SMALLEST, LARGEST = 1e-12, 1e12
 
@@ -35,13 +35,13 @@ class RawConfig:
         self,
         *names: str,
         default: int | None = None,
-        least: int = 1,
-        most: int = MOST_OF_ANYTHING,
+        minimum: int = 1,
+        maximum: int = MAX_COUNT,
     ) -> int:
         """A whole number from `least` to `most`, under the first of `names` that is there."""
         value = self._find(names, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise self.error(names[0], value, f"a whole number from {least} to {most}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise self.error(names[0], value, f"a whole number from {minimum} to {maximum}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qllm.config import ModelConfig
-from qllm.models.family import MOST_LAYERS, Family, RawConfig, check_groups, check_heads
+from qllm.models.family import MAX_LAYERS, Family, RawConfig, check_groups, check_heads
 from qllm.models.rope import reach, read_rope
 
 
@@ -22,7 +22,7 @@ def read_config(raw: RawConfig) -> ModelConfig:
         family="llama",
         vocab_size=raw.count("vocab_size", default=32000),
         hidden_size=hidden,
-        num_layers=raw.count("num_hidden_layers", default=32, most=MOST_LAYERS),
+        num_layers=raw.count("num_hidden_layers", default=32, maximum=MAX_LAYERS),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,

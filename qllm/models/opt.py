@@ -7,7 +7,7 @@ which are projected to its 1024 and back.
 from __future__ import annotations
 
 from qllm.config import ModelConfig
-from qllm.models.family import MOST_LAYERS, Family, RawConfig, check_heads
+from qllm.models.family import MAX_LAYERS, Family, RawConfig, check_heads
 
 
 def read_config(raw: RawConfig) -> ModelConfig:
@@ -20,7 +20,7 @@ def read_config(raw: RawConfig) -> ModelConfig:
         family="opt",
         vocab_size=raw.count("vocab_size", default=50272),
         hidden_size=hidden,
-        num_layers=raw.count("num_hidden_layers", default=12, most=MOST_LAYERS),
+        num_layers=raw.count("num_hidden_layers", default=12, maximum=MAX_LAYERS),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,

@@ -33,7 +33,7 @@ def read_config(raw: RawConfig) -> ModelConfig:
 def windows_of(raw: RawConfig, config: ModelConfig) -> tuple[int, ...]:
     """The windows of Qwen2 and Qwen3: in the upper layers, if at all."""
     sliding = raw.flag("use_sliding_window", False)
-    first = raw.count("max_window_layers", default=28, least=0)
+    first = raw.count("max_window_layers", default=28, minimum=0)
     if not sliding:  # the window counts for nothing then
         raw = RawConfig({**raw.values, "sliding_window": None}, raw.where)
     return raw.windows(config.num_layers, lambda index: sliding and index >= first)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from qllm.config import RopeConfig
 from qllm.errors import UserError
-from qllm.models.family import MOST_OF_ANYTHING, RawConfig
+from qllm.models.family import MAX_COUNT, RawConfig
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 # YaRN's ramp goes from pairs that turn so often to those that turn so often.
@@ -78,9 +78,9 @@ def read_rope(
 def reach(rope: RopeConfig, trained: int) -> int:
     """The longest sequence for a model whose file says that it has `trained` positions."""
     if rope.kind in ("linear", "dynamic", "proportional"):
-        return int(min(trained * rope.factor, MOST_OF_ANYTHING))
+        return int(min(trained * rope.factor, MAX_COUNT))
     if rope.kind == "yarn":
-        return int(min(max(trained, rope.original_max_positions * rope.factor), MOST_OF_ANYTHING))
+        return int(min(max(trained, rope.original_max_positions * rope.factor), MAX_COUNT))
     return trained
 
 
@@ -89,13 +89,13 @@ def _rotary_dim(rope: RawConfig, kind: str, head_dim: int, partial: float | None
     dim = head_dim
     if partial is not None and kind != "proportional":
         share = rope.number(PARTIAL, partial)
-        dim = int(min(head_dim * share, MOST_OF_ANYTHING))
+        dim = int(min(head_dim * share, MAX_COUNT))
         if not 1 <= dim <= head_dim:
             raise rope.error(PARTIAL, share, f"a share of the {head_dim} channels of a head")
     elif kind not in ("default", "proportional"):
         # The plain kind takes no notice of it in transformers.
         share = rope.number(PARTIAL, 1.0)
-        if int(min(head_dim * share, MOST_OF_ANYTHING)) != head_dim:
+        if int(min(head_dim * share, MAX_COUNT)) != head_dim:
             raise rope.error(PARTIAL, share, f"1 with rope_type {kind!r}, as this family has it")
     where = rope.where.rpartition(": ")[0]
     if head_dim % 2:

@@ -203,11 +203,11 @@ class DecoderGraph:
             index = g.op("Add", index, g.constant(config.position_offset))
             x = g.op("Add", x, g.op("Gather", self._weight("positions.weight"), index))
         # Not -inf: where a row is all pads its softmax would be NaN.
-        least = g.constant(np.finfo(self.numpy).min, self.numpy)
-        self.masks = {0: g.op("Where", mask, added, least)}
+        lowest = g.constant(np.finfo(self.numpy).min, self.numpy)
+        self.masks = {0: g.op("Where", mask, added, lowest)}
         for window in set(config.windows) - {0}:
             near = g.op("Greater", keys, g.op("Sub", query, g.constant(window)))
-            self.masks[window] = g.op("Where", g.op("And", mask, near), added, least)
+            self.masks[window] = g.op("Where", g.op("And", mask, near), added, lowest)
         return x
 
     def _range(self, start: str) -> str:

@@ -198,7 +198,7 @@ class Cluster:
             raise UserError(f"{path}: a network has bandwidth and latency, not {network!r}")
         where = f"{path}: network"
         bandwidth = _number(network, "bandwidth", where, cls.bandwidth)
-        latency = _number(network, "latency", where, cls.latency, least=0.0)
+        latency = _number(network, "latency", where, cls.latency, minimum=0.0)
         return cls(tuple(devices), bandwidth, latency)
 
 
@@ -223,14 +223,14 @@ def parse_bytes(text: object, where: str) -> float:
 
 
 def _number(
-    value: Mapping[str, object], key: str, where: str, default: float | None, least: float = 1e-30
+    value: Mapping[str, object], key: str, where: str, default: float | None, minimum: float = 1e-30
 ) -> float:
     given = value.get(key, default)
     if isinstance(given, str):
         return parse_bytes(given, f"{where}: {key}")
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise UserError(f"{where}: {key} is {given!r}; give a number")
-    if not least <= given < math.inf:
+    if not minimum <= given < math.inf:
         raise UserError(f"{where}: {key} {given!r} cannot be; give a positive number")
     return float(given)
 
@@ -263,7 +263,7 @@ def _devices(entry: object, path: str) -> list[Device]:
             _number(entry, "bandwidth", where, None),
             flops,
             _number(entry, "int8_flops", where, 2 * flops),
-            _number(entry, "overhead", where, DescribedSpeed.overhead, least=0.0),
+            _number(entry, "overhead", where, DescribedSpeed.overhead, minimum=0.0),
         )
     names = [entry["name"]] if count == 1 else [f"{entry['name']}.{i}" for i in range(count)]
     return [Device(name, memory, speed, entry["name"], host, threads) for name in names]

@@ -79,7 +79,7 @@ def search_scales(
         hessian: float32 (K, K), the sum of x x^T over inputs x.
     """
     inputs = input_mean.float().clamp(min=SMALLEST_INPUT)
-    best, least = torch.ones_like(inputs), torch.inf
+    best, smallest_loss = torch.ones_like(inputs), torch.inf
     for step in range(GRID):
         scales = inputs ** (step / GRID)
         scales = scales / (scales.max() * scales.min()).sqrt()
@@ -88,6 +88,6 @@ def search_scales(
             part = rows.float()
             error = fake_quantize(part * scales, bits, group_size, scheme).div_(scales).sub_(part)
             loss += output_error(error, hessian)
-        if loss < least:
-            best, least = scales, loss
+        if loss < smallest_loss:
+            best, smallest_loss = scales, loss
     return best

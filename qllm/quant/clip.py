@@ -89,14 +89,14 @@ def _search_ends(
     full_scale, full_min_vals = group_qparams(groups, bits, scheme)
     full_high = full_min_vals + full_scale * (2**bits - 1)
     best_low, best_high = torch.ones_like(full_min_vals), torch.ones_like(full_min_vals)
-    least = torch.full_like(full_min_vals, torch.inf)
+    smallest_loss = torch.full_like(full_min_vals, torch.inf)
     together = [(True, True)]
     for low_too, high_too in (
         together if scheme == "sym" else [*together, (True, False), (False, True)]
     ):
         start_low, start_high = best_low, best_high
         for share in SHRINK:
-            shares = torch.full_like(least, share)
+            shares = torch.full_like(smallest_loss, share)
             low_share = shares if low_too else start_low
             high_share = shares if high_too else start_high
             low = full_min_vals * low_share
@@ -107,8 +107,8 @@ def _search_ends(
             zero = zero_points(low, scale, bits, scheme)
             error = round_trip(groups, scale, zero, bits).sub_(groups)
             loss = error.square_().mul_(importance).sum(-1)
-            better = loss < least
-            least = torch.where(better, loss, least)
+            better = loss < smallest_loss
+            smallest_loss = torch.where(better, loss, smallest_loss)
             best_low = torch.where(better, low_share, best_low)
             best_high = torch.where(better, high_share, best_high)
     if scheme == "sym":
@@ -148,7 +148,7 @@ def _search_rows(
     groups = grouped(weight, group).float()  # (n, G, g)
     full_scale, full_min_vals = group_qparams(groups, bits, scheme)
     best_scale, best_low = full_scale, full_min_vals
-    least = torch.full_like(full_scale, torch.inf)
+    smallest_loss = torch.full_like(full_scale, torch.inf)
     for share in SHRINK:
         scale, low = full_scale * share, full_min_vals * share
         zero = zero_points(low, scale, bits, scheme)
@@ -158,8 +158,8 @@ def _search_rows(
         else:
             by_group = error.transpose(0, 1)  # (G, n, g)
             loss = (by_group @ blocks).mul_(by_group).sum(-1).t()
-        better = loss < least
-        least = torch.where(better, loss, least)
+        better = loss < smallest_loss
+        smallest_loss = torch.where(better, loss, smallest_loss)
         best_scale = torch.where(better, scale, best_scale)
         best_low = torch.where(better, low, best_low)
     return best_scale, best_low

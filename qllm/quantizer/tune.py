@@ -30,7 +30,7 @@ from qllm.quantizer.hidden import HiddenStates
 TOKENS_PER_PASS = 2048
 # One of so many samples is held out.
 HELD_OUT = 8
-MOST_BITS_IN_BFLOAT16 = 4
+MAX_BITS_IN_BFLOAT16 = 4
 # So that a state of zeros has an error, too.
 SMALLEST_SIZE = 1e-6
 # The first step over 1 / steps, of offsets and of factors. Steps fall linearly, so that all of them
@@ -62,7 +62,7 @@ def work_dtype(device: torch.device, bits: int) -> torch.dtype:
     """What products are computed in: bfloat16 where the hardware has it, and where its own error is
     small beside that of weights of so many bits."""
     fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast and bits <= MOST_BITS_IN_BFLOAT16 else torch.float32
+    return torch.bfloat16 if fast and bits <= MAX_BITS_IN_BFLOAT16 else torch.float32
 
 
 class FrozenLinear(nn.Module):

@@ -19,7 +19,7 @@ from qllm.files import parse_json, read_bytes, read_json
 from qllm.tokenizer.special import NotDirectError, Token
 
 # Of a tokenizer.json: those of 250,000 tokens have 15 MB to 35 MB.
-MOST_BYTES = 256 << 20
+MAX_BYTES = 256 << 20
 UNKNOWN = "<unk>"
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -49,7 +49,7 @@ class Files:
     def whole(self) -> bytes | None:
         """tokenizer.json."""
         path = self.folder / "tokenizer.json"
-        return read_bytes(path, MOST_BYTES) if path.exists() else None
+        return read_bytes(path, MAX_BYTES) if path.exists() else None
 
     @cached_property
     def parsed(self) -> dict:

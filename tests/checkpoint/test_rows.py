@@ -77,7 +77,7 @@ def test_some_rows_are_those_of_the_whole_and_no_more_is_read(family, form, tmp_
     for module in weights.family.layer_linears(1):
         total = weights.shapes[f"{module}.weight"][0]
         whole = weights.read_quantized(module)
-        most = sum(sizes)
+        all_bytes = sum(sizes)
         # Some begin and end inside a word.
         for runs in ([range(5, 41)], [range(total - 3, total)], [range(32, 64), range(70, 90)]):
             sizes.clear()
@@ -85,7 +85,7 @@ def test_some_rows_are_those_of_the_whole_and_no_more_is_read(family, form, tmp_
             rows = torch.cat([torch.arange(run.start, run.stop) for run in runs])
             assert_same_tensors(found, take_rows(whole, rows))
             if not weights.family.interleaved_qkv or ".qkv" not in module:
-                assert sum(sizes) < 0.6 * most, (module, runs)
+                assert sum(sizes) < 0.6 * all_bytes, (module, runs)
 
 
 def assert_same_tensors(found: Quantized, expected: Quantized) -> None:

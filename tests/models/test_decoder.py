@@ -25,7 +25,7 @@ from oracle import (
     save,
     spread,
 )
-from random_configs import CONFIGS, MOST_NEW_TOKENS, batches, seeds
+from random_configs import CONFIGS, MAX_NEW_TOKENS, batches, seeds
 from torch import Tensor, nn
 from transformers import BloomConfig, LlamaConfig, OPTConfig, PretrainedConfig, PreTrainedModel
 
@@ -47,7 +47,7 @@ def check_random_model(config: PretrainedConfig, lengths: list[int], seed: int) 
     with tempfile.TemporaryDirectory() as folder:
         ours = save(theirs, Path(folder))
     prompts = draw_prompts(lengths, config.vocab_size, seed)
-    assert_same_model(ours, theirs, prompts, MOST_NEW_TOKENS)
+    assert_same_model(ours, theirs, prompts, MAX_NEW_TOKENS)
 
 
 @pytest.mark.parametrize("family", MODEL_FAMILIES)

@@ -74,8 +74,8 @@ OBJECTIVES = ("loss", "bytes", "latency", "throughput")
 def test_it_is_the_best_of_all_choices(objective, devices, layers, seed):
     p = problem(seed, devices, layers, objective=objective)
     limit = p.loss[:, 0].sum() * 0.3 if objective != "loss" else None
-    most = 3.1 if objective == "loss" and devices == 1 else None
-    p = problem(seed, devices, layers, objective=objective, max_loss=limit, max_bits=most)
+    max_bits = 3.1 if objective == "loss" and devices == 1 else None
+    p = problem(seed, devices, layers, objective=objective, max_loss=limit, max_bits=max_bits)
     found = solve(p)
     assert found.value == pytest.approx(min(all_values(p)), rel=2e-4)
     assert (found.costs.held <= p.memory + 1e-6).all()

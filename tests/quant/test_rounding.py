@@ -85,12 +85,12 @@ def straight_through(
     offsets = tuned.offsets.clone().requires_grad_()
     ends = [tuned.factors[end].clone().requires_grad_() for end in (0, 1)]
     low, high = tuned.low * ends[0], tuned.high * ends[0 if scheme == "sym" else 1]
-    most = 2**bits - 1
-    scales = (high - low) / most
+    top = 2**bits - 1
+    scales = (high - low) / top
     zeros = rounded(-low / scales)
     group = group_width(COLUMNS, group_size)
     wide = [part.repeat_interleave(group, 1)[:, :COLUMNS] for part in (scales, zeros)]
-    q = (rounded(tuned.weight / wide[0] + offsets) + wide[1]).clamp(0, most)
+    q = (rounded(tuned.weight / wide[0] + offsets) + wide[1]).clamp(0, top)
     return offsets, *ends, (q - wide[1]) * wide[0]
 
 

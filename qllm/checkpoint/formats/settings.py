@@ -19,7 +19,7 @@ from qllm.patterns import Patterns
 Test = Callable[[str], bool]
 
 # Entries of a list or an object of rules; the largest models have some thousand linears.
-MOST_ENTRIES = 10_000
+MAX_ENTRIES = 10_000
 # Values of an option that is not used.
 UNSET: tuple[Any, ...] = (None, False, {}, [], "")
 
@@ -121,8 +121,8 @@ class Fields:
 
     def _few(self, name: str, values: Any) -> Any:
         """The values, each of which is to be compared with every module's name."""
-        if len(values) > MOST_ENTRIES:
-            raise self.error(f"{len(values)} entries in {name}", f"QLLM reads up to {MOST_ENTRIES}")
+        if len(values) > MAX_ENTRIES:
+            raise self.error(f"{len(values)} entries in {name}", f"QLLM reads up to {MAX_ENTRIES}")
         return values
 
     def one_of(self, name: str, value: Any, choices: tuple[object, ...]) -> None:

@@ -74,13 +74,13 @@ class TensorReader:
         They may end with the last value's word, or with its block of 32 values.
         """
         found = self._get(name)
-        least = -(-count * self.bits // WORD)
-        most = packed_size(count, self.bits) * 8 // WORD
-        for words in (least, most):
+        min_words = -(-count * self.bits // WORD)
+        max_words = packed_size(count, self.bits) * 8 // WORD
+        for words in (min_words, max_words):
             if found.shape == tuple(words if size is None else size for size in shape):
                 break
         else:
-            words = least
+            words = min_words
         return self.tensor(
             name, tuple(words if size is None else size for size in shape), (torch.int32,)
         )

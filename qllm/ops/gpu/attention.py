@@ -38,7 +38,7 @@ def decode_attention(
     y = qkv.new_empty(sequences, heads * dim)
     partials = counters = None
     if splits > 1:
-        assert sequences * kv_heads <= device.MOST_TILES
+        assert sequences * kv_heads <= device.MAX_TILES
         size = sequences * kv_heads * splits * padded_group * (2 * half + 2)
         partials = qkv.new_empty(size, dtype=torch.float32)
         counters = device.counters(qkv.device)

@@ -75,8 +75,8 @@ def warps(wanted: int, panels: int, blocks: int, num_sms: int) -> int:
     Args:
         wanted: warps of a multiprocessor.
     """
-    most = max(WARPS[0], min(blocks, wanted * num_sms // panels))
-    return max(count for count in WARPS if count <= most)
+    max_warps = max(WARPS[0], min(blocks, wanted * num_sms // panels))
+    return max(count for count in WARPS if count <= max_warps)
 
 
 @cache

@@ -15,7 +15,7 @@ from qllm.errors import first_line
 
 OLDEST = (8, 0)  # Ampere: the first compute capability that multiplies bfloat16
 INTERPRETED_SMS = 4  # so that the interpreter gets to split a product
-MOST_TILES = 1 << 16
+MAX_TILES = 1 << 16
 
 
 def interpreting() -> bool:
@@ -105,11 +105,11 @@ def current(tensor: Tensor) -> AbstractContextManager:
 
 
 def counters(device: torch.device) -> Tensor:
-    """int32 zeros (MOST_TILES,), of the stream in use, which every launch leaves as it finds."""
+    """int32 zeros (MAX_TILES,), of the stream in use, which every launch leaves as it finds."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _counters(device, stream)
 
 
 @cache
 def _counters(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
+    return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)

@@ -145,7 +145,7 @@ def _multiply(
     architecture = device.architecture(x.device)
     tile, split_k, parallel = tiles.plan(kind, rows, outputs, blocks, *architecture)
     grid = (-(-rows // tile.rows), -(-outputs // tile.columns), split_k if parallel else 1)
-    assert grid[0] * grid[1] <= device.MOST_TILES or not parallel
+    assert grid[0] * grid[1] <= device.MAX_TILES or not parallel
     partials = counters = None
     if parallel:
         size = grid[0] * grid[1] * split_k * tile.rows * tile.columns

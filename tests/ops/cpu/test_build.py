@@ -87,11 +87,11 @@ def test_units_compile_beside_each_other(monkeypatch, tmp_path, seven):
     work = compiler_script(tmp_path, monkeypatch, seven, slow)
     files = {f"{unit}.cpp": f"{EXPORT} int {unit}() {{ return 1; }}\n" for unit in "abc"}
     load(folder_of(tmp_path / "src", files))
-    running, most = 0, 0
+    running, max_running = 0, 0
     for line in lines(work / "log"):
         running += 1 if line == "+" else -1
-        most = max(most, running)
-    assert most == min(len(files), build.cgroups.usable_cpus())
+        max_running = max(max_running, running)
+    assert max_running == min(len(files), build.cgroups.usable_cpus())
 
 
 def test_flags_of_the_user_reach_compiler_and_linker(monkeypatch, real_compiler, source, capfd):

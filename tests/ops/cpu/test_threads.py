@@ -61,8 +61,8 @@ def shared(tmp_path_factory):
     def run(count: int, part: int, wanted: int) -> tuple[list[int], list[int], int]:
         taken, came = (ctypes.c_int64 * count)(), (ctypes.c_int64 * 64)()
         sizes = map(ctypes.c_int64, (count, part, wanted))
-        there, most = divmod(library.shared(*sizes, taken, came), 1000)
-        assert most == torch.get_num_threads()
+        there, max_threads = divmod(library.shared(*sizes, taken, came), 1000)
+        assert max_threads == torch.get_num_threads()
         return list(taken), list(came), there
 
     return run
@@ -80,10 +80,12 @@ def threads():
 def test_threads_come_and_share_what_there_is(shared, threads, number):
     threads(number)
     for count, part in ((0, 1), (1, 1), (number, 1), (97, 3), (1000, 7)):
-        most = max(1, min(number, -(-count // part)))
-        taken, came, there = shared(count, part, most)
+        max_threads = max(1, min(number, -(-count // part)))
+        taken, came, there = shared(count, part, max_threads)
         assert taken == [1] * count
-        assert there == (most if count else 0) and came == [1] * most + [0] * (64 - most)
+        assert there == (max_threads if count else 0) and came == [1] * max_threads + [0] * (
+            64 - max_threads
+        )
 
 
 def test_a_call_does_not_wait_for_threads_that_do_not_come(shared, threads):

@@ -31,11 +31,11 @@ static Constants constants;
 #define DEPTH constants.depth
 #define TILES constants.tiles
 
-#define MOST_BITS 8
-#define MOST_TILES 4
-#define MOST_WARPS 16
-#define MOST_DEPTH 4
-#define MOST_SCALES 4
+#define MAX_BITS 8
+#define MAX_TILES 4
+#define MAX_WARPS 16
+#define MAX_DEPTH 4
+#define MAX_SCALES 4
 
 #define DEVICE static inline
 #define SHARED static
@@ -58,11 +58,11 @@ struct Fiber {
     bool done;
 };
 
-constexpr int MOST_THREADS = MOST_WARPS * 32;
+constexpr int MAX_THREADS = MAX_WARPS * 32;
 constexpr size_t STACK = 64 << 10;
 
-static Fiber fibers[MOST_THREADS];
-static Warp warps[MOST_WARPS];
+static Fiber fibers[MAX_THREADS];
+static Warp warps[MAX_WARPS];
 static Meeting block;
 static ucontext_t scheduler;
 static int current, chunk, panel;
@@ -205,7 +205,7 @@ static void run_lane() {
 
 static int run_block() {
     const int threads = WARPS * 32;
-    static std::vector<char> stacks(MOST_THREADS * STACK);
+    static std::vector<char> stacks(MAX_THREADS * STACK);
     for (Warp& warp : warps) warp.product = {};
     block = {};
     for (int i = 0; i < threads; ++i) {

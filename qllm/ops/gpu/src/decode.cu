@@ -29,9 +29,9 @@ struct Arguments {
 
 // Of a block, what a lane holds.
 struct Part {
-    u32 words[2 * MOST_BITS];            // by parts of 8, 4, 2, 1 bits; row g, then row g + 8
-    float scales[MOST_SCALES][2];
-    u32 zeros[MOST_SCALES];              // that of row g + 8 in the higher byte
+    u32 words[2 * MAX_BITS];            // by parts of 8, 4, 2, 1 bits; row g, then row g + 8
+    float scales[MAX_SCALES][2];
+    u32 zeros[MAX_SCALES];              // that of row g + 8 in the higher byte
 };
 
 // Words of all lanes that come before those of `width` bits, the wider ones being first.
@@ -107,7 +107,7 @@ DEVICE u32 numbers(const u32* words, int half, int pair, u32 minus) {
 DEVICE void multiply_block(
     float (*total)[4], const Part& part, const Arguments& from, int first_row, int block, int lane
 ) {
-    float sums[MOST_TILES][4];
+    float sums[MAX_TILES][4];
     u32 minus[2];
 #pragma unroll
     for (int unit = 0; unit < 4; ++unit) {
@@ -121,7 +121,7 @@ DEVICE void multiply_block(
 #pragma unroll
                 for (int c = 0; c < 4; ++c) sums[tile][c] = 0;
         }
-        u32 x[MOST_TILES][4];
+        u32 x[MAX_TILES][4];
         const int k = block * 128 + unit * 32 + lane % 4 * 8;
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
@@ -155,12 +155,12 @@ KERNEL decode(Arguments from) {
     const int lane = (int)(thread_index() % 32), warp = (int)(thread_index() / 32);
     const int panel = panel_index(), first_row = chunk_index() * (8 * TILES);
     let_next_begin();
-    Part ahead[MOST_DEPTH];
+    Part ahead[MAX_DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d)
         if (warp + d * WARPS < from.blocks) load(ahead[d], from, panel, warp + d * WARPS, lane);
     wait_for_previous();
-    float total[MOST_TILES][4] = {};
+    float total[MAX_TILES][4] = {};
     for (int first = warp; first < from.blocks; first += DEPTH * WARPS) {
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d) {
@@ -173,7 +173,7 @@ KERNEL decode(Arguments from) {
         }
     }
 
-    SHARED float sums[MOST_WARPS][4 * MOST_TILES][32];
+    SHARED float sums[MAX_WARPS][4 * MAX_TILES][32];
 #pragma unroll
     for (int i = 0; i < 4 * TILES; ++i) sums[warp][i][lane] = total[i / 4][i % 4];
     barrier();

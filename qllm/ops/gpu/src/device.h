@@ -10,11 +10,11 @@ typedef long long i64;
 #define KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32)
 
 // Sizes of arrays, which the emulation, whose constants are variables, has to have for the largest.
-#define MOST_BITS BITS
-#define MOST_TILES TILES
-#define MOST_WARPS WARPS
-#define MOST_DEPTH DEPTH
-#define MOST_SCALES (128 / GROUP)
+#define MAX_BITS BITS
+#define MAX_TILES TILES
+#define MAX_WARPS WARPS
+#define MAX_DEPTH DEPTH
+#define MAX_SCALES (128 / GROUP)
 
 DEVICE u32 thread_index() { return threadIdx.x; }
 DEVICE int chunk_index() { return blockIdx.x; }
