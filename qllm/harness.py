@@ -125,12 +125,13 @@ class Methods:
         """
         count = int(settings.get("max_gen_toks", NEW_TOKENS))
         window = self.model.config.max_positions
-        room = None if window is None else window - count
-        if room is not None and room < 1:
+        max_length = None if window is None else window - count
+        if max_length is not None and max_length < 1:
             raise UserError(
-                f"max_gen_toks {count} leaves no prompt room in the model's window of {window}"
+                f"max_gen_toks {count} leaves no token for a prompt in the model's window of "
+                f"{window}"
             )
-        prompt = self.tokens.encode(context, room)
+        prompt = self.tokens.encode(context, max_length)
         if not prompt and self.tokens.prefix_token_id is not None:
             prompt = [self.tokens.prefix_token_id]
         eos = self.model.config.eos_token_ids

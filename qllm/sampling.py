@@ -127,9 +127,9 @@ class Sampling:
         if self.top_p < 1:
             rising, order = logits.sort(dim=-1, stable=True)
             sums = rising.softmax(-1).cumsum(-1)
-            few = sums <= 1 - self.top_p
-            few[:, -1] = False
-            logits = logits.masked_fill(few.scatter(1, order, few), -math.inf)
+            removed = sums <= 1 - self.top_p
+            removed[:, -1] = False
+            logits = logits.masked_fill(removed.scatter(1, order, removed), -math.inf)
         if self.min_p is not None:
             shares = logits.softmax(-1)
             threshold = shares.amax(-1, keepdim=True) * self.min_p
@@ -141,23 +141,23 @@ class Sampler:
     """Draws the next token of each of some prompts.
 
     Attributes:
-        streams: of random numbers, one per prompt.
+        generators: of random numbers, one per prompt.
     """
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
         self.sampling = sampling
-        self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Tokens (B,) drawn from logits (B, V)."""
         scores = self.sampling.scores(logits).to("cpu", torch.float64)
         # Row by row: a kernel may sum many rows in another order than one.
-        drawn = [_draw(*pair) for pair in zip(scores, self.streams, strict=True)]
+        drawn = [_draw(*pair) for pair in zip(scores, self.generators, strict=True)]
         return torch.tensor(drawn, dtype=torch.int64, device=logits.device)
 
     def keep(self, indices: Sequence[int]) -> None:
         """Go on with the prompts at these places alone."""
-        self.streams = [self.streams[i] for i in indices]
+        self.generators = [self.generators[i] for i in indices]
 
 
 def _draw(scores: Tensor, stream: torch.Generator) -> int:

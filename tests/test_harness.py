@@ -102,7 +102,7 @@ def test_drawn_text_is_that_of_the_front_door():
     ("settings", "message"),
     [
         ({"do_sample": True, "temperature": -1.0}, "temperature is -1.0; give a number above 0"),
-        ({"max_gen_toks": 512}, "512 leaves no prompt room in the model's window of 512"),
+        ({"max_gen_toks": 512}, "512 leaves no token for a prompt in the model's window of 512"),
     ],
 )
 def test_what_it_cannot_generate(settings, message):

@@ -157,11 +157,11 @@ def tune(
 def device_here() -> torch.device:
     """The GPU, or the CPU where Triton interprets."""
     for kind in ("cuda", "cpu"):
-        if device_of.why_not(kind) is None:
+        if device_of.unsupported_reason(kind) is None:
             return torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
     raise UserError(
-        f"no GPU to measure: {device_of.why_not('cuda')}; TRITON_INTERPRET=1 runs the kernels on "
-        "the CPU, where nothing but whether they run is to be learnt"
+        f"no GPU to measure: {device_of.unsupported_reason('cuda')}; TRITON_INTERPRET=1 runs the "
+        "kernels on the CPU, where nothing but whether they run is to be learnt"
     )
 
 

@@ -126,7 +126,7 @@ def search(
         benches = [next(ours(bitwidth, *shape, *options)) for shape in shapes]
         search = Search(kind, row, shapes, benches, device, repeats, max_candidates, say)
         search.run()
-        if kind.startswith("packed") and not decode.why_not(device):
+        if kind.startswith("packed") and not decode.unsupported_reason(device):
             step = kind.replace("packed", "decode")
             row = dict(tiles.entry(architecture, step))
             tiles.table()[architecture][step] = found[step] = row

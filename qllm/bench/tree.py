@@ -178,13 +178,13 @@ def lines(node: Node) -> list[str]:
     ]
 
 
-def _rows(node: Node, lead: str, below: str) -> Iterator[tuple[str, str, str, str]]:
+def _rows(node: Node, prefix: str, below: str) -> Iterator[tuple[str, str, str, str]]:
     times = f" x {node.count}" if node.count > 1 else ""
     tensors = ", ".join(
         f"{name} {dtype}[{','.join(map(str, shape))}]" for name, dtype, shape in node.tensors
     )
     about = "; ".join(part for part in (node.about, "tied" if node.tied else tensors) if part)
-    name = f"{lead}{node.name} ({node.kind}){times}"
+    name = f"{prefix}{node.name} ({node.kind}){times}"
     yield name, f"{node.parameters:,}", f"{node.nbytes / 1e6:,.2f} MB", about
     for number, child in enumerate(node.children):
         last = number == len(node.children) - 1

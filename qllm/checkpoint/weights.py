@@ -318,9 +318,9 @@ class Weights:
         names = self.names.sources(f"{module}.weight")
         runs = [range(total)] if rows is None else list(rows)
         if self.names.is_reordered(module):
-            order, span = self.names.reordered_rows(total, runs)
+            perm, span = self.names.reordered_rows(total, runs)
             part = self._read_quantized_source(module, names[0], total, span)
-            return take_rows(join_rows([part], self.stored[module].spec.bits), order)
+            return take_rows(join_rows([part], self.stored[module].spec.bits), perm)
         parts = [
             self._read_quantized_source(module, name, count, run)
             for name, count, run in self.names.runs(f"{module}.weight", runs)
@@ -388,8 +388,8 @@ class Weights:
         total = self.shapes[name][0]
         runs = [range(total)] if rows is None else list(rows)
         if self.names.is_reordered(name):
-            order, span = self.names.reordered_rows(total, runs)
-            return self.checkpoint.read(parts[0], rows=span, columns=columns)[order]
+            perm, span = self.names.reordered_rows(total, runs)
+            return self.checkpoint.read(parts[0], rows=span, columns=columns)[perm]
         pieces = self.names.runs(name, runs)
         if self.names.is_transposed(name):
             tensors = [

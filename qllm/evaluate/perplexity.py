@@ -243,11 +243,11 @@ def estimate(
         windows = part.windows.windows
         requests = part.windows.requests(progress(windows))
         losses = [each.loss for each in score(model, requests, options.batch)]
-        total, spread = math.fsum(losses), resampled(losses, [w.last - w.first for w in windows])
+        total, resamples = math.fsum(losses), resampled(losses, [w.last - w.first for w in windows])
         for name in part.names:
             count = CONVENTIONS[name].count
             divisor = count(text.text) if count else part.tokens
-            values = [exp(each * part.tokens / divisor) for each in spread]
+            values = [exp(each * part.tokens / divisor) for each in resamples]
             error = torch.tensor(values, dtype=torch.float64).std().item() if values else None
             found[name] = Estimate(exp(total / divisor), error)
     return {name: found[name] for name in options.conventions}

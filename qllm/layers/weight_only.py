@@ -18,8 +18,8 @@ from qllm.ops.reference import dequantize
 from qllm.quant.packing import PackedWeight, group_width, pack, packed_size, unpack
 from qllm.quant.rtn import quantize_rtn
 
-# Input channels that the kernels give room at once.
-ROOM = 32
+# Kernels lay input channels out so many at once.
+CHANNELS_AT_ONCE = 32
 
 
 class WeightOnlyLinear(QuantizedLinear):
@@ -191,9 +191,9 @@ class ReorderedLinear(WeightOnlyLinear):
         mine = (self.perm >= channels.start) & (self.perm < channels.stop)
         columns = mine.nonzero().flatten()
         counts = (columns // group).bincount(minlength=spec.groups(self.in_features))
-        # Of each group a few channels are here: all get the room of the one that has most, filled
-        # up with a column whose input is 0.
-        width = -(-int(counts.max()) // ROOM) * ROOM
+        # Of each group a few channels are here: all groups are padded to the size of the one that
+        # has most of them, with a column whose input is 0.
+        width = -(-int(counts.max()) // CHANNELS_AT_ONCE) * CHANNELS_AT_ONCE
         slots = torch.arange(width, device=counts.device) < counts[:, None]  # (G, width)
         source = torch.zeros(slots.numel(), dtype=torch.int64, device=counts.device)
         perm = torch.full_like(source, len(channels))

@@ -177,9 +177,9 @@ class Family:
         if turned:
             pairs = -(-turned // 2)
             still = dim // 2 - pairs
-            order = torch.arange(dim).split([pairs, pairs, still, still])
-            order = torch.cat([order[i] for i in (0, 2, 1, 3)])
-            rows[: -config.num_kv_heads] = rows[: -config.num_kv_heads, order]
+            perm = torch.arange(dim).split([pairs, pairs, still, still])
+            perm = torch.cat([perm[i] for i in (0, 2, 1, 3)])
+            rows[: -config.num_kv_heads] = rows[: -config.num_kv_heads, perm]
         return rows.flatten()
 
     def is_transposed(self, name: str) -> bool:

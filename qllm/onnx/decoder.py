@@ -193,11 +193,13 @@ class DecoderGraph:
             kinds = RotaryPositions(config, torch.float32).kinds
             self.cos_sin = [self._cos_sin(encoding) for encoding in kinds]
         else:
-            places = g.op("CumSum", "attention_mask", g.constant(1))
-            places = g.op("Mul", g.op("Sub", places, g.constant(1)), "attention_mask")  # (B, S)
-            new = g.op("Slice", places, self.past, self.span, g.constant([1]))  # (B, T)
+            positions = g.op("CumSum", "attention_mask", g.constant(1))
+            positions = g.op(
+                "Mul", g.op("Sub", positions, g.constant(1)), "attention_mask"
+            )  # (B, S)
+            new = g.op("Slice", positions, self.past, self.span, g.constant([1]))  # (B, T)
         if config.position == "alibi":
-            added = self._alibi(places, new)
+            added = self._alibi(positions, new)
         if config.position == "learned":
             index = g.op("Reshape", new, g.constant([-1]))
             index = g.op("Add", index, g.constant(config.position_offset))
@@ -216,10 +218,10 @@ class DecoderGraph:
         ends = [g.op("Squeeze", end) for end in (start, self.span)]
         return g.op("Range", *ends, g.constant(1))
 
-    def _alibi(self, places: str, new: str) -> str:
+    def _alibi(self, positions: str, new: str) -> str:
         """How much the score of each key falls with its distance: (B, H, T, S)."""
         g = self.graph
-        keys = g.op("Unsqueeze", places, g.constant([1, 2]))
+        keys = g.op("Unsqueeze", positions, g.constant([1, 2]))
         queries = g.op("Unsqueeze", new, g.constant([1, 3]))
         distance = g.op("Cast", g.op("Sub", keys, queries), to=onnx.TensorProto.FLOAT)
         slopes = alibi_slopes(self.config.num_heads)[:, None, None].numpy()
@@ -248,9 +250,9 @@ class DecoderGraph:
             exponents[: -(-dim // 2)] = -np.arange(0, dim, 2) / (dim - 2)
             powers = g.op("Pow", stretch, g.constant(exponents, np.float32))
             frequencies = g.op("Mul", frequencies, powers)
-        places = g.op("Cast", "position_ids", to=onnx.TensorProto.FLOAT)
-        places = g.op("Unsqueeze", places, g.constant([1, 3]))  # (B, 1, T, 1)
-        angles = g.op("Mul", places, frequencies)
+        positions = g.op("Cast", "position_ids", to=onnx.TensorProto.FLOAT)
+        positions = g.op("Unsqueeze", positions, g.constant([1, 3]))  # (B, 1, T, 1)
+        angles = g.op("Mul", positions, frequencies)
         angles = g.op("Concat", angles, angles, axis=-1)
         parts = [g.op(kind, angles) for kind in ("Cos", "Sin")]
         if rope.attention_factor != 1:

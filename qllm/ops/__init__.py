@@ -62,7 +62,7 @@ class Kernel:
     Attributes:
         about: says what it does, for `--explain`.
         run: has the signature of the reference op.
-        why_not: the reason why it cannot serve a request, None where it can.
+        unsupported_reason: the reason why it cannot serve a request, None where it can.
         layout: of the weight, None where it is the one that the reference takes.
         takes_rows: it gains where x is `Int8Rows` already, which a norm in front can make.
     """
@@ -70,7 +70,7 @@ class Kernel:
     name: str
     about: Callable[[], str]
     run: Callable[..., torch.Tensor]
-    why_not: Callable[[Request], str | None] = lambda request: None
+    unsupported_reason: Callable[[Request], str | None] = lambda request: None
     layout: Layout | None = None
     takes_rows: bool = False
 
@@ -104,7 +104,7 @@ def _int_mm_is_exact() -> bool:
         return False
 
 
-def _int_mm_why_not(request: Request) -> str | None:
+def _int_mm_unsupported(request: Request) -> str | None:
     if request.device != "cpu":
         return f"its shape rules on {request.device} are not met by every batch"
     if request.in_features == 1:
@@ -123,7 +123,7 @@ def _cpu_vendor() -> str:
     return found[1] if found else ""
 
 
-def _onednn_why_not(request: Request) -> str | None:
+def _onednn_unsupported(request: Request) -> str | None:
     if request.device != "cpu":
         return "it is for CPUs"
     if not torch.backends.mkldnn.is_available() or not hasattr(
@@ -135,28 +135,28 @@ def _onednn_why_not(request: Request) -> str | None:
     return None
 
 
-def _packed_why_not(request: Request) -> str | None:
+def _packed_unsupported(request: Request) -> str | None:
     if _interpreting(request):
         return INTERPRETED
-    return linear.why_not(request.device, request.in_features, request.group_size)
+    return linear.unsupported_reason(request.device, request.in_features, request.group_size)
 
 
-def _cpu_why_not(request: Request) -> str | None:
-    return INTERPRETED if _interpreting(request) else library.why_not(request.device)
+def _cpu_unsupported(request: Request) -> str | None:
+    return INTERPRETED if _interpreting(request) else library.unsupported_reason(request.device)
 
 
 def _interpreting(request: Request) -> bool:
     return request.device == "cpu" and gpu.interpreting()
 
 
-def _gpu_why_not(request: Request) -> str | None:
-    return gpu.why_not(request.device)
+def _gpu_unsupported(request: Request) -> str | None:
+    return gpu.unsupported_reason(request.device)
 
 
-def _gpu_packed_why_not(request: Request) -> str | None:
+def _gpu_packed_unsupported(request: Request) -> str | None:
     if request.scheme == "offset":
         return "groups with offsets"
-    return _gpu_why_not(request)
+    return _gpu_unsupported(request)
 
 
 def _layout(module: ModuleType) -> Layout:
@@ -200,37 +200,37 @@ def _simple(op: str) -> tuple[Kernel, ...]:
     """The kernels of an op that needs no more than a device."""
     kernels = [Kernel("reference", lambda: "plain torch", getattr(reference, op))]
     if op in GPU_SIMPLE:
-        kernels.insert(0, Kernel("triton", gpu.about, GPU_SIMPLE[op], _gpu_why_not))
+        kernels.insert(0, Kernel("triton", gpu.about, GPU_SIMPLE[op], _gpu_unsupported))
     if hasattr(steps, op):
-        kernels.insert(0, Kernel("cpu", library.about, getattr(steps, op), _cpu_why_not))
+        kernels.insert(0, Kernel("cpu", library.about, getattr(steps, op), _cpu_unsupported))
     return tuple(kernels)
 
 
 # Kernels of each op, the preferred one first; the last can do all.
 KERNELS: dict[str, tuple[Kernel, ...]] = {
     "dense_linear": (
-        Kernel("cpu", library.about, linear.dense_linear, _cpu_why_not),
+        Kernel("cpu", library.about, linear.dense_linear, _cpu_unsupported),
         Kernel(
             "triton",
             lambda: f"{gpu.about()} up to {gpu_linear.FEW_ROWS} rows, a library's product beyond",
             _gpu_dense_for_few,
-            _gpu_why_not,
+            _gpu_unsupported,
         ),
         Kernel(
             "oneDNN",
             lambda: "dense product; MKL, which torch takes in float32, is slow on this CPU",
             reference.onednn_linear,
-            _onednn_why_not,
+            _onednn_unsupported,
         ),
         Kernel("torch.linear", lambda: "dense product", reference.dense_linear),
     ),
     "weight_only_linear": (
-        Kernel("cpu", linear.about, linear.weight_only_linear, _packed_why_not, CPU_LAYOUT),
+        Kernel("cpu", linear.about, linear.weight_only_linear, _packed_unsupported, CPU_LAYOUT),
         Kernel(
             "triton",
             gpu_linear.about,
             gpu_linear.weight_only_linear,
-            _gpu_packed_why_not,
+            _gpu_packed_unsupported,
             GPU_LAYOUT,
         ),
         Kernel(
@@ -239,7 +239,11 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     ),
     "weight_only_linear_int8": (
         Kernel(
-            "cpu", linear.about_int8, linear.weight_only_linear_int8, _packed_why_not, CPU_LAYOUT
+            "cpu",
+            linear.about_int8,
+            linear.weight_only_linear_int8,
+            _packed_unsupported,
+            CPU_LAYOUT,
         ),
         Kernel(
             "reference",
@@ -248,19 +252,21 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         ),
     ),
     "int8_linear": (
-        Kernel("cpu", linear.about_int8_weights, linear.int8_linear, _packed_why_not, CPU_LAYOUT),
+        Kernel(
+            "cpu", linear.about_int8_weights, linear.int8_linear, _packed_unsupported, CPU_LAYOUT
+        ),
         Kernel(
             "triton",
             gpu_linear.about_int8,
             gpu_linear.int8_linear,
-            _gpu_why_not,
+            _gpu_unsupported,
             takes_rows=True,
         ),
         Kernel(
             "torch._int_mm",
             lambda: "int8 x int8 -> int32 product, exact in its self-test",
             reference.int8_linear_by_int_mm,
-            _int_mm_why_not,
+            _int_mm_unsupported,
         ),
         Kernel("reference", lambda: "int8 product in exact float32 sums", reference.int8_linear),
     ),
@@ -308,7 +314,7 @@ def kernels_on(device: str) -> SimpleNamespace:
     request = Request(0, 0, 16, -1, "asym", device)
     found = {op: select(op, request).kernel.run for op in SIMPLE}
     return SimpleNamespace(
-        **found, add_norm=gpu_rows.ADD_NORM if _gpu_why_not(request) is None else {}
+        **found, add_norm=gpu_rows.ADD_NORM if _gpu_unsupported(request) is None else {}
     )
 
 
@@ -321,7 +327,7 @@ def select(op: str, request: Request) -> Choice:
     """The first kernel of `op` that can serve the request, with the reason."""
     refusals: list[str] = []
     for kernel in KERNELS[op]:
-        reason = kernel.why_not(request)
+        reason = kernel.unsupported_reason(request)
         if reason is None:
             return Choice(kernel, "; ".join([kernel.about(), *refusals]))
         refusals.append(f"not {kernel.name}: {reason}")

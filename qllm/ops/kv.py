@@ -82,7 +82,10 @@ PLAIN = Scores()
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """Memory of a cache: what is large stands on huge pages, where a CPU's kernels read it."""
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < library.HUGE_PAGE or library.why_not(torch.device(device).type) is not None:
+    if (
+        nbytes < library.HUGE_PAGE
+        or library.unsupported_reason(torch.device(device).type) is not None
+    ):
         return torch.zeros(shape, dtype=dtype, device=device)
     return library.huge_pages(nbytes).zero_().view(dtype).view(shape)
 

@@ -51,7 +51,7 @@ def test_alibi_slopes(heads):
 def kernels(op: str) -> list[Callable]:
     """All of an op that run here."""
     request = Request(0, 0, 16, -1, "asym", "cpu")
-    return [kernel.run for kernel in KERNELS[op] if kernel.why_not(request) is None]
+    return [kernel.run for kernel in KERNELS[op] if kernel.unsupported_reason(request) is None]
 
 
 def prompt_weights(

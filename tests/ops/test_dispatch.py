@@ -69,7 +69,7 @@ def test_every_op_has_an_example():
 def served_requests(op: str, kernel: Kernel, device: str) -> list[Request]:
     """Those that a kernel can do; it may refuse everything only because of the machine."""
     asked = [replace(request, device=device) for request in requests(op)]
-    reasons = {request: kernel.why_not(request) for request in asked}
+    reasons = {request: kernel.unsupported_reason(request) for request in asked}
     served = [request for request, reason in reasons.items() if reason is None]
     assert served or any("this machine" in reason for reason in reasons.values())
     return served
@@ -149,7 +149,7 @@ def test_kernel_has_the_signature_of_its_op(op, name):
 @pytest.mark.parametrize(("op", "name"), KERNEL_CASES)
 def test_kernel_says_what_it_is(op, name):
     kernel = kernel_named(op, name)
-    if any(kernel.why_not(request) is None for request in requests(op)):
+    if any(kernel.unsupported_reason(request) is None for request in requests(op)):
         about = kernel.about()
         assert about and "\n" not in about
 
@@ -162,7 +162,7 @@ def test_names_are_unique_and_the_last_kernel_takes_all(op):
     assert last.run is getattr(reference, op)
     for request in requests(op):
         for device in ("cpu", "cuda", "meta"):
-            assert last.why_not(replace(request, device=device)) is None
+            assert last.unsupported_reason(replace(request, device=device)) is None
 
 
 @pytest.mark.parametrize("op", KERNELS)
@@ -170,17 +170,21 @@ def test_select_takes_the_first_that_can(op):
     for request in requests(op):
         for device in ("cpu", "cuda", "meta"):
             choice = select(op, replace(request, device=device))
-            can = [k for k in KERNELS[op] if k.why_not(replace(request, device=device)) is None]
+            can = [
+                k
+                for k in KERNELS[op]
+                if k.unsupported_reason(replace(request, device=device)) is None
+            ]
             assert choice.kernel is can[0]
 
 
 def test_a_refusal_is_in_the_reason(monkeypatch):
     def run() -> None: ...
 
-    def why_not(request: Request) -> str | None:
+    def unsupported_reason(request: Request) -> str | None:
         return "odd size" if request.in_features % 2 else None
 
-    picky = Kernel("picky", lambda: "for even sizes", run, why_not)
+    picky = Kernel("picky", lambda: "for even sizes", run, unsupported_reason)
     kernels = (picky, Kernel("reference", lambda: "for all", run))
     monkeypatch.setitem(KERNELS, "int8_linear", kernels)
     even, odd = (Request(size, 4, 8, -1, "sym", "cpu") for size in (2, 3))
@@ -253,7 +257,7 @@ from qllm.ops import KERNELS, Request
 request = Request(64, 64, 8, -1, "sym", "cpu")
 weight, one = torch.full((3, 64), 127, dtype=torch.int8), torch.ones(3)
 for kernel in KERNELS["int8_linear"]:
-    if kernel.layout is None and kernel.why_not(request) is None:
+    if kernel.layout is None and kernel.unsupported_reason(request) is None:
         y = kernel.run(weight.float(), weight, one, None, one[0], 3)
         print(y.unique().tolist())
         break

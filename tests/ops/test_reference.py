@@ -132,7 +132,10 @@ def int8_ops(columns: int) -> list:
     """The reference, and torch's kernel where this machine has an exact one."""
     request = Request(columns, 8, 8, -1, "sym", "cpu")
     (torchs,) = (kernel for kernel in KERNELS["int8_linear"] if kernel.name == "torch._int_mm")
-    return [reference.int8_matmul, *([] if torchs.why_not(request) else [reference.int_mm])]
+    return [
+        reference.int8_matmul,
+        *([] if torchs.unsupported_reason(request) else [reference.int_mm]),
+    ]
 
 
 @pytest.mark.parametrize("columns", [1, 31, 1023, 1024, 1025, 2048, 57344])

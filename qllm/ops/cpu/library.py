@@ -82,7 +82,7 @@ def about() -> str:
     return PATHS[library().path] + failed
 
 
-def why_not(device: str) -> str | None:
+def unsupported_reason(device: str) -> str | None:
     """Why kernels cannot run on a device, None where they can."""
     if device != "cpu":
         return "it is for CPUs"

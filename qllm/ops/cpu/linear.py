@@ -39,11 +39,11 @@ def about_int8() -> str:
     return f"{library.about()}; activations as int8, exact sums within a block of 128 inputs"
 
 
-def why_not(device: str, in_features: int, group_size: int) -> str | None:
+def unsupported_reason(device: str, in_features: int, group_size: int) -> str | None:
     """Why a layer cannot run here, None where it can."""
     if 0 < group_size < min(SMALLEST_GROUP, in_features):
         return f"groups of fewer than {SMALLEST_GROUP} inputs"
-    return library.why_not(device)
+    return library.unsupported_reason(device)
 
 
 _arena = Arena()

@@ -80,7 +80,7 @@ def warps(wanted: int, panels: int, blocks: int, num_sms: int) -> int:
 
 
 @cache
-def why_not(device: torch.device) -> str | None:
+def unsupported_reason(device: torch.device) -> str | None:
     """Why it cannot run on a device; None where it can.
 
     Where a GPU cannot, a note says so once: Triton's product then runs in its place.
@@ -98,7 +98,7 @@ def why_not(device: torch.device) -> str | None:
 
 def about(device: torch.device) -> str:
     """What multiplies in a decode step, for `--explain`."""
-    if reason := why_not(device):
+    if reason := unsupported_reason(device):
         return f"decode steps too, not in CUDA C++: {reason}"
     return f"decode steps: CUDA C++ by NVRTC {'.'.join(map(str, nvrtc.version()))}"
 
@@ -115,7 +115,7 @@ def weight_only_linear(
 ) -> Tensor:
     """`reference.weight_only_linear` for x of one of DTYPES, on tensors of `layout.pack`."""
     shape = Shape.of(x.shape[1], out_features, group_size)
-    x = _aligned(shape.spread(x) if shape.spreads else x)
+    x = _aligned(shape.pad_groups(x) if shape.pads_groups else x)
     rows, y = len(x), x.new_empty(len(x), out_features)
     if rows == 0:
         return y

@@ -23,7 +23,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(device: str) -> str | None:
+def unsupported_reason(device: str) -> str | None:
     """Why the kernels cannot run on a device, by its type; None where they can."""
     if device != "cuda" and not (device == "cpu" and interpreting()):
         return "it is for CUDA devices"

@@ -53,11 +53,11 @@ class Shape(NamedTuple):
         return min(self.padded_size, BLOCK)
 
     @property
-    def spreads(self) -> bool:
+    def pads_groups(self) -> bool:
         """Whether groups have gaps between them, which x then needs as well."""
         return self.groups > 1 and self.padded_size != self.group
 
-    def spread(self, x: Tensor) -> Tensor:
+    def pad_groups(self, x: Tensor) -> Tensor:
         """x (M, K) with each group at the beginning of its `padded_size` inputs, then zeros."""
         x = pad(x, (0, self.groups * self.group - x.shape[1])).unflatten(1, (-1, self.group))
         return pad(x, (0, self.padded_size - self.group)).flatten(1)
@@ -111,7 +111,7 @@ def unpack(
 
 def _words(values: Tensor, bits: int, shape: Shape) -> Tensor:
     """Rows of values, uint8 (R, K), as words (ceil(R / PANEL), blocks, 64 bits)."""
-    values = shape.spread(values)
+    values = shape.pad_groups(values)
     columns = shape.blocks * BLOCK - values.shape[1]
     values = pad(values, (0, columns, 0, -len(values) % PANEL)).to(torch.int32)
     # Panel, half of it, g, block, unit, t, pair, which of two.

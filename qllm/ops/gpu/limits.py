@@ -38,13 +38,13 @@ def seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats
     On a GPU they are captured as a graph and replayed, so that what launches them does not count.
     """
 
-    def play() -> None:
+    def run() -> None:
         for call in calls:
             call()
 
     if device.type != "cuda":
-        return median_seconds(play, repeats) / len(calls)
-    graph = Graph(play, device)
+        return median_seconds(run, repeats) / len(calls)
+    graph = Graph(run, device)
 
     def replay() -> None:
         graph.replay()

@@ -42,13 +42,13 @@ def weight_only_linear(
     group_size: int,
 ) -> Tensor:
     """`reference.weight_only_linear` on tensors of `layout.pack`."""
-    if phase.decoding() and x.dtype in decode.DTYPES and not decode.why_not(x.device):
+    if phase.decoding() and x.dtype in decode.DTYPES and not decode.unsupported_reason(x.device):
         packed = (qweight, scales, qzeros)
         return decode.weight_only_linear(x, *packed, bias, out_features, bits, group_size)
     from qllm.ops.gpu.kernels.matmul import packed_matmul, unpack_weight
 
     shape = Shape.of(x.shape[1], out_features, group_size)
-    x = shape.spread(x) if shape.spreads else side_by_side(x)
+    x = shape.pad_groups(x) if shape.pads_groups else side_by_side(x)
     constants = {
         "BITS": bits,
         "SPAN": shape.span,

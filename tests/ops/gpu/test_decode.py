@@ -57,7 +57,7 @@ def constants(source: str, options: list[str]) -> bytes:
 def own_gpu(request, monkeypatch):
     """The GPU, or where there is none the emulation, of which this is the driver."""
     if DEVICE == "cuda":
-        if reason := decode.why_not(torch.device("cuda", 0)):
+        if reason := decode.unsupported_reason(torch.device("cuda", 0)):
             pytest.fail(reason)
         yield None
         return
@@ -193,7 +193,7 @@ def test_a_decode_step_takes_it_and_a_prompt_does_not(own_gpu, gpu, monkeypatch)
         return run(x, *given)
 
     monkeypatch.setattr(decode, "weight_only_linear", noted)
-    monkeypatch.setattr(decode, "why_not", lambda device: None)
+    monkeypatch.setattr(decode, "unsupported_reason", lambda device: None)
     for rows, dtype in ((3, torch.bfloat16), (2, torch.float16), (1, torch.float32)):
         given = (x[:rows].to(DEVICE, dtype), *tensors, None, 20, 4, 128)
         prompt = linear.weight_only_linear(*given)
@@ -205,23 +205,23 @@ def test_a_decode_step_takes_it_and_a_prompt_does_not(own_gpu, gpu, monkeypatch)
 
 
 def test_where_it_cannot_run_a_note_and_the_explanation_say_so(monkeypatch, capsys):
-    decode.why_not.cache_clear()
+    decode.unsupported_reason.cache_clear()
     try:
         place = torch.device("cuda", 7)
         for error in (nvrtc.Unavailable("NVRTC is not installed"), RuntimeError("CUDA error 1\nx")):
-            decode.why_not.cache_clear()
+            decode.unsupported_reason.cache_clear()
 
             def fail(device: torch.device, error=error) -> None:
                 raise error
 
             monkeypatch.setattr(decode, "_self_test", fail)
             reason = str(error).splitlines()[0]
-            assert decode.why_not(place) == reason
+            assert decode.unsupported_reason(place) == reason
             assert decode.about(place).endswith(f"not in CUDA C++: {reason}")
             said = capsys.readouterr().err
             assert said == f"note: {reason}; decode steps take Triton's product, a slower one\n"
     finally:
-        decode.why_not.cache_clear()
+        decode.unsupported_reason.cache_clear()
 
 
 def test_what_is_compiled_is_kept(monkeypatch, tmp_path, capsys):

@@ -38,9 +38,13 @@ def a_gpu(no_interpreter, monkeypatch):
 
 
 def test_they_are_for_gpus(no_interpreter):
-    assert device.why_not("cpu") == device.why_not("meta") == "it is for CUDA devices"
+    assert (
+        device.unsupported_reason("cpu")
+        == device.unsupported_reason("meta")
+        == "it is for CUDA devices"
+    )
     if not torch.cuda.is_available():
-        assert "no CUDA device" in device.why_not("cuda")
+        assert "no CUDA device" in device.unsupported_reason("cuda")
         choice = ops.select("weight_only_linear", REQUEST)
         assert choice.kernel.name == "reference" and "not triton: torch finds no" in choice.reason
 
@@ -74,14 +78,14 @@ def test_a_triton_that_cannot_run_takes_the_reference(a_gpu, monkeypatch):
     monkeypatch.setattr(device, "_self_test", self_test)
     monkeypatch.setattr(torch, "tensor", lambda values, device: torch.Tensor(values))
     monkeypatch.setattr(rows, "quantize", fail)
-    assert device.why_not("cuda") == "Triton cannot run here: Failed to find C compiler."
+    assert device.unsupported_reason("cuda") == "Triton cannot run here: Failed to find C compiler."
     device._unfit.cache_clear()
     wrong = reference.Int8Rows(torch.zeros(1, 3), torch.ones(1, 1), torch.float32)
     monkeypatch.setattr(rows, "quantize", lambda x, scale: wrong)
-    assert device.why_not("cuda") == "Triton's self-test here found [[0.0, 0.0, 0.0]]"
+    assert device.unsupported_reason("cuda") == "Triton's self-test here found [[0.0, 0.0, 0.0]]"
     device._unfit.cache_clear()
     monkeypatch.setattr(rows, "quantize", reference.quantize_rows)
-    assert device.why_not("cuda") is None
+    assert device.unsupported_reason("cuda") is None
 
 
 def test_a_note_says_that_triton_compiles(monkeypatch, capsys):
@@ -101,7 +105,9 @@ def test_a_note_says_that_triton_compiles(monkeypatch, capsys):
 def test_another_maker_s_gpu_takes_the_reference(a_gpu, monkeypatch):
     a_gpu(9, 0)
     monkeypatch.setattr(torch.version, "hip", "6.2")
-    assert device.why_not("cuda") == "the GPU kernels are for NVIDIA's GPUs, not for A GPU"
+    assert (
+        device.unsupported_reason("cuda") == "the GPU kernels are for NVIDIA's GPUs, not for A GPU"
+    )
 
 
 def test_without_triton_the_reference_runs(a_gpu, monkeypatch):

@@ -86,4 +86,4 @@ def test_a_weight_takes_as_many_bytes_as_its_bits(bits):
 def test_the_padded_size_of_a_group(group_size, padded_size, span):
     shape = Shape.of(1000, 64, group_size)
     assert (shape.padded_size, shape.span) == (padded_size, span)
-    assert shape.spreads == (group_size not in (-1, 32))
+    assert shape.pads_groups == (group_size not in (-1, 32))
