@@ -421,6 +421,9 @@ def test_progress_passes_items_on_as_they_are_worked_through(capsys):
     assert capsys.readouterr().err == ""
 
 
+SCREEN = 50  # lines
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
 def test_every_script_has_a_version_and_names_that_hands_expect(script, monkeypatch, capsys):
     with pytest.raises(SystemExit):
@@ -429,6 +432,7 @@ def test_every_script_has_a_version_and_names_that_hands_expect(script, monkeypa
     with pytest.raises(SystemExit):
         parsed(script, monkeypatch, "--help")
     shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 2 * SCREEN
     options = {"--model": "model_path"}
     if "--threads" in shown:
         options["--threads"] = "threads"

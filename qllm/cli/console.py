@@ -44,6 +44,16 @@ class Parser(argparse.ArgumentParser):
         self.color = False  # Python 3.14's, which would be escaped
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
+    def format_help(self) -> str:
+        """The help, whose usage names what has to be given: all options are told of below it."""
+        needed = ""
+        for action in self._actions:
+            if action.required:
+                value = action.metavar or f"{{{','.join(map(str, action.choices or ()))}}}"
+                needed += f" {action.option_strings[0]} {value}"
+        self.usage = f"%(prog)s{needed} [options]"
+        return super().format_help()
+
     def parse_args(self, *given: Any) -> argparse.Namespace:  # type: ignore[override]
         """What was given; --threads counts from here on, for torch and all that looks there."""
         args = super().parse_args(*given)

@@ -59,15 +59,14 @@ def dequantize(
         (N, K) in dtype.
     """
     q = unpack(qweight, bits, in_features)
+    group = group_width(in_features, group_size)
     if qzeros.is_floating_point():
-        group = in_features if group_size == -1 else min(group_size, in_features)
         weight = q.float().mul_(_per_column(scales.float(), group, in_features))
         return weight.add_(_per_column(qzeros.float(), group, in_features)).to(dtype)
     # In float16 the product of a float16 scale and an integer is rounded once, as it would be
     # from float32; bfloat16 would round the scale first.
     work = dtype if dtype == scales.dtype == torch.float16 else torch.float32
     zeros = qzeros[..., None] if qzeros.numel() else 2 ** (bits - 1)
-    group = group_width(in_features, group_size)
     if in_features % group:
         zeros = _per_column(qzeros, group, in_features) if qzeros.numel() else zeros
         weight = q.to(work).sub_(zeros).mul_(_per_column(scales, group, in_features))
