@@ -28,7 +28,7 @@ SOURCE = """
 using namespace qllm;
 extern "C" __attribute__((visibility("default")))
 int64_t shared(int64_t count, int64_t part, int64_t wanted, int64_t *taken, int64_t *came) {
-    int64_t there = 0, most = most_threads();
+    int64_t there = 0, most = max_threads();
     in_threads(count, part, [&](const Share &share) {
         bool first = true;
         __atomic_add_fetch(came + share.thread, 1, __ATOMIC_RELAXED);

@@ -20,11 +20,11 @@ constexpr int64_t CHUNK_ROWS = 192;  // rows whose sums stay in cache: 48 KiB
 constexpr int64_t ROWS_AHEAD = 8;    // to prefetch while activations become integers
 
 // What a thread has of its own in memory, for stacks may be small: sums of rows (CHUNK_ROWS,
-// GROUP_LANES), a block of weights (GROUP_PANELS, MOST_K_BLOCKS, K_BLOCK, LANES), sums of tiles.
+// GROUP_LANES), a block of weights (GROUP_PANELS, WEIGHT_K_BLOCKS, K_BLOCK, LANES), sums of tiles.
 constexpr int64_t SUM_BYTES = CHUNK_ROWS * GROUP_LANES * 4;
-constexpr int64_t MOST_K_BLOCKS =
+constexpr int64_t WEIGHT_K_BLOCKS =
     UNSCALED_K_BLOCKS > MAX_K_BLOCKS ? UNSCALED_K_BLOCKS : MAX_K_BLOCKS;
-constexpr int64_t WEIGHT_BYTES = GROUP_LANES * MOST_K_BLOCKS * K_BLOCK * UNPACKED_BYTES;
+constexpr int64_t WEIGHT_BYTES = GROUP_LANES * WEIGHT_K_BLOCKS * K_BLOCK * UNPACKED_BYTES;
 constexpr int64_t OWN_BYTES = SUM_BYTES + WEIGHT_BYTES + TILE_SUMS * 4;
 
 // Up to so many activations become integers before another thread has begun.
@@ -206,16 +206,16 @@ bool prepare(Activations &x, const Linear &a, int64_t rows, int64_t tile_rows) {
     x.input_bytes = INPUT_BYTES<P>;
     x.k_blocks = row_k_blocks(a.in, a.group);
     x.blocks = 0;
-    const int64_t most = is_scaled(a) ? MAX_K_BLOCKS : UNSCALED_K_BLOCKS;
-    int64_t per_group = (k_blocks_of(a.group) + most - 1) / most;
-    int64_t most_blocks = (a.in / a.group + 1) * per_group;
-    int64_t sizes[] = {most_blocks * int64_t(sizeof(Block)),
+    const int64_t max_k_blocks = is_scaled(a) ? MAX_K_BLOCKS : UNSCALED_K_BLOCKS;
+    int64_t per_group = (k_blocks_of(a.group) + max_k_blocks - 1) / max_k_blocks;
+    int64_t max_blocks = (a.in / a.group + 1) * per_group;
+    int64_t sizes[] = {max_blocks * int64_t(sizeof(Block)),
                        x.k_blocks * K_BLOCK * rows * INPUT_BYTES<P>,  // AMX reads 4 KiB more
-                       most_blocks * rows * 4,
-                       most_blocks * rows * 4,
-                       most_blocks * rows * 4,
+                       max_blocks * rows * 4,
+                       max_blocks * rows * 4,
+                       max_blocks * rows * 4,
                        rows,
-                       most_threads() * OWN_BYTES};
+                       max_threads() * OWN_BYTES};
     char *parts[7];
     int64_t total = 0;
     for (int64_t size : sizes) total += (size + 63) / 64 * 64;
@@ -234,8 +234,8 @@ bool prepare(Activations &x, const Linear &a, int64_t rows, int64_t tile_rows) {
     x.own = parts[6];
     for (int64_t start = 0, k_block = 0, group = 0; start < a.in; start += a.group, group++) {
         int64_t end = smaller(a.in, start + a.group);
-        for (int64_t input = start; input < end; input += most * K_BLOCK) {
-            int64_t inputs = smaller(most * K_BLOCK, end - input);
+        for (int64_t input = start; input < end; input += max_k_blocks * K_BLOCK) {
+            int64_t inputs = smaller(max_k_blocks * K_BLOCK, end - input);
             x.block[x.blocks++] = {input, inputs, k_block, k_blocks_of(inputs), group};
             k_block += k_blocks_of(inputs);
         }

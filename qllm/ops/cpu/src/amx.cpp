@@ -29,7 +29,7 @@ static Status dense_by_type(const Dense &a) {
 
 // As in limits.h: adds products in registers; returns how many operations, two for a product.
 static int64_t multiply_all(int64_t rounds) {
-    const int64_t all_rounds = rounds * most_threads();
+    const int64_t all_rounds = rounds * max_threads();
     in_threads(all_rounds, rounds / RUN_PARTS + 1, [&](const Share &share) {
         Tiles tiles(nullptr);
         tiles.take_shapes(ROW_BYTES);

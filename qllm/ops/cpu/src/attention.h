@@ -216,7 +216,7 @@ static Status attend(const Attend &a) {
     for (int64_t i = 0; i < a.sequences; i++)
         if (a.positions[i] > longest) longest = a.positions[i];
     const int64_t each = token_memory(a).all;
-    float *memory = static_cast<float *>(scratch(size_t(most_threads() * each * 4)));
+    float *memory = static_cast<float *>(scratch(size_t(max_threads() * each * 4)));
     if (!memory) return Status::NO_MEMORY;
     int64_t work = a.sequences * a.heads * (longest + 1) * a.dim;
     for_each(a.sequences * a.kv_heads, work > WORTH_THREADS, [&](int64_t item, int64_t thread) {

@@ -51,23 +51,23 @@ INLINE inline void load_square(VF (&steps)[WIDTH], const char *from, int64_t str
 // The square that begins with a channel and an input, zeros where there are none.
 template <int64_t TYPE>
 INLINE inline void load_square(VF (&steps)[WIDTH], const Dense &a, int64_t channel, int64_t input) {
-    constexpr int64_t MOST = WIDTH * INPUTS<TYPE>;
+    constexpr int64_t SQUARE_INPUTS = WIDTH * INPUTS<TYPE>;
     const int64_t stride = a.in * SIZE<TYPE>;
     const char *from = static_cast<const char *>(a.w) + channel * stride + input * SIZE<TYPE>;
-    if (channel + WIDTH <= a.out && input + MOST <= a.in) {
+    if (channel + WIDTH <= a.out && input + SQUARE_INPUTS <= a.in) {
         // Behind the end of these channels come the next ones.
         const bool behind = input * SIZE<TYPE> + DENSE_AHEAD >= stride;
         const char *ahead = from + DENSE_AHEAD + (behind ? (WIDTH - 1) * stride : 0);
         for (int c = 0; c < WIDTH; c++) __builtin_prefetch(ahead + c * stride);
         load_square<TYPE>(steps, from, a.in);
     } else {
-        alignas(64) char some[WIDTH * MOST * SIZE<TYPE>] = {};
+        alignas(64) char some[WIDTH * SQUARE_INPUTS * SIZE<TYPE>] = {};
         const int64_t channels = smaller(WIDTH, a.out - channel);
-        const int64_t inputs = smaller(MOST, a.in - input);
+        const int64_t inputs = smaller(SQUARE_INPUTS, a.in - input);
         for (int64_t c = 0; c < channels && inputs > 0; c++)
-            __builtin_memcpy(some + c * MOST * SIZE<TYPE>, from + c * stride,
+            __builtin_memcpy(some + c * SQUARE_INPUTS * SIZE<TYPE>, from + c * stride,
                              size_t(inputs * SIZE<TYPE>));
-        load_square<TYPE>(steps, some, MOST);
+        load_square<TYPE>(steps, some, SQUARE_INPUTS);
     }
 }
 
@@ -210,7 +210,7 @@ template <int64_t TYPE> Status dense_of(const Dense &a) {
         x.rows = in_whole_tiles(smaller(DENSE_ROWS, a.rows - first));
         x.steps = (a.in + INPUTS<TYPE> * LANES - 1) / (INPUTS<TYPE> * LANES) * LANES;
         const int64_t held = (x.steps * x.rows + 15) / 16 * 16;
-        x.x = static_cast<float *>(scratch(size_t((held + most_threads() * DENSE_OWN) * 4)));
+        x.x = static_cast<float *>(scratch(size_t((held + max_threads() * DENSE_OWN) * 4)));
         if (!x.x) return Status::NO_MEMORY;
         const int64_t blocks = (x.steps + DENSE_STEPS - 1) / DENSE_STEPS;
         for_each(blocks, x.rows * x.steps > WORTH_THREADS, [&](int64_t block, int64_t) {
@@ -218,7 +218,7 @@ template <int64_t TYPE> Status dense_of(const Dense &a) {
                 lay_out<TYPE>(a, x, first, row, block * DENSE_STEPS);
         });
         if (dense_as_gemv<TYPE>(a, x, first)) continue;
-        const int64_t group = smaller(GROUP_PANELS, panels / most_threads() + 1);
+        const int64_t group = smaller(GROUP_PANELS, panels / max_threads() + 1);
         in_threads(panels, group, [&](const Share &share) {
             DenseTiles tiles;
             float *memory = x.x + held + share.thread * DENSE_OWN;

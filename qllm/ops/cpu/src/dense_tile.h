@@ -91,11 +91,11 @@ __attribute__((noinline)) void multiply_dense(const DenseOperands &o, int64_t fr
 }
 
 template <bool PAIR, int R> void multiply_dense_panels(const DenseOperands &o, int64_t panels) {
-    constexpr int MOST = ACCUMULATORS / (R * VECTORS);
+    constexpr int MAX_PANELS = ACCUMULATORS / (R * VECTORS);
     int64_t n = 0;
-    if constexpr (MOST >= 4)
+    if constexpr (MAX_PANELS >= 4)
         for (; n + 4 <= panels; n += 4) multiply_dense<PAIR, R, 4>(o, n);
-    if constexpr (MOST >= 2)
+    if constexpr (MAX_PANELS >= 2)
         for (; n + 2 <= panels; n += 2) multiply_dense<PAIR, R, 2>(o, n);
     for (; n < panels; n++) multiply_dense<PAIR, R, 1>(o, n);
 }

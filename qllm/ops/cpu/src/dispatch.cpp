@@ -84,8 +84,8 @@ int64_t features() {
     const uint32_t fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
     const uint32_t needed = fma | osxsave | avx | f16c;
     if ((c & needed) != needed || !__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return 0;
-    uint32_t most = a;
-    if (most >= 1) __get_cpuid_count(7, 1, &a71, &b, &c, &d);
+    uint32_t max_subleaf = a;
+    if (max_subleaf >= 1) __get_cpuid_count(7, 1, &a71, &b, &c, &d);
     uint64_t state = enabled_state();
     const uint32_t avx2 = 1u << 5, bmi2 = 1u << 8;
     if ((state & 0x6) != 0x6 || !(b7 & avx2) || !(b7 & bmi2)) return 0;

@@ -13,7 +13,7 @@ namespace {
 static int64_t read_all(const uint8_t *from, int64_t bytes) {
     int64_t total = 0;
     const int64_t parts = bytes / 256;
-    in_threads(parts, parts / most_threads() / RUN_PARTS + 1, [&](const Share &share) {
+    in_threads(parts, parts / max_threads() / RUN_PARTS + 1, [&](const Share &share) {
         VI sums[4] = {zero_i(), zero_i(), zero_i(), zero_i()};
         take_parts(share, [&](int64_t part, int64_t end) {
             for (; part < end; part++) {
@@ -35,7 +35,7 @@ static int64_t read_all(const uint8_t *from, int64_t bytes) {
 static int64_t multiply_all(int64_t rounds) {
     constexpr int VECTORS_AT_ONCE = ACCUMULATORS > 2 ? 2 : 1;
     constexpr int OPERANDS_AT_ONCE = ACCUMULATORS > 2 ? ACCUMULATORS / 2 : 1;
-    const int64_t all_rounds = rounds * most_threads();
+    const int64_t all_rounds = rounds * max_threads();
     alignas(64) const int8_t x[OPERANDS_AT_ONCE * STEP * OPERAND_BYTES] = {1, 2, 3};
     in_threads(all_rounds, rounds / RUN_PARTS + 1, [&](const Share &share) {
         Sums<OPERANDS_AT_ONCE, VECTORS_AT_ONCE> sums;

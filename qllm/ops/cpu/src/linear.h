@@ -97,7 +97,7 @@ void multiply_part(const Linear &a, const Activations &x, int64_t first, int64_t
 // All panels.
 template <int P> void multiply_all_panels(const Linear &a, const Activations &x, int64_t first) {
     const int64_t panels = (a.out + LANES - 1) / LANES;
-    const int64_t groups = panels / GROUP_PANELS / most_threads() / RUN_PARTS;
+    const int64_t groups = panels / GROUP_PANELS / max_threads() / RUN_PARTS;
     const int64_t part = GROUP_PANELS * (x.rows <= MEMORY_BOUND_ROWS && groups > 1 ? groups : 1);
     in_threads(panels, part, [&](const Share &share) {
         char *own = x.own + share.thread * OWN_BYTES;

@@ -92,10 +92,10 @@ template <int64_t TYPE> Status bf16_prefill(const Linear &a) {
         x.block = PREFILL_STEPS;
         const int64_t held = x.steps * x.rows;
         x.x = static_cast<float *>(
-            scratch(size_t((held + most_threads() * PREFILL_OWN) * 4 + DENSE_ROWS)));
+            scratch(size_t((held + max_threads() * PREFILL_OWN) * 4 + DENSE_ROWS)));
         if (!x.x) return Status::NO_MEMORY;
         float *own = x.x + held;
-        uint8_t *fallback = reinterpret_cast<uint8_t *>(own + most_threads() * PREFILL_OWN);
+        uint8_t *fallback = reinterpret_cast<uint8_t *>(own + max_threads() * PREFILL_OWN);
         const bool worth = x.rows * x.steps > WORTH_THREADS;
         for_each(rows, worth, [&](int64_t row, int64_t) {
             fallback[row] = largest_bits(a, (first + row) * a.x_stride, a.in) >= FALLBACK_BITS;

@@ -34,8 +34,8 @@ struct Sequence {
 static void load_token(const Attend &a, const Sequence &s, int64_t kv, int64_t j, bool is_value,
                        float *head) {
     void *held = is_value ? a.values : a.keys;
-    const int64_t room = a.bits == 16 ? a.capacity : RUN;
-    const int64_t at = ((s.row * a.kv_heads + kv) * room + j % room) * a.dim;
+    const int64_t capacity = a.bits == 16 ? a.capacity : RUN;
+    const int64_t at = ((s.row * a.kv_heads + kv) * capacity + j % capacity) * a.dim;
     if (j < s.past) {
         for (int64_t d = 0; d < a.dim; d += WIDTH)
             store_as(head, d, FLOAT32, a.dim - d, load_as(held, at + d, a.type, a.dim - d));
@@ -236,7 +236,7 @@ static Status attend_run(const Attend &a, int64_t index) {
     int64_t each = queries + QUERIES * s.panels * KEYS + 16;
     each = each > run ? each : run;
     const int64_t in_all = at_once * (keys + values + recent);
-    float *memory = static_cast<float *>(scratch(size_t((in_all + each * most_threads()) * 4)));
+    float *memory = static_cast<float *>(scratch(size_t((in_all + each * max_threads()) * 4)));
     if (!memory) return Status::NO_MEMORY;
     s.keys = memory;
     s.values = s.keys + at_once * keys;

@@ -26,7 +26,7 @@ namespace {
 
 using namespace qllm;
 
-constexpr int64_t MOST_THREADS = 1024;
+constexpr int64_t MAX_THREADS = 1024;
 
 // How long a thread spins: as OMP_WAIT_POLICY wants, if it says anything.
 int64_t spin_nanoseconds() {
@@ -47,7 +47,7 @@ struct Work {
 };
 
 Work current;  // of one call at a time; others meanwhile do theirs alone
-Run runs[MOST_THREADS];
+Run runs[MAX_THREADS];
 alignas(64) bool taken;
 alignas(64) uint32_t generation;  // changes with every work
 alignas(64) uint32_t entered;
@@ -161,11 +161,11 @@ void forget_threads() {
 
 }  // namespace
 
-int64_t qllm::most_threads() { return smaller(omp_get_max_threads(), MOST_THREADS); }
+int64_t qllm::max_threads() { return smaller(omp_get_max_threads(), MAX_THREADS); }
 
 void qllm::share_work(int64_t count, int64_t part, void (*body)(const void *, const Share &),
                       const void *context) {
-    const int64_t threads = count > part ? smaller(most_threads(), (count + part - 1) / part) : 1;
+    const int64_t threads = count > part ? smaller(max_threads(), (count + part - 1) / part) : 1;
     if (threads < 2 || __atomic_exchange_n(&taken, true, __ATOMIC_ACQUIRE)) {
         Run run = {0, count};
         return body(context, {0, 1, part, &run});

@@ -17,13 +17,13 @@ struct Run {
 
 // What a thread sees of the work.
 struct Share {
-    int64_t thread, threads;  // its number, below what `most_threads` said
+    int64_t thread, threads;  // its number, below what `max_threads` said
     int64_t part;             // what is taken at once, at most
     Run *runs;                // (threads,)
 };
 
 // How many threads a call of this thread may use: what torch.set_num_threads set.
-int64_t most_threads();
+int64_t max_threads();
 
 // body(context, share) in this thread and in others that are there, which all end before this does.
 // Their shares are of 0 to `count`, in parts of up to `part`.
@@ -54,7 +54,7 @@ template <typename Work> void take_parts(const Share &share, const Work &work) {
 
 // work(i, thread) for every i below `count`; in this thread alone where threads are not worth it.
 template <typename Work> void for_each(int64_t count, bool worth, const Work &work) {
-    const int64_t threads = worth ? most_threads() : 1;
+    const int64_t threads = worth ? max_threads() : 1;
     in_threads(count, threads > 1 ? count / threads / RUN_PARTS + 1 : count,
                [&](const Share &share) {
                    take_parts(share, [&](int64_t from, int64_t end) {

@@ -187,11 +187,11 @@ template <int P, int R, int N> void multiply_some(const Operands &o, int64_t fro
 }
 
 template <int P, int R> void multiply_panels(const Operands &o, int64_t panels) {
-    constexpr int MOST = ACCUMULATORS / (TILE_OPERANDS<P> * R * VECTORS);
+    constexpr int MAX_PANELS = ACCUMULATORS / (TILE_OPERANDS<P> * R * VECTORS);
     int64_t n = 0;
-    if constexpr (MOST >= 4)
+    if constexpr (MAX_PANELS >= 4)
         for (; n + 4 <= panels; n += 4) multiply_some<P, R, 4>(o, n);
-    if constexpr (MOST >= 2)
+    if constexpr (MAX_PANELS >= 2)
         for (; n + 2 <= panels; n += 2) multiply_some<P, R, 2>(o, n);
     for (; n < panels; n++) multiply_some<P, R, 1>(o, n);
 }

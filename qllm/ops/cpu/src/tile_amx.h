@@ -126,11 +126,11 @@ class Tiles {
     void begin(const Operands &o, const Linear &a, uint8_t *bytes, int64_t panels,
                int64_t k_blocks) {
         take_shapes(tile_inputs(k_blocks));
-        const VI most = set_i(128);
+        const VI max_zero = set_i(128);
         zeros_left_ = false;
         for (int64_t p = 0; p < panels; p++) {
             VI zero = load_i(o.zeros + p * LANES);
-            VI part = a.bits == 8 ? most : _mm512_min_epi32(zero, most);
+            VI part = a.bits == 8 ? max_zero : _mm512_min_epi32(zero, max_zero);
             VI left = sub_i(zero, part), in_bytes = mul_i(part, set_i(0x01010101));
             store_i(zero_left_ + p * LANES, left);
             zeros_left_ |= _mm512_test_epi32_mask(left, left) != 0;
