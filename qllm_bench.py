@@ -179,9 +179,9 @@ def main() -> None:
     }
     measure(args, pretrained, plans, result)
     if args.output == "json":
-        from qllm.evaluate import fingerprints
+        from qllm.evaluate import provenance
 
-        about = {"versions": fingerprints.versions(), "machine": fingerprints.machine()}
+        about = {"versions": provenance.versions(), "machine": provenance.machine()}
         result["trees"] = [entry | {"tree": entry["tree"].to_json()} for entry in result["trees"]]
         report.print_json(report.finite(result | about | {"settings": vars(args)}))
     else:

@@ -217,7 +217,7 @@ def main() -> None:
     from qllm import report
     from qllm.checkpoint.origin import base_model
     from qllm.data import load_text
-    from qllm.evaluate import facts, fingerprints, page, plots
+    from qllm.evaluate import facts, page, plots, provenance
     from qllm.evaluate.table import print_evaluation
     from qllm.pretrained import Pretrained
 
@@ -246,8 +246,8 @@ def main() -> None:
         "samples": facts.of_samples(first.tokenizer, reference, rows),
         "rows": rows,
         **other,
-        "versions": fingerprints.versions(),
-        "machine": fingerprints.machine(),
+        "versions": provenance.versions(),
+        "machine": provenance.machine(),
         "date": time.strftime("%Y-%m-%d"),
     }
     if args.json or args.report:

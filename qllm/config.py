@@ -99,7 +99,7 @@ class QuantSpec:
             return {"bits": self.bitwidth}
         value = {"bits": self.bits, "group_size": self.group_size, "scheme": self.scheme}
         # Left out where it is what a reader takes without it.
-        return value | ({} if self.algorithm == "rtn" else {"algorithm": self.algorithm})
+        return value | ({} if self.algorithm == DEFAULT_ALGORITHM else {"algorithm": self.algorithm})
 
     @classmethod
     def from_json(cls, value: Any, default: QuantSpec | None = None) -> QuantSpec:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qllm.evaluate import fingerprints
+from qllm.evaluate import provenance
 from qllm.evaluate.agreement import ReferenceOutputs
 from qllm.evaluate.perplexity import CONVENTIONS, Cut, Text, count_bytes, count_words
 from qllm.hub import ModelFolder
@@ -19,7 +19,7 @@ def of_text(name: str, text: Text | None) -> dict[str, Any] | None:
         return None
     return {
         "name": name,
-        "sha256": fingerprints.of_text(text.text),
+        "sha256": provenance.of_text(text.text),
         "bytes": count_bytes(text.text),
         "words": count_words(text.text),
         "tokens": len(text.ids),
@@ -29,7 +29,7 @@ def of_text(name: str, text: Text | None) -> dict[str, Any] | None:
 def of_tasks(tasks: Mapping[str, Sequence[str]]) -> dict[str, dict]:
     """How many rows each task has, and their hash."""
     return {
-        name: {"rows": len(rows), "sha256": fingerprints.of_text("\0".join(rows))}
+        name: {"rows": len(rows), "sha256": provenance.of_text("\0".join(rows))}
         for name, rows in tasks.items()
     }
 
@@ -81,10 +81,10 @@ def of_files(
     """
     return {
         name: {
-            "model": fingerprints.of_files([folder.path / "config.json", *files])
+            "model": provenance.of_files([folder.path / "config.json", *files])
             if files
-            else fingerprints.of_model(folder.path),
-            "tokenizer": fingerprints.of_tokenizer(folder.path),
+            else provenance.of_model(folder.path),
+            "tokenizer": provenance.of_tokenizer(folder.path),
         }
         for folder, name, files in zip(folders, names, others, strict=True)
     }

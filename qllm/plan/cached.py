@@ -14,7 +14,7 @@ from qllm import folders, ops
 from qllm.checkpoint.writer import write_json
 from qllm.config import QuantSpec
 from qllm.errors import UserError
-from qllm.evaluate import fingerprints
+from qllm.evaluate import provenance
 from qllm.memory import available_bytes
 from qllm.plan.candidates import key
 from qllm.plan.devices import Cluster, Device
@@ -91,7 +91,7 @@ def this_machine(
     note: Note,
 ) -> Device:
     """This machine as `describe_machine` has it: measured once, and kept in QLLM's folder."""
-    about = [FORMAT, fingerprints.machine(), fingerprints.versions(), torch.get_num_threads()]
+    about = [FORMAT, provenance.machine(), provenance.versions(), torch.get_num_threads()]
     about += [device, [key(spec) for spec in specs], dtype]
     path = folders.place(f"plan/probe-{_digest(about)}.json", note)
     if not path.exists():
