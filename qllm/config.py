@@ -99,7 +99,8 @@ class QuantSpec:
             return {"bits": self.bitwidth}
         value = {"bits": self.bits, "group_size": self.group_size, "scheme": self.scheme}
         # Left out where it is what a reader takes without it.
-        return value | ({} if self.algorithm == DEFAULT_ALGORITHM else {"algorithm": self.algorithm})
+        own = self.algorithm != DEFAULT_ALGORITHM
+        return value | ({"algorithm": self.algorithm} if own else {})
 
     @classmethod
     def from_json(cls, value: Any, default: QuantSpec | None = None) -> QuantSpec:
