@@ -50,8 +50,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--round-offsets",
         action="store_true",
-        help="GGUF: write 4 bits with zero points as Q4_1, whose offsets are float16, where Q8_0 "
-        "would hold them without a loss",
+        help="GGUF: write 4 and 5 bits with zero points as Q4_1 and Q5_1, whose offsets are "
+        "float16, where Q8_0 would hold them without a loss",
     )
     cli.add_threads_option(group)
     group.add_argument("--json", action="store_true", help="print one JSON object")

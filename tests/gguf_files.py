@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+from conftest import tiny
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from torch import nn
 
@@ -103,6 +104,19 @@ FAMILIES = {
 }
 # llama.cpp's name of an architecture, where it is another one.
 ARCHITECTURES = {"gemma3_text": "gemma3", "gpt_neox": "gptneox"}
+
+
+def checkpoint_of(family: str, folder: Path) -> Path:
+    """A bundled model, or one of random weights with a bundled tokenizer."""
+    if family in ("llama", "bloom"):
+        return tiny(family)
+    options = {"long": False} if family == "phi3" else {}
+    model = FAMILIES[family](**options)
+    model.resize_token_embeddings(4096)
+    model.half().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text((tiny("llama") / name).read_text())
+    return folder
 
 
 def made(kind: type, config: object) -> nn.Module:
@@ -240,6 +254,31 @@ def add_tokenizer(writer: GGUFWriter) -> None:
     writer.add_token_merges(merges)
     writer.add_bos_token_id(tokens.index("<|begin|>"))
     writer.add_eos_token_id(tokens.index("<|im_end|>"))
+
+
+TEXTS = (
+    "the cat sat on the mat and the dog sat on the log",
+    "a man, a plan: in the inn 1 2 3",
+    "one  two   three",
+)
+
+
+def trained_sentencepiece(prefix: Path) -> object:
+    """A small tokenizer of SentencePiece's; its file is `prefix` with .model behind it."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 20),
+        model_prefix=str(prefix),
+        vocab_size=VOCAB,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
 
 
 def write_sentencepiece(path: Path, own: object) -> Path:

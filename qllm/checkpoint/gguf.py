@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from qllm.checkpoint.tensors import TensorFile, TensorInfo, map_file
+from qllm.config import ModelConfig
 from qllm.errors import UserError
-from qllm.gguf.config import architecture_of, read_config
+from qllm.gguf.config import Architecture, architecture_of, read_config
 from qllm.gguf.file import GGUF, GGUFTensor
 from qllm.gguf.metadata import Metadata
 from qllm.gguf.types import BlockType
@@ -103,8 +104,7 @@ def parts_of(found: GGUF) -> dict[str, list[Part]]:
 
 
 def _row_orders(found: GGUF) -> dict[str, Tensor]:
-    """llama.cpp's name of each part whose rows are not in our order: the row of each of ours."""
-    architecture = architecture_of(Metadata(found))
+    """`row_orders` of a file."""
     config = model_config(RawConfig(read_config(found), str(found.path)))
     counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     rows = sum(tensor.shape[0] for tensor in found.tensors.values())
@@ -113,6 +113,12 @@ def _row_orders(found: GGUF) -> dict[str, Tensor]:
             f"{found.path}: {config.num_heads} heads of {config.head_dim} channels are more than "
             f"the {rows} rows of its tensors"
         )
+    return row_orders(config, architecture_of(Metadata(found)))
+
+
+def row_orders(config: ModelConfig, architecture: Architecture) -> dict[str, Tensor]:
+    """llama.cpp's name of each part whose rows are not in our order: the row of each of ours."""
+    counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     if architecture.permuted:
         runs = [torch.arange(n * config.head_dim).view(n, -1, 2) for n in counts[:2]]
         q, k = (run.transpose(1, 2).flatten() for run in runs)

@@ -1,50 +1,67 @@
 """A checkpoint as a GGUF file, for llama.cpp: 16 bits, or blocks that hold a layer's integers.
 
-A packed layer with groups of a multiple of 32 has a form that loses nothing: Q4_0 of 4 bits,
-symmetric, Q4_1 of 4 bits whose offsets, -zero · scale, are float16, and Q8_0 of everything else,
-q - zero being an int8 with the same scale.
+A packed layer with groups of a multiple of 32 has a form that loses nothing: Q4_0 and Q5_0 of 4 and
+5 bits, symmetric, Q4_1 and Q5_1 of those whose offsets, -zero · scale, are float16, and Q8_0 of
+everything else, q - zero being an int8 with the same scale.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from qllm.checkpoint.gguf import INNER as INNER_PARTS
+from qllm.checkpoint.gguf import OUTER as OUTER_PARTS
+from qllm.checkpoint.gguf import row_orders
+from qllm.checkpoint.gguf_tokenizer import tokenizer_metadata
 from qllm.checkpoint.reader import Checkpoint
 from qllm.checkpoint.weights import Weights
 from qllm.checkpoint.writer import new_file
-from qllm.config import LM_HEAD, ModelConfig
+from qllm.config import ModelConfig, RopeConfig
 from qllm.errors import UserError
-from qllm.files import parse_json, read_bytes
-from qllm.gguf import is_gguf
-from qllm.gguf.file import Value, read_gguf
-from qllm.gguf.tokenizer import CONTROL, LLAMA3, QWEN2, USER_DEFINED
-from qllm.gguf.types import BF16, F16, F32, PACKED_GROUP, Q4_0, Q4_1, Q8_0, BlockType
+from qllm.gguf.config import ARCHITECTURES, read_config
+from qllm.gguf.file import GGUF, GGUFTensor, Value
+from qllm.gguf.from_config import (
+    LONG,
+    architecture_name,
+    hyperparameters,
+    rope_factors,
+)
+from qllm.gguf.types import (
+    BF16,
+    F16,
+    F32,
+    PACKED_GROUP,
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q8_0,
+    BlockType,
+)
 from qllm.gguf.write import Planned, write_gguf
+from qllm.models import RawConfig
+from qllm.models import read_config as model_config
+from qllm.models.positions import RotaryPositions
 from qllm.quant.packing import PackedWeight, group_width, unpack
-from qllm.tokenizer import Tokenizer
 
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "bloom": "bloom"}
-# Our modules in a layer, to llama.cpp's names of their parts.
+# Our names of modules, to llama.cpp's; of what is fused in its file as well, one name.
 INNER = {
-    "attention_norm": ("attn_norm",),
-    "attention.qk_norm": ("attn_q_norm", "attn_k_norm"),
-    "attention.out": ("attn_output",),
-    "mlp_norm": ("ffn_norm",),
-    "mlp.down": ("ffn_down",),
+    ours: tuple(name for name, (other, _) in INNER_PARTS.items() if other == ours)
+    for ours, _ in INNER_PARTS.values()
 }
-OUTER = {
-    "embed": "token_embd",
-    "embed_norm": "token_embd_norm",
-    "final_norm": "output_norm",
-    LM_HEAD: "output",
-}
-MAX_TOKENIZER_BYTES = 256 << 20
+INNER["attention.qkv"] = ("attn_q", "attn_k", "attn_v")
+FUSED = {"attention.qkv": "attn_qkv", "mlp.up": "ffn_up"}
+OUTER = {ours: name for name, ours in OUTER_PARTS.items()}
+# What a file does not say of a model, and what it computes does not depend on.
+UNSEEN = ("family", "dtype", "init_std", "eos_token_ids")
+# By their bits, types whose blocks hold a layer's integers: symmetric, and with offsets.
+TYPES_OF = {4: (Q4_0, Q4_1), 5: (Q5_0, Q5_1)}
 PLAIN = {torch.float16: F16, torch.bfloat16: BF16, torch.float32: F32}
 
 
@@ -58,7 +75,8 @@ def export_gguf(
     """Write the file of a checkpoint; it appears when it is whole.
 
     Args:
-        round_offsets: 4 bits with zero points are Q4_1 whether or not float16 has their offsets.
+        round_offsets: 4 and 5 bits with zero points are Q4_1 and Q5_1 whether or not float16 has
+            their offsets.
 
     Returns:
         its bytes.
@@ -73,132 +91,45 @@ def export_gguf(
         raise UserError(f"{target} is there already; name another file with --save")
     if target.suffix != ".gguf":
         raise UserError(f"{target}: a GGUF file's name ends with .gguf")
-    metadata = {**_metadata(config), **_tokenizer(source, config)}
+    metadata = {**hyperparameters(config), **tokenizer_metadata(source, config)}
     writer = _Tensors(weights, round_offsets)
     planned = writer.plan()
+    _confirm_same(config, metadata, planned, target)
     if writer.wide:
         note(
-            f"{writer.wide} matrices of 4 bits are Q8_0, without a loss; --round-offsets makes "
-            "Q4_1 of them, of little more than half the bytes, less than 1% of a step off"
+            f"{writer.wide} matrices of 4 or 5 bits are Q8_0, without a loss; with --round-offsets "
+            "they are Q4_1 or Q5_1, of 0.6 or 0.7 of the bytes, less than 1% of a step off"
         )
     with new_file(target) as path:
         write_gguf(path, metadata, planned, writer.bytes_of(planned))
     return target.stat().st_size
 
 
-def _metadata(config: ModelConfig) -> dict[str, Value]:
-    """What llama.cpp is told of a model.
+def _confirm_same(
+    config: ModelConfig, metadata: dict[str, Value], planned: dict[str, Planned], target: Path
+) -> None:
+    """Refuse a model of which llama.cpp's architecture, as the file describes it, is not the same.
 
     Raises:
-        UserError: for what its architecture does not have.
+        UserError: naming what differs.
     """
-    if config.family not in ARCHITECTURES or config.residual_after_norm or any(config.windows):
-        raise UserError(
-            f"GGUF files are written of {', '.join(ARCHITECTURES)}, without windows of attention "
-            f"and residuals behind norms, not of this {config.family}"
-        )
-    name = ARCHITECTURES[config.family]
-    values: dict[str, Value] = {
-        "general.architecture": name,
-        f"{name}.block_count": config.num_layers,
-        f"{name}.context_length": config.trained_positions or config.max_positions or 2048,
-        f"{name}.embedding_length": config.hidden_size,
-        f"{name}.feed_forward_length": config.intermediate_size,
-        f"{name}.attention.head_count": config.num_heads,
-        f"{name}.attention.head_count_kv": config.num_kv_heads,
+    name = architecture_name(config)
+    factors = [f"{factor}.weight" for factor in rope_factors(config.rope)]
+    tensors = {
+        key: GGUFTensor(target, plan.shape, plan.type, 0, plan.nbytes)
+        for key, plan in planned.items()
+        if key not in factors
     }
-    if config.norm == "layernorm":
-        return values | {f"{name}.attention.layer_norm_epsilon": config.norm_eps}
-    rope = config.rope
-    assert rope is not None  # of the other architectures
-    if rope.kind not in ("default", "linear") or rope.rotary_dim not in (None, config.head_dim):
-        raise UserError(f"GGUF files are written of plain and linear RoPE, not of {rope.kind}")
-    if rope.kind == "linear":
-        values[f"{name}.rope.scaling.type"] = "linear"
-        values[f"{name}.rope.scaling.factor"] = rope.factor
-    return values | {
-        f"{name}.attention.layer_norm_rms_epsilon": config.norm_eps,
-        f"{name}.attention.key_length": config.head_dim,
-        f"{name}.attention.value_length": config.head_dim,
-        f"{name}.rope.dimension_count": config.head_dim,
-        f"{name}.rope.freq_base": rope.theta,
-    }
-
-
-def _tokenizer(source: Path, config: ModelConfig) -> dict[str, Value]:
-    """The metadata of a checkpoint's tokenizer.
-
-    Raises:
-        UserError: for one that is no byte-level BPE with a pattern that llama.cpp knows.
-    """
-    if is_gguf(source):
-        found = read_gguf(source).metadata
-        return {key: value for key, value in found.items() if key.startswith("tokenizer.")}
-    path = source / "tokenizer.json"
-    try:
-        values = parse_json(read_bytes(path, MAX_TOKENIZER_BYTES), str(path))
-    except FileNotFoundError:
-        raise UserError(f"{source} has no tokenizer.json, of which a GGUF file's is made") from None
-    try:
-        model, added = values["model"], {t["id"]: t for t in values.get("added_tokens") or ()}
-        tokens = {i: text for text, i in model["vocab"].items()}
-        tokens |= {i: token["content"] for i, token in added.items()}
-        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-        text = json.dumps(values["pre_tokenizer"], ensure_ascii=False)
-        pre = next((name for pattern, name in _pre(text) if pattern), None)
-        ids = range(config.vocab_size)
-        types = [_type(added.get(i), i in tokens) for i in ids]
-        listed = [tokens.get(i, f"<unused{i}>") for i in ids]
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise UserError(f"{path} is not whole") from None
-    if pre is None or model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise UserError(f"{path}: GGUF files are written of byte-level BPE that llama.cpp knows")
-    made: dict[str, Value] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": listed,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": merges,
-    }
-    if config.eos_token_ids:
-        made["tokenizer.ggml.eos_token_id"] = config.eos_token_ids[0]
-    added_bos = Tokenizer.load(source, config.vocab_size).added_bos_id
-    return made | _settings(source, listed, added_bos)
-
-
-def _pre(text: str) -> list[tuple[bool, str]]:
-    """Whether a pre_tokenizer is the one of each name."""
-    own = '"ByteLevel"' in text
-    patterns = ((LLAMA3, "llama-bpe"), (QWEN2, "qwen2"))
-    digits = '"Digits"' in text and '"individual_digits": true' in text
-    plain = own and '"Split"' not in text and '"use_regex": false' not in text
-    found = [(json.dumps(p, ensure_ascii=False) in text, name) for p, name in patterns]
-    return [*found, (plain and digits, "smollm"), (plain, "gpt-2")]
-
-
-def _type(added: dict | None, there: bool) -> int:
-    """A token's type: control, defined by a user, normal or unused."""
-    if added is not None:
-        return CONTROL if added.get("special") else USER_DEFINED
-    return 1 if there else 5
-
-
-def _settings(source: Path, tokens: list[str], added_bos: int | None) -> dict[str, Value]:
-    """What tokenizer_config.json says besides; `added_bos` is what stands in front of each text."""
-    path = source / "tokenizer_config.json"
-    values = parse_json(read_bytes(path), str(path)) if path.exists() else {}
-    values = values if isinstance(values, dict) else {}
-    found: dict[str, Value] = {}
-    named = values.get("bos_token")
-    named = named.get("content") if isinstance(named, dict) else named
-    if added_bos is None and isinstance(named, str) and named in tokens:
-        found["tokenizer.ggml.bos_token_id"] = tokens.index(named)
-    elif added_bos is not None:
-        found["tokenizer.ggml.bos_token_id"] = added_bos
-    found["tokenizer.ggml.add_bos_token"] = added_bos is not None
-    if isinstance(values.get("chat_template"), str):
-        found["tokenizer.chat_template"] = values["chat_template"]
-    return found
+    raw = RawConfig(read_config(GGUF(target, metadata, tensors)), str(target))
+    found = vars(model_config(raw)) | ARCHITECTURES[name].fixed
+    if factors:
+        found["rope"] = config.rope
+    for key, value in vars(config).items():
+        if key not in UNSEEN and found[key] != value:
+            raise UserError(
+                f"llama.cpp's {name} has {key} {found[key]}, not {value} as this model: no GGUF "
+                "file can be written of it"
+            )
 
 
 class _Tensors:
@@ -206,13 +137,19 @@ class _Tensors:
 
     def __init__(self, weights: Weights, round_offsets: bool) -> None:
         self.weights, self.config = weights, weights.config
+        self.architecture = ARCHITECTURES[architecture_name(weights.config)]
         self.round_offsets = round_offsets
-        self.wide = 0  # matrices of 4 bits that are Q8_0
+        self.wide = 0  # matrices of 4 or 5 bits that are Q8_0
+        self._orders = row_orders(self.config, self.architecture)
         self._made: dict[str, Callable[[], Tensor]] = {}
 
     def plan(self) -> dict[str, Planned]:
         """Shapes and types by name."""
         planned: dict[str, Planned] = {}
+        for factor in rope_factors(self.config.rope):
+            factors = _factors(self.config, factor)
+            planned[f"{factor}.weight"] = Planned((len(factors),), F32)
+            self._made[f"{factor}.weight"] = partial(factors.view, torch.uint8)
         for name, shape in self.weights.shapes.items():
             module, _, kind = name.rpartition(".")
             form = self._form(module, name, shape)
@@ -228,7 +165,7 @@ class _Tensors:
         return (self._made[name]() for name in planned)
 
     def _form(self, module: str, name: str, shape: tuple[int, ...]) -> BlockType:
-        if len(shape) < 2 or "norm" in module:
+        if len(shape) < 2 or module == "positions":
             return F32
         if not name.endswith(".weight") or module not in self.weights.stored:
             return PLAIN[self.weights.dtype(name)]
@@ -240,13 +177,14 @@ class _Tensors:
                 f"{PACKED_GROUP} do not hold"
             )
         packed = self._packed(module)
-        if spec.bits != 4:
+        if spec.bits not in TYPES_OF:
             return Q8_0
+        symmetric, with_offsets = TYPES_OF[spec.bits]
         if not packed.qzeros.numel():  # but the middle, which a checkpoint's settings do not tell
-            return Q4_0
+            return symmetric
         offsets = _offsets(packed)
         if self.round_offsets or torch.equal(offsets.half().float(), offsets.float()):
-            return Q4_1
+            return with_offsets
         self.wide += 1
         return Q8_0
 
@@ -263,47 +201,42 @@ class _Tensors:
         assert isinstance(packed, PackedWeight)  # of all with weights alone
         if packed.perm is not None or packed.scales.dtype != torch.float16:
             raise UserError(f"{module} has act-order or scales beyond float16, which GGUF has not")
-        if packed.qzeros.is_floating_point() and bits != 4:
+        if packed.qzeros.is_floating_point() and bits not in TYPES_OF:
             raise UserError(
                 f"{module} has {bits} bits and offsets, of a type of GGUF that is not written"
             )
         return packed
 
-    def _parts(self, module: str, total: int) -> Iterator[tuple[str, range, int]]:
-        """llama.cpp's name of each part, its rows in ours, and the heads that are rotated."""
+    def _parts(self, module: str, total: int) -> Iterator[tuple[str, range, Tensor | None]]:
+        """llama.cpp's name of each part, its rows in ours, and which of these each of its is."""
         if not module.startswith("layers."):
-            yield OUTER[module], range(total), 0
+            yield OUTER[module], range(total), None
             return
         _, index, inner = module.split(".", 2)
-        config, layer = self.config, f"blk.{index}"
-        names: tuple[str, ...]
-        if inner == "attention.qkv" and config.family != "bloom":
-            names = ("attn_q", "attn_k", "attn_v")
-            many = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-            counts = [count * config.head_dim for count in many]
-        else:
-            if inner == "attention.qkv":
-                names = ("attn_qkv",)
-            elif inner == "mlp.up":
-                names = ("ffn_gate", "ffn_up") if config.gated_mlp else ("ffn_up",)
-            else:
-                names = INNER[inner]
-            counts = [total // len(names)] * len(names)
+        names = INNER[inner]
+        if inner in FUSED and len(self.weights.family.inner[inner]) == 1:
+            names = (FUSED[inner],)
+        counts = [total // len(names)] * len(names)
+        if len(names) == 3:
+            heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
+            counts = [count * self.config.head_dim for count in heads]
         begin = 0
         for name, count in zip(names, counts, strict=True):
-            heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(name, 0)
-            rotated = heads if config.family == "llama" else 0
-            yield f"{layer}.{name}", range(begin, begin + count), rotated
+            order = self._orders.get(name)
+            back = None if order is None else order.argsort()
+            yield f"blk.{index}.{name}", range(begin, begin + count), back
             begin += count
 
-    def _bytes(self, name: str, rows: range, heads: int, form: BlockType) -> Tensor:
-        module = name.rpartition(".")[0]
-        order = torch.arange(len(rows))
-        if heads:  # pairs that are turned together side by side
-            order = order.view(heads, 2, -1).transpose(1, 2).flatten()
+    def _bytes(self, name: str, rows: range, order: Tensor | None, form: BlockType) -> Tensor:
+        """A tensor's bytes: of `rows` of ours, in an order."""
+        module, _, kind = name.rpartition(".")
+        if order is None:
+            order = torch.arange(len(rows))
         if form.dtype is not None:
-            numbers = self.weights.read(name, rows=[rows])[order].to(form.dtype).contiguous()
-            return numbers.flatten().view(torch.uint8)
+            numbers = self.weights.read(name, rows=[rows])[order].to(form.dtype)
+            if module.endswith("norm") and kind == "weight":
+                numbers = numbers + self.architecture.norm_offset
+            return numbers.contiguous().flatten().view(torch.uint8)
         packed = self._packed(module, [rows])
         spec, width = self.weights.stored[module].spec, self.weights.shapes[name][1]
         group = group_width(width, spec.group_size)
@@ -315,10 +248,12 @@ class _Tensors:
 
         factors = [of_blocks(packed.scales).view(torch.uint8)]
         q = unpack(packed.qweight, spec.bits, width).unflatten(1, (-1, PACKED_GROUP))
-        if form in (Q4_0, Q4_1):
-            values = q[..., :16] | (q[..., 16:] << 4)
-            if form is Q4_1:
+        if form is not Q8_0:
+            if form.offset:
                 factors.append(of_blocks(_offsets(packed).half()).view(torch.uint8))
+            if form.bits == 5:
+                factors.append(_fifth_bits(q))
+            values = (q[..., :16] & 0xF) | (q[..., 16:] << 4)
         else:
             middle = 2 ** (spec.bits - 1)
             asymmetric = packed.qzeros.numel() > 0
@@ -334,3 +269,20 @@ def _offsets(packed: PackedWeight) -> Tensor:
     if packed.qzeros.is_floating_point():
         return packed.qzeros
     return -(packed.qzeros.float() * packed.scales.float())
+
+
+def _fifth_bits(q: Tensor) -> Tensor:
+    """The fifth bits of blocks, uint8 (..., 32), those of 8 values in a byte: (..., 4)."""
+    bits = (q >> 4).unflatten(-1, (4, 8)) << torch.arange(8, dtype=torch.uint8)
+    return bits.sum(-1, dtype=torch.uint8)
+
+
+def _factors(config: ModelConfig, name: str) -> Tensor:
+    """What divides the frequency of each pair, as a file has it: float32 (D / 2,)."""
+    rope = config.rope
+    assert rope is not None  # as `rope_factors` has it
+    if rope.kind == "longrope":
+        return torch.tensor(rope.long_factor if name == LONG else rope.short_factor)
+    plain = replace(config, rope=RopeConfig(rope.theta))
+    of = (RotaryPositions(each, torch.float32).frequencies(1) for each in (plain, config))
+    return next(of) / next(of)

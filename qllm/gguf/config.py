@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qllm.errors import UserError
 from qllm.gguf.file import GGUF, GGUFTensor
@@ -14,6 +14,7 @@ from qllm.gguf.types import F32
 ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
 CONTROL = 3  # of tokenizer.ggml.token_type
 VALUES, TURNED = "attention.value_length", "rope.dimension_count"
+ORIGINAL = "original_max_position_embeddings"
 # Present with another value, each of these makes another model.
 NEUTRAL = {
     "expert_count": 0,
@@ -38,6 +39,8 @@ class Architecture:
         permuted: rows of q and k lie in the order of llama.cpp's rotation: pairs side by side.
         norm_offset: what norms' weights have more than in a checkpoint.
         reads: keys of NEUTRAL that `config` reads.
+        same: model types that llama.cpp runs as this one.
+        fixed: fields of `ModelConfig` that no key tells, and what they are.
     """
 
     model_type: str
@@ -45,6 +48,8 @@ class Architecture:
     permuted: bool = False
     norm_offset: float = 0.0
     reads: frozenset[str] = frozenset()
+    same: tuple[str, ...] = ()
+    fixed: Mapping[str, object] = field(default_factory=dict)
 
 
 def architecture_of(metadata: Metadata) -> Architecture:
@@ -162,7 +167,16 @@ def _rope(metadata: Metadata, found: GGUF, trained: int) -> dict[str, object]:
             "long_factor": values,
             "factor": 1.0,
             "attention_factor": 1.0,
-            "original_max_position_embeddings": trained,
+            ORIGINAL: trained,
+        }
+    files = [found.tensors.get(f"rope_factors_{length}.weight") for length in ("short", "long")]
+    if all(files):
+        listed = [_floats(tensor, found) for tensor in files if tensor]
+        return rope | {
+            "rope_type": "longrope",
+            **dict(zip(("short_factor", "long_factor"), listed, strict=True)),
+            "attention_factor": metadata.number(own("rope.scaling.attn_factor"), 1.0),
+            ORIGINAL: metadata.count(own("rope.scaling.original_context_length")),
         }
     if kind == "none":
         return rope
@@ -170,8 +184,7 @@ def _rope(metadata: Metadata, found: GGUF, trained: int) -> dict[str, object]:
         raise UserError(f"{found.path}: {own('rope.scaling.type')} is {kind!r}; QLLM has not that")
     rope |= {"rope_type": kind, "factor": metadata.number(own("rope.scaling.factor"))}
     if kind == "yarn":
-        original = own("rope.scaling.original_context_length")
-        rope["original_max_position_embeddings"] = metadata.count(original, trained)
+        rope[ORIGINAL] = metadata.count(own("rope.scaling.original_context_length"), trained)
     return rope
 
 
@@ -232,16 +245,8 @@ def _phi3(metadata: Metadata, found: GGUF) -> dict[str, object]:
     own = metadata.own
     values = _llama(metadata, found, same=(VALUES,))
     rope = _rope(metadata, found, metadata.count(own("context_length")))
-    factors = {
-        f"{kind}_factor": found.tensors.get(f"rope_factors_{kind}.weight")
-        for kind in ("short", "long")
-    }
-    if all(factors.values()):
-        original = metadata.count(own("rope.scaling.original_context_length"))
-        rope |= {key: _floats(tensor, found) for key, tensor in factors.items() if tensor}
-        rope["rope_type"] = "longrope"
-        values["original_max_position_embeddings"] = original
-        rope["attention_factor"] = metadata.number(own("rope.scaling.attn_factor"), 1.0)
+    if ORIGINAL in rope:  # outside it wins over the family's own
+        values[ORIGINAL] = rope[ORIGINAL]
     head_dim = values["head_dim"]
     assert isinstance(head_dim, int)  # as `_llama` counts it
     rope |= _partial(metadata, head_dim)
@@ -313,14 +318,21 @@ def _heads(metadata: Metadata) -> int:
 
 
 WINDOW = frozenset({"attention.sliding_window"})
+PARALLEL = frozenset({"use_parallel_residual"})
+NO_BIAS = {"attention_bias": False, "output_bias": False}
+BIASES = {"attention_bias": True, "output_bias": True}
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", _llama, permuted=True),
-    "qwen2": Architecture("qwen2", _llama),
-    "qwen3": Architecture("qwen3", _llama),
-    "gemma2": Architecture("gemma2", _gemma2, norm_offset=1.0, reads=WINDOW),
-    "gemma3": Architecture("gemma3_text", _gemma3, norm_offset=1.0, reads=WINDOW),
+    "llama": Architecture("llama", _llama, permuted=True, same=("mistral",)),
+    "qwen2": Architecture("qwen2", _llama, fixed={"output_bias": False}),
+    "qwen3": Architecture("qwen3", _llama, fixed=NO_BIAS),
+    "gemma2": Architecture(
+        "gemma2", _gemma2, norm_offset=1.0, reads=WINDOW, fixed={**NO_BIAS, "tied_head": True}
+    ),
+    "gemma3": Architecture("gemma3_text", _gemma3, norm_offset=1.0, reads=WINDOW, fixed=NO_BIAS),
     "phi3": Architecture("phi3", _phi3, reads=WINDOW),
-    "gptneox": Architecture("gpt_neox", _gpt_neox, reads=frozenset({"use_parallel_residual"})),
+    "gptneox": Architecture(
+        "gpt_neox", _gpt_neox, reads=PARALLEL, fixed={**BIASES, "tied_head": False}
+    ),
     "bloom": Architecture("bloom", _bloom),
     "gpt2": Architecture("gpt2", _gpt2),
 }

@@ -106,6 +106,9 @@ class GGUFCodec:
     def token(self, number: int) -> str | None:
         return self._tokenizer.id_to_token(number)
 
+    def definition(self) -> str:
+        return self._tokenizer.to_str()
+
     def files(self, metadata: Metadata) -> dict[str, str]:
         """tokenizer.json and tokenizer_config.json of the same tokenizer."""
         saved = json.loads(self._tokenizer.to_str())
@@ -194,14 +197,7 @@ def _sentencepiece(metadata: Metadata, tokens: list[str], types: list) -> tokeni
     if long:
         raise UserError(f"{metadata.where} has a token of {len(long[0])} characters")
     vocabulary = {text: i for i, text in enumerate(tokens)}
-    special = {i for i, number in enumerate(types) if number in (UNKNOWN, CONTROL, BYTE)}
-    order = sorted((-scores[i], i) for i in range(len(tokens)) if i not in special)
-    merges = []
-    for _, i in order:
-        text = tokens[i]
-        pairs = [(text[:at], text[at:]) for at in range(1, len(text))]
-        known = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
-        merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+    merges = merges_of(tokens, types, scores)
     tokenizer = tokenizers.Tokenizer(
         models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True)
     )
@@ -212,6 +208,22 @@ def _sentencepiece(metadata: Metadata, tokens: list[str], types: list) -> tokeni
     ends += [decoders.Strip(content=" ", left=1)] if prefix else []
     tokenizer.decoder = decoders.Sequence(ends)
     return tokenizer
+
+
+def merges_of(
+    tokens: list[str], types: list[int | float], scores: list[int | float]
+) -> list[tuple[str, str]]:
+    """Of SentencePiece's BPE: all pairs of tokens that are one together, highest scores first."""
+    vocabulary = {text: i for i, text in enumerate(tokens)}
+    special = {i for i, number in enumerate(types) if number in (UNKNOWN, CONTROL, BYTE)}
+    order = sorted((-scores[i], i) for i in range(len(tokens)) if i not in special)
+    merges = []
+    for _, i in order:
+        text = tokens[i]
+        pairs = [(text[:at], text[at:]) for at in range(1, len(text))]
+        known = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
+        merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+    return merges
 
 
 KINDS = {"gpt2": _byte_level, "llama": _sentencepiece}

@@ -233,6 +233,8 @@ F16 = BlockType(1, "F16", 1, 2, torch.float16)
 BF16 = BlockType(30, "BF16", 1, 2, torch.bfloat16)
 Q4_0 = BlockType(2, "Q4_0", 32, 18, None, 4, 32, _q4_0)
 Q4_1 = BlockType(3, "Q4_1", 32, 20, None, 4, 32, _q4_1, offset=True)
+Q5_0 = BlockType(6, "Q5_0", 32, 22, None, 5, 32, _q5_0)
+Q5_1 = BlockType(7, "Q5_1", 32, 24, None, 5, 32, _q5_1, offset=True)
 Q8_0 = BlockType(8, "Q8_0", 32, 34, None, 8, 32, _q8_0)
 TYPES = {
     kind.number: kind
@@ -242,8 +244,8 @@ TYPES = {
         BF16,
         Q4_0,
         Q4_1,
-        BlockType(6, "Q5_0", 32, 22, None, 5, 32, _q5_0),
-        BlockType(7, "Q5_1", 32, 24, None, 5, 32, _q5_1, offset=True),
+        Q5_0,
+        Q5_1,
         Q8_0,
         BlockType(10, "Q2_K", 256, 84, None, 2, 16, _q2_k, offset=True),
         BlockType(11, "Q3_K", 256, 110, None, 3, 16, _q3_k),

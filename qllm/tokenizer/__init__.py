@@ -38,6 +38,7 @@ class _Codec(Protocol):
     def encode(self, text: str, max_length: int | None) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
     def token(self, number: int) -> str | None: ...
+    def definition(self) -> str: ...
 
 
 class Tokenizer:
@@ -125,6 +126,14 @@ class Tokenizer:
         whole = self.decode([*prompt, *ids])
         return whole[len(before) :] if whole.startswith(before) else self.decode(ids)
 
+    def definition(self) -> str:
+        """What tokenizer.json says of it, whichever files it was made from.
+
+        Raises:
+            UserError: for one that is not of the `tokenizers` library.
+        """
+        return self._codec.definition()
+
     def _encode(self, text: str, max_length: int | None) -> list[int]:
         if (half := surrogate(text)) is not None:
             raise UserError(f"the text holds {half}, half a surrogate pair: it is not Unicode")
@@ -165,6 +174,13 @@ class _TransformersCodec:
         token = self._tokenizer.convert_ids_to_tokens(number)
         assert not isinstance(token, list)  # of one number
         return token
+
+    def definition(self) -> str:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            kind = type(self._tokenizer).__name__
+            raise UserError(f"the tokenizer, a {kind}, is none of those that tokenizer.json holds")
+        return backend.to_str()
 
 
 @contextmanager

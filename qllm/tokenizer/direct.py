@@ -65,6 +65,9 @@ class DirectCodec:
     def token(self, number: int) -> str | None:
         return self._tokenizer.id_to_token(number)
 
+    def definition(self) -> str:
+        return self._tokenizer.to_str()
+
 
 def load(folder: Path) -> DirectCodec | None:
     """The tokenizer of a folder; None where only transformers can say what it is.

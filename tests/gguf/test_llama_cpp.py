@@ -16,7 +16,7 @@ from random import Random
 import numpy as np
 import pytest
 from conftest import ROOT, tiny
-from gguf_files import FAMILIES, write_model
+from gguf_files import FAMILIES, checkpoint_of, trained_sentencepiece, write_model
 
 from qllm import LLM
 from qllm.checkpoint.to_gguf import export_gguf
@@ -32,11 +32,13 @@ SPECS = {
     "Q8_0": QuantSpec(8, 32, "sym", "weight_only"),
     "Q4_0": QuantSpec(4, 32, "sym", "weight_only"),
     "Q4_1": QuantSpec(4, 32, "asym", "weight_only"),
+    "Q5_0": QuantSpec(5, 32, "sym", "weight_only"),
+    "Q5_1": QuantSpec(5, 32, "asym", "weight_only"),
 }
 NEW_TOKENS = 24
 # Of the logits' range: llama.cpp sums in float16 at 16 bits, and rounds activations to 8 bits in
 # front of blocks.
-NEAR = {"F16": 0.002, "Q8_0": 0.01, "Q4_0": 0.01, "Q4_1": 0.01}
+NEAR = dict.fromkeys(SPECS, 0.01) | {"F16": 0.002}
 
 
 @cache
@@ -94,18 +96,6 @@ def opened(path: Path, **options: bool) -> Iterator[LlamaCpp]:
     llama_cpp.llama_model_free(found.model)
 
 
-def checkpoint_of(family: str, folder: Path) -> Path:
-    """A bundled model, or one of random weights with a bundled tokenizer."""
-    if family in ("llama", "bloom"):
-        return tiny(family)
-    model = FAMILIES[family]()
-    model.resize_token_embeddings(4096)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_text((tiny("llama") / name).read_text())
-    return folder
-
-
 def assert_same_tokens(path: Path, near: float) -> None:
     """llama.cpp takes each of our tokens for the likeliest, or for one as likely."""
     llm = LLM.from_pretrained(path, dtype="float32")
@@ -120,7 +110,7 @@ def assert_same_tokens(path: Path, near: float) -> None:
 
 
 @pytest.mark.parametrize("kind", SPECS)
-@pytest.mark.parametrize("family", ["llama", "bloom", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_tokens_of_what_is_written(tmp_path, family, kind):
     source = checkpoint_of(family, tmp_path / "source")
     if (spec := SPECS[kind]) is not None:
@@ -153,11 +143,16 @@ def strings() -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom"])
-def test_the_same_tokens_of_a_thousand_strings(tmp_path, family):
-    path = tmp_path / "model.gguf"
-    export_gguf(tiny(family), path)
-    ours = Tokenizer.load(path)
+@pytest.mark.parametrize("kind", ["llama", "bloom", "sentencepiece"])
+def test_the_same_tokens_of_a_thousand_strings(tmp_path, kind):
+    path, source = tmp_path / "model.gguf", tmp_path / "source"
+    if kind == "sentencepiece":
+        FAMILIES["llama"]().half().save_pretrained(source)
+        trained_sentencepiece(source / "tokenizer")
+    else:
+        source = tiny(kind)
+    export_gguf(source, path)
+    ours = Tokenizer.load(source)
     with opened(path, vocabulary_alone=True) as theirs:
         differ = [text for text in strings() if ours.encode(text) != theirs.tokenize(text)]
     assert not differ, json.dumps(differ[:5])

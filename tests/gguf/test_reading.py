@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
-from gguf_files import FAMILIES, KINDS, VOCAB, dequantized, write_model, write_sentencepiece
+from gguf_files import (
+    FAMILIES,
+    KINDS,
+    TEXTS,
+    dequantized,
+    trained_sentencepiece,
+    write_model,
+    write_sentencepiece,
+)
 
 from qllm import LLM
 from qllm.checkpoint.gguf import GGUFFile
@@ -184,29 +192,10 @@ def test_numbers_that_cannot_be_are_one_line(tmp_path, family):
 
 
 def test_sentencepiece_s_tokens(tmp_path):
-    import sentencepiece
-
-    lines = [
-        "the cat sat on the mat and the dog sat on the log",
-        "a man, a plan: in the inn 1 2 3",
-        "one  two   three",
-    ]
-    prefix = tmp_path / "model"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines * 20),
-        model_prefix=str(prefix),
-        vocab_size=VOCAB,
-        model_type="bpe",
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    own = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    own = trained_sentencepiece(tmp_path / "model")
     path = write_sentencepiece(tmp_path / "model.gguf", own)
     tokenizer = Tokenizer.load(path)
-    for text in (*lines, "", " ", "  the", "the ", "Zürich 北京 🙂", "a\nb", "sat<0x41>on"):
+    for text in (*TEXTS, "", " ", "  the", "the ", "Zürich 北京 🙂", "a\nb", "sat<0x41>on"):
         ids = tokenizer.encode(text)
         assert ids == [own.bos_id(), *own.encode(text)], text
         assert tokenizer.decode(ids) == text

@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
+import json
+from shutil import copytree
+
 import gguf
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny
 from covering import each, slow_but
 from gguf import quants
+from gguf_files import FAMILIES, TEXTS, checkpoint_of, trained_sentencepiece
 
 from qllm import LLM
+from qllm.checkpoint.gguf_tokenizer import EITHER_CASE
 from qllm.checkpoint.load import load_model
 from qllm.checkpoint.to_gguf import export_gguf
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
+from qllm.gguf.file import read_gguf
+from qllm.gguf.tokenizer import BLOOM, ENGLISH, LLAMA3, QWEN2
 from qllm.layers import Linear
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.job import Job
+from qllm.tokenizer import Tokenizer
 
-IDS = [[5, 9, 70, 33, 2, 61, 90], [17, 4]]
-
-
-TYPES = (
+FORMS = (
     (None, "F16"),
     (QuantSpec(4, 32, "sym", "weight_only"), "Q4_0"),
     (QuantSpec(4, 64, "asym", "weight_only"), "Q8_0"),
+    (QuantSpec(5, 32, "sym", "weight_only"), "Q5_0"),
     (QuantSpec(8, 32, "sym", "weight_only"), "Q8_0"),
 )
 
 
 @pytest.mark.parametrize(
     ("family", "form"),
-    slow_but(each(("llama", "bloom"), TYPES), ("llama", "bloom"), TYPES),
+    slow_but(each(FAMILIES, FORMS), FAMILIES, FORMS),
     ids=lambda value: value if isinstance(value, str) else value[1],
 )
 def test_there_and_back(tmp_path, family, form):
     spec, kind = form
-    source = ROOT / "tiny_models" / f"{family}-tiny"
+    source = checkpoint_of(family, tmp_path / "source")
     if spec is not None:
         job = Job(source, QuantPlan.uniform(spec))
         quantize_checkpoint(job, tmp_path / "quantized")
@@ -60,7 +66,7 @@ def test_offsets_are_rounded_where_that_is_asked_for_and_kept_where_they_are_flo
     quantize_checkpoint(job, tmp_path / "quantized")
     notes: list[str] = []
     export_gguf(tmp_path / "quantized", tmp_path / "wide.gguf", notes.append)
-    assert "--round-offsets makes Q4_1" in notes[0]
+    assert "with --round-offsets they are Q4_1" in notes[0]
     first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
     export_gguf(tmp_path / "quantized", first, notes.append, round_offsets=True)
     export_gguf(first, second, notes.append)
@@ -98,3 +104,96 @@ def test_what_gguf_has_not_is_one_line(tmp_path):
     with pytest.raises(UserError, match="groups of 48"):
         export_gguf(tmp_path / "quantized", tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "says"),
+    [
+        ("llama", {"model_type": "mistral", "sliding_window": 9}, "windows \\(\\), not \\(9, 9"),
+        ("gemma2", {"query_pre_attn_scalar": 9}, "score_scale 0.17.*, not 0.33"),
+        ("gemma3", {"layer_types": ["full_attention", "sliding_attention"] * 3}, "windows"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_by_layer False, not True"),
+        ("phi3", {"hidden_act": "gelu"}, "activation silu, not gelu"),
+        ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE.*dynamic"),
+    ],
+)
+def test_a_model_that_llama_cpp_computes_otherwise_is_one_line(tmp_path, family, changed, says):
+    source = tmp_path / "source"
+    if checkpoint_of(family, source) != source:
+        copytree(tiny(family), source)
+    path = source / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(UserError, match=says) as error:
+        export_gguf(source, tmp_path / "model.gguf")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "model.gguf").exists()
+
+
+@pytest.mark.parametrize("scaled", ["llama3", "yarn", "linear"])
+def test_rope_comes_back(tmp_path, scaled):
+    source = copytree(tiny("llama"), tmp_path / "source")
+    path = source / "config.json"
+    rope = {"rope_type": scaled, "rope_theta": 5e3, "factor": 4.0}
+    if scaled != "linear":
+        rope["original_max_position_embeddings"] = 64
+    if scaled == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": rope}))
+    export_gguf(source, tmp_path / "model.gguf")
+    ours, again = (LLM.from_pretrained(p).model for p in (source, tmp_path / "model.gguf"))
+    want, found = (model.positions.frequencies(100) for model in (ours, again))
+    assert torch.allclose(found, want, rtol=1e-6, atol=0)
+    assert torch.equal(again.positions.factors, ours.positions.factors)
+
+
+@pytest.mark.parametrize("form", ["model", "Llama", "Gemma"])
+def test_sentencepiece_s_tokenizers_come_back(tmp_path, form):
+    source = tmp_path / "source"
+    FAMILIES["llama"]().half().save_pretrained(source)
+    trained_sentencepiece(source / "tokenizer")
+    if form != "model":
+        values = json.loads(Tokenizer.load(source).definition())
+        (source / "tokenizer.model").unlink()
+        settings = {"tokenizer_class": f"{form}Tokenizer", "bos_token": "<s>"}
+        if form == "Gemma":
+            values["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+            values["pre_tokenizer"] = None
+        (source / "tokenizer.json").write_text(json.dumps(values))
+        (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    export_gguf(source, tmp_path / "model.gguf")
+    ours, again = Tokenizer.load(source), Tokenizer.load(tmp_path / "model.gguf")
+    for text in (*TEXTS, "", "the ", "Zürich 北京 🙂", "a\nb", "sat<0x41>on", "x</s>"):
+        assert again.encode(text) == ours.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "more", "name"),
+    [
+        (LLAMA3.replace(ENGLISH, EITHER_CASE), {"ignore_merges": True}, "llama-bpe"),
+        (LLAMA3.replace(ENGLISH, EITHER_CASE), {}, "dbrx"),
+        (QWEN2.replace(ENGLISH, EITHER_CASE), {}, "qwen2"),
+        (BLOOM, {}, "bloom"),
+        (r"\w+", {}, None),
+    ],
+)
+def test_patterns_as_checkpoints_have_them(tmp_path, pattern, more, name):
+    source = copytree(tiny("llama"), tmp_path / "source")
+    path = source / "tokenizer.json"
+    values = json.loads(path.read_text())
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    values["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [split | {"invert": False}, level | {"trim_offsets": True}],
+    }
+    values["model"] |= more
+    path.write_text(json.dumps(values))
+    if name is None:
+        with pytest.raises(UserError, match="this one does it otherwise"):
+            export_gguf(source, tmp_path / "model.gguf")
+        return
+    export_gguf(source, tmp_path / "model.gguf")
+    assert read_gguf(tmp_path / "model.gguf").metadata["tokenizer.ggml.pre"] == name
+    ours, again = Tokenizer.load(source), Tokenizer.load(tmp_path / "model.gguf")
+    for text in ("He'LL be 1234 years!\n\n  x", "…a,b", "Zürich  "):
+        assert again.encode(text) == ours.encode(text)

@@ -1,0 +1,98 @@
+"""A model's configuration as a file's hyperparameters: `qllm.gguf.config`, the other way round."""
+
+from __future__ import annotations
+
+from qllm.config import ModelConfig, RopeConfig
+from qllm.errors import UserError
+from qllm.gguf.config import ARCHITECTURES, TURNED, VALUES
+from qllm.gguf.file import Value
+
+# By the model type that it is for, an architecture's name.
+NAMES = {
+    model_type: name
+    for name, architecture in ARCHITECTURES.items()
+    for model_type in (architecture.model_type, *architecture.same)
+}
+FREQS = "rope_freqs"
+SHORT, LONG = "rope_factors_short", "rope_factors_long"
+
+
+def architecture_name(config: ModelConfig) -> str:
+    """llama.cpp's name of what runs a model.
+
+    Raises:
+        UserError: for a family that it has not.
+    """
+    if config.family not in NAMES:
+        raise UserError(
+            f"GGUF files are written of {', '.join(NAMES)}, not of this {config.family}"
+        )
+    return NAMES[config.family]
+
+
+def hyperparameters(config: ModelConfig) -> dict[str, Value]:
+    """A file's metadata but for its tokenizer's.
+
+    What no key can tell is left to the caller, who reads them back.
+
+    Raises:
+        UserError: for a family that llama.cpp has not, or a RoPE that no file can tell.
+    """
+    name = architecture_name(config)
+    reads = ARCHITECTURES[name].reads
+    own: dict[str, Value] = {
+        "block_count": config.num_layers,
+        "context_length": config.trained_positions or config.max_positions or 2048,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+    }
+    short = "rms_" if config.norm == "rmsnorm" else ""
+    own[f"attention.layer_norm_{short}epsilon"] = config.norm_eps
+    if "use_parallel_residual" in reads:
+        own["use_parallel_residual"] = config.parallel_blocks
+    if "attention.sliding_window" in reads and any(config.windows):
+        own["attention.sliding_window"] = max(config.windows)
+    if config.score_cap is not None:
+        own["attn_logit_softcapping"] = config.score_cap
+    if config.logit_cap is not None:
+        own["final_logit_softcapping"] = config.logit_cap
+    if config.rope is not None:
+        own |= {"attention.key_length": config.head_dim, VALUES: config.head_dim}
+        own |= _rope(config.rope, config.head_dim)
+    if config.window_rope is not None:
+        own["rope.freq_base_swa"] = config.window_rope.theta
+    return {
+        "general.architecture": name,
+        **{f"{name}.{key}": value for key, value in own.items()},
+    }
+
+
+def _rope(rope: RopeConfig, head_dim: int) -> dict[str, Value]:
+    if rope.kind not in ("default", "linear", "yarn", "llama3", "longrope"):
+        raise UserError(f"GGUF files cannot tell the RoPE of this model, {rope.kind}")
+    found: dict[str, Value] = {
+        TURNED: rope.rotary_dim or head_dim,
+        "rope.freq_base": rope.theta,
+    }
+    if rope.kind in ("linear", "yarn"):
+        found["rope.scaling.type"] = rope.kind
+        found["rope.scaling.factor"] = rope.factor
+    if rope.kind == "yarn" or (rope.kind == "longrope" and not _is_one_list(rope)):
+        found["rope.scaling.original_context_length"] = rope.original_max_positions
+    if rope.kind == "longrope" and not _is_one_list(rope):
+        found["rope.scaling.attn_factor"] = rope.attention_factor
+    return found
+
+
+def rope_factors(rope: RopeConfig | None) -> tuple[str, ...]:
+    """The tensors by which a file divides frequencies; it has none of most kinds of RoPE."""
+    if rope is None or rope.kind not in ("llama3", "longrope"):
+        return ()
+    return (FREQS,) if rope.kind == "llama3" or _is_one_list(rope) else (SHORT, LONG)
+
+
+def _is_one_list(rope: RopeConfig) -> bool:
+    """Whether LongRoPE has the same factors for any length, and no other."""
+    return rope.short_factor == rope.long_factor and rope.attention_factor == 1
