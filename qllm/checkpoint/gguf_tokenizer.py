@@ -53,7 +53,10 @@ def tokenizer_metadata(source: Path, config: ModelConfig) -> dict[str, Value]:
     tokens = [texts.get(i, f"<unused{i}>") for i in ids]
     types = [_type(added.get(i), i in texts) for i in ids]
     unknown = model.get("unk_token")
-    whole = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    whole: dict[str, Value] = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+    }
     if model.get("byte_fallback"):
         if unknown in tokens:
             types[tokens.index(unknown)] = UNKNOWN

@@ -121,7 +121,7 @@ def _confirm_same(
         if key not in factors
     }
     raw = RawConfig(read_config(GGUF(target, metadata, tensors)), str(target))
-    found = vars(model_config(raw)) | ARCHITECTURES[name].fixed
+    found = {**vars(model_config(raw)), **ARCHITECTURES[name].fixed}
     if factors:
         found["rope"] = config.rope
     for key, value in vars(config).items():

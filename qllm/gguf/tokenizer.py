@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def _sentencepiece(metadata: Metadata, tokens: list[str], types: list) -> tokeni
 
 
 def merges_of(
-    tokens: list[str], types: list[int | float], scores: list[int | float]
+    tokens: Sequence[str], types: Sequence[float], scores: Sequence[float]
 ) -> list[tuple[str, str]]:
     """Of SentencePiece's BPE: all pairs of tokens that are one together, highest scores first."""
     vocabulary = {text: i for i, text in enumerate(tokens)}

@@ -51,14 +51,16 @@ def test_there_and_back(tmp_path, family, form):
     assert export_gguf(source, path) == path.stat().st_size
     types = {t.tensor_type.name for t in gguf.GGUFReader(path).tensors if "ffn_up" in t.name}
     assert types - {"F32"} == {kind}
-    ours, again = LLM.from_pretrained(source), LLM.from_pretrained(path)
+    ours, again = (LLM.from_pretrained(p, dtype="float32") for p in (source, path))
     linears = [(n, m) for n, m in ours.model.named_modules() if isinstance(m, Linear)]
     for name, linear in linears:
         assert torch.equal(again.model.get_submodule(name).dequantize(), linear.dequantize()), name
     for text in ("He is working on", "  Zürich\n\n42", ""):
         assert again.tokenizer.encode(text) == ours.tokenizer.encode(text)
-    prompt = "Once upon a time"
-    assert again.generate(prompt, max_new_tokens=12) == ours.generate(prompt, max_new_tokens=12)
+    ids = [ours.tokenizer.encode("Once upon a time there was a little")]
+    (want,), (found,) = ours.logits(ids), again.logits(ids)
+    # Other types of blocks go by other kernels.
+    assert (found - want).abs().max() < 4e-3 * (want.max() - want.min())
 
 
 def test_offsets_are_rounded_where_that_is_asked_for_and_kept_where_they_are_float16(tmp_path):
