@@ -91,9 +91,11 @@ TINY = "tiny"
 OFFLINE_DEFAULT = "--model-name opt --model-size tiny runs offline"
 
 # What a run needs besides weights; weights are safetensors where there are any.
-SMALL_FILES = ["*.json", "*.txt", "tokenizer.model"]
+SMALL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
 SAFETENSORS = ["*.safetensors"]
 TORCH_FILES = ["pytorch_model*.bin", "gptq_model*.bin"]
+# Files of subfolders, and the weights once more, in Mistral's own layout.
+IGNORED = ["*/*", "consolidated*"]
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,11 @@ def _download(repository: str, weights: bool, note: Callable[[str], None]) -> Mo
         HFValidationError,
         RepositoryNotFoundError,
     )
-    from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+    from huggingface_hub.utils import (
+        disable_progress_bars,
+        filter_repo_objects,
+        validate_repo_id,
+    )
 
     if not os.isatty(2):
         disable_progress_bars()
@@ -221,9 +227,10 @@ def _download(repository: str, weights: bool, note: Callable[[str], None]) -> Mo
         patterns = SMALL_FILES
         if weights:
             files = [file.rfilename for file in info.siblings or ()]
-            safe = any(name.endswith(".safetensors") and "/" not in name for name in files)
+            taken = filter_repo_objects(files, allow_patterns=SAFETENSORS, ignore_patterns=IGNORED)
+            safe = any(True for _ in taken)
             patterns = [*SMALL_FILES, *(SAFETENSORS if safe else TORCH_FILES)]
-        folder = snapshot_download(repository, allow_patterns=patterns, ignore_patterns="*/*")
+        folder = snapshot_download(repository, allow_patterns=patterns, ignore_patterns=IGNORED)
         return ModelFolder(Path(folder), repository)
     except Exception as error:  # the Hub's clients raise whatever their transport does
         cached = _cached(repository, weights)

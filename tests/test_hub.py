@@ -222,8 +222,9 @@ def serving() -> Iterator[ThreadingHTTPServer]:
 )
 def test_a_download_takes_what_a_run_needs(weights, taken, serving, tmp_path):
     """safetensors where there are any, nothing twice, nothing of other frameworks."""
-    small = ["config.json", "vocab.json", "merges.txt", "tokenizer.model"]
+    small = ["config.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"]
     others = ["flax_model.msgpack", "tf_model.h5", "original/params.json", "README.md"]
+    others += ["consolidated.safetensors"]
     serving.files = {name: name.encode() for name in [*small, *weights, *others]}
     (line,) = resolve(tmp_path, online=serving.address)
     snapshot = Path(line.split()[0])
