@@ -25,12 +25,12 @@ from qllm.evaluate.scoring import logit_pieces
 from qllm.layers import Linear
 from qllm.layers.fp16 import DenseLinear
 from qllm.memory import check_fits
-from qllm.models import Decoder, read_config
+from qllm.models import read_config
 from qllm.models.layer import PreNormLayer
 from qllm.plan.sensitivity import Array, Sensitivity, draw_choices
 from qllm.progress import Meter, unseen
 from qllm.quant.inputs import InputStats
-from qllm.quantizer.checkpoint import BACK, FRONT
+from qllm.quantizer.floats import BACK, FRONT, FloatModel
 from qllm.quantizer.hidden import HiddenStates
 from qllm.quantizer.layer import QuantizeOptions, quantize_linear, stand_in
 from qllm.tokenizer import Tokenizer
@@ -129,7 +129,8 @@ class _Run:
         self.job, self.note = job, note
         self.weights = Weights.of_floats(job.source, note)
         self.config = self.weights.config
-        self.model = Decoder(self.config, {}, torch.float32)
+        self.floats = FloatModel(self.weights, job.device)
+        self.model = self.floats.model
         names = list(self.weights.family.layer_linears(self.config.num_layers))
         self.modules = (*names, LM_HEAD) if job.lm_head else tuple(names)
         self.choices = draw_choices(len(self.modules), job.candidates, job.plans, job.seed)
@@ -150,7 +151,7 @@ class _Run:
     def work(self, meter: Meter) -> Sensitivity:
         ops.prepare(torch.device(self.job.device).type)
         for module in FRONT:
-            self._fill(module)
+            self.floats.fill(module, mapped=True)
         embed = HiddenStates.embed
         self.hidden = embed(self.model, self.job.samples, torch.float32)
         judged = embed(self.model, self.job.judged, torch.float32).states
@@ -158,7 +159,7 @@ class _Run:
         self.mixed = [self._branch() for _ in self.choices]
         self.alone: list[HiddenStates] = []  # of each linear so far, in the modules' order
         if not (self.config.tied_head or self.job.lm_head):
-            self._drop(FRONT[:-1])
+            self.floats.drop(FRONT[:-1])
         sizes = [elements(layer) for layer in self.model.layers]
         with meter(sum(sizes), 0) as add:
             for index, size in enumerate(sizes):
@@ -183,10 +184,7 @@ class _Run:
     def _layer(self, index: int) -> None:
         name = f"layers.{index}"
         layer = self.model.layers[index]
-        assert isinstance(layer, PreNormLayer)
-        for inner, module in layer.named_modules():
-            if any(True for _ in module.buffers(recurse=False)):
-                self._fill(f"{name}.{inner}")
+        self.floats.fill_layer(index, mapped=True)
         halves = layer.blocks()
         modules = {inner: _linear(layer, inner) for _, names in halves for inner in names}
         stats = self.hidden.observe(layer, dict(modules), set(modules), name)
@@ -208,7 +206,7 @@ class _Run:
         for path, choice in zip(self.mixed, self.choices, strict=True):
             picked = {inner: found[inner][choice[place]] for inner, place in places.items()}
             self._advance(path, layer, {inner: stand_in(m) for inner, m in picked.items()})
-        self._drop([name])
+        self.floats.drop([name])
 
     def _advance(
         self, path: HiddenStates, layer: PreNormLayer, linears: Mapping[str, Linear]
@@ -265,7 +263,7 @@ class _Run:
     def _head(self) -> tuple[Array, Array]:
         """The divergences of the linears alone, and of the mixed plans, behind the LM head."""
         for module in BACK:
-            self._fill(module)
+            self.floats.fill(module, mapped=True)
         model = self.model
         head = model.lm_head
         assert isinstance(head, Linear)  # of a whole model
@@ -305,19 +303,6 @@ class _Run:
             total += torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True).item()
         # Rounding leaves a little less than nothing of two that are the same.
         return max(total / path.states.shape[:2].numel(), SMALLEST)
-
-    def _fill(self, name: str) -> None:
-        """Give a module of the model its tensors, in float32."""
-        module = self.model.get_submodule(name)
-        for key in ("weight", "bias"):
-            if f"{name}.{key}" in self.weights.shapes:
-                tensor = self.weights.read(f"{name}.{key}", mapped=True)
-                value = tensor if name == "embed" else tensor.float()
-                setattr(module, key, value.to(self.job.device))
-
-    def _drop(self, names: Sequence[str]) -> None:
-        for name in names:
-            self.model.set_submodule(name, nn.Identity())
 
 
 def _linear(layer: nn.Module, name: str) -> Linear:

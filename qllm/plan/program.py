@@ -18,7 +18,7 @@ from qllm.models.cache import KVCache
 from qllm.plan.devices import Cluster, Device, Size
 from qllm.plan.problem import Problem
 from qllm.plan.sensitivity import Array
-from qllm.quantizer.checkpoint import FRONT
+from qllm.quantizer.floats import FRONT
 
 
 @dataclass(frozen=True)

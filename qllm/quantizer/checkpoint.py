@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qllm import __version__, ops
 from qllm.checkpoint.fingerprint import state_fingerprint
@@ -20,13 +20,12 @@ from qllm.checkpoint.weights import Weights
 from qllm.config import LM_HEAD, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear
-from qllm.layers.fp16 import DenseLinear
 from qllm.memory import check_fits
-from qllm.models import Decoder
 from qllm.models.cache import Prefill
 from qllm.models.layer import Norm, PreNormLayer
 from qllm.progress import Meter, unseen
 from qllm.quant.inputs import InputStats
+from qllm.quantizer.floats import BACK, FRONT, FloatModel, modules_of
 from qllm.quantizer.hidden import HiddenStates
 from qllm.quantizer.job import Job
 from qllm.quantizer.layer import (
@@ -45,9 +44,6 @@ from qllm.quantizer.tune import TOKENS_PER_PASS, TuneReport
 HIDDEN, TARGETS = "hidden", "targets"
 # And behind all of them: the tensors that take the place of others, since scales were tuned.
 SCALES = "scales.safetensors"
-# The modules in front of the layers, and behind them.
-FRONT = ("embed", "embed_norm", "project_in", "positions")
-BACK = ("final_norm", "project_out", LM_HEAD)
 
 
 def quantize_checkpoint(
@@ -97,7 +93,8 @@ class _Run:
             spec = self.specs[needing[0]]
             what = spec.algorithm if spec.kind == "weight_only" else spec.bitwidth
             raise UserError(f"{what} needs calibration text; name one with --dataset")
-        self.model = Decoder(self.config, {}, torch.float32)
+        self.floats = FloatModel(self.weights, job.device)
+        self.model = self.floats.model
         self.output = OutputCheckpoint(job, self.weights, self.specs, self.model)
         if job.samples is not None:
             needed = self._bytes_needed(len(job.samples), len(job.samples[0]))
@@ -275,29 +272,24 @@ class _Run:
 
     def _front(self) -> None:
         for module in FRONT:
-            self.output.write_floats(module, self._floats(module))
+            self.output.write_floats(module, self.floats.read(module))
         if self.job.samples is not None:
             for module in FRONT:
-                self._fill(module, mapped=True)
+                self.floats.fill(module, mapped=True)
             states_dtype = self._states_dtype()
             self.hidden = HiddenStates.embed(self.model, self.job.samples, states_dtype)
             if self.tuning:
                 self.targets = self.hidden.copy()
-            self._drop(FRONT[:-1])
+            self.floats.drop(FRONT[:-1])
 
     def _layer(self, index: int, add: Callable[[float], object]) -> None:
         name = f"layers.{index}"
         layer = self.model.layers[index]
-        modules = [
-            inner
-            for inner, module in layer.named_modules()
-            if any(True for _ in module.buffers(recurse=False))
-        ]
+        modules = modules_of(layer)
         linears = [inner for inner in modules if isinstance(layer.get_submodule(inner), Linear)]
         found: dict[str, Linear] = {}
         if self.hidden is not None:
-            for inner in modules:
-                self._fill(f"{name}.{inner}")
+            self.floats.fill_layer(index)
             specs = {inner: self.specs[f"{name}.{inner}"] for inner in linears}
             found = self._quantize(name, layer, specs, self.hidden, add)
         for inner in modules:
@@ -314,10 +306,10 @@ class _Run:
                     stored = dict(module.named_buffers())
                 self.output.write_floats(full, stored)
             else:
-                self.output.write_floats(full, self._floats(full))
+                self.output.write_floats(full, self.floats.read(full))
             if self.hidden is None:
                 add(elements(self.model.get_submodule(full)) / elements(layer))
-        self._drop([name])
+        self.floats.drop([name])
 
     def _quantize(
         self,
@@ -360,13 +352,13 @@ class _Run:
         head = self.specs.get(LM_HEAD)
         for module in BACK:
             if module != LM_HEAD or head is None:
-                self.output.write_floats(module, self._floats(module))
+                self.output.write_floats(module, self.floats.read(module))
         if head is None:
             return
         stats = None
         if self._head_needs_inputs():
             for module in BACK[:-1]:
-                self._fill(module)
+                self.floats.fill(module)
             model, linear = self.model, self.model.lm_head
             assert self.hidden is not None  # as where any linear needs inputs
             assert isinstance(linear, Linear)
@@ -383,10 +375,7 @@ class _Run:
         assert self.targets is not None  # as where any layer is tuned
         self.output.write_small_files(self.reports, self.note)
         self.output.writer.finish()
-        head = None
-        if LM_HEAD in self.specs:
-            floats = self._floats(LM_HEAD) or self._floats("embed")
-            head = floats["weight"].to(self.job.device)
+        head = self.floats.linear(LM_HEAD).weight if LM_HEAD in self.specs else None
         scales, dtype = self.partial.folder / SCALES, self._states_dtype()
         refine_scales(self.output, scales, self.job, self.targets, head, dtype, self.note, add)
         self.output.open(self.partial.model, self.output.writer.shards)
@@ -396,25 +385,7 @@ class _Run:
 
     def _quantize_alone(self, name: str, stats: InputStats | None = None) -> Linear:
         """A linear of the checkpoint, quantized."""
-        floats = self._floats(name) or self._floats("embed")  # a tied head has no weight of its own
-        weight = floats["weight"].to(self.job.device)
-        module = DenseLinear(weight, floats.get("bias"), QuantSpec())
+        module = self.floats.linear(name)
         linear, report = quantize_linear(module, name, self.specs[name], stats, self.job.options)
         self._report(report)
         return linear
-
-    def _floats(self, module: str, *, mapped: bool = False) -> dict[str, Tensor]:
-        """A module's tensors as the checkpoint has them, "weight" and "bias"."""
-        keys = [key for key in ("weight", "bias") if f"{module}.{key}" in self.weights.shapes]
-        return {key: self.weights.read(f"{module}.{key}", mapped=mapped) for key in keys}
-
-    def _fill(self, name: str, *, mapped: bool = False) -> None:
-        """Give a module of the model its tensors: a linear and a norm in float32."""
-        module = self.model.get_submodule(name)
-        for key, tensor in self._floats(name, mapped=mapped).items():
-            value = tensor if name == "embed" else tensor.float()
-            setattr(module, key, value.to(self.job.device))
-
-    def _drop(self, names: Iterable[str]) -> None:
-        for name in names:
-            self.model.set_submodule(name, nn.Identity())
