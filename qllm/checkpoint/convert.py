@@ -16,10 +16,10 @@ from qllm.checkpoint.reader import (
     LAYOUT_KEY,
     QUANTIZATION_KEY,
     Checkpoint,
-    TensorInfo,
     read_json,
     read_raw_config,
 )
+from qllm.checkpoint.tensors import TensorInfo
 from qllm.checkpoint.weights import Weights
 from qllm.checkpoint.writer import SafetensorsWriter, new_folder
 from qllm.errors import UserError

@@ -25,12 +25,7 @@ from qllm.checkpoint.formats import (
     take_rows,
 )
 from qllm.checkpoint.names import TensorNames
-from qllm.checkpoint.reader import (
-    LAYOUT_KEY,
-    QUANTIZATION_FILES,
-    QUANTIZATION_KEY,
-    Checkpoint,
-)
+from qllm.checkpoint.reader import LAYOUT_KEY, QUANTIZATION_FILES, QUANTIZATION_KEY, Checkpoint
 from qllm.config import LM_HEAD, ModelConfig
 from qllm.errors import UserError
 from qllm.gguf import is_gguf

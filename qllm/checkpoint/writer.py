@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from qllm.checkpoint.reader import DTYPES, TensorInfo
+from qllm.checkpoint.tensor_files import DTYPES
+from qllm.checkpoint.tensors import TensorInfo
 from qllm.folders import FULL, writing
 
 WEIGHTS = "model.safetensors"

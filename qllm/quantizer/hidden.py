@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qllm.checkpoint.reader import SafetensorsFile, TensorInfo
+from qllm.checkpoint.tensor_files import SafetensorsFile
+from qllm.checkpoint.tensors import TensorInfo
 from qllm.checkpoint.writer import SafetensorsWriter, new_file
 from qllm.errors import UserError
 from qllm.layers import Linear

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qllm.checkpoint.load import load_model
-from qllm.checkpoint.reader import SafetensorsFile, TensorInfo
+from qllm.checkpoint.tensor_files import SafetensorsFile
+from qllm.checkpoint.tensors import TensorInfo
 from qllm.checkpoint.writer import SafetensorsWriter, new_file
 from qllm.config import ModelConfig, QuantPlan, QuantSpec
 from qllm.layers import Linear

@@ -17,7 +17,8 @@ from checkpoints import change_json, copy_of
 
 from qllm.checkpoint.convert import convert
 from qllm.checkpoint.load import outline
-from qllm.checkpoint.reader import Checkpoint, TorchFile, read_raw_config
+from qllm.checkpoint.reader import Checkpoint, read_raw_config
+from qllm.checkpoint.tensor_files import TorchFile
 from qllm.checkpoint.weights import Weights
 from qllm.config import QuantPlan
 from qllm.errors import UserError

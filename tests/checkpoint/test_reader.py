@@ -16,14 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from qllm.checkpoint import reader
-from qllm.checkpoint.reader import (
-    Checkpoint,
-    SafetensorsFile,
-    TorchFile,
-    read_json,
-    weight_files,
-)
+from qllm.checkpoint import tensor_files
+from qllm.checkpoint.reader import Checkpoint, read_json, weight_files
+from qllm.checkpoint.tensor_files import SafetensorsFile, TorchFile
 from qllm.checkpoint.weights import Weights
 from qllm.errors import UserError
 
@@ -394,7 +389,7 @@ def test_integers_are_no_weights(tmp_path):
 
 def test_mapped_torch_files_give_their_memory_back(tmp_path, monkeypatch):
     """After enough bytes the file is closed; what is read later is the same."""
-    monkeypatch.setattr(reader, "RELEASE_BYTES", 1_000_000)
+    monkeypatch.setattr(tensor_files, "RELEASE_BYTES", 1_000_000)
     checkpoint = Checkpoint(rewritten("llama", tmp_path / "model", "bin"))
     for name, expected in state_of("llama").items():
         assert torch.equal(checkpoint.read(name), expected)

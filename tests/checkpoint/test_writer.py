@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qllm.checkpoint.reader import DTYPES, Checkpoint, SafetensorsFile, TensorInfo
+from qllm.checkpoint.reader import Checkpoint
+from qllm.checkpoint.tensor_files import DTYPES, SafetensorsFile
+from qllm.checkpoint.tensors import TensorInfo
 from qllm.checkpoint.writer import SafetensorsWriter, ShardWriter, new_file, new_folder
 
 
