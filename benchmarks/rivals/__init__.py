@@ -11,10 +11,10 @@ out, with a note. (llama-cpp-python compiles llama.cpp for the machine that it i
 some minutes.) A rival's module is imported when it is asked for, and has one of
 
     layers(n, k, bits, group, copies, threads) -> list[LayerBench]
-    models(repository, threads, folder, stack) -> Iterator[Model]
+    models(repository, settings, folder, stack) -> Iterator[Model]
 
-of which those of GGUF_RIVALS take a GGUF file in place of a repository. Models are there until
-`stack`, an ExitStack, is closed.
+of which those of GGUF_RIVALS take a GGUF file in place of a repository, and those of KV_RIVALS hold
+keys and values in 8 and 4 bits. Models are there until `stack`, an ExitStack, is closed.
 
 What they compute is not the same everywhere: most round activations to int8, each in its way.
 `common` and each module's docstring say how, and which settings were taken.
@@ -65,5 +65,5 @@ MODEL_RIVALS = {
     "ctranslate2": Rival("ctranslate2_models", ("ctranslate2", "transformers"), "ctranslate2"),
     "llama.cpp": Rival("llama_cpp_models", ("llama_cpp", "gguf"), "llama-cpp-python"),
 }
-GGUF_RIVALS = ("qllm", "llama.cpp")
+GGUF_RIVALS = KV_RIVALS = ("qllm", "llama.cpp")
 RIVALS: dict[str, Rival] = LAYER_RIVALS | MODEL_RIVALS  # "qllm" is in both

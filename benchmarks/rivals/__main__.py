@@ -3,6 +3,8 @@
     python3 -m benchmarks.rivals --layer 4096x4096 11008x4096
     python3 -m benchmarks.rivals --model tinyllama-1.1b
     python3 -m benchmarks.rivals --gguf SmolLM2-135M-Instruct.Q4_1.gguf
+    python3 -m benchmarks.rivals --model tinyllama-1.1b --layers 4 --bits 4 --kv-bits 8 \
+        --batches 8 --context 4096
 
 A layer is N x K, N its output channels, in as many copies as fill --megabytes, so that no cache
 holds them; the times are medians. Models are all in memory, each rival's in a process of its own,
@@ -22,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.rivals import GGUF_RIVALS, LAYER_RIVALS, MODEL_RIVALS, RIVALS, Rival
+from benchmarks.rivals import GGUF_RIVALS, KV_RIVALS, LAYER_RIVALS, MODEL_RIVALS, RIVALS, Rival
 from benchmarks.rivals.turns import Settings, measure_models
 from qllm import cli
 
@@ -57,6 +59,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt", type=number, default=512, help="to prefill (%(default)s)")
     parser.add_argument("--batches", nargs="+", type=number, default=[1, 8], metavar="B")
     parser.add_argument("--context", type=number, default=128, help="of a batch (%(default)s)")
+    parser.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=(16, 8, 4),
+        default=16,
+        help="of the KV cache, of rivals that have such a one (%(default)s)",
+    )
+    parser.add_argument("--layers", type=number, metavar="N", help="of a model (all)")
+    parser.add_argument("--bits", nargs="+", help="of the models' weights (all)")
     parser.add_argument("--steps", type=number, default=32, help="to decode (%(default)s)")
     parser.add_argument("--rounds", type=number, default=3, help="of all models (%(default)s)")
     return parser.parse_args()
@@ -157,10 +168,21 @@ def main() -> None:
         rows = [row for n, k in args.layer for row in measure_layers(n, k, args)]
     else:
         rivals = [name for name, _ in installed(MODEL_RIVALS, args.rivals)]
-        settings = Settings(args.threads, args.prompt, args.batches, args.context, args.steps)
+        settings = Settings(
+            args.threads,
+            args.prompt,
+            args.batches,
+            args.context,
+            args.steps,
+            args.kv_bits,
+            args.layers,
+            args.bits,
+        )
         model = args.gguf or REPOSITORIES[args.model]
         if args.gguf:
             rivals = [name for name in rivals if name in GGUF_RIVALS]
+        if args.kv_bits < 16:
+            rivals = [name for name in rivals if name in KV_RIVALS]
         rows = measure_models(model, rivals, settings, args.rounds)
     versions = {name: RIVALS[name].version() for name in {row["rival"]: 0 for row in rows}}
     print(", ".join(f"{name} {version}" for name, version in versions.items()))

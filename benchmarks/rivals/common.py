@@ -12,12 +12,15 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from tools.random_checkpoint import PUBLISHED, write_checkpoint
+
+if TYPE_CHECKING:
+    from benchmarks.rivals.turns import Settings
 
 DEVIATION = 0.02  # of the weights
 ROWS_CHECKED = 4
@@ -183,9 +186,20 @@ def random_prompts(count: int, length: int, vocab: int) -> np.ndarray:
     return np.random.default_rng(0).integers(vocab, size=(count, length))
 
 
-def checkpoint(folder: Path, repository: str) -> Path:
+def published(repository: str, settings: Settings) -> dict:
+    """A published config.json, with the layers that are asked for and positions enough."""
+    config = dict(PUBLISHED[repository])
+    if settings.layers is not None:
+        config["n_layer" if "n_layer" in config else "num_hidden_layers"] = settings.layers
+    if "max_position_embeddings" in config:
+        longest = max(settings.prompt, settings.context + settings.steps + 1)
+        config["max_position_embeddings"] = max(config["max_position_embeddings"], longest)
+    return config
+
+
+def checkpoint(folder: Path, repository: str, settings: Settings) -> Path:
     """A checkpoint of a published configuration below `folder`, written where it is not there."""
     target = folder / repository.replace("/", "--")
     if not target.exists():
-        write_checkpoint(target, PUBLISHED[repository])
+        write_checkpoint(target, published(repository, settings))
     return target

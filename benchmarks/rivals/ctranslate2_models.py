@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import ctranslate2
 import numpy as np
@@ -22,10 +23,18 @@ from ctranslate2.converters import Converter
 from ctranslate2.converters import transformers as loaders
 from ctranslate2.specs import ModelSpec
 
-from benchmarks.rivals.common import PREFILL_RUNS, Model, checkpoint, random_prompts
+from benchmarks.rivals.common import (
+    PREFILL_RUNS,
+    Model,
+    checkpoint,
+    published,
+    random_prompts,
+)
 from qllm.huggingface import load_reference
 from qllm.ops.cpu.limits import median_seconds
-from tools.random_checkpoint import PUBLISHED
+
+if TYPE_CHECKING:
+    from benchmarks.rivals.turns import Settings
 
 LOADERS = {
     "opt": loaders.OPTLoader,
@@ -52,19 +61,25 @@ class CheckpointConverter(Converter):
             return LOADERS[self.config["model_type"]]()(model, tokenizer)
 
 
-def models(repository: str, threads: int, folder: Path, stack: ExitStack) -> Iterator[Model]:
+def models(repository: str, settings: Settings, folder: Path, stack: ExitStack) -> Iterator[Model]:
     """The one model.
 
     Args:
         folder: for the checkpoint and what it is converted to, which stay.
         stack: has nothing to free.
     """
-    config = PUBLISHED[repository]
+    if not settings.wants("8:tc-li"):
+        return
+    config = published(repository, settings)
     target = folder / "ctranslate2"
-    converter = CheckpointConverter(checkpoint(folder, repository), config)
+    converter = CheckpointConverter(checkpoint(folder, repository, settings), config)
     converter.convert(str(target), quantization="int8", force=True)
     generator = ctranslate2.Generator(
-        str(target), device="cpu", compute_type="int8", inter_threads=1, intra_threads=threads
+        str(target),
+        device="cpu",
+        compute_type="int8",
+        inter_threads=1,
+        intra_threads=settings.threads,
     )
 
     def generate(prompts: np.ndarray, count: int) -> list[float]:

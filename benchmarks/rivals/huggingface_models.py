@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,16 +13,21 @@ from benchmarks.rivals.common import PREFILL_RUNS, Model, checkpoint, random_pro
 from qllm.huggingface import load_reference
 from qllm.ops.cpu.limits import median_seconds
 
+if TYPE_CHECKING:
+    from benchmarks.rivals.turns import Settings
 
-def models(repository: str, threads: int, folder: Path, stack: ExitStack) -> Iterator[Model]:
+
+def models(repository: str, settings: Settings, folder: Path, stack: ExitStack) -> Iterator[Model]:
     """The one model.
 
     Args:
         folder: for the checkpoint, which stays.
         stack: has nothing to free.
     """
-    torch.set_num_threads(threads)
-    model = load_reference(checkpoint(folder, repository), dtype=torch.bfloat16)
+    if not settings.wants("16"):
+        return
+    torch.set_num_threads(settings.threads)
+    model = load_reference(checkpoint(folder, repository, settings), dtype=torch.bfloat16)
     vocab = model.config.vocab_size
 
     @torch.inference_mode()

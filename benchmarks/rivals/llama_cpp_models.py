@@ -6,7 +6,8 @@ matrices of one type (which for 3 bits is its Q3_K_S) and the LM head, which is 
 where the two are tied, in 6 bits unless the others have 8. Blocks are random but for their scales:
 speed does not depend on the values, and logits stay finite. x is always rounded to int8, in blocks
 of 32 (Q4_0, Q8_0) or 256 (Q3_K, Q6_K). Everything else is llama.cpp's default: Q4_0 is repacked for
-the CPU when it is loaded, the cache is float16, attention is fused where llama.cpp finds that good.
+the CPU when it is loaded, attention is fused where llama.cpp finds that good. The KV cache is
+float16; one of 8 or 4 bits is Q8_0 or Q4_0, for which attention has to be fused ("flash").
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import llama_cpp
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from benchmarks.rivals.common import DEVIATION, PREFILL_RUNS, Model, random_prompts
+from benchmarks.rivals.common import DEVIATION, PREFILL_RUNS, Model, published, random_prompts
 from qllm.ops.cpu.limits import median_seconds
-from tools.random_checkpoint import PUBLISHED
+
+if TYPE_CHECKING:
+    from benchmarks.rivals.turns import Settings
 
 Shape = tuple[int, ...]
 
@@ -71,10 +75,15 @@ FORMATS = (
     ("8", "Q8_0", Q8_0, Q8_0),
     ("3", "Q3_K_S", Q3_K, Q6_K),
 )
+KV_TYPES = {
+    16: GGMLQuantizationType.F16,
+    8: GGMLQuantizationType.Q8_0,
+    4: GGMLQuantizationType.Q4_0,
+}
 
 
 def models(
-    repository: str, threads: int, folder: Path, stack: contextlib.ExitStack
+    repository: str, settings: Settings, folder: Path, stack: contextlib.ExitStack
 ) -> Iterator[Model]:
     """One for each format, or that of a GGUF file.
 
@@ -82,18 +91,24 @@ def models(
         folder: for the file, which is deleted as soon as it is loaded.
         stack: frees the models.
     """
+    kv = KV_TYPES[settings.kv_bits]
+    kv_name = "" if kv == GGMLQuantizationType.F16 else f", KV {kv.name}"
     if repository.endswith(".gguf"):
         path = Path(repository)
-        runner = Runner(stack.enter_context(_loaded(path)), threads)
-        yield Model("llama.cpp", "file", path.stat().st_size, runner.prefill, runner.decode)
+        runner = Runner(stack.enter_context(_loaded(path)), settings.threads, kv)
+        yield Model(
+            f"llama.cpp{kv_name}", "file", path.stat().st_size, runner.prefill, runner.decode
+        )
         return
     path = folder / "model.gguf"
     for bits, name, blocks, head in FORMATS:
-        write_gguf(path, PUBLISHED[repository], blocks, head)
+        if not settings.wants(bits):
+            continue
+        write_gguf(path, published(repository, settings), blocks, head)
         size = path.stat().st_size
-        runner = Runner(stack.enter_context(_loaded(path)), threads)
+        runner = Runner(stack.enter_context(_loaded(path)), settings.threads, kv)
         path.unlink()
-        yield Model(f"llama.cpp {name}", bits, size, runner.prefill, runner.decode)
+        yield Model(f"llama.cpp {name}{kv_name}", bits, size, runner.prefill, runner.decode)
 
 
 def write_gguf(path: Path, config: dict, blocks: Blocks, head: Blocks) -> None:
@@ -229,6 +244,7 @@ class Runner:
 
     model: int
     threads: int
+    kv: GGMLQuantizationType
 
     @property
     def vocab(self) -> int:
@@ -243,6 +259,9 @@ class Runner:
         settings.n_seq_max = sequences
         settings.n_batch = max(sequences, length)
         settings.n_threads = settings.n_threads_batch = self.threads
+        settings.type_k = settings.type_v = self.kv
+        if self.kv != GGMLQuantizationType.F16:
+            settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         context = llama_cpp.llama_init_from_model(self.model, settings)
         if not context:
             raise ValueError(f"llama.cpp makes no context of {sequences} x {length} tokens")
@@ -265,13 +284,14 @@ class Runner:
 
     def decode(self, batch: int, context: int, steps: int) -> float:
         """See Model."""
-        prompts = random_prompts(batch, context, self.vocab)
+        prompt = random_prompts(1, context, self.vocab)[0]
         length = context + steps + 1
         with self.context(batch, length) as handle, _batch(max(batch, context)) as memory:
-            tokens = []
-            for row, prompt in enumerate(prompts):
-                rows = [(token, at, row) for at, token in enumerate(prompt)]
-                tokens += self.forward(handle, memory, rows, wanted=1)
+            rows = [(token, at, 0) for at, token in enumerate(prompt)]
+            tokens = self.forward(handle, memory, rows, wanted=1) * batch
+            cache = llama_cpp.llama_get_memory(handle)
+            for row in range(1, batch):  # Each is a copy, for the sequences' caches are apart.
+                llama_cpp.llama_memory_seq_cp(cache, 0, row, -1, -1)
             position = context
 
             def step() -> None:

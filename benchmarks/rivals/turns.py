@@ -29,6 +29,13 @@ class Settings:
     batches: Sequence[int]
     context: int
     steps: int
+    kv_bits: int
+    layers: int | None
+    bits: Sequence[str] | None
+
+    def wants(self, bits: str) -> bool:
+        """Whether models with weights of so many bits are measured."""
+        return self.bits is None or bits in self.bits
 
 
 def measure(model: Model, batch: int | None, settings: Settings) -> tuple[float, float]:
@@ -47,7 +54,7 @@ def serve(rival: str, repository: str, folder: str, settings: Settings, pipe: Co
     """A rival's process: loads its models, then measures what it is sent: a model, a batch."""
     load = MODEL_RIVALS[rival].load().models
     with contextlib.ExitStack() as stack, contextlib.suppress(EOFError):
-        models = [*load(repository, settings.threads, Path(folder), stack)]
+        models = [*load(repository, settings, Path(folder), stack)]
         pipe.send([model.facts for model in models])
         while True:
             index, batch = pipe.recv()
