@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Self
 
@@ -13,6 +14,7 @@ from qllm import ops
 from qllm.config import ModelConfig
 from qllm.models.positions import PositionEncoding
 from qllm.ops.capture import CapturedStep
+from qllm.ops.cpu import library
 from qllm.ops.kv import KV, Batch, Scores
 from qllm.ops.quantized_kv import QuantizedKV
 
@@ -78,10 +80,14 @@ class KVCache:
     def keep(self, indices: Sequence[int]) -> None:
         """Let all live rows go but those at these places among them.
 
-        Decode steps do without the others, and their memory is for other sequences.
+        Decode steps do without the others. Other sequences may have their memory; until one has, a
+        CPU's is given back to the system.
         """
         for row in set(self.live) - {self.live[i] for i in indices}:
             self.lengths[row] = 0
+            for part in itertools.chain.from_iterable(self.layers):
+                if part.device.type == "cpu" and len(part):
+                    library.release(part[row])
         self.live = [self.live[i] for i in indices]
 
     def reset(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import FAMILIES
@@ -11,6 +13,7 @@ from quantizing import MODELS, VOCAB, saved
 
 from qllm.models import decoder
 from qllm.models.cache import KVCache
+from qllm.ops.cpu import library
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -168,6 +171,17 @@ def test_rows_begin_and_end_by_themselves(family, kv_bits, monkeypatch):
     assert cache.start() == [0]
     model.prefill(prompts[4:], cache, rows=[0])
     step({3: 2, 2: 4, 4: 0})
+
+
+def test_a_row_that_has_ended_gives_its_memory_back():
+    config = replace(our_bundled("llama").config, num_layers=1, num_kv_heads=4, head_dim=64)
+    cache = KVCache(config, 3, 3 * library.HUGE_PAGE // 1024, torch.float32, "cpu")
+    for part in tensors(cache):
+        part.fill_(1)
+    cache.keep([0, 2])
+    for part in tensors(cache):
+        assert part[[0, 2]].all()
+        assert part[1].count_nonzero() * 4 <= library.HUGE_PAGE  # of which it shares two
 
 
 @pytest.mark.parametrize(("family", "kv_bits"), [("opt", 8), ("bloom", 4), ("llama", 4)])

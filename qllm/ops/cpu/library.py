@@ -29,7 +29,8 @@ PATHS = {
 HUGE_PAGE = 1 << 21
 ARENA_BYTES = 32 << 20
 AHEAD_BYTES = 4 * HUGE_PAGE
-POPULATE_WRITE = 23  # of Linux's madvise, from 5.14 on; before, it refuses, and nothing is lost
+# Of Linux's madvise, the second from 5.14 on; before, it refuses, and nothing is lost.
+DONTNEED, POPULATE_WRITE = 4, 23
 CACHE_LINE = 64
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -116,6 +117,15 @@ def huge_pages(nbytes: int) -> Tensor:
     memory = memory[start : start + nbytes]
     library().qllm_huge_pages(ctypes.c_void_p(memory.data_ptr()), ctypes.c_int64(nbytes))
     return memory
+
+
+def release(memory: Tensor) -> None:
+    """Give the system back the huge pages that are whole in some memory: zeros stand there then."""
+    first, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+    first, end = -(-first // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
+    if sys.platform == "linux" and first < end:
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), DONTNEED)
 
 
 def _populate(memory: Tensor) -> None:
