@@ -60,7 +60,7 @@ def main() -> None:
     cli.check_rounding(args, [plan])
     device = cli.resolve_device(args)
 
-    from qllm.chat import Chat, ChatTemplate
+    from qllm.chat import Chat, ChatTemplate, window
     from qllm.llm import LLM, Pretrained
 
     template = ChatTemplate.load(folder.path)
@@ -76,6 +76,7 @@ def main() -> None:
         calibration=cli.find_calibration(args, folder, plan),
         activation_bits=args.activation_bits,
         kv_bits=args.kv_bits,
+        cache_shape=(1, window(pretrained.config)),
         meter=cli.meter("loading"),
         note=cli.note,
     )

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from qllm.config import ModelConfig
 from qllm.errors import UserError, first_line
 from qllm.files import MAX_JSON_BYTES, read_bytes, read_json
 from qllm.generate import GenerationConfig, LogitsProcessor, TextStream
@@ -132,6 +133,11 @@ def _to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
+def window(config: ModelConfig) -> int:
+    """Tokens that a conversation has memory for."""
+    return config.max_positions or DEFAULT_WINDOW
+
+
 class Chat:
     """A conversation.
 
@@ -149,7 +155,7 @@ class Chat:
         stop: Sequence[str] = (),
     ) -> None:
         self.llm, self.template, self.config, self.stop = llm, template, config, list(stop)
-        self.window = llm.config.max_positions or DEFAULT_WINDOW
+        self.window = window(llm.config)
         self._system = [{"role": "system", "content": system}] if system else []
         self._cache = llm.model.new_cache(1, self.window)
         self._read: list[int] = []  # tokens whose keys and values the cache has
