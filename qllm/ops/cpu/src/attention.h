@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "layout.h"
 #include "quantized_attention.h"
+#include "quantized_products.h"
 #include "softmax.h"
 #include "threads.h"
 
@@ -80,14 +81,14 @@ void score_tokens(const Attend &a, const Tokens &tokens, const float *queries, f
 // out (dim,) of each head, `width` apart, = out times a factor + the values of some tokens, weighted.
 template <int64_t TYPE, int HEADS>
 void add_tokens(const Attend &a, const Tokens &tokens, const float *weights,
-                const Softmax *softmax, float *out) {
+                const VF *factors, float *out) {
     constexpr int VECTORS_AT_ONCE = 4;
     int64_t i = 0;
     for (; i + VECTORS_AT_ONCE * WIDTH <= a.dim; i += VECTORS_AT_ONCE * WIDTH) {
         VF sums[HEADS][VECTORS_AT_ONCE];
         for (int h = 0; h < HEADS; h++)
             for (int v = 0; v < VECTORS_AT_ONCE; v++)
-                sums[h][v] = mul_f(load_f(out + h * a.width + i + v * WIDTH), softmax[h].factor);
+                sums[h][v] = mul_f(load_f(out + h * a.width + i + v * WIDTH), factors[h]);
         for (int64_t j = 0, at = tokens.start + i; j < tokens.count; j++, at += a.dim) {
             VF values[VECTORS_AT_ONCE];
             for (int v = 0; v < VECTORS_AT_ONCE; v++)
@@ -104,7 +105,7 @@ void add_tokens(const Attend &a, const Tokens &tokens, const float *weights,
     }
     for (; i < a.dim; i += WIDTH)
         for (int h = 0; h < HEADS; h++) {
-            VF sum = mul_f(load_f(out + h * a.width + i), softmax[h].factor);
+            VF sum = mul_f(load_f(out + h * a.width + i), factors[h]);
             for (int64_t j = 0, at = tokens.start + i; j < tokens.count; j++, at += a.dim)
                 sum = fma_f(set_f(weights[h * RUN + j]), load<TYPE>(a.values, at, a.dim - i), sum);
             store_f(out + h * a.width + i, sum);
@@ -114,7 +115,7 @@ void add_tokens(const Attend &a, const Tokens &tokens, const float *weights,
 // A thread's memory for `attend_token`, in elements of 4 bytes: of all heads that share one of keys
 // and values.
 struct TokenMemory {
-    int64_t queries, outs, scores, softmax, integers, numbers, planes, all;
+    int64_t queries, outs, scores, softmax, factors, integers, numbers, planes, all;
 };
 static TokenMemory token_memory(const Attend &a) {
     const int64_t shared = a.heads / a.kv_heads, most = a.width > RUN ? a.width : RUN;
@@ -124,11 +125,19 @@ static TokenMemory token_memory(const Attend &a) {
     m.outs = m.queries + shared * a.width;
     m.scores = m.outs + shared * a.width;
     m.softmax = m.scores + shared * RUN;
-    m.integers = m.softmax + whole(shared * int64_t(sizeof(Softmax)));
+    m.factors = m.softmax + whole(shared * int64_t(sizeof(Softmax)));
+    m.integers = m.factors + whole(shared * int64_t(sizeof(VF)));
     m.numbers = m.integers + whole(shared * int64_t(sizeof(Integers)));
     m.planes = m.numbers + 2 * RUN * a.width;  // a run of keys and values
     m.all = m.planes + shared * most;
     return m;
+}
+
+// function(h, HEADS) for all heads, HEADS of them (as a type) at a time, the last ones one by one.
+template <int HEADS, typename Function> void by_heads(int64_t shared, const Function &function) {
+    int64_t h = 0;
+    for (; h + HEADS <= shared; h += HEADS) function(h, Count<HEADS>());
+    for (; h < shared; h++) function(h, Count<1>());
 }
 
 // A sequence's new token, all heads that share one of keys and values, over RUN tokens after the
@@ -145,7 +154,7 @@ void attend_token(const Attend &a, int64_t i, int64_t kv, float *memory) {
     const TokenMemory at = token_memory(a);
     float *numbers = memory + at.numbers;
     Softmax *softmax = reinterpret_cast<Softmax *>(memory + at.softmax);
-    Integers *x = reinterpret_cast<Integers *>(memory + at.integers);
+    VF *factors = reinterpret_cast<VF *>(memory + at.factors);
     const auto query = [=](int64_t h) { return memory + at.queries + h * a.width; };
     const auto out = [=](int64_t h) { return memory + at.outs + h * a.width; };
     const auto scores = [=](int64_t h) { return memory + at.scores + h * RUN; };
@@ -154,40 +163,44 @@ void attend_token(const Attend &a, int64_t i, int64_t kv, float *memory) {
         load_head(query(h), a, i, kv * shared + h);
         rotate(query(h), a, i);
         softmax[h] = no_softmax();
-        x[h].planes = reinterpret_cast<int8_t *>(memory + at.planes + h * most);
     }
     const auto weigh = [&](int64_t h, int64_t run) {
         const float slope = a.slopes ? a.slopes[kv * shared + h] : 0;
-        to_weights(a, &softmax[h], slope, position, run * RUN, first, length, scores(h));
+        factors[h] =
+            to_weights(a, &softmax[h], slope, position, run * RUN, first, length, scores(h));
     };
     int64_t run = first / RUN;
-    if constexpr (BITS != 16)
+    if constexpr (BITS != 16) {
+        Integers *x = reinterpret_cast<Integers *>(memory + at.integers);
+        for (int64_t h = 0; h < shared; h++)
+            x[h].planes = reinterpret_cast<int8_t *>(memory + at.planes + h * most);
+        const RunGrid grid = {numbers, reinterpret_cast<int32_t *>(numbers + most)};
         for (; run < own; run++) {
             const Codes c = codes_of(a, row, kv, run);
-            for (int64_t h = 0; h < shared; h++)
-                to_integers(&x[h], query(h), numbers, c.key_scales, c.key_zeros, base, a.width);
-            for (int64_t h = 0; h < shared; h++) score_run<BITS>(c.keys, a.width, x[h], scores(h));
+            load_grid(grid, c.key_scales, c.key_zeros, base, a.width);
+            for (int64_t h = 0; h < shared; h++) to_integers(&x[h], query(h), grid, a.width);
+            by_heads<CODE_HEADS>(shared, [&](int64_t h, auto heads) {
+                score_run<BITS, decltype(heads)::value>(c.keys, a.width, x + h, scores(h));
+            });
             for (int64_t h = 0; h < shared; h++) weigh(h, run);
-            for (int64_t h = 0; h < shared; h++)
-                to_integers(&x[h], scores(h), numbers, c.value_scales, c.value_zeros, base, RUN);
-            for (int64_t h = 0; h < shared; h++)
-                add_values<BITS>(c.values, a.width, x[h], softmax[h].factor, out(h));
+            load_grid(grid, c.value_scales, c.value_zeros, base, RUN);
+            for (int64_t h = 0; h < shared; h++) to_integers(&x[h], scores(h), grid, RUN);
+            by_heads<CODE_HEADS>(shared, [&](int64_t h, auto heads) {
+                add_values<BITS, decltype(heads)::value>(c.values, a.width, x + h, factors + h,
+                                                         out(h));
+            });
         }
+    }
     for (; run <= own; run++) {
         const int64_t held = BITS == 16 ? a.capacity : RUN, from = BITS == 16 ? run * RUN : 0;
         const Tokens tokens = {((row * a.kv_heads + kv) * held + from) * a.dim,
                                smaller(length - run * RUN, RUN)};
-        int64_t h = 0;
-        const auto heads = [&](auto count) {
-            constexpr int HEADS = decltype(count)::value;
-            for (; h + HEADS <= shared; h += HEADS) {
-                score_tokens<TYPE, HEADS>(a, tokens, query(h), scores(h));
-                for (int64_t each = h; each < h + HEADS; each++) weigh(each, run);
-                add_tokens<TYPE, HEADS>(a, tokens, scores(h), &softmax[h], out(h));
-            }
-        };
-        heads(Count<HEADS_AT_ONCE>());
-        heads(Count<1>());
+        by_heads<HEADS_AT_ONCE>(shared, [&](int64_t h, auto heads) {
+            constexpr int HEADS = decltype(heads)::value;
+            score_tokens<TYPE, HEADS>(a, tokens, query(h), scores(h));
+            for (int64_t each = h; each < h + HEADS; each++) weigh(each, run);
+            add_tokens<TYPE, HEADS>(a, tokens, scores(h), factors + h, out(h));
+        });
     }
     for (int64_t h = 0; h < shared; h++) {
         const VF share = share_of(softmax[h]);

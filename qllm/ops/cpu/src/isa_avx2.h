@@ -176,6 +176,9 @@ inline VI round_i(VF v) {
     return _mm256_and_si256(number, _mm256_cvtps_epi32(v));
 }
 
+// The same, whatever comes of what is not a number.
+inline VI nearest_i(VF v) { return _mm256_cvtps_epi32(v); }
+
 // Up to 8 elements of `size` bytes, zeros behind them.
 template <int SIZE> inline void copy_few(void *to, const void *from, int64_t count) {
     for (int64_t i = 0; i < count * SIZE; i++)

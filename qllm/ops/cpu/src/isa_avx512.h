@@ -82,6 +82,20 @@ inline void bytes_to_words(uint8_t *to, VI bytes, VI zero) {
 inline void store_bytes(int8_t *p, VI v) {
     _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtepi32_epi8(v));
 }
+// Numbers of 16 bits, none of them above 2^15 - 129, as two planes of bytes of which the upper one
+// counts 256 times.
+#define HAS_PLANES 1
+inline void store_planes(int8_t *upper, int8_t *lower, VI a, VI b, VI c, VI d) {
+    // Packing takes a quarter of every vector after the other.
+    const VI order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const VI ab = _mm512_packs_epi32(a, b), cd = _mm512_packs_epi32(c, d);
+    const VI half = _mm512_set1_epi16(128), byte = _mm512_set1_epi16(255);
+    const VI high = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(ab, half), 8),
+                                       _mm512_srai_epi16(_mm512_add_epi16(cd, half), 8));
+    const VI low = _mm512_packus_epi16(_mm512_and_si512(ab, byte), _mm512_and_si512(cd, byte));
+    _mm512_storeu_si512(upper, _mm512_permutexvar_epi32(order, high));
+    _mm512_storeu_si512(lower, _mm512_permutexvar_epi32(order, low));
+}
 inline VI load_bytes(const uint8_t *p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
 }
@@ -126,6 +140,9 @@ inline VI bits_of(VF v) { return _mm512_castps_si512(v); }
 inline VI round_i(VF v) {
     return _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v);
 }
+
+// The same, whatever comes of what is not a number.
+inline VI nearest_i(VF v) { return _mm512_cvtps_epi32(v); }
 
 // WIDTH elements.
 template <int64_t TYPE> inline VF load_all(const void *p, int64_t i) {

@@ -86,6 +86,8 @@ inline void store_sums(float *to, VF a, VF b, VF c, VF d) {
 inline VF first_of(VF v, int64_t count) { return count > 0 ? v : 0; }
 // To the nearest integer, halves to even; what is not a number becomes 0.
 inline VI round_i(VF v) { return v == v ? VI(__builtin_lrintf(v)) : 0; }
+// The same, whatever comes of what is not a number.
+inline VI nearest_i(VF v) { return VI(__builtin_lrintf(v)); }
 
 // float16 by way of float32's own arithmetic: 2^112 moves the exponent's bias of 15 to 127.
 inline VF from_half(uint16_t half) {

@@ -1,6 +1,4 @@
-// Keys and values as integers: see qllm/ops/quantized_kv.py for what they stand for. Queries and the
-// weights of values become integers of 15 bits for each run, its scales multiplied in, so that a
-// score or a result is a sum of integers times one scale.
+// Keys and values as integers: see qllm/ops/quantized_kv.py for what they stand for.
 #pragma once
 
 #include <math.h>
@@ -12,8 +10,6 @@
 
 namespace qllm {
 namespace {
-
-constexpr int32_t MOST = 127 * 128;  // of an integer: two planes of int8, the upper one times 128
 
 inline int64_t code_base(int64_t bits) { return bits == 8 ? 0 : 127; }
 
@@ -183,130 +179,6 @@ static void quantize_values(const Attend &a, const Codes &c, const float *values
 static void quantize_run(const Attend &a, const Codes &c, const float *keys, const float *values) {
     quantize_keys(a, c, keys);
     quantize_values(a, c, values);
-}
-
-// What products of a run take in place of `count` numbers, a multiple of 16.
-struct Integers {
-    float step;      // that the integers are multiples of; NaN where a number is not finite
-    int32_t offset;  // the sum of integers times zeros
-    int8_t *planes;  // of fours: the upper plane, then the lower one; or pairs of 16 bits
-};
-
-// Integers of the products of `count` numbers and as many scales, which are put into memory.
-inline void to_integers(Integers *out, const float *from, float *x, const uint16_t *scales, 
-                        const uint8_t *zeros, int64_t base, int64_t count) {
-    VI top = zero_i(), sum = zero_i();
-    for (int64_t i = 0; i < count; i += WIDTH) {
-        const VF product = mul_f(load_f(from + i), load_all<BFLOAT16>(scales, i));
-        top = max_i(top, bits_of(abs_f(product)));
-        store_f(x + i, product);
-    }
-    const int32_t bits = max_of_i(top);
-    float most;
-    __builtin_memcpy(&most, &bits, 4);
-    const bool finite = bits < 0x7F800000, some = most > 1e-30f;
-    const VF inverse = set_f(finite && some ? float(MOST) / most : 0);
-    out->step = !finite ? NAN : some ? most / float(MOST) : 0;
-    for (int64_t i = 0; i < count; i += WIDTH) {
-        VI whole = finite ? round_i(mul_f(load_f(x + i), inverse)) : zero_i();
-        sum = add_i(sum, mul_i(whole, sub_i(load_bytes(zeros + i), set_i(int32_t(base)))));
-        if constexpr (OPERAND_BYTES == 1) {
-            VI upper = shift_right<7>(add_i(whole, set_i(64)));
-            store_bytes(out->planes + i, upper);
-            store_bytes(out->planes + count + i, sub_i(whole, shift_left<7>(upper)));
-        } else {
-            // A four as products of 16 bits take it: 0 and 2, then 1 and 3.
-            alignas(64) int32_t each[WIDTH];
-            store_i(each, whole);
-            int16_t *pairs = reinterpret_cast<int16_t *>(out->planes) + i;
-            for (int64_t j = 0; j < WIDTH; j++)
-                pairs[j / 4 * 4 + (j % 4 == 0 ? 0 : j % 4 == 1 ? 2 : j % 4 == 2 ? 1 : 3)] =
-                    int16_t(each[j]);
-        }
-    }
-    out->offset = sum_of_i(sum);
-}
-
-// Sums of products of both planes.
-struct Both {
-    VI upper, lower;
-};
-inline Both no_products() { return {zero_i(), zero_i()}; }
-inline void add_codes(Both *sum, VI codes, Inputs upper, Inputs lower) {
-    const Weights w = prepared(codes);
-    sum->upper = dot(sum->upper, w, upper);
-    if constexpr (OPERAND_BYTES == 1) sum->lower = dot(sum->lower, w, lower);
-}
-inline VF numbers(const Both &sum, const Integers &x) {
-    VI all = OPERAND_BYTES == 1 ? add_i(shift_left<7>(sum.upper), sum.lower) : sum.upper;
-    return mul_f(to_float(sub_i(all, set_i(x.offset))), set_f(x.step));
-}
-inline VI low_codes(VI bytes) { return and_i(bytes, set_i(0x0F0F0F0F)); }
-inline VI high_codes(VI bytes) { return and_i(shift_right<4>(bytes), set_i(0x0F0F0F0F)); }
-
-// The scores of a query with a run's keys: RUN of them.
-template <int BITS>
-inline void score_run(const uint8_t *codes, int64_t width, const Integers &x,
-                      float *scores) {
-    constexpr int64_t SLOTS = RUN * BITS / 8, VECTORS_AT_ONCE = BITS / 2;
-    const int64_t lower = OPERAND_BYTES == 1 ? width : 0;
-    for (int64_t slot = 0; slot < SLOTS; slot += VECTORS_AT_ONCE * WIDTH) {
-        Both sums[4] = {no_products(), no_products(), no_products(), no_products()};
-        const uint8_t *bytes = codes + slot * 4;
-        const int8_t *in = x.planes, *end = in + width * OPERAND_BYTES;
-        for (; in < end; in += 4 * OPERAND_BYTES, bytes += SLOTS * 4) {
-            const Inputs up = four(in), low = four(in + lower);
-            for (int64_t v = 0; v < VECTORS_AT_ONCE; v++) {
-                const VI codes_of_four = weights(bytes + v * WIDTH * 4);
-                if constexpr (BITS == 8) {
-                    add_codes(&sums[v], codes_of_four, up, low);
-                } else {
-                    add_codes(&sums[v], low_codes(codes_of_four), up, low);
-                    add_codes(&sums[v + 2], high_codes(codes_of_four), up, low);
-                }
-            }
-        }
-        for (int64_t v = 0; v < VECTORS_AT_ONCE; v++) {
-            float *to = scores + slot + v * WIDTH;
-            store_f(to, numbers(sums[v], x));
-            if constexpr (BITS == 4) store_f(to + SLOTS, numbers(sums[v + 2], x));
-        }
-    }
-}
-
-// out (width,) = out times a factor + a run's values, weighted: VECTORS_AT_ONCE vectors of it.
-template <int BITS, int VECTORS_AT_ONCE>
-inline void add_values(const uint8_t *codes, int64_t width, const Integers &x,
-                       VF factor, float *out) {
-    constexpr int64_t SLOTS = RUN * BITS / 8, LOWER = OPERAND_BYTES == 1 ? RUN : 0;
-    Both sums[VECTORS_AT_ONCE];
-    for (Both &sum : sums) sum = no_products();
-    const int8_t *in = x.planes, *end = in + SLOTS * OPERAND_BYTES;
-    for (; in < end; in += 4 * OPERAND_BYTES, codes += width * 4) {
-        const int8_t *behind = in + SLOTS * OPERAND_BYTES;
-        const Inputs up = four(in), low = four(in + LOWER);
-        for (int64_t v = 0; v < VECTORS_AT_ONCE; v++) {
-            const VI bytes = weights(codes + v * WIDTH * 4);
-            if constexpr (BITS == 8) {
-                add_codes(&sums[v], bytes, up, low);
-            } else {
-                add_codes(&sums[v], low_codes(bytes), up, low);
-                add_codes(&sums[v], high_codes(bytes), four(behind), four(behind + LOWER));
-            }
-        }
-    }
-    for (int64_t v = 0; v < VECTORS_AT_ONCE; v++)
-        store_f(out + v * WIDTH,
-                fma_f(load_f(out + v * WIDTH), factor, numbers(sums[v], x)));
-}
-template <int BITS>
-inline void add_values(const uint8_t *codes, int64_t width, const Integers &x,
-                       VF factor, float *out) {
-    int64_t d = 0;
-    for (; d + 4 * WIDTH <= width; d += 4 * WIDTH)
-        add_values<BITS, 4>(codes + d * 4, width, x, factor, out + d);
-    for (; d < width; d += WIDTH)
-        add_values<BITS, 1>(codes + d * 4, width, x, factor, out + d);
 }
 
 }  // namespace

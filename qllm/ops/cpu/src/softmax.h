@@ -69,10 +69,10 @@ inline float scale_scores(float *scores, int64_t count, float scale, float slope
 // The softmax of a query's scores so far, which come RUN at a time: sums of e^(s - top).
 struct Softmax {
     float top;
-    VF sum, factor;  // what came before the latest scores is to be multiplied with the factor
+    VF sum;
 };
 constexpr float LOWEST = -3.4028234e38f;
-inline Softmax no_softmax() { return {LOWEST, set_f(0), set_f(1)}; }
+inline Softmax no_softmax() { return {LOWEST, set_f(0)}; }
 
 // What results are to be multiplied with at the end; NaN where no score was finite.
 inline VF share_of(const Softmax &softmax) {
@@ -80,42 +80,46 @@ inline VF share_of(const Softmax &softmax) {
 }
 
 // Products of a query at `position` and the keys of RUN tokens, from `first` on, to weights
-// e^(s - top); those of tokens outside of [begin, end) to 0.
-inline void to_weights(const Attend &a, Softmax *softmax, float slope, int64_t position,
-                       int64_t first, int64_t begin, int64_t end, float *scores) {
+// e^(s - top); those of tokens outside of [begin, end) to 0. What came before them is to be
+// multiplied with the factor that is returned.
+inline VF to_weights(const Attend &a, Softmax *softmax, float slope, int64_t position,
+                     int64_t first, int64_t begin, int64_t end, float *scores) {
     constexpr int64_t COUNT = RUN / WIDTH;
     const float scale = float(a.scale), cap = float(a.cap);
-    VF s[COUNT];
-    for (int64_t v = 0; v < COUNT; v++) s[v] = load_f(scores + v * WIDTH);
     const auto fill = [&](float with) {
         if (begin <= first && end >= first + RUN) return;
-        for (int64_t v = 0; v < COUNT; v++) store_f(scores + v * WIDTH, s[v]);
         for (int64_t j = first; j < first + RUN; j++)
             if (j < begin || j >= end) scores[j - first] = with;
-        for (int64_t v = 0; v < COUNT; v++) s[v] = load_f(scores + v * WIDTH);
     };
-    for (VF &score : s) score = cap > 0 ? capped(score, scale, cap) : mul_f(score, set_f(scale));
+    const auto each = [&](const auto &function) {
+        for (int64_t v = 0; v < COUNT; v++)
+            store_f(scores + v * WIDTH, function(load_f(scores + v * WIDTH), v));
+    };
+    if (cap > 0)
+        each([=](VF score, int64_t) { return capped(score, scale, cap); });
+    else
+        each([=](VF score, int64_t) { return mul_f(score, set_f(scale)); });
     if (a.slopes)
-        for (int64_t v = 0; v < COUNT; v++) {
+        each([=](VF score, int64_t v) {
             const VF distance = set_f(float(first + v * WIDTH - position));
-            s[v] = add_f(s[v], mul_f(set_f(slope), add_f(load_f(LANE), distance)));
-        }
+            return add_f(score, mul_f(set_f(slope), add_f(load_f(LANE), distance)));
+        });
     fill(LOWEST);
     VF most = set_f(softmax->top);
-    for (VF score : s) most = max_f(score, most);
+    for (int64_t v = 0; v < COUNT; v++) most = max_f(load_f(scores + v * WIDTH), most);
     const float top = max_of(most);
-    softmax->factor = set_f(1);
+    VF factor = set_f(1);
     if (top > softmax->top) {
-        softmax->factor = exp_f(set_f(softmax->top - top));
-        softmax->sum = mul_f(softmax->sum, softmax->factor);
+        factor = exp_f(set_f(softmax->top - top));
+        softmax->sum = mul_f(softmax->sum, factor);
         softmax->top = top;
     }
-    for (VF &score : s) score = exp_f(sub_f(score, set_f(top)));
+    each([=](VF score, int64_t) { return exp_f(sub_f(score, set_f(top))); });
     fill(0);
-    for (int64_t v = 0; v < COUNT; v++) {
-        softmax->sum = add_f(softmax->sum, s[v]);
-        store_f(scores + v * WIDTH, s[v]);
-    }
+    VF sum = softmax->sum;
+    for (int64_t v = 0; v < COUNT; v++) sum = add_f(sum, load_f(scores + v * WIDTH));
+    softmax->sum = sum;
+    return factor;
 }
 
 }  // namespace
