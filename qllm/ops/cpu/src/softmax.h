@@ -85,39 +85,51 @@ inline VF share_of(const Softmax &softmax) {
 inline VF to_weights(const Attend &a, Softmax *softmax, float slope, int64_t position,
                      int64_t first, int64_t begin, int64_t end, float *scores) {
     constexpr int64_t COUNT = RUN / WIDTH;
-    const float scale = float(a.scale), cap = float(a.cap);
-    const auto fill = [&](float with) {
-        if (begin <= first && end >= first + RUN) return;
-        for (int64_t j = first; j < first + RUN; j++)
-            if (j < begin || j >= end) scores[j - first] = with;
-    };
+    const float cap = float(a.cap);
+    const bool is_whole = begin <= first && end >= first + RUN;
     const auto each = [&](const auto &function) {
         for (int64_t v = 0; v < COUNT; v++)
             store_f(scores + v * WIDTH, function(load_f(scores + v * WIDTH), v));
     };
-    if (cap > 0)
-        each([=](VF score, int64_t) { return capped(score, scale, cap); });
-    else
-        each([=](VF score, int64_t) { return mul_f(score, set_f(scale)); });
-    if (a.slopes)
-        each([=](VF score, int64_t v) {
-            const VF distance = set_f(float(first + v * WIDTH - position));
-            return add_f(score, mul_f(set_f(slope), add_f(load_f(LANE), distance)));
-        });
-    fill(LOWEST);
-    VF most = set_f(softmax->top);
+    const auto fill = [&](float with) {
+        for (int64_t j = first; j < first + RUN; j++)
+            if (j < begin || j >= end) scores[j - first] = with;
+    };
+    float scale = float(a.scale);
+    // Where scores are products times a scale, and no more, the largest is the largest product's.
+    if (cap > 0 || a.slopes || !is_whole || !(scale > 0)) {
+        if (cap > 0)
+            each([=](VF score, int64_t) { return capped(score, scale, cap); });
+        else
+            each([=](VF score, int64_t) { return mul_f(score, set_f(scale)); });
+        if (a.slopes)
+            each([=](VF score, int64_t v) {
+                const VF distance = set_f(float(first + v * WIDTH - position));
+                return add_f(score, mul_f(set_f(slope), add_f(load_f(LANE), distance)));
+            });
+        if (!is_whole) fill(LOWEST);
+        scale = 1;
+    }
+    VF most = set_f(-INFINITY);
     for (int64_t v = 0; v < COUNT; v++) most = max_f(load_f(scores + v * WIDTH), most);
-    const float top = max_of(most);
+    const float best = max_of(most) * scale, top = best > softmax->top ? best : softmax->top;
     VF factor = set_f(1);
     if (top > softmax->top) {
         factor = exp_f(set_f(softmax->top - top));
         softmax->sum = mul_f(softmax->sum, factor);
         softmax->top = top;
     }
-    each([=](VF score, int64_t) { return exp_f(sub_f(score, set_f(top))); });
-    fill(0);
     VF sum = softmax->sum;
-    for (int64_t v = 0; v < COUNT; v++) sum = add_f(sum, load_f(scores + v * WIDTH));
+    each([&](VF score, int64_t) {
+        const VF weight = exp_f(sub_f(mul_f(score, set_f(scale)), set_f(top)));
+        sum = add_f(sum, weight);
+        return weight;
+    });
+    if (!is_whole) {
+        fill(0);
+        sum = softmax->sum;
+        for (int64_t v = 0; v < COUNT; v++) sum = add_f(sum, load_f(scores + v * WIDTH));
+    }
     softmax->sum = sum;
     return factor;
 }
