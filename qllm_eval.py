@@ -187,7 +187,8 @@ def read_reference(
     """What transformers says of the prompts, or of the text and of prompts cut from it."""
     from qllm.data import sample_windows
     from qllm.evaluate.agreement import ReferenceOutputs
-    from qllm.generate import GenerationConfig, check_prompts
+    from qllm.generate import check_prompts
+    from qllm.generation_config import GenerationConfig
 
     own = bool(args.prompt or args.prompt_file or args.stdin)
     cli.fit_defaults(args, model.config, own)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from qllm.generate import GenerationConfig
+    from qllm.generation_config import GenerationConfig
     from qllm.hub import ModelFolder
     from qllm.llm import Pretrained
     from qllm.models import Decoder
@@ -276,8 +276,9 @@ def run_prompts(
     stops: list[str],
 ) -> tuple[list[list[int]], float]:
     """New tokens of each prompt and the seconds they took; if `streamed`, printed as they come."""
-    from qllm.generate import TextStream, generate
+    from qllm.generate import generate
     from qllm.stopping import StopStrings
+    from qllm.stream import TextStream
 
     stop = StopStrings(tokenizer, ids, stops) if stops else None
     start = time.perf_counter()

@@ -36,7 +36,8 @@ def main() -> None:
 
     from qllm import report
     from qllm.checkpoint.reader import read_raw_config
-    from qllm.generate import GenerationConfig, check_prompts
+    from qllm.generate import check_prompts
+    from qllm.generation_config import GenerationConfig
     from qllm.huggingface import reference_generate
     from qllm.models import read_config
     from qllm.tokenizer import Tokenizer

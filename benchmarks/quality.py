@@ -20,7 +20,8 @@ from qllm.checkpoint.load import load_model, module_bytes
 from qllm.config import BITWIDTHS, QuantPlan, QuantSpec
 from qllm.data import load_text, sample_windows
 from qllm.evaluate.perplexity import PerplexityOptions, Text, perplexity
-from qllm.generate import GenerationConfig, generate
+from qllm.generate import generate
+from qllm.generation_config import GenerationConfig
 from qllm.huggingface import HuggingFaceModel
 from qllm.report import first_difference
 from qllm.tokenizer import Tokenizer

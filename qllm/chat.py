@@ -13,7 +13,8 @@ import torch
 from qllm.config import ModelConfig
 from qllm.errors import UserError, first_line
 from qllm.files import MAX_JSON_BYTES, read_bytes, read_json
-from qllm.generate import GenerationConfig, LogitsProcessor, TextStream
+from qllm.generate import LogitsProcessor
+from qllm.generation_config import GenerationConfig
 from qllm.gguf import is_gguf
 from qllm.gguf.file import read_gguf
 from qllm.gguf.metadata import Metadata
@@ -21,6 +22,7 @@ from qllm.gguf.tokenizer import CHAT_TEMPLATE
 from qllm.llm import LLM
 from qllm.sampling import Sampler
 from qllm.stopping import StopStrings
+from qllm.stream import TextStream
 
 # What a cache has where a model's positions set no limit.
 DEFAULT_WINDOW = 4096

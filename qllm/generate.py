@@ -4,50 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from qllm.checkpoint.reader import read_json
 from qllm.config import ModelConfig
 from qllm.errors import UserError
-from qllm.models import RawConfig
+from qllm.generation_config import GenerationConfig
 from qllm.parallel.pipeline import PipelineStage
-from qllm.sampling import Sampler, Sampling
-from qllm.stopping import cut, settled
-from qllm.tokenizer import Tokenizer
-
-# What transformers generates when nothing says how much.
-DEFAULT_NEW_TOKENS = 20
-
-# Settings of generation_config.json that would change greedy search and are not applied here, and
-# the value, besides null, at which they do nothing.
-NOT_APPLIED = {
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1,
-    "bad_words_ids": [],
-    "suppress_tokens": [],
-    "begin_suppress_tokens": [],
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "sequence_bias": {},
-    "exponential_decay_length_penalty": None,
-    "guidance_scale": 1,
-    "num_beams": 1,
-    "stop_strings": [],
-    "watermarking_config": None,
-    "penalty_alpha": 0,
-    "dola_layers": None,
-    "constraints": None,
-    "force_words_ids": None,
-    "num_return_sequences": 1,
-    "max_time": None,
-    "token_healing": False,
-}
+from qllm.sampling import Sampler
 
 
 class Generator(Protocol):
@@ -68,86 +35,6 @@ class Generator(Protocol):
         self, prompts: Sequence[Sequence[int]], cache: Any, *, share: bool = ...
     ) -> Tensor | None: ...
     def decode(self, tokens: Tensor, cache: Any, *, share: bool = ...) -> Tensor | None: ...
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """How long to generate, and what to avoid; lengths count as transformers counts them.
-
-    Attributes:
-        max_new_tokens: how many tokens at the most; wins over max_length.
-        max_length: the same, the longest prompt of the batch included.
-        min_length: no end of text before this length, the longest prompt included.
-        min_new_tokens: no end of text before this many new tokens; wins over min_length.
-        eos_token_ids: each of them ends a text.
-        repetition_penalty: divides positive logits of tokens seen so far, multiplies negative
-            ones (Keskar et al. 2019).
-        sampling: how tokens are drawn; None: the largest logit is taken.
-    """
-
-    max_new_tokens: int | None = None
-    max_length: int | None = None
-    min_length: int = 0
-    min_new_tokens: int = 0
-    eos_token_ids: tuple[int, ...] = ()
-    repetition_penalty: float = 1.0
-    sampling: Sampling | None = None
-
-    def new_tokens(self, longest: int) -> int:
-        """How many tokens a batch may get whose longest prompt has `longest`."""
-        if self.max_new_tokens is not None:
-            return self.max_new_tokens
-        if self.max_length is not None:
-            return max(0, self.max_length - longest)
-        return DEFAULT_NEW_TOKENS
-
-    def min_tokens(self, longest: int) -> int:
-        """How many tokens a batch whose longest prompt has `longest` gets before a text may end."""
-        return self.min_new_tokens or self.min_length - longest
-
-
-def read_sampling(folder: Path) -> Sampling:
-    """How a checkpoint's generation_config.json would have tokens drawn.
-
-    Raises:
-        UserError: for values that are no numbers.
-    """
-    path = folder / "generation_config.json"
-    return Sampling.read(RawConfig(read_json(path), str(path))) if path.exists() else Sampling()
-
-
-def read_generation_config(
-    folder: Path, config: ModelConfig, note: Callable[[str], None] = lambda line: None
-) -> GenerationConfig:
-    """The settings of a checkpoint: generation_config.json, else those that config.json has.
-
-    Args:
-        note: called with a line for settings that would change the result and are not applied.
-
-    Raises:
-        UserError: for values that cannot be.
-    """
-    path = folder / "generation_config.json"
-    if not path.exists():
-        path = folder / "config.json"
-    if not path.exists():
-        return GenerationConfig(eos_token_ids=config.eos_token_ids)
-    raw = RawConfig(read_json(path), str(path))
-    ignored = [
-        key for key, neutral in NOT_APPLIED.items() if raw.values.get(key) not in (None, neutral)
-    ]
-    if ignored:
-        note(f"{path.name} sets {', '.join(ignored)}, which QLLM does not apply")
-    lengths: dict[str, Any] = {
-        key: raw.count(key)
-        for key in ("max_new_tokens", "max_length", "min_length", "min_new_tokens")
-        if raw.values.get(key) not in (None, 0)
-    }
-    return GenerationConfig(
-        **lengths,
-        eos_token_ids=raw.tokens("eos_token_id"),
-        repetition_penalty=raw.number("repetition_penalty", 1.0),
-    )
 
 
 def generate(
@@ -383,55 +270,3 @@ class LogitsProcessor:
         self.generated += 1
         if self.seen is not None:
             self.seen[torch.arange(len(tokens), device=tokens.device), tokens] = True
-
-
-class TextStream:
-    """Writes each prompt's text as its tokens come, one prompt after the other.
-
-    All prompts are generated at once; the text of a later one waits until those before it are
-    finished.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompts: Sequence[Sequence[int]],
-        begin: Callable[[int], None],
-        write: Callable[[str], None],
-        stop: Sequence[str] = (),
-    ) -> None:
-        """
-        Args:
-            begin: called with a row before its text comes.
-            write: called with each piece of text.
-            stop: strings that a text ends in front of.
-        """
-        self.tokenizer, self.prompts, self.stop = tokenizer, prompts, stop
-        self.begin, self.write = begin, write
-        self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.ended = [False] * len(prompts)
-        self.row, self.written = 0, ""
-        begin(0)
-
-    def add(self, row: int, token: int, last: bool) -> None:
-        """Take a new token in; what `generate` calls."""
-        self.tokens[row].append(token)
-        self.ended[row] = last
-        while row == self.row:
-            self._write()
-            if not self.ended[row]:
-                return
-            self.row, self.written = row + 1, ""
-            if self.row < len(self.prompts):
-                # Its tokens so far have waited for this row to end.
-                row = self.row
-                self.begin(row)
-
-    def _write(self) -> None:
-        text = self.tokenizer.continuation(self.prompts[self.row], self.tokens[self.row])
-        # A character whose bytes have not all come yet decodes to a replacement character.
-        ready = text if self.ended[self.row] else settled(text.rstrip("\ufffd"), self.stop)
-        ready = cut(ready, self.stop)
-        if ready.startswith(self.written):
-            self.write(ready[len(self.written) :])
-            self.written = ready

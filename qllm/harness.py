@@ -21,7 +21,8 @@ from qllm.errors import UserError
 from qllm.evaluate.lambada import continuation
 from qllm.evaluate.perplexity import PerplexityOptions, Text, cut
 from qllm.evaluate.scoring import ScoringRequest, score
-from qllm.generate import GenerationConfig, generate
+from qllm.generate import generate
+from qllm.generation_config import GenerationConfig
 from qllm.llm import LLM
 from qllm.sampling import MAX_SEED, Sampling
 

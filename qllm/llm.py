@@ -36,19 +36,15 @@ from qllm.config import (
 )
 from qllm.errors import UserError
 from qllm.evaluate.perplexity import DEFAULT_BATCH, PerplexityOptions, Text, perplexity
-from qllm.generate import (
-    GenerationConfig,
-    TextStream,
-    check_prompts,
-    generate,
-    generate_tokens,
-)
+from qllm.generate import check_prompts, generate, generate_tokens
+from qllm.generation_config import GenerationConfig
 from qllm.memory import local_device, resolve_device
 from qllm.models import Decoder
 from qllm.parallel.world import check_world, join
 from qllm.pretrained import Note, Pretrained, Prompt, silent
 from qllm.progress import Meter, unseen
 from qllm.stopping import StopStrings, cut
+from qllm.stream import TextStream
 from qllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from qllm import hub
 from qllm.checkpoint.reader import read_raw_config
 from qllm.config import ModelConfig
 from qllm.errors import UserError
-from qllm.generate import GenerationConfig, read_generation_config, read_sampling
+from qllm.generation_config import GenerationConfig, read_generation_config, read_sampling
 from qllm.hub import ModelFolder
 from qllm.models import read_config
 from qllm.onnx import check_installed, is_onnx

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from qllm.checkpoint.load import load_model
 from qllm.config import QuantPlan
-from qllm.generate import GenerationConfig, generate
+from qllm.generate import generate
+from qllm.generation_config import GenerationConfig
 from qllm.models import Decoder
 
 transformers.logging.set_verbosity_error()

@@ -13,7 +13,7 @@ from conftest import ROOT
 from qllm import LLM
 from qllm.chat import Chat, ChatTemplate
 from qllm.errors import UserError
-from qllm.generate import GenerationConfig
+from qllm.generation_config import GenerationConfig
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | trim + '\n' }}{% endfor %}"

@@ -29,13 +29,8 @@ from transformers import (
 )
 
 from qllm.errors import UserError
-from qllm.generate import (
-    DEFAULT_NEW_TOKENS,
-    GenerationConfig,
-    LogitsProcessor,
-    generate,
-    read_generation_config,
-)
+from qllm.generate import LogitsProcessor, generate
+from qllm.generation_config import DEFAULT_NEW_TOKENS, GenerationConfig, read_generation_config
 from qllm.huggingface import reference_generate
 from qllm.tokenizer import Tokenizer
 

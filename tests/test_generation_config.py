@@ -21,13 +21,8 @@ from transformers import (
 
 from qllm.checkpoint.reader import read_raw_config
 from qllm.errors import UserError
-from qllm.generate import (
-    NOT_APPLIED,
-    GenerationConfig,
-    check_prompts,
-    generate,
-    read_generation_config,
-)
+from qllm.generate import check_prompts, generate
+from qllm.generation_config import NOT_APPLIED, GenerationConfig, read_generation_config
 from qllm.models import read_config
 
 pytestmark = [

@@ -16,7 +16,8 @@ from oracle import load
 from torch import Tensor
 
 from qllm.config import LM_HEAD, QuantPlan, QuantSpec
-from qllm.generate import GenerationConfig, generate
+from qllm.generate import generate
+from qllm.generation_config import GenerationConfig
 from qllm.models import Decoder
 from qllm.tokenizer import Tokenizer
 

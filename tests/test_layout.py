@@ -38,7 +38,7 @@ ROWS = (
     ("models", "parallel"),
     (
         "checkpoint",
-        *("generate", "sampling", "stopping"),
+        *("generate", "generation_config", "sampling", "stopping", "stream"),
         "evaluate",
         "bench",
         "export",

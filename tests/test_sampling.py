@@ -17,7 +17,8 @@ from transformers.generation import logits_process as theirs
 
 from qllm import LLM
 from qllm.errors import UserError
-from qllm.generate import GenerationConfig, generate, read_sampling
+from qllm.generate import generate
+from qllm.generation_config import GenerationConfig, read_sampling
 from qllm.sampling import Sampler, Sampling
 from qllm.stopping import settled
 

@@ -8,11 +8,9 @@ from oracle import (
     our_bundled,
 )
 
-from qllm.generate import (
-    GenerationConfig,
-    TextStream,
-    generate,
-)
+from qllm.generate import generate
+from qllm.generation_config import GenerationConfig
+from qllm.stream import TextStream
 from qllm.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -36,7 +36,8 @@ from qllm.calibration import Calibration
 from qllm.checkpoint.load import load_model
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
-from qllm.generate import GenerationConfig, generate, read_generation_config
+from qllm.generate import generate
+from qllm.generation_config import GenerationConfig, read_generation_config
 from qllm.memory import peak_resident_bytes, reset_peak_memory
 from qllm.onnx import is_onnx
 from qllm.tokenizer import Tokenizer

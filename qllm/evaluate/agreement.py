@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from qllm.config import ModelConfig
 from qllm.evaluate.scoring import Predictor, logit_pieces
-from qllm.generate import GenerationConfig, generate
+from qllm.generate import generate
+from qllm.generation_config import GenerationConfig
 from qllm.models import Decoder
 from qllm.report import first_difference
 

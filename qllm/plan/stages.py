@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from qllm.checkpoint.load import load_model, outline
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
-from qllm.generate import GenerationConfig, generate
+from qllm.generate import generate
+from qllm.generation_config import GenerationConfig
 from qllm.models import Decoder
 from qllm.parallel.pipeline import parse_cuts
 from qllm.parallel.session import ParallelConfig, session

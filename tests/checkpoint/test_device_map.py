@@ -14,7 +14,8 @@ from qllm.checkpoint.device_map import CPU, infer_device_map
 from qllm.checkpoint.load import load_model, shard_bytes
 from qllm.config import QuantPlan
 from qllm.errors import UserError
-from qllm.generate import GenerationConfig, generate
+from qllm.generate import generate
+from qllm.generation_config import GenerationConfig
 
 OTHER = torch.device("cpu:0")
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11]]

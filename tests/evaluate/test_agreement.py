@@ -15,7 +15,8 @@ from qllm.evaluate.agreement import (
     layer_outputs,
     quantile,
 )
-from qllm.generate import GenerationConfig, generate
+from qllm.generate import generate
+from qllm.generation_config import GenerationConfig
 from qllm.huggingface import HuggingFaceModel
 from qllm.report import first_difference
 

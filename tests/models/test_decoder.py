@@ -32,7 +32,8 @@ from transformers import BloomConfig, LlamaConfig, OPTConfig, PretrainedConfig, 
 from qllm.calibration import calibrate
 from qllm.config import BITWIDTHS, DEFAULT_GROUP_SIZE, QuantPlan, QuantSpec
 from qllm.errors import UserError
-from qllm.generate import GenerationConfig, generate
+from qllm.generate import generate
+from qllm.generation_config import GenerationConfig
 from qllm.models import FAMILIES as MODEL_FAMILIES
 from qllm.models import Decoder
 from qllm.models.cache import KVCache

@@ -26,7 +26,8 @@ from random_configs import CONFIGS, MAX_NEW_TOKENS, batches, seeds
 
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
-from qllm.generate import GenerationConfig, generate
+from qllm.generate import generate
+from qllm.generation_config import GenerationConfig
 from qllm.models import FAMILIES as MODEL_FAMILIES
 from qllm.onnx.export import ExportOptions, export
 from qllm.onnx.graph import DATA, MODEL

@@ -21,7 +21,8 @@ from qllm.calibration import Calibration
 from qllm.checkpoint.convert import convert
 from qllm.config import LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
-from qllm.generate import GenerationConfig, generate
+from qllm.generate import generate
+from qllm.generation_config import GenerationConfig
 from qllm.hub import ModelFolder
 from qllm.models import Decoder
 from qllm.parallel import shard_attention, shard_embedding, shard_mlp

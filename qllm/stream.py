@@ -1,0 +1,60 @@
+"""Text that is written while it is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from qllm.stopping import cut, settled
+from qllm.tokenizer import Tokenizer
+
+
+class TextStream:
+    """Writes each prompt's text as its tokens come, one prompt after the other.
+
+    All prompts are generated at once; the text of a later one waits until those before it are
+    finished.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Sequence[int]],
+        begin: Callable[[int], None],
+        write: Callable[[str], None],
+        stop: Sequence[str] = (),
+    ) -> None:
+        """
+        Args:
+            begin: called with a row before its text comes.
+            write: called with each piece of text.
+            stop: strings that a text ends in front of.
+        """
+        self.tokenizer, self.prompts, self.stop = tokenizer, prompts, stop
+        self.begin, self.write = begin, write
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.ended = [False] * len(prompts)
+        self.row, self.written = 0, ""
+        begin(0)
+
+    def add(self, row: int, token: int, last: bool) -> None:
+        """Take a new token in; what `generate` calls."""
+        self.tokens[row].append(token)
+        self.ended[row] = last
+        while row == self.row:
+            self._write()
+            if not self.ended[row]:
+                return
+            self.row, self.written = row + 1, ""
+            if self.row < len(self.prompts):
+                # Its tokens so far have waited for this row to end.
+                row = self.row
+                self.begin(row)
+
+    def _write(self) -> None:
+        text = self.tokenizer.continuation(self.prompts[self.row], self.tokens[self.row])
+        # A character whose bytes have not all come yet decodes to a replacement character.
+        ready = text if self.ended[self.row] else settled(text.rstrip("\ufffd"), self.stop)
+        ready = cut(ready, self.stop)
+        if ready.startswith(self.written):
+            self.write(ready[len(self.written) :])
+            self.written = ready
