@@ -60,12 +60,12 @@ class Part:
     """Rows of one of our tensors, all of a file's tensor.
 
     Attributes:
-        order: the file's row of each of ours; None where they are the same.
+        perm: the file's row of each of ours; None where they are the same.
         offset: what its numbers have more than ours.
     """
 
     tensor: GGUFTensor
-    order: Tensor | None = None
+    perm: Tensor | None = None
     offset: float = 0.0
 
     @property
@@ -80,7 +80,7 @@ def parts_of(found: GGUF) -> dict[str, list[Part]]:
     A tensor that has no name of ours keeps its own, in the layer that it is in.
     """
     offset = architecture_of(Metadata(found)).norm_offset
-    orders = _row_orders(found)
+    perms = _row_perms(found)
     parts: dict[str, dict[int, Part]] = {}
     for name, tensor in found.tensors.items():
         layer, (stem, _, kind) = LAYER.fullmatch(name), name.rpartition(".")
@@ -92,18 +92,18 @@ def parts_of(found: GGUF) -> dict[str, list[Part]]:
             stem, kind = f"layers.{int(layer[1])}.{inner}", layer[3]
         elif stem in OUTER:
             stem = OUTER[stem]
-        order = orders.get(layer[2]) if layer else None
-        if order is not None and len(order) != tensor.shape[0]:
+        perm = perms.get(layer[2]) if layer else None
+        if perm is not None and len(perm) != tensor.shape[0]:
             rows = tensor.shape[0]
-            raise UserError(f"{tensor.path}: {name} has {rows} rows, its heads {len(order)}")
+            raise UserError(f"{tensor.path}: {name} has {rows} rows, its heads {len(perm)}")
         same = parts.setdefault(f"{stem}.{kind}", {})
         if at in same:
             raise UserError(f"{tensor.path}: {name} and another tensor are the same part")
-        same[at] = Part(tensor, order, offset if stem.endswith("norm") else 0.0)
+        same[at] = Part(tensor, perm, offset if stem.endswith("norm") else 0.0)
     return {name: [same[at] for at in sorted(same)] for name, same in parts.items()}
 
 
-def _row_orders(found: GGUF) -> dict[str, Tensor]:
+def _row_perms(found: GGUF) -> dict[str, Tensor]:
     """`row_orders` of a file."""
     config = model_config(RawConfig(read_config(found), str(found.path)))
     counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
@@ -125,7 +125,7 @@ def row_orders(config: ModelConfig, architecture: Architecture) -> dict[str, Ten
         return {"attn_q": q, "attn_k": k}
     # Heads lie one behind the other here, whatever the family's own checkpoints have.
     family = replace(FAMILIES[config.family], interleaved_qkv=False)
-    whole = family.qkv_order(config)
+    whole = family.qkv_perm(config)
     if whole is None:
         return {}
     q, k, _ = whole.split([n * config.head_dim for n in counts])
@@ -248,12 +248,10 @@ class GGUFFile(TensorFile):
 
     def _piece(self, part: Part, run: range, blocks: bool) -> Tensor:
         tensor = part.tensor
-        kind, order = tensor.type, part.order
+        kind, perm = tensor.type, part.perm
         data = self._mapped(tensor.path)[tensor.offset : tensor.offset + tensor.nbytes]
         matrix = data.view(part.rows, -1)
-        taken = (
-            matrix[run.start : run.stop] if order is None else matrix[order[run.start : run.stop]]
-        )
+        taken = matrix[run.start : run.stop] if perm is None else matrix[perm[run.start : run.stop]]
         if blocks:
             return taken
         numbers = kind.dequantize(taken, self._dtype)

@@ -151,7 +151,7 @@ class TensorNames:
 
     def _perm(self) -> Tensor | None:
         """The row that each of our QKV rows has in Hugging Face's layout; None: the same."""
-        return self.family.qkv_order(self.config)
+        return self.family.qkv_perm(self.config)
 
     def rows_of_parts(self, module: str) -> dict[str, slice | Tensor]:
         """Which rows of one of our modules' tensors each part has, by its Hugging Face name.

@@ -140,7 +140,7 @@ class _Tensors:
         self.architecture = ARCHITECTURES[architecture_name(weights.config)]
         self.round_offsets = round_offsets
         self.wide = 0  # matrices of 4 or 5 bits that are Q8_0
-        self._orders = row_orders(self.config, self.architecture)
+        self._perms = row_orders(self.config, self.architecture)
         self._made: dict[str, Callable[[], Tensor]] = {}
 
     def plan(self) -> dict[str, Planned]:
@@ -153,11 +153,11 @@ class _Tensors:
         for name, shape in self.weights.shapes.items():
             module, _, kind = name.rpartition(".")
             form = self._form(module, name, shape)
-            for part, rows, order in self._parts(module, shape[0]):
+            for part, rows, perm in self._parts(module, shape[0]):
                 target = f"{part}.{kind}"
                 inner = shape[1:]
                 planned[target] = Planned((len(rows), *inner), form)
-                self._made[target] = partial(self._bytes, name, rows, order, form)
+                self._made[target] = partial(self._bytes, name, rows, perm, form)
         return planned
 
     def bytes_of(self, planned: dict[str, Planned]) -> Iterator[Tensor]:
@@ -222,18 +222,18 @@ class _Tensors:
             counts = [count * self.config.head_dim for count in heads]
         begin = 0
         for name, count in zip(names, counts, strict=True):
-            order = self._orders.get(name)
-            back = None if order is None else order.argsort()
+            perm = self._perms.get(name)
+            back = None if perm is None else perm.argsort()
             yield f"blk.{index}.{name}", range(begin, begin + count), back
             begin += count
 
-    def _bytes(self, name: str, rows: range, order: Tensor | None, form: BlockType) -> Tensor:
+    def _bytes(self, name: str, rows: range, perm: Tensor | None, form: BlockType) -> Tensor:
         """A tensor's bytes: of `rows` of ours, in an order."""
         module, _, kind = name.rpartition(".")
-        if order is None:
-            order = torch.arange(len(rows))
+        if perm is None:
+            perm = torch.arange(len(rows))
         if form.dtype is not None:
-            numbers = self.weights.read(name, rows=[rows])[order].to(form.dtype)
+            numbers = self.weights.read(name, rows=[rows])[perm].to(form.dtype)
             if module.endswith("norm") and kind == "weight":
                 numbers = numbers + self.architecture.norm_offset
             return numbers.contiguous().flatten().view(torch.uint8)
@@ -261,7 +261,7 @@ class _Tensors:
             if values.amin() < -128 or values.amax() > 127:
                 raise UserError(f"{module} has zero points with which it needs 9 bits")
             values = values.to(torch.int8).view(torch.uint8)
-        return torch.cat([*factors, values], -1)[order].flatten()
+        return torch.cat([*factors, values], -1)[perm].flatten()
 
 
 def _offsets(packed: PackedWeight) -> Tensor:

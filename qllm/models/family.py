@@ -161,7 +161,7 @@ class Family:
         _, index, inner = module.split(".", 2)
         return tuple(self.layer.format(index) + part for part in self.inner[inner])
 
-    def qkv_order(self, config: ModelConfig) -> Tensor | None:
+    def qkv_perm(self, config: ModelConfig) -> Tensor | None:
         """The row of the one QKV matrix of a file that each of ours is; None: the same one.
 
         Ours are query heads, key heads, value heads; what RoPE turns of a head comes in two halves
