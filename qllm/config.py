@@ -319,15 +319,15 @@ class RopeConfig:
 
     Attributes:
         kind: "default", "linear" (Chen et al. 2023), "dynamic", "llama3", "yarn" (Peng et al.
-            2023), "longrope" (Ding et al. 2024), or "proportional", where not all pairs are turned.
-        rotary_dim: how many channels of a head are turned, from its first one on; None: all.
+            2023), "longrope" (Ding et al. 2024), or "proportional", where not all pairs rotate.
+        rotary_dim: how many channels of a head rotate, from its first one on; None: all.
         attention_factor: multiplies cosines and sines.
         original_max_positions: the length that a model was trained on before it was stretched.
         beta_fast, beta_slow, truncate: ends of YaRN's ramp in turns over that length, and whether
             they are rounded to whole pairs.
         short_factor, long_factor: what divides each pair's frequency up to that length, and beyond.
         rereads: a text that grows beyond that length is read anew, with the long factors (Phi-3).
-        turned_pairs: how many pairs are turned, of the kind that turns not all.
+        rotated_pairs: how many pairs rotate, of the kind of which not all do.
     """
 
     theta: float = 10000.0
@@ -344,7 +344,7 @@ class RopeConfig:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     rereads: bool = False
-    turned_pairs: int = 0
+    rotated_pairs: int = 0
 
 
 @dataclass(frozen=True)

@@ -164,18 +164,18 @@ class Family:
     def qkv_perm(self, config: ModelConfig) -> Tensor | None:
         """The row of the one QKV matrix of a file that each of ours is; None: the same one.
 
-        Ours are query heads, key heads, value heads; what RoPE turns of a head comes in two halves
-        with what it does not behind each, so that pairs are D / 2 apart in any case.
+        Ours are query heads, key heads, value heads; what RoPE rotates of a head comes in two
+        halves, with what it does not behind each, so that pairs are D / 2 apart in any case.
         """
         heads, dim = config.num_heads + 2 * config.num_kv_heads, config.head_dim
-        turned = config.rope and config.rope.rotary_dim
-        if not (self.interleaved_qkv or turned):
+        rotary_dim = config.rope and config.rope.rotary_dim
+        if not (self.interleaved_qkv or rotary_dim):
             return None
         rows = torch.arange(heads * dim).view(heads, dim)
         if self.interleaved_qkv:
             rows = rows.view(config.num_heads, 3, dim).transpose(0, 1).reshape(heads, dim)
-        if turned:
-            pairs = -(-turned // 2)
+        if rotary_dim:
+            pairs = -(-rotary_dim // 2)
             still = dim // 2 - pairs
             perm = torch.arange(dim).split([pairs, pairs, still, still])
             perm = torch.cat([perm[i] for i in (0, 2, 1, 3)])

@@ -1,6 +1,6 @@
 """Gemma 3's language model (Gemma Team 2025): Gemma 2 with norms of queries and keys for caps.
 
-Layers with a window turn queries and keys by a base of their own.
+Layers with a window rotate queries and keys by a base of their own.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ class QKNorm(nn.Module):
 
 
 class NormedAttention(Attention):
-    """Attention whose queries and keys are normed, head by head, before they are turned."""
+    """Attention whose queries and keys are normed, head by head, before they are rotated."""
 
     def __init__(
         self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear

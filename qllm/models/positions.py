@@ -107,19 +107,19 @@ class RotaryPositions(PositionEncoding):
     @property
     def factors(self) -> Tensor:
         """What multiplies the cosine and sine of each pair, 1 for one that stays: (D / 2,)."""
-        turned = torch.full((-(-self.rotary_dim // 2),), self.rope.attention_factor)
-        return pad(turned, (0, self.config.head_dim // 2 - len(turned)), value=1.0)
+        rotated = torch.full((-(-self.rotary_dim // 2),), self.rope.attention_factor)
+        return pad(rotated, (0, self.config.head_dim // 2 - len(rotated)), value=1.0)
 
     def frequencies(self, longest: int) -> Tensor:
         """Radians per position of each pair, float32 (D / 2,); those that stay have 0.
 
         "dynamic" (NTK-aware) and "longrope" depend on the length of the sequence so far.
         """
-        turned = self._turned(longest)
-        return pad(turned, (0, self.config.head_dim // 2 - len(turned)))
+        rotated = self._rotated_frequencies(longest)
+        return pad(rotated, (0, self.config.head_dim // 2 - len(rotated)))
 
-    def _turned(self, longest: int) -> Tensor:
-        """The frequencies of the pairs that are turned."""
+    def _rotated_frequencies(self, longest: int) -> Tensor:
+        """The frequencies of the pairs that rotate."""
         rope, dim = self.rope, self.rotary_dim
         theta = rope.theta
         if rope.kind == "dynamic":
@@ -141,7 +141,7 @@ class RotaryPositions(PositionEncoding):
         if rope.kind == "yarn":
             return self._stretched(frequencies, 1 - self._yarn_ramp())
         if rope.kind == "proportional":
-            frequencies[rope.turned_pairs :] = 0
+            frequencies[rope.rotated_pairs :] = 0
             return frequencies / rope.factor
         return frequencies
 

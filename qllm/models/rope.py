@@ -31,8 +31,7 @@ def read_rope(
     Args:
         trained: the length that the file says the model has.
         kinds: those that the family knows.
-        partial: the share of a head that is turned where the file names none; None: the family
-            turns all of it.
+        partial: the share of a head that rotates where the file names none; None: all of it.
 
     Raises:
         UserError: for values that cannot be.
@@ -55,12 +54,12 @@ def read_rope(
         if share > 1:
             raise rope.error(PARTIAL, share, "1 or less")
         pairs = int(share * head_dim // 2)
-        return RopeConfig(theta, kind, factor=rope.number("factor", 1.0), turned_pairs=pairs)
+        return RopeConfig(theta, kind, factor=rope.number("factor", 1.0), rotated_pairs=pairs)
     if kind in ("linear", "dynamic"):
-        turned = dim or head_dim
-        if kind == "dynamic" and turned < 3:
+        rotated = dim or head_dim
+        if kind == "dynamic" and rotated < 3:
             raise UserError(
-                f"{raw.where}: dynamic RoPE needs a head_dim of 4 or more, not {turned}"
+                f"{raw.where}: dynamic RoPE needs a head_dim of 4 or more, not {rotated}"
             )
         return RopeConfig(theta, kind, dim, rope.number("factor"))
     # Of these three, the length may stand outside, and wins there.
@@ -85,7 +84,7 @@ def reach(rope: RopeConfig, trained: int) -> int:
 
 
 def _rotary_dim(rope: RawConfig, kind: str, head_dim: int, partial: float | None) -> int | None:
-    """How many channels of a head the kinds turn that may turn a part of it; None: all."""
+    """How many channels of a head rotate, of the kinds that may rotate a part of it; None: all."""
     dim = head_dim
     if partial is not None and kind != "proportional":
         share = rope.number(PARTIAL, partial)
@@ -100,8 +99,8 @@ def _rotary_dim(rope: RawConfig, kind: str, head_dim: int, partial: float | None
     where = rope.where.rpartition(": ")[0]
     if head_dim % 2:
         raise UserError(f"{where}: RoPE needs an even head_dim, not {head_dim}")
-    if dim % 2 and kind == "yarn":  # the others turn one channel more
-        raise UserError(f"{where}: YaRN needs an even number of channels to turn, not {dim}")
+    if dim % 2 and kind == "yarn":  # the others rotate one channel more
+        raise UserError(f"{where}: YaRN needs an even number of channels to rotate, not {dim}")
     return None if dim == head_dim else dim
 
 

@@ -310,7 +310,7 @@ class DecoderGraph:
             qkv = self._norm_heads(qkv, f"{name}.qk_norm")
         scores_of = scores_of_layer(config, index)
         windowed = scores_of.window > 0
-        if config.position == "rope":  # queries and keys are turned at once
+        if config.position == "rope":  # queries and keys are rotated at once
             parts = g.constant([heads + kv_heads, kv_heads])
             qk, v = g.ops("Split", qkv, parts, outputs=["", ""], axis=1)
             parts = g.constant([heads, kv_heads])
@@ -366,5 +366,5 @@ class DecoderGraph:
         g = self.graph
         cos, sin = self.cos_sin[-1 if windowed else 0]
         a, b = g.ops("Split", x, outputs=["", ""], axis=-1, num_outputs=2)
-        turned = g.op("Concat", g.op("Neg", b), a, axis=-1)
-        return g.op("Add", g.op("Mul", x, cos), g.op("Mul", turned, sin))
+        rotated = g.op("Concat", g.op("Neg", b), a, axis=-1)
+        return g.op("Add", g.op("Mul", x, cos), g.op("Mul", rotated, sin))

@@ -72,8 +72,8 @@ def find_linears(graph: onnx.GraphProto, vocab_size: int) -> list[OnnxLinear]:
             bias = node.input[2] if len(node.input) > 2 else ""
             if bias and bias not in vectors:
                 continue  # it may be a matrix, or one number
-        tensor, turned = constants[node.input[1]]
-        transposed ^= turned
+        tensor, is_transposed = constants[node.input[1]]
+        transposed ^= is_transposed
         columns, rows = reversed(tensor.dims) if transposed else tensor.dims
         name = module_name(node, tensor.name)
         found.append(
@@ -94,10 +94,10 @@ def _matrices(graph: onnx.GraphProto) -> dict[str, tuple[TensorProto, bool]]:
         if len(tensor.dims) == 2 and tensor.data_type in FLOATS
     }
     for node in graph.node:
-        turns = node.op_type in ("Transpose", "Identity") and node.domain in STANDARD
-        if turns and node.input[0] in found:
-            tensor, turned = found[node.input[0]]
-            found[node.output[0]] = (tensor, turned ^ (node.op_type == "Transpose"))
+        passes_on = node.op_type in ("Transpose", "Identity") and node.domain in STANDARD
+        if passes_on and node.input[0] in found:
+            tensor, is_transposed = found[node.input[0]]
+            found[node.output[0]] = (tensor, is_transposed ^ (node.op_type == "Transpose"))
     return found
 
 

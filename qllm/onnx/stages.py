@@ -80,8 +80,10 @@ class Stages:
     def replace(self, linear: OnnxLinear, matrix: Tensor) -> None:
         """Let a linear compute with another matrix (N, K) from here on."""
         node = self._model.graph.node[linear.index]
-        turned = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
-        self._replaced[linear.index] = (matrix if turned else matrix.t()).contiguous().numpy()
+        transposed = node.op_type == "Gemm" and any(
+            a.name == "transB" and a.i for a in node.attribute
+        )
+        self._replaced[linear.index] = (matrix if transposed else matrix.t()).contiguous().numpy()
 
     def run(self, group: Sequence[OnnxLinear]) -> Iterator[Tensor]:
         """Run up to the first linear of the next of `groups`: its input, of each sample.

@@ -85,9 +85,9 @@ class OutputCheckpoint:
             for key, tensor in tensors.items():
                 name = f"{module}.{key}"
                 values = tensor[rows].to(self.weights.dtype(name))
-                self.writer.write(f"{part}.{key}", self._turned(name, values))
+                self.writer.write(f"{part}.{key}", self._as_stored(name, values))
 
-    def _turned(self, name: str, tensor: Tensor) -> Tensor:
+    def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
         """One of our tensors as Hugging Face's layout has it."""
         return tensor.t().contiguous() if self.weights.family.is_transposed(name) else tensor
 
@@ -99,7 +99,7 @@ class OutputCheckpoint:
                 dtype = self.weights.dtype(
                     "embed.weight" if module == LM_HEAD else f"{module}.weight"
                 )
-                tensors = {"weight": self._turned(f"{module}.weight", whole[rows].to(dtype))}
+                tensors = {"weight": self._as_stored(f"{module}.weight", whole[rows].to(dtype))}
             else:
                 tensors = self._pack(linear, part, rows)
             if linear.bias is not None:
