@@ -45,6 +45,8 @@ def refusals(quantization: Mapping, ragged: str | None, transposed: bool = False
         entries = [quantization, *({**quantization, **rule} for rule in rules.values())]
         if not all(entry["sym"] and entry["bits"] in VLLM_GPTQ_BITS for entry in entries):
             found.setdefault("vLLM", "it takes GPTQ of 4 and 8 bits, with --scheme sym")
+        if transposed:
+            found["transformers"] = "its Conv1D families draw weights that packed layers have not"
         return found
     if transposed:
         found.setdefault("transformers", "this family's layers are Conv1D there, which stay dense")
