@@ -58,7 +58,7 @@ def read_raw_config(folder: Path, *, packed: bool = True) -> RawConfig:
     """
     if is_gguf(folder):
         file = read_gguf(folder)
-        values: dict[str, Any] = read_config(file) | {LAYOUT_KEY: LAYOUT}
+        values: dict[str, Any] = {**read_config(file), LAYOUT_KEY: LAYOUT}
         if packed:
             values[QUANTIZATION_KEY] = quantization_of(file)
             # A head that is the embedding, in blocks, is a linear of its own.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from qllm.errors import UserError
 from qllm.gguf.file import GGUF, GGUFTensor
@@ -66,8 +67,9 @@ def architecture_of(metadata: Metadata) -> Architecture:
     return ARCHITECTURES[metadata.architecture]
 
 
-def read_config(found: GGUF) -> dict[str, object]:
-    """The config.json of a model.
+@lru_cache(maxsize=4)
+def read_config(found: GGUF) -> Mapping[str, object]:
+    """The config.json of a model, which a run asks for as often as for its header.
 
     Raises:
         UserError: for an architecture that QLLM does not run, or hyperparameters that are missing
@@ -108,8 +110,8 @@ def _ends(metadata: Metadata) -> list[int]:
     tokens = metadata.texts("tokenizer.ggml.tokens", [])
     types = metadata.numbers("tokenizer.ggml.token_type", [])
     if len(types) == len(tokens):
-        control = [i for i, kind in enumerate(types) if kind == CONTROL]
-        found |= {i for i in control if tokens[i] in ENDS}
+        at = [tokens.index(text) for text in ENDS if text in tokens]
+        found |= {i for i in at if types[i] == CONTROL}
     return sorted(found)
 
 

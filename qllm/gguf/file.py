@@ -66,9 +66,9 @@ class GGUFTensor:
     nbytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GGUF:
-    """What one file, or several that are one model, hold.
+    """What one file, or several that are one model, hold; equal to itself alone.
 
     Attributes:
         path: the file, or the first of them.

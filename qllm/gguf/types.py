@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qllm.ops.cpu import library, linear
 from qllm.quant.packing import PackedWeight, pack
 
 # Groups that the packed layers hold without padding (a K block of the CPU kernels' layout).
@@ -87,6 +88,11 @@ class BlockType:
             # Flat in between: a single row has any stride.
             return rows.contiguous().flatten().view(self.dtype).view(len(rows), -1)
         columns = rows.shape[1] // self.nbytes * self.values
+        if self is Q8_0 and dtype == torch.float16:
+            # The product of two numbers of float16 is a float32, which is rounded once here, too.
+            blocks = rows.unflatten(1, (-1, self.nbytes))
+            signed = blocks[..., 2:].view(torch.int8)
+            return (signed * half(blocks, 0)[..., None]).flatten(1)
         out = torch.empty(len(rows), columns, dtype=dtype)
         step = max(1, CHUNK_VALUES // columns)
         for start in range(0, len(rows), step):
@@ -108,11 +114,10 @@ class BlockType:
     def to_packed(self, rows: Tensor) -> PackedWeight:
         """uint8 (N, row_bytes(K)) as a layer holds them: bit for bit the same weights."""
         blocks = rows.unflatten(1, (-1, self.nbytes))
-        if self.name in NIBBLES_AT:
-            scales, offsets, packed = _from_nibbles(blocks, NIBBLES_AT[self.name])
-        else:
-            q, scales, offsets = self._unpacked(blocks)
-            packed = pack(q, self.bits)
+        if self.name in UNBLOCKED and library.unsupported_reason(rows.device.type) is None:
+            return linear.unblock(blocks, self.bits, self.offset)
+        q, scales, offsets = self._unpacked(blocks)
+        packed = pack(q, self.bits)
         zeros = scales.new_empty(0, dtype=torch.uint8) if offsets is None else offsets
         return PackedWeight(packed, scales.contiguous(), zeros.contiguous())
 
@@ -125,19 +130,6 @@ def half(blocks: Tensor, at: int) -> Tensor:
 def _nibbles(packed: Tensor) -> Tensor:
     """Low halves of some bytes, then their high halves: (…, B) to (…, 2 B)."""
     return torch.cat([packed & 0xF, packed >> 4], -1)
-
-
-def _from_nibbles(blocks: Tensor, at: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Scales, offsets, and the packed rows of blocks whose bytes from `at` on are halves.
-
-    Two bytes have four values: 2 i and 2 i + 1 in their low halves, those 16 further on in the
-    high ones. Packed rows have neighbours in a byte.
-    """
-    pairs = blocks[..., at:].contiguous().view(torch.int16)
-    low = (pairs & 0xF) | ((pairs >> 4) & 0xF0)
-    high = ((pairs >> 4) & 0xF) | ((pairs >> 8) & 0xF0)
-    packed = torch.cat([low, high], -1).to(torch.uint8).flatten(1)
-    return half(blocks, 0), half(blocks, 2) if at == 4 else None, packed
 
 
 def _fifth_bits(words: Tensor) -> Tensor:
@@ -226,8 +218,8 @@ def _q6_k(blocks: Tensor) -> Values:
     return Values(q.flatten(1), (half(blocks, 208).float()[..., None] * scales).flatten(1))
 
 
-# Where the halves begin of the types that have 4 bits and blocks of 32.
-NIBBLES_AT = {"Q4_0": 2, "Q4_1": 4}
+# Those that a CPU kernel takes apart.
+UNBLOCKED = ("Q4_0", "Q4_1", "Q8_0")
 F32 = BlockType(0, "F32", 1, 4, torch.float32)
 F16 = BlockType(1, "F16", 1, 2, torch.float16)
 BF16 = BlockType(30, "BF16", 1, 2, torch.bfloat16)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from cpu_paths import everywhere
 from gguf import GGMLQuantizationType, quants
 from gguf_files import (
     FAMILIES,
@@ -22,6 +24,7 @@ from gguf_files import (
 from qllm import LLM
 from qllm.checkpoint.gguf import GGUFFile
 from qllm.checkpoint.reader import Checkpoint
+from qllm.checkpoint.weights import Weights
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.gguf.config import read_config as gguf_config
@@ -30,6 +33,7 @@ from qllm.gguf.tokenizer import tokenizer_files
 from qllm.gguf.types import TYPES
 from qllm.models import RawConfig, read_config
 from qllm.models.decoder import Decoder
+from qllm.pretrained import Pretrained
 from qllm.quant.packing import unpack
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.job import Job
@@ -57,8 +61,11 @@ def test_blocks_are_llama_cpp_s_numbers(name):
     rows = blocks.reshape(5, -1)
     want = torch.from_numpy(quants.dequantize(rows, GGMLQuantizationType[name]))
     assert torch.equal(kind.dequantize(torch.from_numpy(rows)), want)
+    assert torch.equal(kind.dequantize(torch.from_numpy(rows), torch.float16), want.half())
     if kind.packs:
-        qweight, scales, offsets, _ = kind.to_packed(torch.from_numpy(rows))
+        qweight, scales, offsets = (
+            everywhere(lambda i=i: kind.to_packed(torch.from_numpy(rows))[i]) for i in range(3)
+        )
         q = unpack(qweight, kind.bits, want.shape[1]).float().unflatten(1, (-1, kind.group))
         zero = 0 if offsets.numel() else kind.zero
         packed = (q - zero) * scales.float()[..., None]
@@ -189,6 +196,27 @@ def test_numbers_that_cannot_be_are_one_line(tmp_path, family):
                 assert "\n" not in str(error)
             else:
                 assert file.tensors
+
+
+def test_any_header_is_a_model_or_one_line(tmp_path):
+    path = write_model(tmp_path / "model.gguf", FAMILIES["gemma3"](), "Q4_1")
+    data, tensors = path.read_bytes(), read_gguf(path).tensors
+    header = min(tensor.offset for tensor in tensors.values())
+    random, refused = Random(0), 0
+    for _ in range(100):
+        changed = bytearray(data)
+        for _ in range(random.choice((1, 1, 2, 8))):
+            at, length = random.randrange(header), random.randrange(1, 9)
+            new = random.choice((b"", b"\0", b"\xff", b"\1")) * length
+            changed[at : at + length] = new if random.random() < 0.5 else random.randbytes(length)
+        path.write_bytes(changed)
+        try:
+            Weights(Checkpoint(path))
+            Pretrained.open(path)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert 50 < refused < 100
 
 
 def test_sentencepiece_s_tokens(tmp_path):

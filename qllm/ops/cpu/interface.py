@@ -30,6 +30,7 @@ Packing = structure(
     "inputs outputs bits group *rows row_bytes *row_scales *row_zeros scale_bytes *q *scales "
     "*zeros *row_offsets *offsets",
 )
+Blocks = structure("Blocks", "rows blocks bits *x *q *scales *offsets")
 Activate = structure("Activate", "rows channels kind gated type *x *y")
 Norm = structure(
     "Norm",
@@ -51,6 +52,7 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "dense": Dense,
     "pack": Packing,
     "unpack": Packing,
+    "unblock": Blocks,
     "activate": Activate,
     "norm": Norm,
     "add": Add,

@@ -6,11 +6,12 @@ import ctypes
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from qllm.ops import phase
 from qllm.ops.cpu import library
-from qllm.ops.cpu.interface import Dense, Linear, Packing
+from qllm.ops.cpu.interface import Blocks, Dense, Linear, Packing
 from qllm.ops.cpu.library import TYPES, Arena, like, pointer
 from qllm.quant.packing import PackedWeight, group_width, packed_size
 
@@ -99,6 +100,18 @@ def unpack(
         packed,
     )
     return PackedWeight(rows, scales, zeros)
+
+
+def unblock(blocks: Tensor, bits: int, offset: bool) -> PackedWeight:
+    """GGUF's blocks, uint8 (N, G, bytes), of 4 bits or of 8 without offsets, as rows of bits."""
+    blocks = blocks.contiguous()
+    rows, groups, _ = blocks.shape
+    q = blocks.new_empty(rows, groups * K_BLOCK * bits // 8)
+    scales = blocks.new_empty(rows, groups, dtype=torch.float16)
+    offsets = torch.empty_like(scales) if offset else q.new_empty(0)
+    tensors = (blocks, q, scales, offsets)
+    library.run("unblock", Blocks(rows, groups, bits, *map(pointer, tensors)), *tensors)
+    return PackedWeight(q, scales, offsets)
 
 
 def _move(

@@ -1,4 +1,5 @@
 #include "prefill_attention.h"
+#include "blocks.h"
 #include "dense.h"
 #include "kernels.h"
 #include "limits.h"

@@ -68,6 +68,14 @@ struct Packing {
     uint8_t *row_offsets, *offsets;  // of scale_bytes, or null
 };
 
+// Rows of GGUF's blocks as rows of bits: Q4_0 and Q4_1 (with offsets), or Q8_0.
+struct Blocks {
+    int64_t rows, blocks, bits;  // blocks of a row; 4 or 8 bits
+    const uint8_t *x;            // (rows, blocks, 2 or 4 + 4 bits)
+    uint8_t *q;                  // (rows, blocks, 4 bits)
+    uint16_t *scales, *offsets;  // float16 (rows, blocks); offsets or null
+};
+
 // The rest of a decoder; all tensors of one call but the float32 and integer ones are of one type.
 
 enum Kind : int64_t { RELU = 0, GELU = 1, GELU_TANH = 2, SILU = 3 };
@@ -153,6 +161,7 @@ enum class Status : int64_t { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
     OP(dense, Dense)                  \
     OP(pack, Packing)                 \
     OP(unpack, Packing)               \
+    OP(unblock, Blocks)               \
     OP(activate, Activate)            \
     OP(norm, Norm)                    \
     OP(add, Add)                      \
