@@ -106,11 +106,15 @@ FAMILIES = {
 ARCHITECTURES = {"gemma3_text": "gemma3", "gpt_neox": "gptneox"}
 
 
-def checkpoint_of(family: str, folder: Path) -> Path:
-    """A bundled model, or one of random weights with a bundled tokenizer."""
+def checkpoint_of(family: str, folder: Path, *, long: bool = False) -> Path:
+    """A bundled model, or one of random weights with a bundled tokenizer.
+
+    Args:
+        long: Phi-3's has LongRoPE.
+    """
     if family in ("llama", "bloom"):
         return tiny(family)
-    options = {"long": False} if family == "phi3" else {}
+    options = {"long": long} if family == "phi3" else {}
     model = FAMILIES[family](**options)
     model.resize_token_embeddings(4096)
     model.half().save_pretrained(folder)

@@ -67,7 +67,7 @@ def tokenizer_metadata(source: Path, config: ModelConfig) -> dict[str, Value]:
                 types[model["vocab"][text]] = BYTE
         whole |= _sentencepiece(source, values, tokens, types)
     else:
-        whole |= _byte_level(source, values)
+        whole |= _byte_level(source, values, set(tokens))
     if config.eos_token_ids:
         whole["tokenizer.ggml.eos_token_id"] = config.eos_token_ids[0]
     return whole | _settings(source, tokens, tokenizer)
@@ -87,8 +87,8 @@ def _type(added: dict | None, there: bool) -> int:
     return NORMAL if there else UNUSED
 
 
-def _byte_level(source: Path, values: dict[str, Any]) -> dict[str, Value]:
-    """Byte-level BPE, with llama.cpp's name of the pattern that cuts words."""
+def _byte_level(source: Path, values: dict[str, Any], tokens: set[str]) -> dict[str, Value]:
+    """Byte-level BPE of `tokens`, with llama.cpp's name of the pattern that cuts words."""
     model = values["model"]
     text = json.dumps(values["pre_tokenizer"], ensure_ascii=False)
     text = text.replace(EITHER_CASE, ENGLISH)
@@ -115,10 +115,14 @@ def _byte_level(source: Path, values: dict[str, Any]) -> dict[str, Value]:
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": name,
-        "tokenizer.ggml.merges": [
-            m if isinstance(m, str) else " ".join(m) for m in model["merges"]
-        ],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in _merges(values, tokens)],
     }
+
+
+def _merges(values: dict[str, Any], tokens: set[str]) -> list[tuple[str, str]]:
+    """Pairs of tokens that are joined, but for those that the model has no rows of."""
+    listed = values["model"]["merges"]
+    return [(a, b) for a, b in listed if a in tokens and b in tokens and a + b in tokens]
 
 
 def _sentencepiece(
@@ -128,11 +132,8 @@ def _sentencepiece(
 
     llama.cpp joins any two tokens that are one together, so that merges have to be all of these.
     """
-    listed = [
-        tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in values["model"]["merges"]
-    ]
     special = {t for t, kind in zip(tokens, types, strict=True) if kind in (UNKNOWN, CONTROL, BYTE)}
-    listed = [pair for pair in listed if "".join(pair) not in special]
+    listed = [(a, b) for a, b in _merges(values, set(tokens)) if a + b not in special]
     order = [text for text, _ in groupby("".join(pair) for pair in listed)]
     ranks = {text: rank for rank, text in enumerate(order)}
     scores = [-float(ranks.get(text, len(order))) for text in tokens]

@@ -7,6 +7,7 @@ everything else, q - zero being an int8 with the same scale.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -127,8 +128,8 @@ def _confirm_same(
     for key, value in vars(config).items():
         if key not in UNSEEN and found[key] != value:
             raise UserError(
-                f"llama.cpp's {name} has {key} {found[key]}, not {value} as this model: no GGUF "
-                "file can be written of it"
+                f"llama.cpp's {name} has {key} {reprlib.repr(found[key])}, not "
+                f"{reprlib.repr(value)} as this model: no GGUF file can be written of it"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from shutil import copytree
 
 import gguf
@@ -115,7 +116,7 @@ def test_what_gguf_has_not_is_one_line(tmp_path):
         ("gemma2", {"query_pre_attn_scalar": 9}, "score_scale 0.17.*, not 0.33"),
         ("gemma3", {"layer_types": ["full_attention", "sliding_attention"] * 3}, "windows"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_by_layer False, not True"),
-        ("phi3", {"hidden_act": "gelu"}, "activation silu, not gelu"),
+        ("phi3", {"hidden_act": "gelu"}, "activation 'silu', not 'gelu'"),
         ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE.*dynamic"),
     ],
 )
@@ -131,21 +132,30 @@ def test_a_model_that_llama_cpp_computes_otherwise_is_one_line(tmp_path, family,
     assert not (tmp_path / "model.gguf").exists()
 
 
-@pytest.mark.parametrize("scaled", ["llama3", "yarn", "linear"])
+@pytest.mark.parametrize("scaled", ["llama3", "yarn", "linear", "longrope"])
 def test_rope_comes_back(tmp_path, scaled):
-    source = copytree(tiny("llama"), tmp_path / "source")
-    path = source / "config.json"
+    source = tmp_path / "source"
+    if scaled == "longrope":
+        checkpoint_of("phi3", source, long=True)
+    else:
+        copytree(tiny("llama"), source)
+        stretch_rope(source / "config.json", scaled)
+    export_gguf(source, tmp_path / "model.gguf")
+    ours, again = (LLM.from_pretrained(p).model for p in (source, tmp_path / "model.gguf"))
+    for length in (20, 60):  # LongRoPE's factors are others beyond 32
+        want, found = (model.positions.frequencies(length) for model in (ours, again))
+        assert torch.allclose(found, want, rtol=1e-6, atol=0)
+    assert torch.allclose(again.positions.factors, ours.positions.factors, rtol=1e-6, atol=0)
+
+
+def stretch_rope(path: Path, scaled: str) -> None:
+    """Change a model's RoPE."""
     rope = {"rope_type": scaled, "rope_theta": 5e3, "factor": 4.0}
     if scaled != "linear":
         rope["original_max_position_embeddings"] = 64
     if scaled == "llama3":
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": rope}))
-    export_gguf(source, tmp_path / "model.gguf")
-    ours, again = (LLM.from_pretrained(p).model for p in (source, tmp_path / "model.gguf"))
-    want, found = (model.positions.frequencies(100) for model in (ours, again))
-    assert torch.allclose(found, want, rtol=1e-6, atol=0)
-    assert torch.equal(again.positions.factors, ours.positions.factors)
 
 
 @pytest.mark.parametrize("form", ["model", "Llama", "Gemma"])
@@ -166,6 +176,18 @@ def test_sentencepiece_s_tokenizers_come_back(tmp_path, form):
     ours, again = Tokenizer.load(source), Tokenizer.load(tmp_path / "model.gguf")
     for text in (*TEXTS, "", "the ", "Zürich 北京 🙂", "a\nb", "sat<0x41>on", "x</s>"):
         assert again.encode(text) == ours.encode(text)
+
+
+def test_tokens_that_the_model_has_no_rows_of_are_left_out(tmp_path):
+    source = tmp_path / "source"
+    FAMILIES["llama"]().half().save_pretrained(source)  # 300 rows
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).write_text((tiny("llama") / name).read_text())
+    export_gguf(source, tmp_path / "model.gguf")
+    tokenizer = Tokenizer.load(tmp_path / "model.gguf")
+    ids = tokenizer.encode("The cat in Zürich 🙂")
+    assert max(ids) < 300
+    assert tokenizer.decode(ids) == "The cat in Zürich 🙂"
 
 
 @pytest.mark.parametrize(
