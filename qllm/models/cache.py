@@ -150,9 +150,9 @@ class Pass:
         """The cosines and sines of a layer with such scores."""
         return self.cos_sin[-1 if scores.window else 0]
 
-    def kept(self, x: Tensor) -> Tensor:
+    def select(self, x: Tensor) -> Tensor:
         """Of rows (N, C), those of which a layer's results are asked for."""
-        return self.batch.kept(x)
+        return self.batch.select(x)
 
     def last(self) -> Self:
         """The same pass, for a layer of which each sequence's last token alone is asked for."""

@@ -267,7 +267,7 @@ class PreNormLayer(nn.Module):
             return self.both_blocks(x, step)
         if self.has_attention:
             return self.attention_block(x, step)
-        return self.mlp_block(step.kept(x))
+        return self.mlp_block(step.select(x))
 
     def blocks(self) -> tuple[tuple[Block, tuple[str, ...]], ...]:
         """What the layer is one after the other, and the linears in each, as they run."""
@@ -278,12 +278,12 @@ class PreNormLayer(nn.Module):
 
     def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         """The whole layer: x (N, C) to (N, C), or to those of the tokens that are asked for."""
-        x, normed = self.mlp_norm.after_sum(step.kept(x), self._attended(x, step))
+        x, normed = self.mlp_norm.after_sum(step.select(x), self._attended(x, step))
         return _add(x, self._through_mlp(normed))
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         """The first half of the layer: x (N, C) to (N, C)."""
-        return _add(step.kept(x), self._attended(x, step))
+        return _add(step.select(x), self._attended(x, step))
 
     def mlp_block(self, x: Tensor) -> Tensor:
         """The second half of the layer: x (N, C) to (N, C)."""
@@ -350,7 +350,7 @@ class ParallelLayer(PreNormLayer):
         return ((self.both_blocks, ("attention.qkv", "attention.out", "mlp.up", "mlp.down")),)
 
     def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        z, x = self._attended(x, step), step.kept(x)
+        z, x = self._attended(x, step), step.select(x)
         return _add(_add(self._through_mlp(self.mlp_norm(x)), z), x)
 
 
@@ -365,7 +365,7 @@ class NormedResidualLayer(PreNormLayer):
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         x = self.attention_norm(x)
-        return _add(step.kept(x), self.attention(x, step))
+        return _add(step.select(x), self.attention(x, step))
 
     def mlp_block(self, x: Tensor) -> Tensor:
         x = self.mlp_norm(x)
@@ -382,7 +382,7 @@ class PostNormLayer(PreNormLayer):
         return self.mlp_block(self.attention_block(x, step))
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        return self.attention_norm(_add(step.kept(x), self.attention(x, step)))
+        return self.attention_norm(_add(step.select(x), self.attention(x, step)))
 
     def mlp_block(self, x: Tensor) -> Tensor:
         return self.mlp_norm(_add(x, self.mlp(x)))

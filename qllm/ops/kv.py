@@ -53,7 +53,7 @@ class Batch(NamedTuple):
         index, starts, positions = (part.to(device) for part in (index, starts, positions))
         return cls(index, starts, positions, max(lengths), max(ends))
 
-    def kept(self, x: Tensor) -> Tensor:
+    def select(self, x: Tensor) -> Tensor:
         """Of what there is for each token (N, …), that of which results are asked for."""
         return x[self.starts[1:] - 1] if self.last else x
 

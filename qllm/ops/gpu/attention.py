@@ -124,7 +124,7 @@ def prefill_attention(
             SLOPE=slopes is not None, CAP=scores.cap > 0, WINDOW=scores.window > 0,
             num_warps=warps, num_stages=2,
         )  # fmt: skip
-    return batch.kept(y)
+    return batch.select(y)
 
 
 def prefill_tile(dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:

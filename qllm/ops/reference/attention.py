@@ -87,7 +87,7 @@ def prefill_attention(
             queries = q[run].transpose(0, 1)[None]
             out = softmax_attention(queries, keys, values, mask, causal=mask is None, scores=scores)
             outputs.append(out[0].transpose(0, 1).flatten(1))
-    return batch.kept(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+    return batch.select(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 
 
 def differentiable_attention(

@@ -78,17 +78,17 @@ void score_tokens(const Attend &a, const Tokens &tokens, const float *queries, f
         for (int64_t t = j; t < RUN; t++) scores[h * RUN + t] = 0;
 }
 
-// out (dim,) of each head, `width` apart, = out times a factor + the values of some tokens, weighted.
+// out (dim,) of each head, `width` apart, = out times alpha + the values of some tokens, weighted.
 template <int64_t TYPE, int HEADS>
 void add_tokens(const Attend &a, const Tokens &tokens, const float *weights,
-                const VF *factors, float *out) {
+                const VF *alphas, float *out) {
     constexpr int VECTORS_AT_ONCE = 4;
     int64_t i = 0;
     for (; i + VECTORS_AT_ONCE * WIDTH <= a.dim; i += VECTORS_AT_ONCE * WIDTH) {
         VF sums[HEADS][VECTORS_AT_ONCE];
         for (int h = 0; h < HEADS; h++)
             for (int v = 0; v < VECTORS_AT_ONCE; v++)
-                sums[h][v] = mul_f(load_f(out + h * a.width + i + v * WIDTH), factors[h]);
+                sums[h][v] = mul_f(load_f(out + h * a.width + i + v * WIDTH), alphas[h]);
         for (int64_t j = 0, at = tokens.start + i; j < tokens.count; j++, at += a.dim) {
             VF values[VECTORS_AT_ONCE];
             for (int v = 0; v < VECTORS_AT_ONCE; v++)
@@ -105,7 +105,7 @@ void add_tokens(const Attend &a, const Tokens &tokens, const float *weights,
     }
     for (; i < a.dim; i += WIDTH)
         for (int h = 0; h < HEADS; h++) {
-            VF sum = mul_f(load_f(out + h * a.width + i), factors[h]);
+            VF sum = mul_f(load_f(out + h * a.width + i), alphas[h]);
             for (int64_t j = 0, at = tokens.start + i; j < tokens.count; j++, at += a.dim)
                 sum = fma_f(set_f(weights[h * RUN + j]), load<TYPE>(a.values, at, a.dim - i), sum);
             store_f(out + h * a.width + i, sum);
@@ -115,21 +115,21 @@ void add_tokens(const Attend &a, const Tokens &tokens, const float *weights,
 // A thread's memory for `attend_token`, in elements of 4 bytes: of all heads that share one of keys
 // and values.
 struct TokenMemory {
-    int64_t queries, outs, scores, softmax, factors, integers, numbers, planes, all;
+    int64_t queries, outs, scores, softmax, alphas, integers, numbers, planes, all;
 };
 static TokenMemory token_memory(const Attend &a) {
-    const int64_t shared = a.heads / a.kv_heads, most = a.width > RUN ? a.width : RUN;
+    const int64_t shared = a.heads / a.kv_heads, longest = a.width > RUN ? a.width : RUN;
     const auto whole = [](int64_t bytes) { return (bytes + 63) / 64 * 16; };
     TokenMemory m;
     m.queries = 0;
     m.outs = m.queries + shared * a.width;
     m.scores = m.outs + shared * a.width;
     m.softmax = m.scores + shared * RUN;
-    m.factors = m.softmax + whole(shared * int64_t(sizeof(Softmax)));
-    m.integers = m.factors + whole(shared * int64_t(sizeof(VF)));
+    m.alphas = m.softmax + whole(shared * int64_t(sizeof(Softmax)));
+    m.integers = m.alphas + whole(shared * int64_t(sizeof(VF)));
     m.numbers = m.integers + whole(shared * int64_t(sizeof(Integers)));
     m.planes = m.numbers + 2 * RUN * a.width;  // a run of keys and values
-    m.all = m.planes + shared * most;
+    m.all = m.planes + shared * longest;
     return m;
 }
 
@@ -150,11 +150,11 @@ template <int64_t TYPE, int BITS>
 void attend_token(const Attend &a, int64_t i, int64_t kv, float *memory) {
     const int64_t shared = a.heads / a.kv_heads, position = a.positions[i], row = a.rows[i];
     const int64_t own = position / RUN, length = position + 1, base = code_base(BITS);
-    const int64_t first = unseen(a.window, position), most = a.width > RUN ? a.width : RUN;
+    const int64_t first = unseen(a.window, position), longest = a.width > RUN ? a.width : RUN;
     const TokenMemory at = token_memory(a);
     float *numbers = memory + at.numbers;
     Softmax *softmax = reinterpret_cast<Softmax *>(memory + at.softmax);
-    VF *factors = reinterpret_cast<VF *>(memory + at.factors);
+    VF *alphas = reinterpret_cast<VF *>(memory + at.alphas);
     const auto query = [=](int64_t h) { return memory + at.queries + h * a.width; };
     const auto out = [=](int64_t h) { return memory + at.outs + h * a.width; };
     const auto scores = [=](int64_t h) { return memory + at.scores + h * RUN; };
@@ -166,15 +166,15 @@ void attend_token(const Attend &a, int64_t i, int64_t kv, float *memory) {
     }
     const auto weigh = [&](int64_t h, int64_t run) {
         const float slope = a.slopes ? a.slopes[kv * shared + h] : 0;
-        factors[h] =
+        alphas[h] =
             to_weights(a, &softmax[h], slope, position, run * RUN, first, length, scores(h));
     };
     int64_t run = first / RUN;
     if constexpr (BITS != 16) {
         Integers *x = reinterpret_cast<Integers *>(memory + at.integers);
         for (int64_t h = 0; h < shared; h++)
-            x[h].planes = reinterpret_cast<int8_t *>(memory + at.planes + h * most);
-        const RunGrid grid = {numbers, reinterpret_cast<int32_t *>(numbers + most)};
+            x[h].planes = reinterpret_cast<int8_t *>(memory + at.planes + h * longest);
+        const RunGrid grid = {numbers, reinterpret_cast<int32_t *>(numbers + longest)};
         for (; run < own; run++) {
             const Codes c = codes_of(a, row, kv, run);
             load_grid(grid, c.key_scales, c.key_zeros, base, a.width);
@@ -186,7 +186,7 @@ void attend_token(const Attend &a, int64_t i, int64_t kv, float *memory) {
             load_grid(grid, c.value_scales, c.value_zeros, base, RUN);
             for (int64_t h = 0; h < shared; h++) to_integers(&x[h], scores(h), grid, RUN);
             by_heads<CODE_HEADS>(shared, [&](int64_t h, auto heads) {
-                add_values<BITS, decltype(heads)::value>(c.values, a.width, x + h, factors + h,
+                add_values<BITS, decltype(heads)::value>(c.values, a.width, x + h, alphas + h,
                                                          out(h));
             });
         }
@@ -199,7 +199,7 @@ void attend_token(const Attend &a, int64_t i, int64_t kv, float *memory) {
             constexpr int HEADS = decltype(heads)::value;
             score_tokens<TYPE, HEADS>(a, tokens, query(h), scores(h));
             for (int64_t each = h; each < h + HEADS; each++) weigh(each, run);
-            add_tokens<TYPE, HEADS>(a, tokens, scores(h), factors + h, out(h));
+            add_tokens<TYPE, HEADS>(a, tokens, scores(h), alphas + h, out(h));
         });
     }
     for (int64_t h = 0; h < shared; h++) {

@@ -69,7 +69,7 @@ struct CodeGrid {
     uint16_t scale;
     uint8_t zero;
     float step, offset;  // a code is x / step, rounded, + offset
-    float most;          // of a code: 0 where a number is not finite
+    float max_code;      // 0 where a number is not finite
 };
 static CodeGrid code_grid(float low, float high, bool finite, int64_t bits) {
     const float base = float(code_base(bits)), steps = float((1 << bits) - 1);
@@ -91,9 +91,9 @@ static CodeGrid code_grid(float low, float high, bool finite, int64_t bits) {
 }
 
 // Codes of numbers, 0 where a grid has no others; what is not finite then is no matter.
-inline VI codes_of_numbers(VF x, VF step, VF offset, VF most) {
+inline VI codes_of_numbers(VF x, VF step, VF offset, VF max_code) {
     const VF code = add_f(to_float(round_i(div_f(x, step))), offset);
-    return round_i(min_f(max_f(code, set_f(0)), most));
+    return round_i(min_f(max_f(code, set_f(0)), max_code));
 }
 
 // The least and the largest of a run's keys in WIDTH channels, or of a token's values in one lane;
@@ -116,17 +116,17 @@ static void quantize_keys(const Attend &a, const Codes &c, const float *keys) {
         for (int64_t t = 0; t < RUN; t++)
             extend(&range, load<FLOAT32>(keys + t * a.dim, d, a.dim - d));
         alignas(64) float low[WIDTH], high[WIDTH], check[WIDTH];
-        alignas(64) float steps[WIDTH], offsets[WIDTH], mosts[WIDTH];
+        alignas(64) float steps[WIDTH], offsets[WIDTH], max_codes[WIDTH];
         store_f(low, range.low), store_f(high, range.high), store_f(check, range.check);
         for (int64_t i = 0; i < WIDTH; i++) {
             const CodeGrid grid = code_grid(low[i], high[i], check[i] == 0, a.bits);
             c.key_scales[d + i] = grid.scale, c.key_zeros[d + i] = grid.zero;
-            steps[i] = grid.step, offsets[i] = grid.offset, mosts[i] = grid.most;
+            steps[i] = grid.step, offsets[i] = grid.offset, max_codes[i] = grid.max_code;
         }
-        const VF step = load_f(steps), offset = load_f(offsets), most = load_f(mosts);
+        const VF step = load_f(steps), offset = load_f(offsets), max_code = load_f(max_codes);
         const auto codes = [&](int64_t t) {
             const VF x = load<FLOAT32>(keys + t * a.dim, d, a.dim - d);
-            return codes_of_numbers(x, step, offset, most);
+            return codes_of_numbers(x, step, offset, max_code);
         };
         for (int64_t t = 0; t < slots; t++) {
             VI bytes = codes(t);
@@ -161,7 +161,7 @@ static void quantize_values(const Attend &a, const Codes &c, const float *values
     const auto codes = [&](int64_t t, int64_t d) {
         const VF x = load<FLOAT32>(values + t * a.dim, d, a.dim - d);
         return codes_of_numbers(x, set_f(grids[t].step), set_f(grids[t].offset),
-                                set_f(grids[t].most));
+                                set_f(grids[t].max_code));
     };
     for (int64_t t = 0; t < slots; t += 4)
         for (int64_t d = 0; d < a.width; d += WIDTH) {

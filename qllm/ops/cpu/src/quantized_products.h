@@ -12,7 +12,7 @@
 namespace qllm {
 namespace {
 
-constexpr int32_t MOST = 127 * 128;  // of an integer: two planes of int8, the upper one times 256
+constexpr int32_t MAX_INTEGER = 127 * 128;  // of an integer: two planes of int8, the upper one times 256
 
 // What products of a run take in place of `count` numbers, a multiple of 16.
 struct Integers {
@@ -40,11 +40,11 @@ inline void to_integers(Integers *out, const float *from, const RunGrid &grid, i
     for (int64_t i = 0; i < count; i += WIDTH)
         top = max_i(top, bits_of(abs_f(mul_f(load_f(from + i), load_f(grid.scales + i)))));
     const int32_t bits = max_of_i(top);
-    float most;
-    __builtin_memcpy(&most, &bits, 4);
-    const bool finite = bits < 0x7F800000, some = most > 1e-30f;
-    const VF inverse = set_f(finite && some ? float(MOST) / most : 0);
-    out->step = !finite ? NAN : some ? most / float(MOST) : 0;
+    float largest;
+    __builtin_memcpy(&largest, &bits, 4);
+    const bool finite = bits < 0x7F800000, some = largest > 1e-30f;
+    const VF inverse = set_f(finite && some ? float(MAX_INTEGER) / largest : 0);
+    out->step = !finite ? NAN : some ? largest / float(MAX_INTEGER) : 0;
     const auto rounded = [&](int64_t i) {
         const VF number = mul_f(mul_f(load_f(from + i), load_f(grid.scales + i)), inverse);
         const VI whole = nearest_i(number);
@@ -131,10 +131,10 @@ inline void score_run(const uint8_t *codes, int64_t width, const Integers *x, fl
     }
 }
 
-// out (width,) of each head = out times a factor + a run's values, weighted: VECTORS_AT_ONCE
+// out (width,) of each head = out times alpha + a run's values, weighted: VECTORS_AT_ONCE
 // vectors of it.
 template <int BITS, int VECTORS_AT_ONCE, int HEADS>
-inline void add_values(const uint8_t *codes, int64_t width, const Integers *x, const VF *factors,
+inline void add_values(const uint8_t *codes, int64_t width, const Integers *x, const VF *alphas,
                        float *out) {
     constexpr int64_t SLOTS = RUN * BITS / 8, LOWER = OPERAND_BYTES == 1 ? RUN : 0;
     Both sums[HEADS][VECTORS_AT_ONCE];
@@ -162,17 +162,17 @@ inline void add_values(const uint8_t *codes, int64_t width, const Integers *x, c
     for (int h = 0; h < HEADS; h++)
         for (int64_t v = 0; v < VECTORS_AT_ONCE; v++) {
             float *to = out + h * width + v * WIDTH;
-            store_f(to, fma_f(load_f(to), factors[h], numbers(sums[h][v], x[h])));
+            store_f(to, fma_f(load_f(to), alphas[h], numbers(sums[h][v], x[h])));
         }
 }
 template <int BITS, int HEADS>
-inline void add_values(const uint8_t *codes, int64_t width, const Integers *x, const VF *factors,
+inline void add_values(const uint8_t *codes, int64_t width, const Integers *x, const VF *alphas,
                        float *out) {
     int64_t d = 0;
     for (; d + 4 * WIDTH <= width; d += 4 * WIDTH)
-        add_values<BITS, 4, HEADS>(codes + d * 4, width, x, factors, out + d);
+        add_values<BITS, 4, HEADS>(codes + d * 4, width, x, alphas, out + d);
     for (; d < width; d += WIDTH)
-        add_values<BITS, 1, HEADS>(codes + d * 4, width, x, factors, out + d);
+        add_values<BITS, 1, HEADS>(codes + d * 4, width, x, alphas, out + d);
 }
 
 }  // namespace

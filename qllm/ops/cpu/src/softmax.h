@@ -49,7 +49,7 @@ inline float cap_scores(const Attend &a, float *scores, int64_t count) {
 
 // Scores s of keys of a query, `distance` from it (none behind it) and nearer, from products, in place; the largest.
 inline float scale_scores(float *scores, int64_t count, float scale, float slope, int64_t distance) {
-    VF most = set_f(-INFINITY);
+    VF m_i = set_f(-INFINITY);
     for (int64_t j = 0; j < count; j += WIDTH) {
         const VF from = add_f(load_f(LANE), set_f(float(j + distance)));
         VF s = mul_f(load<FLOAT32>(scores, j, count - j), set_f(scale));
@@ -61,27 +61,28 @@ inline float scale_scores(float *scores, int64_t count, float scale, float slope
             for (int64_t i = j; i < count; i++) few[i - j] = scores[i];
             s = load_f(few);
         }
-        most = max_f(s, most);
+        m_i = max_f(s, m_i);
     }
-    return max_of(most);
+    return max_of(m_i);
 }
 
-// The softmax of a query's scores so far, which come RUN at a time: sums of e^(s - top).
+// The softmax of a query's scores so far, which come RUN at a time: m_i is the largest of them,
+// l_i sums of e^(s - m_i).
 struct Softmax {
-    float top;
-    VF sum;
+    float m_i;
+    VF l_i;
 };
 constexpr float LOWEST = -3.4028234e38f;
 inline Softmax no_softmax() { return {LOWEST, set_f(0)}; }
 
 // What results are to be multiplied with at the end; NaN where no score was finite.
 inline VF share_of(const Softmax &softmax) {
-    return set_f(softmax.top == LOWEST ? NAN : 1 / sum_of(softmax.sum));
+    return set_f(softmax.m_i == LOWEST ? NAN : 1 / sum_of(softmax.l_i));
 }
 
 // Products of a query at `position` and the keys of RUN tokens, from `first` on, to weights
-// e^(s - top); those of tokens outside of [begin, end) to 0. What came before them is to be
-// multiplied with the factor that is returned.
+// e^(s - m_i); those of tokens outside of [begin, end) to 0. What came before them is to be
+// multiplied with what is returned, alpha.
 inline VF to_weights(const Attend &a, Softmax *softmax, float slope, int64_t position,
                      int64_t first, int64_t begin, int64_t end, float *scores) {
     constexpr int64_t COUNT = RUN / WIDTH;
@@ -110,28 +111,28 @@ inline VF to_weights(const Attend &a, Softmax *softmax, float slope, int64_t pos
         if (!is_whole) fill(LOWEST);
         scale = 1;
     }
-    VF most = set_f(-INFINITY);
-    for (int64_t v = 0; v < COUNT; v++) most = max_f(load_f(scores + v * WIDTH), most);
-    const float best = max_of(most) * scale, top = best > softmax->top ? best : softmax->top;
-    VF factor = set_f(1);
-    if (top > softmax->top) {
-        factor = exp_f(set_f(softmax->top - top));
-        softmax->sum = mul_f(softmax->sum, factor);
-        softmax->top = top;
+    VF largest = set_f(-INFINITY);
+    for (int64_t v = 0; v < COUNT; v++) largest = max_f(load_f(scores + v * WIDTH), largest);
+    const float best = max_of(largest) * scale, m_i = best > softmax->m_i ? best : softmax->m_i;
+    VF alpha = set_f(1);
+    if (m_i > softmax->m_i) {
+        alpha = exp_f(set_f(softmax->m_i - m_i));
+        softmax->l_i = mul_f(softmax->l_i, alpha);
+        softmax->m_i = m_i;
     }
-    VF sum = softmax->sum;
+    VF l_i = softmax->l_i;
     each([&](VF score, int64_t) {
-        const VF weight = exp_f(sub_f(mul_f(score, set_f(scale)), set_f(top)));
-        sum = add_f(sum, weight);
+        const VF weight = exp_f(sub_f(mul_f(score, set_f(scale)), set_f(m_i)));
+        l_i = add_f(l_i, weight);
         return weight;
     });
     if (!is_whole) {
         fill(0);
-        sum = softmax->sum;
-        for (int64_t v = 0; v < COUNT; v++) sum = add_f(sum, load_f(scores + v * WIDTH));
+        l_i = softmax->l_i;
+        for (int64_t v = 0; v < COUNT; v++) l_i = add_f(l_i, load_f(scores + v * WIDTH));
     }
-    softmax->sum = sum;
-    return factor;
+    softmax->l_i = l_i;
+    return alpha;
 }
 
 }  // namespace
