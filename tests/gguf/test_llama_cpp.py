@@ -16,6 +16,7 @@ from random import Random
 import numpy as np
 import pytest
 from conftest import ROOT, tiny
+from covering import each, slow_but
 from gguf_files import FAMILIES, checkpoint_of, trained_sentencepiece, write_model
 
 from qllm import LLM
@@ -109,8 +110,7 @@ def assert_same_tokens(path: Path, near: float) -> None:
                 assert logits.max() - logits[token] <= near * np.ptp(logits)
 
 
-@pytest.mark.parametrize("kind", SPECS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), slow_but(each(FAMILIES, SPECS), FAMILIES, SPECS))
 def test_the_same_tokens_of_what_is_written(tmp_path, family, kind):
     source = checkpoint_of(family, tmp_path / "source")
     if (spec := SPECS[kind]) is not None:
