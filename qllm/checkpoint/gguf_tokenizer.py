@@ -130,15 +130,20 @@ def _sentencepiece(
 ) -> dict[str, Value]:
     """SentencePiece's BPE: scores whose order is that of the merges.
 
-    llama.cpp joins any two tokens that are one together, so that merges have to be all of these.
+    llama.cpp joins any two tokens that are one together, so that merges have to be all of these;
+    but for tokens that are cut out of a text before.
     """
-    special = {t for t, kind in zip(tokens, types, strict=True) if kind in (UNKNOWN, CONTROL, BYTE)}
-    listed = [(a, b) for a, b in _merges(values, set(tokens)) if a + b not in special]
+    cut = {t for t, kind in zip(tokens, types, strict=True) if kind not in (NORMAL, UNUSED)}
+
+    def joined(merges: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        return [pair for pair in merges if cut.isdisjoint((*pair, "".join(pair)))]
+
+    listed = joined(_merges(values, set(tokens)))
     order = [text for text, _ in groupby("".join(pair) for pair in listed)]
     ranks = {text: rank for rank, text in enumerate(order)}
     scores = [-float(ranks.get(text, len(order))) for text in tokens]
     before = json.dumps([values["normalizer"], values["pre_tokenizer"]], ensure_ascii=False)
-    theirs = merges_of(tokens, types, scores)
+    theirs = joined(merges_of(tokens, types, scores))
     if len(order) != len(ranks) or set(theirs) != set(listed) or "▁" not in before:
         raise UserError(
             f"{source}: GGUF files are written of byte-level BPE, and of SentencePiece's BPE, "
