@@ -110,7 +110,7 @@ def test_the_reference_sees_earlier_runs_as_integers(bits):
     )
 
 
-SHAPES = ((4, 2, 32), (2, 2, 20), (8, 1, 64), (1, 1, 130))
+SHAPES = ((6, 2, 32), (2, 2, 20), (8, 1, 64), (1, 1, 130))
 
 
 @pytest.mark.parametrize("path", paths())
