@@ -64,6 +64,10 @@ class HiddenStates:
         """The same states, which go their own way from here."""
         return HiddenStates(self.states.clone(), self.positions)
 
+    def part(self, samples: slice) -> HiddenStates:
+        """Some of the samples, whose states stay those of this."""
+        return HiddenStates(self.states[samples], self.positions)
+
     def save(self, path: Path) -> None:
         """Write the states to a file, which is there when it is whole."""
         states = self.states.cpu()

@@ -29,7 +29,7 @@ from qllm.quantizer.hidden import HiddenStates
 from qllm.quantizer.job import Job
 from qllm.quantizer.layer import LinearReport, is_tuned, quantize_layer, stand_in
 from qllm.quantizer.output import OutputCheckpoint
-from qllm.quantizer.tune import TuneReport, output_errors, relative_error, tune_layer
+from qllm.quantizer.tune import TuneReport, advance_watched, relative_error, tune_layer
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,7 @@ def refine_layer(
     tuned = tune_layer(layer, untuned, (inputs, targets), tune, lambda done: add(share * done))
     for inner, module in stand_ins.items():
         layer.set_submodule(inner, stand_in(tuned[inner]) if inner in tuned else module)
-    with output_errors(layer, weights) as errors:
-        inputs.advance(layer)
+    errors = advance_watched(inputs, layer, weights)
     report = TuneReport(name, before, relative_error(inputs, targets))
     if not report.gained:
         return RefinedLayer(found, hidden, reports, report)

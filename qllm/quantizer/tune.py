@@ -7,8 +7,7 @@ layers make up for the errors of earlier ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -124,19 +123,20 @@ def relative_error(states: HiddenStates, targets: HiddenStates) -> float:
     return torch.stack(errors).mean().sqrt().item()
 
 
-@contextmanager
-def output_errors(layer: PreNormLayer, weights: Mapping[str, Tensor]) -> Iterator[dict[str, float]]:
-    """How far what linears put out is from what float ones would of the same inputs.
+def advance_watched(
+    states: HiddenStates, layer: PreNormLayer, weights: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Put states through a layer; how far what its linears put out is from what float ones would
+    of the same inputs, over the samples held out.
 
     Args:
         layer: its linears are matrices in float32.
         weights: the float weights by name in the layer.
 
-    Yields:
-        relative root mean square errors by name, there when the block has ended.
+    Returns:
+        relative root mean square errors by name.
     """
     squares = {name: torch.zeros(2, dtype=torch.float64) for name in weights}
-    errors: dict[str, float] = {}
 
     def watch(name: str, weight: Tensor) -> RemovableHandle:
         module = dense_linear(layer, name)
@@ -149,14 +149,19 @@ def output_errors(layer: PreNormLayer, weights: Mapping[str, Tensor]) -> Iterato
 
         return module.register_forward_pre_hook(see)
 
+    first = held_out(len(states.states)).start
+    if first:
+        states.part(slice(first)).advance(layer)
     hooks = [watch(*entry) for entry in weights.items()]
     try:
-        yield errors
+        states.part(slice(first, None)).advance(layer)
     finally:
         for hook in hooks:
             hook.remove()
-    for name, (error, whole) in squares.items():
-        errors[name] = (error / whole).sqrt().item() if whole else 0.0
+    return {
+        name: (error / whole).sqrt().item() if whole else 0.0
+        for name, (error, whole) in squares.items()
+    }
 
 
 def tune_layer(

@@ -10,6 +10,7 @@ from quantizing import MODELS, saved
 from qllm import ops
 from qllm.layers import Linear
 from qllm.models.cache import Prefill
+from qllm.ops.reference import attention
 from qllm.quantizer.tune import FrozenLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,8 +18,9 @@ LENGTH, COUNT, STEP = 13, 2, 1e-3
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_they_are_those_of_the_kernels(name, tmp_path):
+def test_they_are_those_of_the_kernels(name, tmp_path, monkeypatch):
     """Gradients along a direction are the difference that a small step in it makes."""
+    monkeypatch.setattr(attention, "QUERIES_AT_ONCE", 5)
     model = load(saved(name, tmp_path / "source"))
     draw = torch.Generator().manual_seed(0)
     shape = (COUNT * LENGTH, model.config.hidden_size)

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from qllm.ops.kv import KV, PLAIN, Batch, Scores
 from qllm.ops.quantized_kv import QuantizedKV
 
+# Of a sequence, where gradients go through attention: keys behind the last of them take no time.
+QUERIES_AT_ONCE = 128
 
 def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the heads of x (N, H, D) by cosines and sines (N, D): pairs are (i, i + D / 2)."""
@@ -114,12 +116,18 @@ def differentiable_attention(
         mask = slopes.to(qkv.device)[:, None, None] * distance
     mask = mask.masked_fill_(_unseen(distance, scores), -torch.inf).to(dtype)  # (1 or H, T, T)
     k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
+    k, q = k.mT, q * scores.factor(q.shape[-1])
+    outputs = []
     # On a CPU, the gradients of torch's fused attention take three times as long as these.
-    found = (q * scores.factor(q.shape[-1])) @ k.mT
-    if scores.cap:
-        found = (found.float() / scores.cap).tanh() * scores.cap
-    out = (found + mask).softmax(-1).to(dtype) @ v
-    return out.transpose(1, 2).reshape(len(qkv), -1)
+    for start in range(0, length, QUERIES_AT_ONCE):
+        end = min(start + QUERIES_AT_ONCE, length)
+        seen = slice(max(0, start + 1 - scores.window) if scores.window else 0, end)
+        found = q[:, :, start:end] @ k[..., seen]
+        if scores.cap:
+            found = (found.float() / scores.cap).tanh() * scores.cap
+        found = (found + mask[:, start:end, seen]).softmax(-1).to(dtype)
+        outputs.append(found @ v[:, :, seen])
+    return torch.cat(outputs, 2).transpose(1, 2).reshape(len(qkv), -1)
 
 
 def _unseen(distance: Tensor, scores: Scores) -> Tensor:
