@@ -146,7 +146,7 @@ def auto_round(
         iters=steps,
         nsamples=len(samples),
         seqlen=len(samples[0]),
-        batch_size=tune.samples(len(samples[0])),
+        batch_size=tune.samples(len(samples[0]), model.config.hidden_size),
         dataset=[torch.tensor([sample]) for sample in samples],
         device_map="cpu",
         seed=tune.seed,

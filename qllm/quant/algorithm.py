@@ -13,8 +13,9 @@ from qllm.quant.inputs import InputStats
 from qllm.quant.packing import PackedWeight
 
 DEFAULT_ALPHA = 0.5  # of SmoothQuant
-# Of calibration samples that a step of tuning takes together, where nobody says how many.
-TOKENS_PER_STEP = 2048
+# Of calibration samples that a step of tuning takes together, where nobody says how many: at least,
+# and for each channel, since what a few tokens say of a wide matrix is mostly noise.
+TOKENS_PER_STEP, TOKENS_PER_CHANNEL = 1024, 2
 # Bits, group size and scheme.
 Form = tuple[int, int, str]
 
@@ -43,7 +44,8 @@ class DescentOptions:
 
     Attributes:
         steps: how many.
-        batch: calibration samples per step; None: as many as have TOKENS_PER_STEP, or one.
+        batch: calibration samples per step; None: as many as have TOKENS_PER_STEP and
+            TOKENS_PER_CHANNEL, or one.
         seed: of their choice.
     """
 
@@ -51,9 +53,10 @@ class DescentOptions:
     batch: int | None = None
     seed: int = 0
 
-    def samples(self, length: int) -> int:
-        """Of each step, where they have so many tokens."""
-        return self.batch or max(1, TOKENS_PER_STEP // length)
+    def samples(self, length: int, channels: int) -> int:
+        """Of each step, where they have so many tokens, of states (channels,)."""
+        tokens = max(TOKENS_PER_STEP, TOKENS_PER_CHANNEL * channels)
+        return self.batch or max(1, tokens // length)
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ class TuneOptions(DescentOptions):
     steps: int = 200
 
     def __str__(self) -> str:
-        size = f"{TOKENS_PER_STEP} tokens" if self.batch is None else f"{self.batch} samples"
+        size = f"{self.batch} samples"
+        if self.batch is None:
+            size = f"{TOKENS_PER_STEP} tokens, or {TOKENS_PER_CHANNEL} per channel"
         return f"each layer tuned in {self.steps} steps of {size}"
 
 

@@ -21,7 +21,7 @@ INSIDE = 0.49
 # Offsets beyond that would move a weight by more than one integer from where it started.
 LARGEST_OFFSET = 0.5
 # Of the average that is followed, and of the one that is kept, what each step leaves.
-FOLLOWED, KEPT = 0.9, 0.95
+FOLLOWED, KEPT = 0.9, 0.975
 # Of the ends of a range; a range of nothing would have no scale.
 SMALLEST_FACTOR, LARGEST_FACTOR = 0.1, 1.2
 

@@ -224,8 +224,9 @@ class _Run:
         tune, distill = self.job.options.tune, self.job.options.distill
         length = len(self.job.samples[0])
         # A step of either goes through the model once and back; of the latter, twice and back.
-        again = 4 / 3 * distill.steps * distill.samples(length)
-        again /= tune.steps * tune.samples(length)
+        sizes = length, self.config.hidden_size
+        again = 4 / 3 * distill.steps * distill.samples(*sizes)
+        again /= tune.steps * tune.samples(*sizes)
         return [0, *layers, 0, round(sum(layers) * again)]
 
     def _report(self, report: LinearReport) -> None:

@@ -135,7 +135,7 @@ def memory_needed(model: Decoder, samples: int, length: int, options: DistillOpt
         for module in model.layers[0].modules()
         if isinstance(module, Linear)
     )
-    tokens = min(options.samples(length), samples) * length
+    tokens = min(options.samples(length, config.hidden_size), samples) * length
     passes = (
         4 * tokens * (config.hidden_size * (config.num_layers + 8) + 8 * config.intermediate_size)
     )
@@ -171,7 +171,7 @@ def tune_scales(
     student = _Student(model, float_head, work_dtype(device, bits))
     factors = [linear.factors for linear in student.scaled.values()]
     adam = torch.optim.Adam(factors, lr=options.rate, betas=(0.9, 0.95))
-    batch = min(options.samples(states.states.shape[1]), samples)
+    batch = min(options.samples(*states.states.shape[1:]), samples)
     draw = torch.Generator().manual_seed(options.seed)
     # A pass over what is held out in front, one behind; a step costs four times its samples'.
     work = 2 * len(judging) + 4 * options.steps * batch

@@ -75,7 +75,7 @@ def refine_layer(
         if is_tuned(spec, options)
     }
     # Passes of a sample through the layer: gradients take two more, GPTQ about four in all.
-    tuning = 3 * tune.steps * tune.samples(inputs.states.shape[1])
+    tuning = 3 * tune.steps * tune.samples(*inputs.states.shape[1:])
     share = tuning / (tuning + 4 * len(inputs.states))
     reports: list[LinearReport] = []
     starts: dict[str, TuningStart] = {}

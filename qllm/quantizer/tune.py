@@ -196,7 +196,7 @@ def tune_layer(
             frozen = FrozenLinear(module.dequantize(), module.bias, dtype)
             layer.set_submodule(name, frozen)
     draw = torch.Generator().manual_seed(options.seed)
-    batch = options.samples(inputs.states.shape[1])
+    batch = options.samples(*inputs.states.shape[1:])
     rate = RATE * min(1.0, (options.steps / STEPS) ** 0.5)
     with torch.enable_grad(), ops.differentiable():
         for step in range(options.steps):
