@@ -121,8 +121,7 @@ class TunedRounding:
             part = self._grouped(part if self.perm is None else part[:, self.perm])
             scales, zeros = self._grid(rows)
             integers, free = self._rounded(rows, scales, zeros)
-            if range_rate:
-                self._step_ranges(rows, part, (scales, zeros, integers, free), range_rate)
+            self._step_ranges(rows, part, (scales, zeros, integers, free), range_rate)
             move = _direction(self._by_offset[rows], self._flat(part.mul_(free)))
             offsets = self.offsets[rows].sub_(move, alpha=rate)
             offsets.clamp_(-LARGEST_OFFSET, LARGEST_OFFSET)

@@ -33,9 +33,11 @@ MAX_BITS_IN_BFLOAT16 = 4
 # So that a state of zeros has an error, too.
 SMALLEST_SIZE = 1e-6
 # The first step over 1 / steps, of offsets and of factors. Steps fall linearly, so that all of them
-# in one direction would sum up to half of this; what fewer steps know is less certain, and the
-# way they may go is shorter.
-RATE, RANGE_RATE, STEPS = 1.0, 0.1, 200
+# in one direction would sum up to half of this. The more bits, the less there is to gain, and the
+# less of a gradient is more than noise; what fewer steps know is less certain, too, and the way
+# they may go is shorter.
+RATE, RANGE_RATE, STEPS = 1.0, 0.03, 200
+BITS_AT_FULL_RATE = 2
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,15 @@ class TunedLinear(FrozenLinear):
         super().__init__(rounding.dequantize(dtype).requires_grad_(), bias, dtype)
         self.rounding = rounding
 
-    def step(self, rate: float, range_rate: float) -> None:
-        """Move the rounding against the gradient that came together in the weight."""
+    def step(self, share: float) -> None:
+        """Move the rounding against the gradient that came together in the weight.
+
+        Args:
+            share: of RATE and RANGE_RATE.
+        """
         assert self.weight.grad is not None
-        self.rounding.step(self.weight.grad, rate, range_rate)
+        rate = RATE * min(1.0, BITS_AT_FULL_RATE / self.rounding.bits)
+        self.rounding.step(self.weight.grad, share * rate, share * RANGE_RATE)
         self.weight = self.rounding.dequantize(self.weight.dtype).requires_grad_()
 
 
@@ -197,14 +204,14 @@ def tune_layer(
             layer.set_submodule(name, frozen)
     draw = torch.Generator().manual_seed(options.seed)
     batch = options.samples(*inputs.states.shape[1:])
-    rate = RATE * min(1.0, (options.steps / STEPS) ** 0.5)
+    certain = min(1.0, (options.steps / STEPS) ** 0.5)
     with torch.enable_grad(), ops.differentiable():
         for step in range(options.steps):
             chosen = torch.randperm(samples, generator=draw)[:batch].to(device)
             _add_gradients(layer, inputs, targets, chosen)
             left = 1 - step / options.steps
             for linear in tuned.values():
-                linear.step(left * rate / options.steps, left * RANGE_RATE / options.steps)
+                linear.step(left * certain / options.steps)
             add(1 / options.steps)
     return {
         name: WeightOnlyLinear.from_packed(

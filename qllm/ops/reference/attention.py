@@ -12,6 +12,7 @@ from qllm.ops.quantized_kv import QuantizedKV
 # Of a sequence, where gradients go through attention: keys behind the last of them take no time.
 QUERIES_AT_ONCE = 128
 
+
 def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the heads of x (N, H, D) by cosines and sines (N, D): pairs are (i, i + D / 2)."""
     cos, sin = (part[:, None] for part in cos_sin)
