@@ -13,13 +13,14 @@ from qllm.files import parse_json, read_bytes
 from qllm.gguf import is_gguf
 from qllm.gguf.file import Value, read_gguf
 from qllm.gguf.tokenizer import (
-    BLOOM,
     BYTE,
     CHAT_TEMPLATE,
     CONTROL,
+    DIGIT,
     ENGLISH,
-    LLAMA3,
-    QWEN2,
+    GPT2,
+    IGNORE_MERGES,
+    PATTERNS,
     UNKNOWN,
     USER_DEFINED,
     merges_of,
@@ -27,8 +28,11 @@ from qllm.gguf.tokenizer import (
 from qllm.tokenizer import Tokenizer
 
 NORMAL, UNUSED = 1, 5
-# What checkpoints write for ENGLISH.
-EITHER_CASE = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+# Parts of patterns as checkpoints write them, and as `qllm.gguf.tokenizer` does.
+SPELLED = {
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)": ENGLISH,
+    "[.,!?…。，、।۔،]": ".,!?…。，、।۔،",
+}
 # Normalizers without which llama.cpp's tokens are the same, or that it has.
 NORMALIZERS = {"NFC", "Prepend", "Replace", "Sequence"}
 
@@ -88,35 +92,40 @@ def _type(added: dict | None, there: bool) -> int:
 
 
 def _byte_level(source: Path, values: dict[str, Any], tokens: set[str]) -> dict[str, Value]:
-    """Byte-level BPE of `tokens`, with llama.cpp's name of the pattern that cuts words."""
-    model = values["model"]
-    text = json.dumps(values["pre_tokenizer"], ensure_ascii=False)
-    text = text.replace(EITHER_CASE, ENGLISH)
-
-    def cut_by(pattern: str) -> bool:
-        return json.dumps(pattern, ensure_ascii=False) in text
-
-    plain = '"ByteLevel"' in text and '"Split"' not in text and '"use_regex": false' not in text
-    digits = '"Digits"' in text and '"individual_digits": true' in text
-    names = {
-        "llama-bpe": cut_by(LLAMA3) and model.get("ignore_merges"),
-        "dbrx": cut_by(LLAMA3),
-        "qwen2": cut_by(QWEN2),
-        "bloom": cut_by(BLOOM),
-        "smollm": plain and digits,
-        "gpt-2": plain,
-    }
-    name = next((name for name, found in names.items() if found), None)
-    if name is None:
+    """Byte-level BPE of `tokens`, with llama.cpp's name of the patterns that cut words."""
+    found = _cuts(values["pre_tokenizer"])
+    names = [name for name, patterns in PATTERNS.items() if patterns == found]
+    if not names:
         raise UserError(
-            f"{source}: GGUF files are written of tokenizers that cut texts as {', '.join(names)} "
-            "do; this one does it otherwise"
+            f"{source}: GGUF files are written of tokenizers that cut texts as "
+            f"{', '.join(PATTERNS)} do; this one does it otherwise"
         )
+    whole = bool(values["model"].get("ignore_merges"))
+    same = [name for name in names if (name in IGNORE_MERGES) == whole]
     return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": name,
+        "tokenizer.ggml.pre": [*same, *names][0],
         "tokenizer.ggml.merges": [" ".join(pair) for pair in _merges(values, tokens)],
     }
+
+
+def _cuts(step: dict[str, Any] | None) -> tuple[str, ...]:
+    """The patterns by which a pre_tokenizer cuts a text, one after the other; "" is another way."""
+    kind = None if step is None else step["type"]
+    if step is None or (kind == "ByteLevel" and step["add_prefix_space"]):
+        return ("",)
+    if kind == "Sequence":
+        return tuple(cut for each in step["pretokenizers"] for cut in _cuts(each))
+    if kind == "ByteLevel":
+        return (GPT2,) if step["use_regex"] else ()
+    if kind == "Digits" and step["individual_digits"]:
+        return (DIGIT,)
+    if kind == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+        text = step["pattern"].get("Regex", "")
+        for theirs, ours in SPELLED.items():
+            text = text.replace(theirs, ours)
+        return (text,)
+    return ("",)
 
 
 def _merges(values: dict[str, Any], tokens: set[str]) -> list[tuple[str, str]]:

@@ -33,7 +33,7 @@ BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 DIGIT = r"\p{N}"
 # Patterns by which a text is cut, one after the other, by tokenizer.ggml.pre.
 PATTERNS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe", "dbrx"), (LLAMA3,)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "dbrx", "smaug-bpe"), (LLAMA3,)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan"), (QWEN2,)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), (DIGIT, GPT2)),
     **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt"), (GPT2,)),

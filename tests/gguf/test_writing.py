@@ -15,13 +15,12 @@ from gguf import quants
 from gguf_files import FAMILIES, TEXTS, checkpoint_of, trained_sentencepiece
 
 from qllm import LLM
-from qllm.checkpoint.gguf_tokenizer import EITHER_CASE
 from qllm.checkpoint.load import load_model
 from qllm.checkpoint.to_gguf import export_gguf
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.gguf.file import read_gguf
-from qllm.gguf.tokenizer import BLOOM, ENGLISH, LLAMA3, QWEN2
+from qllm.gguf.tokenizer import REST
 from qllm.layers import Linear
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.job import Job
@@ -189,6 +188,15 @@ def test_sentencepiece_s_tokenizers_come_back(tmp_path, form):
         assert again.encode(text) == ours.encode(text)
 
 
+def test_what_was_quantized_from_a_file_is_written_again(tmp_path):
+    first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
+    export_gguf(tiny("llama"), first)
+    quantize_checkpoint(Job(first, QuantPlan.uniform(FORMS[1][0])), tmp_path / "quantized")
+    export_gguf(tmp_path / "quantized", second)
+    found, again = (read_gguf(path).metadata for path in (first, second))
+    assert {key: again[key] for key in found} == found
+
+
 def test_tokens_that_the_model_has_no_rows_of_are_left_out(tmp_path):
     source = tmp_path / "source"
     FAMILIES["llama"]().half().save_pretrained(source)  # 300 rows
@@ -201,17 +209,24 @@ def test_tokens_that_the_model_has_no_rows_of_are_left_out(tmp_path):
     assert tokenizer.decode(ids) == "The cat in Zürich 🙂"
 
 
+CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+
+
 @pytest.mark.parametrize(
-    ("pattern", "more", "name"),
+    ("pattern", "whole", "name"),
     [
-        (LLAMA3.replace(ENGLISH, EITHER_CASE), {"ignore_merges": True}, "llama-bpe"),
-        (LLAMA3.replace(ENGLISH, EITHER_CASE), {}, "dbrx"),
-        (QWEN2.replace(ENGLISH, EITHER_CASE), {}, "qwen2"),
-        (BLOOM, {}, "bloom"),
-        (r"\w+", {}, None),
+        (
+            CL100K + "{1,3}" + REST,
+            True,
+            "llama-bpe",
+        ),
+        (CL100K + "{1,3}" + REST, False, "dbrx"),
+        (CL100K + REST, False, "qwen2"),
+        (r" ?[^(\s|[.,!?…。，、।۔،])]+", False, "bloom"),
+        (r"\w+", False, None),
     ],
 )
-def test_patterns_as_checkpoints_have_them(tmp_path, pattern, more, name):
+def test_patterns_as_checkpoints_have_them(tmp_path, pattern, whole, name):
     source = copytree(tiny("llama"), tmp_path / "source")
     path = source / "tokenizer.json"
     values = json.loads(path.read_text())
@@ -221,7 +236,7 @@ def test_patterns_as_checkpoints_have_them(tmp_path, pattern, more, name):
         "type": "Sequence",
         "pretokenizers": [split | {"invert": False}, level | {"trim_offsets": True}],
     }
-    values["model"] |= more
+    values["model"]["ignore_merges"] = whole
     path.write_text(json.dumps(values))
     if name is None:
         with pytest.raises(UserError, match="this one does it otherwise"):
