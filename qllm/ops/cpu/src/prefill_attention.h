@@ -12,7 +12,8 @@ namespace {
 // A sequence's queries are taken a few at a time, its keys a panel at a time, from its first token
 // on: what is summed, and in which order, does not depend on the runs in which the tokens come.
 constexpr int64_t QUERIES = 4;
-constexpr int64_t PART_QUERIES = 32;  // that a thread takes at once
+constexpr int64_t PART_QUERIES = 16;  // that a thread takes at once
+constexpr int64_t KEY_BLOCK = 512;    // tokens whose keys, or values, meet all of those in turn
 constexpr int64_t KEY_VECTORS = WIDTH == 16 ? 4 : 2;
 constexpr int64_t KEYS = KEY_VECTORS * WIDTH;
 constexpr int64_t SHARED_BYTES = 64 << 20;  // of keys and values in float32, but for one head's
@@ -155,17 +156,33 @@ static void weigh_values(const float *weights, int64_t stride, int64_t length, c
         for (int64_t v = 0; v < KEY_VECTORS; v++) store_f(out[q] + v * WIDTH, sums[q][v]);
 }
 
-// The queries of one head from `position` on to `end`, up to QUERIES of them and all of one run of
-// RUN.
-static void attend_queries(const Attend &a, const Sequence &s, int64_t head, int64_t position,
-                           int64_t end, float *queries, float *scores) {
-    const int64_t count = smaller(end - position, QUERIES), length = position + count;
+// Up to QUERIES queries of one head, from `position` on; the last one stands for those missing.
+struct Queries {
+    int64_t position, count;
+    int64_t begin;  // panels in front of it are not seen by any
+    int64_t length() const { return position + count; }
+    int64_t place(int64_t q) const { return position + (q < count ? q : count - 1); }
+};
+
+// The queries of one head, of those from `start` on, a multiple of PART_QUERIES, to `end`, that are
+// asked for. All of them meet a block of keys, or values, while it is in the second cache: those of
+// a very long sequence would come from memory for each few.
+static void attend_part(const Attend &a, const Sequence &s, int64_t head, int64_t start,
+                        int64_t end, float *queries, float *scores) {
     const int64_t stride = s.panels * KEYS, kv = head / (a.heads / a.kv_heads) - s.kv_head;
     const float slope = a.slopes ? a.slopes[head] : 0;
-    // Panels of which no query sees anything are left out.
-    const int64_t begin = unseen(a.window, position) / KEYS * KEYS;
-    // Tokens that it sees as they came, if those before them are integers.
-    const int64_t own = a.bits == 16 ? length : position / RUN * RUN;
+    Queries few[PART_QUERIES / QUERIES];
+    int64_t count = 0;
+    for (int64_t first = start; first < end; first += QUERIES) {
+        const int64_t position = first > s.asked ? first : s.asked;
+        const int64_t stop = smaller(first + QUERIES, end);
+        if (position < stop)
+            few[count++] = {position, stop - position, unseen(a.window, position) / KEYS * KEYS};
+    }
+    if (count == 0) return;
+    const int64_t begin = few[0].begin, length = few[count - 1].length();
+    // Tokens that are seen as they came, if those before them are integers: all are of one run.
+    const int64_t own = a.bits == 16 ? length : start / RUN * RUN;
     const float *keys = s.keys + kv * s.panels * a.dim * KEYS;
     const float *values = s.values + kv * s.length * s.width;
     const float *own_keys = nullptr, *own_values = nullptr;
@@ -174,44 +191,56 @@ static void attend_queries(const Attend &a, const Sequence &s, int64_t head, int
         own_keys = s.recent_keys + first * a.dim;
         own_values = s.recent_values + first * s.width;
     }
-    for (int64_t q = 0; q < QUERIES; q++) {
-        // Missing queries are the last one again.
-        int64_t token = s.token + position - s.past + (q < count ? q : count - 1);
-        load_head(queries + q * a.dim, a, token, head);
-        rotate(queries + q * a.dim, a, token);
+    for (int64_t i = 0; i < count * QUERIES; i++) {
+        const int64_t token = s.token + few[i / QUERIES].place(i % QUERIES) - s.past;
+        load_head(queries + i * a.dim, a, token, head);
+        rotate(queries + i * a.dim, a, token);
     }
-    for (int64_t j = begin; j < length; j += KEYS) {
-        const float *panel = j < own ? keys + j * a.dim : own_keys + (j - own) * a.dim;
-        score_panel(queries, a.dim, panel, scores + j, stride);
-    }
-    float share[QUERIES];
-    for (int64_t q = 0; q < QUERIES; q++) {
-        float *row = scores + q * stride;
-        int64_t place = position + (q < count ? q : count - 1);
-        const int64_t start = unseen(a.window, place), seen = place + 1 - start;
-        const float scale = cap_scores(a, row + start, seen);
-        const float m_i = scale_scores(row + start, seen, scale, slope, start - place);
-        share[q] = 1 / exponents(row + start, seen, m_i);
+    // part(i, from, stop) of the tokens that the i-th few see, a block of tokens after the other.
+    const auto by_blocks = [&](const auto &part) {
+        for (int64_t j = begin, stop; j < length; j = stop) {
+            stop = smaller(j + KEY_BLOCK, j < own ? own : length);
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t from = j > few[i].begin ? j : few[i].begin;
+                if (from < smaller(stop, few[i].length()))
+                    part(i, from, smaller(stop, few[i].length()));
+            }
+        }
+    };
+    by_blocks([&](int64_t i, int64_t from, int64_t stop) {
+        const float *panels = from < own ? keys + from * a.dim : own_keys + (from - own) * a.dim;
+        for (int64_t j = from; j < stop; j += KEYS)
+            score_panel(queries + i * QUERIES * a.dim, a.dim, panels + (j - from) * a.dim,
+                        scores + i * QUERIES * stride + j, stride);
+    });
+    float share[PART_QUERIES];
+    for (int64_t i = 0; i < count * QUERIES; i++) {
+        float *row = scores + i * stride;
+        const Queries &these = few[i / QUERIES];
+        const int64_t place = these.place(i % QUERIES);
+        const int64_t first = unseen(a.window, place), seen = place + 1 - first;
+        const float scale = cap_scores(a, row + first, seen);
+        const float m_i = scale_scores(row + first, seen, scale, slope, first - place);
+        share[i] = 1 / exponents(row + first, seen, m_i);
         // Keys in front of the window and behind the query, and the panel's filling, weigh nothing.
-        for (int64_t j = begin; j < start; j++) row[j] = 0;
-        for (int64_t j = place + 1; j < length; j++) row[j] = 0;
+        for (int64_t j = these.begin; j < first; j++) row[j] = 0;
+        for (int64_t j = place + 1; j < these.length(); j++) row[j] = 0;
     }
     for (int64_t d = 0; d < a.dim; d += KEYS) {
-        alignas(64) float out[QUERIES][KEYS] = {};
-        if (begin < own)
-            weigh_values(scores + begin, stride, own - begin, values + begin * s.width + d, s.width,
-                         out);
-        const int64_t from = begin > own ? begin : own;
-        if (from < length)
-            weigh_values(scores + from, stride, length - from,
-                         own_values + (from - own) * s.width + d, s.width, out);
-        for (int64_t q = 0; q < count; q++)
-            for (int64_t i = 0; i < KEYS && d + i < a.dim; i += WIDTH) {
-                VF value = mul_f(load_f(out[q] + i), set_f(share[q]));
-                int64_t result = s.result + position - s.asked + q;
-                int64_t at = (result * a.heads + head) * a.dim + d + i;
-                store_as(a.y, at, a.type, a.dim - d - i, value);
-            }
+        alignas(64) float out[PART_QUERIES][KEYS] = {};
+        by_blocks([&](int64_t i, int64_t from, int64_t stop) {
+            const float *block =
+                from < own ? values + from * s.width : own_values + (from - own) * s.width;
+            weigh_values(scores + i * QUERIES * stride + from, stride, stop - from, block + d,
+                         s.width, out + i * QUERIES);
+        });
+        for (int64_t i = 0; i < count * QUERIES; i++) {
+            if (i % QUERIES >= few[i / QUERIES].count) continue;
+            const int64_t result = s.result + few[i / QUERIES].place(i % QUERIES) - s.asked;
+            for (int64_t v = 0; v < KEYS && d + v < a.dim; v += WIDTH)
+                store_as(a.y, (result * a.heads + head) * a.dim + d + v, a.type, a.dim - d - v,
+                         mul_f(load_f(out[i] + v), set_f(share[i])));
+        }
     }
 }
 
@@ -231,9 +260,9 @@ static Status attend_run(const Attend &a, int64_t index) {
     const int64_t recent = s.recent_panels * KEYS * (a.dim + s.width);
     const int64_t fitting = SHARED_BYTES / 4 / (keys + values + recent);
     const int64_t at_once = fitting < 1 ? 1 : smaller(fitting, a.kv_heads);
-    const int64_t queries = (QUERIES * a.dim + 15) / 16 * 16;
+    const int64_t queries = (PART_QUERIES * a.dim + 15) / 16 * 16;
     const int64_t run = a.bits == 16 ? a.width : a.width + 2 * RUN * a.dim;
-    int64_t each = queries + QUERIES * s.panels * KEYS + 16;
+    int64_t each = queries + PART_QUERIES * s.panels * KEYS + 16;
     each = each > run ? each : run;
     const int64_t in_all = at_once * (keys + values + recent);
     float *memory = static_cast<float *>(scratch(size_t((in_all + each * max_threads()) * 4)));
@@ -257,12 +286,7 @@ static Status attend_run(const Attend &a, int64_t index) {
             const int64_t head = s.kv_head * shared + i / parts;
             const int64_t start = before + i % parts * PART_QUERIES;
             const int64_t end = smaller(start + PART_QUERIES, s.length);
-            for (int64_t first = start; first < end; first += QUERIES) {
-                const int64_t position = first > s.asked ? first : s.asked;
-                const int64_t stop = smaller(first + QUERIES, end);
-                if (position < stop)
-                    attend_queries(a, s, head, position, stop, own(thread), own(thread) + queries);
-            }
+            attend_part(a, s, head, start, end, own(thread), own(thread) + queries);
         });
         if (a.bits != 16)
             for_each(heads, false, [&](int64_t i, int64_t thread) {
