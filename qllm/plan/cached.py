@@ -19,6 +19,7 @@ from qllm.memory import available_bytes
 from qllm.plan.candidates import key
 from qllm.plan.devices import Cluster, Device
 from qllm.plan.measure import Job, measure
+from qllm.plan.network import measure_network
 from qllm.plan.probe import FORMAT, probe
 from qllm.plan.sensitivity import Sensitivity, write
 from qllm.progress import Meter
@@ -64,6 +65,8 @@ def describe_machine(
 ) -> dict[str, object]:
     """This machine, measured, as the only device of a cluster, for `Cluster.from_file`.
 
+    The network is what joins two of this machine's processes.
+
     Args:
         specs: whose products are measured.
         dtype: of activations; None is float16.
@@ -80,7 +83,7 @@ def describe_machine(
     if device == "cpu":
         entry["threads"] = threads
     entry["measured"] = speed.to_json()
-    return {"devices": [entry]}
+    return {"devices": [entry], "network": measure_network()}
 
 
 def this_machine(

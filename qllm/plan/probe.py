@@ -6,7 +6,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +18,8 @@ from qllm.ops import phase
 from qllm.ops.capture import capture
 from qllm.plan.candidates import key
 from qllm.plan.devices import MeasuredSpeed, Size
+from qllm.plan.program import Workload
+from qllm.plan.timing import time_generation
 
 # Inputs and outputs of the matrices that are multiplied: those that caches keep, and a large one.
 SIZES = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
@@ -26,12 +27,13 @@ LARGE = (2048, 2048)
 DECODE_ROWS, PREFILL_ROWS = (1, 4, 8, 16), (16, 128, 512)
 STREAMED = 192 << 20  # bytes of matrices that no cache keeps
 CACHED = 4 << 20  # bytes that caches are taken to keep from one step to the next
-FORMAT = 2  # of what is found: what was kept in another is measured again
+FORMAT = 3  # of what is found: what was kept in another is measured again
 SECONDS = 0.1  # that one measurement takes at least
 # Of the models with which is measured what is beside the products: hidden size and layers.
 MODELS = ((256, 2), (256, 8), (1024, 4))
 BATCHES, CONTEXTS = (1, 8), (16, 1024)
 PROMPTS = (32, 256, 768)
+STEPS = 100
 
 
 def probe(
@@ -149,13 +151,13 @@ def _halves(
 
         for batch in BATCHES:
             for context in CONTEXTS:
-                seconds = _decode_seconds(model, batch, context, device)
+                work = Workload(context, STEPS, batch)
+                _, seconds = time_generation(model, work, repeats=1)
                 values, read = batch * hidden, 2 * batch * context * hidden * dtype.itemsize
                 features = [1.0, count, count * values, layers * read]
                 decode.append((features, seconds, products(batch, batch, decoding=True)))
         for length in PROMPTS:
-            prompt = [list(range(length))]
-            seconds = median_seconds(partial(model.prefill, prompt), device)
+            seconds, _ = time_generation(model, Workload(length, 1))
             features = [1.0, count, count * length * hidden, layers * length**2 * hidden]
             prefill.append((features, seconds, products(length, 1, decoding=False)))
     step = _fit(decode)
@@ -178,21 +180,6 @@ def _fit(rows: Sequence[tuple[list[float], float, float]]) -> list[float]:
     weighed = features / seconds[:, None]
     scale = weighed.max(axis=0)
     return list(nnls(weighed / scale, 1 - known / seconds)[0] / scale)
-
-
-def _decode_seconds(model: Decoder, batch: int, context: int, device: str) -> float:
-    cache = model.new_cache(batch, context + 200)
-    logits = model.prefill([list(range(context))] * batch, cache)
-    assert logits is not None  # there are no other stages
-    tokens = logits.argmax(-1)
-    times = []
-    for _ in range(100):
-        start = time.perf_counter()
-        model.decode(tokens, cache)
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[3:])  # of which the first ones are captured
 
 
 def _model(hidden: int, layers: int, dtype: torch.dtype, device: str) -> Decoder:

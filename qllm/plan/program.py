@@ -186,6 +186,7 @@ def build(
         values = config.hidden_size * tokens
         hop_prefill = cluster.hop(values * shape.dtype.itemsize)
         hop_decode = cluster.hop(config.hidden_size * rows_each * shape.dtype.itemsize)
+        hop_decode += cluster.hop(8 * rows_each)  # the last stage tells every other one its tokens
         context = shape.cache(work) * rows_each / rows
         scores = work.prompt**2 * rows_each * config.num_heads * config.head_dim
         for d, device in enumerate(devices):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,20 +9,15 @@ from pathlib import Path
 
 import torch
 
-from qllm.bench.runners import ModelRunner, Runner
-from qllm.bench.speed import Case, seconds_of
 from qllm.checkpoint.load import load_model, module_bytes
 from qllm.config import QuantPlan, QuantSpec
 from qllm.evaluate.agreement import DecoderReference, ReferenceOutputs, agreement
-from qllm.models import Decoder
 from qllm.plan.planner import Plan
-from qllm.plan.program import Workload
 from qllm.plan.stages import time_stages
+from qllm.plan.timing import time_generation
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.job import Job
 from qllm.quantizer.layer import needs_inputs
-
-REPEATS = 5
 
 
 def verify(
@@ -70,21 +64,10 @@ def verify(
                 threads = [each.threads or 1 for each in plan.order]
                 times = time_stages(source, stages, threads, dtype, work)
             else:
-                times = _time(model, work)
+                times = time_generation(model, work)
             found["prefill_seconds"], found["decode_seconds"] = times
     return found
 
 
-def _time(model: Decoder, work: Workload) -> tuple[float, float]:
-    """Seconds of the prompts' pass and of a step."""
-    runner, vocab = ModelRunner.of_decoder(model), model.config.vocab_size
-    prefill = _median(runner, Case("pp", work.prompt, work.batch), vocab)
-    return prefill, _median(runner, Case("tg", work.new, work.batch), vocab) / work.new
-
-
 def _by(algorithm: str, spec: QuantSpec) -> QuantSpec:
     return replace(spec, algorithm=algorithm) if spec.kind == "weight_only" else spec
-
-
-def _median(runner: Runner, case: Case, vocab_size: int) -> float:
-    return statistics.median(seconds_of(runner, case, vocab_size) for _ in range(REPEATS))

@@ -1,0 +1,41 @@
+"""Prompts and steps of a model, timed as users run them: by `generate`, its own work included."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from qllm.generate import generate
+from qllm.generation_config import GenerationConfig
+from qllm.models import Decoder
+from qllm.plan.program import Workload
+
+REPEATS = 5
+UNCOUNTED = 2  # steps behind a prompt: what they do is captured for those that follow
+
+
+def time_generation(model: Decoder, work: Workload, repeats: int = REPEATS) -> tuple[float, float]:
+    """Run random prompts; of a model in stages, in the process of each at once.
+
+    Returns:
+        seconds of the prompts' pass, and of one of the steps behind it: medians.
+    """
+    draw = torch.Generator().manual_seed(0)
+    size = (work.batch, work.prompt)
+    prompts = torch.randint(model.config.vocab_size, size, generator=draw).tolist()
+    asked = GenerationConfig(max_new_tokens=1 + UNCOUNTED + work.new)
+    runs = np.array([_passes(model, prompts, asked) for _ in range(repeats)])
+    return float(np.median(runs[:, 0])), float(np.median(runs[:, 1 + UNCOUNTED :]))
+
+
+def _passes(
+    model: Decoder, prompts: Sequence[Sequence[int]], asked: GenerationConfig
+) -> list[float]:
+    """Seconds of the first pass and of each step."""
+    times = [time.perf_counter()]
+    generate(model, prompts, asked, lambda *token: times.append(time.perf_counter()))
+    # Rows get their tokens together: a pass ends with the last row's.
+    return list(np.diff(times[:: len(prompts)]))
