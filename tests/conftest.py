@@ -11,6 +11,7 @@ from pathlib import Path
 
 import processes
 import pytest
+from covering import mark_slow_but_covering
 from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["building"]  # whose fixtures several modules take
@@ -51,6 +52,11 @@ if importlib.util.find_spec("triton"):
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("opt", "bloom", "llama")
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are marked slow are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_slow_but_covering(items)
 
 
 def pytest_collection_finish() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import pytest
 
@@ -40,3 +42,34 @@ def slow_but(kept: Iterable[tuple], *axes: Iterable) -> list:
     cases = [*itertools.product(*axes)]
     assert all(case in cases for case in kept)
     return [case if case in kept else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+def mark_slow_but_covering(items: Sequence[pytest.Item]) -> None:
+    """Of a test marked `covering(n)`, mark those cases slow that a cover can do without.
+
+    In what is kept, any values of n of its parameters that meet in a case meet, as in `pairwise`,
+    which is for parameters that stand in one list.
+    """
+    groups = defaultdict(list)
+    for item in items:
+        if (mark := item.get_closest_marker("covering")) and hasattr(item, "callspec"):
+            groups[item.parent, item.originalname, mark.args[0]].append(item)
+    for (*_, strength), cases in groups.items():
+        random.Random(0).shuffle(cases)  # else the first values would meet all the others
+        meeting = {
+            item: frozenset(
+                itertools.combinations(
+                    [(name, id(value)) for name, value in item.callspec.params.items()], strength
+                )
+            )
+            for item in cases
+        }
+        missing = set().union(*meeting.values())
+        kept = set()
+        while missing:
+            best = max(cases, key=lambda item: len(meeting[item] & missing))
+            missing -= meeting[best]
+            kept.add(best)
+        for item in cases:
+            if item not in kept:
+                item.add_marker(pytest.mark.slow)

@@ -37,6 +37,7 @@ def scheme_of(bits: int, group_size: int, scheme: str, **inputs: object) -> Quan
 CT_SHAPES = [(32, 64, 16), (9, 96, 32), (33, 45, -1), (13, 20, 5)]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(("rows", "columns", "group_size"), CT_SHAPES)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("bits", BITS)
@@ -49,6 +50,7 @@ def test_compressed_tensors_reads_what_we_write(bits, scheme, rows, columns, gro
     assert torch.equal(found["weight"], float_weight(weight, bits, group_size, columns))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("rows", "columns", "group_size"), CT_SHAPES)
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -145,6 +145,7 @@ def test_int_quantized_by_hand():
     assert packed.qzeros.numel() == 0
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(("rows", "columns", "group_size"), SHAPES)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("bits", BITS)

@@ -63,6 +63,7 @@ def test_every_row_of_the_table_has_a_bitwidth():
     assert all(linear_class(spec) is LAYERS[spec.kind] for spec in SPECS)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
 def test_empty_is_the_layer_without_memory(spec, dtype):
@@ -80,6 +81,7 @@ def test_empty_is_the_layer_without_memory(spec, dtype):
         assert (layer.in_features, layer.out_features) == (columns, rows)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
 def test_an_empty_layer_takes_the_tensors_strictly(spec, bias):
@@ -91,6 +93,7 @@ def test_an_empty_layer_takes_the_tensors_strictly(spec, bias):
     assert torch.equal(loaded.dequantize(), layer.dequantize())
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
 def test_forward_is_the_product_with_dequantize(spec, dtype):
@@ -419,6 +422,7 @@ def test_forward_changes_no_layer_and_is_the_reference_s_until_it_is_processed(s
         assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("spec", QUANTIZED, ids=spec_id)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 67), (24, 1), (1, 1), (17, 33)])
 def test_shapes_with_little_in_them(spec, rows, columns):

@@ -37,6 +37,7 @@ def made(bits: int, group_size: int, scheme: str, *, bias: bool = True):
     return WeightOnlyLinear.from_packed(packed, b, spec, COLUMNS), torch.from_numpy(matrix)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("group_size", [1, 16, 20])

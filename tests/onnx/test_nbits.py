@@ -45,6 +45,7 @@ def by_definition(matrix: NBits, rows: int) -> np.ndarray:
     return values[:, : matrix.columns]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group", [16, 32, 48, 64, 512, -1])

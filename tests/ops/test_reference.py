@@ -41,6 +41,7 @@ def quantized(rows: int, columns: int, bits: int, group_size: int, scheme: str, 
     return packed, scales, qzeros if scheme == "asym" else qzeros.new_empty(0), matrix
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("scheme", ["sym", "asym"])
 @pytest.mark.parametrize("group_size", [-1, 1, 7, 32, 128, 10**12])
 @pytest.mark.parametrize("bits", BITS)
@@ -65,6 +66,7 @@ def test_dequantize_rounds_once(dtype, scales_dtype):
     assert got.dtype == dtype and torch.equal(got, expected)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(
     "chunk", [reference.linear.CHUNK_WEIGHTS, 140]
 )  # whole, or two rows at a time

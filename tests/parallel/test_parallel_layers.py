@@ -144,6 +144,7 @@ def test_parts_round_activations_as_the_whole_does(kind, dim):
     assert {part.op for part in shards_of(layer, dim, 2)} == {"weight_only_linear_int8"}
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("made", [stored, make])
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("spec", SPECS, ids=str)

@@ -89,6 +89,7 @@ def test_every_width_is_covered_by_hand_or_by_stream():
     assert list(BITS) == list(range(1, 9))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("bits", BITS)
 def test_both_ways_against_integers(bits, count):

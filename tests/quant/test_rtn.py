@@ -83,6 +83,7 @@ def check_against_design(weight: np.ndarray, bits: int, group_size: int, scheme:
     assert loose <= 2 + weight.size // 100
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("bits", BITS)

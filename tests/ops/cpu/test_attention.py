@@ -162,6 +162,7 @@ def check_prompt(tokens: Tokens, capacity: int) -> None:
     assert_attention(tokens, got, other, seen)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(
     ("dim", "dtype"),
     # Every type has a vector and a bit more: 20.

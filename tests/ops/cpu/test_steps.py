@@ -39,6 +39,7 @@ def numbers(dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.concatenate([sizes, -sizes])).to(dtype)
 
 
+@pytest.mark.covering(2)
 @dtypes
 @pytest.mark.parametrize("name", exact.ACTIVATIONS)
 def test_activations_of_all_sizes(name, dtype):
@@ -54,6 +55,7 @@ def test_activations_of_all_sizes(name, dtype):
         assert same(steps.activation(x[None], name)[0].abs(), reference.activation(x, name).abs())
 
 
+@pytest.mark.covering(2)
 @dtypes
 @pytest.mark.parametrize("name", exact.ACTIVATIONS)
 def test_activations_of_what_is_no_number(name, dtype):
@@ -69,6 +71,7 @@ def test_activations_of_what_is_no_number(name, dtype):
     assert gated[0, 39].isnan() and same(gated[0, rest], gated[0, rest].nan_to_num(9, 9, 9))
 
 
+@pytest.mark.covering(2)
 @dtypes
 @pytest.mark.parametrize("name", exact.ACTIVATIONS)
 def test_activations_of_all_shapes(name, dtype):
@@ -108,6 +111,7 @@ def test_norms_of_all_shapes(centered, dtype):
         )
 
 
+@pytest.mark.covering(2)
 @dtypes
 @pytest.mark.parametrize("eps", [1e-12, 1e-6, 1e-5, 1.0])
 @pytest.mark.parametrize("centered", [True, False])
@@ -137,6 +141,7 @@ def test_norms_of_what_is_no_number():
 # Sums and embeddings
 
 
+@pytest.mark.covering(2)
 @dtypes
 @pytest.mark.parametrize("count", [1, 7, 16, 17, 4095, 4096, 4097, 8200, 32768, 32769, 50001])
 def test_a_sum_is_rounded_once(count, dtype):
@@ -164,6 +169,7 @@ def test_embedding_takes_rows(dtype):
     assert steps.embedding(index[:0], table, 0).shape == (0, channels)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("wrong", [-1, 40, 41, -(2**63), 2**63 - 3, 2**40])
 @pytest.mark.parametrize("offset", [0, 2])
 def test_an_index_outside_the_table_is_an_error(wrong, offset):

@@ -84,6 +84,7 @@ def run_all() -> None:
             kept.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 def test_nothing_outside_is_touched():
     done = run_in(Path(__file__), "run_all()", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")

@@ -41,6 +41,7 @@ def test_few_rows_keep_every_multiprocessor_busy():
         assert ctas >= 132
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("blocks", range(1, 100))
 def test_every_part_of_k_has_blocks(blocks):
     split_k = tiles.split_k("packed-4", 64, blocks, "9.0", 132)
