@@ -84,7 +84,7 @@ def tile_library(factory: pytest.TempPathFactory, kind: str) -> Path:
     sources["avx512.cpp"] = AVX512_SOURCE
     for name in ("avx512bf16", "avxvnni", "avx2", "scalar"):
         sources[f"{name}.cpp"] = OTHER_SOURCE % (name, name)
-    return compiled(factory, sources, "-DQLLM_EMULATE_AMX")
+    return compiled(factory, sources, "-DQLLM_EMULATE_AMX -O1")
 
 
 def started(path: Path, forced: str = "") -> ctypes.CDLL:

@@ -9,7 +9,8 @@ import logging
 import pytest
 import torch
 from compressing import FIRST, config, scripted, token_ids, weight
-from conftest import tiny
+from conftest import FAMILIES, tiny
+from covering import slow_but
 
 from qllm import AccuracyCriterion, PostTrainingQuantConfig, TuningCriterion, quantization
 from qllm.checkpoint.load import load_model
@@ -65,7 +66,7 @@ def assert_same_weights(model, folder) -> None:
         assert torch.equal(parameters[name], weights.checkpoint.read(name).to(theirs.dtype))
 
 
-@pytest.mark.parametrize("family", ["opt", "bloom", "llama"])
+@pytest.mark.parametrize(("family",), slow_but([("llama",)], FAMILIES))
 def test_the_snippet_of_the_documentation(family, tmp_path, ids):
     model = transformers_model(family)
     conf = PostTrainingQuantConfig(

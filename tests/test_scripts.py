@@ -15,6 +15,7 @@ import pytest
 import torch
 from checkpoints import FORMS, change_json, copy_of, rewritten
 from conftest import FAMILIES, run, tiny
+from covering import slow_but
 from inside import call, call_json
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -224,7 +225,7 @@ def test_group_size_scheme_and_dtype_reach_the_layers():
     assert "bfloat16 on cpu" in done.stdout
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form",), slow_but([("bin-sharded",), ("safetensors-sharded",)], FORMS))
 def test_every_form_of_checkpoint_runs(form, tmp_path):
     """Ours and, where it is quick, the reference, on a folder that --model-path names."""
     folder = rewritten("opt", tmp_path / "model", form)
@@ -234,7 +235,9 @@ def test_every_form_of_checkpoint_runs(form, tmp_path):
     assert ours["model"] == "model"
 
 
-@pytest.mark.parametrize("form", ["bin-legacy", "bin-sharded"])
+@pytest.mark.parametrize(
+    "form", ["bin-legacy", pytest.param("bin-sharded", marks=pytest.mark.slow)]
+)
 def test_the_reference_reads_torch_files_too(form, tmp_path):
     folder = rewritten("llama", tmp_path / "model", form)
     reference = call_json("ref_gen.py", "--model-path", folder, "--dtype", "float32")

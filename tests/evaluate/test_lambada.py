@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import FAMILIES, tiny
+from covering import slow_but
 from oracle import bundled, our_bundled
 
 from qllm.errors import UserError
@@ -53,7 +54,7 @@ def expected(family: str, rows: list[str]) -> tuple[float, float]:
     return sum(hits) / len(rows), math.exp(-math.fsum(logs) / len(rows))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family",), slow_but([("llama",)], FAMILIES))
 def test_equals_transformers_whatever_the_batch(family):
     """Some rows end as the model would end them, so that some are right."""
     model, coder = our_bundled(family), tokenizer(family)

@@ -157,7 +157,7 @@ def test_of_text_that_a_model_knows_it_is_low_and_higher_at_one_bit():
 
 
 @pytest.mark.parametrize(
-    ("bitwidth", "dtype"), slow_but(each(BITWIDTHS, DTYPES), BITWIDTHS, DTYPES), ids=str
+    ("bitwidth", "dtype"), slow_but(each(BITWIDTHS, DTYPES)[:2], BITWIDTHS, DTYPES), ids=str
 )
 def test_batches_change_nothing(bitwidth, dtype):
     """Short windows share a call with 1, 3 or 100 others, long ones never do."""

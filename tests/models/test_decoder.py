@@ -147,7 +147,7 @@ def test_bundled_model_equals_transformers(family):
     assert_same_model(our_bundled(family), bundled(family), prompts, 30)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family",), slow_but([("bloom",)], FAMILIES))
 def test_long_prompt(family):
     prompts = draw_prompts([400, 3], 4096, seed=2)
     assert_same_model(our_bundled(family), bundled(family), prompts, 8)

@@ -57,8 +57,8 @@ def test_two_runs_give_the_same_bytes(plan, sources, tmp_path):
     [
         ("llama", plan_of(4, "8", algorithm="gptq")),
         ("opt-350m", plan_of({".*": 3, "mlp": {"bits": 4, "algorithm": "awq"}}, "4")),
-        ("bloom", plan_of("8:tc")),
-        ("opt", plan_of(5)),
+        pytest.param("bloom", plan_of("8:tc"), marks=pytest.mark.slow),
+        pytest.param("opt", plan_of(5), marks=pytest.mark.slow),
     ],
 )
 def test_killed_anywhere_and_gone_on_with(name, plan, sources, monkeypatch, tmp_path):

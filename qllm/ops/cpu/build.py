@@ -57,14 +57,15 @@ _AVX512 = (
     *("-mfma", "-mf16c", "-mbmi2"),
 )
 # By the stem of a source file: the instructions that it may use, on top of plain x86-64.
+# Those that take longest stand first, and are compiled first.
 FLAGS: dict[str, tuple[str, ...]] = {
-    "avx2": _AVX2,
-    "avx2int8": _AVX2,
-    "avxvnni": (*_AVX2, "-mavxvnni"),
     "avx512": _AVX512,
-    "avx512bf16": (*_AVX512, "-mavx512bf16"),
-    "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+    "avx2": _AVX2,
+    "avxvnni": (*_AVX2, "-mavxvnni"),
     "scalar": ("-O2",),  # -O3 compiles twice as long, for code that few machines run
+    "avx2int8": _AVX2,
+    "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+    "avx512bf16": (*_AVX512, "-mavx512bf16"),
 }
 # Not -fopenmp: it would bring the compiler's libgomp. A shared object may leave GOMP_* undefined.
 LINK = ("-shared",)
@@ -172,6 +173,7 @@ def _recipe(folder: Path) -> _Recipe:
     except OSError as error:
         raise Unavailable(f"the CPU kernels cannot be read ({error}); reinstall QLLM") from error
     units = [path.stem for path in paths if path.suffix == ".cpp"]
+    units.sort(key=[*FLAGS, *units].index)
     if not units:
         raise Unavailable(f"the CPU kernels are missing ({folder}/*.cpp); reinstall QLLM")
     compiler, extra = _compiler(), _words("QLLM_CXXFLAGS")

@@ -103,6 +103,7 @@ def test_a_model(gpu, monkeypatch):
     assert row["of_bandwidth"] == pytest.approx(row["bytes"] / row["milliseconds"] / 1e6)
 
 
+@pytest.mark.slow
 def test_tuning_writes_the_table(gpu, tmp_path, monkeypatch):
     table = tmp_path / "tiles.json"
     shutil.copy(tiles.TABLE, table)
