@@ -51,7 +51,7 @@ def norm(
 
 
 def rotate(x: np.ndarray, angles: tuple[Tensor, Tensor] | None) -> np.ndarray:
-    """Heads (N, H, D) turned by cosines and sines (N, D): pairs are (i, i + D / 2)."""
+    """Heads (N, H, D) rotated by cosines and sines (N, D): pairs are (i, i + D / 2)."""
     if angles is None:
         return x
     cos, sin = (numpy(part)[:, None] for part in angles)

@@ -207,7 +207,7 @@ def attention_example(
     dtype: torch.dtype,
     *,
     prompt: bool,
-    turned: bool,
+    rotated: bool,
     share: int,
     scores: Scores = PLAIN,
 ):
@@ -217,8 +217,8 @@ def attention_example(
     qkv = normal(rows, (heads + 2 * kv_heads) * dim).to(dtype)
     keys, values = normal(2, 1 if prompt else rows, kv_heads, CAPACITY, dim).to(dtype)
     angle = normal(rows, dim // 2).repeat(1, 2)
-    angles = (angle.cos().to(dtype), angle.sin().to(dtype)) if turned else None
-    slopes = None if turned else torch.linspace(0.01, 0.5, heads)
+    angles = (angle.cos().to(dtype), angle.sin().to(dtype)) if rotated else None
+    slopes = None if rotated else torch.linspace(0.01, 0.5, heads)
     lengths, pasts = ([rows], [0]) if prompt else ([1] * rows, at.tolist())
     batch = Batch.of(lengths, request.device, pasts=pasts)
     arguments = {"qkv": qkv, "kv": KV(keys, values), "batch": batch}
@@ -233,7 +233,7 @@ def attention_example(
         own[0][:, position], own[1][:, position] = k[row], v[row]
         begin = max(0, position + 1 - scores.window) if scores.window else 0
         seen = (cache[:, begin : position + 1] for cache in own)
-        sloped = None if turned else exact.numpy(slopes)
+        sloped = None if rotated else exact.numpy(slopes)
         found.append(exact.attention(q[row], *seen, sloped, scores))
     y, size = (np.stack(parts) for parts in zip(*found, strict=True))
     return arguments, y.reshape(rows, -1), size.max()
@@ -280,8 +280,8 @@ EXAMPLES = {
     "gather": (gather_example,),
     **{
         f"{phase}_attention": tuple(
-            partial(attention_example, prompt=prompt, turned=turned, share=share, scores=scores)
-            for turned, share, scores in (
+            partial(attention_example, prompt=prompt, rotated=rotated, share=share, scores=scores)
+            for rotated, share, scores in (
                 *((True, 3, PLAIN), (False, 1, PLAIN), (True, 2, Scores(0.3, 2.0, 5))),
             )
         )

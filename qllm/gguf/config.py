@@ -14,7 +14,7 @@ from qllm.gguf.types import F32
 # Tokens that end a text whatever a file calls its EOS, as in llama.cpp.
 ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
 CONTROL = 3  # of tokenizer.ggml.token_type
-VALUES, TURNED = "attention.value_length", "rope.dimension_count"
+VALUES, ROTARY = "attention.value_length", "rope.dimension_count"
 ORIGINAL = "original_max_position_embeddings"
 # Present with another value, each of these makes another model.
 NEUTRAL = {
@@ -124,7 +124,7 @@ def _dtype(found: GGUF) -> str:
 
 
 def _llama(
-    metadata: Metadata, found: GGUF, *, same: tuple[str, ...] = (VALUES, TURNED)
+    metadata: Metadata, found: GGUF, *, same: tuple[str, ...] = (VALUES, ROTARY)
 ) -> dict[str, object]:
     """
     Args:
@@ -263,10 +263,10 @@ def _phi3(metadata: Metadata, found: GGUF) -> dict[str, object]:
 
 def _partial(metadata: Metadata, head_dim: int) -> dict[str, object]:
     """The share of a head's channels that RoPE turns."""
-    turned = metadata.count(metadata.own(TURNED), head_dim)
+    rotary = metadata.count(metadata.own(ROTARY), head_dim)
     # transformers cuts the product with the head's channels to a whole number.
-    whole = turned == head_dim or not head_dim
-    return {"partial_rotary_factor": 1.0 if whole else (turned + 0.5) / head_dim}
+    whole = rotary == head_dim or not head_dim
+    return {"partial_rotary_factor": 1.0 if whole else (rotary + 0.5) / head_dim}
 
 
 def _gpt_neox(metadata: Metadata, found: GGUF) -> dict[str, object]:

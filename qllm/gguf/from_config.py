@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qllm.config import ModelConfig, RopeConfig
 from qllm.errors import UserError
-from qllm.gguf.config import ARCHITECTURES, TURNED, VALUES
+from qllm.gguf.config import ARCHITECTURES, ROTARY, VALUES
 from qllm.gguf.file import Value
 
 # By the model type that it is for, an architecture's name.
@@ -73,7 +73,7 @@ def _rope(rope: RopeConfig, head_dim: int) -> dict[str, Value]:
     if rope.kind not in ("default", "linear", "yarn", "llama3", "longrope"):
         raise UserError(f"GGUF files cannot tell the RoPE of this model, {rope.kind}")
     found: dict[str, Value] = {
-        TURNED: rope.rotary_dim or head_dim,
+        ROTARY: rope.rotary_dim or head_dim,
         "rope.freq_base": rope.theta,
     }
     if rope.kind in ("linear", "yarn"):

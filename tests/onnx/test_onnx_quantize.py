@@ -193,8 +193,8 @@ def test_products_of_every_form_are_found():
     scoped.metadata_props.add(key=SCOPES, value="['', 'model.layers.3.fc2', 'linear_7']")
     graph = graph_of(
         node("MatMul", ["x", "model.layers.0.fc1.weight"], ["a"]),
-        node("Transpose", ["t"], ["turned"], perm=[1, 0]),
-        node("MatMul", ["x", "turned"], ["b"], name="/model/layers.1/fc1/MatMul"),
+        node("Transpose", ["t"], ["transposed"], perm=[1, 0]),
+        node("MatMul", ["x", "transposed"], ["b"], name="/model/layers.1/fc1/MatMul"),
         node("Gemm", ["x", "g", "bias"], ["c"], name="/h.2/fc1/Gemm", transB=1),
         scoped,
         node("MatMul", ["x", "x"], ["scores"]),

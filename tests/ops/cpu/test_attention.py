@@ -54,7 +54,7 @@ class Tokens:
         return replace(self, qkv=self.qkv[rows], positions=self.positions[rows], angles=angles)
 
     def heads(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Queries and keys, turned, and values: float64 (N, H, D) and twice (N, H_kv, D)."""
+        """Queries and keys, rotated, and values: float64 (N, H, D) and twice (N, H_kv, D)."""
         heads, kv_heads, dim = self.shape
         parts = exact.numpy(self.qkv).reshape(len(self.qkv), -1, dim)
         q, k, v = np.split(parts, [heads, heads + kv_heads], axis=1)
@@ -66,13 +66,13 @@ def tokens_at(
     shape: tuple[int, int, int],
     dtype: torch.dtype = torch.float32,
     *,
-    turned: bool = False,
+    rotated: bool = False,
     sloped: bool = False,
 ) -> Tokens:
     heads, kv_heads, dim = shape
     rows = len(positions)
     angles = None
-    if turned and dim % 2 == 0:
+    if rotated and dim % 2 == 0:
         angle = normal(rows, dim // 2, seed=1).repeat(1, 2) * 9
         angles = angle.cos().to(dtype), angle.sin().to(dtype)
     slopes = torch.linspace(0.01, 0.5, heads) if sloped else None
@@ -172,27 +172,29 @@ def check_prompt(tokens: Tokens, capacity: int) -> None:
 def test_attention_of_all_shapes(dim, dtype):
     places = itertools.cycle(EDGES)
     for i, heads in enumerate(HEADS):
-        for turned, sloped in ((i % 2 == 0, i % 3 == 0), (i % 2 == 1, i % 3 == 1)):
+        for rotated, sloped in ((i % 2 == 0, i % 3 == 0), (i % 2 == 1, i % 3 == 1)):
             positions = [next(places) - 1 for _ in range(3)]
-            tokens = tokens_at(positions, (*heads, dim), dtype, turned=turned, sloped=sloped)
+            tokens = tokens_at(positions, (*heads, dim), dtype, rotated=rotated, sloped=sloped)
             check_decode(tokens, max(positions) + 1 + i % 2 * 3)
             length = next(places)
-            tokens = tokens_at([*range(length)], (*heads, dim), dtype, turned=turned, sloped=sloped)
+            tokens = tokens_at(
+                [*range(length)], (*heads, dim), dtype, rotated=rotated, sloped=sloped
+            )
             check_prompt(tokens, length + i % 2 * 3)
 
 
-@pytest.mark.parametrize("turned", [True, False])
-def test_attention_of_all_lengths(turned):
-    tokens = tokens_at([*range(70)], (4, 2, 20), turned=turned, sloped=not turned)
+@pytest.mark.parametrize("rotated", [True, False])
+def test_attention_of_all_lengths(rotated):
+    tokens = tokens_at([*range(70)], (4, 2, 20), rotated=rotated, sloped=not rotated)
     check_decode(tokens, 70)
     for length in range(1, 71):
         check_prompt(tokens.at(slice(length)), 70)
 
 
 def test_attention_to_many_tokens():
-    tokens = tokens_at([1500, 0, 1499], (2, 1, 32), turned=True, sloped=True)
+    tokens = tokens_at([1500, 0, 1499], (2, 1, 32), rotated=True, sloped=True)
     check_decode(tokens, 1501)
-    tokens = tokens_at([*range(600)], (2, 1, 32), turned=True, sloped=True)
+    tokens = tokens_at([*range(600)], (2, 1, 32), rotated=True, sloped=True)
     check_prompt(tokens, 600)
 
 
@@ -239,7 +241,7 @@ def test_scores_of_any_size(largest):
 def test_a_row_is_its_own(dtype):
     """Whatever stands beside it, and whatever the threads."""
     positions = [0, 69, 3, 31, 32, 64, 5, 69, 17]
-    tokens = tokens_at(positions, (8, 2, 64), dtype, turned=True, sloped=True)
+    tokens = tokens_at(positions, (8, 2, 64), dtype, rotated=True, sloped=True)
     cache = full_cache(tokens, 70, rows=9)
 
     def run(rows: list[int]) -> Tensor:
@@ -255,7 +257,7 @@ def test_a_row_is_its_own(dtype):
 @dtypes
 def test_a_prompt_s_token_sees_nothing_behind_it(dtype):
     """Nor does its result depend on how much comes there, or on the threads."""
-    tokens = tokens_at([*range(70)], (6, 2, 20), dtype, turned=True, sloped=True)
+    tokens = tokens_at([*range(70)], (6, 2, 20), dtype, rotated=True, sloped=True)
     whole = prompt(tokens, *full_cache(tokens, 70))
     for threads in (2, 3, 1):
         torch.set_num_threads(threads)
@@ -271,7 +273,7 @@ def test_a_prompt_s_token_sees_nothing_behind_it(dtype):
 @dtypes
 def test_a_prompt_may_come_in_runs(dtype):
     """Wherever it is cut, and in whichever row of a cache, beside others, it comes."""
-    tokens = tokens_at([*range(70)], (6, 2, 20), dtype, turned=True, sloped=True)
+    tokens = tokens_at([*range(70)], (6, 2, 20), dtype, rotated=True, sloped=True)
     cache = full_cache(tokens, 70)
     whole = prompt(tokens, *cache)
     for cuts in ([0, 33, 70], [0, 1, 64, 69, 70], [0, 2, 3, 37, 38, 70]):
@@ -307,7 +309,7 @@ def test_memory_that_is_shared_is_bounded(dtype):
 @dtypes
 def test_a_prompt_s_last_token_is_one_that_is_decoded(dtype):
     for length, dim in itertools.product((1, 4, 33, 70), (16, 20, 128)):
-        tokens = tokens_at([*range(length)], (6, 2, dim), dtype, turned=True, sloped=True)
+        tokens = tokens_at([*range(length)], (6, 2, dim), dtype, rotated=True, sloped=True)
         cache = full_cache(tokens, 70)
         whole = prompt(tokens, *cache)
         last = tokens.at([-1])
@@ -323,7 +325,7 @@ def test_a_prompt_s_last_token_is_one_that_is_decoded(dtype):
 
 @dtypes
 def test_the_cache_is_the_same_on_every_path(dtype):
-    tokens = tokens_at([*range(33)], (6, 2, 20), dtype, turned=True)
+    tokens = tokens_at([*range(33)], (6, 2, 20), dtype, rotated=True)
 
     def written() -> Tensor:
         cache = [part.nan_to_num() for part in full_cache(tokens, 40)]
@@ -334,7 +336,7 @@ def test_the_cache_is_the_same_on_every_path(dtype):
 
 
 def test_what_is_no_number_stays_in_its_row():
-    tokens = tokens_at([9, 4, 20], (4, 2, 20), turned=True)
+    tokens = tokens_at([9, 4, 20], (4, 2, 20), rotated=True)
     cache = full_cache(tokens, 30, rows=3)
     clean = decode(tokens, *(part.clone() for part in cache))
     for broken in (math.nan, math.inf):
@@ -347,7 +349,7 @@ def test_what_is_no_number_stays_in_its_row():
 
 @dtypes
 def test_tensors_need_not_be_contiguous(dtype):
-    tokens = tokens_at([3, 9, 0, 7], (4, 2, 16), dtype, turned=True, sloped=True)
+    tokens = tokens_at([3, 9, 0, 7], (4, 2, 16), dtype, rotated=True, sloped=True)
     apart = replace(
         tokens,
         qkv=tokens.qkv.t().contiguous().t(),
