@@ -90,8 +90,12 @@ def parse_args() -> argparse.Namespace:
         help="loss, latency or throughput (loss; with --max-kl alone the fewest bytes)",
     )
     number = cli.whole_number(1)
-    group.add_argument("--prompt", type=number, default=512, metavar="N", help="(%(default)s)")
-    group.add_argument("--gen", type=number, default=128, metavar="N", help="(%(default)s)")
+    group.add_argument(
+        "--prompt", type=number, metavar="N", help="(512, or what the model's window leaves)"
+    )
+    group.add_argument(
+        "--gen", type=number, metavar="N", help="(128, or half of the model's window)"
+    )
     group.add_argument("--batch", type=number, default=1, metavar="N", help="(%(default)s)")
     group.add_argument(
         "--time-limit", type=float, default=60.0, metavar="SECONDS", help="solver (%(default)s)"
@@ -168,7 +172,8 @@ def main() -> None:
     samples, judged = read_samples(args, folder)
     sensitivity = find_table(args, folder, candidates, samples, judged, device)
     shape = Shape.of(folder.path, sensitivity.modules, candidates, cli.resolve_dtype(args))
-    work = Workload(args.prompt, args.gen, args.batch)
+    window = shape.config.max_positions
+    work = Workload.within(window, args.prompt, args.gen, args.batch)
     mask = allowed(sensitivity, read_fixed(args))
     planner = Planner(sensitivity, shape, work, cluster, mask)
     limits = read_limits(args, planner)

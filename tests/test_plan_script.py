@@ -120,6 +120,10 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
         (("--memory", "1KB", "--cluster", "x"), "give one of them"),
         (("--avg-bits", 3, "--plot", "x.png"), "--plot draws the front"),
         (("--probe",), "name it with -o"),
+        (
+            ("--avg-bits", 3, "--prompt", 500),
+            "--prompt 500 and --gen 128 exceed the model's window",
+        ),
         (("--avg-bits", 3, "-o", "no/plan.json"), "no/plan.json: there is no folder no"),
     ],
 )

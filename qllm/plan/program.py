@@ -12,6 +12,7 @@ import torch
 
 from qllm.checkpoint.load import module_bytes, outline
 from qllm.config import LM_HEAD, ModelConfig, QuantPlan, QuantSpec
+from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
@@ -33,6 +34,25 @@ class Workload:
     prompt: int = 512
     new: int = 128
     batch: int = 1
+
+    @classmethod
+    def within(
+        cls, window: int | None, prompt: int | None, new: int | None, batch: int
+    ) -> Workload:
+        """What fits into a model's window; None stands for the usual, or less where that is little.
+
+        Raises:
+            UserError: what is asked for does not fit.
+        """
+        if new is None:
+            new = cls.new if window is None else min(cls.new, window // 2)
+        if prompt is None:
+            prompt = cls.prompt if window is None else max(1, min(cls.prompt, window - new))
+        if window is not None and prompt + new > window:
+            raise UserError(
+                f"--prompt {prompt} and --gen {new} exceed the model's window of {window}; give less"
+            )
+        return cls(prompt, new, batch)
 
 
 @dataclass(frozen=True, eq=False)
