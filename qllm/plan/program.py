@@ -39,7 +39,7 @@ class Workload:
     def within(
         cls, window: int | None, prompt: int | None, new: int | None, batch: int
     ) -> Workload:
-        """What fits into a model's window; None stands for the usual, or less where that is little.
+        """What fits into a model's window; None stands for the usual, or for less in a small one.
 
         Raises:
             UserError: what is asked for does not fit.
@@ -50,7 +50,8 @@ class Workload:
             prompt = cls.prompt if window is None else max(1, min(cls.prompt, window - new))
         if window is not None and prompt + new > window:
             raise UserError(
-                f"--prompt {prompt} and --gen {new} exceed the model's window of {window}; give less"
+                f"--prompt {prompt} and --gen {new} exceed the model's window of {window}; "
+                "give less"
             )
         return cls(prompt, new, batch)
 
