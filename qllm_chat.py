@@ -41,6 +41,13 @@ def parse_args() -> argparse.Namespace:
     cli.add_run_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="the message in front of all others")
     parser.add_argument(
+        "-c",
+        "--ctx-size",
+        type=cli.whole_number(1),
+        metavar="N",
+        help="tokens of the conversation that are remembered (the model's window, up to 8192)",
+    )
+    parser.add_argument(
         "--max-gen-tokens",
         "--max-new-tokens",
         type=cli.whole_number(1),
@@ -60,7 +67,7 @@ def main() -> None:
     cli.check_rounding(args, [plan])
     device = cli.resolve_device(args)
 
-    from qllm.chat import Chat, ChatTemplate, window
+    from qllm.chat import Chat, ChatTemplate, context_size
     from qllm.llm import LLM, Pretrained
 
     template = ChatTemplate.load(folder.path)
@@ -68,6 +75,7 @@ def main() -> None:
     config = pretrained.generation_with(
         max_new_tokens=args.max_gen_tokens, **cli.read_sampling_options(args)
     )
+    context = context_size(pretrained.config, args.ctx_size)
     llm = LLM.load(
         pretrained,
         plan,
@@ -76,11 +84,12 @@ def main() -> None:
         calibration=cli.find_calibration(args, folder, plan),
         activation_bits=args.activation_bits,
         kv_bits=args.kv_bits,
-        cache_shape=(1, window(pretrained.config)),
+        cache_shape=(1, context),
         meter=cli.meter("loading"),
         note=cli.note,
     )
-    chat = Chat(llm, template, config, system=args.system, stop=args.stop or ())
+    stop = args.stop or ()
+    chat = Chat(llm, template, config, system=args.system, stop=stop, context=context)
     if sys.stdin.isatty():
         talk(chat)
         return
@@ -91,7 +100,16 @@ def main() -> None:
         if text == "/reset":
             chat.reset()
         elif text:
-            print(" ".join("".join(chat.answer(text)).split()), flush=True)
+            print(" ".join(answer(chat, text).split()), flush=True)
+
+
+def answer(chat: Chat, text: str) -> str:
+    """A whole answer; "" to a message that cannot be answered, with a note that says why."""
+    try:
+        return "".join(chat.answer(text))
+    except UserError as error:
+        cli.note(str(error))
+        return ""
 
 
 def talk(chat: Chat) -> None:

@@ -24,8 +24,8 @@ from qllm.sampling import Sampler
 from qllm.stopping import StopStrings
 from qllm.stream import TextStream
 
-# What a cache has where a model's positions set no limit.
-DEFAULT_WINDOW = 4096
+# Tokens of a conversation that are remembered at the most, unless more are asked for.
+DEFAULT_CONTEXT = 8192
 LONGEST_TEMPLATE = 1 << 20
 
 
@@ -135,9 +135,18 @@ def _to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
-def window(config: ModelConfig) -> int:
-    """Tokens that a conversation has memory for."""
-    return config.max_positions or DEFAULT_WINDOW
+def context_size(config: ModelConfig, asked: int | None = None) -> int:
+    """Tokens that a conversation has memory for.
+
+    Raises:
+        UserError: more than the model's window are asked for.
+    """
+    window = config.max_positions
+    if asked is None:
+        return min(window or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    if window is not None and asked > window:
+        raise UserError(f"a context of {asked} tokens exceeds the model's window of {window}")
+    return asked
 
 
 class Chat:
@@ -155,11 +164,21 @@ class Chat:
         *,
         system: str | None = None,
         stop: Sequence[str] = (),
+        context: int | None = None,
     ) -> None:
+        """
+        Args:
+            system: the message in front of all others.
+            stop: strings that end an answer.
+            context: tokens that the cache has memory for, see `context_size`.
+
+        Raises:
+            UserError: for a context that the model, or memory, does not have.
+        """
         self.llm, self.template, self.config, self.stop = llm, template, config, list(stop)
-        self.window = window(llm.config)
+        self.context = context_size(llm.config, context)
         self._system = [{"role": "system", "content": system}] if system else []
-        self._cache = llm.model.new_cache(1, self.window)
+        self._cache = llm.model.new_cache(1, self.context)
         self._read: list[int] = []  # tokens whose keys and values the cache has
         self.reset()
 
@@ -190,18 +209,18 @@ class Chat:
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
     def _fit(self) -> list[int]:
-        """Token ids of the conversation, without its oldest turns where the window is too short."""
-        max_tokens = self.window - 1
+        """Token ids of the conversation, without its oldest turns where they are too many."""
+        max_tokens = self.context - 1
         wanted = self.config.max_new_tokens or 1
         while True:
             ids = self._encode(self.template.render(self.messages))
             turns = len(self.messages) - len(self._system)
-            if len(ids) + wanted <= self.window or (turns == 1 and len(ids) <= max_tokens):
+            if len(ids) + wanted <= self.context or (turns == 1 and len(ids) <= max_tokens):
                 return ids
             if turns == 1:
                 raise UserError(
-                    f"the message has {len(ids)} tokens with the template's, the model's window "
-                    f"{self.window}; write a shorter one"
+                    f"the message has {len(ids)} tokens with the template's, and the context "
+                    f"{self.context}; write a shorter one"
                 )
             first = len(self._system)
             del self.messages[first : first + 2]
@@ -215,10 +234,15 @@ class Chat:
         """Pieces of what follows; what the cache has of the tokens is not read again."""
         model: Any = self.llm.model  # a cache of its own, and logits: all layers are here
         cache: Any = self._cache
+        rope = self.llm.config.rope
+        # Keys of longer texts are others, as in `generate`.
+        limit = rope.original_max_positions if rope is not None and rope.rereads else None
         same = 0
         while same < min(len(self._read), len(ids) - 1) and self._read[same] == ids[same]:
             same += 1
-        cache.lengths[0] = same
+        if limit is not None and (len(self._read) > limit) != (len(ids) > limit):
+            same = 0
+        same = cache.rewind(0, same)
         self._read = list(ids[:same])
         pieces: list[str] = []
         stream = TextStream(self.llm.tokenizer, [ids], lambda row: None, pieces.append, self.stop)
@@ -226,10 +250,11 @@ class Chat:
         processor = LogitsProcessor(model, [ids], self.config)
         sampler = None
         if self.config.sampling is not None:
-            sampler = Sampler(self.config.sampling, self.config.sampling.seeds([ids]))
+            sampling = self.config.sampling.with_seed()
+            sampler = Sampler(sampling, sampling.seeds([ids]))
         logits = model.prefill([ids[same:]], cache)
         self._read = list(ids)
-        left = min(self.config.max_new_tokens or self.window, self.window - len(ids))
+        left = min(self.config.max_new_tokens or self.context, self.context - len(ids))
         for number in range(left):
             logits = processor(logits)
             tokens = logits.argmax(dim=-1) if sampler is None else sampler(logits)
@@ -242,5 +267,9 @@ class Chat:
             pieces.clear()
             if last:
                 return
-            logits = model.decode(torch.tensor([token], device=model.device), cache)
             self._read.append(token)
+            if len(self._read) - 1 == limit:
+                cache.rewind(0, 0)
+                logits = model.prefill([self._read], cache)
+            else:
+                logits = model.decode(torch.tensor([token], device=model.device), cache)

@@ -101,6 +101,7 @@ class LLM:
         dtype: str | torch.dtype | None = None,
         device: str = "auto",
         num_shards: int = 1,
+        cache_shape: tuple[int, int] = (0, 0),
         tp: int = 1,
         parallel: ParallelContext | None = None,
         meter: Meter = unseen,
@@ -124,6 +125,8 @@ class LLM:
             dtype: of activations and dense weights; None is the checkpoint's.
             device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
             num_shards: contiguous ranges of layers, of which a GPU may hold the first ones alone.
+            cache_shape: sequences, and tokens of each, whose KV cache must fit into memory beside
+                the model; else it is refused, with the numbers, before it is loaded.
             tp: processes that share each layer, all of which torchrun started with this program:
                 each makes the same calls, and gets the same results.
             parallel: which part of the model this process has in a session of one's own
@@ -151,6 +154,7 @@ class LLM:
             device=resolve_device(device),
             num_shards=num_shards,
             calibration=calibration,
+            cache_shape=cache_shape,
             activation_bits=activation_bits,
             kv_bits=kv_bits,
             parallel=parallel,

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT
+from oracle import random_model
+from transformers import Phi3Config
 
 from qllm import LLM
-from qllm.chat import Chat, ChatTemplate
+from qllm.chat import DEFAULT_CONTEXT, Chat, ChatTemplate, context_size
 from qllm.errors import UserError
 from qllm.generation_config import GenerationConfig
+from qllm.sampling import Sampling
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | trim + '\n' }}{% endfor %}"
@@ -87,16 +92,79 @@ def test_answers_are_a_fresh_model_s(llm, folder, monkeypatch):
     assert chat.messages == [{"role": "system", "content": "Be brief."}]
 
 
-def test_the_oldest_turns_make_way(llm, folder):
-    chat = chat_of(llm, folder)
-    chat.window = 60
-    for number in range(6):
-        list(chat.answer(f"the sea and the land {number}"))
-    assert len(chat.messages) < 12 and chat.messages[0]["role"] == "user"
+@pytest.mark.parametrize("kv_bits", [16, 4])
+def test_the_oldest_turns_make_way(kv_bits, llm, folder, monkeypatch):
+    """What is left is read as a fresh model reads it, of integers too."""
+    monkeypatch.setattr(llm.model, "kv_bits", kv_bits)
+    chat = chat_of(llm, folder, context=150, system="You are an old sailor who says what he saw.")
+    for number in range(8):
+        answer = "".join(chat.answer(f"the sea and the land and all that is in between {number}"))
+        ids = chat._encode(chat.template.render(chat.messages[:-1]))
+        assert answer == llm.generate(ids, max_new_tokens=6)[0].text
+    assert len(chat.messages) < 16 and chat.messages[1]["role"] == "user"
     before = list(chat.messages)
-    with pytest.raises(UserError, match=r"the model's window 60; write a shorter one"):
-        list(chat.answer("sea " * 100))
+    with pytest.raises(UserError, match=r"and the context 150; write a shorter one"):
+        list(chat.answer("sea " * 200))
     assert chat.messages == before
+
+
+def test_a_context_is_the_model_s_or_what_was_asked_for(llm):
+    config = llm.config
+    assert context_size(config) == 512 and context_size(config, 60) == 60
+    assert context_size(replace(config, max_positions=131072)) == DEFAULT_CONTEXT
+    assert context_size(replace(config, max_positions=131072), 100_000) == 100_000
+    assert context_size(replace(config, max_positions=None), 100_000) == 100_000
+    with pytest.raises(
+        UserError, match="a context of 513 tokens exceeds the model's window of 512"
+    ):
+        context_size(config, 513)
+
+
+def test_a_text_outgrows_what_its_keys_were_made_for(folder, tmp_path):
+    """Phi-3 has other keys for longer texts: a conversation is read anew, as `generate` does."""
+    path = tmp_path / "model"
+    shutil.copytree(folder, path)
+    for name in ("config.json", "model.safetensors"):
+        (path / name).unlink()
+    factors = [[1.0 + i / 4 for i in range(4)], [2.0 + i for i in range(4)]]
+    rope = {"rope_type": "longrope", "short_factor": factors[0], "long_factor": factors[1]}
+    config = Phi3Config(
+        vocab_size=4096,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=None,
+        max_position_embeddings=200,
+        original_max_position_embeddings=70,
+        rope_parameters=rope,
+    )
+    random_model(config).save_pretrained(path)
+    llm = LLM.from_pretrained(path, dtype="float32")
+    assert llm.config.rope.rereads
+    chat = chat_of(llm, path, count=30)
+    for _ in range(2):
+        for text in ("The sea was calm", "And then?", "Why?"):
+            answer = "".join(chat.answer(text))
+            ids = chat._encode(chat.template.render(chat.messages[:-1]))
+            assert answer == llm.generate(ids, max_new_tokens=30)[0].text
+        assert len(ids) > 70
+        chat.reset()
+
+
+def test_answers_are_drawn(llm, folder):
+    """From a seed as `generate` draws; without one, from another each time."""
+    sampling = Sampling(temperature=2.0, top_k=0)
+    answers = []
+    for seed in (5, 5, None, None):
+        config = GenerationConfig(16, sampling=replace(sampling, seed=seed))
+        chat = Chat(llm, ChatTemplate.load(folder), config)
+        answers.append("".join(chat.answer("The sea")))
+    ids = chat._encode(chat.template.render(chat.messages[:1]))
+    settings = {"max_new_tokens": 16, "temperature": 2.0, "top_k": 0}
+    assert answers[0] == answers[1] == llm.generate(ids, seed=5, **settings)[0].text
+    assert len(set(answers)) == 3
 
 
 def test_an_answer_that_is_stopped_counts(llm, folder):
@@ -124,14 +192,18 @@ def test_a_template_that_fails_is_one_line(template, says):
 
 
 def test_from_a_pipe_each_answer_is_a_line(folder, monkeypatch, capsys):
+    """And a message that is too long a note and an empty line: the others are answered."""
     import qllm_chat
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO("The sea\n/reset\nThe sea\n/exit\nmore\n"))
+    said = f"The sea\n/reset\n{'sea ' * 100}\nThe sea\n/exit\nmore\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
     program = ["qllm_chat.py", "--model-path", str(folder), "--max-gen-tokens", "5"]
-    monkeypatch.setattr(sys, "argv", program)
+    monkeypatch.setattr(sys, "argv", [*program, "--ctx-size", "60"])
     qllm_chat.main()
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == second != ""
+    found = capsys.readouterr()
+    first, long, second = found.out.splitlines()
+    assert first == second != "" == long
+    assert re.findall(r"the message has \d+ tokens .* and the context 60;", found.err) != []
 
 
 def test_a_model_without_a_template(llm):

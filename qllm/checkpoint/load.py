@@ -103,11 +103,11 @@ def load_model(
     parts = balance([costs[i] for i in layers], num_shards if parallel.stage is None else 1)
     shards = [range(layers[r.start], layers[r.stop - 1] + 1) for r in parts]
     largest = max(torch.Size(shape).numel() for shape in weights.shapes.values())
-    cache = KVCache.size(whole.config, *cache_shape, dtype, kv_bits) // whole.config.num_layers
-    sizes = [sum(costs[i] + cache for i in shard) // parallel.tp.size for shard in shards]
+    caches = KVCache.sizes(whole.config, *cache_shape, dtype, kv_bits)
+    sizes = [sum(costs[i] + caches[i] for i in shard) // parallel.tp.size for shard in shards]
     what = f"the model at bitwidth {plan.text}"
-    if cache:
-        in_all = gigabytes(cache * whole.config.num_layers // parallel.tp.size)
+    if any(caches):
+        in_all = gigabytes(sum(caches) // parallel.tp.size)
         what += f" with a KV cache of {in_all} ({cache_shape[0]} x {cache_shape[1]} tokens)"
     devices = infer_device_map(sizes, largest * dtype.itemsize, device, what)
     model = Decoder(

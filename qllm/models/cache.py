@@ -15,19 +15,27 @@ from qllm.config import ModelConfig
 from qllm.models.positions import PositionEncoding
 from qllm.ops.capture import CapturedStep
 from qllm.ops.cpu import library
-from qllm.ops.kv import KV, Batch, Scores
+from qllm.ops.kv import KV, RUN, Batch, Scores, ring_capacity
 from qllm.ops.quantized_kv import QuantizedKV
 
 # How keys and values are held, by bits.
 KINDS: dict[int, type[KV | QuantizedKV]] = {16: KV, 8: QuantizedKV, 4: QuantizedKV}
 
+# Tokens that a pass of prefill takes at the most, where a cache lets a long prompt come in pieces:
+# its activations are bounded, and more of them at once would be no faster.
+PREFILL_TOKENS = 2048
+
 
 class KVCache:
     """Keys and values of sequences, each in a row that begins, goes on and ends by itself.
 
+    A layer whose tokens see no further back than a window holds those of the window and of a pass.
+
     Attributes:
         layers: a `KV` for each layer, with nothing in it where the layer is not here.
-        lengths: tokens held in each of the R rows.
+        pass_tokens: that a pass of prefill takes at the most.
+        lengths: tokens of each of the R rows.
+        written: the length that each row has had at the most, since it began.
         live: the rows in use, in the order in which a decode step takes their tokens.
         step, captured: what decodes into it and how that is replayed, once something has.
     """
@@ -45,22 +53,28 @@ class KVCache:
         """
         Args:
             rows: sequences that it has memory for; all of them begin at once.
-            capacity: tokens that a row has memory for.
+            capacity: tokens that a row may have.
             device: of what goes into it.
             device_map: of the layers that have a cache here, the device; None: all, on `device`.
             bits: one of KINDS; 16 is `dtype`, whatever that is.
         """
         if device_map is None:
             device_map = dict.fromkeys(range(config.num_layers), device)
-        shape = (config.num_kv_heads, capacity, config.head_dim, dtype)
         self.layers = tuple(
             KINDS[bits].empty(
-                bits, rows if i in device_map else 0, *shape, device_map.get(i, device)
+                bits,
+                rows if i in device_map else 0,
+                config.num_kv_heads,
+                each,
+                config.head_dim,
+                dtype,
+                device_map.get(i, device),
             )
-            for i in range(config.num_layers)
+            for i, each in enumerate(_capacities(config, capacity))
         )
         self.capacity, self.dtype, self.device = capacity, dtype, torch.device(device)
-        self.lengths = [0] * rows
+        self.pass_tokens, self.windows, self.bits = PREFILL_TOKENS, config.windows, bits
+        self.lengths, self.written = [0] * rows, [0] * rows
         self.live = list(range(rows))
         self.step: Decode | None = None
         self.captured: CapturedStep | None = None
@@ -84,7 +98,7 @@ class KVCache:
         CPU's is given back to the system.
         """
         for row in set(self.live) - {self.live[i] for i in indices}:
-            self.lengths[row] = 0
+            self.lengths[row] = self.written[row] = 0
             for part in itertools.chain.from_iterable(self.layers):
                 if part.device.type == "cpu" and len(part):
                     library.release(part[row])
@@ -92,11 +106,32 @@ class KVCache:
 
     def reset(self) -> None:
         """Let all rows begin anew, empty."""
-        self.lengths = [0] * len(self.lengths)
+        self.lengths, self.written = ([0] * len(self.lengths) for _ in range(2))
         self.live = list(range(len(self.lengths)))
 
-    def check(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        """Refuse what `lengths` more tokens of live rows would write outside the cache.
+    def rewind(self, row: int, length: int) -> int:
+        """Let a row's last tokens go, so that others can follow on its first ones.
+
+        What is left may be less than `length`: where not all that the next token sees is held any
+        more.
+
+        Returns:
+            Tokens that are left.
+        """
+        length = min(length, self.lengths[row])
+        if self.bits != 16 and length // RUN < (self.lengths[row] - 1) // RUN:
+            length -= length % RUN  # the other tokens of the run have become integers
+        for kv, window in zip(self.layers, self.windows, strict=False):
+            # Of runs: the first that the next token sees, and how many gave their memory to others.
+            first_seen = max(0, length + 1 - window) // RUN
+            lost = -(-self.written[row] // RUN) - kv.capacity // RUN
+            if kv.capacity < self.capacity and first_seen < lost:
+                length = 0
+        self.lengths[row] = length
+        return length
+
+    def reserve(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Make sure that `lengths` more tokens of live rows can be written, which may begin.
 
         Raises:
             IndexError: a row gets longer than the cache.
@@ -106,9 +141,11 @@ class KVCache:
             raise ValueError(f"{len(lengths)} prompts for a cache of {len(rows)} rows")
         if ended := set(rows) - set(self.live):
             raise ValueError(f"row {min(ended)} of the cache is not in use")
-        longest = max(self.lengths[row] + n for row, n in zip(rows, lengths, strict=True))
-        if longest > self.capacity:
-            raise IndexError(f"{longest} tokens in a cache for {self.capacity}")
+        ends = [self.lengths[row] + n for row, n in zip(rows, lengths, strict=True)]
+        if max(ends) > self.capacity:
+            raise IndexError(f"{max(ends)} tokens in a cache for {self.capacity}")
+        for row, end in zip(rows, ends, strict=True):
+            self.written[row] = max(self.written[row], end)
 
     def advance(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Count tokens that a pass has written."""
@@ -116,12 +153,24 @@ class KVCache:
             self.lengths[row] += length
 
     @staticmethod
-    def size(
+    def sizes(
         config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, bits: int = 16
-    ) -> int:
-        """Bytes of a cache."""
-        shape = (config.num_kv_heads, capacity, config.head_dim, dtype)
-        return config.num_layers * rows * KINDS[bits].row_bytes(bits, *shape)
+    ) -> list[int]:
+        """Bytes of each layer of a cache."""
+        heads, dim = config.num_kv_heads, config.head_dim
+        return [
+            rows * KINDS[bits].row_bytes(bits, heads, each, dim, dtype)
+            for each in _capacities(config, capacity)
+        ]
+
+
+def _capacities(config: ModelConfig, capacity: int) -> list[int]:
+    """Tokens that each layer holds of a row of up to `capacity` tokens."""
+    windows = config.windows or (0,) * config.num_layers
+    return [
+        min(capacity, ring_capacity(window, PREFILL_TOKENS)) if window else capacity
+        for window in windows
+    ]
 
 
 class Pass:
@@ -260,7 +309,7 @@ class Decode(Pass):
             ValueError: there are not as many live rows.
         """
         live = self.cache.live
-        self.cache.check(live, [1] * len(tokens))
+        self.cache.reserve(live, [1] * len(tokens))
         self._elsewhere.clear()
         rows = [*live, *[live[-1]] * (self.size - len(live))]
         pasts = torch.tensor([self.cache.lengths[row] for row in rows])

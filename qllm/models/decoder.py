@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qllm.config import ModelConfig, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
+from qllm.memory import check_fits
 from qllm.models.cache import Decode, KVCache, Prefill
 from qllm.models.layer import NORMS, Embedding, LayerList, Scale, layer_class
 from qllm.models.partition import keep_shards, keep_stage
@@ -27,10 +28,6 @@ from qllm.ops.capture import capture
 from qllm.ops.reference import ACTIVATIONS
 from qllm.parallel.layers import LinearOrShard, VocabularyParallel
 from qllm.parallel.pipeline import ParallelContext
-
-# Tokens that a pass of prefill takes at the most, where a cache lets a long prompt come in pieces:
-# its activations are bounded, and more of them at once would be no faster.
-PREFILL_TOKENS = 2048
 
 # Names that config.json files use for the same functions.
 SAME_ACTIVATION = {
@@ -129,7 +126,11 @@ class Decoder(nn.Module):
         return next(iter(self.device_map.values()))
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
-        """An empty cache for `rows` sequences of up to `capacity` tokens."""
+        """An empty cache for `rows` sequences of up to `capacity` tokens.
+
+        Raises:
+            UserError: it does not fit into memory, with the numbers.
+        """
         config = replace(self.config, num_kv_heads=self.kv_heads)
         device_map = {
             i: device
@@ -137,19 +138,20 @@ class Decoder(nn.Module):
             for i in layers
             if self.layers[i].has_attention
         }
+        sizes = KVCache.sizes(config, rows, capacity, self.dtype, self.kv_bits)
+        what = f"a KV cache of {rows} x {capacity} tokens"
+        for device in set(device_map.values()):
+            needed = sum(sizes[i] for i, other in device_map.items() if other == device)
+            check_fits(needed, device, what, "take fewer sequences, shorter ones, or --kv-bits 8")
         shape = (rows, capacity, self.dtype, self.device, device_map)
         return KVCache(config, *shape, self.kv_bits)
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         """Bytes of `new_cache`."""
-        config = replace(
-            self.config,
-            num_kv_heads=self.kv_heads,
-            num_layers=sum(
-                self.layers[i].has_attention for layers in self.device_map for i in layers
-            ),
-        )
-        return KVCache.size(config, rows, capacity, self.dtype, self.kv_bits)
+        config = replace(self.config, num_kv_heads=self.kv_heads)
+        sizes = KVCache.sizes(config, rows, capacity, self.dtype, self.kv_bits)
+        here = [i for layers in self.device_map for i in layers if self.layers[i].has_attention]
+        return sum(sizes[i] for i in here)
 
     @torch.inference_mode()
     def prefill(
@@ -163,7 +165,7 @@ class Decoder(nn.Module):
     ) -> Tensor | None:
         """Run prompts, or what follows on the tokens that the cache holds already.
 
-        With a cache, long prompts go through in several passes of up to PREFILL_TOKENS tokens; no
+        With a cache, long prompts go through in several passes of up to `cache.pass_tokens`; no
         bit of what comes out depends on where they are cut.
 
         Args:
@@ -221,9 +223,9 @@ class Decoder(nn.Module):
         longest, limit = max(lengths), sum(lengths)
         if cache is not None:
             rows = list(cache.live) if rows is None else rows
-            cache.check(rows, lengths)
+            cache.reserve(rows, lengths)
             longest = max(cache.lengths[row] + n for row, n in zip(rows, lengths, strict=True))
-            limit = PREFILL_TOKENS
+            limit = cache.pass_tokens
         for pieces in _pieces(lengths, limit):
             tokens = [
                 token for i, piece in pieces for token in prompts[i][piece.start : piece.stop]

@@ -1,20 +1,31 @@
 """What the decoder, its KV cache and the kernels of attention agree on: rows, offsets, memory.
 
 A pass takes N tokens of B sequences, one sequence after the other and without padding. Each
-sequence has a row of the cache, in which its tokens stand at their positions; a row may begin, go
-on and end whatever the others do, and a pass takes those that are asked for.
+sequence has a row of the cache, in which the token at position p stands at p modulo the capacity; a
+row may begin, go on and end whatever the others do, and a pass takes those that are asked for.
+
+Where a layer's tokens see no further back than a window, its capacity may be below the length of a
+sequence: new tokens then take the memory of those that none will see again (`ring_capacity`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qllm.ops.cpu import library
+
+if TYPE_CHECKING:
+    from qllm.ops.quantized_kv import QuantizedKV
+
+
+# Tokens of a row that are quantized together, once the last of them has come; and to whose memory
+# others come together where a capacity is below the length.
+RUN = 64
 
 
 class Batch(NamedTuple):
@@ -79,6 +90,35 @@ class Scores(NamedTuple):
 PLAIN = Scores()
 
 
+def ring_capacity(window: int, tokens: int) -> int:
+    """Tokens that a row needs memory for, whatever its length, in passes of so many `tokens` of it.
+
+    A pass writes all of its tokens before the first of them has seen those in its window, which
+    begins anywhere in a run.
+    """
+    return (window - 1 + tokens + RUN - 2) // RUN * RUN + RUN
+
+
+def check_span(kv: KV | QuantizedKV, batch: Batch, scores: Scores) -> None:
+    """Refuse a pass that would write over what its tokens see.
+
+    Raises:
+        IndexError: a sequence is longer than a row.
+    """
+    needed = batch.span
+    if scores.window:
+        needed = min(needed, ring_capacity(scores.window, batch.max_tokens))
+    if needed > kv.capacity:
+        raise IndexError(f"{needed} tokens in a cache for {kv.capacity}")
+
+
+def unrolled(part: Tensor, rows: Tensor, count: int) -> Tensor:
+    """What rows (B,) hold for the first `count` positions, or runs: (B, H_kv, count, …)."""
+    if count <= part.shape[2]:
+        return part[rows, :, :count]
+    return part[rows][:, :, torch.arange(count, device=part.device) % part.shape[2]]
+
+
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """Memory of a cache: what is large stands on huge pages, where a CPU's kernels read it."""
     nbytes = math.prod(shape) * dtype.itemsize
@@ -140,16 +180,11 @@ class KV(NamedTuple):
     def dim(self) -> int:
         return self.keys.shape[3]
 
-    def check(self, qkv: Tensor, batch: Batch) -> None:
-        """Refuse to write outside of it.
-
-        Raises:
-            IndexError: a sequence is longer than a row.
-        """
+    def check(self, qkv: Tensor, batch: Batch, scores: Scores) -> None:
+        """`check_span`, and that kernels can take it."""
         assert self.keys.dtype == self.values.dtype == qkv.dtype
         assert all(part.is_contiguous() for part in self)
-        if batch.span > self.capacity:
-            raise IndexError(f"{batch.span} tokens in a cache for {self.capacity}")
+        check_span(self, batch, scores)
 
     @staticmethod
     def pieces(start: int, end: int) -> Iterator[range]:
@@ -158,10 +193,13 @@ class KV(NamedTuple):
 
     def write(self, rows: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put heads (N, H_kv, D) of tokens into rows (N,), at positions (N,)."""
-        self.keys[rows, :, positions] = keys
-        self.values[rows, :, positions] = values
+        self.keys[rows, :, positions % self.capacity] = keys
+        self.values[rows, :, positions % self.capacity] = values
 
     def read(self, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of rows (B,) in front of `ends` (B,): (B, H_kv, max(ends), D) each."""
+        """Keys and values of rows (B,) in front of `ends` (B,): (B, H_kv, max(ends), D) each.
+
+        Those whose memory others have taken are others'.
+        """
         span = int(ends.max())
-        return self.keys[rows, :, :span], self.values[rows, :, :span]
+        return unrolled(self.keys, rows, span), unrolled(self.values, rows, span)

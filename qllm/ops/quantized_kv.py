@@ -8,10 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qllm.ops.kv import Batch, zeros
+from qllm.ops.kv import RUN, Batch, Scores, check_span, unrolled, zeros
 
-# Tokens of a row that are quantized together, once the last of them has come.
-RUN = 64
 # Channels of a head are padded to a multiple of this many.
 CHANNELS = 16
 # By bits, an integer c stands for (c - zero + base) * scale.
@@ -93,16 +91,11 @@ class QuantizedKV(NamedTuple):
     def dim(self) -> int:
         return self.recent_keys.shape[3]
 
-    def check(self, qkv: Tensor, batch: Batch) -> None:
-        """Refuse to write outside of it.
-
-        Raises:
-            IndexError: a sequence is longer than a row.
-        """
+    def check(self, qkv: Tensor, batch: Batch, scores: Scores) -> None:
+        """`check_span`, and that kernels can take it."""
         assert self.recent_keys.dtype == self.recent_values.dtype == qkv.dtype
         assert all(part.is_contiguous() for part in self)
-        if batch.span > self.capacity:
-            raise IndexError(f"{batch.span} tokens in a cache for {self.capacity}")
+        check_span(self, batch, scores)
 
     @staticmethod
     def pieces(start: int, end: int) -> Iterator[range]:
@@ -117,12 +110,12 @@ class QuantizedKV(NamedTuple):
         self.recent_keys[rows, :, positions % RUN] = keys
         self.recent_values[rows, :, positions % RUN] = values
         ended = positions % RUN == RUN - 1
-        rows, runs = rows[ended], positions[ended] // RUN
+        rows, runs = rows[ended], positions[ended] % self.capacity // RUN
         for row, run in zip(rows.tolist(), runs.tolist(), strict=True):
             self._quantize(row, run)
 
     def _quantize(self, row: int, run: int) -> None:
-        """Put a row's newest run, all of which is there, among the integers."""
+        """Put a row's newest run, all of which is there, among the integers, at a run of them."""
         keys, values = (
             torch.nn.functional.pad(part[row].float(), (0, self.key_zeros.shape[3] - self.dim))
             for part in (self.recent_keys, self.recent_values)
@@ -140,15 +133,20 @@ class QuantizedKV(NamedTuple):
     def read(self, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of rows (B,) in front of `ends` (B,): (B, H_kv, max(ends), D) each.
 
-        They are what the token in front of a row's end sees: its own run is as it came.
+        They are what the token in front of a row's end sees: its own run is as it came. Those whose
+        memory others have taken are others'.
         """
+
+        def of_runs(part: Tensor) -> Tensor:
+            return unrolled(part, rows, runs)
+
         runs = -(-int(ends.max()) // RUN)
         base = BASES[self.bits]
-        keys = _apart(self.keys[rows, :, :runs], 4, self.bits).transpose(3, 4).flatten(4, 5)
-        scales, zeros = self.key_scales[rows, :, :runs], self.key_zeros[rows, :, :runs]
+        keys = _apart(of_runs(self.keys), 4, self.bits).transpose(3, 4).flatten(4, 5)
+        scales, zeros = of_runs(self.key_scales), of_runs(self.key_zeros)
         keys = (keys.float() - (zeros[..., None, :].float() - base)) * scales[..., None, :].float()
-        values = _apart(self.values[rows, :, :runs], 3, self.bits).transpose(4, 5).flatten(3, 4)
-        scales, zeros = self.value_scales[rows, :, :runs], self.value_zeros[rows, :, :runs]
+        values = _apart(of_runs(self.values), 3, self.bits).transpose(4, 5).flatten(3, 4)
+        scales, zeros = of_runs(self.value_scales), of_runs(self.value_zeros)
         values = (values.float() - (zeros[..., None].float() - base)) * scales[..., None].float()
         found = []
         for all_runs, recent in ((keys, self.recent_keys), (values, self.recent_values)):

@@ -151,9 +151,8 @@ class Shape:
     def cache(self, work: Workload) -> Array:
         """Bytes (H,) of keys and values in each half: attention has them, the MLP none."""
         tokens = work.prompt + work.new
-        layers = self.config.num_layers
-        each = KVCache.size(self.config, work.batch, tokens, self.dtype) // layers
-        return np.array([each, 0] * layers, dtype=np.float64)
+        layers = KVCache.sizes(self.config, work.batch, tokens, self.dtype)
+        return np.array([part for each in layers for part in (each, 0)], dtype=np.float64)
 
     def buffers(self, work: Workload) -> float:
         """Bytes of activations at the peak of a prompt's pass: a layer's, and the logits."""

@@ -13,7 +13,7 @@ from conftest import FAMILIES, assert_user_error, tiny
 from covering import each, slow_but
 from inside import call
 
-from qllm import memory
+from qllm import LLM, memory
 from qllm.calibration import Calibration, calibrate
 from qllm.checkpoint import materialize
 from qllm.checkpoint.load import load_model, module_bytes, shard_bytes
@@ -292,11 +292,12 @@ def test_the_script_refuses_it_before_it_starts(tmp_path):
 
 def test_the_cache_counts_as_well(monkeypatch):
     """What the prompts will need is part of what must fit."""
-    load_model(tiny("opt"), QuantPlan.parse("16"), cache_shape=(1, 100))
     monkeypatch.setattr(memory, "available_bytes", lambda device: 50_000_000)
-    load_model(tiny("opt"), QuantPlan.parse("16"), cache_shape=(1, 100))
+    model = load_model(tiny("opt"), QuantPlan.parse("16"), cache_shape=(1, 100))
     with pytest.raises(UserError, match=r"0\.05 GB are free on cpu"):
-        load_model(tiny("opt"), QuantPlan.parse("16"), cache_shape=(100, 500))
+        LLM.from_pretrained("opt-tiny", cache_shape=(100, 500))
+    with pytest.raises(UserError, match=r"a KV cache of 100 x 500 tokens needs .* 0\.05 GB are"):
+        model.new_cache(100, 500)
 
 
 @pytest.mark.parametrize("number", [0, 7])

@@ -11,7 +11,6 @@ from cpu_paths import same
 from oracle import assert_logits_close, draw_prompts, load, our_bundled
 from quantizing import MODELS, VOCAB, saved
 
-from qllm.models import decoder
 from qllm.models.cache import KVCache
 from qllm.ops.cpu import library
 
@@ -97,11 +96,12 @@ def test_a_prompt_may_come_in_pieces(family, bitwidth, kv_bits, monkeypatch):
     everything = model.prefill(prompts, model.new_cache(3, 80), last=False)
     assert same(want, everything[[69, 72, 113]])
     for tokens in (7, 64, 72):
-        monkeypatch.setattr(decoder, "PREFILL_TOKENS", tokens)
+        pieces.pass_tokens = tokens
         pieces.reset()
         assert same(model.prefill(prompts, pieces), want)
         assert pieces.lengths == [70, 3, 41]
-        assert same(model.prefill(prompts, model.new_cache(3, 80), last=False), everything)
+        pieces.reset()
+        assert same(model.prefill(prompts, pieces, last=False), everything)
     for run in (slice(0, 2), slice(2, 33), slice(33, None)):
         rows = [row for row, prompt in enumerate(prompts) if prompt[run]]
         last = model.prefill([prompts[row][run] for row in rows], turns, rows=rows)
@@ -196,7 +196,7 @@ def test_decoding_finds_what_prefill_does(family, kv_bits, monkeypatch):
     cache = model.new_cache(3, 136)
     size = sum(part.nbytes for part in tensors(cache))
     assert size == model.cache_bytes(3, 136)
-    assert size == KVCache.size(model.config, 3, 136, torch.float32, kv_bits)
+    assert size == sum(KVCache.sizes(model.config, 3, 136, torch.float32, kv_bits))
     model.prefill([prompt[:-steps] for prompt in prompts], cache)
     rows = [row[-steps:] for row in want.split([136, 70, 20])]
     for step in range(steps):

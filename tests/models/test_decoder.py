@@ -228,7 +228,7 @@ def test_cache_size_is_what_a_cache_takes():
         model = our_bundled(family)
         cache = model.new_cache(3, 11)
         size = sum(tensor.nbytes for tensor in chain(*cache.layers))
-        assert KVCache.size(model.config, 3, 11, torch.float32) == size
+        assert sum(KVCache.sizes(model.config, 3, 11, torch.float32)) == size
 
 
 # Quantized layers. 40 and 70 inputs are no multiple of the groups of 16.

@@ -143,7 +143,7 @@ def _attend(
     slopes: Tensor | None,
     scores: Scores = PLAIN,
 ) -> Tensor:
-    kv.check(qkv, batch)
+    kv.check(qkv, batch, scores)
     heads = qkv.shape[1] // kv.dim - 2 * kv.kv_heads
     y = qkv.new_empty(len(batch.rows) if batch.last else len(qkv), heads * kv.dim)
     index = (batch.rows, batch.starts, batch.positions)

@@ -29,12 +29,14 @@ def decode_attention(
     """
     from qllm.ops.gpu.kernels import attention
 
-    kv.check(qkv, batch)
+    kv.check(qkv, batch, scores)
     sequences, kv_heads, capacity, dim = len(qkv), kv.kv_heads, kv.capacity, kv.dim
     heads = qkv.shape[1] // dim - 2 * kv_heads
     group, first = heads // kv_heads, -(-dim // 2)
     padded_group, half = _padded_size(group), _padded_size(first)
     splits = -(-capacity // SPAN)
+    if scores.window:  # which begins anywhere in a span
+        splits = min(splits, (scores.window - 2) // SPAN + 2)
     y = qkv.new_empty(sequences, heads * dim)
     partials = counters = None
     if splits > 1:
@@ -102,7 +104,7 @@ def prefill_attention(
         return reference.prefill_attention(qkv, kv, batch, cos_sin, slopes, scores)
     from qllm.ops.gpu.kernels import prefill
 
-    kv.check(qkv, batch)
+    kv.check(qkv, batch, scores)
     kv_heads, capacity, dim = kv.kv_heads, kv.capacity, kv.dim
     every, sequences = qkv.shape[1] // dim, len(batch.rows)
     heads, first = every - 2 * kv_heads, -(-dim // 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 from covering import each, slow_but
@@ -11,7 +13,7 @@ from torch import Tensor
 from qllm.ops import reference
 from qllm.ops.gpu import attention
 from qllm.ops.gpu import device as device_of
-from qllm.ops.kv import KV, Batch, Scores
+from qllm.ops.kv import KV, Batch, Scores, ring_capacity
 from qllm.ops.quantized_kv import RUN, QuantizedKV
 
 CAPACITY = 200
@@ -194,3 +196,26 @@ def test_keys_and_values_of_few_bits(bits, dtype, gpu):
         assert torch.equal(part.cpu()[..., :dim], other[..., :dim])
     for part, other in zip(own[4:], want[4:], strict=True):
         assert torch.equal(part.cpu(), other)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_row_with_a_window_in_less_memory(bits, gpu):
+    """Prompts in pieces and steps behind them: the same to the bit, in whichever programs."""
+    heads, kv_heads, dim, window = 2, 1, 16, 70
+    end = 4 * RUN + 3
+    qkv = normal(end, (heads + 2 * kv_heads) * dim)
+    kind, scores = KV if bits == 16 else QuantizedKV, Scores(window=window)
+    ring, whole = (
+        moved((kind.empty(bits, 2, kv_heads, capacity, dim, torch.float32, "cpu"),), gpu)[0]
+        for capacity in (ring_capacity(window, 40), 6 * RUN)
+    )
+    assert ring.capacity == 3 * RUN
+    pieces = [*[40] * 6, 14, *[1] * 5]
+    for past, length in zip(accumulate(pieces, initial=0), pieces, strict=False):
+        attend = attention.decode_attention if length == 1 else attention.prefill_attention
+        if past < 200:  # the interpreter is slow
+            attend = reference.prefill_attention
+        batch = Batch.of([length], "cpu", rows=[1], pasts=[past])
+        new, there = moved((qkv[past : past + length], batch), gpu)
+        got = [attend(new, kv, there, None, None, scores) for kv in (ring, whole)]
+        assert torch.equal(*got)

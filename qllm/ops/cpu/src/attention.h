@@ -192,7 +192,7 @@ void attend_token(const Attend &a, int64_t i, int64_t kv, float *memory) {
         }
     }
     for (; run <= own; run++) {
-        const int64_t held = BITS == 16 ? a.capacity : RUN, from = BITS == 16 ? run * RUN : 0;
+        const int64_t held = BITS == 16 ? a.capacity : RUN, from = run * RUN % held;
         const Tokens tokens = {((row * a.kv_heads + kv) * held + from) * a.dim,
                                smaller(length - run * RUN, RUN)};
         by_heads<HEADS_AT_ONCE>(shared, [&](int64_t h, auto heads) {

@@ -123,7 +123,8 @@ struct Embed {  // row index[i] + offset of a table, `bytes` wide, for each i
 //
 // Keys and values are of the type of the activations, or integers of 8 or 4 bits: see
 // qllm/ops/quantized_kv.py. Then `capacity` is of whole runs of RUN tokens, and `width` is dim
-// padded to a multiple of CHANNELS.
+// padded to a multiple of CHANNELS. A token at position p is held at p modulo `capacity`, which may
+// be less than a row's length where there is a window: see qllm/ops/kv.py.
 constexpr int64_t RUN = 64;
 
 struct Attend {

@@ -21,10 +21,12 @@ constexpr int64_t SHARED_BYTES = 64 << 20;  // of keys and values in float32, bu
 // A run of tokens of one sequence, some heads of keys and values of which the threads share:
 // keys (heads, panels, dim, KEYS), values (heads, length, width), in float32. Where the cache holds
 // integers these are what runs of RUN tokens stand for once they are quantized, and `recent_…` has
-// the tokens from `recent` on as they come, which those of the same run of RUN see.
+// the tokens from `recent` on as they come, which those of the same run of RUN see. There are none of
+// the tokens in front of `begin`, a multiple of RUN, which nothing that is asked for sees.
 struct Sequence {
     int64_t row, token, past, length;  // of the cache; the first new one; those before; all
     int64_t asked, result;             // the first position that is asked for; its row of y
+    int64_t begin, count;              // the first token that is shared; how many are
     int64_t kv_head, panels, width;    // the first head that is shared
     int64_t recent, recent_panels;
     float *keys, *values, *recent_keys, *recent_values;
@@ -65,18 +67,18 @@ static void share_value(const Attend &a, const Sequence &s, float *values, int64
 static void share_run(const Attend &a, const Sequence &s, int64_t index, int64_t run, float *head) {
     const int64_t kv = s.kv_head + index, first = run * RUN, end = smaller(first + RUN, s.length);
     float *keys = s.keys + index * s.panels * a.dim * KEYS;
-    float *values = s.values + index * s.length * s.width;
-    for (int64_t j = end; j < smaller(first + RUN, s.panels * KEYS); j++)
+    float *values = s.values + index * s.count * s.width;
+    for (int64_t j = end - s.begin; j < smaller(first + RUN - s.begin, s.panels * KEYS); j++)
         for (int64_t d = 0; d < a.dim; d++) keys[(j / KEYS * a.dim + d) * KEYS + j % KEYS] = 0;
     if (a.bits == 16) {
         for (int64_t j = first; j < end; j++) {
-            const int64_t at = ((s.row * a.kv_heads + kv) * a.capacity + j) * a.dim;
+            const int64_t at = ((s.row * a.kv_heads + kv) * a.capacity + j % a.capacity) * a.dim;
             load_token(a, s, kv, j, false, head);
             if (j >= s.past) store_head(head, a, a.keys, at);
-            share_key(a, keys, j, head);
+            share_key(a, keys, j - s.begin, head);
             load_token(a, s, kv, j, true, head);
             if (j >= s.past) store_head(head, a, a.values, at);
-            share_value(a, s, values, j, head);
+            share_value(a, s, values, j - s.begin, head);
         }
         return;
     }
@@ -99,9 +101,9 @@ static void share_run(const Attend &a, const Sequence &s, int64_t index, int64_t
     }
     for (int64_t j = first; j < end; j++) {
         for (int64_t d = 0; d < a.dim; d++) head[d] = key_at(a, c, d, j - first);
-        share_key(a, keys, j, head);
+        share_key(a, keys, j - s.begin, head);
         for (int64_t d = 0; d < a.dim; d++) head[d] = value_at(a, c, d, j - first);
-        share_value(a, s, values, j, head);
+        share_value(a, s, values, j - s.begin, head);
     }
 }
 
@@ -184,7 +186,7 @@ static void attend_part(const Attend &a, const Sequence &s, int64_t head, int64_
     // Tokens that are seen as they came, if those before them are integers: all are of one run.
     const int64_t own = a.bits == 16 ? length : start / RUN * RUN;
     const float *keys = s.keys + kv * s.panels * a.dim * KEYS;
-    const float *values = s.values + kv * s.length * s.width;
+    const float *values = s.values + kv * s.count * s.width;
     const float *own_keys = nullptr, *own_values = nullptr;
     if (a.bits != 16) {
         const int64_t first = kv * s.recent_panels * KEYS + own - s.recent;
@@ -208,10 +210,11 @@ static void attend_part(const Attend &a, const Sequence &s, int64_t head, int64_
         }
     };
     by_blocks([&](int64_t i, int64_t from, int64_t stop) {
-        const float *panels = from < own ? keys + from * a.dim : own_keys + (from - own) * a.dim;
-        for (int64_t j = from; j < stop; j += KEYS)
-            score_panel(queries + i * QUERIES * a.dim, a.dim, panels + (j - from) * a.dim,
-                        scores + i * QUERIES * stride + j, stride);
+        const float *panels =
+            from < own ? keys + (from - s.begin) * a.dim : own_keys + (from - own) * a.dim;
+        float *row = scores + i * QUERIES * stride + from - s.begin;
+        for (int64_t j = 0; j < stop - from; j += KEYS)
+            score_panel(queries + i * QUERIES * a.dim, a.dim, panels + j * a.dim, row + j, stride);
     });
     float share[PART_QUERIES];
     for (int64_t i = 0; i < count * QUERIES; i++) {
@@ -219,20 +222,21 @@ static void attend_part(const Attend &a, const Sequence &s, int64_t head, int64_
         const Queries &these = few[i / QUERIES];
         const int64_t place = these.place(i % QUERIES);
         const int64_t first = unseen(a.window, place), seen = place + 1 - first;
-        const float scale = cap_scores(a, row + first, seen);
-        const float m_i = scale_scores(row + first, seen, scale, slope, first - place);
-        share[i] = 1 / exponents(row + first, seen, m_i);
+        float *seen_row = row + first - s.begin;
+        const float scale = cap_scores(a, seen_row, seen);
+        const float m_i = scale_scores(seen_row, seen, scale, slope, first - place);
+        share[i] = 1 / exponents(seen_row, seen, m_i);
         // Keys in front of the window and behind the query, and the panel's filling, weigh nothing.
-        for (int64_t j = these.begin; j < first; j++) row[j] = 0;
-        for (int64_t j = place + 1; j < these.length(); j++) row[j] = 0;
+        for (int64_t j = these.begin; j < first; j++) row[j - s.begin] = 0;
+        for (int64_t j = place + 1; j < these.length(); j++) row[j - s.begin] = 0;
     }
     for (int64_t d = 0; d < a.dim; d += KEYS) {
         alignas(64) float out[PART_QUERIES][KEYS] = {};
         by_blocks([&](int64_t i, int64_t from, int64_t stop) {
-            const float *block =
-                from < own ? values + from * s.width : own_values + (from - own) * s.width;
-            weigh_values(scores + i * QUERIES * stride + from, stride, stop - from, block + d,
-                         s.width, out + i * QUERIES);
+            const float *block = from < own ? values + (from - s.begin) * s.width
+                                            : own_values + (from - own) * s.width;
+            weigh_values(scores + i * QUERIES * stride + from - s.begin, stride, stop - from,
+                         block + d, s.width, out + i * QUERIES);
         });
         for (int64_t i = 0; i < count * QUERIES; i++) {
             if (i % QUERIES >= few[i / QUERIES].count) continue;
@@ -253,10 +257,12 @@ static Status attend_run(const Attend &a, int64_t index) {
     s.asked = a.last ? s.length - 1 : s.past;
     s.result = a.last ? index : s.token;
     s.width = (a.dim + KEYS - 1) / KEYS * KEYS;
-    s.panels = (s.length + KEYS - 1) / KEYS;
+    s.begin = smaller(s.past, unseen(a.window, s.asked)) / RUN * RUN;
+    s.count = s.length - s.begin;
+    s.panels = (s.count + KEYS - 1) / KEYS;
     s.recent = a.bits == 16 ? s.length : s.past / RUN * RUN;
     s.recent_panels = (s.length - s.recent + KEYS - 1) / KEYS;
-    const int64_t keys = s.panels * a.dim * KEYS, values = s.length * s.width;
+    const int64_t keys = s.panels * a.dim * KEYS, values = s.count * s.width;
     const int64_t recent = s.recent_panels * KEYS * (a.dim + s.width);
     const int64_t fitting = SHARED_BYTES / 4 / (keys + values + recent);
     const int64_t at_once = fitting < 1 ? 1 : smaller(fitting, a.kv_heads);
@@ -272,14 +278,14 @@ static Status attend_run(const Attend &a, int64_t index) {
     s.recent_keys = s.values + at_once * values;
     s.recent_values = s.recent_keys + at_once * s.recent_panels * KEYS * a.dim;
     auto own = [=](int64_t thread) { return memory + in_all + thread * each; };
-    const int64_t runs = (s.length + RUN - 1) / RUN;
+    const int64_t runs = (s.count + RUN - 1) / RUN;
     // Cuts are where positions say, not where this run of tokens begins.
     const int64_t before = s.asked / PART_QUERIES * PART_QUERIES;
     const int64_t parts = (s.length - before + PART_QUERIES - 1) / PART_QUERIES;
     for (s.kv_head = 0; s.kv_head < a.kv_heads; s.kv_head += at_once) {
         const int64_t heads = smaller(at_once, a.kv_heads - s.kv_head);
         for_each(heads * runs, true, [&](int64_t i, int64_t thread) {
-            share_run(a, s, i / runs, i % runs, own(thread));
+            share_run(a, s, i / runs, s.begin / RUN + i % runs, own(thread));
         });
         // A head's rows, which are longer the later they are, in turn with the other heads'.
         for_each(heads * shared * parts, true, [&](int64_t i, int64_t thread) {

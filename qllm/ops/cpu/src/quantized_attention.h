@@ -21,7 +21,7 @@ struct Codes {
 };
 
 static Codes codes_of(const Attend &a, int64_t row, int64_t kv, int64_t run) {
-    const int64_t at = (row * a.kv_heads + kv) * (a.capacity / RUN) + run;
+    const int64_t runs = a.capacity / RUN, at = (row * a.kv_heads + kv) * runs + run % runs;
     const int64_t bytes = RUN * a.width * a.bits / 8;
     return {a.key_codes + at * bytes,      a.value_codes + at * bytes,
             a.key_scales + at * a.width,   a.value_scales + at * RUN,

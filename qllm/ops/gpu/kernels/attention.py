@@ -51,8 +51,9 @@ def decode_attention(  # noqa: PLR0912 - one launch
     Args:
         qkv: (B, (H + 2 H_kv) D).
         cos, sin: (B, D).
-        keys, values: (R, H_kv, capacity, D); with BITS of 8 and 4, of the newest run of RUN tokens
-            alone, those before it being integers, of D padded to WIDTH: `qllm.ops.quantized_kv`.
+        keys, values: (R, H_kv, capacity, D), a token at its position modulo capacity; with BITS of
+            8 and 4, of the newest run of RUN tokens alone, those before it being integers, of D
+            padded to WIDTH: `qllm.ops.quantized_kv`.
         rows: int64 (B,), of the cache.
         positions: int64 (B,).
         window: tokens that a query sees, its own included, with WINDOW; else all before it.
@@ -60,7 +61,7 @@ def decode_attention(  # noqa: PLR0912 - one launch
         partials: float32, (B H_kv, SPLITS, PADDED_GROUP, 2 HALF + 2).
     """
     type: tl.constexpr = qkv.dtype.element_ty
-    sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions + sequence).to(tl.int32)
     column = tl.arange(0, HALF)
     in_first, in_second = column < FIRST, column < DIM - FIRST
@@ -70,7 +71,8 @@ def decode_attention(  # noqa: PLR0912 - one launch
     first_token = position * 0
     if WINDOW:
         first_token = tl.maximum(position + 1 - window, 0)
-    if (split * SPAN <= position) & ((split + 1) * SPAN > first_token):
+    split = first_token // SPAN + part
+    if split * SPAN <= position:
         own = qkv + sequence.to(tl.int64) * (heads + 2 * kv_heads) * DIM
         one = tl.arange(0, 1)
         q1 = _load_half(own, head * DIM, is_head, column, in_first)
@@ -113,9 +115,9 @@ def decode_attention(  # noqa: PLR0912 - one launch
             here = token < end
             if WINDOW:
                 here = here & (token >= first_token)
-            in_run, run = token, item
-            if BITS != 16:  # a block is part of one run
-                in_run, run = token % RUN, item * (capacity // RUN) + start // RUN
+            in_run, run = token - start + start % capacity, item  # a block is part of one run
+            if BITS != 16:
+                in_run, run = token % RUN, item * (capacity // RUN) + start % capacity // RUN
             held, codes = keys + place, (key_codes, key_scales, key_zeros)
             how = (run, in_run, here, start >= recent)
             old1 = load_held(held, codes, how, column, in_first, True, DIM, WIDTH, BITS, type)
@@ -140,7 +142,7 @@ def decode_attention(  # noqa: PLR0912 - one launch
             value = (heads + kv_heads + kv_head + one) * DIM
             v1 = _load_half(own, value, one == 0, column, in_first)
             v2 = _load_half(own, value + FIRST, one == 0, column, in_second)
-            target = place + (position - recent) * DIM + column[None, :]
+            target = place + (position % capacity - recent % capacity) * DIM + column[None, :]
             tl.store(keys + target, k1, mask=in_first[None, :])
             tl.store(keys + target + FIRST, k2, mask=in_second[None, :])
             tl.store(values + target, v1, mask=in_first[None, :])
@@ -154,7 +156,7 @@ def decode_attention(  # noqa: PLR0912 - one launch
             acc1 = acc1 * alpha[:, None] + weight[:, None] * v1.to(tl.float32)
             acc2 = acc2 * alpha[:, None] + weight[:, None] * v2.to(tl.float32)
             if BITS != 16:
-                run = item * (capacity // RUN) + position // RUN
+                run = item * (capacity // RUN) + position % capacity // RUN
                 of_keys = (key_codes, key_scales, key_zeros)
                 of_values = (value_codes, value_scales, value_zeros)
                 if position - recent == RUN - 1:  # a run is whole
@@ -165,11 +167,10 @@ def decode_attention(  # noqa: PLR0912 - one launch
 
         last = True
         if SPLITS > 1:
-            earliest = first_token // SPAN
-            count = position // SPAN + 1 - earliest  # of programs that have something to say
+            count = position // SPAN + 1 - first_token // SPAN  # of programs with something to say
             width: tl.constexpr = 2 * HALF + 2
             cell = (sequence * kv_heads + kv_head).to(tl.int64) * SPLITS * PADDED_GROUP + member
-            mine = partials + (cell + split * PADDED_GROUP) * width
+            mine = partials + (cell + part * PADDED_GROUP) * width
             tl.store(mine[:, None] + column[None, :], acc1)
             tl.store(mine[:, None] + HALF + column[None, :], acc2)
             tl.store(mine + 2 * HALF, m_i)
@@ -183,8 +184,8 @@ def decode_attention(  # noqa: PLR0912 - one launch
                 l_i = tl.zeros((PADDED_GROUP,), tl.float32)
                 acc1 = tl.zeros((PADDED_GROUP, HALF), tl.float32)
                 acc2 = tl.zeros((PADDED_GROUP, HALF), tl.float32)
-                for part in range(bound(earliest), bound(earliest + count)):
-                    theirs = partials + (cell + part * PADDED_GROUP) * width
+                for other in range(bound(count)):
+                    theirs = partials + (cell + other * PADDED_GROUP) * width
                     top = tl.load(theirs + 2 * HALF, cache_modifier=".cg")
                     m_new = tl.maximum(m_i, top)
                     alpha, weight = tl.exp(m_i - m_new), tl.exp(top - m_new)

@@ -25,7 +25,7 @@ def write_tokens(
         starts: int64 (B + 1,), of sequences among the N tokens.
         positions: int64 (N,).
         q: (N, H, D).
-        keys, values: (R, H_kv, capacity, D).
+        keys, values: (R, H_kv, capacity, D), a token at its position modulo capacity.
     """
     type: tl.constexpr = qkv.dtype.element_ty
     sequence = tl.program_id(1)
@@ -51,9 +51,9 @@ def write_tokens(
     target = q + token * heads * DIM + (head * DIM)[:, None] + column[None, :]
     tl.store(target, a, mask=is_query & in_first)
     tl.store(target + FIRST, b, mask=is_query & in_second)
-    row, position = tl.load(rows + sequence), tl.load(positions + token)
+    row, held = tl.load(rows + sequence), tl.load(positions + token) % capacity
     kv_head = (head - heads) % kv_heads
-    place = (((row * kv_heads + kv_head) * capacity + position) * DIM)[:, None] + column[None, :]
+    place = (((row * kv_heads + kv_head) * capacity + held) * DIM)[:, None] + column[None, :]
     is_key, is_value = (
         rotates & (head >= heads)[:, None],
         real & (head >= heads + kv_heads)[:, None],
@@ -104,7 +104,8 @@ def prefill_attention(
             begin_key = tl.maximum(past + first + 1 - window, 0) // BN * BN
         for start in range(bound(begin_key), bound(length), BN):
             token = start + n
-            there = base + token[:, None] * DIM + column[None, :]
+            # A block is in whole runs of tokens, which lie together.
+            there = base + (start % capacity + n)[:, None] * DIM + column[None, :]
             known = (token < length)[:, None] & within
             k = operand(tl.load(keys + there, mask=known, other=0.0))
             scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
