@@ -34,12 +34,9 @@ from qllm.errors import UserError
 if TYPE_CHECKING:
     from qllm.candidates import Candidate
     from qllm.config import QuantPlan
-    from qllm.evaluate.agreement import ReferenceOutputs
-    from qllm.evaluate.perplexity import Text
+    from qllm.evaluate.agreement import DecoderReference, ReferenceModel, ReferenceOutputs
     from qllm.hub import ModelFolder
-    from qllm.huggingface import HuggingFaceModel
     from qllm.pretrained import Pretrained
-    from qllm.tokenizer import Tokenizer
 
 CONVENTIONS = "gptq, strided, llama.cpp, word, byte"
 NEW_TOKENS = 32
@@ -182,14 +179,15 @@ def read_candidates(
 
 
 def read_reference(
-    args: argparse.Namespace, model: HuggingFaceModel, tokenizer: Tokenizer, text: Text | None
+    args: argparse.Namespace, model: ReferenceModel, first: Candidate
 ) -> ReferenceOutputs:
-    """What transformers says of the prompts, or of the text and of prompts cut from it."""
+    """What a reference says of the prompts, or of the text and of prompts cut from it."""
     from qllm.data import sample_windows
     from qllm.evaluate.agreement import ReferenceOutputs
     from qllm.generate import check_prompts
     from qllm.generation_config import GenerationConfig
 
+    tokenizer, text = first.tokenizer, first.asked.text
     own = bool(args.prompt or args.prompt_file or args.stdin)
     cli.fit_defaults(args, model.config, own)
     count = args.max_gen_tokens
@@ -274,12 +272,15 @@ def run_reference(
         return None, {}
     from qllm.candidates import check_sizes, find_reference
     from qllm.evaluate.evaluation import evaluate
+    from qllm.gguf import is_gguf
     from qllm.huggingface import HuggingFaceModel
 
-    place = find_reference(candidates, args.reference, cli.note)
+    place = find_reference(candidates, args.reference, cli.note, gguf=not args.compare)
     check_sizes(candidates, place)
-    model = HuggingFaceModel.load(place.path, dtype=cli.resolve_dtype(args), device=device)
     first = candidates[0]
+    if is_gguf(place.path):
+        return read_reference(args, load_gguf(args, place, device), first), {}
+    model = HuggingFaceModel.load(place.path, dtype=cli.resolve_dtype(args), device=device)
     other = {}
     if args.compare:
         about = {"name": "transformers", "dtype": model.dtype, "bytes": model.nbytes}
@@ -287,7 +288,30 @@ def run_reference(
         other["compare"] = about | found
     if not args.agreement:
         return None, other
-    return read_reference(args, model, first.tokenizer, first.asked.text), other
+    return read_reference(args, model, first), other
+
+
+def load_gguf(args: argparse.Namespace, place: ModelFolder, device: str) -> DecoderReference:
+    """A GGUF file as it is, in float32 unless told otherwise, as the reference."""
+    import torch
+
+    from qllm.bitwidths import make_plan
+    from qllm.config import QuantSpec
+    from qllm.evaluate.agreement import DecoderReference
+    from qllm.llm import LLM
+    from qllm.models import Decoder
+    from qllm.pretrained import Pretrained
+
+    cli.note(f"the reference is {place.path} as it is, run by QLLM: transformers does not")
+    llm = LLM.load(
+        Pretrained.open(place, texts=False),
+        make_plan(16, QuantSpec(), None),
+        dtype=cli.resolve_dtype(args) or torch.float32,
+        device=device,
+        meter=cli.meter("loading the reference"),
+    )
+    assert isinstance(llm.model, Decoder)  # of a file that is no ONNX model
+    return DecoderReference(llm.model)
 
 
 def plans_of(

@@ -178,7 +178,11 @@ def _check_texts(first: Candidate, other: Candidate, alike: str) -> None:
 
 
 def find_reference(
-    candidates: Sequence[Candidate], named: str | None, note: Callable[[str], None]
+    candidates: Sequence[Candidate],
+    named: str | None,
+    note: Callable[[str], None],
+    *,
+    gguf: bool = False,
 ) -> ModelFolder:
     """The one 16-bit checkpoint that all are compared with; see `qllm.checkpoint.origin`.
 
@@ -186,11 +190,11 @@ def find_reference(
         UserError: there is none, or more than one.
     """
     if named is not None:
-        return origin.find_reference(candidates[0].folder, named, note)
+        return origin.find_reference(candidates[0].folder, named, note, gguf=gguf)
     found: dict[Path, tuple[str, ModelFolder]] = {}
     notes: list[str] = []
     for candidate in candidates:
-        model = origin.find_reference(candidate.folder, None, notes.append)
+        model = origin.find_reference(candidate.folder, None, notes.append, gguf=gguf)
         found.setdefault(model.path.resolve(), (candidate.name, model))
     for said in notes[:1]:
         note(said)

@@ -1,12 +1,13 @@
 """Modules of torch that `import torch` runs and a model does not need, left until they are used.
 
-They are a good part of the time of `import torch`: torch.export, the quantization and the
-distributions of torch's own. Modules that change what others do when they are imported are not
-among them (torch._meta_registrations: without it there is no torch.Generator).
+They are 0.4 of the time of `import torch`: torch.export, the quantization and the distributions of
+torch's own, and what torch.compile traces with: operators in Python, of the meta device for one,
+which has those that models are built by in C++.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 import types
@@ -15,7 +16,9 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 
 # Modules that run code of other modules when they are imported, which nothing else in torch needs.
+TRACING = ("torch._meta_registrations", "torch._decomp", "torch._refs", "torch._prims")
 MODULES = (
+    *TRACING,
     "torch.ao",
     "torch.distributions",
     "torch.export",
@@ -24,7 +27,9 @@ MODULES = (
     "torch.nn.qat",
     "torch.nn.quantizable",
     "torch.nn.quantized",
+    "torch.profiler",
     "torch.quantization",
+    "torch.utils.data",
 )
 # What may rely on all of torch where it is imported.
 USERS = ("transformers", "torch._dynamo", "torch._inductor", "torch.onnx", "torch._export")
@@ -76,10 +81,21 @@ class _Later(Loader):
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:
-        pass
+        if module.__name__ == TRACING[0]:
+            _stand_in()
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.loader, name)
+
+
+def _stand_in() -> None:
+    """What importing TRACING does that others rely on: torch 2.13 has it for torch.Generator."""
+    import torch
+
+    if set_metaclass := getattr(torch._C, "_set_generator_metaclass", None):
+        set_metaclass(importlib.import_module("torch._opaque_base").OpaqueBaseMeta)
+    for name in TRACING[1:]:
+        importlib.import_module(name)  # without their code, as attributes of torch
 
 
 class _Finder(MetaPathFinder):

@@ -9,9 +9,12 @@ import shutil
 
 import pytest
 from conftest import assert_user_error, tiny
+from gguf_files import FAMILIES as GGUF_FAMILIES
+from gguf_files import write_model
 from inside import call, call_json
 from oracle import our_bundled
 
+from qllm import LLM
 from qllm.checkpoint.load import module_bytes
 from qllm.config import QuantPlan, QuantSpec
 from qllm.evaluate.perplexity import CONVENTIONS, PerplexityOptions, Text, perplexity
@@ -200,6 +203,24 @@ def test_agreement_on_prompts():
     assert row["agreement"]["positions"] == count
     assert row["agreement"]["prefix"]["prompts"] == 2
     assert row["perplexity"] == row["tasks"] == {}
+
+
+def test_agreement_with_a_gguf_file(files, tmp_path):
+    """Which our own decoder runs, in float32: of itself nothing is different."""
+    file = write_model(tmp_path / "model.gguf", GGUF_FAMILIES["llama"](), "Q8_0")
+    ask = ("--agreement", "--prompt", "the sea and the land", "--max-gen-tokens", 3)
+    own = call_json(EVAL, "--model-path", file, *ask, "--dtype", "float32")
+    (row,) = own["rows"]
+    assert row["agreement"]["kl"]["max"] == 0 and row["agreement"]["prefix"]["min"] == 3
+    rounded = call_json(EVAL, "--model-path", file, "--bitwidth", 2, *ask)
+    (row,) = rounded["rows"]
+    models = [LLM.from_pretrained(file, bitwidth=bits, dtype="float32") for bits in (16, 2)]
+    logits = [llm.model.prefill([llm.tokenizer.encode(ask[2])], last=False) for llm in models]
+    p, q = (part.double().log_softmax(-1) for part in logits)
+    want = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert row["agreement"]["kl"]["mean"] == pytest.approx(want, rel=1e-2)
+    compared = ("--compare", "hf", "--tasks", files / "task.jsonl")
+    assert_user_error(call(EVAL, "--model-path", file, *compared), "is a GGUF file; name")
 
 
 def test_named_data_goes_through_datasets(monkeypatch):

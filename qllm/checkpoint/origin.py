@@ -11,6 +11,7 @@ from qllm.checkpoint.reader import QUANTIZATION_KEY, read_raw_config
 from qllm.checkpoint.weights import check_readable_by_transformers
 from qllm.errors import UserError
 from qllm.files import read_bytes
+from qllm.gguf import is_gguf
 from qllm.hub import ModelFolder
 from qllm.models.family import RawConfig
 from qllm.text import surrogate
@@ -62,13 +63,18 @@ def algorithm(raw_config: RawConfig) -> str:
 
 
 def find_reference(
-    model: ModelFolder, named: str | None = None, note: Callable[[str], None] = lambda line: None
+    model: ModelFolder,
+    named: str | None = None,
+    note: Callable[[str], None] = lambda line: None,
+    *,
+    gguf: bool = False,
 ) -> ModelFolder:
     """The 16-bit checkpoint that a model is compared with.
 
     Args:
         named: a folder, a bundled model or a repository, whatever the model records.
         note: called with a line on what the model was made from.
+        gguf: it may be a GGUF file, which transformers does not run.
 
     Returns:
         the one it was made from where it records that, else the model itself.
@@ -88,5 +94,6 @@ def find_reference(
                 f"{model.path} was made from {base}, which is not to be had here ({error}); name "
                 "the 16-bit checkpoint with --reference"
             ) from None
-    check_readable_by_transformers(read_raw_config(model.path))
+    if not (gguf and is_gguf(model.path)):
+        check_readable_by_transformers(read_raw_config(model.path))
     return model
