@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from qllm.plan.devices import Cluster
     from qllm.plan.planner import Limits, Plan, Planner
     from qllm.plan.sensitivity import Sensitivity
+    from qllm.plan.verify import Verified
 
 BITS = "2,3,4,5,6,8"
 ALGORITHMS = ("gptq", "rtn")
@@ -191,7 +192,8 @@ def main() -> None:
         if args.output:
             write_json(Path(args.output), plan.to_json())
         if args.verify:
-            result["measured"] = check(args, folder, plan, samples, judged, device)
+            found = check(args, folder, plan, samples, judged, device)
+            result |= {"measured": found.measured, "probed": found.probed}
     if args.json:
         report.print_json(report.finite(result))
 
@@ -390,7 +392,7 @@ def check(
     samples: list[list[int]],
     judged: list[list[int]],
     device: str,
-) -> dict[str, float]:
+) -> Verified:
     """Quantize and run a plan here; print what was predicted beside what was measured."""
     from qllm import report
     from qllm.plan.verify import verify
@@ -401,8 +403,13 @@ def check(
     found = verify(folder.path, plan, args.algorithm, samples, judged, dtype, device)
     predicted = plan.predicted()
     if not args.json:
-        rows = [[key, f"{predicted[key]:.4g}", f"{value:.4g}"] for key, value in found.items()]
-        report.print_table(["", "predicted", "measured"], rows)
+        columns = ["", "predicted", "probed beside the run", "measured"]
+        tables = (predicted, found.probed, found.measured)
+        rows = [
+            [key, *(f"{table[key]:.4g}" if key in table else "" for table in tables)]
+            for key in found.measured
+        ]
+        report.print_table(columns, rows)
     return found
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qllm.ops.cpu import build
+from qllm.ops.cpu import build, paths
 from qllm.ops.cpu import library as native
 
 AVX512, AMX = 4, 8  # of dispatch.cpp
+HARDWARE = "hardware.so"
 LOOK = native.library.__wrapped__  # tests put others in the place of `library`
 # What tiles have to do with, quick to compile: the products of avx512, and no other path.
 AVX512_SOURCE = """
@@ -34,7 +35,6 @@ constexpr Path path() {
 }
 const qllm::Path qllm::avx512_path = path();
 """
-OTHER_SOURCE = '#include "kernels.h"\nconst qllm::Path qllm::%s_path = {"%s"};\n'
 # One product of whole tiles, by the instruction and by what stands in for it.
 PAIRS_SOURCE = """
 #include "isa_avx512.h"
@@ -74,16 +74,14 @@ def compiled(factory: pytest.TempPathFactory, sources: dict[str, str], flags: st
 def tile_library(factory: pytest.TempPathFactory, kind: str) -> Path:
     """A library with the path for AMX on "emulated" tiles, or, of "hardware", the users' own."""
     if kind == "hardware":
-        copy = factory.mktemp("library") / "hardware.so"
-        copy.write_bytes(Path(build.load()._name).read_bytes())
+        copy = factory.mktemp("library") / HARDWARE
+        copy.write_bytes(Path(native.library()._name).read_bytes())
         return copy
     sources = {
         name: (build.SOURCE / name).read_text(encoding="utf-8")
         for name in ("dispatch.cpp", "threads.cpp", "amx.cpp")
     }
     sources["avx512.cpp"] = AVX512_SOURCE
-    for name in ("avx512bf16", "avxvnni", "avx2", "scalar"):
-        sources[f"{name}.cpp"] = OTHER_SOURCE % (name, name)
     return compiled(factory, sources, "-DQLLM_EMULATE_AMX -O1")
 
 
@@ -91,7 +89,9 @@ def started(path: Path, forced: str = "") -> ctypes.CDLL:
     """A library, on the best path or one that is forced, as a process has it that starts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLLM_CPU_PATH", forced)
-        patch.setattr(build, "load", lambda: ctypes.CDLL(str(path)))
+        patch.setattr(build, "load", lambda omitted: ctypes.CDLL(str(path)))
+        if path.name != HARDWARE:
+            patch.setattr(paths, "available", lambda: tuple(paths.PATHS))
         return LOOK()
 
 

@@ -35,6 +35,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "qllm"))
 # Tests run beside each other, and beside the processes they start: threads that spin while they
 # wait take the processor from those that work. Read once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Tests go through every path that this machine has, and their processes share one library.
+os.environ.setdefault("QLLM_CPU_PATH", "amx,avx512bf16,avx512,avxvnni,avx2,scalar")
 # No test asks for the network. Read once too, when huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

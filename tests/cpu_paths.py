@@ -38,11 +38,16 @@ def paths() -> tuple[str, ...]:
     return found
 
 
+def forced(name: str) -> str:
+    """QLLM_CPU_PATH of a process on a path, which takes it from the library that tests share."""
+    return f"{name},{','.join(native.PATHS)}"
+
+
 @contextmanager
 def on(name: str) -> Iterator[None]:
     """A path for a while; the test is skipped where this machine lacks it."""
     if name not in paths():
-        pytest.skip(f"this machine lacks {native.PATHS[name]}")
+        pytest.skip(f"this machine lacks {native.PATHS[name].about}")
     use(name)
     try:
         yield

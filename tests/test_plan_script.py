@@ -6,14 +6,26 @@ import json
 import platform
 
 import pytest
+import torch
 from conftest import ROOT, assert_user_error, run_json, tiny
 from inside import call, call_json
+
+from qllm.plan import verify
+from qllm.plan.devices import MeasuredSpeed
 
 PLAN, QUANT, GEN = "qllm_plan.py", "qllm_quant.py", "qllm_gen.py"
 STORY = "Once upon a time there was a man who lived by the sea, and he was not a happy man. "
 # Bits per weight of 3 in groups of 64, with a scale of 16 bits and a zero of 8 each.
 UNIFORM_3 = 3 + 24 / 64
 CHOICES = ("--bits", "2,3,4", "--group-size", 64, "--nsamples", 4, "--seqlen", 32)
+
+
+def linears_times(linears: dict, factor: float) -> dict:
+    """Tables of what products take, as on a machine that is slower."""
+    return {
+        bits: {rows: tuple(factor * each for each in times) for rows, times in table.items()}
+        for bits, table in linears.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +98,7 @@ def test_devices_and_stages(given, tmp_path):
     assert "layers 0 to" in shown.stdout
 
 
-def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_path):
+def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_path, monkeypatch):
     _, args, found = given
     half = found["plan"]["predicted"]["bytes"] * 0.6
     linear = {"1": (1e-6, 0.0, 1e-10, 2e-10), "32": (1e-5, 0.0, 1e-9, 1e-9)}
@@ -98,8 +110,20 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
     devices = [device | {"name": "a"}, device | {"name": "b"}]
     (tmp_path / "cluster.json").write_text(json.dumps({"devices": devices}))
     args = (*args, "--cluster", tmp_path / "cluster.json", "--prompt", 8, "--gen", 4)
+    slower = {**speed, "linears": dict.fromkeys(("decode", "prefill"), linears_times(linears, 3))}
+    asked: list[int] = []
+
+    def probe(specs, dtype, device):
+        asked.append(torch.get_num_threads())
+        return MeasuredSpeed(**slower)
+
+    monkeypatch.setattr(verify, "probe", probe)
     both = call_json(PLAN, *args, "--avg-bits", UNIFORM_3, "--verify")
     predicted, measured = both["plan"]["predicted"], both["measured"]
+    # Of a machine that is three times as slow as the one that was probed for the plan.
+    assert asked == [1, 1] and set(both["probed"]) == {"prefill_seconds", "decode_seconds"}
+    for key, seconds in both["probed"].items():
+        assert 1.5 * predicted[key] < seconds < 3 * predicted[key]
     assert measured["bytes"] == predicted["bytes"]
     assert both["plan"]["stages"] and measured["divergence"] > 0
     assert measured["decode_seconds"] > 0 and measured["prefill_seconds"] > 0

@@ -100,6 +100,13 @@ class Plan:
         staged = all(device.threads for device in self.order)
         return self.planner.cluster is not None and all(known) and (staged or not self.cuts)
 
+    def seconds_on(self, devices: Sequence[Device]) -> tuple[float, float]:
+        """What the prompts and a step would take on devices in place of those of `order`."""
+        problem = self.planner.problem(Limits(), devices)
+        _, places = np.unique(self.solution.device, return_inverse=True)
+        costs = problem.evaluate(self.solution.choice, places)
+        return costs.prefill, costs.decode
+
     def predicted(self) -> dict[str, object]:
         """What the program says of it."""
         costs = self.solution.costs

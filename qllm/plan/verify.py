@@ -4,20 +4,41 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from qllm.checkpoint.load import load_model, module_bytes
 from qllm.config import QuantPlan, QuantSpec
 from qllm.evaluate.agreement import DecoderReference, ReferenceOutputs, agreement
+from qllm.plan.devices import Speed
 from qllm.plan.planner import Plan
+from qllm.plan.probe import probe
 from qllm.plan.stages import time_stages
 from qllm.plan.timing import time_generation
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.job import Job
 from qllm.quantizer.layer import needs_inputs
+
+TIMES = ("prefill_seconds", "decode_seconds")
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What became of a plan.
+
+    Attributes:
+        measured: `divergence` from the model at 16 bits, nats per token; `bytes`; and where the
+            plan's devices are this machine's, TIMES, medians of some runs.
+        probed: TIMES as they are predicted from a probe before the run and one behind it, where
+            those were measured. A shared machine's speed drifts: what the plan's own probe
+            misses by it, and what the prediction itself does, is told apart by them.
+    """
+
+    measured: dict[str, float]
+    probed: dict[str, float]
 
 
 def verify(
@@ -28,16 +49,12 @@ def verify(
     judged: Sequence[Sequence[int]],
     dtype: torch.dtype | None,
     device: str,
-) -> dict[str, float]:
+) -> Verified:
     """Quantize and run a plan: in this process, and where it has stages, each in one of its own.
 
     Args:
         algorithm: by which integers are chosen.
         samples, judged: what is calibrated on, and what divergence is measured on.
-
-    Returns:
-        `divergence` from the model at 16 bits, nats per token; `bytes`; where the plan's devices
-        are this machine's, `prefill_seconds` and `decode_seconds`, the median of some runs.
     """
     rules = tuple((pattern, _by(algorithm, spec)) for pattern, spec in plan.quant_plan.rules)
     chosen = replace(plan.quant_plan, rules=rules)
@@ -57,16 +74,33 @@ def verify(
         copies = plan.planner.shape.tied if plan.cuts else 0  # which the last stage has
         found = {"divergence": kl["mean"], "bytes": float(module_bytes(model) + copies)}
         del reference, outputs
-        if plan.is_here():
-            work, stages = plan.planner.work, plan.stages
-            if stages is not None:
-                del model
-                threads = [each.threads or 1 for each in plan.order]
-                times = time_stages(source, stages, threads, dtype, work)
-            else:
-                times = time_generation(model, work)
-            found["prefill_seconds"], found["decode_seconds"] = times
-    return found
+        if not plan.is_here():
+            return Verified(found, {})
+        work, stages = plan.planner.work, plan.stages
+        before = _seconds_now(plan, dtype, device)
+        if stages is not None:
+            del model
+            threads = [each.threads or 1 for each in plan.order]
+            times = time_stages(source, stages, threads, dtype, work)
+        else:
+            times = time_generation(model, work)
+        now = np.mean([before, _seconds_now(plan, dtype, device)], axis=0)
+    found |= dict(zip(TIMES, times, strict=True))
+    return Verified(found, dict(zip(TIMES, map(float, now), strict=True)))
+
+
+def _seconds_now(plan: Plan, dtype: torch.dtype | None, device: str) -> tuple[float, float]:
+    """What the prompts and a step take by a probe of this minute, of what the plan has."""
+    specs, count = list(plan.specs.values()), torch.get_num_threads()
+    speeds: dict[int | None, Speed] = {}
+    try:
+        for threads in {each.threads for each in plan.order}:
+            if threads is not None:
+                torch.set_num_threads(threads)
+            speeds[threads] = probe(specs, dtype or torch.float16, device)
+    finally:
+        torch.set_num_threads(count)
+    return plan.seconds_on([replace(each, speed=speeds[each.threads]) for each in plan.order])
 
 
 def _by(algorithm: str, spec: QuantSpec) -> QuantSpec:

@@ -198,7 +198,7 @@ def test_a_refusal_is_in_the_reason(monkeypatch):
 def without_cpu_kernels(monkeypatch):
     """As on a machine without a compiler."""
 
-    def load() -> None:
+    def load(omitted: frozenset[str]) -> None:
         raise build.Unavailable("none today")
 
     def forget() -> None:

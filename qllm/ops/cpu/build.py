@@ -59,10 +59,11 @@ _AVX512 = (
 # By the stem of a source file: the instructions that it may use, on top of plain x86-64.
 # Those that take longest stand first, and are compiled first.
 FLAGS: dict[str, tuple[str, ...]] = {
-    "avx512": _AVX512,
+    "avx512linear": _AVX512,
     "avx2": _AVX2,
     "avxvnni": (*_AVX2, "-mavxvnni"),
     "scalar": ("-O2",),  # -O3 compiles twice as long, for code that few machines run
+    "avx512": _AVX512,
     "avx2int8": _AVX2,
     "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
     "avx512bf16": (*_AVX512, "-mavx512bf16"),
@@ -113,16 +114,17 @@ class _Recipe:
 
 
 @cache
-def load(source: Path = SOURCE) -> ctypes.CDLL:
+def load(source: Path = SOURCE, omitted: frozenset[str] = frozenset()) -> ctypes.CDLL:
     """The library of the kernels, compiled where the cache has none.
 
     Args:
         source: a folder; each *.cpp in it is compiled by itself, and sees the *.h beside it.
+        omitted: the stems of those *.cpp that are not.
 
     Raises:
         Unavailable: after all was tried again at each call, which may take as long as compiling.
     """
-    recipe = _recipe(source)
+    recipe = _recipe(source, omitted)
     _share_openmp()
     reasons: list[str] = []
     for folder in folders.kept_in(folders.CACHE):
@@ -161,8 +163,8 @@ def _note(line: str) -> None:
     print(f"note: {line}", file=sys.stderr, flush=True)
 
 
-def _recipe(folder: Path) -> _Recipe:
-    """How the sources of a folder are compiled on this machine."""
+def _recipe(folder: Path, omitted: frozenset[str] = frozenset()) -> _Recipe:
+    """How the sources of a folder are compiled on this machine, without some units."""
     machine = platform.machine()
     if sys.platform != "linux" or machine != "x86_64":
         system = platform.system()
@@ -172,7 +174,7 @@ def _recipe(folder: Path) -> _Recipe:
         sources = {path.name: path.read_bytes() for path in paths}
     except OSError as error:
         raise Unavailable(f"the CPU kernels cannot be read ({error}); reinstall QLLM") from error
-    units = [path.stem for path in paths if path.suffix == ".cpp"]
+    units = [path.stem for path in paths if path.suffix == ".cpp" and path.stem not in omitted]
     units.sort(key=[*FLAGS, *units].index)
     if not units:
         raise Unavailable(f"the CPU kernels are missing ({folder}/*.cpp); reinstall QLLM")

@@ -73,7 +73,7 @@ def declare(library: ctypes.CDLL) -> None:
     """Say what a library's functions return; ctypes takes all else for int."""
     for name in ("features", "op", "replay", "read_all", "multiply_all", *OPS):
         getattr(library, f"qllm_{name}").restype = ctypes.c_int64
-    for name in ("best", "amx_state", "message"):
+    for name in ("amx_state", "message"):
         getattr(library, f"qllm_{name}").restype = ctypes.c_char_p
     library.qllm_use.restype = ctypes.c_bool
 

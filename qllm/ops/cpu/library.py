@@ -13,19 +13,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from qllm.errors import UserError
-from qllm.ops.cpu import build, interface
+from qllm.ops.cpu import build, interface, paths
 from qllm.ops.cpu.capture import call
+from qllm.ops.cpu.paths import PATHS
 
-# What each path is built on, the best one first.
-PATHS = {
-    "amx": "AMX int8 and bfloat16",
-    "avx512bf16": "AVX-512 VNNI and BF16",
-    "avx512": "AVX-512 VNNI",
-    "avxvnni": "AVX-VNNI",
-    "avx2": "AVX2",
-    "scalar": "no vector instructions",
-}
 HUGE_PAGE = 1 << 21
 ARENA_BYTES = 32 << 20
 AHEAD_BYTES = 4 * HUGE_PAGE
@@ -43,26 +34,27 @@ class Library(ctypes.CDLL):
 
 @cache
 def library() -> Library:
-    """The compiled kernels, on the path that `QLLM_CPU_PATH` names or the best there is.
+    """The compiled kernels, on a path that `QLLM_CPU_PATH` names or the best there is.
 
     Raises:
         build.Unavailable: they cannot be had here.
         UserError: for a path that is unknown, or that this machine lacks.
     """
-    loaded = cast("Library", build.load())
+    names = paths.wanted()
+    loaded = cast("Library", build.load(omitted=paths.omitted(names)))
     interface.declare(loaded)
     if op := interface.mismatch(loaded):
         reason = f"the CPU kernels and QLLM's Python differ on the arguments of {op}"
         raise build.Unavailable(f"{reason}; reinstall QLLM")
     features = ctypes.c_int64(loaded.qllm_features())
-    best = loaded.qllm_best(features).decode()
-    name = os.environ.get("QLLM_CPU_PATH") or best
-    if not loaded.qllm_use(name.encode(), features):
-        known = [path for path in PATHS if loaded.qllm_use(path.encode(), features)]
-        loaded.qllm_use(best.encode(), features)
-        raise UserError(f"QLLM_CPU_PATH={name!r} cannot run here; choose {', '.join(known)}")
-    loaded.path = name
-    return loaded
+    for name in names:
+        if loaded.qllm_use(name.encode(), features):
+            loaded.path = name
+            return loaded
+    if os.environ.get(paths.VARIABLE):
+        raise paths.refusal(tuple(name for name in paths.available() if name not in names))
+    reason = f"this processor has no {PATHS[names[-1]].about}, though {paths.CPUINFO} says so"
+    raise build.Unavailable(f"{reason}; set {paths.VARIABLE}=scalar")
 
 
 @cache
@@ -80,7 +72,7 @@ def about() -> str:
     """The path in use, in words; and why AMX is not, where this machine has it."""
     state = library().qllm_amx_state().decode()
     failed = "" if state in ("used", "absent") else f" (AMX: {state})"
-    return PATHS[library().path] + failed
+    return PATHS[library().path].about + failed
 
 
 def unsupported_reason(device: str) -> str | None:

@@ -316,7 +316,7 @@ def test_tiles_that_fail_their_test_are_not_used(found, monkeypatch, capfd, faul
     before = children()
     library = found("emulated")
     assert library.path in ("avx512", "avx512bf16")
-    assert native.about() == f"{native.PATHS[library.path]} (AMX: self-test failed)"
+    assert native.about() == f"{native.PATHS[library.path].about} (AMX: self-test failed)"
     with pytest.raises(UserError, match="choose avx512"):
         found("emulated", "amx")
     assert capfd.readouterr() == ("", "")

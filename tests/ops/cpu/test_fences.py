@@ -104,7 +104,7 @@ def run_all(path: str) -> None:
 @pytest.mark.parametrize("path", native.PATHS)
 def test_nothing_outside_is_touched(path):
     if path not in paths():
-        pytest.skip(f"this machine lacks {native.PATHS[path]}")
+        pytest.skip(f"this machine lacks {native.PATHS[path].about}")
     done = run_in(Path(__file__), f"run_all({path!r})")
     assert done.returncode == 0, done.stderr
 

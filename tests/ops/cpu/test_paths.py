@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_user_error, run, run_json
-from cpu_paths import on, paths, random_weight
+from cpu_paths import forced, on, paths, random_weight
 from inside import call_json
 
 from qllm import ops
@@ -21,6 +22,7 @@ from qllm.errors import UserError
 from qllm.ops import Request
 from qllm.ops.cpu import build, interface
 from qllm.ops.cpu import library as native
+from qllm.ops.cpu import paths as machine
 
 GENERATE = ("--model-name", "opt", "--model-size", "tiny", "--bitwidth", "4")
 AVX2, AVX_VNNI, AVX512, AMX, BF16 = 1, 2, 4, 8, 16  # of dispatch.cpp
@@ -50,6 +52,15 @@ def test_there_are_kernels_where_there_is_a_compiler():
     assert native.unavailable() is None
 
 
+@pytest.fixture
+def forgotten(monkeypatch):
+    """What this machine's tests force, and what is known of it."""
+    monkeypatch.delenv("QLLM_CPU_PATH")
+    machine.available.cache_clear()
+    yield
+    machine.available.cache_clear()
+
+
 @pytest.mark.parametrize("name", native.PATHS)
 def test_a_path_of_this_machine_runs(name):
     weight = random_weight((16, 32), 4, 32)
@@ -58,39 +69,77 @@ def test_a_path_of_this_machine_runs(name):
         assert torch.allclose(weight.kernel(x), weight.matrix.t().float())
 
 
-@pytest.mark.parametrize(
-    ("features", "best"),
-    [
-        (0, "scalar"),
-        (AVX2, "avx2"),
-        (AVX_VNNI, "scalar"),
-        (AVX2 | AVX_VNNI, "avxvnni"),
-        (AVX2 | AVX512, "avx512"),
-        (AVX2 | AVX_VNNI | AVX512, "avx512"),
-        (AVX2 | AVX512 | BF16, "avx512bf16"),
-        (AVX2 | BF16, "avx2"),
-        (AVX2 | AVX512 | AMX, "avx512"),
-        (AVX2 | AVX512 | AMX | BF16, "amx"),
-        (AVX2 | AMX, "avx2"),
-    ],
-)
-def test_the_best_path_of_what_a_machine_has(features, best):
+NEEDS = {
+    "amx": AVX512 | AMX | BF16,
+    "avx512bf16": AVX512 | BF16,
+    "avx512": AVX512,
+    "avxvnni": AVX2 | AVX_VNNI,
+    "avx2": AVX2,
+    "scalar": 0,
+}
+
+
+def test_a_path_is_taken_where_its_features_are():
+    known = machine.available()
     paths()
     library = native.library()
-    assert library.qllm_best(ctypes.c_int64(features)).decode() == best
-    needs = {
-        "amx": AVX512 | AMX | BF16,
-        "avx512bf16": AVX512 | BF16,
-        "avx512": AVX512,
-        "avxvnni": AVX2 | AVX_VNNI,
-    }
-    needs |= {"avx2": AVX2, "scalar": 0}
     try:
-        for name, needed in needs.items():
-            can = library.qllm_use(name.encode(), ctypes.c_int64(features))
-            assert can == (features & needed == needed)
+        for features, (name, needed) in itertools.product(range(32), NEEDS.items()):
+            took = library.qllm_use(name.encode(), ctypes.c_int64(features))
+            assert took == (name in known and features & needed == needed)
     finally:
         library.qllm_use(library.path.encode(), ctypes.c_int64(library.qllm_features()))
+
+
+OLD = "fpu sse2 avx f16c fma"
+HASWELL = f"{OLD} avx2 bmi2"
+CASCADE_LAKE = f"{HASWELL} avx512f avx512bw avx512dq avx512vl avx512_vnni"
+AVX512_UNITS = "avx512 avx512linear"
+COOPER_LAKE = f"{CASCADE_LAKE} avx512_bf16"
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted", "units"),
+    [
+        (OLD, "scalar", "scalar"),
+        (HASWELL, "avx2", "avx2 avx2int8"),
+        (f"{HASWELL} avx_vnni", "avxvnni", "avxvnni"),
+        (HASWELL.replace("bmi2", "") + " avx_vnni", "scalar", "scalar"),
+        (f"{HASWELL} avx512f avx512bw avx512dq avx512vl", "avx2", "avx2 avx2int8"),
+        (CASCADE_LAKE, "avx512", AVX512_UNITS),
+        (COOPER_LAKE, "avx512bf16 avx512", f"avx512bf16 {AVX512_UNITS}"),
+        (f"{CASCADE_LAKE} amx_tile amx_int8 amx_bf16", "avx512", AVX512_UNITS),
+        (
+            f"{COOPER_LAKE} amx_tile amx_int8 amx_bf16",
+            "amx avx512bf16 avx512",
+            f"amx avx512bf16 {AVX512_UNITS}",
+        ),
+        (None, "amx avx512bf16 avx512", f"amx avx512bf16 {AVX512_UNITS}"),
+    ],
+)
+def test_what_a_machine_can_run_is_what_is_compiled(
+    flags, wanted, units, monkeypatch, tmp_path, forgotten
+):
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    if flags is not None:
+        entry = "processor\t: {0}\nflags\t\t: {1}\nbugs\t\t: none\n\n"
+        machine.CPUINFO.write_text("".join(entry.format(n, flags) for n in range(400)))
+    assert " ".join(machine.wanted()) == wanted
+    every = {unit for isa in native.PATHS.values() for unit in isa.units}
+    assert machine.omitted(machine.wanted()) == every - set(units.split())
+
+
+def test_a_path_for_which_the_processor_lacks_something(monkeypatch):
+    # As where a hypervisor hides what the system still names.
+    paths()
+    library = native.library()
+    monkeypatch.delenv("QLLM_CPU_PATH")
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "load", lambda omitted: library)
+        patch.setattr(machine, "wanted", lambda: ("amx2",))
+        patch.setitem(native.PATHS, "amx2", native.PATHS["amx"])
+        with pytest.raises(build.Unavailable, match=r"has no AMX .* set QLLM_CPU_PATH=scalar"):
+            native.library.__wrapped__()
 
 
 def test_the_machine_s_features_are_those_the_system_names():
@@ -109,13 +158,10 @@ def test_the_machine_s_features_are_those_the_system_names():
 @pytest.mark.usefixtures("anew")
 def test_a_path_can_be_forced(monkeypatch):
     for name in paths():
-        monkeypatch.setenv("QLLM_CPU_PATH", name)
+        monkeypatch.setenv("QLLM_CPU_PATH", forced(name))
         native.library.cache_clear()
         assert native.library().path == name
-        assert ops.select("weight_only_linear", REQUEST).reason.startswith(native.PATHS[name])
-    monkeypatch.delenv("QLLM_CPU_PATH")
-    native.library.cache_clear()
-    assert native.library().path == paths()[0]
+        assert ops.select("weight_only_linear", REQUEST).reason.startswith(native.PATHS[name].about)
 
 
 @pytest.mark.usefixtures("anew")
@@ -140,19 +186,19 @@ def test_a_path_that_there_is_not_is_one_line_for_the_user():
 
 def test_every_path_generates_the_same_tokens():
     arguments = ("qllm_gen.py", *GENERATE, "--explain")
-    environment = {**os.environ, "QLLM_CPU_PATH": "scalar"}
+    environment = {**os.environ, "QLLM_CPU_PATH": forced("scalar")}
     best = paths()[0]
     results = {best: call_json(*arguments), "scalar": run_json(*arguments, env=environment)}
     assert all(row["tokens"] for row in results[best]["results"])
     for name, result in results.items():
         assert result["results"] == results[best]["results"]
         said = {row["why"] for row in result["kernels"] if row["kernel"] == "cpu"}
-        assert said and any(native.PATHS[name] in reason for reason in said)
+        assert said and any(native.PATHS[name].about in reason for reason in said)
 
 
 @pytest.mark.usefixtures("anew")
 def test_without_kernels_the_reference_runs(monkeypatch, capsys):
-    def load() -> None:
+    def load(omitted: frozenset[str]) -> None:
         raise build.Unavailable("no compiler today; install one")
 
     monkeypatch.setattr(build, "load", load)
@@ -232,7 +278,7 @@ def test_no_path_shares_a_function_with_another(tmp_path):
     functions = {name.removesuffix(".cold") for kind, name in symbols if kind in "tTwWvVui"}
     if "_ZN4qllm7scratchEm" not in functions:
         pytest.skip("the library has no table of its symbols")
-    own = re.compile(r"_ZZ?N4qllm\d+_GLOBAL__N_|_ZL|_ZN4qllmL|_ZN\d+_GLOBAL__N_")
+    own = re.compile(r"_Z+N4qllm\d+_GLOBAL__N_|_ZL|_ZN4qllmL|_ZN\d+_GLOBAL__N_")
     shared = {name for name in functions if name.startswith("_Z") and not own.match(name)}
     # Of the units that all machines run.
     names = {re.match(r"_ZN4qllm\d+([a-z_]+)E", name)[1] for name in shared}

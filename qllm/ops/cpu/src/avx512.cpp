@@ -2,8 +2,16 @@
 #include "blocks.h"
 #include "dense.h"
 #include "kernels.h"
+#include "layout.h"
 #include "limits.h"
-#include "linear.h"
 #include "steps.h"
+
+namespace qllm {
+namespace {
+
+Status linear(const Linear &a) { return avx512_linear(a); }
+
+}  // namespace
+}  // namespace qllm
 
 const qllm::Path qllm::avx512_path = QLLM_WHOLE_PATH("avx512");

@@ -101,7 +101,7 @@ int64_t features() {
 #ifdef QLLM_EMULATE_AMX
     tiles = true;
 #endif
-    if (tiles && tiles_are_usable()) found |= AMX;
+    if (tiles && &amx_path && tiles_are_usable()) found |= AMX;
     return found;
 }
 
@@ -118,7 +118,7 @@ const Choice CHOICES[] = {{&amx_path, AVX512 | BF16 | AMX},
                           {&avx2_path, AVX2},
                           {&scalar_path, 0}};
 
-const Path *current = &scalar_path;
+const Path *current = nullptr;  // until one is taken
 
 // A function of the current path, or of the one that it is based on.
 template <typename Function> Function of_current(Function Path::*member) {
@@ -158,18 +158,12 @@ PUBLIC int64_t qllm_features() {
 // What became of AMX, once the features are known.
 PUBLIC const char *qllm_amx_state() { return amx_state; }
 
-// The name of the best path with these features.
-PUBLIC const char *qllm_best(int64_t with) {
-    for (const Choice &choice : CHOICES)
-        if ((choice.needs & with) == choice.needs) return choice.path->name;
-    return nullptr;
-}
-
-// Takes a path from now on; false, and no change, where there is none of this name or the
-// features are not there.
+// Takes a path from now on; false, and no change, where none of this name was compiled or the
+// features are not there. No op may be called before a path was taken.
 PUBLIC bool qllm_use(const char *name, int64_t with) {
     for (const Choice &choice : CHOICES)
-        if (!strcmp(choice.path->name, name) && (choice.needs & with) == choice.needs) {
+        if (choice.path && !strcmp(choice.path->name, name) &&
+            (choice.needs & with) == choice.needs) {
             current = choice.path;
             return true;
         }

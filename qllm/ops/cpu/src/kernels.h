@@ -186,12 +186,16 @@ struct Path {
 #define QLLM_OP(op, Arguments) op,
 #define QLLM_WHOLE_PATH(name) {name, nullptr, QLLM_OPS(QLLM_OP) read_all, multiply_all}
 
-extern const Path scalar_path, avx2_path, avxvnni_path, avx512_path, avx512bf16_path, amx_path;
+// A library has the paths of one machine. Weak: the address of one that it lacks is null.
+#define QLLM_PATH extern const Path __attribute__((weak))
+QLLM_PATH scalar_path, avx2_path, avxvnni_path, avx512_path, avx512bf16_path, amx_path;
+#undef QLLM_PATH
 
 // What avx2_path takes for WEIGHT_ONLY_INT8 of few bits: with more, sums in 16 bits would be full
 // after every step.
 constexpr int SHORT_SUM_BITS = 6;
 extern Status (*const avx2_int8_linear)(const Linear &);
+extern Status (*const avx512_linear)(const Linear &);
 
 // Memory of the calling thread, 64-byte aligned, kept for its next call; null where there is none.
 void *scratch(size_t bytes);

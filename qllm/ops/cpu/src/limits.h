@@ -38,22 +38,26 @@ static int64_t multiply_all(int64_t rounds) {
     const int64_t all_rounds = rounds * max_threads();
     alignas(64) const int8_t x[OPERANDS_AT_ONCE * STEP * OPERAND_BYTES] = {1, 2, 3};
     in_threads(all_rounds, rounds / RUN_PARTS + 1, [&](const Share &share) {
-        Sums<OPERANDS_AT_ONCE, VECTORS_AT_ONCE> sums;
-        sums.clear();
-        VI bytes[VECTORS_AT_ONCE];
-        for (VI &v : bytes) v = set_i(int32_t(rounds));
+        volatile int32_t kept;
         take_parts(share, [&](int64_t round, int64_t end) {
+            // Of this function's own, and activations loaded anew: else sums do not stay in registers.
+            Sums<OPERANDS_AT_ONCE, VECTORS_AT_ONCE> sums;
+            sums.clear();
+            VI bytes[VECTORS_AT_ONCE];
+            for (VI &v : bytes) v = set_i(int32_t(rounds));
             for (; round < end; round++) {
                 Weights w[VECTORS_AT_ONCE];
                 for (int v = 0; v < VECTORS_AT_ONCE; v++) w[v] = prepared(bytes[v]);
-                sums.add(w, x);
+                const int8_t *from = x;
+                __asm__ volatile("" : "+r"(from));
+                sums.add(w, from);
                 // The weights may be others now, so that no round can be left out.
                 for (VI &v : bytes) __asm__ volatile("" : "+" REGISTER(v));
             }
+            int32_t all = 0;
+            for (VI sum : sums.of) all += sum_of_i(sum);
+            kept = all;
         });
-        int32_t all = 0;
-        for (VI sum : sums.of) all += sum_of_i(sum);
-        volatile int32_t kept = all;
         (void)kept;
     });
     return all_rounds * OPERANDS_AT_ONCE * VECTORS_AT_ONCE * WIDTH * STEP * 2;
