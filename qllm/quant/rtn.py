@@ -93,9 +93,9 @@ def minmax_qparams(
     return scales, min_vals
 
 
-def row_pieces(weight: Tensor) -> list[slice]:
-    """Runs of rows, of about CHUNK_ELEMENTS weights each."""
-    step = max(1, CHUNK_ELEMENTS // weight.shape[1])
+def row_pieces(weight: Tensor, elements: int = CHUNK_ELEMENTS) -> list[slice]:
+    """Runs of rows, of about so many weights each."""
+    step = max(1, elements // weight.shape[1])
     return [slice(start, start + step) for start in range(0, len(weight), step)]
 
 

@@ -16,6 +16,7 @@ from qllm import __version__, ops
 from qllm.checkpoint.fingerprint import state_fingerprint
 from qllm.checkpoint.load import elements
 from qllm.checkpoint.resume import PartialFolder
+from qllm.checkpoint.tensor_files import SafetensorsFile
 from qllm.checkpoint.weights import Weights
 from qllm.config import LM_HEAD, QuantSpec
 from qllm.errors import UserError
@@ -190,7 +191,7 @@ class _Run:
         last = self.config.num_layers + 1
         if self.job.samples is not None and 0 < done <= last:
             self.hidden = self._load_states(HIDDEN, done)
-        if self.tuning and 0 < done <= last + self.distilling:
+        if self.tuning and 0 < done <= last:
             self.targets = self._load_states(TARGETS, done)
         if 0 < done <= last:
             where = "what is behind the layers" if done == last else f"layers.{done - 1}"
@@ -223,11 +224,10 @@ class _Run:
         assert self.job.samples is not None  # without which no layer is tuned
         tune, distill = self.job.options.tune, self.job.options.distill
         length = len(self.job.samples[0])
-        # A step of either goes through the model once and back; of the latter, twice and back.
+        # A step of either goes through the model once and back.
         sizes = length, self.config.hidden_size
-        again = 4 / 3 * distill.steps * distill.samples(*sizes)
-        again /= tune.steps * tune.samples(*sizes)
-        return [0, *layers, 0, round(sum(layers) * again)]
+        share = distill.steps * distill.samples(*sizes) / (tune.steps * tune.samples(*sizes))
+        return [0, *layers, 0, round(sum(layers) * share)]
 
     def _report(self, report: LinearReport) -> None:
         """Keep what became of a linear, and say it."""
@@ -332,7 +332,6 @@ class _Run:
             for report in refined.reports:
                 self._report(report)
             self._report_tuning(refined.tuning)
-            self.hidden = refined.hidden
             return refined.linears
         if targets is not None:
             targets.advance(layer)  # while it is the float model's
@@ -344,7 +343,7 @@ class _Run:
             specs,
             hidden,
             options,
-            advance=not last or self._head_needs_inputs(),
+            advance=slice(0 if last and not self._head_needs_inputs() else None),
             finished=self._report,
             add=add,
         )
@@ -373,12 +372,14 @@ class _Run:
 
     def _refine_scales(self, add: Callable[[float], object]) -> None:
         """Finish the checkpoint, tune its scales, and open it again for those."""
-        assert self.targets is not None  # as where any layer is tuned
+        self.hidden = self.targets = None
+        file = SafetensorsFile(self._states_path(TARGETS, self.config.num_layers + 2))
         self.output.write_small_files(self.reports, self.note)
         self.output.writer.finish()
         head = self.floats.linear(LM_HEAD).weight if LM_HEAD in self.specs else None
         scales, dtype = self.partial.folder / SCALES, self._states_dtype()
-        refine_scales(self.output, scales, self.job, self.targets, head, dtype, self.note, add)
+        targets = file.map("states")
+        refine_scales(self.output, scales, self.job, targets, head, dtype, self.note, add)
         self.output.open(self.partial.model, self.output.writer.shards)
 
     def _head_needs_inputs(self) -> bool:

@@ -4,19 +4,23 @@ The last step of EfficientQAT (Chen et al. 2024, arXiv:2407.11062), with the Kul
 divergence from the float model in place of a text's own next tokens: integers and zeros stay, each
 scale is multiplied by a factor, found by gradient descent (Adam).
 
-One layer's weights are dequantized at a time: a step goes forward without gradients, keeps the
-states in front of each layer, and goes back layer by layer, each computed once more.
+Where a batch's activations in all layers are many, one layer's are there at a time, and its
+weights: a step keeps what is in front of each layer, and computes each once more on its way back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
+from torch.nn.functional import linear as product
+from torch.utils.checkpoint import checkpoint
 
 from qllm import ops
+from qllm.config import ModelConfig
 from qllm.layers import Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
@@ -30,9 +34,30 @@ from qllm.quantizer.tune import FrozenLinear, held_out, tuned_samples, work_dtyp
 
 # Logits that are in memory at once, in each of a few copies.
 LOGITS_AT_ONCE = 1 << 24
+# Activations of all layers that are in memory together, in bytes; where there are more, layers are
+# computed once more.
+ACTIVATIONS_AT_ONCE = 1 << 30
 
 
-class ScaledLinear(FrozenLinear):
+class _ScaledProduct(torch.autograd.Function):
+    """x W^T + b, of a weight that is dequantized here, and that gradients of its factors go to."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factors: Tensor, linear: ScaledLinear) -> Tensor:
+        weight = linear.matrix()
+        ctx.save_for_backward(x, weight)
+        ctx.linear = linear
+        y = product(x, weight)
+        return y if linear.bias is None else y.float().add_(linear.bias).to(y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *back: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        by_factor = ctx.linear.by_factor(back[0].t() @ x, weight)
+        return back[0] @ weight if ctx.needs_input_grad[0] else None, by_factor, None
+
+
+class ScaledLinear(nn.Module):
     """A quantized linear whose scales have factors.
 
     Attributes:
@@ -40,9 +65,9 @@ class ScaledLinear(FrozenLinear):
     """
 
     def __init__(self, linear: WeightOnlyLinear, dtype: torch.dtype) -> None:
+        super().__init__()
         self.packed, self.spec, self.in_features = linear.packed, linear.spec, linear.in_features
-        super().__init__(self.packed.scales.new_empty(0), linear.bias, dtype)
-        self.dtype = dtype
+        self.bias, self.dtype = linear.bias, dtype
         self.group = group_width(linear.in_features, linear.spec.group_size)
         self.factors = nn.Parameter(torch.zeros_like(self.packed.scales, dtype=torch.float32))
 
@@ -53,24 +78,23 @@ class ScaledLinear(FrozenLinear):
             scales = scales.clamp_(min=SMALLEST_HALF_SCALE)
         return scales.to(self.packed.scales.dtype)
 
-    def begin(self) -> None:
-        """Dequantize, for passes with gradients or without."""
+    def matrix(self) -> Tensor:
+        """The weight (N, K) with its scales as they are."""
         packed = self.packed._replace(scales=self.scales())
         scaled = WeightOnlyLinear.from_packed(packed, None, self.spec, self.in_features)
-        self.weight = scaled.dequantize().to(self.dtype).requires_grad_()
+        return scaled.dequantize().to(self.dtype)
 
-    def end(self) -> None:
-        """Let the weight go; its gradient becomes one of the factors."""
-        if self.weight.grad is not None:
-            # A weight is its scale times a constant: its gradient by the factor is its own times
-            # what it is.
-            by_factor = self.weight.grad.float() * self.weight.detach().float()
-            if self.packed.perm is not None:
-                by_factor = by_factor[:, self.packed.perm]
-            by_factor = grouped(by_factor, self.group).sum(-1)
-            seen = self.factors.grad
-            self.factors.grad = by_factor if seen is None else seen + by_factor
-        self.weight = self.weight.detach().new_empty(0)
+    def by_factor(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """A gradient of the weight (N, K) as one of the factors."""
+        # A weight is its scale times a constant: its gradient by the factor is its own times what
+        # it is.
+        by_factor = gradient.float() * weight
+        if self.packed.perm is not None:
+            by_factor = by_factor[:, self.packed.perm]
+        return grouped(by_factor, self.group).sum(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _ScaledProduct.apply(x.to(self.dtype), self.factors, self)
 
 
 class _Student:
@@ -97,27 +121,25 @@ class _Student:
         model = self.model
         return model.capped(matrix(model.project_out(model.final_norm(x))).float())
 
-    def layer(self, index: int, x: Tensor, step: Prefill, back: Tensor | None = None) -> Tensor:
-        """What a layer makes of x (M, C); or, of gradients behind it, those in front of it."""
-        layer = self.model.layers[index]
-        scaled = [module for module in layer.modules() if isinstance(module, ScaledLinear)]
-        for linear in scaled:
-            linear.begin()
-        if back is None:
-            with torch.no_grad():
-                y = layer(x, step)
-        else:
-            x = x.requires_grad_()
-            layer(x, step).backward(back)
-            y = x.grad
-        for linear in scaled:
-            linear.end()
-        return y
+    def states(self, samples: Sequence[Sequence[int]]) -> Tensor:
+        """What is behind the last layer: (B T, C)."""
+        model, length = self.model, len(samples[0])
+        with torch.no_grad():
+            x = HiddenStates.embed(model, samples, torch.float32).states.flatten(0, 1)
+        step = Prefill([length] * len(samples), None, model.positions, x)
+        again = _activations(model.config, len(x), length) > ACTIVATIONS_AT_ONCE
+        for layer in model.layers:
+            if again:
+                x = checkpoint(layer, x, step, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, step)
+        return x
 
 
-def _divergence(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Kullback-Leibler divergences of logits (M, V), summed up."""
-    return kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), reduction="sum", log_target=True)
+def _activations(config: ModelConfig, tokens: int, length: int, layers: int | None = None) -> int:
+    """About what tokens of samples of a length have in some layers, or all, in bytes."""
+    width = 8 * (config.hidden_size + config.intermediate_size) + config.num_heads * length
+    return 4 * tokens * width * (layers or config.num_layers)
 
 
 def memory_needed(model: Decoder, samples: int, length: int, options: DistillOptions) -> int:
@@ -136,18 +158,20 @@ def memory_needed(model: Decoder, samples: int, length: int, options: DistillOpt
         if isinstance(module, Linear)
     )
     tokens = min(options.samples(length, config.hidden_size), samples) * length
-    passes = (
-        4 * tokens * (config.hidden_size * (config.num_layers + 8) + 8 * config.intermediate_size)
-    )
-    states = 2 * samples * length * config.hidden_size * model.dtype.itemsize
-    # Of a layer: float32 and bfloat16, and gradients.
-    return held + head + 12 * layer + passes + states + 4 * 4 * LOGITS_AT_ONCE
+    passes = _activations(config, tokens, length)
+    if passes > ACTIVATIONS_AT_ONCE:
+        passes = _activations(config, tokens, length, 1)
+        passes += 4 * tokens * config.hidden_size * config.num_layers
+    else:
+        layer *= config.num_layers  # whose weights are there as long as their activations
+    # Of a weight: bfloat16 and float32, and a gradient.
+    return held + head + 12 * layer + passes + 4 * 4 * LOGITS_AT_ONCE
 
 
 def tune_scales(
     model: Decoder,
-    states: HiddenStates,
-    targets: HiddenStates,
+    samples: Sequence[Sequence[int]],
+    targets: Tensor,
     float_head: Tensor | None,
     options: DistillOptions,
     add: Callable[[float], object],
@@ -156,8 +180,8 @@ def tune_scales(
 
     Args:
         model: all of whose linears are replaced.
-        states, targets: the calibration samples in front of the first layer, and what the float
-            model makes of them, behind the last.
+        samples: the calibration text.
+        targets: what the float model makes of them, behind the last layer: (S, T, C).
         float_head: the matrix of the float model's head, where the model's is quantized.
         add: called with shares of the work as they are done, which sum up to 1.
 
@@ -165,79 +189,66 @@ def tune_scales(
         the scales (N, G) by the linears' names, {} where none are better than those there are; and
         the mean divergence over the samples that are held out, before and after, in nats.
     """
-    device, count = states.states.device, len(states.states)
-    samples, judging = tuned_samples(count), list(held_out(count))
+    count = len(samples)
+    learning, judging = tuned_samples(count), torch.arange(count)[held_out(count)]
     bits = max(m.spec.bits for m in model.modules() if isinstance(m, WeightOnlyLinear))
-    student = _Student(model, float_head, work_dtype(device, bits))
+    student = _Student(model, float_head, work_dtype(model.device, bits))
     factors = [linear.factors for linear in student.scaled.values()]
     adam = torch.optim.Adam(factors, lr=options.rate, betas=(0.9, 0.95))
-    batch = min(options.samples(*states.states.shape[1:]), samples)
+    batch = min(options.samples(*targets.shape[1:]), learning)
     draw = torch.Generator().manual_seed(options.seed)
-    # A pass over what is held out in front, one behind; a step costs four times its samples'.
-    work = 2 * len(judging) + 4 * options.steps * batch
+    # A pass over what is held out in front, one behind; a step costs three times its samples'.
+    work = 2 * len(judging) + 3 * options.steps * batch
+
+    def pass_through(chosen: Tensor, *, learn: bool) -> float:
+        wanted = targets[chosen].flatten(0, 1).to(model.device)
+        with torch.set_grad_enabled(learn):
+            states = student.states([samples[i] for i in chosen.tolist()])
+            return _divergence(student, states, wanted)
 
     def mean() -> float:
         total = 0.0
-        for chosen in torch.tensor(judging, device=device).split(batch):
-            total += _step(student, states, targets, chosen, learn=False)
+        for chosen in judging.split(batch):
+            total += pass_through(chosen, learn=False) * len(chosen)
             add(len(chosen) / work)
         return total / len(judging)
 
-    with torch.enable_grad(), ops.differentiable():
+    with ops.differentiable():
         before, order = mean(), torch.empty(0, dtype=torch.int64)
         for step in range(options.steps):
             if len(order) < batch:
-                order = torch.randperm(samples, generator=draw)
+                order = torch.randperm(learning, generator=draw)
             chosen, order = order[:batch], order[batch:]
-            _step(student, states, targets, chosen.to(device), learn=True)
+            pass_through(chosen, learn=True)
             for group in adam.param_groups:
                 group["lr"] = options.rate * (1 - step / options.steps)
             adam.step()
             adam.zero_grad()
-            add(4 * batch / work)
+            add(3 * batch / work)
         after = mean()
     if not after < before:
         return {}, before, after
     return {name: linear.scales() for name, linear in student.scaled.items()}, before, after
 
 
-def _step(
-    student: _Student,
-    states: HiddenStates,
-    targets: HiddenStates,
-    chosen: Tensor,
-    *,
-    learn: bool,
-) -> float:
-    """The divergence of some samples, each one's mean, summed up; and its gradients, to learn."""
-    model, length = student.model, states.states.shape[1]
-    layers = range(len(model.layers))
-    x = states.states[chosen].flatten(0, 1).float()
-    wanted = targets.states[chosen].flatten(0, 1)
-    step = Prefill([length] * len(chosen), None, states.positions, x)
-    fronts = []
-    for index in layers:
-        fronts.append(x)
-        x = student.layer(index, x, step)
-    top = student.scaled.get("lm_head")
-    if top:
-        top.begin()
-    total, back = 0.0, torch.zeros_like(x)
-    rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    for start in range(0, len(x), rows):
+def _divergence(student: _Student, states: Tensor, targets: Tensor) -> float:
+    """The mean divergence of states (M, C) from those wanted; where they have gradients, these
+    are passed on, and nobody asks for its value, which is 0 here."""
+    rows = max(1, LOGITS_AT_ONCE // student.model.config.vocab_size)
+    learn, total, back = states.requires_grad, 0.0, torch.empty_like(states)
+    for start in range(0, len(states), rows):
         part = slice(start, start + rows)
         with torch.no_grad():
-            theirs = student.head(wanted[part].float(), student.float_head)
-        with torch.set_grad_enabled(learn):
-            end = x[part].detach().requires_grad_(learn)
-            loss = _divergence(student.head(end, model.lm_head), theirs) / length
-            if learn:
-                (loss / len(chosen)).backward()
-                assert end.grad is not None
-                back[part] = end.grad
-        total += loss.item()
-    if top:
-        top.end()
-    for index in reversed(layers) if learn else ():
-        back = student.layer(index, fronts[index], step, back)
+            theirs = student.head(targets[part].float(), student.float_head)
+        end = states[part].detach().requires_grad_(learn)
+        ours = student.head(end, student.model.lm_head)
+        if not learn:
+            logs = ours.log_softmax(-1), theirs.log_softmax(-1)
+            total += kl_div(*logs, reduction="sum", log_target=True).item() / len(states)
+            continue
+        ours.backward((ours.detach().softmax(-1) - theirs.softmax(-1)) / len(states))
+        assert end.grad is not None
+        back[part] = end.grad
+    if learn:
+        states.backward(back)
     return total

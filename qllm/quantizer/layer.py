@@ -68,7 +68,7 @@ def quantize_layer(
     hidden: HiddenStates,
     options: QuantizeOptions,
     *,
-    advance: bool,
+    advance: slice,
     finished: Callable[[LinearReport], object],
     add: Callable[[float], object],
     starts: dict[str, TuningStart] | None = None,
@@ -79,7 +79,8 @@ def quantize_layer(
         name: the layer's, "layers.0".
         specs: spec of each linear by its name in the layer, such as "attention.qkv".
         hidden: the states in front of the layer.
-        advance: leave the states behind the layer; else where they happen to be.
+        advance: the samples whose states to leave behind the layer; the others' are where they
+            happen to be.
         finished: called with what became of each linear, when it is quantized.
         add: called with shares of the work as they are done, which sum up to 1: a linear counts
             as much as the samples on their way through a half of the layer.
@@ -93,12 +94,12 @@ def quantize_layer(
     quantized = [linear for linear in names if specs[linear].kind != "dense"]
     late = [n for n in quantized if algorithm_of(specs[n]).sequential(options)]
     early = [linear for linear in quantized if linear not in late]
-    moving = [
-        half
-        for half, _ in enumerate(halves)
-        if advance or any(linear in late for _, others in halves[half + 1 :] for linear in others)
-    ]
-    steps = len(late) + bool(early) + len(quantized) + len(moving)
+    moving = []  # through each half
+    for half, _ in enumerate(halves):
+        needed = any(linear in late for _, others in halves[half + 1 :] for linear in others)
+        moving.append(hidden.part(slice(None) if needed else advance))
+    moves = sum(bool(len(part.states)) for part in moving)
+    steps = len(late) + bool(early) + len(quantized) + moves
     if not steps:
         add(1.0)
     hidden.passed = lambda share: add(share / steps)
@@ -131,8 +132,9 @@ def quantize_layer(
             finished(report)
             add(1 / steps)
             layer.set_submodule(linear, stand_in(found))
-        if half in moving:
-            hidden.advance(run)
+        if len(moving[half].states):
+            moving[half].passed = hidden.passed
+            moving[half].advance(run)
     return linears
 
 

@@ -29,7 +29,13 @@ from qllm.quantizer.hidden import HiddenStates
 from qllm.quantizer.job import Job
 from qllm.quantizer.layer import LinearReport, is_tuned, quantize_layer, stand_in
 from qllm.quantizer.output import OutputCheckpoint
-from qllm.quantizer.tune import TuneReport, advance_watched, relative_error, tune_layer
+from qllm.quantizer.tune import (
+    TuneReport,
+    advance_watched,
+    held_out,
+    relative_error,
+    tune_layer,
+)
 
 
 @dataclass(frozen=True)
@@ -38,13 +44,11 @@ class RefinedLayer:
 
     Attributes:
         linears: by their names in the layer, those that are better.
-        hidden: the states behind them.
         reports: what became of each linear.
         tuning: what tuning did.
     """
 
     linears: dict[str, Linear]
-    hidden: HiddenStates
     reports: list[LinearReport]
     tuning: TuneReport
 
@@ -62,54 +66,61 @@ def refine_layer(
 
     Args:
         layer, config, name, specs, options: as for `quantize_layer`.
-        states: those in front of the layer, and behind it those of the float model; the latter
-            are in front of it, too, when this begins.
+        states: those in front of the layer, which are behind it in the end, and those of the float
+            model, likewise.
         add: called with shares of the work as they are done, which sum up to 1.
     """
     hidden, targets = states
     targets.advance(layer)  # while it is the float model's
-    tune, inputs = options.tune, hidden.copy()
+    tune, judges = options.tune, held_out(len(hidden.states))
     weights = {
         inner: dense_linear(layer, inner).weight
         for inner, spec in specs.items()
         if is_tuned(spec, options)
     }
     # Passes of a sample through the layer: gradients take two more, GPTQ about four in all.
-    tuning = 3 * tune.steps * tune.samples(*inputs.states.shape[1:])
-    share = tuning / (tuning + 4 * len(inputs.states))
+    tuning = 3 * tune.steps * tune.samples(*hidden.states.shape[1:])
+    share = tuning / (tuning + 4 * len(hidden.states))
     reports: list[LinearReport] = []
     starts: dict[str, TuningStart] = {}
+    untuned_states = hidden.copy()
     found = quantize_layer(
         layer,
         config,
         name,
         specs,
-        hidden,
+        untuned_states,
         options,
-        advance=True,
+        advance=judges,
         finished=reports.append,
         add=lambda done: add((1 - share) * done),
         starts=starts,
     )
-    before = relative_error(hidden, targets)
+    before = relative_error(untuned_states.part(judges), targets.part(judges))
+    del untuned_states
     stand_ins = {inner: layer.get_submodule(inner) for inner in specs}
     untuned: dict[str, tuple[TuningStart, WeightOnlyLinear]] = {}
     for inner in weights:
         linear = found[inner]
         assert isinstance(linear, WeightOnlyLinear)
         untuned[inner] = starts[inner], linear
-    tuned = tune_layer(layer, untuned, (inputs, targets), tune, lambda done: add(share * done))
+    tuned = tune_layer(layer, untuned, (hidden, targets), tune, lambda done: add(share * done))
     for inner, module in stand_ins.items():
         layer.set_submodule(inner, stand_in(tuned[inner]) if inner in tuned else module)
-    errors = advance_watched(inputs, layer, weights)
-    report = TuneReport(name, before, relative_error(inputs, targets))
-    if not report.gained:
-        return RefinedLayer(found, hidden, reports, report)
-    for index, entry in enumerate(reports):
-        inner = entry.name.removeprefix(f"{name}.")
-        if inner in tuned:
-            reports[index] = replace(entry, error=errors[inner], of_output=True)
-    return RefinedLayer(found | tuned, inputs, reports, report)
+    tuned_states = hidden.part(judges).copy()
+    errors = advance_watched(tuned_states, layer, weights)
+    report = TuneReport(name, before, relative_error(tuned_states, targets.part(judges)))
+    if report.gained:
+        found |= tuned
+        for index, entry in enumerate(reports):
+            inner = entry.name.removeprefix(f"{name}.")
+            if inner in tuned:
+                reports[index] = replace(entry, error=errors[inner], of_output=True)
+    else:
+        for inner, module in stand_ins.items():
+            layer.set_submodule(inner, module)
+    hidden.advance(layer)
+    return RefinedLayer(found, reports, report)
 
 
 def can_refine_scales(
@@ -148,7 +159,7 @@ def refine_scales(
     output: OutputCheckpoint,
     target: Path,
     job: Job,
-    targets: HiddenStates,
+    targets: Tensor,
     float_head: Tensor | None,
     dtype: torch.dtype,
     note: Callable[[str], object],
@@ -160,7 +171,8 @@ def refine_scales(
         output: the checkpoint, all of which is on the disk.
         target: the file for the tensors that are to take the place of others; without any where
             none is better.
-        targets: what the float model makes of the calibration samples, behind the last layer.
+        targets: what the float model makes of the calibration samples, behind the last layer:
+            (S, T, C), of which a batch is read at a time.
         float_head: the matrix of the float model's head, where the checkpoint's is quantized.
         dtype: of the quantized model's activations.
         note: called with a line on what it gained.
@@ -170,9 +182,8 @@ def refine_scales(
     plan = QuantPlan.uniform(QuantSpec())
     model = load_model(output.folder, plan, dtype=dtype, device=job.device)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, WeightOnlyLinear)}
-    states = HiddenStates.embed(model, job.samples, dtype)
     scales, before, after = tune_scales(
-        model, states, targets, float_head, job.options.distill, add
+        model, job.samples, targets, float_head, job.options.distill, add
     )
     note(
         f"divergence from the float model over samples held out: {before:.3g}, {after:.3g} "

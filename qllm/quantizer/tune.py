@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,36 +67,67 @@ def work_dtype(device: torch.device, bits: int) -> torch.dtype:
     return torch.bfloat16 if fast and bits <= MAX_BITS_IN_BFLOAT16 else torch.float32
 
 
+class _Product(torch.autograd.Function):
+    """x W^T + b. What gradients say of W is summed up in a matrix, and autograd hears of x alone.
+
+    That matrix is of autograd's inputs all the same: what goes into the first product has no
+    gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.gradient = gradient
+        y = product(x, weight)
+        # A bias in bfloat16 would be off by as much for every token, and be tuned against.
+        return y if bias is None else y.float().add_(bias).to(y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *back: Tensor) -> tuple[Tensor | None, None, None, None]:
+        x, weight = ctx.saved_tensors
+        if ctx.gradient is not None:
+            ctx.gradient.addmm_(back[0].t(), x)
+        return back[0] @ weight if ctx.needs_input_grad[0] else None, None, None, None
+
+
 class FrozenLinear(nn.Module):
-    """A linear that gradients go through, and that has none of its own."""
+    """A linear that gradients go through, and that has none of its own.
+
+    Attributes:
+        gradient: what the gradients of its weight are added to, where they are wanted.
+    """
+
+    gradient: Tensor | None = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight, self.bias = weight.to(dtype), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = product(x.to(self.weight.dtype), self.weight)
-        # A bias in bfloat16 would be off by as much for every token, and be tuned against.
-        return y if self.bias is None else (y + self.bias).to(y.dtype)
+        return _Product.apply(x.to(self.weight.dtype), self.weight, self.bias, self.gradient)
 
 
 class TunedLinear(FrozenLinear):
-    """A linear whose weight, a leaf of autograd, is what its rounding gives at the moment."""
+    """A linear whose weight is what its rounding gives at the moment."""
 
     def __init__(self, rounding: TunedRounding, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__(rounding.dequantize(dtype).requires_grad_(), bias, dtype)
+        super().__init__(rounding.dequantize(dtype), bias, dtype)
         self.rounding = rounding
+        self.gradient = torch.zeros_like(self.weight).requires_grad_()
 
+    @torch.no_grad()
     def step(self, share: float) -> None:
-        """Move the rounding against the gradient that came together in the weight.
+        """Move the rounding against the gradient that came together.
 
         Args:
             share: of RATE and RANGE_RATE.
         """
-        assert self.weight.grad is not None
+        assert self.gradient is not None
         rate = RATE * min(1.0, BITS_AT_FULL_RATE / self.rounding.bits)
-        self.rounding.step(self.weight.grad, share * rate, share * RANGE_RATE)
-        self.weight = self.rounding.dequantize(self.weight.dtype).requires_grad_()
+        self.rounding.step(self.gradient, share * rate, share * RANGE_RATE, self.weight)
+        self.gradient.zero_()
 
 
 def token_errors(states: Tensor, targets: Tensor) -> Tensor:
@@ -116,16 +148,16 @@ def tuned_samples(count: int) -> int:
     return count - -(-count // HELD_OUT) if count > 1 else count
 
 
-def held_out(count: int) -> range:
+def held_out(count: int) -> slice:
     """The samples that judge."""
-    return range(tuned_samples(count) % count, count)
+    return slice(tuned_samples(count) % count, count)
 
 
 def relative_error(states: HiddenStates, targets: HiddenStates) -> float:
-    """Root mean square, over the tokens held out, of how far states are from their targets."""
+    """Root mean square over the tokens of how far states are from their targets."""
     errors = [
-        token_errors(states.states[i].float(), targets.states[i].float()).double().mean()
-        for i in held_out(len(states.states))
+        token_errors(ours.float(), theirs.float()).double().mean()
+        for ours, theirs in zip(states.states, targets.states, strict=True)
     ]
     return torch.stack(errors).mean().sqrt().item()
 
@@ -134,7 +166,7 @@ def advance_watched(
     states: HiddenStates, layer: PreNormLayer, weights: Mapping[str, Tensor]
 ) -> dict[str, float]:
     """Put states through a layer; how far what its linears put out is from what float ones would
-    of the same inputs, over the samples held out.
+    of the same inputs.
 
     Args:
         layer: its linears are matrices in float32.
@@ -156,12 +188,9 @@ def advance_watched(
 
         return module.register_forward_pre_hook(see)
 
-    first = held_out(len(states.states)).start
-    if first:
-        states.part(slice(first)).advance(layer)
     hooks = [watch(*entry) for entry in weights.items()]
     try:
-        states.part(slice(first, None)).advance(layer)
+        states.advance(layer)
     finally:
         for hook in hooks:
             hook.remove()
@@ -228,7 +257,8 @@ def _add_gradients(
     """Gradients of the squared error of some samples (B,), a few of them at a time."""
     length = inputs.states.shape[1]
     for part in chosen.split(max(1, TOKENS_PER_PASS // length)):
-        x = inputs.states[part].flatten(0, 1).float()
-        wanted = targets.states[part].flatten(0, 1).float()
+        x, wanted = (
+            each.states.index_select(0, part).flatten(0, 1).float() for each in (inputs, targets)
+        )
         step = Prefill([length] * len(part), None, inputs.positions, x)
         token_errors(layer(x, step), wanted).mean().backward()

@@ -82,7 +82,8 @@ def straight_through(
     def rounded(x: torch.Tensor) -> torch.Tensor:
         return x + (x.round() - x).detach()
 
-    offsets = tuned.offsets.clone().requires_grad_()
+    ideal = tuned.ideal.flatten(1)[:, :COLUMNS]
+    offsets = torch.zeros_like(ideal).requires_grad_()
     ends = [tuned.factors[end].clone().requires_grad_() for end in (0, 1)]
     low, high = tuned.low * ends[0], tuned.high * ends[0 if scheme == "sym" else 1]
     top = 2**bits - 1
@@ -90,7 +91,7 @@ def straight_through(
     zeros = rounded(-low / scales)
     group = group_width(COLUMNS, group_size)
     wide = [part.repeat_interleave(group, 1)[:, :COLUMNS] for part in (scales, zeros)]
-    q = (rounded(tuned.weight / wide[0] + offsets) + wide[1]).clamp(0, top)
+    q = (rounded(ideal / wide[0] + offsets) + wide[1]).clamp(0, top)
     return offsets, *ends, (q - wide[1]) * wide[0]
 
 
@@ -106,9 +107,12 @@ def test_a_step_goes_against_the_signs_of_gradients(scheme, group_size):
     torch.testing.assert_close(matrix, tuned.dequantize())
     gradient = drawn(2)
     (matrix * gradient).sum().backward()
-    before = tuned.offsets.clone(), tuned.factors.clone()
-    tuned.step(gradient, rate, range_rate)
-    assert torch.equal(tuned.offsets, before[0] - rate * offsets.grad.sign())
+    before = tuned.ideal.clone(), tuned.factors.clone()
+    scales = ((tuned.high - tuned.low) * 0.7 / (2**bits - 1))[..., None]
+    tuned.step(gradient, rate, range_rate, matrix.detach())
+    moved = ((tuned.ideal - before[0]) / scales).flatten(1)[:, :COLUMNS] / rate
+    torch.testing.assert_close(moved, -offsets.grad.sign(), atol=1e-5, rtol=0)
+    assert torch.equal(matrix, tuned.dequantize())
     moved = (tuned.factors - before[1]) / range_rate
     ends = (low, low) if scheme == "sym" else (low, high)
     for end, factor in zip(moved, ends, strict=True):
@@ -121,7 +125,7 @@ def test_no_integer_leaves_its_neighbours(bits):
     packed, weight = start(bits, 16, "asym", "rtn")
     tuned = TunedRounding(packed, weight, bits, 16)
     for seed in range(5):
-        tuned.step(drawn(seed), 0.3, 0.0)
+        tuned.step(drawn(seed), 0.1, 0.0, torch.empty(ROWS, COLUMNS))
     found = tuned.packed()
     moved = unpack(found.qweight, bits, COLUMNS).int() - unpack(packed.qweight, bits, COLUMNS).int()
     assert set(moved.unique().tolist()) == {-1, 0, 1}
@@ -131,7 +135,7 @@ def test_no_integer_leaves_its_neighbours(bits):
 def test_ranges_stay_such_as_can_be_stored():
     tuned = TunedRounding(quantize_rtn(drawn() * 1e-4, 4, 16, "asym"), drawn() * 1e-4, 4, 16)
     for _ in range(20):
-        tuned.step(tuned.dequantize(), 0.0, 0.2)
+        tuned.step(tuned.dequantize(), 0.0, 0.2, torch.empty(ROWS, COLUMNS))
     packed = tuned.packed()
     assert packed.scales.dtype == torch.float16 and (packed.scales > 0).all()
     assert torch.equal(values(packed, 4, 16), tuned.dequantize())
@@ -141,5 +145,5 @@ def test_weights_that_are_all_zero_stay_zero():
     zeros = torch.zeros(ROWS, COLUMNS)
     tuned = TunedRounding(quantize_rtn(zeros, 4, 16, "asym"), zeros, 4, 16)
     for seed in range(3):
-        tuned.step(drawn(seed), 0.5, 0.0)
+        tuned.step(drawn(seed), 0.15, 0.0, torch.empty(ROWS, COLUMNS))
     assert not tuned.dequantize().any()

@@ -229,7 +229,7 @@ def test_scales_come_closer_to_the_float_model_and_nothing_else_changes(name, he
 
 def divergence(model: Decoder, exact: Decoder) -> float:
     """Mean over all tokens of the samples that are held out, in float64."""
-    held = [SEEN[i] for i in held_out(len(SEEN))]
+    held = SEEN[held_out(len(SEEN))]
     ours, theirs = (
         each.prefill(held, last=False).double().log_softmax(-1) for each in (model, exact)
     )
