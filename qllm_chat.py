@@ -70,8 +70,8 @@ def main() -> None:
     from qllm.chat import Chat, ChatTemplate, context_size
     from qllm.llm import LLM, Pretrained
 
-    template = ChatTemplate.load(folder.path)
     pretrained = Pretrained.open(folder, note=cli.note)
+    template = ChatTemplate.load(folder.path)
     config = pretrained.generation_with(
         max_new_tokens=args.max_gen_tokens, **cli.read_sampling_options(args)
     )
@@ -94,7 +94,7 @@ def main() -> None:
         talk(chat)
         return
     for line in sys.stdin:
-        text = line.rstrip("\n")
+        text = line.strip()
         if text == "/exit":
             break
         if text == "/reset":

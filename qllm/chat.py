@@ -23,6 +23,7 @@ from qllm.llm import LLM
 from qllm.sampling import Sampler
 from qllm.stopping import StopStrings
 from qllm.stream import TextStream
+from qllm.text import surrogate
 
 # Tokens of a conversation that are remembered at the most, unless more are asked for.
 DEFAULT_CONTEXT = 8192
@@ -190,9 +191,11 @@ class Chat:
         """Pieces of the answer to a message; one that is not waited for until its end counts too.
 
         Raises:
-            UserError: for a message that does not fit the window, or a template that fails; it is
-                then forgotten.
+            UserError: for a message that is no text, or does not fit the context, or a template
+                that fails; it is then forgotten.
         """
+        if surrogate(text) is not None:  # as which Python reads bytes that are none
+            raise UserError("the message is not UTF-8 text")
         before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
         try:

@@ -192,17 +192,18 @@ def test_a_template_that_fails_is_one_line(template, says):
 
 
 def test_from_a_pipe_each_answer_is_a_line(folder, monkeypatch, capsys):
-    """And a message that is too long a note and an empty line: the others are answered."""
+    """And to a message that cannot be answered a note and an empty line: others are answered."""
     import qllm_chat
 
-    said = f"The sea\n/reset\n{'sea ' * 100}\nThe sea\n/exit\nmore\n"
+    said = f"The sea\n/reset \r\n{'sea ' * 100}\nThe \udcff\n \nThe sea\r\n/exit\nmore\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(said))
     program = ["qllm_chat.py", "--model-path", str(folder), "--max-gen-tokens", "5"]
     monkeypatch.setattr(sys, "argv", [*program, "--ctx-size", "60"])
     qllm_chat.main()
     found = capsys.readouterr()
-    first, long, second = found.out.splitlines()
-    assert first == second != "" == long
+    first, *unanswered, second = found.out.splitlines()
+    assert first == second != "" and unanswered == ["", ""]
+    assert "note: the message is not UTF-8 text\n" in found.err
     assert re.findall(r"the message has \d+ tokens .* and the context 60;", found.err) != []
 
 
