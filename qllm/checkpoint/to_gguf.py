@@ -16,17 +16,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qllm.checkpoint.gguf import CONSUMED, row_orders
 from qllm.checkpoint.gguf import INNER as INNER_PARTS
 from qllm.checkpoint.gguf import OUTER as OUTER_PARTS
-from qllm.checkpoint.gguf import row_orders
 from qllm.checkpoint.gguf_tokenizer import tokenizer_metadata
 from qllm.checkpoint.reader import Checkpoint
+from qllm.checkpoint.tensors import map_file
 from qllm.checkpoint.weights import Weights
 from qllm.checkpoint.writer import new_file
 from qllm.config import ModelConfig, RopeConfig
 from qllm.errors import UserError
+from qllm.gguf import is_gguf
 from qllm.gguf.config import ARCHITECTURES, read_config
-from qllm.gguf.file import GGUF, GGUFTensor, Value
+from qllm.gguf.file import GGUF, GGUFTensor, Value, read_gguf
 from qllm.gguf.from_config import (
     LONG,
     architecture_name,
@@ -75,6 +77,8 @@ def export_gguf(
 ) -> int:
     """Write the file of a checkpoint; it appears when it is whole.
 
+    Of a GGUF file, or of several that a model was split into, the tensors stay what they are.
+
     Args:
         round_offsets: 4 and 5 bits with zero points are Q4_1 and Q5_1 whether or not float16 has
             their offsets.
@@ -86,7 +90,7 @@ def export_gguf(
         UserError: for a broken checkpoint, a model or a tokenizer that llama.cpp has not, or a
             target that is there.
     """
-    weights = Weights(Checkpoint(source), note)
+    weights = Weights(Checkpoint(source, packed=not is_gguf(source)), note)
     config = weights.config
     if target.exists():
         raise UserError(f"{target} is there already; name another file with --save")
@@ -115,15 +119,14 @@ def _confirm_same(
         UserError: naming what differs.
     """
     name = architecture_name(config)
-    factors = [f"{factor}.weight" for factor in rope_factors(config.rope)]
     tensors = {
         key: GGUFTensor(target, plan.shape, plan.type, 0, plan.nbytes)
         for key, plan in planned.items()
-        if key not in factors
+        if key not in CONSUMED
     }
     raw = RawConfig(read_config(GGUF(target, metadata, tensors)), str(target))
     found = {**vars(model_config(raw)), **ARCHITECTURES[name].fixed}
-    if factors:
+    if rope_factors(config.rope):
         found["rope"] = config.rope
     for key, value in vars(config).items():
         if key not in UNSEEN and found[key] != value:
@@ -146,6 +149,9 @@ class _Tensors:
 
     def plan(self) -> dict[str, Planned]:
         """Shapes and types by name."""
+        source = self.weights.checkpoint.folder
+        if is_gguf(source):
+            return self._plan_copy(read_gguf(source))
         planned: dict[str, Planned] = {}
         for factor in rope_factors(self.config.rope):
             factors = _factors(self.config, factor)
@@ -160,6 +166,13 @@ class _Tensors:
                 planned[target] = Planned((len(rows), *inner), form)
                 self._made[target] = partial(self._bytes, name, rows, perm, form)
         return planned
+
+    def _plan_copy(self, found: GGUF) -> dict[str, Planned]:
+        """A file's tensors as they are, whatever their types."""
+        for name, tensor in found.tensors.items():
+            of_tensor = slice(tensor.offset, tensor.offset + tensor.nbytes)
+            self._made[name] = partial(lambda path, at: map_file(path)[at], tensor.path, of_tensor)
+        return {name: Planned(tensor.shape, tensor.type) for name, tensor in found.tensors.items()}
 
     def bytes_of(self, planned: dict[str, Planned]) -> Iterator[Tensor]:
         """The bytes of each tensor, in order."""

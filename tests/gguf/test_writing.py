@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, tiny
 from covering import each, slow_but
 from gguf import quants
-from gguf_files import FAMILIES, TEXTS, checkpoint_of, trained_sentencepiece
+from gguf_files import FAMILIES, TEXTS, checkpoint_of, trained_sentencepiece, write_model
 
 from qllm import LLM
 from qllm.checkpoint.load import load_model
@@ -83,6 +83,24 @@ def test_offsets_are_rounded_where_that_is_asked_for_and_kept_where_they_are_flo
         groups = want.reshape(-1, 32)
         step = (groups.max(1) - groups.min(1))[:, None] / 15
         assert (abs(found.reshape(-1, 32) - groups) <= 0.01 * step).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama", "Q8_0"), ("qwen2", "Q5_1"), ("gemma3", "Q4_1"), ("phi3", "F32")]
+)
+def test_a_file_of_a_file_has_its_tensors(tmp_path, family, kind):
+    first, second = (tmp_path / name for name in ("whole.gguf", "again.gguf"))
+    write_model(first, FAMILIES[family](), kind)
+    split = write_model(tmp_path / "split.gguf", FAMILIES[family](), kind, split=3)
+    export_gguf(split, second)
+    want, found = (
+        {t.name: (t.tensor_type, t.shape.tolist(), t.data.tobytes()) for t in reader.tensors}
+        for reader in map(gguf.GGUFReader, (first, second))
+    )
+    assert found == want
+    ours, again = (LLM.from_pretrained(path, dtype="float32") for path in (first, second))
+    (want,), (found,) = ours.logits(["the cat"]), again.logits(["the cat"])
+    assert torch.equal(found, want)
 
 
 def test_rows_are_in_llama_cpp_s_order(tmp_path):
