@@ -39,21 +39,29 @@ struct Block {
     int64_t group;
 };
 
+// Rows of all tiles but the last, whose rows are a multiple of `step`: those that are not there are
+// multiplied too, to no effect; and whether two planes of them are int16.
+struct TileShape {
+    int64_t rows, step;
+    bool words;
+};
+
 struct Activations {
     int64_t rows, blocks, k_blocks;
+    int64_t held_rows;            // and those that fill the last tile
     int64_t tile_rows;            // rows of all tiles but the last
     int64_t planes, input_bytes;  // that an input of a row takes
     bool words;                   // two planes as int16
     Block *block;      // (blocks,)
     int8_t *q;         // block after block, in it tile after tile
-    float *scale;      // (blocks, rows)
-    int32_t *sum;      // (blocks, rows): of the first two planes together
-    int32_t *low_sum;  // (blocks, rows): of the third and fourth
+    float *scale;      // (blocks, held_rows)
+    int32_t *sum;      // (blocks, held_rows): of the first two planes together
+    int32_t *low_sum;  // (blocks, held_rows): of the third and fourth
     uint8_t *fallback; // (rows,): left to float arithmetic
     char *own;         // (threads, OWN_BYTES)
 
     int8_t *tile(const Block &b, int64_t row) const {
-        return q + (b.k_block * rows + row * b.k_blocks) * K_BLOCK * input_bytes;
+        return q + (b.k_block * held_rows + row * b.k_blocks) * K_BLOCK * input_bytes;
     }
 };
 
@@ -115,7 +123,7 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
     }
     const VF step = set_f(scale), lowest = set_f(is_scaled(a) ? -127 : -128);
     int64_t tile_row = row / x.tile_rows * x.tile_rows;
-    int64_t rows = smaller(x.tile_rows, x.rows - tile_row);
+    int64_t rows = smaller(x.tile_rows, x.held_rows - tile_row);
     int8_t *tile = x.tile(block, tile_row);
     VI sum = zero_i(), low_sum = zero_i();
     for (int64_t i = 0; i < block.k_blocks * K_BLOCK; i += LANES) {
@@ -150,7 +158,7 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
         }
         if (!x.words) put<P>(tile, rows, row - tile_row, i / STEP, block.k_blocks, bytes);
     }
-    int64_t at = b * x.rows + row;
+    int64_t at = b * x.held_rows + row;
     if (is_scaled(a)) x.scale[at] = scale;  // else one for all blocks, which is there
     x.sum[at] = sum_of_i(sum);
     if (P == 4) x.low_sum[at] = sum_of_i(low_sum);
@@ -188,7 +196,7 @@ template <int P> void quantize_all(const Linear &a, const Activations &x, int64_
 
 // What a tile needs of the activations of `row` and those below it.
 static void point_at(Operands &o, const Activations &x, int64_t b, int64_t row) {
-    int64_t at = b * x.rows + row;
+    int64_t at = b * x.held_rows + row;
     o.x = x.tile(x.block[b], row);
     o.k_blocks = x.block[b].k_blocks;
     o.x_scale = x.scale + at;
@@ -198,11 +206,12 @@ static void point_at(Operands &o, const Activations &x, int64_t b, int64_t row) 
 
 // Memory for the activations of `rows` rows; false where there is none.
 template <int P>
-bool prepare(Activations &x, const Linear &a, int64_t rows, int64_t tile_rows) {
+bool prepare(Activations &x, const Linear &a, int64_t rows, const TileShape &shape) {
     x.rows = rows;
-    x.tile_rows = tile_rows;
+    x.held_rows = rows = (rows + shape.step - 1) / shape.step * shape.step;
+    x.tile_rows = shape.rows;
     x.planes = P;
-    x.words = IN_WORDS<P> && tile_rows == TILE_ROWS<P>;
+    x.words = shape.words;
     x.input_bytes = INPUT_BYTES<P>;
     x.k_blocks = row_k_blocks(a.in, a.group);
     x.blocks = 0;

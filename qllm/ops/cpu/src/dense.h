@@ -22,12 +22,14 @@
 namespace qllm {
 namespace {
 
-constexpr int64_t DENSE_STEPS = 128;  // of a block: with four panels, 32 KiB
-constexpr int64_t DENSE_ROWS = 768;   // held at once: their sums stay in cache, 192 KiB
+constexpr int64_t DENSE_STEPS = 128;  // of a block
+constexpr int64_t DENSE_PANELS = 2;   // of one that is multiplied at once: 16 KiB
+constexpr int64_t DENSE_ROWS = 768;   // held at once: their sums stay in cache, 384 KiB
 constexpr int64_t DENSE_AHEAD = 256;  // bytes to prefetch ahead in every channel
 
 // Floats of a thread's own: its sums, and a block of weights.
-constexpr int64_t DENSE_OWN = (DENSE_ROWS + DENSE_STEPS) * GROUP_LANES;
+constexpr int64_t DENSE_SUMS = DENSE_ROWS * LANES * PASS_PANELS;
+constexpr int64_t DENSE_OWN = DENSE_SUMS + DENSE_PANELS * DENSE_STEPS * LANES;
 
 // Of a run. Shorter ones are more exact, and slower; other types lose more when they are stored.
 template <int64_t TYPE> constexpr int64_t RUN = TYPE == FLOAT32 ? 32 : DENSE_STEPS;
@@ -87,33 +89,58 @@ static int64_t in_whole_tiles(int64_t rows) {
     return rows - rest + (rest ? dense_tile_rows(rest) : 0);
 }
 
-// One row of one block, in pairs of bfloat16 or not.
+// WIDTH steps of a row, in pairs of bfloat16 or not; zeros for a row that is not there.
+template <int64_t TYPE, bool PAIRS>
+INLINE inline VF load_steps(const Dense &a, int64_t row, int64_t step) {
+    const int64_t input = step * (PAIRS ? 2 : 1), at = row * a.x_stride + input;
+    const int64_t count = row < a.rows ? a.in - input : 0;
+    if constexpr (PAIRS && TYPE == BFLOAT16) {
+        alignas(64) float some[WIDTH] = {};
+        const uint16_t *from = static_cast<const uint16_t *>(a.x) + at;
+        if (count >= 2 * WIDTH) return load_f(reinterpret_cast<const float *>(from));
+        if (count > 0) __builtin_memcpy(some, from, size_t(count * 2));
+        return load_f(some);
+    } else if constexpr (PAIRS) {
+        return as_pairs(load<TYPE>(a.x, at, count), load<TYPE>(a.x, at + WIDTH, count - WIDTH));
+    } else {
+        return load<TYPE>(a.x, at, count);
+    }
+}
+
+// The tile of one block that begins with a row. Rows of activations lie far apart: those of the next
+// tile are asked for.
 template <int64_t TYPE, bool PAIRS = IN_PAIRS<TYPE>>
 void lay_out(const Dense &a, const DenseInput &x, int64_t first, int64_t row, int64_t step) {
-    const int64_t steps = smaller(x.block, x.steps - step);
-    const int64_t tile_row = row / DENSE_TILE_ROWS * DENSE_TILE_ROWS;
-    const int64_t rows = dense_tile_rows(x.rows - tile_row);
-    float *tile = x.tile(tile_row, step, steps);
+    const int64_t steps = smaller(x.block, x.steps - step), rows = dense_tile_rows(x.rows - row);
+    const int64_t ahead = smaller(first + row + 2 * rows, a.rows) - first - row - rows;
+    const int64_t size = SIZE<TYPE>, input = step * (PAIRS ? 2 : 1);
+    float *tile = x.tile(row, step, steps);
+    if (ahead > 0)
+        prefetch_rows<false>(static_cast<const char *>(a.x) +
+                                 ((first + row + rows) * a.x_stride + input) * size,
+                      a.x_stride * size, smaller(steps * (PAIRS ? 2 : 1), a.in - input) * size,
+                      ahead);
     for (int64_t s = 0; s < steps; s += WIDTH) {
-        const int64_t input = (step + s) * (PAIRS ? 2 : 1);
-        const int64_t count = first + row < a.rows ? a.in - input : 0;
-        const int64_t at = (first + row) * a.x_stride + input;
-        alignas(64) float some[WIDTH] = {};
-        if constexpr (PAIRS && TYPE == BFLOAT16) {
-            if (count > 0)
-                __builtin_memcpy(some, static_cast<const uint16_t *>(a.x) + at,
-                                 size_t(smaller(2 * WIDTH, count) * 2));
-        } else if constexpr (PAIRS) {
-            store_f(some, as_pairs(load<TYPE>(a.x, at, count),
-                                   load<TYPE>(a.x, at + WIDTH, count - WIDTH)));
-        } else {
-            store_f(some, load<TYPE>(a.x, at, count));
+        if (DENSE_TILE_ROWS > WIDTH || rows == 1) {
+            for (int64_t r = 0; r < rows; r++) {
+                alignas(64) float some[WIDTH];
+                store_f(some, load_steps<TYPE, PAIRS>(a, first + row + r, step + s));
+                for (int64_t i = 0; i < WIDTH; i++) tile[dense_place(rows, r, s + i)] = some[i];
+            }
+            continue;
         }
-        if (rows == 1) {
-            store_f(tile + s, load_f(some));
-        } else {
-            for (int64_t i = 0; i < WIDTH; i++)
-                tile[dense_place(rows, row - tile_row, s + i)] = some[i];
+        VF square[WIDTH];
+        for (int64_t r = 0; r < WIDTH; r++)
+            square[r] = r < rows ? load_steps<TYPE, PAIRS>(a, first + row + r, step + s) : set_f(0);
+        transpose(square);
+        for (int64_t i = 0; i < WIDTH; i++) {
+            // What is stored behind a step's rows is where the next one's come.
+            const int64_t to = (s + i) * rows;
+            if (to + WIDTH <= steps * rows) {
+                store_f(tile + to, square[i]);
+            } else {
+                store_as(tile, to, FLOAT32, rows, square[i]);
+            }
         }
     }
 }
@@ -126,6 +153,14 @@ void store_sums(const Dense &a, int64_t row, int64_t channel, int64_t channels, 
         if (a.bias) value = add_f(value, load<TYPE>(a.bias, channel + i, count));
         store<TYPE>(a.y, row * a.out + channel + i, count, value);
     }
+}
+
+// Asks for what results of rows of some panels are written to.
+template <int64_t TYPE>
+void prefetch_results(const Dense &a, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
+    const int64_t stride = a.out * SIZE<TYPE>;
+    prefetch_rows<true>(static_cast<char *>(a.y) + row * stride + panel * LANES * SIZE<TYPE>, stride,
+                  panels * LANES * SIZE<TYPE>, rows);
 }
 
 #ifdef DENSE_GEMV_ROWS
@@ -179,28 +214,53 @@ bool dense_as_gemv(const Dense &, const DenseInput &, int64_t) {
 }
 #endif
 
-// Up to GROUP_PANELS panels times all rows.
+// Some steps of a panel, one after the other: LANES channels of each.
+template <int64_t TYPE>
+void load_panel(const Dense &a, int64_t panel, int64_t step, int64_t steps, float *to) {
+    for (int64_t lane = 0; lane < LANES; lane += WIDTH)
+        for (int64_t s = 0; s < steps; s += WIDTH) {
+            VF square[WIDTH];
+            load_square<TYPE>(square, a, panel * LANES + lane, (step + s) * INPUTS<TYPE>);
+            for (int64_t i = 0; i < WIDTH; i++)
+                store_f(to + (s + i) * LANES + lane, square[i]);
+        }
+}
+
+// Up to PASS_PANELS panels times all rows: a block of two of them stays in the first cache meanwhile,
+// and what a tile will write to is asked for before it begins.
 template <int64_t TYPE>
 void dense_many(const Dense &a, const DenseInput &x, int64_t first, int64_t panel,
                 int64_t panels, float *own, DenseTiles &tiles) {
-    float *sums = own, *block = own + DENSE_ROWS * GROUP_LANES;
-    for (int64_t i = 0; i < x.rows * GROUP_LANES; i += WIDTH) store_f(sums + i, set_f(0));
-    for (int64_t step = 0; step < x.steps; step += DENSE_STEPS) {
+    const auto sums_of = [=](int64_t row, int64_t p) {
+        return own + (p / GROUP_PANELS * DENSE_ROWS + row) * GROUP_LANES + p % GROUP_PANELS * LANES;
+    };
+    float *block = own + DENSE_SUMS;
+    for (int64_t p = 0; p < panels; p += GROUP_PANELS)
+        for (int64_t i = 0; i < x.rows * GROUP_LANES; i += WIDTH)
+            store_f(sums_of(0, p) + i, set_f(0));
+    int64_t step = 0;
+    do {  // once without inputs, too
         const int64_t steps = smaller(DENSE_STEPS, x.steps - step);
-        for (int64_t lane = 0; lane < panels * LANES; lane += WIDTH)
-            for (int64_t s = 0; s < steps; s += WIDTH) {
-                VF square[WIDTH];
-                load_square<TYPE>(square, a, panel * LANES + lane, (step + s) * INPUTS<TYPE>);
-                float *to = block + (lane / LANES * steps + s) * LANES + lane % LANES;
-                for (int64_t i = 0; i < WIDTH; i++) store_f(to + i * LANES, square[i]);
+        for (int64_t p = 0; p < panels; p += DENSE_PANELS) {
+            const int64_t some = smaller(DENSE_PANELS, panels - p);
+            for (int64_t n = 0; n < some; n++)
+                load_panel<TYPE>(a, panel + p + n, step, steps, block + n * steps * LANES);
+            for (int64_t row = 0, rows; row < x.rows; row += rows) {
+                rows = dense_tile_rows(x.rows - row);
+                const bool last = step + steps == x.steps;
+                const int64_t real = last ? smaller(rows, a.rows - first - row) : 0;
+                float *out = sums_of(row, p);
+                prefetch_rows<true>(out, GROUP_LANES * 4, some * LANES * 4, rows);
+                prefetch_results<TYPE>(a, first + row, real, panel + p, some);
+                tiles.multiply<IN_PAIRS<TYPE>>(
+                    {block, x.tile(row, step, steps), steps, RUN<TYPE>, out}, rows, some);
+                for (int64_t r = 0; r < real; r++)
+                    store_sums<TYPE>(a, first + row + r, (panel + p) * LANES, some * LANES,
+                                     out + r * GROUP_LANES);
             }
-        for (int64_t row = 0; row < x.rows; row += DENSE_TILE_ROWS)
-            tiles.multiply<IN_PAIRS<TYPE>>(
-                {block, x.tile(row, step, steps), steps, RUN<TYPE>, sums + row * GROUP_LANES},
-                dense_tile_rows(x.rows - row), panels);
-    }
-    for (int64_t row = 0; row < x.rows && first + row < a.rows; row++)
-        store_sums<TYPE>(a, first + row, panel * LANES, panels * LANES, sums + row * GROUP_LANES);
+        }
+        step += steps;
+    } while (step < x.steps);
 }
 
 template <int64_t TYPE> Status dense_of(const Dense &a) {
@@ -214,12 +274,14 @@ template <int64_t TYPE> Status dense_of(const Dense &a) {
         if (!x.x) return Status::NO_MEMORY;
         const int64_t blocks = (x.steps + DENSE_STEPS - 1) / DENSE_STEPS;
         for_each(blocks, x.rows * x.steps > WORTH_THREADS, [&](int64_t block, int64_t) {
-            for (int64_t row = 0; row < x.rows; row++)
+            for (int64_t row = 0; row < x.rows; row += dense_tile_rows(x.rows - row))
                 lay_out<TYPE>(a, x, first, row, block * DENSE_STEPS);
         });
         if (dense_as_gemv<TYPE>(a, x, first)) continue;
-        const int64_t group = smaller(GROUP_PANELS, panels / max_threads() + 1);
-        in_threads(panels, group, [&](const Share &share) {
+        // So few panels at once that threads end at the same time.
+        const int64_t fair = panels / max_threads() / 6 / DENSE_PANELS * DENSE_PANELS;
+        const int64_t part = fair < DENSE_PANELS ? DENSE_PANELS : smaller(fair, PASS_PANELS);
+        in_threads(panels, part, [&](const Share &share) {
             DenseTiles tiles;
             float *memory = x.x + held + share.thread * DENSE_OWN;
             take_parts(share, [&](int64_t panel, int64_t end) {

@@ -13,11 +13,14 @@ namespace {
 
 #if GEMV_OPERANDS
 constexpr int64_t GEMV_TILES = 6;  // from here on the way through the cache is as fast
+constexpr int64_t GEMV_WORD_ROWS = 8;  // of a tile of int16
 
 // Up to how many rows weights are unpacked in registers. In float32 they never are, which spares a
 // third of the functions.
 template <int P> constexpr int64_t GEMV_TILE_ROWS = GEMV_OPERANDS / OPERAND_PLANES<P>;
-template <int P> constexpr int64_t GEMV_MAX_ROWS = P <= 2 ? GEMV_TILES * GEMV_TILE_ROWS<P> : 0;
+template <int P>
+constexpr int64_t GEMV_MAX_ROWS =
+    P > 2 ? 0 : GEMV_TILES * (IN_WORDS<P> ? GEMV_WORD_ROWS : GEMV_TILE_ROWS<P>);
 
 template <int BITS, int V, int T, int I = 0>
 INLINE inline void load_step(Weights (&w)[V], const uint8_t *q, int64_t stride) {
@@ -78,6 +81,53 @@ __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64
     }
 }
 
+#if HAS_WORDS
+// The same of a tile of activations of int16, and weights that become int16 with their zeros: from
+// more rows on than the tiles above have, units are busy, and what is left to save is unpacking.
+template <int BITS, int R, int T = 0>
+INLINE inline void add_words_of_k_block(Sums<R, 2> &sums, const uint8_t *q, int64_t stride,
+                                        const int8_t *x) {
+    const VI bytes[] = {(VI)step_of<BITS, T>(q), (VI)step_of<BITS, T>(q + stride)};
+    const VI even[] = {even_words(bytes[0]), even_words(bytes[1])};
+    const VI odd[] = {odd_words(bytes[0]), odd_words(bytes[1])};
+    sums.add_words(even, x + T * R * WORD_STEP_BYTES);
+    sums.add_words(odd, x + T * R * WORD_STEP_BYTES + STEP);
+    if constexpr (T + 1 < STEPS) add_words_of_k_block<BITS, R, T + 1>(sums, q, stride, x);
+}
+
+// Two panels, or one, times the R rows of a tile from `row` on.
+template <int BITS, int R>
+__attribute__((noinline)) void gemv_words(const Linear &a, const Activations &x, int64_t row,
+                                          int64_t panel, int64_t panels, Grid &grid, float *out) {
+    const int64_t size = x.k_blocks * 64 * BITS, stride = panels < 2 ? 0 : size;
+    const uint8_t *q = a.q + panel * size, *end = q + size;
+    int64_t group = -1;
+    Operands o;
+    o.out = out;
+    o.scales = grid.scales;
+    o.zeros = grid.zeros;
+    o.offsets = a.offsets ? grid.offsets : nullptr;
+    for (int64_t b = 0; b < x.blocks; b++) {
+        if (x.block[b].group != group)
+            grid.load(a, panel, 2, group = x.block[b].group, stride ? 1 : 0);
+        point_at(o, x, b, row);
+        Sums<R, 2> sums;
+        sums.clear();
+        for (int64_t s = 0; s < o.k_blocks; s++, q += 64 * BITS) {
+            if (row == 0) {
+                const uint8_t *ahead = q + AHEAD + (q + AHEAD < end ? 0 : stride);
+                for (int v = 0; v < BITS; v++) {
+                    __builtin_prefetch(ahead + v * 64);
+                    __builtin_prefetch(ahead + stride + v * 64);
+                }
+            }
+            add_words_of_k_block<BITS>(sums, q, stride, o.x + s * K_BLOCK * R * 2);
+        }
+        sums.template finish_words<true>(o, 0);
+    }
+}
+#endif
+
 // What multiplies a tile of so many rows, and with how many panels at once.
 struct Gemv {
     void (*multiply)(const Linear &, const Activations &, int64_t, int64_t, int64_t, Grid &,
@@ -98,22 +148,45 @@ template <int S = GEMV_OPERANDS> Gemv gemv_of(int64_t bits, int64_t operands) {
     return gemv_of_bits<S>(bits);
 }
 
+#if HAS_WORDS
+template <int R, int BITS = 8> Gemv gemv_words_of_bits(int64_t bits) {
+    if constexpr (BITS > 1)
+        if (bits != BITS) return gemv_words_of_bits<R, BITS - 1>(bits);
+    return {gemv_words<BITS, R>, 2};
+}
+#endif
+
+// What multiplies a tile of so many rows as they lie.
+template <int P, int R = GEMV_WORD_ROWS>
+Gemv gemv_of_rows(const Linear &a, [[maybe_unused]] const Activations &x, int64_t rows) {
+#if HAS_WORDS
+    if constexpr (IN_WORDS<P>)
+        if (x.words) {
+            if constexpr (R > 2)
+                if (rows < R) return gemv_of_rows<P, R - 2>(a, x, rows);
+            return gemv_words_of_bits<R>(a.bits);
+        }
+#endif
+    return gemv_of(a.bits, rows * OPERAND_PLANES<P>);
+}
+
 // Panels up to `end` times all rows, a tile after the other while the panels are in cache.
 template <int P>
 void gemv_rows(const Linear &a, const Activations &x, int64_t first, int64_t panel,
                        int64_t end, float *sums) {
-    const Gemv full = gemv_of(a.bits, x.tile_rows * OPERAND_PLANES<P>);
-    const Gemv last = gemv_of(a.bits, ((x.rows - 1) % x.tile_rows + 1) * OPERAND_PLANES<P>);
-    const int64_t together = x.rows < x.tile_rows ? last.panels : full.panels;
+    const Gemv full = gemv_of_rows<P>(a, x, x.tile_rows);
+    const Gemv last = gemv_of_rows<P>(a, x, (x.held_rows - 1) % x.tile_rows + 1);
+    const int64_t together = x.held_rows < x.tile_rows ? last.panels : full.panels;
     Grid grid{};
     for (int64_t panels; panel < end; panel += panels) {
         panels = smaller(together, end - panel);
         for (int64_t row = 0; row < x.rows; row += x.tile_rows) {
             const int64_t rows = smaller(x.tile_rows, x.rows - row);
-            const Gemv &some_rows = rows < x.tile_rows ? last : full;
+            const Gemv &some_rows = row + x.tile_rows > x.held_rows ? last : full;
             for (int64_t n = 0; n < panels; n += some_rows.panels) {
                 const int64_t some = smaller(some_rows.panels, panels - n);
-                for (int64_t i = 0; i < rows * GROUP_LANES; i += WIDTH) store_f(sums + i, set_f(0));
+                for (int64_t i = 0; i < x.tile_rows * GROUP_LANES; i += WIDTH)
+                    store_f(sums + i, set_f(0));
                 some_rows.multiply(a, x, row, panel + n, some, grid, sums);
                 finish<P>(a, x, first, row, rows, panel + n, some, sums, grid.scales);
             }
@@ -125,6 +198,7 @@ void gemv_rows(const Linear &a, const Activations &x, int64_t first, int64_t pan
 #else
 template <int P> constexpr int64_t GEMV_TILE_ROWS = 0;
 template <int P> constexpr int64_t GEMV_MAX_ROWS = 0;  // other paths do not unpack in registers
+constexpr int64_t GEMV_WORD_ROWS = 0;
 template <int P>
 void gemv_rows(const Linear &, const Activations &, int64_t, int64_t, int64_t, float *);
 #endif

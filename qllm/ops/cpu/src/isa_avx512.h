@@ -71,12 +71,13 @@ inline void store_words(int8_t *p, int64_t next_step, VI v) {
         p += next_step;
     }
 }
-// The bytes of a step less a zero for each lane, as int16: inputs 0 and 2 of each lane, 1 and 3.
+// The bytes of a step as int16: inputs 0 and 2 of each lane, 1 and 3; and less a zero for each lane.
+inline VI even_words(VI bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi16(255)); }
+inline VI odd_words(VI bytes) { return _mm512_srli_epi16(bytes, 8); }
 inline void bytes_to_words(uint8_t *to, VI bytes, VI zero) {
     const VI zeros = _mm512_or_si512(zero, _mm512_slli_epi32(zero, 16));
-    const VI even = _mm512_and_si512(bytes, _mm512_set1_epi16(255));
-    _mm512_store_si512(to, _mm512_sub_epi16(even, zeros));
-    _mm512_store_si512(to + 64, _mm512_sub_epi16(_mm512_srli_epi16(bytes, 8), zeros));
+    _mm512_store_si512(to, _mm512_sub_epi16(even_words(bytes), zeros));
+    _mm512_store_si512(to + 64, _mm512_sub_epi16(odd_words(bytes), zeros));
 }
 // The low byte of every lane.
 inline void store_bytes(int8_t *p, VI v) {

@@ -108,12 +108,18 @@ template <int P> void multiply_all_panels(const Linear &a, const Activations &x,
     });
 }
 
+// How activations of so many rows lie in tiles.
+template <int P> TileShape tiles_of(int64_t rows) {
+    if (rows > GEMV_MAX_ROWS<P>) return {TILE_ROWS<P>, 1, IN_WORDS<P>};
+    if (IN_WORDS<P> && rows > GEMV_TILE_ROWS<P>) return {GEMV_WORD_ROWS, 2, true};
+    return {GEMV_TILE_ROWS<P>, 1, false};
+}
+
 template <int P> Status linear_of(const Linear &a) {
     for (int64_t first = 0; first < a.rows; first += MAX_ROWS) {
         Activations x;
         const int64_t rows = smaller(MAX_ROWS, a.rows - first);
-        const int64_t tile_rows = rows <= GEMV_MAX_ROWS<P> ? GEMV_TILE_ROWS<P> : TILE_ROWS<P>;
-        if (!prepare<P>(x, a, rows, tile_rows)) return Status::NO_MEMORY;
+        if (!prepare<P>(x, a, rows, tiles_of<P>(rows))) return Status::NO_MEMORY;
         for (int64_t row = 0; row < x.rows; row++) x.fallback[row] = 0;
         quantize_all<P>(a, x, first);
         multiply_all_panels<P>(a, x, first);

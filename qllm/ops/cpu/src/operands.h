@@ -9,6 +9,7 @@ namespace {
 
 constexpr int VECTORS = LANES / WIDTH;  // to a panel
 constexpr int64_t GROUP_PANELS = 4;     // panels that share a pass over the activations
+constexpr int64_t PASS_PANELS = 8;      // the same of a dense product
 constexpr int64_t STEPS = K_BLOCK / STEP;
 constexpr int64_t GROUP_LANES = GROUP_PANELS * LANES;
 
@@ -54,6 +55,14 @@ constexpr int64_t UNPACKED_BYTES = HAS_WORDS ? 2 : 1;  // that a weight in cache
 
 // How many operands a row is in a tile.
 template <int P> constexpr int TILE_OPERANDS = IN_WORDS<P> ? 1 : OPERAND_PLANES<P>;
+
+// Asks for the lines of rows that are far apart, to read them or to write to them in a while.
+template <bool WRITE>
+inline void prefetch_rows(const void *first, int64_t stride, int64_t bytes, int64_t rows) {
+    const char *row = static_cast<const char *>(first);
+    for (int64_t r = 0; r < rows; r++, row += stride)
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, WRITE);
+}
 
 // Two planes as one integer.
 inline VI pair(VI high, VI low) { return add_i(shift_left<8>(high), low); }

@@ -101,7 +101,7 @@ template <int64_t TYPE> Status bf16_prefill(const Linear &a) {
             fallback[row] = largest_bits(a, (first + row) * a.x_stride, a.in) >= FALLBACK_BITS;
         });
         for_each((x.steps + x.block - 1) / x.block, worth, [&](int64_t block, int64_t) {
-            for (int64_t row = 0; row < x.rows; row++)
+            for (int64_t row = 0; row < x.rows; row += dense_tile_rows(x.rows - row))
                 lay_out<TYPE, true>(dense, x, first, row, block * x.block);
         });
         in_threads(panels, PREFILL_PANELS, [&](const Share &share) {

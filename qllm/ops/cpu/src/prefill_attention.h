@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "isa.h"
 #include "kernels.h"
+#include "operands.h"
 #include "threads.h"
 
 namespace qllm {
@@ -54,6 +55,14 @@ static void load_token(const Attend &a, const Sequence &s, int64_t kv, int64_t j
     }
 }
 
+// Asks for heads from `index` on of some tokens, which lie far apart.
+static void prefetch_heads(const Attend &a, int64_t token, int64_t index, int64_t tokens) {
+    const int64_t size = a.type == FLOAT32 ? 4 : 2;
+    const int64_t stride = (a.heads + 2 * a.kv_heads) * a.dim * size;
+    prefetch_rows<false>(static_cast<const char *>(a.qkv) + token * stride + index * a.dim * size,
+                         stride, a.dim * size, tokens);
+}
+
 // A key and a value to their places among what is shared, counted from a panel's first token.
 static void share_key(const Attend &a, float *keys, int64_t j, const float *head) {
     for (int64_t d = 0; d < a.dim; d++) keys[(j / KEYS * a.dim + d) * KEYS + j % KEYS] = head[d];
@@ -68,6 +77,10 @@ static void share_run(const Attend &a, const Sequence &s, int64_t index, int64_t
     const int64_t kv = s.kv_head + index, first = run * RUN, end = smaller(first + RUN, s.length);
     float *keys = s.keys + index * s.panels * a.dim * KEYS;
     float *values = s.values + index * s.count * s.width;
+    if (const int64_t next = first > s.past ? first : s.past; next < end) {
+        prefetch_heads(a, s.token + next - s.past, a.heads + kv, end - next);
+        prefetch_heads(a, s.token + next - s.past, a.heads + a.kv_heads + kv, end - next);
+    }
     for (int64_t j = end - s.begin; j < smaller(first + RUN - s.begin, s.panels * KEYS); j++)
         for (int64_t d = 0; d < a.dim; d++) keys[(j / KEYS * a.dim + d) * KEYS + j % KEYS] = 0;
     if (a.bits == 16) {
@@ -183,6 +196,7 @@ static void attend_part(const Attend &a, const Sequence &s, int64_t head, int64_
     }
     if (count == 0) return;
     const int64_t begin = few[0].begin, length = few[count - 1].length();
+    prefetch_heads(a, s.token + few[0].position - s.past, head, length - few[0].position);
     // Tokens that are seen as they came, if those before them are integers: all are of one run.
     const int64_t own = a.bits == 16 ? length : start / RUN * RUN;
     const float *keys = s.keys + kv * s.panels * a.dim * KEYS;
@@ -230,6 +244,10 @@ static void attend_part(const Attend &a, const Sequence &s, int64_t head, int64_
         for (int64_t j = these.begin; j < first; j++) row[j - s.begin] = 0;
         for (int64_t j = place + 1; j < these.length(); j++) row[j - s.begin] = 0;
     }
+    const int64_t y_stride = a.heads * a.dim * (a.type == FLOAT32 ? 4 : 2);
+    prefetch_rows<true>(static_cast<char *>(a.y) + (s.result + few[0].position - s.asked) * y_stride +
+                            head * (y_stride / a.heads),
+                        y_stride, y_stride / a.heads, length - few[0].position);
     for (int64_t d = 0; d < a.dim; d += KEYS) {
         alignas(64) float out[PART_QUERIES][KEYS] = {};
         by_blocks([&](int64_t i, int64_t from, int64_t stop) {

@@ -73,20 +73,38 @@ template <int S, int V> struct Sums {
         if constexpr (I + 1 < V) add_words_of_row<ROW, I + 1>(w, x);
     }
 
-    // Adds the results of a block, scaled, to those of the blocks before it.
-    template <int I = 0> INLINE void finish_words(const Operands &o, int64_t lane) {
-        const VF scale = load_f(o.scales + lane + I * WIDTH);
-        const VF offset = o.offsets ? load_f(o.offsets + lane + I * WIDTH) : set_f(0);
-        finish_words_of_row<I>(o, o.out + lane + I * WIDTH, scale, offset);
-        if constexpr (I + 1 < V) finish_words<I + 1>(o, lane);
+    // Adds the results of a block, scaled, to those of the blocks before it. Where weights have kept
+    // their ZEROS, these are subtracted.
+    template <bool ZEROS> INLINE void finish_words(const Operands &o, int64_t lane) {
+        finish_words_of<ZEROS>(o, o.x_scale, o.sum, o.out + lane, lane);
+        if (o.offsets) add_offsets(o, o.x_scale, o.sum, o.out + lane, lane);
     }
 
-    template <int I, int ROW = 0>
-    INLINE void finish_words_of_row(const Operands &o, float *out, VF scale, VF offset) {
-        add_scaled<2>(out, of[ROW * V + I], zero_i(), o.x_scale[ROW], scale);
-        if (o.offsets) add_offset<2>(out, o.sum[ROW], 0, o.x_scale[ROW], offset);
+    template <bool ZEROS, int I = 0>
+    INLINE void finish_words_of(const Operands &o, const float *x_scale, const int32_t *sum,
+                                float *out, int64_t lane) {
+        const VI zero = ZEROS ? load_i(o.zeros + lane + I * WIDTH) : zero_i();
+        const VF scale = load_f(o.scales + lane + I * WIDTH);
+        finish_words_of_row<ZEROS, I>(x_scale, sum, out + I * WIDTH, zero, scale);
+        if constexpr (I + 1 < V) finish_words_of<ZEROS, I + 1>(o, x_scale, sum, out, lane);
+    }
+
+    template <bool ZEROS, int I, int ROW = 0>
+    INLINE void finish_words_of_row(const float *x_scale, const int32_t *sum, float *out, VI zero,
+                                    VF scale) {
+        VI high = of[ROW * V + I];
+        if constexpr (ZEROS) high = sub_i(high, mul_i(zero, set_i(sum[ROW])));
+        add_scaled<2>(out, high, zero_i(), x_scale[ROW], scale);
         if constexpr (ROW + 1 < S)
-            finish_words_of_row<I, ROW + 1>(o, out + GROUP_LANES, scale, offset);
+            finish_words_of_row<ZEROS, I, ROW + 1>(x_scale, sum, out + GROUP_LANES, zero, scale);
+    }
+
+    static void add_offsets(const Operands &o, const float *x_scale, const int32_t *sum, float *out,
+                            int64_t lane) {
+        for (int row = 0; row < S; row++, out += GROUP_LANES)
+            for (int i = 0; i < V; i++)
+                add_offset<2>(out + i * WIDTH, sum[row], 0, x_scale[row],
+                              load_f(o.offsets + lane + i * WIDTH));
     }
 #endif
 
@@ -174,7 +192,7 @@ __attribute__((noinline)) void multiply_words(const Operands &o, int64_t from) {
             sums.add_words(words, x + half * STEP);
         }
     }
-    sums.finish_words(o, from * LANES);
+    sums.template finish_words<false>(o, from * LANES);
 #endif
 }
 
