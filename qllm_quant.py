@@ -169,7 +169,7 @@ def read_options(args: argparse.Namespace) -> QuantizeOptions:
         raise UserError(f"--smooth-alpha {args.smooth_alpha} cannot be; give 0 to 1")
     options = QuantizeOptions(**given, refine=bool(args.refine))
     tuned = replace(options.tune, seed=args.seed, **tune)
-    scales = replace(options.distill, steps=-(-tuned.steps // 4), batch=tuned.batch, seed=args.seed)
+    scales = replace(options.distill, steps=-(-tuned.steps // 2), batch=tuned.batch, seed=args.seed)
     return replace(options, gptq=replace(options.gptq, **gptq), tune=tuned, distill=scales)
 
 

@@ -117,7 +117,7 @@ def quantized(
     if method == AUTO_ROUND:
         return auto_round(folder, int(bits), group_size, steps, samples, target)
     algorithm, how = METHODS[method]
-    how = replace(how, tune=TuneOptions(steps), distill=DistillOptions(-(-steps // 4)))
+    how = replace(how, tune=TuneOptions(steps), distill=DistillOptions(-(-steps // 2)))
     plan = QuantPlan.uniform(QuantSpec.parse(bits, group_size, algorithm=algorithm))
     calibration = None if algorithm == "rtn" else samples
     quantize_checkpoint(Job(folder, plan, how, calibration, dtype=torch.float32), target)

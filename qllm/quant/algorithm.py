@@ -80,8 +80,8 @@ class DistillOptions(DescentOptions):
         rate: of the first step; the others' fall linearly.
     """
 
-    steps: int = 50
-    rate: float = 5e-3
+    steps: int = 100
+    rate: float = 1e-2
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 from covering import each
 
 from qllm.ops.reference import dequantize
+from qllm.quant import rounding
 from qllm.quant.algorithm import TuningStart
 from qllm.quant.gptq import GPTQOptions, quantize_gptq
 from qllm.quant.packing import PackedWeight, group_width, unpack
@@ -14,6 +15,11 @@ from qllm.quant.rounding import TunedRounding
 from qllm.quant.rtn import quantize_rtn
 
 ROWS, COLUMNS = 12, 70  # of which neither 16 nor 32 is a divisor
+
+
+@pytest.fixture(autouse=True)
+def _in_pieces(monkeypatch):
+    monkeypatch.setattr(rounding, "FEW_WEIGHTS", 5 * COLUMNS)
 
 
 def drawn(seed: int = 0) -> torch.Tensor:
