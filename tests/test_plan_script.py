@@ -6,12 +6,13 @@ import json
 import platform
 
 import pytest
-import torch
 from conftest import ROOT, assert_user_error, run_json, tiny
 from inside import call, call_json
 
 from qllm.plan import verify
+from qllm.plan.candidates import key as label
 from qllm.plan.devices import MeasuredSpeed
+from qllm.plan.probe import ROUNDS
 
 PLAN, QUANT, GEN = "qllm_plan.py", "qllm_quant.py", "qllm_gen.py"
 STORY = "Once upon a time there was a man who lived by the sea, and he was not a happy man. "
@@ -105,23 +106,35 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
     linears = {f"{bits}:g64:asym": linear for bits in (2, 3, 4)} | {"16": linear}
     halves = dict.fromkeys(("decode", "prefill"), (1e-6, 0.0, 0.0))
     speed = {"linears": dict.fromkeys(("decode", "prefill"), linears), "halves": halves}
-    speed |= {"steps": 1e-6, "cache": 1e6}
+    speed |= {"passes": dict.fromkeys(("decode", "prefill"), 1e-6), "cache": 1e6}
     device = {"host": platform.node(), "threads": 1, "memory": half, "measured": speed}
     devices = [device | {"name": "a"}, device | {"name": "b"}]
     (tmp_path / "cluster.json").write_text(json.dumps({"devices": devices}))
     args = (*args, "--cluster", tmp_path / "cluster.json", "--prompt", 8, "--gen", 4)
-    slower = {**speed, "linears": dict.fromkeys(("decode", "prefill"), linears_times(linears, 3))}
+    three_times = linears_times(linears, 3)
     asked: list[int] = []
 
-    def probe(specs, dtype, device):
-        asked.append(torch.get_num_threads())
-        return MeasuredSpeed(**slower)
+    class Slower(verify.Probe):
+        def __init__(self, specs, dtype, device, threads):
+            used = {label(spec) for spec in specs} | {"16"}
+            self.tables = {bits: each for bits, each in three_times.items() if bits in used}
+            asked.append(threads)
 
-    monkeypatch.setattr(verify, "probe", probe)
+        def measure(self):
+            asked.append(0)
+
+        def speed(self):
+            tables = dict.fromkeys(("decode", "prefill"), self.tables)
+            return MeasuredSpeed(**speed | {"linears": tables})
+
+    monkeypatch.setattr(verify, "Probe", Slower)
     both = call_json(PLAN, *args, "--avg-bits", UNIFORM_3, "--verify")
     predicted, measured = both["plan"]["predicted"], both["measured"]
     # Of a machine that is three times as slow as the one that was probed for the plan.
-    assert asked == [1, 1] and set(both["probed"]) == {"prefill_seconds", "decode_seconds"}
+    assert asked == [1] + [0] * ROUNDS and set(both["probed"]) == {
+        "prefill_seconds",
+        "decode_seconds",
+    }
     for key, seconds in both["probed"].items():
         assert 1.5 * predicted[key] < seconds < 3 * predicted[key]
     assert measured["bytes"] == predicted["bytes"]

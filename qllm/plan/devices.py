@@ -21,6 +21,7 @@ from qllm.files import parse_json, read_bytes
 from qllm.plan.candidates import key
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+PHASES = ("decode", "prefill")
 DESCRIBED = ("memory", "bandwidth", "flops", "int8_flops", "overhead")
 # What most kernels reach of what is published, of bandwidth and of arithmetic.
 OF_BANDWIDTH, OF_FLOPS = 0.8, 0.5
@@ -51,7 +52,7 @@ class Speed(Protocol):
             context: bytes of the cache that a step reads; of prompts, scores.
         """
 
-    def step(self) -> float:
+    def step(self, *, decode: bool) -> float:
         """What a pass takes besides its layers."""
 
 
@@ -82,7 +83,7 @@ class DescribedSpeed:
         moved = 8 * values + (context if decode else 0)
         return self.overhead + moved / (self.bandwidth * OF_BANDWIDTH)
 
-    def step(self) -> float:
+    def step(self, *, decode: bool) -> float:
         return 0.0
 
 
@@ -96,13 +97,13 @@ class MeasuredSpeed:
             of memory.
         halves: "decode" and "prefill" to seconds per half of a layer, per activation and per unit
             of context; see `Speed.half`.
-        steps: seconds of a pass besides its layers.
+        passes: "decode" and "prefill" to seconds of a pass besides its layers.
         cache: bytes that stay in caches from step to step.
     """
 
     linears: Mapping[str, Mapping[str, Mapping[str, tuple[float, ...]]]]
     halves: Mapping[str, tuple[float, float, float]]
-    steps: float
+    passes: Mapping[str, float]
     cache: float
 
     def linear(
@@ -128,8 +129,8 @@ class MeasuredSpeed:
         fixed, each, of_context = self.halves["decode" if decode else "prefill"]
         return fixed + each * values + of_context * context
 
-    def step(self) -> float:
-        return self.steps
+    def step(self, *, decode: bool) -> float:
+        return self.passes["decode" if decode else "prefill"]
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -276,10 +277,11 @@ def _measured(value: Any, where: str) -> MeasuredSpeed:
                 bits: {str(int(rows)): _numbers(times, 4) for rows, times in table.items()}
                 for bits, table in value["linears"][phase].items()
             }
-            for phase in ("decode", "prefill")
+            for phase in PHASES
         }
-        halves = {phase: _three(value["halves"][phase]) for phase in ("decode", "prefill")}
-        return MeasuredSpeed(linears, halves, float(value["steps"]), float(value["cache"]))
+        halves = {phase: _three(value["halves"][phase]) for phase in PHASES}
+        passes = {phase: _numbers([value["passes"][phase]], 1)[0] for phase in PHASES}
+        return MeasuredSpeed(linears, halves, passes, float(value["cache"]))
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
             f"{where}: measured is not what qllm_plan.py --probe writes; measure again"

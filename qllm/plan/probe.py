@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -18,22 +21,23 @@ from qllm.ops import phase
 from qllm.ops.capture import capture
 from qllm.plan.candidates import key
 from qllm.plan.devices import MeasuredSpeed, Size
-from qllm.plan.program import Workload
+from qllm.plan.program import Workload, sees_last_token
 from qllm.plan.timing import time_generation
 
 # Inputs and outputs of the matrices that are multiplied: those that caches keep, and a large one.
 SIZES = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
 LARGE = (2048, 2048)
-DECODE_ROWS, PREFILL_ROWS = (1, 4, 8, 16), (16, 128, 512)
+ROWS = {"decode": (1, 4, 8, 16), "prefill": (16, 128, 512)}
 STREAMED = 192 << 20  # bytes of matrices that no cache keeps
 CACHED = 4 << 20  # bytes that caches are taken to keep from one step to the next
-FORMAT = 3  # of what is found: what was kept in another is measured again
-SECONDS = 0.1  # that one measurement takes at least
+FORMAT = 4  # of what is found: what was kept in another is measured again
+ROUNDS = 5  # of all measurements, in turns: a shared machine is slow for seconds at a time
+SECONDS = 0.03  # that one measurement takes in a round at least
 # Of the models with which is measured what is beside the products: hidden size and layers.
 MODELS = ((256, 2), (256, 8), (1024, 4))
-BATCHES, CONTEXTS = (1, 8), (16, 1024)
+DECODES = ((1, 16), (1, 1024), (8, 16), (8, 256))  # sequences and the tokens of each
 PROMPTS = (32, 256, 768)
-STEPS = 100
+STEPS = 50
 
 
 def probe(
@@ -48,53 +52,142 @@ def probe(
         dtype: of activations.
         progress: what loops go through, to be seen.
     """
-    wanted = list({key(spec): spec for spec in (QuantSpec(), *specs)}.values())
-    linears: dict[str, dict] = {"decode": {}, "prefill": {}}
-    for spec in progress(wanted):
-        found = _linears(spec, dtype, device)
-        for name, table in found.items():
-            linears[name][key(spec)] = table
-    speed = MeasuredSpeed(linears, {}, 0.0, float(CACHED))
-    decode, prefill, steps = _halves(speed, dtype, device)
-    return MeasuredSpeed(linears, {"decode": decode, "prefill": prefill}, steps, float(CACHED))
+    found = Probe(specs, dtype, device)
+    for _ in progress(list(range(ROUNDS))):
+        found.measure()
+    return found.speed()
 
 
-def _linears(
-    spec: QuantSpec, dtype: torch.dtype, device: str
-) -> dict[str, dict[str, tuple[float, ...]]]:
-    """Coefficients of `MeasuredSpeed.linears`, by phase and rows."""
-    cached = [[_linear(size, spec, dtype, device)] for size in SIZES]
-    first = _linear(LARGE, spec, dtype, device)
-    copies = max(2, -(-STREAMED // first.nbytes()))
-    streamed = [first] + [_linear(LARGE, spec, dtype, device) for _ in range(copies - 1)]
-    found: dict[str, dict[str, tuple[float, ...]]] = {}
-    for name, counts in (("decode", DECODE_ROWS), ("prefill", PREFILL_ROWS)):
-        found[name] = {}
-        for rows in counts:
-            # A product of many rows is bound by arithmetic: a few matrices are as good as many.
-            far_linears = streamed if name == "decode" else streamed[:2]
-            near = [_seconds_of(each, rows, dtype, device, name) for each in cached]
-            features = [[1.0, sum(size), math.prod(size)] for size in SIZES]
-            call, channel, weight = _fit(list(zip(features, near, [0.0] * len(near), strict=True)))
-            far = _seconds_of(far_linears, rows, dtype, device, name)
-            beside = call + channel * sum(LARGE)
-            far_weight = max((far - beside) / math.prod(LARGE), weight)
-            found[name][str(rows)] = (call, channel, weight, far_weight)
-    return found
+class Probe:
+    """What is measured, in rounds: each measures everything once, and medians of them count.
+
+    Args:
+        specs: whose products are measured; those of 16 bits always are.
+        dtype: of activations.
+        threads: of the CPU; None: as many as torch has.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[QuantSpec],
+        dtype: torch.dtype,
+        device: str,
+        threads: int | None = None,
+    ) -> None:
+        self._specs = list({key(spec): spec for spec in (QuantSpec(), *specs)}.values())
+        self._dtype, self._device = dtype, device
+        self._threads = threads or torch.get_num_threads()
+        self._models = [_model(*sizes, dtype, device) for sizes in MODELS]
+        self._times: defaultdict[Hashable, list[float]] = defaultdict(list)
+        with self._own_threads():
+            self._products = {
+                (spec, name, size, rows): _product(linears, rows, dtype, device, name)
+                for spec in self._specs
+                for size in (*SIZES, LARGE)
+                for linears in [_copies(spec, size, dtype, device)]
+                for name, counts in ROWS.items()
+                for rows in counts
+            }
+
+    @contextmanager
+    def _own_threads(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def measure(self) -> None:
+        """Another round."""
+        with self._own_threads():
+            for name, (run, count) in self._products.items():
+                self._times[name].append(median_seconds(run, self._device) / count)
+            for sizes, model in zip(MODELS, self._models, strict=True):
+                for batch, context in DECODES:
+                    _, step = time_generation(model, Workload(context, STEPS, batch), repeats=1)
+                    self._times[sizes, batch, context].append(step)
+                for length in PROMPTS:
+                    prompt, _ = time_generation(model, Workload(length, 1), repeats=1)
+                    self._times[sizes, length].append(prompt)
+
+    def _seconds(self, *name: Hashable) -> float:
+        return statistics.median(self._times[name])
+
+    def speed(self) -> MeasuredSpeed:
+        """What the rounds until now say."""
+        linears: dict[str, dict] = {name: {} for name in ROWS}
+        for spec in self._specs:
+            for name, counts in ROWS.items():
+                table = {str(rows): self._linear(spec, name, rows) for rows in counts}
+                linears[name][key(spec)] = table
+        rest = self._rest(MeasuredSpeed(linears, {}, {}, float(CACHED)))
+        halves = {name: (rest[name][1], rest[name][2], rest[name][3]) for name in ROWS}
+        passes = {name: rest[name][0] for name in ROWS}
+        return MeasuredSpeed(linears, halves, passes, float(CACHED))
+
+    def _linear(self, spec: QuantSpec, name: str, rows: int) -> tuple[float, ...]:
+        """Coefficients of `MeasuredSpeed.linears`."""
+        features = [[1.0, sum(size), math.prod(size)] for size in SIZES]
+        near = [self._seconds(spec, name, size, rows) for size in SIZES]
+        call, channel, weight = _fit(list(zip(features, near, [0.0] * len(near), strict=True)))
+        beside = call + channel * sum(LARGE)
+        far = (self._seconds(spec, name, LARGE, rows) - beside) / math.prod(LARGE)
+        return call, channel, weight, max(far, weight)
+
+    def _rest(self, products: MeasuredSpeed) -> dict[str, list[float]]:
+        """What passes through small models take besides their products, by least squares.
+
+        Returns:
+            by phase, the seconds of a pass, and those of `MeasuredSpeed.halves`.
+        """
+        decode: list[tuple[list[float], float, float]] = []
+        prefill: list[tuple[list[float], float, float]] = []
+        for sizes, model in zip(MODELS, self._models, strict=True):
+            hidden, layers = sizes
+            count = 2 * layers
+            for batch, context in DECODES:
+                known = _products_of(model, products, batch, batch, decoding=True)
+                read = 2 * batch * context * hidden * self._dtype.itemsize
+                features = [1.0, count, count * batch * hidden, layers * read]
+                decode.append((features, self._seconds(sizes, batch, context), known))
+            for length in PROMPTS:
+                known = _products_of(model, products, length, 1, decoding=False)
+                features = [1.0, count, count * length * hidden, layers * length**2 * hidden]
+                prefill.append((features, self._seconds(sizes, length), known))
+        return {"decode": _fit(decode), "prefill": _fit(prefill)}
 
 
-def _linear(size: Size, spec: QuantSpec, dtype: torch.dtype, device: str) -> Linear:
+def _products_of(
+    model: Decoder, products: MeasuredSpeed, rows: int, last_rows: int, *, decoding: bool
+) -> float:
+    """Seconds of a model's linears, of which some see only each prompt's last token."""
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+    held = float(sum(module.nbytes() for module in linears.values()))
+    seconds = 0.0
+    for name, module in linears.items():
+        size = module.in_features, module.out_features
+        n = last_rows if sees_last_token(name, model.config.num_layers) else rows
+        seconds += products.linear(QuantSpec(), size, 0, n, decode=decoding, model=held)
+    return seconds
+
+
+def _copies(spec: QuantSpec, size: Size, dtype: torch.dtype, device: str) -> list[Linear]:
+    """A matrix with random weights; of LARGE, as many as no cache keeps."""
     inputs, outputs = size
     weight = torch.randn(outputs, inputs, device=device, dtype=dtype) * inputs**-0.5
-    linear = linear_class(spec).from_float(weight, None, spec, input_range=4.0)
-    linear.process_weights_after_loading()
-    return linear
+    first = linear_class(spec).from_float(weight, None, spec, input_range=4.0)
+    first.process_weights_after_loading()
+    count = 1 if size != LARGE else max(2, -(-STREAMED // first.nbytes()))
+    return [first, *(copy.deepcopy(first) for _ in range(count - 1))]
 
 
-def _seconds_of(
+def _product(
     linears: Sequence[Linear], rows: int, dtype: torch.dtype, device: str, name: str
-) -> float:
-    """Seconds of a product, of some matrices in turn."""
+) -> tuple[Callable[[], object], int]:
+    """A call that multiplies with some matrices in turn, and their number."""
+    if name == "prefill":  # bound by arithmetic: a few matrices are as good as many
+        linears = linears[:2]
     x = torch.randn(rows, linears[0].in_features, dtype=dtype, device=device)
 
     def run() -> None:
@@ -102,22 +195,22 @@ def _seconds_of(
             linear(x)
 
     if name == "prefill":
-        return median_seconds(run, device) / len(linears)
+        return run, len(linears)
     with torch.inference_mode(), phase.decode():
         step = capture(run, torch.device(device), alone=True)  # as steps of decode are
-        return median_seconds(step.replay, device) / len(linears)
+    return step.replay, len(linears)
 
 
 @torch.inference_mode()
 def median_seconds(run: Callable[[], object], device: str) -> float:
-    """Of the runs that fit into SECONDS, three at least, after one that is not counted.
+    """Of the runs that fit into SECONDS, after one that is not counted.
 
     The fastest run of many is faster than those of a text are on the whole.
     """
     on_gpu = torch.device(device).type == "cuda"
     run()
     times: list[float] = []
-    while len(times) < 3 or sum(times) < SECONDS:
+    while sum(times) < SECONDS:
         if on_gpu:
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -126,43 +219,6 @@ def median_seconds(run: Callable[[], object], device: str) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
-
-
-def _halves(
-    speed: MeasuredSpeed, dtype: torch.dtype, device: str
-) -> tuple[tuple[float, float, float], tuple[float, float, float], float]:
-    """What passes through small models take besides their products, by least squares."""
-    decode: list[tuple[list[float], float, float]] = []
-    prefill: list[tuple[list[float], float, float]] = []
-    for hidden, layers in MODELS:
-        model = _model(hidden, layers, dtype, device)
-        linears = [m for m in model.modules() if isinstance(m, Linear)]
-        sizes = [(m.in_features, m.out_features) for m in linears]
-        held = float(sum(m.nbytes() for m in linears))
-        count = 2 * layers
-
-        def products(rows: int, head_rows: int, *, decoding: bool, of: list = sizes) -> float:
-            """Of the layers' linears, and of the head, which is the last one."""
-            each = [rows] * (len(of) - 1) + [head_rows]
-            return sum(
-                speed.linear(QuantSpec(), size, 0, r, decode=decoding, model=held)  # noqa: B023
-                for size, r in zip(of, each, strict=True)
-            )
-
-        for batch in BATCHES:
-            for context in CONTEXTS:
-                work = Workload(context, STEPS, batch)
-                _, seconds = time_generation(model, work, repeats=1)
-                values, read = batch * hidden, 2 * batch * context * hidden * dtype.itemsize
-                features = [1.0, count, count * values, layers * read]
-                decode.append((features, seconds, products(batch, batch, decoding=True)))
-        for length in PROMPTS:
-            seconds, _ = time_generation(model, Workload(length, 1))
-            features = [1.0, count, count * length * hidden, layers * length**2 * hidden]
-            prefill.append((features, seconds, products(length, 1, decoding=False)))
-    step = _fit(decode)
-    prompt_pass = _fit(prefill)
-    return (step[1], step[2], step[3]), (prompt_pass[1], prompt_pass[2], prompt_pass[3]), step[0]
 
 
 def _fit(rows: Sequence[tuple[list[float], float, float]]) -> list[float]:

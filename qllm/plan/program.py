@@ -170,6 +170,15 @@ def _half(name: str) -> int:
     return 2 * int(index) + inner.startswith("mlp")
 
 
+def sees_last_token(name: str, layers: int) -> bool:
+    """Whether a linear is asked for each prompt's last token alone.
+
+    Those are the LM head, and in the last of some layers what is behind the keys and values.
+    """
+    last = name.startswith(f"layers.{layers - 1}.") and not name.endswith(".qkv")
+    return last or name == LM_HEAD
+
+
 def build(
     shape: Shape,
     loss: Array,
@@ -215,8 +224,8 @@ def build(
                 for c, spec in enumerate(candidates):
                     inputs, outputs = map(int, shape.sizes[m])
                     args = (spec, (inputs, outputs), int(shape.nbytes[m, c]))
-                    behind = shape.modules[m] == LM_HEAD  # which sees each prompt's last token
-                    n = rows_each if behind else tokens
+                    last = sees_last_token(shape.modules[m], config.num_layers)
+                    n = rows_each if last else tokens
                     prefill[d, m, c] = speed.linear(*args, n, decode=False, model=held)
                     decode[d, m, c] = speed.linear(*args, rows_each, decode=True, model=held)
             for h in range(halves):
@@ -233,8 +242,8 @@ def build(
                     table[d, -1] += speed.linear(
                         QuantSpec(), head, nbytes, rows_each, decode=decoding, model=held
                     )
-            fixed_prefill[d, 0] += speed.step()
-            fixed_decode[d, 0] += speed.step()
+            fixed_prefill[d, 0] += speed.step(decode=False)
+            fixed_decode[d, 0] += speed.step(decode=True)
     return Problem(
         half_of=shape.half_of,
         loss=loss,

@@ -13,9 +13,9 @@ import torch
 from qllm.checkpoint.load import load_model, module_bytes
 from qllm.config import QuantPlan, QuantSpec
 from qllm.evaluate.agreement import DecoderReference, ReferenceOutputs, agreement
-from qllm.plan.devices import Speed
+from qllm.plan.devices import Device, MeasuredSpeed
 from qllm.plan.planner import Plan
-from qllm.plan.probe import probe
+from qllm.plan.probe import ROUNDS, Probe
 from qllm.plan.stages import time_stages
 from qllm.plan.timing import time_generation
 from qllm.quantizer.checkpoint import quantize_checkpoint
@@ -32,9 +32,10 @@ class Verified:
     Attributes:
         measured: `divergence` from the model at 16 bits, nats per token; `bytes`; and where the
             plan's devices are this machine's, TIMES, medians of some runs.
-        probed: TIMES as they are predicted from a probe before the run and one behind it, where
-            those were measured. A shared machine's speed drifts: what the plan's own probe
-            misses by it, and what the prediction itself does, is told apart by them.
+        probed: TIMES, where those were measured, as they are predicted from a probe whose rounds
+            took turns with the runs (of stages: before and behind them). A shared machine's speed
+            drifts: what the plan's own probe misses by it, and what the prediction itself does, is
+            told apart by them.
     """
 
     measured: dict[str, float]
@@ -77,30 +78,51 @@ def verify(
         if not plan.is_here():
             return Verified(found, {})
         work, stages = plan.planner.work, plan.stages
-        before = _seconds_now(plan, dtype, device)
+        now = _Now(plan, dtype, device)
         if stages is not None:
             del model
+            now.measure(ROUNDS // 2)
             threads = [each.threads or 1 for each in plan.order]
             times = time_stages(source, stages, threads, dtype, work)
+            now.measure(ROUNDS - ROUNDS // 2)
         else:
-            times = time_generation(model, work)
-        now = np.mean([before, _seconds_now(plan, dtype, device)], axis=0)
+            runs = []
+            for _ in range(ROUNDS):
+                now.measure(1)
+                runs.append(time_generation(model, work, repeats=1))
+            times = tuple(np.median(runs, axis=0).tolist())
     found |= dict(zip(TIMES, times, strict=True))
-    return Verified(found, dict(zip(TIMES, map(float, now), strict=True)))
+    return Verified(found, dict(zip(TIMES, now.seconds(), strict=True)))
 
 
-def _seconds_now(plan: Plan, dtype: torch.dtype | None, device: str) -> tuple[float, float]:
-    """What the prompts and a step take by a probe of this minute, of what the plan has."""
-    specs, count = list(plan.specs.values()), torch.get_num_threads()
-    speeds: dict[int | None, Speed] = {}
-    try:
-        for threads in {each.threads for each in plan.order}:
-            if threads is not None:
-                torch.set_num_threads(threads)
-            speeds[threads] = probe(specs, dtype or torch.float16, device)
-    finally:
-        torch.set_num_threads(count)
-    return plan.seconds_on([replace(each, speed=speeds[each.threads]) for each in plan.order])
+class _Now:
+    """What a plan takes on its devices by a probe of these minutes, of what the plan has."""
+
+    def __init__(self, plan: Plan, dtype: torch.dtype | None, device: str) -> None:
+        specs, given = list(plan.specs.values()), dtype or torch.float16
+        self._plan = plan
+        self._probes = {
+            threads: Probe(specs, given, device, threads)
+            for threads in {each.threads for each in plan.order}
+        }
+
+    def measure(self, rounds: int) -> None:
+        for _ in range(rounds):
+            for probe in self._probes.values():
+                probe.measure()
+
+    def seconds(self) -> tuple[float, float]:
+        speeds = {threads: probe.speed() for threads, probe in self._probes.items()}
+        order = self._plan.order
+        return self._plan.seconds_on([_with_speed(each, speeds[each.threads]) for each in order])
+
+
+def _with_speed(device: Device, speed: MeasuredSpeed) -> Device:
+    """A device as it is now; products that the plan has none of stay as they were."""
+    assert isinstance(device.speed, MeasuredSpeed)
+    before = device.speed.linears
+    linears = {phase: {**before[phase], **speed.linears[phase]} for phase in before}
+    return replace(device, speed=replace(speed, linears=linears))
 
 
 def _by(algorithm: str, spec: QuantSpec) -> QuantSpec:

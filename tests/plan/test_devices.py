@@ -66,12 +66,13 @@ def test_measured_speeds_are_what_was_measured(tmp_path):
     speed = MeasuredSpeed(
         {"decode": {"4:g128:asym": table}, "prefill": {"4:g128:asym": table}},
         {"decode": (1e-6, 1e-9, 1e-11), "prefill": (2e-6, 0.0, 0.0)},
-        5e-6,
+        {"decode": 5e-6, "prefill": 1e-3},
         1e6,
     )
     device = {"name": "here", "memory": 1e9, "measured": speed.to_json()}
     again = read(tmp_path, {"devices": [device]}).devices[0].speed
     assert again == speed
+    assert [again.step(decode=decode) for decode in (True, False)] == [5e-6, 1e-3]
     four, size = QuantSpec(4, kind="weight_only"), (500, 2000)
     near, far = (again.linear(four, size, 0, 1, decode=True, model=m) for m in (1e5, 1e7))
     assert near == pytest.approx(1e-5 + 2.5e-6 + 1e-4)
