@@ -1,0 +1,61 @@
+"""What a probe finds can be predicted from, and it leaves the process as it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from qllm.config import QuantSpec
+from qllm.plan import probe
+from qllm.plan.devices import PHASES, Cluster
+from qllm.plan.program import sees_last_token
+
+FOUR = QuantSpec(4, group_size=64, kind="weight_only")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Matrices and models that take milliseconds."""
+    monkeypatch.setattr(probe, "SIZES", ((64, 64), (64, 128), (128, 64), (128, 128)))
+    monkeypatch.setattr(probe, "LARGE", (256, 256))
+    monkeypatch.setattr(probe, "STREAMED", 1 << 19)
+    monkeypatch.setattr(probe, "SECONDS", 0.001)
+    monkeypatch.setattr(probe, "MODELS", ((64, 1), (64, 2), (128, 1)))
+    monkeypatch.setattr(probe, "DECODES", ((1, 8), (2, 8), (1, 64)))
+    monkeypatch.setattr(probe, "PROMPTS", (8, 32))
+    monkeypatch.setattr(probe, "STEPS", 4)
+
+
+@pytest.mark.usefixtures("small")
+def test_what_is_measured_predicts(tmp_path):
+    before, asked = torch.get_num_threads(), []
+    found = probe.Probe([FOUR], torch.float32, "cpu", threads=before + 1)
+    for _ in range(2):
+        asked.append(torch.get_num_threads())
+        found.measure()
+    speed = found.speed()
+    assert asked == [before, before] and torch.get_num_threads() == before
+    path = tmp_path / "here.json"
+    device = {"name": "here", "memory": "1GB", "measured": speed.to_json()}
+    path.write_text(json.dumps({"devices": [device]}))
+    again = Cluster.from_file(path).devices[0].speed
+    assert again == speed
+    for spec in (FOUR, QuantSpec()):
+        for decode in (True, False):
+            one, many = (
+                again.linear(spec, (512, 512), 0, rows, decode=decode, model=1e9)
+                for rows in (1, 4096)
+            )
+            assert 0 < one < many
+    assert all(again.step(decode=name == "decode") >= 0 for name in PHASES)
+    # A whole pass takes something besides its products, wherever the fit puts it.
+    assert again.step(decode=True) + again.half(64, 4096, decode=True) > 0
+
+
+def test_what_sees_the_last_token_alone():
+    names = [f"layers.{i}.{n}" for i in (0, 11) for n in ("attention.qkv", "attention.out")]
+    names += ["layers.11.mlp.up", "layers.1.mlp.up", "layers.111.mlp.up", "lm_head"]
+    seen = [name for name in names if sees_last_token(name, 12)]
+    assert seen == ["layers.11.attention.out", "layers.11.mlp.up", "lm_head"]
