@@ -118,11 +118,14 @@ def talk(chat: Chat) -> None:
 
     while True:
         try:
+            cli.rearm()
             text = input("> ").strip()
         except EOFError:
             print()
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            if ends_program(error):
+                raise
             print("\n/exit ends the conversation")
             continue
         if text == "/exit":
@@ -133,13 +136,18 @@ def talk(chat: Chat) -> None:
             say(chat, text)
 
 
+def ends_program(error: KeyboardInterrupt) -> bool:
+    """Whether it is of another signal than Ctrl-C's."""
+    return bool(error.args) and error.args[0] != signal.SIGINT
+
+
 def say(chat: Chat, text: str) -> None:
     """Print an answer as it comes; Ctrl-C ends it."""
     try:
         for piece in chat.answer(text):
             print(piece, end="", flush=True)
     except KeyboardInterrupt as error:
-        if error.args and error.args[0] != signal.SIGINT:  # what ends the program
+        if ends_program(error):
             raise
     except UserError as error:
         cli.note(str(error))

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import sys
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from transformers import Phi3Config
 
 from qllm import LLM
 from qllm.chat import DEFAULT_CONTEXT, Chat, ChatTemplate, context_size
+from qllm.cli.console import Interrupt
 from qllm.errors import UserError
 from qllm.generation_config import GenerationConfig
 from qllm.sampling import Sampling
@@ -205,6 +207,37 @@ def test_from_a_pipe_each_answer_is_a_line(folder, monkeypatch, capsys):
     assert first == second != "" and unanswered == ["", ""]
     assert "note: the message is not UTF-8 text\n" in found.err
     assert re.findall(r"the message has \d+ tokens .* and the context 60;", found.err) != []
+
+
+def test_each_ctrl_c_stops_what_there_is_and_another_signal_the_program(monkeypatch, capsys):
+    """Those soon behind another, too, which elsewhere would disturb the end of the run."""
+    import qllm_chat
+
+    class Endless:
+        def answer(self, text):
+            yield text
+            signal.raise_signal(signal.SIGINT)
+            yield "more"
+
+    def typed(prompt):
+        line = next(lines)
+        return signal.raise_signal(line) if isinstance(line, signal.Signals) else line
+
+    lines = iter(["one", "two", signal.SIGINT, signal.SIGINT, "three", signal.SIGTERM])
+    monkeypatch.setattr("builtins.input", typed)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handler = Interrupt()
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        with pytest.raises(KeyboardInterrupt) as error:
+            qllm_chat.talk(Endless())
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+    assert error.value.args == (signal.SIGTERM,)
+    hint = "\n/exit ends the conversation\n"
+    assert capsys.readouterr().out == f"one\ntwo\n{hint}{hint}three\n"
 
 
 def test_a_model_without_a_template(llm):

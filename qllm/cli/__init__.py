@@ -6,7 +6,7 @@ Nothing heavy is imported until it is needed, so that `--help` and mistakes answ
 from __future__ import annotations
 
 from qllm.cli.bars import meter, note_above, progress
-from qllm.cli.console import Parser, note, run, silent, whole_number
+from qllm.cli.console import Parser, note, rearm, run, silent, whole_number
 from qllm.cli.lengths import Default, check_rounding, fit_defaults, up_to
 from qllm.cli.models import (
     DTYPES,
@@ -74,6 +74,7 @@ __all__ = [
     "read_plans",
     "read_prompts",
     "read_sampling_options",
+    "rearm",
     "refuse_for_onnx",
     "resolve_device",
     "resolve_dtype",

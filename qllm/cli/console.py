@@ -86,7 +86,7 @@ def run(main: Callable[[], int | None]) -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     cgroups.limit_threads()
     _open_streams()
-    handler = _Interrupt()
+    handler = Interrupt()
     for number in SIGNALS:
         # nohup means that the terminal's end is not the run's.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -136,7 +136,7 @@ def _open_streams() -> None:
             sys.stdout = Terminal(sys.stdout.buffer, encoding, "backslashreplace", None, True)
 
 
-class _Interrupt:
+class Interrupt:
     """What a signal that ends the run does: KeyboardInterrupt in the main thread, with its number.
 
     An import that runs C code may drop the exception, so that one ends the process at once.
@@ -154,6 +154,13 @@ class _Interrupt:
         if any(getattr(spec, "_initializing", False) for spec in specs):
             os._exit(_end(Path(sys.argv[0]).name, number))
         raise KeyboardInterrupt(number)
+
+
+def rearm() -> None:
+    """Let the next signal interrupt at once, in a run that goes on behind one that it handled."""
+    handler = signal.getsignal(signal.SIGINT)
+    if isinstance(handler, Interrupt):
+        handler.last = -CLEARING
 
 
 def _end(program: str, number: int) -> int:
