@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qllm.quant.packing import PackedWeight, group_width, pack, packed_size, unpack
-from qllm.quant.rtn import CHUNK_ELEMENTS, SMALLEST_HALF_SCALE, grouped, row_pieces
+from qllm.quant.rtn import SMALLEST_HALF_SCALE, grouped, row_pieces
 
 # How far a weight reaches into the bin of an integer that is not the nearest to it.
 INSIDE = 0.49
@@ -22,9 +22,9 @@ INSIDE = 0.49
 FOLLOWED, KEPT = 0.9, 0.975
 # Of the ends of a range; a range of nothing would have no scale.
 SMALLEST_FACTOR, LARGEST_FACTOR = 0.1, 1.2
-# Weights of a small matrix that a step goes through together. Its temporaries stay in cache; and
-# torch shares no operation on so few between threads, whose waiting for each other costs more.
-FEW_WEIGHTS = (1 << 15) - 1
+# Weights that a step goes through together: fewer cost more in calls, and in threads that wait for
+# each other, than caches save.
+WEIGHTS_AT_ONCE = 1 << 20
 
 
 def _direction(average: Tensor, gradient: Tensor) -> Tensor:
@@ -63,8 +63,7 @@ class TunedRounding:
         # Averages of the gradients by what is rounded, and by factors.
         self._by_ideal = torch.zeros_like(self.ideal)
         self._by_factor = torch.zeros_like(self.factors)
-        small = weight.numel() <= CHUNK_ELEMENTS and weight.device.type == "cpu"
-        self.pieces = row_pieces(weight, FEW_WEIGHTS if small else CHUNK_ELEMENTS)
+        self.pieces = row_pieces(weight, WEIGHTS_AT_ONCE)
         for rows in self.pieces:
             values = unpack(packed.qweight[rows], bits, self.columns)
             start = grouped(values.float(), self.group).sub_(zeros[rows, :, None])

@@ -19,7 +19,7 @@ ROWS, COLUMNS = 12, 70  # of which neither 16 nor 32 is a divisor
 
 @pytest.fixture(autouse=True)
 def _in_pieces(monkeypatch):
-    monkeypatch.setattr(rounding, "FEW_WEIGHTS", 5 * COLUMNS)
+    monkeypatch.setattr(rounding, "WEIGHTS_AT_ONCE", 5 * COLUMNS)
 
 
 def drawn(seed: int = 0) -> torch.Tensor:
