@@ -87,9 +87,12 @@ def export_gguf(
         its bytes.
 
     Raises:
-        UserError: for a broken checkpoint, a model or a tokenizer that llama.cpp has not, or a
-            target that is there.
+        UserError: for a broken checkpoint, a model or a tokenizer that llama.cpp has not, a target
+            that is there, or `round_offsets` of a GGUF file.
     """
+    if round_offsets and is_gguf(source):
+        reason = f"{source} is a GGUF file, whose tensors stay what they are"
+        raise UserError(f"--round-offsets: {reason}; leave it out")
     weights = Weights(Checkpoint(source, packed=not is_gguf(source)), note)
     config = weights.config
     if target.exists():

@@ -98,6 +98,8 @@ def test_a_file_of_a_file_has_its_tensors(tmp_path, family, kind):
         for reader in map(gguf.GGUFReader, (first, second))
     )
     assert found == want
+    with pytest.raises(UserError, match="is a GGUF file, whose tensors stay what they are"):
+        export_gguf(split, tmp_path / "rounded.gguf", round_offsets=True)
     ours, again = (LLM.from_pretrained(path, dtype="float32") for path in (first, second))
     (want,), (found,) = ours.logits(["the cat"]), again.logits(["the cat"])
     assert torch.equal(found, want)
