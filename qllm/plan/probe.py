@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import time
@@ -174,12 +173,19 @@ def _products_of(
 
 def _copies(spec: QuantSpec, size: Size, dtype: torch.dtype, device: str) -> list[Linear]:
     """A matrix with random weights; of LARGE, as many as no cache keeps."""
+    first = _linear(spec, size, dtype, device)
+    count = 1 if size != LARGE else max(2, -(-STREAMED // first.nbytes()))
+    # Each is laid out by itself, as those of a model are: copied, one would bring along the memory
+    # of all that lie beside it.
+    return [first, *(_linear(spec, size, dtype, device) for _ in range(count - 1))]
+
+
+def _linear(spec: QuantSpec, size: Size, dtype: torch.dtype, device: str) -> Linear:
     inputs, outputs = size
     weight = torch.randn(outputs, inputs, device=device, dtype=dtype) * inputs**-0.5
-    first = linear_class(spec).from_float(weight, None, spec, input_range=4.0)
-    first.process_weights_after_loading()
-    count = 1 if size != LARGE else max(2, -(-STREAMED // first.nbytes()))
-    return [first, *(copy.deepcopy(first) for _ in range(count - 1))]
+    linear = linear_class(spec).from_float(weight, None, spec, input_range=4.0)
+    linear.process_weights_after_loading()
+    return linear
 
 
 def _product(

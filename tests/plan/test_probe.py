@@ -54,6 +54,17 @@ def test_what_is_measured_predicts(tmp_path):
     assert again.step(decode=True) + again.half(64, 4096, decode=True) > 0
 
 
+def test_matrices_take_the_memory_that_they_say(small, monkeypatch):
+    monkeypatch.setattr(probe, "STREAMED", 48 << 20)
+    monkeypatch.setattr(probe, "LARGE", (1024, 1024))
+    copies = probe._copies(FOUR, probe.LARGE, torch.float16, "cpu")
+    storages = {
+        b.untyped_storage().data_ptr(): b.untyped_storage() for m in copies for b in m.buffers()
+    }
+    assert sum(m.nbytes() for m in copies) >= probe.STREAMED
+    assert sum(each.nbytes() for each in storages.values()) < 3 * probe.STREAMED
+
+
 def test_what_sees_the_last_token_alone():
     names = [f"layers.{i}.{n}" for i in (0, 11) for n in ("attention.qkv", "attention.out")]
     names += ["layers.11.mlp.up", "layers.1.mlp.up", "layers.111.mlp.up", "lm_head"]
