@@ -239,7 +239,7 @@ class Chat:
         cache: Any = self._cache
         rope = self.llm.config.rope
         # Keys of longer texts are others, as in `generate`.
-        limit = rope.original_max_positions if rope is not None and rope.rereads else None
+        limit = rope.reread_length if rope is not None else None
         same = 0
         while same < min(len(self._read), len(ids) - 1) and self._read[same] == ids[same]:
             same += 1

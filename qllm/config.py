@@ -346,6 +346,11 @@ class RopeConfig:
     rereads: bool = False
     rotated_pairs: int = 0
 
+    @property
+    def reread_length(self) -> int | None:
+        """Tokens of the longest text whose keys stay as they are; None: those of all do."""
+        return self.original_max_positions if self.rereads else None
+
 
 @dataclass(frozen=True)
 class ModelConfig:

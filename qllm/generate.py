@@ -153,9 +153,8 @@ class _Batch:
     def _is_to_be_read_anew(self) -> bool:
         """Whether the longest text has just outgrown what its keys were made for."""
         rope = self.model.config.rope
-        if rope is None or not rope.rereads:
-            return False
-        return max(map(len, self.texts)) == rope.original_max_positions + 1
+        length = rope.reread_length if rope is not None else None
+        return length is not None and max(map(len, self.texts)) == length + 1
 
     def take(self, last: bool) -> Iterator[tuple[int, int, bool]]:
         """The tokens that the last step found, of the rows that had not ended."""

@@ -36,8 +36,9 @@ _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
 _BF16 = _AVX512 | {"avx512_bf16"}
 _AMX = _BF16 | {"amx_tile", "amx_int8", "amx_bf16"}
 
-# The best one first.
 _AVX512_UNITS = ("avx512", "avx512linear")
+
+# The best one first.
 PATHS = {
     "amx": Isa("AMX int8 and bfloat16", _AMX, ("amx", "avx512bf16", *_AVX512_UNITS)),
     "avx512bf16": Isa("AVX-512 VNNI and BF16", _BF16, ("avx512bf16", *_AVX512_UNITS)),
@@ -49,18 +50,24 @@ PATHS = {
 
 
 @cache
-def available() -> tuple[str, ...]:
-    """The paths that this machine has by /proc/cpuinfo, the best one first; all without it."""
+def _flags() -> frozenset[str] | None:
+    """What the system says that this machine has; None where it says nothing."""
     try:
         with CPUINFO.open("rb", buffering=0) as file:
             text = file.read(CPUINFO_BYTES).decode(errors="replace")
     except OSError:
-        text = ""
+        return None
     found = re.search(r"^flags\s*:(.*)\n", text, re.MULTILINE)
-    flags = set(found[1].split()) if found else set(_AMX | {"avx_vnni"})
-    if EMULATED in os.environ.get("QLLM_CXXFLAGS", ""):
-        flags |= _AMX - _BF16
-    return tuple(name for name, isa in PATHS.items() if isa.flags <= flags)
+    if not found:
+        return None
+    emulated = EMULATED in os.environ.get("QLLM_CXXFLAGS", "")
+    return frozenset(found[1].split()) | (_AMX - _BF16 if emulated else frozenset())
+
+
+def available() -> tuple[str, ...]:
+    """The paths that this machine has by /proc/cpuinfo, the best one first; all without it."""
+    flags = _flags()
+    return tuple(name for name, isa in PATHS.items() if flags is None or isa.flags <= flags)
 
 
 def wanted() -> tuple[str, ...]:
@@ -76,6 +83,8 @@ def wanted() -> tuple[str, ...]:
         if not set(names) <= set(PATHS) or not set(names) & set(known):
             raise refusal(known)
         return tuple(name for name in names if name in known)
+    if _flags() is None:
+        return known  # of which the compiled library finds the best
     units = set(PATHS[known[0]].units)
     return tuple(name for name in known if units.issuperset(PATHS[name].units))
 

@@ -51,12 +51,8 @@ __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64
     const int64_t stride = panels < N ? 0 : size;  // one in place of N: the same again, for nothing
     const uint8_t *q = a.q + panel * size, *end = q + size;
     int64_t group = -1;
-    Operands o;
+    Operands o = grid.operands(a);
     o.out = out;
-    o.scales = grid.scales;
-    o.zeros = grid.zeros;
-    o.offsets = a.offsets ? grid.offsets : nullptr;
-    o.scaled = is_scaled(a);
     constexpr int V = N * VECTORS, SETS = WIDENS || S * V > 4 ? 1 : S * V > 2 ? 2 : 4;
     for (int64_t b = 0; b < x.blocks; b++) {
         if (x.block[b].group != group)
@@ -102,11 +98,8 @@ __attribute__((noinline)) void gemv_words(const Linear &a, const Activations &x,
     const int64_t size = x.k_blocks * 64 * BITS, stride = panels < 2 ? 0 : size;
     const uint8_t *q = a.q + panel * size, *end = q + size;
     int64_t group = -1;
-    Operands o;
+    Operands o = grid.operands(a);
     o.out = out;
-    o.scales = grid.scales;
-    o.zeros = grid.zeros;
-    o.offsets = a.offsets ? grid.offsets : nullptr;
     for (int64_t b = 0; b < x.blocks; b++) {
         if (x.block[b].group != group)
             grid.load(a, panel, 2, group = x.block[b].group, stride ? 1 : 0);

@@ -48,13 +48,9 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
         for (int64_t i = 0; i < rows * GROUP_LANES; i += WIDTH) store_f(sums + i, set_f(0));
         for (int64_t b = 0; b < x.blocks; b++) {
             const Block &block = x.block[b];
-            Operands o;
+            Operands o = grid.operands(a);
             o.w = bytes;
             o.w_stride = block.k_blocks * unpacked;
-            o.scales = grid.scales;
-            o.zeros = grid.zeros;
-            o.offsets = a.offsets ? grid.offsets : nullptr;
-            o.scaled = is_scaled(a);
             o.widen = steps_to_widen(a.bits);
             if (block.group != group) grid.load(a, panel, panels, group = block.group);
             for (int64_t p = 0; p < panels; p++) {

@@ -66,6 +66,16 @@ struct Grid {
     alignas(64) int32_t zeros[GROUP_LANES];
     alignas(64) float offsets[GROUP_LANES];
 
+    // What a tile's products take of them.
+    Operands operands(const Linear &a) const {
+        Operands o;
+        o.scales = scales;
+        o.zeros = zeros;
+        o.offsets = a.offsets ? offsets : nullptr;
+        o.scaled = is_scaled(a);
+        return o;
+    }
+
     INLINE void load(const Linear &a, int64_t panel, int64_t panels, int64_t group,
                      int64_t step = 1) {
         int64_t groups = (a.in + a.group - 1) / a.group;
