@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from qllm import __version__, cgroups, launch
 from qllm.errors import UserError
+from qllm.start import ending
 
 # What a run says that a signal ends; its status is 128 and the signal's number, as a shell has it.
 SIGNALS: dict[int, str] = {
@@ -120,6 +121,7 @@ def run(main: Callable[[], int | None]) -> None:
         print(end="", flush=True)
     except OSError:  # Python would complain once more while it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    ending.status = status
     sys.exit(status)
 
 
