@@ -108,8 +108,8 @@ def test_the_largest_sums_do_not_overflow(bits, dtype):
     # A block of 128 inputs that are all the largest, times weights that are: and zeros that are.
     top = 2**bits - 1
     for value in (LARGEST[dtype][0], 32768.0 * (1 - torch.finfo(dtype).eps), -LARGEST[dtype][0]):
-        for columns in (128, 160, 384):
-            x = torch.full((5, columns), value * 2.0**-15).to(dtype)
+        for columns, rows in ((128, 60), (160, 8), (384, 5)):
+            x = torch.full((rows, columns), value * 2.0**-15).to(dtype)
             for q, zero in ((top, 0), (0, top), (top, top // 2)):
                 integers, zeros = np.full((20, columns), q), np.full((20, 1), zero)
                 weight = weight_of(integers, zeros, torch.ones(20, 1).half() / 128, bits, -1)

@@ -57,6 +57,7 @@ struct Activations {
     float *scale;      // (blocks, held_rows)
     int32_t *sum;      // (blocks, held_rows): of the first two planes together
     int32_t *low_sum;  // (blocks, held_rows): of the third and fourth
+    int32_t *pairs;    // (blocks, held_rows): of the products of neighbours, where `words`
     uint8_t *fallback; // (rows,): left to float arithmetic
     char *own;         // (threads, OWN_BYTES)
 
@@ -126,6 +127,7 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
     int64_t rows = smaller(x.tile_rows, x.held_rows - tile_row);
     int8_t *tile = x.tile(block, tile_row);
     VI sum = zero_i(), low_sum = zero_i();
+    [[maybe_unused]] VI pairs = zero_i();
     for (int64_t i = 0; i < block.k_blocks * K_BLOCK; i += LANES) {
         int8_t bytes[P][LANES];
         for (int v = 0; v < VECTORS; v++) {
@@ -143,6 +145,7 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
                 const int64_t to = i / STEP * step_bytes + (row - tile_row) * WORD_STEP_BYTES;
                 store_words(tile + to, step_bytes, whole);
                 sum = add_i(sum, whole);
+                pairs = add_i(pairs, mul_neighbours(whole));
                 continue;
             }
 #endif
@@ -161,6 +164,7 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
     int64_t at = b * x.held_rows + row;
     if (is_scaled(a)) x.scale[at] = scale;  // else one for all blocks, which is there
     x.sum[at] = sum_of_i(sum);
+    if (x.words) x.pairs[at] = sum_of_i(pairs);
     if (P == 4) x.low_sum[at] = sum_of_i(low_sum);
 }
 
@@ -202,6 +206,7 @@ static void point_at(Operands &o, const Activations &x, int64_t b, int64_t row) 
     o.x_scale = x.scale + at;
     o.sum = x.sum + at;
     o.low_sum = x.low_sum + at;
+    o.x_pairs = x.pairs + at;
 }
 
 // Memory for the activations of `rows` rows; false where there is none.
@@ -223,14 +228,15 @@ bool prepare(Activations &x, const Linear &a, int64_t rows, const TileShape &sha
                        max_blocks * rows * 4,
                        max_blocks * rows * 4,
                        max_blocks * rows * 4,
+                       x.words ? max_blocks * rows * 4 : 0,
                        rows,
                        max_threads() * OWN_BYTES};
-    char *parts[7];
+    char *parts[8];
     int64_t total = 0;
     for (int64_t size : sizes) total += (size + 63) / 64 * 64;
     char *memory = static_cast<char *>(scratch(total));
     if (!memory) return false;
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < 8; i++) {
         parts[i] = memory;
         memory += (sizes[i] + 63) / 64 * 64;
     }
@@ -239,8 +245,9 @@ bool prepare(Activations &x, const Linear &a, int64_t rows, const TileShape &sha
     x.scale = reinterpret_cast<float *>(parts[2]);
     x.sum = reinterpret_cast<int32_t *>(parts[3]);
     x.low_sum = reinterpret_cast<int32_t *>(parts[4]);
-    x.fallback = reinterpret_cast<uint8_t *>(parts[5]);
-    x.own = parts[6];
+    x.pairs = reinterpret_cast<int32_t *>(parts[5]);
+    x.fallback = reinterpret_cast<uint8_t *>(parts[6]);
+    x.own = parts[7];
     for (int64_t start = 0, k_block = 0, group = 0; start < a.in; start += a.group, group++) {
         int64_t end = smaller(a.in, start + a.group);
         for (int64_t input = start; input < end; input += max_k_blocks * K_BLOCK) {

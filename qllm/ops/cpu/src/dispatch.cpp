@@ -19,7 +19,14 @@ namespace {
 
 using namespace qllm;
 
-enum Feature : int64_t { AVX2 = 1, AVX_VNNI = 2, AVX512 = 4, AMX = 8, BF16 = 16 };
+enum Feature : int64_t {
+    AVX2 = 1,
+    AVX_VNNI = 2,
+    AVX512 = 4,
+    AMX = 8,
+    BF16 = 16,
+    SPARE_ADDERS = 32,  // no path needs it
+};
 
 uint64_t enabled_state() {
     uint32_t low, high;
@@ -95,6 +102,9 @@ int64_t features() {
     const uint32_t wide = f | dq | bw | vl;
     if ((state & 0xE6) != 0xE6 || (b7 & wide) != wide || !(c7 & vnni)) return found;
     found |= AVX512;
+    uint32_t ebx, ecx, edx;
+    __get_cpuid(0, &a, &ebx, &ecx, &edx);
+    if (ebx == signature_AMD_ebx && ecx == signature_AMD_ecx) found |= SPARE_ADDERS;
     if (a71 & 1u << 5) found |= BF16;
     const uint32_t bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25, products = bf16 | tile | int8;
     bool tiles = (state & 0x60000) == 0x60000 && (d7 & products) == products;
@@ -137,6 +147,8 @@ thread_local Scratch own;
 
 }  // namespace
 
+bool qllm::spare_adders = false;
+
 void *qllm::scratch(size_t bytes) {
     if (own.size < bytes) {
         size_t size = (bytes + 4095) / 4096 * 4096;
@@ -165,6 +177,7 @@ PUBLIC bool qllm_use(const char *name, int64_t with) {
         if (choice.path && !strcmp(choice.path->name, name) &&
             (choice.needs & with) == choice.needs) {
             current = choice.path;
+            spare_adders = with & SPARE_ADDERS;
             return true;
         }
     return false;

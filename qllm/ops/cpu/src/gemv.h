@@ -78,21 +78,31 @@ __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64
 }
 
 #if HAS_WORDS
-// The same of a tile of activations of int16, and weights that become int16 with their zeros: from
-// more rows on than the tiles above have, units are busy, and what is left to save is unpacking.
-template <int BITS, int R, int T = 0>
-INLINE inline void add_words_of_k_block(Sums<R, 2> &sums, const uint8_t *q, int64_t stride,
-                                        const int8_t *x) {
+// The same of a tile of activations of int16, and weights that become int16 with their zeros, but for
+// those of 8 bits, which lose their middle to leave room for sums: from more rows on than the tiles
+// above have, units are busy, and what is left to save is unpacking.
+template <int BITS> constexpr bool CENTERED = BITS == 8;
+
+template <int BITS, int R, int EVERY, int T = 0>
+INLINE inline void add_words_of_k_block(Sums<R, 2> &sums, VI (&pairs)[2], const uint8_t *q,
+                                        int64_t stride, const int8_t *x) {
     const VI bytes[] = {(VI)step_of<BITS, T>(q), (VI)step_of<BITS, T>(q + stride)};
-    const VI even[] = {even_words(bytes[0]), even_words(bytes[1])};
-    const VI odd[] = {odd_words(bytes[0]), odd_words(bytes[1])};
-    sums.add_words(even, x + T * R * WORD_STEP_BYTES);
-    sums.add_words(odd, x + T * R * WORD_STEP_BYTES + STEP);
-    if constexpr (T + 1 < STEPS) add_words_of_k_block<BITS, R, T + 1>(sums, q, stride, x);
+    VI even[] = {even_words(bytes[0]), even_words(bytes[1])};
+    VI odd[] = {odd_words(bytes[0]), odd_words(bytes[1])};
+    for (int n = 0; n < 2; n++) {
+        if (CENTERED<BITS>) {
+            even[n] = sub_words(even[n], set_words(1 << (BITS - 1)));
+            odd[n] = sub_words(odd[n], set_words(1 << (BITS - 1)));
+        }
+        if (EVERY > 1) pairs[n] = dot_words(pairs[n], even[n], odd[n]);
+    }
+    sums.template add_words<EVERY>(even, odd, x + T * R * WORD_STEP_BYTES);
+    if constexpr (T + 1 < STEPS)
+        add_words_of_k_block<BITS, R, EVERY, T + 1>(sums, pairs, q, stride, x);
 }
 
 // Two panels, or one, times the R rows of a tile from `row` on.
-template <int BITS, int R>
+template <int BITS, int R, int EVERY>
 __attribute__((noinline)) void gemv_words(const Linear &a, const Activations &x, int64_t row,
                                           int64_t panel, int64_t panels, Grid &grid, float *out) {
     const int64_t size = x.k_blocks * 64 * BITS, stride = panels < 2 ? 0 : size;
@@ -102,10 +112,11 @@ __attribute__((noinline)) void gemv_words(const Linear &a, const Activations &x,
     o.out = out;
     for (int64_t b = 0; b < x.blocks; b++) {
         if (x.block[b].group != group)
-            grid.load(a, panel, 2, group = x.block[b].group, stride ? 1 : 0);
+            grid.load(a, panel, 2, group = x.block[b].group, stride ? 1 : 0, CENTERED<BITS>);
         point_at(o, x, b, row);
         Sums<R, 2> sums;
         sums.clear();
+        VI pairs[2] = {zero_i(), zero_i()};
         for (int64_t s = 0; s < o.k_blocks; s++, q += 64 * BITS) {
             if (row == 0) {
                 const uint8_t *ahead = q + AHEAD + (q + AHEAD < end ? 0 : stride);
@@ -114,9 +125,13 @@ __attribute__((noinline)) void gemv_words(const Linear &a, const Activations &x,
                     __builtin_prefetch(ahead + stride + v * 64);
                 }
             }
-            add_words_of_k_block<BITS>(sums, q, stride, o.x + s * K_BLOCK * R * 2);
+            add_words_of_k_block<BITS, R, EVERY>(sums, pairs, q, stride,
+                                                 o.x + s * K_BLOCK * R * 2);
         }
-        sums.template finish_words<true>(o, 0);
+        alignas(64) int32_t w_pairs[2 * LANES];
+        for (int n = 0; n < 2; n++) store_i(w_pairs + n * LANES, pairs[n]);
+        o.w_pairs = w_pairs;
+        sums.template finish_words<EVERY>(o, 0);
     }
 }
 #endif
@@ -145,7 +160,10 @@ template <int S = GEMV_OPERANDS> Gemv gemv_of(int64_t bits, int64_t operands) {
 template <int R, int BITS = 8> Gemv gemv_words_of_bits(int64_t bits) {
     if constexpr (BITS > 1)
         if (bits != BITS) return gemv_words_of_bits<R, BITS - 1>(bits);
-    return {gemv_words<BITS, R>, 2};
+    // Every other row is multiplied as it is: sums take the time of unpacking, too.
+    if constexpr (R == GEMV_WORD_ROWS)
+        if (spare_adders) return {gemv_words<BITS, R, 2>, 2};
+    return {gemv_words<BITS, R, 1>, 2};
 }
 #endif
 

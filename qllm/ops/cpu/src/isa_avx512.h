@@ -71,13 +71,16 @@ inline void store_words(int8_t *p, int64_t next_step, VI v) {
         p += next_step;
     }
 }
-// The bytes of a step as int16: inputs 0 and 2 of each lane, 1 and 3; and less a zero for each lane.
+// The bytes of a step as int16: inputs 0 and 2 of each lane, 1 and 3.
 inline VI even_words(VI bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi16(255)); }
 inline VI odd_words(VI bytes) { return _mm512_srli_epi16(bytes, 8); }
-inline void bytes_to_words(uint8_t *to, VI bytes, VI zero) {
-    const VI zeros = _mm512_or_si512(zero, _mm512_slli_epi32(zero, 16));
-    _mm512_store_si512(to, _mm512_sub_epi16(even_words(bytes), zeros));
-    _mm512_store_si512(to + 64, _mm512_sub_epi16(odd_words(bytes), zeros));
+inline VI set_words(int16_t v) { return _mm512_set1_epi16(v); }
+inline VI add_words(VI a, VI b) { return _mm512_add_epi16(a, b); }
+inline VI sub_words(VI a, VI b) { return _mm512_sub_epi16(a, b); }
+inline void store_words(uint8_t *p, VI v) { _mm512_store_si512(p, v); }
+// Each of the lanes 0, 2, … times its neighbour; 0 in the others.
+inline VI mul_neighbours(VI v) {
+    return _mm512_maskz_mov_epi32(0x5555, _mm512_mul_epi32(v, _mm512_srli_epi64(v, 32)));
 }
 // The low byte of every lane.
 inline void store_bytes(int8_t *p, VI v) {

@@ -22,18 +22,25 @@ constexpr int64_t MAX_ROWS = 1536;         // rows whose activations are held at
 constexpr int64_t MEMORY_BOUND_ROWS = 16;  // up to here threads take longer parts, to read on
 
 #if HAS_WORDS
-// A K block as int16 without its zeros.
+// A K block as int16 less the middle of their integers; adds the products of neighbours to `pairs`.
 template <int P>
-void unpack_words(UnpackKBlock unpack, const uint8_t *q, uint8_t *to, const int32_t *zeros) {
+void unpack_words(const Linear &a, const uint8_t *q, uint8_t *to, int32_t *pairs) {
     alignas(64) uint8_t bytes[K_BLOCK * LANES];
-    unpack(q, bytes);
-    const VI zero = load_i(zeros);
-    for (int64_t step = 0; step < STEPS; step++)
-        bytes_to_words(to + step * LANES * WORD_STEP_BYTES, weights(bytes + step * 64), zero);
+    UNPACK_K_BLOCK[a.bits](q, bytes);
+    const VI middle = set_words(int16_t(1 << (a.bits - 1)));
+    VI sum = load_i(pairs);
+    for (int64_t step = 0; step < STEPS; step++, to += LANES * WORD_STEP_BYTES) {
+        const VI four_inputs = weights(bytes + step * 64);
+        const VI even = sub_words(even_words(four_inputs), middle);
+        const VI odd = sub_words(odd_words(four_inputs), middle);
+        store_words(to, even);
+        store_words(to + LANES * STEP, odd);
+        sum = dot_words(sum, even, odd);
+    }
+    store_i(pairs, sum);
 }
 #else
-template <int P>
-void unpack_words(UnpackKBlock, const uint8_t *, uint8_t *, const int32_t *);  // no int16
+template <int P> void unpack_words(const Linear &, const uint8_t *, uint8_t *, int32_t *);  // no int16
 #endif
 
 // `panels` panels, up to GROUP_PANELS, times all rows: unpacked to cache for many rows.
@@ -41,7 +48,7 @@ template <int P>
 void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_t panel,
                     int64_t panels, float *sums, uint8_t *bytes, Tiles &tiles) {
     Grid grid;
-    const UnpackKBlock unpack = UNPACK_K_BLOCK[a.bits];
+    alignas(64) int32_t pairs[GROUP_LANES];
     constexpr int64_t unpacked = K_BLOCK * LANES * (IN_WORDS<P> ? 2 : 1);
     for (int64_t row = 0; row < x.rows; row += CHUNK_ROWS) {
         int64_t rows = smaller(CHUNK_ROWS, x.rows - row), group = -1;
@@ -52,15 +59,21 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
             o.w = bytes;
             o.w_stride = block.k_blocks * unpacked;
             o.widen = steps_to_widen(a.bits);
-            if (block.group != group) grid.load(a, panel, panels, group = block.group);
+            if (block.group != group)
+                grid.load(a, panel, panels, group = block.group, 1, IN_WORDS<P>);
+            if constexpr (IN_WORDS<P>) {
+                o.w_pairs = pairs;
+                if (!a.zeros) o.zeros = nullptr;
+                for (int32_t &sum : pairs) sum = 0;
+            }
             for (int64_t p = 0; p < panels; p++) {
                 const uint8_t *q = a.q + ((panel + p) * x.k_blocks + block.k_block) * 64 * a.bits;
                 uint8_t *to = bytes + p * o.w_stride;
                 for (int64_t s = 0; s < block.k_blocks; s++, q += 64 * a.bits, to += unpacked) {
                     if constexpr (IN_WORDS<P>) {
-                        unpack_words<P>(unpack, q, to, grid.zeros + p * LANES);
+                        unpack_words<P>(a, q, to, pairs + p * LANES);
                     } else {
-                        unpack(q, to);
+                        UNPACK_K_BLOCK[a.bits](q, to);
                     }
                 }
             }

@@ -32,7 +32,7 @@ struct Operands {
     const uint8_t *w;      // panels w_stride bytes apart, 64 bytes per step
     int64_t w_stride;
     const float *scales;   // (panels, LANES)
-    const int32_t *zeros;  // (panels, LANES)
+    const int32_t *zeros;  // (panels, LANES); null where int16 weights have none
     const int8_t *x;       // the tile's, as `place` says
     int64_t k_blocks;
     bool scaled;              // blocks have scales; without, their sums stay integers (one plane)
@@ -42,11 +42,15 @@ struct Operands {
     float *out;               // (rows, GROUP_LANES), added to; int32 where not scaled
     int64_t widen = STEPS;    // steps after which sums widen, a power of two
     const float *offsets = nullptr;  // (panels, LANES), added to each weight, or null
+    // Sums of the products of neighbours, inputs 2i and 2i + 1: see `Sums::add_words`.
+    const int32_t *x_pairs;            // (rows,)
+    const int32_t *w_pairs = nullptr;  // (panels, LANES)
 };
 
 #if !defined(HAS_WORDS)
 // Whether an instruction multiplies and adds pairs of int16: two planes then are one operand, where
-// weights are unpacked to cache. They become int16 there and lose their zeros, once for all rows.
+// weights are unpacked to cache. They become int16 there, less the middle of their integers, once for
+// all rows; what is left of their zeros is taken off the sums.
 #define HAS_WORDS 0
 #endif
 template <int P> constexpr bool IN_WORDS = HAS_WORDS && P == 2;

@@ -76,8 +76,9 @@ struct Grid {
         return o;
     }
 
+    // Of weights of which the middle is taken off their zeros are, too.
     INLINE void load(const Linear &a, int64_t panel, int64_t panels, int64_t group,
-                     int64_t step = 1) {
+                     int64_t step = 1, bool centered = false) {
         int64_t groups = (a.in + a.group - 1) / a.group;
         for (int64_t p = 0; p < panels; p++) {
             int64_t from = ((panel + p * step) * groups + group) * LANES, to = p * LANES;
@@ -89,7 +90,9 @@ struct Grid {
                     VF middle = set_f(float(1 << (a.bits - 1)));
                     store_f(offsets + to + lane, fma_f(scale, middle, offset));
                 }
-                VI zero = a.zeros ? load_bytes(a.zeros + from + lane) : set_i(1 << (a.bits - 1));
+                const VI middle = set_i(1 << (a.bits - 1));
+                VI zero = a.zeros ? load_bytes(a.zeros + from + lane) : middle;
+                if (centered) zero = sub_i(zero, middle);
                 store_i(zeros + to + lane, zero);
             }
         }

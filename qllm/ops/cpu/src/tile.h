@@ -62,41 +62,59 @@ template <int S, int V> struct Sums {
     }
 
 #if HAS_WORDS
-    // The same of half a step in int16.
-    template <int I = 0> INLINE void add_words(const VI (&w)[V], const int8_t *x) {
-        add_words_of_row<I>(w, four(x + I * WORD_STEP_BYTES));
-        if constexpr (I + 1 < S) add_words<I + 1>(w, x);
+    // The same of a step in int16, of which `even` and `odd` have two inputs each.
+    //
+    // All rows but each EVERY-th take Winograd's way (A new algorithm for inner products, 1968), half of
+    // the products for two sums each: x0 w0 + x1 w1 = (x0 + w1) (x1 + w0) - x0 x1 - w0 w1, of which
+    // the last two are the row's, and the channel's. Integers wrap, and what wraps on the way does
+    // not in the end; a sum of two fits 16 bits, since |x| is up to 2^15 - 129, a weight 128.
+    template <int EVERY, int ROW = 0>
+    INLINE void add_words(const VI (&even)[V], const VI (&odd)[V], const int8_t *x) {
+        const int8_t *of_row = x + ROW * WORD_STEP_BYTES;
+        add_words_of_row<EVERY, ROW>(even, odd, four(of_row), four(of_row + STEP));
+        if constexpr (ROW + 1 < S) add_words<EVERY, ROW + 1>(even, odd, x);
     }
 
-    template <int ROW, int I = 0> INLINE void add_words_of_row(const VI (&w)[V], VI x) {
-        of[ROW * V + I] = dot_words(of[ROW * V + I], w[I], x);
-        if constexpr (I + 1 < V) add_words_of_row<ROW, I + 1>(w, x);
+    template <int EVERY, int ROW, int I = 0>
+    INLINE void add_words_of_row(const VI (&even)[V], const VI (&odd)[V], VI x_even, VI x_odd) {
+        VI &sum = of[ROW * V + I];
+        if constexpr (IN_PAIRS<EVERY, ROW>) {
+            sum = dot_words(sum, qllm::add_words(x_even, odd[I]), qllm::add_words(x_odd, even[I]));
+        } else {
+            sum = dot_words(dot_words(sum, even[I], x_even), odd[I], x_odd);
+        }
+        if constexpr (I + 1 < V) add_words_of_row<EVERY, ROW, I + 1>(even, odd, x_even, x_odd);
     }
 
-    // Adds the results of a block, scaled, to those of the blocks before it. Where weights have kept
-    // their ZEROS, these are subtracted.
-    template <bool ZEROS> INLINE void finish_words(const Operands &o, int64_t lane) {
-        finish_words_of<ZEROS>(o, o.x_scale, o.sum, o.out + lane, lane);
+    template <int EVERY, int ROW> static constexpr bool IN_PAIRS = ROW % EVERY != EVERY - 1;
+
+    // Adds the results of a block, scaled, to those of the blocks before it.
+    template <int EVERY> INLINE void finish_words(const Operands &o, int64_t lane) {
+        if (o.zeros) {
+            finish_words_of<EVERY, true>(o, lane);
+        } else {
+            finish_words_of<EVERY, false>(o, lane);
+        }
         if (o.offsets) add_offsets(o, o.x_scale, o.sum, o.out + lane, lane);
     }
 
-    template <bool ZEROS, int I = 0>
-    INLINE void finish_words_of(const Operands &o, const float *x_scale, const int32_t *sum,
-                                float *out, int64_t lane) {
+    template <int EVERY, bool ZEROS, int I = 0>
+    INLINE void finish_words_of(const Operands &o, int64_t lane) {
         const VI zero = ZEROS ? load_i(o.zeros + lane + I * WIDTH) : zero_i();
+        const VI pairs = EVERY > 1 ? load_i(o.w_pairs + lane + I * WIDTH) : zero_i();
         const VF scale = load_f(o.scales + lane + I * WIDTH);
-        finish_words_of_row<ZEROS, I>(x_scale, sum, out + I * WIDTH, zero, scale);
-        if constexpr (I + 1 < V) finish_words_of<ZEROS, I + 1>(o, x_scale, sum, out, lane);
+        finish_words_of_row<EVERY, ZEROS, I>(o, o.out + lane + I * WIDTH, zero, pairs, scale);
+        if constexpr (I + 1 < V) finish_words_of<EVERY, ZEROS, I + 1>(o, lane);
     }
 
-    template <bool ZEROS, int I, int ROW = 0>
-    INLINE void finish_words_of_row(const float *x_scale, const int32_t *sum, float *out, VI zero,
-                                    VF scale) {
+    template <int EVERY, bool ZEROS, int I, int ROW = 0>
+    INLINE void finish_words_of_row(const Operands &o, float *out, VI zero, VI pairs, VF scale) {
         VI high = of[ROW * V + I];
-        if constexpr (ZEROS) high = sub_i(high, mul_i(zero, set_i(sum[ROW])));
-        add_scaled<2>(out, high, zero_i(), x_scale[ROW], scale);
+        if constexpr (IN_PAIRS<EVERY, ROW>) high = sub_i(high, add_i(pairs, set_i(o.x_pairs[ROW])));
+        if constexpr (ZEROS) high = sub_i(high, mul_i(zero, set_i(o.sum[ROW])));
+        add_scaled<2>(out, high, zero_i(), o.x_scale[ROW], scale);
         if constexpr (ROW + 1 < S)
-            finish_words_of_row<ZEROS, I, ROW + 1>(x_scale, sum, out + GROUP_LANES, zero, scale);
+            finish_words_of_row<EVERY, ZEROS, I, ROW + 1>(o, out + GROUP_LANES, zero, pairs, scale);
     }
 
     static void add_offsets(const Operands &o, const float *x_scale, const int32_t *sum, float *out,
@@ -177,8 +195,8 @@ __attribute__((noinline)) void multiply(const Operands &o, int64_t from) {
     sums.template finish<P>(o, from * LANES);
 }
 
-// The same of activations and weights that are int16, which have lost their zeros.
-template <int R, int N>
+// The same of activations and weights that are int16; of each EVERY-th row as they are.
+template <int EVERY, int R, int N>
 __attribute__((noinline)) void multiply_words(const Operands &o, int64_t from) {
 #if HAS_WORDS
     Sums<R, N * VECTORS> sums;
@@ -186,19 +204,22 @@ __attribute__((noinline)) void multiply_words(const Operands &o, int64_t from) {
     const uint8_t *w = o.w + from * o.w_stride;
     const int8_t *x = o.x;
     for (int64_t step = 0; step < o.k_blocks * STEPS; step++, x += R * WORD_STEP_BYTES) {
-        for (int half = 0; half < 2; half++, w += LANES * STEP) {
-            Weights words[N * VECTORS];
-            load(words, w, o.w_stride);
-            sums.add_words(words, x + half * STEP);
-        }
+        Weights even[N * VECTORS], odd[N * VECTORS];
+        load(even, w, o.w_stride);
+        load(odd, w + LANES * STEP, o.w_stride);
+        sums.template add_words<EVERY>(even, odd, x);
+        w += LANES * WORD_STEP_BYTES;
     }
-    sums.template finish_words<false>(o, from * LANES);
+    sums.template finish_words<EVERY>(o, from * LANES);
 #endif
 }
 
 template <int P, int R, int N> void multiply_some(const Operands &o, int64_t from) {
     if constexpr (IN_WORDS<P>) {
-        multiply_words<R, N>(o, from);
+        // One function more: with fewer rows or panels there are fewer sums for the units.
+        if constexpr (R == TILE_ROWS<P> && N > 1)
+            if (spare_adders) return multiply_words<3, R, N>(o, from);
+        multiply_words<1, R, N>(o, from);
     } else {
         multiply<P, R, N>(o, from);
     }
