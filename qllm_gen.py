@@ -234,6 +234,7 @@ def describe(
     if args.explain:
         result["kernels"] = report.kernel_rows(model)
         if not onnx:
+            result["kernels"] += report.attention_rows(model)
             result["graph_break"] = model.graph_break()
     return result
 

@@ -7,12 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
+from qllm import ops
 from qllm.checkpoint.load import shard_bytes
 from qllm.config import DEFAULT_KV_BITS
 from qllm.layers import Linear
 from qllm.layers.base import describe
 from qllm.memory import resident_bytes
 from qllm.models import Decoder
+from qllm.ops.gpu import attention
 from qllm.tokenizer import Tokenizer
 
 
@@ -146,8 +148,19 @@ def kernel_rows(model: Decoder) -> list[dict]:
     ]
 
 
+def attention_rows(model: Decoder) -> list[dict]:
+    """The same of attention, where a GPU's kernels have several ways of it."""
+    request = ops.Request(0, 0, 16, -1, "asym", model.device.type)
+    choice = ops.select("prefill_attention", request)
+    if choice.kernel.name != "triton":
+        return []
+    form = f"{model.kv_bits}-bit keys and values"
+    why = f"{choice.reason}{attention.about(model.kv_bits, model.device)}"
+    return [{"layer": "attention", "format": form, "kernel": choice.kernel.name, "why": why}]
+
+
 def print_kernels(rows: Sequence[dict]) -> None:
-    """`kernel_rows` as a table."""
+    """`kernel_rows` and `attention_rows` as a table."""
     columns = ("layer", "format", "kernel")
     widths = {key: max((len(row[key]) for row in rows), default=0) for key in columns}
     for row in rows:

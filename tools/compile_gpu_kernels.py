@@ -24,7 +24,8 @@ from triton.compiler import ASTSource
 
 from qllm.ops.gpu import tiles
 from qllm.ops.gpu.attention import prefill_tile
-from qllm.ops.gpu.kernels import attention, matmul, prefill, rows
+from qllm.ops.gpu.kernels import attention, matmul, prefill, quantized_prefill, rows
+from qllm.ops.gpu.quantized_prefill import tile
 from tools.disassemble import disassemble
 
 BITS = (3, 4, 8)
@@ -123,6 +124,7 @@ def others() -> Iterator[Job]:
         "WINDOW": True,
     }
     yield Job("attention of prefill", prefill.prefill_attention, tensors, constants, warps, 2, True)
+    yield from quantized_prefills(tensors)
     tensors = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "scales": "*fp32"}
     tensors |= {"z": "*bf16", "sums": "*bf16", "out": "*i8"}
     constants = {"WIDTH": 4096, "HAS_WEIGHT": True, "HAS_BIAS": True, "STATIC": False}
@@ -134,6 +136,29 @@ def others() -> Iterator[Job]:
     yield Job("sum and RMS norm", rows.norm_rows, tensors | {"out": "*bf16"}, every, 8, 1, False)
     every |= {"WIDTH": 128, "ADD": False, "HAS_BIAS": False, "RUN": 40, "FIRST": 32, "SECOND": 4}
     yield Job("norms of heads", rows.norm_rows, tensors | {"out": "*bf16"}, every, 1, 1, False)
+
+
+def quantized_prefills(tensors: dict[str, str]) -> Iterator[Job]:
+    """Attention of prefill to integers, for types of tensors of attention."""
+    tensors = tensors | dict.fromkeys(("recent_keys", "recent_values"), "*bf16")
+    tensors |= {"key_scales": "*bf16", "value_scales": "*bf16"}
+    tensors |= dict.fromkeys(("key_codes", "value_codes", "key_zeros", "value_zeros"), "*u8")
+    constants = {"DIM": 128, "FIRST": 64, "HALF": 64, "HEADS": 128, "ROTATE": True}
+    yield Job("writing runs", quantized_prefill.write_runs, tensors, constants, 8, 1, True)
+    for bits in (8, 4):
+        name = f"keys and values of {bits} bits"
+        constants = {"DIM": 128, "CHANNELS": 128, "WIDTH": 128, "BITS": bits}
+        run = quantized_prefill.quantize_runs
+        yield Job(f"quantizing runs, {name}", run, tensors, constants, 4, 1, False)
+        for group in (1, 2):
+            together, keys, warps = tile(128, group, torch.bfloat16)
+            constants = {"DIM": 128, "COLUMNS": 128, "WIDTH": 128, "BITS": bits, "GROUP": group}
+            constants |= {"TOGETHER": together, "BN": keys, "SLOPE": True, "CAP": False}
+            constants |= {"WINDOW": True}
+            words = dict.fromkeys(("key_codes", "value_codes"), "*i32")
+            run = quantized_prefill.prefill_attention
+            label = f"prefill attention, {name}, {together} heads"
+            yield Job(label, run, tensors | words, constants, warps, 2, True)
 
 
 def build(job: Job, capability: int) -> dict[str, object]:

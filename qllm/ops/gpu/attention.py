@@ -6,13 +6,19 @@ import torch
 from torch import Tensor
 
 from qllm.ops import reference
-from qllm.ops.gpu import device
+from qllm.ops.gpu import device, quantized_prefill
+from qllm.ops.gpu.tiles import padded_count, power
 from qllm.ops.kv import KV, PLAIN, Batch, Scores
 from qllm.ops.quantized_kv import QuantizedKV, padded_size
 
 SPAN = 256  # tokens of the cache that a program takes
 BLOCK = 64  # of them at once
-SMALLEST = 16  # rows or columns of a product on the matrix units
+
+
+def about(bits: int, device: torch.device) -> str:
+    """What else `--explain` says of keys and values of so many bits."""
+    reason = quantized_prefill.unsupported_reason(device) if bits < 16 else None
+    return f"; prompts in plain torch ops: {reason}" if reason else ""
 
 
 def decode_attention(
@@ -33,7 +39,7 @@ def decode_attention(
     sequences, kv_heads, capacity, dim = len(qkv), kv.kv_heads, kv.capacity, kv.dim
     heads = qkv.shape[1] // dim - 2 * kv_heads
     group, first = heads // kv_heads, -(-dim // 2)
-    padded_group, half = _padded_size(group), _padded_size(first)
+    padded_group, half = padded_count(group), padded_count(first)
     splits = -(-capacity // SPAN)
     if scores.window:  # which begins anywhere in a span
         splits = min(splits, (scores.window - 2) // SPAN + 2)
@@ -101,7 +107,9 @@ def prefill_attention(
 ) -> Tensor:
     """`reference.prefill_attention`, of all sequences at once."""
     if isinstance(kv, QuantizedKV):
-        return reference.prefill_attention(qkv, kv, batch, cos_sin, slopes, scores)
+        if quantized_prefill.unsupported_reason(qkv.device):
+            return reference.prefill_attention(qkv, kv, batch, cos_sin, slopes, scores)
+        return quantized_prefill.prefill_attention(qkv, kv, batch, cos_sin, slopes, scores)
     from qllm.ops.gpu.kernels import prefill
 
     kv.check(qkv, batch, scores)
@@ -115,9 +123,9 @@ def prefill_attention(
     with device.current(qkv):
         prefill.write_tokens[(batch.max_tokens, sequences)](
             qkv.contiguous(), cos, sin, *index, q, *cache, heads, kv_heads, capacity,
-            DIM=dim, FIRST=first, HALF=_power(first), HEADS=_power(every),
+            DIM=dim, FIRST=first, HALF=power(first), HEADS=power(every),
             ROTATE=cos_sin is not None,
-            num_warps=max(1, min(8, _power(first) * _power(every) // 1024)),
+            num_warps=max(1, min(8, power(first) * power(every) // 1024)),
         )  # fmt: skip
         prefill.prefill_attention[(-(-batch.max_tokens // tokens), heads, sequences)](
             q, *cache, slopes, *index, y, heads, kv_heads, capacity,
@@ -131,17 +139,7 @@ def prefill_attention(
 
 def prefill_tile(dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Padded columns of a head, tokens and keys that a program takes at once, and warps."""
-    width = _padded_size(dim)
+    width = padded_count(dim)
     if dtype == torch.float32:
         return width, 32, 32, 4
     return (width, 128, 64, 8) if width <= 128 else (width, 64, 32, 8)
-
-
-def _power(count: int) -> int:
-    """The power of two that is not below a count."""
-    return 1 << (count - 1).bit_length()
-
-
-def _padded_size(count: int) -> int:
-    """Rows or columns of a product on the matrix units that takes `count`."""
-    return max(SMALLEST, _power(count))

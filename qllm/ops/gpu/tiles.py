@@ -17,6 +17,7 @@ DEFAULT = "default"  # the row for what has not been measured
 ROWS = (16, 32, 64, 256)
 MAX_SPLIT_K = 16
 MIN_BLOCKS = 2  # of a part of K
+SMALLEST = 16  # rows or columns of a product on the matrix units
 
 
 class Tile(NamedTuple):
@@ -78,3 +79,13 @@ def plan(kind: str, rows: int, columns: int, blocks: int, architecture: str, num
     count = split_k(kind, columns, blocks, architecture, num_sms)
     tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
     return Plan(tile, count, parallel=count > 1 and tiles < num_sms * 2)
+
+
+def power(count: int) -> int:
+    """The power of two that is not below a count."""
+    return 1 << (count - 1).bit_length()
+
+
+def padded_count(count: int) -> int:
+    """Rows or columns of a product on the matrix units that takes `count`."""
+    return max(SMALLEST, power(count))

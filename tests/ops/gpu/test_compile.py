@@ -16,6 +16,7 @@ TARGETS = {80: (163 << 10, "HMMA", "IMMA"), 90: (227 << 10, "HGMMA", "IGMMA")}
 SOME = (
     *("packed-3", "int8", "layer norm", "attention of prefill"),
     "attention, heads of 64, keys and values of 8",
+    "prefill attention, keys and values of 4 bits, 2",
 )
 
 
@@ -23,8 +24,8 @@ SOME = (
 @pytest.mark.parametrize(
     ("capability", "names", "count"),
     [
-        (90, SOME, 7),
-        *(pytest.param(target, (), 24, marks=pytest.mark.slow) for target in TARGETS),
+        (90, SOME, 8),
+        *(pytest.param(target, (), 31, marks=pytest.mark.slow) for target in TARGETS),
     ],
     ids=str,
 )
@@ -50,7 +51,9 @@ def test_kernels_fit_into_registers_use_the_matrix_units_and_round_as_they_shoul
             assert floats in found["instructions"], name
         if name.startswith("int8"):
             assert integers in found["instructions"], name
-        if "int8" in name:  # which the reference is to be met in, to the bit
+        if "int8" in name or name.startswith(
+            "quantizing"
+        ):  # which the reference is to be met in, to the bit
             assert found["inexact"] == [], name
         elif name.startswith(("packed", "dense")):
             assert set(found["inexact"]) <= {"fma.rn.f32"}, name

@@ -11,7 +11,7 @@ from cpu_paths import DTYPES, normal
 from torch import Tensor
 
 from qllm.ops import reference
-from qllm.ops.gpu import attention
+from qllm.ops.gpu import attention, quantized_prefill
 from qllm.ops.gpu import device as device_of
 from qllm.ops.kv import KV, Batch, Scores, ring_capacity
 from qllm.ops.quantized_kv import RUN, QuantizedKV
@@ -219,3 +219,64 @@ def test_a_row_with_a_window_in_less_memory(bits, gpu):
         new, there = moved((qkv[past : past + length], batch), gpu)
         got = [attend(new, kv, there, None, None, scores) for kv in (ring, whole)]
         assert torch.equal(*got)
+
+
+# Passes over a prompt's tokens whose ends meet those of runs, too, with another prompt beside.
+PASSES = ((60,), (4,), (70, 66), (3,))
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(8, torch.float32), (4, torch.bfloat16)], ids=str)
+def test_prompts_in_pieces_to_keys_and_values_of_few_bits(bits, dtype, gpu, monkeypatch):
+    """The reference's results and integers, whatever is beside a prompt and however it is cut."""
+    heads, kv_heads, dim = {8: (2, 2, 20), 4: (2, 1, 32)}[bits]
+    turned, window, cap = bits == 8, 70 * (bits == 8), 30.0 * (bits == 4)
+    scores, slopes = Scores(cap=cap, window=window), torch.linspace(0.01, 0.5, heads)
+    monkeypatch.setattr(quantized_prefill, "unsupported_reason", lambda device: None)
+    capacity = ring_capacity(window, max(map(max, PASSES))) if window else 6 * RUN
+    want, own = (
+        QuantizedKV.empty(bits, 3, kv_heads, capacity, dim, dtype, "cpu") for _ in range(2)
+    )
+    own, whole = (moved((own,), gpu)[0] for _ in range(2))
+    total = [sum(part[i] for part in PASSES if len(part) > i) for i in range(2)]
+    every = [normal(count, (heads + 2 * kv_heads) * dim, dtype=dtype) for count in total]
+    every[0].view(total[0], -1, dim)[:, heads, 3] += 9  # a channel far from the others
+    angle = normal(max(total), dim // 2).repeat(1, 2)
+    pasts, found = [0, 0], []
+    for lengths in PASSES:
+        parts = [slice(past, past + length) for past, length in zip(pasts, lengths, strict=False)]
+        qkv = torch.cat([all_of[part] for all_of, part in zip(every, parts, strict=False)])
+        angles = torch.cat([angle[part] for part in parts])
+        turns = (angles.cos().to(dtype), angles.sin().to(dtype)) if turned else None
+        rows = [2, 0][: len(lengths)]
+        batch = Batch.of(lengths, "cpu", rows=rows, pasts=pasts[: len(lengths)])
+        expected = reference.prefill_attention(qkv, want, batch, turns, slopes, scores)
+        given = moved((qkv, batch, turns, slopes), gpu)
+        got = attention.prefill_attention(given[0], own, *given[1:], scores).cpu()
+        limit = (4 * torch.finfo(dtype).eps + 1e-6) * expected.abs().max()
+        assert (got - expected).abs().max() <= limit
+        found.append(got[: lengths[0]])
+        pasts = [past + length for past, length in zip(pasts, [*lengths, 0], strict=False)]
+    if not turned:  # what is turned by positions, the reference rounds at each step
+        for part, other in zip(own[:6], want[:6], strict=True):
+            assert torch.equal(part.cpu(), other)
+    if not window:
+        batch = Batch.of(total[:1], "cpu", rows=[2])
+        new, slope, there = moved((every[0], slopes, batch), gpu)
+        alone = attention.prefill_attention(new, whole, there, None, slope, scores).cpu()
+        assert torch.equal(alone, torch.cat(found))
+        for part, other in zip(whole[:6], own[:6], strict=True):
+            assert torch.equal(part[2], other[2])
+
+
+def test_the_self_test_of_prompts_finds_what_is_wrong(gpu, monkeypatch, capsys):
+    device = torch.device(gpu)
+    assert quantized_prefill._self_test(device) is None
+    right = quantized_prefill.prefill_attention
+    monkeypatch.setattr(quantized_prefill, "prefill_attention", lambda *given: right(*given) + 1)
+    quantized_prefill.unsupported_reason.cache_clear()
+    self_test = quantized_prefill._self_test
+    monkeypatch.setattr(quantized_prefill, "_self_test", lambda _: self_test(device))
+    reason = quantized_prefill.unsupported_reason(torch.device("cuda", 7))
+    assert reason == "the self-test of attention to keys of 8 bits found other results"
+    assert reason in capsys.readouterr().err
+    assert attention.about(8, torch.device("cuda", 7)).endswith(reason)

@@ -12,7 +12,8 @@ from cpu_paths import normal, random_weight
 from fences import fenced, kept, run_in
 
 from qllm.ops.gpu import attention, layout, linear, rows
-from qllm.ops.kv import KV, Batch
+from qllm.ops.kv import KV, RUN, Batch
+from qllm.ops.quantized_kv import QuantizedKV
 
 
 def run_linear(dtype: torch.dtype, fence) -> None:
@@ -54,6 +55,15 @@ def run_attention(dtype: torch.dtype, fence) -> None:
         batch = Batch.of([16, 2], "cpu", rows=[1, 0], pasts=[0, 15])
         batch = Batch(*map(fence, batch[:3]), 16, 17)
         attention.prefill_attention(new, cache, batch, turns, slopes)
+        for bits in (8, 4):
+            options = (bits, 2, kv_heads, RUN, dim, dtype, "cpu")
+            held = QuantizedKV(*map(fence, QuantizedKV.empty(*options)))
+            for part, past in ((new, 0), (new[:2], 16)):
+                lengths = [len(part) - 2, 2] if past == 0 else [1, 1]
+                where = Batch.of(lengths, "cpu", rows=[1, 0], pasts=[past, 0])
+                where = Batch(*map(fence, where[:3]), *where[3:])
+                turned = turns and [fence(one[: len(part)].clone()) for one in turns]
+                attention.prefill_attention(fence(part.clone()), held, where, turned, slopes)
 
 
 def forbid_tensors_as_bounds() -> None:

@@ -95,9 +95,10 @@ def test_a_script_says_which_kernels_run(gpu, tmp_path):
     random_model(config).save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
     arguments = ("--model-path", tmp_path, "--num-shards", 1, "--bitwidth", "4", "--explain")
-    arguments += ("--prompt", "a", "--max-gen-tokens", "1", "--device", gpu)
-    text = str(call_json("qllm_gen.py", *arguments))
-    assert "Triton, " in text and "integers times activations" in text
+    arguments += ("--prompt", "a", "--max-gen-tokens", "1", "--device", gpu, "--kv-bits", "8")
+    rows = call_json("qllm_gen.py", *arguments)["kernels"]
+    assert "Triton, " in str(rows) and "integers times activations" in str(rows)
+    assert rows[-1]["layer"] == "attention" and rows[-1]["format"] == "8-bit keys and values"
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

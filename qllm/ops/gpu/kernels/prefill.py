@@ -65,6 +65,41 @@ def write_tokens(
 
 
 @triton.jit
+def weigh(
+    queries, k, distance, how, state, SLOPE: tl.constexpr, CAP: tl.constexpr,
+    WINDOW: tl.constexpr, type: tl.constexpr,
+):  # fmt: skip
+    """What queries (M, C) make of a block of keys (BN, C).
+
+    Args:
+        distance: (M, BN), of keys from queries, negative where they come before.
+        how: scale, cap and window, and the slopes of the queries.
+        state: the largest score of each query so far, and the sum of weights.
+
+    Returns:
+        The weights (M, BN) of the block's values, by what those before them are scaled, and the
+        state after the block.
+    """
+    scale, cap, window, slope = how
+    m_i, l_i = state
+    scores = tl.dot(queries, tl.trans(operand(k)), input_precision="ieee")
+    scores = scaled(scores, scale, cap, CAP)
+    if SLOPE:
+        scores += slope * distance.to(tl.float32)
+    seen = distance <= 0
+    if WINDOW:
+        seen = seen & (distance > -window)
+    scores = tl.where(seen, scores, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(scores, 1))
+    if WINDOW:  # there may be none so far, and infinity less infinity is no number
+        m_new = tl.where(m_new == float("-inf"), -1e30, m_new)
+    alpha = tl.exp(m_i - m_new)
+    weights = tl.exp(scores - m_new[:, None])
+    l_i = l_i * alpha + tl.sum(weights, 1)
+    return operand(narrow(weights, type)), alpha, (m_new, l_i)
+
+
+@triton.jit
 def prefill_attention(
     q, keys, values, slopes, rows, starts, positions, y, heads, kv_heads, capacity, scale,
     cap, window,
@@ -107,23 +142,13 @@ def prefill_attention(
             # A block is in whole runs of tokens, which lie together.
             there = base + (start % capacity + n)[:, None] * DIM + column[None, :]
             known = (token < length)[:, None] & within
-            k = operand(tl.load(keys + there, mask=known, other=0.0))
-            scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
-            scores = scaled(scores, scale, cap, CAP)
+            k = tl.load(keys + there, mask=known, other=0.0)
             distance = token[None, :] - (past + m)[:, None]
-            if SLOPE:
-                scores += slope * distance.to(tl.float32)
-            seen = distance <= 0
-            if WINDOW:
-                seen = seen & (distance > -window)
-            scores = tl.where(seen, scores, float("-inf"))
-            m_new = tl.maximum(m_i, tl.max(scores, 1))
-            if WINDOW:  # there may be none so far, and infinity less infinity is no number
-                m_new = tl.where(m_new == float("-inf"), -1e30, m_new)
-            alpha = tl.exp(m_i - m_new)
-            weights = tl.exp(scores - m_new[:, None])
-            m_i, l_i = m_new, l_i * alpha + tl.sum(weights, 1)
+            how = (scale, cap, window, slope)
+            weights, alpha, state = weigh(
+                queries, k, distance, how, (m_i, l_i), SLOPE, CAP, WINDOW, type
+            )
+            m_i, l_i = state
             v = operand(tl.load(values + there, mask=known, other=0.0))
-            weights = operand(narrow(weights, type))
             acc = tl.dot(weights, v, acc * alpha[:, None], input_precision="ieee")
         tl.store(y + place, narrow(acc / l_i[:, None], type), mask=inside)

@@ -1,0 +1,115 @@
+"""Attention of prefill to keys and values of 8 and 4 bits, in three launches."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qllm.errors import first_line
+from qllm.ops import reference
+from qllm.ops.gpu import device as device_of
+from qllm.ops.gpu.tiles import padded_count, power
+from qllm.ops.kv import PLAIN, RUN, Batch, Scores
+from qllm.ops.quantized_kv import QuantizedKV, padded_size
+
+
+@cache
+def unsupported_reason(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device; None where they can.
+
+    Where a GPU finds something else than the reference, a note says so once.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        reason = _self_test(device)
+    except Exception as error:  # whatever a compiler or a driver may raise
+        reason = first_line(error)
+    if reason:
+        print(
+            f"note: {reason}; prompts' attention with --kv-bits runs in plain torch ops, slowly",
+            file=sys.stderr,
+        )
+    return reason
+
+
+def prefill_attention(
+    qkv: Tensor,
+    kv: QuantizedKV,
+    batch: Batch,
+    cos_sin: tuple[Tensor, Tensor] | None,
+    slopes: Tensor | None,
+    scores: Scores = PLAIN,
+) -> Tensor:
+    """`reference.prefill_attention`, of all sequences at once."""
+    from qllm.ops.gpu.kernels import quantized_prefill as kernels
+
+    kv.check(qkv, batch, scores)
+    kv_heads, capacity, dim = kv.kv_heads, kv.capacity, kv.dim
+    every, sequences = qkv.shape[1] // dim, len(batch.rows)
+    heads, first = every - 2 * kv_heads, -(-dim // 2)
+    group, slots = heads // kv_heads, len(qkv) + sequences * RUN
+    q, y = qkv.new_empty(2, len(qkv), heads * dim)
+    new = [*qkv.new_empty(2, kv_heads, slots, dim)]
+    cos, sin = (part.contiguous() for part in cos_sin) if cos_sin else (None, None)
+    index = (batch.rows, batch.starts, batch.positions)
+    recent = (kv.recent_keys, kv.recent_values)
+    codes = (kv.keys, kv.values, kv.key_scales, kv.value_scales, kv.key_zeros, kv.value_zeros)
+    words = (kv.keys.view(torch.int32), kv.values.view(torch.int32))
+    size, columns = padded_size(dim), padded_count(dim)
+    most = batch.max_tokens + RUN - 1  # with those before them in the same run
+    runs = -(-most // RUN)
+    together, keys_at_once, warps = tile(dim, group, qkv.dtype)
+    with device_of.current(qkv):
+        kernels.write_runs[(most, sequences)](
+            qkv.contiguous(), cos, sin, *index, *recent, q, *new, heads, kv_heads, slots,
+            DIM=dim, FIRST=first, HALF=power(first), HEADS=power(every),
+            ROTATE=cos_sin is not None,
+            num_warps=max(1, min(8, power(first) * power(every) // 1024)),
+        )  # fmt: skip
+        kernels.quantize_runs[(runs, kv_heads, sequences)](
+            *new, *index, *recent, *codes, kv_heads, slots, capacity,
+            DIM=dim, CHANNELS=power(dim), WIDTH=size, BITS=kv.bits, num_warps=4,
+            enable_fp_fusion=False,  # integers are the reference's
+        )  # fmt: skip
+        kernels.prefill_attention[(runs, heads // together, sequences)](
+            q, *new, *words, *codes[2:], slopes, *index, y, heads, kv_heads, slots, capacity,
+            scores.factor(dim), scores.cap, scores.window,
+            DIM=dim, COLUMNS=columns, WIDTH=size, BITS=kv.bits, GROUP=group, TOGETHER=together,
+            BN=keys_at_once, SLOPE=slopes is not None, CAP=scores.cap > 0,
+            WINDOW=scores.window > 0, num_warps=warps, num_stages=2,
+        )  # fmt: skip
+    return batch.select(y)
+
+
+def tile(dim: int, group: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Heads and keys that a program takes at once, and warps."""
+    if dtype == torch.float32:
+        return 1, 32, 8
+    pairs = 2 if group % 2 == 0 and dim <= 128 else 1  # for which integers are unpacked but once
+    return pairs, 32, 8
+
+
+def _self_test(device: torch.device) -> str | None:
+    """Two prompts, one of them in two pieces, beside the reference's results and integers."""
+    heads, kv_heads, dim, dtype = 4, 2, 64, torch.bfloat16
+    width = (heads + 2 * kv_heads) * dim
+    qkv = (torch.arange(60 * width) * 2654435761 % 65536).view(60, width).sub(32768) / 16384
+    qkv, slopes = qkv.to(device, dtype), torch.linspace(0.01, 0.2, heads).to(device)
+    for bits in (8, 4):
+        options = (bits, 2, kv_heads, 4 * RUN, dim, dtype, device)
+        own, plain = QuantizedKV.empty(*options), QuantizedKV.empty(*options)
+        passes = ((60,), (0,)), ((8, 3), (60, 0))
+        for lengths, pasts in passes:
+            batch = Batch.of(lengths, device, pasts=pasts)
+            given = (batch, None, slopes)
+            got = prefill_attention(qkv[: sum(lengths)], own, *given)
+            want = reference.prefill_attention(qkv[: sum(lengths)], plain, *given)
+            if not torch.allclose(got.float(), want.float(), atol=0.05, rtol=0.05):
+                return f"the self-test of attention to keys of {bits} bits found other results"
+        if not all(map(torch.equal, own[:6], plain[:6])):
+            return f"the self-test of attention to keys of {bits} bits found other integers"
+    return None
