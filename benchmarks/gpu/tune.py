@@ -15,7 +15,7 @@ import triton
 
 from benchmarks.gpu.layers import Bench, ours
 from qllm.ops import phase
-from qllm.ops.gpu import decode, tiles
+from qllm.ops.gpu import decode, decode_int8, tiles
 from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu.limits import seconds
 from qllm.ops.gpu.tiles import ROWS, Tile
@@ -126,8 +126,13 @@ def search(
         benches = [next(ours(bitwidth, *shape, *options)) for shape in shapes]
         search = Search(kind, row, shapes, benches, device, repeats, max_candidates, say)
         search.run()
-        if kind.startswith("packed") and not decode.unsupported_reason(device):
-            step = kind.replace("packed", "decode")
+        if kind.startswith("packed"):
+            step, reason = kind.replace("packed", "decode"), decode.unsupported_reason(device)
+        elif kind == "int8":
+            step, reason = f"decode-{kind}", decode_int8.unsupported_reason(device)
+        else:
+            continue
+        if not reason:
             row = dict(tiles.entry(architecture, step))
             tiles.table()[architecture][step] = found[step] = row
             search.decode(row)

@@ -1,4 +1,4 @@
-"""The GPU kernels: in Triton, which comes with torch's CUDA build; a product in CUDA C++.
+"""The GPU kernels: in Triton, which comes with torch's CUDA build; decode products in CUDA C++.
 
 `kernels/` is what runs on the GPU in Triton, imported when a layer first needs it; `src/` is what
 NVRTC compiles (`nvrtc`) and the driver launches (`driver`). The other modules call them on tensors.

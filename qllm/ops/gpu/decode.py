@@ -7,29 +7,22 @@ its operand as it lies. NVRTC compiles the kernel for what a layer needs when on
 from __future__ import annotations
 
 import ctypes
-import sys
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qllm.errors import first_line
 from qllm.ops import reference
+from qllm.ops.gpu import cuda, driver, layout, nvrtc, tiles
 from qllm.ops.gpu import device as device_of
-from qllm.ops.gpu import driver, layout, nvrtc, tiles
+from qllm.ops.gpu.graph import Graph
 from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
 from qllm.quant.packing import PackedWeight
 from qllm.quant.packing import pack as pack_rows
 
-SOURCE = Path(__file__).parent / "src"
-DTYPES = (torch.bfloat16, torch.float16)
 ALIGNED = 8  # numbers of x that are loaded at once
-EARLY = (9, 0)  # the first compute capability whose kernels can begin before the last has ended
-WARPS = (4, 8, 16)
-TILES = (1, 2, 4)  # eights of rows that a block of threads takes at once
 
 
 class Variant(NamedTuple):
@@ -43,11 +36,6 @@ class Variant(NamedTuple):
     warps: int
     depth: int
     tiles: int
-
-    @property
-    def options(self) -> list[str]:
-        """Those that define the constants."""
-        return [f"-D{name.upper()}={int(value)}" for name, value in self._asdict().items()]
 
 
 class Arguments(ctypes.Structure):
@@ -64,21 +52,6 @@ class Arguments(ctypes.Structure):
     )
 
 
-def source() -> str:
-    """The kernel, as the compiler takes it."""
-    return "".join((SOURCE / name).read_text("utf-8") for name in ("device.h", "decode.cu"))
-
-
-def warps(wanted: int, panels: int, blocks: int, num_sms: int) -> int:
-    """Warps that share a panel, so that few panels keep every multiprocessor busy.
-
-    Args:
-        wanted: warps of a multiprocessor.
-    """
-    max_warps = max(WARPS[0], min(blocks, wanted * num_sms // panels))
-    return max(count for count in WARPS if count <= max_warps)
-
-
 @cache
 def unsupported_reason(device: torch.device) -> str | None:
     """Why it cannot run on a device; None where it can.
@@ -87,20 +60,29 @@ def unsupported_reason(device: torch.device) -> str | None:
     """
     if device.type != "cuda":
         return "it is for CUDA devices"
-    try:
-        reason = _self_test(device)
-    except Exception as error:  # whatever a compiler or a driver may raise
-        reason = first_line(error)
-    if reason:
-        print(f"note: {reason}; decode steps take Triton's product, a slower one", file=sys.stderr)
-    return reason
+    instead = "decode steps take Triton's product, a slower one"
+    return device_of.failure(lambda: _self_test(device), instead)
+
+
+@cache
+def late_reason(device: torch.device) -> str | None:
+    """Why kernels do not begin before the one in front has ended; None where they do.
+
+    In a graph the driver makes an edge of it. A note says so once where it fails.
+    """
+    if reason := cuda.late_reason(device):
+        return reason
+    instead = "kernels of a step begin when the one in front has ended"
+    return device_of.failure(lambda: _test_of_order(device), instead)
 
 
 def about(device: torch.device) -> str:
     """What multiplies in a decode step, for `--explain`."""
     if reason := unsupported_reason(device):
         return f"decode steps too, not in CUDA C++: {reason}"
-    return f"decode steps: CUDA C++ by NVRTC {'.'.join(map(str, nvrtc.version()))}"
+    early = late_reason(device)
+    how = f", one after the other: {early}" if early else ", begun before the one in front ends"
+    return f"decode steps: CUDA C++ by NVRTC {'.'.join(map(str, nvrtc.version()))}{how}"
 
 
 def weight_only_linear(
@@ -112,8 +94,14 @@ def weight_only_linear(
     out_features: int,
     bits: int,
     group_size: int,
+    *,
+    early: bool | None = None,
 ) -> Tensor:
-    """`reference.weight_only_linear` for x of one of DTYPES, on tensors of `layout.pack`."""
+    """`reference.weight_only_linear` for x of one of DTYPES, on tensors of `layout.pack`.
+
+    Args:
+        early: it may begin before the kernel in front has ended; None: where that was tested.
+    """
     shape = Shape.of(x.shape[1], out_features, group_size)
     x = _aligned(shape.pad_groups(x) if shape.pads_groups else x)
     rows, y = len(x), x.new_empty(len(x), out_features)
@@ -121,14 +109,14 @@ def weight_only_linear(
         return y
     architecture, num_sms = device_of.architecture(x.device)
     row = tiles.entry(architecture, f"decode-{bits}")
-    tall = next((count for count in TILES if rows <= 8 * count), TILES[-1])
+    tall = cuda.tall(rows)
     variant = Variant(
         bits,
         float16=x.dtype == torch.float16,
         zeros=qzeros.numel() > 0,
         wide=scales.dtype == torch.float32,
         group=shape.span,
-        warps=warps(row["warps_per_sm"], shape.panels, shape.blocks, num_sms),
+        warps=cuda.warps(row["warps_per_sm"], shape.panels, shape.blocks, num_sms),
         depth=row["depth"],
         tiles=tall,
     )
@@ -152,7 +140,8 @@ def weight_only_linear(
     )
     grid = (-(-rows // (8 * tall)), shape.panels)
     with device_of.current(x):
-        function, early = _kernel(variant, x.device)
+        function = cuda.kernel("decode", variant, x.device)
+        early = late_reason(x.device) is None if early is None else early
         driver.launch(function, grid, 32 * variant.warps, arguments, x.device, early=early)
     return y
 
@@ -164,15 +153,6 @@ def _aligned(x: Tensor) -> Tensor:
     if x.stride(1) == 1 and x.stride(0) % ALIGNED == 0 and x.data_ptr() % bytes_at_once == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
-
-
-@cache
-def _kernel(variant: Variant, device: torch.device) -> tuple[ctypes.c_void_p, bool]:
-    """A kernel, and whether it can begin early."""
-    architecture, _ = device_of.architecture(device)
-    options = [f"--gpu-architecture=sm_{architecture.replace('.', '')}", *variant.options]
-    binary = nvrtc.compile_cached(source(), ["--std=c++17", *options])
-    return driver.load(binary, device), tuple(map(int, architecture.split("."))) >= EARLY
 
 
 def _self_test(device: torch.device) -> str | None:
@@ -191,7 +171,41 @@ def _self_test(device: torch.device) -> str | None:
     there = PackedWeight(*(tensor.to(device) for tensor in stored[:3]))
     packed = layout.pack(there, bits, group, inputs)[:3]
     for rows in (11, 1):
-        found = weight_only_linear(x[:rows].to(device), *packed, None, *options)
+        found = weight_only_linear(x[:rows].to(device), *packed, None, *options, early=False)
         if not torch.equal(found.cpu(), wanted[:rows]):
             return "the decode kernel's self-test here found other sums"
     return None
+
+
+def _test_of_order(device: torch.device, size: int = 2048, launches: int = 32) -> str | None:
+    """Products with a weight that moves x on by one place, each with what the last one found.
+
+    One that read before the other had written would find something else. On a GPU they are made as
+    they are, then in a graph, as steps are.
+    """
+    values = torch.zeros(size, size, dtype=torch.uint8)
+    values[torch.arange(size), torch.arange(size).roll(1)] = 1
+    zeros = torch.zeros(size, 1, dtype=torch.uint8)
+    stored = PackedWeight(pack_rows(values, 1), torch.ones(size, 1).half(), zeros)
+    there = PackedWeight(*(tensor.to(device) for tensor in stored[:3]))
+    packed = layout.pack(there, 1, -1, size)[:3]
+    x = torch.arange(3 * size).view(3, size).remainder(251).bfloat16().to(device)
+    found = torch.empty_like(x)
+
+    def run() -> None:
+        moved = x
+        for _ in range(launches):
+            moved = weight_only_linear(moved, *packed, None, size, 1, -1, early=True)
+        found.copy_(moved)
+
+    runs = [run]
+    if device.type == "cuda":
+        graph = Graph(run, device)
+        runs += [graph.replay] * 2
+    for number, again in enumerate(runs):
+        found.zero_()
+        again()
+        if not torch.equal(found, x.roll(launches, 1)):
+            where = "in a graph" if number else "launched by themselves"
+            return f"kernels that begin early, {where}, did not wait for the one in front"
+    return graph.graph_break if device.type == "cuda" else None

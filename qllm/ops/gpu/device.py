@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -81,6 +82,17 @@ def _self_test() -> str | None:
     except Exception as error:  # whatever a compiler or a driver may raise
         return f"Triton cannot run here: {first_line(error)}"
     return None if found == [[-128, 0, 127]] else f"Triton's self-test here found {found}"
+
+
+def failure(test: Callable[[], str | None], instead: str) -> str | None:
+    """What a self-test finds wrong; a note then says what runs instead."""
+    try:
+        reason = test()
+    except Exception as error:  # whatever a compiler or a driver may raise
+        reason = first_line(error)
+    if reason:
+        print(f"note: {reason}; {instead}", file=sys.stderr)
+    return reason
 
 
 def about() -> str:

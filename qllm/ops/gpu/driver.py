@@ -54,8 +54,8 @@ def library() -> ctypes.CDLL:
         raise Unavailable("there is no driver of CUDA (libcuda.so.1)") from error
 
 
-def load(binary: bytes, device: torch.device) -> ctypes.c_void_p:
-    """The kernel `decode` of a binary, for a device.
+def load(binary: bytes, device: torch.device, name: str) -> ctypes.c_void_p:
+    """A binary's kernel of a name, for a device.
 
     Raises:
         RuntimeError: the driver refuses it.
@@ -63,7 +63,7 @@ def load(binary: bytes, device: torch.device) -> ctypes.c_void_p:
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     _take_context(device)
     _call("cuModuleLoadData", ctypes.byref(module), binary)
-    _call("cuModuleGetFunction", ctypes.byref(function), module, b"decode")
+    _call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
     return function
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qllm.ops import phase
-from qllm.ops.gpu import decode, device, tiles
+from qllm.ops.gpu import cuda, decode, decode_int8, device, tiles
 from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
 from qllm.ops.gpu.rows import quantize, side_by_side
 from qllm.ops.reference import Int8Rows
@@ -28,7 +28,8 @@ def about() -> str:
 
 def about_int8() -> str:
     """The same of `int8_linear`."""
-    return f"{device.about()}; int8 x int8 -> int32 on the matrix units"
+    few = "" if device.interpreting() else f"; {decode_int8.about(torch.device('cuda', 0))}"
+    return f"{device.about()}; int8 x int8 -> int32 on the matrix units{few}"
 
 
 def weight_only_linear(
@@ -42,7 +43,7 @@ def weight_only_linear(
     group_size: int,
 ) -> Tensor:
     """`reference.weight_only_linear` on tensors of `layout.pack`."""
-    if phase.decoding() and x.dtype in decode.DTYPES and not decode.unsupported_reason(x.device):
+    if phase.decoding() and x.dtype in cuda.DTYPES and not decode.unsupported_reason(x.device):
         packed = (qweight, scales, qzeros)
         return decode.weight_only_linear(x, *packed, bias, out_features, bits, group_size)
     from qllm.ops.gpu.kernels.matmul import packed_matmul, unpack_weight
@@ -103,9 +104,12 @@ def int8_linear(
     out_features: int,
 ) -> Tensor:
     """`reference.int8_linear`."""
+    x = x if isinstance(x, Int8Rows) else quantize(x, input_scale)
+    if decode_int8.takes(x, qweight) and not decode_int8.unsupported_reason(x.values.device):
+        return decode_int8.int8_linear(x, qweight, scales, bias)
     from qllm.ops.gpu.kernels.matmul import int8_matmul
 
-    q, x_scales, dtype = x if isinstance(x, Int8Rows) else quantize(x, input_scale)
+    q, x_scales, dtype = x
     inputs, outputs = qweight.shape[1], len(qweight)
     return _multiply(
         int8_matmul,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from qllm.errors import first_line
 from qllm.ops import reference
 from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu.tiles import padded_count, power
@@ -24,16 +22,8 @@ def unsupported_reason(device: torch.device) -> str | None:
     """
     if device.type != "cuda":
         return None
-    try:
-        reason = _self_test(device)
-    except Exception as error:  # whatever a compiler or a driver may raise
-        reason = first_line(error)
-    if reason:
-        print(
-            f"note: {reason}; prompts' attention with --kv-bits runs in plain torch ops, slowly",
-            file=sys.stderr,
-        )
-    return reason
+    instead = "prompts' attention with --kv-bits runs in plain torch ops, slowly"
+    return device_of.failure(lambda: _self_test(device), instead)
 
 
 def prefill_attention(

@@ -1,4 +1,4 @@
-// A GPU for decode.cu: device.h on the CPU, and the few functions of CUDA's driver that launch it.
+// A GPU for decode.cu and decode_int8.cu: device.h on the CPU, and the few functions of CUDA's driver that launch it.
 //
 // The lanes of a block of threads take turns, each with a stack of its own, and one that comes to what
 // a warp or a block does together lets the others catch up. What is constant on a GPU is a variable
@@ -7,8 +7,10 @@
 #include <ucontext.h>
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 typedef unsigned char u8;
@@ -17,7 +19,7 @@ typedef unsigned int u32;
 typedef long long i64;
 
 struct Constants {
-    int bits, float16, zeros, wide, group, warps, depth, tiles;
+    int bits, float16, zeros, wide, group, warps, depth, tiles, is_int8;
 };
 
 static Constants constants;
@@ -51,6 +53,7 @@ struct Warp {
     Meeting product;
     u32 a[32][4], b[32][2];
     float c[32][4];
+    int sums[32][4];
 };
 
 struct Fiber {
@@ -91,7 +94,25 @@ DEVICE void barrier() {
     meet(block, WARPS * 32, [] {});
 }
 
-DEVICE void wait_for_previous() {}
+// What the kernel in front writes: until all wait for it, other bytes are there, and nothing is written.
+struct Late {
+    void* place;
+    std::vector<u8> content;
+};
+
+static std::vector<Late> late;
+static const u8* result;
+static std::vector<u8> result_before;
+static bool launched_early, waited, wrote_early;
+
+DEVICE void wait_for_previous() {
+    meet(block, WARPS * 32, [] {
+        waited = true;
+        for (const Late& part : late) std::memcpy(part.place, part.content.data(), part.content.size());
+        wrote_early |= std::memcmp(result, result_before.data(), result_before.size()) != 0;
+    });
+}
+
 DEVICE void let_next_begin() {}
 
 static void copy_words(u32* to, const void* from, int count) {
@@ -101,7 +122,7 @@ static void copy_words(u32* to, const void* from, int count) {
 
 DEVICE void load4(u32* to, const u32* from) { copy_words(to, from, 4); }
 DEVICE void load2(u32* to, const u32* from) { copy_words(to, from, 2); }
-DEVICE void load4_cached(u32* to, const u16* from) { copy_words(to, from, 4); }
+DEVICE void load4_cached(u32* to, const void* from) { copy_words(to, from, 4); }
 
 DEVICE u32 and_or(u32 a, u32 mask, u32 c) { return (a & mask) | c; }
 
@@ -193,12 +214,47 @@ DEVICE void multiply(float* c, const u32* a, u32 b0, u32 b1) {
     std::memcpy(c, warp.c[lane], sizeof warp.c[lane]);
 }
 
-#include "decode.cu"
+// Byte k of a row of operand A and of a column of operand B: see the figures of mma.m16n8k32.
+static void multiply_all_int8(Warp& warp) {
+    for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+            int sum = warp.sums[lane][i];
+            for (int k = 0; k < 32; ++k) {
+                const u32 a = warp.a[row % 8 * 4 + k % 16 / 4][row / 8 + k / 16 * 2];
+                const u32 b = warp.b[column * 4 + k % 16 / 4][k / 16];
+                sum += (int8_t)(a >> k % 4 * 8) * (int8_t)(b >> k % 4 * 8);
+            }
+            warp.sums[lane][i] = sum;
+        }
+}
 
-static Arguments arguments;
+DEVICE void multiply_int8(int* c, const u32* a, u32 b0, u32 b1) {
+    const int lane = current % 32;
+    Warp& warp = warps[current / 32];
+    std::memcpy(warp.a[lane], a, sizeof warp.a[lane]);
+    std::memcpy(warp.sums[lane], c, sizeof warp.sums[lane]);
+    warp.b[lane][0] = b0;
+    warp.b[lane][1] = b1;
+    meet(warp.product, 32, [&warp] { multiply_all_int8(warp); });
+    std::memcpy(c, warp.sums[lane], sizeof warp.sums[lane]);
+}
+
+DEVICE float product(float a, float b) { return a * b; }
+DEVICE float sum_of(float a, float b) { return a + b; }
+
+namespace packed {
+#include "decode.cu"
+}
+namespace int8 {
+#include "decode_int8.cu"
+}
+
+static packed::Arguments arguments;
+static int8::Arguments int8_arguments;
 
 static void run_lane() {
-    decode(arguments);
+    constants.is_int8 ? int8::decode_int8(int8_arguments) : packed::decode(arguments);
     moved = true;
     fibers[current].done = true;
 }
@@ -208,6 +264,10 @@ static int run_block() {
     static std::vector<char> stacks(MAX_THREADS * STACK);
     for (Warp& warp : warps) warp.product = {};
     block = {};
+    waited = false;
+    result_before.assign(result, result + result_before.size());
+    if (launched_early)
+        for (const Late& part : late) std::memset(part.place, 0x7F, part.content.size());
     for (int i = 0; i < threads; ++i) {
         getcontext(&fibers[i].context);
         fibers[i].context.uc_stack.ss_sp = stacks.data() + i * STACK;
@@ -225,7 +285,18 @@ static int run_block() {
             }
         if (left && !moved) return 719;  // lanes wait for others that do not come: launch failure
     }
+    if (launched_early && (!waited || wrote_early)) return 719;
     return misaligned ? 716 : 0;  // misaligned address
+}
+
+// x, its scales and y of the arguments of either kernel.
+template <class Of>
+static void watch(const Of& given, const void* x, size_t size, const void* scales, size_t count) {
+    late.clear();
+    for (auto [place, bytes] : {std::pair(x, size), std::pair(scales, count)})
+        late.push_back({(void*)place, std::vector<u8>((const u8*)place, (const u8*)place + bytes)});
+    result = (const u8*)given.y;
+    result_before.resize(sizeof(u16) * given.rows * given.outputs);
 }
 
 extern "C" {
@@ -248,24 +319,36 @@ int cuCtxGetCurrent(void** context) {
 
 int cuModuleLoadData(void** module, const void* image) {
     auto copy = new Constants;
-    std::memcpy(copy, image, sizeof *copy);
+    std::memcpy(copy, image, offsetof(Constants, is_int8));
     *module = copy;
     return 0;
 }
 
 int cuModuleGetFunction(void** function, void* module, const char* name) {
     *function = module;
-    return std::strcmp(name, "decode") ? 500 : 0;  // not found
+    const int is_int8 = !std::strcmp(name, "decode_int8");
+    static_cast<Constants*>(module)->is_int8 = is_int8;
+    return is_int8 || !std::strcmp(name, "decode") ? 0 : 500;  // not found
 }
 
 int cuLaunchKernelEx(const Config* config, const void* function, void** parameters, void**) {
     std::memcpy(&constants, function, sizeof constants);
-    std::memcpy(&arguments, parameters[0], sizeof arguments);
     if (config->block[0] != (unsigned)WARPS * 32 || config->block[1] != 1) return 1;
+    launched_early = wrote_early = misaligned = false;
     for (unsigned i = 0; i < config->attribute_count; ++i)
-        launches_that_began_early +=
-            config->attributes[i].id == 6 && config->attributes[i].value[0];
-    misaligned = false;
+        launched_early |= config->attributes[i].id == 6 && config->attributes[i].value[0];
+    launches_that_began_early += launched_early;
+    if (constants.is_int8) {
+        const auto& to = int8_arguments;
+        std::memcpy(&int8_arguments, parameters[0], sizeof to);
+        const size_t scales = to.x_scales_stride ? to.rows : 1;
+        watch(to, to.x, (size_t)to.rows * to.inputs, to.x_scales, scales * sizeof(float));
+    } else {
+        const auto& to = arguments;
+        std::memcpy(&arguments, parameters[0], sizeof to);
+        const size_t values = (to.rows - 1) * to.x_stride + to.inputs;
+        watch(to, to.x, values * sizeof(u16), nullptr, 0);
+    }
     for (panel = 0; panel < (int)config->grid[1]; ++panel)
         for (chunk = 0; chunk < (int)config->grid[0]; ++chunk)
             if (const int error = run_block()) return error;

@@ -21,8 +21,8 @@ from gpu_kernels import packed
 from torch import Tensor
 
 from qllm.config import SCHEMES
-from qllm.ops import phase
-from qllm.ops.gpu import decode, driver, layout, linear, nvrtc, tiles
+from qllm.ops import phase, reference
+from qllm.ops.gpu import cuda, decode, decode_int8, driver, layout, linear, nvrtc, tiles
 from qllm.ops.gpu import device as device_of
 from qllm.quant.packing import BITS
 from tools.disassemble import disassemble
@@ -41,7 +41,7 @@ def emulation(tmp_path_factory):
     path = tmp_path_factory.mktemp("gpu") / "emulated.so"
     flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared")
     folder = ROOT / "tests/ops/gpu/emulated.cpp"
-    command = ["g++", *flags, "-Wno-unknown-pragmas", "-fPIC", f"-I{decode.SOURCE}", str(folder)]
+    command = ["g++", *flags, "-Wno-unknown-pragmas", "-fPIC", f"-I{cuda.SOURCE}", str(folder)]
     subprocess.run([*command, "-o", str(path)], check=True)
     return ctypes.CDLL(str(path))
 
@@ -49,8 +49,11 @@ def emulation(tmp_path_factory):
 def constants(source: str, options: list[str]) -> bytes:
     """A binary of the emulation's."""
     assert options[:2] == ["--std=c++17", "--gpu-architecture=sm_90"]
-    numbers = [int(option.partition("=")[2]) for option in options[2:]]
-    return bytes((ctypes.c_int * len(numbers))(*numbers))
+    given = dict(option.removeprefix("-D").split("=") for option in options[2:])
+    names = map(str.upper, decode.Variant._fields)
+    return bytes(
+        (ctypes.c_int * len(decode.Variant._fields))(*(int(given.get(n, 0)) for n in names))
+    )
 
 
 @pytest.fixture
@@ -66,9 +69,10 @@ def own_gpu(request, monkeypatch):
     monkeypatch.setattr(driver, "library", lambda: library)
     monkeypatch.setattr(nvrtc, "compile_cached", constants)
     monkeypatch.setattr(device_of, "architecture", lambda device: ("9.0", 4))
-    decode._kernel.cache_clear()
+    monkeypatch.setattr(decode, "late_reason", lambda device: None)
+    cuda.kernel.cache_clear()
     yield library
-    decode._kernel.cache_clear()
+    cuda.kernel.cache_clear()
 
 
 def multiply(weight, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -86,7 +90,7 @@ def rms(values: Tensor) -> float:
 @pytest.mark.parametrize("bits", BITS)
 def test_the_error_is_at_most_twice_the_reference_s(bits, own_gpu, monkeypatch):
     schemes = SCHEMES if bits > 1 else ("asym",)
-    cases = list(itertools.product(GROUPS, schemes, decode.DTYPES))
+    cases = list(itertools.product(GROUPS, schemes, cuda.DTYPES))
     for i, (group_size, scheme, dtype) in enumerate(cases):
         if DEVICE == "cpu" and i % 4 != bits % 4:  # each at some number of bits
             continue
@@ -104,7 +108,7 @@ def test_the_error_is_at_most_twice_the_reference_s(bits, own_gpu, monkeypatch):
         assert rms(got.double() - exact) <= allowed + (size / 16 if got.numel() > 64 else size)
 
 
-@pytest.mark.parametrize("dtype", decode.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
 def test_a_row_is_the_same_whatever_is_beside_it(dtype, own_gpu):
     weight = random_weight((20, 1160), 4, 128)
     x = normal(40, 1160, dtype=dtype)
@@ -114,16 +118,16 @@ def test_a_row_is_the_same_whatever_is_beside_it(dtype, own_gpu):
         assert torch.equal(multiply(weight, x[some]), whole[some])
 
 
-@pytest.mark.parametrize("warps", decode.WARPS)
+@pytest.mark.parametrize("warps", cuda.WARPS)
 def test_any_number_of_warps_shares_a_panel(warps, own_gpu, monkeypatch):
-    monkeypatch.setattr(decode, "warps", lambda *asked: warps)
+    monkeypatch.setattr(cuda, "warps", lambda *asked: warps)
     weight = random_weight((20, 1160), 8, 32)
     x = torch.randint(-8, 9, (9, 1160), generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.allclose(multiply(weight, x).double(), weight.exact(x), rtol=2**-8, atol=2e-3)
 
 
 @pytest.mark.parametrize("bits", [3, 8])
-@pytest.mark.parametrize("dtype", decode.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
 def test_every_value_meets_every_zero(bits, dtype, own_gpu):
     top = 2**bits
     q = (torch.arange(256) % top).repeat(top, 1).numpy()
@@ -146,13 +150,14 @@ def run_between_fences(library: str) -> None:
     driver.library = lambda: ctypes.CDLL(library)
     nvrtc.compile_cached = constants
     device_of.architecture = lambda device: ("9.0", 4)
+    decode.late_reason = lambda device: None
     for at_end, ((outputs, inputs), count) in itertools.product(
         (True, False), (((1, 1), 1), ((33, 67), 9), ((20, 390), 17))
     ):
         fence = partial(fenced, at_end=at_end)
 
-        def new_empty(x, *shape, fence=fence):
-            return fence(torch.zeros(*shape, dtype=x.dtype))
+        def new_empty(x, *shape, dtype=None, fence=fence):
+            return fence(torch.zeros(*shape, dtype=dtype or x.dtype))
 
         torch.Tensor.new_empty = new_empty
         for bits, group, scheme in (
@@ -167,6 +172,12 @@ def run_between_fences(library: str) -> None:
             bias = fence(normal(outputs, dtype=torch.float16))
             decode.weight_only_linear(x, *tensors, bias, outputs, bits, group)
             kept.clear()
+        x = reference.quantize_rows(normal(count, -(-inputs // 16) * 16).bfloat16(), None)
+        x = reference.Int8Rows(fence(x.values), fence(x.scales), x.dtype)
+        q = fence(torch.ones(outputs, x.values.shape[1], dtype=torch.int8))
+        assert decode_int8.takes(x, q)
+        decode_int8.int8_linear(x, q, fence(torch.ones(outputs)), fence(torch.ones(outputs)))
+        kept.clear()
 
 
 def test_nothing_outside_is_touched(emulation):
@@ -178,10 +189,72 @@ def test_the_self_test_finds_what_is_wrong(own_gpu, monkeypatch, capsys):
     assert decode._self_test(torch.device(DEVICE, 0) if own_gpu is None else "cpu") is None
     if own_gpu is None:
         return
+    assert decode._test_of_order(torch.device("cpu"), 64, 2) is None
     right = decode.weight_only_linear
-    monkeypatch.setattr(decode, "weight_only_linear", lambda *given: right(*given) + 1)
+    monkeypatch.setattr(
+        decode, "weight_only_linear", lambda *given, **how: right(*given, **how) + 1
+    )
     assert "found other sums" in decode._self_test("cpu")
+    assert "did not wait" in decode._test_of_order(torch.device("cpu"), 64, 2)
     assert own_gpu is not None and ctypes.c_int.in_dll(own_gpu, "launches_that_began_early").value
+
+
+INT8_SHAPES = ((1, 16), (13, 80), (33, 400), (20, 1168))  # (N, K)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
+def test_int8_is_the_reference_to_the_bit(dtype, static, own_gpu, monkeypatch):
+    monkeypatch.setattr(decode_int8, "unsupported_reason", lambda device: None)
+    for i, ((outputs, inputs), count) in enumerate(zip(INT8_SHAPES, (1, 3, 17, 9), strict=True)):
+        monkeypatch.setattr(cuda, "warps", lambda *asked, i=i: cuda.WARPS[i % 3])
+        x = normal(count, inputs, dtype=dtype)
+        x[0] *= 100
+        x = reference.quantize_rows(x, torch.tensor(0.03) if static else None)
+        q = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
+        scales = normal(outputs).abs().to(torch.float16 if i % 2 else torch.float32)
+        bias = normal(outputs, dtype=dtype) if i < 3 else None
+        given = (x, q, scales, bias, None)
+        assert decode_int8.takes(x, q)
+        there = [
+            reference.Int8Rows(x.values.to(DEVICE), x.scales.to(DEVICE), dtype),
+            *(part if part is None else part.to(DEVICE) for part in given[1:]),
+        ]
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        got = linear.int8_linear(*there, outputs).cpu()
+        assert torch.equal(pattern(got), pattern(reference.int8_linear(*given, outputs)))
+
+
+def test_int8_that_it_does_not_take():
+    q = torch.ones(4, 32, dtype=torch.int8)
+
+    def rows(count: int, inputs: int = 32, dtype: torch.dtype = torch.bfloat16):
+        values = torch.ones(count, inputs + 32, dtype=torch.int8)[:, :inputs].contiguous()
+        return reference.Int8Rows(values, torch.ones(count, 1), dtype)
+
+    assert decode_int8.takes(rows(1), q) and decode_int8.takes(rows(32), q)
+    assert not decode_int8.takes(rows(0), q) and not decode_int8.takes(rows(33), q)
+    assert not decode_int8.takes(rows(1, dtype=torch.float32), q)
+    assert not decode_int8.takes(rows(1, 24), q[:, :24].contiguous())
+    assert not decode_int8.takes(rows(1, 16), q[:, :16])
+    assert not decode_int8.takes(rows(1, 16), q.view(-1)[8:72].view(4, 16))
+
+
+def test_the_int8_self_test_finds_what_is_wrong(own_gpu, monkeypatch):
+    assert decode_int8._self_test(torch.device(DEVICE)) is None
+    right = decode_int8.int8_linear
+    monkeypatch.setattr(decode_int8, "int8_linear", lambda *given: -right(*given))
+    assert "found other sums" in decode_int8._self_test(torch.device(DEVICE))
+
+
+def test_a_kernel_may_begin_early_where_it_can(monkeypatch):
+    monkeypatch.delenv("QLLM_PDL", raising=False)
+    for architecture, reason in (("8.6", "compute capability 8.6 is below 9.0"), ("9.0", None)):
+        monkeypatch.setattr(device_of, "architecture", lambda device, own=architecture: (own, 4))
+        assert cuda.late_reason(torch.device("cuda", 0)) == reason
+    monkeypatch.setenv("QLLM_PDL", "0")
+    assert cuda.late_reason(torch.device("cuda", 0)) == "QLLM_PDL=0"
 
 
 def test_a_decode_step_takes_it_and_a_prompt_does_not(own_gpu, gpu, monkeypatch):
@@ -241,8 +314,8 @@ def test_what_is_compiled_is_kept(monkeypatch, tmp_path, capsys):
 
 def test_few_panels_get_more_warps():
     for panels, blocks, expected in ((256, 86, 8), (512, 64, 4), (1376, 32, 4), (48, 6, 4)):
-        assert decode.warps(16, panels, blocks, 132) == expected
-    assert decode.warps(16, 64, 32, 132) == 16
+        assert cuda.warps(16, panels, blocks, 132) == expected
+    assert cuda.warps(16, 64, 32, 132) == 16
 
 
 def depth(bits: int) -> int:
@@ -279,8 +352,8 @@ def compiler():
     ids=str,
 )
 def test_it_compiles_into_what_was_meant(capability, variant, compiler):
-    options = ["--std=c++17", f"--gpu-architecture=sm_{capability}", *variant.options]
-    usage, code = disassemble(nvrtc.compile(decode.source(), options))
+    options = ["--std=c++17", f"--gpu-architecture=sm_{capability}", *cuda.options(variant)]
+    usage, code = disassemble(nvrtc.compile(cuda.source("decode"), options))
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     assert stack == 0 and not re.search(r"\b(LDL|STL)\b", code), variant
     # Two blocks of eight warps, or more, have room on a processor: 65,536 registers.
@@ -291,4 +364,38 @@ def test_it_compiles_into_what_was_meant(capability, variant, compiler):
     wide = len(re.findall(r"\bLDG\.E\.NA\.128", code))
     assert wide == 2 * variant.depth * (variant.bits // 2), variant
     assert len(re.findall(r"\bLDG\.E\.128", code)) == 4 * variant.tiles * variant.depth
-    assert ("ACQBULK" in code) == (capability >= 90)  # griddepcontrol.wait
+    check_what_is_read_early(code, capability, variant.depth * (variant.bits // 2))
+
+
+def check_what_is_read_early(code: str, capability: int, count: int) -> None:
+    """Before it waits for the kernel in front, one loads so much of its weights, and no x."""
+    before, wait, _ = code.partition("ACQBULK")  # griddepcontrol.wait
+    assert bool(wait) == (capability >= 90)
+    if wait:
+        assert len(re.findall(r"\bLDG\.E\.NA\.128", before)) == count
+        assert not re.search(r"\bLDG\.E\.128|\bST[GS]\b", before)
+
+
+INT8_VARIANTS = [
+    decode_int8.Variant(False, False, 8, 2, 1),
+    decode_int8.Variant(True, True, 16, 3, 4),
+]
+
+
+@pytest.mark.parametrize(
+    ("capability", "variant"),
+    slow_but([(90, INT8_VARIANTS[0])], (80, 90, 120), INT8_VARIANTS),
+    ids=str,
+)
+def test_int8_compiles_into_what_was_meant(capability, variant, compiler):
+    options = ["--std=c++17", f"--gpu-architecture=sm_{capability}", *cuda.options(variant)]
+    usage, code = disassemble(nvrtc.compile(cuda.source("decode_int8"), options))
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    assert stack == 0 and not re.search(r"\b(LDL|STL)\b", code), variant
+    assert registers <= 128, variant
+    assert len(re.findall(r"\bIMMA\.16832\.S8\.S8\b", code)) == 4 * variant.tiles * variant.depth
+    # In front of the loop and in it; x of each eight rows.
+    assert len(re.findall(r"\bLDG\.E\.NA\.128", code)) == 8 * variant.depth
+    assert len(re.findall(r"\bLDG\.E\.128", code)) == 2 * variant.tiles * variant.depth
+    check_what_is_read_early(code, capability, 4 * variant.depth)
+    assert "FFMA" not in code, variant  # which would round once where the reference does twice

@@ -1,4 +1,4 @@
-// What decode.cu asks of a GPU. emulated.h has the same for the CPU.
+// What decode.cu and decode_int8.cu ask of a GPU. emulated.cpp has the same for the CPU.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -49,7 +49,7 @@ DEVICE void load2(u32* to, const u32* from) {
 }
 
 // Words that other blocks of threads read as well, and that the kernel in front may have written.
-DEVICE void load4_cached(u32* to, const u16* from) {
+DEVICE void load4_cached(u32* to, const void* from) {
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "l"(from)
@@ -81,6 +81,18 @@ DEVICE void multiply(float* c, const u32* a, u32 b0, u32 b1) {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// The same of int8, A (16, 32) and B (32, 8), into int32.
+DEVICE void multiply_int8(int* c, const u32* a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Both rounded, which the compiler may not join.
+DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+DEVICE float sum_of(float a, float b) { return __fadd_rn(a, b); }
 
 DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 

@@ -1,0 +1,62 @@
+"""Kernels in CUDA C++: how one is compiled for what a layer needs, cut, and when it may begin."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from qllm.ops.gpu import device as device_of
+from qllm.ops.gpu import driver, nvrtc
+
+SOURCE = Path(__file__).parent / "src"
+DTYPES = (torch.bfloat16, torch.float16)
+EARLY = (9, 0)  # the first compute capability whose kernels can begin before the last has ended
+WARPS = (4, 8, 16)
+TILES = (1, 2, 4)  # eights of rows that a block of threads takes at once
+
+
+def source(name: str) -> str:
+    """A kernel, as the compiler takes it."""
+    return "".join((SOURCE / part).read_text("utf-8") for part in ("device.h", f"{name}.cu"))
+
+
+def options(constants: NamedTuple) -> list[str]:
+    """The compiler's, which define a kernel's constants."""
+    return [f"-D{name.upper()}={int(value)}" for name, value in constants._asdict().items()]
+
+
+@cache
+def kernel(name: str, constants: NamedTuple, device: torch.device) -> ctypes.c_void_p:
+    """A kernel, compiled for a device."""
+    architecture, _ = device_of.architecture(device)
+    target = f"--gpu-architecture=sm_{architecture.replace('.', '')}"
+    binary = nvrtc.compile_cached(source(name), ["--std=c++17", target, *options(constants)])
+    return driver.load(binary, device, name)
+
+
+def warps(wanted: int, panels: int, blocks: int, num_sms: int) -> int:
+    """Warps that share a panel, so that few panels keep every multiprocessor busy.
+
+    Args:
+        wanted: warps of a multiprocessor.
+    """
+    max_warps = max(WARPS[0], min(blocks, wanted * num_sms // panels))
+    return max(count for count in WARPS if count <= max_warps)
+
+
+def tall(rows: int) -> int:
+    """Eights of rows that a block of threads takes at once, of so many rows."""
+    return next((count for count in TILES if rows <= 8 * count), TILES[-1])
+
+
+def late_reason(device: torch.device) -> str | None:
+    """Why no kernel can begin before the one in front has ended; None where they can."""
+    architecture, _ = device_of.architecture(device)
+    if tuple(map(int, architecture.split("."))) < EARLY:
+        return f"compute capability {architecture} is below {'.'.join(map(str, EARLY))}"
+    return "QLLM_PDL=0" if os.environ.get("QLLM_PDL") == "0" else None

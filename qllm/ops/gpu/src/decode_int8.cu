@@ -1,0 +1,110 @@
+// y = (x W^T) x_scales scales + bias for the few rows of a decode step, x and W int8.
+//
+// A block of threads takes a panel of 16 outputs and up to 8 TILES rows of x. Its warps take turns at
+// blocks of 128 inputs; sums are integers and exact, in whichever order they are added.
+//
+// W lies in rows. For lane 4 g + t operand A of a product of 32 inputs is four bytes at 4 t and four at
+// 16 + 4 t of rows g and g + 8: which inputs these are is free, if it is the same for x, operand B. So a
+// lane loads 16 bytes of a row at 16 t of each 64, which are its parts of two products, and four lanes
+// read 64 consecutive ones. Nothing goes through shared memory.
+//
+// Constants: FLOAT16: the type of bias and y, else bfloat16; WIDE: scales are float32, else float16;
+// WARPS; DEPTH: blocks that a warp has asked for in advance; TILES.
+
+struct Arguments {
+    const u32* x;           // (rows, inputs) of int8
+    const u32* q;           // (outputs, inputs) of int8
+    const float* x_scales;  // of row r the one at r x_scales_stride
+    const void* scales;     // (outputs)
+    const u16* bias;        // (outputs), or null
+    u16* y;                 // (rows, outputs)
+    int rows, inputs, outputs, blocks;  // inputs is a multiple of 16
+    int x_scales_stride;                // 1, or 0 where there is one for all rows
+};
+
+// Of a block, what a lane holds: four words of each 64 inputs, of row g and of row g + 8.
+struct Part {
+    u32 words[2][2][4];
+};
+
+DEVICE void load(Part& part, const Arguments& from, int panel, int block, int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int k = block * 128 + half * 64 + lane % 4 * 16;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int wanted = panel * 16 + lane / 4 + r * 8;
+            const int output = wanted < from.outputs ? wanted : from.outputs - 1;
+            u32* to = part.words[half][r];
+            to[0] = to[1] = to[2] = to[3] = 0;
+            if (k < from.inputs) load4(to, from.q + ((i64)output * from.inputs + k) / 4);
+        }
+    }
+}
+
+DEVICE void multiply_block(
+    int (*total)[4], const Part& part, const Arguments& from, int first_row, int block, int lane
+) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int k = block * 128 + half * 64 + lane % 4 * 16;
+        const u32(*words)[4] = part.words[half];
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            const int row = first_row + tile * 8 + lane / 4;
+            u32 x[4] = {0, 0, 0, 0};
+            if (row < from.rows && k < from.inputs)
+                load4_cached(x, from.x + ((i64)row * from.inputs + k) / 4);
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+                const u32 a[4] = {words[0][i], words[1][i], words[0][i + 1], words[1][i + 1]};
+                multiply_int8(total[tile], a, x[i], x[i + 1]);
+            }
+        }
+    }
+}
+
+KERNEL decode_int8(Arguments from) {
+    const int lane = (int)(thread_index() % 32), warp = (int)(thread_index() / 32);
+    const int panel = panel_index(), first_row = chunk_index() * (8 * TILES);
+    let_next_begin();
+    Part ahead[MAX_DEPTH];
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d)
+        if (warp + d * WARPS < from.blocks) load(ahead[d], from, panel, warp + d * WARPS, lane);
+    wait_for_previous();
+    int total[MAX_TILES][4] = {};
+    for (int first = warp; first < from.blocks; first += DEPTH * WARPS) {
+#pragma unroll
+        for (int d = 0; d < DEPTH; ++d) {
+            const int block = first + d * WARPS, next = block + DEPTH * WARPS;
+            if (block < from.blocks) {
+                const Part part = ahead[d];
+                if (next < from.blocks) load(ahead[d], from, panel, next, lane);
+                multiply_block(total, part, from, first_row, block, lane);
+            }
+        }
+    }
+
+    SHARED int sums[MAX_WARPS][4 * MAX_TILES][32];
+#pragma unroll
+    for (int i = 0; i < 4 * TILES; ++i) sums[warp][i][lane] = total[i / 4][i % 4];
+    barrier();
+#pragma unroll 1
+    for (int at = (int)thread_index(); at < 128 * TILES; at += 32 * WARPS) {
+        const int i = at / 32, who = at % 32;
+        int sum = 0;
+        for (int other = 0; other < WARPS; ++other) sum += sums[other][i][who];
+        const int row = first_row + i / 4 * 8 + who % 4 * 2 + i % 2;
+        const int output = panel * 16 + who / 4 + i % 4 / 2 * 8;
+        if (row < from.rows && output < from.outputs) {
+            const float scale = WIDE ? ((const float*)from.scales)[output]
+                                     : from_float16(((const u16*)from.scales)[output]);
+            // Each step is rounded, as the reference's are.
+            float value = product((float)sum, from.x_scales[row * from.x_scales_stride]);
+            value = product(value, scale);
+            if (from.bias) value = sum_of(value, widen(from.bias[output]));
+            from.y[(i64)row * from.outputs + output] = narrow(value);
+        }
+    }
+}
