@@ -93,18 +93,18 @@ class MeasuredSpeed:
 
     Attributes:
         linears: "decode" and "prefill" to `candidates.key` to rows to seconds per call, per
-            channel (inputs and outputs together), per weight out of caches and per weight out
-            of memory.
+            channel (inputs and outputs together), and per weight in each of `working_sets`.
         halves: "decode" and "prefill" to seconds per half of a layer, per activation and per unit
             of context; see `Speed.half`.
         passes: "decode" and "prefill" to seconds of a pass besides its layers.
-        cache: bytes that stay in caches from step to step.
+        working_sets: rising; bytes that a step goes through, of which caches keep some. Between
+            two, a weight's time goes by the logarithm.
     """
 
     linears: Mapping[str, Mapping[str, Mapping[str, tuple[float, ...]]]]
     halves: Mapping[str, tuple[float, float, float]]
     passes: Mapping[str, float]
-    cache: float
+    working_sets: tuple[float, ...]
 
     def linear(
         self, spec: QuantSpec, size: Size, nbytes: int, rows: int, *, decode: bool, model: float
@@ -117,10 +117,10 @@ class MeasuredSpeed:
             )
         table = phase[key(spec)]
         known = sorted(map(int, table))
-        features = (1, sum(size), 0, math.prod(size))
-        if model <= self.cache:
-            features = (1, sum(size), math.prod(size), 0)
-        seconds = [float(np.dot(features, table[str(count)])) for count in known]
+        seconds = []
+        for call, channel, *weights in (table[str(count)] for count in known):
+            weight = np.interp(math.log(max(model, 1.0)), np.log(self.working_sets), weights)
+            seconds.append(call + channel * sum(size) + float(weight) * math.prod(size))
         if rows > known[-1]:
             return seconds[-1] * rows / known[-1]
         return float(np.interp(rows, known, seconds))
@@ -272,16 +272,21 @@ def _devices(entry: object, path: str) -> list[Device]:
 
 def _measured(value: Any, where: str) -> MeasuredSpeed:
     try:
+        sets = _numbers(value["working_sets"], len(value["working_sets"]))
+        if not sets or sets[0] <= 0 or list(sets) != sorted(set(sets)):
+            raise ValueError
         linears = {
             phase: {
-                bits: {str(int(rows)): _numbers(times, 4) for rows, times in table.items()}
+                bits: {
+                    str(int(rows)): _numbers(times, 2 + len(sets)) for rows, times in table.items()
+                }
                 for bits, table in value["linears"][phase].items()
             }
             for phase in PHASES
         }
         halves = {phase: _three(value["halves"][phase]) for phase in PHASES}
         passes = {phase: _numbers([value["passes"][phase]], 1)[0] for phase in PHASES}
-        return MeasuredSpeed(linears, halves, passes, float(value["cache"]))
+        return MeasuredSpeed(linears, halves, passes, sets)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
             f"{where}: measured is not what qllm_plan.py --probe writes; measure again"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qllm.config import QuantSpec
+from qllm.config import LM_HEAD, QuantSpec
 from qllm.layers import Linear, linear_class
 from qllm.models import Decoder, RawConfig, read_config
 from qllm.ops import phase
@@ -21,15 +21,18 @@ from qllm.ops.capture import capture
 from qllm.plan.candidates import key
 from qllm.plan.devices import MeasuredSpeed, Size
 from qllm.plan.program import Workload, sees_last_token
-from qllm.plan.timing import time_generation
+from qllm.plan.timing import time_generation, undisturbed
 
-# Inputs and outputs of the matrices that are multiplied: those that caches keep, and a large one.
-SIZES = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
-LARGE = (2048, 2048)
+# Bytes that a step goes through, and the inputs and outputs of the matrices that they are made of:
+# what the caches of a core keep, what one that cores share may, and what none does.
+WORKING_SETS: tuple[tuple[int, tuple[Size, ...]], ...] = (
+    (4 << 20, ((256, 256), (256, 1024), (1024, 256), (1024, 1024))),
+    (16 << 20, ((1024, 1024),)),
+    (48 << 20, ((1024, 1024),)),
+    (192 << 20, ((2048, 2048),)),
+)
 ROWS = {"decode": (1, 4, 8, 16), "prefill": (16, 128, 512)}
-STREAMED = 192 << 20  # bytes of matrices that no cache keeps
-CACHED = 4 << 20  # bytes that caches are taken to keep from one step to the next
-FORMAT = 4  # of what is found: what was kept in another is measured again
+FORMAT = 5  # of what is found: what was kept in another is measured again
 ROUNDS = 5  # of all measurements, in turns: a shared machine is slow for seconds at a time
 SECONDS = 0.03  # that one measurement takes in a round at least
 # Of the models with which is measured what is beside the products: hidden size and layers.
@@ -58,7 +61,7 @@ def probe(
 
 
 class Probe:
-    """What is measured, in rounds: each measures everything once, and medians of them count.
+    """What is measured, in rounds: each measures everything once; see `undisturbed`.
 
     Args:
         specs: whose products are measured; those of 16 bits always are.
@@ -76,14 +79,20 @@ class Probe:
         self._specs = list({key(spec): spec for spec in (QuantSpec(), *specs)}.values())
         self._dtype, self._device = dtype, device
         self._threads = threads or torch.get_num_threads()
-        self._models = [_model(*sizes, dtype, device) for sizes in MODELS]
+        # What surrounds a product is not alike around packed and dense ones: the mean of both.
+        self._models = {
+            (spec, *sizes): _model(*sizes, spec, dtype, device)
+            for spec in (self._specs[0], self._specs[len(self._specs) // 2])
+            for sizes in MODELS
+        }
         self._times: defaultdict[Hashable, list[float]] = defaultdict(list)
         with self._own_threads():
             self._products = {
-                (spec, name, size, rows): _product(linears, rows, dtype, device, name)
+                (spec, name, nbytes, size, rows): _product(linears, rows, dtype, device, name)
                 for spec in self._specs
-                for size in (*SIZES, LARGE)
-                for linears in [_copies(spec, size, dtype, device)]
+                for nbytes, sizes in WORKING_SETS
+                for size in sizes
+                for linears in [_copies(spec, size, nbytes, dtype, device)]
                 for name, counts in ROWS.items()
                 for rows in counts
             }
@@ -102,16 +111,16 @@ class Probe:
         with self._own_threads():
             for name, (run, count) in self._products.items():
                 self._times[name].append(median_seconds(run, self._device) / count)
-            for sizes, model in zip(MODELS, self._models, strict=True):
+            for name, model in self._models.items():
                 for batch, context in DECODES:
                     _, step = time_generation(model, Workload(context, STEPS, batch), repeats=1)
-                    self._times[sizes, batch, context].append(step)
+                    self._times[name, batch, context].append(step)
                 for length in PROMPTS:
                     prompt, _ = time_generation(model, Workload(length, 1), repeats=1)
-                    self._times[sizes, length].append(prompt)
+                    self._times[name, length].append(prompt)
 
     def _seconds(self, *name: Hashable) -> float:
-        return statistics.median(self._times[name])
+        return undisturbed(self._times[name])
 
     def speed(self) -> MeasuredSpeed:
         """What the rounds until now say."""
@@ -120,19 +129,24 @@ class Probe:
             for name, counts in ROWS.items():
                 table = {str(rows): self._linear(spec, name, rows) for rows in counts}
                 linears[name][key(spec)] = table
-        rest = self._rest(MeasuredSpeed(linears, {}, {}, float(CACHED)))
+        sets = tuple(float(nbytes) for nbytes, _ in WORKING_SETS)
+        rest = self._rest(MeasuredSpeed(linears, {}, {}, sets))
         halves = {name: (rest[name][1], rest[name][2], rest[name][3]) for name in ROWS}
         passes = {name: rest[name][0] for name in ROWS}
-        return MeasuredSpeed(linears, halves, passes, float(CACHED))
+        return MeasuredSpeed(linears, halves, passes, sets)
 
     def _linear(self, spec: QuantSpec, name: str, rows: int) -> tuple[float, ...]:
         """Coefficients of `MeasuredSpeed.linears`."""
-        features = [[1.0, sum(size), math.prod(size)] for size in SIZES]
-        near = [self._seconds(spec, name, size, rows) for size in SIZES]
-        call, channel, weight = _fit(list(zip(features, near, [0.0] * len(near), strict=True)))
-        beside = call + channel * sum(LARGE)
-        far = (self._seconds(spec, name, LARGE, rows) - beside) / math.prod(LARGE)
-        return call, channel, weight, max(far, weight)
+        (nbytes, sizes), *larger = WORKING_SETS
+        features = [[1.0, sum(size), math.prod(size)] for size in sizes]
+        times = [self._seconds(spec, name, nbytes, size, rows) for size in sizes]
+        call, channel, weight = _fit(list(zip(features, times, [0.0] * len(times), strict=True)))
+        weights = [weight]
+        for nbytes, (size,) in larger:
+            beside = call + channel * sum(size)
+            each = (self._seconds(spec, name, nbytes, size, rows) - beside) / math.prod(size)
+            weights.append(max(each, weights[-1]))
+        return call, channel, *weights
 
     def _rest(self, products: MeasuredSpeed) -> dict[str, list[float]]:
         """What passes through small models take besides their products, by least squares.
@@ -142,41 +156,54 @@ class Probe:
         """
         decode: list[tuple[list[float], float, float]] = []
         prefill: list[tuple[list[float], float, float]] = []
-        for sizes, model in zip(MODELS, self._models, strict=True):
-            hidden, layers = sizes
+        for kind, model in self._models.items():
+            spec, hidden, layers = kind
             count = 2 * layers
             for batch, context in DECODES:
-                known = _products_of(model, products, batch, batch, decoding=True)
+                known = _products_of(model, spec, products, batch, batch, decoding=True)
                 read = 2 * batch * context * hidden * self._dtype.itemsize
                 features = [1.0, count, count * batch * hidden, layers * read]
-                decode.append((features, self._seconds(sizes, batch, context), known))
+                decode.append((features, self._seconds(kind, batch, context), known))
             for length in PROMPTS:
-                known = _products_of(model, products, length, 1, decoding=False)
+                known = _products_of(model, spec, products, length, 1, decoding=False)
                 features = [1.0, count, count * length * hidden, layers * length**2 * hidden]
-                prefill.append((features, self._seconds(sizes, length), known))
+                prefill.append((features, self._seconds(kind, length), known))
         return {"decode": _fit(decode), "prefill": _fit(prefill)}
 
 
 def _products_of(
-    model: Decoder, products: MeasuredSpeed, rows: int, last_rows: int, *, decoding: bool
+    model: Decoder,
+    spec: QuantSpec,
+    products: MeasuredSpeed,
+    rows: int,
+    last_rows: int,
+    *,
+    decoding: bool,
 ) -> float:
-    """Seconds of a model's linears, of which some see only each prompt's last token."""
+    """Seconds of a model's linears, of which some see only each prompt's last token.
+
+    Args:
+        spec: of those in layers.
+    """
     linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
     held = float(sum(module.nbytes() for module in linears.values()))
     seconds = 0.0
     for name, module in linears.items():
         size = module.in_features, module.out_features
         n = last_rows if sees_last_token(name, model.config.num_layers) else rows
-        seconds += products.linear(QuantSpec(), size, 0, n, decode=decoding, model=held)
+        own = QuantSpec() if name == LM_HEAD else spec
+        seconds += products.linear(own, size, 0, n, decode=decoding, model=held)
     return seconds
 
 
-def _copies(spec: QuantSpec, size: Size, dtype: torch.dtype, device: str) -> list[Linear]:
-    """A matrix with random weights; of LARGE, as many as no cache keeps."""
+def _copies(
+    spec: QuantSpec, size: Size, nbytes: int, dtype: torch.dtype, device: str
+) -> list[Linear]:
+    """Matrices of random weights, as many as have the bytes together."""
     first = _linear(spec, size, dtype, device)
-    count = 1 if size != LARGE else max(2, -(-STREAMED // first.nbytes()))
     # Each is laid out by itself, as those of a model are: copied, one would bring along the memory
     # of all that lie beside it.
+    count = -(-nbytes // first.nbytes())
     return [first, *(_linear(spec, size, dtype, device) for _ in range(count - 1))]
 
 
@@ -244,8 +271,12 @@ def _fit(rows: Sequence[tuple[list[float], float, float]]) -> list[float]:
     return list(nnls(weighed / scale, 1 - known / seconds)[0] / scale)
 
 
-def _model(hidden: int, layers: int, dtype: torch.dtype, device: str) -> Decoder:
-    """A Llama of these sizes with random weights."""
+def _model(hidden: int, layers: int, spec: QuantSpec, dtype: torch.dtype, device: str) -> Decoder:
+    """A Llama of these sizes with random weights.
+
+    Args:
+        spec: of the linears in layers.
+    """
     raw = {
         "model_type": "llama",
         "vocab_size": 4 * hidden,
@@ -261,4 +292,11 @@ def _model(hidden: int, layers: int, dtype: torch.dtype, device: str) -> Decoder
         for name, buffer in list(module.named_buffers(recurse=False)):
             fresh: Tensor = torch.randn(buffer.shape, dtype=buffer.dtype, device=device)
             setattr(module, name, fresh * hidden**-0.5)
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+    for name, linear in linears.items():
+        if name != LM_HEAD:
+            size = linear.in_features, linear.out_features
+            model.set_submodule(name, _linear(spec, size, dtype, device))
+    for layer in model.layers:
+        layer.fuse_norms()
     return model

@@ -17,12 +17,21 @@ REPEATS = 5
 UNCOUNTED = 2  # steps behind a prompt: what they do is captured for those that follow
 
 
+def undisturbed(times: Sequence[float]) -> float:
+    """The lower quartile of some measurements: a shared machine is slow for seconds at a time.
+
+    What others do to it next no plan can know; the fastest of all would be luck.
+    """
+    return float(np.quantile(times, 0.25))
+
+
 def time_generation(model: Decoder, work: Workload, repeats: int = REPEATS) -> tuple[float, float]:
     """Run random prompts; of a model in stages, in the process of each at once.
 
     Returns:
-        seconds of the prompts' pass, and of one of the steps behind it: medians. Where the window
-        has no place for a step that counts, the prompts are shorter by up to 3 tokens.
+        seconds of the prompts' pass, and of one of the steps behind it (of a run the median);
+        `undisturbed` of the repeats. Where the window has no place for a step that counts, the
+        prompts are shorter by up to 3 tokens.
     """
     draw = torch.Generator().manual_seed(0)
     new = max(work.new, UNCOUNTED + 2)  # the first one is the prompt's
@@ -32,7 +41,8 @@ def time_generation(model: Decoder, work: Workload, repeats: int = REPEATS) -> t
     prompts = torch.randint(model.config.vocab_size, size, generator=draw).tolist()
     asked = GenerationConfig(max_new_tokens=new)
     runs = np.array([_passes(model, prompts, asked) for _ in range(repeats)])
-    return float(np.median(runs[:, 0])), float(np.median(runs[:, 1 + UNCOUNTED :]))
+    steps = np.median(runs[:, 1 + UNCOUNTED :], axis=1)
+    return undisturbed(runs[:, 0]), undisturbed(steps)
 
 
 def _passes(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from qllm.checkpoint.load import load_model, module_bytes
@@ -17,7 +16,7 @@ from qllm.plan.devices import Device, MeasuredSpeed
 from qllm.plan.planner import Plan
 from qllm.plan.probe import ROUNDS, Probe
 from qllm.plan.stages import time_stages
-from qllm.plan.timing import time_generation
+from qllm.plan.timing import time_generation, undisturbed
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.job import Job
 from qllm.quantizer.layer import needs_inputs
@@ -31,7 +30,7 @@ class Verified:
 
     Attributes:
         measured: `divergence` from the model at 16 bits, nats per token; `bytes`; and where the
-            plan's devices are this machine's, TIMES, medians of some runs.
+            plan's devices are this machine's, TIMES, see `undisturbed`.
         probed: TIMES, where those were measured, as they are predicted from a probe whose rounds
             took turns with the runs (of stages: before and behind them). A shared machine's speed
             drifts: what the plan's own probe misses by it, and what the prediction itself does, is
@@ -90,7 +89,8 @@ def verify(
             for _ in range(ROUNDS):
                 now.measure(1)
                 runs.append(time_generation(model, work, repeats=1))
-            times = tuple(np.median(runs, axis=0).tolist())
+            prefill, decode = (undisturbed(each) for each in zip(*runs, strict=True))
+            times = prefill, decode
     found |= dict(zip(TIMES, times, strict=True))
     return Verified(found, dict(zip(TIMES, now.seconds(), strict=True)))
 

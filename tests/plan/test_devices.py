@@ -67,15 +67,18 @@ def test_measured_speeds_are_what_was_measured(tmp_path):
         {"decode": {"4:g128:asym": table}, "prefill": {"4:g128:asym": table}},
         {"decode": (1e-6, 1e-9, 1e-11), "prefill": (2e-6, 0.0, 0.0)},
         {"decode": 5e-6, "prefill": 1e-3},
-        1e6,
+        (1e6, 4e6),
     )
     device = {"name": "here", "memory": 1e9, "measured": speed.to_json()}
     again = read(tmp_path, {"devices": [device]}).devices[0].speed
     assert again == speed
     assert [again.step(decode=decode) for decode in (True, False)] == [5e-6, 1e-3]
     four, size = QuantSpec(4, kind="weight_only"), (500, 2000)
-    near, far = (again.linear(four, size, 0, 1, decode=True, model=m) for m in (1e5, 1e7))
+    near, between, far = (
+        again.linear(four, size, 0, 1, decode=True, model=m) for m in (1e5, 2e6, 1e7)
+    )
     assert near == pytest.approx(1e-5 + 2.5e-6 + 1e-4)
+    assert between == pytest.approx(1e-5 + 2.5e-6 + 2e-4)  # half of the way, by the logarithm
     assert far == pytest.approx(1e-5 + 2.5e-6 + 3e-4)
     middle = again.linear(four, size, 0, 4, decode=True, model=1e5)
     assert middle == pytest.approx(near + 3 / 7 * near)

@@ -18,9 +18,8 @@ FOUR = QuantSpec(4, group_size=64, kind="weight_only")
 @pytest.fixture
 def small(monkeypatch):
     """Matrices and models that take milliseconds."""
-    monkeypatch.setattr(probe, "SIZES", ((64, 64), (64, 128), (128, 64), (128, 128)))
-    monkeypatch.setattr(probe, "LARGE", (256, 256))
-    monkeypatch.setattr(probe, "STREAMED", 1 << 19)
+    sets = ((1 << 17, ((64, 64), (64, 128), (128, 64), (128, 128))), (1 << 19, ((256, 256),)))
+    monkeypatch.setattr(probe, "WORKING_SETS", sets)
     monkeypatch.setattr(probe, "SECONDS", 0.001)
     monkeypatch.setattr(probe, "MODELS", ((64, 1), (64, 2), (128, 1)))
     monkeypatch.setattr(probe, "DECODES", ((1, 8), (2, 8), (1, 64)))
@@ -54,15 +53,13 @@ def test_what_is_measured_predicts(tmp_path):
     assert again.step(decode=True) + again.half(64, 4096, decode=True) > 0
 
 
-def test_matrices_take_the_memory_that_they_say(small, monkeypatch):
-    monkeypatch.setattr(probe, "STREAMED", 48 << 20)
-    monkeypatch.setattr(probe, "LARGE", (1024, 1024))
-    copies = probe._copies(FOUR, probe.LARGE, torch.float16, "cpu")
+def test_matrices_take_the_memory_that_they_say():
+    copies = probe._copies(FOUR, (1024, 1024), nbytes := 16 << 20, torch.float16, "cpu")
     storages = {
         b.untyped_storage().data_ptr(): b.untyped_storage() for m in copies for b in m.buffers()
     }
-    assert sum(m.nbytes() for m in copies) >= probe.STREAMED
-    assert sum(each.nbytes() for each in storages.values()) < 3 * probe.STREAMED
+    assert sum(m.nbytes() for m in copies) >= nbytes
+    assert sum(each.nbytes() for each in storages.values()) < 3 * nbytes
 
 
 def test_what_sees_the_last_token_alone():
