@@ -188,7 +188,9 @@ def main() -> None:
         plan = planner.decide(limits)
         result["plan"] = plan.to_json()
         if not args.json:
-            show(folder, plan)
+            from qllm.plan.tables import print_plan
+
+            print_plan(folder.name, plan)
         if args.output:
             write_json(Path(args.output), plan.to_json())
         if args.verify:
@@ -293,67 +295,13 @@ def read_limits(args: argparse.Namespace, planner: Planner) -> Limits:
     return Limits(objective, max_kl, args.avg_bits, args.time_limit)
 
 
-def show(folder: ModelFolder, plan: Plan) -> None:
-    """Print a plan as a table, and what it comes to."""
-    from qllm import report
-    from qllm.plan.candidates import labels
-
-    candidates = plan.planner.sensitivity.candidates
-    called = dict(zip(candidates, labels(candidates), strict=True))
-    layers: dict[str, dict[str, str]] = {}
-    for name, spec in plan.specs.items():
-        # "layers.0.mlp.up" is a cell of the row "layers.0"; the LM head is a row with one.
-        words = name.split(".")
-        row, column = (".".join(words[:2]), ".".join(words[2:])) if words[2:] else (name, "")
-        layers.setdefault(row, {})[column] = called[spec]
-    columns = list(next(iter(layers.values())))
-    rows = [
-        [row, *(cells.get(column, "") for column in columns)]
-        if "" not in cells
-        else [row, cells[""], *[""] * (len(columns) - 1)]
-        for row, cells in layers.items()
-    ]
-    report.print_table(["", *columns], rows)
-    costs = plan.solution.costs
-    print(
-        f"{folder.name}: {costs.bits:.3f} bits per weight, {report.megabytes(int(plan.nbytes))}; "
-        f"divergence {plan.divergence:.3g} nats per token, predicted"
-    )
-    fit, gap = plan.planner.fit, plan.solution.gap
-    print(
-        f"predictions of mixed plans missed what was measured by {fit.error:.1%}; "
-        f"a better plan could be better by {gap:.2%} at most"
-    )
-    if plan.planner.cluster is not None:
-        show_devices(plan)
-
-
-def show_devices(plan: Plan) -> None:
-    """Print where the layers are, and the times."""
-    from qllm.memory import gigabytes
-
-    work, costs = plan.planner.work, plan.solution.costs
-    held = [each for each in costs.held if each]
-    bounds = [0, *plan.cuts, len(plan.solution.device)]
-    for device, nbytes, begin, end in zip(plan.order, held, bounds, bounds[1:], strict=False):
-        print(
-            f"{device.name}: layers {begin / 2:g} to {end / 2:g}, {gigabytes(int(nbytes))} of "
-            f"{gigabytes(int(device.memory))}"
-        )
-    print(
-        f"prompts of {work.batch} x {work.prompt}: {costs.prefill:.4g} s; a step: "
-        f"{costs.decode * 1e3:.4g} ms; {work.batch * work.new / costs.slowest:.4g} tokens/s with "
-        "all stages at work, predicted"
-    )
-
-
 def show_front(
     args: argparse.Namespace, folder: ModelFolder, planner: Planner, limits: Limits
 ) -> list[dict[str, object]]:
     """Print and draw plans from the fewest bits to the most, uniform ones beside them."""
-    from qllm import report
     from qllm.checkpoint.writer import write_json
     from qllm.plan.candidates import labels
+    from qllm.plan.tables import print_front
 
     plans = planner.front(limits, FRONT_POINTS)
     if not plans:
@@ -367,19 +315,7 @@ def show_front(
         draw(Path(args.plot), folder.name, plans, uniform)
     found = [{"name": name} | plan.predicted() for name, plan in rows]
     if not args.json:
-        timed = planner.cluster is not None
-        columns = ["", "bits per weight", "MB", "divergence", *(["ms a token"] if timed else [])]
-        cells = [
-            [
-                name,
-                f"{plan.solution.costs.bits:.3f}",
-                f"{plan.nbytes / 1e6:.2f}",
-                f"{plan.divergence:.3g}",
-                *([f"{plan.solution.costs.decode * 1e3:.4g}"] if timed else []),
-            ]
-            for name, plan in rows
-        ]
-        report.print_table(columns, cells)
+        print_front(rows)
     if args.output:
         write_json(Path(args.output), {"front": [plan.to_json() for plan in plans]})
     return found

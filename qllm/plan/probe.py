@@ -111,13 +111,13 @@ class Probe:
         with self._own_threads():
             for name, (run, count) in self._products.items():
                 self._times[name].append(median_seconds(run, self._device) / count)
-            for name, model in self._models.items():
+            for kind, model in self._models.items():
                 for batch, context in DECODES:
                     _, step = time_generation(model, Workload(context, STEPS, batch), repeats=1)
-                    self._times[name, batch, context].append(step)
+                    self._times[kind, batch, context].append(step)
                 for length in PROMPTS:
                     prompt, _ = time_generation(model, Workload(length, 1), repeats=1)
-                    self._times[name, length].append(prompt)
+                    self._times[kind, length].append(prompt)
 
     def _seconds(self, *name: Hashable) -> float:
         return undisturbed(self._times[name])

@@ -42,7 +42,7 @@ def time_generation(model: Decoder, work: Workload, repeats: int = REPEATS) -> t
     asked = GenerationConfig(max_new_tokens=new)
     runs = np.array([_passes(model, prompts, asked) for _ in range(repeats)])
     steps = np.median(runs[:, 1 + UNCOUNTED :], axis=1)
-    return undisturbed(runs[:, 0]), undisturbed(steps)
+    return undisturbed(runs[:, 0].tolist()), undisturbed(steps.tolist())
 
 
 def _passes(

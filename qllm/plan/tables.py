@@ -1,0 +1,76 @@
+"""Plans and fronts of plans, printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qllm import report
+from qllm.memory import gigabytes
+from qllm.plan.candidates import labels
+from qllm.plan.planner import Plan
+
+
+def print_plan(name: str, plan: Plan) -> None:
+    """Print a plan as a table, and what it comes to."""
+    candidates = plan.planner.sensitivity.candidates
+    called = dict(zip(candidates, labels(candidates), strict=True))
+    layers: dict[str, dict[str, str]] = {}
+    for module, spec in plan.specs.items():
+        # "layers.0.mlp.up" is a cell of the row "layers.0"; the LM head is a row with one.
+        words = module.split(".")
+        row, column = (".".join(words[:2]), ".".join(words[2:])) if words[2:] else (module, "")
+        layers.setdefault(row, {})[column] = called[spec]
+    columns = list(next(iter(layers.values())))
+    rows = [
+        [row, *(cells.get(column, "") for column in columns)]
+        if "" not in cells
+        else [row, cells[""], *[""] * (len(columns) - 1)]
+        for row, cells in layers.items()
+    ]
+    report.print_table(["", *columns], rows)
+    costs = plan.solution.costs
+    print(
+        f"{name}: {costs.bits:.3f} bits per weight, {report.megabytes(int(plan.nbytes))}; "
+        f"divergence {plan.divergence:.3g} nats per token, predicted"
+    )
+    fit, gap = plan.planner.fit, plan.solution.gap
+    print(
+        f"predictions of mixed plans missed what was measured by {fit.error:.1%}; "
+        f"a better plan could be better by {gap:.2%} at most"
+    )
+    if plan.planner.cluster is not None:
+        _print_devices(plan)
+
+
+def _print_devices(plan: Plan) -> None:
+    """Print where the layers are, and the times."""
+    work, costs = plan.planner.work, plan.solution.costs
+    held = [each for each in costs.held if each]
+    bounds = [0, *plan.cuts, len(plan.solution.device)]
+    for device, nbytes, begin, end in zip(plan.order, held, bounds, bounds[1:], strict=False):
+        print(
+            f"{device.name}: layers {begin / 2:g} to {end / 2:g}, {gigabytes(int(nbytes))} of "
+            f"{gigabytes(int(device.memory))}"
+        )
+    print(
+        f"prompts of {work.batch} x {work.prompt}: {costs.prefill:.4g} s; a step: "
+        f"{costs.decode * 1e3:.4g} ms; {work.batch * work.new / costs.slowest:.4g} tokens/s with "
+        "all stages at work, predicted"
+    )
+
+
+def print_front(rows: Sequence[tuple[str, Plan]]) -> None:
+    """Print plans, a row each: bits, bytes, divergence, and times where there are any."""
+    timed = any(plan.planner.cluster is not None for _, plan in rows)
+    columns = ["", "bits per weight", "MB", "divergence", *(["ms a token"] if timed else [])]
+    cells = [
+        [
+            name,
+            f"{plan.solution.costs.bits:.3f}",
+            f"{plan.nbytes / 1e6:.2f}",
+            f"{plan.divergence:.3g}",
+            *([f"{plan.solution.costs.decode * 1e3:.4g}"] if timed else []),
+        ]
+        for name, plan in rows
+    ]
+    report.print_table(columns, cells)
