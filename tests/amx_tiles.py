@@ -1,4 +1,4 @@
-"""Libraries with tiles in software, and what the manual says that a product of tiles is."""
+"""Libraries with the path for AMX, and what the manual says that a product of tiles is."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ constexpr Path path() {
 }
 const qllm::Path qllm::avx512_path = path();
 """
-# One product of whole tiles, by the instruction and by what stands in for it.
+# Carries out the instructions that this machine refuses.
+TRAP = Path(__file__).with_name("trapped_tiles.cpp")
+# One product of whole tiles.
 PAIRS_SOURCE = """
 #include "isa_avx512.h"
-#include "amx_%s.h"
+#include "amx_instructions.h"
 extern "C" __attribute__((visibility("default")))
-void pairs_%s(float *sums, const uint16_t *x, const uint16_t *w) {
+void pairs(float *sums, const uint16_t *x, const uint16_t *w) {
     using namespace qllm;
     TileShapes shapes = {};
     shapes.palette = 1;
@@ -72,7 +74,10 @@ def compiled(factory: pytest.TempPathFactory, sources: dict[str, str], flags: st
 
 
 def tile_library(factory: pytest.TempPathFactory, kind: str) -> Path:
-    """A library with the path for AMX on "emulated" tiles, or, of "hardware", the users' own."""
+    """A library with the path for AMX: of "hardware" the users' own, or "trapped".
+
+    That one is what users have, on machines without AMX: its instructions are carried out by TRAP.
+    """
     if kind == "hardware":
         copy = factory.mktemp("library") / HARDWARE
         copy.write_bytes(Path(native.library()._name).read_bytes())
@@ -81,8 +86,8 @@ def tile_library(factory: pytest.TempPathFactory, kind: str) -> Path:
         name: (build.SOURCE / name).read_text(encoding="utf-8")
         for name in ("dispatch.cpp", "threads.cpp", "amx.cpp")
     }
-    sources["avx512.cpp"] = AVX512_SOURCE
-    return compiled(factory, sources, "-DQLLM_EMULATE_AMX -O1")
+    sources |= {"avx512.cpp": AVX512_SOURCE, TRAP.name: TRAP.read_text(encoding="utf-8")}
+    return compiled(factory, sources, paths.TRAPPED)
 
 
 def started(path: Path, forced: str = "") -> ctypes.CDLL:
@@ -96,18 +101,15 @@ def started(path: Path, forced: str = "") -> ctypes.CDLL:
 
 
 def pairs_library(factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """`pairs_emulated` and `pairs_instructions`: see `pairs`."""
-    kinds = ("emulated", "instructions")
-    sources = {f"{kind}.cpp": PAIRS_SOURCE % (kind, kind) for kind in kinds}
-    return ctypes.CDLL(str(compiled(factory, sources, " ".join(build.FLAGS["amx"]))))
+    """What `pairs` calls."""
+    sources = {"amx.cpp": PAIRS_SOURCE, TRAP.name: TRAP.read_text(encoding="utf-8")}
+    return ctypes.CDLL(str(compiled(factory, sources, "")))
 
 
-def pairs(library: ctypes.CDLL, kind: str, sums: np.ndarray, x: np.ndarray, w: np.ndarray):
+def pairs(library: ctypes.CDLL, sums: np.ndarray, x: np.ndarray, w: np.ndarray):
     """What tiles make of float32 sums (16, 16) and of bfloat16, as uint16, x and w (16, 16, 2)."""
     out, x, w = sums.copy(), np.ascontiguousarray(x), np.ascontiguousarray(w)
-    getattr(library, f"pairs_{kind}")(
-        *(part.ctypes.data_as(ctypes.c_void_p) for part in (out, x, w))
-    )
+    library.pairs(*(part.ctypes.data_as(ctypes.c_void_p) for part in (out, x, w)))
     return out
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from qllm.errors import UserError
 
 VARIABLE = "QLLM_CPU_PATH"
-EMULATED = "-DQLLM_EMULATE_AMX"  # tiles in software
+TRAPPED = "-DQLLM_TRAPPED_AMX"  # tests carry out what this machine refuses of AMX
 CPUINFO = Path("/proc/cpuinfo")
 CPUINFO_BYTES = 1 << 14  # of one processor's entry; a machine may have hundreds, slow to list
 
@@ -60,8 +60,8 @@ def _flags() -> frozenset[str] | None:
     found = re.search(r"^flags\s*:(.*)\n", text, re.MULTILINE)
     if not found:
         return None
-    emulated = EMULATED in os.environ.get("QLLM_CXXFLAGS", "")
-    return frozenset(found[1].split()) | (_AMX - _BF16 if emulated else frozenset())
+    trapped = TRAPPED in os.environ.get("QLLM_CXXFLAGS", "")
+    return frozenset(found[1].split()) | (_AMX - _BF16 if trapped else frozenset())
 
 
 def available() -> tuple[str, ...]:

@@ -45,13 +45,13 @@ PAIRS = ("amx", "avx512bf16")  # paths that multiply bfloat16 two by two
 
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory) -> ctypes.CDLL:
-    """The path for AMX on tiles in software."""
-    return started(tile_library(tmp_path_factory, "emulated"))
+    """The path for AMX, whose instructions are trapped."""
+    return started(tile_library(tmp_path_factory, "trapped"))
 
 
 @pytest.fixture(params=native.PATHS)
 def path(request, monkeypatch):
-    """A path of this machine, or that for AMX in software."""
+    """A path of this machine, or that for AMX, trapped."""
     if request.param != "amx" or "amx" in paths():
         with on(request.param):
             yield request.param

@@ -141,7 +141,10 @@ void *begin_team(void *count) {
 void start(int64_t count) {
     sigset_t all, before;
     sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);  // which threads inherit: signals are for others
+    // Signals are for other threads; a fault is its own thread's, and kills where it is blocked.
+    const int faults[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP};
+    for (int fault : faults) sigdelset(&all, fault);
+    pthread_sigmask(SIG_SETMASK, &all, &before);  // which threads inherit
     pthread_t thread;
     void *more = reinterpret_cast<void *>(intptr_t(count - started));
     if (!pthread_create(&thread, nullptr, begin_team, more)) pthread_detach(thread);

@@ -9,12 +9,7 @@
 #include "isa.h"
 #include "operands.h"
 
-#if defined(QLLM_EMULATE_AMX)
-#include "amx_emulated.h"
-#else
 #include "amx_instructions.h"
-#endif
-
 
 namespace qllm {
 namespace {
