@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import re
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -94,6 +96,22 @@ def test_a_call_does_not_wait_for_threads_that_do_not_come(shared, threads):
     for count in (2, 3, 50):
         for _ in range(200):
             assert shared(count, 1, 1)[0] == [1] * count
+
+
+def test_threads_leave_signals_to_others_and_have_their_own_faults(shared, threads):
+    """A fault whose signal is blocked ends the process without a word of faulthandler's."""
+    threads(3)
+    shared(1000, 1, 3)
+    tasks = Path("/proc/self/task").glob("*/status")
+    found = [re.search(r"SigBlk:\s*(\w+)", task.read_text(encoding="ascii")) for task in tasks]
+    blocked = [
+        {number for number in signal.Signals if int(mask[1], 16) >> (number - 1) & 1}
+        for mask in found
+        if mask
+    ]
+    ours = [mask for mask in blocked if {signal.SIGINT, signal.SIGTERM, signal.SIGCHLD} <= mask]
+    assert len(ours) >= 2
+    assert all(mask.isdisjoint({signal.SIGSEGV, signal.SIGBUS, signal.SIGILL}) for mask in ours)
 
 
 def test_calls_at_once_do_without_each_other(shared, threads):
