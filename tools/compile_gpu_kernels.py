@@ -71,7 +71,7 @@ def products(capability: str) -> Iterator[Job]:
                 "BN": tile.columns,
             }
             if kind.startswith("packed"):
-                cut |= {"GROUP_BLOCKS": 1, "HAS_ZEROS": True}
+                cut |= {"GROUP_BLOCKS": 1, "HAS_ZEROS": True, "OFFSETS": False}
             every = constants | cut | {"HAS_BIAS": True}
             name = f"{kind}, {count} rows"
             how = (tile.warps, tile.stages, kind != "int8")
@@ -79,11 +79,22 @@ def products(capability: str) -> Iterator[Job]:
                 yield Job(name, kernel, common | tensors, every, *how)
                 continue
             yield Job(name, kernel, common | tensors, every | {"UNPACKED": False}, *how)
+            if kind == "packed-4":
+                offsets = common | tensors | {"zeros": "*fp16"}
+                instead = {"HAS_ZEROS": False, "OFFSETS": True, "SPAN": 32, "UNPACKED": False}
+                yield Job(f"{name}, offsets", kernel, offsets, every | instead, *how)
             if kind == "packed-4" and not cut["PARALLEL"]:
                 unpacked = common | tensors | {"q": "*bf16"}
                 yield Job(f"{name}, unpacked", kernel, unpacked, every | {"UNPACKED": True}, *how)
-    tensors = {"q": "*i32", "zeros": "*u8", "unpacked": "*bf16"}
-    constants = {"BITS": 4, "SPAN": 128, "GROUP_BLOCKS": 1, "HAS_ZEROS": True, "BN": 64}
+    tensors = {"q": "*i32", "scales": "*fp16", "zeros": "*u8", "unpacked": "*bf16"}
+    constants = {
+        "BITS": 4,
+        "SPAN": 128,
+        "GROUP_BLOCKS": 1,
+        "HAS_ZEROS": True,
+        "OFFSETS": False,
+        "BN": 64,
+    }
     yield Job("unpacking", matmul.unpack_weight, tensors, constants, 4, 1, True)
 
 

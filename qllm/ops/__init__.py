@@ -154,9 +154,10 @@ def _gpu_unsupported(request: Request) -> str | None:
 
 
 def _gpu_packed_unsupported(request: Request) -> str | None:
-    if request.scheme == "offset":
-        return "groups with offsets"
-    return _gpu_unsupported(request)
+    reason = _gpu_unsupported(request)
+    if reason is None and request.scheme == "offset":
+        reason = gpu_linear.offsets_unsupported_reason(request.device)
+    return reason
 
 
 def _layout(module: ModuleType) -> Layout:

@@ -23,6 +23,7 @@ from qllm.quant.packing import PackedWeight
 from qllm.quant.packing import pack as pack_rows
 
 ALIGNED = 8  # numbers of x that are loaded at once
+MAX_DEPTH_OF_OFFSETS = 2  # as of each group a lane holds two numbers more for each row
 
 
 class Variant(NamedTuple):
@@ -31,6 +32,7 @@ class Variant(NamedTuple):
     bits: int
     float16: bool
     zeros: bool
+    offsets: bool
     wide: bool
     group: int
     warps: int
@@ -53,15 +55,15 @@ class Arguments(ctypes.Structure):
 
 
 @cache
-def unsupported_reason(device: torch.device) -> str | None:
-    """Why it cannot run on a device; None where it can.
+def unsupported_reason(device: torch.device, *, offsets: bool = False) -> str | None:
+    """Why it cannot run on a device, with a weight of scheme "offset" or of another; None: it can.
 
     Where a GPU cannot, a note says so once: Triton's product then runs in its place.
     """
     if device.type != "cuda":
         return "it is for CUDA devices"
     instead = "decode steps take Triton's product, a slower one"
-    return device_of.failure(lambda: _self_test(device), instead)
+    return device_of.failure(lambda: _self_test(device, offsets), instead)
 
 
 @cache
@@ -107,17 +109,20 @@ def weight_only_linear(
     rows, y = len(x), x.new_empty(len(x), out_features)
     if rows == 0:
         return y
+    offsets = qzeros.is_floating_point()
+    assert not offsets or qzeros.dtype == scales.dtype
     architecture, num_sms = device_of.architecture(x.device)
     row = tiles.entry(architecture, f"decode-{bits}")
     tall = cuda.tall(rows)
     variant = Variant(
         bits,
         float16=x.dtype == torch.float16,
-        zeros=qzeros.numel() > 0,
+        zeros=qzeros.numel() > 0 and not offsets,
+        offsets=offsets,
         wide=scales.dtype == torch.float32,
         group=shape.span,
         warps=cuda.warps(row["warps_per_sm"], shape.panels, shape.blocks, num_sms),
-        depth=row["depth"],
+        depth=min(row["depth"], MAX_DEPTH_OF_OFFSETS) if offsets else row["depth"],
         tiles=tall,
     )
     if bias is not None:
@@ -126,7 +131,7 @@ def weight_only_linear(
         x.data_ptr(),
         qweight.data_ptr(),
         scales.data_ptr(),
-        qzeros.data_ptr() if variant.zeros else None,
+        qzeros.data_ptr() if qzeros.numel() else None,
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
         x.stride(0),
@@ -155,16 +160,15 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _self_test(device: torch.device) -> str | None:
+def _self_test(device: torch.device, offsets: bool = False) -> str | None:
     """Products whose sums are exact in any order, so that there is but one result."""
     outputs, inputs, bits, group = PANEL + 5, 3 * BLOCK + 72, 4, 64
     count = -(-inputs // group)
     values = torch.arange(outputs * inputs).view(outputs, inputs).mul(7).remainder(16)
     zeros = torch.arange(outputs * count).view(outputs, count).remainder(16)
     scales = torch.tensor([0.25, 0.5, 1.0])[torch.arange(outputs * count) % 3].view(outputs, count)
-    stored = PackedWeight(
-        pack_rows(values.to(torch.uint8), bits), scales.half(), zeros.to(torch.uint8)
-    )
+    zeros = (zeros.float() / -4).half() if offsets else zeros.to(torch.uint8)
+    stored = PackedWeight(pack_rows(values.to(torch.uint8), bits), scales.half(), zeros)
     options = (outputs, bits, group)
     x = torch.arange(11 * inputs).view(11, inputs).remainder(5).sub(2).to(torch.bfloat16)
     wanted = reference.weight_only_linear(x.float(), *stored[:3], None, *options).bfloat16()

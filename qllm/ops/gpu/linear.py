@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qllm.ops import phase
-from qllm.ops.gpu import cuda, decode, decode_int8, device, tiles
+from qllm.ops.gpu import cuda, decode, decode_int8, device, layout, tiles
 from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
 from qllm.ops.gpu.rows import quantize, side_by_side
 from qllm.ops.reference import Int8Rows
+from qllm.ops.reference import weight_only_linear as weight_only_reference
+from qllm.quant.packing import PackedWeight
+from qllm.quant.packing import pack as pack_rows
 
 DENSE_BLOCK = 64
 FEW_ROWS = 256  # beyond, a dense product is a library's work
@@ -43,7 +47,9 @@ def weight_only_linear(
     group_size: int,
 ) -> Tensor:
     """`reference.weight_only_linear` on tensors of `layout.pack`."""
-    if phase.decoding() and x.dtype in cuda.DTYPES and not decode.unsupported_reason(x.device):
+    offsets = qzeros.is_floating_point()
+    own = phase.decoding() and x.dtype in cuda.DTYPES
+    if own and not decode.unsupported_reason(x.device, offsets=offsets):
         packed = (qweight, scales, qzeros)
         return decode.weight_only_linear(x, *packed, bias, out_features, bits, group_size)
     from qllm.ops.gpu.kernels.matmul import packed_matmul, unpack_weight
@@ -54,7 +60,8 @@ def weight_only_linear(
         "BITS": bits,
         "SPAN": shape.span,
         "GROUP_BLOCKS": -(-shape.padded_size // BLOCK),
-        "HAS_ZEROS": qzeros.numel() > 0,
+        "HAS_ZEROS": qzeros.numel() > 0 and not offsets,
+        "OFFSETS": offsets,
     }
     many = len(x) >= MANY_ROWS
     if many:  # for which it pays to take the integers out of the words but once
@@ -63,7 +70,14 @@ def weight_only_linear(
         sizes = (shape.panels, shape.blocks, shape.groups)
         with device.current(x):
             unpack_weight[grid](
-                qweight, qzeros, unpacked, *sizes, **constants, BN=UNPACKED_AT_ONCE, num_warps=4
+                qweight,
+                scales,
+                qzeros,
+                unpacked,
+                *sizes,
+                **constants,
+                BN=UNPACKED_AT_ONCE,
+                num_warps=4,
             )
         qweight = unpacked
     constants["UNPACKED"] = many
@@ -76,6 +90,36 @@ def weight_only_linear(
         (shape.blocks, shape.groups),
         constants,
     )
+
+
+@cache
+def offsets_unsupported_reason(place: str) -> str | None:
+    """Why no kernel takes weights with offsets on a device, by its type; None where one does."""
+    if place != "cuda":
+        return None
+    instead = "weights with an offset per group are dequantized for each product"
+    return device.failure(lambda: _self_test(torch.device(place, 0)), instead)
+
+
+def _self_test(place: torch.device) -> str | None:
+    """Prompts of few and of many rows times a weight with offsets, whose sums are exact."""
+    outputs, inputs, bits, group = 80, 96, 4, 32
+    values = torch.arange(outputs * inputs).mul(7).remainder(16).view(outputs, inputs)
+    index = torch.arange(outputs * 3).view(outputs, 3)
+    scales = torch.tensor([0.25, 0.5, 1.0])[index % 3].half()
+    qweight = pack_rows(values.to(torch.uint8), bits)
+    stored = PackedWeight(qweight, scales, (index.remainder(16) / -4).half())
+    x = torch.arange(MANY_ROWS * inputs).remainder(5).sub(2).view(MANY_ROWS, inputs)
+    wanted = weight_only_reference(x.float(), *stored[:3], None, outputs, bits, group).bfloat16()
+    there = PackedWeight(*(tensor.to(place) for tensor in stored[:3]))
+    packed = layout.pack(there, bits, group, inputs)[:3]
+    for rows in (7, MANY_ROWS):
+        found = weight_only_linear(
+            x[:rows].to(place, torch.bfloat16), *packed, None, outputs, bits, group
+        )
+        if not torch.equal(found.cpu(), wanted[:rows]):
+            return "the self-test of weights with offsets here found other sums"
+    return None
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

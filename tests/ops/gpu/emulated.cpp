@@ -19,7 +19,7 @@ typedef unsigned int u32;
 typedef long long i64;
 
 struct Constants {
-    int bits, float16, zeros, wide, group, warps, depth, tiles, is_int8;
+    int bits, float16, zeros, offsets, wide, group, warps, depth, tiles, is_int8;
 };
 
 static Constants constants;
@@ -27,6 +27,7 @@ static Constants constants;
 #define BITS constants.bits
 #define FLOAT16 constants.float16
 #define ZEROS constants.zeros
+#define OFFSETS constants.offsets
 #define WIDE constants.wide
 #define GROUP constants.group
 #define WARPS constants.warps

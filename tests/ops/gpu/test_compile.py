@@ -25,7 +25,7 @@ SOME = (
     ("capability", "names", "count"),
     [
         (90, SOME, 8),
-        *(pytest.param(target, (), 31, marks=pytest.mark.slow) for target in TARGETS),
+        *(pytest.param(target, (), 33, marks=pytest.mark.slow) for target in TARGETS),
     ],
     ids=str,
 )

@@ -15,12 +15,11 @@ import pytest
 import torch
 from conftest import ROOT
 from covering import slow_but
-from cpu_paths import normal, pattern, random_weight, weight_of
+from cpu_paths import STORED_SCHEMES, normal, pattern, random_weight, weight_of
 from fences import fenced, kept, run_in
 from gpu_kernels import packed
 from torch import Tensor
 
-from qllm.config import SCHEMES
 from qllm.ops import phase, reference
 from qllm.ops.gpu import cuda, decode, decode_int8, driver, layout, linear, nvrtc, tiles
 from qllm.ops.gpu import device as device_of
@@ -89,7 +88,7 @@ def rms(values: Tensor) -> float:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_the_error_is_at_most_twice_the_reference_s(bits, own_gpu, monkeypatch):
-    schemes = SCHEMES if bits > 1 else ("asym",)
+    schemes = STORED_SCHEMES if bits > 1 else ("asym", "offset")
     cases = list(itertools.product(GROUPS, schemes, cuda.DTYPES))
     for i, (group_size, scheme, dtype) in enumerate(cases):
         if DEVICE == "cpu" and i % 4 != bits % 4:  # each at some number of bits
@@ -139,7 +138,7 @@ def test_every_value_meets_every_zero(bits, dtype, own_gpu):
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("special", [torch.inf, -torch.inf, torch.nan])
 def test_what_is_no_number_gives_what_the_reference_gives(special, own_gpu):
-    weight = random_weight((20, 256), 4, 128)
+    weight = random_weight((20, 256), 4, 128, "asym" if special > 0 else "offset")
     x = normal(3, 256, dtype=torch.bfloat16)
     x[1, 130] = special
     assert torch.equal(pattern(multiply(weight, x)), pattern(weight.reference(x)))
@@ -165,6 +164,7 @@ def run_between_fences(library: str) -> None:
             (4, -1, "sym"),
             (8, 20, "asym"),
             (5, 64, "sym"),
+            (4, 32, "offset"),
         ):
             x = fence(normal(count, -(-inputs // 8) * 8, dtype=torch.float16))[:, :inputs]
             stored = random_weight((outputs, inputs), bits, group, scheme).stored
@@ -186,7 +186,9 @@ def test_nothing_outside_is_touched(emulation):
 
 
 def test_the_self_test_finds_what_is_wrong(own_gpu, monkeypatch, capsys):
-    assert decode._self_test(torch.device(DEVICE, 0) if own_gpu is None else "cpu") is None
+    for offsets in (False, True):
+        device = torch.device(DEVICE, 0) if own_gpu is None else "cpu"
+        assert decode._self_test(device, offsets) is None
     if own_gpu is None:
         return
     assert decode._test_of_order(torch.device("cpu"), 64, 2) is None
@@ -266,7 +268,7 @@ def test_a_decode_step_takes_it_and_a_prompt_does_not(own_gpu, gpu, monkeypatch)
         return run(x, *given)
 
     monkeypatch.setattr(decode, "weight_only_linear", noted)
-    monkeypatch.setattr(decode, "unsupported_reason", lambda device: None)
+    monkeypatch.setattr(decode, "unsupported_reason", lambda device, offsets: None)
     for rows, dtype in ((3, torch.bfloat16), (2, torch.float16), (1, torch.float32)):
         given = (x[:rows].to(DEVICE, dtype), *tensors, None, 20, 4, 128)
         prompt = linear.weight_only_linear(*given)
@@ -284,7 +286,7 @@ def test_where_it_cannot_run_a_note_and_the_explanation_say_so(monkeypatch, caps
         for error in (nvrtc.Unavailable("NVRTC is not installed"), RuntimeError("CUDA error 1\nx")):
             decode.unsupported_reason.cache_clear()
 
-            def fail(device: torch.device, error=error) -> None:
+            def fail(device: torch.device, offsets: bool, error=error) -> None:
                 raise error
 
             monkeypatch.setattr(decode, "_self_test", fail)
@@ -325,13 +327,14 @@ def depth(bits: int) -> int:
 
 # Constants of the kernel: each number of bits, and one of each of the others somewhere.
 VARIANTS = [
-    decode.Variant(bits, bits % 3 == 0, bits % 4 != 2, bits % 5 == 0, group, 8, depth, tiles)
+    decode.Variant(bits, bits % 3 == 0, bits % 4 != 2, False, bits % 5 == 0, group, 8, depth, tiles)
     for bits, group, depth, tiles in (
         *((bits, 128, depth(bits), 1) for bits in (1, 3, 4, 7, 8)),
         (4, 32, depth(4), 4),
         (6, 64, depth(6), 2),
     )
 ]
+VARIANTS += [decode.Variant(bits, False, False, True, False, 32, 8, 2, 1) for bits in (4, 5)]
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +350,7 @@ def compiler():
 @pytest.mark.parametrize(
     ("capability", "variant"),
     slow_but(
-        [*((90, VARIANTS[i]) for i in (0, 4, 5)), (120, VARIANTS[2])], (80, 90, 120), VARIANTS
+        [*((90, VARIANTS[i]) for i in (0, 4, 5, 7)), (120, VARIANTS[2])], (80, 90, 120), VARIANTS
     ),
     ids=str,
 )

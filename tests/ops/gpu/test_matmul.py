@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from covering import each, slow_but
-from cpu_paths import DTYPES, normal, pattern, random_weight, weight_of
+from cpu_paths import DTYPES, STORED_SCHEMES, normal, pattern, random_weight, weight_of
 from gpu_kernels import multiply, packed
 from torch import Tensor
 
-from qllm.config import SCHEMES
 from qllm.ops import reference
 from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu import linear, rows, tiles
@@ -37,7 +36,7 @@ def rms(values: Tensor) -> float:
     ids=str,
 )
 def test_the_error_is_at_most_twice_the_reference_s(bits, dtype, gpu):
-    cases = list(product(SHAPES, GROUPS, SCHEMES))
+    cases = list(product(SHAPES, GROUPS, STORED_SCHEMES))
     for i, (shape, group_size, scheme) in enumerate(cases):
         if i % 8 != bits % 8:  # each at some number of bits: the interpreter is slow
             continue
@@ -170,7 +169,7 @@ def test_counters_are_left_as_they_were(gpu):
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("special", [math.inf, -math.inf, math.nan])
 def test_what_is_no_number_gives_what_the_reference_gives(special, gpu):
-    weight = random_weight((40, 256), 4, 128)
+    weight = random_weight((40, 256), 4, 128, "asym" if special > 0 else "offset")
     x = normal(3, 256, dtype=torch.bfloat16)
     x[1, 130] = special
     got = multiply(weight, x, None, gpu)
@@ -180,6 +179,13 @@ def test_what_is_no_number_gives_what_the_reference_gives(special, gpu):
         want = reference.int8_linear(x, q, scales, None, scale, 40)
         tensors = (part if part is None else part.to(gpu) for part in (x, q, scales, None, scale))
         assert torch.equal(pattern(linear.int8_linear(*tensors, 40).cpu()), pattern(want))
+
+
+def test_the_self_test_of_offsets_finds_what_is_wrong(gpu, monkeypatch):
+    assert linear._self_test(torch.device(gpu)) is None
+    right = linear.weight_only_linear
+    monkeypatch.setattr(linear, "weight_only_linear", lambda *given: right(*given) + 1)
+    assert "found other sums" in linear._self_test(torch.device(gpu))
 
 
 def test_no_rows(gpu):

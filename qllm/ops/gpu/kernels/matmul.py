@@ -171,10 +171,15 @@ def _group(
 
 
 @triton.jit
-def _zeros(zeros, place, BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, BN: tl.constexpr):
+def _zeros(
+    zeros, place, BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, OFFSETS: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
     """The zeros of BN rows."""
     if HAS_ZEROS:
         zero = tl.load(zeros + place).to(tl.int32)
+    elif OFFSETS:
+        zero = tl.zeros((BN,), tl.int32)
     else:
         zero = tl.full((BN,), 1 << (BITS - 1), tl.int32)
     return zero
@@ -192,13 +197,25 @@ def _rows_of_panels(n, panels):
 
 
 @triton.jit
-def unpack_weight(
-    q, zeros, unpacked, panels, blocks, groups,
-    BITS: tl.constexpr, SPAN: tl.constexpr, GROUP_BLOCKS: tl.constexpr, HAS_ZEROS: tl.constexpr,
-    BN: tl.constexpr,
-):  # fmt: skip
-    """q - zero of BN rows and a block: (panels · PANEL, blocks · BLOCK), each step's lanes in turn.
+def _with_offset(weight, scales, offsets, place):
+    """Integers (BN, BK) times scales plus offsets, in float32.
 
+    The integers alone, their offsets being added to sums, would give other infinities.
+    """
+    scale = tl.load(scales + place).to(tl.float32)
+    offset = tl.load(offsets + place).to(tl.float32)
+    return weight.to(tl.float32) * scale[:, None] + offset[:, None]
+
+
+@triton.jit
+def unpack_weight(
+    q, scales, zeros, unpacked, panels, blocks, groups,
+    BITS: tl.constexpr, SPAN: tl.constexpr, GROUP_BLOCKS: tl.constexpr, HAS_ZEROS: tl.constexpr,
+    OFFSETS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """q - zero of BN rows and a block (with OFFSETS q · scale + offset), each step's lanes in turn.
+
+    It goes to `unpacked`, (panels · PANEL, blocks · BLOCK).
     See `packed_matmul`, whose UNPACKED reads it.
     """
     type: tl.constexpr = unpacked.dtype.element_ty
@@ -209,25 +226,28 @@ def unpack_weight(
     target = unpacked + n.to(tl.int64)[:, None] * blocks * BLOCK + tl.arange(0, BK)[None, :]
     for step in tl.static_range(BLOCK // BK):
         group = _group(block, step, groups, BK, SPAN, GROUP_BLOCKS)
-        zero = _zeros(zeros, group * panels * PANEL + column, BITS, HAS_ZEROS, BN)
+        scale_place = group * panels * PANEL + column
+        zero = _zeros(zeros, scale_place, BITS, HAS_ZEROS, OFFSETS, BN)
         weight = _weight(q_block, lane, half, zero, step, type, BITS, BK, BN)
+        if OFFSETS:
+            weight = _with_offset(weight, scales, zeros, scale_place)
         place = target + (block * BLOCK + step * BK)
         tl.store(place, narrow(weight, type), mask=(n < panels * PANEL)[:, None])
 
 
 @triton.jit
-def packed_matmul(
+def packed_matmul(  # noqa: PLR0912 - one launch
     x, x_stride, q, scales, zeros, bias, y, partials, counters, rows, inputs, outputs, blocks,
     groups, BITS: tl.constexpr, SPAN: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr, UNPACKED: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, SPLIT_K: tl.constexpr, PARALLEL: tl.constexpr,
+    HAS_ZEROS: tl.constexpr, OFFSETS: tl.constexpr, UNPACKED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPLIT_K: tl.constexpr, PARALLEL: tl.constexpr,
 ):  # fmt: skip
     """y = x W^T + bias, for W packed as in `qllm.ops.gpu.layout`.
 
     SPAN inputs of a block share a scale, which multiplies their sum: the products are of numbers as
-    they are, integers times x. They are taken in steps of up to 64 inputs, so that registers hold
-    no more of the weight than that; in a step the lanes' inputs come one after the other, as the
-    weight's words have them.
+    they are, integers times x; with OFFSETS, of dequantized ones, and no scale is left. They are
+    taken in steps of up to 64 inputs, so that registers hold no more of the weight than that; in a
+    step the lanes' inputs come one after the other, as the weight's words have them.
 
     Args:
         q: int32 (panels, blocks, 64 · BITS); UNPACKED: what `unpack_weight` makes of it, by which
@@ -257,21 +277,27 @@ def packed_matmul(
                 if step * BK % SPAN == 0:
                     group = _group(block, step, groups, BK, SPAN, GROUP_BLOCKS)
                     place = group * panels * PANEL + column
-                    scale = tl.load(scales + place).to(tl.float32)
+                    if not OFFSETS:
+                        scale = tl.load(scales + place).to(tl.float32)
                     product = tl.zeros((BN, BM), tl.float32)
                 if UNPACKED:
                     here = block * BLOCK + step * BK + i
                     weight = tl.load(q + stored[:, None] + here[None, :])
                 else:
-                    zero = _zeros(zeros, place, BITS, HAS_ZEROS, BN)
+                    zero = _zeros(zeros, place, BITS, HAS_ZEROS, OFFSETS, BN)
                     words = q_panel + block * (64 * BITS)
                     weight = _weight(words, lane, half, zero, step, type, BITS, BK, BN)
+                    if OFFSETS:
+                        weight = narrow(_with_offset(weight, scales, zeros, place), type)
                 k = block * BLOCK + step * BK + order
                 inside = (m < rows)[:, None] & (k < inputs)[None, :]
                 part = tl.trans(operand(tl.load(x_rows + k[None, :], mask=inside, other=0.0)))
                 product = tl.dot(operand(weight), part, product, input_precision="ieee")
                 if (step + 1) * BK % SPAN == 0:
-                    sums += product * scale[:, None]
+                    if OFFSETS:
+                        sums += product
+                    else:
+                        sums += product * scale[:, None]
         total = total + sums if SPLIT_K > 1 and not PARALLEL else sums
     last = True
     if PARALLEL:

@@ -10,14 +10,15 @@
 // lane loads the same inputs of row g.
 //
 // Constants: BITS; FLOAT16: the type of x, bias and y, else bfloat16; ZEROS: there are zeros, else
-// each is 2^(BITS - 1); WIDE: scales are float32, else float16; GROUP: inputs of a block that share a
+// each is 2^(BITS - 1); OFFSETS: in their place are numbers of the type of the scales, which are added
+// to q times its scale; WIDE: scales are float32, else float16; GROUP: inputs of a block that share a
 // scale, 32, 64 or 128; WARPS; DEPTH: blocks that a warp has asked for in advance; TILES.
 
 struct Arguments {
     const u16* x;       // (rows, inputs), rows x_stride apart
     const u32* q;       // (panels, blocks, 64 BITS)
     const void* scales;  // (groups, panels, 8, 2): of rows g and g + 8
-    const u8* zeros;    // the same
+    const void* zeros;  // the same, u8; or offsets, of the type of the scales
     const u16* bias;    // (outputs), or null
     u16* y;             // (rows, outputs)
     i64 x_stride;       // a multiple of 8, as inputs is
@@ -30,12 +31,24 @@ struct Arguments {
 // Of a block, what a lane holds.
 struct Part {
     u32 words[2 * MAX_BITS];            // by parts of 8, 4, 2, 1 bits; row g, then row g + 8
-    float scales[MAX_SCALES][2];
+    u32 scales[MAX_SCALES][2], offsets[MAX_SCALES][2];  // as they lie: `of_row`
     u32 zeros[MAX_SCALES];              // that of row g + 8 in the higher byte
 };
 
 // Words of all lanes that come before those of `width` bits, the wider ones being first.
 DEVICE int words_before(int width) { return (BITS & ~(2 * width - 1)) * 64; }
+
+// Two scales, or two offsets: those of rows g and g + 8, in two words or in one.
+DEVICE void load_two(u32* to, const void* from, i64 at) {
+    if (WIDE)
+        load2(to, (const u32*)from + at);
+    else
+        to[0] = *(const u32*)((const u16*)from + at);
+}
+
+DEVICE float of_row(const u32* both, int second) {
+    return WIDE ? of_bits(both[second]) : from_float16(both[0] >> 16 * second & 0xFFFF);
+}
 
 DEVICE void load(Part& part, const Arguments& from, int panel, int block, int lane) {
     const u32* q = from.q + ((i64)panel * from.blocks + block) * (64 * BITS);
@@ -54,17 +67,9 @@ DEVICE void load(Part& part, const Arguments& from, int panel, int block, int la
                                  : block * (128 / GROUP) + i;
         group = group < from.groups ? group : from.groups - 1;  // behind the last, x is 0
         const i64 at = ((i64)group * from.panels + panel) * 16 + lane / 4 * 2;
-        if (WIDE) {
-            u32 both[2];
-            load2(both, (const u32*)from.scales + at);
-            part.scales[i][0] = of_bits(both[0]);
-            part.scales[i][1] = of_bits(both[1]);
-        } else {
-            const u32 both = *(const u32*)((const u16*)from.scales + at);
-            part.scales[i][0] = from_float16(both & 0xFFFF);
-            part.scales[i][1] = from_float16(both >> 16);
-        }
-        if (ZEROS) part.zeros[i] = *(const u16*)(from.zeros + at);
+        load_two(part.scales[i], from.scales, at);
+        if (OFFSETS) load_two(part.offsets[i], from.zeros, at);
+        if (ZEROS) part.zeros[i] = *(const u16*)((const u8*)from.zeros + at);
     }
 }
 
@@ -104,6 +109,14 @@ DEVICE u32 numbers(const u32* words, int half, int pair, u32 minus) {
     return add_pairs(q, minus);
 }
 
+// Two values times their scale plus an offset, each rounded to the type of x as the reference's are:
+// q alone would give other infinities than the weight does.
+DEVICE u32 with_offset(u32 pair, float scale, float offset) {
+    const float low = sum_of(product(widen(pair & 0xFFFF), scale), offset);
+    const float high = sum_of(product(widen(pair >> 16), scale), offset);
+    return narrow(low) | (u32)narrow(high) << 16;
+}
+
 DEVICE void multiply_block(
     float (*total)[4], const Part& part, const Arguments& from, int first_row, int block, int lane
 ) {
@@ -113,7 +126,8 @@ DEVICE void multiply_block(
     for (int unit = 0; unit < 4; ++unit) {
         const int i = unit * 32 / GROUP;
         if (unit * 32 % GROUP == 0) {
-            const u32 zeros = ZEROS ? part.zeros[i] : (1u << (BITS - 1)) * 0x101u;
+            const u32 middle = OFFSETS ? 0 : 1u << (BITS - 1);
+            const u32 zeros = ZEROS ? part.zeros[i] : middle * 0x101u;
             minus[0] = less_zero(zeros & 0xFF);
             minus[1] = less_zero(zeros >> 8);
 #pragma unroll
@@ -134,8 +148,13 @@ DEVICE void multiply_block(
         for (int pair = 0; pair < 4; pair += 2) {
             u32 a[4];
 #pragma unroll
-            for (int r = 0; r < 4; ++r)
+            for (int r = 0; r < 4; ++r) {
                 a[r] = numbers(part.words, r % 2, unit * 4 + pair + r / 2, minus[r % 2]);
+                if (OFFSETS)
+                    a[r] = with_offset(
+                        a[r], of_row(part.scales[i], r % 2), of_row(part.offsets[i], r % 2)
+                    );
+            }
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile)
                 multiply(sums[tile], a, x[tile][pair], x[tile][pair + 1]);
@@ -144,9 +163,10 @@ DEVICE void multiply_block(
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-                for (int c = 0; c < 4; ++c)
-                    total[tile][c] =
-                        fused_multiply_add(sums[tile][c], part.scales[i][c / 2], total[tile][c]);
+                for (int c = 0; c < 4; ++c) {
+                    const float scale = OFFSETS ? 1 : of_row(part.scales[i], c / 2);
+                    total[tile][c] = fused_multiply_add(sums[tile][c], scale, total[tile][c]);
+                }
         }
     }
 }
