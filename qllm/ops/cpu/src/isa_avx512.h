@@ -160,6 +160,10 @@ template <int64_t TYPE> inline VF load_all(const void *p, int64_t i) {
 
 // Up to WIDTH elements, zeros behind them.
 inline VF load_as(const void *p, int64_t i, int64_t type, int64_t count) {
+    if (count >= WIDTH)
+        return type == FLOAT32   ? load_all<FLOAT32>(p, i)
+               : type == FLOAT16 ? load_all<FLOAT16>(p, i)
+                                 : load_all<BFLOAT16>(p, i);
     __mmask16 mask = first(count);
     if (type == FLOAT32) return _mm512_maskz_loadu_ps(mask, static_cast<const float *>(p) + i);
     __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t *>(p) + i);
@@ -167,9 +171,14 @@ inline VF load_as(const void *p, int64_t i, int64_t type, int64_t count) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+// Whole vectors go without a mask: what is stored through one is not loaded again before it has
+// come to the cache.
 inline void store_as(void *p, int64_t i, int64_t type, int64_t count, VF v) {
     __mmask16 mask = first(count);
-    if (type == FLOAT32) return _mm512_mask_storeu_ps(static_cast<float *>(p) + i, mask, v);
+    if (type == FLOAT32) {
+        if (count >= WIDTH) return _mm512_storeu_ps(static_cast<float *>(p) + i, v);
+        return _mm512_mask_storeu_ps(static_cast<float *>(p) + i, mask, v);
+    }
     __m256i half;
     if (type == FLOAT16) {
         half = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -181,7 +190,9 @@ inline void store_as(void *p, int64_t i, int64_t type, int64_t count, VF v) {
         rounded = _mm512_mask_mov_epi32(rounded, nan, set_i(0x7FC00000));
         half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
     }
-    _mm256_mask_storeu_epi16(static_cast<uint16_t *>(p) + i, mask, half);
+    uint16_t *to = static_cast<uint16_t *>(p) + i;
+    if (count >= WIDTH) return _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), half);
+    _mm256_mask_storeu_epi16(to, mask, half);
 }
 
 // Vector c, element i to vector i, element c: pairs of vectors, then pairs of pairs, within the

@@ -63,13 +63,17 @@ static void prefetch_heads(const Attend &a, int64_t token, int64_t index, int64_
                          stride, a.dim * size, tokens);
 }
 
-// A key and a value to their places among what is shared, counted from a panel's first token.
-static void share_key(const Attend &a, float *keys, int64_t j, const float *head) {
-    for (int64_t d = 0; d < a.dim; d++) keys[(j / KEYS * a.dim + d) * KEYS + j % KEYS] = head[d];
-}
-static void share_value(const Attend &a, const Sequence &s, float *values, int64_t j,
-                        const float *head) {
-    for (int64_t d = 0; d < s.width; d++) values[j * s.width + d] = d < a.dim ? head[d] : 0;
+// Up to WIDTH keys, `width` apart, to their places among what is shared, and zeros where there are
+// fewer: from token j on, a multiple of WIDTH that is counted from a panel's first token.
+static void share_keys(const Attend &a, float *keys, int64_t j, int64_t count, const float *heads) {
+    float *to = keys + j / KEYS * a.dim * KEYS + j % KEYS;
+    for (int64_t d = 0; d < a.dim; d += WIDTH, to += WIDTH * KEYS) {
+        VF square[WIDTH];
+        for (int64_t t = 0; t < WIDTH; t++)
+            square[t] = t < count ? load_f(heads + t * a.width + d) : set_f(0);
+        transpose(square);
+        for (int64_t i = 0; i < smaller(WIDTH, a.dim - d); i++) store_f(to + i * KEYS, square[i]);
+    }
 }
 
 // Keys and values of RUN tokens to what is shared, and the new ones among them to the cache.
@@ -81,43 +85,60 @@ static void share_run(const Attend &a, const Sequence &s, int64_t index, int64_t
         prefetch_heads(a, s.token + next - s.past, a.heads + kv, end - next);
         prefetch_heads(a, s.token + next - s.past, a.heads + a.kv_heads + kv, end - next);
     }
-    for (int64_t j = end - s.begin; j < smaller(first + RUN - s.begin, s.panels * KEYS); j++)
-        for (int64_t d = 0; d < a.dim; d++) keys[(j / KEYS * a.dim + d) * KEYS + j % KEYS] = 0;
-    if (a.bits == 16) {
-        for (int64_t j = first; j < end; j++) {
-            const int64_t at = ((s.row * a.kv_heads + kv) * a.capacity + j % a.capacity) * a.dim;
-            load_token(a, s, kv, j, false, head);
-            if (j >= s.past) store_head(head, a, a.keys, at);
-            share_key(a, keys, j - s.begin, head);
-            load_token(a, s, kv, j, true, head);
-            if (j >= s.past) store_head(head, a, a.values, at);
-            share_value(a, s, values, j - s.begin, head);
+    // `key_of(j, to)` and `value_of(j, to)` of the run's tokens to what is shared, tokens being
+    // counted from `begin` there; a panel is filled up.
+    const auto share = [&](float *all_keys, float *all_values, int64_t begin, const auto &key_of,
+                           const auto &value_of) {
+        const int64_t filled = first + (end - first + KEYS - 1) / KEYS * KEYS;
+        for (int64_t j = first; j < filled; j += WIDTH) {
+            const int64_t count = smaller(WIDTH, end - j);
+            for (int64_t t = 0; t < count; t++) {
+                float *value = all_values + (j + t - begin) * s.width;
+                key_of(j + t, head + t * a.width);
+                value_of(j + t, value);
+                for (int64_t d = a.dim; d < s.width; d++) value[d] = 0;
+            }
+            share_keys(a, all_keys, j - begin, count, head);
         }
+    };
+    const auto load_key = [&](int64_t j, float *to) { load_token(a, s, kv, j, false, to); };
+    const auto load_value = [&](int64_t j, float *to) { load_token(a, s, kv, j, true, to); };
+    if (a.bits == 16) {
+        const int64_t at = (s.row * a.kv_heads + kv) * a.capacity;
+        const auto keep = [&](void *cache, int64_t j, const float *from) {
+            if (j >= s.past) store_head(from, a, cache, (at + j % a.capacity) * a.dim);
+        };
+        share(
+            keys, values, s.begin,
+            [&](int64_t j, float *to) { load_key(j, to), keep(a.keys, j, to); },
+            [&](int64_t j, float *to) { load_value(j, to), keep(a.values, j, to); });
         return;
     }
     const Codes c = codes_of(a, s.row, kv, run);
     if (first >= s.recent) {
         float *recent_keys = s.recent_keys + index * s.recent_panels * a.dim * KEYS;
         float *recent_values = s.recent_values + index * s.recent_panels * KEYS * s.width;
-        float *run_keys = head + a.width, *run_values = run_keys + RUN * a.dim;
-        for (int64_t j = first; j < end; j++) {
-            float *key = run_keys + (j - first) * a.dim, *value = run_values + (j - first) * a.dim;
-            load_token(a, s, kv, j, false, head);
-            for (int64_t d = 0; d < a.dim; d++) key[d] = head[d];
-            share_key(a, recent_keys, j - s.recent, head);
-            load_token(a, s, kv, j, true, head);
-            for (int64_t d = 0; d < a.dim; d++) value[d] = head[d];
-            share_value(a, s, recent_values, j - s.recent, head);
-        }
+        float *run_keys = head + WIDTH * a.width, *run_values = run_keys + RUN * a.dim;
+        const auto copy = [&](float *to, const float *from) {
+            for (int64_t d = 0; d < a.dim; d++) to[d] = from[d];
+        };
+        share(
+            recent_keys, recent_values, s.recent,
+            [&](int64_t j, float *to) { load_key(j, to), copy(run_keys + (j - first) * a.dim, to); },
+            [&](int64_t j, float *to) {
+                load_value(j, to), copy(run_values + (j - first) * a.dim, to);
+            });
         if (end < first + RUN) return;
         quantize_run(a, c, run_keys, run_values);
     }
-    for (int64_t j = first; j < end; j++) {
-        for (int64_t d = 0; d < a.dim; d++) head[d] = key_at(a, c, d, j - first);
-        share_key(a, keys, j - s.begin, head);
-        for (int64_t d = 0; d < a.dim; d++) head[d] = value_at(a, c, d, j - first);
-        share_value(a, s, values, j - s.begin, head);
-    }
+    share(
+        keys, values, s.begin,
+        [&](int64_t j, float *to) {
+            for (int64_t d = 0; d < a.dim; d++) to[d] = key_at(a, c, d, j - first);
+        },
+        [&](int64_t j, float *to) {
+            for (int64_t d = 0; d < a.dim; d++) to[d] = value_at(a, c, d, j - first);
+        });
 }
 
 // The new tokens of the last run of RUN to where the cache has them as they came.
@@ -285,7 +306,7 @@ static Status attend_run(const Attend &a, int64_t index) {
     const int64_t fitting = SHARED_BYTES / 4 / (keys + values + recent);
     const int64_t at_once = fitting < 1 ? 1 : smaller(fitting, a.kv_heads);
     const int64_t queries = (PART_QUERIES * a.dim + 15) / 16 * 16;
-    const int64_t run = a.bits == 16 ? a.width : a.width + 2 * RUN * a.dim;
+    const int64_t run = WIDTH * a.width + (a.bits == 16 ? 0 : 2 * RUN * a.dim);
     int64_t each = queries + PART_QUERIES * s.panels * KEYS + 16;
     each = each > run ? each : run;
     const int64_t in_all = at_once * (keys + values + recent);
