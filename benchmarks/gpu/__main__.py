@@ -6,8 +6,9 @@
     python3 -m benchmarks.gpu --tune
 
 Layers: a product of 1, 16 and 2048 rows, replayed as a CUDA graph over so many copies of the
-weight that none is in the cache. Models: a decode step of random weights. Both beside the
-bandwidth of a copy and the rate of a large product, measured in the same run. --tune searches for
+weight that none is in the cache. Models: a decode step of random weights. Attention: of a prompt
+and of a step, to keys and values of --kv-bits. All beside the bandwidth of a copy and the rate of a
+large product, measured in the same run. --tune searches for
 the tiles that are fastest here, and writes them into the kernels' table. --all runs the tests of
 the GPU kernels, and measures all of that, each part in a process of its own, in less than eight
 minutes: the tables are those of the README, what fails is named, and the table of tiles stays as it
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import everything, layers, models
+from benchmarks.gpu import attention, everything, layers, models
 from qllm import cli
 from qllm.errors import UserError, first_line
 from qllm.ops.gpu import device as device_of
@@ -36,6 +37,7 @@ from tools.random_checkpoint import PUBLISHED
 
 LAYER_COLUMNS = ("layer", "rows", "name", "us", "GB/s", "of bandwidth", "TOP/s", "of rate")
 MODEL_COLUMNS = ("model", "bits", "batch", "ms", "tokens/s", "of bandwidth")
+ATTENTION_COLUMNS = ("attention", "bits", "us", "share")
 ROWS, ALL_ROWS = (1, 16, 2048), (1, 16, 64, 128, 512, 2048)
 CACHE = 1 << 10  # bytes, where a device has none to speak of
 
@@ -51,6 +53,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--models", nargs="*", choices=list(PUBLISHED), metavar="NAME")
     parser.add_argument("--batches", nargs="+", type=number, default=[1])
+    parser.add_argument("--kv-bits", nargs="*", default=[], metavar="BITS", help="and torch")
+    parser.add_argument("--context", type=number, default=4096, help="tokens (%(default)s)")
     parser.add_argument("--steps", type=number, default=64, help="(%(default)s)")
     parser.add_argument("--repeats", type=number, default=7, help="(%(default)s)")
     parser.add_argument("--all", action="store_true", help="tests, layers, models and tiles")
@@ -75,6 +79,7 @@ def main() -> int:
     device = device_here()
     if args.all:
         options = {"repeats": args.repeats, "steps": args.steps, "limit-size": args.limit_size}
+        options["context"] = args.context
         wanted = partial(
             everything.parts,
             args.shapes,
@@ -113,7 +118,15 @@ def main() -> int:
         found += attempts(what, models.measure, *options)
     if found:
         print_table(MODEL_COLUMNS, [model_cells(row) for row in found])
+    attended = []
+    for what, group, bits in product(attention.WHAT, attention.GROUPS, args.kv_bits):
+        label = f"attention, {what}, {bits} bits, {group} heads of one key"
+        given = (what, bits, group, args.context, peaks, device, args.repeats)
+        attended += attempts(label, attention.measure, *given)
+    if attended:
+        print_table(ATTENTION_COLUMNS, [attention_cells(row) for row in attended])
     result = {"device": about, "limits": peaks, "layers": rows, "models": found}
+    result["attention"] = attended
     print(json.dumps(result | {"failures": attempts.failures}))
     return 1 if attempts.failures else 0
 
@@ -209,6 +222,10 @@ def model_cells(row: dict) -> tuple[str, ...]:
         f"{row['tokens_per_second']:.1f}",
         f"{row['of_bandwidth']:.0%}",
     )
+
+
+def attention_cells(row: dict) -> tuple[str, ...]:
+    return row["what"], row["bits"], f"{row['microseconds']:.1f}", f"{row['share']:.0%}"
 
 
 if __name__ == "__main__":

@@ -99,6 +99,8 @@ def parts(
     some = [bitwidth for bitwidth in bitwidths if bitwidth != "8"]  # those of the README's table
     for name in models:
         yield measure(f"model {name}", 90, "--models", name, "--bitwidths", *some, *batches)
+    nothing = ("--shapes", "--rivals", "--kv-bits")
+    yield measure("attention", 60, *nothing, "torch", "16", "8", "4")
     if importlib.util.find_spec("gemlite"):
         for shape in shapes:
             rival = (shape, "--bitwidths", "--rivals", "gemlite")
@@ -117,10 +119,19 @@ def run(
         names: of those that are run; the beginning of a name will do.
 
     Returns:
-        `limits`, `layers`, `models`, `tests`, `tiles`, and `failures`: what failed, and why.
+        `limits`, `layers`, `models`, `attention`, `tests`, `tiles`, and `failures`: what failed,
+        and why.
     """
     begin = time.monotonic()
-    found = {"limits": {}, "layers": [], "models": [], "tests": {}, "tiles": {}, "failures": []}
+    found = {
+        "limits": {},
+        "layers": [],
+        "models": [],
+        "attention": [],
+        "tests": {},
+        "tiles": {},
+        "failures": [],
+    }
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "tiles.json"
         for part in wanted(table):
@@ -176,7 +187,7 @@ def _read_measurements(found: dict, name: str, ended: Ended, say: Callable[[str]
         return
     for key in ("device", "limits"):
         found[key] = found.get(key) or result.get(key)
-    for key in ("layers", "models"):
+    for key in ("layers", "models", "attention"):
         found[key] += result.get(key, [])
     for failure in result.get("failures", []):
         _fail(found, failure["what"], failure["error"], say)
@@ -202,6 +213,15 @@ def print_tables(found: dict) -> None:
             key = (row["model"].partition("/")[2] or row["model"], f"{row['bitwidth']} bits")
             cells.setdefault(key, []).append(row)
         _print_grid(title, {key: _model_cell(rows) for key, rows in cells.items()})
+    if attention := found["attention"]:
+        title = "attention, µs (share of the rate for a prompt, of the copy bandwidth for a step)"
+        cells = {
+            (row["what"], f"{row['bits']} bits" if row["bits"] != "torch" else "torch"): (
+                f"{row['microseconds']:.0f} ({row['share']:.0%})"
+            )
+            for row in attention
+        }
+        _print_grid(title, cells)
     for architecture, rows in found["tiles"].items():
         for kind, row in rows.items():
             print(f"tiles {architecture} {kind}: {json.dumps(row)}")

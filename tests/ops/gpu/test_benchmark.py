@@ -10,13 +10,13 @@ import torch
 from conftest import ROOT, assert_user_error
 from inside import call
 
-from benchmarks.gpu import everything, layers, models, tune
+from benchmarks.gpu import attention, everything, layers, models, tune
 from qllm.ops import phase
 from qllm.ops.gpu import device, limits, tiles
 from tools.random_checkpoint import opt_config
 
 BENCHMARK = "benchmarks.gpu.__main__"
-SMALL = ("--shapes", "128x256", "--repeats", "1", "--limit-size", "64")
+SMALL = ("--shapes", "128x256", "--repeats", "1", "--limit-size", "64", "--context", "2")
 
 
 def last_line(text: str) -> dict:
@@ -62,6 +62,8 @@ def test_everything_whatever_fails(gpu, monkeypatch):
     monkeypatch.setattr(everything, "TUNED", ("4",))
     monkeypatch.setattr(everything, "CANDIDATES", 1)
     monkeypatch.setattr(tune, "MANY", 20)
+    for name, value in {"KV_HEADS": 1, "DIM": 16, "GROUPS": (2,), "SEQUENCES": 1}.items():
+        monkeypatch.setattr(attention, name, value)
     before = tiles.TABLE.read_text()
     tiles.table.cache_clear()
     try:
@@ -74,6 +76,7 @@ def test_everything_whatever_fails(gpu, monkeypatch):
     assert [failure["what"] for failure in found["failures"]] == [
         *("test tests/a.py::b[c d]", "128x256, qllm 16", "model facebook/opt-125m")
     ]
+    assert len(found["attention"]) == 8 and "| attention, µs" in done.stdout
     assert found["tests"] == {"passed": 1, "failed": 1, "error": 0, "skipped": 0}
     assert {(row["name"], row["rows"]) for row in found["layers"]} >= {
         (name, rows) for name in ("qllm 4", "torch bfloat16") for rows in (1, 17)
