@@ -155,7 +155,7 @@ def quantized_prefills(tensors: dict[str, str]) -> Iterator[Job]:
     tensors |= {"key_scales": "*bf16", "value_scales": "*bf16"}
     tensors |= dict.fromkeys(("key_codes", "value_codes", "key_zeros", "value_zeros"), "*u8")
     constants = {"DIM": 128, "FIRST": 64, "HALF": 64, "HEADS": 128, "ROTATE": True}
-    yield Job("writing runs", quantized_prefill.write_runs, tensors, constants, 8, 1, True)
+    yield Job("writing runs", quantized_prefill.write_runs, tensors, constants, 8, 1, False)
     for bits in (8, 4):
         name = f"keys and values of {bits} bits"
         constants = {"DIM": 128, "CHANNELS": 128, "WIDTH": 128, "BITS": bits}

@@ -181,7 +181,7 @@ def _self_test(device: torch.device, offsets: bool = False) -> str | None:
     return None
 
 
-def _test_of_order(device: torch.device, size: int = 2048, launches: int = 32) -> str | None:
+def _test_of_order(device: torch.device, size: int = 1024, launches: int = 16) -> str | None:
     """Products with a weight that moves x on by one place, each with what the last one found.
 
     One that read before the other had written would find something else. On a GPU they are made as

@@ -59,6 +59,7 @@ def prefill_attention(
             DIM=dim, FIRST=first, HALF=power(first), HEADS=power(every),
             ROTATE=cos_sin is not None,
             num_warps=max(1, min(8, power(first) * power(every) // 1024)),
+            enable_fp_fusion=False,  # what is quantized is the reference's, in float32
         )  # fmt: skip
         kernels.quantize_runs[(runs, kv_heads, sequences)](
             *new, *index, *recent, *codes, kv_heads, slots, capacity,
@@ -84,22 +85,27 @@ def tile(dim: int, group: int, dtype: torch.dtype) -> tuple[int, int, int]:
 
 
 def _self_test(device: torch.device) -> str | None:
-    """Two prompts, one of them in two pieces, beside the reference's results and integers."""
+    """Two prompts, one of them in two pieces, beside the reference's results and integers.
+
+    The reference runs on the CPU: on a GPU, torch divides by a number as if by its reciprocal.
+    """
     heads, kv_heads, dim, dtype = 4, 2, 64, torch.bfloat16
     width = (heads + 2 * kv_heads) * dim
     qkv = (torch.arange(60 * width) * 2654435761 % 65536).view(60, width).sub(32768) / 16384
-    qkv, slopes = qkv.to(device, dtype), torch.linspace(0.01, 0.2, heads).to(device)
+    qkv, slopes = qkv.to(dtype), torch.linspace(0.01, 0.2, heads)
     for bits in (8, 4):
-        options = (bits, 2, kv_heads, 4 * RUN, dim, dtype, device)
-        own, plain = QuantizedKV.empty(*options), QuantizedKV.empty(*options)
+        options = (bits, 2, kv_heads, 4 * RUN, dim, dtype)
+        own, plain = (QuantizedKV.empty(*options, place) for place in (device, "cpu"))
         passes = ((60,), (0,)), ((8, 3), (60, 0))
         for lengths, pasts in passes:
-            batch = Batch.of(lengths, device, pasts=pasts)
-            given = (batch, None, slopes)
-            got = prefill_attention(qkv[: sum(lengths)], own, *given)
-            want = reference.prefill_attention(qkv[: sum(lengths)], plain, *given)
+            new = qkv[: sum(lengths)]
+            there = (Batch.of(lengths, device, pasts=pasts), None, slopes.to(device))
+            got = prefill_attention(new.to(device), own, *there).cpu()
+            here = (Batch.of(lengths, "cpu", pasts=pasts), None, slopes)
+            want = reference.prefill_attention(new, plain, *here)
             if not torch.allclose(got.float(), want.float(), atol=0.05, rtol=0.05):
                 return f"the self-test of attention to keys of {bits} bits found other results"
-        if not all(map(torch.equal, own[:6], plain[:6])):
+        codes = [part.cpu() for part in own[:6]]
+        if not all(torch.equal(*both) for both in zip(codes, plain[:6], strict=True)):
             return f"the self-test of attention to keys of {bits} bits found other integers"
     return None
