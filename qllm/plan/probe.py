@@ -32,10 +32,11 @@ WORKING_SETS: tuple[tuple[int, tuple[Size, ...]], ...] = (
     (192 << 20, ((2048, 2048),)),
 )
 ROWS = {"decode": (1, 4, 8, 16), "prefill": (16, 128, 512)}
-FORMAT = 5  # of what is found: what was kept in another is measured again
+FORMAT = 6  # of what is found: what was kept in another is measured again
 ROUNDS = 5  # of all measurements, in turns: a shared machine is slow for seconds at a time
 SECONDS = 0.03  # that one measurement takes in a round at least
-# Of the models with which is measured what is beside the products: hidden size and layers.
+# Of the models with which is measured what is beside the products: family, hidden size and layers.
+FAMILIES = ("llama", "opt")  # the first of 16 bits
 MODELS = ((256, 2), (256, 8), (1024, 4))
 DECODES = ((1, 16), (1, 1024), (8, 16), (8, 256))  # sequences and the tokens of each
 PROMPTS = (32, 256, 768)
@@ -79,10 +80,12 @@ class Probe:
         self._specs = list({key(spec): spec for spec in (QuantSpec(), *specs)}.values())
         self._dtype, self._device = dtype, device
         self._threads = threads or torch.get_num_threads()
-        # What surrounds a product is not alike around packed and dense ones: the mean of both.
+        # What surrounds products is not alike in families, nor around packed and dense ones: the
+        # mean of some.
+        specs = self._specs[0], self._specs[len(self._specs) // 2]
         self._models = {
-            (spec, *sizes): _model(*sizes, spec, dtype, device)
-            for spec in (self._specs[0], self._specs[len(self._specs) // 2])
+            (family, spec, *sizes): _model(family, *sizes, spec, dtype, device)
+            for family, spec in zip(FAMILIES, specs, strict=True)
             for sizes in MODELS
         }
         self._times: defaultdict[Hashable, list[float]] = defaultdict(list)
@@ -157,7 +160,7 @@ class Probe:
         decode: list[tuple[list[float], float, float]] = []
         prefill: list[tuple[list[float], float, float]] = []
         for kind, model in self._models.items():
-            spec, hidden, layers = kind
+            _, spec, hidden, layers = kind
             count = 2 * layers
             for batch, context in DECODES:
                 known = _products_of(model, spec, products, batch, batch, decoding=True)
@@ -271,17 +274,20 @@ def _fit(rows: Sequence[tuple[list[float], float, float]]) -> list[float]:
     return list(nnls(weighed / scale, 1 - known / seconds)[0] / scale)
 
 
-def _model(hidden: int, layers: int, spec: QuantSpec, dtype: torch.dtype, device: str) -> Decoder:
-    """A Llama of these sizes with random weights.
+def _model(
+    family: str, hidden: int, layers: int, spec: QuantSpec, dtype: torch.dtype, device: str
+) -> Decoder:
+    """A model of these sizes with random weights, of one of FAMILIES.
 
     Args:
         spec: of the linears in layers.
     """
     raw = {
-        "model_type": "llama",
+        "model_type": family,
         "vocab_size": 4 * hidden,
         "hidden_size": hidden,
-        "intermediate_size": 3 * hidden,
+        "intermediate_size": 3 * hidden,  # of Llama's three matrices
+        "ffn_dim": 4 * hidden,  # of OPT's two
         "num_hidden_layers": layers,
         "num_attention_heads": hidden // 64,
         "max_position_embeddings": 2048,
