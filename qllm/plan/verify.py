@@ -88,7 +88,7 @@ def verify(
             runs = []
             for _ in range(ROUNDS):
                 now.measure(1)
-                runs.append(time_generation(model, work, repeats=1))
+                runs.append(time_generation(model, work, repeats=2))
             prefill, decode = (undisturbed(each) for each in zip(*runs, strict=True))
             times = prefill, decode
     found |= dict(zip(TIMES, times, strict=True))
