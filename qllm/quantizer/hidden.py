@@ -82,7 +82,7 @@ class HiddenStates:
         """The inverse of `save`."""
         return cls(SafetensorsFile(path).read("states").to(device), positions)
 
-    def _passes(self) -> Iterator[tuple[Tensor, Tensor, Prefill]]:
+    def passes(self) -> Iterator[tuple[Tensor, Tensor, Prefill]]:
         """Runs of samples: their place in `states`, the same in float32 (N, C), and their step."""
         for states in self.states.split(self.per_pass):
             x = states.flatten(0, 1).float()
@@ -127,7 +127,7 @@ class HiddenStates:
 
         hooks = [m.register_forward_pre_hook(watch(name)) for name, m in modules.items()]
         try:
-            for _, x, step in self._passes():
+            for _, x, step in self.passes():
                 with suppress(_ReachedError):
                     run(x, step)
         finally:
@@ -147,7 +147,7 @@ class HiddenStates:
         Raises:
             UserError: where they leave the range of their type.
         """
-        for states, x, step in self._passes():
+        for states, x, step in self.passes():
             states.copy_(run(x, step).unflatten(0, states.shape[:2]))
             # The extremes are NaN or infinite where any element is; isfinite is much slower.
             if not torch.stack(states.aminmax()).isfinite().all():

@@ -24,6 +24,7 @@ from qllm.models import Decoder
 from qllm.models.equalize import dense_linear
 from qllm.models.layer import PreNormLayer
 from qllm.quant.algorithm import QuantizeOptions, TuningStart
+from qllm.quantizer.descend import LAST, descend_last
 from qllm.quantizer.distill import memory_needed, tune_scales
 from qllm.quantizer.hidden import HiddenStates
 from qllm.quantizer.job import Job
@@ -107,10 +108,26 @@ def refine_layer(
     tuned = tune_layer(layer, untuned, (hidden, targets), tune, lambda done: add(share * done))
     for inner, module in stand_ins.items():
         layer.set_submodule(inner, stand_in(tuned[inner]) if inner in tuned else module)
-    tuned_states = hidden.part(judges).copy()
-    errors = advance_watched(tuned_states, layer, weights)
-    report = TuneReport(name, before, relative_error(tuned_states, targets.part(judges)))
+
+    def judged() -> tuple[float, dict[str, float]]:
+        """How far the layer is from the float one where nothing was tuned, and its linears."""
+        states = hidden.part(judges).copy()
+        errors = advance_watched(states, layer, weights)
+        return relative_error(states, targets.part(judges)), errors
+
+    after, errors = judged()
+    report = TuneReport(name, before, after)
     if report.gained:
+        if LAST in tuned and layer.ends_in_sum:
+            stood_in = layer.get_submodule(LAST)
+            descended = descend_last(layer, tuned[LAST], (hidden, targets))
+            layer.set_submodule(LAST, stand_in(descended))
+            lower, with_it = judged()
+            if lower < after:
+                tuned[LAST], errors = descended, with_it
+                report = replace(report, after=lower)
+            else:
+                layer.set_submodule(LAST, stood_in)
         found |= tuned
         for index, entry in enumerate(reports):
             inner = entry.name.removeprefix(f"{name}.")

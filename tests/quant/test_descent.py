@@ -1,0 +1,131 @@
+"""Coordinate descent: never uphill, to where no integer alone is better, and by the formula."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from covering import each
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_gptq import drawn, restored
+
+from qllm.quant import descent
+from qllm.quant.descent import descend
+from qllm.quant.gptq import GPTQOptions, quantize_gptq
+from qllm.quant.packing import PackedWeight, pack, unpack
+from qllm.quant.rtn import quantize_rtn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS, COLUMNS = 12, 70  # of which neither 16 nor 32 is a divisor
+
+
+def problem(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """A matrix, the sum of x x^T, and one of r x^T, of which half is linear in x."""
+    weight, hessian = drawn(rows, columns, seed=seed)
+    shift, _ = drawn(rows, columns, seed=seed + 1)
+    return weight, hessian, 0.5 * shift @ hessian
+
+
+def loss(packed: PackedWeight, before: PackedWeight, form, products, residuals) -> np.ndarray:
+    """Of each row, in float64, up to what does not depend on it."""
+    columns = len(products)
+    moved = (restored(each, *form, columns).double().numpy() for each in (packed, before))
+    change = np.subtract(*moved)
+    half = change @ products.double().numpy() - 2 * residuals.double().numpy()
+    return (half * change).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "scheme", "algorithm"),
+    [
+        (bits, *rest)
+        for bits, rest in zip(
+            (1, 2, 3, 4, 5, 8) * 2,
+            each((-1, 16, 32), ("asym", "sym"), ("rtn", "gptq", "act-order")) * 4,
+            strict=False,
+        )
+        if bits > 1 or rest[1] == "asym"
+    ],
+)
+@pytest.mark.parametrize("columns", [COLUMNS, 64])
+def test_no_row_is_worse_and_zeros_stay(bits, group_size, scheme, algorithm, columns, monkeypatch):
+    monkeypatch.setattr(descent, "BLOCK", 9)
+    monkeypatch.setattr(descent, "WEIGHTS_AT_ONCE", 5 * columns)
+    weight, products, residuals = problem(ROWS, columns)
+    products[3] = products[:, 3] = residuals[:, 3] = 0.0  # an input that is always zero
+    form = bits, group_size, scheme
+    options = GPTQOptions(static_groups=algorithm == "gptq")
+    before = (
+        quantize_rtn(weight, *form)
+        if algorithm == "rtn"
+        else quantize_gptq(weight, products, *form, options)[0]
+    )
+    after = descend(before, bits, group_size, products, residuals)
+    found = loss(after, before, form[:2], products, residuals)
+    assert (found <= 0).all() and found.sum() < 0
+    assert torch.equal(after.qzeros, before.qzeros)
+    assert after.scales.dtype == before.scales.dtype
+    again = descend(before, bits, group_size, products, residuals)
+    for ours, theirs in zip(after, again, strict=True):
+        assert ours is theirs or torch.equal(ours, theirs)
+    dead = 3 if before.perm is None else int((before.perm == 3).nonzero())
+    integers = (unpack(p.qweight, bits, columns)[:, dead] for p in (before, after))
+    assert torch.equal(*integers)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1, 2]), st.integers(2, 4))
+@settings(max_examples=25, deadline=None)
+def test_integers_are_a_minimum_by_brute_force(seed, bits, columns):
+    """No other integer of one input channel is better; where channels do not correlate, no other
+    integers at all."""
+    weight, products, residuals = problem(2, columns, seed)
+    apart = seed % 2
+    if apart:
+        products, residuals = products.diagonal().diag(), residuals / 8
+    before = quantize_rtn(weight, bits, -1, "asym")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(descent, "ROUNDS", 1)
+        patch.setattr(descent, "SWEEPS", 50)
+        patch.setattr(descent._Descent, "fit_scales", lambda self: None)
+        after = descend(before, bits, -1, products, residuals)
+    found = loss(after, before, (bits, -1), products, residuals)
+    integers = unpack(after.qweight, bits, columns)
+    for other in itertools.product(range(2**bits), repeat=columns):
+        row = torch.tensor(other, dtype=torch.uint8).expand(2, -1)
+        least = loss(
+            before._replace(qweight=pack(row.contiguous(), bits)),
+            before,
+            (bits, -1),
+            products,
+            residuals,
+        )
+        compared = (row != integers).sum(-1) <= (columns if apart else 1)
+        slack = 1e-5 * np.abs(found) + 1e-7
+        assert (found <= least + slack)[compared.numpy()].all()
+
+
+def test_scales_are_those_of_least_squares(monkeypatch):
+    monkeypatch.setattr(descent, "SWEEPS", 0)
+    monkeypatch.setattr(descent, "ROUNDS", 1)
+    monkeypatch.setattr(descent, "RIDGE", 0.0)
+    weight, products, residuals = problem(ROWS, COLUMNS)
+    before = quantize_rtn(weight, 4, 16, "asym")
+    before = before._replace(scales=before.scales.float())
+    after = descend(before, 4, 16, products, residuals / 20)
+    group = np.arange(COLUMNS) // 16
+    integers = unpack(before.qweight, 4, COLUMNS).double().numpy()
+    values = integers - before.qzeros.double().numpy()[:, group]
+    # With a root of H = L L^T, the squared length of s B L - t L, where t H = W H + R.
+    root = np.linalg.cholesky(products.double().numpy())
+    scales = before.scales.double().numpy()
+    matrix = values * scales[:, group]
+    target = matrix @ root + np.linalg.solve(root, residuals.double().numpy().T / 20).T
+    for row in range(ROWS):
+        basis = np.stack([np.where(group == g, values[row], 0) for g in range(5)]) @ root
+        expected = np.linalg.lstsq(basis.T, target[row], rcond=None)[0]
+        np.testing.assert_allclose(after.scales[row].numpy(), expected, rtol=2e-3)
+    assert torch.equal(after.qweight, before.qweight)
