@@ -138,6 +138,7 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
         num_shards=args.num_shards,
         calibration=calibration,
         cache_shape=cache_shape,
+        prompt_lengths=[*map(len, ids)],
         activation_bits=args.activation_bits,
         kv_bits=args.kv_bits,
         meter=cli.meter("loading") if session is None else session.meter,

@@ -102,6 +102,7 @@ class LLM:
         device: str = "auto",
         num_shards: int = 1,
         cache_shape: tuple[int, int] = (0, 0),
+        prompt_lengths: Sequence[int] = (),
         tp: int = 1,
         parallel: ParallelContext | None = None,
         meter: Meter = unseen,
@@ -127,6 +128,8 @@ class LLM:
             num_shards: contiguous ranges of layers, of which a GPU may hold the first ones alone.
             cache_shape: sequences, and tokens of each, whose KV cache must fit into memory beside
                 the model; else it is refused, with the numbers, before it is loaded.
+            prompt_lengths: tokens of each of the prompts that come first, where they are known: on
+                a GPU kernels for them are compiled while weights are read.
             tp: processes that share each layer, all of which torchrun started with this program:
                 each makes the same calls, and gets the same results.
             parallel: which part of the model this process has in a session of one's own
@@ -155,6 +158,7 @@ class LLM:
             num_shards=num_shards,
             calibration=calibration,
             cache_shape=cache_shape,
+            prompt_lengths=prompt_lengths,
             activation_bits=activation_bits,
             kv_bits=kv_bits,
             parallel=parallel,
@@ -175,6 +179,7 @@ class LLM:
         activation_bits: int = DEFAULT_ACTIVATION_BITS,
         kv_bits: int = DEFAULT_KV_BITS,
         cache_shape: tuple[int, int] = (0, 0),
+        prompt_lengths: Sequence[int] = (),
         parallel: ParallelContext | None = None,
         meter: Meter = unseen,
         note: Note = silent,
@@ -184,6 +189,7 @@ class LLM:
         Args:
             plan: which layer gets which spec.
             cache_shape: rows and tokens of the KV cache that must fit beside the model.
+            prompt_lengths: tokens of each of the prompts that come first, where they are known.
             parallel: which part of the model this process of several has; None: all of it.
 
         Raises:
@@ -208,6 +214,7 @@ class LLM:
             num_shards=num_shards,
             calibration=find_calibration(calibration, folder, plan, note),
             cache_shape=cache_shape,
+            prompt_lengths=prompt_lengths,
             activation_bits=activation_bits,
             kv_bits=kv_bits,
             meter=meter,

@@ -14,6 +14,7 @@ from qllm.calibration import Calibration
 from qllm.checkpoint.device_map import infer_device_map
 from qllm.checkpoint.materialize import Materializer
 from qllm.checkpoint.reader import Checkpoint, read_raw_config
+from qllm.checkpoint.rehearsal import Rehearsal
 from qllm.checkpoint.weights import Weights, resolve_dtype
 from qllm.config import (
     DEFAULT_ACTIVATION_BITS,
@@ -46,6 +47,7 @@ def load_model(
     num_shards: int = 1,
     calibration: Calibration | None = None,
     cache_shape: tuple[int, int] = (0, 0),
+    prompt_lengths: Sequence[int] = (),
     kv_bits: int = DEFAULT_KV_BITS,
     activation_bits: int = DEFAULT_ACTIVATION_BITS,
     meter: Meter = unseen,
@@ -63,6 +65,8 @@ def load_model(
         num_shards: contiguous layer ranges of about equal bytes, run one after the other.
         calibration: activation ranges, for W8A8 layers.
         cache_shape: rows and tokens of the KV cache that must fit beside the model.
+        prompt_lengths: tokens of each of the prompts that come first, for which kernels are
+            compiled while weights are read.
         kv_bits: of the keys and values in it, one of KV_BITS.
         activation_bits: 8: layers of 1 to 8 bits multiply activations as int8, one scale per 128
             inputs; 16: as exactly as 16-bit types allow.
@@ -124,11 +128,16 @@ def load_model(
     sizes = [elements(module) * dtype.itemsize for _, module in leaves]
     for device_type in {device.type for device in devices}:
         ops.prepare(device_type)  # what is compiled must not count as loading
-    with meter(sum(sizes), 0) as add:
+    last = {materializer.layer_of(name): name for name, _ in leaves}
+    with meter(sum(sizes), 0) as add, Rehearsal(model, prompt_lengths, cache_shape) as rehearsal:
         for (name, module), size in zip(leaves, sizes, strict=True):
             materializer.materialize(name, module)
             add(size)
-    materializer.finish()
+            index = materializer.layer_of(name)
+            if index is not None and last[index] == name:
+                model.layers[index].fuse_norms()
+                rehearsal.layer(index)
+        materializer.finish()
     return model
 
 

@@ -77,7 +77,7 @@ class Materializer:
                 setattr(module, key, self._read(f"{name}.{key}", rows))
 
     def finish(self) -> None:
-        """Tie the head to the embedding, and let norms round for the linears behind them."""
+        """Tie the head to the embedding."""
         model = self.model
         if self.ties:
             assert isinstance(model.embed, Embedding | VocabularyParallel)  # of all that tie
@@ -87,17 +87,19 @@ class Materializer:
                 model.lm_head.linear = head
             else:
                 model.lm_head = head
-        for layer in model.layers:
-            layer.fuse_norms()
+
+    @staticmethod
+    def layer_of(name: str) -> int | None:
+        """The layer that a module is in; None: it is in none."""
+        return int(name.split(".")[1]) if name.startswith("layers.") else None
 
     def _device_of(self, name: str) -> torch.device:
         """The device of a module."""
-        devices = self.model.device_map
-        if not name.startswith("layers."):
-            front = name in ("embed", "embed_norm", "project_in", "positions")
-            return list(devices.values())[0 if front else -1]
-        index = int(name.split(".")[1])
-        return next(device for layers, device in devices.items() if index in layers)
+        index = self.layer_of(name)
+        if index is not None:
+            return self.model.device_of_layer(index)
+        front = name in ("embed", "embed_norm", "project_in", "positions")
+        return list(self.model.device_map.values())[0 if front else -1]
 
     def _linear(
         self, name: str, sharded: ShardedLinear | None = None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qllm import ops
 from qllm.config import QuantSpec
 from qllm.layers.sharding import Sharding
+from qllm.ops.gpu.device import settle
 from qllm.quant.packing import PackedWeight, group_width
 
 ALL_ROWS = slice(None)
@@ -153,6 +154,7 @@ class QuantizedLinear(Linear):
         kernel = self.choice.kernel
         if kernel.layout:
             self.tensors = kernel.layout.pack(self.packed, self.request)
+        settle(next(self.buffers()))
         self.kernel = kernel
 
     @classmethod

@@ -7,6 +7,7 @@ row of its own in the cache, which starts at position 0, so no token ever sees a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from qllm.memory import check_fits
 from qllm.models.cache import Decode, KVCache, Prefill
 from qllm.models.layer import NORMS, Embedding, LayerList, Scale, layer_class
 from qllm.models.partition import keep_shards, keep_stage
+from qllm.models.pieces import pieces_of
 from qllm.models.positions import POSITIONS
 from qllm.ops import phase
 from qllm.ops.capture import capture
@@ -125,6 +127,10 @@ class Decoder(nn.Module):
         """Where tokens go, and where logits are."""
         return next(iter(self.device_map.values()))
 
+    def device_of_layer(self, index: int) -> torch.device:
+        """Where a layer is."""
+        return next(device for layers, device in self.device_map.items() if index in layers)
+
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty cache for `rows` sequences of up to `capacity` tokens.
 
@@ -226,7 +232,7 @@ class Decoder(nn.Module):
             cache.reserve(rows, lengths)
             longest = max(cache.lengths[row] + n for row, n in zip(rows, lengths, strict=True))
             limit = cache.pass_tokens
-        for pieces in _pieces(lengths, limit):
+        for pieces in pieces_of(lengths, limit):
             tokens = [
                 token for i, piece in pieces for token in prompts[i][piece.start : piece.stop]
             ]
@@ -288,7 +294,7 @@ class Decoder(nn.Module):
 
     def _run_step(self, step: Decode) -> None:
         with phase.decode():
-            step.logits = self._logits(self._run_layers(self._embed(step.tokens), step))
+            step.logits = self._logits(self.hidden_step(step))
 
     def graph_break(self) -> str | None:
         """Why decode steps are not replayed from what was captured; None: they are.
@@ -301,6 +307,18 @@ class Decoder(nn.Module):
             self.decode(torch.zeros(1, dtype=torch.int64, device=self.device), cache, share=False)
         assert cache.captured is not None
         return cache.captured.graph_break
+
+    def only(self, index: int) -> Decoder:
+        """The same model as if it had one layer, which takes what is embedded."""
+        alone = copy.copy(self)
+        alone._device_map = {range(index, index + 1): self.device_of_layer(index)}
+        return alone
+
+    @torch.inference_mode()
+    def hidden_step(self, step: Decode) -> Tensor:
+        """What the layers make of a step's tokens: (B, C)."""
+        with phase.decode():
+            return self._run_layers(self._embed(step.tokens), step)
 
     @property
     def _one_device(self) -> bool:
@@ -359,23 +377,6 @@ class Decoder(nn.Module):
         """Logits, softly kept below a cap where the model has one."""
         cap = self.config.logit_cap
         return logits if cap is None else (logits / cap).tanh() * cap
-
-
-def _pieces(lengths: Sequence[int], limit: int) -> Iterator[list[tuple[int, range]]]:
-    """What each pass takes, of up to `limit` tokens: prompts, and which tokens of each."""
-    taken: list[tuple[int, range]] = []
-    left = limit
-    for i, length in enumerate(lengths):
-        start = 0
-        while start < length:
-            piece = range(start, min(length, start + left))
-            taken.append((i, piece))
-            start, left = piece.stop, left - len(piece)
-            if not left:
-                yield taken
-                taken, left = [], limit
-    if taken:
-        yield taken
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

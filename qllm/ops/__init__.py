@@ -319,6 +319,11 @@ def kernels_on(device: str) -> SimpleNamespace:
     )
 
 
+def compiles(device: str) -> bool:
+    """Whether kernels of a device, by its type, are compiled as layers come to need them."""
+    return device == "cuda" and gpu.unsupported_reason(device) is None
+
+
 def prepare(device: str) -> None:
     """Compile what a device's kernels need, in front of work that shows how far it is."""
     on(device)

@@ -7,22 +7,21 @@ its operand as it lies. NVRTC compiles the kernel for what a layer needs when on
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from qllm.ops import reference
+from qllm.ops import phase, reference
 from qllm.ops.gpu import cuda, driver, layout, nvrtc, tiles
 from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu.graph import Graph
 from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
+from qllm.ops.gpu.rows import aligned
 from qllm.quant.packing import PackedWeight
 from qllm.quant.packing import pack as pack_rows
 
-ALIGNED = 8  # numbers of x that are loaded at once
 MAX_DEPTH_OF_OFFSETS = 2  # as of each group a lane holds two numbers more for each row
 
 
@@ -54,7 +53,7 @@ class Arguments(ctypes.Structure):
     )
 
 
-@cache
+@device_of.once
 def unsupported_reason(device: torch.device, *, offsets: bool = False) -> str | None:
     """Why it cannot run on a device, with a weight of scheme "offset" or of another; None: it can.
 
@@ -63,10 +62,12 @@ def unsupported_reason(device: torch.device, *, offsets: bool = False) -> str | 
     if device.type != "cuda":
         return "it is for CUDA devices"
     instead = "decode steps take Triton's product, a slower one"
-    return device_of.failure(lambda: _self_test(device, offsets), instead)
+    name = "decode, offsets" if offsets else "decode"
+    test = partial(_self_test, device, offsets)
+    return device_of.failure(name, device, test, instead, nvrtc.version)
 
 
-@cache
+@device_of.once
 def late_reason(device: torch.device) -> str | None:
     """Why kernels do not begin before the one in front has ended; None where they do.
 
@@ -75,16 +76,31 @@ def late_reason(device: torch.device) -> str | None:
     if reason := cuda.late_reason(device):
         return reason
     instead = "kernels of a step begin when the one in front has ended"
-    return device_of.failure(lambda: _test_of_order(device), instead)
+    test = partial(_test_of_order, device)
+    return device_of.failure("order", device, test, instead, nvrtc.version)
 
 
 def about(device: torch.device) -> str:
     """What multiplies in a decode step, for `--explain`."""
     if reason := unsupported_reason(device):
         return f"decode steps too, not in CUDA C++: {reason}"
-    early = late_reason(device)
-    how = f", one after the other: {early}" if early else ", begun before the one in front ends"
-    return f"decode steps: CUDA C++ by NVRTC {'.'.join(map(str, nvrtc.version()))}{how}"
+    return f"decode steps: CUDA C++ by NVRTC {'.'.join(map(str, nvrtc.version()))}{order(device)}"
+
+
+def order(device: torch.device) -> str:
+    """When kernels of a step begin, for `--explain`."""
+    if reason := late_reason(device):
+        return f", one after the other: {reason}"
+    return ", begun before the one in front ends"
+
+
+def begins_early(device: torch.device) -> bool:
+    """Whether a kernel that reads weights may do so before the one in front has ended.
+
+    It may in a step, which begins with an embedding: whatever wrote weights has ended before that.
+    Behind anything else a kernel could read what is still being written.
+    """
+    return phase.decoding() and late_reason(device) is None
 
 
 def weight_only_linear(
@@ -102,10 +118,10 @@ def weight_only_linear(
     """`reference.weight_only_linear` for x of one of DTYPES, on tensors of `layout.pack`.
 
     Args:
-        early: it may begin before the kernel in front has ended; None: where that was tested.
+        early: it may begin before the kernel in front has ended; None: as `begins_early` says.
     """
     shape = Shape.of(x.shape[1], out_features, group_size)
-    x = _aligned(shape.pad_groups(x) if shape.pads_groups else x)
+    x = aligned(shape.pad_groups(x) if shape.pads_groups else x)
     rows, y = len(x), x.new_empty(len(x), out_features)
     if rows == 0:
         return y
@@ -146,18 +162,9 @@ def weight_only_linear(
     grid = (-(-rows // (8 * tall)), shape.panels)
     with device_of.current(x):
         function = cuda.kernel("decode", variant, x.device)
-        early = late_reason(x.device) is None if early is None else early
+        early = begins_early(x.device) if early is None else early
         driver.launch(function, grid, 32 * variant.warps, arguments, x.device, early=early)
     return y
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x (M, K) with rows that begin where ALIGNED numbers can be loaded, and end with such."""
-    x = pad(x, (0, -x.shape[1] % ALIGNED))
-    bytes_at_once = ALIGNED * x.element_size()
-    if x.stride(1) == 1 and x.stride(0) % ALIGNED == 0 and x.data_ptr() % bytes_at_once == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _self_test(device: torch.device, offsets: bool = False) -> str | None:

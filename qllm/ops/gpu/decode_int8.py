@@ -6,14 +6,14 @@ Its sums are exact: which of the kernels runs changes no bit.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qllm.ops import reference
-from qllm.ops.gpu import cuda, decode, driver, tiles
+from qllm.ops.gpu import cuda, decode, driver, nvrtc, tiles
 from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu.layout import BLOCK, PANEL
 from qllm.ops.reference import Int8Rows
@@ -42,20 +42,21 @@ class Arguments(ctypes.Structure):
     )
 
 
-@cache
+@device_of.once
 def unsupported_reason(device: torch.device) -> str | None:
     """Why it cannot run on a device, where Triton's product does, as a note says; else None."""
     if device.type != "cuda":
         return "it is for CUDA devices"
     instead = "few rows of int8 take Triton's product"
-    return device_of.failure(lambda: _self_test(device), instead)
+    test = partial(_self_test, device)
+    return device_of.failure("decode_int8", device, test, instead, nvrtc.version)
 
 
 def about(device: torch.device) -> str:
     """What multiplies few rows, for `--explain`."""
     if reason := unsupported_reason(device):
         return f"few rows too, not in CUDA C++: {reason}"
-    return f"up to {FEW_ROWS} rows in CUDA C++"
+    return f"up to {FEW_ROWS} rows in CUDA C++{decode.order(device)}"
 
 
 def takes(rows: Int8Rows, qweight: Tensor) -> bool:
@@ -103,7 +104,7 @@ def int8_linear(rows: Int8Rows, qweight: Tensor, scales: Tensor, bias: Tensor | 
     )
     with device_of.current(x):
         function = cuda.kernel("decode_int8", variant, x.device)
-        early = decode.late_reason(x.device) is None
+        early = decode.begins_early(x.device)
         driver.launch(function, (1, panels), 32 * variant.warps, arguments, x.device, early=early)
     return y
 
@@ -119,8 +120,7 @@ def _self_test(device: torch.device) -> str | None:
         wanted = reference.int8_linear(rows, q.to(torch.int8), scales, bias, None, outputs)
         added = None if bias is None else bias.to(device)
         weight, by_output = q.to(device, torch.int8), scales.to(device)
-        if device.type == "cuda":  # the kernel reads weights before it waits for others
-            torch.cuda.current_stream(device).synchronize()
+        device_of.settle(weight)
         for count in (FEW_ROWS, 1):
             some = Int8Rows(rows.values[:count].to(device), rows.scales[:count].to(device), dtype)
             found = int8_linear(some, weight, by_output, added).cpu()

@@ -5,18 +5,41 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Generic, ParamSpec
 
 import torch
 from torch import Tensor
 
 from qllm.errors import first_line
+from qllm.ops.gpu import kept
 
+P = ParamSpec("P")
+SLOWLY = "running plain torch ops, which are slow"
 OLDEST = (8, 0)  # Ampere: the first compute capability that multiplies bfloat16
 INTERPRETED_SMS = 4  # so that the interpreter gets to split a product
 MAX_TILES = 1 << 16
+
+
+class once(Generic[P]):  # noqa: N801 - a decorator
+    """What a function returns for some arguments, found once: by one thread, for which others wait.
+
+    Kernels are tested, and compiled, by the thread that runs a model and by one that runs layers
+    while others are read.
+    """
+
+    _lock = threading.RLock()
+
+    def __init__(self, find: Callable[P, str | None]) -> None:
+        self._found = cache(find)
+        self.cache_clear = self._found.cache_clear
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> str | None:
+        with self._lock:
+            return self._found(*args, **kwargs)  # type: ignore[arg-type]
 
 
 def interpreting() -> bool:
@@ -33,15 +56,15 @@ def unsupported_reason(device: str) -> str | None:
     return None if device == "cpu" else _unfit()
 
 
-@cache
+@once
 def _unfit() -> str | None:
     """Why no GPU here can run them; of one that cannot, a note says so at the first call."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    reason = _too_old() or _self_test()
-    if reason:
-        print(f"note: {reason}; running plain torch ops, which are slow", file=sys.stderr)
-    return reason
+    if reason := _too_old():
+        _say(reason, SLOWLY)
+        return reason
+    return failure("Triton", torch.device("cuda", 0), _self_test, SLOWLY)
 
 
 def _too_old() -> str | None:
@@ -61,6 +84,7 @@ def say_that_it_compiles() -> None:
     print("note: compiling GPU kernels, which are kept for the next time ...", file=sys.stderr)
 
 
+@cache
 def watch_triton() -> None:
     """Tell the user where Triton compiles, when it has compiled the first kernel."""
     import triton
@@ -77,22 +101,40 @@ def _self_test() -> str | None:
     from qllm.ops.gpu.rows import quantize
 
     try:
-        watch_triton()
         found = quantize(torch.tensor([[-3.0, 0.0, 3.0]], device="cuda"), None).values.tolist()
     except Exception as error:  # whatever a compiler or a driver may raise
         return f"Triton cannot run here: {first_line(error)}"
     return None if found == [[-128, 0, 127]] else f"Triton's self-test here found {found}"
 
 
-def failure(test: Callable[[], str | None], instead: str) -> str | None:
-    """What a self-test finds wrong; a note then says what runs instead."""
+def failure(
+    name: str,
+    device: torch.device,
+    test: Callable[[], str | None],
+    instead: str,
+    depends: Callable[[], object] = str,
+) -> str | None:
+    """What a self-test finds wrong on a GPU; a note then says what runs instead.
+
+    That it found nothing is kept: it is not made again while nothing changes that it depends on.
+
+    Args:
+        depends: what else than `kept.test_name` knows of; where it raises, nothing can run.
+    """
     try:
-        reason = test()
+        passed = kept.test_name(f"{name}, {depends()}", device)
+        reason = None if kept.read(passed) else test()
+        if reason is None:
+            kept.write(passed, name.encode())
     except Exception as error:  # whatever a compiler or a driver may raise
         reason = first_line(error)
     if reason:
-        print(f"note: {reason}; {instead}", file=sys.stderr)
+        _say(reason, instead)
     return reason
+
+
+def _say(reason: str, instead: str) -> None:
+    print(f"note: {reason}; {instead}", file=sys.stderr)
 
 
 def about() -> str:
@@ -113,7 +155,16 @@ def architecture(device: torch.device) -> tuple[str, int]:
 
 def current(tensor: Tensor) -> AbstractContextManager:
     """Makes a tensor's device the one that kernels are launched on."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda:
+        return nullcontext()
+    watch_triton()
+    return torch.cuda.device(tensor.device)
+
+
+def settle(tensor: Tensor) -> None:
+    """Wait until a weight is written, which kernels that begin early read before they wait."""
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
 
 
 def counters(device: torch.device) -> Tensor:

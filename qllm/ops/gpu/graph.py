@@ -40,7 +40,9 @@ class Graph:
     def _capture(self) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
+            # Other threads may ask for memory meanwhile, as one that runs layers ahead does.
+            own = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
+            with own:
                 self._run()
         except RuntimeError as error:
             self.graph_break = first_line(error)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qllm.ops.gpu.device import settle
 from qllm.quant.packing import PackedWeight, group_width
 from qllm.quant.packing import pack as pack_rows
 from qllm.quant.packing import unpack as unpack_rows
@@ -87,9 +88,7 @@ def pack(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> 
         _by_lane(tensor, shape.panels) if tensor.numel() else tensor for tensor in weight[1:3]
     )
     whole = PackedWeight(torch.cat(packed), scales, zeros)
-    if whole.qweight.is_cuda:
-        # The decode kernel reads weights before it waits for the kernel in front of it.
-        torch.cuda.current_stream(whole.qweight.device).synchronize()
+    settle(whole.qweight)
     return whole
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,13 +92,14 @@ def weight_only_linear(
     )
 
 
-@cache
+@device.once
 def offsets_unsupported_reason(place: str) -> str | None:
     """Why no kernel takes weights with offsets on a device, by its type; None where one does."""
     if place != "cuda":
         return None
     instead = "weights with an offset per group are dequantized for each product"
-    return device.failure(lambda: _self_test(torch.device(place, 0)), instead)
+    here = torch.device(place, 0)
+    return device.failure("offsets", here, partial(_self_test, here), instead)
 
 
 def _self_test(place: torch.device) -> str | None:

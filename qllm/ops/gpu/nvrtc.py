@@ -1,15 +1,9 @@
-"""NVIDIA's runtime compiler, which torch's CUDA build brings, and the kernels it has compiled.
-
-What it makes is kept like the CPU's kernels, in `QLLM_CACHE`, under a hash of what goes into it.
-"""
+"""NVIDIA's runtime compiler, which torch's CUDA build brings; what it compiles is `kept`."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import importlib.util
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
@@ -17,12 +11,11 @@ from pathlib import Path
 
 import torch
 
-from qllm import folders
 from qllm.errors import first_line
+from qllm.ops.gpu import kept
 from qllm.ops.gpu.device import say_that_it_compiles
 
 VERSIONS = ("13", "12")
-DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class Unavailable(Exception):  # noqa: N818 - it says what is the case, not what went wrong
@@ -66,36 +59,13 @@ def compile_cached(source: str, options: Sequence[str]) -> bytes:
     Raises:
         Unavailable: there is no compiler, or it refuses.
     """
-    key = hashlib.sha256(repr((source, list(options), version())).encode()).hexdigest()[:16]
-    places = [folder / f"gpu-{key}.cubin" for folder in folders.kept_in(folders.CACHE)]
-    for path in places:
-        with suppress(OSError):
-            if found := _read(path):
-                return found
+    name = f"gpu-{kept.key_of(source, list(options), version())}.cubin"
+    if found := kept.read(name):
+        return found
     say_that_it_compiles()
     made = compile(source, options)
-    for path in places:
-        with suppress(OSError):
-            _write(path, made)
-            break
+    kept.write(name, made)
     return made
-
-
-def _read(path: Path) -> bytes | None:
-    """What was written to a path; None where it was cut short."""
-    folders.check_private(path.parent)
-    content = path.read_bytes()
-    made, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
-    return made if hashlib.sha256(made).digest() == digest else None
-
-
-def _write(path: Path, made: bytes) -> None:
-    folders.make(path.parent)
-    folders.check_private(path.parent)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix="gpu-")
-    with os.fdopen(handle, "wb") as file:
-        file.write(made + hashlib.sha256(made).digest())
-    Path(name).replace(path)
 
 
 def version() -> tuple[int, int]:

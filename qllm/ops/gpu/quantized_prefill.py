@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from qllm.ops.kv import PLAIN, RUN, Batch, Scores
 from qllm.ops.quantized_kv import QuantizedKV, padded_size
 
 
-@cache
+@device_of.once
 def unsupported_reason(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device; None where they can.
 
@@ -23,7 +23,7 @@ def unsupported_reason(device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     instead = "prompts' attention with --kv-bits runs in plain torch ops, slowly"
-    return device_of.failure(lambda: _self_test(device), instead)
+    return device_of.failure("quantized_prefill", device, partial(_self_test, device), instead)
 
 
 def prefill_attention(

@@ -6,6 +6,7 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qllm.ops import reference
 from qllm.ops.gpu import device
@@ -13,11 +14,21 @@ from qllm.ops.reference import Int8Rows
 
 NO_NORM, LAYER_NORM, RMS_NORM = range(3)
 GATED_AT_ONCE = 1024  # columns that a program takes
+ALIGNED = 8  # numbers of 16 bits that products load at once
 
 
 def side_by_side(x: Tensor) -> Tensor:
     """x (M, K) with the columns of a row without gaps; rows may lie apart."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x (M, K) with rows that begin where ALIGNED numbers can be loaded, and end with such."""
+    x = pad(x, (0, -x.shape[1] % ALIGNED))
+    bytes_at_once = ALIGNED * x.element_size()
+    if x.stride(1) == 1 and x.stride(0) % ALIGNED == 0 and x.data_ptr() % bytes_at_once == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def quantize(x: Tensor, input_scale: Tensor | None) -> Int8Rows:

@@ -79,7 +79,8 @@ def multiply(weight, x: Tensor, bias: Tensor | None = None) -> Tensor:
     bias = None if bias is None else bias.to(DEVICE)
     asked = weight.request
     format_ = (asked.out_features, asked.bits, asked.group_size)
-    return decode.weight_only_linear(x.to(DEVICE), *tensors, bias, *format_).cpu()
+    with phase.decode():
+        return decode.weight_only_linear(x.to(DEVICE), *tensors, bias, *format_).cpu()
 
 
 def rms(values: Tensor) -> float:
@@ -170,13 +171,15 @@ def run_between_fences(library: str) -> None:
             stored = random_weight((outputs, inputs), bits, group, scheme).stored
             tensors = map(fence, layout.pack(stored, bits, group, inputs)[:3])
             bias = fence(normal(outputs, dtype=torch.float16))
-            decode.weight_only_linear(x, *tensors, bias, outputs, bits, group)
+            with phase.decode():
+                decode.weight_only_linear(x, *tensors, bias, outputs, bits, group)
             kept.clear()
         x = reference.quantize_rows(normal(count, -(-inputs // 16) * 16).bfloat16(), None)
         x = reference.Int8Rows(fence(x.values), fence(x.scales), x.dtype)
         q = fence(torch.ones(outputs, x.values.shape[1], dtype=torch.int8))
         assert decode_int8.takes(x, q)
-        decode_int8.int8_linear(x, q, fence(torch.ones(outputs)), fence(torch.ones(outputs)))
+        with phase.decode():
+            decode_int8.int8_linear(x, q, fence(torch.ones(outputs)), fence(torch.ones(outputs)))
         kept.clear()
 
 
@@ -224,8 +227,34 @@ def test_int8_is_the_reference_to_the_bit(dtype, static, own_gpu, monkeypatch):
         ]
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        got = linear.int8_linear(*there, outputs).cpu()
+        with phase.decode():
+            got = linear.int8_linear(*there, outputs).cpu()
         assert torch.equal(pattern(got), pattern(reference.int8_linear(*given, outputs)))
+
+
+def test_weights_are_read_early_in_steps_alone(own_gpu, monkeypatch):
+    """In front of anything else may be what writes them."""
+    monkeypatch.setattr(decode_int8, "unsupported_reason", lambda device: None)
+    asked: list[bool] = []
+    launch = driver.launch
+    monkeypatch.setattr(
+        driver, "launch", lambda *given, early: asked.append(early) or launch(*given, early=early)
+    )
+    weight, x = random_weight((20, 256), 4, 128), normal(3, 256, dtype=torch.bfloat16).to(DEVICE)
+    tensors = packed(weight, DEVICE)[:3]
+    q, scales = (torch.ones(20, *shape, device=DEVICE) for shape in ((256,), ()))
+
+    def products():
+        decode.weight_only_linear(x, *tensors, None, 20, 4, 128)
+        linear.int8_linear(
+            reference.quantize_rows(x, None), q.to(torch.int8), scales, None, None, 20
+        )
+
+    products()
+    with phase.decode():
+        products()
+    can = decode.late_reason(torch.device(DEVICE, 0)) is None
+    assert asked == [False, False, can, can]
 
 
 def test_int8_that_it_does_not_take():
@@ -290,6 +319,8 @@ def test_where_it_cannot_run_a_note_and_the_explanation_say_so(monkeypatch, caps
                 raise error
 
             monkeypatch.setattr(decode, "_self_test", fail)
+            monkeypatch.setattr(nvrtc.kept, "test_name", lambda name, device: "gpu-passed-none")
+            monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
             reason = str(error).splitlines()[0]
             assert decode.unsupported_reason(place) == reason
             assert decode.about(place).endswith(f"not in CUDA C++: {reason}")

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qllm import ops
 from qllm.ops import reference
-from qllm.ops.gpu import device, rows
+from qllm.ops.gpu import device, kept, rows
 
+A_GPU = SimpleNamespace(name="A GPU", uuid="1", multi_processor_count=4)
 REQUEST = ops.Request(256, 64, 4, 128, "asym", "cuda")
 
 
 @pytest.fixture
-def no_interpreter(monkeypatch):
+def no_interpreter(monkeypatch, tmp_path):
+    monkeypatch.setenv("QLLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     device._unfit.cache_clear()
 
@@ -33,6 +38,7 @@ def a_gpu(no_interpreter, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
 
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: A_GPU)
     yield make
     device._unfit.cache_clear()
 
@@ -88,9 +94,65 @@ def test_a_triton_that_cannot_run_takes_the_reference(a_gpu, monkeypatch):
     assert device.unsupported_reason("cuda") is None
 
 
+def test_that_a_self_test_has_passed_is_kept(a_gpu, monkeypatch, capsys):
+    """Not that it failed, nor what another GPU, driver, compiler or source passed."""
+    made, place = [], torch.device("cuda", 0)
+
+    def run(found: str | None = None, name: str = "test", depends: object = str) -> str | None:
+        test = lambda: made.append(name) or found  # noqa: E731
+        return device.failure(name, place, test, "it is slow", depends)
+
+    for _ in range(2):
+        assert run("broken") == "broken"
+    for _ in range(2):
+        assert run() is None
+    assert len(made) == 3 and capsys.readouterr().err == "note: broken; it is slow\n" * 2
+    changes = (
+        lambda: monkeypatch.setattr(A_GPU, "uuid", "2"),
+        lambda: monkeypatch.setattr(torch.version, "cuda", "99.0"),
+        lambda: monkeypatch.setattr(kept, "sources", lambda: "others"),
+    )
+    for change in changes:
+        change()
+        kept._compilers.cache_clear()
+        for _ in range(2):
+            assert run() is None
+    assert len(made) == 6
+    run(depends=lambda: 12)
+    run(name="another")
+    assert len(made) == 8
+
+    def missing() -> None:
+        raise RuntimeError("there is no compiler")
+
+    assert run(depends=missing) == "there is no compiler"
+    kept._compilers.cache_clear()
+
+
+def test_threads_wait_for_one_that_tests(capsys):
+    """A test takes seconds, and a note is said once."""
+    begun = threading.Event()
+
+    @device.once
+    def tested(name: str) -> str:
+        assert not begun.is_set()
+        begun.set()
+        time.sleep(0.05)
+        return name
+
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(tested("a"))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["a"] * 3
+
+
 def test_a_note_says_that_triton_compiles(monkeypatch, capsys):
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton.knobs.compilation, "listener", None)
+    device.watch_triton.cache_clear()
     device.watch_triton()
     device.say_that_it_compiles.cache_clear()
     said = []

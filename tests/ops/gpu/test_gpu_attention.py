@@ -11,7 +11,7 @@ from cpu_paths import DTYPES, normal
 from torch import Tensor
 
 from qllm.ops import reference
-from qllm.ops.gpu import attention, quantized_prefill
+from qllm.ops.gpu import attention, kept, quantized_prefill
 from qllm.ops.gpu import device as device_of
 from qllm.ops.kv import KV, Batch, Scores, ring_capacity
 from qllm.ops.quantized_kv import RUN, QuantizedKV
@@ -273,6 +273,7 @@ def test_the_self_test_of_prompts_finds_what_is_wrong(gpu, monkeypatch, capsys):
     assert quantized_prefill._self_test(device) is None
     right = quantized_prefill.prefill_attention
     monkeypatch.setattr(quantized_prefill, "prefill_attention", lambda *given: right(*given) + 1)
+    monkeypatch.setattr(kept, "test_name", lambda name, device: "gpu-passed-none")
     quantized_prefill.unsupported_reason.cache_clear()
     self_test = quantized_prefill._self_test
     monkeypatch.setattr(quantized_prefill, "_self_test", lambda _: self_test(device))

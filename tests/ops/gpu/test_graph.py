@@ -35,7 +35,7 @@ class Made:
         yield
 
     @contextmanager
-    def graph(self, graph: object, stream: object):
+    def graph(self, graph: object, stream: object, capture_error_mode: str):
         self.events.append("capture")
         yield
 
@@ -71,7 +71,7 @@ def test_it_runs_then_is_captured_then_replayed(made):
 
 def test_what_cannot_be_captured_runs_as_it_is(made, monkeypatch, capsys):
     @contextmanager
-    def refused(graph: object, stream: object):
+    def refused(graph: object, stream: object, capture_error_mode: str):
         yield
         raise torch.OutOfMemoryError("CUDA out of memory\nand more of it")
 
