@@ -104,7 +104,7 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
     half = found["plan"]["predicted"]["bytes"] * 0.6
     linear = {"1": (1e-6, 0.0, 1e-10, 2e-10), "32": (1e-5, 0.0, 1e-9, 1e-9)}
     linears = {f"{bits}:g64:asym": linear for bits in (2, 3, 4)} | {"16": linear}
-    halves = dict.fromkeys(("decode", "prefill"), (1e-6, 0.0, 0.0))
+    halves = dict.fromkeys(("decode", "prefill"), (1e-6, 0.0, 0.0, 0.0))
     speed = {"linears": dict.fromkeys(("decode", "prefill"), linears), "halves": halves}
     speed |= {"passes": dict.fromkeys(("decode", "prefill"), 1e-6), "working_sets": (1e6, 1e7)}
     device = {"host": platform.node(), "threads": 1, "memory": half, "measured": speed}
@@ -115,7 +115,7 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
     asked: list[int] = []
 
     class Slower(verify.Probe):
-        def __init__(self, specs, dtype, device, threads):
+        def __init__(self, specs, dtype, device, threads, matrices):
             used = {label(spec) for spec in specs} | {"16"}
             self.tables = {bits: each for bits, each in three_times.items() if bits in used}
             asked.append(threads)

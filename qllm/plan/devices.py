@@ -44,12 +44,14 @@ class Speed(Protocol):
             model: bytes of all that a step reads, by which caches keep it or do not.
         """
 
-    def half(self, values: int, context: int, *, decode: bool) -> float:
+    def half(self, values: int, products: float, other: float, *, decode: bool) -> float:
         """All else in half a layer.
 
         Args:
             values: activations, tokens by channels.
-            context: bytes of the cache that a step reads; of prompts, scores.
+            products: multiply-adds of attention with keys: tokens by heads by their channels by
+                tokens that they see.
+            other: bytes of the cache that a step reads; of prompts, products by their channels.
         """
 
     def step(self, *, decode: bool) -> float:
@@ -78,9 +80,9 @@ class DescribedSpeed:
         read = nbytes / (self.bandwidth * OF_BANDWIDTH)
         return max(read, 2 * math.prod(size) * rows / (rate * OF_FLOPS))
 
-    def half(self, values: int, context: int, *, decode: bool) -> float:
+    def half(self, values: int, products: float, other: float, *, decode: bool) -> float:
         # Activations are read and written a few times; scores are next to nothing beside products.
-        moved = 8 * values + (context if decode else 0)
+        moved = 8 * values + (other if decode else 0)
         return self.overhead + moved / (self.bandwidth * OF_BANDWIDTH)
 
     def step(self, *, decode: bool) -> float:
@@ -94,15 +96,15 @@ class MeasuredSpeed:
     Attributes:
         linears: "decode" and "prefill" to `candidates.key` to rows to seconds per call, per
             channel (inputs and outputs together), and per weight in each of `working_sets`.
-        halves: "decode" and "prefill" to seconds per half of a layer, per activation and per unit
-            of context; see `Speed.half`.
+        halves: "decode" and "prefill" to seconds per half of a layer, and per unit of each of what
+            `Speed.half` takes.
         passes: "decode" and "prefill" to seconds of a pass besides its layers.
         working_sets: rising; bytes that a step goes through, of which caches keep some. Between
             two, a weight's time goes by the logarithm.
     """
 
     linears: Mapping[str, Mapping[str, Mapping[str, tuple[float, ...]]]]
-    halves: Mapping[str, tuple[float, float, float]]
+    halves: Mapping[str, tuple[float, float, float, float]]
     passes: Mapping[str, float]
     working_sets: tuple[float, ...]
 
@@ -125,9 +127,9 @@ class MeasuredSpeed:
             return seconds[-1] * rows / known[-1]
         return float(np.interp(rows, known, seconds))
 
-    def half(self, values: int, context: int, *, decode: bool) -> float:
-        fixed, each, of_context = self.halves["decode" if decode else "prefill"]
-        return fixed + each * values + of_context * context
+    def half(self, values: int, products: float, other: float, *, decode: bool) -> float:
+        fixed, of_value, of_product, of_other = self.halves["decode" if decode else "prefill"]
+        return fixed + of_value * values + of_product * products + of_other * other
 
     def step(self, *, decode: bool) -> float:
         return self.passes["decode" if decode else "prefill"]
@@ -284,7 +286,7 @@ def _measured(value: Any, where: str) -> MeasuredSpeed:
             }
             for phase in PHASES
         }
-        halves = {phase: _three(value["halves"][phase]) for phase in PHASES}
+        halves = {phase: _four(value["halves"][phase]) for phase in PHASES}
         passes = {phase: _numbers([value["passes"][phase]], 1)[0] for phase in PHASES}
         return MeasuredSpeed(linears, halves, passes, sets)
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -293,9 +295,9 @@ def _measured(value: Any, where: str) -> MeasuredSpeed:
         ) from None
 
 
-def _three(times: Any) -> tuple[float, float, float]:
-    first, second, third = _numbers(times, 3)
-    return first, second, third
+def _four(times: Any) -> tuple[float, float, float, float]:
+    first, second, third, fourth = _numbers(times, 4)
+    return first, second, third, fourth
 
 
 def _numbers(times: Any, count: int) -> tuple[float, ...]:

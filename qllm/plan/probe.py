@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
@@ -23,20 +24,20 @@ from qllm.plan.devices import MeasuredSpeed, Size
 from qllm.plan.program import Workload, sees_last_token
 from qllm.plan.timing import time_generation, undisturbed
 
-# Bytes that a step goes through, and the inputs and outputs of the matrices that they are made of:
-# what the caches of a core keep, what one that cores share may, and what none does.
-WORKING_SETS: tuple[tuple[int, tuple[Size, ...]], ...] = (
-    (4 << 20, ((256, 256), (256, 1024), (1024, 256), (1024, 1024))),
-    (16 << 20, ((1024, 1024),)),
-    (48 << 20, ((1024, 1024),)),
-    (192 << 20, ((2048, 2048),)),
-)
+# Bytes that a step goes through: what the caches of a core keep, what one that cores share may, and
+# what none does. And the inputs and outputs of the matrices that they are made of: of the least,
+# several, which tell what a call and a channel take from what a weight does.
+WORKING_SETS = (4 << 20, 16 << 20, 48 << 20, 192 << 20)
+SMALL: tuple[Size, ...] = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
+LARGE: Size = (2048, 2048)
 ROWS = {"decode": (1, 4, 8, 16), "prefill": (16, 128, 512)}
-FORMAT = 6  # of what is found: what was kept in another is measured again
+FORMAT = 7  # of what is found: what was kept in another is measured again
 ROUNDS = 5  # of all measurements, in turns: a shared machine is slow for seconds at a time
 SECONDS = 0.03  # that one measurement takes in a round at least
-# Of the models with which is measured what is beside the products: family, hidden size and layers.
-FAMILIES = ("llama", "opt")  # the first of 16 bits
+# Of the models with which is measured what is beside the products: family, channels of a head and
+# heads that share keys; hidden size and layers. Scores take what they do by their number, and
+# products with keys and values by their channels.
+FAMILIES = (("llama", 64, 4), ("opt", 32, 1))  # the first of 16 bits
 MODELS = ((256, 2), (256, 8), (1024, 4))
 DECODES = ((1, 16), (1, 1024), (8, 16), (8, 256))  # sequences and the tokens of each
 PROMPTS = (32, 256, 768)
@@ -68,6 +69,7 @@ class Probe:
         specs: whose products are measured; those of 16 bits always are.
         dtype: of activations.
         threads: of the CPU; None: as many as torch has.
+        matrices: where several probes share them.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Probe:
         dtype: torch.dtype,
         device: str,
         threads: int | None = None,
+        matrices: Matrices | None = None,
     ) -> None:
         self._specs = list({key(spec): spec for spec in (QuantSpec(), *specs)}.values())
         self._dtype, self._device = dtype, device
@@ -84,21 +87,23 @@ class Probe:
         # mean of some.
         specs = self._specs[0], self._specs[len(self._specs) // 2]
         self._models = {
-            (family, spec, *sizes): _model(family, *sizes, spec, dtype, device)
+            (*family, spec, *sizes): _model(*family, *sizes, spec, dtype, device)
             for family, spec in zip(FAMILIES, specs, strict=True)
             for sizes in MODELS
         }
         self._times: defaultdict[Hashable, list[float]] = defaultdict(list)
+        matrices = matrices or Matrices(dtype, device)
         with self._own_threads():
             self._products = {
-                (spec, name, nbytes, size, rows): _product(linears, rows, dtype, device, name)
+                name: self._product(matrices, *name)
                 for spec in self._specs
-                for nbytes, sizes in WORKING_SETS
-                for size in sizes
-                for linears in [_copies(spec, size, nbytes, dtype, device)]
-                for name, counts in ROWS.items()
-                for rows in counts
+                for name in _products(spec)
             }
+
+    def _product(
+        self, matrices: Matrices, spec: QuantSpec, name: str, nbytes: int, size: Size, rows: int
+    ) -> tuple[Callable[[], object], int]:
+        return _product(matrices(spec, size, nbytes), rows, self._dtype, self._device, name)
 
     @contextmanager
     def _own_threads(self) -> Iterator[None]:
@@ -132,26 +137,29 @@ class Probe:
             for name, counts in ROWS.items():
                 table = {str(rows): self._linear(spec, name, rows) for rows in counts}
                 linears[name][key(spec)] = table
-        sets = tuple(float(nbytes) for nbytes, _ in WORKING_SETS)
+        sets = tuple(map(float, WORKING_SETS))
         rest = self._rest(MeasuredSpeed(linears, {}, {}, sets))
-        halves = {name: (rest[name][1], rest[name][2], rest[name][3]) for name in ROWS}
-        passes = {name: rest[name][0] for name in ROWS}
+        halves, passes = {}, {}
+        for name in ROWS:
+            passes[name], fixed, of_value, of_product, of_other = rest[name]
+            halves[name] = fixed, of_value, of_product, of_other
         return MeasuredSpeed(linears, halves, passes, sets)
 
     def _linear(self, spec: QuantSpec, name: str, rows: int) -> tuple[float, ...]:
         """Coefficients of `MeasuredSpeed.linears`."""
-        (nbytes, sizes), *larger = WORKING_SETS
-        features = [[1.0, sum(size), math.prod(size)] for size in sizes]
-        times = [self._seconds(spec, name, nbytes, size, rows) for size in sizes]
+        least, *larger = WORKING_SETS
+        features = [[1.0, sum(size), math.prod(size)] for size in SMALL]
+        times = [self._seconds(spec, name, least, size, rows) for size in SMALL]
         call, channel, weight = _fit(list(zip(features, times, [0.0] * len(times), strict=True)))
         weights = [weight]
-        for nbytes, (size,) in larger:
-            beside = call + channel * sum(size)
-            each = (self._seconds(spec, name, nbytes, size, rows) - beside) / math.prod(size)
+        for nbytes in larger:
+            measured = nbytes if name == "decode" else larger[-1]
+            beside = call + channel * sum(LARGE)
+            each = (self._seconds(spec, name, measured, LARGE, rows) - beside) / math.prod(LARGE)
             weights.append(max(each, weights[-1]))
         return call, channel, *weights
 
-    def _rest(self, products: MeasuredSpeed) -> dict[str, list[float]]:
+    def _rest(self, products: MeasuredSpeed) -> dict[str, tuple[float, ...]]:
         """What passes through small models take besides their products, by least squares.
 
         Returns:
@@ -160,16 +168,18 @@ class Probe:
         decode: list[tuple[list[float], float, float]] = []
         prefill: list[tuple[list[float], float, float]] = []
         for kind, model in self._models.items():
-            _, spec, hidden, layers = kind
-            count = 2 * layers
+            _, channels, sharing, spec, hidden, layers = kind
+            count, heads = 2 * layers, hidden // channels
             for batch, context in DECODES:
                 known = _products_of(model, spec, products, batch, batch, decoding=True)
-                read = 2 * batch * context * hidden * self._dtype.itemsize
-                features = [1.0, count, count * batch * hidden, layers * read]
+                work = layers * batch * context * heads * channels
+                read = 2 * work // sharing * self._dtype.itemsize
+                features = [1.0, count, count * batch * hidden, work, read]
                 decode.append((features, self._seconds(kind, batch, context), known))
             for length in PROMPTS:
                 known = _products_of(model, spec, products, length, 1, decoding=False)
-                features = [1.0, count, count * length * hidden, layers * length**2 * hidden]
+                scores = layers * heads * length**2
+                features = [1.0, count, count * length * hidden, scores * channels, scores]
                 prefill.append((features, self._seconds(kind, length), known))
         return {"decode": _fit(decode), "prefill": _fit(prefill)}
 
@@ -199,23 +209,43 @@ def _products_of(
     return seconds
 
 
-def _copies(
-    spec: QuantSpec, size: Size, nbytes: int, dtype: torch.dtype, device: str
-) -> list[Linear]:
-    """Matrices of random weights, as many as have the bytes together."""
-    first = _linear(spec, size, dtype, device)
-    # Each is laid out by itself, as those of a model are: copied, one would bring along the memory
-    # of all that lie beside it.
-    count = -(-nbytes // first.nbytes())
-    return [first, *(_linear(spec, size, dtype, device) for _ in range(count - 1))]
+def _products(spec: QuantSpec) -> Iterator[tuple[QuantSpec, str, int, Size, int]]:
+    """The spec, phase, bytes, matrices' size and rows of all that is measured of a spec."""
+    for name, counts in ROWS.items():
+        # Prompts are bound by arithmetic: wherever their weights come from, all take as long.
+        larger = WORKING_SETS[1:] if name == "decode" else WORKING_SETS[-1:]
+        sets = [(WORKING_SETS[0], size) for size in SMALL] + [(each, LARGE) for each in larger]
+        for nbytes, size in sets:
+            for rows in counts:
+                yield spec, name, nbytes, size, rows
+
+
+class Matrices:
+    """Matrices of random weights; those of a small working set are among a larger one's."""
+
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        self._dtype, self._device = dtype, device
+        self._fresh: dict[tuple[QuantSpec, Size], Linear] = {}
+        self._laid_out: defaultdict[tuple[QuantSpec, Size], list[Linear]] = defaultdict(list)
+
+    def __call__(self, spec: QuantSpec, size: Size, nbytes: int) -> Sequence[Linear]:
+        """As many as have the bytes together."""
+        name = spec, size
+        if name not in self._fresh:
+            self._fresh[name] = _linear(spec, size, self._dtype, self._device)
+        linears = self._laid_out[name]
+        while not linears or len(linears) * linears[0].nbytes() < nbytes:
+            # Each is laid out by itself, as those of a model are: a copy of one that is would bring
+            # along the memory of all that lie beside it.
+            linears.append(copy.deepcopy(self._fresh[name]))
+            linears[-1].process_weights_after_loading()
+        return linears[: -(-nbytes // linears[0].nbytes())]
 
 
 def _linear(spec: QuantSpec, size: Size, dtype: torch.dtype, device: str) -> Linear:
     inputs, outputs = size
     weight = torch.randn(outputs, inputs, device=device, dtype=dtype) * inputs**-0.5
-    linear = linear_class(spec).from_float(weight, None, spec, input_range=4.0)
-    linear.process_weights_after_loading()
-    return linear
+    return linear_class(spec).from_float(weight, None, spec, input_range=4.0)
 
 
 def _product(
@@ -223,7 +253,7 @@ def _product(
 ) -> tuple[Callable[[], object], int]:
     """A call that multiplies with some matrices in turn, and their number."""
     if name == "prefill":  # bound by arithmetic: some matrices are as good as all
-        linears = linears[:8]
+        linears = linears[:4]
     x = torch.randn(rows, linears[0].in_features, dtype=dtype, device=device)
 
     def run() -> None:
@@ -257,7 +287,7 @@ def median_seconds(run: Callable[[], object], device: str) -> float:
     return statistics.median(times)
 
 
-def _fit(rows: Sequence[tuple[list[float], float, float]]) -> list[float]:
+def _fit(rows: Sequence[tuple[list[float], float, float]]) -> tuple[float, ...]:
     """Coefficients, 0 or more, with which features and what is known add up to the seconds.
 
     What is missed counts by its share of a pass: that is what predictions are judged by.
@@ -271,17 +301,26 @@ def _fit(rows: Sequence[tuple[list[float], float, float]]) -> list[float]:
     seconds, known = np.array([[whole, part] for _, whole, part in rows]).T
     weighed = features / seconds[:, None]
     scale = weighed.max(axis=0)
-    return list(nnls(weighed / scale, 1 - known / seconds)[0] / scale)
+    return tuple(map(float, nnls(weighed / scale, 1 - known / seconds)[0] / scale))
 
 
 def _model(
-    family: str, hidden: int, layers: int, spec: QuantSpec, dtype: torch.dtype, device: str
+    family: str,
+    channels: int,
+    sharing: int,
+    hidden: int,
+    layers: int,
+    spec: QuantSpec,
+    dtype: torch.dtype,
+    device: str,
 ) -> Decoder:
-    """A model of these sizes with random weights, of one of FAMILIES.
+    """A model with random weights.
 
     Args:
+        family, channels, sharing: one of FAMILIES.
         spec: of the linears in layers.
     """
+    heads = hidden // channels
     raw = {
         "model_type": family,
         "vocab_size": 4 * hidden,
@@ -289,7 +328,8 @@ def _model(
         "intermediate_size": 3 * hidden,  # of Llama's three matrices
         "ffn_dim": 4 * hidden,  # of OPT's two
         "num_hidden_layers": layers,
-        "num_attention_heads": hidden // 64,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // sharing,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
     }
@@ -302,7 +342,9 @@ def _model(
     for name, linear in linears.items():
         if name != LM_HEAD:
             size = linear.in_features, linear.out_features
-            model.set_submodule(name, _linear(spec, size, dtype, device))
+            quantized = _linear(spec, size, dtype, device)
+            quantized.process_weights_after_loading()
+            model.set_submodule(name, quantized)
     for layer in model.layers:
         layer.fuse_norms()
     return model

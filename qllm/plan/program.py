@@ -217,7 +217,7 @@ def build(
         hop_decode = cluster.hop(config.hidden_size * rows_each * shape.dtype.itemsize)
         hop_decode += cluster.hop(8 * rows_each)  # the last stage tells every other one its tokens
         context = shape.cache(work) * rows_each / rows
-        scores = work.prompt**2 * rows_each * config.num_heads * config.head_dim
+        heads = config.num_heads * rows_each
         for d, device in enumerate(devices):
             speed = device.speed
             for m in range(size[0]):
@@ -230,11 +230,15 @@ def build(
                     decode[d, m, c] = speed.linear(*args, rows_each, decode=True, model=held)
             for h in range(halves):
                 # Keys and values grow from the prompt's length on: the mean of all steps.
-                mean = context[h] * (work.prompt + work.new / 2) / (work.prompt + work.new)
-                attention = scores if h % 2 == 0 else 0
-                fixed_prefill[d, h] = speed.half(values, attention, decode=False)
+                mean = work.prompt + work.new / 2
+                read = context[h] * mean / (work.prompt + work.new)
+                seen = heads if h % 2 == 0 else 0  # the MLP's half has no attention
+                scores = seen * work.prompt**2
+                fixed_prefill[d, h] = speed.half(
+                    values, scores * config.head_dim, scores, decode=False
+                )
                 fixed_decode[d, h] = speed.half(
-                    config.hidden_size * rows_each, int(mean), decode=True
+                    config.hidden_size * rows_each, seen * mean * config.head_dim, read, decode=True
                 )
             if shape.head is not None:
                 head, nbytes = shape.head

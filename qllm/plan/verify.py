@@ -14,7 +14,7 @@ from qllm.config import QuantPlan, QuantSpec
 from qllm.evaluate.agreement import DecoderReference, ReferenceOutputs, agreement
 from qllm.plan.devices import Device, MeasuredSpeed
 from qllm.plan.planner import Plan
-from qllm.plan.probe import ROUNDS, Probe
+from qllm.plan.probe import ROUNDS, Matrices, Probe
 from qllm.plan.stages import time_stages
 from qllm.plan.timing import time_generation, undisturbed
 from qllm.quantizer.checkpoint import quantize_checkpoint
@@ -101,8 +101,9 @@ class _Now:
     def __init__(self, plan: Plan, dtype: torch.dtype | None, device: str) -> None:
         specs, given = list(plan.specs.values()), dtype or torch.float16
         self._plan = plan
+        matrices = Matrices(given, device)
         self._probes = {
-            threads: Probe(specs, given, device, threads)
+            threads: Probe(specs, given, device, threads, matrices)
             for threads in {each.threads for each in plan.order}
         }
 

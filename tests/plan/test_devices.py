@@ -65,7 +65,7 @@ def test_measured_speeds_are_what_was_measured(tmp_path):
     table = {"1": (1e-5, 1e-9, 1e-10, 3e-10), "8": (2e-5, 2e-9, 2e-10, 4e-10)}
     speed = MeasuredSpeed(
         {"decode": {"4:g128:asym": table}, "prefill": {"4:g128:asym": table}},
-        {"decode": (1e-6, 1e-9, 1e-11), "prefill": (2e-6, 0.0, 0.0)},
+        {"decode": (1e-6, 1e-9, 1e-11, 2e-11), "prefill": (2e-6, 0.0, 0.0, 3e-10)},
         {"decode": 5e-6, "prefill": 1e-3},
         (1e6, 4e6),
     )
@@ -83,7 +83,8 @@ def test_measured_speeds_are_what_was_measured(tmp_path):
     middle = again.linear(four, size, 0, 4, decode=True, model=1e5)
     assert middle == pytest.approx(near + 3 / 7 * near)
     assert again.linear(four, size, 0, 16, decode=True, model=1e5) == pytest.approx(4 * near)
-    assert again.half(1000, 10**5, decode=True) == pytest.approx(3e-6)
+    assert again.half(1000, 10**5, 10**5, decode=True) == pytest.approx(5e-6)
+    assert again.half(1000, 10**5, 10**4, decode=False) == pytest.approx(5e-6)
     with pytest.raises(UserError, match="4:g128:asym and no 3:g128:asym; measure again"):
         again.linear(QuantSpec(3, kind="weight_only"), (1, 1), 1, 1, decode=True, model=1.0)
 

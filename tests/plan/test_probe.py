@@ -18,9 +18,11 @@ FOUR = QuantSpec(4, group_size=64, kind="weight_only")
 @pytest.fixture
 def small(monkeypatch):
     """Matrices and models that take milliseconds."""
-    sets = ((1 << 17, ((64, 64), (64, 128), (128, 64), (128, 128))), (1 << 19, ((256, 256),)))
-    monkeypatch.setattr(probe, "WORKING_SETS", sets)
+    monkeypatch.setattr(probe, "WORKING_SETS", (1 << 17, 1 << 18, 1 << 19))
+    monkeypatch.setattr(probe, "SMALL", ((64, 64), (64, 128), (128, 64), (128, 128)))
+    monkeypatch.setattr(probe, "LARGE", (256, 256))
     monkeypatch.setattr(probe, "SECONDS", 0.001)
+    monkeypatch.setattr(probe, "FAMILIES", (("llama", 16, 2), ("opt", 8, 1)))
     monkeypatch.setattr(probe, "MODELS", ((64, 1), (64, 2), (128, 1)))
     monkeypatch.setattr(probe, "DECODES", ((1, 8), (2, 8), (1, 64)))
     monkeypatch.setattr(probe, "PROMPTS", (8, 32))
@@ -50,16 +52,19 @@ def test_what_is_measured_predicts(tmp_path):
             assert 0 < one < many
     assert all(again.step(decode=name == "decode") >= 0 for name in PHASES)
     # A whole pass takes something besides its products, wherever the fit puts it.
-    assert again.step(decode=True) + again.half(64, 4096, decode=True) > 0
+    assert again.step(decode=True) + again.half(64, 4096, 64, decode=True) > 0
 
 
 def test_matrices_take_the_memory_that_they_say():
-    copies = probe._copies(FOUR, (1024, 1024), nbytes := 16 << 20, torch.float16, "cpu")
+    matrices = probe.Matrices(torch.float16, "cpu")
+    few, many = (matrices(FOUR, (1024, 1024), nbytes) for nbytes in (4 << 20, 16 << 20))
+    assert list(few) == list(many[: len(few)])
     storages = {
-        b.untyped_storage().data_ptr(): b.untyped_storage() for m in copies for b in m.buffers()
+        b.untyped_storage().data_ptr(): b.untyped_storage() for m in many for b in m.buffers()
     }
-    assert sum(m.nbytes() for m in copies) >= nbytes
-    assert sum(each.nbytes() for each in storages.values()) < 3 * nbytes
+    held = sum(m.nbytes() for m in many)
+    assert 16 << 20 <= held < (16 << 20) + many[0].nbytes()
+    assert sum(each.nbytes() for each in storages.values()) < 3 * held
 
 
 def test_what_sees_the_last_token_alone():
