@@ -270,13 +270,15 @@ def run_reference(
     """What agreement needs of the reference, None without it; and what --compare adds."""
     if not reference_wanted(args):
         return None, {}
-    from qllm.candidates import check_sizes, find_reference
+    from qllm.candidates import find_reference
+    from qllm.checkpoint.origin import check_reference
     from qllm.evaluate.evaluation import evaluate
     from qllm.gguf import is_gguf
     from qllm.huggingface import HuggingFaceModel
 
     place = find_reference(candidates, args.reference, cli.note, gguf=not args.compare)
-    check_sizes(candidates, place)
+    for candidate in candidates:
+        check_reference(place, candidate.folder, candidate.config)
     first = candidates[0]
     if is_gguf(place.path):
         return read_reference(args, load_gguf(args, place, device), first), {}

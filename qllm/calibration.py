@@ -145,6 +145,9 @@ def find_calibration(
         raise UserError(f"--calib {path}: there is no such file; fake_calib_gen.py makes one")
     calibration = Calibration.load(path)
     note(f"activation statistics of {calibration.about.get('source', 'unknown source')}: {path}")
+    made_for = calibration.about.get("model", model.name)
+    if made_for != model.name:
+        note(f"they are those of {made_for}, and this is {model.name}")
     return calibration
 
 

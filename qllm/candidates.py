@@ -18,7 +18,7 @@ from qllm.evaluate.perplexity import Cut, PerplexityOptions, Text, cut
 from qllm.hub import ModelFolder
 from qllm.layers import Linear
 from qllm.llm import LLM
-from qllm.models import Decoder, read_config
+from qllm.models import Decoder
 from qllm.pretrained import Pretrained
 from qllm.tokenizer import Tokenizer
 
@@ -206,23 +206,6 @@ def find_reference(
             "one that both are compared with: --reference"
         )
     return model
-
-
-def check_sizes(candidates: Sequence[Candidate], reference: ModelFolder) -> None:
-    """Refuse a reference that is another model.
-
-    Raises:
-        UserError: it differs from one of the models in family or size.
-    """
-    config = read_config(read_raw_config(reference.path))
-    for candidate in candidates:
-        for size in ("family", "vocab_size", "hidden_size", "num_layers"):
-            ours, theirs = getattr(candidate.config, size), getattr(config, size)
-            if ours != theirs:
-                raise UserError(
-                    f"the reference {reference.name} of {candidate.name} is another model: its "
-                    f"{size} is {theirs}, not {ours}; name another with --reference"
-                )
 
 
 def algorithm_of(folder: ModelFolder, model: Decoder) -> str:

@@ -25,6 +25,7 @@ KV_BITS = (DEFAULT_KV_BITS, 8, 4)
 # The one quantized module outside the layers, which stays at 16 bits unless it is named.
 LM_HEAD = "lm_head"
 W8A8 = {"8:tc-li": "w8a8_dynamic", "8:tc": "w8a8_static"}
+MAX_SEED = 2**63 - 1  # that torch's generators take
 BITWIDTHS = ("1", "2", "3", "4", "5", "6", "7", "8", *W8A8, "16")
 
 

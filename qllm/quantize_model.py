@@ -16,6 +16,7 @@ import torch
 from qllm import hub
 from qllm.bitwidths import Bitwidth, make_plan
 from qllm.checkpoint.reader import read_raw_config
+from qllm.checkpoint.resume import partial_folder
 from qllm.checkpoint.weights import resolve_dtype
 from qllm.config import (
     DEFAULT_ALGORITHM,
@@ -127,7 +128,8 @@ def quantize(
         try:
             reports = quantize_checkpoint(job, Path(save), meter, note)
         except (OSError, KeyboardInterrupt):
-            note(f"what is finished is kept beside {save}; the same command goes on with it")
+            if partial_folder(Path(save)).exists():
+                note(f"what is finished is kept beside {save}; the same command goes on with it")
             raise
     _note_inputs(reports, options.gptq.damp, note)
     return reports

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qllm.config import MAX_SEED
 from qllm.errors import UserError
 from qllm.models import RawConfig
 
 # What transformers takes where nothing says how many.
 DEFAULT_TOP_K = 50
-MAX_SEED = 2**63 - 1
+# Below it a quotient of float32 may be infinite; the likeliest alone is drawn long before.
+LOWEST_TEMPERATURE = 1e-30
 # Streams of one prompt that comes several times are so far apart (the golden ratio of 64 bits).
 APART = 0x9E3779B97F4A7C15
 
@@ -120,7 +122,7 @@ class Sampling:
     def scores(self, logits: Tensor) -> Tensor:
         """Logits (B, V) as they are drawn from: -inf where a token cannot be drawn."""
         if self.temperature != 1:
-            logits = logits / self.temperature
+            logits = logits / max(self.temperature, LOWEST_TEMPERATURE)
         if self.top_k:
             threshold = logits.topk(min(int(self.top_k), logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < threshold, -math.inf)
@@ -149,7 +151,11 @@ class Sampler:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Tokens (B,) drawn from logits (B, V)."""
+        """Tokens (B,) drawn from logits (B, V).
+
+        Raises:
+            UserError: logits are infinite or NaN, which leaves nothing to draw from.
+        """
         scores = self.sampling.scores(logits).to("cpu", torch.float64)
         # Row by row: a kernel may sum many rows in another order than one.
         drawn = [_draw(*pair) for pair in zip(scores, self.generators, strict=True)]
@@ -163,6 +169,11 @@ class Sampler:
 def _draw(scores: Tensor, stream: torch.Generator) -> int:
     """The token at which the sum of probabilities goes beyond a random number."""
     sums = scores.softmax(-1).cumsum(-1)
+    if sums[-1].isnan():
+        raise UserError(
+            "the model's logits are infinite or NaN, and no token can be drawn from them; another "
+            "--dtype (bfloat16, float32) holds larger numbers"
+        )
     target = torch.rand((), dtype=torch.float64, generator=stream) * sums[-1]
     # A product that is rounded up to the last sum belongs to the last token that there is.
     last = int(torch.searchsorted(sums, sums[-1:]))

@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qllm.calibration import FORMAT, Calibration
+from qllm.calibration import FORMAT, Calibration, find_calibration
+from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
+from qllm.hub import ModelFolder
 
 OURS = {"format": FORMAT, "model": "a/b"}
 
@@ -53,6 +55,15 @@ def test_save_and_load(tmp_path):
         got, expected = getattr(loaded, side), getattr(saved, side)
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("name", "said"), [("a/b", 1), ("other", 2)])
+def test_statistics_of_another_model_are_named(name, said, tmp_path):
+    path, notes = tmp_path / "x.safetensors", []
+    example().save(path)
+    plan = QuantPlan.uniform(QuantSpec.parse("8:tc-li"))
+    assert find_calibration(path, ModelFolder(tmp_path, name), plan, notes.append) is not None
+    assert notes[1:] == ["they are those of a/b, and this is other"][: said - 1]
 
 
 @pytest.mark.parametrize(

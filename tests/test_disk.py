@@ -22,6 +22,7 @@ from qllm.evaluate import plots
 from qllm.hub import ModelFolder
 from qllm.models import read_config
 from qllm.onnx.export import export
+from qllm.quantize_model import quantize
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.job import Job
 from qllm.random_model import calibrate_random
@@ -103,3 +104,10 @@ def test_a_disk_without_room_is_found_out_before_writing(tmp_path, monkeypatch):
         convert(ModelFolder(SOURCE, "opt"), tmp_path / "out", overwrite=False)
     assert folders.free_bytes(tmp_path / "deep" / "out") == 10**7
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_said_to_be_kept_where_nothing_could_be():
+    notes: list[str] = []
+    with pytest.raises(WritingError, match=r"/proc/out\.partial cannot be written"):
+        quantize("opt-tiny", save="/proc/out", note=notes.append)
+    assert notes == []

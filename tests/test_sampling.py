@@ -42,6 +42,20 @@ def processors(sampling: Sampling) -> theirs.LogitsProcessorList:
     return theirs.LogitsProcessorList(found)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-31, 1e-5])
+def test_the_least_temperatures_draw_the_likeliest(temperature):
+    logits = torch.tensor([[-60000.0, 3.0, -torch.inf, 60000.0], [1.0, 2.0, 1.999, 0.0]])
+    for seed in range(5):
+        drawn = Sampler(Sampling(temperature, seed=seed), [seed, seed])(logits)
+        assert drawn.tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_nothing_is_drawn_from_logits_that_are_no_numbers(wrong):
+    with pytest.raises(UserError, match=r"logits are infinite or NaN.*--dtype"):
+        Sampler(DRAWN, [1])(torch.tensor([[0.0, wrong, 1.0]]))
+
+
 @given(
     temperature=st.one_of(st.just(1.0), st.floats(0.1, 4.0)),
     top_k=st.integers(0, 60),
@@ -86,6 +100,8 @@ def test_a_seed_gives_a_prompt_one_text(family):
     assert generate(load(tiny(family), "4", num_shards=3), PROMPTS, config) == together
     twice = generate(model, [PROMPTS[0], PROMPTS[1], PROMPTS[0]], config)
     assert twice[:2] == together[:2] and twice[2] != twice[0]
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
+    assert generate(model, prompts, config, batch_size=2) == twice
     other = generate(model, PROMPTS, GenerationConfig(12, sampling=Sampling(seed=8)))
     assert other != together
 

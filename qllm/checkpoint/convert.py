@@ -103,6 +103,8 @@ def convert(
         UserError: for a broken checkpoint, one that is converted already, or a target that is
             there.
     """
+    if is_gguf(model.path):
+        raise UserError(f"{model.path} is a GGUF file, which is mapped as it is: run it")
     weights = Weights(Checkpoint(model.path), note)
     if weights.stored:
         raise UserError(f"{model.path} is quantized; conversion takes 16-bit checkpoints")

@@ -9,10 +9,12 @@ from pathlib import Path
 from qllm import hub
 from qllm.checkpoint.reader import QUANTIZATION_KEY, read_raw_config
 from qllm.checkpoint.weights import check_readable_by_transformers
+from qllm.config import ModelConfig
 from qllm.errors import UserError
 from qllm.files import read_bytes
 from qllm.gguf import is_gguf
 from qllm.hub import ModelFolder
+from qllm.models import read_config
 from qllm.models.family import RawConfig
 from qllm.text import surrogate
 
@@ -97,3 +99,25 @@ def find_reference(
     if not (gguf and is_gguf(model.path)):
         check_readable_by_transformers(read_raw_config(model.path))
     return model
+
+
+def check_reference(reference: ModelFolder, model: ModelFolder, config: ModelConfig) -> None:
+    """Refuse a reference that is another model than the one it is compared with.
+
+    Args:
+        config: of that model.
+
+    Raises:
+        UserError: they differ in family or size.
+    """
+    theirs = read_config(read_raw_config(reference.path))
+    keys = ["family", "vocab_size", "hidden_size", "num_layers"]
+    if is_gguf(reference.path) or is_gguf(model.path):
+        keys.remove("family")  # llama.cpp has one name for Llama and Mistral
+    for key in keys:
+        found, wanted = getattr(theirs, key), getattr(config, key)
+        if found != wanted:
+            raise UserError(
+                f"the reference {reference.name} of {model.name} is another model: its {key} is "
+                f"{found}, not {wanted}; name another with --reference"
+            )

@@ -24,6 +24,12 @@ from qllm.folders import writing
 MARK = "running-"
 
 
+def partial_folder(target: Path) -> Path:
+    """Where a folder is made."""
+    place = target.resolve()
+    return place.parent / f"{place.name}.partial"
+
+
 class PartialFolder:
     """The place where a folder is made.
 
@@ -46,7 +52,7 @@ class PartialFolder:
         self.target = target
         self.settings = json.loads(json.dumps(settings))
         self._place = target.resolve()  # a link is not replaced, but what it leads to
-        self.folder = self._place.parent / f"{self._place.name}.partial"
+        self.folder = partial_folder(target)
         self.model = self.folder / "model"
         self._journal = self.folder / "journal.json"
         self.state: dict = {}

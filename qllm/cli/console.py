@@ -221,8 +221,8 @@ def silent(line: str) -> None:
     """Say nothing: of several processes, one speaks."""
 
 
-def whole_number(minimum: int) -> Callable[[str], int]:
-    """An argparse type: a whole number of `least` or more."""
+def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number of `minimum` or more, up to `maximum` if there is one."""
 
     def parse(text: str) -> int:
         try:
@@ -231,6 +231,8 @@ def whole_number(minimum: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < minimum:
             raise argparse.ArgumentTypeError(f"{value} is too small; give {minimum} or more")
+        if maximum is not None and value > maximum:
+            raise argparse.ArgumentTypeError(f"{value} is too large; give {maximum} or less")
         return value
 
     return parse

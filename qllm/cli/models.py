@@ -19,6 +19,7 @@ from qllm.config import (
     DEFAULT_KV_BITS,
     DEFAULT_SCHEME,
     KV_BITS,
+    MAX_SEED,
     SCHEMES,
     QuantPlan,
     QuantSpec,
@@ -254,7 +255,13 @@ def add_calibration_options(
     number = whole_number(1)
     group.add_argument("--nsamples", type=number, metavar="N", help=f"samples ({nsamples})")
     group.add_argument("--seqlen", type=number, metavar="N", help=f"tokens each ({seqlen})")
-    group.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
+    group.add_argument(
+        "--seed",
+        type=whole_number(0, MAX_SEED),
+        default=0,
+        metavar="N",
+        help="of the draw (%(default)s)",
+    )
     return group
 
 

@@ -311,8 +311,12 @@ def cut(text: Text, config: ModelConfig, options: PerplexityOptions) -> list[Cut
         min_tokens = window if convention.whole else 2
         windows = convention.cut(text, window, stride)
         if len(windows.ids) < min_tokens:
+            count = len(text.ids)
             what = f"one window of {window}" if convention.whole else "2"
-            raise UserError(f"the text has {len(text.ids)} tokens, fewer than {what}")
+            shorter = f", or --window {count}" if convention.whole and count > 1 else ""
+            raise UserError(
+                f"the text has {count} tokens, fewer than {what}; give a longer one{shorter}"
+            )
         cuts[convention.cut] = Cut((name,), window, stride if strided else None, windows)
     return list(cuts.values())
 

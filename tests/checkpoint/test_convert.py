@@ -142,6 +142,8 @@ def test_refusals(tmp_path):
         convert(model(tiny("opt")), tmp_path / "out", overwrite=False)
     with pytest.raises(UserError, match="in QLLM's layout already"):
         convert(model(tmp_path / "out"), tmp_path / "twice", overwrite=False)
+    with pytest.raises(UserError, match="is a GGUF file, which is mapped as it is"):
+        convert(model(tmp_path / "x.gguf"), tmp_path / "twice", overwrite=False)
     change_json(tmp_path / "out" / "config.json", qllm_layout=99)
     with pytest.raises(UserError, match="QLLM layout 99; this version reads 1"):
         Weights(Checkpoint(tmp_path / "out"))

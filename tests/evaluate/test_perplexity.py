@@ -223,10 +223,10 @@ def test_a_perplexity_beyond_numbers_is_infinite():
 @pytest.mark.parametrize(
     ("length", "options", "message"),
     [
-        (9, {"window": 10}, "has 9 tokens, fewer than one window of 10"),
+        (9, {"window": 10}, "fewer than one window of 10; give a longer one, or --window 9"),
         (511, {}, "has 511 tokens, fewer than one window of 512"),
         (9, {"window": 10, "conventions": ("llama.cpp",)}, "fewer than one window of 10"),
-        (1, {"conventions": ("strided",)}, "has 1 tokens, fewer than 2"),
+        (1, {"conventions": ("strided",)}, "has 1 tokens, fewer than 2; give a longer one$"),
         (600, {"window": 513}, "513 tokens cannot be; give 2 or more, up to the model's 512"),
         (600, {"window": 1}, "a window of 1 tokens cannot be; give 2 or more"),
         (600, {"window": 32, "stride": 33, "conventions": ("strided",)}, "leaves tokens out"),
