@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     import torch
 
     from qllm.generation_config import GenerationConfig
-    from qllm.hub import ModelFolder
     from qllm.llm import Pretrained
     from qllm.models import Decoder
     from qllm.onnx.runner import OnnxDecoder
@@ -60,6 +59,12 @@ def parse_args() -> argparse.Namespace:
     cli.add_prompt_options(parser)
     cli.add_sampling_options(parser)
     cli.add_run_options(parser)
+    parser.add_argument(
+        "--batch-size",
+        type=cli.whole_number(1),
+        metavar="N",
+        help="prompts that are generated at once (all; fewer take less memory)",
+    )
     parser.add_argument(
         "--num-shards",
         type=cli.whole_number(1),
@@ -119,16 +124,17 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     from qllm.llm import LLM, Pretrained
     from qllm.stopping import cut
 
-    reference = find_reference(args, folder, note)
     pretrained = Pretrained.open(folder, note=note)
     config, tokenizer = pretrained.config, pretrained.tokenizer
+    reference = find_reference(args, pretrained, note)
     cli.fit_defaults(args, config, prompts != list(cli.DEFAULT_PROMPTS))
     ids = cli.tokenize(tokenizer, prompts, args.max_prompt_length, note)
     generation = read_generation(args, pretrained, session)
     check_prompts(config, ids, generation)
     calibration = cli.find_calibration(args, folder, plan, note)
     parallel = session and cli.join(args, session, folder, config, calibration)
-    cache_shape = (len(ids), max(map(len, ids)) + args.max_gen_tokens)
+    batch_size = min(args.batch_size or len(ids), len(ids))
+    cache_shape = (batch_size, max(map(len, ids)) + args.max_gen_tokens)
     start = time.perf_counter()
     model = LLM.load(
         pretrained,
@@ -138,7 +144,7 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
         num_shards=args.num_shards,
         calibration=calibration,
         cache_shape=cache_shape,
-        prompt_lengths=[*map(len, ids)],
+        prompt_lengths=[*map(len, ids[:batch_size])],
         activation_bits=args.activation_bits,
         kv_bits=args.kv_bits,
         meter=cli.meter("loading") if session is None else session.meter,
@@ -151,7 +157,7 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     stream = args.stream and talks
     stops = args.stop or []
     tokens, result["seconds"] = run_prompts(
-        stream, model, tokenizer, prompts, ids, generation, stops
+        stream, model, tokenizer, prompts, ids, generation, stops, batch_size
     )
     if not talks:
         return
@@ -194,20 +200,22 @@ def read_generation(
 
 
 def find_reference(
-    args: argparse.Namespace, folder: ModelFolder, note: Callable[[str], None]
+    args: argparse.Namespace, pretrained: Pretrained, note: Callable[[str], None]
 ) -> Path:
     """The folder that --compare gives to transformers.
 
     Raises:
-        UserError: transformers cannot read it.
+        UserError: transformers cannot read it, or it is another model.
     """
     from qllm.checkpoint import origin
 
     if not args.compare:
         if args.reference:
             raise UserError("--reference does nothing without --compare")
-        return folder.path
-    return origin.find_reference(folder, args.reference, note).path
+        return pretrained.folder.path
+    found = origin.find_reference(pretrained.folder, args.reference, note)
+    origin.check_reference(found, pretrained.folder, pretrained.config)
+    return found.path
 
 
 def describe(
@@ -276,6 +284,7 @@ def run_prompts(
     ids: list[list[int]],
     generation: GenerationConfig,
     stops: list[str],
+    batch_size: int,
 ) -> tuple[list[list[int]], float]:
     """New tokens of each prompt and the seconds they took; if `streamed`, printed as they come."""
     from qllm.generate import generate
@@ -284,11 +293,12 @@ def run_prompts(
 
     stop = StopStrings(tokenizer, ids, stops) if stops else None
     start = time.perf_counter()
+    more = {"stop": stop, "batch_size": batch_size}
     if not streamed:
-        return generate(model, ids, generation, stop=stop), time.perf_counter() - start
+        return generate(model, ids, generation, **more), time.perf_counter() - start
     write = partial(print, end="", flush=True)
     stream = TextStream(tokenizer, ids, lambda row: write(f"\n{prompts[row]}"), write, stops)
-    tokens = generate(model, ids, generation, stream.add, stop)
+    tokens = generate(model, ids, generation, stream.add, **more)
     seconds = time.perf_counter() - start
     print("\n")
     return tokens, seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from qllm.errors import UserError, first_line
 from qllm.files import parse_json
 from qllm.text import read_text, surrogate
 
+JSON_LINES = (".jsonl", ".json")
 # What calibration takes where nothing is named.
 DATASET, SAMPLES, TOKENS = "wikitext2", 128, 2048
 
@@ -98,7 +100,7 @@ def load_rows(name: str) -> list[str]:
     """
     path = Path(name)
     if path.is_file():
-        rows = _rows(path, read_text(path))
+        rows = json_rows(path, read_text(path))
     elif name in TASKS:
         rows = _read_hub("--tasks", name, TASKS[name], "evaluation")
     else:
@@ -114,21 +116,28 @@ def load_rows(name: str) -> list[str]:
 
 def _read_file(path: Path) -> str:
     text = read_text(path)
-    return "\n\n".join(_rows(path, text)) if path.suffix in (".jsonl", ".json") else text
+    return "\n\n".join(json_rows(path, text)) if path.suffix in JSON_LINES else text
 
 
-def _rows(path: Path, text: str) -> list[str]:
+def json_rows(path: Path, text: str, keys: Sequence[str] = ("text",)) -> list[str]:
+    """What the objects of a JSON-lines file hold at the first of some keys that they have.
+
+    Raises:
+        UserError: for a line that holds none, or no Unicode.
+    """
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = parse_json(line, "it")["text"]
-        except (UserError, KeyError, TypeError):
+            found = parse_json(line, "it")
+            row = found[next(key for key in keys if key in found)]
+        except (UserError, StopIteration, TypeError):
             row = None
         if not isinstance(row, str):
             raise UserError(
-                f'{path}: each line of a JSON-lines file is {{"text": "…"}}; line {number} is not'
+                f'{path}: each line of a JSON-lines file is {{"{keys[0]}": "…"}}; line {number} '
+                "is not"
             )
         if (half := surrogate(row)) is not None:
             raise UserError(f"{path}: line {number} holds {half}, half a surrogate pair")

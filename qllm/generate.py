@@ -43,14 +43,17 @@ def generate(
     config: GenerationConfig,
     on_token: Callable[[int, int, bool], None] = lambda row, token, last: None,
     stop: Callable[[int, int], bool] | None = None,
+    batch_size: int | None = None,
 ) -> list[list[int]]:
-    """Generate for a batch of prompts.
+    """Generate for prompts.
 
     Args:
         prompts: lists of token ids, none of them empty.
         on_token: called with the row and the id of each new token as it is found, and whether it
             is the row's last.
         stop: called with the row and the id of each new token, says whether it ends the row.
+        batch_size: how many prompts there is memory for at once; None: all. What each gets is the
+            same: lengths count as if all were in one batch.
 
     Returns:
         The new ids of each prompt, up to and with its end of text.
@@ -60,7 +63,7 @@ def generate(
             room in the model's window for what is asked.
     """
     results: list[list[int]] = [[] for _ in prompts]
-    for row, token, last in generate_tokens(model, prompts, config, stop):
+    for row, token, last in generate_tokens(model, prompts, config, stop, batch_size):
         results[row].append(token)
         on_token(row, token, last)
     return results
@@ -71,6 +74,7 @@ def generate_tokens(
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     stop: Callable[[int, int], bool] | None = None,
+    batch_size: int | None = None,
 ) -> Iterator[tuple[int, int, bool]]:
     """The new tokens of `generate` as they are found: row, id, and whether it is the row's last.
 
@@ -78,15 +82,29 @@ def generate_tokens(
         UserError: see `generate`.
     """
     check_prompts(model.config, prompts, config)
-    longest = max(len(prompt) for prompt in prompts)
-    count = config.new_tokens(longest)
-    if count == 0:
+    if config.new_tokens(max(len(prompt) for prompt in prompts)) == 0:
         return
-    whole = [range(len(prompts))]
-    rows = whole if model.stage is None else model.stage.micro_batches(len(prompts))
     if config.sampling is not None:
         config = replace(config, sampling=config.sampling.with_seed())
-    batches = [_Batch(model, run, prompts, config, stop) for run in rows]
+    size = batch_size or len(prompts)
+    for start in range(0, len(prompts), size):
+        rows = range(start, min(start + size, len(prompts)))
+        yield from _generate_rows(model, rows, prompts, config, stop)
+
+
+def _generate_rows(
+    model: Generator,
+    rows: range,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    stop: Callable[[int, int], bool] | None,
+) -> Iterator[tuple[int, int, bool]]:
+    """The tokens of some of the prompts, which are generated together."""
+    count = config.new_tokens(max(len(prompt) for prompt in prompts))
+    runs = [rows]
+    if model.stage is not None:
+        runs = [rows[run.start : run.stop] for run in model.stage.micro_batches(len(rows))]
+    batches = [_Batch(model, run, prompts, config, stop) for run in runs]
     for step in range(1, count + 1):
         for batch in batches:
             if batch.pending:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -247,9 +247,10 @@ class LLM:
         on_token: Callable[[int, int, bool], None] | None = None,
         stop: str | Sequence[str] = (),
         repetition_penalty: float | None = None,
+        batch_size: int | None = None,
         **sampling: float | None,
     ) -> list[Completion]:
-        """Continue prompts, all in one batch; no prompt changes what another one gets.
+        """Continue prompts; no prompt changes what another one gets.
 
         Args:
             prompts: texts or lists of token ids, or one of them.
@@ -260,6 +261,8 @@ class LLM:
                 one of them tokens are drawn, with the others as generation_config.json has them;
                 without, or with a temperature of 0, the likeliest is taken.
             max_prompt_length: in tokens; a longer text loses its beginning. None: no limit.
+            batch_size: prompts that are generated at once, for which there has to be memory;
+                None: all.
             on_token: called with the row and the id of each new token as it is found, and whether
                 it is the row's last.
 
@@ -270,7 +273,9 @@ class LLM:
         ids = [self.pretrained.encode(prompt, max_prompt_length) for prompt in many]
         config = self._generation(max_new_tokens, repetition_penalty, sampling)
         strings = [stop] if isinstance(stop, str) else list(stop)
-        more: dict[str, Callable] = {} if on_token is None else {"on_token": on_token}
+        more: dict[str, Any] = {"batch_size": batch_size}
+        if on_token is not None:
+            more["on_token"] = on_token
         if strings and ids:
             more["stop"] = StopStrings(self.tokenizer, ids, strings)
         found = generate(self.model, ids, config, **more) if ids else []

@@ -151,6 +151,15 @@ OPTIONS = {
         (GEN, REF),
         (("p", b"a\nb\xff"),),
     ),
+    "a seed beyond 63 bits": Options(
+        ("--seed", "is too large; give 9223372036854775807 or less"),
+        (*TINY, "--seed", "9223372036854775808"),
+        (GEN, CALIB),
+    ),
+    "a reference that is another model": Options(
+        ("the reference bloom-tiny of opt-tiny is another model", "family is bloom, not opt"),
+        (*TINY, "--compare", "--reference", "bloom-tiny"),
+    ),
     "two models": Options(("--model-path and --model-size",), (*TINY, "--model-path", "{}"), ALL),
     "no folder": Options(("nowhere", "no such folder"), ("--model-path", "{}/nowhere"), ALL),
     "a file": Options(("is a file",), ("--model-path", "{}/f"), ALL, (("f", b""),)),

@@ -316,6 +316,13 @@ def test_prompts_come_from_everywhere_in_order(tmp_path, monkeypatch):
     options = ("--prompt", "one", "--prompt", "two\nlines", "--prompt-file", str(path))
     args = parsed("qllm_gen.py", monkeypatch, *options)
     assert cli.read_prompts(args) == ["one", "two\nlines", "from a file", "ünd again"]
+    path = path.rename(tmp_path / "prompts.jsonl")
+    path.write_text('{"prompt": "a\\nb", "text": "no"}\r\n\n{"text": "c"}', encoding="utf-8")
+    args = parsed("qllm_gen.py", monkeypatch, "--prompt-file", str(path))
+    assert cli.read_prompts(args) == ["a\nb", "c"]
+    path.write_text('{"prompts": "a"}')
+    with pytest.raises(UserError, match=r'jsonl: each line .* is \{"prompt": "…"\}; line 1 is not'):
+        cli.read_prompts(args)
 
 
 def test_standard_input_is_read_as_a_file_is(monkeypatch):

@@ -119,6 +119,9 @@ def test_end_of_text_inside_a_batch(family, monkeypatch):
     # Each token is told of, and of the last one that it is.
     assert seen == [[(token, i == len(row)) for i, token in enumerate(row, 1)] for row in got]
     assert computed == [sum(len(row) > step for row in got) for step in range(1, 24)]
+    computed.clear()
+    assert generate(model, prompts, config, batch_size=3) == got
+    assert max(computed) == 3  # and no more at once
     assert len({len(row) for row in got}) > 3  # they end at different times
     assert 24 in {len(row) for row in got}
     assert_tokens_equal(got, reference(bundled(family), prompts, list(eos), max_new_tokens=24))

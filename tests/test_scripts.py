@@ -107,10 +107,14 @@ def test_prompts_from_all_places(script, tmp_path):
         *("--model-size", "tiny", "--max-gen-tokens", "4", "--max-prompt-length", "6", "--json"),
         *("--prompt", "He said", "--prompt", "In the year"),
         *("--prompt-file", tmp_path / "prompts", "--stdin"),
+        *(("--batch-size", "2") if script == "qllm_gen.py" else ()),
         input="from the input\r\n",
     )
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["results"]
+    result = json.loads(done.stdout)
+    if script == "qllm_gen.py":
+        assert result["kv_cache"]["sequences"] == 2
+    rows = result["results"]
     expected = ["He said", "In the year", "The king of"]
     expected += ["It was the best of times, it was the worst", "from the input"]
     assert [row["prompt"] for row in rows] == expected

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from qllm.cli.console import note, whole_number
 from qllm.cli.lengths import Default
+from qllm.config import MAX_SEED
+from qllm.data import JSON_LINES, json_rows
 from qllm.errors import UserError
 from qllm.text import decode, read_text, surrogate
 
@@ -23,7 +25,9 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """--prompt, --prompt-file, --stdin, --max-prompt-length, --max-gen-tokens."""
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", action="append", metavar="TEXT", help="may be given repeatedly")
-    group.add_argument("--prompt-file", metavar="FILE", help="one prompt per line")
+    group.add_argument(
+        "--prompt-file", metavar="FILE", help='one prompt per line, in .jsonl as {"prompt": "…"}'
+    )
     group.add_argument("--stdin", action="store_true", help="prompts from standard input, likewise")
     group.add_argument(
         "--max-prompt-length",
@@ -61,7 +65,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--seed",
-        type=int,
+        type=whole_number(0, MAX_SEED),
         metavar="N",
         help="gives a prompt the same text each time, whatever the batch (a new one)",
     )
@@ -95,7 +99,10 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts that the options give, or the default ones."""
     prompts = list(args.prompt or ())
     if args.prompt_file:
-        prompts += _lines(read_text(Path(args.prompt_file), "--prompt-file "))
+        path = Path(args.prompt_file)
+        text = read_text(path, "--prompt-file ")
+        json = path.suffix in JSON_LINES
+        prompts += json_rows(path, text, ("prompt", "text")) if json else _lines(text)
     if args.stdin:
         prompts += _lines(_standard_input())
     if not prompts:

@@ -148,7 +148,7 @@ class Decoder(nn.Module):
         what = f"a KV cache of {rows} x {capacity} tokens"
         for device in set(device_map.values()):
             needed = sum(sizes[i] for i, other in device_map.items() if other == device)
-            check_fits(needed, device, what, "take fewer sequences, shorter ones, or --kv-bits 8")
+            check_fits(needed, device, what, "take fewer at once, shorter ones, or --kv-bits 8")
         shape = (rows, capacity, self.dtype, self.device, device_map)
         return KVCache(config, *shape, self.kv_bits)
 

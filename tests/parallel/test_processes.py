@@ -108,7 +108,8 @@ def test_ranks_print_what_one_process_does(line):
     assert (torchrun, script) == ("torchrun", GEN)
     alone = options[: options.index("--tp")]
     one = call_json(GEN, *alone)
-    many = json.loads(on_ranks(int(count), *options, "--json"))
+    some = ("--batch-size", 2) if "--pp" in options else ()  # of three prompts
+    many = json.loads(on_ranks(int(count), *options, *some, "--json"))
     assert many["results"] == one["results"]
     layers = [rank["layers"] for rank in many["ranks"]]
     if "--pp" not in options:
