@@ -5,7 +5,8 @@
 
 prints a line of JSON for each compute capability and each kernel, or each whose name begins as one
 of the words: registers of a thread, bytes of them that did not fit (stack) and of shared memory,
-the matrix instructions, and those that do not round as IEEE 754 says, or not after each step.
+the matrix instructions, and how many take registers, stores to shared memory, instructions that do
+not round as IEEE 754 says, or not after each step, and the numbers by which others round.
 Triton must not be told to interpret.
 """
 
@@ -22,15 +23,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qllm.ops.gpu import tiles
+from qllm.ops.gpu import prefill, tiles
 from qllm.ops.gpu.attention import prefill_tile
-from qllm.ops.gpu.kernels import attention, matmul, prefill, quantized_prefill, rows
+from qllm.ops.gpu.kernels import attention, matmul, prefill_matmul, quantized_prefill, rows
+from qllm.ops.gpu.kernels import prefill as prefill_attention
 from qllm.ops.gpu.quantized_prefill import tile
 from tools.disassemble import disassemble
 
 BITS = (3, 4, 8)
-INSTRUCTIONS = ("HGMMA", "IGMMA", "HMMA", "IMMA")
-INEXACT = re.compile(r"\b(?:fma\.rn\.f32|[a-z0-9]+\.(?:full|approx)\.[.a-z0-9]+|[.a-z0-9]+\.ftz\b)")
+INSTRUCTIONS = ("HGMMA", "IGMMA", "HMMA", "IMMA", "UTCHMMA", "UTMALDG")
+NEAREST = "0f4B400000", "0fCB400000"  # 1.5 · 2^23 and less that, which round to integers
+# A matrix unit's product whose first operand is in registers.
+OF_REGISTERS = re.compile(r"\bHGMMA\S* R\d+, R\d+, gdesc")
+INEXACT = re.compile(
+    r"\b(?:fma\.rn\.f32|[a-z0-9]+\.(?:full|approx)\.[.a-z0-9]+|[.a-z0-9]+\.ftz\b|cvt\.r[zmp]\.\S+)"
+)
 ALIGNED = ("inputs", "x_stride")  # numbers that are multiples of 16 in any model
 
 
@@ -82,7 +89,8 @@ def products(capability: str) -> Iterator[Job]:
             if kind == "packed-4":
                 offsets = common | tensors | {"zeros": "*fp16"}
                 instead = {"HAS_ZEROS": False, "OFFSETS": True, "SPAN": 32, "UNPACKED": False}
-                yield Job(f"{name}, offsets", kernel, offsets, every | instead, *how)
+                exact = (*how[:2], False)
+                yield Job(f"offsets, {name}", kernel, offsets, every | instead, *exact)
             if kind == "packed-4" and not cut["PARALLEL"]:
                 unpacked = common | tensors | {"q": "*bf16"}
                 yield Job(f"{name}, unpacked", kernel, unpacked, every | {"UNPACKED": True}, *how)
@@ -95,7 +103,37 @@ def products(capability: str) -> Iterator[Job]:
         "OFFSETS": False,
         "BN": 64,
     }
-    yield Job("unpacking", matmul.unpack_weight, tensors, constants, 4, 1, True)
+    yield Job("unpacking", matmul.unpack_weight, tensors, constants, 4, 1, False)
+
+
+def prompts(capability: str) -> Iterator[Job]:
+    """Products of prompts with packed weights, where there are tensor descriptors."""
+    if tuple(map(int, capability.split("."))) < prefill.OLDEST:
+        return
+    tensors = {"x": "*bf16", "q": "*i32", "scales": "*fp16", "zeros": "*u8"}
+    tensors |= dict.fromkeys(("bias", "y", "weight"), "*bf16")
+    constants = {"SPAN": 128, "GROUP_BLOCKS": 1, "HAS_ZEROS": True, "OFFSETS": False}
+    few = prefill_matmul.few_rows_matmul
+    for bits, count in ((4, 16), (4, 256), (3, 256), (8, 256)):
+        tile = tiles.tile_of("prefill", count, capability)
+        cut = {"BITS": bits, "HAS_BIAS": True, "BM": tile.rows, "BN": tile.columns}
+        how = (tile.warps, tile.stages, False)
+        yield Job(f"prompts-{bits}, {count} rows", few, tensors, constants | cut, *how)
+    instead = {"HAS_ZEROS": False, "OFFSETS": True, "SPAN": 32}
+    offsets = tensors | {"zeros": "*fp16"}
+    yield Job(f"prompts-{bits}, offsets", few, offsets, constants | cut | instead, *how)
+    constants |= {"BITS": 4, "BN": prefill.AT_ONCE}
+    run = prefill_matmul.dequantize_weight
+    yield Job("dequantizing", run, tensors, constants, 4, 3, False)
+    for count in prefill.ROWS:
+        block = {"BM": count, "BN": prefill.OUTPUTS, "BK": prefill.INPUTS, "HAS_BIAS": True}
+        described = tensors | {
+            "x": f"tensordesc<bf16[{count}, {prefill.INPUTS}]>",
+            "weight": f"tensordesc<bf16[{prefill.OUTPUTS}, {prefill.INPUTS}]>",
+        }
+        how = (prefill.WARPS, prefill.STAGES, True)
+        run = prefill_matmul.many_rows_matmul
+        yield Job(f"prompts, {count} rows of many", run, described, block, *how)
 
 
 def others() -> Iterator[Job]:
@@ -105,7 +143,7 @@ def others() -> Iterator[Job]:
     tensors |= dict.fromkeys(("rows", "starts", "positions"), "*i64")
     tensors |= {"slopes": "*fp32", "partials": "*fp32", "counters": "*i32", "q": "*bf16"}
     for dim in (64, 128):
-        constants = {"DIM": dim, "FIRST": dim // 2, "HALF": dim // 2, "GROUP": 1, "SPLITS": 8}
+        constants = {"DIM": dim, "FIRST": dim // 2, "HALF": dim // 2, "GROUP": 1, "SPLIT": True}
         constants |= {
             "PADDED_GROUP": 16,
             "SPAN": 256,
@@ -122,7 +160,7 @@ def others() -> Iterator[Job]:
             name = f"attention, heads of {dim}, keys and values of {bits} bits"
             yield Job(name, attention.decode_attention, codes, every, 4, 2, True)
     constants = {"DIM": 128, "FIRST": 64, "HALF": 64, "HEADS": 128, "ROTATE": True}
-    yield Job("writing heads", prefill.write_tokens, tensors, constants, 8, 1, True)
+    yield Job("writing heads", prefill_attention.write_tokens, tensors, constants, 8, 1, True)
     width, tokens, keys, warps = prefill_tile(128, torch.bfloat16)
     constants = {
         "DIM": 128,
@@ -134,10 +172,12 @@ def others() -> Iterator[Job]:
         "CAP": False,
         "WINDOW": True,
     }
-    yield Job("attention of prefill", prefill.prefill_attention, tensors, constants, warps, 2, True)
+    run = prefill_attention.prefill_attention
+    yield Job("attention of prefill", run, tensors, constants, warps, 2, True)
     yield from quantized_prefills(tensors)
     tensors = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "scales": "*fp32"}
-    tensors |= {"z": "*bf16", "sums": "*bf16", "out": "*i8"}
+    tensors |= {"z": "*bf16", "sums": "*bf16", "out": "*i8", "y": "*bf16"}
+    yield Job("gated SiLU", rows.gated_silu, tensors, {"BLOCK": 1024}, 4, 3, True)
     constants = {"WIDTH": 4096, "HAS_WEIGHT": True, "HAS_BIAS": True, "STATIC": False}
     constants |= {"RUN": 0, "FIRST": 0, "SECOND": 0}
     for name, norm in (("rows", 0), ("layer norm", 1)):
@@ -184,7 +224,7 @@ def build(job: Job, capability: int) -> dict[str, object]:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if name in job.tensors or name in ALIGNED
+        if job.tensors.get(name, "").startswith("*") or name in ALIGNED
     }
     source = ASTSource(fn=job.kernel, signature=types, constexprs=constants, attrs=aligned)
     options = {
@@ -203,6 +243,9 @@ def build(job: Job, capability: int) -> dict[str, object]:
         "shared": built.metadata.shared,
         "instructions": [name for name in INSTRUCTIONS if name in code],
         "inexact": sorted(set(INEXACT.findall(built.asm["ptx"]))),
+        "nearest": [built.asm["ptx"].count(number) for number in NEAREST],
+        "of_registers": len(OF_REGISTERS.findall(code)),
+        "stores": len(re.findall(r"\bSTSM?\b", code)),
     }
 
 
@@ -210,7 +253,8 @@ def main() -> None:
     capabilities = [int(word) for word in sys.argv[1:] if word.isdecimal()]
     names = tuple(word for word in sys.argv[1:] if not word.isdecimal()) or ("",)
     for capability in capabilities:
-        for job in (*products(f"{capability // 10}.{capability % 10}"), *others()):
+        name = f"{capability // 10}.{capability % 10}"
+        for job in (*products(name), *prompts(name), *others()):
             if job.name.startswith(names):
                 print(json.dumps(build(job, capability)), flush=True)
 

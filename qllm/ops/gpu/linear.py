@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qllm.ops import phase
-from qllm.ops.gpu import cuda, decode, decode_int8, device, layout, tiles
+from qllm.ops.gpu import cuda, decode, decode_int8, device, layout, prefill, tiles
 from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
 from qllm.ops.gpu.rows import quantize, side_by_side
 from qllm.ops.reference import Int8Rows
@@ -26,8 +26,9 @@ UNPACKED_AT_ONCE = 64  # rows of the weight
 def about() -> str:
     """What the kernel of packed weights does, for `--explain`."""
     place = torch.device("cuda", 0)
-    steps = "" if device.interpreting() else f"; {decode.about(place)}"
-    return f"{device.about()}; integers times activations, one scale to a block's sum{steps}"
+    if device.interpreting():
+        return f"{device.about()}; integers times activations, one scale to a block's sum"
+    return f"{device.about()}; {prefill.about(place)}; {decode.about(place)}"
 
 
 def about_int8() -> str:
@@ -52,6 +53,9 @@ def weight_only_linear(
     if own and not decode.unsupported_reason(x.device, offsets=offsets):
         packed = (qweight, scales, qzeros)
         return decode.weight_only_linear(x, *packed, bias, out_features, bits, group_size)
+    if not phase.decoding() and x.dtype in cuda.DTYPES and not prefill.unsupported_reason(x.device):
+        packed = (qweight, scales, qzeros)
+        return prefill.weight_only_linear(x, *packed, bias, out_features, bits, group_size)
     from qllm.ops.gpu.kernels.matmul import packed_matmul, unpack_weight
 
     shape = Shape.of(x.shape[1], out_features, group_size)
@@ -78,6 +82,7 @@ def weight_only_linear(
                 **constants,
                 BN=UNPACKED_AT_ONCE,
                 num_warps=4,
+                enable_fp_fusion=False,  # weights with offsets are the reference's
             )
         qweight = unpacked
     constants["UNPACKED"] = many
@@ -219,6 +224,7 @@ def _multiply(
             PARALLEL=parallel,
             num_warps=tile.warps,
             num_stages=tile.stages,
-            enable_fp_fusion=x.dtype != torch.int8,  # as the reference rounds what is exact so far
+            # The reference rounds each step of what is exact so far, and of weights with offsets.
+            enable_fp_fusion=x.dtype != torch.int8 and not constants.get("OFFSETS"),
         )
     return y

@@ -55,6 +55,12 @@ def entry(architecture: str, kind: str) -> dict:
     return rows.get(kind) or rows.get(family) or others.get(kind) or others[family]
 
 
+def tile_of(kind: str, rows: int, architecture: str) -> Tile:
+    """The tile of a product of so many rows."""
+    size = next((n for n in ROWS if rows <= n), ROWS[-1])
+    return Tile(*entry(architecture, kind)["tiles"][str(size)])
+
+
 def split_k(kind: str, columns: int, blocks: int, architecture: str, num_sms: int) -> int:
     """Into how many parts K is cut, so that few rows keep every multiprocessor busy.
 
@@ -74,8 +80,7 @@ def plan(kind: str, rows: int, columns: int, blocks: int, architecture: str, num
         kind: "packed-4" and the like for 4 bits, "dense" or "int8".
         blocks: of K.
     """
-    size = next((n for n in ROWS if rows <= n), ROWS[-1])
-    tile = Tile(*entry(architecture, kind)["tiles"][str(size)])
+    tile = tile_of(kind, rows, architecture)
     count = split_k(kind, columns, blocks, architecture, num_sms)
     tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
     return Plan(tile, count, parallel=count > 1 and tiles < num_sms * 2)

@@ -11,7 +11,7 @@ import torch
 from cpu_paths import normal, random_weight
 from fences import fenced, kept, run_in
 
-from qllm.ops.gpu import attention, layout, linear, rows
+from qllm.ops.gpu import attention, layout, linear, prefill, rows
 from qllm.ops.kv import KV, RUN, Batch
 from qllm.ops.quantized_kv import QuantizedKV
 
@@ -24,8 +24,11 @@ def run_linear(dtype: torch.dtype, fence) -> None:
     for (outputs, inputs, count), (bits, group, scheme) in zip(shapes, formats, strict=True):
         x, bias = fence(normal(count, inputs, dtype=dtype)), fence(normal(outputs, dtype=dtype))
         stored = random_weight((outputs, inputs), bits, group, scheme).stored
-        tensors = map(fence, layout.pack(stored, bits, group, inputs)[:3])
-        linear.weight_only_linear(x, *tensors, bias, outputs, bits, group)
+        tensors = [*map(fence, layout.pack(stored, bits, group, inputs)[:3])]
+        given = (x, *tensors, bias, outputs, bits, group)
+        linear.weight_only_linear(*given)
+        for tile in (0, 128) if dtype == torch.bfloat16 else ():
+            prefill.weight_only_linear(*given, tile=tile)
         linear.dense_linear(x, fence(normal(outputs, inputs, dtype=dtype)), bias)
         q = fence(torch.ones(outputs, inputs, dtype=torch.int8))
         for scale in (None, fence(torch.tensor(0.02))):

@@ -29,13 +29,13 @@ def scaled(products, scale, cap, CAP: tl.constexpr):
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "capacity"])
 def decode_attention(  # noqa: PLR0912 - one launch
     qkv, cos, sin, slopes, keys, values, key_codes, value_codes, key_scales, value_scales,
     key_zeros, value_zeros, rows, positions, y, partials, counters, heads, kv_heads, capacity,
-    scale, cap, window,
+    splits, scale, cap, window,
     DIM: tl.constexpr, FIRST: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr,
-    PADDED_GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    PADDED_GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
     ROTATE: tl.constexpr, SLOPE: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
     BITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,8 @@ def decode_attention(  # noqa: PLR0912 - one launch
         positions: int64 (B,).
         window: tokens that a query sees, its own included, with WINDOW; else all before it.
         y: (B, H D).
-        partials: float32, (B H_kv, SPLITS, PADDED_GROUP, 2 HALF + 2).
+        splits: programs of a sequence and key head, several with SPLIT.
+        partials: float32, (B H_kv, splits, PADDED_GROUP, 2 HALF + 2).
     """
     type: tl.constexpr = qkv.dtype.element_ty
     sequence, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -166,10 +167,10 @@ def decode_attention(  # noqa: PLR0912 - one launch
                     quantize_values(values + place, of_values, run, DIM, 2 * HALF, WIDTH, BITS)
 
         last = True
-        if SPLITS > 1:
+        if SPLIT:
             count = position // SPAN + 1 - first_token // SPAN  # of programs with something to say
             width: tl.constexpr = 2 * HALF + 2
-            cell = (sequence * kv_heads + kv_head).to(tl.int64) * SPLITS * PADDED_GROUP + member
+            cell = (sequence * kv_heads + kv_head).to(tl.int64) * splits * PADDED_GROUP + member
             mine = partials + (cell + part * PADDED_GROUP) * width
             tl.store(mine[:, None] + column[None, :], acc1)
             tl.store(mine[:, None] + HALF + column[None, :], acc2)

@@ -101,7 +101,29 @@ def _add_pairs(a, b, type: tl.constexpr):
 
 
 @triton.jit
-def _weight(
+def unpack_pairs(
+    q, lane, half, zero, step: tl.constexpr, type: tl.constexpr, BITS: tl.constexpr,
+    BK: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """q - zero of BN rows in a step as pairs of a 16-bit type, exactly: int32 (BN, BK / 2)."""
+    # An integer, put into the lowest bits of a power of two's fraction, makes their sum.
+    if type == tl.float16:  # 1024 + q, for ten bits
+        pairs = _pairs(q, lane, half, 0x64006400, step, BITS, BK, BN)
+        minus = (zero | 0xE400) * 0x10001
+    elif BITS < 8:  # 128 + q, for seven bits
+        pairs = _pairs(q, lane, half, 0x43004300, step, BITS, BK, BN)
+        minus = (zero | 0xC300) * 0x10001
+    else:  # 128 + the lower seven bits, less 128 where the eighth is not set
+        pairs = _pairs(q, lane, half, 0, step, BITS, BK, BN)
+        eighth = ((~pairs >> 7) & 0x00010001) * 0xC300
+        pairs = _add_pairs(_and_or(pairs, 0x007F007F, 0x43004300), eighth, type)
+        minus = (-zero.to(tl.float32)).to(type).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        minus = minus * 0x10001
+    return _add_pairs(pairs, minus[:, None], type)
+
+
+@triton.jit
+def unpack_step(
     q, lane, half, zero, step: tl.constexpr, type: tl.constexpr, BITS: tl.constexpr,
     BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -109,21 +131,8 @@ def _weight(
     if INTERPRETED or type == tl.float32:
         values = _apart(_pairs(q, lane, half, 0, step, BITS, BK, BN), tl.int16, BN, BK)
         weight = values.to(tl.float32) - zero.to(tl.float32)[:, None]
-    # An integer, put into the lowest bits of a power of two's fraction, makes their sum.
-    elif type == tl.float16:  # 1024 + q, for ten bits
-        pairs = _pairs(q, lane, half, 0x64006400, step, BITS, BK, BN)
-        minus = (zero | 0xE400) * 0x10001
-        weight = _apart(_add_pairs(pairs, minus[:, None], type), type, BN, BK)
-    elif BITS < 8:  # 128 + q, for seven bits
-        pairs = _pairs(q, lane, half, 0x43004300, step, BITS, BK, BN)
-        minus = (zero | 0xC300) * 0x10001
-        weight = _apart(_add_pairs(pairs, minus[:, None], type), type, BN, BK)
-    else:  # 128 + the lower seven bits, less 128 where the eighth is not set
-        pairs = _pairs(q, lane, half, 0, step, BITS, BK, BN)
-        eighth = ((~pairs >> 7) & 0x00010001) * 0xC300
-        low = _and_or(pairs, 0x007F007F, 0x43004300)
-        minus = (-zero.to(tl.float32)).to(type).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        pairs = _add_pairs(_add_pairs(low, eighth, type), (minus * 0x10001)[:, None], type)
+    else:
+        pairs = unpack_pairs(q, lane, half, zero, step, type, BITS, BK, BN)
         weight = _apart(pairs, type, BN, BK)
     return weight
 
@@ -146,7 +155,7 @@ def _total(total, partials, counters, SPLIT_K: tl.constexpr, BN: tl.constexpr, B
 
 
 @triton.jit
-def _store(
+def store_sums(
     total, bias, y, m, n, rows, outputs, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
     """Sums (BN, BM) with their bias to y (M, N)."""
@@ -158,7 +167,7 @@ def _store(
 
 
 @triton.jit
-def _group(
+def group_of(
     block, step: tl.constexpr, groups, BK: tl.constexpr, SPAN: tl.constexpr,
     GROUP_BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -171,7 +180,7 @@ def _group(
 
 
 @triton.jit
-def _zeros(
+def zeros_of(
     zeros, place, BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, OFFSETS: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +195,7 @@ def _zeros(
 
 
 @triton.jit
-def _rows_of_panels(n, panels):
+def rows_of_panels(n, panels):
     """Panels, places of the scales, lanes' first words and halves of outputs (BN,).
 
     The last tile may reach beyond the last panel: there it reads that one again.
@@ -197,7 +206,7 @@ def _rows_of_panels(n, panels):
 
 
 @triton.jit
-def _with_offset(weight, scales, offsets, place):
+def with_offset(weight, scales, offsets, place):
     """Integers (BN, BK) times scales plus offsets, in float32.
 
     The integers alone, their offsets being added to sums, would give other infinities.
@@ -221,21 +230,21 @@ def unpack_weight(
     type: tl.constexpr = unpacked.dtype.element_ty
     BK: tl.constexpr = min(SPAN, 64)  # noqa: N806
     n, block = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1)
-    panel, column, lane, half = _rows_of_panels(n, panels)
+    panel, column, lane, half = rows_of_panels(n, panels)
     q_block = q + (panel.to(tl.int64) * blocks + block) * (64 * BITS)
     target = unpacked + n.to(tl.int64)[:, None] * blocks * BLOCK + tl.arange(0, BK)[None, :]
     for step in tl.static_range(BLOCK // BK):
-        group = _group(block, step, groups, BK, SPAN, GROUP_BLOCKS)
+        group = group_of(block, step, groups, BK, SPAN, GROUP_BLOCKS)
         scale_place = group * panels * PANEL + column
-        zero = _zeros(zeros, scale_place, BITS, HAS_ZEROS, OFFSETS, BN)
-        weight = _weight(q_block, lane, half, zero, step, type, BITS, BK, BN)
+        zero = zeros_of(zeros, scale_place, BITS, HAS_ZEROS, OFFSETS, BN)
+        weight = unpack_step(q_block, lane, half, zero, step, type, BITS, BK, BN)
         if OFFSETS:
-            weight = _with_offset(weight, scales, zeros, scale_place)
+            weight = with_offset(weight, scales, zeros, scale_place)
         place = target + (block * BLOCK + step * BK)
         tl.store(place, narrow(weight, type), mask=(n < panels * PANEL)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def packed_matmul(  # noqa: PLR0912 - one launch
     x, x_stride, q, scales, zeros, bias, y, partials, counters, rows, inputs, outputs, blocks,
     groups, BITS: tl.constexpr, SPAN: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
@@ -259,7 +268,7 @@ def packed_matmul(  # noqa: PLR0912 - one launch
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     panels = (outputs + PANEL - 1) // PANEL
-    panel, column, lane, half = _rows_of_panels(n, panels)
+    panel, column, lane, half = rows_of_panels(n, panels)
     i = tl.arange(0, BK)
     order = i % (BK // 4) // 8 * 32 + i // (BK // 4) * 8 + i % 8  # unit, lane, input
     order = tl.max_contiguous(tl.multiple_of(order, 8), 8)
@@ -275,7 +284,7 @@ def packed_matmul(  # noqa: PLR0912 - one launch
         for block in range(bound(s * per_split), bound(tl.minimum(blocks, (s + 1) * per_split))):
             for step in tl.static_range(BLOCK // BK):
                 if step * BK % SPAN == 0:
-                    group = _group(block, step, groups, BK, SPAN, GROUP_BLOCKS)
+                    group = group_of(block, step, groups, BK, SPAN, GROUP_BLOCKS)
                     place = group * panels * PANEL + column
                     if not OFFSETS:
                         scale = tl.load(scales + place).to(tl.float32)
@@ -284,11 +293,11 @@ def packed_matmul(  # noqa: PLR0912 - one launch
                     here = block * BLOCK + step * BK + i
                     weight = tl.load(q + stored[:, None] + here[None, :])
                 else:
-                    zero = _zeros(zeros, place, BITS, HAS_ZEROS, OFFSETS, BN)
+                    zero = zeros_of(zeros, place, BITS, HAS_ZEROS, OFFSETS, BN)
                     words = q_panel + block * (64 * BITS)
-                    weight = _weight(words, lane, half, zero, step, type, BITS, BK, BN)
+                    weight = unpack_step(words, lane, half, zero, step, type, BITS, BK, BN)
                     if OFFSETS:
-                        weight = narrow(_with_offset(weight, scales, zeros, place), type)
+                        weight = narrow(with_offset(weight, scales, zeros, place), type)
                 k = block * BLOCK + step * BK + order
                 inside = (m < rows)[:, None] & (k < inputs)[None, :]
                 part = tl.trans(operand(tl.load(x_rows + k[None, :], mask=inside, other=0.0)))
@@ -303,10 +312,10 @@ def packed_matmul(  # noqa: PLR0912 - one launch
     if PARALLEL:
         total, last = _total(total, partials, counters, SPLIT_K, BN, BM)
     if last:
-        _store(total, bias, y, m, n, rows, outputs, HAS_BIAS, BM, BN)
+        store_sums(total, bias, y, m, n, rows, outputs, HAS_BIAS, BM, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def dense_matmul(
     x, x_stride, weight, bias, y, partials, counters, rows, inputs, outputs,
     BK: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -335,10 +344,10 @@ def dense_matmul(
     if PARALLEL:
         total, last = _total(total, partials, counters, SPLIT_K, BN, BM)
     if last:
-        _store(total, bias, y, m, n, rows, outputs, HAS_BIAS, BM, BN)
+        store_sums(total, bias, y, m, n, rows, outputs, HAS_BIAS, BM, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def int8_matmul(
     x, x_scales, weight, scales, bias, y, partials, counters, rows, inputs, outputs,
     BK: tl.constexpr, PER_ROW: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
@@ -371,4 +380,4 @@ def int8_matmul(
         by_row = tl.load(x_scales + m, mask=m < rows, other=0.0) if PER_ROW else tl.load(x_scales)
         scale = tl.load(scales + n, mask=n < outputs, other=0.0).to(tl.float32)
         out = total.to(tl.float32) * (by_row[None, :] if PER_ROW else by_row) * scale[:, None]
-        _store(out, bias, y, m, n, rows, outputs, HAS_BIAS, BM, BN)
+        store_sums(out, bias, y, m, n, rows, outputs, HAS_BIAS, BM, BN)

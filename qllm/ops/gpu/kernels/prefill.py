@@ -7,7 +7,7 @@ from qllm.ops.gpu.kernels.attention import rotated, scaled
 from qllm.ops.gpu.kernels.numbers import bound, narrow, operand
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def write_tokens(
     qkv, cos, sin, rows, starts, positions, q, keys, values, heads, kv_heads, capacity,
     DIM: tl.constexpr, FIRST: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
@@ -99,7 +99,7 @@ def weigh(
     return operand(narrow(weights, type)), alpha, (m_new, l_i)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def prefill_attention(
     q, keys, values, slopes, rows, starts, positions, y, heads, kv_heads, capacity, scale,
     cap, window,

@@ -25,7 +25,7 @@ def _sequence(starts, positions, sequence):
     return begin, tokens, past, begin + sequence * RUN
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def write_runs(
     qkv, cos, sin, rows, starts, positions, recent_keys, recent_values, q, keys, values, heads,
     kv_heads, slots,
@@ -92,7 +92,7 @@ def write_runs(
         tl.store(values + target + FIRST, b, mask=is_value & in_second)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def quantize_runs(
     keys, values, rows, starts, positions, recent_keys, recent_values, key_codes, value_codes,
     key_scales, value_scales, key_zeros, value_zeros, kv_heads, slots, capacity,
@@ -165,7 +165,7 @@ def _load_block(
     return narrow(integers.to(tl.float32) * scale.to(tl.float32), type)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def prefill_attention(
     q, keys, values, key_codes, value_codes, key_scales, value_scales, key_zeros, value_zeros,
     slopes, rows, starts, positions, y, heads, kv_heads, slots, capacity, scale, cap, window,

@@ -1,0 +1,190 @@
+"""The product of a prompt with a packed weight, on GPUs whose Triton has tensor descriptors (TMA).
+
+Weights are rounded to the type of x, as the reference's are, and summed over all of K in one order.
+For few rows they become numbers in registers, which is where the matrix units take them from; for
+many ("many_rows" of `tiles`) they do so once, in memory, from where a persistent product takes
+them, whose programs go from tile to tile.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qllm.ops import reference
+from qllm.ops.gpu import device as device_of
+from qllm.ops.gpu import layout, tiles
+from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
+from qllm.ops.gpu.rows import aligned, side_by_side
+from qllm.quant.packing import PackedWeight
+from qllm.quant.packing import pack as pack_rows
+
+OLDEST = (9, 0)  # the first compute capability whose matrix units take tiles by descriptors
+AT_ONCE = 64  # rows of the weight of which they are made
+# Of the product of many rows: outputs, inputs of a step, warps and stages of a tile; and its rows,
+# fewer where larger tiles would leave multiprocessors without one.
+OUTPUTS, INPUTS, WARPS, STAGES, ROWS = 128, 64, 8, 3, (256, 128)
+# What is tested: bits, types, offsets in place of zeros, and what is compared with large tiles:
+# rows, and those of a tile.
+CASES = (
+    (4, torch.bfloat16, False, ((7, 0), (ROWS[0] + 3, 0), (ROWS[0] + 3, ROWS[1]))),
+    (3, torch.float16, True, ((ROWS[0] + 3, 0),)),
+)
+
+
+@device_of.once
+def unsupported_reason(device: torch.device) -> str | None:
+    """Why it cannot run on a device; None where it can. Where a self-test fails a note says so."""
+    if device.type != "cuda":
+        return "it is for CUDA devices"
+    architecture, _ = device_of.architecture(device)
+    if tuple(map(int, architecture.split("."))) < OLDEST:
+        return f"compute capability {architecture} is below {'.'.join(map(str, OLDEST))}"
+    if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+        return "this Triton has no tensor descriptors"
+    instead = "prompts take a product that scales sums, a slower one"
+    return device_of.failure("prefill", device, partial(_self_test, device), instead)
+
+
+def about(device: torch.device) -> str:
+    """How prompts are multiplied, for `--explain`."""
+    if reason := unsupported_reason(device):
+        return f"prompts: sums are scaled: {reason}"
+    return f"prompts: weights are rounded first, from {many_rows(device)} rows on in memory"
+
+
+def many_rows(device: torch.device) -> int:
+    """Rows from which on it pays to make numbers of the weight once."""
+    return tiles.entry(device_of.architecture(device)[0], "prefill")["many_rows"]
+
+
+def weight_only_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    *,
+    tile: int | None = None,
+) -> Tensor:
+    """`reference.weight_only_linear` for x of one of `cuda.DTYPES`, on tensors of `layout.pack`.
+
+    Args:
+        tile: rows of a tile, one of ROWS, of a weight that is dequantized in memory; 0: it is so in
+            registers; None: as the number of rows says.
+    """
+    shape = Shape.of(x.shape[1], out_features, group_size)
+    x = shape.pad_groups(x) if shape.pads_groups else side_by_side(x)
+    y = x.new_empty(len(x), out_features)
+    if len(x) == 0:
+        return y
+    offsets = qzeros.is_floating_point()
+    constants = {
+        "BITS": bits,
+        "SPAN": shape.span,
+        "GROUP_BLOCKS": -(-shape.padded_size // BLOCK),
+        "HAS_ZEROS": qzeros.numel() > 0 and not offsets,
+        "OFFSETS": offsets,
+    }
+    weight = (qweight, scales, qzeros)
+    if tile is None:
+        tile = _rows_of_a_tile(y) if len(x) >= many_rows(x.device) else 0
+    with device_of.current(x):
+        if tile:
+            _many(x, weight, bias, y, shape, constants, tile)
+        else:
+            _few(x, weight, bias, y, shape, constants)
+    return y
+
+
+def _rows_of_a_tile(y: Tensor) -> int:
+    _, num_sms = device_of.architecture(y.device)
+    return next((rows for rows in ROWS if _tiles_of(y, rows) >= num_sms), ROWS[-1])
+
+
+def _tiles_of(y: Tensor, rows: int) -> int:
+    """Tiles of a result, with so many rows each."""
+    return -(-y.shape[0] // rows) * -(-y.shape[1] // OUTPUTS)
+
+
+def _few(
+    x: Tensor, weight: tuple[Tensor, ...], bias: Tensor | None, y: Tensor, shape: Shape,
+    constants: dict[str, Any],
+) -> None:  # fmt: skip
+    from qllm.ops.gpu.kernels.prefill_matmul import few_rows_matmul
+
+    rows, outputs = y.shape
+    tile = tiles.tile_of("prefill", rows, device_of.architecture(x.device)[0])
+    few_rows_matmul[-(-rows // tile.rows), -(-outputs // tile.columns)](
+        x, x.stride(0), *weight, bias, y, rows, x.shape[1], outputs, shape.blocks, shape.groups,
+        **constants, HAS_BIAS=bias is not None, BM=tile.rows, BN=tile.columns,
+        num_warps=tile.warps, num_stages=tile.stages,
+        enable_fp_fusion=False,  # weights are the reference's
+    )  # fmt: skip
+
+
+def _many(
+    x: Tensor, weight: tuple[Tensor, ...], bias: Tensor | None, y: Tensor, shape: Shape,
+    constants: dict[str, Any], tile: int,
+) -> None:  # fmt: skip
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from qllm.ops.gpu.kernels.prefill_matmul import dequantize_weight, many_rows_matmul
+
+    numbers = x.new_empty(shape.panels * PANEL, shape.blocks * BLOCK)
+    dequantize_weight[-(-len(numbers) // AT_ONCE), shape.blocks](
+        *weight, numbers, shape.panels, shape.blocks, shape.groups,
+        **constants, BN=AT_ONCE, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    x = aligned(x)
+    _, num_sms = device_of.architecture(x.device)
+    programs = min(num_sms, _tiles_of(y, tile))
+    many_rows_matmul[(programs,)](
+        TensorDescriptor.from_tensor(x, [tile, INPUTS]),
+        TensorDescriptor.from_tensor(numbers, [OUTPUTS, INPUTS]),
+        bias, y, *y.shape, numbers.shape[1] // INPUTS, programs,
+        HAS_BIAS=bias is not None, BM=tile, BN=OUTPUTS, BK=INPUTS,
+        num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+
+
+def _self_test(device: torch.device) -> str | None:
+    """Both ways beside the reference where sums are exact, beside each other where they are not.
+
+    A prompt's last piece may be of few rows, and is to find what it would find among many.
+    """
+    outputs, inputs, group, rows = 200, 328, 64, ROWS[0] + 3
+    index = torch.arange(outputs * -(-inputs // group)).view(outputs, -1)
+    scales = torch.tensor([0.25, 0.5, 1.0])[index % 3].half()
+    draw = torch.Generator().manual_seed(0)
+    exact = torch.arange(rows * inputs).view(rows, inputs).remainder(5).sub(2)
+    drawn = torch.randn(rows, inputs, generator=draw)
+    for bits, dtype, offsets, counts in CASES:
+        values = torch.randint(0, 1 << bits, (outputs, inputs), generator=draw).to(torch.uint8)
+        zeros = (index.remainder(16) / -4).half() if offsets else index.to(torch.uint8) % 8
+        stored = PackedWeight(pack_rows(values, bits), scales, zeros)
+        options = (outputs, bits, group)
+        there = PackedWeight(*(tensor.to(device) for tensor in stored[:3]))
+        packed = layout.pack(there, bits, group, inputs)[:3]
+
+        def multiply(
+            x: Tensor, tile: int, how: tuple[Any, ...] = (*packed, None, *options)
+        ) -> Tensor:
+            return weight_only_linear(x.to(device), *how, tile=tile).cpu()
+
+        wanted = reference.weight_only_linear(exact.float(), *stored[:3], None, *options).to(dtype)
+        if not torch.equal(multiply(exact.to(dtype), ROWS[0]), wanted):
+            return "the self-test of prompts' products here found other sums"
+        x = drawn.to(dtype)
+        whole = multiply(x, ROWS[0])
+        for count, tile in counts:
+            if not torch.equal(multiply(x[:count], tile), whole[:count]):
+                return "few rows of a prompt and many found other sums in their self-test"
+    return None

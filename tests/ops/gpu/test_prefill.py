@@ -1,0 +1,143 @@
+"""Products of prompts whose weights are rounded first: in registers, and in memory."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+from cpu_paths import STORED_SCHEMES, normal, pattern, random_weight
+from gpu_kernels import packed
+from torch import Tensor
+
+from qllm.ops import phase
+from qllm.ops.gpu import cuda, kept, linear, prefill
+from qllm.ops.gpu import device as device_of
+from qllm.ops.reference import dequantize
+from qllm.quant.packing import BITS
+
+SHAPES = ((1, 1), (13, 67), (140, 200), (66, 390))  # (N, K)
+GROUPS = (-1, 16, 20, 32, 64, 100, 128, 200)
+
+
+@pytest.fixture
+def device(gpu, monkeypatch) -> str:
+    if gpu == "cuda" and (reason := prefill.unsupported_reason(torch.device("cuda", 0))):
+        pytest.skip(reason)
+    # Tiles that the interpreter gets through, of which there are several.
+    if gpu == "cpu":
+        monkeypatch.setattr(prefill, "ROWS", (32, 16))
+        monkeypatch.setattr(device_of, "architecture", lambda device: ("9.0", 2))
+    return gpu
+
+
+def multiply(weight, x: Tensor, bias: Tensor | None, device: str, tile: int) -> Tensor:
+    tensors, asked = packed(weight, device)[:3], weight.request
+    bias = None if bias is None else bias.to(device)
+    format_ = (asked.out_features, asked.bits, asked.group_size)
+    return prefill.weight_only_linear(x.to(device), *tensors, bias, *format_, tile=tile).cpu()
+
+
+def rms(values: Tensor) -> float:
+    return values.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_both_ways_are_near_the_exact_one_and_on_a_gpu_the_same(bits, device):
+    schemes = STORED_SCHEMES if bits > 1 else ("asym", "offset")
+    for i, (group, scheme, dtype) in enumerate(product(GROUPS, schemes, cuda.DTYPES)):
+        if device == "cpu" and i % 8 != bits % 8:  # each at some number of bits
+            continue
+        shape, count = SHAPES[i // 8 % len(SHAPES)], (1, 17, 40)[i // 8 % 3]
+        wide = torch.float32 if i // 8 % 3 == 0 else torch.float16
+        weight = random_weight(shape, bits, group, scheme, scales_dtype=wide)
+        x = normal(count, shape[1] + 3, dtype=dtype)[:, : shape[1]]
+        bias = normal(shape[0], dtype=dtype) if i % 2 else None
+        few, *many = (multiply(weight, x, bias, device, tile) for tile in (0, *prefill.ROWS))
+        assert few.dtype == dtype and few.shape == (count, shape[0])
+        # The interpreter leaves the order of a step's sums to a library, which goes by the tile.
+        assert device == "cpu" or all(torch.equal(few, found) for found in many)
+        exact = weight.exact(x, bias)
+        allowed = 2 * rms(weight.reference(x, bias).double() - exact)
+        size = torch.finfo(dtype).eps * rms(weight.size(x, bias))
+        # The reference may be exact by chance, the more so the fewer numbers it finds.
+        allowed += size / 16 if few.numel() > 64 else size
+        assert all(rms(found.double() - exact) <= allowed for found in (few, *many))
+
+
+@pytest.mark.parametrize(("bits", "scheme"), [(3, "sym"), (4, "offset"), (8, "asym")])
+def test_weights_are_rounded_as_the_reference_s(bits, scheme, device):
+    weight = random_weight((66, 256), bits, 64, scheme)
+    asked = weight.request
+    for dtype in cuda.DTYPES:
+        wanted = dequantize(*weight.stored[:3], bits, asked.group_size, asked.in_features, dtype)
+        one = torch.eye(256, dtype=dtype)
+        for tile in (0, prefill.ROWS[0]):
+            found = multiply(weight, one, None, device, tile)
+            assert torch.equal(found, wanted.t())
+
+
+@pytest.mark.parametrize("special", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_no_number_gives_what_the_reference_gives(special, device):
+    weight = random_weight((20, 256), 4, 128, "asym" if special > 0 else "offset")
+    x = normal(3, 256, dtype=torch.bfloat16)
+    x[1, 130] = special
+    for tile in (0, prefill.ROWS[0]):
+        found = multiply(weight, x, None, device, tile)
+        assert torch.equal(pattern(found), pattern(weight.reference(x)))
+
+
+def test_a_prompt_takes_it_and_a_step_does_not(device, monkeypatch):
+    asked = []
+
+    def noted(x, *given, run=prefill.weight_only_linear):
+        asked.append(len(x))
+        return run(x, *given)
+
+    monkeypatch.setattr(prefill, "weight_only_linear", noted)
+    monkeypatch.setattr(prefill, "unsupported_reason", lambda place: None)
+    weight = random_weight((20, 256), 4, 128)
+    tensors = packed(weight, device)[:3]
+    for rows, dtype in ((3, torch.bfloat16), (2, torch.float16), (1, torch.float32)):
+        x = normal(rows, 256, dtype=dtype).to(device)
+        given = (x, *tensors, None, 20, 4, 128)
+        prompt = linear.weight_only_linear(*given)
+        with phase.decode():
+            step = linear.weight_only_linear(*given)
+        assert torch.allclose(prompt.float(), step.float(), atol=0.1, rtol=0.02)
+    assert asked == [3, 2]  # float32 is the former product's
+    assert not linear.weight_only_linear(x[:0].bfloat16(), *given[1:]).numel()
+
+
+def test_the_self_test_finds_what_is_wrong(device, monkeypatch, capsys):
+    place, whole_numbers = torch.device(device), partial(torch.randint, -2, 3)
+    cases = [(*case[:3], ((7, 0), (35, 0), (35, prefill.ROWS[1]))) for case in prefill.CASES]
+    monkeypatch.setattr(prefill, "CASES", cases)
+    if device == "cpu":  # whose library sums exactly what has but one sum
+        monkeypatch.setattr(
+            torch, "randn", lambda *shape, **how: whole_numbers(shape, **how).float()
+        )
+    assert prefill._self_test(place) is None
+    monkeypatch.setattr(kept, "test_name", lambda name, device: "gpu-passed-none")
+    monkeypatch.setattr(device_of, "architecture", lambda device: ("9.0", 4))
+
+    def wrong(x, weight, bias, y, *given, run):
+        run(x, weight, bias, y, *given)
+        y *= 1.01
+
+    monkeypatch.setattr(prefill, "_few", partial(wrong, run=prefill._few))
+    assert "few rows of a prompt and many" in prefill._self_test(place)
+    monkeypatch.setattr(prefill, "_many", partial(wrong, run=prefill._many))
+    self_test = prefill._self_test
+    monkeypatch.setattr(prefill, "_self_test", lambda _: self_test(place))
+    prefill.unsupported_reason.cache_clear()
+    there = torch.device("cuda", 7)
+    reason = "the self-test of prompts' products here found other sums"
+    assert prefill.unsupported_reason(there) == reason and reason in capsys.readouterr().err
+    assert prefill.about(there) == f"prompts: sums are scaled: {reason}"
+    prefill.unsupported_reason.cache_clear()
+    monkeypatch.setattr(device_of, "architecture", lambda device: ("8.6", 4))
+    assert prefill.unsupported_reason(there) == "compute capability 8.6 is below 9.0"
+    prefill.unsupported_reason.cache_clear()
