@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import attention, everything, layers, models
+from benchmarks.gpu import attention, everything, layers, models, start, ways
 from qllm import cli
 from qllm.errors import UserError, first_line
 from qllm.ops.gpu import device as device_of
@@ -51,9 +51,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--rivals", nargs="*", choices=list(layers.RIVALS), default=["torch"], help="(%(default)s)"
     )
+    parser.add_argument(
+        "--ways", nargs="*", choices=list(ways.ANSWERS), default=[ways.SYSTEM], metavar="WAY",
+        help=f"in which this package's layers multiply: {', '.join(ways.ANSWERS)} (the first)",
+    )  # fmt: skip
     parser.add_argument("--models", nargs="*", choices=list(PUBLISHED), metavar="NAME")
     parser.add_argument("--batches", nargs="+", type=number, default=[1])
     parser.add_argument("--kv-bits", nargs="*", default=[], metavar="BITS", help="and torch")
+    parser.add_argument("--start", action="store_true", help="from the start to the first token")
     parser.add_argument("--context", type=number, default=4096, help="tokens (%(default)s)")
     parser.add_argument("--steps", type=number, default=64, help="(%(default)s)")
     parser.add_argument("--repeats", type=number, default=7, help="(%(default)s)")
@@ -125,8 +130,12 @@ def main() -> int:
         attended += attempts(label, attention.measure, *given)
     if attended:
         print_table(ATTENTION_COLUMNS, [attention_cells(row) for row in attended])
+    began = []
+    if args.start:
+        began = list(chain.from_iterable(attempts("start", lambda: [*start.measure(device.type)])))
+        print_table(("start", "seconds"), [(r["name"], f"{r['seconds']:.1f}") for r in began])
     result = {"device": about, "limits": peaks, "layers": rows, "models": found}
-    result["attention"] = attended
+    result |= {"attention": attended, "start": began}
     print(json.dumps(result | {"failures": attempts.failures}))
     return 1 if attempts.failures else 0
 
@@ -188,7 +197,7 @@ def layer_rows(
 ) -> list[dict]:
     """Of a layer's shape (K, N), what each way of multiplying takes."""
     dtype = torch.bfloat16
-    makers = {f"qllm {bits}": partial(layers.ours, bits) for bits in args.bitwidths}
+    makers = {f"qllm {bits}": partial(layers.ours, bits, ways=args.ways) for bits in args.bitwidths}
     makers |= {name: layers.RIVALS[name] for name in args.rivals}
     found = []
     for name, make in makers.items():

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.gpu.layers import OF_GGUF
+from benchmarks.gpu.ways import OF_PROMPTS, OF_STEPS
 from qllm.report import finite, print_table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -26,6 +28,9 @@ MODELS = (
     "bigscience/bloom-7b1",
     "facebook/opt-125m",
 )
+# Rows and bitwidths that are measured in all the ways that products of steps, and of prompts, go.
+ROWS_OF_STEPS, ROWS_OF_PROMPTS = (1, 16), (64, 256, 512, 768, 1024, 2048)
+STEPS_OF, PROMPTS_OF = ("4", "8:tc-li"), ("4",)
 TUNED, CANDIDATES = ("4", "8:tc-li", "16"), 6
 # What pytest -v prints of a test, and what it prints where tests run beside each other.
 OUTCOMES = ("passed", "failed", "error", "skipped")
@@ -87,20 +92,28 @@ def parts(
         options: of every measurement.
         table: where the tiles go that are found.
     """
-    yield Part("tests", ("-m", "pytest", "-vv", "-m", "", "tests/ops/gpu"), 180)
+    # What kernels compile to for other GPUs is tested on machines that have time.
+    without = "--ignore=tests/ops/gpu/test_compile.py"
+    yield Part("tests", ("-m", "pytest", "-vv", "-m", "", without, "tests/ops/gpu"), 150)
 
     def measure(name: str, seconds: float, *arguments: str) -> Part:
         return Part(name, ("-m", "benchmarks.gpu", *options, *arguments), seconds)
 
     layer = ("--rows", *map(str, rows), "--shapes")
     for shape in shapes:
-        yield measure(f"layer {shape}", 60, *layer, shape, "--bitwidths", *bitwidths)
+        yield measure(f"layer {shape}", 80, *layer, shape, "--bitwidths", *bitwidths)
     batches = ("--batches", *map(str, BATCHES), "--shapes", "--rivals")
     some = [bitwidth for bitwidth in bitwidths if bitwidth != "8"]  # those of the README's table
     for name in models:
         yield measure(f"model {name}", 90, "--models", name, "--bitwidths", *some, *batches)
+    first = ("--shapes", *shapes[:1], "--bitwidths")
+    few, many = (("--rows", *map(str, rows)) for rows in (ROWS_OF_STEPS, ROWS_OF_PROMPTS))
+    yield measure("prompts", 60, *many, "--ways", *OF_PROMPTS, "--rivals", *first, *PROMPTS_OF)
+    yield measure("steps", 60, *few, "--ways", *OF_STEPS, "--rivals", *first, *STEPS_OF)
     nothing = ("--shapes", "--rivals", "--kv-bits")
     yield measure("attention", 60, *nothing, "torch", "16", "8", "4")
+    yield measure("start", 90, "--start", "--shapes", "--rivals")
+    yield measure("GGUF", 60, *layer[:-1], "--rivals", *first, *OF_GGUF)
     if importlib.util.find_spec("gemlite"):
         for shape in shapes:
             rival = (shape, "--bitwidths", "--rivals", "gemlite")
@@ -119,8 +132,8 @@ def run(
         names: of those that are run; the beginning of a name will do.
 
     Returns:
-        `limits`, `layers`, `models`, `attention`, `tests`, `tiles`, and `failures`: what failed,
-        and why.
+        `limits`, `layers`, `models`, `attention`, `start`, `tests`, `tiles`, and `failures`: what
+        failed, and why.
     """
     begin = time.monotonic()
     found = {
@@ -128,6 +141,7 @@ def run(
         "layers": [],
         "models": [],
         "attention": [],
+        "start": [],
         "tests": {},
         "tiles": {},
         "failures": [],
@@ -187,7 +201,7 @@ def _read_measurements(found: dict, name: str, ended: Ended, say: Callable[[str]
         return
     for key in ("device", "limits"):
         found[key] = found.get(key) or result.get(key)
-    for key in ("layers", "models", "attention"):
+    for key in ("layers", "models", "attention", "start"):
         found[key] += result.get(key, [])
     for failure in result.get("failures", []):
         _fail(found, failure["what"], failure["error"], say)
@@ -222,6 +236,9 @@ def print_tables(found: dict) -> None:
             for row in attention
         }
         _print_grid(title, cells)
+    if found["start"]:
+        cells = {("", row["name"]): f"{row['seconds']:.1f}" for row in found["start"]}
+        _print_grid("seconds from a process's start to its first token", cells)
     for architecture, rows in found["tiles"].items():
         for kind, row in rows.items():
             print(f"tiles {architecture} {kind}: {json.dumps(row)}")

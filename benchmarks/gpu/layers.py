@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -10,14 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.gpu.ways import SYSTEM, through
 from qllm.cli import note
-from qllm.config import QuantSpec
+from qllm.config import DEFAULT_ALGORITHM, QuantSpec
 from qllm.layers import linear_class
 from qllm.layers.base import Linear
 from qllm.ops import phase
 from qllm.ops.gpu.limits import seconds
 from qllm.quant.packing import packed_size
 
+# Weights with an offset per group, as GGUF files have them.
+OF_GGUF = {
+    f"q{bits}_1": QuantSpec(bits, 32, "offset", "weight_only", DEFAULT_ALGORITHM) for bits in (4, 5)
+}
 GROUP = 128
 WORKING_SET = 4  # times the cache, so that a weight comes from memory
 DEVIATION = 0.02  # of the weights
@@ -44,7 +49,7 @@ def random_layer(
     inputs: int, outputs: int, bitwidth: str, dtype: torch.dtype, device: torch.device
 ) -> Linear:
     """A layer of integers that are drawn, in its kernel's layout."""
-    spec = QuantSpec.parse(bitwidth)
+    spec = OF_GGUF.get(bitwidth) or QuantSpec.parse(bitwidth)
     empty = linear_class(spec).empty(inputs, outputs, False, spec, dtype)
     fill_buffers(empty, device)
     return empty
@@ -72,9 +77,10 @@ def fill(name: str, like: Tensor, device: torch.device) -> Tensor:
 
 
 def ours(
-    bitwidth: str, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, cache: int
-) -> Iterator[Bench]:
-    """A layer of this package."""
+    bitwidth: str, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, cache: int,
+    ways: Sequence[str] = (SYSTEM,),
+) -> Iterator[Bench]:  # fmt: skip
+    """A layer of this package, in each of some of the `ways` that it has."""
     first = random_layer(inputs, outputs, bitwidth, dtype, device)
     layers = [first]
     layers += [
@@ -82,7 +88,9 @@ def ours(
         for _ in range(copies(first.nbytes(), cache) - 1)
     ]
     rate = "int8" if bitwidth.startswith("8:tc") else "bfloat16"
-    yield Bench(f"qllm {bitwidth}", first.nbytes(), rate, [layer.forward for layer in layers])
+    for way in ways:
+        name = f"qllm {bitwidth}" + (f", {way}" if way != SYSTEM else "")
+        yield Bench(name, first.nbytes(), rate, [through(way, layer.forward) for layer in layers])
 
 
 def of_torch(

@@ -15,7 +15,7 @@ import triton
 
 from benchmarks.gpu.layers import Bench, ours
 from qllm.ops import phase
-from qllm.ops.gpu import decode, decode_int8, tiles
+from qllm.ops.gpu import decode, decode_int8, prefill, tiles
 from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu.limits import seconds
 from qllm.ops.gpu.tiles import ROWS, Tile
@@ -24,6 +24,9 @@ CTAS_PER_SM = (1, 2, 3, 4, 6, 8)
 DECODE_WARPS, DECODE_DEPTHS = (8, 16, 24, 32), (1, 2, 3, 4)
 COLUMNS, WARPS, STAGES = (64, 128), (4, 8), (2, 3, 4, 5)
 MANY = 2048  # rows for which the last tile of a kind is chosen
+# Rows of a prompt for which the last tile is, whose weights become numbers in registers; and those
+# from which on they may do so in memory.
+FEW, FROM = 512, (256, 384, 512, 768, 1024, 1536)
 
 
 def kinds(bitwidths: Iterable[str]) -> dict[str, str]:
@@ -61,18 +64,30 @@ class Search:
 
     def run(self) -> None:
         """Leave in the row what took the least time."""
+        self._tiles(MANY)
+        tried = {count: self._with_ctas(count) for count in CTAS_PER_SM[: self.max_candidates]}
+        self.row["ctas_per_sm"] = min(tried, key=tried.get)
+
+    def prompts(self) -> None:
+        """The same for the row of "prefill"."""
+        self.row["many_rows"] = MANY
+        self._tiles(FEW)
+        for rows in FROM[: self.max_candidates]:
+            self.row["many_rows"] = rows + 1
+            in_registers = self._cost(rows)
+            self.row["many_rows"] = rows
+            if self._cost(rows) <= in_registers:
+                break
+        self.say(f"{self.kind}: weights are dequantized in memory from {rows} rows on")
+
+    def _tiles(self, many: int) -> None:
         for place in ROWS:
-            rows = MANY if place == ROWS[-1] else place
+            rows = many if place == ROWS[-1] else place
             options = candidates(place)[: self.max_candidates]
             costs = {tile: self._with_tile(place, tile, rows) for tile in options}
             best = min(costs, key=costs.get)
             self.row["tiles"][str(place)] = list(best)
             self.say(f"{self.kind}, {place} rows: {best}")
-            if place == ROWS[0]:
-                tried = {
-                    count: self._with_ctas(count) for count in CTAS_PER_SM[: self.max_candidates]
-                }
-                self.row["ctas_per_sm"] = min(tried, key=tried.get)
 
     def decode(self, row: dict) -> None:
         """Leave in a row of the decode product's what took the least time."""
@@ -120,13 +135,16 @@ def search(
     architecture, _ = device_of.architecture(device)
     found = {}
     for bitwidth, kind in kinds(bitwidths).items():
-        row = json.loads(json.dumps(tiles.entry(architecture, kind)))
-        tiles.table().setdefault(architecture, {})[kind] = found[kind] = row
+        packed = kind.startswith("packed")
+        rounded = packed and not prefill.unsupported_reason(device)
+        of = "prefill" if rounded else kind  # one row for all numbers of bits
+        row = json.loads(json.dumps(tiles.entry(architecture, of)))
+        tiles.table().setdefault(architecture, {})[of] = found[of] = row
         options = (torch.bfloat16, device, cache)
         benches = [next(ours(bitwidth, *shape, *options)) for shape in shapes]
-        search = Search(kind, row, shapes, benches, device, repeats, max_candidates, say)
-        search.run()
-        if kind.startswith("packed"):
+        search = Search(of, row, shapes, benches, device, repeats, max_candidates, say)
+        (search.prompts if rounded else search.run)()
+        if packed:
             step, reason = kind.replace("packed", "decode"), decode.unsupported_reason(device)
         elif kind == "int8":
             step, reason = f"decode-{kind}", decode_int8.unsupported_reason(device)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 from conftest import ROOT, assert_user_error
 from inside import call
 
-from benchmarks.gpu import attention, everything, layers, models, tune
+from benchmarks.gpu import attention, everything, layers, models, start, tune, ways
 from qllm.ops import phase
-from qllm.ops.gpu import device, limits, tiles
+from qllm.ops.gpu import decode, decode_int8, device, limits, prefill, tiles
 from tools.random_checkpoint import opt_config
 
 BENCHMARK = "benchmarks.gpu.__main__"
@@ -52,16 +54,23 @@ def test_everything_whatever_fails(gpu, monkeypatch):
         done = call(BENCHMARK, *arguments[2:])
         return everything.Ended(done.returncode, done.stdout, done.stderr.splitlines()[-1:])
 
-    def no_dense(bitwidth, *options, ours=layers.ours):
+    def no_dense(bitwidth, *options, ours=layers.ours, **more):
         if bitwidth == "16":
             raise RuntimeError("CUDA error: misaligned address\nand more")
-        return ours(bitwidth, *options)
+        return ours(bitwidth, *options, **more)
 
     monkeypatch.setattr(everything, "start", begin)
+    monkeypatch.setattr(start, "run", lambda command, environment: None)
+    for name, rows in (("ROWS_OF_STEPS", (1,)), ("ROWS_OF_PROMPTS", (17,))):
+        monkeypatch.setattr(everything, name, rows)
+    if gpu == "cpu":  # as where it can run
+        monkeypatch.setattr(prefill, "unsupported_reason", lambda device: None)
+        monkeypatch.setattr(prefill, "ROWS", (32,))
     monkeypatch.setattr(layers, "ours", no_dense)
     monkeypatch.setattr(everything, "TUNED", ("4",))
     monkeypatch.setattr(everything, "CANDIDATES", 1)
-    monkeypatch.setattr(tune, "MANY", 20)
+    for name, value in {"MANY": 20, "FEW": 17, "FROM": (17,)}.items():
+        monkeypatch.setattr(tune, name, value)
     for name, value in {"KV_HEADS": 1, "DIM": 16, "GROUPS": (2,), "SEQUENCES": 1}.items():
         monkeypatch.setattr(attention, name, value)
     before = tiles.TABLE.read_text()
@@ -81,8 +90,17 @@ def test_everything_whatever_fails(gpu, monkeypatch):
     assert {(row["name"], row["rows"]) for row in found["layers"]} >= {
         (name, rows) for name in ("qllm 4", "torch bfloat16") for rows in (1, 17)
     }
-    assert "packed-4" in found["tiles"][device.architecture(torch.device(gpu))[0]]
-    for line in ("| 128x256, 17 ", "FAILED: 128x256, qllm 16: CUDA error: misaligned address"):
+    measured = {row["name"] for row in found["layers"]}
+    of_ways = {f"qllm 4, {way}" for way in (*ways.OF_STEPS, *ways.OF_PROMPTS)}
+    assert measured >= of_ways | {"qllm q4_1", "qllm q5_1", "qllm 8:tc-li, no PDL"}
+    kind = "packed-4" if prefill.unsupported_reason(torch.device(gpu)) else "prefill"
+    assert kind in found["tiles"][device.architecture(torch.device(gpu))[0]]
+    assert [row["name"] for row in found["start"]] == [name for name, _ in start.RUNS]
+    for line in (
+        "| 128x256, 17 ",
+        "qllm 4, again",
+        "FAILED: 128x256, qllm 16: CUDA error: misaligned address",
+    ):
         assert line in done.stdout
 
 
@@ -94,6 +112,15 @@ def test_a_part_is_a_process_that_is_ended_when_it_takes_too_long():
         "1\n",
         "",
     )
+
+
+def test_what_is_started_reads_its_options(monkeypatch):
+    for _, (script, *options) in start.RUNS:
+        monkeypatch.setattr(sys, "argv", [script, *options, "--device", "cuda"])
+        asked = importlib.import_module(script.removesuffix(".py")).parse_args()
+        assert asked.json and asked.max_gen_tokens == 1 and asked.device == "cuda"
+    with pytest.raises(RuntimeError, match="no_such_script"):
+        start.run(("no_such_script.py",), {})
 
 
 def test_a_model(gpu, monkeypatch):
@@ -148,6 +175,47 @@ def test_results_of_tests_are_read_from_what_pytest_says(tmp_path):
     assert found["tests"] == {"passed": 1, "failed": 1, "error": 0, "skipped": 0}
     (failure,) = found["failures"]
     assert failure["what"].endswith("test_it.py::test_b[1 2]") and len(said) == 1
+
+
+def test_tuning_finds_from_how_many_rows_on_memory_is_faster(gpu, monkeypatch):
+    row, asked = {"many_rows": 1, "tiles": {}}, []
+
+    def cost(self, rows):
+        asked.append((rows, row["many_rows"]))
+        in_memory = rows >= row["many_rows"]
+        return 500 + rows / 4 if in_memory else rows
+
+    monkeypatch.setattr(tune.Search, "_cost", cost)
+    search = tune.Search("prefill", row, (), (), torch.device(gpu), 1, None, lambda line: None)
+    search.prompts()
+    assert row["many_rows"] == 768 and set(row["tiles"]) == {str(count) for count in tiles.ROWS}
+    assert all(rows < limit for rows, limit in asked if limit == tune.MANY)
+
+
+@pytest.mark.parametrize("way", ways.ANSWERS)
+def test_ways_are_those_that_products_take(way, monkeypatch):
+    place = torch.device("cuda", 0)
+    for module, name in ((decode, "late_reason"), (prefill, "unsupported_reason")):
+        monkeypatch.setattr(module, name, lambda device: None)
+    monkeypatch.setattr(decode, "unsupported_reason", lambda device, *, offsets=False: None)
+    monkeypatch.setattr(decode_int8, "unsupported_reason", lambda device: None)
+    monkeypatch.setattr(prefill, "many_rows", lambda device: 500)
+
+    def found() -> dict[str, bool]:
+        few = prefill.many_rows(place)
+        with phase.decode():
+            early = decode.begins_early(place)
+        return {
+            "Triton": bool(decode.unsupported_reason(place, offsets=True))
+            and bool(decode_int8.unsupported_reason(place)),
+            "no PDL": not early,
+            "registers": few > 2048,
+            "memory": few == 0,
+            "scaled sums": bool(prefill.unsupported_reason(place)),
+        }
+
+    assert ways.through(way, found)() == {name: name == way for name in found()}
+    assert not any(found().values())
 
 
 def test_tuning_tries_what_the_decode_product_has(gpu, monkeypatch):

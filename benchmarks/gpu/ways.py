@@ -1,0 +1,50 @@
+"""How a layer multiplies where this package has several ways: a benchmark names the one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+from qllm.ops.gpu import decode, decode_int8, prefill
+
+SYSTEM = "as --explain says"
+
+
+def _says(answer: object) -> Callable[..., Any]:
+    return lambda *given, **named: answer
+
+
+NOT_ASKED = _says("it is measured without")
+# By a way's name, what of the package answers otherwise; the first one leaves it as it is.
+ANSWERS: dict[str, tuple[tuple[object, str, Callable[..., Any]], ...]] = {
+    SYSTEM: (),
+    # Steps: Triton's products; and kernels of CUDA C++ that begin when the one in front has ended.
+    "Triton": tuple((module, "unsupported_reason", NOT_ASKED) for module in (decode, decode_int8)),
+    "no PDL": ((decode, "late_reason", NOT_ASKED),),
+    # Prompts: weights become numbers in registers; once, in memory; or sums are scaled.
+    "registers": ((prefill, "many_rows", _says(1 << 30)),),
+    "memory": ((prefill, "many_rows", _says(0)),),
+    "scaled sums": ((prefill, "unsupported_reason", NOT_ASKED),),
+}
+OF_STEPS, OF_PROMPTS = ("Triton", "no PDL"), ("registers", "memory", "scaled sums")
+
+
+@contextmanager
+def taking(way: str) -> Iterator[None]:
+    """What a layer multiplies inside goes one of the ways."""
+    with ExitStack() as stack:
+        for module, name, answer in ANSWERS[way]:
+            stack.enter_context(mock.patch.object(module, name, answer))
+        yield
+
+
+def through(way: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """A product that goes one of the ways."""
+
+    def call(*given: object) -> object:
+        with taking(way):
+            return run(*given)
+
+    return run if way == SYSTEM else call
