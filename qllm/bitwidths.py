@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qllm.config import QuantPlan, QuantSpec, read_plan_file
+from qllm.config import BITWIDTHS, QuantPlan, QuantSpec, read_plan_file
+from qllm.errors import UserError
 
 # One value for all layers, one for each, rules by module name or their file, or a plan.
 Bitwidth = int | str | Path | Sequence[int | str] | Mapping[str, Any] | QuantPlan
@@ -34,8 +35,10 @@ def make_plan(
         plan = _plan_of(read_plan_file(path), str(path), default)
     elif isinstance(bitwidth, int | str):
         plan = QuantPlan.parse(str(bitwidth), default)
-    else:
+    elif isinstance(bitwidth, Iterable):
         plan = QuantPlan.parse(",".join(map(str, bitwidth)), default)
+    else:
+        raise UserError(f"bitwidth {bitwidth!r} is unknown; choose from {', '.join(BITWIDTHS)}")
     return plan.with_head(lm_head_bits, default or QuantSpec())
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -245,7 +246,7 @@ class LLM:
         max_new_tokens: int | None = None,
         max_prompt_length: int | None = None,
         on_token: Callable[[int, int, bool], None] | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         repetition_penalty: float | None = None,
         batch_size: int | None = None,
         **sampling: float | None,
@@ -272,7 +273,7 @@ class LLM:
         many = _several(prompts)
         ids = [self.pretrained.encode(prompt, max_prompt_length) for prompt in many]
         config = self._generation(max_new_tokens, repetition_penalty, sampling)
-        strings = [stop] if isinstance(stop, str) else list(stop)
+        strings = _stop_strings(stop)
         more: dict[str, Any] = {"batch_size": batch_size}
         if on_token is not None:
             more["on_token"] = on_token
@@ -298,7 +299,7 @@ class LLM:
         prompt: Prompt,
         *,
         max_new_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         repetition_penalty: float | None = None,
         **sampling: float | None,
     ) -> Iterator[str]:
@@ -312,7 +313,7 @@ class LLM:
         ids = self.pretrained.encode(prompt)
         config = self._generation(max_new_tokens, repetition_penalty, sampling)
         check_prompts(self.model.config, [ids], config)
-        return self._pieces(ids, config, [stop] if isinstance(stop, str) else list(stop))
+        return self._pieces(ids, config, _stop_strings(stop))
 
     def _pieces(self, ids: list[int], config: GenerationConfig, stop: list[str]) -> Iterator[str]:
         pieces: list[str] = []
@@ -375,9 +376,23 @@ class LLM:
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several, as several."""
+    if hasattr(prompts, "tolist"):  # an array, or a tensor
+        prompts = prompts.tolist()
     return [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
 
 
 def _is_ids(prompts: Sequence[int] | Sequence[Prompt]) -> TypeIs[Sequence[int]]:
     """Whether this is one prompt of token ids, and no list of prompts."""
-    return len(prompts) > 0 and isinstance(prompts[0], int)
+    return len(prompts) > 0 and isinstance(prompts[0], Integral)
+
+
+def _stop_strings(stop: str | Sequence[str] | None) -> list[str]:
+    """Strings that end a text, however they were given.
+
+    Raises:
+        UserError: for an empty one.
+    """
+    strings = [stop] if isinstance(stop, str) else list(stop or ())
+    if "" in strings:
+        raise UserError("a stop string is empty; give it some text")
+    return strings

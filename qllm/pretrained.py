@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from typing import Any, Self
 
@@ -78,10 +79,16 @@ class Pretrained:
 
         Args:
             max_length: in tokens, of texts; ids are taken as they are.
+
+        Raises:
+            UserError: see `Tokenizer.encode`; or a length below 1.
+            TypeError: for what is neither text nor a sequence of whole numbers.
         """
         if isinstance(prompt, str):
+            if max_length is not None and max_length < 1:
+                raise UserError(f"max_prompt_length is {max_length}; give 1 token or more")
             return self.tokenizer.encode(prompt, max_length)
-        return list(prompt)
+        return [index(token) for token in prompt]
 
     def generation_with(
         self,
@@ -100,6 +107,8 @@ class Pretrained:
         """
         changes: dict[str, Any] = {}
         if max_new_tokens is not None:
+            if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+                raise UserError(f"max_new_tokens is {max_new_tokens!r}; give a whole number")
             changes["max_new_tokens"] = max_new_tokens
         if repetition_penalty is not None:
             if not repetition_penalty > 0:

@@ -93,7 +93,7 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "a number above 0, up to 1"),
             "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "a number from 0 to 1"),
             "seed": (
-                self.seed is None or 0 <= self.seed <= MAX_SEED,
+                self.seed is None or (isinstance(self.seed, int) and 0 <= self.seed <= MAX_SEED),
                 f"a whole number from 0 to {MAX_SEED}",
             ),
         }

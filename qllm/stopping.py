@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from qllm.tokenizer import Tokenizer
 
-# Tokens that are decoded in front of those that may hold a string: a first one alone may decode to
+# Tokens that are decoded in front of those whose text is asked for: a first one alone may decode to
 # something else than it does in its place.
 MARGIN = 8
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qllm.stopping import cut, settled
+from qllm.stopping import MARGIN, cut, settled
 from qllm.tokenizer import Tokenizer
 
 
@@ -13,6 +13,11 @@ class TextStream:
 
     All prompts are generated at once; the text of a later one waits until those before it are
     finished.
+
+    Attributes:
+        row: the prompt whose text is written now.
+        text, read: what its first `read` new tokens add to it: they are not decoded again.
+        written: what was written of that.
     """
 
     def __init__(
@@ -33,7 +38,7 @@ class TextStream:
         self.begin, self.write = begin, write
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.ended = [False] * len(prompts)
-        self.row, self.written = 0, ""
+        self.row, self.text, self.read, self.written = 0, "", 0, ""
         begin(0)
 
     def add(self, row: int, token: int, last: bool) -> None:
@@ -44,15 +49,20 @@ class TextStream:
             self._write()
             if not self.ended[row]:
                 return
-            self.row, self.written = row + 1, ""
+            self.row, self.text, self.read, self.written = row + 1, "", 0, ""
             if self.row < len(self.prompts):
                 # Its tokens so far have waited for this row to end.
                 row = self.row
                 self.begin(row)
 
     def _write(self) -> None:
-        text = self.tokenizer.continuation(self.prompts[self.row], self.tokens[self.row])
-        # A character whose bytes have not all come yet decodes to a replacement character.
+        prompt, tokens = self.prompts[self.row], self.tokens[self.row]
+        before = [*prompt[-MARGIN:], *tokens[max(0, self.read - MARGIN) : self.read]][-MARGIN:]
+        text = self.text + self.tokenizer.continuation(before, tokens[self.read :])
+        # A character whose bytes have not all come yet decodes to a replacement character, or to
+        # nothing beside one that the prompt ends with.
+        if text != self.text and not text.endswith("\ufffd"):
+            self.text, self.read = text, len(tokens)
         ready = text if self.ended[self.row] else settled(text.rstrip("\ufffd"), self.stop)
         ready = cut(ready, self.stop)
         if ready.startswith(self.written):

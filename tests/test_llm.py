@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+import numpy as np
 import processes
 import pytest
 import torch
@@ -52,6 +53,38 @@ def test_a_text_ends_with_the_models_own_end():
     assert (found.tokens, found.finish_reason) == (free.tokens[:3], "stop")
 
 
+def test_prompts_may_be_arrays_of_token_ids():
+    llm, ids = LLM.from_pretrained("opt-tiny", bitwidth=4), [5, 6, 7]
+    (want,) = llm.generate(ids, max_new_tokens=3)
+    for same in (
+        tuple(ids),
+        torch.tensor(ids),
+        np.array([ids]),
+        list(np.array(ids)),
+        [np.array(ids)],
+    ):
+        (found,) = llm.generate(same, max_new_tokens=3, stop=None)
+        assert (found.prompt_tokens, found.tokens) == (want.prompt_tokens, want.tokens)
+    with pytest.raises(TypeError):
+        llm.generate([[1.5]])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens is -1; give a whole number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+        ({"max_prompt_length": 0}, "max_prompt_length is 0; give 1 token or more"),
+        ({"batch_size": 0}, "batch_size is 0; give 1 or more, or None"),
+        ({"stop": ["a", ""]}, "a stop string is empty"),
+        ({"seed": 2.0}, "seed is 2.0; give a whole number"),
+    ],
+)
+def test_what_cannot_be_asked_for(options, message):
+    with pytest.raises(UserError, match=message):
+        LLM.from_pretrained("opt-tiny").generate("He", **options)
+
+
 def test_a_stream_says_what_is_wrong_before_it_is_read():
     with pytest.raises(UserError, match="window of 512"):
         LLM.from_pretrained("opt-tiny").stream("He", max_new_tokens=512)
@@ -96,6 +129,9 @@ def test_a_plan_has_the_head_that_was_asked_for():
     [
         ("no/such/folder", {}, "there is no such folder"),
         ("opt-tiny", {"bitwidth": 9}, "bitwidth '9' is unknown"),
+        ("opt-tiny", {"bitwidth": 4.0}, "bitwidth 4.0 is unknown"),
+        ("opt-tiny", {"kv_bits": 5}, "kv_bits is 5; give one of 16, 8, 4"),
+        ("opt-tiny", {"activation_bits": 4}, "activation_bits is 4; give one of 8, 16"),
         ("opt-tiny", {"device": "tpu"}, "give cpu, cuda"),
         ("opt-tiny", {"bitwidth": "8:tc-li", "calibration": "none.safetensors"}, "no such file"),
     ],

@@ -98,7 +98,11 @@ def test_streamed_text_is_the_final_text(family):
     prompts = [tokenizer.encode(text) for text in ("Once upon a time", "The 🐟", "She said")]
     record = Recorder()
     stream = TextStream(tokenizer, prompts, record.begin, record.write)
-    got = generate(model, prompts, GenerationConfig(max_new_tokens=20), stream.add)
+    decode, longest = tokenizer.decode, []
+    tokenizer.decode = lambda ids: longest.append(len(ids)) or decode(ids)
+    got = generate(model, prompts, GenerationConfig(max_new_tokens=80), stream.add)
+    # What was written is not decoded again; rows that have waited are decoded as a whole.
+    assert sum(length > 40 for length in longest) < 3 * len(prompts)
     texts = [tokenizer.continuation(*pair) for pair in zip(prompts, got, strict=True)]
     assert ["".join(record.pieces[row]) for row in range(3)] == texts
     assert all(texts)

@@ -17,6 +17,7 @@ from qllm.checkpoint.reader import Checkpoint, read_raw_config
 from qllm.checkpoint.rehearsal import Rehearsal
 from qllm.checkpoint.weights import Weights, resolve_dtype
 from qllm.config import (
+    ACTIVATION_BITS,
     DEFAULT_ACTIVATION_BITS,
     DEFAULT_ALGORITHM,
     DEFAULT_KV_BITS,
@@ -79,8 +80,12 @@ def load_model(
             that does not fit into memory with its cache, a layer that needs a calibration and has
             none, or activations of 8 bits where no layer takes them.
     """
-    if kv_bits not in KV_BITS:
-        raise UserError(f"kv_bits is {kv_bits!r}; give one of {', '.join(map(str, KV_BITS))}")
+    for name, bits, known in (
+        ("kv_bits", kv_bits, KV_BITS),
+        ("activation_bits", activation_bits, ACTIVATION_BITS),
+    ):
+        if bits not in known:
+            raise UserError(f"{name} is {bits!r}; give one of {', '.join(map(str, known))}")
     weights = Weights(_open(folder, plan, dtype), note)
     dtype = dtype or weights.default_dtype()
     specs = _specs(weights, plan)
