@@ -239,6 +239,8 @@ class _Run:
         """Keep what became of a layer that was tuned, and say it."""
         self.tuned.append(report)
         kept = "" if report.gained else ", so that it stays as it was"
+        if report.descended:
+            kept = ", its last linear by coordinate descent"
         before, after = f"{report.before:.2%}", f"{report.after:.2%}"
         self.note(f"{report.name}: relative error {before}, {after} when tuned{kept}")
 

@@ -125,7 +125,7 @@ def refine_layer(
             lower, with_it = judged()
             if lower < after:
                 tuned[LAST], errors = descended, with_it
-                report = replace(report, after=lower)
+                report = replace(report, after=lower, descended=True)
             else:
                 layer.set_submodule(LAST, stood_in)
         found |= tuned

@@ -48,11 +48,13 @@ class TuneReport:
     Attributes:
         before, after: relative root mean square error of what the layer puts out, with those in
             front of it quantized and tuned.
+        descended: what coordinate descent made of the last linear is better, and kept.
     """
 
     name: str
     before: float
     after: float
+    descended: bool = False
 
     @property
     def gained(self) -> bool:

@@ -19,7 +19,7 @@ from qllm.models import Decoder
 from qllm.quant.algorithm import DistillOptions, QuantizeOptions, TuneOptions
 from qllm.quant.packing import unpack
 from qllm.quant.rtn import quantize_rtn
-from qllm.quantizer import checkpoint
+from qllm.quantizer import checkpoint, refine
 from qllm.quantizer import tune as tune_module
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.job import Job
@@ -89,6 +89,19 @@ def test_tuning_gains_where_the_grid_is_coarse(tmp_path):
         for name in ("out", "nearest")
     ]
     assert found[0] < found[1]
+
+
+def test_coordinate_descent_is_kept_where_it_gains_and_the_note_says_so(tmp_path, monkeypatch):
+    source = saved("opt", tmp_path / "source")
+    options = QuantizeOptions(refine=True, tune=TuneOptions(steps=20, batch=8), distill=NONE)
+    files = []
+    for name in ("with", "without"):
+        notes, _ = tune(source, tmp_path / name, plan_of(2, "gptq"), options=options, samples=SEEN)
+        said = [line for line in notes if "when tuned, its last linear by coordinate" in line]
+        assert bool(said) == (name == "with")
+        files.append(contents(tmp_path / name)["model.safetensors"])
+        monkeypatch.setattr(refine, "descend_last", lambda layer, linear, states: linear)
+    assert files[0] != files[1]
 
 
 def test_integers_are_those_of_rounding_to_nearest_or_beside_them(tmp_path):
@@ -194,8 +207,8 @@ def test_memory_is_asked_for_in_front(tmp_path, monkeypatch):
     needed: list[int] = []
     monkeypatch.setattr(checkpoint, "check_fits", lambda count, *_: needed.append(count))
     source = saved("opt", tmp_path / "source")
-    for name, refine in (("plain", False), ("refined", True)):
-        options = QuantizeOptions(refine=refine, tune=TuneOptions(steps=1), distill=NONE)
+    for name, refined in (("plain", False), ("refined", True)):
+        options = QuantizeOptions(refine=refined, tune=TuneOptions(steps=1), distill=NONE)
         tune(source, tmp_path / name, plan_of(4, "gptq"), options=options)
     assert needed[1] > needed[0]
 
