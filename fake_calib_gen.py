@@ -37,7 +37,9 @@ def parse_args() -> argparse.Namespace:
         nsamples=f"{TEXT[0]}, of random input {RANDOM[0]}",
         seqlen=f"{TEXT[1]}, of random input {RANDOM[1]}",
     )
-    group.add_argument("--save", metavar="FILE", help="where to (a place that later runs look at)")
+    group.add_argument(
+        "--save", metavar="FILE", help="the file to write (a place that later runs look at)"
+    )
     return parser.parse_args()
 
 

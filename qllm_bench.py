@@ -75,10 +75,17 @@ def parse_args() -> argparse.Namespace:
         help="time per token on 1, 8 and 64 ranks, calculated from the same headers",
     )
     group.add_argument(
-        "--output", choices=("md", "csv", "json"), default="md", help="(%(default)s)"
+        "--output",
+        choices=("md", "csv", "json"),
+        default="md",
+        help="how results are printed (%(default)s)",
     )
     group.add_argument(
-        "--json", action="store_const", dest="output", const="json", help="the same as json"
+        "--json",
+        action="store_const",
+        dest="output",
+        const="json",
+        help="the same as --output json",
     )
     return parser.parse_args()
 

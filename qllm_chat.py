@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
         type=cli.whole_number(1),
         default=NEW_TOKENS,
         metavar="N",
-        help="of an answer (%(default)s)",
+        help="tokens of an answer, at most (%(default)s)",
     )
     return parser.parse_args()
 

@@ -94,7 +94,10 @@ def parse_args() -> argparse.Namespace:
     cli.add_run_options(parser)
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--batch-size", type=number, metavar="N", help="sequences per forward call (8)"
+        "--batch-size",
+        type=number,
+        metavar="N",
+        help="sequences that go through the model at once (8)",
     )
     group.add_argument("--json", action="store_true", help="print one JSON object")
     group.add_argument(

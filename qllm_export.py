@@ -39,12 +39,12 @@ def parse_args() -> argparse.Namespace:
         "--output-dir",
         metavar="PATH",
         required=True,
-        help="where to: a folder, or a .gguf file",
+        help="the folder, or the .gguf file, to write",
     )
     group.add_argument(
         "--dtype",
         choices=("float32", "float16"),
-        help="ONNX: of activations and unquantized weights (float32)",
+        help="ONNX: type of activations and unquantized weights (float32)",
     )
     cli.add_accuracy_option(group)
     group.add_argument(

@@ -61,14 +61,19 @@ def parse_args() -> argparse.Namespace:
         help="rules by module name, or a Neural Compressor configuration",
     )
     parser.add_argument(
-        "--algorithm", choices=ALGORITHMS, default=DEFAULT_ALGORITHM, help="(%(default)s)"
+        "--algorithm",
+        choices=ALGORITHMS,
+        default=DEFAULT_ALGORITHM,
+        help="how the integers are chosen (%(default)s)",
     )
     window = f"{TOKENS}, or the model's window"
     cli.add_calibration_options(parser, f"{DATASET}, where it takes text", str(SAMPLES), window)
     add_algorithm_options(parser)
     cli.add_run_options(parser)
     group = parser.add_argument_group("output")
-    group.add_argument("--save", "--output-dir", metavar="DIR", required=True, help="where to")
+    group.add_argument(
+        "--save", "--output-dir", metavar="DIR", required=True, help="the folder to write"
+    )
     group.add_argument(
         "--fake",
         action="store_true",
@@ -85,7 +90,7 @@ def parse_args() -> argparse.Namespace:
         type=float,
         default=SHARD_GIGABYTES,
         metavar="GB",
-        help="of a file (%(default)s)",
+        help="of a file of weights, at most (%(default)s)",
     )
     cli.add_accuracy_option(group)
     group.add_argument("--json", action="store_true", help="print one JSON object")
@@ -132,7 +137,7 @@ def add_algorithm_options(parser: argparse.ArgumentParser) -> None:
         "--refine-steps",
         type=cli.whole_number(1),
         metavar="N",
-        help="of tuning, for each layer (200)",
+        help="steps of tuning, for each layer (200)",
     )
     group.add_argument(
         "--refine-batch",

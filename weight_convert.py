@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         *("--save", "--output-dir"),
         metavar="DIR",
-        help="where to (a folder that later runs find by themselves)",
+        help="the folder to write (one that later runs find by themselves)",
     )
     return parser.parse_args()
 

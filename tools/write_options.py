@@ -23,9 +23,10 @@ What `--help` of each script says, in one table; `python3 -m tools.write_options
 """
 ENDING = """
 Models come from the Hugging Face Hub, by its own client: `HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN`
-mean what they always mean. QLLM keeps converted copies and statistics in `~/.cache/qllm`, or in
-`QLLM_HOME`; where there is no home, or none that can be written to, in `/tmp/qllm-UID`. Results go
-to standard output, notes and progress to standard error. A mistake is one line and status 2.
+mean what they always mean. QLLM keeps converted copies and statistics in `QLLM_HOME`, else in
+`qllm` in `XDG_CACHE_HOME` (`~/.cache`); where there is no home, or none that can be written to, in
+`/tmp/qllm-UID`. Results go to standard output, notes and progress to standard error. A mistake is
+one line and status 2.
 """
 
 

@@ -44,7 +44,10 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
     """
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model-name", choices=list(hub.REPOSITORIES), default="opt", help="family (%(default)s)"
+        "--model-name",
+        choices=list(hub.REPOSITORIES),
+        default="opt",
+        help="family of models (%(default)s)",
     )
     group.add_argument(
         "--model-size",
@@ -69,16 +72,23 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="of activations and unquantized weights (auto: the checkpoint's)",
+        help="type of activations and unquantized weights (auto: the checkpoint's)",
     )
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto (%(default)s)")
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, or auto: a GPU where there is one (%(default)s)",
+    )
     add_threads_option(group)
 
 
 def add_threads_option(group: argparse._ArgumentGroup) -> None:
     """--threads."""
     group.add_argument(
-        "--threads", type=whole_number(1), metavar="N", help="OMP_NUM_THREADS (a core each)"
+        "--threads",
+        type=whole_number(1),
+        metavar="N",
+        help="CPU threads, as OMP_NUM_THREADS (one per core)",
     )
 
 
@@ -97,9 +107,10 @@ def add_quant_options(
         "--bitwidth",
         metavar="BITS",
         help=(
-            f"of {known} or JSON plans, one or several, as 16,8,4: a row of the table each"
+            f"bits per weight: {known} or JSON plans, one or several, as 16,8,4: a row of the "
+            "table each"
             if several
-            else f"one of {known}; or one per layer, as 4,4,8,…; or a JSON plan"
+            else f"bits per weight: {known}; or one per layer, as 4,4,8,…; or a JSON plan"
         )
         + f" ({bitwidth})",
     )
@@ -111,9 +122,12 @@ def add_quant_options(
         help="input channels per scale, -1 for all of them (%(default)s)",
     )
     group.add_argument(
-        "--scheme", choices=SCHEMES, default=DefaultName(DEFAULT_SCHEME), help="(%(default)s)"
+        "--scheme",
+        choices=SCHEMES,
+        default=DefaultName(DEFAULT_SCHEME),
+        help="sym: ranges are as wide below zero as above; asym: with zero points (%(default)s)",
     )
-    group.add_argument("--lm-head-bits", metavar="BITS", help="quantize the LM head, too (16)")
+    group.add_argument("--lm-head-bits", metavar="BITS", help="bits of the LM head (16)")
 
 
 def add_accuracy_option(group: argparse._ArgumentGroup) -> None:
@@ -191,7 +205,8 @@ def add_kv_options(parser: argparse.ArgumentParser, *, several: bool = False) ->
         type=parse,
         default=(DEFAULT_KV_BITS,) if several else DEFAULT_KV_BITS,
         metavar="BITS,…" if several else "BITS",
-        help=f"of keys and values: {known}; 16 is the type of the activations ({DEFAULT_KV_BITS})",
+        help=f"bits of keys and values: {known}; 16 is the type of the activations "
+        f"({DEFAULT_KV_BITS})",
     )
 
 
@@ -203,13 +218,13 @@ def add_activation_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=ACTIVATION_BITS,
         default=DEFAULT_ACTIVATION_BITS,
-        help="of layers of 1 to 8 bits: 8 rounds activations to int8, which is faster for prompts "
+        help="in layers of 1 to 8 bits: 8 rounds activations to int8, which is faster for prompts "
         "and batches, and less exact (%(default)s)",
     )
     group.add_argument(
         "--calib",
         metavar="FILE",
-        help="their statistics for 8:tc-li and 8:tc (what fake_calib_gen.py wrote for the model)",
+        help="activation statistics for 8:tc-li and 8:tc (what fake_calib_gen.py kept for it)",
     )
 
 
@@ -253,14 +268,14 @@ def add_calibration_options(
         help=f"a text or JSON-lines file, or wikitext2, c4, ptb, pile-10k ({dataset})",
     )
     number = whole_number(1)
-    group.add_argument("--nsamples", type=number, metavar="N", help=f"samples ({nsamples})")
-    group.add_argument("--seqlen", type=number, metavar="N", help=f"tokens each ({seqlen})")
+    group.add_argument("--nsamples", type=number, metavar="N", help=f"samples of it ({nsamples})")
+    group.add_argument("--seqlen", type=number, metavar="N", help=f"tokens of a sample ({seqlen})")
     group.add_argument(
         "--seed",
         type=whole_number(0, MAX_SEED),
         default=0,
         metavar="N",
-        help="of the draw (%(default)s)",
+        help="of the draw of samples (%(default)s)",
     )
     return group
 

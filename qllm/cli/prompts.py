@@ -24,11 +24,18 @@ DEFAULT_PROMPTS = ("He is working on", "He has a", "Everyone is happy and I can"
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """--prompt, --prompt-file, --stdin, --max-prompt-length, --max-gen-tokens."""
     group = parser.add_argument_group("prompts")
-    group.add_argument("--prompt", action="append", metavar="TEXT", help="may be given repeatedly")
+    group.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="a text to continue; may be given repeatedly (three examples)",
+    )
     group.add_argument(
         "--prompt-file", metavar="FILE", help='one prompt per line, in .jsonl as {"prompt": "…"}'
     )
-    group.add_argument("--stdin", action="store_true", help="prompts from standard input, likewise")
+    group.add_argument(
+        "--stdin", action="store_true", help="prompts from standard input, one per line"
+    )
     group.add_argument(
         "--max-prompt-length",
         type=whole_number(1),
@@ -42,7 +49,7 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         type=whole_number(1),
         default=Default(10),
         metavar="N",
-        help="tokens to generate (%(default)s)",
+        help="tokens to generate, at most (%(default)s)",
     )
 
 
@@ -67,19 +74,19 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=whole_number(0, MAX_SEED),
         metavar="N",
-        help="gives a prompt the same text each time, whatever the batch (a new one)",
+        help="of the draw: gives a prompt the same text, whatever the batch (a new one each time)",
     )
     group.add_argument(
         "--repetition-penalty",
         type=float,
         metavar="R",
-        help="makes tokens that were there already less likely; greedy search, too (1)",
+        help="makes tokens that were there already less likely, in greedy search, too (1)",
     )
     group.add_argument(
         "--stop",
         action="append",
         metavar="TEXT",
-        help="ends a text, which it is no part of; may be given repeatedly",
+        help="a text ends in front of it; may be given repeatedly",
     )
 
 
