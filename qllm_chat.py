@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qllm.chat import Chat
 
 NEW_TOKENS = 512
+FIRST_MESSAGE = 48  # tokens with what a template adds: for so many kernels are compiled in time
 
 
 def parse_args() -> argparse.Namespace:
@@ -85,6 +86,7 @@ def main() -> None:
         activation_bits=args.activation_bits,
         kv_bits=args.kv_bits,
         cache_shape=(1, context),
+        prompt_lengths=[FIRST_MESSAGE],
         meter=cli.meter("loading"),
         note=cli.note,
     )

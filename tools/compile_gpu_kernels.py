@@ -125,15 +125,17 @@ def prompts(capability: str) -> Iterator[Job]:
     constants |= {"BITS": 4, "BN": prefill.AT_ONCE}
     run = prefill_matmul.dequantize_weight
     yield Job("dequantizing", run, tensors, constants, 4, 3, False)
-    for count in prefill.ROWS:
-        block = {"BM": count, "BN": prefill.OUTPUTS, "BK": prefill.INPUTS, "HAS_BIAS": True}
+    cut = [tiles.tile_of("dense_prefill", rows, capability) for rows in (16, 64)]
+    cut += [tiles.Tile(n, prefill.OUTPUTS, prefill.WARPS, prefill.STAGES) for n in prefill.ROWS]
+    for tile in cut:
+        sizes = {"BM": tile.rows, "BN": tile.columns, "BK": prefill.INPUTS, "HAS_BIAS": True}
         described = tensors | {
-            "x": f"tensordesc<bf16[{count}, {prefill.INPUTS}]>",
-            "weight": f"tensordesc<bf16[{prefill.OUTPUTS}, {prefill.INPUTS}]>",
+            "x": f"tensordesc<bf16[{tile.rows}, {prefill.INPUTS}]>",
+            "weight": f"tensordesc<bf16[{tile.columns}, {prefill.INPUTS}]>",
         }
-        how = (prefill.WARPS, prefill.STAGES, True)
         run = prefill_matmul.many_rows_matmul
-        yield Job(f"prompts, {count} rows of many", run, described, block, *how)
+        how = (tile.warps, tile.stages, True)
+        yield Job(f"prompts, {tile.rows} rows", run, described, sizes, *how)
 
 
 def others() -> Iterator[Job]:

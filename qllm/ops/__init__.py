@@ -173,13 +173,6 @@ def _layout(module: ModuleType) -> Layout:
 CPU_LAYOUT, GPU_LAYOUT = _layout(linear), _layout(gpu_layout)
 
 
-def _gpu_dense_for_few(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    few = len(x) <= gpu_linear.FEW_ROWS
-    return (gpu_linear.dense_linear if few else reference.dense_linear)(x, weight, bias)
-
-
 # Ops that need no more than a device, besides those of the layers; and their kernels for GPUs.
 SIMPLE = (
     *("embedding", "layer_norm", "rms_norm", "qk_norm", "activation", "gated_activation", "add"),
@@ -213,8 +206,8 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         Kernel("cpu", library.about, linear.dense_linear, _cpu_unsupported),
         Kernel(
             "triton",
-            lambda: f"{gpu.about()} up to {gpu_linear.FEW_ROWS} rows, a library's product beyond",
-            _gpu_dense_for_few,
+            gpu_linear.about_dense,
+            gpu_linear.dense_linear,
             _gpu_unsupported,
         ),
         Kernel(

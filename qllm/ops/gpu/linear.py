@@ -13,6 +13,7 @@ from qllm.ops.gpu import cuda, decode, decode_int8, device, layout, prefill, til
 from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
 from qllm.ops.gpu.rows import quantize, side_by_side
 from qllm.ops.reference import Int8Rows
+from qllm.ops.reference import dense_linear as dense_reference
 from qllm.ops.reference import weight_only_linear as weight_only_reference
 from qllm.quant.packing import PackedWeight
 from qllm.quant.packing import pack as pack_rows
@@ -129,6 +130,25 @@ def _self_test(place: torch.device) -> str | None:
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`reference.dense_linear`."""
+    prompt = not phase.decoding() and prefill.takes_dense(x, weight)
+    if prompt and not prefill.dense_unsupported_reason(x.device):
+        return prefill.dense_linear(x, weight, bias)
+    few = len(x) <= FEW_ROWS
+    return (few_rows_dense_linear if few else dense_reference)(x, weight, bias)
+
+
+def about_dense() -> str:
+    """The same of `dense_linear`."""
+    beyond = f"up to {FEW_ROWS} rows, a library's product beyond"
+    if device.interpreting():
+        return f"{device.about()} {beyond}"
+    if reason := prefill.dense_unsupported_reason(torch.device("cuda", 0)):
+        return f"{device.about()} {beyond}: {reason}"
+    return f"{device.about()}; prompts by tensor descriptors; steps {beyond}"
+
+
+def few_rows_dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`reference.dense_linear` for few rows."""
     from qllm.ops.gpu.kernels.matmul import dense_matmul
 

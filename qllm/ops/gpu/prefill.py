@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from qllm.ops import reference
+from qllm.ops.gpu import cuda, layout, tiles
 from qllm.ops.gpu import device as device_of
-from qllm.ops.gpu import layout, tiles
 from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
-from qllm.ops.gpu.rows import aligned, side_by_side
+from qllm.ops.gpu.rows import ALIGNED, aligned, side_by_side
+from qllm.ops.gpu.tiles import Tile
 from qllm.quant.packing import PackedWeight
 from qllm.quant.packing import pack as pack_rows
 
@@ -39,6 +40,13 @@ CASES = (
 @device_of.once
 def unsupported_reason(device: torch.device) -> str | None:
     """Why it cannot run on a device; None where it can. Where a self-test fails a note says so."""
+    if reason := _unfit(device):
+        return reason
+    instead = "prompts take a product that scales sums, a slower one"
+    return device_of.failure("prefill", device, partial(_self_test, device), instead)
+
+
+def _unfit(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "it is for CUDA devices"
     architecture, _ = device_of.architecture(device)
@@ -46,8 +54,7 @@ def unsupported_reason(device: torch.device) -> str | None:
         return f"compute capability {architecture} is below {'.'.join(map(str, OLDEST))}"
     if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
         return "this Triton has no tensor descriptors"
-    instead = "prompts take a product that scales sums, a slower one"
-    return device_of.failure("prefill", device, partial(_self_test, device), instead)
+    return None
 
 
 def about(device: torch.device) -> str:
@@ -109,9 +116,9 @@ def _rows_of_a_tile(y: Tensor) -> int:
     return next((rows for rows in ROWS if _tiles_of(y, rows) >= num_sms), ROWS[-1])
 
 
-def _tiles_of(y: Tensor, rows: int) -> int:
-    """Tiles of a result, with so many rows each."""
-    return -(-y.shape[0] // rows) * -(-y.shape[1] // OUTPUTS)
+def _tiles_of(y: Tensor, rows: int, columns: int = OUTPUTS) -> int:
+    """Tiles of a result, with so many rows and columns each."""
+    return -(-y.shape[0] // rows) * -(-y.shape[1] // columns)
 
 
 def _few(
@@ -134,25 +141,62 @@ def _many(
     x: Tensor, weight: tuple[Tensor, ...], bias: Tensor | None, y: Tensor, shape: Shape,
     constants: dict[str, Any], tile: int,
 ) -> None:  # fmt: skip
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    from qllm.ops.gpu.kernels.prefill_matmul import dequantize_weight, many_rows_matmul
+    from qllm.ops.gpu.kernels.prefill_matmul import dequantize_weight
 
     numbers = x.new_empty(shape.panels * PANEL, shape.blocks * BLOCK)
     dequantize_weight[-(-len(numbers) // AT_ONCE), shape.blocks](
         *weight, numbers, shape.panels, shape.blocks, shape.groups,
         **constants, BN=AT_ONCE, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    x = aligned(x)
-    _, num_sms = device_of.architecture(x.device)
-    programs = min(num_sms, _tiles_of(y, tile))
+    _multiply(aligned(x), numbers, bias, y, Tile(tile, OUTPUTS, WARPS, STAGES))
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, tile: Tile) -> None:
+    """The product of x (M, K) and a weight (N, K or more), both as tensor descriptors take them."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from qllm.ops.gpu.kernels.prefill_matmul import many_rows_matmul
+
+    (rows, outputs), (_, num_sms) = y.shape, device_of.architecture(x.device)
+    programs = min(num_sms, _tiles_of(y, tile.rows, tile.columns))
     many_rows_matmul[(programs,)](
-        TensorDescriptor.from_tensor(x, [tile, INPUTS]),
-        TensorDescriptor.from_tensor(numbers, [OUTPUTS, INPUTS]),
-        bias, y, *y.shape, numbers.shape[1] // INPUTS, programs,
-        HAS_BIAS=bias is not None, BM=tile, BN=OUTPUTS, BK=INPUTS,
-        num_warps=WARPS, num_stages=STAGES,
+        TensorDescriptor.from_tensor(x, [tile.rows, INPUTS]),
+        TensorDescriptor.from_tensor(weight, [tile.columns, INPUTS]),
+        bias, y, rows, outputs, -(-weight.shape[1] // INPUTS), programs,
+        HAS_BIAS=bias is not None, BM=tile.rows, BN=tile.columns, BK=INPUTS,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+
+
+def takes_dense(x: Tensor, weight: Tensor) -> bool:
+    """Whether `dense_linear` multiplies such rows with such a weight."""
+    described = weight.shape[1] % ALIGNED == 0 and weight.is_contiguous()
+    aligned_so = weight.data_ptr() % (ALIGNED * weight.element_size()) == 0
+    return x.dtype == weight.dtype and x.dtype in cuda.DTYPES and described and aligned_so
+
+
+def dense_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, tile: Tile | None = None
+) -> Tensor:
+    """`reference.dense_linear` for what it `takes_dense`: one sum whatever the number of rows."""
+    y = x.new_empty(len(x), len(weight))
+    if tile is None:
+        tile = tiles.tile_of("dense_prefill", len(x), device_of.architecture(x.device)[0])
+        if len(x) > tile.rows:
+            tile = tile._replace(rows=_rows_of_a_tile(y))
+    if len(x):
+        with device_of.current(x):
+            _multiply(aligned(side_by_side(x)), weight, bias, y, tile)
+    return y
+
+
+@device_of.once
+def dense_unsupported_reason(device: torch.device) -> str | None:
+    """`unsupported_reason` of dense layers."""
+    if reason := _unfit(device):
+        return reason
+    instead = "prompts' dense layers take a library's product beyond few rows"
+    return device_of.failure("dense prefill", device, partial(_dense_self_test, device), instead)
 
 
 def _self_test(device: torch.device) -> str | None:
@@ -187,4 +231,27 @@ def _self_test(device: torch.device) -> str | None:
         for count, tile in counts:
             if not torch.equal(multiply(x[:count], tile), whole[:count]):
                 return "few rows of a prompt and many found other sums in their self-test"
+    return None
+
+
+def _dense_self_test(device: torch.device) -> str | None:
+    """The same of dense layers, in each kind of tile."""
+    outputs, inputs, rows = 200, 328, ROWS[0] + 3
+    exact = torch.arange(outputs * inputs).view(outputs, inputs).remainder(7).sub(3)
+    whole = torch.arange(rows * inputs).view(rows, inputs).remainder(5).sub(2)
+    draw = torch.Generator().manual_seed(0)
+    some, weight = (torch.randn(count, inputs, generator=draw) for count in (rows, outputs))
+    large = Tile(ROWS[0], OUTPUTS, WARPS, STAGES)
+    for dtype, counts in ((torch.bfloat16, (7, 60, rows)), (torch.float16, (7,))):
+
+        def multiply(x: Tensor, by: Tensor, tile: Tile | None, of: torch.dtype = dtype) -> Tensor:
+            return dense_linear(x.to(device, of), by.to(device, of), None, tile=tile).cpu()
+
+        wanted = reference.dense_linear(whole.float(), exact.float(), None).to(dtype)
+        if not torch.equal(multiply(whole, exact, large), wanted):
+            return "the self-test of prompts' dense products here found other sums"
+        found = multiply(some, weight, large)
+        for count in counts:
+            if not torch.equal(multiply(some[:count], weight, None), found[:count]):
+                return "few rows and many found other dense sums in their self-test"
     return None

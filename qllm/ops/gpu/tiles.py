@@ -16,6 +16,7 @@ DEFAULT = "default"  # the row for what has not been measured
 # The numbers of rows up to which an entry of the table serves; the last one serves all beyond.
 ROWS = (16, 32, 64, 256)
 MAX_SPLIT_K = 16
+FEW = 64  # rows up to which reading the weight is what takes time
 MIN_BLOCKS = 2  # of a part of K
 SMALLEST = 16  # rows or columns of a product on the matrix units
 
@@ -83,6 +84,10 @@ def plan(kind: str, rows: int, columns: int, blocks: int, architecture: str, num
     tile = tile_of(kind, rows, architecture)
     count = split_k(kind, columns, blocks, architecture, num_sms)
     tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
+    if kind == "int8" and tile.rows > FEW:
+        # Its sums are exact, and may be cut as is fastest: of many rows, what programs keep for the
+        # last one to add up costs more than it gains.
+        count = min(count, -(-num_sms // tiles))
     return Plan(tile, count, parallel=count > 1 and tiles < num_sms * 2)
 
 

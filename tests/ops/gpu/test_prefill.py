@@ -32,6 +32,17 @@ def device(gpu, monkeypatch) -> str:
     return gpu
 
 
+@pytest.fixture
+def whole_numbers(device, monkeypatch) -> None:
+    """What is drawn has but one sum in the interpreter, whose library goes by the tile."""
+
+    def drawn(*shape: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(-2, 3, shape, generator=generator).float()
+
+    if device == "cpu":
+        monkeypatch.setattr(torch, "randn", drawn)
+
+
 def multiply(weight, x: Tensor, bias: Tensor | None, device: str, tile: int) -> Tensor:
     tensors, asked = packed(weight, device)[:3], weight.request
     bias = None if bias is None else bias.to(device)
@@ -111,14 +122,42 @@ def test_a_prompt_takes_it_and_a_step_does_not(device, monkeypatch):
     assert not linear.weight_only_linear(x[:0].bfloat16(), *given[1:]).numel()
 
 
-def test_the_self_test_finds_what_is_wrong(device, monkeypatch, capsys):
-    place, whole_numbers = torch.device(device), partial(torch.randint, -2, 3)
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
+def test_dense_layers(dtype, device, monkeypatch):
+    monkeypatch.setattr(prefill, "dense_unsupported_reason", lambda place: None)
+    for (outputs, inputs), count in zip(((1, 8), (140, 200), (66, 392)), (1, 17, 300), strict=True):
+        weight, x = (normal(rows, inputs, dtype=dtype) for rows in (outputs, count))
+        bias = normal(outputs, dtype=dtype) if count > 1 else None
+        given = [part if part is None else part.to(device) for part in (x, weight, bias)]
+        assert prefill.takes_dense(*given[:2])
+        found = linear.dense_linear(*given).cpu()
+        exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+        assert torch.allclose(found.double(), exact, rtol=2**-7, atol=0.01)
+        one = linear.dense_linear(given[0][-1:], *given[1:]).cpu()
+        assert device == "cpu" or torch.equal(one, found[-1:])
+    assert not prefill.takes_dense(x, weight[:, 1:]) and not prefill.takes_dense(x, weight.float())
+    assert not prefill.takes_dense(x[:, :4], weight[:, :4].contiguous())
+    assert not linear.dense_linear(given[0][:0], *given[1:]).numel()
+
+
+def test_the_dense_self_test_finds_what_is_wrong(device, whole_numbers, monkeypatch):
+    place = torch.device(device)
+    assert prefill._dense_self_test(place) is None
+    right = prefill.dense_linear
+
+    def wrong(x, *given, tile):
+        return right(x, *given, tile=tile) + (tile is None)
+
+    monkeypatch.setattr(prefill, "dense_linear", wrong)
+    assert "few rows and many" in prefill._dense_self_test(place)
+    monkeypatch.setattr(prefill, "dense_linear", lambda *given, tile: -right(*given, tile=tile))
+    assert "other sums" in prefill._dense_self_test(place)
+
+
+def test_the_self_test_finds_what_is_wrong(device, whole_numbers, monkeypatch, capsys):
+    place = torch.device(device)
     cases = [(*case[:3], ((7, 0), (35, 0), (35, prefill.ROWS[1]))) for case in prefill.CASES]
     monkeypatch.setattr(prefill, "CASES", cases)
-    if device == "cpu":  # whose library sums exactly what has but one sum
-        monkeypatch.setattr(
-            torch, "randn", lambda *shape, **how: whole_numbers(shape, **how).float()
-        )
     assert prefill._self_test(place) is None
     monkeypatch.setattr(kept, "test_name", lambda name, device: "gpu-passed-none")
     monkeypatch.setattr(device_of, "architecture", lambda device: ("9.0", 4))

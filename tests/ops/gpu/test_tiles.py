@@ -34,6 +34,12 @@ def test_split_k_is_the_same_for_any_number_of_rows(columns, blocks):
     assert any(plan.parallel for plan in plans) == (plans[0].split_k > 1)
 
 
+def test_int8_of_many_rows_is_cut_as_much_as_keeps_multiprocessors_busy():
+    for rows, columns, count in ((64, 4096, 9), (128, 4096, 5), (512, 4096, 2), (1024, 4096, 1)):
+        plan = tiles.plan("int8", rows, columns, 86, "9.0", 132)
+        assert plan.split_k == count and plan.parallel == (count > 1)
+
+
 def test_few_rows_keep_every_multiprocessor_busy():
     for columns, blocks in itertools.product((4096, 5120, 8192, 11008), (32, 64, 86)):
         plan = tiles.plan("packed-4", 1, columns, blocks, "9.0", 132)
