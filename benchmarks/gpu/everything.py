@@ -217,7 +217,8 @@ def print_tables(found: dict) -> None:
         )
     if layers := found["layers"]:
         title = f"layer, rows: µs (share of the copy bandwidth; from {MANY} rows on, of the rate)"
-        cells = {(f"{r['layer']}, {r['rows']}", r["name"]): _layer_cell(r) for r in layers}
+        ordered = sorted(layers, key=lambda r: (r["layer"], r["rows"]))
+        cells = {(f"{r['layer']}, {r['rows']}", r["name"]): _layer_cell(r) for r in ordered}
         _print_grid(title, cells)
     if models := found["models"]:
         batches = " / ".join(map(str, sorted({row["batch"] for row in models})))

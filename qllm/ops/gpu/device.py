@@ -6,7 +6,8 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Generic, ParamSpec
@@ -22,6 +23,7 @@ SLOWLY = "running plain torch ops, which are slow"
 OLDEST = (8, 0)  # Ampere: the first compute capability that multiplies bfloat16
 INTERPRETED_SMS = 4  # so that the interpreter gets to split a product
 MAX_TILES = 1 << 16
+COMPILED_AT_ONCE = 4  # kernels
 
 
 class once(Generic[P]):  # noqa: N801 - a decorator
@@ -131,6 +133,14 @@ def failure(
     if reason:
         _say(reason, instead)
     return reason
+
+
+def together(calls: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+    """What calls return that compile a kernel each: several at once, but in the interpreter."""
+    if interpreting():
+        return [call() for call in calls]
+    with ThreadPoolExecutor(COMPILED_AT_ONCE, "compiling") as pool:
+        return [each.result() for each in [pool.submit(call) for call in calls]]
 
 
 def _say(reason: str, instead: str) -> None:

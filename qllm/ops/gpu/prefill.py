@@ -223,14 +223,14 @@ def _self_test(device: torch.device) -> str | None:
         ) -> Tensor:
             return weight_only_linear(x.to(device), *how, tile=tile).cpu()
 
-        wanted = reference.weight_only_linear(exact.float(), *stored[:3], None, *options).to(dtype)
-        if not torch.equal(multiply(exact.to(dtype), ROWS[0]), wanted):
-            return "the self-test of prompts' products here found other sums"
         x = drawn.to(dtype)
-        whole = multiply(x, ROWS[0])
-        for count, tile in counts:
-            if not torch.equal(multiply(x[:count], tile), whole[:count]):
-                return "few rows of a prompt and many found other sums in their self-test"
+        calls = [(exact.to(dtype), ROWS[0]), (x, ROWS[0]), *((x[:n], tile) for n, tile in counts)]
+        found, whole, *others = device_of.together([partial(multiply, *call) for call in calls])
+        wanted = reference.weight_only_linear(exact.float(), *stored[:3], None, *options)
+        if not torch.equal(found, wanted.to(dtype)):
+            return "the self-test of prompts' products here found other sums"
+        if not all(torch.equal(some, whole[: len(some)]) for some in others):
+            return "few rows of a prompt and many found other sums in their self-test"
     return None
 
 
@@ -247,11 +247,12 @@ def _dense_self_test(device: torch.device) -> str | None:
         def multiply(x: Tensor, by: Tensor, tile: Tile | None, of: torch.dtype = dtype) -> Tensor:
             return dense_linear(x.to(device, of), by.to(device, of), None, tile=tile).cpu()
 
-        wanted = reference.dense_linear(whole.float(), exact.float(), None).to(dtype)
-        if not torch.equal(multiply(whole, exact, large), wanted):
+        few = [(some[:count], weight, None) for count in counts]
+        calls = ((whole, exact, large), (some, weight, large), *few)
+        found, many, *others = device_of.together([partial(multiply, *call) for call in calls])
+        wanted = reference.dense_linear(whole.float(), exact.float(), None)
+        if not torch.equal(found, wanted.to(dtype)):
             return "the self-test of prompts' dense products here found other sums"
-        found = multiply(some, weight, large)
-        for count in counts:
-            if not torch.equal(multiply(some[:count], weight, None), found[:count]):
-                return "few rows and many found other dense sums in their self-test"
+        if not all(torch.equal(part, many[: len(part)]) for part in others):
+            return "few rows and many found other dense sums in their self-test"
     return None

@@ -12,7 +12,7 @@ import torch
 
 from qllm import ops
 from qllm.ops import reference
-from qllm.ops.gpu import device, kept, rows
+from qllm.ops.gpu import device, kept, prefill, rows
 
 A_GPU = SimpleNamespace(name="A GPU", uuid="1", multi_processor_count=4)
 REQUEST = ops.Request(256, 64, 4, 128, "asym", "cuda")
@@ -30,9 +30,15 @@ def a_gpu(no_interpreter, monkeypatch):
     """Makes torch say that there is a GPU of a compute capability."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
+    found = (prefill.unsupported_reason, prefill.dense_unsupported_reason, device.architecture)
+
+    def clear() -> None:
+        for each in (device._unfit, *found):
+            each.cache_clear()
 
     def make(*capability: int) -> None:
-        device._unfit.cache_clear()
+        clear()
+        A_GPU.major, A_GPU.minor = capability
         monkeypatch.setattr(device, "_self_test", lambda: None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
@@ -40,7 +46,7 @@ def a_gpu(no_interpreter, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: A_GPU)
     yield make
-    device._unfit.cache_clear()
+    clear()
 
 
 def test_they_are_for_gpus(no_interpreter):
@@ -61,6 +67,7 @@ def test_a_gpu_that_is_new_enough(capability, a_gpu):
     choice = ops.select("weight_only_linear", REQUEST)
     assert choice.kernel.name == "triton"
     assert f"compute capability {'.'.join(map(str, capability))}" in choice.reason
+    assert ("is below 9.0" in choice.reason) == (capability < (9, 0))
     assert ops.select("int8_linear", REQUEST).kernel.takes_rows
 
 
@@ -147,6 +154,15 @@ def test_threads_wait_for_one_that_tests(capsys):
     for thread in threads:
         thread.join()
     assert found == ["a"] * 3
+
+
+def test_kernels_are_compiled_together_but_in_the_interpreter(monkeypatch):
+    meet = threading.Barrier(3, timeout=10)
+    calls = [lambda i=i: meet.wait() * 0 + i for i in range(3)]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert device.together(calls) == [0, 1, 2]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert device.together([threading.current_thread] * 2) == [threading.main_thread()] * 2
 
 
 def test_a_note_says_that_triton_compiles(monkeypatch, capsys):
