@@ -91,7 +91,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def whole_numbers(minimum: int) -> Callable[[str], tuple[int, ...]]:
-    """An argparse type: whole numbers of `least` or more, separated by commas."""
+    """An argparse type: whole numbers of `minimum` or more, separated by commas."""
     parse = cli.whole_number(minimum)
     return lambda text: tuple(dict.fromkeys(parse(part) for part in text.split(",")))
 

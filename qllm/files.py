@@ -81,7 +81,7 @@ def read_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     """All of a file.
 
     Raises:
-        FileNotFoundError, UserError: as `open_file`, or for a file of more than `most` bytes.
+        FileNotFoundError, UserError: as `open_file`, or for a file of more than `max_bytes`.
     """
     with open_file(path) as file:
         try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
@@ -19,8 +21,9 @@ from qllm.tokenizer import Tokenizer
 
 
 def print_json(value: object) -> None:
-    """One JSON object on standard output."""
-    print(json.dumps(value, ensure_ascii=False))
+    """One JSON object on standard output, escaped where that does not take every character."""
+    encoding = sys.stdout.encoding or "ascii"
+    print(json.dumps(value, ensure_ascii=codecs.lookup(encoding).name != "utf-8"))
 
 
 def finite(value: object) -> object:

@@ -18,6 +18,7 @@ from qllm import LLM
 from qllm.checkpoint.load import module_bytes
 from qllm.config import QuantPlan, QuantSpec
 from qllm.evaluate.perplexity import CONVENTIONS, PerplexityOptions, Text, perplexity
+from qllm.quantize_model import quantize
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.job import Job
 from qllm.tokenizer import Tokenizer
@@ -219,6 +220,11 @@ def test_agreement_with_a_gguf_file(files, tmp_path):
     p, q = (part.double().log_softmax(-1) for part in logits)
     want = (p.exp() * (p - q)).sum(-1).mean().item()
     assert row["agreement"]["kl"]["mean"] == pytest.approx(want, rel=1e-2)
+    quantize(file, 2, save=tmp_path / "q")  # which knows the file that it was made from
+    done = call(EVAL, "--model-path", tmp_path / "q", *ask, "--json")
+    (again,) = json.loads(done.stdout)["rows"]
+    assert again["agreement"]["kl"] == row["agreement"]["kl"]
+    assert f"the reference is {file}, which" in done.stderr
     compared = ("--compare", "hf", "--tasks", files / "task.jsonl")
     assert_user_error(call(EVAL, "--model-path", file, *compared), "is a GGUF file; name")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 
@@ -19,6 +20,18 @@ def test_numbers_that_json_lacks_become_null():
     value = {"a": [1.5, math.inf, {"b": math.nan}], "c": "inf", "d": 3, "e": None}
     expected = {"a": [1.5, None, {"b": None}], "c": "inf", "d": 3, "e": None}
     assert json.loads(json.dumps(finite(value), allow_nan=False)) == expected
+
+
+@pytest.mark.parametrize(
+    ("encoding", "escaped"), [("ascii", True), ("latin-1", True), ("UTF8", False)]
+)
+def test_json_is_json_whatever_the_terminal_takes(encoding, escaped, monkeypatch):
+    output = io.BytesIO()
+    stream = io.TextIOWrapper(output, encoding, errors="backslashreplace", write_through=True)
+    monkeypatch.setattr("sys.stdout", stream)
+    report.print_json({"text": "ö日🦊"})
+    assert json.loads(output.getvalue().decode(encoding)) == {"text": "ö日🦊"}
+    assert (b"\\u" in output.getvalue()) == escaped
 
 
 def test_a_table_is_aligned_markdown(capsys):

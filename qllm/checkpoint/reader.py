@@ -41,7 +41,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint.
 
     Raises:
-        UserError: where there is none, or it has more than `most` bytes.
+        UserError: where there is none, or it has more than `max_bytes`.
     """
     try:
         return files.read_json(path, max_bytes)

@@ -26,7 +26,7 @@ class DefaultName(str):
 
 
 def up_to(value: int, maximum: int | None) -> int:
-    """A number, and where it is a `Default` no more than `most` (None: no limit), but 1 or more."""
+    """A number, and where it is a `Default` up to `maximum` (None: no limit), but 1 or more."""
     if maximum is None or not isinstance(value, Default):
         return value
     return Default(max(1, min(value, maximum)))

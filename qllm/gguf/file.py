@@ -44,7 +44,6 @@ NUMBERS = {
     12: "d",
 }
 STRING, ARRAY = 8, 9
-NUMBER_TYPES = {letter: number for number, letter in NUMBERS.items()}
 
 Value = bool | int | float | str | list
 

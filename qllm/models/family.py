@@ -38,7 +38,7 @@ class RawConfig:
         minimum: int = 1,
         maximum: int = MAX_COUNT,
     ) -> int:
-        """A whole number from `least` to `most`, under the first of `names` that is there."""
+        """A whole number from `minimum` to `maximum`, under the first of `names` that is there."""
         value = self._find(names, default)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
             raise self.error(names[0], value, f"a whole number from {minimum} to {maximum}")

@@ -138,7 +138,7 @@ class OutputCheckpoint:
         config = {key: value for key, value in raw.items() if key not in gone}
         config["tie_word_embeddings"] = self.weights.config.tied_head and LM_HEAD not in self.specs
         # A converted copy knows what it was made from.
-        base = raw.get(origin.BASE_MODEL_KEY) if LAYOUT_KEY in raw else job.origin
+        base = raw.get(origin.BASE_MODEL_KEY, job.origin) if LAYOUT_KEY in raw else job.origin
         config |= origin.record(base, map(self._algorithm, reports))
         if job.fake:
             entries = {
