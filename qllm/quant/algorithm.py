@@ -77,7 +77,8 @@ class DistillOptions(DescentOptions):
     """How all scales are tuned behind that, with Adam; in 0 steps they are not.
 
     Attributes:
-        rate: of the first step; the others' fall linearly.
+        rate: of the first step, for 2 bits, and half of it with each bit more; the others' fall
+            linearly.
     """
 
     steps: int = 100

@@ -37,6 +37,9 @@ LOGITS_AT_ONCE = 1 << 24
 # Activations of all layers that are in memory together, in bytes; where there are more, layers are
 # computed once more.
 ACTIVATIONS_AT_ONCE = 1 << 30
+# What rounding does to a weight halves with each bit, and so does what its scale has to gain, and
+# how far it may go: noise carries a factor as far as gradients do.
+BITS_AT_FULL_RATE = 2
 
 
 class _ScaledProduct(torch.autograd.Function):
@@ -194,8 +197,11 @@ def tune_scales(
     learning, judging = tuned_samples(count), torch.arange(count)[held_out(count)]
     bits = max(m.spec.bits for m in model.modules() if isinstance(m, WeightOnlyLinear))
     student = _Student(model, float_head, work_dtype(model.device, bits))
-    factors = [linear.factors for linear in student.scaled.values()]
-    adam = torch.optim.Adam(factors, lr=options.rate, betas=(0.9, 0.95))
+    groups: list[dict[str, Any]] = [
+        {"params": linear.factors, "first": options.rate * _share_of_rate(linear.spec.bits)}
+        for linear in student.scaled.values()
+    ]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
     batch = min(options.samples(*targets.shape[1:]), learning)
     draw = torch.Generator().manual_seed(options.seed)
     # A pass over what is held out in front, one behind; a step costs three times its samples'.
@@ -222,7 +228,7 @@ def tune_scales(
             chosen, order = order[:batch], order[batch:]
             pass_through(chosen, learn=True)
             for group in adam.param_groups:
-                group["lr"] = options.rate * (1 - step / options.steps)
+                group["lr"] = group["first"] * (1 - step / options.steps)
             adam.step()
             adam.zero_grad()
             add(3 * batch / work)
@@ -230,6 +236,11 @@ def tune_scales(
     if not after < before:
         return {}, before, after
     return {name: linear.scales() for name, linear in student.scaled.items()}, before, after
+
+
+def _share_of_rate(bits: int) -> float:
+    """Of the rate, what factors of weights of so many bits take."""
+    return 0.5 ** max(0, bits - BITS_AT_FULL_RATE)
 
 
 def _divergence(student: _Student, states: Tensor, targets: Tensor) -> float:

@@ -240,6 +240,22 @@ def test_scales_come_closer_to_the_float_model_and_nothing_else_changes(name, he
     assert found == pytest.approx(numbers, rel=0.05)
 
 
+def test_scales_of_more_bits_move_by_less(tmp_path):
+    """The first step of Adam is the rate, whatever the gradient."""
+    source = saved("llama", tmp_path / "source")
+    rules = {".*": 2, "mlp": 3, r"mlp\.down": 4}
+    kept = []
+    for steps in (0, 1):
+        scales = DistillOptions(steps=steps, batch=32, rate=0.04)
+        options = QuantizeOptions(tune=TuneOptions(steps=1, batch=1), distill=scales)
+        tune(source, tmp_path / str(steps), plan_of(rules), options=options, samples=SEEN)
+        kept.append(dict(load(tmp_path / str(steps)).named_modules()))
+    for part, module in kept[0].items():
+        if isinstance(module, WeightOnlyLinear):
+            moved = (kept[1][part].packed.scales.float() / module.packed.scales.float()).log()
+            assert moved.abs().median() == pytest.approx(0.16 / 2**module.spec.bits, abs=5e-4)
+
+
 def divergence(model: Decoder, exact: Decoder) -> float:
     """Mean over all tokens of the samples that are held out, in float64."""
     held = SEEN[held_out(len(SEEN))]
