@@ -226,7 +226,7 @@ def describe(
     onnx: bool,
     cache_shape: tuple[int, int],
 ) -> dict[str, object]:
-    """What the JSON object says of a model; each of several tells its part."""
+    """What the JSON object says of a model; of several processes each tells the others its part."""
     from qllm import report
 
     result: dict[str, object] = {
@@ -234,17 +234,23 @@ def describe(
         "bitwidth": model.bitwidth if onnx else args.bitwidth or report.bitwidth(model),
         "results": [],
     }
+    gather = (lambda value: [value]) if session is None else session.all_gather_object
     if session is None:
         result["shards"] = [] if onnx else report.shard_rows(model)
     else:
-        result["ranks"] = session.all_gather_object(report.rank_row(model))
+        result["ranks"] = gather(report.rank_row(model))
     if not onnx:
-        result["kv_cache"] = report.cache_row(model, *cache_shape)
+        cache = report.cache_row(model, *cache_shape)
+        result["kv_cache"] = cache | {"bytes": sum(gather(cache["bytes"]))}
     if args.explain:
-        result["kernels"] = report.kernel_rows(model)
+        kernels = report.kernel_rows(model)
         if not onnx:
-            result["kernels"] += report.attention_rows(model)
+            kernels += report.attention_rows(model)
             result["graph_break"] = model.graph_break()
+        each: list[dict] = []
+        for rows in gather(kernels):
+            each += [row for row in rows if row not in each]  # ranks of a stage have the same
+        result["kernels"] = each
     return result
 
 

@@ -172,7 +172,7 @@ def print_kernels(rows: Sequence[dict]) -> None:
 
 
 def cache_row(model: Decoder, rows: int, capacity: int) -> dict[str, int]:
-    """The `kv_cache` of the JSON object: of so many sequences and tokens, in this process."""
+    """The `kv_cache` of the JSON object: of so many sequences and tokens, this process's part."""
     size = model.cache_bytes(rows, capacity)
     return {"bits": model.kv_bits, "sequences": rows, "tokens": capacity, "bytes": size}
 

@@ -31,7 +31,8 @@ class StopStrings:
         tokens = self.tokens[row]
         tokens.append(token)
         start = max(0, len(tokens) - self.tail)
-        before = [*self.prompts[row], *tokens[:start]][-self.tail :]
+        prompt = self.prompts[row]
+        before = [*prompt[-self.tail :], *tokens[max(0, start - self.tail) : start]][-self.tail :]
         text = self.tokenizer.continuation(before, tokens[start:])
         return any(string in text for string in self.strings)
 

@@ -19,7 +19,8 @@ def print_bench(result: Mapping, *, csv: bool = False) -> None:
     if csv:
         write_csv(result["rows"])
         return
-    print(f"{result['model']} on {result['device']}, {result['threads']} threads")
+    threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
+    print(f"{result['model']} on {result['device']}, {threads}")
     for entry in result["trees"]:
         print()
         for line in lines(entry["tree"]):

@@ -107,10 +107,13 @@ def test_ranks_print_what_one_process_does(line):
     torchrun, _, count, script, *options = shlex.split(line)
     assert (torchrun, script) == ("torchrun", GEN)
     alone = options[: options.index("--tp")]
-    one = call_json(GEN, *alone)
-    some = ("--batch-size", 2) if "--pp" in options else ()  # of three prompts
-    many = json.loads(on_ranks(int(count), *options, *some, "--json"))
+    more = ("--explain", *(("--batch-size", 2) if "--pp" in options else ()))  # of three prompts
+    one = call_json(GEN, *alone, *more)
+    many = json.loads(on_ranks(int(count), *options, *more, "--json"))
     assert many["results"] == one["results"]
+    assert many["kv_cache"] == one["kv_cache"]
+    linears = [{row["layer"].rpartition("}.")[2] for row in r["kernels"]} for r in (one, many)]
+    assert linears[0] == linears[1] and "lm_head" in linears[0]
     layers = [rank["layers"] for rank in many["ranks"]]
     if "--pp" not in options:
         assert layers == [[0, 6]] * 2
