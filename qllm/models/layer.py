@@ -247,11 +247,12 @@ class PreNormLayer(nn.Module):
 
     Attributes:
         has_attention, has_mlp: False for a half that another stage of a pipeline has.
-        ends_in_sum: what `mlp.down` puts out is added to the rest of the result, as it is.
+        blocks_end_in_sums: what `attention.out` and `mlp.down` put out is added to the rest of what
+            their blocks do, as it is.
     """
 
     has_attention = has_mlp = True
-    ends_in_sum = True
+    blocks_end_in_sums = True
 
     def __init__(
         self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
@@ -330,7 +331,7 @@ class LayerList(nn.ModuleList):
 class OutputNormLayer(PreNormLayer):
     """A pre-norm layer that norms what attention and MLP add as well: Gemma 2 and 3."""
 
-    ends_in_sum = False
+    blocks_end_in_sums = False
 
     def __init__(
         self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
@@ -379,7 +380,7 @@ class NormedResidualLayer(PreNormLayer):
 class PostNormLayer(PreNormLayer):
     """norm(x + attention(x)), then norm(x + mlp(x)): OPT-350m."""
 
-    ends_in_sum = False
+    blocks_end_in_sums = False
 
     def fuse_norms(self) -> None:
         """The residual needs what a norm makes as it is."""

@@ -4,7 +4,8 @@ As QuantEase (Behdin et al. 2023, arXiv:2309.01885) and CDQuant (Nair and Suggal
 arXiv:2406.17542) do, an input channel at a time gets the integers that are best with all others as
 they are, again and again: where GPTQ rounds each channel once and makes up for it in those behind,
 this takes any matrix on its grids and never makes it worse. What is asked for need not be the
-product with a float matrix: it is whatever the products of the matrix as it is fall short of.
+product with a float matrix: it is whatever the products of the matrix as it is fall short of. Nor
+need what is put out count alike: a metric ties rows together, of which some move at a time.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 
 from qllm.quant.packing import PackedWeight, group_width, pack, unpack
-from qllm.quant.rtn import SMALLEST_HALF_SCALE, grouped, row_pieces
+from qllm.quant.rtn import SMALLEST_HALF_SCALE, grouped
 
 # Over all channels; the fifth changes less than a hundredth of the integers.
 SWEEPS = 5
 # Of integers and then of scales, which leave each other something to do.
 ROUNDS = 2
+# Of rows that move as if the others of their set stood still. Neighbours are in different ones.
+ROW_SETS = 8
 # Channels whose effects on each other are followed one by one; those on others go in one product.
 BLOCK = 128
 # What keeps scales of groups whose effects are alike apart, of the mean of A's diagonal.
@@ -30,18 +33,24 @@ WEIGHTS_AT_ONCE = 1 << 20
 
 
 def descend(
-    packed: PackedWeight, bits: int, group_size: int, products: Tensor, residuals: Tensor
+    packed: PackedWeight,
+    bits: int,
+    group_size: int,
+    products: Tensor,
+    residuals: Tensor,
+    metric: Tensor,
 ) -> PackedWeight:
-    """Lower the sum over inputs x of d |r - (W' - W) x|² by other integers and scales.
+    """Lower the sum over inputs x of d e^T M e, e = r - (W' - W) x, by other integers and scales.
 
     W is the matrix as it is and W' what it becomes, r what W x falls short of what is wanted, and d
-    a weight of each input. That is tr(D H D^T) - 2 tr(D R^T) for D = W' - W, up to a constant.
+    a weight of each input. That is tr(M D H D^T) - 2 tr(M D R^T) for D = W' - W, up to a constant.
     Zero points stay, and the scales' type.
 
     Args:
         packed: W (N, K) on its grids, of the scheme "asym" or "sym".
         products: float32 (K, K), H: the sum of d x x^T.
         residuals: float32 (N, K), R: the sum of d r x^T.
+        metric: float32 (N, N), M, positive definite.
 
     Returns:
         W' in the same form, whose loss is W's at the most.
@@ -49,7 +58,7 @@ def descend(
     if packed.perm is not None:  # groups are runs of channels in another order
         products = products[packed.perm][:, packed.perm]
         residuals = residuals[:, packed.perm]
-    descent = _Descent(packed, bits, group_size, products, residuals)
+    descent = _Descent(packed, bits, group_size, products, residuals, metric)
     for _ in range(ROUNDS):
         for _ in range(SWEEPS):
             if not descent.sweep():
@@ -68,7 +77,7 @@ class _Descent:
         values: float32 (K, N), integers less their zeros.
         scales, zeros: float32 (G, N), the scales with the values they are stored with.
         group_of: int64 (K,).
-        gradient: float32 (K, N), half of the loss's by the matrix: H D^T - R^T.
+        gradient: float32 (K, N), half of the loss's by the matrix where M is 1: H D^T - R^T.
     """
 
     def __init__(
@@ -78,9 +87,11 @@ class _Descent:
         group_size: int,
         products: Tensor,
         residuals: Tensor,
+        metric: Tensor,
     ) -> None:
-        columns = len(products)
-        self.products, self.most = products, 2**bits - 1
+        columns, rows = len(products), torch.arange(len(metric), device=metric.device)
+        self.products, self.metric, self.most = products, metric, 2**bits - 1
+        self.row_sets = [rows[start::ROW_SETS] for start in range(min(ROW_SETS, len(rows)))]
         self.group = group_width(columns, group_size)
         self.half = packed.scales.dtype == torch.float16
         self.scales = packed.scales.float().t().contiguous()
@@ -96,33 +107,62 @@ class _Descent:
         self.inverse = torch.where(curvature > 0, 1 / curvature, 0.0)
         self.order = curvature.argsort(descending=True, stable=True)
 
+    def _weighed(self, rows: Tensor) -> Tensor:
+        """The gradient (K, n) of some rows, over what M makes of each by itself."""
+        return (self.gradient @ self.metric[:, rows]) / self.metric.diagonal()[rows]
+
+    def _gains(self, rows: Tensor, moves: Tensor, weighed: Tensor, effect: Tensor) -> bool:
+        """Whether moves (K, n) of some rows lower the loss, which they do to each by itself.
+
+        Args:
+            weighed, effect: their gradient in front of them, and H times them: (K, n).
+        """
+        among = self.metric[rows][:, rows]
+        change = 2 * weighed * among.diagonal() + effect @ among
+        return bool((moves * change).sum(dtype=torch.float64) < 0)
+
     def sweep(self) -> bool:
         """Give each channel its best integers, the largest inputs first; whether any changed."""
         changed = False
-        for block in self.order.split(BLOCK):
-            rows = self.products[block]
-            within = rows[:, block]
-            group = self.group_of[block]
-            scales, low = self.scales[group], -self.zeros[group]
-            values, gradient = self.values[block], self.gradient[block]
-            by_step = self.inverse[block, None] / scales
-            moves = torch.empty_like(values)
-            for i, value in enumerate(values):
-                best = torch.addcmul(value, gradient[i], by_step[i], value=-1).round_()
-                best.clamp_(low[i], low[i] + self.most)
-                torch.sub(best, value, out=moves[i]).mul_(scales[i])
-                value.copy_(best)
-                gradient[i + 1 :].addr_(within[i, i + 1 :], moves[i])
-            if moves.any():
+        for rows in self.row_sets:
+            values, weighed = self.values[:, rows], self._weighed(rows)
+            after, moves = weighed.clone(), torch.empty_like(values)
+            for block in self.order.split(BLOCK):
+                moves[block] = self._move(rows, block, values, after)
+                after.addmm_(self.products[block].t(), moves[block])
+            effect = after - weighed
+            if self._gains(rows, moves, weighed, effect):
                 changed = True
-                self.values[block] = values
-                self.gradient.addmm_(rows.t(), moves)
+                self.values[:, rows] = values
+                self.gradient[:, rows] += effect
         return changed
+
+    def _move(self, rows: Tensor, block: Tensor, values: Tensor, weighed: Tensor) -> Tensor:
+        """Give some channels of some rows their best integers; what that adds to the matrix.
+
+        Args:
+            values: (K, n), of the rows, which change.
+            weighed: (K, n), their gradient with all channels in front of these as they are now.
+        """
+        within = self.products[block][:, block]
+        group = self.group_of[block]
+        scales, low = (each[group][:, rows] for each in (self.scales, -self.zeros))
+        ours, gradient = values[block], weighed[block]
+        by_step = self.inverse[block, None] / scales
+        moves = torch.empty_like(ours)
+        for i, value in enumerate(ours):
+            best = torch.addcmul(value, gradient[i], by_step[i], value=-1).round_()
+            best.clamp_(low[i], low[i] + self.most)
+            torch.sub(best, value, out=moves[i]).mul_(scales[i])
+            value.copy_(best)
+            gradient[i + 1 :].addr_(within[i, i + 1 :], moves[i])
+        values[block] = ours
+        return moves
 
     def fit_scales(self) -> None:
         """Give each row the scales that are best together, by least squares, where they gain."""
-        columns = len(self.products)
-        for rows in row_pieces(self.values.t(), WEIGHTS_AT_ONCE):
+        columns, at_once = len(self.products), max(1, WEIGHTS_AT_ONCE // len(self.products))
+        for rows in [piece for whole in self.row_sets for piece in whole.split(at_once)]:
             flat = self.values[:, rows].t().contiguous()
             values = grouped(flat, self.group)  # (n, G, g)
             # With values v_i of group i, what a row puts out is the sum of s_i (v_i x): A of s is
@@ -132,8 +172,8 @@ class _Descent:
                 span = slice(index * self.group, min((index + 1) * self.group, columns))
                 product = grouped(flat[:, span] @ self.products[span], self.group)
                 by_pair[:, index] = product.mul_(values).sum(-1)
-            gradient = grouped(self.gradient[:, rows].t(), self.group)
-            wanted = -(gradient * values).sum(-1)
+            weighed = self._weighed(rows)
+            wanted = -(grouped(weighed.t(), self.group) * values).sum(-1)
             before = self.scales[:, rows].t()
             ridge = by_pair.diagonal(dim1=1, dim2=2).mean(-1) * RIDGE
             damped = by_pair.clone()
@@ -141,11 +181,12 @@ class _Descent:
             after = self._storable(before + torch.linalg.solve(damped, wanted), before)
             change = after - before
             effect = (by_pair @ change[..., None])[..., 0]
-            gains = (change * (effect - 2 * wanted)).sum(-1) < 0
-            change *= gains[:, None]
-            self.scales[:, rows] = torch.where(gains[:, None], after, before).t()
-            moves = (values * change[..., None]).flatten(1)[:, :columns]
-            self.gradient[:, rows] += self.products @ moves.t()
+            change *= ((change * (effect - 2 * wanted)).sum(-1) < 0)[:, None]
+            moves = (values * change[..., None]).flatten(1)[:, :columns].t()
+            of_moves = self.products @ moves
+            if self._gains(rows, moves, weighed, of_moves):
+                self.scales[:, rows] = torch.where(change != 0, after, before).t()
+                self.gradient[:, rows] += of_moves
 
     def _storable(self, scales: Tensor, before: Tensor) -> Tensor:
         """Scales with the values they are stored with; what they were, where they cannot be."""

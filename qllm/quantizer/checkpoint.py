@@ -26,6 +26,7 @@ from qllm.models.cache import Prefill
 from qllm.models.layer import Norm, PreNormLayer
 from qllm.progress import Meter, unseen
 from qllm.quant.inputs import InputStats
+from qllm.quantizer.fisher import read_metric, sample_count, write_fisher
 from qllm.quantizer.floats import BACK, FRONT, FloatModel, modules_of
 from qllm.quantizer.hidden import HiddenStates
 from qllm.quantizer.job import Job
@@ -39,10 +40,12 @@ from qllm.quantizer.layer import (
 )
 from qllm.quantizer.output import OutputCheckpoint
 from qllm.quantizer.refine import can_refine_scales, refine_layer, refine_scales, replace_scales
-from qllm.quantizer.tune import TOKENS_PER_PASS, TuneReport
+from qllm.quantizer.tune import TOKENS_PER_PASS, TuneReport, tuned_samples
 
 # What a run keeps between two layers: the states behind the quantized ones, and the float ones.
 HIDDEN, TARGETS = "hidden", "targets"
+# How errors behind each block of a layer count, where layers are tuned.
+FISHER = "fisher.bin"
 # And behind all of them: the tensors that take the place of others, since scales were tuned.
 SCALES = "scales.safetensors"
 
@@ -204,7 +207,7 @@ class _Run:
                     add(share * size)
 
                 if step == 0:
-                    self._front()
+                    self._front(add_share)
                 elif step == last:
                     self._back()
                 elif step > last:
@@ -219,15 +222,21 @@ class _Run:
         """Bytes of the checkpoint that each step quantizes: what is only copied takes no time."""
         itemsize = self.weights.dtype().itemsize
         layers = [elements(layer) * itemsize for layer in self.model.layers]
-        if not self.distilling:
+        if not self.tuning:
             return [0, *layers, 0]
         assert self.job.samples is not None  # without which no layer is tuned
         tune, distill = self.job.options.tune, self.job.options.distill
         length = len(self.job.samples[0])
-        # A step of either goes through the model once and back.
+        # A step of either goes through the model once and back, as what is in front of it does.
         sizes = length, self.config.hidden_size
-        share = distill.steps * distill.samples(*sizes) / (tune.steps * tune.samples(*sizes))
-        return [0, *layers, 0, round(sum(layers) * share)]
+        each = sum(layers) / (tune.steps * tune.samples(*sizes))
+        scales = [round(distill.steps * distill.samples(*sizes) * each)] * self.distilling
+        return [round(self._fisher_samples() * each), *layers, 0, *scales]
+
+    def _fisher_samples(self) -> int:
+        assert self.job.samples is not None
+        count = tuned_samples(len(self.job.samples))
+        return sample_count(count, len(self.job.samples[0]), self.config.hidden_size)
 
     def _report(self, report: LinearReport) -> None:
         """Keep what became of a linear, and say it."""
@@ -236,13 +245,14 @@ class _Run:
         self.note(f"{report.name}: relative error {report.error:.2%} of the {of}")
 
     def _report_tuning(self, report: TuneReport) -> None:
-        """Keep what became of a layer that was tuned, and say it."""
+        """Keep what became of a block that was tuned, and say it."""
         self.tuned.append(report)
-        kept = "" if report.gained else ", so that it stays as it was"
+        line = f"{report.name}: relative error {report.before:.2%}, {report.tuned:.2%} when tuned"
+        if not report.gained:
+            line += ", so that it stays as it was"
         if report.descended:
-            kept = ", its last linear by coordinate descent"
-        before, after = f"{report.before:.2%}", f"{report.after:.2%}"
-        self.note(f"{report.name}: relative error {before}, {after} when tuned{kept}")
+            line += f", {report.after:.2%} with {' and '.join(report.descended)} by descent"
+        self.note(line)
 
     def _states_path(self, name: str, done: int) -> Path:
         return self.partial.folder / f"{name}-{done}.safetensors"
@@ -273,7 +283,7 @@ class _Run:
                 if path not in kept:
                     path.unlink()
 
-    def _front(self) -> None:
+    def _front(self, add: Callable[[float], object]) -> None:
         for module in FRONT:
             self.output.write_floats(module, self.floats.read(module))
         if self.job.samples is not None:
@@ -283,6 +293,9 @@ class _Run:
             self.hidden = HiddenStates.embed(self.model, self.job.samples, states_dtype)
             if self.tuning:
                 self.targets = self.hidden.copy()
+                looked_at = self.job.samples[: self._fisher_samples()]
+                path, device = self.partial.folder / FISHER, self.job.device
+                write_fisher(self.weights, looked_at, path, device, add, self.job.options.tune.seed)
             self.floats.drop(FRONT[:-1])
 
     def _layer(self, index: int, add: Callable[[float], object]) -> None:
@@ -330,10 +343,19 @@ class _Run:
         """
         options, targets = self.job.options, self.targets
         if targets is not None and any(is_tuned(spec, options) for spec in specs.values()):
-            refined = refine_layer(layer, self.config, name, specs, (hidden, targets), options, add)
+            index, path = int(name.removeprefix("layers.")), self.partial.folder / FISHER
+            blocks = len(layer.blocks())  # which is the same of all layers
+            channels, device = self.config.hidden_size, self.job.device
+            metrics = [
+                read_metric(path, index * blocks + block, channels).to(device)
+                for block in range(blocks)
+            ]
+            pair = hidden, targets
+            refined = refine_layer(layer, self.config, name, specs, pair, metrics, options, add)
             for report in refined.reports:
                 self._report(report)
-            self._report_tuning(refined.tuning)
+            for tuning in refined.tuning:
+                self._report_tuning(tuning)
             return refined.linears
         if targets is not None:
             targets.advance(layer)  # while it is the float model's

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from qllm.layers import Linear, linear_class
 from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.equalize import can_divide, dense_linear, divide_input, shared_channels
-from qllm.models.layer import PreNormLayer
+from qllm.models.layer import Block, PreNormLayer
 from qllm.quant.algorithm import Algorithm, QuantizeOptions, TuningStart
 from qllm.quant.algorithms import ALGORITHMS, SMOOTHQUANT
 from qllm.quant.inputs import InputStats, output_error
@@ -72,24 +72,26 @@ def quantize_layer(
     finished: Callable[[LinearReport], object],
     add: Callable[[float], object],
     starts: dict[str, TuningStart] | None = None,
+    block: tuple[Block, Sequence[str]] | None = None,
 ) -> dict[str, Linear]:
     """Quantize a layer whose linears are dense and float32; each is replaced by what it became.
 
     Args:
         name: the layer's, "layers.0".
         specs: spec of each linear by its name in the layer, such as "attention.qkv".
-        hidden: the states in front of the layer.
-        advance: the samples whose states to leave behind the layer; the others' are where they
+        hidden: the states in front of what is quantized.
+        advance: the samples whose states to leave behind it; the others' are where they
             happen to be.
         finished: called with what became of each linear, when it is quantized.
         add: called with shares of the work as they are done, which sum up to 1: a linear counts
             as much as the samples on their way through a half of the layer.
         starts: takes what tuning is to start from, by the names of the linears to tune.
+        block: the one of the layer's that is quantized; None: all.
 
     Returns:
         the quantized linears by their names in the layer, whose other tensors may have changed.
     """
-    halves = layer.blocks()
+    halves = (block,) if block else layer.blocks()
     names = [linear for _, linears in halves for linear in linears]
     quantized = [linear for linear in names if specs[linear].kind != "dense"]
     late = [n for n in quantized if algorithm_of(specs[n]).sequential(options)]
@@ -107,7 +109,7 @@ def quantize_layer(
     if early:
         products = {linear for linear in early if algorithm_of(specs[linear]).products}
         modules = {linear: dense_linear(layer, linear) for linear in early}
-        stats = hidden.observe(layer, modules, products, name)
+        stats = hidden.observe(block[0] if block else layer, modules, products, name)
         for linear in early:
             _equalize(layer, config, linear, specs[linear], stats[linear], options)
     linears: dict[str, Linear] = {}

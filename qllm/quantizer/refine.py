@@ -5,7 +5,7 @@ A layer stays as it was where tuning made it no better, and so do the scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import available_bytes, gigabytes
 from qllm.models import Decoder
 from qllm.models.equalize import dense_linear
-from qllm.models.layer import PreNormLayer
+from qllm.models.layer import Block, PreNormLayer
 from qllm.quant.algorithm import QuantizeOptions, TuningStart
-from qllm.quantizer.descend import LAST, descend_last
+from qllm.quantizer.descend import descend_last
 from qllm.quantizer.distill import memory_needed, tune_scales
 from qllm.quantizer.hidden import HiddenStates
 from qllm.quantizer.job import Job
@@ -35,23 +35,26 @@ from qllm.quantizer.tune import (
     advance_watched,
     held_out,
     relative_error,
-    tune_layer,
+    tune_block,
 )
+
+# What a block adds to the rest of the states.
+SUMMANDS = ("attention.out", "mlp.down")
 
 
 @dataclass(frozen=True)
-class RefinedLayer:
-    """A layer that was quantized and tuned.
+class Refined:
+    """A layer, or a block of one, that was quantized and tuned.
 
     Attributes:
-        linears: by their names in the layer, those that are better.
+        linears: by their names in the layer.
         reports: what became of each linear.
-        tuning: what tuning did.
+        tuning: what tuning did to each block.
     """
 
     linears: dict[str, Linear]
     reports: list[LinearReport]
-    tuning: TuneReport
+    tuning: list[TuneReport]
 
 
 def refine_layer(
@@ -60,84 +63,147 @@ def refine_layer(
     name: str,
     specs: Mapping[str, QuantSpec],
     states: tuple[HiddenStates, HiddenStates],
+    metrics: Sequence[Tensor],
     options: QuantizeOptions,
     add: Callable[[float], object],
-) -> RefinedLayer:
-    """Quantize the linears of a layer, then tune them together.
+) -> Refined:
+    """Quantize a layer block by block, and tune the linears of each together.
 
     Args:
         layer, config, name, specs, options: as for `quantize_layer`.
         states: those in front of the layer, which are behind it in the end, and those of the float
             model, likewise.
+        metrics: of errors behind each block, as of `token_errors`.
         add: called with shares of the work as they are done, which sum up to 1.
     """
-    hidden, targets = states
-    targets.advance(layer)  # while it is the float model's
-    tune, judges = options.tune, held_out(len(hidden.states))
-    weights = {
-        inner: dense_linear(layer, inner).weight
-        for inner, spec in specs.items()
-        if is_tuned(spec, options)
-    }
-    # Passes of a sample through the layer: gradients take two more, GPTQ about four in all.
-    tuning = 3 * tune.steps * tune.samples(*hidden.states.shape[1:])
-    share = tuning / (tuning + 4 * len(hidden.states))
-    reports: list[LinearReport] = []
-    starts: dict[str, TuningStart] = {}
-    untuned_states = hidden.copy()
-    found = quantize_layer(
-        layer,
-        config,
-        name,
-        specs,
-        untuned_states,
-        options,
-        advance=judges,
-        finished=reports.append,
-        add=lambda done: add((1 - share) * done),
-        starts=starts,
-    )
-    before = relative_error(untuned_states.part(judges), targets.part(judges))
-    del untuned_states
-    stand_ins = {inner: layer.get_submodule(inner) for inner in specs}
-    untuned: dict[str, tuple[TuningStart, WeightOnlyLinear]] = {}
-    for inner in weights:
-        linear = found[inner]
-        assert isinstance(linear, WeightOnlyLinear)
-        untuned[inner] = starts[inner], linear
-    tuned = tune_layer(layer, untuned, (hidden, targets), tune, lambda done: add(share * done))
-    for inner, module in stand_ins.items():
-        layer.set_submodule(inner, stand_in(tuned[inner]) if inner in tuned else module)
+    refined = Refined({}, [], [])
+    blocks = layer.blocks()
+    for block, metric in zip(blocks, metrics, strict=True):
+        one = _Block(layer, config, name, block, specs, states, metric, options)
+        found = one.refine(lambda done: add(done / len(blocks)))
+        refined.linears.update(found.linears)
+        refined.reports.extend(found.reports)
+        refined.tuning.extend(found.tuning)
+    return refined
 
-    def judged() -> tuple[float, dict[str, float]]:
-        """How far the layer is from the float one where nothing was tuned, and its linears."""
-        states = hidden.part(judges).copy()
-        errors = advance_watched(states, layer, weights)
-        return relative_error(states, targets.part(judges)), errors
 
-    after, errors = judged()
-    report = TuneReport(name, before, after)
-    if report.gained:
-        if LAST in tuned and layer.ends_in_sum:
-            stood_in = layer.get_submodule(LAST)
-            descended = descend_last(layer, tuned[LAST], (hidden, targets))
-            layer.set_submodule(LAST, stand_in(descended))
-            lower, with_it = judged()
-            if lower < after:
-                tuned[LAST], errors = descended, with_it
-                report = replace(report, after=lower, descended=True)
-            else:
-                layer.set_submodule(LAST, stood_in)
-        found |= tuned
-        for index, entry in enumerate(reports):
-            inner = entry.name.removeprefix(f"{name}.")
-            if inner in tuned:
-                reports[index] = replace(entry, error=errors[inner], of_output=True)
-    else:
+class _Block:
+    """One block of `refine_layer`."""
+
+    def __init__(
+        self,
+        layer: PreNormLayer,
+        config: ModelConfig,
+        name: str,
+        block: tuple[Block, Sequence[str]],
+        specs: Mapping[str, QuantSpec],
+        states: tuple[HiddenStates, HiddenStates],
+        metric: Tensor,
+        options: QuantizeOptions,
+    ) -> None:
+        self.layer, self.config, self.name = layer, config, name
+        self.run, names = self.block = block
+        self.specs = {inner: specs[inner] for inner in names}
+        parts = {inner.split(".")[0] for inner in names}
+        self.title = f"{name}.{parts.pop()}" if len(parts) == 1 else name
+        self.states, self.metric, self.options = states, metric, options
+        self.weights = {
+            inner: dense_linear(layer, inner).weight
+            for inner, spec in self.specs.items()
+            if is_tuned(spec, options)
+        }
+
+    def refine(self, add: Callable[[float], object]) -> Refined:
+        """All of it; the states are behind the block then."""
+        hidden, targets = self.states
+        targets.advance(self.run)  # while it is the float model's
+        # Passes of a sample: gradients take two more, GPTQ about four in all.
+        tune = self.options.tune
+        tuning = 3 * tune.steps * tune.samples(*hidden.states.shape[1:])
+        share = tuning / (tuning + 4 * len(hidden.states)) if self.weights else 0.0
+        starts: dict[str, TuningStart] = {}
+        refined, before = self._quantize(starts, lambda done: add((1 - share) * done))
+        if self.weights:
+            self._tune(refined, starts, before, lambda done: add(share * done))
+        hidden.advance(self.run)
+        return refined
+
+    def _quantize(
+        self, starts: dict[str, TuningStart], add: Callable[[float], object]
+    ) -> tuple[Refined, float]:
+        """What there is to tune, and its error."""
+        hidden, targets = self.states
+        judges = held_out(len(hidden.states))
+        refined, states = Refined({}, [], []), hidden.copy()
+        found = quantize_layer(
+            self.layer,
+            self.config,
+            self.name,
+            self.specs,
+            states,
+            self.options,
+            advance=judges,
+            finished=refined.reports.append,
+            add=add,
+            starts=starts,
+            block=self.block,
+        )
+        refined.linears.update(found)
+        return refined, relative_error(states.part(judges), targets.part(judges), self.metric)
+
+    def _tune(
+        self,
+        refined: Refined,
+        starts: Mapping[str, TuningStart],
+        before: float,
+        add: Callable[[float], object],
+    ) -> None:
+        """Put what tuning found in the place of what there was, where it is better."""
+        layer = self.layer
+        untuned: dict[str, tuple[TuningStart, WeightOnlyLinear]] = {}
+        for inner in self.weights:
+            linear = refined.linears[inner]
+            assert isinstance(linear, WeightOnlyLinear)
+            untuned[inner] = starts[inner], linear
+        stand_ins = {n: m for n, m in layer.named_modules() if isinstance(m, Linear)}
+        tuned = tune_block(
+            layer, self.run, untuned, self.states, self.metric, self.options.tune, add
+        )
         for inner, module in stand_ins.items():
-            layer.set_submodule(inner, module)
-    hidden.advance(layer)
-    return RefinedLayer(found, reports, report)
+            layer.set_submodule(inner, stand_in(tuned[inner]) if inner in tuned else module)
+        after, errors = self._judge()
+        report = TuneReport(self.title, before, after, min(before, after))
+        better = dict(tuned)
+        if not report.gained:
+            better = {}
+            for inner, module in stand_ins.items():
+                layer.set_submodule(inner, module)
+        for inner in SUMMANDS if layer.blocks_end_in_sums else ():
+            if inner not in untuned:
+                continue
+            stood_in, linear = layer.get_submodule(inner), better.get(inner, untuned[inner][1])
+            descended = descend_last(layer, self.run, inner, linear, self.states, self.metric)
+            layer.set_submodule(inner, stand_in(descended))
+            lower, with_it = self._judge()
+            if lower < report.after:
+                better[inner], errors = descended, with_it
+                report = replace(report, after=lower, descended=[*report.descended, inner])
+            else:
+                layer.set_submodule(inner, stood_in)
+        refined.linears.update(better)
+        for index, entry in enumerate(refined.reports):
+            inner = entry.name.removeprefix(f"{self.name}.")
+            if inner in better:
+                refined.reports[index] = replace(entry, error=errors[inner], of_output=True)
+        refined.tuning.append(report)
+
+    def _judge(self) -> tuple[float, dict[str, float]]:
+        """How far the block is from the float one where nothing was tuned, and its linears."""
+        hidden, targets = self.states
+        judges = held_out(len(hidden.states))
+        states = hidden.part(judges).copy()
+        errors = advance_watched(states, self.layer, self.run, self.weights)
+        return relative_error(states, targets.part(judges), self.metric), errors
 
 
 def can_refine_scales(

@@ -1,13 +1,13 @@
-"""Tune a quantized layer as a whole against what the float one puts out, by signed gradients.
+"""Tune half a quantized layer as a whole against what the float one puts out, by signed gradients.
 
 SignRound (Cheng et al. 2023, arXiv:2309.05516): its inputs are those that the quantized layers in
 front give it, its targets what the float layer makes of the float model's states, so that later
-layers make up for the errors of earlier ones.
+layers make up for the errors of earlier ones. Errors count by what they do to predictions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from qllm.layers import Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.cache import Prefill
 from qllm.models.equalize import dense_linear
-from qllm.models.layer import PreNormLayer
+from qllm.models.layer import Block, PreNormLayer
 from qllm.quant.algorithm import TuneOptions, TuningStart
 from qllm.quant.rounding import TunedRounding
 from qllm.quantizer.hidden import HiddenStates
@@ -43,23 +43,24 @@ BITS_AT_FULL_RATE = 2
 
 @dataclass(frozen=True)
 class TuneReport:
-    """What tuning did to a layer.
+    """What tuning did to a block of a layer: its attention, its MLP, or both where they are one.
 
     Attributes:
-        before, after: relative root mean square error of what the layer puts out, with those in
-            front of it quantized and tuned.
-        descended: what coordinate descent made of the last linear is better, and kept.
+        before, tuned, after: relative root mean square error of what the block puts out, with those
+            in front of it quantized and tuned: before it is tuned, when it is, and in the end.
+        descended: the linears of which what coordinate descent made is better, and kept.
     """
 
     name: str
     before: float
+    tuned: float
     after: float
-    descended: bool = False
+    descended: Sequence[str] = ()
 
     @property
     def gained(self) -> bool:
-        """Whether the layer is better, and keeps what tuning found."""
-        return self.after < self.before
+        """Whether what tuning found is better, and kept."""
+        return self.tuned < self.before
 
 
 def work_dtype(device: torch.device, bits: int) -> torch.dtype:
@@ -132,14 +133,30 @@ class TunedLinear(FrozenLinear):
         self.gradient.zero_()
 
 
-def token_errors(states: Tensor, targets: Tensor) -> Tensor:
-    """Squared error of each token's state, (…, C) to (…), in shares of what a norm divides by.
+def freeze(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Let a layer's linears be such as gradients go through."""
+    for name, module in list(layer.named_modules()):
+        if isinstance(module, Linear):
+            layer.set_submodule(name, FrozenLinear(module.dequantize(), module.bias, dtype))
+
+
+def token_sizes(states: Tensor) -> Tensor:
+    """What a norm divides each token's squared error by: (…, C) to (…).
 
     All that reads the states does so behind a norm, to which a token with large values counts no
     more than another: without this the few tokens that have them would be all that is tuned.
     """
-    size = targets.square().mean(-1)
-    return (states - targets).square().mean(-1) / (size + SMALLEST_SIZE)
+    return states.square().mean(-1) + SMALLEST_SIZE
+
+
+def token_errors(states: Tensor, targets: Tensor, metric: Tensor) -> Tensor:
+    """Squared error of each token's state, (…, C) to (…), in shares of its size.
+
+    Args:
+        metric: M (C, C) of `fisher.read_metric`: of an error e it is e^T M e / C that counts.
+    """
+    error = states - targets
+    return ((error @ metric) * error).mean(-1) / token_sizes(targets)
 
 
 def tuned_samples(count: int) -> int:
@@ -155,24 +172,25 @@ def held_out(count: int) -> slice:
     return slice(tuned_samples(count) % count, count)
 
 
-def relative_error(states: HiddenStates, targets: HiddenStates) -> float:
+def relative_error(states: HiddenStates, targets: HiddenStates, metric: Tensor) -> float:
     """Root mean square over the tokens of how far states are from their targets."""
     errors = [
-        token_errors(ours.float(), theirs.float()).double().mean()
+        token_errors(ours.float(), theirs.float(), metric).double().mean()
         for ours, theirs in zip(states.states, targets.states, strict=True)
     ]
     return torch.stack(errors).mean().sqrt().item()
 
 
 def advance_watched(
-    states: HiddenStates, layer: PreNormLayer, weights: Mapping[str, Tensor]
+    states: HiddenStates, layer: PreNormLayer, run: Block, weights: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Put states through a layer; how far what its linears put out is from what float ones would
+    """Put states through a block; how far what its linears put out is from what float ones would
     of the same inputs.
 
     Args:
-        layer: its linears are matrices in float32.
-        weights: the float weights by name in the layer.
+        layer: whose linears are matrices in float32.
+        run: the block of the layer.
+        weights: the float weights by name in the layer, of linears of the block.
 
     Returns:
         relative root mean square errors by name.
@@ -192,7 +210,7 @@ def advance_watched(
 
     hooks = [watch(*entry) for entry in weights.items()]
     try:
-        states.advance(layer)
+        states.advance(run)
     finally:
         for hook in hooks:
             hook.remove()
@@ -202,19 +220,24 @@ def advance_watched(
     }
 
 
-def tune_layer(
+def tune_block(
     layer: PreNormLayer,
+    run: Block,
     linears: Mapping[str, tuple[TuningStart, WeightOnlyLinear]],
     states: tuple[HiddenStates, HiddenStates],
+    metric: Tensor,
     options: TuneOptions,
     add: Callable[[float], object],
 ) -> dict[str, WeightOnlyLinear]:
-    """Tune the linears of a layer that were quantized, together.
+    """Tune the linears of a block that were quantized, together.
 
     Args:
         layer: float32; all of its linears are replaced.
-        linears: what the linears to tune start from, and layers of their kind, by name in it.
-        states: those in front of the layer, and those wanted behind it.
+        run: the block of the layer.
+        linears: what the linears to tune start from, and layers of their kind, by name in the
+            layer.
+        states: those in front of the block, and those wanted behind it.
+        metric: as of `token_errors`.
         add: called with shares of the work as they are done, which sum up to 1.
 
     Returns:
@@ -224,22 +247,19 @@ def tune_layer(
     samples, device = tuned_samples(len(inputs.states)), inputs.states.device
     dtype = work_dtype(device, max(found.spec.bits for _, found in linears.values()))
     tuned = {}
-    for name, module in list(layer.named_modules()):
-        if name in linears:
-            start, found = linears[name]
-            rounding = TunedRounding(*start, found.spec.bits, found.spec.group_size)
-            tuned[name] = TunedLinear(rounding, found.bias, dtype)
-            layer.set_submodule(name, tuned[name])
-        elif isinstance(module, Linear):
-            frozen = FrozenLinear(module.dequantize(), module.bias, dtype)
-            layer.set_submodule(name, frozen)
+    for name, (start, found) in linears.items():
+        rounding = TunedRounding(*start, found.spec.bits, found.spec.group_size)
+        tuned[name] = TunedLinear(rounding, found.bias, dtype)
+        layer.set_submodule(name, tuned[name])
+    freeze(layer, dtype)
+    metric = metric.to(dtype)
     draw = torch.Generator().manual_seed(options.seed)
     batch = options.samples(*inputs.states.shape[1:])
     certain = min(1.0, (options.steps / STEPS) ** 0.5)
     with torch.enable_grad(), ops.differentiable():
         for step in range(options.steps):
             chosen = torch.randperm(samples, generator=draw)[:batch].to(device)
-            _add_gradients(layer, inputs, targets, chosen)
+            _add_gradients(run, inputs, targets, metric, chosen)
             left = 1 - step / options.steps
             for linear in tuned.values():
                 linear.step(left * certain / options.steps)
@@ -254,13 +274,19 @@ def tune_layer(
 
 
 def _add_gradients(
-    layer: PreNormLayer, inputs: HiddenStates, targets: HiddenStates, chosen: Tensor
+    run: Block,
+    inputs: HiddenStates,
+    targets: HiddenStates,
+    metric: Tensor,
+    chosen: Tensor,
 ) -> None:
-    """Gradients of the squared error of some samples (B,), a few of them at a time."""
+    """Gradients of half the errors of some samples (B,), a few of them at a time."""
     length = inputs.states.shape[1]
     for part in chosen.split(max(1, TOKENS_PER_PASS // length)):
         x, wanted = (
             each.states.index_select(0, part).flatten(0, 1).float() for each in (inputs, targets)
         )
         step = Prefill([length] * len(part), None, inputs.positions, x)
-        token_errors(layer(x, step), wanted).mean().backward()
+        y = run(x, step)
+        scaled = (y.detach() - wanted) / token_sizes(wanted)[:, None]
+        y.backward((scaled.to(metric.dtype) @ metric).float() / wanted.numel())

@@ -30,13 +30,23 @@ def problem(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
     return weight, hessian, 0.5 * shift @ hessian
 
 
-def loss(packed: PackedWeight, before: PackedWeight, form, products, residuals) -> np.ndarray:
-    """Of each row, in float64, up to what does not depend on it."""
+def loss(
+    packed: PackedWeight, before: PackedWeight, form, products, residuals, metric=None
+) -> np.ndarray:
+    """Of each row, in float64, up to what does not depend on it; with a metric, of all as one."""
     columns = len(products)
     moved = (restored(each, *form, columns).double().numpy() for each in (packed, before))
     change = np.subtract(*moved)
     half = change @ products.double().numpy() - 2 * residuals.double().numpy()
+    if metric is not None:
+        return ((metric.double().numpy() @ half) * change).sum()
     return (half * change).sum(-1)
+
+
+def metric_of(rows: int, seed: int = 0) -> torch.Tensor:
+    """A matrix that ties rows together, positive definite."""
+    root = torch.randn(rows, rows, generator=torch.Generator().manual_seed(seed))
+    return root @ root.t() / rows + 0.1 * torch.eye(rows)
 
 
 @pytest.mark.parametrize(
@@ -64,12 +74,13 @@ def test_no_row_is_worse_and_zeros_stay(bits, group_size, scheme, algorithm, col
         if algorithm == "rtn"
         else quantize_gptq(weight, products, *form, options)[0]
     )
-    after = descend(before, bits, group_size, products, residuals)
+    plain = torch.eye(ROWS)
+    after = descend(before, bits, group_size, products, residuals, plain)
     found = loss(after, before, form[:2], products, residuals)
     assert (found <= 0).all() and found.sum() < 0
     assert torch.equal(after.qzeros, before.qzeros)
     assert after.scales.dtype == before.scales.dtype
-    again = descend(before, bits, group_size, products, residuals)
+    again = descend(before, bits, group_size, products, residuals, plain)
     for ours, theirs in zip(after, again, strict=True):
         assert ours is theirs or torch.equal(ours, theirs)
     dead = 3 if before.perm is None else int((before.perm == 3).nonzero())
@@ -91,7 +102,7 @@ def test_integers_are_a_minimum_by_brute_force(seed, bits, columns):
         patch.setattr(descent, "ROUNDS", 1)
         patch.setattr(descent, "SWEEPS", 50)
         patch.setattr(descent._Descent, "fit_scales", lambda self: None)
-        after = descend(before, bits, -1, products, residuals)
+        after = descend(before, bits, -1, products, residuals, torch.eye(2))
     found = loss(after, before, (bits, -1), products, residuals)
     integers = unpack(after.qweight, bits, columns)
     for other in itertools.product(range(2**bits), repeat=columns):
@@ -115,7 +126,7 @@ def test_scales_are_those_of_least_squares(monkeypatch):
     weight, products, residuals = problem(ROWS, COLUMNS)
     before = quantize_rtn(weight, 4, 16, "asym")
     before = before._replace(scales=before.scales.float())
-    after = descend(before, 4, 16, products, residuals / 20)
+    after = descend(before, 4, 16, products, residuals / 20, torch.eye(ROWS))
     group = np.arange(COLUMNS) // 16
     integers = unpack(before.qweight, 4, COLUMNS).double().numpy()
     values = integers - before.qzeros.double().numpy()[:, group]
@@ -129,3 +140,30 @@ def test_scales_are_those_of_least_squares(monkeypatch):
         expected = np.linalg.lstsq(basis.T, target[row], rcond=None)[0]
         np.testing.assert_allclose(after.scales[row].numpy(), expected, rtol=2e-3)
     assert torch.equal(after.qweight, before.qweight)
+
+
+@pytest.mark.parametrize("scheme", ["asym", "sym"])
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_a_metric_ties_together_make_up_for_each_other(scheme, seed):
+    weight, products, residuals = problem(40, COLUMNS, seed)
+    metric, form = metric_of(40, seed), (3, 16, scheme)
+    before = quantize_gptq(weight, products, *form, GPTQOptions())[0]
+    with_it, without = (
+        descend(before, *form[:2], products, residuals / 20, each)
+        for each in (metric, torch.eye(40))
+    )
+    found = [
+        loss(packed, before, form[:2], products, residuals / 20, metric)
+        for packed in (with_it, without)
+    ]
+    assert found[0] < min(found[1], 0)
+
+
+def test_what_does_not_lower_the_loss_is_not_taken(monkeypatch):
+    """All rows at once overshoot where they are alike to the metric."""
+    monkeypatch.setattr(descent, "ROW_SETS", 1)
+    weight, products, residuals = problem(ROWS, COLUMNS)
+    metric = 0.01 * torch.eye(ROWS) + torch.ones(ROWS, ROWS)
+    before = quantize_rtn(weight, 4, 16, "asym")
+    after = descend(before, 4, 16, products, residuals, metric)
+    assert loss(after, before, (4, 16), products, residuals, metric) <= 0

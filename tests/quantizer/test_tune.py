@@ -61,12 +61,12 @@ def errors(notes: list[str]) -> list[tuple[float, float]]:
 
 # tests/ops/test_differentiable.py has all families.
 @pytest.mark.parametrize(("name", "algorithm"), each(KINDS, ("gptq", "signround")))
-def test_a_layer_is_never_worse_than_it_was(name, algorithm, tmp_path):
+def test_no_half_of_a_layer_is_worse_than_it_was(name, algorithm, tmp_path):
     source = saved(name, tmp_path / "source")
     notes, reports = tune(source, tmp_path / "out", plan_of(4, algorithm))
     found = errors(notes)
-    assert len(found) == 2
-    better = [after < before for before, after in found for _ in range(4)]
+    assert len(found) == 4  # the halves of two layers
+    better = [after < before for before, after in found for _ in range(2)]
     assert [report.of_output for report in reports] == [
         tuned or algorithm == "gptq" for tuned in better
     ]
@@ -81,7 +81,7 @@ def test_tuning_gains_where_the_grid_is_coarse(tmp_path):
     options = QuantizeOptions(tune=TuneOptions(steps=40, batch=16), distill=NONE)
     job = {"options": options, "samples": samples(64, 24)}
     notes, _ = tune(source, tmp_path / "out", plan_of(2, group_size=-1), **job)
-    assert all(after < 0.85 * before for before, after in errors(notes))
+    assert all(after < 0.9 * before for before, after in errors(notes))
     quantize_checkpoint(Job(source, plan_of(2, "rtn", group_size=-1)), tmp_path / "nearest")
     exact = load(source).prefill(PROMPTS, last=False)
     found = [
@@ -97,10 +97,10 @@ def test_coordinate_descent_is_kept_where_it_gains_and_the_note_says_so(tmp_path
     files = []
     for name in ("with", "without"):
         notes, _ = tune(source, tmp_path / name, plan_of(2, "gptq"), options=options, samples=SEEN)
-        said = [line for line in notes if "when tuned, its last linear by coordinate" in line]
+        said = [line for line in notes if "mlp.down by descent" in line]
         assert bool(said) == (name == "with")
         files.append(contents(tmp_path / name)["model.safetensors"])
-        monkeypatch.setattr(refine, "descend_last", lambda layer, linear, states: linear)
+        monkeypatch.setattr(refine, "descend_last", lambda layer, run, name, linear, *_: linear)
     assert files[0] != files[1]
 
 
@@ -132,8 +132,9 @@ def test_a_layer_that_got_worse_stays_as_it_was(tmp_path, monkeypatch):
     # One step, which goes half a bin at once.
     monkeypatch.setattr(tune_module, "STEPS", 1)
     options = QuantizeOptions(refine=True, tune=TuneOptions(steps=1, batch=1), distill=NONE)
+    monkeypatch.setattr(refine, "descend_last", lambda layer, run, name, linear, *_: linear)
     notes, _ = tune(source, tmp_path / "out", plan_of(4, "gptq"), options=options)
-    assert sum("stays as it was" in line for line in notes) == 2
+    assert sum("stays as it was" in line for line in notes) == 4
     plain = QuantizeOptions()
     quantize_checkpoint(
         Job(source, plan_of(4, "gptq"), plain, samples=samples()), tmp_path / "plain"
@@ -163,7 +164,7 @@ def test_by_module_name_beside_other_algorithms(tmp_path):
     }
     source = saved("llama with all heads", tmp_path / "source")
     notes, reports = tune(source, tmp_path / "out", plan_of(rules))
-    assert len(errors(notes)) == 2
+    assert len(errors(notes)) == 3  # not the half with AWQ and int8
     assert len(reports) == 8
     out = load(tmp_path / "out")
     exact = load(source)
@@ -219,7 +220,7 @@ def test_scales_come_closer_to_the_float_model_and_nothing_else_changes(name, he
     rules = {".*": 3} | ({} if head is None else {"lm_head": head})
     kept = []
     for steps in (0, 12):
-        scales = DistillOptions(steps=steps, batch=3, rate=0.003)
+        scales = DistillOptions(steps=steps, batch=3, rate=0.01)
         options = QuantizeOptions(tune=TuneOptions(steps=2, batch=2), distill=scales)
         out = tmp_path / str(steps)
         job = {"options": options, "dtype": torch.float32, "samples": SEEN}

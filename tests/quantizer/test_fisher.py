@@ -1,0 +1,64 @@
+"""The metric of errors is made of the gradients that transformers' autograd finds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quantizing import samples, saved
+from transformers import AutoModelForCausalLM
+
+from qllm.checkpoint.weights import Weights
+from qllm.quantizer import fisher
+from qllm.quantizer.fisher import DAMP, read_metric, sample_count, write_fisher
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# The norm in front of the first layer's MLP, whose input is what is behind its attention.
+NORMS = {
+    "opt": "model.decoder.layers.0.final_layer_norm",
+    "bloom": "transformer.h.0.post_attention_layernorm",
+    "llama": "model.layers.0.post_attention_layernorm",
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_gradients_are_those_of_transformers(name, tmp_path, monkeypatch):
+    """With the likeliest token in the place of one that is drawn."""
+    monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: p.argmax(-1, keepdim=True))
+    monkeypatch.setattr(fisher, "work_dtype", lambda *_, **__: torch.float32)
+    monkeypatch.setattr(fisher, "TOKENS_PER_PASS", 50)  # which two samples of 24 fit into
+    monkeypatch.setattr(fisher, "LOGITS_AT_ONCE", 7 * 90)
+    source, seen = saved(name, tmp_path / "source"), samples(5)
+    done: list[float] = []
+    with torch.no_grad():
+        write_fisher(Weights.of_floats(source, print), seen, tmp_path / "f", "cpu", done.append)
+    assert sum(done) == pytest.approx(1)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64)
+    kept = []
+    middle = model.get_submodule(NORMS[name])
+    middle.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+    out = model(torch.tensor(seen), output_hidden_states=True)
+    kept.append(out.hidden_states[1])
+    likeliest = out.logits.log_softmax(-1).max(-1).values.sum()
+    for block, (x, gradient) in enumerate(
+        zip(kept, torch.autograd.grad(likeliest, kept), strict=True)
+    ):
+        scaled = gradient * x.square().mean(-1, keepdim=True).sqrt()
+        scaled = scaled.reshape(-1, scaled.shape[-1])  # OPT's states have no samples there
+        expected = scaled.t() @ scaled
+        expected /= expected.diagonal().mean()
+        expected = (expected + DAMP * torch.eye(len(expected))) / (1 + DAMP)
+        found = read_metric(tmp_path / "f", block, len(expected))
+        torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_block_that_nothing_depends_on_has_a_plain_metric(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(bytes(2 * 4 * 9))
+    assert torch.equal(read_metric(path, 1, 3), torch.eye(3))
+
+
+def test_enough_samples_are_looked_at():
+    assert sample_count(128, 512, 256) == 16
+    assert sample_count(128, 512, 4096) == 32
+    assert sample_count(3, 512, 4096) == 3
