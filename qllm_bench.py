@@ -52,6 +52,12 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("-b", type=whole_numbers(1), metavar="N", help="sequences at once (1)")
     group.add_argument("-r", type=number, metavar="N", help="runs of each (5)")
     group.add_argument("--compare", choices=("hf",), help="run transformers beside it, in turn")
+    group.add_argument(
+        "--reference",
+        metavar="DIR_OR_REPO",
+        help="for --compare, the 16-bit checkpoint (the one that the model says it was made from, "
+        "else itself)",
+    )
     group = parser.add_argument_group("latency")
     group.add_argument("--benchmark", type=number, metavar="N", help="decode N tokens one by one")
     group.add_argument(
@@ -109,6 +115,8 @@ def check_options(args: argparse.Namespace) -> None:
     ):
         if given and not args.benchmark:
             raise UserError(f"{option} does nothing without --benchmark")
+    if args.reference and not args.compare:
+        raise UserError("--reference does nothing without --compare")
     throughput = wants_throughput(args)
     for option in ("b", "r", "compare"):
         if getattr(args, option) is not None and not throughput:
@@ -228,10 +236,13 @@ def measure(
     load = loader(args, pretrained, plans, device, max(shapes, key=math.prod))
     reference = None
     if args.compare:
+        from qllm.checkpoint import origin
         from qllm.huggingface import HuggingFaceModel
 
+        place = origin.find_reference(pretrained.folder, args.reference, cli.note)
+        origin.check_reference(place, pretrained.folder, config)
         dtype = cli.resolve_dtype(args)
-        reference = HuggingFaceModel.load(pretrained.folder.path, dtype=dtype, device=device)
+        reference = HuggingFaceModel.load(place.path, dtype=dtype, device=device)
     for plan in plans:
         reset_peak_memory(device)
         runner, about = load(plan)

@@ -161,7 +161,7 @@ def main() -> None:
     if args.probe:
         write_probe(args, device)
         return
-    candidates = read_candidates(args)
+    candidates, fixed = read_candidates(args), read_fixed(args)
     cluster = read_cluster(args, device)
     folder = cli.resolve_model(args)
 
@@ -175,7 +175,7 @@ def main() -> None:
     shape = Shape.of(folder.path, sensitivity.modules, candidates, cli.resolve_dtype(args))
     window = shape.config.max_positions
     work = Workload.within(window, args.prompt, args.gen, args.batch)
-    mask = allowed(sensitivity, read_fixed(args))
+    mask = allowed(sensitivity, fixed)
     planner = Planner(sensitivity, shape, work, cluster, mask)
     limits = read_limits(args, planner)
     result: dict[str, object] = {

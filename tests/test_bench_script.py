@@ -13,6 +13,7 @@ from cpu_paths import paths
 from inside import call, call_json
 
 from qllm.bench import speed
+from qllm.quantize_model import quantize
 
 BENCH = "qllm_bench.py"
 TINY = ("--model-size", "tiny")
@@ -37,6 +38,17 @@ def test_throughput_beside_transformers(family, monkeypatch):
         assert row["tokens_per_second"] > 0 and len(row["seconds"]) == 2
     assert result["settings"]["p"] == [8, 4]
     assert result["threads"] > 0 and result["versions"]["qllm"]
+
+
+def test_a_quantized_checkpoint_beside_what_it_was_made_from(monkeypatch, tmp_path):
+    monkeypatch.setattr(speed.Roofline, "measure", lambda device: None)
+    quantize("opt-tiny", 4, save=tmp_path / "q")
+    args = ("--model-path", tmp_path / "q", "-p", 4, "-n", 1, "-r", 1)
+    rows = call_json(BENCH, *args, "--compare", "hf")["rows"]
+    assert {row["bitwidth"] for row in rows} == {"4", "transformers"}
+    other = ("--compare", "hf", "--reference", "llama-tiny")
+    assert_user_error(call(BENCH, *args, *other), "another model: its family is llama, not opt")
+    assert_user_error(call(BENCH, *args, *other[2:]), "does nothing without --compare")
 
 
 def test_a_model_without_a_tokenizer(monkeypatch, tmp_path):

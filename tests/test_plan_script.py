@@ -149,7 +149,8 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
         (("--avg-bits", -1), "--avg-bits -1.0 cannot be"),
         (("--avg-bits", 1.5), "below the fewest of --bits"),
         (("--avg-bits", 3, "--objective", "latency"), "--objective latency needs devices"),
-        (("--avg-bits", 3, "--fixed", "attention"), "is no REGEX=BITS"),
+        # Before anything is read, or measured.
+        (("--avg-bits", 3, "--fixed", "attention", "--cluster", "no.json"), "is no REGEX=BITS"),
         (("--avg-bits", 3, "--fixed", "attention=8"), "8 is not among --bits"),
         (("--avg-bits", 3, "--fixed", "nothing=4"), "matches no linear"),
         (("--cluster", "no.json"), "no.json: there is no such file"),

@@ -160,7 +160,8 @@ class _Run:
             "state of the model": state_fingerprint(job.source),
             "layers": {name: spec.to_json() for name, spec in self.specs.items()},
             **{f"option {key}": value for key, value in options.items()},
-            "calibration samples": samples,
+            **{f"about {key}": value for key, value in job.about.items()},
+            "calibration samples": samples,  # behind what says in words how they differ
             "dtype": str(job.dtype),
             "device": job.device,
             "fake": job.fake,
@@ -168,7 +169,6 @@ class _Run:
             "shard size": job.shard_bytes,
             "origin": job.origin,
             "threads": torch.get_num_threads(),
-            **{f"about {key}": value for key, value in job.about.items()},
         }
 
     @torch.no_grad()  # not inference mode, whose tensors tuning could not take gradients through

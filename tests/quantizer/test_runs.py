@@ -88,11 +88,15 @@ def test_killed_anywhere_and_gone_on_with(name, plan, sources, monkeypatch, tmp_
 
 def test_other_options_do_not_go_on_with_a_run(sources, tmp_path):
     plan, target = plan_of(4, algorithm="gptq"), tmp_path / "out"
-    job = Job(sources("opt"), plan, samples=samples())
+    job = Job(sources("opt"), plan, samples=samples(), about={"samples": "many"})
     assert is_killed(lambda: quantize_checkpoint(job, target), 60)
     for change, words in (
         ({"plan": plan_of(3, algorithm="gptq")}, "layers "),
         ({"samples": samples(seed=1)}, "calibration samples "),
+        (
+            {"samples": samples(seed=1), "about": {"samples": "few"}},
+            'about samples "many", this one has "few"',
+        ),
         ({"options": QuantizeOptions(gptq=GPTQOptions(damp=0.1))}, "option gptq "),
         ({"fake": True}, "fake false, this one has true"),
         ({"shard_bytes": 10**6}, "shard size 5000000000, this one has 1000000"),
