@@ -189,6 +189,12 @@ def writing(path: Path, only: Collection[int] | None = None) -> Iterator[None]:
         ) from error
 
 
+def partial_folder(target: Path) -> Path:
+    """Where a folder lies that takes long to make, until it is whole; see `checkpoint.resume`."""
+    place = target.resolve()
+    return place.parent / f"{place.name}.partial"
+
+
 def check_room(path: Path, needed: int) -> None:
     """Refuse to write what the disk has no room for.
 

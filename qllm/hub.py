@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qllm.errors import UserError, first_line
 from qllm.files import portable, readable
+from qllm.folders import partial_folder
 from qllm.gguf import is_gguf
 
 PACKAGE = Path(__file__).resolve().parent
@@ -184,6 +185,11 @@ def resolve(
         if path and folder.exists():
             raise UserError(
                 f"{path} is a file; --model-path takes a folder, a GGUF file or a Hub repository"
+            )
+        if path and (begun := partial_folder(folder)).is_dir():
+            raise UserError(
+                f"{path} is not finished; what there is of it is in {begun.name}, and the command "
+                "that makes it goes on with that"
             )
         if path.count("/") != 1 or path.startswith((".", "/", "~")) or path.endswith("/"):
             raise UserError(f"{path}: there is no such {kind}")

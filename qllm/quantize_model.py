@@ -16,7 +16,6 @@ import torch
 from qllm import hub
 from qllm.bitwidths import Bitwidth, make_plan
 from qllm.checkpoint.reader import read_raw_config
-from qllm.checkpoint.resume import partial_folder
 from qllm.checkpoint.weights import resolve_dtype
 from qllm.config import (
     DEFAULT_ALGORITHM,
@@ -29,6 +28,7 @@ from qllm.config import (
 from qllm.data import DATASET, SAMPLES, TOKENS, CalibrationText, load_text, sample_windows
 from qllm.errors import UserError
 from qllm.files import readable
+from qllm.folders import partial_folder
 from qllm.hub import ModelFolder
 from qllm.memory import resolve_device
 from qllm.models import read_config

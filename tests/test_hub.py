@@ -98,6 +98,9 @@ def test_paths(tmp_path):
             hub.resolve("opt", path=path)
     with pytest.raises(UserError, match=r"no/where\.gguf is no file here; on the Hub"):
         hub.resolve("opt", path="no/where.gguf")
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(UserError, match=r"out is not finished; .* in out\.partial, and"):
+        hub.resolve("opt", path=str(tmp_path / "out"))
 
 
 def test_folders_of_one_name_have_keys_of_their_own(tmp_path):

@@ -18,16 +18,10 @@ from typing import Any
 from qllm.checkpoint.writer import is_running, new_file
 from qllm.errors import UserError
 from qllm.files import parse_json
-from qllm.folders import writing
+from qllm.folders import partial_folder, writing
 
 # Of the file that stands for a lock where the file system has none, and says whose it is.
 MARK = "running-"
-
-
-def partial_folder(target: Path) -> Path:
-    """Where a folder is made."""
-    place = target.resolve()
-    return place.parent / f"{place.name}.partial"
 
 
 class PartialFolder:
