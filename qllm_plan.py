@@ -166,16 +166,19 @@ def main() -> None:
     folder = cli.resolve_model(args)
 
     from qllm import report
+    from qllm.checkpoint.weights import Weights
     from qllm.checkpoint.writer import write_json
+    from qllm.plan.measure import decided_modules
     from qllm.plan.planner import Planner, allowed
     from qllm.plan.program import Shape, Workload
 
+    modules = decided_modules(Weights.of_floats(folder.path), args.lm_head)
+    mask = allowed(modules, candidates, fixed)
     samples, judged = read_samples(args, folder)
     sensitivity = find_table(args, folder, candidates, samples, judged, device)
     shape = Shape.of(folder.path, sensitivity.modules, candidates, cli.resolve_dtype(args))
     window = shape.config.max_positions
     work = Workload.within(window, args.prompt, args.gen, args.batch)
-    mask = allowed(sensitivity, fixed)
     planner = Planner(sensitivity, shape, work, cluster, mask)
     limits = read_limits(args, planner)
     result: dict[str, object] = {

@@ -186,7 +186,8 @@ def resolve(
             raise UserError(
                 f"{path} is a file; --model-path takes a folder, a GGUF file or a Hub repository"
             )
-        if path and (begun := partial_folder(folder)).is_dir():
+        named = path and "\0" not in path  # which no file's name has
+        if named and (begun := partial_folder(folder)).is_dir():
             raise UserError(
                 f"{path} is not finished; what there is of it is in {begun.name}, and the command "
                 "that makes it goes on with that"

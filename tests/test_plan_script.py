@@ -152,7 +152,7 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
         # Before anything is read, or measured.
         (("--avg-bits", 3, "--fixed", "attention", "--cluster", "no.json"), "is no REGEX=BITS"),
         (("--avg-bits", 3, "--fixed", "attention=8"), "8 is not among --bits"),
-        (("--avg-bits", 3, "--fixed", "nothing=4"), "matches no linear"),
+        (("--avg-bits", 3, "--bits", "2,3", "--fixed", "nothing=3"), "matches no linear"),
         (("--cluster", "no.json"), "no.json: there is no such file"),
         (("--avg-bits", 3, "--bits", "2,3"), "was measured of another model"),
         (("--memory", "1KB", "--cluster", "x"), "give one of them"),

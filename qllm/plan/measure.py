@@ -122,6 +122,16 @@ def measure(
     return _Run(job, note).work(meter)
 
 
+def decided_modules(weights: Weights, lm_head: bool) -> tuple[str, ...]:
+    """The names of the linears that a plan decides on.
+
+    Args:
+        lm_head: the LM head is one of them.
+    """
+    names = weights.family.layer_linears(weights.config.num_layers)
+    return (*names, LM_HEAD) if lm_head else tuple(names)
+
+
 class _Run:
     """One call of `measure`."""
 
@@ -131,8 +141,7 @@ class _Run:
         self.config = self.weights.config
         self.floats = FloatModel(self.weights, job.device)
         self.model = self.floats.model
-        names = list(self.weights.family.layer_linears(self.config.num_layers))
-        self.modules = (*names, LM_HEAD) if job.lm_head else tuple(names)
+        self.modules = decided_modules(self.weights, job.lm_head)
         self.choices = draw_choices(len(self.modules), job.candidates, job.plans, job.seed)
         bits = [abs(spec.bits - PROBE_BITS) for spec in job.candidates]
         self.probe = bits.index(min(bits))

@@ -251,11 +251,15 @@ class Planner:
 
 
 def allowed(
-    sensitivity: Sensitivity, fixed: Mapping[str, str], where: str = "--fixed"
+    modules: Sequence[str],
+    candidates: Sequence[QuantSpec],
+    fixed: Mapping[str, str],
+    where: str = "--fixed",
 ) -> np.ndarray | None:
     """What each linear may have (M, C), where expressions over names hold some of them.
 
     Args:
+        modules: names of the linears.
         fixed: regular expression to a bitwidth or a label of `candidates.labels`; the last one
             found in a name counts.
 
@@ -264,9 +268,8 @@ def allowed(
     """
     if not fixed:
         return None
-    candidates = sensitivity.candidates
     names = labels(candidates)
-    mask = np.ones((len(sensitivity.modules), len(names)), dtype=bool)
+    mask = np.ones((len(modules), len(names)), dtype=bool)
     patterns = Patterns(where)
     for pattern, bits in fixed.items():
         patterns.compile(pattern)
@@ -275,9 +278,8 @@ def allowed(
             raise UserError(
                 f"{where} {pattern}={bits}: {bits} is not among --bits {','.join(names)}"
             )
-        rows = [i for i, n in enumerate(sensitivity.modules) if patterns.search(pattern, n)]
+        rows = [i for i, n in enumerate(modules) if patterns.search(pattern, n)]
         if not rows:
-            example = sensitivity.modules[0]
-            raise UserError(f"{where}: {pattern!r} matches no linear; names are like {example}")
+            raise UserError(f"{where}: {pattern!r} matches no linear; names are like {modules[0]}")
         mask[rows] = held
     return mask
