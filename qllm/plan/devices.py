@@ -51,7 +51,8 @@ class Speed(Protocol):
             values: activations, tokens by channels.
             products: multiply-adds of attention with keys: tokens by heads by their channels by
                 tokens that they see.
-            other: bytes of the cache that a step reads; of prompts, products by their channels.
+            other: bytes of the cache that a step reads; of prompts, scores: products over the
+                channels of a head.
         """
 
     def step(self, *, decode: bool) -> float:

@@ -26,7 +26,8 @@ from qllm.models.cache import Prefill
 from qllm.models.layer import Norm, PreNormLayer
 from qllm.progress import Meter, unseen
 from qllm.quant.inputs import InputStats
-from qllm.quantizer.fisher import read_metric, sample_count, write_fisher
+from qllm.quantizer.estimate import bytes_needed, step_sizes
+from qllm.quantizer.fisher import read_metric, seen_samples, write_fisher
 from qllm.quantizer.floats import BACK, FRONT, FloatModel, modules_of
 from qllm.quantizer.hidden import HiddenStates
 from qllm.quantizer.job import Job
@@ -40,7 +41,7 @@ from qllm.quantizer.layer import (
 )
 from qllm.quantizer.output import OutputCheckpoint
 from qllm.quantizer.refine import can_refine_scales, refine_layer, refine_scales, replace_scales
-from qllm.quantizer.tune import TOKENS_PER_PASS, TuneReport, tuned_samples
+from qllm.quantizer.tune import TuneReport
 
 # What a run keeps between two layers: the states behind the quantized ones, and the float ones.
 HIDDEN, TARGETS = "hidden", "targets"
@@ -101,7 +102,7 @@ class _Run:
         self.model = self.floats.model
         self.output = OutputCheckpoint(job, self.weights, self.specs, self.model)
         if job.samples is not None:
-            needed = self._bytes_needed(len(job.samples), len(job.samples[0]))
+            needed = bytes_needed(job, self.model, self._states_dtype(), tuning=self.tuning)
             check_fits(needed, job.device, "calibration")
         self.partial = PartialFolder(target, self._settings())
         self.reports: list[LinearReport] = []
@@ -128,23 +129,6 @@ class _Run:
         return self.tuning and can_refine_scales(
             self.job, self.config, self.specs, dtype, self.note
         )
-
-    def _bytes_needed(self, samples: int, length: int) -> int:
-        """About what calibration on so many samples of a length has in memory at its peak."""
-        itemsize = self._states_dtype().itemsize
-        hidden = samples * length * self.config.hidden_size * itemsize
-        layer = sum(tensor.nbytes for tensor in self.model.layers[0].buffers())
-        if self.tuning:
-            # The targets, and the inputs for both ways; a tuned weight has what it starts from, an
-            # offset, a gradient, its average and what it is now, and each token of a pass what
-            # gradients are computed from.
-            hidden *= 3
-            widest = self.config.intermediate_size + self.config.hidden_size
-            scores = self.config.num_heads * length
-            layer = 4 * layer + max(TOKENS_PER_PASS, length) * 4 * (8 * widest + scores)
-        # The sum of x x^T of the widest input, its order, root and reversal.
-        widest = max(self.config.hidden_size, self.config.intermediate_size)
-        return hidden + 2 * layer + 4 * 4 * widest**2
 
     def _settings(self) -> dict[str, Any]:
         """What decides the bytes that are written."""
@@ -199,7 +183,10 @@ class _Run:
         if 0 < done <= last:
             where = "what is behind the layers" if done == last else f"layers.{done - 1}"
             self.note(f"going on at {where}, {done - 1} of {last - 1} layers are done")
-        sizes = self._sizes()
+        itemsize = self.weights.dtype().itemsize
+        sizes = step_sizes(
+            self.job, self.model, itemsize, tuning=self.tuning, distilling=self.distilling
+        )
         with meter(sum(sizes), sum(sizes[:done])) as add:
             for step in range(done, last + 1 + self.distilling):
 
@@ -217,26 +204,6 @@ class _Run:
                 self._commit(step + 1)
         if self.distilling:
             replace_scales(self.output, self.partial.folder / SCALES)
-
-    def _sizes(self) -> list[int]:
-        """Bytes of the checkpoint that each step quantizes: what is only copied takes no time."""
-        itemsize = self.weights.dtype().itemsize
-        layers = [elements(layer) * itemsize for layer in self.model.layers]
-        if not self.tuning:
-            return [0, *layers, 0]
-        assert self.job.samples is not None  # without which no layer is tuned
-        tune, distill = self.job.options.tune, self.job.options.distill
-        length = len(self.job.samples[0])
-        # A step of either goes through the model once and back, as what is in front of it does.
-        sizes = length, self.config.hidden_size
-        each = sum(layers) / (tune.steps * tune.samples(*sizes))
-        scales = [round(distill.steps * distill.samples(*sizes) * each)] * self.distilling
-        return [round(self._fisher_samples() * each), *layers, 0, *scales]
-
-    def _fisher_samples(self) -> int:
-        assert self.job.samples is not None
-        count = tuned_samples(len(self.job.samples))
-        return sample_count(count, len(self.job.samples[0]), self.config.hidden_size)
 
     def _report(self, report: LinearReport) -> None:
         """Keep what became of a linear, and say it."""
@@ -293,9 +260,9 @@ class _Run:
             self.hidden = HiddenStates.embed(self.model, self.job.samples, states_dtype)
             if self.tuning:
                 self.targets = self.hidden.copy()
-                looked_at = self.job.samples[: self._fisher_samples()]
-                path, device = self.partial.folder / FISHER, self.job.device
-                write_fisher(self.weights, looked_at, path, device, add, self.job.options.tune.seed)
+                seen = seen_samples(self.job.samples, self.config.hidden_size)
+                path, seed = self.partial.folder / FISHER, self.job.options.tune.seed
+                write_fisher(self.weights, seen, path, self.job.device, add, seed)
             self.floats.drop(FRONT[:-1])
 
     def _layer(self, index: int, add: Callable[[float], object]) -> None:

@@ -30,7 +30,7 @@ from qllm.quant.algorithm import DistillOptions
 from qllm.quant.packing import group_width
 from qllm.quant.rtn import SMALLEST_HALF_SCALE, grouped
 from qllm.quantizer.hidden import HiddenStates
-from qllm.quantizer.tune import FrozenLinear, held_out, tuned_samples, work_dtype
+from qllm.quantizer.tune import FrozenLinear, freeze_all, held_out, tuned_samples, work_dtype
 
 # Logits that are in memory at once, in each of a few copies.
 LOGITS_AT_ONCE = 1 << 24
@@ -113,8 +113,7 @@ class _Student:
             elif isinstance(module, WeightOnlyLinear):
                 self.scaled[name] = ScaledLinear(module, dtype)
                 model.set_submodule(name, self.scaled[name])
-            elif isinstance(module, Linear):
-                model.set_submodule(name, FrozenLinear(module.dequantize(), module.bias, dtype))
+        freeze_all(model, dtype)
         self.float_head: nn.Module = model.lm_head
         if float_head is not None:
             self.float_head = FrozenLinear(float_head, None, dtype)

@@ -20,24 +20,25 @@ from torch import Tensor, nn
 from qllm import ops
 from qllm.checkpoint.weights import Weights
 from qllm.config import LM_HEAD
+from qllm.folders import writing
 from qllm.models.cache import Prefill
 from qllm.models.layer import PreNormLayer
+from qllm.quantizer.distill import LOGITS_AT_ONCE
 from qllm.quantizer.floats import BACK, FRONT, FloatModel
 from qllm.quantizer.hidden import TOKENS_PER_PASS, HiddenStates
-from qllm.quantizer.tune import FrozenLinear, freeze, token_sizes, work_dtype
+from qllm.quantizer.tune import FrozenLinear, freeze_all, token_sizes, tuned_samples, work_dtype
 
 # Tokens whose gradients are looked at: at least, and for each channel.
 TOKENS, TOKENS_PER_CHANNEL = 8192, 4
-# Logits that are in memory at once, in each of a few copies.
-LOGITS_AT_ONCE = 1 << 24
 # Of the mean of its diagonal, what is added to a matrix that so many tokens leave uncertain. Tuning
 # is as good with 0.05.
 DAMP = 0.3
 
 
-def sample_count(samples: int, length: int, channels: int) -> int:
-    """How many of the samples are looked at."""
-    return min(samples, -(-max(TOKENS, TOKENS_PER_CHANNEL * channels) // length))
+def seen_samples(samples: Sequence[Sequence[int]], channels: int) -> Sequence[Sequence[int]]:
+    """The samples that are looked at: of those that are tuned on, as many as have the tokens."""
+    enough = -(-max(TOKENS, TOKENS_PER_CHANNEL * channels) // len(samples[0]))
+    return samples[: min(tuned_samples(len(samples)), enough)]
 
 
 def write_fisher(
@@ -94,7 +95,8 @@ def read_metric(path: Path, block: int, channels: int) -> Tensor:
 def _new_file(path: Path, blocks: int, channels: int) -> np.memmap:
     """A file of zeros in the place of what is there, which the disk has room for."""
     path.unlink(missing_ok=True)
-    with path.open("wb") as file:  # a hole that cannot be filled would end the process later
+    with writing(path), path.open("wb") as file:
+        # A hole that there is no room for would end the process where it is written to.
         os.posix_fallocate(file.fileno(), 0, 4 * blocks * channels**2)
     return np.memmap(path, np.float32, "r+", shape=(blocks, channels, channels))
 
@@ -142,7 +144,7 @@ class _Pass:
     def _layer(self, floats: FloatModel, index: int) -> PreNormLayer:
         floats.fill_layer(index, mapped=True)
         layer = floats.model.layers[index]
-        freeze(layer, self.dtype)
+        freeze_all(layer, self.dtype)
         floats.drop([f"layers.{index}"])
         return layer
 
@@ -152,7 +154,7 @@ class _Pass:
             floats.fill(module, mapped=True)
         model = floats.model
         behind = nn.Sequential(model.final_norm, model.project_out)
-        freeze(behind, self.dtype)
+        freeze_all(behind, self.dtype)
         linear = floats.linear(LM_HEAD)
         head = FrozenLinear(linear.weight, linear.bias, self.dtype)
         rows = max(1, LOGITS_AT_ONCE // model.config.vocab_size)

@@ -165,9 +165,9 @@ class _Block:
             linear = refined.linears[inner]
             assert isinstance(linear, WeightOnlyLinear)
             untuned[inner] = starts[inner], linear
-        stand_ins = {n: m for n, m in layer.named_modules() if isinstance(m, Linear)}
+        stand_ins = {inner: layer.get_submodule(inner) for inner in self.specs}
         tuned = tune_block(
-            layer, self.run, untuned, self.states, self.metric, self.options.tune, add
+            layer, self.block, untuned, self.states, self.metric, self.options.tune, add
         )
         for inner, module in stand_ins.items():
             layer.set_submodule(inner, stand_in(tuned[inner]) if inner in tuned else module)

@@ -133,11 +133,17 @@ class TunedLinear(FrozenLinear):
         self.gradient.zero_()
 
 
-def freeze(layer: nn.Module, dtype: torch.dtype) -> None:
-    """Let a layer's linears be such as gradients go through."""
-    for name, module in list(layer.named_modules()):
-        if isinstance(module, Linear):
-            layer.set_submodule(name, FrozenLinear(module.dequantize(), module.bias, dtype))
+def freeze(part: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Let a linear of a part of a model be such as gradients go through."""
+    module = part.get_submodule(name)
+    assert isinstance(module, Linear)
+    part.set_submodule(name, FrozenLinear(module.dequantize(), module.bias, dtype))
+
+
+def freeze_all(part: nn.Module, dtype: torch.dtype) -> None:
+    """`freeze` each of the linears."""
+    for name in [name for name, module in part.named_modules() if isinstance(module, Linear)]:
+        freeze(part, name, dtype)
 
 
 def token_sizes(states: Tensor) -> Tensor:
@@ -222,7 +228,7 @@ def advance_watched(
 
 def tune_block(
     layer: PreNormLayer,
-    run: Block,
+    block: tuple[Block, Sequence[str]],
     linears: Mapping[str, tuple[TuningStart, WeightOnlyLinear]],
     states: tuple[HiddenStates, HiddenStates],
     metric: Tensor,
@@ -232,8 +238,8 @@ def tune_block(
     """Tune the linears of a block that were quantized, together.
 
     Args:
-        layer: float32; all of its linears are replaced.
-        run: the block of the layer.
+        layer: float32.
+        block: one of its own, all of whose linears are replaced.
         linears: what the linears to tune start from, and layers of their kind, by name in the
             layer.
         states: those in front of the block, and those wanted behind it.
@@ -247,11 +253,15 @@ def tune_block(
     samples, device = tuned_samples(len(inputs.states)), inputs.states.device
     dtype = work_dtype(device, max(found.spec.bits for _, found in linears.values()))
     tuned = {}
-    for name, (start, found) in linears.items():
-        rounding = TunedRounding(*start, found.spec.bits, found.spec.group_size)
-        tuned[name] = TunedLinear(rounding, found.bias, dtype)
-        layer.set_submodule(name, tuned[name])
-    freeze(layer, dtype)
+    run, names = block
+    for name in names:
+        if name in linears:
+            start, found = linears[name]
+            rounding = TunedRounding(*start, found.spec.bits, found.spec.group_size)
+            tuned[name] = TunedLinear(rounding, found.bias, dtype)
+            layer.set_submodule(name, tuned[name])
+        else:
+            freeze(layer, name, dtype)
     metric = metric.to(dtype)
     draw = torch.Generator().manual_seed(options.seed)
     batch = options.samples(*inputs.states.shape[1:])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 import torch
 from quantizing import samples, saved
 from transformers import AutoModelForCausalLM
 
 from qllm.checkpoint.weights import Weights
+from qllm.errors import WritingError
 from qllm.quantizer import fisher
-from qllm.quantizer.fisher import DAMP, read_metric, sample_count, write_fisher
+from qllm.quantizer.fisher import DAMP, read_metric, seen_samples, write_fisher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,7 +62,18 @@ def test_a_block_that_nothing_depends_on_has_a_plain_metric(tmp_path):
     assert torch.equal(read_metric(path, 1, 3), torch.eye(3))
 
 
-def test_enough_samples_are_looked_at():
-    assert sample_count(128, 512, 256) == 16
-    assert sample_count(128, 512, 4096) == 32
-    assert sample_count(3, 512, 4096) == 3
+def test_enough_samples_are_looked_at_and_none_that_judge():
+    seen = [[i] * 512 for i in range(128)]
+    assert seen_samples(seen, 256) == seen[:16]
+    assert seen_samples(seen, 4096) == seen[:32]
+    assert seen_samples(seen[:16], 4096) == seen[:14]
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    source = saved("opt", tmp_path / "source")
+    with pytest.raises(WritingError, match=r"f cannot be written \(No space left"):
+        write_fisher(Weights.of_floats(source), samples(2), tmp_path / "f", "cpu", print)

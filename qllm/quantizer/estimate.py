@@ -1,0 +1,67 @@
+"""What quantizing a checkpoint will take: memory, and which share of the time each step."""
+
+from __future__ import annotations
+
+import torch
+
+from qllm.checkpoint.load import elements
+from qllm.models import Decoder
+from qllm.quantizer import fisher
+from qllm.quantizer.distill import LOGITS_AT_ONCE
+from qllm.quantizer.job import Job
+from qllm.quantizer.tune import TOKENS_PER_PASS
+
+
+def bytes_needed(job: Job, model: Decoder, dtype: torch.dtype, *, tuning: bool) -> int:
+    """About what calibration has in memory at its peak.
+
+    Args:
+        job: one with samples.
+        model: in float32, on the meta device.
+        dtype: that hidden states are kept in between layers.
+        tuning: any layer is tuned.
+    """
+    assert job.samples is not None
+    config, length = model.config, len(job.samples[0])
+    hidden = len(job.samples) * length * config.hidden_size * dtype.itemsize
+    layer = sum(tensor.nbytes for tensor in model.layers[0].buffers())
+    front = 0
+    if tuning:
+        # The targets, and the inputs for both ways; a tuned weight has what it starts from, an
+        # offset, a gradient, its average and what it is now, and each token of a pass what
+        # gradients are computed from.
+        hidden *= 3
+        widest = config.intermediate_size + config.hidden_size
+        tokens = max(TOKENS_PER_PASS, length)
+        # In front of that a pass has the states behind every half of a layer, the head in its own
+        # type and in bfloat16, and logits.
+        front = 8 * tokens * config.hidden_size * config.num_layers
+        front += 4 * config.vocab_size * config.embed_size
+        front += 4 * 4 * min(LOGITS_AT_ONCE, tokens * config.vocab_size)
+        front += layer
+        layer = 4 * layer + tokens * 4 * (8 * widest + config.num_heads * length)
+    # The sum of x x^T of the widest input, its order, root and reversal.
+    widest = max(config.hidden_size, config.intermediate_size)
+    return hidden + max(front, 2 * layer + 4 * 4 * widest**2)
+
+
+def step_sizes(
+    job: Job, model: Decoder, itemsize: int, *, tuning: bool, distilling: bool
+) -> list[int]:
+    """Bytes of the checkpoint that each step quantizes: what is only copied takes no time.
+
+    Args:
+        model: on the meta device.
+        itemsize: of the checkpoint's weights.
+        tuning, distilling: any layer is tuned, and all scales behind them.
+    """
+    layers = [elements(layer) * itemsize for layer in model.layers]
+    if not tuning:
+        return [0, *layers, 0]
+    assert job.samples is not None  # without which no layer is tuned
+    tune, distill, channels = job.options.tune, job.options.distill, model.config.hidden_size
+    # A step of either goes through the model once and back, as what is in front of it does.
+    sizes = len(job.samples[0]), channels
+    each = sum(layers) / (tune.steps * tune.samples(*sizes))
+    scales = [round(distill.steps * distill.samples(*sizes) * each)] * distilling
+    return [round(len(fisher.seen_samples(job.samples, channels)) * each), *layers, 0, *scales]
