@@ -54,6 +54,16 @@ def tall(rows: int) -> int:
     return next((count for count in TILES if rows <= 8 * count), TILES[-1])
 
 
+def panels(tall: int, panels: int, num_sms: int) -> int:
+    """Panels that a block of threads takes at once: several share the many rows that it reads.
+
+    Args:
+        tall: eights of rows.
+        panels: of the weight.
+    """
+    return 2 if tall > 1 and panels >= 2 * num_sms else 1
+
+
 def late_reason(device: torch.device) -> str | None:
     """Why no kernel can begin before the one in front has ended; None where they can."""
     architecture, _ = device_of.architecture(device)

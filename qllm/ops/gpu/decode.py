@@ -37,6 +37,7 @@ class Variant(NamedTuple):
     warps: int
     depth: int
     tiles: int
+    panels: int
 
 
 class Arguments(ctypes.Structure):
@@ -103,6 +104,12 @@ def begins_early(device: torch.device) -> bool:
     return phase.decoding() and late_reason(device) is None
 
 
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """What a kernel of Triton's with a constant LATE is launched with, so that it begins early."""
+    early = device.type == "cuda" and begins_early(device)
+    return {"LATE": early, "launch_pdl": True} if early else {"LATE": False}
+
+
 def weight_only_linear(
     x: Tensor,
     qweight: Tensor,
@@ -140,6 +147,7 @@ def weight_only_linear(
         warps=cuda.warps(row["warps_per_sm"], shape.panels, shape.blocks, num_sms),
         depth=min(row["depth"], MAX_DEPTH_OF_OFFSETS) if offsets else row["depth"],
         tiles=tall,
+        panels=cuda.panels(tall, shape.panels, num_sms),
     )
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
@@ -159,7 +167,7 @@ def weight_only_linear(
         shape.groups,
         -(-(1 << 32) // -(-shape.padded_size // BLOCK)),
     )
-    grid = (-(-rows // (8 * tall)), shape.panels)
+    grid = (-(-rows // (8 * tall)), -(-shape.panels // variant.panels))
     with device_of.current(x):
         function = cuda.kernel("decode", variant, x.device)
         early = begins_early(x.device) if early is None else early

@@ -137,6 +137,7 @@ def _run(
         runs: RUN, FIRST and SECOND of the kernel.
         quantized: to int8, by a scale or (None) one for each row; None: not at all.
     """
+    from qllm.ops.gpu.decode import launch_options
     from qllm.ops.gpu.kernels.rows import norm_rows
 
     x = side_by_side(x)
@@ -176,12 +177,14 @@ def _run(
                 SECOND=runs[2],
                 num_warps=min(16, max(1, width // 512)),
                 enable_fp_fusion=False,  # each step is rounded, as the reference's are
+                **launch_options(x.device),
             )
     return sums, out if scales is None else Int8Rows(out, scales, x.dtype)
 
 
 def gated_activation(x: Tensor, name: str) -> Tensor:
     """`reference.gated_activation`; in one launch, where it is what Llama has."""
+    from qllm.ops.gpu.decode import launch_options
     from qllm.ops.gpu.kernels.rows import gated_silu
 
     if name != "silu":
@@ -191,5 +194,8 @@ def gated_activation(x: Tensor, name: str) -> Tensor:
     if rows:
         with device.current(x):
             grid = (-(-columns // GATED_AT_ONCE), rows)
-            gated_silu[grid](x.contiguous(), y, columns, BLOCK=GATED_AT_ONCE, num_warps=4)
+            options = launch_options(x.device)
+            gated_silu[grid](
+                x.contiguous(), y, columns, BLOCK=GATED_AT_ONCE, num_warps=4, **options
+            )
     return y

@@ -19,7 +19,7 @@ typedef unsigned int u32;
 typedef long long i64;
 
 struct Constants {
-    int bits, float16, zeros, offsets, wide, group, warps, depth, tiles, is_int8;
+    int bits, float16, zeros, offsets, wide, group, warps, depth, tiles, panels, is_int8;
 };
 
 static Constants constants;
@@ -33,12 +33,14 @@ static Constants constants;
 #define WARPS constants.warps
 #define DEPTH constants.depth
 #define TILES constants.tiles
+#define PANELS constants.panels
 
 #define MAX_BITS 8
 #define MAX_TILES 4
 #define MAX_WARPS 16
 #define MAX_DEPTH 4
 #define MAX_SCALES 4
+#define MAX_PANELS 2
 
 #define DEVICE static inline
 #define SHARED static

@@ -119,9 +119,11 @@ def test_a_row_is_the_same_whatever_is_beside_it(dtype, own_gpu):
 
 
 @pytest.mark.parametrize("warps", cuda.WARPS)
-def test_any_number_of_warps_shares_a_panel(warps, own_gpu, monkeypatch):
+@pytest.mark.parametrize("panels", [1, 2])
+def test_any_number_of_warps_shares_some_panels(warps, panels, own_gpu, monkeypatch):
     monkeypatch.setattr(cuda, "warps", lambda *asked: warps)
-    weight = random_weight((20, 1160), 8, 32)
+    monkeypatch.setattr(cuda, "panels", lambda *asked: panels)
+    weight = random_weight((40, 1160), 8, 32)  # of three panels
     x = torch.randint(-8, 9, (9, 1160), generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.allclose(multiply(weight, x).double(), weight.exact(x), rtol=2**-8, atol=2e-3)
 
@@ -358,14 +360,14 @@ def depth(bits: int) -> int:
 
 # Constants of the kernel: each number of bits, and one of each of the others somewhere.
 VARIANTS = [
-    decode.Variant(bits, bits % 3 == 0, bits % 4 != 2, False, bits % 5 == 0, group, 8, depth, tiles)
-    for bits, group, depth, tiles in (
-        *((bits, 128, depth(bits), 1) for bits in (1, 3, 4, 7, 8)),
-        (4, 32, depth(4), 4),
-        (6, 64, depth(6), 2),
+    decode.Variant(bits, bits % 3 == 0, bits % 4 != 2, False, bits % 5 == 0, *sizes)
+    for bits, *sizes in (
+        *((bits, 128, 8, depth(bits), 1, 1) for bits in (1, 3, 4, 7, 8)),
+        (4, 32, 8, depth(4), 4, 1),
+        (6, 64, 4, depth(6), 2, 2),
     )
 ]
-VARIANTS += [decode.Variant(bits, False, False, True, False, 32, 8, 2, 1) for bits in (4, 5)]
+VARIANTS += [decode.Variant(bits, False, False, True, False, 32, 8, 2, 1, 1) for bits in (4, 5)]
 
 
 @pytest.fixture(scope="module")
@@ -393,12 +395,13 @@ def test_it_compiles_into_what_was_meant(capability, variant, compiler):
     # Two blocks of eight warps, or more, have room on a processor: 65,536 registers.
     assert registers <= (128 if variant.tiles == 1 else 200), variant
     products = len(re.findall(r"\bHMMA\.16816\.F32", code))
-    assert products == 8 * variant.tiles * variant.depth, variant
+    assert products == 8 * variant.tiles * variant.panels * variant.depth, variant
     # In front of the loop and in it; the lowest bit's part is loaded by eights of bytes.
-    wide = len(re.findall(r"\bLDG\.E\.NA\.128", code))
-    assert wide == 2 * variant.depth * (variant.bits // 2), variant
+    words = variant.depth * variant.panels * (variant.bits // 2)
+    assert len(re.findall(r"\bLDG\.E\.NA\.128", code)) == 2 * words, variant
     assert len(re.findall(r"\bLDG\.E\.128", code)) == 4 * variant.tiles * variant.depth
-    check_what_is_read_early(code, capability, variant.depth * (variant.bits // 2))
+    check_what_is_read_early(code, capability, words)
+    check_that_nothing_waits_for_what_was_asked_for(code)
 
 
 def check_what_is_read_early(code: str, capability: int, count: int) -> None:
@@ -408,6 +411,18 @@ def check_what_is_read_early(code: str, capability: int, count: int) -> None:
     if wait:
         assert len(re.findall(r"\bLDG\.E\.NA\.128", before)) == count
         assert not re.search(r"\bLDG\.E\.128|\bST[GS]\b", before)
+
+
+def check_that_nothing_waits_for_what_was_asked_for(code: str) -> None:
+    """No word of a weight is moved to another register, behind it being loaded into one."""
+    loop = code.partition("ACQBULK")[2] or code
+    loaded = {
+        f"R{int(first) + i}"
+        for first in re.findall(r"\bLDG\.E\.NA\.128\S* R(\d+),", loop)
+        for i in range(4)
+    }
+    moved = re.findall(r"\b(?:MOV|IMAD\.MOV\.U32) R\d+, (?:RZ, RZ, )?(R\d+)", loop)
+    assert not loaded & set(moved)
 
 
 INT8_VARIANTS = [

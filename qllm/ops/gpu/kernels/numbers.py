@@ -29,3 +29,21 @@ def narrow(x, type: tl.constexpr):
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(type)
+
+
+@triton.jit
+def let_next_begin(LATE: tl.constexpr):
+    """The kernel behind may begin, if it is launched so; it waits for this one by itself.
+
+    Args:
+        LATE: this one is launched so too, and calls `wait_for_previous`.
+    """
+    if LATE and not INTERPRETED:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(LATE: tl.constexpr):
+    """Behind it, what the kernel in front writes is there, and may be written over."""
+    if LATE and not INTERPRETED:
+        tl.extra.cuda.gdc_wait()

@@ -7,7 +7,7 @@ rounded correctly, as the reference's are.
 import triton
 import triton.language as tl
 
-from qllm.ops.gpu.kernels.numbers import narrow
+from qllm.ops.gpu.kernels.numbers import let_next_begin, narrow, wait_for_previous
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def norm_rows(
     x, x_stride, z, z_stride, sums, weight, bias, out, scales, columns, eps, offset,
     WIDTH: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, QUANTIZE: tl.constexpr, STATIC: tl.constexpr, RUN: tl.constexpr,
-    FIRST: tl.constexpr, SECOND: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """norm(x + z), or of x alone, for (M, K); with QUANTIZE as int8, clamp(round(... / scale)).
 
@@ -37,7 +37,10 @@ def norm_rows(
         STATIC: scales is one number, which is read.
         RUN: rows come in runs of so many, of which the FIRST take the weight's first row, the next
             SECOND its second one, and the rest stay as they are; 0: all take the one row there is.
+        LATE: it begins before the kernel in front has ended.
     """
+    let_next_begin(LATE)
+    wait_for_previous(LATE)
     type: tl.constexpr = x.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
@@ -85,8 +88,10 @@ def norm_rows(
 
 
 @triton.jit
-def gated_silu(x, y, columns, BLOCK: tl.constexpr):
+def gated_silu(x, y, columns, BLOCK: tl.constexpr, LATE: tl.constexpr):
     """y = silu(gate) * up, rounded where each of the two is stored, for x (M, 2 C): (M, C)."""
+    let_next_begin(LATE)
+    wait_for_previous(LATE)
     type: tl.constexpr = x.dtype.element_ty
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside, row = column < columns, tl.program_id(1).to(tl.int64)

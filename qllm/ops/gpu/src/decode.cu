@@ -1,7 +1,7 @@
 // y = x W^T + bias for the few rows of a decode step, W packed as in qllm/ops/gpu/layout.py.
 //
-// A block of threads takes a panel of 16 outputs and up to 8 TILES rows of x. Its warps take turns
-// at the panel's blocks of 128 inputs; what they find they add up in the order of the warps. The
+// A block of threads takes PANELS panels of 16 outputs and up to 8 TILES rows of x. Its warps take
+// turns at the panels' blocks of 128 inputs; what they find they add up in the order of the warps. The
 // number of rows decides on no sum: neither on what is added up, nor in which order.
 //
 // A lane's part of a block lies in memory as it is loaded, 16 bytes at once and 512 consecutive ones
@@ -12,7 +12,10 @@
 // Constants: BITS; FLOAT16: the type of x, bias and y, else bfloat16; ZEROS: there are zeros, else
 // each is 2^(BITS - 1); OFFSETS: in their place are numbers of the type of the scales, which are added
 // to q times its scale; WIDE: scales are float32, else float16; GROUP: inputs of a block that share a
-// scale, 32, 64 or 128; WARPS; DEPTH: blocks that a warp has asked for in advance; TILES.
+// scale, 32, 64 or 128; WARPS; DEPTH: blocks that a warp has asked for in advance; TILES; PANELS.
+
+// Units of 32 inputs of which a lane loads its part of x at once: as many as registers are left for.
+#define UNITS (TILES == 1 ? 4 : TILES == 2 ? 2 : 1)
 
 struct Arguments {
     const u16* x;       // (rows, inputs), rows x_stride apart
@@ -117,92 +120,122 @@ DEVICE u32 with_offset(u32 pair, float scale, float offset) {
     return narrow(low) | (u32)narrow(high) << 16;
 }
 
+// Of x, what a lane multiplies a unit's products by: inputs 8 t to 8 t + 7 of row g of each tile.
+DEVICE void load_x(u32 (*x)[4], const Arguments& from, int first_row, int k, int lane) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+        const int row = first_row + tile * 8 + lane / 4;
+        x[tile][0] = x[tile][1] = x[tile][2] = x[tile][3] = 0;
+        if (row < from.rows && k < from.inputs)
+            load4_cached(x[tile], from.x + row * from.x_stride + k);
+    }
+}
+
 DEVICE void multiply_block(
-    float (*total)[4], const Part& part, const Arguments& from, int first_row, int block, int lane
+    float (*total)[MAX_TILES][4], const Part* parts, const Arguments& from, int first_row, int block,
+    int lane
 ) {
-    float sums[MAX_TILES][4];
-    u32 minus[2];
+    const int first = block * 128 + lane % 4 * 8;
+    u32 x[4][MAX_TILES][4];
+    float sums[MAX_PANELS][MAX_TILES][4];
+    u32 minus[MAX_PANELS][2];
 #pragma unroll
     for (int unit = 0; unit < 4; ++unit) {
+        // All units' x at once hide how long one takes, where there are registers for them.
+        if (unit % UNITS == 0)
+#pragma unroll
+            for (int next = unit; next < unit + UNITS; ++next)
+                load_x(x[next], from, first_row, first + next * 32, lane);
         const int i = unit * 32 / GROUP;
-        if (unit * 32 % GROUP == 0) {
-            const u32 middle = OFFSETS ? 0 : 1u << (BITS - 1);
-            const u32 zeros = ZEROS ? part.zeros[i] : middle * 0x101u;
-            minus[0] = less_zero(zeros & 0xFF);
-            minus[1] = less_zero(zeros >> 8);
 #pragma unroll
-            for (int tile = 0; tile < TILES; ++tile)
+        for (int panel = 0; panel < PANELS; ++panel) {
+            const Part& part = parts[panel];
+            if (unit * 32 % GROUP == 0) {
+                const u32 middle = OFFSETS ? 0 : 1u << (BITS - 1);
+                const u32 zeros = ZEROS ? part.zeros[i] : middle * 0x101u;
+                minus[panel][0] = less_zero(zeros & 0xFF);
+                minus[panel][1] = less_zero(zeros >> 8);
 #pragma unroll
-                for (int c = 0; c < 4; ++c) sums[tile][c] = 0;
-        }
-        u32 x[MAX_TILES][4];
-        const int k = block * 128 + unit * 32 + lane % 4 * 8;
+                for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
-            const int row = first_row + tile * 8 + lane / 4;
-            x[tile][0] = x[tile][1] = x[tile][2] = x[tile][3] = 0;
-            if (row < from.rows && k < from.inputs)
-                load4_cached(x[tile], from.x + row * from.x_stride + k);
-        }
-#pragma unroll
-        for (int pair = 0; pair < 4; pair += 2) {
-            u32 a[4];
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-                a[r] = numbers(part.words, r % 2, unit * 4 + pair + r / 2, minus[r % 2]);
-                if (OFFSETS)
-                    a[r] = with_offset(
-                        a[r], of_row(part.scales[i], r % 2), of_row(part.offsets[i], r % 2)
-                    );
+                    for (int c = 0; c < 4; ++c) sums[panel][tile][c] = 0;
             }
 #pragma unroll
-            for (int tile = 0; tile < TILES; ++tile)
-                multiply(sums[tile], a, x[tile][pair], x[tile][pair + 1]);
-        }
-        if ((unit + 1) * 32 % GROUP == 0) {
+            for (int pair = 0; pair < 4; pair += 2) {
+                u32 a[4];
 #pragma unroll
-            for (int tile = 0; tile < TILES; ++tile)
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    const float scale = OFFSETS ? 1 : of_row(part.scales[i], c / 2);
-                    total[tile][c] = fused_multiply_add(sums[tile][c], scale, total[tile][c]);
+                for (int r = 0; r < 4; ++r) {
+                    a[r] = numbers(
+                        part.words, r % 2, unit * 4 + pair + r / 2, minus[panel][r % 2]
+                    );
+                    if (OFFSETS)
+                        a[r] = with_offset(
+                            a[r], of_row(part.scales[i], r % 2), of_row(part.offsets[i], r % 2)
+                        );
                 }
+#pragma unroll
+                for (int tile = 0; tile < TILES; ++tile)
+                    multiply(sums[panel][tile], a, x[unit][tile][pair], x[unit][tile][pair + 1]);
+            }
+            if ((unit + 1) * 32 % GROUP == 0) {
+#pragma unroll
+                for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) {
+                        const float scale = OFFSETS ? 1 : of_row(part.scales[i], c / 2);
+                        total[panel][tile][c] =
+                            fused_multiply_add(sums[panel][tile][c], scale, total[panel][tile][c]);
+                    }
+            }
         }
+    }
+}
+
+DEVICE void load_panels(Part* parts, const Arguments& from, int first_panel, int block, int lane) {
+#pragma unroll
+    for (int panel = 0; panel < PANELS; ++panel) {
+        // Behind the last panel it is the last one again, whose results are not kept.
+        const int wanted = first_panel + panel;
+        load(parts[panel], from, wanted < from.panels ? wanted : from.panels - 1, block, lane);
     }
 }
 
 KERNEL decode(Arguments from) {
     const int lane = (int)(thread_index() % 32), warp = (int)(thread_index() / 32);
-    const int panel = panel_index(), first_row = chunk_index() * (8 * TILES);
+    const int first_panel = panel_index() * PANELS, first_row = chunk_index() * (8 * TILES);
     let_next_begin();
-    Part ahead[MAX_DEPTH];
+    Part ahead[MAX_DEPTH][MAX_PANELS];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d)
-        if (warp + d * WARPS < from.blocks) load(ahead[d], from, panel, warp + d * WARPS, lane);
+        if (warp + d * WARPS < from.blocks)
+            load_panels(ahead[d], from, first_panel, warp + d * WARPS, lane);
     wait_for_previous();
-    float total[MAX_TILES][4] = {};
+    float total[MAX_PANELS][MAX_TILES][4] = {};
     for (int first = warp; first < from.blocks; first += DEPTH * WARPS) {
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d) {
             const int block = first + d * WARPS, next = block + DEPTH * WARPS;
             if (block < from.blocks) {
-                const Part part = ahead[d];
-                if (next < from.blocks) load(ahead[d], from, panel, next, lane);
-                multiply_block(total, part, from, first_row, block, lane);
+                multiply_block(total, ahead[d], from, first_row, block, lane);
+                // Into the registers that are free now: into others they would have to be moved, and
+                // what moves them waits for them.
+                if (next < from.blocks) load_panels(ahead[d], from, first_panel, next, lane);
             }
         }
     }
 
-    SHARED float sums[MAX_WARPS][4 * MAX_TILES][32];
+    SHARED float sums[MAX_WARPS][4 * MAX_TILES * MAX_PANELS][32];
 #pragma unroll
-    for (int i = 0; i < 4 * TILES; ++i) sums[warp][i][lane] = total[i / 4][i % 4];
+    for (int i = 0; i < 4 * TILES * PANELS; ++i)
+        sums[warp][i][lane] = total[i / 4 / TILES][i / 4 % TILES][i % 4];
     barrier();
 #pragma unroll 1
-    for (int at = (int)thread_index(); at < 128 * TILES; at += 32 * WARPS) {
+    for (int at = (int)thread_index(); at < 128 * TILES * PANELS; at += 32 * WARPS) {
         const int i = at / 32, who = at % 32;
         float sum = sums[0][i][who];
         for (int other = 1; other < WARPS; ++other) sum += sums[other][i][who];
-        const int row = first_row + i / 4 * 8 + who % 4 * 2 + i % 2;
+        const int row = first_row + i / 4 % TILES * 8 + who % 4 * 2 + i % 2;
+        const int panel = first_panel + i / 4 / TILES;
         const int output = panel * 16 + who / 4 + i % 4 / 2 * 8;
         if (row < from.rows && output < from.outputs) {
             if (from.bias) sum += widen(from.bias[output]);

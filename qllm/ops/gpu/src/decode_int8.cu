@@ -45,22 +45,29 @@ DEVICE void load(Part& part, const Arguments& from, int panel, int block, int la
 DEVICE void multiply_block(
     int (*total)[4], const Part& part, const Arguments& from, int first_row, int block, int lane
 ) {
+    u32 x[2][MAX_TILES][4];  // of both halves, which hides how long one takes
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int k = block * 128 + half * 64 + lane % 4 * 16;
-        const u32(*words)[4] = part.words[half];
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
             const int row = first_row + tile * 8 + lane / 4;
-            u32 x[4] = {0, 0, 0, 0};
+            u32* to = x[half][tile];
+            to[0] = to[1] = to[2] = to[3] = 0;
             if (row < from.rows && k < from.inputs)
-                load4_cached(x, from.x + ((i64)row * from.inputs + k) / 4);
+                load4_cached(to, from.x + ((i64)row * from.inputs + k) / 4);
+        }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const u32(*words)[4] = part.words[half];
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
             for (int i = 0; i < 4; i += 2) {
                 const u32 a[4] = {words[0][i], words[1][i], words[0][i + 1], words[1][i + 1]};
-                multiply_int8(total[tile], a, x[i], x[i + 1]);
+                multiply_int8(total[tile], a, x[half][tile][i], x[half][tile][i + 1]);
             }
-        }
     }
 }
 
@@ -79,9 +86,10 @@ KERNEL decode_int8(Arguments from) {
         for (int d = 0; d < DEPTH; ++d) {
             const int block = first + d * WARPS, next = block + DEPTH * WARPS;
             if (block < from.blocks) {
-                const Part part = ahead[d];
+                multiply_block(total, ahead[d], from, first_row, block, lane);
+                // Into the registers that are free now: into others they would have to be moved, and
+                // what moves them waits for them.
                 if (next < from.blocks) load(ahead[d], from, panel, next, lane);
-                multiply_block(total, part, from, first_row, block, lane);
             }
         }
     }

@@ -15,6 +15,7 @@ typedef long long i64;
 #define MAX_WARPS WARPS
 #define MAX_DEPTH DEPTH
 #define MAX_SCALES (128 / GROUP)
+#define MAX_PANELS PANELS
 
 DEVICE u32 thread_index() { return threadIdx.x; }
 DEVICE int chunk_index() { return blockIdx.x; }
