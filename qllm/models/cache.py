@@ -295,11 +295,15 @@ class Decode(Pass):
         self.cache, self.encoding, self.size = cache, encoding, size
         device = cache.device
         self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
-        self.batch = Batch.of([1] * size, device)
+        self._rows_and_positions = torch.zeros(2, size, dtype=torch.int64, device=device)
+        rows, positions = self._rows_and_positions
+        self.batch = Batch.of([1] * size, device)._replace(rows=rows, positions=positions)
         slopes = encoding.slopes
         self.slopes = None if slopes is None else slopes.to(device)
         self.cos_sin = ()
         self.tables = [each.table(cache.capacity, cache.dtype, device) for each in encoding.kinds]
+        # A graph looks up what depends on nothing but positions.
+        self._looks_up_itself = device.type == "cuda" and None not in self.tables
 
     def begin(self, tokens: Tensor) -> None:
         """Take the next tokens of the live rows, which come where each ends.
@@ -312,14 +316,25 @@ class Decode(Pass):
         self.cache.reserve(live, [1] * len(tokens))
         self._elsewhere.clear()
         rows = [*live, *[live[-1]] * (self.size - len(live))]
-        pasts = torch.tensor([self.cache.lengths[row] for row in rows])
+        pasts = [self.cache.lengths[row] for row in rows]
         self.tokens[: len(tokens)].copy_(tokens)
         if len(tokens) < self.size:
             self.tokens[len(tokens) :].copy_(tokens[-1:].expand(self.size - len(tokens)))
-        self.batch.rows.copy_(torch.tensor(rows))
-        self.batch.positions.copy_(pasts)
-        self.batch = self.batch._replace(span=int(pasts.max()) + 1)
-        found = tuple(map(self._look_up, self.encoding.kinds, self.tables))
+        # Memory that is pinned is copied without waiting for what the device still does.
+        pinned = self.tokens.is_cuda
+        index = torch.tensor([rows, pasts], pin_memory=pinned)
+        self._rows_and_positions.copy_(index, non_blocking=pinned)
+        self.batch = self.batch._replace(span=max(pasts) + 1)
+        if not self._looks_up_itself:
+            self._look_up()
+
+    def look_up(self) -> None:
+        """The first part of a step that is captured."""
+        if self._looks_up_itself:
+            self.cos_sin = tuple(map(self._of_kind, self.encoding.kinds, self.tables))
+
+    def _look_up(self) -> None:
+        found = tuple(map(self._of_kind, self.encoding.kinds, self.tables))
         if not self.cos_sin:
             self.cos_sin = found
             return
@@ -327,7 +342,7 @@ class Decode(Pass):
             for kept, part in zip(pair or (), new or (), strict=True):
                 kept.copy_(part)
 
-    def _look_up(
+    def _of_kind(
         self, encoding: PositionEncoding, table: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines of the tokens' positions."""

@@ -21,7 +21,7 @@ from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.memory import check_fits
 from qllm.models.cache import Decode, KVCache, Prefill
-from qllm.models.layer import NORMS, Embedding, LayerList, Scale, layer_class
+from qllm.models.layer import NORMS, Embedding, LayerList, Scale, layer_class, total
 from qllm.models.partition import keep_shards, keep_stage
 from qllm.models.pieces import pieces_of
 from qllm.models.positions import POSITIONS
@@ -317,6 +317,7 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def hidden_step(self, step: Decode) -> Tensor:
         """What the layers make of a step's tokens: (B, C)."""
+        step.look_up()
         with phase.decode():
             return self._run_layers(self._embed(step.tokens), step)
 
@@ -343,13 +344,18 @@ class Decoder(nn.Module):
         if self.stage is None or self.stage.first:
             x = self.positions.embed(x, step.positions)
         last = last and (self.stage is None or self.stage.last)
+        z = None  # what is still to be added to x
         for layers, device in self.device_map.items():
-            x, here = x.to(device), step.on(device)
+            x, z, here = total(x, z).to(device), None, step.on(device)
             for index in layers:
                 if last and index == len(self.layers) - 1:
                     here = here.last()
-                x = self.layers[index](x, here)
-        return x
+                layer = self.layers[index]
+                if phase.decoding():
+                    x, z = layer.parts(x, z, here)
+                else:  # whose hooks show what layers put out
+                    x = layer(x, here)
+        return total(x, z)
 
     def _head(self, x: Tensor) -> Tensor:
         """What stands behind the layers: x (M, C) to logits (M, V), in the model's type."""

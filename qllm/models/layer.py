@@ -149,11 +149,11 @@ class Attention(nn.Module):
         self.qkv = make(f"{name}.qkv", config.hidden_size, rows, config.attention_bias)
         self.out = make(f"{name}.out", width, config.hidden_size, config.output_bias)
 
-    def project(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor | Int8Rows) -> Tensor:
         """The queries, keys and values that attention takes: (N, heads D)."""
         return self.qkv(x)
 
-    def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+    def forward(self, x: Tensor | Int8Rows, step: Prefill | Decode) -> Tensor:
         return self.out(step.attend(self.index, self.project(x), self.heads, self.scores))
 
 
@@ -189,7 +189,7 @@ class NormedAttention(Attention):
         super().__init__(config, index, dtype, make)
         self.qk_norm = QKNorm(config, dtype)
 
-    def project(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor | Int8Rows) -> Tensor:
         return self.qk_norm(self.qkv(x), self.heads)
 
 
@@ -242,6 +242,11 @@ def _add(x: Tensor, z: Tensor) -> Tensor:
     return ops.on(x.device.type).add(x, z)
 
 
+def total(x: Tensor, z: Tensor | None) -> Tensor:
+    """x + z, or x."""
+    return x if z is None else _add(x, z)
+
+
 class PreNormLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
@@ -249,10 +254,11 @@ class PreNormLayer(nn.Module):
         has_attention, has_mlp: False for a half that another stage of a pipeline has.
         blocks_end_in_sums: what `attention.out` and `mlp.down` put out is added to the rest of what
             their blocks do, as it is.
+        adds_up_late: `parts` leaves the last sum to the norm of the layer behind.
     """
 
     has_attention = has_mlp = True
-    blocks_end_in_sums = True
+    blocks_end_in_sums = adds_up_late = True
 
     def __init__(
         self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
@@ -279,22 +285,37 @@ class PreNormLayer(nn.Module):
             (lambda x, step: self.mlp_block(x), ("mlp.up", "mlp.down")),
         )
 
+    def parts(
+        self, x: Tensor, z: Tensor | None, step: Prefill | Decode
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layer's output for x + z (N, C), or for x, as two terms, or as one and None.
+
+        Where the device adds up in front of a norm, the sum between two layers is no launch.
+        """
+        if not (self.adds_up_late and self.has_attention and self.has_mlp):
+            return self(total(x, z), step), None
+        if z is None:
+            normed = self.attention_norm(x)
+        else:
+            x, normed = self.attention_norm.after_sum(x, z)
+        x, normed = self.mlp_norm.after_sum(step.select(x), self._attended(normed, step))
+        return x, self._through_mlp(normed)
+
     def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         """The whole layer: x (N, C) to (N, C), or to those of the tokens that are asked for."""
-        x, normed = self.mlp_norm.after_sum(step.select(x), self._attended(x, step))
-        return _add(x, self._through_mlp(normed))
+        return total(*self.parts(x, None, step))
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         """The first half of the layer: x (N, C) to (N, C)."""
-        return _add(step.select(x), self._attended(x, step))
+        return _add(step.select(x), self._attended(self.attention_norm(x), step))
 
     def mlp_block(self, x: Tensor) -> Tensor:
         """The second half of the layer: x (N, C) to (N, C)."""
         return _add(x, self._through_mlp(self.mlp_norm(x)))
 
-    def _attended(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        """What attention adds to x, to the tokens that are asked for."""
-        return self.attention(self.attention_norm(x), step)
+    def _attended(self, normed: Tensor | Int8Rows, step: Prefill | Decode) -> Tensor:
+        """What attention adds to the rows of which these are the norms, where it is asked for."""
+        return self.attention(normed, step)
 
     def _through_mlp(self, normed: Tensor | Int8Rows) -> Tensor:
         """What the MLP adds to the rows of which these are the norms."""
@@ -341,8 +362,8 @@ class OutputNormLayer(PreNormLayer):
         self.attention_output_norm = norm(config, dtype)
         self.mlp_output_norm = norm(config, dtype)
 
-    def _attended(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        return self.attention_output_norm(super()._attended(x, step))
+    def _attended(self, normed: Tensor | Int8Rows, step: Prefill | Decode) -> Tensor:
+        return self.attention_output_norm(super()._attended(normed, step))
 
     def _through_mlp(self, normed: Tensor | Int8Rows) -> Tensor:
         return self.mlp_output_norm(super()._through_mlp(normed))
@@ -351,16 +372,20 @@ class OutputNormLayer(PreNormLayer):
 class ParallelLayer(PreNormLayer):
     """x + attention(norm(x)) + mlp(norm(x)), each with a norm of its own: GPT-NeoX."""
 
+    adds_up_late = False
+
     def blocks(self) -> tuple[tuple[Block, tuple[str, ...]], ...]:
         return ((self.both_blocks, ("attention.qkv", "attention.out", "mlp.up", "mlp.down")),)
 
     def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        z, x = self._attended(x, step), step.select(x)
+        z, x = self._attended(self.attention_norm(x), step), step.select(x)
         return _add(_add(self._through_mlp(self.mlp_norm(x)), z), x)
 
 
 class NormedResidualLayer(PreNormLayer):
     """A pre-norm layer whose residual branches off behind the norm (a BLOOM option)."""
+
+    adds_up_late = False
 
     def fuse_norms(self) -> None:
         """The residual needs what a norm makes as it is."""
@@ -380,7 +405,7 @@ class NormedResidualLayer(PreNormLayer):
 class PostNormLayer(PreNormLayer):
     """norm(x + attention(x)), then norm(x + mlp(x)): OPT-350m."""
 
-    blocks_end_in_sums = False
+    blocks_end_in_sums = adds_up_late = False
 
     def fuse_norms(self) -> None:
         """The residual needs what a norm makes as it is."""

@@ -38,6 +38,7 @@ class Variant(NamedTuple):
     depth: int
     tiles: int
     panels: int
+    whole: bool
 
 
 class Arguments(ctypes.Structure):
@@ -50,7 +51,7 @@ class Arguments(ctypes.Structure):
             (name, ctypes.c_int)
             for name in ("rows", "inputs", "outputs", "panels", "blocks", "groups")
         ),
-        ("groups_of_a_block", ctypes.c_int64),
+        ("groups_of_a_block", ctypes.c_uint32),
     )
 
 
@@ -148,6 +149,7 @@ def weight_only_linear(
         depth=min(row["depth"], MAX_DEPTH_OF_OFFSETS) if offsets else row["depth"],
         tiles=tall,
         panels=cuda.panels(tall, shape.panels, num_sms),
+        whole=x.shape[1] == shape.blocks * BLOCK,
     )
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
@@ -165,7 +167,7 @@ def weight_only_linear(
         shape.panels,
         shape.blocks,
         shape.groups,
-        -(-(1 << 32) // -(-shape.padded_size // BLOCK)),
+        _reciprocal(-(-shape.padded_size // BLOCK)),
     )
     grid = (-(-rows // (8 * tall)), -(-shape.panels // variant.panels))
     with device_of.current(x):
@@ -173,6 +175,11 @@ def weight_only_linear(
         early = begins_early(x.device) if early is None else early
         driver.launch(function, grid, 32 * variant.warps, arguments, x.device, early=early)
     return y
+
+
+def _reciprocal(count: int) -> int:
+    """2^32 over a count, rounded up; 0 for one."""
+    return -(-(1 << 32) // count) % (1 << 32)
 
 
 def _self_test(device: torch.device, offsets: bool = False) -> str | None:

@@ -24,7 +24,8 @@ def side_by_side(x: Tensor) -> Tensor:
 
 def aligned(x: Tensor) -> Tensor:
     """x (M, K) with rows that begin where ALIGNED numbers can be loaded, and end with such."""
-    x = pad(x, (0, -x.shape[1] % ALIGNED))
+    if x.shape[1] % ALIGNED:  # else torch would copy it as well
+        x = pad(x, (0, -x.shape[1] % ALIGNED))
     bytes_at_once = ALIGNED * x.element_size()
     if x.stride(1) == 1 and x.stride(0) % ALIGNED == 0 and x.data_ptr() % bytes_at_once == 0:
         return x

@@ -19,7 +19,7 @@ typedef unsigned int u32;
 typedef long long i64;
 
 struct Constants {
-    int bits, float16, zeros, offsets, wide, group, warps, depth, tiles, panels, is_int8;
+    int bits, float16, zeros, offsets, wide, group, warps, depth, tiles, panels, whole, is_int8;
 };
 
 static Constants constants;
@@ -34,6 +34,7 @@ static Constants constants;
 #define DEPTH constants.depth
 #define TILES constants.tiles
 #define PANELS constants.panels
+#define WHOLE constants.whole
 
 #define MAX_BITS 8
 #define MAX_TILES 4
@@ -127,6 +128,8 @@ DEVICE void load4(u32* to, const u32* from) { copy_words(to, from, 4); }
 DEVICE void load2(u32* to, const u32* from) { copy_words(to, from, 2); }
 DEVICE void load4_cached(u32* to, const void* from) { copy_words(to, from, 4); }
 
+DEVICE u32 multiply_high(u32 a, u32 b) { return (u32)((uint64_t)a * b >> 32); }
+
 DEVICE u32 and_or(u32 a, u32 mask, u32 c) { return (a & mask) | c; }
 
 DEVICE u32 bits_of(float value) {
@@ -171,6 +174,10 @@ DEVICE u16 narrow(float value) {
     const int units = (int)std::nearbyint(std::ldexp(size, 11 - exponent));
     return sign | (units + ((exponent + 13) << 10));
 }
+
+DEVICE u32 byte_of(u32 word, int byte, u32 upper) { return (word >> 8 * byte & 0xFF) | upper; }
+
+DEVICE u32 bfloat16_pair(float low, float high) { return narrow(low) | (u32)narrow(high) << 16; }
 
 DEVICE u32 add_pairs(u32 a, u32 b) {
     const u32 low = narrow(widen(a & 0xFFFF) + widen(b & 0xFFFF));

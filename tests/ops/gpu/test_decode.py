@@ -362,12 +362,14 @@ def depth(bits: int) -> int:
 VARIANTS = [
     decode.Variant(bits, bits % 3 == 0, bits % 4 != 2, False, bits % 5 == 0, *sizes)
     for bits, *sizes in (
-        *((bits, 128, 8, depth(bits), 1, 1) for bits in (1, 3, 4, 7, 8)),
-        (4, 32, 8, depth(4), 4, 1),
-        (6, 64, 4, depth(6), 2, 2),
+        *((bits, 128, 8, depth(bits), 1, 1, True) for bits in (1, 3, 4, 7, 8)),
+        (4, 32, 8, depth(4), 4, 1, False),
+        (6, 64, 4, depth(6), 2, 2, True),
     )
 ]
-VARIANTS += [decode.Variant(bits, False, False, True, False, 32, 8, 2, 1, 1) for bits in (4, 5)]
+VARIANTS += [
+    decode.Variant(bits, False, False, True, False, 32, 8, 2, 1, 1, True) for bits in (4, 5)
+]
 
 
 @pytest.fixture(scope="module")

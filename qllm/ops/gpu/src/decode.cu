@@ -12,7 +12,8 @@
 // Constants: BITS; FLOAT16: the type of x, bias and y, else bfloat16; ZEROS: there are zeros, else
 // each is 2^(BITS - 1); OFFSETS: in their place are numbers of the type of the scales, which are added
 // to q times its scale; WIDE: scales are float32, else float16; GROUP: inputs of a block that share a
-// scale, 32, 64 or 128; WARPS; DEPTH: blocks that a warp has asked for in advance; TILES; PANELS.
+// scale, 32, 64 or 128; WARPS; DEPTH: blocks that a warp has asked for in advance; TILES; PANELS;
+// WHOLE: inputs is a multiple of 128.
 
 // Units of 32 inputs of which a lane loads its part of x at once: as many as registers are left for.
 #define UNITS (TILES == 1 ? 4 : TILES == 2 ? 2 : 1)
@@ -26,9 +27,9 @@ struct Arguments {
     u16* y;             // (rows, outputs)
     i64 x_stride;       // a multiple of 8, as inputs is
     int rows, inputs, outputs, panels, blocks, groups;
-    // 2^32 over the blocks that share a scale where GROUP is 128, rounded up: a block times it, less
-    // its lower 32 bits, is the block's group.
-    i64 groups_of_a_block;
+    // 2^32 over the blocks that share a scale where GROUP is 128, rounded up, or 0 where each has its
+    // own: a block times it, less its lower 32 bits, is the block's group.
+    u32 groups_of_a_block;
 };
 
 // Of a block, what a lane holds.
@@ -42,7 +43,7 @@ struct Part {
 DEVICE int words_before(int width) { return (BITS & ~(2 * width - 1)) * 64; }
 
 // Two scales, or two offsets: those of rows g and g + 8, in two words or in one.
-DEVICE void load_two(u32* to, const void* from, i64 at) {
+DEVICE void load_two(u32* to, const void* from, u32 at) {
     if (WIDE)
         load2(to, (const u32*)from + at);
     else
@@ -53,7 +54,7 @@ DEVICE float of_row(const u32* both, int second) {
     return WIDE ? of_bits(both[second]) : from_float16(both[0] >> 16 * second & 0xFFFF);
 }
 
-DEVICE void load(Part& part, const Arguments& from, int panel, int block, int lane) {
+DEVICE void load(Part& part, const Arguments& from, int panel, int block, u32 lane) {
     const u32* q = from.q + ((i64)panel * from.blocks + block) * (64 * BITS);
     u32* to = part.words;
 #pragma unroll
@@ -61,15 +62,18 @@ DEVICE void load(Part& part, const Arguments& from, int panel, int block, int la
         if (BITS & width) {
 #pragma unroll
             for (int piece = 0; piece < width / 2; ++piece, to += 4)
-                load4(to, q + words_before(width) + (piece * 32 + lane) * 4);
+                load4(to, q + words_before(width) + piece * 128 + lane * 4);
         }
     if (BITS & 1) load2(to, q + words_before(1) + lane * 2);
 #pragma unroll
     for (int i = 0; i < 128 / GROUP; ++i) {
-        int group = GROUP == 128 ? (int)((block * from.groups_of_a_block) >> 32)
-                                 : block * (128 / GROUP) + i;
-        group = group < from.groups ? group : from.groups - 1;  // behind the last, x is 0
-        const i64 at = ((i64)group * from.panels + panel) * 16 + lane / 4 * 2;
+        u32 group = block * (128 / GROUP) + i;
+        if (GROUP == 128 && from.groups_of_a_block)
+            group = multiply_high(block, from.groups_of_a_block);
+        const u32 last = from.groups - 1;
+        group = group < last ? group : last;  // behind the last, x is 0
+        // There are fewer scales than 2^32: one for 32 inputs, and fewer weights than 2^37.
+        const u32 at = (group * from.panels + panel) * 16 + lane / 4 * 2;
         load_two(part.scales[i], from.scales, at);
         if (OFFSETS) load_two(part.offsets[i], from.zeros, at);
         if (ZEROS) part.zeros[i] = *(const u16*)((const u8*)from.zeros + at);
@@ -77,38 +81,60 @@ DEVICE void load(Part& part, const Arguments& from, int panel, int block, int la
 }
 
 // The bits [low, low + width) of two values: the pair with this index of the 16 that a lane has of a
-// row, whose words of this width these are.
-DEVICE u32 field(const u32* words, int width, int low, int pair, u32 before) {
+// row, whose words of this width these are. The mask has the bits that are wanted.
+DEVICE u32 field(const u32* words, int width, int low, int pair, u32 mask, u32 before) {
     const int shift = pair % (16 / width) * width - low;
     const u32 word = words[pair / (16 / width)];
-    const u32 mask = (((1u << width) - 1) * 0x10001u) << low;
     return and_or(shift < 0 ? word << -shift : word >> shift, mask, before);
 }
 
-// What added to a pair as `numbers` begins takes its zero off.
+// Bits [low, low + width) of both halves of a word, for each part of a value.
+struct Masks {
+    u32 of_width[4];  // 1, 2, 4, 8
+};
+
+DEVICE int place_of(int width) { return width == 8 ? 3 : width / 2; }
+
+DEVICE Masks masks(const Arguments& from) {
+    Masks found = {};
+    int low = 0;
+#pragma unroll
+    for (int width = 8; width >= 1; width /= 2)
+        if (BITS & width) {
+            const u32 mask = (((1u << width) - 1) * 0x10001u) << low;
+            // A number that the compiler knows it would load anew for each use.
+            found.of_width[place_of(width)] = from.rows > 0 ? mask : 0;
+            low += width;
+        }
+    return found;
+}
+
+// What added to an integer as `numbers` begins with takes its zero off: to a pair of them, or to one.
 DEVICE u32 less_zero(u32 zero) {
-    if (FLOAT16) return (0xE400 | zero) * 0x10001u;            // -(1024 + zero)
-    if (BITS < 8) return (0xC300 | zero) * 0x10001u;           // -(128 + zero)
-    return (bits_of(-(float)(int)zero) >> 16) * 0x10001u;      // -zero
+    if (FLOAT16) return (0xE400 | zero) * 0x10001u;    // -(1024 + zero)
+    if (BITS < 8) return (0xC300 | zero) * 0x10001u;   // -(128 + zero)
+    return bits_of(-8388608.f - (float)(int)zero);     // -(2^23 + zero)
 }
 
 // q - zero of two inputs, exactly: an integer put into the lowest bits of a power of two's fraction
 // makes their sum.
-DEVICE u32 numbers(const u32* words, int half, int pair, u32 minus) {
-    const bool in_two = !FLOAT16 && BITS == 8;  // a bfloat16's fraction has seven bits
-    u32 q = in_two ? 0 : FLOAT16 ? 0x64006400 : 0x43004300;
+DEVICE u32 numbers(const u32* words, const Masks& masks, int half, int pair, u32 minus) {
+    if (!FLOAT16 && BITS == 8) {  // a bfloat16's fraction has but seven bits
+        const u32 word = words[half * 8 + pair / 2];
+        const float low = of_bits(byte_of(word, pair % 2, 0x4B000000));
+        const float high = of_bits(byte_of(word, pair % 2 + 2, 0x4B000000));
+        return bfloat16_pair(sum_of(low, of_bits(minus)), sum_of(high, of_bits(minus)));
+    }
+    u32 q = FLOAT16 ? 0x64006400 : 0x43004300;
     int low = 0, before = 0;
 #pragma unroll
     for (int width = 8; width >= 1; width /= 2)
         if (BITS & width) {
-            q = field(words + before + half * width, width, low, pair, q);
+            const u32 mask = masks.of_width[place_of(width)];
+            q = field(words + before + half * width, width, low, pair, mask, q);
             before += 2 * width;
             low += width;
         }
-    if (in_two) {  // 128 + the lower seven bits, less 128 where the eighth is not set
-        const u32 eighth = ((~q >> 7) & 0x00010001) * 0xC300;
-        q = add_pairs(and_or(q, 0x007F007F, 0x43004300), eighth);
-    }
     return add_pairs(q, minus);
 }
 
@@ -121,22 +147,24 @@ DEVICE u32 with_offset(u32 pair, float scale, float offset) {
 }
 
 // Of x, what a lane multiplies a unit's products by: inputs 8 t to 8 t + 7 of row g of each tile.
-DEVICE void load_x(u32 (*x)[4], const Arguments& from, int first_row, int k, int lane) {
+// Behind the last row it is that one again, whose results are not kept.
+DEVICE void load_x(u32 (*x)[4], const Arguments& from, const u16* const* rows, int unit, int block) {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
-        const int row = first_row + tile * 8 + lane / 4;
-        x[tile][0] = x[tile][1] = x[tile][2] = x[tile][3] = 0;
-        if (row < from.rows && k < from.inputs)
-            load4_cached(x[tile], from.x + row * from.x_stride + k);
+        if (!WHOLE) x[tile][0] = x[tile][1] = x[tile][2] = x[tile][3] = 0;
+        if (WHOLE || block * 128 + unit * 32 + (int)(thread_index() % 4 * 8) < from.inputs)
+            load4_cached(x[tile], rows[tile] + unit * 32);
     }
 }
 
 DEVICE void multiply_block(
-    float (*total)[MAX_TILES][4], const Part* parts, const Arguments& from, int first_row, int block,
-    int lane
+    float (*total)[MAX_TILES][4], const Part* parts, const Arguments& from, const u16* const* rows,
+    const Masks& masks, int block
 ) {
-    const int first = block * 128 + lane % 4 * 8;
     u32 x[4][MAX_TILES][4];
+    const u16* in_block[MAX_TILES];
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) in_block[tile] = rows[tile] + (i64)block * 128;
     float sums[MAX_PANELS][MAX_TILES][4];
     u32 minus[MAX_PANELS][2];
 #pragma unroll
@@ -145,7 +173,7 @@ DEVICE void multiply_block(
         if (unit % UNITS == 0)
 #pragma unroll
             for (int next = unit; next < unit + UNITS; ++next)
-                load_x(x[next], from, first_row, first + next * 32, lane);
+                load_x(x[next], from, in_block, next, block);
         const int i = unit * 32 / GROUP;
 #pragma unroll
         for (int panel = 0; panel < PANELS; ++panel) {
@@ -166,7 +194,7 @@ DEVICE void multiply_block(
 #pragma unroll
                 for (int r = 0; r < 4; ++r) {
                     a[r] = numbers(
-                        part.words, r % 2, unit * 4 + pair + r / 2, minus[panel][r % 2]
+                        part.words, masks, r % 2, unit * 4 + pair + r / 2, minus[panel][r % 2]
                     );
                     if (OFFSETS)
                         a[r] = with_offset(
@@ -191,7 +219,7 @@ DEVICE void multiply_block(
     }
 }
 
-DEVICE void load_panels(Part* parts, const Arguments& from, int first_panel, int block, int lane) {
+DEVICE void load_panels(Part* parts, const Arguments& from, int first_panel, int block, u32 lane) {
 #pragma unroll
     for (int panel = 0; panel < PANELS; ++panel) {
         // Behind the last panel it is the last one again, whose results are not kept.
@@ -201,7 +229,8 @@ DEVICE void load_panels(Part* parts, const Arguments& from, int first_panel, int
 }
 
 KERNEL decode(Arguments from) {
-    const int lane = (int)(thread_index() % 32), warp = (int)(thread_index() / 32);
+    const u32 lane = thread_index() % 32;
+    const int warp = (int)(thread_index() / 32);
     const int first_panel = panel_index() * PANELS, first_row = chunk_index() * (8 * TILES);
     let_next_begin();
     Part ahead[MAX_DEPTH][MAX_PANELS];
@@ -209,6 +238,14 @@ KERNEL decode(Arguments from) {
     for (int d = 0; d < DEPTH; ++d)
         if (warp + d * WARPS < from.blocks)
             load_panels(ahead[d], from, first_panel, warp + d * WARPS, lane);
+    const Masks own_masks = masks(from);
+    const u16* rows[MAX_TILES];
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+        const int wanted = first_row + tile * 8 + (int)lane / 4;
+        const int row = wanted < from.rows ? wanted : from.rows - 1;
+        rows[tile] = from.x + row * from.x_stride + lane % 4 * 8;
+    }
     wait_for_previous();
     float total[MAX_PANELS][MAX_TILES][4] = {};
     for (int first = warp; first < from.blocks; first += DEPTH * WARPS) {
@@ -216,7 +253,7 @@ KERNEL decode(Arguments from) {
         for (int d = 0; d < DEPTH; ++d) {
             const int block = first + d * WARPS, next = block + DEPTH * WARPS;
             if (block < from.blocks) {
-                multiply_block(total, ahead[d], from, first_row, block, lane);
+                multiply_block(total, ahead[d], from, rows, own_masks, block);
                 // Into the registers that are free now: into others they would have to be moved, and
                 // what moves them waits for them.
                 if (next < from.blocks) load_panels(ahead[d], from, first_panel, next, lane);

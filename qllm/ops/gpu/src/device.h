@@ -57,8 +57,23 @@ DEVICE void load4_cached(u32* to, const void* from) {
                  : "memory");
 }
 
+// The upper half of a product.
+DEVICE u32 multiply_high(u32 a, u32 b) { return __umulhi(a, b); }
+
 // (a & mask) | c: one lop3.
 DEVICE u32 and_or(u32 a, u32 mask, u32 c) { return (a & mask) | c; }
+
+// A byte of a word, with the upper three of another.
+DEVICE u32 byte_of(u32 word, int byte, u32 upper) {
+    return __byte_perm(word, upper, 0x7650 | byte);
+}
+
+// Two numbers as bfloat16, the first one in the lower half.
+DEVICE u32 bfloat16_pair(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
 
 // Sums of two pairs of 16-bit numbers.
 DEVICE u32 add_pairs(u32 a, u32 b) {
