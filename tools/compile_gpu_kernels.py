@@ -179,7 +179,9 @@ def others() -> Iterator[Job]:
     yield from quantized_prefills(tensors)
     tensors = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "scales": "*fp32"}
     tensors |= {"z": "*bf16", "sums": "*bf16", "out": "*i8", "y": "*bf16"}
-    yield Job("gated SiLU", rows.gated_silu, tensors, {"BLOCK": 1024, "LATE": True}, 4, 3, True)
+    for name, gated in (("silu", True), ("gelu_tanh", False)):
+        constants = {"NAME": name, "GATED": gated, "BLOCK": 1024, "LATE": True}
+        yield Job(f"activation, {name}", rows.activate, tensors, constants, 4, 3, True)
     constants = {"WIDTH": 4096, "HAS_WEIGHT": True, "HAS_BIAS": True, "STATIC": False}
     constants |= {"RUN": 0, "FIRST": 0, "SECOND": 0, "LATE": True}
     for name, norm in (("rows", 0), ("layer norm", 1)):

@@ -182,6 +182,7 @@ SIMPLE = (
 GPU_SIMPLE: dict[str, Callable[..., Any]] = {  # which return tensors, or `Int8Rows`
     "decode_attention": gpu_attention.decode_attention,
     "prefill_attention": gpu_attention.prefill_attention,
+    "activation": gpu_rows.activation,
     "gated_activation": gpu_rows.gated_activation,
     "layer_norm_int8": gpu_rows.layer_norm_int8,
     "rms_norm_int8": gpu_rows.rms_norm_int8,

@@ -13,7 +13,7 @@ from qllm.ops.gpu import device
 from qllm.ops.reference import Int8Rows
 
 NO_NORM, LAYER_NORM, RMS_NORM = range(3)
-GATED_AT_ONCE = 1024  # columns that a program takes
+COLUMNS_AT_ONCE = 1024  # that a program activates
 ALIGNED = 8  # numbers of 16 bits that products load at once
 
 
@@ -183,20 +183,28 @@ def _run(
     return sums, out if scales is None else Int8Rows(out, scales, x.dtype)
 
 
-def gated_activation(x: Tensor, name: str) -> Tensor:
-    """`reference.gated_activation`; in one launch, where it is what Llama has."""
-    from qllm.ops.gpu.decode import launch_options
-    from qllm.ops.gpu.kernels.rows import gated_silu
+def activation(x: Tensor, name: str) -> Tensor:
+    """`reference.activation`."""
+    return _activate(x, name, gated=False)
 
-    if name != "silu":
-        return reference.gated_activation(x, name)
-    rows, columns = len(x), x.shape[1] // 2
+
+def gated_activation(x: Tensor, name: str) -> Tensor:
+    """`reference.gated_activation`, in one launch."""
+    return _activate(x, name, gated=True)
+
+
+def _activate(x: Tensor, name: str, *, gated: bool) -> Tensor:
+    from qllm.ops.gpu.decode import launch_options
+    from qllm.ops.gpu.kernels.rows import activate
+
+    if x.dtype == torch.float32:  # in which a GPU's exponentials are two last digits off
+        return (reference.gated_activation if gated else reference.activation)(x, name)
+    rows, columns = len(x), x.shape[1] // (1 + gated)
     y = x.new_empty(rows, columns)
     if rows:
         with device.current(x):
-            grid = (-(-columns // GATED_AT_ONCE), rows)
-            options = launch_options(x.device)
-            gated_silu[grid](
-                x.contiguous(), y, columns, BLOCK=GATED_AT_ONCE, num_warps=4, **options
-            )
+            activate[-(-columns // COLUMNS_AT_ONCE), rows](
+                x.contiguous(), y, columns, NAME=name, GATED=gated, BLOCK=COLUMNS_AT_ONCE,
+                num_warps=4, **launch_options(x.device),
+            )  # fmt: skip
     return y

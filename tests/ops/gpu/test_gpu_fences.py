@@ -107,8 +107,9 @@ def test_nothing_outside_is_touched():
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 def test_a_kernel_that_touched_it_would_die():
     command = (
-        "from qllm.ops.gpu.kernels.rows import gated_silu; x = fenced(torch.ones(1, 100),"
-        " at_end=True); gated_silu[(1, 1)](x, torch.ones(4000), 3000, BLOCK=4096)"
+        "from qllm.ops.gpu.kernels.rows import activate; x = fenced(torch.ones(1, 100),"
+        " at_end=True); activate[(1, 1)](x, torch.ones(4000), 3000, NAME='silu', GATED=True,"
+        " BLOCK=4096, LATE=False)"
     )
     done = run_in(Path(__file__), command, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert done.returncode < 0

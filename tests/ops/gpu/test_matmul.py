@@ -223,15 +223,18 @@ def test_int8_is_exact(static, dtype, gpu):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["silu", "gelu"])
-def test_gated_activations(name, dtype, gpu):
+@pytest.mark.parametrize("name", reference.ACTIVATIONS)
+def test_activations(name, dtype, gpu):
     x = normal(5, 2600, dtype=dtype) * 4
-    exact = reference.gated_activation(x.double(), name)
-    got = rows.gated_activation(x.to(gpu), name).cpu()
-    assert got.dtype == dtype and got.shape == exact.shape
-    plain = rms(reference.gated_activation(x, name).double() - exact)
-    assert rms(got.double() - exact) <= 2 * plain
-    assert rows.gated_activation(x[:0].to(gpu), name).shape == (0, 1300)
+    for op in ("activation", "gated_activation"):
+        run, plain = getattr(rows, op), getattr(reference, op)
+        exact = plain(x.double(), name)
+        got = run(x.to(gpu), name).cpu()
+        assert got.dtype == dtype and got.shape == exact.shape
+        assert rms(got.double() - exact) <= 2 * rms(plain(x, name).double() - exact)
+        assert run(x[:0].to(gpu), name).shape == (0, exact.shape[1])
+        special = torch.tensor([[torch.nan, 1.0, 0.0, 1.0]], dtype=dtype)
+        assert torch.equal(pattern(run(special.to(gpu), name).cpu()), pattern(plain(special, name)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

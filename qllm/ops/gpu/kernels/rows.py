@@ -88,15 +88,33 @@ def norm_rows(
 
 
 @triton.jit
-def gated_silu(x, y, columns, BLOCK: tl.constexpr, LATE: tl.constexpr):
-    """y = silu(gate) * up, rounded where each of the two is stored, for x (M, 2 C): (M, C)."""
+def activated(x, NAME: tl.constexpr):
+    """One of `reference.ACTIVATIONS` of float32 x."""
+    if NAME == "relu":
+        y = tl.where(x < 0, 0.0, x)  # what is no number stays so
+    elif NAME == "silu":
+        y = tl.div_rn(x, 1.0 + tl.exp(-x))
+    elif NAME == "gelu":
+        y = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:  # x (1 + tanh u) / 2 = x / (1 + e^-2u), u being sqrt(2 / pi) (x + 0.044715 x^3)
+        y = tl.div_rn(x, 1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    return y
+
+
+@triton.jit
+def activate(
+    x, y, columns,
+    NAME: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, LATE: tl.constexpr,
+):  # fmt: skip
+    """y = f(x) for x (M, C); with GATED f(gate) up, f(gate) being rounded, for x (M, 2 C)."""
     let_next_begin(LATE)
     wait_for_previous(LATE)
     type: tl.constexpr = x.dtype.element_ty
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside, row = column < columns, tl.program_id(1).to(tl.int64)
-    source = x + row * columns * 2 + column
-    gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
-    gate = narrow(tl.div_rn(gate, 1.0 + tl.exp(-gate)), type).to(tl.float32)
-    tl.store(y + row * columns + column, narrow(gate * up, type), mask=inside)
+    source = x + row * columns * (2 if GATED else 1) + column
+    found = activated(tl.load(source, mask=inside, other=0.0).to(tl.float32), NAME)
+    if GATED:
+        up = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
+        found = narrow(found, type).to(tl.float32) * up
+    tl.store(y + row * columns + column, narrow(found, type), mask=inside)
