@@ -39,6 +39,8 @@ struct Part {
     u32 zeros[MAX_SCALES];              // that of row g + 8 in the higher byte
 };
 
+DEVICE int widest() { return BITS & 8 ? 8 : BITS & 4 ? 4 : BITS & 2 ? 2 : 1; }
+
 // Words of all lanes that come before those of `width` bits, the wider ones being first.
 DEVICE int words_before(int width) { return (BITS & ~(2 * width - 1)) * 64; }
 
@@ -80,20 +82,36 @@ DEVICE void load(Part& part, const Arguments& from, int panel, int block, u32 la
     }
 }
 
-// The bits [low, low + width) of two values: the pair with this index of the 16 that a lane has of a
-// row, whose words of this width these are. The mask has the bits that are wanted.
-DEVICE u32 field(const u32* words, int width, int low, int pair, u32 mask, u32 before) {
-    const int shift = pair % (16 / width) * width - low;
-    const u32 word = words[pair / (16 / width)];
-    return and_or(shift < 0 ? word << -shift : word >> shift, mask, before);
+// An integer of a part of `width` bits, put into the fraction of a power of two, makes their sum; and
+// where in the fraction it lies says which power it is to be. So fields that lie beside each other in a
+// word are taken without shifting each to the same place: of so many of them `places`, each is there
+// `width` bits further up, the first at `first_place`.
+//
+// FRACTION: bits of a fraction of the type of x. `low`: what the part's lowest bit weighs: 2^low.
+
+#define FRACTION (FLOAT16 ? 10 : 7)
+#define MAX_PLACES 4  // for each is a mask in a register, and a number that takes zeros off
+
+// The largest float16 power of two is 2^15.
+DEVICE int first_place(int low) { return FLOAT16 && low > 5 ? low - 5 : 0; }
+
+DEVICE int places(int width, int low) {
+    // The zero that comes off is put into a fraction beside the first part, at its place.
+    const int bits = low ? width : BITS;
+    const int count = (FRACTION - first_place(low) - bits) / width + 1;
+    return count < MAX_PLACES ? count : MAX_PLACES;
 }
 
-// Bits [low, low + width) of both halves of a word, for each part of a value.
+// Two numbers 2^exponent of the type of x.
+DEVICE u32 powers(int exponent) {
+    return (FLOAT16 ? (15 + exponent) << 10 : (127 + exponent) << 7) * 0x10001u;
+}
+
 struct Masks {
-    u32 of_width[4];  // 1, 2, 4, 8
+    u32 of[4][MAX_PLACES];  // of parts of 1, 2, 4 and 8 bits
 };
 
-DEVICE int place_of(int width) { return width == 8 ? 3 : width / 2; }
+DEVICE int index_of(int width) { return width == 8 ? 3 : width / 2; }
 
 DEVICE Masks masks(const Arguments& from) {
     Masks found = {};
@@ -101,41 +119,63 @@ DEVICE Masks masks(const Arguments& from) {
 #pragma unroll
     for (int width = 8; width >= 1; width /= 2)
         if (BITS & width) {
-            const u32 mask = (((1u << width) - 1) * 0x10001u) << low;
-            // A number that the compiler knows it would load anew for each use.
-            found.of_width[place_of(width)] = from.rows > 0 ? mask : 0;
+#pragma unroll
+            for (int place = 0; place < MAX_PLACES; ++place)
+                if (place < places(width, low)) {
+                    const int bit = first_place(low) + place * width;
+                    const u32 mask = (((1u << width) - 1) * 0x10001u) << bit;
+                    // A number that the compiler knows it would load anew for each use.
+                    found.of[index_of(width)][place] = from.rows > 0 ? mask : 0;
+                }
             low += width;
         }
     return found;
 }
 
-// What added to an integer as `numbers` begins with takes its zero off: to a pair of them, or to one.
-DEVICE u32 less_zero(u32 zero) {
-    if (FLOAT16) return (0xE400 | zero) * 0x10001u;    // -(1024 + zero)
-    if (BITS < 8) return (0xC300 | zero) * 0x10001u;   // -(128 + zero)
-    return bits_of(-8388608.f - (float)(int)zero);     // -(2^23 + zero)
+// A bfloat16's fraction is too short for eight bits.
+#define IN_FLOAT32 (!FLOAT16 && BITS == 8)
+
+// What added to the first part takes the zero off, for each place of it.
+DEVICE void less_zero(u32* minus, u32 zero) {
+    if (IN_FLOAT32) {
+        minus[0] = bits_of(-8388608.f - (float)(int)zero);  // -(2^23 + zero)
+        return;
+    }
+    const int width = widest();
+#pragma unroll
+    for (int place = 0; place < MAX_PLACES; ++place)
+        if (place < places(width, 0))
+            minus[place] = 0x80008000 | powers(FRACTION - place * width)
+                         | (zero << place * width) * 0x10001u;
 }
 
-// q - zero of two inputs, exactly: an integer put into the lowest bits of a power of two's fraction
-// makes their sum.
-DEVICE u32 numbers(const u32* words, const Masks& masks, int half, int pair, u32 minus) {
-    if (!FLOAT16 && BITS == 8) {  // a bfloat16's fraction has but seven bits
+// q - zero of two inputs, exactly: the pair with this index of the 16 that a lane has of a row.
+DEVICE u32 numbers(const u32* words, const Masks& masks, int half, int pair, const u32* minus) {
+    if (IN_FLOAT32) {
         const u32 word = words[half * 8 + pair / 2];
         const float low = of_bits(byte_of(word, pair % 2, 0x4B000000));
         const float high = of_bits(byte_of(word, pair % 2 + 2, 0x4B000000));
-        return bfloat16_pair(sum_of(low, of_bits(minus)), sum_of(high, of_bits(minus)));
+        const float less = of_bits(minus[0]);
+        return bfloat16_pair(sum_of(low, less), sum_of(high, less));
     }
-    u32 q = FLOAT16 ? 0x64006400 : 0x43004300;
-    int low = 0, before = 0;
+    u32 found = 0;
+    int low = 0;
 #pragma unroll
     for (int width = 8; width >= 1; width /= 2)
         if (BITS & width) {
-            const u32 mask = masks.of_width[place_of(width)];
-            q = field(words + before + half * width, width, low, pair, mask, q);
-            before += 2 * width;
+            const u32 word = words[2 * (BITS & ~(2 * width - 1)) + half * width + pair / (16 / width)];
+            const int index = pair % (16 / width), place = index % places(width, low);
+            const int bit = first_place(low) + place * width, shift = index * width - bit;
+            const u32 own = powers(FRACTION + low - bit);
+            const u32 mask = masks.of[index_of(width)][place];
+            const u32 part = and_or(shift < 0 ? word << -shift : word >> shift, mask, own);
+            if (low == 0)
+                found = add_pairs(part, minus[place]);
+            else
+                found = add_pairs(found, add_pairs(part, 0x80008000 | own));
             low += width;
         }
-    return add_pairs(q, minus);
+    return found;
 }
 
 // Two values times their scale plus an offset, each rounded to the type of x as the reference's are:
@@ -166,7 +206,7 @@ DEVICE void multiply_block(
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) in_block[tile] = rows[tile] + (i64)block * 128;
     float sums[MAX_PANELS][MAX_TILES][4];
-    u32 minus[MAX_PANELS][2];
+    u32 minus[MAX_PANELS][2][MAX_PLACES];
 #pragma unroll
     for (int unit = 0; unit < 4; ++unit) {
         // All units' x at once hide how long one takes, where there are registers for them.
@@ -181,8 +221,8 @@ DEVICE void multiply_block(
             if (unit * 32 % GROUP == 0) {
                 const u32 middle = OFFSETS ? 0 : 1u << (BITS - 1);
                 const u32 zeros = ZEROS ? part.zeros[i] : middle * 0x101u;
-                minus[panel][0] = less_zero(zeros & 0xFF);
-                minus[panel][1] = less_zero(zeros >> 8);
+                less_zero(minus[panel][0], zeros & 0xFF);
+                less_zero(minus[panel][1], zeros >> 8);
 #pragma unroll
                 for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
