@@ -177,7 +177,7 @@ DEVICE u16 narrow(float value) {
 
 DEVICE u32 byte_of(u32 word, int byte, u32 upper) { return (word >> 8 * byte & 0xFF) | upper; }
 
-DEVICE u32 bfloat16_pair(float low, float high) { return narrow(low) | (u32)narrow(high) << 16; }
+DEVICE u32 narrow_pair(float low, float high) { return narrow(low) | (u32)narrow(high) << 16; }
 
 DEVICE u32 add_pairs(u32 a, u32 b) {
     const u32 low = narrow(widen(a & 0xFFFF) + widen(b & 0xFFFF));

@@ -128,14 +128,22 @@ def test_any_number_of_warps_shares_some_panels(warps, panels, own_gpu, monkeypa
     assert torch.allclose(multiply(weight, x).double(), weight.exact(x), rtol=2**-8, atol=2e-3)
 
 
-@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
-def test_every_value_meets_every_zero(bits, dtype, own_gpu):
+def test_every_value_meets_every_zero_wherever_it_lies(bits, dtype, own_gpu):
+    """One input after the other is all of x: its row of the weight is what comes out."""
     top = 2**bits
-    q = (torch.arange(256) % top).repeat(top, 1).numpy()
-    weight = weight_of(q, torch.arange(top)[:, None].numpy(), torch.ones(top, 1).half(), bits, -1)
-    x = torch.eye(256)[:: 256 // min(top, 32)].to(dtype)
-    assert torch.equal(multiply(weight, x).double(), weight.exact(x))
+    zeros = torch.arange(top)[:, None] * (top // min(top, 32))  # of up to 32 outputs
+    zeros = zeros[: min(top, 32)] + torch.arange(2) % (top // min(top, 32) + 1)
+    zeros = zeros.clamp(max=top - 1)
+    q = (
+        torch.arange(256)[None, :] * (7 if bits > 3 else 1) + torch.arange(len(zeros))[:, None]
+    ) % top
+    scales = torch.ones(len(zeros), 2).half()
+    weight = weight_of(q.numpy(), zeros.numpy(), scales, bits, 128)
+    for first in range(0, 128, 32):
+        x = torch.eye(256)[first : first + 32].to(dtype)
+        assert torch.equal(multiply(weight, x).double(), weight.exact(x))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

@@ -84,22 +84,31 @@ DEVICE void load(Part& part, const Arguments& from, int panel, int block, u32 la
 
 // An integer of a part of `width` bits, put into the fraction of a power of two, makes their sum; and
 // where in the fraction it lies says which power it is to be. So fields that lie beside each other in a
-// word are taken without shifting each to the same place: of so many of them `places`, each is there
-// `width` bits further up, the first at `first_place`.
+// word are taken without shifting each to the same bit: a part has several places, `width` bits apart.
+// Where the first part has more than one, the others go along with it: what takes the zero off then
+// takes their powers off as well. Else they have places of their own.
 //
 // FRACTION: bits of a fraction of the type of x. `low`: what the part's lowest bit weighs: 2^low.
 
 #define FRACTION (FLOAT16 ? 10 : 7)
 #define MAX_PLACES 4  // for each is a mask in a register, and a number that takes zeros off
 
-// The largest float16 power of two is 2^15.
-DEVICE int first_place(int low) { return FLOAT16 && low > 5 ? low - 5 : 0; }
+DEVICE int at_most(int count) { return count < MAX_PLACES ? count : MAX_PLACES; }
+
+// Those of the first part, beside which the whole zero has to lie in a fraction.
+DEVICE int first_places() { return at_most((FRACTION - BITS) / widest() + 1); }
+
+DEVICE bool together() { return first_places() > 1; }
+
+// The lowest of the bits at which fields of a part are; the largest float16 power of two is 2^15.
+DEVICE int lowest_bit(int width, int low) {
+    if (low && together()) return FRACTION - first_places() * width;
+    return FLOAT16 && low > 5 ? low - 5 : 0;
+}
 
 DEVICE int places(int width, int low) {
-    // The zero that comes off is put into a fraction beside the first part, at its place.
-    const int bits = low ? width : BITS;
-    const int count = (FRACTION - first_place(low) - bits) / width + 1;
-    return count < MAX_PLACES ? count : MAX_PLACES;
+    if (!low || together()) return first_places();
+    return at_most((FRACTION - lowest_bit(width, low)) / width);
 }
 
 // Two numbers 2^exponent of the type of x.
@@ -122,7 +131,7 @@ DEVICE Masks masks(const Arguments& from) {
 #pragma unroll
             for (int place = 0; place < MAX_PLACES; ++place)
                 if (place < places(width, low)) {
-                    const int bit = first_place(low) + place * width;
+                    const int bit = lowest_bit(width, low) + place * width;
                     const u32 mask = (((1u << width) - 1) * 0x10001u) << bit;
                     // A number that the compiler knows it would load anew for each use.
                     found.of[index_of(width)][place] = from.rows > 0 ? mask : 0;
@@ -135,18 +144,28 @@ DEVICE Masks masks(const Arguments& from) {
 // A bfloat16's fraction is too short for eight bits.
 #define IN_FLOAT32 (!FLOAT16 && BITS == 8)
 
-// What added to the first part takes the zero off, for each place of it.
+// What added to the first part takes the zero off, for each place of it: an integer of no more bits
+// than a number of the type of x has.
 DEVICE void less_zero(u32* minus, u32 zero) {
+    const float with_zero = of_bits(0x4B000000 | zero);  // 2^23 + zero
     if (IN_FLOAT32) {
-        minus[0] = bits_of(-8388608.f - (float)(int)zero);  // -(2^23 + zero)
+        minus[0] = bits_of(-with_zero);
         return;
     }
-    const int width = widest();
 #pragma unroll
     for (int place = 0; place < MAX_PLACES; ++place)
-        if (place < places(width, 0))
-            minus[place] = 0x80008000 | powers(FRACTION - place * width)
-                         | (zero << place * width) * 0x10001u;
+        if (place < first_places()) {
+            int power = 1 << (FRACTION - place * widest()), low = 0;
+#pragma unroll
+            for (int width = 8; width >= 1; width /= 2)
+                if (BITS & width) {
+                    if (low && together())
+                        power += 1 << (FRACTION + low - lowest_bit(width, low) - place * width);
+                    low += width;
+                }
+            const float less = sum_of((float)((1 << 23) - power), -with_zero);
+            minus[place] = narrow_pair(less, less);
+        }
 }
 
 // q - zero of two inputs, exactly: the pair with this index of the 16 that a lane has of a row.
@@ -156,7 +175,7 @@ DEVICE u32 numbers(const u32* words, const Masks& masks, int half, int pair, con
         const float low = of_bits(byte_of(word, pair % 2, 0x4B000000));
         const float high = of_bits(byte_of(word, pair % 2 + 2, 0x4B000000));
         const float less = of_bits(minus[0]);
-        return bfloat16_pair(sum_of(low, less), sum_of(high, less));
+        return narrow_pair(sum_of(low, less), sum_of(high, less));
     }
     u32 found = 0;
     int low = 0;
@@ -164,15 +183,17 @@ DEVICE u32 numbers(const u32* words, const Masks& masks, int half, int pair, con
     for (int width = 8; width >= 1; width /= 2)
         if (BITS & width) {
             const u32 word = words[2 * (BITS & ~(2 * width - 1)) + half * width + pair / (16 / width)];
-            const int index = pair % (16 / width), place = index % places(width, low);
-            const int bit = first_place(low) + place * width, shift = index * width - bit;
+            const int index = pair % (16 / width);
+            const int place = together() ? pair % (16 / widest()) % first_places()
+                                         : index % places(width, low);
+            const int bit = lowest_bit(width, low) + place * width, shift = index * width - bit;
             const u32 own = powers(FRACTION + low - bit);
             const u32 mask = masks.of[index_of(width)][place];
             const u32 part = and_or(shift < 0 ? word << -shift : word >> shift, mask, own);
             if (low == 0)
                 found = add_pairs(part, minus[place]);
             else
-                found = add_pairs(found, add_pairs(part, 0x80008000 | own));
+                found = add_pairs(found, together() ? part : add_pairs(part, 0x80008000 | own));
             low += width;
         }
     return found;

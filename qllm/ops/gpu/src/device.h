@@ -68,10 +68,14 @@ DEVICE u32 byte_of(u32 word, int byte, u32 upper) {
     return __byte_perm(word, upper, 0x7650 | byte);
 }
 
-// Two numbers as bfloat16, the first one in the lower half.
-DEVICE u32 bfloat16_pair(float low, float high) {
+// Two numbers in the type of x, to nearest even, the first one in the lower half.
+DEVICE u32 narrow_pair(float low, float high) {
     u32 pair;
+#if FLOAT16
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#endif
     return pair;
 }
 
