@@ -15,13 +15,14 @@ import triton
 
 from benchmarks.gpu.layers import Bench, ours
 from qllm.ops import phase
-from qllm.ops.gpu import decode, decode_int8, prefill, tiles
+from qllm.ops.gpu import cuda, decode, decode_int8, prefill, tiles
 from qllm.ops.gpu import device as device_of
+from qllm.ops.gpu.layout import BLOCK, PANEL
 from qllm.ops.gpu.limits import seconds
 from qllm.ops.gpu.tiles import ROWS, Tile
 
 CTAS_PER_SM = (1, 2, 3, 4, 6, 8)
-DECODE_WARPS, DECODE_DEPTHS = (8, 16, 24, 32), (1, 2, 3, 4)
+DECODE_WARPS, DECODE_DEPTHS, DECODE_PANELS = (16, 32), (1, 2, 3, 4), (1, 2, 4)
 COLUMNS, WARPS, STAGES = (64, 128), (4, 8), (2, 3, 4, 5)
 MANY = 2048  # rows for which the last tile of a kind is chosen
 # Rows of a prompt for which the last tile is, whose weights become numbers in registers; and those
@@ -90,14 +91,53 @@ class Search:
             self.say(f"{self.kind}, {place} rows: {best}")
 
     def decode(self, row: dict) -> None:
-        """Leave in a row of the decode product's what took the least time."""
-        costs = {}
-        for warps, depth in itertools.product(DECODE_WARPS, DECODE_DEPTHS):
-            row |= {"warps_per_sm": warps, "depth": depth}
-            with phase.decode():
-                costs[warps, depth] = self._cost(1)
-        row["warps_per_sm"], row["depth"] = min(costs, key=costs.get)
+        """Leave in a row of the decode product's what took the least time.
+
+        How many warps share a panel, which decides on sums, is found for one row of x; then, for
+        some, panels and depths, each depth where so many warps share one.
+        """
+        few, kept = str(8 * cuda.TILES[0]), dict(row["cuts"])
+        costs = {
+            (warps, depth): sum(self._step(row, warps, few, 1, depth))
+            for warps, depth in itertools.product(DECODE_WARPS, DECODE_DEPTHS)
+        }
+        row["warps_per_sm"], _ = min(costs, key=costs.get)
+        shared = [self._warps(row["warps_per_sm"], shape) for shape in self.shapes]
+        for tall in cuda.TILES:
+            rows, found = str(8 * tall), {}
+            for panels, depth in itertools.product(DECODE_PANELS, DECODE_DEPTHS):
+                found[panels, depth] = self._step(row, row["warps_per_sm"], rows, panels, depth)
+
+            def of(panels: int, depth: int, warps: int, found: dict = found) -> float:
+                costs = zip(found[panels, depth], shared, strict=True)
+                return sum(cost for cost, own in costs if own == warps)
+
+            def best(panels: int, warps: int) -> int:
+                return min(DECODE_DEPTHS, key=lambda each: of(panels, each, warps))
+
+            panels = min(
+                DECODE_PANELS,
+                key=lambda count: sum(of(count, best(count, own), own) for own in set(shared)),
+            )
+            # What no shape tells stays as it is.
+            _, before = kept[rows]
+            depths = [
+                best(panels, own) if own in shared else known
+                for own, known in zip(cuda.WARPS, before, strict=True)
+            ]
+            row["cuts"] |= {rows: [panels, depths]}
         self.say(f"{self.kind}, decode: {row}")
+
+    def _warps(self, wanted: int, shape: tuple[int, int]) -> int:
+        inputs, outputs = shape
+        _, num_sms = device_of.architecture(self.device)
+        return cuda.warps(wanted, -(-outputs // PANEL), -(-inputs // BLOCK), num_sms)
+
+    def _step(self, row: dict, warps: int, rows: str, panels: int, depth: int) -> list[float]:
+        row["warps_per_sm"] = warps
+        row["cuts"] = row["cuts"] | {rows: [panels, [depth] * len(cuda.WARPS)]}
+        with phase.decode():
+            return self._costs(int(rows))
 
     def _with_tile(self, place: int, tile: Tile, rows: int) -> float:
         self.row["tiles"][str(place)] = list(tile)
@@ -108,18 +148,22 @@ class Search:
         return self._cost(1)
 
     def _cost(self, rows: int) -> float:
-        """Seconds of a product, relative to the size of the layer, over all of them."""
-        total = 0.0
+        return sum(self._costs(rows))
+
+    def _costs(self, rows: int) -> list[float]:
+        """Seconds of a product, relative to the size of the layer, of each of them."""
+        found = []
         for bench, (inputs, outputs) in zip(self.benches, self.shapes, strict=True):
             x = torch.randn(rows, inputs, device=self.device).to(torch.bfloat16)
             calls = [partial(run, x) for run in bench.runs]
             try:
                 with torch.inference_mode():
-                    total += seconds(calls, self.device, self.repeats) / (inputs * outputs)
+                    taken = seconds(calls, self.device, self.repeats)
+                found.append(taken / (inputs * outputs))
             except triton.runtime.errors.OutOfResources as error:
                 self.say(f"{self.kind}, {rows} rows: {error}")
-                return math.inf
-        return total
+                found.append(math.inf)
+        return found
 
 
 def search(
@@ -151,7 +195,7 @@ def search(
         else:
             continue
         if not reason:
-            row = dict(tiles.entry(architecture, step))
+            row = json.loads(json.dumps(tiles.entry(architecture, step)))
             tiles.table()[architecture][step] = found[step] = row
             search.decode(row)
     return found

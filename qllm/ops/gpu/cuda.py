@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 
 from qllm.ops.gpu import device as device_of
-from qllm.ops.gpu import driver, nvrtc
+from qllm.ops.gpu import driver, nvrtc, tiles
 
 SOURCE = Path(__file__).parent / "src"
 DTYPES = (torch.bfloat16, torch.float16)
 EARLY = (9, 0)  # the first compute capability whose kernels can begin before the last has ended
 WARPS = (4, 8, 16)
 TILES = (1, 2, 4)  # eights of rows that a block of threads takes at once
+SUMS = 96  # panels times tiles times warps whose sums fit into a block's 48 KiB of shared memory
 
 
 def source(name: str) -> str:
@@ -39,6 +40,36 @@ def kernel(name: str, constants: NamedTuple, device: torch.device) -> ctypes.c_v
     return driver.load(binary, device, name)
 
 
+class Cut(NamedTuple):
+    """How a product of few rows is cut: what a block of threads takes, and how.
+
+    Attributes:
+        warps: of a block of threads, which share its inputs.
+        depth: blocks of inputs that a warp asks for in advance.
+        tiles: eights of rows.
+        panels: of outputs, which share the rows that they read.
+    """
+
+    warps: int
+    depth: int
+    tiles: int
+    panels: int
+
+
+def cut(kind: str, architecture: str, rows: int, panels: int, blocks: int, num_sms: int) -> Cut:
+    """How to cut a product of so many rows with a weight of so many panels and blocks.
+
+    The number of warps, which decides on the order of sums, does not depend on the rows.
+    """
+    row = tiles.entry(architecture, kind)
+    sharing = warps(row["warps_per_sm"], panels, blocks, num_sms)
+    tall = next((count for count in TILES if rows <= 8 * count), TILES[-1])
+    wide, depths = row["cuts"][str(8 * tall)]
+    if panels < num_sms or sharing * tall * wide > SUMS:
+        wide = 1
+    return Cut(sharing, depths[WARPS.index(sharing)], tall, wide)
+
+
 def warps(wanted: int, panels: int, blocks: int, num_sms: int) -> int:
     """Warps that share a panel, so that few panels keep every multiprocessor busy.
 
@@ -47,21 +78,6 @@ def warps(wanted: int, panels: int, blocks: int, num_sms: int) -> int:
     """
     max_warps = max(WARPS[0], min(blocks, wanted * num_sms // panels))
     return max(count for count in WARPS if count <= max_warps)
-
-
-def tall(rows: int) -> int:
-    """Eights of rows that a block of threads takes at once, of so many rows."""
-    return next((count for count in TILES if rows <= 8 * count), TILES[-1])
-
-
-def panels(tall: int, panels: int, num_sms: int) -> int:
-    """Panels that a block of threads takes at once: several share the many rows that it reads.
-
-    Args:
-        tall: eights of rows.
-        panels: of the weight.
-    """
-    return 2 if tall > 1 and panels >= 2 * num_sms else 1
 
 
 def late_reason(device: torch.device) -> str | None:

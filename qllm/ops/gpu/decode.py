@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qllm.ops import phase, reference
-from qllm.ops.gpu import cuda, driver, layout, nvrtc, tiles
+from qllm.ops.gpu import cuda, driver, layout, nvrtc
 from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu.graph import Graph
 from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
@@ -136,8 +136,7 @@ def weight_only_linear(
     offsets = qzeros.is_floating_point()
     assert not offsets or qzeros.dtype == scales.dtype
     architecture, num_sms = device_of.architecture(x.device)
-    row = tiles.entry(architecture, f"decode-{bits}")
-    tall = cuda.tall(rows)
+    cut = cuda.cut(f"decode-{bits}", architecture, rows, shape.panels, shape.blocks, num_sms)
     variant = Variant(
         bits,
         float16=x.dtype == torch.float16,
@@ -145,10 +144,10 @@ def weight_only_linear(
         offsets=offsets,
         wide=scales.dtype == torch.float32,
         group=shape.span,
-        warps=cuda.warps(row["warps_per_sm"], shape.panels, shape.blocks, num_sms),
-        depth=min(row["depth"], MAX_DEPTH_OF_OFFSETS) if offsets else row["depth"],
-        tiles=tall,
-        panels=cuda.panels(tall, shape.panels, num_sms),
+        warps=cut.warps,
+        depth=min(cut.depth, MAX_DEPTH_OF_OFFSETS) if offsets else cut.depth,
+        tiles=cut.tiles,
+        panels=cut.panels,
         whole=x.shape[1] == shape.blocks * BLOCK,
     )
     if bias is not None:
@@ -169,7 +168,7 @@ def weight_only_linear(
         shape.groups,
         _reciprocal(-(-shape.padded_size // BLOCK)),
     )
-    grid = (-(-rows // (8 * tall)), -(-shape.panels // variant.panels))
+    grid = (-(-rows // (8 * cut.tiles)), -(-shape.panels // cut.panels))
     with device_of.current(x):
         function = cuda.kernel("decode", variant, x.device)
         early = begins_early(x.device) if early is None else early

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qllm.ops import reference
-from qllm.ops.gpu import cuda, decode, driver, nvrtc, tiles
+from qllm.ops.gpu import cuda, decode, driver, nvrtc
 from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu.layout import BLOCK, PANEL
 from qllm.ops.reference import Int8Rows
@@ -30,6 +30,7 @@ class Variant(NamedTuple):
     warps: int
     depth: int
     tiles: int
+    panels: int
 
 
 class Arguments(ctypes.Structure):
@@ -78,15 +79,10 @@ def int8_linear(rows: Int8Rows, qweight: Tensor, scales: Tensor, bias: Tensor | 
     (count, inputs), outputs = x.shape, len(qweight)
     y = x.new_empty(count, outputs, dtype=dtype)
     architecture, num_sms = device_of.architecture(x.device)
-    row = tiles.entry(architecture, "decode-int8")
     panels, blocks = -(-outputs // PANEL), -(-inputs // BLOCK)
-    variant = Variant(
-        float16=dtype == torch.float16,
-        wide=scales.dtype == torch.float32,
-        warps=cuda.warps(row["warps_per_sm"], panels, blocks, num_sms),
-        depth=row["depth"],
-        tiles=cuda.tall(count),
-    )
+    cut = cuda.cut("decode-int8", architecture, count, panels, blocks, num_sms)
+    wide = scales.dtype == torch.float32
+    variant = Variant(dtype == torch.float16, wide, *cut)
     x_scales, scales = x_scales.contiguous(), scales.contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
     arguments = Arguments(
@@ -105,7 +101,8 @@ def int8_linear(rows: Int8Rows, qweight: Tensor, scales: Tensor, bias: Tensor | 
     with device_of.current(x):
         function = cuda.kernel("decode_int8", variant, x.device)
         early = decode.begins_early(x.device)
-        driver.launch(function, (1, panels), 32 * variant.warps, arguments, x.device, early=early)
+        grid = (1, -(-panels // cut.panels))
+        driver.launch(function, grid, 32 * cut.warps, arguments, x.device, early=early)
     return y
 
 

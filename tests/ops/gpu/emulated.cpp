@@ -41,7 +41,7 @@ static Constants constants;
 #define MAX_WARPS 16
 #define MAX_DEPTH 4
 #define MAX_SCALES 4
-#define MAX_PANELS 2
+#define MAX_PANELS 4
 
 #define DEVICE static inline
 #define SHARED static
@@ -66,7 +66,7 @@ struct Fiber {
 };
 
 constexpr int MAX_THREADS = MAX_WARPS * 32;
-constexpr size_t STACK = 64 << 10;
+constexpr size_t STACK = 128 << 10;
 
 static Fiber fibers[MAX_THREADS];
 static Warp warps[MAX_WARPS];

@@ -1,7 +1,7 @@
 // y = (x W^T) x_scales scales + bias for the few rows of a decode step, x and W int8.
 //
-// A block of threads takes a panel of 16 outputs and up to 8 TILES rows of x. Its warps take turns at
-// blocks of 128 inputs; sums are integers and exact, in whichever order they are added.
+// A block of threads takes PANELS panels of 16 outputs and up to 8 TILES rows of x. Its warps take
+// turns at blocks of 128 inputs; sums are integers and exact, in whichever order they are added.
 //
 // W lies in rows. For lane 4 g + t operand A of a product of 32 inputs is four bytes at 4 t and four at
 // 16 + 4 t of rows g and g + 8: which inputs these are is free, if it is the same for x, operand B. So a
@@ -9,7 +9,7 @@
 // read 64 consecutive ones. Nothing goes through shared memory.
 //
 // Constants: FLOAT16: the type of bias and y, else bfloat16; WIDE: scales are float32, else float16;
-// WARPS; DEPTH: blocks that a warp has asked for in advance; TILES.
+// WARPS; DEPTH: blocks that a warp has asked for in advance; TILES; PANELS.
 
 struct Arguments {
     const u32* x;           // (rows, inputs) of int8
@@ -42,8 +42,15 @@ DEVICE void load(Part& part, const Arguments& from, int panel, int block, int la
     }
 }
 
+DEVICE void load_panels(Part* parts, const Arguments& from, int first_panel, int block, int lane) {
+#pragma unroll
+    for (int panel = 0; panel < PANELS; ++panel)
+        load(parts[panel], from, first_panel + panel, block, lane);
+}
+
 DEVICE void multiply_block(
-    int (*total)[4], const Part& part, const Arguments& from, int first_row, int block, int lane
+    int (*total)[MAX_TILES][4], const Part* parts, const Arguments& from, int first_row, int block,
+    int lane
 ) {
     u32 x[2][MAX_TILES][4];  // of both halves, which hides how long one takes
 #pragma unroll
@@ -59,28 +66,31 @@ DEVICE void multiply_block(
         }
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const u32(*words)[4] = part.words[half];
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile)
+        for (int panel = 0; panel < PANELS; ++panel) {
+            const u32(*words)[4] = parts[panel].words[half];
 #pragma unroll
-            for (int i = 0; i < 4; i += 2) {
-                const u32 a[4] = {words[0][i], words[1][i], words[0][i + 1], words[1][i + 1]};
-                multiply_int8(total[tile], a, x[half][tile][i], x[half][tile][i + 1]);
-            }
-    }
+            for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+                for (int i = 0; i < 4; i += 2) {
+                    const u32 a[4] = {words[0][i], words[1][i], words[0][i + 1], words[1][i + 1]};
+                    multiply_int8(total[panel][tile], a, x[half][tile][i], x[half][tile][i + 1]);
+                }
+        }
 }
 
 KERNEL decode_int8(Arguments from) {
     const int lane = (int)(thread_index() % 32), warp = (int)(thread_index() / 32);
-    const int panel = panel_index(), first_row = chunk_index() * (8 * TILES);
+    const int first_panel = panel_index() * PANELS, first_row = chunk_index() * (8 * TILES);
     let_next_begin();
-    Part ahead[MAX_DEPTH];
+    Part ahead[MAX_DEPTH][MAX_PANELS];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d)
-        if (warp + d * WARPS < from.blocks) load(ahead[d], from, panel, warp + d * WARPS, lane);
+        if (warp + d * WARPS < from.blocks)
+            load_panels(ahead[d], from, first_panel, warp + d * WARPS, lane);
     wait_for_previous();
-    int total[MAX_TILES][4] = {};
+    int total[MAX_PANELS][MAX_TILES][4] = {};
     for (int first = warp; first < from.blocks; first += DEPTH * WARPS) {
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d) {
@@ -89,22 +99,23 @@ KERNEL decode_int8(Arguments from) {
                 multiply_block(total, ahead[d], from, first_row, block, lane);
                 // Into the registers that are free now: into others they would have to be moved, and
                 // what moves them waits for them.
-                if (next < from.blocks) load(ahead[d], from, panel, next, lane);
+                if (next < from.blocks) load_panels(ahead[d], from, first_panel, next, lane);
             }
         }
     }
 
-    SHARED int sums[MAX_WARPS][4 * MAX_TILES][32];
+    SHARED int sums[MAX_WARPS][4 * MAX_TILES * MAX_PANELS][32];
 #pragma unroll
-    for (int i = 0; i < 4 * TILES; ++i) sums[warp][i][lane] = total[i / 4][i % 4];
+    for (int i = 0; i < 4 * TILES * PANELS; ++i)
+        sums[warp][i][lane] = total[i / 4 / TILES][i / 4 % TILES][i % 4];
     barrier();
 #pragma unroll 1
-    for (int at = (int)thread_index(); at < 128 * TILES; at += 32 * WARPS) {
+    for (int at = (int)thread_index(); at < 128 * TILES * PANELS; at += 32 * WARPS) {
         const int i = at / 32, who = at % 32;
         int sum = 0;
         for (int other = 0; other < WARPS; ++other) sum += sums[other][i][who];
-        const int row = first_row + i / 4 * 8 + who % 4 * 2 + i % 2;
-        const int output = panel * 16 + who / 4 + i % 4 / 2 * 8;
+        const int row = first_row + i / 4 % TILES * 8 + who % 4 * 2 + i % 2;
+        const int output = (first_panel + i / 4 / TILES) * 16 + who / 4 + i % 4 / 2 * 8;
         if (row < from.rows && output < from.outputs) {
             const float scale = WIDE ? ((const float*)from.scales)[output]
                                      : from_float16(((const u16*)from.scales)[output]);
