@@ -94,48 +94,33 @@ class Search:
         """Leave in a row of the decode product's what took the least time.
 
         How many warps share a panel, which decides on sums, is found for one row of x; then, for
-        some, panels and depths, each depth where so many warps share one.
+        some, panels and depths, those of each size class. What no shape tells stays as it is.
         """
-        few, kept = str(8 * cuda.TILES[0]), dict(row["cuts"])
+        few, kept = str(8 * cuda.TILES[0]), json.loads(json.dumps(row["cuts"]))
         costs = {
-            (warps, depth): sum(self._step(row, warps, few, 1, depth))
+            (warps, depth): sum(self._step(row, warps, few, [1, depth]))
             for warps, depth in itertools.product(DECODE_WARPS, DECODE_DEPTHS)
         }
         row["warps_per_sm"], _ = min(costs, key=costs.get)
-        shared = [self._warps(row["warps_per_sm"], shape) for shape in self.shapes]
-        for tall in cuda.TILES:
-            rows, found = str(8 * tall), {}
-            for panels, depth in itertools.product(DECODE_PANELS, DECODE_DEPTHS):
-                found[panels, depth] = self._step(row, row["warps_per_sm"], rows, panels, depth)
-
-            def of(panels: int, depth: int, warps: int, found: dict = found) -> float:
-                costs = zip(found[panels, depth], shared, strict=True)
-                return sum(cost for cost, own in costs if own == warps)
-
-            def best(panels: int, warps: int) -> int:
-                return min(DECODE_DEPTHS, key=lambda each: of(panels, each, warps))
-
-            panels = min(
-                DECODE_PANELS,
-                key=lambda count: sum(of(count, best(count, own), own) for own in set(shared)),
-            )
-            # What no shape tells stays as it is.
-            _, before = kept[rows]
-            depths = [
-                best(panels, own) if own in shared else known
-                for own, known in zip(cuda.WARPS, before, strict=True)
-            ]
-            row["cuts"] |= {rows: [panels, depths]}
+        classes = [self._size_class(row["warps_per_sm"], shape) for shape in self.shapes]
+        for rows in kept:
+            cuts = itertools.product(DECODE_PANELS, DECODE_DEPTHS)
+            found = {cut: self._step(row, row["warps_per_sm"], rows, list(cut)) for cut in cuts}
+            for size_class in set(classes):
+                of_class = [own == size_class for own in classes]
+                best = min(found, key=lambda cut: sum(itertools.compress(found[cut], of_class)))
+                kept[rows][size_class] = list(best)
+            row["cuts"][rows] = kept[rows]
         self.say(f"{self.kind}, decode: {row}")
 
-    def _warps(self, wanted: int, shape: tuple[int, int]) -> int:
+    def _size_class(self, wanted: int, shape: tuple[int, int]) -> int:
         inputs, outputs = shape
-        _, num_sms = device_of.architecture(self.device)
-        return cuda.warps(wanted, -(-outputs // PANEL), -(-inputs // BLOCK), num_sms)
+        panels, (_, num_sms) = -(-outputs // PANEL), device_of.architecture(self.device)
+        warps = cuda.warps(wanted, panels, -(-inputs // BLOCK), num_sms)
+        return cuda.size_class(warps, panels, num_sms)
 
-    def _step(self, row: dict, warps: int, rows: str, panels: int, depth: int) -> list[float]:
-        row["warps_per_sm"] = warps
-        row["cuts"] = row["cuts"] | {rows: [panels, [depth] * len(cuda.WARPS)]}
+    def _step(self, row: dict, warps: int, rows: str, cut: list[int]) -> list[float]:
+        row["warps_per_sm"], row["cuts"][rows] = warps, [cut] * cuda.SIZE_CLASSES
         with phase.decode():
             return self._costs(int(rows))
 

@@ -18,6 +18,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 EARLY = (9, 0)  # the first compute capability whose kernels can begin before the last has ended
 WARPS = (4, 8, 16)
 TILES = (1, 2, 4)  # eights of rows that a block of threads takes at once
+MANY = 8  # panels of a multiprocessor beyond which not all have room at once
+SIZE_CLASSES = len(WARPS) + 1  # of weights: by the warps that share a panel, and of many panels
 SUMS = 96  # panels times tiles times warps whose sums fit into a block's 48 KiB of shared memory
 
 
@@ -64,10 +66,13 @@ def cut(kind: str, architecture: str, rows: int, panels: int, blocks: int, num_s
     row = tiles.entry(architecture, kind)
     sharing = warps(row["warps_per_sm"], panels, blocks, num_sms)
     tall = next((count for count in TILES if rows <= 8 * count), TILES[-1])
-    wide, depths = row["cuts"][str(8 * tall)]
-    if panels < num_sms or sharing * tall * wide > SUMS:
-        wide = 1
-    return Cut(sharing, depths[WARPS.index(sharing)], tall, wide)
+    wide, depth = row["cuts"][str(8 * tall)][size_class(sharing, panels, num_sms)]
+    return Cut(sharing, depth, tall, 1 if sharing * tall * wide > SUMS else wide)
+
+
+def size_class(warps: int, panels: int, num_sms: int) -> int:
+    """Which of "cuts" of the table is for so many warps and panels: one of SIZE_CLASSES."""
+    return len(WARPS) if panels > MANY * num_sms else WARPS.index(warps)
 
 
 def warps(wanted: int, panels: int, blocks: int, num_sms: int) -> int:

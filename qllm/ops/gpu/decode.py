@@ -137,6 +137,8 @@ def weight_only_linear(
     assert not offsets or qzeros.dtype == scales.dtype
     architecture, num_sms = device_of.architecture(x.device)
     cut = cuda.cut(f"decode-{bits}", architecture, rows, shape.panels, shape.blocks, num_sms)
+    if offsets:
+        cut = cut._replace(depth=min(cut.depth, MAX_DEPTH_OF_OFFSETS), panels=1)
     variant = Variant(
         bits,
         float16=x.dtype == torch.float16,
@@ -145,7 +147,7 @@ def weight_only_linear(
         wide=scales.dtype == torch.float32,
         group=shape.span,
         warps=cut.warps,
-        depth=min(cut.depth, MAX_DEPTH_OF_OFFSETS) if offsets else cut.depth,
+        depth=cut.depth,
         tiles=cut.tiles,
         panels=cut.panels,
         whole=x.shape[1] == shape.blocks * BLOCK,

@@ -1,6 +1,6 @@
 """The sizes of the products' tiles, from a table by architecture, kind and number of rows; and of
 the decode product "warps_per_sm" and, by the number of rows, "cuts": panels that a block of threads
-takes, and blocks that its warps ask for in advance, where they are 4, 8 or 16.
+takes and blocks that its warps ask for in advance, for each of `cuda.SIZE_CLASSES`.
 
 `python3 -m benchmarks.gpu --tune` measures them on the GPU at hand and writes `tiles.json`.
 """

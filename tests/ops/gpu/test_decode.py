@@ -356,15 +356,26 @@ def test_what_is_compiled_is_kept(monkeypatch, tmp_path, capsys):
     assert nvrtc.compile_cached("source", ["-DBITS=4"]) == b"binary" and len(made) == 3
 
 
-def test_few_panels_get_more_warps():
+def test_few_panels_keep_every_multiprocessor_busy():
     for panels, blocks, expected in ((256, 86, 8), (512, 64, 4), (1376, 32, 4), (48, 6, 4)):
         assert cuda.warps(16, panels, blocks, 132) == expected
     assert cuda.warps(16, 64, 32, 132) == 16
 
 
+@pytest.mark.parametrize("kind", ["decode-int8", *(f"decode-{bits}" for bits in BITS)])
+def test_rows_decide_on_no_sum_and_all_sums_have_room(kind):
+    for panels, blocks in itertools.product(
+        (3, 48, 192, 256, 512, 768, 1376, 9000), (1, 6, 32, 86)
+    ):
+        cuts = [cuda.cut(kind, "9.0", rows, panels, blocks, 132) for rows in range(1, 300)]
+        assert len({cut.warps for cut in cuts}) == 1
+        assert all(cut.warps * cut.tiles * cut.panels <= cuda.SUMS for cut in cuts)
+        assert all(1 <= cut.depth <= 4 and cut.panels in (1, 2, 4) for cut in cuts)
+
+
 def depth(bits: int) -> int:
     """Blocks that a warp asks for in advance."""
-    return tiles.entry(tiles.DEFAULT, f"decode-{bits}")["cuts"]["8"][1][0]
+    return max(depth for _, depth in tiles.entry(tiles.DEFAULT, f"decode-{bits}")["cuts"]["8"])
 
 
 # Constants of the kernel: each number of bits, and one of each of the others somewhere.
