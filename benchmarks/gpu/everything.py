@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -92,9 +93,11 @@ def parts(
         options: of every measurement.
         table: where the tiles go that are found.
     """
-    # What kernels compile to for other GPUs is tested on machines that have time.
+    # What kernels compile to for other GPUs is tested on machines that have time. Compiling for the
+    # one at hand is most of the work, and goes on beside each other.
     without = "--ignore=tests/ops/gpu/test_compile.py"
-    yield Part("tests", ("-m", "pytest", "-vv", "-m", "", without, "tests/ops/gpu"), 150)
+    beside = ("-n", str(min(os.cpu_count() or 1, 12)), "--maxprocesses", "12")
+    yield Part("tests", ("-m", "pytest", "-vv", *beside, without, "tests/ops/gpu"), 150)
 
     def measure(name: str, seconds: float, *arguments: str) -> Part:
         return Part(name, ("-m", "benchmarks.gpu", *options, *arguments), seconds)

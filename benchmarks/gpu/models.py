@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 
@@ -40,6 +41,7 @@ def measure(
     dtype: torch.dtype, device: torch.device,
 ) -> dict[str, object]:  # fmt: skip
     """Time of a decode step, and the share of the bandwidth at which it reads the weights."""
+    gc.collect()  # of a model that was measured before, whose graph knows it
     model = random_model(repository, bitwidth, dtype, device)
     cache = model.new_cache(batch, CONTEXT + steps + 3)
     tokens = model.prefill([list(range(CONTEXT))] * batch, cache).argmax(-1)
