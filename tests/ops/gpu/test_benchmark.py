@@ -221,17 +221,32 @@ def test_ways_are_those_that_products_take(way, monkeypatch):
 
 
 def test_tuning_tries_what_the_decode_product_has(gpu, monkeypatch):
-    row, tried = {"warps_per_sm": 16, "depth": 3}, []
+    """Of shapes of two size classes each gets what is best for it, and others keep what they had."""
+    shapes, place = ((4096, 4096), (4096, 22016)), torch.device(gpu)
+    monkeypatch.setattr(tune.device_of, "architecture", lambda device: ("9.0", 132))
+    row = {"warps_per_sm": 16, "cuts": {"8": [[9, 9]] * 4, "16": [[9, 9]] * 4}}
+    classes = [search_of(row, shapes, place)._size_class(32, shape) for shape in shapes]
 
-    def cost(self, rows):
-        assert rows == 1 and phase.decoding()
-        tried.append((row["warps_per_sm"], row["depth"]))
-        return abs(row["warps_per_sm"] - 24) + abs(row["depth"] - 2)
+    def costs(self, rows):
+        assert phase.decoding()
+        cuts = [row["cuts"][str(rows)][size_class] for size_class in classes]
+        best = ([1, 2], [rows // 8, 3])
+        return [
+            1 + (row["warps_per_sm"] != 32) + sum(abs(a - b) for a, b in zip(cut, own, strict=True))
+            for cut, own in zip(cuts, best, strict=True)
+        ]
 
-    monkeypatch.setattr(tune.Search, "_cost", cost)
-    place = torch.device(gpu)
-    tune.Search("packed-4", {}, (), (), place, 1, None, lambda line: None).decode(row)
-    assert row == {"warps_per_sm": 24, "depth": 2} and len(set(tried)) == 16
+    monkeypatch.setattr(tune.Search, "_costs", costs)
+    search_of(row, shapes, place).decode(row)
+    assert classes == [2, 3] and row["warps_per_sm"] == 32
+    assert row["cuts"] == {
+        "8": [[9, 9], [9, 9], [1, 2], [1, 3]],
+        "16": [[9, 9], [9, 9], [1, 2], [2, 3]],
+    }
+
+
+def search_of(row: dict, shapes: tuple, place: torch.device) -> tune.Search:
+    return tune.Search("packed-4", row, shapes, (), place, 1, None, lambda line: None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
