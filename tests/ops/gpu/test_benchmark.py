@@ -221,7 +221,7 @@ def test_ways_are_those_that_products_take(way, monkeypatch):
 
 
 def test_tuning_tries_what_the_decode_product_has(gpu, monkeypatch):
-    """Of shapes of two size classes each gets what is best for it, and others keep what they had."""
+    """Two size classes get what is best for each, and others keep what they had."""
     shapes, place = ((4096, 4096), (4096, 22016)), torch.device(gpu)
     monkeypatch.setattr(tune.device_of, "architecture", lambda device: ("9.0", 132))
     row = {"warps_per_sm": 16, "cuts": {"8": [[9, 9]] * 4, "16": [[9, 9]] * 4}}
