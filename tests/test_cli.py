@@ -140,7 +140,7 @@ def test_output_that_cannot_be_written():
         done = run_main("print('text')", stdout=full, stderr=-1, capture_output=False)
     assert (done.returncode, done.stderr) == (
         2,
-        "-c: error: [Errno 28] No space left on device\n",
+        "-c: error: standard output cannot be written (No space left on device)\n",
     )
 
 

@@ -112,17 +112,25 @@ def run(main: Callable[[], int | None]) -> None:
         line = f"the package {package} {what}; pip install -r requirements.txt installs it"
         status = _fail(program, line, 2)
     except OSError as error:
-        status = _fail(program, str(error), getattr(error, "status", 2))
+        line = str(error) if _is_open() else f"standard output cannot be written ({error.strerror})"
+        status = _fail(program, line, getattr(error, "status", 2))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
             raise
         status = _fail(program, f"out of memory; take fewer bits or a smaller model ({error})", 1)
-    try:
-        print(end="", flush=True)
-    except OSError:  # Python would complain once more while it exits
+    if not _is_open():  # Python would complain once more while it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     ending.status = status
     sys.exit(status)
+
+
+def _is_open() -> bool:
+    """Whether standard output takes what was printed so far."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        return False
+    return True
 
 
 def _open_streams() -> None:
