@@ -16,6 +16,9 @@ MARKS = {
 }
 
 
+MAX_BYTES = 1 << 30  # of a text, which is in memory as a whole, several times over
+
+
 def read_text(path: Path, option: str = "") -> str:
     """The text of a file, its lines ended by line feeds.
 
@@ -26,7 +29,8 @@ def read_text(path: Path, option: str = "") -> str:
         UserError: where it cannot be read, and see `decode`.
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(f"{option}{path} cannot be read ({error.strerror})") from None
     return decode(data, f"{option}{path}")
@@ -39,8 +43,12 @@ def decode(data: bytes, name: str) -> str:
         name: of what was read, for errors.
 
     Raises:
-        UserError: where it is not UTF-8, naming the line.
+        UserError: where it is not UTF-8, naming the line, or there is more than of a text.
     """
+    if len(data) > MAX_BYTES:
+        raise UserError(
+            f"{name} has more than {MAX_BYTES >> 30} GiB; `head -c {MAX_BYTES >> 30}G` takes a part"
+        )
     encoding = next((found for mark, found in MARKS.items() if data.startswith(mark)), None)
     if encoding is None and b"\0" in data[:2]:  # no text begins so, but UTF-16 without its mark
         encoding = "UTF-16"

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from qllm import text
 from qllm.data import DATASETS, TASKS, load_rows, load_text, sample_windows
 from qllm.errors import UserError
 
@@ -68,6 +69,15 @@ def test_a_file_that_is_no_text(data, message, tmp_path):
     for load in (load_text, load_rows):
         with pytest.raises(UserError, match=message):
             load(str(path))
+
+
+def test_no_more_than_a_text_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    with path.open("wb") as file:
+        file.truncate(100 << 30)  # of which the disk holds nothing
+    monkeypatch.setattr(text, "MAX_BYTES", 1000)
+    with pytest.raises(UserError, match=r"text\.txt has more than .* `head -c .* takes a part"):
+        load_text(str(path))
 
 
 def test_marks_and_line_ends_are_no_text(tmp_path):

@@ -13,7 +13,7 @@ from qllm.cli.lengths import Default
 from qllm.config import MAX_SEED
 from qllm.data import JSON_LINES, json_rows
 from qllm.errors import UserError
-from qllm.text import decode, read_text, surrogate
+from qllm.text import MAX_BYTES, decode, read_text, surrogate
 
 if TYPE_CHECKING:
     from qllm.tokenizer import Tokenizer
@@ -128,7 +128,7 @@ def _standard_input() -> str:
     if sys.stdin is None:
         raise UserError("--stdin: standard input is closed")
     try:
-        data = sys.stdin.buffer.read()
+        data = sys.stdin.buffer.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(f"--stdin: standard input cannot be read ({error.strerror})") from None
     return decode(data, "standard input")
