@@ -302,8 +302,10 @@ class Decode(Pass):
         self.slopes = None if slopes is None else slopes.to(device)
         self.cos_sin = ()
         self.tables = [each.table(cache.capacity, cache.dtype, device) for each in encoding.kinds]
-        # A graph looks up what depends on nothing but positions.
-        self._looks_up_itself = device.type == "cuda" and None not in self.tables
+        # A graph moves on to the next positions, and looks up what depends on nothing else.
+        self._moves_on = device.type == "cuda"
+        self._looks_up_itself = self._moves_on and None not in self.tables
+        self._known: tuple[list[int], list[int]] | None = None  # rows and positions, on the device
 
     def begin(self, tokens: Tensor) -> None:
         """Take the next tokens of the live rows, which come where each ends.
@@ -320,10 +322,13 @@ class Decode(Pass):
         self.tokens[: len(tokens)].copy_(tokens)
         if len(tokens) < self.size:
             self.tokens[len(tokens) :].copy_(tokens[-1:].expand(self.size - len(tokens)))
-        # Memory that is pinned is copied without waiting for what the device still does.
-        pinned = self.tokens.is_cuda
-        index = torch.tensor([rows, pasts], pin_memory=pinned)
-        self._rows_and_positions.copy_(index, non_blocking=pinned)
+        if self._known != (rows, pasts):
+            # Memory that is pinned is copied without waiting for what the device still does.
+            pinned = self.tokens.is_cuda
+            index = torch.tensor([rows, pasts], pin_memory=pinned)
+            self._rows_and_positions.copy_(index, non_blocking=pinned)
+        if self._moves_on:
+            self._known = rows, [past + 1 for past in pasts]
         self.batch = self.batch._replace(span=max(pasts) + 1)
         if not self._looks_up_itself:
             self._look_up()
@@ -332,6 +337,11 @@ class Decode(Pass):
         """The first part of a step that is captured."""
         if self._looks_up_itself:
             self.cos_sin = tuple(map(self._of_kind, self.encoding.kinds, self.tables))
+
+    def move_on(self) -> None:
+        """The last part of a step that is captured."""
+        if self._moves_on:
+            self.positions.add_(1)
 
     def _look_up(self) -> None:
         found = tuple(map(self._of_kind, self.encoding.kinds, self.tables))

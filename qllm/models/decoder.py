@@ -295,6 +295,7 @@ class Decoder(nn.Module):
     def _run_step(self, step: Decode) -> None:
         with phase.decode():
             step.logits = self._logits(self.hidden_step(step))
+        step.move_on()
 
     def graph_break(self) -> str | None:
         """Why decode steps are not replayed from what was captured; None: they are.

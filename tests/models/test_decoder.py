@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -36,7 +37,8 @@ from qllm.generate import generate
 from qllm.generation_config import GenerationConfig
 from qllm.models import FAMILIES as MODEL_FAMILIES
 from qllm.models import Decoder
-from qllm.models.cache import KVCache
+from qllm.models.cache import Decode, KVCache
+from qllm.ops.capture import EagerStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HALVES = (torch.float16, torch.bfloat16)
@@ -188,6 +190,44 @@ def test_rows_see_nothing_but_their_own_tokens(family):
     got = torch.stack(got)
     assert got[1:, 1].isnan().all()
     assert_logits_close(got[:, ::2], clean[:, ::2])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_that_moves_on_by_itself_finds_the_same(family, monkeypatch):
+    """As a graph does: rows and positions are written where they are not what it came to alone."""
+    model, prompts = our_bundled(family), draw_prompts([3, 9, 5], 4096)
+    forced = torch.tensor(draw_prompts([8] * 3, 4096))
+
+    def run() -> list[Tensor]:
+        cache, found = model.new_cache(3, 32), []
+        model.prefill(prompts, cache)
+        for number in range(6):
+            if number == 3:
+                cache.keep([0, 2])
+            found.append(model.decode(forced[cache.live, number], cache))
+        cache.lengths[2] -= 2  # as what is taken back
+        return [*found, model.decode(forced[cache.live, 7], cache)]
+
+    def begin(step: Decode, *given: object) -> None:
+        create(step, *given)
+        step._moves_on, step._looks_up_itself = True, None not in step.tables
+
+    def eager(run: Callable[[], None], *_: object, alone: bool) -> EagerStep:
+        run()
+        return EagerStep(run, "")
+
+    expected, create = run(), Decode.__init__
+    monkeypatch.setattr(Decode, "__init__", begin)
+    monkeypatch.setattr("qllm.models.decoder.capture", eager)
+    written, copy = [], torch.Tensor.copy_
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda *given, **how: written.append(given[0]) or copy(*given, **how)
+    )
+    found = run()
+    for got, want in zip(found, expected, strict=True):
+        assert_logits_close(got, want)
+    # At first, where there are fewer rows, and behind what was taken back.
+    assert sum(part.dim() == 2 and part.dtype == torch.int64 for part in written) == 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
