@@ -5,8 +5,9 @@
 
 prints a line of JSON for each compute capability and each kernel, or each whose name begins as one
 of the words: registers of a thread, bytes of them that did not fit (stack) and of shared memory,
-the matrix instructions, and how many take registers, stores to shared memory, instructions that do
-not round as IEEE 754 says, or not after each step, and the numbers by which others round.
+the matrix instructions, and how many take registers, stores to shared memory, whether it waits for
+the kernel in front, how often it reads or writes before that, instructions that do not round as
+IEEE 754 says, or not after each step, and the numbers by which others round.
 Triton must not be told to interpret.
 """
 
@@ -38,6 +39,7 @@ OF_REGISTERS = re.compile(r"\bHGMMA\S* R\d+, R\d+, gdesc")
 INEXACT = re.compile(
     r"\b(?:fma\.rn\.f32|[a-z0-9]+\.(?:full|approx)\.[.a-z0-9]+|[.a-z0-9]+\.ftz\b|cvt\.r[zmp]\.\S+)"
 )
+EARLY = 90  # the first whose kernels can begin before the one in front has ended
 ALIGNED = ("inputs", "x_stride")  # numbers that are multiples of 16 in any model
 
 
@@ -218,6 +220,8 @@ def quantized_prefills(tensors: dict[str, str]) -> Iterator[Job]:
 
 def build(job: Job, capability: int) -> dict[str, object]:
     """Compile a kernel, and say what came of it."""
+    if capability < EARLY and "LATE" in job.constants:
+        job = job._replace(constants=job.constants | {"LATE": False})
     names = job.kernel.arg_names
     numbers = {"scale": "fp32", "eps": "fp32", "offset": "fp32", "cap": "fp32"}
     types = {
@@ -250,6 +254,8 @@ def build(job: Job, capability: int) -> dict[str, object]:
         "nearest": [built.asm["ptx"].count(number) for number in NEAREST],
         "of_registers": len(OF_REGISTERS.findall(code)),
         "stores": len(re.findall(r"\bSTSM?\b", code)),
+        "waits": "ACQBULK" in code,
+        "before": len(re.findall(r"\b(?:LDG|STG|ATOMG)\b", code.partition("ACQBULK")[0])),
     }
 
 

@@ -71,6 +71,10 @@ def test_kernels_fit_into_registers_use_the_matrix_units_and_round_as_they_shoul
         if "to int8" in name or name.startswith("quantizing"):
             add, less = found["nearest"]
             assert add == less > 0, name
+        if found["waits"]:  # for what the kernel in front writes
+            assert capability >= 90 and found["before"] == 0, name
+        if "norm" in name or name.startswith("activation"):
+            assert found["waits"] == (capability >= 90), name
         if name.startswith("prompts, "):
             assert "UTMALDG" in found["instructions"], name
         if name.startswith("prompts-") and capability == 90:
