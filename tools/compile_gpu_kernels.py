@@ -5,9 +5,10 @@
 
 prints a line of JSON for each compute capability and each kernel, or each whose name begins as one
 of the words: registers of a thread, bytes of them that did not fit (stack) and of shared memory,
-the matrix instructions, and how many take registers, stores to shared memory, whether it waits for
-the kernel in front, how often it reads or writes before that, instructions that do not round as
-IEEE 754 says, or not after each step, and the numbers by which others round.
+the matrix instructions, how many take registers, and whether each waits for the last one; stores to
+shared memory, whether it waits for the kernel in front, how often it reads or writes before that,
+instructions that do not round as IEEE 754 says, or not after each step, and the numbers by which
+others round.
 Triton must not be told to interpret.
 """
 
@@ -25,10 +26,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qllm.ops.gpu import prefill, tiles
-from qllm.ops.gpu.attention import prefill_tile
+from qllm.ops.gpu.attention import DESCRIBING, prefill_tile
 from qllm.ops.gpu.kernels import attention, matmul, prefill_matmul, quantized_prefill, rows
 from qllm.ops.gpu.kernels import prefill as prefill_attention
-from qllm.ops.gpu.quantized_prefill import tile
 from tools.disassemble import disassemble
 
 BITS = (3, 4, 8)
@@ -140,22 +140,25 @@ def prompts(capability: str) -> Iterator[Job]:
         yield Job(f"prompts, {tile.rows} rows", run, described, sizes, *how)
 
 
-def others() -> Iterator[Job]:
+def others(capability: str) -> Iterator[Job]:
     """What is no product."""
     names = ("qkv", "cos", "sin", "keys", "values", "y")
     tensors = dict.fromkeys(names, "*bf16")
     tensors |= dict.fromkeys(("rows", "starts", "positions"), "*i64")
     tensors |= {"slopes": "*fp32", "partials": "*fp32", "counters": "*i32", "q": "*bf16"}
     for dim in (64, 128):
-        constants = {"DIM": dim, "FIRST": dim // 2, "HALF": dim // 2, "GROUP": 1, "SPLIT": True}
+        constants = {"DIM": dim, "FIRST": dim // 2, "COLUMNS": dim, "GROUP": 1, "SPLIT": True}
         constants |= {
             "PADDED_GROUP": 16,
             "SPAN": 256,
             "BLOCK": 64,
             "ROTATE": True,
-            "SLOPE": True,
+            "SLOPE": False,
             "CAP": False,
             "WINDOW": True,
+            "JOINED": 1,
+            "AT_ONCE": 16,
+            "LATE": True,
         }
         for bits in (16, 8, 4):
             every = constants | {"BITS": bits, "WIDTH": dim}
@@ -163,21 +166,19 @@ def others() -> Iterator[Job]:
             codes |= dict.fromkeys(("key_codes", "value_codes", "key_zeros", "value_zeros"), "*u8")
             name = f"attention, heads of {dim}, keys and values of {bits} bits"
             yield Job(name, attention.decode_attention, codes, every, 4, 2, True)
-    constants = {"DIM": 128, "FIRST": 64, "HALF": 64, "HEADS": 128, "ROTATE": True}
-    yield Job("writing heads", prefill_attention.write_tokens, tensors, constants, 8, 1, True)
-    width, tokens, keys, warps = prefill_tile(128, torch.bfloat16)
-    constants = {
-        "DIM": 128,
-        "WIDTH": width,
-        "GROUP": 1,
-        "BM": tokens,
-        "BN": keys,
-        "SLOPE": True,
-        "CAP": False,
-        "WINDOW": True,
-    }
-    run = prefill_attention.prefill_attention
-    yield Job("attention of prefill", run, tensors, constants, warps, 2, True)
+    constants = {"DIM": 128, "FIRST": 64, "WIDTH": 128, "KV_HEADS": 8, "ROTATE": True}
+    yield Job("writing heads", prefill_attention.write_tokens, tensors, constants, 2, 1, True)
+    described = capability.partition(".")[0] in DESCRIBING
+    for runs, window in ((False, False), (False, True), (True, False)):
+        width, tokens, keys, warps, stages = prefill_tile(128, torch.bfloat16, described)
+        constants = {"DIM": 128, "FIRST": 64, "WIDTH": width, "GROUP": 1, "BM": tokens, "BN": keys}
+        constants |= {"ROTATE": True, "SLOPE": not window, "CAP": False, "WINDOW": window}
+        constants |= {"RUNS": runs, "DESCRIBED": described}
+        blocks = f"tensordesc<bf16[{keys}, {width}]>" if described else "*bf16"
+        sources = dict.fromkeys(("keys", "values", "own_keys", "own_values"), blocks)
+        what = "to runs" if runs else "in a window" if window else "of prefill"
+        run = prefill_attention.prefill_attention
+        yield Job(f"attention {what}", run, tensors | sources, constants, warps, stages, True)
     yield from quantized_prefills(tensors)
     tensors = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "scales": "*fp32"}
     tensors |= {"z": "*bf16", "sums": "*bf16", "out": "*i8", "y": "*bf16"}
@@ -200,22 +201,17 @@ def quantized_prefills(tensors: dict[str, str]) -> Iterator[Job]:
     tensors = tensors | dict.fromkeys(("recent_keys", "recent_values"), "*bf16")
     tensors |= {"key_scales": "*bf16", "value_scales": "*bf16"}
     tensors |= dict.fromkeys(("key_codes", "value_codes", "key_zeros", "value_zeros"), "*u8")
-    constants = {"DIM": 128, "FIRST": 64, "HALF": 64, "HEADS": 128, "ROTATE": True}
-    yield Job("writing runs", quantized_prefill.write_runs, tensors, constants, 8, 1, False)
+    constants = {"DIM": 128, "FIRST": 64, "COLUMNS": 128, "KV_HEADS": 8, "ROTATE": True}
+    yield Job("writing runs", quantized_prefill.write_runs, tensors, constants, 2, 1, False)
     for bits in (8, 4):
         name = f"keys and values of {bits} bits"
         constants = {"DIM": 128, "CHANNELS": 128, "WIDTH": 128, "BITS": bits}
         run = quantized_prefill.quantize_runs
         yield Job(f"quantizing runs, {name}", run, tensors, constants, 4, 1, False)
-        for group in (1, 2):
-            together, keys, warps = tile(128, group, torch.bfloat16)
-            constants = {"DIM": 128, "COLUMNS": 128, "WIDTH": 128, "BITS": bits, "GROUP": group}
-            constants |= {"TOGETHER": together, "BN": keys, "SLOPE": True, "CAP": False}
-            constants |= {"WINDOW": True}
-            words = dict.fromkeys(("key_codes", "value_codes"), "*i32")
-            run = quantized_prefill.prefill_attention
-            label = f"prefill attention, {name}, {together} heads"
-            yield Job(label, run, tensors | words, constants, warps, 2, True)
+        constants = {"DIM": 128, "COLUMNS": 128, "WIDTH": 128, "BITS": bits, "WINDOW": True}
+        words = dict.fromkeys(("key_codes", "value_codes"), "*i32")
+        run = quantized_prefill.dequantize_runs
+        yield Job(f"dequantizing runs, {name}", run, tensors | words, constants, 4, 1, True)
 
 
 def build(job: Job, capability: int) -> dict[str, object]:
@@ -255,6 +251,8 @@ def build(job: Job, capability: int) -> dict[str, object]:
         "of_registers": len(OF_REGISTERS.findall(code)),
         "stores": len(re.findall(r"\bSTSM?\b", code)),
         "waits": "ACQBULK" in code,
+        # The compiler lets each product wait for the last where it moves what they sum up.
+        "one_by_one": 2 * code.count("WARPGROUP.DEPBAR") > code.count("HGMMA") > 0,
         "before": len(re.findall(r"\b(?:LDG|STG|ATOMG)\b", code.partition("ACQBULK")[0])),
     }
 
@@ -264,7 +262,7 @@ def main() -> None:
     names = tuple(word for word in sys.argv[1:] if not word.isdecimal()) or ("",)
     for capability in capabilities:
         name = f"{capability // 10}.{capability % 10}"
-        for job in (*products(name), *prompts(name), *others()):
+        for job in (*products(name), *prompts(name), *others(name)):
             if job.name.startswith(names):
                 print(json.dumps(build(job, capability)), flush=True)
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from qllm.ops import reference
-from qllm.ops.gpu import device, quantized_prefill
+from qllm.ops.gpu import decode, quantized_prefill
+from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu.tiles import padded_count, power
-from qllm.ops.kv import KV, PLAIN, Batch, Scores
+from qllm.ops.kv import KV, PLAIN, RUN, Batch, Scores
 from qllm.ops.quantized_kv import QuantizedKV, padded_size
 
 SPAN = 256  # tokens of the cache that a program takes
 BLOCK = 64  # of them at once
+WARPS, STAGES = 4, 2  # of such a program
+JOINED = 4096  # numbers, of several programs, that the last one joins at once
 
 
 def about(bits: int, device: torch.device) -> str:
@@ -38,20 +45,20 @@ def decode_attention(
     kv.check(qkv, batch, scores)
     sequences, kv_heads, capacity, dim = len(qkv), kv.kv_heads, kv.capacity, kv.dim
     heads = qkv.shape[1] // dim - 2 * kv_heads
-    group, first = heads // kv_heads, -(-dim // 2)
-    padded_group, half = padded_count(group), padded_count(first)
+    group, columns = heads // kv_heads, padded_count(dim)
+    joined = power(group)
     splits = -(-capacity // SPAN)
     if scores.window:  # which begins anywhere in a span
         splits = min(splits, (scores.window - 2) // SPAN + 2)
     y = qkv.new_empty(sequences, heads * dim)
     partials = counters = None
     if splits > 1:
-        assert sequences * kv_heads <= device.MAX_TILES
-        size = sequences * kv_heads * splits * padded_group * (2 * half + 2)
+        assert sequences * kv_heads <= device_of.MAX_TILES
+        size = sequences * kv_heads * splits * group * (columns + 2)
         partials = qkv.new_empty(size, dtype=torch.float32)
-        counters = device.counters(qkv.device)
+        counters = device_of.counters(qkv.device)
     cos, sin = (part.contiguous() for part in cos_sin) if cos_sin else (None, None)
-    with device.current(qkv):
+    with device_of.current(qkv):
         attention.decode_attention[(sequences, kv_heads, splits)](
             qkv.contiguous(),
             cos,
@@ -71,10 +78,10 @@ def decode_attention(
             scores.cap,
             scores.window,
             DIM=dim,
-            FIRST=first,
-            HALF=half,
+            FIRST=-(-dim // 2),
+            COLUMNS=columns,
             GROUP=group,
-            PADDED_GROUP=padded_group,
+            PADDED_GROUP=padded_count(group),
             SPAN=SPAN,
             BLOCK=BLOCK,
             SPLIT=splits > 1,
@@ -84,8 +91,11 @@ def decode_attention(
             WINDOW=scores.window > 0,
             BITS=kv.bits,
             WIDTH=padded_size(dim),
-            num_warps=4,
-            num_stages=2,
+            JOINED=joined,
+            AT_ONCE=max(1, min(16, JOINED // (joined * columns))),
+            num_warps=WARPS,
+            num_stages=STAGES,
+            **decode.launch_options(qkv.device),
         )
     return y
 
@@ -105,8 +115,14 @@ def prefill_attention(
     cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
     scores: Scores = PLAIN,
+    *,
+    described: bool | None = None,
 ) -> Tensor:
-    """`reference.prefill_attention`, of all sequences at once."""
+    """`reference.prefill_attention`, of all sequences at once.
+
+    Args:
+        described: keys and values are loaded by descriptors; None: where they can be.
+    """
     if isinstance(kv, QuantizedKV):
         if quantized_prefill.unsupported_reason(qkv.device):
             return reference.prefill_attention(qkv, kv, batch, cos_sin, slopes, scores)
@@ -114,33 +130,141 @@ def prefill_attention(
     from qllm.ops.gpu.kernels import prefill
 
     kv.check(qkv, batch, scores)
-    kv_heads, capacity, dim = kv.kv_heads, kv.capacity, kv.dim
-    every, sequences = qkv.shape[1] // dim, len(batch.rows)
-    heads, first = every - 2 * kv_heads, -(-dim // 2)
-    q, y = qkv.new_empty(2, len(qkv), heads * dim)
-    cos, sin = (part.contiguous() for part in cos_sin) if cos_sin else (None, None)
-    width, tokens, keys_at_once, warps = prefill_tile(dim, qkv.dtype)
-    index, cache = (batch.rows, batch.starts, batch.positions), (kv.keys, kv.values)
-    with device.current(qkv):
-        prefill.write_tokens[(batch.max_tokens, sequences)](
-            qkv.contiguous(), cos, sin, *index, q, *cache, heads, kv_heads, capacity,
-            DIM=dim, FIRST=first, HALF=power(first), HEADS=power(every),
+    qkv, cache, kv_heads, dim = qkv.contiguous(), (kv.keys, kv.values), kv.kv_heads, kv.dim
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    turns = [part.contiguous() for part in cos_sin] if cos_sin else [None, None]
+    with device_of.current(qkv):
+        prefill.write_tokens[(batch.max_tokens, len(batch.rows))](
+            qkv, *turns, batch.rows, batch.starts, batch.positions, *cache, heads, kv_heads,
+            kv.capacity,
+            DIM=dim, FIRST=-(-dim // 2), WIDTH=power(dim), KV_HEADS=power(kv_heads),
             ROTATE=cos_sin is not None,
-            num_warps=max(1, min(8, power(first) * power(every) // 1024)),
+            num_warps=max(1, min(8, power(dim) * power(kv_heads) // 512)),
         )  # fmt: skip
-        prefill.prefill_attention[(-(-batch.max_tokens // tokens), heads, sequences)](
-            q, *cache, slopes, *index, y, heads, kv_heads, capacity,
-            scores.factor(dim), scores.cap, scores.window,
-            DIM=dim, WIDTH=width, GROUP=heads // kv_heads, BM=tokens, BN=keys_at_once,
-            SLOPE=slopes is not None, CAP=scores.cap > 0, WINDOW=scores.window > 0,
-            num_warps=warps, num_stages=2,
-        )  # fmt: skip
+    y = qkv.new_empty(len(qkv), heads * dim)
+    attend(qkv, turns, cache, batch, slopes, scores, y, described=described)
     return batch.select(y)
 
 
-def prefill_tile(dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Padded columns of a head, tokens and keys that a program takes at once, and warps."""
+def attend(
+    qkv: Tensor,
+    turns: Sequence[Tensor | None],
+    cache: tuple[Tensor, ...],
+    batch: Batch,
+    slopes: Tensor | None,
+    scores: Scores,
+    y: Tensor,
+    *,
+    own: tuple[Tensor, ...] | None = None,
+    part: tuple[int, int] | None = None,
+    described: bool | None = None,
+) -> None:
+    """Attention of new tokens to keys and values in 16 bits, or as wide as activations are.
+
+    Args:
+        turns: cosines and sines by which queries are rotated.
+        cache: keys and values of rows, or with `own` of the sequences of the part.
+        own: (H_kv, slots, D), keys and values that a token sees of its own run in place of those.
+        part: the first sequence and how many; None: all.
+        described: as `prefill_attention` has it.
+    """
+    from qllm.ops.gpu.kernels import prefill
+
+    (_, kv_heads, capacity, dim), runs = cache[0].shape, own is not None
+    heads, (first, count) = y.shape[1] // dim, part or (0, len(batch.rows))
+    described = can_describe(cache[0]) if described is None else described
+    width, tokens, keys_at_once, warps, stages = prefill_tile(dim, qkv.dtype, described)
+    if runs:
+        tokens = RUN
+    if runs or scores.window:
+        keys_at_once = min(keys_at_once, RUN)
+    blocks = (batch.max_tokens + tokens - 2) // tokens + 1
+    sources, slots = [*cache, *(own or (None, None))], own[0].shape[1] if own else 0
+    if described:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        block = [keys_at_once, width]
+        sources = [
+            None if source is None else TensorDescriptor.from_tensor(source.view(-1, dim), block)
+            for source in sources
+        ]
+    with device_of.current(qkv):
+        prefill.prefill_attention[(heads, count, blocks)](
+            qkv, *turns, *sources, slopes, batch.rows, batch.starts, batch.positions, y, heads,
+            kv_heads, capacity, slots, first, scores.factor(dim), scores.cap, scores.window,
+            DIM=dim, FIRST=-(-dim // 2), WIDTH=width, GROUP=heads // kv_heads, BM=tokens,
+            BN=keys_at_once, ROTATE=turns[0] is not None, SLOPE=slopes is not None,
+            CAP=scores.cap > 0, WINDOW=scores.window > 0, RUNS=runs, DESCRIBED=described,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+
+# Major compute capabilities with descriptors (TMA), and the shared memory for what they load; and
+# sizes of heads of which they load whole rows, and for which there are registers.
+DESCRIBING, DESCRIBED_DIMS = ("9", "10"), (64, 128)
+
+
+def can_describe(keys: Tensor) -> bool:
+    """Whether such keys, and their values, are loaded by descriptors, which take no registers."""
+    fits = keys.shape[-1] in DESCRIBED_DIMS and keys.element_size() == 2
+    rows_fit = keys.numel() < 1 << 31  # An int32 counts them.
+    return fits and rows_fit and undescribed_reason(keys.device) is None
+
+
+@device_of.once
+def undescribed_reason(device: torch.device) -> str | None:
+    """Why keys and values are loaded by pointers on a device; None: they are by descriptors.
+
+    Where a self-test of those fails a note says so once.
+    """
+    if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+        return "this Triton has no tensor descriptors"
+    if device.type != "cuda":
+        return None
+    architecture, _ = device_of.architecture(device)
+    if architecture.partition(".")[0] not in DESCRIBING:
+        return f"compute capability {architecture} is not among {', '.join(DESCRIBING)}"
+    instead = "prompts' attention loads keys by pointers, which takes longer"
+    test = partial(_self_test, device)
+    return device_of.failure("described attention", device, test, instead)
+
+
+# Of tokens that are loaded by descriptors, and by pointers, which take registers: of heads of up to
+# 128 columns, tokens and keys that a program takes at once, warps and stages.
+TILE, TILE_OF_POINTERS = (64, 64, 4, 2), (64, 64, 8, 2)
+
+
+def prefill_tile(dim: int, dtype: torch.dtype, described: bool) -> tuple[int, int, int, int, int]:
+    """Padded columns of a head, tokens and keys that a program takes at once, warps and stages."""
     width = padded_count(dim)
     if dtype == torch.float32:
-        return width, 32, 32, 4
-    return (width, 128, 64, 8) if width <= 128 else (width, 64, 32, 8)
+        return width, 32, 32, 4, 2
+    if width > 128:
+        return width, 64, 32, 8, 2
+    return width, *(TILE if described else TILE_OF_POINTERS)
+
+
+def _self_test(device: torch.device) -> str | None:
+    """Prompts beside the reference's results, and in two pieces, which are to find the same."""
+    heads, kv_heads, dtype, lengths = 4, 2, torch.bfloat16, (200, 30)
+    slopes = torch.linspace(0.01, 0.2, heads)
+    for dim in DESCRIBED_DIMS:
+        width = (heads + 2 * kv_heads) * dim
+        qkv = (torch.arange(sum(lengths) * width) * 2654435761 % 65536).view(-1, width)
+        qkv = qkv.sub(32768).div(16384).to(dtype)
+        plain, whole, cut = (
+            KV.empty(16, 2, kv_heads, 256, dim, dtype, place) for place in ("cpu", device, device)
+        )
+        batch = Batch.of(lengths, "cpu")
+        want = reference.prefill_attention(qkv, plain, batch, None, slopes)
+        found = []
+        for kv, counts, past in ((whole, lengths, 0), (cut, (130,), 0), (cut, (70,), 130)):
+            there = Batch.of(counts, device, pasts=[past, 0][: len(counts)])
+            new = qkv[past : past + sum(counts)].to(device)
+            how = (there, None, slopes.to(device))
+            found.append(prefill_attention(new, kv, *how, described=True).cpu())
+        if not torch.allclose(found[0].float(), want.float(), atol=0.05, rtol=0.05):
+            return "the self-test of attention by descriptors found other results"
+        if not torch.equal(torch.cat(found[1:]), found[0][: lengths[0]]):
+            return "a prompt in pieces found other results in the self-test of attention"
+    return None

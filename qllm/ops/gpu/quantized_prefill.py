@@ -1,4 +1,4 @@
-"""Attention of prefill to keys and values of 8 and 4 bits, in three launches."""
+"""Attention of prefill to keys and values of 8 and 4 bits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from torch import Tensor
 from qllm.ops import reference
 from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu.tiles import padded_count, power
-from qllm.ops.kv import PLAIN, RUN, Batch, Scores
+from qllm.ops.kv import PLAIN, RUN, Batch, Scores, ring_capacity
 from qllm.ops.quantized_kv import QuantizedKV, padded_size
+
+# Keys and values of so many numbers are made of integers at once, or those of one sequence.
+SCRATCH = 1 << 26
 
 
 @device_of.once
@@ -35,53 +38,51 @@ def prefill_attention(
     scores: Scores = PLAIN,
 ) -> Tensor:
     """`reference.prefill_attention`, of all sequences at once."""
+    from qllm.ops.gpu import attention
     from qllm.ops.gpu.kernels import quantized_prefill as kernels
 
     kv.check(qkv, batch, scores)
-    kv_heads, capacity, dim = kv.kv_heads, kv.capacity, kv.dim
-    every, sequences = qkv.shape[1] // dim, len(batch.rows)
-    heads, first = every - 2 * kv_heads, -(-dim // 2)
-    group, slots = heads // kv_heads, len(qkv) + sequences * RUN
-    q, y = qkv.new_empty(2, len(qkv), heads * dim)
-    new = [*qkv.new_empty(2, kv_heads, slots, dim)]
-    cos, sin = (part.contiguous() for part in cos_sin) if cos_sin else (None, None)
+    kv_heads, capacity, dim, sequences = kv.kv_heads, kv.capacity, kv.dim, len(batch.rows)
+    qkv, heads = qkv.contiguous(), qkv.shape[1] // dim - 2 * kv_heads
+    slots, size, columns = len(qkv) + sequences * RUN, padded_size(dim), padded_count(dim)
+    own = qkv.new_empty(2, kv_heads, slots, dim).unbind()
+    length = -(-batch.span // RUN) * RUN  # of what tokens see as integers, and have as numbers
+    if scores.window:
+        length = min(length, ring_capacity(scores.window, batch.max_tokens))
+    at_once = max(1, min(sequences, SCRATCH // (2 * kv_heads * length * dim)))
+    cache = qkv.new_empty(2, at_once, kv_heads, length, dim).unbind()
+    y = qkv.new_empty(len(qkv), heads * dim)
+    turns = [part.contiguous() for part in cos_sin] if cos_sin else [None, None]
     index = (batch.rows, batch.starts, batch.positions)
     recent = (kv.recent_keys, kv.recent_values)
     codes = (kv.keys, kv.values, kv.key_scales, kv.value_scales, kv.key_zeros, kv.value_zeros)
     words = (kv.keys.view(torch.int32), kv.values.view(torch.int32))
-    size, columns = padded_size(dim), padded_count(dim)
     most = batch.max_tokens + RUN - 1  # with those before them in the same run
-    runs = -(-most // RUN)
-    together, keys_at_once, warps = tile(dim, group, qkv.dtype)
     with device_of.current(qkv):
         kernels.write_runs[(most, sequences)](
-            qkv.contiguous(), cos, sin, *index, *recent, q, *new, heads, kv_heads, slots,
-            DIM=dim, FIRST=first, HALF=power(first), HEADS=power(every),
+            qkv, *turns, *index, *recent, *own, heads, kv_heads, slots,
+            DIM=dim, FIRST=-(-dim // 2), COLUMNS=power(dim), KV_HEADS=power(kv_heads),
             ROTATE=cos_sin is not None,
-            num_warps=max(1, min(8, power(first) * power(every) // 1024)),
+            num_warps=max(1, min(8, power(dim) * power(kv_heads) // 512)),
             enable_fp_fusion=False,  # what is quantized is the reference's, in float32
         )  # fmt: skip
-        kernels.quantize_runs[(runs, kv_heads, sequences)](
-            *new, *index, *recent, *codes, kv_heads, slots, capacity,
+        kernels.quantize_runs[(-(-most // RUN), kv_heads, sequences)](
+            *own, *index, *recent, *codes, kv_heads, slots, capacity,
             DIM=dim, CHANNELS=power(dim), WIDTH=size, BITS=kv.bits, num_warps=4,
             enable_fp_fusion=False,  # integers are the reference's
         )  # fmt: skip
-        kernels.prefill_attention[(runs, heads // together, sequences)](
-            q, *new, *words, *codes[2:], slopes, *index, y, heads, kv_heads, slots, capacity,
-            scores.factor(dim), scores.cap, scores.window,
-            DIM=dim, COLUMNS=columns, WIDTH=size, BITS=kv.bits, GROUP=group, TOGETHER=together,
-            BN=keys_at_once, SLOPE=slopes is not None, CAP=scores.cap > 0,
-            WINDOW=scores.window > 0, num_warps=warps, num_stages=2,
-        )  # fmt: skip
+        for first in range(0, sequences, at_once):
+            count = min(at_once, sequences - first)
+            kernels.dequantize_runs[(length // RUN, kv_heads, count)](
+                *words, *codes[2:], *index, *cache, kv_heads, capacity, length, first,
+                scores.window,
+                DIM=dim, COLUMNS=columns, WIDTH=size, BITS=kv.bits, WINDOW=scores.window > 0,
+                num_warps=4,
+            )  # fmt: skip
+            attention.attend(
+                qkv, turns, cache, batch, slopes, scores, y, own=own, part=(first, count)
+            )
     return batch.select(y)
-
-
-def tile(dim: int, group: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Heads and keys that a program takes at once, and warps."""
-    if dtype == torch.float32:
-        return 1, 32, 8
-    pairs = 2 if group % 2 == 0 and dim <= 128 else 1  # for which integers are unpacked but once
-    return pairs, 32, 8
 
 
 def _self_test(device: torch.device) -> str | None:

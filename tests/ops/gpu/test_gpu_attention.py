@@ -22,9 +22,12 @@ POSITIONS = (0, 63, 64, 150, 199)
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Four programs to a row, where a cache is small."""
+    """Four programs to a row, where a cache is small; and several blocks of a short prompt."""
     monkeypatch.setattr(attention, "SPAN", 64)
     monkeypatch.setattr(attention, "BLOCK", 32)
+    if not torch.cuda.is_available():  # A GPU is to run what it does outside of tests.
+        monkeypatch.setattr(attention, "TILE", (64, 32, 4, 2))
+        monkeypatch.setattr(attention, "DESCRIBED_DIMS", (16, 32))
 
 
 def example(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, *, turned: bool, sloped: bool):
@@ -137,8 +140,9 @@ def test_prompts_together_are_what_each_is_by_itself(dtype, gpu):
             assert error(after, want) <= 2 * torch.finfo(dtype).eps
 
 
-def test_a_prompt_is_the_same_whatever_is_beside_it(gpu):
-    arguments = prompts(4, 2, 16, torch.float32, turned=True, sloped=True)
+@pytest.mark.parametrize("dtype", KV_TYPES, ids=str)
+def test_a_prompt_is_the_same_whatever_is_beside_it(dtype, gpu):
+    arguments = prompts(4, 2, 16, dtype, turned=True, sloped=True)
     whole = attention.prefill_attention(*moved(arguments, gpu)).cpu()
     qkv, kv, _, cos_sin, slopes = arguments
     start = sum(LENGTHS[:2])
@@ -202,11 +206,12 @@ def test_keys_and_values_of_few_bits(bits, dtype, gpu):
 def test_a_row_with_a_window_in_less_memory(bits, gpu):
     """Prompts in pieces and steps behind them: the same to the bit, in whichever programs."""
     heads, kv_heads, dim, window = 2, 1, 16, 70
+    dtype = torch.bfloat16 if bits == 16 else torch.float32
     end = 4 * RUN + 3
-    qkv = normal(end, (heads + 2 * kv_heads) * dim)
+    qkv = normal(end, (heads + 2 * kv_heads) * dim, dtype=dtype)
     kind, scores = KV if bits == 16 else QuantizedKV, Scores(window=window)
     ring, whole = (
-        moved((kind.empty(bits, 2, kv_heads, capacity, dim, torch.float32, "cpu"),), gpu)[0]
+        moved((kind.empty(bits, 2, kv_heads, capacity, dim, dtype, "cpu"),), gpu)[0]
         for capacity in (ring_capacity(window, 40), 6 * RUN)
     )
     assert ring.capacity == 3 * RUN
@@ -232,6 +237,8 @@ def test_prompts_in_pieces_to_keys_and_values_of_few_bits(bits, dtype, gpu, monk
     turned, window, cap = bits == 8, 70 * (bits == 8), 30.0 * (bits == 4)
     scores, slopes = Scores(cap=cap, window=window), torch.linspace(0.01, 0.5, heads)
     monkeypatch.setattr(quantized_prefill, "unsupported_reason", lambda device: None)
+    if bits == 8:  # of one sequence after the other
+        monkeypatch.setattr(quantized_prefill, "SCRATCH", 1)
     capacity = ring_capacity(window, max(map(max, PASSES))) if window else 6 * RUN
     want, own = (
         QuantizedKV.empty(bits, 3, kv_heads, capacity, dim, dtype, "cpu") for _ in range(2)
@@ -281,3 +288,23 @@ def test_the_self_test_of_prompts_finds_what_is_wrong(gpu, monkeypatch, capsys):
     assert reason == "the self-test of attention to keys of 8 bits found other results"
     assert reason in capsys.readouterr().err
     assert attention.about(8, torch.device("cuda", 7)).endswith(reason)
+
+
+def test_where_descriptors_are_wrong_keys_are_loaded_by_pointers(gpu, monkeypatch, capsys):
+    device, never = torch.device(gpu), torch.device("cuda", 7)
+    assert attention._self_test(device) is None
+    right, self_test = attention.prefill_attention, attention._self_test
+    monkeypatch.setattr(
+        attention, "prefill_attention", lambda *given, **more: right(*given, **more) + 1
+    )
+    monkeypatch.setattr(kept, "test_name", lambda name, device: "gpu-passed-none")
+    monkeypatch.setattr(device_of, "architecture", lambda device: ("9.0", 4))
+    monkeypatch.setattr(attention, "_self_test", lambda _: self_test(device))
+    attention.undescribed_reason.cache_clear()
+    reason = attention.undescribed_reason(never)
+    assert reason == "the self-test of attention by descriptors found other results"
+    assert reason in capsys.readouterr().err
+    monkeypatch.setattr(device_of, "architecture", lambda device: ("8.0", 4))
+    attention.undescribed_reason.cache_clear()
+    assert attention.undescribed_reason(never) == "compute capability 8.0 is not among 9, 10"
+    attention.undescribed_reason.cache_clear()

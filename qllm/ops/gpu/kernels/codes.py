@@ -3,50 +3,118 @@
 import triton
 import triton.language as tl
 
-from qllm.ops.gpu.kernels.numbers import narrow
+from qllm.ops.gpu.kernels.numbers import INTERPRETED, narrow, operand
 
 RUN = tl.constexpr(64)
 
 
 @triton.jit
-def load_held(
-    held, codes, how, channel, within, KEYS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    BITS: tl.constexpr, type: tl.constexpr,
+def in_words(codes):
+    """Pointers to integers, scales and zeros, as such to int32."""
+    word: tl.constexpr = tl.pointer_type(tl.int32)
+    return (
+        codes[0].to(word, bitcast=True), codes[1].to(word, bitcast=True),
+        codes[2].to(word, bitcast=True),
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_fours(scales, zeros, at):
+    """Of four integers in turn: pairs of scales in a word each, and of four zeros the word."""
+    return tl.load(scales + at * 2), tl.load(scales + at * 2 + 1), tl.load(zeros + at)
+
+
+@triton.jit
+def _from_2_15(word, magic, BYTE: tl.constexpr):
+    """2^15 and a byte of a word: float32. It is one instruction."""
+    if INTERPRETED:
+        bits = ((word >> (8 * BYTE) & 255) << 8) | 0x47000000
+    else:
+        # Bytes 0, 2 and 3 are those of the other word, from 4 on.
+        order: tl.constexpr = f"prmt.b32 $0, $1, $2, 0x75{BYTE}4;"
+        bits = tl.inline_asm_elementwise(
+            order, "=r,r,r", [word, magic], tl.int32, is_pure=True, pack=1
+        )
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _magic(run):
+    """2^15 as float32's bits, which the compiler keeps in a register as it does not know them."""
+    return (run >> 62).to(tl.int32) | 0x47000000
+
+
+@triton.jit
+def _one_of_four(fours, magic, BYTE: tl.constexpr, BITS: tl.constexpr):
+    """The scale of one of four, and what is taken from 2^15 and its integer, times the scale.
+
+    Scales are of 8 bits, so that all products are exact.
+    """
+    low, high, zeros = fours
+    pair = low if BYTE < 2 else high
+    scale = (pair << 16 if BYTE % 2 == 0 else pair & -65536).to(tl.float32, bitcast=True)
+    base: tl.constexpr = 0.0 if BITS == 8 else 127.0
+    return scale, (_from_2_15(zeros, magic, BYTE) - base) * scale
+
+
+@triton.jit
+def multiply_keys(
+    q, of_keys, run, QUARTER: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr,
+    type: tl.constexpr,
 ):  # fmt: skip
-    """Some channels (C,) of keys or values that a cache holds: (T, C) in a type.
+    """Products of queries and the keys of a run: (M, RUN).
 
     Args:
-        held: those in the type of the activations.
-        codes: integers, scales and zeros.
-        how: the run, tokens (T,) of it, or of 16 bits of a row, which of them are wanted, and
-            whether they are in `held`.
+        q: of `heads_of_fours`: a word holds four channels of a token.
     """
-    data, scales, zeros = codes
-    run, token, here, is_held = how
-    place = held + token[:, None] * DIM + channel[None, :]
-    mask = here[:, None] & within[None, :]
-    if BITS == 16 or is_held:  # which is known when it is compiled
-        found = tl.load(place, mask=mask, other=0.0)
-    else:
-        slots: tl.constexpr = RUN * BITS // 8
-        at = data + run * (slots * WIDTH)
-        if KEYS:
-            at += ((channel // 4 * slots)[None, :] + (token % slots)[:, None]) * 4
-            at += (channel % 4)[None, :]
-            scale = tl.load(scales + run * WIDTH + channel, mask=within, other=0.0)[None, :]
-            zero = tl.load(zeros + run * WIDTH + channel, mask=within, other=0)[None, :]
-        else:
-            at += ((token % slots // 4 * WIDTH)[:, None] + channel[None, :]) * 4
-            at += (token % 4)[:, None]
-            scale = tl.load(scales + run * RUN + token)[:, None]
-            zero = tl.load(zeros + run * RUN + token)[:, None]
-        integers = tl.load(at, mask=within[None, :], other=0).to(tl.int32)
-        if BITS == 4:
-            integers = (integers >> (token // slots * 4)[:, None]) & 15
-        base: tl.constexpr = 0 if BITS == 8 else 127
-        integers = integers - (zero.to(tl.int32) - base)
-        found = narrow(integers.to(tl.float32) * scale.to(tl.float32), type)
-    return found
+    words, scales, zeros = of_keys
+    magic = _magic(run)
+    slots: tl.constexpr = RUN * BITS // 8
+    four, token = tl.arange(0, QUARTER), tl.arange(0, RUN)
+    if QUARTER * 4 > WIDTH:  # Queries have zeros in channels that are not there.
+        four = tl.minimum(four, WIDTH // 4 - 1)
+    slot = token[:, None] if BITS == 8 else (token % slots)[:, None]
+    word = tl.load(words + run * (slots * WIDTH // 4) + (four * slots)[None, :] + slot)
+    if BITS == 4:
+        word = word >> (token // slots * 4)[:, None] & 0x0F0F0F0F
+    fours = _load_fours(scales, zeros, run * (WIDTH // 4) + four)
+    products = tl.zeros((q[0].shape[0], RUN), tl.float32)
+    for i in tl.static_range(4):
+        scale, less = _one_of_four(fours, magic, i, BITS)
+        k = _from_2_15(word, magic, i) * scale[None, :] - less[None, :]
+        k = operand(narrow(k, type))
+        products = tl.dot(operand(q[i]), tl.trans(k), products, input_precision="ieee")
+    return products
+
+
+@triton.jit
+def add_values(
+    weights, of_values, run, column, acc, WIDTH: tl.constexpr, BITS: tl.constexpr,
+    type: tl.constexpr,
+):  # fmt: skip
+    """acc and the values of a run, weighed with (M, RUN): a word holds four tokens of a channel."""
+    words, scales, zeros = of_values
+    magic = _magic(run)
+    slots: tl.constexpr = RUN * BITS // 8
+    four = tl.arange(0, RUN // 4)
+    if column.shape[0] > WIDTH:  # Sums in columns that are not there are not stored.
+        column = tl.minimum(column, WIDTH - 1)
+    slot = four[:, None] if BITS == 8 else (four % (slots // 4))[:, None]
+    word = tl.load(words + run * (slots * WIDTH // 4) + slot * WIDTH + column[None, :])
+    if BITS == 4:
+        word = word >> (four // (slots // 4) * 4)[:, None] & 0x0F0F0F0F
+    fours = _load_fours(scales, zeros, run * (RUN // 4) + four)
+    rows: tl.constexpr = weights.shape[0]
+    even, odd = tl.split(tl.reshape(weights, (rows, RUN // 4, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    of_tokens = (first, second, third, fourth)
+    for i in tl.static_range(4):
+        scale, less = _one_of_four(fours, magic, i, BITS)
+        v = _from_2_15(word, magic, i) * scale[:, None] - less[:, None]
+        v = operand(narrow(v, type))
+        acc = tl.dot(operand(of_tokens[i]), v, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -132,13 +200,13 @@ def _quantize_tokens(
 
 @triton.jit
 def quantize_values(
-    recent, of_values, run,
+    recent, of_values, run, slot,
     DIM: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """The values of a run, recent (RUN, DIM), to their integers; CHANNELS is a power of two."""
+    """Values of some slots (T,) of a run, recent (RUN, DIM), to their integers."""
     codes, scales, zeros = of_values
     slots: tl.constexpr = RUN * BITS // 8
-    slot, channel = tl.arange(0, slots), tl.arange(0, CHANNELS)
+    channel = tl.arange(0, CHANNELS)
     within = channel < DIM
     token = run * RUN + slot
     x = _load_recent(recent, slot, channel, within, DIM)
@@ -150,3 +218,22 @@ def quantize_values(
     place = codes + run * (slots * WIDTH)
     place += ((slot // 4 * WIDTH)[:, None] + channel[None, :]) * 4 + (slot % 4)[:, None]
     tl.store(place, found.to(tl.uint8), mask=within[None, :])
+
+
+@triton.jit
+def quantize_run(
+    keys, values, of_keys, of_values, run,
+    DIM: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """A run of keys and values (RUN, DIM) to their integers, of which few are in registers.
+
+    CHANNELS is a power of two.
+    """
+    slots: tl.constexpr = RUN * BITS // 8
+    some: tl.constexpr = 8
+    for first in range(0, CHANNELS, some):
+        channel = first + tl.arange(0, some)
+        quantize_keys(keys, of_keys, run, channel, channel < DIM, DIM, WIDTH, BITS)
+    for first in range(0, slots, some):
+        slot = first + tl.arange(0, some)
+        quantize_values(values, of_values, run, slot, DIM, CHANNELS, WIDTH, BITS)
