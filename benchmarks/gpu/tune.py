@@ -14,6 +14,7 @@ import torch
 import triton
 
 from benchmarks.gpu.layers import Bench, ours
+from benchmarks.gpu.ways import taking
 from qllm.ops import phase
 from qllm.ops.gpu import cuda, decode, decode_int8, prefill, tiles
 from qllm.ops.gpu import device as device_of
@@ -172,7 +173,8 @@ def search(
         options = (torch.bfloat16, device, cache)
         benches = [next(ours(bitwidth, *shape, *options)) for shape in shapes]
         search = Search(of, row, shapes, benches, device, repeats, max_candidates, say)
-        (search.prompts if rounded else search.run)()
+        with taking("Triton"):  # whose tiles they are
+            (search.prompts if rounded else search.run)()
         if packed:
             step, reason = kind.replace("packed", "decode"), decode.unsupported_reason(device)
         elif kind == "int8":

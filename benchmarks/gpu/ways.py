@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-from qllm.ops.gpu import decode, decode_int8, prefill
+from qllm.ops.gpu import decode, decode_int8, hopper, prefill
 
 SYSTEM = "as --explain says"
 
@@ -17,15 +17,17 @@ def _says(answer: object) -> Callable[..., Any]:
 
 
 NOT_ASKED = _says("it is measured without")
+IN_CUDA = (decode, decode_int8, hopper)
+NOT_IN_CUDA = (hopper, "unsupported_reason", NOT_ASKED)
 # By a way's name, what of the package answers otherwise; the first one leaves it as it is.
 ANSWERS: dict[str, tuple[tuple[object, str, Callable[..., Any]], ...]] = {
     SYSTEM: (),
-    # Steps: Triton's products; and kernels of CUDA C++ that begin when the one in front has ended.
-    "Triton": tuple((module, "unsupported_reason", NOT_ASKED) for module in (decode, decode_int8)),
+    # Triton's products; and those of steps that begin when the one in front has ended.
+    "Triton": tuple((module, "unsupported_reason", NOT_ASKED) for module in IN_CUDA),
     "no PDL": ((decode, "late_reason", NOT_ASKED),),
-    # Prompts: weights become numbers in registers; once, in memory; or sums are scaled.
-    "registers": ((prefill, "many_rows", _says(1 << 30)),),
-    "memory": ((prefill, "many_rows", _says(0)),),
+    # Prompts in Triton: weights become numbers in registers; once, in memory; or sums are scaled.
+    "registers": (NOT_IN_CUDA, (prefill, "many_rows", _says(1 << 30))),
+    "memory": (NOT_IN_CUDA, (prefill, "many_rows", _says(0))),
     "scaled sums": ((prefill, "unsupported_reason", NOT_ASKED),),
 }
 OF_STEPS, OF_PROMPTS = ("Triton", "no PDL"), ("registers", "memory", "scaled sums")

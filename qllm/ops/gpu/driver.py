@@ -10,7 +10,11 @@ import torch
 
 from qllm.ops.gpu.nvrtc import Unavailable
 
-PROGRAMMATIC_STREAM_SERIALIZATION = 6
+CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # attributes of a launch
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # attribute of a function
+UINT_OF_BYTES = {1: 0, 2: 1, 4: 2, 8: 4}  # types of tensor maps
+SWIZZLE_128B, L2_PROMOTION_256B = 3, 3  # of tensor maps
+TENSOR_MAP_ALIGNMENT = 64
 
 
 class Attribute(ctypes.Structure):
@@ -30,6 +34,12 @@ class Config(ctypes.Structure):
         ("attributes", ctypes.POINTER(Attribute)),
         ("attribute_count", ctypes.c_uint),
     )
+
+
+class TensorMap(ctypes.Structure):
+    """CUtensorMap."""
+
+    _fields_ = (("words", ctypes.c_uint64 * 16),)
 
 
 class _Thread(threading.local):
@@ -69,27 +79,84 @@ def load(binary: bytes, device: torch.device, name: str) -> ctypes.c_void_p:
 
 def launch(
     function: ctypes.c_void_p, grid: tuple[int, int], threads: int, arguments: ctypes.Structure,
-    device: torch.device, *, early: bool,
+    device: torch.device, *, early: bool, cluster: int = 1, shared_bytes: int = 0,
 ) -> None:  # fmt: skip
     """Launch a kernel on torch's current stream.
 
     Args:
         arguments: the one structure that it takes, which is copied.
         early: it may begin before the kernel in front has ended, for which it waits by itself.
+        cluster: blocks of threads side by side that run together.
+        shared_bytes: dynamic shared memory of a block, no more than `allow_shared` was told.
 
     Raises:
         RuntimeError: the driver refuses.
     """
     _take_context(device)
-    attribute = Attribute(PROGRAMMATIC_STREAM_SERIALIZATION)
-    attribute.value[0] = 1
+    attributes = (Attribute * 2)()
+    count = 0
+    if early:
+        attributes[count].id, attributes[count].value[0] = PROGRAMMATIC_STREAM_SERIALIZATION, 1
+        count += 1
+    if cluster > 1:
+        attributes[count].id, attributes[count].value[:3] = CLUSTER_DIMENSION, (cluster, 1, 1)
+        count += 1
     config = Config()
     config.grid[:], config.block[:] = (*grid, 1), (threads, 1, 1)
+    config.shared_bytes = shared_bytes
     if device.type == "cuda":
         config.stream = torch.cuda.current_stream(device).cuda_stream
-    config.attributes, config.attribute_count = ctypes.pointer(attribute), int(early)
+    config.attributes, config.attribute_count = attributes, count
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
     _call("cuLaunchKernelEx", ctypes.byref(config), function, parameters, None)
+
+
+def allow_shared(function: ctypes.c_void_p, size: int) -> None:
+    """Allow a kernel so many bytes of dynamic shared memory; by itself it has 48 KiB.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+    _call("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED_SIZE_BYTES, size)
+
+
+def tensor_map(
+    pointer: int, size: int, shape: tuple[int, int], stride: int, tile: tuple[int, int],
+    device: torch.device, *, swizzle: bool = False,
+) -> TensorMap:  # fmt: skip
+    """Of a matrix, what copies of its tiles to shared memory want; zeros where the matrix ends.
+
+    Args:
+        pointer: where it begins, a multiple of 16 bytes.
+        size: bytes of a number: 1, 2, 4 or 8.
+        shape: rows and columns.
+        stride: bytes from a row to the next one, a multiple of 16.
+        tile: rows and columns of one, up to 256.
+        swizzle: a tile's rows, of 128 bytes, lie in pieces of 16 whose number is XORed with the
+            row's last three bits.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+    _take_context(device)
+    space = ctypes.create_string_buffer(ctypes.sizeof(TensorMap) + TENSOR_MAP_ALIGNMENT)
+    made = TensorMap.from_buffer(space, -ctypes.addressof(space) % TENSOR_MAP_ALIGNMENT)
+    _call(
+        "cuTensorMapEncodeTiled",
+        ctypes.byref(made),
+        UINT_OF_BYTES[size],
+        2,
+        ctypes.c_void_p(pointer),
+        (ctypes.c_uint64 * 2)(*reversed(shape)),
+        (ctypes.c_uint64 * 1)(stride),
+        (ctypes.c_uint32 * 2)(*reversed(tile)),
+        (ctypes.c_uint32 * 2)(1, 1),
+        0,
+        SWIZZLE_128B if swizzle else 0,
+        L2_PROMOTION_256B,
+        0,
+    )
+    return made
 
 
 def _take_context(device: torch.device) -> None:

@@ -1,9 +1,10 @@
-"""The product of a prompt with a packed weight, on GPUs whose Triton has tensor descriptors (TMA).
+"""The product of a prompt with a packed weight: where there is no kernel in CUDA C++ (`hopper`), in
+Triton, on GPUs whose Triton has tensor descriptors (TMA); and with a dense one.
 
 Weights are rounded to the type of x, as the reference's are, and summed over all of K in one order.
-For few rows they become numbers in registers, which is where the matrix units take them from; for
-many ("many_rows" of `tiles`) they do so once, in memory, from where a persistent product takes
-them, whose programs go from tile to tile.
+In Triton, for few rows they become numbers in registers, which is where the matrix units take them
+from; for many ("many_rows" of `tiles`) they do so once, in memory, from where a persistent product
+takes them, whose programs go from tile to tile.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qllm.ops import reference
-from qllm.ops.gpu import cuda, layout, tiles
+from qllm.ops.gpu import cuda, hopper, layout, nvrtc, tiles
 from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
 from qllm.ops.gpu.rows import ALIGNED, aligned, side_by_side
@@ -40,6 +41,8 @@ CASES = (
 @device_of.once
 def unsupported_reason(device: torch.device) -> str | None:
     """Why it cannot run on a device; None where it can. Where a self-test fails a note says so."""
+    if hopper.unsupported_reason(device) is None:
+        return None
     if reason := _unfit(device):
         return reason
     instead = "prompts take a product that scales sums, a slower one"
@@ -59,6 +62,8 @@ def _unfit(device: torch.device) -> str | None:
 
 def about(device: torch.device) -> str:
     """How prompts are multiplied, for `--explain`."""
+    if hopper.unsupported_reason(device) is None:
+        return f"prompts: CUDA C++ by NVRTC {'.'.join(map(str, nvrtc.version()))}"
     if reason := unsupported_reason(device):
         return f"prompts: sums are scaled: {reason}"
     return f"prompts: weights are rounded first, from {many_rows(device)} rows on in memory"
@@ -85,8 +90,11 @@ def weight_only_linear(
 
     Args:
         tile: rows of a tile, one of ROWS, of a weight that is dequantized in memory; 0: it is so in
-            registers; None: as the number of rows says.
+            registers; None: what is fastest.
     """
+    if tile is None and hopper.unsupported_reason(x.device) is None:
+        format_ = (out_features, bits, group_size)
+        return hopper.weight_only_linear(x, qweight, scales, qzeros, bias, *format_)
     shape = Shape.of(x.shape[1], out_features, group_size)
     x = shape.pad_groups(x) if shape.pads_groups else side_by_side(x)
     y = x.new_empty(len(x), out_features)

@@ -12,7 +12,7 @@ from gpu_kernels import packed
 from torch import Tensor
 
 from qllm.ops import phase
-from qllm.ops.gpu import cuda, kept, linear, prefill
+from qllm.ops.gpu import cuda, hopper, kept, linear, prefill
 from qllm.ops.gpu import device as device_of
 from qllm.ops.reference import dequantize
 from qllm.quant.packing import BITS
@@ -172,6 +172,7 @@ def test_the_self_test_finds_what_is_wrong(device, whole_numbers, monkeypatch, c
     self_test = prefill._self_test
     monkeypatch.setattr(prefill, "_self_test", lambda _: self_test(place))
     prefill.unsupported_reason.cache_clear()
+    monkeypatch.setattr(hopper, "unsupported_reason", lambda device: "it is tested elsewhere")
     there = torch.device("cuda", 7)
     reason = "the self-test of prompts' products here found other sums"
     assert prefill.unsupported_reason(there) == reason and reason in capsys.readouterr().err

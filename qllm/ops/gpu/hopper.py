@@ -1,0 +1,278 @@
+"""The product of a prompt with a packed weight on Hopper's matrix units, in CUDA C++.
+
+Weights become numbers in registers, from where those units take them, while they multiply the last
+ones, and activations come to shared memory by copies that run on their own. It serves all numbers
+of rows, in one order of sums. NVRTC compiles it for what a layer needs when one first asks for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache, lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qllm.ops import reference
+from qllm.ops.gpu import cuda, driver, layout, nvrtc
+from qllm.ops.gpu import device as device_of
+from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
+from qllm.ops.gpu.rows import aligned
+from qllm.quant.packing import PackedWeight
+from qllm.quant.packing import pack as pack_rows
+
+CAPABILITY = "9.0"  # of compute capability, the only one
+THREADS = 384
+OUTPUTS, PANELS = 128, 8  # of a block of threads
+STAGE = 64  # inputs of x
+ROWS = (64, 128, 256)  # of a tile
+# Microseconds that an H100 took for BLOCK inputs of a tile, and beside these for a tile.
+BLOCK_TIME, TILE_TIME = {128: 0.97, 256: 1.44}, 4
+PARTS, MIN_BLOCKS = (1, 2, 4, 8), 4  # of the inputs, which a cluster has; and of a part
+SHARED_BYTES = 227 << 10
+X_BYTES = 160 << 10  # up to which stages of x take shared memory
+MAX_STAGES, MAX_W_STAGES = 8, 4
+# What is tested: bits, types of x and of scales, offsets in place of zeros, and tiles.
+CASES = (
+    (4, torch.bfloat16, torch.float16, False, ROWS),
+    (3, torch.float16, torch.float16, True, (256,)),
+    (8, torch.bfloat16, torch.float32, False, (128,)),
+)
+TESTED = (200, 4168)  # outputs and inputs, of which there are several parts
+
+
+class Variant(NamedTuple):
+    """The constants of the kernel; see prefill.cu."""
+
+    bits: int
+    float16: bool
+    zeros: bool
+    offsets: bool
+    wide: bool
+    group: int
+    rows: int
+    x_stages: int
+    w_stages: int
+
+    @property
+    def w_bytes(self) -> int:
+        """Of a stage of the weight."""
+        scale = 4 if self.wide else 2
+        zero = scale if self.offsets else int(self.zeros)
+        return PANELS * 256 * self.bits + BLOCK // self.group * OUTPUTS * (scale + zero)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block of threads."""
+        ring = self.x_stages * self.rows * STAGE * 2 + self.w_stages * self.w_bytes
+        return max(ring + 16 * (self.x_stages + self.w_stages), self.rows * (OUTPUTS + 4) * 4)
+
+
+class Arguments(ctypes.Structure):
+    """The kernel's, as in prefill.cu."""
+
+    _fields_ = (
+        *((name, driver.TensorMap) for name in ("x", "q", "scales", "zeros")),
+        ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("groups_of_a_block", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("rows", "outputs", "blocks", "parts")),
+        ("filled", ctypes.c_char * 24),  # up to a multiple of the alignment
+    )
+
+
+@device_of.once
+def unsupported_reason(device: torch.device) -> str | None:
+    """Why it cannot run on a device; None where it can. Where a self-test fails a note says so."""
+    if device.type != "cuda":
+        return "it is for CUDA devices"
+    architecture, _ = device_of.architecture(device)
+    if architecture != CAPABILITY:
+        return f"it is for compute capability {CAPABILITY}, not for {architecture}"
+    instead = "prompts take Triton's product, a slower one"
+    test = partial(_self_test, device)
+    return device_of.failure("prompts in CUDA C++", device, test, instead, nvrtc.version)
+
+
+def variant(
+    bits: int, dtype: torch.dtype, scales: Tensor, qzeros: Tensor, group: int, rows: int
+) -> Variant:
+    """The kernel's for tiles of some rows, with as many stages as shared memory holds."""
+    offsets = qzeros.is_floating_point()
+    zeros = qzeros.numel() > 0 and not offsets
+    wide = scales.dtype == torch.float32
+    x_stages = min(MAX_STAGES, X_BYTES // (rows * STAGE * 2))
+    kind = (bits, dtype == torch.float16, zeros, offsets, wide, group)
+    made = Variant(*kind, rows, x_stages, MAX_W_STAGES)
+    while made.shared_bytes > SHARED_BYTES:
+        made = made._replace(w_stages=made.w_stages - 1)
+    return made
+
+
+def at_once(cluster: int, num_sms: int) -> int:
+    """Blocks of threads that run at once: large clusters leave multiprocessors of a GPC over."""
+    return num_sms if cluster <= 2 else num_sms * 10 // 11
+
+
+def parts_of(tiles: int, blocks: int, num_sms: int) -> int:
+    """Into how many parts the inputs are cut: it depends on the weight and the GPU alone.
+
+    Args:
+        tiles: of OUTPUTS outputs each.
+    """
+    counts = [count for count in PARTS if blocks >= MIN_BLOCKS * count]
+    fitting = [count for count in counts if tiles * count <= at_once(count, num_sms)]
+    return max(fitting, default=1)
+
+
+def rows_of_a_tile(rows: int, tiles: int, blocks: int, parts: int, num_sms: int) -> int:
+    """Those with which the last multiprocessor is done first; the fewest, where they hold all."""
+
+    def time(tile: int) -> float:
+        waves = -(-(-(-rows // tile) * tiles * parts) // at_once(parts, num_sms))
+        return waves * (blocks / parts * BLOCK_TIME[tile] + TILE_TIME)
+
+    return ROWS[0] if rows <= ROWS[0] else min(BLOCK_TIME, key=time)
+
+
+def source() -> str:
+    """The kernel, as the compiler takes it."""
+    names = ("device.h", "hopper.h", "prefill.cu")
+    return "".join((cuda.SOURCE / name).read_text("utf-8") for name in names)
+
+
+@cache
+def kernel(constants: Variant, device: torch.device) -> ctypes.c_void_p:
+    """A kernel, compiled for a device."""
+    target = f"--gpu-architecture=sm_{CAPABILITY.replace('.', '')}a"
+    binary = nvrtc.compile_cached(source(), ["--std=c++17", target, *cuda.options(constants)])
+    function = driver.load(binary, device, "prefill")
+    driver.allow_shared(function, constants.shared_bytes)
+    return function
+
+
+def weight_only_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    *,
+    tile: int | None = None,
+) -> Tensor:
+    """`reference.weight_only_linear` for x of one of `cuda.DTYPES`, on tensors of `layout.pack`.
+
+    Args:
+        tile: rows of a tile, one of ROWS; None: as `rows_of_a_tile` says.
+    """
+    shape = Shape.of(x.shape[1], out_features, group_size)
+    x = _apart(shape.pad_groups(x) if shape.pads_groups else x)
+    y = x.new_empty(len(x), out_features)
+    if len(x) == 0:
+        return y
+    _, num_sms = device_of.architecture(x.device)
+    tiles = -(-shape.panels // PANELS)
+    parts = parts_of(tiles, shape.blocks, num_sms)
+    tile = tile or rows_of_a_tile(len(x), tiles, shape.blocks, parts, num_sms)
+    constants = variant(bits, x.dtype, scales, qzeros, shape.span, tile)
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    zeros = qzeros if qzeros.numel() else scales  # which then no one reads
+    places = tuple((part.data_ptr(), part.element_size()) for part in (qweight, scales, zeros))
+    with device_of.current(x):
+        arguments = Arguments(
+            _map_of_rows(x, tile),
+            *_weight_maps(places, shape, bits, x.device),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            -(-(1 << 32) // -(-shape.padded_size // BLOCK)),
+            len(x),
+            out_features,
+            shape.blocks,
+            parts,
+        )
+        driver.launch(
+            kernel(constants, x.device),
+            (parts * -(-len(x) // tile), tiles),
+            THREADS,
+            arguments,
+            x.device,
+            early=False,
+            cluster=parts,
+            shared_bytes=constants.shared_bytes,
+        )
+    return y
+
+
+def _apart(x: Tensor) -> Tensor:
+    """x (M, K) `aligned`, no row of which lies in another one."""
+    x = aligned(x)
+    return x if x.stride(0) >= x.shape[1] or len(x) == 1 else x.contiguous()
+
+
+def _map_of_rows(x: Tensor, rows: int) -> driver.TensorMap:
+    """The tensor map of x (M, K), in tiles of some rows."""
+    stride = max(x.stride(0), x.shape[1]) * x.element_size()
+    shape, tile = (len(x), x.shape[1]), (rows, STAGE)
+    return driver.tensor_map(x.data_ptr(), 2, shape, stride, tile, x.device, swizzle=True)
+
+
+@lru_cache(maxsize=1 << 14)
+def _weight_maps(
+    places: tuple[tuple[int, int], ...], shape: Shape, bits: int, device: torch.device
+) -> list[driver.TensorMap]:
+    """Those of a weight, its scales and its zeros, by where they begin and sizes of numbers."""
+    (q, _), *groups = places
+    words, outputs = 32 * bits, shape.panels * PANEL
+    size = (shape.panels, shape.blocks * words)
+    made = [driver.tensor_map(q, 8, size, size[1] * 8, (PANELS, words), device)]
+    tile = (BLOCK // shape.span, OUTPUTS)
+    for place, width in groups:
+        size = (shape.groups, outputs)
+        made.append(driver.tensor_map(place, width, size, outputs * width, tile, device))
+    return made
+
+
+def _self_test(device: torch.device) -> str | None:
+    """Products beside the reference where sums are exact, and beside each other where they are not.
+
+    What no emulation shows is here: how the matrix units read shared memory, and that they, the
+    copies and the threads wait for each other. A row alone is to find what it finds among many.
+    """
+    (outputs, inputs), group, rows = TESTED, 64, ROWS[-1] + 3
+    index = torch.arange(outputs * -(-inputs // group)).view(outputs, -1)
+    draw = torch.Generator().manual_seed(0)
+    exact = torch.arange(rows * inputs).view(rows, inputs).remainder(5).sub(2)
+    drawn = torch.randn(rows, inputs, generator=draw)
+    for bits, dtype, wide, offsets, sizes in CASES:
+        values = torch.randint(0, 1 << bits, (outputs, inputs), generator=draw).to(torch.uint8)
+        scales = torch.tensor([0.25, 0.5, 1.0])[index % 3].to(wide)
+        zeros = index.remainder(16).div(-4).to(wide) if offsets else index.to(torch.uint8) % 8
+        stored = PackedWeight(pack_rows(values, bits), scales, zeros)
+        options = (outputs, bits, group)
+        there = PackedWeight(*(tensor.to(device) for tensor in stored[:3]))
+        packed = layout.pack(there, bits, group, inputs)[:3]
+
+        def multiply(
+            x: Tensor, tile: int, how: tuple[Any, ...] = (*packed, None, *options)
+        ) -> Tensor:
+            return weight_only_linear(x.to(device), *how, tile=tile).cpu()
+
+        x = drawn.to(dtype)
+        calls = [(exact.to(dtype), tile) for tile in sizes]
+        calls += [(some, tile) for some in (x, x[-1:]) for tile in sizes]
+        found = device_of.together([partial(multiply, *call) for call in calls])
+        sums, many, one = (
+            found[first : first + len(sizes)] for first in (0, len(sizes), 2 * len(sizes))
+        )
+        wanted = reference.weight_only_linear(exact.float(), *stored[:3], None, *options).to(dtype)
+        if not all(torch.equal(each, wanted) for each in sums):
+            return "the self-test of prompts' products in CUDA C++ here found other sums"
+        same = all(torch.equal(each, many[0]) for each in many)
+        if not same or not all(torch.equal(each, many[0][-1:]) for each in one):
+            return "few rows of a prompt and many found other sums in their self-test in CUDA C++"
+    return None
