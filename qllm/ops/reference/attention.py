@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -116,19 +119,68 @@ def differentiable_attention(
     if slopes is not None:
         mask = slopes.to(qkv.device)[:, None, None] * distance
     mask = mask.masked_fill_(_unseen(distance, scores), -torch.inf).to(dtype)  # (1 or H, T, T)
-    k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
-    k, q = k.mT, q * scores.factor(q.shape[-1])
-    outputs = []
     # On a CPU, the gradients of torch's fused attention take three times as long as these.
+    out = _Attention.apply(q, k, v, mask, scores)
+    return out.transpose(1, 2).reshape(len(qkv), -1)
+
+
+class _Attention(torch.autograd.Function):
+    """Causal attention of queries (B, H, T, D) to keys and values (B, H_kv, T, D): (B, H, T, D).
+
+    Autograd would fill a gradient of all keys for each run of queries, and copy what it multiplies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scores: Scores) -> Tensor:
+        ctx.shape, ctx.factor, ctx.cap = q.shape, scores.factor(q.shape[-1]), scores.cap
+        ctx.window = scores.window
+        kv_heads, repeats = k.shape[1], q.shape[1] // k.shape[1]
+        # The heads that share a key head become rows of one product.
+        q = (q * ctx.factor).unflatten(1, (kv_heads, repeats))
+        k, v = (part.reshape(-1, *part.shape[2:]) for part in (k, v))  # (B H_kv, T, D)
+        mask = mask.unflatten(0, (-1, repeats)) if len(mask) > 1 else mask[None]
+        out, kept = torch.empty_like(q, memory_format=torch.contiguous_format), []
+        for run, seen in _runs(q.shape[3], ctx.window):
+            queries = q[:, :, :, run].reshape(len(k), -1, k.shape[-1])
+            found = queries @ k[:, seen].mT
+            capped = None
+            if ctx.cap:
+                capped = (found.float() / ctx.cap).tanh_()
+                found = capped * ctx.cap
+            found = found.view(*q.shape[:3], -1, found.shape[-1]).add_(mask[..., run, seen])
+            weights = found.softmax(-1).to(q.dtype).view(len(k), queries.shape[1], -1)
+            out[:, :, :, run] = (weights @ v[:, seen]).view(*q.shape[:3], -1, v.shape[-1])
+            kept += [queries, weights, capped]
+        ctx.save_for_backward(k, v, *kept)
+        return out.flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *back: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        k, v, *kept = ctx.saved_tensors
+        batch, _, length, dim = ctx.shape
+        by_out = back[0].unflatten(1, (len(k) // batch, -1))
+        by_q = torch.empty_like(by_out, memory_format=torch.contiguous_format)
+        by_k, by_v = torch.zeros_like(k), torch.zeros_like(v)
+        for index, (run, seen) in enumerate(_runs(length, ctx.window)):
+            queries, weights, capped = kept[3 * index : 3 * index + 3]
+            by_run = by_out[:, :, :, run].reshape(queries.shape)
+            by_v[:, seen] += weights.mT @ by_run
+            by_weights = by_run @ v[:, seen].mT
+            by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
+            if capped is not None:
+                by_scores = (by_scores * (1 - capped.square())).to(weights.dtype)
+            by_k[:, seen] += by_scores.mT @ queries
+            by_queries = (by_scores @ k[:, seen]).mul_(ctx.factor)
+            by_q[:, :, :, run] = by_queries.view(*by_q.shape[:3], -1, dim)
+        shape = batch, -1, length, dim
+        return by_q.flatten(1, 2), by_k.view(shape), by_v.view(shape), None, None
+
+
+def _runs(length: int, window: int) -> Iterator[tuple[slice, slice]]:
+    """Runs of queries, and the keys that any query of a run sees."""
     for start in range(0, length, QUERIES_AT_ONCE):
         end = min(start + QUERIES_AT_ONCE, length)
-        seen = slice(max(0, start + 1 - scores.window) if scores.window else 0, end)
-        found = q[:, :, start:end] @ k[..., seen]
-        if scores.cap:
-            found = (found.float() / scores.cap).tanh() * scores.cap
-        found = (found + mask[:, start:end, seen]).softmax(-1).to(dtype)
-        outputs.append(found @ v[:, :, seen])
-    return torch.cat(outputs, 2).transpose(1, 2).reshape(len(qkv), -1)
+        yield slice(start, end), slice(max(0, start + 1 - window) if window else 0, end)
 
 
 def _unseen(distance: Tensor, scores: Scores) -> Tensor:
