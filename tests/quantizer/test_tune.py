@@ -220,7 +220,7 @@ def test_scales_come_closer_to_the_float_model_and_nothing_else_changes(name, he
     rules = {".*": 3} | ({} if head is None else {"lm_head": head})
     kept = []
     for steps in (0, 12):
-        scales = DistillOptions(steps=steps, batch=3, rate=0.01)
+        scales = DistillOptions(steps=steps, batch=16, rate=0.01)
         options = QuantizeOptions(tune=TuneOptions(steps=2, batch=2), distill=scales)
         out = tmp_path / str(steps)
         job = {"options": options, "dtype": torch.float32, "samples": SEEN}
