@@ -256,7 +256,7 @@ def test_a_capture_that_broke_off_is_not_replayed():
     def stop(module, inputs) -> None:
         raise RuntimeError("enough")
 
-    hook = model.layers[3].register_forward_pre_hook(stop)
+    hook = model.layers[3].mlp.register_forward_pre_hook(stop)
     cache = begun(our_bundled("opt", "4"), [9])
     with pytest.raises(RuntimeError, match="enough"):
         model.decode(tokens_of(0, 1), cache)

@@ -137,13 +137,13 @@ def test_scales_that_are_no_numbers_give_what_the_reference_gives(dtype, own_gpu
 
 @pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
 def test_a_row_is_the_same_whatever_is_beside_it(dtype, own_gpu, parts):
-    weight = random_weight((140, 1160), 4, 128)
-    x = normal(70, 1160, dtype=dtype)
+    weight = random_weight((20, 390), 4, 128)
+    x = normal(70, 390, dtype=dtype)
     for parts[0] in (1, 4):
         whole = multiply(weight, x, tile=64)
         for tile in hopper.ROWS:
             assert torch.equal(multiply(weight, x, tile=tile), whole)
-        for first, count in ((0, 1), (3, 8), (69, 1)):
+        for first, count in ((3, 8), (69, 1)):
             some = slice(first, first + count)
             assert torch.equal(multiply(weight, x[some]), whole[some])
 
@@ -194,7 +194,7 @@ def test_nothing_outside_is_touched(emulation):
 def test_the_self_test_finds_what_is_wrong(own_gpu, monkeypatch):
     place = torch.device(DEVICE)
     if own_gpu is not None:  # which is slow, and does one thing at a time
-        monkeypatch.setattr(hopper, "TESTED", (40, 1100))
+        monkeypatch.setattr(hopper, "TESTED", (20, 300))
         monkeypatch.setattr(device_of, "COMPILED_AT_ONCE", 1)
     assert hopper._self_test(place) is None
     right = hopper.weight_only_linear
