@@ -143,7 +143,7 @@ def add_algorithm_options(parser: argparse.ArgumentParser) -> None:
         "--refine-batch",
         type=cli.whole_number(1),
         metavar="N",
-        help="calibration samples per step of tuning (those of 1024 tokens, or two per channel)",
+        help="calibration samples per step of tuning (those of 2048 tokens, or two per channel)",
     )
 
 

@@ -13,9 +13,9 @@ from qllm.quant.inputs import InputStats
 from qllm.quant.packing import PackedWeight
 
 DEFAULT_ALPHA = 0.5  # of SmoothQuant
-# Of calibration samples that a step of tuning takes together, where nobody says how many: at least,
-# and for each channel, since what a few tokens say of a wide matrix is mostly noise.
-TOKENS_PER_STEP, TOKENS_PER_CHANNEL = 1024, 2
+# Of calibration samples that a step of tuning takes together, where nobody says how many: for each
+# channel, since what a few tokens say of a wide matrix is mostly noise.
+TOKENS_PER_CHANNEL = 2
 # Bits, group size and scheme.
 Form = tuple[int, int, str]
 
@@ -44,18 +44,20 @@ class DescentOptions:
 
     Attributes:
         steps: how many.
-        batch: calibration samples per step; None: as many as have TOKENS_PER_STEP and
+        batch: calibration samples per step; None: as many as have `least_tokens` and
             TOKENS_PER_CHANNEL, or one.
         seed: of their choice.
+        least_tokens: of a step.
     """
 
+    least_tokens: ClassVar[int] = 1024
     steps: int
     batch: int | None = None
     seed: int = 0
 
     def samples(self, length: int, channels: int) -> int:
         """Of each step, where they have so many tokens, of states (channels,)."""
-        tokens = max(TOKENS_PER_STEP, TOKENS_PER_CHANNEL * channels)
+        tokens = max(self.least_tokens, TOKENS_PER_CHANNEL * channels)
         return self.batch or max(1, tokens // length)
 
 
@@ -63,12 +65,13 @@ class DescentOptions:
 class TuneOptions(DescentOptions):
     """How the roundings of a layer are tuned together: signed gradient descent, for each layer."""
 
+    least_tokens: ClassVar[int] = 2048
     steps: int = 200
 
     def __str__(self) -> str:
         size = f"{self.batch} samples"
         if self.batch is None:
-            size = f"{TOKENS_PER_STEP} tokens, or {TOKENS_PER_CHANNEL} per channel"
+            size = f"{self.least_tokens} tokens, or {TOKENS_PER_CHANNEL} per channel"
         return f"each layer tuned in {self.steps} steps of {size}"
 
 

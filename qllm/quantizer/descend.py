@@ -16,7 +16,7 @@ from qllm.models.layer import Block, PreNormLayer
 from qllm.quant.descent import descend
 from qllm.quant.inputs import InputStats
 from qllm.quantizer.hidden import HiddenStates
-from qllm.quantizer.tune import token_sizes, tuned_samples
+from qllm.quantizer.tune import token_sizes, tuned_samples, work_dtype
 
 
 def descend_last(
@@ -41,7 +41,12 @@ def descend_last(
     """
     inputs, targets = (each.part(slice(tuned_samples(len(each.states)))) for each in states)
     module = dense_linear(layer, name)
-    stats = InputStats(module.in_features, inputs.states.device, products=True, multiply=module.run)
+    dtype = work_dtype(inputs.states.device, linear.spec.bits)
+
+    def multiply(a: Tensor, b: Tensor, _: None) -> Tensor:
+        return (a.to(dtype) @ b.to(dtype).t()).float()
+
+    stats = InputStats(module.in_features, inputs.states.device, products=True, multiply=multiply)
     residuals = torch.zeros_like(module.weight)
     seen: list[Tensor] = []
 
@@ -55,7 +60,7 @@ def descend_last(
             weight = token_sizes(wanted)[:, None].rsqrt_()
             given = seen.pop() * weight
             stats.add(given)
-            residuals.addmm_(missing.mul_(weight).t(), given)
+            residuals += multiply(missing.mul_(weight).t(), given.t(), None)
     finally:
         hook.remove()
     products = stats.hessian

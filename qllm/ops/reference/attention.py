@@ -13,7 +13,7 @@ from qllm.ops.kv import KV, PLAIN, Batch, Scores
 from qllm.ops.quantized_kv import QuantizedKV
 
 # Of a sequence, where gradients go through attention: keys behind the last of them take no time.
-QUERIES_AT_ONCE = 128
+QUERIES_AT_ONCE = 64
 
 
 def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
@@ -113,12 +113,15 @@ def differentiable_attention(
         part.to(dtype).unflatten(0, (-1, length)).transpose(1, 2)  # (B, H, T, D)
         for part in _heads(qkv, kv, cos_sin)
     )
-    place = torch.arange(length, device=qkv.device)
+    # But for ALiBi and windows, all that is to mask is among the keys of a run of queries itself.
+    plain = slopes is None and not scores.window
+    place = torch.arange(min(length, QUERIES_AT_ONCE) if plain else length, device=qkv.device)
     distance = place - place[:, None]
-    mask = distance.new_zeros(1, length, length, dtype=torch.float32)
+    mask = distance.new_zeros(1, *distance.shape, dtype=torch.float32)
     if slopes is not None:
         mask = slopes.to(qkv.device)[:, None, None] * distance
-    mask = mask.masked_fill_(_unseen(distance, scores), -torch.inf).to(dtype)  # (1 or H, T, T)
+    # (1 or H, T, T), or of one run of queries and its keys
+    mask = mask.masked_fill_(_unseen(distance, scores), -torch.inf).to(dtype)
     # On a CPU, the gradients of torch's fused attention take three times as long as these.
     out = _Attention.apply(q, k, v, mask, scores)
     return out.transpose(1, 2).reshape(len(qkv), -1)
@@ -147,7 +150,12 @@ class _Attention(torch.autograd.Function):
             if ctx.cap:
                 capped = (found.float() / ctx.cap).tanh_()
                 found = capped * ctx.cap
-            found = found.view(*q.shape[:3], -1, found.shape[-1]).add_(mask[..., run, seen])
+            found = found.view(*q.shape[:3], -1, found.shape[-1])
+            if mask.shape[-1] < q.shape[3]:
+                own = found[..., run]
+                own += mask[..., : own.shape[3], : own.shape[4]]
+            else:
+                found += mask[..., run, seen]
             weights = found.softmax(-1).to(q.dtype).view(len(k), queries.shape[1], -1)
             out[:, :, :, run] = (weights @ v[:, seen]).view(*q.shape[:3], -1, v.shape[-1])
             kept += [queries, weights, capped]
