@@ -30,7 +30,14 @@ from qllm.quant.algorithm import DistillOptions
 from qllm.quant.packing import group_width
 from qllm.quant.rtn import SMALLEST_HALF_SCALE, grouped
 from qllm.quantizer.hidden import HiddenStates
-from qllm.quantizer.tune import FrozenLinear, freeze_all, held_out, tuned_samples, work_dtype
+from qllm.quantizer.tune import (
+    FrozenLinear,
+    add_bias,
+    freeze_all,
+    held_out,
+    tuned_samples,
+    work_dtype,
+)
 
 # Logits that are in memory at once, in each of a few copies.
 LOGITS_AT_ONCE = 1 << 24
@@ -51,7 +58,7 @@ class _ScaledProduct(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.linear = linear
         y = product(x, weight)
-        return y if linear.bias is None else y.float().add_(linear.bias).to(y.dtype)
+        return y if linear.bias is None else add_bias(y, linear.bias)
 
     @staticmethod
     def backward(ctx: Any, *back: Tensor) -> tuple[Tensor | None, Tensor, None]:

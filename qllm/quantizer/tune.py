@@ -31,6 +31,8 @@ TOKENS_PER_PASS = 2048
 # One of so many samples is held out.
 HELD_OUT = 8
 MAX_BITS_IN_BFLOAT16 = 4
+# Values that a bias is added to together.
+BIASED_AT_ONCE = 1 << 18
 # So that a state of zeros has an error, too.
 SMALLEST_SIZE = 1e-6
 # The first step over 1 / steps, of offsets and of factors. Steps fall linearly, so that all of them
@@ -70,6 +72,19 @@ def work_dtype(device: torch.device, bits: int) -> torch.dtype:
     return torch.bfloat16 if fast and bits <= MAX_BITS_IN_BFLOAT16 else torch.float32
 
 
+def add_bias(y: Tensor, bias: Tensor) -> Tensor:
+    """Add a bias (N,) to rows (M, N) in float32, in place.
+
+    In bfloat16 it would be off by as much for every token, and be tuned against.
+    """
+    if y.dtype == bias.dtype:
+        return y.add_(bias)
+    # A whole copy would be memory that the system has to clear, which takes ten times as long.
+    for rows in y.split(max(1, BIASED_AT_ONCE // len(bias))):
+        rows.copy_(rows.float().add_(bias))
+    return y
+
+
 class _Product(torch.autograd.Function):
     """x W^T + b. What gradients say of W is summed up in a matrix, and autograd hears of x alone.
 
@@ -84,8 +99,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.gradient = gradient
         y = product(x, weight)
-        # A bias in bfloat16 would be off by as much for every token, and be tuned against.
-        return y if bias is None else y.float().add_(bias).to(y.dtype)
+        return y if bias is None else add_bias(y, bias)
 
     @staticmethod
     def backward(ctx: Any, *back: Tensor) -> tuple[Tensor | None, None, None, None]:
