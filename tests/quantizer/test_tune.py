@@ -243,12 +243,12 @@ def test_scales_come_closer_to_the_float_model_and_nothing_else_changes(name, he
 
 def test_scales_of_more_bits_move_by_less(tmp_path):
     """The first step of Adam is the rate, whatever the gradient."""
-    source = saved("llama", tmp_path / "source")
+    source = saved("opt", tmp_path / "source")
     rules = {".*": 2, "mlp": 3, r"mlp\.down": 4}
     kept = []
     for steps in (0, 1):
         scales = DistillOptions(steps=steps, batch=32, rate=0.02)
-        options = QuantizeOptions(tune=TuneOptions(steps=1, batch=1), distill=scales)
+        options = QuantizeOptions(tune=TUNED, distill=scales)
         tune(source, tmp_path / str(steps), plan_of(rules), options=options, samples=SEEN)
         kept.append(dict(load(tmp_path / str(steps)).named_modules()))
     for part, module in kept[0].items():
