@@ -120,7 +120,9 @@ def test_any_number_of_warps_shares_some_panels(warps, panels, own_gpu, monkeypa
     tall = 1 if warps * panels * 2 > cuda.SUMS else 2
     monkeypatch.setattr(cuda, "cut", lambda *asked: cuda.Cut(warps, 2, tall, panels))
     weight = random_weight((40, 1160), 8, 32)  # of three panels
-    x = torch.randint(-8, 9, (8 * tall, 1160), generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randint(
+        -8, 9, (8 * tall, 1160), generator=torch.Generator().manual_seed(0)
+    ).bfloat16()
     assert torch.allclose(multiply(weight, x).double(), weight.exact(x), rtol=2**-8, atol=2e-3)
 
 

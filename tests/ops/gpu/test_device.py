@@ -12,9 +12,26 @@ import torch
 
 from qllm import ops
 from qllm.ops import reference
-from qllm.ops.gpu import device, kept, prefill, rows
+from qllm.ops.gpu import (
+    attention,
+    cuda,
+    decode,
+    decode_int8,
+    device,
+    hopper,
+    kept,
+    linear,
+    prefill,
+    quantized_prefill,
+    rows,
+)
 
 A_GPU = SimpleNamespace(name="A GPU", uuid="1", multi_processor_count=4)
+# What is found once of the GPU at hand, which is not to be found of another one.
+MODULES = (attention, decode, decode_int8, device, hopper, linear, prefill, quantized_prefill)
+FOUND_ONCE = [
+    each for module in MODULES for each in vars(module).values() if isinstance(each, device.once)
+]
 REQUEST = ops.Request(256, 64, 4, 128, "asym", "cuda")
 
 
@@ -30,10 +47,10 @@ def a_gpu(no_interpreter, monkeypatch):
     """Makes torch say that there is a GPU of a compute capability."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    found = (prefill.unsupported_reason, prefill.dense_unsupported_reason, device.architecture)
+    architecture = device.architecture
 
     def clear() -> None:
-        for each in (device._unfit, *found):
+        for each in (*FOUND_ONCE, architecture, cuda.kernel):
             each.cache_clear()
 
     def make(*capability: int) -> None:
