@@ -28,6 +28,9 @@ from qllm.quantizer.hidden import HiddenStates
 
 # Tokens whose activations are in memory at once.
 TOKENS_PER_PASS = 2048
+# On a CPU, bytes of the widest linear's activations, too: larger pieces of memory than 32 MiB go
+# back to the system each time, and it clears them before they come again.
+BYTES_PER_PASS = 1 << 24
 # One of so many samples is held out.
 HELD_OUT = 8
 MAX_BITS_IN_BFLOAT16 = 4
@@ -267,6 +270,7 @@ def tune_block(
     samples, device = tuned_samples(len(inputs.states)), inputs.states.device
     dtype = work_dtype(device, max(found.spec.bits for _, found in linears.values()))
     tuned = {}
+    widths: list[int] = []
     run, names = block
     for name in names:
         if name in linears:
@@ -276,14 +280,18 @@ def tune_block(
             layer.set_submodule(name, tuned[name])
         else:
             freeze(layer, name, dtype)
+        replaced = layer.get_submodule(name)
+        assert isinstance(replaced, FrozenLinear)
+        widths += replaced.weight.shape
     metric = metric.to(dtype)
+    tokens = tokens_per_pass(max(widths), dtype, device)
     draw = torch.Generator().manual_seed(options.seed)
     batch = options.samples(*inputs.states.shape[1:])
     certain = min(1.0, (options.steps / STEPS) ** 0.5)
     with torch.enable_grad(), ops.differentiable():
         for step in range(options.steps):
             chosen = torch.randperm(samples, generator=draw)[:batch].to(device)
-            _add_gradients(run, inputs, targets, metric, chosen)
+            _add_gradients(run, inputs, targets, metric, chosen, tokens)
             left = 1 - step / options.steps
             for linear in tuned.values():
                 linear.step(left * certain / options.steps)
@@ -297,16 +305,28 @@ def tune_block(
     }
 
 
+def tokens_per_pass(widest: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many tokens' gradients are computed together, or those of one sample, if it has more.
+
+    Args:
+        widest: channels of the activations that are.
+    """
+    if device.type == "cuda":
+        return TOKENS_PER_PASS
+    return min(TOKENS_PER_PASS, BYTES_PER_PASS // (widest * dtype.itemsize))
+
+
 def _add_gradients(
     run: Block,
     inputs: HiddenStates,
     targets: HiddenStates,
     metric: Tensor,
     chosen: Tensor,
+    tokens: int,
 ) -> None:
-    """Gradients of half the errors of some samples (B,), a few of them at a time."""
+    """Gradients of half the errors of some samples (B,), of as many at a time as have `tokens`."""
     length = inputs.states.shape[1]
-    for part in chosen.split(max(1, TOKENS_PER_PASS // length)):
+    for part in chosen.split(max(1, tokens // length)):
         x, wanted = (
             each.states.index_select(0, part).flatten(0, 1).float() for each in (inputs, targets)
         )

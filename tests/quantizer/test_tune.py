@@ -264,3 +264,23 @@ def divergence(model: Decoder, exact: Decoder) -> float:
         each.prefill(held, last=False).double().log_softmax(-1) for each in (model, exact)
     )
     return (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize(
+    ("widest", "dtype", "expected"),
+    [(256, torch.bfloat16, 2048), (8192, torch.bfloat16, 1024), (8192, torch.float32, 512)],
+)
+def test_wide_layers_take_fewer_tokens_a_pass_on_a_cpu(widest, dtype, expected):
+    tokens = tune_module.tokens_per_pass(widest, dtype, torch.device("cpu"))
+    assert tokens == expected
+    assert tune_module.tokens_per_pass(widest, dtype, torch.device("cuda")) == 2048
+
+
+def test_a_bias_is_added_in_float32_a_few_rows_at_a_time(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    y, bias = (torch.randn(shape, generator=draw) for shape in ((7, 5), (5,)))
+    monkeypatch.setattr(tune_module, "BIASED_AT_ONCE", 2 * len(bias))
+    rounded = y.bfloat16()
+    expected = (rounded.float() + bias).bfloat16()
+    assert torch.equal(tune_module.add_bias(rounded, bias), expected)
+    assert torch.equal(tune_module.add_bias(y.clone(), bias), y + bias)
