@@ -115,18 +115,25 @@ def prefill_attention(
     cos_sin: tuple[Tensor, Tensor] | None,
     slopes: Tensor | None,
     scores: Scores = PLAIN,
-    *,
+) -> Tensor:
+    """`reference.prefill_attention`, of all sequences at once."""
+    if not isinstance(kv, QuantizedKV):
+        return plain_prefill_attention(qkv, kv, batch, cos_sin, slopes, scores)
+    if quantized_prefill.unsupported_reason(qkv.device):
+        return reference.prefill_attention(qkv, kv, batch, cos_sin, slopes, scores)
+    return quantized_prefill.prefill_attention(qkv, kv, batch, cos_sin, slopes, scores)
+
+
+def plain_prefill_attention(
+    qkv: Tensor,
+    kv: KV,
+    batch: Batch,
+    cos_sin: tuple[Tensor, Tensor] | None,
+    slopes: Tensor | None,
+    scores: Scores = PLAIN,
     described: bool | None = None,
 ) -> Tensor:
-    """`reference.prefill_attention`, of all sequences at once.
-
-    Args:
-        described: keys and values are loaded by descriptors; None: where they can be.
-    """
-    if isinstance(kv, QuantizedKV):
-        if quantized_prefill.unsupported_reason(qkv.device):
-            return reference.prefill_attention(qkv, kv, batch, cos_sin, slopes, scores)
-        return quantized_prefill.prefill_attention(qkv, kv, batch, cos_sin, slopes, scores)
+    """The same to keys and values as they are; `described` as `attend` has it."""
     from qllm.ops.gpu.kernels import prefill
 
     kv.check(qkv, batch, scores)
@@ -166,7 +173,7 @@ def attend(
         cache: keys and values of rows, or with `own` of the sequences of the part.
         own: (H_kv, slots, D), keys and values that a token sees of its own run in place of those.
         part: the first sequence and how many; None: all.
-        described: as `prefill_attention` has it.
+        described: keys and values are loaded by descriptors; None: where they can be.
     """
     from qllm.ops.gpu.kernels import prefill
 
@@ -262,7 +269,7 @@ def _self_test(device: torch.device) -> str | None:
             there = Batch.of(counts, device, pasts=[past, 0][: len(counts)])
             new = qkv[past : past + sum(counts)].to(device)
             how = (there, None, slopes.to(device))
-            found.append(prefill_attention(new, kv, *how, described=True).cpu())
+            found.append(plain_prefill_attention(new, kv, *how, described=True).cpu())
         if not torch.allclose(found[0].float(), want.float(), atol=0.05, rtol=0.05):
             return "the self-test of attention by descriptors found other results"
         if not torch.equal(torch.cat(found[1:]), found[0][: lengths[0]]):

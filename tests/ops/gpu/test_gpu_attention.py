@@ -293,9 +293,9 @@ def test_the_self_test_of_prompts_finds_what_is_wrong(gpu, monkeypatch, capsys):
 def test_where_descriptors_are_wrong_keys_are_loaded_by_pointers(gpu, monkeypatch, capsys):
     device, never = torch.device(gpu), torch.device("cuda", 7)
     assert attention._self_test(device) is None
-    right, self_test = attention.prefill_attention, attention._self_test
+    right, self_test = attention.plain_prefill_attention, attention._self_test
     monkeypatch.setattr(
-        attention, "prefill_attention", lambda *given, **more: right(*given, **more) + 1
+        attention, "plain_prefill_attention", lambda *given, **more: right(*given, **more) + 1
     )
     monkeypatch.setattr(kept, "test_name", lambda name, device: "gpu-passed-none")
     monkeypatch.setattr(device_of, "architecture", lambda device: ("9.0", 4))
