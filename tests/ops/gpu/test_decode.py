@@ -329,7 +329,9 @@ def test_where_it_cannot_run_a_note_and_the_explanation_say_so(monkeypatch, caps
                 raise error
 
             monkeypatch.setattr(decode, "_self_test", fail)
-            monkeypatch.setattr(nvrtc.kept, "test_name", lambda name, device: "gpu-passed-none")
+            monkeypatch.setattr(nvrtc.kept, "test_name", lambda name, device: "gpu-tested")
+            monkeypatch.setattr(nvrtc.kept, "read", lambda name: None)  # that it passed before
+            monkeypatch.setattr(nvrtc.kept, "write", lambda *given: None)
             monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
             reason = str(error).splitlines()[0]
             assert decode.unsupported_reason(place) == reason

@@ -280,7 +280,9 @@ def test_the_self_test_of_prompts_finds_what_is_wrong(gpu, monkeypatch, capsys):
     assert quantized_prefill._self_test(device) is None
     right = quantized_prefill.prefill_attention
     monkeypatch.setattr(quantized_prefill, "prefill_attention", lambda *given: right(*given) + 1)
-    monkeypatch.setattr(kept, "test_name", lambda name, device: "gpu-passed-none")
+    monkeypatch.setattr(kept, "test_name", lambda name, device: "gpu-tested")
+    monkeypatch.setattr(kept, "read", lambda name: None)  # that it passed before
+    monkeypatch.setattr(kept, "write", lambda *given: None)
     quantized_prefill.unsupported_reason.cache_clear()
     self_test = quantized_prefill._self_test
     monkeypatch.setattr(quantized_prefill, "_self_test", lambda _: self_test(device))
@@ -297,7 +299,9 @@ def test_where_descriptors_are_wrong_keys_are_loaded_by_pointers(gpu, monkeypatc
     monkeypatch.setattr(
         attention, "plain_prefill_attention", lambda *given, **more: right(*given, **more) + 1
     )
-    monkeypatch.setattr(kept, "test_name", lambda name, device: "gpu-passed-none")
+    monkeypatch.setattr(kept, "test_name", lambda name, device: "gpu-tested")
+    monkeypatch.setattr(kept, "read", lambda name: None)  # that it passed before
+    monkeypatch.setattr(kept, "write", lambda *given: None)
     monkeypatch.setattr(device_of, "architecture", lambda device: ("9.0", 4))
     monkeypatch.setattr(attention, "_self_test", lambda _: self_test(device))
     attention.undescribed_reason.cache_clear()
