@@ -20,7 +20,8 @@ from qllm.layers.w8a8 import DynamicInt8Linear, StaticInt8Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
 from qllm.models.equalize import NORMS, can_divide
-from qllm.models.layer import Embedding, Norm
+from qllm.models.layer import Embedding
+from qllm.models.norms import Norm
 from qllm.parallel.layers import RowParallel, ShardedLinear, VocabularyParallel
 from qllm.quant.packing import PackedWeight, scheme_of
 from qllm.quant.smooth import smooth_scales

@@ -21,7 +21,8 @@ from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.memory import check_fits
 from qllm.models.cache import Decode, KVCache, Prefill
-from qllm.models.layer import NORMS, Embedding, LayerList, Scale, layer_class, total
+from qllm.models.layer import Embedding, LayerList, Scale, layer_class, total
+from qllm.models.norms import NORMS
 from qllm.models.partition import keep_shards, keep_stage
 from qllm.models.pieces import pieces_of
 from qllm.models.positions import POSITIONS

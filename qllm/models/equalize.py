@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qllm.config import ModelConfig
 from qllm.layers.fp16 import DenseLinear
-from qllm.models.layer import Norm, PreNormLayer
+from qllm.models.layer import PreNormLayer
+from qllm.models.norms import Norm
 
 # A linear of a layer, and the norm in front of it.
 NORMS = {"attention.qkv": "attention_norm", "mlp.up": "mlp_norm"}

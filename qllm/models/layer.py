@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -13,6 +12,7 @@ from qllm import ops
 from qllm.config import ModelConfig
 from qllm.layers import DynamicInt8Linear, Linear
 from qllm.models.cache import Decode, Prefill
+from qllm.models.norms import NORMS, QKNorm, add
 from qllm.ops.kv import Scores
 from qllm.ops.reference import Int8Rows
 
@@ -34,100 +34,6 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return ops.on(tokens.device.type).embedding(tokens, self.weight, 0)
-
-
-class Norm(nn.Module, ABC):
-    """What norms of rows (N, C) share.
-
-    Attributes:
-        op: name of what computes it.
-        options: that the op takes last.
-        offset: what is added to the weight.
-    """
-
-    op: str
-    weight: Tensor
-    bias: Tensor | None
-    options: tuple[float | Tensor | None, ...]
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.shape, self.options = (config.hidden_size,), (config.norm_eps,)
-        self.offset = config.norm_offset
-
-    def round_for(self, linear: DynamicInt8Linear) -> None:
-        """Return `Int8Rows` from now on, as a linear, which alone takes them, would make them."""
-        self.op += "_int8"
-        self.options += (linear.input_scale,)
-
-    def divide(self, scales: Tensor) -> None:
-        """Divide what the norm gives by `scales` (C,)."""
-        # The whole weight: a half type would lose digits of a small one that is less its offset.
-        weight = (self.weight.float() + self.offset) / scales
-        self.weight, self.offset = weight.to(self.weight.dtype), 0.0
-        bias = getattr(self, "bias", None)
-        if bias is not None:
-            self.bias = (bias / scales).to(bias.dtype)
-
-    def stored(self, offset: float) -> dict[str, Tensor]:
-        """Its tensors, of which the weight is less an offset."""
-        tensors = dict(self.named_buffers())
-        return tensors | ({"weight": self.weight + (self.offset - offset)} if tensors else {})
-
-    @property
-    def _last(self) -> tuple[object, ...]:
-        return (*self.options, self.offset) if self.offset else self.options
-
-    @property
-    @abstractmethod
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """What the op takes behind x."""
-
-    def forward(self, x: Tensor) -> Tensor | Int8Rows:
-        return getattr(ops.on(x.device.type), self.op)(x, *self.tensors, *self._last)
-
-    def after_sum(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor | Int8Rows]:
-        """x + z and its norm, in one launch where the device has that."""
-        if fused := ops.on(x.device.type).add_norm.get(self.op):
-            return fused(x, z, *self.tensors, *self._last)
-        x = _add(x, z)
-        return x, self(x)
-
-
-class LayerNorm(Norm):
-    """Mean and variance to 0 and 1, then weight (C,) and bias (C,), where there are any."""
-
-    op = "layer_norm"
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__(config)
-        for name in ("weight", "bias"):
-            value = torch.empty(self.shape, dtype=dtype, device="meta")
-            self.register_buffer(name, value if config.norm_affine else None)
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.weight, self.bias
-
-
-class RMSNorm(Norm):
-    """Root mean square to 1, then weight (C,) (Zhang and Sennrich 2019)."""
-
-    op = "rms_norm"
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__(config)
-        self.register_buffer("weight", torch.empty(self.shape, dtype=dtype, device="meta"))
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return (self.weight,)
-
-
-NORMS: dict[str, Callable[[ModelConfig, torch.dtype], Norm]] = {
-    "layernorm": LayerNorm,
-    "rmsnorm": RMSNorm,
-}
 
 
 class Attention(nn.Module):
@@ -164,20 +70,6 @@ def scores_of_layer(config: ModelConfig, index: int) -> Scores:
         scale = Scores(scale).factor(config.head_dim) / (index + 1)
     window = config.windows[index] if config.windows else 0
     return Scores(scale, config.score_cap or 0.0, window)
-
-
-class QKNorm(nn.Module):
-    """Weights of the norms that each head's query and key have: (2 D,), of queries, of keys."""
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.eps, self.offset = config.norm_eps, config.norm_offset
-        weight = torch.empty(2 * config.head_dim, dtype=dtype, device="meta")
-        self.register_buffer("weight", weight)
-
-    def forward(self, qkv: Tensor, heads: Sequence[int]) -> Tensor:
-        options = (*heads[:2], self.eps, self.offset)
-        return ops.on(qkv.device.type).qk_norm(qkv, self.weight, *options)
 
 
 class NormedAttention(Attention):
@@ -238,13 +130,9 @@ class Scale(nn.Module):
         return ops.on(x.device.type).scale(x, self.factor)
 
 
-def _add(x: Tensor, z: Tensor) -> Tensor:
-    return ops.on(x.device.type).add(x, z)
-
-
 def total(x: Tensor, z: Tensor | None) -> Tensor:
     """x + z, or x."""
-    return x if z is None else _add(x, z)
+    return x if z is None else add(x, z)
 
 
 class PreNormLayer(nn.Module):
@@ -307,11 +195,11 @@ class PreNormLayer(nn.Module):
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         """The first half of the layer: x (N, C) to (N, C)."""
-        return _add(step.select(x), self._attended(self.attention_norm(x), step))
+        return add(step.select(x), self._attended(self.attention_norm(x), step))
 
     def mlp_block(self, x: Tensor) -> Tensor:
         """The second half of the layer: x (N, C) to (N, C)."""
-        return _add(x, self._through_mlp(self.mlp_norm(x)))
+        return add(x, self._through_mlp(self.mlp_norm(x)))
 
     def _attended(self, normed: Tensor | Int8Rows, step: Prefill | Decode) -> Tensor:
         """What attention adds to the rows of which these are the norms, where it is asked for."""
@@ -379,7 +267,7 @@ class ParallelLayer(PreNormLayer):
 
     def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         z, x = self._attended(self.attention_norm(x), step), step.select(x)
-        return _add(_add(self._through_mlp(self.mlp_norm(x)), z), x)
+        return add(add(self._through_mlp(self.mlp_norm(x)), z), x)
 
 
 class NormedResidualLayer(PreNormLayer):
@@ -395,11 +283,11 @@ class NormedResidualLayer(PreNormLayer):
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         x = self.attention_norm(x)
-        return _add(step.select(x), self.attention(x, step))
+        return add(step.select(x), self.attention(x, step))
 
     def mlp_block(self, x: Tensor) -> Tensor:
         x = self.mlp_norm(x)
-        return _add(x, self.mlp(x))
+        return add(x, self.mlp(x))
 
 
 class PostNormLayer(PreNormLayer):
@@ -414,10 +302,10 @@ class PostNormLayer(PreNormLayer):
         return self.mlp_block(self.attention_block(x, step))
 
     def attention_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
-        return self.attention_norm(_add(step.select(x), self.attention(x, step)))
+        return self.attention_norm(add(step.select(x), self.attention(x, step)))
 
     def mlp_block(self, x: Tensor) -> Tensor:
-        return self.mlp_norm(_add(x, self.mlp(x)))
+        return self.mlp_norm(add(x, self.mlp(x)))
 
 
 def layer_class(config: ModelConfig) -> type[PreNormLayer]:

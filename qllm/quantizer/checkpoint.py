@@ -23,7 +23,8 @@ from qllm.errors import UserError
 from qllm.layers import Linear
 from qllm.memory import check_fits
 from qllm.models.cache import Prefill
-from qllm.models.layer import Norm, PreNormLayer
+from qllm.models.layer import PreNormLayer
+from qllm.models.norms import Norm
 from qllm.progress import Meter, unseen
 from qllm.quant.inputs import InputStats
 from qllm.quantizer.estimate import bytes_needed, step_sizes

@@ -25,7 +25,7 @@ from qllm.layers import Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
 from qllm.models.cache import Prefill
-from qllm.models.layer import Norm
+from qllm.models.norms import Norm
 from qllm.quant.algorithm import DistillOptions
 from qllm.quant.packing import group_width
 from qllm.quant.rtn import SMALLEST_HALF_SCALE, grouped
