@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -92,7 +93,8 @@ TEXT = "\n".join(
 
 def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
     """One of MODELS as a checkpoint."""
-    random_model(MODELS[name], seed).to(dtype).save_pretrained(folder)
+    # A copy: a model writes its type into its configuration.
+    random_model(deepcopy(MODELS[name]), seed).to(dtype).save_pretrained(folder)
     return folder
 
 

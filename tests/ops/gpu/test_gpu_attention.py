@@ -202,11 +202,10 @@ def test_keys_and_values_of_few_bits(bits, dtype, gpu):
         assert torch.equal(part.cpu(), other)
 
 
-@pytest.mark.parametrize("bits", [16, 8])
-def test_a_row_with_a_window_in_less_memory(bits, gpu):
+@pytest.mark.parametrize(("bits", "dtype"), [*((16, each) for each in KV_TYPES), (8, KV_TYPES[0])])
+def test_a_row_with_a_window_in_less_memory(bits, dtype, gpu):
     """Prompts in pieces and steps behind them: the same to the bit, in whichever programs."""
     heads, kv_heads, dim, window = 2, 1, 16, 70
-    dtype = torch.bfloat16 if bits == 16 else torch.float32
     end = 4 * RUN + 3
     qkv = normal(end, (heads + 2 * kv_heads) * dim, dtype=dtype)
     kind, scores = KV if bits == 16 else QuantizedKV, Scores(window=window)
