@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from cpu_paths import Weight
+import ctypes
+import itertools
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from cpu_paths import Weight, normal, random_weight
+from fences import fenced, kept
 from torch import Tensor
 
-from qllm.ops.gpu import layout, linear
+from qllm.ops.gpu import cuda, layout, linear
 from qllm.quant.packing import PackedWeight
 
 
@@ -23,3 +35,45 @@ def multiply(weight: Weight, x: Tensor, bias: Tensor | None, device: str) -> Ten
     request = weight.request
     format_ = (request.out_features, request.bits, request.group_size)
     return linear.weight_only_linear(x.to(device), *tensors, bias, *format_).cpu()
+
+
+def build_emulation(name: str, folder: Path) -> ctypes.CDLL:
+    """A driver whose GPU is emulated, of a source beside the tests."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    path, source = folder / "emulated.so", ROOT / "tests/ops/gpu" / name
+    flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared")
+    command = ["g++", *flags, "-Wno-unknown-pragmas", "-fPIC", f"-I{cuda.SOURCE}", str(source)]
+    subprocess.run([*command, "-o", str(path)], check=True)
+    return ctypes.CDLL(str(path))
+
+
+def multiply_between_fences(
+    multiply: Callable[..., Tensor],
+) -> Iterator[tuple[Callable[[Tensor], Tensor], int, int, int]]:
+    """Multiply with all tensors fenced, those that it is given and the one that it makes.
+
+    Yields:
+        of each shape what fences a tensor, outputs, inputs and rows.
+    """
+    shapes = (((1, 1), 1), ((33, 67), 9), ((20, 390), 17))
+    for at_end, ((outputs, inputs), count) in itertools.product((True, False), shapes):
+        fence = partial(fenced, at_end=at_end)
+
+        def new_empty(x, *shape, dtype=None, fence=fence):
+            return fence(torch.zeros(*shape, dtype=dtype or x.dtype))
+
+        torch.Tensor.new_empty = new_empty
+        for bits, group, scheme in (
+            (3, 32, "asym"),
+            (4, -1, "sym"),
+            (8, 20, "asym"),
+            (5, 64, "sym"),
+            (4, 32, "offset"),
+        ):
+            x = fence(normal(count, -(-inputs // 8) * 8, dtype=torch.float16))[:, :inputs]
+            stored = random_weight((outputs, inputs), bits, group, scheme).stored
+            tensors = map(fence, layout.pack(stored, bits, group, inputs)[:3])
+            multiply(x, *tensors, fence(normal(outputs, dtype=torch.float16)), outputs, bits, group)
+            kept.clear()
+        yield fence, outputs, inputs, count

@@ -23,9 +23,10 @@ SIZE_CLASSES = len(WARPS) + 1  # of weights: by the warps that share a panel, an
 SUMS = 96  # panels times tiles times warps whose sums fit into a block's 48 KiB of shared memory
 
 
-def source(name: str) -> str:
-    """A kernel, as the compiler takes it."""
-    return "".join((SOURCE / part).read_text("utf-8") for part in ("device.h", f"{name}.cu"))
+def source(name: str, *headers: str) -> str:
+    """A kernel, as the compiler takes it, behind the headers that it needs besides device.h."""
+    parts = ("device.h", *headers, f"{name}.cu")
+    return "".join((SOURCE / part).read_text("utf-8") for part in parts)
 
 
 def options(constants: NamedTuple) -> list[str]:

@@ -23,6 +23,7 @@ from qllm.quant.packing import PackedWeight
 from qllm.quant.packing import pack as pack_rows
 
 CAPABILITY = "9.0"  # of compute capability, the only one
+SOURCE = ("prefill", "hopper.h")
 THREADS = 384
 OUTPUTS, PANELS = 128, 8  # of a block of threads
 STAGE = 64  # inputs of x
@@ -136,17 +137,12 @@ def rows_of_a_tile(rows: int, tiles: int, blocks: int, parts: int, num_sms: int)
     return ROWS[0] if rows <= ROWS[0] else min(BLOCK_TIME, key=time)
 
 
-def source() -> str:
-    """The kernel, as the compiler takes it."""
-    names = ("device.h", "hopper.h", "prefill.cu")
-    return "".join((cuda.SOURCE / name).read_text("utf-8") for name in names)
-
-
 @cache
 def kernel(constants: Variant, device: torch.device) -> ctypes.c_void_p:
     """A kernel, compiled for a device."""
     target = f"--gpu-architecture=sm_{CAPABILITY.replace('.', '')}a"
-    binary = nvrtc.compile_cached(source(), ["--std=c++17", target, *cuda.options(constants)])
+    options = ["--std=c++17", target, *cuda.options(constants)]
+    binary = nvrtc.compile_cached(cuda.source(*SOURCE), options)
     function = driver.load(binary, device, "prefill")
     driver.allow_shared(function, constants.shared_bytes)
     return function

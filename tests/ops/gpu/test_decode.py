@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import shutil
-import subprocess
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from cpu_paths import STORED_SCHEMES, normal, pattern, random_weight, weight_of
-from fences import fenced, kept, run_in
-from gpu_kernels import packed
+from fences import kept, run_in
+from gpu_kernels import build_emulation, multiply_between_fences, packed
 from torch import Tensor
 
 from qllm.ops import phase, reference
-from qllm.ops.gpu import cuda, decode, decode_int8, driver, layout, linear, nvrtc
+from qllm.ops.gpu import cuda, decode, decode_int8, driver, linear, nvrtc
 from qllm.ops.gpu import device as device_of
 from qllm.quant.packing import BITS
 
@@ -31,14 +27,7 @@ ROWS = (1, 3, 8, 13, 17, 40)
 @pytest.fixture(scope="session")
 def emulation(tmp_path_factory):
     """A driver whose GPU is emulated."""
-    if shutil.which("g++") is None:
-        pytest.skip("there is no g++")
-    path = tmp_path_factory.mktemp("gpu") / "emulated.so"
-    flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared")
-    folder = ROOT / "tests/ops/gpu/emulated.cpp"
-    command = ["g++", *flags, "-Wno-unknown-pragmas", "-fPIC", f"-I{cuda.SOURCE}", str(folder)]
-    subprocess.run([*command, "-o", str(path)], check=True)
-    return ctypes.CDLL(str(path))
+    return build_emulation("emulated.cpp", tmp_path_factory.mktemp("gpu"))
 
 
 def constants(source: str, options: list[str]) -> bytes:
@@ -159,29 +148,12 @@ def run_between_fences(library: str) -> None:
     nvrtc.compile_cached = constants
     device_of.architecture = lambda device: ("9.0", 4)
     decode.late_reason = lambda device: None
-    for at_end, ((outputs, inputs), count) in itertools.product(
-        (True, False), (((1, 1), 1), ((33, 67), 9), ((20, 390), 17))
-    ):
-        fence = partial(fenced, at_end=at_end)
 
-        def new_empty(x, *shape, dtype=None, fence=fence):
-            return fence(torch.zeros(*shape, dtype=dtype or x.dtype))
+    def multiply(*given):
+        with phase.decode():
+            return decode.weight_only_linear(*given)
 
-        torch.Tensor.new_empty = new_empty
-        for bits, group, scheme in (
-            (3, 32, "asym"),
-            (4, -1, "sym"),
-            (8, 20, "asym"),
-            (5, 64, "sym"),
-            (4, 32, "offset"),
-        ):
-            x = fence(normal(count, -(-inputs // 8) * 8, dtype=torch.float16))[:, :inputs]
-            stored = random_weight((outputs, inputs), bits, group, scheme).stored
-            tensors = map(fence, layout.pack(stored, bits, group, inputs)[:3])
-            bias = fence(normal(outputs, dtype=torch.float16))
-            with phase.decode():
-                decode.weight_only_linear(x, *tensors, bias, outputs, bits, group)
-            kept.clear()
+    for fence, outputs, inputs, count in multiply_between_fences(multiply):
         x = reference.quantize_rows(normal(count, -(-inputs // 16) * 16).bfloat16(), None)
         x = reference.Int8Rows(fence(x.values), fence(x.scales), x.dtype)
         q = fence(torch.ones(outputs, x.values.shape[1], dtype=torch.int8))

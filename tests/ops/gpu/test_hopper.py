@@ -6,18 +6,15 @@ import ctypes
 import importlib.util
 import itertools
 import re
-import shutil
-import subprocess
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from covering import slow_but
 from cpu_paths import STORED_SCHEMES, normal, pattern, random_weight
-from fences import fenced, kept, run_in
-from gpu_kernels import packed
+from fences import run_in
+from gpu_kernels import build_emulation, multiply_between_fences, packed
 from torch import Tensor
 
 from qllm.ops import phase
@@ -36,14 +33,7 @@ ROWS = (1, 3, 8, 65, 17)
 @pytest.fixture(scope="module")
 def emulation(tmp_path_factory):
     """A driver whose GPU is emulated."""
-    if shutil.which("g++") is None:
-        pytest.skip("there is no g++")
-    path = tmp_path_factory.mktemp("gpu") / "emulated.so"
-    flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared")
-    source = ROOT / "tests/ops/gpu/emulated_prefill.cpp"
-    command = ["g++", *flags, "-Wno-unknown-pragmas", "-fPIC", f"-I{cuda.SOURCE}", str(source)]
-    subprocess.run([*command, "-o", str(path)], check=True)
-    return ctypes.CDLL(str(path))
+    return build_emulation("emulated_prefill.cpp", tmp_path_factory.mktemp("gpu"))
 
 
 def constants(source: str, options: list[str]) -> bytes:
@@ -162,28 +152,8 @@ def run_between_fences(library: str) -> None:
     driver.library = lambda: ctypes.CDLL(library)
     nvrtc.compile_cached = constants
     device_of.architecture = lambda device: ("9.0", 132)
-    for at_end, ((outputs, inputs), count) in itertools.product(
-        (True, False), (((1, 1), 1), ((33, 67), 9), ((20, 390), 17))
-    ):
-        fence = partial(fenced, at_end=at_end)
-
-        def new_empty(x, *shape, dtype=None, fence=fence):
-            return fence(torch.zeros(*shape, dtype=dtype or x.dtype))
-
-        torch.Tensor.new_empty = new_empty
-        for bits, group, scheme in (
-            (3, 32, "asym"),
-            (4, -1, "sym"),
-            (8, 20, "asym"),
-            (5, 64, "sym"),
-            (4, 32, "offset"),
-        ):
-            x = fence(normal(count, -(-inputs // 8) * 8, dtype=torch.float16))[:, :inputs]
-            stored = random_weight((outputs, inputs), bits, group, scheme).stored
-            tensors = map(fence, layout.pack(stored, bits, group, inputs)[:3])
-            bias = fence(normal(outputs, dtype=torch.float16))
-            hopper.weight_only_linear(x, *tensors, bias, outputs, bits, group)
-            kept.clear()
+    for _ in multiply_between_fences(hopper.weight_only_linear):
+        pass
 
 
 def test_nothing_outside_is_touched(emulation):
@@ -295,7 +265,7 @@ def test_it_compiles_into_what_was_meant(variant):
     except nvrtc.Unavailable as error:
         pytest.skip(str(error))
     options = ["--std=c++17", "--gpu-architecture=sm_90a", *cuda.options(variant)]
-    usage, code = disassemble(nvrtc.compile(hopper.source(), options))
+    usage, code = disassemble(nvrtc.compile(cuda.source(*hopper.SOURCE), options))
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     # Three warpgroups of 168 registers fill a multiprocessor; two take what the third gives up.
     assert registers == 168 and "USETMAXREG" in code
