@@ -1,4 +1,4 @@
-"""Rows of activations: sums and norms of them, those as int8; and gated ones."""
+"""Rows of activations: sums, norms, to int8, and activation functions of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of activations: sums, norms, and to int8, one program a row; and gated activations.
+"""Rows of activations: sums, norms, and to int8, one program a row; and activation functions.
 
 A GPU's `/` and square root are a last digit off, which a rounded result would show: here both are
 rounded correctly, as the reference's are.
