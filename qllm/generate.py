@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ from qllm.errors import UserError
 from qllm.generation_config import GenerationConfig
 from qllm.parallel.pipeline import PipelineStage
 from qllm.sampling import Sampler
+
+FIRST_STEPS = 3  # a prompt's, one whose kernels are compiled, and one that is captured
 
 
 class Generator(Protocol):
@@ -107,30 +110,50 @@ def _generate_rows(
     if model.stage is not None:
         runs = [rows[run.start : run.stop] for run in model.stage.micro_batches(len(rows))]
     batches = [_Batch(model, run, prompts, config, stop) for run in runs]
-    for step in range(1, count + 1):
+    for _ in range(count):
         for batch in batches:
-            if batch.pending:
-                yield from batch.take(False)
+            if model.stage is not None:
+                yield from batch.take()
             if batch.live:
                 batch.step()
-                if model.stage is None:
-                    yield from batch.take(step == count)
+            if model.stage is None:
+                yield from batch.take(batch.in_flight)
         if not any(batch.live for batch in batches):
             break
     for batch in batches:
-        if batch.pending:
-            yield from batch.take(True)
+        yield from batch.take()
+
+
+class NewTokens:
+    """Tokens (B,) that a step finds, on their way to the CPU: a GPU's are there once it has ended.
+
+    Reading the tensor itself would wait for whatever was launched since.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._tokens, self._copied = tokens, None
+        if tokens.is_cuda:
+            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def tolist(self) -> list[int]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._tokens.tolist()
 
 
 class _Batch:
     """Some of the prompts, which go through the model together, until each has ended.
 
     In a pipeline there are several, so that each stage has one to work on; a stage learns the new
-    tokens of one when it comes to it again.
+    tokens of one when it comes to it again. A GPU is given the next step while it computes one, so
+    that it does not wait for what Python does in between.
 
     Attributes:
-        pending: a step was made whose tokens have not been taken.
         live: the prompts that have not ended, in the order of their tokens.
+        texts: of each prompt, with the tokens that have been taken.
     """
 
     def __init__(
@@ -146,67 +169,102 @@ class _Batch:
         if config.sampling is not None:
             seeds = config.sampling.seeds(prompts)
             self.sampler = Sampler(config.sampling, [seeds[row] for row in rows])
-        self.texts = [list(prompts[row]) for row in rows]
+        self.texts = {row: list(prompts[row]) for row in rows}
         longest = max(map(len, prompts))
-        self.capacity = longest + config.new_tokens(longest)
+        self.count = config.new_tokens(longest)
+        self.capacity = longest + self.count
         self.cache = model.new_cache(len(rows), self.capacity)
-        self.processor = LogitsProcessor(model, self.texts, config, longest)
+        self.processor = LogitsProcessor(model, list(self.texts.values()), config, longest)
         self.tokens: Tensor | None = None
-        self.pending = False
+        self.made = self.taken = 0  # steps
+        # Of steps whose tokens have not been taken: those that were live, and what was found.
+        self.found: deque[tuple[list[int], NewTokens | None]] = deque()
+
+    @property
+    def in_flight(self) -> int:
+        """Steps that may be launched before their tokens are known.
+
+        The first ones are waited for: they compile, or are captured.
+        """
+        ahead = computes_ahead(self.model.device) and self.made > FIRST_STEPS
+        alone = self.sampler is None and self._reread_length is None
+        return int(ahead and alone and self.made < self.count)
 
     def step(self) -> None:
         """Find the next token of each row."""
         if self.tokens is None:
-            logits = self.model.prefill(self.texts, self.cache, share=False)
+            logits = self._read()
         elif self._is_to_be_read_anew():
             self.cache = self.model.new_cache(len(self.live), self.capacity)
-            logits = self.model.prefill(self.texts, self.cache, share=False)
+            logits = self._read()
         else:
             logits = self.model.decode(self.tokens, self.cache, share=False)
-        self.pending = True
+        self.made += 1
+        found = None
         if logits is not None:
             logits = self.processor(logits)
             self.tokens = logits.argmax(dim=-1) if self.sampler is None else self.sampler(logits)
+            self.processor.add(self.tokens)
+            found = NewTokens(self.tokens)
             if self.model.stage is not None:
                 self.model.stage.broadcast(self.tokens)
+        self.found.append((self.live, found))
+
+    def _read(self) -> Tensor | None:
+        """Run the texts: logits of what follows on them."""
+        texts = [self.texts[row] for row in self.live]
+        return self.model.prefill(texts, self.cache, share=False)
+
+    @property
+    def _reread_length(self) -> int | None:
+        rope = self.model.config.rope
+        return rope.reread_length if rope is not None else None
 
     def _is_to_be_read_anew(self) -> bool:
         """Whether the longest text has just outgrown what its keys were made for."""
-        rope = self.model.config.rope
-        length = rope.reread_length if rope is not None else None
-        return length is not None and max(map(len, self.texts)) == length + 1
+        length = self._reread_length
+        return length is not None and max(len(self.texts[i]) for i in self.live) == length + 1
 
-    def take(self, last: bool) -> Iterator[tuple[int, int, bool]]:
-        """The tokens that the last step found, of the rows that had not ended."""
-        self.pending = False
-        stage = self.model.stage
-        if stage is not None and not stage.last:
-            received = torch.empty(len(self.live), dtype=torch.int64, device=self.model.device)
-            self.tokens = stage.broadcast(received)
-        assert self.tokens is not None  # the last stage has found them
-        self.processor.add(self.tokens)
-        found = self.tokens.tolist()
-        for text, token in zip(self.texts, found, strict=True):
-            text.append(token)
-        ended = [last or token in self.config.eos_token_ids for token in found]
-        if self.stop is not None:
-            pairs = zip(self.live, found, ended, strict=True)
-            ended = [self.stop(row, token) or over for row, token, over in pairs]
-        rows = list(zip(self.live, found, ended, strict=True))
-        if any(ended):
-            self._keep([i for i, over in enumerate(ended) if not over])
-        yield from rows
+    def take(self, left: int = 0) -> Iterator[tuple[int, int, bool]]:
+        """The tokens that steps found, but the last ones, of the rows that had not ended."""
+        while len(self.found) > left:
+            rows, found = self.found.popleft()
+            if found is None:  # by another stage
+                stage = self.model.stage
+                assert stage is not None
+                received = torch.empty(len(rows), dtype=torch.int64, device=self.model.device)
+                self.tokens = stage.broadcast(received)
+                found = NewTokens(self.tokens)
+            self.taken += 1
+            new = []
+            for row, token in zip(rows, found.tolist(), strict=True):
+                if row not in self.live:  # it ended while this step was in flight
+                    continue
+                self.texts[row].append(token)
+                over = self.taken == self.count or token in self.config.eos_token_ids
+                # It is to see every token.
+                over = (self.stop is not None and self.stop(row, token)) or over
+                new.append((row, token, over))
+            if any(over for _, _, over in new):
+                self._keep([i for i, (_, _, over) in enumerate(new) if not over])
+            yield from new
 
     def _keep(self, indices: list[int]) -> None:
         """Let all prompts go but those at these places, so that the others cost nothing more."""
         self.live = [self.live[i] for i in indices]
-        self.texts = [self.texts[i] for i in indices]
         self.cache.keep(indices)
         self.processor.keep(indices)
         if self.sampler is not None:
             self.sampler.keep(indices)
         if self.tokens is not None:
             self.tokens = self.tokens[torch.tensor(indices, dtype=torch.int64)]
+        if not self.live:
+            self.found.clear()
+
+
+def computes_ahead(device: torch.device) -> bool:
+    """Whether a device computes what it was given while Python goes on."""
+    return device.type == "cuda"
 
 
 def check_prompts(

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from qllm.errors import UserError
-from qllm.generate import LogitsProcessor, generate
+from qllm.generate import LogitsProcessor, NewTokens, generate
 from qllm.generation_config import DEFAULT_NEW_TOKENS, GenerationConfig, read_generation_config
 from qllm.huggingface import reference_generate
 from qllm.tokenizer import Tokenizer
@@ -82,9 +82,11 @@ def test_settings_mean_what_they_mean_in_transformers(small, data):
     if data.draw(st.booleans()):
         wishes["min_new_tokens"] = data.draw(st.integers(1, 12))
     config = GenerationConfig(**wishes, eos_token_ids=tuple(eos))
-    assert_tokens_equal(
-        generate(ours, prompts, config), reference(theirs, prompts, eos, pad, **wishes)
-    )
+    ahead = data.draw(st.booleans())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("qllm.generate.computes_ahead", lambda device: ahead)
+        got = generate(ours, prompts, config)
+    assert_tokens_equal(got, reference(theirs, prompts, eos, pad, **wishes))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -136,6 +138,31 @@ def test_generation_stops_when_every_row_has_ended(small):
     config = GenerationConfig(max_new_tokens=9, eos_token_ids=(free[0][0], free[1][1]))
     rows = generate(ours, prompts, config)
     assert len(passes) == max(map(len, rows)) <= 2
+
+
+def test_a_gpu_is_given_the_next_step_while_it_computes_one(small, monkeypatch):
+    """But not at first; that a row has ended is found out a step later, which it is left out of."""
+    ours, _ = small["opt"]
+    prompts, config = draw_prompts([4, 9], VOCAB), GenerationConfig(max_new_tokens=9)
+    free = generate(ours, prompts, config)
+    done, decode, read = [], ours.decode, NewTokens.tolist
+
+    def noted_decode(tokens, *arguments, **options):
+        done.append(len(tokens))
+        return decode(tokens, *arguments, **options)
+
+    monkeypatch.setattr(ours, "decode", noted_decode)
+    monkeypatch.setattr(NewTokens, "tolist", lambda found: done.append("read") or read(found))
+    monkeypatch.setattr("qllm.generate.computes_ahead", lambda device: True)
+    first = []  # the first prompt's tokens
+
+    def stop(row, token):
+        first.extend([token] if row == 0 else [])
+        return row == 0 and len(first) == 5
+
+    assert generate(ours, prompts, config, stop=stop) == [free[0][:5], free[1]]
+    waited_for = ["read", 2, "read", 2, "read"]
+    assert done == [*waited_for, 2, 2, "read", 2, "read", 1, "read", 1, "read", 1, "read", "read"]
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.8])

@@ -15,6 +15,8 @@ from test_odd_models import write_tokenizer
 from transformers import BloomConfig, LlamaConfig, OPTConfig
 
 from qllm.config import QuantPlan, QuantSpec
+from qllm.generate import generate
+from qllm.generation_config import GenerationConfig
 from qllm.models import Decoder
 from qllm.ops.gpu.graph import Graph
 
@@ -125,6 +127,28 @@ def test_a_captured_step_is_the_same(family, bitwidth, dtype, capsys, monkeypatc
         tokens = got.argmax(-1)
     assert isinstance(cache.captured, Graph)
     assert "without a CUDA graph" not in capsys.readouterr().err
+
+
+@cuda
+@pytest.mark.parametrize("family", ["opt", "bloom", "llama"])
+def test_steps_launched_ahead_find_the_same_tokens(family, monkeypatch):
+    """Also where rows end at different times, and fewer are captured anew."""
+    model = load(tiny(family), plan=QuantPlan.parse("4"), dtype=torch.bfloat16, device="cuda")
+    prompts = [list(range(5, 6 + count)) for count in range(1, 9)]
+
+    def found():
+        lengths = dict.fromkeys(range(8), 0)
+
+        def stop(row, token):
+            lengths[row] += 1
+            return lengths[row] == 24 - 3 * row
+
+        return generate(model, prompts, GenerationConfig(max_new_tokens=30), stop=stop)
+
+    ahead = found()
+    monkeypatch.setattr("qllm.generate.computes_ahead", lambda device: False)
+    assert ahead == found()
+    assert list(map(len, ahead)) == [24 - 3 * row for row in range(8)]
 
 
 @cuda
