@@ -17,7 +17,8 @@ from cpu_paths import Weight, normal, random_weight
 from fences import fenced, kept
 from torch import Tensor
 
-from qllm.ops.gpu import cuda, layout, linear
+from qllm.ops.gpu import cuda, driver, hopper, hopper_int8, layout, linear, nvrtc
+from qllm.ops.gpu import device as device_of
 from qllm.quant.packing import PackedWeight
 
 
@@ -46,6 +47,23 @@ def build_emulation(name: str, folder: Path) -> ctypes.CDLL:
     command = ["g++", *flags, "-Wno-unknown-pragmas", "-fPIC", f"-I{cuda.SOURCE}", str(source)]
     subprocess.run([*command, "-o", str(path)], check=True)
     return ctypes.CDLL(str(path))
+
+
+def emulate_hopper(library: ctypes.CDLL) -> None:
+    """Make `emulated_prefill.cpp` the driver, and its constants what is compiled."""
+    driver.library = lambda: library
+    nvrtc.compile_cached = hopper_binary
+    device_of.architecture = lambda device: ("9.0", 132)
+
+
+def hopper_binary(source: str, options: list[str]) -> bytes:
+    """A binary of the emulation's: the constants of either kernel."""
+    assert options[:2] == ["--std=c++17", "--gpu-architecture=sm_90a"]
+    given = dict(option.removeprefix("-D").split("=") for option in options[2:])
+    names = dict.fromkeys((*hopper.Variant._fields, *hopper_int8.Variant._fields))
+    values = [int(given.pop(name.upper(), 0)) for name in names]
+    assert not given
+    return bytes((ctypes.c_int * len(values))(*values))
 
 
 def multiply_between_fences(

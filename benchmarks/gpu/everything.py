@@ -31,7 +31,7 @@ MODELS = (
 )
 # Rows and bitwidths that are measured in all the ways that products of steps, and of prompts, go.
 ROWS_OF_STEPS, ROWS_OF_PROMPTS = (1, 16), (64, 256, 512, 768, 1024, 2048)
-STEPS_OF, PROMPTS_OF = ("4", "8:tc-li"), ("4",)
+STEPS_OF, PROMPTS_OF, INT8_PROMPTS_OF = ("4", "8:tc-li"), ("4",), ("8:tc-li",)
 TUNED, CANDIDATES = ("4", "8:tc-li", "16"), 6
 # What pytest -v prints of a test, and what it prints where tests run beside each other.
 OUTCOMES = ("passed", "failed", "error", "skipped")
@@ -112,6 +112,8 @@ def parts(
     first = ("--shapes", *shapes[:1], "--bitwidths")
     few, many = (("--rows", *map(str, rows)) for rows in (ROWS_OF_STEPS, ROWS_OF_PROMPTS))
     yield measure("prompts", 60, *many, "--ways", *OF_PROMPTS, "--rivals", *first, *PROMPTS_OF)
+    in_triton = ("--ways", OF_STEPS[0], "--rivals")
+    yield measure("int8 prompts", 60, *many, *in_triton, *first, *INT8_PROMPTS_OF)
     yield measure("steps", 60, *few, "--ways", *OF_STEPS, "--rivals", *first, *STEPS_OF)
     nothing = ("--shapes", "--rivals", "--kv-bits")
     yield measure("attention", 60, *nothing, "torch", "16", "8", "4")

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-from qllm.ops.gpu import decode, decode_int8, hopper, prefill
+from qllm.ops.gpu import decode, decode_int8, hopper, hopper_int8, prefill
 
 SYSTEM = "as --explain says"
 
@@ -17,7 +17,7 @@ def _says(answer: object) -> Callable[..., Any]:
 
 
 NOT_ASKED = _says("it is measured without")
-IN_CUDA = (decode, decode_int8, hopper)
+IN_CUDA = (decode, decode_int8, hopper, hopper_int8)
 NOT_IN_CUDA = (hopper, "unsupported_reason", NOT_ASKED)
 # By a way's name, what of the package answers otherwise; the first one leaves it as it is.
 ANSWERS: dict[str, tuple[tuple[object, str, Callable[..., Any]], ...]] = {

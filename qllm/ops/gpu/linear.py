@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qllm.ops import phase
-from qllm.ops.gpu import cuda, decode, decode_int8, device, layout, prefill, tiles
+from qllm.ops.gpu import cuda, decode, decode_int8, device, hopper_int8, layout, prefill, tiles
 from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
 from qllm.ops.gpu.rows import quantize, side_by_side
 from qllm.ops.reference import Int8Rows
@@ -34,8 +34,11 @@ def about() -> str:
 
 def about_int8() -> str:
     """The same of `int8_linear`."""
-    few = "" if device.interpreting() else f"; {decode_int8.about(torch.device('cuda', 0))}"
-    return f"{device.about()}; int8 x int8 -> int32 on the matrix units{few}"
+    product = f"{device.about()}; int8 x int8 -> int32 on the matrix units"
+    if device.interpreting():
+        return product
+    place = torch.device("cuda", 0)
+    return f"{product}; {hopper_int8.about(place)}; {decode_int8.about(place)}"
 
 
 def weight_only_linear(
@@ -177,6 +180,8 @@ def int8_linear(
     x = x if isinstance(x, Int8Rows) else quantize(x, input_scale)
     if decode_int8.takes(x, qweight) and not decode_int8.unsupported_reason(x.values.device):
         return decode_int8.int8_linear(x, qweight, scales, bias)
+    if hopper_int8.takes(x, qweight) and not hopper_int8.unsupported_reason(x.values.device):
+        return hopper_int8.int8_linear(x, qweight, scales, bias)
     from qllm.ops.gpu.kernels.matmul import int8_matmul
 
     q, x_scales, dtype = x

@@ -1,361 +1,57 @@
-// A GPU for prefill.cu, as emulated.cpp is one for decode.cu: hopper.h on the CPU.
-//
-// What runs on its own on a GPU runs here as late as it may: copies to shared memory when no lane gets
-// on without them, products when they are waited for, with what registers and shared memory hold then.
-// So what is overwritten too early, or read before it is there, shows. What does not: whether the
-// descriptors mean to a GPU what they mean here, the fences between registers or shared memory and what
-// runs on its own, and the order in which the matrix units add up 16 products. The self-test on the GPU
-// is there for those.
+// A GPU for prefill.cu and prefill_int8.cu, as emulated.cpp is one for decode.cu, and the few functions
+// of CUDA's driver that launch them.
 
-#define cuModuleLoadData decode_module_load_data
-#define cuModuleGetFunction decode_module_get_function
-#define cuLaunchKernelEx decode_launch
-#define Config DecodeConfig
-#include "emulated.cpp"
-#undef cuModuleLoadData
-#undef cuModuleGetFunction
-#undef cuLaunchKernelEx
-#undef Config
-
-#include <cstdlib>
-#include <deque>
-#include <map>
-#include <tuple>
-
-typedef unsigned long long u64;
+#include "emulated_hopper.h"
+#include "emulated_products.h"
 
 namespace hopper {
 
-struct Own {  // constants, as a binary has them
-    int bits, float16, zeros, offsets, wide, group, rows, x_stages, w_stages;
-};
-
-static Own own;
-
-#define ROWS own.rows
-#define X_STAGES own.x_stages
-#define W_STAGES own.w_stages
-#define MAX_ROWS 256
-#undef KERNEL
-#define KERNEL static void
-#define PARAMETER const
-
-constexpr int THREADS = 384, MAX_BLOCKS = 8, CONSUMING = 256;
-constexpr size_t SHARED_SIZE = 227 << 10;
-constexpr u32 SHARED_BASE = 1024;  // address of a block's shared memory
-
-struct TensorMap {
-    u64 address, columns, rows, stride, width, height, size, swizzle;
-    u64 others[8];
-};
-
-struct MemoryBarrier {
-    int expected = 0, pending = 0, bytes = 0;
-    u32 parity = 0;  // of the phase that is not complete
-
-    void settle() {
-        if (pending || bytes) return;
-        pending = expected;
-        parity ^= 1;
-        moved = true;
-    }
-};
-
-struct Product {
-    float* c;
-    const u32* a;
-    u64 b;
-    bool adds;
-};
-
-struct Lane {
-    ucontext_t context;
-    bool done;
-    std::deque<std::vector<Product>> committed;
-    std::vector<Product> begun;
-};
-
-struct Exchange {
-    Meeting meeting;
-    u32 words[2][32];
-};
-
-struct Block {
-    std::vector<u8> memory;
-    std::map<u32, MemoryBarrier> barriers;
-    Meeting consumers, products[2];
-    Meeting lanes[THREADS / 32];
-    Exchange exchanges[THREADS / 32];
-};
-
-struct Copy {
-    int block;
-    u32 to, barrier;
-    std::vector<u8> bytes;
-    bool swizzled;
-};
-
-static Lane lanes[MAX_BLOCKS * THREADS];
-static Block blocks[MAX_BLOCKS];
-static std::deque<Copy> copies;
-static Meeting cluster;
-static ucontext_t main_context;
-static int now, block_count, first_block, row_of_grid;
-static bool wrong;  // something that a GPU does not do
-
-static Block& block() { return blocks[now / THREADS]; }
-
-DEVICE u32 thread_index() { return now % THREADS; }
-DEVICE int chunk_index() { return first_block + now / THREADS; }
-DEVICE int panel_index() { return row_of_grid; }
-
-static void yield() { swapcontext(&lanes[now].context, &main_context); }
-
-template <class Act>
-static void together(Meeting& meeting, int all, Act act) {
-    moved = true;
-    const u32 held = meeting.held;
-    if (++meeting.here == all) {
-        act();
-        meeting.here = 0;
-        ++meeting.held;
-        return;
-    }
-    while (meeting.held == held) yield();
-    moved = true;
-}
-
-DEVICE void consumers_barrier() { together(block().consumers, CONSUMING, [] {}); }
-DEVICE void warp_barrier() { together(block().lanes[thread_index() / 32], 32, [] {}); }
-DEVICE void cluster_barrier() { together(cluster, block_count * THREADS, [] {}); }
-DEVICE void give_up_registers() {}
-DEVICE void take_registers() {}
-
-DEVICE u8* shared_memory() { return block().memory.data(); }
-DEVICE u32 address_of(const void* shared) {
-    return SHARED_BASE + (u32)((const u8*)shared - block().memory.data());
-}
-
-static u8* place(int of_block, u32 address, size_t size) {
-    const bool inside = address >= SHARED_BASE && address - SHARED_BASE + size <= SHARED_SIZE;
-    wrong |= !inside;
-    return blocks[of_block].memory.data() + (inside ? address - SHARED_BASE : 0);
-}
-
-static u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
-
-DEVICE void init_barrier(u32 barrier, u32 arrivals) {
-    wrong |= barrier % 8 != 0;
-    block().barriers[barrier] = MemoryBarrier{(int)arrivals, (int)arrivals, 0, 0};
-}
-DEVICE void publish_barriers() {}
-
-static MemoryBarrier& barrier_at(int of_block, u32 address) {
-    wrong |= !blocks[of_block].barriers.count(address);
-    return blocks[of_block].barriers[address];
-}
-
-DEVICE void arrive_expecting(u32 barrier, u32 bytes) {
-    MemoryBarrier& here = barrier_at(now / THREADS, barrier);
-    moved = true;
-    here.bytes += bytes;
-    wrong |= --here.pending < 0;
-    here.settle();
-}
-DEVICE void arrive(u32 barrier) { arrive_expecting(barrier, 0); }
-
-DEVICE void wait(u32 barrier, u32 parity) {
-    while (barrier_at(now / THREADS, barrier).parity == parity) yield();
-    moved = true;
-}
-
-DEVICE void copy_tile(u32 to, const TensorMap& from, int column, int row, u32 barrier) {
-    const auto [address, columns, rows, stride, width, height, size, swizzle, others] = from;
-    (void)others;
-    wrong |= to % (swizzle ? 1024 : 128) != 0;
-    std::vector<u8> bytes(width * height * size);
-    for (int i = 0; i < (int)height; ++i)
-        for (int k = 0; k < (int)width; ++k)
-            if (row + i < (int)rows && column + k < (int)columns)
-                std::memcpy(
-                    &bytes[(i * width + k) * size],
-                    (u8*)address + (row + i) * stride + (column + k) * size, size
-                );
-    copies.push_back({now / THREADS, to, barrier, bytes, swizzle != 0});
-    moved = true;
-}
-
-static void do_copy(const Copy& copy) {
-    for (size_t i = 0; i < copy.bytes.size(); ++i) {
-        const u32 to = copy.to + (u32)i;
-        *place(copy.block, copy.swizzled ? swizzled(to) : to, 1) = copy.bytes[i];
-    }
-    MemoryBarrier& barrier = barrier_at(copy.block, copy.barrier);
-    barrier.bytes -= (int)copy.bytes.size();
-    barrier.settle();
-    moved = true;
-}
-
-DEVICE void load4_of_block(float* to, u32 address, u32 of_block) {
-    wrong |= address % 16 || (int)of_block >= block_count;
-    std::memcpy(to, place(of_block, address, 16), 16);
-}
-
-DEVICE void store2(void* to, u32 a, u32 b) {
-    misaligned |= (uintptr_t)to % 8 != 0;
-    const u32 words[] = {a, b};
-    std::memcpy(to, words, 8);
-}
-
-DEVICE void load_shared(u32* to, const u8* from, int count) { copy_words(to, from, count); }
-
-DEVICE u32 exchange(u32 word, u32 bit) {
-    Exchange& here = block().exchanges[thread_index() / 32];
-    u32* words = here.words[here.meeting.held % 2];
-    words[thread_index() % 32] = word;
-    together(here.meeting, 32, [] {});
-    return words[thread_index() % 32 ^ bit];
-}
-
-DEVICE u32 rotate_left(u32 word, u32 count) {
-    return word << count % 32 | word >> (32 - count) % 32;
-}
-DEVICE u32 select_bits(u32 a, u32 b, u32 of_a) { return (a & of_a) | (b & ~of_a); }
-DEVICE u32 select_bytes(u32 a, u32 b, u32 which) {
-    const u64 both = a | (u64)b << 32;
-    u32 result = 0;
-    for (int i = 0; i < 4; ++i) result |= (u32)(both >> (which >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
-    return result;
-}
-
-// A product of two numbers of 16 bits is exact in a double, and its sum with a third one too, but
-// for bits that do not count, unless the one is a zero's sum away from a tie.
-static u16 narrow_exact(double value) {
-    const float near = (float)value;
-    u32 bits = bits_of(near);
-    if ((double)near != value && near == near && std::fabs(near) < INFINITY) {  // to odd
-        const bool above = std::fabs((double)near) > std::fabs(value);
-        bits = (above ? bits - 1 : bits) | 1;
-    }
-    return narrow(of_bits(bits));
-}
-
-DEVICE u32 multiply_add_pairs(u32 a, u32 b, u32 c) {
-    u32 result = 0;
-    for (int shift = 0; shift < 32; shift += 16) {
-        const double exact = (double)widen(a >> shift & 0xFFFF) * widen(b >> shift & 0xFFFF);
-        result |= (u32)narrow_exact(exact + widen(c >> shift & 0xFFFF)) << shift;
-    }
-    return result;
-}
-DEVICE u32 multiply_pairs(u32 a, u32 b) { return multiply_add_pairs(a, b, 0x80008000); }
-
-DEVICE void begin_products() {}
-DEVICE void commit_products() {
-    lanes[now].committed.push_back(std::move(lanes[now].begun));
-    lanes[now].begun.clear();
-}
-
-DEVICE u64 describe(u32 address) {
-    return (address & 0x3FFFF) >> 4 | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-
-DEVICE void multiply_group(float* c, const u32* a, u64 b, bool adds) {
-    lanes[now].begun.push_back({c, a, b, adds});
-}
-
-// Number k of a row of an operand in shared memory.
-static float element_of(int of_block, u64 description, int row, int k) {
-    const u32 start = (description & 0x3FFF) << 4, eight_rows = (description >> 32 & 0x3FFF) << 4;
-    wrong |= description >> 62 != 1;
-    const u32 at = swizzled(start + row / 8 * eight_rows + row % 8 * 128 + k * 2);
-    u16 bits;
-    std::memcpy(&bits, place(of_block, at, 2), 2);
-    return widen(bits);
-}
-
-// The oldest group of products of a warpgroup.
-static void multiply_oldest(int first) {
-    const size_t count = lanes[first].committed.front().size();
-    for (size_t i = 0; i < count; ++i) {
-        const Product& of_first = lanes[first].committed.front()[i];
-        float a[64][16];
-        static float b[MAX_ROWS][16];
-        for (int row = 0; row < 64; ++row)
-            for (int k = 0; k < 16; ++k) {
-                const Lane& lane = lanes[first + row / 16 * 32 + row % 8 * 4 + k % 8 / 2];
-                const Product& product = lane.committed.front()[i];
-                wrong |= product.b != of_first.b || product.adds != of_first.adds;
-                const u32 word = product.a[row % 16 / 8 + k / 8 * 2];
-                a[row][k] = widen(k % 2 ? word >> 16 : word & 0xFFFF);
-            }
-        for (int n = 0; n < ROWS; ++n)
-            for (int k = 0; k < 16; ++k) b[n][k] = element_of(first / THREADS, of_first.b, n, k);
-        for (int row = 0; row < 64; ++row)
-            for (int n = 0; n < ROWS; ++n) {
-                const Lane& lane = lanes[first + row / 16 * 32 + row % 8 * 4 + n % 8 / 2];
-                float& c = lane.committed.front()[i].c[n / 8 * 4 + row % 16 / 8 * 2 + n % 2];
-                double sum = of_first.adds ? c : 0;
-                for (int k = 0; k < 16; ++k) sum += (double)a[row][k] * b[n][k];
-                c = (float)sum;
-            }
-    }
-    for (int lane = first; lane < first + 128; ++lane) lanes[lane].committed.pop_front();
-}
-
-template <int LEFT>
-DEVICE void wait_for_products() {
-    const int group = thread_index() / 128, first = now / 128 * 128;
-    together(block().products[group], 128, [first] {
-        for (int lane = first; lane < first + 128; ++lane)
-            wrong |= lanes[lane].committed.size() != lanes[first].committed.size();
-        while (lanes[first].committed.size() > LEFT) multiply_oldest(first);
-    });
-}
-
+namespace prompt {
 #include "prefill.cu"
-
-static Arguments arguments;
-
-static void run_lane() {
-    prefill(arguments);
-    moved = true;
-    lanes[now].done = true;
-    swapcontext(&lanes[now].context, &main_context);
 }
 
-static int run_cluster() {
-    // Of which only what is used takes memory.
-    static char* const stacks = static_cast<char*>(std::calloc(MAX_BLOCKS * THREADS, STACK));
-    copies.clear();
-    cluster = {};
-    for (int i = 0; i < block_count; ++i) {
-        blocks[i] = Block();
-        blocks[i].memory.assign(SHARED_SIZE, 0xFF);
+#undef CONSUMERS
+#undef OUTPUTS
+#undef X_BYTES
+#undef BARRIERS_AT
+#undef SCALES_AT
+#undef AT_ONCE
+
+namespace int8_prompt {
+#include "prefill_int8.cu"
+}
+
+static prompt::Arguments arguments;
+static int8_prompt::Arguments int8_arguments;
+
+static int launch(const DecodeConfig& config, const void* function, void** parameters) {
+    std::memcpy(&own, function, sizeof own);
+    constants = {};
+    constants.bits = own.bits;
+    constants.float16 = own.float16;
+    constants.zeros = own.zeros;
+    constants.offsets = own.offsets;
+    constants.wide = own.wide;
+    constants.group = own.group;
+    if (own.is_int8) {
+        std::memcpy(&int8_arguments, parameters[0], sizeof int8_arguments);
+        kernel = [] { int8_prompt::prefill_int8(int8_arguments); };
+    } else {
+        own.multiplying = 256;
+        std::memcpy(&arguments, parameters[0], sizeof arguments);
+        kernel = [] { prompt::prefill(arguments); };
     }
-    for (int i = 0; i < block_count * THREADS; ++i) {
-        getcontext(&lanes[i].context);
-        lanes[i].context.uc_stack.ss_sp = stacks + i * STACK;
-        lanes[i].context.uc_stack.ss_size = STACK;
-        lanes[i].done = false;
-        lanes[i].committed.clear();
-        makecontext(&lanes[i].context, run_lane, 0);
-    }
-    for (bool left = true; left && !wrong;) {
-        left = moved = false;
-        for (now = 0; now < block_count * THREADS; ++now)
-            if (!lanes[now].done) {
-                left = true;
-                swapcontext(&main_context, &lanes[now].context);
-            }
-        if (left && !moved) {
-            if (copies.empty()) return 719;  // lanes wait for what does not come: launch failure
-            do_copy(copies.front());
-            copies.pop_front();
-        }
-    }
-    for (int i = 0; i < block_count * THREADS; ++i) wrong |= !lanes[i].committed.empty();
-    return wrong || !copies.empty() ? 719 : misaligned ? 716 : 0;
+    threads = own.multiplying + 128;
+    block_count = 1;
+    for (unsigned i = 0; i < config.attribute_count; ++i)
+        if (config.attributes[i].id == 4) block_count = config.attributes[i].value[0];
+    misaligned = wrong = false;
+    const bool fits = config.shared_bytes <= SHARED_SIZE && (int)config.block[0] == threads;
+    if (!fits || config.grid[0] % block_count || block_count > MAX_BLOCKS) return 1;
+    for (row_of_grid = 0; row_of_grid < (int)config.grid[1]; ++row_of_grid)
+        for (first_block = 0; first_block < (int)config.grid[0]; first_block += block_count)
+            if (const int error = run_cluster()) return error;
+    return 0;
 }
 
 }  // namespace hopper
@@ -364,14 +60,16 @@ extern "C" {
 
 int cuModuleLoadData(void** module, const void* image) {
     auto copy = new hopper::Own;
-    std::memcpy(copy, image, sizeof *copy);
+    std::memcpy(copy, image, offsetof(hopper::Own, is_int8));
     *module = copy;
     return 0;
 }
 
 int cuModuleGetFunction(void** function, void* module, const char* name) {
     *function = module;
-    return std::strcmp(name, "prefill") ? 500 : 0;  // not found
+    const bool is_int8 = !std::strcmp(name, "prefill_int8");
+    static_cast<hopper::Own*>(module)->is_int8 = is_int8;
+    return is_int8 || !std::strcmp(name, "prefill") ? 0 : 500;  // not found
 }
 
 int cuFuncSetAttribute(void*, int attribute, int value) {
@@ -395,25 +93,6 @@ int cuTensorMapEncodeTiled(
 }
 
 int cuLaunchKernelEx(const DecodeConfig* config, const void* function, void** parameters, void**) {
-    using namespace hopper;
-    std::memcpy(&own, function, sizeof own);
-    constants = {};
-    constants.bits = own.bits;
-    constants.float16 = own.float16;
-    constants.zeros = own.zeros;
-    constants.offsets = own.offsets;
-    constants.wide = own.wide;
-    constants.group = own.group;
-    std::memcpy(&hopper::arguments, parameters[0], sizeof hopper::arguments);
-    block_count = 1;
-    for (unsigned i = 0; i < config->attribute_count; ++i)
-        if (config->attributes[i].id == 4) block_count = config->attributes[i].value[0];
-    misaligned = wrong = false;
-    const bool fits = config->shared_bytes <= SHARED_SIZE && config->block[0] == THREADS;
-    if (!fits || config->grid[0] % block_count || block_count > MAX_BLOCKS) return 1;
-    for (row_of_grid = 0; row_of_grid < (int)config->grid[1]; ++row_of_grid)
-        for (first_block = 0; first_block < (int)config->grid[0]; first_block += block_count)
-            if (const int error = run_cluster()) return error;
-    return 0;
+    return hopper::launch(*config, function, parameters);
 }
 }

@@ -14,7 +14,7 @@ from inside import call
 
 from benchmarks.gpu import attention, everything, layers, models, start, tune, ways
 from qllm.ops import phase
-from qllm.ops.gpu import decode, decode_int8, device, hopper, limits, prefill, tiles
+from qllm.ops.gpu import decode, decode_int8, device, hopper, hopper_int8, limits, prefill, tiles
 from tools.random_checkpoint import opt_config
 
 BENCHMARK = "benchmarks.gpu.__main__"
@@ -200,7 +200,7 @@ def test_ways_are_those_that_products_take(way, monkeypatch):
     for module, name in ((decode, "late_reason"), (prefill, "unsupported_reason")):
         monkeypatch.setattr(module, name, lambda device: None)
     monkeypatch.setattr(decode, "unsupported_reason", lambda device, *, offsets=False: None)
-    for module in (decode_int8, hopper):
+    for module in (decode_int8, hopper, hopper_int8):
         monkeypatch.setattr(module, "unsupported_reason", lambda device: None)
     monkeypatch.setattr(prefill, "many_rows", lambda device: 500)
 
@@ -211,7 +211,7 @@ def test_ways_are_those_that_products_take(way, monkeypatch):
         return {
             "Triton": not in_cuda
             and bool(decode.unsupported_reason(place, offsets=True))
-            and bool(decode_int8.unsupported_reason(place)),
+            and all(module.unsupported_reason(place) for module in (decode_int8, hopper_int8)),
             "no PDL": not early,
             "registers": few > 2048 and not in_cuda,
             "memory": few == 0 and not in_cuda,

@@ -19,6 +19,7 @@ from qllm.ops.gpu import (
     decode_int8,
     device,
     hopper,
+    hopper_int8,
     kept,
     linear,
     prefill,
@@ -28,7 +29,10 @@ from qllm.ops.gpu import (
 
 A_GPU = SimpleNamespace(name="A GPU", uuid="1", multi_processor_count=4)
 # What is found once of the GPU at hand, which is not to be found of another one.
-MODULES = (attention, decode, decode_int8, device, hopper, linear, prefill, quantized_prefill)
+MODULES = (
+    *(attention, decode, decode_int8, device, hopper, hopper_int8),
+    *(linear, prefill, quantized_prefill),
+)
 FOUND_ONCE = [
     each for module in MODULES for each in vars(module).values() if isinstance(each, device.once)
 ]

@@ -14,7 +14,13 @@ import torch
 from covering import slow_but
 from cpu_paths import STORED_SCHEMES, normal, pattern, random_weight
 from fences import run_in
-from gpu_kernels import build_emulation, multiply_between_fences, packed
+from gpu_kernels import (
+    build_emulation,
+    emulate_hopper,
+    hopper_binary,
+    multiply_between_fences,
+    packed,
+)
 from torch import Tensor
 
 from qllm.ops import phase
@@ -36,14 +42,6 @@ def emulation(tmp_path_factory):
     return build_emulation("emulated_prefill.cpp", tmp_path_factory.mktemp("gpu"))
 
 
-def constants(source: str, options: list[str]) -> bytes:
-    """A binary of the emulation's."""
-    assert options[:2] == ["--std=c++17", "--gpu-architecture=sm_90a"]
-    given = dict(option.removeprefix("-D").split("=") for option in options[2:])
-    names = map(str.upper, hopper.Variant._fields)
-    return bytes((ctypes.c_int * len(given))(*(int(given[name]) for name in names)))
-
-
 @pytest.fixture
 def own_gpu(request, monkeypatch):
     """The GPU, or where there is none the emulation, of which this is the driver."""
@@ -54,7 +52,7 @@ def own_gpu(request, monkeypatch):
         return
     library = request.getfixturevalue("emulation")
     monkeypatch.setattr(driver, "library", lambda: library)
-    monkeypatch.setattr(nvrtc, "compile_cached", constants)
+    monkeypatch.setattr(nvrtc, "compile_cached", hopper_binary)
     monkeypatch.setattr(device_of, "architecture", lambda device: ("9.0", 132))
     hopper.kernel.cache_clear()
     yield library
@@ -149,9 +147,7 @@ def test_what_is_no_number_gives_what_the_reference_gives(special, own_gpu, part
 
 def run_between_fences(library: str) -> None:
     """On the emulation, all tensors fenced: those that it is given and the one that it makes."""
-    driver.library = lambda: ctypes.CDLL(library)
-    nvrtc.compile_cached = constants
-    device_of.architecture = lambda device: ("9.0", 132)
+    emulate_hopper(ctypes.CDLL(library))
     for _ in multiply_between_fences(hopper.weight_only_linear):
         pass
 

@@ -3,7 +3,10 @@
 
 typedef unsigned long long u64;
 
-#define THREADS 384  // a warpgroup that copies and two that multiply
+#ifndef MULTIPLYING
+#define MULTIPLYING 256  // threads
+#endif
+#define THREADS (MULTIPLYING + 128)  // behind those that multiply is a warpgroup that copies
 #define MAX_ROWS ROWS
 
 #undef KERNEL
@@ -64,8 +67,10 @@ DEVICE void copy_tile(u32 to, const TensorMap& from, int column, int row, u32 ba
         : "memory");
 }
 
-// Of the first two warpgroups.
-DEVICE void consumers_barrier() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+// Of the threads that multiply.
+DEVICE void consumers_barrier() {
+    asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLYING) : "memory");
+}
 
 // Of the blocks of a cluster: all have come here, and what they wrote is there for the others.
 DEVICE void cluster_barrier() {
@@ -83,6 +88,16 @@ DEVICE void load4_of_block(float* to, u32 address, u32 block) {
         "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n"
         "}\n"
         : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3]) : "r"(address), "r"(block) : "memory");
+}
+
+DEVICE void load4_of_block(int* to, u32 address, u32 block) {
+    asm volatile(
+        "{\n"
+        ".reg .u32 there;\n"
+        "mapa.shared::cluster.u32 there, %4, %5;\n"
+        "ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [there];\n"
+        "}\n"
+        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address), "r"(block) : "memory");
 }
 
 DEVICE void load_shared(u32* to, const u8* from, int count) {
@@ -145,10 +160,11 @@ DEVICE u64 describe(u32 address) {
     return (address & 0x3FFFF) >> 4 | (u64)1 << 16 | eight_rows << 32 | swizzle_128 << 62;
 }
 
-#define FLOATS_4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define FLOATS_16(c, i) \
-    FLOATS_4(c, i), FLOATS_4(c, i + 4), FLOATS_4(c, i + 8), FLOATS_4(c, i + 12)
-#define FLOATS_32(c, i) FLOATS_16(c, i), FLOATS_16(c, i + 16)
+// Registers that a product adds to, as operands of assembly of some kind ("+f" or "+r").
+#define SUMS_4(kind, c, i) kind(c[i]), kind(c[i + 1]), kind(c[i + 2]), kind(c[i + 3])
+#define SUMS_16(kind, c, i) \
+    SUMS_4(kind, c, i), SUMS_4(kind, c, i + 4), SUMS_4(kind, c, i + 8), SUMS_4(kind, c, i + 12)
+#define SUMS_32(kind, c, i) SUMS_16(kind, c, i), SUMS_16(kind, c, i + 16)
 #if FLOAT16
 #define TYPES ".f32.f16.f16 "
 #else
@@ -157,28 +173,35 @@ DEVICE u64 describe(u32 address) {
 
 // Operands of products by their numbers, of which the sums are the first.
 #if ROWS == 64
-#define SHAPE "m64n64k16"
-#define FLOATS(c) FLOATS_32(c, 0)
+#define WIDTH_OF_B "n64"
+#define ALL_SUMS(kind, c) SUMS_32(kind, c, 0)
 #define OPERANDS "{%32, %33, %34, %35}, %36"
 #define ADDS "%37"
+#define OPERANDS_INT8 "%32, %33"
+#define ADDS_INT8 "%34"
 #define SUMS \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
 #elif ROWS == 128
-#define SHAPE "m64n128k16"
-#define FLOATS(c) FLOATS_32(c, 0), FLOATS_32(c, 32)
+#define WIDTH_OF_B "n128"
+#define ALL_SUMS(kind, c) SUMS_32(kind, c, 0), SUMS_32(kind, c, 32)
 #define OPERANDS "{%64, %65, %66, %67}, %68"
 #define ADDS "%69"
+#define OPERANDS_INT8 "%64, %65"
+#define ADDS_INT8 "%66"
 #define SUMS \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
 #else
-#define SHAPE "m64n256k16"
-#define FLOATS(c) FLOATS_32(c, 0), FLOATS_32(c, 32), FLOATS_32(c, 64), FLOATS_32(c, 96)
+#define WIDTH_OF_B "n256"
+#define ALL_SUMS(kind, c) \
+    SUMS_32(kind, c, 0), SUMS_32(kind, c, 32), SUMS_32(kind, c, 64), SUMS_32(kind, c, 96)
 #define OPERANDS "{%128, %129, %130, %131}, %132"
 #define ADDS "%133"
+#define OPERANDS_INT8 "%128, %129"
+#define ADDS_INT8 "%130"
 #define SUMS \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
@@ -190,14 +213,21 @@ DEVICE u64 describe(u32 address) {
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
 #endif
 
-#define PRODUCT(operands, adds, types_end)                                      \
-    "{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds ", 0;\n"                     \
-    "wgmma.mma_async.sync.aligned." SHAPE TYPES SUMS operands ", adds, 1, 1, " types_end ";\n}"
+#define PRODUCT(kind, operands, adds, end)                                       \
+    "{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds ", 0;\n"                       \
+    "wgmma.mma_async.sync.aligned.m64" WIDTH_OF_B kind SUMS operands ", adds" end ";\n}"
 
 // c += A B for A (64, 16), of which each warp of four holds 16 rows as mma.m16n8k16 wants them, and B
 // (16, ROWS) in shared memory; or c = A B.
 DEVICE void multiply_group(float* c, const u32* a, u64 b, bool adds) {
-    asm volatile(PRODUCT(OPERANDS, ADDS, "0")
-                 : FLOATS(c)
+    asm volatile(PRODUCT("k16" TYPES, OPERANDS, ADDS, ", 1, 1, 0")
+                 : ALL_SUMS("+f", c)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)adds));
+}
+
+// The same of int8, A (64, 32) and B (32, ROWS) both in shared memory, into int32.
+DEVICE void multiply_group_int8(int* c, u64 a, u64 b, bool adds) {
+    asm volatile(PRODUCT("k32.s32.s8.s8 ", OPERANDS_INT8, ADDS_INT8, "")
+                 : ALL_SUMS("+r", c)
+                 : "l"(a), "l"(b), "r"((int)adds));
 }
