@@ -8,6 +8,7 @@ thread itself writes to and reads from costs what the network costs.
 from __future__ import annotations
 
 import hmac
+import os
 import secrets
 import select
 import socket
@@ -15,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from qllm.cgroups import usable_cpus
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -25,6 +28,7 @@ HEADER = 64  # bytes with which a connection begins: who it is from
 DIED = "its process has died"
 POLL = 0.02  # seconds between two looks at the store
 SEND_BUFFER = 4 << 20
+SPIN = 0.002  # seconds: most stages' part of a step takes less
 
 
 def own_address(master: str) -> str:
@@ -125,6 +129,18 @@ def _reason(error: OSError) -> str:
     return DIED if reset else f"its connection broke ({error.strerror})"
 
 
+def spin_seconds(launch: Launch) -> float:
+    """For how long a rank looks for a message before it sleeps.
+
+    A processor that sleeps takes long to come back, most of all a virtual one, and its threads with
+    it. Ranks that are more than there are processors do not spin, and OMP_WAIT_POLICY=passive says
+    that none is to.
+    """
+    passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
+    ranks = len(launch.here) or launch.world
+    return 0.0 if passive or ranks > usable_cpus() else SPIN
+
+
 class Links:
     """Messages between ranks, whose lengths both sides know.
 
@@ -136,13 +152,17 @@ class Links:
     """
 
     def __init__(
-        self, sockets: Mapping[int, socket.socket], lost: Callable[[int, str], None]
+        self,
+        sockets: Mapping[int, socket.socket],
+        lost: Callable[[int, str], None],
+        spin: float = 0.0,
     ) -> None:
         """
         Args:
             lost: called with a rank and the reason when a connection breaks; does not return.
+            spin: `spin_seconds`.
         """
-        self.sockets, self.lost = sockets, lost
+        self.sockets, self.lost, self.spin = sockets, lost, spin
         self.sent = self.calls = 0
         self.seconds = 0.0
         self.waiting_for: int | None = None
@@ -200,6 +220,11 @@ class Links:
                 masks[number] = masks.get(number, 0) | event
         for number, mask in masks.items():
             poll.register(number, mask)
+        until = time.perf_counter() + self.spin
+        while time.perf_counter() < until:
+            if poll.poll(0):
+                return
+            os.sched_yield()  # to whoever has work for this processor
         poll.poll()
 
     def _send(self, rank: int, data: memoryview) -> memoryview | None:

@@ -22,7 +22,7 @@ from qllm import launch as launching
 from qllm.errors import UserError, first_line
 from qllm.launch import Launch
 from qllm.parallel.group import Group
-from qllm.parallel.links import POLL, Links, Mesh, RankError
+from qllm.parallel.links import POLL, Links, Mesh, RankError, spin_seconds
 from qllm.parallel.pipeline import ParallelContext
 from qllm.parallel.watch import BUSY, SHARE, STATUS, Watchdog
 
@@ -72,7 +72,7 @@ class Session:
             self._control = Mesh(prefixed("watch"), launch, deadline)
             # From here on it is noticed when a rank dies or is stopped, whatever the others do.
             self.watchdog = Watchdog(launch.rank, self._control.sockets, timeout, self._state)
-            self.links = Links({}, self.watchdog.fail)
+            self.links = Links({}, self.watchdog.fail, spin_seconds(launch))
             self.watchdog.start()
             with self.links.waiting():
                 self._mesh = Mesh(prefixed("data"), launch, deadline)
