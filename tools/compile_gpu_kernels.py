@@ -190,6 +190,8 @@ def others(capability: str) -> Iterator[Job]:
     for name, norm in (("rows", 0), ("layer norm", 1)):
         every = constants | {"NORM": norm, "ADD": norm > 0, "QUANTIZE": True}
         yield Job(f"{name} to int8", rows.norm_rows, tensors, every, 8, 1, False)
+    chunks = {"CHUNK": 4096, "FUSED": True}
+    yield Job("long rows to bytes", rows.quantize_rows, tensors, chunks, 16, 1, False)
     every = constants | {"NORM": 2, "ADD": True, "QUANTIZE": False}
     yield Job("sum and RMS norm", rows.norm_rows, tensors | {"out": "*bf16"}, every, 8, 1, False)
     every |= {"WIDTH": 128, "ADD": False, "HAS_BIAS": False, "RUN": 40, "FIRST": 32, "SECOND": 4}

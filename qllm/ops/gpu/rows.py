@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qllm.ops import reference
-from qllm.ops.gpu import device
+from qllm.ops import phase, reference
+from qllm.ops.gpu import cuda, device
 from qllm.ops.reference import Int8Rows
 
 NO_NORM, LAYER_NORM, RMS_NORM = range(3)
 COLUMNS_AT_ONCE = 1024  # that a program activates
 ALIGNED = 8  # numbers of 16 bits that products load at once
+LONG = 8192  # columns beyond which a prompt's rows become int8 in chunks
+CHUNK, MANY = 4096, 1024  # columns of one; and rows from which on programs have fewer warps
 
 
 def side_by_side(x: Tensor) -> Tensor:
@@ -34,7 +36,32 @@ def aligned(x: Tensor) -> Tensor:
 
 def quantize(x: Tensor, input_scale: Tensor | None) -> Int8Rows:
     """`reference.quantize_rows`."""
+    if (
+        input_scale is None
+        and x.shape[1] > LONG
+        and x.dtype in cuda.DTYPES
+        and not phase.decoding()
+    ):
+        return _quantize_in_chunks(x)
     return _run(x, None, NO_NORM, None, None, 0.0, (input_scale,))[1]
+
+
+def _quantize_in_chunks(x: Tensor) -> Int8Rows:
+    from qllm.ops.gpu.kernels.rows import quantize_rows
+
+    x = side_by_side(x)
+    rows, columns = x.shape
+    out = x.new_empty(rows, columns, dtype=torch.int8)
+    scales = x.new_empty(rows, 1, dtype=torch.float32)
+    if rows:
+        with device.current(x):
+            quantize_rows[(rows,)](
+                x, x.stride(0), out, scales, columns, CHUNK=CHUNK,
+                FUSED=not device.interpreting(),  # which has no fused operation
+                num_warps=16 if rows < MANY else 8,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+    return Int8Rows(out, scales, x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
@@ -176,7 +203,7 @@ def _run(
                 RUN=runs[0],
                 FIRST=runs[1],
                 SECOND=runs[2],
-                num_warps=min(16, max(1, width // 512)),
+                num_warps=min(16 if norm else 32, max(1, width // 256)),
                 enable_fp_fusion=False,  # each step is rounded, as the reference's are
                 **launch_options(x.device),
             )

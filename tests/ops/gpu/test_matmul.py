@@ -222,6 +222,40 @@ def test_int8_is_exact(static, dtype, gpu):
         assert torch.equal(linear.int8_linear(made, q, scales, bias, scale, outputs), got)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_long_rows_to_int8_are_the_reference_to_the_bit(dtype, gpu, monkeypatch):
+    if gpu == "cpu":
+        monkeypatch.setattr(rows, "LONG", 100)
+        monkeypatch.setattr(rows, "CHUNK", 128)
+    columns = rows.LONG + 200
+    x = normal(30, columns + 8, dtype=dtype)[:, :columns]
+    x[0], x[1, 3], x[2, 4], x[3, 5] = 0, torch.inf, torch.nan, -torch.inf
+    sizes = torch.finfo(dtype)
+    x[4] *= sizes.tiny * 2**20
+    x[5, 7] = sizes.max
+    # Where a step's inverse, or a multiply that is not corrected, finds another integer.
+    x[6] = 0.7734375 if dtype == torch.bfloat16 else 0.3408203125
+    x[6, 0] = 1.0546875 if dtype == torch.bfloat16 else 1.0224609375
+    wanted = reference.quantize_rows(x, None)
+
+    def found() -> None:
+        made = rows.quantize(x.to(gpu), None)
+        assert torch.equal(made.values.cpu(), wanted.values)
+        assert torch.equal(pattern(made.scales.cpu()), pattern(wanted.scales))
+
+    found()
+    if gpu == "cpu":  # as on a GPU, whose fused operation the interpreter does not have
+        interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+        def fused(self, x, y, z):
+            exact = x.data.astype(np.float64) * y.data + z.data
+            return interpreter.TensorHandle(exact.astype(np.float32), z.dtype.scalar)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fused)
+        monkeypatch.setattr(device_of, "interpreting", lambda: False)
+        found()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", reference.ACTIVATIONS)
 def test_activations(name, dtype, gpu):

@@ -11,10 +11,23 @@ from qllm.ops.gpu.kernels.numbers import let_next_begin, narrow, wait_for_previo
 
 
 @triton.jit
-def _round(x):
-    """To the nearest integer, halves to the even one, for |x| < 2^22."""
+def _nearest(steps):
+    """int8 of numbers of its range, to the nearest integer, halves to the even one."""
     magic: tl.constexpr = 12582912.0  # 1.5 · 2^23, which leaves no bit for a fraction
-    return (x + magic) - magic
+    return (steps + magic).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _scale(largest):
+    """That of a row, by the bits of its largest size, in whose order infinity is next to last, and
+    NaN the largest number."""
+    scale = tl.div_rn(largest.to(tl.float32, bitcast=True) * 2, 255.0)
+    return tl.where(scale == 0, 1.0, scale)
+
+
+@triton.jit
+def _clamped(steps):
+    return tl.where(steps == steps, tl.minimum(tl.maximum(steps, -128.0), 127.0), 0.0)
 
 
 @triton.jit
@@ -75,16 +88,50 @@ def norm_rows(
         if STATIC:
             scale = tl.load(scales)
         else:
-            # By their bits, in whose order infinity is next to last, and NaN the largest number.
-            bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-            scale = tl.div_rn(tl.max(bits).to(tl.float32, bitcast=True) * 2, 255.0)
-            scale = tl.where(scale == 0, 1.0, scale)
+            scale = _scale(tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF))
             tl.store(scales + row, scale)
-        steps = tl.div_rn(value, scale)
-        steps = tl.where(steps == steps, tl.minimum(tl.maximum(steps, -128.0), 127.0), 0.0)
-        tl.store(out + place, _round(steps).to(tl.int8), mask=inside)
+        tl.store(out + place, _nearest(_clamped(tl.div_rn(value, scale))), mask=inside)
     else:
         tl.store(out + place, normed, mask=inside)
+
+
+@triton.jit
+def quantize_rows(
+    x, x_stride, out, scales, columns, CHUNK: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """int8 of the rows of x (M, K), 16-bit numbers, by a scale for each, as `norm_rows` has it.
+
+    It reads a row twice, CHUNK columns at a time, the second time from the cache: of many rows that
+    are long, more are under way at once than fit into registers whole.
+
+    Args:
+        FUSED: divide by fused operations where this rounds as division does.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, CHUNK)
+    place = row * columns
+    x += row * x_stride
+    largest = tl.zeros([CHUNK], tl.int32)
+    for first in range(0, columns, CHUNK):
+        inside = first + column < columns
+        value = tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    scale = _scale(tl.max(largest))
+    tl.store(scales + row, scale)
+    if FUSED and (scale > 2.0**-100) & (scale < 2.0**100):
+        inverse = tl.div_rn(1.0, scale)
+        for first in range(0, columns, CHUNK):
+            inside = first + column < columns
+            value = tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32)
+            steps = value * inverse
+            steps = tl.fma(tl.fma(-steps, scale, value), inverse, steps)
+            tl.store(out + place + first + column, _nearest(tl.minimum(steps, 127.0)), mask=inside)
+    else:
+        for first in range(0, columns, CHUNK):
+            inside = first + column < columns
+            value = tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32)
+            steps = _clamped(tl.div_rn(value, scale))
+            tl.store(out + place + first + column, _nearest(steps), mask=inside)
 
 
 @triton.jit
