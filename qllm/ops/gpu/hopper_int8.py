@@ -6,6 +6,7 @@ Its sums are exact: how it is cut, and which of the kernels runs, changes no bit
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
@@ -21,7 +22,9 @@ SOURCE = ("prefill_int8", "hopper.h")
 STAGE = 128  # inputs
 ALIGNED = 16  # inputs, of which a row has a multiple
 MAX_STAGES = 8
-PARTS, MIN_BLOCKS = (1, 2, 3, 4), 4  # of the inputs, which a cluster has; and of a part
+PARTS, LEAST = (1, 2, 3, 4), 4  # of the inputs, which a cluster has; and stages of a part
+COPYING = 32  # threads, behind those that multiply
+RESERVED = 1 << 10  # bytes of shared memory that a multiprocessor keeps for each block
 
 
 class Variant(NamedTuple):
@@ -32,6 +35,8 @@ class Variant(NamedTuple):
     rows: int
     stages: int
     multiplying: int
+    threads: int
+    blocks: int
 
     @property
     def outputs(self) -> int:
@@ -52,26 +57,31 @@ class Cut(NamedTuple):
         rows: of x.
         outputs: of the weight.
         parts: of the inputs, which a cluster of blocks has.
+        blocks: that a multiprocessor has at once.
     """
 
     rows: int
     outputs: int
     parts: int
+    blocks: int = 1
 
 
-# By rows and outputs of a tile, the microseconds that an H100 took for a stage of it, and beside
-# these for a tile, more where there are parts; and how fast it reads a weight.
+# By rows and outputs of a tile, and blocks of a multiprocessor: the microseconds that an H100 took
+# for a stage of the blocks that it has at once, and beside these for their tiles.
 TIMES = {
-    (64, 64): (0.125, 7.5),
-    (128, 64): (0.24, 5),
-    (128, 128): (0.365, 7.5),
-    (256, 128): (0.64, 9),
+    (64, 64, 1): (0.16, 5.5),
+    (64, 64, 2): (0.246, 3.1),
+    (128, 64, 1): (0.258, 3.3),
+    (128, 128, 1): (0.36, 5.4),
+    (128, 128, 2): (0.71, 4.6),
+    (256, 128, 1): (0.67, 5.7),
 }
-PARTS_TIME, BYTES_PER_MICROSECOND, LEAST_TIME = 2.5, 2.4e6, 3
+PARTS_TIME = 4.0  # where there are several
+BYTES_PER_MICROSECOND, LEAST_TIME = 2.4e6, 3.0  # of a weight
 # What is tested: types, whether there is a bias, and cuts.
 CASES = (
     (torch.bfloat16, False, (Cut(64, 64, 1), Cut(128, 128, 2), Cut(256, 128, 3))),
-    (torch.float16, True, (Cut(128, 64, 4),)),
+    (torch.float16, True, (Cut(128, 64, 4), Cut(128, 128, 1, blocks=2))),
 )
 TESTED = (331, 2064)  # outputs and inputs
 
@@ -82,7 +92,7 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         *((name, driver.TensorMap) for name in ("x", "q")),
         *((name, ctypes.c_void_p) for name in ("x_scales", "scales", "bias", "y")),
-        *((name, ctypes.c_int) for name in ("rows", "outputs", "blocks", "parts")),
+        *((name, ctypes.c_int) for name in ("rows", "outputs", "stages", "parts")),
         ("x_scales_stride", ctypes.c_int),
         ("filled", ctypes.c_char * 12),  # up to a multiple of the alignment
     )
@@ -119,32 +129,46 @@ def takes(rows: Int8Rows, qweight: Tensor) -> bool:
 
 def variant(dtype: torch.dtype, wide: bool, cut: Cut) -> Variant:
     """The kernel's, with as many stages as shared memory holds."""
-    made = Variant(dtype == torch.float16, wide, cut.rows, MAX_STAGES, cut.outputs * 2)
-    while made.shared_bytes > hopper.SHARED_BYTES:
+    kind = (dtype == torch.float16, wide, cut.rows)
+    multiplying = cut.outputs * 2
+    made = Variant(*kind, MAX_STAGES, multiplying, multiplying + COPYING, cut.blocks)
+    while made.shared_bytes > (hopper.SHARED_BYTES + RESERVED) // cut.blocks - RESERVED:
         made = made._replace(stages=made.stages - 1)
     return made
 
 
 @lru_cache(maxsize=1 << 12)
-def cut_of(rows: int, outputs: int, blocks: int, num_sms: int) -> Cut:
+def cut_of(rows: int, outputs: int, stages: int, num_sms: int) -> Cut:
     """The cut with which a product is done first.
 
     Args:
-        blocks: of the inputs, of STAGE each.
+        stages: of the inputs.
     """
+    reading = outputs * stages * STAGE / BYTES_PER_MICROSECOND + LEAST_TIME
 
-    def time(cut: Cut) -> float:
+    def times(cut: Cut) -> tuple[float, float]:
         tiles = -(-rows // cut.rows) * -(-outputs // cut.outputs) * cut.parts
-        waves = -(-tiles // hopper.at_once(cut.parts, num_sms))
-        stage, tile = TIMES[cut.rows, cut.outputs]
-        reading = outputs * blocks * STAGE / BYTES_PER_MICROSECOND + LEAST_TIME
-        multiplying = waves * (blocks / cut.parts * stage + tile)
-        return max(multiplying, reading) + (PARTS_TIME if cut.parts > 1 else 0)
+        stage, tile = TIMES[cut.rows, cut.outputs, cut.blocks]
+        turns = -(-tiles // at_once(cut, num_sms))
+        multiplying = turns * (stages / cut.parts * stage + tile)
+        if cut.parts == 1:
+            return max(multiplying, reading), multiplying
+        fits = turns == 1 and stages >= LEAST * cut.parts
+        return max(multiplying, reading) + PARTS_TIME if fits else math.inf, multiplying
 
-    parts = [count for count in PARTS if blocks >= MIN_BLOCKS * count] or PARTS[:1]
     fewest = 64 if rows <= 64 else 128  # of a tile: weights are to be read few times
-    tiles = [tile for tile in TIMES if fewest <= tile[0] < 2 * max(rows, fewest)]
-    return min((Cut(*tile, count) for tile in tiles for count in parts), key=time)
+    cuts = [
+        Cut(of_x, of_weight, parts, blocks)
+        for of_x, of_weight, blocks in TIMES
+        for parts in (PARTS if blocks == 1 else PARTS[:1])
+        if fewest <= of_x < 2 * max(rows, fewest)
+    ]
+    return min(cuts, key=times)
+
+
+def at_once(cut: Cut, num_sms: int) -> int:
+    """Blocks that run at once: clusters of more than two leave multiprocessors over."""
+    return cut.blocks * (num_sms if cut.parts <= 2 else num_sms * 7 // 8)
 
 
 @cache
@@ -170,8 +194,8 @@ def int8_linear(
     x, x_scales, dtype = rows
     (count, inputs), outputs = x.shape, len(qweight)
     y = x.new_empty(count, outputs, dtype=dtype)
-    blocks = -(-inputs // STAGE)
-    cut = cut or cut_of(count, outputs, blocks, device_of.architecture(x.device)[1])
+    stages = -(-inputs // STAGE)
+    cut = cut or cut_of(count, outputs, stages, device_of.architecture(x.device)[1])
     constants = variant(dtype, scales.dtype == torch.float32, cut)
     x_scales, scales = x_scales.contiguous(), scales.contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
@@ -185,14 +209,14 @@ def int8_linear(
             y.data_ptr(),
             count,
             outputs,
-            blocks,
+            stages,
             cut.parts,
             int(x_scales.dim() > 0),
         )
         driver.launch(
             kernel(constants, x.device),
             (cut.parts * -(-count // cut.rows), -(-outputs // cut.outputs)),
-            constants.multiplying + 128,
+            constants.threads,
             arguments,
             x.device,
             early=False,

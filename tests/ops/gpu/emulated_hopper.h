@@ -28,7 +28,7 @@ namespace hopper {
 
 struct Own {  // constants, as a binary has them
     int bits, float16, zeros, offsets, wide, group, rows, x_stages, w_stages;
-    int stages, multiplying;
+    int stages, multiplying, threads, blocks;
     bool is_int8;
 };
 

@@ -38,10 +38,11 @@ static int launch(const DecodeConfig& config, const void* function, void** param
         kernel = [] { int8_prompt::prefill_int8(int8_arguments); };
     } else {
         own.multiplying = 256;
+        own.threads = 384;
         std::memcpy(&arguments, parameters[0], sizeof arguments);
         kernel = [] { prompt::prefill(arguments); };
     }
-    threads = own.multiplying + 128;
+    threads = own.threads;
     block_count = 1;
     for (unsigned i = 0; i < config.attribute_count; ++i)
         if (config.attributes[i].id == 4) block_count = config.attributes[i].value[0];

@@ -89,7 +89,7 @@ static void multiply_oldest(int first) {
 
 template <int LEFT>
 DEVICE void wait_for_products() {
-    const int group = thread_index() / 128, first = now / 128 * 128;
+    const int group = (int)thread_index() / 128, first = now - (int)thread_index() % 128;
     together(block().products[group], 128, [first] {
         for (int lane = first; lane < first + 128; ++lane)
             wrong |= lanes[lane].committed.size() != lanes[first].committed.size();

@@ -29,6 +29,7 @@ CASES = (
     ((67, 144), 5, Cut(64, 64, 1)),
     ((130, 528), 70, Cut(64, 64, 2)),
     ((33, 528), 130, Cut(128, 64, 3)),
+    ((129, 144), 100, Cut(128, 128, 1, blocks=2)),
     ((1, 1040), 3, Cut(128, 128, 4)),
     ((260, 400), 300, Cut(256, 128, 2)),
 )
@@ -135,7 +136,7 @@ def test_the_self_test_finds_what_is_wrong(own_gpu, monkeypatch):
         monkeypatch.setattr(device_of, "COMPILED_AT_ONCE", 1)
     place, right = torch.device(DEVICE), hopper_int8.int8_linear
     assert hopper_int8._self_test(place) is None
-    for tile in hopper_int8.TIMES:
+    for tile in {tile[:2] for tile in hopper_int8.TIMES}:
 
         def wrong(*given, cut, tile=tile):
             found = right(*given, cut=cut)
@@ -165,24 +166,17 @@ def test_prompts_take_it_where_it_takes_them(own_gpu, gpu, monkeypatch):
 
 
 def test_cuts_are_those_that_were_fastest():
-    """On an H100, or nearly so: rows and outputs of a tile, and parts, for so many rows of x."""
+    """On an H100, or nearly so: rows and outputs of a tile, parts, and blocks at once."""
     for (outputs, inputs), cuts in (
-        (
-            (4096, 11008),
-            {64: (64, 64, 1), 128: (128, 64, 2), 256: (128, 64, 1), 512: (128, 128, 1)},
-        ),
-        (
-            (8192, 8192),
-            {64: (64, 64, 1), 128: (128, 64, 1), 256: (128, 128, 1), 512: (256, 128, 1)},
-        ),
-        ((4096, 4096), {128: (128, 64, 2), 256: (128, 64, 1), 512: (128, 128, 1)}),
-        ((22016, 4096), {256: (128, 128, 1), 512: (256, 128, 1), 2048: (256, 128, 1)}),
-        ((768, 3072), {256: (128, 64, 4), 2048: (128, 128, 1)}),
-        ((64, 64), {64: (64, 64, 1)}),
+        ((4096, 11008), {64: (64, 64, 1, 1), 256: (128, 64, 1, 1), 512: (128, 128, 1, 1)}),
+        ((8192, 8192), {128: (128, 64, 1, 1), 256: (128, 128, 1, 1), 2048: (256, 128, 1, 1)}),
+        ((22016, 4096), {64: (64, 64, 1, 2), 128: (128, 128, 1, 2), 512: (256, 128, 1, 1)}),
+        ((5120, 13824), {1024: (128, 128, 1, 1)}),
+        ((768, 3072), {1: (64, 64, 1, 2), 256: (128, 64, 4, 1)}),
     ):
         for rows, cut in cuts.items():
-            blocks = -(-inputs // hopper_int8.STAGE)
-            assert hopper_int8.cut_of(rows, outputs, blocks, 132) == cut
+            stages = -(-inputs // hopper_int8.STAGE)
+            assert hopper_int8.cut_of(rows, outputs, stages, 132) == cut
 
 
 def test_where_it_cannot_run_triton_s_product_does(monkeypatch, capsys):
@@ -206,19 +200,19 @@ def test_where_it_cannot_run_triton_s_product_does(monkeypatch, capsys):
         hopper_int8.unsupported_reason.cache_clear()
 
 
-@pytest.mark.parametrize(("rows", "outputs"), hopper_int8.TIMES)
-def test_it_compiles_into_what_was_meant(rows, outputs):
+@pytest.mark.parametrize(("rows", "outputs", "blocks"), hopper_int8.TIMES)
+def test_it_compiles_into_what_was_meant(rows, outputs, blocks):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton, whose disassembler this takes, is not installed")
     try:
         nvrtc.library()
     except nvrtc.Unavailable as error:
         pytest.skip(str(error))
-    variant = hopper_int8.variant(cuda.DTYPES[rows > 64], rows > 128, Cut(rows, outputs, 1))
+    variant = hopper_int8.variant(cuda.DTYPES[rows > 64], rows > 128, Cut(rows, outputs, 1, blocks))
     options = ["--std=c++17", "--gpu-architecture=sm_90a", *cuda.options(variant)]
     usage, code = disassemble(nvrtc.compile(cuda.source(*hopper_int8.SOURCE), options))
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    assert registers * (variant.multiplying + 128) <= 1 << 16
+    assert registers * variant.threads * variant.blocks <= 1 << 16
     assert stack == 0 and not re.search(r"\b(LDL|STL)\b", code)
     product = rf"\bIGMMA\.64x{rows}x32\.S8\.S8 R\d+, gdesc.*"
     products = re.findall(product, code)
@@ -228,6 +222,6 @@ def test_it_compiles_into_what_was_meant(rows, outputs):
     assert sum("gsb0" in product for product in products) == 1
     assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", code)) == 1
     assert len(re.findall(r"\bUTMALDG\.2D\b", code)) == 2
-    assert variant.shared_bytes <= hopper.SHARED_BYTES
+    assert variant.shared_bytes * blocks <= hopper.SHARED_BYTES
     # Sums take the place of stages, and leave barriers and scales what they are.
     assert rows * (outputs + 4) * 4 <= variant.stages * (rows + outputs) * hopper_int8.STAGE

@@ -4,13 +4,14 @@
 typedef unsigned long long u64;
 
 #ifndef MULTIPLYING
-#define MULTIPLYING 256  // threads
+#define MULTIPLYING 256                // threads
+#define THREADS (MULTIPLYING + 128)  // behind them is a warpgroup that copies
+#define BLOCKS 1                       // of a multiprocessor
 #endif
-#define THREADS (MULTIPLYING + 128)  // behind those that multiply is a warpgroup that copies
 #define MAX_ROWS ROWS
 
 #undef KERNEL
-#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, 1)
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #define PARAMETER const __grid_constant__
 
 // A tensor's description for copies by tiles, as cuTensorMapEncodeTiled makes it.

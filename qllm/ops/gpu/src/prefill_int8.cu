@@ -8,7 +8,7 @@
 //
 // Constants: FLOAT16: the type of bias and y, else bfloat16; WIDE: scales are float32, else float16;
 // ROWS: 64, 128 or 256; STAGES: what shared memory holds; MULTIPLYING: threads that multiply, 128 or
-// 256.
+// 256, of THREADS; BLOCKS: of a multiprocessor.
 
 struct Arguments {
     TensorMap x;            // (rows, inputs) of int8, in tiles of (ROWS, 128)
@@ -17,9 +17,9 @@ struct Arguments {
     const void* scales;     // (outputs)
     const u16* bias;        // (outputs), or null
     u16* y;                 // (rows, outputs)
-    int rows, outputs, blocks;  // blocks of 128 inputs
-    int parts;                  // of the inputs
-    int x_scales_stride;        // 1, or 0 where there is one for all rows
+    int rows, outputs;
+    int stages, parts;    // of the inputs; a stage has 128
+    int x_scales_stride;  // 1, or 0 where there is one for all rows
 };
 
 #define CONSUMERS (MULTIPLYING / 32)  // warps that multiply; the next one starts copies
@@ -53,7 +53,7 @@ struct Place {
     int part, output, row;
 };
 
-// Start the copies of blocks of inputs from first to end, as stages become empty.
+// Start the copies of inputs of some stages, as these become empty.
 DEVICE void produce(const Arguments& from, u32 shared, Place place, int first, int end) {
     Stage stage;
 #pragma unroll 1
@@ -172,8 +172,8 @@ KERNEL prefill_int8(PARAMETER Arguments from) {
     const Place place = {
         chunk_index() % from.parts, panel_index() * OUTPUTS, chunk_index() / from.parts * ROWS
     };
-    const int first = (int)((i64)from.blocks * place.part / from.parts);
-    const int end = (int)((i64)from.blocks * (place.part + 1) / from.parts);
+    const int first = (int)((i64)from.stages * place.part / from.parts);
+    const int end = (int)((i64)from.stages * (place.part + 1) / from.parts);
     if (thread_index() == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             init_barrier(full_barrier(shared, stage), 1);
