@@ -147,6 +147,7 @@ class Links:
     Attributes:
         sent: bytes sent so far.
         calls: exchanges so far.
+        before_waiting: called before this rank waits for a message that has not come.
         seconds: spent in them.
         waiting_for: a rank whose message has not come, -1 for any; None while there is no such.
     """
@@ -163,6 +164,7 @@ class Links:
             spin: `spin_seconds`.
         """
         self.sockets, self.lost, self.spin = sockets, lost, spin
+        self.before_waiting: Callable[[], None] = lambda: None
         self.sent = self.calls = 0
         self.seconds = 0.0
         self.waiting_for: int | None = None
@@ -220,6 +222,7 @@ class Links:
                 masks[number] = masks.get(number, 0) | event
         for number, mask in masks.items():
             poll.register(number, mask)
+        self.before_waiting()
         until = time.perf_counter() + self.spin
         while time.perf_counter() < until:
             if poll.poll(0):

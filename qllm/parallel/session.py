@@ -19,8 +19,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from qllm import launch as launching
+from qllm.cgroups import usable_cpus
 from qllm.errors import UserError, first_line
 from qllm.launch import Launch
+from qllm.ops.cpu import library
 from qllm.parallel.group import Group
 from qllm.parallel.links import POLL, Links, Mesh, RankError, spin_seconds
 from qllm.parallel.pipeline import ParallelContext
@@ -84,11 +86,21 @@ class Session:
             raise ConnectionError(f"the store was lost ({first_line(error)})") from None
 
     def _name_hosts(self) -> None:
-        """Learn where the others run, for the line that says which of them ended the run."""
-        host = f"{socket.gethostname()} {self._control.address}"
-        for rank, (name, pid) in enumerate(self.all_gather_object([host, os.getpid()])):
+        """Learn where the others run, and with how many threads.
+
+        Of a run that ends, a line says which of them ended it. Where ranks of a host have more
+        threads than it has processors, those of one that waits do not spin on the others' time.
+        """
+        host, own = f"{socket.gethostname()} {self._control.address}", torch.get_num_threads()
+        here = 0
+        for rank, (name, pid, threads) in enumerate(
+            self.all_gather_object([host, os.getpid(), own])
+        ):
+            here += threads if name == host else 0
             if rank != self.rank:
                 self.watchdog.peers[rank].host, self.watchdog.peers[rank].pid = name, pid
+        if here > usable_cpus():
+            self.links.before_waiting = library.rest
 
     def _join_group(self, store: dist.Store, device: str) -> None:
         """torch.distributed's own process groups: the engine of large messages."""

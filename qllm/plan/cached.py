@@ -19,7 +19,7 @@ from qllm.memory import available_bytes
 from qllm.plan.candidates import key
 from qllm.plan.devices import Cluster, Device
 from qllm.plan.measure import Job, measure
-from qllm.plan.network import measure_network
+from qllm.plan.network import measure_stages
 from qllm.plan.probe import FORMAT, probe
 from qllm.plan.sensitivity import Sensitivity, write
 from qllm.progress import Meter
@@ -65,7 +65,7 @@ def describe_machine(
 ) -> dict[str, object]:
     """This machine, measured, as the only device of a cluster, for `Cluster.from_file`.
 
-    The network is what joins two of this machine's processes.
+    The network is what joins two of this machine's processes, and turns are those of its CPU.
 
     Args:
         specs: whose products are measured.
@@ -73,17 +73,19 @@ def describe_machine(
         progress: what loops go through, to be seen.
     """
     ops.prepare(torch.device(device).type)
-    speed = probe(specs, dtype or torch.float16, device, progress)
+    dtype = dtype or torch.float16
+    speed = probe(specs, dtype, device, progress)
     threads = torch.get_num_threads()
+    network, turns = measure_stages(threads, dtype)
     entry: dict[str, object] = {
         "name": f"{platform.node()} {device}, {threads} threads",
         "host": platform.node(),
         "memory": available_bytes(device),
     }
     if device == "cpu":
-        entry["threads"] = threads
+        entry |= {"threads": threads, "turns": turns}
     entry["measured"] = speed.to_json()
-    return {"devices": [entry], "network": measure_network()}
+    return {"devices": [entry], "network": network}
 
 
 def this_machine(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -147,6 +147,7 @@ class Device:
         memory: bytes.
         kind: what makes devices alike.
         host, threads: the machine and the threads of a CPU that was probed; None of others.
+        turns: of each of PHASES, seconds that a pass takes more where there are other stages.
     """
 
     name: str
@@ -155,6 +156,7 @@ class Device:
     kind: str
     host: str | None = None
     threads: int | None = None
+    turns: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ class Cluster:
         "flops": 1.12e14}, …], "network": {"bandwidth": 1e11, "latency": 2e-5}}`: memory in bytes,
         bandwidth of memory in bytes and of the network in bits per second, `flops` of 16-bit
         products (`int8_flops` twice that where it is left out), latency in seconds. A device of
-        `qllm_plan.py --probe` has "measured" in place of the figures.
+        `qllm_plan.py --probe` has "measured" in place of the figures, and "turns".
 
         Raises:
             UserError: for a file that is none, naming what is wrong.
@@ -244,7 +246,7 @@ def _devices(entry: object, path: str) -> list[Device]:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise UserError(f"{path}: a device is an object with a name, not {entry!r}")
     where = f"{path}: device {entry['name']!r}"
-    keys = ("name", "count", "measured", "host", "threads", *DESCRIBED)
+    keys = ("name", "count", "measured", "host", "threads", "turns", *DESCRIBED)
     unknown = set(entry) - set(keys)
     if unknown:
         known = ", ".join(keys)
@@ -258,6 +260,10 @@ def _devices(entry: object, path: str) -> list[Device]:
     host, threads = entry.get("host"), entry.get("threads")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
         raise UserError(f"{where}: threads {threads!r} is no number of threads")
+    turns = entry.get("turns", {})
+    if not isinstance(turns, dict) or set(turns) - set(PHASES):
+        raise UserError(f"{where}: turns are seconds of {' and '.join(PHASES)}, not {turns!r}")
+    turns = {p: _number(turns, p, f"{where}: turns", 0.0, minimum=0.0) for p in PHASES}
     speed: Speed
     if "measured" in entry:
         speed = _measured(entry["measured"], where)
@@ -270,7 +276,7 @@ def _devices(entry: object, path: str) -> list[Device]:
             _number(entry, "overhead", where, DescribedSpeed.overhead, minimum=0.0),
         )
     names = [entry["name"]] if count == 1 else [f"{entry['name']}.{i}" for i in range(count)]
-    return [Device(name, memory, speed, entry["name"], host, threads) for name in names]
+    return [Device(name, memory, speed, entry["name"], host, threads, turns) for name in names]
 
 
 def _measured(value: Any, where: str) -> MeasuredSpeed:

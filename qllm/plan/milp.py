@@ -106,6 +106,11 @@ class MixedIntegerProgram:
         constant = float(half[self.device == d].sum())
         return self.x[here].ravel(), linear[here].ravel(), constant
 
+    def _takes_turns(self, d: int) -> bool:
+        """Whether a device is one of several that have a stage, where it is known who has one."""
+        given = self.device
+        return given is not None and bool((given == d).any() and (given != d).any())
+
     def _limits(self) -> None:
         p = self.problem
         scale = max(float(p.nbytes.max()), 1.0)
@@ -122,6 +127,11 @@ class MixedIntegerProgram:
                 ((p.prefill, p.fixed_prefill), (p.decode, p.fixed_decode))
             ):
                 columns, values, constant = self._on_device(d, linear[d], half[d])
+                turn = (p.turn_prefill, p.turn_decode)[place][d]
+                if self.device is None:
+                    columns, values = np.append(columns, self.used[d]), np.append(values, turn)
+                else:
+                    constant += turn * self._takes_turns(d)
                 columns = np.append(columns, self.slow[place])
                 unit = self._unit(place)
                 values = np.append(values / unit, -1.0)
@@ -149,15 +159,16 @@ class MixedIntegerProgram:
         cost[self.slow] = self._unit(0) * more, self._unit(1) * more * p.steps
         if p.objective == "throughput":
             return
+        turns = p.turn_prefill + p.steps * p.turn_decode
         for d in range(len(p.memory)):
             total = p.prefill[d] + p.steps * p.decode[d]
             half = p.fixed_prefill[d] + p.steps * p.fixed_decode[d]
             columns, values, constant = self._on_device(d, total, half)
             cost[columns] = values
-            self.constant += constant
+            self.constant += constant + turns[d] * self._takes_turns(d)
         hop = p.hop_prefill + p.steps * p.hop_decode
         if self.device is None:
-            cost[self.used] = hop
+            cost[self.used] = hop + turns
             self.constant -= hop  # one less than there are stages
         else:
             self.constant += hop * (len(np.unique(self.device)) - 1)

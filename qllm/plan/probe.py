@@ -19,6 +19,7 @@ from qllm.layers import Linear, linear_class
 from qllm.models import Decoder, RawConfig, read_config
 from qllm.ops import phase
 from qllm.ops.capture import capture
+from qllm.parallel.pipeline import ParallelContext
 from qllm.plan.candidates import key
 from qllm.plan.devices import MeasuredSpeed, Size
 from qllm.plan.program import Workload, sees_last_token
@@ -31,7 +32,7 @@ WORKING_SETS = (4 << 20, 16 << 20, 48 << 20, 192 << 20)
 SMALL: tuple[Size, ...] = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
 LARGE: Size = (2048, 2048)
 ROWS = {"decode": (1, 4, 8, 16), "prefill": (16, 128, 512)}
-FORMAT = 7  # of what is found: what was kept in another is measured again
+FORMAT = 8  # of what is found: what was kept in another is measured again
 ROUNDS = 5  # of all measurements, in turns: a shared machine is slow for seconds at a time
 SECONDS = 0.03  # that one measurement takes in a round at least
 # Of the models with which is measured what is beside the products: family, channels of a head and
@@ -87,7 +88,7 @@ class Probe:
         # mean of some.
         specs = self._specs[0], self._specs[len(self._specs) // 2]
         self._models = {
-            (*family, spec, *sizes): _model(*family, *sizes, spec, dtype, device)
+            (*family, spec, *sizes): random_decoder(*family, *sizes, spec, dtype, device)
             for family, spec in zip(FAMILIES, specs, strict=True)
             for sizes in MODELS
         }
@@ -304,7 +305,7 @@ def _fit(rows: Sequence[tuple[list[float], float, float]]) -> tuple[float, ...]:
     return tuple(map(float, nnls(weighed / scale, 1 - known / seconds)[0] / scale))
 
 
-def _model(
+def random_decoder(
     family: str,
     channels: int,
     sharing: int,
@@ -313,12 +314,14 @@ def _model(
     spec: QuantSpec,
     dtype: torch.dtype,
     device: str,
+    parallel: ParallelContext | None = None,
 ) -> Decoder:
     """A model with random weights.
 
     Args:
         family, channels, sharing: one of FAMILIES.
         spec: of the linears in layers.
+        parallel: of which this process has a stage; None: it has all of it.
     """
     heads = hidden // channels
     raw = {
@@ -333,7 +336,9 @@ def _model(
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
     }
-    model = Decoder(read_config(RawConfig(raw, "the probe")), {}, dtype)
+    halves = parallel.halves([1] * layers) if parallel is not None else None
+    config = read_config(RawConfig(raw, "the probe"))
+    model = Decoder(config, {}, dtype, parallel=parallel, halves=halves)
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             fresh: Tensor = torch.randn(buffer.shape, dtype=buffer.dtype, device=device)

@@ -31,6 +31,7 @@ class Problem:
         prefill, decode: (D, M, C), seconds of a linear in a prompt's pass and in a step.
         fixed_prefill, fixed_decode: (D, H), of the rest of a half.
         hop_prefill, hop_decode: seconds between two stages.
+        turn_prefill, turn_decode: (D,), seconds that a pass takes more on each of several stages.
         micro_batches: passes that a step takes through the stages.
         steps: tokens that are generated.
         objective: one of OBJECTIVES.
@@ -50,6 +51,8 @@ class Problem:
     decode: Array
     fixed_prefill: Array
     fixed_decode: Array
+    turn_prefill: Array
+    turn_decode: Array
     hop_prefill: float = 0.0
     hop_decode: float = 0.0
     micro_batches: int = 1
@@ -76,6 +79,9 @@ class Problem:
         np.add.at(step, there, self.decode[there, rows, choice])
         np.add.at(step, device, self.fixed_decode[device, np.arange(len(device))])
         hops = len(used) - 1
+        if hops:
+            first[used] += self.turn_prefill[used]
+            step[used] += self.turn_decode[used]
         more = self.micro_batches - 1
         prefill = first.sum() + hops * self.hop_prefill + more * first.max()
         decode = step.sum() + hops * self.hop_decode + more * step.max()

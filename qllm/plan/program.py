@@ -16,7 +16,7 @@ from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
-from qllm.plan.devices import Cluster, Device, Size
+from qllm.plan.devices import PHASES, Cluster, Device, Size
 from qllm.plan.problem import Problem
 from qllm.plan.sensitivity import Array
 from qllm.quantizer.floats import FRONT
@@ -207,6 +207,7 @@ def build(
     memory = np.array([device.memory for device in devices]) if cluster else np.array([np.inf])
     fixed = shape.fixed + shape.cache(work) if cluster else shape.fixed.copy()
     hop_prefill = hop_decode = 0.0
+    turns = {phase: np.array([each.turns[phase] for each in devices]) for phase in PHASES}
     if cluster is not None:
         held = float(np.median(shape.nbytes, axis=1).sum()) / count
         tokens = rows_each * work.prompt
@@ -261,6 +262,8 @@ def build(
         decode=decode,
         fixed_prefill=fixed_prefill,
         fixed_decode=fixed_decode,
+        turn_prefill=turns["prefill"],
+        turn_decode=turns["decode"],
         hop_prefill=hop_prefill,
         hop_decode=hop_decode,
         micro_batches=micro,

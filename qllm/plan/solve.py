@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -33,13 +34,39 @@ def solve(problem: Problem, time_limit: float = 60.0) -> Solution:
     _check_possible(problem)
     linears, candidates = problem.loss.shape
     if len(problem.memory) == 1:
-        alone = np.zeros(len(problem.fixed_bytes), dtype=np.int64)
-        found = _solve_stages(problem, alone, time_limit)
+        found = _solve_stages(problem, _all_on(0, problem), time_limit)
     elif linears * candidates * len(problem.memory) <= SMALL:
-        found = _solve_whole(problem, time_limit)
+        found = _better(_solve_whole(problem, time_limit), _alone(problem, time_limit))
     else:
-        found = _search(problem, start + time_limit)
+        found = _better(_search(problem, start + time_limit), _alone(problem, LEFT))
     return replace(found, seconds=time.perf_counter() - start)
+
+
+def _all_on(device: int, problem: Problem) -> Whole:
+    """All halves on one device."""
+    return np.full(problem.halves, device, dtype=np.int64)
+
+
+def _alone(problem: Problem, time_limit: float) -> list[Solution]:
+    """All on one device, for each on which it fits: it takes no turns, as stages of several do.
+
+    The program of all devices counts a turn for each that it uses, be it the only one.
+    """
+    found = []
+    smallest = problem.nbytes.min(axis=1).sum() + problem.fixed_bytes.sum() + problem.buffers
+    for device, memory in enumerate(problem.memory):
+        turns = problem.turn_prefill[device] + problem.turn_decode[device]
+        if turns and smallest <= memory:
+            with suppress(UserError):  # bits that fit need not keep to the other limits
+                found.append(_solve_stages(problem, _all_on(device, problem), time_limit))
+    return found
+
+
+def _better(found: Solution, others: Sequence[Solution]) -> Solution:
+    """The best of some solutions, with the gap to the best that any of them could still be."""
+    best = min((found, *others), key=lambda each: each.value)
+    bound = min(each.value * (1 - each.gap) for each in (found, *others))
+    return replace(best, gap=max(0.0, 1 - bound / best.value) if best.value else 0.0)
 
 
 def _solve_whole(problem: Problem, time_limit: float) -> Solution:

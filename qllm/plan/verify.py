@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from qllm.checkpoint.load import load_model, module_bytes
 from qllm.config import QuantPlan, QuantSpec
 from qllm.evaluate.agreement import DecoderReference, ReferenceOutputs, agreement
 from qllm.plan.devices import Device, MeasuredSpeed
+from qllm.plan.network import measure_stages
 from qllm.plan.planner import Plan
 from qllm.plan.probe import ROUNDS, Matrices, Probe
 from qllm.plan.stages import time_stages
@@ -100,7 +101,7 @@ class _Now:
 
     def __init__(self, plan: Plan, dtype: torch.dtype | None, device: str) -> None:
         specs, given = list(plan.specs.values()), dtype or torch.float16
-        self._plan = plan
+        self._plan, self._dtype = plan, given
         matrices = Matrices(given, device)
         self._probes = {
             threads: Probe(specs, given, device, threads, matrices)
@@ -113,17 +114,21 @@ class _Now:
                 probe.measure()
 
     def seconds(self) -> tuple[float, float]:
-        speeds = {threads: probe.speed() for threads, probe in self._probes.items()}
         order = self._plan.order
-        return self._plan.seconds_on([_with_speed(each, speeds[each.threads]) for each in order])
+        turns = {}
+        if self._plan.stages is not None:
+            counts = {each.threads or 1 for each in order}
+            turns = {count: measure_stages(count, self._dtype)[1] for count in counts}
+        return self._plan.seconds_on(
+            [self._now(each, turns.get(each.threads or 1, each.turns)) for each in order]
+        )
 
-
-def _with_speed(device: Device, speed: MeasuredSpeed) -> Device:
-    """A device as it is now; products that the plan has none of stay as they were."""
-    assert isinstance(device.speed, MeasuredSpeed)
-    before = device.speed.linears
-    linears = {phase: {**before[phase], **speed.linears[phase]} for phase in before}
-    return replace(device, speed=replace(speed, linears=linears))
+    def _now(self, device: Device, turns: Mapping[str, float]) -> Device:
+        """A device as it is now; products that the plan has none of stay as they were."""
+        assert isinstance(device.speed, MeasuredSpeed)
+        speed, before = self._probes[device.threads].speed(), device.speed.linears
+        linears = {phase: {**before[phase], **speed.linears[phase]} for phase in before}
+        return replace(device, speed=replace(speed, linears=linears), turns=turns)
 
 
 def _by(algorithm: str, spec: QuantSpec) -> QuantSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,11 +41,10 @@ def problem(seed: int, devices: int, layers: int, candidates: int = 2, **changes
         decode=nbytes[None] / speed[:, None, None],
         fixed_prefill=draw.uniform(0, 1, (devices, halves)),
         fixed_decode=draw.uniform(0, 1, (devices, halves)),
-        hop_prefill=2.0,
-        hop_decode=0.5,
-        micro_batches=devices,
+        turn_prefill=draw.uniform(0, 3, devices),
+        turn_decode=draw.uniform(0, 2, devices),
         steps=3,
-        **changes,
+        **{"hop_prefill": 2.0, "hop_decode": 0.5, "micro_batches": devices, **changes},
     )
 
 
@@ -81,6 +81,17 @@ def test_it_is_the_best_of_all_choices(objective, devices, layers, seed):
     assert (found.costs.held <= p.memory + 1e-6).all()
     assert (np.diff(found.device) >= 0).all()
     assert found.gap <= 2e-4
+
+
+def test_one_device_takes_no_turns():
+    """Two share the work where a turn takes no time, and where it takes long one has all of it."""
+    p = problem(1, 2, 3, objective="throughput")
+    two = replace(p, memory=np.full(2, np.inf), turn_prefill=np.zeros(2), turn_decode=np.zeros(2))
+    assert len(set(solve(two).device)) == 2
+    waiting = replace(two, turn_decode=np.full(2, 100.0))
+    found = solve(waiting)
+    assert len(set(found.device)) == 1 and found.gap <= 2e-4
+    assert found.value == pytest.approx(min(all_values(waiting)), rel=2e-4)
 
 
 def test_what_is_held_stays():

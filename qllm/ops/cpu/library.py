@@ -68,6 +68,12 @@ def unavailable() -> str | None:
     return None
 
 
+def rest() -> None:
+    """Let the threads of the kernels sleep at once, if there are any: no work will come soon."""
+    if library.cache_info().currsize:
+        library().qllm_rest()
+
+
 def about() -> str:
     """The path in use, in words; and why AMX is not, where this machine has it."""
     state = library().qllm_amx_state().decode()

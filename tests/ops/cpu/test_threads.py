@@ -19,7 +19,7 @@ import torch
 from cpu_paths import DTYPES, normal, on, paths, random_weight, same
 from fences import run_in
 
-from qllm.ops.cpu import build, linear, steps
+from qllm.ops.cpu import build, library, linear, steps
 from qllm.ops.kv import KV, Batch
 
 # What share_work does, seen from inside: how often each number was taken, and which threads came.
@@ -185,6 +185,23 @@ def beside_torch() -> None:
     assert cpu_seconds() < before / 4
 
 
+def at_rest() -> None:
+    def cpu_seconds(rest: bool) -> float:
+        begin = time.process_time()
+        for _ in range(5):
+            weight.kernel(x)
+            if rest:
+                library.rest()
+            time.sleep(0.008)  # less than they spin
+        return time.process_time() - begin
+
+    torch.set_num_threads(1)  # torch's own threads, which would spin as well, do not start
+    weight, x = random_weight((300, 256)), normal(40, 256)
+    torch.set_num_threads(2)
+    cpu_seconds(False)
+    assert cpu_seconds(True) < cpu_seconds(False) / 2
+
+
 @pytest.mark.parametrize(
     ("command", "environment"),
     [
@@ -192,6 +209,7 @@ def beside_torch() -> None:
         pytest.param("with_little_stack", {"OMP_STACKSIZE": "16k"}, marks=pytest.mark.slow),
         ("in_a_fork", {}),
         # Threads of OpenMP spin for ever, but where there are more of them than processors.
+        ("at_rest", {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "CPUS"}),
         ("beside_torch", {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "CPUS"}),
     ],
 )

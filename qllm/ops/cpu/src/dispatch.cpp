@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "threads.h"
 
 namespace {
 
@@ -209,6 +210,8 @@ PUBLIC int64_t qllm_op(int64_t i, const char **name) {
 }
 
 // What a status means, in words.
+PUBLIC void qllm_rest() { qllm::rest(); }
+
 PUBLIC const char *qllm_message(int64_t status) {
     switch (Status(status)) {
         case Status::OK: return "done";

@@ -52,6 +52,7 @@ alignas(64) bool taken;
 alignas(64) uint32_t generation;  // changes with every work
 alignas(64) uint32_t entered;
 alignas(64) uint32_t asleep;  // whether any thread sleeps until the generation changes
+uint32_t resting;  // whether there will be no work for a while
 int64_t started;  // threads besides the callers
 int64_t numbered;
 
@@ -84,7 +85,8 @@ template <typename Condition> bool spin(const Condition &condition) {
 
 uint32_t next_generation(uint32_t last) {
     auto changed = [last] { return __atomic_load_n(&generation, __ATOMIC_ACQUIRE) != last; };
-    if (!spin(changed)) {
+    spin([&] { return changed() || __atomic_load_n(&resting, __ATOMIC_RELAXED); });
+    if (!changed()) {
         __atomic_store_n(&asleep, 1, __ATOMIC_SEQ_CST);
         while (!changed()) wait_at(&generation, last);
     }
@@ -155,7 +157,7 @@ void start(int64_t count) {
 // A forked process has the forking thread alone.
 void forget_threads() {
     taken = false;
-    entered = asleep = 0;
+    entered = asleep = resting = 0;
     generation = 0;
     started = numbered = 0;
 }
@@ -163,6 +165,8 @@ void forget_threads() {
 [[maybe_unused]] const int forks = pthread_atfork(nullptr, nullptr, forget_threads);
 
 }  // namespace
+
+void qllm::rest() { __atomic_store_n(&resting, 1, __ATOMIC_RELAXED); }
 
 int64_t qllm::max_threads() { return smaller(omp_get_max_threads(), MAX_THREADS); }
 
@@ -176,6 +180,7 @@ void qllm::share_work(int64_t count, int64_t part, void (*body)(const void *, co
     if (started < threads - 1) start(threads - 1);
     for (int64_t i = 0; i < threads; i++) runs[i] = {count * i / threads, count * (i + 1) / threads};
     current = {body, context, threads, part};
+    __atomic_store_n(&resting, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&entered, OPEN, __ATOMIC_RELEASE);
     __atomic_add_fetch(&generation, 1, __ATOMIC_SEQ_CST);
     if (__atomic_exchange_n(&asleep, 0, __ATOMIC_SEQ_CST)) wake_at(&generation);

@@ -25,6 +25,9 @@ struct Share {
 // How many threads a call of this thread may use: what torch.set_num_threads set.
 int64_t max_threads();
 
+// There will be no work for a while: other threads sleep at once, as others have their processors.
+void rest();
+
 // body(context, share) in this thread and in others that are there, which all end before this does.
 // Their shares are of 0 to `count`, in parts of up to `part`.
 void share_work(int64_t count, int64_t part, void (*body)(const void *, const Share &),
