@@ -25,20 +25,39 @@ from qllm.quant.packing import pack as pack_rows
 CAPABILITY = "9.0"  # of compute capability, the only one
 SOURCE = ("prefill", "hopper.h")
 THREADS = 384
-OUTPUTS, PANELS = 128, 8  # of a block of threads
 STAGE = 64  # inputs of x
-ROWS = (64, 128, 256)  # of a tile
+
+
+class Tile(NamedTuple):
+    """Rows and outputs of a block of threads."""
+
+    rows: int
+    outputs: int
+
+
 # Microseconds that an H100 took for BLOCK inputs of a tile, and beside these for a tile.
-BLOCK_TIME, TILE_TIME = {128: 0.97, 256: 1.44}, 4
+BLOCK_TIME = {
+    Tile(64, 64): 0.5,
+    Tile(64, 128): 0.75,
+    Tile(128, 64): 0.6,
+    Tile(128, 128): 0.92,
+    Tile(192, 128): 1.16,
+    Tile(256, 128): 1.42,
+}
+TILE_TIME = 7
+TILES = tuple(BLOCK_TIME)
+OUTPUTS = 128  # by which a weight's parts are chosen
 PARTS, MIN_BLOCKS = (1, 2, 4, 8), 4  # of the inputs, which a cluster has; and of a part
 SHARED_BYTES = 227 << 10
+ROW_BYTES = 128  # of a tile of words in shared memory, whose swizzle begins anew at each SWIZZLE
+SWIZZLE = 1024
 X_BYTES = 160 << 10  # up to which stages of x take shared memory
 MAX_STAGES, MAX_W_STAGES = 8, 4
 # What is tested: bits, types of x and of scales, offsets in place of zeros, and tiles.
 CASES = (
-    (4, torch.bfloat16, torch.float16, False, ROWS),
-    (3, torch.float16, torch.float16, True, (256,)),
-    (8, torch.bfloat16, torch.float32, False, (128,)),
+    (4, torch.bfloat16, torch.float16, False, TILES),
+    (3, torch.float16, torch.float16, True, (Tile(256, 128),)),
+    (8, torch.bfloat16, torch.float32, False, (Tile(128, 128),)),
 )
 TESTED = (200, 4168)  # outputs and inputs, of which there are several parts
 
@@ -55,19 +74,26 @@ class Variant(NamedTuple):
     rows: int
     x_stages: int
     w_stages: int
+    outputs: int
 
     @property
     def w_bytes(self) -> int:
         """Of a stage of the weight."""
         scale = 4 if self.wide else 2
         zero = scale if self.offsets else int(self.zeros)
-        return PANELS * 256 * self.bits + BLOCK // self.group * OUTPUTS * (scale + zero)
+        groups = BLOCK // self.group * self.outputs * (scale + zero)
+        return self.outputs // PANEL * _whole(256 * self.bits) + _whole(groups)
 
     @property
     def shared_bytes(self) -> int:
         """Of a block of threads."""
         ring = self.x_stages * self.rows * STAGE * 2 + self.w_stages * self.w_bytes
-        return max(ring + 16 * (self.x_stages + self.w_stages), self.rows * (OUTPUTS + 4) * 4)
+        return max(ring + 16 * (self.x_stages + self.w_stages), self.rows * (self.outputs + 4) * 4)
+
+
+def _whole(size: int) -> int:
+    """Bytes in shared memory of so many that lie with a swizzle."""
+    return -(-size // SWIZZLE) * SWIZZLE
 
 
 class Arguments(ctypes.Structure):
@@ -97,15 +123,15 @@ def unsupported_reason(device: torch.device) -> str | None:
 
 
 def variant(
-    bits: int, dtype: torch.dtype, scales: Tensor, qzeros: Tensor, group: int, rows: int
+    bits: int, dtype: torch.dtype, scales: Tensor, qzeros: Tensor, group: int, tile: Tile
 ) -> Variant:
-    """The kernel's for tiles of some rows, with as many stages as shared memory holds."""
+    """The kernel's for tiles of a size, with as many stages as shared memory holds."""
     offsets = qzeros.is_floating_point()
     zeros = qzeros.numel() > 0 and not offsets
     wide = scales.dtype == torch.float32
-    x_stages = min(MAX_STAGES, X_BYTES // (rows * STAGE * 2))
+    x_stages = min(MAX_STAGES, X_BYTES // (tile.rows * STAGE * 2))
     kind = (bits, dtype == torch.float16, zeros, offsets, wide, group)
-    made = Variant(*kind, rows, x_stages, MAX_W_STAGES)
+    made = Variant(*kind, tile.rows, x_stages, MAX_W_STAGES, tile.outputs)
     while made.shared_bytes > SHARED_BYTES:
         made = made._replace(w_stages=made.w_stages - 1)
     return made
@@ -127,14 +153,15 @@ def parts_of(tiles: int, blocks: int, num_sms: int) -> int:
     return max(fitting, default=1)
 
 
-def rows_of_a_tile(rows: int, tiles: int, blocks: int, parts: int, num_sms: int) -> int:
-    """Those with which the last multiprocessor is done first; the fewest, where they hold all."""
+def tile_for(rows: int, outputs: int, blocks: int, parts: int, num_sms: int) -> Tile:
+    """That with which the last multiprocessor is done first."""
 
-    def time(tile: int) -> float:
-        waves = -(-(-(-rows // tile) * tiles * parts) // at_once(parts, num_sms))
+    def time(tile: Tile) -> float:
+        tiles = -(-rows // tile.rows) * -(-outputs // tile.outputs)
+        waves = -(-tiles * parts // at_once(parts, num_sms))
         return waves * (blocks / parts * BLOCK_TIME[tile] + TILE_TIME)
 
-    return ROWS[0] if rows <= ROWS[0] else min(BLOCK_TIME, key=time)
+    return min(TILES, key=time)
 
 
 @cache
@@ -158,12 +185,12 @@ def weight_only_linear(
     bits: int,
     group_size: int,
     *,
-    tile: int | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """`reference.weight_only_linear` for x of one of `cuda.DTYPES`, on tensors of `layout.pack`.
 
     Args:
-        tile: rows of a tile, one of ROWS; None: as `rows_of_a_tile` says.
+        tile: one of TILES; None: as `tile_for` says.
     """
     shape = Shape.of(x.shape[1], out_features, group_size)
     x = _apart(shape.pad_groups(x) if shape.pads_groups else x)
@@ -171,9 +198,9 @@ def weight_only_linear(
     if len(x) == 0:
         return y
     _, num_sms = device_of.architecture(x.device)
-    tiles = -(-shape.panels // PANELS)
-    parts = parts_of(tiles, shape.blocks, num_sms)
-    tile = tile or rows_of_a_tile(len(x), tiles, shape.blocks, parts, num_sms)
+    outputs = shape.panels * PANEL
+    parts = parts_of(-(-outputs // OUTPUTS), shape.blocks, num_sms)
+    tile = tile or tile_for(len(x), outputs, shape.blocks, parts, num_sms)
     constants = variant(bits, x.dtype, scales, qzeros, shape.span, tile)
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
@@ -181,8 +208,8 @@ def weight_only_linear(
     places = tuple((part.data_ptr(), part.element_size()) for part in (qweight, scales, zeros))
     with device_of.current(x):
         arguments = Arguments(
-            _map_of_rows(x, tile),
-            *_weight_maps(places, shape, bits, x.device),
+            _map_of_rows(x, tile.rows),
+            *_weight_maps(places, shape, bits, tile.outputs, x.device),
             None if bias is None else bias.data_ptr(),
             y.data_ptr(),
             -(-(1 << 32) // -(-shape.padded_size // BLOCK)),
@@ -193,7 +220,7 @@ def weight_only_linear(
         )
         driver.launch(
             kernel(constants, x.device),
-            (parts * -(-len(x) // tile), tiles),
+            (parts * -(-len(x) // tile.rows), -(-outputs // tile.outputs)),
             THREADS,
             arguments,
             x.device,
@@ -219,17 +246,24 @@ def _map_of_rows(x: Tensor, rows: int) -> driver.TensorMap:
 
 @lru_cache(maxsize=1 << 14)
 def _weight_maps(
-    places: tuple[tuple[int, int], ...], shape: Shape, bits: int, device: torch.device
+    places: tuple[tuple[int, int], ...],
+    shape: Shape,
+    bits: int,
+    outputs: int,
+    device: torch.device,
 ) -> list[driver.TensorMap]:
-    """Those of a weight, its scales and its zeros, by where they begin and sizes of numbers."""
+    """Those of a weight, its scales and its zeros, by where they begin and sizes of numbers.
+
+    Args:
+        outputs: of a tile.
+    """
     (q, _), *groups = places
-    words, outputs = 32 * bits, shape.panels * PANEL
-    size = (shape.panels, shape.blocks * words)
-    made = [driver.tensor_map(q, 8, size, size[1] * 8, (PANELS, words), device)]
-    tile = (BLOCK // shape.span, OUTPUTS)
+    rows, words = 256 * bits // ROW_BYTES, ROW_BYTES // 8  # of a block of a panel
+    size = (shape.panels * shape.blocks * rows, words)
+    made = [driver.tensor_map(q, 8, size, ROW_BYTES, (rows, words), device, swizzle=True)]
+    size, tile = (shape.groups, shape.panels * PANEL), (BLOCK // shape.span, outputs)
     for place, width in groups:
-        size = (shape.groups, outputs)
-        made.append(driver.tensor_map(place, width, size, outputs * width, tile, device))
+        made.append(driver.tensor_map(place, width, size, size[1] * width, tile, device))
     return made
 
 
@@ -239,7 +273,7 @@ def _self_test(device: torch.device) -> str | None:
     What no emulation shows is here: how the matrix units read shared memory, and that they, the
     copies and the threads wait for each other. A row alone is to find what it finds among many.
     """
-    (outputs, inputs), group, rows = TESTED, 64, ROWS[-1] + 3
+    (outputs, inputs), group, rows = TESTED, 64, max(tile.rows for tile in TILES) + 3
     index = torch.arange(outputs * -(-inputs // group)).view(outputs, -1)
     draw = torch.Generator().manual_seed(0)
     exact = torch.arange(rows * inputs).view(rows, inputs).remainder(5).sub(2)
@@ -254,7 +288,7 @@ def _self_test(device: torch.device) -> str | None:
         packed = layout.pack(there, bits, group, inputs)[:3]
 
         def multiply(
-            x: Tensor, tile: int, how: tuple[Any, ...] = (*packed, None, *options)
+            x: Tensor, tile: Tile, how: tuple[Any, ...] = (*packed, None, *options)
         ) -> Tensor:
             return weight_only_linear(x.to(device), *how, tile=tile).cpu()
 

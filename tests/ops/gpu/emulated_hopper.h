@@ -27,7 +27,7 @@ typedef unsigned long long u64;
 namespace hopper {
 
 struct Own {  // constants, as a binary has them
-    int bits, float16, zeros, offsets, wide, group, rows, x_stages, w_stages;
+    int bits, float16, zeros, offsets, wide, group, rows, x_stages, w_stages, outputs;
     int stages, multiplying, threads, blocks;
     bool is_int8;
 };
@@ -37,6 +37,7 @@ static Own own;
 #define ROWS own.rows
 #define X_STAGES own.x_stages
 #define W_STAGES own.w_stages
+#define OUTPUTS own.outputs
 #define STAGES own.stages
 #define MULTIPLYING own.multiplying
 #define MAX_ROWS 256
@@ -134,6 +135,7 @@ static void together(Meeting& meeting, int all, Act act) {
 DEVICE void consumers_barrier() { together(block().consumers, MULTIPLYING, [] {}); }
 DEVICE void warp_barrier() { together(block().lanes[thread_index() / 32], 32, [] {}); }
 DEVICE void cluster_barrier() { together(cluster, block_count * threads, [] {}); }
+DEVICE void cluster_barrier_relaxed() { cluster_barrier(); }
 DEVICE void give_up_registers() {}
 DEVICE void take_registers() {}
 
@@ -227,7 +229,6 @@ DEVICE u32 exchange(u32 word, u32 bit) {
 DEVICE u32 rotate_left(u32 word, u32 count) {
     return word << count % 32 | word >> (32 - count) % 32;
 }
-DEVICE u32 select_bits(u32 a, u32 b, u32 of_a) { return (a & of_a) | (b & ~of_a); }
 DEVICE u32 select_bytes(u32 a, u32 b, u32 which) {
     const u64 both = a | (u64)b << 32;
     u32 result = 0;

@@ -80,6 +80,13 @@ DEVICE void cluster_barrier() {
         "barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The same where nothing that they wrote has to be there: that is not waited for.
+DEVICE void cluster_barrier_relaxed() {
+    asm volatile(
+        "barrier.cluster.arrive.relaxed.aligned;\n"
+        "barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // Four numbers of the shared memory of another block of the cluster, by their address in one's own.
 DEVICE void load4_of_block(float* to, u32 address, u32 block) {
     asm volatile(
@@ -119,7 +126,6 @@ DEVICE void warp_barrier() { __syncwarp(); }
 DEVICE u32 exchange(u32 word, u32 bit) { return __shfl_xor_sync(0xFFFFFFFF, word, bit); }
 
 DEVICE u32 rotate_left(u32 word, u32 count) { return __funnelshift_l(word, word, count); }
-DEVICE u32 select_bits(u32 a, u32 b, u32 of_a) { return (a & of_a) | (b & ~of_a); }
 DEVICE u32 select_bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which); }
 
 // Pairs of 16-bit numbers of the type of x: a b, and a b + c rounded once.
@@ -195,6 +201,20 @@ DEVICE u64 describe(u32 address) {
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+#elif ROWS == 192
+#define WIDTH_OF_B "n192"
+#define ALL_SUMS(kind, c) SUMS_32(kind, c, 0), SUMS_32(kind, c, 32), SUMS_32(kind, c, 64)
+#define OPERANDS "{%96, %97, %98, %99}, %100"
+#define ADDS "%101"
+#define OPERANDS_INT8 "%96, %97"
+#define ADDS_INT8 "%98"
+#define SUMS \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
 #else
 #define WIDTH_OF_B "n256"
 #define ALL_SUMS(kind, c) \
