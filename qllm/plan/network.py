@@ -24,7 +24,7 @@ ROUNDS = 200, 8
 # millisecond, of which a turn's part is large.
 FAMILY, SIZES = ("opt", 32, 1), (256, 6)
 WORK = Workload(prompt=64, new=50)
-TURNS = 5  # rounds of the whole model and of its stages, in turns
+TURNS = 40  # rounds of the whole model and of its stages, of some 50 ms each
 
 
 def measure_stages(threads: int, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
