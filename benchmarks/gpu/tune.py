@@ -24,6 +24,9 @@ from qllm.ops.gpu.tiles import ROWS, Tile
 
 CTAS_PER_SM = (1, 2, 3, 4, 6, 8)
 DECODE_WARPS, DECODE_DEPTHS, DECODE_PANELS = (16, 32), (1, 2, 3, 4), (1, 2, 4)
+# Of many rows on GPUs that have clusters: depths, parts, whether rows are asked for in advance, and
+# whether all blocks of threads are to have room at once.
+DECODE_OTHERS = (1, 2), (1, 2), (False, True), (True,)
 COLUMNS, WARPS, STAGES = (64, 128), (4, 8), (2, 3, 4, 5)
 MANY = 2048  # rows for which the last tile of a kind is chosen
 # Rows of a prompt for which the last tile is, whose weights become numbers in registers; and those
@@ -104,21 +107,29 @@ class Search:
         }
         row["warps_per_sm"], _ = min(costs, key=costs.get)
         classes = [self._size_class(row["warps_per_sm"], shape) for shape in self.shapes]
-        for rows in kept:
-            cuts = itertools.product(DECODE_PANELS, DECODE_DEPTHS)
+        for rows, of_rows in kept.items():
+            of_rows.extend(of_rows[: len(cuda.WARPS)][len(of_rows) - cuda.SIZE_CLASSES :])
+            cuts = list(itertools.product(DECODE_PANELS, DECODE_DEPTHS))
+            if self._takes_clusters(int(rows)):
+                cuts += itertools.product(DECODE_PANELS, *DECODE_OTHERS)
             found = {cut: self._step(row, row["warps_per_sm"], rows, list(cut)) for cut in cuts}
             for size_class in set(classes):
                 of_class = [own == size_class for own in classes]
                 best = min(found, key=lambda cut: sum(itertools.compress(found[cut], of_class)))
-                kept[rows][size_class] = list(best)
-            row["cuts"][rows] = kept[rows]
+                of_rows[size_class] = list(best)
+            row["cuts"][rows] = of_rows
         self.say(f"{self.kind}, decode: {row}")
+
+    def _takes_clusters(self, rows: int) -> bool:
+        late = cuda.late_reason(self.device)
+        return rows > 8 * cuda.TILES[0] and self.kind != "int8" and late is None
 
     def _size_class(self, wanted: int, shape: tuple[int, int]) -> int:
         inputs, outputs = shape
         panels, (_, num_sms) = -(-outputs // PANEL), device_of.architecture(self.device)
-        warps = cuda.warps(wanted, panels, -(-inputs // BLOCK), num_sms)
-        return cuda.size_class(warps, panels, num_sms)
+        blocks = -(-inputs // BLOCK)
+        warps = cuda.warps(wanted, panels, blocks, num_sms)
+        return cuda.size_class(warps, panels, blocks, num_sms)
 
     def _step(self, row: dict, warps: int, rows: str, cut: list[int]) -> list[float]:
         row["warps_per_sm"], row["cuts"][rows] = warps, [cut] * cuda.SIZE_CLASSES

@@ -18,9 +18,16 @@ DTYPES = (torch.bfloat16, torch.float16)
 EARLY = (9, 0)  # the first compute capability whose kernels can begin before the last has ended
 WARPS = (4, 8, 16)
 TILES = (1, 2, 4)  # eights of rows that a block of threads takes at once
-MANY = 8  # panels of a multiprocessor beyond which not all have room at once
-SIZE_CLASSES = len(WARPS) + 1  # of weights: by the warps that share a panel, and of many panels
-SUMS = 96  # panels times tiles times warps whose sums fit into a block's 48 KiB of shared memory
+# Panels of a multiprocessor: beyond the first number not all have room at once, beyond the second
+# they have if warps hold little in advance; up to the third, some have half as many more as others.
+MANY, SOME, UNEVEN = 8, 6, 2.5
+DEEP = 4  # blocks of a warp from which on what a block of threads begins and ends with counts less
+# Of weights: by the warps that share a panel; of MANY, SOME and UNEVEN panels; and DEEP ones. Where
+# a table has no cut for one of the last three, it takes that of the warps.
+SIZE_CLASSES = len(WARPS) + 4
+SUMS_BYTES = 512  # of a warp, for a panel and a tile
+MAX_SHARED_BYTES = 48 << 10  # of a block of threads
+REGISTERS, MIN_REGISTERS = 1 << 16, 96  # of a multiprocessor; of a thread that takes many rows
 
 
 def source(name: str, *headers: str) -> str:
@@ -44,19 +51,35 @@ def kernel(name: str, constants: NamedTuple, device: torch.device) -> ctypes.c_v
 
 
 class Cut(NamedTuple):
-    """How a product of few rows is cut: what a block of threads takes, and how.
+    """How a product of few rows is cut: what a block of threads or a cluster takes, and how.
 
     Attributes:
-        warps: of a block of threads, which share its inputs.
+        warps: which share the inputs.
         depth: blocks of inputs that a warp asks for in advance.
         tiles: eights of rows.
         panels: of outputs, which share the rows that they read.
+        parts: blocks of threads of a cluster, which have a part of the warps each.
+        x_ahead: whether rows are asked for as far in advance as blocks of inputs are.
+        resident: blocks of threads for which a multiprocessor is to have registers; 0: any number.
     """
 
     warps: int
     depth: int
     tiles: int
     panels: int
+    parts: int = 1
+    x_ahead: bool = False
+    resident: int = 0
+
+    @property
+    def threads(self) -> int:
+        """Of a block of threads."""
+        return 32 * self.warps // self.parts
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block of threads, for the sums that it adds up."""
+        return SUMS_BYTES * self.warps * self.tiles * self.panels // self.parts
 
 
 def cut(kind: str, architecture: str, rows: int, panels: int, blocks: int, num_sms: int) -> Cut:
@@ -67,13 +90,29 @@ def cut(kind: str, architecture: str, rows: int, panels: int, blocks: int, num_s
     row = tiles.entry(architecture, kind)
     sharing = warps(row["warps_per_sm"], panels, blocks, num_sms)
     tall = next((count for count in TILES if rows <= 8 * count), TILES[-1])
-    wide, depth = row["cuts"][str(8 * tall)][size_class(sharing, panels, num_sms)]
-    return Cut(sharing, depth, tall, 1 if sharing * tall * wide > SUMS else wide)
+    cuts = row["cuts"][str(8 * tall)]
+    own = size_class(sharing, panels, blocks, num_sms)
+    wide, depth, *others = cuts[own if own < len(cuts) else WARPS.index(sharing)]
+    parts, x_ahead, at_once = others or (1, False, False)
+    found = Cut(sharing, depth, tall, wide, parts, x_ahead)
+    if found.shared_bytes > MAX_SHARED_BYTES:
+        return Cut(sharing, depth, tall, 1)
+    if not at_once:
+        return found
+    resident = -(-(-(-panels // wide) * parts) // num_sms)
+    return found._replace(resident=min(resident, REGISTERS // (MIN_REGISTERS * found.threads)))
 
 
-def size_class(warps: int, panels: int, num_sms: int) -> int:
-    """Which of "cuts" of the table is for so many warps and panels: one of SIZE_CLASSES."""
-    return len(WARPS) if panels > MANY * num_sms else WARPS.index(warps)
+def size_class(warps: int, panels: int, blocks: int, num_sms: int) -> int:
+    """Which of "cuts" of the table is for a weight that so many warps share."""
+    own, of_warps = WARPS.index(warps), len(WARPS)
+    if panels > MANY * num_sms:
+        return of_warps
+    if own == 0 and panels > SOME * num_sms:
+        return of_warps + 1
+    if own == 1 and panels <= UNEVEN * num_sms:
+        return of_warps + 2
+    return of_warps + 3 if own == 2 and blocks >= DEEP * warps else own
 
 
 def warps(wanted: int, panels: int, blocks: int, num_sms: int) -> int:

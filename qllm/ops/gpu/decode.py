@@ -39,6 +39,9 @@ class Variant(NamedTuple):
     tiles: int
     panels: int
     whole: bool
+    parts: int = 1
+    x_ahead: bool = False
+    resident: int = 0
 
 
 class Arguments(ctypes.Structure):
@@ -138,7 +141,7 @@ def weight_only_linear(
     architecture, num_sms = device_of.architecture(x.device)
     cut = cuda.cut(f"decode-{bits}", architecture, rows, shape.panels, shape.blocks, num_sms)
     if offsets:
-        cut = cut._replace(depth=min(cut.depth, MAX_DEPTH_OF_OFFSETS), panels=1)
+        cut = cuda.Cut(cut.warps, min(cut.depth, MAX_DEPTH_OF_OFFSETS), cut.tiles, panels=1)
     variant = Variant(
         bits,
         float16=x.dtype == torch.float16,
@@ -151,6 +154,9 @@ def weight_only_linear(
         tiles=cut.tiles,
         panels=cut.panels,
         whole=x.shape[1] == shape.blocks * BLOCK,
+        parts=cut.parts,
+        x_ahead=cut.x_ahead,
+        resident=cut.resident,
     )
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
@@ -170,11 +176,14 @@ def weight_only_linear(
         shape.groups,
         _reciprocal(-(-shape.padded_size // BLOCK)),
     )
-    grid = (-(-rows // (8 * cut.tiles)), -(-shape.panels // cut.panels))
+    grid = (-(-rows // (8 * cut.tiles)) * cut.parts, -(-shape.panels // cut.panels))
     with device_of.current(x):
         function = cuda.kernel("decode", variant, x.device)
         early = begins_early(x.device) if early is None else early
-        driver.launch(function, grid, 32 * variant.warps, arguments, x.device, early=early)
+        driver.launch(
+            function, grid, cut.threads, arguments, x.device,
+            early=early, cluster=cut.parts, shared_bytes=cut.shared_bytes,
+        )  # fmt: skip
     return y
 
 
@@ -184,8 +193,11 @@ def _reciprocal(count: int) -> int:
 
 
 def _self_test(device: torch.device, offsets: bool = False) -> str | None:
-    """Products whose sums are exact in any order, so that there is but one result."""
-    outputs, inputs, bits, group = PANEL + 5, 3 * BLOCK + 72, 4, 64
+    """Products whose sums are exact in any order, so that there is but one result.
+
+    There are so many inputs that of several rows a cluster takes them, where there are clusters.
+    """
+    outputs, inputs, bits, group = PANEL + 5, 64 * BLOCK + 72, 4, 64
     count = -(-inputs // group)
     values = torch.arange(outputs * inputs).view(outputs, inputs).mul(7).remainder(16)
     zeros = torch.arange(outputs * count).view(outputs, count).remainder(16)
@@ -213,16 +225,17 @@ def _test_of_order(device: torch.device, size: int = 1024, launches: int = 16) -
     values = torch.zeros(size, size, dtype=torch.uint8)
     values[torch.arange(size), torch.arange(size).roll(1)] = 1
     zeros = torch.zeros(size, 1, dtype=torch.uint8)
-    stored = PackedWeight(pack_rows(values, 1), torch.ones(size, 1).half(), zeros)
+    bits = 4  # of which a cluster takes several rows
+    stored = PackedWeight(pack_rows(values, bits), torch.ones(size, 1).half(), zeros)
     there = PackedWeight(*(tensor.to(device) for tensor in stored[:3]))
-    packed = layout.pack(there, 1, -1, size)[:3]
-    x = torch.arange(3 * size).view(3, size).remainder(251).bfloat16().to(device)
+    packed = layout.pack(there, bits, -1, size)[:3]
+    x = torch.arange(11 * size).view(11, size).remainder(251).bfloat16().to(device)
     found = torch.empty_like(x)
 
     def run() -> None:
         moved = x
         for _ in range(launches):
-            moved = weight_only_linear(moved, *packed, None, size, 1, -1, early=True)
+            moved = weight_only_linear(moved, *packed, None, size, bits, -1, early=True)
         found.copy_(moved)
 
     runs = [run]

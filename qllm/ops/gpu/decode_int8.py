@@ -82,7 +82,7 @@ def int8_linear(rows: Int8Rows, qweight: Tensor, scales: Tensor, bias: Tensor | 
     panels, blocks = -(-outputs // PANEL), -(-inputs // BLOCK)
     cut = cuda.cut("decode-int8", architecture, count, panels, blocks, num_sms)
     wide = scales.dtype == torch.float32
-    variant = Variant(dtype == torch.float16, wide, *cut)
+    variant = Variant(dtype == torch.float16, wide, *cut[:4])
     x_scales, scales = x_scales.contiguous(), scales.contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
     arguments = Arguments(

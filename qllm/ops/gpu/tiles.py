@@ -1,6 +1,8 @@
 """The sizes of the products' tiles, from a table by architecture, kind and number of rows; and of
-the decode product "warps_per_sm" and, by the number of rows, "cuts": panels that a block of threads
-takes and blocks that its warps ask for in advance, for each of `cuda.SIZE_CLASSES`.
+the decode product "warps_per_sm" and, by the number of rows, "cuts" for each of
+`cuda.SIZE_CLASSES`: panels that a warp takes and blocks that it asks for in advance; and perhaps
+blocks of threads of a cluster, whether x is asked for in advance, and whether all blocks of threads
+are to have room at once.
 
 `python3 -m benchmarks.gpu --tune` measures them on the GPU at hand and writes `tiles.json`.
 """

@@ -1,6 +1,6 @@
 // A GPU for decode.cu and decode_int8.cu: device.h on the CPU, and the few functions of CUDA's driver that launch it.
 //
-// The lanes of a block of threads take turns, each with a stack of its own, and one that comes to what
+// The lanes of a cluster's blocks of threads take turns, each with a stack of its own, and one that comes to what
 // a warp or a block does together lets the others catch up. What is constant on a GPU is a variable
 // here, so that one library does for all kernels: a binary is nothing but its constants.
 
@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -19,7 +20,8 @@ typedef unsigned int u32;
 typedef long long i64;
 
 struct Constants {
-    int bits, float16, zeros, offsets, wide, group, warps, depth, tiles, panels, whole, is_int8;
+    int bits, float16, zeros, offsets, wide, group, warps, depth, tiles, panels, whole;
+    int parts, x_ahead, resident, is_int8;
 };
 
 static Constants constants;
@@ -35,6 +37,9 @@ static Constants constants;
 #define TILES constants.tiles
 #define PANELS constants.panels
 #define WHOLE constants.whole
+#define PARTS constants.parts
+#define X_AHEAD constants.x_ahead
+#define OWN_WARPS (WARPS / PARTS)
 
 #define MAX_BITS 8
 #define MAX_TILES 4
@@ -63,22 +68,32 @@ struct Warp {
 struct Fiber {
     ucontext_t context;
     bool done;
+    u32 arrivals;  // at the cluster's barrier
 };
 
-constexpr int MAX_THREADS = MAX_WARPS * 32;
+constexpr int MAX_CLUSTER = 8, MAX_LANES = MAX_CLUSTER * 512;  // of a cluster
 constexpr size_t STACK = 128 << 10;
 
-static Fiber fibers[MAX_THREADS];
-static Warp warps[MAX_WARPS];
-static Meeting block;
+struct Block {
+    Meeting meeting;
+    std::vector<float> shared;
+};
+
+static Fiber fibers[MAX_LANES];
+static Warp warps[MAX_LANES / 32];
+static Block blocks[MAX_CLUSTER];
+static Meeting all_blocks;
 static ucontext_t scheduler;
-static int current, chunk, panel;
+static int current, threads, shared_size, cluster_size, chunk, panel;
+static u32 cluster_arrivals;
 static bool moved;       // some lane has got on in this round
 static bool misaligned;  // a load was not at a multiple of its size
+static bool failed;      // something that a GPU does not do
 
-DEVICE u32 thread_index() { return (u32)current; }
-DEVICE int chunk_index() { return chunk; }
+DEVICE u32 thread_index() { return (u32)(current % threads); }
+DEVICE int chunk_index() { return chunk + current / threads; }
 DEVICE int panel_index() { return panel; }
+DEVICE float* shared_numbers() { return blocks[current / threads].shared.data(); }
 
 template <class Act>
 static void meet(Meeting& meeting, int all, Act act) {
@@ -95,7 +110,30 @@ static void meet(Meeting& meeting, int all, Act act) {
 }
 
 DEVICE void barrier() {
-    meet(block, WARPS * 32, [] {});
+    meet(blocks[current / threads].meeting, threads, [] {});
+}
+
+// The cluster's barrier, of which all lanes first say that they have come, and later wait for the rest.
+static u32 times_complete() { return cluster_arrivals / (cluster_size * threads); }
+
+DEVICE void arrive_in_cluster() {
+    moved = true;
+    failed |= fibers[current].arrivals++ > times_complete();
+    ++cluster_arrivals;
+}
+
+DEVICE void wait_for_cluster() {
+    while (times_complete() < fibers[current].arrivals)
+        swapcontext(&fibers[current].context, &scheduler);
+    moved = true;
+}
+
+// Behind the barrier's first time, of which all blocks know that the others have begun.
+DEVICE void store4_in_block(float* to, int block, const float* from) {
+    const size_t at = to - shared_numbers(), size = blocks[current / threads].shared.size();
+    const bool inside = at % 4 == 0 && at + 4 <= size && block < cluster_size;
+    failed |= !inside || (cluster_size > 1 && !times_complete());
+    if (inside) std::memcpy(&blocks[block].shared[at], from, 16);
 }
 
 // What the kernel in front writes: until all wait for it, other bytes are there, and nothing is written.
@@ -110,7 +148,7 @@ static std::vector<u8> result_before;
 static bool launched_early, waited, wrote_early;
 
 DEVICE void wait_for_previous() {
-    meet(block, WARPS * 32, [] {
+    meet(all_blocks, cluster_size * threads, [] {
         waited = true;
         for (const Late& part : late) std::memcpy(part.place, part.content.data(), part.content.size());
         wrote_early |= std::memcmp(result, result_before.data(), result_before.size()) != 0;
@@ -269,33 +307,40 @@ static void run_lane() {
     fibers[current].done = true;
 }
 
-static int run_block() {
-    const int threads = WARPS * 32;
-    static std::vector<char> stacks(MAX_THREADS * STACK);
+static int run_blocks() {
+    // Of which only what is used takes memory.
+    static char* const stacks = static_cast<char*>(std::calloc(MAX_LANES, STACK));
+    const int count = cluster_size * threads;
     for (Warp& warp : warps) warp.product = {};
-    block = {};
+    for (int i = 0; i < cluster_size; ++i) {
+        blocks[i].meeting = {};
+        blocks[i].shared.assign(shared_size / sizeof(float), NAN);
+    }
+    all_blocks = {};
+    cluster_arrivals = 0;
     waited = false;
     result_before.assign(result, result + result_before.size());
     if (launched_early)
         for (const Late& part : late) std::memset(part.place, 0x7F, part.content.size());
-    for (int i = 0; i < threads; ++i) {
+    for (int i = 0; i < count; ++i) {
         getcontext(&fibers[i].context);
-        fibers[i].context.uc_stack.ss_sp = stacks.data() + i * STACK;
+        fibers[i].context.uc_stack.ss_sp = stacks + i * STACK;
         fibers[i].context.uc_stack.ss_size = STACK;
         fibers[i].context.uc_link = &scheduler;
         fibers[i].done = false;
+        fibers[i].arrivals = 0;
         makecontext(&fibers[i].context, run_lane, 0);
     }
     for (bool left = true; left;) {
         left = moved = false;
-        for (current = 0; current < threads; ++current)
+        for (current = 0; current < count; ++current)
             if (!fibers[current].done) {
                 left = true;
                 swapcontext(&scheduler, &fibers[current].context);
             }
         if (left && !moved) return 719;  // lanes wait for others that do not come: launch failure
     }
-    if (launched_early && (!waited || wrote_early)) return 719;
+    if (failed || (launched_early && (!waited || wrote_early))) return 719;
     return misaligned ? 716 : 0;  // misaligned address
 }
 
@@ -343,10 +388,18 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
 
 int cuLaunchKernelEx(const Config* config, const void* function, void** parameters, void**) {
     std::memcpy(&constants, function, sizeof constants);
-    if (config->block[0] != (unsigned)WARPS * 32 || config->block[1] != 1) return 1;
-    launched_early = wrote_early = misaligned = false;
+    threads = config->block[0];
+    cluster_size = 1;
+    launched_early = wrote_early = misaligned = failed = false;
     for (unsigned i = 0; i < config->attribute_count; ++i)
-        launched_early |= config->attributes[i].id == 6 && config->attributes[i].value[0];
+        if (config->attributes[i].id == 6)
+            launched_early = config->attributes[i].value[0];
+        else if (config->attributes[i].id == 4)
+            cluster_size = config->attributes[i].value[0];
+    if (threads != WARPS * 32 / cluster_size || (!constants.is_int8 && cluster_size != PARTS) || cluster_size > MAX_CLUSTER ||
+        config->grid[0] % cluster_size || cluster_size * threads > MAX_LANES)
+        return 1;
+    shared_size = config->shared_bytes;
     launches_that_began_early += launched_early;
     if (constants.is_int8) {
         const auto& to = int8_arguments;
@@ -360,8 +413,8 @@ int cuLaunchKernelEx(const Config* config, const void* function, void** paramete
         watch(to, to.x, values * sizeof(u16), nullptr, 0);
     }
     for (panel = 0; panel < (int)config->grid[1]; ++panel)
-        for (chunk = 0; chunk < (int)config->grid[0]; ++chunk)
-            if (const int error = run_block()) return error;
+        for (chunk = 0; chunk < (int)config->grid[0]; chunk += cluster_size)
+            if (const int error = run_blocks()) return error;
     return 0;
 }
 }

@@ -229,12 +229,17 @@ def test_tuning_tries_what_the_decode_product_has(gpu, monkeypatch):
     row = {"warps_per_sm": 16, "cuts": {"8": [[9, 9]] * 4, "16": [[9, 9]] * 4}}
     classes = [search_of(row, shapes, place)._size_class(32, shape) for shape in shapes]
 
+    def whole(cut):
+        return [*cut, 1, False, False][:5]
+
     def costs(self, rows):
         assert phase.decoding()
         cuts = [row["cuts"][str(rows)][size_class] for size_class in classes]
-        best = ([1, 2], [rows // 8, 3])
+        best = ([1, 2] if rows == 8 else [1, 2, 2, True, True], [rows // 8, 3])
         return [
-            1 + (row["warps_per_sm"] != 32) + sum(abs(a - b) for a, b in zip(cut, own, strict=True))
+            1
+            + (row["warps_per_sm"] != 32)
+            + sum(abs(a - b) for a, b in zip(whole(cut), whole(own), strict=True))
             for cut, own in zip(cuts, best, strict=True)
         ]
 
@@ -242,8 +247,8 @@ def test_tuning_tries_what_the_decode_product_has(gpu, monkeypatch):
     search_of(row, shapes, place).decode(row)
     assert classes == [2, 3] and row["warps_per_sm"] == 32
     assert row["cuts"] == {
-        "8": [[9, 9], [9, 9], [1, 2], [1, 3]],
-        "16": [[9, 9], [9, 9], [1, 2], [2, 3]],
+        "8": [[9, 9], [9, 9], [1, 2], [1, 3], *[[9, 9]] * 3],
+        "16": [[9, 9], [9, 9], [1, 2, 2, True, True], [2, 3], *[[9, 9]] * 3],
     }
 
 

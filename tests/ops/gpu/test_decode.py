@@ -104,15 +104,25 @@ def test_a_row_is_the_same_whatever_is_beside_it(dtype, own_gpu):
 
 
 @pytest.mark.parametrize("warps", cuda.WARPS)
-@pytest.mark.parametrize("panels", [1, 2, 4])
-def test_any_number_of_warps_shares_some_panels(warps, panels, own_gpu, monkeypatch):
-    tall = 1 if warps * panels * 2 > cuda.SUMS else 2
-    monkeypatch.setattr(cuda, "cut", lambda *asked: cuda.Cut(warps, 2, tall, panels))
+@pytest.mark.parametrize(
+    ("panels", "parts", "x_ahead"), [(1, 1, 0), (2, 2, 1), (4, 1, 1), (4, 4, 0)]
+)
+def test_any_number_of_warps_shares_some_panels(
+    warps, panels, parts, x_ahead, own_gpu, monkeypatch
+):
+    """Which of them are one block of threads, and when x is asked for, changes no bit."""
+    tall = 1 if warps * panels // parts > 48 else 2
     weight = random_weight((40, 1160), 8, 32)  # of three panels
     x = torch.randint(
         -8, 9, (8 * tall, 1160), generator=torch.Generator().manual_seed(0)
     ).bfloat16()
-    assert torch.allclose(multiply(weight, x).double(), weight.exact(x), rtol=2**-8, atol=2e-3)
+    found = []
+    for others in ((panels, parts, bool(x_ahead)), (1,)):
+        cut = cuda.Cut(warps, 2, tall, *others)
+        monkeypatch.setattr(cuda, "cut", lambda *asked, cut=cut: cut)
+        found.append(multiply(weight, x))
+    assert torch.allclose(found[0].double(), weight.exact(x), rtol=2**-8, atol=2e-3)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -220,7 +230,9 @@ def test_weights_are_read_early_in_steps_alone(own_gpu, monkeypatch):
     asked: list[bool] = []
     launch = driver.launch
     monkeypatch.setattr(
-        driver, "launch", lambda *given, early: asked.append(early) or launch(*given, early=early)
+        driver,
+        "launch",
+        lambda *given, early, **how: asked.append(early) or launch(*given, early=early, **how),
     )
     weight, x = random_weight((20, 256), 4, 128), normal(3, 256, dtype=torch.bfloat16).to(DEVICE)
     tensors = packed(weight, DEVICE)[:3]
@@ -342,5 +354,7 @@ def test_rows_decide_on_no_sum_and_all_sums_have_room(kind):
     ):
         cuts = [cuda.cut(kind, "9.0", rows, panels, blocks, 132) for rows in range(1, 300)]
         assert len({cut.warps for cut in cuts}) == 1
-        assert all(cut.warps * cut.tiles * cut.panels <= cuda.SUMS for cut in cuts)
+        assert all(cut.shared_bytes <= cuda.MAX_SHARED_BYTES for cut in cuts)
         assert all(1 <= cut.depth <= 4 and cut.panels in (1, 2, 4) for cut in cuts)
+        assert all(cut.tiles * cut.panels % cut.parts == 0 for cut in cuts)
+        assert all(cut.resident * cut.threads <= 1024 for cut in cuts)

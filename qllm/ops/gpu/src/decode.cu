@@ -1,8 +1,11 @@
 // y = x W^T + bias for the few rows of a decode step, W packed as in qllm/ops/gpu/layout.py.
 //
-// A block of threads takes PANELS panels of 16 outputs and up to 8 TILES rows of x. Its warps take
-// turns at the panels' blocks of 128 inputs; what they find they add up in the order of the warps. The
-// number of rows decides on no sum: neither on what is added up, nor in which order.
+// PANELS panels of 16 outputs and up to 8 TILES rows of x are taken by WARPS warps, in turns at the
+// panels' blocks of 128 inputs; what they find is added up in the order of the warps. The number of rows
+// decides on no sum: neither on what is added up, nor in which order.
+//
+// These warps are one block of threads, or a cluster's PARTS, of which each adds up its part of the
+// outputs. Smaller blocks begin sooner: when one in front of them has ended, and not two.
 //
 // A lane's part of a block lies in memory as it is loaded, 16 bytes at once and 512 consecutive ones
 // by a warp, and as operand A of the products wants it: of rows g and g + 8 of the panel, for lane
@@ -13,10 +16,14 @@
 // each is 2^(BITS - 1); OFFSETS: in their place are numbers of the type of the scales, which are added
 // to q times its scale; WIDE: scales are float32, else float16; GROUP: inputs of a block that share a
 // scale, 32, 64 or 128; WARPS; DEPTH: blocks that a warp has asked for in advance; TILES; PANELS;
-// WHOLE: inputs is a multiple of 128.
+// WHOLE: inputs is a multiple of 128; PARTS; X_AHEAD: a block's x is asked for along with the block, for
+// which there are registers where few panels are taken; RESIDENT: blocks of threads for which a
+// multiprocessor is to have registers, or 0.
 
 // Units of 32 inputs of which a lane loads its part of x at once: as many as registers are left for.
-#define UNITS (TILES == 1 ? 4 : TILES == 2 ? 2 : 1)
+#define UNITS (X_AHEAD || TILES == 1 ? 4 : TILES == 2 ? 2 : 1)
+
+#define OWN_TILES (TILES * PANELS / PARTS)  // of 16 outputs and 8 rows, which a block adds up
 
 struct Arguments {
     const u16* x;       // (rows, inputs), rows x_stride apart
@@ -207,34 +214,38 @@ DEVICE u32 with_offset(u32 pair, float scale, float offset) {
     return narrow(low) | (u32)narrow(high) << 16;
 }
 
-// Of x, what a lane multiplies a unit's products by: inputs 8 t to 8 t + 7 of row g of each tile.
+// Of x, what a lane multiplies some units' products by: inputs 8 t to 8 t + 7 of row g of each tile.
 // Behind the last row it is that one again, whose results are not kept.
-DEVICE void load_x(u32 (*x)[4], const Arguments& from, const u16* const* rows, int unit, int block) {
-#pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) {
-        if (!WHOLE) x[tile][0] = x[tile][1] = x[tile][2] = x[tile][3] = 0;
-        if (WHOLE || block * 128 + unit * 32 + (int)(thread_index() % 4 * 8) < from.inputs)
-            load4_cached(x[tile], rows[tile] + unit * 32);
-    }
-}
-
-DEVICE void multiply_block(
-    float (*total)[MAX_TILES][4], const Part* parts, const Arguments& from, const u16* const* rows,
-    const Masks& masks, int block
+DEVICE void load_x(
+    u32 (*x)[MAX_TILES][4], const Arguments& from, const u16* const* rows, int first, int count,
+    int block
 ) {
-    u32 x[4][MAX_TILES][4];
     const u16* in_block[MAX_TILES];
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) in_block[tile] = rows[tile] + (i64)block * 128;
+#pragma unroll
+    for (int unit = first; unit < first + count; ++unit)
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            u32* to = x[unit][tile];
+            if (!WHOLE) to[0] = to[1] = to[2] = to[3] = 0;
+            if (WHOLE || block * 128 + unit * 32 + (int)(thread_index() % 4 * 8) < from.inputs)
+                load4_cached(to, in_block[tile] + unit * 32);
+        }
+}
+
+DEVICE void multiply_block(
+    float (*total)[MAX_TILES][4], const Part* parts, u32 (*x_ahead)[MAX_TILES][4],
+    const Arguments& from, const u16* const* rows, const Masks& masks, int block
+) {
+    u32 own_x[4][MAX_TILES][4];
+    u32 (*const x)[MAX_TILES][4] = X_AHEAD ? x_ahead : own_x;
     float sums[MAX_PANELS][MAX_TILES][4];
     u32 minus[MAX_PANELS][2][MAX_PLACES];
 #pragma unroll
     for (int unit = 0; unit < 4; ++unit) {
         // All units' x at once hide how long one takes, where there are registers for them.
-        if (unit % UNITS == 0)
-#pragma unroll
-            for (int next = unit; next < unit + UNITS; ++next)
-                load_x(x[next], from, in_block, next, block);
+        if (!X_AHEAD && unit % UNITS == 0) load_x(x, from, rows, unit, UNITS, block);
         const int i = unit * 32 / GROUP;
 #pragma unroll
         for (int panel = 0; panel < PANELS; ++panel) {
@@ -291,9 +302,10 @@ DEVICE void load_panels(Part* parts, const Arguments& from, int first_panel, int
 
 KERNEL decode(Arguments from) {
     const u32 lane = thread_index() % 32;
-    const int warp = (int)(thread_index() / 32);
-    const int first_panel = panel_index() * PANELS, first_row = chunk_index() * (8 * TILES);
+    const int part = chunk_index() % PARTS, warp = (int)(thread_index() / 32) * PARTS + part;
+    const int first_panel = panel_index() * PANELS, first_row = chunk_index() / PARTS * (8 * TILES);
     let_next_begin();
+    if (PARTS > 1) arrive_in_cluster();
     Part ahead[MAX_DEPTH][MAX_PANELS];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d)
@@ -308,33 +320,50 @@ KERNEL decode(Arguments from) {
         rows[tile] = from.x + row * from.x_stride + lane % 4 * 8;
     }
     wait_for_previous();
+    u32 x[MAX_DEPTH][4][MAX_TILES][4];
+    if (X_AHEAD)
+#pragma unroll
+        for (int d = 0; d < DEPTH; ++d)
+            if (warp + d * WARPS < from.blocks) load_x(x[d], from, rows, 0, 4, warp + d * WARPS);
     float total[MAX_PANELS][MAX_TILES][4] = {};
     for (int first = warp; first < from.blocks; first += DEPTH * WARPS) {
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d) {
             const int block = first + d * WARPS, next = block + DEPTH * WARPS;
             if (block < from.blocks) {
-                multiply_block(total, ahead[d], from, rows, own_masks, block);
+                multiply_block(total, ahead[d], x[d], from, rows, own_masks, block);
                 // Into the registers that are free now: into others they would have to be moved, and
                 // what moves them waits for them.
-                if (next < from.blocks) load_panels(ahead[d], from, first_panel, next, lane);
+                if (next < from.blocks) {
+                    load_panels(ahead[d], from, first_panel, next, lane);
+                    if (X_AHEAD) load_x(x[d], from, rows, 0, 4, next);
+                }
             }
         }
     }
 
-    SHARED float sums[MAX_WARPS][4 * MAX_TILES * MAX_PANELS][32];
+    // To the block that adds them up.
+    float* const sums = shared_numbers();  // (WARPS, OWN_TILES, 32, 4)
+    if (PARTS > 1) wait_for_cluster();     // all have begun
 #pragma unroll
-    for (int i = 0; i < 4 * TILES * PANELS; ++i)
-        sums[warp][i][lane] = total[i / 4 / TILES][i / 4 % TILES][i % 4];
-    barrier();
+    for (int i = 0; i < PANELS * TILES; ++i)
+        store4_in_block(
+            sums + (warp * OWN_TILES + i % OWN_TILES) * 128 + lane * 4, i / OWN_TILES,
+            total[i / TILES][i % TILES]
+        );
+    if (PARTS > 1) {
+        arrive_in_cluster();
+        wait_for_cluster();
+    } else {
+        barrier();
+    }
 #pragma unroll 1
-    for (int at = (int)thread_index(); at < 128 * TILES * PANELS; at += 32 * WARPS) {
-        const int i = at / 32, who = at % 32;
-        float sum = sums[0][i][who];
-        for (int other = 1; other < WARPS; ++other) sum += sums[other][i][who];
-        const int row = first_row + i / 4 % TILES * 8 + who % 4 * 2 + i % 2;
-        const int panel = first_panel + i / 4 / TILES;
-        const int output = panel * 16 + who / 4 + i % 4 / 2 * 8;
+    for (int at = (int)thread_index(); at < 128 * OWN_TILES; at += 32 * OWN_WARPS) {
+        float sum = sums[at];
+        for (int other = 1; other < WARPS; ++other) sum += sums[other * (128 * OWN_TILES) + at];
+        const int i = part * OWN_TILES + at / 128, who = at / 4 % 32, c = at % 4;
+        const int row = first_row + i % TILES * 8 + who % 4 * 2 + c % 2;
+        const int output = (first_panel + i / TILES) * 16 + who / 4 + c / 2 * 8;
         if (row < from.rows && output < from.outputs) {
             if (from.bias) sum += widen(from.bias[output]);
             from.y[(i64)row * from.outputs + output] = narrow(sum);

@@ -7,7 +7,13 @@ typedef long long i64;
 
 #define DEVICE __device__ __forceinline__
 #define SHARED __shared__
-#define KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32)
+#define KERNEL extern "C" __global__ void __launch_bounds__(OWN_WARPS * 32, RESIDENT)
+
+#ifndef PARTS
+#define PARTS 1
+#define RESIDENT 0
+#endif
+#define OWN_WARPS (WARPS / PARTS)  // of a block of threads
 
 // Sizes of arrays, which the emulation, whose constants are variables, has to have for the largest.
 #define MAX_BITS BITS
@@ -21,6 +27,24 @@ DEVICE u32 thread_index() { return threadIdx.x; }
 DEVICE int chunk_index() { return blockIdx.x; }
 DEVICE int panel_index() { return blockIdx.y; }
 DEVICE void barrier() { __syncthreads(); }
+
+// Shared memory of a block of threads whose size is the launch's.
+extern __shared__ __align__(16) float dynamic_numbers[];
+DEVICE float* shared_numbers() { return dynamic_numbers; }
+
+// Of the blocks of a cluster: a lane has come to their barrier; and all have, and what they wrote before
+// is there for the others.
+DEVICE void arrive_in_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+DEVICE void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
 
 // Kernels that are launched with programmatic stream serialization begin while the one in front
 // still runs: what that one writes is there behind the wait.
@@ -55,6 +79,23 @@ DEVICE void load4_cached(u32* to, const void* from) {
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "l"(from)
                  : "memory");
+}
+
+// Four numbers to shared memory: of the block of the cluster with this number, to where `to` is in
+// one's own.
+DEVICE void store4_in_block(float* to, int block, const float* from) {
+#if PARTS > 1
+    asm volatile(
+        "{\n"
+        ".reg .u32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5};\n"
+        "}\n" ::"r"((u32)__cvta_generic_to_shared(to)),
+        "r"(block), "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3])
+        : "memory");
+#else
+    *(float4*)to = make_float4(from[0], from[1], from[2], from[3]);
+#endif
 }
 
 // The upper half of a product.
