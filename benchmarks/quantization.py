@@ -28,6 +28,7 @@ from qllm import cli, hub
 from qllm.checkpoint.load import load_model
 from qllm.config import QuantPlan, QuantSpec
 from qllm.data import load_text, sample_windows
+from qllm.errors import first_line
 from qllm.evaluate.agreement import DecoderReference, ReferenceOutputs, agreement
 from qllm.evaluate.perplexity import PerplexityOptions, Text, perplexity
 from qllm.quant.algorithm import DistillOptions, QuantizeOptions, TuneOptions
@@ -91,7 +92,14 @@ def measure(family: str, args: argparse.Namespace) -> list[dict]:
                 with tempfile.TemporaryDirectory() as place:
                     start = time.perf_counter()
                     form = bits, group_size, args.refine_steps
-                    out = quantized(method, folder, *form, samples, Path(place) / "out")
+                    try:
+                        out = quantized(method, folder, *form, samples, Path(place) / "out")
+                    except Exception as error:
+                        if method != AUTO_ROUND:
+                            raise
+                        # It does not take every family; what the others found is not lost by that.
+                        row["methods"][method] = {"failed": first_line(error)}
+                        continue
                     seconds = time.perf_counter() - start
                     model = load_model(out, DENSE, dtype=torch.float32)
                     row["methods"][method] = {
@@ -154,6 +162,12 @@ def auto_round(
     return next(target.rglob("config.json")).parent  # whose name it makes up
 
 
+def _cell(found: dict) -> str:
+    if "failed" in found:
+        return f"failed: {found['failed']}"
+    return f"{found['perplexity']:.2f}, {1000 * found['divergence']:.3g}, {found['seconds']:.0f} s"
+
+
 def main() -> None:
     args = parse_args()
     rows = [row for family in args.models for row in measure(family, args)]
@@ -167,10 +181,7 @@ def main() -> None:
             group = "channel" if row["group_size"] == -1 else str(row["group_size"])
             found = row["methods"].values()
             cells = [row["bits"], group]
-            cells += [
-                f"{m['perplexity']:.2f}, {1000 * m['divergence']:.3g}, {m['seconds']:.0f} s"
-                for m in found
-            ]
+            cells += map(_cell, found)
         print(f"| {row['model']} | {' | '.join(cells)} |")
     print(json.dumps({"settings": vars(args), "rows": rows}))
 
