@@ -113,6 +113,39 @@ def gpu(monkeypatch):
     ops.kernels_on.cache_clear()
 
 
+@pytest.fixture(scope="session")
+def hopper_emulation(tmp_path_factory):
+    """A driver whose GPU, of compute capability 9.0, is emulated."""
+    from gpu_kernels import build_emulation
+
+    return build_emulation("emulated_prefill.cpp", tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.fixture
+def own_hopper(request, monkeypatch):
+    """The GPU, or where there is none the emulation, of which this is the driver.
+
+    Tests whose module's KERNELS cannot run on the GPU are skipped.
+    """
+    import torch
+    from gpu_kernels import hopper_binary
+
+    from qllm.ops.gpu import device, driver, hopper, nvrtc
+
+    if torch.cuda.is_available():
+        if reason := request.module.KERNELS.unsupported_reason(torch.device("cuda", 0)):
+            pytest.skip(reason)
+        yield None
+        return
+    library = request.getfixturevalue("hopper_emulation")
+    monkeypatch.setattr(driver, "library", lambda: library)
+    monkeypatch.setattr(nvrtc, "compile_cached", hopper_binary)
+    monkeypatch.setattr(device, "architecture", lambda device: ("9.0", 132))
+    hopper.kernel.cache_clear()
+    yield library
+    hopper.kernel.cache_clear()
+
+
 def examples(count: int) -> settings:
     """For a hypothesis test whose examples cost more, or less, than most: here, and nightly."""
     nightly = settings.get_current_profile_name() == "nightly"

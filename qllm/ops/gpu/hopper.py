@@ -165,13 +165,20 @@ def tile_for(rows: int, outputs: int, blocks: int, parts: int, num_sms: int) -> 
 
 
 @cache
-def kernel(constants: Variant, device: torch.device) -> ctypes.c_void_p:
-    """A kernel, compiled for a device."""
+def kernel(
+    source: tuple[str, ...], constants: NamedTuple, shared_bytes: int, device: torch.device
+) -> ctypes.c_void_p:
+    """A kernel, compiled for a device.
+
+    Args:
+        source: what `cuda.source` takes; the first part has the kernel's name.
+        shared_bytes: of a block of threads.
+    """
     target = f"--gpu-architecture=sm_{CAPABILITY.replace('.', '')}a"
     options = ["--std=c++17", target, *cuda.options(constants)]
-    binary = nvrtc.compile_cached(cuda.source(*SOURCE), options)
-    function = driver.load(binary, device, "prefill")
-    driver.allow_shared(function, constants.shared_bytes)
+    binary = nvrtc.compile_cached(cuda.source(*source), options)
+    function = driver.load(binary, device, source[0])
+    driver.allow_shared(function, shared_bytes)
     return function
 
 
@@ -219,7 +226,7 @@ def weight_only_linear(
             parts,
         )
         driver.launch(
-            kernel(constants, x.device),
+            kernel(SOURCE, constants, constants.shared_bytes, x.device),
             (parts * -(-len(x) // tile.rows), -(-outputs // tile.outputs)),
             THREADS,
             arguments,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -171,17 +171,6 @@ def at_once(cut: Cut, num_sms: int) -> int:
     return cut.blocks * (num_sms if cut.parts <= 2 else num_sms * 7 // 8)
 
 
-@cache
-def kernel(constants: Variant, device: torch.device) -> ctypes.c_void_p:
-    """A kernel, compiled for a device."""
-    target = f"--gpu-architecture=sm_{hopper.CAPABILITY.replace('.', '')}a"
-    options = ["--std=c++17", target, *cuda.options(constants)]
-    binary = nvrtc.compile_cached(cuda.source(*SOURCE), options)
-    function = driver.load(binary, device, "prefill_int8")
-    driver.allow_shared(function, constants.shared_bytes)
-    return function
-
-
 def int8_linear(
     rows: Int8Rows,
     qweight: Tensor,
@@ -214,7 +203,7 @@ def int8_linear(
             int(x_scales.dim() > 0),
         )
         driver.launch(
-            kernel(constants, x.device),
+            hopper.kernel(SOURCE, constants, constants.shared_bytes, x.device),
             (cut.parts * -(-count // cut.rows), -(-outputs // cut.outputs)),
             constants.threads,
             arguments,

@@ -15,48 +15,24 @@ from covering import slow_but
 from cpu_paths import STORED_SCHEMES, normal, pattern, random_weight
 from fences import run_in
 from gpu_kernels import (
-    build_emulation,
     emulate_hopper,
-    hopper_binary,
     multiply_between_fences,
     packed,
 )
 from torch import Tensor
 
 from qllm.ops import phase
-from qllm.ops.gpu import cuda, driver, hopper, layout, linear, nvrtc, prefill
+from qllm.ops.gpu import cuda, hopper, layout, linear, nvrtc, prefill
 from qllm.ops.gpu import device as device_of
 from qllm.ops.reference import dequantize
 from qllm.quant.packing import BITS
 from tools.disassemble import disassemble
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = hopper  # which `own_hopper` asks
 SHAPES = ((1, 1), (13, 67), (33, 390), (140, 520))  # (N, K)
 GROUPS = (-1, 16, 32, 48, 64, 100, 128, 200)
 ROWS = (1, 3, 8, 65, 17)
-
-
-@pytest.fixture(scope="module")
-def emulation(tmp_path_factory):
-    """A driver whose GPU is emulated."""
-    return build_emulation("emulated_prefill.cpp", tmp_path_factory.mktemp("gpu"))
-
-
-@pytest.fixture
-def own_gpu(request, monkeypatch):
-    """The GPU, or where there is none the emulation, of which this is the driver."""
-    if DEVICE == "cuda":
-        if reason := hopper.unsupported_reason(torch.device("cuda", 0)):
-            pytest.skip(reason)
-        yield None
-        return
-    library = request.getfixturevalue("emulation")
-    monkeypatch.setattr(driver, "library", lambda: library)
-    monkeypatch.setattr(nvrtc, "compile_cached", hopper_binary)
-    monkeypatch.setattr(device_of, "architecture", lambda device: ("9.0", 132))
-    hopper.kernel.cache_clear()
-    yield library
-    hopper.kernel.cache_clear()
 
 
 def multiply(
@@ -82,7 +58,7 @@ def parts(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_the_error_is_at_most_twice_the_reference_s(bits, own_gpu, parts):
+def test_the_error_is_at_most_twice_the_reference_s(bits, own_hopper, parts):
     schemes = STORED_SCHEMES if bits > 1 else ("asym", "offset")
     for i, (group_size, scheme, dtype) in enumerate(
         itertools.product(GROUPS, schemes, cuda.DTYPES)
@@ -106,7 +82,7 @@ def test_the_error_is_at_most_twice_the_reference_s(bits, own_gpu, parts):
 
 @pytest.mark.parametrize("scheme", ["asym", "offset"])
 @pytest.mark.parametrize("bits", BITS)
-def test_weights_are_rounded_as_the_reference_s(bits, scheme, own_gpu, parts):
+def test_weights_are_rounded_as_the_reference_s(bits, scheme, own_hopper, parts):
     for dtype, wide in itertools.product(cuda.DTYPES, (torch.float16, torch.float32)):
         weight = random_weight((34, 256), bits, 64, scheme, scales_dtype=wide)
         asked = weight.request
@@ -117,7 +93,7 @@ def test_weights_are_rounded_as_the_reference_s(bits, scheme, own_gpu, parts):
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
-def test_scales_that_are_no_numbers_give_what_the_reference_gives(dtype, own_gpu):
+def test_scales_that_are_no_numbers_give_what_the_reference_gives(dtype, own_hopper):
     weight = random_weight((20, 256), 4, 64, "asym")
     for place, special in enumerate((torch.inf, -torch.inf, torch.nan, 2.0**-24, 65504.0)):
         weight.stored.scales[place, 1] = special
@@ -126,7 +102,7 @@ def test_scales_that_are_no_numbers_give_what_the_reference_gives(dtype, own_gpu
 
 
 @pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
-def test_a_row_is_the_same_whatever_is_beside_it(dtype, own_gpu, parts):
+def test_a_row_is_the_same_whatever_is_beside_it(dtype, own_hopper, parts):
     weight = random_weight((20, 390), 4, 128)
     x = normal(70, 390, dtype=dtype)
     for parts[0] in (1, 4):
@@ -140,7 +116,7 @@ def test_a_row_is_the_same_whatever_is_beside_it(dtype, own_gpu, parts):
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("special", [torch.inf, -torch.inf, torch.nan])
-def test_what_is_no_number_gives_what_the_reference_gives(special, own_gpu, parts):
+def test_what_is_no_number_gives_what_the_reference_gives(special, own_hopper, parts):
     weight = random_weight((20, 256), 4, 128, "asym" if special > 0 else "offset")
     x = normal(3, 256, dtype=torch.bfloat16)
     x[1, 130] = special
@@ -154,14 +130,14 @@ def run_between_fences(library: str) -> None:
         pass
 
 
-def test_nothing_outside_is_touched(emulation):
-    done = run_in(Path(__file__), f"run_between_fences({emulation._name!r})")
+def test_nothing_outside_is_touched(hopper_emulation):
+    done = run_in(Path(__file__), f"run_between_fences({hopper_emulation._name!r})")
     assert done.returncode == 0, done.stderr
 
 
-def test_the_self_test_finds_what_is_wrong(own_gpu, monkeypatch):
+def test_the_self_test_finds_what_is_wrong(own_hopper, monkeypatch):
     place = torch.device(DEVICE)
-    if own_gpu is not None:  # which is slow, and does one thing at a time
+    if own_hopper is not None:  # which is slow, and does one thing at a time
         monkeypatch.setattr(hopper, "TESTED", (20, 300))
         monkeypatch.setattr(device_of, "COMPILED_AT_ONCE", 1)
     assert hopper._self_test(place) is None
@@ -178,7 +154,7 @@ def test_the_self_test_finds_what_is_wrong(own_gpu, monkeypatch):
         assert reason in hopper._self_test(place)
 
 
-def test_prompts_take_it_and_steps_do_not(own_gpu, gpu, monkeypatch):
+def test_prompts_take_it_and_steps_do_not(own_hopper, gpu, monkeypatch):
     if gpu == "cpu":
         monkeypatch.setattr(prefill, "unsupported_reason", lambda device: None)
         monkeypatch.setattr(hopper, "unsupported_reason", lambda device: None)

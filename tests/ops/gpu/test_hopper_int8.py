@@ -13,17 +13,18 @@ import pytest
 import torch
 from cpu_paths import normal, pattern
 from fences import fenced, kept, run_in
-from gpu_kernels import build_emulation, emulate_hopper, hopper_binary
+from gpu_kernels import emulate_hopper
 from torch import Tensor
 
 from qllm.ops import reference
-from qllm.ops.gpu import cuda, driver, hopper, hopper_int8, linear, nvrtc
+from qllm.ops.gpu import cuda, hopper, hopper_int8, linear, nvrtc
 from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu.hopper_int8 import Cut
 from qllm.ops.reference import Int8Rows
 from tools.disassemble import disassemble
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = hopper_int8  # which `own_hopper` asks
 # (N, K), rows, and how they are cut: each kind of tile, and of parts.
 CASES = (
     ((67, 144), 5, Cut(64, 64, 1)),
@@ -35,29 +36,6 @@ CASES = (
 )
 
 
-@pytest.fixture(scope="module")
-def emulation(tmp_path_factory):
-    """A driver whose GPU is emulated."""
-    return build_emulation("emulated_prefill.cpp", tmp_path_factory.mktemp("gpu"))
-
-
-@pytest.fixture
-def own_gpu(request, monkeypatch):
-    """The GPU, or where there is none the emulation, of which this is the driver."""
-    if DEVICE == "cuda":
-        if reason := hopper_int8.unsupported_reason(torch.device("cuda", 0)):
-            pytest.skip(reason)
-        yield None
-        return
-    library = request.getfixturevalue("emulation")
-    monkeypatch.setattr(driver, "library", lambda: library)
-    monkeypatch.setattr(nvrtc, "compile_cached", hopper_binary)
-    monkeypatch.setattr(device_of, "architecture", lambda device: ("9.0", 132))
-    hopper_int8.kernel.cache_clear()
-    yield library
-    hopper_int8.kernel.cache_clear()
-
-
 def there(rows: Int8Rows, *tensors: Tensor | None) -> list:
     """Rows, and a weight, its scales and a bias, where the kernel runs."""
     moved = Int8Rows(rows.values.to(DEVICE), rows.scales.to(DEVICE), rows.dtype)
@@ -66,7 +44,7 @@ def there(rows: Int8Rows, *tensors: Tensor | None) -> list:
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
-def test_it_is_the_reference_to_the_bit(dtype, static, own_gpu):
+def test_it_is_the_reference_to_the_bit(dtype, static, own_hopper):
     for i, ((outputs, inputs), count, cut) in enumerate(CASES):
         x = normal(count, inputs, dtype=dtype)
         x[0] *= 100
@@ -81,7 +59,7 @@ def test_it_is_the_reference_to_the_bit(dtype, static, own_gpu):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_scales_that_are_no_numbers_give_what_the_reference_gives(own_gpu):
+def test_scales_that_are_no_numbers_give_what_the_reference_gives(own_hopper):
     q = torch.randint(-128, 128, (20, 128), dtype=torch.int8)
     scales = torch.ones(20)
     scales[:4] = torch.tensor([torch.inf, -torch.inf, torch.nan, 3e38])
@@ -109,8 +87,8 @@ def run_between_fences(library: str) -> None:
         kept.clear()
 
 
-def test_nothing_outside_is_touched(emulation):
-    done = run_in(Path(__file__), f"run_between_fences({emulation._name!r})")
+def test_nothing_outside_is_touched(hopper_emulation):
+    done = run_in(Path(__file__), f"run_between_fences({hopper_emulation._name!r})")
     assert done.returncode == 0, done.stderr
 
 
@@ -130,8 +108,8 @@ def test_what_it_does_not_take():
     assert not hopper_int8.takes(shared, q)
 
 
-def test_the_self_test_finds_what_is_wrong(own_gpu, monkeypatch):
-    if own_gpu is not None:  # which is slow, and does one thing at a time
+def test_the_self_test_finds_what_is_wrong(own_hopper, monkeypatch):
+    if own_hopper is not None:  # which is slow, and does one thing at a time
         monkeypatch.setattr(hopper_int8, "TESTED", (20, 2064))
         monkeypatch.setattr(device_of, "COMPILED_AT_ONCE", 1)
     place, right = torch.device(DEVICE), hopper_int8.int8_linear
@@ -146,7 +124,7 @@ def test_the_self_test_finds_what_is_wrong(own_gpu, monkeypatch):
         assert "found other sums" in hopper_int8._self_test(place)
 
 
-def test_prompts_take_it_where_it_takes_them(own_gpu, gpu, monkeypatch):
+def test_prompts_take_it_where_it_takes_them(own_hopper, gpu, monkeypatch):
     if gpu == "cpu":
         monkeypatch.setattr(hopper_int8, "unsupported_reason", lambda device: None)
     asked = []
