@@ -36,9 +36,9 @@ def solve(problem: Problem, time_limit: float = 60.0) -> Solution:
     if len(problem.memory) == 1:
         found = _solve_stages(problem, _all_on(0, problem), time_limit)
     elif linears * candidates * len(problem.memory) <= SMALL:
-        found = _better(_solve_whole(problem, time_limit), _alone(problem, time_limit))
+        found = _better(_solve_whole(problem, time_limit), _alone(problem, start + time_limit))
     else:
-        found = _better(_search(problem, start + time_limit), _alone(problem, LEFT))
+        found = _better(_search(problem, start + time_limit), _alone(problem, start + time_limit))
     return replace(found, seconds=time.perf_counter() - start)
 
 
@@ -47,18 +47,22 @@ def _all_on(device: int, problem: Problem) -> Whole:
     return np.full(problem.halves, device, dtype=np.int64)
 
 
-def _alone(problem: Problem, time_limit: float) -> list[Solution]:
+def _alone(problem: Problem, deadline: float) -> list[Solution]:
     """All on one device, for each on which it fits: it takes no turns, as stages of several do.
 
-    The program of all devices counts a turn for each that it uses, be it the only one.
+    The program of all devices counts a turn for each that it uses, be it the only one. Where time
+    is no objective, that changes nothing.
     """
-    found = []
+    found: list[Solution] = []
+    if problem.objective in ("loss", "bytes"):
+        return found
     smallest = problem.nbytes.min(axis=1).sum() + problem.fixed_bytes.sum() + problem.buffers
     for device, memory in enumerate(problem.memory):
         turns = problem.turn_prefill[device] + problem.turn_decode[device]
         if turns and smallest <= memory:
             with suppress(UserError):  # bits that fit need not keep to the other limits
-                found.append(_solve_stages(problem, _all_on(device, problem), time_limit))
+                left = max(1.0, deadline - time.perf_counter())
+                found.append(_solve_stages(problem, _all_on(device, problem), left))
     return found
 
 

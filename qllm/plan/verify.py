@@ -114,21 +114,24 @@ class _Now:
                 probe.measure()
 
     def seconds(self) -> tuple[float, float]:
-        order = self._plan.order
+        speeds = {threads: probe.speed() for threads, probe in self._probes.items()}
         turns = {}
         if self._plan.stages is not None:
-            counts = {each.threads or 1 for each in order}
-            turns = {count: measure_stages(count, self._dtype)[1] for count in counts}
+            turns = {count: measure_stages(count or 1, self._dtype)[1] for count in speeds}
         return self._plan.seconds_on(
-            [self._now(each, turns.get(each.threads or 1, each.turns)) for each in order]
+            [
+                _as_it_is_now(each, speeds[each.threads], turns.get(each.threads, each.turns))
+                for each in self._plan.order
+            ]
         )
 
-    def _now(self, device: Device, turns: Mapping[str, float]) -> Device:
-        """A device as it is now; products that the plan has none of stay as they were."""
-        assert isinstance(device.speed, MeasuredSpeed)
-        speed, before = self._probes[device.threads].speed(), device.speed.linears
-        linears = {phase: {**before[phase], **speed.linears[phase]} for phase in before}
-        return replace(device, speed=replace(speed, linears=linears), turns=turns)
+
+def _as_it_is_now(device: Device, speed: MeasuredSpeed, turns: Mapping[str, float]) -> Device:
+    """A device as it was measured anew; products that the plan has none of stay as they were."""
+    assert isinstance(device.speed, MeasuredSpeed)
+    before = device.speed.linears
+    linears = {phase: {**before[phase], **speed.linears[phase]} for phase in before}
+    return replace(device, speed=replace(speed, linears=linears), turns=turns)
 
 
 def _by(algorithm: str, spec: QuantSpec) -> QuantSpec:
