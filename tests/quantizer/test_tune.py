@@ -22,6 +22,7 @@ from qllm.quant.rtn import quantize_rtn
 from qllm.quantizer import checkpoint, refine
 from qllm.quantizer import tune as tune_module
 from qllm.quantizer.checkpoint import quantize_checkpoint
+from qllm.quantizer.distill import ScaledLinear
 from qllm.quantizer.job import Job
 from qllm.quantizer.layer import LinearReport
 from qllm.quantizer.tune import held_out
@@ -284,3 +285,18 @@ def test_a_bias_is_added_in_float32_a_few_rows_at_a_time(monkeypatch):
     expected = (rounded.float() + bias).bfloat16()
     assert torch.equal(tune_module.add_bias(rounded, bias), expected)
     assert torch.equal(tune_module.add_bias(y.clone(), bias), y + bias)
+
+
+def test_scales_are_stepped_as_by_torch():
+    draw = torch.Generator().manual_seed(0)
+    spec = QuantSpec.parse("2", 8)
+    weight = torch.randn(4, 16, generator=draw)
+    linear = ScaledLinear(WeightOnlyLinear.from_float(weight, None, spec), torch.float32)
+    expected = torch.zeros_like(linear.factors).requires_grad_()
+    adam = torch.optim.Adam([expected], betas=(0.9, 0.95))
+    for number, rate in enumerate((0.02, 0.01, 0.005), start=1):
+        linear.factors.grad = torch.randn(linear.factors.shape, generator=draw)
+        expected.grad, adam.param_groups[0]["lr"] = linear.factors.grad.clone(), rate
+        linear.step(number, rate)
+        adam.step()
+    assert torch.equal(linear.factors, expected)
