@@ -186,7 +186,7 @@ def read_plan(args: argparse.Namespace) -> QuantPlan:
         return cli.read_plan(args, args.algorithm)
     if args.bitwidth is not None:
         raise UserError("--config and --bitwidth both say how many bits; give one of them")
-    return make_plan(Path(args.config), default, args.lm_head_bits)
+    return make_plan(Path(args.config), default, args.lm_head_bits, args.embedding_bits)
 
 
 def check_options(args: argparse.Namespace, plan: QuantPlan) -> None:

@@ -17,6 +17,7 @@ def make_plan(
     bitwidth: Bitwidth,
     default: QuantSpec | None = None,
     lm_head_bits: int | str | None = None,
+    embedding_bits: int | str | None = None,
 ) -> QuantPlan:
     """The plan that a bitwidth stands for; see `LLM.from_pretrained`.
 
@@ -39,7 +40,7 @@ def make_plan(
         plan = QuantPlan.parse(",".join(map(str, bitwidth)), default)
     else:
         raise UserError(f"bitwidth {bitwidth!r} is unknown; choose from {', '.join(BITWIDTHS)}")
-    return plan.with_head(lm_head_bits, default or QuantSpec())
+    return plan.with_outer(lm_head_bits, embedding_bits, default or QuantSpec())
 
 
 def _plan_of(value: Mapping[str, Any], text: str, default: QuantSpec | None) -> QuantPlan:

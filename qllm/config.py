@@ -22,8 +22,8 @@ DEFAULT_ACTIVATION_BITS = 16
 ACTIVATION_BITS = (8, DEFAULT_ACTIVATION_BITS)
 DEFAULT_KV_BITS = 16  # of keys and values: the type of the activations
 KV_BITS = (DEFAULT_KV_BITS, 8, 4)
-# The one quantized module outside the layers, which stays at 16 bits unless it is named.
-LM_HEAD = "lm_head"
+# The quantized modules outside the layers, which stay at 16 bits unless they are named.
+EMBEDDING, LM_HEAD = "embed", "lm_head"
 W8A8 = {"8:tc-li": "w8a8_dynamic", "8:tc": "w8a8_static"}
 MAX_SEED = 2**63 - 1  # that torch's generators take
 BITWIDTHS = ("1", "2", "3", "4", "5", "6", "7", "8", *W8A8, "16")
@@ -211,15 +211,24 @@ class QuantPlan:
         """The plan with one more rule, which wins over those it has."""
         return replace(self, rules=(*self.rules, (pattern, spec)))
 
-    def with_head(self, bits: int | str | None, default: QuantSpec) -> QuantPlan:
-        """The plan with the LM head quantized as well, None leaves it as it is.
+    def with_outer(
+        self,
+        lm_head_bits: int | str | None,
+        embedding_bits: int | str | None,
+        default: QuantSpec,
+    ) -> QuantPlan:
+        """The plan with LM head and embedding quantized as well, None leaves one as it is.
 
         Args:
-            default: has the group size, scheme and algorithm.
+            default: has the group size, scheme and algorithm; embeddings are rounded to nearest.
         """
-        if bits is None:
-            return self
-        return self.with_rule(f"^{LM_HEAD}$", QuantSpec.from_json(bits, default))
+        plan = self
+        if lm_head_bits is not None:
+            plan = plan.with_rule(f"^{LM_HEAD}$", QuantSpec.from_json(lm_head_bits, default))
+        if embedding_bits is not None:
+            default = replace(default, algorithm=DEFAULT_ALGORITHM)
+            plan = plan.with_rule(f"^{EMBEDDING}$", QuantSpec.from_json(embedding_bits, default))
+        return plan
 
     def check(self, config: ModelConfig) -> None:
         """Refuse a model that the plan was not made for.
@@ -239,7 +248,7 @@ class QuantPlan:
         return {pattern: spec.to_json() for pattern, spec in self.rules}
 
     def resolve(
-        self, modules: Mapping[str, Sequence[str]], num_layers: int
+        self, modules: Mapping[str, Sequence[str]], num_layers: int, *, tied: bool = False
     ) -> dict[str, QuantSpec]:
         """The spec of every linear layer of a model.
 
@@ -248,13 +257,15 @@ class QuantPlan:
                 checkpoint. A rule may use either; rules that tell the parts of a fused layer
                 apart (q_proj at 8 bits, k_proj at 4) are refused.
             num_layers: how many layers the model has.
+            tied: its LM head is its embedding, and is held once where both have one spec.
 
         Raises:
-            UserError: for a plan of the wrong length, a rule that matches nothing, or one that
-                splits a fused layer.
+            UserError: for a plan of the wrong length, a rule that matches nothing, one that
+                splits a fused layer, or an embedding that is not weight-only.
 
         Returns:
-            name to spec, "lm_head" among them where a rule that says "lm_head" quantizes it.
+            name to spec, "lm_head" and "embed" among them where a rule that says so quantizes
+            them. Of a tied model without "lm_head", the head is what "embed" is.
         """
         if self.num_layers is not None and self.num_layers != num_layers:
             raise UserError(
@@ -263,10 +274,24 @@ class QuantPlan:
             )
         unused = dict.fromkeys(pattern for pattern, _ in self.rules)
         specs = {}
-        # "all layers" does not mean the head: a rule has to say its name.
-        named = QuantPlan(tuple(rule for rule in self.rules if LM_HEAD in rule[0]))
         patterns = Patterns(self.text)
-        head = named._find(LM_HEAD, LM_HEAD, patterns, unused)
+        outer = {}
+        for name in (EMBEDDING, LM_HEAD):
+            # "all layers" does not mean these: a rule has to say their names.
+            named = QuantPlan(tuple(rule for rule in self.rules if name in rule[0]))
+            outer[name] = named._find(name, name, patterns, unused)
+        if outer[EMBEDDING].kind.startswith("w8a8"):
+            raise UserError(
+                f"an embedding has 1 to 8 bits or 16, not {outer[EMBEDDING].bitwidth}: there is "
+                "nothing that it is multiplied with"
+            )
+        if outer[EMBEDDING].algorithm != DEFAULT_ALGORITHM:
+            raise UserError(
+                f"an embedding is rounded to nearest (rtn), not by {outer[EMBEDDING].algorithm}, "
+                "which minds what it is multiplied with"
+            )
+        if tied and outer[LM_HEAD] == outer[EMBEDDING]:
+            del outer[LM_HEAD]
         for name, parts in modules.items():
             found = {part: self._find(name, part, patterns, unused) for part in parts or (name,)}
             if len(set(found.values())) > 1:
@@ -276,8 +301,7 @@ class QuantPlan:
                     "give its parts the same one"
                 )
             specs[name] = next(iter(found.values()))
-        if head.kind != "dense":
-            specs[LM_HEAD] = head
+        specs |= {name: spec for name, spec in outer.items() if spec.kind != "dense"}
         if unused:
             example = next(iter(modules), "layers.0.attention.qkv")
             raise UserError(

@@ -96,6 +96,7 @@ class LLM:
         group_size: int = DEFAULT_GROUP_SIZE,
         scheme: str = DEFAULT_SCHEME,
         lm_head_bits: int | str | None = None,
+        embedding_bits: int | str | None = None,
         activation_bits: int = DEFAULT_ACTIVATION_BITS,
         kv_bits: int = DEFAULT_KV_BITS,
         calibration: str | Path | Calibration | None = None,
@@ -120,6 +121,7 @@ class LLM:
             group_size: input channels that share a scale, -1 for all of them.
             scheme: "asym" or "sym".
             lm_head_bits: quantizes the LM head too.
+            embedding_bits: quantizes the token embedding, and an LM head that is tied to it.
             activation_bits: 8 rounds what layers of 1 to 8 bits multiply with to int8.
             kv_bits: of keys and values, 8 or 4; 16 is the type of the activations.
             calibration: activation statistics for "8:tc-li" and "8:tc", or their file; without,
@@ -146,7 +148,7 @@ class LLM:
             check_world(tp)
         pretrained = Pretrained.open(model, note=note)
         default = QuantSpec(group_size=group_size, scheme=scheme)
-        plan = make_plan(bitwidth, default, lm_head_bits)
+        plan = make_plan(bitwidth, default, lm_head_bits, embedding_bits)
         if parallel is None and tp > 1:
             device = resolve_device(local_device(device))
             facts = {"model": content_fingerprint(pretrained.folder.path), "plan": plan.to_json()}

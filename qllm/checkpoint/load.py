@@ -21,6 +21,7 @@ from qllm.config import (
     DEFAULT_ACTIVATION_BITS,
     DEFAULT_ALGORITHM,
     DEFAULT_KV_BITS,
+    EMBEDDING,
     KV_BITS,
     LM_HEAD,
     QuantPlan,
@@ -209,11 +210,12 @@ def _specs(weights: Weights, plan: QuantPlan) -> dict[str, QuantSpec]:
         if _quantizes(plan):
             raise UserError(
                 f"{weights.checkpoint.folder} is quantized already, and runs as it is; "
-                "leave --bitwidth and --lm-head-bits out"
+                "leave --bitwidth, --lm-head-bits and --embedding-bits out"
             )
         return {name: storage.spec for name, storage in weights.stored.items()}
     plan.check(config)
-    specs = plan.resolve(weights.family.layer_linears(config.num_layers), config.num_layers)
+    linears = weights.family.layer_linears(config.num_layers)
+    specs = plan.resolve(linears, config.num_layers, tied=config.tied_head)
     for spec in specs.values():
         if spec.algorithm != DEFAULT_ALGORITHM:
             raise UserError(
@@ -235,7 +237,11 @@ def _check_calibration(
             "fake_calib_gen.py, name one with --calib, or use 8:tc-li, which needs none"
         )
     if calibration is not None:
-        shapes = {name: weights.shapes[f"{name}.weight"] for name in specs if name != LM_HEAD}
+        shapes = {
+            name: weights.shapes[f"{name}.weight"]
+            for name in specs
+            if name not in (EMBEDDING, LM_HEAD)
+        }
         calibration.check(shapes)
 
 

@@ -12,7 +12,7 @@ from qllm.calibration import Calibration
 from qllm.checkpoint.formats import Int8Weight
 from qllm.checkpoint.tensors import is_finite
 from qllm.checkpoint.weights import Weights
-from qllm.config import LM_HEAD, QuantSpec
+from qllm.config import EMBEDDING, LM_HEAD, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.layers.fp16 import DenseLinear
@@ -20,9 +20,14 @@ from qllm.layers.w8a8 import DynamicInt8Linear, StaticInt8Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
 from qllm.models.equalize import NORMS, can_divide
-from qllm.models.layer import Embedding
+from qllm.models.layer import Embedding, QuantizedEmbedding
 from qllm.models.norms import Norm
-from qllm.parallel.layers import RowParallel, ShardedLinear, VocabularyParallel
+from qllm.parallel.layers import (
+    QuantizedVocabularyParallel,
+    RowParallel,
+    ShardedLinear,
+    VocabularyParallel,
+)
 from qllm.quant.packing import PackedWeight, scheme_of
 from qllm.quant.smooth import smooth_scales
 
@@ -55,7 +60,7 @@ class Materializer:
             for key, child in module.named_children():
                 name = f"{prefix}{key}"
                 buffers = any(True for _ in child.buffers(recurse=False))
-                if isinstance(child, Linear | ShardedLinear) or buffers:
+                if isinstance(child, Linear | ShardedLinear | QuantizedEmbedding) or buffers:
                     found.append((name, child))
                 else:
                     visit(f"{name}.", child)
@@ -72,6 +77,10 @@ class Materializer:
                 module.bias = bias
         elif isinstance(module, Linear):
             self.model.set_submodule(name, self._linear(name)[0])
+        elif isinstance(module, QuantizedEmbedding):
+            linear = self._linear(name)[0]
+            assert isinstance(linear, WeightOnlyLinear)
+            module.linear = linear
         else:
             rows = module.ranges if isinstance(module, VocabularyParallel) else None
             for key in dict(module.named_buffers(recurse=False)):
@@ -81,9 +90,16 @@ class Materializer:
         """Tie the head to the embedding."""
         model = self.model
         if self.ties:
-            assert isinstance(model.embed, Embedding | VocabularyParallel)  # of all that tie
-            weight = model.embed.weight.to(self._device_of(LM_HEAD))
-            head = DenseLinear(weight, None, QuantSpec())
+            device, embed = self._device_of(LM_HEAD), model.embed
+            head: Linear
+            if isinstance(embed, QuantizedEmbedding | QuantizedVocabularyParallel):
+                head = embed.linear
+                if next(head.buffers()).device != device:
+                    head = head.narrow(0, range(head.out_features)).to(device)
+                    head.process_weights_after_loading()
+            else:
+                assert isinstance(embed, Embedding | VocabularyParallel)  # of all that tie
+                head = DenseLinear(embed.weight.to(device), None, QuantSpec())
             if isinstance(model.lm_head, ShardedLinear):
                 model.lm_head.linear = head
             else:
@@ -110,13 +126,22 @@ class Materializer:
         bias = None
         if f"{name}.bias" in self.weights.shapes:
             bias = self._read(f"{name}.bias", rows)
-        make = self._stored if name in self.weights.stored else self._quantized
-        layer = make(name, bias, sharded)
+        matrix = self._matrix_of(name)
+        make = self._stored if matrix in self.weights.stored else self._quantized
+        layer = make(matrix, bias, sharded)
         if self.activation_bits == 8 and isinstance(layer, WeightOnlyLinear):
             layer.round_activations()
         # Here, and not all together later, the two layouts need little memory.
         layer.process_weights_after_loading()
         return layer, bias
+
+    def _matrix_of(self, name: str) -> str:
+        """The module whose matrix a linear has: a head that is tied to a packed embedding has its.
+
+        Where both are in one process, the head is what that has; see `finish`.
+        """
+        tied = name == LM_HEAD and self.weights.config.tied_head and name not in self.specs
+        return EMBEDDING if tied and EMBEDDING in self.specs else name
 
     def _stored(self, name: str, bias: Tensor | None, sharded: ShardedLinear | None) -> Linear:
         """A linear that is stored quantized."""

@@ -71,6 +71,7 @@ def check_rounding(args: argparse.Namespace, plans: Sequence[QuantPlan]) -> None
     for option, value in (("--group-size", args.group_size), ("--scheme", args.scheme)):
         if not isinstance(value, Default | DefaultName):
             raise UserError(
-                f"{option} {value} does nothing without --bitwidth or --lm-head-bits of less than "
-                "16, and a quantized checkpoint, which takes neither, keeps its own; leave it out"
+                f"{option} {value} does nothing without --bitwidth, --lm-head-bits or "
+                "--embedding-bits of less than 16, and a quantized checkpoint, which takes none of "
+                "them, keeps its own; leave it out"
             )

@@ -95,7 +95,7 @@ def add_threads_option(group: argparse._ArgumentGroup) -> None:
 def add_quant_options(
     parser: argparse.ArgumentParser, *, several: bool = False, bitwidth: str = "16"
 ) -> None:
-    """--bitwidth, --group-size, --scheme, --lm-head-bits.
+    """--bitwidth, --group-size, --scheme, --lm-head-bits, --embedding-bits.
 
     Args:
         several: commas separate models, not layers; see `read_plans`.
@@ -128,6 +128,11 @@ def add_quant_options(
         help="sym: ranges are as wide below zero as above; asym: with zero points (%(default)s)",
     )
     group.add_argument("--lm-head-bits", metavar="BITS", help="bits of the LM head (16)")
+    group.add_argument(
+        "--embedding-bits",
+        metavar="BITS",
+        help="bits of the token embedding, and of an LM head that is tied to it (16)",
+    )
 
 
 def add_accuracy_option(group: argparse._ArgumentGroup) -> None:
@@ -155,6 +160,7 @@ def holds_onnx(args: argparse.Namespace, model: ModelFolder, **others: object) -
     quantization: dict[str, object] = {
         "bitwidth": None,
         "lm_head_bits": None,
+        "embedding_bits": None,
         "group_size": DEFAULT_GROUP_SIZE,
         "scheme": DEFAULT_SCHEME,
         "activation_bits": DEFAULT_ACTIVATION_BITS,
@@ -232,7 +238,7 @@ def read_plan(args: argparse.Namespace, algorithm: str = DEFAULT_ALGORITHM) -> Q
     """The plan that the quantization options name; without --bitwidth, all at 16 bits."""
     default = QuantSpec(group_size=args.group_size, scheme=args.scheme, algorithm=algorithm)
     bitwidth = "16" if args.bitwidth is None else args.bitwidth
-    plan = make_plan(bitwidth, default, args.lm_head_bits)
+    plan = make_plan(bitwidth, default, args.lm_head_bits, args.embedding_bits)
     if plan.stages and getattr(args, "pp", 1) > 1 and not args.stages:
         wanted = plan.stages.count(",") + 2
         if args.pp != wanted:
@@ -254,7 +260,7 @@ def read_plans(args: argparse.Namespace) -> list[QuantPlan]:
                 f"--bitwidth names {value} more than once; here commas separate models, and a "
                 "JSON plan gives layers bits of their own"
             )
-    return [make_plan(value, default, args.lm_head_bits) for value in values]
+    return [make_plan(value, default, args.lm_head_bits, args.embedding_bits) for value in values]
 
 
 def add_calibration_options(

@@ -14,7 +14,7 @@ from qllm import ops
 from qllm.config import QuantSpec
 from qllm.layers.base import ALL_ROWS, QuantizedLinear
 from qllm.layers.sharding import narrow_columns, narrow_runs
-from qllm.ops.reference import dequantize
+from qllm.ops.reference import dequantize, packed_embedding
 from qllm.quant.packing import PackedWeight, group_width, pack, packed_size, unpack
 from qllm.quant.rtn import quantize_rtn
 
@@ -127,6 +127,13 @@ class WeightOnlyLinear(QuantizedLinear):
             torch.float32,
         )
 
+    def look_up(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows of the matrix, by their numbers, int64 (n,): (n, K) in dtype."""
+        if self.layout:
+            return self.layout.look_up(index, self.tensors, self.request, dtype)
+        shape = (self.spec.bits, self.spec.group_size, self.in_features)
+        return packed_embedding(index, self.tensors, *shape, dtype)
+
     def narrow(self, dim: int, *ranges: range) -> WeightOnlyLinear:
         layer = self._narrow(dim, *ranges)
         layer.op = self.op
@@ -180,6 +187,10 @@ class ReorderedLinear(WeightOnlyLinear):
 
     def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
         columns = super().dequantize(rows)
+        return torch.empty_like(columns).index_copy_(1, self.perm, columns)
+
+    def look_up(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        columns = super().look_up(index, dtype)
         return torch.empty_like(columns).index_copy_(1, self.perm, columns)
 
     def _narrow(self, dim: int, *ranges: range) -> WeightOnlyLinear:

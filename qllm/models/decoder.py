@@ -16,12 +16,20 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from qllm.config import ModelConfig, QuantSpec
+from qllm.config import EMBEDDING, LM_HEAD, ModelConfig, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
+from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import check_fits
 from qllm.models.cache import Decode, KVCache, Prefill
-from qllm.models.layer import Embedding, LayerList, Scale, layer_class, total
+from qllm.models.layer import (
+    Embedding,
+    LayerList,
+    QuantizedEmbedding,
+    Scale,
+    layer_class,
+    total,
+)
 from qllm.models.norms import NORMS
 from qllm.models.partition import keep_shards, keep_stage
 from qllm.models.pieces import pieces_of
@@ -29,7 +37,11 @@ from qllm.models.positions import POSITIONS
 from qllm.ops import phase
 from qllm.ops.capture import capture
 from qllm.ops.reference import ACTIVATIONS
-from qllm.parallel.layers import LinearOrShard, VocabularyParallel
+from qllm.parallel.layers import (
+    LinearOrShard,
+    QuantizedVocabularyParallel,
+    VocabularyParallel,
+)
 from qllm.parallel.pipeline import ParallelContext
 
 # Names that config.json files use for the same functions.
@@ -39,6 +51,8 @@ SAME_ACTIVATION = {
     "gelu_fast": "gelu_tanh",
     "swish": "silu",
 }
+
+Table = Embedding | QuantizedEmbedding | VocabularyParallel | QuantizedVocabularyParallel
 
 
 class Decoder(nn.Module):
@@ -53,7 +67,7 @@ class Decoder(nn.Module):
 
     kv_bits = 16
     # An identity stands for what the model does without, or another stage of a pipeline has.
-    embed: Embedding | VocabularyParallel | nn.Identity
+    embed: Table | nn.Identity
     embed_norm: nn.Module
     project_in: nn.Module
     final_norm: nn.Module
@@ -94,7 +108,13 @@ class Decoder(nn.Module):
         norm = NORMS[config.norm]
         projected = embed != hidden
         self.config, self.dtype = config, dtype
-        self.embed = Embedding(config.vocab_size, embed, dtype)
+        table = None
+        if EMBEDDING in specs:
+            table = make(EMBEDDING, embed, config.vocab_size, False)
+            assert isinstance(table, WeightOnlyLinear)  # as `QuantPlan.resolve` has it
+            self.embed = QuantizedEmbedding(table, dtype)
+        else:
+            self.embed = Embedding(config.vocab_size, embed, dtype)
         scaled = config.embed_scale != 1
         self.embed_scale = Scale(config.embed_scale, dtype) if scaled else nn.Identity()
         self.embed_norm = norm(config, dtype) if config.embed_norm else nn.Identity()
@@ -104,9 +124,12 @@ class Decoder(nn.Module):
         self.layers = LayerList(layer(config, i, dtype, make) for i in range(config.num_layers))
         self.final_norm = norm(config, dtype) if config.final_norm else nn.Identity()
         self.project_out = make("project_out", hidden, embed, False) if projected else nn.Identity()
-        self.lm_head = make("lm_head", embed, config.vocab_size, False)
-        if config.tied_head and "lm_head" not in specs:
-            self.lm_head.weight = self.embed.weight
+        if config.tied_head and LM_HEAD not in specs and table is not None:
+            self.lm_head = table
+        else:
+            self.lm_head = make(LM_HEAD, embed, config.vocab_size, False)
+            if config.tied_head and LM_HEAD not in specs:
+                self.lm_head.weight = self.embed.weight
         self.kv_heads = config.num_kv_heads
         self.parallel = parallel or ParallelContext()
         self.stage = self.parallel.stage

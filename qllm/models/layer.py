@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qllm import ops
 from qllm.config import ModelConfig
 from qllm.layers import DynamicInt8Linear, Linear
+from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.cache import Decode, Prefill
 from qllm.models.norms import NORMS, QKNorm, add
 from qllm.ops.kv import Scores
@@ -34,6 +35,22 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return ops.on(tokens.device.type).embedding(tokens, self.weight, 0)
+
+
+class QuantizedEmbedding(nn.Module):
+    """The same of a packed matrix, which may be the LM head's as well.
+
+    Attributes:
+        linear: whose weight (V, C) it is.
+        dtype: of the rows.
+    """
+
+    def __init__(self, linear: WeightOnlyLinear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear, self.dtype = linear, dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.linear.look_up(tokens, self.dtype)
 
 
 class Attention(nn.Module):

@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from qllm.layers import Linear
-from qllm.models.layer import Embedding
+from qllm.models.layer import Embedding, QuantizedEmbedding
 from qllm.parallel.group import Group
-from qllm.parallel.layers import shard_attention, shard_classifier, shard_embedding, shard_mlp
+from qllm.parallel.layers import (
+    shard_attention,
+    shard_classifier,
+    shard_embedding,
+    shard_mlp,
+    shard_quantized_embedding,
+)
 from qllm.parallel.pipeline import PipelineStage
 from qllm.parallel.plan import shard_heads
 
@@ -51,6 +57,8 @@ def keep_shards(model: Decoder, group: Group, mode: str) -> None:
             shard_mlp(layer.mlp, group, mode)
     if isinstance(model.embed, Embedding):  # and no stage without it
         model.embed = shard_embedding(model.embed.weight, group)
+    elif isinstance(model.embed, QuantizedEmbedding):
+        model.embed = shard_quantized_embedding(model.embed.linear, group, model.dtype)
     if isinstance(model.lm_head, Linear):
         model.lm_head = shard_classifier(model.lm_head, group)
     if model.positions.slopes is not None:

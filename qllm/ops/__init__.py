@@ -49,10 +49,12 @@ class Layout:
     Attributes:
         pack: (weight, request) to the tensors that the kernel takes in its place.
         unpack: the inverse.
+        look_up: (row numbers (n,), tensors, request, dtype) to those rows of the weight, (n, K).
     """
 
     pack: Callable[[PackedWeight, Request], PackedWeight]
     unpack: Callable[[PackedWeight, Request], PackedWeight]
+    look_up: Callable[[torch.Tensor, PackedWeight, Request, torch.dtype], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -161,11 +163,20 @@ def _gpu_packed_unsupported(request: Request) -> str | None:
 
 
 def _layout(module: ModuleType) -> Layout:
-    """The layout that a module's `pack` and `unpack` make and undo."""
+    """The layout that a module's `pack` makes, `unpack` undoes, and `look_up` reads rows of."""
     return Layout(
         lambda weight, asked: module.pack(weight, asked.bits, asked.group_size, asked.in_features),
         lambda weight, asked: module.unpack(
             weight, asked.bits, asked.group_size, asked.in_features, asked.out_features
+        ),
+        lambda index, weight, asked, dtype: module.look_up(
+            index,
+            weight,
+            asked.bits,
+            asked.group_size,
+            asked.in_features,
+            asked.out_features,
+            dtype,
         ),
     )
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qllm.layers import Linear
 from qllm.layers.sharding import Sharding, narrow_runs
+from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.parallel.group import Group
 from qllm.parallel.plan import attention_shardings, mlp_shardings, shard_heads
 
@@ -109,11 +110,43 @@ class VocabularyParallel(nn.Module):
 
     def _look_up(self, tokens: Tensor, out: Tensor) -> None:
         """This rank's rows, and zeros for the others'."""
-        (rows,) = self.ranges
-        index = tokens - rows.start
-        absent = (index < 0) | (index >= len(rows))
-        torch.index_select(self.weight, 0, index.clamp(0, len(rows) - 1), out=out)
+        index, absent = _rows_here(tokens, self.ranges)
+        torch.index_select(self.weight, 0, index, out=out)
         out.masked_fill_(absent[:, None], 0)
+
+
+class QuantizedVocabularyParallel(ShardedLinear):
+    """The same of a packed matrix (V, C), of which each rank has some rows.
+
+    Attributes:
+        dtype: of the rows.
+    """
+
+    linear: WeightOnlyLinear
+
+    def __init__(
+        self, linear: WeightOnlyLinear, group: Group, sharding: Sharding, dtype: torch.dtype
+    ) -> None:
+        super().__init__(linear, group, sharding)
+        self.dtype = dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        shape = (len(tokens), self.linear.in_features)
+        out = torch.empty(shape, dtype=self.dtype, device=tokens.device)
+        return self.group.all_reduce_or(out, lambda: self._look_up(tokens, out))
+
+    def _look_up(self, tokens: Tensor, out: Tensor) -> None:
+        """This rank's rows, and zeros for the others'."""
+        index, absent = _rows_here(tokens, self.ranges)
+        out.copy_(self.linear.look_up(index, self.dtype)).masked_fill_(absent[:, None], 0)
+
+
+def _rows_here(tokens: Tensor, ranges: Sequence[range]) -> tuple[Tensor, Tensor]:
+    """The row of each token in this rank's run of them, any where it has none; and where."""
+    (rows,) = ranges
+    index = tokens - rows.start
+    absent = (index < 0) | (index >= len(rows))
+    return index.clamp(0, len(rows) - 1), absent
 
 
 def shard_linear(
@@ -191,6 +224,15 @@ def shard_embedding(weight: Tensor, group: Group) -> VocabularyParallel:
     """This rank's rows of an embedding (V, C), as a module that gives all tokens theirs."""
     sharding = Sharding.evenly(0, len(weight), group.size)
     return VocabularyParallel(narrow_runs(weight, 0, sharding.ranges[group.rank]), group, sharding)
+
+
+def shard_quantized_embedding(
+    linear: WeightOnlyLinear, group: Group, dtype: torch.dtype
+) -> QuantizedVocabularyParallel:
+    """`shard_embedding` of a packed matrix, whose rows become numbers of a type."""
+    sharding = Sharding.evenly(0, linear.out_features, group.size)
+    shard = linear.narrow(0, *sharding.ranges[group.rank])
+    return QuantizedVocabularyParallel(shard, group, sharding, dtype)
 
 
 def shard_classifier(linear: Linear, group: Group) -> ShardedLinear:

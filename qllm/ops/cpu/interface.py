@@ -39,6 +39,10 @@ Norm = structure(
 Add = structure("Add", "count type =factor *x *z *y")
 Gather = structure("Gather", "rows columns gathered bytes *x *index *y")
 Embed = structure("Embed", "rows table_rows bytes offset *index *table *y")
+EmbedPacked = structure(
+    "EmbedPacked",
+    "rows table_rows inputs bits group type scale_type *index *q *scales *zeros *offsets *y",
+)
 # Of a decode step and of prefill: one token to a sequence, or runs of them.
 Attend = structure(
     "Attend",
@@ -58,6 +62,7 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "add": Add,
     "gather": Gather,
     "embed": Embed,
+    "embed_packed": EmbedPacked,
     "attend": Attend,
     "attend_prefill": Attend,
 }

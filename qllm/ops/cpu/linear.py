@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qllm.ops import phase
 from qllm.ops.cpu import library
-from qllm.ops.cpu.interface import Blocks, Dense, Linear, Packing
+from qllm.ops.cpu.interface import Blocks, Dense, EmbedPacked, Linear, Packing
 from qllm.ops.cpu.library import TYPES, Arena, like, pointer
 from qllm.quant.packing import PackedWeight, group_width, packed_size
 
@@ -100,6 +100,33 @@ def unpack(
         packed,
     )
     return PackedWeight(rows, scales, zeros)
+
+
+def look_up(
+    index: Tensor,
+    packed: PackedWeight,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`reference.packed_embedding` on tensors of `pack`, of N rows."""
+    index = index.to(torch.int64).contiguous()
+    y = torch.empty(len(index), in_features, dtype=dtype)
+    shape = (len(index), out_features, in_features, bits, group_width(in_features, group_size))
+    arguments = EmbedPacked(
+        *shape,
+        TYPES[dtype],
+        TYPES[packed.scales.dtype],
+        pointer(index),
+        pointer(packed.qweight),
+        pointer(packed.scales),
+        *_apart(packed.qzeros),
+        pointer(y),
+    )
+    library.run("embed_packed", arguments, index, *packed[:3], y)
+    return y
 
 
 def unblock(blocks: Tensor, bits: int, offset: bool) -> PackedWeight:

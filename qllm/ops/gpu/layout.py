@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qllm.ops.gpu.device import settle
+from qllm.ops.reference import scaled
 from qllm.quant.packing import PackedWeight, group_width
 from qllm.quant.packing import pack as pack_rows
 from qllm.quant.packing import unpack as unpack_rows
@@ -106,6 +107,34 @@ def unpack(
         _by_row(tensor, out_features) if tensor.numel() else tensor for tensor in packed[1:3]
     )
     return PackedWeight(torch.cat(rows)[:out_features], scales, zeros)
+
+
+def look_up(
+    index: Tensor,
+    packed: PackedWeight,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`reference.packed_embedding` on tensors of `pack`, of N rows: in torch, panel by panel.
+
+    A panel of PANEL rows is unpacked for one of them: a step needs few, and a prompt's are nothing
+    beside its products.
+    """
+    shape = Shape.of(in_features, out_features, group_size)
+    rows = []
+    for some in index.split(max(1, CHUNK // (shape.blocks * BLOCK * PANEL))):
+        panel, row = some // PANEL, some % PANEL
+        values = _values(packed.qweight[panel], bits, shape)[:, :in_features]
+        row_in_lanes = panel * PANEL + row % 8 * 2 + row // 8  # see `_by_lane`
+        scales, zeros = (
+            numbers.t()[row_in_lanes] if numbers.numel() else numbers for numbers in packed[1:3]
+        )
+        mine = torch.arange(len(some), device=some.device) * PANEL + row
+        rows.append(scaled(values[mine], scales, zeros, bits, group_size, dtype))
+    return torch.cat(rows)
 
 
 def _words(values: Tensor, bits: int, shape: Shape) -> Tensor:

@@ -58,7 +58,19 @@ def dequantize(
     Returns:
         (N, K) in dtype.
     """
-    q = unpack(qweight, bits, in_features)
+    return scaled(unpack(qweight, bits, in_features), scales, qzeros, bits, group_size, dtype)
+
+
+def scaled(
+    q: Tensor,
+    scales: Tensor,
+    qzeros: Tensor,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`dequantize` of integers that are unpacked: uint8 (N, K)."""
+    in_features = q.shape[1]
     group = group_width(in_features, group_size)
     if qzeros.is_floating_point():
         weight = q.float().mul_(_per_column(scales.float(), group, in_features))

@@ -8,12 +8,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qllm.ops.reference.linear import Int8Rows, quantize_rows
+from qllm.ops.reference.linear import Int8Rows, dequantize, quantize_rows
+from qllm.quant.packing import PackedWeight
 
 
 def embedding(index: Tensor, table: Tensor, offset: int) -> Tensor:
     """Rows `index + offset` of a table (V, C): (N, C)."""
     return F.embedding(index + offset, table)
+
+
+def packed_embedding(
+    index: Tensor,
+    table: PackedWeight,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows `index` of a packed table (V, C), dequantized: (N, C) in dtype."""
+    zeros = table.qzeros[index] if table.qzeros.numel() else table.qzeros
+    rows = (table.qweight[index], table.scales[index], zeros)
+    return dequantize(*rows, bits, group_size, in_features, dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

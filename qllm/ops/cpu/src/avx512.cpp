@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "layout.h"
 #include "limits.h"
+#include "packed_embedding.h"
 #include "steps.h"
 
 namespace qllm {

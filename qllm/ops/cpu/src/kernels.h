@@ -117,6 +117,16 @@ struct Embed {  // row index[i] + offset of a table, `bytes` wide, for each i
     void *y;
 };
 
+struct EmbedPacked {  // row index[i] of a packed weight (table_rows, in), dequantized, for each i
+    int64_t rows, table_rows, in, bits, group, type, scale_type;  // type: of y
+    const int64_t *index;
+    const uint8_t *q;                      // as pack leaves them, and the rest
+    const void *scales;
+    const uint8_t *zeros;                  // null: 2^(bits - 1), or there are offsets
+    const void *offsets;
+    void *y;                               // (rows, in)
+};
+
 // Tokens attend to those before them in the cache, which their keys and values join, and to
 // themselves. N tokens of some sequences lie one sequence after the other; in a decode step each
 // has one.
@@ -168,6 +178,7 @@ enum class Status : int64_t { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
     OP(add, Add)                      \
     OP(gather, Gather)                \
     OP(embed, Embed)                  \
+    OP(embed_packed, EmbedPacked)     \
     OP(attend, Attend)                \
     OP(attend_prefill, Attend)
 

@@ -1,0 +1,57 @@
+// Rows of a packed weight as numbers: of an embedding, which may be the LM head's matrix as well.
+#pragma once
+
+#include "elements.h"
+#include "isa.h"
+#include "kernels.h"
+#include "layout.h"
+
+namespace qllm {
+namespace {
+
+// One number of float16 or float32.
+inline float number_at(const void *numbers, int64_t i, int64_t type) {
+    float first[WIDTH];
+    store_f(first, load_as(numbers, i, type, 1));
+    return first[0];
+}
+
+// (q - zero) * scale, or q * scale + offset, in float32, rounded to the type of y once.
+template <int64_t TYPE> void embed_packed_row(const EmbedPacked &a, int64_t row) {
+    const int64_t groups = (a.in + a.group - 1) / a.group, k_blocks = row_k_blocks(a.in, a.group);
+    const int64_t panel = a.index[row] / LANES, lane = a.index[row] % LANES;
+    const uint8_t *k_block = a.q + panel * k_blocks * 64 * a.bits;
+    char *y = static_cast<char *>(a.y) + row * a.in * (TYPE == FLOAT32 ? 4 : 2);
+    for (int64_t group = 0; group < groups; group++) {
+        const int64_t at = (panel * groups + group) * LANES + lane;
+        const VF scale = set_f(number_at(a.scales, at, a.scale_type));
+        const VF offset = set_f(a.offsets ? number_at(a.offsets, at, a.scale_type) : 0);
+        const int zero = a.offsets ? 0 : a.zeros ? a.zeros[at] : 1 << (a.bits - 1);
+        const int64_t end = smaller((group + 1) * a.group, a.in);
+        for (int64_t k = group * a.group; k < end; k += K_BLOCK, k_block += 64 * a.bits) {
+            alignas(64) uint8_t bytes[64 * STEPS];
+            float values[K_BLOCK];
+            UNPACK_K_BLOCK[a.bits](k_block, bytes);
+            for (int64_t i = 0; i < K_BLOCK; i++)
+                values[i] = float(bytes[i / STEP * 64 + lane * STEP + i % STEP] - zero);
+            const int64_t count = smaller(K_BLOCK, end - k);
+            for (int64_t i = 0; i < count; i += WIDTH) {
+                VF value = mul_f(load_f(values + i), scale);
+                if (a.offsets) value = add_f(value, offset);
+                store<TYPE>(y, k + i, count - i, value);
+            }
+        }
+    }
+}
+
+static Status embed_packed(const EmbedPacked &a) {
+    for (int64_t row = 0; row < a.rows; row++)
+        if (a.index[row] < 0 || a.index[row] >= a.table_rows) return Status::BAD_INDEX;
+    for_each(a.rows, a.rows * a.in > WORTH_THREADS, [&](int64_t row, int64_t) {
+        BY_TYPE(a.type, embed_packed_row, a, row);
+    });
+    return Status::OK;
+}
+
+}  // namespace
+}  // namespace qllm
