@@ -57,6 +57,7 @@ def quantize(
     group_size: int = DEFAULT_GROUP_SIZE,
     scheme: str = DEFAULT_SCHEME,
     lm_head_bits: int | str | None = None,
+    embedding_bits: int | str | None = None,
     dataset: str | CalibrationText | None = None,
     options: QuantizeOptions | None = None,
     dtype: str | torch.dtype | None = None,
@@ -98,7 +99,7 @@ def quantize(
     """
     folder = model if isinstance(model, ModelFolder) else hub.find(str(model), note=note)
     default = QuantSpec(group_size=group_size, scheme=scheme, algorithm=algorithm)
-    plan = make_plan(bitwidth, default, lm_head_bits)
+    plan = make_plan(bitwidth, default, lm_head_bits, embedding_bits)
     options = options or QuantizeOptions()
     config = read_config(read_raw_config(folder.path))
     calibration = dataset if isinstance(dataset, CalibrationText) else CalibrationText(dataset)

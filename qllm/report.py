@@ -11,7 +11,7 @@ from itertools import groupby
 
 from qllm import ops
 from qllm.checkpoint.load import shard_bytes
-from qllm.config import DEFAULT_KV_BITS
+from qllm.config import DEFAULT_KV_BITS, EMBEDDING, LM_HEAD
 from qllm.layers import Linear
 from qllm.layers.base import describe
 from qllm.memory import resident_bytes
@@ -137,8 +137,13 @@ def kernel_rows(model: Decoder) -> list[dict]:
             path = name.removesuffix(".linear")  # of a layer that several ranks share
             inside = path.startswith("layers.")
             index, inner = path.split(".", 2)[1:] if inside else ("-1", path)
-            choice = module.choice
-            key = (inner, describe(module.spec), choice.kernel.name, choice.reason)
+            kernel, why = module.choice.kernel.name, module.choice.reason
+            if path == EMBEDDING:
+                if module is getattr(model.lm_head, "linear", model.lm_head):
+                    inner = f"{LM_HEAD}, {EMBEDDING}"
+                else:
+                    why = "no product: rows are dequantized as tokens ask for them"
+            key = (inner, describe(module.spec), kernel, why)
             rows.setdefault(key, []).append(int(index))
     return [
         {

@@ -13,6 +13,7 @@ from qllm.generate import Generator
 from qllm.huggingface import HuggingFaceModel
 from qllm.layers import Linear
 from qllm.models import Decoder
+from qllm.models.layer import QuantizedEmbedding
 
 
 class Runner(Protocol):
@@ -40,7 +41,11 @@ class Runner(Protocol):
 
 def read_bytes(model: Decoder) -> int:
     """Bytes of weights that one decode step reads, which may lie on the meta device."""
-    tied = getattr(model.lm_head, "weight", None) is model.embed.weight
+    embed = model.embed
+    if isinstance(embed, QuantizedEmbedding):
+        tied = embed.linear is model.lm_head
+    else:
+        tied = getattr(model.lm_head, "weight", None) is embed.weight
     # Of an embedding that is not the LM head, too, a step reads a row.
     return module_bytes(model) - (0 if tied else module_bytes(model.embed))
 

@@ -139,28 +139,20 @@ def _is_linear(name: str) -> bool:
 
 
 def packed_types(parts: dict[str, list[Part]]) -> dict[str, BlockType]:
-    """Our name of each linear that a layer can hold as the file has it, to its type."""
+    """Our name of each linear, and the embedding, that can be held as the file has it."""
     found = {}
     for name, pieces in parts.items():
         module, _, kind = name.rpartition(".")
         types = {piece.tensor.type for piece in pieces}
-        if _is_linear(name) and kind == "weight" and len(types) == 1 and next(iter(types)).packs:
+        held = _is_linear(name) or module == "embed"
+        if held and kind == "weight" and len(types) == 1 and next(iter(types)).packs:
             found[module] = next(iter(types))
     return found
 
 
-def parts_with_head(found: GGUF) -> dict[str, list[Part]]:
-    """`parts_of`; a head that is the embedding is a linear of its own where it can be packed."""
-    parts = parts_of(found)
-    embed = parts["embed.weight"]
-    if "lm_head.weight" not in parts and embed[0].tensor.type.packs:
-        parts["lm_head.weight"] = embed
-    return parts
-
-
 def quantization_of(found: GGUF) -> dict[str, object]:
     """The `quantization_config` of a file: the type of each linear that is held as it is."""
-    types = packed_types(parts_with_head(found))
+    types = packed_types(parts_of(found))
     return {
         "quant_method": "gguf",
         "modules": {module: kind.name for module, kind in types.items()},
@@ -170,7 +162,7 @@ def quantization_of(found: GGUF) -> dict[str, object]:
 class GGUFFile(TensorFile):
     """The tensors of a file, or of all that a model was split into.
 
-    A linear that is held as it is has "blocks", uint8 (N, bytes of a row), in place of a "weight".
+    What is held as it is has "blocks", uint8 (N, bytes of a row), in place of a "weight".
     """
 
     def __init__(self, found: GGUF, packed: bool, dtype: torch.dtype = torch.float32) -> None:
@@ -182,7 +174,7 @@ class GGUFFile(TensorFile):
         self._dtype = dtype
         self.path = found.path
         self._maps: dict[Path, Tensor] = {}
-        self._parts = parts_with_head(found) if packed else parts_of(found)
+        self._parts = parts_of(found)
         types = packed_types(self._parts) if packed else {}
         self.tensors: dict[str, TensorInfo] = {}
         for name in list(self._parts):

@@ -106,9 +106,14 @@ class TensorNames:
         if module == LM_HEAD:
             return (f"{self.head}.{kind}",)
         parts = tuple(f"{self.prefix}{part}.{kind}" for part in self.family.parts(module))
-        if name == "embed.weight" and parts[0] not in self.checkpoint.tensors:
-            return (f"{self.head}.weight",) if self.config.tied_head else parts
+        if name == "embed.weight" and self.config.tied_head and not self._holds(parts[0]):
+            return (f"{self.head}.weight",)
         return parts
+
+    def _holds(self, part: str) -> bool:
+        """Whether the checkpoint has a tensor, or those that it is packed into."""
+        stem = part.removesuffix("weight")
+        return any(name.startswith(stem) for name in self.checkpoint.tensors)
 
     def row_counts(self, module: str, parts: int) -> list[int]:
         """How many rows of our module's fused tensors each of its sources has."""

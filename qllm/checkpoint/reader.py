@@ -61,9 +61,6 @@ def read_raw_config(folder: Path, *, packed: bool = True) -> RawConfig:
         values: dict[str, Any] = {**read_config(file), LAYOUT_KEY: LAYOUT}
         if packed:
             values[QUANTIZATION_KEY] = quantization_of(file)
-            # A head that is the embedding, in blocks, is a linear of its own.
-            if "lm_head" in values[QUANTIZATION_KEY]["modules"]:
-                values["tie_word_embeddings"] = False
         return RawConfig(values, str(folder))
     path = folder / "config.json"
     values = read_json(path)

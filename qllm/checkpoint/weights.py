@@ -26,7 +26,7 @@ from qllm.checkpoint.formats import (
 )
 from qllm.checkpoint.names import TensorNames
 from qllm.checkpoint.reader import LAYOUT_KEY, QUANTIZATION_FILES, QUANTIZATION_KEY, Checkpoint
-from qllm.config import LM_HEAD, ModelConfig
+from qllm.config import EMBEDDING, LM_HEAD, ModelConfig
 from qllm.errors import UserError
 from qllm.gguf import is_gguf
 from qllm.models import Family, RawConfig
@@ -160,7 +160,23 @@ class Weights:
                 f"{count}"
             )
         (embed,) = self.names.sources("embed.weight")
-        self._check_shape(embed, (self.config.vocab_size, self.config.embed_size))
+        parts, size = self._packed_embedding(), self.config.vocab_size
+        if not parts:
+            self._check_shape(embed, (size, self.config.embed_size))
+        # Its other sizes are checked where it is read, and nothing is made of them before.
+        elif not any(size in self.checkpoint.tensors[part].shape for part in parts):
+            raise UserError(
+                f"{self.checkpoint.folder}: none of {', '.join(parts)} has {size} rows, which "
+                "config.json implies"
+            )
+
+    def _packed_embedding(self) -> list[str]:
+        """The tensors that the embedding is packed into; [] where it is floating point."""
+        (embed,) = self.names.sources("embed.weight")
+        if embed in self.checkpoint.tensors:
+            return []
+        stem = embed.removesuffix("weight")
+        return [name for name in self.checkpoint.tensors if name.startswith(stem)]
 
     def _check_shape(self, part: str, shape: tuple[int, ...]) -> None:
         info = self.checkpoint.tensors.get(part)
@@ -197,7 +213,8 @@ class Weights:
         config = parse(value, raw.where)
         names = [*self.family.layer_linears(self.config.num_layers)]
         stored = {}
-        for name in [*names, *([] if self.config.tied_head else [LM_HEAD])]:
+        embedding = [EMBEDDING] if self._packed_embedding() else []
+        for name in [*embedding, *names, *([] if self.config.tied_head else [LM_HEAD])]:
             parts = [part.rpartition(".")[0] for part in self.names.sources(f"{name}.weight")]
             found = {part: config.find(part) for part in parts}
             storage = found[parts[0]]
@@ -358,9 +375,16 @@ class Weights:
 
     def dtype(self, name: str = "embed.weight") -> torch.dtype:
         """The type in which one of our tensors is read."""
+        if name == "embed.weight" and self._packed_embedding():
+            name = next(other for other in self.shapes if self._is_float(other))
         types = [self.checkpoint.tensors[part].dtype for part in self.names.sources(name)]
         found = reduce(torch.promote_types, types)
         return torch.float32 if found == torch.float64 else found
+
+    def _is_float(self, name: str) -> bool:
+        """Whether the checkpoint has one of our tensors as floating point."""
+        infos = map(self.checkpoint.tensors.get, self.names.sources(name))
+        return all(info is not None and info.dtype.is_floating_point for info in infos)
 
     def read(
         self,

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from qllm.checkpoint.formats import Int8Weight
 from qllm.checkpoint.weights import Weights
-from qllm.config import LM_HEAD
+from qllm.config import EMBEDDING, LM_HEAD
 from qllm.errors import UserError
+from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.decoder import SAME_ACTIVATION
 from qllm.models.layer import scores_of_layer
 from qllm.models.positions import RotaryPositions, alibi_slopes
 from qllm.onnx.graph import TYPES, Graph
 from qllm.onnx.nbits import NBits, block_size
+from qllm.quant.packing import PackedWeight
 
 LOGITS = "logits"
 
@@ -46,7 +48,8 @@ class DecoderGraph:
         self.config = weights.config
         self.numpy = torch.empty(0, dtype=dtype).numpy().dtype
         for name, storage in weights.stored.items():
-            block_size(storage.spec, name)
+            if name != EMBEDDING:
+                block_size(storage.spec, name)
 
     def build(self, progress: Callable[[list], Iterable] = iter) -> onnx.ModelProto:
         """The model; every weight is in the graph's data file."""
@@ -57,7 +60,7 @@ class DecoderGraph:
         length = g.op("Shape", "input_ids", start=1)
         self.past = g.op("Sub", span, length)  # [P]
         tokens = g.op("Reshape", "input_ids", g.constant([-1]))
-        self.embedding = self._weight("embed.weight")
+        self.embedding = g.weight("embed.weight", self._converted("embed.weight", self._table()))
         x = g.op("Gather", self.embedding, tokens)
         if config.embed_scale != 1:
             x = g.op("Mul", x, g.constant(config.embed_scale, self.numpy))
@@ -103,7 +106,18 @@ class DecoderGraph:
         return inputs, outputs
 
     def _read(self, name: str) -> Tensor:
-        tensor = self.weights.read(name)
+        return self._converted(name, self.weights.read(name))
+
+    def _table(self) -> Tensor:
+        """The embedding (V, C), which has no operator for one that is packed."""
+        if EMBEDDING not in self.weights.stored:
+            return self.weights.read("embed.weight")
+        packed, spec = self.weights.read_quantized(EMBEDDING), self.weights.stored[EMBEDDING].spec
+        assert isinstance(packed, PackedWeight)  # as of all that are not multiplied with int8
+        return WeightOnlyLinear.from_packed(packed, None, spec, self.config.embed_size).dequantize()
+
+    def _converted(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor in the model's type, which must hold its values."""
         converted = tensor.to(self.dtype)
         # The extremes are infinite where any element is, and need no second tensor.
         if converted.numel() and not torch.stack(converted.aminmax()).isfinite().all():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qllm.checkpoint.reader import read_raw_config
 from qllm.checkpoint.writer import new_folder
-from qllm.config import LM_HEAD, QuantPlan, QuantSpec
+from qllm.config import EMBEDDING, LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.files import copy_file
 from qllm.layers.fp16 import DenseLinear
@@ -98,6 +98,10 @@ def _specs(
     layers = {name: (name,) for name in names if name != LM_HEAD}
     specs = job.plan.resolve(layers, num_layers)
     specs = {name: spec for name, spec in specs.items() if spec.kind != "dense"}
+    if EMBEDDING in specs:
+        raise UserError(
+            f"{path}: the embedding of an ONNX model stays as it is; leave --embedding-bits out"
+        )
     if LM_HEAD in specs and LM_HEAD not in names:
         raise UserError(f"{path} has no LM head that could be quantized")
     if not specs:

@@ -18,12 +18,13 @@ from qllm.checkpoint.load import elements
 from qllm.checkpoint.resume import PartialFolder
 from qllm.checkpoint.tensor_files import SafetensorsFile
 from qllm.checkpoint.weights import Weights
-from qllm.config import LM_HEAD, QuantSpec
+from qllm.config import EMBEDDING, LM_HEAD, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear
+from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import check_fits
 from qllm.models.cache import Prefill
-from qllm.models.layer import PreNormLayer
+from qllm.models.layer import PreNormLayer, QuantizedEmbedding
 from qllm.models.norms import Norm
 from qllm.progress import Meter, unseen
 from qllm.quant.inputs import InputStats
@@ -91,7 +92,8 @@ class _Run:
         self.config = self.weights.config
         linears = self.weights.family.layer_linears(self.config.num_layers)
         job.plan.check(self.config)
-        self.specs = job.plan.resolve(linears, self.config.num_layers)
+        tied = self.config.tied_head
+        self.specs = job.plan.resolve(linears, self.config.num_layers, tied=tied)
         if all(spec.kind == "dense" for spec in self.specs.values()):
             raise UserError("every layer stays at 16 bits; name fewer with --bitwidth or --config")
         needing = [name for name, spec in self.specs.items() if needs_inputs(spec)]
@@ -252,8 +254,13 @@ class _Run:
                     path.unlink()
 
     def _front(self, add: Callable[[float], object]) -> None:
+        embedding = None
         for module in FRONT:
-            self.output.write_floats(module, self.floats.read(module))
+            if module == EMBEDDING and module in self.specs:
+                embedding = self._quantize_alone(module)
+                self.output.write_linear(module, embedding)
+            else:
+                self.output.write_floats(module, self.floats.read(module))
         if self.job.samples is not None:
             for module in FRONT:
                 self.floats.fill(module, mapped=True)
@@ -261,6 +268,11 @@ class _Run:
             self.hidden = HiddenStates.embed(self.model, self.job.samples, states_dtype)
             if self.tuning:
                 self.targets = self.hidden.copy()
+            if embedding is not None:
+                assert isinstance(embedding, WeightOnlyLinear)  # as `QuantPlan.resolve` has it
+                self.model.embed = QuantizedEmbedding(embedding, torch.float32)
+                self.hidden = HiddenStates.embed(self.model, self.job.samples, states_dtype)
+            if self.tuning:
                 seen = seen_samples(self.job.samples, self.config.hidden_size)
                 path, seed = self.partial.folder / FISHER, self.job.options.tune.seed
                 write_fisher(self.weights, seen, path, self.job.device, add, seed)
@@ -368,7 +380,8 @@ class _Run:
         file = SafetensorsFile(self._states_path(TARGETS, self.config.num_layers + 2))
         self.output.write_small_files(self.reports, self.note)
         self.output.writer.finish()
-        head = self.floats.linear(LM_HEAD).weight if LM_HEAD in self.specs else None
+        tied = self.config.tied_head and EMBEDDING in self.specs
+        head = self.floats.linear(LM_HEAD).weight if tied or LM_HEAD in self.specs else None
         scales, dtype = self.partial.folder / SCALES, self._states_dtype()
         targets = file.map("states")
         refine_scales(self.output, scales, self.job, targets, head, dtype, self.note, add)

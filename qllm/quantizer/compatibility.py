@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from qllm.config import QuantSpec
 
@@ -50,12 +50,22 @@ def refusals(quantization: Mapping, ragged: str | None, transposed: bool = False
         return found
     if transposed:
         found.setdefault("transformers", "this family's layers are Conv1D there, which stay dense")
+    if any(target.startswith("re:") for target in _targets(quantization)):
+        found.setdefault("transformers", "it loads no packed embeddings")
+        found.setdefault("vLLM", "few of its models take packed embeddings, tied ones none")
     weights = [group["weights"] for group in quantization["config_groups"].values()]
     if len(weights) > 1 and not all(entry["symmetric"] for entry in weights):
         found.setdefault("transformers", "where layers differ it takes --scheme sym")
     if any(entry["num_bits"] == 1 for entry in weights):
         found.setdefault("vLLM", "it takes 2 to 8 bits")
     return found
+
+
+def _targets(quantization: Mapping) -> Iterator[str]:
+    """All targets of compressed-tensors' groups; only those of embeddings are patterns here."""
+    return (
+        target for group in quantization["config_groups"].values() for target in group["targets"]
+    )
 
 
 def summary(quantization: Mapping, ragged: str | None, transposed: bool = False) -> str:

@@ -25,6 +25,7 @@ from qllm.layers import Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
 from qllm.models.cache import Prefill
+from qllm.models.layer import QuantizedEmbedding
 from qllm.models.norms import Norm
 from qllm.quant.algorithm import DistillOptions
 from qllm.quant.packing import group_width
@@ -33,6 +34,7 @@ from qllm.quantizer.hidden import HiddenStates
 from qllm.quantizer.tune import (
     FrozenLinear,
     add_bias,
+    freeze,
     freeze_all,
     held_out,
     tuned_samples,
@@ -138,14 +140,19 @@ class _Student:
     def __init__(self, model: Decoder, float_head: Tensor | None, dtype: torch.dtype) -> None:
         self.model = model
         self.scaled: dict[str, ScaledLinear] = {}
+        # A packed embedding stays as it is, and a head that is tied to it.
+        table = model.embed.linear if isinstance(model.embed, QuantizedEmbedding) else None
         for name, module in list(model.named_modules()):
             if isinstance(module, Norm):
                 for key, buffer in list(module.named_buffers()):
                     setattr(module, key, buffer.float())
-            elif isinstance(module, WeightOnlyLinear):
+            elif isinstance(module, WeightOnlyLinear) and module is not table:
                 self.scaled[name] = ScaledLinear(module, dtype)
                 model.set_submodule(name, self.scaled[name])
-        freeze_all(model, dtype)
+        freeze_all(model.layers, dtype)
+        for name, module in list(model.named_children()):
+            if isinstance(module, Linear):
+                freeze(model, name, dtype)
         self.float_head: nn.Module = model.lm_head
         if float_head is not None:
             self.float_head = FrozenLinear(float_head, None, dtype)

@@ -14,7 +14,7 @@ from qllm.checkpoint.formats import Int8Weight, Quantized, describe, parse, take
 from qllm.checkpoint.reader import QUANTIZATION_KEY
 from qllm.checkpoint.weights import LAYOUT_KEY, Weights
 from qllm.checkpoint.writer import ShardWriter
-from qllm.config import DEFAULT_ALGORITHM, LM_HEAD, QuantSpec
+from qllm.config import DEFAULT_ALGORITHM, EMBEDDING, LM_HEAD, QuantSpec
 from qllm.layers import Linear
 from qllm.layers.w8a8 import DynamicInt8Linear
 from qllm.layers.weight_only import WeightOnlyLinear
@@ -55,7 +55,9 @@ class OutputCheckpoint:
                 self.by_part |= dict.fromkeys(self.weights.names.rows_of_parts(name), QuantSpec())
         gptq = job.options.gptq
         reordered = gptq.act_order and not gptq.static_groups
-        self.quantization = describe(self.by_part, desc_act=reordered, compressed=job.compressed)
+        # GPTQ has no embeddings.
+        compressed = job.compressed or EMBEDDING in specs
+        self.quantization = describe(self.by_part, desc_act=reordered, compressed=compressed)
         self.storage = parse(self.quantization, "config.json")
 
     def open(self, folder: Path, state: list[dict] | None) -> None:

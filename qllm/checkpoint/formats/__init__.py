@@ -62,7 +62,8 @@ def describe(
     Args:
         specs: Hugging Face module name to spec, 16-bit ones included. At least one is quantized.
         desc_act: input channels are grouped by importance (their groups are in `g_idx`).
-        compressed: compressed-tensors where GPTQ would hold every module, too.
+        compressed: compressed-tensors where GPTQ would hold every module, too; it alone holds
+            embeddings.
     """
     specs = {name: _plain(spec) for name, spec in specs.items()}
     quantized = {name: spec for name, spec in specs.items() if spec.kind != "dense"}

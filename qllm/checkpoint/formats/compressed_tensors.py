@@ -13,6 +13,9 @@ from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, Test, s
 from qllm.config import LM_HEAD, QuantSpec
 
 FORMATS: dict[str, type[Format]] = {format.name: format for format in (PackQuantized, IntQuantized)}
+# The last part of what Hugging Face's families, and QLLM, call an embedding of tokens.
+EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in", "embed")
+CLASSES = ("Linear", "Embedding")  # of which a target may be all modules
 # Kind of layer, to the strategy of its activations and whether that is dynamic.
 ACTIVATIONS = {"w8a8_dynamic": ("token", True), "w8a8_static": ("tensor", False)}
 
@@ -38,20 +41,24 @@ def parse(fields: Fields) -> QuantizationConfig:
     for target, storage in targets.items():
         named.setdefault(storage, set()).add(target)
     rules += [(names.__contains__, storage) for storage, names in named.items()]
-    general = sorted(filter(_is_general, targets), key=lambda target: (target == "Linear", target))
+    general = sorted(filter(_is_general, targets), key=lambda target: (target in CLASSES, target))
     rules += [(_target(fields, target), targets[target]) for target in general]
     return QuantizationConfig(tuple(rules), None)
 
 
 def _is_general(target: str) -> bool:
     """Whether a target is no module's name."""
-    return target == "Linear" or target.startswith("re:")
+    return target in CLASSES or target.startswith("re:")
 
 
 def _target(fields: Fields, target: str) -> Test:
-    if target == "Linear":
-        return lambda name: True
+    if target in CLASSES:
+        return lambda name: _is_embedding(name) == (target == "Embedding")
     return fields.pattern(target.removeprefix("re:"))
+
+
+def _is_embedding(name: str) -> bool:
+    return name.rpartition(".")[2] in EMBEDDINGS
 
 
 def _format(group: Fields, fields: Fields) -> Format:
@@ -108,9 +115,13 @@ def describe(
     groups = []
     for spec in (base, *(spec for spec, _ in others)):
         named = [name for name in quantized if quantized[name] == spec]
+        embeddings = [name for name in named if _is_embedding(name)]
         if spec == base:
             # vLLM's head is no "Linear"; its name is needed as well.
             named = ["Linear", *(name for name in named if name == LM_HEAD)]
+        # vLLM does not tell all embeddings what is in front of their names.
+        ends = [f"re:(.*\\.)?{name.rpartition('.')[2]}$" for name in embeddings]
+        named = [*(name for name in named if name not in embeddings), *ends]
         groups.append(_group(spec, named, desc_act))
     layouts = {group["format"] for group in groups}
     ignore = dict.fromkeys(name for name in specs if name not in quantized)
@@ -123,7 +134,8 @@ def describe(
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         "ignore": list(ignore),
     }
-    if not others and base.kind == "weight_only" and base.scheme == "asym":
+    packed = any(map(_is_embedding, quantized))  # which it would draw at random, and say nothing
+    if not (others or packed) and base.kind == "weight_only" and base.scheme == "asym":
         # transformers 5 has packed zero points only where it dequantizes while it loads; otherwise
         # it expects them unpacked, and refuses the file. It takes the first group for all modules.
         config["dequantize"] = True
