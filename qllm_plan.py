@@ -67,6 +67,11 @@ def parse_args() -> argparse.Namespace:
     )
     group.add_argument("--lm-head", action="store_true", help="decide on the LM head, too")
     group.add_argument(
+        "--embedding",
+        action="store_true",
+        help="decide on the token embedding, too, and on an LM head that is tied to it",
+    )
+    group.add_argument(
         "--fixed",
         action="append",
         default=[],
@@ -172,7 +177,7 @@ def main() -> None:
     from qllm.plan.planner import Planner, allowed
     from qllm.plan.program import Shape, Workload
 
-    modules = decided_modules(Weights.of_floats(folder.path), args.lm_head)
+    modules = decided_modules(Weights.of_floats(folder.path), args.lm_head, args.embedding)
     mask = allowed(modules, candidates, fixed)
     samples, judged = read_samples(args, folder)
     sensitivity = find_table(args, folder, candidates, samples, judged, device)
@@ -274,7 +279,8 @@ def find_table(
     from qllm.plan.cached import load_or_measure
     from qllm.plan.measure import Job
 
-    job = Job(folder.path, candidates, samples, judged, args.lm_head, seed=args.seed, device=device)
+    decided = args.lm_head, args.embedding
+    job = Job(folder.path, candidates, samples, judged, *decided, seed=args.seed, device=device)
     path = Path(args.table) if args.table else None
     return load_or_measure(job, path, cli.meter("measuring the losses"), cli.note, cli.note_above)
 

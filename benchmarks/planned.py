@@ -51,7 +51,7 @@ class Given:
         """Of the plan's model, quantized with GPTQ, from the 16-bit one."""
         device = "cpu"
         found = verify(self.folder, plan, "gptq", self.samples, self.judged, None, device)
-        return found["divergence"]
+        return found.measured["divergence"]
 
 
 def prepare(name: str, args: argparse.Namespace) -> Given:
@@ -63,7 +63,7 @@ def prepare(name: str, args: argparse.Namespace) -> Given:
     windows = sample_windows(ids, args.nsamples + few, args.seqlen, seed=0)
     samples, planned_on = windows[: args.nsamples], windows[args.nsamples :]
     candidates = parse_candidates(args.bits, args.group_size, "asym", QuantSpec(algorithm="gptq"))
-    table = measure(Job(folder, candidates, samples, planned_on))
+    table = measure(Job(folder, candidates, samples, planned_on, embedding=args.embedding))
     planner = Planner(table, Shape.of(folder, table.modules, candidates, None), Workload())
     ids = pretrained.encode(load_text(args.text))
     judged = sample_windows(ids, max(1, args.nsamples // 4), args.seqlen, seed=1)
@@ -180,6 +180,11 @@ def main() -> None:
     parser.add_argument("--uniform", nargs="+", type=number, default=[2, 3, 4], metavar="BITS")
     parser.add_argument("--nsamples", type=number, default=128, metavar="N")
     parser.add_argument("--seqlen", type=number, default=256, metavar="N")
+    parser.add_argument(
+        "--embedding",
+        action="store_true",
+        help="decide on embeddings, too, which uniform bits leave at the most of --bits",
+    )
     parser.add_argument("--autoscheme", action="store_true", help="AutoRound's bits beside ours")
     args = parser.parse_args()
     args.uniform.sort()

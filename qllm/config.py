@@ -220,14 +220,12 @@ class QuantPlan:
         """The plan with LM head and embedding quantized as well, None leaves one as it is.
 
         Args:
-            default: has the group size, scheme and algorithm; embeddings are rounded to nearest.
+            default: has the group size, scheme and algorithm.
         """
         plan = self
-        if lm_head_bits is not None:
-            plan = plan.with_rule(f"^{LM_HEAD}$", QuantSpec.from_json(lm_head_bits, default))
-        if embedding_bits is not None:
-            default = replace(default, algorithm=DEFAULT_ALGORITHM)
-            plan = plan.with_rule(f"^{EMBEDDING}$", QuantSpec.from_json(embedding_bits, default))
+        for name, bits in ((LM_HEAD, lm_head_bits), (EMBEDDING, embedding_bits)):
+            if bits is not None:
+                plan = plan.with_rule(f"^{name}$", QuantSpec.from_json(bits, default))
         return plan
 
     def check(self, config: ModelConfig) -> None:
@@ -265,7 +263,8 @@ class QuantPlan:
 
         Returns:
             name to spec, "lm_head" and "embed" among them where a rule that says so quantizes
-            them. Of a tied model without "lm_head", the head is what "embed" is.
+            them. Of a tied model without "lm_head", the head is what "embed" is. An embedding is
+            rounded to nearest, whatever the algorithm.
         """
         if self.num_layers is not None and self.num_layers != num_layers:
             raise UserError(
@@ -285,11 +284,8 @@ class QuantPlan:
                 f"an embedding has 1 to 8 bits or 16, not {outer[EMBEDDING].bitwidth}: there is "
                 "nothing that it is multiplied with"
             )
-        if outer[EMBEDDING].algorithm != DEFAULT_ALGORITHM:
-            raise UserError(
-                f"an embedding is rounded to nearest (rtn), not by {outer[EMBEDDING].algorithm}, "
-                "which minds what it is multiplied with"
-            )
+        # Other algorithms mind what a matrix is multiplied with, and a row is only looked up.
+        outer[EMBEDDING] = replace(outer[EMBEDDING], algorithm=DEFAULT_ALGORITHM)
         if tied and outer[LM_HEAD] == outer[EMBEDDING]:
             del outer[LM_HEAD]
         for name, parts in modules.items():

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +18,16 @@ from qllm.checkpoint.fingerprint import state_fingerprint
 from qllm.checkpoint.load import elements
 from qllm.checkpoint.reader import read_raw_config
 from qllm.checkpoint.weights import Weights
-from qllm.config import LM_HEAD, QuantSpec
+from qllm.config import DEFAULT_ALGORITHM, EMBEDDING, LM_HEAD, QuantSpec
 from qllm.data import load_text, sample_windows
 from qllm.errors import UserError
 from qllm.evaluate.scoring import logit_pieces
 from qllm.layers import Linear
 from qllm.layers.fp16 import DenseLinear
+from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import check_fits
 from qllm.models import read_config
-from qllm.models.layer import PreNormLayer
+from qllm.models.layer import PreNormLayer, QuantizedEmbedding
 from qllm.plan.sensitivity import Array, Sensitivity, draw_choices
 from qllm.progress import Meter, unseen
 from qllm.quant.inputs import InputStats
@@ -53,6 +54,7 @@ class Job:
         samples: token ids, of one length, that Hessians are made of.
         judged: token ids, of one length, on which divergence is measured.
         lm_head: the LM head is one of the linears.
+        embedding: the embedding is decided on as well, and with it a head that is tied to it.
         plans: how many plans of mixed bits are run.
     """
 
@@ -61,6 +63,7 @@ class Job:
     samples: Sequence[Sequence[int]]
     judged: Sequence[Sequence[int]]
     lm_head: bool = False
+    embedding: bool = False
     plans: int = PLANS
     seed: int = 0
     options: QuantizeOptions = field(default_factory=QuantizeOptions)
@@ -76,6 +79,7 @@ class Job:
             ],
             "samples": hashlib.sha256(text.encode()).hexdigest(),
             "lm_head": self.lm_head,
+            "embedding": self.embedding,
             "plans": self.plans,
             "seed": self.seed,
             "options": asdict(self.options),
@@ -122,14 +126,23 @@ def measure(
     return _Run(job, note).work(meter)
 
 
-def decided_modules(weights: Weights, lm_head: bool) -> tuple[str, ...]:
-    """The names of the linears that a plan decides on.
+def decided_modules(weights: Weights, lm_head: bool, embedding: bool = False) -> tuple[str, ...]:
+    """The names of the linears that a plan decides on, in the order in which states meet them.
 
     Args:
         lm_head: the LM head is one of them.
+        embedding: the embedding is one.
+
+    Raises:
+        UserError: for a head that would be decided on twice.
     """
+    if lm_head and embedding and weights.config.tied_head:
+        raise UserError(
+            "this model's LM head is its embedding, and --embedding decides on both; leave "
+            "--lm-head out"
+        )
     names = weights.family.layer_linears(weights.config.num_layers)
-    return (*names, LM_HEAD) if lm_head else tuple(names)
+    return (*[EMBEDDING] * embedding, *names, *[LM_HEAD] * lm_head)
 
 
 class _Run:
@@ -141,7 +154,7 @@ class _Run:
         self.config = self.weights.config
         self.floats = FloatModel(self.weights, job.device)
         self.model = self.floats.model
-        self.modules = decided_modules(self.weights, job.lm_head)
+        self.modules = decided_modules(self.weights, job.lm_head, job.embedding)
         self.choices = draw_choices(len(self.modules), job.candidates, job.plans, job.seed)
         bits = [abs(spec.bits - PROBE_BITS) for spec in job.candidates]
         self.probe = bits.index(min(bits))
@@ -163,11 +176,15 @@ class _Run:
             self.floats.fill(module, mapped=True)
         embed = HiddenStates.embed
         self.hidden = embed(self.model, self.job.samples, torch.float32)
-        judged = embed(self.model, self.job.judged, torch.float32).states
-        self.float = HiddenStates(judged, self.model.positions)
+        self.float = embed(self.model, self.job.judged, torch.float32)
         self.mixed = [self._branch() for _ in self.choices]
         self.alone: list[HiddenStates] = []  # of each linear so far, in the modules' order
-        if not (self.config.tied_head or self.job.lm_head):
+        if self.job.embedding:
+            self.alone.append(self._embedded(self.probe))
+            self.mixed = [self._embedded(choice[0]) for choice in self.choices]
+            for place, _ in enumerate(self.job.candidates):
+                self._table(place)  # whose error it keeps
+        if not (self.config.tied_head or self.job.lm_head or self.job.embedding):
             self.floats.drop(FRONT[:-1])
         sizes = [elements(layer) for layer in self.model.layers]
         with meter(sum(sizes), 0) as add:
@@ -189,6 +206,29 @@ class _Run:
     def _branch(self) -> HiddenStates:
         """A copy of what the float model has made of the judged text so far."""
         return HiddenStates(self.float.states.clone(), self.model.positions)
+
+    def _table(self, place: int) -> WeightOnlyLinear | None:
+        """The embedding as a candidate has it, None where that leaves it as it is.
+
+        It is made where it is needed: all of them are too much to keep.
+        """
+        spec = replace(self.job.candidates[place], algorithm=DEFAULT_ALGORITHM)
+        if spec.kind != "weight_only":
+            return None
+        module = self.floats.linear(EMBEDDING)
+        linear, report = quantize_linear(module, EMBEDDING, spec, None, self.job.options)
+        assert isinstance(linear, WeightOnlyLinear)
+        self.errors[0, place] = report.error**2
+        return linear
+
+    def _embedded(self, place: int) -> HiddenStates:
+        """The judged text's states in front of the layers, of a candidate's embedding."""
+        table, embed = self._table(place), self.model.embed
+        if table is not None:
+            self.model.embed = QuantizedEmbedding(table, torch.float32)
+        states = HiddenStates.embed(self.model, self.job.judged, torch.float32)
+        self.model.embed = embed
+        return states
 
     def _layer(self, index: int) -> None:
         name = f"layers.{index}"
@@ -276,10 +316,17 @@ class _Run:
         model = self.model
         head = model.lm_head
         assert isinstance(head, Linear)  # of a whole model
-        if next(head.buffers()).is_meta:  # it is tied
+        is_tied = next(head.buffers()).is_meta
+        if is_tied:
             tied = model.embed.weight
             assert isinstance(tied, Tensor)
             head = DenseLinear(tied.float(), None, QuantSpec())
+
+        def head_of(embedding: int) -> Linear:
+            """The head behind a candidate's embedding."""
+            table = self._table(embedding) if is_tied and self.job.embedding else None
+            return head if table is None else stand_in(table)
+
         heads: list[Linear] = [head] * len(self.job.candidates)
         if self.job.lm_head:
             stats = InputStats(head.in_features, self.job.device, products=True, multiply=head.run)
@@ -287,11 +334,16 @@ class _Run:
                 stats.add(self._last(sample))
             heads = [stand_in(each) for each in self._candidates(LM_HEAD, head, stats)]
         expected = [p.log_softmax(-1) for p in self._logits(self.float, head)]
-        alone = [self._divergence(path, head, expected) for path in self.alone]
+        rest = self.alone[self.job.embedding :]
+        alone = [self._divergence(path, head, expected) for path in rest]
+        if self.job.embedding:
+            alone.insert(0, self._divergence(self.alone[0], head_of(self.probe), expected))
         if self.job.lm_head:
             alone.append(self._divergence(self.float, heads[self.probe], expected))
         mixed = [
-            self._divergence(path, heads[choice[-1]] if self.job.lm_head else head, expected)
+            self._divergence(
+                path, heads[choice[-1]] if self.job.lm_head else head_of(choice[0]), expected
+            )
             for path, choice in zip(self.mixed, self.choices, strict=True)
         ]
         return np.array(alone), np.array(mixed)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qllm.config import QuantPlan, QuantSpec
+from qllm.config import EMBEDDING, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.patterns import Patterns
 from qllm.plan.candidates import labels
@@ -210,12 +210,17 @@ class Planner:
     def uniform(self, candidate: int, limits: Limits, cuts: Sequence[int] | None = None) -> Plan:
         """All linears at one of the candidates, on the devices as they are given.
 
+        An embedding, which is not one, has the most bits that there are.
+
         Args:
             candidate: its index.
             cuts: halves of layers with which stages begin; None: even ones.
         """
         devices = (ANYWHERE,) if self.cluster is None else self.cluster.devices
         choice = np.full(len(self.shape.modules), candidate)
+        if EMBEDDING in self.shape.modules:
+            packed = [not spec.kind.startswith("w8a8") for spec in self.sensitivity.candidates]
+            choice[self.shape.modules.index(EMBEDDING)] = np.flatnonzero(packed)[-1]
         halves = len(self.shape.fixed)
         if cuts is None:
             layers = halves // 2
@@ -255,7 +260,7 @@ def allowed(
     candidates: Sequence[QuantSpec],
     fixed: Mapping[str, str],
     where: str = "--fixed",
-) -> np.ndarray | None:
+) -> np.ndarray:
     """What each linear may have (M, C), where expressions over names hold some of them.
 
     Args:
@@ -266,10 +271,11 @@ def allowed(
     Raises:
         UserError: for a bitwidth that is no candidate, or an expression that no name matches.
     """
-    if not fixed:
-        return None
     names = labels(candidates)
     mask = np.ones((len(modules), len(names)), dtype=bool)
+    if EMBEDDING in modules:  # there is nothing that is rounded to be multiplied with it
+        int8 = [spec.kind.startswith("w8a8") for spec in candidates]
+        mask[modules.index(EMBEDDING), int8] = False
     patterns = Patterns(where)
     for pattern, bits in fixed.items():
         patterns.compile(pattern)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from qllm.checkpoint.load import module_bytes, outline
-from qllm.config import LM_HEAD, ModelConfig, QuantPlan, QuantSpec
+from qllm.config import EMBEDDING, LM_HEAD, ModelConfig, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.models import Decoder
@@ -61,8 +61,9 @@ class Shape:
     """What of a model's sizes the program needs.
 
     Attributes:
-        modules: names of the linears that are decided on.
-        half_of: int (M,), their halves of layers.
+        modules: names of the linears that are decided on, and of the embedding.
+        half_of: int (M,), their halves of layers; of an embedding the first, or, where the LM head
+            is tied to it, the last, where there is a product with it.
         sizes: int (M, 2), their inputs and outputs.
         weights: (M,), elements.
         nbytes: int (M, C), as loading has them.
@@ -108,12 +109,16 @@ class Shape:
         last = 2 * config.num_layers - 1
         halves, sizes, nbytes, bits = [], [], [], []
         for name in modules:
-            linear = model.get_submodule(name)
-            assert isinstance(linear, Linear)
-            halves.append(last if name == LM_HEAD else _half(name))
-            size = (linear.in_features, linear.out_features)
+            if name == EMBEDDING:
+                halves.append(last if config.tied_head else 0)
+                size, bias = (config.embed_size, config.vocab_size), False
+            else:
+                linear = model.get_submodule(name)
+                assert isinstance(linear, Linear)
+                halves.append(last if name == LM_HEAD else _half(name))
+                size = (linear.in_features, linear.out_features)
+                bias = getattr(linear, "bias", None) is not None
             sizes.append(size)
-            bias = getattr(linear, "bias", None) is not None
             held = [
                 [linear_class(s).empty(*size, part, s, model.dtype).nbytes() for s in candidates]
                 for part in (bias, False)
@@ -128,12 +133,13 @@ class Shape:
             layer = name.startswith("layers.")
             fixed[_half(name) if layer else 0 if name.split(".")[0] in FRONT else last] += own
         head = None
-        if LM_HEAD not in modules:
+        shared = config.tied_head and EMBEDDING in modules
+        if LM_HEAD not in modules and not shared:
             linear = model.lm_head
             assert isinstance(linear, Linear)  # of a whole model
             size = (linear.in_features, linear.out_features)
             head = (size, math.prod(size) * model.dtype.itemsize)
-        tied = module_bytes(model.embed) if config.tied_head else 0
+        tied = module_bytes(model.embed) if config.tied_head and not shared else 0
         return cls(
             config,
             model.dtype,
@@ -173,10 +179,11 @@ def _half(name: str) -> int:
 def sees_last_token(name: str, layers: int) -> bool:
     """Whether a linear is asked for each prompt's last token alone.
 
-    Those are the LM head, and in the last of some layers what is behind the keys and values.
+    Those are the LM head, an embedding that is it, and in the last of some layers what is behind
+    the keys and values.
     """
     last = name.startswith(f"layers.{layers - 1}.") and not name.endswith(".qkv")
-    return last or name == LM_HEAD
+    return last or name in (LM_HEAD, EMBEDDING)
 
 
 def build(
@@ -196,7 +203,15 @@ def build(
     Args:
         loss: (M, C), of `Sensitivity.sums`.
         cluster: what joins them; None: there is one device, without a limit or a speed.
+
+    Raises:
+        UserError: several devices, of which two would have an embedding that is decided on.
     """
+    if len(devices) > 1 and EMBEDDING in shape.modules and shape.config.tied_head:
+        raise UserError(
+            "--embedding is for one device where the LM head is tied: of several the first has it "
+            "as well as the last; leave it out"
+        )
     count, halves = len(devices), len(shape.fixed)
     config, rows = shape.config, work.batch
     micro = min(rows, count)
@@ -222,6 +237,8 @@ def build(
         for d, device in enumerate(devices):
             speed = device.speed
             for m in range(size[0]):
+                if shape.modules[m] == EMBEDDING and not config.tied_head:
+                    continue  # rows are looked up, which takes no time
                 for c, spec in enumerate(candidates):
                     inputs, outputs = map(int, shape.sizes[m])
                     args = (spec, (inputs, outputs), int(shape.nbytes[m, c]))

@@ -16,11 +16,12 @@ def print_plan(name: str, plan: Plan) -> None:
     called = dict(zip(candidates, labels(candidates), strict=True))
     layers: dict[str, dict[str, str]] = {}
     for module, spec in plan.specs.items():
-        # "layers.0.mlp.up" is a cell of the row "layers.0"; the LM head is a row with one.
+        # "layers.0.mlp.up" is a cell of the row "layers.0"; the LM head and the embedding are rows
+        # with one.
         words = module.split(".")
         row, column = (".".join(words[:2]), ".".join(words[2:])) if words[2:] else (module, "")
         layers.setdefault(row, {})[column] = called[spec]
-    columns = list(next(iter(layers.values())))
+    columns = max((list(cells) for cells in layers.values()), key=len)
     rows = [
         [row, *(cells.get(column, "") for column in columns)]
         if "" not in cells
