@@ -117,10 +117,11 @@ def test_what_a_bitwidth_may_be(bitwidth, bits):
         assert {layer.mlp.up.spec.bits for layer in llm.model.layers} == {5}
 
 
-def test_a_plan_has_the_head_that_was_asked_for():
-    assert make_plan(4, lm_head_bits=8).to_json() == {
+def test_a_plan_has_the_head_and_the_embedding_that_were_asked_for():
+    assert make_plan(4, lm_head_bits=8, embedding_bits=5).to_json() == {
         ".*": {"bits": 4, "group_size": 128, "scheme": "asym"},
         "^lm_head$": {"bits": 8, "group_size": 128, "scheme": "asym"},
+        "^embed$": {"bits": 5, "group_size": 128, "scheme": "asym"},
     }
 
 

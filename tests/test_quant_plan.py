@@ -10,6 +10,7 @@ from plans import DEFAULT_7, FOUR, MODULES, assert_refused, found, plan_of
 from qllm.config import (
     ALGORITHMS,
     BITWIDTHS,
+    EMBEDDING,
     LM_HEAD,
     QuantPlan,
     QuantSpec,
@@ -225,18 +226,21 @@ def test_parts_of_a_fused_layer_have_one_algorithm():
     assert_refused(lambda: plan_of(rules).resolve(MODULES, 2), "one fused matrix", "awq")
 
 
-# ---- the head
+# ---- the head and the embedding
 
 
 @pytest.mark.parametrize("pattern", [".*", "", "e", "layers|head", "attention|mlp"])
 def test_a_rule_that_does_not_say_its_name_leaves_the_head(pattern):
-    assert LM_HEAD not in plan_of({".*": 8, pattern: 4}).resolve(MODULES, 2)
+    assert not {LM_HEAD, EMBEDDING} & {*plan_of({".*": 8, pattern: 4}).resolve(MODULES, 2)}
 
 
-@pytest.mark.parametrize("pattern", ["lm_head", "^lm_head$", "layers|lm_head"])
-def test_a_rule_that_names_the_head(pattern):
+@pytest.mark.parametrize("pattern", ["{}", "^{}$", "layers|{}"])
+@pytest.mark.parametrize("name", [LM_HEAD, EMBEDDING])
+def test_a_rule_that_names_what_is_outside_the_layers(name, pattern):
+    pattern = pattern.format(name)
     specs = plan_of({".*": 8, pattern: 4}).resolve(MODULES, 2)
-    assert specs[LM_HEAD] == FOUR
+    assert specs[name] == FOUR
+    assert len({LM_HEAD, EMBEDDING} & {*specs}) == 1
     assert specs["layers.0.mlp.up"].bits == (4 if "layers" in pattern else 8)
 
 
@@ -246,6 +250,19 @@ def test_the_last_rule_that_names_the_head_wins():
     assert LM_HEAD not in plan_of({"lm_head": 4, "^lm_head$": 16}).resolve(MODULES, 2)
     alone = plan_of({"lm_head": 4}).resolve(MODULES, 2)
     assert alone == {**dict.fromkeys(MODULES, QuantSpec()), LM_HEAD: FOUR}
+
+
+def test_an_embedding_is_rounded_to_nearest_whatever_the_algorithm():
+    specs = plan_of({"layers|embed": {"bits": 4, "algorithm": "gptq"}}).resolve(MODULES, 2)
+    assert specs[EMBEDDING].algorithm == "rtn"
+    assert specs["layers.0.mlp.up"].algorithm == "gptq"
+
+
+def test_a_tied_head_of_the_embedding_s_spec_is_no_matrix_of_its_own():
+    both = {"embed|lm_head": 4}
+    assert LM_HEAD in plan_of(both).resolve(MODULES, 2)
+    assert LM_HEAD not in plan_of(both).resolve(MODULES, 2, tied=True)
+    assert LM_HEAD in plan_of({**both, "lm_head": 8}).resolve(MODULES, 2, tied=True)
 
 
 def test_one_more_rule():

@@ -106,7 +106,8 @@ def test_an_input_that_is_always_zero_is_named(text, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_saved_writes_the_same_as_what_is_quantized_in_loading(family, tmp_path):
     model = ("--model-name", family, "--model-size", "tiny")
-    bits = ("--bitwidth", "4", *(("--lm-head-bits", "8") if family == "llama" else ()))
+    outer = "--embedding-bits" if family == "opt" else "--lm-head-bits"
+    bits = ("--bitwidth", "4", *((outer, "8") if family != "bloom" else ()))
     start = run if family == "opt" else call
     done = start(QUANT, *model, *bits, "--save", tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -133,7 +134,8 @@ def test_static_activations_need_no_other_file(opt, text, tmp_path):
 
 
 def test_the_dequantized_twin_is_for_the_reference(opt, text, tmp_path):
-    options = ("--bitwidth", "3", "--algorithm", "awq", *calibrated(text))
+    bits = ("--bitwidth", "3", "--embedding-bits", "4")
+    options = (*bits, "--algorithm", "awq", *calibrated(text))
     for flags, name in (((), "saved"), (("--fake",), "fake")):
         done = call(QUANT, "--model-path", opt, *options, *flags, "--save", tmp_path / name)
         assert done.returncode == 0, done.stderr

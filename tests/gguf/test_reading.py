@@ -20,6 +20,7 @@ from gguf_files import (
     write_model,
     write_sentencepiece,
 )
+from torch import nn
 
 from qllm import LLM
 from qllm.checkpoint.gguf import GGUFFile
@@ -32,7 +33,6 @@ from qllm.gguf.file import read_gguf
 from qllm.gguf.tokenizer import tokenizer_files
 from qllm.gguf.types import TYPES
 from qllm.models import RawConfig, read_config
-from qllm.models.decoder import Decoder
 from qllm.pretrained import Pretrained
 from qllm.quant.packing import unpack
 from qllm.quantizer.checkpoint import quantize_checkpoint
@@ -83,8 +83,10 @@ def test_the_model_is_transformers_(tmp_path, family, kind):
     model = FAMILIES[family]()
     path = write_model(tmp_path / "model.gguf", model, kind)
     llm = LLM.from_pretrained(path, dtype="float32")
-    specs = {layer.spec.bits for name, layer in _linears(llm.model) if name != "lm_head"}
+    specs = {layer.spec.bits for _, layer in _linears(llm.model.layers)}
     assert specs == {16 if kind in ("F32", "F16", "BF16") else int(kind[1])}
+    if model.config.tie_word_embeddings and kind == "Q4_1":
+        assert llm.model.lm_head is llm.model.embed.linear
     reference = dequantized(model, kind)
     for ids in IDS:
         (logits,) = llm.logits([ids])
@@ -92,7 +94,7 @@ def test_the_model_is_transformers_(tmp_path, family, kind):
         assert (logits - want).abs().max() < 1e-4 * (want.max() - want.min())
 
 
-def _linears(model: Decoder):
+def _linears(model: nn.Module):
     return [(n, m) for n, m in model.named_modules() if hasattr(m, "spec")]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qllm.calibration import Calibration
 from qllm.checkpoint.convert import convert
-from qllm.config import LM_HEAD, QuantPlan, QuantSpec
+from qllm.config import EMBEDDING, LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.generate import generate
 from qllm.generation_config import GenerationConfig
@@ -260,12 +260,25 @@ def test_a_saved_quantized_checkpoint_serves_any_number(name, how, tmp_path):
     assert_close(on_mesh(3, run, mode="fast")[0], whole)
 
 
-def test_a_quantized_head_and_a_plan_of_many_specs(tmp_path):
-    rules = (*QuantPlan.parse("2,3,8:tc-li,16,8,5").rules, (LM_HEAD, QuantSpec.parse("4")))
-    plan = QuantPlan(rules, 6)
-    whole = logits_of(load(tiny("opt"), plan=plan))
-    got = on_mesh(3, lambda parallel: logits_of(load(tiny("opt"), plan=plan, parallel=parallel)))
-    assert all(same(logits, whole) for logits in got)
+@pytest.mark.parametrize(
+    ("family", "outer"),
+    [
+        ("opt", {LM_HEAD: "4"}),
+        ("opt", {LM_HEAD: "8:tc-li", EMBEDDING: "4"}),
+        ("bloom", {EMBEDDING: "3"}),
+        ("llama", {EMBEDDING: "8"}),
+    ],
+)
+def test_a_packed_head_or_embedding_and_a_plan_of_many_specs(family, outer):
+    rules = [(name, QuantSpec.parse(bits)) for name, bits in outer.items()]
+    plan = QuantPlan((*QuantPlan.parse("2,3,8:tc-li,16,8,5").rules, *rules), 6)
+    whole = logits_of(load(tiny(family), plan=plan))
+
+    def run(parallel):
+        return logits_of(load(tiny(family), plan=plan, parallel=parallel))
+
+    for mesh in ({"tp": 3}, {"tp": 1, "pp": 2}, {"tp": 2, "pp": 2}):
+        assert all(same(logits, whole) for logits in on_mesh(**mesh, run=run))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,7 +10,7 @@ import torch
 from conftest import tiny
 
 from qllm.checkpoint.load import load_model
-from qllm.config import QuantPlan, QuantSpec
+from qllm.config import EMBEDDING, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.evaluate.agreement import DecoderReference, ReferenceOutputs, agreement
 from qllm.plan.candidates import labels, parse_candidates
@@ -23,11 +23,13 @@ def windows(count: int, length: int, seed: int) -> list[list[int]]:
     return torch.randint(5, 4000, (count, length), generator=draw).tolist()
 
 
-@pytest.fixture(scope="module", params=["opt", "bloom", "llama"])
+@pytest.fixture(scope="module", params=[("opt", False), ("bloom", True), ("llama", True)], ids=str)
 def measured(request):
     """Rounding to nearest, whose weights do not depend on the inputs."""
+    family, embedding = request.param
     candidates = parse_candidates("4,2,16", "64", "asym", QuantSpec())
-    job = Job(tiny(request.param), candidates, windows(2, 32, 0), windows(2, 32, 1), plans=3)
+    texts = windows(2, 32, 0), windows(2, 32, 1)
+    job = Job(tiny(family), candidates, *texts, embedding=embedding, plans=3)
     return job, measure(job)
 
 
@@ -48,7 +50,8 @@ def test_divergences_are_those_of_the_models(measured):
     job, found = measured
     names, candidates = found.modules, found.candidates
     assert [spec.bits for spec in candidates] == [2, 4, 16]
-    for index in (1, len(names) - 1):  # a linear by itself
+    assert (names[0] == EMBEDDING) == job.embedding
+    for index in (0, 1, len(names) - 1):  # the embedding or a linear by itself
         only = {names[index]: candidates[found.probe]}
         assert found.alone[index] == pytest.approx(divergence(job, only), rel=0.02)
     mixed = {name: candidates[c] for name, c in zip(names, found.choices[0], strict=True)}

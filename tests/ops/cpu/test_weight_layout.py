@@ -5,10 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cpu_paths import STORED_SCHEMES, Weight, everywhere, kernel, random_weight, weight_of
+from cpu_paths import (
+    DTYPES,
+    STORED_SCHEMES,
+    Weight,
+    everywhere,
+    kernel,
+    random_weight,
+    weight_of,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qllm.ops import reference
 from qllm.quant.packing import BITS, PackedWeight, unpack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,6 +89,12 @@ def assert_layout(weight: Weight) -> None:
     ):
         assert got.dtype == expected.dtype and torch.equal(got, expected)
     assert layout.unpack(packed, request).perm is None
+    index = torch.arange(3 * request.out_features) * 7 % request.out_features
+    shape = (request.bits, request.group_size, request.in_features)
+    for dtype in DTYPES:
+        want = reference.packed_embedding(index, stored, *shape, dtype)
+        got = everywhere(lambda dtype=dtype: layout.look_up(index, packed, request, dtype))
+        assert got.dtype == dtype and torch.equal(got, want)
 
 
 @pytest.mark.parametrize("scheme", STORED_SCHEMES)
@@ -163,3 +178,12 @@ def test_any_strides(shape):
         packed = layout.pack(stored, weight.request)
         for got, expected in zip(packed[:3], weight.packed[:3], strict=True):
             assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("wrong", [-1, 33, -(2**63), 2**40])
+def test_a_row_outside_the_table_is_an_error(wrong):
+    weight = random_weight((33, 64), 4, 32, "asym", torch.float16)
+    layout = kernel("weight_only_linear").layout
+    packed = layout.pack(weight.stored, weight.request)
+    with pytest.raises(IndexError, match="an index is outside its table"):
+        layout.look_up(torch.tensor([0, wrong]), packed, weight.request, torch.float32)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from qllm.ops.gpu import layout
 from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
+from qllm.ops.reference import packed_embedding
 from qllm.quant.packing import BITS, PackedWeight
 from qllm.quant.packing import pack as pack_rows
 
@@ -36,6 +37,11 @@ def test_there_is_a_way_back(rows, columns, bits, group_size, zeros):
     back = layout.unpack(packed, bits, group_size, columns, rows)
     for got, expected in zip(back[:3], weight[:3], strict=True):
         assert got.dtype == expected.dtype and torch.equal(got, expected)
+    index = torch.arange(2 * rows) * 7 % rows
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        want = packed_embedding(index, weight, bits, group_size, columns, dtype)
+        got = layout.look_up(index, packed, bits, group_size, columns, rows, dtype)
+        assert got.dtype == dtype and torch.equal(got, want)
 
 
 def test_large_weights_are_repacked_in_parts(monkeypatch):
@@ -46,6 +52,10 @@ def test_large_weights_are_repacked_in_parts(monkeypatch):
     parts = layout.pack(weight, 3, 32, 150)
     assert torch.equal(whole.qweight, parts.qweight)
     assert torch.equal(layout.unpack(parts, 3, 32, 150, len(values)).qweight, weight.qweight)
+    index, shape = torch.tensor([52, 0, 17]), (3, 32, 150)
+    want = packed_embedding(index, weight, *shape, torch.float32)
+    got = layout.look_up(index, parts, *shape, len(values), torch.float32)
+    assert torch.equal(got, want)
 
 
 def test_the_bits_of_a_block():

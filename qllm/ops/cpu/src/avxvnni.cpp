@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "limits.h"
 #include "linear.h"
+#include "packed_embedding.h"
 #include "steps.h"
 
 const qllm::Path qllm::avxvnni_path = QLLM_WHOLE_PATH("avxvnni");
