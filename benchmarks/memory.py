@@ -1,7 +1,7 @@
 """Peak resident memory of loading and quantizing, beside the bound it is held to.
 
     python3 -m benchmarks.memory
-    python3 -m benchmarks.memory --repository bigscience/bloom-560m --bitwidth 3
+    python3 -m benchmarks.memory --repository bigscience/bloom-560m --bitwidth 3 --embedding-bits 8
 
 Lays out a checkpoint of the published configuration with random weights, loads it in a process
 of its own, and compares that process's peak with: the packed model + 3 x its largest tensor + a
@@ -26,11 +26,12 @@ import json, math, sys, time
 from pathlib import Path
 from qllm.checkpoint.load import load_model, module_bytes
 from qllm.checkpoint.reader import Checkpoint
-from qllm.config import QuantPlan
+from qllm.bitwidths import make_plan
 from qllm.memory import peak_resident_bytes
 folder = Path(sys.argv[1])
 start = time.perf_counter()
-model = load_model(folder, QuantPlan.parse(sys.argv[2]))
+bitwidth, embedding = sys.argv[2:]
+model = load_model(folder, make_plan(bitwidth, embedding_bits=embedding or None))
 seconds = time.perf_counter() - start
 infos = Checkpoint(folder).tensors.values()
 sizes = [info.dtype.itemsize * math.prod(info.shape) for info in infos]
@@ -51,6 +52,7 @@ def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--repository", choices=list(PUBLISHED), default="facebook/opt-1.3b")
     parser.add_argument("--bitwidth", nargs="+", default=["4"], metavar="BITS")
+    parser.add_argument("--embedding-bits", metavar="BITS", help="of all of them (16)")
     parser.add_argument("--format", nargs="+", default=["safetensors", "bin"], metavar="KIND")
     args = parser.parse_args()
     bare = int(child(BARE))
@@ -59,7 +61,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(Path(folder), PUBLISHED[args.repository], kind=kind)
             for bitwidth in args.bitwidth:
-                row = json.loads(child(LOAD, folder, bitwidth))
+                row = json.loads(child(LOAD, folder, bitwidth, args.embedding_bits or ""))
                 bound = row["model"] + 3 * row["largest"] + bare
                 rows.append({"format": kind, "bitwidth": bitwidth, **row, "bound": bound})
     print(f"{args.repository}, interpreter with torch {bare / 1e6:.0f} MB\n")

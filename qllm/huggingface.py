@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from qllm.checkpoint.origin import check_readable_by_transformers
 from qllm.checkpoint.reader import Checkpoint, read_raw_config
-from qllm.checkpoint.weights import Weights, check_readable_by_transformers
+from qllm.checkpoint.weights import Weights
 from qllm.config import ModelConfig
 from qllm.errors import UserError, first_line
 from qllm.files import check_file

@@ -1,4 +1,4 @@
-"""QLLM's own models in bfloat16, the LM head at 8 bits where the layers are quantized."""
+"""QLLM's own models in bfloat16, head and embedding at 8 bits where the layers are quantized."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.rivals.common import PREFILL_RUNS, Model, checkpoint, random_prompts
-from qllm.checkpoint.load import load_model, module_bytes
+from qllm.bench.runners import read_bytes
+from qllm.checkpoint.load import load_model
 from qllm.config import QuantPlan, QuantSpec
 from qllm.ops.cpu.limits import median_seconds
 
@@ -43,7 +44,7 @@ def models(repository: str, settings: Settings, folder: Path, stack: ExitStack) 
             continue
         plan = QuantPlan.parse(bitwidth)
         if bitwidth != "16":
-            plan = plan.with_rule("lm_head", QuantSpec.parse("8"))
+            plan = plan.with_outer("8", "8", QuantSpec())
         yield _model(source, bitwidth, plan, activation_bits, kv_bits)
 
 
@@ -79,7 +80,4 @@ def _model(
     name = f"QLLM {bitwidth}{'' if bitwidth in ('16', 'file') else ', head 8'}"
     name += ", activations 8" if activation_bits == 8 else ""
     name += f", KV {kv_bits}" if kv_bits < 16 else ""
-    read = module_bytes(model)
-    if getattr(model.lm_head, "weight", None) is not model.embed.weight:
-        read -= module_bytes(model.embed)  # of which a step takes a row
-    return Model(name, bitwidth, read, prefill, decode)
+    return Model(name, bitwidth, read_bytes(model), prefill, decode)

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from qllm import hub
-from qllm.checkpoint.reader import QUANTIZATION_KEY, read_raw_config
-from qllm.checkpoint.weights import check_readable_by_transformers
+from qllm.checkpoint.reader import LAYOUT_KEY, QUANTIZATION_KEY, read_raw_config
 from qllm.config import ModelConfig
 from qllm.errors import UserError
 from qllm.files import read_bytes
@@ -121,3 +120,27 @@ def check_reference(reference: ModelFolder, model: ModelFolder, config: ModelCon
                 f"the reference {reference.name} of {model.name} is another model: its {key} is "
                 f"{found}, not {wanted}; name another with --reference"
             )
+
+
+def check_readable_by_transformers(raw_config: RawConfig) -> None:
+    """Refuse the reference what it cannot read.
+
+    Raises:
+        UserError: for a checkpoint in QLLM's layout, a quantized one, or a GGUF file.
+    """
+    if is_gguf(Path(raw_config.where)):
+        raise UserError(
+            f"{raw_config.where}: the reference is a checkpoint in Hugging Face's layout, and this "
+            "is a GGUF file; name the checkpoint it was made from with --reference"
+        )
+    if QUANTIZATION_KEY in raw_config.values:
+        raise UserError(
+            f"{raw_config.where}: this checkpoint is quantized, the reference is the 16-bit one; "
+            "name that, which it was made from (--reference, or --model-path of ref_gen.py)"
+        )
+    if LAYOUT_KEY in raw_config.values:
+        raise UserError(
+            f"{raw_config.where}: this checkpoint is in QLLM's layout, the reference reads "
+            "Hugging Face's; name the one it was converted from (--reference, or --model-path of "
+            "ref_gen.py)"
+        )

@@ -25,11 +25,10 @@ from qllm.checkpoint.formats import (
     take_rows,
 )
 from qllm.checkpoint.names import TensorNames
-from qllm.checkpoint.reader import LAYOUT_KEY, QUANTIZATION_FILES, QUANTIZATION_KEY, Checkpoint
+from qllm.checkpoint.reader import QUANTIZATION_FILES, QUANTIZATION_KEY, Checkpoint
 from qllm.config import EMBEDDING, LM_HEAD, ModelConfig
 from qllm.errors import UserError
-from qllm.gguf import is_gguf
-from qllm.models import Family, RawConfig
+from qllm.models import Family
 
 # The types that config.json may name.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -38,6 +37,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 UNUSED = (".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".rotary_emb.inv_freq", ".masked_bias")
 # Parts of names of an adapter's tensors.
 ADAPTER = (".lora_", ".adapter", ".ia3_")
+# Elements of two matrices that are compared, in memory together.
+COMPARED_AT_ONCE = 1 << 22
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -50,30 +51,6 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is not None and found not in DTYPES.values():
         raise UserError(f"dtype {dtype!r} is unknown; give one of {', '.join(DTYPES)}")
     return found
-
-
-def check_readable_by_transformers(raw_config: RawConfig) -> None:
-    """Refuse the reference what it cannot read.
-
-    Raises:
-        UserError: for a checkpoint in QLLM's layout, a quantized one, or a GGUF file.
-    """
-    if is_gguf(Path(raw_config.where)):
-        raise UserError(
-            f"{raw_config.where}: the reference is a checkpoint in Hugging Face's layout, and this "
-            "is a GGUF file; name the checkpoint it was made from with --reference"
-        )
-    if QUANTIZATION_KEY in raw_config.values:
-        raise UserError(
-            f"{raw_config.where}: this checkpoint is quantized, the reference is the 16-bit one; "
-            "name that, which it was made from (--reference, or --model-path of ref_gen.py)"
-        )
-    if LAYOUT_KEY in raw_config.values:
-        raise UserError(
-            f"{raw_config.where}: this checkpoint is in QLLM's layout, the reference reads "
-            "Hugging Face's; name the one it was converted from (--reference, or --model-path of "
-            "ref_gen.py)"
-        )
 
 
 class Weights:
@@ -201,8 +178,20 @@ class Weights:
         (embed,) = self.names.sources("embed.weight")
         if embed not in self.checkpoint.tensors:
             return config
-        pair = [self.checkpoint.read(each, mapped=True) for each in (embed, name)]
-        return config if torch.equal(*pair) else replace(config, tied_head=False)
+        return config if self._are_equal(embed, name) else replace(config, tied_head=False)
+
+    def _are_equal(self, one: str, other: str) -> bool:
+        """Whether two matrices are, of which a few rows at a time are in memory."""
+        infos = [self.checkpoint.tensors[name] for name in (one, other)]
+        if infos[0].shape != infos[1].shape:
+            return False
+        count, columns = infos[0].shape
+        step = max(1, COMPARED_AT_ONCE // columns)
+        runs = [range(start, min(start + step, count)) for start in range(0, count, step)]
+        return all(
+            torch.equal(*(self.checkpoint.read(name, rows=run) for name in (one, other)))
+            for run in runs
+        )
 
     def _find_stored(self) -> dict[str, Format]:
         """What config.json says of the linears that are quantized."""

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from qllm.checkpoint.convert import COPIED
 from qllm.checkpoint.load import load_model
+from qllm.checkpoint.origin import check_readable_by_transformers
 from qllm.checkpoint.reader import Checkpoint
-from qllm.checkpoint.weights import Weights, check_readable_by_transformers
+from qllm.checkpoint.weights import Weights
 from qllm.checkpoint.writer import new_folder
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError, first_line

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from qllm.checkpoint.convert import SOURCE_KEY, copy_small_files
-from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint
-from qllm.checkpoint.weights import LAYOUT_KEY, Weights
+from qllm.checkpoint.reader import LAYOUT_KEY, QUANTIZATION_KEY, Checkpoint
+from qllm.checkpoint.weights import Weights
 from qllm.checkpoint.writer import new_folder
 from qllm.errors import UserError
 from qllm.gguf import is_gguf

@@ -11,8 +11,8 @@ from torch import Tensor
 from qllm.checkpoint import origin
 from qllm.checkpoint.convert import SOURCE_KEY, copy_small_files
 from qllm.checkpoint.formats import Int8Weight, Quantized, describe, parse, take_rows
-from qllm.checkpoint.reader import QUANTIZATION_KEY
-from qllm.checkpoint.weights import LAYOUT_KEY, Weights
+from qllm.checkpoint.reader import LAYOUT_KEY, QUANTIZATION_KEY
+from qllm.checkpoint.weights import Weights
 from qllm.checkpoint.writer import ShardWriter
 from qllm.config import DEFAULT_ALGORITHM, EMBEDDING, LM_HEAD, QuantSpec
 from qllm.layers import Linear

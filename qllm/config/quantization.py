@@ -1,4 +1,4 @@
-"""What to quantize and how (`QuantSpec`, `QuantPlan`), and a model's shape (`ModelConfig`)."""
+"""What to quantize and how."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qllm.config.model import ModelConfig
 from qllm.errors import UserError
 from qllm.files import parse_json, read_bytes
 from qllm.patterns import Patterns
@@ -330,118 +331,3 @@ def read_plan_file(path: Path) -> dict[str, Any]:
             'specs, such as {"attention": 8, "mlp": {"bits": 4, "group_size": 64}}'
         )
     return value
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding (Su et al. 2021) and the scalings of its frequencies.
-
-    The fields that a kind does not use are at their defaults.
-
-    Attributes:
-        kind: "default", "linear" (Chen et al. 2023), "dynamic", "llama3", "yarn" (Peng et al.
-            2023), "longrope" (Ding et al. 2024), or "proportional", where not all pairs rotate.
-        rotary_dim: how many channels of a head rotate, from its first one on; None: all.
-        attention_factor: multiplies cosines and sines.
-        original_max_positions: the length that a model was trained on before it was stretched.
-        beta_fast, beta_slow, truncate: ends of YaRN's ramp in turns over that length, and whether
-            they are rounded to whole pairs.
-        short_factor, long_factor: what divides each pair's frequency up to that length, and beyond.
-        rereads: a text that grows beyond that length is read anew, with the long factors (Phi-3).
-        rotated_pairs: how many pairs rotate, of the kind of which not all do.
-    """
-
-    theta: float = 10000.0
-    kind: str = "default"
-    rotary_dim: int | None = None
-    factor: float = 1.0
-    low_freq_factor: float = 0.0
-    high_freq_factor: float = 0.0
-    original_max_positions: int = 0
-    attention_factor: float = 1.0
-    beta_fast: float = 0.0
-    beta_slow: float = 0.0
-    truncate: bool = True
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
-    rereads: bool = False
-    rotated_pairs: int = 0
-
-    @property
-    def reread_length(self) -> int | None:
-        """Tokens of the longest text whose keys stay as they are; None: those of all do."""
-        return self.original_max_positions if self.rereads else None
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """A decoder of any family, in one vocabulary. Sizes count elements.
-
-    Attributes:
-        embed_size: width of the token embedding; OPT-350m's differs from `hidden_size` and is
-            projected.
-        max_positions: the longest sequence; None where the position encoding sets no limit.
-        trained_positions: the length that dynamic RoPE scaling starts from.
-        position: "learned" (OPT), "alibi" (BLOOM) or "rope" (Llama).
-        position_offset: rows of the table of learned positions that no position uses.
-        norm: "layernorm" or "rmsnorm".
-        norm_offset: what an RMS norm adds to its weight (Gemma's 1).
-        qk_norm: each head's query and key have a norm of their own, in front of the positions.
-        pre_norm: norms before attention and MLP (False: after, as in OPT-350m).
-        output_norms: what attention and MLP give is normed as well, in front of the sum.
-        residual_after_norm: the residual branches off behind the norm (a BLOOM option).
-        parallel_blocks: attention and MLP take the same input, and both are added to it.
-        embed_scale: multiplies the embeddings.
-        logit_cap: logits are cap tanh(logits / cap); None: as they are.
-        score_scale: multiplies attention's scores; None: 1 / sqrt(head_dim).
-        scale_by_layer: it is divided by the number of the layer, from 1 on.
-        score_cap: of attention's scores, as of logits.
-        windows: how many tokens those of each layer see, themselves included, 0 being all before
-            them; empty: all layers see all.
-        window_rope: of layers with a window; None: they have that of the others.
-        gated_mlp: the MLP is `down(act(gate(x)) * up(x))`.
-        attention_bias, output_bias: of the matrices in front of attention and behind it.
-        init_std: standard deviation of a fresh weight.
-    """
-
-    family: str
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    embed_size: int
-    max_positions: int | None
-    position: str
-    norm: str
-    norm_eps: float
-    activation: str
-    trained_positions: int = 0
-    position_offset: int = 0
-    rope: RopeConfig | None = None
-    norm_offset: float = 0.0
-    norm_affine: bool = True
-    qk_norm: bool = False
-    pre_norm: bool = True
-    final_norm: bool = True
-    embed_norm: bool = False
-    output_norms: bool = False
-    residual_after_norm: bool = False
-    parallel_blocks: bool = False
-    embed_scale: float = 1.0
-    logit_cap: float | None = None
-    score_scale: float | None = None
-    scale_by_layer: bool = False
-    score_cap: float | None = None
-    windows: tuple[int, ...] = ()
-    window_rope: RopeConfig | None = None
-    gated_mlp: bool = False
-    attention_bias: bool = True
-    output_bias: bool = True
-    mlp_bias: bool = True
-    tied_head: bool = True
-    dtype: str | None = None
-    init_std: float = 0.02
-    eos_token_ids: tuple[int, ...] = ()
