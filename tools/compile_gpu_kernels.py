@@ -27,7 +27,14 @@ from triton.compiler import ASTSource
 
 from qllm.ops.gpu import prefill, tiles
 from qllm.ops.gpu.attention import DESCRIBING, prefill_tile
-from qllm.ops.gpu.kernels import attention, matmul, prefill_matmul, quantized_prefill, rows
+from qllm.ops.gpu.kernels import (
+    attention,
+    embedding,
+    matmul,
+    prefill_matmul,
+    quantized_prefill,
+    rows,
+)
 from qllm.ops.gpu.kernels import prefill as prefill_attention
 from tools.disassemble import disassemble
 
@@ -190,6 +197,11 @@ def others(capability: str) -> Iterator[Job]:
     for name, norm in (("rows", 0), ("layer norm", 1)):
         every = constants | {"NORM": norm, "ADD": norm > 0, "QUANTIZE": True}
         yield Job(f"{name} to int8", rows.norm_rows, tensors, every, 8, 1, False)
+    tables = {"index": "*i64", "q": "*i32", "scales": "*fp16", "zeros": "*u8", "out": "*bf16"}
+    constants_of = {"BITS": 7, "GROUP": 128, "PADDED": 128, "HAS_ZEROS": True, "OFFSETS": False}
+    yield Job(
+        "embedding", embedding.look_up_rows, tables, constants_of | {"AT_ONCE": 256}, 4, 1, False
+    )
     chunks = {"CHUNK": 4096, "FUSED": True}
     yield Job("long rows to bytes", rows.quantize_rows, tensors, chunks, 16, 1, False)
     every = constants | {"NORM": 2, "ADD": True, "QUANTIZE": False}

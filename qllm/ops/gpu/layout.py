@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qllm.ops.gpu import device
 from qllm.ops.gpu.device import settle
-from qllm.ops.reference import scaled
 from qllm.quant.packing import PackedWeight, group_width
 from qllm.quant.packing import pack as pack_rows
 from qllm.quant.packing import unpack as unpack_rows
@@ -19,6 +19,7 @@ BLOCK, UNIT = 128, 32  # input channels that lie together, and the fewest that h
 LANES = 32  # of a warp, which share a block of a panel
 PARTS = (8, 4, 2, 1)  # widths of which every number of bits is a sum of different ones
 CHUNK = 1 << 24  # values that are repacked at a time
+LOOKED_UP_AT_ONCE = 256  # values of a row, by one program
 
 
 class Shape(NamedTuple):
@@ -118,23 +119,25 @@ def look_up(
     out_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`reference.packed_embedding` on tensors of `pack`, of N rows: in torch, panel by panel.
+    """`reference.packed_embedding` on tensors of `pack`, of N rows; the index is not checked."""
+    from qllm.ops.gpu.kernels.embedding import look_up_rows
 
-    A panel of PANEL rows is unpacked for one of them: a step needs few, and a prompt's are nothing
-    beside its products.
-    """
     shape = Shape.of(in_features, out_features, group_size)
-    rows = []
-    for some in index.split(max(1, CHUNK // (shape.blocks * BLOCK * PANEL))):
-        panel, row = some // PANEL, some % PANEL
-        values = _values(packed.qweight[panel], bits, shape)[:, :in_features]
-        row_in_lanes = panel * PANEL + row % 8 * 2 + row // 8  # see `_by_lane`
-        scales, zeros = (
-            numbers.t()[row_in_lanes] if numbers.numel() else numbers for numbers in packed[1:3]
-        )
-        mine = torch.arange(len(some), device=some.device) * PANEL + row
-        rows.append(scaled(values[mine], scales, zeros, bits, group_size, dtype))
-    return torch.cat(rows)
+    out = packed.scales.new_empty(len(index), in_features, dtype=dtype)
+    if not len(index):
+        return out
+    grid = len(index), -(-in_features // LOOKED_UP_AT_ONCE)
+    zeros = packed.qzeros
+    with device.current(out):
+        look_up_rows[grid](
+            index.to(torch.int64), packed.qweight, packed.scales,
+            zeros if zeros.numel() else packed.qweight, out, in_features, shape.blocks,
+            packed.scales.stride(0), BITS=bits, GROUP=shape.group, PADDED=shape.padded_size,
+            HAS_ZEROS=zeros.numel() > 0, OFFSETS=zeros.is_floating_point(),
+            AT_ONCE=LOOKED_UP_AT_ONCE,
+            enable_fp_fusion=False,  # a product is rounded before an offset is added
+        )  # fmt: skip
+    return out
 
 
 def _words(values: Tensor, bits: int, shape: Shape) -> Tensor:

@@ -23,7 +23,6 @@ from qllm.ops.reference.linear import (
     quantize_rows,
     round_blocks,
     scale_int32,
-    scaled,
     weight_only_linear,
     weight_only_linear_int8,
 )
@@ -74,7 +73,6 @@ __all__ = [
     "round_blocks",
     "scale",
     "scale_int32",
-    "scaled",
     "softmax_attention",
     "weight_only_linear",
     "weight_only_linear_int8",

@@ -58,19 +58,7 @@ def dequantize(
     Returns:
         (N, K) in dtype.
     """
-    return scaled(unpack(qweight, bits, in_features), scales, qzeros, bits, group_size, dtype)
-
-
-def scaled(
-    q: Tensor,
-    scales: Tensor,
-    qzeros: Tensor,
-    bits: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`dequantize` of integers that are unpacked: uint8 (N, K)."""
-    in_features = q.shape[1]
+    q = unpack(qweight, bits, in_features)
     group = group_width(in_features, group_size)
     if qzeros.is_floating_point():
         weight = q.float().mul_(_per_column(scales.float(), group, in_features))

@@ -1,9 +1,11 @@
-"""The layout of packed weights on a GPU, which is made in torch ops: these tests need no GPU."""
+"""The layout of packed weights on a GPU, made in torch ops, and the rows that a kernel looks up."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from cpu_paths import STORED_SCHEMES, random_weight
+from gpu_kernels import packed
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,11 +39,6 @@ def test_there_is_a_way_back(rows, columns, bits, group_size, zeros):
     back = layout.unpack(packed, bits, group_size, columns, rows)
     for got, expected in zip(back[:3], weight[:3], strict=True):
         assert got.dtype == expected.dtype and torch.equal(got, expected)
-    index = torch.arange(2 * rows) * 7 % rows
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        want = packed_embedding(index, weight, bits, group_size, columns, dtype)
-        got = layout.look_up(index, packed, bits, group_size, columns, rows, dtype)
-        assert got.dtype == dtype and torch.equal(got, want)
 
 
 def test_large_weights_are_repacked_in_parts(monkeypatch):
@@ -52,10 +49,6 @@ def test_large_weights_are_repacked_in_parts(monkeypatch):
     parts = layout.pack(weight, 3, 32, 150)
     assert torch.equal(whole.qweight, parts.qweight)
     assert torch.equal(layout.unpack(parts, 3, 32, 150, len(values)).qweight, weight.qweight)
-    index, shape = torch.tensor([52, 0, 17]), (3, 32, 150)
-    want = packed_embedding(index, weight, *shape, torch.float32)
-    got = layout.look_up(index, parts, *shape, len(values), torch.float32)
-    assert torch.equal(got, want)
 
 
 def test_the_bits_of_a_block():
@@ -97,3 +90,20 @@ def test_the_padded_size_of_a_group(group_size, padded_size, span):
     shape = Shape.of(1000, 64, group_size)
     assert (shape.padded_size, shape.span) == (padded_size, span)
     assert shape.pads_groups == (group_size not in (-1, 32))
+
+
+@pytest.mark.parametrize("group_size", [-1, 16, 20, 32, 100, 128])
+@pytest.mark.parametrize("scheme", STORED_SCHEMES)
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_are_looked_up(bits, scheme, group_size, gpu):
+    rows, columns = 37, 290
+    wide = (torch.float16, torch.float32)[bits % 2]
+    weight = random_weight((rows, columns), bits, group_size, scheme, wide)
+    tensors = packed(weight, gpu)
+    index = torch.tensor([36, 0, 8, 15, 16, 7, 36])
+    shape = (bits, group_size, columns)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        want = packed_embedding(index, weight.stored, *shape, dtype)
+        got = layout.look_up(index.to(gpu), tensors, *shape, rows, dtype)
+        assert got.dtype == dtype and torch.equal(got.cpu(), want)
+    assert layout.look_up(index[:0].to(gpu), tensors, *shape, rows, dtype).shape == (0, columns)
