@@ -14,7 +14,7 @@ from oracle import load, random_model
 from test_odd_models import write_tokenizer
 from transformers import BloomConfig, LlamaConfig, OPTConfig
 
-from qllm.config import QuantPlan, QuantSpec
+from qllm.config import EMBEDDING, QuantPlan, QuantSpec
 from qllm.generate import generate
 from qllm.generation_config import GenerationConfig
 from qllm.models import Decoder
@@ -50,7 +50,10 @@ def folders(tmp_path_factory):
 
 
 def model_of(folder: Path, bitwidth: str, device: str) -> Decoder:
-    plan = QuantPlan.uniform(QuantSpec.parse(bitwidth))
+    spec = QuantSpec.parse(bitwidth)
+    plan = QuantPlan.uniform(spec)
+    if bitwidth in ("3", "4"):  # with an embedding, which is the head of OPT and BLOOM as well
+        plan = plan.with_rule(EMBEDDING, spec)
     return load(folder, plan=plan, dtype=torch.float32, device=device)
 
 
