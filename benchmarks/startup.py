@@ -43,7 +43,8 @@ def main() -> None:
         for bits in args.bitwidths
     ]
     if args.model_path:
-        cases = [(Path(args.model_path).stem, "file", ["--model-path", args.model_path])]
+        path = Path(args.model_path).absolute()
+        cases = [(path.stem, "file", ["--model-path", str(path)])]
     importing = [sys.executable, "-c", "import torch"]
     seconds(importing)  # the first one reads the libraries from disk
     rows = []

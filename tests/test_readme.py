@@ -18,6 +18,8 @@ from inside import call
 from readme import PAGES, README, TEXT, TORCHRUN, blocks, commands
 from test_real_sizes import COMMANDS as REAL_SIZES
 
+from qllm import quantize
+from qllm.checkpoint.to_gguf import export_gguf
 from tools import write_options
 
 # What a script or module of the README gets besides, where the command has the first.
@@ -79,7 +81,7 @@ OTHERS = [block for block in blocks() if not any(is_setup(c) or c in ELSEWHERE f
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder as a user has it: the project and texts."""
+    """A folder as a user has it: the project, texts and a GGUF file."""
     folder = tmp_path_factory.mktemp("readme")
     saved = set(re.findall(r"--save (\w[\w-]*)/", TEXT))  # who tried the commands has them
     for path in ROOT.iterdir():
@@ -90,6 +92,9 @@ def folder(tmp_path_factory):
         (folder / name).write_text(text, encoding="utf-8")
     rows = [json.dumps({"text": line}) for line in text.splitlines() if line.count(" ") > 5]
     (folder / "lambada_test.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    # A smaller model than the file of this name.
+    quantize("llama-tiny", 4, group_size=32, scheme="sym", save=folder / "packed")
+    export_gguf(folder / "packed", folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
     return folder
 
 
