@@ -2,6 +2,7 @@
 
     python3 qllm_plan.py --model-size tiny --avg-bits 3.5 --dataset FILE -o plan.json
     python3 qllm_plan.py --model-size tiny --max-kl 0.001 --dataset FILE -o plan.json
+    python3 qllm_plan.py --model-size tiny --size 4.6MB --embedding --dataset FILE -o plan.json
     python3 qllm_plan.py --model-size tiny --memory 40MB --objective latency --dataset FILE
     python3 qllm_plan.py --model-size tiny --cluster cluster.json --dataset FILE -o plan.json
     python3 qllm_plan.py --model-size tiny --pareto --dataset FILE --plot front.png
@@ -88,6 +89,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--max-kl", type=float, metavar="NATS", help="divergence from 16 bits, at most, per token"
     )
+    group.add_argument("--size", metavar="BYTES", help="of all weights, at most, such as 400MB")
     group.add_argument("--memory", metavar="BYTES", help="of this machine, such as 6GB")
     group.add_argument("--cluster", metavar="FILE", help="devices and what joins them; see --probe")
     group.add_argument(
@@ -140,10 +142,16 @@ def check_options(args: argparse.Namespace) -> None:
         return
     if args.memory and args.cluster:
         raise UserError("--memory is this machine's and --cluster names others; give one of them")
-    limits = (args.avg_bits, args.max_kl, args.memory, args.cluster)
+    if args.size and (args.memory or args.cluster):
+        raise UserError(
+            "--size is of weights alone, and the memory of --memory and --cluster holds more than "
+            "those; give one of them"
+        )
+    limits = (args.avg_bits, args.max_kl, args.size, args.memory, args.cluster)
     if not args.pareto and all(limit is None for limit in limits):
         raise UserError(
-            "nothing limits the plan; give --avg-bits, --max-kl, --memory, --cluster or --pareto"
+            "nothing limits the plan; give --avg-bits, --max-kl, --size, --memory, --cluster or "
+            "--pareto"
         )
     timed = args.memory or args.cluster
     if args.objective in ("latency", "throughput") and not timed:
@@ -166,6 +174,9 @@ def main() -> None:
     if args.probe:
         write_probe(args, device)
         return
+    from qllm.plan.devices import parse_bytes
+
+    size = None if args.size is None else parse_bytes(args.size, "--size")
     candidates, fixed = read_candidates(args), read_fixed(args)
     cluster = read_cluster(args, device)
     folder = cli.resolve_model(args)
@@ -184,7 +195,7 @@ def main() -> None:
     shape = Shape.of(folder.path, sensitivity.modules, candidates, cli.resolve_dtype(args))
     window = shape.config.max_positions
     work = Workload.within(window, args.prompt, args.gen, args.batch)
-    planner = Planner(sensitivity, shape, work, cluster, mask)
+    planner = Planner(sensitivity, shape, work, cluster, size, mask)
     limits = read_limits(args, planner)
     result: dict[str, object] = {
         "model": folder.name,

@@ -65,6 +65,14 @@ def test_the_fewest_bytes_for_a_divergence(given):
     assert best["bytes"] <= found["plan"]["predicted"]["bytes"]
 
 
+def test_the_least_loss_of_some_bytes(given):
+    _, args, found = given
+    size = found["plan"]["predicted"]["bytes"]
+    best = call_json(PLAN, *args, "--size", size)["plan"]["predicted"]
+    assert best["bytes"] <= size
+    assert best["divergence"] <= found["plan"]["predicted"]["divergence"]
+
+
 def test_others_take_the_plan(given):
     folder, _, found = given
     plan = ("--model-path", tiny("llama"), "--bitwidth", folder / "plan.json")
@@ -158,6 +166,9 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
         (("--cluster", "no.json"), "no.json: there is no such file"),
         (("--avg-bits", 3, "--bits", "2,3"), "was measured of another model"),
         (("--memory", "1KB", "--cluster", "x"), "give one of them"),
+        (("--size", "1KB", "--memory", "1GB"), "give one of them"),
+        (("--size", "1kb"), "are missing"),
+        (("--size", "much"), "--size 'much' is no size"),
         (("--avg-bits", 3, "--plot", "x.png"), "--plot draws the front"),
         (("--probe",), "name it with -o"),
         (

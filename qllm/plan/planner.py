@@ -23,7 +23,7 @@ from qllm.plan.solve import orders, solve
 # What tells one model from another in a plan.
 MODEL_KEYS = ("family", "num_layers", "hidden_size", "intermediate_size", "vocab_size")
 USUAL_BITS = 4
-# What a device is where no memory and no speed is asked for.
+# What a device is where no speed is asked for.
 ANYWHERE = Device("here", math.inf, DescribedSpeed(math.inf, math.inf, math.inf), "here")
 
 
@@ -147,6 +147,7 @@ class Planner:
 
     Attributes:
         cluster: None: bits alone are decided.
+        max_bytes: of the weights, where bits alone are decided; None: no limit.
         allowed: bool (M, C), what each linear may have; None: all.
     """
 
@@ -154,11 +155,19 @@ class Planner:
     shape: Shape
     work: Workload
     cluster: Cluster | None = None
+    max_bytes: float | None = None
     allowed: np.ndarray | None = None
 
     @property
     def fit(self) -> Fit:
         return self.sensitivity.fit()
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Those of the cluster, or one that has no limit but the weights' bytes."""
+        if self.cluster is not None:
+            return self.cluster.devices
+        return (ANYWHERE if self.max_bytes is None else replace(ANYWHERE, memory=self.max_bytes),)
 
     def problem(self, limits: Limits, devices: Sequence[Device]) -> Problem:
         """The program for devices in this order."""
@@ -183,7 +192,7 @@ class Planner:
         Raises:
             UserError: there is none.
         """
-        devices = (ANYWHERE,) if self.cluster is None else self.cluster.devices
+        devices = self.devices
         tried = orders([device.kind for device in devices])
         best: Plan | None = None
         failed: UserError | None = None
@@ -216,7 +225,7 @@ class Planner:
             candidate: its index.
             cuts: halves of layers with which stages begin; None: even ones.
         """
-        devices = (ANYWHERE,) if self.cluster is None else self.cluster.devices
+        devices = self.devices
         choice = np.full(len(self.shape.modules), candidate)
         if EMBEDDING in self.shape.modules:
             packed = [not spec.kind.startswith("w8a8") for spec in self.sensitivity.candidates]

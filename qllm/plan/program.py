@@ -202,7 +202,8 @@ def build(
 
     Args:
         loss: (M, C), of `Sensitivity.sums`.
-        cluster: what joins them; None: there is one device, without a limit or a speed.
+        cluster: what joins them; None: there is one device, without a speed, of whose memory the
+            weights alone count.
 
     Raises:
         UserError: several devices, of which two would have an embedding that is decided on.
@@ -219,7 +220,7 @@ def build(
     size = loss.shape
     prefill, decode = np.zeros((2, count, *size))
     fixed_prefill, fixed_decode = np.zeros((2, count, halves))
-    memory = np.array([device.memory for device in devices]) if cluster else np.array([np.inf])
+    memory = np.array([device.memory for device in devices])
     fixed = shape.fixed + shape.cache(work) if cluster else shape.fixed.copy()
     hop_prefill = hop_decode = 0.0
     turns = {phase: np.array([each.turns[phase] for each in devices]) for phase in PHASES}

@@ -186,14 +186,16 @@ def orders(kinds: Sequence[object]) -> list[tuple[int, ...]]:
 def _check_possible(problem: Problem) -> None:
     """Refuse, with the numbers, limits that even the smallest choice breaks."""
     from qllm.memory import gigabytes
+    from qllm.report import megabytes
 
     needed = problem.nbytes.min(axis=1).sum() + problem.fixed_bytes.sum() + problem.buffers
     memory = float(problem.memory.sum())
     if needed > memory:
+        text = gigabytes if needed > 1e9 else megabytes
         raise UserError(
-            f"nothing fits: the fewest bits take {gigabytes(int(needed))} of memory and there are "
-            f"{gigabytes(int(memory))}, {gigabytes(int(needed - memory))} are missing; take fewer "
-            "--bits, a smaller --batch, --prompt or --gen, or more devices"
+            f"nothing fits: the fewest bits take {text(int(needed))} of memory and there are "
+            f"{text(int(memory))}, {text(int(needed - memory))} are missing; take fewer "
+            "--bits, a smaller --batch, --prompt or --gen, more devices, or --embedding"
         )
     fewest = (problem.weights * problem.bits.min(axis=1)).sum() / problem.weights.sum()
     if problem.max_bits is not None and fewest > problem.max_bits + TOLERANCE:
