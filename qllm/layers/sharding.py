@@ -93,6 +93,7 @@ def narrow_columns(
         rows = slice(start, start + step)
         values = unpack(weight.qweight[rows], bits, in_features)
         packed[rows] = pack(values[:, columns.start : columns.stop], bits)
-    zeros = weight.qzeros.index_select(1, index) if weight.qzeros.numel() else weight.qzeros
-    scales = weight.scales.index_select(1, index)
+    # index_select of meta tensors would ask for operators that qllm.deferred leaves.
+    zeros = weight.qzeros[:, index].contiguous() if weight.qzeros.numel() else weight.qzeros
+    scales = weight.scales[:, index].contiguous()
     return PackedWeight(packed, scales, zeros), -1 if len(index) == 1 else size

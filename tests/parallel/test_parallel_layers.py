@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from covering import each, pairwise, slow_but
 from cpu_paths import paths, same
+from processes import ROOT
 from ranks import in_group
 
 from qllm.config import BITWIDTHS, ModelConfig, QuantSpec
@@ -177,6 +180,40 @@ def test_a_part_has_the_integers_of_the_whole(bits):
 
 class Plain(PositionEncoding):
     pass
+
+
+def test_a_decoder_is_sharded_without_what_scripts_leave_of_torch():
+    """Scripts run with qllm.deferred, under which some operators of the meta device are missing."""
+    program = """
+from qllm.deferred import _Deferred, defer
+defer()
+import itertools, json, sys
+from types import SimpleNamespace
+from pathlib import Path
+from dataclasses import replace
+from qllm.config import SCHEMES, QuantSpec
+from qllm.models import Decoder, RawConfig, read_config
+from qllm.parallel.pipeline import ParallelContext
+import torch
+for name, bits, scheme, group in itertools.product(
+    ("bloom", "llama"), ("3", "8", "8:tc-li", "8:tc", "16"), SCHEMES, (64, 100)
+):
+    values = json.loads(Path(f"tiny_models/{name}-tiny/config.json").read_text())
+    config = replace(read_config(RawConfig(values, name)), num_layers=1)
+    spec = QuantSpec.parse(bits, group, scheme)
+    inner = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
+    specs = dict.fromkeys([f"layers.0.{each}" for each in inner], spec)
+    if spec.kind == "weight_only":
+        specs["embed"] = spec
+    for mode in ("exact", "fast"):
+        tp = SimpleNamespace(rank=1, size=3)
+        Decoder(config, specs, torch.float16, parallel=ParallelContext(tp=tp, mode=mode))
+assert isinstance(sys.modules["torch._meta_registrations"], _Deferred)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def make_of(spec: QuantSpec):
