@@ -111,10 +111,10 @@ def folder_of(family: str, write: Writer | None, quantization: dict | None) -> F
 def quantize(
     twin: PreTrainedModel, state: dict, name: str, write: Writer, random: np.random.Generator
 ) -> None:
-    """Put a linear's quantized tensors in the place of its weight, which its twin gets back."""
-    linear = twin.get_submodule(name)
-    tensors, weight = write(linear.out_features, linear.in_features, random)
-    linear.weight.data = weight.float()
+    """Put a module's quantized tensors in the place of its weight, which its twin gets back."""
+    module = twin.get_submodule(name)
+    tensors, weight = write(*module.weight.shape, random)
+    module.weight.data = weight.float()
     del state[f"{name}.weight"]
     state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
 

@@ -112,6 +112,36 @@ def some_quantized(*ends: str, config: list) -> Callable[[Folder], None]:
     return change
 
 
+def tables_quantized(
+    write: Writer, *targets: str, head: bool = False, **group: object
+) -> Callable[[Folder], None]:
+    """Embeddings that one of the targets names are quantized as well, or alone.
+
+    Args:
+        head: a tied model's head is in the file, too, with numbers of its own.
+        group: of the configuration's group.
+    """
+
+    def change(folder: Folder) -> None:
+        random = np.random.default_rng(1)
+        for name, module in list(folder.twin.named_modules()):
+            positions = isinstance(module, torch.nn.Embedding) and "positions" in name
+            if isinstance(module, torch.nn.Embedding) and ("Embedding" in targets or not positions):
+                quantize(folder.twin, folder.state, name, write, random)
+        if head:
+            own = torch.randn(folder.twin.lm_head.weight.shape) * 0.1
+            folder.twin.lm_head.weight = torch.nn.Parameter(own)
+            folder.state["lm_head.weight"] = own.clone()
+        elif folder.config["tie_word_embeddings"]:
+            folder.twin.lm_head.weight = folder.twin.get_input_embeddings().weight
+        found = folder.config["quantization_config"]["config_groups"]["group_0"]
+        folder.config["quantization_config"]["config_groups"] = {
+            "group_0": found | {"targets": list(targets)} | group
+        }
+
+    return change
+
+
 def head_quantized(folder: Folder) -> None:
     quantize(folder.twin, folder.state, "lm_head", gptq(), np.random.default_rng(1))
     folder.config["quantization_config"]["lm_head"] = True
@@ -291,6 +321,45 @@ CASES = {
     ),
     "compressed-tensors, int-quantized": Case(
         compressed(8, 32, sym=False, packed=False), ct(8, 32, sym=False, layout="int-quantized")
+    ),
+    "compressed-tensors, embeddings of their own head": Case(
+        compressed(4, 32, sym=False),
+        ct(4, 32, sym=False),
+        tables_quantized(compressed(4, 32, sym=False), "Linear", "Embedding"),
+    ),
+    "compressed-tensors, embeddings alone": Case(
+        None,
+        ct(5, None, sym=True),
+        tables_quantized(compressed(5, -1, sym=True), "re:.*word_embeddings$"),
+        family="bloom",
+    ),
+    "compressed-tensors, learned positions, too": Case(
+        compressed(3, -1, sym=False),
+        ct(3, None, sym=False),
+        tables_quantized(compressed(3, -1, sym=False), "Linear", "Embedding"),
+        family="opt",
+    ),
+    "compressed-tensors, int-quantized embeddings": Case(
+        compressed(8, 32, sym=False, packed=False),
+        ct(8, 32, sym=False, layout="int-quantized"),
+        tables_quantized(compressed(8, 32, sym=False, packed=False), "Linear", "Embedding"),
+        family="opt",
+    ),
+    "compressed-tensors, a head beside the embedding that it was tied to": Case(
+        None,
+        ct(4, 32, sym=True),
+        tables_quantized(compressed(4, 32, sym=True), "Embedding", head=True),
+        family="bloom",
+    ),
+    "compressed-tensors, an embedding with activations": Case(
+        None,
+        ct(8, None, sym=True, layout="int-quantized"),
+        tables_quantized(
+            compressed(8, -1, sym=True, packed=False),
+            "Embedding",
+            input_activations={"num_bits": 8, "strategy": "token", "dynamic": True},
+        ),
+        error=r"model\.embed_tokens is an embedding, and has no input_activations to quantize",
     ),
     "compressed-tensors, a null for what is ignored": Case(
         compressed(4, 32, sym=True), ct(4, 32, sym=True), configured(ignore=None)

@@ -29,6 +29,8 @@ from qllm.checkpoint.reader import QUANTIZATION_FILES, QUANTIZATION_KEY, Checkpo
 from qllm.config import EMBEDDING, LM_HEAD, ModelConfig
 from qllm.errors import UserError
 from qllm.models import Family
+from qllm.ops.reference import dequantize
+from qllm.quant.packing import PackedWeight
 
 # The types that config.json may name.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -37,6 +39,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 UNUSED = (".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".rotary_emb.inv_freq", ".masked_bias")
 # Parts of names of an adapter's tensors.
 ADAPTER = (".lora_", ".adapter", ".ia3_")
+POSITIONS = "positions"
 # Elements of two matrices that are compared, in memory together.
 COMPARED_AT_ONCE = 1 << 22
 
@@ -78,6 +81,8 @@ class Weights:
         self._confirm_sizes()
         self.names = replace(self.names, config=self._untie_if_different(self.config))
         self.stored = self._find_stored()
+        # Learned positions that are packed, as a class Embedding has them, too: numbers for us.
+        self._unpacked = {name: self.stored.pop(name) for name in {POSITIONS} & set(self.stored)}
         self._check()
         if self.dropped:
             more = f" and {len(self.dropped) - 1} more" if len(self.dropped) > 1 else ""
@@ -111,6 +116,11 @@ class Weights:
         return self.names.config
 
     @property
+    def _formats(self) -> dict[str, Format]:
+        """How each quantized module is stored, those among them that are held as numbers."""
+        return self.stored | self._unpacked
+
+    @property
     def converted(self) -> bool:
         """Whether the checkpoint is in QLLM's layout."""
         return self.names.converted
@@ -137,7 +147,7 @@ class Weights:
                 f"{count}"
             )
         (embed,) = self.names.sources("embed.weight")
-        parts, size = self._packed_embedding(), self.config.vocab_size
+        parts, size = self._packed(EMBEDDING), self.config.vocab_size
         if not parts:
             self._check_shape(embed, (size, self.config.embed_size))
         # Its other sizes are checked where it is read, and nothing is made of them before.
@@ -147,12 +157,13 @@ class Weights:
                 "config.json implies"
             )
 
-    def _packed_embedding(self) -> list[str]:
-        """The tensors that the embedding is packed into; [] where it is floating point."""
-        (embed,) = self.names.sources("embed.weight")
-        if embed in self.checkpoint.tensors:
+    def _packed(self, table: str) -> list[str]:
+        """The tensors that a table of embeddings is packed into; [] where it is floating point."""
+        (source,) = self.names.sources(f"{table}.weight")
+        info = self.checkpoint.tensors.get(source)
+        if info is not None and info.dtype.is_floating_point:
             return []
-        stem = embed.removesuffix("weight")
+        stem = source.removesuffix("weight")
         return [name for name in self.checkpoint.tensors if name.startswith(stem)]
 
     def _check_shape(self, part: str, shape: tuple[int, ...]) -> None:
@@ -176,8 +187,8 @@ class Weights:
             head = any(each.startswith(own) for each in self.checkpoint.tensors)
             return replace(config, tied_head=not head)  # a quantized one is its own
         (embed,) = self.names.sources("embed.weight")
-        if embed not in self.checkpoint.tensors:
-            return config
+        if self._packed(EMBEDDING):  # the file's head has other numbers
+            return replace(config, tied_head=False)
         return config if self._are_equal(embed, name) else replace(config, tied_head=False)
 
     def _are_equal(self, one: str, other: str) -> bool:
@@ -202,8 +213,9 @@ class Weights:
         config = parse(value, raw.where)
         names = [*self.family.layer_linears(self.config.num_layers)]
         stored = {}
-        embedding = [EMBEDDING] if self._packed_embedding() else []
-        for name in [*embedding, *names, *([] if self.config.tied_head else [LM_HEAD])]:
+        tables = [table for table in (EMBEDDING, POSITIONS) if f"{table}.weight" in self.shapes]
+        tables = [table for table in tables if self._packed(table)]
+        for name in [*tables, *names, *([] if self.config.tied_head else [LM_HEAD])]:
             parts = [part.rpartition(".")[0] for part in self.names.sources(f"{name}.weight")]
             found = {part: config.find(part) for part in parts}
             storage = found[parts[0]]
@@ -216,6 +228,11 @@ class Weights:
                     "quantized in the same way"
                 )
             if storage is not None:
+                if name in tables and storage.spec.kind != "weight_only":
+                    raise UserError(
+                        f"{raw.where}: {parts[0]} is an embedding, and has no input_activations "
+                        "to quantize; QLLM reads embeddings of 1 to 8 bits without them"
+                    )
                 stored[name] = storage
         return stored
 
@@ -226,7 +243,7 @@ class Weights:
             parts = self.names.sources(name)
             rows = self.names.row_counts(name.rpartition(".")[0], len(parts))
             module = name.rpartition(".")[0]
-            if name.endswith(".weight") and module in self.stored:
+            if name.endswith(".weight") and module in self._formats:
                 expected |= self._check_quantized(module)
                 continue
             turn = -1 if self.names.is_transposed(name) else 1
@@ -290,7 +307,7 @@ class Weights:
 
     def _check_quantized(self, module: str) -> set[str]:
         """Refuse a quantized linear whose tensors are not there; returns their names."""
-        storage = self.stored[module]
+        storage = self._formats[module]
         expected = set()
         for part in self.names.sources(f"{module}.weight"):
             stem = part.removesuffix("weight")
@@ -321,19 +338,19 @@ class Weights:
         if self.names.is_reordered(module):
             perm, span = self.names.reordered_rows(total, runs)
             part = self._read_quantized_source(module, names[0], total, span)
-            return take_rows(join_rows([part], self.stored[module].spec.bits), perm)
+            return take_rows(join_rows([part], self._formats[module].spec.bits), perm)
         parts = [
             self._read_quantized_source(module, name, count, run)
             for name, count, run in self.names.runs(f"{module}.weight", runs)
         ]
         try:
-            return join_rows(parts, self.stored[module].spec.bits)
+            return join_rows(parts, self._formats[module].spec.bits)
         except UserError as error:
             raise UserError(f"{self.checkpoint.folder}: {', '.join(names)}: {error}") from None
 
     def _read_quantized_source(self, module: str, name: str, count: int, run: range) -> Quantized:
         """Some of the `count` output channels of a linear of the checkpoint, and no others."""
-        storage, columns = self.stored[module], self.shapes[f"{module}.weight"][1]
+        storage, columns = self._formats[module], self.shapes[f"{module}.weight"][1]
         stem, infos = name.removesuffix("weight"), self.checkpoint.tensors
         keys = sorted({*storage.tensors, *storage.optional})
         shapes = {key: infos[stem + key].shape for key in keys if stem + key in infos}
@@ -364,7 +381,7 @@ class Weights:
 
     def dtype(self, name: str = "embed.weight") -> torch.dtype:
         """The type in which one of our tensors is read."""
-        if name == "embed.weight" and self._packed_embedding():
+        if not self._is_float(name):
             name = next(other for other in self.shapes if self._is_float(other))
         types = [self.checkpoint.tensors[part].dtype for part in self.names.sources(name)]
         found = reduce(torch.promote_types, types)
@@ -392,6 +409,9 @@ class Weights:
         Raises:
             UserError: for values that are not finite.
         """
+        module = name.rpartition(".")[0]
+        if module in self._unpacked:
+            return self._unpack(module)
         parts = self.names.sources(name)
         total = self.shapes[name][0]
         runs = [range(total)] if rows is None else list(rows)
@@ -412,3 +432,14 @@ class Weights:
             for part, count, inside in pieces
         ]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    def _unpack(self, module: str) -> Tensor:
+        """The numbers of a quantized module, in the type that the others have."""
+        found, name = self.read_quantized(module), f"{module}.weight"
+        assert isinstance(found, PackedWeight)  # whose activations are not quantized
+        spec, columns = self._formats[module].spec, self.shapes[name][1]
+        shape = (spec.bits, spec.group_size, columns)
+        numbers = dequantize(found.qweight, found.scales, found.qzeros, *shape, self.dtype(name))
+        if found.perm is None:
+            return numbers
+        return torch.empty_like(numbers).index_copy_(1, found.perm, numbers)

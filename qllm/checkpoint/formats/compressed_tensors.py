@@ -13,8 +13,12 @@ from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, Test, s
 from qllm.config import LM_HEAD, QuantSpec
 
 FORMATS: dict[str, type[Format]] = {format.name: format for format in (PackQuantized, IntQuantized)}
-# The last part of what Hugging Face's families, and QLLM, call an embedding of tokens.
-EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "embed_in", "embed")
+# The last part of what Hugging Face's families, and QLLM, call an embedding of tokens, or of
+# positions, which is of the same class there.
+EMBEDDINGS = (
+    *("embed_tokens", "word_embeddings", "wte", "embed_in", "embed"),
+    *("embed_positions", "wpe", "positions"),
+)
 CLASSES = ("Linear", "Embedding")  # of which a target may be all modules
 # Kind of layer, to the strategy of its activations and whether that is dynamic.
 ACTIVATIONS = {"w8a8_dynamic": ("token", True), "w8a8_static": ("tensor", False)}
