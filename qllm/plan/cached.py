@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from qllm import folders, ops
+from qllm.cgroups import usable_cpus
 from qllm.checkpoint.writer import write_json
 from qllm.config import QuantSpec
 from qllm.errors import UserError
@@ -65,7 +66,7 @@ def describe_machine(
 ) -> dict[str, object]:
     """This machine, measured, as the only device of a cluster, for `Cluster.from_file`.
 
-    The network is what joins two of this machine's processes, and turns are those of its CPU.
+    The network is what joins two of this machine's processes; stages share its CPU.
 
     Args:
         specs: whose products are measured.
@@ -76,14 +77,14 @@ def describe_machine(
     dtype = dtype or torch.float16
     speed = probe(specs, dtype, device, progress)
     threads = torch.get_num_threads()
-    network, turns = measure_stages(threads, dtype)
+    network, beside = measure_stages(threads, dtype)
     entry: dict[str, object] = {
         "name": f"{platform.node()} {device}, {threads} threads",
         "host": platform.node(),
         "memory": available_bytes(device),
     }
     if device == "cpu":
-        entry |= {"threads": threads, "turns": turns}
+        entry |= {"threads": threads, "processors": usable_cpus(), **beside}
     entry["measured"] = speed.to_json()
     return {"devices": [entry], "network": network}
 

@@ -22,6 +22,9 @@ from qllm.plan.candidates import key
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 PHASES = ("decode", "prefill")
+BESIDE = ("stage_overhead", "wakeup")
+# What a stage is at: prompts, a step for which the other stages wait, one while all of them work.
+STAGE_PASSES = ("prefill", "decode", "busy_decode")
 DESCRIBED = ("memory", "bandwidth", "flops", "int8_flops", "overhead")
 # What most kernels reach of what is published, of bandwidth and of arithmetic.
 OF_BANDWIDTH, OF_FLOPS = 0.8, 0.5
@@ -139,6 +142,10 @@ class MeasuredSpeed:
         return asdict(self)
 
 
+def _no_seconds() -> dict[str, float]:
+    return dict.fromkeys(STAGE_PASSES, 0.0)
+
+
 @dataclass(frozen=True)
 class Device:
     """One that can take a stage.
@@ -147,7 +154,11 @@ class Device:
         memory: bytes.
         kind: what makes devices alike.
         host, threads: the machine and the threads of a CPU that was probed; None of others.
-        turns: of each of PHASES, seconds that a pass takes more where there are other stages.
+        processors: of the host, which its devices share; None: it is not known.
+        stage_overhead: of each of STAGE_PASSES, seconds that a pass takes more where there are
+            other stages.
+        wakeup: the same on top of it, where the host has fewer processors than stages: then one
+            that waits for another sleeps at once.
     """
 
     name: str
@@ -156,7 +167,9 @@ class Device:
     kind: str
     host: str | None = None
     threads: int | None = None
-    turns: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    processors: int | None = None
+    stage_overhead: Mapping[str, float] = field(default_factory=_no_seconds)
+    wakeup: Mapping[str, float] = field(default_factory=_no_seconds)
 
 
 @dataclass(frozen=True)
@@ -184,7 +197,8 @@ class Cluster:
         "flops": 1.12e14}, …], "network": {"bandwidth": 1e11, "latency": 2e-5}}`: memory in bytes,
         bandwidth of memory in bytes and of the network in bits per second, `flops` of 16-bit
         products (`int8_flops` twice that where it is left out), latency in seconds. A device of
-        `qllm_plan.py --probe` has "measured" in place of the figures, and "turns".
+        `qllm_plan.py --probe` has "measured" in place of the figures, and names its "host", whose
+        "processors" all devices share that name it; see `Device`.
 
         Raises:
             UserError: for a file that is none, naming what is wrong.
@@ -246,7 +260,7 @@ def _devices(entry: object, path: str) -> list[Device]:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise UserError(f"{path}: a device is an object with a name, not {entry!r}")
     where = f"{path}: device {entry['name']!r}"
-    keys = ("name", "count", "measured", "host", "threads", "turns", *DESCRIBED)
+    keys = ("name", "count", "measured", "host", "threads", "processors", *BESIDE, *DESCRIBED)
     unknown = set(entry) - set(keys)
     if unknown:
         known = ", ".join(keys)
@@ -257,13 +271,9 @@ def _devices(entry: object, path: str) -> list[Device]:
     count = entry.get("count", 1)
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise UserError(f"{where}: count {count!r} is no number of devices")
-    host, threads = entry.get("host"), entry.get("threads")
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
-        raise UserError(f"{where}: threads {threads!r} is no number of threads")
-    turns = entry.get("turns", {})
-    if not isinstance(turns, dict) or set(turns) - set(PHASES):
-        raise UserError(f"{where}: turns are seconds of {' and '.join(PHASES)}, not {turns!r}")
-    turns = {p: _number(turns, p, f"{where}: turns", 0.0, minimum=0.0) for p in PHASES}
+    host = entry.get("host")
+    threads, processors = (_count(entry, key, where) for key in ("threads", "processors"))
+    overhead, wakeup = (_by_phase(entry, key, where) for key in BESIDE)
     speed: Speed
     if "measured" in entry:
         speed = _measured(entry["measured"], where)
@@ -276,7 +286,23 @@ def _devices(entry: object, path: str) -> list[Device]:
             _number(entry, "overhead", where, DescribedSpeed.overhead, minimum=0.0),
         )
     names = [entry["name"]] if count == 1 else [f"{entry['name']}.{i}" for i in range(count)]
-    return [Device(name, memory, speed, entry["name"], host, threads, turns) for name in names]
+    about = (speed, entry["name"], host, threads, processors, overhead, wakeup)
+    return [Device(name, memory, *about) for name in names]
+
+
+def _count(entry: Mapping[str, object], key: str, where: str) -> int | None:
+    given = entry.get(key)
+    if given is None or (isinstance(given, int) and not isinstance(given, bool) and given > 0):
+        return given
+    raise UserError(f"{where}: {key} {given!r} is no number of {key}")
+
+
+def _by_phase(entry: Mapping[str, object], key: str, where: str) -> dict[str, float]:
+    """Seconds of each of STAGE_PASSES."""
+    given = entry.get(key, {})
+    if not isinstance(given, dict) or set(given) - set(STAGE_PASSES):
+        raise UserError(f"{where}: {key} is seconds of {', '.join(STAGE_PASSES)}, not {given!r}")
+    return {p: _number(given, p, f"{where}: {key}", 0.0, minimum=0.0) for p in STAGE_PASSES}
 
 
 def _measured(value: Any, where: str) -> MeasuredSpeed:

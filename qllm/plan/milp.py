@@ -8,6 +8,7 @@ halves on the devices up to d only become fewer from half to half.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,9 +33,10 @@ class Result:
 class MixedIntegerProgram:
     """The matrices of one problem, with its numbers scaled to about 1.
 
-    Variables: x (M, C); y (H, D); z (M, C, D); used (D,); the slowest prefill, and the slowest
-    step. Where the halves' devices are given, y and z are constants and only x and the last two
-    are there.
+    Variables: x (M, C); y (H, D); z (M, C, D); used (D,); for each machine that has fewer
+    processors than devices, whether that is so of the stages, too, and for each device whether its
+    stage is therefore woken; the slowest prefill, the slowest step, and the time of a step. Where
+    the halves' devices are given, only x and the last three are there and the others constants.
     """
 
     def __init__(self, problem: Problem, device: Whole | None = None) -> None:
@@ -45,10 +47,13 @@ class MixedIntegerProgram:
         if device is None:
             self.y = count + np.arange(h * d).reshape(h, d)
             self.z = count + h * d + np.arange(m * c * d).reshape(m, c, d)
-            self.used = count + h * d + m * c * d + np.arange(d)
-            count += h * d + m * c * d + d
+            count += h * d + m * c * d
+            self.used, self.woken = count + np.arange(2 * d).reshape(2, d)
+            self.crowded = count + 2 * d + np.arange(len(problem.processors))
+            count += 2 * d + len(problem.processors)
         self.slow = count + np.arange(2)
-        self.count = count + 2
+        self.step = count + 2
+        self.count = count + 3
         self.parts: list[tuple[Array, Whole, Whole]] = []  # values, rows and columns
         self.low: list[Array] = []
         self.high: list[Array] = []
@@ -91,6 +96,21 @@ class MixedIntegerProgram:
             columns = np.concatenate([self.y[:-1, : last + 1], self.y[1:, : last + 1]], axis=1)
             values = np.array([1.0] * (last + 1) + [-1.0] * (last + 1))
             self._add(columns, values, 0, np.inf)
+        for there, processors, crowded in zip(
+            self.problem.shares > 0, self.problem.processors, self.crowded, strict=True
+        ):
+            # More stages than processors make it crowded, and each of the stages there be woken.
+            more = max(int(there.sum() - processors), 0)
+            self._add(
+                np.append(self.used[there], crowded),
+                np.append(np.ones(there.sum()), -more),
+                -np.inf,
+                processors,
+            )
+            columns = np.stack(
+                [self.used[there], np.full(there.sum(), crowded), self.woken[there]], axis=-1
+            )
+            self._add(columns, np.array([1.0, 1.0, -1.0]), -np.inf, 1)
 
     def _on_device(self, d: int, linear: Array, half: Array) -> tuple[Whole, Array, float]:
         """A sum over what is on a device, as columns, values and a constant.
@@ -106,10 +126,41 @@ class MixedIntegerProgram:
         constant = float(half[self.device == d].sum())
         return self.x[here].ravel(), linear[here].ravel(), constant
 
-    def _takes_turns(self, d: int) -> bool:
-        """Whether a device is one of several that have a stage, where it is known who has one."""
-        given = self.device
-        return given is not None and bool((given == d).any() and (given != d).any())
+    def _stage_seconds(
+        self, d: int, place: int, *, busy: bool = False
+    ) -> tuple[Whole, Array, float]:
+        """What the stage on a device takes of prompts (place 0) or a step (1); see `_on_device`.
+
+        Args:
+            busy: while all stages work.
+        """
+        p = self.problem
+        linear, half = ((p.prefill, p.fixed_prefill), (p.decode, p.fixed_decode))[place]
+        overhead, wakeup = (
+            (p.overhead_prefill, p.wakeup_prefill),
+            (p.overhead_busy, p.wakeup_busy) if busy else (p.overhead_decode, p.wakeup_decode),
+        )[place]
+        columns, values, constant = self._on_device(d, linear[d], half[d])
+        if self.device is None:
+            columns = np.append(columns, (self.used[d], self.woken[d]))
+            values = np.append(values, (overhead[d], wakeup[d]))
+            return columns, values, constant
+        used = np.unique(self.device)
+        if d in used and len(used) > 1:
+            constant += overhead[d] + wakeup[d] * p.is_woken(used)[used == d].item()
+        return columns, values, constant
+
+    def _all_seconds(self, place: int) -> tuple[Whole, Array, float]:
+        """What all stages take one after another, and the way between them."""
+        p = self.problem
+        parts = [self._stage_seconds(d, place) for d in range(len(p.memory))]
+        hop = (p.hop_prefill, p.hop_decode)[place]
+        if self.device is None:  # one less than there are stages
+            parts.append((self.used, np.full(len(p.memory), hop), -hop))
+        else:
+            none = np.zeros(0, dtype=np.int64), np.zeros(0)
+            parts.append((*none, hop * (len(np.unique(self.device)) - 1)))
+        return _joined(parts)
 
     def _limits(self) -> None:
         p = self.problem
@@ -123,25 +174,36 @@ class MixedIntegerProgram:
                 elif (self.device == d).any():
                     constant += p.buffers
                 self._add(columns, values / scale, -np.inf, (memory - constant) / scale)
-            for place, (linear, half) in enumerate(
-                ((p.prefill, p.fixed_prefill), (p.decode, p.fixed_decode))
-            ):
-                columns, values, constant = self._on_device(d, linear[d], half[d])
-                turn = (p.turn_prefill, p.turn_decode)[place][d]
-                if self.device is None:
-                    columns, values = np.append(columns, self.used[d]), np.append(values, turn)
-                else:
-                    constant += turn * self._takes_turns(d)
-                columns = np.append(columns, self.slow[place])
-                unit = self._unit(place)
-                values = np.append(values / unit, -1.0)
-                self._add(columns, values, -np.inf, -constant / unit)
+        for place, (linear, half) in enumerate(
+            ((p.prefill, p.fixed_prefill), (p.decode, p.fixed_decode))
+        ):
+            for d in range(len(p.memory)):
+                self._add_bound(self._stage_seconds(d, place, busy=True), self.slow[place], place)
+            for shares in p.shares:
+                # While all stages work, a processor that they share works for one at a time.
+                stages = [
+                    self._on_device(d, linear[d] * share, half[d] * share)
+                    for d, share in enumerate(shares)
+                ]
+                self._add_bound(_joined(stages), self.slow[place], place)
+        if p.micro_batches > 1:
+            self._add_bound(self._all_seconds(1), self.step, 1)
+            columns = np.array([self.slow[1], self.step])
+            self._add(columns, np.array([p.micro_batches, -1.0]), -np.inf, 0)
         if p.max_loss is not None:
             # A little less than the limit, so that rounding inside HiGHS does not break it.
             self._add(self.x.ravel(), p.loss.ravel() / p.max_loss, -np.inf, 1 - TOLERANCE)
         if p.max_bits is not None:
             share = p.weights[:, None] * p.bits / (p.weights.sum() * p.max_bits)
             self._add(self.x.ravel(), share.ravel(), -np.inf, 1 + TOLERANCE / 100)
+
+    def _add_bound(self, sum_of: tuple[Whole, Array, float], variable: int, place: int) -> None:
+        """A row by which a variable, in `_unit`, is at least a sum of seconds."""
+        columns, values, constant = sum_of
+        unit = self._unit(place)
+        self._add(
+            np.append(columns, variable), np.append(values / unit, -1.0), -np.inf, -constant / unit
+        )
 
     def _unit(self, place: int) -> float:
         """Seconds that stand for 1: of prefill, of a step."""
@@ -155,23 +217,21 @@ class MixedIntegerProgram:
         if p.objective in ("loss", "bytes"):
             cost[self.x] = p.loss if p.objective == "loss" else p.nbytes
             return
-        more = p.micro_batches - 1 if p.objective == "latency" else p.micro_batches
-        cost[self.slow] = self._unit(0) * more, self._unit(1) * more * p.steps
         if p.objective == "throughput":
+            cost[self.slow] = self._unit(0), self._unit(1) * p.steps
+            cost[self.slow] *= p.micro_batches
             return
-        turns = p.turn_prefill + p.steps * p.turn_decode
-        for d in range(len(p.memory)):
-            total = p.prefill[d] + p.steps * p.decode[d]
-            half = p.fixed_prefill[d] + p.steps * p.fixed_decode[d]
-            columns, values, constant = self._on_device(d, total, half)
-            cost[columns] = values
-            self.constant += constant + turns[d] * self._takes_turns(d)
-        hop = p.hop_prefill + p.steps * p.hop_decode
-        if self.device is None:
-            cost[self.used] = hop + turns
-            self.constant -= hop  # one less than there are stages
+        cost[self.slow[0]] = self._unit(0) * (p.micro_batches - 1)
+        self._add_cost(self._all_seconds(0), 1)
+        if p.micro_batches > 1:
+            cost[self.step] = self._unit(1) * p.steps
         else:
-            self.constant += hop * (len(np.unique(self.device)) - 1)
+            self._add_cost(self._all_seconds(1), p.steps)
+
+    def _add_cost(self, sum_of: tuple[Whole, Array, float], times: int) -> None:
+        columns, values, constant = sum_of
+        np.add.at(self.cost, columns, values * times)
+        self.constant += constant * times
 
     def run(self, time_limit: float, *, whole: bool = True) -> Result:
         """Solve it; or its relaxation, where variables need not be whole.
@@ -185,13 +245,13 @@ class MixedIntegerProgram:
         values, rows, columns = (np.concatenate(part) for part in zip(*self.parts, strict=True))
         matrix = coo_array((values, (rows, columns)), shape=(self.rows, self.count)).tocsr()
         integral, high = np.zeros(self.count), np.ones(self.count)
-        high[self.slow] = np.inf
+        high[[*self.slow, self.step]] = np.inf
         if self.problem.allowed is not None:
             high[self.x] = self.problem.allowed
         if whole:
             integral[self.x] = 1
             if self.device is None:
-                integral[self.y] = 1
+                integral[self.y] = integral[self.crowded] = 1
         unit = float(np.abs(self.cost).max()) or 1.0
         limits = LinearConstraint(matrix, np.concatenate(self.low), np.concatenate(self.high))
         result = milp(
@@ -222,3 +282,9 @@ class MixedIntegerProgram:
         value = self.problem.value(costs)
         gap = max(1 - result.bound / value, 0.0) if value else 0.0
         return Solution(choice, device, costs, value, gap, 0.0)
+
+
+def _joined(parts: Sequence[tuple[Whole, Array, float]]) -> tuple[Whole, Array, float]:
+    """The sum of some sums; see `MixedIntegerProgram._on_device`."""
+    columns, values, constants = zip(*parts, strict=True)
+    return np.concatenate(columns), np.concatenate(values), sum(constants)

@@ -7,10 +7,15 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 
 from qllm.config import QuantSpec
+from qllm.ops.cpu import library
+from qllm.parallel.links import Links
 from qllm.parallel.pipeline import PipelineStage
 from qllm.parallel.session import ParallelConfig, Session, session
 from qllm.plan.probe import random_decoder
@@ -20,38 +25,66 @@ from qllm.plan.timing import time_generation, undisturbed
 
 SMALL, LARGE = 256, 1 << 20  # activations of a step, and of prompts, in float16
 ROUNDS = 200, 8
-# The model whose stages take turns, and what it is asked: its steps take a fraction of a
-# millisecond, of which a turn's part is large.
+# The model of two stages, and what it is asked: its steps take a fraction of a millisecond, so that
+# what a stage takes besides is a large part of them.
 FAMILY, SIZES = ("opt", 32, 1), (256, 6)
 WORK = Workload(prompt=64, new=50)
-TURNS = 40  # rounds of the whole model and of its stages, of some 50 ms each
+REPEATS = 40  # rounds of the whole model and of its stages, of some 50 ms each
 
 
-def measure_stages(threads: int, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
-    """Two processes play a message back and forth, then are the stages of a model.
+def measure_stages(
+    threads: int, dtype: torch.dtype
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Two processes play a message back and forth, then two and three are the stages of a model.
 
     Args:
         threads: of each.
 
     Returns:
         `bandwidth` in bits per second and `latency` in seconds, as in a cluster's file; and
-        "prefill" and "decode" to the seconds that a stage takes more than its part of a model in
-        one process, besides handing on: its threads were asleep, or others have its processors.
+        `stage_overhead` and `wakeup` as in that of a device: what a stage takes more than its part
+        of a model in one process, besides handing on (its threads were asleep, or others have its
+        processors), and what it takes on top where ranks do not look for messages before they
+        sleep. That is measured of three, since what two do to each other is less.
 
     Raises:
         UserError: a process failed.
     """
     told = {"dtype": str(dtype).removeprefix("torch.")}
-    said = json.loads(run_ranks(__spec__.name, told, [threads] * 2, "two processes"))
-    (small, large), alone, shared = (said[name] for name in ("hops", "alone", "shared"))
+    two, three = (
+        json.loads(run_ranks(__spec__.name, told, [threads] * count, "stages")) for count in (2, 3)
+    )
+    small, large = two["hops"]
     network = {"bandwidth": (LARGE - SMALL) * 16 / max(large - small, 1e-9), "latency": small}
-    hops = {"prefill": small, "decode": 2 * small}  # the last stage tells the other one its tokens
-    turns = {phase: max(0.0, shared[phase] - alone[phase] - hops[phase]) / 2 for phase in hops}
-    return network, turns
+    overhead = _beside(two, 2, small)
+    more = _beside(three, 3, small)
+    wakeup = {name: more[name] - overhead[name] for name in overhead}
+    return network, {
+        name: {each: max(0.0, seconds) for each, seconds in found.items()}
+        for name, found in (("stage_overhead", overhead), ("wakeup", wakeup))
+    }
+
+
+def _beside(measured: dict[str, list[float]], stages: int, hop: float) -> dict[str, float]:
+    """Seconds of each of STAGE_PASSES that a stage takes besides its part and handing on.
+
+    Args:
+        measured: seconds of prompts and of a step: "alone", and of as many stages with one
+            sequence, "one", and with one for each, "all".
+    """
+    (alone_prompt, alone), (prompt, step), (_, busy) = (
+        measured[name] for name in ("alone", "one", "all")
+    )
+    ways = stages - 1  # and as many by which the last stage tells the others its tokens
+    return {
+        "prefill": (prompt - alone_prompt - ways * hop) / stages,
+        "decode": (step - alone - 2 * ways * hop) / stages,
+        "busy_decode": (busy - alone) / stages,
+    }
 
 
 def _hop(stage: PipelineStage, values: int, rounds: int) -> float:
-    """Median seconds of a message's way."""
+    """Median seconds of a message's way between two stages."""
     x = torch.zeros(1, values, dtype=torch.float16)
     times = []
     for _ in range(rounds):
@@ -65,32 +98,52 @@ def _hop(stage: PipelineStage, values: int, rounds: int) -> float:
     return statistics.median(times) / 2
 
 
-def _passes(joined: Session, dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """Seconds of a pass of each phase, "alone" in one process with all layers, "shared" by two."""
+def _passes(joined: Session, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """What `_beside` takes."""
     spec = QuantSpec.parse("4")
     whole, part = (
         random_decoder(*FAMILY, *SIZES, spec, dtype, "cpu", parallel)
         for parallel in (None, joined.context())
     )
-    alone, shared = [], []
-    for _ in range(TURNS):
-        alone.append(time_generation(whole, WORK, repeats=1) if joined.rank == 0 else (0.0, 0.0))
-        shared.append(time_generation(part, WORK, repeats=1))  # the other process waits for this
-    found = {}
-    for name, runs in (("alone", alone), ("shared", shared)):
-        prefill, decode = (undisturbed(each) for each in zip(*runs, strict=True))
-        found[name] = {"prefill": prefill, "decode": decode}
-    return found
+    all_work = replace(WORK, batch=joined.world)
+    runs: dict[str, list[tuple[float, float]]] = {"alone": [], "one": [], "all": []}
+    for _ in range(REPEATS):
+        if joined.rank == 0:  # for which the other processes wait
+            runs["alone"].append(time_generation(whole, WORK, repeats=1))
+        runs["one"].append(time_generation(part, WORK, repeats=1))
+        runs["all"].append(time_generation(part, all_work, repeats=1))
+    if joined.rank:
+        return {}
+    return {
+        name: (undisturbed([prompt for prompt, _ in each]), undisturbed([step for _, step in each]))
+        for name, each in runs.items()
+    }
+
+
+@contextmanager
+def _sleeping(links: Links) -> Iterator[None]:
+    """Who waits for a message sleeps at once, as where ranks are more than processors."""
+    before = links.spin, links.before_waiting
+    links.spin, links.before_waiting = 0.0, library.rest
+    try:
+        yield
+    finally:
+        links.spin, links.before_waiting = before
 
 
 def main() -> None:
     """One of the processes, which was told by its first argument."""
     told = json.loads(sys.argv[1])
-    with session(ParallelConfig(pp=2)) as joined:
+    count = int(os.environ["WORLD_SIZE"])
+    with session(ParallelConfig(pp=count)) as joined:
         joined.compare(told)
-        stage = PipelineStage(joined.pp)
-        hops = [_hop(stage, *job) for job in zip((SMALL, LARGE), ROUNDS, strict=True)]
-        found = {"hops": hops, **_passes(joined, getattr(torch, told["dtype"]))}
+        stage, dtype = PipelineStage(joined.pp), getattr(torch, told["dtype"])
+        hops: list[float] = []
+        if count == 2:
+            hops = [_hop(stage, *job) for job in zip((SMALL, LARGE), ROUNDS, strict=True)]
+        # Where there are more processors, three do not crowd them by themselves.
+        with _sleeping(joined.links) if count > 2 else nullcontext():
+            found = {"hops": hops, **_passes(joined, dtype)}
     if os.environ["RANK"] == "0":
         print(json.dumps(found))
 

@@ -32,7 +32,7 @@ WORKING_SETS = (4 << 20, 16 << 20, 48 << 20, 192 << 20)
 SMALL: tuple[Size, ...] = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
 LARGE: Size = (2048, 2048)
 ROWS = {"decode": (1, 4, 8, 16), "prefill": (16, 128, 512)}
-FORMAT = 8  # of what is found: what was kept in another is measured again
+FORMAT = 9  # of what is found: what was kept in another is measured again
 ROUNDS = 5  # of all measurements, in turns: a shared machine is slow for seconds at a time
 SECONDS = 0.03  # that one measurement takes in a round at least
 # Of the models with which is measured what is beside the products: family, channels of a head and

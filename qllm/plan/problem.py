@@ -31,8 +31,15 @@ class Problem:
         prefill, decode: (D, M, C), seconds of a linear in a prompt's pass and in a step.
         fixed_prefill, fixed_decode: (D, H), of the rest of a half.
         hop_prefill, hop_decode: seconds between two stages.
-        turn_prefill, turn_decode: (D,), seconds that a pass takes more on each of several stages.
-        micro_batches: passes that a step takes through the stages.
+        overhead_prefill, overhead_decode, overhead_busy: (D,), seconds that a pass takes more on
+            each of several stages; the last of a step while all of them work.
+        wakeup_prefill, wakeup_decode, wakeup_busy: (D,), seconds that it takes more on top of them
+            where a machine has more stages than processors, so that a stage that waits sleeps.
+        shares: (G, D), for each machine that several devices share, the part of its processors
+            that a device has threads for; 0 for devices elsewhere.
+        processors: int (G,), of those machines.
+        micro_batches: parts of the batch, which go through the stages one behind the other: while
+            there are several, all stages work at the same time.
         steps: tokens that are generated.
         objective: one of OBJECTIVES.
         allowed: bool (M, C), which candidates each linear may have; None: all.
@@ -51,8 +58,14 @@ class Problem:
     decode: Array
     fixed_prefill: Array
     fixed_decode: Array
-    turn_prefill: Array
-    turn_decode: Array
+    overhead_prefill: Array
+    overhead_decode: Array
+    overhead_busy: Array
+    wakeup_prefill: Array
+    wakeup_decode: Array
+    wakeup_busy: Array
+    shares: Array
+    processors: Whole
     hop_prefill: float = 0.0
     hop_decode: float = 0.0
     micro_batches: int = 1
@@ -78,13 +91,19 @@ class Problem:
         np.add.at(first, device, self.fixed_prefill[device, np.arange(len(device))])
         np.add.at(step, there, self.decode[there, rows, choice])
         np.add.at(step, device, self.fixed_decode[device, np.arange(len(device))])
+        shared_first, shared_step = self.shares @ first, self.shares @ step
+        busy = step.copy()
         hops = len(used) - 1
         if hops:
-            first[used] += self.turn_prefill[used]
-            step[used] += self.turn_decode[used]
-        more = self.micro_batches - 1
-        prefill = first.sum() + hops * self.hop_prefill + more * first.max()
-        decode = step.sum() + hops * self.hop_decode + more * step.max()
+            woken = self.is_woken(used)
+            first[used] += self.overhead_prefill[used] + self.wakeup_prefill[used] * woken
+            step[used] += self.overhead_decode[used] + self.wakeup_decode[used] * woken
+            busy[used] += self.overhead_busy[used] + self.wakeup_busy[used] * woken
+        slow_first, slow_step = max([*first, *shared_first]), max([*busy, *shared_step])
+        # The stages fill up once for a prompt. A step of one micro-batch begins when its last one
+        # has ended, whatever the others are at.
+        prefill = first.sum() + hops * self.hop_prefill + (self.micro_batches - 1) * slow_first
+        decode = max(step.sum() + hops * self.hop_decode, self.micro_batches * slow_step)
         return Costs(
             loss=float(self.loss[rows, choice].sum()),
             nbytes=float(self.nbytes[rows, choice].sum()),
@@ -92,8 +111,13 @@ class Problem:
             held=held + np.isin(np.arange(len(held)), used) * self.buffers,
             prefill=float(prefill),
             decode=float(decode),
-            slowest=float(self.micro_batches * (first.max() + self.steps * step.max())),
+            slowest=float(self.micro_batches * (slow_first + self.steps * slow_step)),
         )
+
+    def is_woken(self, used: Whole) -> NDArray[np.bool_]:
+        """Of the devices that are used, which share a machine that has fewer processors."""
+        there = self.shares[:, used] > 0
+        return there[there.sum(axis=1) > self.processors].any(axis=0)
 
     def keeps_to_limits(self, costs: Costs) -> bool:
         """Whether costs are within `max_loss` and `max_bits`."""
@@ -119,7 +143,8 @@ class Costs:
         bits: mean bits per weight.
         held: (D,), bytes on each device.
         prefill, decode: seconds of a prompt's pass of the whole batch, and of a step.
-        slowest: seconds that the busiest stages work for a whole batch, prompt and steps.
+        slowest: seconds that the busiest stage, or the processors that stages share, work for a
+            whole batch, prompt and steps.
     """
 
     loss: float

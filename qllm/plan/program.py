@@ -16,8 +16,8 @@ from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
-from qllm.plan.devices import PHASES, Cluster, Device, Size
-from qllm.plan.problem import Problem
+from qllm.plan.devices import BESIDE, STAGE_PASSES, Cluster, Device, Size
+from qllm.plan.problem import Problem, Whole
 from qllm.plan.sensitivity import Array
 from qllm.quantizer.floats import FRONT
 
@@ -223,9 +223,17 @@ def build(
     memory = np.array([device.memory for device in devices])
     fixed = shape.fixed + shape.cache(work) if cluster else shape.fixed.copy()
     hop_prefill = hop_decode = 0.0
-    turns = {phase: np.array([each.turns[phase] for each in devices]) for phase in PHASES}
+    overhead, wakeup = (
+        {each: np.array([getattr(d, name)[each] for d in devices]) for each in STAGE_PASSES}
+        for name in BESIDE
+    )
+    shares, processors = shared_processors(devices)
     if cluster is not None:
-        held = float(np.median(shape.nbytes, axis=1).sum()) / count
+        # Of what a step reads: the caches of a machine are shared by the stages that are there.
+        machines = len({d if each.host is None else each.host for d, each in enumerate(devices)})
+        held = float(np.median(shape.nbytes, axis=1).sum()) / machines
+        if shape.head is not None:
+            held += shape.head[1] / machines
         tokens = rows_each * work.prompt
         if count > 1:
             fixed[-1] += shape.tied
@@ -280,8 +288,14 @@ def build(
         decode=decode,
         fixed_prefill=fixed_prefill,
         fixed_decode=fixed_decode,
-        turn_prefill=turns["prefill"],
-        turn_decode=turns["decode"],
+        overhead_prefill=overhead["prefill"],
+        overhead_decode=overhead["decode"],
+        overhead_busy=overhead["busy_decode"],
+        wakeup_prefill=wakeup["prefill"],
+        wakeup_decode=wakeup["decode"],
+        wakeup_busy=wakeup["busy_decode"],
+        shares=shares,
+        processors=processors,
         hop_prefill=hop_prefill,
         hop_decode=hop_decode,
         micro_batches=micro,
@@ -291,3 +305,21 @@ def build(
         max_loss=max_loss,
         max_bits=max_bits,
     )
+
+
+def shared_processors(devices: Sequence[Device]) -> tuple[Array, Whole]:
+    """Of each machine that several CPU devices share, the shares (G, D) and processors (G,).
+
+    See `Problem`; a device is a process there, with its threads.
+    """
+    hosts: dict[str, list[int]] = {}
+    for d, device in enumerate(devices):
+        if device.host is not None and device.threads and device.processors:
+            hosts.setdefault(device.host, []).append(d)
+    several = [places for places in hosts.values() if len(places) > 1]
+    shares = np.zeros((len(several), len(devices)))
+    processors = np.zeros(len(several), dtype=np.int64)
+    for g, places in enumerate(several):
+        processors[g] = max(devices[d].processors or 1 for d in places)
+        shares[g, places] = [min((devices[d].threads or 1) / processors[g], 1.0) for d in places]
+    return shares, processors

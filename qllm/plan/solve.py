@@ -48,18 +48,19 @@ def _all_on(device: int, problem: Problem) -> Whole:
 
 
 def _alone(problem: Problem, deadline: float) -> list[Solution]:
-    """All on one device, for each on which it fits: it takes no turns, as stages of several do.
+    """All on one device, for each on which it fits: it has none of the overhead of several stages.
 
-    The program of all devices counts a turn for each that it uses, be it the only one. Where time
-    is no objective, that changes nothing.
+    The program of all devices counts it for each that it uses, be it the only one. Where time is no
+    objective, that changes nothing.
     """
     found: list[Solution] = []
     if problem.objective in ("loss", "bytes"):
         return found
     smallest = problem.nbytes.min(axis=1).sum() + problem.fixed_bytes.sum() + problem.buffers
     for device, memory in enumerate(problem.memory):
-        turns = problem.turn_prefill[device] + problem.turn_decode[device]
-        if turns and smallest <= memory:
+        beside = (problem.overhead_prefill, problem.overhead_decode, problem.overhead_busy)
+        woken = (problem.wakeup_prefill, problem.wakeup_decode, problem.wakeup_busy)
+        if any(each[device] for each in (*beside, *woken)) and smallest <= memory:
             with suppress(UserError):  # bits that fit need not keep to the other limits
                 left = max(1.0, deadline - time.perf_counter())
                 found.append(_solve_stages(problem, _all_on(device, problem), left))

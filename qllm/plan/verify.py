@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -115,23 +115,23 @@ class _Now:
 
     def seconds(self) -> tuple[float, float]:
         speeds = {threads: probe.speed() for threads, probe in self._probes.items()}
-        turns = {}
+        devices = [_as_it_is_now(each, speeds[each.threads]) for each in self._plan.order]
         if self._plan.stages is not None:
-            turns = {count: measure_stages(count or 1, self._dtype)[1] for count in speeds}
-        return self._plan.seconds_on(
-            [
-                _as_it_is_now(each, speeds[each.threads], turns.get(each.threads, each.turns))
-                for each in self._plan.order
-            ]
-        )
+            beside = {count: measure_stages(count or 1, self._dtype)[1] for count in speeds}
+            for place, device in enumerate(devices):
+                found = beside[device.threads]
+                devices[place] = replace(
+                    device, stage_overhead=found["stage_overhead"], wakeup=found["wakeup"]
+                )
+        return self._plan.seconds_on(devices)
 
 
-def _as_it_is_now(device: Device, speed: MeasuredSpeed, turns: Mapping[str, float]) -> Device:
+def _as_it_is_now(device: Device, speed: MeasuredSpeed) -> Device:
     """A device as it was measured anew; products that the plan has none of stay as they were."""
     assert isinstance(device.speed, MeasuredSpeed)
     before = device.speed.linears
     linears = {phase: {**before[phase], **speed.linears[phase]} for phase in before}
-    return replace(device, speed=replace(speed, linears=linears), turns=turns)
+    return replace(device, speed=replace(speed, linears=linears))
 
 
 def _by(algorithm: str, spec: QuantSpec) -> QuantSpec:

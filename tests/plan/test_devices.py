@@ -49,8 +49,9 @@ def test_the_example_is_read():
         ({"devices": [GOOD], "network": {"latency": -1}}, "latency -1 cannot be"),
         ({"devices": [GOOD], "network": {"delay": 1}}, "a network has bandwidth and latency"),
         ({"devices": [{"name": "x", "memory": 1, "measured": {}}]}, "measured is not what"),
-        ({"devices": [{"name": "x", "memory": 1, "turns": [1]}]}, "turns are seconds of"),
-        ({"devices": [{"name": "x", "memory": 1, "turns": {"decode": -1}}]}, "turns: decode -1"),
+        ({"devices": [GOOD | {"processors": 0}]}, "processors 0 is no number of processors"),
+        ({"devices": [{"name": "x", "memory": 1, "wakeup": [1]}]}, "wakeup is seconds of"),
+        ({"devices": [{"name": "x", "memory": 1, "wakeup": {"decode": -1}}]}, "wakeup: decode -1"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, value, said):
@@ -71,10 +72,12 @@ def test_measured_speeds_are_what_was_measured(tmp_path):
         {"decode": 5e-6, "prefill": 1e-3},
         (1e6, 4e6),
     )
-    device = {"name": "here", "memory": 1e9, "measured": speed.to_json(), "turns": {"decode": 2e-5}}
+    beside = {"stage_overhead": {"decode": 2e-5}, "processors": 2}
+    device = {"name": "here", "memory": 1e9, "measured": speed.to_json(), **beside}
     (found,) = read(tmp_path, {"devices": [device]}).devices
     again = found.speed
-    assert again == speed and found.turns == {"decode": 2e-5, "prefill": 0.0}
+    assert again == speed and found.processors == 2
+    assert found.stage_overhead == {"decode": 2e-5, "prefill": 0.0, "busy_decode": 0.0}
     assert [again.step(decode=decode) for decode in (True, False)] == [5e-6, 1e-3]
     four, size = QuantSpec(4, kind="weight_only"), (500, 2000)
     near, between, far = (

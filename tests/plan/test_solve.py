@@ -41,8 +41,14 @@ def problem(seed: int, devices: int, layers: int, candidates: int = 2, **changes
         decode=nbytes[None] / speed[:, None, None],
         fixed_prefill=draw.uniform(0, 1, (devices, halves)),
         fixed_decode=draw.uniform(0, 1, (devices, halves)),
-        turn_prefill=draw.uniform(0, 3, devices),
-        turn_decode=draw.uniform(0, 2, devices),
+        overhead_prefill=draw.uniform(0, 3, devices),
+        overhead_decode=draw.uniform(0, 2, devices),
+        overhead_busy=draw.uniform(0, 2, devices),
+        wakeup_prefill=draw.uniform(0, 3, devices),
+        wakeup_decode=draw.uniform(0, 2, devices),
+        wakeup_busy=draw.uniform(0, 2, devices),
+        shares=np.zeros((0, devices)),
+        processors=np.zeros(0, dtype=np.int64),
         steps=3,
         **{"hop_prefill": 2.0, "hop_decode": 0.5, "micro_batches": devices, **changes},
     )
@@ -83,12 +89,69 @@ def test_it_is_the_best_of_all_choices(objective, devices, layers, seed):
     assert found.gap <= 2e-4
 
 
-def test_one_device_takes_no_turns():
-    """Two share the work where a turn takes no time, and where it takes long one has all of it."""
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize(
+    ("shares", "processors"),
+    [
+        ([[0.5, 1.0, 0.5]], [2]),  # one machine with more stages than processors
+        ([[0.0, 1.0, 1.0]], [4]),  # and two devices of one that has enough, behind another
+        ([[1.0, 1.0, 0.0]], [1]),
+    ],
+)
+@pytest.mark.parametrize("memory", [0.4, 0.6])  # three devices hold it all, and two
+def test_machines_that_devices_share(objective, micro_batches, shares, processors, memory):
+    p = problem(2, 3, 2, objective=objective, micro_batches=micro_batches)
+    limit = p.loss[:, 0].sum() * 0.5
+    total = p.nbytes[:, 1].sum() + p.fixed_bytes.sum()
+    p = replace(
+        p,
+        memory=np.full(3, total * memory),
+        shares=np.array(shares),
+        processors=np.array(processors),
+        max_loss=limit,
+    )
+    found = solve(p)
+    assert found.value == pytest.approx(min(all_values(p)), rel=2e-4) and found.gap <= 2e-4
+    alone = replace(p, shares=np.zeros((0, 3)), processors=np.zeros(0, dtype=np.int64))
+    assert p.value(found.costs) >= min(all_values(alone)) * (1 - 2e-4)
+
+
+def test_stages_of_one_machine_do_not_add_up():
+    """By hand: two stages of 3 and 1 s a step with two threads each, on two processors or four."""
+    base = problem(0, 2, 1, hop_prefill=0.0, hop_decode=0.0)
+    zero = np.zeros(2)
+    p = replace(
+        base,
+        decode=np.array([3.0, 1.0])[:, None, None] * np.ones((2, 2, 2)),
+        prefill=np.array([3.0, 1.0])[:, None, None] * np.ones((2, 2, 2)),
+        fixed_decode=np.zeros((2, 2)),
+        fixed_prefill=np.zeros((2, 2)),
+        overhead_prefill=zero,
+        overhead_decode=zero,
+        overhead_busy=np.array([0.0, 2.5]),
+        wakeup_prefill=zero,
+        wakeup_decode=np.array([0.25, 0.5]),
+        processors=np.array([2]),
+    )
+    choice, device = np.zeros(2, dtype=int), np.array([0, 1])
+    on_four, on_two = (
+        replace(p, shares=np.full((1, 2), share)).evaluate(choice, device) for share in (0.5, 1.0)
+    )
+    assert (on_four.prefill, on_four.decode, on_four.slowest) == (4 + 3, 7, 2 * (3 + 3 * 3.5))
+    assert (on_two.prefill, on_two.decode, on_two.slowest) == (4 + 4, 8, 2 * (4 + 3 * 4))
+    woken = replace(p, shares=np.full((1, 2), 0.5), processors=np.array([1]), micro_batches=1)
+    assert woken.evaluate(choice, device).decode == 4.75
+
+
+def test_one_device_has_no_overhead_of_stages():
+    """Two share the work where a stage has none, and where it has much one has all of it."""
     p = problem(1, 2, 3, objective="throughput")
-    two = replace(p, memory=np.full(2, np.inf), turn_prefill=np.zeros(2), turn_decode=np.zeros(2))
+    two = replace(
+        p, memory=np.full(2, np.inf), overhead_prefill=np.zeros(2), overhead_decode=np.zeros(2)
+    )
     assert len(set(solve(two).device)) == 2
-    waiting = replace(two, turn_decode=np.full(2, 100.0))
+    waiting = replace(two, overhead_decode=np.full(2, 100.0), overhead_busy=np.full(2, 100.0))
     found = solve(waiting)
     assert len(set(found.device)) == 1 and found.gap <= 2e-4
     assert found.value == pytest.approx(min(all_values(waiting)), rel=2e-4)
