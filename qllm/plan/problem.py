@@ -103,7 +103,9 @@ class Problem:
         # The stages fill up once for a prompt. A step of one micro-batch begins when its last one
         # has ended, whatever the others are at.
         prefill = first.sum() + hops * self.hop_prefill + (self.micro_batches - 1) * slow_first
-        decode = max(step.sum() + hops * self.hop_decode, self.micro_batches * slow_step)
+        decode = step.sum() + hops * self.hop_decode
+        if self.micro_batches > 1:  # else one stage works at a time
+            decode = max(decode, self.micro_batches * slow_step)
         return Costs(
             loss=float(self.loss[rows, choice].sum()),
             nbytes=float(self.nbytes[rows, choice].sum()),

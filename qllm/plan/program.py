@@ -230,7 +230,7 @@ def build(
     shares, processors = shared_processors(devices)
     if cluster is not None:
         # Of what a step reads: the caches of a machine are shared by the stages that are there.
-        machines = len({d if each.host is None else each.host for d, each in enumerate(devices)})
+        machines = len({(each.threads and each.host) or d for d, each in enumerate(devices)})
         held = float(np.median(shape.nbytes, axis=1).sum()) / machines
         if shape.head is not None:
             held += shape.head[1] / machines

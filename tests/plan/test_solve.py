@@ -142,6 +142,8 @@ def test_stages_of_one_machine_do_not_add_up():
     assert (on_two.prefill, on_two.decode, on_two.slowest) == (4 + 4, 8, 2 * (4 + 3 * 4))
     woken = replace(p, shares=np.full((1, 2), 0.5), processors=np.array([1]), micro_batches=1)
     assert woken.evaluate(choice, device).decode == 4.75
+    one_at_a_time = replace(woken, overhead_busy=np.full(2, 9.0))
+    assert one_at_a_time.evaluate(choice, device).decode == 4.75
 
 
 def test_one_device_has_no_overhead_of_stages():
