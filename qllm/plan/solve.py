@@ -108,7 +108,7 @@ def _search(problem: Problem, deadline: float) -> Solution:
                 tried[cuts] = np.inf
         return tried[cuts]
 
-    uniform = _uniform(problem, deadline)
+    uniform = _uniform(problem, deadline - LEFT)  # so that there is time to move the cuts
     starts = [cuts, *(_cuts(each.device, problem) for each in uniform)]
     best, step = min(starts, key=value), 4
     while step:
