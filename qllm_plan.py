@@ -307,10 +307,11 @@ def read_limits(args: argparse.Namespace, planner: Planner) -> Limits:
     max_kl = args.max_kl
     if objective in ("latency", "throughput") and max_kl is None and args.avg_bits is None:
         name, usual = planner.usual_divergence(objective)
+        bits, comma, embedding = name.partition(",")
         max_kl = usual * (1 + 1e-9)  # which it keeps to itself
         cli.note(
-            f"--max-kl is not given: the plan is to be as good as uniform {name} bits, "
-            f"{max_kl:.3g} nats"
+            f"--max-kl is not given: the plan is to be as good as uniform {bits} "
+            f"bits{comma}{embedding}, {max_kl:.3g} nats"
         )
     return Limits(objective, max_kl, args.avg_bits, args.time_limit)
 
@@ -320,13 +321,12 @@ def show_front(
 ) -> list[dict[str, object]]:
     """Print and draw plans from the fewest bits to the most, uniform ones beside them."""
     from qllm.checkpoint.writer import write_json
-    from qllm.plan.candidates import labels
     from qllm.plan.tables import print_front
 
     plans = planner.front(limits, FRONT_POINTS)
     if not plans:
         raise UserError("no plan keeps to the limits; allow more")
-    names = labels(planner.sensitivity.candidates)
+    names = [planner.uniform_name(i) for i in range(len(planner.sensitivity.candidates))]
     uniform = [(name, planner.uniform(i, limits)) for i, name in enumerate(names)]
     rows = [("planned", plan) for plan in plans] + [(f"uniform {n}", p) for n, p in uniform]
     if args.plot:

@@ -15,6 +15,7 @@ from qllm.config import (
     QuantPlan,
     QuantSpec,
 )
+from qllm.errors import UserError
 from qllm.quant.algorithms import ALGORITHMS as CLASSES
 
 # ---- plans: one value, one per layer, a file
@@ -263,6 +264,14 @@ def test_a_tied_head_of_the_embedding_s_spec_is_no_matrix_of_its_own():
     assert LM_HEAD in plan_of(both).resolve(MODULES, 2)
     assert LM_HEAD not in plan_of(both).resolve(MODULES, 2, tied=True)
     assert LM_HEAD in plan_of({**both, "lm_head": 8}).resolve(MODULES, 2, tied=True)
+
+
+def test_a_tied_head_of_16_bits_beside_a_packed_embedding_is_refused():
+    rules = {"embed": 4, "lm_head": 16}
+    assert {*plan_of(rules).resolve(MODULES, 2)} == {*MODULES, EMBEDDING}
+    with pytest.raises(UserError, match="cannot have 16 bits beside one of 4"):
+        plan_of(rules).resolve(MODULES, 2, tied=True)
+    assert EMBEDDING in plan_of({"embed": 4, ".*": 16}).resolve(MODULES, 2, tied=True)
 
 
 def test_one_more_rule():

@@ -200,7 +200,10 @@ def _check_takes_int8(models: Sequence[Decoder]) -> None:
 
 
 def _weight_only(model: Decoder) -> Iterator[WeightOnlyLinear]:
-    return (layer for layer in model.modules() if isinstance(layer, WeightOnlyLinear))
+    """Those that multiply: an embedding alone is looked up."""
+    found = (layer for layer in model.modules() if isinstance(layer, WeightOnlyLinear))
+    table = getattr(model.embed, "linear", None)
+    return (layer for layer in found if layer is not table or layer is model.lm_head)
 
 
 def _specs(weights: Weights, plan: QuantPlan) -> dict[str, QuantSpec]:

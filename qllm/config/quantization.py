@@ -224,9 +224,18 @@ class QuantPlan:
             default: has the group size, scheme and algorithm.
         """
         plan = self
-        for name, bits in ((LM_HEAD, lm_head_bits), (EMBEDDING, embedding_bits)):
-            if bits is not None:
-                plan = plan.with_rule(f"^{name}$", QuantSpec.from_json(bits, default))
+        known = [width for width in BITWIDTHS if width not in W8A8]
+        for name, called, bits, choices in (
+            (LM_HEAD, "LM head", lm_head_bits, BITWIDTHS),
+            (EMBEDDING, "embedding", embedding_bits, known),
+        ):
+            if bits is None:
+                continue
+            if isinstance(bits, bool) or str(bits).strip() not in choices:
+                raise UserError(
+                    f"bits of the {called} are {bits!r}; choose from {', '.join(choices)}"
+                )
+            plan = plan.with_rule(f"^{name}$", QuantSpec.from_json(bits, default))
         return plan
 
     def check(self, config: ModelConfig) -> None:
@@ -289,6 +298,11 @@ class QuantPlan:
         outer[EMBEDDING] = replace(outer[EMBEDDING], algorithm=DEFAULT_ALGORITHM)
         if tied and outer[LM_HEAD] == outer[EMBEDDING]:
             del outer[LM_HEAD]
+        elif tied and outer[LM_HEAD].kind == "dense" and self._names(LM_HEAD, patterns):
+            raise UserError(
+                f"this model's LM head is its embedding, and cannot have 16 bits beside one of "
+                f"{outer[EMBEDDING].bits}; give it 1 to 8, or leave it out"
+            )
         for name, parts in modules.items():
             found = {part: self._find(name, part, patterns, unused) for part in parts or (name,)}
             if len(set(found.values())) > 1:
@@ -305,6 +319,10 @@ class QuantPlan:
                 f"{self.text}: {next(iter(unused))!r} matches no layer; names are like {example}"
             )
         return specs
+
+    def _names(self, name: str, patterns: Patterns) -> bool:
+        """Whether a rule says the name of a module outside the layers."""
+        return any(name in rule and patterns.search(rule, name) for rule, _ in self.rules)
 
     def _find(self, name: str, part: str, patterns: Patterns, unused: dict[str, None]) -> QuantSpec:
         spec = QuantSpec()

@@ -15,6 +15,7 @@ import numpy as np
 
 from qllm.errors import UserError
 from qllm.plan.problem import Array, Problem, Solution, Whole
+from qllm.plan.silence import without_output
 
 GAP = 1e-4  # relative, at which a solution is as good as the best
 # HiGHS holds constraints to about this much of a number around 1.
@@ -254,13 +255,14 @@ class MixedIntegerProgram:
                 integral[self.y] = integral[self.crowded] = 1
         unit = float(np.abs(self.cost).max()) or 1.0
         limits = LinearConstraint(matrix, np.concatenate(self.low), np.concatenate(self.high))
-        result = milp(
-            self.cost / unit,
-            constraints=limits,
-            integrality=integral,
-            bounds=Bounds(np.zeros(self.count), high),
-            options={"time_limit": max(time_limit, 1.0), "mip_rel_gap": GAP},
-        )
+        with without_output():
+            result = milp(
+                self.cost / unit,
+                constraints=limits,
+                integrality=integral,
+                bounds=Bounds(np.zeros(self.count), high),
+                options={"time_limit": max(time_limit, 1.0), "mip_rel_gap": GAP},
+            )
         if result.x is None:
             if result.status == 1:
                 raise UserError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qllm.config import EMBEDDING, QuantPlan, QuantSpec
+from qllm.config import EMBEDDING, LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.patterns import Patterns
 from qllm.plan.candidates import labels
@@ -228,8 +228,7 @@ class Planner:
         devices = self.devices
         choice = np.full(len(self.shape.modules), candidate)
         if EMBEDDING in self.shape.modules:
-            packed = [not spec.kind.startswith("w8a8") for spec in self.sensitivity.candidates]
-            choice[self.shape.modules.index(EMBEDDING)] = np.flatnonzero(packed)[-1]
+            choice[self.shape.modules.index(EMBEDDING)] = self._most_bits()
         halves = len(self.shape.fixed)
         if cuts is None:
             layers = halves // 2
@@ -240,15 +239,27 @@ class Planner:
         solution = Solution(choice, device, costs, problem.value(costs), 0.0, 0.0)
         return self._plan(problem, solution, devices)
 
+    def _most_bits(self) -> int:
+        """The candidate with the most bits of those that an embedding may have."""
+        packed = [not spec.kind.startswith("w8a8") for spec in self.sensitivity.candidates]
+        return int(np.flatnonzero(packed)[-1])
+
+    def uniform_name(self, candidate: int) -> str:
+        """What `uniform` is called: its label, and the embedding's where that is another one."""
+        names = labels(self.sensitivity.candidates)
+        if EMBEDDING not in self.shape.modules or self._most_bits() == candidate:
+            return names[candidate]
+        return f"{names[candidate]}, embedding {names[self._most_bits()]}"
+
     def usual_divergence(self, objective: str) -> tuple[str, float]:
         """What most people take: the candidate nearest to USUAL_BITS for all linears.
 
         Returns:
-            its label, and the divergence that is predicted of it, nats per token.
+            its name, and the divergence that is predicted of it, nats per token.
         """
         candidates = self.sensitivity.candidates
         index = min(range(len(candidates)), key=lambda i: abs(candidates[i].bits - USUAL_BITS))
-        return labels(candidates)[index], self.uniform(index, Limits(objective)).divergence
+        return self.uniform_name(index), self.uniform(index, Limits(objective)).divergence
 
     def front(self, limits: Limits, points: int) -> list[Plan]:
         """Plans from the fewest bits to the most, each with the least loss at its bits."""
@@ -295,6 +306,11 @@ def allowed(
             )
         rows = [i for i, n in enumerate(modules) if patterns.search(pattern, n)]
         if not rows:
-            raise UserError(f"{where}: {pattern!r} matches no linear; names are like {modules[0]}")
+            outer = [name for name in (EMBEDDING, LM_HEAD) if patterns.search(pattern, name)]
+            left = [f"{name} is not decided on by itself" for name in outer]
+            raise UserError(
+                f"{where}: {pattern!r} matches no linear; "
+                f"{left[0] if left else f'names are like {modules[0]}'}"
+            )
         mask[rows] = held
     return mask

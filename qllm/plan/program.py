@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from qllm.checkpoint.load import module_bytes, outline
-from qllm.config import EMBEDDING, LM_HEAD, ModelConfig, QuantPlan, QuantSpec
+from qllm.config import (
+    DEFAULT_ALGORITHM,
+    EMBEDDING,
+    LM_HEAD,
+    ModelConfig,
+    QuantPlan,
+    QuantSpec,
+)
 from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.models import Decoder
@@ -97,7 +104,9 @@ class Shape:
         """Of a 16- or 32-bit checkpoint, whose files' headers alone are read."""
         plan = QuantPlan.uniform(QuantSpec())
         if LM_HEAD in modules:  # so that a tied one is a matrix of its own, as it will be
-            plan = plan.with_rule(f"^{LM_HEAD}$", candidates[0])
+            # Of bytes alone: how the integers are chosen is for whoever quantizes.
+            spec = replace(candidates[0], algorithm=DEFAULT_ALGORITHM)
+            plan = plan.with_rule(f"^{LM_HEAD}$", spec)
         return cls.of_model(outline(folder, plan, dtype), modules, candidates)
 
     @classmethod

@@ -1,0 +1,61 @@
+"""What is planned of a model whose losses are given."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from conftest import tiny
+
+from qllm.checkpoint.weights import Weights
+from qllm.config import QuantSpec
+from qllm.errors import UserError
+from qllm.plan.candidates import parse_candidates
+from qllm.plan.measure import decided_modules
+from qllm.plan.planner import Limits, Planner, allowed
+from qllm.plan.program import Shape, Workload
+from qllm.plan.sensitivity import Sensitivity
+from qllm.plan.silence import without_output
+
+
+def planner(family: str, bits: str, **decided: bool) -> Planner:
+    """Of a bundled model, in which every linear weighs alike."""
+    modules = decided_modules(Weights.of_floats(tiny(family)), **{"lm_head": False, **decided})
+    candidates = parse_candidates(bits, "64", "asym", QuantSpec())
+    losses = np.array([4.0**-spec.bits for spec in candidates])
+    count = len(modules)
+    choices = np.repeat(np.arange(len(candidates))[:, None], count, axis=1)
+    errors, alone = np.tile(losses, (count, 1)), np.full(count, losses[0])
+    found = Sensitivity(modules, candidates, errors, 0, alone, choices, count * losses, {})
+    return Planner(found, Shape.of(tiny(family), modules, candidates, None), Workload())
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_a_head_is_decided_on_whatever_will_quantize(family):
+    modules = decided_modules(Weights.of_floats(tiny(family)), True)
+    candidates = parse_candidates("4,8", "64", "asym", QuantSpec(algorithm="gptq"))
+    shape = Shape.of(tiny(family), modules, candidates, None)
+    assert shape.modules[-1] == "lm_head"
+
+
+def test_uniform_bits_say_what_the_embedding_has():
+    found = planner("opt", "3,4,8", embedding=True)
+    assert [found.uniform_name(i) for i in range(3)] == ["3, embedding 8", "4, embedding 8", "8"]
+    assert found.usual_divergence("loss")[0] == "4, embedding 8"
+    assert planner("opt", "3,4,8").uniform_name(0) == "3"
+
+
+@pytest.mark.parametrize("name", ["embed", "lm_head"])
+def test_what_is_not_decided_on_is_not_held(name):
+    found = planner("opt", "4,8").sensitivity
+    with pytest.raises(UserError, match=f"{name} is not decided on by itself"):
+        allowed(found.modules, found.candidates, {name: "8"})
+
+
+def test_the_solver_prints_nothing(capfd):
+    with without_output():
+        os.write(1, b"from C")
+    planner("opt", "4,8").decide(Limits(max_bits=6.0))
+    print("from Python")
+    assert capfd.readouterr().out == "from Python\n"
