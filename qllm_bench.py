@@ -297,6 +297,7 @@ def loader(
             **about,
         ).model
         about["bitwidth"] = report.bitwidth(model) if args.bitwidth is None else plan.text
+        about |= report.outer_bits(model)
         return ModelRunner.of_decoder(model), about
 
     return load

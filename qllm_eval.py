@@ -369,7 +369,8 @@ def run_models(
         own = report.bitwidth(model) if isinstance(model, Decoder) else model.bitwidth
         bitwidth = own if args.bitwidth is None else plan.text
         for kv_bits in args.kv_bits:
-            what = report.label({"bitwidth": bitwidth, "kv_bits": kv_bits})
+            outer = report.outer_bits(model) if isinstance(model, Decoder) else {}
+            what = report.label({"bitwidth": bitwidth, "kv_bits": kv_bits, **outer})
             what = f"{candidate.name}, {what}" if args.model_path else what
             progress = partial(progress_at, what)
             yield candidate.row(llm, bitwidth, activation_bits, kv_bits, progress)

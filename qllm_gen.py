@@ -232,6 +232,7 @@ def describe(
     result: dict[str, object] = {
         "model": name,
         "bitwidth": model.bitwidth if onnx else args.bitwidth or report.bitwidth(model),
+        **({} if onnx else report.outer_bits(model)),
         "results": [],
     }
     gather = (lambda value: [value]) if session is None else session.all_gather_object
@@ -268,7 +269,7 @@ def show(
 
     dtype = str(model.dtype).removeprefix("torch.")
     print(
-        f"{result['model']} at bitwidth {result['bitwidth']}, {dtype} on {model.device}"
+        f"{result['model']} at bitwidth {report.label(result)}, {dtype} on {model.device}"
         f"{' in onnxruntime' if onnx else ''}, loaded in {seconds:.2f} s"
     )
     if "ranks" in result:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from qllm import cli
 from qllm.bitwidths import make_plan
-from qllm.config import ALGORITHMS, DEFAULT_ALGORITHM, QuantPlan, QuantSpec
+from qllm.config import ALGORITHMS, DEFAULT_ALGORITHM, EMBEDDING, QuantPlan, QuantSpec
 from qllm.data import DATASET, SAMPLES, TOKENS, CalibrationText
 from qllm.errors import UserError
 from qllm.onnx import is_onnx
@@ -279,8 +279,11 @@ def main() -> None:
         report.print_json(result)
         return
     worst = max(reports, key=lambda entry: entry.error)
+    linears = sum(entry.name != EMBEDDING for entry in reports)
+    what = [f"{linears} linear{'s' * (linears != 1)}"] if linears else []
+    what += ["the embedding"] if linears < len(reports) else []
     print(
-        f"{folder.name}: {len(reports)} linears quantized in {result['seconds']:.1f} s, "
+        f"{folder.name}: {' and '.join(what)} quantized in {result['seconds']:.1f} s, "
         f"{report.megabytes(result['bytes'])} written to {target}"
     )
     what = "outputs" if worst.of_output else "weights"

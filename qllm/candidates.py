@@ -107,7 +107,7 @@ class Candidate:
         if isinstance(model, Decoder):
             model.kv_bits = kv_bits
             about |= {"algorithm": algorithm_of(self.folder, model), "kv_bits": kv_bits}
-            about["format"] = report.formats(model)
+            about |= {"format": report.formats(model), **report.outer_bits(model)}
         else:
             about["algorithm"] = origin.algorithm(read_raw_config(self.folder.path))
             about |= {"format": f"{bitwidth} bits, ONNX", "kv_bits": None}

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
+import torch
+
 from qllm import ops
 from qllm.checkpoint.load import shard_bytes
-from qllm.config import DEFAULT_KV_BITS, EMBEDDING, LM_HEAD
+from qllm.config import DEFAULT_KV_BITS, EMBEDDING, LM_HEAD, QuantSpec
 from qllm.layers import Linear
 from qllm.layers.base import describe
 from qllm.memory import resident_bytes
@@ -61,12 +63,28 @@ def formats(model: Decoder) -> str:
     return "; ".join(dict.fromkeys(describe(linear.spec) for linear in linears))
 
 
+def outer_bits(model: Decoder) -> dict[str, str]:
+    """Bitwidths of the embedding and of the LM head, of those that this process has."""
+    places = {"embedding_bits": model.embed, "lm_head_bits": model.lm_head}
+    found = {}
+    for name, module in places.items():
+        linear = getattr(module, "linear", module)
+        if isinstance(linear, Linear):
+            found[name] = linear.spec.bitwidth
+        elif not isinstance(linear, torch.nn.Identity):
+            found[name] = QuantSpec().bitwidth
+    return found
+
+
 def label(row: Mapping, key: str = "bitwidth") -> str:
-    """What a table calls a model: its bitwidth or "format", activations of 8 bits, and a KV cache
-    of fewer than 16."""
+    """What a table calls a model: its bitwidth or "format", an embedding, a head and activations
+    that are packed, and a KV cache of fewer than 16 bits."""
+    dense = QuantSpec().bitwidth
+    outer = {"embedding": row.get("embedding_bits"), "LM head": row.get("lm_head_bits")}
+    packed = "".join(f", {name} {of}" for name, of in outer.items() if of and of != dense)
     bits = row.get("kv_bits") or DEFAULT_KV_BITS
     activations = ", activations 8" if row.get("activation_bits") == 8 else ""
-    return row[key] + activations + (f", KV {bits}" if bits != DEFAULT_KV_BITS else "")
+    return row[key] + packed + activations + (f", KV {bits}" if bits != DEFAULT_KV_BITS else "")
 
 
 def shard_rows(model: Decoder) -> list[dict]:

@@ -139,7 +139,9 @@ def test_the_dequantized_twin_is_for_the_reference(opt, text, tmp_path):
     for flags, name in (((), "saved"), (("--fake",), "fake")):
         done = call(QUANT, "--model-path", opt, *options, *flags, "--save", tmp_path / name)
         assert done.returncode == 0, done.stderr
+        assert "opt-shallow: 8 linears and the embedding quantized in" in done.stdout
     ours = call_json(GEN, "--model-path", tmp_path / "saved", "--dtype", "float32")
+    assert (ours["embedding_bits"], ours["lm_head_bits"]) == ("4", "4")
     reference = call_json(REF, "--model-path", tmp_path / "fake", "--dtype", "float32")
     assert [row["tokens"] for row in ours["results"]] == [
         row["tokens"] for row in reference["results"]

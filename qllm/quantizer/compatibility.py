@@ -51,8 +51,13 @@ def refusals(quantization: Mapping, ragged: str | None, transposed: bool = False
     if transposed:
         found.setdefault("transformers", "this family's layers are Conv1D there, which stay dense")
     if any(target.startswith("re:") for target in _targets(quantization)):
-        found.setdefault("transformers", "it loads no packed embeddings")
-        found.setdefault("vLLM", "few of its models take packed embeddings, tied ones none")
+        tables = {
+            "transformers": "it loads no packed embeddings",
+            "vLLM": "few of its models take packed embeddings, tied ones none",
+        }
+        for name, reason in tables.items():
+            # Beside the other reason: without that one it would not load either.
+            found[name] = f"{found[name]}, and {reason}" if name in found else reason
     weights = [group["weights"] for group in quantization["config_groups"].values()]
     if len(weights) > 1 and not all(entry["symmetric"] for entry in weights):
         found.setdefault("transformers", "where layers differ it takes --scheme sym")

@@ -152,3 +152,14 @@ def test_nothing_but_the_linears_in_layers_is_said_to_be_quantized(sources, tmp_
         assert found.find(LM_HEAD) is None
         assert found.find("model.decoder.project_in") is None
         assert found.find("model.decoder.project_out") is None
+
+
+def test_all_that_keeps_a_packed_embedding_from_loading_is_said(tmp_path):
+    notes: list[str] = []
+    twin_of("llama").save_pretrained(tmp_path / "source")
+    plan = plan_of({".*": {"bits": 4, "group_size": 24}, "embed": 8})
+    quantize_checkpoint(Job(tmp_path / "source", plan), tmp_path / "out", note=notes.append)
+    for name in ("transformers: ", "vLLM: "):
+        reason = notes[-1].partition(f"not in {name}")[2].partition("; ")[0]
+        assert "groups of 24 do not divide" in reason and ", and " in reason
+        assert "packed embeddings" in reason
