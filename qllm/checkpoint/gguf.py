@@ -138,15 +138,19 @@ def _is_linear(name: str) -> bool:
     return module == "lm_head" or module.endswith((".qkv", ".out", ".up", ".down"))
 
 
+def _is_held(name: str) -> bool:
+    """Whether one of our tensors is a weight that is held as a file has it, where that can be."""
+    module, _, kind = name.rpartition(".")
+    return kind in ("weight", BLOCKS) and (module == "embed" or _is_linear(name))
+
+
 def packed_types(parts: dict[str, list[Part]]) -> dict[str, BlockType]:
     """Our name of each linear, and the embedding, that can be held as the file has it."""
     found = {}
     for name, pieces in parts.items():
-        module, _, kind = name.rpartition(".")
         types = {piece.tensor.type for piece in pieces}
-        held = _is_linear(name) or module == "embed"
-        if held and kind == "weight" and len(types) == 1 and next(iter(types)).packs:
-            found[module] = next(iter(types))
+        if _is_held(name) and len(types) == 1 and next(iter(types)).packs:
+            found[name.rpartition(".")[0]] = next(iter(types))
     return found
 
 
@@ -195,12 +199,12 @@ class GGUFFile(TensorFile):
 
     @property
     def unpacked_types(self) -> tuple[str, ...]:
-        """Of the layers' linears that are read as numbers, and are blocks in the file."""
+        """Of the matrices that are read as numbers, and are blocks in the file."""
         found = {
             part.tensor.type.name
             for name, pieces in self._parts.items()
             for part in pieces
-            if _is_linear(name) and not name.endswith(BLOCKS) and part.tensor.type.dtype is None
+            if _is_held(name) and not name.endswith(BLOCKS) and part.tensor.type.dtype is None
         }
         return tuple(sorted(found))
 

@@ -92,8 +92,9 @@ def load_model(
     specs = _specs(weights, plan)
     if (unpacked := weights.checkpoint.unpacked_types) and not _quantizes(plan):
         note(
-            f"layers of {', '.join(unpacked)} are held at 16 bits: a packed layer has no groups of "
-            "16, nor parts of several types; --bitwidth rounds the numbers of all layers"
+            f"matrices of {', '.join(unpacked)} are held at 16 bits: a packed one has no groups of "
+            "16, nor parts of several types; --bitwidth rounds the numbers of all layers, and "
+            "--embedding-bits those of the embedding"
         )
     _check_calibration(weights, specs, calibration)
     whole = _empty(weights, specs, dtype)

@@ -22,6 +22,7 @@ from qllm.folders import partial_folder, writing
 
 # Of the file that stands for a lock where the file system has none, and says whose it is.
 MARK = "running-"
+LONG = 100  # characters of a setting, of which a message has the beginning
 
 
 class PartialFolder:
@@ -121,8 +122,9 @@ class PartialFolder:
         for key in dict.fromkeys([*self.settings, *found]):
             ours, theirs = self.settings.get(key), found.get(key)
             if ours != theirs:
+                what, ours, theirs = _first_difference(key, ours, theirs)
                 raise UserError(
-                    f"{self.folder} holds an interrupted run with {key} {_shorten(theirs)}, this "
+                    f"{self.folder} holds an interrupted run with {what} {_shorten(theirs)}, this "
                     f"one has {_shorten(ours)}; give that one's options to go on with it, or "
                     "remove the folder"
                 )
@@ -159,6 +161,18 @@ class PartialFolder:
         self._lock.close()
 
 
+def _first_difference(key: str, ours: object, theirs: object) -> tuple[str, object, object]:
+    """Of objects with many entries, the first that differs, its key behind theirs."""
+    missing = object()
+    while isinstance(ours, dict) and isinstance(theirs, dict):
+        if len(json.dumps([ours, theirs])) < LONG:
+            break
+        keys = dict.fromkeys([*ours, *theirs])
+        inner = next(k for k in keys if ours.get(k, missing) != theirs.get(k, missing))
+        key, ours, theirs = f"{key} {inner}", ours.get(inner), theirs.get(inner)
+    return key, ours, theirs
+
+
 def _shorten(value: object) -> str:
     text = json.dumps(value)
-    return text if len(text) < 100 else f"{text[:80]}…"
+    return text if len(text) < LONG else f"{text[:80]}…"

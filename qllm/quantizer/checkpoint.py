@@ -378,7 +378,7 @@ class _Run:
         """Finish the checkpoint, tune its scales, and open it again for those."""
         self.hidden = self.targets = None
         file = SafetensorsFile(self._states_path(TARGETS, self.config.num_layers + 2))
-        self.output.write_small_files(self.reports, self.note)
+        self.output.write_small_files(self.reports, lambda line: None)  # it is said at the end
         self.output.writer.finish()
         tied = self.config.tied_head and EMBEDDING in self.specs
         head = self.floats.linear(LM_HEAD).weight if tied or LM_HEAD in self.specs else None

@@ -120,6 +120,17 @@ def test_what_is_quantized_from_a_file_is_a_checkpoint_of_transformers(tmp_path,
     assert (logits - want).abs().max() < 4e-3 * (want.max() - want.min())
 
 
+@pytest.mark.parametrize("name", ["token_embd.weight", "output.weight", "blk.0.ffn_down.weight"])
+def test_matrices_that_are_held_at_16_bits_are_named(tmp_path, name):
+    found = read_gguf(write_model(tmp_path / "model.gguf", FAMILIES["qwen3"](), "F16"))
+    assert GGUFFile(found, True).unpacked_types == ()
+    if name not in found.tensors:
+        pytest.skip("its head is its embedding")
+    (kind,) = (kind for kind in TYPES.values() if kind.name == "Q6_K")
+    tensors = found.tensors | {name: replace(found.tensors[name], type=kind)}
+    assert GGUFFile(replace(found, tensors=tensors), True).unpacked_types == ("Q6_K",)
+
+
 def test_a_split_model_is_one(tmp_path):
     model = FAMILIES["llama"]()
     whole = write_model(tmp_path / "whole.gguf", model, "Q4_0")

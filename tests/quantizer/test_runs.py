@@ -91,7 +91,12 @@ def test_other_options_do_not_go_on_with_a_run(sources, tmp_path):
     job = Job(sources("opt"), plan, samples=samples(), about={"samples": "many"})
     assert is_killed(lambda: quantize_checkpoint(job, target), 60)
     for change, words in (
-        ({"plan": plan_of(3, algorithm="gptq")}, "layers "),
+        ({"plan": plan_of(3, algorithm="gptq")}, "layers layers.0.attention.qkv bits 4, this one"),
+        (
+            {"plan": plan.with_rule("down", plan_of(8).rules[0][1])},
+            "layers layers.0.mlp.down bits 4, this one has 8",
+        ),
+        ({"plan": plan.with_rule("embed", plan_of(8).rules[0][1])}, "layers embed null, this one"),
         ({"samples": samples(seed=1)}, "calibration samples "),
         (
             {"samples": samples(seed=1), "about": {"samples": "few"}},
