@@ -48,7 +48,8 @@ def load_or_measure(
         found = Sensitivity.from_file(path)
         if found.about != about:
             raise UserError(
-                f"{path} was measured of another model, text or candidates; name another --table"
+                f"{path} was measured of another model, text or candidates, or with another choice "
+                "of --lm-head and --embedding; name another --table"
             )
         return found
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,8 @@ from qllm.memory import gigabytes
 from qllm.plan.candidates import labels
 from qllm.plan.planner import Plan
 
+LARGE = 1e9  # bytes of a device, from which on they are said in GB
+
 
 def print_plan(name: str, plan: Plan) -> None:
     """Print a plan as a table, and what it comes to."""
@@ -49,9 +51,10 @@ def _print_devices(plan: Plan) -> None:
     held = [each for each in costs.held if each]
     bounds = [0, *plan.cuts, len(plan.solution.device)]
     for device, nbytes, begin, end in zip(plan.order, held, bounds, bounds[1:], strict=False):
+        size = gigabytes if device.memory >= LARGE else report.megabytes
         print(
-            f"{device.name}: layers {begin / 2:g} to {end / 2:g}, {gigabytes(int(nbytes))} of "
-            f"{gigabytes(int(device.memory))}"
+            f"{device.name}: layers {begin / 2:g} to {end / 2:g}, {size(int(nbytes))} of "
+            f"{size(int(device.memory))}"
         )
     print(
         f"prompts of {work.batch} x {work.prompt}: {costs.prefill:.4g} s; a step: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from qllm.checkpoint.weights import Weights
 from qllm.config import QuantSpec
 from qllm.errors import UserError
 from qllm.plan.candidates import parse_candidates
-from qllm.plan.measure import decided_modules
-from qllm.plan.planner import Limits, Planner, allowed
+from qllm.plan.devices import Cluster, DescribedSpeed
+from qllm.plan.measure import Job, decided_modules
+from qllm.plan.planner import ANYWHERE, Limits, Planner, allowed
 from qllm.plan.program import Shape, Workload
 from qllm.plan.sensitivity import Sensitivity
 from qllm.plan.silence import without_output
+from qllm.plan.tables import print_plan
 
 
 def planner(family: str, bits: str, **decided: bool) -> Planner:
@@ -59,3 +62,19 @@ def test_the_solver_prints_nothing(capfd):
     planner("opt", "4,8").decide(Limits(max_bits=6.0))
     print("from Python")
     assert capfd.readouterr().out == "from Python\n"
+
+
+def test_tables_from_before_embeddings_were_decided_on_are_read():
+    job = Job(tiny("opt"), parse_candidates("4,8", "64", "asym", QuantSpec()), [[1]], [[1]])
+    assert "embedding" not in job.about()
+    assert replace(job, embedding=True).about() != job.about()
+
+
+@pytest.mark.parametrize(("memory", "said"), [(12e6, "3.00 MB of 12.00 MB"), (2e9, "0.00 GB of")])
+def test_devices_are_said_in_a_unit_that_shows_them(memory, said, capsys):
+    device = replace(ANYWHERE, memory=memory, speed=DescribedSpeed(1e10, 1e11, 1e11))
+    found = replace(planner("opt", "4,8"), cluster=Cluster((device,)))
+    plan = found.decide(Limits(max_bits=6.0))
+    costs = replace(plan.solution.costs, held=np.array([3e6]))
+    print_plan("opt", replace(plan, solution=replace(plan.solution, costs=costs)))
+    assert f"layers 0 to 6, {said}" in capsys.readouterr().out
