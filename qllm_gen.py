@@ -232,7 +232,6 @@ def describe(
     result: dict[str, object] = {
         "model": name,
         "bitwidth": model.bitwidth if onnx else args.bitwidth or report.bitwidth(model),
-        **({} if onnx else report.outer_bits(model)),
         "results": [],
     }
     gather = (lambda value: [value]) if session is None else session.all_gather_object
@@ -243,6 +242,9 @@ def describe(
     if not onnx:
         cache = report.cache_row(model, *cache_shape)
         result["kv_cache"] = cache | {"bytes": sum(gather(cache["bytes"]))}
+        # Of 16 bits it says nothing, as the object of ref_gen.py.
+        outer = report.outer_bits(model)
+        result |= {name: bits for name, bits in outer.items() if bits != "16"}
     if args.explain:
         kernels = report.kernel_rows(model)
         if not onnx:
