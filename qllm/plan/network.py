@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -24,7 +23,7 @@ from qllm.plan.ranks import run_ranks
 from qllm.plan.timing import time_generation, undisturbed
 
 SMALL, LARGE = 256, 1 << 20  # activations of a step, and of prompts, in float16
-ROUNDS = 200, 8
+ROUNDS = 5, 1  # in each of REPEATS rounds
 # The model of two stages, and what it is asked: its steps take a fraction of a millisecond, so that
 # what a stage takes besides is a large part of them.
 FAMILY, SIZES = ("opt", 32, 1), (256, 6)
@@ -83,8 +82,8 @@ def _beside(measured: dict[str, list[float]], stages: int, hop: float) -> dict[s
     }
 
 
-def _hop(stage: PipelineStage, values: int, rounds: int) -> float:
-    """Median seconds of a message's way between two stages."""
+def _hops(stage: PipelineStage, values: int, rounds: int) -> list[float]:
+    """Seconds of a message's way between two stages, of each round."""
     x = torch.zeros(1, values, dtype=torch.float16)
     times = []
     for _ in range(rounds):
@@ -94,12 +93,18 @@ def _hop(stage: PipelineStage, values: int, rounds: int) -> float:
         else:
             stage.recv(x)
         stage.broadcast(x)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) / 2
+        times.append((time.perf_counter() - start) / 2)
+    return times
 
 
-def _passes(joined: Session, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
-    """What `_beside` takes."""
+def _passes(
+    joined: Session, dtype: torch.dtype, between: Callable[[], object]
+) -> dict[str, tuple[float, float]]:
+    """What `_beside` takes.
+
+    Args:
+        between: called in each round, so that what it measures is of the same minute.
+    """
     spec = QuantSpec.parse("4")
     whole, part = (
         random_decoder(*FAMILY, *SIZES, spec, dtype, "cpu", parallel)
@@ -108,6 +113,7 @@ def _passes(joined: Session, dtype: torch.dtype) -> dict[str, tuple[float, float
     all_work = replace(WORK, batch=joined.world)
     runs: dict[str, list[tuple[float, float]]] = {"alone": [], "one": [], "all": []}
     for _ in range(REPEATS):
+        between()
         if joined.rank == 0:  # for which the other processes wait
             runs["alone"].append(time_generation(whole, WORK, repeats=1))
         runs["one"].append(time_generation(part, WORK, repeats=1))
@@ -138,12 +144,17 @@ def main() -> None:
     with session(ParallelConfig(pp=count)) as joined:
         joined.compare(told)
         stage, dtype = PipelineStage(joined.pp), getattr(torch, told["dtype"])
-        hops: list[float] = []
-        if count == 2:
-            hops = [_hop(stage, *job) for job in zip((SMALL, LARGE), ROUNDS, strict=True)]
+        hops: dict[int, list[float]] = {SMALL: [], LARGE: []}
+
+        def send() -> None:
+            for values, rounds in zip(hops, ROUNDS, strict=True):
+                hops[values] += _hops(stage, values, rounds if count == 2 else 0)
+
         # Where there are more processors, three do not crowd them by themselves.
         with _sleeping(joined.links) if count > 2 else nullcontext():
-            found = {"hops": hops, **_passes(joined, dtype)}
+            found: dict[str, object] = {**_passes(joined, dtype, send)}
+        if count == 2:
+            found["hops"] = [undisturbed(times) for times in hops.values()]
     if os.environ["RANK"] == "0":
         print(json.dumps(found))
 
