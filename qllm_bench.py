@@ -219,6 +219,7 @@ def measure(
     args: argparse.Namespace, pretrained: Pretrained, plans: list[QuantPlan], result: dict
 ) -> None:
     """Load each plan's model, and add to the result what is asked of it."""
+    from qllm import report
     from qllm.bench import latency
     from qllm.bench.runners import ReferenceRunner
     from qllm.bench.speed import context
@@ -250,6 +251,7 @@ def measure(
         rows = [(about, runner)]
         if reference is not None:
             other = {"bitwidth": "transformers", "activation_bits": None, "kv_bits": None}
+            other |= dict.fromkeys(report.OUTER_BITS)
             rows.append((other, ReferenceRunner(reference, runner)))
         for case in cli.progress(f"measuring {about['bitwidth']}")(wanted):
             runners = [runner for _, runner in rows]
@@ -283,6 +285,7 @@ def loader(
         if onnx:
             model = LLM.load(pretrained, plan).model
             about = {"bitwidth": model.bitwidth, "activation_bits": None, "kv_bits": None}
+            about |= dict.fromkeys(report.OUTER_BITS)
             return ModelRunner(model, model.nbytes, model.read_bytes, model.multiplied), about
         about = {"activation_bits": bits[plans.index(plan)], "kv_bits": args.kv_bits}
         model = LLM.load(

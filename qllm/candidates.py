@@ -111,6 +111,7 @@ class Candidate:
         else:
             about["algorithm"] = origin.algorithm(read_raw_config(self.folder.path))
             about |= {"format": f"{bitwidth} bits, ONNX", "kv_bits": None}
+            about |= dict.fromkeys(report.OUTER_BITS)  # of which its config.json says nothing
         return about | evaluate(model, self.asked, progress)
 
 

@@ -21,6 +21,8 @@ from qllm.models import Decoder
 from qllm.ops.gpu import attention
 from qllm.tokenizer import Tokenizer
 
+OUTER_BITS = ("embedding_bits", "lm_head_bits")  # of `outer_bits`, and keys of rows
+
 
 def print_json(value: object) -> None:
     """One JSON object on standard output, escaped where that does not take every character."""
@@ -65,9 +67,8 @@ def formats(model: Decoder) -> str:
 
 def outer_bits(model: Decoder) -> dict[str, str]:
     """Bitwidths of the embedding and of the LM head, of those that this process has."""
-    places = {"embedding_bits": model.embed, "lm_head_bits": model.lm_head}
     found = {}
-    for name, module in places.items():
+    for name, module in zip(OUTER_BITS, (model.embed, model.lm_head), strict=True):
         linear = getattr(module, "linear", module)
         if isinstance(linear, Linear):
             found[name] = linear.spec.bitwidth
