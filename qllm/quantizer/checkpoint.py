@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -264,14 +265,15 @@ class _Run:
         if self.job.samples is not None:
             for module in FRONT:
                 self.floats.fill(module, mapped=True)
-            states_dtype = self._states_dtype()
-            self.hidden = HiddenStates.embed(self.model, self.job.samples, states_dtype)
+            embed = partial(HiddenStates.embed, self.model, self.job.samples, self._states_dtype())
             if self.tuning:
-                self.targets = self.hidden.copy()
+                self.targets = embed()
             if embedding is not None:
                 assert isinstance(embedding, WeightOnlyLinear)  # as `QuantPlan.resolve` has it
                 self.model.embed = QuantizedEmbedding(embedding, torch.float32)
-                self.hidden = HiddenStates.embed(self.model, self.job.samples, states_dtype)
+            # What is float in front of the layers is so for both.
+            same = self.targets if embedding is None else None
+            self.hidden = embed() if same is None else same.copy()
             if self.tuning:
                 seen = seen_samples(self.job.samples, self.config.hidden_size)
                 path, seed = self.partial.folder / FISHER, self.job.options.tune.seed
