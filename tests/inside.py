@@ -1,7 +1,8 @@
-"""A script's main called in this process, where starting one would take longer than its work."""
+"""A script called in this process, where starting one would take longer than its work."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import io
 import json
@@ -38,3 +39,9 @@ def call_json(script: str, *args: object) -> dict:
     done = call(script, *args, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def parsed(script: str, monkeypatch, *args: str) -> argparse.Namespace:
+    """What a script reads of its command line."""
+    monkeypatch.setattr(sys, "argv", [script, *args])
+    return importlib.import_module(script.removesuffix(".py")).parse_args()

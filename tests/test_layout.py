@@ -195,7 +195,7 @@ def test_a_module_only_defines():
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
 def test_a_script_finds_its_folder(path):
-    """As `python -P` and PYTHONSAFEPATH do not; tests/test_cli.py runs some so."""
+    """As `python -P` and PYTHONSAFEPATH do not; tests/cli/test_options.py runs some so."""
     line = "sys.path.insert(0, str(Path(__file__).resolve().parent))"
     source = path.read_text(encoding="utf-8")
     assert 0 < source.find(line) < source.find("from qllm import cli")
