@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from layer_cases import normal
 
 from qllm.config import SCHEMES, QuantSpec
 from qllm.layers.fp16 import DenseLinear
@@ -19,10 +20,6 @@ from qllm.quant.rtn import fake_quantize, quantize_rtn
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS, COLUMNS = 24, 67
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def made(bits: int, group_size: int, scheme: str, *, bias: bool = True):

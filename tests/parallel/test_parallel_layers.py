@@ -16,6 +16,7 @@ import pytest
 import torch
 from covering import each, pairwise, slow_but
 from cpu_paths import paths, same
+from layer_cases import RANGE, normal
 from processes import ROOT
 from ranks import in_group
 
@@ -40,17 +41,12 @@ pytestmark = pytest.mark.usefixtures("one_thread", "kernels")
 WORLDS = (2, 3, 5)
 SPECS = [QuantSpec.parse(bits, group) for bits in BITWIDTHS for group in (-1, 128)]
 SPECS = list(dict.fromkeys(SPECS))
-RANGE = 4.0
 
 
 @pytest.fixture
 def kernels():
     """Skips where there are none: the sums of plain torch ops depend on their shapes."""
     paths()
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def stored(spec: QuantSpec, rows: int, columns: int, seed: int = 0):
