@@ -11,7 +11,7 @@ import torch
 from checkpoints import rewritten, state_of
 from conftest import FAMILIES, tiny
 from covering import each, slow_but
-from cpu_paths import paths, same
+from cpu_paths import same
 from oracle import draw_prompts, load, spread
 from quantizing import MODELS, VOCAB, samples, saved
 from ranks import on_ranks
@@ -31,17 +31,11 @@ from qllm.parallel.pipeline import ParallelContext, parse_cuts
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.job import Job
 
-pytestmark = pytest.mark.usefixtures("one_thread", "kernels")
+pytestmark = pytest.mark.usefixtures("one_thread", "cpu_kernels")
 
 PROMPTS = draw_prompts((1, 9, 4, 6), VOCAB)
 STEPS = 4
 GENERATION = GenerationConfig(max_new_tokens=6)
-
-
-@pytest.fixture
-def kernels():
-    """Skips where there are none: the sums of plain torch ops depend on their shapes."""
-    paths()
 
 
 def logits_of(model: Decoder, prompts=PROMPTS) -> Tensor:

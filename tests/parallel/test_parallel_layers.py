@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from covering import each, pairwise, slow_but
-from cpu_paths import paths, same
+from cpu_paths import same
 from layer_cases import RANGE, normal
 from processes import ROOT
 from ranks import in_group
@@ -36,17 +36,11 @@ from qllm.parallel import (
 )
 from qllm.quant.packing import PackedWeight, pack, unpack
 
-pytestmark = pytest.mark.usefixtures("one_thread", "kernels")
+pytestmark = pytest.mark.usefixtures("one_thread", "cpu_kernels")
 
 WORLDS = (2, 3, 5)
 SPECS = [QuantSpec.parse(bits, group) for bits in BITWIDTHS for group in (-1, 128)]
 SPECS = list(dict.fromkeys(SPECS))
-
-
-@pytest.fixture
-def kernels():
-    """Skips where there are none: the sums of plain torch ops depend on their shapes."""
-    paths()
 
 
 def stored(spec: QuantSpec, rows: int, columns: int, seed: int = 0):
