@@ -10,9 +10,21 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from foreign import Folder, Writer, awq, compressed, gptq, quantize
+from foreign import Folder, Writer, awq, compressed, gptq
+from foreign_changes import (
+    configured,
+    head_quantized,
+    indexed,
+    moved,
+    named,
+    one_dense,
+    other_order,
+    some_quantized,
+    tables_quantized,
+    three_heads,
+    with_tensors,
+    without,
+)
 
 
 @dataclass(frozen=True)
@@ -69,123 +81,6 @@ def ct(bits: int, group: int | None, *, sym: bool, layout: str = "pack-quantized
         "quantization_status": "compressed",
         "version": "0.99.0",
     }
-
-
-def moved(folder: Folder, name: str, **changes: object) -> None:
-    """The entry of config.json goes to a file beside it; None takes a key out."""
-    entry = folder.config.pop("quantization_config") | changes
-    folder.beside[name] = {key: value for key, value in entry.items() if value is not None}
-
-
-def named(folder: Folder, *names: str) -> None:
-    """The tensors in files of these names, without an index."""
-    tensors = list(folder.state)
-    part = -(-len(tensors) // len(names))
-    folder.files = {name: tensors[i * part : (i + 1) * part] for i, name in enumerate(names)}
-
-
-def with_tensors(folder: Folder, value: float, *names: str) -> None:
-    folder.state |= {name: torch.full((4,), value) for name in names}
-
-
-def indexed(folder: Folder, *, left_out: int = 0) -> None:
-    """Two files and an index, which leaves a tensor out that the second one holds, and others."""
-    named(folder, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-    of = {name: file for file, names in folder.files.items() for name in names}
-    weight_map = dict(list(of.items())[left_out:])
-    folder.beside["model.safetensors.index.json"] = {"metadata": {}, "weight_map": weight_map}
-    with_tensors(folder, 7.0, "model.layers.0.nobody.knows")
-    folder.files["model-00002-of-00002.safetensors"].append("model.layers.0.nobody.knows")
-
-
-def some_quantized(*ends: str, config: list) -> Callable[[Folder], None]:
-    """Linears of these names alone are quantized, and the config says which."""
-
-    def change(folder: Folder) -> None:
-        random = np.random.default_rng(1)
-        for name in list(folder.state):
-            module = name.removesuffix(".weight")
-            if module.endswith(ends):
-                quantize(folder.twin, folder.state, module, gptq(), random)
-        folder.config["quantization_config"]["modules_in_block_to_quantize"] = config
-
-    return change
-
-
-def tables_quantized(
-    write: Writer, *targets: str, head: bool = False, **group: object
-) -> Callable[[Folder], None]:
-    """Embeddings that one of the targets names are quantized as well, or alone.
-
-    Args:
-        head: a tied model's head is in the file, too, with numbers of its own.
-        group: of the configuration's group.
-    """
-
-    def change(folder: Folder) -> None:
-        random = np.random.default_rng(1)
-        for name, module in list(folder.twin.named_modules()):
-            positions = isinstance(module, torch.nn.Embedding) and "positions" in name
-            if isinstance(module, torch.nn.Embedding) and ("Embedding" in targets or not positions):
-                quantize(folder.twin, folder.state, name, write, random)
-        if head:
-            own = torch.randn(folder.twin.lm_head.weight.shape) * 0.1
-            folder.twin.lm_head.weight = torch.nn.Parameter(own)
-            folder.state["lm_head.weight"] = own.clone()
-        elif folder.config["tie_word_embeddings"]:
-            folder.twin.lm_head.weight = folder.twin.get_input_embeddings().weight
-        found = folder.config["quantization_config"]["config_groups"]["group_0"]
-        folder.config["quantization_config"]["config_groups"] = {
-            "group_0": found | {"targets": list(targets)} | group
-        }
-
-    return change
-
-
-def head_quantized(folder: Folder) -> None:
-    quantize(folder.twin, folder.state, "lm_head", gptq(), np.random.default_rng(1))
-    folder.config["quantization_config"]["lm_head"] = True
-
-
-def one_dense(folder: Folder) -> None:
-    """A linear that the config calls quantized is not so in the file, which decides."""
-    stem = "model.layers.1.self_attn.o_proj."
-    for name in [name for name in folder.state if name.startswith(stem)]:
-        del folder.state[name]
-    folder.state[f"{stem}weight"] = folder.twin.get_submodule(stem[:-1]).weight.detach().clone()
-
-
-def other_order(folder: Folder) -> None:
-    name = "model.layers.0.self_attn.k_proj.g_idx"
-    folder.state[name] = folder.state[name].flip(0)
-
-
-def three_heads(folder: Folder) -> None:
-    """Heads that do not divide the hidden size, as their size is given: transformers 4 ran it."""
-    config = folder.config | {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16}
-    folder.config = config
-    for layer in folder.twin.model.layers:
-        attention = layer.self_attn
-        attention.num_key_value_groups = 3
-        for name, rows in (("q_proj", 48), ("k_proj", 16), ("v_proj", 16)):
-            getattr(attention, name).weight.data = getattr(attention, name).weight[:rows].detach()
-        attention.o_proj.weight.data = attention.o_proj.weight[:, :48].detach()
-    object.__setattr__(folder.twin.config, "num_attention_heads", 3)
-    object.__setattr__(folder.twin.config, "num_key_value_heads", 1)
-    folder.state = {name: tensor.clone() for name, tensor in folder.twin.state_dict().items()}
-
-
-def without(key: str, *tensors: str) -> Callable[[Folder], None]:
-    def change(folder: Folder) -> None:
-        folder.config.pop(key, None)
-        for name in tensors:
-            del folder.state[name]
-
-    return change
-
-
-def configured(**changes: object) -> Callable[[Folder], None]:
-    return lambda folder: folder.config["quantization_config"].update(changes)
 
 
 LEFTOVERS = (
