@@ -110,6 +110,15 @@ class TensorNames:
             return (f"{self.head}.weight",)
         return parts
 
+    def packed(self, table: str) -> list[str]:
+        """The tensors that a table of embeddings is packed into; [] where it is floating point."""
+        (source,) = self.sources(f"{table}.weight")
+        info = self.checkpoint.tensors.get(source)
+        if info is not None and info.dtype.is_floating_point:
+            return []
+        stem = source.removesuffix("weight")
+        return [name for name in self.checkpoint.tensors if name.startswith(stem)]
+
     def _holds(self, part: str) -> bool:
         """Whether the checkpoint has a tensor, or those that it is packed into."""
         stem = part.removesuffix("weight")

@@ -6,7 +6,7 @@ Two layouts: Hugging Face's, where a fused matrix is put together as it is read,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
@@ -15,17 +15,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from qllm.checkpoint.formats import (
-    FORMATS,
-    WORD,
-    Format,
-    Quantized,
-    join_rows,
-    parse,
-    take_rows,
-)
+from qllm.checkpoint.check import check_counts, check_tensors
+from qllm.checkpoint.formats import WORD, Format, Quantized, join_rows, parse, take_rows
 from qllm.checkpoint.names import TensorNames
-from qllm.checkpoint.reader import QUANTIZATION_FILES, QUANTIZATION_KEY, Checkpoint
+from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint
 from qllm.config import EMBEDDING, LM_HEAD, ModelConfig
 from qllm.errors import UserError
 from qllm.models import Family
@@ -34,11 +27,6 @@ from qllm.quant.packing import PackedWeight
 
 # The types that config.json may name.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Ends of names of tensors that change no result without what else they are for: scales of a
-# quantized cache, masks and frequencies that are computed anew.
-UNUSED = (".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".rotary_emb.inv_freq", ".masked_bias")
-# Parts of names of an adapter's tensors.
-ADAPTER = (".lora_", ".adapter", ".ia3_")
 POSITIONS = "positions"
 # Elements of two matrices that are compared, in memory together.
 COMPARED_AT_ONCE = 1 << 22
@@ -78,12 +66,12 @@ class Weights:
         """
         self.checkpoint = checkpoint
         self.names = TensorNames.of(checkpoint)
-        self._confirm_sizes()
+        check_counts(self.names)
         self.names = replace(self.names, config=self._untie_if_different(self.config))
         self.stored = self._find_stored()
         # Learned positions that are packed, as a class Embedding has them, too: numbers for us.
         self._unpacked = {name: self.stored.pop(name) for name in {POSITIONS} & set(self.stored)}
-        self._check()
+        self.dropped = check_tensors(self.names, self._formats)
         if self.dropped:
             more = f" and {len(self.dropped) - 1} more" if len(self.dropped) > 1 else ""
             note(
@@ -130,52 +118,6 @@ class Weights:
         """Of every float tensor, by our name."""
         return self.names.shapes
 
-    def _confirm_sizes(self) -> None:
-        """Refuse counts of config.json that the tensors do not bear out.
-
-        Nothing is made of such a count before, nor repeated so often.
-        """
-        count, layers = self.config.num_layers, self.names.layers
-        found = {
-            name.removeprefix(layers).partition(".")[0]
-            for name in self.checkpoint.tensors
-            if name.startswith(layers)
-        }
-        if count > len(found):
-            raise UserError(
-                f"{self.checkpoint.folder} holds {len(found)} layers, its config.json implies "
-                f"{count}"
-            )
-        (embed,) = self.names.sources("embed.weight")
-        parts, size = self._packed(EMBEDDING), self.config.vocab_size
-        if not parts:
-            self._check_shape(embed, (size, self.config.embed_size))
-        # Its other sizes are checked where it is read, and nothing is made of them before.
-        elif not any(size in self.checkpoint.tensors[part].shape for part in parts):
-            raise UserError(
-                f"{self.checkpoint.folder}: none of {', '.join(parts)} has {size} rows, which "
-                "config.json implies"
-            )
-
-    def _packed(self, table: str) -> list[str]:
-        """The tensors that a table of embeddings is packed into; [] where it is floating point."""
-        (source,) = self.names.sources(f"{table}.weight")
-        info = self.checkpoint.tensors.get(source)
-        if info is not None and info.dtype.is_floating_point:
-            return []
-        stem = source.removesuffix("weight")
-        return [name for name in self.checkpoint.tensors if name.startswith(stem)]
-
-    def _check_shape(self, part: str, shape: tuple[int, ...]) -> None:
-        info = self.checkpoint.tensors.get(part)
-        if info is None:
-            raise self._lacks(part)
-        if info.shape != shape:
-            raise UserError(
-                f"{self.checkpoint.path(part)}: {part} has the shape {list(info.shape)}, "
-                f"config.json implies {list(shape)}"
-            )
-
     def _untie_if_different(self, config: ModelConfig) -> ModelConfig:
         """As transformers has it: a head that differs from the embedding is not tied to it."""
         if not config.tied_head or self.converted:
@@ -187,7 +129,7 @@ class Weights:
             head = any(each.startswith(own) for each in self.checkpoint.tensors)
             return replace(config, tied_head=not head)  # a quantized one is its own
         (embed,) = self.names.sources("embed.weight")
-        if self._packed(EMBEDDING):  # the file's head has other numbers
+        if self.names.packed(EMBEDDING):  # the file's head has other numbers
             return replace(config, tied_head=False)
         return config if self._are_equal(embed, name) else replace(config, tied_head=False)
 
@@ -214,7 +156,7 @@ class Weights:
         names = [*self.family.layer_linears(self.config.num_layers)]
         stored = {}
         tables = [table for table in (EMBEDDING, POSITIONS) if f"{table}.weight" in self.shapes]
-        tables = [table for table in tables if self._packed(table)]
+        tables = [table for table in tables if self.names.packed(table)]
         for name in [*tables, *names, *([] if self.config.tied_head else [LM_HEAD])]:
             parts = [part.rpartition(".")[0] for part in self.names.sources(f"{name}.weight")]
             found = {part: config.find(part) for part in parts}
@@ -235,92 +177,6 @@ class Weights:
                     )
                 stored[name] = storage
         return stored
-
-    def _check(self) -> None:
-        tensors = self.checkpoint.tensors
-        expected = set()
-        for name, shape in self.shapes.items():
-            parts = self.names.sources(name)
-            rows = self.names.row_counts(name.rpartition(".")[0], len(parts))
-            module = name.rpartition(".")[0]
-            if name.endswith(".weight") and module in self._formats:
-                expected |= self._check_quantized(module)
-                continue
-            turn = -1 if self.names.is_transposed(name) else 1
-            for part, count in zip(parts, rows, strict=True):
-                expected.add(part)
-                self._check_shape(part, (count, *shape[1:])[::turn])
-        tied = {f"{self.names.head}.weight"} if self.config.tied_head else set()
-        self.dropped = self._check_unused(name for name in tensors if name not in expected | tied)
-
-    def _lacks(self, name: str) -> UserError:
-        """The error for a float tensor that is not there, and what is there in its place."""
-        raw, stem = self.checkpoint.raw_config, name.removesuffix("weight")
-        lacks = f"{self.checkpoint.folder} lacks {name}"
-        keys = dict.fromkeys(key for format in FORMATS.values() for key in format.tensors)
-        there = [stem + key for key in keys if stem + key in self.checkpoint.tensors]
-        if name.endswith("weight") and there:
-            listed = f"{lacks} and holds {', '.join(there)}: it is quantized, but "
-            if QUANTIZATION_KEY in raw.values:
-                return UserError(
-                    f"{listed}the {QUANTIZATION_KEY} of its config.json leaves that module out"
-                )
-            return UserError(
-                f"{listed}config.json has no {QUANTIZATION_KEY}, and beside it there is no "
-                f"{' or '.join(QUANTIZATION_FILES)}"
-            )
-        if name == f"{self.names.head}.weight":
-            key, family = "tie_word_embeddings", self.family.name
-            said = f"config.json has no {key}, which is false for {family}"
-            if raw.values.get(key) is not None:
-                said = f"{key} is false in its config.json"
-            return UserError(
-                f"{lacks}, and {said}: transformers would draw a head at random; set {key} to true "
-                "if the embedding is the head"
-            )
-        return UserError(f"{lacks}, which its config.json implies")
-
-    def _check_unused(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Refuse tensors that no model of the config.json has where they would change the result.
-
-        Returns:
-            Names of the others, but for those that the family's older checkpoints have.
-        """
-        dropped = []
-        outer = [self.names.sources(f"{name}.weight")[0] for name in (*self.family.outer, LM_HEAD)]
-        inside = (self.names.layers, *(part.removesuffix("weight") for part in outer))
-        for name in names:
-            if name.endswith(self.family.ignored):
-                continue
-            unused = name.endswith(UNUSED) or any(part in name for part in ADAPTER)
-            if name.startswith(inside) and not unused:
-                where = f"{self.checkpoint.path(name)} holds {name}"
-                if not name.endswith(".bias"):
-                    raise UserError(f"{where}, which no {self.family.name} of its config.json has")
-                if self.checkpoint.read_any(name).count_nonzero():
-                    raise UserError(
-                        f"{where}, which is not 0, and no {self.family.name} of its config.json "
-                        "has this bias"
-                    )
-            dropped.append(name)
-        return tuple(dropped)
-
-    def _check_quantized(self, module: str) -> set[str]:
-        """Refuse a quantized linear whose tensors are not there; returns their names."""
-        storage = self._formats[module]
-        expected = set()
-        for part in self.names.sources(f"{module}.weight"):
-            stem = part.removesuffix("weight")
-            for key in storage.tensors:
-                if stem + key not in self.checkpoint.tensors:
-                    there = [name for name in self.checkpoint.tensors if name.startswith(stem)]
-                    raise UserError(
-                        f"{self.checkpoint.folder} lacks {stem + key}, which the "
-                        f"{QUANTIZATION_KEY} of its config.json implies; it holds "
-                        f"{', '.join(there[:4]) or 'nothing of that module'}"
-                    )
-            expected |= {stem + key for key in (*storage.tensors, *storage.optional)}
-        return expected
 
     def read_quantized(self, module: str, rows: Sequence[range] | None = None) -> Quantized:
         """A quantized linear's integers and scales, its parts put together.
