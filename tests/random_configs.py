@@ -18,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from qllm.models.decoder import ACTIVATIONS, SAME_ACTIVATION
+from qllm.models.activations import ACTIVATIONS, SAME_ACTIVATION
 from qllm.models.rope import ROPE_KINDS
 
 LONGEST_PROMPT, MAX_NEW_TOKENS = 20, 8

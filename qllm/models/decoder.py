@@ -11,46 +11,36 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from qllm.config import EMBEDDING, LM_HEAD, ModelConfig, QuantSpec
-from qllm.errors import UserError
+from qllm.config import ModelConfig, QuantSpec
 from qllm.layers import Linear, linear_class
-from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import check_fits
+from qllm.models.activations import find_activation
 from qllm.models.cache import Decode, KVCache, Prefill
 from qllm.models.layer import (
     Embedding,
     LayerList,
     QuantizedEmbedding,
     Scale,
+    embedding_and_head,
     layer_class,
     total,
 )
 from qllm.models.norms import NORMS
 from qllm.models.partition import keep_shards, keep_stage
-from qllm.models.pieces import pieces_of
+from qllm.models.pieces import ends_of, pieces_of
 from qllm.models.positions import POSITIONS
 from qllm.ops import phase
 from qllm.ops.capture import capture
-from qllm.ops.reference import ACTIVATIONS
 from qllm.parallel.layers import (
     LinearOrShard,
     QuantizedVocabularyParallel,
     VocabularyParallel,
 )
 from qllm.parallel.pipeline import ParallelContext
-
-# Names that config.json files use for the same functions.
-SAME_ACTIVATION = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "swish": "silu",
-}
 
 Table = Embedding | QuantizedEmbedding | VocabularyParallel | QuantizedVocabularyParallel
 
@@ -98,7 +88,7 @@ class Decoder(nn.Module):
             UserError: for an activation function that is not known, or more ranks than heads.
         """
         super().__init__()
-        config = _known_activation(config)
+        config = replace(config, activation=find_activation(config.activation))
 
         def make(name: str, in_features: int, out_features: int, bias: bool) -> Linear:
             spec = specs.get(name, QuantSpec())
@@ -108,13 +98,7 @@ class Decoder(nn.Module):
         norm = NORMS[config.norm]
         projected = embed != hidden
         self.config, self.dtype = config, dtype
-        table = None
-        if EMBEDDING in specs:
-            table = make(EMBEDDING, embed, config.vocab_size, False)
-            assert isinstance(table, WeightOnlyLinear)  # as `QuantPlan.resolve` has it
-            self.embed = QuantizedEmbedding(table, dtype)
-        else:
-            self.embed = Embedding(config.vocab_size, embed, dtype)
+        self.embed, head = embedding_and_head(config, specs, dtype, make)
         scaled = config.embed_scale != 1
         self.embed_scale = Scale(config.embed_scale, dtype) if scaled else nn.Identity()
         self.embed_norm = norm(config, dtype) if config.embed_norm else nn.Identity()
@@ -124,12 +108,7 @@ class Decoder(nn.Module):
         self.layers = LayerList(layer(config, i, dtype, make) for i in range(config.num_layers))
         self.final_norm = norm(config, dtype) if config.final_norm else nn.Identity()
         self.project_out = make("project_out", hidden, embed, False) if projected else nn.Identity()
-        if config.tied_head and LM_HEAD not in specs and table is not None:
-            self.lm_head = table
-        else:
-            self.lm_head = make(LM_HEAD, embed, config.vocab_size, False)
-            if config.tied_head and LM_HEAD not in specs:
-                self.lm_head.weight = self.embed.weight
+        self.lm_head = head
         self.kv_heads = config.num_kv_heads
         self.parallel = parallel or ParallelContext()
         self.stage = self.parallel.stage
@@ -161,27 +140,29 @@ class Decoder(nn.Module):
         Raises:
             UserError: it does not fit into memory, with the numbers.
         """
-        config = replace(self.config, num_kv_heads=self.kv_heads)
-        device_map = {
-            i: device
-            for layers, device in self.device_map.items()
-            for i in layers
-            if self.layers[i].has_attention
-        }
-        sizes = KVCache.sizes(config, rows, capacity, self.dtype, self.kv_bits)
+        sizes = self._cache_sizes(rows, capacity)
+        device_map = {i: self.device_of_layer(i) for i in sizes}
         what = f"a KV cache of {rows} x {capacity} tokens"
         for device in set(device_map.values()):
             needed = sum(sizes[i] for i, other in device_map.items() if other == device)
             check_fits(needed, device, what, "take fewer at once, shorter ones, or --kv-bits 8")
         shape = (rows, capacity, self.dtype, self.device, device_map)
-        return KVCache(config, *shape, self.kv_bits)
+        return KVCache(self._cache_config, *shape, self.kv_bits)
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         """Bytes of `new_cache`."""
-        config = replace(self.config, num_kv_heads=self.kv_heads)
-        sizes = KVCache.sizes(config, rows, capacity, self.dtype, self.kv_bits)
-        here = [i for layers in self.device_map for i in layers if self.layers[i].has_attention]
-        return sum(sizes[i] for i in here)
+        return sum(self._cache_sizes(rows, capacity).values())
+
+    @property
+    def _cache_config(self) -> ModelConfig:
+        """The model's shape, with the heads of keys and values that this process has."""
+        return replace(self.config, num_kv_heads=self.kv_heads)
+
+    def _cache_sizes(self, rows: int, capacity: int) -> dict[int, int]:
+        """Bytes of keys and values of each layer here that has any."""
+        sizes = KVCache.sizes(self._cache_config, rows, capacity, self.dtype, self.kv_bits)
+        here = (i for layers in self.device_map for i in layers)
+        return {i: sizes[i] for i in here if self.layers[i].has_attention}
 
     @torch.inference_mode()
     def prefill(
@@ -268,14 +249,7 @@ class Decoder(nn.Module):
             x = self._run_layers(x, step, last)
             if cache is not None and here is not None:
                 cache.advance(here, counts)
-            # Where there is one row for each piece, it is that of the last token.
-            last_rows = (
-                range(len(pieces))
-                if len(x) == len(pieces)
-                else [end - 1 for end in accumulate(counts)]
-            )
-            ends = zip(last_rows, pieces, strict=True)
-            yield x, [row for row, (i, piece) in ends if piece.stop == lengths[i]]
+            yield x, ends_of(pieces, lengths, len(x))
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
@@ -412,11 +386,3 @@ class Decoder(nn.Module):
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _known_activation(config: ModelConfig) -> ModelConfig:
-    name = SAME_ACTIVATION.get(config.activation, config.activation)
-    if name not in ACTIVATIONS:
-        known = ", ".join([*ACTIVATIONS, *SAME_ACTIVATION])
-        raise UserError(f"activation function {config.activation!r} is unknown; known: {known}")
-    return replace(config, activation=name)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor, nn
 
 from qllm import ops
-from qllm.config import ModelConfig
+from qllm.config import EMBEDDING, LM_HEAD, ModelConfig, QuantSpec
 from qllm.layers import DynamicInt8Linear, Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.cache import Decode, Prefill
@@ -51,6 +51,25 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.linear.look_up(tokens, self.dtype)
+
+
+def embedding_and_head(
+    config: ModelConfig,
+    specs: Mapping[str, QuantSpec],
+    dtype: torch.dtype,
+    make: MakeLinear,
+) -> tuple[Embedding | QuantizedEmbedding, Linear]:
+    """The token embedding and the LM head, which share a matrix where they are tied."""
+    shape = (config.embed_size, config.vocab_size, False)
+    tied = config.tied_head and LM_HEAD not in specs
+    if EMBEDDING in specs:
+        table = make(EMBEDDING, *shape)
+        assert isinstance(table, WeightOnlyLinear)  # as `QuantPlan.resolve` has it
+        return QuantizedEmbedding(table, dtype), table if tied else make(LM_HEAD, *shape)
+    embed, head = Embedding(config.vocab_size, config.embed_size, dtype), make(LM_HEAD, *shape)
+    if tied:
+        head.weight = embed.weight
+    return embed, head
 
 
 class Attention(nn.Module):

@@ -19,7 +19,7 @@ from qllm.checkpoint.weights import Weights
 from qllm.config import EMBEDDING, LM_HEAD
 from qllm.errors import UserError
 from qllm.layers.weight_only import WeightOnlyLinear
-from qllm.models.decoder import SAME_ACTIVATION
+from qllm.models.activations import find_activation
 from qllm.models.layer import scores_of_layer
 from qllm.models.positions import RotaryPositions, alibi_slopes
 from qllm.onnx.graph import TYPES, Graph
@@ -306,7 +306,7 @@ class DecoderGraph:
         return self._linear(x, f"{name}.down")
 
     def _activation(self, x: str) -> str:
-        g, name = self.graph, SAME_ACTIVATION.get(self.config.activation, self.config.activation)
+        g, name = self.graph, find_activation(self.config.activation)
         if name == "relu":
             return g.op("Relu", x)
         if name == "silu":
