@@ -34,15 +34,12 @@ from qllm.errors import UserError
 if TYPE_CHECKING:
     from qllm.candidates import Candidate
     from qllm.config import QuantPlan
-    from qllm.evaluate.agreement import DecoderReference, ReferenceModel, ReferenceOutputs
+    from qllm.evaluate.agreement import ReferenceModel, ReferenceOutputs
     from qllm.hub import ModelFolder
     from qllm.pretrained import Pretrained
 
 CONVENTIONS = "gptq, strided, llama.cpp, word, byte"
 NEW_TOKENS = 32
-# What agreement takes of a text: prompts that are continued, and tokens whose every distribution
-# is compared.
-PROMPTS, TOKENS = 64, 16384
 
 
 def parse_args() -> argparse.Namespace:
@@ -185,8 +182,7 @@ def read_reference(
     args: argparse.Namespace, model: ReferenceModel, first: Candidate
 ) -> ReferenceOutputs:
     """What a reference says of the prompts, or of the text and of prompts cut from it."""
-    from qllm.data import sample_windows
-    from qllm.evaluate.agreement import ReferenceOutputs
+    from qllm.evaluate.agreement import ReferenceOutputs, cut_text
     from qllm.generate import check_prompts
     from qllm.generation_config import GenerationConfig
 
@@ -198,11 +194,8 @@ def read_reference(
         prompts = cli.tokenize(tokenizer, cli.read_prompts(args), args.max_prompt_length)
         sequences = prompts
     else:
-        ids = text.ids[:TOKENS]
-        window = min(args.window or 2048, model.config.max_positions or 2048, len(ids))
-        sequences = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)]
-        length = min(args.max_prompt_length, len(ids))
-        prompts = sample_windows(list(ids), PROMPTS, length, seed=1)
+        window = min(args.window or 2048, model.config.max_positions or 2048)
+        sequences, prompts = cut_text(text.ids, window, args.max_prompt_length)
     check_prompts(model.config, prompts, GenerationConfig(max_new_tokens=count))
     return ReferenceOutputs.of(model, sequences, prompts, count, cli.progress("reference"))
 
@@ -273,7 +266,7 @@ def run_reference(
     """What agreement needs of the reference, None without it; and what --compare adds."""
     if not reference_wanted(args):
         return None, {}
-    from qllm.candidates import find_reference
+    from qllm.candidates import find_reference, load_gguf_reference
     from qllm.checkpoint.origin import check_reference
     from qllm.evaluate.evaluation import evaluate
     from qllm.gguf import is_gguf
@@ -283,9 +276,12 @@ def run_reference(
     for candidate in candidates:
         check_reference(place, candidate.folder, candidate.config)
     first = candidates[0]
+    dtype = cli.resolve_dtype(args)
     if is_gguf(place.path):
-        return read_reference(args, load_gguf(args, place, device), first), {}
-    model = HuggingFaceModel.load(place.path, dtype=cli.resolve_dtype(args), device=device)
+        meter = cli.meter("loading the reference")
+        file = load_gguf_reference(place, dtype, device, meter, cli.note)
+        return read_reference(args, file, first), {}
+    model = HuggingFaceModel.load(place.path, dtype=dtype, device=device)
     other = {}
     if args.compare:
         about = {"name": "transformers", "dtype": model.dtype, "bytes": model.nbytes}
@@ -294,29 +290,6 @@ def run_reference(
     if not args.agreement:
         return None, other
     return read_reference(args, model, first), other
-
-
-def load_gguf(args: argparse.Namespace, place: ModelFolder, device: str) -> DecoderReference:
-    """A GGUF file as it is, in float32 unless told otherwise, as the reference."""
-    import torch
-
-    from qllm.bitwidths import make_plan
-    from qllm.config import QuantSpec
-    from qllm.evaluate.agreement import DecoderReference
-    from qllm.llm import LLM
-    from qllm.models import Decoder
-    from qllm.pretrained import Pretrained
-
-    cli.note(f"the reference is {place.path} as it is, run by QLLM: transformers does not")
-    llm = LLM.load(
-        Pretrained.open(place, texts=False),
-        make_plan(16, QuantSpec(), None),
-        dtype=cli.resolve_dtype(args) or torch.float32,
-        device=device,
-        meter=cli.meter("loading the reference"),
-    )
-    assert isinstance(llm.model, Decoder)  # of a file that is no ONNX model
-    return DecoderReference(llm.model)
 
 
 def plans_of(

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qllm import report
+from qllm.bitwidths import make_plan
 from qllm.checkpoint import origin
 from qllm.checkpoint.reader import QUANTIZATION_KEY, read_raw_config
-from qllm.config import DEFAULT_ALGORITHM, ModelConfig
+from qllm.config import DEFAULT_ALGORITHM, ModelConfig, QuantSpec
 from qllm.errors import UserError
+from qllm.evaluate.agreement import DecoderReference
 from qllm.evaluate.evaluation import Evaluation, Progress, evaluate, no_progress
 from qllm.evaluate.lambada import requests
 from qllm.evaluate.perplexity import Cut, PerplexityOptions, Text, cut
@@ -20,6 +24,7 @@ from qllm.layers import Linear
 from qllm.llm import LLM
 from qllm.models import Decoder
 from qllm.pretrained import Pretrained
+from qllm.progress import Meter
 from qllm.tokenizer import Tokenizer
 
 # Conventions whose figures do not depend on how a text is cut into tokens.
@@ -207,6 +212,26 @@ def find_reference(
             "one that both are compared with: --reference"
         )
     return model
+
+
+def load_gguf_reference(
+    place: ModelFolder,
+    dtype: torch.dtype | None,
+    device: str,
+    meter: Meter,
+    note: Callable[[str], None],
+) -> DecoderReference:
+    """A GGUF file as it is, in float32 unless told otherwise, as the reference."""
+    note(f"the reference is {place.path} as it is, run by QLLM: transformers does not")
+    llm = LLM.load(
+        Pretrained.open(place, texts=False),
+        make_plan(16, QuantSpec(), None),
+        dtype=dtype or torch.float32,
+        device=device,
+        meter=meter,
+    )
+    assert isinstance(llm.model, Decoder)  # of a file that is no ONNX model
+    return DecoderReference(llm.model)
 
 
 def algorithm_of(folder: ModelFolder, model: Decoder) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qllm.config import ModelConfig
+from qllm.data import sample_windows
 from qllm.evaluate.scoring import Predictor, logit_pieces
 from qllm.generate import generate
 from qllm.generation_config import GenerationConfig
@@ -21,6 +22,8 @@ from qllm.models import Decoder
 from qllm.report import first_difference
 
 PERCENTILES = (50, 90, 99)
+# Of a text: prompts that are continued, and tokens whose every distribution is compared.
+PROMPTS, TOKENS = 64, 16384
 SAMPLES = 3  # prompts whose continuation is shown
 LAYER_TOKENS = 512  # of the first sequence, of which each layer's output is compared
 
@@ -57,6 +60,21 @@ class DecoderReference:
         model = self.model
         lm_head, project, norm = model.lm_head, model.project_out, model.final_norm
         return torch.inference_mode()(lambda x: lm_head(project(norm(x))))
+
+
+def cut_text(
+    ids: Sequence[int], window: int, prompt_length: int
+) -> tuple[list[Sequence[int]], list[list[int]]]:
+    """The sequences of a text that are compared, and prompts drawn from it.
+
+    Args:
+        ids: its tokens, of which the first TOKENS are taken.
+        window, prompt_length: tokens of each sequence and prompt; of a shorter text, all it has.
+    """
+    ids = ids[:TOKENS]
+    window, prompt_length = min(window, len(ids)), min(prompt_length, len(ids))
+    sequences = [ids[i : i + window] for i in range(0, len(ids) - window + 1, window)]
+    return sequences, sample_windows(list(ids), PROMPTS, prompt_length, seed=1)
 
 
 @dataclass(frozen=True)
