@@ -28,7 +28,10 @@ HEADER = 64  # bytes with which a connection begins: who it is from
 DIED = "its process has died"
 POLL = 0.02  # seconds between two looks at the store
 SEND_BUFFER = 4 << 20
-SPIN = 0.002  # seconds: most stages' part of a step takes less
+# Seconds for which a rank looks for a message before it sleeps: most stages' part of a step takes
+# less. And where others need its processor, about what waking up takes: who sleeps at once waits
+# that long for every message, and who spins longer takes more from the others than that.
+SPIN, CROWDED_SPIN = 0.002, 0.0001
 
 
 def own_address(master: str) -> str:
@@ -129,16 +132,18 @@ def _reason(error: OSError) -> str:
     return DIED if reset else f"its connection broke ({error.strerror})"
 
 
-def spin_seconds(launch: Launch) -> float:
+def spin_seconds(threads: int) -> float:
     """For how long a rank looks for a message before it sleeps.
 
     A processor that sleeps takes long to come back, most of all a virtual one, and its threads with
-    it. Ranks that are more than there are processors do not spin, and OMP_WAIT_POLICY=passive says
-    that none is to.
+    it. OMP_WAIT_POLICY=passive says that no rank is to spin.
+
+    Args:
+        threads: of all ranks of this host.
     """
-    passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
-    ranks = len(launch.here) or launch.world
-    return 0.0 if passive or ranks > usable_cpus() else SPIN
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
+        return 0.0
+    return CROWDED_SPIN if threads > usable_cpus() else SPIN
 
 
 class Links:

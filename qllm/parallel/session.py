@@ -74,7 +74,7 @@ class Session:
             self._control = Mesh(prefixed("watch"), launch, deadline)
             # From here on it is noticed when a rank dies or is stopped, whatever the others do.
             self.watchdog = Watchdog(launch.rank, self._control.sockets, timeout, self._state)
-            self.links = Links({}, self.watchdog.fail, spin_seconds(launch))
+            self.links = Links({}, self.watchdog.fail)
             self.watchdog.start()
             with self.links.waiting():
                 self._mesh = Mesh(prefixed("data"), launch, deadline)
@@ -89,7 +89,7 @@ class Session:
         """Learn where the others run, and with how many threads.
 
         Of a run that ends, a line says which of them ended it. Where ranks of a host have more
-        threads than it has processors, those of one that waits do not spin on the others' time.
+        threads than it has processors, one that waits spins shortly, and its threads not at all.
         """
         host, own = f"{socket.gethostname()} {self._control.address}", torch.get_num_threads()
         here = 0
@@ -99,6 +99,7 @@ class Session:
             here += threads if name == host else 0
             if rank != self.rank:
                 self.watchdog.peers[rank].host, self.watchdog.peers[rank].pid = name, pid
+        self.links.spin = spin_seconds(here)
         if here > usable_cpus():
             self.links.before_waiting = library.rest
 

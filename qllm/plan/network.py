@@ -14,7 +14,7 @@ import torch
 
 from qllm.config import QuantSpec
 from qllm.ops.cpu import library
-from qllm.parallel.links import Links
+from qllm.parallel.links import CROWDED_SPIN, Links
 from qllm.parallel.pipeline import PipelineStage
 from qllm.parallel.session import ParallelConfig, Session, session
 from qllm.plan.probe import random_decoder
@@ -43,8 +43,8 @@ def measure_stages(
         `bandwidth` in bits per second and `latency` in seconds, as in a cluster's file; and
         `stage_overhead` and `wakeup` as in that of a device: what a stage takes more than its part
         of a model in one process, besides handing on (its threads were asleep, or others have its
-        processors), and what it takes on top where ranks do not look for messages before they
-        sleep. That is measured of three, since what two do to each other is less.
+        processors), and what it takes on top where ranks sleep soon while they wait. That is
+        measured of three, since what two do to each other is less.
 
     Raises:
         UserError: a process failed.
@@ -127,10 +127,10 @@ def _passes(
 
 
 @contextmanager
-def _sleeping(links: Links) -> Iterator[None]:
-    """Who waits for a message sleeps at once, as where ranks are more than processors."""
+def _crowded(links: Links) -> Iterator[None]:
+    """Who waits for a message sleeps soon, as where ranks are more than processors."""
     before = links.spin, links.before_waiting
-    links.spin, links.before_waiting = 0.0, library.rest
+    links.spin, links.before_waiting = min(links.spin, CROWDED_SPIN), library.rest
     try:
         yield
     finally:
@@ -151,7 +151,7 @@ def main() -> None:
                 hops[values] += _hops(stage, values, rounds if count == 2 else 0)
 
         # Where there are more processors, three do not crowd them by themselves.
-        with _sleeping(joined.links) if count > 2 else nullcontext():
+        with _crowded(joined.links) if count > 2 else nullcontext():
             found: dict[str, object] = {**_passes(joined, dtype, send)}
         if count == 2:
             found["hops"] = [undisturbed(times) for times in hops.values()]
