@@ -1,4 +1,4 @@
-// hopper.h on the CPU, for emulated_prefill.cpp, as emulated.cpp has device.h.
+// hopper.h on the CPU, for emulated_prefill.cpp, as emulated_decode.cpp has device.h.
 //
 // What runs on its own on a GPU runs here as late as it may: copies to shared memory when no lane gets
 // on without them, products when they are waited for, with what registers and shared memory hold then.
@@ -7,45 +7,35 @@
 // runs on its own, and the order in which the matrix units add up 16 products. The self-test on the GPU
 // is there for those.
 
-#define cuModuleLoadData decode_module_load_data
-#define cuModuleGetFunction decode_module_get_function
-#define cuLaunchKernelEx decode_launch
-#define Config DecodeConfig
-#include "emulated.cpp"
-#undef cuModuleLoadData
-#undef cuModuleGetFunction
-#undef cuLaunchKernelEx
-#undef Config
-
-#include <cstdlib>
-#include <deque>
-#include <map>
-#include <tuple>
-
-typedef unsigned long long u64;
-
-namespace hopper {
-
-struct Own {  // constants, as a binary has them
+struct Constants {
     int bits, float16, zeros, offsets, wide, group, rows, x_stages, w_stages, outputs;
     int stages, multiplying, threads, blocks;
     bool is_int8;
 };
 
-static Own own;
+static Constants constants;
 
-#define ROWS own.rows
-#define X_STAGES own.x_stages
-#define W_STAGES own.w_stages
-#define OUTPUTS own.outputs
-#define STAGES own.stages
-#define MULTIPLYING own.multiplying
+#include "emulated_gpu.h"
+
+#include <deque>
+#include <map>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace hopper {
+
+#define ROWS constants.rows
+#define X_STAGES constants.x_stages
+#define W_STAGES constants.w_stages
+#define OUTPUTS constants.outputs
+#define STAGES constants.stages
+#define MULTIPLYING constants.multiplying
 #define MAX_ROWS 256
-#undef KERNEL
-#define KERNEL static void
 #define PARAMETER const
 
 constexpr int MAX_THREADS_OF_BLOCK = 384, MAX_BLOCKS = 8;
+static_assert(MAX_BLOCKS * MAX_THREADS_OF_BLOCK <= MAX_LANES);
 constexpr size_t SHARED_SIZE = 227 << 10;
 constexpr u32 SHARED_BASE = 1024;  // address of a block's shared memory
 
@@ -74,9 +64,7 @@ struct Product {
     bool adds;
 };
 
-struct Lane {
-    ucontext_t context;
-    bool done;
+struct Lane : Fiber {
     std::deque<std::vector<Product>> committed;
     std::vector<Product> begun;
 };
@@ -101,40 +89,16 @@ struct Copy {
     bool swizzled;
 };
 
-static int threads;  // of a block
 static Lane lanes[MAX_BLOCKS * MAX_THREADS_OF_BLOCK];
 static Block blocks[MAX_BLOCKS];
 static std::deque<Copy> copies;
 static Meeting cluster;
-static ucontext_t main_context;
-static int now, block_count, first_block, row_of_grid;
-static bool wrong;  // something that a GPU does not do
 
-static Block& block() { return blocks[now / threads]; }
+static Block& block() { return blocks[current / threads]; }
 
-DEVICE u32 thread_index() { return now % threads; }
-DEVICE int chunk_index() { return first_block + now / threads; }
-DEVICE int panel_index() { return row_of_grid; }
-
-static void yield() { swapcontext(&lanes[now].context, &main_context); }
-
-template <class Act>
-static void together(Meeting& meeting, int all, Act act) {
-    moved = true;
-    const u32 held = meeting.held;
-    if (++meeting.here == all) {
-        act();
-        meeting.here = 0;
-        ++meeting.held;
-        return;
-    }
-    while (meeting.held == held) yield();
-    moved = true;
-}
-
-DEVICE void consumers_barrier() { together(block().consumers, MULTIPLYING, [] {}); }
-DEVICE void warp_barrier() { together(block().lanes[thread_index() / 32], 32, [] {}); }
-DEVICE void cluster_barrier() { together(cluster, block_count * threads, [] {}); }
+DEVICE void consumers_barrier() { meet(block().consumers, MULTIPLYING, [] {}); }
+DEVICE void warp_barrier() { meet(block().lanes[thread_index() / 32], 32, [] {}); }
+DEVICE void cluster_barrier() { meet(cluster, cluster_size * threads, [] {}); }
 DEVICE void cluster_barrier_relaxed() { cluster_barrier(); }
 DEVICE void give_up_registers() {}
 DEVICE void take_registers() {}
@@ -146,41 +110,41 @@ DEVICE u32 address_of(const void* shared) {
 
 static u8* place(int of_block, u32 address, size_t size) {
     const bool inside = address >= SHARED_BASE && address - SHARED_BASE + size <= SHARED_SIZE;
-    wrong |= !inside;
+    failed |= !inside;
     return blocks[of_block].memory.data() + (inside ? address - SHARED_BASE : 0);
 }
 
 static u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
 
 DEVICE void init_barrier(u32 barrier, u32 arrivals) {
-    wrong |= barrier % 8 != 0;
+    failed |= barrier % 8 != 0;
     block().barriers[barrier] = MemoryBarrier{(int)arrivals, (int)arrivals, 0, 0};
 }
 DEVICE void publish_barriers() {}
 
 static MemoryBarrier& barrier_at(int of_block, u32 address) {
-    wrong |= !blocks[of_block].barriers.count(address);
+    failed |= !blocks[of_block].barriers.count(address);
     return blocks[of_block].barriers[address];
 }
 
 DEVICE void arrive_expecting(u32 barrier, u32 bytes) {
-    MemoryBarrier& here = barrier_at(now / threads, barrier);
+    MemoryBarrier& here = barrier_at(current / threads, barrier);
     moved = true;
     here.bytes += bytes;
-    wrong |= --here.pending < 0;
+    failed |= --here.pending < 0;
     here.settle();
 }
 DEVICE void arrive(u32 barrier) { arrive_expecting(barrier, 0); }
 
 DEVICE void wait(u32 barrier, u32 parity) {
-    while (barrier_at(now / threads, barrier).parity == parity) yield();
+    while (barrier_at(current / threads, barrier).parity == parity) yield();
     moved = true;
 }
 
 DEVICE void copy_tile(u32 to, const TensorMap& from, int column, int row, u32 barrier) {
     const auto [address, columns, rows, stride, width, height, size, swizzle, others] = from;
     (void)others;
-    wrong |= to % (swizzle ? 1024 : 128) != 0;
+    failed |= to % (swizzle ? 1024 : 128) != 0;
     std::vector<u8> bytes(width * height * size);
     for (int i = 0; i < (int)height; ++i)
         for (int k = 0; k < (int)width; ++k)
@@ -189,7 +153,7 @@ DEVICE void copy_tile(u32 to, const TensorMap& from, int column, int row, u32 ba
                     &bytes[(i * width + k) * size],
                     (u8*)address + (row + i) * stride + (column + k) * size, size
                 );
-    copies.push_back({now / threads, to, barrier, bytes, swizzle != 0});
+    copies.push_back({current / threads, to, barrier, bytes, swizzle != 0});
     moved = true;
 }
 
@@ -206,7 +170,7 @@ static void do_copy(const Copy& copy) {
 
 template <class Number>
 DEVICE void load4_of_block(Number* to, u32 address, u32 of_block) {
-    wrong |= address % 16 || (int)of_block >= block_count;
+    failed |= address % 16 || (int)of_block >= cluster_size;
     std::memcpy(to, place(of_block, address, 16), 16);
 }
 
@@ -222,7 +186,7 @@ DEVICE u32 exchange(u32 word, u32 bit) {
     Exchange& here = block().exchanges[thread_index() / 32];
     u32* words = here.words[here.meeting.held % 2];
     words[thread_index() % 32] = word;
-    together(here.meeting, 32, [] {});
+    meet(here.meeting, 32, [] {});
     return words[thread_index() % 32 ^ bit];
 }
 
@@ -258,48 +222,24 @@ DEVICE u32 multiply_add_pairs(u32 a, u32 b, u32 c) {
 }
 DEVICE u32 multiply_pairs(u32 a, u32 b) { return multiply_add_pairs(a, b, 0x80008000); }
 
-static void (*kernel)();
-
-static void enter() {
-    kernel();
-    moved = true;
-    lanes[now].done = true;
-    swapcontext(&lanes[now].context, &main_context);
-}
-
 // A cluster of blocks of threads.
 static int run_cluster() {
-    // Of which only what is used takes memory.
-    static char* const stacks = static_cast<char*>(std::calloc(MAX_BLOCKS * MAX_THREADS_OF_BLOCK, STACK));
     copies.clear();
     cluster = {};
-    for (int i = 0; i < block_count; ++i) {
+    for (int i = 0; i < cluster_size; ++i) {
         blocks[i] = Block();
         blocks[i].memory.assign(SHARED_SIZE, 0xFF);
     }
-    for (int i = 0; i < block_count * threads; ++i) {
-        getcontext(&lanes[i].context);
-        lanes[i].context.uc_stack.ss_sp = stacks + i * STACK;
-        lanes[i].context.uc_stack.ss_size = STACK;
-        lanes[i].done = false;
-        lanes[i].committed.clear();
-        makecontext(&lanes[i].context, enter, 0);
-    }
-    for (bool left = true; left && !wrong;) {
-        left = moved = false;
-        for (now = 0; now < block_count * threads; ++now)
-            if (!lanes[now].done) {
-                left = true;
-                swapcontext(&main_context, &lanes[now].context);
-            }
-        if (left && !moved) {
+    for (int i = 0; i < cluster_size * threads; ++i) lanes[i].committed.clear();
+    begin_lanes(lanes);
+    while (!failed && run_round(lanes))
+        if (!moved) {
             if (copies.empty()) return 719;  // lanes wait for what does not come: launch failure
             do_copy(copies.front());
             copies.pop_front();
         }
-    }
-    for (int i = 0; i < block_count * threads; ++i) wrong |= !lanes[i].committed.empty();
-    return wrong || !copies.empty() ? 719 : misaligned ? 716 : 0;
+    for (int i = 0; i < cluster_size * threads; ++i) failed |= !lanes[i].committed.empty();
+    return failed || !copies.empty() ? 719 : misaligned ? 716 : 0;
 }
 
 }  // namespace hopper

@@ -1,4 +1,4 @@
-// A GPU for prefill.cu and prefill_int8.cu, as emulated.cpp is one for decode.cu, and the few functions
+// A GPU for prefill.cu and prefill_int8.cu, as emulated_decode.cpp is one for decode.cu, and the few functions
 // of CUDA's driver that launch them.
 
 #include "emulated_hopper.h"
@@ -24,53 +24,36 @@ namespace int8_prompt {
 static prompt::Arguments arguments;
 static int8_prompt::Arguments int8_arguments;
 
-static int launch(const DecodeConfig& config, const void* function, void** parameters) {
-    std::memcpy(&own, function, sizeof own);
-    constants = {};
-    constants.bits = own.bits;
-    constants.float16 = own.float16;
-    constants.zeros = own.zeros;
-    constants.offsets = own.offsets;
-    constants.wide = own.wide;
-    constants.group = own.group;
-    if (own.is_int8) {
+static int launch(const LaunchConfig& config, const void* function, void** parameters) {
+    std::memcpy(&constants, function, sizeof constants);
+    if (constants.is_int8) {
         std::memcpy(&int8_arguments, parameters[0], sizeof int8_arguments);
         kernel = [] { int8_prompt::prefill_int8(int8_arguments); };
     } else {
-        own.multiplying = 256;
-        own.threads = 384;
+        constants.multiplying = 256;
+        constants.threads = 384;
         std::memcpy(&arguments, parameters[0], sizeof arguments);
         kernel = [] { prompt::prefill(arguments); };
     }
-    threads = own.threads;
-    block_count = 1;
-    for (unsigned i = 0; i < config.attribute_count; ++i)
-        if (config.attributes[i].id == 4) block_count = config.attributes[i].value[0];
-    misaligned = wrong = false;
+    threads = constants.threads;
+    cluster_size = config.attribute(CLUSTER_DIMENSION, 1);
+    misaligned = failed = false;
     const bool fits = config.shared_bytes <= SHARED_SIZE && (int)config.block[0] == threads;
-    if (!fits || config.grid[0] % block_count || block_count > MAX_BLOCKS) return 1;
-    for (row_of_grid = 0; row_of_grid < (int)config.grid[1]; ++row_of_grid)
-        for (first_block = 0; first_block < (int)config.grid[0]; first_block += block_count)
-            if (const int error = run_cluster()) return error;
-    return 0;
+    if (!fits || config.grid[0] % cluster_size || cluster_size > MAX_BLOCKS) return 1;
+    return run_grid(config, run_cluster);
 }
 
 }  // namespace hopper
 
 extern "C" {
 
-int cuModuleLoadData(void** module, const void* image) {
-    auto copy = new hopper::Own;
-    std::memcpy(copy, image, offsetof(hopper::Own, is_int8));
-    *module = copy;
+int cuCtxGetCurrent(void** context) {
+    *context = &hopper::lanes;
     return 0;
 }
 
 int cuModuleGetFunction(void** function, void* module, const char* name) {
-    *function = module;
-    const bool is_int8 = !std::strcmp(name, "prefill_int8");
-    static_cast<hopper::Own*>(module)->is_int8 = is_int8;
-    return is_int8 || !std::strcmp(name, "prefill") ? 0 : 500;  // not found
+    return find_function(function, module, name, "prefill", "prefill_int8");
 }
 
 int cuFuncSetAttribute(void*, int attribute, int value) {
@@ -93,7 +76,7 @@ int cuTensorMapEncodeTiled(
     return 0;
 }
 
-int cuLaunchKernelEx(const DecodeConfig* config, const void* function, void** parameters, void**) {
+int cuLaunchKernelEx(const LaunchConfig* config, const void* function, void** parameters, void**) {
     return hopper::launch(*config, function, parameters);
 }
 }

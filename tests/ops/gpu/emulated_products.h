@@ -4,8 +4,8 @@ namespace hopper {
 
 DEVICE void begin_products() {}
 DEVICE void commit_products() {
-    lanes[now].committed.push_back(std::move(lanes[now].begun));
-    lanes[now].begun.clear();
+    lanes[current].committed.push_back(std::move(lanes[current].begun));
+    lanes[current].begun.clear();
 }
 
 DEVICE u64 describe(u32 address) {
@@ -13,16 +13,16 @@ DEVICE u64 describe(u32 address) {
 }
 
 DEVICE void multiply_group(float* c, const u32* a, u64 b, bool adds) {
-    lanes[now].begun.push_back({c, nullptr, a, 0, b, adds});
+    lanes[current].begun.push_back({c, nullptr, a, 0, b, adds});
 }
 DEVICE void multiply_group_int8(int* c, u64 a, u64 b, bool adds) {
-    lanes[now].begun.push_back({nullptr, c, nullptr, a, b, adds});
+    lanes[current].begun.push_back({nullptr, c, nullptr, a, b, adds});
 }
 
 // The bytes from one on of a row of an operand in shared memory, up to 16.
 static const u8* bytes_of(int of_block, u64 description, int row, int first) {
     const u32 start = (description & 0x3FFF) << 4, eight_rows = (description >> 32 & 0x3FFF) << 4;
-    wrong |= description >> 62 != 1;
+    failed |= description >> 62 != 1;
     return place(of_block, swizzled(start + row / 8 * eight_rows + row % 8 * 128 + first), 1);
 }
 
@@ -79,8 +79,8 @@ static void multiply_oldest(int first) {
         const Product& of_first = lanes[first].committed.front()[i];
         for (int lane = first; lane < first + 128; ++lane) {
             const Product& product = lanes[lane].committed.front()[i];
-            wrong |= product.b != of_first.b || product.described_a != of_first.described_a;
-            wrong |= product.adds != of_first.adds;
+            failed |= product.b != of_first.b || product.described_a != of_first.described_a;
+            failed |= product.adds != of_first.adds;
         }
         (of_first.sums ? multiply_int8_numbers : multiply_numbers)(first, of_first, i);
     }
@@ -89,10 +89,10 @@ static void multiply_oldest(int first) {
 
 template <int LEFT>
 DEVICE void wait_for_products() {
-    const int group = (int)thread_index() / 128, first = now - (int)thread_index() % 128;
-    together(block().products[group], 128, [first] {
+    const int group = (int)thread_index() / 128, first = current - (int)thread_index() % 128;
+    meet(block().products[group], 128, [first] {
         for (int lane = first; lane < first + 128; ++lane)
-            wrong |= lanes[lane].committed.size() != lanes[first].committed.size();
+            failed |= lanes[lane].committed.size() != lanes[first].committed.size();
         while (lanes[first].committed.size() > LEFT) multiply_oldest(first);
     });
 }

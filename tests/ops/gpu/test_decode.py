@@ -27,7 +27,7 @@ ROWS = (1, 3, 8, 13, 17, 40)
 @pytest.fixture(scope="session")
 def emulation(tmp_path_factory):
     """A driver whose GPU is emulated."""
-    return build_emulation("emulated.cpp", tmp_path_factory.mktemp("gpu"))
+    return build_emulation("emulated_decode.cpp", tmp_path_factory.mktemp("gpu"))
 
 
 def constants(source: str, options: list[str]) -> bytes:

@@ -1,4 +1,4 @@
-// What decode.cu and decode_int8.cu ask of a GPU. emulated.cpp has the same for the CPU.
+// What decode.cu and decode_int8.cu ask of a GPU. emulated_decode.cpp has the same for the CPU.
 
 typedef unsigned char u8;
 typedef unsigned short u16;

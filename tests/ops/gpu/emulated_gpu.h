@@ -1,0 +1,225 @@
+// What the emulated GPUs of emulated_decode.cpp and emulated_prefill.cpp share: lanes that take turns,
+// numbers, loads, and how CUDA's driver launches a grid.
+//
+// Each lane of a cluster's blocks of threads has a stack of its own, and one that comes to what a warp or a
+// block does together lets the others catch up. What is constant on a GPU is a variable here, so that one
+// library does for all kernels: a binary is nothing but its constants. The struct of them, of which is_int8
+// comes last, and the variable `constants` are in front of this file.
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+typedef unsigned long long u64;
+
+#define BITS constants.bits
+#define FLOAT16 constants.float16
+#define ZEROS constants.zeros
+#define OFFSETS constants.offsets
+#define WIDE constants.wide
+#define GROUP constants.group
+
+#define DEVICE static inline
+#define SHARED static
+#define KERNEL static void
+
+// Lanes
+
+constexpr int MAX_LANES = 8 * 512;  // of a cluster
+constexpr size_t STACK = 128 << 10;
+
+struct Fiber {
+    ucontext_t context;
+    bool done;
+};
+
+// What lanes do together: the last of them to come does it for all.
+struct Meeting {
+    int here = 0;
+    u32 held = 0;  // how often it took place
+};
+
+static void (*kernel)();
+static ucontext_t scheduler;
+static Fiber* running;
+static int current;  // number of the lane that runs
+static int threads, cluster_size, chunk, panel;
+static bool moved;       // some lane has got on in this round
+static bool misaligned;  // a load was not at a multiple of its size
+static bool failed;      // something that a GPU does not do
+
+DEVICE u32 thread_index() { return (u32)(current % threads); }
+DEVICE int chunk_index() { return chunk + current / threads; }
+DEVICE int panel_index() { return panel; }
+
+static void yield() { swapcontext(&running->context, &scheduler); }
+
+template <class Act>
+static void meet(Meeting& meeting, int all, Act act) {
+    moved = true;
+    const u32 held = meeting.held;
+    if (++meeting.here == all) {
+        act();
+        meeting.here = 0;
+        ++meeting.held;
+        return;
+    }
+    while (meeting.held == held) yield();
+    moved = true;
+}
+
+static void run_lane() {
+    kernel();
+    moved = running->done = true;
+}
+
+// Let all lanes of a cluster begin.
+template <class Lane>
+static void begin_lanes(Lane* lanes) {
+    // Of which only what is used takes memory.
+    static char* const stacks = static_cast<char*>(std::calloc(MAX_LANES, STACK));
+    for (int i = 0; i < cluster_size * threads; ++i) {
+        ucontext_t& context = lanes[i].context;
+        getcontext(&context);
+        context.uc_stack.ss_sp = stacks + i * STACK;
+        context.uc_stack.ss_size = STACK;
+        context.uc_link = &scheduler;
+        lanes[i].done = false;
+        makecontext(&context, run_lane, 0);
+    }
+}
+
+// Let each lane run until it waits; whether there was one that had not come to its end.
+template <class Lane>
+static bool run_round(Lane* lanes) {
+    bool left = moved = false;
+    for (current = 0; current < cluster_size * threads; ++current)
+        if (!lanes[current].done) {
+            left = true;
+            running = &lanes[current];
+            swapcontext(&scheduler, &running->context);
+        }
+    return left;
+}
+
+// Numbers and loads
+
+static void copy_words(u32* to, const void* from, int count) {
+    misaligned |= reinterpret_cast<uintptr_t>(from) % (count * sizeof(u32)) != 0;
+    std::memcpy(to, from, count * sizeof(u32));
+}
+
+DEVICE void load4(u32* to, const u32* from) { copy_words(to, from, 4); }
+DEVICE void load2(u32* to, const u32* from) { copy_words(to, from, 2); }
+DEVICE void load4_cached(u32* to, const void* from) { copy_words(to, from, 4); }
+
+DEVICE u32 multiply_high(u32 a, u32 b) { return (u32)((uint64_t)a * b >> 32); }
+
+DEVICE u32 and_or(u32 a, u32 mask, u32 c) { return (a & mask) | c; }
+
+DEVICE u32 bits_of(float value) {
+    u32 bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+DEVICE float of_bits(u32 bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+DEVICE float from_float16(u16 bits) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    float value;
+    if (exponent == 31)
+        value = fraction ? NAN : INFINITY;
+    else if (exponent)
+        value = std::ldexp(1024 + fraction, exponent - 25);
+    else
+        value = std::ldexp(fraction, -24);
+    return bits >> 15 ? -value : value;
+}
+
+DEVICE float widen(u16 bits) { return FLOAT16 ? from_float16(bits) : of_bits((u32)bits << 16); }
+
+DEVICE u16 narrow(float value) {
+    const u16 sign = bits_of(value) >> 16 & 0x8000;
+    if (value != value) return 0x7FFF;
+    if (!FLOAT16) {
+        const u32 bits = bits_of(value);
+        return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    }
+    const float size = std::fabs(value);
+    if (size >= 65520) return sign | 0x7C00;
+    int exponent;
+    std::frexp(size, &exponent);  // size < 2^exponent
+    exponent = size && exponent > -13 ? exponent : -13;
+    // In units of the last of eleven bits, the next exponent's first where it rounds up to that.
+    const int units = (int)std::nearbyint(std::ldexp(size, 11 - exponent));
+    return sign | (units + ((exponent + 13) << 10));
+}
+
+DEVICE u32 byte_of(u32 word, int byte, u32 upper) { return (word >> 8 * byte & 0xFF) | upper; }
+
+DEVICE u32 narrow_pair(float low, float high) { return narrow(low) | (u32)narrow(high) << 16; }
+
+DEVICE u32 add_pairs(u32 a, u32 b) {
+    const u32 low = narrow(widen(a & 0xFFFF) + widen(b & 0xFFFF));
+    return low | (u32)narrow(widen(a >> 16) + widen(b >> 16)) << 16;
+}
+
+DEVICE float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+
+DEVICE float product(float a, float b) { return a * b; }
+DEVICE float sum_of(float a, float b) { return a + b; }
+
+// The driver
+
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared_bytes;
+    void* stream;
+    const struct {
+        int id, pad, value[16];
+    }* attributes;
+    unsigned attribute_count;
+
+    int attribute(int id, int otherwise) const {
+        for (unsigned i = 0; i < attribute_count; ++i)
+            if (attributes[i].id == id) return attributes[i].value[0];
+        return otherwise;
+    }
+};
+
+constexpr int CLUSTER_DIMENSION = 4, PROGRAMMATIC_SERIALIZATION = 6;  // ids of attributes
+
+// Run a grid, cluster by cluster, up to the first error.
+static int run_grid(const LaunchConfig& config, int (*run_cluster)()) {
+    for (panel = 0; panel < (int)config.grid[1]; ++panel)
+        for (chunk = 0; chunk < (int)config.grid[0]; chunk += cluster_size)
+            if (const int error = run_cluster()) return error;
+    return 0;
+}
+
+// The function of a module with this name, or with the other one, whose weights are int8.
+static int find_function(void** function, void* module, const char* wanted, const char* name, const char* int8_name) {
+    *function = module;
+    const bool is_int8 = !std::strcmp(wanted, int8_name);
+    static_cast<Constants*>(module)->is_int8 = is_int8;
+    return is_int8 || !std::strcmp(wanted, name) ? 0 : 500;  // not found
+}
+
+extern "C" int cuModuleLoadData(void** module, const void* image) {
+    auto copy = new Constants;
+    std::memcpy(copy, image, offsetof(Constants, is_int8));
+    *module = copy;
+    return 0;
+}
