@@ -125,3 +125,50 @@ def assert_rounded_once(
     allowed = allowed + ulps * torch.finfo(torch.float32).eps * size
     ratio = np.abs(numpy(got) - exact) / allowed
     assert not (ratio > 1).any() and not np.isnan(ratio).any(), f"{ratio.max():.3} of what may be"
+
+
+def step_rounding(
+    ideal: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    factors: np.ndarray,
+    by_ideal: np.ndarray,
+    by_factor: np.ndarray,
+    gradient: np.ndarray,
+    most: int,
+    rate: float,
+    range_rate: float,
+) -> np.ndarray:
+    """A matrix (N, K) behind a step of its roundings and ranges, see `qllm.ops.rounding.Rounding`.
+
+    Args:
+        gradient: of the loss by the matrix, (N, K).
+        most: the largest integer.
+    """
+
+    def grid(ends: np.ndarray) -> tuple[np.ndarray, ...]:
+        scales = (high * ends[1] - low * ends[0]) / most
+        zeros = np.rint(-low * ends[0] / scales).clip(0, most)
+        return scales[..., None], zeros[..., None]
+
+    columns = gradient.shape[1]
+    padded = np.zeros((len(ideal), ideal[0].size))
+    padded[:, :columns] = gradient
+    gradient = padded.reshape(ideal.shape)
+    scales, zeros = grid(factors)
+    q = np.rint(ideal / scales) + zeros
+    inside = (q >= 0) & (q <= most)
+    by_weight = np.where(inside, gradient, 0)
+    # dW/ds and dW/dz of W = s (clamp(w / s + z) - z) with a straight-through rounding.
+    by_scale = (gradient * (q.clip(0, most) - zeros - inside * ideal / scales)).sum(-1)
+    by_zero = (gradient * np.where(inside, 0, -scales)).sum(-1)
+    # s = (h - l) / most and z = -l / s, of the ends l = low f0 and h = high f1.
+    scale, lowest = scales[..., 0], low * factors[0]
+    by_low = by_scale * (-low / most) + by_zero * (-low / scale - lowest * low / most / scale**2)
+    by_high = by_scale * (high / most) + by_zero * (lowest * high / most / scale**2)
+    move = np.sign(0.9 * by_ideal + 0.1 * by_weight)
+    ideal = ideal - rate * move * scales
+    moves = np.sign(0.9 * by_factor + 0.1 * np.stack((by_low, by_high)))
+    scales, zeros = grid((factors - range_rate * moves).clip(0.1, 1.2))
+    values = scales * (np.rint(ideal / scales).clip(-zeros, most - zeros))
+    return values.reshape(len(ideal), -1)[:, :columns]

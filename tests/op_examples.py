@@ -11,6 +11,7 @@ import torch
 from qllm.config import SCHEMES
 from qllm.ops import SIMPLE, Request, reference
 from qllm.ops.kv import KV, PLAIN, Batch, Scores
+from qllm.ops.rounding import Rounding
 from qllm.quant.packing import BITS, pack
 
 SHAPES = ((64, 32), (67, 13), (1, 1), (256, 40))  # (K, N)
@@ -239,6 +240,38 @@ def attention_example(
     return arguments, y.reshape(rows, -1), size.max()
 
 
+def step_rounding_example(request: Request, rows: int, dtype: torch.dtype):
+    """A matrix (rows, K) of 3 bits in groups of 16, of which some weights are out of range."""
+    columns, group, most = request.in_features, 16, 7
+    random = np.random.default_rng(columns + rows)
+    shape = (rows, -(-columns // group), group)
+    zeros, scales = random.integers(0, 8, shape[:2]), random.uniform(0.5, 2, shape[:2])
+    exact_state = {
+        "ideal": (
+            random.integers(-2, 10, shape) + random.uniform(-0.4, 0.4, shape) - zeros[..., None]
+        )
+        * scales[..., None],
+        "low": -zeros * scales,
+        "high": (most - zeros) * scales,
+        "factors": random.uniform(0.8, 1.1, (2, *shape[:2])),
+        "by_ideal": random.normal(size=shape),
+        "by_factor": random.normal(size=(2, *shape[:2])),
+    }
+    flat = exact_state["ideal"].reshape(rows, -1)
+    flat[:, columns:] = 0
+    tensors = {name: torch.from_numpy(value).float() for name, value in exact_state.items()}
+    state = Rounding(
+        **tensors, perm=None, columns=columns, bits=3, symmetric=False, dtype=torch.float32
+    )
+    gradients = normal(2, rows, columns).to(dtype)
+    want = exact.step_rounding(
+        *map(exact.numpy, tensors.values()), exact.numpy(gradients).sum(0), most, 0.05, 0.02
+    )
+    arguments = {"state": state, "gradients": gradients, "rate": 0.05, "range_rate": 0.02}
+    arguments["matrix"] = torch.empty(rows, columns, dtype=dtype)
+    return arguments, want, np.abs(want).max()
+
+
 # Of each op, for a request: arguments, the exact result, and the size of what it sums, which is
 # what rounding errors are in proportion to. An op that is not here fails the walk.
 EXAMPLES = {
@@ -278,6 +311,7 @@ EXAMPLES = {
     "add": (add_example,),
     "scale": (scale_example,),
     "gather": (gather_example,),
+    "step_rounding": (step_rounding_example,),
     **{
         f"{phase}_attention": tuple(
             partial(attention_example, prompt=prompt, rotated=rotated, share=share, scores=scores)

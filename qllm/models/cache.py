@@ -268,7 +268,9 @@ class Prefill(Pass):
         """Attention among the heads [queries, keys, values] of qkv (N, heads D): (N, H D)."""
         if self.cache is None:
             shape = (len(self.batch.rows), heads[1], self.batch.span, qkv.shape[1] // sum(heads))
-            kv = KINDS[self.bits].empty(self.bits, *shape, qkv.dtype, qkv.device)
+            # Nothing is written to what gradients go through.
+            device = torch.device("meta") if ops.is_differentiable() else qkv.device
+            kv = KINDS[self.bits].empty(self.bits, *shape, qkv.dtype, device)
         else:
             kv = self.cache.layers[layer]
         attend = ops.on(qkv.device.type).prefill_attention

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from qllm.ops import reference
-from qllm.ops.cpu import library, linear, steps
+from qllm.ops.cpu import library, linear, steps, tuning
 from qllm.ops.gpu import attention as gpu_attention
 from qllm.ops.gpu import device as gpu
 from qllm.ops.gpu import layout as gpu_layout
@@ -189,6 +189,7 @@ SIMPLE = (
     *("embedding", "layer_norm", "rms_norm", "qk_norm", "activation", "gated_activation", "add"),
     *("scale", "gather"),
     *("decode_attention", "prefill_attention", "layer_norm_int8", "rms_norm_int8"),
+    "step_rounding",
 )
 GPU_SIMPLE: dict[str, Callable[..., Any]] = {  # which return tensors, or `Int8Rows`
     "decode_attention": gpu_attention.decode_attention,
@@ -207,8 +208,9 @@ def _simple(op: str) -> tuple[Kernel, ...]:
     kernels = [Kernel("reference", lambda: "plain torch", getattr(reference, op))]
     if op in GPU_SIMPLE:
         kernels.insert(0, Kernel("triton", gpu.about, GPU_SIMPLE[op], _gpu_unsupported))
-    if hasattr(steps, op):
-        kernels.insert(0, Kernel("cpu", library.about, getattr(steps, op), _cpu_unsupported))
+    for module in (steps, tuning):
+        if hasattr(module, op):
+            kernels.insert(0, Kernel("cpu", library.about, getattr(module, op), _cpu_unsupported))
     return tuple(kernels)
 
 
@@ -303,6 +305,11 @@ def differentiable() -> Iterator[None]:
         yield
     finally:
         _mode.differentiable = before
+
+
+def is_differentiable() -> bool:
+    """Whether this thread is inside `differentiable`."""
+    return _mode.differentiable
 
 
 def on(device: str) -> SimpleNamespace:

@@ -12,7 +12,7 @@ from qllm.quant.rtn import quantize_rtn
 
 
 class SignRound(RTN):
-    """Rounded to nearest; what tunes it is `qllm.quant.rounding`, driven by the layer."""
+    """Rounded to nearest; what tunes it is `qllm.quantizer.rounding`, driven by the layer."""
 
     name = "signround"
     calibrates = True

@@ -40,6 +40,7 @@ from qllm.quantizer.tune import (
     tuned_samples,
     work_dtype,
 )
+from qllm.quantizer.workers import MOST, SharedSum, Workers
 
 # Logits that are in memory at once, in each of a few copies.
 LOGITS_AT_ONCE = 1 << 24
@@ -59,18 +60,18 @@ class _ScaledProduct(torch.autograd.Function):
     """x W^T + b, of a weight that is dequantized here, and that gradients of its factors go to."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factors: Tensor, linear: ScaledLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gradient: Tensor, linear: ScaledLinear) -> Tensor:
         weight = linear.matrix()
         ctx.save_for_backward(x, weight)
-        ctx.linear = linear
+        ctx.linear, ctx.gradient = linear, gradient
         y = product(x, weight)
         return y if linear.bias is None else add_bias(y, linear.bias)
 
     @staticmethod
-    def backward(ctx: Any, *back: Tensor) -> tuple[Tensor | None, Tensor, None]:
+    def backward(ctx: Any, *back: Tensor) -> tuple[Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        by_factor = ctx.linear.by_factor(back[0].t() @ x, weight)
-        return back[0] @ weight if ctx.needs_input_grad[0] else None, by_factor, None
+        ctx.gradient.add_(ctx.linear.by_factor(back[0].t() @ x, weight))
+        return back[0] @ weight if ctx.needs_input_grad[0] else None, None, None
 
 
 class ScaledLinear(nn.Module):
@@ -78,27 +79,37 @@ class ScaledLinear(nn.Module):
 
     Attributes:
         factors: float32 (N, G), each a power of e.
+        gradient: what gradients of the factors are added to.
     """
 
-    def __init__(self, linear: WeightOnlyLinear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: WeightOnlyLinear, dtype: torch.dtype, workers: Workers) -> None:
         super().__init__()
         self.packed, self.spec, self.in_features = linear.packed, linear.spec, linear.in_features
         self.bias, self.dtype = linear.bias, dtype
         self.group = group_width(linear.in_features, linear.spec.group_size)
-        self.factors = nn.Parameter(torch.zeros_like(self.packed.scales, dtype=torch.float32))
+        self.factors = torch.zeros_like(self.packed.scales, dtype=torch.float32)
+        self.gradient = SharedSum(self.factors, workers)
+        self._kept: Tensor | None = None
         # Averages of the factors' gradients, and of their squares.
         self._average = torch.zeros_like(self.factors)
         self._squares = torch.zeros_like(self.factors)
 
     def scales(self) -> Tensor:
         """The scales as they are stored: (N, G)."""
-        scales = self.packed.scales.float() * self.factors.detach().exp()
+        scales = self.packed.scales.float() * self.factors.exp()
         if self.packed.scales.dtype == torch.float16:
             scales = scales.clamp_(min=SMALLEST_HALF_SCALE)
         return scales.to(self.packed.scales.dtype)
 
+    def keep(self) -> None:
+        """Have the weight stay in memory until the next step."""
+        self._kept = None
+        self._kept = self.matrix()
+
     def matrix(self) -> Tensor:
         """The weight (N, K) with its scales as they are."""
+        if self._kept is not None:
+            return self._kept
         packed = self.packed._replace(scales=self.scales())
         scaled = WeightOnlyLinear.from_packed(packed, None, self.spec, self.in_features)
         return scaled.dequantize().to(self.dtype)
@@ -113,9 +124,8 @@ class ScaledLinear(nn.Module):
         return grouped(by_factor, self.group).sum(-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ScaledProduct.apply(x.to(self.dtype), self.factors, self)
+        return _ScaledProduct.apply(x.to(self.dtype), self.gradient.own, self)
 
-    @torch.no_grad()
     def step(self, number: int, rate: float) -> None:
         """Move the factors against the gradient that came together, as Adam does.
 
@@ -124,21 +134,30 @@ class ScaledLinear(nn.Module):
         Args:
             number: of the step, from 1.
         """
-        gradient = self.factors.grad
-        assert gradient is not None
+        gradient = self.gradient.parts.sum(0)
+        self.gradient.parts.zero_()
         self._average.lerp_(gradient, 1 - KEPT)
         self._squares.mul_(SQUARES_KEPT).addcmul_(gradient, gradient, value=1 - SQUARES_KEPT)
         root = self._squares.sqrt() / (1 - SQUARES_KEPT**number) ** 0.5
         rate /= 1 - KEPT**number
         self.factors.addcdiv_(self._average, root.add_(SMALLEST_ROOT), value=-rate)
-        self.factors.grad = None
+        self._kept = None
 
 
 class _Student:
-    """A quantized model, its linears replaced by such as gradients go through."""
+    """A quantized model, its linears replaced by such as gradients go through.
 
-    def __init__(self, model: Decoder, float_head: Tensor | None, dtype: torch.dtype) -> None:
-        self.model = model
+    Attributes:
+        again: layers are computed once more on the way back, since their activations are many.
+        workers: among which samples are divided; where layers are computed again they are large,
+            and one worker has all threads.
+    """
+
+    def __init__(
+        self, model: Decoder, float_head: Tensor | None, dtype: torch.dtype, *, again: bool
+    ) -> None:
+        self.model, self.again = model, again
+        self.workers = Workers(model.device, most=1 if again else MOST)
         self.scaled: dict[str, ScaledLinear] = {}
         # A packed embedding stays as it is, and a head that is tied to it.
         table = model.embed.linear if isinstance(model.embed, QuantizedEmbedding) else None
@@ -147,7 +166,7 @@ class _Student:
                 for key, buffer in list(module.named_buffers()):
                     setattr(module, key, buffer.float())
             elif isinstance(module, WeightOnlyLinear) and module is not table:
-                self.scaled[name] = ScaledLinear(module, dtype)
+                self.scaled[name] = ScaledLinear(module, dtype, self.workers)
                 model.set_submodule(name, self.scaled[name])
         freeze_all(model.layers, dtype)
         for name, module in list(model.named_children()):
@@ -168,9 +187,8 @@ class _Student:
         with torch.no_grad():
             x = HiddenStates.embed(model, samples, torch.float32).states.flatten(0, 1)
         step = Prefill([length] * len(samples), None, model.positions, x)
-        again = _activations(model.config, len(x), length) > ACTIVATIONS_AT_ONCE
         for layer in model.layers:
-            if again:
+            if self.again:
                 x = checkpoint(layer, x, step, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, step)
@@ -234,17 +252,25 @@ def tune_scales(
     count = len(samples)
     learning, judging = tuned_samples(count), torch.arange(count)[held_out(count)]
     bits = max(m.spec.bits for m in model.modules() if isinstance(m, WeightOnlyLinear))
-    student = _Student(model, float_head, work_dtype(model.device, bits))
     batch = min(options.samples(*targets.shape[1:]), learning)
+    length = targets.shape[1]
+    again = _activations(model.config, batch * length, length) > ACTIVATIONS_AT_ONCE
+    student = _Student(model, float_head, work_dtype(model.device, bits), again=again)
+    workers, linears = student.workers, list(student.scaled.values())
     draw = torch.Generator().manual_seed(options.seed)
     # A pass over what is held out in front, one behind; a step costs three times its samples'.
     work = 2 * len(judging) + 3 * options.steps * batch
 
     def pass_through(chosen: Tensor, *, learn: bool) -> float:
-        wanted = targets[chosen].flatten(0, 1).to(model.device)
-        with torch.set_grad_enabled(learn):
-            states = student.states([samples[i] for i in chosen.tolist()])
-            return _divergence(student, states, wanted)
+        def one(part: Tensor) -> float:
+            wanted = targets[part].flatten(0, 1).to(model.device)
+            with torch.set_grad_enabled(learn), ops.differentiable():
+                states = student.states([samples[i] for i in part.tolist()])
+                return _divergence(student, states, wanted, len(chosen) * length)
+
+        if not again:
+            workers.map(ScaledLinear.keep, linears)
+        return sum(workers.map(one, chosen.split(workers.parts(len(chosen), batch))))
 
     def mean() -> float:
         total = 0.0
@@ -253,7 +279,7 @@ def tune_scales(
             add(len(chosen) / work)
         return total / len(judging)
 
-    with ops.differentiable():
+    with workers:
         before, order = mean(), torch.empty(0, dtype=torch.int64)
         for step in range(options.steps):
             if len(order) < batch:
@@ -261,7 +287,7 @@ def tune_scales(
             chosen, order = order[:batch], order[batch:]
             pass_through(chosen, learn=True)
             left = 1 - step / options.steps
-            for linear in student.scaled.values():
+            for linear in linears:
                 rate = options.rate * _share_of_rate(linear.spec.bits)
                 linear.step(step + 1, rate * left)
             add(3 * batch / work)
@@ -276,10 +302,10 @@ def _share_of_rate(bits: int) -> float:
     return 0.5 ** max(0, bits - BITS_AT_FULL_RATE)
 
 
-def _divergence(student: _Student, states: Tensor, targets: Tensor) -> float:
-    """The mean divergence of states (M, C) from those wanted; where they have gradients, these
-    are passed on, and nobody asks for its value, which is 0 here."""
-    rows = max(1, LOGITS_AT_ONCE // student.model.config.vocab_size)
+def _divergence(student: _Student, states: Tensor, targets: Tensor, tokens: int) -> float:
+    """The divergence of states (M, C) from those wanted, over so many tokens; where they have
+    gradients, these are passed on, and nobody asks for its value, which is 0 here."""
+    rows = max(1, LOGITS_AT_ONCE // student.workers.count // student.model.config.vocab_size)
     learn, total, back = states.requires_grad, 0.0, torch.empty_like(states)
     for start in range(0, len(states), rows):
         part = slice(start, start + rows)
@@ -289,9 +315,9 @@ def _divergence(student: _Student, states: Tensor, targets: Tensor) -> float:
         ours = student.head(end, student.model.lm_head)
         if not learn:
             logs = ours.log_softmax(-1), theirs.log_softmax(-1)
-            total += kl_div(*logs, reduction="sum", log_target=True).item() / len(states)
+            total += kl_div(*logs, reduction="sum", log_target=True).item() / tokens
             continue
-        ours.backward((ours.detach().softmax(-1) - theirs.softmax(-1)) / len(states))
+        ours.backward((ours.detach().softmax(-1) - theirs.softmax(-1)) / tokens)
         assert end.grad is not None
         back[part] = end.grad
     if learn:

@@ -23,8 +23,9 @@ from qllm.models.cache import Prefill
 from qllm.models.equalize import dense_linear
 from qllm.models.layer import Block, PreNormLayer
 from qllm.quant.algorithm import TuneOptions, TuningStart
-from qllm.quant.rounding import TunedRounding
 from qllm.quantizer.hidden import HiddenStates
+from qllm.quantizer.rounding import TunedRounding
+from qllm.quantizer.workers import SharedSum, Workers
 
 # Tokens whose activations are in memory at once.
 TOKENS_PER_PASS = 2048
@@ -119,25 +120,27 @@ class FrozenLinear(nn.Module):
         gradient: what the gradients of its weight are added to, where they are wanted.
     """
 
-    gradient: Tensor | None = None
+    gradient: SharedSum | None = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight, self.bias = weight.to(dtype), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Product.apply(x.to(self.weight.dtype), self.weight, self.bias, self.gradient)
+        gradient = None if self.gradient is None else self.gradient.own
+        return _Product.apply(x.to(self.weight.dtype), self.weight, self.bias, gradient)
 
 
 class TunedLinear(FrozenLinear):
     """A linear whose weight is what its rounding gives at the moment."""
 
-    def __init__(self, rounding: TunedRounding, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, rounding: TunedRounding, bias: Tensor | None, dtype: torch.dtype, workers: Workers
+    ) -> None:
         super().__init__(rounding.dequantize(dtype), bias, dtype)
         self.rounding = rounding
-        self.gradient = torch.zeros_like(self.weight).requires_grad_()
+        self.gradient = SharedSum(self.weight, workers)
 
-    @torch.no_grad()
     def step(self, share: float) -> None:
         """Move the rounding against the gradient that came together.
 
@@ -146,8 +149,7 @@ class TunedLinear(FrozenLinear):
         """
         assert self.gradient is not None
         rate = RATE * min(1.0, BITS_AT_FULL_RATE / self.rounding.bits)
-        self.rounding.step(self.gradient, share * rate, share * RANGE_RATE, self.weight)
-        self.gradient.zero_()
+        self.rounding.step(self.gradient.parts, share * rate, share * RANGE_RATE, self.weight)
 
 
 def freeze(part: nn.Module, name: str, dtype: torch.dtype) -> None:
@@ -269,6 +271,7 @@ def tune_block(
     inputs, targets = states
     samples, device = tuned_samples(len(inputs.states)), inputs.states.device
     dtype = work_dtype(device, max(found.spec.bits for _, found in linears.values()))
+    workers = Workers(device)
     tuned = {}
     widths: list[int] = []
     run, names = block
@@ -276,7 +279,7 @@ def tune_block(
         if name in linears:
             start, found = linears[name]
             rounding = TunedRounding(*start, found.spec.bits, found.spec.group_size)
-            tuned[name] = TunedLinear(rounding, found.bias, dtype)
+            tuned[name] = TunedLinear(rounding, found.bias, dtype, workers)
             layer.set_submodule(name, tuned[name])
         else:
             freeze(layer, name, dtype)
@@ -288,10 +291,15 @@ def tune_block(
     draw = torch.Generator().manual_seed(options.seed)
     batch = options.samples(*inputs.states.shape[1:])
     certain = min(1.0, (options.steps / STEPS) ** 0.5)
-    with torch.enable_grad(), ops.differentiable():
+    at_once = workers.parts(batch, tokens // inputs.states.shape[1])
+
+    def add_gradients(chosen: Tensor) -> None:
+        _add_gradients(run, inputs, targets, metric, chosen)
+
+    with workers:
         for step in range(options.steps):
             chosen = torch.randperm(samples, generator=draw)[:batch].to(device)
-            _add_gradients(run, inputs, targets, metric, chosen, tokens)
+            workers.map(add_gradients, chosen.split(at_once))
             left = 1 - step / options.steps
             for linear in tuned.values():
                 linear.step(left * certain / options.steps)
@@ -317,20 +325,15 @@ def tokens_per_pass(widest: int, dtype: torch.dtype, device: torch.device) -> in
 
 
 def _add_gradients(
-    run: Block,
-    inputs: HiddenStates,
-    targets: HiddenStates,
-    metric: Tensor,
-    chosen: Tensor,
-    tokens: int,
+    run: Block, inputs: HiddenStates, targets: HiddenStates, metric: Tensor, chosen: Tensor
 ) -> None:
-    """Gradients of half the errors of some samples (B,), of as many at a time as have `tokens`."""
+    """Gradients of half the errors of some samples (B,), of which each counts alike."""
     length = inputs.states.shape[1]
-    for part in chosen.split(max(1, tokens // length)):
+    with torch.enable_grad(), ops.differentiable():
         x, wanted = (
-            each.states.index_select(0, part).flatten(0, 1).float() for each in (inputs, targets)
+            each.states.index_select(0, chosen).flatten(0, 1).float() for each in (inputs, targets)
         )
-        step = Prefill([length] * len(part), None, inputs.positions, x)
+        step = Prefill([length] * len(chosen), None, inputs.positions, x)
         y = run(x, step)
         scaled = (y.detach() - wanted) / token_sizes(wanted)[:, None]
-        y.backward((scaled.to(metric.dtype) @ metric).float() / wanted.numel())
+        y.backward((scaled.to(metric.dtype) @ metric).float() / wanted[:length].numel())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from qllm.quantizer.distill import ScaledLinear
 from qllm.quantizer.job import Job
 from qllm.quantizer.layer import LinearReport
 from qllm.quantizer.tune import held_out
+from qllm.quantizer.workers import Workers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -177,6 +179,7 @@ def test_by_module_name_beside_other_algorithms(tmp_path):
 
 def test_killed_anywhere_and_gone_on_with(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "fsync", lambda file: None)
+    torch.set_num_threads(2)  # each of which has a part of the samples
     source = saved("opt-350m", tmp_path / "source")
     job = {"shard_bytes": 8000, "samples": samples(4, 12)}
     tuned, scales = TuneOptions(steps=2, batch=2), DistillOptions(steps=2, batch=2)
@@ -193,6 +196,20 @@ def test_killed_anywhere_and_gone_on_with(monkeypatch, tmp_path):
         assert is_killed(lambda target=target: run(target), len(came) * (2 * number + 1) // 8)
         run(target)
         assert contents(target) == expected
+
+
+def test_threads_divide_samples_and_change_nothing_but_the_order_of_sums(tmp_path):
+    source = saved("opt", tmp_path / "source")
+    options = replace(OPTIONS, tune=TuneOptions(steps=3, batch=6), distill=DistillOptions(3, 6))
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        tune(source, tmp_path / str(threads), plan_of(8), options=options)
+    one, two = (dict(load(tmp_path / str(threads)).named_modules()) for threads in (1, 2))
+    for name, module in one.items():
+        if isinstance(module, WeightOnlyLinear):
+            ours, theirs = module.dequantize(), two[name].dequantize()
+            assert (ours - theirs).abs().max() < 2 * module.packed.scales.max()
+            assert ((ours - theirs).abs() < 1e-3 * ours.abs().max()).float().mean() > 0.95
 
 
 def test_the_seed_decides(tmp_path):
@@ -217,6 +234,7 @@ def test_memory_is_asked_for_in_front(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "head"), [("opt-350m", None), ("bloom", 4), ("llama", 4)])
 def test_scales_come_closer_to_the_float_model_and_nothing_else_changes(name, head, tmp_path):
+    torch.set_num_threads(2)
     source = saved(name, tmp_path / "source", torch.float16)
     rules = {".*": 3} | ({} if head is None else {"lm_head": head})
     kept = []
@@ -291,12 +309,15 @@ def test_scales_are_stepped_as_by_torch():
     draw = torch.Generator().manual_seed(0)
     spec = QuantSpec.parse("2", 8)
     weight = torch.randn(4, 16, generator=draw)
-    linear = ScaledLinear(WeightOnlyLinear.from_float(weight, None, spec), torch.float32)
+    linear = ScaledLinear(
+        WeightOnlyLinear.from_float(weight, None, spec), torch.float32, Workers(weight.device)
+    )
     expected = torch.zeros_like(linear.factors).requires_grad_()
     adam = torch.optim.Adam([expected], betas=(0.9, 0.95))
     for number, rate in enumerate((0.02, 0.01, 0.005), start=1):
-        linear.factors.grad = torch.randn(linear.factors.shape, generator=draw)
-        expected.grad, adam.param_groups[0]["lr"] = linear.factors.grad.clone(), rate
+        gradient = torch.randn(linear.factors.shape, generator=draw)
+        expected.grad, adam.param_groups[0]["lr"] = gradient, rate
+        linear.gradient.own.detach().add_(gradient)
         linear.step(number, rate)
         adam.step()
     assert torch.equal(linear.factors, expected)

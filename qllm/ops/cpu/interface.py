@@ -50,6 +50,12 @@ Attend = structure(
     " *starts *positions *cos *sin *slopes *keys *values *y *key_codes *value_codes *key_scales"
     " *value_scales *key_zeros *value_zeros",
 )
+StepRounding = structure(
+    "StepRounding",
+    "rows inputs groups group most symmetric scale_type type parts part_stride factor_stride =rate"
+    " =range_rate =followed =kept =least_scale =least =largest *gradients *ideal *by_ideal *low"
+    " *high *factors *by_factor *perm *matrix",
+)
 
 OPS: dict[str, type[ctypes.Structure]] = {
     "linear": Linear,
@@ -65,6 +71,7 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "embed_packed": EmbedPacked,
     "attend": Attend,
     "attend_prefill": Attend,
+    "step_rounding": StepRounding,
 }
 
 

@@ -26,6 +26,7 @@ from qllm.ops.reference.linear import (
     weight_only_linear,
     weight_only_linear_int8,
 )
+from qllm.ops.reference.rounding import step_rounding
 from qllm.ops.reference.rows import (
     ACTIVATIONS,
     activation,
@@ -74,6 +75,7 @@ __all__ = [
     "scale",
     "scale_int32",
     "softmax_attention",
+    "step_rounding",
     "weight_only_linear",
     "weight_only_linear_int8",
 ]

@@ -15,9 +15,10 @@ from cpu_paths import DTYPES, Int8, normal, on, paths, random_weight
 from fences import fenced, kept, run_in
 
 from qllm.ops.cpu import library as native
-from qllm.ops.cpu import linear, steps
+from qllm.ops.cpu import linear, steps, tuning
 from qllm.ops.kv import KV, Batch
 from qllm.ops.quantized_kv import RUN, QuantizedKV
+from qllm.ops.rounding import Rounding
 
 
 def run_steps(dtype: torch.dtype, fence) -> None:
@@ -87,6 +88,20 @@ def run_linear(dtype: torch.dtype, fence) -> None:
             linear.int8_linear(x, *tensors, bias, scale, shape[0])
 
 
+def run_tuning(dtype: torch.dtype, fence) -> None:
+    for (rows, columns), group in itertools.product(((1, 1), (3, 15), (2, 70)), (70, 16, 20)):
+        groups = -(-columns // group)
+        ideal, by_ideal = map(fence, normal(2, rows, groups, group))
+        low, high = fence(-torch.ones(rows, groups)), fence(torch.ones(rows, groups))
+        factors, by_factor = map(fence, normal(2, 2, rows, groups).abs())
+        gradients = fence(normal(2, rows, columns, dtype=dtype))
+        matrix = fence(torch.zeros(rows, columns, dtype=dtype))
+        for perm in (None, fence(torch.arange(columns).flip(0))):
+            tensors = (ideal, low, high, factors, by_ideal, by_factor, perm)
+            state = Rounding(*tensors, columns, 3, False, torch.float16)
+            tuning.step_rounding(state, gradients, 0.1, 0.1, matrix)
+
+
 def run_all(path: str) -> None:
     """Every kernel, all tensors fenced: those that it is given and those that it makes."""
     with on(path):
@@ -96,7 +111,14 @@ def run_all(path: str) -> None:
             torch.Tensor.new_empty = lambda x, *shape, fence=fence: fence(
                 torch.zeros(*shape, dtype=x.dtype)
             )
-            for run in (run_steps, run_attention, run_quantized_attention, run_dense, run_linear):
+            for run in (
+                run_steps,
+                run_attention,
+                run_quantized_attention,
+                run_dense,
+                run_linear,
+                run_tuning,
+            ):
                 run(dtype, fence)
                 kept.clear()
 

@@ -5,6 +5,7 @@
 #include "layout.h"
 #include "limits.h"
 #include "packed_embedding.h"
+#include "rounding.h"
 #include "steps.h"
 
 namespace qllm {

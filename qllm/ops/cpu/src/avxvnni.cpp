@@ -5,6 +5,7 @@
 #include "limits.h"
 #include "linear.h"
 #include "packed_embedding.h"
+#include "rounding.h"
 #include "steps.h"
 
 const qllm::Path qllm::avxvnni_path = QLLM_WHOLE_PATH("avxvnni");

@@ -162,6 +162,20 @@ struct Dense {  // y (rows, out) = x w^T + bias
     void *y;
 };
 
+struct StepRounding {  // of a matrix (rows, in) on its grids; see `qllm.ops.rounding.Rounding`
+    int64_t rows, in, groups, group, most, symmetric, scale_type, type;
+    int64_t parts, part_stride, factor_stride;  // elements from one part or end to the next
+    double rate, range_rate;
+    double followed, kept;                   // of an average, what a step leaves
+    double least_scale, least, largest;      // of scales in float16, and of factors
+    void *gradients;                         // (parts, rows, in), of `type`
+    float *ideal, *by_ideal;                 // (rows, groups, group)
+    const float *low, *high;                 // (rows, groups)
+    float *factors, *by_factor;              // (2, rows, groups)
+    const int64_t *perm;                     // (in,) or null
+    void *matrix;                            // (rows, in), of `type`
+};
+
 // What became of a call; `qllm_message` says it in words.
 enum class Status : int64_t { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
 
@@ -180,7 +194,8 @@ enum class Status : int64_t { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
     OP(embed, Embed)                  \
     OP(embed_packed, EmbedPacked)     \
     OP(attend, Attend)                \
-    OP(attend_prefill, Attend)
+    OP(attend_prefill, Attend)        \
+    OP(step_rounding, StepRounding)
 
 struct Path {
     const char *name;

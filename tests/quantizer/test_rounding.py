@@ -7,12 +7,12 @@ import torch
 from covering import each
 
 from qllm.ops.reference import dequantize
-from qllm.quant import rounding
 from qllm.quant.algorithm import TuningStart
 from qllm.quant.gptq import GPTQOptions, quantize_gptq
 from qllm.quant.packing import PackedWeight, group_width, unpack
-from qllm.quant.rounding import TunedRounding
 from qllm.quant.rtn import quantize_rtn
+from qllm.quantizer import rounding
+from qllm.quantizer.rounding import TunedRounding
 
 ROWS, COLUMNS = 12, 70  # of which neither 16 nor 32 is a divisor
 
@@ -88,10 +88,10 @@ def straight_through(
     def rounded(x: torch.Tensor) -> torch.Tensor:
         return x + (x.round() - x).detach()
 
-    ideal = tuned.ideal.flatten(1)[:, :COLUMNS]
+    ideal = tuned.state.ideal.flatten(1)[:, :COLUMNS]
     offsets = torch.zeros_like(ideal).requires_grad_()
-    ends = [tuned.factors[end].clone().requires_grad_() for end in (0, 1)]
-    low, high = tuned.low * ends[0], tuned.high * ends[0 if scheme == "sym" else 1]
+    ends = [tuned.state.factors[end].clone().requires_grad_() for end in (0, 1)]
+    low, high = tuned.state.low * ends[0], tuned.state.high * ends[0 if scheme == "sym" else 1]
     top = 2**bits - 1
     scales = (high - low) / top
     zeros = rounded(-low / scales)
@@ -106,20 +106,20 @@ def straight_through(
 def test_a_step_goes_against_the_signs_of_gradients(scheme, group_size):
     bits, rate, range_rate = 3, 0.25, 0.125
     tuned = TunedRounding(*start(bits, group_size, scheme, "rtn"), bits, group_size)
-    tuned.factors *= 0.7  # so that some weights are beyond the ends
+    tuned.state.factors.mul_(0.7)  # so that some weights are beyond the ends
     # Scales that float16 holds make no difference to the gradients.
-    tuned.dtype = torch.float32
+    tuned.state = tuned.state._replace(dtype=torch.float32)
     offsets, low, high, matrix = straight_through(tuned, bits, group_size, scheme)
     torch.testing.assert_close(matrix, tuned.dequantize())
     gradient = drawn(2)
     (matrix * gradient).sum().backward()
-    before = tuned.ideal.clone(), tuned.factors.clone()
-    scales = ((tuned.high - tuned.low) * 0.7 / (2**bits - 1))[..., None]
-    tuned.step(gradient, rate, range_rate, matrix.detach())
-    moved = ((tuned.ideal - before[0]) / scales).flatten(1)[:, :COLUMNS] / rate
+    before = tuned.state.ideal.clone(), tuned.state.factors.clone()
+    scales = ((tuned.state.high - tuned.state.low) * 0.7 / (2**bits - 1))[..., None]
+    tuned.step(gradient[None].clone(), rate, range_rate, matrix.detach())
+    moved = ((tuned.state.ideal - before[0]) / scales).flatten(1)[:, :COLUMNS] / rate
     torch.testing.assert_close(moved, -offsets.grad.sign(), atol=1e-5, rtol=0)
     assert torch.equal(matrix, tuned.dequantize())
-    moved = (tuned.factors - before[1]) / range_rate
+    moved = (tuned.state.factors - before[1]) / range_rate
     ends = (low, low) if scheme == "sym" else (low, high)
     for end, factor in zip(moved, ends, strict=True):
         torch.testing.assert_close(end, -factor.grad.sign())
@@ -131,7 +131,7 @@ def test_no_integer_leaves_its_neighbours(bits):
     packed, weight = start(bits, 16, "asym", "rtn")
     tuned = TunedRounding(packed, weight, bits, 16)
     for seed in range(5):
-        tuned.step(drawn(seed), 0.1, 0.0, torch.empty(ROWS, COLUMNS))
+        tuned.step(drawn(seed)[None], 0.1, 0.0, torch.empty(ROWS, COLUMNS))
     found = tuned.packed()
     moved = unpack(found.qweight, bits, COLUMNS).int() - unpack(packed.qweight, bits, COLUMNS).int()
     assert set(moved.unique().tolist()) == {-1, 0, 1}
@@ -141,7 +141,7 @@ def test_no_integer_leaves_its_neighbours(bits):
 def test_ranges_stay_such_as_can_be_stored():
     tuned = TunedRounding(quantize_rtn(drawn() * 1e-4, 4, 16, "asym"), drawn() * 1e-4, 4, 16)
     for _ in range(20):
-        tuned.step(tuned.dequantize(), 0.0, 0.2, torch.empty(ROWS, COLUMNS))
+        tuned.step(tuned.dequantize()[None], 0.0, 0.2, torch.empty(ROWS, COLUMNS))
     packed = tuned.packed()
     assert packed.scales.dtype == torch.float16 and (packed.scales > 0).all()
     assert torch.equal(values(packed, 4, 16), tuned.dequantize())
@@ -151,5 +151,5 @@ def test_weights_that_are_all_zero_stay_zero():
     zeros = torch.zeros(ROWS, COLUMNS)
     tuned = TunedRounding(quantize_rtn(zeros, 4, 16, "asym"), zeros, 4, 16)
     for seed in range(3):
-        tuned.step(drawn(seed), 0.15, 0.0, torch.empty(ROWS, COLUMNS))
+        tuned.step(drawn(seed)[None], 0.15, 0.0, torch.empty(ROWS, COLUMNS))
     assert not tuned.dequantize().any()

@@ -1,0 +1,171 @@
+// A step of roundings and ranges against the signs of their gradients: all that a row takes in one
+// go, while it is in the caches.
+#pragma once
+
+#include "elements.h"
+#include "isa.h"
+#include "kernels.h"
+#include "threads.h"
+
+namespace qllm {
+namespace {
+
+struct ScaleAndZero {
+    float scale, zero;
+};
+
+// A value as the type of scales stores it.
+inline float stored(float value, int64_t type) {
+    float kept = value, first[WIDTH];
+    store_as(&kept, 0, type, 1, set_f(value));
+    store_f(first, load_as(&kept, 0, type, 1));
+    return first[0];
+}
+
+inline ScaleAndZero grid_of(const StepRounding &a, int64_t at) {
+    const float low = a.low[at] * a.factors[at];
+    const float high = a.high[at] * a.factors[a.factor_stride + at];
+    float scale = (high - low) / float(a.most);
+    if (a.scale_type == FLOAT16) {
+        const float least = float(a.least_scale);
+        scale = stored(scale > least ? scale : least, FLOAT16);
+    }
+    float zero = float(__builtin_lrintf(-low / scale));
+    if (zero < 0) zero = 0;
+    if (zero > float(a.most)) zero = float(a.most);
+    return {scale, zero};
+}
+
+inline VF nearest_f(VF v) { return to_float(nearest_i(v)); }
+inline VF clamp_f(VF v, float low, float high) { return min_f(set_f(high), max_f(set_f(low), v)); }
+
+// -1, 0 or 1: the smallest number there is times 2^252 is above 1.
+inline VF sign_f(VF v) { return clamp_f(mul_f(mul_f(v, set_f(0x1p126f)), set_f(0x1p126f)), -1, 1); }
+
+// Which way an average goes, once a gradient has come to what it was.
+inline VF followed(const StepRounding &a, VF average, VF gradient) {
+    return sign_f(sub_f(average, mul_f(sub_f(average, gradient), set_f(1 - float(a.followed)))));
+}
+inline VF averaged(const StepRounding &a, VF average, VF gradient) {
+    return add_f(average, mul_f(set_f(float(1 - a.kept)), sub_f(gradient, average)));
+}
+inline float first_lane(VF v) {
+    float lanes[WIDTH];
+    store_f(lanes, v);
+    return lanes[0];
+}
+
+// The gradient of a row in the order of the groups, filled up with zeros to `width`; where it came
+// from, zeros are left.
+template <int64_t TYPE>
+void take_gradient(const StepRounding &a, int64_t row, int64_t width, float *to, float *spare) {
+    float *sums = a.perm ? spare : to;
+    for (int64_t i = 0; i < a.in; i += WIDTH) {
+        VF sum = set_f(0);
+        for (int64_t part = 0; part < a.parts; part++)
+            sum = add_f(sum, load<TYPE>(a.gradients, part * a.part_stride + row * a.in + i, a.in - i));
+        store_as(sums, i, FLOAT32, a.in - i, sum);
+    }
+    const size_t bytes = TYPE == FLOAT32 ? 4 : 2;
+    for (int64_t part = 0; part < a.parts; part++)
+        __builtin_memset(static_cast<char *>(a.gradients) +
+                             size_t(part * a.part_stride + row * a.in) * bytes,
+                         0, size_t(a.in) * bytes);
+    if (a.perm)
+        for (int64_t i = 0; i < a.in; i++) to[i] = sums[a.perm[i]];
+    for (int64_t i = a.in; i < width; i++) to[i] = 0;
+}
+
+// Moves the factors of group `at`, given the gradients by its scale and by its zero.
+inline void step_range(const StepRounding &a, int64_t at, float scale, float by_scale,
+                       float by_zero) {
+    const float low = a.low[at], high = a.high[at], most = float(a.most);
+    float *factor[] = {a.factors + at, a.factors + a.factor_stride + at};
+    float *average[] = {a.by_factor + at, a.by_factor + a.factor_stride + at};
+    by_scale += by_zero * low * *factor[0] / (scale * scale);
+    float ends[] = {-by_scale * low / most - by_zero * low / scale, by_scale * high / most};
+    if (a.symmetric) ends[0] = ends[1] = ends[0] + ends[1];
+    for (int i = 0; i < 2; i++) {
+        const VF was = set_f(*average[i]), gradient = set_f(ends[i]);
+        const VF moved = fma_f(set_f(float(-a.range_rate)), followed(a, was, gradient),
+                               set_f(*factor[i]));
+        *factor[i] = first_lane(clamp_f(moved, float(a.least), float(a.largest)));
+        *average[i] = first_lane(averaged(a, was, gradient));
+    }
+}
+
+// The step of a group, whose gradient is `by_value`.
+inline void step_group(const StepRounding &a, int64_t at, const float *by_value) {
+    const ScaleAndZero grid = grid_of(a, at);
+    float *ideal = a.ideal + at * a.group, *average = a.by_ideal + at * a.group;
+    const VF scale = set_f(grid.scale), back = set_f(float(-a.rate));
+    VF by_integer = set_f(0), by_step = by_integer, whole = by_integer, inside = by_integer;
+    for (int64_t i = 0; i < a.group; i += WIDTH) {
+        const int64_t count = a.group - i;
+        const VF gradient = load<FLOAT32>(by_value, i, count);
+        const VF value = load<FLOAT32>(ideal, i, count);
+        const VF steps = div_f(value, scale), nearest = nearest_f(steps);
+        const VF integer = clamp_f(nearest, -grid.zero, float(a.most) - grid.zero);
+        // What is clamped has no gradient: integers differ by 1 at least.
+        const VF within = sub_f(set_f(1), min_f(set_f(1), abs_f(sub_f(nearest, integer))));
+        const VF by_ideal = mul_f(within, gradient);
+        by_integer = fma_f(integer, gradient, by_integer);
+        by_step = fma_f(steps, by_ideal, by_step);
+        whole = add_f(whole, gradient);
+        inside = add_f(inside, by_ideal);
+        const VF was = load<FLOAT32>(average, i, count);
+        const VF move = mul_f(followed(a, was, by_ideal), scale);
+        store<FLOAT32>(average, i, count, averaged(a, was, by_ideal));
+        store<FLOAT32>(ideal, i, count, fma_f(back, move, value));
+    }
+    const float by_zero = (sum_of(inside) - sum_of(whole)) * grid.scale;
+    step_range(a, at, grid.scale, sum_of(by_integer) - sum_of(by_step), by_zero);
+}
+
+// What the integers of a row stand for, in the matrix.
+template <int64_t TYPE>
+void dequantize_row(const StepRounding &a, int64_t row, float *values, float *spare) {
+    for (int64_t j = 0; j < a.groups; j++) {
+        const int64_t at = row * a.groups + j;
+        const ScaleAndZero grid = grid_of(a, at);
+        const float *ideal = a.ideal + at * a.group;
+        for (int64_t i = 0; i < a.group; i += WIDTH) {
+            const VF steps = div_f(load<FLOAT32>(ideal, i, a.group - i), set_f(grid.scale));
+            const VF integer = clamp_f(nearest_f(steps), -grid.zero, float(a.most) - grid.zero);
+            store_as(values, j * a.group + i, FLOAT32, a.group - i,
+                     mul_f(integer, set_f(grid.scale)));
+        }
+    }
+    if (a.perm) {
+        for (int64_t i = 0; i < a.in; i++) spare[a.perm[i]] = values[i];
+        values = spare;
+    }
+    for (int64_t i = 0; i < a.in; i += WIDTH)
+        store<TYPE>(a.matrix, row * a.in + i, a.in - i, load<FLOAT32>(values, i, a.in - i));
+}
+
+template <int64_t TYPE> void step_row(const StepRounding &a, int64_t row, float *memory) {
+    const int64_t width = a.groups * a.group;
+    float *spare = memory + width;
+    take_gradient<TYPE>(a, row, width, memory, spare);
+    for (int64_t j = 0; j < a.groups; j++)
+        step_group(a, row * a.groups + j, memory + j * a.group);
+    dequantize_row<TYPE>(a, row, memory, spare);
+}
+
+static Status step_rounding(const StepRounding &a) {
+    const size_t bytes = size_t(2 * a.groups * a.group) * sizeof(float);
+    Status status = Status::OK;
+    for_each(a.rows, a.rows * a.in > WORTH_THREADS, [&](int64_t row, int64_t) {
+        float *memory = static_cast<float *>(scratch(bytes));
+        if (memory) {
+            BY_TYPE(a.type, step_row, a, row, memory);
+        } else {
+            __atomic_store_n(&status, Status::NO_MEMORY, __ATOMIC_RELAXED);
+        }
+    });
+    return status;
+}
+
+}  // namespace
+}  // namespace qllm

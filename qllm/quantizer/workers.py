@@ -1,0 +1,111 @@
+"""Threads that put parts of a batch through a model, beside each other.
+
+torch's own threads share each operation and wait for each other behind it. Gradients of small
+layers are thousands of short operations a second, so that a third of the time goes there; a thread
+that has a part of the samples to itself waits once a step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Each has sums of gradients of its own, as large as the weights.
+MOST = 4
+
+
+class _Thread(threading.local):
+    """Attributes:
+    number: of the worker that this thread is; 0 elsewhere.
+    """
+
+    number = 0
+
+
+_thread = _Thread()
+
+
+class Workers:
+    """Some threads among which torch's are divided; on a GPU it is the thread that asks for them.
+
+    Results are those of the same number of workers again, to the bit: which of them takes an item
+    depends on its place alone.
+
+    Attributes:
+        count: how many there are.
+    """
+
+    def __init__(self, device: torch.device, most: int = MOST) -> None:
+        threads = torch.get_num_threads()
+        self.count = min(most, threads) if device.type == "cpu" else 1
+        self._pools: list[ThreadPoolExecutor] = []
+        if self.count == 1:
+            return
+        for number in range(self.count):
+            pool = ThreadPoolExecutor(1, "worker")
+            self._pools.append(pool)
+            pool.submit(self._begin, number, threads // self.count).result()
+        # What a thread sets counts for those that start later as well.
+        torch.set_num_threads(threads)
+
+    @staticmethod
+    def _begin(number: int, threads: int) -> None:
+        _thread.number = number
+        # A thread's first call sets what counts for all, so that it has to be over.
+        torch.get_num_threads()
+        torch.set_num_threads(threads)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        for pool in self._pools:
+            pool.shutdown(cancel_futures=True)
+
+    def map(self, run: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """What `run` makes of each item, in their order.
+
+        Modes such as `no_grad` are a thread's own: `run` has to enter those that it needs.
+        """
+        if not self._pools:
+            return [run(item) for item in items]
+
+        def share(number: int) -> list[Result]:
+            return [run(item) for item in items[number :: self.count]]
+
+        shares = [pool.submit(share, number) for number, pool in enumerate(self._pools)]
+        found = [iter(each.result()) for each in shares]
+        return [next(found[place % self.count]) for place in range(len(items))]
+
+    def parts(self, count: int, most: int) -> int:
+        """Into parts of how many each `count` samples are divided, at most so many in one."""
+        return max(1, min(most, -(-count // self.count)))
+
+
+class SharedSum:
+    """A sum that workers add to: each to a part of its own, so that time never decides of its bits.
+
+    Attributes:
+        parts: (P, …), one for each worker.
+    """
+
+    def __init__(self, like: Tensor, workers: Workers) -> None:
+        self.parts = torch.zeros(workers.count, *like.shape, dtype=like.dtype, device=like.device)
+        # For autograd, which asks what it goes into for a gradient, which it has none of.
+        self._each = [part.detach().requires_grad_() for part in self.parts]
+
+    @property
+    def own(self) -> Tensor:
+        """The part of the worker that asks."""
+        return self._each[_thread.number]

@@ -1,0 +1,92 @@
+"""What tunes a layer, on every path of this machine, beside the reference."""
+
+from __future__ import annotations
+
+import itertools
+from unittest.mock import patch
+
+import pytest
+import torch
+from cpu_paths import DTYPES, normal, on
+from torch import Tensor
+
+from qllm.ops import reference
+from qllm.ops.cpu import library as native
+from qllm.ops.cpu import tuning
+from qllm.ops.rounding import Rounding
+from qllm.quant.rtn import quantize_rtn
+from qllm.quantizer.rounding import TunedRounding
+
+SHAPES = ((1, 1), (3, 15), (5, 70), (2, 300))
+STEPS = 4
+
+
+@pytest.fixture(params=native.PATHS)
+def path(request):
+    with on(request.param):
+        yield request.param
+
+
+def started(shape: tuple[int, int], bits: int, group: int, scheme: str, perm: bool) -> Rounding:
+    """Where tuning begins, with ranges so narrow that some weights are beyond them."""
+    weight = normal(*shape)
+    order = torch.arange(shape[1]).roll(3).flip(0)
+    packed = quantize_rtn(weight[:, order] if perm else weight, bits, group, scheme)
+    state = TunedRounding(packed._replace(perm=order if perm else None), weight, bits, group).state
+    state.factors.mul_(0.8)
+    return state
+
+
+def steps(
+    run: object, state: Rounding, rounds: list[Tensor], matrix: Tensor, rows: slice
+) -> list[Tensor]:
+    """All that is written, behind a few steps of some of the rows."""
+    for gradients in rounds:
+        left = gradients.clone()
+        found = run(state.rows(rows), left[:, rows], 0.03, 0.02, matrix[rows])
+        assert found.data_ptr() == matrix[rows].data_ptr() and not left[:, rows].any()
+    return [state.ideal, state.factors, state.by_ideal, state.by_factor, matrix]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
+def test_a_step_is_the_references(path, dtype):
+    cases = itertools.product(SHAPES, (2, 8), (-1, 16, 20), ("asym", "sym"), (False, True))
+    for shape, bits, group, scheme, perm in cases:
+        rounds = [normal(2, *shape, dtype=dtype) + step for step in range(STEPS)]
+        found = [
+            steps(
+                run,
+                started(shape, bits, group, scheme, perm),
+                rounds,
+                torch.zeros(shape, dtype=dtype),
+                slice(shape[0] // 2, None),
+            )
+            for run in (tuning.step_rounding, reference.step_rounding)
+        ]
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("path")
+def test_a_step_is_that_of_any_number_of_threads():
+    shape, before = (40, 1000), torch.get_num_threads()
+    rounds = [normal(1, *shape) for _ in range(2)]
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            state = started(shape, 3, 64, "asym", False)
+            found.append(
+                steps(tuning.step_rounding, state, rounds, torch.empty(shape), slice(None))
+            )
+        finally:
+            torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))
+
+
+def test_tuning_takes_the_kernel():
+    weight = normal(4, 32)
+    tuned = TunedRounding(quantize_rtn(weight, 2, 16, "asym"), weight, 2, 16)
+    with patch.object(native, "run", wraps=native.run) as run:
+        tuned.step(normal(1, 4, 32), 0.1, 0.1, torch.empty(4, 32))
+    assert [call.args[0] for call in run.call_args_list] == ["step_rounding"]
