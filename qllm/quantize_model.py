@@ -126,14 +126,19 @@ def quantize(
         )
         if samples is None and any(spec.kind.startswith("w8a8") for _, spec in plan.rules):
             note("without --dataset, int8 layers are not smoothed")
-        try:
-            reports = quantize_checkpoint(job, Path(save), meter, note)
-        except (OSError, KeyboardInterrupt):
-            if partial_folder(Path(save)).exists():
-                note(f"what is finished is kept beside {save}; the same command goes on with it")
-            raise
+        reports = _run(job, Path(save), meter, note)
     _note_inputs(reports, options.gptq.damp, note)
     return reports
+
+
+def _run(job: Job, save: Path, meter: Meter, note: Note) -> list[LinearReport]:
+    """Quantize a checkpoint; where that ends early, say what is kept of it."""
+    try:
+        return quantize_checkpoint(job, save, meter, note)
+    except (OSError, KeyboardInterrupt):
+        if partial_folder(save).exists():
+            note(f"what is finished is kept beside {save}; the same command goes on with it")
+        raise
 
 
 def _read_samples(

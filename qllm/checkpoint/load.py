@@ -24,6 +24,7 @@ from qllm.config import (
     EMBEDDING,
     KV_BITS,
     LM_HEAD,
+    ModelConfig,
     QuantPlan,
     QuantSpec,
 )
@@ -90,12 +91,7 @@ def load_model(
     weights = Weights(_open(folder, plan, dtype), note)
     dtype = dtype or weights.default_dtype()
     specs = _specs(weights, plan)
-    if (unpacked := weights.checkpoint.unpacked_types) and not _quantizes(plan):
-        note(
-            f"matrices of {', '.join(unpacked)} are held at 16 bits: a packed one has no groups of "
-            "16, nor parts of several types; --bitwidth rounds the numbers of all layers, and "
-            "--embedding-bits those of the embedding"
-        )
+    _note_unpacked(weights.checkpoint, plan, note)
     _check_calibration(weights, specs, calibration)
     whole = _empty(weights, specs, dtype)
     if activation_bits == 8:
@@ -104,15 +100,8 @@ def load_model(
     costs = _layer_bytes(whole)
     if parallel.stage is not None and whole.config.tied_head:
         costs[-1] += module_bytes(whole.embed)  # the last stage has it, too
-    halves = parallel.halves(costs)
-    if whole.config.parallel_blocks and (halves.start % 2 or halves.stop % 2):
-        raise UserError(
-            "attention and MLP of a layer take the same input in this model: a stage begins with a "
-            "whole layer"
-        )
-    layers = range(halves.start // 2, (halves.stop + 1) // 2)
-    parts = balance([costs[i] for i in layers], num_shards if parallel.stage is None else 1)
-    shards = [range(layers[r.start], layers[r.stop - 1] + 1) for r in parts]
+    halves = _halves(whole.config, parallel, costs)
+    shards = _shards(halves, costs, num_shards if parallel.stage is None else 1)
     largest = max(torch.Size(shape).numel() for shape in weights.shapes.values())
     caches = KVCache.sizes(whole.config, *cache_shape, dtype, kv_bits)
     sizes = [sum(costs[i] + caches[i] for i in shard) // parallel.tp.size for shard in shards]
@@ -131,9 +120,51 @@ def load_model(
     )
     model.kv_bits = kv_bits
     materializer = Materializer(model, weights, specs, calibration, activation_bits)
-    leaves = materializer.leaves()
-    sizes = [elements(module) * dtype.itemsize for _, module in leaves]
-    for device_type in {device.type for device in devices}:
+    _fill(materializer, meter, prompt_lengths, cache_shape)
+    return model
+
+
+def _note_unpacked(checkpoint: Checkpoint, plan: QuantPlan, note: Note) -> None:
+    if checkpoint.unpacked_types and not _quantizes(plan):
+        note(
+            f"matrices of {', '.join(checkpoint.unpacked_types)} are held at 16 bits: a packed one "
+            "has no groups of 16, nor parts of several types; --bitwidth rounds the numbers of all "
+            "layers, and --embedding-bits those of the embedding"
+        )
+
+
+def _halves(config: ModelConfig, parallel: ParallelContext, costs: Sequence[int]) -> range:
+    """The halves of layers that this process's stage of a pipeline has.
+
+    Raises:
+        UserError: for a cut inside a layer that cannot be cut.
+    """
+    halves = parallel.halves(costs)
+    if config.parallel_blocks and (halves.start % 2 or halves.stop % 2):
+        raise UserError(
+            "attention and MLP of a layer take the same input in this model: a stage begins with a "
+            "whole layer"
+        )
+    return halves
+
+
+def _shards(halves: range, costs: Sequence[int], count: int) -> list[range]:
+    """Contiguous ranges of the layers of a stage, of about equal bytes."""
+    layers = range(halves.start // 2, (halves.stop + 1) // 2)
+    parts = balance([costs[i] for i in layers], count)
+    return [range(layers[part.start], layers[part.stop - 1] + 1) for part in parts]
+
+
+def _fill(
+    materializer: Materializer,
+    meter: Meter,
+    prompt_lengths: Sequence[int],
+    cache_shape: tuple[int, int],
+) -> None:
+    """Read all weights, while kernels for the first prompts are compiled."""
+    model, leaves = materializer.model, materializer.leaves()
+    sizes = [elements(module) * model.dtype.itemsize for _, module in leaves]
+    for device_type in {device.type for device in model.device_map.values()}:
         ops.prepare(device_type)  # what is compiled must not count as loading
     last = {materializer.layer_of(name): name for name, _ in leaves}
     with meter(sum(sizes), 0) as add, Rehearsal(model, prompt_lengths, cache_shape) as rehearsal:
@@ -145,7 +176,6 @@ def load_model(
                 model.layers[index].fuse_norms()
                 rehearsal.layer(index)
         materializer.finish()
-    return model
 
 
 def outline(folder: Path, plan: QuantPlan, dtype: torch.dtype | None = None) -> Decoder:
