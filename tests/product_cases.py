@@ -1,14 +1,11 @@
-"""Shapes and sizes that tests of the CPU kernels' products share."""
+"""Shapes and sizes that tests of products share."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from covering import each, slow_but
-from cpu_paths import (
-    DTYPES,
-    Weight,
-)
+from cpu_paths import DTYPES, Weight
 from torch import Tensor
 
 from qllm.quant.packing import BITS

@@ -109,14 +109,21 @@ class Arguments(ctypes.Structure):
     )
 
 
-@device_of.once
-def unsupported_reason(device: torch.device) -> str | None:
-    """Why it cannot run on a device; None where it can. Where a self-test fails a note says so."""
+def capability_reason(device: torch.device) -> str | None:
+    """Why kernels for Hopper do not run on a device; None where they do."""
     if device.type != "cuda":
         return "it is for CUDA devices"
     architecture, _ = device_of.architecture(device)
     if architecture != CAPABILITY:
         return f"it is for compute capability {CAPABILITY}, not for {architecture}"
+    return None
+
+
+@device_of.once
+def unsupported_reason(device: torch.device) -> str | None:
+    """Why it cannot run on a device; None where it can. Where a self-test fails a note says so."""
+    if reason := capability_reason(device):
+        return reason
     instead = "prompts take Triton's product, a slower one"
     test = partial(_self_test, device)
     return device_of.failure("prompts in CUDA C++", device, test, instead, nvrtc.version)

@@ -101,11 +101,8 @@ class Arguments(ctypes.Structure):
 @device_of.once
 def unsupported_reason(device: torch.device) -> str | None:
     """Why it cannot run on a device; None where it can. Where a self-test fails a note says so."""
-    if device.type != "cuda":
-        return "it is for CUDA devices"
-    architecture, _ = device_of.architecture(device)
-    if architecture != hopper.CAPABILITY:
-        return f"it is for compute capability {hopper.CAPABILITY}, not for {architecture}"
+    if reason := hopper.capability_reason(device):
+        return reason
     instead = "prompts of int8 take Triton's product, a slower one"
     test = partial(_self_test, device)
     return device_of.failure("int8 prompts in CUDA C++", device, test, instead, nvrtc.version)

@@ -55,6 +55,16 @@ def assert_decodes(model: Decoder, cache: KVCache, want: list[Tensor], first: in
         assert same(model.decode(tokens_of(step, len(cache.lengths)), cache), logits)
 
 
+def replayed(model: Decoder, lengths: Sequence[int]) -> KVCache:
+    """The cache of some steps, each of which found what one that is no replay does."""
+    caches = [begun(model, lengths) for _ in range(2)]
+    for step in range(5):
+        caches[1].captured = None
+        first, second = (model.decode(tokens_of(step, len(lengths)), cache) for cache in caches)
+        assert same(first, second)
+    return caches[0]
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in FAMILIES])
 def test_every_kind_of_model_is_captured(name, tmp_path):
     """And a row is the same alone, past its window too."""
@@ -108,24 +118,14 @@ def test_what_is_replayed_is_what_was_captured(family, bitwidth, lengths):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_types_are_replayed_too(family, dtype):
     model = our_bundled(family, "4", dtype)
-    caches = [begun(model, [9, 1, 4]) for _ in range(2)]
-    for step in range(5):
-        caches[1].captured = None
-        first, second = (model.decode(tokens_of(step, 3), cache) for cache in caches)
-        assert same(first, second)
-    assert caches[0].captured.graph_break is None
+    assert replayed(model, [9, 1, 4]).captured.graph_break is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_quantized_from_head_to_toe(family):
     plan = QuantPlan.uniform(QuantSpec.parse("4")).with_rule("lm_head", QuantSpec.parse("8"))
     model = load(tiny(family), plan=plan)
-    caches = [begun(model, [9, 1, 4]) for _ in range(2)]
-    for step in range(5):
-        caches[1].captured = None
-        first, second = (model.decode(tokens_of(step, 3), cache) for cache in caches)
-        assert same(first, second)
-    assert caches[0].captured.graph_break is None
+    assert replayed(model, [9, 1, 4]).captured.graph_break is None
 
 
 @pytest.mark.parametrize("where", ["embed", "layers.2.attention", "layers.5.mlp.up", "lm_head"])
@@ -144,12 +144,7 @@ def test_an_op_of_torch_breaks_the_graph(where):
 def test_layers_without_a_kernel_are_not_replayed():
     """Groups of 8 are the reference's."""
     model = load(tiny("opt"), plan=QuantPlan.uniform(QuantSpec.parse("4", 8)))
-    caches = [begun(model, [9, 1]) for _ in range(2)]
-    for step in range(4):
-        caches[1].captured = None
-        first, second = (model.decode(tokens_of(step, 2), cache) for cache in caches)
-        assert same(first, second)
-    assert caches[0].captured.graph_break is not None
+    assert replayed(model, [9, 1]).captured.graph_break is not None
 
 
 def test_reordered_layers_are_replayed():
@@ -163,11 +158,7 @@ def test_reordered_layers_are_replayed():
         reordered.process_weights_after_loading()
         model.layers[1].set_submodule(name, reordered)
     assert model.graph_break() is None
-    caches = [begun(model, [9, 1]) for _ in range(2)]
-    for step in range(4):
-        caches[1].captured = None
-        first, second = (model.decode(tokens_of(step, 2), cache) for cache in caches)
-        assert same(first, second)
+    replayed(model, [9, 1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,6 +11,7 @@ import torch
 from cpu_paths import STORED_SCHEMES, normal, pattern, random_weight, weight_of
 from fences import kept, run_in
 from gpu_kernels import build_emulation, multiply_between_fences, packed
+from product_cases import assert_close
 from torch import Tensor
 
 from qllm.ops import phase, reference
@@ -68,10 +69,6 @@ def multiply(weight, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return decode.weight_only_linear(x.to(DEVICE), *tensors, bias, *format_).cpu()
 
 
-def rms(values: Tensor) -> float:
-    return values.square().mean().sqrt().item()
-
-
 @pytest.mark.parametrize("bits", BITS)
 def test_the_error_is_at_most_twice_the_reference_s(bits, own_gpu, monkeypatch):
     schemes = STORED_SCHEMES if bits > 1 else ("asym", "offset")
@@ -84,13 +81,7 @@ def test_the_error_is_at_most_twice_the_reference_s(bits, own_gpu, monkeypatch):
         weight = random_weight(shape, bits, group_size, scheme, scales_dtype=wide)
         x = normal(count, shape[1] + 3, dtype=dtype)[:, : shape[1]]
         bias = normal(shape[0], dtype=dtype) if i % 8 < 4 else None
-        got = multiply(weight, x, bias)
-        assert got.dtype == dtype and got.shape == (count, shape[0])
-        exact = weight.exact(x, bias)
-        allowed = 2 * rms(weight.reference(x, bias).double() - exact)
-        size = torch.finfo(dtype).eps * rms(weight.size(x, bias))
-        # The reference may be exact by chance, the more so the fewer numbers it finds.
-        assert rms(got.double() - exact) <= allowed + (size / 16 if got.numel() > 64 else size)
+        assert_close(weight, x, bias, multiply(weight, x, bias))
 
 
 @pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)

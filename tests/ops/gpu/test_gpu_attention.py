@@ -58,6 +58,22 @@ def error(got: Tensor, exact: Tensor) -> float:
     return (got.cpu().double() - exact).square().mean().sqrt().item()
 
 
+def assert_near(op: str, arguments: tuple, gpu: str) -> tuple[list, list]:
+    """The error of an op is at most twice the reference's in the same type.
+
+    Returns:
+        What the op leaves of the arguments, and what the reference leaves of them in float64.
+    """
+    exact = moved(arguments, "cpu", torch.float64)
+    plain, own = moved(arguments, "cpu"), moved(arguments, gpu)
+    want, dtype = getattr(reference, op)(*exact), arguments[0].dtype
+    allowed = 2 * error(getattr(reference, op)(*plain), want)
+    got = getattr(attention, op)(*own)
+    assert got.dtype == dtype
+    assert error(got, want) <= allowed + torch.finfo(dtype).eps / 4
+    return own, exact
+
+
 ENCODINGS = ((False, False), (True, False), (False, True))  # turned by positions, and sloped
 
 
@@ -73,13 +89,7 @@ def test_the_error_is_at_most_twice_the_reference_s(encoding, dtype, gpu):
     # In the interpreter, which is slow, each type and each encoding meets each shape once.
     for heads, kv_heads, dim in shapes if gpu == "cuda" else (shapes[first % 3],):
         arguments = example(heads, kv_heads, dim, dtype, turned=turned, sloped=sloped)
-        exact = moved(arguments, "cpu", torch.float64)
-        plain, own = moved(arguments, "cpu"), moved(arguments, gpu)
-        want = reference.decode_attention(*exact)
-        allowed = 2 * error(reference.decode_attention(*plain), want)
-        got = attention.decode_attention(*own)
-        assert got.dtype == dtype
-        assert error(got, want) <= allowed + torch.finfo(dtype).eps / 4
+        own, exact = assert_near("decode_attention", arguments, gpu)
         for before, after, want in zip(arguments[1], own[1], exact[1], strict=True):
             # The new key and value have joined them, and nothing else has changed.
             changed = torch.zeros_like(before, dtype=torch.bool)
@@ -127,13 +137,7 @@ def test_prompts_together_are_what_each_is_by_itself(dtype, gpu):
     chosen = list(shapes.items())
     for shape, (turned, sloped) in chosen if gpu == "cuda" else [chosen[DTYPES.index(dtype)]]:
         arguments = prompts(*shape, dtype, turned=turned, sloped=sloped)
-        exact = moved(arguments, "cpu", torch.float64)
-        plain, own = moved(arguments, "cpu"), moved(arguments, gpu)
-        want = reference.prefill_attention(*exact)
-        allowed = 2 * error(reference.prefill_attention(*plain), want)
-        got = attention.prefill_attention(*own)
-        assert got.dtype == dtype
-        assert error(got, want) <= allowed + torch.finfo(dtype).eps / 4
+        own, exact = assert_near("prefill_attention", arguments, gpu)
         for before, after, want in zip(arguments[1], own[1], exact[1], strict=True):
             for row, length in enumerate(LENGTHS):  # nothing but the prompts' own tokens changes
                 assert torch.equal(after.cpu()[row, :, length:], before[row, :, length:])

@@ -19,10 +19,11 @@ from gpu_kernels import (
     multiply_between_fences,
     packed,
 )
+from product_cases import assert_close
 from torch import Tensor
 
 from qllm.ops import phase
-from qllm.ops.gpu import cuda, hopper, layout, linear, nvrtc, prefill
+from qllm.ops.gpu import cuda, hopper, hopper_int8, layout, linear, nvrtc, prefill
 from qllm.ops.gpu import device as device_of
 from qllm.ops.reference import dequantize
 from qllm.quant.packing import BITS
@@ -43,10 +44,6 @@ def multiply(
     asked = weight.request
     format_ = (asked.out_features, asked.bits, asked.group_size)
     return hopper.weight_only_linear(x.to(DEVICE), *tensors, bias, *format_, tile=tile).cpu()
-
-
-def rms(values: Tensor) -> float:
-    return values.square().mean().sqrt().item()
 
 
 @pytest.fixture
@@ -71,13 +68,7 @@ def test_the_error_is_at_most_twice_the_reference_s(bits, own_hopper, parts):
         weight = random_weight(shape, bits, group_size, scheme, scales_dtype=wide)
         x = normal(count, shape[1] + 3, dtype=dtype)[:, : shape[1]]
         bias = normal(shape[0], dtype=dtype) if i % 8 < 4 else None
-        got = multiply(weight, x, bias)
-        assert got.dtype == dtype and got.shape == (count, shape[0])
-        exact = weight.exact(x, bias)
-        allowed = 2 * rms(weight.reference(x, bias).double() - exact)
-        size = torch.finfo(dtype).eps * rms(weight.size(x, bias))
-        # The reference may be exact by chance, the more so the fewer numbers it finds.
-        assert rms(got.double() - exact) <= allowed + (size / 16 if got.numel() > 64 else size)
+        assert_close(weight, x, bias, multiply(weight, x, bias))
 
 
 @pytest.mark.parametrize("scheme", ["asym", "offset"])
@@ -176,25 +167,30 @@ def test_prompts_take_it_and_steps_do_not(own_hopper, gpu, monkeypatch):
     assert not linear.weight_only_linear(given[0][:0].half(), *given[1:]).numel()
 
 
-def test_where_it_cannot_run_triton_s_product_does(monkeypatch, capsys):
-    hopper.unsupported_reason.cache_clear()
+@pytest.mark.parametrize(
+    ("kernels", "prompts"),
+    [(hopper, "prompts"), (hopper_int8, "prompts of int8")],
+    ids=("floats", "int8"),
+)
+def test_where_it_cannot_run_triton_s_product_does(kernels, prompts, monkeypatch, capsys):
+    kernels.unsupported_reason.cache_clear()
     place = torch.device("cuda", 7)
     try:
         monkeypatch.setattr(device_of, "architecture", lambda device: ("10.0", 4))
         reason = "it is for compute capability 9.0, not for 10.0"
-        assert hopper.unsupported_reason(place) == reason and not capsys.readouterr().err
-        hopper.unsupported_reason.cache_clear()
+        assert kernels.unsupported_reason(place) == reason and not capsys.readouterr().err
+        kernels.unsupported_reason.cache_clear()
         monkeypatch.setattr(device_of, "architecture", lambda device: ("9.0", 4))
 
         def fail() -> None:
             raise nvrtc.Unavailable("NVRTC is not installed")
 
         monkeypatch.setattr(nvrtc, "version", fail)
-        assert hopper.unsupported_reason(place) == "NVRTC is not installed"
-        assert "prompts take Triton's product" in capsys.readouterr().err
-        assert hopper.unsupported_reason(torch.device("cpu")) == "it is for CUDA devices"
+        assert kernels.unsupported_reason(place) == "NVRTC is not installed"
+        assert f"{prompts} take Triton's product" in capsys.readouterr().err
+        assert kernels.unsupported_reason(torch.device("cpu")) == "it is for CUDA devices"
     finally:
-        hopper.unsupported_reason.cache_clear()
+        kernels.unsupported_reason.cache_clear()
 
 
 def test_tiles_are_those_that_were_fastest():

@@ -12,6 +12,7 @@ import torch
 from covering import each, slow_but
 from cpu_paths import DTYPES, STORED_SCHEMES, normal, pattern, random_weight, weight_of
 from gpu_kernels import multiply, packed
+from product_cases import assert_close, rms
 from torch import Tensor
 
 from qllm.ops import reference
@@ -24,10 +25,6 @@ SHAPES = ((1, 1), (13, 67), (70, 300), (66, 390))  # (N, K)
 GROUPS = (-1, 16, 20, 32, 100, 128, 200)
 ROWS = (1, 3, 16, 17, 40)
 HALVES = (torch.float16, torch.bfloat16)
-
-
-def rms(values: Tensor) -> float:
-    return values.square().mean().sqrt().item()
 
 
 @pytest.mark.parametrize(
@@ -47,14 +44,7 @@ def test_the_error_is_at_most_twice_the_reference_s(bits, dtype, gpu):
         count = ROWS[i % len(ROWS)]
         x = normal(count, shape[1] + 3, dtype=dtype)[:, : shape[1]]
         bias = normal(shape[0], dtype=dtype) if i % 16 < 8 else None
-        got = multiply(weight, x, bias, gpu)
-        assert got.dtype == dtype and got.shape == (count, shape[0])
-        exact = weight.exact(x, bias)
-        error = rms(got.double() - exact)
-        size = torch.finfo(dtype).eps * rms(weight.size(x, bias))
-        allowed = 2 * rms(weight.reference(x, bias).double() - exact)
-        # The reference may be exact by chance, the more so the fewer numbers it finds.
-        assert error <= allowed + (size / 16 if got.numel() > 64 else size)
+        assert_close(weight, x, bias, multiply(weight, x, bias, gpu))
 
 
 def integers(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cpu_paths import STORED_SCHEMES, normal, pattern, random_weight
 from gpu_kernels import packed
+from product_cases import assert_close
 from torch import Tensor
 
 from qllm.ops import phase
@@ -50,10 +51,6 @@ def multiply(weight, x: Tensor, bias: Tensor | None, device: str, tile: int) -> 
     return prefill.weight_only_linear(x.to(device), *tensors, bias, *format_, tile=tile).cpu()
 
 
-def rms(values: Tensor) -> float:
-    return values.square().mean().sqrt().item()
-
-
 @pytest.mark.parametrize("bits", BITS)
 def test_both_ways_are_near_the_exact_one_and_on_a_gpu_the_same(bits, device):
     schemes = STORED_SCHEMES if bits > 1 else ("asym", "offset")
@@ -66,15 +63,10 @@ def test_both_ways_are_near_the_exact_one_and_on_a_gpu_the_same(bits, device):
         x = normal(count, shape[1] + 3, dtype=dtype)[:, : shape[1]]
         bias = normal(shape[0], dtype=dtype) if i % 2 else None
         few, *many = (multiply(weight, x, bias, device, tile) for tile in (0, *prefill.ROWS))
-        assert few.dtype == dtype and few.shape == (count, shape[0])
         # The interpreter leaves the order of a step's sums to a library, which goes by the tile.
         assert device == "cpu" or all(torch.equal(few, found) for found in many)
-        exact = weight.exact(x, bias)
-        allowed = 2 * rms(weight.reference(x, bias).double() - exact)
-        size = torch.finfo(dtype).eps * rms(weight.size(x, bias))
-        # The reference may be exact by chance, the more so the fewer numbers it finds.
-        allowed += size / 16 if few.numel() > 64 else size
-        assert all(rms(found.double() - exact) <= allowed for found in (few, *many))
+        for found in (few, *many):
+            assert_close(weight, x, bias, found)
 
 
 @pytest.mark.parametrize(("bits", "scheme"), [(3, "sym"), (4, "offset"), (8, "asym")])
