@@ -36,18 +36,18 @@ class Speed(Protocol):
     """How long things take on a device, in seconds."""
 
     def linear(
-        self, spec: QuantSpec, size: Size, nbytes: int, rows: int, *, decode: bool, model: float
+        self, spec: QuantSpec, size: Size, nbytes: int, rows: float, *, decode: bool, model: float
     ) -> float:
         """A product with a matrix.
 
         Args:
             size, nbytes: of the matrix.
-            rows: tokens that are multiplied.
+            rows: tokens that are multiplied, or their mean.
             decode: in a step of decode; else of prompts.
             model: bytes of all that a step reads, by which caches keep it or do not.
         """
 
-    def half(self, values: int, products: float, other: float, *, decode: bool) -> float:
+    def half(self, values: float, products: float, other: float, *, decode: bool) -> float:
         """All else in half a layer.
 
         Args:
@@ -78,13 +78,13 @@ class DescribedSpeed:
     overhead: float = 10e-6
 
     def linear(
-        self, spec: QuantSpec, size: Size, nbytes: int, rows: int, *, decode: bool, model: float
+        self, spec: QuantSpec, size: Size, nbytes: int, rows: float, *, decode: bool, model: float
     ) -> float:
         rate = self.int8_flops if spec.kind.startswith("w8a8") else self.flops
         read = nbytes / (self.bandwidth * OF_BANDWIDTH)
         return max(read, 2 * math.prod(size) * rows / (rate * OF_FLOPS))
 
-    def half(self, values: int, products: float, other: float, *, decode: bool) -> float:
+    def half(self, values: float, products: float, other: float, *, decode: bool) -> float:
         # Activations are read and written a few times; scores are next to nothing beside products.
         moved = 8 * values + (other if decode else 0)
         return self.overhead + moved / (self.bandwidth * OF_BANDWIDTH)
@@ -113,7 +113,7 @@ class MeasuredSpeed:
     working_sets: tuple[float, ...]
 
     def linear(
-        self, spec: QuantSpec, size: Size, nbytes: int, rows: int, *, decode: bool, model: float
+        self, spec: QuantSpec, size: Size, nbytes: int, rows: float, *, decode: bool, model: float
     ) -> float:
         phase = self.linears["decode" if decode else "prefill"]
         if key(spec) not in phase:
@@ -131,7 +131,7 @@ class MeasuredSpeed:
             return seconds[-1] * rows / known[-1]
         return float(np.interp(rows, known, seconds))
 
-    def half(self, values: int, products: float, other: float, *, decode: bool) -> float:
+    def half(self, values: float, products: float, other: float, *, decode: bool) -> float:
         fixed, of_value, of_product, of_other = self.halves["decode" if decode else "prefill"]
         return fixed + of_value * values + of_product * products + of_other * other
 
@@ -157,8 +157,8 @@ class Device:
         processors: of the host, which its devices share; None: it is not known.
         stage_overhead: of each of STAGE_PASSES, seconds that a pass takes more where there are
             other stages.
-        wakeup: the same on top of it, where the host has fewer processors than stages: then one
-            that waits for another sleeps at once.
+        wakeup: seconds that a step takes more on top of it where the host has fewer processors
+            than stages: then one that waits for another sleeps.
     """
 
     name: str
@@ -169,7 +169,7 @@ class Device:
     threads: int | None = None
     processors: int | None = None
     stage_overhead: Mapping[str, float] = field(default_factory=_no_seconds)
-    wakeup: Mapping[str, float] = field(default_factory=_no_seconds)
+    wakeup: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,8 @@ def _devices(entry: object, path: str) -> list[Device]:
         raise UserError(f"{where}: count {count!r} is no number of devices")
     host = entry.get("host")
     threads, processors = (_count(entry, key, where) for key in ("threads", "processors"))
-    overhead, wakeup = (_by_phase(entry, key, where) for key in BESIDE)
+    overhead = _by_phase(entry, "stage_overhead", where)
+    wakeup = _number(entry, "wakeup", where, Device.wakeup, minimum=0.0)
     speed: Speed
     if "measured" in entry:
         speed = _measured(entry["measured"], where)

@@ -137,10 +137,8 @@ class MixedIntegerProgram:
         """
         p = self.problem
         linear, half = ((p.prefill, p.fixed_prefill), (p.decode, p.fixed_decode))[place]
-        overhead, wakeup = (
-            (p.overhead_prefill, p.wakeup_prefill),
-            (p.overhead_busy, p.wakeup_busy) if busy else (p.overhead_decode, p.wakeup_decode),
-        )[place]
+        overhead = (p.overhead_prefill, p.overhead_busy if busy else p.overhead_decode)[place]
+        wakeup = p.wakeup if place == 1 and not busy else np.zeros(len(p.memory))
         columns, values, constant = self._on_device(d, linear[d], half[d])
         if self.device is None:
             columns = np.append(columns, (self.used[d], self.woken[d]))
@@ -175,18 +173,17 @@ class MixedIntegerProgram:
                 elif (self.device == d).any():
                     constant += p.buffers
                 self._add(columns, values / scale, -np.inf, (memory - constant) / scale)
-        for place, (linear, half) in enumerate(
-            ((p.prefill, p.fixed_prefill), (p.decode, p.fixed_decode))
-        ):
-            for d in range(len(p.memory)):
-                self._add_bound(self._stage_seconds(d, place, busy=True), self.slow[place], place)
+        for place in range(2):
+            stages = [self._stage_seconds(d, place, busy=True) for d in range(len(p.memory))]
+            for stage in stages:
+                self._add_bound(stage, self.slow[place], place)
             for shares in p.shares:
-                # While all stages work, a processor that they share works for one at a time.
-                stages = [
-                    self._on_device(d, linear[d] * share, half[d] * share)
-                    for d, share in enumerate(shares)
+                # While all stages work, processors that they share work for one at a time.
+                parts = [
+                    (columns, values * share, constant * share)
+                    for (columns, values, constant), share in zip(stages, shares, strict=True)
                 ]
-                self._add_bound(_joined(stages), self.slow[place], place)
+                self._add_bound(_joined(parts), self.slow[place], place)
         if p.micro_batches > 1:
             self._add_bound(self._all_seconds(1), self.step, 1)
             columns = np.array([self.slow[1], self.step])

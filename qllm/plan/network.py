@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from qllm.cgroups import usable_cpus
 from qllm.config import QuantSpec
 from qllm.ops.cpu import library
 from qllm.parallel.links import CROWDED_SPIN, Links
@@ -31,9 +33,7 @@ WORK = Workload(prompt=64, new=50)
 REPEATS = 40  # rounds of the whole model and of its stages, of some 50 ms each
 
 
-def measure_stages(
-    threads: int, dtype: torch.dtype
-) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+def measure_stages(threads: int, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, Any]]:
     """Two processes play a message back and forth, then two and three are the stages of a model.
 
     Args:
@@ -42,9 +42,8 @@ def measure_stages(
     Returns:
         `bandwidth` in bits per second and `latency` in seconds, as in a cluster's file; and
         `stage_overhead` and `wakeup` as in that of a device: what a stage takes more than its part
-        of a model in one process, besides handing on (its threads were asleep, or others have its
-        processors), and what it takes on top where ranks sleep soon while they wait. That is
-        measured of three, since what two do to each other is less.
+        of a model in one process, besides handing on, and what it takes on top in a step where
+        ranks sleep soon while they wait, of three.
 
     Raises:
         UserError: a process failed.
@@ -55,21 +54,24 @@ def measure_stages(
     )
     small, large = two["hops"]
     network = {"bandwidth": (LARGE - SMALL) * 16 / max(large - small, 1e-9), "latency": small}
-    overhead = _beside(two, 2, small)
-    more = _beside(three, 3, small)
-    wakeup = {name: more[name] - overhead[name] for name in overhead}
+    overhead = _beside(two, 2, small, threads / usable_cpus())
+    more = _beside(three, 3, small, threads / usable_cpus())
     return network, {
-        name: {each: max(0.0, seconds) for each, seconds in found.items()}
-        for name, found in (("stage_overhead", overhead), ("wakeup", wakeup))
+        "stage_overhead": {name: max(0.0, seconds) for name, seconds in overhead.items()},
+        "wakeup": max(0.0, more["decode"] - overhead["decode"]),
     }
 
 
-def _beside(measured: dict[str, list[float]], stages: int, hop: float) -> dict[str, float]:
+def _beside(
+    measured: dict[str, list[float]], stages: int, hop: float, share: float
+) -> dict[str, float]:
     """Seconds of each of STAGE_PASSES that a stage takes besides its part and handing on.
 
     Args:
         measured: seconds of prompts and of a step: "alone", and of as many stages with one
             sequence, "one", and with one for each, "all".
+        share: of the processors, that a stage has threads for: of stages that have more together
+            than there are, not all work at a time.
     """
     (alone_prompt, alone), (prompt, step), (_, busy) = (
         measured[name] for name in ("alone", "one", "all")
@@ -78,7 +80,7 @@ def _beside(measured: dict[str, list[float]], stages: int, hop: float) -> dict[s
     return {
         "prefill": (prompt - alone_prompt - ways * hop) / stages,
         "decode": (step - alone - 2 * ways * hop) / stages,
-        "busy_decode": (busy - alone) / stages,
+        "busy_decode": (busy / max(1.0, stages * min(share, 1.0)) - alone) / stages,
     }
 
 

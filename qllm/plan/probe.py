@@ -32,7 +32,7 @@ WORKING_SETS = (4 << 20, 16 << 20, 48 << 20, 192 << 20)
 SMALL: tuple[Size, ...] = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
 LARGE: Size = (2048, 2048)
 ROWS = {"decode": (1, 4, 8, 16), "prefill": (16, 128, 512)}
-FORMAT = 9  # of what is found: what was kept in another is measured again
+FORMAT = 10  # of what is found: what was kept in another is measured again
 ROUNDS = 5  # of all measurements, in turns: a shared machine is slow for seconds at a time
 SECONDS = 0.03  # that one measurement takes in a round at least
 # Of the models with which is measured what is beside the products: family, channels of a head and
@@ -40,9 +40,10 @@ SECONDS = 0.03  # that one measurement takes in a round at least
 # products with keys and values by their channels.
 FAMILIES = (("llama", 64, 4), ("opt", 32, 1))  # the first of 16 bits
 MODELS = ((256, 2), (256, 8), (1024, 4))
-DECODES = ((1, 16), (1, 1024), (8, 16), (8, 256))  # sequences and the tokens of each
+# Sequences, and the tokens of each.
+DECODES = ((1, 16), (1, 128), (1, 1024), (4, 128), (8, 16), (8, 256))
 PROMPTS = (32, 256, 768)
-STEPS = 50
+STEPS = 30
 
 
 def probe(
@@ -161,7 +162,7 @@ class Probe:
         return call, channel, *weights
 
     def _rest(self, products: MeasuredSpeed) -> dict[str, tuple[float, ...]]:
-        """What passes through small models take besides their products, by least squares.
+        """What passes through small models take besides their products, by `_fit`.
 
         Returns:
             by phase, the seconds of a pass, and those of `MeasuredSpeed.halves`.
@@ -291,18 +292,27 @@ def median_seconds(run: Callable[[], object], device: str) -> float:
 def _fit(rows: Sequence[tuple[list[float], float, float]]) -> tuple[float, ...]:
     """Coefficients, 0 or more, with which features and what is known add up to the seconds.
 
-    What is missed counts by its share of a pass: that is what predictions are judged by.
+    What is missed counts by its share of a pass, which is what predictions are judged by, and not
+    squared: passes that take longer than others by what is no feature (caches that keep less of
+    some cache of keys and values) do not make all others seem to take longer, too.
 
     Args:
         rows: features, the seconds of a pass, and those of its products.
     """
-    from scipy.optimize import nnls
+    from scipy.optimize import linprog
 
     features = np.array([row for row, _, _ in rows])
     seconds, known = np.array([[whole, part] for _, whole, part in rows]).T
     weighed = features / seconds[:, None]
     scale = weighed.max(axis=0)
-    return tuple(map(float, nnls(weighed / scale, 1 - known / seconds)[0] / scale))
+    matrix, target = weighed / scale, 1 - known / seconds
+    missed = np.eye(len(rows))  # each of them at least as large as what is missed, either way
+    found = linprog(
+        np.r_[np.zeros(len(scale)), np.ones(len(rows))],
+        A_ub=np.block([[matrix, -missed], [-matrix, -missed]]),
+        b_ub=np.r_[target, -target],
+    )
+    return tuple(map(float, found.x[: len(scale)] / scale))
 
 
 def random_decoder(

@@ -33,8 +33,8 @@ class Problem:
         hop_prefill, hop_decode: seconds between two stages.
         overhead_prefill, overhead_decode, overhead_busy: (D,), seconds that a pass takes more on
             each of several stages; the last of a step while all of them work.
-        wakeup_prefill, wakeup_decode, wakeup_busy: (D,), seconds that it takes more on top of them
-            where a machine has more stages than processors, so that a stage that waits sleeps.
+        wakeup: (D,), seconds that a step takes more on top of `overhead_decode` where a machine
+            has more stages than processors, so that a stage that waits sleeps.
         shares: (G, D), for each machine that several devices share, the part of its processors
             that a device has threads for; 0 for devices elsewhere.
         processors: int (G,), of those machines.
@@ -61,9 +61,7 @@ class Problem:
     overhead_prefill: Array
     overhead_decode: Array
     overhead_busy: Array
-    wakeup_prefill: Array
-    wakeup_decode: Array
-    wakeup_busy: Array
+    wakeup: Array
     shares: Array
     processors: Whole
     hop_prefill: float = 0.0
@@ -91,15 +89,16 @@ class Problem:
         np.add.at(first, device, self.fixed_prefill[device, np.arange(len(device))])
         np.add.at(step, there, self.decode[there, rows, choice])
         np.add.at(step, device, self.fixed_decode[device, np.arange(len(device))])
-        shared_first, shared_step = self.shares @ first, self.shares @ step
         busy = step.copy()
         hops = len(used) - 1
         if hops:
             woken = self.is_woken(used)
-            first[used] += self.overhead_prefill[used] + self.wakeup_prefill[used] * woken
-            step[used] += self.overhead_decode[used] + self.wakeup_decode[used] * woken
-            busy[used] += self.overhead_busy[used] + self.wakeup_busy[used] * woken
-        slow_first, slow_step = max([*first, *shared_first]), max([*busy, *shared_step])
+            first[used] += self.overhead_prefill[used]
+            step[used] += self.overhead_decode[used] + self.wakeup[used] * woken
+            busy[used] += self.overhead_busy[used]
+        # While all stages work, processors that they share work for one at a time.
+        slow_first = max([*first, *(self.shares @ first)])
+        slow_step = max([*busy, *(self.shares @ busy)])
         # The stages fill up once for a prompt. A step of one micro-batch begins when its last one
         # has ended, whatever the others are at.
         prefill = first.sum() + hops * self.hop_prefill + (self.micro_batches - 1) * slow_first

@@ -23,7 +23,7 @@ from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
-from qllm.plan.devices import BESIDE, STAGE_PASSES, Cluster, Device, Size
+from qllm.plan.devices import STAGE_PASSES, Cluster, Device, Size
 from qllm.plan.problem import Problem, Whole
 from qllm.plan.sensitivity import Array
 from qllm.quantizer.floats import FRONT
@@ -225,17 +225,16 @@ def build(
     count, halves = len(devices), len(shape.fixed)
     config, rows = shape.config, work.batch
     micro = min(rows, count)
-    rows_each = -(-rows // micro)
+    rows_each = rows / micro  # of which some have one more than others
     size = loss.shape
     prefill, decode = np.zeros((2, count, *size))
     fixed_prefill, fixed_decode = np.zeros((2, count, halves))
     memory = np.array([device.memory for device in devices])
     fixed = shape.fixed + shape.cache(work) if cluster else shape.fixed.copy()
     hop_prefill = hop_decode = 0.0
-    overhead, wakeup = (
-        {each: np.array([getattr(d, name)[each] for d in devices]) for each in STAGE_PASSES}
-        for name in BESIDE
-    )
+    overhead = {
+        name: np.array([device.stage_overhead[name] for device in devices]) for name in STAGE_PASSES
+    }
     shares, processors = shared_processors(devices)
     if cluster is not None:
         # Of what a step reads: the caches of a machine are shared by the stages that are there.
@@ -300,9 +299,7 @@ def build(
         overhead_prefill=overhead["prefill"],
         overhead_decode=overhead["decode"],
         overhead_busy=overhead["busy_decode"],
-        wakeup_prefill=wakeup["prefill"],
-        wakeup_decode=wakeup["decode"],
-        wakeup_busy=wakeup["busy_decode"],
+        wakeup=np.array([device.wakeup for device in devices]),
         shares=shares,
         processors=processors,
         hop_prefill=hop_prefill,

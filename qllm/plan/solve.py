@@ -58,9 +58,9 @@ def _alone(problem: Problem, deadline: float) -> list[Solution]:
         return found
     smallest = problem.nbytes.min(axis=1).sum() + problem.fixed_bytes.sum() + problem.buffers
     for device, memory in enumerate(problem.memory):
-        beside = (problem.overhead_prefill, problem.overhead_decode, problem.overhead_busy)
-        woken = (problem.wakeup_prefill, problem.wakeup_decode, problem.wakeup_busy)
-        if any(each[device] for each in (*beside, *woken)) and smallest <= memory:
+        overhead = (problem.overhead_prefill, problem.overhead_decode, problem.overhead_busy)
+        beside = any(each[device] for each in (*overhead, problem.wakeup))
+        if beside and smallest <= memory:
             with suppress(UserError):  # bits that fit need not keep to the other limits
                 left = max(1.0, deadline - time.perf_counter())
                 found.append(_solve_stages(problem, _all_on(device, problem), left))

@@ -50,8 +50,8 @@ def test_the_example_is_read():
         ({"devices": [GOOD], "network": {"delay": 1}}, "a network has bandwidth and latency"),
         ({"devices": [{"name": "x", "memory": 1, "measured": {}}]}, "measured is not what"),
         ({"devices": [GOOD | {"processors": 0}]}, "processors 0 is no number of processors"),
-        ({"devices": [{"name": "x", "memory": 1, "wakeup": [1]}]}, "wakeup is seconds of"),
-        ({"devices": [{"name": "x", "memory": 1, "wakeup": {"decode": -1}}]}, "wakeup: decode -1"),
+        ({"devices": [GOOD | {"stage_overhead": [1]}]}, "stage_overhead is seconds of"),
+        ({"devices": [GOOD | {"wakeup": -1}]}, "wakeup -1"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, value, said):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 
@@ -13,13 +14,16 @@ from qllm.checkpoint.weights import Weights
 from qllm.config import QuantSpec
 from qllm.errors import UserError
 from qllm.plan.candidates import parse_candidates
-from qllm.plan.devices import Cluster, DescribedSpeed
+from qllm.plan.devices import Cluster, DescribedSpeed, Device
 from qllm.plan.measure import Job, decided_modules
 from qllm.plan.planner import ANYWHERE, Limits, Planner, allowed
 from qllm.plan.program import Shape, Workload
 from qllm.plan.sensitivity import Sensitivity
 from qllm.plan.silence import without_output
 from qllm.plan.tables import print_plan
+
+# It computes slowly enough for its memory not to matter.
+SLOW = Device("slow", math.inf, DescribedSpeed(1e15, 1e6, 1e6), "slow")
 
 
 def planner(family: str, bits: str, **decided: bool) -> Planner:
@@ -78,3 +82,16 @@ def test_devices_are_said_in_a_unit_that_shows_them(memory, said, capsys):
     costs = replace(plan.solution.costs, held=np.array([3e6]))
     print_plan("opt", replace(plan, solution=replace(plan.solution, costs=costs)))
     assert f"layers 0 to 6, {said}" in capsys.readouterr().out
+
+
+def test_sequences_that_stages_cannot_share_evenly_are_computed_once():
+    """Four in three runs through three stages: as many products as of four, and not of six."""
+    base = planner("opt", "4,8")
+    devices = tuple(replace(SLOW, name=str(i)) for i in range(3))
+    seconds = []
+    for batch, count in ((4, 3), (4, 1)):
+        work = Workload(prompt=128, new=8, batch=batch)
+        found = replace(base, work=work, cluster=Cluster(devices[:count]))
+        problem = found.problem(Limits(), devices[:count])
+        seconds.append(problem.micro_batches * problem.prefill[0].sum())
+    assert seconds[0] == pytest.approx(seconds[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +55,15 @@ def test_what_is_measured_predicts(tmp_path):
     assert all(again.step(decode=name == "decode") >= 0 for name in PHASES)
     # A whole pass takes something besides its products, wherever the fit puts it.
     assert again.step(decode=True) + again.half(64, 4096, 64, decode=True) > 0
+
+
+def test_one_pass_that_takes_longer_does_not_move_what_the_others_say():
+    draw = np.random.default_rng(0)
+    coefficients, features = np.array([3.0, 0.0, 0.5]), draw.uniform(1, 2, (12, 3))
+    seconds = features @ coefficients + 1.0
+    seconds[5] *= 2
+    rows = [(list(each), float(s), 1.0) for each, s in zip(features, seconds, strict=True)]
+    assert probe._fit(rows) == pytest.approx(tuple(coefficients), abs=1e-6)
 
 
 def test_matrices_take_the_memory_that_they_say(monkeypatch):

@@ -44,9 +44,7 @@ def problem(seed: int, devices: int, layers: int, candidates: int = 2, **changes
         overhead_prefill=draw.uniform(0, 3, devices),
         overhead_decode=draw.uniform(0, 2, devices),
         overhead_busy=draw.uniform(0, 2, devices),
-        wakeup_prefill=draw.uniform(0, 3, devices),
-        wakeup_decode=draw.uniform(0, 2, devices),
-        wakeup_busy=draw.uniform(0, 2, devices),
+        wakeup=draw.uniform(0, 2, devices),
         shares=np.zeros((0, devices)),
         processors=np.zeros(0, dtype=np.int64),
         steps=3,
@@ -130,8 +128,7 @@ def test_stages_of_one_machine_do_not_add_up():
         overhead_prefill=zero,
         overhead_decode=zero,
         overhead_busy=np.array([0.0, 2.5]),
-        wakeup_prefill=zero,
-        wakeup_decode=np.array([0.25, 0.5]),
+        wakeup=np.array([0.25, 0.5]),
         processors=np.array([2]),
     )
     choice, device = np.zeros(2, dtype=int), np.array([0, 1])
@@ -139,7 +136,7 @@ def test_stages_of_one_machine_do_not_add_up():
         replace(p, shares=np.full((1, 2), share)).evaluate(choice, device) for share in (0.5, 1.0)
     )
     assert (on_four.prefill, on_four.decode, on_four.slowest) == (4 + 3, 7, 2 * (3 + 3 * 3.5))
-    assert (on_two.prefill, on_two.decode, on_two.slowest) == (4 + 4, 8, 2 * (4 + 3 * 4))
+    assert (on_two.prefill, on_two.decode, on_two.slowest) == (4 + 4, 2 * 6.5, 2 * (4 + 3 * 6.5))
     woken = replace(p, shares=np.full((1, 2), 0.5), processors=np.array([1]), micro_batches=1)
     assert woken.evaluate(choice, device).decode == 4.75
     one_at_a_time = replace(woken, overhead_busy=np.full(2, 9.0))
