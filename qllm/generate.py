@@ -221,9 +221,12 @@ class _Batch:
         return rope.reread_length if rope is not None else None
 
     def _is_to_be_read_anew(self) -> bool:
-        """Whether the longest text has just outgrown what its keys were made for."""
+        """Whether a text has just outgrown what its keys were made for.
+
+        The others are read anew with it, which gives them the keys that they had.
+        """
         length = self._reread_length
-        return length is not None and max(len(self.texts[i]) for i in self.live) == length + 1
+        return length is not None and length + 1 in (len(self.texts[i]) for i in self.live)
 
     def take(self, left: int = 0) -> Iterator[tuple[int, int, bool]]:
         """The tokens that steps found, but the last ones, of the rows that had not ended."""

@@ -92,9 +92,21 @@ def forget_length(model: PreTrainedModel) -> None:
             model.set_submodule(name, type(module)(model.config))
 
 
+def depends_on_batch(model: PreTrainedModel) -> bool:
+    """Whether transformers rotates all sequences of a batch as if they were as long as the longest.
+
+    QLLM rotates each as if it were alone.
+    """
+    found = getattr(model.config, "rope_parameters", None) or {}
+    kinds = found.values() if all(isinstance(each, dict) for each in found.values()) else [found]
+    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
+
+
 @torch.no_grad()
 def prefill_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
     """transformers' logits of all tokens, the pads left out: (N, V), in the prompts' order."""
+    if len(prompts) > 1 and depends_on_batch(model):
+        return torch.cat([prefill_logits(model, [prompt]) for prompt in prompts])
     forget_length(model)
     ids, mask = pad_left(prompts)
     options = {"input_ids": ids, "attention_mask": mask}
@@ -134,6 +146,14 @@ def reference(
     Args:
         eos: ids that end a text; None leaves them to the model's generation_config.
     """
+    if len(prompts) > 1 and depends_on_batch(model):
+        rows = [reference(model, [prompt], eos, pad, **settings) for prompt in prompts]
+        return Generated(
+            [row.tokens[0] for row in rows],
+            torch.cat([row.raw for row in rows]),
+            torch.cat([row.logits for row in rows], dim=1),
+            torch.cat([row.scores for row in rows], dim=1),
+        )
     forget_length(model)
     ids, mask = pad_left(prompts, pad)
     if eos is None:

@@ -246,6 +246,7 @@ def test_golden_text():
 
 @pytest.mark.parametrize("prompts", [[10], [12, 3], [13, 2], [4, 11, 7]])
 def test_phi3_reads_a_text_anew_that_outgrows_its_short_factors(prompts, tmp_path):
+    """Each by its own length, whatever is in the batch beside it."""
     rope = {
         "rope_type": "longrope",
         "short_factor": [1.0, 2.0, 1.5],

@@ -241,7 +241,7 @@ class Prefill(Pass):
         x: Tensor,
         *,
         rows: Sequence[int] | None = None,
-        longest: int = 0,
+        ends: Sequence[int] | None = None,
         bits: int = 16,
     ) -> None:
         """
@@ -250,7 +250,7 @@ class Prefill(Pass):
             cache: takes keys and values; None: they are whole sequences, and it keeps none.
             x: of the device and type of the activations.
             rows: of the cache; None: 0, 1, …
-            longest: tokens of the longest sequence once all its runs have come, where more do.
+            ends: tokens of each run's sequence once all its runs have come, where more do.
             bits: of keys and values where there is no cache, as of one.
         """
         super().__init__()
@@ -258,9 +258,11 @@ class Prefill(Pass):
         pasts = [0] * len(lengths) if cache is None else [cache.lengths[row] for row in rows]
         self.cache, self.bits = cache, bits
         self.batch = Batch.of(lengths, x.device, rows, pasts)
-        longest = max(longest, self.batch.span)
+        if ends is None:
+            ends = [past + length for past, length in zip(pasts, lengths, strict=True)]
+        of_tokens = [end for end, n in zip(ends, lengths, strict=True) for _ in range(n)]
         self.cos_sin = tuple(
-            each.cos_sin(self.positions, longest, x.dtype) for each in encoding.kinds
+            each.cos_sin(self.positions, of_tokens, x.dtype) for each in encoding.kinds
         )
         self.slopes = None if encoding.slopes is None else encoding.slopes.to(x.device)
 
@@ -308,6 +310,7 @@ class Decode(Pass):
         self._moves_on = device.type == "cuda"
         self._looks_up_itself = self._moves_on and None not in self.tables
         self._known: tuple[list[int], list[int]] | None = None  # rows and positions, on the device
+        self._lengths: list[int] = []  # of the sequences, the new tokens included
 
     def begin(self, tokens: Tensor) -> None:
         """Take the next tokens of the live rows, which come where each ends.
@@ -321,6 +324,7 @@ class Decode(Pass):
         self._elsewhere.clear()
         rows = [*live, *[live[-1]] * (self.size - len(live))]
         pasts = [self.cache.lengths[row] for row in rows]
+        self._lengths = [past + 1 for past in pasts]
         self.tokens[: len(tokens)].copy_(tokens)
         if len(tokens) < self.size:
             self.tokens[len(tokens) :].copy_(tokens[-1:].expand(self.size - len(tokens)))
@@ -330,8 +334,8 @@ class Decode(Pass):
             index = torch.tensor([rows, pasts], pin_memory=pinned)
             self._rows_and_positions.copy_(index, non_blocking=pinned)
         if self._moves_on:
-            self._known = rows, [past + 1 for past in pasts]
-        self.batch = self.batch._replace(span=max(pasts) + 1)
+            self._known = rows, self._lengths
+        self.batch = self.batch._replace(span=max(self._lengths))
         if not self._looks_up_itself:
             self._look_up()
 
@@ -359,7 +363,7 @@ class Decode(Pass):
     ) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines of the tokens' positions."""
         if table is None:
-            return encoding.cos_sin(self.positions, self.batch.span, self.cache.dtype)
+            return encoding.cos_sin(self.positions, self._lengths, self.cache.dtype)
         cos, sin = table
         return cos[self.positions], sin[self.positions]
 

@@ -231,11 +231,11 @@ class Decoder(nn.Module):
             last: nothing else is asked for.
         """
         lengths = [len(prompt) for prompt in prompts]
-        longest, limit = max(lengths), sum(lengths)
+        ends, limit = lengths, sum(lengths)
         if cache is not None:
             rows = list(cache.live) if rows is None else rows
             cache.reserve(rows, lengths)
-            longest = max(cache.lengths[row] + n for row, n in zip(rows, lengths, strict=True))
+            ends = [cache.lengths[row] + n for row, n in zip(rows, lengths, strict=True)]
             limit = cache.pass_tokens
         for pieces in pieces_of(lengths, limit):
             tokens = [
@@ -245,7 +245,8 @@ class Decoder(nn.Module):
             counts = [len(piece) for _, piece in pieces]
             here = None if rows is None else [rows[i] for i, _ in pieces]
             where = (counts, cache, self.positions, x)
-            step = Prefill(*where, rows=here, longest=longest, bits=self.kv_bits)
+            of_runs = [ends[i] for i, _ in pieces]
+            step = Prefill(*where, rows=here, ends=of_runs, bits=self.kv_bits)
             x = self._run_layers(x, step, last)
             if cache is not None and here is not None:
                 cache.advance(here, counts)

@@ -7,6 +7,7 @@ A decoder calls `embed` once on the embeddings; in every layer attention rotates
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -36,9 +37,13 @@ class PositionEncoding(nn.Module):
         return x
 
     def cos_sin(
-        self, positions: Tensor, longest: int, dtype: torch.dtype
+        self, positions: Tensor, lengths: Sequence[int], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines (N, D) for tokens at `positions` (N,); the largest is longest - 1."""
+        """Cosines and sines (N, D) for tokens at `positions` (N,).
+
+        Args:
+            lengths: of the sequence that each token is in, N of them, or of all, one.
+        """
         return None
 
     def table(
@@ -110,25 +115,25 @@ class RotaryPositions(PositionEncoding):
         rotated = torch.full((-(-self.rotary_dim // 2),), self.rope.attention_factor)
         return pad(rotated, (0, self.config.head_dim // 2 - len(rotated)), value=1.0)
 
-    def frequencies(self, longest: int) -> Tensor:
+    def frequencies(self, length: int) -> Tensor:
         """Radians per position of each pair, float32 (D / 2,); those that stay have 0.
 
         "dynamic" (NTK-aware) and "longrope" depend on the length of the sequence so far.
         """
-        rotated = self._rotated_frequencies(longest)
+        rotated = self._rotated_frequencies(length)
         return pad(rotated, (0, self.config.head_dim // 2 - len(rotated)))
 
-    def _rotated_frequencies(self, longest: int) -> Tensor:
+    def _rotated_frequencies(self, length: int) -> Tensor:
         """The frequencies of the pairs that rotate."""
         rope, dim = self.rope, self.rotary_dim
         theta = rope.theta
         if rope.kind == "dynamic":
             trained = self.config.trained_positions
-            stretch = rope.factor * max(longest, trained) / trained - (rope.factor - 1)
+            stretch = rope.factor * max(length, trained) / trained - (rope.factor - 1)
             theta *= stretch ** (dim / (dim - 2))
         periods = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
         if rope.kind == "longrope":
-            beyond = longest > rope.original_max_positions
+            beyond = length > rope.original_max_positions
             factors = rope.long_factor if beyond else rope.short_factor
             return 1.0 / (torch.tensor(factors, dtype=torch.float32) * periods)
         frequencies = 1.0 / periods
@@ -167,12 +172,27 @@ class RotaryPositions(PositionEncoding):
             high += 0.001  # as transformers has it, so that nothing is divided by 0
         return (torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)
 
-    def cos_sin(self, positions: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        frequencies = self.frequencies(longest).to(positions.device)
+    def cos_sin(
+        self, positions: Tensor, lengths: Sequence[int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        frequencies = self._frequencies_of_tokens(lengths).to(positions.device)
         angles = positions[:, None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)  # (N, D)
         factor = self.factors.to(positions.device).repeat(2)
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+    def _frequencies_of_tokens(self, lengths: Sequence[int]) -> Tensor:
+        """Those of each token by its own sequence, (N, D / 2), or of all, (D / 2,).
+
+        transformers takes the longest sequence of the batch for all of them; here no sequence
+        changes what another one gets.
+        """
+        distinct = list(dict.fromkeys(lengths))
+        if self.rope.kind not in ("dynamic", "longrope") or len(distinct) == 1:
+            return self.frequencies(distinct[0])
+        places = {length: i for i, length in enumerate(distinct)}
+        found = torch.stack([self.frequencies(length) for length in distinct])
+        return found[torch.tensor([places[length] for length in lengths])]
 
     def table(
         self, capacity: int, dtype: torch.dtype, device: torch.device
@@ -182,7 +202,7 @@ class RotaryPositions(PositionEncoding):
             return None
         if rope.kind == "longrope" and capacity > rope.original_max_positions:
             return None
-        return self.cos_sin(torch.arange(capacity, device=device), capacity, dtype)
+        return self.cos_sin(torch.arange(capacity, device=device), [capacity], dtype)
 
 
 POSITIONS: dict[str, type[PositionEncoding]] = {

@@ -246,19 +246,20 @@ class DecoderGraph:
         g, config, rope = self.graph, self.config, encoding.rope
         frequencies = g.constant(encoding.frequencies(1), np.float32)
         # As `RotaryPositions.frequencies`, for a length that is known when the graph runs.
-        longest = ""
+        length = ""
         if rope.kind in ("dynamic", "longrope"):
-            longest = g.op("ReduceMax", "position_ids", keepdims=0)
-            longest = g.op("Add", longest, g.constant(1))
+            length = g.op("ReduceMax", "position_ids", g.constant([1]), keepdims=1)
+            length = g.op("Add", length, g.constant(1))
+            length = g.op("Unsqueeze", length, g.constant([2, 3]))  # (B, 1, 1, 1)
         if rope.kind == "longrope":
             original = rope.original_max_positions
             slower = g.constant(encoding.frequencies(original + 1), np.float32)
-            beyond = g.op("Greater", longest, g.constant(original))
+            beyond = g.op("Greater", length, g.constant(original))
             frequencies = g.op("Where", beyond, slower, frequencies)
         if rope.kind == "dynamic":
             trained, dim = config.trained_positions, encoding.rotary_dim
-            longest = g.op("Cast", g.op("Max", longest, g.constant(trained)), to=1)
-            stretch = g.op("Mul", longest, g.constant(rope.factor / trained, np.float32))
+            length = g.op("Cast", g.op("Max", length, g.constant(trained)), to=1)
+            stretch = g.op("Mul", length, g.constant(rope.factor / trained, np.float32))
             stretch = g.op("Sub", stretch, g.constant(rope.factor - 1, np.float32))
             exponents = np.zeros(config.head_dim // 2)
             exponents[: -(-dim // 2)] = -np.arange(0, dim, 2) / (dim - 2)

@@ -124,8 +124,8 @@ def test_without_slopes_all_tokens_so_far_weigh_the_same():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_cosines_have_the_type_of_the_activations(dtype):
     encoding = RotaryPositions(our_config("llama"), dtype)
-    exact = encoding.cos_sin(torch.arange(3), 3, torch.float32)
-    for part, want in zip(encoding.cos_sin(torch.arange(3), 3, dtype), exact, strict=True):
+    exact = encoding.cos_sin(torch.arange(3), [3], torch.float32)
+    for part, want in zip(encoding.cos_sin(torch.arange(3), [3], dtype), exact, strict=True):
         assert part.shape == (3, 32)
         assert torch.equal(part, want.to(dtype))
 
@@ -156,7 +156,7 @@ def test_each_family_has_one_encoding(family):
     x = torch.zeros(3, 256)
     assert encoding.embed(x, torch.arange(3)).any() == (family == "opt")
     assert (encoding.slopes is not None) == (family == "bloom")
-    turns = encoding.cos_sin(torch.tensor([5, 6, 7]), 8, torch.float32) is not None
+    turns = encoding.cos_sin(torch.tensor([5, 6, 7]), [8], torch.float32) is not None
     assert turns == (family == "llama")
 
 
@@ -226,7 +226,7 @@ def test_rope_turns_as_transformers_does(positions):
     cos, sin = LlamaRotaryEmbedding(LlamaConfig(head_dim=32))(q, torch.tensor([positions]))
     want = apply_rotary_pos_emb(q[None], k[None], cos, sin, unsqueeze_dim=2)
     encoding = RotaryPositions(config, torch.float32)
-    angles = encoding.cos_sin(torch.tensor(positions), max(positions) + 1, torch.float32)
+    angles = encoding.cos_sin(torch.tensor(positions), [max(positions) + 1], torch.float32)
     assert angles[0].shape == angles[1].shape == (len(positions), 32)
     torch.testing.assert_close(rotate(q, angles), want[0][0])
     torch.testing.assert_close(rotate(k, angles), want[1][0])
