@@ -29,13 +29,20 @@ def packed(weight: Weight, device: str) -> PackedWeight:
     return layout.pack(stored, request.bits, request.group_size, request.in_features)
 
 
-def multiply(weight: Weight, x: Tensor, bias: Tensor | None, device: str) -> Tensor:
-    """x (M, K) times a weight, plus bias."""
+def multiply(
+    weight: Weight,
+    x: Tensor,
+    bias: Tensor | None,
+    device: str,
+    product: Callable[..., Tensor] = linear.weight_only_linear,
+    **options: object,
+) -> Tensor:
+    """x (M, K) times a weight, plus bias, on the device, by a product with options of its own."""
     tensors = packed(weight, device)[:3]
     bias = None if bias is None else bias.to(device)
     request = weight.request
     format_ = (request.out_features, request.bits, request.group_size)
-    return linear.weight_only_linear(x.to(device), *tensors, bias, *format_).cpu()
+    return product(x.to(device), *tensors, bias, *format_, **options).cpu()
 
 
 def build_emulation(name: str, folder: Path) -> ctypes.CDLL:

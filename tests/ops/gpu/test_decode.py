@@ -6,6 +6,7 @@ import ctypes
 import itertools
 from pathlib import Path
 
+import gpu_kernels
 import pytest
 import torch
 from cpu_paths import STORED_SCHEMES, normal, pattern, random_weight, weight_of
@@ -61,12 +62,8 @@ def own_gpu(request, monkeypatch):
 
 
 def multiply(weight, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    tensors = packed(weight, DEVICE)[:3]
-    bias = None if bias is None else bias.to(DEVICE)
-    asked = weight.request
-    format_ = (asked.out_features, asked.bits, asked.group_size)
     with phase.decode():
-        return decode.weight_only_linear(x.to(DEVICE), *tensors, bias, *format_).cpu()
+        return gpu_kernels.multiply(weight, x, bias, DEVICE, decode.weight_only_linear)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -9,6 +9,7 @@ import re
 from functools import partial
 from pathlib import Path
 
+import gpu_kernels
 import pytest
 import torch
 from covering import slow_but
@@ -39,11 +40,7 @@ ROWS = (1, 3, 8, 65, 17)
 def multiply(
     weight, x: Tensor, bias: Tensor | None = None, tile: hopper.Tile | None = None
 ) -> Tensor:
-    tensors = packed(weight, DEVICE)[:3]
-    bias = None if bias is None else bias.to(DEVICE)
-    asked = weight.request
-    format_ = (asked.out_features, asked.bits, asked.group_size)
-    return hopper.weight_only_linear(x.to(DEVICE), *tensors, bias, *format_, tile=tile).cpu()
+    return gpu_kernels.multiply(weight, x, bias, DEVICE, hopper.weight_only_linear, tile=tile)
 
 
 @pytest.fixture

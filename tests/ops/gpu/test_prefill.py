@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from itertools import product
 
+import gpu_kernels
 import pytest
 import torch
 from cpu_paths import STORED_SCHEMES, normal, pattern, random_weight
@@ -45,10 +46,7 @@ def whole_numbers(device, monkeypatch) -> None:
 
 
 def multiply(weight, x: Tensor, bias: Tensor | None, device: str, tile: int) -> Tensor:
-    tensors, asked = packed(weight, device)[:3], weight.request
-    bias = None if bias is None else bias.to(device)
-    format_ = (asked.out_features, asked.bits, asked.group_size)
-    return prefill.weight_only_linear(x.to(device), *tensors, bias, *format_, tile=tile).cpu()
+    return gpu_kernels.multiply(weight, x, bias, device, prefill.weight_only_linear, tile=tile)
 
 
 @pytest.mark.parametrize("bits", BITS)
