@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from qllm.bitwidths import make_plan
 from qllm.checkpoint.convert import convert
 from qllm.checkpoint.reader import read_raw_config
 from qllm.checkpoint.to_gguf import export_gguf
@@ -41,7 +42,12 @@ CONFIGS: dict[str, dict] = {
 PLAN, CALIBRATION = "plan.json", "calibration.safetensors"
 GENERATION = {"eos_token_id": 2, "max_length": 20, "min_length": 0, "repetition_penalty": 1.2}
 # The last rule is one that takes exponential time in an engine that goes back.
-RULES = {"attention": 8, "mlp": {"bits": 4, "group_size": 16, "scheme": "sym"}, r"(\w+\.?)+up": 3}
+RULES = {
+    "embed": 8,
+    "attention": 8,
+    "mlp": {"bits": 4, "group_size": 16, "scheme": "sym"},
+    r"(\w+\.?)+up": 3,
+}
 
 
 def tokenizer_files() -> Files:
@@ -86,6 +92,12 @@ def checkpoints(*, onnx: bool = True) -> dict[str, Files]:
             plan = QuantPlan.uniform(QuantSpec.parse(bits, 16))
             quantize_checkpoint(Job(source, plan, compressed=compressed), root / name)
             found[f"llama {name}"] = _read(root / name)
+        for family in CONFIGS:
+            plan = make_plan("4", QuantSpec(group_size=16), embedding_bits=3)
+            quantize_checkpoint(
+                Job(root / f"{family} safetensors", plan), root / f"{family} embedding"
+            )
+            found[f"{family} packed embedding"] = _read(root / f"{family} embedding")
         found["llama awq"] = _awq(root / "awq")
         for family in CONFIGS:
             found[f"{family} statistics"] = _with_statistics(root / f"{family} safetensors")
@@ -104,7 +116,7 @@ def _gguf(root: Path) -> dict[str, Files]:
     source, packed = root / "plain rope", root / "groups of 32"
     config = CONFIGS["llama"] | {"rope_scaling": None, "intermediate_size": 64}
     _write(source, "llama", config, WRITERS["safetensors"])
-    plan = QuantPlan.uniform(QuantSpec.parse("4", 32, "sym"))
+    plan = make_plan("4", QuantSpec(group_size=32, scheme="sym"), embedding_bits=8)
     quantize_checkpoint(Job(source, plan), packed)
     found = {}
     for name, origin in (("gguf", source), ("packed gguf", packed)):
