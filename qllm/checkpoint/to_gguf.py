@@ -133,10 +133,20 @@ def _confirm_same(
         found["rope"] = config.rope
     for key, value in vars(config).items():
         if key not in UNSEEN and found[key] != value:
+            differing, theirs, ours = _first_difference(key, found[key], value)
             raise UserError(
-                f"llama.cpp's {name} has {key} {reprlib.repr(found[key])}, not "
-                f"{reprlib.repr(value)} as this model: no GGUF file can be written of it"
+                f"llama.cpp's {name} has {differing} {reprlib.repr(theirs)}, not "
+                f"{reprlib.repr(ours)} as this model: no GGUF file can be written of it"
             )
+
+
+def _first_difference(key: str, theirs: object, ours: object) -> tuple[str, object, object]:
+    """The name and both values of a setting, or of the first of RoPE's that differs."""
+    if isinstance(theirs, RopeConfig) and isinstance(ours, RopeConfig):
+        for part, value in vars(ours).items():
+            if (other := getattr(theirs, part)) != value:
+                return f"{key}.{part}", other, value
+    return key, theirs, ours
 
 
 class _Tensors:
@@ -188,7 +198,12 @@ class _Tensors:
             return PLAIN[self.weights.dtype(name)]
         spec, width = self.weights.stored[module].spec, shape[1]
         group = group_width(width, spec.group_size)
-        if spec.kind != "weight_only" or group % PACKED_GROUP or width % PACKED_GROUP:
+        if width % PACKED_GROUP:
+            raise UserError(
+                f"{module} has {width} inputs, which GGUF's blocks of {PACKED_GROUP} do not "
+                "divide; write the model at 16 bits"
+            )
+        if spec.kind != "weight_only" or group % PACKED_GROUP:
             raise UserError(
                 f"{module} has {spec.bits} bits in groups of {group}, which GGUF's blocks of "
                 f"{PACKED_GROUP} do not hold"

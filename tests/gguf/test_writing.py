@@ -13,6 +13,7 @@ from conftest import ROOT, tiny
 from covering import each, slow_but
 from gguf import quants
 from gguf_files import FAMILIES, TEXTS, checkpoint_of, trained_sentencepiece, write_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qllm import LLM
 from qllm.checkpoint.load import load_model
@@ -33,6 +34,9 @@ FORMS = (
     (QuantSpec(5, 32, "sym", "weight_only"), "Q5_0"),
     (QuantSpec(8, 32, "sym", "weight_only"), "Q8_0"),
 )
+
+# Cosines and sines are as large as they are without YaRN, which a GGUF file cannot say.
+MSCALE = {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -125,6 +129,15 @@ def test_what_gguf_has_not_is_one_line(tmp_path):
     quantize_checkpoint(job, tmp_path / "quantized")
     with pytest.raises(UserError, match="groups of 48"):
         export_gguf(tmp_path / "quantized", tmp_path / "model.gguf")
+    odd = tmp_path / "odd"
+    copytree(ROOT / "tiny_models" / "llama-tiny", odd, ignore=lambda *_: ["model.safetensors"])
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=4096, num_hidden_layers=1, intermediate_size=72, **sizes)
+    LlamaForCausalLM(config).save_pretrained(odd)
+    job = Job(odd, QuantPlan.parse("4", QuantSpec(group_size=32)))
+    quantize_checkpoint(job, tmp_path / "of odd")
+    with pytest.raises(UserError, match=r"mlp\.down has 72 inputs, which .* blocks of 32"):
+        export_gguf(tmp_path / "of odd", tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf").exists()
 
 
@@ -137,6 +150,7 @@ def test_what_gguf_has_not_is_one_line(tmp_path):
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_by_layer False, not True"),
         ("phi3", {"hidden_act": "gelu"}, "activation 'silu', not 'gelu'"),
         ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE.*dynamic"),
+        ("llama", {"rope_scaling": MSCALE}, r"rope\.attention_factor 1\.13\d+, not 1\.0"),
     ],
 )
 def test_a_model_that_llama_cpp_computes_otherwise_is_one_line(tmp_path, family, changed, says):
