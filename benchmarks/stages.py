@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python3 qllm_plan.py --probe --bits 4,8 -o one.json
     OMP_NUM_THREADS=2 python3 qllm_plan.py --probe --bits 4,8 -o two.json
     python3 -m benchmarks.stages one.json two.json
-    python3 -m benchmarks.stages one.json two.json --repository facebook/opt-125m --threads 1+2 2+1
+    python3 -m benchmarks.stages one.json two.json --repository facebook/opt-125m --stages 1+2 2+1
 
 At 4 bits, as many layers in each stage, of the bundled OPT or of a published one's sizes with
 random weights. All rows are run in turn, in some rounds: the median is printed, and in brackets the
@@ -62,7 +62,9 @@ def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("probes", nargs="+", metavar="FILE", help="of --probe, with other threads")
     parser.add_argument("--repository", choices=list(PUBLISHED), help="instead of the bundled OPT")
-    parser.add_argument("--threads", nargs="+", default=list(THREADS), metavar="N+N")
+    parser.add_argument(
+        "--stages", nargs="+", default=list(THREADS), metavar="N+N", help="threads of each"
+    )
     number = cli.whole_number(1)
     parser.add_argument("--batch", nargs="+", type=number, default=[1, 4], metavar="N")
     parser.add_argument("--prompt", type=number, default=128, metavar="N")
@@ -71,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     clusters = [Cluster.from_file(Path(name)) for name in args.probes]
     probed = {each.devices[0].threads or 1: each for each in clusters}
-    rows = [tuple(map(int, text.split("+"))) for text in args.threads]
+    rows = [tuple(map(int, text.split("+"))) for text in args.stages]
     if unknown := {count for row in rows for count in row} - set(probed):
         raise UserError(f"there is no probe with {min(unknown)} threads; see --help")
     with tempfile.TemporaryDirectory() as place:
