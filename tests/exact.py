@@ -172,3 +172,25 @@ def step_rounding(
     scales, zeros = grid((factors - range_rate * moves).clip(0.1, 1.2))
     values = scales * (np.rint(ideal / scales).clip(-zeros, most - zeros))
     return values.reshape(len(ideal), -1)[:, :columns]
+
+
+def descend_block(
+    products: np.ndarray,
+    values: np.ndarray,
+    gradient: np.ndarray,
+    scales: np.ndarray,
+    low: np.ndarray,
+    by_step: np.ndarray,
+    most: int,
+) -> np.ndarray:
+    """The integers and moves (2, k, n) that channels take one after the other.
+
+    Each minimizes its own parabola, with the moves of all channels in front of it.
+    """
+    before, values = values, values.astype(np.float64)
+    moves = np.zeros_like(values)
+    for i in range(len(values)):
+        slope = gradient[i] + products[:i, i] @ moves[:i]
+        values[i] = np.rint(before[i] - slope * by_step[i]).clip(low[i], low[i] + most)
+        moves[i] = (values[i] - before[i]) * scales[i]
+    return np.stack((values, moves))

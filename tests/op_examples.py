@@ -15,7 +15,8 @@ from qllm.ops.rounding import Rounding
 from qllm.quant.packing import BITS, pack
 
 SHAPES = ((64, 32), (67, 13), (1, 1), (256, 40))  # (K, N)
-EXACT = ("int8_linear", "embedding", "add", "scale", "gather")
+EXACT = ("int8_linear", "embedding", "add", "scale", "gather", "descend_block")
+IN_FLOAT32 = ("descend_block",)
 TO_INT8 = ("layer_norm_int8", "rms_norm_int8")
 
 
@@ -272,6 +273,24 @@ def step_rounding_example(request: Request, rows: int, dtype: torch.dtype):
     return arguments, want, np.abs(want).max()
 
 
+def descend_block_example(request: Request, rows: int, dtype: torch.dtype):
+    """Channels whose best integers are far enough apart for any arithmetic to agree on."""
+    channels = request.in_features
+    random = np.random.default_rng(channels + rows)
+    shape = (channels, rows)
+    products = random.integers(-8, 9, (channels, channels)) / 64
+    values = random.integers(-3, 5, shape)
+    gradient, scales = random.integers(-64, 65, shape) / 16, 2.0 ** random.integers(-2, 2, shape)
+    low = np.full(shape, -3.0)
+    given = {
+        "products": products, "values": values, "gradient": gradient, "scales": scales, "low": low,
+        "by_step": np.full(shape, 0.4375),
+    }  # fmt: skip
+    arguments = {name: torch.from_numpy(value).float() for name, value in given.items()}
+    want = exact.descend_block(**given, most=7)
+    return arguments | {"most": 7}, want, 0.0
+
+
 # Of each op, for a request: arguments, the exact result, and the size of what it sums, which is
 # what rounding errors are in proportion to. An op that is not here fails the walk.
 EXAMPLES = {
@@ -312,6 +331,7 @@ EXAMPLES = {
     "scale": (scale_example,),
     "gather": (gather_example,),
     "step_rounding": (step_rounding_example,),
+    "descend_block": (descend_block_example,),
     **{
         f"{phase}_attention": tuple(
             partial(attention_example, prompt=prompt, rotated=rotated, share=share, scores=scores)

@@ -189,7 +189,7 @@ SIMPLE = (
     *("embedding", "layer_norm", "rms_norm", "qk_norm", "activation", "gated_activation", "add"),
     *("scale", "gather"),
     *("decode_attention", "prefill_attention", "layer_norm_int8", "rms_norm_int8"),
-    "step_rounding",
+    *("step_rounding", "descend_block"),
 )
 GPU_SIMPLE: dict[str, Callable[..., Any]] = {  # which return tensors, or `Int8Rows`
     "decode_attention": gpu_attention.decode_attention,

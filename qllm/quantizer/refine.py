@@ -24,7 +24,7 @@ from qllm.models import Decoder
 from qllm.models.equalize import dense_linear
 from qllm.models.layer import Block, PreNormLayer
 from qllm.quant.algorithm import QuantizeOptions, TuningStart
-from qllm.quantizer.descend import descend_last
+from qllm.quantizer.descent import descend_last
 from qllm.quantizer.distill import memory_needed, tune_scales
 from qllm.quantizer.hidden import HiddenStates
 from qllm.quantizer.job import Job

@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from correlated import COLUMNS, ROWS, drawn, restored
 from test_rtn import exact_scale, groups_of
 
 from qllm.config import SCHEMES
-from qllm.ops.reference import dequantize
 from qllm.quant import gptq
 from qllm.quant.algorithm import GPTQOptions
 from qllm.quant.clip import clipped_qparams
@@ -21,30 +21,6 @@ from qllm.quant.rtn import quantize_rtn
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FLAGS = (False, True)
-# 150 is no multiple of the groups or blocks; 200 rows are enough for chance not to matter.
-ROWS, COLUMNS = 200, 150
-
-
-def drawn(rows: int = ROWS, columns: int = COLUMNS, tokens: int = 600, seed: int = 0):
-    """A weight (N, K), and the mean of x x^T over inputs as layers have them: some channels are
-    much larger than others, and all are correlated."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator) * 0.02
-    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
-    sizes = torch.randn(columns, generator=generator).exp()
-    x = torch.randn(tokens, columns, generator=generator) @ (mixing + torch.eye(columns)) * sizes
-    return weight, x.t() @ x / tokens
-
-
-def restored(packed: PackedWeight, bits: int, group_size: int, columns: int) -> torch.Tensor:
-    """The matrix that integers stand for, its columns in their places: float32 (N, K)."""
-    *tensors, perm = packed
-    matrix = dequantize(*tensors, bits, group_size, columns, torch.float32)
-    if perm is None:
-        return matrix
-    back = torch.empty_like(matrix)
-    back[:, perm] = matrix
-    return back
 
 
 def output_error(matrix, weight: torch.Tensor, hessian: torch.Tensor) -> float:

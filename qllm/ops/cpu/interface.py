@@ -56,6 +56,10 @@ StepRounding = structure(
     " =range_rate =followed =kept =least_scale =least =largest *gradients *ideal *by_ideal *low"
     " *high *factors *by_factor *perm *matrix",
 )
+DescendBlock = structure(
+    "DescendBlock",
+    "channels rows most stride *products *values *gradient *scales *low *by_step *moves",
+)
 
 OPS: dict[str, type[ctypes.Structure]] = {
     "linear": Linear,
@@ -72,6 +76,7 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "attend": Attend,
     "attend_prefill": Attend,
     "step_rounding": StepRounding,
+    "descend_block": DescendBlock,
 }
 
 

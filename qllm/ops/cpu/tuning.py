@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qllm.ops.cpu import library
-from qllm.ops.cpu.interface import StepRounding
+from qllm.ops.cpu.interface import DescendBlock, StepRounding
 from qllm.ops.cpu.library import TYPES, pointer
 from qllm.ops.reference.rounding import FOLLOWED, KEPT, LARGEST_FACTOR, SMALLEST_FACTOR
 from qllm.ops.rounding import Rounding
@@ -45,3 +46,23 @@ def step_rounding(
     )
     library.run("step_rounding", arguments, *tensors, state.perm, matrix)
     return matrix
+
+
+def descend_block(
+    products: Tensor,
+    values: Tensor,
+    gradient: Tensor,
+    scales: Tensor,
+    low: Tensor,
+    by_step: Tensor,
+    most: int,
+) -> Tensor:
+    """`reference.descend_block`; `products` may be a part of a larger matrix."""
+    assert products.stride(1) == 1
+    given = [part.contiguous() for part in (gradient, scales, low, by_step)]
+    found = torch.stack((values, torch.empty_like(values)))
+    values, moves = found
+    tensors = (products, values, *given, moves)
+    arguments = DescendBlock(*values.shape, most, products.stride(0), *map(pointer, tensors))
+    library.run("descend_block", arguments, *tensors)
+    return found

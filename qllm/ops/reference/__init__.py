@@ -9,6 +9,7 @@ from qllm.ops.reference.attention import (
     rotate,
     softmax_attention,
 )
+from qllm.ops.reference.descent import descend_block
 from qllm.ops.reference.linear import (
     Int8Rows,
     dense_linear,
@@ -51,6 +52,7 @@ __all__ = [
     "decode_attention",
     "dense_linear",
     "dequantize",
+    "descend_block",
     "differentiable_attention",
     "embedding",
     "gated_activation",

@@ -100,6 +100,8 @@ def run_tuning(dtype: torch.dtype, fence) -> None:
             tensors = (ideal, low, high, factors, by_ideal, by_factor, perm)
             state = Rounding(*tensors, columns, 3, False, torch.float16)
             tuning.step_rounding(state, gradients, 0.1, 0.1, matrix)
+        products, parts = fence(normal(columns, columns)), map(fence, normal(5, columns, rows))
+        tuning.descend_block(products, *parts, 7)
 
 
 def run_all(path: str) -> None:

@@ -90,3 +90,20 @@ def test_tuning_takes_the_kernel():
     with patch.object(native, "run", wraps=native.run) as run:
         tuned.step(normal(1, 4, 32), 0.1, 0.1, torch.empty(4, 32))
     assert [call.args[0] for call in run.call_args_list] == ["step_rounding"]
+
+
+def test_best_integers_are_the_references(path):
+    """Of more channels than a vector has, and a part of a larger matrix of products."""
+    for channels, rows in ((1, 1), (7, 3), (40, 33), (128, 70)):
+        whole = normal(channels + 5, channels + 5)
+        products = whole[2 : channels + 2, 3 : channels + 3]
+        values = normal(channels, rows).mul(2).round().clamp(-3, 4)
+        gradient, scales, by_step = normal(3, channels, rows)
+        low = torch.full_like(values, -3)
+        given = (products, values, gradient, scales.abs(), low, by_step.abs(), 7)
+        before = [part.clone() for part in given[:-1]]
+        ours, theirs = tuning.descend_block(*given), reference.descend_block(*given)
+        assert torch.equal(ours[0], theirs[0])
+        torch.testing.assert_close(ours[1], theirs[1])
+        assert all(map(torch.equal, given[:-1], before))
+        assert channels == 1 or (ours[0] != values).any()

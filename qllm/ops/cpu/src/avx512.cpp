@@ -1,6 +1,7 @@
 #include "prefill_attention.h"
 #include "blocks.h"
 #include "dense.h"
+#include "descent.h"
 #include "kernels.h"
 #include "layout.h"
 #include "limits.h"

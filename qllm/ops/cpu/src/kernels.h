@@ -176,6 +176,14 @@ struct StepRounding {  // of a matrix (rows, in) on its grids; see `qllm.ops.rou
     void *matrix;                            // (rows, in), of `type`
 };
 
+struct DescendBlock {  // the best integers of some channels, one after the other
+    int64_t channels, rows, most, stride;        // of rows of products, in elements
+    const float *products;                       // (channels, channels)
+    float *values;                               // (channels, rows), all of these
+    const float *gradient, *scales, *low, *by_step;
+    float *moves;
+};
+
 // What became of a call; `qllm_message` says it in words.
 enum class Status : int64_t { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
 
@@ -195,7 +203,8 @@ enum class Status : int64_t { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
     OP(embed_packed, EmbedPacked)     \
     OP(attend, Attend)                \
     OP(attend_prefill, Attend)        \
-    OP(step_rounding, StepRounding)
+    OP(step_rounding, StepRounding)   \
+    OP(descend_block, DescendBlock)
 
 struct Path {
     const char *name;

@@ -1,6 +1,7 @@
 #include "prefill_attention.h"
 #include "blocks.h"
 #include "dense.h"
+#include "descent.h"
 #include "kernels.h"
 #include "limits.h"
 #include "linear.h"

@@ -1,5 +1,10 @@
 """Integers of a matrix by coordinate descent on a quadratic loss, and then its groups' scales.
 
+The last linear of a tuned block comes nearer to what the float layer puts out, over all samples:
+what it puts out is added to the rest, so that the block's squared error is quadratic in its weight,
+and sums over all tokens say all of it. Steps of tuning see a few samples each, and move no integer
+by more than one.
+
 As QuantEase (Behdin et al. 2023, arXiv:2309.01885) and CDQuant (Nair and Suggala 2024,
 arXiv:2406.17542) do, an input channel at a time gets the integers that are best with all others as
 they are, again and again: where GPTQ rounds each channel once and makes up for it in those behind,
@@ -10,12 +15,18 @@ need what is put out count alike: a metric ties rows together, of which some mov
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from qllm import ops
+from qllm.layers.weight_only import WeightOnlyLinear
+from qllm.models.equalize import dense_linear
+from qllm.models.layer import Block, PreNormLayer
+from qllm.quant.inputs import InputStats
 from qllm.quant.packing import PackedWeight, group_width, pack, unpack
 from qllm.quant.rtn import SMALLEST_HALF_SCALE, grouped
+from qllm.quantizer.hidden import HiddenStates
+from qllm.quantizer.tune import token_sizes, tuned_samples, work_dtype
 
 # Over all channels; the fifth changes less than a hundredth of the integers.
 SWEEPS = 5
@@ -31,6 +42,57 @@ RIDGE = 1e-4
 SMALLEST_SHARE = 0.3
 # Weights whose scales are fitted together: for each row there is a matrix (G, G).
 WEIGHTS_AT_ONCE = 1 << 20
+
+
+def descend_last(
+    layer: PreNormLayer,
+    run: Block,
+    name: str,
+    linear: WeightOnlyLinear,
+    states: tuple[HiddenStates, HiddenStates],
+    metric: Tensor,
+) -> WeightOnlyLinear:
+    """Other integers and scales for a linear of a layer whose blocks `blocks_end_in_sums`.
+
+    Tokens count as in `token_errors`; samples that are held out do not.
+
+    Args:
+        layer: its linears are matrices in float32, and stay.
+        run: the block of the layer that the linear is in.
+        name: the linear's in the layer, where there is its matrix.
+        linear: on its grids.
+        states: those in front of the block, and those wanted behind it.
+        metric: as of `token_errors`.
+    """
+    inputs, targets = (each.part(slice(tuned_samples(len(each.states)))) for each in states)
+    module = dense_linear(layer, name)
+    dtype = work_dtype(inputs.states.device, linear.spec.bits)
+
+    def multiply(a: Tensor, b: Tensor, _: None) -> Tensor:
+        return (a.to(dtype) @ b.to(dtype).t()).float()
+
+    stats = InputStats(module.in_features, inputs.states.device, products=True, multiply=multiply)
+    residuals = torch.zeros_like(module.weight)
+    seen: list[Tensor] = []
+
+    def see(_: nn.Module, given: tuple[Tensor]) -> None:
+        seen.append(given[0])
+
+    hook = module.register_forward_pre_hook(see)
+    try:
+        for (_, x, step), (_, wanted, _) in zip(inputs.passes(), targets.passes(), strict=True):
+            missing = wanted - run(x, step)
+            weight = token_sizes(wanted)[:, None].rsqrt_()
+            given = seen.pop() * weight
+            stats.add(given)
+            residuals += multiply(missing.mul_(weight).t(), given.t(), None)
+    finally:
+        hook.remove()
+    products = stats.hessian
+    assert products is not None
+    spec = linear.spec
+    packed = descend(linear.packed, spec.bits, spec.group_size, products, residuals, metric)
+    return WeightOnlyLinear.from_packed(packed, linear.bias, spec, linear.in_features)
 
 
 def descend(
@@ -129,6 +191,7 @@ class _Descent:
         """Give each channel its best integers, the largest inputs first; whether any changed."""
         changed, order, places = False, self.order, self.order.argsort()
         groups, inverse = self.group_of[order], self.inverse[order]
+        descend_block = ops.on(order.device.type).descend_block
         for rows in self.row_sets:
             weighed = self._weighed(rows)
             values, after = self.values[:, rows][order], weighed[order]
@@ -138,7 +201,7 @@ class _Descent:
             for start in range(0, len(order), BLOCK):
                 block = slice(start, start + BLOCK)
                 given = (each[block] for each in (values, after, scales, low, by_step))
-                found = self._move(self.ordered[block, block], *given)
+                found = descend_block(self.ordered[block, block], *given, self.most)
                 values[block], moves[block] = found
                 after.addmm_(self.ordered[:, block], moves[block])
             values, moves, after = (each[places] for each in (values, moves, after))
@@ -148,39 +211,6 @@ class _Descent:
                 self.values[:, rows] = values
                 self.gradient[:, rows] += effect
         return changed
-
-    def _move(self, products: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
-        """Give some channels of some rows their best integers.
-
-        With so few numbers in each, calls are what takes time, and NumPy's take a third of torch's.
-
-        Args:
-            products: (k, k), of these channels.
-            given: (k, n) each: integers less their zeros, the gradient with all channels in front
-                of these as they are now, scales, the least integers, and what times a gradient is
-                a step.
-
-        Returns:
-            the integers, and what that adds to the matrix: (k, n) each.
-        """
-        values, gradient, scales, low, by_step = (each.cpu().numpy().copy() for each in given)
-        high, moves, within = low + self.most, np.empty_like(values), products.cpu().numpy()
-        best, effects = np.empty_like(values[0]), np.empty_like(values)
-        channels = zip(values, gradient, scales, low, high, by_step, moves, strict=True)
-        for i, (value, slope, scale, lowest, highest, step, move) in enumerate(channels):
-            np.multiply(slope, step, out=best)
-            np.subtract(value, best, out=best)
-            np.rint(best, out=best)
-            np.maximum(best, lowest, out=best)
-            np.minimum(best, highest, out=best)
-            np.subtract(best, value, out=move)
-            np.multiply(move, scale, out=move)
-            value[:] = best
-            behind = slice(i + 1, None)
-            effect = np.multiply(within[i, behind, None], move, out=effects[behind])
-            gradient[behind] += effect
-        device = products.device
-        return torch.from_numpy(values).to(device), torch.from_numpy(moves).to(device)
 
     def fit_scales(self) -> None:
         """Give each row the scales that are best together, by least squares, where they gain."""

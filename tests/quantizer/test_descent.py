@@ -7,16 +7,16 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from correlated import drawn, restored
 from covering import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gptq import drawn, restored
 
-from qllm.quant import descent
-from qllm.quant.descent import descend
 from qllm.quant.gptq import GPTQOptions, quantize_gptq
 from qllm.quant.packing import PackedWeight, pack, unpack
 from qllm.quant.rtn import quantize_rtn
+from qllm.quantizer import descent
+from qllm.quantizer.descent import descend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
