@@ -10,6 +10,7 @@ from qllm.quantizer import fisher
 from qllm.quantizer.distill import LOGITS_AT_ONCE
 from qllm.quantizer.job import Job
 from qllm.quantizer.tune import TOKENS_PER_PASS
+from qllm.quantizer.workers import workers_on
 
 
 def bytes_needed(job: Job, model: Decoder, dtype: torch.dtype, *, tuning: bool) -> int:
@@ -39,7 +40,11 @@ def bytes_needed(job: Job, model: Decoder, dtype: torch.dtype, *, tuning: bool) 
         front += 4 * config.vocab_size * config.embed_size
         front += 4 * 4 * min(LOGITS_AT_ONCE, tokens * config.vocab_size)
         front += layer
-        layer = 4 * layer + tokens * 4 * (8 * widest + config.num_heads * length)
+        # Each worker has a gradient of its own, and tokens.
+        workers = workers_on(torch.device(job.device))
+        batch = job.options.tune.samples(length, config.hidden_size) * length
+        tokens = max(tokens, min(workers * tokens, batch))
+        layer = (3 + workers) * layer + tokens * 4 * (8 * widest + config.num_heads * length)
     # The sum of x x^T of the widest input, its order, root and reversal.
     widest = max(config.hidden_size, config.intermediate_size)
     return hidden + max(front, 2 * layer + 4 * 4 * widest**2)

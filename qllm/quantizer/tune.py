@@ -291,7 +291,7 @@ def tune_block(
     draw = torch.Generator().manual_seed(options.seed)
     batch = options.samples(*inputs.states.shape[1:])
     certain = min(1.0, (options.steps / STEPS) ** 0.5)
-    at_once = workers.parts(batch, tokens // inputs.states.shape[1])
+    at_once = workers.parts(min(batch, samples), tokens // inputs.states.shape[1])
 
     def add_gradients(chosen: Tensor) -> None:
         _add_gradients(run, inputs, targets, metric, chosen)

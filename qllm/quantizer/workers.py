@@ -34,6 +34,11 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+def workers_on(device: torch.device) -> int:
+    """How many workers there are at the most."""
+    return min(MOST, torch.get_num_threads()) if device.type == "cpu" else 1
+
+
 class Workers:
     """Some threads among which torch's are divided; on a GPU it is the thread that asks for them.
 
@@ -46,7 +51,7 @@ class Workers:
 
     def __init__(self, device: torch.device, most: int = MOST) -> None:
         threads = torch.get_num_threads()
-        self.count = min(most, threads) if device.type == "cpu" else 1
+        self.count = min(most, workers_on(device))
         self._pools: list[ThreadPoolExecutor] = []
         if self.count == 1:
             return
