@@ -133,9 +133,7 @@ def check_options(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value} cannot be; give more than 0")
-    for name in filter(None, (args.output, args.table)):  # before anything is measured
-        if not Path(name).absolute().parent.is_dir():
-            raise UserError(f"{name}: there is no folder {Path(name).parent}")
+    check_files(args)
     if args.probe:
         if args.output is None:
             raise UserError("--probe measures this machine for a file; name it with -o")
@@ -159,11 +157,26 @@ def check_options(args: argparse.Namespace) -> None:
             f"--objective {args.objective} needs devices; give --memory for this machine, or "
             "--cluster"
         )
+    if args.pareto and args.verify:
+        raise UserError("--verify runs one plan, and --pareto makes many; give one of them")
+    if args.plot and not args.pareto:
+        raise UserError("--plot draws the front; give --pareto")
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Refuse what cannot be written, before anything is measured.
+
+    Raises:
+        UserError: naming the file.
+    """
+    for name in filter(None, (args.output, args.table)):
+        if not Path(name).absolute().parent.is_dir():
+            raise UserError(f"{name}: there is no folder {Path(name).parent}")
+        if Path(name).is_dir():
+            raise UserError(f"{name} is a folder; name a file")
     if args.plot:
         from qllm.evaluate import plots
 
-        if not args.pareto:
-            raise UserError("--plot draws the front; give --pareto")
         plots.check("--plot", Path(args.plot), plots.SUFFIXES)
 
 
@@ -178,7 +191,7 @@ def main() -> None:
 
     size = None if args.size is None else parse_bytes(args.size, "--size")
     candidates, fixed = read_candidates(args), read_fixed(args)
-    cluster = read_cluster(args, device)
+    devices = read_devices(args)
     folder = cli.resolve_model(args)
 
     from qllm import report
@@ -186,16 +199,22 @@ def main() -> None:
     from qllm.checkpoint.writer import write_json
     from qllm.plan.measure import decided_modules
     from qllm.plan.planner import Planner, allowed
+    from qllm.plan.possible import Asked
     from qllm.plan.program import Shape, Workload
 
-    modules = decided_modules(Weights.of_floats(folder.path), args.lm_head, args.embedding)
+    weights = Weights.of_floats(folder.path)
+    modules = decided_modules(weights, args.lm_head, args.embedding)
     mask = allowed(modules, candidates, fixed)
+    shape = Shape.of(folder.path, modules, candidates, cli.resolve_dtype(args))
+    work = Workload.within(shape.config.max_positions, args.prompt, args.gen, args.batch)
+    memory = [size or math.inf] if devices is None else [each.memory for each in devices.devices]
+    option = memory_option(args)
+    asked = (shape, weights.config.tied_head, work, candidates, mask, bool(fixed))
+    Asked(*asked, memory, option).check(args.avg_bits)
+    cluster = measure_devices(args, devices, device)
     samples, judged = read_samples(args, folder)
     sensitivity = find_table(args, folder, candidates, samples, judged, device)
-    shape = Shape.of(folder.path, sensitivity.modules, candidates, cli.resolve_dtype(args))
-    window = shape.config.max_positions
-    work = Workload.within(window, args.prompt, args.gen, args.batch)
-    planner = Planner(sensitivity, shape, work, cluster, size, mask)
+    planner = Planner(sensitivity, shape, work, cluster, size, mask, option)
     limits = read_limits(args, planner)
     result: dict[str, object] = {
         "model": folder.name,
@@ -238,20 +257,36 @@ def read_fixed(args: argparse.Namespace) -> dict[str, str]:
     return found
 
 
-def read_cluster(args: argparse.Namespace, device: str) -> Cluster | None:
-    """The devices of --cluster, or this machine with --memory, as it was probed."""
+def memory_option(args: argparse.Namespace) -> str:
+    """The option that says how much memory there is, for errors."""
+    from qllm.plan.possible import CLUSTER, MEMORY, SIZE
+
+    return CLUSTER if args.cluster else MEMORY if args.memory else SIZE
+
+
+def read_devices(args: argparse.Namespace) -> Cluster | None:
+    """The devices of --cluster, or one with --memory, whose speed is not known yet."""
     from qllm.plan.devices import Cluster, parse_bytes
+    from qllm.plan.planner import ANYWHERE
 
     if args.cluster:
         return Cluster.from_file(Path(args.cluster))
     if not args.memory:
         return None
-    memory = parse_bytes(args.memory, "--memory")
+    return Cluster((replace(ANYWHERE, memory=parse_bytes(args.memory, "--memory")),))
+
+
+def measure_devices(
+    args: argparse.Namespace, devices: Cluster | None, device: str
+) -> Cluster | None:
+    """The same with this machine's speed, as it was probed, where --memory stands for it."""
+    if devices is None or not args.memory:
+        return devices
     from qllm.plan.cached import this_machine
 
     specs, dtype = read_candidates(args), cli.resolve_dtype(args)
     here = this_machine(specs, dtype, device, cli.progress("measuring"), cli.note)
-    return Cluster((replace(here, memory=memory),))
+    return replace(devices, devices=(replace(here, memory=devices.devices[0].memory),))
 
 
 def write_probe(args: argparse.Namespace, device: str) -> None:
@@ -325,7 +360,7 @@ def show_front(
 
     plans = planner.front(limits, FRONT_POINTS)
     if not plans:
-        raise UserError("no plan keeps to the limits; allow more")
+        raise planner.why_not(limits)
     names = [planner.uniform_name(i) for i in range(len(planner.sensitivity.candidates))]
     uniform = [(name, planner.uniform(i, limits)) for i, name in enumerate(names)]
     rows = [("planned", plan) for plan in plans] + [(f"uniform {n}", p) for n, p in uniform]

@@ -65,6 +65,16 @@ def test_the_fewest_bytes_for_a_divergence(given):
     assert best["bytes"] <= found["plan"]["predicted"]["bytes"]
 
 
+def test_limits_that_exclude_each_other_are_said_with_the_least_divergence(given):
+    _, args, found = given
+    kl = found["plan"]["predicted"]["divergence"]
+    refused = call(PLAN, *args, "--max-kl", kl, "--avg-bits", 2.6)
+    assert_user_error(refused, f"no plan keeps to --max-kl {kl:.3g} and --avg-bits: the least")
+    least = refused.stderr.partition("the least divergence is ")[2].split()[0]
+    best = call_json(PLAN, *args, "--max-kl", least, "--avg-bits", 2.6)["plan"]["predicted"]
+    assert best["divergence"] <= float(least) <= best["divergence"] * 1.02
+
+
 def test_the_least_loss_of_some_bytes(given):
     _, args, found = given
     size = found["plan"]["predicted"]["bytes"]
@@ -166,6 +176,11 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
         (("--avg-bits", 3, "--bits", "2,3", "--fixed", "nothing=3"), "matches no linear"),
         (("--cluster", "no.json"), "no.json: there is no such file"),
         (("--avg-bits", 3, "--bits", "2,3"), "was measured of another model"),
+        (("--avg-bits", 2.5, "--fixed", "attention=4"), "the fewest of --bits and --fixed, 2."),
+        (("--max-kl", 1e-9), "--max-kl 1e-09 is below what the most bits of --bits leave, "),
+        (("--pareto", "--verify"), "--verify runs one plan"),
+        (("--pareto", "--max-kl", 1e-9), "give that or more, or name more bits in --bits"),
+        (("--avg-bits", 3, "-o", ROOT), "is a folder; name a file"),
         (("--memory", "1KB", "--cluster", "x"), "give one of them"),
         (("--size", "1KB", "--memory", "1GB"), "give one of them"),
         (("--size", "1kb"), "are missing"),
@@ -184,9 +199,15 @@ def test_mistakes_are_one_line(given, options, said):
     assert_user_error(call(PLAN, *args, *options), said)
 
 
-def test_what_does_not_fit_is_said_with_its_bytes(given):
+def test_what_does_not_fit_is_said_with_what_would_do(given, tmp_path):
     _, args, _ = given
-    cluster = ROOT / "examples" / "cluster.json"
-    work = ("--batch", 100_000_000, "--prompt", 100)
-    found = call(PLAN, *args, "--cluster", cluster, *work)
-    assert_user_error(found, "are missing")
+    table = tmp_path / "none.json"
+    args = [*args[:-1], table]
+    too_many = ("--cluster", ROOT / "examples" / "cluster.json", "--batch", 100_000_000)
+    assert_user_error(
+        call(PLAN, *args, *too_many, "--gen", 1),
+        "are missing; what would do: more devices or memory in --cluster, or a smaller --batch or "
+        "--prompt",
+    )
+    assert_user_error(call(PLAN, *args, "--size", "1KB"), "are missing; what would do: --size 5.")
+    assert not table.exists()  # nothing was measured for it

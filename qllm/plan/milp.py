@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qllm.errors import UserError
-from qllm.plan.problem import Array, Problem, Solution, Whole
+from qllm.plan.problem import Array, Problem, Solution, UnsolvedError, Whole
 from qllm.plan.silence import without_output
 
 GAP = 1e-4  # relative, at which a solution is as good as the best
 # HiGHS holds constraints to about this much of a number around 1.
 TOLERANCE = 1e-6
+OUT_OF_TIME = 1  # of its states
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,8 @@ class Result:
 class MixedIntegerProgram:
     """The matrices of one problem, with its numbers scaled to about 1.
 
-    Variables: x (M, C); y (H, D); z (M, C, D); used (D,); for each machine that has fewer
+    Variables: x (M, C); y (H, D); z (M, C, D); which of `Problem.copies` each device has; used
+    (D,); for each machine that has fewer
     processors than devices, whether that is so of the stages, too, and for each device whether its
     stage is therefore woken; the slowest prefill, the slowest step, and the time of a step. Where
     the halves' devices are given, only x and the last three are there and the others constants.
@@ -49,6 +50,9 @@ class MixedIntegerProgram:
             self.y = count + np.arange(h * d).reshape(h, d)
             self.z = count + h * d + np.arange(m * c * d).reshape(m, c, d)
             count += h * d + m * c * d
+            copies = len(problem.copies)
+            self.copied = count + np.arange(copies * d).reshape(copies, d)
+            count += self.copied.size
             self.used, self.woken = count + np.arange(2 * d).reshape(2, d)
             self.crowded = count + 2 * d + np.arange(len(problem.processors))
             count += 2 * d + len(problem.processors)
@@ -64,6 +68,7 @@ class MixedIntegerProgram:
         self._choose()
         if device is None:
             self._place()
+        self._memory()
         self._limits()
         self._set_cost()
 
@@ -93,6 +98,13 @@ class MixedIntegerProgram:
         self._add(self.y, 1.0, 1, 1)
         columns = np.stack([np.broadcast_to(self.used, (h, d)), self.y], axis=-1).reshape(-1, 2)
         self._add(columns, np.array([1.0, -1.0]), 0, np.inf)
+        if len(self.copied):
+            # One is where the first half is and not the last, and of the candidate that is taken.
+            columns = np.concatenate([self.copied, self.y[:1], self.y[-1:]]).T
+            self._add(columns, np.array([1.0] * len(self.copied) + [-1.0, 1.0]), 0, np.inf)
+            if self.problem.tied is not None:
+                columns = np.column_stack([self.copied, self.x[self.problem.tied]])
+                self._add(columns, np.array([1.0] * d + [-1.0]), -np.inf, 0)
         for last in range(d - 1):
             columns = np.concatenate([self.y[:-1, : last + 1], self.y[1:, : last + 1]], axis=1)
             values = np.array([1.0] * (last + 1) + [-1.0] * (last + 1))
@@ -161,18 +173,27 @@ class MixedIntegerProgram:
             parts.append((*none, hop * (len(np.unique(self.device)) - 1)))
         return _joined(parts)
 
-    def _limits(self) -> None:
+    def _memory(self) -> None:
         p = self.problem
         scale = max(float(p.nbytes.max()), 1.0)
         for d, memory in enumerate(p.memory):
             if np.isfinite(memory):
                 columns, values, constant = self._on_device(d, p.nbytes, p.fixed_bytes)
                 if self.device is None:
-                    columns = np.append(columns, self.used[d])
-                    values = np.append(values, p.buffers)
+                    columns = np.append(columns, [self.used[d], *self.copied[:, d]])
+                    values = np.append(values, [p.buffers, *p.copies])
                 elif (self.device == d).any():
                     constant += p.buffers
+                    if self.device[0] == d != self.device[-1]:
+                        if p.tied is not None:
+                            columns = np.append(columns, self.x[p.tied])
+                            values = np.append(values, p.copies)
+                        else:
+                            constant += p.tied_bytes
                 self._add(columns, values / scale, -np.inf, (memory - constant) / scale)
+
+    def _limits(self) -> None:
+        p = self.problem
         for place in range(2):
             stages = [self._stage_seconds(d, place, busy=True) for d in range(len(p.memory))]
             for stage in stages:
@@ -235,7 +256,7 @@ class MixedIntegerProgram:
         """Solve it; or its relaxation, where variables need not be whole.
 
         Raises:
-            UserError: nothing keeps to the limits, or nothing was found in time.
+            UnsolvedError: nothing keeps to the limits, or nothing was found in time.
         """
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import coo_array
@@ -261,14 +282,7 @@ class MixedIntegerProgram:
                 options={"time_limit": max(time_limit, 1.0), "mip_rel_gap": GAP},
             )
         if result.x is None:
-            if result.status == 1:
-                raise UserError(
-                    f"no plan was found in {time_limit:.0f} s; give more with --time-limit"
-                )
-            raise UserError(
-                "no plan keeps to all limits at once; allow more --max-kl or --memory, or name "
-                "fewer bits in --bits"
-            )
+            raise UnsolvedError(in_time=result.status != OUT_OF_TIME)
         bound = result.mip_dual_bound if whole else result.fun
         y = np.zeros((0, 0)) if self.device is not None else result.x[self.y]
         return Result(result.x[self.x], y, bound * unit + self.constant)

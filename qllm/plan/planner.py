@@ -15,7 +15,8 @@ from qllm.errors import UserError
 from qllm.patterns import Patterns
 from qllm.plan.candidates import labels
 from qllm.plan.devices import Cluster, DescribedSpeed, Device
-from qllm.plan.problem import Problem, Solution
+from qllm.plan.possible import CLUSTER
+from qllm.plan.problem import Problem, Solution, UnsolvedError
 from qllm.plan.program import Shape, Workload, build
 from qllm.plan.sensitivity import Fit, Sensitivity
 from qllm.plan.solve import orders, solve
@@ -74,8 +75,8 @@ class Plan:
     @property
     def nbytes(self) -> float:
         """Of all weights, as loading has them."""
-        copies = self.planner.shape.tied if self.cuts else 0
-        return self.solution.costs.nbytes + float(self.planner.shape.fixed.sum()) + copies
+        costs = self.solution.costs
+        return costs.nbytes + costs.copied + float(self.planner.shape.fixed.sum())
 
     @property
     def quant_plan(self) -> QuantPlan:
@@ -149,6 +150,7 @@ class Planner:
         cluster: None: bits alone are decided.
         max_bytes: of the weights, where bits alone are decided; None: no limit.
         allowed: bool (M, C), what each linear may have; None: all.
+        memory_option: the one that names the devices' memory, or `max_bytes`, for errors.
     """
 
     sensitivity: Sensitivity
@@ -157,6 +159,7 @@ class Planner:
     cluster: Cluster | None = None
     max_bytes: float | None = None
     allowed: np.ndarray | None = None
+    memory_option: str = CLUSTER
 
     @property
     def fit(self) -> Fit:
@@ -190,19 +193,26 @@ class Planner:
         """The best plan within the limits.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, with which limits it is that exclude each other.
         """
+        try:
+            return self._best(limits)
+        except UnsolvedError as error:
+            raise self.why_not(limits, error) from None
+
+    def _best(self, limits: Limits) -> Plan:
         devices = self.devices
         tried = orders([device.kind for device in devices])
         best: Plan | None = None
-        failed: UserError | None = None
+        failed: UnsolvedError | None = None
         for order in tried:
             chosen = [devices[i] for i in order]
             problem = self.problem(limits, chosen)
             try:
                 solution = solve(problem, limits.time_limit / len(tried))
-            except UserError as error:
-                failed = error
+            except UnsolvedError as error:
+                if failed is None or failed.in_time:  # with more time there may be one
+                    failed = error
                 continue
             if best is None or solution.value < best.solution.value:
                 best = self._plan(problem, solution, chosen)
@@ -210,6 +220,43 @@ class Planner:
             assert failed is not None
             raise failed
         return best
+
+    def why_not(self, limits: Limits, found: UnsolvedError | None = None) -> UserError:
+        """The error where no plan keeps to limits, with what would do.
+
+        Args:
+            found: what the solver said; None: there is none.
+        """
+        if found is not None and not found.in_time:
+            return UserError(
+                f"no plan was found in --time-limit {limits.time_limit:g} seconds; give more"
+            )
+        if limits.max_divergence is None:
+            return UserError(
+                f"no cut into stages leaves each device of {self.memory_option} what it has memory "
+                "for; give it more devices or memory"
+            )
+        said = f"--max-kl {limits.max_divergence:.3g}"
+        mask = np.ones_like(self.sensitivity.sums) if self.allowed is None else self.allowed
+        sums = np.where(mask, self.sensitivity.sums, np.inf).min(axis=1)
+        least = self.fit.divergence(float(sums.sum()))
+        if least > limits.max_divergence:
+            return UserError(
+                f"{said} is below what the most bits of --bits leave, {rounded_up(least)} nats as "
+                "predicted; give that or more, or name more bits in --bits"
+            )
+        others = ["--avg-bits"] if limits.max_bits is not None else []
+        if self.cluster is not None or self.max_bytes is not None:
+            others.append(self.memory_option)
+        try:
+            best = self._best(replace(limits, objective="loss", max_divergence=None))
+        except UnsolvedError as error:
+            return self.why_not(replace(limits, max_divergence=None), error)
+        return UserError(
+            f"no plan keeps to {said} and {' and '.join(others)}: the least divergence is "
+            f"{rounded_up(best.divergence)} nats, as predicted; give --max-kl that or more, or "
+            f"allow more in {' or '.join(others)}"
+        )
 
     def _plan(self, problem: Problem, solution: Solution, devices: Sequence[Device]) -> Plan:
         used = np.unique(solution.device)
@@ -262,17 +309,27 @@ class Planner:
         return self.uniform_name(index), self.uniform(index, Limits(objective)).divergence
 
     def front(self, limits: Limits, points: int) -> list[Plan]:
-        """Plans from the fewest bits to the most, each with the least loss at its bits."""
+        """Plans from the fewest bits to the most that there are, or that `limits` allow.
+
+        Each has the least loss at its bits.
+        """
         weights, candidates = self.shape.weights, self.sensitivity.candidates
         packed = [i for i, spec in enumerate(candidates) if spec.kind != "dense"]
         bits = (weights @ self.shape.bits)[packed] / weights.sum()
+        most = min(bits.max(), math.inf if limits.max_bits is None else limits.max_bits)
         found = []
-        for target in np.linspace(bits.min(), bits.max(), points):
+        for target in np.linspace(bits.min(), most, points):
             try:
-                found.append(self.decide(replace(limits, max_bits=float(target))))
-            except UserError:  # so many bits, or so few, do not fit the other limits
+                found.append(self._best(replace(limits, max_bits=float(target))))
+            except UnsolvedError:  # so many bits, or so few, do not fit the other limits
                 continue
         return found
+
+
+def rounded_up(value: float) -> str:
+    """A number above 0 in three digits, which are no less: "0.00123"."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / unit) * unit:.3g}"
 
 
 def allowed(
@@ -289,13 +346,19 @@ def allowed(
             found in a name counts.
 
     Raises:
-        UserError: for a bitwidth that is no candidate, or an expression that no name matches.
+        UserError: for a bitwidth that is no candidate, an expression that no name matches, or an
+            embedding for which there is no candidate.
     """
     names = labels(candidates)
     mask = np.ones((len(modules), len(names)), dtype=bool)
     if EMBEDDING in modules:  # there is nothing that is rounded to be multiplied with it
         int8 = [spec.kind.startswith("w8a8") for spec in candidates]
         mask[modules.index(EMBEDDING), int8] = False
+        if all(int8):
+            raise UserError(
+                f"an embedding has 1 to 8 bits or 16, and --bits are {','.join(names)}; add some, "
+                "or leave --embedding out"
+            )
     patterns = Patterns(where)
     for pattern, bits in fixed.items():
         patterns.compile(pattern)

@@ -7,9 +7,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qllm.errors import UserError
+
 Array = NDArray[np.float64]
 Whole = NDArray[np.int64]
 OBJECTIVES = ("loss", "bytes", "latency", "throughput")
+
+
+class UnsolvedError(UserError):
+    """No choice keeps to the limits, or none was found in time."""
+
+    def __init__(self, *, in_time: bool) -> None:
+        super().__init__(
+            "no plan keeps to all limits at once" if in_time else "no plan was found in time"
+        )
+        self.in_time = in_time
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +37,7 @@ class Problem:
         weights: (M,), elements.
         bits: (M, C), per weight, for `max_bits`.
         fixed_bytes: (H,), of what else a half has: norms, cache; of the first and the last one
-            what is in front of the layers and behind them.
+            what is in front of the layers and behind them; see `tied_bytes`.
         memory: (D,), bytes; infinite where it does not matter.
         buffers: bytes on each device that has a part.
         prefill, decode: (D, M, C), seconds of a linear in a prompt's pass and in a step.
@@ -44,6 +56,9 @@ class Problem:
         objective: one of OBJECTIVES.
         allowed: bool (M, C), which candidates each linear may have; None: all.
         max_loss, max_bits: limits, of which the second is bits per weight; None: there is none.
+        tied: the linear in the last half whose matrix the device of the first half has as well, for
+            rows are looked up in it there: an embedding that is the LM head. None: there is none.
+        tied_bytes: of a matrix of that kind that is not decided on; it counts with the last half.
     """
 
     half_of: Whole
@@ -72,6 +87,18 @@ class Problem:
     allowed: NDArray[np.bool_] | None = None
     max_loss: float | None = None
     max_bits: float | None = None
+    tied: int | None = None
+    tied_bytes: float = 0.0
+
+    @property
+    def copies(self) -> Array:
+        """Bytes (C,), by the candidate of `tied`, that the first of several devices has besides.
+
+        One number where there is no choice, and none where nothing is tied.
+        """
+        if self.tied is not None:
+            return self.nbytes[self.tied]
+        return np.array([self.tied_bytes] if self.tied_bytes else [])
 
     @property
     def halves(self) -> int:
@@ -85,6 +112,10 @@ class Problem:
         held, first, step = (np.zeros(len(self.memory)) for _ in range(3))
         np.add.at(held, there, self.nbytes[rows, choice])
         np.add.at(held, device, self.fixed_bytes)
+        copied = 0.0
+        if len(self.copies) and device[0] != device[-1]:
+            copied = float(self.copies[0 if self.tied is None else choice[self.tied]])
+            held[device[0]] += copied
         np.add.at(first, there, self.prefill[there, rows, choice])
         np.add.at(first, device, self.fixed_prefill[device, np.arange(len(device))])
         np.add.at(step, there, self.decode[there, rows, choice])
@@ -109,6 +140,7 @@ class Problem:
             loss=float(self.loss[rows, choice].sum()),
             nbytes=float(self.nbytes[rows, choice].sum()),
             bits=float((self.weights * self.bits[rows, choice]).sum() / self.weights.sum()),
+            copied=copied,
             held=held + np.isin(np.arange(len(held)), used) * self.buffers,
             prefill=float(prefill),
             decode=float(decode),
@@ -142,6 +174,7 @@ class Costs:
 
     Attributes:
         bits: mean bits per weight.
+        copied: bytes that the first device has of `Problem.copies`; `nbytes` is without them.
         held: (D,), bytes on each device.
         prefill, decode: seconds of a prompt's pass of the whole batch, and of a step.
         slowest: seconds that the busiest stage, or the processors that stages share, work for a
@@ -151,6 +184,7 @@ class Costs:
     loss: float
     nbytes: float
     bits: float
+    copied: float
     held: Array
     prefill: float
     decode: float

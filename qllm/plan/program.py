@@ -76,9 +76,10 @@ class Shape:
         nbytes: int (M, C), as loading has them.
         bits: (M, C), per weight: integers, scales and zeros.
         fixed: int (H,), bytes of the rest of each half: dense linears, norms, and with the first
-            and last half what is in front of the layers and behind them.
+            and last half what is in front of the layers and behind them; an embedding that the LM
+            head is tied to is with the last one, where there is a product with it.
         head: size and bytes of an LM head that is not decided on.
-        tied: bytes of the embedding that a last stage of several has once more.
+        tied: bytes of an embedding in `fixed` that the first of several stages has once more.
     """
 
     config: ModelConfig
@@ -139,8 +140,8 @@ class Shape:
             own = sum(t.nbytes for t in module.buffers(recurse=False))
             if not own or name in modules or (name == LM_HEAD and config.tied_head):
                 continue
-            layer = name.startswith("layers.")
-            fixed[_half(name) if layer else 0 if name.split(".")[0] in FRONT else last] += own
+            front = name.split(".")[0] in FRONT and not (name == EMBEDDING and config.tied_head)
+            fixed[_half(name) if name.startswith("layers.") else 0 if front else last] += own
         head = None
         shared = config.tied_head and EMBEDDING in modules
         if LM_HEAD not in modules and not shared:
@@ -213,17 +214,10 @@ def build(
         loss: (M, C), of `Sensitivity.sums`.
         cluster: what joins them; None: there is one device, without a speed, of whose memory the
             weights alone count.
-
-    Raises:
-        UserError: several devices, of which two would have an embedding that is decided on.
     """
-    if len(devices) > 1 and EMBEDDING in shape.modules and shape.config.tied_head:
-        raise UserError(
-            "--embedding is for one device where the LM head is tied: of several the first has it "
-            "as well as the last; leave it out"
-        )
     count, halves = len(devices), len(shape.fixed)
     config, rows = shape.config, work.batch
+    decides_on_tied = EMBEDDING in shape.modules and config.tied_head
     micro = min(rows, count)
     rows_each = rows / micro  # of which some have one more than others
     size = loss.shape
@@ -243,8 +237,6 @@ def build(
         if shape.head is not None:
             held += shape.head[1] / machines
         tokens = rows_each * work.prompt
-        if count > 1:
-            fixed[-1] += shape.tied
         values = config.hidden_size * tokens
         hop_prefill = cluster.hop(values * shape.dtype.itemsize)
         hop_decode = cluster.hop(config.hidden_size * rows_each * shape.dtype.itemsize)
@@ -310,6 +302,8 @@ def build(
         allowed=allowed,
         max_loss=max_loss,
         max_bits=max_bits,
+        tied=shape.modules.index(EMBEDDING) if decides_on_tied else None,
+        tied_bytes=float(shape.tied),
     )
 
 

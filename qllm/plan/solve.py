@@ -15,9 +15,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from qllm.errors import UserError
-from qllm.plan.milp import GAP, TOLERANCE, MixedIntegerProgram
-from qllm.plan.problem import Problem, Solution, Whole
+from qllm.plan.milp import GAP, MixedIntegerProgram
+from qllm.plan.problem import Problem, Solution, UnsolvedError, Whole
 
 SMALL = 2500  # variables of a program that is solved whole
 MAX_ORDERS = 6
@@ -28,10 +27,9 @@ def solve(problem: Problem, time_limit: float = 60.0) -> Solution:
     """The best choice.
 
     Raises:
-        UserError: no choice keeps to the limits; or none was found in time.
+        UnsolvedError: no choice keeps to the limits; or none was found in time.
     """
     start = time.perf_counter()
-    _check_possible(problem)
     linears, candidates = problem.loss.shape
     if len(problem.memory) == 1:
         found = _solve_stages(problem, _all_on(0, problem), time_limit)
@@ -61,7 +59,7 @@ def _alone(problem: Problem, deadline: float) -> list[Solution]:
         overhead = (problem.overhead_prefill, problem.overhead_decode, problem.overhead_busy)
         beside = any(each[device] for each in (*overhead, problem.wakeup))
         if beside and smallest <= memory:
-            with suppress(UserError):  # bits that fit need not keep to the other limits
+            with suppress(UnsolvedError):  # bits that fit need not keep to the other limits
                 left = max(1.0, deadline - time.perf_counter())
                 found.append(_solve_stages(problem, _all_on(device, problem), left))
     return found
@@ -104,7 +102,7 @@ def _search(problem: Problem, deadline: float) -> Solution:
             try:
                 left = deadline - time.perf_counter()
                 tried[cuts] = MixedIntegerProgram(problem, device).run(left, whole=False).bound
-            except UserError:
+            except UnsolvedError:
                 tried[cuts] = np.inf
         return tried[cuts]
 
@@ -128,7 +126,7 @@ def _search(problem: Problem, deadline: float) -> Solution:
     try:
         left = max(LEFT, deadline - time.perf_counter())
         uniform.append(_solve_stages(problem, _device_of_half(best, problem), left))
-    except UserError:
+    except UnsolvedError:
         if not uniform:
             raise
     found = min(uniform, key=lambda each: each.value)
@@ -148,7 +146,7 @@ def _uniform(problem: Problem, deadline: float) -> list[Solution]:
         free = replace(problem, allowed=alone, max_loss=None, max_bits=None)
         try:
             each = _solve_whole(free, max(1.0, deadline - LEFT - time.perf_counter()))
-        except UserError:
+        except UnsolvedError:
             continue
         if problem.keeps_to_limits(each.costs):
             found.append(each)
@@ -182,25 +180,3 @@ def orders(kinds: Sequence[object]) -> list[tuple[int, ...]]:
         if len(seen) == MAX_ORDERS:
             break
     return list(seen.values())
-
-
-def _check_possible(problem: Problem) -> None:
-    """Refuse, with the numbers, limits that even the smallest choice breaks."""
-    from qllm.memory import gigabytes
-    from qllm.report import megabytes
-
-    needed = problem.nbytes.min(axis=1).sum() + problem.fixed_bytes.sum() + problem.buffers
-    memory = float(problem.memory.sum())
-    if needed > memory:
-        text = gigabytes if needed > 1e9 else megabytes
-        raise UserError(
-            f"nothing fits: the fewest bits take {text(int(needed))} of memory and there are "
-            f"{text(int(memory))}, {text(int(needed - memory))} are missing; take fewer "
-            "--bits, a smaller --batch, --prompt or --gen, more devices, or --embedding"
-        )
-    fewest = (problem.weights * problem.bits.min(axis=1)).sum() / problem.weights.sum()
-    if problem.max_bits is not None and fewest > problem.max_bits + TOLERANCE:
-        raise UserError(
-            f"--avg-bits {problem.max_bits:g} is below the fewest of --bits, {fewest:.4g} with "
-            "their scales and zeros"
-        )

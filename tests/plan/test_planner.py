@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from conftest import tiny
 
+from qllm.checkpoint.load import load_model, module_bytes
 from qllm.checkpoint.weights import Weights
 from qllm.config import QuantSpec
 from qllm.errors import UserError
+from qllm.parallel.group import Group
+from qllm.parallel.pipeline import ParallelContext
 from qllm.plan.candidates import parse_candidates
 from qllm.plan.devices import Cluster, DescribedSpeed, Device
 from qllm.plan.measure import Job, decided_modules
@@ -95,3 +98,31 @@ def test_sequences_that_stages_cannot_share_evenly_are_computed_once():
         problem = found.problem(Limits(), devices[:count])
         seconds.append(problem.micro_batches * problem.prefill[0].sum())
     assert seconds[0] == pytest.approx(seconds[1])
+
+
+@pytest.mark.parametrize("embedding", [False, True])
+def test_ranks_hold_the_bytes_that_are_planned(embedding):
+    """OPT's LM head is its embedding: of several stages the first and the last hold it."""
+    found = planner("opt", "3,4,8", embedding=embedding)
+    shape, devices = found.shape, [replace(SLOW, name=str(i), memory=3.2e6) for i in range(3)]
+    work = Workload(prompt=8, new=8)
+    plan = replace(found, work=work, cluster=Cluster(tuple(devices))).decide(Limits(max_bits=6.0))
+    assert len(plan.cuts) == 2
+    beside = shape.cache(work)
+    bounds = [0, *plan.cuts, len(beside)]
+    held = [
+        planned - beside[begin:end].sum() - shape.buffers(work)
+        for planned, begin, end in zip(plan.solution.costs.held, bounds, bounds[1:], strict=False)
+    ]
+    ranks = [
+        module_bytes(
+            load_model(
+                tiny("opt"),
+                plan.quant_plan,
+                parallel=ParallelContext(pp=Group((0, 1, 2), rank), cuts=plan.cuts),
+            )
+        )
+        for rank in range(3)
+    ]
+    assert held == ranks
+    assert plan.nbytes == sum(ranks)

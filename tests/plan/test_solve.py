@@ -9,9 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from qllm.errors import UserError
 from qllm.plan import solve as solver
-from qllm.plan.problem import Problem
+from qllm.plan.problem import Problem, UnsolvedError
 from qllm.plan.solve import orders, solve
 
 
@@ -115,6 +114,35 @@ def test_machines_that_devices_share(objective, micro_batches, shares, processor
     assert p.value(found.costs) >= min(all_values(alone)) * (1 - 2e-4)
 
 
+@pytest.mark.parametrize("decided", [False, True])
+@pytest.mark.parametrize(("seed", "memory"), [(0, 0.42), (2, 0.5), (4, 0.5), (3, 1.2)])
+def test_both_ends_have_a_tied_embedding(decided, seed, memory):
+    p = problem(seed, 3, 2, objective="throughput")
+    half_of = p.half_of.copy()
+    half_of[0] = p.halves - 1  # it is multiplied with behind the last layer
+    total = p.nbytes[:, 1].sum() + p.fixed_bytes.sum()
+    p = replace(
+        p,
+        half_of=half_of,
+        memory=np.full(3, total * memory),
+        max_loss=p.loss[:, 0].sum() * 0.5,
+        **({"tied": 0} if decided else {"tied_bytes": float(p.nbytes[0, 1])}),
+    )
+    found = solve(p)
+    assert found.value == pytest.approx(min(all_values(p)), rel=2e-4) and found.gap <= 2e-4
+    assert (found.costs.held <= p.memory + 1e-6).all()
+    # What each device has, summed by hand.
+    held = np.zeros(3)
+    for linear, candidate in enumerate(found.choice):
+        held[found.device[half_of[linear]]] += p.nbytes[linear, candidate]
+    for half, device in enumerate(found.device):
+        held[device] += p.fixed_bytes[half]
+    held[np.unique(found.device)] += p.buffers
+    if found.device[0] != found.device[-1]:
+        held[found.device[0]] += p.nbytes[0, found.choice[0] if decided else 1]
+    assert found.costs.held == pytest.approx(held)
+
+
 def test_stages_of_one_machine_do_not_add_up():
     """By hand: two stages of 3 and 1 s a step with two threads each, on two processors or four."""
     base = problem(0, 2, 1, hop_prefill=0.0, hop_decode=0.0)
@@ -197,12 +225,7 @@ def test_orders_do_not_tell_alike_devices_apart():
     assert len({tuple("abcd"[i] for i in o) for o in orders(list("abcd"))}) == 6
 
 
-def test_what_cannot_be_is_refused_with_the_numbers():
-    p = problem(0, 2, 3)
-    tight = Problem(**{**vars(p), "memory": p.memory / 100})
-    with pytest.raises(UserError, match=r"nothing fits: .* are missing"):
-        solve(tight)
-    with pytest.raises(UserError, match="below the fewest of --bits"):
-        solve(problem(0, 1, 3, max_bits=1.5))
-    with pytest.raises(UserError, match="no plan keeps to all limits"):
-        solve(problem(0, 1, 3, max_bits=2.0, max_loss=1e-9))
+def test_what_cannot_be_is_refused():
+    for changes in ({"max_bits": 1.5}, {"max_bits": 2.0, "max_loss": 1e-9}):
+        with pytest.raises(UnsolvedError, match="no plan keeps to all limits"):
+            solve(problem(0, 1, 3, **changes))
