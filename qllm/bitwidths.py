@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ Bitwidth = int | str | Path | Sequence[int | str] | Mapping[str, Any] | QuantPla
 
 
 def make_plan(
-    bitwidth: Bitwidth,
+    bitwidth: Bitwidth | None,
     default: QuantSpec | None = None,
     lm_head_bits: int | str | None = None,
     embedding_bits: int | str | None = None,
@@ -22,12 +23,15 @@ def make_plan(
     """The plan that a bitwidth stands for; see `LLM.from_pretrained`.
 
     Args:
+        bitwidth: None is 16, or what a quantized checkpoint has.
         default: has the group size, scheme and algorithm of values that name none.
 
     Raises:
         UserError: for what is no plan.
     """
-    if isinstance(bitwidth, QuantPlan):
+    if bitwidth is None:
+        plan = QuantPlan.uniform(QuantSpec())
+    elif isinstance(bitwidth, QuantPlan):
         plan = bitwidth
     elif isinstance(bitwidth, Mapping):
         plan = _plan_of(bitwidth, "the plan", default)
@@ -40,6 +44,8 @@ def make_plan(
         plan = QuantPlan.parse(",".join(map(str, bitwidth)), default)
     else:
         raise UserError(f"bitwidth {bitwidth!r} is unknown; choose from {', '.join(BITWIDTHS)}")
+    if not isinstance(bitwidth, QuantPlan):
+        plan = replace(plan, names_layers=bitwidth is not None)
     return plan.with_outer(lm_head_bits, embedding_bits, default or QuantSpec())
 
 

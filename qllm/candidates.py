@@ -13,7 +13,7 @@ from qllm import report
 from qllm.bitwidths import make_plan
 from qllm.checkpoint import origin
 from qllm.checkpoint.reader import QUANTIZATION_KEY, read_raw_config
-from qllm.config import DEFAULT_ALGORITHM, ModelConfig, QuantSpec
+from qllm.config import DEFAULT_ALGORITHM, ModelConfig
 from qllm.errors import UserError
 from qllm.evaluate.agreement import DecoderReference
 from qllm.evaluate.evaluation import Evaluation, Progress, evaluate, no_progress
@@ -225,7 +225,7 @@ def load_gguf_reference(
     note(f"the reference is {place.path} as it is, run by QLLM: transformers does not")
     llm = LLM.load(
         Pretrained.open(place, texts=False),
-        make_plan(16, QuantSpec(), None),
+        make_plan(None),
         dtype=dtype or torch.float32,
         device=device,
         meter=meter,

@@ -38,7 +38,7 @@ class Methods:
     def __init__(
         self,
         path: str,
-        bitwidth: str = "16",
+        bitwidth: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
         batch_size: int | str = 8,
@@ -50,7 +50,7 @@ class Methods:
         """
         Args:
             path: a folder or a Hub repository; one that is quantized goes without a bitwidth.
-            bitwidth: a value, or a JSON plan.
+            bitwidth: a value, or a JSON plan; None is 16, or what a quantized model has.
             kv_bits: of keys and values, 16, 8 or 4.
             device: "cpu", "cuda" or "cuda:1"; the CPU where there is no other, or None is given.
             batch_size: requests per forward call; "auto" is 8. It changes no result.
@@ -62,7 +62,7 @@ class Methods:
         super().__init__()
         self.llm = LLM.from_pretrained(
             path,
-            bitwidth=str(bitwidth),
+            bitwidth=None if bitwidth is None else str(bitwidth),
             group_size=int(group_size),
             scheme=scheme,
             kv_bits=int(kv_bits),

@@ -92,7 +92,7 @@ class LLM:
         cls,
         model: str | Path,
         *,
-        bitwidth: Bitwidth = 16,
+        bitwidth: Bitwidth | None = None,
         group_size: int = DEFAULT_GROUP_SIZE,
         scheme: str = DEFAULT_SCHEME,
         lm_head_bits: int | str | None = None,
@@ -116,8 +116,8 @@ class LLM:
             model: a folder, a Hub repository, or the name of a bundled model ("opt-tiny").
             bitwidth: 1 to 8, "8:tc-li", "8:tc" or 16 for all layers; one of them per layer; a
                 mapping from regular expressions over module names to specs, or the JSON file of
-                one, in Neural Compressor's shape too. Checkpoints that are quantized already keep
-                theirs: leave it out.
+                one, in Neural Compressor's shape too. None is 16, and leaves a checkpoint that is
+                quantized already as it is, which takes nothing else; a GGUF file does.
             group_size: input channels that share a scale, -1 for all of them.
             scheme: "asym" or "sym".
             lm_head_bits: quantizes the LM head too.
@@ -201,7 +201,7 @@ class LLM:
         folder = pretrained.folder
         if pretrained.onnx:
             asked = dtype is not None or kv_bits != DEFAULT_KV_BITS
-            if asked or any(spec.kind != "dense" for _, spec in plan.rules):
+            if asked or not plan.keeps_stored:
                 raise UserError(
                     f"{folder.path} holds an ONNX model, whose types and layers are as they are; "
                     "leave bitwidth, dtype and kv_bits out"

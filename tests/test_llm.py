@@ -137,7 +137,7 @@ def test_a_plan_has_the_head_and_the_embedding_that_were_asked_for():
         (
             "opt-tiny",
             {"embedding_bits": 4, "lm_head_bits": 16},
-            "cannot have 16 bits beside",
+            "an embedding of 4 saves nothing; leave the embedding's bits out, or give the head 1",
         ),
         ("opt-tiny", {"embedding_bits": "8:tc-li"}, "bits of the embedding are '8:tc-li'"),
         ("opt-tiny", {"embedding_bits": True}, "bits of the embedding are True; choose from 1"),

@@ -269,7 +269,7 @@ def test_a_tied_head_of_the_embedding_s_spec_is_no_matrix_of_its_own():
 def test_a_tied_head_of_16_bits_beside_a_packed_embedding_is_refused():
     rules = {"embed": 4, "lm_head": 16}
     assert {*plan_of(rules).resolve(MODULES, 2)} == {*MODULES, EMBEDDING}
-    with pytest.raises(UserError, match="cannot have 16 bits beside one of 4"):
+    with pytest.raises(UserError, match="beside a head of 16 bits an embedding of 4"):
         plan_of(rules).resolve(MODULES, 2, tied=True)
     assert EMBEDDING in plan_of({"embed": 4, ".*": 16}).resolve(MODULES, 2, tied=True)
 

@@ -47,7 +47,7 @@ FC1 = "model.decoder.layers.1.fc1."
 
 
 def test_a_quantized_checkpoint_runs_as_it_is(saved, opt, tmp_path):
-    for args in (("--bitwidth", "4"), ("--bitwidth", "8"), ("--lm-head-bits", "4")):
+    for args in (("--bitwidth", "4"), ("--bitwidth", "16"), ("--lm-head-bits", "4")):
         done = call(GEN, "--model-path", saved, *args)
         assert_user_error(done, "is quantized already, and runs as it is", args[0])
     quantized = "this checkpoint is quantized, the reference is the 16-bit one"

@@ -13,7 +13,7 @@ from qllm import ops
 from qllm.calibration import Calibration
 from qllm.checkpoint.device_map import infer_device_map
 from qllm.checkpoint.materialize import Materializer
-from qllm.checkpoint.reader import Checkpoint, read_raw_config
+from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint, read_raw_config
 from qllm.checkpoint.rehearsal import Rehearsal
 from qllm.checkpoint.weights import Weights, resolve_dtype
 from qllm.config import (
@@ -61,7 +61,8 @@ def load_model(
 
     Args:
         folder: a checkpoint of a known family, in Hugging Face's or QLLM's layout.
-        plan: which layer gets which spec; 16 bits for a checkpoint that is quantized already.
+        plan: which layer gets which spec; one that `keeps_stored` for a checkpoint that is
+            quantized already.
         dtype: of activations and dense weights; None is the checkpoint's.
         device: where the model goes; of one that is too large for it in several shards, the first
             shards. The others then go to the CPU.
@@ -105,7 +106,7 @@ def load_model(
     largest = max(torch.Size(shape).numel() for shape in weights.shapes.values())
     caches = KVCache.sizes(whole.config, *cache_shape, dtype, kv_bits)
     sizes = [sum(costs[i] + caches[i] for i in shard) // parallel.tp.size for shard in shards]
-    what = f"the model at bitwidth {plan.text}"
+    what = "the model" if weights.stored else f"the model at bitwidth {plan.text}"
     if any(caches):
         in_all = gigabytes(sum(caches) // parallel.tp.size)
         what += f" with a KV cache of {in_all} ({cache_shape[0]} x {cache_shape[1]} tokens)"
@@ -125,7 +126,7 @@ def load_model(
 
 
 def _note_unpacked(checkpoint: Checkpoint, plan: QuantPlan, note: Note) -> None:
-    if checkpoint.unpacked_types and not _quantizes(plan):
+    if checkpoint.unpacked_types and plan.keeps_stored:
         note(
             f"matrices of {', '.join(checkpoint.unpacked_types)} are held at 16 bits: a packed one "
             "has no groups of 16, nor parts of several types; --bitwidth rounds the numbers of all "
@@ -188,19 +189,32 @@ def outline(folder: Path, plan: QuantPlan, dtype: torch.dtype | None = None) -> 
     return _empty(weights, _specs(weights, plan), dtype or weights.default_dtype())
 
 
-def _quantizes(plan: QuantPlan) -> bool:
-    return any(spec.kind != "dense" for _, spec in plan.rules)
-
-
 def _open(folder: Path, plan: QuantPlan, dtype: torch.dtype | None) -> Checkpoint:
-    """A checkpoint; what a plan quantizes of a GGUF file is its numbers, whatever their type.
+    """A checkpoint; what a plan asks of a GGUF file is made of its numbers, whatever their type.
 
-    What is not quantized is read in the type that the model will have, None being the file's own.
+    Where nothing is quantized they are read in the type that the model will have, None being the
+    file's own.
+
+    Raises:
+        UserError: for embedding or LM head alone of a file that has packed layers, which would
+            become numbers, too.
     """
-    if _quantizes(plan) or not is_gguf(folder):
-        return Checkpoint(folder, packed=not _quantizes(plan))
-    own = resolve_dtype(read_raw_config(folder).values["dtype"])
-    return Checkpoint(folder, dtype=dtype or own or torch.float32)
+    if not is_gguf(folder):
+        return Checkpoint(folder)
+    values = read_raw_config(folder).values
+    packed = values[QUANTIZATION_KEY]["modules"]
+    if plan.names_layers is False and plan.names_outer:
+        layers = [kind for name, kind in packed.items() if name.startswith("layers.")]
+        if layers:
+            raise UserError(
+                f"{folder} holds its layers in {layers[0]}, and runs as it is; leave "
+                "--lm-head-bits and --embedding-bits out, or give --bitwidth, which rounds all "
+                "layers, as well"
+            )
+    if plan.quantizes:
+        return Checkpoint(folder, packed=False)
+    own = dtype or resolve_dtype(values["dtype"]) or torch.float32
+    return Checkpoint(folder, packed=plan.keeps_stored, dtype=own)
 
 
 def _empty(weights: Weights, specs: dict[str, QuantSpec], dtype: torch.dtype) -> Decoder:
@@ -241,7 +255,7 @@ def _specs(weights: Weights, plan: QuantPlan) -> dict[str, QuantSpec]:
     """The spec of every linear: of the plan, or as a quantized checkpoint has it."""
     config = weights.config
     if weights.stored:
-        if _quantizes(plan):
+        if not plan.keeps_stored:
             raise UserError(
                 f"{weights.checkpoint.folder} is quantized already, and runs as it is; "
                 "leave --bitwidth, --lm-head-bits and --embedding-bits out"

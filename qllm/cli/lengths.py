@@ -66,7 +66,7 @@ def check_rounding(args: argparse.Namespace, plans: Sequence[QuantPlan]) -> None
     Raises:
         UserError: naming the first that was given.
     """
-    if any(spec.kind != "dense" for plan in plans for _, spec in plan.rules):
+    if any(plan.quantizes for plan in plans):
         return
     for option, value in (("--group-size", args.group_size), ("--scheme", args.scheme)):
         if not isinstance(value, Default | DefaultName):

@@ -237,8 +237,7 @@ def add_activation_options(parser: argparse.ArgumentParser) -> None:
 def read_plan(args: argparse.Namespace, algorithm: str = DEFAULT_ALGORITHM) -> QuantPlan:
     """The plan that the quantization options name; without --bitwidth, all at 16 bits."""
     default = QuantSpec(group_size=args.group_size, scheme=args.scheme, algorithm=algorithm)
-    bitwidth = "16" if args.bitwidth is None else args.bitwidth
-    plan = make_plan(bitwidth, default, args.lm_head_bits, args.embedding_bits)
+    plan = make_plan(args.bitwidth, default, args.lm_head_bits, args.embedding_bits)
     if plan.stages and getattr(args, "pp", 1) > 1 and not args.stages:
         wanted = plan.stages.count(",") + 2
         if args.pp != wanted:
@@ -253,7 +252,7 @@ def read_plan(args: argparse.Namespace, algorithm: str = DEFAULT_ALGORITHM) -> Q
 def read_plans(args: argparse.Namespace) -> list[QuantPlan]:
     """The plans of a --bitwidth that names several models; without it, the one of `read_plan`."""
     default = QuantSpec(group_size=args.group_size, scheme=args.scheme)
-    values = ["16"] if args.bitwidth is None else args.bitwidth.split(",")
+    values = [None] if args.bitwidth is None else args.bitwidth.split(",")
     for value in values:
         if values.count(value) > 1:
             raise UserError(

@@ -137,6 +137,8 @@ class QuantPlan:
         text: the plan as the user wrote it.
         stages: where the stages of a pipeline begin, as --stages has it; None: it does not say.
         model: fields of the ModelConfig that it was made for, see `check`; None: any.
+        names_layers: whether a user named the bits of layers, be they 16, or those of embedding
+            and LM head at the most; None: the plan is no user's.
     """
 
     rules: tuple[tuple[str, QuantSpec], ...]
@@ -144,6 +146,23 @@ class QuantPlan:
     text: str = ""
     stages: str | None = None
     model: Mapping[str, Any] | None = None
+    names_layers: bool | None = None
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether a rule gives fewer than 16 bits."""
+        return any(spec.kind != "dense" for _, spec in self.rules)
+
+    @property
+    def names_outer(self) -> bool:
+        """Whether a rule is of the embedding or the LM head."""
+        return any(name in pattern for pattern, _ in self.rules for name in (EMBEDDING, LM_HEAD))
+
+    @property
+    def keeps_stored(self) -> bool:
+        """Whether a checkpoint that is quantized already is loaded as it is."""
+        asked = self.names_layers or (self.names_layers is not None and self.names_outer)
+        return not (self.quantizes or asked)
 
     @classmethod
     def uniform(cls, spec: QuantSpec) -> QuantPlan:
@@ -300,8 +319,9 @@ class QuantPlan:
             del outer[LM_HEAD]
         elif tied and outer[LM_HEAD].kind == "dense" and self._names(LM_HEAD, patterns):
             raise UserError(
-                f"this model's LM head is its embedding, and cannot have 16 bits beside one of "
-                f"{outer[EMBEDDING].bits}; give it 1 to 8, or leave it out"
+                "this model's LM head is its embedding: beside a head of 16 bits an embedding of "
+                f"{outer[EMBEDDING].bits} saves nothing; leave the embedding's bits out, or give "
+                "the head 1 to 8"
             )
         for name, parts in modules.items():
             found = {part: self._find(name, part, patterns, unused) for part in parts or (name,)}

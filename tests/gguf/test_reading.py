@@ -22,7 +22,7 @@ from gguf_files import (
 )
 from torch import nn
 
-from qllm import LLM
+from qllm import LLM, report
 from qllm.checkpoint.gguf import GGUFFile
 from qllm.checkpoint.reader import Checkpoint
 from qllm.checkpoint.weights import Weights
@@ -101,8 +101,14 @@ def _linears(model: nn.Module):
 def test_numbers_are_quantized_where_bits_are_asked_for(tmp_path):
     model = FAMILIES["llama"]()
     path = write_model(tmp_path / "model.gguf", model, "Q8_0")
-    llm = LLM.from_pretrained(path, bitwidth=3, group_size=32)
-    assert {m.spec.bits for n, m in _linears(llm.model) if n != "lm_head"} == {3}
+    for bits in (3, 16):
+        llm = LLM.from_pretrained(path, bitwidth=bits, group_size=32)
+        assert {m.spec.bits for n, m in _linears(llm.model) if n != "lm_head"} == {bits}
+        assert report.outer_bits(llm.model) == {"embedding_bits": "16", "lm_head_bits": "16"}
+    for option in ("lm_head_bits", "embedding_bits"):  # with which layers would become numbers
+        for bits in (4, 16):
+            with pytest.raises(UserError, match="holds its layers in Q8_0, and runs as it is"):
+                LLM.from_pretrained(path, **{option: bits})
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "phi3", "gptneox"])
