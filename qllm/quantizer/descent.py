@@ -15,6 +15,8 @@ need what is put out count alike: a metric ties rows together, of which some mov
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,7 @@ from qllm.quant.inputs import InputStats
 from qllm.quant.packing import PackedWeight, group_width, pack, unpack
 from qllm.quant.rtn import SMALLEST_HALF_SCALE, grouped
 from qllm.quantizer.hidden import HiddenStates
-from qllm.quantizer.tune import token_sizes, tuned_samples, work_dtype
+from qllm.quantizer.tune import multiplying_in, token_sizes, tuned_samples
 
 # Over all channels; the fifth changes less than a hundredth of the integers.
 SWEEPS = 5
@@ -34,23 +36,26 @@ SWEEPS = 5
 ROUNDS = 2
 # Of rows that move as if the others of their set stood still. Neighbours are in different ones.
 ROW_SETS = 8
-# Channels whose effects on each other are followed one by one; those on others go in one product.
+# Channels whose effects on each other are followed one by one; those on others of a span go in one
+# product, those of a span on all others in another, since wide products take half the time.
 BLOCK = 128
+SPAN = 1024
 # What keeps scales of groups whose effects are alike apart, of the mean of A's diagonal.
 RIDGE = 1e-4
 # Of what a scale was: a fit that takes nearly all of it has too little to go by.
 SMALLEST_SHARE = 0.3
 # Weights whose scales are fitted together: for each row there is a matrix (G, G).
-WEIGHTS_AT_ONCE = 1 << 20
+WEIGHTS_AT_ONCE = 1 << 21
 
 
 def descend_last(
     layer: PreNormLayer,
-    run: Block,
+    block: tuple[Block, Sequence[str]],
     name: str,
     linear: WeightOnlyLinear,
     states: tuple[HiddenStates, HiddenStates],
     metric: Tensor,
+    dtype: torch.dtype,
 ) -> WeightOnlyLinear:
     """Other integers and scales for a linear of a layer whose blocks `blocks_end_in_sums`.
 
@@ -58,36 +63,38 @@ def descend_last(
 
     Args:
         layer: its linears are matrices in float32, and stay.
-        run: the block of the layer that the linear is in.
+        block: the one of the layer that the linear is in.
         name: the linear's in the layer, where there is its matrix.
         linear: on its grids.
         states: those in front of the block, and those wanted behind it.
         metric: as of `token_errors`.
+        dtype: what products are computed in.
     """
+    run, names = block
     inputs, targets = (each.part(slice(tuned_samples(len(each.states)))) for each in states)
-    module = dense_linear(layer, name)
-    dtype = work_dtype(inputs.states.device, linear.spec.bits)
+    residuals = torch.zeros_like(dense_linear(layer, name).weight)
+    device = residuals.device
 
     def multiply(a: Tensor, b: Tensor, _: None) -> Tensor:
         return (a.to(dtype) @ b.to(dtype).t()).float()
 
-    stats = InputStats(module.in_features, inputs.states.device, products=True, multiply=multiply)
-    residuals = torch.zeros_like(module.weight)
+    stats = InputStats(linear.in_features, device, products=True, multiply=multiply)
     seen: list[Tensor] = []
 
     def see(_: nn.Module, given: tuple[Tensor]) -> None:
         seen.append(given[0])
 
-    hook = module.register_forward_pre_hook(see)
-    try:
-        for (_, x, step), (_, wanted, _) in zip(inputs.passes(), targets.passes(), strict=True):
-            missing = wanted - run(x, step)
-            weight = token_sizes(wanted)[:, None].rsqrt_()
-            given = seen.pop() * weight
-            stats.add(given)
-            residuals += multiply(missing.mul_(weight).t(), given.t(), None)
-    finally:
-        hook.remove()
+    with multiplying_in(dtype, layer, names):
+        hook = layer.get_submodule(name).register_forward_pre_hook(see)
+        try:
+            for (_, x, step), (_, wanted, _) in zip(inputs.passes(), targets.passes(), strict=True):
+                missing = wanted - run(x, step)
+                weight = token_sizes(wanted)[:, None].rsqrt_()
+                given = seen.pop() * weight
+                stats.add(given)
+                residuals += multiply(missing.mul_(weight).t(), given.t(), None)
+        finally:
+            hook.remove()
     products = stats.hessian
     assert products is not None
     spec = linear.spec
@@ -175,7 +182,7 @@ class _Descent:
 
     def _weighed(self, rows: Tensor) -> Tensor:
         """The gradient (K, n) of some rows, over what M makes of each by itself."""
-        return (self.gradient @ self.metric[:, rows]) / self.metric.diagonal()[rows]
+        return ops.multiply(self.gradient, self.metric[rows]) / self.metric.diagonal()[rows]
 
     def _gains(self, rows: Tensor, moves: Tensor, weighed: Tensor, effect: Tensor) -> bool:
         """Whether moves (K, n) of some rows lower the loss, which they do to each by itself.
@@ -184,7 +191,7 @@ class _Descent:
             weighed, effect: their gradient in front of them, and H times them: (K, n).
         """
         among = self.metric[rows][:, rows]
-        change = 2 * weighed * among.diagonal() + effect @ among
+        change = 2 * weighed * among.diagonal() + ops.multiply(effect, among)
         return bool((moves * change).sum(dtype=torch.float64) < 0)
 
     def sweep(self) -> bool:
@@ -198,12 +205,15 @@ class _Descent:
             moves = torch.empty_like(values)
             scales, low = (each[:, rows][groups] for each in (self.scales, -self.zeros))
             by_step = inverse[:, None] / scales
-            for start in range(0, len(order), BLOCK):
-                block = slice(start, start + BLOCK)
-                given = (each[block] for each in (values, after, scales, low, by_step))
-                found = descend_block(self.ordered[block, block], *given, self.most)
-                values[block], moves[block] = found
-                after.addmm_(self.ordered[:, block], moves[block])
+            for span in _slices(slice(0, len(order)), SPAN):
+                for block in _slices(span, BLOCK):
+                    given = (each[block] for each in (values, after, scales, low, by_step))
+                    found = descend_block(self.ordered[block, block], *given, self.most)
+                    values[block], moves[block] = found
+                    after[span].addmm_(self.ordered[span, block], moves[block])
+                effect = ops.multiply(moves[span].t(), self.ordered[span].t()).t()
+                for others in (slice(0, span.start), slice(span.stop, None)):
+                    after[others] += effect[others]
             values, moves, after = (each[places] for each in (values, moves, after))
             effect = after - weighed
             if self._gains(rows, moves, weighed, effect):
@@ -223,8 +233,8 @@ class _Descent:
             by_pair = flat.new_empty(*values.shape[:2], values.shape[1])
             for index in range(values.shape[1]):
                 span = slice(index * self.group, min((index + 1) * self.group, columns))
-                product = grouped(flat[:, span] @ self.products[span], self.group)
-                by_pair[:, index] = product.mul_(values).sum(-1)
+                product = ops.multiply(flat[:, span], self.products[span].t())
+                by_pair[:, index] = grouped(product, self.group).mul_(values).sum(-1)
             weighed = self._weighed(rows)
             wanted = -(grouped(weighed.t(), self.group) * values).sum(-1)
             before = self.scales[:, rows].t()
@@ -236,7 +246,7 @@ class _Descent:
             effect = (by_pair @ change[..., None])[..., 0]
             change *= ((change * (effect - 2 * wanted)).sum(-1) < 0)[:, None]
             moves = (values * change[..., None]).flatten(1)[:, :columns].t()
-            of_moves = self.products @ moves
+            of_moves = ops.multiply(self.products, moves.t())
             if self._gains(rows, moves, weighed, of_moves):
                 self.scales[:, rows] = torch.where(change != 0, after, before).t()
                 self.gradient[:, rows] += of_moves
@@ -247,3 +257,8 @@ class _Descent:
             scales = scales.clamp(min=SMALLEST_HALF_SCALE).half().float()
         usable = scales.isfinite() & (scales > SMALLEST_SHARE * before)
         return torch.where(usable, scales, before)
+
+
+def _slices(whole: slice, width: int) -> Iterator[slice]:
+    for start in range(whole.start, whole.stop, width):
+        yield slice(start, min(start + width, whole.stop))

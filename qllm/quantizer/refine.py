@@ -34,8 +34,10 @@ from qllm.quantizer.tune import (
     TuneReport,
     advance_watched,
     held_out,
+    multiplying_in,
     relative_error,
     tune_block,
+    work_dtype,
 )
 
 # What a block adds to the rest of the states.
@@ -88,7 +90,11 @@ def refine_layer(
 
 
 class _Block:
-    """One block of `refine_layer`."""
+    """One block of `refine_layer`.
+
+    Attributes:
+        dtype: what products are computed in, but those of quantizing, which are GPTQ's.
+    """
 
     def __init__(
         self,
@@ -112,11 +118,15 @@ class _Block:
             for inner, spec in self.specs.items()
             if is_tuned(spec, options)
         }
+        bits = [self.specs[inner].bits for inner in self.weights]
+        device = states[0].states.device
+        self.dtype = work_dtype(device, max(bits)) if bits else torch.float32
 
     def refine(self, add: Callable[[float], object]) -> Refined:
         """All of it; the states are behind the block then."""
         hidden, targets = self.states
-        targets.advance(self.run)  # while it is the float model's
+        with multiplying_in(self.dtype, self.layer, self.specs):
+            targets.advance(self.run)  # while it is the float model's
         # Passes of a sample: gradients take two more, GPTQ about four in all.
         tune = self.options.tune
         tuning = 3 * tune.steps * tune.samples(*hidden.states.shape[1:])
@@ -167,7 +177,14 @@ class _Block:
             untuned[inner] = starts[inner], linear
         stand_ins = {inner: layer.get_submodule(inner) for inner in self.specs}
         tuned = tune_block(
-            layer, self.block, untuned, self.states, self.metric, self.options.tune, add
+            layer,
+            self.block,
+            untuned,
+            self.states,
+            self.metric,
+            self.dtype,
+            self.options.tune,
+            add,
         )
         for inner, module in stand_ins.items():
             layer.set_submodule(inner, stand_in(tuned[inner]) if inner in tuned else module)
@@ -182,7 +199,9 @@ class _Block:
             if inner not in untuned:
                 continue
             stood_in, linear = layer.get_submodule(inner), better.get(inner, untuned[inner][1])
-            descended = descend_last(layer, self.run, inner, linear, self.states, self.metric)
+            descended = descend_last(
+                layer, self.block, inner, linear, self.states, self.metric, self.dtype
+            )
             layer.set_submodule(inner, stand_in(descended))
             lower, with_it = self._judge()
             if lower < report.after:
@@ -202,7 +221,7 @@ class _Block:
         hidden, targets = self.states
         judges = held_out(len(hidden.states))
         states = hidden.part(judges).copy()
-        errors = advance_watched(states, self.layer, self.run, self.weights)
+        errors = advance_watched(states, self.layer, self.block, self.weights, self.dtype)
         return relative_error(states, targets.part(judges), self.metric), errors
 
 

@@ -7,7 +7,8 @@ layers make up for the errors of earlier ones. Errors count by what they do to p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn.functional import linear as product
 from torch.utils.hooks import RemovableHandle
 
 from qllm import ops
-from qllm.layers import Linear
+from qllm.layers import DenseLinear, Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.cache import Prefill
 from qllm.models.equalize import dense_linear
@@ -165,6 +166,32 @@ def freeze_all(part: nn.Module, dtype: torch.dtype) -> None:
         freeze(part, name, dtype)
 
 
+class ReducedPrecisionLinear(nn.Module):
+    """A linear between float32 activations whose products are of another type."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.bias = weight.to(dtype), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = product(x.to(self.weight.dtype), self.weight).float()
+        return y if self.bias is None else y.add_(self.bias)
+
+
+@contextmanager
+def multiplying_in(dtype: torch.dtype, layer: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Let those linears of a layer that are matrices in float32 multiply in dtype inside."""
+    before = {name: layer.get_submodule(name) for name in names}
+    for name, module in before.items():
+        if dtype != torch.float32 and isinstance(module, DenseLinear):
+            layer.set_submodule(name, ReducedPrecisionLinear(module.weight, module.bias, dtype))
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            layer.set_submodule(name, module)
+
+
 def token_sizes(states: Tensor) -> Tensor:
     """What a norm divides each token's squared error by: (…, C) to (…).
 
@@ -207,38 +234,46 @@ def relative_error(states: HiddenStates, targets: HiddenStates, metric: Tensor) 
 
 
 def advance_watched(
-    states: HiddenStates, layer: PreNormLayer, run: Block, weights: Mapping[str, Tensor]
+    states: HiddenStates,
+    layer: PreNormLayer,
+    block: tuple[Block, Sequence[str]],
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype,
 ) -> dict[str, float]:
     """Put states through a block; how far what its linears put out is from what float ones would
     of the same inputs.
 
     Args:
         layer: whose linears are matrices in float32.
-        run: the block of the layer.
+        block: one of its own.
         weights: the float weights by name in the layer, of linears of the block.
+        dtype: what products are computed in.
 
     Returns:
         relative root mean square errors by name.
     """
+    run, names = block
     squares = {name: torch.zeros(2, dtype=torch.float64) for name in weights}
 
-    def watch(name: str, weight: Tensor) -> RemovableHandle:
-        module = dense_linear(layer, name)
-        error = module.weight - weight
+    def watch(name: str, error: Tensor) -> RemovableHandle:
+        matrices = error.to(dtype), weights[name].to(dtype)
 
         def see(_: nn.Module, inputs: tuple[Tensor]) -> None:
-            for index, matrix in enumerate((error, weight)):
-                y = module.run(inputs[0], matrix, None)
+            x = inputs[0].to(dtype)
+            for index, matrix in enumerate(matrices):
+                y = product(x, matrix).float()
                 squares[name][index] += torch.linalg.vector_norm(y).double().cpu() ** 2
 
-        return module.register_forward_pre_hook(see)
+        return layer.get_submodule(name).register_forward_pre_hook(see)
 
-    hooks = [watch(*entry) for entry in weights.items()]
-    try:
-        states.advance(run)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    errors = {name: dense_linear(layer, name).weight - weights[name] for name in weights}
+    with multiplying_in(dtype, layer, names):
+        hooks = [watch(*entry) for entry in errors.items()]
+        try:
+            states.advance(run)
+        finally:
+            for hook in hooks:
+                hook.remove()
     return {
         name: (error / whole).sqrt().item() if whole else 0.0
         for name, (error, whole) in squares.items()
@@ -251,6 +286,7 @@ def tune_block(
     linears: Mapping[str, tuple[TuningStart, WeightOnlyLinear]],
     states: tuple[HiddenStates, HiddenStates],
     metric: Tensor,
+    dtype: torch.dtype,
     options: TuneOptions,
     add: Callable[[float], object],
 ) -> dict[str, WeightOnlyLinear]:
@@ -263,6 +299,7 @@ def tune_block(
             layer.
         states: those in front of the block, and those wanted behind it.
         metric: as of `token_errors`.
+        dtype: what products are computed in.
         add: called with shares of the work as they are done, which sum up to 1.
 
     Returns:
@@ -270,7 +307,6 @@ def tune_block(
     """
     inputs, targets = states
     samples, device = tuned_samples(len(inputs.states)), inputs.states.device
-    dtype = work_dtype(device, max(found.spec.bits for _, found in linears.values()))
     workers = Workers(device)
     tuned = {}
     widths: list[int] = []

@@ -293,3 +293,15 @@ def test_int_mm_is_not_for_cuda():
     choice = select("int8_linear", Request(64, 64, 8, -1, "sym", "cuda"))
     assert choice.kernel.run is reference.int8_linear
     assert "not torch._int_mm" in choice.reason and "cuda" in choice.reason
+
+
+@pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
+def test_products_of_matrices_however_they_lie(vendor, monkeypatch):
+    monkeypatch.setattr(ops, "_cpu_vendor", lambda: vendor)
+    draw = np.random.default_rng(0)
+    a, b = (torch.from_numpy(draw.standard_normal((n, 40))).float() for n in (33, 26))
+    wanted = a.double().numpy()[:, 3:23] @ b.double().numpy()[:, 3:23].T
+    for x, y in itertools.product((a, a.t().contiguous().t()), (b, b.t().contiguous().t())):
+        parts = x[:, 3:23], y[:, 3:23]
+        for given in (parts, (parts[0].contiguous(), parts[1].contiguous())):
+            np.testing.assert_allclose(ops.multiply(*given).numpy(), wanted, rtol=0, atol=2e-5)

@@ -64,6 +64,7 @@ def metric_of(rows: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("columns", [COLUMNS, 64])
 def test_no_row_is_worse_and_zeros_stay(bits, group_size, scheme, algorithm, columns, monkeypatch):
     monkeypatch.setattr(descent, "BLOCK", 9)
+    monkeypatch.setattr(descent, "SPAN", 25)
     monkeypatch.setattr(descent, "WEIGHTS_AT_ONCE", 5 * columns)
     weight, products, residuals = problem(ROWS, columns)
     products[3] = products[:, 3] = residuals[:, 3] = 0.0  # an input that is always zero
