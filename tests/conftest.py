@@ -154,6 +154,37 @@ def own_hopper(request, monkeypatch):
     hopper.kernel.cache_clear()
 
 
+@pytest.fixture(scope="session")
+def decode_emulation(tmp_path_factory):
+    """A driver whose GPU is emulated, for products of steps."""
+    from gpu_kernels import build_emulation
+
+    return build_emulation("emulated_decode.cpp", tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.fixture
+def own_gpu(request, monkeypatch):
+    """The GPU, or where there is none the emulation of steps, of which this is the driver."""
+    import torch
+    from gpu_kernels import decode_binary
+
+    from qllm.ops.gpu import cuda, decode, device, driver, nvrtc
+
+    if torch.cuda.is_available():
+        if reason := decode.unsupported_reason(torch.device("cuda", 0)):
+            pytest.fail(reason)
+        yield None
+        return
+    library = request.getfixturevalue("decode_emulation")
+    monkeypatch.setattr(driver, "library", lambda: library)
+    monkeypatch.setattr(nvrtc, "compile_cached", decode_binary)
+    monkeypatch.setattr(device, "architecture", lambda device: ("9.0", 4))
+    monkeypatch.setattr(decode, "late_reason", lambda device: None)
+    cuda.kernel.cache_clear()
+    yield library
+    cuda.kernel.cache_clear()
+
+
 def examples(count: int) -> settings:
     """For a hypothesis test whose examples cost more, or less, than most: here, and nightly."""
     nightly = settings.get_current_profile_name() == "nightly"

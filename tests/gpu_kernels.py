@@ -17,7 +17,7 @@ from cpu_paths import Weight, normal, random_weight
 from fences import fenced, kept
 from torch import Tensor
 
-from qllm.ops.gpu import cuda, driver, hopper, hopper_int8, layout, linear, nvrtc
+from qllm.ops.gpu import cuda, decode, driver, hopper, hopper_int8, layout, linear, nvrtc
 from qllm.ops.gpu import device as device_of
 from qllm.quant.packing import PackedWeight
 
@@ -45,15 +45,37 @@ def multiply(
     return product(x.to(device), *tensors, bias, *format_, **options).cpu()
 
 
+def assert_same(got: Tensor, wanted: Tensor) -> None:
+    """Both are the same to the bit, but for which NaN one is."""
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 def build_emulation(name: str, folder: Path) -> ctypes.CDLL:
-    """A driver whose GPU is emulated, of a source beside the tests."""
+    """A driver whose GPU is emulated, of a source beside the tests.
+
+    Kernels are compiled for ThreadSanitizer, in place of whose runtime is `emulated_order.cpp`.
+    """
     if shutil.which("g++") is None:
         pytest.skip("there is no g++")
-    path, source = folder / "emulated.so", ROOT / "tests/ops/gpu" / name
-    flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared")
-    command = ["g++", *flags, "-Wno-unknown-pragmas", "-fPIC", f"-I{cuda.SOURCE}", str(source)]
+    sources, path, kernels = ROOT / "tests/ops/gpu", folder / "emulated.so", folder / "kernels.o"
+    compiler = ("g++", "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror")
+    flags = ("-O1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-fno-threadsafe-statics")
+    told = ("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0")
+    command = [*compiler, *flags, *told, f"-I{cuda.SOURCE}", "-c", str(sources / name)]
+    subprocess.run([*command, "-o", str(kernels)], check=True)
+    command = [*compiler, "-O2", "-shared", str(kernels), str(sources / "emulated_order.cpp")]
     subprocess.run([*command, "-o", str(path)], check=True)
     return ctypes.CDLL(str(path))
+
+
+def decode_binary(source: str, options: list[str]) -> bytes:
+    """A binary of the decode emulation's: the constants of either kernel."""
+    assert options[:2] == ["--std=c++17", "--gpu-architecture=sm_90"]
+    given = dict(option.removeprefix("-D").split("=") for option in options[2:])
+    names = map(str.upper, decode.Variant._fields)
+    return bytes(
+        (ctypes.c_int * len(decode.Variant._fields))(*(int(given.get(n, 0)) for n in names))
+    )
 
 
 def emulate_hopper(library: ctypes.CDLL) -> None:

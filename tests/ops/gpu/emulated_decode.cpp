@@ -1,4 +1,7 @@
 // A GPU for decode.cu and decode_int8.cu: device.h on the CPU, and the few functions of CUDA's driver that launch it.
+//
+// What does not show is whether device.h's instructions order what its functions say, and that a next
+// kernel which is let begin finds room; all else that is left out does (test_order.py).
 
 struct Constants {
     int bits, float16, zeros, offsets, wide, group, warps, depth, tiles, panels, whole;
@@ -41,22 +44,18 @@ struct Lane : Fiber {
 
 constexpr int MAX_CLUSTER = 8;
 
-struct Block {
-    Meeting meeting;
-    std::vector<float> shared;
-};
 
 static Lane lanes[MAX_LANES];
 static Warp warps[MAX_LANES / 32];
-static Block blocks[MAX_CLUSTER];
-static Meeting all_blocks;
-static int shared_size;
+static Meeting meetings[MAX_CLUSTER], all_blocks, cluster;  // of each block, and of all of them
+static std::vector<float> shared;                          // of all blocks
+static int shared_size;                                    // numbers of a block
 static u32 cluster_arrivals;
 
-DEVICE float* shared_numbers() { return blocks[current / threads].shared.data(); }
+DEVICE float* shared_numbers() { return &shared[current / threads * shared_size]; }
 
 DEVICE void barrier() {
-    meet(blocks[current / threads].meeting, threads, [] {});
+    meet_in_order(meetings[current / threads], threads, [] {});
 }
 
 // The cluster's barrier, of which all lanes first say that they have come, and later wait for the rest.
@@ -64,21 +63,24 @@ static u32 times_complete() { return cluster_arrivals / (cluster_size * threads)
 
 DEVICE void arrive_in_cluster() {
     moved = true;
-    failed |= lanes[current].arrivals++ > times_complete();
-    ++cluster_arrivals;
+    require(lanes[current].arrivals++ == times_complete(), "a lane comes to a barrier that it has not left");
+    order::release(cluster.coming);
+    if (++cluster_arrivals % (cluster_size * threads) == 0) cluster.passed = cluster.coming;
 }
 
 DEVICE void wait_for_cluster() {
     while (times_complete() < lanes[current].arrivals) yield();
+    order::acquire(cluster.passed);
     moved = true;
 }
 
-// Behind the barrier's first time, of which all blocks know that the others have begun.
 DEVICE void store4_in_block(float* to, int block, const float* from) {
-    const size_t at = to - shared_numbers(), size = blocks[current / threads].shared.size();
-    const bool inside = at % 4 == 0 && at + 4 <= size && block < cluster_size;
-    failed |= !inside || (cluster_size > 1 && !times_complete());
-    if (inside) std::memcpy(&blocks[block].shared[at], from, 16);
+    const int at = (int)(to - shared_numbers());
+    const bool inside = at >= 0 && at % 4 == 0 && at + 4 <= shared_size && block < cluster_size;
+    require(inside, "a store is outside of shared memory");
+    const bool begun = block == current / threads || order::knows({(u32)(block * threads), 1});
+    require(begun, "a store is to a block that may not have begun");
+    for (int i = 0; i < 4 && inside; ++i) shared[block * shared_size + at + i] = from[i];
 }
 
 // What the kernel in front writes: until all wait for it, other bytes are there, and nothing is written.
@@ -90,7 +92,7 @@ struct Late {
 static std::vector<Late> late;
 static const u8* result;
 static std::vector<u8> result_before;
-static bool launched_early, waited, wrote_early;
+static bool launched_early, waited, wrote_early, let_begin;
 
 DEVICE void wait_for_previous() {
     meet(all_blocks, cluster_size * threads, [] {
@@ -100,7 +102,7 @@ DEVICE void wait_for_previous() {
     });
 }
 
-DEVICE void let_next_begin() {}
+DEVICE void let_next_begin() { let_begin = true; }
 
 // Element (row, k) of operand A or (k, column) of operand B, by its lane, register and half: see the
 // figures of mma.m16n8k16 in NVIDIA's description of PTX.
@@ -114,7 +116,7 @@ static float element_of_b(const Warp& warp, int k, int column) {
     return widen(k % 2 ? word >> 16 : word & 0xFFFF);
 }
 
-static void multiply_all(Warp& warp) {
+UNTOLD static void multiply_all(Warp& warp) {
     float a[16][16], b[16][8];
     for (int k = 0; k < 16; ++k) {
         for (int row = 0; row < 16; ++row) a[row][k] = element_of_a(warp, row, k);
@@ -141,7 +143,7 @@ DEVICE void multiply(float* c, const u32* a, u32 b0, u32 b1) {
 }
 
 // Byte k of a row of operand A and of a column of operand B: see the figures of mma.m16n8k32.
-static void multiply_all_int8(Warp& warp) {
+UNTOLD static void multiply_all_int8(Warp& warp) {
     for (int lane = 0; lane < 32; ++lane)
         for (int i = 0; i < 4; ++i) {
             const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
@@ -166,6 +168,12 @@ DEVICE void multiply_int8(int* c, const u32* a, u32 b0, u32 b1) {
     std::memcpy(c, warp.sums[lane], sizeof warp.sums[lane]);
 }
 
+#define barrier UNLESS_LEFT_OUT barrier
+#define arrive_in_cluster UNLESS_LEFT_OUT arrive_in_cluster
+#define wait_for_cluster UNLESS_LEFT_OUT wait_for_cluster
+#define wait_for_previous UNLESS_LEFT_OUT wait_for_previous
+#define let_next_begin UNLESS_LEFT_OUT let_next_begin
+
 namespace packed {
 #include "decode.cu"
 }
@@ -178,22 +186,22 @@ static int8::Arguments int8_arguments;
 
 static int run_cluster() {
     for (Warp& warp : warps) warp.product = {};
-    for (int i = 0; i < cluster_size; ++i) {
-        blocks[i].meeting = {};
-        blocks[i].shared.assign(shared_size / sizeof(float), NAN);
-    }
+    for (Meeting& meeting : meetings) meeting = {};
     for (int i = 0; i < cluster_size * threads; ++i) lanes[i].arrivals = 0;
-    all_blocks = {};
+    all_blocks = cluster = {};
     cluster_arrivals = 0;
-    waited = false;
+    waited = let_begin = false;
+    shared.assign(cluster_size * shared_size, NAN);
+    order::begin(cluster_size * threads, 0, shared.data(), shared.size() * sizeof(float));
     result_before.assign(result, result + result_before.size());
     if (launched_early)
         for (const Late& part : late) std::memset(part.place, 0x7F, part.content.size());
     begin_lanes(lanes);
     while (run_round(lanes))
         if (!moved) return 719;  // lanes wait for others that do not come: launch failure
-    if (failed || (launched_early && (!waited || wrote_early))) return 719;
-    return misaligned ? 716 : 0;  // misaligned address
+    require(!launched_early || (waited && !wrote_early), "the kernel in front was not waited for");
+    require(let_begin, "the next kernel never begins early");
+    return order::failure ? 719 : misaligned ? 716 : 0;  // misaligned address
 }
 
 // x, its scales and y of the arguments of either kernel.
@@ -224,11 +232,11 @@ int cuLaunchKernelEx(const LaunchConfig* config, const void* function, void** pa
     threads = config->block[0];
     cluster_size = config->attribute(CLUSTER_DIMENSION, 1);
     launched_early = config->attribute(PROGRAMMATIC_SERIALIZATION, false);
-    wrote_early = misaligned = failed = false;
+    wrote_early = false;
     if (threads != WARPS * 32 / cluster_size || (!constants.is_int8 && cluster_size != PARTS) || cluster_size > MAX_CLUSTER ||
         config->grid[0] % cluster_size || cluster_size * threads > MAX_LANES)
         return 1;
-    shared_size = config->shared_bytes;
+    shared_size = (int)(config->shared_bytes / sizeof(float));
     launches_that_began_early += launched_early;
     if (constants.is_int8) {
         const auto& to = int8_arguments;

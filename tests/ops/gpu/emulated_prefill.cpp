@@ -6,6 +6,21 @@
 
 namespace hopper {
 
+#define init_barrier UNLESS_LEFT_OUT init_barrier
+#define publish_barriers UNLESS_LEFT_OUT publish_barriers
+#define arrive UNLESS_LEFT_OUT arrive
+#define arrive_expecting UNLESS_LEFT_OUT arrive_expecting
+#define wait UNLESS_LEFT_OUT wait
+#define warp_barrier UNLESS_LEFT_OUT warp_barrier
+#define consumers_barrier UNLESS_LEFT_OUT consumers_barrier
+#define cluster_barrier UNLESS_LEFT_OUT cluster_barrier
+#define cluster_barrier_relaxed UNLESS_LEFT_OUT cluster_barrier_relaxed
+#define give_up_registers UNLESS_LEFT_OUT give_up_registers
+#define take_registers UNLESS_LEFT_OUT take_registers
+#define begin_products UNLESS_LEFT_OUT begin_products
+#define commit_products UNLESS_LEFT_OUT commit_products
+#define wait_for_products UNLESS_LEFT_OUT wait_for_products
+
 namespace prompt {
 #include "prefill.cu"
 }
@@ -37,7 +52,7 @@ static int launch(const LaunchConfig& config, const void* function, void** param
     }
     threads = constants.threads;
     cluster_size = config.attribute(CLUSTER_DIMENSION, 1);
-    misaligned = failed = false;
+    shared_size = config.shared_bytes;
     const bool fits = config.shared_bytes <= SHARED_SIZE && (int)config.block[0] == threads;
     if (!fits || config.grid[0] % cluster_size || cluster_size > MAX_BLOCKS) return 1;
     return run_grid(config, run_cluster);

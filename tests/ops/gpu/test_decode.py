@@ -11,7 +11,7 @@ import pytest
 import torch
 from cpu_paths import STORED_SCHEMES, normal, pattern, random_weight, weight_of
 from fences import kept, run_in
-from gpu_kernels import build_emulation, multiply_between_fences, packed
+from gpu_kernels import assert_same, decode_binary, multiply_between_fences, packed
 from product_cases import assert_close
 from torch import Tensor
 
@@ -24,41 +24,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = ((1, 1), (13, 67), (33, 390), (20, 1160))  # (N, K)
 GROUPS = (-1, 16, 32, 48, 64, 100, 128, 200)
 ROWS = (1, 3, 8, 13, 17, 40)
-
-
-@pytest.fixture(scope="session")
-def emulation(tmp_path_factory):
-    """A driver whose GPU is emulated."""
-    return build_emulation("emulated_decode.cpp", tmp_path_factory.mktemp("gpu"))
-
-
-def constants(source: str, options: list[str]) -> bytes:
-    """A binary of the emulation's."""
-    assert options[:2] == ["--std=c++17", "--gpu-architecture=sm_90"]
-    given = dict(option.removeprefix("-D").split("=") for option in options[2:])
-    names = map(str.upper, decode.Variant._fields)
-    return bytes(
-        (ctypes.c_int * len(decode.Variant._fields))(*(int(given.get(n, 0)) for n in names))
-    )
-
-
-@pytest.fixture
-def own_gpu(request, monkeypatch):
-    """The GPU, or where there is none the emulation, of which this is the driver."""
-    if DEVICE == "cuda":
-        if reason := decode.unsupported_reason(torch.device("cuda", 0)):
-            pytest.fail(reason)
-        yield None
-        return
-    library = request.getfixturevalue("emulation")
-
-    monkeypatch.setattr(driver, "library", lambda: library)
-    monkeypatch.setattr(nvrtc, "compile_cached", constants)
-    monkeypatch.setattr(device_of, "architecture", lambda device: ("9.0", 4))
-    monkeypatch.setattr(decode, "late_reason", lambda device: None)
-    cuda.kernel.cache_clear()
-    yield library
-    cuda.kernel.cache_clear()
 
 
 def multiply(weight, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -143,7 +108,7 @@ def test_what_is_no_number_gives_what_the_reference_gives(special, own_gpu):
 def run_between_fences(library: str) -> None:
     """On the emulation, all tensors fenced: those that it is given and the one that it makes."""
     driver.library = lambda: ctypes.CDLL(library)
-    nvrtc.compile_cached = constants
+    nvrtc.compile_cached = decode_binary
     device_of.architecture = lambda device: ("9.0", 4)
     decode.late_reason = lambda device: None
 
@@ -161,8 +126,8 @@ def run_between_fences(library: str) -> None:
         kept.clear()
 
 
-def test_nothing_outside_is_touched(emulation):
-    done = run_in(Path(__file__), f"run_between_fences({emulation._name!r})")
+def test_nothing_outside_is_touched(decode_emulation):
+    done = run_in(Path(__file__), f"run_between_fences({decode_emulation._name!r})")
     assert done.returncode == 0, done.stderr
 
 
@@ -209,7 +174,7 @@ def test_int8_is_the_reference_to_the_bit(dtype, static, own_gpu, monkeypatch):
             torch.cuda.synchronize()
         with phase.decode():
             got = linear.int8_linear(*there, outputs).cpu()
-        assert torch.equal(pattern(got), pattern(reference.int8_linear(*given, outputs)))
+        assert_same(got, reference.int8_linear(*given, outputs))
 
 
 def test_weights_are_read_early_in_steps_alone(own_gpu, monkeypatch):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu_paths import normal, pattern
+from cpu_paths import normal
 from fences import fenced, kept, run_in
-from gpu_kernels import emulate_hopper
+from gpu_kernels import assert_same, emulate_hopper
 from torch import Tensor
 
 from qllm.ops import reference
@@ -55,7 +55,7 @@ def test_it_is_the_reference_to_the_bit(dtype, static, own_hopper):
         assert hopper_int8.takes(rows, q)
         got = hopper_int8.int8_linear(*there(rows, q, scales, bias), cut=cut).cpu()
         wanted = reference.int8_linear(rows, q, scales, bias, None, outputs)
-        assert torch.equal(pattern(got), pattern(wanted))
+        assert_same(got, wanted)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
@@ -66,7 +66,7 @@ def test_scales_that_are_no_numbers_give_what_the_reference_gives(own_hopper):
     rows = reference.quantize_rows(normal(70, 128, dtype=torch.float16), None)
     got = hopper_int8.int8_linear(*there(rows, q, scales, None)).cpu()
     wanted = reference.int8_linear(rows, q, scales, None, None, 20)
-    assert torch.equal(pattern(got), pattern(wanted))
+    assert_same(got, wanted)
 
 
 def run_between_fences(library: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from covering import each, slow_but
 from cpu_paths import DTYPES, STORED_SCHEMES, normal, pattern, random_weight, weight_of
-from gpu_kernels import multiply, packed
+from gpu_kernels import assert_same, multiply, packed
 from product_cases import assert_close, rms
 from torch import Tensor
 
@@ -168,7 +168,7 @@ def test_what_is_no_number_gives_what_the_reference_gives(special, gpu):
     for scale in (None, torch.tensor(0.03)):
         want = reference.int8_linear(x, q, scales, None, scale, 40)
         tensors = (part if part is None else part.to(gpu) for part in (x, q, scales, None, scale))
-        assert torch.equal(pattern(linear.int8_linear(*tensors, 40).cpu()), pattern(want))
+        assert_same(linear.int8_linear(*tensors, 40).cpu(), want)
 
 
 def test_the_self_test_of_offsets_finds_what_is_wrong(gpu, monkeypatch):
@@ -231,7 +231,7 @@ def test_long_rows_to_int8_are_the_reference_to_the_bit(dtype, gpu, monkeypatch)
     def found() -> None:
         made = rows.quantize(x.to(gpu), None)
         assert torch.equal(made.values.cpu(), wanted.values)
-        assert torch.equal(pattern(made.scales.cpu()), pattern(wanted.scales))
+        assert_same(made.scales.cpu(), wanted.scales)
 
     found()
     if gpu == "cpu":  # as on a GPU, whose fused operation the interpreter does not have

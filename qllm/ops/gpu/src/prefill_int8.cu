@@ -199,5 +199,6 @@ KERNEL prefill_int8(PARAMETER Arguments from) {
         to[(i / 4 * 8 + i % 2) * SUMS_STRIDE + i % 4 / 2 * 8] = sums[i];
     cluster_barrier();
     finish(from, memory, shared, place);
+    warp_barrier();     // lanes may have taken other numbers of rows
     cluster_barrier();  // one's sums are there until all have read them
 }
