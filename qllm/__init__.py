@@ -10,7 +10,11 @@ __version__ = "0.1.0"
 _FRONT = {
     "Completion": "qllm.llm",
     "LLM": "qllm.llm",
+    "UserError": "qllm.errors",
     "quantize": "qllm.quantize_model",
+    "CalibrationText": "qllm.data",
+    "QuantizeOptions": "qllm.quant.algorithm",
+    "GPTQOptions": "qllm.quant.algorithm",
     # Neural Compressor's names; `quantization` is the module itself.
     "AccuracyCriterion": "qllm.neural_compressor",
     "PostTrainingQuantConfig": "qllm.neural_compressor",

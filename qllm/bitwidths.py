@@ -53,6 +53,8 @@ def _plan_of(value: Mapping[str, Any], text: str, default: QuantSpec | None) -> 
     """The plan that a JSON object is, in our shape or in Neural Compressor's."""
     from qllm.neural_compressor import rules
 
+    if not value:
+        raise UserError(f"{text} has no rules; write bits by names of modules, such as {{'.*': 4}}")
     if set(value) & rules.KEYS:
         value = rules.to_rules(value, text)
     return QuantPlan.from_json(value, text, default)

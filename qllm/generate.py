@@ -85,8 +85,8 @@ def generate_tokens(
         UserError: see `generate`.
     """
     check_prompts(model.config, prompts, config)
-    if batch_size is not None and batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; give 1 or more, or None for all prompts")
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise UserError(f"batch_size is {batch_size!r}; give 1 or more, or None for all prompts")
     if config.new_tokens(max(len(prompt) for prompt in prompts)) == 0:
         return
     if config.sampling is not None:

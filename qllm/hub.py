@@ -193,7 +193,10 @@ def resolve(
                 "that makes it goes on with that"
             )
         if path.count("/") != 1 or path.startswith((".", "/", "~")) or path.endswith("/"):
-            raise UserError(f"{path}: there is no such {kind}")
+            name = kind == "folder" and path and ("/" not in path or "://" in path)
+            listed = ", ".join(f"{family}-{TINY}" for family in bundled())
+            hint = f"; {listed} are bundled, and the Hub's are OWNER/NAME" if name else ""
+            raise UserError(f"{path}: there is no such {kind}{hint}")
         try:
             return _download(path, weights, note)
         except UserError as error:

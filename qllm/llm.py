@@ -11,7 +11,7 @@ The scripts stand on this module: what they add is options, reports and words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -360,6 +360,8 @@ class LLM:
         Raises:
             UserError: for a text that is too short, or a window that the model cannot take.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"the text is of type {type(text).__name__}; give a str")
         encoded = Text.encode(text, self.tokenizer)
         settings = PerplexityOptions((convention,), window, stride, batch)
         return perplexity(self.model, encoded, settings)[convention]
@@ -376,15 +378,26 @@ class LLM:
         )
 
 
-def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as several."""
+def _several(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """One prompt or several, as several.
+
+    Raises:
+        TypeError: for what is neither.
+    """
     if hasattr(prompts, "tolist"):  # an array, or a tensor
         prompts = prompts.tolist()
-    return [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+    if isinstance(prompts, str) or _is_ids(prompts):
+        return [prompts]
+    if isinstance(prompts, bytes | bytearray | Mapping) or not isinstance(prompts, Iterable):
+        kind = type(prompts).__name__
+        raise TypeError(f"prompts are texts or sequences of token ids, not {kind}")
+    return list(prompts)
 
 
-def _is_ids(prompts: Sequence[int] | Sequence[Prompt]) -> TypeIs[Sequence[int]]:
+def _is_ids(prompts: object) -> TypeIs[Sequence[int]]:
     """Whether this is one prompt of token ids, and no list of prompts."""
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
+        return False
     return len(prompts) > 0 and isinstance(prompts[0], Integral)
 
 
@@ -393,8 +406,12 @@ def _stop_strings(stop: str | Sequence[str] | None) -> list[str]:
 
     Raises:
         UserError: for an empty one.
+        TypeError: for what is no text.
     """
     strings = [stop] if isinstance(stop, str) else list(stop or ())
+    for string in strings:
+        if not isinstance(string, str):
+            raise TypeError(f"a stop string is a text, not {type(string).__name__}")
     if "" in strings:
         raise UserError("a stop string is empty; give it some text")
     return strings

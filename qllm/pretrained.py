@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -17,6 +17,7 @@ from qllm.generation_config import GenerationConfig, read_generation_config, rea
 from qllm.hub import ModelFolder
 from qllm.models import read_config
 from qllm.onnx import check_installed, is_onnx
+from qllm.sampling import Sampling
 from qllm.tokenizer import Tokenizer
 
 # A text, or token ids that a tokenizer of one's own made.
@@ -85,10 +86,17 @@ class Pretrained:
             TypeError: for what is neither text nor a sequence of whole numbers.
         """
         if isinstance(prompt, str):
-            if max_length is not None and max_length < 1:
-                raise UserError(f"max_prompt_length is {max_length}; give 1 token or more")
+            if max_length is not None and not _is_whole(max_length, 1):
+                raise UserError(f"max_prompt_length is {max_length!r}; give 1 token or more")
             return self.tokenizer.encode(prompt, max_length)
-        return [index(token) for token in prompt]
+        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Iterable):
+            kind = type(prompt).__name__
+            raise TypeError(f"a prompt is a text or a sequence of token ids, not {kind}")
+        tokens = list(prompt)
+        for token in tokens:
+            if isinstance(token, bool) or not hasattr(token, "__index__"):
+                raise TypeError(f"a prompt's token ids are whole numbers, not {token!r}")
+        return [index(token) for token in tokens]
 
     def generation_with(
         self,
@@ -104,18 +112,30 @@ class Pretrained:
 
         Raises:
             UserError: for values that cannot be, or that contradict each other.
+            TypeError: for a name that no setting has.
         """
+        known = [field.name for field in fields(Sampling)]
+        for name in sampling.keys() - set(known):
+            raise TypeError(
+                f"there is no setting {name!r} of generation; of drawing there are "
+                f"{', '.join(known)}"
+            )
         changes: dict[str, Any] = {}
         if max_new_tokens is not None:
-            if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+            if not _is_whole(max_new_tokens, 0):
                 raise UserError(f"max_new_tokens is {max_new_tokens!r}; give a whole number")
             changes["max_new_tokens"] = max_new_tokens
         if repetition_penalty is not None:
-            if not repetition_penalty > 0:
+            if isinstance(repetition_penalty, str) or not repetition_penalty > 0:
                 raise UserError(
-                    f"repetition_penalty is {repetition_penalty}; give a number above 0"
+                    f"repetition_penalty is {repetition_penalty!r}; give a number above 0"
                 )
             changes["repetition_penalty"] = repetition_penalty
         if any(value is not None for value in sampling.values()):
             changes["sampling"] = read_sampling(self.folder.path).with_changes(**sampling)
         return replace(self.generation, **changes)
+
+
+def _is_whole(value: object, least: int) -> bool:
+    """Whether this is a whole number, and large enough."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

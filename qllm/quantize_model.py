@@ -78,7 +78,8 @@ def quantize(
         model: a folder, a Hub repository, or the name of a bundled model ("opt-tiny").
         bitwidth: as for `LLM.from_pretrained`.
         save: the folder to make; it appears when it is whole.
-        algorithm: "rtn", "gptq" or "awq", where the bitwidth is no plan that names one.
+        algorithm: "rtn", "gptq", "awq" or "signround", where the bitwidth is no plan that names
+            one.
         dataset: the text to calibrate on, or more about it.
         options: how the algorithms go about it.
         dtype: that activations are kept in between layers; None is the checkpoint's.

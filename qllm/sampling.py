@@ -84,6 +84,9 @@ class Sampling:
         Raises:
             UserError: names the setting.
         """
+        for name, value in vars(self).items():
+            if isinstance(value, str | bool):
+                raise UserError(f"{name} is {value!r}; give a number")
         bounds = {
             "temperature": (0 < self.temperature < math.inf, "a number above 0, or 0 for none"),
             "top_k": (

@@ -93,6 +93,9 @@ def test_paths(tmp_path):
     for path in ("nowhere", "./no/where", "/no/where", "~/nowhere", "a/b/c", "a/", ""):
         with pytest.raises(UserError, match="there is no such folder"):
             hub.resolve("opt", path=path)
+    for path in ("nowhere", "gpt2", "https://huggingface.co/openai-community/gpt2"):
+        with pytest.raises(UserError, match="llama-tiny are bundled, and the Hub's are OWNER/NAME"):
+            hub.resolve("opt", path=path)
     for path in ("nowhere.gguf", "./nowhere.gguf", "/no/where.gguf", "a/b/c.gguf"):
         with pytest.raises(UserError, match="there is no such file"):
             hub.resolve("opt", path=path)

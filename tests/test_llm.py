@@ -65,8 +65,14 @@ def test_prompts_may_be_arrays_of_token_ids():
     ):
         (found,) = llm.generate(same, max_new_tokens=3, stop=None)
         assert (found.prompt_tokens, found.tokens) == (want.prompt_tokens, want.tokens)
-    with pytest.raises(TypeError):
-        llm.generate([[1.5]])
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, 5, b"abc", {"a": 1}, ["a", None], [[1.5]], [[[5]]], [b"a"]]
+)
+def test_prompts_that_are_neither_texts_nor_ids(wrong):
+    with pytest.raises(TypeError, match=r"(texts? or (a )?sequences?|whole numbers)"):
+        LLM.from_pretrained("opt-tiny").generate(wrong, max_new_tokens=1)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +80,11 @@ def test_prompts_may_be_arrays_of_token_ids():
     [
         ({"max_new_tokens": -1}, "max_new_tokens is -1; give a whole number"),
         ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+        ({"max_new_tokens": True}, "max_new_tokens is True"),
+        ({"max_prompt_length": 2.5}, "max_prompt_length is 2.5"),
+        ({"batch_size": "2"}, "batch_size is '2'"),
+        ({"temperature": "1"}, "temperature is '1'; give a number"),
+        ({"repetition_penalty": "2"}, "repetition_penalty is '2'"),
         ({"max_prompt_length": 0}, "max_prompt_length is 0; give 1 token or more"),
         ({"batch_size": 0}, "batch_size is 0; give 1 or more, or None"),
         ({"stop": ["a", ""]}, "a stop string is empty"),
@@ -82,6 +93,18 @@ def test_prompts_may_be_arrays_of_token_ids():
 )
 def test_what_cannot_be_asked_for(options, message):
     with pytest.raises(UserError, match=message):
+        LLM.from_pretrained("opt-tiny").generate("He", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tempature": 1}, "no setting 'tempature'.* temperature, top_k, top_p, min_p, seed"),
+        ({"stop": ["a", None]}, "a stop string is a text, not NoneType"),
+    ],
+)
+def test_options_of_another_kind(options, message):
+    with pytest.raises(TypeError, match=message):
         LLM.from_pretrained("opt-tiny").generate("He", **options)
 
 
@@ -129,6 +152,7 @@ def test_a_plan_has_the_head_and_the_embedding_that_were_asked_for():
     ("model", "options", "message"),
     [
         ("no/such/folder", {}, "there is no such folder"),
+        ("opt-tiny", {"bitwidth": {}}, "the plan has no rules"),
         ("opt-tiny", {"bitwidth": 9}, "bitwidth '9' is unknown"),
         ("opt-tiny", {"bitwidth": 4.0}, "bitwidth 4.0 is unknown"),
         ("opt-tiny", {"kv_bits": 5}, "kv_bits is 5; give one of 16, 8, 4"),
