@@ -199,15 +199,18 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     import torch
     from conftest import tiny
 
-    *generate, quantize = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    *generate, quantize, compressor = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     for code in generate:
         exec(code, {})
         assert capsys.readouterr().out.count("\n") > 1
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wiki.valid.raw").write_text(TEXT, encoding="utf-8")
+    exec(quantize, {})
+    assert (tmp_path / "out" / "model.safetensors").exists()
     draw = torch.Generator().manual_seed(0)
     batches = [torch.randint(4096, (1, 32), generator=draw) for _ in range(2)]
-    monkeypatch.chdir(tmp_path)
     given = {"model": str(tiny("opt")), "batches": batches, "evaluate": lambda model: 1.0}
-    exec(quantize, given)
+    exec(compressor, given)
     assert (tmp_path / "saved_results" / "model.safetensors").exists()
 
 
