@@ -32,17 +32,16 @@ WORKING_SETS = (4 << 20, 16 << 20, 48 << 20, 192 << 20)
 SMALL: tuple[Size, ...] = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
 LARGE: Size = (2048, 2048)
 ROWS = {"decode": (1, 4, 8, 16), "prefill": (16, 128, 512)}
-FORMAT = 10  # of what is found: what was kept in another is measured again
+FORMAT = 11  # of what is found: what was kept in another is measured again
 ROUNDS = 5  # of all measurements, in turns: a shared machine is slow for seconds at a time
-SECONDS = 0.03  # that one measurement takes in a round at least
+SECONDS = 0.02  # that one measurement takes in a round at least
 # Of the models with which is measured what is beside the products: family, channels of a head and
 # heads that share keys; hidden size and layers. Scores take what they do by their number, and
 # products with keys and values by their channels.
 FAMILIES = (("llama", 64, 4), ("opt", 32, 1))  # the first of 16 bits
 MODELS = ((256, 2), (256, 8), (1024, 4))
-# Sequences, and the tokens of each.
-DECODES = ((1, 16), (1, 128), (1, 1024), (4, 128), (8, 16), (8, 256))
-PROMPTS = (32, 256, 768)
+# Sequences, and the tokens of each; of one sequence its prompt is timed as well as its steps.
+WORK = ((1, 32), (1, 192), (1, 768), (4, 128), (8, 16), (8, 128))
 STEPS = 30
 
 
@@ -122,12 +121,12 @@ class Probe:
             for name, (run, count) in self._products.items():
                 self._times[name].append(median_seconds(run, self._device) / count)
             for kind, model in self._models.items():
-                for batch, context in DECODES:
-                    _, step = time_generation(model, Workload(context, STEPS, batch), repeats=1)
+                for batch, context in WORK:
+                    work = Workload(context, STEPS, batch)
+                    prompt, step = time_generation(model, work, repeats=1)
                     self._times[kind, batch, context].append(step)
-                for length in PROMPTS:
-                    prompt, _ = time_generation(model, Workload(length, 1), repeats=1)
-                    self._times[kind, length].append(prompt)
+                    if batch == 1:
+                        self._times[kind, context].append(prompt)
 
     def _seconds(self, *name: Hashable) -> float:
         return undisturbed(self._times[name])
@@ -172,13 +171,13 @@ class Probe:
         for kind, model in self._models.items():
             _, channels, sharing, spec, hidden, layers = kind
             count, heads = 2 * layers, hidden // channels
-            for batch, context in DECODES:
+            for batch, context in WORK:
                 known = _products_of(model, spec, products, batch, batch, decoding=True)
                 work = layers * batch * context * heads * channels
                 read = 2 * work // sharing * self._dtype.itemsize
                 features = [1.0, count, count * batch * hidden, work, read]
                 decode.append((features, self._seconds(kind, batch, context), known))
-            for length in PROMPTS:
+            for length in (context for batch, context in WORK if batch == 1):
                 known = _products_of(model, spec, products, length, 1, decoding=False)
                 scores = layers * heads * length**2
                 features = [1.0, count, count * length * hidden, scores * channels, scores]
@@ -254,8 +253,8 @@ def _product(
     linears: Sequence[Linear], rows: int, dtype: torch.dtype, device: str, name: str
 ) -> tuple[Callable[[], object], int]:
     """A call that multiplies with some matrices in turn, and their number."""
-    if name == "prefill":  # bound by arithmetic: some matrices are as good as all
-        linears = linears[:4]
+    if name == "prefill":  # bound by arithmetic: two matrices are as good as all
+        linears = linears[:2]
     x = torch.randn(rows, linears[0].in_features, dtype=dtype, device=device)
 
     def run() -> None:

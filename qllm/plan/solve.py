@@ -20,7 +20,7 @@ from qllm.plan.problem import Problem, Solution, UnsolvedError, Whole
 
 SMALL = 2500  # variables of a program that is solved whole
 MAX_ORDERS = 6
-LEFT = 10.0  # seconds that the search of cuts leaves to the bits
+LEAST = 1.0  # seconds that a program has, however few are left
 
 
 def solve(problem: Problem, time_limit: float = 60.0) -> Solution:
@@ -60,7 +60,7 @@ def _alone(problem: Problem, deadline: float) -> list[Solution]:
         beside = any(each[device] for each in (*overhead, problem.wakeup))
         if beside and smallest <= memory:
             with suppress(UnsolvedError):  # bits that fit need not keep to the other limits
-                left = max(1.0, deadline - time.perf_counter())
+                left = max(LEAST, deadline - time.perf_counter())
                 found.append(_solve_stages(problem, _all_on(device, problem), left))
     return found
 
@@ -90,6 +90,7 @@ def _search(problem: Problem, deadline: float) -> Solution:
     It is never worse than uniform bits with the stages that are best for them; the gap is to the
     relaxation's bound.
     """
+    third = (deadline - time.perf_counter()) / 3
     relaxed = MixedIntegerProgram(problem).run(deadline - time.perf_counter(), whole=False)
     shares = np.cumsum(relaxed.y.sum(axis=0))[:-1]  # halves on the devices up to each
     cuts = tuple(round(share) for share in shares)
@@ -106,32 +107,39 @@ def _search(problem: Problem, deadline: float) -> Solution:
                 tried[cuts] = np.inf
         return tried[cuts]
 
-    uniform = _uniform(problem, deadline - LEFT)  # so that there is time to move the cuts
+    # A third of the time is for the first cuts, one for moving them, and one for the bits.
+    uniform = _uniform(problem, deadline - 2 * third)
     starts = [cuts, *(_cuts(each.device, problem) for each in uniform)]
     best, step = min(starts, key=value), 4
     while step:
-        # A third of the time is left to the program of the bits.
+        # Some that follow one another together, so that stages between them stay as large.
         moved = [
-            tuple(sorted((*best[:i], min(max(cut + way, 0), problem.halves), *best[i + 1 :])))
-            for i, cut in enumerate(best)
+            _moved(best, first, last, way, problem.halves)
+            for first, last in itertools.combinations(range(len(best) + 1), 2)
             for way in (-step, step)
         ]
         better = min(
-            (m for m in moved if time.perf_counter() < deadline - LEFT), key=value, default=best
+            (m for m in moved if time.perf_counter() < deadline - third), key=value, default=best
         )
         if value(better) < value(best) * (1 - GAP):
             best = better
         else:
             step //= 2
     try:
-        left = max(LEFT, deadline - time.perf_counter())
-        uniform.append(_solve_stages(problem, _device_of_half(best, problem), left))
+        device = _device_of_half(best, problem)
+        uniform.append(_solve_stages(problem, device, max(third, deadline - time.perf_counter())))
     except UnsolvedError:
         if not uniform:
             raise
     found = min(uniform, key=lambda each: each.value)
     bound = relaxed.bound
     return replace(found, gap=max(found.gap, 1 - bound / found.value if found.value else 0.0))
+
+
+def _moved(cuts: tuple[int, ...], first: int, last: int, way: int, halves: int) -> tuple[int, ...]:
+    """Cuts of which those from `first` on, up to `last`, are moved by some halves."""
+    there = (min(max(cut + way, 0), halves) for cut in cuts[first:last])
+    return tuple(sorted((*cuts[:first], *there, *cuts[last:])))
 
 
 def _uniform(problem: Problem, deadline: float) -> list[Solution]:
@@ -145,7 +153,7 @@ def _uniform(problem: Problem, deadline: float) -> list[Solution]:
         # What the limits say of it is plain, and near to one they are no question for HiGHS.
         free = replace(problem, allowed=alone, max_loss=None, max_bits=None)
         try:
-            each = _solve_whole(free, max(1.0, deadline - LEFT - time.perf_counter()))
+            each = _solve_whole(free, max(LEAST, deadline - time.perf_counter()))
         except UnsolvedError:
             continue
         if problem.keeps_to_limits(each.costs):

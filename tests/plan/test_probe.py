@@ -26,8 +26,7 @@ def small(monkeypatch):
     monkeypatch.setattr(probe, "SECONDS", 0.001)
     monkeypatch.setattr(probe, "FAMILIES", (("llama", 16, 2), ("opt", 8, 1)))
     monkeypatch.setattr(probe, "MODELS", ((64, 1), (64, 2), (128, 1)))
-    monkeypatch.setattr(probe, "DECODES", ((1, 8), (2, 8), (1, 64)))
-    monkeypatch.setattr(probe, "PROMPTS", (8, 32))
+    monkeypatch.setattr(probe, "WORK", ((1, 8), (2, 8), (1, 64)))
     monkeypatch.setattr(probe, "STEPS", 4)
 
 
