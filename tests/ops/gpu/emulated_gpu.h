@@ -46,6 +46,8 @@ constexpr size_t STACK = 128 << 10;
 struct Fiber {
     ucontext_t context;
     bool done;
+    const u32* awaited;  // it does not go on while this is `last`, if it is one
+    u32 last;
 };
 
 // What lanes do together: the last of them to come does it for all.
@@ -68,6 +70,14 @@ DEVICE int panel_index() { return panel; }
 
 static void yield() { swapcontext(&running->context, &scheduler); }
 
+// Wait until a word has changed.
+static void yield_while(const u32& word, u32 last) {
+    running->last = last;
+    running->awaited = &word;
+    if (word == last) yield();
+    running->awaited = nullptr;
+}
+
 template <class Act>
 static void meet(Meeting& meeting, int all, Act act) {
     moved = true;
@@ -78,7 +88,7 @@ static void meet(Meeting& meeting, int all, Act act) {
         ++meeting.held;
         return;
     }
-    while (meeting.held == held) yield();
+    yield_while(meeting.held, held);
     moved = true;
 }
 
@@ -114,6 +124,7 @@ static void begin_lanes(Lane* lanes) {
         context.uc_stack.ss_size = STACK;
         context.uc_link = &scheduler;
         lanes[i].done = false;
+        lanes[i].awaited = nullptr;
         makecontext(&context, run_lane, 0);
     }
 }
@@ -125,6 +136,7 @@ static bool run_round(Lane* lanes) {
     for (current = 0; current < cluster_size * threads; ++current)
         if (!lanes[current].done) {
             left = true;
+            if (lanes[current].awaited && *lanes[current].awaited == lanes[current].last) continue;
             running = &lanes[current];
             swapcontext(&scheduler, &running->context);
         }

@@ -225,7 +225,7 @@ DEVICE void arrive(u32 barrier) { arrive_expecting(barrier, 0); }
 
 DEVICE void wait(u32 barrier, u32 parity) {
     const MemoryBarrier& here = own_barrier(barrier);
-    while (here.parity == parity) yield();
+    yield_while(here.parity, parity);
     order::acquire(here.passed);
     ++lanes[current].apart;
     moved = true;

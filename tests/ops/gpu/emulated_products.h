@@ -40,23 +40,31 @@ static void read_operand(void* to, u64 description, int first_row, int count, in
         }
 }
 
+// Of a product, what each lane of a warp gave.
+struct OfLanes {
+    Product products[32];
+
+    OfLanes(int first, size_t i) {
+        for (int lane = 0; lane < 32; ++lane) products[lane] = lanes[first + lane].committed.front()[i];
+    }
+};
+
 // A product of numbers: a warp's 16 rows of it.
 UNTOLD static void multiply_numbers(int first, size_t i, bool adds) {
     static u16 bits[MAX_ROWS][16];
     static float a[16][16], b[MAX_ROWS][16];
-    read_operand(bits, lanes[first].committed.front()[i].b, 0, ROWS, first);
+    const OfLanes of(first, i);
+    read_operand(bits, of.products[0].b, 0, ROWS, first);
     for (int n = 0; n < ROWS; ++n)
         for (int k = 0; k < 16; ++k) b[n][k] = widen(bits[n][k]);
     for (int row = 0; row < 16; ++row)
         for (int k = 0; k < 16; ++k) {
-            const Lane& lane = lanes[first + row % 8 * 4 + k % 8 / 2];
-            const u32 word = lane.committed.front()[i].a[row / 8 + k / 8 * 2];
+            const u32 word = of.products[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
             a[row][k] = widen(k % 2 ? word >> 16 : word & 0xFFFF);
         }
     for (int row = 0; row < 16; ++row)
         for (int n = 0; n < ROWS; ++n) {
-            const Lane& lane = lanes[first + row % 8 * 4 + n % 8 / 2];
-            float& c = lane.committed.front()[i].c[n / 8 * 4 + row / 8 * 2 + n % 2];
+            float& c = of.products[row % 8 * 4 + n % 8 / 2].c[n / 8 * 4 + row / 8 * 2 + n % 2];
             double sum = adds ? c : 0;
             for (int k = 0; k < 16; ++k) sum += (double)a[row][k] * b[n][k];
             c = (float)sum;
@@ -65,13 +73,12 @@ UNTOLD static void multiply_numbers(int first, size_t i, bool adds) {
 
 UNTOLD static void multiply_int8_numbers(int first, size_t i, bool adds) {
     static int8_t a[16][32], b[MAX_ROWS][32];
-    const Product& product = lanes[first].committed.front()[i];
-    read_operand(a, product.described_a, first % threads % 128 / 2, 16, first);
-    read_operand(b, product.b, 0, ROWS, first);
+    const OfLanes of(first, i);
+    read_operand(a, of.products[0].described_a, first % threads % 128 / 2, 16, first);
+    read_operand(b, of.products[0].b, 0, ROWS, first);
     for (int row = 0; row < 16; ++row)
         for (int n = 0; n < ROWS; ++n) {
-            const Lane& lane = lanes[first + row % 8 * 4 + n % 8 / 2];
-            int& c = lane.committed.front()[i].sums[n / 8 * 4 + row / 8 * 2 + n % 2];
+            int& c = of.products[row % 8 * 4 + n % 8 / 2].sums[n / 8 * 4 + row / 8 * 2 + n % 2];
             int sum = adds ? c : 0;
             for (int k = 0; k < 32; ++k) sum += a[row][k] * b[n][k];
             c = sum;
