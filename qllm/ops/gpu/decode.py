@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qllm.ops import phase, reference
+from qllm.ops import phase
 from qllm.ops.gpu import cuda, driver, layout, nvrtc
 from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu.graph import Graph
 from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
 from qllm.ops.gpu.rows import aligned
+from qllm.ops.gpu.self_test import packed_product
 from qllm.quant.packing import PackedWeight
 from qllm.quant.packing import pack as pack_rows
 
@@ -197,21 +198,11 @@ def _self_test(device: torch.device, offsets: bool = False) -> str | None:
 
     There are so many inputs that of several rows a cluster takes them, where there are clusters.
     """
-    outputs, inputs, bits, group = PANEL + 5, 64 * BLOCK + 72, 4, 64
-    count = -(-inputs // group)
-    values = torch.arange(outputs * inputs).view(outputs, inputs).mul(7).remainder(16)
-    zeros = torch.arange(outputs * count).view(outputs, count).remainder(16)
-    scales = torch.tensor([0.25, 0.5, 1.0])[torch.arange(outputs * count) % 3].view(outputs, count)
-    zeros = (zeros.float() / -4).half() if offsets else zeros.to(torch.uint8)
-    stored = PackedWeight(pack_rows(values.to(torch.uint8), bits), scales.half(), zeros)
-    options = (outputs, bits, group)
-    x = torch.arange(11 * inputs).view(11, inputs).remainder(5).sub(2).to(torch.bfloat16)
-    wanted = reference.weight_only_linear(x.float(), *stored[:3], None, *options).bfloat16()
-    there = PackedWeight(*(tensor.to(device) for tensor in stored[:3]))
-    packed = layout.pack(there, bits, group, inputs)[:3]
+    tested = packed_product(device, (PANEL + 5, 64 * BLOCK + 72), 11, offsets=offsets)
     for rows in (11, 1):
-        found = weight_only_linear(x[:rows].to(device), *packed, None, *options, early=False)
-        if not torch.equal(found.cpu(), wanted[:rows]):
+        x = tested.exact[:rows].to(device)
+        found = weight_only_linear(x, *tested.weight, early=False)
+        if not torch.equal(found.cpu(), tested.wanted[:rows]):
             return "the decode kernel's self-test here found other sums"
     return None
 

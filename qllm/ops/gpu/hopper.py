@@ -14,16 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qllm.ops import reference
-from qllm.ops.gpu import cuda, driver, layout, nvrtc
+from qllm.ops.gpu import cuda, driver, nvrtc
 from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
 from qllm.ops.gpu.rows import aligned
-from qllm.quant.packing import PackedWeight
-from qllm.quant.packing import pack as pack_rows
+from qllm.ops.gpu.self_test import packed_product
 
 CAPABILITY = "9.0"  # of compute capability, the only one
-SOURCE = ("prefill", "hopper.h")
+SOURCE = ("prefill", "hopper.h", "ring.h", "prefill_words.h", "prefill_weights.h")
 THREADS = 384
 STAGE = 64  # inputs of x
 
@@ -287,34 +285,22 @@ def _self_test(device: torch.device) -> str | None:
     What no emulation shows is here: how the matrix units read shared memory, and that they, the
     copies and the threads wait for each other. A row alone is to find what it finds among many.
     """
-    (outputs, inputs), group, rows = TESTED, 64, max(tile.rows for tile in TILES) + 3
-    index = torch.arange(outputs * -(-inputs // group)).view(outputs, -1)
-    draw = torch.Generator().manual_seed(0)
-    exact = torch.arange(rows * inputs).view(rows, inputs).remainder(5).sub(2)
-    drawn = torch.randn(rows, inputs, generator=draw)
+    rows = max(tile.rows for tile in TILES) + 3
     for bits, dtype, wide, offsets, sizes in CASES:
-        values = torch.randint(0, 1 << bits, (outputs, inputs), generator=draw).to(torch.uint8)
-        scales = torch.tensor([0.25, 0.5, 1.0])[index % 3].to(wide)
-        zeros = index.remainder(16).div(-4).to(wide) if offsets else index.to(torch.uint8) % 8
-        stored = PackedWeight(pack_rows(values, bits), scales, zeros)
-        options = (outputs, bits, group)
-        there = PackedWeight(*(tensor.to(device) for tensor in stored[:3]))
-        packed = layout.pack(there, bits, group, inputs)[:3]
+        tested = packed_product(
+            device, TESTED, rows, bits=bits, dtype=dtype, scales_dtype=wide, offsets=offsets
+        )
 
-        def multiply(
-            x: Tensor, tile: Tile, how: tuple[Any, ...] = (*packed, None, *options)
-        ) -> Tensor:
-            return weight_only_linear(x.to(device), *how, tile=tile).cpu()
+        def multiply(x: Tensor, tile: Tile, weight: tuple[Any, ...] = tested.weight) -> Tensor:
+            return weight_only_linear(x.to(device), *weight, tile=tile).cpu()
 
-        x = drawn.to(dtype)
-        calls = [(exact.to(dtype), tile) for tile in sizes]
-        calls += [(some, tile) for some in (x, x[-1:]) for tile in sizes]
+        calls = [(tested.exact, tile) for tile in sizes]
+        calls += [(some, tile) for some in (tested.drawn, tested.drawn[-1:]) for tile in sizes]
         found = device_of.together([partial(multiply, *call) for call in calls])
         sums, many, one = (
             found[first : first + len(sizes)] for first in (0, len(sizes), 2 * len(sizes))
         )
-        wanted = reference.weight_only_linear(exact.float(), *stored[:3], None, *options).to(dtype)
-        if not all(torch.equal(each, wanted) for each in sums):
+        if not all(torch.equal(each, tested.wanted) for each in sums):
             return "the self-test of prompts' products in CUDA C++ here found other sums"
         same = all(torch.equal(each, many[0]) for each in many)
         if not same or not all(torch.equal(each, many[0][-1:]) for each in one):

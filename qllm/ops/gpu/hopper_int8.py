@@ -18,7 +18,7 @@ from qllm.ops.gpu import cuda, driver, hopper, nvrtc
 from qllm.ops.gpu import device as device_of
 from qllm.ops.reference import Int8Rows
 
-SOURCE = ("prefill_int8", "hopper.h")
+SOURCE = ("prefill_int8", "hopper.h", "ring.h")
 STAGE = 128  # inputs
 ALIGNED = 16  # inputs, of which a row has a multiple
 MAX_STAGES = 8

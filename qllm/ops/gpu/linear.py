@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from qllm.ops import phase
-from qllm.ops.gpu import cuda, decode, decode_int8, device, hopper_int8, layout, prefill, tiles
+from qllm.ops.gpu import cuda, decode, decode_int8, device, hopper_int8, prefill, tiles
 from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
 from qllm.ops.gpu.rows import quantize, side_by_side
+from qllm.ops.gpu.self_test import packed_product
 from qllm.ops.reference import Int8Rows
 from qllm.ops.reference import dense_linear as dense_reference
-from qllm.ops.reference import weight_only_linear as weight_only_reference
-from qllm.quant.packing import PackedWeight
-from qllm.quant.packing import pack as pack_rows
 
 DENSE_BLOCK = 64
 FEW_ROWS = 256  # beyond, a dense product is a library's work
@@ -113,21 +111,10 @@ def offsets_unsupported_reason(place: str) -> str | None:
 
 def _self_test(place: torch.device) -> str | None:
     """Prompts of few and of many rows times a weight with offsets, whose sums are exact."""
-    outputs, inputs, bits, group = 80, 96, 4, 32
-    values = torch.arange(outputs * inputs).mul(7).remainder(16).view(outputs, inputs)
-    index = torch.arange(outputs * 3).view(outputs, 3)
-    scales = torch.tensor([0.25, 0.5, 1.0])[index % 3].half()
-    qweight = pack_rows(values.to(torch.uint8), bits)
-    stored = PackedWeight(qweight, scales, (index.remainder(16) / -4).half())
-    x = torch.arange(MANY_ROWS * inputs).remainder(5).sub(2).view(MANY_ROWS, inputs)
-    wanted = weight_only_reference(x.float(), *stored[:3], None, outputs, bits, group).bfloat16()
-    there = PackedWeight(*(tensor.to(place) for tensor in stored[:3]))
-    packed = layout.pack(there, bits, group, inputs)[:3]
+    tested = packed_product(place, (80, 96), MANY_ROWS, group_size=32, offsets=True)
     for rows in (7, MANY_ROWS):
-        found = weight_only_linear(
-            x[:rows].to(place, torch.bfloat16), *packed, None, outputs, bits, group
-        )
-        if not torch.equal(found.cpu(), wanted[:rows]):
+        found = weight_only_linear(tested.exact[:rows].to(place), *tested.weight)
+        if not torch.equal(found.cpu(), tested.wanted[:rows]):
             return "the self-test of weights with offsets here found other sums"
     return None
 

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from qllm.ops import reference
-from qllm.ops.gpu import cuda, hopper, layout, nvrtc, tiles
+from qllm.ops.gpu import cuda, hopper, nvrtc, tiles
 from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu.layout import BLOCK, PANEL, Shape
 from qllm.ops.gpu.rows import ALIGNED, aligned, side_by_side
+from qllm.ops.gpu.self_test import packed_product
 from qllm.ops.gpu.tiles import Tile
-from qllm.quant.packing import PackedWeight
-from qllm.quant.packing import pack as pack_rows
 
 OLDEST = (9, 0)  # the first compute capability whose matrix units take tiles by descriptors
 AT_ONCE = 64  # rows of the weight of which they are made
@@ -212,30 +211,17 @@ def _self_test(device: torch.device) -> str | None:
 
     A prompt's last piece may be of few rows, and is to find what it would find among many.
     """
-    outputs, inputs, group, rows = 200, 328, 64, ROWS[0] + 3
-    index = torch.arange(outputs * -(-inputs // group)).view(outputs, -1)
-    scales = torch.tensor([0.25, 0.5, 1.0])[index % 3].half()
-    draw = torch.Generator().manual_seed(0)
-    exact = torch.arange(rows * inputs).view(rows, inputs).remainder(5).sub(2)
-    drawn = torch.randn(rows, inputs, generator=draw)
     for bits, dtype, offsets, counts in CASES:
-        values = torch.randint(0, 1 << bits, (outputs, inputs), generator=draw).to(torch.uint8)
-        zeros = (index.remainder(16) / -4).half() if offsets else index.to(torch.uint8) % 8
-        stored = PackedWeight(pack_rows(values, bits), scales, zeros)
-        options = (outputs, bits, group)
-        there = PackedWeight(*(tensor.to(device) for tensor in stored[:3]))
-        packed = layout.pack(there, bits, group, inputs)[:3]
+        rows = ROWS[0] + 3
+        tested = packed_product(device, (200, 328), rows, bits=bits, dtype=dtype, offsets=offsets)
 
-        def multiply(
-            x: Tensor, tile: int, how: tuple[Any, ...] = (*packed, None, *options)
-        ) -> Tensor:
-            return weight_only_linear(x.to(device), *how, tile=tile).cpu()
+        def multiply(x: Tensor, tile: int, weight: tuple[Any, ...] = tested.weight) -> Tensor:
+            return weight_only_linear(x.to(device), *weight, tile=tile).cpu()
 
-        x = drawn.to(dtype)
-        calls = [(exact.to(dtype), ROWS[0]), (x, ROWS[0]), *((x[:n], tile) for n, tile in counts)]
+        calls = [(tested.exact, ROWS[0]), (tested.drawn, ROWS[0])]
+        calls += [(tested.drawn[:n], tile) for n, tile in counts]
         found, whole, *others = device_of.together([partial(multiply, *call) for call in calls])
-        wanted = reference.weight_only_linear(exact.float(), *stored[:3], None, *options)
-        if not torch.equal(found, wanted.to(dtype)):
+        if not torch.equal(found, tested.wanted):
             return "the self-test of prompts' products here found other sums"
         if not all(torch.equal(some, whole[: len(some)]) for some in others):
             return "few rows of a prompt and many found other sums in their self-test"

@@ -21,7 +21,11 @@ namespace hopper {
 #define commit_products UNLESS_LEFT_OUT commit_products
 #define wait_for_products UNLESS_LEFT_OUT wait_for_products
 
+#include "ring.h"
+
 namespace prompt {
+#include "prefill_words.h"
+#include "prefill_weights.h"
 #include "prefill.cu"
 }
 

@@ -40,12 +40,12 @@ class Call(NamedTuple):
         return f"{self.file}:{self.line}-{self.name}"
 
 
-def calls(files: str) -> list[Call]:
-    """Those in sources whose names are like this."""
+def calls(name: str, *parts: str) -> list[Call]:
+    """Those in a kernel and the parts of its source."""
     return [
-        Call(path.name, number, match[1])
-        for path in sorted(cuda.SOURCE.glob(files))
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)
+        Call(file, number, match[1])
+        for file in (*parts, f"{name}.cu")
+        for number, line in enumerate((cuda.SOURCE / file).read_text("utf-8").splitlines(), 1)
         for match in ORDERS.finditer(line.partition("//")[0])
     ]
 
@@ -92,7 +92,7 @@ def check_that_it_is_missed(
     pytest.fail(f"nothing misses {call}")
 
 
-@pytest.mark.parametrize("call", calls("prefill.cu"), ids=str)
+@pytest.mark.parametrize("call", calls(hopper.SOURCE[0], *hopper.SOURCE[2:]), ids=str)
 def test_prompts(call, own_hopper, monkeypatch):
     """Stages are few, so that they are used again, and there are several parts."""
     monkeypatch.setattr(hopper, "MAX_STAGES", 2)
@@ -107,7 +107,7 @@ PROMPTS = (
 )
 
 
-@pytest.mark.parametrize("call", calls("prefill_int8.cu"), ids=str)
+@pytest.mark.parametrize("call", calls(hopper_int8.SOURCE[0], *hopper_int8.SOURCE[2:]), ids=str)
 def test_int8_prompts(call, own_hopper, monkeypatch):
     monkeypatch.setattr(hopper_int8, "MAX_STAGES", 2)
     check_that_it_is_missed(own_hopper, call, *INT8_PROMPTS)
@@ -119,7 +119,7 @@ INT8_PROMPTS = tuple(
 )
 
 
-@pytest.mark.parametrize("call", calls("decode.cu"), ids=str)
+@pytest.mark.parametrize("call", calls("decode"), ids=str)
 def test_steps(call, own_gpu, monkeypatch):
     cuts = {8: cuda.Cut(4, 2, 1, 1), 16: cuda.Cut(8, 1, 2, 2, parts=2, x_ahead=True)}
     monkeypatch.setattr(cuda, "cut", lambda kind, architecture, rows, *weight: cuts[rows])
@@ -129,7 +129,7 @@ def test_steps(call, own_gpu, monkeypatch):
 STEPS = tuple(partial(step, rows) for rows in (8, 16))
 
 
-@pytest.mark.parametrize("call", calls("decode_int8.cu"), ids=str)
+@pytest.mark.parametrize("call", calls("decode_int8"), ids=str)
 def test_int8_steps(call, own_gpu, monkeypatch):
     monkeypatch.setattr(cuda, "cut", lambda *asked: cuda.Cut(4, 1, 2, 1))
     check_that_it_is_missed(own_gpu, call, INT8_STEP)

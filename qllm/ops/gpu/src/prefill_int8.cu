@@ -32,19 +32,6 @@ struct Arguments {
 #define LANES (OUTPUTS / 4)        // that a row's sums take
 #define AT_ONCE 8                  // rows that they add up
 
-// A ring's stage in use, and the parity of the phase in which it is full.
-struct Stage {
-    int index = 0;
-    u32 parity = 0;
-};
-
-DEVICE void advance(Stage& stage) {
-    if (++stage.index == STAGES) {
-        stage.index = 0;
-        stage.parity ^= 1;
-    }
-}
-
 DEVICE u32 full_barrier(u32 shared, int stage) { return shared + BARRIERS_AT + 8 * stage; }
 DEVICE u32 empty_barrier(u32 shared, int stage) { return full_barrier(shared, STAGES + stage); }
 
@@ -63,7 +50,7 @@ DEVICE void produce(const Arguments& from, u32 shared, Place place, int first, i
         arrive_expecting(full, STAGE_BYTES);
         copy_tile(to + X_BYTES, from.q, block * 128, place.output, full);
         copy_tile(to, from.x, block * 128, place.row, full);
-        advance(stage);
+        advance(stage, STAGES);
     }
 }
 
@@ -85,7 +72,7 @@ DEVICE void consume(int* sums, u32 shared, int warp, int blocks, int lane) {
         wait_for_products<1>();  // those with the stage before this one have ended
         if (lane == 0 && to_empty) arrive(to_empty);
         to_empty = empty_barrier(shared, stage.index);
-        advance(stage);
+        advance(stage, STAGES);
     }
     wait_for_products<0>();
 }
