@@ -92,6 +92,17 @@ def read_metric(path: Path, block: int, channels: int) -> Tensor:
     return metric
 
 
+def draw_tokens(p: Tensor, draw: torch.Generator) -> Tensor:
+    """A token for each row of probabilities (N, V): int64 (N, 1).
+
+    `torch.multinomial` draws a number for each probability, which takes six times as long.
+    """
+    below = p.cumsum(-1)
+    place = torch.rand(len(p), 1, device=p.device, generator=draw) * below[:, -1:]
+    # The first that reaches beyond the place: one that is more than zero.
+    return torch.searchsorted(below, place, right=True).clamp_(max=p.shape[1] - 1)
+
+
 def _new_file(path: Path, blocks: int, channels: int) -> np.memmap:
     """A file of zeros in the place of what is there, which the disk has room for."""
     path.unlink(missing_ok=True)
@@ -164,7 +175,7 @@ class _Pass:
             with torch.enable_grad():
                 logits = model.capped(head(behind(end)).float())
             p = logits.detach().softmax(-1)
-            drawn = torch.multinomial(p, 1, generator=self.draw)
+            drawn = draw_tokens(p, self.draw)
             logits.backward(p.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=p.dtype)))
             assert end.grad is not None
             parts.append(end.grad)

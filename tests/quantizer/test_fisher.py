@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from qllm.checkpoint.weights import Weights
 from qllm.errors import WritingError
 from qllm.quantizer import fisher
-from qllm.quantizer.fisher import DAMP, read_metric, seen_samples, write_fisher
+from qllm.quantizer.fisher import DAMP, draw_tokens, read_metric, seen_samples, write_fisher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,7 +28,7 @@ NORMS = {
 @pytest.mark.parametrize("name", NORMS)
 def test_gradients_are_those_of_transformers(name, tmp_path, monkeypatch):
     """With the likeliest token in the place of one that is drawn."""
-    monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: p.argmax(-1, keepdim=True))
+    monkeypatch.setattr(fisher, "draw_tokens", lambda p, _: p.argmax(-1, keepdim=True))
     monkeypatch.setattr(fisher, "work_dtype", lambda *_, **__: torch.float32)
     monkeypatch.setattr(fisher, "TOKENS_PER_PASS", 50)  # which two samples of 24 fit into
     monkeypatch.setattr(fisher, "LOGITS_AT_ONCE", 7 * 90)
@@ -54,6 +54,14 @@ def test_gradients_are_those_of_transformers(name, tmp_path, monkeypatch):
         expected = (expected + DAMP * torch.eye(len(expected))) / (1 + DAMP)
         found = read_metric(tmp_path / "f", block, len(expected))
         torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    p = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]).expand(20_000, -1)
+    drawn = draw_tokens(p, torch.Generator().manual_seed(0))
+    shares = drawn.flatten().bincount(minlength=6) / len(p)
+    assert (shares[p[0] == 0] == 0).all()
+    torch.testing.assert_close(shares, p[0], rtol=0, atol=0.02)
 
 
 def test_a_block_that_nothing_depends_on_has_a_plain_metric(tmp_path):
