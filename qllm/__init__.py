@@ -1,4 +1,4 @@
-"""QLLM: OPT, BLOOM and Llama with their linear layers held at 1 to 8 bits, or 16."""
+"""QLLM: language models with their linear layers held at 1 to 8 bits, or 16."""
 
 from __future__ import annotations
 

@@ -81,11 +81,14 @@ def test_activations_of_8_bits(monkeypatch):
     assert {(row["bitwidth"], row["activation_bits"]) for row in rows} == {("16", 16), ("4", 8)}
 
 
-def test_a_model_of_tensor_parallelism(monkeypatch):
+def test_a_model_of_tensor_parallelism(tmp_path, monkeypatch):
     monkeypatch.setattr(speed.Roofline, "measure", lambda device: speed.Roofline(1e10, 1e12))
     args = (*TINY, "--bitwidth", "16,4", "--tp-model")
     dense, four = call_json(BENCH, *args)["tp_models"]
     assert (dense["bitwidth"], four["bitwidth"]) == ("16", "4")
+    quantize("opt-tiny", 3, save=tmp_path / "three")
+    (own,) = call_json(BENCH, "--model-path", tmp_path / "three", "--tp-model")["tp_models"]
+    assert (own["bitwidth"], own["embedding_bits"]) == ("3", "16")
     assert dense["bytes"] > 2 * four["bytes"]
     one, *others = dense["rows"]
     assert (one["ranks"], one["speedup"]) == (1, 1.0)

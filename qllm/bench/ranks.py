@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qllm import report
 from qllm.bench.runners import read_bytes
 from qllm.bench.speed import Roofline
 from qllm.checkpoint.load import outline
@@ -22,8 +23,8 @@ def predict(
     """The time per token of each plan's model, from the headers of its files alone.
 
     Returns:
-        of each, `bitwidth`, `bytes` that a token reads, the `bandwidth` that was measured, and
-        `rows`, see `qllm.parallel.cost.table`.
+        of each, `bitwidth`, `embedding_bits`, `lm_head_bits`, `bytes` that a token reads, the
+        `bandwidth` that was measured, and `rows`, see `qllm.parallel.cost.table`.
 
     Raises:
         UserError: without the kernels that measure memory; or as `outline`.
@@ -33,7 +34,11 @@ def predict(
         raise UserError("--tp-model measures memory with the compiled kernels, and there are none")
     found = []
     for plan in plans:
-        nbytes = read_bytes(outline(folder, plan, dtype))
-        about = {"bitwidth": plan.text, "bytes": nbytes, "bandwidth": roofline.bandwidth}
+        model = outline(folder, plan, dtype)
+        nbytes = read_bytes(model)
+        about: dict[str, Any] = {
+            "bitwidth": plan.text if plan.names_layers else report.bitwidth(model)
+        }
+        about |= {**report.outer_bits(model), "bytes": nbytes, "bandwidth": roofline.bandwidth}
         found.append(about | {"rows": table(config, nbytes, Machine(roofline.bandwidth))})
     return found

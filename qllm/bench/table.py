@@ -55,7 +55,7 @@ def print_latency(found: Mapping, dtype: str) -> None:
 def print_tp_model(predicted: Mapping) -> None:
     """Times over ranks, as `qllm.parallel.cost.table` has them."""
     print(
-        f"bitwidth {predicted['bitwidth']}, by calculation: each token reads "
+        f"bitwidth {report.label(predicted)}, by calculation: each token reads "
         f"{report.megabytes(predicted['bytes'])} of weights, at "
         f"{predicted['bandwidth'] / 1e9:.1f} GB/s on each rank"
     )
