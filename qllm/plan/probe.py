@@ -42,7 +42,7 @@ FAMILIES = (("llama", 64, 4), ("opt", 32, 1))  # the first of 16 bits
 MODELS = ((256, 2), (256, 8), (1024, 4))
 # Sequences, and the tokens of each; of one sequence its prompt is timed as well as its steps.
 WORK = ((1, 32), (1, 192), (1, 768), (4, 128), (8, 16), (8, 128))
-STEPS = 30
+STEPS = 16
 
 
 def probe(
