@@ -117,6 +117,8 @@ def check_options(args: argparse.Namespace) -> None:
             "there is nothing to measure; give --dataset for perplexity, --tasks, or --agreement"
         )
     prompts = args.prompt or args.prompt_file or args.stdin
+    lengths = (args.max_gen_tokens, args.max_prompt_length)
+    new_tokens, length = (not isinstance(each, cli.Default) for each in lengths)
     for option, given, needs, there in (
         ("--conventions", args.conventions, "--dataset", args.dataset),
         ("--window", args.window, "--dataset", args.dataset),
@@ -124,6 +126,8 @@ def check_options(args: argparse.Namespace) -> None:
         ("--stride", args.stride, "--conventions strided", "strided" in conventions(args)),
         ("--limit", args.limit, "--tasks", args.tasks),
         ("--prompt", prompts, "--agreement", args.agreement),
+        ("--max-gen-tokens", new_tokens, "--agreement", args.agreement),
+        ("--max-prompt-length", length, "--agreement", args.agreement),
         ("--reference", args.reference, "--agreement or --compare", reference_wanted(args)),
         ("--compare", args.compare, "--dataset or --tasks", args.dataset or args.tasks),
     ):

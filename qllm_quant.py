@@ -198,6 +198,7 @@ def check_options(args: argparse.Namespace, plan: QuantPlan) -> None:
     from qllm.quant.algorithms import ALGORITHMS as CLASSES
     from qllm.quantize_model import needs_text
 
+    cli.check_rounding(args, [plan])
     specs = [spec for _, spec in plan.rules]
     named = {spec.algorithm for spec in specs}
     int8 = any(spec.kind.startswith("w8a8") for spec in specs)

@@ -84,6 +84,11 @@ OPTIONS = {
         (*TINY, "--group-size", "128"),
         (GEN, BENCH),
     ),
+    "a group size of channels": Options(
+        ("--group-size 64 does nothing", "8:tc-li and 8:tc have a scale per channel"),
+        (*TINY, "--bitwidth", "8:tc-li", "--group-size", "64"),
+        (GEN, BENCH),
+    ),
     "a scheme with nothing to round": Options(
         ("--scheme asym does nothing", "--bitwidth"), (*TINY, "--scheme", "asym"), (CHAT,)
     ),

@@ -118,6 +118,10 @@ OPTIONS["--clip of nobody"] = (
     ("--clip does nothing here",),
     ("--bitwidth", "8:tc-li", "--clip", "--save", "{}/out"),
 )
+OPTIONS["a group size of channels"] = (
+    ("--group-size 64 does nothing", "8:tc-li and 8:tc have a scale per channel"),
+    ("--bitwidth", "8:tc-li", "--group-size", "64", "--save", "{}/out"),
+)
 RULES = {
     "nothing is found": ({".*": 4, "q_porj": 8}, ("'q_porj' matches no layer",)),
     "a fused matrix": ({".*": 4, "q_proj": 8}, ("one fused matrix",)),

@@ -61,17 +61,18 @@ def fit_defaults(args: argparse.Namespace, config: ModelConfig, own: bool) -> No
 
 
 def check_rounding(args: argparse.Namespace, plans: Sequence[QuantPlan]) -> None:
-    """Refuse --group-size and --scheme where no plan quantizes: 16 bits, or a quantized checkpoint.
+    """Refuse --group-size and --scheme where no plan has layers of groups.
 
     Raises:
         UserError: naming the first that was given.
     """
-    if any(plan.quantizes for plan in plans):
+    kinds = {spec.kind for plan in plans for _, spec in plan.rules}
+    if "weight_only" in kinds:
         return
     for option, value in (("--group-size", args.group_size), ("--scheme", args.scheme)):
         if not isinstance(value, Default | DefaultName):
             raise UserError(
                 f"{option} {value} does nothing without --bitwidth, --lm-head-bits or "
-                "--embedding-bits of less than 16, and a quantized checkpoint, which takes none of "
-                "them, keeps its own; leave it out"
+                "--embedding-bits of 1 to 8: 8:tc-li and 8:tc have a scale per channel, and a "
+                "quantized checkpoint keeps its own groups; leave it out"
             )
