@@ -159,6 +159,8 @@ DEVICE u32 multiply_high(u32 a, u32 b) { return (u32)((uint64_t)a * b >> 32); }
 
 DEVICE u32 and_or(u32 a, u32 mask, u32 c) { return (a & mask) | c; }
 
+DEVICE u32 choose(u32 a, u32 b, u32 mask) { return (a & mask) | (b & ~mask); }
+
 DEVICE u32 bits_of(float value) {
     u32 bits;
     std::memcpy(&bits, &value, sizeof bits);

@@ -62,6 +62,10 @@ def test_it_compiles_into_what_was_meant(capability, variant, compiler):
     assert registers <= (128 if variant.tiles == 1 else 200), variant
     products = len(re.findall(r"\bHMMA\.16816\.F32", code))
     assert products == 8 * variant.tiles * variant.panels * variant.depth, variant
+    if variant.bits in (1, 3, 4, 7) and not variant.offsets:
+        # One sum takes all that is not a pair's integers off, whatever parts their bits lie in.
+        pairs = 32 * variant.panels * variant.depth
+        assert len(re.findall(r"\bH(?:ADD2|FMA2)(?!\.F32)", code)) == pairs, variant
     # In front of the loop and in it; the lowest bit's part is loaded by eights of bytes.
     words = variant.depth * variant.panels * (variant.bits // 2)
     assert len(re.findall(r"\bLDG\.E\.NA\.128", code)) == 2 * words, variant

@@ -46,7 +46,13 @@ struct Part {
     u32 zeros[MAX_SCALES];              // that of row g + 8 in the higher byte
 };
 
-DEVICE int widest() { return BITS & 8 ? 8 : BITS & 4 ? 4 : BITS & 2 ? 2 : 1; }
+// Of some numbers of bits the parts are put together first, several pairs at once, in wider fields whose
+// upper bits are anything: one part is left for each pair. Of five and six bits that takes more shifts
+// than it saves where a fraction has room for several places.
+#define JOINED (BITS == 3 || BITS == 7 || (!FLOAT16 && (BITS == 5 || BITS == 6)))
+#define FIELDS (!JOINED ? BITS : BITS < 4 ? 4 : 8)  // widths of what is put into fractions
+
+DEVICE int widest() { return FIELDS & 8 ? 8 : FIELDS & 4 ? 4 : FIELDS & 2 ? 2 : 1; }
 
 // Words of all lanes that come before those of `width` bits, the wider ones being first.
 DEVICE int words_before(int width) { return (BITS & ~(2 * width - 1)) * 64; }
@@ -134,12 +140,12 @@ DEVICE Masks masks(const Arguments& from) {
     int low = 0;
 #pragma unroll
     for (int width = 8; width >= 1; width /= 2)
-        if (BITS & width) {
+        if (FIELDS & width) {
 #pragma unroll
             for (int place = 0; place < MAX_PLACES; ++place)
                 if (place < places(width, low)) {
                     const int bit = lowest_bit(width, low) + place * width;
-                    const u32 mask = (((1u << width) - 1) * 0x10001u) << bit;
+                    const u32 mask = (((1u << (JOINED ? BITS : width)) - 1) * 0x10001u) << bit;
                     // A number that the compiler knows it would load anew for each use.
                     found.of[index_of(width)][place] = from.rows > 0 ? mask : 0;
                 }
@@ -165,7 +171,7 @@ DEVICE void less_zero(u32* minus, u32 zero) {
             int power = 1 << (FRACTION - place * widest()), low = 0;
 #pragma unroll
             for (int width = 8; width >= 1; width /= 2)
-                if (BITS & width) {
+                if (FIELDS & width) {
                     if (low && together())
                         power += 1 << (FRACTION + low - lowest_bit(width, low) - place * width);
                     low += width;
@@ -173,6 +179,34 @@ DEVICE void less_zero(u32* minus, u32 zero) {
             const float less = sum_of((float)((1 << 23) - power), -with_zero);
             minus[place] = narrow_pair(less, less);
         }
+}
+
+DEVICE u32 shift_up(u32 word, int bits) { return bits < 0 ? word >> -bits : word << bits; }
+
+// Of each half of a word, `count` bits from one on to the lower byte and as many behind them to the
+// upper one, from bit `to` on of each. Other bits are anything.
+DEVICE u32 spread(u32 word, int from, int count, int to) {
+    return choose(
+        shift_up(word, to - from), shift_up(word, to + 8 - from - count), 0x00FF00FF
+    );
+}
+
+// Where parts are JOINED, the word with the field of a pair: of those of the widest part's word there is
+// one for the even pairs, and one for the others.
+DEVICE u32 join(const u32* words, int half, int pair) {
+    const int odd = pair % 2;
+    if (BITS == 3) {
+        const u32 fours = spread(words[4 + half], pair / 8 * 8, 4, 2);
+        const u32 twos = choose(fours, fours << 2, 0x0F0F0F0F);  // from bit 2 on of each four
+        return choose(words[half * 2 + pair / 8] >> 2 * odd, twos >> odd, 0x33333333);
+    }
+    u32 upper = 0;
+    if (BITS & 2) upper = spread(words[8 + half * 2 + pair / 8], pair / 4 % 2 * 8, 4, 4) >> 2 * odd;
+    if (BITS & 1) {
+        const u32 last = spread(words[2 * (BITS & 6) + half], pair / 4 * 4, 2, (BITS & 2) + 4) >> odd;
+        upper = BITS & 2 ? choose(upper, last, 0x3F3F3F3F) : last;
+    }
+    return choose(words[half * 4 + pair / 4] >> 4 * odd, upper, 0x0F0F0F0F);
 }
 
 // q - zero of two inputs, exactly: the pair with this index of the 16 that a lane has of a row.
@@ -188,11 +222,13 @@ DEVICE u32 numbers(const u32* words, const Masks& masks, int half, int pair, con
     int low = 0;
 #pragma unroll
     for (int width = 8; width >= 1; width /= 2)
-        if (BITS & width) {
-            const u32 word = words[2 * (BITS & ~(2 * width - 1)) + half * width + pair / (16 / width)];
-            const int index = pair % (16 / width);
-            const int place = together() ? pair % (16 / widest()) % first_places()
-                                         : index % places(width, low);
+        if (FIELDS & width) {
+            const int at = 2 * (BITS & ~(2 * width - 1)) + half * width + pair / (16 / width);
+            const u32 word = JOINED ? join(words, half, pair) : words[at];
+            const int index = JOINED ? pair % (32 / width) / 2 : pair % (16 / width);
+            const int place = JOINED ? index % first_places()
+                              : together() ? pair % (16 / widest()) % first_places()
+                                           : index % places(width, low);
             const int bit = lowest_bit(width, low) + place * width, shift = index * width - bit;
             const u32 own = powers(FRACTION + low - bit);
             const u32 mask = masks.of[index_of(width)][place];

@@ -104,6 +104,14 @@ DEVICE u32 multiply_high(u32 a, u32 b) { return __umulhi(a, b); }
 // (a & mask) | c: one lop3.
 DEVICE u32 and_or(u32 a, u32 mask, u32 c) { return (a & mask) | c; }
 
+// The bits of a that a mask has, and those of b that it has not: one lop3, where the compiler would
+// take two for a mask that it knows.
+DEVICE u32 choose(u32 a, u32 b, u32 mask) {
+    u32 chosen;
+    asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(chosen) : "r"(a), "r"(b), "r"(mask));
+    return chosen;
+}
+
 // A byte of a word, with the upper three of another.
 DEVICE u32 byte_of(u32 word, int byte, u32 upper) {
     return __byte_perm(word, upper, 0x7650 | byte);
