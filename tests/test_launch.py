@@ -11,6 +11,8 @@ import time
 
 import psutil
 import pytest
+from conftest import assert_user_error
+from inside import call
 
 from qllm import launch
 from qllm.errors import UserError
@@ -92,3 +94,26 @@ def test_a_store_that_is_not_there_is_one_line(host, monkeypatch, capfd):
     with pytest.raises(ParallelError, match=message), session(ParallelConfig(2), timeout=0.2):
         pass
     assert capfd.readouterr() == ("", "")
+
+
+SCRIPTS = {
+    "qllm_bench.py": (),
+    "qllm_chat.py": (),
+    "qllm_eval.py": ("--agreement",),
+    "qllm_export.py": ("--format", "gguf", "--save", "{}/out.gguf"),
+    "qllm_plan.py": ("--avg-bits", "4"),
+    "qllm_quant.py": ("--save", "{}/out"),
+    "ref_gen.py": (),
+    "weight_convert.py": ("--save", "{}/out"),
+    "fake_calib_gen.py": ("--save", "{}/out"),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_that_shares_no_model_takes_one_process(script, tmp_path, monkeypatch):
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", **OURS}.items():
+        monkeypatch.setenv(key, value)
+    args = [arg.format(tmp_path) for arg in SCRIPTS[script]]
+    done = call(script, "--model-size", "tiny", *args)
+    assert_user_error(done, "there are 2 processes, and this script takes one: start it without")
+    assert not list(tmp_path.iterdir())

@@ -25,6 +25,7 @@ from qllm.config import (
     QuantSpec,
 )
 from qllm.errors import UserError
+from qllm.launch import Launch
 from qllm.onnx import ACCURACY_LEVELS, DEFAULT_ACCURACY_LEVEL, check_installed, is_onnx
 
 if TYPE_CHECKING:
@@ -288,7 +289,17 @@ def add_calibration_options(
 def resolve_model(
     args: argparse.Namespace, *, weights: bool = True, note: Callable[[str], None] = note
 ) -> ModelFolder:
-    """The folder that the model options name."""
+    """The folder that the model options name.
+
+    Raises:
+        UserError: torchrun started several processes of a script that cannot share a model, each
+            of which would do, and write, the same.
+    """
+    world = Launch.of_environment().world
+    if "tp" not in args and world > 1:
+        raise UserError(
+            f"there are {world} processes, and this script takes one: start it without torchrun"
+        )
     if args.model_path and args.model_size:
         raise UserError("--model-path and --model-size name two models; give one of them")
     return hub.resolve(
