@@ -31,6 +31,7 @@ class Variant(NamedTuple):
     depth: int
     tiles: int
     panels: int
+    whole: bool
 
 
 class Arguments(ctypes.Structure):
@@ -82,7 +83,7 @@ def int8_linear(rows: Int8Rows, qweight: Tensor, scales: Tensor, bias: Tensor | 
     panels, blocks = -(-outputs // PANEL), -(-inputs // BLOCK)
     cut = cuda.cut("decode-int8", architecture, count, panels, blocks, num_sms)
     wide = scales.dtype == torch.float32
-    variant = Variant(dtype == torch.float16, wide, *cut[:4])
+    variant = Variant(dtype == torch.float16, wide, *cut[:4], whole=inputs % BLOCK == 0)
     x_scales, scales = x_scales.contiguous(), scales.contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
     arguments = Arguments(
@@ -108,15 +109,17 @@ def int8_linear(rows: Int8Rows, qweight: Tensor, scales: Tensor, bias: Tensor | 
 
 def _self_test(device: torch.device) -> str | None:
     """Products of what is exact and what has to be rounded, beside the reference's."""
-    outputs, inputs = 5 * PANEL + 3, 5 * BLOCK + 48
-    q = (torch.arange(outputs * inputs) * 2654435761 % 256 - 128).view(outputs, inputs)
+    outputs, most = 5 * PANEL + 3, 5 * BLOCK + 48
+    integers = (torch.arange(outputs * most) * 2654435761 % 256 - 128).view(outputs, most)
     scales = (torch.arange(outputs).remainder(7) + 1).div(999).half()
-    x = (torch.arange(FEW_ROWS * inputs) * 40503 % 65536 - 32768).view(FEW_ROWS, inputs) / 999
-    for dtype, bias in ((torch.bfloat16, None), (torch.float16, scales - 0.003)):
-        rows = reference.quantize_rows(x.to(dtype), None)
-        wanted = reference.int8_linear(rows, q.to(torch.int8), scales, bias, None, outputs)
+    x = (torch.arange(FEW_ROWS * most) * 40503 % 65536 - 32768).view(FEW_ROWS, most) / 999
+    cases = ((torch.bfloat16, None, 5 * BLOCK), (torch.float16, scales - 0.003, most))
+    for dtype, bias, inputs in cases:
+        q = integers[:, :inputs].to(torch.int8).contiguous()
+        rows = reference.quantize_rows(x[:, :inputs].to(dtype), None)
+        wanted = reference.int8_linear(rows, q, scales, bias, None, outputs)
         added = None if bias is None else bias.to(device)
-        weight, by_output = q.to(device, torch.int8), scales.to(device)
+        weight, by_output = q.to(device), scales.to(device)
         device_of.settle(weight)
         for count in (FEW_ROWS, 1):
             some = Int8Rows(rows.values[:count].to(device), rows.scales[:count].to(device), dtype)

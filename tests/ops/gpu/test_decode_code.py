@@ -100,8 +100,8 @@ def check_that_nothing_waits_for_what_was_asked_for(code: str) -> None:
 
 
 INT8_VARIANTS = [
-    decode_int8.Variant(False, False, 8, 2, 1, 1),
-    decode_int8.Variant(True, True, 8, 1, 4, 2),
+    decode_int8.Variant(False, False, 8, 2, 1, 1, True),
+    decode_int8.Variant(True, True, 8, 1, 4, 2, False),
 ]
 
 
@@ -122,4 +122,8 @@ def test_int8_compiles_into_what_was_meant(capability, variant, compiler):
     assert len(re.findall(r"\bLDG\.E\.NA\.128", code)) == 8 * blocks
     assert len(re.findall(r"\bLDG\.E\.128", code)) == 2 * variant.tiles * variant.depth
     check_what_is_read_early(code, capability, 4 * blocks)
+    if variant.whole:  # a block's rows are all asked for in front of its products
+        order = re.findall(r"\bLDG\.E\.128|\bIMMA", code)
+        tiles, products = 2 * variant.tiles, 4 * variant.tiles * variant.panels
+        assert order == (["LDG.E.128"] * tiles + ["IMMA"] * products) * variant.depth
     assert "FFMA" not in code, variant  # which would round once where the reference does twice

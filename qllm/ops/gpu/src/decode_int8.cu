@@ -9,7 +9,8 @@
 // read 64 consecutive ones. Nothing goes through shared memory.
 //
 // Constants: FLOAT16: the type of bias and y, else bfloat16; WIDE: scales are float32, else float16;
-// WARPS; DEPTH: blocks that a warp has asked for in advance; TILES; PANELS.
+// WARPS; DEPTH: blocks that a warp has asked for in advance; TILES; PANELS; WHOLE: inputs is a multiple
+// of 128.
 
 struct Arguments {
     const u32* x;           // (rows, inputs) of int8
@@ -27,44 +28,53 @@ struct Part {
     u32 words[2][2][4];
 };
 
-DEVICE void load(Part& part, const Arguments& from, int panel, int block, int lane) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int k = block * 128 + half * 64 + lane % 4 * 16;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int wanted = panel * 16 + lane / 4 + r * 8;
-            const int output = wanted < from.outputs ? wanted : from.outputs - 1;
-            u32* to = part.words[half][r];
-            to[0] = to[1] = to[2] = to[3] = 0;
-            if (k < from.inputs) load4(to, from.q + ((i64)output * from.inputs + k) / 4);
-        }
-    }
+// Where what a lane takes of rows begins: of rows g and g + 8 of each panel, and of row g of each tile.
+// Behind the last row it is that one again, whose results are not kept.
+struct Rows {
+    const u32 *q[MAX_PANELS][2], *x[MAX_TILES];
+};
+
+DEVICE const u32* row_of(const u32* matrix, const Arguments& from, int wanted, int rows, int lane) {
+    const int row = wanted < rows ? wanted : rows - 1;
+    return matrix + ((i64)row * from.inputs + lane % 4 * 16) / 4;
 }
 
-DEVICE void load_panels(Part* parts, const Arguments& from, int first_panel, int block, int lane) {
+DEVICE bool is_inside(const Arguments& from, int block, int half, int lane) {
+    return block * 128 + half * 64 + lane % 4 * 16 < from.inputs;
+}
+
+// `whole`: the block is known to have all of its inputs. What is asked for in front of the wait for the
+// kernel before is checked in any case: loads that nothing depends on would be moved behind it.
+DEVICE void load_panels(
+    Part* parts, const Arguments& from, const Rows& rows, int block, int lane, bool whole
+) {
 #pragma unroll
     for (int panel = 0; panel < PANELS; ++panel)
-        load(parts[panel], from, first_panel + panel, block, lane);
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                u32* to = parts[panel].words[half][r];
+                if (!whole) to[0] = to[1] = to[2] = to[3] = 0;
+                if (whole || is_inside(from, block, half, lane))
+                    load4(to, rows.q[panel][r] + block * 32 + half * 16);
+            }
 }
 
 DEVICE void multiply_block(
-    int (*total)[MAX_TILES][4], const Part* parts, const Arguments& from, int first_row, int block,
+    int (*total)[MAX_TILES][4], const Part* parts, const Arguments& from, const Rows& rows, int block,
     int lane
 ) {
     u32 x[2][MAX_TILES][4];  // of both halves, which hides how long one takes
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int k = block * 128 + half * 64 + lane % 4 * 16;
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
-            const int row = first_row + tile * 8 + lane / 4;
             u32* to = x[half][tile];
-            to[0] = to[1] = to[2] = to[3] = 0;
-            if (row < from.rows && k < from.inputs)
-                load4_cached(to, from.x + ((i64)row * from.inputs + k) / 4);
+            if (!WHOLE) to[0] = to[1] = to[2] = to[3] = 0;
+            if (WHOLE || is_inside(from, block, half, lane))
+                load4_cached(to, rows.x[tile] + block * 32 + half * 16);
         }
-    }
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -84,22 +94,34 @@ KERNEL decode_int8(Arguments from) {
     const int lane = (int)(thread_index() % 32), warp = (int)(thread_index() / 32);
     const int first_panel = panel_index() * PANELS, first_row = chunk_index() * (8 * TILES);
     let_next_begin();
+    Rows rows;
+#pragma unroll
+    for (int panel = 0; panel < PANELS; ++panel)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int wanted = (first_panel + panel) * 16 + lane / 4 + r * 8;
+            rows.q[panel][r] = row_of(from.q, from, wanted, from.outputs, lane);
+        }
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile)
+        rows.x[tile] = row_of(from.x, from, first_row + tile * 8 + lane / 4, from.rows, lane);
     Part ahead[MAX_DEPTH][MAX_PANELS];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d)
         if (warp + d * WARPS < from.blocks)
-            load_panels(ahead[d], from, first_panel, warp + d * WARPS, lane);
+            load_panels(ahead[d], from, rows, warp + d * WARPS, lane, false);
     wait_for_previous();
     int total[MAX_PANELS][MAX_TILES][4] = {};
+#pragma unroll 1
     for (int first = warp; first < from.blocks; first += DEPTH * WARPS) {
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d) {
             const int block = first + d * WARPS, next = block + DEPTH * WARPS;
             if (block < from.blocks) {
-                multiply_block(total, ahead[d], from, first_row, block, lane);
+                multiply_block(total, ahead[d], from, rows, block, lane);
                 // Into the registers that are free now: into others they would have to be moved, and
                 // what moves them waits for them.
-                if (next < from.blocks) load_panels(ahead[d], from, first_panel, next, lane);
+                if (next < from.blocks) load_panels(ahead[d], from, rows, next, lane, WHOLE);
             }
         }
     }
