@@ -144,6 +144,8 @@ def load_reference(
     dtype = dtype or weights.default_dtype()
     elements = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
     check_fits(elements * dtype.itemsize, device, f"the reference of {folder.name}")
+    # In transformers 5.17, fused attention leaves caps of scores out without a word; not in 5.23.
+    attention = "eager" if weights.config.score_cap else None
     del weights
 
     from transformers import AutoModelForCausalLM
@@ -154,7 +156,10 @@ def load_reference(
         logging.disable_progress_bar()
     with _errors(folder, "load"):
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map="auto" if device == "cuda" else {"": device}
+            folder,
+            dtype=dtype,
+            device_map="auto" if device == "cuda" else {"": device},
+            attn_implementation=attention,
         ).eval()
     for name, weight in model.named_parameters():
         if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():

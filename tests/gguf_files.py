@@ -57,7 +57,7 @@ def gemma2() -> nn.Module:
 
     caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
     more = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 4, **caps}
-    return made(Gemma2ForCausalLM, Gemma2Config(**LLAMA, **more))
+    return made(Gemma2ForCausalLM, Gemma2Config(**LLAMA, **more, attn_implementation="eager"))
 
 
 def gemma3() -> nn.Module:
