@@ -94,7 +94,10 @@ def add_threads_option(group: argparse._ArgumentGroup) -> None:
 
 
 def add_quant_options(
-    parser: argparse.ArgumentParser, *, several: bool = False, bitwidth: str = "16"
+    parser: argparse.ArgumentParser,
+    *,
+    several: bool = False,
+    bitwidth: str = "16, or what the checkpoint has",
 ) -> None:
     """--bitwidth, --group-size, --scheme, --lm-head-bits, --embedding-bits.
 
