@@ -165,7 +165,8 @@ def _fill(
     """Read all weights, while kernels for the first prompts are compiled."""
     model, leaves = materializer.model, materializer.leaves()
     sizes = [elements(module) * model.dtype.itemsize for _, module in leaves]
-    for device_type in {device.type for device in model.device_map.values()}:
+    device_types = {device.type for device in model.device_map.values()}
+    for device_type in device_types:
         ops.prepare(device_type)  # what is compiled must not count as loading
     last = {materializer.layer_of(name): name for name, _ in leaves}
     with meter(sum(sizes), 0) as add, Rehearsal(model, prompt_lengths, cache_shape) as rehearsal:
@@ -177,6 +178,8 @@ def _fill(
                 model.layers[index].fuse_norms()
                 rehearsal.layer(index)
         materializer.finish()
+    for device_type in device_types:
+        ops.keep_freed_memory(device_type)
 
 
 def outline(folder: Path, plan: QuantPlan, dtype: torch.dtype | None = None) -> Decoder:

@@ -341,6 +341,12 @@ def prepare(device: str) -> None:
     on(device)
 
 
+def keep_freed_memory(device: str) -> None:
+    """Keep a device's memory that is freed, behind loading and in front of work."""
+    if device == "cpu":
+        library.keep_freed_memory()
+
+
 def select(op: str, request: Request) -> Choice:
     """The first kernel of `op` that can serve the request, with the reason."""
     refusals: list[str] = []

@@ -172,7 +172,9 @@ class _Run:
         return 4 * tokens * self.config.hidden_size + 2 * layer + packed + 4 * 4 * widest**2
 
     def work(self, meter: Meter) -> Sensitivity:
-        ops.prepare(torch.device(self.job.device).type)
+        device_type = torch.device(self.job.device).type
+        ops.prepare(device_type)
+        ops.keep_freed_memory(device_type)
         for module in FRONT:
             self.floats.fill(module, mapped=True)
         embed = HiddenStates.embed

@@ -170,7 +170,9 @@ class _Run:
         ]
         if not self.partial.finished:
             self.output.open(self.partial.model, state.get("shards"))
-            ops.prepare(torch.device(self.job.device).type)
+            device_type = torch.device(self.job.device).type
+            ops.prepare(device_type)
+            ops.keep_freed_memory(device_type)
             self._work(state.get("done", 0), meter)
             self.output.write_small_files(self.reports, self.note)
             self.output.writer.finish()

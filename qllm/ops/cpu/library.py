@@ -46,7 +46,6 @@ def library() -> Library:
         build.Unavailable: they cannot be had here.
         UserError: for a path that is unknown, or that this machine lacks.
     """
-    _keep_freed_memory()
     names = paths.wanted()
     loaded = cast("Library", build.load(omitted=paths.omitted(names)))
     interface.declare(loaded)
@@ -64,17 +63,21 @@ def library() -> Library:
     raise build.Unavailable(f"{reason}; set {paths.VARIABLE}=scalar")
 
 
-def _keep_freed_memory() -> None:
-    """Let the allocator keep what is freed, unless the environment says what it is to do.
+def keep_freed_memory() -> None:
+    """Let the allocator give back what is free, and keep what is freed from now on.
 
     A prompt's activations are some megabytes, freed and allocated anew in every layer. What the
     allocator gives back to the system comes again as pages that are cleared, one by one: of four
-    prompts of 128 tokens and OPT-125m's sizes, a fifth of the time of two threads.
+    prompts of 128 tokens and OPT-125m's sizes, a fifth of the time of two threads. In front of
+    loading it would keep what that needs besides. Where the environment says what the allocator
+    is to do, nothing is done.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
-    if mallopt is not None and not set(ALLOCATION) & set(os.environ):
-        for parameter, nbytes in ALLOCATION.values():
-            mallopt(ctypes.c_int(parameter), ctypes.c_int(nbytes))
+    system = ctypes.CDLL(None)
+    if not hasattr(system, "mallopt") or set(ALLOCATION) & set(os.environ):  # glibc's alone
+        return
+    system.malloc_trim(ctypes.c_size_t(0))
+    for parameter, nbytes in ALLOCATION.values():
+        system.mallopt(ctypes.c_int(parameter), ctypes.c_int(nbytes))
 
 
 @cache

@@ -11,12 +11,12 @@ import pytest
 import torch
 from fences import run_in
 
-from qllm.ops.cpu.library import ALLOCATION, library
+from qllm.ops.cpu.library import ALLOCATION, keep_freed_memory
 
 
 def print_faults() -> None:
     """The pages that the system clears when blocks come a second and third time; of all of them."""
-    library()
+    keep_freed_memory()
     faults = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
