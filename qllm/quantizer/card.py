@@ -32,7 +32,10 @@ def model_card(
     what = "quantized and dequantized" if fake else "quantized"
     names = {report.spec.algorithm for report in reports}
     kinds = {report.spec.kind for report in reports}
-    lines = ["---", "library_name: transformers", "tags:", "- qllm", "- quantized"]
+    # The Hub shows how the library that is named here loads it.
+    refused = {} if fake else refusals(quantization, ragged, transposed)
+    library = "qllm" if "transformers" in refused else "transformers"
+    lines = ["---", f"library_name: {library}", "tags:", "- qllm", "- quantized"]
     if "/" in name:  # a repository, to which the Hub then links
         lines += [f"base_model: {name}", "base_model_relation: quantized"]
     lines += ["---", ""]
@@ -49,7 +52,7 @@ def model_card(
     if not fake:
         line = summary(quantization, ragged, transposed)
         lines += ["", "## Where it loads", "", f"It {line}.", ""]
-        if "transformers" not in refusals(quantization, ragged, transposed):
+        if "transformers" not in refused:
             lines += snippet(quantization, ragged)
         lines += ["", "```sh", "python3 qllm_gen.py --model-path DIR", "```"]
     lines += ["", "## Error of each linear", ""]

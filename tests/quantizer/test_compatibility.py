@@ -104,7 +104,8 @@ def test_conv1d_is_not_said_to_load_in_transformers(compressed, tmp_path):
     job = Job(saved("gpt2", tmp_path / "source"), plan_of(4, group_size=-1), compressed=compressed)
     quantize_checkpoint(job, tmp_path / "out", note=notes.append)
     assert "not in transformers: " in notes[-1] and "Conv1D" in notes[-1]
-    assert "AutoModelForCausalLM" not in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoModelForCausalLM" not in card and "library_name: qllm" in card
 
 
 @pytest.mark.parametrize(
