@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qllm import ops
 from qllm.config import LM_HEAD, QuantSpec
 from qllm.layers import Linear, linear_class
 from qllm.models import Decoder, RawConfig, read_config
@@ -100,6 +101,7 @@ class Probe:
                 for spec in self._specs
                 for name in _products(spec)
             }
+        ops.keep_freed_memory(torch.device(device).type)  # as behind loading
 
     def _product(
         self, matrices: Matrices, spec: QuantSpec, name: str, nbytes: int, size: Size, rows: int
