@@ -65,6 +65,16 @@ def test_the_fewest_bytes_for_a_divergence(given):
     assert best["bytes"] <= found["plan"]["predicted"]["bytes"]
 
 
+def test_a_time_limit_that_is_as_good_as_none_ends_in_a_plan(given):
+    _, args, found = given
+    shown = call(PLAN, *args, "--avg-bits", UNIFORM_3, "--time-limit", 1e-9)
+    assert "how much better another one could be was not found out" in shown.stdout
+    quick = call_json(PLAN, *args, "--avg-bits", UNIFORM_3, "--time-limit", 1e-9)["plan"]
+    best = found["plan"]["predicted"]
+    assert quick["predicted"]["bits_per_weight"] <= UNIFORM_3 and quick["predicted"]["gap"] == 1
+    assert quick["predicted"]["divergence"] <= best["divergence"] * 1.05
+
+
 def test_limits_that_exclude_each_other_are_said_with_the_least_divergence(given):
     _, args, found = given
     kl = found["plan"]["predicted"]["divergence"]

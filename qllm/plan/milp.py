@@ -258,6 +258,8 @@ class MixedIntegerProgram:
         Raises:
             UnsolvedError: nothing keeps to the limits, or nothing was found in time.
         """
+        if time_limit <= 0:
+            raise UnsolvedError(in_time=False)
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import coo_array
 
@@ -279,7 +281,7 @@ class MixedIntegerProgram:
                 constraints=limits,
                 integrality=integral,
                 bounds=Bounds(np.zeros(self.count), high),
-                options={"time_limit": max(time_limit, 1.0), "mip_rel_gap": GAP},
+                options={"time_limit": time_limit, "mip_rel_gap": GAP},
             )
         if result.x is None:
             raise UnsolvedError(in_time=result.status != OUT_OF_TIME)

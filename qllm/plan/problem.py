@@ -100,6 +100,12 @@ class Problem:
             return self.nbytes[self.tied]
         return np.array([self.tied_bytes] if self.tied_bytes else [])
 
+    def copied_bytes(self, choice: Whole) -> float:
+        """Bytes that the first of several devices has besides, with a choice (M,)."""
+        if not len(self.copies):
+            return 0.0
+        return float(self.copies[0 if self.tied is None else choice[self.tied]])
+
     @property
     def halves(self) -> int:
         return len(self.fixed_bytes)
@@ -113,8 +119,8 @@ class Problem:
         np.add.at(held, there, self.nbytes[rows, choice])
         np.add.at(held, device, self.fixed_bytes)
         copied = 0.0
-        if len(self.copies) and device[0] != device[-1]:
-            copied = float(self.copies[0 if self.tied is None else choice[self.tied]])
+        if device[0] != device[-1]:
+            copied = self.copied_bytes(choice)
             held[device[0]] += copied
         np.add.at(first, there, self.prefill[there, rows, choice])
         np.add.at(first, device, self.fixed_prefill[device, np.arange(len(device))])
@@ -198,7 +204,8 @@ class Solution:
     Attributes:
         choice: int (M,), the candidate of each linear.
         device: int (H,), the device of each half.
-        gap: by which share of its value a better one could still be better; 0 where it is proved.
+        gap: by which share of its value a better one could still be better: 0 where it is proved,
+            1 where nothing is known of that.
     """
 
     choice: Whole

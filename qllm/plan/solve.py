@@ -2,7 +2,8 @@
 
 HiGHS proves small programs. Of a large one it solves the relaxation, which bounds how good a plan
 can be and says how much each device should take; stages are cut there, the bits of those stages are
-a small program again, and cuts are moved as long as that helps.
+a small program again, and cuts are moved as long as that helps. Where the time is too short for
+either, there is the choice that was found before them.
 """
 
 from __future__ import annotations
@@ -15,29 +16,48 @@ from dataclasses import replace
 
 import numpy as np
 
+from qllm.plan.greedy import first_bits, first_solution
 from qllm.plan.milp import GAP, MixedIntegerProgram
 from qllm.plan.problem import Problem, Solution, UnsolvedError, Whole
 
 SMALL = 2500  # variables of a program that is solved whole
 MAX_ORDERS = 6
-LEAST = 1.0  # seconds that a program has, however few are left
 
 
 def solve(problem: Problem, time_limit: float = 60.0) -> Solution:
     """The best choice.
 
     Raises:
-        UnsolvedError: no choice keeps to the limits; or none was found in time.
+        UnsolvedError: no choice keeps to the limits; or none was found in time, which may be where
+            two limits leave hardly any.
     """
     start = time.perf_counter()
+    first = first_solution(problem)
+    try:
+        found = _proved(problem, start + time_limit)
+    except UnsolvedError:
+        if first is None:
+            raise
+        found = first
+    if first is not None and first.value < found.value:
+        found = _with_bound(first, found.value * (1 - found.gap))
+    return replace(found, seconds=time.perf_counter() - start)
+
+
+def _proved(problem: Problem, deadline: float) -> Solution:
+    """The best that programs find, with a bound of what there may be.
+
+    Raises:
+        UnsolvedError: see `solve`.
+    """
     linears, candidates = problem.loss.shape
     if len(problem.memory) == 1:
-        found = _solve_stages(problem, _all_on(0, problem), time_limit)
-    elif linears * candidates * len(problem.memory) <= SMALL:
-        found = _better(_solve_whole(problem, time_limit), _alone(problem, start + time_limit))
+        return _solve_stages(problem, _all_on(0, problem), deadline - time.perf_counter())
+    if linears * candidates * len(problem.memory) <= SMALL:
+        found = _solve_whole(problem, deadline - time.perf_counter())
     else:
-        found = _better(_search(problem, start + time_limit), _alone(problem, start + time_limit))
-    return replace(found, seconds=time.perf_counter() - start)
+        found = _search(problem, deadline)
+    return _better(found, _alone(problem, deadline))
 
 
 def _all_on(device: int, problem: Problem) -> Whole:
@@ -60,7 +80,7 @@ def _alone(problem: Problem, deadline: float) -> list[Solution]:
         beside = any(each[device] for each in (*overhead, problem.wakeup))
         if beside and smallest <= memory:
             with suppress(UnsolvedError):  # bits that fit need not keep to the other limits
-                left = max(LEAST, deadline - time.perf_counter())
+                left = deadline - time.perf_counter()
                 found.append(_solve_stages(problem, _all_on(device, problem), left))
     return found
 
@@ -68,8 +88,12 @@ def _alone(problem: Problem, deadline: float) -> list[Solution]:
 def _better(found: Solution, others: Sequence[Solution]) -> Solution:
     """The best of some solutions, with the gap to the best that any of them could still be."""
     best = min((found, *others), key=lambda each: each.value)
-    bound = min(each.value * (1 - each.gap) for each in (found, *others))
-    return replace(best, gap=max(0.0, 1 - bound / best.value) if best.value else 0.0)
+    return _with_bound(best, min(each.value * (1 - each.gap) for each in (found, *others)))
+
+
+def _with_bound(found: Solution, bound: float) -> Solution:
+    """A solution with the gap to a value that none is better than."""
+    return replace(found, gap=max(0.0, 1 - bound / found.value) if found.value else 0.0)
 
 
 def _solve_whole(problem: Problem, time_limit: float) -> Solution:
@@ -81,7 +105,13 @@ def _solve_whole(problem: Problem, time_limit: float) -> Solution:
 def _solve_stages(problem: Problem, device: Whole, time_limit: float) -> Solution:
     """Bits alone, for halves that are where they are."""
     program = MixedIntegerProgram(problem, device)
-    return program.solution(program.run(time_limit))
+    try:
+        return program.solution(program.run(time_limit))
+    except UnsolvedError as error:
+        first = None if error.in_time else first_bits(problem, device)
+        if first is None:
+            raise
+        return first
 
 
 def _search(problem: Problem, deadline: float) -> Solution:
@@ -132,8 +162,7 @@ def _search(problem: Problem, deadline: float) -> Solution:
         if not uniform:
             raise
     found = min(uniform, key=lambda each: each.value)
-    bound = relaxed.bound
-    return replace(found, gap=max(found.gap, 1 - bound / found.value if found.value else 0.0))
+    return _with_bound(found, relaxed.bound)
 
 
 def _moved(cuts: tuple[int, ...], first: int, last: int, way: int, halves: int) -> tuple[int, ...]:
@@ -153,7 +182,7 @@ def _uniform(problem: Problem, deadline: float) -> list[Solution]:
         # What the limits say of it is plain, and near to one they are no question for HiGHS.
         free = replace(problem, allowed=alone, max_loss=None, max_bits=None)
         try:
-            each = _solve_whole(free, max(LEAST, deadline - time.perf_counter()))
+            each = _solve_whole(free, deadline - time.perf_counter())
         except UnsolvedError:
             continue
         if problem.keeps_to_limits(each.costs):

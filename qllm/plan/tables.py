@@ -37,10 +37,12 @@ def print_plan(name: str, plan: Plan) -> None:
         f"divergence {plan.divergence:.3g} nats per token, predicted"
     )
     fit, gap = plan.planner.fit, plan.solution.gap
-    print(
-        f"predictions of mixed plans missed what was measured by {fit.error:.1%}; "
+    better = (
         f"a better plan could be better by {gap:.2%} at most"
+        if gap < 1
+        else "how much better another one could be was not found out in the solver's time"
     )
+    print(f"predictions of mixed plans missed what was measured by {fit.error:.1%}; {better}")
     if plan.planner.cluster is not None:
         _print_devices(plan)
 

@@ -218,6 +218,34 @@ def test_a_large_program_is_searched_and_says_how_good_it_is(monkeypatch):
     assert found.value * (1 - found.gap) <= best * (1 + 1e-3)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("devices", "layers"), [(1, 4), (2, 3), (3, 2)])
+def test_without_time_there_is_a_choice_that_fits(objective, devices, layers, monkeypatch):
+    """The whole of its devices' memory is taken by fewer than all bits, and the loss is limited."""
+    p = problem(1, devices, layers, objective=objective)
+    limits = {"max_loss": p.loss[:, 0].sum() * 0.3} if objective != "loss" else {"max_bits": 3.1}
+    p = replace(p, **limits)
+    for small in (solver.SMALL, 0):
+        monkeypatch.setattr(solver, "SMALL", small)
+        found = solve(p, 0.0)
+        assert found.gap == 1  # nothing is known of what there is besides
+        assert (found.costs.held <= p.memory).all() and p.keeps_to_limits(found.costs)
+        assert found.value <= 1.1 * min(all_values(p))
+
+
+def test_without_time_what_is_held_stays_and_a_tied_embedding_is_counted():
+    base = problem(0, 3, 2, objective="loss", tied=0)
+    half_of = base.half_of.copy()
+    half_of[0] = base.halves - 1
+    allowed = np.ones(base.loss.shape, dtype=bool)
+    allowed[2] = False, True
+    memory = np.full(3, 0.45 * (base.nbytes[:, 1].sum() + base.fixed_bytes.sum()))
+    p = replace(base, half_of=half_of, allowed=allowed, memory=memory)
+    found = solve(p, 0.0)
+    assert found.choice[2] == 1 and (found.costs.held <= memory).all()
+    assert found.costs.copied and found.value <= 1.5 * min(all_values(p))
+
+
 def test_orders_do_not_tell_alike_devices_apart():
     assert orders(["a", "a", "a"]) == [(0, 1, 2)]
     assert len(orders(["a", "b", "a"])) == 3
@@ -229,3 +257,5 @@ def test_what_cannot_be_is_refused():
     for changes in ({"max_bits": 1.5}, {"max_bits": 2.0, "max_loss": 1e-9}):
         with pytest.raises(UnsolvedError, match="no plan keeps to all limits"):
             solve(problem(0, 1, 3, **changes))
+    with pytest.raises(UnsolvedError, match="no plan was found in time"):
+        solve(problem(0, 1, 3, max_bits=2.0, max_loss=1e-9), 0.0)
