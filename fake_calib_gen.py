@@ -22,6 +22,7 @@ import argparse
 from pathlib import Path
 
 from qllm import cli, folders
+from qllm.errors import UserError
 
 # Samples, and tokens of each: random input says the same of every channel, text does not.
 TEXT, RANDOM = (32, cli.Default(256)), (1, cli.Default(128))
@@ -45,12 +46,14 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    for option in ("dtype", "device"):
+        if cli.is_given(getattr(args, option)) and args.dataset is None:
+            raise UserError(f"--{option} does nothing with random input; give --dataset, too")
     model = cli.resolve_model(args, weights=args.dataset is not None)
 
     from qllm import calibration, random_model
     from qllm.checkpoint.reader import read_raw_config
     from qllm.checkpoint.writer import new_file
-    from qllm.errors import UserError
     from qllm.models import read_config
 
     samples, tokens = TEXT if args.dataset else RANDOM

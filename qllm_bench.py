@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from qllm import cli
+from qllm.config import DEFAULT_ACTIVATION_BITS, DEFAULT_KV_BITS
 from qllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -122,6 +123,14 @@ def check_options(args: argparse.Namespace) -> None:
         if getattr(args, option) is not None and not throughput:
             name = f"-{option}" if len(option) == 1 else f"--{option}"
             raise UserError(f"{name} does nothing without -p or -n")
+    if not (throughput or args.benchmark):
+        for option, given in (
+            ("--activation-bits", args.activation_bits != DEFAULT_ACTIVATION_BITS),
+            ("--calib", args.calib),
+            ("--kv-bits", args.kv_bits != DEFAULT_KV_BITS),
+        ):
+            if given:
+                raise UserError(f"{option} does nothing without -p, -n or --benchmark")
     if args.p and args.n and not any((*args.p, *args.n)):
         raise UserError("-p 0 and -n 0 leave nothing to measure; give one of them 1 or more")
     if args.output == "csv" and (args.tree or args.tp_model or args.benchmark):

@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qllm import cli
+from qllm.cli import planning
 from qllm.config import QuantSpec
-from qllm.errors import UserError
 
 if TYPE_CHECKING:
     from qllm.hub import ModelFolder
@@ -46,6 +46,7 @@ ALGORITHMS = ("gptq", "rtn")
 DATASET, SAMPLES = "wikitext2", 128
 OBJECTIVES = ("loss", "latency", "throughput")
 FRONT_POINTS = 13
+TIME_LIMIT = 60.0
 
 
 def parse_args() -> argparse.Namespace:
@@ -64,7 +65,10 @@ def parse_args() -> argparse.Namespace:
         "--scheme", default=default.scheme, metavar="NAMES", help="sym, asym or both (%(default)s)"
     )
     group.add_argument(
-        "--algorithm", choices=ALGORITHMS, default="gptq", help="that will quantize (%(default)s)"
+        "--algorithm",
+        choices=ALGORITHMS,
+        default=cli.DefaultName("gptq"),
+        help="that will quantize (%(default)s)",
     )
     group.add_argument("--lm-head", action="store_true", help="decide on the LM head, too")
     group.add_argument(
@@ -104,9 +108,11 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--gen", type=number, metavar="N", help="(128, or half of the model's window)"
     )
-    group.add_argument("--batch", type=number, default=1, metavar="N", help="(%(default)s)")
     group.add_argument(
-        "--time-limit", type=float, default=60.0, metavar="SECONDS", help="solver (%(default)s)"
+        "--batch", type=number, default=cli.Default(1), metavar="N", help="(%(default)s)"
+    )
+    group.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help=f"of the solver ({TIME_LIMIT:g})"
     )
     cli.add_calibration_options(parser, DATASET, str(SAMPLES), "2048, or the model's window")
     cli.add_run_options(parser)
@@ -123,66 +129,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """Refuse what contradicts itself.
-
-    Raises:
-        UserError: naming the option.
-    """
-    for name in ("avg_bits", "max_kl", "time_limit"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value} cannot be; give more than 0")
-    check_files(args)
-    if args.probe:
-        if args.output is None:
-            raise UserError("--probe measures this machine for a file; name it with -o")
-        return
-    if args.memory and args.cluster:
-        raise UserError("--memory is this machine's and --cluster names others; give one of them")
-    if args.size and (args.memory or args.cluster):
-        raise UserError(
-            "--size is of weights alone, and the memory of --memory and --cluster holds more than "
-            "those; give one of them"
-        )
-    limits = (args.avg_bits, args.max_kl, args.size, args.memory, args.cluster)
-    if not args.pareto and all(limit is None for limit in limits):
-        raise UserError(
-            "nothing limits the plan; give --avg-bits, --max-kl, --size, --memory, --cluster or "
-            "--pareto"
-        )
-    timed = args.memory or args.cluster
-    if args.objective in ("latency", "throughput") and not timed:
-        raise UserError(
-            f"--objective {args.objective} needs devices; give --memory for this machine, or "
-            "--cluster"
-        )
-    if args.pareto and args.verify:
-        raise UserError("--verify runs one plan, and --pareto makes many; give one of them")
-    if args.plot and not args.pareto:
-        raise UserError("--plot draws the front; give --pareto")
-
-
-def check_files(args: argparse.Namespace) -> None:
-    """Refuse what cannot be written, before anything is measured.
-
-    Raises:
-        UserError: naming the file.
-    """
-    for name in filter(None, (args.output, args.table)):
-        if not Path(name).absolute().parent.is_dir():
-            raise UserError(f"{name}: there is no folder {Path(name).parent}")
-        if Path(name).is_dir():
-            raise UserError(f"{name} is a folder; name a file")
-    if args.plot:
-        from qllm.evaluate import plots
-
-        plots.check("--plot", Path(args.plot), plots.SUFFIXES)
-
-
 def main() -> None:
     args = parse_args()
-    check_options(args)
+    planning.check_options(args)
     device = cli.resolve_device(args)
     if args.probe:
         write_probe(args, device)
@@ -190,8 +139,8 @@ def main() -> None:
     from qllm.plan.devices import parse_bytes
 
     size = None if args.size is None else parse_bytes(args.size, "--size")
-    candidates, fixed = read_candidates(args), read_fixed(args)
-    devices = read_devices(args)
+    candidates, fixed = planning.read_candidates(args), planning.read_fixed(args)
+    devices = planning.read_devices(args)
     folder = cli.resolve_model(args)
 
     from qllm import report
@@ -208,7 +157,7 @@ def main() -> None:
     shape = Shape.of(folder.path, modules, candidates, cli.resolve_dtype(args))
     work = Workload.within(shape.config.max_positions, args.prompt, args.gen, args.batch)
     memory = [size or math.inf] if devices is None else [each.memory for each in devices.devices]
-    option = memory_option(args)
+    option = planning.memory_option(args)
     asked = (shape, weights.config.tied_head, work, candidates, mask, bool(fixed))
     Asked(*asked, memory, option).check(args.avg_bits)
     cluster = measure_devices(args, devices, device)
@@ -238,44 +187,6 @@ def main() -> None:
         report.print_json(report.finite(result))
 
 
-def read_candidates(args: argparse.Namespace) -> tuple[QuantSpec, ...]:
-    """The specs that --bits names."""
-    from qllm.plan.candidates import parse_candidates
-
-    default = QuantSpec(algorithm=args.algorithm)
-    return parse_candidates(args.bits, args.group_size, args.scheme, default)
-
-
-def read_fixed(args: argparse.Namespace) -> dict[str, str]:
-    """Regular expression to bitwidth, of --fixed."""
-    found = {}
-    for text in args.fixed:
-        pattern, equals, bits = text.rpartition("=")
-        if not equals or not pattern:
-            raise UserError(f"--fixed {text!r} is no REGEX=BITS, such as 'attention=8'")
-        found[pattern] = bits
-    return found
-
-
-def memory_option(args: argparse.Namespace) -> str:
-    """The option that says how much memory there is, for errors."""
-    from qllm.plan.possible import CLUSTER, MEMORY, SIZE
-
-    return CLUSTER if args.cluster else MEMORY if args.memory else SIZE
-
-
-def read_devices(args: argparse.Namespace) -> Cluster | None:
-    """The devices of --cluster, or one with --memory, whose speed is not known yet."""
-    from qllm.plan.devices import Cluster, parse_bytes
-    from qllm.plan.planner import ANYWHERE
-
-    if args.cluster:
-        return Cluster.from_file(Path(args.cluster))
-    if not args.memory:
-        return None
-    return Cluster((replace(ANYWHERE, memory=parse_bytes(args.memory, "--memory")),))
-
-
 def measure_devices(
     args: argparse.Namespace, devices: Cluster | None, device: str
 ) -> Cluster | None:
@@ -284,7 +195,7 @@ def measure_devices(
         return devices
     from qllm.plan.cached import this_machine
 
-    specs, dtype = read_candidates(args), cli.resolve_dtype(args)
+    specs, dtype = planning.read_candidates(args), cli.resolve_dtype(args)
     here = this_machine(specs, dtype, device, cli.progress("measuring"), cli.note)
     return replace(devices, devices=(replace(here, memory=devices.devices[0].memory),))
 
@@ -294,7 +205,7 @@ def write_probe(args: argparse.Namespace, device: str) -> None:
     from qllm.checkpoint.writer import write_json
     from qllm.plan.cached import describe_machine
 
-    specs, dtype = read_candidates(args), cli.resolve_dtype(args)
+    specs, dtype = planning.read_candidates(args), cli.resolve_dtype(args)
     machine = describe_machine(specs, dtype, device, cli.progress("measuring"))
     write_json(Path(args.output), machine)
     if not args.json:
@@ -348,7 +259,7 @@ def read_limits(args: argparse.Namespace, planner: Planner) -> Limits:
             f"--max-kl is not given: the plan is to be as good as uniform {bits} "
             f"bits{comma}{embedding}, {max_kl:.3g} nats"
         )
-    return Limits(objective, max_kl, args.avg_bits, args.time_limit)
+    return Limits(objective, max_kl, args.avg_bits, args.time_limit or TIME_LIMIT)
 
 
 def show_front(

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 DEFAULT_BITWIDTH = "4"
 FORMAT, SHARD_GIGABYTES = "auto", 5.0
+# What says how text is read.
+OF_TEXT = ("nsamples", "seqlen", "seed", "dtype", "smooth_alpha")
 # What means nothing for an ONNX model, which is one file of packed layers.
 NOT_FOR_ONNX = {
     "fake": False,
@@ -63,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--algorithm",
         choices=ALGORITHMS,
-        default=DEFAULT_ALGORITHM,
+        default=cli.DefaultName(DEFAULT_ALGORITHM),
         help="how the integers are chosen (%(default)s)",
     )
     window = f"{TOKENS}, or the model's window"
@@ -219,15 +221,23 @@ def check_options(args: argparse.Namespace, plan: QuantPlan) -> None:
         ("dataset", inputs, "--algorithm gptq, awq or signround, 8:tc-li or 8:tc"),
         ("nsamples", inputs, "calibration"),
         ("seqlen", inputs, "calibration"),
+        ("seed", inputs, "calibration"),
+        ("dtype", inputs, "calibration"),
     ):
-        given = getattr(args, option) is not None
+        value = getattr(args, option)
+        given = value is False or cli.is_given(value)  # which --no-clip and its like are
         name = "--" + option.replace("_", "-")
         if given and not used:
             raise UserError(f"{name} does nothing here; it goes with {who}")
-        if given and option in ("nsamples", "seqlen", "smooth_alpha") and not has_text:
+        if given and option in OF_TEXT and not has_text:
             raise UserError(f"{name} needs text to calibrate on; name one with --dataset")
-    if args.algorithm != DEFAULT_ALGORITHM and args.config is None and not weight_only:
-        raise UserError(f"--algorithm {args.algorithm} goes with 1 to 8 bits, not {args.bitwidth}")
+    followed = {spec.algorithm for spec in specs if spec.kind == "weight_only"}
+    if cli.is_given(args.algorithm) and args.algorithm not in (followed or {DEFAULT_ALGORITHM}):
+        if args.config is None:
+            what = f"goes with 1 to 8 bits, not {args.bitwidth}"
+        else:
+            what = f"does nothing here: no rule of {args.config} takes it; leave it out"
+        raise UserError(f"--algorithm {args.algorithm} {what}")
     if args.fake and args.format != FORMAT:
         raise UserError("--fake saves 16-bit weights, --format says how packed ones are written")
     if not 0 < args.shard_size < math.inf:

@@ -144,6 +144,21 @@ OPTIONS = {
         (*TINY, "--compare", "--reference", "bloom-tiny"),
     ),
     "two models": Options(("--model-path and --model-size",), (*TINY, "--model-path", "{}"), ALL),
+    "two models by name": Options(
+        ("--model-path and --model-name",), ("--model-path", "{}", "--model-name", "opt"), ALL
+    ),
+    "a timeout of one process": Options(("--timeout is for ranks",), (*TINY, "--timeout", "5")),
+    "groups that all rules have": Options(
+        ("--group-size 32 does nothing here", "leave it out"),
+        (*TINY, "--bitwidth", "{}/plan.json", "--group-size", "32"),
+        (GEN, BENCH),
+        (("plan.json", b'{".*": {"bits": 4, "group_size": 64}}'),),
+    ),
+    "a type of random input": Options(
+        ("--dtype does nothing with random input", "--dataset"),
+        (*TINY, "--dtype", "float32"),
+        (CALIB,),
+    ),
     "no folder": Options(("nowhere", "no such folder"), ("--model-path", "{}/nowhere"), ALL),
     "a file": Options(("is a file",), ("--model-path", "{}/f"), ALL, (("f", b""),)),
     "an empty folder": Options(("no checkpoint", "config.json"), ("--model-path", "{}"), ALL),

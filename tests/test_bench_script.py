@@ -147,6 +147,7 @@ def test_the_tree():
         (("--benchmark", "1024"), ("window of 512", "--max-length 512")),
         (("--check",), ("--check does nothing without --benchmark",)),
         (("--tree", "-r", "3"), ("-r does nothing without -p or -n",)),
+        (("--tree", "--kv-bits", "4"), ("--kv-bits does nothing without -p, -n or --benchmark",)),
         (("-n", "4", "--activation-bits", "8"), ("for layers of 1 to 8 bits",)),
         (("--tree", "--output", "csv"), ("csv is for the table",)),
         (("--benchmark", "9", "--dataset", "{}/text"), ("has 3 tokens, not 9",)),

@@ -197,8 +197,11 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
         (("--size", "much"), "--size 'much' is no size"),
         (("--avg-bits", 3, "--plot", "x.png"), "--plot draws the front"),
         (("--probe",), "name it with -o"),
+        (("--probe", "-o", "x.json"), "--model-path does nothing with --probe"),
+        (("--avg-bits", 3, "--batch", 1), "--batch needs devices; give --memory for this machine"),
+        (("--size", "5MB", "--gen", 8), "--gen needs devices; give --memory for this machine"),
         (
-            ("--avg-bits", 3, "--prompt", 500),
+            ("--memory", "1GB", "--prompt", 500),
             "--prompt 500 and --gen 128 exceed the model's window",
         ),
         (("--avg-bits", 3, "-o", "no/plan.json"), "no/plan.json: there is no folder no"),

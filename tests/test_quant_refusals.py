@@ -106,6 +106,8 @@ USELESS = {
     "--dataset": ("{}/text", "--algorithm gptq, awq or signround"),
     "--nsamples": ("3", "calibration"),
     "--seqlen": ("3", "calibration"),
+    "--seed": ("3", "calibration"),
+    "--dtype": ("float32", "calibration"),
 }
 OPTIONS |= {
     f"{name} of nobody": (
@@ -117,6 +119,14 @@ OPTIONS |= {
 OPTIONS["--clip of nobody"] = (
     ("--clip does nothing here",),
     ("--bitwidth", "8:tc-li", "--clip", "--save", "{}/out"),
+)
+OPTIONS["a seed without text"] = (
+    ("--seed needs text to calibrate on",),
+    ("--bitwidth", "8:tc-li", "--seed", "3", "--save", "{}/out"),
+)
+OPTIONS["an algorithm that no rule takes"] = (
+    ("--algorithm awq does nothing here",),
+    ("--config", "{}/rules.json", "--algorithm", "awq", "--save", "{}/out"),
 )
 OPTIONS["a group size of channels"] = (
     ("--group-size 64 does nothing", "8:tc-li and 8:tc have a scale per channel"),
@@ -151,7 +161,7 @@ def folder(tmp_path) -> Path:
     (tmp_path / "short").write_text("A few words.")
     (tmp_path / "empty").write_text(" \n")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "rules.json").write_text('{".*": 4}')
+    (tmp_path / "rules.json").write_text('{".*": {"bits": 4, "algorithm": "rtn"}}')
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "of something").touch()
     return tmp_path

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from qllm.cli.bars import meter, note_above, progress
 from qllm.cli.console import Parser, note, rearm, run, silent, whole_number
-from qllm.cli.lengths import Default, check_rounding, fit_defaults, up_to
+from qllm.cli.lengths import Default, DefaultName, check_rounding, fit_defaults, is_given, up_to
 from qllm.cli.models import (
     DTYPES,
     add_accuracy_option,
@@ -48,6 +48,7 @@ __all__ = [
     "DEFAULT_PROMPTS",
     "DTYPES",
     "Default",
+    "DefaultName",
     "Parser",
     "add_accuracy_option",
     "add_activation_options",
@@ -65,6 +66,7 @@ __all__ = [
     "find_calibration",
     "fit_defaults",
     "holds_onnx",
+    "is_given",
     "join",
     "meter",
     "note",

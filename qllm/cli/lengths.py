@@ -25,6 +25,12 @@ class DefaultName(str):
     __slots__ = ()
 
 
+def is_given(value: object) -> bool:
+    """Whether an option's value is a user's: none that stands for nothing, "auto" or a default."""
+    absent = value is None or value is False or value in ([], "auto")
+    return not (absent or isinstance(value, Default | DefaultName))
+
+
 def up_to(value: int, maximum: int | None) -> int:
     """A number, and where it is a `Default` up to `maximum` (None: no limit), but 1 or more."""
     if maximum is None or not isinstance(value, Default):
@@ -61,18 +67,25 @@ def fit_defaults(args: argparse.Namespace, config: ModelConfig, own: bool) -> No
 
 
 def check_rounding(args: argparse.Namespace, plans: Sequence[QuantPlan]) -> None:
-    """Refuse --group-size and --scheme where no plan has layers of groups.
+    """Refuse --group-size and --scheme where no plan has layers that follow them.
 
     Raises:
         UserError: naming the first that was given.
     """
-    kinds = {spec.kind for plan in plans for _, spec in plan.rules}
-    if "weight_only" in kinds:
-        return
-    for option, value in (("--group-size", args.group_size), ("--scheme", args.scheme)):
-        if not isinstance(value, Default | DefaultName):
+    grouped = [spec for plan in plans for _, spec in plan.rules if spec.kind == "weight_only"]
+    for option, value, followed in (
+        ("--group-size", args.group_size, {spec.group_size for spec in grouped}),
+        ("--scheme", args.scheme, {spec.scheme for spec in grouped}),
+    ):
+        if not is_given(value) or value in followed:
+            continue
+        if grouped:
             raise UserError(
-                f"{option} {value} does nothing without --bitwidth, --lm-head-bits or "
-                "--embedding-bits of 1 to 8: 8:tc-li and 8:tc have a scale per channel, and a "
-                "quantized checkpoint keeps its own groups; leave it out"
+                f"{option} {value} does nothing here: the plan's rules all have their own; "
+                "leave it out"
             )
+        raise UserError(
+            f"{option} {value} does nothing without --bitwidth, --lm-head-bits or "
+            "--embedding-bits of 1 to 8: 8:tc-li and 8:tc have a scale per channel, and a "
+            "quantized checkpoint keeps its own groups; leave it out"
+        )

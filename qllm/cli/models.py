@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qllm import hub
 from qllm.bitwidths import make_plan
 from qllm.cli.console import note, whole_number
-from qllm.cli.lengths import Default, DefaultName
+from qllm.cli.lengths import Default, DefaultName, is_given
 from qllm.config import (
     ACTIVATION_BITS,
     BITWIDTHS,
@@ -47,7 +47,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
     group.add_argument(
         "--model-name",
         choices=list(hub.REPOSITORIES),
-        default="opt",
+        default=DefaultName("opt"),
         help="family of models (%(default)s)",
     )
     group.add_argument(
@@ -282,7 +282,7 @@ def add_calibration_options(
     group.add_argument(
         "--seed",
         type=whole_number(0, MAX_SEED),
-        default=0,
+        default=Default(0),
         metavar="N",
         help="of the draw of samples (%(default)s)",
     )
@@ -303,8 +303,9 @@ def resolve_model(
         raise UserError(
             f"there are {world} processes, and this script takes one: start it without torchrun"
         )
-    if args.model_path and args.model_size:
-        raise UserError("--model-path and --model-size name two models; give one of them")
+    for option, value in (("--model-size", args.model_size), ("--model-name", args.model_name)):
+        if args.model_path and is_given(value):
+            raise UserError(f"--model-path and {option} name two models; give one of them")
     return hub.resolve(
         args.model_name, args.model_size, args.model_path, weights=weights, note=note
     )

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from qllm.cli.console import whole_number
+from qllm.cli.lengths import Default, is_given
 from qllm.cli.models import resolve_device
 from qllm.errors import UserError
 from qllm.launch import Launch
@@ -60,7 +61,7 @@ def add_parallel_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--timeout",
         type=whole_number(2),
-        default=60,
+        default=Default(60),
         metavar="SECONDS",
         help="within which a run ends that a rank keeps from going on (%(default)s)",
     )
@@ -81,6 +82,8 @@ def check_processes(args: argparse.Namespace) -> None:
         raise UserError("--stages says where the stages of --pp begin; give --pp 2 or more")
     if args.tp_mode != TP_MODES[0] and args.tp == 1:
         raise UserError("--tp-mode says how the ranks of --tp share layers; give --tp 2 or more")
+    if is_given(args.timeout) and world == 1:
+        raise UserError("--timeout is for ranks that wait for each other; give --tp or --pp, too")
 
 
 def session(args: argparse.Namespace) -> AbstractContextManager[Session]:
