@@ -7,15 +7,16 @@ file is a checkpoint in QLLM's layout (`weight_convert.py`), put together as it 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qllm.checkpoint.tensors import TensorFile, TensorInfo, map_file
-from qllm.config import ModelConfig
+from qllm.config import EMBEDDING, LM_HEAD, ModelConfig
 from qllm.errors import UserError
 from qllm.gguf.config import Architecture, architecture_of, read_config
 from qllm.gguf.file import GGUF, GGUFTensor
@@ -144,19 +145,31 @@ def _is_held(name: str) -> bool:
     return kind in ("weight", BLOCKS) and (module == "embed" or _is_linear(name))
 
 
-def packed_types(parts: dict[str, list[Part]]) -> dict[str, BlockType]:
-    """Our name of each linear, and the embedding, that can be held as the file has it."""
+def packed_types(
+    parts: dict[str, list[Part]], as_numbers: Collection[str] = ()
+) -> dict[str, BlockType]:
+    """Our name of each linear, and the embedding, that can be held as the file has it.
+
+    Args:
+        as_numbers: modules that are to be numbers.
+    """
     found = {}
     for name, pieces in parts.items():
         types = {piece.tensor.type for piece in pieces}
-        if _is_held(name) and len(types) == 1 and next(iter(types)).packs:
-            found[name.rpartition(".")[0]] = next(iter(types))
+        module = name.rpartition(".")[0]
+        held = _is_held(name) and module not in as_numbers
+        if held and len(types) == 1 and next(iter(types)).packs:
+            found[module] = next(iter(types))
     return found
 
 
-def quantization_of(found: GGUF) -> dict[str, object]:
-    """The `quantization_config` of a file: the type of each linear that is held as it is."""
-    types = packed_types(parts_of(found))
+def quantization_of(found: GGUF, as_numbers: Collection[str] = ()) -> dict[str, Any]:
+    """The `quantization_config` of a file: the type of each linear that is held as it is.
+
+    Args:
+        as_numbers: modules that are not.
+    """
+    types = packed_types(parts_of(found), as_numbers)
     return {
         "quant_method": "gguf",
         "modules": {module: kind.name for module, kind in types.items()},
@@ -169,17 +182,27 @@ class GGUFFile(TensorFile):
     What is held as it is has "blocks", uint8 (N, bytes of a row), in place of a "weight".
     """
 
-    def __init__(self, found: GGUF, packed: bool, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        found: GGUF,
+        packed: bool,
+        dtype: torch.dtype = torch.float32,
+        as_numbers: Collection[str] = (),
+    ) -> None:
         """
         Args:
             packed: linears are held as they are where a layer can; else all are numbers.
             dtype: in which the numbers of blocks are read.
+            as_numbers: modules that are numbers all the same. An LM head among them that the file
+                has no tensor of is the embedding's numbers.
         """
         self._dtype = dtype
         self.path = found.path
         self._maps: dict[Path, Tensor] = {}
         self._parts = parts_of(found)
-        types = packed_types(self._parts) if packed else {}
+        types = packed_types(self._parts, as_numbers) if packed else {}
+        if LM_HEAD in as_numbers and EMBEDDING in types:
+            self._parts.setdefault(f"{LM_HEAD}.weight", self._parts[f"{EMBEDDING}.weight"])
         self.tensors: dict[str, TensorInfo] = {}
         for name in list(self._parts):
             module, pieces = name.rpartition(".")[0], self._parts[name]

@@ -13,7 +13,7 @@ from qllm import ops
 from qllm.calibration import Calibration
 from qllm.checkpoint.device_map import infer_device_map
 from qllm.checkpoint.materialize import Materializer
-from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint, read_raw_config
+from qllm.checkpoint.reader import Checkpoint, read_raw_config
 from qllm.checkpoint.rehearsal import Rehearsal
 from qllm.checkpoint.weights import Weights, resolve_dtype
 from qllm.config import (
@@ -196,28 +196,15 @@ def _open(folder: Path, plan: QuantPlan, dtype: torch.dtype | None) -> Checkpoin
     """A checkpoint; what a plan asks of a GGUF file is made of its numbers, whatever their type.
 
     Where nothing is quantized they are read in the type that the model will have, None being the
-    file's own.
-
-    Raises:
-        UserError: for embedding or LM head alone of a file that has packed layers, which would
-            become numbers, too.
+    file's own. Of embedding and LM head alone, all else is as the file has it.
     """
     if not is_gguf(folder):
         return Checkpoint(folder)
-    values = read_raw_config(folder).values
-    packed = values[QUANTIZATION_KEY]["modules"]
-    if plan.names_layers is False and plan.names_outer:
-        layers = [kind for name, kind in packed.items() if name.startswith("layers.")]
-        if layers:
-            raise UserError(
-                f"{folder} holds its layers in {layers[0]}, and runs as it is; leave "
-                "--lm-head-bits and --embedding-bits out, or give --bitwidth, which rounds all "
-                "layers, as well"
-            )
-    if plan.quantizes:
-        return Checkpoint(folder, packed=False)
-    own = dtype or resolve_dtype(values["dtype"]) or torch.float32
-    return Checkpoint(folder, packed=plan.keeps_stored, dtype=own)
+    packed = plan.keeps_stored or bool(plan.outer_alone)
+    own = torch.float32
+    if not plan.quantizes:
+        own = dtype or resolve_dtype(read_raw_config(folder).values["dtype"]) or own
+    return Checkpoint(folder, packed=packed, dtype=own, as_numbers=plan.outer_alone)
 
 
 def _empty(weights: Weights, specs: dict[str, QuantSpec], dtype: torch.dtype) -> Decoder:
@@ -257,13 +244,14 @@ def _weight_only(model: Decoder) -> Iterator[WeightOnlyLinear]:
 def _specs(weights: Weights, plan: QuantPlan) -> dict[str, QuantSpec]:
     """The spec of every linear: of the plan, or as a quantized checkpoint has it."""
     config = weights.config
-    if weights.stored:
-        if not plan.keeps_stored:
-            raise UserError(
-                f"{weights.checkpoint.folder} is quantized already, and runs as it is; "
-                "leave --bitwidth, --lm-head-bits and --embedding-bits out"
-            )
-        return {name: storage.spec for name, storage in weights.stored.items()}
+    stored = {name: storage.spec for name, storage in weights.stored.items()}
+    if stored and plan.keeps_stored:
+        return stored
+    if stored and not is_gguf(weights.checkpoint.folder):
+        raise UserError(
+            f"{weights.checkpoint.folder} is quantized already, and runs as it is; "
+            "leave --bitwidth, --lm-head-bits and --embedding-bits out"
+        )
     plan.check(config)
     linears = weights.family.layer_linears(config.num_layers)
     specs = plan.resolve(linears, config.num_layers, tied=config.tied_head)
@@ -273,16 +261,15 @@ def _specs(weights: Weights, plan: QuantPlan) -> dict[str, QuantSpec]:
                 f"{spec.algorithm} takes calibration and time: qllm_quant.py does it once, and "
                 "what it saves is loaded; loading itself rounds to nearest (rtn)"
             )
-    return specs
+    return specs | stored
 
 
 def _check_calibration(
     weights: Weights, specs: dict[str, QuantSpec], calibration: Calibration | None
 ) -> None:
     """Refuse int8 layers without the statistics they need, or with those of another model."""
-    if weights.stored:
-        return
-    if calibration is None and any(spec.kind == "w8a8_static" for spec in specs.values()):
+    rounded = {name: spec for name, spec in specs.items() if name not in weights.stored}
+    if calibration is None and any(spec.kind == "w8a8_static" for spec in rounded.values()):
         raise UserError(
             "bitwidth 8:tc needs a calibration of this model's activations; make one with "
             "fake_calib_gen.py, name one with --calib, or use 8:tc-li, which needs none"
@@ -290,7 +277,7 @@ def _check_calibration(
     if calibration is not None:
         shapes = {
             name: weights.shapes[f"{name}.weight"]
-            for name in specs
+            for name in rounded
             if name not in (EMBEDDING, LM_HEAD)
         }
         calibration.check(shapes)

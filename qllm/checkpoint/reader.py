@@ -6,7 +6,7 @@ Files from outside are hostile: names in an index stay inside the folder.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from qllm import files
 from qllm.checkpoint.gguf import GGUFFile, quantization_of
 from qllm.checkpoint.tensor_files import MAX_HEADER_BYTES, SafetensorsFile, TorchFile
 from qllm.checkpoint.tensors import TensorFile, is_finite
+from qllm.config import EMBEDDING, LM_HEAD
 from qllm.errors import UserError
 from qllm.files import MAX_JSON_BYTES
 from qllm.gguf import is_gguf
@@ -49,18 +50,23 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
         raise UserError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
 
 
-def read_raw_config(folder: Path, *, packed: bool = True) -> RawConfig:
+def read_raw_config(
+    folder: Path, *, packed: bool = True, as_numbers: Collection[str] = ()
+) -> RawConfig:
     """The folder's config.json; its QUANTIZATION_KEY is where older tools put it elsewhere, too.
 
     Args:
         folder: or a GGUF file, of whose metadata a config.json is made.
         packed: of a GGUF file, linears are as it has them; else they are its numbers.
+        as_numbers: modules of one that are numbers all the same, see `GGUFFile`.
     """
     if is_gguf(folder):
         file = read_gguf(folder)
         values: dict[str, Any] = {**read_config(file), LAYOUT_KEY: LAYOUT}
         if packed:
-            values[QUANTIZATION_KEY] = quantization_of(file)
+            config = values[QUANTIZATION_KEY] = quantization_of(file, as_numbers)
+            if LM_HEAD in as_numbers and EMBEDDING in config["modules"]:
+                values["tie_word_embeddings"] = False  # for one is packed, and the other is not
         return RawConfig(values, str(folder))
     path = folder / "config.json"
     values = read_json(path)
@@ -89,24 +95,35 @@ class Checkpoint:
     unpacked_types: tuple[str, ...] = ()
 
     def __init__(
-        self, folder: Path, *, packed: bool = True, dtype: torch.dtype = torch.float32
+        self,
+        folder: Path,
+        *,
+        packed: bool = True,
+        dtype: torch.dtype = torch.float32,
+        as_numbers: Collection[str] = (),
     ) -> None:
         """
         Args:
             folder: or a GGUF file.
-            packed: see `read_raw_config`.
+            packed, as_numbers: see `read_raw_config`.
             dtype: of a GGUF file, in which the numbers of blocks are read.
 
         Raises:
             UserError: where the folder holds no checkpoint, or a broken one.
         """
         self.folder = folder
-        self.raw_config = read_raw_config(folder, packed=packed)
+        self.raw_config = read_raw_config(folder, packed=packed, as_numbers=as_numbers)
         self._files: dict[str, TensorFile] = {}
         elsewhere = self.raw_config.values.get("transformers_weights")
         if elsewhere is not None:
             raise self.raw_config.error("transformers_weights", elsewhere, "no entry of this name")
-        opened, weight_map = _open_weights(folder, packed, dtype)
+        if is_gguf(folder):
+            opened: Iterator[TensorFile] = iter(
+                [GGUFFile(read_gguf(folder), packed, dtype, as_numbers)]
+            )
+            weight_map = None
+        else:
+            opened, weight_map = _open_weights(folder)
         for file in opened:
             path = file.path
             for name in file.tensors:
@@ -171,12 +188,8 @@ class Checkpoint:
         return self._files[name].path
 
 
-def _open_weights(
-    folder: Path, packed: bool, dtype: torch.dtype
-) -> tuple[Iterator[TensorFile], Mapping[str, str] | None]:
-    """The files of a checkpoint, each opened as it is asked for, and an index's `weight_map`."""
-    if is_gguf(folder):
-        return iter([GGUFFile(read_gguf(folder), packed, dtype)]), None
+def _open_weights(folder: Path) -> tuple[Iterator[TensorFile], Mapping[str, str] | None]:
+    """The files of a folder, each opened as it is asked for, and an index's `weight_map`."""
     paths, weight_map = _find_weights(folder)
     kinds = {True: SafetensorsFile, False: TorchFile}
     return (kinds[path.suffix == ".safetensors"](path) for path in paths), weight_map

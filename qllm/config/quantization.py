@@ -154,15 +154,17 @@ class QuantPlan:
         return any(spec.kind != "dense" for _, spec in self.rules)
 
     @property
-    def names_outer(self) -> bool:
-        """Whether a rule is of the embedding or the LM head."""
-        return any(name in pattern for pattern, _ in self.rules for name in (EMBEDDING, LM_HEAD))
+    def outer_alone(self) -> tuple[str, ...]:
+        """Embedding and LM head, those that a user named the bits of, where no layer's are."""
+        if self.names_layers is not False:
+            return ()
+        patterns = [pattern for pattern, _ in self.rules]
+        return tuple(name for name in (EMBEDDING, LM_HEAD) if any(name in p for p in patterns))
 
     @property
     def keeps_stored(self) -> bool:
         """Whether a checkpoint that is quantized already is loaded as it is."""
-        asked = self.names_layers or (self.names_layers is not None and self.names_outer)
-        return not (self.quantizes or asked)
+        return not (self.quantizes or self.names_layers or self.outer_alone)
 
     @classmethod
     def uniform(cls, spec: QuantSpec) -> QuantPlan:

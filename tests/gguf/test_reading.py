@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from random import Random
 
@@ -32,6 +33,7 @@ from qllm.gguf.config import read_config as gguf_config
 from qllm.gguf.file import read_gguf
 from qllm.gguf.tokenizer import tokenizer_files
 from qllm.gguf.types import TYPES
+from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import RawConfig, read_config
 from qllm.pretrained import Pretrained
 from qllm.quant.packing import unpack
@@ -105,10 +107,37 @@ def test_numbers_are_quantized_where_bits_are_asked_for(tmp_path):
         llm = LLM.from_pretrained(path, bitwidth=bits, group_size=32)
         assert {m.spec.bits for n, m in _linears(llm.model) if n != "lm_head"} == {bits}
         assert report.outer_bits(llm.model) == {"embedding_bits": "16", "lm_head_bits": "16"}
-    for option in ("lm_head_bits", "embedding_bits"):  # with which layers would become numbers
-        for bits in (4, 16):
-            with pytest.raises(UserError, match="holds its layers in Q8_0, and runs as it is"):
-                LLM.from_pretrained(path, **{option: bits})
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # whose head is tied, and is not
+@pytest.mark.parametrize("bits", [4, 16])
+def test_embedding_and_head_alone_leave_the_rest_as_the_file_has_it(tmp_path, family, bits):
+    """By transformers, of the file's numbers: those of the one or the other rounded once more."""
+    model = FAMILIES[family]()
+    tied = model.config.tie_word_embeddings
+    path = write_model(tmp_path / "model.gguf", model, "Q5_1")
+    numbers = dequantized(model, "Q5_1")
+    for option in ("embedding_bits", "lm_head_bits"):
+        reference = deepcopy(numbers)
+        llm = LLM.from_pretrained(path, dtype="float32", group_size=32, **{option: bits})
+        assert {layer.spec.bits for _, layer in _linears(llm.model.layers)} == {5}
+        both = {"embedding_bits": "5", "lm_head_bits": "5", option: str(bits)}
+        if tied and option == "embedding_bits":
+            both["lm_head_bits"] = str(bits)
+        assert report.outer_bits(llm.model) == both
+        head = option == "lm_head_bits"
+        weight = (reference.lm_head if head else reference.model.embed_tokens).weight
+        if bits < 16:
+            spec = QuantSpec(bits, 32, "asym", "weight_only")
+            rounded = WeightOnlyLinear.from_float(weight.detach(), None, spec).dequantize()
+            new = nn.Parameter(rounded.float())
+            if not head:
+                reference.model.embed_tokens.weight = new
+            if head or tied:
+                reference.lm_head.weight = new
+        want = reference(torch.tensor(IDS[:1])).logits[0]
+        (logits,) = llm.logits(IDS[:1])
+        assert (logits - want).abs().max() < 1e-4 * (want.max() - want.min())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "phi3", "gptneox"])
