@@ -3,7 +3,8 @@
     python3 qllm_chat.py --model-path MODEL.gguf
     echo "What is gravity?" | python3 qllm_chat.py --model-path MODEL.gguf
 
-From a pipe each line is a message of one conversation, and each answer a line.
+From a pipe each line is a message of one conversation, and each answer a line. A message that
+cannot be answered has none: standard error says why, and the status at the end is 2.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
+    """The status: 2 where a message from a pipe could not be answered."""
     args = parse_args()
     plan = cli.read_plan(args)
     folder = cli.resolve_model(args)
@@ -94,24 +96,29 @@ def main() -> None:
     chat = Chat(llm, template, config, system=args.system, stop=stop, context=context)
     if sys.stdin.isatty():
         talk(chat)
-        return
-    for line in sys.stdin:
+        return 0
+    return answer_lines(chat)
+
+
+def answer_lines(chat: Chat) -> int:
+    """Answer each line of standard input in a line; the status, see `main`.
+
+    Of a line that cannot be answered standard error says why, and those behind it are answered.
+    """
+    status = 0
+    for number, line in enumerate(sys.stdin, 1):
         text = line.strip()
         if text == "/exit":
             break
         if text == "/reset":
             chat.reset()
         elif text:
-            print(" ".join(answer(chat, text).split()), flush=True)
-
-
-def answer(chat: Chat, text: str) -> str:
-    """A whole answer; "" to a message that cannot be answered, with a note that says why."""
-    try:
-        return "".join(chat.answer(text))
-    except UserError as error:
-        cli.note(str(error))
-        return ""
+            try:
+                print(" ".join("".join(chat.answer(text)).split()), flush=True)
+            except UserError as error:
+                cli.error(f"line {number}: {error}")
+                status = 2
+    return status
 
 
 def talk(chat: Chat) -> None:

@@ -194,19 +194,23 @@ def test_a_template_that_fails_is_one_line(template, says):
 
 
 def test_from_a_pipe_each_answer_is_a_line(folder, monkeypatch, capsys):
-    """And to a message that cannot be answered a note and an empty line: others are answered."""
+    """One that cannot be answered is an error in the end, and others are answered."""
     import qllm_chat
 
     said = f"The sea\n/reset \r\n{'sea ' * 100}\nThe \udcff\n \nThe sea\r\n/exit\nmore\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(said))
     program = ["qllm_chat.py", "--model-path", str(folder), "--max-gen-tokens", "5"]
     monkeypatch.setattr(sys, "argv", [*program, "--ctx-size", "60"])
-    qllm_chat.main()
+    assert qllm_chat.main() == 2
     found = capsys.readouterr()
-    first, *unanswered, second = found.out.splitlines()
-    assert first == second != "" and unanswered == ["", ""]
-    assert "note: the message is not UTF-8 text\n" in found.err
-    assert re.findall(r"the message has \d+ tokens .* and the context 60;", found.err) != []
+    first, second = found.out.splitlines()
+    assert first == second != ""
+    error = r"^qllm_chat\.py: error: line "
+    assert re.findall(error + r"4: the message is not UTF-8 text$", found.err, re.MULTILINE)
+    too_long = error + r"3: the message has \d+ tokens .* and the context 60; write a shorter one$"
+    assert re.findall(too_long, found.err, re.MULTILINE)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The sea\n"))
+    assert qllm_chat.main() == 0
 
 
 def test_each_ctrl_c_stops_what_there_is_and_another_signal_the_program(monkeypatch, capsys):

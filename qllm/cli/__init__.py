@@ -6,7 +6,7 @@ Nothing heavy is imported until it is needed, so that `--help` and mistakes answ
 from __future__ import annotations
 
 from qllm.cli.bars import meter, note_above, progress
-from qllm.cli.console import Parser, note, rearm, run, silent, whole_number
+from qllm.cli.console import Parser, error, note, rearm, run, silent, whole_number
 from qllm.cli.lengths import Default, DefaultName, check_rounding, fit_defaults, is_given, up_to
 from qllm.cli.models import (
     DTYPES,
@@ -63,6 +63,7 @@ __all__ = [
     "add_threads_option",
     "check_processes",
     "check_rounding",
+    "error",
     "find_calibration",
     "fit_defaults",
     "holds_onnx",

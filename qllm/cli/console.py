@@ -225,6 +225,11 @@ def note(line: str) -> None:
     _print(f"note: {line}")
 
 
+def error(line: str) -> None:
+    """Say on standard error what did not work, in a run that goes on."""
+    _print(f"{Path(sys.argv[0]).name}: error: {line}")
+
+
 def silent(line: str) -> None:
     """Say nothing: of several processes, one speaks."""
 
