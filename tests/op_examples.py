@@ -333,12 +333,12 @@ EXAMPLES = {
     "step_rounding": (step_rounding_example,),
     "descend_block": (descend_block_example,),
     **{
-        f"{phase}_attention": tuple(
+        f"{how}_attention": tuple(
             partial(attention_example, prompt=prompt, rotated=rotated, share=share, scores=scores)
             for rotated, share, scores in (
                 *((True, 3, PLAIN), (False, 1, PLAIN), (True, 2, Scores(0.3, 2.0, 5))),
             )
         )
-        for phase, prompt in (("decode", False), ("prefill", True))
+        for how, prompt in (("decode", False), ("prefill", True), ("differentiable", True))
     },
 }

@@ -189,7 +189,7 @@ SIMPLE = (
     *("embedding", "layer_norm", "rms_norm", "qk_norm", "activation", "gated_activation", "add"),
     *("scale", "gather"),
     *("decode_attention", "prefill_attention", "layer_norm_int8", "rms_norm_int8"),
-    *("step_rounding", "descend_block"),
+    *("differentiable_attention", "step_rounding", "descend_block"),
 )
 GPU_SIMPLE: dict[str, Callable[..., Any]] = {  # which return tensors, or `Int8Rows`
     "decode_attention": gpu_attention.decode_attention,
@@ -289,17 +289,11 @@ class _Mode(threading.local):
 
 
 _mode = _Mode()
-# The ops between linear layers as autograd follows them, see `on`.
-DIFFERENTIABLE = SimpleNamespace(
-    **{op: getattr(reference, op) for op in SIMPLE}
-    | {"prefill_attention": reference.differentiable_attention},
-    add_norm={},
-)
 
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """The ops between linear layers are plain torch inside, so that gradients go through them."""
+    """The ops between linear layers are such as gradients go through inside."""
     before, _mode.differentiable = _mode.differentiable, True
     try:
         yield
@@ -318,7 +312,15 @@ def on(device: str) -> SimpleNamespace:
     Besides, `add_norm` has by a norm's name what adds in front of it; empty where that gains
     nothing.
     """
-    return DIFFERENTIABLE if _mode.differentiable else kernels_on(device)
+    return differentiable_on(device) if _mode.differentiable else kernels_on(device)
+
+
+@cache
+def differentiable_on(device: str) -> SimpleNamespace:
+    """`on` inside `differentiable`: plain torch, but for what has a way back of its own."""
+    attention = {"prefill_attention": kernels_on(device).differentiable_attention}
+    found = {op: getattr(reference, op) for op in SIMPLE}
+    return SimpleNamespace(**found | attention, add_norm={})
 
 
 @cache

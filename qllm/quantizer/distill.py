@@ -60,17 +60,17 @@ class _ScaledProduct(torch.autograd.Function):
     """x W^T + b, of a weight that is dequantized here, and that gradients of its factors go to."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: Tensor, linear: ScaledLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, linear: ScaledLinear) -> Tensor:
         weight = linear.matrix()
         ctx.save_for_backward(x, weight)
-        ctx.linear, ctx.gradient = linear, gradient
+        ctx.linear = linear
         y = product(x, weight)
         return y if linear.bias is None else add_bias(y, linear.bias)
 
     @staticmethod
     def backward(ctx: Any, *back: Tensor) -> tuple[Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        ctx.gradient.add_(ctx.linear.by_factor(back[0].t() @ x, weight))
+        ctx.linear.gradient.add(ctx.linear.by_factor(back[0].t() @ x, weight))
         return back[0] @ weight if ctx.needs_input_grad[0] else None, None, None
 
 
@@ -124,7 +124,7 @@ class ScaledLinear(nn.Module):
         return grouped(by_factor, self.group).sum(-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ScaledProduct.apply(x.to(self.dtype), self.gradient.own, self)
+        return _ScaledProduct.apply(x.to(self.dtype), self.gradient.anchor, self)
 
     def step(self, number: int, rate: float) -> None:
         """Move the factors against the gradient that came together, as Adam does.
@@ -134,8 +134,7 @@ class ScaledLinear(nn.Module):
         Args:
             number: of the step, from 1.
         """
-        gradient = self.gradient.parts.sum(0)
-        self.gradient.parts.zero_()
+        gradient = self.gradient.take().sum(0)
         self._average.lerp_(gradient, 1 - KEPT)
         self._squares.mul_(SQUARES_KEPT).addcmul_(gradient, gradient, value=1 - SQUARES_KEPT)
         root = self._squares.sqrt() / (1 - SQUARES_KEPT**number) ** 0.5

@@ -81,8 +81,7 @@ class TunedRounding:
         No integer changes by more than one in steps whose rates sum up to 1/2.
 
         Args:
-            gradients: (P, N, K), whose sum is that of the loss by `dequantize()`; zeros are left
-                there.
+            gradients: (P, N, K), whose sum is that of the loss by `dequantize()`.
             rate: by how much offsets move, in steps of the grid.
             range_rate: by how much the factors do.
             matrix: takes what `dequantize` gives behind that.

@@ -91,27 +91,21 @@ def add_bias(y: Tensor, bias: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b. What gradients say of W is summed up in a matrix, and autograd hears of x alone.
-
-    That matrix is of autograd's inputs all the same: what goes into the first product has no
-    gradient.
-    """
+    """x W^T + b. What gradients say of W is summed up elsewhere, and autograd hears of x alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gradient: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.gradient = gradient
-        y = product(x, weight)
-        return y if bias is None else add_bias(y, bias)
+    def forward(ctx: Any, x: Tensor, anchor: Tensor | None, linear: FrozenLinear) -> Tensor:
+        ctx.save_for_backward(x, linear.weight)
+        ctx.gradient = linear.gradient
+        y = product(x, linear.weight)
+        return y if linear.bias is None else add_bias(y, linear.bias)
 
     @staticmethod
-    def backward(ctx: Any, *back: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *back: Tensor) -> tuple[Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         if ctx.gradient is not None:
-            ctx.gradient.addmm_(back[0].t(), x)
-        return back[0] @ weight if ctx.needs_input_grad[0] else None, None, None, None
+            ctx.gradient.add_product(back[0].t(), x)
+        return back[0] @ weight if ctx.needs_input_grad[0] else None, None, None
 
 
 class FrozenLinear(nn.Module):
@@ -128,8 +122,8 @@ class FrozenLinear(nn.Module):
         self.weight, self.bias = weight.to(dtype), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        gradient = None if self.gradient is None else self.gradient.own
-        return _Product.apply(x.to(self.weight.dtype), self.weight, self.bias, gradient)
+        anchor = None if self.gradient is None else self.gradient.anchor
+        return _Product.apply(x.to(self.weight.dtype), anchor, self)
 
 
 class TunedLinear(FrozenLinear):
@@ -150,7 +144,7 @@ class TunedLinear(FrozenLinear):
         """
         assert self.gradient is not None
         rate = RATE * min(1.0, BITS_AT_FULL_RATE / self.rounding.bits)
-        self.rounding.step(self.gradient.parts, share * rate, share * RANGE_RATE, self.weight)
+        self.rounding.step(self.gradient.take(), share * rate, share * RANGE_RATE, self.weight)
 
 
 def freeze(part: nn.Module, name: str, dtype: torch.dtype) -> None:

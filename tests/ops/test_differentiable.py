@@ -17,10 +17,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTH, COUNT, STEP = 13, 2, 1e-3
 
 
+@pytest.mark.parametrize("kernel", ops.KERNELS["differentiable_attention"], ids=lambda k: k.name)
 @pytest.mark.parametrize("name", MODELS)
-def test_they_are_those_of_the_kernels(name, tmp_path, monkeypatch):
+def test_they_are_those_of_the_kernels(name, kernel, tmp_path, monkeypatch):
     """Gradients along a direction are the difference that a small step in it makes."""
     monkeypatch.setattr(attention, "QUERIES_AT_ONCE", 5)
+    monkeypatch.setattr(ops.differentiable_on("cpu"), "prefill_attention", kernel.run)
     model = load(saved(name, tmp_path / "source"))
     draw = torch.Generator().manual_seed(0)
     shape = (COUNT * LENGTH, model.config.hidden_size)
@@ -47,6 +49,6 @@ def test_they_are_those_of_the_kernels(name, tmp_path, monkeypatch):
 def test_they_are_the_kernels_again_behind_it():
     plain = ops.on("cpu")
     with pytest.raises(ZeroDivisionError), ops.differentiable():
-        assert ops.on("cpu") is ops.DIFFERENTIABLE
+        assert ops.on("cpu") is ops.differentiable_on("cpu") is not plain
         1 / 0  # noqa: B018
     assert ops.on("cpu") is plain

@@ -317,7 +317,7 @@ def test_scales_are_stepped_as_by_torch():
     for number, rate in enumerate((0.02, 0.01, 0.005), start=1):
         gradient = torch.randn(linear.factors.shape, generator=draw)
         expected.grad, adam.param_groups[0]["lr"] = gradient, rate
-        linear.gradient.own.detach().add_(gradient)
+        linear.gradient.add(gradient)
         linear.step(number, rate)
         adam.step()
     assert torch.equal(linear.factors, expected)

@@ -47,10 +47,24 @@ def test_a_sum_is_the_same_to_the_bit_every_time(threads):
         found = []
         for _ in range(5):
             total = SharedSum(parts[0], workers)
-            workers.map(lambda part, total=total: total.own.detach().add_(part), parts)
-            found.append(total.parts.sum(0))
+            workers.map(total.add, parts)
+            found.append(total.take().sum(0))
     assert all(torch.equal(each, found[0]) for each in found)
     torch.testing.assert_close(found[0], parts.sum(0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_sum_of_products_begins_anew_each_time(threads, monkeypatch):
+    monkeypatch.setattr(workers_module, "COLUMNS_AT_ONCE", 3)
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(5, 4, 6, generator=draw), torch.randn(5, 6, 8, generator=draw)
+    with Workers(CPU) as workers:
+        total = SharedSum(torch.empty(4, 8), workers)
+        for items in (range(5), range(3), range(1)):
+            workers.map(lambda i: total.add_product(a[i], b[i]), items)
+            parts = total.take()
+            assert len(parts) == min(len(items), workers.count)
+            expected = sum(a[i].double() @ b[i].double() for i in items)
+            torch.testing.assert_close(parts.double().sum(0), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,12 @@ Attend = structure(
     " *starts *positions *cos *sin *slopes *keys *values *y *key_codes *value_codes *key_scales"
     " *value_scales *key_zeros *value_zeros",
 )
+# Of attention that gradients go through, and of the way back.
+AttendSequences = structure(
+    "AttendSequences",
+    "sequences length heads kv_heads dim type window q_stride k_stride v_stride =scale =cap *q *k"
+    " *v *slopes *y *kept *by_y *by_q *by_k *by_v",
+)
 StepRounding = structure(
     "StepRounding",
     "rows inputs groups group most symmetric scale_type type parts part_stride factor_stride =rate"
@@ -75,6 +81,8 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "embed_packed": EmbedPacked,
     "attend": Attend,
     "attend_prefill": Attend,
+    "attend_sequences": AttendSequences,
+    "attend_sequences_back": AttendSequences,
     "step_rounding": StepRounding,
     "descend_block": DescendBlock,
 }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qllm.ops.cpu import library
-from qllm.ops.cpu.interface import DescendBlock, StepRounding
+from qllm.ops.cpu.interface import AttendSequences, DescendBlock, StepRounding
 from qllm.ops.cpu.library import TYPES, pointer
+from qllm.ops.kv import KV, PLAIN, Batch, Scores
+from qllm.ops.reference.attention import split_heads
 from qllm.ops.reference.rounding import FOLLOWED, KEPT, LARGEST_FACTOR, SMALLEST_FACTOR
 from qllm.ops.rounding import Rounding
 from qllm.quant.rtn import SMALLEST_HALF_SCALE
@@ -66,3 +70,69 @@ def descend_block(
     arguments = DescendBlock(*values.shape, most, products.stride(0), *map(pointer, tensors))
     library.run("descend_block", arguments, *tensors)
     return found
+
+
+def differentiable_attention(
+    qkv: Tensor,
+    kv: KV,
+    batch: Batch,
+    cos_sin: tuple[Tensor, Tensor] | None,
+    slopes: Tensor | None,
+    scores: Scores = PLAIN,
+) -> Tensor:
+    """`reference.differentiable_attention`; on the way back weights are computed once more."""
+    q, k, v = (part.to(qkv.dtype) for part in split_heads(qkv, kv, cos_sin))
+    if slopes is not None:
+        slopes = slopes.float().contiguous()
+    return _Attention.apply(q, k, v, slopes, scores, batch.span).flatten(1)
+
+
+class _Attention(torch.autograd.Function):
+    """Causal attention of queries (N, H, D) to keys and values (N, H_kv, D) of sequences of one
+    length: (N, H, D)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor | None,
+        scores: Scores,
+        length: int,
+    ) -> Tensor:
+        q, k, v = map(_with_whole_rows, (q, k, v))
+        y, kept = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 2, dtype=torch.float32)
+        tensors = (q, k, v, slopes, y, kept)
+        ctx.save_for_backward(*tensors)
+        ctx.scores, ctx.length = scores, length
+        _attend_sequences("attend_sequences", tensors, scores, length)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *back: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        kept = ctx.saved_tensors  # which checkpoints let read once
+        gradients = [part.new_empty(part.shape) for part in kept[:3]]
+        tensors = (*kept, back[0].contiguous(), *gradients)
+        _attend_sequences("attend_sequences_back", tensors, ctx.scores, ctx.length)
+        return gradients[0], gradients[1], gradients[2], None, None, None
+
+
+def _with_whole_rows(x: Tensor) -> Tensor:
+    """Tokens (N, H, D) of which each lies without gaps."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def _attend_sequences(
+    op: str, tensors: tuple[Tensor | None, ...], scores: Scores, length: int
+) -> None:
+    q, k, v = (part for part in tensors[:3] if part is not None)
+    tokens, heads, dim = q.shape
+    arguments = AttendSequences(
+        *(tokens // length, length, heads, k.shape[1], dim, TYPES[q.dtype], scores.window),
+        *(part.stride(0) for part in (q, k, v)),
+        scores.factor(dim),
+        scores.cap,
+        *map(pointer, tensors),
+    )
+    library.run(op, arguments, *tensors)

@@ -44,7 +44,7 @@ def decode_attention(
     Returns:
         (B, H D).
     """
-    q, k, v = _heads(qkv, kv, cos_sin)
+    q, k, v = split_heads(qkv, kv, cos_sin)
     kv.write(batch.rows, batch.positions, k, v)
     keys, values = kv.read(batch.rows, batch.positions + 1)
     distance = torch.arange(batch.span, device=qkv.device) - batch.positions[:, None, None]
@@ -72,7 +72,7 @@ def prefill_attention(
     Returns:
         (N, H D), or (B, H D) where the batch asks for the last tokens alone.
     """
-    q, k, v = _heads(qkv, kv, cos_sin)
+    q, k, v = split_heads(qkv, kv, cos_sin)
     outputs = []
     for row, start, end in zip(
         batch.rows.split(1), batch.starts[:-1], batch.starts[1:], strict=True
@@ -111,7 +111,7 @@ def differentiable_attention(
     length, dtype = batch.span, qkv.dtype
     q, k, v = (
         part.to(dtype).unflatten(0, (-1, length)).transpose(1, 2)  # (B, H, T, D)
-        for part in _heads(qkv, kv, cos_sin)
+        for part in split_heads(qkv, kv, cos_sin)
     )
     # But for ALiBi and windows, all that is to mask is among the keys of a run of queries itself.
     plain = slopes is None and not scores.window
@@ -197,7 +197,7 @@ def _unseen(distance: Tensor, scores: Scores) -> Tensor:
     return unseen | (distance <= -scores.window) if scores.window else unseen
 
 
-def _heads(
+def split_heads(
     qkv: Tensor, kv: KV | QuantizedKV, cos_sin: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (N, H, D), keys and values (N, H_kv, D), the former two rotated."""

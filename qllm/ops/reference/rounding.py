@@ -21,7 +21,7 @@ def step_rounding(
 
     Args:
         state: takes the step.
-        gradients: (P, N, K), whose sum is that of the loss by the matrix; zeros are left there.
+        gradients: (P, N, K), whose sum is that of the loss by the matrix.
         rate: by how much offsets move, in steps of the grid.
         range_rate: by how much the factors do.
         matrix: (N, K), takes what the integers stand for behind that.
@@ -30,7 +30,6 @@ def step_rounding(
         the matrix.
     """
     by_value = state.grouped(gradients.sum(0, dtype=torch.float32))
-    gradients.zero_()
     scales, zeros = state.grid()
     steps = state.ideal / scales
     nearest = steps.round()

@@ -102,6 +102,12 @@ def run_tuning(dtype: torch.dtype, fence) -> None:
             tuning.step_rounding(state, gradients, 0.1, 0.1, matrix)
         products, parts = fence(normal(columns, columns)), map(fence, normal(5, columns, rows))
         tuning.descend_block(products, *parts, 7)
+    for length, (heads, kv_heads, dim) in itertools.product((1, 5, 65), ((1, 1, 1), (4, 2, 20))):
+        leaf = fence(normal(length, (heads + 2 * kv_heads) * dim, dtype=dtype)).requires_grad_()
+        kv = KV(*normal(2, 1, kv_heads, length, dim))
+        slopes, batch = fence(torch.ones(heads)), Batch.of([length], "cpu")
+        y = tuning.differentiable_attention(leaf, kv, batch, None, slopes)
+        y.backward(fence(normal(*y.shape, dtype=dtype)))
 
 
 def run_all(path: str) -> None:
@@ -110,8 +116,8 @@ def run_all(path: str) -> None:
         for at_end, dtype in ((True, DTYPES[0]), (False, DTYPES[1]), (True, DTYPES[2])):
             fence = partial(fenced, at_end=at_end)
             torch.empty_like = lambda x, fence=fence: fence(torch.zeros_like(x))
-            torch.Tensor.new_empty = lambda x, *shape, fence=fence: fence(
-                torch.zeros(*shape, dtype=x.dtype)
+            torch.Tensor.new_empty = lambda x, *shape, dtype=None, fence=fence: fence(
+                torch.zeros(*shape, dtype=dtype or x.dtype)
             )
             for run in (
                 run_steps,

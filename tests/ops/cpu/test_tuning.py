@@ -13,12 +13,17 @@ from torch import Tensor
 from qllm.ops import reference
 from qllm.ops.cpu import library as native
 from qllm.ops.cpu import tuning
+from qllm.ops.kv import KV, PLAIN, Batch, Scores
+from qllm.ops.reference import attention as reference_attention
 from qllm.ops.rounding import Rounding
 from qllm.quant.rtn import quantize_rtn
 from qllm.quantizer.rounding import TunedRounding
 
 SHAPES = ((1, 1), (3, 15), (5, 70), (2, 300))
 STEPS = 4
+# Sequences, tokens, heads, heads of keys, channels: more than a block of tokens, and not of whole
+# vectors.
+ATTENDED = ((1, 1, 1, 1, 1), (2, 65, 4, 2, 10), (1, 130, 2, 1, 34))
 
 
 @pytest.fixture(params=native.PATHS)
@@ -42,9 +47,8 @@ def steps(
 ) -> list[Tensor]:
     """All that is written, behind a few steps of some of the rows."""
     for gradients in rounds:
-        left = gradients.clone()
-        found = run(state.rows(rows), left[:, rows], 0.03, 0.02, matrix[rows])
-        assert found.data_ptr() == matrix[rows].data_ptr() and not left[:, rows].any()
+        found = run(state.rows(rows), gradients[:, rows], 0.03, 0.02, matrix[rows])
+        assert found.data_ptr() == matrix[rows].data_ptr()
     return [state.ideal, state.factors, state.by_ideal, state.by_factor, matrix]
 
 
@@ -107,3 +111,71 @@ def test_best_integers_are_the_references(path):
         torch.testing.assert_close(ours[1], theirs[1])
         assert all(map(torch.equal, given[:-1], before))
         assert channels == 1 or (ours[0] != values).any()
+
+
+def attended(
+    run: object, qkv: Tensor, behind: Tensor, shape: tuple[int, ...], how: tuple
+) -> tuple[Tensor, Tensor]:
+    """What attention puts out, and the gradient by what it sees."""
+    count, length, _, kv_heads, dim = shape
+    turns, slopes, scores = how
+    leaf = qkv.clone().requires_grad_()
+    kv = KV(*torch.empty(2, 1, kv_heads, length, dim))
+    turns = turns and tuple(part.to(qkv.dtype) for part in turns)
+    y = run(leaf, kv, Batch.of([length] * count, "cpu"), turns, slopes, scores)
+    y.backward(behind)
+    assert leaf.grad is not None
+    return y.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_attention_are_the_references(path, dtype):
+    """Those of autograd's own way back in float64."""
+    for shape in ATTENDED:
+        count, length, heads, kv_heads, dim = shape
+        qkv = normal(count * length, (heads + 2 * kv_heads) * dim, dtype=dtype)
+        behind = normal(count * length, heads * dim, dtype=dtype)
+        angle = normal(count * length, dim)
+        turns = (angle.cos().to(dtype), angle.sin().to(dtype)) if dim % 2 == 0 else None
+        slopes = torch.linspace(0.02, 0.3, heads)
+        for how in (
+            (turns, None, PLAIN),
+            (None, slopes, Scores(window=5)),
+            (turns, slopes, Scores(0.3, 2.0, window=70)),
+        ):
+            found = attended(tuning.differentiable_attention, qkv, behind, shape, how)
+            given = (qkv.double(), behind.double(), shape, how)
+            with patch.object(reference_attention._Attention, "apply", plain_attention):
+                expected = attended(reference.differentiable_attention, *given)
+            for ours, theirs in zip(found, expected, strict=True):
+                error = torch.linalg.vector_norm(ours.double() - theirs)
+                assert error <= 3 * torch.finfo(dtype).eps * torch.linalg.vector_norm(theirs)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scores: Scores) -> Tensor:
+    """Attention as autograd knows it."""
+    k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
+    found = q @ k.mT * scores.factor(q.shape[-1])
+    if scores.cap:
+        found = (found / scores.cap).tanh() * scores.cap
+    length = q.shape[2]
+    unseen = torch.full((length, length), -torch.inf).triu(1)
+    if mask.shape[-1] == length:
+        found = found + mask
+    return (found + unseen).softmax(-1) @ v
+
+
+@pytest.mark.usefixtures("path")
+def test_gradients_of_attention_are_those_of_any_number_of_threads():
+    shape, before = (3, 70, 4, 2, 16), torch.get_num_threads()
+    qkv, behind = normal(210, 128), normal(210, 64)
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(
+                attended(tuning.differentiable_attention, qkv, behind, shape, (None, None, PLAIN))
+            )
+        finally:
+            torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))

@@ -3,6 +3,7 @@
 #include "kernels.h"
 #include "linear.h"
 #include "prefill_amx.h"
+#include "sequence_attention.h"
 #include "threads.h"
 #include "tiles.h"
 
@@ -136,6 +137,8 @@ constexpr Path path() {
     path.pack = pack;
     path.unpack = unpack;
     path.dense = dense_by_type;
+    path.attend_sequences = attend_sequences;  // in pairs of bfloat16
+    path.attend_sequences_back = attend_sequences_back;
     path.multiply_all = multiply_all;
     path.self_test = self_test;
     return path;

@@ -7,6 +7,7 @@
 #include "linear.h"
 #include "packed_embedding.h"
 #include "rounding.h"
+#include "sequence_attention.h"
 #include "steps.h"
 
 namespace qllm {

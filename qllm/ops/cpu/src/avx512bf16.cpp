@@ -1,5 +1,6 @@
 #include "dense.h"
 #include "kernels.h"
+#include "sequence_attention.h"
 
 namespace qllm {
 namespace {
@@ -12,6 +13,8 @@ Status dense_by_type(const Dense &a) {
 constexpr Path path() {
     Path path = {"avx512bf16", &avx512_path};
     path.dense = dense_by_type;
+    path.attend_sequences = attend_sequences;
+    path.attend_sequences_back = attend_sequences_back;
     return path;
 }
 

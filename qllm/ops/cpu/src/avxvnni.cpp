@@ -7,6 +7,7 @@
 #include "linear.h"
 #include "packed_embedding.h"
 #include "rounding.h"
+#include "sequence_attention.h"
 #include "steps.h"
 
 const qllm::Path qllm::avxvnni_path = QLLM_WHOLE_PATH("avxvnni");

@@ -32,7 +32,7 @@ constexpr int64_t DENSE_SUMS = DENSE_ROWS * LANES * PASS_PANELS;
 constexpr int64_t DENSE_OWN = DENSE_SUMS + DENSE_PANELS * DENSE_STEPS * LANES;
 
 // Of a run. Shorter ones are more exact, and slower; other types lose more when they are stored.
-template <int64_t TYPE> constexpr int64_t RUN = TYPE == FLOAT32 ? 32 : DENSE_STEPS;
+template <int64_t TYPE> constexpr int64_t DENSE_RUN = TYPE == FLOAT32 ? 32 : DENSE_STEPS;
 template <int64_t TYPE> constexpr bool IN_PAIRS = HAS_PAIRS && TYPE == BFLOAT16;
 template <int64_t TYPE> constexpr int64_t INPUTS = IN_PAIRS<TYPE> ? 2 : 1;  // of a step
 template <int64_t TYPE> constexpr int64_t SIZE = TYPE == FLOAT32 ? 4 : 2;   // of an element
@@ -180,8 +180,8 @@ __attribute__((noinline)) void dense_gemv(const Dense &a, const DenseInput &x, i
     for (int64_t lane = 0; lane < LANES; lane += WIDTH) {
         const int64_t channel = panel * LANES + lane;
         alignas(64) float total[R * GROUP_LANES] = {};
-        for (int64_t step = 0; step < x.steps; step += RUN<TYPE>) {
-            const int64_t end = smaller(step + RUN<TYPE>, x.steps);
+        for (int64_t step = 0; step < x.steps; step += DENSE_RUN<TYPE>) {
+            const int64_t end = smaller(step + DENSE_RUN<TYPE>, x.steps);
             DenseSums<IN_PAIRS<TYPE>, R, 1> sums;
             sums.clear();
             for (int64_t s = step; s < end; s += WIDTH) {
@@ -253,7 +253,7 @@ void dense_many(const Dense &a, const DenseInput &x, int64_t first, int64_t pane
                 prefetch_rows<true>(out, GROUP_LANES * 4, some * LANES * 4, rows);
                 prefetch_results<TYPE>(a, first + row, real, panel + p, some);
                 tiles.multiply<IN_PAIRS<TYPE>>(
-                    {block, x.tile(row, step, steps), steps, RUN<TYPE>, out}, rows, some);
+                    {block, x.tile(row, step, steps), steps, DENSE_RUN<TYPE>, out}, rows, some);
                 for (int64_t r = 0; r < real; r++)
                     store_sums<TYPE>(a, first + row + r, (panel + p) * LANES, some * LANES,
                                      out + r * GROUP_LANES);

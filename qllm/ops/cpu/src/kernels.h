@@ -156,6 +156,20 @@ struct Attend {
     uint8_t *key_zeros, *value_zeros;
 };
 
+// Whole sequences, of one length, attend to themselves; and the gradients by what they come from. A
+// row of q, k and v lies a stride of elements behind the one in front of it.
+struct AttendSequences {
+    int64_t sequences, length, heads, kv_heads, dim, type, window;
+    int64_t q_stride, k_stride, v_stride;
+    double scale, cap;                       // as of Attend
+    const void *q, *k, *v;                   // (sequences length, heads or kv_heads, dim)
+    const float *slopes;                     // as of Attend
+    void *y;                                 // (sequences length, heads, dim)
+    float *kept;                             // (sequences, heads, length, 2): of each softmax
+    const void *by_y;                        // of the way back, as y, and what it makes: as q, k, v
+    void *by_q, *by_k, *by_v;
+};
+
 struct Dense {  // y (rows, out) = x w^T + bias
     int64_t rows, in, out, x_stride, type;
     const void *x, *w, *bias;
@@ -168,7 +182,7 @@ struct StepRounding {  // of a matrix (rows, in) on its grids; see `qllm.ops.rou
     double rate, range_rate;
     double followed, kept;                   // of an average, what a step leaves
     double least_scale, least, largest;      // of scales in float16, and of factors
-    void *gradients;                         // (parts, rows, in), of `type`
+    const void *gradients;                   // (parts, rows, in), of `type`
     float *ideal, *by_ideal;                 // (rows, groups, group)
     const float *low, *high;                 // (rows, groups)
     float *factors, *by_factor;              // (2, rows, groups)
@@ -189,21 +203,23 @@ enum class Status : int64_t { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
 
 // Every op and its arguments. What paths have, what the library exports (`qllm_` and the name), and
 // the sizes that Python checks its own structures against, come from this list.
-#define QLLM_OPS(OP)                  \
-    OP(linear, Linear)                \
-    OP(dense, Dense)                  \
-    OP(pack, Packing)                 \
-    OP(unpack, Packing)               \
-    OP(unblock, Blocks)               \
-    OP(activate, Activate)            \
-    OP(norm, Norm)                    \
-    OP(add, Add)                      \
-    OP(gather, Gather)                \
-    OP(embed, Embed)                  \
-    OP(embed_packed, EmbedPacked)     \
-    OP(attend, Attend)                \
-    OP(attend_prefill, Attend)        \
-    OP(step_rounding, StepRounding)   \
+#define QLLM_OPS(OP)                           \
+    OP(linear, Linear)                         \
+    OP(dense, Dense)                           \
+    OP(pack, Packing)                          \
+    OP(unpack, Packing)                        \
+    OP(unblock, Blocks)                        \
+    OP(activate, Activate)                     \
+    OP(norm, Norm)                             \
+    OP(add, Add)                               \
+    OP(gather, Gather)                         \
+    OP(embed, Embed)                           \
+    OP(embed_packed, EmbedPacked)              \
+    OP(attend, Attend)                         \
+    OP(attend_prefill, Attend)                 \
+    OP(attend_sequences, AttendSequences)      \
+    OP(attend_sequences_back, AttendSequences) \
+    OP(step_rounding, StepRounding)            \
     OP(descend_block, DescendBlock)
 
 struct Path {

@@ -55,8 +55,7 @@ inline float first_lane(VF v) {
     return lanes[0];
 }
 
-// The gradient of a row in the order of the groups, filled up with zeros to `width`; where it came
-// from, zeros are left.
+// The gradient of a row in the order of the groups, filled up with zeros to `width`.
 template <int64_t TYPE>
 void take_gradient(const StepRounding &a, int64_t row, int64_t width, float *to, float *spare) {
     float *sums = a.perm ? spare : to;
@@ -66,11 +65,6 @@ void take_gradient(const StepRounding &a, int64_t row, int64_t width, float *to,
             sum = add_f(sum, load<TYPE>(a.gradients, part * a.part_stride + row * a.in + i, a.in - i));
         store_as(sums, i, FLOAT32, a.in - i, sum);
     }
-    const size_t bytes = TYPE == FLOAT32 ? 4 : 2;
-    for (int64_t part = 0; part < a.parts; part++)
-        __builtin_memset(static_cast<char *>(a.gradients) +
-                             size_t(part * a.part_stride + row * a.in) * bytes,
-                         0, size_t(a.in) * bytes);
     if (a.perm)
         for (int64_t i = 0; i < a.in; i++) to[i] = sums[a.perm[i]];
     for (int64_t i = a.in; i < width; i++) to[i] = 0;

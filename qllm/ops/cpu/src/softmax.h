@@ -4,9 +4,9 @@
 #include <math.h>
 
 #include "elements.h"
+#include "exponential.h"
 #include "isa.h"
 #include "kernels.h"
-#include "steps.h"
 
 namespace qllm {
 namespace {

@@ -1,0 +1,462 @@
+// Attention of whole sequences to themselves, and its gradients: what tuning needs.
+//
+// Queries come SQUARE at a time and keys, too. The way back computes their weights once more, from
+// what each query keeps of its softmax, so that no product is larger than the first cache
+// (FlashAttention-2, Dao 2023, arXiv:2307.08691).
+#pragma once
+
+#include "elements.h"
+#include "isa.h"
+#include "kernels.h"
+#include "operands.h"
+#include "softmax.h"
+#include "threads.h"
+
+#ifndef HAS_PAIRS
+#define HAS_PAIRS 0
+#endif
+
+namespace qllm {
+namespace {
+
+constexpr int64_t SQUARE = 64;
+constexpr int64_t BLOCK_ROWS = 4;  // of a product whose sums are in registers
+constexpr int BLOCK_VECTORS = WIDTH == 16 ? 4 : 2;
+
+constexpr int64_t filled_up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
+
+// c (rows, columns), or what is added to it, = a b. Operands are slots of 4 bytes, a float32 or a
+// pair of bfloat16 that follow each other in what is summed over.
+struct SlotProduct {
+    const float *a;
+    int64_t a_row, a_slot;  // from one row of a to the next, and from one slot of it
+    const float *b;         // (slots, columns), its rows b_slot apart
+    int64_t b_slot, slots;
+    float *c;
+    int64_t c_row;
+};
+
+// The sums of BLOCK_ROWS rows and V vectors, in registers as those of `Sums` in tile.h.
+template <bool PAIR, int V> struct SlotSums {
+    VF of[BLOCK_ROWS * V];
+
+    template <bool ADDS, int I = 0> INLINE void begin(const float *c, int64_t c_row) {
+        of[I] = ADDS ? load_f(c + I / V * c_row + I % V * WIDTH) : set_f(0);
+        if constexpr (I + 1 < BLOCK_ROWS * V) begin<ADDS, I + 1>(c, c_row);
+    }
+
+    template <int ROW = 0> INLINE void add(const VF (&b)[V], const float *a, int64_t a_row) {
+        add_row<ROW>(b, set_f(*a));
+        if constexpr (ROW + 1 < BLOCK_ROWS) add<ROW + 1>(b, a + a_row, a_row);
+    }
+
+    template <int ROW, int I = 0> INLINE void add_row(const VF (&b)[V], VF a) {
+        VF &sum = of[ROW * V + I];
+#if HAS_PAIRS
+        sum = PAIR ? add_pair(sum, b[I], a) : add_product(sum, b[I], a);
+#else
+        sum = add_product(sum, b[I], a);
+#endif
+        if constexpr (I + 1 < V) add_row<ROW, I + 1>(b, a);
+    }
+
+    template <int I = 0> INLINE void finish(float *c, int64_t c_row) {
+        store_f(c + I / V * c_row + I % V * WIDTH, of[I]);
+        if constexpr (I + 1 < BLOCK_ROWS * V) finish<I + 1>(c, c_row);
+    }
+};
+
+template <int V, int I = 0> INLINE inline void load_slots(VF (&b)[V], const float *from) {
+    b[I] = load_f(from + I * WIDTH);
+    if constexpr (I + 1 < V) load_slots<V, I + 1>(b, from);
+}
+
+template <bool PAIR, bool ADDS, int V>
+__attribute__((noinline)) void multiply_slots(const SlotProduct &p, int64_t row, int64_t column) {
+    float *c = p.c + row * p.c_row + column;
+    const float *a = p.a + row * p.a_row, *b = p.b + column;
+    SlotSums<PAIR, V> sums;
+    sums.template begin<ADDS>(c, p.c_row);
+    for (int64_t s = 0; s < p.slots; s++, a += p.a_slot, b += p.b_slot) {
+        VF slots[V];
+        load_slots(slots, b);
+        sums.add(slots, a, p.a_row);
+    }
+    sums.finish(c, p.c_row);
+}
+
+// Rows and columns are multiples of BLOCK_ROWS and WIDTH.
+template <bool PAIR, bool ADDS = false> void multiply(const SlotProduct &p, int64_t rows, int64_t columns) {
+    constexpr int64_t WIDE = BLOCK_VECTORS * WIDTH;
+    for (int64_t column = 0; column < columns;) {
+        const bool wide = column + WIDE <= columns;
+        for (int64_t row = 0; row < rows; row += BLOCK_ROWS)
+            wide ? multiply_slots<PAIR, ADDS, BLOCK_VECTORS>(p, row, column)
+                 : multiply_slots<PAIR, ADDS, 1>(p, row, column);
+        column += wide ? WIDE : WIDTH;
+    }
+}
+
+template <int64_t TYPE> VF load_or_zero(const void *x, int64_t i, int64_t count) {
+    return count > 0 ? load<TYPE>(x, i, count) : set_f(0);
+}
+
+// Slots of pairs that follow each other in a row: its first `count` elements, and zeros up to
+// `slots`, a multiple of WIDTH.
+template <int64_t TYPE, bool PAIR>
+void along_row(const void *x, int64_t at, int64_t count, float *to, int64_t slots) {
+    for (int64_t s = 0; s < slots; s += WIDTH) {
+        const int64_t i = PAIR ? 2 * s : s;
+        VF slot = load_or_zero<TYPE>(x, at + i, count - i);
+#if HAS_PAIRS
+        if (PAIR) slot = as_pairs(slot, load_or_zero<TYPE>(x, at + i + WIDTH, count - i - WIDTH));
+#endif
+        store_f(to + s, slot);
+    }
+}
+
+// How what is computed is laid out, of one sequence and one head of keys.
+template <bool PAIR> struct Shape {
+    static constexpr int64_t UNIT = PAIR ? 2 : 1;  // of what is summed over, in a slot
+    int64_t blocks, tokens;  // of SQUARE tokens, and their tokens
+    int64_t width, slots;    // of a head: its channels, filled up, and the slots of a row
+
+    explicit Shape(const AttendSequences &a)
+        : blocks((a.length + SQUARE - 1) / SQUARE),
+          tokens(blocks * SQUARE),
+          width(filled_up(a.dim, WIDTH > BLOCK_ROWS ? WIDTH : BLOCK_ROWS)),
+          slots(filled_up(width, UNIT * WIDTH) / UNIT) {}
+    int64_t row_slots() const { return tokens * slots; }           // of all rows, along them
+    int64_t token_slots() const { return tokens / UNIT * width; }  // of all columns
+};
+
+// A head of all tokens of a sequence, its rows `stride` elements apart.
+struct Head {
+    const void *x;
+    int64_t at, stride;
+};
+
+// Rows along their channels: (tokens, slots). They lie far apart: each is asked for ahead of time.
+template <int64_t TYPE, bool PAIR>
+void take_rows(const AttendSequences &a, const Shape<PAIR> &shape, Head head, float *to) {
+    constexpr int64_t AHEAD = 16, SIZE = TYPE == FLOAT32 ? 4 : 2;
+    const char *rows = static_cast<const char *>(head.x) + head.at * SIZE;
+    prefetch_rows<false>(rows, head.stride * SIZE, a.dim * SIZE, smaller(AHEAD, a.length));
+    for (int64_t t = 0; t < a.length; t++, to += shape.slots) {
+        if (t + AHEAD < a.length)
+            prefetch_rows<false>(rows + (t + AHEAD) * head.stride * SIZE, 0, a.dim * SIZE, 1);
+        along_row<TYPE, PAIR>(head.x, head.at + t * head.stride, a.dim, to, shape.slots);
+    }
+    for (int64_t i = 0; i < (shape.tokens - a.length) * shape.slots; i++) to[i] = 0;
+}
+
+// The same, turned within each block: (blocks, slots, SQUARE).
+template <bool PAIR>
+void turn_rows(const Shape<PAIR> &shape, const float *rows, float *to) {
+    for (int64_t t = 0; t < shape.tokens; t += WIDTH)
+        for (int64_t s = 0; s < shape.slots; s += WIDTH) {
+            VF square[WIDTH];
+            for (int64_t i = 0; i < WIDTH; i++) square[i] = load_f(rows + (t + i) * shape.slots + s);
+            transpose(square);
+            float *block = to + (t / SQUARE * shape.slots + s) * SQUARE + t % SQUARE;
+            for (int64_t i = 0; i < WIDTH; i++) store_f(block + i * SQUARE, square[i]);
+        }
+}
+
+// Slots of rows that follow each other, element by element: (rows / UNIT, width).
+template <bool PAIR> VF side_by_side(VF first, VF second) {
+#if HAS_PAIRS
+    if (PAIR) return interleaved_pairs(first, second);
+#endif
+    return first;
+}
+
+// Element `i` of rows, and those behind it in its vector.
+template <bool PAIR> VF load_row(const float *rows, int64_t i) {
+    return load_all<PAIR ? BFLOAT16 : FLOAT32>(rows, i);
+}
+
+// The rows along the tokens: (tokens / UNIT, width).
+template <bool PAIR> void take_columns(const Shape<PAIR> &shape, const float *rows, float *to) {
+    constexpr int64_t UNIT = Shape<PAIR>::UNIT;
+    for (int64_t t = 0; t < shape.tokens; t += UNIT, to += shape.width)
+        for (int64_t d = 0; d < shape.width; d += WIDTH)
+            store_f(to + d, side_by_side<PAIR>(
+                                load_row<PAIR>(rows, t * shape.slots * UNIT + d),
+                                load_row<PAIR>(rows, (t + UNIT - 1) * shape.slots * UNIT + d)));
+}
+
+// The keys that a query at `place` sees: [begin, place].
+inline int64_t first_key(const AttendSequences &a, int64_t place) {
+    return unseen(a.window, place);
+}
+
+// Scores from products, in place, but for the slope: scaled and capped.
+inline VF score_of(const AttendSequences &a, VF product) {
+    return a.cap > 0 ? capped(product, float(a.scale), float(a.cap))
+                     : mul_f(product, set_f(float(a.scale)));
+}
+
+// What is kept of the softmax of each query: the largest score, and one over the sum.
+inline float *kept_of(const AttendSequences &a, int64_t sequence, int64_t head) {
+    return a.kept + (sequence * a.heads + head) * a.length * 2;
+}
+
+inline float slope_of(const AttendSequences &a, int64_t head) {
+    return a.slopes ? a.slopes[head] : 0;
+}
+
+// The part of a head's tensor (tokens, heads, dim) that is of one sequence.
+inline Head head_of(const AttendSequences &a, const void *x, int64_t stride, int64_t sequence,
+                    int64_t head) {
+    return {x, sequence * a.length * stride + head * a.dim, stride};
+}
+
+// Memory, one part of it after the other.
+struct Parts {
+    float *next;
+    float *take(int64_t count) {
+        float *part = next;
+        next += filled_up(count, 16);
+        return part;
+    }
+};
+
+template <int64_t TYPE, bool PAIR>
+void attend_head(const AttendSequences &a, int64_t sequence, int64_t kv, float *memory) {
+    const Shape<PAIR> shape(a);
+    Parts parts = {memory};
+    float *rows = parts.take(shape.row_slots()), *keys = parts.take(shape.row_slots());
+    float *values = parts.take(shape.token_slots()), *scores = parts.take(SQUARE * shape.tokens);
+    float *weights = parts.take(SQUARE * shape.tokens), *out = parts.take(SQUARE * shape.width);
+    const int64_t weight_slots = shape.tokens / shape.UNIT, repeats = a.heads / a.kv_heads;
+    take_rows<TYPE, PAIR>(a, shape, head_of(a, a.k, a.k_stride, sequence, kv), rows);
+    turn_rows(shape, rows, keys);
+    take_rows<TYPE, PAIR>(a, shape, head_of(a, a.v, a.v_stride, sequence, kv), rows);
+    take_columns(shape, rows, values);
+    for (int64_t head = kv * repeats; head < (kv + 1) * repeats; head++) {
+        take_rows<TYPE, PAIR>(a, shape, head_of(a, a.q, a.q_stride, sequence, head), rows);
+        float *kept = kept_of(a, sequence, head);
+        for (int64_t start = 0; start < a.length; start += SQUARE) {
+            const int64_t begin = first_key(a, start) / SQUARE * SQUARE, end = start + SQUARE;
+            for (int64_t j = begin; j < end; j += SQUARE)
+                multiply<PAIR>({rows + start * shape.slots, shape.slots, 1, keys + j * shape.slots,
+                                SQUARE, shape.slots, scores + j, shape.tokens},
+                               SQUARE, SQUARE);
+            for (int64_t i = start; i < end; i++) {
+                float *row = scores + (i - start) * shape.tokens;
+                // Queries behind the last token are no one's.
+                const int64_t first = first_key(a, i), seen = i < a.length ? i + 1 - first : 0;
+                float share = 0;
+                if (seen) {
+                    for (int64_t j = first; a.cap > 0 && j <= i; j += WIDTH)
+                        store<FLOAT32>(row, j, i + 1 - j,
+                                       score_of(a, load<FLOAT32>(row, j, i + 1 - j)));
+                    const float largest =
+                        scale_scores(row + first, seen, a.cap > 0 ? 1 : float(a.scale),
+                                     slope_of(a, head), first - i);
+                    share = 1 / exponents(row + first, seen, largest);
+                    kept[2 * i] = largest;
+                    kept[2 * i + 1] = share;
+                }
+                for (int64_t j = begin; j < first + seen; j += WIDTH) {
+                    const int64_t count = first + seen - j;
+                    store<FLOAT32>(row, j, count,
+                                   mul_f(load<FLOAT32>(row, j, count), set_f(share)));
+                }
+                for (int64_t j = begin; j < smaller(first, end); j++) row[j] = 0;
+                for (int64_t j = first + seen; j < end; j++) row[j] = 0;
+                along_row<FLOAT32, PAIR>(row, begin, end - begin,
+                                         weights + (i - start) * weight_slots,
+                                         (end - begin) / shape.UNIT);
+            }
+            multiply<PAIR>({weights, weight_slots, 1, values + begin / shape.UNIT * shape.width,
+                            shape.width, (end - begin) / shape.UNIT, out, shape.width},
+                           SQUARE, shape.width);
+            for (int64_t i = start; i < smaller(end, a.length); i++)
+                for (int64_t d = 0; d < a.dim; d += WIDTH)
+                    store<TYPE>(a.y, ((sequence * a.length + i) * a.heads + head) * a.dim + d,
+                                a.dim - d, load_f(out + (i - start) * shape.width + d));
+        }
+    }
+}
+
+// What the weights of a block of queries and one of keys, and the gradients of their scores, are.
+struct Square {
+    int64_t start, first;  // of the queries, and of the keys
+    float slope;
+    const float *kept;     // of the head
+    const float *inner;    // of each query, its result times the gradient by it
+    float *weights;        // (SQUARE, SQUARE): products of queries and keys come in
+    float *by_scores;      // the same: gradients of weights come in
+};
+
+inline void block_gradients(const AttendSequences &a, const Square &b) {
+    for (int64_t i = 0; i < SQUARE; i++) {
+        const int64_t place = b.start + i, begin = first_key(a, place) - b.first;
+        const int64_t end = place < a.length ? smaller(place + 1 - b.first, SQUARE) : 0;
+        float *weights = b.weights + i * SQUARE, *by_scores = b.by_scores + i * SQUARE;
+        if (end <= 0 || begin >= SQUARE) {
+            for (int64_t j = 0; j < SQUARE; j++) weights[j] = by_scores[j] = 0;
+            continue;
+        }
+        const VF largest = set_f(b.kept[2 * place]), share = set_f(b.kept[2 * place + 1]);
+        const VF inner = set_f(b.inner[place]), slope = set_f(b.slope);
+        for (int64_t j = 0; j < SQUARE; j += WIDTH) {
+            VF score = score_of(a, load_f(weights + j)), by_product = set_f(float(a.scale));
+            if (a.cap > 0) {
+                const VF u = div_f(score, set_f(float(a.cap)));  // whose derivative is 1 - u^2
+                by_product = mul_f(by_product, sub_f(set_f(1), mul_f(u, u)));
+            }
+            if (b.slope != 0) {
+                const VF distance = set_f(float(b.first + j - place));
+                score = fma_f(slope, add_f(load_f(LANE), distance), score);
+            }
+            const VF weight = mul_f(exp_f(sub_f(score, largest)), share);
+            const VF by_score = mul_f(weight, sub_f(load_f(by_scores + j), inner));
+            store_f(weights + j, weight);
+            store_f(by_scores + j, mul_f(by_score, by_product));
+        }
+        for (int64_t j = 0; j < begin; j++) weights[j] = by_scores[j] = 0;
+        for (int64_t j = end; j < SQUARE; j++) weights[j] = by_scores[j] = 0;
+    }
+}
+
+// Rows of a block (SQUARE, SQUARE) as slots along the queries: (SQUARE / UNIT, SQUARE).
+template <bool PAIR> void block_columns(const float *block, float *to) {
+    constexpr int64_t UNIT = PAIR ? 2 : 1;
+    for (int64_t i = 0; i < SQUARE; i += UNIT, to += SQUARE)
+        for (int64_t j = 0; j < SQUARE; j += WIDTH)
+            store_f(to + j, side_by_side<PAIR>(load_f(block + i * SQUARE + j),
+                                               load_f(block + (i + UNIT - 1) * SQUARE + j)));
+}
+
+// A turned gradient (width, SQUARE) of a block of tokens from `first` on to rows of `y`.
+template <int64_t TYPE>
+void store_turned(const AttendSequences &a, const float *turned, void *y, int64_t heads,
+                  int64_t sequence, int64_t head, int64_t first) {
+    for (int64_t d = 0; d < a.dim; d += WIDTH)
+        for (int64_t t = 0; t < smaller(SQUARE, a.length - first); t += WIDTH) {
+            VF square[WIDTH];
+            for (int64_t i = 0; i < WIDTH; i++) square[i] = load_f(turned + (d + i) * SQUARE + t);
+            transpose(square);
+            for (int64_t i = 0; i < smaller(WIDTH, a.length - first - t); i++) {
+                const int64_t row = sequence * a.length + first + t + i;
+                store<TYPE>(y, (row * heads + head) * a.dim + d, a.dim - d, square[i]);
+            }
+        }
+}
+
+template <int64_t TYPE, bool PAIR>
+void attend_head_back(const AttendSequences &a, int64_t sequence, int64_t kv, float *memory) {
+    const Shape<PAIR> shape(a);
+    Parts parts = {memory};
+    float *queries = parts.take(shape.row_slots()), *query_columns = parts.take(shape.token_slots());
+    float *back = parts.take(shape.row_slots()), *back_columns = parts.take(shape.token_slots());
+    float *keys = parts.take(shape.row_slots()), *key_columns = parts.take(shape.token_slots());
+    float *values = parts.take(shape.row_slots()), *inner = parts.take(shape.tokens);
+    float *by_keys = parts.take(shape.tokens * shape.width);
+    float *by_values = parts.take(shape.tokens * shape.width);
+    float *by_queries = parts.take(shape.tokens * shape.width);
+    float *weights = parts.take(SQUARE * SQUARE), *by_scores = parts.take(SQUARE * SQUARE);
+    float *weight_columns = parts.take(SQUARE * SQUARE), *score_rows = parts.take(SQUARE * SQUARE);
+    float *score_columns = parts.take(SQUARE * SQUARE);
+    const int64_t block_slots = SQUARE / shape.UNIT, repeats = a.heads / a.kv_heads;
+    const int64_t y_stride = a.heads * a.dim;
+    take_rows<TYPE, PAIR>(a, shape, head_of(a, a.k, a.k_stride, sequence, kv), queries);
+    turn_rows(shape, queries, keys);
+    take_columns(shape, queries, key_columns);
+    take_rows<TYPE, PAIR>(a, shape, head_of(a, a.v, a.v_stride, sequence, kv), queries);
+    turn_rows(shape, queries, values);
+    for (int64_t i = 0; i < shape.tokens * shape.width; i++) by_keys[i] = by_values[i] = 0;
+    for (int64_t head = kv * repeats; head < (kv + 1) * repeats; head++) {
+        take_rows<TYPE, PAIR>(a, shape, head_of(a, a.by_y, y_stride, sequence, head), back);
+        take_columns(shape, back, back_columns);
+        take_rows<TYPE, PAIR>(a, shape, head_of(a, a.y, y_stride, sequence, head), queries);
+        for (int64_t t = 0; t < shape.tokens; t++) {
+            const int64_t at = t * shape.slots * shape.UNIT;
+            VF sum = set_f(0);
+            for (int64_t d = 0; d < shape.width; d += WIDTH)
+                sum = fma_f(load_row<PAIR>(queries, at + d), load_row<PAIR>(back, at + d), sum);
+            inner[t] = sum_of(sum);
+        }
+        take_rows<TYPE, PAIR>(a, shape, head_of(a, a.q, a.q_stride, sequence, head), queries);
+        take_columns(shape, queries, query_columns);
+        for (int64_t i = 0; i < shape.tokens * shape.width; i++) by_queries[i] = 0;
+        for (int64_t first = 0; first < a.length; first += SQUARE)
+            for (int64_t start = first; start < a.length; start += SQUARE) {
+                if (first_key(a, start) >= first + SQUARE) break;  // nor do those behind them see it
+                const auto rows_by = [&](const float *rows, const float *turned, float *to) {
+                    multiply<PAIR>({rows + start * shape.slots, shape.slots, 1,
+                                    turned + first * shape.slots, SQUARE, shape.slots, to, SQUARE},
+                                   SQUARE, SQUARE);
+                };
+                rows_by(queries, keys, weights);
+                rows_by(back, values, by_scores);
+                block_gradients(a, {start, first, slope_of(a, head), kept_of(a, sequence, head),
+                                    inner, weights, by_scores});
+                block_columns<PAIR>(weights, weight_columns);
+                block_columns<PAIR>(by_scores, score_columns);
+                for (int64_t i = 0; i < SQUARE; i++)
+                    along_row<FLOAT32, PAIR>(by_scores, i * SQUARE, SQUARE,
+                                             score_rows + i * block_slots, block_slots);
+                const auto columns_by = [&](const float *columns, const float *block, float *to) {
+                    multiply<PAIR, true>({columns + start / shape.UNIT * shape.width, 1, shape.width,
+                                    block, SQUARE, block_slots, to + first * shape.width, SQUARE},
+                                   shape.width, SQUARE);
+                };
+                columns_by(back_columns, weight_columns, by_values);
+                columns_by(query_columns, score_columns, by_keys);
+                multiply<PAIR, true>({score_rows, block_slots, 1,
+                                key_columns + first / shape.UNIT * shape.width, shape.width,
+                                block_slots, by_queries + start * shape.width, shape.width},
+                               SQUARE, shape.width);
+            }
+        for (int64_t t = 0; t < a.length; t++)
+            for (int64_t d = 0; d < a.dim; d += WIDTH)
+                store<TYPE>(a.by_q, ((sequence * a.length + t) * a.heads + head) * a.dim + d,
+                            a.dim - d, load_f(by_queries + t * shape.width + d));
+    }
+    for (int64_t first = 0; first < a.length; first += SQUARE) {
+        const int64_t at = first * shape.width;
+        store_turned<TYPE>(a, by_keys + at, a.by_k, a.kv_heads, sequence, kv, first);
+        store_turned<TYPE>(a, by_values + at, a.by_v, a.kv_heads, sequence, kv, first);
+    }
+}
+
+// Upper limits of what the two need of memory, in elements.
+template <bool PAIR> int64_t attend_memory(const AttendSequences &a, bool back) {
+    const Shape<PAIR> shape(a);
+    const int64_t of_tokens = shape.row_slots() > shape.tokens * shape.width
+                                  ? shape.row_slots() : shape.tokens * shape.width;
+    return back ? 11 * of_tokens + shape.tokens + 5 * SQUARE * SQUARE + 16 * 16
+                : 3 * of_tokens + 2 * SQUARE * shape.tokens + SQUARE * shape.width + 6 * 16;
+}
+
+template <int64_t TYPE> Status attend_whole(const AttendSequences &a, bool back) {
+    constexpr bool PAIR = HAS_PAIRS && TYPE == BFLOAT16;
+    const size_t bytes = size_t(attend_memory<PAIR>(a, back)) * sizeof(float);
+    const int64_t work = a.sequences * a.heads * a.length * a.length * a.dim;
+    Status status = Status::OK;
+    for_each(a.sequences * a.kv_heads, work > WORTH_THREADS, [&](int64_t i, int64_t) {
+        float *memory = static_cast<float *>(scratch(bytes));
+        if (!memory) {
+            __atomic_store_n(&status, Status::NO_MEMORY, __ATOMIC_RELAXED);
+        } else if (back) {
+            attend_head_back<TYPE, PAIR>(a, i / a.kv_heads, i % a.kv_heads, memory);
+        } else {
+            attend_head<TYPE, PAIR>(a, i / a.kv_heads, i % a.kv_heads, memory);
+        }
+    });
+    return status;
+}
+
+static Status attend_sequences(const AttendSequences &a) {
+    return BY_TYPE(a.type, attend_whole, a, false);
+}
+static Status attend_sequences_back(const AttendSequences &a) {
+    return BY_TYPE(a.type, attend_whole, a, true);
+}
+
+}  // namespace
+}  // namespace qllm
