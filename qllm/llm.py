@@ -11,9 +11,8 @@ The scripts stand on this module: what they add is options, reports and words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -44,13 +43,12 @@ from qllm.models import Decoder
 from qllm.parallel.world import check_world, join
 from qllm.pretrained import Note, Pretrained, Prompt, silent
 from qllm.progress import Meter, unseen
+from qllm.prompts import several, stop_strings
 from qllm.stopping import StopStrings, cut
 from qllm.stream import TextStream
 from qllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from typing_extensions import TypeIs
-
     from qllm.calibration import Calibration
     from qllm.onnx.runner import OnnxDecoder
     from qllm.parallel.pipeline import ParallelContext
@@ -272,10 +270,10 @@ class LLM:
         Raises:
             UserError: for an empty prompt, or one that the model's window cannot hold.
         """
-        many = _several(prompts)
+        many = several(prompts)
         ids = [self.pretrained.encode(prompt, max_prompt_length) for prompt in many]
         config = self._generation(max_new_tokens, repetition_penalty, sampling)
-        strings = _stop_strings(stop)
+        strings = stop_strings(stop)
         more: dict[str, Any] = {"batch_size": batch_size}
         if on_token is not None:
             more["on_token"] = on_token
@@ -315,7 +313,7 @@ class LLM:
         ids = self.pretrained.encode(prompt)
         config = self._generation(max_new_tokens, repetition_penalty, sampling)
         check_prompts(self.model.config, [ids], config)
-        return self._pieces(ids, config, _stop_strings(stop))
+        return self._pieces(ids, config, stop_strings(stop))
 
     def _pieces(self, ids: list[int], config: GenerationConfig, stop: list[str]) -> Iterator[str]:
         pieces: list[str] = []
@@ -332,7 +330,7 @@ class LLM:
         Raises:
             UserError: for an empty prompt, or one that the model's window cannot hold.
         """
-        many = _several(prompts)
+        many = several(prompts)
         if not many:
             return []
         ids = [self.pretrained.encode(prompt) for prompt in many]
@@ -376,42 +374,3 @@ class LLM:
         return self.pretrained.generation_with(
             max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, **sampling
         )
-
-
-def _several(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
-    """One prompt or several, as several.
-
-    Raises:
-        TypeError: for what is neither.
-    """
-    if hasattr(prompts, "tolist"):  # an array, or a tensor
-        prompts = prompts.tolist()
-    if isinstance(prompts, str) or _is_ids(prompts):
-        return [prompts]
-    if isinstance(prompts, bytes | bytearray | Mapping) or not isinstance(prompts, Iterable):
-        kind = type(prompts).__name__
-        raise TypeError(f"prompts are texts or sequences of token ids, not {kind}")
-    return list(prompts)
-
-
-def _is_ids(prompts: object) -> TypeIs[Sequence[int]]:
-    """Whether this is one prompt of token ids, and no list of prompts."""
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
-        return False
-    return len(prompts) > 0 and isinstance(prompts[0], Integral)
-
-
-def _stop_strings(stop: str | Sequence[str] | None) -> list[str]:
-    """Strings that end a text, however they were given.
-
-    Raises:
-        UserError: for an empty one.
-        TypeError: for what is no text.
-    """
-    strings = [stop] if isinstance(stop, str) else list(stop or ())
-    for string in strings:
-        if not isinstance(string, str):
-            raise TypeError(f"a stop string is a text, not {type(string).__name__}")
-    if "" in strings:
-        raise UserError("a stop string is empty; give it some text")
-    return strings

@@ -52,7 +52,7 @@ ROWS = (
     ("plan",),
     ("onnx",),
     ("neural_compressor",),
-    ("bitwidths", "pretrained"),
+    ("bitwidths", "pretrained", "prompts"),
     ("llm", "quantize_model"),
     ("candidates",),
     ("chat",),
