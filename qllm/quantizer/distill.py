@@ -29,7 +29,7 @@ from qllm.models.layer import QuantizedEmbedding
 from qllm.models.norms import Norm
 from qllm.quant.algorithm import DistillOptions
 from qllm.quant.packing import group_width
-from qllm.quant.rtn import SMALLEST_HALF_SCALE, grouped
+from qllm.quant.rtn import SMALLEST_HALF_SCALE, grouped, row_pieces
 from qllm.quantizer.hidden import HiddenStates
 from qllm.quantizer.tune import (
     FrozenLinear,
@@ -40,10 +40,13 @@ from qllm.quantizer.tune import (
     tuned_samples,
     work_dtype,
 )
-from qllm.quantizer.workers import MOST, SharedSum, Workers
+from qllm.quantizer.workers import SharedSum, Workers, workers_on
 
 # Logits that are in memory at once, in each of a few copies.
 LOGITS_AT_ONCE = 1 << 24
+# Weights that are dequantized together, or that gradients are computed of: what is made of them on
+# the way stays in the caches, and is memory that is there already.
+WEIGHTS_AT_ONCE = 1 << 21
 # Activations of all layers that are in memory together, in bytes; where there are more, layers are
 # computed once more.
 ACTIVATIONS_AT_ONCE = 1 << 30
@@ -70,7 +73,7 @@ class _ScaledProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *back: Tensor) -> tuple[Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        ctx.linear.gradient.add(ctx.linear.by_factor(back[0].t() @ x, weight))
+        ctx.linear.gradient.add(ctx.linear.by_factor(x, back[0], weight))
         return back[0] @ weight if ctx.needs_input_grad[0] else None, None, None
 
 
@@ -112,16 +115,23 @@ class ScaledLinear(nn.Module):
             return self._kept
         packed = self.packed._replace(scales=self.scales())
         scaled = WeightOnlyLinear.from_packed(packed, None, self.spec, self.in_features)
-        return scaled.dequantize().to(self.dtype)
+        shape, device = (len(packed.scales), self.in_features), packed.scales.device
+        found = torch.empty(shape, dtype=self.dtype, device=device)
+        for rows in row_pieces(found, WEIGHTS_AT_ONCE):
+            found[rows] = scaled.dequantize(rows)
+        return found
 
-    def by_factor(self, gradient: Tensor, weight: Tensor) -> Tensor:
-        """A gradient of the weight (N, K) as one of the factors."""
-        # A weight is its scale times a constant: its gradient by the factor is its own times what
-        # it is.
-        by_factor = gradient.float() * weight
-        if self.packed.perm is not None:
-            by_factor = by_factor[:, self.packed.perm]
-        return grouped(by_factor, self.group).sum(-1)
+    def by_factor(self, x: Tensor, back: Tensor, weight: Tensor) -> Tensor:
+        """The gradient by the factors (N, G), given x (M, K) and the gradient by y (M, N)."""
+        found = torch.empty_like(self.factors)
+        for rows in row_pieces(weight, WEIGHTS_AT_ONCE):
+            # A weight is its scale times a constant: its gradient by the factor is its own times
+            # what it is.
+            by_factor = (back[:, rows].t() @ x).float().mul_(weight[rows])
+            if self.packed.perm is not None:
+                by_factor = by_factor[:, self.packed.perm]
+            torch.sum(grouped(by_factor, self.group), -1, out=found[rows])
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         return _ScaledProduct.apply(x.to(self.dtype), self.gradient.anchor, self)
@@ -148,15 +158,14 @@ class _Student:
 
     Attributes:
         again: layers are computed once more on the way back, since their activations are many.
-        workers: among which samples are divided; where layers are computed again they are large,
-            and one worker has all threads.
+        workers: among which samples are divided.
     """
 
     def __init__(
         self, model: Decoder, float_head: Tensor | None, dtype: torch.dtype, *, again: bool
     ) -> None:
         self.model, self.again = model, again
-        self.workers = Workers(model.device, most=1 if again else MOST)
+        self.workers = Workers(model.device)
         self.scaled: dict[str, ScaledLinear] = {}
         # A packed embedding stays as it is, and a head that is tied to it.
         table = model.embed.linear if isinstance(model.embed, QuantizedEmbedding) else None
@@ -201,12 +210,15 @@ def _activations(config: ModelConfig, tokens: int, length: int, layers: int | No
     return 4 * tokens * width * (layers or config.num_layers)
 
 
-def memory_needed(model: Decoder, samples: int, length: int, options: DistillOptions) -> int:
+def memory_needed(
+    model: Decoder, samples: int, length: int, options: DistillOptions, device: torch.device
+) -> int:
     """About what it takes at its peak, in bytes.
 
     Args:
         model: the quantized one, on the meta device.
         samples, length: of the calibration text.
+        device: where it is tuned.
     """
     config = model.config
     held = sum(tensor.nbytes for tensor in model.buffers())
@@ -217,14 +229,16 @@ def memory_needed(model: Decoder, samples: int, length: int, options: DistillOpt
         if isinstance(module, Linear)
     )
     tokens = min(options.samples(length, config.hidden_size), samples) * length
-    passes = _activations(config, tokens, length)
+    passes, workers = _activations(config, tokens, length), workers_on(device)
     if passes > ACTIVATIONS_AT_ONCE:
         passes = _activations(config, tokens, length, 1)
         passes += 4 * tokens * config.hidden_size * config.num_layers
+        layer *= workers  # of which each dequantizes it
     else:
         layer *= config.num_layers  # whose weights are there as long as their activations
-    # Of a weight: bfloat16 and float32, and a gradient.
-    return held + head + 12 * layer + passes + 4 * 4 * LOGITS_AT_ONCE
+    # Up to float32; and what is computed from a few weights, in about as many copies.
+    layer = 4 * (layer + 4 * workers * WEIGHTS_AT_ONCE)
+    return held + head + layer + passes + 4 * 4 * LOGITS_AT_ONCE
 
 
 def tune_scales(

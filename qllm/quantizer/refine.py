@@ -246,7 +246,11 @@ def can_refine_scales(
         return False
     assert job.samples is not None  # without which no layer is tuned
     needed = memory_needed(
-        Decoder(config, specs, dtype), len(job.samples), len(job.samples[0]), job.options.distill
+        Decoder(config, specs, dtype),
+        len(job.samples),
+        len(job.samples[0]),
+        job.options.distill,
+        torch.device(job.device),
     )
     available = available_bytes(job.device)
     if needed > available:

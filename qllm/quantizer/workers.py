@@ -51,9 +51,9 @@ class Workers:
         count: how many there are.
     """
 
-    def __init__(self, device: torch.device, most: int = MOST) -> None:
+    def __init__(self, device: torch.device) -> None:
         threads = torch.get_num_threads()
-        self.count = min(most, workers_on(device))
+        self.count = workers_on(device)
         self._pools: list[ThreadPoolExecutor] = []
         if self.count == 1:
             return
