@@ -251,8 +251,6 @@ def main() -> None:
     folder = cli.resolve_model(args)
     if is_onnx(folder.path):
         cli.refuse_for_onnx(args, folder, **NOT_FOR_ONNX)
-    elif args.accuracy_level is not None:
-        raise UserError("--accuracy-level is for ONNX models, and this is a checkpoint")
 
     from qllm import report
     from qllm.memory import peak_resident_bytes

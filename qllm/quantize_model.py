@@ -99,13 +99,21 @@ def quantize(
             or a target that is there.
     """
     folder = model if isinstance(model, ModelFolder) else hub.find(str(model), note=note)
+    onnx = is_onnx(folder.path)
+    if accuracy_level is not None and not onnx:
+        raise UserError("--accuracy-level is for ONNX models, and this is a checkpoint")
+    if onnx and (fake or compressed or dtype is not None):
+        raise UserError(
+            f"{folder.path} holds an ONNX model, which is quantized to one file of packed layers; "
+            "leave fake, compressed and dtype out"
+        )
     default = QuantSpec(group_size=group_size, scheme=scheme, algorithm=algorithm)
     plan = make_plan(bitwidth, default, lm_head_bits, embedding_bits)
     options = options or QuantizeOptions()
     config = read_config(read_raw_config(folder.path))
     calibration = dataset if isinstance(dataset, CalibrationText) else CalibrationText(dataset)
     samples, about = _read_samples(calibration, plan, folder, config, note)
-    if is_onnx(folder.path):
+    if onnx:
         from qllm.onnx.quantize import OnnxJob, quantize_onnx
 
         given = {} if accuracy_level is None else {"accuracy_level": accuracy_level}

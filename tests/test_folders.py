@@ -96,7 +96,7 @@ def test_a_machine_without_a_folder_of_one_s_own(case, monkeypatch, machine):
 
     folder.chmod(0o777)  # anybody may have put it there
     assert folders.find("a/b") is None
-    with pytest.raises(UserError, match=r"others may change .*qllm-\d+: .* mode 777.*--save"):
+    with pytest.raises(UserError, match=r"others may change .*qllm-\d+: .* mode 777.*save"):
         place()
 
 

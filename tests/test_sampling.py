@@ -52,7 +52,7 @@ def test_the_least_temperatures_draw_the_likeliest(temperature):
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
 def test_nothing_is_drawn_from_logits_that_are_no_numbers(wrong):
-    with pytest.raises(UserError, match=r"logits are infinite or NaN.*--dtype"):
+    with pytest.raises(UserError, match=r"logits are infinite or NaN.*dtype"):
         Sampler(DRAWN, [1])(torch.tensor([[0.0, wrong, 1.0]]))
 
 

@@ -82,7 +82,7 @@ class Terminal(io.TextIOWrapper):
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main: a user's mistake is one line and status 2, Ctrl-C is status 130."""
-    program = Path(sys.argv[0]).name
+    program, UserError.tells_options = Path(sys.argv[0]).name, True
     # torch, not yet imported, will ask for huge pages: a fault for each 2 MB, not for each 4 KB.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     cgroups.limit_threads()

@@ -52,7 +52,7 @@ def test_a_large_shard_takes_those_behind_it_along(memory):
 def test_one_shard_is_refused_with_the_numbers(memory):
     memory(10**9)
     with pytest.raises(
-        UserError, match=r"needs 2.50 GB .* 1.00 GB are free on cpu:0; .*--num-shards"
+        UserError, match=r"needs 2.50 GB .* 1.00 GB are free on cpu:0; .*num_shards"
     ):
         infer_device_map([2 * 10**9], 5 * 10**8, OTHER, "the model")
 

@@ -309,7 +309,7 @@ def test_scales_that_one_rank_cannot_hold_in_float16_are_wide_on_all(tmp_path):
 
 
 def test_more_ranks_than_heads_are_refused():
-    with pytest.raises(UserError, match="--tp 9 is more than the model's 8 heads; give 1 to 8"):
+    with pytest.raises(UserError, match="tp 9 is more than the model's 8 heads; give 1 to 8"):
         on_mesh(9, lambda parallel: load(tiny("opt"), parallel=parallel))
 
 
