@@ -361,12 +361,12 @@ def select(op: str, request: Request) -> Choice:
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a (M, K) @ b (N, K)^T in float32, by the library that is the faster one on this machine.
+    """a (M, K) @ b (N, K)^T of one type, by the library that is the faster one on this machine.
 
     What a row becomes may depend on the rows beside it, unlike with the ops.
     """
     request = Request(a.shape[1], b.shape[0], 16, -1, "asym", a.device.type)
-    if _onednn_unsupported(request) is not None:
+    if a.dtype != torch.float32 or _onednn_unsupported(request) is not None:
         return reference.dense_linear(a, b, None)
     # With rows that are apart in memory it takes a thousand times as long.
     apart = not (b.is_contiguous() or b.t().is_contiguous())

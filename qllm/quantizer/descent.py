@@ -76,7 +76,7 @@ def descend_last(
     device = residuals.device
 
     def multiply(a: Tensor, b: Tensor, _: None) -> Tensor:
-        return (a.to(dtype) @ b.to(dtype).t()).float()
+        return ops.multiply(a.to(dtype), b.to(dtype)).float()
 
     stats = InputStats(linear.in_features, device, products=True, multiply=multiply)
     seen: list[Tensor] = []

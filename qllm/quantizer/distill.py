@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
-from torch.nn.functional import linear as product
 from torch.utils.checkpoint import checkpoint
 
 from qllm import ops
@@ -67,14 +66,15 @@ class _ScaledProduct(torch.autograd.Function):
         weight = linear.matrix()
         ctx.save_for_backward(x, weight)
         ctx.linear = linear
-        y = product(x, weight)
+        y = ops.multiply(x, weight)
         return y if linear.bias is None else add_bias(y, linear.bias)
 
     @staticmethod
     def backward(ctx: Any, *back: Tensor) -> tuple[Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         ctx.linear.gradient.add(ctx.linear.by_factor(x, back[0], weight))
-        return back[0] @ weight if ctx.needs_input_grad[0] else None, None, None
+        by_x = ops.multiply(back[0], weight.t()) if ctx.needs_input_grad[0] else None
+        return by_x, None, None
 
 
 class ScaledLinear(nn.Module):
@@ -127,7 +127,7 @@ class ScaledLinear(nn.Module):
         for rows in row_pieces(weight, WEIGHTS_AT_ONCE):
             # A weight is its scale times a constant: its gradient by the factor is its own times
             # what it is.
-            by_factor = (back[:, rows].t() @ x).float().mul_(weight[rows])
+            by_factor = ops.multiply(back[:, rows].t(), x.t()).float().mul_(weight[rows])
             if self.packed.perm is not None:
                 by_factor = by_factor[:, self.packed.perm]
             torch.sum(grouped(by_factor, self.group), -1, out=found[rows])

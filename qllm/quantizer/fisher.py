@@ -143,7 +143,7 @@ class _Pass:
                 for run, _ in reversed(self._layer(again, index).blocks()):
                     scaled = back * token_sizes(states.pop())[:, None].sqrt()
                     block -= 1
-                    sums[block] += (scaled.t() @ scaled).cpu().numpy()
+                    sums[block] += ops.multiply(scaled.t(), scaled.t()).cpu().numpy()
                     if block:
                         given = states[-1].detach().requires_grad_()
                         with torch.enable_grad():

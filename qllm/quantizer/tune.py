@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear as product
 from torch.utils.hooks import RemovableHandle
 
 from qllm import ops
@@ -97,7 +96,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, anchor: Tensor | None, linear: FrozenLinear) -> Tensor:
         ctx.save_for_backward(x, linear.weight)
         ctx.gradient = linear.gradient
-        y = product(x, linear.weight)
+        y = ops.multiply(x, linear.weight)
         return y if linear.bias is None else add_bias(y, linear.bias)
 
     @staticmethod
@@ -105,7 +104,8 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if ctx.gradient is not None:
             ctx.gradient.add_product(back[0].t(), x)
-        return back[0] @ weight if ctx.needs_input_grad[0] else None, None, None
+        by_x = ops.multiply(back[0], weight.t()) if ctx.needs_input_grad[0] else None
+        return by_x, None, None
 
 
 class FrozenLinear(nn.Module):
@@ -168,7 +168,7 @@ class ReducedPrecisionLinear(nn.Module):
         self.weight, self.bias = weight.to(dtype), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = product(x.to(self.weight.dtype), self.weight).float()
+        y = ops.multiply(x.to(self.weight.dtype), self.weight).float()
         return y if self.bias is None else y.add_(self.bias)
 
 
@@ -202,7 +202,7 @@ def token_errors(states: Tensor, targets: Tensor, metric: Tensor) -> Tensor:
         metric: M (C, C) of `fisher.read_metric`: of an error e it is e^T M e / C that counts.
     """
     error = states - targets
-    return ((error @ metric) * error).mean(-1) / token_sizes(targets)
+    return (ops.multiply(error, metric) * error).mean(-1) / token_sizes(targets)
 
 
 def tuned_samples(count: int) -> int:
@@ -255,7 +255,7 @@ def advance_watched(
         def see(_: nn.Module, inputs: tuple[Tensor]) -> None:
             x = inputs[0].to(dtype)
             for index, matrix in enumerate(matrices):
-                y = product(x, matrix).float()
+                y = ops.multiply(x, matrix).float()
                 squares[name][index] += torch.linalg.vector_norm(y).double().cpu() ** 2
 
         return layer.get_submodule(name).register_forward_pre_hook(see)
@@ -366,4 +366,5 @@ def _add_gradients(
         step = Prefill([length] * len(chosen), None, inputs.positions, x)
         y = run(x, step)
         scaled = (y.detach() - wanted) / token_sizes(wanted)[:, None]
-        y.backward((scaled.to(metric.dtype) @ metric).float() / wanted[:length].numel())
+        error = ops.multiply(scaled.to(metric.dtype), metric)  # which is symmetric
+        y.backward(error.float() / wanted[:length].numel())
