@@ -343,10 +343,14 @@ def prepare(device: str) -> None:
     on(device)
 
 
-def keep_freed_memory(device: str) -> None:
-    """Keep a device's memory that is freed, behind loading and in front of work."""
+def keep_freed_memory(device: str, *, workers: bool = False) -> None:
+    """Keep a device's memory that is freed, behind loading and in front of work.
+
+    Args:
+        workers: of threads with parts of the work to themselves.
+    """
     if device == "cpu":
-        library.keep_freed_memory()
+        library.keep_freed_memory(workers=workers)
 
 
 def select(op: str, request: Request) -> Choice:

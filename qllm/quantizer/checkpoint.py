@@ -172,7 +172,7 @@ class _Run:
             self.output.open(self.partial.model, state.get("shards"))
             device_type = torch.device(self.job.device).type
             ops.prepare(device_type)
-            ops.keep_freed_memory(device_type)
+            ops.keep_freed_memory(device_type, workers=self.tuning)
             self._work(state.get("done", 0), meter)
             self.output.write_small_files(self.reports, self.note)
             self.output.writer.finish()

@@ -24,10 +24,16 @@ AHEAD_BYTES = 4 * HUGE_PAGE
 DONTNEED, POPULATE_WRITE = 4, 23
 CACHE_LINE = 64
 # Of glibc's mallopt, and its names in the environment.
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 ALLOCATION = {
     "MALLOC_TRIM_THRESHOLD_": (TRIM_THRESHOLD, 128 << 20),
     "MALLOC_MMAP_THRESHOLD_": (MMAP_THRESHOLD, 32 << 20),
+}
+# Where several threads have activations of their own. A thread's arena consists of heaps of 64 MB;
+# one that is free as a whole goes back, whatever the threshold, but for what the pad is to leave.
+OF_WORKERS = ALLOCATION | {
+    "MALLOC_TRIM_THRESHOLD_": (TRIM_THRESHOLD, 1 << 30),
+    "MALLOC_TOP_PAD_": (TOP_PAD, 256 << 20),
 }
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -63,7 +69,7 @@ def library() -> Library:
     raise build.Unavailable(f"{reason}; set {paths.VARIABLE}=scalar")
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(*, workers: bool = False) -> None:
     """Let the allocator give back what is free, and keep what is freed from now on.
 
     A prompt's activations are some megabytes, freed and allocated anew in every layer. What the
@@ -71,12 +77,16 @@ def keep_freed_memory() -> None:
     prompts of 128 tokens and OPT-125m's sizes, a fifth of the time of two threads. In front of
     loading it would keep what that needs besides. Where the environment says what the allocator
     is to do, nothing is done.
+
+    Args:
+        workers: threads with parts of the work to themselves are to come.
     """
+    asked = OF_WORKERS if workers else ALLOCATION
     system = ctypes.CDLL(None)
-    if not hasattr(system, "mallopt") or set(ALLOCATION) & set(os.environ):  # glibc's alone
+    if not hasattr(system, "mallopt") or set(OF_WORKERS) & set(os.environ):  # glibc's alone
         return
     system.malloc_trim(ctypes.c_size_t(0))
-    for parameter, nbytes in ALLOCATION.values():
+    for parameter, nbytes in asked.values():
         system.mallopt(ctypes.c_int(parameter), ctypes.c_int(nbytes))
 
 
