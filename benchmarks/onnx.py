@@ -58,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--calibration-text", metavar="FILE", help="for GPTQ (--text)")
     parser.add_argument("--tasks", metavar="FILE", help="rows of LAMBADA")
     parser.add_argument("--repository", choices=list(PUBLISHED), help="random weights of this size")
-    parser.add_argument("--models", nargs="+", default=hub.bundled(), metavar="NAME")
+    parser.add_argument("--models", nargs="+", default=hub.bundled(), choices=hub.bundled())
     parser.add_argument("--group-size", type=number, default=32, help="(%(default)s)")
     parser.add_argument(
         "--accuracy-levels",

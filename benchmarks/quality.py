@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("--text", required=True, metavar="FILE", help="what is predicted")
     parser.add_argument("--calibration-text", metavar="FILE", help="for 8:tc-li, 8:tc (--text)")
-    parser.add_argument("--models", nargs="+", default=hub.bundled(), metavar="NAME")
+    parser.add_argument("--models", nargs="+", default=hub.bundled(), choices=hub.bundled())
     parser.add_argument("--bitwidths", nargs="+", default=list(BITWIDTHS[::-1]), metavar="BITS")
     parser.add_argument("--dtype", default="float16", choices=("float32", "float16", "bfloat16"))
     number = cli.whole_number(1)

@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     known = [*METHODS, AUTO_ROUND]
     parser.add_argument("--text", required=True, metavar="FILE", help="what is predicted")
     parser.add_argument("--calibration-text", required=True, metavar="FILE")
-    parser.add_argument("--models", nargs="+", default=hub.bundled(), metavar="NAME")
+    parser.add_argument("--models", nargs="+", default=hub.bundled(), choices=hub.bundled())
     parser.add_argument("--bitwidths", nargs="+", default=["8", "4", "3", "2"], metavar="BITS")
     parser.add_argument("--group-sizes", nargs="+", type=int, default=[-1, 128, 32], metavar="N")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=known)
