@@ -205,7 +205,7 @@ class _Student:
 
 def _activations(config: ModelConfig, tokens: int, length: int, layers: int | None = None) -> int:
     """About what tokens of samples of a length have in some layers, or all, in bytes."""
-    # Of the scores, which are kept in 16 bits, a half are seen.
+    # Of the scores, which plain torch keeps in 16 bits and kernels do not, a half are seen.
     width = 8 * (config.hidden_size + config.intermediate_size) + config.num_heads * length // 3
     return 4 * tokens * width * (layers or config.num_layers)
 

@@ -4,9 +4,6 @@
 #include "isa.h"
 #include "operands.h"
 
-#ifndef HAS_PAIRS
-#define HAS_PAIRS 0
-#endif
 // Rows whose sums stay in registers.
 #define DENSE_GEMV_ROWS (WIDTH == 16 ? 8 : WIDTH == 8 ? 4 : 1)
 
@@ -50,11 +47,7 @@ template <bool PAIR, int R, int V> struct DenseSums {
 
     template <int ROW, int I = 0> INLINE void add_row(const VF (&w)[V], VF x) {
         VF &sum = of[ROW * V + I];
-#if HAS_PAIRS
-        sum = PAIR ? add_pair(sum, w[I], x) : add_product(sum, w[I], x);
-#else
-        sum = add_product(sum, w[I], x);
-#endif
+        sum = add_slots<PAIR>(sum, w[I], x);
         if constexpr (I + 1 < V) add_row<ROW, I + 1>(w, x);
     }
 

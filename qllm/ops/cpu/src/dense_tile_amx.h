@@ -6,8 +6,6 @@
 #include "operands.h"
 #include "tile_amx.h"
 
-#define HAS_PAIRS 1
-
 namespace qllm {
 namespace {
 

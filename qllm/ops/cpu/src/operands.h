@@ -17,6 +17,11 @@ constexpr int64_t GROUP_LANES = GROUP_PANELS * LANES;
 // planes are one, and the third and fourth, which need not fit together, have one each.
 template <int P> constexpr int OPERAND_PLANES = OPERAND_BYTES == 1 ? P : P == 4 ? 3 : 1;
 
+// Whether pairs of bfloat16 are multiplied.
+#if !defined(HAS_PAIRS)
+#define HAS_PAIRS 0
+#endif
+
 #if !defined(WIDENS)
 // A sum of products is in int32, unless an instruction set has the latest ones apart, in 16 bits.
 #define WIDENS 0
@@ -59,6 +64,14 @@ constexpr int64_t UNPACKED_BYTES = HAS_WORDS ? 2 : 1;  // that a weight in cache
 
 // How many operands a row is in a tile.
 template <int P> constexpr int TILE_OPERANDS = IN_WORDS<P> ? 1 : OPERAND_PLANES<P>;
+
+// Adds the products of slots of 4 bytes, each a float32 or a pair of bfloat16.
+template <bool PAIR> INLINE inline VF add_slots(VF sum, VF a, VF b) {
+#if HAS_PAIRS
+    if constexpr (PAIR) return add_pair(sum, a, b);
+#endif
+    return add_product(sum, a, b);
+}
 
 // Asks for the lines of rows that are far apart, to read them or to write to them in a while.
 template <bool WRITE>

@@ -4,10 +4,7 @@
 #include "elements.h"
 #include "isa.h"
 #include "kernels.h"
-
-#ifndef HAS_PAIRS
-#define HAS_PAIRS 0
-#endif
+#include "operands.h"
 
 namespace qllm {
 namespace {
@@ -44,11 +41,7 @@ template <bool PAIR, int V> struct SlotSums {
 
     template <int ROW, int I = 0> INLINE void add_row(const VF (&b)[V], VF a) {
         VF &sum = of[ROW * V + I];
-#if HAS_PAIRS
-        sum = PAIR ? add_pair(sum, b[I], a) : add_product(sum, b[I], a);
-#else
-        sum = add_product(sum, b[I], a);
-#endif
+        sum = add_slots<PAIR>(sum, b[I], a);
         if constexpr (I + 1 < V) add_row<ROW, I + 1>(b, a);
     }
 
