@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Self
 
@@ -215,6 +216,7 @@ class Pass:
             return self
         if device not in self._elsewhere:
             moved = self._elsewhere[device] = copy.copy(self)
+            moved._elsewhere = {}  # not the one that it is in itself
             for name in ("batch", "cos_sin", "slopes"):
                 setattr(moved, name, _moved(getattr(self, name), device))
         return self._elsewhere[device]
@@ -296,7 +298,10 @@ class Decode(Pass):
 
     def __init__(self, cache: KVCache, encoding: PositionEncoding, size: int) -> None:
         super().__init__()
-        self.cache, self.encoding, self.size = cache, encoding, size
+        # A cache has its step: if each had the other, their memory would stay until garbage is
+        # collected, and a text's cache beside the next one's.
+        self._cache = weakref.ref(cache)
+        self.encoding, self.size = encoding, size
         device = cache.device
         self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
         self._rows_and_positions = torch.zeros(2, size, dtype=torch.int64, device=device)
@@ -311,6 +316,13 @@ class Decode(Pass):
         self._looks_up_itself = self._moves_on and None not in self.tables
         self._known: tuple[list[int], list[int]] | None = None  # rows and positions, on the device
         self._lengths: list[int] = []  # of the sequences, the new tokens included
+
+    @property
+    def cache(self) -> KVCache:
+        """The one that it decodes into, which whoever runs it has."""
+        cache = self._cache()
+        assert cache is not None
+        return cache
 
     def begin(self, tokens: Tensor) -> None:
         """Take the next tokens of the live rows, which come where each ends.

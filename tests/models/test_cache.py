@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -171,6 +173,26 @@ def test_rows_begin_and_end_by_themselves(family, kv_bits, monkeypatch):
     assert cache.start() == [0]
     model.prefill(prompts[4:], cache, rows=[0])
     step({3: 2, 2: 4, 4: 0})
+
+
+@pytest.mark.parametrize("kv_bits", [16, 8])
+def test_a_cache_goes_as_soon_as_nobody_has_it(kv_bits):
+    """Without waiting for garbage to be collected: a text's would stay beside the next one's."""
+    model = our_bundled("llama")
+    model.kv_bits = kv_bits
+    gc.disable()
+    try:
+        cache = model.new_cache(2, 8)
+        model.prefill([[1, 2], [3]], cache)
+        for _ in range(2):  # the second step is replayed
+            model.decode(torch.tensor([4, 5]), cache)
+        elsewhere = cache.step.on(torch.device("meta"))
+        assert elsewhere.tokens is cache.step.tokens and elsewhere.positions.is_meta
+        held = weakref.ref(cache), weakref.ref(elsewhere)
+        del cache, elsewhere
+        assert [each() for each in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_row_that_has_ended_gives_its_memory_back():
