@@ -1,33 +1,38 @@
 """Pipeline stages of one machine with unlike threads: what is predicted, beside what they take.
 
-    OMP_NUM_THREADS=1 python3 qllm_plan.py --probe --bits 4,8 -o one.json
-    OMP_NUM_THREADS=2 python3 qllm_plan.py --probe --bits 4,8 -o two.json
-    python3 -m benchmarks.stages one.json two.json
-    python3 -m benchmarks.stages one.json two.json --repository facebook/opt-125m --stages 1+2 2+1
+    python3 -m benchmarks.stages
+    python3 -m benchmarks.stages --repository facebook/opt-125m --stages 1+2 2+1
 
 At 4 bits, as many layers in each stage, of the bundled OPT or of a published one's sizes with
-random weights. All rows are run in turn, in some rounds: the median is printed, and in brackets the
-least and the most. Prints a Markdown table and, last, one JSON line.
+random weights; and all of them in one process, which says what of a miss is that of its layers. All
+rows are run in turn, in some rounds, and so is the probe of each number of
+threads that they are predicted from: a shared machine's speed drifts from minute to minute. The
+median is printed, and in brackets the least and the most. Prints a Markdown table and, last, one
+JSON line.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from qllm import cli, hub
+from qllm import cli, hub, ops
+from qllm.cgroups import usable_cpus
 from qllm.checkpoint.weights import Weights
 from qllm.config import QuantPlan, QuantSpec
-from qllm.errors import UserError
-from qllm.plan.devices import Cluster
+from qllm.plan.devices import STAGE_PASSES, Cluster, Device
 from qllm.plan.measure import decided_modules
+from qllm.plan.network import measure_stages
+from qllm.plan.probe import Matrices, Probe
 from qllm.plan.program import Shape, Workload, build
 from qllm.plan.stages import time_stages
 from qllm.quantizer.checkpoint import quantize_checkpoint
@@ -35,7 +40,7 @@ from qllm.quantizer.job import Job
 from tools.random_checkpoint import PUBLISHED, write_checkpoint
 
 SPEC, DTYPE = QuantSpec.parse("4"), torch.float16
-THREADS = ("1+1", "1+2", "2+1", "2+2", "1+1+1", "1+2+1", "1+1+1+1")
+THREADS = ("1", "2", "1+1", "1+2", "2+1", "2+2", "1+1+1", "1+2+1", "1+1+1+1")
 
 
 def cuts_of(layers: int, stages: int) -> list[int]:
@@ -43,16 +48,59 @@ def cuts_of(layers: int, stages: int) -> list[int]:
     return [round(layers * stage / stages) for stage in range(1, stages)]
 
 
-def predicted(
-    shape: Shape, probed: dict[int, Cluster], threads: Sequence[int], work: Workload
-) -> tuple[float, float]:
-    """Seconds of the prompts' pass and of a step."""
-    first = probed[threads[0]]
-    devices = [replace(probed[count].devices[0], name=str(i)) for i, count in enumerate(threads)]
-    cluster = replace(first, devices=tuple(devices))
+class Probed:
+    """This machine with a number of threads, measured in rounds."""
+
+    def __init__(self, threads: int, matrices: Matrices) -> None:
+        self.threads = threads
+        self._probe = Probe([SPEC], DTYPE, "cpu", threads, matrices)
+        self._stages: list[tuple[dict[str, float], dict[str, Any]]] = []
+
+    def measure(self) -> None:
+        """Another round."""
+        self._probe.measure()
+        self._stages.append(measure_stages(self.threads, DTYPE))
+        self._probe.measure()
+
+    def device(self) -> Device:
+        """As a plan would have it."""
+        beside = {
+            key: {
+                name: statistics.median([found[key][name] for _, found in self._stages])
+                for name in STAGE_PASSES
+            }
+            for key in ("stage_overhead", "crowding")
+        }
+        return Device(
+            name=f"{self.threads}",
+            memory=math.inf,
+            speed=self._probe.speed(),
+            kind="cpu",
+            host="here",
+            threads=self.threads,
+            processors=usable_cpus(),
+            **beside,
+        )
+
+    def network(self) -> dict[str, float]:
+        """What joins two processes, as `Cluster` has it."""
+        return {
+            key: statistics.median([found[key] for found, _ in self._stages])
+            for key in ("bandwidth", "latency")
+        }
+
+
+def predicted(shape: Shape, probed: Sequence[Probed], work: Workload) -> tuple[float, float]:
+    """Seconds of the prompts' pass and of a step, of stages with as many layers each.
+
+    Args:
+        probed: of each stage.
+    """
+    devices = [replace(each.device(), name=str(place)) for place, each in enumerate(probed)]
+    cluster = Cluster(tuple(devices), **probed[0].network())
     loss = np.zeros((len(shape.modules), 1))
     problem = build(shape, loss, [SPEC], cluster, devices, work, "latency")
-    cuts = [2 * cut for cut in cuts_of(shape.config.num_layers, len(threads))]
+    cuts = [2 * cut for cut in cuts_of(shape.config.num_layers, len(devices))]
     device = np.searchsorted(np.array(cuts), np.arange(problem.halves), side="right")
     costs = problem.evaluate(np.zeros(len(shape.modules), dtype=np.int64), device)
     return costs.prefill, costs.decode
@@ -60,7 +108,6 @@ def predicted(
 
 def main() -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("probes", nargs="+", metavar="FILE", help="of --probe, with other threads")
     parser.add_argument("--repository", choices=list(PUBLISHED), help="instead of the bundled OPT")
     parser.add_argument(
         "--stages", nargs="+", default=list(THREADS), metavar="N+N", help="threads of each"
@@ -71,11 +118,10 @@ def main() -> None:
     parser.add_argument("--gen", type=number, default=64, metavar="N")
     parser.add_argument("--rounds", type=number, default=3, metavar="N")
     args = parser.parse_args()
-    clusters = [Cluster.from_file(Path(name)) for name in args.probes]
-    probed = {each.devices[0].threads or 1: each for each in clusters}
     rows = [tuple(map(int, text.split("+"))) for text in args.stages]
-    if unknown := {count for row in rows for count in row} - set(probed):
-        raise UserError(f"there is no probe with {min(unknown)} threads; see --help")
+    ops.prepare("cpu")
+    matrices = Matrices(DTYPE, "cpu")
+    probed = {count: Probed(count, matrices) for count in sorted({n for row in rows for n in row})}
     with tempfile.TemporaryDirectory() as place:
         source, folder = Path(place) / "source", Path(place) / "quantized"
         if args.repository:
@@ -91,6 +137,8 @@ def main() -> None:
         ]
         runs: list[list[tuple[float, float]]] = [[] for _ in cases]
         for _ in range(args.rounds):
+            for each in probed.values():
+                each.measure()
             for (row, work), times in zip(cases, runs, strict=True):
                 layers = cuts_of(shape.config.num_layers, len(row))
                 stages = ",".join(map(str, layers))
@@ -100,7 +148,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     found = []
     for (row, work), times in zip(cases, runs, strict=True):
-        said = predicted(shape, probed, row, work)
+        said = predicted(shape, [probed[count] for count in row], work)
         name = "+".join(map(str, row))
         cells = [name, str(work.batch)]
         for seconds, each in zip(said, zip(*times, strict=True), strict=True):

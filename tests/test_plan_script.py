@@ -130,11 +130,12 @@ def test_devices_and_stages(given, tmp_path):
 def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_path, monkeypatch):
     _, args, found = given
     half = found["plan"]["predicted"]["bytes"] * 0.6
-    linear = {"1": (1e-6, 0.0, 1e-10, 2e-10), "32": (1e-5, 0.0, 1e-9, 1e-9)}
+    linear = {"1": (1e-6, 0.0, *[1e-10] * 4), "32": (1e-5, 0.0, *[1e-9] * 4)}
     linears = {f"{bits}:g64:asym": linear for bits in (2, 3, 4)} | {"16": linear}
     halves = dict.fromkeys(("decode", "prefill"), (1e-6, 0.0, 0.0, 0.0))
     speed = {"linears": dict.fromkeys(("decode", "prefill"), linears), "halves": halves}
-    speed |= {"passes": dict.fromkeys(("decode", "prefill"), 1e-6), "working_sets": (1e6, 1e7)}
+    speed |= {"passes": dict.fromkeys(("decode", "prefill"), 1e-6), "cache": (0.0, 0.0, 0.0)}
+    speed |= {"working_sets": (1e5, 1e6, 1e7, 1e8)}
     device = {"host": platform.node(), "threads": 1, "memory": half, "measured": speed}
     devices = [device | {"name": "a"}, device | {"name": "b"}]
     (tmp_path / "cluster.json").write_text(json.dumps({"devices": devices}))
@@ -156,8 +157,8 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
             return MeasuredSpeed(**speed | {"linears": tables})
 
     monkeypatch.setattr(verify, "Probe", Slower)
-    seconds = {"prefill": 0.0, "decode": 3e-6, "busy_decode": 3e-6}
-    beside = {"stage_overhead": seconds, "wakeup": 0.0}
+    seconds = {"prefill": 0.0, "busy_prefill": 0.0, "decode": 3e-6, "busy_decode": 3e-6}
+    beside = {"stage_overhead": seconds, "crowding": dict.fromkeys(seconds, 0.0)}
     monkeypatch.setattr(verify, "measure_stages", lambda threads, dtype: ({}, beside))
     both = call_json(PLAN, *args, "--avg-bits", UNIFORM_3, "--verify")
     predicted, measured = both["plan"]["predicted"], both["measured"]

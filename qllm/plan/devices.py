@@ -8,7 +8,7 @@ multiplying them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +22,9 @@ from qllm.plan.candidates import key
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 PHASES = ("decode", "prefill")
-BESIDE = ("stage_overhead", "wakeup")
-# What a stage is at: prompts, a step for which the other stages wait, one while all of them work.
-STAGE_PASSES = ("prefill", "decode", "busy_decode")
+BESIDE = ("stage_overhead", "crowding")
+# What a stage is at: prompts and steps for which the other stages wait, or while all of them work.
+STAGE_PASSES = ("prefill", "busy_prefill", "decode", "busy_decode")
 DESCRIBED = ("memory", "bandwidth", "flops", "int8_flops", "overhead")
 # What most kernels reach of what is published, of bandwidth and of arithmetic.
 OF_BANDWIDTH, OF_FLOPS = 0.8, 0.5
@@ -47,15 +47,26 @@ class Speed(Protocol):
             model: bytes of all that a step reads, by which caches keep it or do not.
         """
 
-    def half(self, values: float, products: float, other: float, *, decode: bool) -> float:
+    def half(
+        self,
+        values: float,
+        scores: float,
+        products: float,
+        read: float,
+        heads: float,
+        *,
+        decode: bool,
+        model: float,
+    ) -> float:
         """All else in half a layer.
 
         Args:
             values: activations, tokens by channels.
-            products: multiply-adds of attention with keys: tokens by heads by their channels by
-                tokens that they see.
-            other: bytes of the cache that a step reads; of prompts, scores: products over the
-                channels of a head.
+            scores: of attention: tokens by heads by tokens that they see.
+            products: multiply-adds with keys: scores by the channels of a head.
+            read: bytes of the cache that a step reads; 0 of prompts.
+            heads: that they are of, of all tokens, each a stretch of memory; 0 of prompts.
+            decode, model: as in `linear`.
         """
 
     def step(self, *, decode: bool) -> float:
@@ -84,13 +95,32 @@ class DescribedSpeed:
         read = nbytes / (self.bandwidth * OF_BANDWIDTH)
         return max(read, 2 * math.prod(size) * rows / (rate * OF_FLOPS))
 
-    def half(self, values: float, products: float, other: float, *, decode: bool) -> float:
+    def half(
+        self,
+        values: float,
+        scores: float,
+        products: float,
+        read: float,
+        heads: float,
+        *,
+        decode: bool,
+        model: float,
+    ) -> float:
         # Activations are read and written a few times; scores are next to nothing beside products.
-        moved = 8 * values + (other if decode else 0)
+        moved = 8 * values + read
         return self.overhead + moved / (self.bandwidth * OF_BANDWIDTH)
 
     def step(self, *, decode: bool) -> float:
         return 0.0
+
+
+def farness(nbytes: float, working_sets: Sequence[float]) -> float:
+    """How little of so many bytes a processor's caches keep: 0 for all of it to 1 for none.
+
+    From the second of the working sets to the last but one, by the logarithm.
+    """
+    near, far = math.log(working_sets[1]), math.log(working_sets[-2])
+    return min(max((math.log(max(nbytes, 1.0)) - near) / (far - near), 0.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -100,15 +130,18 @@ class MeasuredSpeed:
     Attributes:
         linears: "decode" and "prefill" to `candidates.key` to rows to seconds per call, per
             channel (inputs and outputs together), and per weight in each of `working_sets`.
-        halves: "decode" and "prefill" to seconds per half of a layer, and per unit of each of what
-            `Speed.half` takes.
+        halves: "decode" and "prefill" to seconds per half of a layer, and per value, score and
+            product of `Speed.half`.
+        cache: seconds per byte of the cache that a step reads; and what a byte, and a head of it,
+            take on top where caches of the processor keep none of it.
         passes: "decode" and "prefill" to seconds of a pass besides its layers.
-        working_sets: rising; bytes that a step goes through, of which caches keep some. Between
-            two, a weight's time goes by the logarithm.
+        working_sets: rising, four or more; bytes that a step goes through, of which caches keep
+            some. Between two, a weight's time goes by the logarithm.
     """
 
     linears: Mapping[str, Mapping[str, Mapping[str, tuple[float, ...]]]]
     halves: Mapping[str, tuple[float, float, float, float]]
+    cache: tuple[float, float, float]
     passes: Mapping[str, float]
     working_sets: tuple[float, ...]
 
@@ -125,18 +158,35 @@ class MeasuredSpeed:
         known = sorted(map(int, table))
         seconds = []
         for call, channel, *weights in (table[str(count)] for count in known):
-            weight = np.interp(math.log(max(model, 1.0)), np.log(self.working_sets), weights)
-            seconds.append(call + channel * sum(size) + float(weight) * math.prod(size))
+            weight = self._within(weights, model)
+            seconds.append(call + channel * sum(size) + weight * math.prod(size))
         if rows > known[-1]:
             return seconds[-1] * rows / known[-1]
         return float(np.interp(rows, known, seconds))
 
-    def half(self, values: float, products: float, other: float, *, decode: bool) -> float:
-        fixed, of_value, of_product, of_other = self.halves["decode" if decode else "prefill"]
-        return fixed + of_value * values + of_product * products + of_other * other
+    def half(
+        self,
+        values: float,
+        scores: float,
+        products: float,
+        read: float,
+        heads: float,
+        *,
+        decode: bool,
+        model: float,
+    ) -> float:
+        fixed, of_value, of_score, of_product = self.halves["decode" if decode else "prefill"]
+        seconds = fixed + of_value * values + of_score * scores + of_product * products
+        byte, far_byte, far_head = self.cache
+        far = farness(model, self.working_sets)
+        return seconds + (byte + far * far_byte) * read + far * far_head * heads
 
     def step(self, *, decode: bool) -> float:
         return self.passes["decode" if decode else "prefill"]
+
+    def _within(self, seconds: Sequence[float], model: float) -> float:
+        """Of what takes so long in each of `working_sets`, what it does in one of so many bytes."""
+        return float(np.interp(math.log(max(model, 1.0)), np.log(self.working_sets), seconds))
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -157,8 +207,8 @@ class Device:
         processors: of the host, which its devices share; None: it is not known.
         stage_overhead: of each of STAGE_PASSES, seconds that a pass takes more where there are
             other stages.
-        wakeup: seconds that a step takes more on top of it where the host has fewer processors
-            than stages: then one that waits for another sleeps.
+        crowding: the seconds on top of them where the host has fewer processors than stages: then
+            one that waits sleeps, and one that could go on may have no processor.
     """
 
     name: str
@@ -169,7 +219,7 @@ class Device:
     threads: int | None = None
     processors: int | None = None
     stage_overhead: Mapping[str, float] = field(default_factory=_no_seconds)
-    wakeup: float = 0.0
+    crowding: Mapping[str, float] = field(default_factory=_no_seconds)
 
 
 @dataclass(frozen=True)
@@ -273,8 +323,7 @@ def _devices(entry: object, path: str) -> list[Device]:
         raise UserError(f"{where}: count {count!r} is no number of devices")
     host = entry.get("host")
     threads, processors = (_count(entry, key, where) for key in ("threads", "processors"))
-    overhead = _by_phase(entry, "stage_overhead", where)
-    wakeup = _number(entry, "wakeup", where, Device.wakeup, minimum=0.0)
+    overhead, crowding = (_of_passes(entry, key, where) for key in BESIDE)
     speed: Speed
     if "measured" in entry:
         speed = _measured(entry["measured"], where)
@@ -287,7 +336,7 @@ def _devices(entry: object, path: str) -> list[Device]:
             _number(entry, "overhead", where, DescribedSpeed.overhead, minimum=0.0),
         )
     names = [entry["name"]] if count == 1 else [f"{entry['name']}.{i}" for i in range(count)]
-    about = (speed, entry["name"], host, threads, processors, overhead, wakeup)
+    about = (speed, entry["name"], host, threads, processors, overhead, crowding)
     return [Device(name, memory, *about) for name in names]
 
 
@@ -298,7 +347,7 @@ def _count(entry: Mapping[str, object], key: str, where: str) -> int | None:
     raise UserError(f"{where}: {key} {given!r} is no number of {key}")
 
 
-def _by_phase(entry: Mapping[str, object], key: str, where: str) -> dict[str, float]:
+def _of_passes(entry: Mapping[str, object], key: str, where: str) -> dict[str, float]:
     """Seconds of each of STAGE_PASSES."""
     given = entry.get(key, {})
     if not isinstance(given, dict) or set(given) - set(STAGE_PASSES):
@@ -309,7 +358,7 @@ def _by_phase(entry: Mapping[str, object], key: str, where: str) -> dict[str, fl
 def _measured(value: Any, where: str) -> MeasuredSpeed:
     try:
         sets = _numbers(value["working_sets"], len(value["working_sets"]))
-        if not sets or sets[0] <= 0 or list(sets) != sorted(set(sets)):
+        if len(sets) < 4 or sets[0] <= 0 or list(sets) != sorted(set(sets)):
             raise ValueError
         linears = {
             phase: {
@@ -322,7 +371,8 @@ def _measured(value: Any, where: str) -> MeasuredSpeed:
         }
         halves = {phase: _four(value["halves"][phase]) for phase in PHASES}
         passes = {phase: _numbers([value["passes"][phase]], 1)[0] for phase in PHASES}
-        return MeasuredSpeed(linears, halves, passes, sets)
+        first, second, third = _numbers(value["cache"], 3)
+        return MeasuredSpeed(linears, halves, (first, second, third), passes, sets)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
             f"{where}: measured is not what qllm_plan.py --probe writes; measure again"

@@ -53,7 +53,7 @@ class MixedIntegerProgram:
             copies = len(problem.copies)
             self.copied = count + np.arange(copies * d).reshape(copies, d)
             count += self.copied.size
-            self.used, self.woken = count + np.arange(2 * d).reshape(2, d)
+            self.used, self.in_crowd = count + np.arange(2 * d).reshape(2, d)
             self.crowded = count + 2 * d + np.arange(len(problem.processors))
             count += 2 * d + len(problem.processors)
         self.slow = count + np.arange(2)
@@ -112,7 +112,7 @@ class MixedIntegerProgram:
         for there, processors, crowded in zip(
             self.problem.shares > 0, self.problem.processors, self.crowded, strict=True
         ):
-            # More stages than processors make it crowded, and each of the stages there be woken.
+            # More stages than processors make it crowded, and each of the stages there in a crowd.
             more = max(int(there.sum() - processors), 0)
             self._add(
                 np.append(self.used[there], crowded),
@@ -121,7 +121,7 @@ class MixedIntegerProgram:
                 processors,
             )
             columns = np.stack(
-                [self.used[there], np.full(there.sum(), crowded), self.woken[there]], axis=-1
+                [self.used[there], np.full(there.sum(), crowded), self.in_crowd[there]], axis=-1
             )
             self._add(columns, np.array([1.0, 1.0, -1.0]), -np.inf, 1)
 
@@ -149,16 +149,15 @@ class MixedIntegerProgram:
         """
         p = self.problem
         linear, half = ((p.prefill, p.fixed_prefill), (p.decode, p.fixed_decode))[place]
-        overhead = (p.overhead_prefill, p.overhead_busy if busy else p.overhead_decode)[place]
-        wakeup = p.wakeup if place == 1 and not busy else np.zeros(len(p.memory))
+        overhead, crowding = p.overhead[place, int(busy)], p.crowding[place, int(busy)]
         columns, values, constant = self._on_device(d, linear[d], half[d])
         if self.device is None:
-            columns = np.append(columns, (self.used[d], self.woken[d]))
-            values = np.append(values, (overhead[d], wakeup[d]))
+            columns = np.append(columns, (self.used[d], self.in_crowd[d]))
+            values = np.append(values, (overhead[d], crowding[d]))
             return columns, values, constant
         used = np.unique(self.device)
         if d in used and len(used) > 1:
-            constant += overhead[d] + wakeup[d] * p.is_woken(used)[used == d].item()
+            constant += overhead[d] + crowding[d] * p.is_crowded(used)[used == d].item()
         return columns, values, constant
 
     def _all_seconds(self, place: int) -> tuple[Whole, Array, float]:

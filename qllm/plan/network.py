@@ -19,6 +19,7 @@ from qllm.ops.cpu import library
 from qllm.parallel.links import CROWDED_SPIN, Links
 from qllm.parallel.pipeline import PipelineStage
 from qllm.parallel.session import ParallelConfig, Session, session
+from qllm.plan.devices import STAGE_PASSES
 from qllm.plan.probe import random_decoder
 from qllm.plan.program import Workload
 from qllm.plan.ranks import run_ranks
@@ -41,9 +42,9 @@ def measure_stages(threads: int, dtype: torch.dtype) -> tuple[dict[str, float], 
 
     Returns:
         `bandwidth` in bits per second and `latency` in seconds, as in a cluster's file; and
-        `stage_overhead` and `wakeup` as in that of a device: what a stage takes more than its part
-        of a model in one process, besides handing on, and what it takes on top in a step where
-        ranks sleep soon while they wait, of three.
+        `stage_overhead` and `crowding` as in that of a device: what a stage takes more than its
+        part of a model in one process, besides handing on, and what it takes on top where there are
+        more than processors, of three.
 
     Raises:
         UserError: a process failed.
@@ -57,15 +58,15 @@ def measure_stages(threads: int, dtype: torch.dtype) -> tuple[dict[str, float], 
     overhead = _beside(two, 2, small, threads / usable_cpus())
     more = _beside(three, 3, small, threads / usable_cpus())
     return network, {
-        "stage_overhead": {name: max(0.0, seconds) for name, seconds in overhead.items()},
-        "wakeup": max(0.0, more["decode"] - overhead["decode"]),
+        "stage_overhead": overhead,
+        "crowding": {name: max(0.0, more[name] - overhead[name]) for name in STAGE_PASSES},
     }
 
 
 def _beside(
     measured: dict[str, list[float]], stages: int, hop: float, share: float
 ) -> dict[str, float]:
-    """Seconds of each of STAGE_PASSES that a stage takes besides its part and handing on.
+    """Seconds, 0 or more, of each of STAGE_PASSES that a stage takes besides its part and hops.
 
     Args:
         measured: seconds of prompts and of a step: "alone", and of as many stages with one
@@ -73,15 +74,20 @@ def _beside(
         share: of the processors, that a stage has threads for: of stages that have more together
             than there are, not all work at a time.
     """
-    (alone_prompt, alone), (prompt, step), (_, busy) = (
+    (alone_prompt, alone), (prompt, step), (all_prompts, busy) = (
         measured[name] for name in ("alone", "one", "all")
     )
     ways = stages - 1  # and as many by which the last stage tells the others its tokens
-    return {
-        "prefill": (prompt - alone_prompt - ways * hop) / stages,
-        "decode": (step - alone - 2 * ways * hop) / stages,
-        "busy_decode": (busy / max(1.0, stages * min(share, 1.0)) - alone) / stages,
+    at_once = max(1.0, stages * min(share, 1.0))
+    # Behind the first sequence's prompt the stages end one after every turn.
+    turn = (all_prompts - prompt) / ways
+    found = {
+        "prefill": prompt - alone_prompt - ways * hop,
+        "busy_prefill": turn * stages / at_once - alone_prompt,
+        "decode": step - alone - 2 * ways * hop,
+        "busy_decode": busy / at_once - alone,
     }
+    return {name: max(0.0, seconds) / stages for name, seconds in found.items()}
 
 
 def _hops(stage: PipelineStage, values: int, rounds: int) -> list[float]:

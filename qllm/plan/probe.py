@@ -22,24 +22,24 @@ from qllm.ops import phase
 from qllm.ops.capture import capture
 from qllm.parallel.pipeline import ParallelContext
 from qllm.plan.candidates import key
-from qllm.plan.devices import MeasuredSpeed, Size
+from qllm.plan.devices import MeasuredSpeed, Size, farness
 from qllm.plan.program import Workload, sees_last_token
 from qllm.plan.timing import time_generation, undisturbed
 
 # Bytes that a step goes through: what the caches of a core keep, what one that cores share may, and
-# what none does. And the inputs and outputs of the matrices that they are made of: of the least,
+# what none does. And the inputs and outputs of the matrices that they are made of: of the second,
 # several, which tell what a call and a channel take from what a weight does.
-WORKING_SETS = (4 << 20, 16 << 20, 48 << 20, 192 << 20)
+WORKING_SETS = (1 << 20, 4 << 20, 16 << 20, 48 << 20, 192 << 20)
 SMALL: tuple[Size, ...] = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
-LARGE: Size = (2048, 2048)
-ROWS = {"decode": (1, 4, 8, 16), "prefill": (16, 128, 512)}
-FORMAT = 11  # of what is found: what was kept in another is measured again
+LEAST, LARGE = (1024, 256), (2048, 2048)  # of the first, and of those behind the second
+ROWS = {"decode": (1, 2, 4, 8, 16), "prefill": (16, 128, 512)}
+FORMAT = 12  # of what is found: what was kept in another is measured again
 ROUNDS = 5  # of all measurements, in turns: a shared machine is slow for seconds at a time
 SECONDS = 0.02  # that one measurement takes in a round at least
 # Of the models with which is measured what is beside the products: family, channels of a head and
 # heads that share keys; hidden size and layers. Scores take what they do by their number, and
 # products with keys and values by their channels.
-FAMILIES = (("llama", 64, 4), ("opt", 32, 1))  # the first of 16 bits
+FAMILIES = (("llama", 64, 4), ("opt", 32, 1))
 MODELS = ((256, 2), (256, 8), (1024, 4))
 # Sequences, and the tokens of each; of one sequence its prompt is timed as well as its steps.
 WORK = ((1, 32), (1, 192), (1, 768), (4, 128), (8, 16), (8, 128))
@@ -85,12 +85,12 @@ class Probe:
         self._specs = list({key(spec): spec for spec in (QuantSpec(), *specs)}.values())
         self._dtype, self._device = dtype, device
         self._threads = threads or torch.get_num_threads()
-        # What surrounds products is not alike in families, nor around packed and dense ones: the
-        # mean of some.
-        specs = self._specs[0], self._specs[len(self._specs) // 2]
+        # What surrounds products is not alike in families: the mean of some. Nor is it around
+        # packed and dense ones, of which plans have the former.
+        spec = self._specs[len(self._specs) // 2]
         self._models = {
             (*family, spec, *sizes): random_decoder(*family, *sizes, spec, dtype, device)
-            for family, spec in zip(FAMILIES, specs, strict=True)
+            for family in FAMILIES
             for sizes in MODELS
         }
         self._times: defaultdict[Hashable, list[float]] = defaultdict(list)
@@ -141,24 +141,29 @@ class Probe:
                 table = {str(rows): self._linear(spec, name, rows) for rows in counts}
                 linears[name][key(spec)] = table
         sets = tuple(map(float, WORKING_SETS))
-        rest = self._rest(MeasuredSpeed(linears, {}, {}, sets))
+        rest = self._rest(MeasuredSpeed(linears, {}, (0.0, 0.0, 0.0), {}, sets))
         halves, passes = {}, {}
-        for name in ROWS:
-            passes[name], fixed, of_value, of_product, of_other = rest[name]
-            halves[name] = fixed, of_value, of_product, of_other
-        return MeasuredSpeed(linears, halves, passes, sets)
+        for name, (of_pass, fixed, of_value, of_score, of_product, *_) in rest.items():
+            passes[name] = of_pass
+            halves[name] = fixed, of_value, of_score, of_product
+        byte, far_byte, far_head = rest["decode"][5:]
+        return MeasuredSpeed(linears, halves, (byte, far_byte, far_head), passes, sets)
 
     def _linear(self, spec: QuantSpec, name: str, rows: int) -> tuple[float, ...]:
         """Coefficients of `MeasuredSpeed.linears`."""
-        least, *larger = WORKING_SETS
+        least, small, *larger = WORKING_SETS
         features = [[1.0, sum(size), math.prod(size)] for size in SMALL]
-        times = [self._seconds(spec, name, least, size, rows) for size in SMALL]
+        times = [self._seconds(spec, name, small, size, rows) for size in SMALL]
         call, channel, weight = _fit(list(zip(features, times, [0.0] * len(times), strict=True)))
-        weights = [weight]
+
+        def of_weight(nbytes: int, size: Size) -> float:
+            seconds = self._seconds(spec, name, nbytes, size, rows)
+            return (seconds - call - channel * sum(size)) / math.prod(size)
+
+        decode = name == "decode"
+        weights = [max(0.0, min(weight, of_weight(least, LEAST))) if decode else weight, weight]
         for nbytes in larger:
-            measured = nbytes if name == "decode" else larger[-1]
-            beside = call + channel * sum(LARGE)
-            each = (self._seconds(spec, name, measured, LARGE, rows) - beside) / math.prod(LARGE)
+            each = of_weight(nbytes if decode else larger[-1], LARGE)
             weights.append(max(each, weights[-1]))
         return call, channel, *weights
 
@@ -166,25 +171,34 @@ class Probe:
         """What passes through small models take besides their products, by `_fit`.
 
         Returns:
-            by phase, the seconds of a pass, and those of `MeasuredSpeed.halves`.
+            by phase, the seconds of a pass, those of `MeasuredSpeed.halves`, and of a step those of
+            `MeasuredSpeed.cache`.
         """
         decode: list[tuple[list[float], float, float]] = []
         prefill: list[tuple[list[float], float, float]] = []
         for kind, model in self._models.items():
             _, channels, sharing, spec, hidden, layers = kind
             count, heads = 2 * layers, hidden // channels
+            held = float(sum(module.nbytes() for module in _linears(model).values()))
+            given = model, spec, products
             for batch, context in WORK:
-                known = _products_of(model, spec, products, batch, batch, decoding=True)
-                work = layers * batch * context * heads * channels
-                read = 2 * work // sharing * self._dtype.itemsize
-                features = [1.0, count, count * batch * hidden, work, read]
+                scores = layers * batch * heads * (context + STEPS / 2)
+                read = 2 * scores * channels / sharing * self._dtype.itemsize
+                far = farness(held + read, WORKING_SETS)
+                features = [1.0, count, count * batch * hidden, scores, scores * channels]
+                features += [read, far * read, far * layers * batch * heads / sharing]
+                known = _products_of(*given, batch, batch, held + read, decoding=True)
                 decode.append((features, self._seconds(kind, batch, context), known))
             for length in (context for batch, context in WORK if batch == 1):
-                known = _products_of(model, spec, products, length, 1, decoding=False)
                 scores = layers * heads * length**2
-                features = [1.0, count, count * length * hidden, scores * channels, scores]
+                features = [1.0, count, count * length * hidden, scores, scores * channels]
+                known = _products_of(*given, length, 1, held, decoding=False)
                 prefill.append((features, self._seconds(kind, length), known))
         return {"decode": _fit(decode), "prefill": _fit(prefill)}
+
+
+def _linears(model: Decoder) -> dict[str, Linear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
 
 
 def _products_of(
@@ -193,6 +207,7 @@ def _products_of(
     products: MeasuredSpeed,
     rows: int,
     last_rows: int,
+    held: float,
     *,
     decoding: bool,
 ) -> float:
@@ -200,11 +215,10 @@ def _products_of(
 
     Args:
         spec: of those in layers.
+        held: bytes that a step reads.
     """
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
-    held = float(sum(module.nbytes() for module in linears.values()))
     seconds = 0.0
-    for name, module in linears.items():
+    for name, module in _linears(model).items():
         size = module.in_features, module.out_features
         n = last_rows if sees_last_token(name, model.config.num_layers) else rows
         own = QuantSpec() if name == LM_HEAD else spec
@@ -216,8 +230,12 @@ def _products(spec: QuantSpec) -> Iterator[tuple[QuantSpec, str, int, Size, int]
     """The spec, phase, bytes, matrices' size and rows of all that is measured of a spec."""
     for name, counts in ROWS.items():
         # Prompts are bound by arithmetic: wherever their weights come from, all take as long.
-        larger = WORKING_SETS[1:] if name == "decode" else WORKING_SETS[-1:]
-        sets = [(WORKING_SETS[0], size) for size in SMALL] + [(each, LARGE) for each in larger]
+        least, small, *larger = WORKING_SETS
+        sets = [(small, size) for size in SMALL]
+        if name == "decode":
+            sets += [(least, LEAST), *((each, LARGE) for each in larger)]
+        else:
+            sets.append((larger[-1], LARGE))
         for nbytes, size in sets:
             for rows in counts:
                 yield spec, name, nbytes, size, rows
@@ -347,9 +365,11 @@ def random_decoder(
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
     }
-    halves = parallel.halves([1] * layers) if parallel is not None else None
+    halves = range(2 * layers) if parallel is None else parallel.halves([1] * layers)
     config = read_config(RawConfig(raw, "the probe"))
-    model = Decoder(config, {}, dtype, parallel=parallel, halves=halves)
+    # As of a model that is loaded: layers of other stages are not run.
+    device_map = {range(halves.start // 2, halves.stop // 2): torch.device(device)}
+    model = Decoder(config, {}, dtype, parallel=parallel, halves=halves, device_map=device_map)
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             fresh: Tensor = torch.randn(buffer.shape, dtype=buffer.dtype, device=device)

@@ -43,10 +43,10 @@ class Problem:
         prefill, decode: (D, M, C), seconds of a linear in a prompt's pass and in a step.
         fixed_prefill, fixed_decode: (D, H), of the rest of a half.
         hop_prefill, hop_decode: seconds between two stages.
-        overhead_prefill, overhead_decode, overhead_busy: (D,), seconds that a pass takes more on
-            each of several stages; the last of a step while all of them work.
-        wakeup: (D,), seconds that a step takes more on top of `overhead_decode` where a machine
-            has more stages than processors, so that a stage that waits sleeps.
+        overhead: (2, 2, D), seconds that a pass takes more on each of several stages: of prompts
+            and a step, while the other stages wait and while all of them work.
+        crowding: (2, 2, D), the seconds on top of them where a machine has more stages than
+            processors.
         shares: (G, D), for each machine that several devices share, the part of its processors
             that a device has threads for; 0 for devices elsewhere.
         processors: int (G,), of those machines.
@@ -73,10 +73,8 @@ class Problem:
     decode: Array
     fixed_prefill: Array
     fixed_decode: Array
-    overhead_prefill: Array
-    overhead_decode: Array
-    overhead_busy: Array
-    wakeup: Array
+    overhead: Array
+    crowding: Array
     shares: Array
     processors: Whole
     hop_prefill: float = 0.0
@@ -126,16 +124,15 @@ class Problem:
         np.add.at(first, device, self.fixed_prefill[device, np.arange(len(device))])
         np.add.at(step, there, self.decode[there, rows, choice])
         np.add.at(step, device, self.fixed_decode[device, np.arange(len(device))])
-        busy = step.copy()
+        seconds = np.stack([first, step])[:, None].repeat(2, axis=1)
         hops = len(used) - 1
         if hops:
-            woken = self.is_woken(used)
-            first[used] += self.overhead_prefill[used]
-            step[used] += self.overhead_decode[used] + self.wakeup[used] * woken
-            busy[used] += self.overhead_busy[used]
+            beside = self.overhead[..., used] + self.crowding[..., used] * self.is_crowded(used)
+            seconds[..., used] += beside
+        (first, busy_first), (step, busy_step) = seconds
         # While all stages work, processors that they share work for one at a time.
-        slow_first = max([*first, *(self.shares @ first)])
-        slow_step = max([*busy, *(self.shares @ busy)])
+        slow_first = max([*busy_first, *(self.shares @ busy_first)])
+        slow_step = max([*busy_step, *(self.shares @ busy_step)])
         # The stages fill up once for a prompt. A step of one micro-batch begins when its last one
         # has ended, whatever the others are at.
         prefill = first.sum() + hops * self.hop_prefill + (self.micro_batches - 1) * slow_first
@@ -153,7 +150,7 @@ class Problem:
             slowest=float(self.micro_batches * (slow_first + self.steps * slow_step)),
         )
 
-    def is_woken(self, used: Whole) -> NDArray[np.bool_]:
+    def is_crowded(self, used: Whole) -> NDArray[np.bool_]:
         """Of the devices that are used, which share a machine that has fewer processors."""
         there = self.shares[:, used] > 0
         return there[there.sum(axis=1) > self.processors].any(axis=0)

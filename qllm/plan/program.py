@@ -226,14 +226,19 @@ def build(
     memory = np.array([device.memory for device in devices])
     fixed = shape.fixed + shape.cache(work) if cluster else shape.fixed.copy()
     hop_prefill = hop_decode = 0.0
-    overhead = {
-        name: np.array([device.stage_overhead[name] for device in devices]) for name in STAGE_PASSES
-    }
+    overhead, crowding = (
+        np.array([[each[name] for name in STAGE_PASSES] for each in beside]).T.reshape(2, 2, count)
+        for beside in (
+            [device.stage_overhead for device in devices],
+            [device.crowding for device in devices],
+        )
+    )
     shares, processors = shared_processors(devices)
     if cluster is not None:
         # Of what a step reads: the caches of a machine are shared by the stages that are there.
+        cache = shape.cache(work)
         machines = len({(each.threads and each.host) or d for d, each in enumerate(devices)})
-        held = float(np.median(shape.nbytes, axis=1).sum()) / machines
+        held = float(np.median(shape.nbytes, axis=1).sum() + cache.sum()) / machines
         if shape.head is not None:
             held += shape.head[1] / machines
         tokens = rows_each * work.prompt
@@ -241,8 +246,8 @@ def build(
         hop_prefill = cluster.hop(values * shape.dtype.itemsize)
         hop_decode = cluster.hop(config.hidden_size * rows_each * shape.dtype.itemsize)
         hop_decode += cluster.hop(8 * rows_each)  # the last stage tells every other one its tokens
-        context = shape.cache(work) * rows_each / rows
-        heads = config.num_heads * rows_each
+        context = cache * rows_each / rows
+        heads, kv_heads = config.num_heads * rows_each, config.num_kv_heads * rows_each
         for d, device in enumerate(devices):
             speed = device.speed
             for m in range(size[0]):
@@ -262,10 +267,13 @@ def build(
                 seen = heads if h % 2 == 0 else 0  # the MLP's half has no attention
                 scores = seen * work.prompt**2
                 fixed_prefill[d, h] = speed.half(
-                    values, scores * config.head_dim, scores, decode=False
+                    values, scores, scores * config.head_dim, 0.0, 0.0, decode=False, model=held
                 )
+                scores = seen * mean
+                begun = kv_heads if h % 2 == 0 else 0.0
+                x = config.hidden_size * rows_each
                 fixed_decode[d, h] = speed.half(
-                    config.hidden_size * rows_each, seen * mean * config.head_dim, read, decode=True
+                    x, scores, scores * config.head_dim, read, begun, decode=True, model=held
                 )
             if shape.head is not None:
                 head, nbytes = shape.head
@@ -288,10 +296,8 @@ def build(
         decode=decode,
         fixed_prefill=fixed_prefill,
         fixed_decode=fixed_decode,
-        overhead_prefill=overhead["prefill"],
-        overhead_decode=overhead["decode"],
-        overhead_busy=overhead["busy_decode"],
-        wakeup=np.array([device.wakeup for device in devices]),
+        overhead=overhead,
+        crowding=crowding,
         shares=shares,
         processors=processors,
         hop_prefill=hop_prefill,

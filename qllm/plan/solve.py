@@ -76,8 +76,7 @@ def _alone(problem: Problem, deadline: float) -> list[Solution]:
         return found
     smallest = problem.nbytes.min(axis=1).sum() + problem.fixed_bytes.sum() + problem.buffers
     for device, memory in enumerate(problem.memory):
-        overhead = (problem.overhead_prefill, problem.overhead_decode, problem.overhead_busy)
-        beside = any(each[device] for each in (*overhead, problem.wakeup))
+        beside = problem.overhead[..., device].any() or problem.crowding[..., device].any()
         if beside and smallest <= memory:
             with suppress(UnsolvedError):  # bits that fit need not keep to the other limits
                 left = deadline - time.perf_counter()

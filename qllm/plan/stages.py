@@ -29,7 +29,7 @@ class StagedRun:
 
     Attributes:
         folder: of a checkpoint that is as it is to be run.
-        stages: where they begin, as --stages has it.
+        stages: where they begin, as --stages has it; "": there is one.
         dtype: of activations, such as "float16"; None: the checkpoint's.
         prompt, new, batch: see `Workload`.
     """
@@ -48,6 +48,7 @@ def time_stages(
     """Run a checkpoint in stages on the CPU.
 
     Args:
+        stages: see `StagedRun`.
         threads: of each stage's process.
 
     Returns:
@@ -65,13 +66,13 @@ def time_stages(
 
 def run(told: StagedRun) -> tuple[float, float]:
     """What each process does: all make the same calls, and the first one's times count."""
-    count = told.stages.count(",") + 2
+    count = told.stages.count(",") + 2 if told.stages else 1
     folder, dense = Path(told.folder), QuantPlan.uniform(QuantSpec())
     dtype = None if told.dtype is None else getattr(torch, told.dtype)
     with session(ParallelConfig(pp=count)) as joined:
         joined.compare(asdict(told))
         layers = outline(folder, dense, dtype).config.num_layers
-        parallel = joined.context(parse_cuts(told.stages, layers, count))
+        parallel = joined.context(parse_cuts(told.stages, layers, count) if told.stages else None)
         model = load_model(folder, dense, dtype=dtype, parallel=parallel)
         work, start = Workload(told.prompt, told.new, told.batch), time.perf_counter()
         runs: list[tuple[float, float]] = []

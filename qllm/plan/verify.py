@@ -122,7 +122,7 @@ class _Now:
             for place, device in enumerate(devices):
                 found = beside[device.threads]
                 devices[place] = replace(
-                    device, stage_overhead=found["stage_overhead"], wakeup=found["wakeup"]
+                    device, stage_overhead=found["stage_overhead"], crowding=found["crowding"]
                 )
         return self._plan.seconds_on(devices)
 

@@ -51,7 +51,7 @@ def test_the_example_is_read():
         ({"devices": [{"name": "x", "memory": 1, "measured": {}}]}, "measured is not what"),
         ({"devices": [GOOD | {"processors": 0}]}, "processors 0 is no number of processors"),
         ({"devices": [GOOD | {"stage_overhead": [1]}]}, "stage_overhead is seconds of"),
-        ({"devices": [GOOD | {"wakeup": -1}]}, "wakeup -1"),
+        ({"devices": [GOOD | {"crowding": {"decode": -1}}]}, "crowding: decode -1"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, value, said):
@@ -65,19 +65,23 @@ def test_a_file_that_is_not_there():
 
 
 def test_measured_speeds_are_what_was_measured(tmp_path):
-    table = {"1": (1e-5, 1e-9, 1e-10, 3e-10), "8": (2e-5, 2e-9, 2e-10, 4e-10)}
+    same = 1e-10, 1e-10, 3e-10, 3e-10
+    table = {"1": (1e-5, 1e-9, *same), "8": (2e-5, 2e-9, *(2 * each for each in same))}
     speed = MeasuredSpeed(
         {"decode": {"4:g128:asym": table}, "prefill": {"4:g128:asym": table}},
-        {"decode": (1e-6, 1e-9, 1e-11, 2e-11), "prefill": (2e-6, 0.0, 0.0, 3e-10)},
+        {"decode": (1e-6, 1e-9, 1e-11, 2e-12), "prefill": (2e-6, 0.0, 0.0, 3e-10)},
+        (1e-11, 2e-11, 1e-7),
         {"decode": 5e-6, "prefill": 1e-3},
-        (1e6, 4e6),
+        (5e5, 1e6, 4e6, 8e6),
     )
-    beside = {"stage_overhead": {"decode": 2e-5}, "processors": 2}
+    beside = {"stage_overhead": {"decode": 2e-5}, "crowding": {"prefill": 1e-4}, "processors": 2}
     device = {"name": "here", "memory": 1e9, "measured": speed.to_json(), **beside}
     (found,) = read(tmp_path, {"devices": [device]}).devices
     again = found.speed
     assert again == speed and found.processors == 2
-    assert found.stage_overhead == {"decode": 2e-5, "prefill": 0.0, "busy_decode": 0.0}
+    nothing = dict.fromkeys(("prefill", "busy_prefill", "decode", "busy_decode"), 0.0)
+    assert found.stage_overhead == nothing | {"decode": 2e-5}
+    assert found.crowding == nothing | {"prefill": 1e-4}
     assert [again.step(decode=decode) for decode in (True, False)] == [5e-6, 1e-3]
     four, size = QuantSpec(4, kind="weight_only"), (500, 2000)
     near, between, far = (
@@ -89,8 +93,12 @@ def test_measured_speeds_are_what_was_measured(tmp_path):
     middle = again.linear(four, size, 0, 4, decode=True, model=1e5)
     assert middle == pytest.approx(near + 3 / 7 * near)
     assert again.linear(four, size, 0, 16, decode=True, model=1e5) == pytest.approx(4 * near)
-    assert again.half(1000, 10**5, 10**5, decode=True) == pytest.approx(5e-6)
-    assert again.half(1000, 10**5, 10**4, decode=False) == pytest.approx(5e-6)
+    given = 1000, 10**5, 10**6, 10**6, 20
+    near, between, far = (again.half(*given, decode=True, model=m) for m in (1e5, 2e6, 1e7))
+    assert near == pytest.approx(1e-6 + 1e-6 + 1e-6 + 2e-6 + 1e-5)
+    assert between == pytest.approx(near + (2e-5 + 2e-6) / 2)  # half of the way, by the logarithm
+    assert far == pytest.approx(near + 2e-5 + 2e-6)
+    assert again.half(1000, 10**5, 10**4, 0, 0, decode=False, model=1e7) == pytest.approx(5e-6)
     with pytest.raises(UserError, match="4:g128:asym and no 3:g128:asym; measure again"):
         again.linear(QuantSpec(3, kind="weight_only"), (1, 1), 1, 1, decode=True, model=1.0)
 

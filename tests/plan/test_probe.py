@@ -10,6 +10,8 @@ import torch
 
 from qllm.config import QuantSpec
 from qllm.ops.cpu import library, linear
+from qllm.parallel.group import Group
+from qllm.parallel.pipeline import ParallelContext
 from qllm.plan import probe
 from qllm.plan.devices import PHASES, Cluster
 from qllm.plan.program import sees_last_token
@@ -20,8 +22,9 @@ FOUR = QuantSpec(4, group_size=64, kind="weight_only")
 @pytest.fixture
 def small(monkeypatch):
     """Matrices and models that take milliseconds."""
-    monkeypatch.setattr(probe, "WORKING_SETS", (1 << 17, 1 << 18, 1 << 19))
+    monkeypatch.setattr(probe, "WORKING_SETS", (1 << 16, 1 << 17, 1 << 18, 1 << 19))
     monkeypatch.setattr(probe, "SMALL", ((64, 64), (64, 128), (128, 64), (128, 128)))
+    monkeypatch.setattr(probe, "LEAST", (64, 64))
     monkeypatch.setattr(probe, "LARGE", (256, 256))
     monkeypatch.setattr(probe, "SECONDS", 0.001)
     monkeypatch.setattr(probe, "FAMILIES", (("llama", 16, 2), ("opt", 8, 1)))
@@ -53,7 +56,7 @@ def test_what_is_measured_predicts(tmp_path):
             assert 0 < one < many
     assert all(again.step(decode=name == "decode") >= 0 for name in PHASES)
     # A whole pass takes something besides its products, wherever the fit puts it.
-    assert again.step(decode=True) + again.half(64, 4096, 64, decode=True) > 0
+    assert again.step(decode=True) + again.half(64, 512, 4096, 4096, 8, decode=True, model=1e6) > 0
 
 
 def test_one_pass_that_takes_longer_does_not_move_what_the_others_say():
@@ -84,3 +87,12 @@ def test_what_sees_the_last_token_alone():
     names += ["layers.11.mlp.up", "layers.1.mlp.up", "layers.111.mlp.up", "lm_head"]
     seen = [name for name in names if sees_last_token(name, 12)]
     assert seen == ["layers.11.attention.out", "layers.11.mlp.up", "lm_head"]
+
+
+@pytest.mark.parametrize(("rank", "layers"), [(0, range(2)), (1, range(2, 3)), (2, range(3, 4))])
+def test_a_stage_of_a_random_model_runs_its_own_layers_alone(rank, layers):
+    """What it took for those of others was counted as what stages take besides their layers."""
+    parallel = ParallelContext(pp=Group((0, 1, 2), rank))
+    model = probe.random_decoder("opt", 8, 1, 32, 4, FOUR, torch.float32, "cpu", parallel)
+    assert list(model.device_map) == [layers]
+    assert [layer.has_attention for layer in model.layers] == [i in layers for i in range(4)]

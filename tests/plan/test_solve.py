@@ -40,10 +40,8 @@ def problem(seed: int, devices: int, layers: int, candidates: int = 2, **changes
         decode=nbytes[None] / speed[:, None, None],
         fixed_prefill=draw.uniform(0, 1, (devices, halves)),
         fixed_decode=draw.uniform(0, 1, (devices, halves)),
-        overhead_prefill=draw.uniform(0, 3, devices),
-        overhead_decode=draw.uniform(0, 2, devices),
-        overhead_busy=draw.uniform(0, 2, devices),
-        wakeup=draw.uniform(0, 2, devices),
+        overhead=draw.uniform(0, 2, (2, 2, devices)),
+        crowding=draw.uniform(0, 2, (2, 2, devices)),
         shares=np.zeros((0, devices)),
         processors=np.zeros(0, dtype=np.int64),
         steps=3,
@@ -144,41 +142,48 @@ def test_both_ends_have_a_tied_embedding(decided, seed, memory):
 
 
 def test_stages_of_one_machine_do_not_add_up():
-    """By hand: two stages of 3 and 1 s a step with two threads each, on two processors or four."""
+    """By hand: two stages of 3 and 1 s with two threads each, on two processors or four.
+
+    In steps the second takes 2.5 s more while both work, of prompts the first half a second.
+    """
     base = problem(0, 2, 1, hop_prefill=0.0, hop_decode=0.0)
-    zero = np.zeros(2)
+    overhead, crowding = np.zeros((2, 2, 2, 2))
+    overhead[:, 1] = (0.5, 0.0), (0.0, 2.5)
+    crowding[1, 0] = 0.25, 0.5
     p = replace(
         base,
         decode=np.array([3.0, 1.0])[:, None, None] * np.ones((2, 2, 2)),
         prefill=np.array([3.0, 1.0])[:, None, None] * np.ones((2, 2, 2)),
         fixed_decode=np.zeros((2, 2)),
         fixed_prefill=np.zeros((2, 2)),
-        overhead_prefill=zero,
-        overhead_decode=zero,
-        overhead_busy=np.array([0.0, 2.5]),
-        wakeup=np.array([0.25, 0.5]),
+        overhead=overhead,
+        crowding=crowding,
         processors=np.array([2]),
     )
     choice, device = np.zeros(2, dtype=int), np.array([0, 1])
     on_four, on_two = (
         replace(p, shares=np.full((1, 2), share)).evaluate(choice, device) for share in (0.5, 1.0)
     )
-    assert (on_four.prefill, on_four.decode, on_four.slowest) == (4 + 3, 7, 2 * (3 + 3 * 3.5))
-    assert (on_two.prefill, on_two.decode, on_two.slowest) == (4 + 4, 2 * 6.5, 2 * (4 + 3 * 6.5))
-    woken = replace(p, shares=np.full((1, 2), 0.5), processors=np.array([1]), micro_batches=1)
-    assert woken.evaluate(choice, device).decode == 4.75
-    one_at_a_time = replace(woken, overhead_busy=np.full(2, 9.0))
-    assert one_at_a_time.evaluate(choice, device).decode == 4.75
+    assert (on_four.prefill, on_four.decode) == (4 + 3.5, 7)
+    assert on_four.slowest == 2 * (3.5 + 3 * 3.5)
+    assert (on_two.prefill, on_two.decode) == (4 + 4.5, 2 * 6.5)
+    assert on_two.slowest == 2 * (4.5 + 3 * 6.5)
+    crowded = replace(p, shares=np.full((1, 2), 0.5), processors=np.array([1]), micro_batches=1)
+    assert crowded.evaluate(choice, device).decode == 4.75
+    overhead[:, 1] = crowding[:, 1] = 9.0
+    one_at_a_time = replace(crowded, overhead=overhead, crowding=crowding)
+    found = one_at_a_time.evaluate(choice, device)
+    assert (found.prefill, found.decode) == (4, 4.75)
 
 
 def test_one_device_has_no_overhead_of_stages():
     """Two share the work where a stage has none, and where it has much one has all of it."""
     p = problem(1, 2, 3, objective="throughput")
-    two = replace(
-        p, memory=np.full(2, np.inf), overhead_prefill=np.zeros(2), overhead_decode=np.zeros(2)
-    )
+    two = replace(p, memory=np.full(2, np.inf), overhead=np.zeros((2, 2, 2)))
     assert len(set(solve(two).device)) == 2
-    waiting = replace(two, overhead_decode=np.full(2, 100.0), overhead_busy=np.full(2, 100.0))
+    overhead = np.zeros((2, 2, 2))
+    overhead[1] = 100.0
+    waiting = replace(two, overhead=overhead)
     found = solve(waiting)
     assert len(set(found.device)) == 1 and found.gap <= 2e-4
     assert found.value == pytest.approx(min(all_values(waiting)), rel=2e-4)
