@@ -41,7 +41,7 @@ SECONDS = 0.02  # that one measurement takes in a round at least
 # products with keys and values by their channels.
 FAMILIES = (("llama", 64, 4), ("opt", 32, 1))
 MODELS = ((256, 2), (256, 8), (1024, 4))
-# Sequences, and the tokens of each; of one sequence its prompt is timed as well as its steps.
+# Sequences, and the tokens of each.
 WORK = ((1, 32), (1, 192), (1, 768), (4, 128), (8, 16), (8, 128))
 STEPS = 16
 
@@ -126,9 +126,8 @@ class Probe:
                 for batch, context in WORK:
                     work = Workload(context, STEPS, batch)
                     prompt, step = time_generation(model, work, repeats=1)
-                    self._times[kind, batch, context].append(step)
-                    if batch == 1:
-                        self._times[kind, context].append(prompt)
+                    self._times["step", kind, batch, context].append(step)
+                    self._times["prompt", kind, batch, context].append(prompt)
 
     def _seconds(self, *name: Hashable) -> float:
         return undisturbed(self._times[name])
@@ -188,12 +187,11 @@ class Probe:
                 features = [1.0, count, count * batch * hidden, scores, scores * channels]
                 features += [read, far * read, far * layers * batch * heads / sharing]
                 known = _products_of(*given, batch, batch, held + read, decoding=True)
-                decode.append((features, self._seconds(kind, batch, context), known))
-            for length in (context for batch, context in WORK if batch == 1):
-                scores = layers * heads * length**2
-                features = [1.0, count, count * length * hidden, scores, scores * channels]
-                known = _products_of(*given, length, 1, held, decoding=False)
-                prefill.append((features, self._seconds(kind, length), known))
+                decode.append((features, self._seconds("step", kind, batch, context), known))
+                rows, scores = batch * context, layers * batch * heads * context**2
+                features = [1.0, count, count * rows * hidden, scores, scores * channels]
+                known = _products_of(*given, rows, batch, held, decoding=False)
+                prefill.append((features, self._seconds("prompt", kind, batch, context), known))
         return {"decode": _fit(decode), "prefill": _fit(prefill)}
 
 
