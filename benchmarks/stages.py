@@ -5,10 +5,9 @@
 
 At 4 bits, as many layers in each stage, of the bundled OPT or of a published one's sizes with
 random weights; and all of them in one process, which says what of a miss is that of its layers. All
-rows are run in turn, in some rounds, and so is the probe of each number of
-threads that they are predicted from: a shared machine's speed drifts from minute to minute. The
-median is printed, and in brackets the least and the most. Prints a Markdown table and, last, one
-JSON line.
+rows are run in turn, in some rounds, and so is the probe of each number of threads that they are
+predicted from: a shared machine's speed drifts from minute to minute. The median is printed, and in
+brackets the least and the most. Prints a Markdown table and, last, one JSON line.
 """
 
 from __future__ import annotations
