@@ -176,10 +176,10 @@ def test_rows_begin_and_end_by_themselves(family, kv_bits, monkeypatch):
 
 
 @pytest.mark.parametrize("kv_bits", [16, 8])
-def test_a_cache_goes_as_soon_as_nobody_has_it(kv_bits):
+def test_a_cache_goes_as_soon_as_nobody_has_it(kv_bits, monkeypatch):
     """Without waiting for garbage to be collected: a text's would stay beside the next one's."""
     model = our_bundled("llama")
-    model.kv_bits = kv_bits
+    monkeypatch.setattr(model, "kv_bits", kv_bits)
     gc.disable()
     try:
         cache = model.new_cache(2, 8)
