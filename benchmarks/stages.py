@@ -89,14 +89,17 @@ class Probed:
         }
 
 
-def predicted(shape: Shape, probed: Sequence[Probed], work: Workload) -> tuple[float, float]:
+def predicted(
+    shape: Shape, probed: Sequence[Device], network: dict[str, float], work: Workload
+) -> tuple[float, float]:
     """Seconds of the prompts' pass and of a step, of stages with as many layers each.
 
     Args:
         probed: of each stage.
+        network: of `Probed`.
     """
-    devices = [replace(each.device(), name=str(place)) for place, each in enumerate(probed)]
-    cluster = Cluster(tuple(devices), **probed[0].network())
+    devices = [replace(each, name=str(place)) for place, each in enumerate(probed)]
+    cluster = Cluster(tuple(devices), **network)
     loss = np.zeros((len(shape.modules), 1))
     problem = build(shape, loss, [SPEC], cluster, devices, work, "latency")
     cuts = [2 * cut for cut in cuts_of(shape.config.num_layers, len(devices))]
@@ -142,12 +145,14 @@ def main() -> None:
                 layers = cuts_of(shape.config.num_layers, len(row))
                 stages = ",".join(map(str, layers))
                 times.append(time_stages(folder, stages, row, DTYPE, work))
+    devices = {count: each.device() for count, each in probed.items()}
     columns = ["threads", "sequences", "prompt, ms: predicted", "measured"]
     print(f"| {' | '.join([*columns, 'step, ms: predicted', 'measured'])} |")
     print("|---|---|---|---|---|---|")
     found = []
     for (row, work), times in zip(cases, runs, strict=True):
-        said = predicted(shape, [probed[count] for count in row], work)
+        network = probed[row[0]].network()
+        said = predicted(shape, [devices[count] for count in row], network, work)
         name = "+".join(map(str, row))
         cells = [name, str(work.batch)]
         for seconds, each in zip(said, zip(*times, strict=True), strict=True):

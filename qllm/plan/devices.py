@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -32,6 +32,24 @@ OF_BANDWIDTH, OF_FLOPS = 0.8, 0.5
 Size = tuple[int, int]  # inputs and outputs of a matrix
 
 
+class HalfWork(NamedTuple):
+    """What there is to do in half a layer beside its products with matrices.
+
+    Attributes:
+        values: activations, tokens by channels.
+        scores: of attention: tokens by heads by tokens that they see; 0 of an MLP.
+        products: multiply-adds with keys: scores by the channels of a head.
+        read: bytes of the cache that a step reads; 0 of prompts.
+        heads: that they are of, of all tokens, each a stretch of memory; 0 of prompts.
+    """
+
+    values: float
+    scores: float = 0.0
+    products: float = 0.0
+    read: float = 0.0
+    heads: float = 0.0
+
+
 class Speed(Protocol):
     """How long things take on a device, in seconds."""
 
@@ -47,27 +65,8 @@ class Speed(Protocol):
             model: bytes of all that a step reads, by which caches keep it or do not.
         """
 
-    def half(
-        self,
-        values: float,
-        scores: float,
-        products: float,
-        read: float,
-        heads: float,
-        *,
-        decode: bool,
-        model: float,
-    ) -> float:
-        """All else in half a layer.
-
-        Args:
-            values: activations, tokens by channels.
-            scores: of attention: tokens by heads by tokens that they see.
-            products: multiply-adds with keys: scores by the channels of a head.
-            read: bytes of the cache that a step reads; 0 of prompts.
-            heads: that they are of, of all tokens, each a stretch of memory; 0 of prompts.
-            decode, model: as in `linear`.
-        """
+    def half(self, work: HalfWork, *, decode: bool, model: float) -> float:
+        """All else in half a layer; `decode` and `model` are as in `linear`."""
 
     def step(self, *, decode: bool) -> float:
         """What a pass takes besides its layers."""
@@ -95,19 +94,9 @@ class DescribedSpeed:
         read = nbytes / (self.bandwidth * OF_BANDWIDTH)
         return max(read, 2 * math.prod(size) * rows / (rate * OF_FLOPS))
 
-    def half(
-        self,
-        values: float,
-        scores: float,
-        products: float,
-        read: float,
-        heads: float,
-        *,
-        decode: bool,
-        model: float,
-    ) -> float:
+    def half(self, work: HalfWork, *, decode: bool, model: float) -> float:
         # Activations are read and written a few times; scores are next to nothing beside products.
-        moved = 8 * values + read
+        moved = 8 * work.values + work.read
         return self.overhead + moved / (self.bandwidth * OF_BANDWIDTH)
 
     def step(self, *, decode: bool) -> float:
@@ -131,7 +120,7 @@ class MeasuredSpeed:
         linears: "decode" and "prefill" to `candidates.key` to rows to seconds per call, per
             channel (inputs and outputs together), and per weight in each of `working_sets`.
         halves: "decode" and "prefill" to seconds per half of a layer, and per value, score and
-            product of `Speed.half`.
+            product of `HalfWork`.
         cache: seconds per byte of the cache that a step reads; and what a byte, and a head of it,
             take on top where caches of the processor keep none of it.
         passes: "decode" and "prefill" to seconds of a pass besides its layers.
@@ -164,22 +153,13 @@ class MeasuredSpeed:
             return seconds[-1] * rows / known[-1]
         return float(np.interp(rows, known, seconds))
 
-    def half(
-        self,
-        values: float,
-        scores: float,
-        products: float,
-        read: float,
-        heads: float,
-        *,
-        decode: bool,
-        model: float,
-    ) -> float:
+    def half(self, work: HalfWork, *, decode: bool, model: float) -> float:
         fixed, of_value, of_score, of_product = self.halves["decode" if decode else "prefill"]
-        seconds = fixed + of_value * values + of_score * scores + of_product * products
+        seconds = fixed + of_value * work.values
+        seconds += of_score * work.scores + of_product * work.products
         byte, far_byte, far_head = self.cache
         far = farness(model, self.working_sets)
-        return seconds + (byte + far * far_byte) * read + far * far_head * heads
+        return seconds + (byte + far * far_byte) * work.read + far * far_head * work.heads
 
     def step(self, *, decode: bool) -> float:
         return self.passes["decode" if decode else "prefill"]

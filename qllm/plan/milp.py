@@ -35,10 +35,10 @@ class MixedIntegerProgram:
     """The matrices of one problem, with its numbers scaled to about 1.
 
     Variables: x (M, C); y (H, D); z (M, C, D); which of `Problem.copies` each device has; used
-    (D,); for each machine that has fewer
-    processors than devices, whether that is so of the stages, too, and for each device whether its
-    stage is therefore woken; the slowest prefill, the slowest step, and the time of a step. Where
-    the halves' devices are given, only x and the last three are there and the others constants.
+    (D,); for each machine that has fewer processors than devices, whether that is so of the stages,
+    too, and for each device whether its stage is therefore in a crowd; the slowest prefill, the
+    slowest step, and the time of a step. Where the halves' devices are given, only x and the last
+    three are there and the others constants.
     """
 
     def __init__(self, problem: Problem, device: Whole | None = None) -> None:

@@ -23,7 +23,7 @@ from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
-from qllm.plan.devices import STAGE_PASSES, Cluster, Device, Size
+from qllm.plan.devices import STAGE_PASSES, Cluster, Device, HalfWork, Size
 from qllm.plan.problem import Problem, Whole
 from qllm.plan.sensitivity import Array
 from qllm.quantizer.floats import FRONT
@@ -246,8 +246,7 @@ def build(
         hop_prefill = cluster.hop(values * shape.dtype.itemsize)
         hop_decode = cluster.hop(config.hidden_size * rows_each * shape.dtype.itemsize)
         hop_decode += cluster.hop(8 * rows_each)  # the last stage tells every other one its tokens
-        context = cache * rows_each / rows
-        heads, kv_heads = config.num_heads * rows_each, config.num_kv_heads * rows_each
+        beside = [_beside_products(config, work, rows_each, each / rows) for each in cache]
         for d, device in enumerate(devices):
             speed = device.speed
             for m in range(size[0]):
@@ -260,21 +259,9 @@ def build(
                     n = rows_each if last else tokens
                     prefill[d, m, c] = speed.linear(*args, n, decode=False, model=held)
                     decode[d, m, c] = speed.linear(*args, rows_each, decode=True, model=held)
-            for h in range(halves):
-                # Keys and values grow from the prompt's length on: the mean of all steps.
-                mean = work.prompt + work.new / 2
-                read = context[h] * mean / (work.prompt + work.new)
-                seen = heads if h % 2 == 0 else 0  # the MLP's half has no attention
-                scores = seen * work.prompt**2
-                fixed_prefill[d, h] = speed.half(
-                    values, scores, scores * config.head_dim, 0.0, 0.0, decode=False, model=held
-                )
-                scores = seen * mean
-                begun = kv_heads if h % 2 == 0 else 0.0
-                x = config.hidden_size * rows_each
-                fixed_decode[d, h] = speed.half(
-                    x, scores, scores * config.head_dim, read, begun, decode=True, model=held
-                )
+            for h, (prompt, step) in enumerate(beside):
+                fixed_prefill[d, h] = speed.half(prompt, decode=False, model=held)
+                fixed_decode[d, h] = speed.half(step, decode=True, model=held)
             if shape.head is not None:
                 head, nbytes = shape.head
                 for table, decoding in ((fixed_prefill, False), (fixed_decode, True)):
@@ -311,6 +298,28 @@ def build(
         tied=shape.modules.index(EMBEDDING) if decides_on_tied else None,
         tied_bytes=float(shape.tied),
     )
+
+
+def _beside_products(
+    config: ModelConfig, work: Workload, rows: float, cache: float
+) -> tuple[HalfWork, HalfWork]:
+    """What half a layer has to do beside its linears, of prompts and in a step.
+
+    Args:
+        rows: sequences that go through it at once, or their mean.
+        cache: bytes that it has of each sequence; 0: it is an MLP's.
+    """
+    values = config.hidden_size * rows
+    if not cache:
+        return HalfWork(values * work.prompt), HalfWork(values)
+    # Keys and values grow from the prompt's length on: the mean of all steps.
+    mean = work.prompt + work.new / 2
+    scores = config.num_heads * rows * np.array([work.prompt**2, mean])
+    (of_prompts, in_step), (first, second) = scores, scores * config.head_dim
+    read = cache * rows * mean / (work.prompt + work.new)
+    heads = config.num_kv_heads * rows
+    prompt = HalfWork(values * work.prompt, of_prompts, first)
+    return prompt, HalfWork(values, in_step, second, read, heads)
 
 
 def shared_processors(devices: Sequence[Device]) -> tuple[Array, Whole]:

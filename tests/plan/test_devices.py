@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from qllm.config import QuantSpec
 from qllm.errors import UserError
-from qllm.plan.devices import Cluster, MeasuredSpeed, parse_bytes
+from qllm.plan.devices import Cluster, HalfWork, MeasuredSpeed, parse_bytes
 
 GOOD = {"name": "gpu", "memory": "10GB", "bandwidth": "900GB", "flops": 1e14}
 
@@ -93,12 +93,13 @@ def test_measured_speeds_are_what_was_measured(tmp_path):
     middle = again.linear(four, size, 0, 4, decode=True, model=1e5)
     assert middle == pytest.approx(near + 3 / 7 * near)
     assert again.linear(four, size, 0, 16, decode=True, model=1e5) == pytest.approx(4 * near)
-    given = 1000, 10**5, 10**6, 10**6, 20
-    near, between, far = (again.half(*given, decode=True, model=m) for m in (1e5, 2e6, 1e7))
+    work = HalfWork(1000, 10**5, 10**6, 10**6, 20)
+    near, between, far = (again.half(work, decode=True, model=m) for m in (1e5, 2e6, 1e7))
     assert near == pytest.approx(1e-6 + 1e-6 + 1e-6 + 2e-6 + 1e-5)
     assert between == pytest.approx(near + (2e-5 + 2e-6) / 2)  # half of the way, by the logarithm
     assert far == pytest.approx(near + 2e-5 + 2e-6)
-    assert again.half(1000, 10**5, 10**4, 0, 0, decode=False, model=1e7) == pytest.approx(5e-6)
+    prompt = HalfWork(1000, 10**5, 10**4)
+    assert again.half(prompt, decode=False, model=1e7) == pytest.approx(5e-6)
     with pytest.raises(UserError, match="4:g128:asym and no 3:g128:asym; measure again"):
         again.linear(QuantSpec(3, kind="weight_only"), (1, 1), 1, 1, decode=True, model=1.0)
 

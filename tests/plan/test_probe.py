@@ -13,7 +13,7 @@ from qllm.ops.cpu import library, linear
 from qllm.parallel.group import Group
 from qllm.parallel.pipeline import ParallelContext
 from qllm.plan import probe
-from qllm.plan.devices import PHASES, Cluster
+from qllm.plan.devices import PHASES, Cluster, HalfWork
 from qllm.plan.program import sees_last_token
 
 FOUR = QuantSpec(4, group_size=64, kind="weight_only")
@@ -55,8 +55,9 @@ def test_what_is_measured_predicts(tmp_path):
             )
             assert 0 < one < many
     assert all(again.step(decode=name == "decode") >= 0 for name in PHASES)
+    work = HalfWork(64, 512, 4096, 4096, 8)
     # A whole pass takes something besides its products, wherever the fit puts it.
-    assert again.step(decode=True) + again.half(64, 512, 4096, 4096, 8, decode=True, model=1e6) > 0
+    assert again.step(decode=True) + again.half(work, decode=True, model=1e6) > 0
 
 
 def test_one_pass_that_takes_longer_does_not_move_what_the_others_say():
