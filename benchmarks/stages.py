@@ -1,13 +1,14 @@
 """Pipeline stages of one machine with unlike threads: what is predicted, beside what they take.
 
     python3 -m benchmarks.stages
-    python3 -m benchmarks.stages --repository facebook/opt-125m --stages 1+2 2+1
+    python3 -m benchmarks.stages --repository facebook/opt-125m --stages 1+2 2+1:9
 
-At 4 bits, as many layers in each stage, of the bundled OPT or of a published one's sizes with
-random weights; and all of them in one process, which says what of a miss is that of its layers. All
-rows are run in turn, in some rounds, and so is the probe of each number of threads that they are
-predicted from: a shared machine's speed drifts from minute to minute. The median is printed, and in
-brackets the least and the most. Prints a Markdown table and, last, one JSON line.
+At 4 bits, of the bundled OPT or of a published one's sizes with random weights: as many layers in
+each stage, or stages that begin where it says behind a colon; and all of them in one process, which
+says what of a miss is that of its layers. All rows are run in turn, in some rounds, and so is the
+probe of each number of threads that they are predicted from: a shared machine's speed drifts from
+minute to minute. The median is printed, and in brackets the least and the most. Prints a Markdown
+table and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ from qllm import cli, hub, ops
 from qllm.cgroups import usable_cpus
 from qllm.checkpoint.weights import Weights
 from qllm.config import QuantPlan, QuantSpec
+from qllm.errors import UserError
+from qllm.parallel.pipeline import parse_cuts
 from qllm.plan.devices import STAGE_PASSES, Cluster, Device
 from qllm.plan.measure import decided_modules
 from qllm.plan.network import measure_stages
@@ -39,12 +42,29 @@ from qllm.quantizer.job import Job
 from tools.random_checkpoint import PUBLISHED, write_checkpoint
 
 SPEC, DTYPE = QuantSpec.parse("4"), torch.float16
-THREADS = ("1", "2", "1+1", "1+2", "2+1", "2+2", "1+1+1", "1+2+1", "1+1+1+1")
+STAGES = ("1", "2", "1+1", "1+1:1", "1+2", "2+1", "2+2", "1+1+1", "1+1+1:1,2", "1+2+1", "1+1+1+1")
 
 
-def cuts_of(layers: int, stages: int) -> list[int]:
-    """The layers with which stages but the first begin."""
-    return [round(layers * stage / stages) for stage in range(1, stages)]
+class Row(NamedTuple):
+    """One of `--stages`: the threads of each, and the layers with which all but the first begin."""
+
+    threads: tuple[int, ...]
+    cuts: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str, layers: int) -> Self:
+        front, colon, back = text.partition(":")
+        try:
+            threads = tuple(map(int, front.split("+")))
+            cuts = tuple(map(int, back.split(","))) if colon else None
+        except ValueError:
+            raise UserError(f"--stages {text!r} is no N+N or N+N:LAYER") from None
+        count = len(threads)
+        if cuts is None:
+            cuts = tuple(round(layers * stage / count) for stage in range(1, count))
+        if count > 1:
+            parse_cuts(",".join(map(str, cuts)), layers, count)  # which says what is wrong
+        return cls(threads, cuts)
 
 
 class Probed:
@@ -58,7 +78,8 @@ class Probed:
     def measure(self) -> None:
         """Another round."""
         self._probe.measure()
-        self._stages.append(measure_stages(self.threads, DTYPE))
+        passes = self._probe.speed().passes
+        self._stages.append(measure_stages(self.threads, DTYPE, passes))
         self._probe.measure()
 
     def device(self) -> Device:
@@ -68,7 +89,7 @@ class Probed:
                 name: statistics.median([found[key][name] for _, found in self._stages])
                 for name in STAGE_PASSES
             }
-            for key in ("stage_overhead", "crowding")
+            for key in ("stage_passes", "crowding")
         }
         return Device(
             name=f"{self.threads}",
@@ -90,20 +111,24 @@ class Probed:
 
 
 def predicted(
-    shape: Shape, probed: Sequence[Device], network: dict[str, float], work: Workload
+    shape: Shape,
+    probed: Sequence[Device],
+    cuts: Sequence[int],
+    network: dict[str, float],
+    work: Workload,
 ) -> tuple[float, float]:
-    """Seconds of the prompts' pass and of a step, of stages with as many layers each.
+    """Seconds of the prompts' pass and of a step.
 
     Args:
         probed: of each stage.
+        cuts: of `Row`.
         network: of `Probed`.
     """
     devices = [replace(each, name=str(place)) for place, each in enumerate(probed)]
     cluster = Cluster(tuple(devices), **network)
     loss = np.zeros((len(shape.modules), 1))
     problem = build(shape, loss, [SPEC], cluster, devices, work, "latency")
-    cuts = [2 * cut for cut in cuts_of(shape.config.num_layers, len(devices))]
-    device = np.searchsorted(np.array(cuts), np.arange(problem.halves), side="right")
+    device = np.searchsorted(2 * np.array(cuts), np.arange(problem.halves), side="right")
     costs = problem.evaluate(np.zeros(len(shape.modules), dtype=np.int64), device)
     return costs.prefill, costs.decode
 
@@ -112,7 +137,11 @@ def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--repository", choices=list(PUBLISHED), help="instead of the bundled OPT")
     parser.add_argument(
-        "--stages", nargs="+", default=list(THREADS), metavar="N+N", help="threads of each"
+        "--stages",
+        nargs="+",
+        default=list(STAGES),
+        metavar="N+N[:LAYER]",
+        help="threads of each, and the layers with which all but the first begin",
     )
     number = cli.whole_number(1)
     parser.add_argument("--batch", nargs="+", type=number, default=[1, 4], metavar="N")
@@ -120,10 +149,6 @@ def main() -> None:
     parser.add_argument("--gen", type=number, default=64, metavar="N")
     parser.add_argument("--rounds", type=number, default=3, metavar="N")
     args = parser.parse_args()
-    rows = [tuple(map(int, text.split("+"))) for text in args.stages]
-    ops.prepare("cpu")
-    matrices = Matrices(DTYPE, "cpu")
-    probed = {count: Probed(count, matrices) for count in sorted({n for row in rows for n in row})}
     with tempfile.TemporaryDirectory() as place:
         source, folder = Path(place) / "source", Path(place) / "quantized"
         if args.repository:
@@ -134,32 +159,36 @@ def main() -> None:
         quantize_checkpoint(Job(source, QuantPlan.uniform(SPEC), dtype=DTYPE), folder)
         modules = decided_modules(Weights.of_floats(source), False, False)
         shape = Shape.of(source, modules, [SPEC], DTYPE)
+        rows = {text: Row.parse(text, shape.config.num_layers) for text in args.stages}
         cases = [
-            (row, Workload(args.prompt, args.gen, batch)) for row in rows for batch in args.batch
+            (name, Workload(args.prompt, args.gen, batch)) for name in rows for batch in args.batch
         ]
+        ops.prepare("cpu")
+        matrices = Matrices(DTYPE, "cpu")
+        counts = sorted({count for row in rows.values() for count in row.threads})
+        probed = {count: Probed(count, matrices) for count in counts}
         runs: list[list[tuple[float, float]]] = [[] for _ in cases]
         for _ in range(args.rounds):
             for each in probed.values():
                 each.measure()
-            for (row, work), times in zip(cases, runs, strict=True):
-                layers = cuts_of(shape.config.num_layers, len(row))
-                stages = ",".join(map(str, layers))
-                times.append(time_stages(folder, stages, row, DTYPE, work))
+            for (name, work), times in zip(cases, runs, strict=True):
+                stages = ",".join(map(str, rows[name].cuts))
+                times.append(time_stages(folder, stages, rows[name].threads, DTYPE, work))
     devices = {count: each.device() for count, each in probed.items()}
-    columns = ["threads", "sequences", "prompt, ms: predicted", "measured"]
+    columns = ["stages", "sequences", "prompt, ms: predicted", "measured"]
     print(f"| {' | '.join([*columns, 'step, ms: predicted', 'measured'])} |")
     print("|---|---|---|---|---|---|")
     found = []
-    for (row, work), times in zip(cases, runs, strict=True):
-        network = probed[row[0]].network()
-        said = predicted(shape, [devices[count] for count in row], network, work)
-        name = "+".join(map(str, row))
+    for (name, work), times in zip(cases, runs, strict=True):
+        threads, cuts = rows[name]
+        network = probed[threads[0]].network()
+        said = predicted(shape, [devices[count] for count in threads], cuts, network, work)
         cells = [name, str(work.batch)]
         for seconds, each in zip(said, zip(*times, strict=True), strict=True):
             low, middle, high = (1e3 * f(each) for f in (min, statistics.median, max))
             cells += [f"{1e3 * seconds:.3g}", f"{middle:.3g} ({low:.3g} to {high:.3g})"]
         print("|", " | ".join(cells), "|", flush=True)
-        found.append({"threads": name, "batch": work.batch, "predicted": said, "measured": times})
+        found.append({"stages": name, "batch": work.batch, "predicted": said, "measured": times})
     print(json.dumps(found))
 
 

@@ -158,8 +158,8 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
 
     monkeypatch.setattr(verify, "Probe", Slower)
     seconds = {"prefill": 0.0, "busy_prefill": 0.0, "decode": 3e-6, "busy_decode": 3e-6}
-    beside = {"stage_overhead": seconds, "crowding": dict.fromkeys(seconds, 0.0)}
-    monkeypatch.setattr(verify, "measure_stages", lambda threads, dtype: ({}, beside))
+    beside = {"stage_passes": seconds, "crowding": dict.fromkeys(seconds, 0.0)}
+    monkeypatch.setattr(verify, "measure_stages", lambda threads, dtype, passes: ({}, beside))
     both = call_json(PLAN, *args, "--avg-bits", UNIFORM_3, "--verify")
     predicted, measured = both["plan"]["predicted"], both["measured"]
     # Of a machine that is three times as slow as the one that was probed for the plan.

@@ -22,7 +22,7 @@ from qllm.plan.candidates import key
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 PHASES = ("decode", "prefill")
-BESIDE = ("stage_overhead", "crowding")
+BESIDE = ("stage_passes", "crowding")
 # What a stage is at: prompts and steps for which the other stages wait, or while all of them work.
 STAGE_PASSES = ("prefill", "busy_prefill", "decode", "busy_decode")
 DESCRIBED = ("memory", "bandwidth", "flops", "int8_flops", "overhead")
@@ -69,7 +69,7 @@ class Speed(Protocol):
         """All else in half a layer; `decode` and `model` are as in `linear`."""
 
     def step(self, *, decode: bool) -> float:
-        """What a pass takes besides its layers."""
+        """What a pass takes besides its layers, of a device that has all of them."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class MeasuredSpeed:
             product of `HalfWork`.
         cache: seconds per byte of the cache that a step reads; and what a byte, and a head of it,
             take on top where caches of the processor keep none of it.
-        passes: "decode" and "prefill" to seconds of a pass besides its layers.
+        passes: "decode" and "prefill" to seconds of a pass besides its layers, of all of them.
         working_sets: rising, four or more; bytes that a step goes through, of which caches keep
             some. Between two, a weight's time goes by the logarithm.
     """
@@ -185,8 +185,8 @@ class Device:
         kind: what makes devices alike.
         host, threads: the machine and the threads of a CPU that was probed; None of others.
         processors: of the host, which its devices share; None: it is not known.
-        stage_overhead: of each of STAGE_PASSES, seconds that a pass takes more where there are
-            other stages.
+        stage_passes: of each of STAGE_PASSES, seconds that a stage takes besides its layers; None:
+            as many as one device that has them all.
         crowding: the seconds on top of them where the host has fewer processors than stages: then
             one that waits sleeps, and one that could go on may have no processor.
     """
@@ -198,7 +198,7 @@ class Device:
     host: str | None = None
     threads: int | None = None
     processors: int | None = None
-    stage_overhead: Mapping[str, float] = field(default_factory=_no_seconds)
+    stage_passes: Mapping[str, float] | None = None
     crowding: Mapping[str, float] = field(default_factory=_no_seconds)
 
 
@@ -294,7 +294,8 @@ def _devices(entry: object, path: str) -> list[Device]:
     unknown = set(entry) - set(keys)
     if unknown:
         known = ", ".join(keys)
-        raise UserError(f"{where}: {sorted(unknown)[0]!r} is unknown; known: {known}")
+        again = "; of a probe of before, measure again: --probe" if "measured" in entry else ""
+        raise UserError(f"{where}: {sorted(unknown)[0]!r} is unknown; known: {known}{again}")
     if "memory" not in entry:
         raise UserError(f"{where} has no memory; give its bytes, such as 24GB")
     memory = parse_bytes(entry["memory"], f"{where}: memory")
@@ -303,7 +304,7 @@ def _devices(entry: object, path: str) -> list[Device]:
         raise UserError(f"{where}: count {count!r} is no number of devices")
     host = entry.get("host")
     threads, processors = (_count(entry, key, where) for key in ("threads", "processors"))
-    overhead, crowding = (_of_passes(entry, key, where) for key in BESIDE)
+    stage_passes, crowding = (_of_passes(entry, key, where) for key in BESIDE)
     speed: Speed
     if "measured" in entry:
         speed = _measured(entry["measured"], where)
@@ -316,8 +317,8 @@ def _devices(entry: object, path: str) -> list[Device]:
             _number(entry, "overhead", where, DescribedSpeed.overhead, minimum=0.0),
         )
     names = [entry["name"]] if count == 1 else [f"{entry['name']}.{i}" for i in range(count)]
-    about = (speed, entry["name"], host, threads, processors, overhead, crowding)
-    return [Device(name, memory, *about) for name in names]
+    about = (speed, entry["name"], host, threads, processors, stage_passes)
+    return [Device(name, memory, *about, crowding or _no_seconds()) for name in names]
 
 
 def _count(entry: Mapping[str, object], key: str, where: str) -> int | None:
@@ -327,9 +328,11 @@ def _count(entry: Mapping[str, object], key: str, where: str) -> int | None:
     raise UserError(f"{where}: {key} {given!r} is no number of {key}")
 
 
-def _of_passes(entry: Mapping[str, object], key: str, where: str) -> dict[str, float]:
-    """Seconds of each of STAGE_PASSES."""
-    given = entry.get(key, {})
+def _of_passes(entry: Mapping[str, object], key: str, where: str) -> dict[str, float] | None:
+    """Seconds of each of STAGE_PASSES; None: they are not given."""
+    given = entry.get(key)
+    if given is None:
+        return None
     if not isinstance(given, dict) or set(given) - set(STAGE_PASSES):
         raise UserError(f"{where}: {key} is seconds of {', '.join(STAGE_PASSES)}, not {given!r}")
     return {p: _number(given, p, f"{where}: {key}", 0.0, minimum=0.0) for p in STAGE_PASSES}

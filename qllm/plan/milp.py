@@ -149,15 +149,16 @@ class MixedIntegerProgram:
         """
         p = self.problem
         linear, half = ((p.prefill, p.fixed_prefill), (p.decode, p.fixed_decode))[place]
-        overhead, crowding = p.overhead[place, int(busy)], p.crowding[place, int(busy)]
         columns, values, constant = self._on_device(d, linear[d], half[d])
         if self.device is None:
             columns = np.append(columns, (self.used[d], self.in_crowd[d]))
-            values = np.append(values, (overhead[d], crowding[d]))
+            # As of several stages: for one alone there is `Problem.passes`.
+            of_pass = p.stage_passes[place, int(busy), d], p.crowding[place, int(busy), d]
+            values = np.append(values, of_pass)
             return columns, values, constant
         used = np.unique(self.device)
-        if d in used and len(used) > 1:
-            constant += overhead[d] + crowding[d] * p.is_crowded(used)[used == d].item()
+        if d in used:
+            constant += p.beside_halves(used)[place, int(busy), used == d].item()
         return columns, values, constant
 
     def _all_seconds(self, place: int) -> tuple[Whole, Array, float]:

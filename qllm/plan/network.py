@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -28,23 +28,26 @@ from qllm.plan.timing import time_generation, undisturbed
 SMALL, LARGE = 256, 1 << 20  # activations of a step, and of prompts, in float16
 ROUNDS = 5, 1  # in each of REPEATS rounds
 # The model of two stages, and what it is asked: its steps take a fraction of a millisecond, so that
-# what a stage takes besides is a large part of them.
-FAMILY, SIZES = ("opt", 32, 1), (256, 6)
+# what a stage takes besides is a large part of them. Of few tokens, so that the LM head, which the
+# last stage has, leaves the stages alike.
+FAMILY, SIZES, VOCABULARY = ("opt", 32, 1), (256, 6), 64
 WORK = Workload(prompt=64, new=50)
 REPEATS = 40  # rounds of the whole model and of its stages, of some 50 ms each
 
 
-def measure_stages(threads: int, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, Any]]:
+def measure_stages(
+    threads: int, dtype: torch.dtype, passes: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Two processes play a message back and forth, then two and three are the stages of a model.
 
     Args:
         threads: of each.
+        passes: of `MeasuredSpeed`, with as many.
 
     Returns:
         `bandwidth` in bits per second and `latency` in seconds, as in a cluster's file; and
-        `stage_overhead` and `crowding` as in that of a device: what a stage takes more than its
-        part of a model in one process, besides handing on, and what it takes on top where there are
-        more than processors, of three.
+        `stage_passes` and `crowding` as in that of a device: what a stage takes besides its layers
+        and handing on, and what it takes on top where there are more than processors, of three.
 
     Raises:
         UserError: a process failed.
@@ -55,37 +58,43 @@ def measure_stages(threads: int, dtype: torch.dtype) -> tuple[dict[str, float], 
     )
     small, large = two["hops"]
     network = {"bandwidth": (LARGE - SMALL) * 16 / max(large - small, 1e-9), "latency": small}
-    overhead = _beside(two, 2, small, threads / usable_cpus())
-    more = _beside(three, 3, small, threads / usable_cpus())
+    of_stage = _beside_layers(two, 2, small, threads / usable_cpus(), passes)
+    crowded = _beside_layers(three, 3, small, threads / usable_cpus(), passes)
     return network, {
-        "stage_overhead": overhead,
-        "crowding": {name: max(0.0, more[name] - overhead[name]) for name in STAGE_PASSES},
+        "stage_passes": of_stage,
+        "crowding": {name: max(0.0, crowded[name] - of_stage[name]) for name in STAGE_PASSES},
     }
 
 
-def _beside(
-    measured: dict[str, list[float]], stages: int, hop: float, share: float
+def _beside_layers(
+    measured: dict[str, list[float]],
+    stages: int,
+    hop: float,
+    share: float,
+    passes: Mapping[str, float],
 ) -> dict[str, float]:
-    """Seconds, 0 or more, of each of STAGE_PASSES that a stage takes besides its part and hops.
+    """Seconds, 0 or more, of each of STAGE_PASSES that a stage takes besides its layers and hops.
 
     Args:
         measured: seconds of prompts and of a step: "alone", and of as many stages with one
             sequence, "one", and with one for each, "all".
         share: of the processors, that a stage has threads for: of stages that have more together
             than there are, not all work at a time.
+        passes: what the whole takes besides its layers, of "prefill" and "decode".
     """
     (alone_prompt, alone), (prompt, step), (all_prompts, busy) = (
         measured[name] for name in ("alone", "one", "all")
     )
+    prompt_layers, layers = alone_prompt - passes["prefill"], alone - passes["decode"]
     ways = stages - 1  # and as many by which the last stage tells the others its tokens
     at_once = max(1.0, stages * min(share, 1.0))
     # Behind the first sequence's prompt the stages end one after every turn.
     turn = (all_prompts - prompt) / ways
     found = {
-        "prefill": prompt - alone_prompt - ways * hop,
-        "busy_prefill": turn * stages / at_once - alone_prompt,
-        "decode": step - alone - 2 * ways * hop,
-        "busy_decode": busy / at_once - alone,
+        "prefill": prompt - prompt_layers - ways * hop,
+        "busy_prefill": turn * stages / at_once - prompt_layers,
+        "decode": step - layers - 2 * ways * hop,
+        "busy_decode": busy / at_once - layers,
     }
     return {name: max(0.0, seconds) / stages for name, seconds in found.items()}
 
@@ -108,14 +117,14 @@ def _hops(stage: PipelineStage, values: int, rounds: int) -> list[float]:
 def _passes(
     joined: Session, dtype: torch.dtype, between: Callable[[], object]
 ) -> dict[str, tuple[float, float]]:
-    """What `_beside` takes.
+    """What `_beside_layers` takes.
 
     Args:
         between: called in each round, so that what it measures is of the same minute.
     """
     spec = QuantSpec.parse("4")
     whole, part = (
-        random_decoder(*FAMILY, *SIZES, spec, dtype, "cpu", parallel)
+        random_decoder(*FAMILY, *SIZES, spec, dtype, "cpu", VOCABULARY, parallel)
         for parallel in (None, joined.context())
     )
     all_work = replace(WORK, batch=joined.world)

@@ -33,7 +33,7 @@ WORKING_SETS = (1 << 20, 4 << 20, 16 << 20, 48 << 20, 192 << 20)
 SMALL: tuple[Size, ...] = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
 LEAST, LARGE = (1024, 256), (2048, 2048)  # of the first, and of those behind the second
 ROWS = {"decode": (1, 2, 4, 8, 16), "prefill": (16, 128, 512)}
-FORMAT = 12  # of what is found: what was kept in another is measured again
+FORMAT = 13  # of what is found: what was kept in another is measured again
 ROUNDS = 5  # of all measurements, in turns: a shared machine is slow for seconds at a time
 SECONDS = 0.02  # that one measurement takes in a round at least
 # Of the models with which is measured what is beside the products: family, channels of a head and
@@ -341,6 +341,7 @@ def random_decoder(
     spec: QuantSpec,
     dtype: torch.dtype,
     device: str,
+    vocab_size: int | None = None,
     parallel: ParallelContext | None = None,
 ) -> Decoder:
     """A model with random weights.
@@ -348,12 +349,13 @@ def random_decoder(
     Args:
         family, channels, sharing: one of FAMILIES.
         spec: of the linears in layers.
+        vocab_size: None: a multiple of the hidden size.
         parallel: of which this process has a stage; None: it has all of it.
     """
     heads = hidden // channels
     raw = {
         "model_type": family,
-        "vocab_size": 4 * hidden,
+        "vocab_size": vocab_size or 4 * hidden,
         "hidden_size": hidden,
         "intermediate_size": 3 * hidden,  # of Llama's three matrices
         "ffn_dim": 4 * hidden,  # of OPT's two

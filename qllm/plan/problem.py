@@ -43,8 +43,9 @@ class Problem:
         prefill, decode: (D, M, C), seconds of a linear in a prompt's pass and in a step.
         fixed_prefill, fixed_decode: (D, H), of the rest of a half.
         hop_prefill, hop_decode: seconds between two stages.
-        overhead: (2, 2, D), seconds that a pass takes more on each of several stages: of prompts
-            and a step, while the other stages wait and while all of them work.
+        passes: (2, D), seconds that prompts and a step take besides all halves on one device.
+        stage_passes: (2, 2, D), those of each of several stages besides its own: of prompts and a
+            step, while the other stages wait and while all of them work.
         crowding: (2, 2, D), the seconds on top of them where a machine has more stages than
             processors.
         shares: (G, D), for each machine that several devices share, the part of its processors
@@ -73,7 +74,8 @@ class Problem:
     decode: Array
     fixed_prefill: Array
     fixed_decode: Array
-    overhead: Array
+    passes: Array
+    stage_passes: Array
     crowding: Array
     shares: Array
     processors: Whole
@@ -126,9 +128,7 @@ class Problem:
         np.add.at(step, device, self.fixed_decode[device, np.arange(len(device))])
         seconds = np.stack([first, step])[:, None].repeat(2, axis=1)
         hops = len(used) - 1
-        if hops:
-            beside = self.overhead[..., used] + self.crowding[..., used] * self.is_crowded(used)
-            seconds[..., used] += beside
+        seconds[..., used] += self.beside_halves(used)
         (first, busy_first), (step, busy_step) = seconds
         # While all stages work, processors that they share work for one at a time.
         slow_first = max([*busy_first, *(self.shares @ busy_first)])
@@ -149,6 +149,12 @@ class Problem:
             decode=float(decode),
             slowest=float(self.micro_batches * (slow_first + self.steps * slow_step)),
         )
+
+    def beside_halves(self, used: Whole) -> Array:
+        """Seconds (2, 2, U) of passes on the devices that are used, besides their halves."""
+        if len(used) == 1:
+            return self.passes[:, None, used].repeat(2, axis=1)
+        return self.stage_passes[..., used] + self.crowding[..., used] * self.is_crowded(used)
 
     def is_crowded(self, used: Whole) -> NDArray[np.bool_]:
         """Of the devices that are used, which share a machine that has fewer processors."""

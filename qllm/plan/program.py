@@ -226,15 +226,10 @@ def build(
     memory = np.array([device.memory for device in devices])
     fixed = shape.fixed + shape.cache(work) if cluster else shape.fixed.copy()
     hop_prefill = hop_decode = 0.0
-    overhead, crowding = (
-        np.array([[each[name] for name in STAGE_PASSES] for each in beside]).T.reshape(2, 2, count)
-        for beside in (
-            [device.stage_overhead for device in devices],
-            [device.crowding for device in devices],
-        )
-    )
+    passes, (stage_passes, crowding) = np.zeros((2, count)), np.zeros((2, 2, 2, count))
     shares, processors = shared_processors(devices)
     if cluster is not None:
+        passes, stage_passes, crowding = _besides_layers(devices)
         # Of what a step reads: the caches of a machine are shared by the stages that are there.
         cache = shape.cache(work)
         machines = len({(each.threads and each.host) or d for d, each in enumerate(devices)})
@@ -268,8 +263,6 @@ def build(
                     table[d, -1] += speed.linear(
                         QuantSpec(), head, nbytes, rows_each, decode=decoding, model=held
                     )
-            fixed_prefill[d, 0] += speed.step(decode=False)
-            fixed_decode[d, 0] += speed.step(decode=True)
     return Problem(
         half_of=shape.half_of,
         loss=loss,
@@ -283,7 +276,8 @@ def build(
         decode=decode,
         fixed_prefill=fixed_prefill,
         fixed_decode=fixed_decode,
-        overhead=overhead,
+        passes=passes,
+        stage_passes=stage_passes,
         crowding=crowding,
         shares=shares,
         processors=processors,
@@ -298,6 +292,21 @@ def build(
         tied=shape.modules.index(EMBEDDING) if decides_on_tied else None,
         tied_bytes=float(shape.tied),
     )
+
+
+def _besides_layers(devices: Sequence[Device]) -> tuple[Array, Array, Array]:
+    """`Problem.passes`, `stage_passes` and `crowding`."""
+    alone, stages, crowding = [], [], []
+    for device in devices:
+        prompts, step = (device.speed.step(decode=decode) for decode in (False, True))
+        as_alone = dict(zip(STAGE_PASSES, (prompts, prompts, step, step), strict=True))
+        of_stage = as_alone if device.stage_passes is None else device.stage_passes
+        alone.append((prompts, step))
+        stages.append([of_stage[name] for name in STAGE_PASSES])
+        crowding.append([device.crowding[name] for name in STAGE_PASSES])
+    shape = 2, 2, len(devices)
+    in_stages, in_crowds = (np.array(each).T.reshape(shape) for each in (stages, crowding))
+    return np.array(alone).T, in_stages, in_crowds
 
 
 def _beside_products(

@@ -66,18 +66,18 @@ def _all_on(device: int, problem: Problem) -> Whole:
 
 
 def _alone(problem: Problem, deadline: float) -> list[Solution]:
-    """All on one device, for each on which it fits: it has none of the overhead of several stages.
+    """All on one device, for each on which it fits: its passes take what those of stages do not.
 
-    The program of all devices counts it for each that it uses, be it the only one. Where time is no
-    objective, that changes nothing.
+    The program of all devices counts as if there were several. Where time is no objective, that
+    changes nothing.
     """
     found: list[Solution] = []
     if problem.objective in ("loss", "bytes"):
         return found
     smallest = problem.nbytes.min(axis=1).sum() + problem.fixed_bytes.sum() + problem.buffers
     for device, memory in enumerate(problem.memory):
-        beside = problem.overhead[..., device].any() or problem.crowding[..., device].any()
-        if beside and smallest <= memory:
+        of_passes = problem.passes, problem.stage_passes, problem.crowding
+        if smallest <= memory and any(each[..., device].any() for each in of_passes):
             with suppress(UnsolvedError):  # bits that fit need not keep to the other limits
                 left = deadline - time.perf_counter()
                 found.append(_solve_stages(problem, _all_on(device, problem), left))

@@ -118,11 +118,14 @@ class _Now:
         speeds = {threads: probe.speed() for threads, probe in self._probes.items()}
         devices = [_as_it_is_now(each, speeds[each.threads]) for each in self._plan.order]
         if self._plan.stages is not None:
-            beside = {count: measure_stages(count or 1, self._dtype)[1] for count in speeds}
+            beside = {
+                threads: measure_stages(threads or 1, self._dtype, speed.passes)[1]
+                for threads, speed in speeds.items()
+            }
             for place, device in enumerate(devices):
                 found = beside[device.threads]
                 devices[place] = replace(
-                    device, stage_overhead=found["stage_overhead"], crowding=found["crowding"]
+                    device, stage_passes=found["stage_passes"], crowding=found["crowding"]
                 )
         return self._plan.seconds_on(devices)
 

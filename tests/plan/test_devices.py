@@ -40,6 +40,7 @@ def test_the_example_is_read():
         ({"devices": []}, "names no devices"),
         ({"devices": [GOOD], "net": 1}, "a cluster is"),
         ({"devices": [GOOD | {"speed": 3}]}, "device 'gpu': 'speed' is unknown"),
+        ({"devices": [GOOD | {"measured": {}, "wakeup": 3}]}, "measure again: --probe"),
         ({"devices": [{"name": "gpu"}]}, "device 'gpu' has no memory"),
         ({"devices": [{"memory": "1GB"}]}, "a device is an object with a name"),
         ({"devices": [GOOD | {"memory": "much"}]}, "memory 'much' is no size"),
@@ -50,7 +51,7 @@ def test_the_example_is_read():
         ({"devices": [GOOD], "network": {"delay": 1}}, "a network has bandwidth and latency"),
         ({"devices": [{"name": "x", "memory": 1, "measured": {}}]}, "measured is not what"),
         ({"devices": [GOOD | {"processors": 0}]}, "processors 0 is no number of processors"),
-        ({"devices": [GOOD | {"stage_overhead": [1]}]}, "stage_overhead is seconds of"),
+        ({"devices": [GOOD | {"stage_passes": [1]}]}, "stage_passes is seconds of"),
         ({"devices": [GOOD | {"crowding": {"decode": -1}}]}, "crowding: decode -1"),
     ],
 )
@@ -74,13 +75,13 @@ def test_measured_speeds_are_what_was_measured(tmp_path):
         {"decode": 5e-6, "prefill": 1e-3},
         (5e5, 1e6, 4e6, 8e6),
     )
-    beside = {"stage_overhead": {"decode": 2e-5}, "crowding": {"prefill": 1e-4}, "processors": 2}
+    beside = {"stage_passes": {"decode": 2e-5}, "crowding": {"prefill": 1e-4}, "processors": 2}
     device = {"name": "here", "memory": 1e9, "measured": speed.to_json(), **beside}
     (found,) = read(tmp_path, {"devices": [device]}).devices
     again = found.speed
     assert again == speed and found.processors == 2
     nothing = dict.fromkeys(("prefill", "busy_prefill", "decode", "busy_decode"), 0.0)
-    assert found.stage_overhead == nothing | {"decode": 2e-5}
+    assert found.stage_passes == nothing | {"decode": 2e-5}
     assert found.crowding == nothing | {"prefill": 1e-4}
     assert [again.step(decode=decode) for decode in (True, False)] == [5e-6, 1e-3]
     four, size = QuantSpec(4, kind="weight_only"), (500, 2000)

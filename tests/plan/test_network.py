@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qllm.plan.network import _beside
+from qllm.plan.network import _beside_layers
 
 
 @pytest.mark.parametrize(
@@ -19,14 +19,15 @@ from qllm.plan.network import _beside
 def test_what_a_stage_takes_besides_does_not_count_what_others_have_its_processors_for(
     stages, share, turn, busy
 ):
-    """By hand: of a model of 12 s a step and 4 s a prompt; all at work take 5 and 6 s more each."""
+    """By hand: layers take 12 s a step and 4 s a prompt; all at work take 5 and 6 s more each."""
     hops = stages - 1
     prompt = 4.0 + stages * 7 + hops * 0.5
     measured = {
-        "alone": [4.0, 12.0],
+        "alone": [4.0 + 1.0, 12.0 + 2.0],
         "one": [prompt, 12.0 + stages * 3 + 2 * hops * 0.5],
         "all": [prompt + hops * turn, float(busy)],
     }
-    found = _beside(measured, stages, 0.5, share)
+    passes = {"prefill": 1.0, "decode": 2.0}
+    found = _beside_layers(measured, stages, 0.5, share, passes)
     want = {"prefill": 7.0, "busy_prefill": 6.0, "decode": 3.0, "busy_decode": 5.0}
     assert found == pytest.approx(want)

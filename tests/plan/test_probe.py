@@ -94,6 +94,6 @@ def test_what_sees_the_last_token_alone():
 def test_a_stage_of_a_random_model_runs_its_own_layers_alone(rank, layers):
     """What it took for those of others was counted as what stages take besides their layers."""
     parallel = ParallelContext(pp=Group((0, 1, 2), rank))
-    model = probe.random_decoder("opt", 8, 1, 32, 4, FOUR, torch.float32, "cpu", parallel)
+    model = probe.random_decoder("opt", 8, 1, 32, 4, FOUR, torch.float32, "cpu", parallel=parallel)
     assert list(model.device_map) == [layers]
     assert [layer.has_attention for layer in model.layers] == [i in layers for i in range(4)]

@@ -40,7 +40,8 @@ def problem(seed: int, devices: int, layers: int, candidates: int = 2, **changes
         decode=nbytes[None] / speed[:, None, None],
         fixed_prefill=draw.uniform(0, 1, (devices, halves)),
         fixed_decode=draw.uniform(0, 1, (devices, halves)),
-        overhead=draw.uniform(0, 2, (2, 2, devices)),
+        passes=draw.uniform(0, 2, (2, devices)),
+        stage_passes=draw.uniform(0, 2, (2, 2, devices)),
         crowding=draw.uniform(0, 2, (2, 2, devices)),
         shares=np.zeros((0, devices)),
         processors=np.zeros(0, dtype=np.int64),
@@ -144,11 +145,12 @@ def test_both_ends_have_a_tied_embedding(decided, seed, memory):
 def test_stages_of_one_machine_do_not_add_up():
     """By hand: two stages of 3 and 1 s with two threads each, on two processors or four.
 
-    In steps the second takes 2.5 s more while both work, of prompts the first half a second.
+    Passes of the second take 2.5 s more in steps while both work, those of the first half a second
+    of prompts. One device alone would take 9 s more.
     """
     base = problem(0, 2, 1, hop_prefill=0.0, hop_decode=0.0)
-    overhead, crowding = np.zeros((2, 2, 2, 2))
-    overhead[:, 1] = (0.5, 0.0), (0.0, 2.5)
+    stage_passes, crowding = np.zeros((2, 2, 2, 2))
+    stage_passes[:, 1] = (0.5, 0.0), (0.0, 2.5)
     crowding[1, 0] = 0.25, 0.5
     p = replace(
         base,
@@ -156,7 +158,8 @@ def test_stages_of_one_machine_do_not_add_up():
         prefill=np.array([3.0, 1.0])[:, None, None] * np.ones((2, 2, 2)),
         fixed_decode=np.zeros((2, 2)),
         fixed_prefill=np.zeros((2, 2)),
-        overhead=overhead,
+        passes=np.full((2, 2), 9.0),
+        stage_passes=stage_passes,
         crowding=crowding,
         processors=np.array([2]),
     )
@@ -170,20 +173,22 @@ def test_stages_of_one_machine_do_not_add_up():
     assert on_two.slowest == 2 * (4.5 + 3 * 6.5)
     crowded = replace(p, shares=np.full((1, 2), 0.5), processors=np.array([1]), micro_batches=1)
     assert crowded.evaluate(choice, device).decode == 4.75
-    overhead[:, 1] = crowding[:, 1] = 9.0
-    one_at_a_time = replace(crowded, overhead=overhead, crowding=crowding)
+    stage_passes[:, 1] = crowding[:, 1] = 9.0
+    one_at_a_time = replace(crowded, stage_passes=stage_passes, crowding=crowding)
     found = one_at_a_time.evaluate(choice, device)
     assert (found.prefill, found.decode) == (4, 4.75)
+    found = replace(p, shares=np.full((1, 2), 0.5)).evaluate(choice, np.zeros(2, dtype=int))
+    assert (found.prefill, found.decode) == (2 * (6 + 9), 2 * (6 + 9))
 
 
-def test_one_device_has_no_overhead_of_stages():
+def test_one_device_has_none_of_the_passes_of_stages():
     """Two share the work where a stage has none, and where it has much one has all of it."""
     p = problem(1, 2, 3, objective="throughput")
-    two = replace(p, memory=np.full(2, np.inf), overhead=np.zeros((2, 2, 2)))
+    two = replace(p, memory=np.full(2, np.inf), stage_passes=np.zeros((2, 2, 2)))
     assert len(set(solve(two).device)) == 2
-    overhead = np.zeros((2, 2, 2))
-    overhead[1] = 100.0
-    waiting = replace(two, overhead=overhead)
+    stage_passes = np.zeros((2, 2, 2))
+    stage_passes[1] = 100.0
+    waiting = replace(two, stage_passes=stage_passes)
     found = solve(waiting)
     assert len(set(found.device)) == 1 and found.gap <= 2e-4
     assert found.value == pytest.approx(min(all_values(waiting)), rel=2e-4)
