@@ -78,8 +78,7 @@ class Probed:
     def measure(self) -> None:
         """Another round."""
         self._probe.measure()
-        passes = self._probe.speed().passes
-        self._stages.append(measure_stages(self.threads, DTYPE, passes))
+        self._stages.append(measure_stages(self.threads, DTYPE, self._probe.speed()))
         self._probe.measure()
 
     def device(self) -> Device:

@@ -134,7 +134,7 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
     linears = {f"{bits}:g64:asym": linear for bits in (2, 3, 4)} | {"16": linear}
     halves = dict.fromkeys(("decode", "prefill"), (1e-6, 0.0, 0.0, 0.0))
     speed = {"linears": dict.fromkeys(("decode", "prefill"), linears), "halves": halves}
-    speed |= {"passes": dict.fromkeys(("decode", "prefill"), 1e-6), "cache": (0.0, 0.0, 0.0)}
+    speed |= {"passes": dict.fromkeys(("decode", "prefill"), (1e-6, 0.0)), "cache": (0.0, 0.0, 0.0)}
     speed |= {"working_sets": (1e5, 1e6, 1e7, 1e8)}
     device = {"host": platform.node(), "threads": 1, "memory": half, "measured": speed}
     devices = [device | {"name": "a"}, device | {"name": "b"}]
@@ -159,7 +159,7 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
     monkeypatch.setattr(verify, "Probe", Slower)
     seconds = {"prefill": 0.0, "busy_prefill": 0.0, "decode": 3e-6, "busy_decode": 3e-6}
     beside = {"stage_passes": seconds, "crowding": dict.fromkeys(seconds, 0.0)}
-    monkeypatch.setattr(verify, "measure_stages", lambda threads, dtype, passes: ({}, beside))
+    monkeypatch.setattr(verify, "measure_stages", lambda threads, dtype, speed: ({}, beside))
     both = call_json(PLAN, *args, "--avg-bits", UNIFORM_3, "--verify")
     predicted, measured = both["plan"]["predicted"], both["measured"]
     # Of a machine that is three times as slow as the one that was probed for the plan.

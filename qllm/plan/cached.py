@@ -78,7 +78,7 @@ def describe_machine(
     dtype = dtype or torch.float16
     speed = probe(specs, dtype, device, progress)
     threads = torch.get_num_threads()
-    network, beside = measure_stages(threads, dtype, speed.passes)
+    network, beside = measure_stages(threads, dtype, speed)
     entry: dict[str, object] = {
         "name": f"{platform.node()} {device}, {threads} threads",
         "host": platform.node(),

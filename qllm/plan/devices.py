@@ -68,8 +68,8 @@ class Speed(Protocol):
     def half(self, work: HalfWork, *, decode: bool, model: float) -> float:
         """All else in half a layer; `decode` and `model` are as in `linear`."""
 
-    def step(self, *, decode: bool) -> float:
-        """What a pass takes besides its layers, of a device that has all of them."""
+    def step(self, rows: float, *, decode: bool) -> float:
+        """What a pass of some sequences takes besides its layers, of a device that has them all."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +99,8 @@ class DescribedSpeed:
         moved = 8 * work.values + work.read
         return self.overhead + moved / (self.bandwidth * OF_BANDWIDTH)
 
-    def step(self, *, decode: bool) -> float:
+    def step(self, rows: float, *, decode: bool) -> float:
         return 0.0
-
-
-def farness(nbytes: float, working_sets: Sequence[float]) -> float:
-    """How little of so many bytes a processor's caches keep: 0 for all of it to 1 for none.
-
-    From the second of the working sets to the last but one, by the logarithm.
-    """
-    near, far = math.log(working_sets[1]), math.log(working_sets[-2])
-    return min(max((math.log(max(nbytes, 1.0)) - near) / (far - near), 0.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -118,12 +109,14 @@ class MeasuredSpeed:
 
     Attributes:
         linears: "decode" and "prefill" to `candidates.key` to rows to seconds per call, per
-            channel (inputs and outputs together), and per weight in each of `working_sets`.
+            channel (inputs and outputs together), and per weight in each of `working_sets`. Those
+            of 16 bits and one row are among them.
         halves: "decode" and "prefill" to seconds per half of a layer, and per value, score and
             product of `HalfWork`.
         cache: seconds per byte of the cache that a step reads; and what a byte, and a head of it,
             take on top where caches of the processor keep none of it.
-        passes: "decode" and "prefill" to seconds of a pass besides its layers, of all of them.
+        passes: "decode" and "prefill" to seconds of a pass besides its layers, and for each of its
+            sequences.
         working_sets: rising, four or more; bytes that a step goes through, of which caches keep
             some. Between two, a weight's time goes by the logarithm.
     """
@@ -131,7 +124,7 @@ class MeasuredSpeed:
     linears: Mapping[str, Mapping[str, Mapping[str, tuple[float, ...]]]]
     halves: Mapping[str, tuple[float, float, float, float]]
     cache: tuple[float, float, float]
-    passes: Mapping[str, float]
+    passes: Mapping[str, tuple[float, float]]
     working_sets: tuple[float, ...]
 
     def linear(
@@ -158,11 +151,21 @@ class MeasuredSpeed:
         seconds = fixed + of_value * work.values
         seconds += of_score * work.scores + of_product * work.products
         byte, far_byte, far_head = self.cache
-        far = farness(model, self.working_sets)
+        far = self.farness(model)
         return seconds + (byte + far * far_byte) * work.read + far * far_head * work.heads
 
-    def step(self, *, decode: bool) -> float:
-        return self.passes["decode" if decode else "prefill"]
+    def step(self, rows: float, *, decode: bool) -> float:
+        fixed, of_row = self.passes["decode" if decode else "prefill"]
+        return fixed + of_row * rows
+
+    def farness(self, model: float) -> float:
+        """How little of so many bytes a processor's caches keep: 0 for all of them to 1 for none.
+
+        By what a 16-bit weight takes: of one row, which reads more than it computes.
+        """
+        _, _, *weights = self.linears["decode"][key(QuantSpec())]["1"]
+        _, near, *_, far = weights
+        return (max(self._within(weights, model), near) - near) / max(far - near, 1e-30)
 
     def _within(self, seconds: Sequence[float], model: float) -> float:
         """Of what takes so long in each of `working_sets`, what it does in one of so many bytes."""
@@ -185,8 +188,8 @@ class Device:
         kind: what makes devices alike.
         host, threads: the machine and the threads of a CPU that was probed; None of others.
         processors: of the host, which its devices share; None: it is not known.
-        stage_passes: of each of STAGE_PASSES, seconds that a stage takes besides its layers; None:
-            as many as one device that has them all.
+        stage_passes: of each of STAGE_PASSES, seconds that a stage takes besides its layers, of one
+            sequence; None: as many as one device that has them all.
         crowding: the seconds on top of them where the host has fewer processors than stages: then
             one that waits sleeps, and one that could go on may have no processor.
     """
@@ -353,13 +356,20 @@ def _measured(value: Any, where: str) -> MeasuredSpeed:
             for phase in PHASES
         }
         halves = {phase: _four(value["halves"][phase]) for phase in PHASES}
-        passes = {phase: _numbers([value["passes"][phase]], 1)[0] for phase in PHASES}
+        passes = {phase: _two(value["passes"][phase]) for phase in PHASES}
         first, second, third = _numbers(value["cache"], 3)
-        return MeasuredSpeed(linears, halves, (first, second, third), passes, sets)
+        found = MeasuredSpeed(linears, halves, (first, second, third), passes, sets)
+        found.farness(sets[0])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
             f"{where}: measured is not what qllm_plan.py --probe writes; measure again"
         ) from None
+    return found
+
+
+def _two(times: Any) -> tuple[float, float]:
+    first, second = _numbers(times, 2)
+    return first, second
 
 
 def _four(times: Any) -> tuple[float, float, float, float]:

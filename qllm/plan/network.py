@@ -19,7 +19,7 @@ from qllm.ops.cpu import library
 from qllm.parallel.links import CROWDED_SPIN, Links
 from qllm.parallel.pipeline import PipelineStage
 from qllm.parallel.session import ParallelConfig, Session, session
-from qllm.plan.devices import STAGE_PASSES
+from qllm.plan.devices import PHASES, STAGE_PASSES, Speed
 from qllm.plan.probe import random_decoder
 from qllm.plan.program import Workload
 from qllm.plan.ranks import run_ranks
@@ -36,13 +36,13 @@ REPEATS = 40  # rounds of the whole model and of its stages, of some 50 ms each
 
 
 def measure_stages(
-    threads: int, dtype: torch.dtype, passes: Mapping[str, float]
+    threads: int, dtype: torch.dtype, speed: Speed
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Two processes play a message back and forth, then two and three are the stages of a model.
 
     Args:
         threads: of each.
-        passes: of `MeasuredSpeed`, with as many.
+        speed: of this machine with as many.
 
     Returns:
         `bandwidth` in bits per second and `latency` in seconds, as in a cluster's file; and
@@ -58,6 +58,7 @@ def measure_stages(
     )
     small, large = two["hops"]
     network = {"bandwidth": (LARGE - SMALL) * 16 / max(large - small, 1e-9), "latency": small}
+    passes = {name: speed.step(1, decode=name == "decode") for name in PHASES}
     of_stage = _beside_layers(two, 2, small, threads / usable_cpus(), passes)
     crowded = _beside_layers(three, 3, small, threads / usable_cpus(), passes)
     return network, {
@@ -80,7 +81,7 @@ def _beside_layers(
             sequence, "one", and with one for each, "all".
         share: of the processors, that a stage has threads for: of stages that have more together
             than there are, not all work at a time.
-        passes: what the whole takes besides its layers, of "prefill" and "decode".
+        passes: what the whole takes besides its layers, by PHASES.
     """
     (alone_prompt, alone), (prompt, step), (all_prompts, busy) = (
         measured[name] for name in ("alone", "one", "all")

@@ -22,14 +22,14 @@ from qllm.ops import phase
 from qllm.ops.capture import capture
 from qllm.parallel.pipeline import ParallelContext
 from qllm.plan.candidates import key
-from qllm.plan.devices import MeasuredSpeed, Size, farness
+from qllm.plan.devices import MeasuredSpeed, Size
 from qllm.plan.program import Workload, sees_last_token
 from qllm.plan.timing import time_generation, undisturbed
 
 # Bytes that a step goes through: what the caches of a core keep, what one that cores share may, and
 # what none does. And the inputs and outputs of the matrices that they are made of: of the second,
 # several, which tell what a call and a channel take from what a weight does.
-WORKING_SETS = (1 << 20, 4 << 20, 16 << 20, 48 << 20, 192 << 20)
+WORKING_SETS = (1 << 20, 4 << 20, 16 << 20, 32 << 20, 64 << 20, 192 << 20)
 SMALL: tuple[Size, ...] = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
 LEAST, LARGE = (1024, 256), (2048, 2048)  # of the first, and of those behind the second
 ROWS = {"decode": (1, 2, 4, 8, 16), "prefill": (16, 128, 512)}
@@ -142,10 +142,10 @@ class Probe:
         sets = tuple(map(float, WORKING_SETS))
         rest = self._rest(MeasuredSpeed(linears, {}, (0.0, 0.0, 0.0), {}, sets))
         halves, passes = {}, {}
-        for name, (of_pass, fixed, of_value, of_score, of_product, *_) in rest.items():
-            passes[name] = of_pass
+        for name, (of_pass, of_row, fixed, of_value, of_score, of_product, *_) in rest.items():
+            passes[name] = of_pass, of_row
             halves[name] = fixed, of_value, of_score, of_product
-        byte, far_byte, far_head = rest["decode"][5:]
+        byte, far_byte, far_head = rest["decode"][6:]
         return MeasuredSpeed(linears, halves, (byte, far_byte, far_head), passes, sets)
 
     def _linear(self, spec: QuantSpec, name: str, rows: int) -> tuple[float, ...]:
@@ -170,8 +170,8 @@ class Probe:
         """What passes through small models take besides their products, by `_fit`.
 
         Returns:
-            by phase, the seconds of a pass, those of `MeasuredSpeed.halves`, and of a step those of
-            `MeasuredSpeed.cache`.
+            by phase, the seconds of `MeasuredSpeed.passes`, those of its `halves`, and of a step
+            those of its `cache`.
         """
         decode: list[tuple[list[float], float, float]] = []
         prefill: list[tuple[list[float], float, float]] = []
@@ -183,13 +183,13 @@ class Probe:
             for batch, context in WORK:
                 scores = layers * batch * heads * (context + STEPS / 2)
                 read = 2 * scores * channels / sharing * self._dtype.itemsize
-                far = farness(held + read, WORKING_SETS)
-                features = [1.0, count, count * batch * hidden, scores, scores * channels]
+                far = products.farness(held + read)
+                features = [1.0, batch, count, count * batch * hidden, scores, scores * channels]
                 features += [read, far * read, far * layers * batch * heads / sharing]
                 known = _products_of(*given, batch, batch, held + read, decoding=True)
                 decode.append((features, self._seconds("step", kind, batch, context), known))
                 rows, scores = batch * context, layers * batch * heads * context**2
-                features = [1.0, count, count * rows * hidden, scores, scores * channels]
+                features = [1.0, batch, count, count * rows * hidden, scores, scores * channels]
                 known = _products_of(*given, rows, batch, held, decoding=False)
                 prefill.append((features, self._seconds("prompt", kind, batch, context), known))
         return {"decode": _fit(decode), "prefill": _fit(prefill)}

@@ -229,7 +229,7 @@ def build(
     passes, (stage_passes, crowding) = np.zeros((2, count)), np.zeros((2, 2, 2, count))
     shares, processors = shared_processors(devices)
     if cluster is not None:
-        passes, stage_passes, crowding = _besides_layers(devices)
+        passes, stage_passes, crowding = _besides_layers(devices, rows_each)
         # Of what a step reads: the caches of a machine are shared by the stages that are there.
         cache = shape.cache(work)
         machines = len({(each.threads and each.host) or d for d, each in enumerate(devices)})
@@ -294,15 +294,18 @@ def build(
     )
 
 
-def _besides_layers(devices: Sequence[Device]) -> tuple[Array, Array, Array]:
-    """`Problem.passes`, `stage_passes` and `crowding`."""
+def _besides_layers(devices: Sequence[Device], rows: float) -> tuple[Array, Array, Array]:
+    """`Problem.passes`, `stage_passes` and `crowding`, of so many sequences at once."""
     alone, stages, crowding = [], [], []
     for device in devices:
-        prompts, step = (device.speed.step(decode=decode) for decode in (False, True))
-        as_alone = dict(zip(STAGE_PASSES, (prompts, prompts, step, step), strict=True))
-        of_stage = as_alone if device.stage_passes is None else device.stage_passes
-        alone.append((prompts, step))
-        stages.append([of_stage[name] for name in STAGE_PASSES])
+        speed = device.speed
+        alone.append([speed.step(rows, decode=decode) for decode in (False, True)])
+        of_one, of_all = np.array(
+            [[speed.step(n, decode="decode" in name) for name in STAGE_PASSES] for n in (1, rows)]
+        )
+        if device.stage_passes is not None:
+            of_all += [device.stage_passes[name] for name in STAGE_PASSES] - of_one
+        stages.append(of_all)
         crowding.append([device.crowding[name] for name in STAGE_PASSES])
     shape = 2, 2, len(devices)
     in_stages, in_crowds = (np.array(each).T.reshape(shape) for each in (stages, crowding))

@@ -119,7 +119,7 @@ class _Now:
         devices = [_as_it_is_now(each, speeds[each.threads]) for each in self._plan.order]
         if self._plan.stages is not None:
             beside = {
-                threads: measure_stages(threads or 1, self._dtype, speed.passes)[1]
+                threads: measure_stages(threads or 1, self._dtype, speed)[1]
                 for threads, speed in speeds.items()
             }
             for place, device in enumerate(devices):

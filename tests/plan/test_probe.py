@@ -54,10 +54,10 @@ def test_what_is_measured_predicts(tmp_path):
                 for rows in (1, 4096)
             )
             assert 0 < one < many
-    assert all(again.step(decode=name == "decode") >= 0 for name in PHASES)
+    assert all(again.step(1, decode=name == "decode") >= 0 for name in PHASES)
     work = HalfWork(64, 512, 4096, 4096, 8)
     # A whole pass takes something besides its products, wherever the fit puts it.
-    assert again.step(decode=True) + again.half(work, decode=True, model=1e6) > 0
+    assert again.step(1, decode=True) + again.half(work, decode=True, model=1e6) > 0
 
 
 def test_one_pass_that_takes_longer_does_not_move_what_the_others_say():
