@@ -5,6 +5,7 @@
 #include "isa.h"
 #include "kernels.h"
 #include "layout.h"
+#include "prefetch.h"
 #include "quantized_attention.h"
 #include "quantized_products.h"
 #include "softmax.h"
@@ -53,9 +54,12 @@ constexpr int HEADS_AT_ONCE = WIDTH == 16 ? 4 : WIDTH == 8 ? 2 : 1;
 
 // Queries (dim,), `width` apart, times the keys of some tokens: RUN scores of each.
 template <int64_t TYPE, int HEADS>
-void score_tokens(const Attend &a, const Tokens &tokens, const float *queries, float *scores) {
+void score_tokens(const Attend &a, const Tokens &tokens, const float *queries, float *scores,
+                  Coming &behind) {
+    Coming coming = behind;
     int64_t j = 0;
     for (; j < tokens.count; j += 4) {
+        coming.ask(4 * a.dim * SIZE<TYPE>);
         int64_t at[4];  // where there are fewer, the last one again
         for (int64_t t = 0; t < 4; t++)
             at[t] = tokens.start + smaller(j + t, tokens.count - 1) * a.dim;
@@ -74,42 +78,75 @@ void score_tokens(const Attend &a, const Tokens &tokens, const float *queries, f
         for (int h = 0; h < HEADS; h++)
             store_sums(scores + h * RUN + j, sums[h][0], sums[h][1], sums[h][2], sums[h][3]);
     }
+    behind = coming;
     for (int h = 0; h < HEADS; h++)
         for (int64_t t = j; t < RUN; t++) scores[h * RUN + t] = 0;
 }
 
+// Some vectors of `add_tokens`, from channel i on, of whose last some channels may not be there.
+template <int64_t TYPE, int HEADS, int VECTORS_AT_ONCE>
+INLINE inline void add_tokens(const Attend &a, const Tokens &tokens, const float *weights,
+                              const VF *alphas, float *out, int64_t i, Coming &coming) {
+    VF sums[HEADS][VECTORS_AT_ONCE];
+    for (int h = 0; h < HEADS; h++)
+        for (int v = 0; v < VECTORS_AT_ONCE; v++)
+            sums[h][v] = mul_f(load_f(out + h * a.width + i + v * WIDTH), alphas[h]);
+    for (int64_t j = 0, at = tokens.start + i; j < tokens.count; j++, at += a.dim) {
+        coming.ask(VECTORS_AT_ONCE * WIDTH * SIZE<TYPE>);
+        VF values[VECTORS_AT_ONCE];
+        for (int v = 0; v < VECTORS_AT_ONCE; v++)
+            values[v] = VECTORS_AT_ONCE > 1 ? load_all<TYPE>(a.values, at + v * WIDTH)
+                                            : load<TYPE>(a.values, at, a.dim - i);
+        for (int h = 0; h < HEADS; h++) {
+            const VF weight = set_f(weights[h * RUN + j]);
+            for (int v = 0; v < VECTORS_AT_ONCE; v++)
+                sums[h][v] = fma_f(weight, values[v], sums[h][v]);
+        }
+    }
+    for (int h = 0; h < HEADS; h++)
+        for (int v = 0; v < VECTORS_AT_ONCE; v++)
+            store_f(out + h * a.width + i + v * WIDTH, sums[h][v]);
+}
+
 // out (dim,) of each head, `width` apart, = out times alpha + the values of some tokens, weighted.
 template <int64_t TYPE, int HEADS>
-void add_tokens(const Attend &a, const Tokens &tokens, const float *weights,
-                const VF *alphas, float *out) {
-    constexpr int VECTORS_AT_ONCE = 4;
+void add_tokens(const Attend &a, const Tokens &tokens, const float *weights, const VF *alphas,
+                float *out, Coming &behind) {
+    Coming coming = behind;
     int64_t i = 0;
-    for (; i + VECTORS_AT_ONCE * WIDTH <= a.dim; i += VECTORS_AT_ONCE * WIDTH) {
-        VF sums[HEADS][VECTORS_AT_ONCE];
-        for (int h = 0; h < HEADS; h++)
-            for (int v = 0; v < VECTORS_AT_ONCE; v++)
-                sums[h][v] = mul_f(load_f(out + h * a.width + i + v * WIDTH), alphas[h]);
-        for (int64_t j = 0, at = tokens.start + i; j < tokens.count; j++, at += a.dim) {
-            VF values[VECTORS_AT_ONCE];
-            for (int v = 0; v < VECTORS_AT_ONCE; v++)
-                values[v] = load_all<TYPE>(a.values, at + v * WIDTH);
-            for (int h = 0; h < HEADS; h++) {
-                const VF weight = set_f(weights[h * RUN + j]);
-                for (int v = 0; v < VECTORS_AT_ONCE; v++)
-                    sums[h][v] = fma_f(weight, values[v], sums[h][v]);
-            }
-        }
-        for (int h = 0; h < HEADS; h++)
-            for (int v = 0; v < VECTORS_AT_ONCE; v++)
-                store_f(out + h * a.width + i + v * WIDTH, sums[h][v]);
-    }
+    for (; i + 4 * WIDTH <= a.dim; i += 4 * WIDTH)
+        add_tokens<TYPE, HEADS, 4>(a, tokens, weights, alphas, out, i, coming);
+    for (; i + 2 * WIDTH <= a.dim; i += 2 * WIDTH)
+        add_tokens<TYPE, HEADS, 2>(a, tokens, weights, alphas, out, i, coming);
     for (; i < a.dim; i += WIDTH)
-        for (int h = 0; h < HEADS; h++) {
-            VF sum = mul_f(load_f(out + h * a.width + i), alphas[h]);
-            for (int64_t j = 0, at = tokens.start + i; j < tokens.count; j++, at += a.dim)
-                sum = fma_f(set_f(weights[h * RUN + j]), load<TYPE>(a.values, at, a.dim - i), sum);
-            store_f(out + h * a.width + i, sum);
-        }
+        add_tokens<TYPE, HEADS, 1>(a, tokens, weights, alphas, out, i, coming);
+    behind = coming;
+}
+
+// The tokens of a sequence's run that are as they came, where that is so.
+template <int BITS>
+Tokens tokens_of(const Attend &a, int64_t i, int64_t kv, int64_t run) {
+    const int64_t held = BITS == 16 ? a.capacity : RUN;
+    int64_t from = run * RUN;
+    if (from >= held) from %= held;  // a division takes as long as some tokens
+    return {((a.rows[i] * a.kv_heads + kv) * held + from) * a.dim,
+            smaller(a.positions[i] + 1 - run * RUN, RUN)};
+}
+
+// What is read behind the values of a run, of which there are `beside` bytes: the next run's keys, or
+// those with which the next head begins, or the next sequence.
+template <int64_t TYPE, int BITS>
+inline Coming keys_behind(const Attend &a, int64_t i, int64_t kv, int64_t run, int64_t beside) {
+    if (++run > a.positions[i] / RUN) {
+        if (++kv == a.kv_heads) kv = 0, i++;
+        if (i == a.sequences) return {};
+        run = unseen(a.window, a.positions[i]) / RUN;
+    }
+    if (BITS != 16 && run < a.positions[i] / RUN)
+        return {codes_of(a, a.rows[i], kv, run).keys, RUN * a.width * BITS / 8, beside};
+    const Tokens tokens = tokens_of<BITS>(a, i, kv, run);
+    return {static_cast<const char *>(a.keys) + tokens.start * SIZE<TYPE>,
+            tokens.count * a.dim * SIZE<TYPE>, beside};
 }
 
 // A thread's memory for `attend_token`, in elements of 4 bytes: of all heads that share one of keys
@@ -144,8 +181,9 @@ template <int HEADS, typename Function> void by_heads(int64_t shared, const Func
 // other: integers, where the cache holds them, but for those of the token's own run. Heads go side
 // by side through what is done with integers, none of which waits for that of another.
 //
-// Nothing is prefetched: keys and values are two streams, which processors see coming, and Zen 4
-// reads them at half the rate where it is told.
+// While a run's keys are read its values are asked for, and while those are the keys of what comes
+// next. Each is a short stretch of memory: left to themselves processors have hardly seen one coming
+// when it ends, and read them at a half to a third of the rate.
 template <int64_t TYPE, int BITS>
 void attend_token(const Attend &a, int64_t i, int64_t kv, float *memory) {
     const int64_t shared = a.heads / a.kv_heads, position = a.positions[i], row = a.rows[i];
@@ -177,29 +215,34 @@ void attend_token(const Attend &a, int64_t i, int64_t kv, float *memory) {
         const RunGrid grid = {numbers, reinterpret_cast<int32_t *>(numbers + longest)};
         for (; run < own; run++) {
             const Codes c = codes_of(a, row, kv, run);
+            constexpr int64_t BYTES_OF_CHANNEL = RUN * BITS / 8;
+            Coming values(c.values, a.width * BYTES_OF_CHANNEL, a.width * BYTES_OF_CHANNEL);
+            Coming next = keys_behind<TYPE, BITS>(a, i, kv, run, a.width * BYTES_OF_CHANNEL);
             load_grid(grid, c.key_scales, c.key_zeros, base, a.width);
             for (int64_t h = 0; h < shared; h++) to_integers(&x[h], query(h), grid, a.width);
             by_heads<CODE_HEADS>(shared, [&](int64_t h, auto heads) {
-                score_run<BITS, decltype(heads)::value>(c.keys, a.width, x + h, scores(h));
+                score_run<BITS, decltype(heads)::value>(c.keys, a.width, x + h, scores(h),
+                                                         values);
             });
             for (int64_t h = 0; h < shared; h++) weigh(h, run);
             load_grid(grid, c.value_scales, c.value_zeros, base, RUN);
             for (int64_t h = 0; h < shared; h++) to_integers(&x[h], scores(h), grid, RUN);
             by_heads<CODE_HEADS>(shared, [&](int64_t h, auto heads) {
                 add_values<BITS, decltype(heads)::value>(c.values, a.width, x + h, alphas + h,
-                                                         out(h));
+                                                         out(h), next);
             });
         }
     }
     for (; run <= own; run++) {
-        const int64_t held = BITS == 16 ? a.capacity : RUN, from = run * RUN % held;
-        const Tokens tokens = {((row * a.kv_heads + kv) * held + from) * a.dim,
-                               smaller(length - run * RUN, RUN)};
+        const Tokens tokens = tokens_of<BITS>(a, i, kv, run);
+        const int64_t bytes = tokens.count * a.dim * SIZE<TYPE>;
+        Coming values(static_cast<const char *>(a.values) + tokens.start * SIZE<TYPE>, bytes, bytes);
+        Coming next = keys_behind<TYPE, BITS>(a, i, kv, run, bytes);
         by_heads<HEADS_AT_ONCE>(shared, [&](int64_t h, auto heads) {
             constexpr int HEADS = decltype(heads)::value;
-            score_tokens<TYPE, HEADS>(a, tokens, query(h), scores(h));
+            score_tokens<TYPE, HEADS>(a, tokens, query(h), scores(h), values);
             for (int64_t each = h; each < h + HEADS; each++) weigh(each, run);
-            add_tokens<TYPE, HEADS>(a, tokens, scores(h), alphas + h, out(h));
+            add_tokens<TYPE, HEADS>(a, tokens, scores(h), alphas + h, out(h), next);
         });
     }
     for (int64_t h = 0; h < shared; h++) {

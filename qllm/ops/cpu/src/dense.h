@@ -16,6 +16,7 @@
 #include "elements.h"
 #include "isa.h"
 #include "operands.h"
+#include "prefetch.h"
 #include "threads.h"
 #include "tiles.h"
 
@@ -42,7 +43,6 @@ constexpr int64_t DENSE_OWN = DENSE_SUMS + DENSE_PANELS * DENSE_STEPS * LANES;
 template <int64_t TYPE> constexpr int64_t DENSE_RUN = TYPE == FLOAT32 ? 32 : DENSE_STEPS;
 template <int64_t TYPE> constexpr bool IN_PAIRS = HAS_PAIRS && TYPE == BFLOAT16;
 template <int64_t TYPE> constexpr int64_t INPUTS = IN_PAIRS<TYPE> ? 2 : 1;  // of a step
-template <int64_t TYPE> constexpr int64_t SIZE = TYPE == FLOAT32 ? 4 : 2;   // of an element
 
 // WIDTH steps of WIDTH channels that lie `stride` elements apart, step by step.
 template <int64_t TYPE, int C = 0>

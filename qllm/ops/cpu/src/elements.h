@@ -7,6 +7,8 @@
 namespace qllm {
 namespace {
 
+template <int64_t TYPE> constexpr int64_t SIZE = TYPE == FLOAT32 ? 4 : 2;  // of an element
+
 // Below this many multiplications a loop is done before other threads have begun.
 constexpr int64_t WORTH_THREADS = 1 << 15;
 

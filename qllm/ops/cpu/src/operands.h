@@ -73,14 +73,6 @@ template <bool PAIR> INLINE inline VF add_slots(VF sum, VF a, VF b) {
     return add_product(sum, a, b);
 }
 
-// Asks for the lines of rows that are far apart, to read them or to write to them in a while.
-template <bool WRITE>
-inline void prefetch_rows(const void *first, int64_t stride, int64_t bytes, int64_t rows) {
-    const char *row = static_cast<const char *>(first);
-    for (int64_t r = 0; r < rows; r++, row += stride)
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, WRITE);
-}
-
 // Two planes as one integer.
 inline VI pair(VI high, VI low) { return add_i(shift_left<8>(high), low); }
 

@@ -5,6 +5,7 @@
 #include "isa.h"
 #include "kernels.h"
 #include "operands.h"
+#include "prefetch.h"
 #include "threads.h"
 
 namespace qllm {

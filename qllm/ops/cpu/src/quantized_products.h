@@ -8,6 +8,7 @@
 #include "elements.h"
 #include "isa.h"
 #include "kernels.h"
+#include "prefetch.h"
 
 namespace qllm {
 namespace {
@@ -98,7 +99,8 @@ inline VI high_codes(VI bytes) { return and_i(shift_right<4>(bytes), set_i(0x0F0
 
 // The scores of HEADS queries with a run's keys: RUN of each.
 template <int BITS, int HEADS>
-inline void score_run(const uint8_t *codes, int64_t width, const Integers *x, float *scores) {
+inline void score_run(const uint8_t *codes, int64_t width, const Integers *x, float *scores,
+                      Coming &coming) {
     constexpr int64_t SLOTS = RUN * BITS / 8, VECTORS_AT_ONCE = BITS / 2;
     const int64_t lower = OPERAND_BYTES == 1 ? width : 0;
     for (int64_t slot = 0; slot < SLOTS; slot += VECTORS_AT_ONCE * WIDTH) {
@@ -107,6 +109,7 @@ inline void score_run(const uint8_t *codes, int64_t width, const Integers *x, fl
             for (Both &sum : head) sum = no_products();
         const uint8_t *bytes = codes + slot * 4;
         for (int64_t in = 0; in < width * OPERAND_BYTES; in += 4 * OPERAND_BYTES) {
+            coming.ask(VECTORS_AT_ONCE * WIDTH * 4);
             Inputs up[HEADS], low[HEADS];
             for (int h = 0; h < HEADS; h++)
                 up[h] = four(x[h].planes + in), low[h] = four(x[h].planes + in + lower);
@@ -135,13 +138,14 @@ inline void score_run(const uint8_t *codes, int64_t width, const Integers *x, fl
 // vectors of it.
 template <int BITS, int VECTORS_AT_ONCE, int HEADS>
 inline void add_values(const uint8_t *codes, int64_t width, const Integers *x, const VF *alphas,
-                       float *out) {
+                       float *out, Coming &coming) {
     constexpr int64_t SLOTS = RUN * BITS / 8, LOWER = OPERAND_BYTES == 1 ? RUN : 0;
     Both sums[HEADS][VECTORS_AT_ONCE];
     for (auto &head : sums)
         for (Both &sum : head) sum = no_products();
     for (int64_t in = 0; in < SLOTS * OPERAND_BYTES; in += 4 * OPERAND_BYTES) {
         const int64_t behind = in + SLOTS * OPERAND_BYTES;
+        coming.ask(VECTORS_AT_ONCE * WIDTH * 4);
         for (int64_t v = 0; v < VECTORS_AT_ONCE; v++) {
             const VI bytes = weights(codes + v * WIDTH * 4);
             const Weights first = prepared(BITS == 8 ? bytes : low_codes(bytes));
@@ -167,12 +171,12 @@ inline void add_values(const uint8_t *codes, int64_t width, const Integers *x, c
 }
 template <int BITS, int HEADS>
 inline void add_values(const uint8_t *codes, int64_t width, const Integers *x, const VF *alphas,
-                       float *out) {
+                       float *out, Coming &coming) {
     int64_t d = 0;
     for (; d + 4 * WIDTH <= width; d += 4 * WIDTH)
-        add_values<BITS, 4, HEADS>(codes + d * 4, width, x, alphas, out + d);
+        add_values<BITS, 4, HEADS>(codes + d * 4, width, x, alphas, out + d, coming);
     for (; d < width; d += WIDTH)
-        add_values<BITS, 1, HEADS>(codes + d * 4, width, x, alphas, out + d);
+        add_values<BITS, 1, HEADS>(codes + d * 4, width, x, alphas, out + d, coming);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include "isa.h"
 #include "kernels.h"
 #include "operands.h"
+#include "prefetch.h"
 #include "slot_products.h"
 #include "softmax.h"
 #include "threads.h"
@@ -42,12 +43,12 @@ struct Head {
 // Rows along their channels: (tokens, slots). They lie far apart: each is asked for ahead of time.
 template <int64_t TYPE, bool PAIR>
 void take_rows(const AttendSequences &a, const Shape<PAIR> &shape, Head head, float *to) {
-    constexpr int64_t AHEAD = 16, SIZE = TYPE == FLOAT32 ? 4 : 2;
-    const char *rows = static_cast<const char *>(head.x) + head.at * SIZE;
-    prefetch_rows<false>(rows, head.stride * SIZE, a.dim * SIZE, smaller(AHEAD, a.length));
+    constexpr int64_t AHEAD = 16;
+    const char *rows = static_cast<const char *>(head.x) + head.at * SIZE<TYPE>;
+    prefetch_rows<false>(rows, head.stride * SIZE<TYPE>, a.dim * SIZE<TYPE>, smaller(AHEAD, a.length));
     for (int64_t t = 0; t < a.length; t++, to += shape.slots) {
         if (t + AHEAD < a.length)
-            prefetch_rows<false>(rows + (t + AHEAD) * head.stride * SIZE, 0, a.dim * SIZE, 1);
+            prefetch_rows<false>(rows + (t + AHEAD) * head.stride * SIZE<TYPE>, 0, a.dim * SIZE<TYPE>, 1);
         along_row<TYPE, PAIR>(head.x, head.at + t * head.stride, a.dim, to, shape.slots);
     }
     for (int64_t i = 0; i < (shape.tokens - a.length) * shape.slots; i++) to[i] = 0;
