@@ -149,6 +149,14 @@ inline Coming keys_behind(const Attend &a, int64_t i, int64_t kv, int64_t run, i
             tokens.count * a.dim * SIZE<TYPE>, beside};
 }
 
+// The grids of a run's values, and of the keys of the run that lies behind it.
+inline void ask_for_grids(const Attend &a, const Codes &c) {
+    prefetch_rows<false>(c.value_scales, 0, RUN * 2, 1);
+    prefetch_rows<false>(c.value_zeros, 0, RUN, 1);
+    prefetch_rows<false>(c.key_scales + a.width, 0, a.width * 2, 1);
+    prefetch_rows<false>(c.key_zeros + a.width, 0, a.width, 1);
+}
+
 // A thread's memory for `attend_token`, in elements of 4 bytes: of all heads that share one of keys
 // and values.
 struct TokenMemory {
@@ -215,6 +223,7 @@ void attend_token(const Attend &a, int64_t i, int64_t kv, float *memory) {
         const RunGrid grid = {numbers, reinterpret_cast<int32_t *>(numbers + longest)};
         for (; run < own; run++) {
             const Codes c = codes_of(a, row, kv, run);
+            ask_for_grids(a, c);
             constexpr int64_t BYTES_OF_CHANNEL = RUN * BITS / 8;
             Coming values(c.values, a.width * BYTES_OF_CHANNEL, a.width * BYTES_OF_CHANNEL);
             Coming next = keys_behind<TYPE, BITS>(a, i, kv, run, a.width * BYTES_OF_CHANNEL);
