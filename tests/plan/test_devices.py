@@ -69,14 +69,14 @@ def test_measured_speeds_are_what_was_measured(tmp_path):
     same = 1e-10, 1e-10, 3e-10, 3e-10
     table = {"1": (1e-5, 1e-9, *same), "8": (2e-5, 2e-9, *(2 * each for each in same))}
     speed = MeasuredSpeed(
-        {"decode": {"4:g128:asym": table}, "prefill": {"4:g128:asym": table}},
+        {"decode": {"4:g128:asym": table, "16": table}, "prefill": {"4:g128:asym": table}},
         {"decode": (1e-6, 1e-9, 1e-11, 2e-12), "prefill": (2e-6, 0.0, 0.0, 3e-10)},
         (1e-11, 2e-11, 1e-7),
         {"decode": (5e-6, 2e-6), "prefill": (1e-3, 0.0)},
         (5e5, 1e6, 4e6, 8e6),
     )
     beside = {"stage_passes": {"decode": 2e-5}, "crowding": {"prefill": 1e-4}, "processors": 2}
-    device = {"name": "here", "memory": 1e9, "measured": speed.to_json(), **beside}
+    device: dict = {"name": "here", "memory": 1e9, "measured": speed.to_json(), **beside}
     (found,) = read(tmp_path, {"devices": [device]}).devices
     again = found.speed
     assert again == speed and found.processors == 2
@@ -101,8 +101,11 @@ def test_measured_speeds_are_what_was_measured(tmp_path):
     assert far == pytest.approx(near + 2e-5 + 2e-6)
     prompt = HalfWork(1000, 10**5, 10**4)
     assert again.half(prompt, decode=False, model=1e7) == pytest.approx(5e-6)
-    with pytest.raises(UserError, match="4:g128:asym and no 3:g128:asym; measure again"):
+    with pytest.raises(UserError, match="4:g128:asym, 16 and no 3:g128:asym; measure again"):
         again.linear(QuantSpec(3, kind="weight_only"), (1, 1), 1, 1, decode=True, model=1.0)
+    device["measured"]["linears"] = speed.linears | {"decode": {"4:g128:asym": table}}
+    with pytest.raises(UserError, match="measured is not what"):  # how far memory is: of 16 bits
+        read(tmp_path, {"devices": [device]})
 
 
 def test_sizes():
