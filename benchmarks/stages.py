@@ -90,6 +90,7 @@ class Probed:
             }
             for key in ("stage_passes", "crowding")
         }
+        contention = statistics.median([found["contention"] for _, found in self._stages])
         return Device(
             name=f"{self.threads}",
             memory=math.inf,
@@ -99,6 +100,7 @@ class Probed:
             threads=self.threads,
             processors=usable_cpus(),
             **beside,
+            contention=contention,
         )
 
     def network(self) -> dict[str, float]:

@@ -158,7 +158,7 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
 
     monkeypatch.setattr(verify, "Probe", Slower)
     seconds = {"prefill": 0.0, "busy_prefill": 0.0, "decode": 3e-6, "busy_decode": 3e-6}
-    beside = {"stage_passes": seconds, "crowding": dict.fromkeys(seconds, 0.0)}
+    beside = {"stage_passes": seconds, "crowding": dict.fromkeys(seconds, 0.0), "contention": 0.1}
     monkeypatch.setattr(verify, "measure_stages", lambda threads, dtype, speed: ({}, beside))
     both = call_json(PLAN, *args, "--avg-bits", UNIFORM_3, "--verify")
     predicted, measured = both["plan"]["predicted"], both["measured"]

@@ -71,6 +71,9 @@ class Speed(Protocol):
     def step(self, rows: float, *, decode: bool) -> float:
         """What a pass of some sequences takes besides its layers, of a device that has them all."""
 
+    def farness(self, model: float) -> float:
+        """How little of so many bytes caches keep: 0 for all of them to 1 for none."""
+
 
 @dataclass(frozen=True)
 class DescribedSpeed:
@@ -101,6 +104,9 @@ class DescribedSpeed:
 
     def step(self, rows: float, *, decode: bool) -> float:
         return 0.0
+
+    def farness(self, model: float) -> float:
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ class MeasuredSpeed:
         return fixed + of_row * rows
 
     def farness(self, model: float) -> float:
-        """How little of so many bytes a processor's caches keep: 0 for all of them to 1 for none.
+        """As `Speed` has it.
 
         By what a 16-bit weight takes: of one row, which reads more than it computes.
         """
@@ -192,6 +198,8 @@ class Device:
             sequence; None: as many as one device that has them all.
         crowding: the seconds on top of them where the host has fewer processors than stages: then
             one that waits sleeps, and one that could go on may have no processor.
+        contention: where none of what steps read is in the host's caches, by which part of what
+            another stage's layers take those of this one take longer while both work, 1 at most.
     """
 
     name: str
@@ -203,6 +211,7 @@ class Device:
     processors: int | None = None
     stage_passes: Mapping[str, float] | None = None
     crowding: Mapping[str, float] = field(default_factory=_no_seconds)
+    contention: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -293,7 +302,8 @@ def _devices(entry: object, path: str) -> list[Device]:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise UserError(f"{path}: a device is an object with a name, not {entry!r}")
     where = f"{path}: device {entry['name']!r}"
-    keys = ("name", "count", "measured", "host", "threads", "processors", *BESIDE, *DESCRIBED)
+    keys: tuple[str, ...] = ("name", "count", "measured", "host", "threads", "processors", *BESIDE)
+    keys += ("contention", *DESCRIBED)
     unknown = set(entry) - set(keys)
     if unknown:
         known = ", ".join(keys)
@@ -308,6 +318,7 @@ def _devices(entry: object, path: str) -> list[Device]:
     host = entry.get("host")
     threads, processors = (_count(entry, key, where) for key in ("threads", "processors"))
     stage_passes, crowding = (_of_passes(entry, key, where) for key in BESIDE)
+    contention = _number(entry, "contention", where, 0.0, minimum=0.0)
     speed: Speed
     if "measured" in entry:
         speed = _measured(entry["measured"], where)
@@ -321,7 +332,8 @@ def _devices(entry: object, path: str) -> list[Device]:
         )
     names = [entry["name"]] if count == 1 else [f"{entry['name']}.{i}" for i in range(count)]
     about = (speed, entry["name"], host, threads, processors, stage_passes)
-    return [Device(name, memory, *about, crowding or _no_seconds()) for name in names]
+    beside = crowding or _no_seconds(), contention
+    return [Device(name, memory, *about, *beside) for name in names]
 
 
 def _count(entry: Mapping[str, object], key: str, where: str) -> int | None:

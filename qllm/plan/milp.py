@@ -194,16 +194,25 @@ class MixedIntegerProgram:
 
     def _limits(self) -> None:
         p = self.problem
+        steps = list(zip(p.decode, p.fixed_decode, strict=True))
         for place in range(2):
             stages = [self._stage_seconds(d, place, busy=True) for d in range(len(p.memory))]
-            for stage in stages:
-                self._add_bound(stage, self.slow[place], place)
+            several = self.device is None or len(np.unique(self.device)) > 1
+            contention = p.contention * (place == 1 and several)
+            halves = [self._on_device(d, *each) for d, each in enumerate(steps)]
+            for d, (stage, factor) in enumerate(zip(stages, contention, strict=True)):
+                # Who reads memory beside others waits as often as they read it.
+                beside = [_times(factor, halves[other]) for other in np.flatnonzero(p.together[d])]
+                parts = [stage, *beside] if factor else [stage]
+                if self.device is None and factor:
+                    # More than others can take, where there is no stage that waits for them.
+                    most = factor * self._unit(1)
+                    parts.append((self.used[d : d + 1], np.array([most]), -most))
+                self._add_bound(_joined(parts), self.slow[place], place)
             for shares in p.shares:
                 # While all stages work, processors that they share work for one at a time.
-                parts = [
-                    (columns, values * share, constant * share)
-                    for (columns, values, constant), share in zip(stages, shares, strict=True)
-                ]
+                parts = [_times(*each) for each in zip(shares, stages, strict=True)]
+                parts += [_times(*each) for each in zip(shares * contention, halves, strict=True)]
                 self._add_bound(_joined(parts), self.slow[place], place)
         if p.micro_batches > 1:
             self._add_bound(self._all_seconds(1), self.step, 1)
@@ -297,6 +306,11 @@ class MixedIntegerProgram:
         value = self.problem.value(costs)
         gap = max(1 - result.bound / value, 0.0) if value else 0.0
         return Solution(choice, device, costs, value, gap, 0.0)
+
+
+def _times(factor: float, sum_of: tuple[Whole, Array, float]) -> tuple[Whole, Array, float]:
+    columns, values, constant = sum_of
+    return columns, factor * values, factor * constant
 
 
 def _joined(parts: Sequence[tuple[Whole, Array, float]]) -> tuple[Whole, Array, float]:

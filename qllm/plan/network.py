@@ -15,9 +15,10 @@ import torch
 
 from qllm.cgroups import usable_cpus
 from qllm.config import QuantSpec
+from qllm.models import Decoder
 from qllm.ops.cpu import library
 from qllm.parallel.links import CROWDED_SPIN, Links
-from qllm.parallel.pipeline import PipelineStage
+from qllm.parallel.pipeline import ParallelContext, PipelineStage
 from qllm.parallel.session import ParallelConfig, Session, session
 from qllm.plan.devices import PHASES, STAGE_PASSES, Speed
 from qllm.plan.probe import random_decoder
@@ -33,6 +34,8 @@ ROUNDS = 5, 1  # in each of REPEATS rounds
 FAMILY, SIZES, VOCABULARY = ("opt", 32, 1), (256, 6), 64
 WORK = Workload(prompt=64, new=50)
 REPEATS = 40  # rounds of the whole model and of its stages, of some 50 ms each
+# And one that no cache keeps, whose stages have to share the way to memory; of some 0.3 s.
+FAR_SIZES, FAR_WORK, FAR_REPEATS = (1024, 16), Workload(prompt=16, new=24), 10
 
 
 def measure_stages(
@@ -46,8 +49,9 @@ def measure_stages(
 
     Returns:
         `bandwidth` in bits per second and `latency` in seconds, as in a cluster's file; and
-        `stage_passes` and `crowding` as in that of a device: what a stage takes besides its layers
-        and handing on, and what it takes on top where there are more than processors, of three.
+        `stage_passes`, `crowding` and `contention` as in that of a device: what a stage takes
+        besides its layers and handing on, what it takes on top where there are more than
+        processors, of three, and how much longer its layers take in steps while both work.
 
     Raises:
         UserError: a process failed.
@@ -61,7 +65,11 @@ def measure_stages(
     passes = {name: speed.step(1, decode=name == "decode") for name in PHASES}
     of_stage = _beside_layers(two, 2, small, threads / usable_cpus(), passes)
     crowded = _beside_layers(three, 3, small, threads / usable_cpus(), passes)
+    (_, alone), (_, busy) = two["far alone"], two["far all"]
+    at_once = _at_once(2, threads / usable_cpus())
+    layers = busy / at_once - 2 * of_stage["busy_decode"]
     return network, {
+        "contention": min(max(layers / (alone - passes["decode"]) - 1, 0.0), 1.0),
         "stage_passes": of_stage,
         "crowding": {name: max(0.0, crowded[name] - of_stage[name]) for name in STAGE_PASSES},
     }
@@ -79,8 +87,7 @@ def _beside_layers(
     Args:
         measured: seconds of prompts and of a step: "alone", and of as many stages with one
             sequence, "one", and with one for each, "all".
-        share: of the processors, that a stage has threads for: of stages that have more together
-            than there are, not all work at a time.
+        share: of the processors, that a stage has threads for.
         passes: what the whole takes besides its layers, by PHASES.
     """
     (alone_prompt, alone), (prompt, step), (all_prompts, busy) = (
@@ -88,7 +95,7 @@ def _beside_layers(
     )
     prompt_layers, layers = alone_prompt - passes["prefill"], alone - passes["decode"]
     ways = stages - 1  # and as many by which the last stage tells the others its tokens
-    at_once = max(1.0, stages * min(share, 1.0))
+    at_once = _at_once(stages, share)
     # Behind the first sequence's prompt the stages end one after every turn.
     turn = (all_prompts - prompt) / ways
     found = {
@@ -98,6 +105,11 @@ def _beside_layers(
         "busy_decode": busy / at_once - layers,
     }
     return {name: max(0.0, seconds) / stages for name, seconds in found.items()}
+
+
+def _at_once(stages: int, share: float) -> float:
+    """How many times as long stages take, that have more threads together than processors."""
+    return max(1.0, stages * min(share, 1.0))
 
 
 def _hops(stage: PipelineStage, values: int, rounds: int) -> list[float]:
@@ -123,11 +135,7 @@ def _passes(
     Args:
         between: called in each round, so that what it measures is of the same minute.
     """
-    spec = QuantSpec.parse("4")
-    whole, part = (
-        random_decoder(*FAMILY, *SIZES, spec, dtype, "cpu", VOCABULARY, parallel)
-        for parallel in (None, joined.context())
-    )
+    whole, part = (_decoder(SIZES, dtype, parallel) for parallel in (None, joined.context()))
     all_work = replace(WORK, batch=joined.world)
     runs: dict[str, list[tuple[float, float]]] = {"alone": [], "one": [], "all": []}
     for _ in range(REPEATS):
@@ -136,11 +144,34 @@ def _passes(
             runs["alone"].append(time_generation(whole, WORK, repeats=1))
         runs["one"].append(time_generation(part, WORK, repeats=1))
         runs["all"].append(time_generation(part, all_work, repeats=1))
-    if joined.rank:
-        return {}
+    return _undisturbed(runs)
+
+
+def _far_passes(joined: Session, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """The same of a model that no cache keeps, of which one sequence in stages says nothing."""
+    whole, part = (_decoder(FAR_SIZES, dtype, parallel) for parallel in (None, joined.context()))
+    runs: dict[str, list[tuple[float, float]]] = {"far alone": [], "far all": []}
+    for _ in range(FAR_REPEATS):
+        if joined.rank == 0:
+            runs["far alone"].append(time_generation(whole, FAR_WORK, repeats=1))
+        work = replace(FAR_WORK, batch=joined.world)
+        runs["far all"].append(time_generation(part, work, repeats=1))
+    return _undisturbed(runs)
+
+
+def _decoder(
+    sizes: tuple[int, int], dtype: torch.dtype, parallel: ParallelContext | None
+) -> Decoder:
+    spec = QuantSpec.parse("4")
+    return random_decoder(*FAMILY, *sizes, spec, dtype, "cpu", VOCABULARY, parallel)
+
+
+def _undisturbed(runs: dict[str, list[tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """Of what this process has measured, its prompts and its steps."""
     return {
         name: (undisturbed([prompt for prompt, _ in each]), undisturbed([step for _, step in each]))
         for name, each in runs.items()
+        if each
     }
 
 
@@ -172,6 +203,7 @@ def main() -> None:
         with _crowded(joined.links) if count > 2 else nullcontext():
             found: dict[str, object] = {**_passes(joined, dtype, send)}
         if count == 2:
+            found |= _far_passes(joined, dtype)
             found["hops"] = [undisturbed(times) for times in hops.values()]
     if os.environ["RANK"] == "0":
         print(json.dumps(found))

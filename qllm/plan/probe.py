@@ -325,6 +325,7 @@ def _fit(rows: Sequence[tuple[list[float], float, float]]) -> tuple[float, ...]:
     seconds, known = np.array([[whole, part] for _, whole, part in rows]).T
     weighed = features / seconds[:, None]
     scale = weighed.max(axis=0)
+    scale[scale == 0] = 1  # what none of them has
     matrix, target = weighed / scale, 1 - known / seconds
     missed = np.eye(len(rows))  # each of them at least as large as what is missed, either way
     found = linprog(

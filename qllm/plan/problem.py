@@ -48,6 +48,8 @@ class Problem:
             step, while the other stages wait and while all of them work.
         crowding: (2, 2, D), the seconds on top of them where a machine has more stages than
             processors.
+        contention: (D,), of what the halves of other stages of its machine take in a step, the part
+            by which those of a device take longer while both work.
         shares: (G, D), for each machine that several devices share, the part of its processors
             that a device has threads for; 0 for devices elsewhere.
         processors: int (G,), of those machines.
@@ -77,6 +79,7 @@ class Problem:
     passes: Array
     stage_passes: Array
     crowding: Array
+    contention: Array
     shares: Array
     processors: Whole
     hop_prefill: float = 0.0
@@ -128,11 +131,14 @@ class Problem:
         np.add.at(step, device, self.fixed_decode[device, np.arange(len(device))])
         seconds = np.stack([first, step])[:, None].repeat(2, axis=1)
         hops = len(used) - 1
+        # Who reads memory beside others waits as often as they read it.
+        waits = self.contention * (self.together @ step) * bool(hops)
+        contended = self.contention * step * bool(hops)
         seconds[..., used] += self.beside_halves(used)
         (first, busy_first), (step, busy_step) = seconds
         # While all stages work, processors that they share work for one at a time.
         slow_first = max([*busy_first, *(self.shares @ busy_first)])
-        slow_step = max([*busy_step, *(self.shares @ busy_step)])
+        slow_step = max([*(busy_step + waits)[used], *(self.shares @ (busy_step + contended))])
         # The stages fill up once for a prompt. A step of one micro-batch begins when its last one
         # has ended, whatever the others are at.
         prefill = first.sum() + hops * self.hop_prefill + (self.micro_batches - 1) * slow_first
@@ -160,6 +166,12 @@ class Problem:
         """Of the devices that are used, which share a machine that has fewer processors."""
         there = self.shares[:, used] > 0
         return there[there.sum(axis=1) > self.processors].any(axis=0)
+
+    @property
+    def together(self) -> NDArray[np.bool_]:
+        """Of two devices (D, D), whether both are of a machine that is shared."""
+        there = self.shares > 0
+        return (there.T @ there) & ~np.eye(there.shape[1], dtype=bool)
 
     def keeps_to_limits(self, costs: Costs) -> bool:
         """Whether costs are within `max_loss` and `max_bits`."""

@@ -227,6 +227,7 @@ def build(
     fixed = shape.fixed + shape.cache(work) if cluster else shape.fixed.copy()
     hop_prefill = hop_decode = 0.0
     passes, (stage_passes, crowding) = np.zeros((2, count)), np.zeros((2, 2, 2, count))
+    contention = np.zeros(count)
     shares, processors = shared_processors(devices)
     if cluster is not None:
         passes, stage_passes, crowding = _besides_layers(devices, rows_each)
@@ -257,6 +258,8 @@ def build(
             for h, (prompt, step) in enumerate(beside):
                 fixed_prefill[d, h] = speed.half(prompt, decode=False, model=held)
                 fixed_decode[d, h] = speed.half(step, decode=True, model=held)
+            if (shares[:, d] > 0).any():
+                contention[d] = device.contention * speed.farness(held)
             if shape.head is not None:
                 head, nbytes = shape.head
                 for table, decoding in ((fixed_prefill, False), (fixed_decode, True)):
@@ -279,6 +282,7 @@ def build(
         passes=passes,
         stage_passes=stage_passes,
         crowding=crowding,
+        contention=contention,
         shares=shares,
         processors=processors,
         hop_prefill=hop_prefill,

@@ -76,7 +76,7 @@ def _alone(problem: Problem, deadline: float) -> list[Solution]:
         return found
     smallest = problem.nbytes.min(axis=1).sum() + problem.fixed_bytes.sum() + problem.buffers
     for device, memory in enumerate(problem.memory):
-        of_passes = problem.passes, problem.stage_passes, problem.crowding
+        of_passes = problem.passes, problem.stage_passes, problem.crowding, problem.contention
         if smallest <= memory and any(each[..., device].any() for each in of_passes):
             with suppress(UnsolvedError):  # bits that fit need not keep to the other limits
                 left = deadline - time.perf_counter()

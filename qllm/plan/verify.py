@@ -124,9 +124,7 @@ class _Now:
             }
             for place, device in enumerate(devices):
                 found = beside[device.threads]
-                devices[place] = replace(
-                    device, stage_passes=found["stage_passes"], crowding=found["crowding"]
-                )
+                devices[place] = replace(device, **found)
         return self._plan.seconds_on(devices)
 
 

@@ -53,6 +53,7 @@ def test_the_example_is_read():
         ({"devices": [GOOD | {"processors": 0}]}, "processors 0 is no number of processors"),
         ({"devices": [GOOD | {"stage_passes": [1]}]}, "stage_passes is seconds of"),
         ({"devices": [GOOD | {"crowding": {"decode": -1}}]}, "crowding: decode -1"),
+        ({"devices": [GOOD | {"contention": -1}]}, "contention -1 cannot be"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, value, said):
@@ -76,13 +77,14 @@ def test_measured_speeds_are_what_was_measured(tmp_path):
         (5e5, 1e6, 4e6, 8e6),
     )
     beside = {"stage_passes": {"decode": 2e-5}, "crowding": {"prefill": 1e-4}, "processors": 2}
+    beside |= {"contention": 0.25}
     device: dict = {"name": "here", "memory": 1e9, "measured": speed.to_json(), **beside}
     (found,) = read(tmp_path, {"devices": [device]}).devices
     again = found.speed
     assert again == speed and found.processors == 2
     nothing = dict.fromkeys(("prefill", "busy_prefill", "decode", "busy_decode"), 0.0)
     assert found.stage_passes == nothing | {"decode": 2e-5}
-    assert found.crowding == nothing | {"prefill": 1e-4}
+    assert found.crowding == nothing | {"prefill": 1e-4} and found.contention == 0.25
     assert [again.step(4, decode=decode) for decode in (True, False)] == [5e-6 + 4 * 2e-6, 1e-3]
     four, size = QuantSpec(4, kind="weight_only"), (500, 2000)
     near, between, far = (

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import json
 
+import pytest
+import torch
+
+from qllm.plan import network
+from qllm.plan.devices import DescribedSpeed
 from qllm.plan.network import _beside_layers
 
 
@@ -31,3 +36,18 @@ def test_what_a_stage_takes_besides_does_not_count_what_others_have_its_processo
     found = _beside_layers(measured, stages, 0.5, share, passes)
     want = {"prefill": 7.0, "busy_prefill": 6.0, "decode": 3.0, "busy_decode": 5.0}
     assert found == pytest.approx(want)
+
+
+@pytest.mark.parametrize(("threads", "busy"), [(1, 12 * 1.25), (2, 2 * 12 * 1.25), (2, 12.0)])
+def test_contention_is_what_layers_take_more_while_others_read_memory(monkeypatch, threads, busy):
+    """By hand: layers of 12 s a step, and nothing besides; on two processors."""
+    passes = dict.fromkeys(("alone", "one", "far alone"), (4.0, 12.0))
+    passes |= {"all": (6.0, 12.0 * threads), "far all": (6.0, busy)}
+    two = passes | {"hops": [0.0, 0.0]}
+    three = {"alone": (4.0, 12.0), "one": (4.0, 12.0), "all": (8.0, 18.0 * threads)}
+    answers = iter([json.dumps(two), json.dumps(three)])
+    monkeypatch.setattr(network, "run_ranks", lambda *_: next(answers))
+    monkeypatch.setattr(network, "usable_cpus", lambda: 2)
+    _, beside = network.measure_stages(threads, torch.float16, DescribedSpeed(1.0, 1.0, 1.0))
+    assert beside["contention"] == pytest.approx(max(0.0, busy / threads / 12 - 1))
+    assert beside["stage_passes"]["decode"] == beside["stage_passes"]["busy_decode"] == 0

@@ -43,6 +43,7 @@ def problem(seed: int, devices: int, layers: int, candidates: int = 2, **changes
         passes=draw.uniform(0, 2, (2, devices)),
         stage_passes=draw.uniform(0, 2, (2, 2, devices)),
         crowding=draw.uniform(0, 2, (2, 2, devices)),
+        contention=draw.uniform(0, 0.5, devices),
         shares=np.zeros((0, devices)),
         processors=np.zeros(0, dtype=np.int64),
         steps=3,
@@ -145,8 +146,9 @@ def test_both_ends_have_a_tied_embedding(decided, seed, memory):
 def test_stages_of_one_machine_do_not_add_up():
     """By hand: two stages of 3 and 1 s with two threads each, on two processors or four.
 
-    Passes of the second take 2.5 s more in steps while both work, those of the first half a second
-    of prompts. One device alone would take 9 s more.
+    Passes of the second take 2.5 s more in steps while both work, and those of the first half a
+    second of prompts; the second waits for half of what the first one reads. One device alone would
+    take 9 s more.
     """
     base = problem(0, 2, 1, hop_prefill=0.0, hop_decode=0.0)
     stage_passes, crowding = np.zeros((2, 2, 2, 2))
@@ -161,16 +163,17 @@ def test_stages_of_one_machine_do_not_add_up():
         passes=np.full((2, 2), 9.0),
         stage_passes=stage_passes,
         crowding=crowding,
+        contention=np.array([0.0, 0.5]),
         processors=np.array([2]),
     )
     choice, device = np.zeros(2, dtype=int), np.array([0, 1])
     on_four, on_two = (
         replace(p, shares=np.full((1, 2), share)).evaluate(choice, device) for share in (0.5, 1.0)
     )
-    assert (on_four.prefill, on_four.decode) == (4 + 3.5, 7)
-    assert on_four.slowest == 2 * (3.5 + 3 * 3.5)
-    assert (on_two.prefill, on_two.decode) == (4 + 4.5, 2 * 6.5)
-    assert on_two.slowest == 2 * (4.5 + 3 * 6.5)
+    assert (on_four.prefill, on_four.decode) == (4 + 3.5, 2 * 5.0)
+    assert on_four.slowest == 2 * (3.5 + 3 * 5.0)
+    assert (on_two.prefill, on_two.decode) == (4 + 4.5, 2 * 7.0)
+    assert on_two.slowest == 2 * (4.5 + 3 * 7.0)
     crowded = replace(p, shares=np.full((1, 2), 0.5), processors=np.array([1]), micro_batches=1)
     assert crowded.evaluate(choice, device).decode == 4.75
     stage_passes[:, 1] = crowding[:, 1] = 9.0
