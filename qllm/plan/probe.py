@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -31,10 +31,13 @@ from qllm.plan.timing import time_generation, undisturbed
 # several, which tell what a call and a channel take from what a weight does.
 WORKING_SETS = (1 << 20, 4 << 20, 16 << 20, 32 << 20, 64 << 20, 192 << 20)
 SMALL: tuple[Size, ...] = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
-LEAST, LARGE = (1024, 256), (2048, 2048)  # of the first, and of those behind the second
+# Of the first, and of those behind the second: not of a multiple of 2048 inputs, of which 16-bit
+# weights are read more slowly than of most others.
+LEAST, LARGE = (1024, 256), (1536, 2048)
 ROWS = {"decode": (1, 2, 4, 8, 16), "prefill": (16, 128, 512)}
 FORMAT = 13  # of what is found: what was kept in another is measured again
 ROUNDS = 5  # of all measurements, in turns: a shared machine is slow for seconds at a time
+FAR_BYTE = 7  # the place of that among a step's features
 SECONDS = 0.02  # that one measurement takes in a round at least
 # Of the models with which is measured what is beside the products: family, channels of a head and
 # heads that share keys; hidden size and layers. Scores take what they do by their number, and
@@ -195,7 +198,10 @@ class Probe:
                 features = [1.0, batch, count, count * rows * hidden, scores, scores * channels]
                 known = _products_of(*given, rows, batch, held, decoding=False)
                 prefill.append((features, self._seconds("prompt", kind, batch, context), known))
-        return {"decode": _fit(decode), "prefill": _fit(prefill)}
+        # A cache that is far is not read more slowly than 16-bit weights are; the models here are
+        # too small to tell much of it.
+        *_, weight = products.linears["decode"][key(QuantSpec())]["1"]
+        return {"decode": _fit(decode, {FAR_BYTE: weight / 2}), "prefill": _fit(prefill)}
 
 
 def _linears(model: Decoder) -> dict[str, Linear]:
@@ -309,7 +315,9 @@ def median_seconds(run: Callable[[], object], device: str) -> float:
     return statistics.median(times)
 
 
-def _fit(rows: Sequence[tuple[list[float], float, float]]) -> tuple[float, ...]:
+def _fit(
+    rows: Sequence[tuple[list[float], float, float]], most: Mapping[int, float] | None = None
+) -> tuple[float, ...]:
     """Coefficients, 0 or more, with which features and what is known add up to the seconds.
 
     What is missed counts by its share of a pass, which is what predictions are judged by, and not
@@ -318,8 +326,11 @@ def _fit(rows: Sequence[tuple[list[float], float, float]]) -> tuple[float, ...]:
 
     Args:
         rows: features, the seconds of a pass, and those of its products.
+        most: bounds of coefficients, by their place.
     """
     from scipy.optimize import linprog
+
+    most = most or {}
 
     features = np.array([row for row, _, _ in rows])
     seconds, known = np.array([[whole, part] for _, whole, part in rows]).T
@@ -332,6 +343,8 @@ def _fit(rows: Sequence[tuple[list[float], float, float]]) -> tuple[float, ...]:
         np.r_[np.zeros(len(scale)), np.ones(len(rows))],
         A_ub=np.block([[matrix, -missed], [-matrix, -missed]]),
         b_ub=np.r_[target, -target],
+        bounds=[(0, most.get(i, math.inf) * each) for i, each in enumerate(scale)]
+        + [(0, math.inf)] * len(rows),
     )
     return tuple(map(float, found.x[: len(scale)] / scale))
 
