@@ -58,8 +58,10 @@ class Row(NamedTuple):
             threads = tuple(map(int, front.split("+")))
             cuts = tuple(map(int, back.split(","))) if colon else None
         except ValueError:
-            raise UserError(f"--stages {text!r} is no N+N or N+N:LAYER") from None
+            threads, cuts = (), None
         count = len(threads)
+        if not threads or min(threads) < 1 or (colon and count == 1):
+            raise UserError(f"--stages {text!r} is no N, N+N or N+N:LAYER")
         if cuts is None:
             cuts = tuple(round(layers * stage / count) for stage in range(1, count))
         if count > 1:
