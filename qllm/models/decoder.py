@@ -149,9 +149,8 @@ class Decoder(nn.Module):
         what = f"a KV cache of {rows} x {capacity} tokens"
         for device in set(device_map.values()):
             needed = sum(sizes[i] for i, other in device_map.items() if other == device)
-            if needed <= FEW:
-                continue
-            check_fits(needed, device, what, "take fewer at once, shorter ones, or --kv-bits 8")
+            if needed > FEW:
+                check_fits(needed, device, what, "take fewer at once, shorter ones, or --kv-bits 8")
         shape = (rows, capacity, self.dtype, self.device, device_map)
         return KVCache(self._cache_config, *shape, self.kv_bits)
 

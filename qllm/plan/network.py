@@ -63,11 +63,11 @@ def measure_stages(
     small, large = two["hops"]
     network = {"bandwidth": (LARGE - SMALL) * 16 / max(large - small, 1e-9), "latency": small}
     passes = {name: speed.step(1, decode=name == "decode") for name in PHASES}
-    of_stage = _beside_layers(two, 2, small, threads / usable_cpus(), passes)
-    crowded = _beside_layers(three, 3, small, threads / usable_cpus(), passes)
+    share = threads / usable_cpus()
+    of_stage = _beside_layers(two, 2, small, share, passes)
+    crowded = _beside_layers(three, 3, small, share, passes)
     (_, alone), (_, busy) = two["far alone"], two["far all"]
-    at_once = _at_once(2, threads / usable_cpus())
-    layers = busy / at_once - 2 * of_stage["busy_decode"]
+    layers = busy / _at_once(2, share) - 2 * of_stage["busy_decode"]
     return network, {
         "contention": min(max(layers / (alone - passes["decode"]) - 1, 0.0), 1.0),
         "stage_passes": of_stage,

@@ -328,7 +328,6 @@ def _fit(
     from scipy.optimize import linprog
 
     most = most or {}
-
     features = np.array([row for row, _, _ in rows])
     seconds, known = np.array([[whole, part] for _, whole, part in rows]).T
     weighed = features / seconds[:, None]
