@@ -18,7 +18,7 @@ constexpr int64_t PART_QUERIES = 16;  // that a thread takes at once
 constexpr int64_t KEY_BLOCK = 512;    // tokens whose keys, or values, meet all of those in turn
 constexpr int64_t KEY_VECTORS = WIDTH == 16 ? 4 : 2;
 constexpr int64_t KEYS = KEY_VECTORS * WIDTH;
-constexpr int64_t SHARED_BYTES = 64 << 20;  // of keys and values in float32, but for one head's
+constexpr int64_t SHARED_BYTES = 1 << 20;  // of keys and values, for each thread; a head's at least
 
 // A run of tokens of one sequence, some heads of keys and values of which the threads share:
 // keys (heads, panels, dim, KEYS), values (heads, length, width), in float32. Where the cache holds
@@ -56,12 +56,12 @@ static void load_token(const Attend &a, const Sequence &s, int64_t kv, int64_t j
     }
 }
 
-// Asks for heads from `index` on of some tokens, which lie far apart.
-static void prefetch_heads(const Attend &a, int64_t token, int64_t index, int64_t tokens) {
+// Has a head, `index`, of some tokens, which lie far apart, in the caches.
+static void fetch_heads(const Attend &a, int64_t token, int64_t index, int64_t tokens) {
     const int64_t size = a.type == FLOAT32 ? 4 : 2;
     const int64_t stride = (a.heads + 2 * a.kv_heads) * a.dim * size;
-    prefetch_rows<false>(static_cast<const char *>(a.qkv) + token * stride + index * a.dim * size,
-                         stride, a.dim * size, tokens);
+    fetch_rows(static_cast<const char *>(a.qkv) + token * stride + index * a.dim * size,
+               stride, a.dim * size, tokens);
 }
 
 // Up to WIDTH keys, `width` apart, to their places among what is shared, and zeros where there are
@@ -83,8 +83,8 @@ static void share_run(const Attend &a, const Sequence &s, int64_t index, int64_t
     float *keys = s.keys + index * s.panels * a.dim * KEYS;
     float *values = s.values + index * s.count * s.width;
     if (const int64_t next = first > s.past ? first : s.past; next < end) {
-        prefetch_heads(a, s.token + next - s.past, a.heads + kv, end - next);
-        prefetch_heads(a, s.token + next - s.past, a.heads + a.kv_heads + kv, end - next);
+        fetch_heads(a, s.token + next - s.past, a.heads + kv, end - next);
+        fetch_heads(a, s.token + next - s.past, a.heads + a.kv_heads + kv, end - next);
     }
     // `key_of(j, to)` and `value_of(j, to)` of the run's tokens to what is shared, tokens being
     // counted from `begin` there; a panel is filled up.
@@ -218,7 +218,7 @@ static void attend_part(const Attend &a, const Sequence &s, int64_t head, int64_
     }
     if (count == 0) return;
     const int64_t begin = few[0].begin, length = few[count - 1].length();
-    prefetch_heads(a, s.token + few[0].position - s.past, head, length - few[0].position);
+    fetch_heads(a, s.token + few[0].position - s.past, head, length - few[0].position);
     // Tokens that are seen as they came, if those before them are integers: all are of one run.
     const int64_t own = a.bits == 16 ? length : start / RUN * RUN;
     const float *keys = s.keys + kv * s.panels * a.dim * KEYS;
@@ -288,7 +288,8 @@ static void attend_part(const Attend &a, const Sequence &s, int64_t head, int64_
     }
 }
 
-// The run of tokens of one sequence; of a long one a few heads at a time, so that memory is bounded.
+// The run of tokens of one sequence: a few heads at a time, so that their keys and values stay in
+// the caches.
 static Status attend_run(const Attend &a, int64_t index) {
     Sequence s;
     s.row = a.rows[index], s.token = a.starts[index], s.past = a.positions[s.token];
@@ -304,7 +305,7 @@ static Status attend_run(const Attend &a, int64_t index) {
     s.recent_panels = (s.length - s.recent + KEYS - 1) / KEYS;
     const int64_t keys = s.panels * a.dim * KEYS, values = s.count * s.width;
     const int64_t recent = s.recent_panels * KEYS * (a.dim + s.width);
-    const int64_t fitting = SHARED_BYTES / 4 / (keys + values + recent);
+    const int64_t fitting = max_threads() * SHARED_BYTES / 4 / (keys + values + recent);
     const int64_t at_once = fitting < 1 ? 1 : smaller(fitting, a.kv_heads);
     const int64_t queries = (PART_QUERIES * a.dim + 15) / 16 * 16;
     const int64_t run = WIDTH * a.width + (a.bits == 16 ? 0 : 2 * RUN * a.dim);
