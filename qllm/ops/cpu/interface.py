@@ -24,7 +24,7 @@ Linear = structure(
     "rows inputs outputs bits group mode prefill *x x_type x_stride *y *q *scales scale_type "
     "*zeros *offsets *bias *input_scale",
 )
-Dense = structure("Dense", "rows inputs outputs x_stride type *x *w *bias *y")
+Dense = structure("Dense", "rows inputs outputs x_stride type decode *x *w *bias *y")
 Packing = structure(
     "Packing",
     "inputs outputs bits group *rows row_bytes *row_scales *row_zeros scale_bytes *q *scales "

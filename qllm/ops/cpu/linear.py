@@ -232,11 +232,14 @@ def _linear(
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`reference.dense_linear`; no row's result depends on the rows beside it."""
+    """`reference.dense_linear`; no row's result depends on the rows beside it.
+
+    In a step of decode the order of a sum is another than in a prompt's pass.
+    """
     x = _in_rows(x)
     y = x.new_empty(len(x), len(weight))
     tensors = (x, like(x, weight), like(x, bias), y)
-    shape = (*x.shape, len(weight), x.stride(0), TYPES[x.dtype])
+    shape = (*x.shape, len(weight), x.stride(0), TYPES[x.dtype], phase.decoding())
     library.run("dense", Dense(*shape, *map(pointer, tensors)), *tensors)
     return y
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import exact
 import numpy as np
@@ -27,6 +29,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qllm.ops import phase
 from qllm.ops.cpu import library as native
 from qllm.ops.cpu import linear
 
@@ -41,6 +44,13 @@ SHAPES += ((129, 16), (256, 81), (300, 130), (768, 33))
 # Up to 8 are kept in registers, 12 make a tile, 768 are held at once.
 ROWS = (*range(1, 10), 11, 12, 13, 16, 17, 24, 25, 31, 32, 33, 37, 48, 70, 191, 767, 768, 769)
 PAIRS = ("amx", "avx512bf16")  # paths that multiply bfloat16 two by two
+
+
+@pytest.fixture(scope="module", autouse=True, params=["prefill", "decode"])
+def each_phase(request) -> Iterator[None]:
+    """All of this holds in either: what of it is the order of a sum is not the same."""
+    with phase.decode() if request.param == "decode" else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,9 @@
 //
 // A weight's rows are channels, one after the other, while vectors hold a few inputs of many
 // channels: blocks of panels are turned on the way, in registers for few rows, in cache for many.
-// What a vector takes at once is a step: 4 bytes of each of its channels, one input as float32 or,
-// where there is an instruction for them, two as bfloat16. The products of a run of steps are added
-// in the order of the inputs, and then to those of the runs before it. So a row's result is the same
-// to the bit whatever else is computed beside it.
+// The products of a run of steps are added in the order of the inputs, and then to those of the runs
+// before it. So a row's result is the same to the bit whatever else is computed beside it. A step of
+// decode is for dense_decode.h, but for bfloat16 on AMX.
 //
 // On every path it is, too, but for bfloat16 in pairs. There, the instruction says in which order two
 // products (AVX512-BF16) or those of 32 inputs (AMX) are added, and takes what is subnormal for zero
@@ -13,12 +12,17 @@
 // paths, but where such a zero meets an infinity, or a sum overflows half-way.
 #pragma once
 
+#include "dense_steps.h"
 #include "elements.h"
 #include "isa.h"
 #include "operands.h"
 #include "prefetch.h"
 #include "threads.h"
 #include "tiles.h"
+
+#ifdef DENSE_GEMV_ROWS
+#include "dense_decode.h"
+#endif
 
 namespace qllm {
 namespace {
@@ -41,8 +45,6 @@ constexpr int64_t DENSE_OWN = DENSE_SUMS + DENSE_PANELS * DENSE_STEPS * LANES;
 
 // Of a run. Shorter ones are more exact, and slower; other types lose more when they are stored.
 template <int64_t TYPE> constexpr int64_t DENSE_RUN = TYPE == FLOAT32 ? 32 : DENSE_STEPS;
-template <int64_t TYPE> constexpr bool IN_PAIRS = HAS_PAIRS && TYPE == BFLOAT16;
-template <int64_t TYPE> constexpr int64_t INPUTS = IN_PAIRS<TYPE> ? 2 : 1;  // of a step
 
 // WIDTH steps of WIDTH channels that lie `stride` elements apart, step by step.
 template <int64_t TYPE, int C = 0>
@@ -100,24 +102,6 @@ static int64_t in_whole_tiles(int64_t rows) {
     return rows - rest + (rest ? dense_tile_rows(rest) : 0);
 }
 
-// WIDTH steps of a row, in pairs of bfloat16 or not; zeros for a row that is not there.
-template <int64_t TYPE, bool PAIRS>
-INLINE inline VF load_steps(const Dense &a, int64_t row, int64_t step) {
-    const int64_t input = step * (PAIRS ? 2 : 1), at = row * a.x_stride + input;
-    const int64_t count = row < a.rows ? a.in - input : 0;
-    if constexpr (PAIRS && TYPE == BFLOAT16) {
-        alignas(64) float some[WIDTH] = {};
-        const uint16_t *from = static_cast<const uint16_t *>(a.x) + at;
-        if (count >= 2 * WIDTH) return load_f(reinterpret_cast<const float *>(from));
-        if (count > 0) __builtin_memcpy(some, from, size_t(count * 2));
-        return load_f(some);
-    } else if constexpr (PAIRS) {
-        return as_pairs(load<TYPE>(a.x, at, count), load<TYPE>(a.x, at + WIDTH, count - WIDTH));
-    } else {
-        return load<TYPE>(a.x, at, count);
-    }
-}
-
 // The tile of one block that begins with a row. Rows of activations lie far apart: those of the next
 // tile are asked for.
 template <int64_t TYPE, bool PAIRS = IN_PAIRS<TYPE>>
@@ -153,16 +137,6 @@ void lay_out(const Dense &a, const DenseInput &x, int64_t first, int64_t row, in
                 store_as(tile, to, FLOAT32, rows, square[i]);
             }
         }
-    }
-}
-
-template <int64_t TYPE>
-void store_sums(const Dense &a, int64_t row, int64_t channel, int64_t channels, const float *sums) {
-    for (int64_t i = 0; i < channels && channel + i < a.out; i += WIDTH) {
-        VF value = load_f(sums + i);
-        const int64_t count = a.out - channel - i;
-        if (a.bias) value = add_f(value, load<TYPE>(a.bias, channel + i, count));
-        store<TYPE>(a.y, row * a.out + channel + i, count, value);
     }
 }
 
@@ -276,6 +250,9 @@ void dense_many(const Dense &a, const DenseInput &x, int64_t first, int64_t pane
 }
 
 template <int64_t TYPE> Status dense_of(const Dense &a) {
+#ifdef DENSE_GEMV_ROWS
+    if (a.decode) return dense_decode_of<TYPE>(a);
+#endif
     const int64_t panels = (a.out + LANES - 1) / LANES;
     for (int64_t first = 0; first < a.rows; first += DENSE_ROWS) {
         DenseInput x;

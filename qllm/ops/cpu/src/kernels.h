@@ -171,7 +171,7 @@ struct AttendSequences {
 };
 
 struct Dense {  // y (rows, out) = x w^T + bias
-    int64_t rows, in, out, x_stride, type;
+    int64_t rows, in, out, x_stride, type, decode;
     const void *x, *w, *bias;
     void *y;
 };

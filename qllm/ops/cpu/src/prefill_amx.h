@@ -83,7 +83,7 @@ void prefill_panels(const Linear &a, const Dense &dense, const DenseInput &x, in
 
 template <int64_t TYPE> Status bf16_prefill(const Linear &a) {
     const int64_t panels = (a.out + LANES - 1) / LANES;
-    const Dense dense = {a.rows, a.in, a.out, a.x_stride, a.x_type, a.x, nullptr, a.bias, a.y};
+    const Dense dense = {a.rows, a.in, a.out, a.x_stride, a.x_type, 0, a.x, nullptr, a.bias, a.y};
     for (int64_t first = 0; first < a.rows; first += DENSE_ROWS) {
         const int64_t rows = smaller(DENSE_ROWS, a.rows - first);
         DenseInput x;
