@@ -17,11 +17,12 @@ namespace {
 
 // Rows and channels of which sums are in registers: few of the ones, many of the others.
 constexpr int DOT_ROWS = DENSE_GEMV_ROWS;
-template <int R>
-constexpr int DOT_CHANNELS = WIDTH == 16 ? (R <= 2 ? 8 : R == 4 ? 4 : 2) : WIDTH == 8 ? 4 / R : 1;
+template <int64_t TYPE, int R>
+constexpr int DOT_CHANNELS = WIDTH == 16 ? (R <= 2 ? (IN_PAIRS<TYPE> ? 4 : 8) : R == 4 ? 4 : 2)
+                             : WIDTH == 8 ? 4 / R : 1;
 // Steps at once, of more than two rows and of long channels: activations stay in the first cache
-// meanwhile. Channels in two such parts would be read more slowly than as wholes.
-constexpr int64_t DOT_STEPS = 512;
+// meanwhile. Shorter channels would be read more slowly in parts than as wholes.
+constexpr int64_t DOT_STEPS = 256, WHOLE_BYTES = 2048;
 
 // Asks for blocks of channels, in the order in which they lie.
 class ComingChannels {
@@ -139,11 +140,11 @@ void store_dots(const Dense &a, int64_t row, int64_t channel, const float *sums,
 // LANES channels times R rows.
 template <int64_t TYPE, int R>
 void dot_panel(const Dense &a, const DotInput &in, int64_t row, int64_t panel) {
-    constexpr int C = DOT_CHANNELS<R>;
+    constexpr int C = DOT_CHANNELS<TYPE, R>;
     alignas(64) float sums[LANES * R * LANES] = {};
     const int64_t channel = panel * LANES, channels = smaller(LANES, a.out - channel);
     const int64_t stride = a.in * SIZE<TYPE>;
-    const int64_t block = R > 2 && in.steps > 2 * DOT_STEPS ? DOT_STEPS : in.steps;
+    const int64_t block = R > 2 && stride > WHOLE_BYTES ? DOT_STEPS : in.steps;
     const auto begin = [&](int64_t c, int64_t step) {
         return static_cast<const char *>(a.w) + (channel + c) * stride +
                step * INPUTS<TYPE> * SIZE<TYPE>;
