@@ -134,7 +134,10 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
     linears = {f"{bits}:g64:asym": linear for bits in (2, 3, 4)} | {"16": linear}
     halves = dict.fromkeys(("decode", "prefill"), (1e-6, 0.0, 0.0, 0.0))
     speed = {"linears": dict.fromkeys(("decode", "prefill"), linears), "halves": halves}
-    speed |= {"passes": dict.fromkeys(("decode", "prefill"), (1e-6, 0.0)), "cache": (0.0, 0.0, 0.0)}
+    speed |= {
+        "passes": dict.fromkeys(("decode", "prefill"), (1e-6, 0.0, 0.0)),
+        "cache": (0.0, 0.0, 0.0),
+    }
     speed |= {"working_sets": (1e5, 1e6, 1e7, 1e8)}
     device = {"host": platform.node(), "threads": 1, "memory": half, "measured": speed}
     devices = [device | {"name": "a"}, device | {"name": "b"}]

@@ -71,6 +71,9 @@ class Speed(Protocol):
     def step(self, rows: float, *, decode: bool) -> float:
         """What a pass of some sequences takes besides its layers, of a device that has them all."""
 
+    def logits(self, count: float, *, decode: bool) -> float:
+        """What logits take besides the product with the LM head, all sequences' together."""
+
     def farness(self, model: float) -> float:
         """How little of so many bytes caches keep: 0 for all of them to 1 for none."""
 
@@ -105,6 +108,9 @@ class DescribedSpeed:
     def step(self, rows: float, *, decode: bool) -> float:
         return 0.0
 
+    def logits(self, count: float, *, decode: bool) -> float:
+        return 8 * count / (self.bandwidth * OF_BANDWIDTH)  # float32, written and read
+
     def farness(self, model: float) -> float:
         return 1.0
 
@@ -121,8 +127,8 @@ class MeasuredSpeed:
             product of `HalfWork`.
         cache: seconds per byte of the cache that a step reads; and what a byte, and a head of it,
             take on top where caches of the processor keep none of it.
-        passes: "decode" and "prefill" to seconds of a pass besides its layers, and for each of its
-            sequences.
+        passes: "decode" and "prefill" to seconds of a pass besides its layers, for each of its
+            sequences, and for each of their logits.
         working_sets: rising, four or more; bytes that a step goes through, of which caches keep
             some. Between two, a weight's time goes by the logarithm.
     """
@@ -130,7 +136,7 @@ class MeasuredSpeed:
     linears: Mapping[str, Mapping[str, Mapping[str, tuple[float, ...]]]]
     halves: Mapping[str, tuple[float, float, float, float]]
     cache: tuple[float, float, float]
-    passes: Mapping[str, tuple[float, float]]
+    passes: Mapping[str, tuple[float, float, float]]
     working_sets: tuple[float, ...]
 
     def linear(
@@ -161,8 +167,11 @@ class MeasuredSpeed:
         return seconds + (byte + far * far_byte) * work.read + far * far_head * work.heads
 
     def step(self, rows: float, *, decode: bool) -> float:
-        fixed, of_row = self.passes["decode" if decode else "prefill"]
+        fixed, of_row, _ = self.passes["decode" if decode else "prefill"]
         return fixed + of_row * rows
+
+    def logits(self, count: float, *, decode: bool) -> float:
+        return self.passes["decode" if decode else "prefill"][2] * count
 
     def farness(self, model: float) -> float:
         """As `Speed` has it.
@@ -368,9 +377,8 @@ def _measured(value: Any, where: str) -> MeasuredSpeed:
             for phase in PHASES
         }
         halves = {phase: _four(value["halves"][phase]) for phase in PHASES}
-        passes = {phase: _two(value["passes"][phase]) for phase in PHASES}
-        first, second, third = _numbers(value["cache"], 3)
-        found = MeasuredSpeed(linears, halves, (first, second, third), passes, sets)
+        passes = {phase: _three(value["passes"][phase]) for phase in PHASES}
+        found = MeasuredSpeed(linears, halves, _three(value["cache"]), passes, sets)
         found.farness(sets[0])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
@@ -379,9 +387,9 @@ def _measured(value: Any, where: str) -> MeasuredSpeed:
     return found
 
 
-def _two(times: Any) -> tuple[float, float]:
-    first, second = _numbers(times, 2)
-    return first, second
+def _three(times: Any) -> tuple[float, float, float]:
+    first, second, third = _numbers(times, 3)
+    return first, second, third
 
 
 def _four(times: Any) -> tuple[float, float, float, float]:

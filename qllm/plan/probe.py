@@ -7,23 +7,24 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from qllm import ops
 from qllm.config import LM_HEAD, QuantSpec
-from qllm.layers import Linear, linear_class
-from qllm.models import Decoder, RawConfig, read_config
+from qllm.layers import Linear
+from qllm.models import Decoder
 from qllm.ops import phase
 from qllm.ops.capture import capture
-from qllm.parallel.pipeline import ParallelContext
 from qllm.plan.candidates import key
 from qllm.plan.devices import MeasuredSpeed, Size
+from qllm.plan.far_cache import FarCaches
 from qllm.plan.program import Workload, sees_last_token
+from qllm.plan.random_model import random_decoder, random_linear
 from qllm.plan.timing import time_generation, undisturbed
 
 # Bytes that a step goes through: what the caches of a core keep, what one that cores share may, and
@@ -34,16 +35,15 @@ SMALL: tuple[Size, ...] = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
 # Of the first, and of those behind the second: not of a multiple of 2048 inputs, of which 16-bit
 # weights are read more slowly than of most others.
 LEAST, LARGE = (1024, 256), (1536, 2048)
-ROWS = {"decode": (1, 2, 4, 8, 16), "prefill": (16, 128, 512)}
-FORMAT = 13  # of what is found: what was kept in another is measured again
+ROWS = {"decode": (1, 2, 4, 8, 16), "prefill": (1, 16, 128, 512)}
+FORMAT = 14  # of what is found: what was kept in another is measured again
 ROUNDS = 5  # of all measurements, in turns: a shared machine is slow for seconds at a time
-FAR_BYTE = 7  # the place of that among a step's features
 SECONDS = 0.02  # that one measurement takes in a round at least
 # Of the models with which is measured what is beside the products: family, channels of a head and
-# heads that share keys; hidden size and layers. Scores take what they do by their number, and
-# products with keys and values by their channels.
+# heads that share keys; hidden size, layers and vocabulary. Scores take what they do by their
+# number, and products with keys and values by their channels.
 FAMILIES = (("llama", 64, 4), ("opt", 32, 1))
-MODELS = ((256, 2), (256, 8), (1024, 4))
+MODELS = ((256, 2, 1024), (256, 2, 32768), (256, 8, 1024), (1024, 4, 4096))
 # Sequences, and the tokens of each.
 WORK = ((1, 32), (1, 192), (1, 768), (4, 128), (8, 16), (8, 128))
 STEPS = 16
@@ -65,6 +65,17 @@ def probe(
     for _ in progress(list(range(ROUNDS))):
         found.measure()
     return found.speed()
+
+
+class Kind(NamedTuple):
+    """Of a model: one of FAMILIES and one of MODELS."""
+
+    family: str
+    channels: int
+    sharing: int
+    hidden: int
+    layers: int
+    vocabulary: int
 
 
 class Probe:
@@ -90,20 +101,21 @@ class Probe:
         self._threads = threads or torch.get_num_threads()
         # What surrounds products is not alike in families: the mean of some. Nor is it around
         # packed and dense ones, of which plans have the former.
-        spec = self._specs[len(self._specs) // 2]
+        spec = self._spec = self._specs[len(self._specs) // 2]
         self._models = {
-            (*family, spec, *sizes): random_decoder(*family, *sizes, spec, dtype, device)
-            for family in FAMILIES
-            for sizes in MODELS
+            kind: random_decoder(*kind[:5], spec, dtype, device, kind.vocabulary)
+            for kind in (Kind(*family, *sizes) for family in FAMILIES for sizes in MODELS)
         }
         self._times: defaultdict[Hashable, list[float]] = defaultdict(list)
         matrices = matrices or Matrices(dtype, device)
+        self._caches = matrices.caches
         with self._own_threads():
             self._products = {
                 name: self._product(matrices, *name)
                 for spec in self._specs
                 for name in _products(spec)
             }
+            self._attention = dict(self._caches.calls())
         ops.keep_freed_memory(torch.device(device).type)  # as behind loading
 
     def _product(
@@ -125,6 +137,8 @@ class Probe:
         with self._own_threads():
             for name, (run, count) in self._products.items():
                 self._times[name].append(median_seconds(run, self._device) / count)
+            for far, (run, count) in self._attention.items():
+                self._times["attention", far].append(median_seconds(run, self._device) / count)
             for kind, model in self._models.items():
                 for batch, context in WORK:
                     work = Workload(context, STEPS, batch)
@@ -143,13 +157,16 @@ class Probe:
                 table = {str(rows): self._linear(spec, name, rows) for rows in counts}
                 linears[name][key(spec)] = table
         sets = tuple(map(float, WORKING_SETS))
-        rest = self._rest(MeasuredSpeed(linears, {}, (0.0, 0.0, 0.0), {}, sets))
+        far = self._caches.seconds(
+            {name: self._seconds("attention", name) for name in self._attention}
+        )
+        rest = self._rest(MeasuredSpeed(linears, {}, (0.0, *far), {}, sets))
         halves, passes = {}, {}
-        for name, (of_pass, of_row, fixed, of_value, of_score, of_product, *_) in rest.items():
-            passes[name] = of_pass, of_row
+        for name, (of_pass, of_row, of_logit, *of_half, _) in rest.items():
+            passes[name] = of_pass, of_row, of_logit
+            fixed, of_value, of_score, of_product = of_half
             halves[name] = fixed, of_value, of_score, of_product
-        byte, far_byte, far_head = rest["decode"][6:]
-        return MeasuredSpeed(linears, halves, (byte, far_byte, far_head), passes, sets)
+        return MeasuredSpeed(linears, halves, (rest["decode"][-1], *far), passes, sets)
 
     def _linear(self, spec: QuantSpec, name: str, rows: int) -> tuple[float, ...]:
         """Coefficients of `MeasuredSpeed.linears`."""
@@ -173,32 +190,33 @@ class Probe:
         """What passes through small models take besides their products, by `_fit`.
 
         Returns:
-            by phase, the seconds of `MeasuredSpeed.passes`, those of its `halves`, and of a step
-            those of its `cache`.
+            by phase, the seconds of `MeasuredSpeed.passes`, those of its `halves`, and the first
+            of its `cache`, of whose others `products` knows; 0 of prompts.
         """
+        _, far_byte, far_head = products.cache
         decode: list[tuple[list[float], float, float]] = []
         prefill: list[tuple[list[float], float, float]] = []
         for kind, model in self._models.items():
-            _, channels, sharing, spec, hidden, layers = kind
+            _, channels, sharing, hidden, layers, vocabulary = kind
             count, heads = 2 * layers, hidden // channels
             held = float(sum(module.nbytes() for module in _linears(model).values()))
-            given = model, spec, products
+            given = model, self._spec, products
             for batch, context in WORK:
                 scores = layers * batch * heads * (context + STEPS / 2)
                 read = 2 * scores * channels / sharing * self._dtype.itemsize
                 far = products.farness(held + read)
-                features = [1.0, batch, count, count * batch * hidden, scores, scores * channels]
-                features += [read, far * read, far * layers * batch * heads / sharing]
+                logits = batch * vocabulary
+                features = [1.0, batch, logits, count, count * batch * hidden]
+                features += [scores, scores * channels, read]
                 known = _products_of(*given, batch, batch, held + read, decoding=True)
+                known += far * (far_byte * read + far_head * layers * batch * heads / sharing)
                 decode.append((features, self._seconds("step", kind, batch, context), known))
                 rows, scores = batch * context, layers * batch * heads * context**2
-                features = [1.0, batch, count, count * rows * hidden, scores, scores * channels]
+                features = [1.0, batch, logits, count, count * rows * hidden]
+                features += [scores, scores * channels, 0.0]
                 known = _products_of(*given, rows, batch, held, decoding=False)
                 prefill.append((features, self._seconds("prompt", kind, batch, context), known))
-        # A cache that is far is not read more slowly than 16-bit weights are; the models here are
-        # too small to tell much of it.
-        *_, weight = products.linears["decode"][key(QuantSpec())]["1"]
-        return {"decode": _fit(decode, {FAR_BYTE: weight / 2}), "prefill": _fit(prefill)}
+        return {"decode": _fit(decode), "prefill": _fit(prefill)}
 
 
 def _linears(model: Decoder) -> dict[str, Linear]:
@@ -246,18 +264,23 @@ def _products(spec: QuantSpec) -> Iterator[tuple[QuantSpec, str, int, Size, int]
 
 
 class Matrices:
-    """Matrices of random weights; those of a small working set are among a larger one's."""
+    """Matrices of random weights; those of a small working set are among a larger one's.
+
+    Attributes:
+        caches: of keys and values.
+    """
 
     def __init__(self, dtype: torch.dtype, device: str) -> None:
         self._dtype, self._device = dtype, device
         self._fresh: dict[tuple[QuantSpec, Size], Linear] = {}
         self._laid_out: defaultdict[tuple[QuantSpec, Size], list[Linear]] = defaultdict(list)
+        self.caches = FarCaches(WORKING_SETS[1], WORKING_SETS[-1], dtype, device)
 
     def __call__(self, spec: QuantSpec, size: Size, nbytes: int) -> Sequence[Linear]:
         """As many as have the bytes together."""
         name = spec, size
         if name not in self._fresh:
-            self._fresh[name] = _linear(spec, size, self._dtype, self._device)
+            self._fresh[name] = random_linear(spec, size, self._dtype, self._device)
         linears = self._laid_out[name]
         while not linears or len(linears) * linears[0].nbytes() < nbytes:
             # Each is laid out by itself, as those of a model are: a copy of one that is would bring
@@ -265,12 +288,6 @@ class Matrices:
             linears.append(copy.deepcopy(self._fresh[name]))
             linears[-1].process_weights_after_loading()
         return linears[: -(-nbytes // linears[0].nbytes())]
-
-
-def _linear(spec: QuantSpec, size: Size, dtype: torch.dtype, device: str) -> Linear:
-    inputs, outputs = size
-    weight = torch.randn(outputs, inputs, device=device, dtype=dtype) * inputs**-0.5
-    return linear_class(spec).from_float(weight, None, spec, input_range=4.0)
 
 
 def _product(
@@ -313,7 +330,7 @@ def median_seconds(run: Callable[[], object], device: str) -> float:
 
 
 def _fit(
-    rows: Sequence[tuple[list[float], float, float]], most: Mapping[int, float] | None = None
+    rows: Sequence[tuple[list[float], float, float]],
 ) -> tuple[float, ...]:
     """Coefficients, 0 or more, with which features and what is known add up to the seconds.
 
@@ -322,12 +339,10 @@ def _fit(
     some cache of keys and values) do not make all others seem to take longer, too.
 
     Args:
-        rows: features, the seconds of a pass, and those of its products.
-        most: bounds of coefficients, by their place.
+        rows: features, the seconds of a pass, and those that are known, as of its products.
     """
     from scipy.optimize import linprog
 
-    most = most or {}
     features = np.array([row for row, _, _ in rows])
     seconds, known = np.array([[whole, part] for _, whole, part in rows]).T
     weighed = features / seconds[:, None]
@@ -339,61 +354,5 @@ def _fit(
         np.r_[np.zeros(len(scale)), np.ones(len(rows))],
         A_ub=np.block([[matrix, -missed], [-matrix, -missed]]),
         b_ub=np.r_[target, -target],
-        bounds=[(0, most.get(i, math.inf) * each) for i, each in enumerate(scale)]
-        + [(0, math.inf)] * len(rows),
     )
     return tuple(map(float, found.x[: len(scale)] / scale))
-
-
-def random_decoder(
-    family: str,
-    channels: int,
-    sharing: int,
-    hidden: int,
-    layers: int,
-    spec: QuantSpec,
-    dtype: torch.dtype,
-    device: str,
-    vocab_size: int | None = None,
-    parallel: ParallelContext | None = None,
-) -> Decoder:
-    """A model with random weights.
-
-    Args:
-        family, channels, sharing: one of FAMILIES.
-        spec: of the linears in layers.
-        vocab_size: None: a multiple of the hidden size.
-        parallel: of which this process has a stage; None: it has all of it.
-    """
-    heads = hidden // channels
-    raw = {
-        "model_type": family,
-        "vocab_size": vocab_size or 4 * hidden,
-        "hidden_size": hidden,
-        "intermediate_size": 3 * hidden,  # of Llama's three matrices
-        "ffn_dim": 4 * hidden,  # of OPT's two
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads // sharing,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": False,
-    }
-    halves = range(2 * layers) if parallel is None else parallel.halves([1] * layers)
-    config = read_config(RawConfig(raw, "the probe"))
-    # As of a model that is loaded: layers of other stages are not run.
-    device_map = {range(halves.start // 2, halves.stop // 2): torch.device(device)}
-    model = Decoder(config, {}, dtype, parallel=parallel, halves=halves, device_map=device_map)
-    for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            fresh: Tensor = torch.randn(buffer.shape, dtype=buffer.dtype, device=device)
-            setattr(module, name, fresh * hidden**-0.5)
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
-    for name, linear in linears.items():
-        if name != LM_HEAD:
-            size = linear.in_features, linear.out_features
-            quantized = _linear(spec, size, dtype, device)
-            quantized.process_weights_after_loading()
-            model.set_submodule(name, quantized)
-    for layer in model.layers:
-        layer.fuse_norms()
-    return model

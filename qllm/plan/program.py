@@ -258,6 +258,8 @@ def build(
             for h, (prompt, step) in enumerate(beside):
                 fixed_prefill[d, h] = speed.half(prompt, decode=False, model=held)
                 fixed_decode[d, h] = speed.half(step, decode=True, model=held)
+            for table, decoding in ((fixed_prefill, False), (fixed_decode, True)):
+                table[d, -1] += speed.logits(rows_each * config.vocab_size, decode=decoding)
             if (shares[:, d] > 0).any():
                 contention[d] = device.contention * speed.farness(held)
             if shape.head is not None:

@@ -73,7 +73,7 @@ def test_measured_speeds_are_what_was_measured(tmp_path):
         {"decode": {"4:g128:asym": table, "16": table}, "prefill": {"4:g128:asym": table}},
         {"decode": (1e-6, 1e-9, 1e-11, 2e-12), "prefill": (2e-6, 0.0, 0.0, 3e-10)},
         (1e-11, 2e-11, 1e-7),
-        {"decode": (5e-6, 2e-6), "prefill": (1e-3, 0.0)},
+        {"decode": (5e-6, 2e-6, 1e-9), "prefill": (1e-3, 0.0, 0.0)},
         (5e5, 1e6, 4e6, 8e6),
     )
     beside = {"stage_passes": {"decode": 2e-5}, "crowding": {"prefill": 1e-4}, "processors": 2}
@@ -86,6 +86,7 @@ def test_measured_speeds_are_what_was_measured(tmp_path):
     assert found.stage_passes == nothing | {"decode": 2e-5}
     assert found.crowding == nothing | {"prefill": 1e-4} and found.contention == 0.25
     assert [again.step(4, decode=decode) for decode in (True, False)] == [5e-6 + 4 * 2e-6, 1e-3]
+    assert again.logits(4 * 1000, decode=True) == pytest.approx(4e-6)
     four, size = QuantSpec(4, kind="weight_only"), (500, 2000)
     near, between, far = (
         again.linear(four, size, 0, 1, decode=True, model=m) for m in (1e5, 2e6, 1e7)

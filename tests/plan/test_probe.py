@@ -12,9 +12,10 @@ from qllm.config import QuantSpec
 from qllm.ops.cpu import library, linear
 from qllm.parallel.group import Group
 from qllm.parallel.pipeline import ParallelContext
-from qllm.plan import probe
+from qllm.plan import far_cache, probe
 from qllm.plan.devices import PHASES, Cluster, HalfWork
 from qllm.plan.program import sees_last_token
+from qllm.plan.random_model import random_decoder
 
 FOUR = QuantSpec(4, group_size=64, kind="weight_only")
 
@@ -28,9 +29,10 @@ def small(monkeypatch):
     monkeypatch.setattr(probe, "LARGE", (256, 256))
     monkeypatch.setattr(probe, "SECONDS", 0.001)
     monkeypatch.setattr(probe, "FAMILIES", (("llama", 16, 2), ("opt", 8, 1)))
-    monkeypatch.setattr(probe, "MODELS", ((64, 1), (64, 2), (128, 1)))
+    monkeypatch.setattr(probe, "MODELS", ((64, 1, 64), (64, 1, 512), (64, 2, 64), (128, 1, 64)))
     monkeypatch.setattr(probe, "WORK", ((1, 8), (2, 8), (1, 64)))
     monkeypatch.setattr(probe, "STEPS", 4)
+    monkeypatch.setattr(far_cache, "TOKENS", (8, 64))
 
 
 @pytest.mark.usefixtures("small")
@@ -94,6 +96,6 @@ def test_what_sees_the_last_token_alone():
 def test_a_stage_of_a_random_model_runs_its_own_layers_alone(rank, layers):
     """What it took for those of others was counted as what stages take besides their layers."""
     parallel = ParallelContext(pp=Group((0, 1, 2), rank))
-    model = probe.random_decoder("opt", 8, 1, 32, 4, FOUR, torch.float32, "cpu", parallel=parallel)
+    model = random_decoder("opt", 8, 1, 32, 4, FOUR, torch.float32, "cpu", parallel=parallel)
     assert list(model.device_map) == [layers]
     assert [layer.has_attention for layer in model.layers] == [i in layers for i in range(4)]

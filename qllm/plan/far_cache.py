@@ -1,0 +1,69 @@
+"""What attention of a decode step takes on top where no cache of the processor keeps its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from qllm import ops
+from qllm.models.cache import KINDS
+from qllm.ops import phase
+from qllm.ops.capture import capture
+from qllm.ops.kv import KV, Batch
+
+SEQUENCES, HEADS, CHANNELS = 4, 8, 64
+TOKENS = (128, 1024)  # of two shapes, which tell what a head takes from what its bytes do
+
+Call = tuple[Callable[[], object], int]
+
+
+class FarCaches:
+    """Caches of keys and values, of each of TOKENS.
+
+    Args:
+        near, far: bytes of those that are kept by some cache of the processor, and of all.
+    """
+
+    def __init__(self, near: int, far: int, dtype: torch.dtype, device: str) -> None:
+        self._dtype, self._device, self._near = dtype, device, near
+        self._caches = {
+            tokens: [self._cache(tokens) for _ in range(-(-far // self._bytes(tokens)))]
+            for tokens in TOKENS
+        }
+
+    def _bytes(self, tokens: int) -> int:
+        return SEQUENCES * HEADS * 2 * tokens * CHANNELS * self._dtype.itemsize
+
+    def _cache(self, tokens: int) -> KV:
+        shape = SEQUENCES, HEADS, tokens + 1, CHANNELS
+        kv = KINDS[16].empty(16, *shape, self._dtype, self._device)
+        assert isinstance(kv, KV)
+        for part in kv:
+            part.fill_(0.01)
+        return kv
+
+    def calls(self) -> Iterator[tuple[tuple[int, bool], Call]]:
+        """Attention of caches in turn, and their number; by tokens, and whether they are far."""
+        attend = ops.on(self._device).decode_attention
+        shape = SEQUENCES, 3 * HEADS * CHANNELS
+        qkv = torch.ones(shape, dtype=self._dtype, device=self._device)
+        for tokens, caches in self._caches.items():
+            batch = Batch.of([1] * SEQUENCES, self._device, pasts=[tokens] * SEQUENCES)
+            for far in (False, True):
+                some = caches if far else caches[: max(1, self._near // self._bytes(tokens))]
+
+                def run(some: list[KV] = some, batch: Batch = batch) -> None:
+                    for kv in some:
+                        attend(qkv, kv, batch, None, None)
+
+                with torch.inference_mode(), phase.decode():
+                    step = capture(run, torch.device(self._device), alone=True)
+                yield (tokens, far), (step.replay, len(some))
+
+    def seconds(self, measured: Mapping[tuple[int, bool], float]) -> tuple[float, float]:
+        """Of a byte, and of a head of a sequence, on top: from the seconds of calls."""
+        more = [max(0.0, measured[tokens, True] - measured[tokens, False]) for tokens in TOKENS]
+        few, many = map(self._bytes, TOKENS)
+        byte = min(max(0.0, (more[1] - more[0]) / (many - few)), more[1] / many)
+        return byte, max(0.0, more[0] - byte * few) / (SEQUENCES * HEADS)
