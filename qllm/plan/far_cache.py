@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from qllm import ops
-from qllm.models.cache import KINDS
 from qllm.ops import phase
 from qllm.ops.capture import capture
-from qllm.ops.kv import KV, Batch
+from qllm.ops.kv import KV, Batch, zeros
 
 SEQUENCES, HEADS, CHANNELS = 4, 8, 64
-TOKENS = (128, 1024)  # of two shapes, which tell what a head takes from what its bytes do
+# Of two shapes, which tell what a head takes from what its bytes do; the one divides the other.
+TOKENS = (128, 1024)
 
 Call = tuple[Callable[[], object], int]
 
 
 class FarCaches:
-    """Caches of keys and values, of each of TOKENS.
+    """Caches of keys and values, of each of TOKENS, in the same memory.
 
     Args:
         near, far: bytes of those that are kept by some cache of the processor, and of all.
@@ -27,21 +27,16 @@ class FarCaches:
 
     def __init__(self, near: int, far: int, dtype: torch.dtype, device: str) -> None:
         self._dtype, self._device, self._near = dtype, device, near
+        longest = self._bytes(max(TOKENS))
+        held = zeros((-(-far // longest) * longest // dtype.itemsize,), dtype, device)
+        held.fill_(0.01)
         self._caches = {
-            tokens: [self._cache(tokens) for _ in range(-(-far // self._bytes(tokens)))]
+            tokens: [KV(*part) for part in held.view(-1, 2, SEQUENCES, HEADS, tokens, CHANNELS)]
             for tokens in TOKENS
         }
 
     def _bytes(self, tokens: int) -> int:
         return SEQUENCES * HEADS * 2 * tokens * CHANNELS * self._dtype.itemsize
-
-    def _cache(self, tokens: int) -> KV:
-        shape = SEQUENCES, HEADS, tokens + 1, CHANNELS
-        kv = KINDS[16].empty(16, *shape, self._dtype, self._device)
-        assert isinstance(kv, KV)
-        for part in kv:
-            part.fill_(0.01)
-        return kv
 
     def calls(self) -> Iterator[tuple[tuple[int, bool], Call]]:
         """Attention of caches in turn, and their number; by tokens, and whether they are far."""
@@ -49,7 +44,7 @@ class FarCaches:
         shape = SEQUENCES, 3 * HEADS * CHANNELS
         qkv = torch.ones(shape, dtype=self._dtype, device=self._device)
         for tokens, caches in self._caches.items():
-            batch = Batch.of([1] * SEQUENCES, self._device, pasts=[tokens] * SEQUENCES)
+            batch = Batch.of([1] * SEQUENCES, self._device, pasts=[tokens - 1] * SEQUENCES)
             for far in (False, True):
                 some = caches if far else caches[: max(1, self._near // self._bytes(tokens))]
 
