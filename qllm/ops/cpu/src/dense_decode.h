@@ -20,8 +20,8 @@ constexpr int DOT_ROWS = DENSE_GEMV_ROWS;
 template <int64_t TYPE, int R>
 constexpr int DOT_CHANNELS = WIDTH == 16 ? (R <= 2 ? (IN_PAIRS<TYPE> ? 4 : 8) : R == 4 ? 4 : 2)
                              : WIDTH == 8 ? 4 / R : 1;
-// Steps at once, of more than two rows and of long channels: activations stay in the first cache
-// meanwhile. Shorter channels would be read more slowly in parts than as wholes.
+// Steps of long channels at once: activations, and what comes next, stay in the first cache
+// meanwhile. Shorter channels are read faster as wholes, and so are four channels of few rows.
 constexpr int64_t DOT_STEPS = 256, WHOLE_BYTES = 2048;
 
 // Asks for blocks of channels, in the order in which they lie.
@@ -144,7 +144,8 @@ void dot_panel(const Dense &a, const DotInput &in, int64_t row, int64_t panel) {
     alignas(64) float sums[LANES * R * LANES] = {};
     const int64_t channel = panel * LANES, channels = smaller(LANES, a.out - channel);
     const int64_t stride = a.in * SIZE<TYPE>;
-    const int64_t block = R > 2 && stride > WHOLE_BYTES ? DOT_STEPS : in.steps;
+    const bool in_parts = stride > WHOLE_BYTES && (R > 2 || C > 4);
+    const int64_t block = in_parts ? DOT_STEPS : in.steps;
     const auto begin = [&](int64_t c, int64_t step) {
         return static_cast<const char *>(a.w) + (channel + c) * stride +
                step * INPUTS<TYPE> * SIZE<TYPE>;
