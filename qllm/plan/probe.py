@@ -32,9 +32,9 @@ from qllm.plan.timing import time_generation, undisturbed
 # several, which tell what a call and a channel take from what a weight does.
 WORKING_SETS = (1 << 20, 4 << 20, 16 << 20, 32 << 20, 64 << 20, 192 << 20)
 SMALL: tuple[Size, ...] = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
-# Of the first, and of those behind the second: not of a multiple of 2048 inputs, of which 16-bit
-# weights are read more slowly than of most others.
-LEAST, LARGE = (1024, 256), (1536, 2048)
+# Of the first, and of those behind the second: of so many inputs, and of most others, 16-bit
+# weights are read about as fast as those of an LM head; of 1536 they are read more slowly.
+LEAST, LARGE = (1024, 256), (2048, 2048)
 ROWS = {"decode": (1, 2, 4, 8, 16), "prefill": (1, 16, 128, 512)}
 FORMAT = 14  # of what is found: what was kept in another is measured again
 ROUNDS = 5  # of all measurements, in turns: a shared machine is slow for seconds at a time
