@@ -1,11 +1,11 @@
 // y = x W^T + b for dense weights in a step of decode: dot products along the inputs.
 //
-// What counts there is how fast the weight comes from memory. A vector takes a few steps
-// (see dense_steps.h) of one channel, as they lie; to turn them, as dense.h does for many rows, takes
-// longer than to read them. Of LANES sums of a channel each has the products of every LANES-th step, in the order of the
-// inputs; at the end halves of them are added to each other until one is left. So a row's result is
-// the same to the bit whatever else is computed beside it, and on every path but for bfloat16 in
-// pairs; that of a prompt's pass may differ in the last digits.
+// What counts there is how fast the weight comes from memory. A vector takes a few steps (see
+// dense_steps.h) of one channel, as they lie; to turn them, as dense.h does for many rows, takes
+// longer than to read them. Of LANES sums of a channel each has the products of every LANES-th step,
+// in the order of the inputs; at the end halves of them are added to each other until one is left. So
+// a row's result is the same to the bit whatever else is computed beside it, and on every path but
+// for bfloat16 in pairs; that of a prompt's pass may differ in the last digits.
 #pragma once
 
 #include "dense_steps.h"
@@ -179,7 +179,8 @@ void dot_rows(const Dense &a, const DotInput &in, int64_t row, int64_t panel) {
 
 template <int64_t TYPE> Status dense_decode_of(const Dense &a) {
     const int64_t steps = (a.in + INPUTS<TYPE> * LANES - 1) / (INPUTS<TYPE> * LANES) * LANES;
-    const int64_t rows = (a.rows + DOT_ROWS - 1) / DOT_ROWS * DOT_ROWS;
+    const int64_t rest = a.rows % DOT_ROWS;  // padded to as many as `dot_rows` takes, and no more
+    const int64_t rows = a.rows - rest + (rest ? dense_tile_rows(rest) : 0);
     auto *x = static_cast<float *>(scratch(size_t(rows * steps * 4)));
     if (!x) return Status::NO_MEMORY;
     for_each(rows, rows * steps > WORTH_THREADS, [&](int64_t row, int64_t) {
