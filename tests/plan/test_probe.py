@@ -62,6 +62,16 @@ def test_what_is_measured_predicts(tmp_path):
     assert again.step(1, decode=True) + again.half(work, decode=True, model=1e6) > 0
 
 
+def test_what_far_caches_take_is_told_from_their_bytes_and_heads():
+    caches = far_cache.FarCaches(1 << 20, 1 << 20, torch.float16, "cpu")
+    heads = far_cache.SEQUENCES * far_cache.HEADS
+    bytes_of = {t: 4 * heads * t * far_cache.CHANNELS for t in far_cache.TOKENS}
+    measured = {(t, False): 1e-5 for t in bytes_of}
+    measured |= {(t, True): 1e-5 + 2e-11 * n + 3e-7 * heads for t, n in bytes_of.items()}
+    assert caches.seconds(measured) == pytest.approx((2e-11, 3e-7))
+    assert caches.seconds(dict.fromkeys(measured, 1e-5)) == (0, 0)
+
+
 def test_one_pass_that_takes_longer_does_not_move_what_the_others_say():
     draw = np.random.default_rng(0)
     coefficients, features = np.array([3.0, 0.0, 0.5]), draw.uniform(1, 2, (12, 3))
