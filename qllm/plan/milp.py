@@ -246,10 +246,10 @@ class MixedIntegerProgram:
             cost[self.x] = p.loss if p.objective == "loss" else p.nbytes
             return
         if p.objective == "throughput":
-            cost[self.slow] = self._unit(0), self._unit(1) * p.steps
-            cost[self.slow] *= p.micro_batches
+            times = p.prompt_batches, p.steps * p.micro_batches
+            cost[self.slow] = [self._unit(place) * n for place, n in enumerate(times)]
             return
-        cost[self.slow[0]] = self._unit(0) * (p.micro_batches - 1)
+        cost[self.slow[0]] = self._unit(0) * (p.prompt_batches - 1)
         self._add_cost(self._all_seconds(0), 1)
         if p.micro_batches > 1:
             cost[self.step] = self._unit(1) * p.steps

@@ -54,7 +54,9 @@ class Problem:
             that a device has threads for; 0 for devices elsewhere.
         processors: int (G,), of those machines.
         micro_batches: parts of the batch, which go through the stages one behind the other: while
-            there are several, all stages work at the same time.
+            there are several, all stages work at the same time. The first is the largest; `prefill`
+            is of it, and `decode` of a mean one.
+        prompt_batches: how many times its prompts are those of the whole batch.
         steps: tokens that are generated.
         objective: one of OBJECTIVES.
         allowed: bool (M, C), which candidates each linear may have; None: all.
@@ -85,6 +87,7 @@ class Problem:
     hop_prefill: float = 0.0
     hop_decode: float = 0.0
     micro_batches: int = 1
+    prompt_batches: float = 1.0
     steps: int = 1
     objective: str = "loss"
     allowed: NDArray[np.bool_] | None = None
@@ -141,7 +144,7 @@ class Problem:
         slow_step = max([*(busy_step + waits)[used], *(self.shares @ (busy_step + contended))])
         # The stages fill up once for a prompt. A step of one micro-batch begins when its last one
         # has ended, whatever the others are at.
-        prefill = first.sum() + hops * self.hop_prefill + (self.micro_batches - 1) * slow_first
+        prefill = first.sum() + hops * self.hop_prefill + (self.prompt_batches - 1) * slow_first
         decode = step.sum() + hops * self.hop_decode
         if self.micro_batches > 1:  # else one stage works at a time
             decode = max(decode, self.micro_batches * slow_step)
@@ -153,7 +156,9 @@ class Problem:
             held=held + np.isin(np.arange(len(held)), used) * self.buffers,
             prefill=float(prefill),
             decode=float(decode),
-            slowest=float(self.micro_batches * (slow_first + self.steps * slow_step)),
+            slowest=float(
+                self.prompt_batches * slow_first + self.steps * self.micro_batches * slow_step
+            ),
         )
 
     def beside_halves(self, used: Whole) -> Array:

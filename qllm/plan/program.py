@@ -219,7 +219,8 @@ def build(
     config, rows = shape.config, work.batch
     decides_on_tied = EMBEDDING in shape.modules and config.tied_head
     micro = min(rows, count)
-    rows_each = rows / micro  # of which some have one more than others
+    rows_each = rows / micro  # of which the first have one more than others
+    first_rows = math.ceil(rows_each)
     size = loss.shape
     prefill, decode = np.zeros((2, count, *size))
     fixed_prefill, fixed_decode = np.zeros((2, count, halves))
@@ -230,19 +231,21 @@ def build(
     contention = np.zeros(count)
     shares, processors = shared_processors(devices)
     if cluster is not None:
-        passes, stage_passes, crowding = _besides_layers(devices, rows_each)
+        passes, stage_passes, crowding = _besides_layers(devices, first_rows, rows_each)
         # Of what a step reads: the caches of a machine are shared by the stages that are there.
         cache = shape.cache(work)
         machines = len({(each.threads and each.host) or d for d, each in enumerate(devices)})
         held = float(np.median(shape.nbytes, axis=1).sum() + cache.sum()) / machines
         if shape.head is not None:
             held += shape.head[1] / machines
-        tokens = rows_each * work.prompt
+        tokens = first_rows * work.prompt
         values = config.hidden_size * tokens
         hop_prefill = cluster.hop(values * shape.dtype.itemsize)
         hop_decode = cluster.hop(config.hidden_size * rows_each * shape.dtype.itemsize)
         hop_decode += cluster.hop(8 * rows_each)  # the last stage tells every other one its tokens
-        beside = [_beside_products(config, work, rows_each, each / rows) for each in cache]
+        beside = [
+            _beside_products(config, work, (first_rows, rows_each), each / rows) for each in cache
+        ]
         for d, device in enumerate(devices):
             speed = device.speed
             for m in range(size[0]):
@@ -252,21 +255,22 @@ def build(
                     inputs, outputs = map(int, shape.sizes[m])
                     args = (spec, (inputs, outputs), int(shape.nbytes[m, c]))
                     last = sees_last_token(shape.modules[m], config.num_layers)
-                    n = rows_each if last else tokens
+                    n = first_rows if last else tokens
                     prefill[d, m, c] = speed.linear(*args, n, decode=False, model=held)
                     decode[d, m, c] = speed.linear(*args, rows_each, decode=True, model=held)
             for h, (prompt, step) in enumerate(beside):
                 fixed_prefill[d, h] = speed.half(prompt, decode=False, model=held)
                 fixed_decode[d, h] = speed.half(step, decode=True, model=held)
-            for table, decoding in ((fixed_prefill, False), (fixed_decode, True)):
-                table[d, -1] += speed.logits(rows_each * config.vocab_size, decode=decoding)
+            ends = ((fixed_prefill, first_rows, False), (fixed_decode, rows_each, True))
+            for table, at_once, decoding in ends:
+                table[d, -1] += speed.logits(at_once * config.vocab_size, decode=decoding)
             if (shares[:, d] > 0).any():
                 contention[d] = device.contention * speed.farness(held)
             if shape.head is not None:
                 head, nbytes = shape.head
-                for table, decoding in ((fixed_prefill, False), (fixed_decode, True)):
+                for table, at_once, decoding in ends:
                     table[d, -1] += speed.linear(
-                        QuantSpec(), head, nbytes, rows_each, decode=decoding, model=held
+                        QuantSpec(), head, nbytes, at_once, decode=decoding, model=held
                     )
     return Problem(
         half_of=shape.half_of,
@@ -290,6 +294,7 @@ def build(
         hop_prefill=hop_prefill,
         hop_decode=hop_decode,
         micro_batches=micro,
+        prompt_batches=rows / first_rows,
         steps=work.new,
         objective=objective,
         allowed=allowed,
@@ -300,44 +305,53 @@ def build(
     )
 
 
-def _besides_layers(devices: Sequence[Device], rows: float) -> tuple[Array, Array, Array]:
-    """`Problem.passes`, `stage_passes` and `crowding`, of so many sequences at once."""
+def _besides_layers(
+    devices: Sequence[Device], prompts: int, rows: float
+) -> tuple[Array, Array, Array]:
+    """`Problem.passes`, `stage_passes` and `crowding`.
+
+    Args:
+        prompts: that go through the stages at once.
+        rows: that do in a step.
+    """
     alone, stages, crowding = [], [], []
     for device in devices:
         speed = device.speed
-        alone.append([speed.step(rows, decode=decode) for decode in (False, True)])
-        of_one, of_all = np.array(
-            [[speed.step(n, decode="decode" in name) for name in STAGE_PASSES] for n in (1, rows)]
+        of_one, of_all = (
+            np.array([speed.step(first, decode=False), speed.step(second, decode=True)])
+            for first, second in ((1, 1), (prompts, rows))
         )
+        alone.append(of_all)
+        in_stages = of_all.repeat(2)  # in the order of STAGE_PASSES
         if device.stage_passes is not None:
-            of_all += [device.stage_passes[name] for name in STAGE_PASSES] - of_one
-        stages.append(of_all)
+            in_stages += [device.stage_passes[name] for name in STAGE_PASSES] - of_one.repeat(2)
+        stages.append(in_stages)
         crowding.append([device.crowding[name] for name in STAGE_PASSES])
     shape = 2, 2, len(devices)
-    in_stages, in_crowds = (np.array(each).T.reshape(shape) for each in (stages, crowding))
-    return np.array(alone).T, in_stages, in_crowds
+    of_stages, in_crowds = (np.array(each).T.reshape(shape) for each in (stages, crowding))
+    return np.array(alone).T, of_stages, in_crowds
 
 
 def _beside_products(
-    config: ModelConfig, work: Workload, rows: float, cache: float
+    config: ModelConfig, work: Workload, rows: tuple[float, float], cache: float
 ) -> tuple[HalfWork, HalfWork]:
     """What half a layer has to do beside its linears, of prompts and in a step.
 
     Args:
-        rows: sequences that go through it at once, or their mean.
+        rows: sequences that go through it at once, of prompts and in a step, or their mean.
         cache: bytes that it has of each sequence; 0: it is an MLP's.
     """
-    values = config.hidden_size * rows
+    of_prompts, in_step = (config.hidden_size * n for n in rows)
     if not cache:
-        return HalfWork(values * work.prompt), HalfWork(values)
+        return HalfWork(of_prompts * work.prompt), HalfWork(in_step)
     # Keys and values grow from the prompt's length on: the mean of all steps.
     mean = work.prompt + work.new / 2
-    scores = config.num_heads * rows * np.array([work.prompt**2, mean])
-    (of_prompts, in_step), (first, second) = scores, scores * config.head_dim
-    read = cache * rows * mean / (work.prompt + work.new)
-    heads = config.num_kv_heads * rows
-    prompt = HalfWork(values * work.prompt, of_prompts, first)
-    return prompt, HalfWork(values, in_step, second, read, heads)
+    scores = config.num_heads * np.array(rows) * [work.prompt**2, mean]
+    (first, second), (third, fourth) = scores, scores * config.head_dim
+    read = cache * rows[1] * mean / (work.prompt + work.new)
+    heads = config.num_kv_heads * rows[1]
+    prompt = HalfWork(of_prompts * work.prompt, first, third)
+    return prompt, HalfWork(in_step, second, fourth, read, heads)
 
 
 def shared_processors(devices: Sequence[Device]) -> tuple[Array, Whole]:

@@ -96,7 +96,7 @@ def test_sequences_that_stages_cannot_share_evenly_are_computed_once():
         work = Workload(prompt=128, new=8, batch=batch)
         found = replace(base, work=work, cluster=Cluster(devices[:count]))
         problem = found.problem(Limits(), devices[:count])
-        seconds.append(problem.micro_batches * problem.prefill[0].sum())
+        seconds.append(problem.prompt_batches * problem.prefill[0].sum())
     assert seconds[0] == pytest.approx(seconds[1])
 
 

@@ -47,7 +47,13 @@ def problem(seed: int, devices: int, layers: int, candidates: int = 2, **changes
         shares=np.zeros((0, devices)),
         processors=np.zeros(0, dtype=np.int64),
         steps=3,
-        **{"hop_prefill": 2.0, "hop_decode": 0.5, "micro_batches": devices, **changes},
+        **{
+            "hop_prefill": 2.0,
+            "hop_decode": 0.5,
+            "micro_batches": devices,
+            "prompt_batches": changes.get("micro_batches", devices),
+            **changes,
+        },
     )
 
 
@@ -87,7 +93,7 @@ def test_it_is_the_best_of_all_choices(objective, devices, layers, seed):
 
 
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
-@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize(("micro_batches", "prompt_batches"), [(1, 1.0), (3, 2.0)])
 @pytest.mark.parametrize(
     ("shares", "processors"),
     [
@@ -97,8 +103,11 @@ def test_it_is_the_best_of_all_choices(objective, devices, layers, seed):
     ],
 )
 @pytest.mark.parametrize("memory", [0.4, 0.6])  # three devices hold it all, and two
-def test_machines_that_devices_share(objective, micro_batches, shares, processors, memory):
-    p = problem(2, 3, 2, objective=objective, micro_batches=micro_batches)
+def test_machines_that_devices_share(
+    objective, micro_batches, prompt_batches, shares, processors, memory
+):
+    batches = {"micro_batches": micro_batches, "prompt_batches": prompt_batches}
+    p = problem(2, 3, 2, objective=objective, **batches)
     limit = p.loss[:, 0].sum() * 0.5
     total = p.nbytes[:, 1].sum() + p.fixed_bytes.sum()
     p = replace(
@@ -174,7 +183,8 @@ def test_stages_of_one_machine_do_not_add_up():
     assert on_four.slowest == 2 * (3.5 + 3 * 5.0)
     assert (on_two.prefill, on_two.decode) == (4 + 4.5, 2 * 7.0)
     assert on_two.slowest == 2 * (4.5 + 3 * 7.0)
-    crowded = replace(p, shares=np.full((1, 2), 0.5), processors=np.array([1]), micro_batches=1)
+    one = {"micro_batches": 1, "prompt_batches": 1.0}
+    crowded = replace(p, shares=np.full((1, 2), 0.5), processors=np.array([1]), **one)
     assert crowded.evaluate(choice, device).decode == 4.75
     stage_passes[:, 1] = crowding[:, 1] = 9.0
     one_at_a_time = replace(crowded, stage_passes=stage_passes, crowding=crowding)
