@@ -136,7 +136,7 @@ def main() -> None:
     if args.probe:
         write_probe(args, device)
         return
-    from qllm.plan.devices import parse_bytes
+    from qllm.plan.cluster_file import parse_bytes
 
     size = None if args.size is None else parse_bytes(args.size, "--size")
     candidates, fixed = planning.read_candidates(args), planning.read_fixed(args)

@@ -124,11 +124,12 @@ def memory_option(args: argparse.Namespace) -> str:
 
 def read_devices(args: argparse.Namespace) -> Cluster | None:
     """The devices of --cluster, or one with --memory, whose speed is not known yet."""
-    from qllm.plan.devices import Cluster, parse_bytes
+    from qllm.plan.cluster_file import parse_bytes, read_cluster
+    from qllm.plan.devices import Cluster
     from qllm.plan.planner import ANYWHERE
 
     if args.cluster:
-        return Cluster.from_file(Path(args.cluster))
+        return read_cluster(Path(args.cluster))
     if not args.memory:
         return None
     return Cluster((replace(ANYWHERE, memory=parse_bytes(args.memory, "--memory")),))

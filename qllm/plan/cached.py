@@ -18,7 +18,8 @@ from qllm.errors import UserError
 from qllm.evaluate import provenance
 from qllm.memory import available_bytes
 from qllm.plan.candidates import key
-from qllm.plan.devices import Cluster, Device
+from qllm.plan.cluster_file import read_cluster
+from qllm.plan.devices import Device
 from qllm.plan.measure import Job, measure
 from qllm.plan.network import measure_stages
 from qllm.plan.probe import FORMAT, probe
@@ -65,7 +66,7 @@ def describe_machine(
     device: str,
     progress: Callable[[list], Iterable],
 ) -> dict[str, object]:
-    """This machine, measured, as the only device of a cluster, for `Cluster.from_file`.
+    """This machine, measured, as the only device of a cluster, for `read_cluster`.
 
     The network is what joins two of this machine's processes; stages share its CPU.
 
@@ -105,7 +106,7 @@ def this_machine(
         path.parent.mkdir(parents=True, exist_ok=True)
         note(f"measuring this machine, once; it is kept in {path}")
         write_json(path, describe_machine(specs, dtype, device, progress))
-    return Cluster.from_file(path).devices[0]
+    return read_cluster(path).devices[0]
 
 
 def _digest(about: object) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from qllm.config import EMBEDDING, LM_HEAD, QuantSpec
 from qllm.errors import UserError
 from qllm.layers import linear_class
-from qllm.plan.devices import UNITS
+from qllm.plan.cluster_file import UNITS
 from qllm.plan.milp import TOLERANCE
 from qllm.plan.program import Shape, Workload
 from qllm.plan.sensitivity import Array

@@ -12,7 +12,7 @@ from qllm.checkpoint.weights import Weights
 from qllm.config import QuantSpec
 from qllm.errors import UserError
 from qllm.plan.candidates import parse_candidates
-from qllm.plan.devices import parse_bytes
+from qllm.plan.cluster_file import parse_bytes
 from qllm.plan.measure import decided_modules
 from qllm.plan.planner import allowed, rounded_up
 from qllm.plan.possible import CLUSTER, MEMORY, SIZE, Asked

@@ -13,7 +13,8 @@ from qllm.ops.cpu import library, linear
 from qllm.parallel.group import Group
 from qllm.parallel.pipeline import ParallelContext
 from qllm.plan import far_cache, probe
-from qllm.plan.devices import PHASES, Cluster, HalfWork
+from qllm.plan.cluster_file import read_cluster
+from qllm.plan.devices import PHASES, HalfWork
 from qllm.plan.program import sees_last_token
 from qllm.plan.random_model import random_decoder
 
@@ -47,7 +48,7 @@ def test_what_is_measured_predicts(tmp_path):
     path = tmp_path / "here.json"
     device = {"name": "here", "memory": "1GB", "measured": speed.to_json()}
     path.write_text(json.dumps({"devices": [device]}))
-    again = Cluster.from_file(path).devices[0].speed
+    again = read_cluster(path).devices[0].speed
     assert again == speed
     for spec in (FOUR, QuantSpec()):
         for decode in (True, False):
