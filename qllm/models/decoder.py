@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -206,7 +207,9 @@ class Decoder(nn.Module):
                 kept.append(x[torch.tensor(ends, dtype=torch.int64, device=x.device)])
             else:
                 kept.append(x)
-        logits = self._logits(_joined(kept)) if kept else None
+        # The head of last tokens has a step's few rows, and is run as a step's.
+        with phase.decode() if last else nullcontext():
+            logits = self._logits(_joined(kept)) if kept else None
         return self._shared(logits, len(prompts) if last else sum(map(len, prompts)), share)
 
     @torch.inference_mode()

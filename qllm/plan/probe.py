@@ -36,7 +36,7 @@ SMALL: tuple[Size, ...] = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
 # weights are read about as fast as those of an LM head; of 1536 they are read more slowly.
 LEAST, LARGE = (1024, 256), (2048, 2048)
 ROWS = {"decode": (1, 2, 4, 8, 16), "prefill": (1, 16, 128, 512)}
-FORMAT = 14  # of what is found: what was kept in another is measured again
+FORMAT = 15  # of what is found: what was kept in another is measured again
 ROUNDS = 5  # of all measurements, in turns: a shared machine is slow for seconds at a time
 SECONDS = 0.02  # that one measurement takes in a round at least
 # Of the models with which is measured what is beside the products: family, channels of a head and
@@ -243,8 +243,8 @@ def _products_of(
     for name, module in _linears(model).items():
         size = module.in_features, module.out_features
         n = last_rows if sees_last_token(name, model.config.num_layers) else rows
-        own = QuantSpec() if name == LM_HEAD else spec
-        seconds += products.linear(own, size, 0, n, decode=decoding, model=held)
+        own, as_step = (QuantSpec(), True) if name == LM_HEAD else (spec, decoding)
+        seconds += products.linear(own, size, 0, n, decode=as_step, model=held)
     return seconds
 
 

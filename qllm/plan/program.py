@@ -186,14 +186,20 @@ def _half(name: str) -> int:
     return 2 * int(index) + inner.startswith("mlp")
 
 
+def is_head(name: str) -> bool:
+    """Whether a linear is the LM head, or an embedding that is it.
+
+    A prompt asks it for its last token alone, and it is run as in a step.
+    """
+    return name in (LM_HEAD, EMBEDDING)
+
+
 def sees_last_token(name: str, layers: int) -> bool:
     """Whether a linear is asked for each prompt's last token alone.
 
-    Those are the LM head, an embedding that is it, and in the last of some layers what is behind
-    the keys and values.
+    Those are the head, and in the last of some layers what is behind the keys and values.
     """
-    last = name.startswith(f"layers.{layers - 1}.") and not name.endswith(".qkv")
-    return last or name in (LM_HEAD, EMBEDDING)
+    return is_head(name) or (name.startswith(f"layers.{layers - 1}.") and not name.endswith(".qkv"))
 
 
 def build(
@@ -256,7 +262,8 @@ def build(
                     args = (spec, (inputs, outputs), int(shape.nbytes[m, c]))
                     last = sees_last_token(shape.modules[m], config.num_layers)
                     n = first_rows if last else tokens
-                    prefill[d, m, c] = speed.linear(*args, n, decode=False, model=held)
+                    as_step = is_head(shape.modules[m])
+                    prefill[d, m, c] = speed.linear(*args, n, decode=as_step, model=held)
                     decode[d, m, c] = speed.linear(*args, rows_each, decode=True, model=held)
             for h, (prompt, step) in enumerate(beside):
                 fixed_prefill[d, h] = speed.half(prompt, decode=False, model=held)
@@ -268,9 +275,9 @@ def build(
                 contention[d] = device.contention * speed.farness(held)
             if shape.head is not None:
                 head, nbytes = shape.head
-                for table, at_once, decoding in ends:
+                for table, at_once, _ in ends:
                     table[d, -1] += speed.linear(
-                        QuantSpec(), head, nbytes, at_once, decode=decoding, model=held
+                        QuantSpec(), head, nbytes, at_once, decode=True, model=held
                     )
     return Problem(
         half_of=shape.half_of,

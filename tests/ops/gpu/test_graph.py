@@ -143,6 +143,8 @@ def test_a_step_is_decode_and_a_prompt_is_not(monkeypatch):
         )
     cache = model.new_cache(2, 9)
     tokens = model.prefill([[5, 6], [7]], cache).argmax(-1)
-    assert seen == [False, False]
+    assert seen == [False, True]  # the head of last tokens is run as a step's
+    model.prefill([[5]], last=False)
+    assert seen[2:] == [False, False]
     model.decode(tokens, cache)
-    assert seen == [False, False, True, True] and not phase.decoding()
+    assert seen[4:] == [True, True] and not phase.decoding()
