@@ -271,14 +271,11 @@ def build(
             ends = ((fixed_prefill, first_rows, False), (fixed_decode, rows_each, True))
             for table, at_once, decoding in ends:
                 table[d, -1] += speed.logits(at_once * config.vocab_size, decode=decoding)
+                if shape.head is not None:
+                    head = QuantSpec(), *shape.head
+                    table[d, -1] += speed.linear(*head, at_once, decode=True, model=held)
             if (shares[:, d] > 0).any():
                 contention[d] = device.contention * speed.farness(held)
-            if shape.head is not None:
-                head, nbytes = shape.head
-                for table, at_once, _ in ends:
-                    table[d, -1] += speed.linear(
-                        QuantSpec(), head, nbytes, at_once, decode=True, model=held
-                    )
     return Problem(
         half_of=shape.half_of,
         loss=loss,

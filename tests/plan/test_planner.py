@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import replace
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -101,21 +100,18 @@ def test_sequences_that_stages_cannot_share_evenly_are_computed_once():
     assert seconds[0] == pytest.approx(seconds[1])
 
 
-class Recording(DescribedSpeed):
-    """Which products are asked for."""
-
-    seen: ClassVar[set] = set()
-
-    def linear(self, spec, size, nbytes, rows, *, decode, model):
-        self.seen.add((size, rows, decode))
-        return super().linear(spec, size, nbytes, rows, decode=decode, model=model)
-
-
 def test_the_head_behind_prompts_is_a_step_s():
+    seen = set()
+
+    class Recording(DescribedSpeed):
+        def linear(self, spec, size, nbytes, rows, *, decode, model):
+            seen.add((size, rows, decode))
+            return super().linear(spec, size, nbytes, rows, decode=decode, model=model)
+
     device = replace(SLOW, speed=Recording(1e10, 1e11, 1e11))
     found = replace(planner("opt", "4,8"), cluster=Cluster((device,)))
     replace(found, work=Workload(prompt=16, new=8, batch=2)).problem(Limits(), (device,))
-    asked = {(size == found.shape.head[0], rows, decode) for size, rows, decode in Recording.seen}
+    asked = {(size == found.shape.head[0], rows, decode) for size, rows, decode in seen}
     # Of the last layer, too, a prompt's last token is all that some linears see.
     assert asked == {(True, 2, True), (False, 2, True), (False, 2, False), (False, 32, False)}
 
