@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qllm.cgroups import usable_cpus
+from qllm.ops.cpu import library
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -152,7 +153,9 @@ class Links:
     Attributes:
         sent: bytes sent so far.
         calls: exchanges so far.
-        before_waiting: called before this rank waits for a message that has not come.
+        crowded: whether ranks of this host have more threads than it has processors: while this
+            one waits for a message, its threads then sleep.
+        turns: whether no other rank of this host works while this one does.
         seconds: spent in them.
         waiting_for: a rank whose message has not come, -1 for any; None while there is no such.
     """
@@ -169,7 +172,7 @@ class Links:
             spin: `spin_seconds`.
         """
         self.sockets, self.lost, self.spin = sockets, lost, spin
-        self.before_waiting: Callable[[], None] = lambda: None
+        self.crowded = self.turns = False
         self.sent = self.calls = 0
         self.seconds = 0.0
         self.waiting_for: int | None = None
@@ -227,7 +230,8 @@ class Links:
                 masks[number] = masks.get(number, 0) | event
         for number, mask in masks.items():
             poll.register(number, mask)
-        self.before_waiting()
+        if self.crowded:
+            library.rest(turns=self.turns)
         until = time.perf_counter() + self.spin
         while time.perf_counter() < until:
             if poll.poll(0):

@@ -104,8 +104,12 @@ class PipelineStage:
         first, last: whether this stage is the first one, or the last one.
     """
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
+    def __init__(self, group: Group, ranks: int = 1) -> None:
+        """
+        Args:
+            ranks: that share the layers of this stage.
+        """
+        self.group, self._alone = group, ranks == 1
         self.index, self.count = group.rank, group.size
         self.first, self.last = group.rank == 0, group.rank == group.size - 1
 
@@ -126,8 +130,13 @@ class PipelineStage:
         return x
 
     def micro_batches(self, rows: int) -> list[range]:
-        """Rows in as many runs as there are stages, which are then all busy at once."""
-        return split_evenly(rows, min(rows, self.count))
+        """Rows in as many runs as there are stages, which are then all busy at once.
+
+        With a single run they take turns, until this is asked anew.
+        """
+        runs = split_evenly(rows, min(rows, self.count))
+        self.group.links.turns = self._alone and len(runs) == 1
+        return runs
 
 
 class ParallelContext:
@@ -148,7 +157,7 @@ class ParallelContext:
         cuts: tuple[int, ...] | None = None,
     ) -> None:
         self.tp, self.mode, self.cuts = tp or Group(), mode, cuts
-        self.stage = PipelineStage(pp) if pp is not None and pp.size > 1 else None
+        self.stage = PipelineStage(pp, self.tp.size) if pp is not None and pp.size > 1 else None
 
     def halves(self, costs: Sequence[int]) -> range:
         """The halves of layers of this stage; layer i has 2 i, its attention, and 2 i + 1.

@@ -22,7 +22,6 @@ from qllm import launch as launching
 from qllm.cgroups import usable_cpus
 from qllm.errors import UserError, first_line
 from qllm.launch import Launch
-from qllm.ops.cpu import library
 from qllm.parallel.group import Group
 from qllm.parallel.links import POLL, Links, Mesh, RankError, spin_seconds
 from qllm.parallel.pipeline import ParallelContext
@@ -100,8 +99,7 @@ class Session:
             if rank != self.rank:
                 self.watchdog.peers[rank].host, self.watchdog.peers[rank].pid = name, pid
         self.links.spin = spin_seconds(here)
-        if here > usable_cpus():
-            self.links.before_waiting = library.rest
+        self.links.crowded = here > usable_cpus()
 
     def _join_group(self, store: dist.Store, device: str) -> None:
         """torch.distributed's own process groups: the engine of large messages."""

@@ -16,7 +16,6 @@ import torch
 from qllm.cgroups import usable_cpus
 from qllm.config import QuantSpec
 from qllm.models import Decoder
-from qllm.ops.cpu import library
 from qllm.parallel.links import CROWDED_SPIN, Links
 from qllm.parallel.pipeline import ParallelContext, PipelineStage
 from qllm.parallel.session import ParallelConfig, Session, session
@@ -178,12 +177,12 @@ def _undisturbed(runs: dict[str, list[tuple[float, float]]]) -> dict[str, tuple[
 @contextmanager
 def _crowded(links: Links) -> Iterator[None]:
     """Who waits for a message sleeps soon, as where ranks are more than processors."""
-    before = links.spin, links.before_waiting
-    links.spin, links.before_waiting = min(links.spin, CROWDED_SPIN), library.rest
+    before = links.spin, links.crowded
+    links.spin, links.crowded = min(links.spin, CROWDED_SPIN), True
     try:
         yield
     finally:
-        links.spin, links.before_waiting = before
+        links.spin, links.crowded = before
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""balance against every possible split."""
+"""balance against every possible split, and whether stages take turns."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from itertools import combinations, pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import lost
 
 from qllm.errors import UserError
-from qllm.parallel.pipeline import balance
+from qllm.parallel.group import Group
+from qllm.parallel.links import Links
+from qllm.parallel.pipeline import PipelineStage, balance
 
 
 def imbalance(costs: list[int], ranges: list[range]) -> tuple[int, int]:
@@ -72,3 +75,11 @@ def test_layers_without_cost_are_given_out_too():
 def test_parts_that_cannot_be(count, parts):
     with pytest.raises(UserError, match=f"{parts} shards cannot share {count} layers"):
         balance([1] * count, parts)
+
+
+def test_stages_of_one_rank_take_turns_with_one_row():
+    links = Links({}, lost)
+    stage, shared = (PipelineStage(Group((0, 1), 0, links), ranks) for ranks in (1, 2))
+    assert stage.micro_batches(5) == [range(3), range(3, 5)] and not links.turns
+    assert stage.micro_batches(1) == [range(1)] and links.turns
+    assert shared.micro_batches(1) == [range(1)] and not links.turns

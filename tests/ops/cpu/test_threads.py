@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -202,12 +203,36 @@ def at_rest() -> None:
     assert cpu_seconds(True) < cpu_seconds(False) / 2
 
 
+def in_turns() -> None:
+    def lacking() -> list[set[int]]:
+        """Of each thread that may not use all processors of this one, those that it may not."""
+        found = []
+        for task in Path("/proc/self/task").iterdir():
+            with suppress(ProcessLookupError):  # it has just ended
+                found.append(os.sched_getaffinity(0) - os.sched_getaffinity(int(task.name)))
+        return [processors for processors in found if processors]
+
+    torch.set_num_threads(2)
+    weight, x = random_weight((300, 256)), normal(40, 256)
+    before = weight.kernel(x)
+    for turns in (False, True, True, False):
+        deadline = time.monotonic() + 30  # until when the thread has come
+        while True:
+            library.rest(turns=turns)
+            assert same(weight.kernel(x), before)
+            found = lacking()
+            if len(found) == turns or time.monotonic() > deadline:
+                break
+        assert list(map(len, found)) == [1] * turns
+
+
 @pytest.mark.parametrize(
     ("command", "environment"),
     [
         # The least that the system takes; the first thread has the process's.
         pytest.param("with_little_stack", {"OMP_STACKSIZE": "16k"}, marks=pytest.mark.slow),
         ("in_a_fork", {}),
+        ("in_turns", {"OMP_NUM_THREADS": "CPUS"}),
         # Threads of OpenMP spin for ever, but where there are more of them than processors.
         ("at_rest", {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "CPUS"}),
         ("beside_torch", {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "CPUS"}),

@@ -209,9 +209,9 @@ PUBLIC int64_t qllm_op(int64_t i, const char **name) {
     return ops[i].size;
 }
 
-// What a status means, in words.
-PUBLIC void qllm_rest() { qllm::rest(); }
+PUBLIC void qllm_rest(int64_t turns) { qllm::rest(turns); }
 
+// What a status means, in words.
 PUBLIC const char *qllm_message(int64_t status) {
     switch (Status(status)) {
         case Status::OK: return "done";

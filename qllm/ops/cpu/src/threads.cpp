@@ -13,6 +13,7 @@
 #include <linux/futex.h>
 #include <omp.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <strings.h>
@@ -52,9 +53,13 @@ alignas(64) bool taken;
 alignas(64) uint32_t generation;  // changes with every work
 alignas(64) uint32_t entered;
 alignas(64) uint32_t asleep;  // whether any thread sleeps until the generation changes
-uint32_t resting;  // whether there will be no work for a while
+uint32_t resting;  // whether there will be no work for a while: REST, or TURNS
 int64_t started;  // threads besides the callers
 int64_t numbered;
+pid_t serving[MAX_THREADS];  // the threads besides the callers, by number
+int kept_off = -1;           // the processor that they may not run on, if any
+
+constexpr uint32_t REST = 1, TURNS = 2;
 
 void wait_at(uint32_t *word, uint32_t value) {
     syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
@@ -120,6 +125,8 @@ void close_work() {
 
 [[noreturn]] void serve() {
     const int64_t number = __atomic_add_fetch(&numbered, 1, __ATOMIC_RELAXED);
+    const auto thread = pid_t(syscall(SYS_gettid));  // of which older libraries have no function
+    if (number < MAX_THREADS) __atomic_store_n(&serving[number], thread, __ATOMIC_RELAXED);
     for (uint32_t last = 0;;) {
         last = next_generation(last);
         if (!enter()) continue;
@@ -154,19 +161,37 @@ void start(int64_t count) {
     started = count;
 }
 
+// The threads besides this one may run where it may, but for one processor, if there is any other.
+void keep_off(int processor) {
+    cpu_set_t processors;
+    if (processor == kept_off || sched_getaffinity(0, sizeof(processors), &processors)) return;
+    if (processor >= 0) CPU_CLR(processor, &processors);
+    if (!CPU_COUNT(&processors)) return;
+    bool all = true;
+    for (int64_t i = 1; i <= started && i < MAX_THREADS; i++) {
+        const pid_t thread = __atomic_load_n(&serving[i], __ATOMIC_RELAXED);
+        if (!thread || sched_setaffinity(thread, sizeof(processors), &processors)) all = false;
+    }
+    if (all) kept_off = processor;  // else threads are to come, for the next time
+}
+
 // A forked process has the forking thread alone.
 void forget_threads() {
     taken = false;
     entered = asleep = resting = 0;
     generation = 0;
     started = numbered = 0;
+    for (pid_t &thread : serving) thread = 0;
+    kept_off = -1;
 }
 
 [[maybe_unused]] const int forks = pthread_atfork(nullptr, nullptr, forget_threads);
 
 }  // namespace
 
-void qllm::rest() { __atomic_store_n(&resting, 1, __ATOMIC_RELAXED); }
+void qllm::rest(bool turns) {
+    __atomic_store_n(&resting, turns ? TURNS : REST, __ATOMIC_RELAXED);
+}
 
 int64_t qllm::max_threads() { return smaller(omp_get_max_threads(), MAX_THREADS); }
 
@@ -180,7 +205,8 @@ void qllm::share_work(int64_t count, int64_t part, void (*body)(const void *, co
     if (started < threads - 1) start(threads - 1);
     for (int64_t i = 0; i < threads; i++) runs[i] = {count * i / threads, count * (i + 1) / threads};
     current = {body, context, threads, part};
-    __atomic_store_n(&resting, 0, __ATOMIC_RELAXED);
+    if (const uint32_t rested = __atomic_exchange_n(&resting, 0, __ATOMIC_RELAXED))
+        keep_off(rested == TURNS ? sched_getcpu() : -1);
     __atomic_store_n(&entered, OPEN, __ATOMIC_RELEASE);
     __atomic_add_fetch(&generation, 1, __ATOMIC_SEQ_CST);
     if (__atomic_exchange_n(&asleep, 0, __ATOMIC_SEQ_CST)) wake_at(&generation);
