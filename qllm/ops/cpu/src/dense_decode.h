@@ -16,31 +16,26 @@ namespace qllm {
 namespace {
 
 // Rows and channels of which sums are in registers.
-constexpr int DOT_ROWS = DENSE_GEMV_ROWS;
-template <int R> constexpr int DOT_CHANNELS = WIDTH == 16 ? (R < 8 ? 4 : 2) : WIDTH == 8 ? 4 / R : 1;
+constexpr int DOT_ROWS = WIDTH == 16 ? 4 : WIDTH == 8 ? 2 : 1;
+template <int R> constexpr int DOT_CHANNELS = WIDTH == 16 ? 4 : WIDTH == 8 ? 4 / R : 1;
 
 // Channels that are read together: as many streams as sums are for, each of channels that follow on
 // each other, so that the machine sees what comes next, from one channel to the next, too. Channels
-// side by side would be as many streams, each of which leaves out what the others read.
-constexpr int64_t DOT_GROUP = 64;
-
-// So many rows take longer than their weights, which have to be asked for; and a few steps of
-// theirs at once, or the first cache does not keep them. Channels of so few bytes are wholes.
-template <int R> constexpr bool IN_BLOCKS = R > 1 && R == DOT_ROWS;
-constexpr int64_t DOT_STEPS = 256, WHOLE_BYTES = 2048;
-template <int R> constexpr int64_t DOT_SET = IN_BLOCKS<R> ? LANES : DOT_GROUP;
+// side by side would be as many streams, each of which leaves out what the others read. So many at
+// most, and of so many bytes, that the second cache keeps them for more rows.
+constexpr int64_t DOT_GROUP = 64, DOT_BYTES = 256 << 10;
 
 // The sums of C channels times R rows, in registers as those of `Sums` in tile.h.
 template <int64_t TYPE, int R, int C> struct DotSums {
     static constexpr int64_t VECTOR_BYTES = WIDTH * INPUTS<TYPE> * SIZE<TYPE>;
     VF of[C * R * VECTORS];
 
-    // From, and to, (C, R, LANES), channels `apart` floats from each other.
-    template <int I = 0> INLINE void load(const float *from, int64_t apart) {
-        of[I] = load_f(from + I / (R * VECTORS) * apart + I % (R * VECTORS) * WIDTH);
-        if constexpr (I + 1 < C * R * VECTORS) load<I + 1>(from, apart);
+    template <int I = 0> INLINE void clear() {
+        of[I] = set_f(0);
+        if constexpr (I + 1 < C * R * VECTORS) clear<I + 1>();
     }
 
+    // To (C, R, LANES), channels `apart` floats from each other.
     template <int I = 0> INLINE void keep(float *to, int64_t apart) {
         store_f(to + I / (R * VECTORS) * apart + I % (R * VECTORS) * WIDTH, of[I]);
         if constexpr (I + 1 < C * R * VECTORS) keep<I + 1>(to, apart);
@@ -81,30 +76,23 @@ struct DotInput {
     int64_t steps;
 };
 
-// C channels, `apart` from each other, times R rows, from one step to another: added to their sums of
-// a set (channels, R, LANES). Asks for as many steps from `next` on, where there are any.
+// C channels, `apart` from each other, times R rows: their sums, (channels, R, LANES).
 template <int64_t TYPE, int R, int C>
-__attribute__((noinline)) void add_dots(const Dense &a, const DotInput &in, int64_t channel,
-                                        int64_t apart, int64_t step, int64_t end, const char *next,
-                                        float *out) {
+__attribute__((noinline)) void dots(const Dense &a, const DotInput &in, int64_t channel,
+                                    int64_t apart, float *out) {
     constexpr int64_t BYTES = INPUTS<TYPE> * SIZE<TYPE>;  // of a step
     const int64_t stride = a.in * SIZE<TYPE>, whole = a.in / (INPUTS<TYPE> * LANES) * LANES;
     const char *w = static_cast<const char *>(a.w) + channel * stride;
     DotSums<TYPE, R, C> sums;
-    sums.load(out, apart * R * LANES);
-    for (; step < smaller(end, whole); step += LANES) {
-        if (IN_BLOCKS<R> && step * BYTES % 64 == 0) {
-            for (int c = 0; c < C; c++) __builtin_prefetch(next + c * apart * stride);
-            next += 64;
-        }
+    sums.clear();
+    for (int64_t step = 0; step < whole; step += LANES)
         sums.add(w + step * BYTES, apart * stride, in.x + step, in.steps);
-    }
-    if (step < end) {  // what is behind the whole vectors of a channel
+    if (whole < in.steps) {  // what is behind the whole vectors of a channel
         alignas(64) char some[C * LANES * BYTES] = {};
         for (int64_t c = 0; c < C; c++)
-            __builtin_memcpy(some + c * LANES * BYTES, w + c * apart * stride + step * BYTES,
-                             size_t(stride - step * BYTES));
-        sums.add(some, LANES * BYTES, in.x + step, in.steps);
+            __builtin_memcpy(some + c * LANES * BYTES, w + c * apart * stride + whole * BYTES,
+                             size_t(stride - whole * BYTES));
+        sums.add(some, LANES * BYTES, in.x + whole, in.steps);
     }
     sums.keep(out, apart * R * LANES);
 }
@@ -131,30 +119,18 @@ void store_dots(const Dense &a, int64_t row, int64_t channel, const float *sums,
     }
 }
 
-// Up to DOT_SET channels times R rows.
+// Up to DOT_GROUP channels times R rows.
 template <int64_t TYPE, int R>
-void dot_set(const Dense &a, const DotInput &in, int64_t row, int64_t channel, int64_t channels) {
+void dot_group(const Dense &a, const DotInput &in, int64_t row, int64_t channel, int64_t channels) {
     constexpr int C = DOT_CHANNELS<R>;
-    alignas(64) float sums[DOT_SET<R> * R * LANES] = {};
-    const int64_t stride = a.in * SIZE<TYPE>, stream = channels / C;
-    const int64_t block = IN_BLOCKS<R> && stride > WHOLE_BYTES ? DOT_STEPS : in.steps;
-    const auto begin = [&](int64_t c, int64_t step) {
-        return static_cast<const char *>(a.w) + (channel + c) * stride +
-               step * INPUTS<TYPE> * SIZE<TYPE>;
-    };
-    for (int64_t step = 0; step < in.steps; step += block) {
-        const int64_t end = smaller(step + block, in.steps);
-        for (int64_t c = 0; c < stream; c++) {
-            // Behind the streams' ends come their next steps, or the next set's first ones.
-            const char *next = c + 1 < stream    ? begin(c + 1, step)
-                               : end < in.steps ? begin(0, end)
-                                                : begin(channels, 0);
-            add_dots<TYPE, R, C>(a, in, channel + c, stream, step, end, next, sums + c * R * LANES);
-        }
-        for (int64_t c = stream * C; c < channels; c++)
-            add_dots<TYPE, R, 1>(a, in, channel + c, 1, step, end, begin(c, step),
-                                 sums + c * R * LANES);
-    }
+    alignas(64) float sums[DOT_GROUP * R * LANES];
+    const int64_t stream = channels / C, padded = (channels + LANES - 1) / LANES * LANES;
+    for (int64_t c = 0; c < stream; c++)
+        dots<TYPE, R, C>(a, in, channel + c, stream, sums + c * R * LANES);
+    for (int64_t c = stream * C; c < channels; c++)
+        dots<TYPE, R, 1>(a, in, channel + c, 1, sums + c * R * LANES);
+    for (int64_t i = channels * R * LANES; i < padded * R * LANES; i += WIDTH)
+        store_f(sums + i, set_f(0));
     for (int64_t r = 0; r < R && row + r < a.rows; r++)
         for (int64_t c = 0; c < channels; c += LANES)
             store_dots<TYPE>(a, row + r, channel + c, sums + (c * R + r) * LANES, R * LANES);
@@ -162,11 +138,10 @@ void dot_set(const Dense &a, const DotInput &in, int64_t row, int64_t channel, i
 
 // Of some channels, the rows from one on: as many as there are, or DOT_ROWS.
 template <int64_t TYPE, int R = 1>
-void dot_rows(const Dense &a, const DotInput &in, int64_t row, int64_t channel, int64_t end) {
+void dot_rows(const Dense &a, const DotInput &in, int64_t row, int64_t channel, int64_t channels) {
     if constexpr (R < DOT_ROWS)
-        if (a.rows - row > R) return dot_rows<TYPE, 2 * R>(a, in, row, channel, end);
-    for (; channel < end; channel += DOT_SET<R>)
-        dot_set<TYPE, R>(a, in, row, channel, smaller(DOT_SET<R>, end - channel));
+        if (a.rows - row > R) return dot_rows<TYPE, 2 * R>(a, in, row, channel, channels);
+    dot_group<TYPE, R>(a, in, row, channel, channels);
 }
 
 template <int64_t TYPE> Status dense_decode_of(const Dense &a) {
@@ -180,12 +155,13 @@ template <int64_t TYPE> Status dense_decode_of(const Dense &a) {
             store_f(x + row * steps + s, load_steps<TYPE, IN_PAIRS<TYPE>>(a, row, s));
     });
     // So few channels at once that all threads have some.
-    const int64_t fair = smaller(a.out / max_threads() / 4 / LANES * LANES, DOT_GROUP);
-    const int64_t group = fair < LANES ? LANES : fair;
+    const int64_t kept = DOT_BYTES / (a.in * SIZE<TYPE> + 1), fair = a.out / max_threads() / 4;
+    const int64_t most = smaller(smaller(kept, fair) / LANES * LANES, DOT_GROUP);
+    const int64_t group = most < LANES ? LANES : most;
     for_each((a.out + group - 1) / group, true, [&](int64_t i, int64_t) {
         for (int64_t row = 0; row < a.rows; row += DOT_ROWS)
             dot_rows<TYPE>(a, {x + row * steps, steps}, row, i * group,
-                           smaller((i + 1) * group, a.out));
+                           smaller(group, a.out - i * group));
     });
     return Status::OK;
 }
