@@ -20,6 +20,7 @@ import torch
 from cpu_paths import DTYPES, normal, on, paths, random_weight, same
 from fences import run_in
 
+from qllm.ops import phase
 from qllm.ops.cpu import build, library, linear, steps
 from qllm.ops.kv import KV, Batch
 
@@ -138,10 +139,12 @@ def every_kernel(dtypes: Iterable[torch.dtype] = DTYPES) -> list[torch.Tensor]:
     """Results of all that threads share."""
     found = []
     for dtype in dtypes:
-        weight, dense = random_weight((300, 256)), normal(300, 256, dtype=dtype)
+        weight, dense = random_weight((300, 256)), normal(800, 256, dtype=dtype)
         for rows in (1, 3, 40):
             x = normal(rows, 256, dtype=dtype)
             found += [weight.kernel(x), linear.dense_linear(x, dense, None)]
+            with phase.decode():
+                found.append(linear.dense_linear(x, dense, None))
         found.append(steps.gated_activation(normal(200, 512, dtype=dtype), "gelu"))
         x, kv = normal(200, 192, dtype=dtype), KV(*torch.zeros(2, 1, 2, 200, 32, dtype=dtype))
         found.append(steps.prefill_attention(x, kv, Batch.of([200], "cpu"), None, None))

@@ -24,6 +24,7 @@ template <int R> constexpr int DOT_CHANNELS = WIDTH == 16 ? 4 : WIDTH == 8 ? 4 /
 // side by side would be as many streams, each of which leaves out what the others read. So many at
 // most, and of so many bytes, that the second cache keeps them for more rows.
 constexpr int64_t DOT_GROUP = 64, DOT_BYTES = 256 << 10;
+constexpr int64_t DOT_SUMS = DOT_GROUP * DOT_ROWS * LANES;  // a thread's own; stacks may be small
 
 // The sums of C channels times R rows, in registers as those of `Sums` in tile.h.
 template <int64_t TYPE, int R, int C> struct DotSums {
@@ -121,9 +122,9 @@ void store_dots(const Dense &a, int64_t row, int64_t channel, const float *sums,
 
 // Up to DOT_GROUP channels times R rows.
 template <int64_t TYPE, int R>
-void dot_group(const Dense &a, const DotInput &in, int64_t row, int64_t channel, int64_t channels) {
+void dot_group(const Dense &a, const DotInput &in, int64_t row, int64_t channel, int64_t channels,
+               float *sums) {
     constexpr int C = DOT_CHANNELS<R>;
-    alignas(64) float sums[DOT_GROUP * R * LANES];
     const int64_t stream = channels / C, padded = (channels + LANES - 1) / LANES * LANES;
     for (int64_t c = 0; c < stream; c++)
         dots<TYPE, R, C>(a, in, channel + c, stream, sums + c * R * LANES);
@@ -138,17 +139,18 @@ void dot_group(const Dense &a, const DotInput &in, int64_t row, int64_t channel,
 
 // Of some channels, the rows from one on: as many as there are, or DOT_ROWS.
 template <int64_t TYPE, int R = 1>
-void dot_rows(const Dense &a, const DotInput &in, int64_t row, int64_t channel, int64_t channels) {
+void dot_rows(const Dense &a, const DotInput &in, int64_t row, int64_t channel, int64_t channels,
+              float *sums) {
     if constexpr (R < DOT_ROWS)
-        if (a.rows - row > R) return dot_rows<TYPE, 2 * R>(a, in, row, channel, channels);
-    dot_group<TYPE, R>(a, in, row, channel, channels);
+        if (a.rows - row > R) return dot_rows<TYPE, 2 * R>(a, in, row, channel, channels, sums);
+    dot_group<TYPE, R>(a, in, row, channel, channels, sums);
 }
 
 template <int64_t TYPE> Status dense_decode_of(const Dense &a) {
     const int64_t steps = (a.in + INPUTS<TYPE> * LANES - 1) / (INPUTS<TYPE> * LANES) * LANES;
     const int64_t rest = a.rows % DOT_ROWS;  // padded to as many as `dot_rows` takes, and no more
     const int64_t rows = a.rows - rest + (rest ? dense_tile_rows(rest) : 0);
-    auto *x = static_cast<float *>(scratch(size_t(rows * steps * 4)));
+    auto *x = static_cast<float *>(scratch(size_t((rows * steps + max_threads() * DOT_SUMS) * 4)));
     if (!x) return Status::NO_MEMORY;
     for_each(rows, rows * steps > WORTH_THREADS, [&](int64_t row, int64_t) {
         for (int64_t s = 0; s < steps; s += WIDTH)
@@ -158,10 +160,11 @@ template <int64_t TYPE> Status dense_decode_of(const Dense &a) {
     const int64_t kept = DOT_BYTES / (a.in * SIZE<TYPE> + 1), fair = a.out / max_threads() / 4;
     const int64_t most = smaller(smaller(kept, fair) / LANES * LANES, DOT_GROUP);
     const int64_t group = most < LANES ? LANES : most;
-    for_each((a.out + group - 1) / group, true, [&](int64_t i, int64_t) {
+    for_each((a.out + group - 1) / group, true, [&](int64_t i, int64_t thread) {
+        float *sums = x + rows * steps + thread * DOT_SUMS;
         for (int64_t row = 0; row < a.rows; row += DOT_ROWS)
             dot_rows<TYPE>(a, {x + row * steps, steps}, row, i * group,
-                           smaller(group, a.out - i * group));
+                           smaller(group, a.out - i * group), sums);
     });
     return Status::OK;
 }
