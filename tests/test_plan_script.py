@@ -132,13 +132,13 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
     half = found["plan"]["predicted"]["bytes"] * 0.6
     linear = {"1": (1e-6, 0.0, *[1e-10] * 4), "32": (1e-5, 0.0, *[1e-9] * 4)}
     linears = {f"{bits}:g64:asym": linear for bits in (2, 3, 4)} | {"16": linear}
-    halves = dict.fromkeys(("decode", "prefill"), (1e-6, 0.0, 0.0, 0.0))
+    halves = dict.fromkeys(("decode", "prefill"), (1e-6, 0.0, 0.0, 0.0, 0.0))
     speed = {"linears": dict.fromkeys(("decode", "prefill"), linears), "halves": halves}
     speed |= {
         "passes": dict.fromkeys(("decode", "prefill"), (1e-6, 0.0, 0.0)),
         "cache": (0.0, 0.0, 0.0),
     }
-    speed |= {"working_sets": (1e5, 1e6, 1e7, 1e8)}
+    speed |= {"working_sets": (1e5, 1e6, 1e7, 1e8), "among_others": 0.0}
     device = {"host": platform.node(), "threads": 1, "memory": half, "measured": speed}
     devices = [device | {"name": "a"}, device | {"name": "b"}]
     (tmp_path / "cluster.json").write_text(json.dumps({"devices": devices}))

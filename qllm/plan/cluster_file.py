@@ -160,9 +160,10 @@ def _measured(value: Any, where: str) -> MeasuredSpeed:
             }
             for phase in PHASES
         }
-        halves = {phase: _four(value["halves"][phase]) for phase in PHASES}
+        halves = {phase: _five(value["halves"][phase]) for phase in PHASES}
+        (among,) = _numbers([value["among_others"]], 1)
         passes = {phase: _three(value["passes"][phase]) for phase in PHASES}
-        found = MeasuredSpeed(linears, halves, _three(value["cache"]), passes, sets)
+        found = MeasuredSpeed(linears, halves, _three(value["cache"]), passes, sets, among)
         found.farness(sets[0])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
@@ -176,9 +177,9 @@ def _three(times: Any) -> tuple[float, float, float]:
     return first, second, third
 
 
-def _four(times: Any) -> tuple[float, float, float, float]:
-    first, second, third, fourth = _numbers(times, 4)
-    return first, second, third, fourth
+def _five(times: Any) -> tuple[float, float, float, float, float]:
+    first, second, third, fourth, fifth = _numbers(times, 5)
+    return first, second, third, fourth, fifth
 
 
 def _numbers(times: Any, count: int) -> tuple[float, ...]:

@@ -118,7 +118,8 @@ class MeasuredSpeed:
         linears: "decode" and "prefill" to `candidates.key` to rows to seconds per call, per
             channel (inputs and outputs together), and per weight in each of `working_sets`. Those
             of 16 bits and one row are among them.
-        halves: "decode" and "prefill" to seconds per half of a layer, and per value, score and
+        halves: "decode" and "prefill" to seconds per half of a layer, what a half takes on top
+            where caches of the processor keep nothing of a step, and seconds per value, score and
             product of `HalfWork`.
         cache: seconds per byte of the cache that a step reads; and what a byte, and a head of it,
             take on top where caches of the processor keep none of it.
@@ -126,13 +127,16 @@ class MeasuredSpeed:
             sequences, and for each of their logits.
         working_sets: rising, four or more; bytes that a step goes through, of which caches keep
             some. Between two, a weight's time goes by the logarithm.
+        among_others: by which part a step's products take longer in a model than by themselves,
+            where caches keep none of it.
     """
 
     linears: Mapping[str, Mapping[str, Mapping[str, tuple[float, ...]]]]
-    halves: Mapping[str, tuple[float, float, float, float]]
+    halves: Mapping[str, tuple[float, float, float, float, float]]
     cache: tuple[float, float, float]
     passes: Mapping[str, tuple[float, float, float]]
     working_sets: tuple[float, ...]
+    among_others: float
 
     def linear(
         self, spec: QuantSpec, size: Size, nbytes: int, rows: float, *, decode: bool, model: float
@@ -150,15 +154,18 @@ class MeasuredSpeed:
             weight = self._within(weights, model)
             seconds.append(call + channel * sum(size) + weight * math.prod(size))
         if rows > known[-1]:
-            return seconds[-1] * rows / known[-1]
-        return float(np.interp(rows, known, seconds))
+            found = seconds[-1] * rows / known[-1]
+        else:
+            found = float(np.interp(rows, known, seconds))
+        return found * (1 + self.farness(model) * self.among_others) if decode else found
 
     def half(self, work: HalfWork, *, decode: bool, model: float) -> float:
-        fixed, of_value, of_score, of_product = self.halves["decode" if decode else "prefill"]
-        seconds = fixed + of_value * work.values
-        seconds += of_score * work.scores + of_product * work.products
+        phase = "decode" if decode else "prefill"
+        fixed, far_fixed, of_value, of_score, of_product = self.halves[phase]
         byte, far_byte, far_head = self.cache
         far = self.farness(model)
+        seconds = fixed + far * far_fixed + of_value * work.values
+        seconds += of_score * work.scores + of_product * work.products
         return seconds + (byte + far * far_byte) * work.read + far * far_head * work.heads
 
     def step(self, rows: float, *, decode: bool) -> float:

@@ -36,7 +36,7 @@ SMALL: tuple[Size, ...] = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
 # weights are read about as fast as those of an LM head; of 1536 they are read more slowly.
 LEAST, LARGE = (1024, 256), (2048, 2048)
 ROWS = {"decode": (1, 2, 4, 8, 16), "prefill": (1, 16, 128, 512)}
-FORMAT = 16  # of what is found: what was kept in another is measured again
+FORMAT = 17  # of what is found: what was kept in another is measured again
 ROUNDS = 5  # of all measurements, in turns: a shared machine is slow for seconds at a time
 SECONDS = 0.02  # that one measurement takes in a round at least
 # Of the models with which is measured what is beside the products: family, channels of a head and
@@ -46,6 +46,13 @@ FAMILIES = (("llama", 64, 4), ("opt", 32, 1))
 MODELS = ((256, 2, 1024), (256, 2, 32768), (256, 8, 1024), (1024, 4, 4096))
 # Sequences, and the tokens of each.
 WORK = ((1, 32), (1, 192), (1, 768), (4, 128), (8, 16), (8, 128))
+# And models that no cache keeps, as those that are served are. Products take longer there than by
+# themselves, since other memory is read between them, and so does each half of a layer, whose small
+# tensors come from memory, each for itself. One of them is mostly an LM head. Their prompts say
+# nothing new.
+FAR_FAMILIES = (("llama", 64, 4), ("opt", 64, 1))
+FAR_MODELS = ((768, 16, 1024), (2048, 2, 1024), (1024, 2, 32768))
+FAR_WORK = ((1, 32), (1, 128), (4, 128))
 STEPS = 16
 
 
@@ -68,7 +75,7 @@ def probe(
 
 
 class Kind(NamedTuple):
-    """Of a model: one of FAMILIES and one of MODELS."""
+    """Of a model: one of FAMILIES and of MODELS, or one of FAR_FAMILIES and of FAR_MODELS."""
 
     family: str
     channels: int
@@ -76,6 +83,12 @@ class Kind(NamedTuple):
     hidden: int
     layers: int
     vocabulary: int
+
+    def is_far(self) -> bool:
+        return self[3:] in FAR_MODELS
+
+    def work(self) -> tuple[tuple[int, int], ...]:
+        return FAR_WORK if self.is_far() else WORK
 
 
 class Probe:
@@ -104,7 +117,7 @@ class Probe:
         spec = self._spec = self._specs[len(self._specs) // 2]
         self._models = {
             kind: random_decoder(*kind[:5], spec, dtype, device, kind.vocabulary)
-            for kind in (Kind(*family, *sizes) for family in FAMILIES for sizes in MODELS)
+            for kind in _kinds()
         }
         self._times: defaultdict[Hashable, list[float]] = defaultdict(list)
         matrices = matrices or Matrices(dtype, device)
@@ -140,7 +153,7 @@ class Probe:
             for far, (run, count) in self._attention.items():
                 self._times["attention", far].append(median_seconds(run, self._device) / count)
             for kind, model in self._models.items():
-                for batch, context in WORK:
+                for batch, context in kind.work():
                     work = Workload(context, STEPS, batch)
                     prompt, step = time_generation(model, work, repeats=1)
                     self._times["step", kind, batch, context].append(step)
@@ -157,16 +170,17 @@ class Probe:
                 table = {str(rows): self._linear(spec, name, rows) for rows in counts}
                 linears[name][key(spec)] = table
         sets = tuple(map(float, WORKING_SETS))
-        far = self._caches.seconds(
+        of_cache = self._caches.seconds(
             {name: self._seconds("attention", name) for name in self._attention}
         )
-        rest = self._rest(MeasuredSpeed(linears, {}, (0.0, *far), {}, sets))
+        rest = self._rest(MeasuredSpeed(linears, {}, (0.0, *of_cache), {}, sets, 0.0))
         halves, passes = {}, {}
-        for name, (of_pass, of_row, of_logit, *of_half, _) in rest.items():
+        for name, (of_pass, of_row, of_logit, *of_half, _, _) in rest.items():
             passes[name] = of_pass, of_row, of_logit
-            fixed, of_value, of_score, of_product = of_half
-            halves[name] = fixed, of_value, of_score, of_product
-        return MeasuredSpeed(linears, halves, (rest["decode"][-1], *far), passes, sets)
+            fixed, far, of_value, of_score, of_product = of_half
+            halves[name] = fixed, far, of_value, of_score, of_product
+        *_, read, among_others = rest["decode"]
+        return MeasuredSpeed(linears, halves, (read, *of_cache), passes, sets, among_others)
 
     def _linear(self, spec: QuantSpec, name: str, rows: int) -> tuple[float, ...]:
         """Coefficients of `MeasuredSpeed.linears`."""
@@ -190,8 +204,9 @@ class Probe:
         """What passes through small models take besides their products, by `_fit`.
 
         Returns:
-            by phase, the seconds of `MeasuredSpeed.passes`, those of its `halves`, and the first
-            of its `cache`, of whose others `products` knows; 0 of prompts.
+            by phase, the seconds of `MeasuredSpeed.passes`, those of its `halves`, the first of
+            its `cache`, of whose others `products` knows, and its `among_others`; the last two are
+            0 of prompts.
         """
         _, far_byte, far_head = products.cache
         decode: list[tuple[list[float], float, float]] = []
@@ -201,22 +216,32 @@ class Probe:
             count, heads = 2 * layers, hidden // channels
             held = float(sum(module.nbytes() for module in _linears(model).values()))
             given = model, self._spec, products
-            for batch, context in WORK:
+            for batch, context in kind.work():
                 scores = layers * batch * heads * (context + STEPS / 2)
                 read = 2 * scores * channels / sharing * self._dtype.itemsize
                 far = products.farness(held + read)
                 logits = batch * vocabulary
-                features = [1.0, batch, logits, count, count * batch * hidden]
+                features = [1.0, batch, logits, count, count * far, count * batch * hidden]
                 features += [scores, scores * channels, read]
                 known = _products_of(*given, batch, batch, held + read, decoding=True)
+                features.append(far * known)
                 known += far * (far_byte * read + far_head * layers * batch * heads / sharing)
                 decode.append((features, self._seconds("step", kind, batch, context), known))
+                if kind.is_far():
+                    continue
                 rows, scores = batch * context, layers * batch * heads * context**2
-                features = [1.0, batch, logits, count, count * rows * hidden]
-                features += [scores, scores * channels, 0.0]
+                features = [1.0, batch, logits, count, 0.0, count * rows * hidden]
+                features += [scores, scores * channels, 0.0, 0.0]
                 known = _products_of(*given, rows, batch, held, decoding=False)
                 prefill.append((features, self._seconds("prompt", kind, batch, context), known))
         return {"decode": _fit(decode), "prefill": _fit(prefill)}
+
+
+def _kinds() -> Iterator[Kind]:
+    for families, models in ((FAMILIES, MODELS), (FAR_FAMILIES, FAR_MODELS)):
+        for family in families:
+            for sizes in models:
+                yield Kind(*family, *sizes)
 
 
 def _linears(model: Decoder) -> dict[str, Linear]:

@@ -32,6 +32,9 @@ def small(monkeypatch):
     monkeypatch.setattr(probe, "FAMILIES", (("llama", 16, 2), ("opt", 8, 1)))
     monkeypatch.setattr(probe, "MODELS", ((64, 1, 64), (64, 1, 512), (64, 2, 64), (128, 1, 64)))
     monkeypatch.setattr(probe, "WORK", ((1, 8), (2, 8), (1, 64)))
+    monkeypatch.setattr(probe, "FAR_FAMILIES", (("opt", 16, 1),))
+    monkeypatch.setattr(probe, "FAR_MODELS", ((128, 4, 64),))
+    monkeypatch.setattr(probe, "FAR_WORK", ((1, 8),))
     monkeypatch.setattr(probe, "STEPS", 4)
     monkeypatch.setattr(far_cache, "TOKENS", (8, 64))
 
