@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,6 +65,38 @@ def test_what_is_measured_predicts(tmp_path):
     work = HalfWork(64, 512, 4096, 4096, 8)
     # A whole pass takes something besides its products, wherever the fit puts it.
     assert again.step(1, decode=True) + again.half(work, decode=True, model=1e6) > 0
+
+
+@pytest.mark.usefixtures("small")
+def test_what_steps_take_on_top_where_no_cache_keeps_them_is_told(monkeypatch):
+    monkeypatch.setattr(probe, "FAR_MODELS", ((128, 4, 64), (64, 16, 64), (128, 1, 2048)))
+    found = probe.Probe([FOUR], torch.float32, "cpu")
+    near = probe.WORKING_SETS[1]
+    for spec, name, nbytes, size, rows in found._products:
+        weight = 1e-10 if nbytes <= near else 3e-10
+        found._times[spec, name, nbytes, size, rows] = [weight * size[0] * size[1] * rows]
+    for call in found._attention:
+        found._times["attention", call] = [1e-6]
+    for kind in found._models:
+        for batch, context in kind.work():
+            found._times["step", kind, batch, context] = [1.0]
+            found._times["prompt", kind, batch, context] = [1.0]
+    alone = replace(found.speed(), among_others=0.0)
+    for kind, model in found._models.items():
+        held = sum(module.nbytes() for module in probe._linears(model).values())
+        for batch, context in kind.work():
+            scores = kind.layers * batch * kind.hidden / kind.channels * (context + 2)
+            held_with_cache = held + 8 * scores * kind.channels / kind.sharing
+            far = alone.farness(held_with_cache)
+            products = probe._products_of(
+                model, FOUR, alone, batch, batch, held_with_cache, decoding=True
+            )
+            step = products * (1 + 0.25 * far) + 2 * kind.layers * (1e-6 + 4e-6 * far)
+            found._times["step", kind, batch, context] = [step]
+    told = found.speed()
+    assert told.halves["decode"][:2] == pytest.approx((1e-6, 4e-6), rel=1e-3)
+    assert told.among_others == pytest.approx(0.25, rel=1e-3)
+    assert told.halves["prefill"][1] == 0
 
 
 def test_what_far_caches_take_is_told_from_their_bytes_and_heads():
