@@ -11,7 +11,7 @@ from inside import call, call_json
 
 from qllm.plan import verify
 from qllm.plan.candidates import key as label
-from qllm.plan.devices import MeasuredSpeed
+from qllm.plan.devices import STAGE_PASSES, MeasuredSpeed
 from qllm.plan.probe import ROUNDS
 
 PLAN, QUANT, GEN = "qllm_plan.py", "qllm_quant.py", "qllm_gen.py"
@@ -160,7 +160,7 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
             return MeasuredSpeed(**speed | {"linears": tables})
 
     monkeypatch.setattr(verify, "Probe", Slower)
-    seconds = {"prefill": 0.0, "busy_prefill": 0.0, "decode": 3e-6, "busy_decode": 3e-6}
+    seconds = dict.fromkeys(STAGE_PASSES, 0.0) | {"decode": 3e-6, "busy_decode": 3e-6}
     beside = {"stage_passes": seconds, "crowding": dict.fromkeys(seconds, 0.0), "contention": 0.1}
     monkeypatch.setattr(verify, "measure_stages", lambda threads, dtype, speed: ({}, beside))
     both = call_json(PLAN, *args, "--avg-bits", UNIFORM_3, "--verify")

@@ -19,8 +19,9 @@ from qllm.errors import UserError
 from qllm.plan.candidates import key
 
 PHASES = ("decode", "prefill")
-# What a stage is at: prompts and steps for which the other stages wait, or while all of them work.
-STAGE_PASSES = ("prefill", "busy_prefill", "decode", "busy_decode")
+# What a stage is at: prompts and steps for which the other stages wait, or while all of them work;
+# and what a step takes on top, for which the others wait, where caches keep nothing of it.
+STAGE_PASSES = ("prefill", "busy_prefill", "decode", "busy_decode", "far_decode")
 # What most kernels reach of what is published, of bandwidth and of arithmetic.
 OF_BANDWIDTH, OF_FLOPS = 0.8, 0.5
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,14 +27,27 @@ from qllm.plan.timing import time_generation, undisturbed
 
 SMALL, LARGE = 256, 1 << 20  # activations of a step, and of prompts, in float16
 ROUNDS = 5, 1  # in each of REPEATS rounds
-# The model of two stages, and what it is asked: its steps take a fraction of a millisecond, so that
-# what a stage takes besides is a large part of them. Of few tokens, so that the LM head, which the
-# last stage has, leaves the stages alike.
-FAMILY, SIZES, VOCABULARY = ("opt", 32, 1), (256, 6), 64
-WORK = Workload(prompt=64, new=50)
-REPEATS = 40  # rounds of the whole model and of its stages, of some 50 ms each
-# And one that no cache keeps, whose stages have to share the way to memory; of some 0.3 s.
-FAR_SIZES, FAR_WORK, FAR_REPEATS = (1024, 16), Workload(prompt=16, new=24), 10
+FAMILY, VOCABULARY = ("opt", 32, 1), 64  # few tokens: the LM head leaves the stages alike
+
+
+class Measured(NamedTuple):
+    """A model of stages, and what it is asked.
+
+    Attributes:
+        sizes: hidden size and layers.
+        repeats: rounds of the whole model and of its stages.
+    """
+
+    sizes: tuple[int, int]
+    work: Workload
+    repeats: int
+
+
+# One whose steps take a fraction of a millisecond, so that what a stage takes besides is a large
+# part of them: rounds of some 50 ms each. And one that no cache keeps, of some 0.3 s: a stage that
+# has waited finds less in its caches, and those that work share the way to memory.
+NEAR = Measured((256, 6), Workload(prompt=64, new=50), repeats=40)
+FAR = Measured((1024, 16), Workload(prompt=16, new=24), repeats=10)
 
 
 def measure_stages(
@@ -63,15 +76,31 @@ def measure_stages(
     network = {"bandwidth": (LARGE - SMALL) * 16 / max(large - small, 1e-9), "latency": small}
     passes = {name: speed.step(1, decode=name == "decode") for name in PHASES}
     share = threads / usable_cpus()
-    of_stage = _beside_layers(two, 2, small, share, passes)
-    crowded = _beside_layers(three, 3, small, share, passes)
-    (_, alone), (_, busy) = two["far alone"], two["far all"]
+    of_stage, crowded = (
+        _of_stages(measured, count, small, share, passes)
+        for measured, count in ((two, 2), (three, 3))
+    )
+    (_, alone), (_, busy) = two["far"]["alone"], two["far"]["all"]
     layers = busy / _at_once(2, share) - 2 * of_stage["busy_decode"]
     return network, {
         "contention": min(max(layers / (alone - passes["decode"]) - 1, 0.0), 1.0),
         "stage_passes": of_stage,
         "crowding": {name: max(0.0, crowded[name] - of_stage[name]) for name in STAGE_PASSES},
     }
+
+
+def _of_stages(
+    measured: dict[str, Any], stages: int, hop: float, share: float, passes: Mapping[str, float]
+) -> dict[str, float]:
+    """Seconds of each of STAGE_PASSES; of what is "near" and "far", and else as `_beside_layers`.
+
+    Of what no cache keeps only steps of one sequence are told from what caches do: those of all are
+    in `contention`.
+    """
+    near, far = (
+        _beside_layers(measured[model], stages, hop, share, passes) for model in ("near", "far")
+    )
+    return near | {"far_decode": max(0.0, far["decode"] - near["decode"])}
 
 
 def _beside_layers(
@@ -81,7 +110,7 @@ def _beside_layers(
     share: float,
     passes: Mapping[str, float],
 ) -> dict[str, float]:
-    """Seconds, 0 or more, of each of STAGE_PASSES that a stage takes besides its layers and hops.
+    """Seconds, 0 or more, of a stage's passes besides its layers and hops, where caches are alike.
 
     Args:
         measured: seconds of prompts and of a step: "alone", and of as many stages with one
@@ -127,34 +156,26 @@ def _hops(stage: PipelineStage, values: int, rounds: int) -> list[float]:
 
 
 def _passes(
-    joined: Session, dtype: torch.dtype, between: Callable[[], object]
+    joined: Session,
+    dtype: torch.dtype,
+    measured: Measured,
+    between: Callable[[], object] = lambda: None,
 ) -> dict[str, tuple[float, float]]:
     """What `_beside_layers` takes.
 
     Args:
         between: called in each round, so that what it measures is of the same minute.
     """
-    whole, part = (_decoder(SIZES, dtype, parallel) for parallel in (None, joined.context()))
-    all_work = replace(WORK, batch=joined.world)
+    whole = _decoder(measured.sizes, dtype, None) if joined.rank == 0 else None
+    part = _decoder(measured.sizes, dtype, joined.context())
+    work, all_work = measured.work, replace(measured.work, batch=joined.world)
     runs: dict[str, list[tuple[float, float]]] = {"alone": [], "one": [], "all": []}
-    for _ in range(REPEATS):
+    for _ in range(measured.repeats):
         between()
-        if joined.rank == 0:  # for which the other processes wait
-            runs["alone"].append(time_generation(whole, WORK, repeats=1))
-        runs["one"].append(time_generation(part, WORK, repeats=1))
+        if whole is not None:  # for which the other processes wait
+            runs["alone"].append(time_generation(whole, work, repeats=1))
+        runs["one"].append(time_generation(part, work, repeats=1))
         runs["all"].append(time_generation(part, all_work, repeats=1))
-    return _undisturbed(runs)
-
-
-def _far_passes(joined: Session, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
-    """The same of a model that no cache keeps, of which one sequence in stages says nothing."""
-    whole, part = (_decoder(FAR_SIZES, dtype, parallel) for parallel in (None, joined.context()))
-    runs: dict[str, list[tuple[float, float]]] = {"far alone": [], "far all": []}
-    for _ in range(FAR_REPEATS):
-        if joined.rank == 0:
-            runs["far alone"].append(time_generation(whole, FAR_WORK, repeats=1))
-        work = replace(FAR_WORK, batch=joined.world)
-        runs["far all"].append(time_generation(part, work, repeats=1))
     return _undisturbed(runs)
 
 
@@ -200,9 +221,9 @@ def main() -> None:
 
         # Where there are more processors, three do not crowd them by themselves.
         with _crowded(joined.links) if count > 2 else nullcontext():
-            found: dict[str, object] = {**_passes(joined, dtype, send)}
+            near = _passes(joined, dtype, NEAR, send)
+            found: dict[str, object] = {"near": near, "far": _passes(joined, dtype, FAR)}
         if count == 2:
-            found |= _far_passes(joined, dtype)
             found["hops"] = [undisturbed(times) for times in hops.values()]
     if os.environ["RANK"] == "0":
         print(json.dumps(found))

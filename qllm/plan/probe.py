@@ -9,23 +9,20 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from qllm import ops
-from qllm.config import LM_HEAD, QuantSpec
+from qllm.config import QuantSpec
 from qllm.layers import Linear
-from qllm.models import Decoder
 from qllm.ops import phase
 from qllm.ops.capture import capture
 from qllm.plan.candidates import key
 from qllm.plan.devices import MeasuredSpeed, Size
 from qllm.plan.far_cache import FarCaches
-from qllm.plan.program import Workload, sees_last_token
-from qllm.plan.random_model import random_decoder, random_linear
-from qllm.plan.timing import time_generation, undisturbed
+from qllm.plan.probed_models import Models, fit
+from qllm.plan.random_model import random_linear
+from qllm.plan.timing import undisturbed
 
 # Bytes that a step goes through: what the caches of a core keep, what one that cores share may, and
 # what none does. And the inputs and outputs of the matrices that they are made of: of the second,
@@ -36,24 +33,9 @@ SMALL: tuple[Size, ...] = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
 # weights are read about as fast as those of an LM head; of 1536 they are read more slowly.
 LEAST, LARGE = (1024, 256), (2048, 2048)
 ROWS = {"decode": (1, 2, 4, 8, 16), "prefill": (1, 16, 128, 512)}
-FORMAT = 17  # of what is found: what was kept in another is measured again
+FORMAT = 18  # of what is found: what was kept in another is measured again
 ROUNDS = 5  # of all measurements, in turns: a shared machine is slow for seconds at a time
 SECONDS = 0.02  # that one measurement takes in a round at least
-# Of the models with which is measured what is beside the products: family, channels of a head and
-# heads that share keys; hidden size, layers and vocabulary. Scores take what they do by their
-# number, and products with keys and values by their channels.
-FAMILIES = (("llama", 64, 4), ("opt", 32, 1))
-MODELS = ((256, 2, 1024), (256, 2, 32768), (256, 8, 1024), (1024, 4, 4096))
-# Sequences, and the tokens of each.
-WORK = ((1, 32), (1, 192), (1, 768), (4, 128), (8, 16), (8, 128))
-# And models that no cache keeps, as those that are served are. Products take longer there than by
-# themselves, since other memory is read between them, and so does each half of a layer, whose small
-# tensors come from memory, each for itself. One of them is mostly an LM head. Their prompts say
-# nothing new.
-FAR_FAMILIES = (("llama", 64, 4), ("opt", 64, 1))
-FAR_MODELS = ((768, 16, 1024), (2048, 2, 1024), (1024, 2, 32768))
-FAR_WORK = ((1, 32), (1, 128), (4, 128))
-STEPS = 16
 
 
 def probe(
@@ -72,23 +54,6 @@ def probe(
     for _ in progress(list(range(ROUNDS))):
         found.measure()
     return found.speed()
-
-
-class Kind(NamedTuple):
-    """Of a model: one of FAMILIES and of MODELS, or one of FAR_FAMILIES and of FAR_MODELS."""
-
-    family: str
-    channels: int
-    sharing: int
-    hidden: int
-    layers: int
-    vocabulary: int
-
-    def is_far(self) -> bool:
-        return self[3:] in FAR_MODELS
-
-    def work(self) -> tuple[tuple[int, int], ...]:
-        return FAR_WORK if self.is_far() else WORK
 
 
 class Probe:
@@ -114,11 +79,7 @@ class Probe:
         self._threads = threads or torch.get_num_threads()
         # What surrounds products is not alike in families: the mean of some. Nor is it around
         # packed and dense ones, of which plans have the former.
-        spec = self._spec = self._specs[len(self._specs) // 2]
-        self._models = {
-            kind: random_decoder(*kind[:5], spec, dtype, device, kind.vocabulary)
-            for kind in _kinds()
-        }
+        self._models = Models(self._specs[len(self._specs) // 2], dtype, device)
         self._times: defaultdict[Hashable, list[float]] = defaultdict(list)
         matrices = matrices or Matrices(dtype, device)
         self._caches = matrices.caches
@@ -152,12 +113,7 @@ class Probe:
                 self._times[name].append(median_seconds(run, self._device) / count)
             for far, (run, count) in self._attention.items():
                 self._times["attention", far].append(median_seconds(run, self._device) / count)
-            for kind, model in self._models.items():
-                for batch, context in kind.work():
-                    work = Workload(context, STEPS, batch)
-                    prompt, step = time_generation(model, work, repeats=1)
-                    self._times["step", kind, batch, context].append(step)
-                    self._times["prompt", kind, batch, context].append(prompt)
+            self._models.measure()
 
     def _seconds(self, *name: Hashable) -> float:
         return undisturbed(self._times[name])
@@ -173,21 +129,26 @@ class Probe:
         of_cache = self._caches.seconds(
             {name: self._seconds("attention", name) for name in self._attention}
         )
-        rest = self._rest(MeasuredSpeed(linears, {}, (0.0, *of_cache), {}, sets, 0.0))
-        halves, passes = {}, {}
-        for name, (of_pass, of_row, of_logit, *of_half, _, _) in rest.items():
-            passes[name] = of_pass, of_row, of_logit
-            fixed, far, of_value, of_score, of_product = of_half
-            halves[name] = fixed, far, of_value, of_score, of_product
-        *_, read, among_others = rest["decode"]
-        return MeasuredSpeed(linears, halves, (read, *of_cache), passes, sets, among_others)
+        rest = self._models.rest(MeasuredSpeed(linears, {}, (0.0, *of_cache), {}, sets, 0.0))
+        decode = rest["decode"]
+        return MeasuredSpeed(
+            linears,
+            {
+                name: (each.half, each.far_half, each.value, each.score, each.product)
+                for name, each in rest.items()
+            },
+            (decode.byte, *of_cache),
+            {name: (each.whole, each.sequence, each.logit) for name, each in rest.items()},
+            sets,
+            decode.among_others,
+        )
 
     def _linear(self, spec: QuantSpec, name: str, rows: int) -> tuple[float, ...]:
         """Coefficients of `MeasuredSpeed.linears`."""
         least, small, *larger = WORKING_SETS
         features = [[1.0, sum(size), math.prod(size)] for size in SMALL]
         times = [self._seconds(spec, name, small, size, rows) for size in SMALL]
-        call, channel, weight = _fit(list(zip(features, times, [0.0] * len(times), strict=True)))
+        call, channel, weight = fit(list(zip(features, times, [0.0] * len(times), strict=True)))
 
         def of_weight(nbytes: int, size: Size) -> float:
             seconds = self._seconds(spec, name, nbytes, size, rows)
@@ -199,78 +160,6 @@ class Probe:
             each = of_weight(nbytes if decode else larger[-1], LARGE)
             weights.append(max(each, weights[-1]))
         return call, channel, *weights
-
-    def _rest(self, products: MeasuredSpeed) -> dict[str, tuple[float, ...]]:
-        """What passes through small models take besides their products, by `_fit`.
-
-        Returns:
-            by phase, the seconds of `MeasuredSpeed.passes`, those of its `halves`, the first of
-            its `cache`, of whose others `products` knows, and its `among_others`; the last two are
-            0 of prompts.
-        """
-        _, far_byte, far_head = products.cache
-        decode: list[tuple[list[float], float, float]] = []
-        prefill: list[tuple[list[float], float, float]] = []
-        for kind, model in self._models.items():
-            _, channels, sharing, hidden, layers, vocabulary = kind
-            count, heads = 2 * layers, hidden // channels
-            held = float(sum(module.nbytes() for module in _linears(model).values()))
-            given = model, self._spec, products
-            for batch, context in kind.work():
-                scores = layers * batch * heads * (context + STEPS / 2)
-                read = 2 * scores * channels / sharing * self._dtype.itemsize
-                far = products.farness(held + read)
-                logits = batch * vocabulary
-                features = [1.0, batch, logits, count, count * far, count * batch * hidden]
-                features += [scores, scores * channels, read]
-                known = _products_of(*given, batch, batch, held + read, decoding=True)
-                features.append(far * known)
-                known += far * (far_byte * read + far_head * layers * batch * heads / sharing)
-                decode.append((features, self._seconds("step", kind, batch, context), known))
-                if kind.is_far():
-                    continue
-                rows, scores = batch * context, layers * batch * heads * context**2
-                features = [1.0, batch, logits, count, 0.0, count * rows * hidden]
-                features += [scores, scores * channels, 0.0, 0.0]
-                known = _products_of(*given, rows, batch, held, decoding=False)
-                prefill.append((features, self._seconds("prompt", kind, batch, context), known))
-        return {"decode": _fit(decode), "prefill": _fit(prefill)}
-
-
-def _kinds() -> Iterator[Kind]:
-    for families, models in ((FAMILIES, MODELS), (FAR_FAMILIES, FAR_MODELS)):
-        for family in families:
-            for sizes in models:
-                yield Kind(*family, *sizes)
-
-
-def _linears(model: Decoder) -> dict[str, Linear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
-
-
-def _products_of(
-    model: Decoder,
-    spec: QuantSpec,
-    products: MeasuredSpeed,
-    rows: int,
-    last_rows: int,
-    held: float,
-    *,
-    decoding: bool,
-) -> float:
-    """Seconds of a model's linears, of which some see only each prompt's last token.
-
-    Args:
-        spec: of those in layers.
-        held: bytes that a step reads.
-    """
-    seconds = 0.0
-    for name, module in _linears(model).items():
-        size = module.in_features, module.out_features
-        n = last_rows if sees_last_token(name, model.config.num_layers) else rows
-        own, as_step = (QuantSpec(), True) if name == LM_HEAD else (spec, decoding)
-        seconds += products.linear(own, size, 0, n, decode=as_step, model=held)
-    return seconds
 
 
 def _products(spec: QuantSpec) -> Iterator[tuple[QuantSpec, str, int, Size, int]]:
@@ -352,32 +241,3 @@ def median_seconds(run: Callable[[], object], device: str) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
-
-
-def _fit(
-    rows: Sequence[tuple[list[float], float, float]],
-) -> tuple[float, ...]:
-    """Coefficients, 0 or more, with which features and what is known add up to the seconds.
-
-    What is missed counts by its share of a pass, which is what predictions are judged by, and not
-    squared: passes that take longer than others by what is no feature (caches that keep less of
-    some cache of keys and values) do not make all others seem to take longer, too.
-
-    Args:
-        rows: features, the seconds of a pass, and those that are known, as of its products.
-    """
-    from scipy.optimize import linprog
-
-    features = np.array([row for row, _, _ in rows])
-    seconds, known = np.array([[whole, part] for _, whole, part in rows]).T
-    weighed = features / seconds[:, None]
-    scale = weighed.max(axis=0)
-    scale[scale == 0] = 1  # what none of them has
-    matrix, target = weighed / scale, 1 - known / seconds
-    missed = np.eye(len(rows))  # each of them at least as large as what is missed, either way
-    found = linprog(
-        np.r_[np.zeros(len(scale)), np.ones(len(rows))],
-        A_ub=np.block([[matrix, -missed], [-matrix, -missed]]),
-        b_ub=np.r_[target, -target],
-    )
-    return tuple(map(float, found.x[: len(scale)] / scale))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
-from qllm.plan.devices import STAGE_PASSES, Cluster, Device, HalfWork, Size
+from qllm.plan.devices import Cluster, Device, HalfWork, Size
 from qllm.plan.problem import Problem, Whole
 from qllm.plan.sensitivity import Array
 from qllm.quantizer.floats import FRONT
@@ -237,13 +237,13 @@ def build(
     contention = np.zeros(count)
     shares, processors = shared_processors(devices)
     if cluster is not None:
-        passes, stage_passes, crowding = _besides_layers(devices, first_rows, rows_each)
         # Of what a step reads: the caches of a machine are shared by the stages that are there.
         cache = shape.cache(work)
         machines = len({(each.threads and each.host) or d for d, each in enumerate(devices)})
         held = float(np.median(shape.nbytes, axis=1).sum() + cache.sum()) / machines
         if shape.head is not None:
             held += shape.head[1] / machines
+        passes, stage_passes, crowding = _besides_layers(devices, first_rows, rows_each, held)
         tokens = first_rows * work.prompt
         values = config.hidden_size * tokens
         hop_prefill = cluster.hop(values * shape.dtype.itemsize)
@@ -310,14 +310,21 @@ def build(
 
 
 def _besides_layers(
-    devices: Sequence[Device], prompts: int, rows: float
+    devices: Sequence[Device], prompts: int, rows: float, held: float
 ) -> tuple[Array, Array, Array]:
     """`Problem.passes`, `stage_passes` and `crowding`.
 
     Args:
         prompts: that go through the stages at once.
         rows: that do in a step.
+        held: bytes that a step reads on a machine.
     """
+
+    def seconds(device: Device, found: Mapping[str, float]) -> Array:
+        decode = found["decode"] + device.speed.farness(held) * found["far_decode"]
+        places = found["prefill"], found["busy_prefill"], decode, found["busy_decode"]
+        return np.array(places)
+
     alone, stages, crowding = [], [], []
     for device in devices:
         speed = device.speed
@@ -326,11 +333,11 @@ def _besides_layers(
             for first, second in ((1, 1), (prompts, rows))
         )
         alone.append(of_all)
-        in_stages = of_all.repeat(2)  # in the order of STAGE_PASSES
+        in_stages = of_all.repeat(2)  # each where the others wait, and while they work
         if device.stage_passes is not None:
-            in_stages += [device.stage_passes[name] for name in STAGE_PASSES] - of_one.repeat(2)
+            in_stages += seconds(device, device.stage_passes) - of_one.repeat(2)
         stages.append(in_stages)
-        crowding.append([device.crowding[name] for name in STAGE_PASSES])
+        crowding.append(seconds(device, device.crowding))
     shape = 2, 2, len(devices)
     of_stages, in_crowds = (np.array(each).T.reshape(shape) for each in (stages, crowding))
     return np.array(alone).T, of_stages, in_crowds

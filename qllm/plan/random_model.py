@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -63,10 +65,13 @@ def random_decoder(
             fresh: Tensor = torch.randn(buffer.shape, dtype=buffer.dtype, device=device)
             setattr(module, name, fresh * hidden**-0.5)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+    made: dict[Size, Linear] = {}  # quantizing takes longer than copying
     for name, linear in linears.items():
         if name != LM_HEAD:
             size = linear.in_features, linear.out_features
-            quantized = random_linear(spec, size, dtype, device)
+            if size not in made:
+                made[size] = random_linear(spec, size, dtype, device)
+            quantized = copy.deepcopy(made[size])
             quantized.process_weights_after_loading()
             model.set_submodule(name, quantized)
     for layer in model.layers:

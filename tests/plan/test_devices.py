@@ -9,7 +9,7 @@ import pytest
 from qllm.config import QuantSpec
 from qllm.errors import UserError
 from qllm.plan.cluster_file import read_cluster
-from qllm.plan.devices import HalfWork, MeasuredSpeed
+from qllm.plan.devices import STAGE_PASSES, HalfWork, MeasuredSpeed
 
 
 def test_measured_speeds_are_what_was_measured(tmp_path):
@@ -31,7 +31,7 @@ def test_measured_speeds_are_what_was_measured(tmp_path):
     (found,) = read_cluster(path).devices
     again = found.speed
     assert again == speed and found.processors == 2
-    nothing = dict.fromkeys(("prefill", "busy_prefill", "decode", "busy_decode"), 0.0)
+    nothing = dict.fromkeys(STAGE_PASSES, 0.0)
     assert found.stage_passes == nothing | {"decode": 2e-5}
     assert found.crowding == nothing | {"prefill": 1e-4} and found.contention == 0.25
     assert [again.step(4, decode=decode) for decode in (True, False)] == [5e-6 + 4 * 2e-6, 1e-3]

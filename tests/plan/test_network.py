@@ -39,15 +39,26 @@ def test_what_a_stage_takes_besides_does_not_count_what_others_have_its_processo
 
 
 @pytest.mark.parametrize(("threads", "busy"), [(1, 12 * 1.25), (2, 2 * 12 * 1.25), (2, 12.0)])
-def test_contention_is_what_layers_take_more_while_others_read_memory(monkeypatch, threads, busy):
-    """By hand: layers of 12 s a step, and nothing besides; on two processors."""
-    passes = dict.fromkeys(("alone", "one", "far alone"), (4.0, 12.0))
-    passes |= {"all": (6.0, 12.0 * threads), "far all": (6.0, busy)}
-    two = passes | {"hops": [0.0, 0.0]}
-    three = {"alone": (4.0, 12.0), "one": (4.0, 12.0), "all": (8.0, 18.0 * threads)}
+def test_stages_of_what_no_cache_keeps_tell_contention_and_what_their_steps_take_on_top(
+    monkeypatch, threads, busy
+):
+    """By hand: layers of 12 s a step, and where caches keep them nothing besides; 2 processors."""
+    near = {"alone": (4.0, 12.0), "one": (4.0, 12.0)}
+    far_one = {"one": (4.0, 12.0 + 2 * 3.0)}, {"one": (4.0, 12.0 + 3 * 5.0)}
+    two = {
+        "near": near | {"all": (6.0, 12.0 * threads)},
+        "far": near | {"all": (6.0, busy)} | far_one[0],
+        "hops": [0.0, 0.0],
+    }
+    three = dict.fromkeys(("near", "far"), near | {"all": (8.0, 18.0 * threads)})
+    three["far"] = three["far"] | far_one[1]
     answers = iter([json.dumps(two), json.dumps(three)])
     monkeypatch.setattr(network, "run_ranks", lambda *_: next(answers))
     monkeypatch.setattr(network, "usable_cpus", lambda: 2)
     _, beside = network.measure_stages(threads, torch.float16, DescribedSpeed(1.0, 1.0, 1.0))
     assert beside["contention"] == pytest.approx(max(0.0, busy / threads / 12 - 1))
-    assert beside["stage_passes"]["decode"] == beside["stage_passes"]["busy_decode"] == 0
+    nothing = dict.fromkeys(("decode", "busy_decode"), 0.0)
+    for key, far in (("stage_passes", 3.0), ("crowding", 2.0)):
+        found = beside[key]
+        assert {name: found[name] for name in nothing} == nothing
+        assert found["far_decode"] == pytest.approx(far)

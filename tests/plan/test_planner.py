@@ -17,7 +17,7 @@ from qllm.errors import UserError
 from qllm.parallel.group import Group
 from qllm.parallel.pipeline import ParallelContext
 from qllm.plan.candidates import parse_candidates
-from qllm.plan.devices import Cluster, DescribedSpeed, Device
+from qllm.plan.devices import STAGE_PASSES, Cluster, DescribedSpeed, Device
 from qllm.plan.measure import Job, decided_modules
 from qllm.plan.planner import ANYWHERE, Limits, Planner, allowed
 from qllm.plan.program import Shape, Workload
@@ -114,6 +114,19 @@ def test_the_head_behind_prompts_is_a_step_s():
     asked = {(size == found.shape.head[0], rows, decode) for size, rows, decode in seen}
     # Of the last layer, too, a prompt's last token is all that some linears see.
     assert asked == {(True, 2, True), (False, 2, True), (False, 2, False), (False, 32, False)}
+
+
+def test_a_stage_takes_what_caches_keep_too_little_for():
+    class Half(DescribedSpeed):
+        def farness(self, model):
+            return 0.5
+
+    seconds = dict(zip(STAGE_PASSES, (1.0, 2.0, 3.0, 4.0, 10.0), strict=True))
+    device = replace(SLOW, speed=Half(1e10, 1e11, 1e11), stage_passes=seconds, crowding=seconds)
+    found = replace(planner("opt", "4,8"), cluster=Cluster((device,)))
+    problem = found.problem(Limits(), (device,))
+    for table in (problem.stage_passes, problem.crowding):
+        assert table[..., 0].tolist() == [[1, 2], [3 + 5, 4]]
 
 
 @pytest.mark.parametrize("embedding", [False, True])

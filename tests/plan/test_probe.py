@@ -13,7 +13,7 @@ from qllm.config import QuantSpec
 from qllm.ops.cpu import library, linear
 from qllm.parallel.group import Group
 from qllm.parallel.pipeline import ParallelContext
-from qllm.plan import far_cache, probe
+from qllm.plan import far_cache, probe, probed_models
 from qllm.plan.cluster_file import read_cluster
 from qllm.plan.devices import PHASES, HalfWork
 from qllm.plan.program import sees_last_token
@@ -30,13 +30,15 @@ def small(monkeypatch):
     monkeypatch.setattr(probe, "LEAST", (64, 64))
     monkeypatch.setattr(probe, "LARGE", (256, 256))
     monkeypatch.setattr(probe, "SECONDS", 0.001)
-    monkeypatch.setattr(probe, "FAMILIES", (("llama", 16, 2), ("opt", 8, 1)))
-    monkeypatch.setattr(probe, "MODELS", ((64, 1, 64), (64, 1, 512), (64, 2, 64), (128, 1, 64)))
-    monkeypatch.setattr(probe, "WORK", ((1, 8), (2, 8), (1, 64)))
-    monkeypatch.setattr(probe, "FAR_FAMILIES", (("opt", 16, 1),))
-    monkeypatch.setattr(probe, "FAR_MODELS", ((128, 4, 64),))
-    monkeypatch.setattr(probe, "FAR_WORK", ((1, 8),))
-    monkeypatch.setattr(probe, "STEPS", 4)
+    monkeypatch.setattr(probed_models, "FAMILIES", (("llama", 16, 2), ("opt", 8, 1)))
+    monkeypatch.setattr(
+        probed_models, "MODELS", ((64, 1, 64), (64, 1, 512), (64, 2, 64), (128, 1, 64))
+    )
+    monkeypatch.setattr(probed_models, "WORK", ((1, 8), (2, 8), (1, 64)))
+    monkeypatch.setattr(probed_models, "FAR_FAMILIES", (("opt", 16, 1),))
+    monkeypatch.setattr(probed_models, "FAR_MODELS", ((128, 4, 64),))
+    monkeypatch.setattr(probed_models, "FAR_WORK", ((1, 8),))
+    monkeypatch.setattr(probed_models, "STEPS", 4)
     monkeypatch.setattr(far_cache, "TOKENS", (8, 64))
 
 
@@ -69,7 +71,7 @@ def test_what_is_measured_predicts(tmp_path):
 
 @pytest.mark.usefixtures("small")
 def test_what_steps_take_on_top_where_no_cache_keeps_them_is_told(monkeypatch):
-    monkeypatch.setattr(probe, "FAR_MODELS", ((128, 4, 64), (64, 16, 64), (128, 1, 2048)))
+    monkeypatch.setattr(probed_models, "FAR_MODELS", ((128, 4, 64), (64, 16, 64), (128, 1, 2048)))
     found = probe.Probe([FOUR], torch.float32, "cpu")
     near = probe.WORKING_SETS[1]
     for spec, name, nbytes, size, rows in found._products:
@@ -77,22 +79,23 @@ def test_what_steps_take_on_top_where_no_cache_keeps_them_is_told(monkeypatch):
         found._times[spec, name, nbytes, size, rows] = [weight * size[0] * size[1] * rows]
     for call in found._attention:
         found._times["attention", call] = [1e-6]
-    for kind in found._models:
+    models = found._models
+    for kind in models.models:
         for batch, context in kind.work():
-            found._times["step", kind, batch, context] = [1.0]
-            found._times["prompt", kind, batch, context] = [1.0]
+            for phase in PHASES:
+                models.times[phase, kind, batch, context] = [1.0]
     alone = replace(found.speed(), among_others=0.0)
-    for kind, model in found._models.items():
-        held = sum(module.nbytes() for module in probe._linears(model).values())
+    for kind, model in models.models.items():
+        held = sum(module.nbytes() for module in probed_models.linears(model).values())
         for batch, context in kind.work():
             scores = kind.layers * batch * kind.hidden / kind.channels * (context + 2)
             held_with_cache = held + 8 * scores * kind.channels / kind.sharing
             far = alone.farness(held_with_cache)
-            products = probe._products_of(
+            products = probed_models.products_of(
                 model, FOUR, alone, batch, batch, held_with_cache, decoding=True
             )
             step = products * (1 + 0.25 * far) + 2 * kind.layers * (1e-6 + 4e-6 * far)
-            found._times["step", kind, batch, context] = [step]
+            models.times["decode", kind, batch, context] = [step]
     told = found.speed()
     assert told.halves["decode"][:2] == pytest.approx((1e-6, 4e-6), rel=1e-3)
     assert told.among_others == pytest.approx(0.25, rel=1e-3)
@@ -115,7 +118,7 @@ def test_one_pass_that_takes_longer_does_not_move_what_the_others_say():
     seconds = features @ coefficients + 1.0
     seconds[5] *= 2
     rows = [(list(each), float(s), 1.0) for each, s in zip(features, seconds, strict=True)]
-    assert probe._fit(rows) == pytest.approx(tuple(coefficients), abs=1e-6)
+    assert probed_models.fit(rows) == pytest.approx(tuple(coefficients), abs=1e-6)
 
 
 def test_matrices_take_the_memory_that_they_say(monkeypatch):
