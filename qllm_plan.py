@@ -149,7 +149,7 @@ def main() -> None:
     from qllm.plan.measure import decided_modules
     from qllm.plan.planner import Planner, allowed
     from qllm.plan.possible import Asked
-    from qllm.plan.program import Shape, Workload
+    from qllm.plan.shape import Shape, Workload
 
     weights = Weights.of_floats(folder.path)
     modules = decided_modules(weights, args.lm_head, args.embedding)

@@ -30,7 +30,7 @@ from qllm.errors import UserError
 from qllm.plan.candidates import labels, parse_candidates
 from qllm.plan.measure import Job, measure
 from qllm.plan.planner import Limits, Plan, Planner
-from qllm.plan.program import Shape, Workload
+from qllm.plan.shape import Shape, Workload
 from qllm.plan.verify import verify
 from qllm.pretrained import Pretrained
 

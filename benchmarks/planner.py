@@ -28,8 +28,8 @@ from qllm.plan.candidates import labels, parse_candidates
 from qllm.plan.devices import Cluster, DescribedSpeed, Device
 from qllm.plan.measure import Job, measure
 from qllm.plan.planner import Limits, Plan, Planner
-from qllm.plan.program import Shape, Workload
 from qllm.plan.sensitivity import Sensitivity
+from qllm.plan.shape import Shape, Workload
 from qllm.tokenizer import Tokenizer
 from tools.random_checkpoint import opt_config
 

@@ -7,8 +7,8 @@ At 4 bits, of the bundled OPT or of a published one's sizes with random weights:
 each stage, or stages that begin where it says behind a colon; and all of them in one process, which
 says what of a miss is that of its layers. All rows are run in turn, in some rounds, and so is the
 probe of each number of threads that they are predicted from: a shared machine's speed drifts from
-minute to minute. The median is printed, and in brackets the least and the most. Prints a Markdown
-table and, last, one JSON line.
+minute to minute. The lower quartile is printed, as it is what of a probe's rounds counts, and in
+brackets the least and the most. Prints a Markdown table and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ from qllm.plan.devices import STAGE_PASSES, Cluster, Device
 from qllm.plan.measure import decided_modules
 from qllm.plan.network import measure_stages
 from qllm.plan.probe import Matrices, Probe
-from qllm.plan.program import Shape, Workload, build
+from qllm.plan.program import build
+from qllm.plan.shape import Shape, Workload
 from qllm.plan.stages import time_stages
+from qllm.plan.timing import undisturbed
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.job import Job
 from tools.random_checkpoint import PUBLISHED, write_checkpoint
@@ -188,8 +190,8 @@ def main() -> None:
         said = predicted(shape, [devices[count] for count in threads], cuts, network, work)
         cells = [name, str(work.batch)]
         for seconds, each in zip(said, zip(*times, strict=True), strict=True):
-            low, middle, high = (1e3 * f(each) for f in (min, statistics.median, max))
-            cells += [f"{1e3 * seconds:.3g}", f"{middle:.3g} ({low:.3g} to {high:.3g})"]
+            low, usual, high = (1e3 * f(each) for f in (min, undisturbed, max))
+            cells += [f"{1e3 * seconds:.3g}", f"{usual:.3g} ({low:.3g} to {high:.3g})"]
         print("|", " | ".join(cells), "|", flush=True)
         found.append({"stages": name, "batch": work.batch, "predicted": said, "measured": times})
     print(json.dumps(found))

@@ -210,8 +210,9 @@ class Device:
             sequence; None: as many as one device that has them all.
         crowding: the seconds on top of them where the host has fewer processors than stages: then
             one that waits sleeps, and one that could go on may have no processor.
-        contention: where none of what steps read is in the host's caches, by which part of what
-            another stage's layers take those of this one take longer while both work, 1 at most.
+        contention: where none of what steps of one sequence read is in the host's caches, by which
+            part of what another stage's layers take those of this one take longer while both work,
+            1 at most.
     """
 
     name: str

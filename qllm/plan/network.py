@@ -20,9 +20,9 @@ from qllm.parallel.links import CROWDED_SPIN, Links
 from qllm.parallel.pipeline import ParallelContext, PipelineStage
 from qllm.parallel.session import ParallelConfig, Session, session
 from qllm.plan.devices import PHASES, STAGE_PASSES, Speed
-from qllm.plan.program import Workload
 from qllm.plan.random_model import random_decoder
 from qllm.plan.ranks import run_ranks
+from qllm.plan.shape import Workload
 from qllm.plan.timing import time_generation, undisturbed
 
 SMALL, LARGE = 256, 1 << 20  # activations of a step, and of prompts, in float16

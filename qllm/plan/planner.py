@@ -17,8 +17,9 @@ from qllm.plan.candidates import labels
 from qllm.plan.devices import Cluster, DescribedSpeed, Device
 from qllm.plan.possible import CLUSTER
 from qllm.plan.problem import Problem, Solution, UnsolvedError
-from qllm.plan.program import Shape, Workload, build
+from qllm.plan.program import build
 from qllm.plan.sensitivity import Fit, Sensitivity
+from qllm.plan.shape import Shape, Workload
 from qllm.plan.solve import orders, solve
 
 # What tells one model from another in a plan.

@@ -13,8 +13,8 @@ from qllm.errors import UserError
 from qllm.layers import linear_class
 from qllm.plan.cluster_file import UNITS
 from qllm.plan.milp import TOLERANCE
-from qllm.plan.program import Shape, Workload
 from qllm.plan.sensitivity import Array
+from qllm.plan.shape import Shape, Workload
 
 SIZE, MEMORY, CLUSTER = "--size", "--memory", "--cluster"
 ONE_BIT = QuantSpec(1, group_size=-1, kind="weight_only")

@@ -13,8 +13,8 @@ from qllm.config import LM_HEAD, QuantSpec
 from qllm.layers import Linear
 from qllm.models import Decoder
 from qllm.plan.devices import MeasuredSpeed
-from qllm.plan.program import Workload, sees_last_token
 from qllm.plan.random_model import random_decoder
+from qllm.plan.shape import Workload, sees_last_token
 from qllm.plan.timing import time_generation, undisturbed
 
 # Of the models with which is measured what is beside the products: family, channels of a head and

@@ -4,202 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-import torch
 
-from qllm.checkpoint.load import module_bytes, outline
-from qllm.config import (
-    DEFAULT_ALGORITHM,
-    EMBEDDING,
-    LM_HEAD,
-    ModelConfig,
-    QuantPlan,
-    QuantSpec,
-)
-from qllm.errors import UserError
-from qllm.layers import Linear, linear_class
-from qllm.models import Decoder
-from qllm.models.cache import KVCache
-from qllm.plan.devices import Cluster, Device, HalfWork, Size
+from qllm.config import EMBEDDING, ModelConfig, QuantSpec
+from qllm.plan.devices import Cluster, Device, HalfWork
 from qllm.plan.problem import Problem, Whole
 from qllm.plan.sensitivity import Array
-from qllm.quantizer.floats import FRONT
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What the model will be asked.
-
-    Attributes:
-        prompt, new: tokens of each sequence.
-        batch: sequences at once.
-    """
-
-    prompt: int = 512
-    new: int = 128
-    batch: int = 1
-
-    @classmethod
-    def within(
-        cls, window: int | None, prompt: int | None, new: int | None, batch: int
-    ) -> Workload:
-        """What fits into a model's window; None stands for the usual, or for less in a small one.
-
-        Raises:
-            UserError: what is asked for does not fit.
-        """
-        if new is None:
-            new = cls.new if window is None else min(cls.new, window // 2)
-        if prompt is None:
-            prompt = cls.prompt if window is None else max(1, min(cls.prompt, window - new))
-        if window is not None and prompt + new > window:
-            raise UserError(
-                f"--prompt {prompt} and --gen {new} exceed the model's window of {window}; "
-                "give less"
-            )
-        return cls(prompt, new, batch)
-
-
-@dataclass(frozen=True, eq=False)
-class Shape:
-    """What of a model's sizes the program needs.
-
-    Attributes:
-        modules: names of the linears that are decided on, and of the embedding.
-        half_of: int (M,), their halves of layers; of an embedding the first, or, where the LM head
-            is tied to it, the last, where there is a product with it.
-        sizes: int (M, 2), their inputs and outputs.
-        weights: (M,), elements.
-        nbytes: int (M, C), as loading has them.
-        bits: (M, C), per weight: integers, scales and zeros.
-        fixed: int (H,), bytes of the rest of each half: dense linears, norms, and with the first
-            and last half what is in front of the layers and behind them; an embedding that the LM
-            head is tied to is with the last one, where there is a product with it.
-        head: size and bytes of an LM head that is not decided on.
-        tied: bytes of an embedding in `fixed` that the first of several stages has once more.
-    """
-
-    config: ModelConfig
-    dtype: torch.dtype
-    modules: tuple[str, ...]
-    half_of: np.ndarray
-    sizes: np.ndarray
-    weights: Array
-    nbytes: Array
-    bits: Array
-    fixed: Array
-    head: tuple[Size, int] | None
-    tied: int
-
-    @classmethod
-    def of(
-        cls,
-        folder: Path,
-        modules: Sequence[str],
-        candidates: Sequence[QuantSpec],
-        dtype: torch.dtype | None,
-    ) -> Shape:
-        """Of a 16- or 32-bit checkpoint, whose files' headers alone are read."""
-        plan = QuantPlan.uniform(QuantSpec())
-        if LM_HEAD in modules:  # so that a tied one is a matrix of its own, as it will be
-            # Of bytes alone: how the integers are chosen is for whoever quantizes.
-            spec = replace(candidates[0], algorithm=DEFAULT_ALGORITHM)
-            plan = plan.with_rule(f"^{LM_HEAD}$", spec)
-        return cls.of_model(outline(folder, plan, dtype), modules, candidates)
-
-    @classmethod
-    def of_model(
-        cls, model: Decoder, modules: Sequence[str], candidates: Sequence[QuantSpec]
-    ) -> Shape:
-        """Of a dense model, which may be on the meta device."""
-        config = model.config
-        last = 2 * config.num_layers - 1
-        halves, sizes, nbytes, bits = [], [], [], []
-        for name in modules:
-            if name == EMBEDDING:
-                halves.append(last if config.tied_head else 0)
-                size, bias = (config.embed_size, config.vocab_size), False
-            else:
-                linear = model.get_submodule(name)
-                assert isinstance(linear, Linear)
-                halves.append(last if name == LM_HEAD else _half(name))
-                size = (linear.in_features, linear.out_features)
-                bias = getattr(linear, "bias", None) is not None
-            sizes.append(size)
-            held = [
-                [linear_class(s).empty(*size, part, s, model.dtype).nbytes() for s in candidates]
-                for part in (bias, False)
-            ]
-            nbytes.append(held[0])
-            bits.append([8 * each / math.prod(size) for each in held[1]])
-        fixed = np.zeros(last + 1)
-        for name, module in model.named_modules():
-            own = sum(t.nbytes for t in module.buffers(recurse=False))
-            if not own or name in modules or (name == LM_HEAD and config.tied_head):
-                continue
-            front = name.split(".")[0] in FRONT and not (name == EMBEDDING and config.tied_head)
-            fixed[_half(name) if name.startswith("layers.") else 0 if front else last] += own
-        head = None
-        shared = config.tied_head and EMBEDDING in modules
-        if LM_HEAD not in modules and not shared:
-            linear = model.lm_head
-            assert isinstance(linear, Linear)  # of a whole model
-            size = (linear.in_features, linear.out_features)
-            head = (size, math.prod(size) * model.dtype.itemsize)
-        tied = module_bytes(model.embed) if config.tied_head and not shared else 0
-        return cls(
-            config,
-            model.dtype,
-            tuple(modules),
-            np.array(halves),
-            np.array(sizes),
-            np.array([math.prod(size) for size in sizes], dtype=np.float64),
-            np.array(nbytes, dtype=np.float64),
-            np.array(bits),
-            fixed,
-            head,
-            tied,
-        )
-
-    def cache(self, work: Workload) -> Array:
-        """Bytes (H,) of keys and values in each half: attention has them, the MLP none."""
-        tokens = work.prompt + work.new
-        layers = KVCache.sizes(self.config, work.batch, tokens, self.dtype)
-        return np.array([part for each in layers for part in (each, 0)], dtype=np.float64)
-
-    def buffers(self, work: Workload) -> float:
-        """Bytes of activations at the peak of a prompt's pass: a layer's, and the logits."""
-        config = self.config
-        heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        inner = config.intermediate_size * (2 if config.gated_mlp else 1)
-        tokens = work.batch * work.prompt
-        layer = tokens * (3 * config.hidden_size + max(heads, inner)) * self.dtype.itemsize
-        return float(layer + work.batch * config.vocab_size * (4 + self.dtype.itemsize))
-
-
-def _half(name: str) -> int:
-    """Of a module in a layer: 2 i is the attention of layer i, 2 i + 1 its MLP."""
-    _, index, inner = name.split(".", 2)
-    return 2 * int(index) + inner.startswith("mlp")
-
-
-def is_head(name: str) -> bool:
-    """Whether a linear is the LM head, or an embedding that is it.
-
-    A prompt asks it for its last token alone, and it is run as in a step.
-    """
-    return name in (LM_HEAD, EMBEDDING)
-
-
-def sees_last_token(name: str, layers: int) -> bool:
-    """Whether a linear is asked for each prompt's last token alone.
-
-    Those are the head, and in the last of some layers what is behind the keys and values.
-    """
-    return is_head(name) or (name.startswith(f"layers.{layers - 1}.") and not name.endswith(".qkv"))
+from qllm.plan.shape import Shape, Workload, is_head, sees_last_token
 
 
 def build(
@@ -274,8 +86,8 @@ def build(
                 if shape.head is not None:
                     head = QuantSpec(), *shape.head
                     table[d, -1] += speed.linear(*head, at_once, decode=True, model=held)
-            if (shares[:, d] > 0).any():
-                contention[d] = device.contention * speed.farness(held)
+            if device.contention and (shares[:, d] > 0).any():
+                contention[d] = _contention(shape, candidates, device, decode[d], held)
     return Problem(
         half_of=shape.half_of,
         loss=loss,
@@ -307,6 +119,25 @@ def build(
         tied=shape.modules.index(EMBEDDING) if decides_on_tied else None,
         tied_bytes=float(shape.tied),
     )
+
+
+def _contention(
+    shape: Shape, candidates: Sequence[QuantSpec], device: Device, step: Array, held: float
+) -> float:
+    """`Problem.contention` of a device whose machine others share.
+
+    Products with more rows, for which others wait, read no more than those with one.
+
+    Args:
+        step: seconds (M, C) of its products in a step.
+        held: bytes that a step reads on the machine.
+    """
+    of_one_row = 0.0
+    for m, c in np.argwhere(step):
+        inputs, outputs = map(int, shape.sizes[m])
+        args = candidates[c], (inputs, outputs), int(shape.nbytes[m, c])
+        of_one_row += device.speed.linear(*args, 1, decode=True, model=held)
+    return device.contention * device.speed.farness(held) * of_one_row / float(step.sum())
 
 
 def _besides_layers(

@@ -16,8 +16,8 @@ from qllm.checkpoint.load import load_model, outline
 from qllm.config import QuantPlan, QuantSpec
 from qllm.parallel.pipeline import parse_cuts
 from qllm.parallel.session import ParallelConfig, session
-from qllm.plan.program import Workload
 from qllm.plan.ranks import run_ranks
+from qllm.plan.shape import Workload
 from qllm.plan.timing import REPEATS, time_generation, undisturbed
 
 SECONDS = 3.0  # in which runs are made: what disturbs a few short ones lasts as long

@@ -11,7 +11,7 @@ import torch
 from qllm.generate import generate
 from qllm.generation_config import GenerationConfig
 from qllm.models import Decoder
-from qllm.plan.program import Workload
+from qllm.plan.shape import Workload
 
 REPEATS = 5
 UNCOUNTED = 2  # steps behind a prompt: what they do is captured for those that follow

@@ -20,8 +20,8 @@ from qllm.plan.candidates import parse_candidates
 from qllm.plan.devices import STAGE_PASSES, Cluster, DescribedSpeed, Device
 from qllm.plan.measure import Job, decided_modules
 from qllm.plan.planner import ANYWHERE, Limits, Planner, allowed
-from qllm.plan.program import Shape, Workload
 from qllm.plan.sensitivity import Sensitivity
+from qllm.plan.shape import Shape, Workload
 from qllm.plan.silence import without_output
 from qllm.plan.tables import print_plan
 
@@ -114,6 +114,22 @@ def test_the_head_behind_prompts_is_a_step_s():
     asked = {(size == found.shape.head[0], rows, decode) for size, rows, decode in seen}
     # Of the last layer, too, a prompt's last token is all that some linears see.
     assert asked == {(True, 2, True), (False, 2, True), (False, 2, False), (False, 32, False)}
+
+
+def test_stages_wait_for_what_others_read_and_not_for_what_they_compute():
+    """Of two sequences in two stages each computes with one row; of eight, with four."""
+
+    class Computing(DescribedSpeed):
+        def linear(self, spec, size, nbytes, rows, *, decode, model):
+            return 1.0 + 0.5 * (rows - 1)
+
+    device = replace(SLOW, speed=Computing(1e10, 1e11, 1e11), contention=0.5)
+    shared = replace(device, host="here", threads=1, processors=2)
+    devices = shared, replace(shared, name="other")
+    base = replace(planner("opt", "4,8"), cluster=Cluster(devices))
+    for batch, contention in ((2, 0.5), (8, 0.5 / 2.5)):
+        found = replace(base, work=Workload(batch=batch)).problem(Limits(), devices)
+        assert found.contention.tolist() == pytest.approx([contention] * 2)
 
 
 def test_a_stage_takes_what_caches_keep_too_little_for():

@@ -16,7 +16,7 @@ from qllm.plan.cluster_file import parse_bytes
 from qllm.plan.measure import decided_modules
 from qllm.plan.planner import allowed, rounded_up
 from qllm.plan.possible import CLUSTER, MEMORY, SIZE, Asked
-from qllm.plan.program import Shape, Workload
+from qllm.plan.shape import Shape, Workload
 
 
 def asked(family: str, memory: float, option: str, bits: str = "2,4", **decided: bool) -> Asked:

@@ -16,8 +16,8 @@ from qllm.parallel.pipeline import ParallelContext
 from qllm.plan import far_cache, probe, probed_models
 from qllm.plan.cluster_file import read_cluster
 from qllm.plan.devices import PHASES, HalfWork
-from qllm.plan.program import sees_last_token
 from qllm.plan.random_model import random_decoder
+from qllm.plan.shape import sees_last_token
 
 FOUR = QuantSpec(4, group_size=64, kind="weight_only")
 

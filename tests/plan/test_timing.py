@@ -8,7 +8,7 @@ from conftest import tiny
 from qllm.checkpoint.load import load_model
 from qllm.config import QuantPlan
 from qllm.errors import UserError
-from qllm.plan.program import Workload
+from qllm.plan.shape import Workload
 from qllm.plan.timing import time_generation
 
 
