@@ -66,6 +66,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def walked_once():
+    """What is there behind a module, such as what it imported, stays too, once garbage is gone."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(tmp_path_factory):
     """No test, and no process it starts, sees this machine's caches."""
@@ -220,9 +228,9 @@ def assert_user_error(done: subprocess.CompletedProcess, *words: str) -> None:
     assert done.stdout == ""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sources(tmp_path_factory):
-    """The folder of one of `quantizing.MODELS`, made once."""
+    """The folder of one of `quantizing.MODELS`, made once. Do not change it."""
     import torch
     from quantizing import saved
 
@@ -232,5 +240,21 @@ def sources(tmp_path_factory):
         if (name, dtype) not in made:
             made[name, dtype] = saved(name, tmp_path_factory.mktemp("source") / "model", dtype)
         return made[name, dtype]
+
+    return source
+
+
+@pytest.fixture(scope="session")
+def shallow_of(tmp_path_factory):
+    """The folder of a family's bundled model with few layers, made once. Do not change it."""
+    from shallow_models import shallow
+
+    made: dict[tuple, Path] = {}
+
+    def source(family: str, layers: int = 2) -> Path:
+        if (family, layers) not in made:
+            folder = tmp_path_factory.mktemp("shallow") / family
+            made[family, layers] = shallow(family, folder, layers=layers)
+        return made[family, layers]
 
     return source

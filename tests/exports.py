@@ -7,8 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from conftest import tiny
-from oracle import bundled
+from oracle import pretrained
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -29,11 +28,11 @@ class WithPast(nn.Module):
         return (out.logits, *(each for layer in layers for each in (layer.keys, layer.values)))
 
 
-def torch_export(family: str, folder: Path) -> Path:
-    """A folder with a bundled model in float32, of optimum's names for its inputs and outputs."""
-    model = bundled(family)
+def torch_export(source: Path, folder: Path) -> Path:
+    """A folder with a checkpoint in float32, of optimum's names for its inputs and outputs."""
+    model = pretrained(source)
     config = model.config
-    positions = family == "llama"
+    positions = config.model_type == "llama"
     kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     dim = config.hidden_size // config.num_attention_heads
     rows, length, past = 2, 3, 4
@@ -53,7 +52,7 @@ def torch_export(family: str, folder: Path) -> Path:
             outputs.append(f"present.{index}.{what}")
             axes[outputs[-1]] = {0: "batch_size", 2: "total_sequence_length"}
     axes["logits"] = axes["input_ids"]
-    shutil.copytree(tiny(family), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer, which is the one optimum takes
         torch.onnx.export(

@@ -6,6 +6,7 @@ Who touches it dies, hence a process of its own.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import subprocess
@@ -21,6 +22,11 @@ TESTS = Path(__file__).parent
 kept: list[mmap.mmap] = []
 
 
+@functools.cache
+def libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def fenced(tensor: Tensor, *, at_end: bool) -> Tensor:
     """A copy between two fences, which begins or ends with one."""
     if not tensor.numel():
@@ -31,7 +37,7 @@ def fenced(tensor: Tensor, *, at_end: bool) -> Tensor:
     start = ctypes.addressof(ctypes.c_char.from_buffer(area))
     for page in (0, pages + 1):
         at = ctypes.c_void_p(start + page * mmap.PAGESIZE)
-        assert not ctypes.CDLL(None).mprotect(at, mmap.PAGESIZE, NO_ACCESS)
+        assert not libc().mprotect(at, mmap.PAGESIZE, NO_ACCESS)
     offset = mmap.PAGESIZE + (pages * mmap.PAGESIZE - tensor.nbytes if at_end else 0)
     copy = torch.frombuffer(area, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
     return copy.view(tensor.shape).copy_(tensor)

@@ -60,6 +60,12 @@ def save(model: PreTrainedModel, folder: Path) -> Decoder:
 
 
 @cache
+def pretrained(folder: Path) -> PreTrainedModel:
+    """transformers' model of a folder in float32. Do not change either."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@cache
 def bundled(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """transformers' bundled model of a family. Do not change it."""
     return AutoModelForCausalLM.from_pretrained(tiny(family), dtype=dtype).eval()

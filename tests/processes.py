@@ -21,8 +21,9 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# What scripts import, of others and in front of everything, and what they do not change there.
-PRELOADED = ("torch", "safetensors.torch", "tokenizers")
+# What scripts import, of others and in front of everything, and what they do not change there. The
+# last are huggingface_hub's, which itself reads variables when it is imported.
+PRELOADED = ("torch", "safetensors.torch", "tokenizers", "httpx2", "filelock", "tqdm.auto", "yaml")
 # Read when libraries are loaded, so that a fork has those of the process that forks.
 LATER = ("OMP_NUM_THREADS", "TORCHELASTIC_ERROR_FILE")  # of these, those that are not
 READ_AT_IMPORT = (
@@ -93,6 +94,16 @@ class Forked:
 
     def kill(self) -> None:
         self._process.kill()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """
+        Raises:
+            subprocess.TimeoutExpired: it did not end.
+        """
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.poll()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for its end: standard output and error.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -91,10 +93,20 @@ TEXT = "\n".join(
 )
 
 
+@cache
+def _files(name: str, dtype: torch.dtype, seed: int) -> dict[str, bytes]:
+    """What transformers saves of one of MODELS."""
+    with tempfile.TemporaryDirectory() as folder:
+        # A copy: a model writes its type into its configuration.
+        random_model(deepcopy(MODELS[name]), seed).to(dtype).save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
 def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
     """One of MODELS as a checkpoint."""
-    # A copy: a model writes its type into its configuration.
-    random_model(deepcopy(MODELS[name]), seed).to(dtype).save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, data in _files(name, dtype, seed).items():
+        (folder / file).write_bytes(data)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Bundled models of two layers, for scripts that quantize."""
+"""Bundled models of two layers or so, where more would do the same again."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ LAYERS = {"opt": "model.decoder.layers.", "bloom": "transformer.h.", "llama": "m
 COUNTS = {"opt": "num_hidden_layers", "bloom": "n_layer", "llama": "num_hidden_layers"}
 
 
-def shallow(family: str, folder: Path, change: Callable[[dict], None] | None = None) -> Path:
-    """The first two layers of a bundled model, with its tokenizer."""
-    copy_of(family, folder, weights=False, **{COUNTS[family]: 2})
+def shallow(
+    family: str, folder: Path, change: Callable[[dict], None] | None = None, layers: int = 2
+) -> Path:
+    """The first layers of a bundled model, with its tokenizer."""
+    copy_of(family, folder, weights=False, **{COUNTS[family]: layers})
     start = LAYERS[family]
     state = {
         name: tensor
         for name, tensor in state_of(family).items()
-        if not name.startswith(start) or int(name.removeprefix(start).split(".")[0]) < 2
+        if not name.startswith(start) or int(name.removeprefix(start).split(".")[0]) < layers
     }
     if change is not None:
         change(state)

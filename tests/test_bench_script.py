@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import copy_of
 from conftest import FAMILIES, assert_user_error, run
+from covering import slow_but
 from cpu_paths import paths
 from inside import call, call_json
 
@@ -20,7 +21,7 @@ TINY = ("--model-size", "tiny")
 SHORT = ("-p", "8,4", "-n", "2", "-b", "1,3", "-r", "2")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family",), slow_but([("bloom",)], FAMILIES))
 def test_throughput_beside_transformers(family, monkeypatch):
     # What the machine allows takes the longest to measure.
     monkeypatch.setattr(speed.Roofline, "measure", lambda device: None)

@@ -117,7 +117,8 @@ def test_activations_of_8_bits_where_there_are_layers_for_them(files):
 
 def test_a_quantized_checkpoint_goes_without_a_bitwidth(files, tmp_path):
     quantize_checkpoint(Job(tiny("opt"), QuantPlan.uniform(QuantSpec.parse("4"))), tmp_path / "q")
-    args = ("--model-path", tmp_path / "q", "--dataset", files / "text.txt")
+    few = ("--max-tokens", 200, "--window", 64)
+    args = ("--model-path", tmp_path / "q", "--dataset", files / "text.txt", *few)
     (row,) = call_json(EVAL, *args)["rows"]
     assert row["bitwidth"] == "4"
     (other,) = call_json(EVAL, *TINY, "--bitwidth", 4, *args[2:])["rows"]
@@ -140,7 +141,7 @@ def test_checkpoints_side_by_side(files, tmp_path):
         samples = [list(range(5, 69))] * 2
         job = Job(tiny("opt"), plan, samples=samples, origin="opt-tiny")
         quantize_checkpoint(job, tmp_path / name)
-    data = ("--dataset", files / "text.txt", "--max-tokens", 600)
+    data = ("--dataset", files / "text.txt", "--max-tokens", 200, "--window", 64)
     paths = (tmp_path / "b", tmp_path / "a")
     done = call(EVAL, "--model-path", *paths, *data, "--agreement", "--max-gen-tokens", 2, "--json")
     assert done.returncode == 0, done.stderr

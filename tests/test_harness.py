@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import subprocess
+import os
 import sys
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, tiny
@@ -113,8 +114,9 @@ def test_what_it_cannot_generate(settings, message):
 def test_without_the_harness_one_line_says_so():
     if importlib.util.find_spec("lm_eval"):
         pytest.skip("lm-evaluation-harness is installed")
-    command = [sys.executable, "-m", "qllm.harness", "--model", "qllm", "--tasks", "x"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    program = "import runpy; runpy.run_module('qllm.harness', run_name='__main__', alter_sys=True)"
+    words = ["-c", program, "--model", "qllm", "--tasks", "x"]
+    done = processes.run(words, os.environ, cwd=ROOT)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert "pip install lm_eval" in line

@@ -9,13 +9,12 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, run_json, tiny
@@ -32,28 +31,30 @@ import json, sys
 from qllm import hub
 from qllm.errors import UserError
 
-try:
-    found = hub.resolve(**json.loads(sys.argv[1]), note=lambda line: print("note:", line))
-    print(found.path, found.name)
-except UserError as error:
-    print("error:", error)
+for asked in json.loads(sys.argv[1]):
+    try:
+        found = hub.resolve(**asked, note=lambda line: print("note:", line))
+        print(found.path, found.name)
+    except UserError as error:
+        print("error:", error)
 """
 SMALL = opt_config(64, 2, 4, vocab_size=4096)
 
 
-def resolve(home: Path, family: str = "opt", online: str | None = None, **options) -> list[str]:
+def resolve(home: Path, *asked: dict, online: str | None = None) -> list[str]:
     """What hub.resolve does in a process of its own: its notes, then the folder or the error.
 
+    In a process, since huggingface_hub reads its variables when it is imported.
+
     Args:
+        asked: options of each call; a call without any where there are none.
         online: the address of the Hub; None is HF_HUB_OFFLINE=1.
     """
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_ETAG_TIMEOUT": "1"}
     if online:
         environment |= {"HF_ENDPOINT": online, "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-c", RESOLVE, json.dumps({"family": family, **options})]
-    done = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
-    )
+    calls = json.dumps([{"family": "opt", **options} for options in asked or ({},)])
+    done = processes.run(["-c", RESOLVE, calls], environment, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -117,20 +118,21 @@ def test_folders_of_one_name_have_keys_of_their_own(tmp_path):
 
 
 def test_the_smallest_published_size_is_the_default(tmp_path):
-    for family, name in (
-        ("opt", "facebook/opt-125m"),
-        ("bloom", "bigscience/bloom-560m"),
-        ("llama", "meta-llama/Llama-2-7b-hf"),
-    ):
-        (line,) = resolve(tmp_path, family)
+    smallest = {
+        "opt": "facebook/opt-125m",
+        "bloom": "bigscience/bloom-560m",
+        "llama": "meta-llama/Llama-2-7b-hf",
+    }
+    lines = resolve(tmp_path, *({"family": family} for family in smallest))
+    for name, line in zip(smallest.values(), lines, strict=True):
         assert line.startswith(f"error: {name} is not in the cache ({tmp_path}/hub)")
         assert line.endswith('(HF_HUB_OFFLINE is set); "opt-tiny" runs offline')
 
 
 def test_a_cached_model_is_found_offline(tmp_path):
     snapshot = lay_out(tmp_path, "facebook/opt-125m", SMALL)
-    assert resolve(tmp_path) == [f"{snapshot} facebook/opt-125m"]
-    assert resolve(tmp_path, path="facebook/opt-125m") == [f"{snapshot} facebook/opt-125m"]
+    found = resolve(tmp_path, {}, {"path": "facebook/opt-125m"})
+    assert found == [f"{snapshot} facebook/opt-125m"] * 2
 
 
 def test_files_that_a_run_does_not_need_may_be_missing(tmp_path):
@@ -145,13 +147,13 @@ def test_files_that_a_run_does_not_need_may_be_missing(tmp_path):
 
 def test_a_cache_without_weights_does_for_random_input_alone(tmp_path):
     snapshot = lay_out(tmp_path, "facebook/opt-125m", SMALL, weights=False)
-    assert resolve(tmp_path, weights=False) == [f"{snapshot} facebook/opt-125m"]
-    (line,) = resolve(tmp_path)
+    found, line = resolve(tmp_path, {"weights": False}, {})
+    assert found == f"{snapshot} facebook/opt-125m"
     assert line.startswith("error: facebook/opt-125m is not in the cache")
 
 
 def test_a_name_that_cannot_be_one(tmp_path):
-    (line,) = resolve(tmp_path, path="not a/repo--name..")
+    (line,) = resolve(tmp_path, {"path": "not a/repo--name.."})
     assert line.startswith("error: not a/repo--name.. is no folder here; on the Hub, not a/")
 
 
@@ -258,7 +260,7 @@ def test_a_downloaded_model_runs(serving, tmp_path):
 
 def test_random_input_takes_no_weights(serving, tmp_path):
     serving.files = {"config.json": b"{}", "model.safetensors": b"large"}
-    (line,) = resolve(tmp_path, online=serving.address, weights=False)
+    (line,) = resolve(tmp_path, {"weights": False}, online=serving.address)
     assert [path.name for path in Path(line.split()[0]).iterdir()] == ["config.json"]
 
 

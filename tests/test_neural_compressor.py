@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from compressing import FIRST, config, scripted, token_ids, weight
-from conftest import FAMILIES, tiny
+from conftest import FAMILIES
 from covering import slow_but
 
 from qllm import AccuracyCriterion, PostTrainingQuantConfig, TuningCriterion, quantization
@@ -25,15 +26,15 @@ from qllm.neural_compressor.rules import to_rules
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def transformers_model(family: str, dtype: torch.dtype = torch.float16):
+def transformers_model(folder: Path, dtype: torch.dtype = torch.float16):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(tiny(family), dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 @pytest.fixture(scope="module")
-def opt():
-    return transformers_model("opt")
+def opt(shallow_of):
+    return transformers_model(shallow_of("opt"))
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +68,8 @@ def assert_same_weights(model, folder) -> None:
 
 
 @pytest.mark.parametrize(("family",), slow_but([("llama",)], FAMILIES))
-def test_the_snippet_of_the_documentation(family, tmp_path, ids):
-    model = transformers_model(family)
+def test_the_snippet_of_the_documentation(family, tmp_path, ids, shallow_of):
+    model = transformers_model(shallow_of(family))
     conf = PostTrainingQuantConfig(
         approach="weight_only",
         op_type_dict={
@@ -98,9 +99,9 @@ def test_the_snippet_of_the_documentation(family, tmp_path, ids):
     assert logits.spec.kind == "dense"
 
 
-def test_a_folder_gives_the_bytes_that_its_model_gives(opt, tmp_path):
+def test_a_folder_gives_the_bytes_that_its_model_gives(opt, tmp_path, shallow_of):
     quantization.fit(opt, config()).save(tmp_path / "model")
-    quantization.fit(str(tiny("opt")), config()).save(tmp_path / "folder")
+    quantization.fit(str(shallow_of("opt")), config()).save(tmp_path / "folder")
     names = sorted(path.name for path in (tmp_path / "folder").iterdir())
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(names)
     for name in ("model.safetensors", "tokenizer.json", "README.md"):
@@ -114,8 +115,8 @@ def test_a_folder_gives_the_bytes_that_its_model_gives(opt, tmp_path):
         *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float16, torch.float32)),
     ],
 )
-def test_a_model_stays_as_it_is(dtype, ids, tmp_path):
-    model = transformers_model("llama").to(dtype)
+def test_a_model_stays_as_it_is(dtype, ids, tmp_path, shallow_of):
+    model = transformers_model(shallow_of("llama")).to(dtype)
     weights = copy.deepcopy(model.state_dict())
     said = model.config.to_dict(), model.generation_config.to_dict()
     conf = config(op_type_dict=weight(bits=3, algorithm="AWQ"))
@@ -165,7 +166,7 @@ def test_tuning_goes_on_in_order(opt, ids, caplog, tmp_path):
     fp32 = {"activation": {"dtype": ["fp32"]}, "weight": {"dtype": ["fp32"]}}
     conf = config(
         op_type_dict=weight(bits=3, scheme="sym"),
-        op_name_dict={"lm_head": {"weight": {"bits": 8}}, r"model.*layers\.[1-5]\..*": fp32},
+        op_name_dict={"lm_head": {"weight": {"bits": 8}}, r"model.*layers\.1\..*": fp32},
     )
     scores = scripted(1, 0.5, 0.6, 0.7, 0.8, 0.9, 0.995)
     q_model = quantization.fit(opt, conf, [(ids, None)], eval_func=scores)
@@ -268,7 +269,7 @@ def test_names_win_over_types_and_take_the_rest_from_them(opt, tmp_path):
     )
     quantization.fit(opt, conf).save(tmp_path / "out")
     stored = Weights(Checkpoint(tmp_path / "out")).stored
-    assert {name.split(".")[1] for name in stored} == set("12345")
+    assert {name.split(".")[1] for name in stored} == {"1"}
     found = [stored[f"layers.1.mlp.{name}"].spec for name in ("up", "down")]
     assert [(s.bits, s.group_size, s.scheme) for s in found] == [(8, 64, "asym"), (4, 64, "asym")]
 
@@ -277,7 +278,7 @@ def test_what_is_left_out_is_as_in_neural_compressor(opt, tmp_path):
     conf = PostTrainingQuantConfig(approach="weight_only")
     quantization.fit(opt, conf).save(tmp_path / "out")
     stored = Weights(Checkpoint(tmp_path / "out")).stored
-    assert len(stored) == 24
+    assert len(stored) == 8
     assert {(s.spec.bits, s.spec.group_size, s.spec.scheme) for s in stored.values()} == {
         (4, 32, "sym")
     }

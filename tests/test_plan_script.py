@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
+from types import SimpleNamespace
 
+import processes
 import pytest
 from conftest import ROOT, assert_user_error, run_json, tiny
 from inside import call, call_json
 
-from qllm.plan import verify
+from qllm.errors import UserError
+from qllm.plan import ranks, stages, verify
 from qllm.plan.candidates import key as label
 from qllm.plan.devices import STAGE_PASSES, MeasuredSpeed
 from qllm.plan.probe import ROUNDS
 
+Process = processes.Forked | subprocess.Popen
 PLAN, QUANT, GEN = "qllm_plan.py", "qllm_quant.py", "qllm_gen.py"
 STORY = "Once upon a time there was a man who lived by the sea, and he was not a happy man. "
 # Bits per weight of 3 in groups of 64, with a scale of 16 bits and a zero of 8 each.
@@ -127,6 +132,49 @@ def test_devices_and_stages(given, tmp_path):
     assert "layers 0 to" in shown.stdout
 
 
+# What a stage's process does, once: on a machine that does little else, it goes on for seconds.
+STAGE = """
+import sys
+from qllm.plan import stages
+stages.SECONDS, stages.REPEATS = 0, 2
+stages.main()
+"""
+
+
+def forked(command: list[str], *, env: dict[str, str], **streams) -> Process:
+    """One of `run_ranks`' processes as a fork, which has imported torch."""
+    *_, module, told = command
+    assert module == stages.__name__
+    environment = {name: value for name, value in env.items() if name != "PYTHONPATH"}
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{STAGE}"
+    return processes.start(["-c", program, told], environment)
+
+
+RANK = """
+import json, os, sys
+from pathlib import Path
+import qllm.plan.ranks
+told = json.loads(sys.argv[1])
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
+found = [os.environ[name] for name in names]
+Path(told["folder"], found[0]).write_text(" ".join(found))
+print("rank", found[0])
+if found[0] == told["fails"]:
+    sys.exit("some lines\\nnothing works")
+"""
+
+
+def test_ranks_are_processes(tmp_path, monkeypatch):
+    (tmp_path / "module_of_ranks.py").write_text(RANK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    told = {"folder": str(tmp_path), "fails": "none"}
+    assert ranks.run_ranks("module_of_ranks", told, [1, 3], "they") == "rank 0\n"
+    found = [(tmp_path / name).read_text() for name in "01"]
+    assert found == ["0 0 2 2 1", "1 1 2 2 3"]
+    with pytest.raises(UserError, match="they could not be run here: nothing works"):
+        ranks.run_ranks("module_of_ranks", told | {"fails": "1"}, [1, 1], "they")
+
+
 def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_path, monkeypatch):
     _, args, found = given
     half = found["plan"]["predicted"]["bytes"] * 0.6
@@ -160,8 +208,12 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
             return MeasuredSpeed(**speed | {"linears": tables})
 
     monkeypatch.setattr(verify, "Probe", Slower)
+    monkeypatch.setattr(verify, "Matrices", lambda *_: None)  # of the size of the caches
     seconds = dict.fromkeys(STAGE_PASSES, 0.0) | {"decode": 3e-6, "busy_decode": 3e-6}
     beside = {"stage_passes": seconds, "crowding": dict.fromkeys(seconds, 0.0), "contention": 0.1}
+    monkeypatch.setattr(
+        ranks, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": forked})
+    )
     monkeypatch.setattr(verify, "measure_stages", lambda threads, dtype, speed: ({}, beside))
     both = call_json(PLAN, *args, "--avg-bits", UNIFORM_3, "--verify")
     predicted, measured = both["plan"]["predicted"], both["measured"]

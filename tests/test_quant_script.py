@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import time
@@ -83,6 +82,17 @@ def test_what_is_printed_for_people(opt, text, tmp_path):
     assert re.search(r"\d linears have input channels that were zero in all of", done.stderr)
     # 128 tokens for 256 channels, and no dampening.
     assert re.search(r"layers\.0\.attention\.qkv: its Hessian is singular and took", done.stderr)
+
+
+def test_refinement_is_told_of(opt, text, tmp_path):
+    options = ("--algorithm", "gptq", "--bitwidth", 2, "--refine", "--refine-steps", 1)
+    args = ("--model-path", opt, *options, *calibrated(text, 2, 16))
+    done = call(QUANT, *args, "--save", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    for part in ("attention", "mlp"):
+        assert re.search(rf"note: layers\.1\.{part}: relative error .* tuned", done.stderr)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "true-sequential yes; then each layer tuned in 1 steps" in card
 
 
 def test_int8_without_text_says_that_it_is_not_smoothed(opt, tmp_path):
@@ -229,6 +239,15 @@ def wait_for(process: Process, journal: Path, done: int) -> None:
     raise AssertionError
 
 
+# RLIMIT_FSIZE makes the system refuse to write on, as a full disk does.
+WITHOUT_DISK = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_600_000, 2_600_000))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_run_that_is_stopped_goes_on(opt, text, tmp_path, one_thread):
     """By Ctrl-C, by a full disk, by SIGKILL: one after the other, and what is left is finished."""
     target, journal = tmp_path / "out", tmp_path / "out.partial" / "journal.json"
@@ -246,14 +265,8 @@ def test_a_run_that_is_stopped_goes_on(opt, text, tmp_path, one_thread):
         "qllm_quant.py: interrupted",
     ]
 
-    # RLIMIT_FSIZE makes the system refuse to write on, as a full disk does.
-    size = 2_600_000
-    full = run(
-        QUANT,
-        *(*args, "--save", target),
-        env=environment,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-    )
+    words = ["-c", WITHOUT_DISK, str(ROOT / QUANT), *map(str, args), "--save", str(target)]
+    full = processes.run(words, environment, timeout=300)
     assert full.returncode == 2
     assert full.stdout == ""
     lines = [line for line in full.stderr.splitlines() if not line.startswith("note: ")]
@@ -281,7 +294,7 @@ def test_a_run_that_is_stopped_goes_on(opt, text, tmp_path, one_thread):
 # ---- what cannot work
 
 
-def test_text_is_wikitext2_where_none_is_named(tmp_path, monkeypatch):
+def test_text_is_wikitext2_where_none_is_named(opt, tmp_path, monkeypatch):
     import datasets
 
     asked = []
@@ -291,7 +304,7 @@ def test_text_is_wikitext2_where_none_is_named(tmp_path, monkeypatch):
         return {"text": [TEXT]}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    args = ("--model-size", "tiny", "--algorithm", "gptq", "--nsamples", 2, "--seqlen", 32)
+    args = ("--model-path", opt, "--algorithm", "gptq", "--nsamples", 2, "--seqlen", 32)
     done = call("qllm_quant.py", *args, "--save", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "train")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 
 import processes
@@ -49,21 +48,29 @@ def test_the_copy_of_every_kind_of_model(name, tmp_path):
     assert torch.equal(logits(tmp_path / "out", "4"), logits(source, "4"))
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A copy of the bundled OPT. Do not change it."""
+    copy = tmp_path_factory.mktemp("converted") / "opt"
+    convert(model(tiny("opt")), copy, overwrite=False)
+    return copy
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_same_copy(form, tmp_path):
+def test_every_form_gives_the_same_copy(form, converted, tmp_path):
     convert(model(rewritten("opt", tmp_path / "in", form)), tmp_path / "out", overwrite=False)
-    convert(model(tiny("opt")), tmp_path / "expected", overwrite=False)
-    copies = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "expected")]
+    copies = [
+        (folder / "model.safetensors").read_bytes() for folder in (tmp_path / "out", converted)
+    ]
     assert copies[0] == copies[1]
 
 
-def test_qkv_is_fused_and_every_tensor_can_be_mapped(tmp_path):
-    convert(model(tiny("opt")), tmp_path / "out", overwrite=False)
+def test_qkv_is_fused_and_every_tensor_can_be_mapped(converted):
     state, part = state_of("opt"), "model.decoder.layers.2.self_attn.{}_proj.weight"
-    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+    with safe_open(converted / "model.safetensors", framework="pt") as file:
         fused = file.get_tensor("layers.2.attention.qkv.weight")
     assert torch.equal(fused, torch.cat([state[part.format(name)] for name in "qkv"]))
-    weights = Weights(Checkpoint(tmp_path / "out"))
+    weights = Weights(Checkpoint(converted))
     file = weights.checkpoint._files["embed.weight"]
     for name in weights.shapes:
         weights.read(name, mapped=True)
@@ -173,17 +180,25 @@ def test_a_broken_tensor_in_the_middle_leaves_the_old_copy_or_none(there, tmp_pa
     assert [path.name for path in target.parent.iterdir()] == (["out"] if there else [])
 
 
+CONVERTING = """
+sys.argv = ["weight_convert.py", "--model-size", "tiny"]
+import weight_convert
+from qllm import cli
+cli.run(weight_convert.main)
+"""
+LIMITED = """
+import resource, sys
+sys.path.insert(0, {root!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))
+"""
+
+
 def test_a_write_that_fails_is_one_line_and_leaves_the_old_copy(tmp_path):
     """RLIMIT_FSIZE makes the system refuse to write on, as a full disk does."""
     environment = {**os.environ, "QLLM_HOME": str(tmp_path)}
     target = tmp_path / "converted" / "opt-tiny"
     before = old_copy(target)
-    done = run(
-        "weight_convert.py",
-        *("--model-size", "tiny"),
-        env=environment,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000)),
-    )
+    done = processes.run(["-c", LIMITED.format(root=str(ROOT)) + CONVERTING], environment)
     assert_user_error(done, f"error: {target} cannot be written (File too large)")
     assert contents(target) == before
     assert [path.name for path in target.parent.iterdir()] == ["opt-tiny"]
@@ -201,10 +216,6 @@ def write(self, name, tensor):
         os.kill(os.getpid(), signal.{signal})
 
 writer.SafetensorsWriter.write = write
-sys.argv = ["weight_convert.py", "--model-size", "tiny"]
-import weight_convert
-from qllm import cli
-cli.run(weight_convert.main)
 """
 
 
@@ -222,7 +233,7 @@ def test_a_run_that_is_stopped_leaves_the_old_copy_or_none(name, status, there, 
     environment = {**os.environ, "QLLM_HOME": str(tmp_path)}
     target = tmp_path / "converted" / "opt-tiny"
     before = old_copy(target) if there else None
-    code = KILLED.format(root=str(ROOT), signal=name)
+    code = KILLED.format(root=str(ROOT), signal=name) + CONVERTING
     done = processes.run(["-c", code], environment)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr

@@ -70,6 +70,7 @@ def test_the_cpu_alone_has_no_other_place(memory):
         infer_device_map([10, 10], 0, CPU, "the model")
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("bitwidth", ["4", "8:tc-li", "16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_in_two_places_finds_the_same(family, bitwidth, memory, one_thread):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from functools import cache
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from checkpoints import change_json, copy_of, rewritten, state_of
 from conftest import FAMILIES, assert_user_error, tiny
 from covering import each, slow_but
 from inside import call
+from oracle import our_bundled
 
 from qllm import LLM, memory
 from qllm.calibration import Calibration, calibrate
@@ -28,11 +30,12 @@ from qllm.models.equalize import can_divide
 PROMPTS = [[2, 5, 6, 7, 8, 300], [2, 9, 10]]
 
 
+@cache
 def calibration_of(family: str, seed: int = 0) -> Calibration:
     """Statistics of some random tokens through a bundled model."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(4, 4096, (2, 32), generator=generator).tolist()
-    return calibrate(load_model(tiny(family), QuantPlan.parse("16"), dtype=torch.float32), tokens)
+    return calibrate(our_bundled(family), tokens)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,7 +76,7 @@ def test_smoothing_keeps_the_function(family, monkeypatch):
 @pytest.mark.parametrize("bitwidth", ["8:tc-li", "8:tc"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_w8a8_with_calibration_stays_close(family, bitwidth):
-    exact = load_model(tiny(family), QuantPlan.parse("16"), dtype=torch.float32)
+    exact = our_bundled(family)
     model = load_model(
         tiny(family),
         QuantPlan.parse(bitwidth),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny
+from conftest import FAMILIES
 from covering import each, slow_but
 from foreign_cases import AWQ
 from safetensors.torch import load_file, save_file
@@ -56,10 +56,12 @@ FORMS = {
 
 
 @pytest.mark.parametrize(("family", "form"), slow_but(each(FAMILIES, FORMS), FAMILIES, FORMS))
-def test_some_rows_are_those_of_the_whole_and_no_more_is_read(family, form, tmp_path, monkeypatch):
+def test_some_rows_are_those_of_the_whole_and_no_more_is_read(
+    family, form, shallow_of, tmp_path, monkeypatch
+):
     spec = FORMS[form]["spec"]
     gptq = GPTQOptions(static_groups=FORMS[form].get("static_groups", True))
-    job = Job(tiny(family), QuantPlan.uniform(spec), options=QuantizeOptions(gptq=gptq))
+    job = Job(shallow_of(family), QuantPlan.uniform(spec), options=QuantizeOptions(gptq=gptq))
     if spec.algorithm == "gptq":
         job = replace(job, samples=[list(range(5, 69))])
     quantize_checkpoint(job, tmp_path / "made")

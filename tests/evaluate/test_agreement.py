@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SEQUENCES = draw_prompts([70, 33, 5], 4096)
 PROMPTS = draw_prompts([4, 9, 2], 4096, seed=1)
-COUNT = 12
+COUNT = 8
 
 
 def theirs(family: str) -> HuggingFaceModel:

@@ -6,13 +6,19 @@ import json
 from pathlib import Path
 from shutil import copytree
 
-import gguf
 import pytest
 import torch
 from conftest import ROOT, tiny
 from covering import each, slow_but
 from gguf import quants
-from gguf_files import FAMILIES, TEXTS, checkpoint_of, trained_sentencepiece, write_model
+from gguf_files import (
+    FAMILIES,
+    TEXTS,
+    checkpoint_of,
+    read_whole,
+    trained_sentencepiece,
+    write_model,
+)
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qllm import LLM
@@ -53,7 +59,7 @@ def test_there_and_back(tmp_path, family, form):
         source = tmp_path / "quantized"
     path = tmp_path / "model.gguf"
     assert export_gguf(source, path) == path.stat().st_size
-    types = {t.tensor_type.name for t in gguf.GGUFReader(path).tensors if "ffn_up" in t.name}
+    types = {t.tensor_type.name for t in read_whole(path).tensors if "ffn_up" in t.name}
     assert types - {"F32"} == {kind}
     ours, again = (LLM.from_pretrained(p, dtype="float32") for p in (source, path))
     linears = [(n, m) for n, m in ours.model.named_modules() if isinstance(m, Linear)]
@@ -77,7 +83,7 @@ def test_offsets_are_rounded_where_that_is_asked_for_and_kept_where_they_are_flo
     export_gguf(tmp_path / "quantized", first, notes.append, round_offsets=True)
     export_gguf(first, second, notes.append)
     assert len(notes) == 1
-    files = [gguf.GGUFReader(path).tensors for path in (tmp_path / "wide.gguf", first, second)]
+    files = [read_whole(path).tensors for path in (tmp_path / "wide.gguf", first, second)]
     for wide, rounded, again in zip(*files, strict=True):
         assert rounded.data.tobytes() == again.data.tobytes()
         if wide.tensor_type.name != "Q8_0":
@@ -99,7 +105,7 @@ def test_a_file_of_a_file_has_its_tensors(tmp_path, family, kind):
     export_gguf(split, second)
     want, found = (
         {t.name: (t.tensor_type, t.shape.tolist(), t.data.tobytes()) for t in reader.tensors}
-        for reader in map(gguf.GGUFReader, (first, second))
+        for reader in map(read_whole, (first, second))
     )
     assert found == want
     with pytest.raises(UserError, match="is a GGUF file, whose tensors stay what they are"):
@@ -115,7 +121,7 @@ def test_rows_are_in_llama_cpp_s_order(tmp_path):
     model = load_model(source, QuantPlan.uniform(QuantSpec()))
     heads, dim = model.config.num_heads, model.config.head_dim
     query = model.layers[0].attention.qkv.dequantize()[: heads * dim]
-    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    tensors = {t.name: t for t in read_whole(tmp_path / "model.gguf").tensors}
     written = tensors["blk.0.attn_q.weight"]
     found = torch.from_numpy(quants.dequantize(written.data, written.tensor_type))
     pairs = query.view(heads, 2, dim // 2, -1)

@@ -96,9 +96,9 @@ def as_in_a_step(model, hidden: torch.Tensor) -> torch.Tensor:
     ("family", "bitwidth", "kv_bits"),
     [("opt", "4", 16), ("bloom", "16", 8), ("llama", "8:tc-li", 4), ("llama", "4", 8)],
 )
-def test_a_prompt_may_come_in_pieces(family, bitwidth, kv_bits, monkeypatch):
+def test_a_prompt_may_come_in_pieces(family, bitwidth, kv_bits, shallow_of, monkeypatch):
     """In passes of any size, or as turns of a chat: no bit depends on it, behind it neither."""
-    model = our_bundled(family, bitwidth)
+    model = load(shallow_of(family), bitwidth)
     monkeypatch.setattr(model, "kv_bits", kv_bits)
     prompts = draw_prompts([70, 3, 41], 4096)
     whole, pieces, turns = (model.new_cache(3, 80) for _ in range(3))
@@ -141,9 +141,9 @@ def test_the_last_layer_does_what_is_asked_for(name, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "kv_bits"), [("opt", 16), ("bloom", 4), ("llama", 8)])
-def test_rows_begin_and_end_by_themselves(family, kv_bits, monkeypatch):
+def test_rows_begin_and_end_by_themselves(family, kv_bits, shallow_of, monkeypatch):
     """What a row's tokens are does not depend on which others are there, nor on its row."""
-    model = our_bundled(family, "4")
+    model = load(shallow_of(family), "4")
     monkeypatch.setattr(model, "kv_bits", kv_bits)
     prompts = draw_prompts([61, 4, 63, 20, 66], 4096, seed=3)
     forced = draw_prompts([6] * 5, 4096, seed=4)

@@ -140,7 +140,7 @@ TEXT_LENGTHS = [5, 1, 33, 12, 60, 2, 20, 7, 41]
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bundled_model_equals_transformers(family):
     prompts = draw_prompts(TEXT_LENGTHS, 4096, seed=1)
-    assert_same_model(our_bundled(family), bundled(family), prompts, 30)
+    assert_same_model(our_bundled(family), bundled(family), prompts, 12)
 
 
 @pytest.mark.parametrize(("family",), slow_but([("bloom",)], FAMILIES))
@@ -149,6 +149,7 @@ def test_long_prompt(family):
     assert_same_model(our_bundled(family), bundled(family), prompts, 8)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("length", [1, 2, 17])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batch_of_one(family, length):
@@ -242,7 +243,7 @@ def test_prefill_is_hidden_states_and_the_head(family):
 )
 def test_half_precision_is_as_good_as_transformers(family, dtype):
     """By the error against float32: half types round at different places in the two."""
-    prompts = draw_prompts(TEXT_LENGTHS, 4096, seed=6)
+    prompts = draw_prompts([5, 1, 33, 12], 4096, seed=6)
     exact = prefill_logits(bundled(family), prompts)
     theirs = prefill_logits(bundled(family, dtype), prompts)
     model = our_bundled(family, dtype=dtype)

@@ -89,9 +89,11 @@ def fake_quantize(model: PreTrainedModel, bits: int, group: int, scheme: str = "
             linear.weight.copy_(fake_quantized(linear.weight, bits, group, scheme))
 
 
+WEIGHT_ONLY = (FAMILIES, range(1, 9), ("asym", "sym"))
+
+
 @pytest.mark.parametrize(
-    ("bits", "scheme"),
-    slow_but(each(range(1, 9), ("asym", "sym")), range(1, 9), ("asym", "sym")),
+    ("small", "bits", "scheme"), slow_but(each(*WEIGHT_ONLY), *WEIGHT_ONLY), indirect=["small"]
 )
 def test_weight_only_equals_transformers_with_the_same_weights(small, bits, scheme):
     config, folder = small
@@ -105,8 +107,8 @@ def test_weight_only_equals_transformers_with_the_same_weights(small, bits, sche
 def test_bundled_model_at_4_bits_equals_transformers_with_the_same_weights(family):
     theirs = bundled.__wrapped__(family)  # one of its own, to be changed
     fake_quantize(theirs, 4, DEFAULT_GROUP_SIZE)
-    prompts = draw_prompts([5, 1, 33, 12, 60, 2, 20, 7, 41], 4096, seed=7)
-    assert_same_model(our_bundled(family, "4"), theirs, prompts, 12)
+    prompts = draw_prompts([5, 1, 33, 12, 2], 4096, seed=7)
+    assert_same_model(our_bundled(family, "4"), theirs, prompts, 8)
 
 
 class Int8Linear(nn.Module):
@@ -199,6 +201,6 @@ def test_shards_change_nothing(small, bitwidth):
 def test_shards_of_the_bundled_models_change_nothing(family):
     prompts = draw_prompts([6, 1, 11], 4096)
     want = our_bundled(family, "3").prefill(prompts)
-    for shards in range(2, 7):
+    for shards in (2, 4, 6):  # of like sizes, of unlike ones, and of a layer each
         got = load(tiny(family), "3", num_shards=shards).prefill(prompts)
         assert torch.equal(got, want)

@@ -72,16 +72,23 @@ def test_random_models(family):
     check()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bundled_models_at_16_bits(family, tmp_path):
-    ours = exported(tiny(family), tmp_path / "onnx")
+@pytest.fixture(scope="module", params=FAMILIES)
+def whole(request, tmp_path_factory):
+    """A family, and its bundled model as we export it at 16 bits: the folder, and its size."""
+    target = tmp_path_factory.mktemp("whole") / "onnx"
+    return request.param, target, export(tiny(request.param), target)
+
+
+def test_bundled_models_at_16_bits(whole):
+    family, folder, _ = whole
+    ours = OnnxDecoder(folder)
     assert ours.bitwidth == "16"
     assert_same_model(ours, bundled(family), PROMPTS, COUNT)
 
 
-def quantized(family: str, folder: Path, spec: QuantSpec, **options) -> Path:
+def quantized(source: Path, folder: Path, spec: QuantSpec, **options) -> Path:
     samples = draw_prompts((32, 32), 4096) if spec.algorithm == "gptq" else None
-    job = Job(tiny(family), QuantPlan.uniform(spec), samples=samples, **options)
+    job = Job(source, QuantPlan.uniform(spec), samples=samples, **options)
     quantize_checkpoint(job, folder)
     return folder
 
@@ -91,11 +98,11 @@ def quantized(family: str, folder: Path, spec: QuantSpec, **options) -> Path:
     pairwise((0, 4), (("4", 32, "asym"), ("8", -1, "sym")), FAMILIES),
     ids=str,
 )
-def test_quantized_models(level, form, family, tmp_path):
+def test_quantized_models(level, form, family, shallow_of, tmp_path):
     """Logits within the level's tolerance, and so tokens wherever two logits are further apart."""
     bits, group, scheme = form
     spec = QuantSpec.parse(bits, group, scheme)
-    source = quantized(family, tmp_path / "checkpoint", spec)
+    source = quantized(shallow_of(family), tmp_path / "checkpoint", spec)
     theirs = exported(source, tmp_path / "onnx", accuracy_level=level)
     ours = load(source)
     assert theirs.bitwidth == bits
@@ -110,11 +117,11 @@ def test_quantized_models(level, form, family, tmp_path):
             assert (first - second) / spread(logits) < max(2 * TOLERANCE[level], TIE)
 
 
-def test_groups_in_any_order(tmp_path):
+def test_groups_in_any_order(shallow_of, tmp_path):
     """Act-order without static groups: the inputs are put in order first."""
     spec = QuantSpec.parse("4", 32, "asym", "gptq")
     options = QuantizeOptions(gptq=GPTQOptions(static_groups=False))
-    source = quantized("opt", tmp_path / "checkpoint", spec, options=options)
+    source = quantized(shallow_of("opt"), tmp_path / "checkpoint", spec, options=options)
     theirs = exported(source, tmp_path / "onnx", accuracy_level=0)
     assert any("perm" in t.name for t in onnx.load(tmp_path / "onnx" / MODEL).graph.initializer)
     want = load(source).prefill(PROMPTS, last=False)
@@ -122,25 +129,23 @@ def test_groups_in_any_order(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_float16(family, tmp_path):
-    theirs = exported(tiny(family), tmp_path / "onnx", dtype="float16")
+def test_float16(family, shallow_of, tmp_path):
+    source = shallow_of(family)
+    theirs = exported(source, tmp_path / "onnx", dtype="float16")
     assert theirs.dtype == torch.float16
-    want = load(tiny(family)).prefill(PROMPTS, last=False)
+    want = load(source).prefill(PROMPTS, last=False)
     assert_logits_close(theirs.prefill(PROMPTS, last=False), want, 5e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_is_the_same_alone(family, tmp_path):
-    theirs = exported(tiny(family), tmp_path / "onnx")
+def test_a_row_is_the_same_alone(whole):
+    theirs = OnnxDecoder(whole[1])
     together = generate(theirs, PROMPTS, GenerationConfig(COUNT))
     alone = [generate(theirs, [prompt], GenerationConfig(COUNT))[0] for prompt in PROMPTS]
     assert together == alone
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_names_and_files(family, tmp_path):
-    target = tmp_path / "onnx"
-    size = export(tiny(family), target)
+def test_names_and_files(whole):
+    family, target, size = whole
     config = json.loads((tiny(family) / "config.json").read_text())
     layers = config.get("num_hidden_layers") or config["n_layer"]
     graph = onnx.load(target / MODEL, load_external_data=False).graph
@@ -158,8 +163,8 @@ def test_names_and_files(family, tmp_path):
         assert (target / name).exists()
 
 
-def test_a_quantized_config_is_that_of_the_float_model(tmp_path):
-    source = quantized("opt", tmp_path / "checkpoint", QuantSpec.parse("4", 32))
+def test_a_quantized_config_is_that_of_the_float_model(shallow_of, tmp_path):
+    source = quantized(shallow_of("opt"), tmp_path / "checkpoint", QuantSpec.parse("4", 32))
     export(source, tmp_path / "onnx")
     assert "quantization_config" in json.loads((source / "config.json").read_text())
     assert "quantization_config" not in json.loads((tmp_path / "onnx/config.json").read_text())
@@ -173,9 +178,11 @@ def test_a_quantized_config_is_that_of_the_float_model(tmp_path):
         ("4", 8, "group size 8.*16 and its multiples"),
     ],
 )
-def test_what_onnxruntime_lacks_is_refused_and_leaves_nothing(bitwidth, group, words, tmp_path):
+def test_what_onnxruntime_lacks_is_refused_and_leaves_nothing(
+    bitwidth, group, words, shallow_of, tmp_path
+):
     spec = QuantSpec.parse(bitwidth, group)
-    source = quantized("opt", tmp_path / "checkpoint", spec)
+    source = quantized(shallow_of("opt"), tmp_path / "checkpoint", spec)
     with pytest.raises(UserError, match=words):
         export(source, tmp_path / "onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

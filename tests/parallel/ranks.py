@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from itertools import combinations
@@ -19,6 +21,17 @@ def lost(rank: int, reason: str) -> None:
     raise ConnectionError(f"rank {rank}: {reason}")
 
 
+def share_a_processor() -> None:
+    """Keep this thread to one processor, which is another for each worker that runs tests.
+
+    Python runs one thread at a time; on several processors they take it from each other.
+    """
+    if sys.platform == "linux":
+        usable = sorted(os.sched_getaffinity(0))
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        os.sched_setaffinity(0, {usable[worker % len(usable)]})
+
+
 def on_ranks(world: int, run: Callable[[int, Links], object], timeout: float = 120) -> list:
     """What a function of the rank and its links returns on each rank."""
     sockets: list[dict[int, socket.socket]] = [{} for _ in range(world)]
@@ -31,6 +44,7 @@ def on_ranks(world: int, run: Callable[[int, Links], object], timeout: float = 1
     errors: list[BaseException] = []
 
     def body(rank: int) -> None:
+        share_a_processor()
         try:
             results[rank] = run(rank, Links(sockets[rank], lost))
         except BaseException as error:

@@ -17,14 +17,15 @@ MACHINE = Machine(bandwidth=1e9, overhead=1e-5)
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 @pytest.mark.parametrize(("family", "world"), [("opt", 2), ("bloom", 4), ("llama", 2)])
-def test_bytes_and_exchanges_are_what_ranks_send(family, world, mode, one_thread):
+def test_bytes_and_exchanges_are_what_ranks_send(family, world, mode, one_thread, shallow_of):
     paths()
+    folder = shallow_of(family)
 
     def run(rank, links):
         import torch
 
         parallel = ParallelContext(Group(range(world), rank, links), mode)
-        model = load(tiny(family), "4", dtype=torch.float16, parallel=parallel)
+        model = load(folder, "4", dtype=torch.float16, parallel=parallel)
         cache = model.new_cache(3, 9)
         model.prefill([[5, 6], [7], [8]], cache)
         before = links.sent, links.calls

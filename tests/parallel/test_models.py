@@ -34,7 +34,7 @@ from qllm.quantizer.job import Job
 pytestmark = pytest.mark.usefixtures("one_thread", "cpu_kernels")
 
 PROMPTS = draw_prompts((1, 9, 4, 6), VOCAB)
-STEPS = 4
+STEPS = 3  # one that is captured, and two that are replayed
 GENERATION = GenerationConfig(max_new_tokens=6)
 
 
@@ -72,16 +72,21 @@ def assert_close(got: Tensor, whole: Tensor) -> None:
     assert distance < 2e-5, f"{distance:.1e}"
 
 
+# Ranks cut these as they cut others of MODELS, from which a norm, a bias or a tie tells them apart.
+ALIKE = ("opt untied", "galactica", "bloom with normed residuals", "llama with all heads")
+UNLIKE = [name for name in MODELS if name not in ALIKE]
+
+
 @pytest.mark.parametrize(
     ("name", "bits"),
     [
-        *slow_but(each(MODELS, ("4", "8:tc-li")), MODELS, ("4", "8:tc-li")),
+        *slow_but(each(UNLIKE, ("4", "8:tc-li")), MODELS, ("4", "8:tc-li")),
         ("bloom", "16"),
         *(pytest.param(name, "16", marks=pytest.mark.slow) for name in ("opt-350m", "llama")),
     ],
 )
-def test_every_model_on_as_many_ranks_as_it_has_heads_and_on_three(name, bits, tmp_path):
-    folder = saved(name, tmp_path)
+def test_every_model_on_as_many_ranks_as_it_has_heads_and_on_three(name, bits, sources):
+    folder = sources(name)
     whole = logits_of(load(folder, bits))
     # The same integers, with activations as they are.
     exact = logits_of(load(folder, plan=QuantPlan.uniform(QuantSpec.parse("8", -1, "sym"))))
@@ -102,12 +107,13 @@ def test_every_model_on_as_many_ranks_as_it_has_heads_and_on_three(name, bits, t
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_activations_of_8_bits(family):
-    whole = logits_of(load(tiny(family), "4", activation_bits=8))
-    assert not same(whole, logits_of(load(tiny(family), "4")))
+def test_activations_of_8_bits(family, shallow_of):
+    folder = shallow_of(family)
+    whole = logits_of(load(folder, "4", activation_bits=8))
+    assert not same(whole, logits_of(load(folder, "4")))
 
     def run(parallel):
-        return logits_of(load(tiny(family), "4", activation_bits=8, parallel=parallel))
+        return logits_of(load(folder, "4", activation_bits=8, parallel=parallel))
 
     assert all(same(logits, whole) for logits in on_mesh(3, run))
 
@@ -118,12 +124,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 @pytest.mark.parametrize(
     ("family", "dtype"), slow_but(each(FAMILIES, DTYPES), FAMILIES, DTYPES), ids=str
 )
-def test_long_prompts_at_16_bits_are_exact(family, dtype):
+def test_long_prompts_at_16_bits_are_exact(family, dtype, shallow_of):
+    folder = shallow_of(family)
     prompts = draw_prompts((300, 100), 4096)  # more rows than a dense kernel holds at once
-    whole = load(tiny(family), dtype=dtype).prefill(prompts, last=False)
+    whole = load(folder, dtype=dtype).prefill(prompts, last=False)
 
     def run(parallel):
-        return load(tiny(family), dtype=dtype, parallel=parallel).prefill(prompts, last=False)
+        return load(folder, dtype=dtype, parallel=parallel).prefill(prompts, last=False)
 
     assert all(same(logits, whole) for logits in on_mesh(3, run))
 
@@ -196,11 +203,12 @@ def test_ranks_share_what_the_model_takes(family):
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 @pytest.mark.parametrize(("name", "bits"), [("llama", "4"), ("bloom", "8:tc-li"), ("opt", "16")])
-def test_ranks_load_what_the_whole_layers_are_sharded_into(name, bits, mode):
-    whole = load(tiny(name), bits)
+def test_ranks_load_what_the_whole_layers_are_sharded_into(name, bits, mode, shallow_of):
+    folder = shallow_of(name)
+    whole = load(folder, bits)
 
     def run(parallel):
-        layer, ours = copy.deepcopy(whole.layers[1]), load(tiny(name), bits, parallel=parallel)
+        layer, ours = copy.deepcopy(whole.layers[1]), load(folder, bits, parallel=parallel)
         shard_attention(layer.attention, parallel.tp, mode)
         shard_mlp(layer.mlp, parallel.tp, mode)
         embed = shard_embedding(whole.embed.weight, parallel.tp)
@@ -215,10 +223,10 @@ def test_ranks_load_what_the_whole_layers_are_sharded_into(name, bits, mode):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_converted_copy_serves_any_number(family, tmp_path):
-    model = ModelFolder(tiny(family), family)
+def test_a_converted_copy_serves_any_number(family, tmp_path, shallow_of):
+    model = ModelFolder(shallow_of(family), family)
     convert(model, tmp_path / "copy", overwrite=False)
-    whole = logits_of(load(tiny(family), "3"))
+    whole = logits_of(load(shallow_of(family), "3"))
     got = on_mesh(3, lambda parallel: logits_of(load(tmp_path / "copy", "3", parallel=parallel)))
     assert all(same(logits, whole) for logits in got)
 
@@ -271,24 +279,24 @@ def test_a_packed_head_or_embedding_and_a_plan_of_many_specs(family, outer):
     def run(parallel):
         return logits_of(load(tiny(family), plan=plan, parallel=parallel))
 
-    for mesh in ({"tp": 3}, {"tp": 1, "pp": 2}, {"tp": 2, "pp": 2}):
+    for mesh in ({"tp": 3}, {"tp": 2, "pp": 2}):
         assert all(same(logits, whole) for logits in on_mesh(**mesh, run=run))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_smoothing_is_that_of_the_whole(family):
-    calibration = Calibration()
-    model = load(tiny(family))
+def test_smoothing_is_that_of_the_whole(family, shallow_of):
+    calibration, folder = Calibration(), shallow_of(family)
+    model = load(folder)
     for name in model.state_dict():
         if name.startswith("layers.") and name.endswith(".weight") and "norm" not in name:
             module = model.get_submodule(name.removesuffix(".weight"))
             inputs = torch.rand(module.in_features, generator=torch.Generator().manual_seed(1))
             calibration.inputs[name.removesuffix(".weight")] = inputs * 10
             calibration.outputs[name.removesuffix(".weight")] = torch.ones(module.out_features)
-    whole = logits_of(load(tiny(family), "8:tc", calibration=calibration))
+    whole = logits_of(load(folder, "8:tc", calibration=calibration))
 
     def run(parallel):
-        return logits_of(load(tiny(family), "8:tc", calibration=calibration, parallel=parallel))
+        return logits_of(load(folder, "8:tc", calibration=calibration, parallel=parallel))
 
     assert all(same(logits, whole) for logits in on_mesh(3, run))
 

@@ -13,13 +13,13 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import processes
 import psutil
 import pytest
 import readme
+from building import until
 from checkpoints import copy_of, rewritten, state_of
 from conftest import ROOT, assert_user_error, run, tiny
 from inside import call_json
@@ -27,25 +27,23 @@ from inside import call_json
 from qllm import LLM
 
 GEN = "qllm_gen.py"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TORCHRUN = "from torch.distributed.run import main; main()"
 LONG = ("--max-gen-tokens", 480, "--max-prompt-length", 20)
 TIMEOUT = 8  # seconds without a word of a rank after which a run ends
 
 
-def start(count: int, *args: object, script: str = GEN, **options) -> subprocess.Popen:
-    """Start a script on so many ranks of this host."""
+Process = processes.Forked | subprocess.Popen
+
+
+def start(count: int, *args: object, script: str | Path = GEN, logs: Path) -> Process:
+    """Start a script on so many ranks of this host, whose output is in files in `logs`, too."""
     launch = ["--nproc-per-node", str(count), "--rdzv-backend", "c10d"]
-    launch += ["--rdzv-endpoint", "localhost:0"]
-    return subprocess.Popen(
-        [*TORCHRUN, *launch, str(ROOT / script), *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+    launch += ["--rdzv-endpoint", "localhost:0", "--log-dir", str(logs), "--tee", "1"]
+    words = ["-c", TORCHRUN, *launch, str(ROOT / script), *map(str, args)]
+    return processes.start(words, os.environ)
 
 
-def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[str, str]:
+def finish(process: Process, timeout: float = 120) -> tuple[str, str]:
     """Standard output, and our own lines of standard error."""
     out, error = process.communicate(timeout=timeout)
     return out, "\n".join(line for line in error.splitlines() if re.match("qllm.*: ", line))
@@ -70,7 +68,7 @@ def on_ranks(world: int, *args: object) -> str:
     return first
 
 
-def ranks_of(process: subprocess.Popen) -> dict[int, int]:
+def ranks_of(process: Process) -> dict[int, int]:
     """The process of each rank, once they run."""
     found = {}
     for child in psutil.Process(process.pid).children(recursive=True):
@@ -169,11 +167,11 @@ def test_a_mistake_is_one_line_of_all_ranks(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["killed", pytest.param("stopped", marks=pytest.mark.slow)])
-def test_a_rank_that_is_gone_ends_the_run(how):
-    process = start(2, "--model-size", "tiny", *LONG, "--tp", 2, "--timeout", TIMEOUT, "--stream")
-    for line in iter(process.stdout.readline, ""):
-        if line == "\n":  # its text begins
-            break
+def test_a_rank_that_is_gone_ends_the_run(how, tmp_path):
+    options = ("--model-size", "tiny", *LONG, "--tp", 2, "--timeout", TIMEOUT, "--stream")
+    process = start(2, *options, logs=tmp_path)
+    # An empty line comes before its text.
+    until(lambda: any("\n\n" in log.read_text() for log in tmp_path.rglob("0/stdout.log")))
     ranks = ranks_of(process)
     os.kill(ranks[1], signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     _, lines = finish(process)
@@ -223,7 +221,7 @@ def test_a_rank_that_fails_before_it_has_joined(rank, deed, words, tmp_path):
     file.write_text(first + own + last)
     options = ("--model-size", "tiny", "--tp", 2, "--timeout", 3)
     if "signal.SIG" in deed:  # what becomes of a process, torchrun says
-        process = start(2, *options, script=file)
+        process = start(2, *options, script=file, logs=tmp_path / "logs")
         _, lines = finish(process, timeout=60)  # it ends a stopped process after 30 s itself
         assert process.returncode == 1
     else:
@@ -271,6 +269,6 @@ def test_a_rank_that_does_not_come_is_named():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    done = run(GEN, "--model-size", "tiny", "--tp", 2, "--timeout", 4, env=env, timeout=120)
+    done = run(GEN, "--model-size", "tiny", "--tp", 2, "--timeout", 2, env=env, timeout=120)
     assert done.returncode == 1
-    assert "rank 1: it did not start within 3 s" in done.stderr and tiny("opt").exists()
+    assert "rank 1: it did not start within 2 s" in done.stderr and tiny("opt").exists()

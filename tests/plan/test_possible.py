@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -19,14 +20,19 @@ from qllm.plan.possible import CLUSTER, MEMORY, SIZE, Asked
 from qllm.plan.shape import Shape, Workload
 
 
-def asked(family: str, memory: float, option: str, bits: str = "2,4", **decided: bool) -> Asked:
+@cache
+def read(family: str, bits: str, *, lm_head: bool = False, embedding: bool = False) -> tuple:
+    """What is asked of a bundled model: its shape, whether its head is tied, and the choices."""
     weights = Weights.of_floats(tiny(family))
-    modules = decided_modules(weights, **{"lm_head": False, "embedding": False, **decided})
+    modules = decided_modules(weights, lm_head=lm_head, embedding=embedding)
     candidates = parse_candidates(bits, "64", "asym", QuantSpec())
     shape = Shape.of(tiny(family), modules, candidates, None)
-    mask = allowed(modules, candidates, {})
+    return shape, weights.config.tied_head, candidates, allowed(modules, candidates, {})
+
+
+def asked(family: str, memory: float, option: str, bits: str = "2,4", **decided: bool) -> Asked:
+    shape, tied, candidates, mask = read(family, bits, **decided)
     given = [memory / 2] * 2 if option == CLUSTER else [memory]
-    tied = weights.config.tied_head
     return Asked(shape, tied, Workload(64, 16, 2), candidates, mask, False, given, option)
 
 

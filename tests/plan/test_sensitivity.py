@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
 
 from qllm.checkpoint.load import load_model
 from qllm.config import EMBEDDING, QuantPlan, QuantSpec
@@ -24,24 +23,28 @@ def windows(count: int, length: int, seed: int) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module", params=[("opt", False), ("bloom", True), ("llama", True)], ids=str)
-def measured(request):
+def measured(request, shallow_of):
     """Rounding to nearest, whose weights do not depend on the inputs."""
     family, embedding = request.param
     candidates = parse_candidates("4,2,16", "64", "asym", QuantSpec())
     texts = windows(2, 32, 0), windows(2, 32, 1)
-    job = Job(tiny(family), candidates, *texts, embedding=embedding, plans=3)
+    job = Job(shallow_of(family), candidates, *texts, embedding=embedding, plans=3)
     return job, measure(job)
 
 
-def divergence(job: Job, specs: dict[str, QuantSpec]) -> float:
-    """Of the model that a plan makes, from the float one: through loading and generation's code."""
+def outputs_of(job: Job) -> ReferenceOutputs:
+    """Of the float model, through loading and generation's code."""
+    reference = load_model(job.source, QuantPlan.uniform(QuantSpec()), dtype=torch.float32)
+    return ReferenceOutputs.of(DecoderReference(reference), job.judged)
+
+
+def divergence(job: Job, outputs: ReferenceOutputs, specs: dict[str, QuantSpec]) -> float:
+    """Of the model that a plan makes, from the float one."""
     rules = tuple(
         (f"^{name.replace('.', chr(92) + '.')}$", spec)
         for name, spec in specs.items()
         if spec.kind != "dense"
     )
-    reference = load_model(job.source, QuantPlan.uniform(QuantSpec()), dtype=torch.float32)
-    outputs = ReferenceOutputs.of(DecoderReference(reference), job.judged)
     model = load_model(job.source, QuantPlan(rules), dtype=torch.float32)
     return agreement(model, outputs)["kl"]["mean"]
 
@@ -51,11 +54,12 @@ def test_divergences_are_those_of_the_models(measured):
     names, candidates = found.modules, found.candidates
     assert [spec.bits for spec in candidates] == [2, 4, 16]
     assert (names[0] == EMBEDDING) == job.embedding
+    outputs = outputs_of(job)
     for index in (0, 1, len(names) - 1):  # the embedding or a linear by itself
         only = {names[index]: candidates[found.probe]}
-        assert found.alone[index] == pytest.approx(divergence(job, only), rel=0.02)
+        assert found.alone[index] == pytest.approx(divergence(job, outputs, only), rel=0.02)
     mixed = {name: candidates[c] for name, c in zip(names, found.choices[0], strict=True)}
-    assert found.divergences[0] == pytest.approx(divergence(job, mixed), rel=0.02)
+    assert found.divergences[0] == pytest.approx(divergence(job, outputs, mixed), rel=0.02)
 
 
 def test_fewer_bits_err_more(measured):
@@ -121,9 +125,9 @@ def test_groups_and_schemes_are_candidates_beside_each_other():
     assert labels(parse_candidates("4", "64", "sym,asym", QuantSpec())) == ["4:asym", "4:sym"]
 
 
-def test_int8_activations_count():
+def test_int8_activations_count(shallow_of):
     candidates = parse_candidates("8,8:tc-li", "-1", "sym", QuantSpec())
-    job = Job(tiny("llama"), candidates, windows(2, 32, 0), windows(2, 32, 1), plans=1)
+    job = Job(shallow_of("llama"), candidates, windows(2, 32, 0), windows(2, 32, 1), plans=1)
     int8, eight = measure(job).errors.T
     # Weights are rounded alike, and the inputs of the first besides.
     assert (int8 > eight).all()

@@ -59,6 +59,7 @@ def inputs_of(model: Decoder, texts: list[list[int]]) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("per_pass", [2048, 70])
 @pytest.mark.parametrize("name", [*LAYOUTS, "bloom with normed residuals", "gpt_neox"])
 def test_what_is_reported_of_gptq_is_the_error_behind_quantized_layers(
@@ -99,7 +100,7 @@ def read(family: str) -> tuple[list[list[int]], list[list[int]]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_linear_is_better_than_rounded_to_nearest(family, monkeypatch, tmp_path):
+def test_each_linear_is_better_than_rounded_to_nearest(family, shallow_of, monkeypatch, tmp_path):
     compared = []
 
     def gptq(weight, hessian, bits, group_size, scheme, *rest):
@@ -115,9 +116,8 @@ def test_each_linear_is_better_than_rounded_to_nearest(family, monkeypatch, tmp_
 
     whole_gptq = gptq_module.quantize_gptq
     monkeypatch.setattr(gptq_module, "quantize_gptq", gptq)
-    rules = {r"layers\.[03]\.": {"bits": 3, "algorithm": "gptq"}}
-    plan = plan_of(rules, group_size=128)
-    reports = quantize(tiny(family), tmp_path / "out", plan, samples=read(family)[0])
+    plan = plan_of(3, algorithm="gptq", group_size=128)
+    reports = quantize(shallow_of(family), tmp_path / "out", plan, samples=read(family)[0])
     assert len(compared) == 8
     for entry, (ours, nearest) in zip(reports, compared, strict=True):
         assert entry.error == pytest.approx(ours, rel=1e-4)
@@ -131,16 +131,17 @@ def divergence(model: Decoder, exact: Decoder, prompts: list[list[int]]) -> floa
 
 
 @pytest.mark.parametrize(("family",), slow_but([("bloom",)], FAMILIES))
-def test_the_model_is_better_than_rounded_to_nearest(family, tmp_path):
+def test_the_model_is_better_than_rounded_to_nearest(family, shallow_of, tmp_path):
     """On text that calibration did not see."""
     seen, unseen = read(family)
-    exact = load(tiny(family))
+    source = shallow_of(family)
+    exact = load(source)
     found = {}
     for algorithm in ("rtn", "gptq", "awq"):
         rules = {r"layers\.1\.": {"bits": 3, "algorithm": algorithm}}
         plan = plan_of(rules, group_size=128)
         samples = None if algorithm == "rtn" else seen
-        quantize(tiny(family), tmp_path / algorithm, plan, samples=samples)
+        quantize(source, tmp_path / algorithm, plan, samples=samples)
         found[algorithm] = divergence(load(tmp_path / algorithm), exact, unseen)
     assert found["gptq"] < 0.2 * found["rtn"]
     assert found["awq"] < 0.8 * found["rtn"]
@@ -152,6 +153,7 @@ def left_dense(module, name, spec, stats, options):
     return linear, LinearReport(name, spec, 0.0, False, module.in_features)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("plan", [plan_of("8:tc-li"), plan_of(4, algorithm="awq")])
 @pytest.mark.parametrize("name", MODELS)
 def test_what_equalizes_leaves_the_model_as_it_was(name, plan, sources, monkeypatch, tmp_path):
@@ -206,6 +208,7 @@ def test_true_sequential_sees_the_quantized_linears_in_front(sources, tmp_path):
     assert not torch.equal(*(tensors[first.format("o")] for tensors in found))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("act_order", [False, True])
 def test_groups_as_they_come(name, act_order, sources, tmp_path):

@@ -99,6 +99,7 @@ def test_a_whole_layer_that_is_left_is_as_it_was(sources, tmp_path):
     assert kept and all(torch.equal(before[name], after[name]) for name in kept)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("algorithm", ["rtn", "gptq", "awq"])
 @pytest.mark.parametrize("name", ["opt", "opt untied", "opt-350m", "bloom"])
 def test_a_head_leaves_the_embedding_as_it_is(name, algorithm, sources, tmp_path):

@@ -76,8 +76,8 @@ def test_killed_anywhere_and_gone_on_with(name, plan, sources, monkeypatch, tmp_
     with killed_at(10**6) as came:
         run(tmp_path / "expected")
     expected = contents(tmp_path / "expected")
-    for number in range(12):
-        point = len(came) * number // 12 if number < 9 else len(came) - 4 * (12 - number)
+    for number in range(7):
+        point = len(came) * number // 7 if number < 5 else len(came) - 5 * (7 - number)
         target = tmp_path / str(point) / "out"
         assert is_killed(lambda target=target: run(target), point)
         is_killed(lambda target=target: run(target), len(came) // 5)

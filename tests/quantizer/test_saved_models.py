@@ -83,6 +83,7 @@ def test_every_form_of_source_gives_the_same(form, sources, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("algorithm", ["rtn", "awq"])
 @pytest.mark.parametrize("name", [*LAYOUTS, "gpt_neox"])
 def test_a_converted_source_gives_the_same(name, algorithm, sources, tmp_path):

@@ -187,7 +187,7 @@ def test_attention_of_all_shapes(dim, dtype):
 def test_attention_of_all_lengths(rotated):
     tokens = tokens_at([*range(70)], (4, 2, 20), rotated=rotated, sloped=not rotated)
     check_decode(tokens, 70)
-    for length in range(1, 71):
+    for length in range(2 - rotated, 71, 2):  # the others are those of the other case
         check_prompt(tokens.at(slice(length)), 70)
 
 

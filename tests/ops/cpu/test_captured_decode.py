@@ -23,7 +23,7 @@ from qllm.models.cache import KVCache
 
 BITWIDTHS = ("3", "4", "8", "8:tc-li", "16")
 BATCHES = ([9], [9, 1, 33, 4, 20])
-TOKENS = 30
+TOKENS = 24
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cpu_kernels")
 

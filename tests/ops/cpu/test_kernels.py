@@ -37,11 +37,12 @@ def test_the_error_is_at_most_twice_the_reference_s(bits, dtype):
     cases = pairwise(GROUPS, SHAPES, STORED_SCHEMES, (torch.float16, torch.float32))
     for i, (group_size, shape, scheme, scales_dtype) in enumerate(cases):
         weight = random_weight(shape, bits, group_size, scheme, scales_dtype)
-        for rows in (ROWS[i % 9], ROWS[(i + 4) % 9]):
-            # Rows may lie apart, as those of a slice do.
-            x = normal(rows, shape[1] + 3, dtype=dtype)[:, : shape[1]]
-            bias = normal(shape[0], dtype=dtype) if rows % 2 else None
-            assert_close(weight, x, bias, weight.everywhere(x, bias))
+        # Each case meets all numbers of rows at some number of bits or another type.
+        rows = ROWS[(i + bits + 3 * DTYPES.index(dtype)) % len(ROWS)]
+        # Rows may lie apart, as those of a slice do.
+        x = normal(rows, shape[1] + 3, dtype=dtype)[:, : shape[1]]
+        bias = normal(shape[0], dtype=dtype) if rows % 2 else None
+        assert_close(weight, x, bias, weight.everywhere(x, bias))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,6 +6,7 @@
 // library does for all kernels: a binary is nothing but its constants. The struct of them, of which is_int8
 // comes last, and the variable `constants` are in front of this file.
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -44,8 +45,9 @@ constexpr int MAX_LANES = 8 * 512;  // of a cluster
 constexpr size_t STACK = 128 << 10;
 
 struct Fiber {
-    ucontext_t context;
-    bool done;
+    ucontext_t context;  // which it begins with
+    jmp_buf place;       // where it goes on
+    bool started, done;
     const u32* awaited;  // it does not go on while this is `last`, if it is one
     u32 last;
 };
@@ -58,7 +60,7 @@ struct Meeting {
 };
 
 static void (*kernel)();
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static Fiber* running;
 static int threads, cluster_size, chunk, panel;
 static bool moved;       // some lane has got on in this round
@@ -68,7 +70,19 @@ DEVICE u32 thread_index() { return (u32)(current % threads); }
 DEVICE int chunk_index() { return chunk + current / threads; }
 DEVICE int panel_index() { return panel; }
 
-static void yield() { swapcontext(&running->context, &scheduler); }
+// Contexts are swapped by the system, which takes much longer than a jump.
+static void yield() {
+    if (!_setjmp(running->place)) _longjmp(scheduler, 1);
+}
+
+// Let a lane run until it waits or ends.
+static void resume(Fiber& lane) {
+    running = &lane;
+    if (_setjmp(scheduler)) return;
+    if (lane.started) _longjmp(lane.place, 1);
+    lane.started = true;
+    setcontext(&lane.context);
+}
 
 // Wait until a word has changed.
 static void yield_while(const u32& word, u32 last) {
@@ -110,6 +124,7 @@ static void require(bool holds, const char* otherwise) {
 static void run_lane() {
     kernel();
     moved = running->done = true;
+    _longjmp(scheduler, 1);
 }
 
 // Let all lanes of a cluster begin.
@@ -122,8 +137,8 @@ static void begin_lanes(Lane* lanes) {
         getcontext(&context);
         context.uc_stack.ss_sp = stacks + i * STACK;
         context.uc_stack.ss_size = STACK;
-        context.uc_link = &scheduler;
-        lanes[i].done = false;
+        context.uc_link = nullptr;  // a lane ends with a jump
+        lanes[i].started = lanes[i].done = false;
         lanes[i].awaited = nullptr;
         makecontext(&context, run_lane, 0);
     }
@@ -137,8 +152,7 @@ static bool run_round(Lane* lanes) {
         if (!lanes[current].done) {
             left = true;
             if (lanes[current].awaited && *lanes[current].awaited == lanes[current].last) continue;
-            running = &lanes[current];
-            swapcontext(&scheduler, &running->context);
+            resume(lanes[current]);
         }
     current = order::NONE;
     return left;

@@ -76,14 +76,15 @@ def test_everything_whatever_fails(gpu, monkeypatch):
     before = tiles.TABLE.read_text()
     tiles.table.cache_clear()
     try:
-        options = ("--rows", 1, 17, "--bitwidths", "4", "16", "--models", "facebook/opt-125m")
+        options = ("--shapes", "64x128", "--rows", 1, 17, "--bitwidths", "4", "16")
+        options += ("--models", "facebook/opt-125m")
         done = call(BENCHMARK, "--all", *SMALL, *options)
     finally:
         tiles.table.cache_clear()
     found = last_line(done.stdout)
     assert done.returncode == 1 and tiles.TABLE.read_text() == before
     assert [failure["what"] for failure in found["failures"]] == [
-        *("test tests/a.py::b[c d]", "128x256, qllm 16", "model facebook/opt-125m")
+        *("test tests/a.py::b[c d]", "64x128, qllm 16", "model facebook/opt-125m")
     ]
     assert len(found["attention"]) == 8 and "| attention, µs" in done.stdout
     assert found["tests"] == {"passed": 1, "failed": 1, "error": 0, "skipped": 0}
@@ -97,9 +98,9 @@ def test_everything_whatever_fails(gpu, monkeypatch):
     assert kind in found["tiles"][device.architecture(torch.device(gpu))[0]]
     assert [row["name"] for row in found["start"]] == [name for name, _ in start.RUNS]
     for line in (
-        "| 128x256, 17 ",
+        "| 64x128, 17 ",
         "qllm 4, again",
-        "FAILED: 128x256, qllm 16: CUDA error: misaligned address",
+        "FAILED: 64x128, qllm 16: CUDA error: misaligned address",
     ):
         assert line in done.stdout
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
+import os
 
+import processes
 import pytest
 from conftest import ROOT
 
@@ -49,13 +49,9 @@ def test_kernels_fit_into_registers_use_the_matrix_units_and_round_as_they_shoul
     capability, names
 ):
     # Triton's own cache, named after all that goes into a kernel, keeps what has not changed.
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.compile_gpu_kernels", str(capability), *names],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    program = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; from tools import compile_gpu_kernels"
+    program += "; compile_gpu_kernels.main()"
+    done = processes.run(["-c", program, str(capability), *names], env=os.environ.copy())
     assert done.returncode == 0, done.stderr
     shared, floats, integers, count = TARGETS[capability]
     kernels = {found["kernel"]: found for found in map(json.loads, done.stdout.splitlines())}

@@ -47,10 +47,14 @@ def compiler():
 
 @pytest.mark.parametrize(
     ("capability", "variant"),
-    slow_but(
-        [*((90, VARIANTS[i]) for i in (0, 4, 5, 7)), (120, VARIANTS[2])], (80, 90, 120), VARIANTS
-    )
-    + [(90, variant) for variant in IN_CLUSTERS],
+    [
+        *slow_but(
+            [*((90, VARIANTS[i]) for i in (0, 4, 5, 7)), (120, VARIANTS[2])],
+            (80, 90, 120),
+            VARIANTS,
+        ),
+        *slow_but([(90, IN_CLUSTERS[0])], (90,), IN_CLUSTERS),
+    ],
     ids=str,
 )
 def test_it_compiles_into_what_was_meant(capability, variant, compiler):

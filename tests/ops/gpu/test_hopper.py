@@ -57,7 +57,7 @@ def test_the_error_is_at_most_twice_the_reference_s(bits, own_hopper, parts):
     for i, (group_size, scheme, dtype) in enumerate(
         itertools.product(GROUPS, schemes, cuda.DTYPES)
     ):
-        if DEVICE == "cpu" and i % 4 != bits % 4:  # each at some number of bits
+        if DEVICE == "cpu" and i % 7 != bits % 7:  # each at some number of bits
             continue
         shape, count = SHAPES[(i + i // 4) % len(SHAPES)], ROWS[i // 2 % len(ROWS)]
         parts[0] = (1, 2, 4)[i % 3]
@@ -71,7 +71,11 @@ def test_the_error_is_at_most_twice_the_reference_s(bits, own_hopper, parts):
 @pytest.mark.parametrize("scheme", ["asym", "offset"])
 @pytest.mark.parametrize("bits", BITS)
 def test_weights_are_rounded_as_the_reference_s(bits, scheme, own_hopper, parts):
-    for dtype, wide in itertools.product(cuda.DTYPES, (torch.float16, torch.float32)):
+    kinds = itertools.product(cuda.DTYPES, (torch.float16, torch.float32))
+    for i, (dtype, wide) in enumerate(kinds):
+        # Emulated, either type meets either kind of scales at every other number of bits.
+        if DEVICE == "cpu" and (i + i // 2 + bits + (scheme == "asym")) % 2:
+            continue
         weight = random_weight((34, 256), bits, 64, scheme, scales_dtype=wide)
         asked = weight.request
         wanted = dequantize(*weight.stored[:3], bits, asked.group_size, asked.in_features, dtype)
@@ -129,6 +133,9 @@ def test_the_self_test_finds_what_is_wrong(own_hopper, monkeypatch):
         monkeypatch.setattr(hopper, "TESTED", (20, 300))
         monkeypatch.setattr(device_of, "COMPILED_AT_ONCE", 1)
     assert hopper._self_test(place) is None
+    if own_hopper is not None:  # it says at the first case what is wrong, of whichever tiles
+        two = (hopper.Tile(64, 64), hopper.Tile(128, 128))
+        monkeypatch.setattr(hopper, "CASES", [(*hopper.CASES[0][:-1], two)])
     right = hopper.weight_only_linear
 
     def wrong(x, *given, tile, of):

@@ -60,7 +60,9 @@ def test_both_ways_are_near_the_exact_one_and_on_a_gpu_the_same(bits, device):
         weight = random_weight(shape, bits, group, scheme, scales_dtype=wide)
         x = normal(count, shape[1] + 3, dtype=dtype)[:, : shape[1]]
         bias = normal(shape[0], dtype=dtype) if i % 2 else None
-        few, *many = (multiply(weight, x, bias, device, tile) for tile in (0, *prefill.ROWS))
+        # The interpreter is slow: there each number of bits meets every tile, but no case two.
+        tiles = prefill.ROWS if device == "cuda" else prefill.ROWS[i // 8 % 2 :][:1]
+        few, *many = (multiply(weight, x, bias, device, tile) for tile in (0, *tiles))
         # The interpreter leaves the order of a step's sums to a library, which goes by the tile.
         assert device == "cpu" or all(torch.equal(few, found) for found in many)
         for found in (few, *many):
