@@ -21,7 +21,7 @@ from qllm.plan.timing import time_generation, undisturbed
 # heads that share keys; hidden size, layers and vocabulary. Scores take what they do by their
 # number, and products with keys and values by their channels.
 FAMILIES = (("llama", 64, 4), ("opt", 32, 1))
-MODELS = ((256, 2, 1024), (256, 2, 32768), (256, 8, 1024), (1024, 4, 4096))
+MODELS = ((256, 2, 1024), (256, 2, 8192), (256, 8, 1024), (1024, 4, 4096))
 # Sequences, and the tokens of each.
 WORK = ((1, 32), (1, 192), (1, 768), (4, 128), (8, 16), (8, 128))
 # And models that no cache keeps, as those that are served are. Products take longer there than by
