@@ -19,7 +19,8 @@ from qllm.plan.timing import time_generation, undisturbed
 
 # Of the models with which is measured what is beside the products: family, channels of a head and
 # heads that share keys; hidden size, layers and vocabulary. Scores take what they do by their
-# number, and products with keys and values by their channels.
+# number, and products with keys and values by their channels. Logits take so little that a head
+# which shared caches keep at one time and not at another would hide it.
 FAMILIES = (("llama", 64, 4), ("opt", 32, 1))
 MODELS = ((256, 2, 1024), (256, 2, 8192), (256, 8, 1024), (1024, 4, 4096))
 # Sequences, and the tokens of each.
