@@ -6,7 +6,6 @@ import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,21 +46,16 @@ def prompts(family: str) -> list[list[int]]:
     return [tokens[start : start + 1 + 37 * i % LONGEST] for i, start in enumerate(starts)]
 
 
-@pytest.fixture(scope="module")
-def model_of(shallow_of):
-    """A model, made once, of as many layers as it has shards at most."""
-    return functools.cache(lambda family, *how: loaded(shallow_of(family, 3), *how))
-
-
-def loaded(
-    folder: Path, plan: tuple[str, str, str], shards: int = 1, dtype: torch.dtype = torch.float32
+@functools.cache
+def model_of(
+    family: str, plan: tuple[str, str, str], shards: int = 1, dtype: torch.dtype = torch.float32
 ) -> Decoder:
     layers, head = map(QuantSpec.parse, plan[:2])
     rules = QuantPlan.uniform(layers)
     if head.bits < 16:
         rules = rules.with_rule(LM_HEAD, head)
     options = {"num_shards": shards, "dtype": dtype, "activation_bits": int(plan[2])}
-    return load(folder, plan=rules, **options)
+    return load(tiny(family), plan=rules, **options)
 
 
 @dataclass(frozen=True)
@@ -109,11 +103,11 @@ SHUFFLED = random.Random(1).sample(EVERY, PROMPTS)
 @pytest.mark.parametrize(
     ("family", "plan"), slow_but(each(FAMILIES, PLANS), FAMILIES, PLANS), ids=named
 )
-def test_one_answer(family, plan, model_of):
+def test_one_answer(family, plan):
     model, sharded = model_of(family, plan), model_of(family, plan, 3)
     assert len(sharded.device_map) == 3
     whole = answer(model, family, EVERY, batch=PROMPTS, threads=1)
-    assert len({tuple(row) for row in whole.tokens.tolist()}) > PROMPTS / 3
+    assert len({tuple(row) for row in whole.tokens.tolist()}) > PROMPTS / 2
     cases = (
         (sharded, SHUFFLED[:66], 33, 2),
         (model, SHUFFLED[:35], 7, 4),
@@ -132,7 +126,7 @@ def test_one_answer(family, plan, model_of):
 @pytest.mark.parametrize(
     ("family", "dtype"), slow_but(each(FAMILIES, HALVES), FAMILIES, HALVES), ids=named
 )
-def test_one_answer_in_half_types(family, dtype, model_of):
+def test_one_answer_in_half_types(family, dtype):
     model, sharded = model_of(family, FOUR, 1, dtype), model_of(family, FOUR, 3, dtype)
     whole = answer(model, family, EVERY[:60], batch=60, threads=1)
     for decoder, rows, batch, threads in ((sharded, EVERY[:60], 7, 2), (model, EVERY[:9], 1, 1)):
@@ -144,7 +138,7 @@ def test_one_answer_in_half_types(family, dtype, model_of):
     slow_but([("llama", FOUR)], FAMILIES, (FOUR, TENSOR_CORES)),
     ids=named,
 )
-def test_one_answer_on_every_path(family, plan, model_of):
+def test_one_answer_on_every_path(family, plan):
     """The tokens are the same on all of them, but where activations are rounded to 8 bits.
 
     Norms and attention sum in as many lanes as a path has, and rounding may show a last bit.

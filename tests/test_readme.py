@@ -150,7 +150,7 @@ LONG = (
             *("quality", "quantization", "startup", "planner", "planned", "cpu"),
         )
     ),
-    *("qllm_plan.py", "--algorithm awq", "--refine", "--report compared.html"),
+    *("qllm_plan.py", "--algorithm awq", "--report compared.html"),
 )
 
 

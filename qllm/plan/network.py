@@ -63,7 +63,8 @@ def measure_stages(
         `bandwidth` in bits per second and `latency` in seconds, as in a cluster's file; and
         `stage_passes`, `crowding` and `contention` as in that of a device: what a stage takes
         besides its layers and handing on, what it takes on top where there are more than
-        processors, of three, and how much longer its layers take in steps while both work.
+        processors, of three, and how much longer its layers take in steps while both work, of a
+        model that no cache keeps.
 
     Raises:
         UserError: a process failed.

@@ -214,18 +214,12 @@ class _Run:
     def _report(self, report: LinearReport) -> None:
         """Keep what became of a linear, and say it."""
         self.reports.append(report)
-        of = "outputs" if report.of_output else "weights"
-        self.note(f"{report.name}: relative error {report.error:.2%} of the {of}")
+        self.note(str(report))
 
     def _report_tuning(self, report: TuneReport) -> None:
         """Keep what became of a block that was tuned, and say it."""
         self.tuned.append(report)
-        line = f"{report.name}: relative error {report.before:.2%}, {report.tuned:.2%} when tuned"
-        if not report.gained:
-            line += ", so that it stays as it was"
-        if report.descended:
-            line += f", {report.after:.2%} with {' and '.join(report.descended)} by descent"
-        self.note(line)
+        self.note(str(report))
 
     def _states_path(self, name: str, done: int) -> Path:
         return self.partial.folder / f"{name}-{done}.safetensors"

@@ -44,6 +44,10 @@ class LinearReport:
     damp: float = 0.0
     dead: int = 0
 
+    def __str__(self) -> str:
+        of = "outputs" if self.of_output else "weights"
+        return f"{self.name}: relative error {self.error:.2%} of the {of}"
+
 
 def algorithm_of(spec: QuantSpec) -> Algorithm:
     """What chooses the integers of a layer that is quantized so."""

@@ -68,6 +68,14 @@ class TuneReport:
         """Whether what tuning found is better, and kept."""
         return self.tuned < self.before
 
+    def __str__(self) -> str:
+        line = f"{self.name}: relative error {self.before:.2%}, {self.tuned:.2%} when tuned"
+        if not self.gained:
+            line += ", so that it stays as it was"
+        if self.descended:
+            line += f", {self.after:.2%} with {' and '.join(self.descended)} by descent"
+        return line
+
 
 def work_dtype(device: torch.device, bits: int) -> torch.dtype:
     """What products are computed in: bfloat16 where the hardware has it, and where its own error is
