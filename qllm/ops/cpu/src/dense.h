@@ -73,7 +73,7 @@ INLINE inline void load_square(VF (&steps)[WIDTH], const Dense &a, int64_t chann
         const char *begin = from - at + to + (to < stride ? 0 : (WIDTH - 1) * stride) +
                             in_stretch / BYTES * channels * stride;
         for (int c = 0; c < channels; c++)
-            for (int b = 0; b < stretch; b += 64) __builtin_prefetch(begin + c * stride + b);
+            for (int b = 0; b < stretch; b += 64) prefetch_into<2>(begin + c * stride + b);
         load_square<TYPE>(steps, from, a.in);
     } else {
         alignas(64) char some[WIDTH * SQUARE_INPUTS * SIZE<TYPE>] = {};

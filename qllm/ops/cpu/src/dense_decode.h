@@ -10,6 +10,7 @@
 
 #include "dense_steps.h"
 #include "dense_tile.h"
+#include "prefetch.h"
 #include "threads.h"
 
 namespace qllm {
@@ -22,9 +23,20 @@ template <int R> constexpr int DOT_CHANNELS = WIDTH == 16 ? 4 : WIDTH == 8 ? 4 /
 // Channels that are read together: as many streams as sums are for, each of channels that follow on
 // each other, so that the machine sees what comes next, from one channel to the next, too. Channels
 // side by side would be as many streams, each of which leaves out what the others read. So many at
-// most, and of so many bytes, that the second cache keeps them for more rows.
+// most, and of so many bytes, that the second cache keeps them for more rows, and the next ones
+// beside them.
 constexpr int64_t DOT_GROUP = 64, DOT_BYTES = 256 << 10;
 constexpr int64_t DOT_SUMS = DOT_GROUP * DOT_ROWS * LANES;  // a thread's own; stacks may be small
+
+// The channels that come next, and from how many rows on they are asked for while these are
+// multiplied: there is about as much to compute as to read, more where weights become float32 first.
+// For fewer rows the machine sees by itself what comes.
+using Next = ComingInto<2>;
+template <int64_t TYPE> constexpr int64_t NEXT_ROWS = SIZE<TYPE> == 2 && !IN_PAIRS<TYPE> ? 2 : 3;
+
+// Floats between rows of activations: where a row is a multiple of 4096 bytes, those of all rows
+// would have the same few places in the first cache, and channels have them, too.
+constexpr int64_t DOT_GAP = 48;
 
 // The sums of C channels times R rows, in registers as those of `Sums` in tile.h.
 template <int64_t TYPE, int R, int C> struct DotSums {
@@ -71,29 +83,34 @@ template <int64_t TYPE, int R, int C> struct DotSums {
     }
 };
 
-// Activations of R rows, (R, steps), as `load_steps` has them, with zeros up to a multiple of LANES.
+// Activations of R rows, `stride` apart, as `load_steps` has them: with zeros up to so many steps, a
+// multiple of LANES.
 struct DotInput {
     const float *x;
-    int64_t steps;
+    int64_t steps, stride;
 };
 
 // C channels, `apart` from each other, times R rows: their sums, (channels, R, LANES).
 template <int64_t TYPE, int R, int C>
 __attribute__((noinline)) void dots(const Dense &a, const DotInput &in, int64_t channel,
-                                    int64_t apart, float *out) {
+                                    int64_t apart, float *out, Next &next) {
     constexpr int64_t BYTES = INPUTS<TYPE> * SIZE<TYPE>;  // of a step
     const int64_t stride = a.in * SIZE<TYPE>, whole = a.in / (INPUTS<TYPE> * LANES) * LANES;
     const char *w = static_cast<const char *>(a.w) + channel * stride;
     DotSums<TYPE, R, C> sums;
     sums.clear();
-    for (int64_t step = 0; step < whole; step += LANES)
-        sums.add(w + step * BYTES, apart * stride, in.x + step, in.steps);
+    Next asked = next;
+    for (int64_t step = 0; step < whole; step += LANES) {
+        asked.ask(C * LANES * BYTES);
+        sums.add(w + step * BYTES, apart * stride, in.x + step, in.stride);
+    }
+    next = asked;
     if (whole < in.steps) {  // what is behind the whole vectors of a channel
         alignas(64) char some[C * LANES * BYTES] = {};
         for (int64_t c = 0; c < C; c++)
             __builtin_memcpy(some + c * LANES * BYTES, w + c * apart * stride + whole * BYTES,
                              size_t(stride - whole * BYTES));
-        sums.add(some, LANES * BYTES, in.x + whole, in.steps);
+        sums.add(some, LANES * BYTES, in.x + whole, in.stride);
     }
     sums.keep(out, apart * R * LANES);
 }
@@ -123,13 +140,13 @@ void store_dots(const Dense &a, int64_t row, int64_t channel, const float *sums,
 // Up to DOT_GROUP channels times R rows.
 template <int64_t TYPE, int R>
 void dot_group(const Dense &a, const DotInput &in, int64_t row, int64_t channel, int64_t channels,
-               float *sums) {
+               float *sums, Next &next) {
     constexpr int C = DOT_CHANNELS<R>;
     const int64_t stream = channels / C, padded = (channels + LANES - 1) / LANES * LANES;
     for (int64_t c = 0; c < stream; c++)
-        dots<TYPE, R, C>(a, in, channel + c, stream, sums + c * R * LANES);
+        dots<TYPE, R, C>(a, in, channel + c, stream, sums + c * R * LANES, next);
     for (int64_t c = stream * C; c < channels; c++)
-        dots<TYPE, R, 1>(a, in, channel + c, 1, sums + c * R * LANES);
+        dots<TYPE, R, 1>(a, in, channel + c, 1, sums + c * R * LANES, next);
     for (int64_t i = channels * R * LANES; i < padded * R * LANES; i += WIDTH)
         store_f(sums + i, set_f(0));
     for (int64_t r = 0; r < R && row + r < a.rows; r++)
@@ -140,31 +157,53 @@ void dot_group(const Dense &a, const DotInput &in, int64_t row, int64_t channel,
 // Of some channels, the rows from one on: as many as there are, or DOT_ROWS.
 template <int64_t TYPE, int R = 1>
 void dot_rows(const Dense &a, const DotInput &in, int64_t row, int64_t channel, int64_t channels,
-              float *sums) {
+              float *sums, Next &next) {
     if constexpr (R < DOT_ROWS)
-        if (a.rows - row > R) return dot_rows<TYPE, 2 * R>(a, in, row, channel, channels, sums);
-    dot_group<TYPE, R>(a, in, row, channel, channels, sums);
+        if (a.rows - row > R)
+            return dot_rows<TYPE, 2 * R>(a, in, row, channel, channels, sums, next);
+    dot_group<TYPE, R>(a, in, row, channel, channels, sums, next);
+}
+
+// All rows times up to `group` channels from one on, while those behind them are asked for, up to
+// `asked`.
+template <int64_t TYPE>
+void dot_channels(const Dense &a, const DotInput &in, int64_t channel, int64_t group, int64_t asked,
+                  float *sums) {
+    const int64_t channels = smaller(group, a.out - channel), end = channel + channels;
+    const int64_t bytes = a.in * SIZE<TYPE>, passes = (a.rows + DOT_ROWS - 1) / DOT_ROWS;
+    Next next;
+    if (bytes && a.rows >= NEXT_ROWS<TYPE>)
+        next = {static_cast<const char *>(a.w) + end * bytes, (asked - end) * bytes,
+                channels * bytes * passes};
+    for (int64_t row = 0; row < a.rows; row += DOT_ROWS)
+        dot_rows<TYPE>(a, {in.x + row * in.stride, in.steps, in.stride}, row, channel, channels, sums,
+                       next);
 }
 
 template <int64_t TYPE> Status dense_decode_of(const Dense &a) {
     const int64_t steps = (a.in + INPUTS<TYPE> * LANES - 1) / (INPUTS<TYPE> * LANES) * LANES;
     const int64_t rest = a.rows % DOT_ROWS;  // padded to as many as `dot_rows` takes, and no more
     const int64_t rows = a.rows - rest + (rest ? dense_tile_rows(rest) : 0);
-    auto *x = static_cast<float *>(scratch(size_t((rows * steps + max_threads() * DOT_SUMS) * 4)));
+    const int64_t stride = steps + DOT_GAP, held = rows * stride;
+    auto *x = static_cast<float *>(scratch(size_t((held + max_threads() * DOT_SUMS) * 4)));
     if (!x) return Status::NO_MEMORY;
     for_each(rows, rows * steps > WORTH_THREADS, [&](int64_t row, int64_t) {
         for (int64_t s = 0; s < steps; s += WIDTH)
-            store_f(x + row * steps + s, load_steps<TYPE, IN_PAIRS<TYPE>>(a, row, s));
+            store_f(x + row * stride + s, load_steps<TYPE, IN_PAIRS<TYPE>>(a, row, s));
     });
     // So few channels at once that all threads have some.
     const int64_t kept = DOT_BYTES / (a.in * SIZE<TYPE> + 1), fair = a.out / max_threads() / 4;
     const int64_t most = smaller(smaller(kept, fair) / LANES * LANES, DOT_GROUP);
-    const int64_t group = most < LANES ? LANES : most;
-    for_each((a.out + group - 1) / group, true, [&](int64_t i, int64_t thread) {
-        float *sums = x + rows * steps + thread * DOT_SUMS;
-        for (int64_t row = 0; row < a.rows; row += DOT_ROWS)
-            dot_rows<TYPE>(a, {x + row * steps, steps}, row, i * group,
-                           smaller(group, a.out - i * group), sums);
+    const int64_t group = most < LANES ? LANES : most, groups = (a.out + group - 1) / group;
+    in_threads(groups, groups / max_threads() / RUN_PARTS + 1, [&](const Share &share) {
+        float *sums = x + held + share.thread * DOT_SUMS;
+        const int64_t run = share.runs[share.thread].end;  // behind it are another thread's
+        take_parts(share, [&](int64_t from, int64_t end) {
+            for (; from < end; from++) {
+                const int64_t asked = smaller((from + (from + 1 == run ? 1 : 2)) * group, a.out);
+                dot_channels<TYPE>(a, {x, steps, stride}, from * group, group, asked, sums);
+            }
+        });
     });
     return Status::OK;
 }

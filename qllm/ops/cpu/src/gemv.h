@@ -5,6 +5,7 @@
 #include "isa.h"
 #include "layout.h"
 #include "operands.h"
+#include "prefetch.h"
 #include "results.h"
 #include "tiles.h"
 
@@ -53,6 +54,8 @@ __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64
     int64_t group = -1;
     Operands o = grid.operands(a);
     o.out = out;
+    constexpr int CACHE = 3 * S > BITS ? 2 : 1;  // else they take less time than memory does
+    constexpr int64_t AWAY = AHEAD<CACHE>;
     constexpr int V = N * VECTORS, SETS = WIDENS || S * V > 4 ? 1 : S * V > 2 ? 2 : 4;
     for (int64_t b = 0; b < x.blocks; b++) {
         if (x.block[b].group != group)
@@ -63,9 +66,10 @@ __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64
         for (int64_t s = 0; s < o.k_blocks; s++, q += 64 * BITS) {
             if (row == 0) {  // for the tiles below, panels are in cache
                 // Behind the end of these panels come the next ones.
-                const uint8_t *ahead = q + AHEAD + (q + AHEAD < end ? 0 : (N - 1) * stride);
+                const uint8_t *ahead = q + AWAY + (q + AWAY < end ? 0 : (N - 1) * stride);
                 for (int n = 0; n < N; n++)
-                    for (int v = 0; v < BITS; v++) __builtin_prefetch(ahead + n * stride + v * 64);
+                    for (int v = 0; v < BITS; v++)
+                        prefetch_into<CACHE>(ahead + n * stride + v * 64);
             }
             add_k_block<BITS>(sums, q, stride, o.x + s * (K_BLOCK * S * OPERAND_BYTES));
         }
@@ -119,10 +123,10 @@ __attribute__((noinline)) void gemv_words(const Linear &a, const Activations &x,
         VI pairs[2] = {zero_i(), zero_i()};
         for (int64_t s = 0; s < o.k_blocks; s++, q += 64 * BITS) {
             if (row == 0) {
-                const uint8_t *ahead = q + AHEAD + (q + AHEAD < end ? 0 : stride);
+                const uint8_t *ahead = q + AHEAD<2> + (q + AHEAD<2> < end ? 0 : stride);
                 for (int v = 0; v < BITS; v++) {
-                    __builtin_prefetch(ahead + v * 64);
-                    __builtin_prefetch(ahead + stride + v * 64);
+                    prefetch_into<2>(ahead + v * 64);
+                    prefetch_into<2>(ahead + stride + v * 64);
                 }
             }
             add_words_of_k_block<BITS, R, EVERY>(sums, pairs, q, stride,

@@ -3,6 +3,7 @@
 
 #include "isa.h"
 #include "operands.h"
+#include "prefetch.h"
 #include "threads.h"
 
 #if defined(__BMI2__)
@@ -18,7 +19,8 @@ constexpr int64_t PART = WIDTH * STEP < 16 ? 16 : WIDTH * STEP;
 typedef uint8_t Bytes __attribute__((vector_size(PART), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(PART), may_alias));
 
-constexpr int64_t AHEAD = 4096;  // bytes to prefetch ahead of what is read
+// Bytes to prefetch ahead of what is read, into the first cache or the second.
+template <int CACHE> constexpr int64_t AHEAD = CACHE == 1 ? 4096 : 8192;
 constexpr int64_t PACK_AHEAD = 512;  // the same in each of the LANES rows that are packed
 
 // Where the planes of a K block begin, in bits of a value; a plane of p bits is p vectors long, so
@@ -67,7 +69,7 @@ inline void unpack_steps(const uint8_t *k_block, uint8_t *out) {
 
 // A K block of a panel to bytes, step after step.
 template <int BITS> void unpack_k_block(const uint8_t *k_block, uint8_t *out) {
-    for (int v = 0; v < BITS; v++) __builtin_prefetch(k_block + v * 64 + AHEAD);
+    for (int v = 0; v < BITS; v++) prefetch_into<2>(k_block + v * 64 + AHEAD<2>);
     for (int64_t at = 0; at < 64; at += PART) unpack_steps<BITS>(k_block + at, out + at);
 }
 
