@@ -54,7 +54,7 @@ __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64
     int64_t group = -1;
     Operands o = grid.operands(a);
     o.out = out;
-    constexpr int CACHE = 3 * S > BITS ? 2 : 1;  // else they take less time than memory does
+    constexpr int CACHE = 3 * S > BITS ? 2 : 1;  // fewer operands take less time than memory
     constexpr int64_t AWAY = AHEAD<CACHE>;
     constexpr int V = N * VECTORS, SETS = WIDENS || S * V > 4 ? 1 : S * V > 2 ? 2 : 4;
     for (int64_t b = 0; b < x.blocks; b++) {

@@ -3,6 +3,7 @@
 
 #include "isa.h"
 #include "layout.h"
+#include "prefetch.h"
 #include "threads.h"
 #include "tiles.h"
 
@@ -19,7 +20,7 @@ static int64_t read_all(const uint8_t *from, int64_t bytes) {
             for (; part < end; part++) {
                 const uint8_t *p = from + part * 256;
                 for (int i = 0; i < 4; i++) {
-                    __builtin_prefetch(p + i * 64 + AHEAD<1>);
+                    prefetch_into<1>(p + i * 64 + AHEAD<1>);
                     for (int v = 0; v < VECTORS; v++)
                         sums[i] = add_i(sums[i], weights(p + i * 64 + v * WIDTH * STEP));
                 }
