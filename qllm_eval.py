@@ -187,6 +187,7 @@ def read_reference(
 ) -> ReferenceOutputs:
     """What a reference says of the prompts, or of the text and of prompts cut from it."""
     from qllm.evaluate.agreement import ReferenceOutputs, cut_text
+    from qllm.evaluate.perplexity import LONGEST_WINDOW
     from qllm.generate import check_prompts
     from qllm.generation_config import GenerationConfig
 
@@ -198,7 +199,8 @@ def read_reference(
         prompts = cli.tokenize(tokenizer, cli.read_prompts(args), args.max_prompt_length)
         sequences = prompts
     else:
-        window = min(args.window or 2048, model.config.max_positions or 2048)
+        window, limit = args.window or LONGEST_WINDOW, model.config.max_positions
+        window = window if limit is None else min(window, limit)
         sequences, prompts = cut_text(text.ids, window, args.max_prompt_length)
     check_prompts(model.config, prompts, GenerationConfig(max_new_tokens=count))
     return ReferenceOutputs.of(model, sequences, prompts, count, cli.progress("reference"))

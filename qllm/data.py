@@ -151,20 +151,23 @@ def _read_hub(option: str, name: str, dataset: HubDataset, split: str) -> list[s
 
     part = dataset.splits[split == "evaluation"]
     files = {part: dataset.files[part]} if dataset.files else None
+    is_offline = constants.HF_HUB_OFFLINE
     reason = "HF_HUB_OFFLINE is set"
-    if not constants.HF_HUB_OFFLINE:
-        try:
-            HfApi().dataset_info(dataset.repository, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        except Exception as error:  # the Hub's clients raise whatever their transport does
-            # Out of reach, load_dataset asks again for half a minute before it looks in its cache.
-            constants.HF_HUB_OFFLINE = True
-            reason = first_line(error)
     try:
+        if not is_offline:
+            try:
+                HfApi().dataset_info(dataset.repository, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            except Exception as error:  # the Hub's clients raise whatever their transport does
+                # Out of reach, load_dataset asks again for half a minute before its cache.
+                constants.HF_HUB_OFFLINE = True
+                reason = first_line(error)
         rows = load_dataset(dataset.repository, dataset.config, data_files=files, split=part)
         return rows[dataset.column][: dataset.judged if split == "evaluation" else None]
     except Exception as error:  # and datasets whatever its readers do
         reason = reason if constants.HF_HUB_OFFLINE else first_line(error)
         raise UserError(f"{option} {name}: cannot be had ({reason}); give a file instead") from None
+    finally:
+        constants.HF_HUB_OFFLINE = is_offline  # a model may still be asked for
 
 
 def sample_windows(ids: list[int], count: int, length: int, seed: int) -> list[list[int]]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qllm import stopping
 from qllm.config import DEFAULT_GROUP_SIZE, DEFAULT_KV_BITS, DEFAULT_SCHEME
 from qllm.errors import UserError
 from qllm.evaluate.lambada import continuation
@@ -137,12 +138,11 @@ class Methods:
             prompt = [self.tokens.prefix_token_id]
         eos = self.model.config.eos_token_ids
         config = GenerationConfig(count, eos_token_ids=eos, sampling=self._sampling(settings, time))
-        (ids,) = generate(self.model, [prompt], config)
-        text = self.tokens.continuation(list(prompt), ids)
         until = settings.get("until") or []
-        for end in [until] if isinstance(until, str) else until:
-            text = text.partition(end)[0] if end else text
-        return text
+        ends = [end for end in ([until] if isinstance(until, str) else until) if end]
+        stop = stopping.StopStrings(self.tokens, [prompt], ends) if ends else None
+        (ids,) = generate(self.model, [prompt], config, stop=stop)
+        return stopping.cut(self.tokens.continuation(list(prompt), ids), ends)
 
     def _sampling(self, settings: dict[str, Any], time: int) -> Sampling | None:
         """How tokens are drawn; None: the likeliest is taken."""

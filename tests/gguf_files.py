@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from unittest.mock import patch
 
 import gguf
@@ -163,9 +165,19 @@ def _transposed(name: str) -> bool:
 
 
 def write_model(
-    path: Path, model: nn.Module, kind: str, *, split: int = 1, begins: bool = False
+    path: Path,
+    model: nn.Module,
+    kind: str,
+    *,
+    split: int = 1,
+    begins: bool = False,
+    kinds: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """The file of a model, its matrices of one type; the first of several."""
+    """The file of a model, its matrices of one type; the first of several.
+
+    Args:
+        kinds: other types of some matrices, by the last part of their names in the file.
+    """
     config = model.config
     architecture = ARCHITECTURES.get(config.model_type, config.model_type)
     limit = {"split_max_tensors": -(-len(list(model.parameters())) // split)} if split > 1 else {}
@@ -191,7 +203,7 @@ def write_model(
         if "query_key_value" in name:
             parts = matrix.view(config.num_attention_heads, 3, -1, *matrix.shape[1:])
             matrix = parts.transpose(0, 1).flatten(0, 2)
-        type_ = GGMLQuantizationType[kind]
+        type_ = GGMLQuantizationType[kinds.get(target.split(".")[-2], kind)]
         if matrix.dim() < 2 or "position_embd" in target:
             type_ = GGMLQuantizationType.F32
         data = quants.quantize(matrix.contiguous().numpy(), type_)

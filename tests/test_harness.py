@@ -16,6 +16,7 @@ from oracle import bundled, reference
 
 from qllm import harness
 from qllm.errors import UserError
+from qllm.generate import generate
 from qllm.harness import Methods
 from qllm.tokenizer import Tokenizer
 
@@ -76,7 +77,7 @@ def test_rolling_scores_every_token():
     assert found == pytest.approx(total, rel=1e-6)
 
 
-def test_greedy_text_ends_where_it_is_told():
+def test_greedy_text_ends_where_it_is_told(monkeypatch):
     model, coder = ours("opt"), Tokenizer.load(tiny("opt"))
     prompt = coder.encode(STORY)
     (tokens,) = reference(bundled("opt"), [prompt], eos=None, max_new_tokens=12).tokens
@@ -85,7 +86,13 @@ def test_greedy_text_ends_where_it_is_told():
     assert model.generate_until(requests((STORY, settings)), True) == [text]
     end = text[len(text) // 2]
     settings["until"] = ["no such words", end]
+    found = []
+    monkeypatch.setattr(
+        harness, "generate", lambda *a, **k: found.extend(generate(*a, **k)) or found
+    )
     assert model.generate_until(requests((STORY, settings)), True) == [text.partition(end)[0]]
+    (ids,) = found
+    assert 0 < len(ids) < len(tokens) and end in coder.continuation(prompt, ids)
 
 
 def test_drawn_text_is_that_of_the_front_door():

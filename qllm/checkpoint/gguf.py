@@ -217,8 +217,8 @@ class GGUFFile(TensorFile):
                 self.tensors[f"{module}.{BLOCKS}"] = TensorInfo((shape[0], width), torch.uint8)
                 continue
             dtypes = {piece.tensor.type.dtype or dtype for piece in pieces}
-            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-            self.tensors[name] = TensorInfo(shape, dtype)
+            read_as = dtypes.pop() if len(dtypes) == 1 else torch.float32
+            self.tensors[name] = TensorInfo(shape, read_as)
 
     @property
     def unpacked_types(self) -> tuple[str, ...]:

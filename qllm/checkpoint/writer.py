@@ -22,6 +22,7 @@ from qllm.folders import FULL, writing
 
 WEIGHTS = "model.safetensors"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+METADATA = "__metadata__", {"format": "pt"}  # of shards
 
 
 class SafetensorsWriter:
@@ -36,12 +37,8 @@ class SafetensorsWriter:
         header: dict[str, Any] = {"__metadata__": dict(metadata)}
         end = 0
         for name, info in tensors.items():
-            start, end = end, end + info.dtype.itemsize * torch.Size(info.shape).numel()
-            header[name] = {
-                "dtype": DTYPE_NAMES[info.dtype],
-                "shape": list(info.shape),
-                "data_offsets": [start, end],
-            }
+            header[name] = _entry(info, end)
+            _, end = header[name]["data_offsets"]
         data = json.dumps(header, separators=(",", ":")).encode()
         data += b" " * (-len(data) % 64)  # tensors begin on a cache line of the mapped file
         self._pending = list(tensors.items())[::-1]
@@ -93,6 +90,8 @@ class ShardWriter:
             if path.name not in known:
                 path.unlink()
         self._file: BinaryIO | None = None
+        entries = [METADATA, *(self.shards[-1].items() if self.shards else ())]
+        self._header_bytes = sum(_entry_bytes(*each) for each in entries)  # of the last shard
         if self.shards:
             self._file = self._path(len(self.shards) - 1).open("r+b")
             self._file.seek(8 + self.header_capacity + self._end(self.shards[-1]))
@@ -110,14 +109,15 @@ class ShardWriter:
         return max((entry["data_offsets"][1] for entry in shard.values()), default=0)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor."""
+        """Append a tensor; to a new shard where the last has no place for it or for its entry."""
         data = tensor.detach().cpu().contiguous()
-        if not self.shards or self._end(self.shards[-1]) + data.nbytes > self.limit:
+        if not self._fits(name, data):
             with writing(self.folder, FULL):
                 if self._file is not None:
                     self._flush()
                     self._file.close()
                 self.shards.append({})
+                self._header_bytes = _entry_bytes(*METADATA)
                 self._file = self._path(len(self.shards) - 1).open("wb")
                 self._file.write(b" " * (8 + self.header_capacity))
         assert self._file is not None  # there is one for the last shard
@@ -125,11 +125,16 @@ class ShardWriter:
         if data.numel():
             with writing(self.folder, FULL):
                 self._file.write(data.view(-1).view(torch.uint8).numpy().data)
-        self.shards[-1][name] = {
-            "dtype": DTYPE_NAMES[data.dtype],
-            "shape": list(data.shape),
-            "data_offsets": [start, start + data.nbytes],
-        }
+        self.shards[-1][name] = _entry(data, start)
+        self._header_bytes += _entry_bytes(name, self.shards[-1][name])
+
+    def _fits(self, name: str, data: Tensor) -> bool:
+        """Whether the last shard takes a tensor."""
+        if not self.shards:
+            return False
+        start = self._end(self.shards[-1])
+        header = self._header_bytes + _entry_bytes(name, _entry(data, start))
+        return start + data.nbytes <= self.limit and header <= self.header_capacity
 
     def overwrite(self, name: str, tensor: Tensor) -> None:
         """Put another tensor of the same shape and type in the place of one that was written."""
@@ -167,7 +172,8 @@ class ShardWriter:
             self._file.close()
         weight_map: dict[str, str] = {}
         for index, shard in enumerate(self.shards):
-            header = json.dumps({"__metadata__": {"format": "pt"}, **shard}, separators=(",", ":"))
+            header = json.dumps(dict([METADATA, *shard.items()]), separators=(",", ":"))
+            assert len(header) <= self.header_capacity  # as `write` has looked
             weight_map |= dict.fromkeys(shard, self._name(index))
             with self._path(index).open("r+b") as file:
                 file.write(
@@ -183,6 +189,22 @@ class ShardWriter:
             text = json.dumps(about, indent=2, sort_keys=True) + "\n"
             (self.folder / f"{WEIGHTS}.index.json").write_text(text, encoding="utf-8")
         return total
+
+
+def _entry(tensor: Tensor | TensorInfo, start: int) -> dict[str, Any]:
+    """What a header says of a tensor that lies `start` bytes behind it."""
+    shape = torch.Size(tensor.shape)
+    end = start + tensor.dtype.itemsize * shape.numel()
+    return {
+        "dtype": DTYPE_NAMES[tensor.dtype],
+        "shape": list(shape),
+        "data_offsets": [start, end],
+    }
+
+
+def _entry_bytes(name: str, entry: object) -> int:
+    """What an entry takes in a header, with the comma or the braces around it."""
+    return len(json.dumps({name: entry}, separators=(",", ":")))
 
 
 @contextmanager

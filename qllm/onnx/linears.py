@@ -87,7 +87,7 @@ def find_linears(graph: onnx.GraphProto, vocab_size: int) -> list[OnnxLinear]:
 
 
 def _matrices(graph: onnx.GraphProto) -> dict[str, tuple[TensorProto, bool]]:
-    """Constant float matrices by name, those that a Transpose makes included, which is True."""
+    """Constant float matrices by name, and whether a Transpose has made them what they are."""
     found = {
         tensor.name: (tensor, False)
         for tensor in graph.initializer
@@ -97,7 +97,9 @@ def _matrices(graph: onnx.GraphProto) -> dict[str, tuple[TensorProto, bool]]:
         passes_on = node.op_type in ("Transpose", "Identity") and node.domain in STANDARD
         if passes_on and node.input[0] in found:
             tensor, is_transposed = found[node.input[0]]
-            found[node.output[0]] = (tensor, is_transposed ^ (node.op_type == "Transpose"))
+            perm = [axis for each in node.attribute if each.name == "perm" for axis in each.ints]
+            swaps = node.op_type == "Transpose" and perm != [0, 1]  # without one it is [1, 0]
+            found[node.output[0]] = (tensor, is_transposed ^ swaps)
     return found
 
 

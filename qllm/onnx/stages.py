@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class Stages:
         folder.mkdir()
         self._files = [folder / f"{number}.npz" for number in range(len(samples))]
         for file, sample in zip(self._files, samples, strict=True):
-            np.savez(file, allow_pickle=True, **{TOKENS[0]: np.array([sample], np.int64)})
+            _write(file, {TOKENS[0]: np.array([sample], np.int64)})
 
     def _inputs(self, length: int) -> dict[str, np.ndarray]:
         """What every sample gets: a mask of ones, positions, an empty past."""
@@ -101,8 +101,7 @@ class Stages:
         names = {value.name for value in ready.get_inputs()} if ready else set()
         fixed = {name: OrtValue.ortvalue_from_numpy(each) for name, each in weights.items()}
         for file in self._files:
-            with np.load(file) as state:
-                values = dict(state)
+            values = _read(file)
             if ready:
                 known = self._shared | values
                 given = {n: OrtValue.ortvalue_from_numpy(known[n]) for n in names - set(fixed)}
@@ -115,7 +114,7 @@ class Stages:
                 values |= {n: v for n, v in new.items() if n in self._dependent}
                 self._shared |= {n: v for n, v in new.items() if n not in self._dependent}
             values = {n: v for n, v in values.items() if n in live}
-            np.savez(file, allow_pickle=True, **values)
+            _write(file, values)
             yield torch.from_numpy(values[x])
         self._shared = {n: v for n, v in self._shared.items() if n in live}
         for index in stage:
@@ -163,8 +162,19 @@ class Stages:
         """Type and rank of what is there already."""
         if name in self._shared:
             return self._shared[name].dtype, self._shared[name].ndim
-        with np.load(self._files[0]) as state:
-            return state[name].dtype, state[name].ndim
+        value = _read(self._files[0])[name]
+        return value.dtype, value.ndim
+
+
+def _write(file: Path, values: Mapping[str, np.ndarray]) -> None:
+    """Tensors by number: a name may be one of the parameters of `np.savez`."""
+    np.savez(file, np.array(list(values)), *values.values())
+
+
+def _read(file: Path) -> dict[str, np.ndarray]:
+    with np.load(file) as found:
+        names = found["arr_0"].tolist()
+        return {name: found[f"arr_{i}"] for i, name in enumerate(names, 1)}
 
 
 def _needed(

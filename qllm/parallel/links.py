@@ -14,7 +14,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from qllm.cgroups import usable_cpus
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qllm.launch import Launch
 
 HEADER = 64  # bytes with which a connection begins: who it is from
+HEADER_SECONDS = 2.0
 DIED = "its process has died"
 POLL = 0.02  # seconds between two looks at the store
 SEND_BUFFER = 4 << 20
@@ -67,7 +68,8 @@ class Mesh:
         store.set(f"rank{rank}", f"{self.address} {port} {secret}")
         self.sockets: dict[int, socket.socket] = {}
         key = b""
-        with listener:
+        with listener, ExitStack() as on_error:
+            on_error.callback(self.close)
             for other in range(world):
                 words = _get(store, other, deadline)
                 key = key or words[2].encode()  # rank 0's: who knows it, knows the store
@@ -78,15 +80,15 @@ class Mesh:
                 listener.settimeout(_left(deadline))
                 try:
                     link, _ = listener.accept()
-                    link.settimeout(_left(deadline))
-                    came = link.recv(HEADER, socket.MSG_WAITALL).split()
                 except TimeoutError:
                     missing = min(set(range(world)) - {rank, *self.sockets})
                     raise RankError(missing, "it did not connect") from None
+                came = _header(link, deadline)
                 if len(came) == 2 and hmac.compare_digest(came[0], key):
                     self.sockets[int(came[1])] = link
                 else:
                     link.close()  # no rank of this run
+            on_error.pop_all()
         for link in self.sockets.values():
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
@@ -103,6 +105,18 @@ class RankError(ConnectionError):
     def __init__(self, rank: int, reason: str) -> None:
         super().__init__(f"rank {rank}: {reason}")
         self.rank, self.reason = rank, reason
+
+
+def _header(link: socket.socket, deadline: float) -> list[bytes]:
+    """The words with which a connection begins; none of one that is silent or breaks.
+
+    Ranks send theirs at once. Whoever else connects holds the ranks up no longer than this.
+    """
+    link.settimeout(min(_left(deadline), HEADER_SECONDS))
+    try:
+        return link.recv(HEADER, socket.MSG_WAITALL).split()
+    except OSError:
+        return []
 
 
 def _left(deadline: float) -> float:

@@ -9,7 +9,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -69,20 +69,25 @@ class Session:
         def prefixed(name: str) -> dist.Store:
             return dist.PrefixStore(f"qllm/{name}", store)
 
-        try:
-            self._control = Mesh(prefixed("watch"), launch, deadline)
-            # From here on it is noticed when a rank dies or is stopped, whatever the others do.
-            self.watchdog = Watchdog(launch.rank, self._control.sockets, timeout, self._state)
-            self.links = Links({}, self.watchdog.fail)
-            self.watchdog.start()
-            with self.links.waiting():
-                self._mesh = Mesh(prefixed("data"), launch, deadline)
-            self.links.sockets = self._mesh.sockets
-            self._name_hosts()
-            with self.links.waiting():
-                self._join_group(prefixed("group"), device)
-        except dist.DistError as error:
-            raise ConnectionError(f"the store was lost ({first_line(error)})") from None
+        with ExitStack() as on_error:
+            try:
+                self._control = Mesh(prefixed("watch"), launch, deadline)
+                on_error.callback(self._control.close)
+                # From here on it is noticed when a rank dies or is stopped, whatever the others do.
+                self.watchdog = Watchdog(launch.rank, self._control.sockets, timeout, self._state)
+                self.links = Links({}, self.watchdog.fail)
+                self.watchdog.start()
+                on_error.callback(self.watchdog.stop)
+                with self.links.waiting():
+                    self._mesh = Mesh(prefixed("data"), launch, deadline)
+                on_error.callback(self._mesh.close)
+                self.links.sockets = self._mesh.sockets
+                self._name_hosts()
+                with self.links.waiting():
+                    self._join_group(prefixed("group"), device)
+            except dist.DistError as error:
+                raise ConnectionError(f"the store was lost ({first_line(error)})") from None
+            on_error.pop_all()
 
     def _name_hosts(self) -> None:
         """Learn where the others run, and with how many threads.
@@ -185,7 +190,7 @@ class Session:
 
     def close(self) -> None:
         """Leave the others: this rank is done."""
-        self.watchdog.stop()
+        self.watchdog.leave()
         dist.destroy_process_group()
         self._mesh.close()
         self._control.close()

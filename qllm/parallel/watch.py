@@ -38,6 +38,7 @@ class Peer:
         progress: how far it was then.
         waiting: whether it waits for another rank.
         leaving: whether it has said that it is done.
+        rest, unsent: the part of a line that has come so far, and the part that has yet to go.
     """
 
     socket: socket.socket
@@ -49,6 +50,7 @@ class Peer:
     waiting: bool = False
     leaving: bool = False
     rest: bytes = b""
+    unsent: bytes = b""
 
 
 class Watchdog:
@@ -81,9 +83,13 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop watching: this process is done, and needs none of the others."""
+        """Stop watching. Where this process then goes without a `leave`, the others end."""
         self._stop = True
         self._thread.join()
+
+    def leave(self) -> None:
+        """Stop watching: this process is done, and needs none of the others."""
+        self.stop()
         self._send({"bye": True})
 
     # --- the thread
@@ -156,8 +162,9 @@ class Watchdog:
     def _send(self, value: object) -> None:
         line = json.dumps(value).encode() + b"\n"
         for peer in self.peers.values():
+            data = peer.unsent + line
             try:
-                peer.socket.send(line)
+                peer.unsent = data[peer.socket.send(data) :]
             except OSError:
                 continue  # a full buffer or a broken connection: reading tells which
 

@@ -335,6 +335,8 @@ class _Run:
             stats = InputStats(head.in_features, self.job.device, products=True, multiply=head.run)
             for sample in self.hidden.states:
                 stats.add(self._last(sample))
+            if not stats.finite:
+                raise UserError("the input of the LM head is not finite on the calibration text")
             heads = [stand_in(each) for each in self._candidates(LM_HEAD, head, stats)]
         expected = [p.log_softmax(-1) for p in self._logits(self.float, head)]
         rest = self.alone[self.job.embedding :]

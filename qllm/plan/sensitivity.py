@@ -93,8 +93,8 @@ class Sensitivity:
                 np.array(value["divergences"], dtype=np.float64),
                 dict(value["about"]),
             )
-            fits = found._is_whole()
-        except (KeyError, TypeError, ValueError):
+            fits = found._is_whole() and bool(found.fit())
+        except (KeyError, TypeError, ValueError, UserError):
             fits = False
         if not fits:
             raise UserError(f"{path} is no table of losses; leave --table out to measure a new one")
@@ -134,8 +134,14 @@ class Fit:
 
 
 def fit(sums: Array, divergences: Array) -> Fit:
-    """A line through the logarithms: (P,) each, above 0."""
-    told = sums > 0  # a plan whose linears are all float says nothing
+    """A line through the logarithms of what P plans come to: (P,) each, 0 or more.
+
+    Raises:
+        UserError: fewer than two plans lose anything.
+    """
+    told = (sums > 0) & (divergences > 0)  # a plan whose linears are all float says nothing
+    if told.sum() < 2:
+        raise UserError("no bits of the linears change what the model says: all plans are as good")
     x, y = np.log(sums[told]), np.log(divergences[told])
     power, shift = np.polyfit(x, y, 1)
     missed = y - (power * x + shift)

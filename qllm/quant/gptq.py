@@ -10,6 +10,8 @@ factorization and no inverse.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -85,12 +87,17 @@ def triangular_root(hessian: Tensor, perm: Tensor, damp: float) -> tuple[Tensor,
         hessian: float32 (K, K), symmetric, no negative eigenvalues but those of rounding.
         perm: int64 (K,); H has its rows and columns in this order.
         damp: 0 or more; raised tenfold (from 1e-4 at least) as often as the factorization fails.
+
+    Raises:
+        ValueError: a diagonal that is not finite, which no damping helps.
     """
     # The Cholesky factor L of the matrix with both axes reversed is lower triangular, and its
     # own reversal is R.
     last_first = perm.flip(0)
     reverse = hessian.index_select(0, last_first).index_select(1, last_first)
     mean = reverse.diagonal().mean().item() or 1.0
+    if not math.isfinite(mean):
+        raise ValueError(f"the Hessian's diagonal has a mean of {mean}")
     reverse.diagonal().add_(damp * mean)
     while True:
         root, failed = torch.linalg.cholesky_ex(reverse)

@@ -75,8 +75,11 @@ def tensors_of_every_type() -> dict[str, torch.Tensor]:
     }
 
 
-def write_shards(folder: Path, tensors: dict[str, torch.Tensor], limit: int) -> int:
-    writer = ShardWriter(folder, limit=limit, header_bytes=200 * len(tensors))
+def write_shards(
+    folder: Path, tensors: dict[str, torch.Tensor], limit: int, header_bytes: int = 0
+) -> int:
+    header_bytes = header_bytes or 200 * len(tensors)
+    writer = ShardWriter(folder, limit=limit, header_bytes=header_bytes)
     for name, tensor in tensors.items():
         writer.write(name, tensor)
     return writer.finish()
@@ -126,6 +129,15 @@ def test_a_shard_is_full_when_the_next_tensor_does_not_fit(tmp_path):
         *(f"model-{i + 1:05}-of-00007.safetensors" for i in range(7)),
         "model.safetensors.index.json",
     ]
+
+
+def test_a_shard_is_full_when_its_header_is(tmp_path):
+    tensors = {f"a long name of a tensor, number {i:04}": torch.full((2,), i) for i in range(200)}
+    write_shards(tmp_path / "model", tensors, 10**9, header_bytes=4096)
+    read = read_shards(tmp_path / "model")
+    assert len(names(tmp_path / "model")) > 4
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
 def test_shards_begin_on_a_page(tmp_path):

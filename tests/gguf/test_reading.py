@@ -192,6 +192,20 @@ def test_parts_of_rows_and_columns(tmp_path):
                 assert torch.equal(part, whole[run.start : run.stop, 1:5])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_numbers_are_of_the_type_that_is_asked_for(tmp_path, dtype):
+    """Whatever the types of the tensors in front of them in the file."""
+    kinds = {"token_embd": "F16", "attn_q": "Q8_0", "attn_k": "BF16"}
+    path = write_model(tmp_path / "model.gguf", FAMILIES["llama"](), "Q4_1", kinds=kinds)
+    tensors = GGUFFile(read_gguf(path), packed=False, dtype=dtype).tensors
+    found = {name.removeprefix("layers."): info.dtype for name, info in tensors.items()}
+    assert {found[f"{i}.mlp.{name}.weight"] for i in (0, 1) for name in ("up", "down")} == {dtype}
+    # Of bfloat16 and blocks: as wide as the wider of the two.
+    mixed = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    assert {found[f"{i}.attention.qkv.weight"] for i in (0, 1)} == {mixed}
+    assert found["embed.weight"] == torch.float16
+
+
 @pytest.mark.parametrize("broken", ["type", "end", "overlap", "architecture", "tokenizer", "keys"])
 def test_what_is_broken_is_one_line(tmp_path, broken):
     path = write_model(tmp_path / "model.gguf", FAMILIES["llama"](), "Q4_0")

@@ -203,19 +203,22 @@ def test_products_of_every_form_are_found():
         node("MatMul", ["x", "transposed"], ["b"], name="/model/layers.1/fc1/MatMul"),
         node("Gemm", ["x", "g", "bias"], ["c"], name="/h.2/fc1/Gemm", transB=1),
         scoped,
+        node("Transpose", ["same"], ["as_it_is"], perm=[0, 1]),
+        node("Transpose", ["as_it_is"], ["turned"]),
+        node("MatMul", ["x", "turned"], ["d"], name="/model/layers.4/fc1/MatMul"),
         node("MatMul", ["x", "x"], ["scores"]),
         node("Gemm", ["x", "g", "matrix"], ["h"], transB=1),
         node("Gemm", ["x", "g"], ["i"], alpha=2.0),
         node("MatMul", ["x", "head"], ["logits"]),
         **{"model.layers.0.fc1.weight": (4, 6), "t": (6, 4), "g": (6, 4), "val_3": (4, 6)},
-        **{"bias": (6,), "matrix": (2, 6), "head": (4, 9)},
+        **{"bias": (6,), "matrix": (2, 6), "head": (4, 9), "same": (6, 4)},
     )
     found = find_linears(graph, 9)
-    names = ["layers.0.fc1", "layers.1.fc1", "layers.2.fc1", "layers.3.fc2", "lm_head"]
+    names = [f"layers.{i}.fc1" for i in range(3)] + ["layers.3.fc2", "layers.4.fc1", "lm_head"]
     assert [each.name for each in found] == names
-    assert [(each.rows, each.columns) for each in found] == [(6, 4)] * 4 + [(9, 4)]
-    assert [each.transposed for each in found] == [False, True, True, False, False]
-    assert [each.bias for each in found] == ["", "", "bias", "", ""]
+    assert [(each.rows, each.columns) for each in found] == [(6, 4)] * 5 + [(9, 4)]
+    assert [each.transposed for each in found] == [False, True, True, False, True, False]
+    assert [each.bias for each in found] == ["", "", "bias", "", "", ""]
     assert find_linears(onnx.GraphProto(), 9) == []
 
 

@@ -79,7 +79,9 @@ def test_a_table_is_read_as_it_was_written(measured, tmp_path):
     for name in ("errors", "alone", "choices", "divergences"):
         assert np.array_equal(getattr(again, name), getattr(found, name)), name
     value = json.loads(path.read_text())
-    for key, wrong in (("alone", [1.0]), ("errors", [[-1.0]]), ("probe", 9), ("choices", [[99]])):
+    nothing = {key: np.zeros_like(getattr(found, key)).tolist() for key in ("alone", "divergences")}
+    wrongs = {"alone": [1.0], "errors": [[-1.0]], "probe": 9, "choices": [[99]], **nothing}
+    for key, wrong in wrongs.items():
         path.write_text(json.dumps(value | {key: wrong}))
         with pytest.raises(UserError, match="is no table of losses"):
             Sensitivity.from_file(path)

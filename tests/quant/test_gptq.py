@@ -221,6 +221,14 @@ def test_the_triangular_root(damp):
         assert_root(root, hessian[perm][:, perm], damp)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_hessian_that_is_not_finite_is_refused(value):
+    _, hessian = drawn()
+    hessian[3, 3] = value
+    with pytest.raises(ValueError, match="the Hessian's diagonal has a mean of"):
+        triangular_root(hessian, torch.arange(COLUMNS), 0.01)
+
+
 def test_a_singular_hessian_takes_more_dampening_and_says_so():
     """Fewer tokens than channels; in float32 their sum has eigenvalues below 0."""
     weight, hessian = drawn(tokens=40)

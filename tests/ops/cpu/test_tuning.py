@@ -71,6 +71,18 @@ def test_a_step_is_the_references(path, dtype):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_a_step_of_a_grid_that_is_far_too_fine(path):
+    """Whose steps from a value to zero are more than an integer holds."""
+    weight = normal(2, 16)
+    found = []
+    for run in (tuning.step_rounding, reference.step_rounding):
+        state = TunedRounding(quantize_rtn(weight, 4, 16, "asym"), weight, 4, 16).state
+        state.ideal.mul_(1e12)
+        found.append(steps(run, state, [normal(1, 2, 16)], torch.zeros(2, 16), slice(None)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.usefixtures("path")
 def test_a_step_is_that_of_any_number_of_threads():
     shape, before = (40, 1000), torch.get_num_threads()
@@ -103,6 +115,9 @@ def test_best_integers_are_the_references(path):
         products = whole[2 : channels + 2, 3 : channels + 3]
         values = normal(channels, rows).mul(2).round().clamp(-3, 4)
         gradient, scales, by_step = normal(3, channels, rows)
+        by_step[0, 0] = 1e12  # beyond what an integer holds, either way
+        gradient[:, -1] = -1.0
+        by_step[:, -1] = 4e9
         low = torch.full_like(values, -3)
         given = (products, values, gradient, scales.abs(), low, by_step.abs(), 7)
         before = [part.clone() for part in given[:-1]]

@@ -19,8 +19,9 @@ inline void descend_lanes(const DescendBlock &a, int64_t start, float *slopes) {
         const VF value = load<FLOAT32>(a.values, at, count);
         const VF lowest = load<FLOAT32>(a.low, at, count);
         const VF step = mul_f(load_f(slopes + i * WIDTH), load<FLOAT32>(a.by_step, at, count));
-        VF best = to_float(nearest_i(sub_f(value, step)));
-        best = min_f(add_f(lowest, most), max_f(lowest, best));
+        // Clamped first: an integer holds no more than 2^31.
+        const VF ideal = min_f(add_f(lowest, most), max_f(lowest, sub_f(value, step)));
+        const VF best = to_float(nearest_i(ideal));
         const VF move = mul_f(sub_f(best, value), load<FLOAT32>(a.scales, at, count));
         store<FLOAT32>(a.values, at, count, best);
         store<FLOAT32>(a.moves, at, count, move);

@@ -36,8 +36,12 @@ inline ScaleAndZero grid_of(const StepRounding &a, int64_t at) {
     return {scale, zero};
 }
 
-inline VF nearest_f(VF v) { return to_float(nearest_i(v)); }
 inline VF clamp_f(VF v, float low, float high) { return min_f(set_f(high), max_f(set_f(low), v)); }
+
+// The nearest integers, no further than 1 beyond a grid's: an integer holds no more than 2^31.
+inline VF nearest_to(VF v, float low, float high) {
+    return to_float(nearest_i(clamp_f(v, low - 1, high + 1)));
+}
 
 // -1, 0 or 1: the smallest number there is times 2^252 is above 1.
 inline VF sign_f(VF v) { return clamp_f(mul_f(mul_f(v, set_f(0x1p126f)), set_f(0x1p126f)), -1, 1); }
@@ -93,13 +97,14 @@ inline void step_group(const StepRounding &a, int64_t at, const float *by_value)
     const ScaleAndZero grid = grid_of(a, at);
     float *ideal = a.ideal + at * a.group, *average = a.by_ideal + at * a.group;
     const VF scale = set_f(grid.scale), back = set_f(float(-a.rate));
+    const float highest = float(a.most) - grid.zero;
     VF by_integer = set_f(0), by_step = by_integer, whole = by_integer, inside = by_integer;
     for (int64_t i = 0; i < a.group; i += WIDTH) {
         const int64_t count = a.group - i;
         const VF gradient = load<FLOAT32>(by_value, i, count);
         const VF value = load<FLOAT32>(ideal, i, count);
-        const VF steps = div_f(value, scale), nearest = nearest_f(steps);
-        const VF integer = clamp_f(nearest, -grid.zero, float(a.most) - grid.zero);
+        const VF steps = div_f(value, scale), nearest = nearest_to(steps, -grid.zero, highest);
+        const VF integer = clamp_f(nearest, -grid.zero, highest);
         // What is clamped has no gradient: integers differ by 1 at least.
         const VF within = sub_f(set_f(1), min_f(set_f(1), abs_f(sub_f(nearest, integer))));
         const VF by_ideal = mul_f(within, gradient);
@@ -125,7 +130,9 @@ void dequantize_row(const StepRounding &a, int64_t row, float *values, float *sp
         const float *ideal = a.ideal + at * a.group;
         for (int64_t i = 0; i < a.group; i += WIDTH) {
             const VF steps = div_f(load<FLOAT32>(ideal, i, a.group - i), set_f(grid.scale));
-            const VF integer = clamp_f(nearest_f(steps), -grid.zero, float(a.most) - grid.zero);
+            const float highest = float(a.most) - grid.zero;
+            const VF nearest = nearest_to(steps, -grid.zero, highest);
+            const VF integer = clamp_f(nearest, -grid.zero, highest);
             store_as(values, j * a.group + i, FLOAT32, a.group - i,
                      mul_f(integer, set_f(grid.scale)));
         }

@@ -3,6 +3,7 @@
 // A row's result does not depend on the rows beside it, nor on the threads.
 #pragma once
 
+#include <float.h>
 #include <math.h>
 
 #include "elements.h"
@@ -14,15 +15,21 @@
 namespace qllm {
 namespace {
 
+// e^v; of what floats do not reach, infinity, so that what is divided by it is 0.
+inline VF exp_or_infinity(VF v) {
+    const VF beyond = max_f(set_f(0), sub_f(v, set_f(88)));  // up to which `exp_f` goes
+    return fma_f(beyond, set_f(FLT_MAX), exp_f(v));
+}
+
 template <int KIND> inline VF activated(VF v) {
     if constexpr (KIND == RELU) {
         return max_f(set_f(0), v);
     } else if constexpr (KIND == SILU) {
-        return div_f(v, add_f(set_f(1), exp_f(sub_f(set_f(0), v))));
+        return div_f(v, add_f(set_f(1), exp_or_infinity(sub_f(set_f(0), v))));
     } else if constexpr (KIND == GELU_TANH) {
         // v / 2 (1 + tanh u) = v / (1 + e^-2u), u = sqrt(2 / pi) (v + 0.044715 v^3)
         VF u = fma_f(mul_f(mul_f(v, v), v), set_f(0.044715f), v);
-        return div_f(v, add_f(set_f(1), exp_f(mul_f(u, set_f(-1.5957691216f)))));
+        return div_f(v, add_f(set_f(1), exp_or_infinity(mul_f(u, set_f(-1.5957691216f)))));
     } else {
         alignas(64) float lane[WIDTH];
         store_f(lane, v);
