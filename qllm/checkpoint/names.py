@@ -146,7 +146,7 @@ class TensorNames:
                     found.append((part, count, inside))
         return found
 
-    def reordered_rows(self, total: int, runs: Sequence[range]) -> tuple[Tensor, range]:
+    def reordered_rows(self, runs: Sequence[range]) -> tuple[Tensor, range]:
         """Where runs of our QKV rows are in the checkpoint: a span, and each one's place in it."""
         rows = torch.cat([torch.arange(run.start, run.stop) for run in runs])
         perm = self._perm()

@@ -192,7 +192,7 @@ class Weights:
         names = self.names.sources(f"{module}.weight")
         runs = [range(total)] if rows is None else list(rows)
         if self.names.is_reordered(module):
-            perm, span = self.names.reordered_rows(total, runs)
+            perm, span = self.names.reordered_rows(runs)
             part = self._read_quantized_source(module, names[0], total, span)
             return take_rows(join_rows([part], self._formats[module].spec.bits), perm)
         parts = [
@@ -272,7 +272,7 @@ class Weights:
         total = self.shapes[name][0]
         runs = [range(total)] if rows is None else list(rows)
         if self.names.is_reordered(name):
-            perm, span = self.names.reordered_rows(total, runs)
+            perm, span = self.names.reordered_rows(runs)
             return self.checkpoint.read(parts[0], rows=span, columns=columns)[perm]
         pieces = self.names.runs(name, runs)
         if self.names.is_transposed(name):

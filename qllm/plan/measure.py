@@ -180,7 +180,7 @@ class _Run:
         embed = HiddenStates.embed
         self.hidden = embed(self.model, self.job.samples, torch.float32)
         self.float = embed(self.model, self.job.judged, torch.float32)
-        self.mixed = [self._branch() for _ in self.choices]
+        self.mixed = [self.float.copy() for _ in self.choices]
         self.alone: list[HiddenStates] = []  # of each linear so far, in the modules' order
         if self.job.embedding:
             self.alone.append(self._embedded(self.probe))
@@ -205,10 +205,6 @@ class _Run:
             mixed,
             self.job.about(),
         )
-
-    def _branch(self) -> HiddenStates:
-        """A copy of what the float model has made of the judged text so far."""
-        return HiddenStates(self.float.states.clone(), self.model.positions)
 
     def _table(self, place: int) -> WeightOnlyLinear | None:
         """The embedding as a candidate has it, None where that leaves it as it is.
@@ -249,7 +245,7 @@ class _Run:
         for path in self.alone:
             self._advance(path, layer, modules)
         for inner in modules:
-            path = self._branch()
+            path = self.float.copy()
             self._advance(path, layer, modules | {inner: stand_in(found[inner][self.probe])})
             self.alone.append(path)
         with self._int8_errors(name, modules, found):

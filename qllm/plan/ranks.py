@@ -59,6 +59,8 @@ def run_ranks(module: str, told: Mapping[str, object], threads: Sequence[int], w
         finally:
             for process in processes:
                 process.kill()
+            for process in processes:
+                process.communicate()
         if failed:
             said.seek(0)
             lines = said.read().strip().splitlines() or ["they did not end in time"]

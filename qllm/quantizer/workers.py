@@ -28,8 +28,10 @@ COLUMNS_AT_ONCE = 2048
 
 
 class _Thread(threading.local):
-    """Attributes:
-    number: of the worker that this thread is; 0 elsewhere.
+    """A thread that knows its worker.
+
+    Attributes:
+        number: of the worker that this thread is; 0 elsewhere.
     """
 
     number = 0

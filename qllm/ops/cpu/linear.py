@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -77,7 +75,7 @@ def pack(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> 
         _arena.empty(grid, zeros.dtype) if zeros.numel() else zeros,
     )
     _move(
-        library.library().qllm_pack,
+        "pack",
         (in_features, out_features, bits, group),
         (rows, scales, zeros),
         packed,
@@ -94,7 +92,7 @@ def unpack(
     scales = packed.scales.new_empty(out_features, groups)
     zeros = packed.qzeros.new_empty((out_features, groups) if packed.qzeros.numel() else 0)
     _move(
-        library.library().qllm_unpack,
+        "unpack",
         (in_features, out_features, bits, group),
         (rows, scales, zeros),
         packed,
@@ -142,17 +140,23 @@ def unblock(blocks: Tensor, bits: int, offset: bool) -> PackedWeight:
 
 
 def _move(
-    function: Callable[..., None],
+    name: str,
     shape: tuple[int, int, int, int],
     stored: tuple[Tensor, Tensor, Tensor],
     packed: PackedWeight,
 ) -> None:
-    """Call `qllm_pack` or `qllm_unpack`."""
+    """Call `qllm_pack` or `qllm_unpack`.
+
+    Args:
+        name: "pack" or "unpack".
+        shape: inputs, outputs, bits, inputs of a group.
+    """
     rows, scales, zeros = stored
     (row_zeros, row_offsets), (own_zeros, offsets) = _apart(zeros), _apart(packed.qzeros)
     arguments = (pointer(rows), rows.shape[1], pointer(scales), row_zeros)
     kept = (scales.element_size(), pointer(packed.qweight), pointer(packed.scales), own_zeros)
-    function(ctypes.byref(Packing(*shape, *arguments, *kept, row_offsets, offsets)))
+    packing = Packing(*shape, *arguments, *kept, row_offsets, offsets)
+    library.run(name, packing, *stored, *packed[:3])
 
 
 def _apart(zeros: Tensor) -> tuple[int | None, int | None]:

@@ -15,8 +15,8 @@ ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # as in kernels.h
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """`reference.gather`; the index is not checked."""
-    x, index = x.contiguous(), index.contiguous()
+    """`reference.gather`; that the index is within x is not checked."""
+    x, index = x.contiguous(), index.to(torch.int64).contiguous()
     y = x.new_empty(len(x), len(index))
     tensors = (x, index, y)
     arguments = Gather(*x.shape, len(index), x.element_size(), *map(pointer, tensors))

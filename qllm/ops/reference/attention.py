@@ -214,7 +214,7 @@ def softmax_attention(
     causal: bool,
     scores: Scores = PLAIN,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D) + mask) v.
+    """softmax(cap(q k^T · factor) + mask) v, with the factor and the cap of `scores`.
 
     Args:
         q: (B, H, T, D).
