@@ -79,7 +79,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--tp-model",
         action="store_true",
-        help="time per token on 1, 8 and 64 ranks, calculated from the same headers",
+        help="time per token on 1, 8 and 64 ranks, as far as there are heads for them, calculated "
+        "from the same headers",
     )
     group.add_argument(
         "--output",

@@ -256,14 +256,15 @@ def main() -> None:
             folders, result["models"], list(map(onnx_files, folders, onnx))
         )
         result["settings"] = {**vars(args), "conventions": list(conventions(args))}
-    if args.plot:
-        plots.save(result, Path(args.plot))
-    if args.report:
-        page.write(result, Path(args.report))
     if args.json:
         report.print_json(report.finite(result))
     else:
         print_evaluation(result)
+    # Behind what is printed, which a full disk then does not cost.
+    if args.plot:
+        plots.save(result, Path(args.plot))
+    if args.report:
+        page.write(result, Path(args.report))
 
 
 def run_reference(

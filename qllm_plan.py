@@ -154,7 +154,8 @@ def main() -> None:
     weights = Weights.of_floats(folder.path)
     modules = decided_modules(weights, args.lm_head, args.embedding)
     mask = allowed(modules, candidates, fixed)
-    shape = Shape.of(folder.path, modules, candidates, cli.resolve_dtype(args))
+    kind = device.partition(":")[0]
+    shape = Shape.of(folder.path, modules, candidates, cli.resolve_dtype(args), kind)
     work = Workload.within(shape.config.max_positions, args.prompt, args.gen, args.batch)
     memory = [size or math.inf] if devices is None else [each.memory for each in devices.devices]
     option = planning.memory_option(args)

@@ -41,7 +41,7 @@ def main() -> None:
     from qllm.checkpoint.convert import convert, kept_as
     from qllm.report import megabytes
 
-    target = Path(args.save) if args.save else folders.place(kept_as(model), cli.note)
+    target = Path(args.save) if args.save else folders.place(kept_as(model), cli.note, "--save")
     # Our own copy of this model may be of an older state; a folder the user names is the user's.
     meter = cli.meter("converting")
     size = convert(model, target, overwrite=not args.save, meter=meter, note=cli.note)

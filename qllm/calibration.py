@@ -134,7 +134,7 @@ def find_calibration(
     """
     if not any(spec.kind in W8A8.values() for _, spec in plan.rules):
         if given is not None:
-            note(f"--calib {given} is not used: only 8:tc-li and 8:tc quantize activations")
+            note(f"--calib {given} is not used: it is for 8:tc-li and 8:tc")
         return None
     if isinstance(given, Calibration):
         return given

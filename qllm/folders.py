@@ -61,11 +61,12 @@ def find(name: str) -> Path | None:
     return None
 
 
-def place(name: str, note: Callable[[str], object]) -> Path:
+def place(name: str, note: Callable[[str], object], option: str = "") -> Path:
     """Where to keep something under a name.
 
     Args:
         note: called with a line, where it is not the usual folder.
+        option: by which a user names another place.
 
     Raises:
         UserError: there is no place.
@@ -81,7 +82,8 @@ def place(name: str, note: Callable[[str], object]) -> Path:
         except OSError as error:
             reasons.append(f"{folder}: {error.strerror or first_line(error)}")
     why = "; ".join(reasons) or NO_HOME
-    raise UserError(f"there is no place to keep it ({why}); name one with --save, or set {HOME}")
+    other = f"name one with {option}, or set {HOME}" if option else f"set {HOME} to one"
+    raise UserError(f"there is no folder to keep {name} in ({why}); {other}")
 
 
 def fallback(folder: Path, reasons: list[str]) -> str | None:
@@ -193,6 +195,16 @@ def partial_folder(target: Path) -> Path:
     """Where a folder lies that takes long to make, until it is whole; see `checkpoint.resume`."""
     place = target.resolve()
     return place.parent / f"{place.name}.partial"
+
+
+def check_new(target: Path, option: str = "--save") -> None:
+    """Refuse to write a folder where something is.
+
+    Raises:
+        UserError: there is a file, or a folder that is not empty.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is there already; name another folder with {option}")
 
 
 def check_room(path: Path, needed: int) -> None:

@@ -189,7 +189,10 @@ OPTIONS = {
         (*TINY, "--bitwidth", "8:tc", "--calib", str(tiny("opt") / "model.safetensors")),
     ),
     "a folder that is there": Options(
-        ("is there already", "--save"), (*TINY, "--save", "{}"), (CONVERT,)
+        ("is there already", "--save"),
+        (*TINY, "--save", "{}"),
+        (CONVERT,),
+        (("something", b"of another's"),),
     ),
     "a folder for a file": Options(("is a folder",), (*TINY, "--save", "{}"), (CALIB,)),
     "no data set": Options(

@@ -110,8 +110,8 @@ def convert(
         raise UserError(f"{model.path} is quantized; conversion takes 16-bit checkpoints")
     if weights.converted:
         raise UserError(f"{model.path} is in QLLM's layout already")
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} is there already; name another folder with --save")
+    if not overwrite:
+        folders.check_new(target)
     tensors = {
         name: TensorInfo(shape, weights.dtype(name)) for name, shape in weights.shapes.items()
     }

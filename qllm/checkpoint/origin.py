@@ -83,18 +83,23 @@ def find_reference(
     Raises:
         UserError: it cannot be found, or is none that transformers reads.
     """
-    base = base_model(model.path) if named is None else None
+    where, base = model.path, base_model(model.path) if named is None else None
     if named is not None:
         model = hub.find(named, note=note)
     elif base is not None:
-        note(f"the reference is {base}, which {model.path} was made from")
         try:
             model = hub.find(base, note=note)
         except (UserError, OSError) as error:
             raise UserError(
-                f"{model.path} was made from {base}, which is not to be had here ({error}); name "
+                f"{where} was made from {base}, which is not to be had here ({error}); name "
                 "the 16-bit checkpoint with --reference"
             ) from None
+        if is_gguf(model.path) and not gguf:
+            raise UserError(
+                f"{where} was made from {base}, a GGUF file, which transformers does not run; name "
+                "the 16-bit checkpoint with --reference"
+            )
+        note(f"the reference is {base}, which {where} was made from")
     if not (gguf and is_gguf(model.path)):
         check_readable_by_transformers(read_raw_config(model.path))
     return model
@@ -131,7 +136,8 @@ def check_readable_by_transformers(raw_config: RawConfig) -> None:
     if is_gguf(Path(raw_config.where)):
         raise UserError(
             f"{raw_config.where}: the reference is a checkpoint in Hugging Face's layout, and this "
-            "is a GGUF file; name the checkpoint it was made from with --reference"
+            "is a GGUF file; name the checkpoint it was made from (--reference, or --model-path of "
+            "ref_gen.py)"
         )
     if QUANTIZATION_KEY in raw_config.values:
         raise UserError(

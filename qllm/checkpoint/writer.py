@@ -50,8 +50,7 @@ class SafetensorsWriter:
         expected, info = self._pending.pop()
         assert (name, tensor.shape, tensor.dtype) == (expected, info.shape, info.dtype)
         if tensor.numel():
-            data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-            self._file.write(data.data)
+            self._file.write(_bytes(tensor.contiguous()))
 
     def close(self) -> None:
         """Finish the file; every tensor has been written."""
@@ -124,7 +123,7 @@ class ShardWriter:
         start = self._end(self.shards[-1])
         if data.numel():
             with writing(self.folder, FULL):
-                self._file.write(data.view(-1).view(torch.uint8).numpy().data)
+                self._file.write(_bytes(data))
         self.shards[-1][name] = _entry(data, start)
         self._header_bytes += _entry_bytes(name, self.shards[-1][name])
 
@@ -142,11 +141,11 @@ class ShardWriter:
             (i, shard[name]) for i, shard in enumerate(self.shards) if name in shard
         )
         assert (list(tensor.shape), DTYPE_NAMES[tensor.dtype]) == (entry["shape"], entry["dtype"])
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        data = tensor.detach().cpu().contiguous()
         self.sync()
         with writing(self.folder, FULL), self._path(index).open("r+b") as file:
             file.seek(8 + self.header_capacity + entry["data_offsets"][0])
-            file.write(data.numpy().data)
+            file.write(_bytes(data))
             file.flush()
             os.fsync(file.fileno())
 
@@ -189,6 +188,13 @@ class ShardWriter:
             text = json.dumps(about, indent=2, sort_keys=True) + "\n"
             (self.folder / f"{WEIGHTS}.index.json").write_text(text, encoding="utf-8")
         return total
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    # Of a single element any stride counts as contiguous, and views of bytes want 1.
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    return flat.view(torch.uint8).numpy().data
 
 
 def _entry(tensor: Tensor | TensorInfo, start: int) -> dict[str, Any]:

@@ -211,6 +211,11 @@ class QuantPlan:
         What qllm_plan.py writes is taken, too: `{"rules": {…}, "model": {…}, "stages": "2,3.5",
         …}`, whose other keys are for readers.
         """
+        if isinstance(value.get("front"), list):
+            raise UserError(
+                f"{text} is a front of plans, as --pareto writes: give one of its entries, or "
+                "leave --pareto out"
+            )
         if isinstance(value.get("rules"), Mapping):
             model, stages = value.get("model"), value.get("stages")
             if not isinstance(model, Mapping) or not isinstance(stages, str | None):

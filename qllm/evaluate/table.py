@@ -21,7 +21,8 @@ SPREAD = (
 
 def print_evaluation(result: Mapping) -> None:
     """What was measured of what, and a table with a row per model and bitwidth."""
-    print(f"{result['model']}, {result['rows'][0]['dtype']} on {result['device']}")
+    dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in result["rows"]))
+    print(f"{result['model']}, {dtypes} on {result['device']}")
     if result["dataset"]:
         about = result["dataset"]
         print(f"{about['name']}: {about['tokens']} tokens, {about['words']} words")

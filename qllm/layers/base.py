@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -121,6 +122,13 @@ class Linear(nn.Module, ABC):
         """Bytes of the tensors the layer holds."""
         return sum(tensor.nbytes for tensor in self.buffers())
 
+    def nbytes_on(self, device: str) -> int:
+        """Bytes of the tensors in the layout of the kernel that a type of device has for them.
+
+        The layer may be on the meta device.
+        """
+        return self.nbytes()
+
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {describe(self.spec)}"
 
@@ -156,6 +164,18 @@ class QuantizedLinear(Linear):
             self.tensors = kernel.layout.pack(self.packed, self.request)
         settle(next(self.buffers()))
         self.kernel = kernel
+
+    def nbytes_on(self, device: str) -> int:
+        asked, stored = replace(self.request, device=device), self._packed_shapes()
+        layout = ops.select(self.op, asked).kernel.layout
+        if layout is None:
+            return self.nbytes()
+        others = (t for name, t in self.named_buffers() if name not in PackedWeight._fields[:3])
+        return layout.nbytes(stored, asked) + sum(tensor.nbytes for tensor in others)
+
+    def _packed_shapes(self) -> PackedWeight:
+        """`packed` of a layer that may be on the meta device, of which values do not matter."""
+        return self.packed
 
     @classmethod
     def columns_to_read(cls, columns: range, spec: QuantSpec, in_features: int) -> range:

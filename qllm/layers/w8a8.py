@@ -11,7 +11,7 @@ from qllm.config import QuantSpec
 from qllm.errors import UserError
 from qllm.layers.base import ALL_ROWS, QuantizedLinear
 from qllm.layers.sharding import narrow_runs
-from qllm.quant.packing import PackedWeight, pack, unpack
+from qllm.quant.packing import PackedWeight, pack, packed_size, unpack
 from qllm.quant.rtn import quantize_rtn
 
 
@@ -72,6 +72,11 @@ class DynamicInt8Linear(QuantizedLinear):
     @tensors.setter
     def tensors(self, packed: PackedWeight) -> None:
         self.qweight, self.scales = packed.qweight, packed.scales
+
+    def _packed_shapes(self) -> PackedWeight:
+        rows = self.out_features, packed_size(self.in_features, 8)
+        qweight = torch.empty(rows, dtype=torch.uint8, device="meta")
+        return PackedWeight(qweight, self.scales[:, None], qweight.new_empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(

@@ -10,14 +10,18 @@ from pathlib import Path
 import torch
 
 from qllm.checkpoint.convert import SOURCE_KEY, copy_small_files
+from qllm.checkpoint.gguf import packed_types, parts_of
 from qllm.checkpoint.reader import LAYOUT_KEY, QUANTIZATION_KEY, Checkpoint
 from qllm.checkpoint.weights import Weights
 from qllm.checkpoint.writer import new_folder
-from qllm.errors import UserError
+from qllm.config import EMBEDDING
+from qllm.folders import check_new
 from qllm.gguf import is_gguf
+from qllm.gguf.file import read_gguf
 from qllm.onnx import DEFAULT_ACCURACY_LEVEL
 from qllm.onnx.decoder import DecoderGraph
 from qllm.onnx.graph import MODEL, DataFile, Graph, save
+from qllm.onnx.nbits import BITS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -56,9 +60,12 @@ def export(
             target that is there.
     """
     options = options or ExportOptions()
-    weights = Weights(Checkpoint(source, packed=not is_gguf(source)), note)
-    if target.exists():
-        raise UserError(f"{target} is there already; name another folder with --save")
+    others = _without_operator(source)
+    weights = Weights(Checkpoint(source, as_numbers=(*others, EMBEDDING)), note)
+    if others:
+        kinds = ", ".join(sorted(set(others.values())))
+        note(f"layers of {kinds} are written as numbers: MatMulNBits holds none of that kind")
+    check_new(target)
     with new_folder(target) as folder:
         data = DataFile(folder)
         builder = DecoderGraph(weights, Graph(data), DTYPES[options.dtype], options.accuracy_level)
@@ -71,3 +78,15 @@ def export(
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_small_files(source, folder)
     return sum(path.stat().st_size for path in target.glob(f"{MODEL}*"))
+
+
+def _without_operator(source: Path) -> dict[str, str]:
+    """The linears of a GGUF file that MatMulNBits cannot hold, whose zero points are integers.
+
+    Returns:
+        the name of each one's type.
+    """
+    if not is_gguf(source):
+        return {}
+    types = packed_types(parts_of(read_gguf(source)), (EMBEDDING,))
+    return {n: kind.name for n, kind in types.items() if kind.offset or kind.bits not in BITS}

@@ -21,6 +21,7 @@ from qllm.checkpoint.writer import new_folder
 from qllm.config import EMBEDDING, LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.files import copy_file
+from qllm.folders import check_new
 from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import read_config
@@ -75,8 +76,7 @@ def quantize_onnx(job: OnnxJob, target: Path, progress: Progress = iter) -> list
     _constants_to_initializers(model.graph)
     linears = find_linears(model.graph, config.vocab_size)
     specs = _specs(job, linears, config.num_layers, path)
-    if target.exists():
-        raise UserError(f"{target} is there already; name another folder with --save")
+    check_new(target)
     with new_folder(target) as folder:
         run = _Run(job, model, [each for each in linears if each.name in specs], specs, folder)
         run.work(progress)
@@ -96,7 +96,15 @@ def _specs(
     if not names:
         raise UserError(f"{path} has no product with a float matrix; there is nothing to quantize")
     layers = {name: (name,) for name in names if name != LM_HEAD}
-    specs = job.plan.resolve(layers, num_layers)
+    try:
+        specs = job.plan.resolve(layers, num_layers)
+    except UserError:
+        if layers:
+            raise
+        # No rule can match; what one would be like is no help.
+        raise UserError(
+            f"{path}: its layers are quantized already; quantize the model that it was made from"
+        ) from None
     specs = {name: spec for name, spec in specs.items() if spec.kind != "dense"}
     if EMBEDDING in specs:
         raise UserError(

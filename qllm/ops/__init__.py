@@ -50,11 +50,13 @@ class Layout:
         pack: (weight, request) to the tensors that the kernel takes in its place.
         unpack: the inverse.
         look_up: (row numbers (n,), tensors, request, dtype) to those rows of the weight, (n, K).
+        nbytes: (weight, request) to the bytes of what `pack` makes of it, by shapes and types.
     """
 
     pack: Callable[[PackedWeight, Request], PackedWeight]
     unpack: Callable[[PackedWeight, Request], PackedWeight]
     look_up: Callable[[torch.Tensor, PackedWeight, Request, torch.dtype], torch.Tensor]
+    nbytes: Callable[[PackedWeight, Request], int]
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,9 @@ def _layout(module: ModuleType) -> Layout:
             asked.in_features,
             asked.out_features,
             dtype,
+        ),
+        lambda weight, asked: module.packed_nbytes(
+            weight, asked.bits, asked.group_size, asked.in_features
         ),
     )
 

@@ -44,7 +44,7 @@ def load_or_measure(
     """
     about = json.loads(json.dumps(job.about(), default=str))
     if path is None:
-        path = folders.place(f"plan/{_digest(about)}.json", note)
+        path = folders.place(f"plan/{_digest(about)}.json", note, "--table")
     if path.exists():
         found = Sensitivity.from_file(path)
         if found.about != about:

@@ -60,7 +60,7 @@ def run_ranks(module: str, told: Mapping[str, object], threads: Sequence[int], w
             for process in processes:
                 process.kill()
             for process in processes:
-                process.communicate()
+                process.wait()
         if failed:
             said.seek(0)
             lines = said.read().strip().splitlines() or ["they did not end in time"]

@@ -11,6 +11,7 @@ how much that is missed.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,11 @@ class Sensitivity:
         return all(bool((np.isfinite(value) & (value >= 0)).all()) for value in values)
 
 
+# Two linears that lose something lose about the sum of it: powers are about 1.
+LEAST_POWER = 0.25
+LARGEST_LOG = 700.0  # of what a float64 holds
+
+
 @dataclass(frozen=True)
 class Fit:
     """The divergence of a plan from the sum of its linears' own: factor * sum ** power.
@@ -130,7 +136,7 @@ class Fit:
 
     def total(self, divergence: float) -> float:
         """The inverse."""
-        return (divergence / self.factor) ** (1 / self.power)
+        return math.exp(min(math.log(divergence / self.factor) / self.power, LARGEST_LOG))
 
 
 def fit(sums: Array, divergences: Array) -> Fit:
@@ -144,6 +150,8 @@ def fit(sums: Array, divergences: Array) -> Fit:
         raise UserError("no bits of the linears change what the model says: all plans are as good")
     x, y = np.log(sums[told]), np.log(divergences[told])
     power, shift = np.polyfit(x, y, 1)
+    if power < LEAST_POWER:  # noise: what is lost is next to nothing, or hardly differs
+        power, shift = 1.0, (y - x).mean()
     missed = y - (power * x + shift)
     return Fit(float(np.exp(shift)), float(power), float(np.sqrt(np.square(missed).mean())))
 

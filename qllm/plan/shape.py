@@ -72,7 +72,7 @@ class Shape:
             is tied to it, the last, where there is a product with it.
         sizes: int (M, 2), their inputs and outputs.
         weights: (M,), elements.
-        nbytes: int (M, C), as loading has them.
+        nbytes: int (M, C), as they are loaded: in the layout of the device's kernels.
         bits: (M, C), per weight: integers, scales and zeros.
         fixed: int (H,), bytes of the rest of each half: dense linears, norms, and with the first
             and last half what is in front of the layers and behind them; an embedding that the LM
@@ -100,18 +100,27 @@ class Shape:
         modules: Sequence[str],
         candidates: Sequence[QuantSpec],
         dtype: torch.dtype | None,
+        device: str = "cpu",
     ) -> Shape:
-        """Of a 16- or 32-bit checkpoint, whose files' headers alone are read."""
+        """Of a 16- or 32-bit checkpoint, whose files' headers alone are read.
+
+        Args:
+            device: the type of what the linears will lie on.
+        """
         plan = QuantPlan.uniform(QuantSpec())
         if LM_HEAD in modules:  # so that a tied one is a matrix of its own, as it will be
             # Of bytes alone: how the integers are chosen is for whoever quantizes.
             spec = replace(candidates[0], algorithm=DEFAULT_ALGORITHM)
             plan = plan.with_rule(f"^{LM_HEAD}$", spec)
-        return cls.of_model(outline(folder, plan, dtype), modules, candidates)
+        return cls.of_model(outline(folder, plan, dtype), modules, candidates, device)
 
     @classmethod
     def of_model(
-        cls, model: Decoder, modules: Sequence[str], candidates: Sequence[QuantSpec]
+        cls,
+        model: Decoder,
+        modules: Sequence[str],
+        candidates: Sequence[QuantSpec],
+        device: str = "cpu",
     ) -> Shape:
         """Of a dense model, which may be on the meta device."""
         config = model.config
@@ -128,12 +137,10 @@ class Shape:
                 size = (linear.in_features, linear.out_features)
                 bias = getattr(linear, "bias", None) is not None
             sizes.append(size)
-            held = [
-                [linear_class(s).empty(*size, part, s, model.dtype).nbytes() for s in candidates]
-                for part in (bias, False)
-            ]
-            nbytes.append(held[0])
-            bits.append([8 * each / math.prod(size) for each in held[1]])
+            held = [linear_class(s).empty(*size, bias, s, model.dtype) for s in candidates]
+            nbytes.append([each.nbytes_on(device) for each in held])
+            plain = [linear_class(s).empty(*size, False, s, model.dtype) for s in candidates]
+            bits.append([8 * each.nbytes() / math.prod(size) for each in plain])
         fixed = np.zeros(last + 1)
         for name, module in model.named_modules():
             own = sum(t.nbytes for t in module.buffers(recurse=False))

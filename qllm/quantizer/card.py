@@ -57,8 +57,9 @@ def model_card(
         lines += ["", "```sh", "python3 qllm_gen.py --model-path DIR", "```"]
     lines += ["", "## Error of each linear", ""]
     lines += [
-        "Relative root mean square error: of the layer's output over the calibration inputs, or,",
-        "where there were none, of its weights. A dead channel is an input that was always zero.",
+        "Relative root mean square error: of the layer's output over the calibration inputs, where",
+        "its algorithm looked at them, else of its weights, and the two do not compare. A dead",
+        "channel is an input that was always zero.",
         "",
         "| linear | format | algorithm | error | of | dead channels |",
         "|---|---|---|---|---|---|",

@@ -61,6 +61,9 @@ def refusals(quantization: Mapping, ragged: str | None, transposed: bool = False
     weights = [group["weights"] for group in quantization["config_groups"].values()]
     if len(weights) > 1 and not all(entry["symmetric"] for entry in weights):
         found.setdefault("transformers", "where layers differ it takes --scheme sym")
+    if any(entry.get("actorder") == "group" for entry in weights):
+        reason = "newer versions of compressed-tensors refuse groups by importance: --static-groups"
+        found = {name: found.get(name, reason) for name in ("transformers", "vLLM")}
     if any(entry["num_bits"] == 1 for entry in weights):
         found.setdefault("vLLM", "it takes 2 to 8 bits")
     return found

@@ -54,7 +54,8 @@ class OutputCheckpoint:
             if name != LM_HEAD:
                 self.by_part |= dict.fromkeys(self.weights.names.rows_of_parts(name), QuantSpec())
         gptq = job.options.gptq
-        reordered = gptq.act_order and not gptq.static_groups
+        algorithms = {spec.algorithm for spec in specs.values()}
+        reordered = gptq.act_order and not gptq.static_groups and "gptq" in algorithms
         # GPTQ has no embeddings.
         compressed = job.compressed or EMBEDDING in specs
         self.quantization = describe(self.by_part, desc_act=reordered, compressed=compressed)

@@ -150,6 +150,13 @@ def test_shards_begin_on_a_page(tmp_path):
             assert json.loads(file.read(header))["__metadata__"] == {"format": "pt"}
 
 
+def test_a_single_element_may_have_any_stride(tmp_path):
+    one = torch.arange(40, dtype=torch.int32).view(4, 10)[1:2, 2:3].as_strided((1, 1), (7, 4))
+    one_value = one.item()
+    write_shards(tmp_path / "model", {"one": one}, 10**9)
+    assert read_shards(tmp_path / "model")["one"].tolist() == [[one_value]]
+
+
 def test_shards_take_what_does_not_lie_in_one_piece(tmp_path):
     whole = torch.arange(24.0).view(4, 6)
     tensors = {"t": whole.t(), "rows": whole[1:3], "columns": whole[:, ::2]}

@@ -41,6 +41,8 @@ def test_empty_is_the_layer_without_memory(spec, dtype):
         }
         assert all(tensor.is_meta for tensor in meta.values())
         assert empty.nbytes() == layer.nbytes()
+        there = processed(copy.deepcopy(layer)).nbytes()  # in the kernel's layout, if it has one
+        assert empty.nbytes_on("cpu") == layer.nbytes_on("cpu") == there
         assert not list(layer.parameters())
         assert (empty.in_features, empty.out_features) == (columns, rows)
         assert (layer.in_features, layer.out_features) == (columns, rows)

@@ -6,6 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import gguf_files
 import onnx
 import pytest
 import torch
@@ -24,6 +25,7 @@ from oracle import (
 )
 from random_configs import CONFIGS, MAX_NEW_TOKENS, batches, seeds
 
+from qllm import LLM
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.generate import generate
@@ -31,6 +33,7 @@ from qllm.generation_config import GenerationConfig
 from qllm.models import FAMILIES as MODEL_FAMILIES
 from qllm.onnx.export import ExportOptions, export
 from qllm.onnx.graph import DATA, MODEL
+from qllm.onnx.nbits import OPERATOR
 from qllm.onnx.runner import OnnxDecoder
 from qllm.quant.algorithm import GPTQOptions, QuantizeOptions
 from qllm.quantizer.checkpoint import quantize_checkpoint
@@ -128,6 +131,20 @@ def test_groups_in_any_order(shallow_of, tmp_path):
     assert_logits_close(theirs.prefill(PROMPTS, last=False), want)
 
 
+def test_layers_of_a_gguf_file_stay_packed_where_the_operator_holds_them(tmp_path):
+    path = gguf_files.write_model(
+        tmp_path / "model.gguf", gguf_files.llama(), "Q8_0", kinds={"ffn_down": "Q4_1"}
+    )
+    notes = []
+    export(path, tmp_path / "onnx", ExportOptions(accuracy_level=0), note=notes.append)
+    assert [note.split(" are ")[0] for note in notes] == ["layers of Q4_1"]
+    nodes = onnx.load(tmp_path / "onnx" / MODEL).graph.node
+    assert sum(node.op_type == OPERATOR for node in nodes) == 2 * 3  # all but the two ffn_down
+    prompts = draw_prompts((3, 17), gguf_files.VOCAB)
+    want = LLM.from_pretrained(path, dtype="float32").model.prefill(prompts, last=False)
+    assert_logits_close(OnnxDecoder(tmp_path / "onnx").prefill(prompts, last=False), want)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float16(family, shallow_of, tmp_path):
     source = shallow_of(family)
@@ -190,6 +207,7 @@ def test_what_onnxruntime_lacks_is_refused_and_leaves_nothing(
 
 def test_a_folder_that_is_there_is_kept(tmp_path):
     (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "something").touch()
     with pytest.raises(UserError, match="is there already"):
         export(tiny("opt"), tmp_path / "onnx")
 

@@ -184,6 +184,9 @@ def test_what_is_quantized_already_is_refused(own, tmp_path):
     quantize_onnx(job(own, plan=plan), tmp_path / "out")
     with pytest.raises(UserError, match="nothing to quantize"):
         quantize_onnx(job(tmp_path / "out"), tmp_path / "again")
+    quantize_onnx(job(own), tmp_path / "layers")  # the head is still of floats
+    with pytest.raises(UserError, match="its layers are quantized already"):
+        quantize_onnx(job(tmp_path / "layers"), tmp_path / "again")
 
 
 def graph_of(*nodes, **shapes) -> onnx.GraphProto:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -94,6 +95,14 @@ def test_a_power_of_the_sum_is_found_again():
     assert found.error < 1e-9
     assert found.total(found.divergence(0.003)) == pytest.approx(0.003)
     assert found.divergence(0.0) == 0.0
+
+
+@pytest.mark.parametrize("divergences", [[1e-12] * 4, [4e-12, 3e-12, 2e-12, 1e-12]])
+def test_a_divergence_that_does_not_grow_is_about_the_sum(divergences):
+    found = fit(np.array([1e-5, 1e-4, 1e-3, 1e-2]), np.array(divergences))
+    assert found.power == 1
+    assert found.divergence(found.total(0.001)) == pytest.approx(0.001)
+    assert found.total(1e300) < math.inf
 
 
 def test_a_linear_without_an_error_adds_nothing():

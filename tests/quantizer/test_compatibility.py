@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from qllm.checkpoint.formats import parse
 from qllm.config import LM_HEAD
+from qllm.quant.algorithm import GPTQOptions, QuantizeOptions
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.job import Job
 
@@ -94,6 +95,27 @@ def test_transformers_loads_what_is_said_to_load(family, form, tmp_path):
     # It dequantizes to the type of the scales, float16, and rounds int8 activations otherwise.
     tolerance = 2e-2 if "8:tc-li" in str(spec) else 5e-3
     assert_logits_close(ours, prefill_logits(theirs, prompts), tolerance)
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
+def test_groups_by_importance_are_said_to_be_refused(algorithm, tmp_path):
+    """compressed-tensors 0.20 refuses them; to nearest, there are none whatever GPTQ's options."""
+    notes: list[str] = []
+    twin_of("llama").save_pretrained(tmp_path / "source")
+    job = Job(
+        tmp_path / "source",
+        plan_of(4, group_size=16, algorithm=algorithm),
+        QuantizeOptions(gptq=GPTQOptions(static_groups=False)),
+        samples=draw_prompts([16] * 4, 96),
+        compressed=True,
+    )
+    quantize_checkpoint(job, tmp_path / "out", note=notes.append)
+    assert ("not in transformers: " in notes[-1]) == (algorithm == "gptq")
+    if algorithm == "gptq":
+        with pytest.raises(ValueError, match="actorder"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    else:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("compressed", [True, False])

@@ -56,6 +56,14 @@ def _shape(in_features: int, bits: int, group_size: int) -> tuple[int, int, int]
     return group, full + (rest > 0), k_blocks
 
 
+def packed_nbytes(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> int:
+    """Bytes of what `pack` makes of a weight, which may be on the meta device."""
+    _, groups, k_blocks = _shape(in_features, bits, group_size)
+    of_group = sum(tensor.dtype.itemsize for tensor in weight[1:3] if tensor.numel())
+    panel = k_blocks * bits * VECTOR + groups * LANES * of_group
+    return -(-len(weight.qweight) // LANES) * panel
+
+
 def pack(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> PackedWeight:
     """A weight (N, K) in the kernels' layout.
 

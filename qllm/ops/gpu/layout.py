@@ -66,6 +66,14 @@ class Shape(NamedTuple):
         return pad(x, (0, self.padded_size - self.group)).flatten(1)
 
 
+def packed_nbytes(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> int:
+    """Bytes of what `pack` makes of a weight, which may be on the meta device."""
+    shape = Shape.of(in_features, len(weight.qweight), group_size)
+    of_group = sum(tensor.dtype.itemsize for tensor in weight[1:3] if tensor.numel())
+    block = PANEL * BLOCK * bits // 8
+    return shape.panels * (shape.blocks * block + shape.groups * PANEL * of_group)
+
+
 def pack(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> PackedWeight:
     """A weight (N, K) in the kernels' layout.
 

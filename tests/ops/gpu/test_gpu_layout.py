@@ -36,6 +36,8 @@ def test_there_is_a_way_back(rows, columns, bits, group_size, zeros):
     values = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8)
     weight = stored(values, bits, shape.groups, zeros=zeros)
     packed = layout.pack(weight, bits, group_size, columns)
+    size = layout.packed_nbytes(weight, bits, group_size, columns)
+    assert size == sum(tensor.nbytes for tensor in packed[:3])
     back = layout.unpack(packed, bits, group_size, columns, rows)
     for got, expected in zip(back[:3], weight[:3], strict=True):
         assert got.dtype == expected.dtype and torch.equal(got, expected)
