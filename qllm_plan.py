@@ -81,7 +81,8 @@ def parse_args() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="REGEX=BITS",
-        help="hold the linears whose names match (several times: the last match counts)",
+        help="hold the linears whose names match, such as layers.0.mlp.up (several times: the last "
+        "counts)",
     )
     group = parser.add_argument_group("limits and objective")
     group.add_argument(

@@ -85,7 +85,7 @@ def parse_args() -> argparse.Namespace:
         "--format",
         choices=("auto", "compressed-tensors"),
         default=FORMAT,
-        help="auto: GPTQ where all layers have 2, 3, 4 or 8 bits, else compressed-tensors",
+        help="auto: GPTQ where all layers have 2, 3, 4, 8 or 16 bits, else compressed-tensors",
     )
     group.add_argument(
         "--shard-size",

@@ -127,6 +127,8 @@ class Asked:
 
 def _text(nbytes: float) -> str:
     """Bytes in a unit that shows them: "12.34 MB"."""
+    if nbytes < UNITS["KB"]:
+        return f"{nbytes:.0f} bytes"
     unit = _unit(nbytes)
     return f"{nbytes / UNITS[unit]:.2f} {unit}"
 
