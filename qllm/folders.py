@@ -186,8 +186,11 @@ def writing(path: Path, only: Collection[int] | None = None) -> Iterator[None]:
             advice = "the file system or a limit (ulimit -f) allows no larger file; name another"
         else:
             advice = "name another"
+        found = path if error.filename is None else Path(os.fsdecode(error.filename))
+        if found.name.startswith(f".{path.name}."):  # a temporary one, which becomes `path`
+            found = path
         raise WritingError(
-            f"{error.filename or path} cannot be written ({error.strerror}); {advice} place"
+            f"{found} cannot be written ({error.strerror}); {advice} place"
         ) from error
 
 

@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,6 +89,19 @@ def test_a_place_that_cannot_be_written_to(write, number, tmp_path, monkeypatch)
     line = str(caught.value)
     assert line.startswith(f"{tmp_path / 'deep'} cannot be written ({os.strerror(number)}); ")
     assert ("GB are free there; free some" in line) == (number == errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    ("write", "make"), [(new_file, "mkstemp"), (new_folder, "mkdtemp")], ids=["file", "folder"]
+)
+def test_the_name_that_was_given_is_named(write, make, tmp_path, monkeypatch):
+    def refuse(dir, prefix):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir / f"{prefix}abc"))
+
+    monkeypatch.setattr(tempfile, make, refuse)
+    with pytest.raises(WritingError) as caught, write(tmp_path / "out"):
+        pass
+    assert str(caught.value).startswith(f"{tmp_path / 'out'} cannot be written")
 
 
 def test_errors_of_reading_stay_what_they_are(tmp_path):
