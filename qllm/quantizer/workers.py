@@ -56,18 +56,8 @@ class Workers:
     """
 
     def __init__(self, device: torch.device) -> None:
-        threads = torch.get_num_threads()
         self.count = workers_on(device)
         self._pools: list[ThreadPoolExecutor] = []
-        if self.count == 1:
-            return
-        for number in range(self.count):
-            pool = ThreadPoolExecutor(1, "worker")
-            self._pools.append(pool)
-            pool.submit(self._begin, number, threads // self.count).result()
-        # What a thread sets counts for those that start later as well.
-        torch.set_num_threads(threads)
-
     @staticmethod
     def _begin(number: int, threads: int) -> None:
         _thread.number = number
@@ -76,6 +66,14 @@ class Workers:
         torch.set_num_threads(threads)
 
     def __enter__(self) -> Self:
+        """Start the threads."""
+        threads = torch.get_num_threads()
+        for number in range(self.count if self.count > 1 else 0):
+            pool = ThreadPoolExecutor(1, "worker")
+            self._pools.append(pool)
+            pool.submit(self._begin, number, threads // self.count).result()
+        # What a thread sets counts for those that start later as well.
+        torch.set_num_threads(threads)
         return self
 
     def __exit__(
@@ -83,6 +81,7 @@ class Workers:
     ) -> None:
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
+        self._pools = []
 
     def map(self, run: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """What `run` makes of each item, in their order.
