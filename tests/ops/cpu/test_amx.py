@@ -7,6 +7,7 @@ import functools
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -278,6 +279,33 @@ def test_pairs_are_added_as_the_manual_says(found, products, operands):
         same = one.tobytes() == want.tobytes() or (np.isnan(one) and np.isnan(want))
         pair = f"{sums[row, lane]} + {x[row].tolist()} times {w[:, lane].tolist()}"
         assert same, f"tiles make {one} of {pair}, not {want}"
+
+
+# Inputs: fewer than a tile has, whole tiles, a bit more, odd ones. Outputs: fewer than a panel has,
+# panels of which two and four go together, and some that are left over.
+FEW_SHAPES = ((1, 1), (31, 16), (32, 64), (33, 17), (64, 100), (95, 131), (300, 70))
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["prefill", "decode"])
+@pytest.mark.parametrize("numbers", ["usual", "nan"])
+def test_few_rows_of_bfloat16_have_the_bits_of_many(tiles, numbers, decode):
+    """The weight is the first operand of theirs, and the second of more rows than tiles take."""
+    often, seldom = OPERANDS[numbers]
+    random = np.random.default_rng(0)
+    for inputs, outputs in FEW_SHAPES:
+        # Where some are no numbers, so are neighbours of channels whose last tile is not a whole one.
+        parts = [random.choice(often, (n, inputs)).astype(np.uint16) for n in (40, outputs)]
+        for value in seldom:
+            for part in parts:
+                part[tuple(random.integers(0, part.shape, (1, 2)).T)] = value
+        x, weight = (torch.from_numpy(part.view(np.int16)).view(torch.bfloat16) for part in parts)
+        bias = normal(outputs, dtype=torch.bfloat16) if outputs % 2 else None
+        with phase.decode() if decode else nullcontext():
+            whole = linear.dense_linear(x, weight, bias)
+            for rows in range(1, 34):
+                some = slice(rows) if rows % 2 else slice(-rows, None)
+                ours = linear.dense_linear(x[some], weight, bias)
+                assert same(ours, whole[some]), (rows, inputs, outputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
