@@ -293,7 +293,7 @@ def test_few_rows_of_bfloat16_have_the_bits_of_many(tiles, numbers, decode):
     often, seldom = OPERANDS[numbers]
     random = np.random.default_rng(0)
     for inputs, outputs in FEW_SHAPES:
-        # Where some are no numbers, so are neighbours of channels whose last tile is not a whole one.
+        # Some are no numbers, with which a channel may begin behind the last inputs of another.
         parts = [random.choice(often, (n, inputs)).astype(np.uint16) for n in (40, outputs)]
         for value in seldom:
             for part in parts:

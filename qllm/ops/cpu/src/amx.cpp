@@ -24,7 +24,7 @@ static Status linear_by_phase(const Linear &a) {
 
 static_assert(DENSE_ROWS % DENSE_TILE_ROWS == 0);
 
-// Only bfloat16 is for tiles. Few rows have the same results in either phase, and a way of their own.
+// Only bfloat16 is for tiles. Few rows have a way of their own, which gives the same bits.
 static Status dense_by_type(const Dense &a) {
     if (a.type != BFLOAT16) return avx512_path.dense(a);
     return a.rows <= FEW_ROWS ? dense_few(a) : dense_of<BFLOAT16>(a);

@@ -116,12 +116,10 @@ void lay_out(const Dense &a, const DenseInput &x, int64_t first, int64_t row, in
                       a.x_stride * size, smaller(steps * (PAIRS ? 2 : 1), a.in - input) * size,
                       ahead);
     for (int64_t s = 0; s < steps; s += WIDTH) {
-        if (DENSE_TILE_ROWS > WIDTH || rows == 1) {
-            for (int64_t r = 0; r < rows; r++) {
-                alignas(64) float some[WIDTH];
-                store_f(some, load_steps<TYPE, PAIRS>(a, first + row + r, step + s));
-                for (int64_t i = 0; i < WIDTH; i++) tile[dense_place(rows, r, s + i)] = some[i];
-            }
+        if (DENSE_TILE_ROWS > WIDTH || rows == 1) {  // WIDTH steps of a row lie side by side
+            for (int64_t r = 0; r < rows; r++)
+                store_f(tile + dense_place(rows, r, s),
+                        load_steps<TYPE, PAIRS>(a, first + row + r, step + s));
             continue;
         }
         VF square[WIDTH];

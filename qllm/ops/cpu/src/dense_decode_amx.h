@@ -1,12 +1,12 @@
 // y = x W^T + b in bfloat16 for a few rows, on AMX: a step of decode, or the logits of a prompt.
 //
 // What counts there is how fast the weight comes from memory. As the second operand of a product of
-// tiles it would have to be turned first, by longer work than reading it; and of the first, some rows
-// of activations, most of a tile would be empty. So operands change places: the weight is the first,
-// 16 channels of 32 inputs as they lie in memory, and activations are the second, pairs of inputs of
-// as many columns as there are rows. Sums are of channels times rows.
+// tiles it would have to be turned first, which takes longer than to read it; and of the first, some
+// rows of activations, most of a tile would be empty. So operands change places: the weight is the
+// first, 16 channels of 32 inputs as they lie in memory, and activations are the second, pairs of
+// inputs of as many columns as there are rows. Sums are of channels times rows.
 //
-// Products commute, and each is added as in dense_tile_amx.h: 32 inputs after the other, even and odd
+// Products commute, and are added as in dense_tile_amx.h: 32 inputs after the other, even and odd
 // ones apart. So results are those of dense.h to the bit, whatever number of rows takes which way.
 #pragma once
 
@@ -25,8 +25,8 @@ constexpr int64_t FEW_PANELS = 4;  // at once: a product has to wait for the one
 constexpr int64_t TILE_INPUTS = 2 * TILE_STEPS;
 
 // How weights are asked for: bytes ahead in every channel, and how many of one before those of the
-// next, as FOR_FEW in dense.h. The machine does not follow so many channels by itself, and into the
-// first cache they do not go: those that lie a multiple of 4096 bytes apart share a few places there.
+// next, as FOR_FEW in dense.h. The machine does not follow so many channels by itself; and it is not
+// the first cache, in which those that lie a multiple of 4096 bytes apart share a few places.
 constexpr int64_t FEW_AHEAD = 1024, FEW_STRETCH = 512;
 
 // Activations, as pairs of inputs: of up to 16 rows (steps, rows), and then of the others.
@@ -75,8 +75,8 @@ template <int X, int W, int I = 0> INLINE inline void store_few(float *to) {
     if constexpr (I + 1 < X * W) store_few<X, W, I + 1>(to);
 }
 
-// Adds the products of 32 inputs: W panels, whose channels lie `apart` bytes apart, times X tiles of
-// rows.
+// Adds the products of 32 inputs: W panels, whose channels lie `apart` bytes apart, times X tiles
+// of rows.
 template <int X, int W, int P = 0> INLINE inline void add_panels(const char *w, int64_t apart) {
     constexpr int TILE = X == 1 ? X_TILE + 1 + P % 3 : W_TILE + P;  // one that is not in use yet
     load_tile<TILE>(w, apart);
@@ -85,9 +85,9 @@ template <int X, int W, int P = 0> INLINE inline void add_panels(const char *w, 
     if constexpr (P + 1 < W) add_panels<X, W, P + 1>(w + LANES * apart, apart);
 }
 
-// W panels times all rows: to (X, W, LANES, ROWS). Where one has fewer channels than LANES, there are
-// zeros in the place of those, as behind the last input: what lies in memory may be no numbers, or
-// nothing at all.
+// W panels times all rows: to (X, W, LANES, ROWS). Where one has fewer channels than LANES, zeros
+// take the place of the others, as they do behind the last input: what lies there in memory may be
+// no number, or may not be read at all.
 template <int X, int W>
 __attribute__((noinline)) void multiply_few(const Dense &a, const FewRows &x, int64_t panel,
                                             float *sums) {
