@@ -1,10 +1,10 @@
 // y = x W^T + b in bfloat16 for a few rows, on AMX: a step of decode, or the logits of a prompt.
 //
 // What counts there is how fast the weight comes from memory. As the second operand of a product of
-// tiles it would have to be turned first, which takes longer than to read it; and of the first, some
-// rows of activations, most of a tile would be empty. So operands change places: the weight is the
-// first, 16 channels of 32 inputs as they lie in memory, and activations are the second, pairs of
-// inputs of as many columns as there are rows. Sums are of channels times rows.
+// tiles it would have to be turned first, which takes longer than to read it; and of the first, a
+// few rows of activations, most of a tile would be empty. So operands change places: the weight is
+// the first, 16 channels of 32 inputs as they lie in memory, and activations are the second, pairs
+// of inputs of as many columns as there are rows. Sums are of channels times rows.
 //
 // Products commute, and are added as in dense_tile_amx.h: 32 inputs after the other, even and odd
 // ones apart. So results are those of dense.h to the bit, whatever number of rows takes which way.
@@ -25,8 +25,8 @@ constexpr int64_t FEW_PANELS = 4;  // at once: a product has to wait for the one
 constexpr int64_t TILE_INPUTS = 2 * TILE_STEPS;
 
 // How weights are asked for: bytes ahead in every channel, and how many of one before those of the
-// next, as FOR_FEW in dense.h. The machine does not follow so many channels by itself; and it is not
-// the first cache, in which those that lie a multiple of 4096 bytes apart share a few places.
+// next, as FOR_FEW in dense.h. The machine does not follow so many channels by itself. They come to
+// the second cache: in the first, those a multiple of 4096 bytes apart share a few places.
 constexpr int64_t FEW_AHEAD = 1024, FEW_STRETCH = 512;
 
 // Activations, as pairs of inputs: of up to 16 rows (steps, rows), and then of the others.
