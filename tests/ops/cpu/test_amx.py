@@ -30,8 +30,8 @@ pytestmark = pytest.mark.skipif(
     reason="compiles C++ on Linux",
 )
 
-# Up to 8 rows are not for tiles, 16 fill one, 192 are a chunk.
-ROWS = (1, 8, 9, 15, 16, 17, 31, 33, 200)
+# Up to 8 rows, or 3 of float32, are not for tiles, 16 fill one, 192 are a chunk.
+ROWS = (1, 3, 4, 8, 9, 15, 16, 17, 31, 33, 200)
 # Outputs: of 5 panels, 4 of which go together, of 3, 2 and 1. Inputs: blocks of 1 to 4 K blocks.
 SHAPES = ((72, 200), (40, 300), (20, 131), (9, 257))
 GROUPS = (32, 64, 96, 128, 100, 20, -1)
@@ -168,6 +168,21 @@ def test_a_prefill_is_as_exact_as_a_product_of_bfloat16(tiles, bits):
         for rows in (1, 9, 16, 17, 33):
             assert same(prefill(weight, x[:rows], bias), whole[:rows])
             assert same(prefill(weight, x[-rows:], bias), whole[-rows:])
+
+
+def test_a_prefill_is_the_same_however_many_panels_go_together(tiles):
+    weight = matrix_weight((810, 288), 4, 32)
+    x, bias = normal(40, 288, dtype=torch.bfloat16), normal(810, dtype=torch.bfloat16)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 8):  # 8 panels each, and 2
+            torch.set_num_threads(threads)
+            results.append(prefill(weight, x, bias))
+    finally:
+        torch.set_num_threads(before)
+    assert same(*results)
+    x[3, 5] = torch.inf  # a row of float arithmetic, over all of the panels
+    assert not prefill(weight, x, bias)[3].isfinite().any()
 
 
 def test_a_prefill_of_more_rows_than_are_held_at_once(tiles):
