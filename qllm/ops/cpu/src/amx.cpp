@@ -11,7 +11,11 @@
 namespace qllm {
 namespace {
 
-constexpr int64_t MAX_VECTOR_ROWS = 8;  // rows; memory is the limit, or tiles would be half empty
+// Up to so many rows memory is the limit of vectors, or tiles would be half empty. A row of float32
+// is four planes, for which vectors unpack weights to cache as tiles do, and multiply for longer.
+static int64_t max_vector_rows(const Linear &a) {
+    return a.mode == WEIGHT_ONLY && a.x_type == FLOAT32 ? 3 : 8;
+}
 
 static_assert(CHUNK_ROWS % TILE_ROWS<1> == 0);  // tiles of sums have all their rows
 
@@ -19,7 +23,7 @@ static_assert(CHUNK_ROWS % TILE_ROWS<1> == 0);  // tiles of sums have all their 
 static Status linear_by_phase(const Linear &a) {
     if (is_bf16_prefill(a))
         return a.x_type == BFLOAT16 ? bf16_prefill<BFLOAT16>(a) : bf16_prefill<FLOAT16>(a);
-    return a.rows <= MAX_VECTOR_ROWS ? avx512_path.linear(a) : linear(a);
+    return a.rows <= max_vector_rows(a) ? avx512_path.linear(a) : linear(a);
 }
 
 static_assert(DENSE_ROWS % DENSE_TILE_ROWS == 0);
