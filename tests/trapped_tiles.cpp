@@ -230,13 +230,15 @@ __attribute__((constructor)) void begin() {
 
 }  // namespace
 
-// What the library that this is linked into calls in the place of the system's: as it is hidden, no
-// other does.
+#ifdef QLLM_TRAPPED_AMX
+// What the library that this is compiled into, whose symbols are hidden, calls in the place of the
+// system's.
 #define REFUSED(found, number, result, name, parameters, arguments)                       \
-    extern "C" __attribute__((visibility("hidden"))) result name parameters {            \
+    extern "C" result name parameters {                                                   \
         if (fault() == found) return errno = number, -1;                                  \
         return reinterpret_cast<result(*) parameters>(dlsym(RTLD_NEXT, #name)) arguments; \
     }
 REFUSED('p', EMFILE, int, pipe2, (int *ends, int flags) noexcept, (ends, flags))
 REFUSED('f', EAGAIN, pid_t, fork, () noexcept, ())
 REFUSED('a', ENOMEM, int, poll, (pollfd *of, nfds_t count, int ms), (of, count, ms))
+#endif
