@@ -2,7 +2,8 @@
 // here as the pseudo-code of Intel's manual has them (Software Developer's Manual, volume 2). So
 // what runs is what users have, compiled as it is for them. What the manual says is an exception
 // ends the process. The environment variable QLLM_TRAPPED_FAULT makes tiles what a self-test is to
-// find: "wrong" products, a "crash", or tiles that "hang".
+// find: "wrong" products, a "crash", or tiles that "hang"; or the system refuses that test a "pipe",
+// a "fork", or to wait for the "answer" of tiles that hang.
 //
 // Where it can be wrong about real tiles: in which NaN is the result, which no result of a layer
 // shows; in whether a number that rounding makes normal counts as subnormal; in loads and stores
@@ -16,6 +17,9 @@
 //     g++ -O2 -shared -fPIC tests/trapped_tiles.cpp -o tiles.so
 //     LD_PRELOAD=$PWD/tiles.so QLLM_CXXFLAGS=-DQLLM_TRAPPED_AMX \
 //         python3 -m pytest -p no:faulthandler tests/ops/cpu tests/test_invariance.py
+#include <dlfcn.h>
+#include <errno.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <ucontext.h>
@@ -107,7 +111,7 @@ char fault() {
 
 void configure(const uint8_t *from) {
     if (fault() == 'c') raise(SIGKILL);
-    while (fault() == 'h') usleep(1000);
+    while (fault() == 'h' || fault() == 'a') usleep(1000);
     tiles = {};
     demand(from[0] == 1, "LDTILECFG: not palette 1");
     demand(from[1] == 0, "LDTILECFG: a start_row");
@@ -225,3 +229,16 @@ __attribute__((constructor)) void begin() {
 }
 
 }  // namespace
+
+#ifdef QLLM_TRAPPED_AMX
+// What the library that this is compiled into, whose symbols are hidden, calls in the place of the
+// system's.
+#define REFUSED(found, number, result, name, parameters, arguments)                       \
+    extern "C" result name parameters {                                                   \
+        if (fault() == found) return errno = number, -1;                                  \
+        return reinterpret_cast<result(*) parameters>(dlsym(RTLD_NEXT, #name)) arguments; \
+    }
+REFUSED('p', EMFILE, int, pipe2, (int *ends, int flags) noexcept, (ends, flags))
+REFUSED('f', EAGAIN, pid_t, fork, () noexcept, ())
+REFUSED('a', ENOMEM, int, poll, (pollfd *of, nfds_t count, int ms), (of, count, ms))
+#endif

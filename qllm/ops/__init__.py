@@ -145,6 +145,19 @@ def _packed_unsupported(request: Request) -> str | None:
     return linear.unsupported_reason(request.device, request.in_features, request.group_size)
 
 
+def _int8_sums(
+    unsupported_reason: Callable[[Request], str | None],
+) -> Callable[[Request], str | None]:
+    """The conditions of a kernel that sums products of int8 in int32, over all inputs."""
+
+    def reason(request: Request) -> str | None:
+        if request.in_features > reference.EXACT_INT32_TERMS:
+            return f"int32 holds sums of no more than {reference.EXACT_INT32_TERMS} products"
+        return unsupported_reason(request)
+
+    return reason
+
+
 def _cpu_unsupported(request: Request) -> str | None:
     return INTERPRETED if _interpreting(request) else library.unsupported_reason(request.device)
 
@@ -266,20 +279,24 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     ),
     "int8_linear": (
         Kernel(
-            "cpu", linear.about_int8_weights, linear.int8_linear, _packed_unsupported, CPU_LAYOUT
+            "cpu",
+            linear.about_int8_weights,
+            linear.int8_linear,
+            _int8_sums(_packed_unsupported),
+            CPU_LAYOUT,
         ),
         Kernel(
             "triton",
             gpu_linear.about_int8,
             gpu_linear.int8_linear,
-            _gpu_unsupported,
+            _int8_sums(_gpu_unsupported),
             takes_rows=True,
         ),
         Kernel(
             "torch._int_mm",
             lambda: "int8 x int8 -> int32 product, exact in its self-test",
             reference.int8_linear_by_int_mm,
-            _int_mm_unsupported,
+            _int8_sums(_int_mm_unsupported),
         ),
         Kernel("reference", lambda: "int8 product in exact float32 sums", reference.int8_linear),
     ),

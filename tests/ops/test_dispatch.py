@@ -289,6 +289,21 @@ def test_int_mm_is_not_for_one_column():
     assert "single column" in choice.reason
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_sums_that_int32_does_not_hold_are_the_reference_s(device):
+    inputs = 1 << 17
+    choice = select("int8_linear", Request(inputs, 2, 8, -1, "sym", device))
+    assert choice.kernel.run is reference.int8_linear
+    for name in ("cpu", "triton", "torch._int_mm"):
+        reason = f"not {name}: int32 holds sums of no more than {inputs - 1} products"
+        assert reason in choice.reason
+    fewer = select("int8_linear", Request(inputs - 1, 2, 8, -1, "sym", device))
+    assert "int32 holds" not in fewer.reason
+    x, weight = torch.full((3, inputs), -128.0), torch.full((2, inputs), -128, dtype=torch.int8)
+    y = choice.kernel.run(x, weight, torch.ones(2), None, torch.tensor(1.0), 2)
+    assert (y == 2.0**31).all()
+
+
 def test_int_mm_is_not_for_cuda():
     choice = select("int8_linear", Request(64, 64, 8, -1, "sym", "cuda"))
     assert choice.kernel.run is reference.int8_linear

@@ -140,17 +140,20 @@ def int8_ops(columns: int) -> list:
     ]
 
 
-@pytest.mark.parametrize("columns", [1, 31, 1023, 1024, 1025, 2048, 57344])
+@pytest.mark.parametrize(
+    "columns", [1, 31, 1023, 1024, 1025, 2048, 57344, (1 << 17) - 1, (1 << 17) + 2]
+)
 @pytest.mark.parametrize(("a", "b"), [(-128, -128), (-128, 127), (127, 127)])
 def test_int8_matmul_at_the_extremes(a, b, columns):
-    # 57344: the longest sum of BLOOM-176b. An odd count of 1s makes the sum an odd number.
+    # 57344: the longest sum of BLOOM-176b. Those of the last need not fit in int32. An odd count of
+    # 1s makes the sum an odd number.
     x = torch.full((2, columns), a, dtype=torch.int8)
     weight = torch.full((3, columns), b, dtype=torch.int8)
     x[:, 0], weight[:, 0] = 1, 1
     expected = a * b * (columns - 1) + 1
     for op in int8_ops(columns):
         got = op(x, weight)
-        assert got.dtype == torch.int32
+        assert got.dtype == (torch.int32 if columns < 1 << 17 else torch.int64)
         assert got.tolist() == [[expected] * 3] * 2
 
 

@@ -11,6 +11,7 @@ from qllm.ops.reference.attention import (
 )
 from qllm.ops.reference.descent import descend_block
 from qllm.ops.reference.linear import (
+    EXACT_INT32_TERMS,
     Int8Rows,
     dense_linear,
     dequantize,
@@ -46,6 +47,7 @@ from qllm.ops.reference.rows import (
 
 __all__ = [
     "ACTIVATIONS",
+    "EXACT_INT32_TERMS",
     "Int8Rows",
     "activation",
     "add",

@@ -13,6 +13,8 @@ from qllm.quant.packing import group_width, unpack
 
 # |q| <= 128, so 1024 products sum to at most 2^24: every partial sum is an exact float32.
 EXACT_FLOAT32_TERMS = 1024
+# The same in int32: 128 * 128 times one more is 2^31.
+EXACT_INT32_TERMS = (1 << 17) - 1
 
 # Of `weight_only_linear_int8`: inputs that share a scale, as in llama.cpp's and OpenVINO's way of
 # doing it; and the size from which a row stays as it is (so do infinities and NaN).
@@ -214,12 +216,13 @@ def quantize_int8(x: Tensor, scales: Tensor) -> Tensor:
 
 
 def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x int8 (M, K) @ weight int8 (N, K)^T, exactly: int32 (M, N)."""
-    total = x.new_zeros(x.shape[0], weight.shape[0], dtype=torch.int32)
+    """x int8 (M, K) @ weight int8 (N, K)^T, exactly: int32 (M, N), or int64 of very many inputs."""
+    integers = torch.int32 if x.shape[1] <= EXACT_INT32_TERMS else torch.int64
+    total = x.new_zeros(x.shape[0], weight.shape[0], dtype=integers)
     for a, b in zip(
         x.split(EXACT_FLOAT32_TERMS, 1), weight.split(EXACT_FLOAT32_TERMS, 1), strict=True
     ):
-        total += (a.float() @ b.float().t()).to(torch.int32)
+        total += (a.float() @ b.float().t()).to(integers)
     return total
 
 
@@ -232,7 +235,7 @@ def int_mm(x: Tensor, weight: Tensor) -> Tensor:
 def scale_int32(
     total: Tensor, x_scales: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """int32 sums (M, N) back to numbers: total * x_scales (M, 1) or () * scales (N,) + bias."""
+    """Integer sums (M, N) back to numbers: total * x_scales (M, 1) or () * scales (N,) + bias."""
     y = total.float().mul_(x_scales).mul_(scales.float())
     if bias is not None:
         y = y.add_(bias)

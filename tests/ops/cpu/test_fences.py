@@ -13,6 +13,7 @@ import torch
 from cpu_paths import DTYPES, Int8, normal, on, paths, random_weight
 from fences import fenced, kept, run_in
 
+from qllm.ops import phase
 from qllm.ops.cpu import linear, steps, tuning
 from qllm.ops.kv import KV, Batch
 from qllm.ops.quantized_kv import RUN, QuantizedKV
@@ -65,11 +66,14 @@ def run_quantized_attention(dtype: torch.dtype, fence) -> None:
 
 
 def run_dense(dtype: torch.dtype, fence) -> None:
-    for channels, rows in itertools.product((1, 2, 15, 17, 33, 70, 300), (1, 3, 6, 14)):
+    for channels, rows in itertools.product((1, 2, 15, 17, 32, 33, 70, 300), (1, 3, 6, 14, 20)):
         x = fence(normal(rows, channels, dtype=dtype))
-        for outputs in (1, 3, 16, 37):
+        for outputs in (1, 3, 16, 37, 69):
             weight, bias = normal(outputs, channels, dtype=dtype), normal(outputs, dtype=dtype)
-            linear.dense_linear(x, fence(weight), fence(bias))
+            tensors = (x, fence(weight), fence(bias))
+            linear.dense_linear(*tensors)
+            with phase.decode():
+                linear.dense_linear(*tensors)
 
 
 def run_linear(dtype: torch.dtype, fence) -> None:

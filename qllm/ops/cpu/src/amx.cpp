@@ -1,4 +1,5 @@
 #include "dense.h"
+#include "dense_decode_amx.h"
 #include "isa.h"
 #include "kernels.h"
 #include "linear.h"
@@ -10,7 +11,11 @@
 namespace qllm {
 namespace {
 
-constexpr int64_t MAX_VECTOR_ROWS = 8;  // rows; memory is the limit, or tiles would be half empty
+// Up to so many rows memory is the limit of vectors, or tiles would be half empty. A row of float32
+// is four planes, for which vectors unpack weights to cache as tiles do, and multiply for longer.
+static int64_t max_vector_rows(const Linear &a) {
+    return a.mode == WEIGHT_ONLY && a.x_type == FLOAT32 ? 3 : 8;
+}
 
 static_assert(CHUNK_ROWS % TILE_ROWS<1> == 0);  // tiles of sums have all their rows
 
@@ -18,14 +23,15 @@ static_assert(CHUNK_ROWS % TILE_ROWS<1> == 0);  // tiles of sums have all their 
 static Status linear_by_phase(const Linear &a) {
     if (is_bf16_prefill(a))
         return a.x_type == BFLOAT16 ? bf16_prefill<BFLOAT16>(a) : bf16_prefill<FLOAT16>(a);
-    return a.rows <= MAX_VECTOR_ROWS ? avx512_path.linear(a) : linear(a);
+    return a.rows <= max_vector_rows(a) ? avx512_path.linear(a) : linear(a);
 }
 
 static_assert(DENSE_ROWS % DENSE_TILE_ROWS == 0);
 
-// Only bfloat16 is for tiles.
+// Only bfloat16 is for tiles. Few rows have a way of their own, which gives the same bits.
 static Status dense_by_type(const Dense &a) {
-    return a.type == BFLOAT16 ? dense_of<BFLOAT16>(a) : avx512_path.dense(a);
+    if (a.type != BFLOAT16) return avx512_path.dense(a);
+    return a.rows <= FEW_ROWS ? dense_few(a) : dense_of<BFLOAT16>(a);
 }
 
 // As in limits.h: adds products in registers; returns how many operations, two for a product.
@@ -127,8 +133,38 @@ static bool dense_products_are_right() {
     return true;
 }
 
+// The same where the weight is the first operand, of tiles that are not all of one shape.
+static bool few_products_are_right(int64_t rows) {
+    constexpr int64_t IN = 2 * TILE_INPUTS, OUT = 2 * LANES;
+    alignas(64) static uint16_t w[OUT * IN], of_x[FEW_ROWS * IN];
+    alignas(64) static float x[FEW_ROWS * IN / 2], sums[2 * OUT * ROWS];
+    const uint16_t some[] = {0x3F80, 0xC000, 0x4040, 0x0000, 0xC1C8};  // as above
+    for (int64_t i = 0; i < OUT * IN; i++) w[i] = some[(i + i / IN) % 5];
+    for (int64_t i = 0; i < rows * IN; i++) of_x[i] = some[(i + i / 16 + 3) % 5];
+    const Dense a = {rows, IN, OUT, IN, BFLOAT16, 1, of_x, w, nullptr, nullptr};
+    const FewRows few = {rows, IN / 2, x};
+    for (int64_t step = 0; step < few.steps; step += TILE_STEPS) lay_out_few(a, few, step);
+    {
+        FewTiles tiles(few);
+        if (rows > ROWS) {
+            multiply_few<2, 2>(a, few, 0, sums);
+        } else {
+            multiply_few<1, 2>(a, few, 0, sums);
+        }
+    }
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t n = 0; n < OUT; n++) {
+            float sum = 0;
+            for (int64_t i = 0; i < IN; i++)
+                sum += float_of(of_x[r * IN + i] << 16) * float_of(w[n * IN + i] << 16);
+            if (sums[(r / ROWS * OUT + n) * ROWS + r % ROWS] != sum) return false;
+        }
+    return true;
+}
+
 static bool self_test() {
-    return products_are_right(MAX_K_BLOCKS) && products_are_right(3) && dense_products_are_right();
+    return products_are_right(MAX_K_BLOCKS) && products_are_right(3) &&
+           dense_products_are_right() && few_products_are_right(1) && few_products_are_right(21);
 }
 
 constexpr Path path() {

@@ -4,7 +4,7 @@
 // channels: blocks of panels are turned on the way, in registers for few rows, in cache for many.
 // The products of a run of steps are added in the order of the inputs, and then to those of the runs
 // before it. So a row's result is the same to the bit whatever else is computed beside it. A step of
-// decode is for dense_decode.h, but for bfloat16 on AMX.
+// decode is for dense_decode.h; few rows of bfloat16 on AMX are for dense_decode_amx.h.
 //
 // On every path it is, too, but for bfloat16 in pairs. There, the instruction says in which order two
 // products (AVX512-BF16) or those of 32 inputs (AMX) are added, and takes what is subnormal for zero
@@ -116,12 +116,10 @@ void lay_out(const Dense &a, const DenseInput &x, int64_t first, int64_t row, in
                       a.x_stride * size, smaller(steps * (PAIRS ? 2 : 1), a.in - input) * size,
                       ahead);
     for (int64_t s = 0; s < steps; s += WIDTH) {
-        if (DENSE_TILE_ROWS > WIDTH || rows == 1) {
-            for (int64_t r = 0; r < rows; r++) {
-                alignas(64) float some[WIDTH];
-                store_f(some, load_steps<TYPE, PAIRS>(a, first + row + r, step + s));
-                for (int64_t i = 0; i < WIDTH; i++) tile[dense_place(rows, r, s + i)] = some[i];
-            }
+        if (DENSE_TILE_ROWS > WIDTH || rows == 1) {  // WIDTH steps of a row lie side by side
+            for (int64_t r = 0; r < rows; r++)
+                store_f(tile + dense_place(rows, r, s),
+                        load_steps<TYPE, PAIRS>(a, first + row + r, step + s));
             continue;
         }
         VF square[WIDTH];
@@ -212,18 +210,26 @@ void load_panel(const Dense &a, int64_t panel, int64_t step, int64_t steps, floa
         }
 }
 
+// Where the sums of a row and panel p of a pass are among a thread's.
+inline float *dense_sums(float *own, int64_t row, int64_t p) {
+    return own + (p / GROUP_PANELS * DENSE_ROWS + row) * GROUP_LANES + p % GROUP_PANELS * LANES;
+}
+
+// So few panels at once, of all there are, that threads end at the same time.
+static int64_t fair_panels(int64_t panels) {
+    const int64_t fair = panels / max_threads() / 6 / DENSE_PANELS * DENSE_PANELS;
+    return fair < DENSE_PANELS ? DENSE_PANELS : smaller(fair, PASS_PANELS);
+}
+
 // Up to PASS_PANELS panels times all rows: a block of two of them stays in the first cache meanwhile,
 // and what a tile will write to is asked for before it begins.
 template <int64_t TYPE>
 void dense_many(const Dense &a, const DenseInput &x, int64_t first, int64_t panel,
                 int64_t panels, float *own, DenseTiles &tiles) {
-    const auto sums_of = [=](int64_t row, int64_t p) {
-        return own + (p / GROUP_PANELS * DENSE_ROWS + row) * GROUP_LANES + p % GROUP_PANELS * LANES;
-    };
     float *block = own + DENSE_SUMS;
     for (int64_t p = 0; p < panels; p += GROUP_PANELS)
         for (int64_t i = 0; i < x.rows * GROUP_LANES; i += WIDTH)
-            store_f(sums_of(0, p) + i, set_f(0));
+            store_f(dense_sums(own, 0, p) + i, set_f(0));
     int64_t step = 0;
     do {  // once without inputs, too
         const int64_t steps = smaller(DENSE_STEPS, x.steps - step);
@@ -235,7 +241,7 @@ void dense_many(const Dense &a, const DenseInput &x, int64_t first, int64_t pane
                 rows = dense_tile_rows(x.rows - row);
                 const bool last = step + steps == x.steps;
                 const int64_t real = last ? smaller(rows, a.rows - first - row) : 0;
-                float *out = sums_of(row, p);
+                float *out = dense_sums(own, row, p);
                 prefetch_rows<true>(out, GROUP_LANES * 4, some * LANES * 4, rows);
                 prefetch_results<TYPE>(a, first + row, real, panel + p, some);
                 tiles.multiply<IN_PAIRS<TYPE>>(
@@ -267,10 +273,7 @@ template <int64_t TYPE> Status dense_of(const Dense &a) {
                 lay_out<TYPE>(a, x, first, row, block * DENSE_STEPS);
         });
         if (dense_as_gemv<TYPE>(a, x, first)) continue;
-        // So few panels at once that threads end at the same time.
-        const int64_t fair = panels / max_threads() / 6 / DENSE_PANELS * DENSE_PANELS;
-        const int64_t part = fair < DENSE_PANELS ? DENSE_PANELS : smaller(fair, PASS_PANELS);
-        in_threads(panels, part, [&](const Share &share) {
+        in_threads(panels, fair_panels(panels), [&](const Share &share) {
             DenseTiles tiles;
             float *memory = x.x + held + share.thread * DENSE_OWN;
             take_parts(share, [&](int64_t panel, int64_t end) {

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -43,10 +44,17 @@ uint64_t enabled_state() {
     return uint64_t(high) << 32 | low;
 }
 
-// Asks Linux for room for tiles in what it saves of a thread; without it they raise SIGILL.
+// What became of AMX, in words.
+const char *amx_state = "absent";
+
+// Asks Linux for room for tiles in what it saves of a thread; without it they raise SIGILL. Signals
+// save them, too: where a thread has a stack for these that is too small, it is for the user to
+// have a larger one.
 bool tiles_are_permitted() {
     const long request_permission = 0x1023, tile_data = 18;
-    return !syscall(SYS_arch_prctl, request_permission, tile_data);
+    if (!syscall(SYS_arch_prctl, request_permission, tile_data)) return true;
+    amx_state = errno == ENOSPC ? "a thread's signal stack is too small" : "no permission";
+    return false;
 }
 
 // Runs the self-test in a child: tiles that crash or hang, under some hypervisor, take only that
@@ -54,11 +62,16 @@ bool tiles_are_permitted() {
 bool tiles_pass_test() {
     const int patience_ms = 5000;
     int ends[2];
-    if (pipe2(ends, O_CLOEXEC)) return false;
+    if (pipe2(ends, O_CLOEXEC)) {
+        amx_state = "no pipe for the self-test";
+        return false;
+    }
     const pid_t child = fork();
     if (!child) {
+        // No core is left, be it a file or what a program gets through a pipe, whatever its size.
         const struct rlimit none = {0, 0};
         setrlimit(RLIMIT_CORE, &none);
+        prctl(PR_SET_DUMPABLE, 0);
         for (int number = 1; number < NSIG; number++)
             if (!TRAPPED || number != SIGILL) signal(number, SIG_DFL);  // no traceback
         if (amx_path.self_test() && write(ends[1], "1", 1) != 1) _exit(2);
@@ -72,25 +85,16 @@ bool tiles_pass_test() {
         int ready;
         while ((ready = poll(&from, 1, patience_ms)) < 0 && errno == EINTR) {}
         passed = ready > 0 && read(ends[0], &answer, 1) == 1;
-        if (!ready) kill(child, SIGKILL);
+        if (ready <= 0) kill(child, SIGKILL);  // or it might be waited for in vain
         while (waitpid(child, nullptr, 0) < 0 && errno == EINTR) {}
     }
     close(ends[0]);
+    amx_state = passed ? "used" : child > 0 ? "self-test failed" : "no process for the self-test";
     return passed;
 }
-
-const char *amx_state = "absent";
 
 // Whether tiles, which this CPU and system have, may and do work.
-bool tiles_are_usable() {
-    if (!TRAPPED && !tiles_are_permitted()) {
-        amx_state = "no permission";
-        return false;
-    }
-    bool passed = tiles_pass_test();
-    amx_state = passed ? "used" : "self-test failed";
-    return passed;
-}
+bool tiles_are_usable() { return (TRAPPED || tiles_are_permitted()) && tiles_pass_test(); }
 
 // What the CPU can do and the system lets it.
 int64_t features() {

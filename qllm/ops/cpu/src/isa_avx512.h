@@ -31,7 +31,6 @@ inline VI and_i(VI a, VI b) { return _mm512_and_si512(a, b); }
 inline VI mul_i(VI a, VI b) { return _mm512_mullo_epi32(a, b); }
 template <int N> inline VI shift_left(VI a) { return _mm512_slli_epi32(a, N); }
 template <int N> inline VI shift_right(VI a) { return _mm512_srai_epi32(a, N); }
-inline VI min_i(VI a, VI b) { return _mm512_min_epi32(a, b); }
 inline VI max_i(VI a, VI b) { return _mm512_max_epi32(a, b); }
 inline int32_t sum_of_i(VI v) { return _mm512_reduce_add_epi32(v); }
 inline int32_t max_of_i(VI v) { return _mm512_reduce_max_epi32(v); }

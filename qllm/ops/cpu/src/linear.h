@@ -3,7 +3,8 @@
 // Activations become integers. A block of weights is unpacked to bytes, in cache or, for few rows,
 // in registers, and multiplied with tiles of operands in int32, which is exact.
 // Sums over blocks are in float32, one fused multiply-add each, in the order of the inputs. So a
-// row's result is the same to the bit whatever else is computed beside it, and on every path.
+// row's result is the same to the bit whatever else is computed beside it, and on every path, but for
+// prefill in bfloat16 and float16 on AMX (prefill_amx.h).
 #pragma once
 
 #include "activations.h"

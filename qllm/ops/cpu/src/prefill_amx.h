@@ -17,13 +17,14 @@
 namespace qllm {
 namespace {
 
-constexpr int64_t PREFILL_STEPS = 256;  // of a panel: 512 inputs
-constexpr int64_t PREFILL_PANELS = 2;   // that are dequantized at once: 32 KiB, which L1 holds
+// Of a panel: 256 inputs. Two panels of them stay in the first cache while all rows meet them: with
+// a tile's activations and sums they are 36 KiB, of 48; of 512 inputs that would be 68.
+constexpr int64_t PREFILL_STEPS = DENSE_STEPS;
+constexpr int64_t PREFILL_PANELS = DENSE_PANELS;  // that are dequantized at once
 constexpr int64_t K_BLOCK_STEPS = K_BLOCK / 2;
 
 // Floats of a thread's own: its sums, and what is dequantized.
-constexpr int64_t PREFILL_OWN =
-    DENSE_ROWS * GROUP_LANES + PREFILL_PANELS * PREFILL_STEPS * LANES;
+constexpr int64_t PREFILL_OWN = DENSE_SUMS + PREFILL_PANELS * PREFILL_STEPS * LANES;
 
 // Whether a layer's prefill runs so. This is the one place where that is decided: it has not been
 // measured on AMX yet. Groups have no gaps between them, and weights are in the range of bfloat16;
@@ -40,10 +41,9 @@ static void dequantize(const Linear &a, int64_t panel, int64_t step, int64_t ste
     const UnpackKBlock unpack = UNPACK_K_BLOCK[a.bits];
     alignas(64) uint8_t bytes[K_BLOCK * LANES];
     const int64_t end = (step + steps) / K_BLOCK_STEPS;
-    for (int64_t k_block = step / K_BLOCK_STEPS, group = -1; k_block < end; k_block++) {
+    for (int64_t k_block = step / K_BLOCK_STEPS; k_block < end; k_block++) {
         unpack(a.q + (panel * k_blocks + k_block) * 64 * a.bits, bytes);
-        group = k_block * K_BLOCK / a.group;
-        const int64_t at = (panel * groups + group) * LANES;
+        const int64_t at = (panel * groups + k_block * K_BLOCK / a.group) * LANES;
         const VF scale = load_as(a.scales, at, a.scale_type, WIDTH);
         const VI zero = a.zeros ? load_bytes(a.zeros + at) : set_i(1 << (a.bits - 1));
         // All of this is exact: scales have 11 bits, and 256 + zero has 9.
@@ -58,25 +58,34 @@ static void dequantize(const Linear &a, int64_t panel, int64_t step, int64_t ste
     }
 }
 
-// Up to PREFILL_PANELS panels times all rows.
+// Up to PASS_PANELS panels times all rows, which are read once for all of them.
 template <int64_t TYPE>
 void prefill_panels(const Linear &a, const Dense &dense, const DenseInput &x, int64_t first,
                     const uint8_t *fallback, int64_t panel, int64_t panels, float *own,
                     DenseTiles &tiles) {
-    float *sums = own, *weight = own + DENSE_ROWS * GROUP_LANES;
-    for (int64_t i = 0; i < x.rows * GROUP_LANES; i += WIDTH) store_f(sums + i, set_f(0));
+    float *weight = own + DENSE_SUMS;
+    for (int64_t p = 0; p < panels; p += GROUP_PANELS)
+        for (int64_t i = 0; i < x.rows * GROUP_LANES; i += WIDTH)
+            store_f(dense_sums(own, 0, p) + i, set_f(0));
     for (int64_t step = 0; step < x.steps; step += x.block) {
         const int64_t steps = smaller(x.block, x.steps - step);
-        for (int64_t p = 0; p < panels; p++)
-            dequantize(a, panel + p, step, steps, weight + p * steps * LANES);
-        for (int64_t row = 0; row < x.rows; row += DENSE_TILE_ROWS)
-            tiles.multiply<true>(
-                {weight, x.tile(row, step, steps), steps, steps, sums + row * GROUP_LANES},
-                dense_tile_rows(x.rows - row), panels);
+        for (int64_t p = 0; p < panels; p += PREFILL_PANELS) {
+            const int64_t some = smaller(PREFILL_PANELS, panels - p);
+            for (int64_t n = 0; n < some; n++)
+                dequantize(a, panel + p + n, step, steps, weight + n * steps * LANES);
+            for (int64_t row = 0, rows; row < x.rows; row += rows) {
+                rows = dense_tile_rows(x.rows - row);
+                float *out = dense_sums(own, row, p);
+                prefetch_rows<true>(out, GROUP_LANES * 4, some * LANES * 4, rows);
+                tiles.multiply<true>({weight, x.tile(row, step, steps), steps, steps, out}, rows,
+                                     some);
+            }
+        }
     }
     for (int64_t row = 0; row < x.rows && first + row < a.rows; row++) {
-        store_sums<TYPE>(dense, first + row, panel * LANES, panels * LANES,
-                         sums + row * GROUP_LANES);
+        for (int64_t p = 0; p < panels; p += GROUP_PANELS)
+            store_sums<TYPE>(dense, first + row, (panel + p) * LANES,
+                             smaller(GROUP_PANELS, panels - p) * LANES, dense_sums(own, row, p));
         if (fallback[row]) multiply_fallback_row(a, first + row, panel, panels);
     }
 }
@@ -104,7 +113,7 @@ template <int64_t TYPE> Status bf16_prefill(const Linear &a) {
             for (int64_t row = 0; row < x.rows; row += dense_tile_rows(x.rows - row))
                 lay_out<TYPE, true>(dense, x, first, row, block * x.block);
         });
-        in_threads(panels, PREFILL_PANELS, [&](const Share &share) {
+        in_threads(panels, fair_panels(panels), [&](const Share &share) {
             DenseTiles tiles;
             take_parts(share, [&](int64_t panel, int64_t end) {
                 prefill_panels<TYPE>(a, dense, x, first, fallback, panel, end - panel,
