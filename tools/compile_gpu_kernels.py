@@ -25,10 +25,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qllm.ops.gpu import prefill, tiles
+from qllm.ops.gpu import prefill, tiles, tuning
 from qllm.ops.gpu.attention import DESCRIBING, prefill_tile
 from qllm.ops.gpu.kernels import (
     attention,
+    descent,
     embedding,
     matmul,
     prefill_matmul,
@@ -225,6 +226,10 @@ def others(capability: str) -> Iterator[Job]:
     yield Job(
         "embedding", embedding.look_up_rows, tables, constants_of | {"AT_ONCE": 256}, 4, 1, False
     )
+    names = ("products", "values", "gradient", "scales", "low", "by_step", "out")
+    descended, cut = dict.fromkeys(names, "*fp32") | {"most": "fp32"}, {"BN": tuning.ROWS}
+    cut |= {"CHANNELS": tuning.MAX_CHANNELS}
+    yield Job("descent", descent.descend_block, descended, cut, tuning.WARPS, 1, False)
     chunks = {"CHUNK": 4096, "FUSED": True}
     yield Job("long rows to bytes", rows.quantize_rows, tensors, chunks, 16, 1, False)
     every = constants | {"NORM": 2, "ADD": True, "QUANTIZE": False}
