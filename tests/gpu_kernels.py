@@ -81,7 +81,7 @@ def _build_emulation(name: str, path: Path) -> None:
     subprocess.run([*command, "-o", str(path)], check=True)
 
 
-def decode_binary(source: str, options: list[str]) -> bytes:
+def decode_binary(source: str, options: list[str], kernel: str) -> bytes:
     """A binary of the decode emulation's: the constants of either kernel."""
     assert options[:2] == ["--std=c++17", "--gpu-architecture=sm_90"]
     given = dict(option.removeprefix("-D").split("=") for option in options[2:])
@@ -98,7 +98,7 @@ def emulate_hopper(library: ctypes.CDLL) -> None:
     device_of.architecture = lambda device: ("9.0", 132)
 
 
-def hopper_binary(source: str, options: list[str]) -> bytes:
+def hopper_binary(source: str, options: list[str], kernel: str) -> bytes:
     """A binary of the emulation's: the constants of either kernel."""
     assert options[:2] == ["--std=c++17", "--gpu-architecture=sm_90a"]
     given = dict(option.removeprefix("-D").split("=") for option in options[2:])

@@ -25,10 +25,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qllm.ops.gpu import prefill, tiles
+from qllm.ops.gpu import prefill, tiles, tuning
 from qllm.ops.gpu.attention import DESCRIBING, prefill_tile
 from qllm.ops.gpu.kernels import (
     attention,
+    descent,
     embedding,
     matmul,
     prefill_matmul,
@@ -79,7 +80,7 @@ def products(capability: str) -> Iterator[Job]:
     kinds.append(("int8", matmul.int8_matmul, int8, {"BK": 128, "PER_ROW": True}))
     for kind, kernel, tensors, constants in kinds:
         for count in (tiles.ROWS[0], tiles.ROWS[-1]):
-            tile = tiles.Tile(*tiles.entry(capability, kind)["tiles"][str(count)])
+            tile = tiles.tile_of(kind, count, capability)
             cut = {
                 "SPLIT_K": 4,
                 "PARALLEL": count == tiles.ROWS[0],
@@ -113,6 +114,29 @@ def products(capability: str) -> Iterator[Job]:
         "BN": 64,
     }
     yield Job("unpacking", matmul.unpack_weight, tensors, constants, 4, 1, False)
+
+
+def in_float32(capability: str) -> Iterator[Job]:
+    """What is multiplied without matrix units."""
+    tensors = dict.fromkeys(("x", "weight", "bias", "y", "partials"), "*fp32")
+    tensors |= {"counters": "*i32"}
+    for count in tiles.ROWS:
+        tile = tiles.tile_of("dense-float32", count, capability)
+        constants = {"BK": 64, "HAS_BIAS": True, "SPLIT_K": 4, "PARALLEL": count == tiles.ROWS[0]}
+        constants |= {"BM": tile.rows, "BN": tile.columns}
+        how = (tile.warps, tile.stages, True)
+        yield Job(f"float32, {count} rows", matmul.dense_matmul, tensors, constants, *how)
+    names = ("qkv", "cos", "sin", "keys", "values", "own_keys", "own_values", "slopes", "y")
+    tensors = dict.fromkeys(names, "*fp32")
+    tensors |= dict.fromkeys(("rows", "starts", "positions"), "*i64")
+    run = prefill_attention.prefill_attention
+    for dim, runs in ((128, False), (256, False), (128, True)):
+        width, *cut, warps, stages = prefill_tile(dim, torch.float32, False, runs=runs)
+        constants = {"DIM": dim, "FIRST": dim // 2, "WIDTH": width, "GROUP": 1, "BM": cut[0]}
+        constants |= {"BN": cut[1], "ROTATE": True, "SLOPE": not runs, "CAP": not runs}
+        constants |= {"WINDOW": not runs, "RUNS": runs, "DESCRIBED": False}
+        name = f"float32, attention, heads of {dim}{', to runs' if runs else ''}"
+        yield Job(name, run, tensors, constants, warps, stages, True)
 
 
 def prompts(capability: str) -> Iterator[Job]:
@@ -202,6 +226,10 @@ def others(capability: str) -> Iterator[Job]:
     yield Job(
         "embedding", embedding.look_up_rows, tables, constants_of | {"AT_ONCE": 256}, 4, 1, False
     )
+    names = ("products", "values", "gradient", "scales", "low", "by_step", "out")
+    descended, cut = dict.fromkeys(names, "*fp32") | {"most": "fp32"}, {"BN": tuning.ROWS}
+    cut |= {"CHANNELS": tuning.MAX_CHANNELS}
+    yield Job("descent", descent.descend_block, descended, cut, tuning.WARPS, 1, False)
     chunks = {"CHUNK": 4096, "FUSED": True}
     yield Job("long rows to bytes", rows.quantize_rows, tensors, chunks, 16, 1, False)
     every = constants | {"NORM": 2, "ADD": True, "QUANTIZE": False}
@@ -276,7 +304,7 @@ def main() -> None:
     names = tuple(word for word in sys.argv[1:] if not word.isdecimal()) or ("",)
     for capability in capabilities:
         name = f"{capability // 10}.{capability % 10}"
-        for job in (*products(name), *prompts(name), *others(name)):
+        for job in (*products(name), *in_float32(name), *prompts(name), *others(name)):
             if job.name.startswith(names):
                 print(json.dumps(build(job, capability)), flush=True)
 

@@ -43,6 +43,11 @@ class Norm(nn.Module, ABC):
         self.op += "_int8"
         self.options += (linear.input_scale,)
 
+    def round_no_more(self) -> None:
+        """Undo `round_for`: what stands behind the norm now takes rows as they are."""
+        if self.op != type(self).op:
+            self.op, self.options = type(self).op, self.options[:-1]
+
     def divide(self, scales: Tensor) -> None:
         """Divide what the norm gives by `scales` (C,)."""
         # The whole weight: a half type would lose digits of a small one that is less its offset.

@@ -25,6 +25,7 @@ from qllm.ops.gpu import device as gpu
 from qllm.ops.gpu import layout as gpu_layout
 from qllm.ops.gpu import linear as gpu_linear
 from qllm.ops.gpu import rows as gpu_rows
+from qllm.ops.gpu import tuning as gpu_tuning
 from qllm.quant.packing import PackedWeight
 
 INTERPRETED = "TRITON_INTERPRET=1 asks for the GPU kernels"
@@ -218,6 +219,7 @@ GPU_SIMPLE: dict[str, Callable[..., Any]] = {  # which return tensors, or `Int8R
     "rms_norm_int8": gpu_rows.rms_norm_int8,
     "rms_norm": gpu_rows.rms_norm,
     "qk_norm": gpu_rows.qk_norm,
+    "descend_block": gpu_tuning.descend_block,
 }
 
 

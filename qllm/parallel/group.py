@@ -84,7 +84,8 @@ class Group:
         """
         bits = x.view(INTEGERS[x.element_size()])
         parts, out = bits.new_empty(self.size, *bits.shape), torch.empty_like(bits)
-        collect = self._collect(bits, list(parts))
+        # Bytes, since NCCL knows no integers of 16 bits.
+        collect = self._collect(bits.view(torch.uint8), list(parts.view(torch.uint8)))
 
         def run() -> None:
             fill()

@@ -21,7 +21,7 @@ from qllm.plan.candidates import key
 from qllm.plan.cluster_file import read_cluster
 from qllm.plan.devices import Device
 from qllm.plan.measure import Job, measure
-from qllm.plan.network import measure_stages
+from qllm.plan.network import measure_hops, measure_stages
 from qllm.plan.probe import FORMAT, probe
 from qllm.plan.sensitivity import Sensitivity, write
 from qllm.progress import Meter
@@ -68,7 +68,8 @@ def describe_machine(
 ) -> dict[str, object]:
     """This machine, measured, as the only device of a cluster, for `read_cluster`.
 
-    The network is what joins two of this machine's processes; stages share its CPU.
+    The network is what joins two of this machine's processes; stages share its CPU, of which
+    nothing is measured where the device is another one.
 
     Args:
         specs: whose products are measured.
@@ -79,14 +80,16 @@ def describe_machine(
     dtype = dtype or torch.float16
     speed = probe(specs, dtype, device, progress)
     threads = torch.get_num_threads()
-    network, beside = measure_stages(threads, dtype, speed)
     entry: dict[str, object] = {
         "name": f"{platform.node()} {device}, {threads} threads",
         "host": platform.node(),
         "memory": available_bytes(device),
     }
     if device == "cpu":
+        network, beside = measure_stages(threads, dtype, speed)
         entry |= {"threads": threads, "processors": usable_cpus(), **beside}
+    else:
+        network = measure_hops(threads)
     entry["measured"] = speed.to_json()
     return {"devices": [entry], "network": network}
 

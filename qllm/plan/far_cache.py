@@ -40,7 +40,7 @@ class FarCaches:
 
     def calls(self) -> Iterator[tuple[tuple[int, bool], Call]]:
         """Attention of caches in turn, and their number; by tokens, and whether they are far."""
-        attend = ops.on(self._device).decode_attention
+        attend = ops.on(torch.device(self._device).type).decode_attention
         shape = SEQUENCES, 3 * HEADS * CHANNELS
         qkv = torch.ones(shape, dtype=self._dtype, device=self._device)
         for tokens, caches in self._caches.items():
@@ -49,10 +49,12 @@ class FarCaches:
                 some = caches if far else caches[: max(1, self._near // self._bytes(tokens))]
 
                 def run(some: list[KV] = some, batch: Batch = batch) -> None:
-                    for kv in some:
-                        attend(qkv, kv, batch, None, None)
+                    # Here, since a GPU's graph is captured when it is replayed first.
+                    with phase.decode():
+                        for kv in some:
+                            attend(qkv, kv, batch, None, None)
 
-                with torch.inference_mode(), phase.decode():
+                with torch.inference_mode():
                     step = capture(run, torch.device(self._device), alone=True)
                 yield (tokens, far), (step.replay, len(some))
 

@@ -69,12 +69,11 @@ def measure_stages(
     Raises:
         UserError: a process failed.
     """
-    told = {"dtype": str(dtype).removeprefix("torch.")}
     two, three = (
-        json.loads(run_ranks(__spec__.name, told, [threads] * count, "stages")) for count in (2, 3)
+        _run_stages(threads, count, str(dtype).removeprefix("torch.")) for count in (2, 3)
     )
-    small, large = two["hops"]
-    network = {"bandwidth": (LARGE - SMALL) * 16 / max(large - small, 1e-9), "latency": small}
+    network = _network(two)
+    small = network["latency"]
     passes = {name: speed.step(1, decode=name == "decode") for name in PHASES}
     share = threads / usable_cpus()
     of_stage, crowded = (
@@ -88,6 +87,21 @@ def measure_stages(
         "stage_passes": of_stage,
         "crowding": {name: max(0.0, crowded[name] - of_stage[name]) for name in STAGE_PASSES},
     }
+
+
+def measure_hops(threads: int) -> dict[str, float]:
+    """The first of what `measure_stages` returns alone: of a GPU stages of the CPU say nothing."""
+    return _network(_run_stages(threads, 2, None))
+
+
+def _run_stages(threads: int, count: int, dtype: str | None) -> dict[str, Any]:
+    """What the processes print; with no type of activations, of the way between them alone."""
+    return json.loads(run_ranks(__spec__.name, {"dtype": dtype}, [threads] * count, "stages"))
+
+
+def _network(measured: Mapping[str, Any]) -> dict[str, float]:
+    small, large = measured["hops"]
+    return {"bandwidth": (LARGE - SMALL) * 16 / max(large - small, 1e-9), "latency": small}
 
 
 def _of_stages(
@@ -213,17 +227,23 @@ def main() -> None:
     count = int(os.environ["WORLD_SIZE"])
     with session(ParallelConfig(pp=count)) as joined:
         joined.compare(told)
-        stage, dtype = PipelineStage(joined.pp), getattr(torch, told["dtype"])
+        stage = PipelineStage(joined.pp)
         hops: dict[int, list[float]] = {SMALL: [], LARGE: []}
 
         def send() -> None:
             for values, rounds in zip(hops, ROUNDS, strict=True):
                 hops[values] += _hops(stage, values, rounds if count == 2 else 0)
 
-        # Where there are more processors, three do not crowd them by themselves.
-        with _crowded(joined.links) if count > 2 else nullcontext():
-            near = _passes(joined, dtype, NEAR, send)
-            found: dict[str, object] = {"near": near, "far": _passes(joined, dtype, FAR)}
+        found: dict[str, object] = {}
+        if told["dtype"] is None:
+            for _ in range(NEAR.repeats):
+                send()
+        else:
+            dtype = getattr(torch, told["dtype"])
+            # Where there are more processors, three do not crowd them by themselves.
+            with _crowded(joined.links) if count > 2 else nullcontext():
+                near = _passes(joined, dtype, NEAR, send)
+                found |= {"near": near, "far": _passes(joined, dtype, FAR)}
         if count == 2:
             found["hops"] = [undisturbed(times) for times in hops.values()]
     if os.environ["RANK"] == "0":

@@ -11,6 +11,7 @@ weights: a step keeps what is in front of each layer, and computes each once mor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -171,6 +172,7 @@ class _Student:
         table = model.embed.linear if isinstance(model.embed, QuantizedEmbedding) else None
         for name, module in list(model.named_modules()):
             if isinstance(module, Norm):
+                module.round_no_more()
                 for key, buffer in list(module.named_buffers()):
                     setattr(module, key, buffer.float())
             elif isinstance(module, WeightOnlyLinear) and module is not table:
@@ -197,10 +199,25 @@ class _Student:
         step = Prefill([length] * len(samples), None, model.positions, x)
         for layer in model.layers:
             if self.again:
-                x = checkpoint(layer, x, step, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(
+                    layer,
+                    x,
+                    step,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=_contexts,
+                )
             else:
                 x = layer(x, step)
         return x
+
+
+def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """What a layer is computed in, and computed once more in.
+
+    The second is on the thread that goes back, on GPUs one of autograd's own, which is in no mode.
+    """
+    return nullcontext(), ops.differentiable()
 
 
 def _activations(config: ModelConfig, tokens: int, length: int, layers: int | None = None) -> int:

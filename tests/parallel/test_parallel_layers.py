@@ -34,6 +34,7 @@ from qllm.parallel import (
     shard_linear,
     shard_mlp,
 )
+from qllm.parallel.group import Group
 from qllm.quant.packing import PackedWeight, pack, unpack
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cpu_kernels")
@@ -273,6 +274,20 @@ def test_embedding(world, dtype):
     tokens = torch.arange(67)
     got = in_group(world, lambda group: shard_embedding(table, group)(tokens))
     assert all(same(y, table) for y in got)
+
+
+def test_embeddings_of_16_bits_are_exchanged_as_what_every_library_knows(monkeypatch):
+    """NCCL has no integers of 16 bits."""
+    collect, seen = Group._collect, set()
+
+    def watch(self, x, outs):
+        seen.update(each.dtype for each in (x, *outs))
+        return collect(self, x, outs)
+
+    monkeypatch.setattr(Group, "_collect", watch)
+    table = normal(67, 24).half()
+    got = in_group(2, lambda group: shard_embedding(table, group)(torch.arange(67)))
+    assert all(same(y, table) for y in got) and seen == {torch.uint8}
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from qllm.plan import network
+from qllm.config import QuantSpec
+from qllm.plan import cached, network
 from qllm.plan.devices import DescribedSpeed
 from qllm.plan.network import _beside_layers
 
@@ -62,3 +63,29 @@ def test_stages_of_what_no_cache_keeps_tell_contention_and_what_their_steps_take
         found = beside[key]
         assert {name: found[name] for name in nothing} == nothing
         assert found["far_decode"] == pytest.approx(far)
+
+
+def test_of_a_gpu_hops_are_measured_alone(monkeypatch):
+    """What a GPU takes says nothing of stages on the CPU, of which what it takes was subtracted."""
+    asked: list[tuple] = []
+
+    def run_ranks(module: str, told: dict, threads: list[int], what: str) -> str:
+        asked.append((told, threads))
+        return json.dumps({"hops": [0.25, 0.25 + (network.LARGE - network.SMALL) * 16]})
+
+    monkeypatch.setattr(network, "run_ranks", run_ranks)
+    monkeypatch.setattr(cached, "probe", lambda *_: DescribedSpeed(1.0, 1.0, 1.0))
+    monkeypatch.setattr(DescribedSpeed, "to_json", lambda self: {}, raising=False)
+    monkeypatch.setattr(cached.ops, "prepare", lambda device: None)
+    monkeypatch.setattr(cached, "available_bytes", lambda device: 5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    found = cached.describe_machine([QuantSpec()], None, "cuda:0", iter)
+    assert asked == [({"dtype": None}, [3, 3])]
+    assert found["network"] == {"latency": 0.25, "bandwidth": pytest.approx(1.0)}
+    assert set(found["devices"][0]) == {"name", "host", "memory", "measured"}
+
+
+@pytest.mark.slow
+def test_hops_of_two_processes():
+    found = network.measure_hops(1)
+    assert 0 < found["latency"] < 1 and found["bandwidth"] > 0

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from qllm import ops
 from qllm.config import QuantSpec
+from qllm.ops import phase
 from qllm.ops.cpu import library, linear
 from qllm.parallel.group import Group
 from qllm.parallel.pipeline import ParallelContext
@@ -82,8 +85,8 @@ def test_what_steps_take_on_top_where_no_cache_keeps_them_is_told(monkeypatch):
     models = found._models
     for kind in models.models:
         for batch, context in kind.work():
-            for phase in PHASES:
-                models.times[phase, kind, batch, context] = [1.0]
+            for name in PHASES:
+                models.times[name, kind, batch, context] = [1.0]
     alone = replace(found.speed(), among_others=0.0)
     for kind, model in models.models.items():
         held = sum(module.nbytes() for module in probed_models.linears(model).values())
@@ -149,3 +152,46 @@ def test_a_stage_of_a_random_model_runs_its_own_layers_alone(rank, layers):
     model = random_decoder("opt", 8, 1, 32, 4, FOUR, torch.float32, "cpu", parallel=parallel)
     assert list(model.device_map) == [layers]
     assert [layer.has_attention for layer in model.layers] == [i in layers for i in range(4)]
+
+
+@pytest.fixture
+def replayed_later(monkeypatch):
+    """A capture runs what it is given whenever it is replayed, as a GPU's graph first does."""
+
+    def capture(run, device, *, alone):
+        return SimpleNamespace(replay=run)
+
+    for module in (probe, far_cache):
+        monkeypatch.setattr(module, "capture", capture)
+
+
+@pytest.mark.usefixtures("replayed_later")
+@pytest.mark.parametrize("name", ["prefill", "decode"])
+def test_products_of_steps_are_those_of_steps_whenever_they_are_captured(name):
+    seen: list[bool] = []
+
+    class Product:
+        in_features = 4
+
+        def __call__(self, x: torch.Tensor) -> None:
+            seen.append(phase.decoding())
+
+    run, count = probe._product([Product()], 1, torch.float32, "cpu", name)
+    seen.clear()
+    run()
+    assert count == 1 and seen == [name == "decode"] and not phase.decoding()
+
+
+@pytest.mark.usefixtures("replayed_later")
+def test_attention_of_steps_is_that_of_the_device_whatever_its_number(monkeypatch):
+    asked: list[str] = []
+    seen: list[bool] = []
+
+    def on(device: str) -> SimpleNamespace:
+        asked.append(device)
+        return SimpleNamespace(decode_attention=lambda *_: seen.append(phase.decoding()))
+
+    monkeypatch.setattr(ops, "on", on)
+    for _, (run, _) in far_cache.FarCaches(1 << 20, 1 << 20, torch.float16, "cpu:0").calls():
+        run()
+    assert asked == ["cpu"] and set(seen) == {True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from qllm.models import Decoder
 from qllm.quant.algorithm import DistillOptions, QuantizeOptions, TuneOptions
 from qllm.quant.packing import unpack
 from qllm.quant.rtn import quantize_rtn
-from qllm.quantizer import checkpoint, refine
+from qllm.quantizer import checkpoint, distill, refine
 from qllm.quantizer import tune as tune_module
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.distill import ScaledLinear
@@ -333,3 +334,50 @@ def test_scales_are_stepped_as_by_torch():
         linear.step(number, rate)
         adam.step()
     assert torch.equal(linear.factors, expected)
+
+
+def tuned_scales(model: Decoder) -> tuple[dict[str, torch.Tensor], float, float]:
+    """What tuning finds in two steps, of a model that is to put out zeros."""
+    targets = torch.zeros(3, 8, model.config.hidden_size)
+    options = DistillOptions(steps=2, batch=2, rate=0.01)
+    with torch.no_grad():
+        return distill.tune_scales(model, samples(3, 8), targets, None, options, lambda _: None)
+
+
+def test_layers_are_computed_again_on_whatever_thread_goes_back(tmp_path, monkeypatch):
+    """On GPUs it is one of autograd's own, which is in none of the modes of the one that asks."""
+    source, backward = saved("llama", tmp_path), torch.Tensor.backward
+    expected, *divergences = tuned_scales(load(source, "4"))
+
+    def on_another_thread(self: torch.Tensor, *given: torch.Tensor) -> None:
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                backward(self, *given)
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        for error in errors:
+            raise error
+
+    monkeypatch.setattr(distill, "ACTIVATIONS_AT_ONCE", 0)
+    monkeypatch.setattr(torch.Tensor, "backward", on_another_thread)
+    found, *again = tuned_scales(load(source, "4"))
+    assert (
+        again == pytest.approx(divergences, rel=1e-5) and found.keys() == expected.keys() != set()
+    )
+    for name, scales in found.items():
+        torch.testing.assert_close(scales, expected[name])
+
+
+def test_norms_in_front_of_int8_layers_are_no_longer_theirs(tmp_path, gpu):
+    """On GPUs they make int8 of what they put out, which matrices in their place cannot take."""
+    source, plan = saved("llama", tmp_path), plan_of({".*": "4", "mlp": "8:tc-li"}, "rtn")
+    model = load(source, plan=plan, device=gpu)
+    assert model.layers[0].mlp_norm.op == "rms_norm_int8"
+    _, before, after = tuned_scales(model)
+    assert model.layers[0].mlp_norm.op == "rms_norm" and 0 < after < before

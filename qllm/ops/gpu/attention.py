@@ -180,9 +180,8 @@ def attend(
     (_, kv_heads, capacity, dim), runs = cache[0].shape, own is not None
     heads, (first, count) = y.shape[1] // dim, part or (0, len(batch.rows))
     described = can_describe(cache[0]) if described is None else described
-    width, tokens, keys_at_once, warps, stages = prefill_tile(dim, qkv.dtype, described)
-    if runs:
-        tokens = RUN
+    tile = prefill_tile(dim, qkv.dtype, described, runs=runs)
+    width, tokens, keys_at_once, warps, stages = tile
     if runs or scores.window:
         keys_at_once = min(keys_at_once, RUN)
     blocks = (batch.max_tokens + tokens - 2) // tokens + 1
@@ -239,16 +238,26 @@ def undescribed_reason(device: torch.device) -> str | None:
 # Of tokens that are loaded by descriptors, and by pointers, which take registers: of heads of up to
 # 128 columns, tokens and keys that a program takes at once, warps and stages.
 TILE, TILE_OF_POINTERS = (64, 64, 4, 2), (64, 64, 8, 2)
+# The same in float32, which no matrix unit multiplies, by the columns up to which one serves: each
+# thread has all columns of what it multiplies in registers. And to runs, whose tokens are as many.
+FLOAT_TILES = {64: (32, 32, 4, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)}
+FLOAT_TILE_OF_RUNS = (RUN, 16, 16, 2)
 
 
-def prefill_tile(dim: int, dtype: torch.dtype, described: bool) -> tuple[int, int, int, int, int]:
+def prefill_tile(
+    dim: int, dtype: torch.dtype, described: bool, *, runs: bool = False
+) -> tuple[int, int, int, int, int]:
     """Padded columns of a head, tokens and keys that a program takes at once, warps and stages."""
     width = padded_count(dim)
     if dtype == torch.float32:
-        return width, 32, 32, 4, 2
+        if runs:
+            return width, *FLOAT_TILE_OF_RUNS
+        largest = max(FLOAT_TILES)
+        return width, *FLOAT_TILES[next((n for n in FLOAT_TILES if width <= n), largest)]
+    tile = TILE if described else TILE_OF_POINTERS
     if width > 128:
-        return width, 64, 32, 8, 2
-    return width, *(TILE if described else TILE_OF_POINTERS)
+        tile = (64, 32, 8, 2)
+    return width, RUN if runs else tile[0], *tile[1:]
 
 
 def _self_test(device: torch.device) -> str | None:

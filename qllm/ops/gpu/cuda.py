@@ -46,7 +46,8 @@ def kernel(name: str, constants: NamedTuple, device: torch.device) -> ctypes.c_v
     """A kernel, compiled for a device."""
     architecture, _ = device_of.architecture(device)
     target = f"--gpu-architecture=sm_{architecture.replace('.', '')}"
-    binary = nvrtc.compile_cached(source(name), ["--std=c++17", target, *options(constants)])
+    words = ["--std=c++17", target, *options(constants)]
+    binary = nvrtc.compile_cached(source(name), words, name)
     return driver.load(binary, device, name)
 
 

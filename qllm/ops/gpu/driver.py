@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -42,15 +43,6 @@ class TensorMap(ctypes.Structure):
     _fields_ = (("words", ctypes.c_uint64 * 16),)
 
 
-class _Thread(threading.local):
-    """Whether this thread has a context, which the driver, unlike torch, does not make."""
-
-    ready = False
-
-
-_thread = _Thread()
-
-
 @cache
 def library() -> ctypes.CDLL:
     """The driver's library.
@@ -71,9 +63,9 @@ def load(binary: bytes, device: torch.device, name: str) -> ctypes.c_void_p:
         RuntimeError: the driver refuses it.
     """
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    _take_context(device)
-    _call("cuModuleLoadData", ctypes.byref(module), binary)
-    _call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+    with _context_of(device):
+        _call("cuModuleLoadData", ctypes.byref(module), binary)
+        _call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
     return function
 
 
@@ -92,7 +84,6 @@ def launch(
     Raises:
         RuntimeError: the driver refuses.
     """
-    _take_context(device)
     attributes = (Attribute * 2)()
     count = 0
     if early:
@@ -108,7 +99,8 @@ def launch(
         config.stream = torch.cuda.current_stream(device).cuda_stream
     config.attributes, config.attribute_count = attributes, count
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-    _call("cuLaunchKernelEx", ctypes.byref(config), function, parameters, None)
+    with _context_of(device):
+        _call("cuLaunchKernelEx", ctypes.byref(config), function, parameters, None)
 
 
 def allow_shared(function: ctypes.c_void_p, size: int) -> None:
@@ -138,36 +130,52 @@ def tensor_map(
     Raises:
         RuntimeError: the driver refuses.
     """
-    _take_context(device)
     space = ctypes.create_string_buffer(ctypes.sizeof(TensorMap) + TENSOR_MAP_ALIGNMENT)
     made = TensorMap.from_buffer(space, -ctypes.addressof(space) % TENSOR_MAP_ALIGNMENT)
-    _call(
-        "cuTensorMapEncodeTiled",
-        ctypes.byref(made),
-        UINT_OF_BYTES[size],
-        2,
-        ctypes.c_void_p(pointer),
-        (ctypes.c_uint64 * 2)(*reversed(shape)),
-        (ctypes.c_uint64 * 1)(stride),
-        (ctypes.c_uint32 * 2)(*reversed(tile)),
-        (ctypes.c_uint32 * 2)(1, 1),
-        0,
-        SWIZZLE_128B if swizzle else 0,
-        L2_PROMOTION_256B,
-        0,
-    )
+    with _context_of(device):
+        _call(
+            "cuTensorMapEncodeTiled",
+            ctypes.byref(made),
+            UINT_OF_BYTES[size],
+            2,
+            ctypes.c_void_p(pointer),
+            (ctypes.c_uint64 * 2)(*reversed(shape)),
+            (ctypes.c_uint64 * 1)(stride),
+            (ctypes.c_uint32 * 2)(*reversed(tile)),
+            (ctypes.c_uint32 * 2)(1, 1),
+            0,
+            SWIZZLE_128B if swizzle else 0,
+            L2_PROMOTION_256B,
+            0,
+        )
     return made
 
 
-def _take_context(device: torch.device) -> None:
-    if _thread.ready:
+@contextmanager
+def _context_of(device: torch.device) -> Iterator[None]:
+    """Makes a device's context this thread's inside, which the driver, unlike torch, does not do.
+
+    The one before is torch's current device, and is left as it was, but in a thread without one.
+    """
+    before, own = ctypes.c_void_p(), _primary_context(device.index or 0)
+    _call("cuCtxGetCurrent", ctypes.byref(before))
+    if before.value == own.value:
+        yield
         return
-    context, number = ctypes.c_void_p(), device.index or 0
-    _call("cuCtxGetCurrent", ctypes.byref(context))
-    if not context:
-        _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), number)
-        _call("cuCtxSetCurrent", context)
-    _thread.ready = True
+    _call("cuCtxSetCurrent", own)
+    try:
+        yield
+    finally:
+        if before:
+            _call("cuCtxSetCurrent", before)
+
+
+@cache
+def _primary_context(number: int) -> ctypes.c_void_p:
+    """A device's context that torch uses, too."""
+    context = ctypes.c_void_p()
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), number)
+    return context
 
 
 def _call(name: str, *arguments: object) -> None:

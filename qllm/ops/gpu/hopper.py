@@ -181,7 +181,7 @@ def kernel(
     """
     target = f"--gpu-architecture=sm_{CAPABILITY.replace('.', '')}a"
     options = ["--std=c++17", target, *cuda.options(constants)]
-    binary = nvrtc.compile_cached(cuda.source(*source), options)
+    binary = nvrtc.compile_cached(cuda.source(*source), options, source[0])
     function = driver.load(binary, device, source[0])
     driver.allow_shared(function, shared_bytes)
     return function

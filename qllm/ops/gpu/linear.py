@@ -124,18 +124,20 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     prompt = not phase.decoding() and prefill.takes_dense(x, weight)
     if prompt and not prefill.dense_unsupported_reason(x.device):
         return prefill.dense_linear(x, weight, bias)
-    few = len(x) <= FEW_ROWS
+    # A library's sums depend on the number of rows, which those of a step, whose work the heads of
+    # prompts are as well, must not.
+    few = len(x) <= FEW_ROWS or phase.decoding()
     return (few_rows_dense_linear if few else dense_reference)(x, weight, bias)
 
 
 def about_dense() -> str:
     """The same of `dense_linear`."""
-    beyond = f"up to {FEW_ROWS} rows, a library's product beyond"
+    beyond = f"a library's product of prompts beyond {FEW_ROWS} rows"
     if device.interpreting():
-        return f"{device.about()} {beyond}"
+        return f"{device.about()}; {beyond}"
     if reason := prefill.dense_unsupported_reason(torch.device("cuda", 0)):
-        return f"{device.about()} {beyond}: {reason}"
-    return f"{device.about()}; prompts by tensor descriptors; steps {beyond}"
+        return f"{device.about()}; {beyond}: {reason}"
+    return f"{device.about()}; prompts by tensor descriptors; else {beyond}"
 
 
 def few_rows_dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -144,9 +146,11 @@ def few_rows_dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
     x, weight = side_by_side(x), weight.to(x.dtype).contiguous()
     inputs, outputs = x.shape[1], len(weight)
+    # In float32 no matrix unit multiplies, and larger tiles do not fit into registers.
+    kind = "dense-float32" if x.dtype == torch.float32 else "dense"
     return _multiply(
         dense_matmul,
-        "dense",
+        kind,
         (x, x.stride(0), weight),
         bias,
         (inputs, outputs, -(-inputs // DENSE_BLOCK)),

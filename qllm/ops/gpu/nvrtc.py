@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -50,11 +50,12 @@ def _names() -> Iterator[str]:
         yield f"libnvrtc.so.{version}"
 
 
-def compile_cached(source: str, options: Sequence[str]) -> bytes:
+def compile_cached(source: str, options: Sequence[str], kernel: str) -> bytes:
     """The binary of a source for one compute capability, from the cache where it was made before.
 
     Args:
         options: of the compiler, such as --gpu-architecture=sm_90.
+        kernel: its name, for what the compiler says.
 
     Raises:
         Unavailable: there is no compiler, or it refuses.
@@ -63,7 +64,7 @@ def compile_cached(source: str, options: Sequence[str]) -> bytes:
     if found := kept.read(name):
         return found
     say_that_it_compiles()
-    made = compile(source, options)
+    made = compile(source, options, kernel)
     kept.write(name, made)
     return made
 
@@ -75,24 +76,29 @@ def version() -> tuple[int, int]:
     return major.value, minor.value
 
 
-def compile(source: str, options: Sequence[str]) -> bytes:
+def compile(source: str, options: Sequence[str], kernel: str) -> bytes:
     """`compile_cached`, without the cache."""
     own, program = library(), ctypes.c_void_p()
-    words = [option.encode() for option in options]
-    own.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"decode.cu", 0, None, None)
+    words, name = [option.encode() for option in options], f"{kernel}.cu".encode()
+    _call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), name, 0, None, None)
     try:
         if own.nvrtcCompileProgram(program, len(words), (ctypes.c_char_p * len(words))(*words)):
-            said = _text(own.nvrtcGetProgramLogSize, own.nvrtcGetProgramLog, program)
+            said = _output("nvrtcGetProgramLog", program)
             reason = first_line(ValueError(said.rstrip(b"\0").decode(errors="replace")))
             raise Unavailable(f"NVRTC {'.'.join(map(str, version()))} refuses: {reason}")
-        return _text(own.nvrtcGetCUBINSize, own.nvrtcGetCUBIN, program)
+        return _output("nvrtcGetCUBIN", program)
     finally:
         own.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _text(size_of: Callable[..., int], get: Callable[..., int], program: ctypes.c_void_p) -> bytes:
+def _output(name: str, program: ctypes.c_void_p) -> bytes:
     size = ctypes.c_size_t()
-    size_of(program, ctypes.byref(size))
+    _call(f"{name}Size", program, ctypes.byref(size))
     found = ctypes.create_string_buffer(size.value)
-    get(program, found)
+    _call(name, program, found)
     return found.raw
+
+
+def _call(name: str, *arguments: object) -> None:
+    if status := getattr(library(), name)(*arguments):
+        raise Unavailable(f"{name} of NVRTC {'.'.join(map(str, version()))} failed: error {status}")

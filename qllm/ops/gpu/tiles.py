@@ -81,7 +81,7 @@ def plan(kind: str, rows: int, columns: int, blocks: int, architecture: str, num
     """How to compute a product of `rows` rows of x and `columns` of the weight.
 
     Args:
-        kind: "packed-4" and the like for 4 bits, "dense" or "int8".
+        kind: "packed-4" and the like for 4 bits, "dense", "dense-float32" or "int8".
         blocks: of K.
     """
     tile = tile_of(kind, rows, architecture)

@@ -223,6 +223,14 @@ int cuCtxGetCurrent(void** context) {
     return 0;
 }
 
+int cuDevicePrimaryCtxRetain(void** context, int) {
+    return cuCtxGetCurrent(context);
+}
+
+int cuCtxSetCurrent(void*) {
+    return 0;
+}
+
 int cuModuleGetFunction(void** function, void* module, const char* name) {
     return find_function(function, module, name, "decode", "decode_int8");
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -13,9 +14,9 @@ from conftest import ROOT
 # Of a compute capability: bytes of shared memory that a program may have, what multiplies, and how
 # many kernels there are.
 TARGETS = {
-    80: (163 << 10, "HMMA", "IMMA", 37),
-    90: (227 << 10, "HGMMA", "IGMMA", 47),
-    120: (99 << 10, "HMMA", "IMMA", 47),
+    80: (163 << 10, "HMMA", "IMMA", 45),
+    90: (227 << 10, "HGMMA", "IGMMA", 55),
+    120: (99 << 10, "HMMA", "IMMA", 55),
 }
 # Instructions that do not round as IEEE 754 says, or not after each step, by the beginnings of the
 # names of kernels that may have them. No other may: those meet the reference to the bit, in their
@@ -30,12 +31,19 @@ MAY = {
     # Exponentials and means, off by two last digits of float32, where 16 bits are kept.
     "attention": {"fma.rn.f32", "ex2.approx.ftz.f32", "ex2.approx.f32", "div.full.f32"},
     "activation": {"fma.rn.f32", "ex2.approx.f32"},
+    "float32": {"fma.rn.f32", "ex2.approx.ftz.f32", "ex2.approx.f32", "div.full.f32"},
+}
+# Bytes of registers that may go to memory: of a version of Triton, a compute capability and a
+# kernel.
+MAY_SPILL = {
+    ("3.6", 90, "packed-3, 256 rows"): 32,
+    ("3.6", 90, "float32, attention, heads of 256"): 24,
 }
 # Kernels of each kind: products of bits and of integers, attention, norms.
 SOME = (
     *("packed-3, 16", "int8, 16", "layer norm", "attention of prefill", "activation"),
     *("prompts-4, 256", "prompts, 256", "attention, heads of 64, keys and values of 8"),
-    "attention to runs",
+    *("attention to runs", "float32", "descent"),
 )
 
 
@@ -55,9 +63,12 @@ def test_kernels_fit_into_registers_use_the_matrix_units_and_round_as_they_shoul
     assert done.returncode == 0, done.stderr
     shared, floats, integers, count = TARGETS[capability]
     kernels = {found["kernel"]: found for found in map(json.loads, done.stdout.splitlines())}
-    assert len(kernels) == (len(names) + 1 if names else count)  # of activations there are two
+    # Of activations there are two, and in float32 seven.
+    assert len(kernels) == (len(names) + 7 if names else count)
+    version = ".".join(importlib.metadata.version("triton").split(".")[:2])
     for name, found in kernels.items():
-        assert found["stack"] == 0, f"{name}: registers go to memory"
+        spilled = MAY_SPILL.get((version, capability, name), 0)
+        assert found["stack"] <= spilled, f"{name}: registers go to memory"
         assert found["shared"] <= shared, name
         if name.startswith(("packed", "offsets", "dense", "prompts")):
             assert floats in found["instructions"], name
@@ -68,6 +79,8 @@ def test_kernels_fit_into_registers_use_the_matrix_units_and_round_as_they_shoul
         if "to int8" in name or name.startswith(("long rows", "quantizing")):
             add, less = found["nearest"]  # of int8, the lowest byte is what is taken
             assert add > 0 and less == (add if name.startswith("quantizing") else 0), name
+        if name == "descent":
+            assert found["nearest"][0] == found["nearest"][1] > 0
         if found["waits"]:  # for what the kernel in front writes
             assert capability >= 90 and found["before"] == 0, name
         if "norm" in name or name.startswith(("activation", "attention, heads")):

@@ -286,12 +286,12 @@ def test_what_is_compiled_is_kept(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(nvrtc, "compile", lambda *given: made.append(given) or b"binary")
     device_of.say_that_it_compiles.cache_clear()
     for options in (["-DBITS=4"], ["-DBITS=4"], ["-DBITS=3"]):
-        assert nvrtc.compile_cached("source", options) == b"binary"
-    assert [options for _, options in made] == [["-DBITS=4"], ["-DBITS=3"]]
+        assert nvrtc.compile_cached("source", options, "decode") == b"binary"
+    assert [options for _, options, _ in made] == [["-DBITS=4"], ["-DBITS=3"]]
     assert capsys.readouterr().err.count("note: compiling GPU kernels") == 1
     for path in (tmp_path / "cache").iterdir():
         path.write_bytes(path.read_bytes()[:-1])  # as after a crash
-    assert nvrtc.compile_cached("source", ["-DBITS=4"]) == b"binary" and len(made) == 3
+    assert nvrtc.compile_cached("source", ["-DBITS=4"], "decode") == b"binary" and len(made) == 3
 
 
 def test_few_panels_keep_every_multiprocessor_busy():

@@ -59,7 +59,7 @@ def compiler():
 )
 def test_it_compiles_into_what_was_meant(capability, variant, compiler):
     options = ["--std=c++17", f"--gpu-architecture=sm_{capability}", *cuda.options(variant)]
-    usage, code = disassemble(nvrtc.compile(cuda.source("decode"), options))
+    usage, code = disassemble(nvrtc.compile(cuda.source("decode"), options, "decode"))
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     assert stack == 0 and not re.search(r"\b(LDL|STL)\b", code), variant
     # Two blocks of eight warps, or more, have room on a processor: 65,536 registers.
@@ -116,7 +116,7 @@ INT8_VARIANTS = [
 )
 def test_int8_compiles_into_what_was_meant(capability, variant, compiler):
     options = ["--std=c++17", f"--gpu-architecture=sm_{capability}", *cuda.options(variant)]
-    usage, code = disassemble(nvrtc.compile(cuda.source("decode_int8"), options))
+    usage, code = disassemble(nvrtc.compile(cuda.source("decode_int8"), options, "decode_int8"))
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     assert stack == 0 and not re.search(r"\b(LDL|STL)\b", code), variant
     assert registers <= 128, variant

@@ -18,10 +18,12 @@ from qllm.ops.gpu import (
     decode,
     decode_int8,
     device,
+    driver,
     hopper,
     hopper_int8,
     kept,
     linear,
+    nvrtc,
     prefill,
     quantized_prefill,
     rows,
@@ -222,3 +224,89 @@ def test_the_interpreter_goes_before_the_cpu_s_kernels(gpu):
     choice = ops.select("weight_only_linear", ops.Request(256, 64, 4, 128, "asym", "cpu"))
     assert choice.kernel.name == "triton" and "interpreter" in choice.reason
     assert "not cpu: TRITON_INTERPRET=1 asks for the GPU kernels" in choice.reason
+
+
+class Driver:
+    """CUDA's driver, of which each thread has a context, or none; that of a device is its number.
+
+    Attributes:
+        loaded: the contexts in which modules were loaded.
+        asked: how many times one was made another thread's own.
+    """
+
+    def __init__(self) -> None:
+        self.own = threading.local()
+        self.loaded: list[int | None] = []
+        self.asked = 0
+
+    @staticmethod
+    def _number(context) -> int | None:
+        return getattr(context, "value", context)
+
+    def cuCtxGetCurrent(self, found) -> int:  # noqa: N802
+        found._obj.value = getattr(self.own, "context", None)
+        return 0
+
+    def cuCtxSetCurrent(self, context) -> int:  # noqa: N802
+        self.own.context = self._number(context)
+        self.asked += 1
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, found, number: int) -> int:  # noqa: N802
+        found._obj.value = 100 + number
+        return 0
+
+    def cuModuleLoadData(self, found, binary) -> int:  # noqa: N802
+        self.loaded.append(getattr(self.own, "context", None))
+        return 0
+
+    def cuModuleGetFunction(self, *given) -> int:  # noqa: N802
+        return 0
+
+
+def test_each_device_s_kernels_are_loaded_in_its_own_context(monkeypatch):
+    made = Driver()
+    monkeypatch.setattr(driver, "library", lambda: made)
+    driver._primary_context.cache_clear()
+
+    def load(*numbers: int) -> None:
+        for number in numbers:
+            driver.load(b"", torch.device("cuda", number), "decode")
+
+    def load_anew() -> None:  # in a thread that has none, as torch's are at first
+        load(1, 1, 0)
+
+    try:
+        made.own.context = 100  # as torch.cuda.set_device(0) has it
+        load(0)
+        assert made.asked == 0
+        load(1, 0, 1)
+        assert made.loaded == [100, 101, 100, 101]
+        assert made.own.context == 100  # which is torch's current device
+        made.loaded.clear()
+        thread = threading.Thread(target=load_anew)
+        thread.start()
+        thread.join()
+        assert made.loaded == [101, 101, 100]
+    finally:
+        driver._primary_context.cache_clear()
+
+
+@pytest.mark.parametrize("failing", ["nvrtcCreateProgram", "nvrtcGetCUBINSize", "nvrtcGetCUBIN"])
+def test_what_nvrtc_cannot_do_is_said(failing, monkeypatch):
+    named: list[bytes] = []
+
+    class Compiler:
+        def __getattr__(self, name: str):
+            def call(*given: object) -> int:
+                if name == "nvrtcCreateProgram":
+                    named.append(given[2])
+                return 5 if name == failing else 0
+
+            return call
+
+    monkeypatch.setattr(nvrtc, "library", Compiler)
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
+    with pytest.raises(nvrtc.Unavailable, match=f"^{failing} of NVRTC 13.0 failed: error 5$"):
+        nvrtc.compile("source", [], "prefill")
+    assert named == [b"prefill.cu"]

@@ -241,7 +241,7 @@ def test_it_compiles_into_what_was_meant(variant):
     except nvrtc.Unavailable as error:
         pytest.skip(str(error))
     options = ["--std=c++17", "--gpu-architecture=sm_90a", *cuda.options(variant)]
-    usage, code = disassemble(nvrtc.compile(cuda.source(*hopper.SOURCE), options))
+    usage, code = disassemble(nvrtc.compile(cuda.source(*hopper.SOURCE), options, hopper.SOURCE[0]))
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     # Three warpgroups of 168 registers fill a multiprocessor; two take what the third gives up.
     assert registers == 168 and "USETMAXREG" in code

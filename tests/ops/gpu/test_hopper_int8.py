@@ -185,7 +185,9 @@ def test_it_compiles_into_what_was_meant(rows, outputs, blocks):
         pytest.skip(str(error))
     variant = hopper_int8.variant(cuda.DTYPES[rows > 64], rows > 128, Cut(rows, outputs, 1, blocks))
     options = ["--std=c++17", "--gpu-architecture=sm_90a", *cuda.options(variant)]
-    usage, code = disassemble(nvrtc.compile(cuda.source(*hopper_int8.SOURCE), options))
+    usage, code = disassemble(
+        nvrtc.compile(cuda.source(*hopper_int8.SOURCE), options, hopper_int8.SOURCE[0])
+    )
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     assert registers * variant.threads * variant.blocks <= 1 << 16
     assert stack == 0 and not re.search(r"\b(LDL|STL)\b", code)

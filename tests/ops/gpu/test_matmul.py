@@ -15,7 +15,7 @@ from gpu_kernels import assert_same, multiply, packed
 from product_cases import assert_close, rms
 from torch import Tensor
 
-from qllm.ops import reference
+from qllm.ops import phase, reference
 from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu import linear, rows, tiles
 from qllm.ops.reference import Int8Rows
@@ -304,3 +304,27 @@ def test_dense_rows_are_the_same_whatever_is_beside_them(dtype, gpu):
         assert torch.equal(
             linear.dense_linear(x[some].to(gpu), weight.to(gpu), bias).cpu(), whole[some]
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_a_step_are_never_a_library_s_work(dtype, gpu, monkeypatch):
+    """Its sums depend on how many rows there are, which those of a prompt's last token must not."""
+    asked = []
+
+    def dense(x: Tensor, *given: Tensor | None) -> Tensor:
+        asked.append(len(x))
+        return reference.dense_linear(x, *given)
+
+    monkeypatch.setattr(linear, "FEW_ROWS", 20)
+    monkeypatch.setattr(linear, "dense_reference", dense)
+    monkeypatch.setattr(linear.prefill, "takes_dense", lambda *_: False)
+    # Of whole numbers, whose sums are exact: numpy, by which the interpreter multiplies float32,
+    # sums others as their number has it.
+    x, weight = (integers(count, 200, dtype=dtype).to(gpu) for count in (40, 70))
+    with phase.decode():
+        whole = linear.dense_linear(x, weight, None)
+        for some in (slice(0, 1), slice(3, 20), slice(5, 38)):
+            assert torch.equal(linear.dense_linear(x[some], weight, None), whole[some])
+    assert asked == []
+    linear.dense_linear(x, weight, None)
+    assert asked == [40]

@@ -10,7 +10,7 @@ from qllm.ops.gpu import tiles
 from qllm.ops.gpu.tiles import ROWS, Tile
 from qllm.quant.packing import BITS
 
-KINDS = (*(f"packed-{bits}" for bits in BITS), "dense", "int8")
+KINDS = (*(f"packed-{bits}" for bits in BITS), "dense", "dense-float32", "int8")
 
 
 @pytest.mark.parametrize("architecture", [*tiles.table(), "8.0", "12.1", "interpreter"])
