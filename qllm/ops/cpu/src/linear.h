@@ -40,7 +40,8 @@ void unpack_words(const Linear &a, const uint8_t *q, uint8_t *to, int32_t *pairs
     store_i(pairs, sum);
 }
 #else
-template <int P> void unpack_words(const Linear &, const uint8_t *, uint8_t *, int32_t *);  // no int16
+// There is no int16.
+template <int P> void unpack_words(const Linear &, const uint8_t *, uint8_t *, int32_t *);
 #endif
 
 // `panels` panels, up to GROUP_PANELS, times all rows: unpacked to cache for many rows.
