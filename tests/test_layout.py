@@ -193,6 +193,14 @@ def test_a_module_only_defines():
         assert not done, f"{name_of(path)} does at import: {done}"
 
 
+def test_lines_of_cpp_and_cuda_are_no_longer_than_those_of_python():
+    for path in (*PACKAGE.rglob("*"), *(ROOT / "tests").rglob("*")):
+        if path.suffix in (".h", ".cpp", ".cu"):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            long = [number for number, line in enumerate(lines, 1) if len(line) > 100]
+            assert not long, f"{path.relative_to(ROOT)} has more than 100 characters in {long}"
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
 def test_a_script_finds_its_folder(path):
     """As `python -P` and PYTHONSAFEPATH do not; tests/cli/test_options.py runs some so."""

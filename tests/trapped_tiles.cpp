@@ -2,8 +2,8 @@
 // here as the pseudo-code of Intel's manual has them (Software Developer's Manual, volume 2). So
 // what runs is what users have, compiled as it is for them. What the manual says is an exception
 // ends the process. The environment variable QLLM_TRAPPED_FAULT makes tiles what a self-test is to
-// find: "wrong" products, a "crash", or tiles that "hang"; or the system refuses that test a "pipe",
-// a "fork", or to wait for the "answer" of tiles that hang.
+// find: "wrong" products, a "crash", or tiles that "hang"; or the system refuses that test a
+// "pipe", a "fork", or to wait for the "answer" of tiles that hang.
 //
 // Where it can be wrong about real tiles: in which NaN is the result, which no result of a layer
 // shows; in whether a number that rounding makes normal counts as subnormal; in loads and stores

@@ -1,7 +1,8 @@
-// A GPU for decode.cu and decode_int8.cu: device.h on the CPU, and the few functions of CUDA's driver that launch it.
+// A GPU for decode.cu and decode_int8.cu: device.h on the CPU, and the few functions of CUDA's
+// driver that launch it.
 //
-// What does not show is whether device.h's instructions order what its functions say, and that a next
-// kernel which is let begin finds room; all else that is left out does (test_order.py).
+// What does not show is whether device.h's instructions order what its functions say, and that a
+// next kernel which is let begin finds room; all else that is left out does (test_order.py).
 
 struct Constants {
     int bits, float16, zeros, offsets, wide, group, warps, depth, tiles, panels, whole;
@@ -58,12 +59,16 @@ DEVICE void barrier() {
     meet_in_order(meetings[current / threads], threads, [] {});
 }
 
-// The cluster's barrier, of which all lanes first say that they have come, and later wait for the rest.
+// The cluster's barrier, of which all lanes first say that they have come, and later wait for
+// the rest.
 static u32 times_complete() { return cluster_arrivals / (cluster_size * threads); }
 
 DEVICE void arrive_in_cluster() {
     moved = true;
-    require(lanes[current].arrivals++ == times_complete(), "a lane comes to a barrier that it has not left");
+    require(
+        lanes[current].arrivals++ == times_complete(),
+        "a lane comes to a barrier that it has not left"
+    );
     order::release(cluster.coming);
     if (++cluster_arrivals % (cluster_size * threads) == 0) cluster.passed = cluster.coming;
 }
@@ -83,7 +88,8 @@ DEVICE void store4_in_block(float* to, int block, const float* from) {
     for (int i = 0; i < 4 && inside; ++i) shared[block * shared_size + at + i] = from[i];
 }
 
-// What the kernel in front writes: until all wait for it, other bytes are there, and nothing is written.
+// What the kernel in front writes: until all wait for it, other bytes are there, and nothing
+// is written.
 struct Late {
     void* place;
     std::vector<u8> content;
@@ -97,15 +103,16 @@ static bool launched_early, waited, wrote_early, let_begin;
 DEVICE void wait_for_previous() {
     meet(all_blocks, cluster_size * threads, [] {
         waited = true;
-        for (const Late& part : late) std::memcpy(part.place, part.content.data(), part.content.size());
+        for (const Late& part : late)
+            std::memcpy(part.place, part.content.data(), part.content.size());
         wrote_early |= std::memcmp(result, result_before.data(), result_before.size()) != 0;
     });
 }
 
 DEVICE void let_next_begin() { let_begin = true; }
 
-// Element (row, k) of operand A or (k, column) of operand B, by its lane, register and half: see the
-// figures of mma.m16n8k16 in NVIDIA's description of PTX.
+// Element (row, k) of operand A or (k, column) of operand B, by its lane, register and half: see
+// the figures of mma.m16n8k16 in NVIDIA's description of PTX.
 static float element_of_a(const Warp& warp, int row, int k) {
     const u32 word = warp.a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
     return widen(k % 2 ? word >> 16 : word & 0xFFFF);
@@ -241,8 +248,9 @@ int cuLaunchKernelEx(const LaunchConfig* config, const void* function, void** pa
     cluster_size = config->attribute(CLUSTER_DIMENSION, 1);
     launched_early = config->attribute(PROGRAMMATIC_SERIALIZATION, false);
     wrote_early = false;
-    if (threads != WARPS * 32 / cluster_size || (!constants.is_int8 && cluster_size != PARTS) || cluster_size > MAX_CLUSTER ||
-        config->grid[0] % cluster_size || cluster_size * threads > MAX_LANES)
+    if (threads != WARPS * 32 / cluster_size || (!constants.is_int8 && cluster_size != PARTS) ||
+        cluster_size > MAX_CLUSTER || config->grid[0] % cluster_size ||
+        cluster_size * threads > MAX_LANES)
         return 1;
     shared_size = (int)(config->shared_bytes / sizeof(float));
     launches_that_began_early += launched_early;
@@ -257,7 +265,9 @@ int cuLaunchKernelEx(const LaunchConfig* config, const void* function, void** pa
         const size_t values = (to.rows - 1) * to.x_stride + to.inputs;
         watch(to, to.x, values * sizeof(u16), nullptr, 0);
     }
-    kernel = [] { constants.is_int8 ? int8::decode_int8(int8_arguments) : packed::decode(arguments); };
+    kernel = [] {
+        constants.is_int8 ? int8::decode_int8(int8_arguments) : packed::decode(arguments);
+    };
     return run_grid(*config, run_cluster);
 }
 }

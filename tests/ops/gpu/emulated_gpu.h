@@ -1,10 +1,10 @@
-// What the emulated GPUs of emulated_decode.cpp and emulated_prefill.cpp share: lanes that take turns,
-// numbers, loads, and how CUDA's driver launches a grid.
+// What the emulated GPUs of emulated_decode.cpp and emulated_prefill.cpp share: lanes that take
+// turns, numbers, loads, and how CUDA's driver launches a grid.
 //
-// Each lane of a cluster's blocks of threads has a stack of its own, and one that comes to what a warp or a
-// block does together lets the others catch up. What is constant on a GPU is a variable here, so that one
-// library does for all kernels: a binary is nothing but its constants. The struct of them, of which is_int8
-// comes last, and the variable `constants` are in front of this file.
+// Each lane of a cluster's blocks of threads has a stack of its own, and one that comes to what a
+// warp or a block does together lets the others catch up. What is constant on a GPU is a variable
+// here, so that one library does for all kernels: a binary is nothing but its constants. The struct
+// of them, of which is_int8 comes last, and the variable `constants` are in front of this file.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -56,7 +56,8 @@ struct Fiber {
 struct Meeting {
     int here = 0;
     u32 held = 0;  // how often it took place
-    order::Clock coming, passed;  // of what a barrier passes on: of those who have come, and came last time
+    // Of what a barrier passes on: of those who have come, and came last time.
+    order::Clock coming, passed;
 };
 
 static void (*kernel)();
@@ -284,7 +285,9 @@ static int run_grid(const LaunchConfig& config, int (*run_cluster)()) {
 }
 
 // The function of a module with this name, or with the other one, whose weights are int8.
-static int find_function(void** function, void* module, const char* wanted, const char* name, const char* int8_name) {
+static int find_function(
+    void** function, void* module, const char* wanted, const char* name, const char* int8_name
+) {
     *function = module;
     const bool is_int8 = !std::strcmp(wanted, int8_name);
     static_cast<Constants*>(module)->is_int8 = is_int8;

@@ -1,20 +1,22 @@
 // hopper.h on the CPU, for emulated_prefill.cpp, as emulated_decode.cpp has device.h.
 //
-// What runs on its own on a GPU runs here as late as it may: copies to shared memory when no lane gets
-// on without them, products when a warp waits for its own, with what registers and shared memory hold
-// then. So registers that are overwritten too early show. Of shared memory, emulated_order.h says what
-// is read or overwritten without an order, copies and products being agents that know what the lane knew
-// that started them. Other rules are checked where they apply: a product is behind a fence for its
-// registers, whole warps come to barriers together, barriers are initialized and published before they
-// are used, registers are given up before others take them, and no block reads what one that has ended
-// had. test_order.py leaves out each call that orders something, all of which are found.
+// What runs on its own on a GPU runs here as late as it may: copies to shared memory when no lane
+// gets on without them, products when a warp waits for its own, with what registers and shared
+// memory hold then. So registers that are overwritten too early show. Of shared memory,
+// emulated_order.h says what is read or overwritten without an order, copies and products being
+// agents that know what the lane knew that started them. Other rules are checked where they apply:
+// a product is behind a fence for its registers, whole warps come to barriers together, barriers
+// are initialized and published before they are used, registers are given up before others take
+// them, and no block reads what one that has ended had. test_order.py leaves out each call that
+// orders something, all of which are found.
 //
-// What does not show, since it is below the functions of this file: whether these mean to a GPU what they
-// mean here. That is, which registers a compiler keeps for products that run (what it does is read in
-// test_hopper.py), whether the qualifiers of an instruction (release, acquire, relaxed) and what it says
-// of memory to the compiler are right, what descriptors mean, fences between accesses of lanes and those
-// of copies and products to the same memory (there are none: what lanes write is read by lanes alone),
-// and the order in which the matrix units add up 16 products. The self-test on the GPU is for those.
+// What does not show, since it is below the functions of this file: whether these mean to a GPU
+// what they mean here. That is, which registers a compiler keeps for products that run (what it
+// does is read in test_hopper.py), whether the qualifiers of an instruction (release, acquire,
+// relaxed) and what it says of memory to the compiler are right, what descriptors mean, fences
+// between accesses of lanes and those of copies and products to the same memory (there are none:
+// what lanes write is read by lanes alone), and the order in which the matrix units add up 16
+// products. The self-test on the GPU is for those.
 
 struct Constants {
     int bits, float16, zeros, offsets, wide, group, rows, x_stages, w_stages, outputs;
@@ -87,7 +89,7 @@ struct Lane : Fiber {
     bool fenced;             // the registers that the next product takes are there for it
     u32 multiplied;          // groups of products that are done
     int registers;
-    int apart;               // how often it did what it may do without its warp, since that came together
+    int apart;               // how often it did what it may without its warp, since that met
     order::Event published;  // its initialization of barriers
 };
 
@@ -135,13 +137,18 @@ DEVICE void warp_barrier() {
 // Barriers of whole warps (.aligned), whose lanes have to come to it together.
 static void come_together(int first, int end) {
     for (int lane = first; lane < end; ++lane)
-        require(lanes[lane].apart == lanes[lane / 32 * 32].apart, "a warp comes to a barrier lane by lane");
+        require(
+            lanes[lane].apart == lanes[lane / 32 * 32].apart,
+            "a warp comes to a barrier lane by lane"
+        );
     for (int lane = first; lane < end; ++lane) lanes[lane].apart = 0;
 }
 
 DEVICE void consumers_barrier() {
     const int first = current / threads * threads;
-    meet_in_order(block().consumers, MULTIPLYING, [first] { come_together(first, first + MULTIPLYING); });
+    meet_in_order(block().consumers, MULTIPLYING, [first] {
+        come_together(first, first + MULTIPLYING);
+    });
 }
 
 static void meet_cluster() {
@@ -178,7 +185,9 @@ DEVICE void take_registers() {
 }
 
 DEVICE u8* shared_memory() { return memory[current / threads]; }
-DEVICE u32 address_of(const void* shared) { return SHARED_BASE + (u32)((const u8*)shared - shared_memory()); }
+DEVICE u32 address_of(const void* shared) {
+    return SHARED_BASE + (u32)((const u8*)shared - shared_memory());
+}
 
 static u8* place(int of_block, u32 address, size_t size) {
     const bool inside = address >= SHARED_BASE && address - SHARED_BASE + size <= shared_size;
@@ -263,7 +272,9 @@ static void do_copy(const Copy& copy) {
 
 template <class Number>
 DEVICE void load4_of_block(Number* to, u32 address, u32 of_block) {
-    require(address % 16 == 0 && (int)of_block < cluster_size, "an address is none of the cluster's");
+    require(
+        address % 16 == 0 && (int)of_block < cluster_size, "an address is none of the cluster's"
+    );
     const u8* from = place(of_block, address, 16);
     for (int i = 0; i < 4; ++i) to[i] = ((const Number*)from)[i];
     ++lanes[current].apart;
@@ -344,7 +355,9 @@ static int run_cluster() {
             copies.pop_front();
         }
     for (int i = 0; i < cluster_size * threads; ++i)
-        require(lanes[i].committed.empty() && lanes[i].begun.empty(), "products are not waited for");
+        require(
+            lanes[i].committed.empty() && lanes[i].begun.empty(), "products are not waited for"
+        );
     require(copies.empty(), "copies are not waited for");
     return order::failure ? 719 : misaligned ? 716 : 0;
 }

@@ -35,7 +35,8 @@ void join(Clock& to, const Clock& from) {
     if (to.size() < from.size()) to.resize(from.size());
     const uint32_t* source = from.data();
     uint32_t* target = to.data();
-    for (size_t i = 0, count = from.size(); i < count; ++i) target[i] = std::max(target[i], source[i]);
+    for (size_t i = 0, count = from.size(); i < count; ++i)
+        target[i] = std::max(target[i], source[i]);
 }
 
 bool is_before(Event event, const Clock& clock) { return clock[event.who] >= event.when; }
@@ -48,7 +49,9 @@ void access(Cell& cell, bool writes, Event by, const Clock& clock) {
     }
     if (!writes && !cell.written.when) return fail("what nothing has written is read");
     if (!is_before(cell.written, clock))
-        return fail(writes ? "two write without an order" : "what is written without an order is read");
+        return fail(
+            writes ? "two write without an order" : "what is written without an order is read"
+        );
     if (!writes) {
         if (cell.read.empty() || cell.read.back().who != by.who) cell.read.push_back(by);
         cell.read.back().when = by.when;

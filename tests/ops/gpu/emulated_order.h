@@ -1,10 +1,11 @@
 // Which access to shared memory happens before which, for the emulated GPUs.
 //
-// Lanes take turns there, in one order of the many that a GPU may take, so that what a missing barrier
-// allows need not happen. It is found all the same: each lane has a vector clock (Mattern 1989), which
-// barriers pass on, and an access that conflicts with one that does not happen before it fails,
-// whichever came first; so does a read of what nothing wrote. Accesses of kernels are told by the
-// compiler, whose instrumentation for ThreadSanitizer calls the functions of emulated_order.cpp.
+// Lanes take turns there, in one order of the many that a GPU may take, so that what a missing
+// barrier allows need not happen. It is found all the same: each lane has a vector clock (Mattern
+// 1989), which barriers pass on, and an access that conflicts with one that does not happen before
+// it fails, whichever came first; so does a read of what nothing wrote. Accesses of kernels are
+// told by the compiler, whose instrumentation for ThreadSanitizer calls the functions of
+// emulated_order.cpp.
 
 #pragma once
 
@@ -16,8 +17,8 @@ namespace order {
 
 typedef std::vector<uint32_t> Clock;
 
-// Something that was done, by whom and at what time of theirs. Beside lanes, others have times: what
-// copies and multiplies asynchronously.
+// Something that was done, by whom and at what time of theirs. Beside lanes, others have times:
+// what copies and multiplies asynchronously.
 struct Event {
     uint32_t who, when;
 };
@@ -28,8 +29,8 @@ extern const char* failure;  // what went wrong first, that a GPU does not do; o
 
 void fail(const char* why);
 
-// A cluster begins: lanes and others that have times, and its shared memory, which nothing has written.
-// What is declared as SHARED is shared memory, too.
+// A cluster begins: lanes and others that have times, and its shared memory, which nothing has
+// written. What is declared as SHARED is shared memory, too.
 void begin(int lanes, int others, const void* memory, size_t size);
 
 // The lane that runs passes on what happened before, or learns of it.
@@ -43,7 +44,8 @@ bool knows(Event of);         // whether it happens before what the lane does ne
 const Clock& known();         // all that does
 void pass_on(Clock& to, Event of);
 
-// Copy what an asynchronous agent reads or writes, at a time of its own, knowing what the clock says.
+// Copy what an asynchronous agent reads or writes, at a time of its own, knowing what the
+// clock says.
 void read(void* to, const void* from, size_t size, Event by, const Clock& clock);
 void write(void* to, const void* from, size_t size, Event by, const Clock& clock);
 

@@ -1,5 +1,5 @@
-// A GPU for prefill.cu and prefill_int8.cu, as emulated_decode.cpp is one for decode.cu, and the few functions
-// of CUDA's driver that launch them.
+// A GPU for prefill.cu and prefill_int8.cu, as emulated_decode.cpp is one for decode.cu, and the
+// few functions of CUDA's driver that launch them.
 
 #include "emulated_hopper.h"
 #include "emulated_products.h"
@@ -98,7 +98,9 @@ int cuTensorMapEncodeTiled(
         steps[0] != 1 || steps[1] != 1 || interleave || (swizzle && !swizzled) || fill ||
         (uintptr_t)map % 64)
         return 1;
-    const u64 words[] = {(u64)address, sizes[0], sizes[1], strides[0], box[0], box[1], size, swizzled};
+    const u64 words[] = {
+        (u64)address, sizes[0], sizes[1], strides[0], box[0], box[1], size, swizzled
+    };
     std::memcpy(map, words, sizeof words);
     return 0;
 }

@@ -45,7 +45,8 @@ struct OfLanes {
     Product products[32];
 
     OfLanes(int first, size_t i) {
-        for (int lane = 0; lane < 32; ++lane) products[lane] = lanes[first + lane].committed.front()[i];
+        for (int lane = 0; lane < 32; ++lane)
+            products[lane] = lanes[first + lane].committed.front()[i];
     }
 };
 
@@ -114,7 +115,10 @@ DEVICE void wait_for_products() {
     const int first = current / 32 * 32;
     meet(block().multiplying[thread_index() / 32], 32, [first] {
         for (int lane = first; lane < first + 32; ++lane)
-            require(lanes[lane].committed.size() == lanes[first].committed.size(), "lanes begin other products");
+            require(
+                lanes[lane].committed.size() == lanes[first].committed.size(),
+                "lanes begin other products"
+            );
         while (!order::failure && lanes[first].committed.size() > LEFT) multiply_oldest(first);
     });
     order::learn({products_of(current), lanes[current].multiplied});

@@ -1,8 +1,8 @@
 // The activations of a layer as integers, in blocks of up to MAX_K_BLOCKS K blocks of one group,
 // with a scale to multiply with: a power of two, for int8 the block's largest value over 127, or,
 // in int8 layers, the row's or the tensor's. An integer is split into int8 planes, one for every 8
-// bits. A plane of a row is an operand of the products; where the instruction set multiplies 16 bits, two
-// planes are one.
+// bits. A plane of a row is an operand of the products; where the instruction set multiplies 16
+// bits, two planes are one.
 #pragma once
 
 #include "isa.h"

@@ -133,8 +133,8 @@ Tokens tokens_of(const Attend &a, int64_t i, int64_t kv, int64_t run) {
             smaller(a.positions[i] + 1 - run * RUN, RUN)};
 }
 
-// What is read behind the values of a run, of which there are `beside` bytes: the next run's keys, or
-// those with which the next head begins, or the next sequence.
+// What is read behind the values of a run, of which there are `beside` bytes: the next run's keys,
+// or those with which the next head begins, or the next sequence.
 template <int64_t TYPE, int BITS>
 inline Coming keys_behind(const Attend &a, int64_t i, int64_t kv, int64_t run, int64_t beside) {
     if (++run > a.positions[i] / RUN) {
@@ -190,8 +190,8 @@ template <int HEADS, typename Function> void by_heads(int64_t shared, const Func
 // by side through what is done with integers, none of which waits for that of another.
 //
 // While a run's keys are read its values are asked for, and while those are the keys of what comes
-// next. Each is a short stretch of memory: left to themselves processors have hardly seen one coming
-// when it ends, and read them at a half to a third of the rate.
+// next. Each is a short stretch of memory: left to themselves processors have hardly seen one
+// coming when it ends, and read them at a half to a third of the rate.
 template <int64_t TYPE, int BITS>
 void attend_token(const Attend &a, int64_t i, int64_t kv, float *memory) {
     const int64_t shared = a.heads / a.kv_heads, position = a.positions[i], row = a.rows[i];
@@ -245,7 +245,8 @@ void attend_token(const Attend &a, int64_t i, int64_t kv, float *memory) {
     for (; run <= own; run++) {
         const Tokens tokens = tokens_of<BITS>(a, i, kv, run);
         const int64_t bytes = tokens.count * a.dim * SIZE<TYPE>;
-        Coming values(static_cast<const char *>(a.values) + tokens.start * SIZE<TYPE>, bytes, bytes);
+        Coming values(static_cast<const char *>(a.values) + tokens.start * SIZE<TYPE>, bytes,
+                      bytes);
         Coming next = keys_behind<TYPE, BITS>(a, i, kv, run, bytes);
         by_heads<HEADS_AT_ONCE>(shared, [&](int64_t h, auto heads) {
             constexpr int HEADS = decltype(heads)::value;

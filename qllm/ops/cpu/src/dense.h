@@ -2,14 +2,14 @@
 //
 // A weight's rows are channels, one after the other, while vectors hold a few inputs of many
 // channels: blocks of panels are turned on the way, in registers for few rows, in cache for many.
-// The products of a run of steps are added in the order of the inputs, and then to those of the runs
-// before it. So a row's result is the same to the bit whatever else is computed beside it. A step of
-// decode is for dense_decode.h; few rows of bfloat16 on AMX are for dense_decode_amx.h.
+// The products of a run of steps are added in the order of the inputs, and then to those of the
+// runs before it. So a row's result is the same to the bit whatever else is computed beside it. A
+// step of decode is for dense_decode.h; few rows of bfloat16 on AMX are for dense_decode_amx.h.
 //
-// On every path it is, too, but for bfloat16 in pairs. There, the instruction says in which order two
-// products (AVX512-BF16) or those of 32 inputs (AMX) are added, and takes what is subnormal for zero
-// among operands and sums; results differ in the last digits. Infinities and NaN are those of other
-// paths, but where such a zero meets an infinity, or a sum overflows half-way.
+// On every path it is, too, but for bfloat16 in pairs. There, the instruction says in which order
+// two products (AVX512-BF16) or those of 32 inputs (AMX) are added, and takes what is subnormal for
+// zero among operands and sums; results differ in the last digits. Infinities and NaN are those of
+// other paths, but where such a zero meets an infinity, or a sum overflows half-way.
 #pragma once
 
 #include "dense_steps.h"
@@ -102,8 +102,8 @@ static int64_t in_whole_tiles(int64_t rows) {
     return rows - rest + (rest ? dense_tile_rows(rest) : 0);
 }
 
-// The tile of one block that begins with a row. Rows of activations lie far apart: those of the next
-// tile are asked for.
+// The tile of one block that begins with a row. Rows of activations lie far apart: those of the
+// next tile are asked for.
 template <int64_t TYPE, bool PAIRS = IN_PAIRS<TYPE>>
 void lay_out(const Dense &a, const DenseInput &x, int64_t first, int64_t row, int64_t step) {
     const int64_t steps = smaller(x.block, x.steps - step), rows = dense_tile_rows(x.rows - row);
@@ -221,8 +221,8 @@ static int64_t fair_panels(int64_t panels) {
     return fair < DENSE_PANELS ? DENSE_PANELS : smaller(fair, PASS_PANELS);
 }
 
-// Up to PASS_PANELS panels times all rows: a block of two of them stays in the first cache meanwhile,
-// and what a tile will write to is asked for before it begins.
+// Up to PASS_PANELS panels times all rows: a block of two of them stays in the first cache
+// meanwhile, and what a tile will write to is asked for before it begins.
 template <int64_t TYPE>
 void dense_many(const Dense &a, const DenseInput &x, int64_t first, int64_t panel,
                 int64_t panels, float *own, DenseTiles &tiles) {

@@ -2,10 +2,10 @@
 //
 // What counts there is how fast the weight comes from memory. A vector takes a few steps (see
 // dense_steps.h) of one channel, as they lie; to turn them, as dense.h does for many rows, takes
-// longer than to read them. Of LANES sums of a channel each has the products of every LANES-th step,
-// in the order of the inputs; at the end halves of them are added to each other until one is left. So
-// a row's result is the same to the bit whatever else is computed beside it, and on every path but
-// for bfloat16 in pairs; that of a prompt's pass may differ in the last digits.
+// longer than to read them. Of LANES sums of a channel each has the products of every LANES-th
+// step, in the order of the inputs; at the end halves of them are added to each other until one is
+// left. So a row's result is the same to the bit whatever else is computed beside it, and on every
+// path but for bfloat16 in pairs; that of a prompt's pass may differ in the last digits.
 #pragma once
 
 #include "dense_steps.h"
@@ -29,8 +29,8 @@ constexpr int64_t DOT_GROUP = 64, DOT_BYTES = 256 << 10;
 constexpr int64_t DOT_SUMS = DOT_GROUP * DOT_ROWS * LANES;  // a thread's own; stacks may be small
 
 // The channels that come next, and from how many rows on they are asked for while these are
-// multiplied: there is about as much to compute as to read, more where weights become float32 first.
-// For fewer rows the machine sees by itself what comes.
+// multiplied: there is about as much to compute as to read, more where weights become float32
+// first. For fewer rows the machine sees by itself what comes.
 using Next = ComingInto<2>;
 template <int64_t TYPE> constexpr int64_t NEXT_ROWS = SIZE<TYPE> == 2 && !IN_PAIRS<TYPE> ? 2 : 3;
 
@@ -76,15 +76,16 @@ template <int64_t TYPE, int R, int C> struct DotSums {
         if constexpr (ROW + 1 < R) add_row<V, ROW + 1>(weights, x + x_row, x_row);
     }
 
-    template <int V, int ROW, int CHANNEL = 0> INLINE void add_channel(const VF (&weights)[C], VF x) {
+    template <int V, int ROW, int CHANNEL = 0>
+    INLINE void add_channel(const VF (&weights)[C], VF x) {
         VF &sum = of[(CHANNEL * R + ROW) * VECTORS + V];
         sum = add_slots<IN_PAIRS<TYPE>>(sum, weights[CHANNEL], x);
         if constexpr (CHANNEL + 1 < C) add_channel<V, ROW, CHANNEL + 1>(weights, x);
     }
 };
 
-// Activations of R rows, `stride` apart, as `load_steps` has them: with zeros up to so many steps, a
-// multiple of LANES.
+// Activations of R rows, `stride` apart, as `load_steps` has them: with zeros up to so many steps,
+// a multiple of LANES.
 struct DotInput {
     const float *x;
     int64_t steps, stride;
@@ -176,8 +177,8 @@ void dot_channels(const Dense &a, const DotInput &in, int64_t channel, int64_t g
         next = {static_cast<const char *>(a.w) + end * bytes, (asked - end) * bytes,
                 channels * bytes * passes};
     for (int64_t row = 0; row < a.rows; row += DOT_ROWS)
-        dot_rows<TYPE>(a, {in.x + row * in.stride, in.steps, in.stride}, row, channel, channels, sums,
-                       next);
+        dot_rows<TYPE>(a, {in.x + row * in.stride, in.steps, in.stride}, row, channel, channels,
+                       sums, next);
 }
 
 template <int64_t TYPE> Status dense_decode_of(const Dense &a) {

@@ -82,9 +82,9 @@ __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64
 }
 
 #if HAS_WORDS
-// The same of a tile of activations of int16, and weights that become int16 with their zeros, but for
-// those of 8 bits, which lose their middle to leave room for sums: from more rows on than the tiles
-// above have, units are busy, and what is left to save is unpacking.
+// The same of a tile of activations of int16, and weights that become int16 with their zeros, but
+// for those of 8 bits, which lose their middle to leave room for sums: from more rows on than the
+// tiles above have, units are busy, and what is left to save is unpacking.
 template <int BITS> constexpr bool CENTERED = BITS == 8;
 
 template <int BITS, int R, int EVERY, int T = 0>

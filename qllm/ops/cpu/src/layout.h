@@ -232,8 +232,8 @@ inline Status unpack(const Packing &p) {
         uint8_t *row = p.rows + n * p.row_bytes;
         for (int64_t k = 0; k < p.in; k++) {
             int64_t k_block = k / p.group * k_blocks_of(p.group) + k % p.group / K_BLOCK;
-            int value = value_at(p.q + (panel * k_blocks + k_block) * 64 * p.bits, int(p.bits), lane,
-                                 k % p.group % K_BLOCK);
+            int value = value_at(p.q + (panel * k_blocks + k_block) * 64 * p.bits, int(p.bits),
+                                 lane, k % p.group % K_BLOCK);
             int64_t bit = k * p.bits;
             row[bit / 8] |= uint8_t(value << bit % 8);
             if (bit % 8 + p.bits > 8) row[bit / 8 + 1] |= uint8_t(value >> (8 - bit % 8));

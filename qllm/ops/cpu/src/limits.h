@@ -41,7 +41,7 @@ static int64_t multiply_all(int64_t rounds) {
     in_threads(all_rounds, rounds / RUN_PARTS + 1, [&](const Share &share) {
         volatile int32_t kept;
         take_parts(share, [&](int64_t round, int64_t end) {
-            // Of this function's own, and activations loaded anew: else sums do not stay in registers.
+            // Its own, and activations loaded anew: else sums do not stay in registers.
             Sums<OPERANDS_AT_ONCE, VECTORS_AT_ONCE> sums;
             sums.clear();
             VI bytes[VECTORS_AT_ONCE];

@@ -3,8 +3,8 @@
 // Activations become integers. A block of weights is unpacked to bytes, in cache or, for few rows,
 // in registers, and multiplied with tiles of operands in int32, which is exact.
 // Sums over blocks are in float32, one fused multiply-add each, in the order of the inputs. So a
-// row's result is the same to the bit whatever else is computed beside it, and on every path, but for
-// prefill in bfloat16 and float16 on AMX (prefill_amx.h).
+// row's result is the same to the bit whatever else is computed beside it, and on every path, but
+// for prefill in bfloat16 and float16 on AMX (prefill_amx.h).
 #pragma once
 
 #include "activations.h"
@@ -41,7 +41,8 @@ void unpack_words(const Linear &a, const uint8_t *q, uint8_t *to, int32_t *pairs
     store_i(pairs, sum);
 }
 #else
-template <int P> void unpack_words(const Linear &, const uint8_t *, uint8_t *, int32_t *);  // no int16
+// There is no int16.
+template <int P> void unpack_words(const Linear &, const uint8_t *, uint8_t *, int32_t *);
 #endif
 
 // `panels` panels, up to GROUP_PANELS, times all rows: unpacked to cache for many rows.

@@ -54,8 +54,8 @@ struct Operands {
 
 #if !defined(HAS_WORDS)
 // Whether an instruction multiplies and adds pairs of int16: two planes then are one operand, where
-// weights are unpacked to cache. They become int16 there, less the middle of their integers, once for
-// all rows; what is left of their zeros is taken off the sums.
+// weights are unpacked to cache. They become int16 there, less the middle of their integers, once
+// for all rows; what is left of their zeros is taken off the sums.
 #define HAS_WORDS 0
 #endif
 template <int P> constexpr bool IN_WORDS = HAS_WORDS && P == 2;

@@ -1,8 +1,8 @@
 // y = x W^T + b of a prefill in bfloat16, on AMX: weights are dequantized to a panel in cache, and
-// sums stay in tiles over the whole of K, whatever the groups. A weight is rounded to bfloat16 once,
-// as is an activation of float16; products and sums are those of dense layers in bfloat16 (dense.h).
-// Rows that integers cannot stand for are left to float arithmetic here too: infinities and NaN
-// are those of other paths.
+// sums stay in tiles over the whole of K, whatever the groups. A weight is rounded to bfloat16
+// once, as is an activation of float16; products and sums are those of dense layers in bfloat16
+// (dense.h). Rows that integers cannot stand for are left to float arithmetic here too: infinities
+// and NaN are those of other paths.
 #pragma once
 
 #include "dense.h"

@@ -23,8 +23,8 @@ constexpr int64_t SHARED_BYTES = 1 << 20;  // of keys and values, for each threa
 // A run of tokens of one sequence, some heads of keys and values of which the threads share:
 // keys (heads, panels, dim, KEYS), values (heads, length, width), in float32. Where the cache holds
 // integers these are what runs of RUN tokens stand for once they are quantized, and `recent_…` has
-// the tokens from `recent` on as they come, which those of the same run of RUN see. There are none of
-// the tokens in front of `begin`, a multiple of RUN, which nothing that is asked for sees.
+// the tokens from `recent` on as they come, which those of the same run of RUN see. There are none
+// of the tokens in front of `begin`, a multiple of RUN, which nothing that is asked for sees.
 struct Sequence {
     int64_t row, token, past, length;  // of the cache; the first new one; those before; all
     int64_t asked, result;             // the first position that is asked for; its row of y
@@ -125,7 +125,9 @@ static void share_run(const Attend &a, const Sequence &s, int64_t index, int64_t
         };
         share(
             recent_keys, recent_values, s.recent,
-            [&](int64_t j, float *to) { load_key(j, to), copy(run_keys + (j - first) * a.dim, to); },
+            [&](int64_t j, float *to) {
+                load_key(j, to), copy(run_keys + (j - first) * a.dim, to);
+            },
             [&](int64_t j, float *to) {
                 load_value(j, to), copy(run_values + (j - first) * a.dim, to);
             });
@@ -174,7 +176,8 @@ static void score_panel(const float *queries, int64_t dim, const float *keys, fl
             store_f(scores + q * stride + v * WIDTH, sums[q][v]);
 }
 
-// Adds the values of `length` tokens, weighted for QUERIES queries: KEY_VECTORS vectors of channels.
+// Adds the values of `length` tokens, weighted for QUERIES queries: KEY_VECTORS vectors
+// of channels.
 static void weigh_values(const float *weights, int64_t stride, int64_t length, const float *values,
                          int64_t width, float (*out)[KEYS]) {
     VF sums[QUERIES][KEY_VECTORS];
@@ -267,7 +270,8 @@ static void attend_part(const Attend &a, const Sequence &s, int64_t head, int64_
         for (int64_t j = place + 1; j < these.length(); j++) row[j - s.begin] = 0;
     }
     const int64_t y_stride = a.heads * a.dim * (a.type == FLOAT32 ? 4 : 2);
-    prefetch_rows<true>(static_cast<char *>(a.y) + (s.result + few[0].position - s.asked) * y_stride +
+    const int64_t first_result = s.result + few[0].position - s.asked;
+    prefetch_rows<true>(static_cast<char *>(a.y) + first_result * y_stride +
                             head * (y_stride / a.heads),
                         y_stride, y_stride / a.heads, length - few[0].position);
     for (int64_t d = 0; d < a.dim; d += KEYS) {

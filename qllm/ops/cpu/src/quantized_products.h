@@ -13,7 +13,8 @@
 namespace qllm {
 namespace {
 
-constexpr int32_t MAX_INTEGER = 127 * 128;  // of an integer: two planes of int8, the upper one times 256
+// Of an integer: two planes of int8, the upper one times 256.
+constexpr int32_t MAX_INTEGER = 127 * 128;
 
 // What products of a run take in place of `count` numbers, a multiple of 16.
 struct Integers {

@@ -66,7 +66,8 @@ void take_gradient(const StepRounding &a, int64_t row, int64_t width, float *to,
     for (int64_t i = 0; i < a.in; i += WIDTH) {
         VF sum = set_f(0);
         for (int64_t part = 0; part < a.parts; part++)
-            sum = add_f(sum, load<TYPE>(a.gradients, part * a.part_stride + row * a.in + i, a.in - i));
+            sum = add_f(
+                sum, load<TYPE>(a.gradients, part * a.part_stride + row * a.in + i, a.in - i));
         store_as(sums, i, FLOAT32, a.in - i, sum);
     }
     if (a.perm)

@@ -45,10 +45,10 @@ template <int64_t TYPE, bool PAIR>
 void take_rows(const AttendSequences &a, const Shape<PAIR> &shape, Head head, float *to) {
     constexpr int64_t AHEAD = 16;
     const char *rows = static_cast<const char *>(head.x) + head.at * SIZE<TYPE>;
-    prefetch_rows<false>(rows, head.stride * SIZE<TYPE>, a.dim * SIZE<TYPE>, smaller(AHEAD, a.length));
+    const int64_t stride = head.stride * SIZE<TYPE>, bytes = a.dim * SIZE<TYPE>;
+    prefetch_rows<false>(rows, stride, bytes, smaller(AHEAD, a.length));
     for (int64_t t = 0; t < a.length; t++, to += shape.slots) {
-        if (t + AHEAD < a.length)
-            prefetch_rows<false>(rows + (t + AHEAD) * head.stride * SIZE<TYPE>, 0, a.dim * SIZE<TYPE>, 1);
+        if (t + AHEAD < a.length) prefetch_rows<false>(rows + (t + AHEAD) * stride, 0, bytes, 1);
         along_row<TYPE, PAIR>(head.x, head.at + t * head.stride, a.dim, to, shape.slots);
     }
     for (int64_t i = 0; i < (shape.tokens - a.length) * shape.slots; i++) to[i] = 0;
@@ -60,7 +60,8 @@ void turn_rows(const Shape<PAIR> &shape, const float *rows, float *to) {
     for (int64_t t = 0; t < shape.tokens; t += WIDTH)
         for (int64_t s = 0; s < shape.slots; s += WIDTH) {
             VF square[WIDTH];
-            for (int64_t i = 0; i < WIDTH; i++) square[i] = load_f(rows + (t + i) * shape.slots + s);
+            for (int64_t i = 0; i < WIDTH; i++)
+                square[i] = load_f(rows + (t + i) * shape.slots + s);
             transpose(square);
             float *block = to + (t / SQUARE * shape.slots + s) * SQUARE + t % SQUARE;
             for (int64_t i = 0; i < WIDTH; i++) store_f(block + i * SQUARE, square[i]);
@@ -247,7 +248,8 @@ template <int64_t TYPE, bool PAIR>
 void attend_head_back(const AttendSequences &a, int64_t sequence, int64_t kv, float *memory) {
     const Shape<PAIR> shape(a);
     Parts parts = {memory};
-    float *queries = parts.take(shape.row_slots()), *query_columns = parts.take(shape.token_slots());
+    float *queries = parts.take(shape.row_slots());
+    float *query_columns = parts.take(shape.token_slots());
     float *back = parts.take(shape.row_slots()), *back_columns = parts.take(shape.token_slots());
     float *keys = parts.take(shape.row_slots()), *key_columns = parts.take(shape.token_slots());
     float *values = parts.take(shape.row_slots()), *inner = parts.take(shape.tokens);
@@ -281,7 +283,8 @@ void attend_head_back(const AttendSequences &a, int64_t sequence, int64_t kv, fl
         for (int64_t i = 0; i < shape.tokens * shape.width; i++) by_queries[i] = 0;
         for (int64_t first = 0; first < a.length; first += SQUARE)
             for (int64_t start = first; start < a.length; start += SQUARE) {
-                if (first_key(a, start) >= first + SQUARE) break;  // nor do those behind them see it
+                // Nor do those behind them see it.
+                if (first_key(a, start) >= first + SQUARE) break;
                 const auto rows_by = [&](const float *rows, const float *turned, float *to) {
                     multiply<PAIR>({rows + start * shape.slots, shape.slots, 1,
                                     turned + first * shape.slots, SQUARE, shape.slots, to, SQUARE},
@@ -297,9 +300,10 @@ void attend_head_back(const AttendSequences &a, int64_t sequence, int64_t kv, fl
                     along_row<FLOAT32, PAIR>(by_scores, i * SQUARE, SQUARE,
                                              score_rows + i * block_slots, block_slots);
                 const auto columns_by = [&](const float *columns, const float *block, float *to) {
-                    multiply<PAIR, true>({columns + start / shape.UNIT * shape.width, 1, shape.width,
-                                    block, SQUARE, block_slots, to + first * shape.width, SQUARE},
-                                   shape.width, SQUARE);
+                    multiply<PAIR, true>({columns + start / shape.UNIT * shape.width, 1,
+                                          shape.width, block, SQUARE, block_slots,
+                                          to + first * shape.width, SQUARE},
+                                         shape.width, SQUARE);
                 };
                 columns_by(back_columns, weight_columns, by_values);
                 columns_by(query_columns, score_columns, by_keys);

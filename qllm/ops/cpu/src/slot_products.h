@@ -71,7 +71,8 @@ __attribute__((noinline)) void multiply_slots(const SlotProduct &p, int64_t row,
 }
 
 // Rows and columns are multiples of BLOCK_ROWS and WIDTH.
-template <bool PAIR, bool ADDS = false> void multiply(const SlotProduct &p, int64_t rows, int64_t columns) {
+template <bool PAIR, bool ADDS = false>
+void multiply(const SlotProduct &p, int64_t rows, int64_t columns) {
     constexpr int64_t WIDE = BLOCK_VECTORS * WIDTH;
     for (int64_t column = 0; column < columns;) {
         const bool wide = column + WIDE <= columns;

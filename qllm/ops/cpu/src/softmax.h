@@ -1,4 +1,5 @@
-// The softmax of attention: of all scores at once in a prefill, of RUN after the other in a decode step.
+// The softmax of attention: of all scores at once in a prefill, of RUN after the other in a
+// decode step.
 #pragma once
 
 #include <math.h>
@@ -47,8 +48,10 @@ inline float cap_scores(const Attend &a, float *scores, int64_t count) {
     return 1;
 }
 
-// Scores s of keys of a query, `distance` from it (none behind it) and nearer, from products, in place; the largest.
-inline float scale_scores(float *scores, int64_t count, float scale, float slope, int64_t distance) {
+// Scores s of keys of a query, `distance` from it (none behind it) and nearer, from products, in
+// place; the largest.
+inline float scale_scores(float *scores, int64_t count, float scale, float slope,
+                          int64_t distance) {
     VF m_i = set_f(-INFINITY);
     for (int64_t j = 0; j < count; j += WIDTH) {
         const VF from = add_f(load_f(LANE), set_f(float(j + distance)));

@@ -1,6 +1,6 @@
 // What lies between the linear layers of a decoder: norms, activation functions, sums, embeddings;
-// attention is in attention.h. Arithmetic is in float32, rounded once to the type of the activations.
-// A row's result does not depend on the rows beside it, nor on the threads.
+// attention is in attention.h. Arithmetic is in float32, rounded once to the type of the
+// activations. A row's result does not depend on the rows beside it, nor on the threads.
 #pragma once
 
 #include <float.h>

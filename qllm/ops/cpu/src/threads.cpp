@@ -203,7 +203,8 @@ void qllm::share_work(int64_t count, int64_t part, void (*body)(const void *, co
         return body(context, {0, 1, part, &run});
     }
     if (started < threads - 1) start(threads - 1);
-    for (int64_t i = 0; i < threads; i++) runs[i] = {count * i / threads, count * (i + 1) / threads};
+    for (int64_t i = 0; i < threads; i++)
+        runs[i] = {count * i / threads, count * (i + 1) / threads};
     current = {body, context, threads, part};
     if (const uint32_t rested = __atomic_exchange_n(&resting, 0, __ATOMIC_RELAXED))
         keep_off(rested == TURNS ? sched_getcpu() : -1);

@@ -64,10 +64,11 @@ template <int S, int V> struct Sums {
 #if HAS_WORDS
     // The same of a step in int16, of which `even` and `odd` have two inputs each.
     //
-    // All rows but each EVERY-th take Winograd's way (A new algorithm for inner products, 1968), half of
-    // the products for two sums each: x0 w0 + x1 w1 = (x0 + w1) (x1 + w0) - x0 x1 - w0 w1, of which
-    // the last two are the row's, and the channel's. Integers wrap, and what wraps on the way does
-    // not in the end; a sum of two fits 16 bits, since |x| is up to 2^15 - 129, a weight 128.
+    // All rows but each EVERY-th take Winograd's way (A new algorithm for inner products, 1968),
+    // half of the products for two sums each: x0 w0 + x1 w1 = (x0 + w1) (x1 + w0) - x0 x1 - w0 w1,
+    // of which the last two are the row's, and the channel's. Integers wrap, and what wraps on the
+    // way does not in the end; a sum of two fits 16 bits, since |x| is up to 2^15 - 129, a
+    // weight 128.
     template <int EVERY, int ROW = 0>
     INLINE void add_words(const VI (&even)[V], const VI (&odd)[V], const int8_t *x) {
         const int8_t *of_row = x + ROW * WORD_STEP_BYTES;

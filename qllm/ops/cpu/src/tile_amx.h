@@ -136,7 +136,8 @@ class Tiles {
     }
 
     // Up to TILE_ROWS<P> rows times panels. Tiles have all their rows: what lies behind the last
-    // activations (the rest of what `prepare` in activations.h takes) is multiplied too, to no effect.
+    // activations (the rest of what `prepare` in activations.h takes) is multiplied too,
+    // to no effect.
     template <int P> void multiply(const Operands &o, int64_t rows, int64_t panels) {
         int64_t panel = 0;
         for (; panel + 2 <= panels; panel += 2) multiply_panels<P, 2>(o, rows, panel);

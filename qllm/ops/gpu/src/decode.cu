@@ -1,26 +1,27 @@
 // y = x W^T + bias for the few rows of a decode step, W packed as in qllm/ops/gpu/layout.py.
 //
 // PANELS panels of 16 outputs and up to 8 TILES rows of x are taken by WARPS warps, in turns at the
-// panels' blocks of 128 inputs; what they find is added up in the order of the warps. The number of rows
-// decides on no sum: neither on what is added up, nor in which order.
+// panels' blocks of 128 inputs; what they find is added up in the order of the warps. The number of
+// rows decides on no sum: neither on what is added up, nor in which order.
 //
 // These warps are one block of threads, or a cluster's PARTS, of which each adds up its part of the
 // outputs. Smaller blocks begin sooner: when one in front of them has ended, and not two.
 //
-// A lane's part of a block lies in memory as it is loaded, 16 bytes at once and 512 consecutive ones
-// by a warp, and as operand A of the products wants it: of rows g and g + 8 of the panel, for lane
-// 4 g + t, inputs 8 t to 8 t + 7 of each 32. Nothing goes through shared memory. Of x, operand B, a
-// lane loads the same inputs of row g.
+// A lane's part of a block lies in memory as it is loaded, 16 bytes at once and 512 consecutive
+// ones by a warp, and as operand A of the products wants it: of rows g and g + 8 of the panel, for
+// lane 4 g + t, inputs 8 t to 8 t + 7 of each 32. Nothing goes through shared memory. Of x, operand
+// B, a lane loads the same inputs of row g.
 //
 // Constants: BITS; FLOAT16: the type of x, bias and y, else bfloat16; ZEROS: there are zeros, else
-// each is 2^(BITS - 1); OFFSETS: in their place are numbers of the type of the scales, which are added
-// to q times its scale; WIDE: scales are float32, else float16; GROUP: inputs of a block that share a
-// scale, 32, 64 or 128; WARPS; DEPTH: blocks that a warp has asked for in advance; TILES; PANELS;
-// WHOLE: inputs is a multiple of 128; PARTS; X_AHEAD: a block's x is asked for along with the block, for
-// which there are registers where few panels are taken; RESIDENT: blocks of threads for which a
-// multiprocessor is to have registers, or 0.
+// each is 2^(BITS - 1); OFFSETS: in their place are numbers of the type of the scales, which are
+// added to q times its scale; WIDE: scales are float32, else float16; GROUP: inputs of a block that
+// share a scale, 32, 64 or 128; WARPS; DEPTH: blocks that a warp has asked for in advance; TILES;
+// PANELS; WHOLE: inputs is a multiple of 128; PARTS; X_AHEAD: a block's x is asked for along with
+// the block, for which there are registers where few panels are taken; RESIDENT: blocks of threads
+// for which a multiprocessor is to have registers, or 0.
 
-// Units of 32 inputs of which a lane loads its part of x at once: as many as registers are left for.
+// Units of 32 inputs of which a lane loads its part of x at once: as many as there are
+// registers left for.
 #define UNITS (X_AHEAD || TILES == 1 ? 4 : TILES == 2 ? 2 : 1)
 
 #define OWN_TILES (TILES * PANELS / PARTS)  // of 16 outputs and 8 rows, which a block adds up
@@ -34,8 +35,8 @@ struct Arguments {
     u16* y;             // (rows, outputs)
     i64 x_stride;       // a multiple of 8, as inputs is
     int rows, inputs, outputs, panels, blocks, groups;
-    // 2^32 over the blocks that share a scale where GROUP is 128, rounded up, or 0 where each has its
-    // own: a block times it, less its lower 32 bits, is the block's group.
+    // 2^32 over the blocks that share a scale where GROUP is 128, rounded up, or 0 where each has
+    // its own: a block times it, less its lower 32 bits, is the block's group.
     u32 groups_of_a_block;
 };
 
@@ -46,9 +47,9 @@ struct Part {
     u32 zeros[MAX_SCALES];              // that of row g + 8 in the higher byte
 };
 
-// Of some numbers of bits the parts are put together first, several pairs at once, in wider fields whose
-// upper bits are anything: one part is left for each pair. Of five and six bits that takes more shifts
-// than it saves where a fraction has room for several places.
+// Of some numbers of bits the parts are put together first, several pairs at once, in wider fields
+// whose upper bits are anything: one part is left for each pair. Of five and six bits that takes
+// more shifts than it saves where a fraction has room for several places.
 #define JOINED (BITS == 3 || BITS == 7 || (!FLOAT16 && (BITS == 5 || BITS == 6)))
 #define FIELDS (!JOINED ? BITS : BITS < 4 ? 4 : 8)  // widths of what is put into fractions
 
@@ -95,11 +96,11 @@ DEVICE void load(Part& part, const Arguments& from, int panel, int block, u32 la
     }
 }
 
-// An integer of a part of `width` bits, put into the fraction of a power of two, makes their sum; and
-// where in the fraction it lies says which power it is to be. So fields that lie beside each other in a
-// word are taken without shifting each to the same bit: a part has several places, `width` bits apart.
-// Where the first part has more than one, the others go along with it: what takes the zero off then
-// takes their powers off as well. Else they have places of their own.
+// An integer of a part of `width` bits, put into the fraction of a power of two, makes their sum;
+// and where in the fraction it lies says which power it is to be. So fields that lie beside each
+// other in a word are taken without shifting each to the same bit: a part has several places,
+// `width` bits apart. Where the first part has more than one, the others go along with it: what
+// takes the zero off then takes their powers off as well. Else they have places of their own.
 //
 // FRACTION: bits of a fraction of the type of x. `low`: what the part's lowest bit weighs: 2^low.
 
@@ -191,8 +192,8 @@ DEVICE u32 spread(u32 word, int from, int count, int to) {
     );
 }
 
-// Where parts are JOINED, the word with the field of a pair: of those of the widest part's word there is
-// one for the even pairs, and one for the others.
+// Where parts are JOINED, the word with the field of a pair: of those of the widest part's word
+// there is one for the even pairs, and one for the others.
 DEVICE u32 join(const u32* words, int half, int pair) {
     const int odd = pair % 2;
     if (BITS == 3) {
@@ -203,7 +204,8 @@ DEVICE u32 join(const u32* words, int half, int pair) {
     u32 upper = 0;
     if (BITS & 2) upper = spread(words[8 + half * 2 + pair / 8], pair / 4 % 2 * 8, 4, 4) >> 2 * odd;
     if (BITS & 1) {
-        const u32 last = spread(words[2 * (BITS & 6) + half], pair / 4 * 4, 2, (BITS & 2) + 4) >> odd;
+        const u32 word = words[2 * (BITS & 6) + half];
+        const u32 last = spread(word, pair / 4 * 4, 2, (BITS & 2) + 4) >> odd;
         upper = BITS & 2 ? choose(upper, last, 0x3F3F3F3F) : last;
     }
     return choose(words[half * 4 + pair / 4] >> 4 * odd, upper, 0x0F0F0F0F);
@@ -242,16 +244,16 @@ DEVICE u32 numbers(const u32* words, const Masks& masks, int half, int pair, con
     return found;
 }
 
-// Two values times their scale plus an offset, each rounded to the type of x as the reference's are:
-// q alone would give other infinities than the weight does.
+// Two values times their scale plus an offset, each rounded to the type of x as the reference's
+// are: q alone would give other infinities than the weight does.
 DEVICE u32 with_offset(u32 pair, float scale, float offset) {
     const float low = sum_of(product(widen(pair & 0xFFFF), scale), offset);
     const float high = sum_of(product(widen(pair >> 16), scale), offset);
     return narrow(low) | (u32)narrow(high) << 16;
 }
 
-// Of x, what a lane multiplies some units' products by: inputs 8 t to 8 t + 7 of row g of each tile.
-// Behind the last row it is that one again, whose results are not kept.
+// Of x, what a lane multiplies some units' products by: inputs 8 t to 8 t + 7 of row g of each
+// tile. Behind the last row it is that one again, whose results are not kept.
 DEVICE void load_x(
     u32 (*x)[MAX_TILES][4], const Arguments& from, const u16* const* rows, int first, int count,
     int block
@@ -368,8 +370,8 @@ KERNEL decode(Arguments from) {
             const int block = first + d * WARPS, next = block + DEPTH * WARPS;
             if (block < from.blocks) {
                 multiply_block(total, ahead[d], x[d], from, rows, own_masks, block);
-                // Into the registers that are free now: into others they would have to be moved, and
-                // what moves them waits for them.
+                // Into the registers that are free now: into others they would have to be moved,
+                // and what moves them waits for them.
                 if (next < from.blocks) {
                     load_panels(ahead[d], from, first_panel, next, lane);
                     if (X_AHEAD) load_x(x[d], from, rows, 0, 4, next);

@@ -3,14 +3,14 @@
 // A block of threads takes PANELS panels of 16 outputs and up to 8 TILES rows of x. Its warps take
 // turns at blocks of 128 inputs; sums are integers and exact, in whichever order they are added.
 //
-// W lies in rows. For lane 4 g + t operand A of a product of 32 inputs is four bytes at 4 t and four at
-// 16 + 4 t of rows g and g + 8: which inputs these are is free, if it is the same for x, operand B. So a
-// lane loads 16 bytes of a row at 16 t of each 64, which are its parts of two products, and four lanes
-// read 64 consecutive ones. Nothing goes through shared memory.
+// W lies in rows. For lane 4 g + t operand A of a product of 32 inputs is four bytes at 4 t and
+// four at 16 + 4 t of rows g and g + 8: which inputs these are is free, if it is the same for x,
+// operand B. So a lane loads 16 bytes of a row at 16 t of each 64, which are its parts of two
+// products, and four lanes read 64 consecutive ones. Nothing goes through shared memory.
 //
-// Constants: FLOAT16: the type of bias and y, else bfloat16; WIDE: scales are float32, else float16;
-// WARPS; DEPTH: blocks that a warp has asked for in advance; TILES; PANELS; WHOLE: inputs is a multiple
-// of 128.
+// Constants: FLOAT16: the type of bias and y, else bfloat16; WIDE: scales are float32, else
+// float16; WARPS; DEPTH: blocks that a warp has asked for in advance; TILES; PANELS; WHOLE: inputs
+// is a multiple of 128.
 
 struct Arguments {
     const u32* x;           // (rows, inputs) of int8
@@ -28,8 +28,8 @@ struct Part {
     u32 words[2][2][4];
 };
 
-// Where what a lane takes of rows begins: of rows g and g + 8 of each panel, and of row g of each tile.
-// Behind the last row it is that one again, whose results are not kept.
+// Where what a lane takes of rows begins: of rows g and g + 8 of each panel, and of row g of each
+// tile. Behind the last row it is that one again, whose results are not kept.
 struct Rows {
     const u32 *q[MAX_PANELS][2], *x[MAX_TILES];
 };
@@ -43,8 +43,8 @@ DEVICE bool is_inside(const Arguments& from, int block, int half, int lane) {
     return block * 128 + half * 64 + lane % 4 * 16 < from.inputs;
 }
 
-// `whole`: the block is known to have all of its inputs. What is asked for in front of the wait for the
-// kernel before is checked in any case: loads that nothing depends on would be moved behind it.
+// `whole`: the block is known to have all of its inputs. What is asked for in front of the wait for
+// the kernel before is checked in any case: loads that nothing depends on would be moved behind it.
 DEVICE void load_panels(
     Part* parts, const Arguments& from, const Rows& rows, int block, int lane, bool whole
 ) {
@@ -62,8 +62,8 @@ DEVICE void load_panels(
 }
 
 DEVICE void multiply_block(
-    int (*total)[MAX_TILES][4], const Part* parts, const Arguments& from, const Rows& rows, int block,
-    int lane
+    int (*total)[MAX_TILES][4], const Part* parts, const Arguments& from, const Rows& rows,
+    int block, int lane
 ) {
     u32 x[2][MAX_TILES][4];  // of both halves, which hides how long one takes
 #pragma unroll
@@ -119,8 +119,8 @@ KERNEL decode_int8(Arguments from) {
             const int block = first + d * WARPS, next = block + DEPTH * WARPS;
             if (block < from.blocks) {
                 multiply_block(total, ahead[d], from, rows, block, lane);
-                // Into the registers that are free now: into others they would have to be moved, and
-                // what moves them waits for them.
+                // Into the registers that are free now: into others they would have to be moved,
+                // and what moves them waits for them.
                 if (next < from.blocks) load_panels(ahead[d], from, rows, next, lane, WHOLE);
             }
         }

@@ -32,8 +32,8 @@ DEVICE void barrier() { __syncthreads(); }
 extern __shared__ __align__(16) float dynamic_numbers[];
 DEVICE float* shared_numbers() { return dynamic_numbers; }
 
-// Of the blocks of a cluster: a lane has come to their barrier; and all have, and what they wrote before
-// is there for the others.
+// Of the blocks of a cluster: a lane has come to their barrier; and all have, and what they wrote
+// before is there for the others.
 DEVICE void arrive_in_cluster() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");

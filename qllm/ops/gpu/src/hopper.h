@@ -1,5 +1,5 @@
-// What prefill.cu asks of a GPU beside device.h: what compute capability 9.0 has and no other, so that
-// its target is sm_90a. emulated_prefill.cpp has the same for the CPU.
+// What prefill.cu asks of a GPU beside device.h: what compute capability 9.0 has and no other, so
+// that its target is sm_90a. emulated_prefill.cpp has the same for the CPU.
 
 typedef unsigned long long u64;
 
@@ -149,8 +149,8 @@ DEVICE u32 multiply_add_pairs(u32 a, u32 b, u32 c) {
     return result;
 }
 
-// Products of a warpgroup (wgmma), which run while its threads go on. What they take from registers,
-// and these themselves, are not to be touched until they are waited for.
+// Products of a warpgroup (wgmma), which run while its threads go on. What they take from
+// registers, and these themselves, are not to be touched until they are waited for.
 DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
@@ -159,9 +159,9 @@ DEVICE void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
-// Operand B of such a product: 16 numbers each of rows in shared memory, 64 of a row side by side in
-// pieces of 16 bytes whose place in the row's 128 is XORed with the row's last three bits, which is how
-// tensor maps with a swizzle of 128 bytes have them copied.
+// Operand B of such a product: 16 numbers each of rows in shared memory, 64 of a row side by side
+// in pieces of 16 bytes whose place in the row's 128 is XORed with the row's last three bits, which
+// is how tensor maps with a swizzle of 128 bytes have them copied.
 DEVICE u64 describe(u32 address) {
     const u64 eight_rows = 1024 >> 4, swizzle_128 = 1;
     return (address & 0x3FFFF) >> 4 | (u64)1 << 16 | eight_rows << 32 | swizzle_128 << 62;
@@ -231,15 +231,16 @@ DEVICE u64 describe(u32 address) {
     "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
     "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
+    "%127}, "
 #endif
 
 #define PRODUCT(kind, operands, adds, end)                                       \
     "{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds ", 0;\n"                       \
     "wgmma.mma_async.sync.aligned.m64" WIDTH_OF_B kind SUMS operands ", adds" end ";\n}"
 
-// c += A B for A (64, 16), of which each warp of four holds 16 rows as mma.m16n8k16 wants them, and B
-// (16, ROWS) in shared memory; or c = A B.
+// c += A B for A (64, 16), of which each warp of four holds 16 rows as mma.m16n8k16 wants them, and
+// B (16, ROWS) in shared memory; or c = A B.
 DEVICE void multiply_group(float* c, const u32* a, u64 b, bool adds) {
     asm volatile(PRODUCT("k16" TYPES, OPERANDS, ADDS, ", 1, 1, 0")
                  : ALL_SUMS("+f", c)

@@ -1,30 +1,30 @@
-// y = x W^T + bias for the rows of a prompt, W packed as in qllm/ops/gpu/layout.py, by the matrix units
-// of compute capability 9.0, which take weights from registers and x from shared memory.
+// y = x W^T + bias for the rows of a prompt, W packed as in qllm/ops/gpu/layout.py, by the matrix
+// units of compute capability 9.0, which take weights from registers and x from shared memory.
 //
 // A block of threads takes OUTPUTS outputs, ROWS rows of x and a part of the inputs; a cluster of
-// blocks has all parts, whose sums it adds up in their order. How many parts there are depends on the
-// weight alone, and each adds up 16 inputs after the other: a row's sums are the same whatever is beside
-// it, and whatever ROWS and OUTPUTS are.
+// blocks has all parts, whose sums it adds up in their order. How many parts there are depends on
+// the weight alone, and each adds up 16 inputs after the other: a row's sums are the same whatever
+// is beside it, and whatever ROWS and OUTPUTS are.
 //
-// Eight warps multiply, two groups of four, or four where OUTPUTS is 64: a warp makes numbers of the
-// words of its panel of 16 outputs, rounded as the reference's weights, which are operand A of its
-// group's products. What runs asynchronously is the copies to shared memory, which four more warps start
-// as stages become free, and the products: a warp makes the next 32 inputs' numbers while the last ones'
-// are multiplied. Its next words it loads ahead, so that it does not wait for shared memory. How words
-// lie and become numbers is in prefill_words.h and prefill_weights.h.
+// Eight warps multiply, two groups of four, or four where OUTPUTS is 64: a warp makes numbers of
+// the words of its panel of 16 outputs, rounded as the reference's weights, which are operand A of
+// its group's products. What runs asynchronously is the copies to shared memory, which four more
+// warps start as stages become free, and the products: a warp makes the next 32 inputs' numbers
+// while the last ones' are multiplied. Its next words it loads ahead, so that it does not wait for
+// shared memory. How words lie and become numbers is in prefill_words.h and prefill_weights.h.
 //
-// Constants: BITS, FLOAT16, ZEROS, OFFSETS, WIDE and GROUP as in decode.cu; ROWS: 64, 128, 192 or 256;
-// OUTPUTS: 64 or 128; X_STAGES, of 64 inputs, and W_STAGES, of 128: what shared memory holds.
+// Constants: BITS, FLOAT16, ZEROS, OFFSETS, WIDE and GROUP as in decode.cu; ROWS: 64, 128, 192 or
+// 256; OUTPUTS: 64 or 128; X_STAGES, of 64 inputs, and W_STAGES, of 128: what shared memory holds.
 
 struct Arguments {
     TensorMap x;       // (rows, inputs), in tiles of (ROWS, 64)
     TensorMap q;       // (panels, blocks, 2 BITS, 128) bytes, in tiles of a block of a panel
-    TensorMap scales;  // (groups, panels, 8, 2): of rows g and g + 8; in tiles of GROUPS and OUTPUTS
+    TensorMap scales;  // (groups, panels, 8, 2): of rows g and g + 8; tiles of GROUPS and OUTPUTS
     TensorMap zeros;   // the same, u8; or offsets, of the type of the scales
     const u16* bias;   // (outputs), or null
     u16* y;            // (rows, outputs)
-    // 2^32 over the blocks that share a scale where GROUP is 128, rounded up: a block times it, less
-    // its lower 32 bits, is the block's group.
+    // 2^32 over the blocks that share a scale where GROUP is 128, rounded up: a block times it,
+    // less its lower 32 bits, is the block's group.
     i64 groups_of_a_block;
     int rows, outputs, blocks;
     int parts;  // of the inputs
@@ -47,7 +47,8 @@ DEVICE u32 x_empty(u32 shared, int stage) { return x_full(shared, X_STAGES + sta
 DEVICE u32 w_full(u32 shared, int stage) { return x_full(shared, 2 * X_STAGES + stage); }
 DEVICE u32 w_empty(u32 shared, int stage) { return w_full(shared, W_STAGES + stage); }
 
-// Start the copies of a weight's blocks from first to end, as stages become empty: one producer's part.
+// Start the copies of a weight's blocks from first to end, as stages become empty: one
+// producer's part.
 DEVICE void produce_weight(
     const Arguments& from, u32 shared, int panel, int first, int end, int producer
 ) {
@@ -62,7 +63,8 @@ DEVICE void produce_weight(
 #pragma unroll 1
         for (int i = producer; i < PANELS_OF_BLOCK; i += W_PRODUCERS)
             copy_tile(
-                to + i * PANEL_BYTES, from.q, 0, ((panel + i) * from.blocks + block) * 2 * BITS, full
+                to + i * PANEL_BYTES, from.q, 0, ((panel + i) * from.blocks + block) * 2 * BITS,
+                full
             );
         if (producer == 2) copy_tile(to + SCALES_AT, from.scales, panel * 16, group, full);
         if (producer == 1 && (ZEROS || OFFSETS))
@@ -109,8 +111,8 @@ DEVICE void release(u32 empty, int lane) {
     if (lane == 0 && empty) arrive(empty);
 }
 
-// A multiplying warp: the sums of its group's four panels. That of output 8 i + g of its panel and row
-// 8 j + 2 t + k is at 4 j + 2 i + k.
+// A multiplying warp: the sums of its group's four panels. That of output 8 i + g of its panel and
+// row 8 j + 2 t + k is at 4 j + 2 i + k.
 DEVICE void consume(
     float* sums, const u8* memory, u32 shared, int warp, int blocks, u32 nothing, int lane
 ) {
@@ -173,8 +175,8 @@ DEVICE void consume(
     wait_for_products<0>();
 }
 
-// Sums of all parts of a slice of the rows, in the parts' order, and what follows. A warp takes a row,
-// a lane of it four outputs.
+// Sums of all parts of a slice of the rows, in the parts' order, and what follows. A warp takes a
+// row, a lane of it four outputs.
 DEVICE void finish(
     const Arguments& from, u32 shared, int part, int panel, int row, int warp, int lane
 ) {
@@ -209,9 +211,11 @@ DEVICE void finish(
             u16* to = from.y + (i64)target * from.outputs + output;
             u16 y[4];
 #pragma unroll
-            for (int k = 0; k < 4; ++k) y[k] = narrow(from.bias ? sums[i][k] + bias[k] : sums[i][k]);
+            for (int k = 0; k < 4; ++k)
+                y[k] = narrow(from.bias ? sums[i][k] + bias[k] : sums[i][k]);
             if (from.outputs % 4 == 0) {
-                if (output < from.outputs) store2(to, y[0] | (u32)y[1] << 16, y[2] | (u32)y[3] << 16);
+                if (output < from.outputs)
+                    store2(to, y[0] | (u32)y[1] << 16, y[2] | (u32)y[3] << 16);
                 continue;
             }
 #pragma unroll

@@ -1,14 +1,14 @@
 // y = (x W^T) x_scales scales + bias for the rows of a prompt, x and W int8, by the matrix units of
 // compute capability 9.0, which take both from shared memory.
 //
-// A block of threads takes OUTPUTS outputs, ROWS rows of x and a part of the inputs; a cluster of blocks
-// has all parts and adds up their sums, which are integers and exact: how a product is cut changes no
-// bit. One thread starts the copies of 128 inputs at a time as stages become free, and a warpgroup
-// multiplies 64 outputs with all ROWS rows.
+// A block of threads takes OUTPUTS outputs, ROWS rows of x and a part of the inputs; a cluster of
+// blocks has all parts and adds up their sums, which are integers and exact: how a product is cut
+// changes no bit. One thread starts the copies of 128 inputs at a time as stages become free, and a
+// warpgroup multiplies 64 outputs with all ROWS rows.
 //
-// Constants: FLOAT16: the type of bias and y, else bfloat16; WIDE: scales are float32, else float16;
-// ROWS: 64, 128 or 256; STAGES: what shared memory holds; MULTIPLYING: threads that multiply, 128 or
-// 256, of THREADS; BLOCKS: of a multiprocessor.
+// Constants: FLOAT16: the type of bias and y, else bfloat16; WIDE: scales are float32, else
+// float16; ROWS: 64, 128 or 256; STAGES: what shared memory holds; MULTIPLYING: threads that
+// multiply, 128 or 256, of THREADS; BLOCKS: of a multiprocessor.
 
 struct Arguments {
     TensorMap x;            // (rows, inputs) of int8, in tiles of (ROWS, 128)
@@ -54,8 +54,8 @@ DEVICE void produce(const Arguments& from, u32 shared, Place place, int first, i
     }
 }
 
-// A multiplying warp: the sums of its group's 64 outputs. That of output 8 i + g of the warp's 16 and of
-// row 8 j + 2 t + k is at 4 j + 2 i + k.
+// A multiplying warp: the sums of its group's 64 outputs. That of output 8 i + g of the warp's 16
+// and of row 8 j + 2 t + k is at 4 j + 2 i + k.
 DEVICE void consume(int* sums, u32 shared, int warp, int blocks, int lane) {
     Stage stage;
     const u64 x = describe(shared), q = describe(shared + X_BYTES + warp / 4 * 64 * 128);

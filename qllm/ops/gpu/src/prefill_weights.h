@@ -7,12 +7,12 @@
 #define W_END (ZEROS_AT + GROUPS * OUTPUTS * (OFFSETS ? SCALE_BYTES : ZEROS ? 1 : 0))
 #define W_BYTES ((W_END + 1023) / 1024 * 1024)
 
-// A float16 scale is the sum of two bfloat16, of 8 and of 3 bits. An integer of up to 6 bits times the
-// second is a bfloat16, so that one fused operation more rounds the whole product, once.
+// A float16 scale is the sum of two bfloat16, of 8 and of 3 bits. An integer of up to 6 bits times
+// the second is a bfloat16, so that one fused operation more rounds the whole product, once.
 #define IN_PAIRS (!OFFSETS && !WIDE && (FLOAT16 || BITS <= 6))
 
-// Of rows g and g + 8 as they lie in memory: scales and offsets in a word or, where WIDE, two, and zeros
-// in the lower bytes of one.
+// Of rows g and g + 8 as they lie in memory: scales and offsets in a word or, where WIDE, two, and
+// zeros in the lower bytes of one.
 struct Scales {
     u32 scales[2], offsets[2], zeros;
 };
@@ -27,7 +27,9 @@ DEVICE void load_two(u32* to, const u8* from, int at) {
 DEVICE void load_scales(Scales& found, const u8* stage, int at) {
     load_two(found.scales, stage + SCALES_AT, at);
     if (OFFSETS) load_two(found.offsets, stage + ZEROS_AT, at);
-    found.zeros = ZEROS ? *(const u16*)(stage + ZEROS_AT + at) : OFFSETS ? 0 : 0x0101u << (BITS - 1);
+    found.zeros = ZEROS     ? *(const u16*)(stage + ZEROS_AT + at)
+                  : OFFSETS ? 0
+                            : 0x0101u << (BITS - 1);
 }
 
 // What inputs of rows g and g + 8 that share a scale have in common.

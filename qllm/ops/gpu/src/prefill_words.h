@@ -1,12 +1,14 @@
 // The words of a stage of prefill.cu's weight, and the integers in them.
 //
-// The words of lane 4 g + t hold inputs 8 t to 8 t + 7 of each 32, while an operand takes 2 t and 2 t + 1
-// of each 8: a lane reads the words of all four lanes with its g, and takes its pair from each. They
-// are copied with a swizzle, so that lanes that read at once read from different banks.
+// The words of lane 4 g + t hold inputs 8 t to 8 t + 7 of each 32, while an operand takes
+// 2 t and 2 t + 1 of each 8: a lane reads the words of all four lanes with its g, and takes its
+// pair from each. They are copied with a swizzle, so that lanes that read at once read from
+// different banks.
 
 #define PANELS_OF_BLOCK (OUTPUTS / 16)  // of threads: one for each warp that multiplies
 #define Q_BYTES (256 * BITS)            // of a block of a panel
-#define PANEL_BYTES ((Q_BYTES + 1023) / 1024 * 1024)  // of it in a stage, where the swizzle begins anew
+// Of it in a stage, where the swizzle begins anew.
+#define PANEL_BYTES ((Q_BYTES + 1023) / 1024 * 1024)
 
 // Two addresses of a lane in place of one; of 7 bits there are most words, and no register is left.
 #define ODD_APART (BITS >= 4 && BITS != 7)
@@ -15,11 +17,12 @@
 // otherwise be computed anew for each use.
 DEVICE u32 opaque(u32 number) { return exchange(number, 0); }
 
-// What a lane knows of the words that it reads: those of four lanes, of which it takes its own pairs.
+// What a lane knows of the words that it reads: those of four lanes, of which it takes its
+// own pairs.
 struct Layout {
-    // In a stage, of each of these lanes' words: in pieces of 16 bytes, the first one and all others an
-    // even number of pieces away, and those between them; and in a piece of 8 bytes those of the first
-    // and of the third lane, behind which the second and the fourth one's are.
+    // In a stage, of each of these lanes' words: in pieces of 16 bytes, the first one and all
+    // others an even number of pieces away, and those between them; and in a piece of 8 bytes those
+    // of the first and of the third lane, behind which the second and the fourth one's are.
     u32 even[4], odd[4], single[2];
     u32 turns[5];  // by how many bits, to the left, words of a width are turned
     u32 masks[5];  // of bits of a width in turned words
@@ -97,8 +100,8 @@ DEVICE void load_words(Words& words, const u8* stage, int half, const Layout& la
     }
 }
 
-// Turn the words of two units so that the bits of a lane's own pair of the first unit that a word has
-// are where an integer has them.
+// Turn the words of two units so that the bits of a lane's own pair of the first unit that a word
+// has are where an integer has them.
 DEVICE void turn_words(Words& words, const Words& from, int half, const Layout& layout) {
 #pragma unroll
     for (int other = 0; other < 4; ++other)
@@ -106,7 +109,8 @@ DEVICE void turn_words(Words& words, const Words& from, int half, const Layout& 
         for (int r = 0; r < 2; ++r) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                if (BITS == 8) words.of_8[half * 2 + i][r][other] = from.of_8[half * 2 + i][r][other];
+                if (BITS == 8)
+                    words.of_8[half * 2 + i][r][other] = from.of_8[half * 2 + i][r][other];
                 if (BITS & 4)
                     words.of_4[half][r][other][i] =
                         rotate_left(from.of_4[half][r][other][i], layout.turns[4]);
@@ -121,9 +125,10 @@ DEVICE void turn_words(Words& words, const Words& from, int half, const Layout& 
 
 // What added to a pair as `numbers` begins takes its zero off, which is this byte of a word.
 DEVICE u32 less_zero(u32 zeros, int byte) {
-    if (FLOAT16) return select_bytes(zeros, 0xE4, 0x4040 + byte * 0x0101);   // -(1024 + zero)
-    if (BITS == 8) return select_bytes(zeros, 0xCB000000, 0x7650 + byte);    // -(2^23 + zero), a float32
-    return select_bytes(zeros, 0xC3, 0x4040 + byte * 0x0101);                // -(128 + zero)
+    if (FLOAT16) return select_bytes(zeros, 0xE4, 0x4040 + byte * 0x0101);  // -(1024 + zero)
+    // As a float32, -(2^23 + zero).
+    if (BITS == 8) return select_bytes(zeros, 0xCB000000, 0x7650 + byte);
+    return select_bytes(zeros, 0xC3, 0x4040 + byte * 0x0101);  // -(128 + zero)
 }
 
 // q - zero of two inputs, exactly: an integer put into the lowest bits of a power of two's fraction
