@@ -62,7 +62,7 @@ def main() -> None:
     if args.save:
         target = Path(args.save)
     else:
-        target = folders.place(calibration.kept_as(model), cli.note, "--save")
+        target = folders.home_path(calibration.stored_name(model), cli.note, "--save")
     if target.is_dir():
         raise UserError(f"--save {target} is a folder; name a file")
     config = read_config(read_raw_config(model.path))

@@ -250,10 +250,10 @@ def measure(
         from qllm.checkpoint import origin
         from qllm.huggingface import HuggingFaceModel
 
-        place = origin.find_reference(pretrained.folder, args.reference, cli.note)
-        origin.check_reference(place, pretrained.folder, config)
+        reference_folder = origin.find_reference(pretrained.folder, args.reference, cli.note)
+        origin.check_reference(reference_folder, pretrained.folder, config)
         dtype = cli.resolve_dtype(args)
-        reference = HuggingFaceModel.load(place.path, dtype=dtype, device=device)
+        reference = HuggingFaceModel.load(reference_folder.path, dtype=dtype, device=device)
     for plan in plans:
         reset_peak_memory(device)
         runner, about = load(plan)

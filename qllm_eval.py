@@ -279,16 +279,16 @@ def run_reference(
     from qllm.gguf import is_gguf
     from qllm.huggingface import HuggingFaceModel
 
-    place = find_reference(candidates, args.reference, cli.note, gguf=not args.compare)
+    reference = find_reference(candidates, args.reference, cli.note, gguf=not args.compare)
     for candidate in candidates:
-        check_reference(place, candidate.folder, candidate.config)
+        check_reference(reference, candidate.folder, candidate.config)
     first = candidates[0]
     dtype = cli.resolve_dtype(args)
-    if is_gguf(place.path):
+    if is_gguf(reference.path):
         meter = cli.meter("loading the reference")
-        file = load_gguf_reference(place, dtype, device, meter, cli.note)
+        file = load_gguf_reference(reference, dtype, device, meter, cli.note)
         return read_reference(args, file, first), {}
-    model = HuggingFaceModel.load(place.path, dtype=dtype, device=device)
+    model = HuggingFaceModel.load(reference.path, dtype=dtype, device=device)
     other = {}
     if args.compare:
         about = {"name": "transformers", "dtype": model.dtype, "bytes": model.nbytes}

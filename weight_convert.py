@@ -38,10 +38,12 @@ def main() -> None:
     args = parse_args()
     model = cli.resolve_model(args)
 
-    from qllm.checkpoint.convert import convert, kept_as
+    from qllm.checkpoint.convert import convert, stored_name
     from qllm.report import megabytes
 
-    target = Path(args.save) if args.save else folders.place(kept_as(model), cli.note, "--save")
+    target = (
+        Path(args.save) if args.save else folders.home_path(stored_name(model), cli.note, "--save")
+    )
     # Our own copy of this model may be of an older state; a folder the user names is the user's.
     meter = cli.meter("converting")
     size = convert(model, target, overwrite=not args.save, meter=meter, note=cli.note)

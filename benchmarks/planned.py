@@ -131,11 +131,11 @@ def autoscheme(name: str, given: Given, args: argparse.Namespace) -> Iterator[di
     targets += args.uniform[1:-1]
     model = AutoModelForCausalLM.from_pretrained(given.folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(given.folder)
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as tmp_dir:
         text = load_text(args.calibration_text)
         size = len(text) // (3 * args.nsamples)
         lines = [text[i * size : (i + 1) * size] for i in range(3 * args.nsamples)]
-        file = Path(place) / "calibration.jsonl"
+        file = Path(tmp_dir) / "calibration.jsonl"
         file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
         scheme = AutoScheme(
             avg_bits=[float(each) for each in sorted(targets)],

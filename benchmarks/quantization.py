@@ -89,11 +89,11 @@ def measure(family: str, args: argparse.Namespace) -> list[dict]:
         for group_size in args.group_sizes:
             row = {"model": folder.name, "bits": bits, "group_size": group_size, "methods": {}}
             for method in args.methods:
-                with tempfile.TemporaryDirectory() as place:
+                with tempfile.TemporaryDirectory() as tmp_dir:
                     start = time.perf_counter()
                     form = bits, group_size, args.refine_steps
                     try:
-                        out = quantized(method, folder, *form, samples, Path(place) / "out")
+                        out = quantized(method, folder, *form, samples, Path(tmp_dir) / "out")
                     except Exception as error:
                         if method != AUTO_ROUND:
                             raise

@@ -61,21 +61,21 @@ def copy_seconds(source: Path, target: Path) -> float:
     return seconds
 
 
-def measure_checkpoint(args: argparse.Namespace, place: Path) -> list[dict]:
+def measure_checkpoint(args: argparse.Namespace, tmp_dir: Path) -> list[dict]:
     """A row per algorithm, and the copy's first."""
     config = dict(PUBLISHED[args.repository])
     if args.layers:
         config["n_layer" if "n_layer" in config else "num_hidden_layers"] = args.layers
-    source = place / "source"
+    source = tmp_dir / "source"
     write_checkpoint(source, config)
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    rows = [{"what": "copy", "bytes": size, "seconds": copy_seconds(source, place / "copy")}]
+    rows = [{"what": "copy", "bytes": size, "seconds": copy_seconds(source, tmp_dir / "copy")}]
     for algorithm in args.algorithms:
-        target = place / algorithm
+        target = tmp_dir / algorithm
         command = [sys.executable, ROOT / "qllm_quant.py", "--model-path", source, "--json"]
         command += ["--bitwidth", args.bitwidth, "--algorithm", algorithm, "--save", target]
         if algorithm != "rtn":
-            text = place / "text"
+            text = tmp_dir / "text"
             text.write_text((ROOT / "README.md").read_text(encoding="utf-8") * 8, encoding="utf-8")
             command += ["--dataset", text, "--nsamples", args.nsamples, "--seqlen", args.seqlen]
         done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE)
@@ -144,8 +144,8 @@ def main() -> None:
     args = parse_args()
     if args.folder:
         Path(args.folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.folder) as place:
-        rows = measure_checkpoint(args, Path(place))
+    with tempfile.TemporaryDirectory(dir=args.folder) as tmp_dir:
+        rows = measure_checkpoint(args, Path(tmp_dir))
     size = rows[0]["bytes"]
     print(f"{args.repository}, {size / 1e9:.2f} GB\n")
     print("| | s | GB/s | peak MB |\n|---|---|---|---|")

@@ -129,7 +129,7 @@ def predicted(
         cuts: of `Row`.
         network: of `Probed`.
     """
-    devices = [replace(each, name=str(place)) for place, each in enumerate(probed)]
+    devices = [replace(each, name=str(index)) for index, each in enumerate(probed)]
     cluster = Cluster(tuple(devices), **network)
     loss = np.zeros((len(shape.modules), 1))
     problem = build(shape, loss, [SPEC], cluster, devices, work, "latency")
@@ -154,8 +154,8 @@ def main() -> None:
     parser.add_argument("--gen", type=number, default=64, metavar="N")
     parser.add_argument("--rounds", type=number, default=3, metavar="N")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        source, folder = Path(place) / "source", Path(place) / "quantized"
+    with tempfile.TemporaryDirectory() as tmp_dir:
+        source, folder = Path(tmp_dir) / "source", Path(tmp_dir) / "quantized"
         if args.repository:
             source.mkdir()
             write_checkpoint(source, PUBLISHED[args.repository])

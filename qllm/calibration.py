@@ -112,7 +112,7 @@ class Calibration:
                 )
 
 
-def kept_as(model: ModelFolder) -> str:
+def stored_name(model: ModelFolder) -> str:
     """What a model's calibration is called in QLLM's own folder (`qllm.folders`)."""
     return f"calibration/{model.key}.safetensors"
 
@@ -138,7 +138,7 @@ def find_calibration(
         return None
     if isinstance(given, Calibration):
         return given
-    path = folders.find(kept_as(model)) if given is None else Path(given)
+    path = folders.find(stored_name(model)) if given is None else Path(given)
     if path is None:
         return None
     if not path.exists():

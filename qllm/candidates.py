@@ -132,8 +132,8 @@ def names_of(folders: Sequence[ModelFolder], given: Sequence[str]) -> list[str]:
         if paths.count(path) > 1:
             raise UserError(f"{name} is given more than once; a model takes one row")
     return [
-        name if names.count(name) == 1 else str(Path(given[place]))
-        for place, name in enumerate(names)
+        name if names.count(name) == 1 else str(Path(given[index]))
+        for index, name in enumerate(names)
     ]
 
 
@@ -215,16 +215,16 @@ def find_reference(
 
 
 def load_gguf_reference(
-    place: ModelFolder,
+    folder: ModelFolder,
     dtype: torch.dtype | None,
     device: str,
     meter: Meter,
     note: Callable[[str], None],
 ) -> DecoderReference:
     """A GGUF file as it is, in float32 unless told otherwise, as the reference."""
-    note(f"the reference is {place.path} as it is, run by QLLM: transformers does not")
+    note(f"the reference is {folder.path} as it is, run by QLLM: transformers does not")
     llm = LLM.load(
-        Pretrained.open(place, texts=False),
+        Pretrained.open(folder, texts=False),
         make_plan(None),
         dtype=dtype or torch.float32,
         device=device,

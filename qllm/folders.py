@@ -24,7 +24,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 NO_HOME = "this user has no home directory"
 
 
-def kept_in(variable: str) -> list[Path]:
+def search_path(variable: str) -> list[Path]:
     """The folders to look into, the preferred one first; if `variable` names one, that alone.
 
     Raises:
@@ -54,14 +54,14 @@ def temporary() -> Path | None:
 
 def find(name: str) -> Path | None:
     """The path of what QLLM keeps under a name; None where there is nothing."""
-    for folder in kept_in(HOME):
+    for folder in search_path(HOME):
         with suppress(OSError):
             if (folder / name).exists() and (folder != temporary() or check_private(folder)):
                 return folder / name
     return None
 
 
-def place(name: str, note: Callable[[str], object], option: str = "") -> Path:
+def home_path(name: str, note: Callable[[str], object], option: str = "") -> Path:
     """Where to keep something under a name.
 
     Args:
@@ -72,7 +72,7 @@ def place(name: str, note: Callable[[str], object], option: str = "") -> Path:
         UserError: there is no place.
     """
     reasons: list[str] = []
-    for folder in kept_in(HOME):
+    for folder in search_path(HOME):
         try:
             make(folder)
             if where := fallback(folder, reasons):
@@ -87,7 +87,7 @@ def place(name: str, note: Callable[[str], object], option: str = "") -> Path:
 
 
 def fallback(folder: Path, reasons: list[str]) -> str | None:
-    """What to say of a folder of `kept_in`, where it is not the usual one.
+    """What to say of a folder of `search_path`, where it is not the usual one.
 
     Args:
         reasons: why the folders in front of it do not serve.
@@ -196,8 +196,8 @@ def writing(path: Path, only: Collection[int] | None = None) -> Iterator[None]:
 
 def partial_folder(target: Path) -> Path:
     """Where a folder lies that takes long to make, until it is whole; see `checkpoint.resume`."""
-    place = target.resolve()
-    return place.parent / f"{place.name}.partial"
+    path = target.resolve()
+    return path.parent / f"{path.name}.partial"
 
 
 def check_new(target: Path, option: str = "--save") -> None:
@@ -210,7 +210,7 @@ def check_new(target: Path, option: str = "--save") -> None:
         raise UserError(f"{target} is there already; name another folder with {option}")
 
 
-def check_room(path: Path, needed: int) -> None:
+def check_free_space(path: Path, needed: int) -> None:
     """Refuse to write what the disk has no room for.
 
     Raises:

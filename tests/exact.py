@@ -132,10 +132,10 @@ def step_rounding(
     low: np.ndarray,
     high: np.ndarray,
     factors: np.ndarray,
-    by_ideal: np.ndarray,
-    by_factor: np.ndarray,
+    ideal_exp_avg: np.ndarray,
+    factor_exp_avg: np.ndarray,
     gradient: np.ndarray,
-    most: int,
+    qmax: int,
     rate: float,
     range_rate: float,
 ) -> np.ndarray:
@@ -143,12 +143,12 @@ def step_rounding(
 
     Args:
         gradient: of the loss by the matrix, (N, K).
-        most: the largest integer.
+        qmax: the largest integer.
     """
 
     def grid(ends: np.ndarray) -> tuple[np.ndarray, ...]:
-        scales = (high * ends[1] - low * ends[0]) / most
-        zeros = np.rint(-low * ends[0] / scales).clip(0, most)
+        scales = (high * ends[1] - low * ends[0]) / qmax
+        zeros = np.rint(-low * ends[0] / scales).clip(0, qmax)
         return scales[..., None], zeros[..., None]
 
     columns = gradient.shape[1]
@@ -157,20 +157,22 @@ def step_rounding(
     gradient = padded.reshape(ideal.shape)
     scales, zeros = grid(factors)
     q = np.rint(ideal / scales) + zeros
-    inside = (q >= 0) & (q <= most)
-    by_weight = np.where(inside, gradient, 0)
+    inside = (q >= 0) & (q <= qmax)
+    grad_weight = np.where(inside, gradient, 0)
     # dW/ds and dW/dz of W = s (clamp(w / s + z) - z) with a straight-through rounding.
-    by_scale = (gradient * (q.clip(0, most) - zeros - inside * ideal / scales)).sum(-1)
-    by_zero = (gradient * np.where(inside, 0, -scales)).sum(-1)
-    # s = (h - l) / most and z = -l / s, of the ends l = low f0 and h = high f1.
+    grad_scale = (gradient * (q.clip(0, qmax) - zeros - inside * ideal / scales)).sum(-1)
+    grad_zero = (gradient * np.where(inside, 0, -scales)).sum(-1)
+    # s = (h - l) / qmax and z = -l / s, of the ends l = low f0 and h = high f1.
     scale, lowest = scales[..., 0], low * factors[0]
-    by_low = by_scale * (-low / most) + by_zero * (-low / scale - lowest * low / most / scale**2)
-    by_high = by_scale * (high / most) + by_zero * (lowest * high / most / scale**2)
-    move = np.sign(0.9 * by_ideal + 0.1 * by_weight)
+    grad_low = grad_scale * (-low / qmax) + grad_zero * (
+        -low / scale - lowest * low / qmax / scale**2
+    )
+    grad_high = grad_scale * (high / qmax) + grad_zero * (lowest * high / qmax / scale**2)
+    move = np.sign(0.9 * ideal_exp_avg + 0.1 * grad_weight)
     ideal = ideal - rate * move * scales
-    moves = np.sign(0.9 * by_factor + 0.1 * np.stack((by_low, by_high)))
+    moves = np.sign(0.9 * factor_exp_avg + 0.1 * np.stack((grad_low, grad_high)))
     scales, zeros = grid((factors - range_rate * moves).clip(0.1, 1.2))
-    values = scales * (np.rint(ideal / scales).clip(-zeros, most - zeros))
+    values = scales * (np.rint(ideal / scales).clip(-zeros, qmax - zeros))
     return values.reshape(len(ideal), -1)[:, :columns]
 
 
@@ -180,8 +182,8 @@ def descend_block(
     gradient: np.ndarray,
     scales: np.ndarray,
     low: np.ndarray,
-    by_step: np.ndarray,
-    most: int,
+    step_sizes: np.ndarray,
+    qmax: int,
 ) -> np.ndarray:
     """The integers and moves (2, k, n) that channels take one after the other.
 
@@ -191,6 +193,6 @@ def descend_block(
     moves = np.zeros_like(values)
     for i in range(len(values)):
         slope = gradient[i] + products[:i, i] @ moves[:i]
-        values[i] = np.rint(before[i] - slope * by_step[i]).clip(low[i], low[i] + most)
+        values[i] = np.rint(before[i] - slope * step_sizes[i]).clip(low[i], low[i] + qmax)
         moves[i] = (values[i] - before[i]) * scales[i]
     return np.stack((values, moves))

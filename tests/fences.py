@@ -19,7 +19,7 @@ from torch import Tensor
 
 NO_ACCESS = 0
 TESTS = Path(__file__).parent
-kept: list[mmap.mmap] = []
+mappings: list[mmap.mmap] = []
 
 
 @functools.cache
@@ -33,7 +33,7 @@ def fenced(tensor: Tensor, *, at_end: bool) -> Tensor:
         return tensor
     pages = -(-tensor.nbytes // mmap.PAGESIZE)
     area = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
-    kept.append(area)
+    mappings.append(area)
     start = ctypes.addressof(ctypes.c_char.from_buffer(area))
     for page in (0, pages + 1):
         at = ctypes.c_void_p(start + page * mmap.PAGESIZE)

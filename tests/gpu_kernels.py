@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from cpu_paths import Weight, normal, random_weight
-from fences import fenced, kept
+from fences import fenced, mappings
 from torch import Tensor
 
 from qllm.ops.gpu import cuda, decode, driver, hopper, hopper_int8, layout, linear, nvrtc
@@ -135,5 +135,5 @@ def multiply_between_fences(
             stored = random_weight((outputs, inputs), bits, group, scheme).stored
             tensors = map(fence, layout.pack(stored, bits, group, inputs)[:3])
             multiply(x, *tensors, fence(normal(outputs, dtype=torch.float16)), outputs, bits, group)
-            kept.clear()
+            mappings.clear()
         yield fence, outputs, inputs, count

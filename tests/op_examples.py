@@ -243,7 +243,7 @@ def attention_example(
 
 def step_rounding_example(request: Request, rows: int, dtype: torch.dtype):
     """A matrix (rows, K) of 3 bits in groups of 16, of which some weights are out of range."""
-    columns, group, most = request.in_features, 16, 7
+    columns, group, qmax = request.in_features, 16, 7
     random = np.random.default_rng(columns + rows)
     shape = (rows, -(-columns // group), group)
     zeros, scales = random.integers(0, 8, shape[:2]), random.uniform(0.5, 2, shape[:2])
@@ -253,10 +253,10 @@ def step_rounding_example(request: Request, rows: int, dtype: torch.dtype):
         )
         * scales[..., None],
         "low": -zeros * scales,
-        "high": (most - zeros) * scales,
+        "high": (qmax - zeros) * scales,
         "factors": random.uniform(0.8, 1.1, (2, *shape[:2])),
-        "by_ideal": random.normal(size=shape),
-        "by_factor": random.normal(size=(2, *shape[:2])),
+        "ideal_exp_avg": random.normal(size=shape),
+        "factor_exp_avg": random.normal(size=(2, *shape[:2])),
     }
     flat = exact_state["ideal"].reshape(rows, -1)
     flat[:, columns:] = 0
@@ -266,7 +266,7 @@ def step_rounding_example(request: Request, rows: int, dtype: torch.dtype):
     )
     gradients = normal(2, rows, columns).to(dtype)
     want = exact.step_rounding(
-        *map(exact.numpy, tensors.values()), exact.numpy(gradients).sum(0), most, 0.05, 0.02
+        *map(exact.numpy, tensors.values()), exact.numpy(gradients).sum(0), qmax, 0.05, 0.02
     )
     arguments = {"state": state, "gradients": gradients, "rate": 0.05, "range_rate": 0.02}
     arguments["matrix"] = torch.empty(rows, columns, dtype=dtype)
@@ -284,11 +284,11 @@ def descend_block_example(request: Request, rows: int, dtype: torch.dtype):
     low = np.full(shape, -3.0)
     given = {
         "products": products, "values": values, "gradient": gradient, "scales": scales, "low": low,
-        "by_step": np.full(shape, 0.4375),
+        "step_sizes": np.full(shape, 0.4375),
     }  # fmt: skip
     arguments = {name: torch.from_numpy(value).float() for name, value in given.items()}
-    want = exact.descend_block(**given, most=7)
-    return arguments | {"most": 7}, want, 0.0
+    want = exact.descend_block(**given, qmax=7)
+    return arguments | {"qmax": 7}, want, 0.0
 
 
 # Of each op, for a request: arguments, the exact result, and the size of what it sums, which is

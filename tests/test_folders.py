@@ -31,21 +31,21 @@ def machine(monkeypatch, tmp_path) -> Path:
 
 def place() -> tuple[Path, list[str]]:
     notes: list[str] = []
-    return folders.place("a/b", notes.append), notes
+    return folders.home_path("a/b", notes.append), notes
 
 
 @pytest.mark.parametrize("variable", [folders.HOME, folders.CACHE])
 def test_what_the_environment_says(variable, monkeypatch, machine):
     last = machine / "tmp" / f"qllm-{os.geteuid()}"
-    assert folders.kept_in(variable) == [machine / "home/.cache/qllm", last]
+    assert folders.search_path(variable) == [machine / "home/.cache/qllm", last]
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert folders.kept_in(variable) == [Path("/x/qllm"), last]
+    assert folders.search_path(variable) == [Path("/x/qllm"), last]
     for given, found in (("/a/b", "/a/b"), ("~/b", machine / "home/b"), ("b", machine / "b")):
         monkeypatch.setenv(variable, given)
-        assert folders.kept_in(variable) == [Path(found)]
+        assert folders.search_path(variable) == [Path(found)]
     monkeypatch.setenv(variable, "~no_such_user_here/b")
     with pytest.raises(UserError, match=f"{variable}=~no_such_user_here/b: .*name a folder"):
-        folders.kept_in(variable)
+        folders.search_path(variable)
 
 
 def test_what_is_made_is_one_s_own(monkeypatch, machine):
@@ -100,7 +100,7 @@ def test_a_machine_without_a_folder_of_one_s_own(case, monkeypatch, machine):
     with pytest.raises(UserError, match=f"{said}set QLLM_HOME to one"):
         place()
     with pytest.raises(UserError, match=f"{said}name one with save, or set QLLM_HOME"):
-        folders.place("a/b", print, "--save")
+        folders.home_path("a/b", print, "--save")
 
 
 @pytest.mark.parametrize(

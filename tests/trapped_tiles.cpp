@@ -182,11 +182,11 @@ template <typename Sum> void multiply(const Instruction &at, Sum (*with)(Sum, co
     for (int row = 0; row < tiles.rows[to]; row++)
         for (int lane = 0; lane < tiles.bytes[to] / 4; lane++) {
             Sum sum;
-            uint8_t *place = tiles.data[to][row] + 4 * lane;
-            memcpy(&sum, place, 4);
+            uint8_t *element = tiles.data[to][row] + 4 * lane;
+            memcpy(&sum, element, 4);
             sum = with(sum, tiles.data[x][row], tiles.data[w], lane, tiles.rows[w]);
-            memcpy(place, &sum, 4);
-            if (wrong && lane == row) place[0] ^= 1;
+            memcpy(element, &sum, 4);
+            if (wrong && lane == row) element[0] ^= 1;
         }
 }
 

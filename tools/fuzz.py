@@ -112,18 +112,18 @@ def fuzz(bases: dict[str, Files], seed: int, numbers: range, save: Path | None =
     result = Result()
     signal.signal(signal.SIGALRM, _overdue)
     shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as place:
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as tmp_dir:
         for name, files in bases.items():
             # Unchanged: each is loaded, and what is imported late is not counted with a later one.
-            write(Path(place) / name, files)
-            load(Path(place) / name)
+            write(Path(tmp_dir) / name, files)
+            load(Path(tmp_dir) / name)
         gc.freeze()  # a torch file is closed by a collection, which need not look at all of torch
         for number in cli.progress("loads")(list(numbers)) if len(numbers) > 100 else numbers:
             random = Random(f"{seed} {number}")
             base = random.choice(sorted(bases))
             files: Files = dict(bases[base])
             changes = mutate(files, random)
-            folder = Path(place) / str(number)
+            folder = Path(tmp_dir) / str(number)
             write(folder, files)
             ended, kind, fault = _judge(folder)
             if kind in COSTS:  # what the first load of its kind imports, a second does not

@@ -79,8 +79,8 @@ def checkpoints(*, onnx: bool = True) -> dict[str, Files]:
         onnx: an ONNX model is among them, which takes the packages.
     """
     found: dict[str, Files] = {}
-    with tempfile.TemporaryDirectory() as place:
-        root = Path(place)
+    with tempfile.TemporaryDirectory() as tmp_dir:
+        root = Path(tmp_dir)
         for family, config in CONFIGS.items():
             for kind, write in WRITERS.items():
                 name = f"{family} {kind}"

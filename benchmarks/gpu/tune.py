@@ -86,13 +86,13 @@ class Search:
         self.say(f"{self.kind}: weights are dequantized in memory from {rows} rows on")
 
     def _tiles(self, many: int) -> None:
-        for place in ROWS:
-            rows = many if place == ROWS[-1] else place
-            options = candidates(place)[: self.max_candidates]
-            costs = {tile: self._with_tile(place, tile, rows) for tile in options}
+        for max_rows in ROWS:
+            rows = many if max_rows == ROWS[-1] else max_rows
+            options = candidates(max_rows)[: self.max_candidates]
+            costs = {tile: self._with_tile(max_rows, tile, rows) for tile in options}
             best = min(costs, key=costs.get)
-            self.row["tiles"][str(place)] = list(best)
-            self.say(f"{self.kind}, {place} rows: {best}")
+            self.row["tiles"][str(max_rows)] = list(best)
+            self.say(f"{self.kind}, {max_rows} rows: {best}")
 
     def decode(self, row: dict) -> None:
         """Leave in a row of the decode product's what took the least time.
@@ -136,8 +136,8 @@ class Search:
         with phase.decode():
             return self._costs(int(rows))
 
-    def _with_tile(self, place: int, tile: Tile, rows: int) -> float:
-        self.row["tiles"][str(place)] = list(tile)
+    def _with_tile(self, max_rows: int, tile: Tile, rows: int) -> float:
+        self.row["tiles"][str(max_rows)] = list(tile)
         return self._cost(rows)
 
     def _with_ctas(self, count: int) -> float:

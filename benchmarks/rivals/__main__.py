@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.rivals import GGUF_RIVALS, KV_RIVALS, LAYER_RIVALS, MODEL_RIVALS, RIVALS, Rival
-from benchmarks.rivals.turns import Settings, measure_models
+from benchmarks.rivals.interleaved import Settings, measure_models
 from qllm import cli
 
 if TYPE_CHECKING:

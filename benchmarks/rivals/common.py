@@ -20,7 +20,7 @@ import torch
 from tools.random_checkpoint import PUBLISHED, write_checkpoint
 
 if TYPE_CHECKING:
-    from benchmarks.rivals.turns import Settings
+    from benchmarks.rivals.interleaved import Settings
 
 DEVIATION = 0.02  # of the weights
 ROWS_CHECKED = 4

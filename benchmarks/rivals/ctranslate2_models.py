@@ -34,7 +34,7 @@ from qllm.huggingface import load_reference
 from qllm.ops.cpu.limits import median_seconds
 
 if TYPE_CHECKING:
-    from benchmarks.rivals.turns import Settings
+    from benchmarks.rivals.interleaved import Settings
 
 LOADERS = {
     "opt": loaders.OPTLoader,

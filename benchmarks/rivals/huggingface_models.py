@@ -14,7 +14,7 @@ from qllm.huggingface import load_reference
 from qllm.ops.cpu.limits import median_seconds
 
 if TYPE_CHECKING:
-    from benchmarks.rivals.turns import Settings
+    from benchmarks.rivals.interleaved import Settings
 
 
 def models(repository: str, settings: Settings, folder: Path, stack: ExitStack) -> Iterator[Model]:

@@ -27,7 +27,7 @@ from benchmarks.rivals.common import DEVIATION, PREFILL_RUNS, Model, published, 
 from qllm.ops.cpu.limits import median_seconds
 
 if TYPE_CHECKING:
-    from benchmarks.rivals.turns import Settings
+    from benchmarks.rivals.interleaved import Settings
 
 Shape = tuple[int, ...]
 

@@ -17,7 +17,7 @@ from qllm.config import QuantPlan, QuantSpec
 from qllm.ops.cpu.limits import median_seconds
 
 if TYPE_CHECKING:
-    from benchmarks.rivals.turns import Settings
+    from benchmarks.rivals.interleaved import Settings
 
 # And bits of the activations.
 BITWIDTHS = (("16", 16), ("8:tc-li", 16), ("8", 16), ("4", 16), ("4", 8), ("3", 16))

@@ -43,7 +43,7 @@ COPIED = (
 )
 
 
-def kept_as(model: ModelFolder) -> str:
+def stored_name(model: ModelFolder) -> str:
     """What the converted copy of a model is called in QLLM's own folder (`qllm.folders`)."""
     return f"converted/{model.key}"
 
@@ -57,7 +57,7 @@ def find_source(model: ModelFolder, note: Callable[[str], None]) -> Path:
     config = read_raw_config(model.path).values
     if LAYOUT_KEY in config or QUANTIZATION_KEY in config:
         return model.path
-    copy = folders.find(kept_as(model))
+    copy = folders.find(stored_name(model))
     if copy is None or not (copy / "config.json").exists():
         note("converting the checkpoint on the fly; weight_convert.py keeps a converted copy")
         return model.path
@@ -123,7 +123,7 @@ def convert(
         "tie_word_embeddings": weights.config.tied_head,
     }
     sizes = [i.dtype.itemsize * torch.Size(i.shape).numel() for i in tensors.values()]
-    folders.check_room(target, sum(sizes))
+    folders.check_free_space(target, sum(sizes))
     with new_folder(target) as folder, meter(sum(sizes), 0) as add:
         writer = SafetensorsWriter(folder / "model.safetensors", tensors, {"format": "pt"})
         for name, size in zip(tensors, sizes, strict=True):

@@ -46,7 +46,7 @@ class PartialFolder:
         """
         self.target = target
         self.settings = json.loads(json.dumps(settings))
-        self._place = target.resolve()  # a link is not replaced, but what it leads to
+        self._target = target.resolve()  # a link is not replaced, but what it leads to
         self.folder = partial_folder(target)
         self.model = self.folder / "model"
         self._journal = self.folder / "journal.json"
@@ -98,7 +98,7 @@ class PartialFolder:
     def _check_target(self) -> None:
         if self.target.exists() and not self.target.is_dir():
             raise UserError(f"{self.target} is a file; name a folder")
-        if self._place in (Path.cwd(), *Path.cwd().parents):  # which would be moved away
+        if self._target in (Path.cwd(), *Path.cwd().parents):  # which would be moved away
             raise UserError(f"{self.target} is where you are; name another folder")
         if self._target_is_there() and (self.model.exists() or not self._journal.exists()):
             raise UserError(
@@ -145,7 +145,7 @@ class PartialFolder:
     def finish(self) -> None:
         """Move what was made to the target, and clear the rest away."""
         if not self.finished:
-            self.model.rename(self._place)  # an empty folder may be there
+            self.model.rename(self._target)  # an empty folder may be there
         # The journal goes last: while it is there, a target without a model beside it is whole.
         for path in self.folder.iterdir():
             if path != self._journal:

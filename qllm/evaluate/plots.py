@@ -56,8 +56,8 @@ def figure(result: Mapping, panels: Sequence[Panel] | None = None) -> Figure:
     titled, panels = panels is None, list_panels(result) if panels is None else panels
     rows, columns = -(-len(panels) // COLUMNS), min(len(panels), COLUMNS)
     whole = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
-    for place, (title, draw) in enumerate(panels, 1):
-        axes = whole.add_subplot(rows, columns, place)
+    for index, (title, draw) in enumerate(panels, 1):
+        axes = whole.add_subplot(rows, columns, index)
         axes.set_title(title)
         axes.grid(alpha=0.3)
         draw(axes)

@@ -55,10 +55,10 @@ def subtitle_of(result: Mapping) -> str:
     parts = [part for row in rows for part in row["format"].split("; ")]
     grids = [part.partition(", ")[2] for part in parts]
     names = [row["algorithm"] for row in rows]
-    place = machine["cpu"] if result["device"] == "cpu" else machine.get("gpu", result["device"])
+    hardware = machine["cpu"] if result["device"] == "cpu" else machine.get("gpu", result["device"])
     count = machine["threads"]
     threads = f"{count} thread{'s' if count > 1 else ''}" if result["device"] == "cpu" else ""
-    facts = [*grids, *names, place, threads, result["date"]]
+    facts = [*grids, *names, hardware, threads, result["date"]]
     return "; ".join(dict.fromkeys(fact for fact in facts if fact))
 
 

@@ -140,9 +140,11 @@ class RotaryPositions(PositionEncoding):
         if rope.kind == "linear":
             return frequencies / rope.factor
         if rope.kind == "llama3":
-            turns = rope.original_max_positions * frequencies / (2 * math.pi)
-            kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-            return self._stretched(frequencies, kept)
+            rotations = rope.original_max_positions * frequencies / (2 * math.pi)
+            smooth_factor = (rotations - rope.low_freq_factor) / (
+                rope.high_freq_factor - rope.low_freq_factor
+            )
+            return self._stretched(frequencies, smooth_factor)
         if rope.kind == "yarn":
             return self._stretched(frequencies, 1 - self._yarn_ramp())
         if rope.kind == "proportional":
@@ -150,19 +152,19 @@ class RotaryPositions(PositionEncoding):
             return frequencies / rope.factor
         return frequencies
 
-    def _stretched(self, frequencies: Tensor, kept: Tensor) -> Tensor:
-        """Frequencies of which the share `kept` (D / 2,) stays, and the rest is slowed down."""
-        kept = kept.clamp(0, 1)
-        return (1 - kept) * frequencies / self.rope.factor + kept * frequencies
+    def _stretched(self, frequencies: Tensor, smooth_factor: Tensor) -> Tensor:
+        """Frequencies, slowed down but for a share of each: `smooth_factor` (D / 2,)."""
+        smooth_factor = smooth_factor.clamp(0, 1)
+        return (1 - smooth_factor) * frequencies / self.rope.factor + smooth_factor * frequencies
 
     def _yarn_ramp(self) -> Tensor:
         """YaRN's ramp over the pairs, from 0 for the fastest to 1 for the slowest: (D / 2,)."""
         rope, dim = self.rope, self.rotary_dim
 
-        def pair(turns: float) -> float:
+        def pair(rotations: float) -> float:
             """Which pair turns so often over the length that the model was trained on."""
             length = math.log(rope.original_max_positions) - math.log(2 * math.pi)
-            return dim * (length - math.log(turns)) / (2 * math.log(rope.theta))
+            return dim * (length - math.log(rotations)) / (2 * math.log(rope.theta))
 
         low, high = pair(rope.beta_fast), pair(rope.beta_slow)
         if rope.truncate:
@@ -190,9 +192,9 @@ class RotaryPositions(PositionEncoding):
         distinct = list(dict.fromkeys(lengths))
         if self.rope.kind not in ("dynamic", "longrope") or len(distinct) == 1:
             return self.frequencies(distinct[0])
-        places = {length: i for i, length in enumerate(distinct)}
+        index = {length: i for i, length in enumerate(distinct)}
         found = torch.stack([self.frequencies(length) for length in distinct])
-        return found[torch.tensor([places[length] for length in lengths])]
+        return found[torch.tensor([index[length] for length in lengths])]
 
     def table(
         self, capacity: int, dtype: torch.dtype, device: torch.device

@@ -42,9 +42,9 @@ def check_data(path: Path, tensor: TensorProto) -> None:
     """Refuse external data that is not there, or elsewhere."""
     if not external_data_helper.uses_external_data(tensor):
         return
-    place = _place(tensor)
+    entries = _external_data(tensor)
     where = f"{path}: the data of {tensor.name}"
-    name = place.get("location", "")
+    name = entries.get("location", "")
     # A name is compared with those of the folder; it never becomes a path of its own.
     # protobuf gives bytes for text that is no UTF-8.
     if not isinstance(name, str) or name != Path(name).name or name in ("", ".."):
@@ -53,10 +53,10 @@ def check_data(path: Path, tensor: TensorProto) -> None:
     if not file.is_file():
         raise UserError(f"{where} is in {name}, which {path.parent} lacks; get it again")
     try:
-        start = int(place.get("offset", 0))
-        length = int(place.get("length", nbytes(tensor)))
+        start = int(entries.get("offset", 0))
+        length = int(entries.get("length", nbytes(tensor)))
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"{where} has no place in {name}: {place}") from None
+        raise UserError(f"{where} has no place in {name}: {entries}") from None
     if start < 0 or length != nbytes(tensor) or start + length > file.stat().st_size:
         raise UserError(
             f"{where} takes {nbytes(tensor)} bytes from {start} on, which {name} does not have "
@@ -69,9 +69,9 @@ def load(tensor: TensorProto, folder: Path) -> TensorProto:
     whole = TensorProto()
     whole.CopyFrom(tensor)
     if external_data_helper.uses_external_data(tensor):
-        place = _place(tensor)
-        with (folder / place["location"]).open("rb") as file:
-            file.seek(int(place.get("offset", 0)))
+        entries = _external_data(tensor)
+        with (folder / entries["location"]).open("rb") as file:
+            file.seek(int(entries.get("offset", 0)))
             whole.raw_data = file.read(nbytes(tensor))
         whole.data_location = TensorProto.DEFAULT
         del whole.external_data[:]
@@ -96,7 +96,7 @@ def values(tensor: TensorProto, folder: Path) -> np.ndarray:
 def files(path: Path, tensors: Iterable[TensorProto]) -> list[Path]:
     """The files in which a model keeps tensors."""
     stored = filter(external_data_helper.uses_external_data, tensors)
-    return [path.parent / name for name in sorted({_place(t)["location"] for t in stored})]
+    return [path.parent / name for name in sorted({_external_data(t)["location"] for t in stored})]
 
 
 @contextmanager
@@ -112,6 +112,6 @@ def without_links(path: Path, data: Iterable[Path]) -> Iterator[Path]:
         yield Path(shutil.copy(path, folder))
 
 
-def _place(tensor: TensorProto) -> dict[str, str]:
+def _external_data(tensor: TensorProto) -> dict[str, str]:
     """What a tensor says of where its data is."""
     return {entry.key: entry.value for entry in tensor.external_data}

@@ -61,8 +61,8 @@ class DataFile:
     def _external(self, proto: TensorProto, size: int) -> None:
         self._file.write(bytes(-self._file.tell() % ALIGNMENT))
         proto.data_location = TensorProto.EXTERNAL
-        place = {"location": self.name, "offset": self._file.tell(), "length": size}
-        for key, value in place.items():
+        entries = {"location": self.name, "offset": self._file.tell(), "length": size}
+        for key, value in entries.items():
             proto.external_data.add(key=key, value=str(value))
 
     def close(self) -> None:

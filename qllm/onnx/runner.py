@@ -132,7 +132,7 @@ class OnnxDecoder:
         return x
 
     def _run(
-        self, ids: np.ndarray, mask: np.ndarray, places: np.ndarray, cache: OnnxCache
+        self, ids: np.ndarray, mask: np.ndarray, position_ids: np.ndarray, cache: OnnxCache
     ) -> Tensor:
         """Logits (B, T, V) in float32; the cache takes what is new.
 
@@ -144,7 +144,7 @@ class OnnxDecoder:
             raise IndexError(f"{whole.shape[1]} tokens in a cache for {cache.capacity}")
         given = {"input_ids": ids, "attention_mask": whole}
         if self._positions:
-            given[POSITIONS] = places
+            given[POSITIONS] = position_ids
         inputs = {name: OrtValue.ortvalue_from_numpy(array) for name, array in given.items()}
         try:
             logits, *present = self._session.run_with_ort_values(

@@ -17,7 +17,7 @@ class Rounding(NamedTuple):
         ideal: float32 (N, G, g), what is rounded.
         low, high: float32 (N, G), the ends of the ranges.
         factors: float32 (2, N, G), by which the lower and the upper ends are multiplied.
-        by_ideal, by_factor: averages of the gradients by what is rounded, and by factors.
+        ideal_exp_avg, factor_exp_avg: averages of the gradients by what is rounded, and by factors.
         perm: int64 (K,), the columns in the order of the groups; None: as they are.
         columns: K.
         bits: of an integer.
@@ -29,8 +29,8 @@ class Rounding(NamedTuple):
     low: Tensor
     high: Tensor
     factors: Tensor
-    by_ideal: Tensor
-    by_factor: Tensor
+    ideal_exp_avg: Tensor
+    factor_exp_avg: Tensor
     perm: Tensor | None
     columns: int
     bits: int
@@ -38,7 +38,7 @@ class Rounding(NamedTuple):
     dtype: torch.dtype
 
     @property
-    def most(self) -> int:
+    def qmax(self) -> int:
         """The largest integer."""
         return 2**self.bits - 1
 
@@ -49,8 +49,8 @@ class Rounding(NamedTuple):
             low=self.low[rows],
             high=self.high[rows],
             factors=self.factors[:, rows],
-            by_ideal=self.by_ideal[rows],
-            by_factor=self.by_factor[:, rows],
+            ideal_exp_avg=self.ideal_exp_avg[rows],
+            factor_exp_avg=self.factor_exp_avg[:, rows],
         )
 
     def grouped(self, values: Tensor) -> Tensor:
@@ -67,15 +67,15 @@ class Rounding(NamedTuple):
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scales, with the values they are stored with, and zeros: (N, G, 1)."""
         low, high = self.low * self.factors[0], self.high * self.factors[1]
-        scales = (high - low) / self.most
+        scales = (high - low) / self.qmax
         if self.dtype == torch.float16:
             scales = scales.clamp_(min=SMALLEST_HALF_SCALE).half().float()
-        zeros = torch.round(-low / scales).clamp_(0, self.most)
+        zeros = torch.round(-low / scales).clamp_(0, self.qmax)
         return scales[..., None], zeros[..., None]
 
     def rounded(self, scales: Tensor, zeros: Tensor) -> Tensor:
         """Integers less their zeros: (N, G, g)."""
-        return self.ideal.div(scales).round_().clamp_(-zeros, self.most - zeros)
+        return self.ideal.div(scales).round_().clamp_(-zeros, self.qmax - zeros)
 
     def dequantize(self, matrix: Tensor) -> None:
         """Write what the integers stand for now: (N, K)."""

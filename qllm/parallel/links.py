@@ -169,7 +169,7 @@ class Links:
         calls: exchanges so far.
         crowded: whether ranks of this host have more threads than it has processors: while this
             one waits for a message, its threads then sleep.
-        turns: whether no other rank of this host works while this one does.
+        exclusive: whether no other rank of this host works while this one does.
         seconds: spent in them.
         waiting_for: a rank whose message has not come, -1 for any; None while there is no such.
     """
@@ -186,7 +186,7 @@ class Links:
             spin: `spin_seconds`.
         """
         self.sockets, self.lost, self.spin = sockets, lost, spin
-        self.crowded = self.turns = False
+        self.crowded = self.exclusive = False
         self.sent = self.calls = 0
         self.seconds = 0.0
         self.waiting_for: int | None = None
@@ -245,7 +245,7 @@ class Links:
         for number, mask in masks.items():
             poll.register(number, mask)
         if self.crowded:
-            library.rest(turns=self.turns)
+            library.idle(exclusive=self.exclusive)
         until = time.perf_counter() + self.spin
         while time.perf_counter() < until:
             if poll.poll(0):

@@ -135,7 +135,7 @@ class PipelineStage:
         With a single run they take turns, until this is asked anew.
         """
         runs = split_evenly(rows, min(rows, self.count))
-        self.group.links.turns = self._alone and len(runs) == 1
+        self.group.links.exclusive = self._alone and len(runs) == 1
         return runs
 
 

@@ -44,7 +44,7 @@ def load_or_measure(
     """
     about = json.loads(json.dumps(job.about(), default=str))
     if path is None:
-        path = folders.place(f"plan/{_digest(about)}.json", note, "--table")
+        path = folders.home_path(f"plan/{_digest(about)}.json", note, "--table")
     if path.exists():
         found = Sensitivity.from_file(path)
         if found.about != about:
@@ -104,7 +104,7 @@ def this_machine(
     """This machine as `describe_machine` has it: measured once, and kept in QLLM's folder."""
     about = [FORMAT, provenance.machine(), provenance.versions(), torch.get_num_threads()]
     about += [device, [key(spec) for spec in specs], dtype]
-    path = folders.place(f"plan/probe-{_digest(about)}.json", note)
+    path = folders.home_path(f"plan/probe-{_digest(about)}.json", note)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         note(f"measuring this machine, once; it is kept in {path}")

@@ -185,8 +185,8 @@ class _Run:
         if self.job.embedding:
             self.alone.append(self._embedded(self.probe))
             self.mixed = [self._embedded(choice[0]) for choice in self.choices]
-            for place, _ in enumerate(self.job.candidates):
-                self._table(place)  # whose error it keeps
+            for candidate, _ in enumerate(self.job.candidates):
+                self._table(candidate)  # whose error it keeps
         if not (self.config.tied_head or self.job.lm_head or self.job.embedding):
             self.floats.drop(FRONT[:-1])
         sizes = [elements(layer) for layer in self.model.layers]
@@ -206,23 +206,23 @@ class _Run:
             self.job.about(),
         )
 
-    def _table(self, place: int) -> WeightOnlyLinear | None:
+    def _table(self, candidate: int) -> WeightOnlyLinear | None:
         """The embedding as a candidate has it, None where that leaves it as it is.
 
         It is made where it is needed: all of them are too much to keep.
         """
-        spec = replace(self.job.candidates[place], algorithm=DEFAULT_ALGORITHM)
+        spec = replace(self.job.candidates[candidate], algorithm=DEFAULT_ALGORITHM)
         if spec.kind != "weight_only":
             return None
         module = self.floats.linear(EMBEDDING)
         linear, report = quantize_linear(module, EMBEDDING, spec, None, self.job.options)
         assert isinstance(linear, WeightOnlyLinear)
-        self.errors[0, place] = report.error**2
+        self.errors[0, candidate] = report.error**2
         return linear
 
-    def _embedded(self, place: int) -> HiddenStates:
+    def _embedded(self, candidate: int) -> HiddenStates:
         """The judged text's states in front of the layers, of a candidate's embedding."""
-        table, embed = self._table(place), self.model.embed
+        table, embed = self._table(candidate), self.model.embed
         if table is not None:
             self.model.embed = QuantizedEmbedding(table, torch.float32)
         states = HiddenStates.embed(self.model, self.job.judged, torch.float32)
@@ -250,9 +250,9 @@ class _Run:
             self.alone.append(path)
         with self._int8_errors(name, modules, found):
             self._advance(self.float, layer, modules)
-        places = {inner: self.modules.index(f"{name}.{inner}") for inner in modules}
+        rows = {inner: self.modules.index(f"{name}.{inner}") for inner in modules}
         for path, choice in zip(self.mixed, self.choices, strict=True):
-            picked = {inner: found[inner][choice[place]] for inner, place in places.items()}
+            picked = {inner: found[inner][choice[row]] for inner, row in rows.items()}
             self._advance(path, layer, {inner: stand_in(m) for inner, m in picked.items()})
         self.floats.drop([name])
 
@@ -268,13 +268,13 @@ class _Run:
     def _candidates(self, name: str, module: Linear, stats: InputStats) -> list[Linear]:
         """A linear as each candidate has it; its errors are kept."""
         found = []
-        for place, spec in enumerate(self.job.candidates):
+        for candidate, spec in enumerate(self.job.candidates):
             if spec.kind == "dense":
                 found.append(module)
                 continue
             assert isinstance(module, DenseLinear)  # as long as the layer is the float model's
             linear, report = quantize_linear(module, name, spec, stats, self.job.options)
-            self.errors[self.modules.index(name), place] = report.error**2
+            self.errors[self.modules.index(name), candidate] = report.error**2
             found.append(linear)
         return found
 
@@ -290,14 +290,16 @@ class _Run:
 
         def watch(name: str) -> Callable:
             squares = np.zeros((len(int8), 2))
-            linears = [stand_in(found[name][place]) for place in int8]
+            linears = [stand_in(found[name][candidate]) for candidate in int8]
             row = self.modules.index(f"{layer}.{name}")
 
             def see(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-                for count, place in enumerate(int8):
+                for count, candidate in enumerate(int8):
                     error = linears[count](inputs[0]) - output
                     squares[count] += error.square().sum().item(), output.square().sum().item()
-                    self.errors[row, place] = squares[count, 0] / max(squares[count, 1], SMALLEST)
+                    self.errors[row, candidate] = squares[count, 0] / max(
+                        squares[count, 1], SMALLEST
+                    )
 
             return see
 

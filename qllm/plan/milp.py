@@ -67,7 +67,7 @@ class MixedIntegerProgram:
         self.constant = 0.0
         self._choose()
         if device is None:
-            self._place()
+            self._assign()
         self._memory()
         self._limits()
         self._set_cost()
@@ -86,7 +86,7 @@ class MixedIntegerProgram:
     def _choose(self) -> None:
         self._add(self.x, 1.0, 1, 1)
 
-    def _place(self) -> None:
+    def _assign(self) -> None:
         m, c, d, h = self.sizes
         all_devices = self.z.reshape(m * c, d)
         columns = np.concatenate([all_devices, self.x.reshape(-1, 1)], axis=1)
@@ -140,32 +140,32 @@ class MixedIntegerProgram:
         return self.x[here].ravel(), linear[here].ravel(), constant
 
     def _stage_seconds(
-        self, d: int, place: int, *, busy: bool = False
+        self, d: int, phase: int, *, busy: bool = False
     ) -> tuple[Whole, Array, float]:
-        """What the stage on a device takes of prompts (place 0) or a step (1); see `_on_device`.
+        """What the stage on a device takes of prompts (phase 0) or a step (1); see `_on_device`.
 
         Args:
             busy: while all stages work.
         """
         p = self.problem
-        linear, half = ((p.prefill, p.fixed_prefill), (p.decode, p.fixed_decode))[place]
+        linear, half = ((p.prefill, p.fixed_prefill), (p.decode, p.fixed_decode))[phase]
         columns, values, constant = self._on_device(d, linear[d], half[d])
         if self.device is None:
             columns = np.append(columns, (self.used[d], self.in_crowd[d]))
             # As of several stages: for one alone there is `Problem.passes`.
-            of_pass = p.stage_passes[place, int(busy), d], p.crowding[place, int(busy), d]
+            of_pass = p.stage_passes[phase, int(busy), d], p.crowding[phase, int(busy), d]
             values = np.append(values, of_pass)
             return columns, values, constant
         used = np.unique(self.device)
         if d in used:
-            constant += p.beside_halves(used)[place, int(busy), used == d].item()
+            constant += p.beside_halves(used)[phase, int(busy), used == d].item()
         return columns, values, constant
 
-    def _all_seconds(self, place: int) -> tuple[Whole, Array, float]:
+    def _all_seconds(self, phase: int) -> tuple[Whole, Array, float]:
         """What all stages take one after another, and the way between them."""
         p = self.problem
-        parts = [self._stage_seconds(d, place) for d in range(len(p.memory))]
-        hop = (p.hop_prefill, p.hop_decode)[place]
+        parts = [self._stage_seconds(d, phase) for d in range(len(p.memory))]
+        hop = (p.hop_prefill, p.hop_decode)[phase]
         if self.device is None:  # one less than there are stages
             parts.append((self.used, np.full(len(p.memory), hop), -hop))
         else:
@@ -195,10 +195,10 @@ class MixedIntegerProgram:
     def _limits(self) -> None:
         p = self.problem
         steps = list(zip(p.decode, p.fixed_decode, strict=True))
-        for place in range(2):
-            stages = [self._stage_seconds(d, place, busy=True) for d in range(len(p.memory))]
+        for phase in range(2):
+            stages = [self._stage_seconds(d, phase, busy=True) for d in range(len(p.memory))]
             several = self.device is None or len(np.unique(self.device)) > 1
-            contention = p.contention * (place == 1 and several)
+            contention = p.contention * (phase == 1 and several)
             halves = [self._on_device(d, *each) for d, each in enumerate(steps)]
             for d, (stage, factor) in enumerate(zip(stages, contention, strict=True)):
                 # Who reads memory beside others waits as often as they read it.
@@ -208,12 +208,12 @@ class MixedIntegerProgram:
                     # More than others can take, where there is no stage that waits for them.
                     most = factor * self._unit(1)
                     parts.append((self.used[d : d + 1], np.array([most]), -most))
-                self._add_bound(_joined(parts), self.slow[place], place)
+                self._add_bound(_joined(parts), self.slow[phase], phase)
             for shares in p.shares:
                 # While all stages work, processors that they share work for one at a time.
                 parts = [_times(*each) for each in zip(shares, stages, strict=True)]
                 parts += [_times(*each) for each in zip(shares * contention, halves, strict=True)]
-                self._add_bound(_joined(parts), self.slow[place], place)
+                self._add_bound(_joined(parts), self.slow[phase], phase)
         if p.micro_batches > 1:
             self._add_bound(self._all_seconds(1), self.step, 1)
             columns = np.array([self.slow[1], self.step])
@@ -225,19 +225,19 @@ class MixedIntegerProgram:
             share = p.weights[:, None] * p.bits / (p.weights.sum() * p.max_bits)
             self._add(self.x.ravel(), share.ravel(), -np.inf, 1 + TOLERANCE / 100)
 
-    def _add_bound(self, sum_of: tuple[Whole, Array, float], variable: int, place: int) -> None:
+    def _add_bound(self, sum_of: tuple[Whole, Array, float], variable: int, phase: int) -> None:
         """A row by which a variable, in `_unit`, is at least a sum of seconds."""
         columns, values, constant = sum_of
-        unit = self._unit(place)
+        unit = self._unit(phase)
         self._add(
             np.append(columns, variable), np.append(values / unit, -1.0), -np.inf, -constant / unit
         )
 
-    def _unit(self, place: int) -> float:
+    def _unit(self, phase: int) -> float:
         """Seconds that stand for 1: of prefill, of a step."""
         p = self.problem
-        part = (p.prefill, p.decode)[place].max(axis=(0, 2)).sum()
-        rest = (p.fixed_prefill, p.fixed_decode)[place].max(axis=0).sum()
+        part = (p.prefill, p.decode)[phase].max(axis=(0, 2)).sum()
+        rest = (p.fixed_prefill, p.fixed_decode)[phase].max(axis=0).sum()
         return float(part + rest) or 1.0
 
     def _set_cost(self) -> None:
@@ -247,7 +247,7 @@ class MixedIntegerProgram:
             return
         if p.objective == "throughput":
             times = p.prompt_batches, p.steps * p.micro_batches
-            cost[self.slow] = [self._unit(place) * n for place, n in enumerate(times)]
+            cost[self.slow] = [self._unit(phase) * n for phase, n in enumerate(times)]
             return
         cost[self.slow[0]] = self._unit(0) * (p.prompt_batches - 1)
         self._add_cost(self._all_seconds(0), 1)

@@ -105,8 +105,8 @@ class Plan:
     def seconds_on(self, devices: Sequence[Device]) -> tuple[float, float]:
         """What the prompts and a step would take on devices in place of those of `order`."""
         problem = self.planner.problem(Limits(), devices)
-        _, places = np.unique(self.solution.device, return_inverse=True)
-        costs = problem.evaluate(self.solution.choice, places)
+        _, indices = np.unique(self.solution.device, return_inverse=True)
+        costs = problem.evaluate(self.solution.choice, indices)
         return costs.prefill, costs.decode
 
     def predicted(self) -> dict[str, object]:

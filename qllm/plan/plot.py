@@ -26,8 +26,8 @@ def draw(
     axes = [("MB of weights", lambda plan: plan.nbytes / 1e6)]
     if timed:
         axes.append(("ms per token", lambda plan: plan.solution.costs.decode * 1e3))
-    for place, (label, value) in enumerate(axes, 1):
-        panel = figure.add_subplot(1, len(axes), place)
+    for index, (label, value) in enumerate(axes, 1):
+        panel = figure.add_subplot(1, len(axes), index)
         panel.plot([value(p) for p in front], [p.divergence for p in front], "o-", label="planned")
         across, up = [value(p) for _, p in uniform], [p.divergence for _, p in uniform]
         panel.plot(across, up, "s--", label="uniform")

@@ -59,10 +59,10 @@ def verify(
     """
     rules = tuple((pattern, _by(algorithm, spec)) for pattern, spec in plan.quant_plan.rules)
     chosen = replace(plan.quant_plan, rules=rules)
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as tmp_dir:
         source = folder
         if rules:
-            source = Path(place) / "quantized"
+            source = Path(tmp_dir) / "quantized"
             inputs = samples if any(needs_inputs(spec) for _, spec in rules) else None
             job = Job(folder, chosen, samples=inputs, dtype=dtype, device=device)
             quantize_checkpoint(job, source)
@@ -122,9 +122,9 @@ class _Now:
                 threads: measure_stages(threads or 1, self._dtype, speed)[1]
                 for threads, speed in speeds.items()
             }
-            for place, device in enumerate(devices):
+            for index, device in enumerate(devices):
                 found = beside[device.threads]
-                devices[place] = replace(device, **found)
+                devices[index] = replace(device, **found)
         return self._plan.seconds_on(devices)
 
 

@@ -162,7 +162,7 @@ class _Descent:
         metric: Tensor,
     ) -> None:
         columns, rows = len(products), torch.arange(len(metric), device=metric.device)
-        self.products, self.metric, self.most = products, metric, 2**bits - 1
+        self.products, self.metric, self.qmax = products, metric, 2**bits - 1
         self.row_sets = [rows[start::ROW_SETS] for start in range(min(ROW_SETS, len(rows)))]
         self.group = group_width(columns, group_size)
         self.half = packed.scales.dtype == torch.float16
@@ -196,7 +196,7 @@ class _Descent:
 
     def sweep(self) -> bool:
         """Give each channel its best integers, the largest inputs first; whether any changed."""
-        changed, order, places = False, self.order, self.order.argsort()
+        changed, order, inverse_perm = False, self.order, self.order.argsort()
         groups, inverse = self.group_of[order], self.inverse[order]
         descend_block = ops.on(order.device.type).descend_block
         for rows in self.row_sets:
@@ -204,17 +204,17 @@ class _Descent:
             values, after = self.values[:, rows][order], weighed[order]
             moves = torch.empty_like(values)
             scales, low = (each[:, rows][groups] for each in (self.scales, -self.zeros))
-            by_step = inverse[:, None] / scales
+            step_sizes = inverse[:, None] / scales
             for span in _slices(slice(0, len(order)), SPAN):
                 for block in _slices(span, BLOCK):
-                    given = (each[block] for each in (values, after, scales, low, by_step))
-                    found = descend_block(self.ordered[block, block], *given, self.most)
+                    given = (each[block] for each in (values, after, scales, low, step_sizes))
+                    found = descend_block(self.ordered[block, block], *given, self.qmax)
                     values[block], moves[block] = found
                     after[span].addmm_(self.ordered[span, block], moves[block])
                 effect = ops.multiply(moves[span].t(), self.ordered[span].t()).t()
                 for others in (slice(0, span.start), slice(span.stop, None)):
                     after[others] += effect[others]
-            values, moves, after = (each[places] for each in (values, moves, after))
+            values, moves, after = (each[inverse_perm] for each in (values, moves, after))
             effect = after - weighed
             if self._gains(rows, moves, weighed, effect):
                 changed = True

@@ -51,9 +51,9 @@ WEIGHTS_AT_ONCE = 1 << 21
 # computed once more.
 ACTIVATIONS_AT_ONCE = 1 << 30
 # Of Adam's averages of gradients and of their squares, what each step leaves.
-KEPT, SQUARES_KEPT = 0.9, 0.95
+BETA1, BETA2 = 0.9, 0.95
 # So that a factor without a gradient stays.
-SMALLEST_ROOT = 1e-8
+EPS = 1e-8
 # What rounding does to a weight halves with each bit, and so does what its scale has to gain, and
 # how far it may go: noise carries a factor as far as gradients do.
 BITS_AT_FULL_RATE = 2
@@ -71,11 +71,11 @@ class _ScaledProduct(torch.autograd.Function):
         return y if linear.bias is None else add_bias(y, linear.bias)
 
     @staticmethod
-    def backward(ctx: Any, *back: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        ctx.linear.gradient.add(ctx.linear.by_factor(x, back[0], weight))
-        by_x = ops.multiply(back[0], weight.t()) if ctx.needs_input_grad[0] else None
-        return by_x, None, None
+        ctx.linear.gradient.add(ctx.linear.grad_factors(x, grad_outputs[0], weight))
+        grad_x = ops.multiply(grad_outputs[0], weight.t()) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None
 
 
 class ScaledLinear(nn.Module):
@@ -93,10 +93,10 @@ class ScaledLinear(nn.Module):
         self.group = group_width(linear.in_features, linear.spec.group_size)
         self.factors = torch.zeros_like(self.packed.scales, dtype=torch.float32)
         self.gradient = SharedSum(self.factors, workers)
-        self._kept: Tensor | None = None
+        self._cached_matrix: Tensor | None = None
         # Averages of the factors' gradients, and of their squares.
-        self._average = torch.zeros_like(self.factors)
-        self._squares = torch.zeros_like(self.factors)
+        self._exp_avg = torch.zeros_like(self.factors)
+        self._exp_avg_sq = torch.zeros_like(self.factors)
 
     def scales(self) -> Tensor:
         """The scales as they are stored: (N, G)."""
@@ -105,15 +105,15 @@ class ScaledLinear(nn.Module):
             scales = scales.clamp_(min=SMALLEST_HALF_SCALE)
         return scales.to(self.packed.scales.dtype)
 
-    def keep(self) -> None:
+    def cache_matrix(self) -> None:
         """Have the weight stay in memory until the next step."""
-        self._kept = None
-        self._kept = self.matrix()
+        self._cached_matrix = None
+        self._cached_matrix = self.matrix()
 
     def matrix(self) -> Tensor:
         """The weight (N, K) with its scales as they are."""
-        if self._kept is not None:
-            return self._kept
+        if self._cached_matrix is not None:
+            return self._cached_matrix
         packed = self.packed._replace(scales=self.scales())
         scaled = WeightOnlyLinear.from_packed(packed, None, self.spec, self.in_features)
         shape, device = (len(packed.scales), self.in_features), packed.scales.device
@@ -122,16 +122,16 @@ class ScaledLinear(nn.Module):
             found[rows] = scaled.dequantize(rows)
         return found
 
-    def by_factor(self, x: Tensor, back: Tensor, weight: Tensor) -> Tensor:
+    def grad_factors(self, x: Tensor, grad_y: Tensor, weight: Tensor) -> Tensor:
         """The gradient by the factors (N, G), given x (M, K) and the gradient by y (M, N)."""
         found = torch.empty_like(self.factors)
         for rows in row_pieces(weight, WEIGHTS_AT_ONCE):
             # A weight is its scale times a constant: its gradient by the factor is its own times
             # what it is.
-            by_factor = ops.multiply(back[:, rows].t(), x.t()).float().mul_(weight[rows])
+            grad_factors = ops.multiply(grad_y[:, rows].t(), x.t()).float().mul_(weight[rows])
             if self.packed.perm is not None:
-                by_factor = by_factor[:, self.packed.perm]
-            torch.sum(grouped(by_factor, self.group), -1, out=found[rows])
+                grad_factors = grad_factors[:, self.packed.perm]
+            torch.sum(grouped(grad_factors, self.group), -1, out=found[rows])
         return found
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,12 +146,12 @@ class ScaledLinear(nn.Module):
             number: of the step, from 1.
         """
         gradient = self.gradient.take().sum(0)
-        self._average.lerp_(gradient, 1 - KEPT)
-        self._squares.mul_(SQUARES_KEPT).addcmul_(gradient, gradient, value=1 - SQUARES_KEPT)
-        root = self._squares.sqrt() / (1 - SQUARES_KEPT**number) ** 0.5
-        rate /= 1 - KEPT**number
-        self.factors.addcdiv_(self._average, root.add_(SMALLEST_ROOT), value=-rate)
-        self._kept = None
+        self._exp_avg.lerp_(gradient, 1 - BETA1)
+        self._exp_avg_sq.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
+        root = self._exp_avg_sq.sqrt() / (1 - BETA2**number) ** 0.5
+        rate /= 1 - BETA1**number
+        self.factors.addcdiv_(self._exp_avg, root.add_(EPS), value=-rate)
+        self._cached_matrix = None
 
 
 class _Student:
@@ -299,7 +299,7 @@ def tune_scales(
                 return _divergence(student, states, wanted, len(chosen) * length)
 
         if not again:
-            workers.map(ScaledLinear.keep, linears)
+            workers.map(ScaledLinear.cache_matrix, linears)
         return sum(workers.map(one, chosen.split(workers.parts(len(chosen), batch))))
 
     def mean() -> float:

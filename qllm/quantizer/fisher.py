@@ -98,9 +98,9 @@ def draw_tokens(p: Tensor, draw: torch.Generator) -> Tensor:
     `torch.multinomial` draws a number for each probability, which takes six times as long.
     """
     below = p.cumsum(-1)
-    place = torch.rand(len(p), 1, device=p.device, generator=draw) * below[:, -1:]
-    # The first that reaches beyond the place: one that is more than zero.
-    return torch.searchsorted(below, place, right=True).clamp_(max=p.shape[1] - 1)
+    threshold = torch.rand(len(p), 1, device=p.device, generator=draw) * below[:, -1:]
+    # The first that reaches beyond the threshold: one that is more than zero.
+    return torch.searchsorted(below, threshold, right=True).clamp_(max=p.shape[1] - 1)
 
 
 def _new_file(path: Path, blocks: int, channels: int) -> np.memmap:

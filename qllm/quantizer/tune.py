@@ -108,12 +108,12 @@ class _Product(torch.autograd.Function):
         return y if linear.bias is None else add_bias(y, linear.bias)
 
     @staticmethod
-    def backward(ctx: Any, *back: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         if ctx.gradient is not None:
-            ctx.gradient.add_product(back[0].t(), x)
-        by_x = ops.multiply(back[0], weight.t()) if ctx.needs_input_grad[0] else None
-        return by_x, None, None
+            ctx.gradient.add_product(grad_outputs[0].t(), x)
+        grad_x = ops.multiply(grad_outputs[0], weight.t()) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None
 
 
 class FrozenLinear(nn.Module):

@@ -58,6 +58,7 @@ class Workers:
     def __init__(self, device: torch.device) -> None:
         self.count = workers_on(device)
         self._pools: list[ThreadPoolExecutor] = []
+
     @staticmethod
     def _begin(number: int, threads: int) -> None:
         _thread.number = number
@@ -96,7 +97,7 @@ class Workers:
 
         shares = [pool.submit(share, number) for number, pool in enumerate(self._pools)]
         found = [iter(each.result()) for each in shares]
-        return [next(found[place % self.count]) for place in range(len(items))]
+        return [next(found[index % self.count]) for index in range(len(items))]
 
     def parts(self, count: int, most: int) -> int:
         """Into parts of how many each `count` samples are divided, at most so many in one."""

@@ -79,10 +79,10 @@ class Tokenizer:
         from qllm.tokenizer import direct
 
         _check_files(folder)
-        with _failures(f"{folder}: the tokenizer cannot be read"), _readable(folder) as place:
+        with _failures(f"{folder}: the tokenizer cannot be read"), _readable(folder) as readable:
             with _quiet():
-                codec = direct.load(place)
-            whole: _Codec = codec or _TransformersCodec(place)
+                codec = direct.load(readable)
+            whole: _Codec = codec or _TransformersCodec(readable)
             with _quiet():
                 return cls(whole, vocab_size)
 

@@ -15,7 +15,7 @@ from quantizing import MODELS, saved
 from safetensors import safe_open
 
 from qllm import folders
-from qllm.checkpoint.convert import convert, find_source, kept_as
+from qllm.checkpoint.convert import convert, find_source, stored_name
 from qllm.checkpoint.load import load_model
 from qllm.checkpoint.reader import Checkpoint
 from qllm.checkpoint.weights import Weights
@@ -115,7 +115,7 @@ def test_find_source_says_what_it_takes(tmp_path, monkeypatch):
     notes: list[str] = []
     assert find_source(source, notes.append) == source.path
     assert "on the fly" in notes[-1]
-    copy = folders.place(kept_as(source), pytest.fail)
+    copy = folders.home_path(stored_name(source), pytest.fail)
     convert(source, copy, overwrite=False)
     assert find_source(source, notes.append) == copy
     assert "reading the converted copy" in notes[-1]
@@ -128,7 +128,7 @@ def test_find_source_says_what_it_takes(tmp_path, monkeypatch):
 def test_a_stale_copy_is_not_taken(change, tmp_path, monkeypatch):
     monkeypatch.setenv("QLLM_HOME", str(tmp_path / "home"))
     source = model(rewritten("opt", tmp_path / "model", "safetensors"))
-    copy = folders.place(kept_as(source), pytest.fail)
+    copy = folders.home_path(stored_name(source), pytest.fail)
     convert(source, copy, overwrite=False)
     if change == "config":
         change_json(source.path / "config.json", bos_token_id=5)

@@ -80,6 +80,6 @@ def test_parts_that_cannot_be(count, parts):
 def test_stages_of_one_rank_take_turns_with_one_row():
     links = Links({}, lost)
     stage, shared = (PipelineStage(Group((0, 1), 0, links), ranks) for ranks in (1, 2))
-    assert stage.micro_batches(5) == [range(3), range(3, 5)] and not links.turns
-    assert stage.micro_batches(1) == [range(1)] and links.turns
-    assert shared.micro_batches(1) == [range(1)] and not links.turns
+    assert stage.micro_batches(5) == [range(3), range(3, 5)] and not links.exclusive
+    assert stage.micro_batches(1) == [range(1)] and links.exclusive
+    assert shared.micro_batches(1) == [range(1)] and not links.exclusive

@@ -179,8 +179,8 @@ def by_channel(weight: PackedWeight, spec: QuantSpec, in_features: int) -> tuple
     groups = torch.arange(in_features, dtype=torch.int32) // group
     if weight.perm is None:
         return weight.qweight, groups
-    place = weight.perm.argsort()
-    return in_order(weight.qweight, spec.bits, in_features, place), groups[place]
+    inverse_perm = weight.perm.argsort()
+    return in_order(weight.qweight, spec.bits, in_features, inverse_perm), groups[inverse_perm]
 
 
 def in_order(packed: Tensor, bits: int, count: int, perm: Tensor | None) -> Tensor:

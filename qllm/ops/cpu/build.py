@@ -127,7 +127,7 @@ def load(source: Path = SOURCE, omitted: frozenset[str] = frozenset()) -> ctypes
     recipe = _recipe(source, omitted)
     _share_openmp()
     reasons: list[str] = []
-    for folder in folders.kept_in(folders.CACHE):
+    for folder in folders.search_path(folders.CACHE):
         try:
             path = folder / f"cpu-{recipe.key}.so"
             return _cached(path) or _made(path, recipe, folders.fallback(folder, reasons))

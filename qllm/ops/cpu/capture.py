@@ -51,7 +51,7 @@ class CapturedCalls:
     def __init__(self) -> None:
         self.graph_break: str | None = None
         self._calls: list[Call] = []
-        self._kept: list[object] = []
+        self._keepalive: list[object] = []
         self._parts: list[Callable[[], None]] = []
         self._library: ctypes.CDLL | None = None
 
@@ -61,7 +61,7 @@ class CapturedCalls:
         """Keep a call, and the memory that it reads and writes."""
         function = ctypes.cast(getattr(library, f"qllm_{name}"), ctypes.c_void_p)
         self._calls.append(Call(function, ctypes.addressof(arguments)))
-        self._kept.append((arguments, tensors))
+        self._keepalive.append((arguments, tensors))
         self._library = library
 
     def add_host_callback(self, function: Callable[[], None]) -> None:

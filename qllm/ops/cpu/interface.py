@@ -54,17 +54,17 @@ Attend = structure(
 AttendSequences = structure(
     "AttendSequences",
     "sequences length heads kv_heads dim type window q_stride k_stride v_stride =scale =cap *q *k"
-    " *v *slopes *y *kept *by_y *by_q *by_k *by_v",
+    " *v *slopes *y *stats *grad_y *grad_q *grad_k *grad_v",
 )
 StepRounding = structure(
     "StepRounding",
-    "rows inputs groups group most symmetric scale_type type parts part_stride factor_stride =rate"
-    " =range_rate =followed =kept =least_scale =least =largest *gradients *ideal *by_ideal *low"
-    " *high *factors *by_factor *perm *matrix",
+    "rows inputs groups group qmax symmetric scale_type type parts part_stride factor_stride =rate"
+    " =range_rate =beta1 =beta2 =least_scale =least =largest *gradients *ideal *ideal_exp_avg *low"
+    " *high *factors *factor_exp_avg *perm *matrix",
 )
 DescendBlock = structure(
     "DescendBlock",
-    "channels rows most stride *products *values *gradient *scales *low *by_step *moves",
+    "channels rows qmax stride *products *values *gradient *scales *low *step_sizes *moves",
 )
 
 OPS: dict[str, type[ctypes.Structure]] = {
@@ -82,7 +82,7 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "attend": Attend,
     "attend_prefill": Attend,
     "attend_sequences": AttendSequences,
-    "attend_sequences_back": AttendSequences,
+    "attend_sequences_backward": AttendSequences,
     "step_rounding": StepRounding,
     "descend_block": DescendBlock,
 }

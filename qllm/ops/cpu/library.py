@@ -101,15 +101,15 @@ def unavailable() -> str | None:
     return None
 
 
-def rest(*, turns: bool = False) -> None:
+def idle(*, exclusive: bool = False) -> None:
     """Let the threads of the kernels sleep at once, if there are any: no work will come soon.
 
     Args:
-        turns: while others of this machine work, that take turns with this process: behind theirs,
-            its threads have the machine to themselves, and spread over it.
+        exclusive: others of this machine work meanwhile, that take turns with this process: behind
+            theirs, its threads have the machine to themselves, and spread over it.
     """
     if library.cache_info().currsize:
-        library().qllm_rest(ctypes.c_int64(turns))
+        library().qllm_idle(ctypes.c_int64(exclusive))
 
 
 def about() -> str:

@@ -12,7 +12,7 @@ from qllm.ops.cpu.interface import AttendSequences, DescendBlock, StepRounding
 from qllm.ops.cpu.library import TYPES, pointer
 from qllm.ops.kv import KV, PLAIN, Batch, Scores
 from qllm.ops.reference.attention import split_heads
-from qllm.ops.reference.rounding import FOLLOWED, KEPT, LARGEST_FACTOR, SMALLEST_FACTOR
+from qllm.ops.reference.rounding import BETA1, BETA2, LARGEST_FACTOR, SMALLEST_FACTOR
 from qllm.ops.rounding import Rounding
 from qllm.quant.rtn import SMALLEST_HALF_SCALE
 
@@ -25,12 +25,12 @@ def step_rounding(
     All but the first dimension of `gradients`, and of both factors, lies without gaps.
     """
     assert state.ideal.is_contiguous() and matrix.is_contiguous() and gradients[0].is_contiguous()
-    ranges = (state.low, state.high, state.factors, state.by_factor)
-    tensors = (gradients, state.ideal, state.by_ideal, *ranges)
+    ranges = (state.low, state.high, state.factors, state.factor_exp_avg)
+    tensors = (gradients, state.ideal, state.ideal_exp_avg, *ranges)
     arguments = StepRounding(
         *matrix.shape,
         *state.ideal.shape[1:],
-        state.most,
+        state.qmax,
         state.symmetric,
         TYPES[state.dtype],
         TYPES[matrix.dtype],
@@ -39,8 +39,8 @@ def step_rounding(
         state.factors.stride(0),
         rate,
         range_rate,
-        FOLLOWED,
-        KEPT,
+        BETA1,
+        BETA2,
         SMALLEST_HALF_SCALE,
         SMALLEST_FACTOR,
         LARGEST_FACTOR,
@@ -58,16 +58,16 @@ def descend_block(
     gradient: Tensor,
     scales: Tensor,
     low: Tensor,
-    by_step: Tensor,
-    most: int,
+    step_sizes: Tensor,
+    qmax: int,
 ) -> Tensor:
     """`reference.descend_block`; `products` may be a part of a larger matrix."""
     assert products.stride(1) == 1
-    given = [part.contiguous() for part in (gradient, scales, low, by_step)]
+    given = [part.contiguous() for part in (gradient, scales, low, step_sizes)]
     found = torch.stack((values, torch.empty_like(values)))
     values, moves = found
     tensors = (products, values, *given, moves)
-    arguments = DescendBlock(*values.shape, most, products.stride(0), *map(pointer, tensors))
+    arguments = DescendBlock(*values.shape, qmax, products.stride(0), *map(pointer, tensors))
     library.run("descend_block", arguments, *tensors)
     return found
 
@@ -102,19 +102,21 @@ class _Attention(torch.autograd.Function):
         length: int,
     ) -> Tensor:
         q, k, v = map(_with_whole_rows, (q, k, v))
-        y, kept = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 2, dtype=torch.float32)
-        tensors = (q, k, v, slopes, y, kept)
+        y, stats = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 2, dtype=torch.float32)
+        tensors = (q, k, v, slopes, y, stats)
         ctx.save_for_backward(*tensors)
         ctx.scores, ctx.length = scores, length
         _attend_sequences("attend_sequences", tensors, scores, length)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *back: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        kept = ctx.saved_tensors  # which checkpoints let read once
-        gradients = [part.new_empty(part.shape) for part in kept[:3]]
-        tensors = (*kept, back[0].contiguous(), *gradients)
-        _attend_sequences("attend_sequences_back", tensors, ctx.scores, ctx.length)
+    def backward(
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        saved = ctx.saved_tensors  # which checkpoints let read once
+        gradients = [part.new_empty(part.shape) for part in saved[:3]]
+        tensors = (*saved, grad_outputs[0].contiguous(), *gradients)
+        _attend_sequences("attend_sequences_backward", tensors, ctx.scores, ctx.length)
         return gradients[0], gradients[1], gradients[2], None, None, None
 
 

@@ -139,23 +139,23 @@ def plain_prefill_attention(
     kv.check(qkv, batch, scores)
     qkv, cache, kv_heads, dim = qkv.contiguous(), (kv.keys, kv.values), kv.kv_heads, kv.dim
     heads = qkv.shape[1] // dim - 2 * kv_heads
-    turns = [part.contiguous() for part in cos_sin] if cos_sin else [None, None]
+    rotation = [part.contiguous() for part in cos_sin] if cos_sin else [None, None]
     with device_of.current(qkv):
         prefill.write_tokens[(batch.max_tokens, len(batch.rows))](
-            qkv, *turns, batch.rows, batch.starts, batch.positions, *cache, heads, kv_heads,
+            qkv, *rotation, batch.rows, batch.starts, batch.positions, *cache, heads, kv_heads,
             kv.capacity,
             DIM=dim, FIRST=-(-dim // 2), WIDTH=power(dim), KV_HEADS=power(kv_heads),
             ROTATE=cos_sin is not None,
             num_warps=max(1, min(8, power(dim) * power(kv_heads) // 512)),
         )  # fmt: skip
     y = qkv.new_empty(len(qkv), heads * dim)
-    attend(qkv, turns, cache, batch, slopes, scores, y, described=described)
+    attend(qkv, rotation, cache, batch, slopes, scores, y, described=described)
     return batch.select(y)
 
 
 def attend(
     qkv: Tensor,
-    turns: Sequence[Tensor | None],
+    rotation: Sequence[Tensor | None],
     cache: tuple[Tensor, ...],
     batch: Batch,
     slopes: Tensor | None,
@@ -169,7 +169,7 @@ def attend(
     """Attention of new tokens to keys and values in 16 bits, or as wide as activations are.
 
     Args:
-        turns: cosines and sines by which queries are rotated.
+        rotation: cosines and sines by which queries are rotated.
         cache: keys and values of rows, or with `own` of the sequences of the part.
         own: (H_kv, slots, D), keys and values that a token sees of its own run in place of those.
         part: the first sequence and how many; None: all.
@@ -196,10 +196,10 @@ def attend(
         ]
     with device_of.current(qkv):
         prefill.prefill_attention[(heads, count, blocks)](
-            qkv, *turns, *sources, slopes, batch.rows, batch.starts, batch.positions, y, heads,
+            qkv, *rotation, *sources, slopes, batch.rows, batch.starts, batch.positions, y, heads,
             kv_heads, capacity, slots, first, scores.factor(dim), scores.cap, scores.window,
             DIM=dim, FIRST=-(-dim // 2), WIDTH=width, GROUP=heads // kv_heads, BM=tokens,
-            BN=keys_at_once, ROTATE=turns[0] is not None, SLOPE=slopes is not None,
+            BN=keys_at_once, ROTATE=rotation[0] is not None, SLOPE=slopes is not None,
             CAP=scores.cap > 0, WINDOW=scores.window > 0, RUNS=runs, DESCRIBED=described,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip

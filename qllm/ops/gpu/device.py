@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qllm.errors import first_line
-from qllm.ops.gpu import kept
+from qllm.ops.gpu import disk_cache
 
 P = ParamSpec("P")
 SLOWLY = "running plain torch ops, which are slow"
@@ -121,13 +121,13 @@ def failure(
     That it found nothing is kept: it is not made again while nothing changes that it depends on.
 
     Args:
-        depends: what else than `kept.test_name` knows of; where it raises, nothing can run.
+        depends: what else than `disk_cache.test_name` knows of; where it raises, nothing can run.
     """
     try:
-        passed = kept.test_name(f"{name}, {depends()}", device)
-        reason = None if kept.read(passed) else test()
+        passed = disk_cache.test_name(f"{name}, {depends()}", device)
+        reason = None if disk_cache.read(passed) else test()
         if reason is None:
-            kept.write(passed, name.encode())
+            disk_cache.write(passed, name.encode())
     except Exception as error:  # whatever a compiler or a driver may raise
         reason = first_line(error)
     if reason:

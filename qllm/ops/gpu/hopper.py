@@ -217,11 +217,11 @@ def weight_only_linear(
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
     zeros = qzeros if qzeros.numel() else scales  # which then no one reads
-    places = tuple((part.data_ptr(), part.element_size()) for part in (qweight, scales, zeros))
+    addresses = tuple((part.data_ptr(), part.element_size()) for part in (qweight, scales, zeros))
     with device_of.current(x):
         arguments = Arguments(
             _map_of_rows(x, tile.rows),
-            *_weight_maps(places, shape, bits, tile.outputs, x.device),
+            *_weight_maps(addresses, shape, bits, tile.outputs, x.device),
             None if bias is None else bias.data_ptr(),
             y.data_ptr(),
             -(-(1 << 32) // -(-shape.padded_size // BLOCK)),
@@ -258,7 +258,7 @@ def _map_of_rows(x: Tensor, rows: int) -> driver.TensorMap:
 
 @lru_cache(maxsize=1 << 14)
 def _weight_maps(
-    places: tuple[tuple[int, int], ...],
+    addresses: tuple[tuple[int, int], ...],
     shape: Shape,
     bits: int,
     outputs: int,
@@ -269,13 +269,13 @@ def _weight_maps(
     Args:
         outputs: of a tile.
     """
-    (q, _), *groups = places
+    (q, _), *groups = addresses
     rows, words = 256 * bits // ROW_BYTES, ROW_BYTES // 8  # of a block of a panel
     size = (shape.panels * shape.blocks * rows, words)
     made = [driver.tensor_map(q, 8, size, ROW_BYTES, (rows, words), device, swizzle=True)]
     size, tile = (shape.groups, shape.panels * PANEL), (BLOCK // shape.span, outputs)
-    for place, width in groups:
-        made.append(driver.tensor_map(place, width, size, size[1] * width, tile, device))
+    for address, width in groups:
+        made.append(driver.tensor_map(address, width, size, size[1] * width, tile, device))
     return made
 
 

@@ -146,11 +146,11 @@ def cut_of(rows: int, outputs: int, stages: int, num_sms: int) -> Cut:
     def times(cut: Cut) -> tuple[float, float]:
         tiles = -(-rows // cut.rows) * -(-outputs // cut.outputs) * cut.parts
         stage, tile = TIMES[cut.rows, cut.outputs, cut.blocks]
-        turns = -(-tiles // at_once(cut, num_sms))
-        multiplying = turns * (stages / cut.parts * stage + tile)
+        waves = -(-tiles // at_once(cut, num_sms))
+        multiplying = waves * (stages / cut.parts * stage + tile)
         if cut.parts == 1:
             return max(multiplying, reading), multiplying
-        fits = turns == 1 and stages >= LEAST * cut.parts
+        fits = waves == 1 and stages >= LEAST * cut.parts
         return max(multiplying, reading) + PARTS_TIME if fits else math.inf, multiplying
 
     fewest = 64 if rows <= 64 else 128  # of a tile: weights are to be read few times
@@ -213,10 +213,12 @@ def int8_linear(
 
 
 @lru_cache(maxsize=1 << 14)
-def _map(place: int, count: int, inputs: int, rows: int, device: torch.device) -> driver.TensorMap:
+def _map(
+    address: int, count: int, inputs: int, rows: int, device: torch.device
+) -> driver.TensorMap:
     """The tensor map of rows of integers, in tiles of some of them."""
     shape, tile = (count, inputs), (rows, STAGE)
-    return driver.tensor_map(place, 1, shape, inputs, tile, device, swizzle=True)
+    return driver.tensor_map(address, 1, shape, inputs, tile, device, swizzle=True)
 
 
 def _self_test(device: torch.device) -> str | None:

@@ -24,10 +24,10 @@ UNPACKED_AT_ONCE = 64  # rows of the weight
 
 def about() -> str:
     """What the kernel of packed weights does, for `--explain`."""
-    place = torch.device("cuda", 0)
+    gpu = torch.device("cuda", 0)
     if device.interpreting():
         return f"{device.about()}; integers times activations, one scale to a block's sum"
-    return f"{device.about()}; {prefill.about(place)}; {decode.about(place)}"
+    return f"{device.about()}; {prefill.about(gpu)}; {decode.about(gpu)}"
 
 
 def about_int8() -> str:
@@ -35,8 +35,8 @@ def about_int8() -> str:
     product = f"{device.about()}; int8 x int8 -> int32 on the matrix units"
     if device.interpreting():
         return product
-    place = torch.device("cuda", 0)
-    return f"{product}; {hopper_int8.about(place)}; {decode_int8.about(place)}"
+    gpu = torch.device("cuda", 0)
+    return f"{product}; {hopper_int8.about(gpu)}; {decode_int8.about(gpu)}"
 
 
 def weight_only_linear(
@@ -100,20 +100,20 @@ def weight_only_linear(
 
 
 @device.once
-def offsets_unsupported_reason(place: str) -> str | None:
+def offsets_unsupported_reason(device_type: str) -> str | None:
     """Why no kernel takes weights with offsets on a device, by its type; None where one does."""
-    if place != "cuda":
+    if device_type != "cuda":
         return None
     instead = "weights with an offset per group are dequantized for each product"
-    here = torch.device(place, 0)
+    here = torch.device(device_type, 0)
     return device.failure("offsets", here, partial(_self_test, here), instead)
 
 
-def _self_test(place: torch.device) -> str | None:
+def _self_test(gpu: torch.device) -> str | None:
     """Prompts of few and of many rows times a weight with offsets, whose sums are exact."""
-    tested = packed_product(place, (80, 96), MANY_ROWS, group_size=32, offsets=True)
+    tested = packed_product(gpu, (80, 96), MANY_ROWS, group_size=32, offsets=True)
     for rows in (7, MANY_ROWS):
-        found = weight_only_linear(tested.exact[:rows].to(place), *tested.weight)
+        found = weight_only_linear(tested.exact[:rows].to(gpu), *tested.weight)
         if not torch.equal(found.cpu(), tested.wanted[:rows]):
             return "the self-test of weights with offsets here found other sums"
     return None
@@ -219,8 +219,8 @@ def _multiply(
     partials = counters = None
     if parallel:
         size = grid[0] * grid[1] * split_k * tile.rows * tile.columns
-        kept = torch.int32 if x.dtype == torch.int8 else torch.float32
-        partials, counters = x.new_empty(size, dtype=kept), device.counters(x.device)
+        sum_dtype = torch.int32 if x.dtype == torch.int8 else torch.float32
+        partials, counters = x.new_empty(size, dtype=sum_dtype), device.counters(x.device)
     with device.current(x):
         kernel[grid](
             *operands,

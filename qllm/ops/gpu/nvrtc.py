@@ -1,4 +1,4 @@
-"""NVIDIA's runtime compiler, which torch's CUDA build brings; what it compiles is `kept`."""
+"""NVIDIA's runtime compiler, which torch's CUDA build brings; `disk_cache` has its results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from qllm.errors import first_line
-from qllm.ops.gpu import kept
+from qllm.ops.gpu import disk_cache
 from qllm.ops.gpu.device import say_that_it_compiles
 
 VERSIONS = ("13", "12")
@@ -60,12 +60,12 @@ def compile_cached(source: str, options: Sequence[str], kernel: str) -> bytes:
     Raises:
         Unavailable: there is no compiler, or it refuses.
     """
-    name = f"gpu-{kept.key_of(source, list(options), version())}.cubin"
-    if found := kept.read(name):
+    name = f"gpu-{disk_cache.key_of(source, list(options), version())}.cubin"
+    if found := disk_cache.read(name):
         return found
     say_that_it_compiles()
     made = compile(source, options, kernel)
-    kept.write(name, made)
+    disk_cache.write(name, made)
     return made
 
 

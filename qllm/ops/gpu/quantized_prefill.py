@@ -52,21 +52,21 @@ def prefill_attention(
     at_once = max(1, min(sequences, SCRATCH // (2 * kv_heads * length * dim)))
     cache = qkv.new_empty(2, at_once, kv_heads, length, dim).unbind()
     y = qkv.new_empty(len(qkv), heads * dim)
-    turns = [part.contiguous() for part in cos_sin] if cos_sin else [None, None]
+    rotation = [part.contiguous() for part in cos_sin] if cos_sin else [None, None]
     index = (batch.rows, batch.starts, batch.positions)
     recent = (kv.recent_keys, kv.recent_values)
     codes = (kv.keys, kv.values, kv.key_scales, kv.value_scales, kv.key_zeros, kv.value_zeros)
     words = (kv.keys.view(torch.int32), kv.values.view(torch.int32))
-    most = batch.max_tokens + RUN - 1  # with those before them in the same run
+    max_tokens = batch.max_tokens + RUN - 1  # with those before them in the same run
     with device_of.current(qkv):
-        kernels.write_runs[(most, sequences)](
-            qkv, *turns, *index, *recent, *own, heads, kv_heads, slots,
+        kernels.write_runs[(max_tokens, sequences)](
+            qkv, *rotation, *index, *recent, *own, heads, kv_heads, slots,
             DIM=dim, FIRST=-(-dim // 2), COLUMNS=power(dim), KV_HEADS=power(kv_heads),
             ROTATE=cos_sin is not None,
             num_warps=max(1, min(8, power(dim) * power(kv_heads) // 512)),
             enable_fp_fusion=False,  # what is quantized is the reference's, in float32
         )  # fmt: skip
-        kernels.quantize_runs[(-(-most // RUN), kv_heads, sequences)](
+        kernels.quantize_runs[(-(-max_tokens // RUN), kv_heads, sequences)](
             *own, *index, *recent, *codes, kv_heads, slots, capacity,
             DIM=dim, CHANNELS=power(dim), WIDTH=size, BITS=kv.bits, num_warps=4,
             enable_fp_fusion=False,  # integers are the reference's
@@ -80,7 +80,7 @@ def prefill_attention(
                 num_warps=4,
             )  # fmt: skip
             attention.attend(
-                qkv, turns, cache, batch, slopes, scores, y, own=own, part=(first, count)
+                qkv, rotation, cache, batch, slopes, scores, y, own=own, part=(first, count)
             )
     return batch.select(y)
 

@@ -115,8 +115,8 @@ def differentiable_attention(
     )
     # But for ALiBi and windows, all that is to mask is among the keys of a run of queries itself.
     plain = slopes is None and not scores.window
-    place = torch.arange(min(length, QUERIES_AT_ONCE) if plain else length, device=qkv.device)
-    distance = place - place[:, None]
+    position = torch.arange(min(length, QUERIES_AT_ONCE) if plain else length, device=qkv.device)
+    distance = position - position[:, None]
     mask = distance.new_zeros(1, *distance.shape, dtype=torch.float32)
     if slopes is not None:
         mask = slopes.to(qkv.device)[:, None, None] * distance
@@ -142,7 +142,7 @@ class _Attention(torch.autograd.Function):
         q = (q * ctx.factor).unflatten(1, (kv_heads, repeats))
         k, v = (part.reshape(-1, *part.shape[2:]) for part in (k, v))  # (B H_kv, T, D)
         mask = mask.unflatten(0, (-1, repeats)) if len(mask) > 1 else mask[None]
-        out, kept = torch.empty_like(q, memory_format=torch.contiguous_format), []
+        out, saved = torch.empty_like(q, memory_format=torch.contiguous_format), []
         for run, seen in _runs(q.shape[3], ctx.window):
             queries = q[:, :, :, run].reshape(len(k), -1, k.shape[-1])
             found = queries @ k[:, seen].mT
@@ -158,30 +158,30 @@ class _Attention(torch.autograd.Function):
                 found += mask[..., run, seen]
             weights = found.softmax(-1).to(q.dtype).view(len(k), queries.shape[1], -1)
             out[:, :, :, run] = (weights @ v[:, seen]).view(*q.shape[:3], -1, v.shape[-1])
-            kept += [queries, weights, capped]
-        ctx.save_for_backward(k, v, *kept)
+            saved += [queries, weights, capped]
+        ctx.save_for_backward(k, v, *saved)
         return out.flatten(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, *back: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        k, v, *kept = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        k, v, *saved = ctx.saved_tensors
         batch, _, length, dim = ctx.shape
-        by_out = back[0].unflatten(1, (len(k) // batch, -1))
-        by_q = torch.empty_like(by_out, memory_format=torch.contiguous_format)
-        by_k, by_v = torch.zeros_like(k), torch.zeros_like(v)
+        grad_out = grad_outputs[0].unflatten(1, (len(k) // batch, -1))
+        grad_q = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
+        grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
         for index, (run, seen) in enumerate(_runs(length, ctx.window)):
-            queries, weights, capped = kept[3 * index : 3 * index + 3]
-            by_run = by_out[:, :, :, run].reshape(queries.shape)
-            by_v[:, seen] += weights.mT @ by_run
-            by_weights = by_run @ v[:, seen].mT
-            by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
+            queries, weights, capped = saved[3 * index : 3 * index + 3]
+            grad_run = grad_out[:, :, :, run].reshape(queries.shape)
+            grad_v[:, seen] += weights.mT @ grad_run
+            grad_weights = grad_run @ v[:, seen].mT
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             if capped is not None:
-                by_scores = (by_scores * (1 - capped.square())).to(weights.dtype)
-            by_k[:, seen] += by_scores.mT @ queries
-            by_queries = (by_scores @ k[:, seen]).mul_(ctx.factor)
-            by_q[:, :, :, run] = by_queries.view(*by_q.shape[:3], -1, dim)
+                grad_scores = (grad_scores * (1 - capped.square())).to(weights.dtype)
+            grad_k[:, seen] += grad_scores.mT @ queries
+            grad_queries = (grad_scores @ k[:, seen]).mul_(ctx.factor)
+            grad_q[:, :, :, run] = grad_queries.view(*grad_q.shape[:3], -1, dim)
         shape = batch, -1, length, dim
-        return by_q.flatten(1, 2), by_k.view(shape), by_v.view(shape), None, None
+        return grad_q.flatten(1, 2), grad_k.view(shape), grad_v.view(shape), None, None
 
 
 def _runs(length: int, window: int) -> Iterator[tuple[slice, slice]]:

@@ -12,8 +12,8 @@ def descend_block(
     gradient: Tensor,
     scales: Tensor,
     low: Tensor,
-    by_step: Tensor,
-    most: int,
+    step_sizes: Tensor,
+    qmax: int,
 ) -> Tensor:
     """Give k input channels of n rows their best integers, each with those in front as they became.
 
@@ -22,17 +22,17 @@ def descend_block(
         values: float32 (k, n), integers less their zeros.
         gradient: (k, n), with all other channels as they are now.
         scales: (k, n).
-        low: (k, n), the least integers, of most + 1.
-        by_step: (k, n), what times a gradient is a step.
+        low: (k, n), the least integers, of qmax + 1.
+        step_sizes: (k, n), what times a gradient is a step.
 
     Returns:
         the integers, and what that adds to the matrix: (2, k, n).
     """
-    gradient, high = gradient.clone(), low + most
+    gradient, high = gradient.clone(), low + qmax
     found = torch.stack((values, torch.empty_like(values)))
     values, moves = found
     for i, row in enumerate(products):
-        best = (values[i] - gradient[i] * by_step[i]).round()
+        best = (values[i] - gradient[i] * step_sizes[i]).round()
         best = best.maximum(low[i]).minimum(high[i])
         moves[i] = (best - values[i]) * scales[i]
         values[i] = best

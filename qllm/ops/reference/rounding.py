@@ -8,8 +8,8 @@ from torch import Tensor
 
 from qllm.ops.rounding import Rounding
 
-# Of the average that is followed, and of the one that is kept, what each step leaves.
-FOLLOWED, KEPT = 0.9, 0.975
+# Of Lion: what a step leaves of the average that it follows, and of the one that it hands on.
+BETA1, BETA2 = 0.9, 0.975
 # Of the ends of a range; a range of nothing would have no scale.
 SMALLEST_FACTOR, LARGEST_FACTOR = 0.1, 1.2
 
@@ -29,21 +29,21 @@ def step_rounding(
     Returns:
         the matrix.
     """
-    by_value = state.grouped(gradients.sum(0, dtype=torch.float32))
+    grad_value = state.grouped(gradients.sum(0, dtype=torch.float32))
     scales, zeros = state.grid()
     steps = state.ideal / scales
     nearest = steps.round()
-    integers = nearest.clamp(-zeros, state.most - zeros)
+    integers = nearest.clamp(-zeros, state.qmax - zeros)
     # What is clamped has no gradient.
-    by_ideal = nearest.eq_(integers).mul_(by_value)
-    # With s = (h - l) / most, z = -l / s and l and h the ends times their factors, a value is
+    grad_ideal = nearest.eq_(integers).mul_(grad_value)
+    # With s = (h - l) / qmax, z = -l / s and l and h the ends times their factors, a value is
     # s (q - z): where it is not clamped it follows w, so that its derivative by s is q - z - w / s
     # and none by z; where it is, they are q - z and -s.
-    by_scale = integers.mul_(by_value).sum(-1) - steps.mul_(by_ideal).sum(-1)
-    by_zero = (by_ideal.sum(-1) - by_value.sum(-1)).mul_(scales[..., 0])
-    move = _direction(state.by_ideal, by_ideal).mul_(scales)
+    grad_scale = integers.mul_(grad_value).sum(-1) - steps.mul_(grad_ideal).sum(-1)
+    grad_zero = (grad_ideal.sum(-1) - grad_value.sum(-1)).mul_(scales[..., 0])
+    move = _direction(state.ideal_exp_avg, grad_ideal).mul_(scales)
     state.ideal.sub_(move, alpha=rate)
-    _step_ranges(state, scales[..., 0], (by_scale, by_zero), range_rate)
+    _step_ranges(state, scales[..., 0], (grad_scale, grad_zero), range_rate)
     state.dequantize(matrix)
     return matrix
 
@@ -52,18 +52,18 @@ def _step_ranges(
     state: Rounding, scale: Tensor, gradients: tuple[Tensor, Tensor], rate: float
 ) -> None:
     """Move the factors, given gradients by scale and by zero: (N, G) each."""
-    by_scale, by_zero = gradients
-    by_scale += by_zero * state.low * state.factors[0] / scale.square()
-    ends = torch.stack((-by_scale * state.low / state.most - by_zero * state.low / scale,
-                        by_scale * state.high / state.most))  # fmt: skip
+    grad_scale, grad_zero = gradients
+    grad_scale += grad_zero * state.low * state.factors[0] / scale.square()
+    ends = torch.stack((-grad_scale * state.low / state.qmax - grad_zero * state.low / scale,
+                        grad_scale * state.high / state.qmax))  # fmt: skip
     if state.symmetric:
         ends = ends.sum(0, keepdim=True).expand_as(ends)
-    move = _direction(state.by_factor, ends)
+    move = _direction(state.factor_exp_avg, ends)
     state.factors.sub_(move, alpha=rate).clamp_(SMALLEST_FACTOR, LARGEST_FACTOR)
 
 
 def _direction(average: Tensor, gradient: Tensor) -> Tensor:
     """The signs to go against; takes the gradient into the average."""
-    move = torch.lerp(gradient, average, FOLLOWED).sign_()
-    average.lerp_(gradient, 1 - KEPT)
+    move = torch.lerp(gradient, average, BETA1).sign_()
+    average.lerp_(gradient, 1 - BETA2)
     return move

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from cpu_paths import DTYPES, Int8, normal, on, paths, random_weight
-from fences import fenced, kept, run_in
+from fences import fenced, mappings, run_in
 
 from qllm.ops import phase
 from qllm.ops.cpu import linear, steps, tuning
@@ -40,17 +40,17 @@ def run_attention(dtype: torch.dtype, fence) -> None:
         for length in (1, 3, 5, 33, 65):
             parts = heads + 2 * kv_heads
             qkv = fence(normal(length, parts * dim, dtype=dtype))
-            turns = [*map(fence, normal(2, length, dim, dtype=dtype))] if dim > 1 else None
+            rotation = [*map(fence, normal(2, length, dim, dtype=dtype))] if dim > 1 else None
             cache = KV(*map(fence, normal(2, 1, kv_heads, length, dim, dtype=dtype)))
             batch = Batch(*map(fence, Batch.of([length], "cpu")[:3]), length, length)
-            steps.prefill_attention(qkv, cache, batch, turns, slopes)
+            steps.prefill_attention(qkv, cache, batch, rotation, slopes)
             new = fence(normal(3, parts * dim, dtype=dtype))
-            turns = [*map(fence, normal(2, 3, dim, dtype=dtype))] if dim > 1 else None
+            rotation = [*map(fence, normal(2, 3, dim, dtype=dtype))] if dim > 1 else None
             cache = KV(*map(fence, normal(2, 3, kv_heads, length, dim, dtype=dtype)))
             pasts = [length - 1, 0, length - 1]
             batch = Batch.of([1] * 3, "cpu", rows=[2, 0, 1], pasts=pasts)
             batch = Batch(*map(fence, batch[:3]), 1, length)
-            steps.decode_attention(new, cache, batch, turns, slopes)
+            steps.decode_attention(new, cache, batch, rotation, slopes)
 
 
 def run_quantized_attention(dtype: torch.dtype, fence) -> None:
@@ -93,13 +93,13 @@ def run_linear(dtype: torch.dtype, fence) -> None:
 def run_tuning(dtype: torch.dtype, fence) -> None:
     for (rows, columns), group in itertools.product(((1, 1), (3, 15), (2, 70)), (70, 16, 20)):
         groups = -(-columns // group)
-        ideal, by_ideal = map(fence, normal(2, rows, groups, group))
+        ideal, ideal_exp_avg = map(fence, normal(2, rows, groups, group))
         low, high = fence(-torch.ones(rows, groups)), fence(torch.ones(rows, groups))
-        factors, by_factor = map(fence, normal(2, 2, rows, groups).abs())
+        factors, factor_exp_avg = map(fence, normal(2, 2, rows, groups).abs())
         gradients = fence(normal(2, rows, columns, dtype=dtype))
         matrix = fence(torch.zeros(rows, columns, dtype=dtype))
         for perm in (None, fence(torch.arange(columns).flip(0))):
-            tensors = (ideal, low, high, factors, by_ideal, by_factor, perm)
+            tensors = (ideal, low, high, factors, ideal_exp_avg, factor_exp_avg, perm)
             state = Rounding(*tensors, columns, 3, False, torch.float16)
             tuning.step_rounding(state, gradients, 0.1, 0.1, matrix)
         products, parts = fence(normal(columns, columns)), map(fence, normal(5, columns, rows))
@@ -131,7 +131,7 @@ def run_all(path: str) -> None:
                 run_tuning,
             ):
                 run(dtype, fence)
-                kept.clear()
+                mappings.clear()
 
 
 def test_nothing_outside_is_touched():

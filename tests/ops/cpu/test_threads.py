@@ -195,7 +195,7 @@ def at_rest() -> None:
         for _ in range(5):
             weight.kernel(x)
             if rest:
-                library.rest()
+                library.idle()
             time.sleep(0.008)  # less than they spin
         return time.process_time() - begin
 
@@ -218,15 +218,15 @@ def in_turns() -> None:
     torch.set_num_threads(2)
     weight, x = random_weight((300, 256)), normal(40, 256)
     before = weight.kernel(x)
-    for turns in (False, True, True, False):
+    for exclusive in (False, True, True, False):
         deadline = time.monotonic() + 30  # until when the thread has come
         while True:
-            library.rest(turns=turns)
+            library.idle(exclusive=exclusive)
             assert same(weight.kernel(x), before)
             found = lacking()
-            if len(found) == turns or time.monotonic() > deadline:
+            if len(found) == exclusive or time.monotonic() > deadline:
                 break
-        assert list(map(len, found)) == [1] * turns
+        assert list(map(len, found)) == [1] * exclusive
 
 
 @pytest.mark.parametrize(

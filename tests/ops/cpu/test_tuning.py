@@ -49,7 +49,7 @@ def steps(
     for gradients in rounds:
         found = run(state.rows(rows), gradients[:, rows], 0.03, 0.02, matrix[rows])
         assert found.data_ptr() == matrix[rows].data_ptr()
-    return [state.ideal, state.factors, state.by_ideal, state.by_factor, matrix]
+    return [state.ideal, state.factors, state.ideal_exp_avg, state.factor_exp_avg, matrix]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
@@ -114,12 +114,12 @@ def test_best_integers_are_the_references(path):
         whole = normal(channels + 5, channels + 5)
         products = whole[2 : channels + 2, 3 : channels + 3]
         values = normal(channels, rows).mul(2).round().clamp(-3, 4)
-        gradient, scales, by_step = normal(3, channels, rows)
-        by_step[0, 0] = 1e12  # beyond what an integer holds, either way
+        gradient, scales, step_sizes = normal(3, channels, rows)
+        step_sizes[0, 0] = 1e12  # beyond what an integer holds, either way
         gradient[:, -1] = -1.0
-        by_step[:, -1] = 4e9
+        step_sizes[:, -1] = 4e9
         low = torch.full_like(values, -3)
-        given = (products, values, gradient, scales.abs(), low, by_step.abs(), 7)
+        given = (products, values, gradient, scales.abs(), low, step_sizes.abs(), 7)
         before = [part.clone() for part in given[:-1]]
         ours, theirs = tuning.descend_block(*given), reference.descend_block(*given)
         assert torch.equal(ours[0], theirs[0])
@@ -133,11 +133,11 @@ def attended(
 ) -> tuple[Tensor, Tensor]:
     """What attention puts out, and the gradient by what it sees."""
     count, length, _, kv_heads, dim = shape
-    turns, slopes, scores = how
+    rotation, slopes, scores = how
     leaf = qkv.clone().requires_grad_()
     kv = KV(*torch.empty(2, 1, kv_heads, length, dim))
-    turns = turns and tuple(part.to(qkv.dtype) for part in turns)
-    y = run(leaf, kv, Batch.of([length] * count, "cpu"), turns, slopes, scores)
+    rotation = rotation and tuple(part.to(qkv.dtype) for part in rotation)
+    y = run(leaf, kv, Batch.of([length] * count, "cpu"), rotation, slopes, scores)
     y.backward(behind)
     assert leaf.grad is not None
     return y.detach(), leaf.grad
@@ -151,12 +151,12 @@ def test_gradients_of_attention_are_the_references(path, dtype):
         qkv = normal(count * length, (heads + 2 * kv_heads) * dim, dtype=dtype)
         behind = normal(count * length, heads * dim, dtype=dtype)
         angle = normal(count * length, dim)
-        turns = (angle.cos().to(dtype), angle.sin().to(dtype)) if dim % 2 == 0 else None
+        rotation = (angle.cos().to(dtype), angle.sin().to(dtype)) if dim % 2 == 0 else None
         slopes = torch.linspace(0.02, 0.3, heads)
         for how in (
-            (turns, None, PLAIN),
+            (rotation, None, PLAIN),
             (None, slopes, Scores(window=5)),
-            (turns, slopes, Scores(0.3, 2.0, window=70)),
+            (rotation, slopes, Scores(0.3, 2.0, window=70)),
         ):
             found = attended(tuning.differentiable_attention, qkv, behind, shape, how)
             given = (qkv.double(), behind.double(), shape, how)

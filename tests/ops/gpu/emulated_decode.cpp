@@ -91,7 +91,7 @@ DEVICE void store4_in_block(float* to, int block, const float* from) {
 // What the kernel in front writes: until all wait for it, other bytes are there, and nothing
 // is written.
 struct Late {
-    void* place;
+    void* address;
     std::vector<u8> content;
 };
 
@@ -104,7 +104,7 @@ DEVICE void wait_for_previous() {
     meet(all_blocks, cluster_size * threads, [] {
         waited = true;
         for (const Late& part : late)
-            std::memcpy(part.place, part.content.data(), part.content.size());
+            std::memcpy(part.address, part.content.data(), part.content.size());
         wrote_early |= std::memcmp(result, result_before.data(), result_before.size()) != 0;
     });
 }
@@ -202,7 +202,7 @@ static int run_cluster() {
     order::begin(cluster_size * threads, 0, shared.data(), shared.size() * sizeof(float));
     result_before.assign(result, result + result_before.size());
     if (launched_early)
-        for (const Late& part : late) std::memset(part.place, 0x7F, part.content.size());
+        for (const Late& part : late) std::memset(part.address, 0x7F, part.content.size());
     begin_lanes(lanes);
     while (run_round(lanes))
         if (!moved) return 719;  // lanes wait for others that do not come: launch failure
@@ -215,8 +215,8 @@ static int run_cluster() {
 template <class Of>
 static void watch(const Of& given, const void* x, size_t size, const void* scales, size_t count) {
     late.clear();
-    for (auto [place, bytes] : {std::pair(x, size), std::pair(scales, count)})
-        late.push_back({(void*)place, std::vector<u8>((const u8*)place, (const u8*)place + bytes)});
+    for (auto [at, bytes] : {std::pair(x, size), std::pair(scales, count)})
+        late.push_back({(void*)at, std::vector<u8>((const u8*)at, (const u8*)at + bytes)});
     result = (const u8*)given.y;
     result_before.resize(sizeof(u16) * given.rows * given.outputs);
 }

@@ -46,7 +46,7 @@ constexpr size_t STACK = 128 << 10;
 
 struct Fiber {
     ucontext_t context;  // which it begins with
-    jmp_buf place;       // where it goes on
+    jmp_buf env;         // where it goes on
     bool started, done;
     const u32* awaited;  // it does not go on while this is `last`, if it is one
     u32 last;
@@ -73,14 +73,14 @@ DEVICE int panel_index() { return panel; }
 
 // Contexts are swapped by the system, which takes much longer than a jump.
 static void yield() {
-    if (!_setjmp(running->place)) _longjmp(scheduler, 1);
+    if (!_setjmp(running->env)) _longjmp(scheduler, 1);
 }
 
 // Let a lane run until it waits or ends.
 static void resume(Fiber& lane) {
     running = &lane;
     if (_setjmp(scheduler)) return;
-    if (lane.started) _longjmp(lane.place, 1);
+    if (lane.started) _longjmp(lane.env, 1);
     lane.started = true;
     setcontext(&lane.context);
 }

@@ -189,7 +189,7 @@ DEVICE u32 address_of(const void* shared) {
     return SHARED_BASE + (u32)((const u8*)shared - shared_memory());
 }
 
-static u8* place(int of_block, u32 address, size_t size) {
+static u8* shared_at(int of_block, u32 address, size_t size) {
     const bool inside = address >= SHARED_BASE && address - SHARED_BASE + size <= shared_size;
     require(inside, "an address is outside of shared memory");
     return memory[of_block] + (inside ? address - SHARED_BASE : 0);
@@ -262,7 +262,7 @@ static void do_copy(const Copy& copy) {
     const order::Event by = {barrier.phase.who, barrier.phase.when + 1};
     for (size_t i = 0; i < copy.bytes.size(); i += 16) {
         const u32 to = copy.to + (u32)i;
-        u8* const there = place(copy.block, copy.swizzled ? swizzled(to) : to, 16);
+        u8* const there = shared_at(copy.block, copy.swizzled ? swizzled(to) : to, 16);
         order::write(there, &copy.bytes[i], 16, by, copy.known);
     }
     barrier.bytes -= (int)copy.bytes.size();
@@ -275,7 +275,7 @@ DEVICE void load4_of_block(Number* to, u32 address, u32 of_block) {
     require(
         address % 16 == 0 && (int)of_block < cluster_size, "an address is none of the cluster's"
     );
-    const u8* from = place(of_block, address, 16);
+    const u8* from = shared_at(of_block, address, 16);
     for (int i = 0; i < 4; ++i) to[i] = ((const Number*)from)[i];
     ++lanes[current].apart;
     bool left = false;

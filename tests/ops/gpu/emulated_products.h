@@ -35,7 +35,7 @@ static void read_operand(void* to, u64 description, int first_row, int count, in
         for (int k = 0; k < 32; k += 16) {
             const int row = first_row + i;
             const u32 at = start + row / 8 * eight_rows + row % 8 * 128 + k;
-            const u8* from = place(first / threads, swizzled(at), 16);
+            const u8* from = shared_at(first / threads, swizzled(at), 16);
             order::read((u8*)to + i * 32 + k, from, 16, by, order::known());
         }
 }

@@ -10,7 +10,7 @@ import gpu_kernels
 import pytest
 import torch
 from cpu_paths import STORED_SCHEMES, normal, pattern, random_weight, weight_of
-from fences import kept, run_in
+from fences import mappings, run_in
 from gpu_kernels import assert_same, decode_binary, multiply_between_fences, packed
 from product_cases import assert_close
 from torch import Tensor
@@ -123,7 +123,7 @@ def run_between_fences(library: str) -> None:
         assert decode_int8.takes(x, q)
         with phase.decode():
             decode_int8.int8_linear(x, q, fence(torch.ones(outputs)), fence(torch.ones(outputs)))
-        kept.clear()
+        mappings.clear()
 
 
 def test_nothing_outside_is_touched(decode_emulation):
@@ -266,9 +266,10 @@ def test_where_it_cannot_run_a_note_and_the_explanation_say_so(monkeypatch, caps
                 raise error
 
             monkeypatch.setattr(decode, "_self_test", fail)
-            monkeypatch.setattr(nvrtc.kept, "test_name", lambda name, device: "gpu-tested")
-            monkeypatch.setattr(nvrtc.kept, "read", lambda name: None)  # that it passed before
-            monkeypatch.setattr(nvrtc.kept, "write", lambda *given: None)
+            monkeypatch.setattr(nvrtc.disk_cache, "test_name", lambda name, device: "gpu-tested")
+            # As if it had not passed before.
+            monkeypatch.setattr(nvrtc.disk_cache, "read", lambda name: None)
+            monkeypatch.setattr(nvrtc.disk_cache, "write", lambda *given: None)
             monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
             reason = str(error).splitlines()[0]
             assert decode.unsupported_reason(place) == reason

@@ -18,10 +18,10 @@ from qllm.ops.gpu import (
     decode,
     decode_int8,
     device,
+    disk_cache,
     driver,
     hopper,
     hopper_int8,
-    kept,
     linear,
     nvrtc,
     prefill,
@@ -140,11 +140,11 @@ def test_that_a_self_test_has_passed_is_kept(a_gpu, monkeypatch, capsys):
     changes = (
         lambda: monkeypatch.setattr(A_GPU, "uuid", "2"),
         lambda: monkeypatch.setattr(torch.version, "cuda", "99.0"),
-        lambda: monkeypatch.setattr(kept, "sources", lambda: "others"),
+        lambda: monkeypatch.setattr(disk_cache, "sources", lambda: "others"),
     )
     for change in changes:
         change()
-        kept._compilers.cache_clear()
+        disk_cache._compilers.cache_clear()
         for _ in range(2):
             assert run() is None
     assert len(made) == 6
@@ -156,7 +156,7 @@ def test_that_a_self_test_has_passed_is_kept(a_gpu, monkeypatch, capsys):
         raise RuntimeError("there is no compiler")
 
     assert run(depends=missing) == "there is no compiler"
-    kept._compilers.cache_clear()
+    disk_cache._compilers.cache_clear()
 
 
 def test_threads_wait_for_one_that_tests(capsys):

@@ -11,7 +11,7 @@ from cpu_paths import DTYPES, normal
 from torch import Tensor
 
 from qllm.ops import reference
-from qllm.ops.gpu import attention, kept, quantized_prefill
+from qllm.ops.gpu import attention, disk_cache, quantized_prefill
 from qllm.ops.gpu import device as device_of
 from qllm.ops.kv import KV, Batch, Scores, ring_capacity
 from qllm.ops.quantized_kv import RUN, QuantizedKV
@@ -30,12 +30,14 @@ def short(monkeypatch):
         monkeypatch.setattr(attention, "DESCRIBED_DIMS", (16, 32))
 
 
-def example(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, *, turned: bool, sloped: bool):
+def example(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, *, rotated: bool, sloped: bool
+):
     rows = len(POSITIONS)
     qkv = normal(rows, (heads + 2 * kv_heads) * dim, dtype=dtype)
     keys, values = normal(2, rows, kv_heads, CAPACITY, dim, dtype=dtype)
     angle = normal(rows, dim // 2).repeat(1, 2)
-    angles = (angle.cos().to(dtype), angle.sin().to(dtype)) if turned else None
+    angles = (angle.cos().to(dtype), angle.sin().to(dtype)) if rotated else None
     slopes = torch.linspace(0.01, 0.5, heads) if sloped else None
     batch = Batch.of([1] * rows, "cpu", pasts=POSITIONS)
     return qkv, KV(keys, values), batch, angles, slopes
@@ -83,12 +85,12 @@ ENCODINGS = ((False, False), (True, False), (False, True))  # turned by position
     ids=str,
 )
 def test_the_error_is_at_most_twice_the_reference_s(encoding, dtype, gpu):
-    turned, sloped = encoding
-    first = DTYPES.index(dtype) + 2 * turned + sloped
-    shapes = ((2, 2, 80), (6, 2, 16), (1, 1, 6 if turned else 5))
+    rotated, sloped = encoding
+    first = DTYPES.index(dtype) + 2 * rotated + sloped
+    shapes = ((2, 2, 80), (6, 2, 16), (1, 1, 6 if rotated else 5))
     # In the interpreter, which is slow, each type and each encoding meets each shape once.
     for heads, kv_heads, dim in shapes if gpu == "cuda" else (shapes[first % 3],):
-        arguments = example(heads, kv_heads, dim, dtype, turned=turned, sloped=sloped)
+        arguments = example(heads, kv_heads, dim, dtype, rotated=rotated, sloped=sloped)
         own, exact = assert_near("decode_attention", arguments, gpu)
         for before, after, want in zip(arguments[1], own[1], exact[1], strict=True):
             # The new key and value have joined them, and nothing else has changed.
@@ -99,7 +101,7 @@ def test_the_error_is_at_most_twice_the_reference_s(encoding, dtype, gpu):
 
 
 def test_a_row_is_the_same_whatever_is_beside_it(gpu):
-    arguments = example(4, 2, 16, torch.float32, turned=False, sloped=True)
+    arguments = example(4, 2, 16, torch.float32, rotated=False, sloped=True)
     whole = attention.decode_attention(*moved(arguments, gpu)).cpu()
     qkv, kv, _, _, slopes = arguments
     for row, position in enumerate(POSITIONS):
@@ -111,7 +113,7 @@ def test_a_row_is_the_same_whatever_is_beside_it(gpu):
 
 
 def test_counters_are_left_as_they_were(gpu):
-    arguments = example(4, 2, 16, torch.float32, turned=True, sloped=False)
+    arguments = example(4, 2, 16, torch.float32, rotated=True, sloped=False)
     attention.decode_attention(*moved(arguments, gpu))
     assert not device_of.counters(torch.device(gpu)).any()
 
@@ -120,12 +122,14 @@ LENGTHS = (5, 1, 70)
 KV_TYPES = (torch.float32, torch.bfloat16)
 
 
-def prompts(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, *, turned: bool, sloped: bool):
+def prompts(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, *, rotated: bool, sloped: bool
+):
     """Arguments for prompts of these lengths."""
     qkv = normal(sum(LENGTHS), (heads + 2 * kv_heads) * dim, dtype=dtype)
     keys, values = normal(2, len(LENGTHS), kv_heads, CAPACITY, dim, dtype=dtype)
     angle = normal(len(qkv), dim // 2).repeat(1, 2)
-    angles = (angle.cos().to(dtype), angle.sin().to(dtype)) if turned else None
+    angles = (angle.cos().to(dtype), angle.sin().to(dtype)) if rotated else None
     slopes = torch.linspace(0.01, 0.5, heads) if sloped else None
     return qkv, KV(keys, values), Batch.of(LENGTHS, "cpu"), angles, slopes
 
@@ -135,8 +139,8 @@ def test_prompts_together_are_what_each_is_by_itself(dtype, gpu):
     shapes = {(2, 2, 40): (True, False), (6, 2, 16): (False, True), (1, 1, 5): (False, False)}
     # In the interpreter, which is slow, each shape meets one type.
     chosen = list(shapes.items())
-    for shape, (turned, sloped) in chosen if gpu == "cuda" else [chosen[DTYPES.index(dtype)]]:
-        arguments = prompts(*shape, dtype, turned=turned, sloped=sloped)
+    for shape, (rotated, sloped) in chosen if gpu == "cuda" else [chosen[DTYPES.index(dtype)]]:
+        arguments = prompts(*shape, dtype, rotated=rotated, sloped=sloped)
         own, exact = assert_near("prefill_attention", arguments, gpu)
         for before, after, want in zip(arguments[1], own[1], exact[1], strict=True):
             for row, length in enumerate(LENGTHS):  # nothing but the prompts' own tokens changes
@@ -146,7 +150,7 @@ def test_prompts_together_are_what_each_is_by_itself(dtype, gpu):
 
 @pytest.mark.parametrize("dtype", KV_TYPES, ids=str)
 def test_a_prompt_is_the_same_whatever_is_beside_it(dtype, gpu):
-    arguments = prompts(4, 2, 16, dtype, turned=True, sloped=True)
+    arguments = prompts(4, 2, 16, dtype, rotated=True, sloped=True)
     whole = attention.prefill_attention(*moved(arguments, gpu)).cpu()
     qkv, kv, _, cos_sin, slopes = arguments
     start = sum(LENGTHS[:2])
@@ -159,13 +163,13 @@ def test_a_prompt_is_the_same_whatever_is_beside_it(dtype, gpu):
         if left := LENGTHS[2] - cut:
             batch = Batch.of([left], "cpu", rows=[1], pasts=[cut])
             parts = (qkv[rest], batch, tuple(part[rest] for part in cos_sin), slopes)
-            new, batch, turns, slope = moved(parts, gpu)
-            got = attention.prefill_attention(new, got[1], batch, turns, slope)
+            new, batch, rotation, slope = moved(parts, gpu)
+            got = attention.prefill_attention(new, got[1], batch, rotation, slope)
             assert torch.equal(got.cpu(), whole[rest])
 
 
 def test_a_full_cache_is_refused(gpu):
-    arguments = example(2, 2, 16, torch.float32, turned=False, sloped=False)
+    arguments = example(2, 2, 16, torch.float32, rotated=False, sloped=False)
     batch = Batch.of([1, 1], "cpu", pasts=[0, CAPACITY])
     with pytest.raises(IndexError, match=f"{CAPACITY + 1} tokens in a cache for {CAPACITY}"):
         attention.decode_attention(*arguments[:2], batch, None, None)
@@ -237,7 +241,7 @@ PASSES = ((60,), (4,), (70, 66), (3,))
 def test_prompts_in_pieces_to_keys_and_values_of_few_bits(bits, dtype, gpu, monkeypatch):
     """The reference's results and integers, whatever is beside a prompt and however it is cut."""
     heads, kv_heads, dim = {8: (2, 2, 20), 4: (2, 1, 32)}[bits]
-    turned, window, cap = bits == 8, 70 * (bits == 8), 30.0 * (bits == 4)
+    rotated, window, cap = bits == 8, 70 * (bits == 8), 30.0 * (bits == 4)
     scores, slopes = Scores(cap=cap, window=window), torch.linspace(0.01, 0.5, heads)
     monkeypatch.setattr(quantized_prefill, "unsupported_reason", lambda device: None)
     if bits == 8:  # of one sequence after the other
@@ -256,17 +260,17 @@ def test_prompts_in_pieces_to_keys_and_values_of_few_bits(bits, dtype, gpu, monk
         parts = [slice(past, past + length) for past, length in zip(pasts, lengths, strict=False)]
         qkv = torch.cat([all_of[part] for all_of, part in zip(every, parts, strict=False)])
         angles = torch.cat([angle[part] for part in parts])
-        turns = (angles.cos().to(dtype), angles.sin().to(dtype)) if turned else None
+        rotation = (angles.cos().to(dtype), angles.sin().to(dtype)) if rotated else None
         rows = [2, 0][: len(lengths)]
         batch = Batch.of(lengths, "cpu", rows=rows, pasts=pasts[: len(lengths)])
-        expected = reference.prefill_attention(qkv, want, batch, turns, slopes, scores)
-        given = moved((qkv, batch, turns, slopes), gpu)
+        expected = reference.prefill_attention(qkv, want, batch, rotation, slopes, scores)
+        given = moved((qkv, batch, rotation, slopes), gpu)
         got = attention.prefill_attention(given[0], own, *given[1:], scores).cpu()
         limit = (4 * torch.finfo(dtype).eps + 1e-6) * expected.abs().max()
         assert (got - expected).abs().max() <= limit
         found.append(got[: lengths[0]])
         pasts = [past + length for past, length in zip(pasts, [*lengths, 0], strict=False)]
-    if not turned:  # what is turned by positions, the reference rounds at each step
+    if not rotated:  # what is turned by positions, the reference rounds at each step
         for part, other in zip(own[:6], want[:6], strict=True):
             assert torch.equal(part.cpu(), other)
     if not window:
@@ -283,9 +287,9 @@ def test_the_self_test_of_prompts_finds_what_is_wrong(gpu, monkeypatch, capsys):
     assert quantized_prefill._self_test(device) is None
     right = quantized_prefill.prefill_attention
     monkeypatch.setattr(quantized_prefill, "prefill_attention", lambda *given: right(*given) + 1)
-    monkeypatch.setattr(kept, "test_name", lambda name, device: "gpu-tested")
-    monkeypatch.setattr(kept, "read", lambda name: None)  # that it passed before
-    monkeypatch.setattr(kept, "write", lambda *given: None)
+    monkeypatch.setattr(disk_cache, "test_name", lambda name, device: "gpu-tested")
+    monkeypatch.setattr(disk_cache, "read", lambda name: None)  # that it passed before
+    monkeypatch.setattr(disk_cache, "write", lambda *given: None)
     quantized_prefill.unsupported_reason.cache_clear()
     self_test = quantized_prefill._self_test
     monkeypatch.setattr(quantized_prefill, "_self_test", lambda _: self_test(device))
@@ -302,9 +306,9 @@ def test_where_descriptors_are_wrong_keys_are_loaded_by_pointers(gpu, monkeypatc
     monkeypatch.setattr(
         attention, "plain_prefill_attention", lambda *given, **more: right(*given, **more) + 1
     )
-    monkeypatch.setattr(kept, "test_name", lambda name, device: "gpu-tested")
-    monkeypatch.setattr(kept, "read", lambda name: None)  # that it passed before
-    monkeypatch.setattr(kept, "write", lambda *given: None)
+    monkeypatch.setattr(disk_cache, "test_name", lambda name, device: "gpu-tested")
+    monkeypatch.setattr(disk_cache, "read", lambda name: None)  # that it passed before
+    monkeypatch.setattr(disk_cache, "write", lambda *given: None)
     monkeypatch.setattr(device_of, "architecture", lambda device: ("9.0", 4))
     monkeypatch.setattr(attention, "_self_test", lambda _: self_test(device))
     attention.undescribed_reason.cache_clear()

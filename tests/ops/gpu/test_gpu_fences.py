@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cpu_paths import normal, random_weight
-from fences import fenced, kept, run_in
+from fences import fenced, mappings, run_in
 
 from qllm.ops.gpu import attention, layout, linear, prefill, rows
 from qllm.ops.kv import KV, RUN, Batch
@@ -46,18 +46,18 @@ def run_attention(dtype: torch.dtype, fence) -> None:
         slopes = fence(torch.ones(heads))
         for length in (1, 33):
             new = fence(normal(3, (heads + 2 * kv_heads) * dim, dtype=dtype))
-            turns = [*map(fence, normal(2, 3, dim, dtype=dtype))] if dim > 1 else None
+            rotation = [*map(fence, normal(2, 3, dim, dtype=dtype))] if dim > 1 else None
             cache = KV(*map(fence, normal(2, 3, kv_heads, length, dim, dtype=dtype)))
             pasts = [length - 1, 0, length - 1]
             batch = Batch.of([1] * 3, "cpu", rows=[2, 0, 1], pasts=pasts)
             batch = Batch(*map(fence, batch[:3]), 1, length)
-            attention.decode_attention(new, cache, batch, turns, slopes)
+            attention.decode_attention(new, cache, batch, rotation, slopes)
         cache = KV(*map(fence, normal(2, 2, kv_heads, 17, dim, dtype=dtype)))
         new = fence(normal(18, (heads + 2 * kv_heads) * dim, dtype=dtype))
-        turns = [*map(fence, normal(2, 18, dim, dtype=dtype))] if dim > 1 else None
+        rotation = [*map(fence, normal(2, 18, dim, dtype=dtype))] if dim > 1 else None
         batch = Batch.of([16, 2], "cpu", rows=[1, 0], pasts=[0, 15])
         batch = Batch(*map(fence, batch[:3]), 16, 17)
-        attention.prefill_attention(new, cache, batch, turns, slopes)
+        attention.prefill_attention(new, cache, batch, rotation, slopes)
         for bits in (8, 4):
             options = (bits, 2, kv_heads, RUN, dim, dtype, "cpu")
             held = QuantizedKV(*map(fence, QuantizedKV.empty(*options)))
@@ -65,8 +65,8 @@ def run_attention(dtype: torch.dtype, fence) -> None:
                 lengths = [len(part) - 2, 2] if past == 0 else [1, 1]
                 where = Batch.of(lengths, "cpu", rows=[1, 0], pasts=[past, 0])
                 where = Batch(*map(fence, where[:3]), *where[3:])
-                turned = turns and [fence(one[: len(part)].clone()) for one in turns]
-                attention.prefill_attention(fence(part.clone()), held, where, turned, slopes)
+                rotated = rotation and [fence(one[: len(part)].clone()) for one in rotation]
+                attention.prefill_attention(fence(part.clone()), held, where, rotated, slopes)
 
 
 def forbid_tensors_as_bounds() -> None:
@@ -94,7 +94,7 @@ def run_all() -> None:
         torch.Tensor.new_empty = new_empty
         for run in (run_linear, run_attention):
             run(dtype, fence)
-            kept.clear()
+            mappings.clear()
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cpu_paths import normal
-from fences import fenced, kept, run_in
+from fences import fenced, mappings, run_in
 from gpu_kernels import assert_same, emulate_hopper
 from torch import Tensor
 
@@ -85,7 +85,7 @@ def run_between_fences(library: str) -> None:
         for x_scales in (torch.ones(count, 1), torch.ones(())):
             rows = Int8Rows(x, fence(x_scales), torch.float16)
             hopper_int8.int8_linear(rows, q, scales, bias, cut=cut)
-        kept.clear()
+        mappings.clear()
 
 
 def test_nothing_outside_is_touched(hopper_emulation):

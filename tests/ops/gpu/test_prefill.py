@@ -14,7 +14,7 @@ from product_cases import assert_close
 from torch import Tensor
 
 from qllm.ops import phase
-from qllm.ops.gpu import cuda, hopper, kept, linear, prefill
+from qllm.ops.gpu import cuda, disk_cache, hopper, linear, prefill
 from qllm.ops.gpu import device as device_of
 from qllm.ops.reference import dequantize
 from qllm.quant.packing import BITS
@@ -151,9 +151,9 @@ def test_the_self_test_finds_what_is_wrong(device, whole_numbers, monkeypatch, c
     cases = [(*case[:3], ((7, 0), (35, 0), (35, prefill.ROWS[1]))) for case in prefill.CASES]
     monkeypatch.setattr(prefill, "CASES", cases)
     assert prefill._self_test(place) is None
-    monkeypatch.setattr(kept, "test_name", lambda name, device: "gpu-tested")
-    monkeypatch.setattr(kept, "read", lambda name: None)  # that it passed before
-    monkeypatch.setattr(kept, "write", lambda *given: None)
+    monkeypatch.setattr(disk_cache, "test_name", lambda name, device: "gpu-tested")
+    monkeypatch.setattr(disk_cache, "read", lambda name: None)  # that it passed before
+    monkeypatch.setattr(disk_cache, "write", lambda *given: None)
     monkeypatch.setattr(device_of, "architecture", lambda device: ("9.0", 4))
 
     def wrong(x, weight, bias, y, *given, run):

@@ -87,7 +87,7 @@ static bool products_are_right(int64_t k_blocks) {
         for (int64_t n = 0; n < PANELS * LANES; n++) {
             uint32_t sum = 0x7FFFFFFF;
             for (int64_t step = 0; step < steps; step++) {
-                const int8_t *a = x + place(R, r, step, k_blocks);
+                const int8_t *a = x + tile_offset(R, r, step, k_blocks);
                 const uint8_t *b = w + n / LANES * panel_bytes + (step * LANES + n % LANES) * STEP;
                 for (int i = 0; i < STEP; i++) sum += uint32_t(a[i] * int8_t(b[i]));  // less zeros
             }
@@ -124,7 +124,7 @@ static bool dense_products_are_right() {
             float sum = 7;
             for (int64_t step = 0; step < S; step++) {
                 uint32_t a[2], b[2];
-                pair(dense_place(R, r, step), a);
+                pair(dense_offset(R, r, step), a);
                 pair(n / LANES * S * LANES + step * LANES + n % LANES, b);
                 for (int i = 0; i < 2; i++) sum += float_of(a[i] << 16) * float_of(b[i] << 16);
             }
@@ -174,7 +174,7 @@ constexpr Path path() {
     path.unpack = unpack;
     path.dense = dense_by_type;
     path.attend_sequences = attend_sequences;  // in pairs of bfloat16
-    path.attend_sequences_back = attend_sequences_back;
+    path.attend_sequences_backward = attend_sequences_backward;
     path.multiply_all = multiply_all;
     path.self_test = self_test;
     return path;

@@ -14,7 +14,7 @@ constexpr Path path() {
     Path path = {"avx512bf16", &avx512_path};
     path.dense = dense_by_type;
     path.attend_sequences = attend_sequences;
-    path.attend_sequences_back = attend_sequences_back;
+    path.attend_sequences_backward = attend_sequences_backward;
     return path;
 }
 

@@ -89,7 +89,7 @@ INLINE inline void load_square(VF (&steps)[WIDTH], const Dense &a, int64_t chann
 // The activations of some rows, as steps.
 struct DenseInput {
     int64_t rows, steps;  // whole tiles and LANES, with zeros for what is not there
-    float *x;             // block after block, in it tile after tile, as `dense_place` says
+    float *x;             // block after block, in it tile after tile, as `dense_offset` says
     int64_t block = DENSE_STEPS;  // steps of a block
 
     float *tile(int64_t row, int64_t step, int64_t steps_of_block) const {
@@ -118,7 +118,7 @@ void lay_out(const Dense &a, const DenseInput &x, int64_t first, int64_t row, in
     for (int64_t s = 0; s < steps; s += WIDTH) {
         if (DENSE_TILE_ROWS > WIDTH || rows == 1) {  // WIDTH steps of a row lie side by side
             for (int64_t r = 0; r < rows; r++)
-                store_f(tile + dense_place(rows, r, s),
+                store_f(tile + dense_offset(rows, r, s),
                         load_steps<TYPE, PAIRS>(a, first + row + r, step + s));
             continue;
         }
@@ -142,8 +142,8 @@ void lay_out(const Dense &a, const DenseInput &x, int64_t first, int64_t row, in
 template <int64_t TYPE>
 void prefetch_results(const Dense &a, int64_t row, int64_t rows, int64_t panel, int64_t panels) {
     const int64_t stride = a.out * SIZE<TYPE>;
-    prefetch_rows<true>(static_cast<char *>(a.y) + row * stride + panel * LANES * SIZE<TYPE>, stride,
-                  panels * LANES * SIZE<TYPE>, rows);
+    char *first = static_cast<char *>(a.y) + row * stride + panel * LANES * SIZE<TYPE>;
+    prefetch_rows<true>(first, stride, panels * LANES * SIZE<TYPE>, rows);
 }
 
 #ifdef DENSE_GEMV_ROWS

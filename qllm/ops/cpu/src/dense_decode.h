@@ -193,9 +193,9 @@ template <int64_t TYPE> Status dense_decode_of(const Dense &a) {
             store_f(x + row * stride + s, load_steps<TYPE, IN_PAIRS<TYPE>>(a, row, s));
     });
     // So few channels at once that all threads have some.
-    const int64_t kept = DOT_BYTES / (a.in * SIZE<TYPE> + 1), fair = a.out / max_threads() / 4;
-    const int64_t most = smaller(smaller(kept, fair) / LANES * LANES, DOT_GROUP);
-    const int64_t group = most < LANES ? LANES : most, groups = (a.out + group - 1) / group;
+    const int64_t cached = DOT_BYTES / (a.in * SIZE<TYPE> + 1), fair = a.out / max_threads() / 4;
+    const int64_t limit = smaller(smaller(cached, fair) / LANES * LANES, DOT_GROUP);
+    const int64_t group = limit < LANES ? LANES : limit, groups = (a.out + group - 1) / group;
     in_threads(groups, groups / max_threads() / RUN_PARTS + 1, [&](const Share &share) {
         float *sums = x + held + share.thread * DOT_SUMS;
         const int64_t run = share.runs[share.thread].end;  // behind it are another thread's

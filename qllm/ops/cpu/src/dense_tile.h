@@ -21,11 +21,11 @@ inline int64_t dense_tile_rows(int64_t left) {
 }
 
 // Where a step of a row lies among the activations of a tile.
-inline int64_t dense_place(int64_t rows, int64_t row, int64_t step) { return step * rows + row; }
+inline int64_t dense_offset(int64_t rows, int64_t row, int64_t step) { return step * rows + row; }
 
 struct DenseOperands {
     const float *w;  // panels of (steps, LANES)
-    const float *x;  // the tile's, as `dense_place` says
+    const float *x;  // the tile's, as `dense_offset` says
     int64_t steps, run;  // steps whose products are added up before they join others
     float *out;      // (rows, GROUP_LANES), added to
 };

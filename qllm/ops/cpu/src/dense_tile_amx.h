@@ -16,13 +16,13 @@ constexpr int64_t TILE_STEPS = ROW_BYTES / STEP;
 inline int64_t dense_tile_rows(int64_t left) { return left > ROWS ? 2 * ROWS : ROWS; }
 
 // Where a step of a row lies among the activations of a tile: 16 steps of each row, row by row.
-inline int64_t dense_place(int64_t rows, int64_t row, int64_t step) {
+inline int64_t dense_offset(int64_t rows, int64_t row, int64_t step) {
     return step / TILE_STEPS * TILE_STEPS * rows + row * TILE_STEPS + step % TILE_STEPS;
 }
 
 struct DenseOperands {
     const float *w;  // panels of (steps, LANES)
-    const float *x;  // the tile's, as `dense_place` says
+    const float *x;  // the tile's, as `dense_offset` says
     int64_t steps, run;  // steps whose products are added up before they join others
     float *out;      // (rows, GROUP_LANES), added to
 };

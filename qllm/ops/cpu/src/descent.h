@@ -13,14 +13,14 @@ inline void descend_lanes(const DescendBlock &a, int64_t start, float *slopes) {
     const int64_t count = a.rows - start;
     for (int64_t i = 0; i < a.channels; i++)
         store_f(slopes + i * WIDTH, load<FLOAT32>(a.gradient, i * a.rows + start, count));
-    const VF most = set_f(float(a.most));
+    const VF qmax = set_f(float(a.qmax));
     for (int64_t i = 0; i < a.channels; i++) {
         const int64_t at = i * a.rows + start;
         const VF value = load<FLOAT32>(a.values, at, count);
         const VF lowest = load<FLOAT32>(a.low, at, count);
-        const VF step = mul_f(load_f(slopes + i * WIDTH), load<FLOAT32>(a.by_step, at, count));
+        const VF step = mul_f(load_f(slopes + i * WIDTH), load<FLOAT32>(a.step_sizes, at, count));
         // Clamped first: an integer holds no more than 2^31.
-        const VF ideal = min_f(add_f(lowest, most), max_f(lowest, sub_f(value, step)));
+        const VF ideal = min_f(add_f(lowest, qmax), max_f(lowest, sub_f(value, step)));
         const VF best = to_float(nearest_i(ideal));
         const VF move = mul_f(sub_f(best, value), load<FLOAT32>(a.scales, at, count));
         store<FLOAT32>(a.values, at, count, best);

@@ -213,7 +213,7 @@ PUBLIC int64_t qllm_op(int64_t i, const char **name) {
     return ops[i].size;
 }
 
-PUBLIC void qllm_rest(int64_t turns) { qllm::rest(turns); }
+PUBLIC void qllm_idle(int64_t exclusive) { qllm::idle(exclusive); }
 
 // What a status means, in words.
 PUBLIC const char *qllm_message(int64_t status) {

@@ -165,9 +165,9 @@ struct AttendSequences {
     const void *q, *k, *v;                   // (sequences length, heads or kv_heads, dim)
     const float *slopes;                     // as of Attend
     void *y;                                 // (sequences length, heads, dim)
-    float *kept;                             // (sequences, heads, length, 2): of each softmax
-    const void *by_y;                        // of the way back, as y, and what it makes: as q, k, v
-    void *by_q, *by_k, *by_v;
+    float *stats;                            // (sequences, heads, length, 2): of each softmax
+    const void *grad_y;                      // of the way back, as y, and what it makes: as q, k, v
+    void *grad_q, *grad_k, *grad_v;
 };
 
 struct Dense {  // y (rows, out) = x w^T + bias
@@ -177,24 +177,24 @@ struct Dense {  // y (rows, out) = x w^T + bias
 };
 
 struct StepRounding {  // of a matrix (rows, in) on its grids; see `qllm.ops.rounding.Rounding`
-    int64_t rows, in, groups, group, most, symmetric, scale_type, type;
+    int64_t rows, in, groups, group, qmax, symmetric, scale_type, type;
     int64_t parts, part_stride, factor_stride;  // elements from one part or end to the next
     double rate, range_rate;
-    double followed, kept;                   // of an average, what a step leaves
+    double beta1, beta2;                     // of Lion: see `qllm.ops.reference.rounding`
     double least_scale, least, largest;      // of scales in float16, and of factors
     const void *gradients;                   // (parts, rows, in), of `type`
-    float *ideal, *by_ideal;                 // (rows, groups, group)
+    float *ideal, *ideal_exp_avg;            // (rows, groups, group)
     const float *low, *high;                 // (rows, groups)
-    float *factors, *by_factor;              // (2, rows, groups)
+    float *factors, *factor_exp_avg;         // (2, rows, groups)
     const int64_t *perm;                     // (in,) or null
     void *matrix;                            // (rows, in), of `type`
 };
 
 struct DescendBlock {  // the best integers of some channels, one after the other
-    int64_t channels, rows, most, stride;        // of rows of products, in elements
+    int64_t channels, rows, qmax, stride;        // of rows of products, in elements
     const float *products;                       // (channels, channels)
     float *values;                               // (channels, rows), all of these
-    const float *gradient, *scales, *low, *by_step;
+    const float *gradient, *scales, *low, *step_sizes;
     float *moves;
 };
 
@@ -203,23 +203,23 @@ enum class Status : int64_t { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
 
 // Every op and its arguments. What paths have, what the library exports (`qllm_` and the name), and
 // the sizes that Python checks its own structures against, come from this list.
-#define QLLM_OPS(OP)                           \
-    OP(linear, Linear)                         \
-    OP(dense, Dense)                           \
-    OP(pack, Packing)                          \
-    OP(unpack, Packing)                        \
-    OP(unblock, Blocks)                        \
-    OP(activate, Activate)                     \
-    OP(norm, Norm)                             \
-    OP(add, Add)                               \
-    OP(gather, Gather)                         \
-    OP(embed, Embed)                           \
-    OP(embed_packed, EmbedPacked)              \
-    OP(attend, Attend)                         \
-    OP(attend_prefill, Attend)                 \
-    OP(attend_sequences, AttendSequences)      \
-    OP(attend_sequences_back, AttendSequences) \
-    OP(step_rounding, StepRounding)            \
+#define QLLM_OPS(OP)                               \
+    OP(linear, Linear)                             \
+    OP(dense, Dense)                               \
+    OP(pack, Packing)                              \
+    OP(unpack, Packing)                            \
+    OP(unblock, Blocks)                            \
+    OP(activate, Activate)                         \
+    OP(norm, Norm)                                 \
+    OP(add, Add)                                   \
+    OP(gather, Gather)                             \
+    OP(embed, Embed)                               \
+    OP(embed_packed, EmbedPacked)                  \
+    OP(attend, Attend)                             \
+    OP(attend_prefill, Attend)                     \
+    OP(attend_sequences, AttendSequences)          \
+    OP(attend_sequences_backward, AttendSequences) \
+    OP(step_rounding, StepRounding)                \
     OP(descend_block, DescendBlock)
 
 struct Path {

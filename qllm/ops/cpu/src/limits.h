@@ -39,7 +39,7 @@ static int64_t multiply_all(int64_t rounds) {
     const int64_t all_rounds = rounds * max_threads();
     alignas(64) const int8_t x[OPERANDS_AT_ONCE * STEP * OPERAND_BYTES] = {1, 2, 3};
     in_threads(all_rounds, rounds / RUN_PARTS + 1, [&](const Share &share) {
-        volatile int32_t kept;
+        volatile int32_t sink;
         take_parts(share, [&](int64_t round, int64_t end) {
             // Its own, and activations loaded anew: else sums do not stay in registers.
             Sums<OPERANDS_AT_ONCE, VECTORS_AT_ONCE> sums;
@@ -57,9 +57,9 @@ static int64_t multiply_all(int64_t rounds) {
             }
             int32_t all = 0;
             for (VI sum : sums.of) all += sum_of_i(sum);
-            kept = all;
+            sink = all;
         });
-        (void)kept;
+        (void)sink;
     });
     return all_rounds * OPERANDS_AT_ONCE * VECTORS_AT_ONCE * WIDTH * STEP * 2;
 }

@@ -38,7 +38,7 @@ struct Operands {
     int64_t w_stride;
     const float *scales;   // (panels, LANES)
     const int32_t *zeros;  // (panels, LANES); null where int16 weights have none
-    const int8_t *x;       // the tile's, as `place` says
+    const int8_t *x;       // the tile's, as `tile_offset` says
     int64_t k_blocks;
     bool scaled;              // blocks have scales; without, their sums stay integers (one plane)
     const float *x_scale;     // (rows,)

@@ -201,7 +201,7 @@ struct Queries {
     int64_t position, count;
     int64_t begin;  // panels in front of it are not seen by any
     int64_t length() const { return position + count; }
-    int64_t place(int64_t q) const { return position + (q < count ? q : count - 1); }
+    int64_t position_of(int64_t q) const { return position + (q < count ? q : count - 1); }
 };
 
 // The queries of one head, of those from `start` on, a multiple of PART_QUERIES, to `end`, that are
@@ -233,7 +233,7 @@ static void attend_part(const Attend &a, const Sequence &s, int64_t head, int64_
         own_values = s.recent_values + first * s.width;
     }
     for (int64_t i = 0; i < count * QUERIES; i++) {
-        const int64_t token = s.token + few[i / QUERIES].place(i % QUERIES) - s.past;
+        const int64_t token = s.token + few[i / QUERIES].position_of(i % QUERIES) - s.past;
         load_head(queries + i * a.dim, a, token, head);
         rotate(queries + i * a.dim, a, token);
     }
@@ -259,15 +259,15 @@ static void attend_part(const Attend &a, const Sequence &s, int64_t head, int64_
     for (int64_t i = 0; i < count * QUERIES; i++) {
         float *row = scores + i * stride;
         const Queries &these = few[i / QUERIES];
-        const int64_t place = these.place(i % QUERIES);
-        const int64_t first = unseen(a.window, place), seen = place + 1 - first;
+        const int64_t position = these.position_of(i % QUERIES);
+        const int64_t first = unseen(a.window, position), seen = position + 1 - first;
         float *seen_row = row + first - s.begin;
         const float scale = cap_scores(a, seen_row, seen);
-        const float m_i = scale_scores(seen_row, seen, scale, slope, first - place);
+        const float m_i = scale_scores(seen_row, seen, scale, slope, first - position);
         share[i] = 1 / exponents(seen_row, seen, m_i);
         // Keys in front of the window and behind the query, and the panel's filling, weigh nothing.
         for (int64_t j = these.begin; j < first; j++) row[j - s.begin] = 0;
-        for (int64_t j = place + 1; j < these.length(); j++) row[j - s.begin] = 0;
+        for (int64_t j = position + 1; j < these.length(); j++) row[j - s.begin] = 0;
     }
     const int64_t y_stride = a.heads * a.dim * (a.type == FLOAT32 ? 4 : 2);
     const int64_t first_result = s.result + few[0].position - s.asked;
@@ -284,7 +284,7 @@ static void attend_part(const Attend &a, const Sequence &s, int64_t head, int64_
         });
         for (int64_t i = 0; i < count * QUERIES; i++) {
             if (i % QUERIES >= few[i / QUERIES].count) continue;
-            const int64_t result = s.result + few[i / QUERIES].place(i % QUERIES) - s.asked;
+            const int64_t result = s.result + few[i / QUERIES].position_of(i % QUERIES) - s.asked;
             for (int64_t v = 0; v < KEYS && d + v < a.dim; v += WIDTH)
                 store_as(a.y, (result * a.heads + head) * a.dim + d + v, a.type, a.dim - d - v,
                          mul_f(load_f(out[i] + v), set_f(share[i])));

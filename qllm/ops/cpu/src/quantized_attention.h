@@ -29,20 +29,20 @@ static Codes codes_of(const Attend &a, int64_t row, int64_t kv, int64_t run) {
 }
 
 // A byte, and the half of it, of the integer of a channel and a token.
-struct Place {
+struct CodeOffset {
     int64_t byte, shift;
 };
-inline Place key_place(const Attend &a, int64_t channel, int64_t token) {
+inline CodeOffset key_offset(const Attend &a, int64_t channel, int64_t token) {
     const int64_t slots = RUN * a.bits / 8;
     return {(channel / 4 * slots + token % slots) * 4 + channel % 4, token / slots * 4};
 }
-inline Place value_place(const Attend &a, int64_t channel, int64_t token) {
+inline CodeOffset value_offset(const Attend &a, int64_t channel, int64_t token) {
     const int64_t slots = RUN * a.bits / 8;
     return {(token % slots / 4 * a.width + channel) * 4 + token % 4, token / slots * 4};
 }
 
-inline int64_t code_at(const uint8_t *codes, Place place, int64_t bits) {
-    return bits == 8 ? codes[place.byte] : codes[place.byte] >> place.shift & 15;
+inline int64_t code_at(const uint8_t *codes, CodeOffset offset, int64_t bits) {
+    return bits == 8 ? codes[offset.byte] : codes[offset.byte] >> offset.shift & 15;
 }
 
 inline float from_bfloat16(uint16_t half) {
@@ -55,12 +55,12 @@ inline float from_bfloat16(uint16_t half) {
 // The numbers that integers of a run stand for.
 inline float key_at(const Attend &a, const Codes &c, int64_t channel, int64_t token) {
     int64_t zero = c.key_zeros[channel] - code_base(a.bits);
-    int64_t code = code_at(c.keys, key_place(a, channel, token), a.bits);
+    int64_t code = code_at(c.keys, key_offset(a, channel, token), a.bits);
     return float(code - zero) * from_bfloat16(c.key_scales[channel]);
 }
 inline float value_at(const Attend &a, const Codes &c, int64_t channel, int64_t token) {
     int64_t zero = c.value_zeros[token] - code_base(a.bits);
-    int64_t code = code_at(c.values, value_place(a, channel, token), a.bits);
+    int64_t code = code_at(c.values, value_offset(a, channel, token), a.bits);
     return float(code - zero) * from_bfloat16(c.value_scales[token]);
 }
 

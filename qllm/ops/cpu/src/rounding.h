@@ -16,23 +16,23 @@ struct ScaleAndZero {
 
 // A value as the type of scales stores it.
 inline float stored(float value, int64_t type) {
-    float kept = value, first[WIDTH];
-    store_as(&kept, 0, type, 1, set_f(value));
-    store_f(first, load_as(&kept, 0, type, 1));
+    float rounded = value, first[WIDTH];
+    store_as(&rounded, 0, type, 1, set_f(value));
+    store_f(first, load_as(&rounded, 0, type, 1));
     return first[0];
 }
 
 inline ScaleAndZero grid_of(const StepRounding &a, int64_t at) {
     const float low = a.low[at] * a.factors[at];
     const float high = a.high[at] * a.factors[a.factor_stride + at];
-    float scale = (high - low) / float(a.most);
+    float scale = (high - low) / float(a.qmax);
     if (a.scale_type == FLOAT16) {
         const float least = float(a.least_scale);
         scale = stored(scale > least ? scale : least, FLOAT16);
     }
     float zero = float(__builtin_lrintf(-low / scale));
     if (zero < 0) zero = 0;
-    if (zero > float(a.most)) zero = float(a.most);
+    if (zero > float(a.qmax)) zero = float(a.qmax);
     return {scale, zero};
 }
 
@@ -47,11 +47,11 @@ inline VF nearest_to(VF v, float low, float high) {
 inline VF sign_f(VF v) { return clamp_f(mul_f(mul_f(v, set_f(0x1p126f)), set_f(0x1p126f)), -1, 1); }
 
 // Which way an average goes, once a gradient has come to what it was.
-inline VF followed(const StepRounding &a, VF average, VF gradient) {
-    return sign_f(sub_f(average, mul_f(sub_f(average, gradient), set_f(1 - float(a.followed)))));
+inline VF direction(const StepRounding &a, VF average, VF gradient) {
+    return sign_f(sub_f(average, mul_f(sub_f(average, gradient), set_f(1 - float(a.beta1)))));
 }
 inline VF averaged(const StepRounding &a, VF average, VF gradient) {
-    return add_f(average, mul_f(set_f(float(1 - a.kept)), sub_f(gradient, average)));
+    return add_f(average, mul_f(set_f(float(1 - a.beta2)), sub_f(gradient, average)));
 }
 inline float first_lane(VF v) {
     float lanes[WIDTH];
@@ -76,50 +76,50 @@ void take_gradient(const StepRounding &a, int64_t row, int64_t width, float *to,
 }
 
 // Moves the factors of group `at`, given the gradients by its scale and by its zero.
-inline void step_range(const StepRounding &a, int64_t at, float scale, float by_scale,
-                       float by_zero) {
-    const float low = a.low[at], high = a.high[at], most = float(a.most);
+inline void step_range(const StepRounding &a, int64_t at, float scale, float grad_scale,
+                       float grad_zero) {
+    const float low = a.low[at], high = a.high[at], qmax = float(a.qmax);
     float *factor[] = {a.factors + at, a.factors + a.factor_stride + at};
-    float *average[] = {a.by_factor + at, a.by_factor + a.factor_stride + at};
-    by_scale += by_zero * low * *factor[0] / (scale * scale);
-    float ends[] = {-by_scale * low / most - by_zero * low / scale, by_scale * high / most};
+    float *average[] = {a.factor_exp_avg + at, a.factor_exp_avg + a.factor_stride + at};
+    grad_scale += grad_zero * low * *factor[0] / (scale * scale);
+    float ends[] = {-grad_scale * low / qmax - grad_zero * low / scale, grad_scale * high / qmax};
     if (a.symmetric) ends[0] = ends[1] = ends[0] + ends[1];
     for (int i = 0; i < 2; i++) {
         const VF was = set_f(*average[i]), gradient = set_f(ends[i]);
-        const VF moved = fma_f(set_f(float(-a.range_rate)), followed(a, was, gradient),
+        const VF moved = fma_f(set_f(float(-a.range_rate)), direction(a, was, gradient),
                                set_f(*factor[i]));
         *factor[i] = first_lane(clamp_f(moved, float(a.least), float(a.largest)));
         *average[i] = first_lane(averaged(a, was, gradient));
     }
 }
 
-// The step of a group, whose gradient is `by_value`.
-inline void step_group(const StepRounding &a, int64_t at, const float *by_value) {
+// The step of a group, whose gradient is `grad_value`.
+inline void step_group(const StepRounding &a, int64_t at, const float *grad_value) {
     const ScaleAndZero grid = grid_of(a, at);
-    float *ideal = a.ideal + at * a.group, *average = a.by_ideal + at * a.group;
+    float *ideal = a.ideal + at * a.group, *average = a.ideal_exp_avg + at * a.group;
     const VF scale = set_f(grid.scale), back = set_f(float(-a.rate));
-    const float highest = float(a.most) - grid.zero;
-    VF by_integer = set_f(0), by_step = by_integer, whole = by_integer, inside = by_integer;
+    const float highest = float(a.qmax) - grid.zero;
+    VF integer_dot = set_f(0), steps_dot = integer_dot, whole = integer_dot, inside = integer_dot;
     for (int64_t i = 0; i < a.group; i += WIDTH) {
         const int64_t count = a.group - i;
-        const VF gradient = load<FLOAT32>(by_value, i, count);
+        const VF gradient = load<FLOAT32>(grad_value, i, count);
         const VF value = load<FLOAT32>(ideal, i, count);
         const VF steps = div_f(value, scale), nearest = nearest_to(steps, -grid.zero, highest);
         const VF integer = clamp_f(nearest, -grid.zero, highest);
         // What is clamped has no gradient: integers differ by 1 at least.
         const VF within = sub_f(set_f(1), min_f(set_f(1), abs_f(sub_f(nearest, integer))));
-        const VF by_ideal = mul_f(within, gradient);
-        by_integer = fma_f(integer, gradient, by_integer);
-        by_step = fma_f(steps, by_ideal, by_step);
+        const VF grad_ideal = mul_f(within, gradient);
+        integer_dot = fma_f(integer, gradient, integer_dot);
+        steps_dot = fma_f(steps, grad_ideal, steps_dot);
         whole = add_f(whole, gradient);
-        inside = add_f(inside, by_ideal);
+        inside = add_f(inside, grad_ideal);
         const VF was = load<FLOAT32>(average, i, count);
-        const VF move = mul_f(followed(a, was, by_ideal), scale);
-        store<FLOAT32>(average, i, count, averaged(a, was, by_ideal));
+        const VF move = mul_f(direction(a, was, grad_ideal), scale);
+        store<FLOAT32>(average, i, count, averaged(a, was, grad_ideal));
         store<FLOAT32>(ideal, i, count, fma_f(back, move, value));
     }
-    const float by_zero = (sum_of(inside) - sum_of(whole)) * grid.scale;
-    step_range(a, at, grid.scale, sum_of(by_integer) - sum_of(by_step), by_zero);
+    const float grad_zero = (sum_of(inside) - sum_of(whole)) * grid.scale;
+    step_range(a, at, grid.scale, sum_of(integer_dot) - sum_of(steps_dot), grad_zero);
 }
 
 // What the integers of a row stand for, in the matrix.
@@ -131,7 +131,7 @@ void dequantize_row(const StepRounding &a, int64_t row, float *values, float *sp
         const float *ideal = a.ideal + at * a.group;
         for (int64_t i = 0; i < a.group; i += WIDTH) {
             const VF steps = div_f(load<FLOAT32>(ideal, i, a.group - i), set_f(grid.scale));
-            const float highest = float(a.most) - grid.zero;
+            const float highest = float(a.qmax) - grid.zero;
             const VF nearest = nearest_to(steps, -grid.zero, highest);
             const VF integer = clamp_f(nearest, -grid.zero, highest);
             store_as(values, j * a.group + i, FLOAT32, a.group - i,

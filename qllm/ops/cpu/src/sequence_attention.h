@@ -54,9 +54,9 @@ void take_rows(const AttendSequences &a, const Shape<PAIR> &shape, Head head, fl
     for (int64_t i = 0; i < (shape.tokens - a.length) * shape.slots; i++) to[i] = 0;
 }
 
-// The same, turned within each block: (blocks, slots, SQUARE).
+// The same, transposed within each block: (blocks, slots, SQUARE).
 template <bool PAIR>
-void turn_rows(const Shape<PAIR> &shape, const float *rows, float *to) {
+void transpose_rows(const Shape<PAIR> &shape, const float *rows, float *to) {
     for (int64_t t = 0; t < shape.tokens; t += WIDTH)
         for (int64_t s = 0; s < shape.slots; s += WIDTH) {
             VF square[WIDTH];
@@ -83,9 +83,9 @@ template <bool PAIR> void take_columns(const Shape<PAIR> &shape, const float *ro
                                 load_row<PAIR>(rows, (t + UNIT - 1) * shape.slots * UNIT + d)));
 }
 
-// The keys that a query at `place` sees: [begin, place].
-inline int64_t first_key(const AttendSequences &a, int64_t place) {
-    return unseen(a.window, place);
+// The keys that a query at `position` sees: [begin, position].
+inline int64_t first_key(const AttendSequences &a, int64_t position) {
+    return unseen(a.window, position);
 }
 
 // Scores from products, in place, but for the slope: scaled and capped.
@@ -95,8 +95,8 @@ inline VF score_of(const AttendSequences &a, VF product) {
 }
 
 // What is kept of the softmax of each query: the largest score, and one over the sum.
-inline float *kept_of(const AttendSequences &a, int64_t sequence, int64_t head) {
-    return a.kept + (sequence * a.heads + head) * a.length * 2;
+inline float *stats_of(const AttendSequences &a, int64_t sequence, int64_t head) {
+    return a.stats + (sequence * a.heads + head) * a.length * 2;
 }
 
 inline float slope_of(const AttendSequences &a, int64_t head) {
@@ -128,12 +128,12 @@ void attend_head(const AttendSequences &a, int64_t sequence, int64_t kv, float *
     float *weights = parts.take(SQUARE * shape.tokens), *out = parts.take(SQUARE * shape.width);
     const int64_t weight_slots = shape.tokens / shape.UNIT, repeats = a.heads / a.kv_heads;
     take_rows<TYPE, PAIR>(a, shape, head_of(a, a.k, a.k_stride, sequence, kv), rows);
-    turn_rows(shape, rows, keys);
+    transpose_rows(shape, rows, keys);
     take_rows<TYPE, PAIR>(a, shape, head_of(a, a.v, a.v_stride, sequence, kv), rows);
     take_columns(shape, rows, values);
     for (int64_t head = kv * repeats; head < (kv + 1) * repeats; head++) {
         take_rows<TYPE, PAIR>(a, shape, head_of(a, a.q, a.q_stride, sequence, head), rows);
-        float *kept = kept_of(a, sequence, head);
+        float *stats = stats_of(a, sequence, head);
         for (int64_t start = 0; start < a.length; start += SQUARE) {
             const int64_t begin = first_key(a, start) / SQUARE * SQUARE, end = start + SQUARE;
             for (int64_t j = begin; j < end; j += SQUARE)
@@ -153,8 +153,8 @@ void attend_head(const AttendSequences &a, int64_t sequence, int64_t kv, float *
                         scale_scores(row + first, seen, a.cap > 0 ? 1 : float(a.scale),
                                      slope_of(a, head), first - i);
                     share = 1 / exponents(row + first, seen, largest);
-                    kept[2 * i] = largest;
-                    kept[2 * i + 1] = share;
+                    stats[2 * i] = largest;
+                    stats[2 * i + 1] = share;
                 }
                 for (int64_t j = begin; j < first + seen; j += WIDTH) {
                     const int64_t count = first + seen - j;
@@ -182,40 +182,40 @@ void attend_head(const AttendSequences &a, int64_t sequence, int64_t kv, float *
 struct Square {
     int64_t start, first;  // of the queries, and of the keys
     float slope;
-    const float *kept;     // of the head
+    const float *stats;    // of the head
     const float *inner;    // of each query, its result times the gradient by it
     float *weights;        // (SQUARE, SQUARE): products of queries and keys come in
-    float *by_scores;      // the same: gradients of weights come in
+    float *grad_scores;    // the same: gradients of weights come in
 };
 
 inline void block_gradients(const AttendSequences &a, const Square &b) {
     for (int64_t i = 0; i < SQUARE; i++) {
-        const int64_t place = b.start + i, begin = first_key(a, place) - b.first;
-        const int64_t end = place < a.length ? smaller(place + 1 - b.first, SQUARE) : 0;
-        float *weights = b.weights + i * SQUARE, *by_scores = b.by_scores + i * SQUARE;
+        const int64_t position = b.start + i, begin = first_key(a, position) - b.first;
+        const int64_t end = position < a.length ? smaller(position + 1 - b.first, SQUARE) : 0;
+        float *weights = b.weights + i * SQUARE, *grad_scores = b.grad_scores + i * SQUARE;
         if (end <= 0 || begin >= SQUARE) {
-            for (int64_t j = 0; j < SQUARE; j++) weights[j] = by_scores[j] = 0;
+            for (int64_t j = 0; j < SQUARE; j++) weights[j] = grad_scores[j] = 0;
             continue;
         }
-        const VF largest = set_f(b.kept[2 * place]), share = set_f(b.kept[2 * place + 1]);
-        const VF inner = set_f(b.inner[place]), slope = set_f(b.slope);
+        const VF largest = set_f(b.stats[2 * position]), share = set_f(b.stats[2 * position + 1]);
+        const VF inner = set_f(b.inner[position]), slope = set_f(b.slope);
         for (int64_t j = 0; j < SQUARE; j += WIDTH) {
-            VF score = score_of(a, load_f(weights + j)), by_product = set_f(float(a.scale));
+            VF score = score_of(a, load_f(weights + j)), derivative = set_f(float(a.scale));
             if (a.cap > 0) {
                 const VF u = div_f(score, set_f(float(a.cap)));  // whose derivative is 1 - u^2
-                by_product = mul_f(by_product, sub_f(set_f(1), mul_f(u, u)));
+                derivative = mul_f(derivative, sub_f(set_f(1), mul_f(u, u)));
             }
             if (b.slope != 0) {
-                const VF distance = set_f(float(b.first + j - place));
+                const VF distance = set_f(float(b.first + j - position));
                 score = fma_f(slope, add_f(load_f(LANE), distance), score);
             }
             const VF weight = mul_f(exp_f(sub_f(score, largest)), share);
-            const VF by_score = mul_f(weight, sub_f(load_f(by_scores + j), inner));
+            const VF grad_score = mul_f(weight, sub_f(load_f(grad_scores + j), inner));
             store_f(weights + j, weight);
-            store_f(by_scores + j, mul_f(by_score, by_product));
+            store_f(grad_scores + j, mul_f(grad_score, derivative));
         }
-        for (int64_t j = 0; j < begin; j++) weights[j] = by_scores[j] = 0;
-        for (int64_t j = end; j < SQUARE; j++) weights[j] = by_scores[j] = 0;
+        for (int64_t j = 0; j < begin; j++) weights[j] = grad_scores[j] = 0;
+        for (int64_t j = end; j < SQUARE; j++) weights[j] = grad_scores[j] = 0;
     }
 }
 
@@ -228,14 +228,14 @@ template <bool PAIR> void block_columns(const float *block, float *to) {
                                                load_f(block + (i + UNIT - 1) * SQUARE + j)));
 }
 
-// A turned gradient (width, SQUARE) of a block of tokens from `first` on to rows of `y`.
+// A transposed gradient (width, SQUARE) of a block of tokens from `first` on to rows of `y`.
 template <int64_t TYPE>
-void store_turned(const AttendSequences &a, const float *turned, void *y, int64_t heads,
+void store_transposed(const AttendSequences &a, const float *columns, void *y, int64_t heads,
                   int64_t sequence, int64_t head, int64_t first) {
     for (int64_t d = 0; d < a.dim; d += WIDTH)
         for (int64_t t = 0; t < smaller(SQUARE, a.length - first); t += WIDTH) {
             VF square[WIDTH];
-            for (int64_t i = 0; i < WIDTH; i++) square[i] = load_f(turned + (d + i) * SQUARE + t);
+            for (int64_t i = 0; i < WIDTH; i++) square[i] = load_f(columns + (d + i) * SQUARE + t);
             transpose(square);
             for (int64_t i = 0; i < smaller(WIDTH, a.length - first - t); i++) {
                 const int64_t row = sequence * a.length + first + t + i;
@@ -245,7 +245,7 @@ void store_turned(const AttendSequences &a, const float *turned, void *y, int64_
 }
 
 template <int64_t TYPE, bool PAIR>
-void attend_head_back(const AttendSequences &a, int64_t sequence, int64_t kv, float *memory) {
+void attend_head_backward(const AttendSequences &a, int64_t sequence, int64_t kv, float *memory) {
     const Shape<PAIR> shape(a);
     Parts parts = {memory};
     float *queries = parts.take(shape.row_slots());
@@ -253,22 +253,22 @@ void attend_head_back(const AttendSequences &a, int64_t sequence, int64_t kv, fl
     float *back = parts.take(shape.row_slots()), *back_columns = parts.take(shape.token_slots());
     float *keys = parts.take(shape.row_slots()), *key_columns = parts.take(shape.token_slots());
     float *values = parts.take(shape.row_slots()), *inner = parts.take(shape.tokens);
-    float *by_keys = parts.take(shape.tokens * shape.width);
-    float *by_values = parts.take(shape.tokens * shape.width);
-    float *by_queries = parts.take(shape.tokens * shape.width);
-    float *weights = parts.take(SQUARE * SQUARE), *by_scores = parts.take(SQUARE * SQUARE);
+    float *grad_keys = parts.take(shape.tokens * shape.width);
+    float *grad_values = parts.take(shape.tokens * shape.width);
+    float *grad_queries = parts.take(shape.tokens * shape.width);
+    float *weights = parts.take(SQUARE * SQUARE), *grad_scores = parts.take(SQUARE * SQUARE);
     float *weight_columns = parts.take(SQUARE * SQUARE), *score_rows = parts.take(SQUARE * SQUARE);
     float *score_columns = parts.take(SQUARE * SQUARE);
     const int64_t block_slots = SQUARE / shape.UNIT, repeats = a.heads / a.kv_heads;
     const int64_t y_stride = a.heads * a.dim;
     take_rows<TYPE, PAIR>(a, shape, head_of(a, a.k, a.k_stride, sequence, kv), queries);
-    turn_rows(shape, queries, keys);
+    transpose_rows(shape, queries, keys);
     take_columns(shape, queries, key_columns);
     take_rows<TYPE, PAIR>(a, shape, head_of(a, a.v, a.v_stride, sequence, kv), queries);
-    turn_rows(shape, queries, values);
-    for (int64_t i = 0; i < shape.tokens * shape.width; i++) by_keys[i] = by_values[i] = 0;
+    transpose_rows(shape, queries, values);
+    for (int64_t i = 0; i < shape.tokens * shape.width; i++) grad_keys[i] = grad_values[i] = 0;
     for (int64_t head = kv * repeats; head < (kv + 1) * repeats; head++) {
-        take_rows<TYPE, PAIR>(a, shape, head_of(a, a.by_y, y_stride, sequence, head), back);
+        take_rows<TYPE, PAIR>(a, shape, head_of(a, a.grad_y, y_stride, sequence, head), back);
         take_columns(shape, back, back_columns);
         take_rows<TYPE, PAIR>(a, shape, head_of(a, a.y, y_stride, sequence, head), queries);
         for (int64_t t = 0; t < shape.tokens; t++) {
@@ -280,24 +280,24 @@ void attend_head_back(const AttendSequences &a, int64_t sequence, int64_t kv, fl
         }
         take_rows<TYPE, PAIR>(a, shape, head_of(a, a.q, a.q_stride, sequence, head), queries);
         take_columns(shape, queries, query_columns);
-        for (int64_t i = 0; i < shape.tokens * shape.width; i++) by_queries[i] = 0;
+        for (int64_t i = 0; i < shape.tokens * shape.width; i++) grad_queries[i] = 0;
         for (int64_t first = 0; first < a.length; first += SQUARE)
             for (int64_t start = first; start < a.length; start += SQUARE) {
                 // Nor do those behind them see it.
                 if (first_key(a, start) >= first + SQUARE) break;
-                const auto rows_by = [&](const float *rows, const float *turned, float *to) {
+                const auto rows_by = [&](const float *rows, const float *columns, float *to) {
                     multiply<PAIR>({rows + start * shape.slots, shape.slots, 1,
-                                    turned + first * shape.slots, SQUARE, shape.slots, to, SQUARE},
+                                    columns + first * shape.slots, SQUARE, shape.slots, to, SQUARE},
                                    SQUARE, SQUARE);
                 };
                 rows_by(queries, keys, weights);
-                rows_by(back, values, by_scores);
-                block_gradients(a, {start, first, slope_of(a, head), kept_of(a, sequence, head),
-                                    inner, weights, by_scores});
+                rows_by(back, values, grad_scores);
+                block_gradients(a, {start, first, slope_of(a, head), stats_of(a, sequence, head),
+                                    inner, weights, grad_scores});
                 block_columns<PAIR>(weights, weight_columns);
-                block_columns<PAIR>(by_scores, score_columns);
+                block_columns<PAIR>(grad_scores, score_columns);
                 for (int64_t i = 0; i < SQUARE; i++)
-                    along_row<FLOAT32, PAIR>(by_scores, i * SQUARE, SQUARE,
+                    along_row<FLOAT32, PAIR>(grad_scores, i * SQUARE, SQUARE,
                                              score_rows + i * block_slots, block_slots);
                 const auto columns_by = [&](const float *columns, const float *block, float *to) {
                     multiply<PAIR, true>({columns + start / shape.UNIT * shape.width, 1,
@@ -305,22 +305,22 @@ void attend_head_back(const AttendSequences &a, int64_t sequence, int64_t kv, fl
                                           to + first * shape.width, SQUARE},
                                          shape.width, SQUARE);
                 };
-                columns_by(back_columns, weight_columns, by_values);
-                columns_by(query_columns, score_columns, by_keys);
+                columns_by(back_columns, weight_columns, grad_values);
+                columns_by(query_columns, score_columns, grad_keys);
                 multiply<PAIR, true>({score_rows, block_slots, 1,
                                 key_columns + first / shape.UNIT * shape.width, shape.width,
-                                block_slots, by_queries + start * shape.width, shape.width},
+                                block_slots, grad_queries + start * shape.width, shape.width},
                                SQUARE, shape.width);
             }
         for (int64_t t = 0; t < a.length; t++)
             for (int64_t d = 0; d < a.dim; d += WIDTH)
-                store<TYPE>(a.by_q, ((sequence * a.length + t) * a.heads + head) * a.dim + d,
-                            a.dim - d, load_f(by_queries + t * shape.width + d));
+                store<TYPE>(a.grad_q, ((sequence * a.length + t) * a.heads + head) * a.dim + d,
+                            a.dim - d, load_f(grad_queries + t * shape.width + d));
     }
     for (int64_t first = 0; first < a.length; first += SQUARE) {
         const int64_t at = first * shape.width;
-        store_turned<TYPE>(a, by_keys + at, a.by_k, a.kv_heads, sequence, kv, first);
-        store_turned<TYPE>(a, by_values + at, a.by_v, a.kv_heads, sequence, kv, first);
+        store_transposed<TYPE>(a, grad_keys + at, a.grad_k, a.kv_heads, sequence, kv, first);
+        store_transposed<TYPE>(a, grad_values + at, a.grad_v, a.kv_heads, sequence, kv, first);
     }
 }
 
@@ -343,7 +343,7 @@ template <int64_t TYPE> Status attend_whole(const AttendSequences &a, bool back)
         if (!memory) {
             __atomic_store_n(&status, Status::NO_MEMORY, __ATOMIC_RELAXED);
         } else if (back) {
-            attend_head_back<TYPE, PAIR>(a, i / a.kv_heads, i % a.kv_heads, memory);
+            attend_head_backward<TYPE, PAIR>(a, i / a.kv_heads, i % a.kv_heads, memory);
         } else {
             attend_head<TYPE, PAIR>(a, i / a.kv_heads, i % a.kv_heads, memory);
         }
@@ -354,7 +354,7 @@ template <int64_t TYPE> Status attend_whole(const AttendSequences &a, bool back)
 static Status attend_sequences(const AttendSequences &a) {
     return BY_TYPE(a.type, attend_whole, a, false);
 }
-static Status attend_sequences_back(const AttendSequences &a) {
+static Status attend_sequences_backward(const AttendSequences &a) {
     return BY_TYPE(a.type, attend_whole, a, true);
 }
 

@@ -36,7 +36,7 @@ int64_t spin_nanoseconds() {
     return policy && !strcasecmp(policy, "active") ? 10000000 : 50000;
 }
 
-const int64_t patience = spin_nanoseconds();
+const int64_t spin_time = spin_nanoseconds();
 
 // `entered` counts the threads that are at the work; these are bits on top of it.
 constexpr uint32_t OPEN = 1u << 31, WAITED_FOR = 1u << 30;
@@ -53,13 +53,13 @@ alignas(64) bool taken;
 alignas(64) uint32_t generation;  // changes with every work
 alignas(64) uint32_t entered;
 alignas(64) uint32_t asleep;  // whether any thread sleeps until the generation changes
-uint32_t resting;  // whether there will be no work for a while: REST, or TURNS
+uint32_t idling;  // whether there will be no work for a while: IDLE, or EXCLUSIVE
 int64_t started;  // threads besides the callers
 int64_t numbered;
 pid_t serving[MAX_THREADS];  // the threads besides the callers, by number
-int kept_off = -1;           // the processor that they may not run on, if any
+int excluded_cpu = -1;       // the processor that they may not run on, if any
 
-constexpr uint32_t REST = 1, TURNS = 2;
+constexpr uint32_t IDLE = 1, EXCLUSIVE = 2;
 
 void wait_at(uint32_t *word, uint32_t value) {
     syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
@@ -83,14 +83,14 @@ template <typename Condition> bool spin(const Condition &condition) {
             __builtin_ia32_pause();
         }
         const int64_t now = nanoseconds();
-        if (!end) end = now + patience;
+        if (!end) end = now + spin_time;
         if (now >= end) return false;
     }
 }
 
 uint32_t next_generation(uint32_t last) {
     auto changed = [last] { return __atomic_load_n(&generation, __ATOMIC_ACQUIRE) != last; };
-    spin([&] { return changed() || __atomic_load_n(&resting, __ATOMIC_RELAXED); });
+    spin([&] { return changed() || __atomic_load_n(&idling, __ATOMIC_RELAXED); });
     if (!changed()) {
         __atomic_store_n(&asleep, 1, __ATOMIC_SEQ_CST);
         while (!changed()) wait_at(&generation, last);
@@ -162,9 +162,9 @@ void start(int64_t count) {
 }
 
 // The threads besides this one may run where it may, but for one processor, if there is any other.
-void keep_off(int processor) {
+void exclude_cpu(int processor) {
     cpu_set_t processors;
-    if (processor == kept_off || sched_getaffinity(0, sizeof(processors), &processors)) return;
+    if (processor == excluded_cpu || sched_getaffinity(0, sizeof(processors), &processors)) return;
     if (processor >= 0) CPU_CLR(processor, &processors);
     if (!CPU_COUNT(&processors)) return;
     bool all = true;
@@ -172,25 +172,25 @@ void keep_off(int processor) {
         const pid_t thread = __atomic_load_n(&serving[i], __ATOMIC_RELAXED);
         if (!thread || sched_setaffinity(thread, sizeof(processors), &processors)) all = false;
     }
-    if (all) kept_off = processor;  // else threads are to come, for the next time
+    if (all) excluded_cpu = processor;  // else threads are to come, for the next time
 }
 
 // A forked process has the forking thread alone.
 void forget_threads() {
     taken = false;
-    entered = asleep = resting = 0;
+    entered = asleep = idling = 0;
     generation = 0;
     started = numbered = 0;
     for (pid_t &thread : serving) thread = 0;
-    kept_off = -1;
+    excluded_cpu = -1;
 }
 
 [[maybe_unused]] const int forks = pthread_atfork(nullptr, nullptr, forget_threads);
 
 }  // namespace
 
-void qllm::rest(bool turns) {
-    __atomic_store_n(&resting, turns ? TURNS : REST, __ATOMIC_RELAXED);
+void qllm::idle(bool exclusive) {
+    __atomic_store_n(&idling, exclusive ? EXCLUSIVE : IDLE, __ATOMIC_RELAXED);
 }
 
 int64_t qllm::max_threads() { return smaller(omp_get_max_threads(), MAX_THREADS); }
@@ -206,8 +206,8 @@ void qllm::share_work(int64_t count, int64_t part, void (*body)(const void *, co
     for (int64_t i = 0; i < threads; i++)
         runs[i] = {count * i / threads, count * (i + 1) / threads};
     current = {body, context, threads, part};
-    if (const uint32_t rested = __atomic_exchange_n(&resting, 0, __ATOMIC_RELAXED))
-        keep_off(rested == TURNS ? sched_getcpu() : -1);
+    if (const uint32_t idled = __atomic_exchange_n(&idling, 0, __ATOMIC_RELAXED))
+        exclude_cpu(idled == EXCLUSIVE ? sched_getcpu() : -1);
     __atomic_store_n(&entered, OPEN, __ATOMIC_RELEASE);
     __atomic_add_fetch(&generation, 1, __ATOMIC_SEQ_CST);
     if (__atomic_exchange_n(&asleep, 0, __ATOMIC_SEQ_CST)) wake_at(&generation);

@@ -29,7 +29,7 @@ int64_t max_threads();
 // Where they take turns with this one, which then has all processors to itself, threads wake on
 // others than the one that wakes them. The system would have some wait behind it where the process
 // whose turn it was has theirs for an instant more, and leave them there for tens of milliseconds.
-void rest(bool turns);
+void idle(bool exclusive);
 
 // body(context, share) in this thread and in others that are there, which all end before this does.
 // Their shares are of 0 to `count`, in parts of up to `part`.

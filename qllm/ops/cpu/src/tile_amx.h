@@ -30,7 +30,7 @@ inline int64_t tile_inputs(int64_t k_blocks) { return k_blocks % 2 ? K_BLOCK : 2
 
 // Where the 4 inputs of a step of an operand lie among the activations of a tile: the rows of a
 // tile one after the other, with those of other planes in between.
-inline int64_t place(int64_t operands, int64_t operand, int64_t step, int64_t k_blocks) {
+inline int64_t tile_offset(int64_t operands, int64_t operand, int64_t step, int64_t k_blocks) {
     int64_t inputs = tile_inputs(k_blocks), input = step * STEP;
     return (input & -inputs) * operands + operand * inputs + (input & (inputs - 1));
 }
@@ -42,7 +42,8 @@ template <int P>
 INLINE inline void put(int8_t *tile, int64_t rows, int64_t row, int64_t step, int64_t k_blocks,
                        const int8_t (&planes)[P][LANES]) {
     for (int64_t p = 0; p < P; p++)
-        __builtin_memcpy(tile + place(rows * P, row * P + p, step, k_blocks), planes[p], LANES);
+        __builtin_memcpy(tile + tile_offset(rows * P, row * P + p, step, k_blocks), planes[p],
+                         LANES);
 }
 
 // Tile registers: sums of X (one or two) tiles of activations times W of weights are 2 x + w.

@@ -16,14 +16,14 @@ LOWEST = tl.constexpr(-1e38)  # what no score is below, and finite: less itself 
 
 
 @triton.jit
-def rotated_heads(source, column, mask, turns, DIM: tl.constexpr, FIRST: tl.constexpr):
+def rotated_heads(source, column, mask, cos_sin, DIM: tl.constexpr, FIRST: tl.constexpr):
     """Columns (C,) of rows of heads, rotated: (R, C) float32.
 
     Args:
         source: pointers to the first column of each row, (R, 1).
-        turns: of each row or of all, pointers to the first of cosines and of sines.
+        cos_sin: of each row or of all, pointers to the first of cosines and of sines.
     """
-    cos, sin = turns
+    cos, sin = cos_sin
     in_first = (column < FIRST)[None, :]
     partner = tl.where(in_first, column[None, :] + FIRST, column[None, :] - FIRST)
     x = tl.load(source + column[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -35,28 +35,28 @@ def rotated_heads(source, column, mask, turns, DIM: tl.constexpr, FIRST: tl.cons
 
 @triton.jit
 def load_heads(
-    source, column, mask, turns, DIM: tl.constexpr, FIRST: tl.constexpr, ROTATE: tl.constexpr,
+    source, column, mask, cos_sin, DIM: tl.constexpr, FIRST: tl.constexpr, ROTATE: tl.constexpr,
     type: tl.constexpr,
 ):  # fmt: skip
     """The same in a type, rotated with ROTATE."""
     if ROTATE:
-        return narrow(rotated_heads(source, column, mask, turns, DIM, FIRST), type)
+        return narrow(rotated_heads(source, column, mask, cos_sin, DIM, FIRST), type)
     return tl.load(source + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def heads_of_fours(
-    source, is_row, turns, DIM: tl.constexpr, FIRST: tl.constexpr, QUARTER: tl.constexpr,
+    source, is_row, cos_sin, DIM: tl.constexpr, FIRST: tl.constexpr, QUARTER: tl.constexpr,
     ROTATE: tl.constexpr, type: tl.constexpr,
 ):  # fmt: skip
     """The same of each fourth column, from each of the first four on: four times (R, QUARTER)."""
     a = tl.arange(0, QUARTER) * 4
     b, c, d = a + 1, a + 2, a + 3
     return (
-        load_heads(source, a, is_row & (a < DIM)[None, :], turns, DIM, FIRST, ROTATE, type),
-        load_heads(source, b, is_row & (b < DIM)[None, :], turns, DIM, FIRST, ROTATE, type),
-        load_heads(source, c, is_row & (c < DIM)[None, :], turns, DIM, FIRST, ROTATE, type),
-        load_heads(source, d, is_row & (d < DIM)[None, :], turns, DIM, FIRST, ROTATE, type),
+        load_heads(source, a, is_row & (a < DIM)[None, :], cos_sin, DIM, FIRST, ROTATE, type),
+        load_heads(source, b, is_row & (b < DIM)[None, :], cos_sin, DIM, FIRST, ROTATE, type),
+        load_heads(source, c, is_row & (c < DIM)[None, :], cos_sin, DIM, FIRST, ROTATE, type),
+        load_heads(source, d, is_row & (d < DIM)[None, :], cos_sin, DIM, FIRST, ROTATE, type),
     )
 
 
@@ -143,7 +143,7 @@ def decode_attention(  # noqa: PLR0912 - one launch
     if split * SPAN <= position:
         item = tl.load(rows + sequence) * kv_heads + kv_head
         own = qkv + sequence.to(tl.int64) * (heads + 2 * kv_heads) * DIM
-        turns = (cos + sequence * DIM, sin + sequence * DIM) if ROTATE else (own, own)
+        cos_sin = (cos + sequence * DIM, sin + sequence * DIM) if ROTATE else (own, own)
         heads_at = own + ((kv_head * GROUP + member) * DIM)[:, None]
         slope = tl.zeros((PADDED_GROUP, 1), tl.float32)
         if SLOPE:
@@ -156,11 +156,11 @@ def decode_attention(  # noqa: PLR0912 - one launch
         if WINDOW:  # with a block in which there is a token, or with none
             begin = tl.maximum(begin, first_token // BLOCK * BLOCK)
             begin = tl.where(first_token < end, begin, end)
-        place, recent = item * capacity * DIM, position * 0  # recent: the first that is no integer
+        offs, recent = item * capacity * DIM, position * 0  # recent: the first that is no integer
         if BITS != 16:
-            place, recent = item * RUN * DIM, position // RUN * RUN
+            offs, recent = item * RUN * DIM, position // RUN * RUN
             quarter: tl.constexpr = max(16, COLUMNS // 4)
-            q = heads_of_fours(heads_at, is_head, turns, DIM, FIRST, quarter, ROTATE, type)
+            q = heads_of_fours(heads_at, is_head, cos_sin, DIM, FIRST, quarter, ROTATE, type)
             of_keys = (key_codes, key_scales, key_zeros)
             of_values = (value_codes, value_scales, value_zeros)
             key_words, value_words = in_words(of_keys), in_words(of_values)
@@ -179,7 +179,7 @@ def decode_attention(  # noqa: PLR0912 - one launch
                     BITS, type,
                 )  # fmt: skip
             begin = tl.maximum(begin, recent)
-        q = load_heads(heads_at, column, is_head & within, turns, DIM, FIRST, ROTATE, type)
+        q = load_heads(heads_at, column, is_head & within, cos_sin, DIM, FIRST, ROTATE, type)
         for start in range(bound(begin), bound(end), BLOCK):
             token = start + tl.arange(0, BLOCK)
             here = token < end
@@ -188,7 +188,7 @@ def decode_attention(  # noqa: PLR0912 - one launch
             held = token - start + start % capacity  # a block is part of one run
             if BITS != 16:
                 held = token % RUN
-            there = place + (held * DIM)[:, None] + column[None, :]
+            there = offs + (held * DIM)[:, None] + column[None, :]
             k = tl.load(keys + there, mask=here[:, None] & within, other=0.0)
             products = tl.dot(operand(q), tl.trans(operand(k)), input_precision="ieee")
             distance = (token - position)[None, :]
@@ -203,9 +203,9 @@ def decode_attention(  # noqa: PLR0912 - one launch
         if position < (split + 1) * SPAN:
             one = tl.zeros((1, 1), tl.int32)
             key = own + (heads + kv_head + one) * DIM
-            k = load_heads(key, column, within, turns, DIM, FIRST, ROTATE, type)
+            k = load_heads(key, column, within, cos_sin, DIM, FIRST, ROTATE, type)
             v = tl.load(key + kv_heads * DIM + column[None, :], mask=within, other=0.0)
-            target = place + (position % capacity - recent % capacity) * DIM + column[None, :]
+            target = offs + (position % capacity - recent % capacity) * DIM + column[None, :]
             tl.store(keys + target, k, mask=within)
             tl.store(values + target, v, mask=within)
             product = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[:, None]
@@ -218,7 +218,7 @@ def decode_attention(  # noqa: PLR0912 - one launch
                     run = item * (capacity // RUN) + position % capacity // RUN
                     tl.debug_barrier()  # all threads have stored what others now read
                     quantize_run(
-                        keys + place, values + place, of_keys, of_values, run, DIM, COLUMNS, WIDTH,
+                        keys + offs, values + offs, of_keys, of_values, run, DIM, COLUMNS, WIDTH,
                         BITS,
                     )  # fmt: skip
 

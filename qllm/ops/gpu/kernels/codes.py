@@ -155,8 +155,8 @@ def _code(x, step, zero, BITS: tl.constexpr):
 
 @triton.jit
 def _load_recent(recent, token, channel, within, DIM: tl.constexpr):
-    place = recent + token[:, None] * DIM + channel[None, :]
-    return tl.load(place, mask=within[None, :], other=0.0).to(tl.float32)
+    ptrs = recent + token[:, None] * DIM + channel[None, :]
+    return tl.load(ptrs, mask=within[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -179,8 +179,8 @@ def quantize_keys(
     found = _code(x, step[None, :], zero[None, :], BITS)
     if BITS == 4:
         found = found | (_code(behind, step[None, :], zero[None, :], BITS) << 4)
-    place = codes + run * (slots * WIDTH) + ((channel // 4 * slots)[None, :] + slot[:, None]) * 4
-    tl.store(place + (channel % 4)[None, :], found.to(tl.uint8), mask=within[None, :])
+    ptrs = codes + run * (slots * WIDTH) + ((channel // 4 * slots)[None, :] + slot[:, None]) * 4
+    tl.store(ptrs + (channel % 4)[None, :], found.to(tl.uint8), mask=within[None, :])
     tl.store(scales + run * WIDTH + channel, scale, mask=within)
     tl.store(zeros + run * WIDTH + channel, zero.to(tl.int32).to(tl.uint8), mask=within)
 
@@ -215,9 +215,9 @@ def quantize_values(
         token += slots
         x = _load_recent(recent, slot + slots, channel, within, DIM)
         found = found | (_quantize_tokens(x, scales + token, zeros + token, within, BITS) << 4)
-    place = codes + run * (slots * WIDTH)
-    place += ((slot // 4 * WIDTH)[:, None] + channel[None, :]) * 4 + (slot % 4)[:, None]
-    tl.store(place, found.to(tl.uint8), mask=within[None, :])
+    ptrs = codes + run * (slots * WIDTH)
+    ptrs += ((slot // 4 * WIDTH)[:, None] + channel[None, :]) * 4 + (slot % 4)[:, None]
+    tl.store(ptrs, found.to(tl.uint8), mask=within[None, :])
 
 
 @triton.jit

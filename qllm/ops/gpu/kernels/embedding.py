@@ -19,9 +19,9 @@ def _part(words, pair, second, lane, half, WIDTH: tl.constexpr):
     piece: tl.constexpr = 4 if WIDTH > 1 else 2
     fields: tl.constexpr = 16 // WIDTH
     word = half * WIDTH + pair // fields
-    place = word // piece * (32 * piece) + lane * piece + word % piece
+    offs = word // piece * (32 * piece) + lane * piece + word % piece
     shift = 16 * second + pair % fields * WIDTH
-    return (tl.load(words + place) >> shift) & ((1 << WIDTH) - 1)
+    return (tl.load(words + offs) >> shift) & ((1 << WIDTH) - 1)
 
 
 @triton.jit
@@ -61,12 +61,12 @@ def look_up_rows(
         value |= _part(words + 64 * (BITS & 4), pair, second, lane, half, 2) << (BITS & 4)
     if BITS & 1:
         value |= _part(words + 64 * (BITS & 6), pair, second, lane, half, 1) << (BITS & 6)
-    place = group.to(tl.int64) * row_scales + panel * 16 + lane_group * 2 + half
-    scale = tl.load(scales + place).to(tl.float32)
+    offs = group.to(tl.int64) * row_scales + panel * 16 + lane_group * 2 + half
+    scale = tl.load(scales + offs).to(tl.float32)
     if OFFSETS:
-        number = value.to(tl.float32) * scale + tl.load(zeros + place).to(tl.float32)
+        number = value.to(tl.float32) * scale + tl.load(zeros + offs).to(tl.float32)
     elif HAS_ZEROS:
-        number = (value - tl.load(zeros + place).to(tl.int32)).to(tl.float32) * scale
+        number = (value - tl.load(zeros + offs).to(tl.int32)).to(tl.float32) * scale
     else:
         number = (value - (1 << (BITS - 1))).to(tl.float32) * scale
     to = out + token * inputs + k

@@ -29,8 +29,8 @@ def _and_or(a, mask: tl.constexpr, c):
 
 
 @triton.jit
-def _turn(a, by):
-    """a with its bits moved down by some places, those that fall out coming in at the top."""
+def _rotate_right(a, by):
+    """a with its bits moved down, those that fall out coming in at the top."""
     if INTERPRETED:
         bits = a.to(tl.uint32, bitcast=True)
         result = ((bits >> by) | (bits << ((32 - by) & 31))).to(tl.int32, bitcast=True)
@@ -54,10 +54,10 @@ def _part(
     start: tl.constexpr = (BITS & ~(2 * P - 1)) * 64
     word = half[:, None] * P + step * BK * P // 128 + tl.arange(0, words)[None, :]
     column = word // piece * (32 * piece) + word % piece
-    place = q[:, None, None] + (lane[:, :, None] * piece + start + column[:, None, :])
+    ptrs = q[:, None, None] + (lane[:, :, None] * piece + start + column[:, None, :])
     first: tl.constexpr = step * BK // 8 % (16 // P)
-    turns = ((first + tl.arange(0, fields)) * P - LOW) & 31
-    pairs = _turn(tl.load(place)[:, :, :, None], turns[None, None, None, :])
+    shifts = ((first + tl.arange(0, fields)) * P - LOW) & 31
+    pairs = _rotate_right(tl.load(ptrs)[:, :, :, None], shifts[None, None, None, :])
     return _and_or(tl.reshape(pairs, (BN, BK // 2)), mask, before)
 
 
@@ -142,15 +142,15 @@ def _total(total, partials, counters, SPLIT_K: tl.constexpr, BN: tl.constexpr, B
     """Keep a part's sum of a tile; the program that comes last gets those of all, and True."""
     tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     cells = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-    place = partials + tile.to(tl.int64) * (SPLIT_K * BN * BM) + cells
-    tl.store(place + tl.program_id(2) * (BN * BM), total)
+    ptrs = partials + tile.to(tl.int64) * (SPLIT_K * BN * BM) + cells
+    tl.store(ptrs + tl.program_id(2) * (BN * BM), total)
     tl.debug_barrier()  # all threads have stored before one of them says so
     last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT_K - 1
     if last:
         tl.store(counters + tile, 0)  # for the next launch
-        total = tl.load(place, cache_modifier=".cg")
+        total = tl.load(ptrs, cache_modifier=".cg")
         for s in tl.static_range(1, SPLIT_K):
-            total += tl.load(place + s * (BN * BM), cache_modifier=".cg")
+            total += tl.load(ptrs + s * (BN * BM), cache_modifier=".cg")
     return total, last
 
 
@@ -161,9 +161,9 @@ def store_sums(
     """Sums (BN, BM) with their bias to y (M, N)."""
     if HAS_BIAS:
         total += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
-    place = y + m.to(tl.int64)[None, :] * outputs + n[:, None]
+    ptrs = y + m.to(tl.int64)[None, :] * outputs + n[:, None]
     inside = (n < outputs)[:, None] & (m < rows)[None, :]
-    tl.store(place, narrow(total, y.dtype.element_ty), mask=inside)
+    tl.store(ptrs, narrow(total, y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -181,12 +181,12 @@ def group_of(
 
 @triton.jit
 def zeros_of(
-    zeros, place, BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, OFFSETS: tl.constexpr,
+    zeros, offs, BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, OFFSETS: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
     """The zeros of BN rows."""
     if HAS_ZEROS:
-        zero = tl.load(zeros + place).to(tl.int32)
+        zero = tl.load(zeros + offs).to(tl.int32)
     elif OFFSETS:
         zero = tl.zeros((BN,), tl.int32)
     else:
@@ -206,13 +206,13 @@ def rows_of_panels(n, panels):
 
 
 @triton.jit
-def with_offset(weight, scales, offsets, place):
+def with_offset(weight, scales, offsets, offs):
     """Integers (BN, BK) times scales plus offsets, in float32.
 
     The integers alone, their offsets being added to sums, would give other infinities.
     """
-    scale = tl.load(scales + place).to(tl.float32)
-    offset = tl.load(offsets + place).to(tl.float32)
+    scale = tl.load(scales + offs).to(tl.float32)
+    offset = tl.load(offsets + offs).to(tl.float32)
     return weight.to(tl.float32) * scale[:, None] + offset[:, None]
 
 
@@ -235,13 +235,13 @@ def unpack_weight(
     target = unpacked + n.to(tl.int64)[:, None] * blocks * BLOCK + tl.arange(0, BK)[None, :]
     for step in tl.static_range(BLOCK // BK):
         group = group_of(block, step, groups, BK, SPAN, GROUP_BLOCKS)
-        scale_place = group * panels * PANEL + column
-        zero = zeros_of(zeros, scale_place, BITS, HAS_ZEROS, OFFSETS, BN)
+        scale_offs = group * panels * PANEL + column
+        zero = zeros_of(zeros, scale_offs, BITS, HAS_ZEROS, OFFSETS, BN)
         weight = unpack_step(q_block, lane, half, zero, step, type, BITS, BK, BN)
         if OFFSETS:
-            weight = with_offset(weight, scales, zeros, scale_place)
-        place = target + (block * BLOCK + step * BK)
-        tl.store(place, narrow(weight, type), mask=(n < panels * PANEL)[:, None])
+            weight = with_offset(weight, scales, zeros, scale_offs)
+        ptrs = target + (block * BLOCK + step * BK)
+        tl.store(ptrs, narrow(weight, type), mask=(n < panels * PANEL)[:, None])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -285,19 +285,19 @@ def packed_matmul(  # noqa: PLR0912 - one launch
             for step in tl.static_range(BLOCK // BK):
                 if step * BK % SPAN == 0:
                     group = group_of(block, step, groups, BK, SPAN, GROUP_BLOCKS)
-                    place = group * panels * PANEL + column
+                    offs = group * panels * PANEL + column
                     if not OFFSETS:
-                        scale = tl.load(scales + place).to(tl.float32)
+                        scale = tl.load(scales + offs).to(tl.float32)
                     product = tl.zeros((BN, BM), tl.float32)
                 if UNPACKED:
                     here = block * BLOCK + step * BK + i
                     weight = tl.load(q + stored[:, None] + here[None, :])
                 else:
-                    zero = zeros_of(zeros, place, BITS, HAS_ZEROS, OFFSETS, BN)
+                    zero = zeros_of(zeros, offs, BITS, HAS_ZEROS, OFFSETS, BN)
                     words = q_panel + block * (64 * BITS)
                     weight = unpack_step(words, lane, half, zero, step, type, BITS, BK, BN)
                     if OFFSETS:
-                        weight = narrow(with_offset(weight, scales, zeros, place), type)
+                        weight = narrow(with_offset(weight, scales, zeros, offs), type)
                 k = block * BLOCK + step * BK + order
                 inside = (m < rows)[:, None] & (k < inputs)[None, :]
                 part = tl.trans(operand(tl.load(x_rows + k[None, :], mask=inside, other=0.0)))

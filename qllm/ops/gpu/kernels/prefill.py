@@ -14,8 +14,8 @@ def new_heads(
     ROTATE: tl.constexpr, type: tl.constexpr,
 ):  # fmt: skip
     """Keys, rotated, and values of a token: (KV_HEADS, WIDTH) each."""
-    turns = (cos + token * DIM, sin + token * DIM) if ROTATE else (source, source)
-    k = load_heads(source, column, mask, turns, DIM, FIRST, ROTATE, type)
+    cos_sin = (cos + token * DIM, sin + token * DIM) if ROTATE else (source, source)
+    k = load_heads(source, column, mask, cos_sin, DIM, FIRST, ROTATE, type)
     return k, tl.load(source + kv_heads * DIM + column[None, :], mask=mask, other=0.0)
 
 
@@ -206,10 +206,10 @@ def prefill_attention(
         token = begin + (position - past)
         inside = ((position >= past) & (position < end))[:, None] & (column < DIM)[None, :]
         source = qkv + (token * (heads + 2 * kv_heads) * DIM)[:, None] + head * DIM
-        turns = (source, source)
+        cos_sin = (source, source)
         if ROTATE:
-            turns = (cos + (token * DIM)[:, None], sin + (token * DIM)[:, None])
-        queries = operand(load_heads(source, column, inside, turns, DIM, FIRST, ROTATE, type))
+            cos_sin = (cos + (token * DIM)[:, None], sin + (token * DIM)[:, None])
+        queries = operand(load_heads(source, column, inside, cos_sin, DIM, FIRST, ROTATE, type))
         kv_head = head // GROUP
         row = tl.program_id(1).to(tl.int64) if RUNS else tl.load(rows + sequence)
         sources = (keys, values, (row * kv_heads + kv_head) * capacity, capacity)

@@ -23,14 +23,14 @@ from qllm.ops.gpu.kernels.numbers import INTERPRETED, bound, narrow, operand
 
 @triton.jit
 def _rounded(
-    words, lane, half, scales, zeros, place, step: tl.constexpr, type: tl.constexpr,
+    words, lane, half, scales, zeros, offs, step: tl.constexpr, type: tl.constexpr,
     BITS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, HAS_ZEROS: tl.constexpr,
     OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """A step's weights (BN, BK) as numbers, rounded to a type; inputs in their order."""
-    zero = zeros_of(zeros, place, BITS, HAS_ZEROS, OFFSETS, BN)
-    scale = tl.load(scales + place).to(tl.float32)[:, None]
-    offset = tl.load(zeros + place).to(tl.float32)[:, None] if OFFSETS else 0.0
+    zero = zeros_of(zeros, offs, BITS, HAS_ZEROS, OFFSETS, BN)
+    scale = tl.load(scales + offs).to(tl.float32)[:, None]
+    offset = tl.load(zeros + offs).to(tl.float32)[:, None] if OFFSETS else 0.0
     if INTERPRETED or type != tl.bfloat16:
         weight = unpack_step(words, lane, half, zero, step, type, BITS, BK, BN)
         weight = weight.to(tl.float32) * scale
@@ -62,9 +62,9 @@ def dequantize_weight(
     words = q + (panel.to(tl.int64) * blocks + block) * (64 * BITS)
     target = weight + n.to(tl.int64)[:, None] * blocks * BLOCK + tl.arange(0, BK)[None, :]
     for step in tl.static_range(BLOCK // BK):
-        place = group_of(block, step, groups, BK, SPAN, GROUP_BLOCKS) * panels * PANEL + column
+        offs = group_of(block, step, groups, BK, SPAN, GROUP_BLOCKS) * panels * PANEL + column
         found = _rounded(
-            words, lane, half, scales, zeros, place, step, type, BITS, BK, BN, HAS_ZEROS, OFFSETS
+            words, lane, half, scales, zeros, offs, step, type, BITS, BK, BN, HAS_ZEROS, OFFSETS
         )
         where = target + (block * BLOCK + step * BK)
         tl.store(where, found, mask=(n < panels * PANEL)[:, None])
@@ -89,14 +89,14 @@ def few_rows_matmul(
     for block in range(bound(blocks)):
         words = q_panel + block * (64 * BITS)
         for step in tl.static_range(BLOCK // BK):
-            place = group_of(block, step, groups, BK, SPAN, GROUP_BLOCKS) * panels * PANEL + column
+            offs = group_of(block, step, groups, BK, SPAN, GROUP_BLOCKS) * panels * PANEL + column
             weight = _rounded(
                 words,
                 lane,
                 half,
                 scales,
                 zeros,
-                place,
+                offs,
                 step,
                 type,
                 BITS,

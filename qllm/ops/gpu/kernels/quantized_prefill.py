@@ -43,21 +43,21 @@ def write_runs(
     type: tl.constexpr = qkv.dtype.element_ty
     sequence = tl.program_id(1)
     begin, tokens, past, area = _sequence(starts, positions, sequence)
-    place_in_area, before = tl.program_id(0), past % RUN
-    if place_in_area >= before + tokens:
+    slot_in_area, before = tl.program_id(0), past % RUN
+    if slot_in_area >= before + tokens:
         return
     head, column = tl.arange(0, KV_HEADS), tl.arange(0, COLUMNS)
     mask = (head < kv_heads)[:, None] & (column < DIM)[None, :]
-    target = ((head.to(tl.int64) * slots + area + place_in_area) * DIM)[:, None] + column[None, :]
-    if place_in_area < before:
+    target = ((head.to(tl.int64) * slots + area + slot_in_area) * DIM)[:, None] + column[None, :]
+    if slot_in_area < before:
         row = tl.load(rows + sequence)
-        held = (((row * kv_heads + head) * RUN + place_in_area) * DIM)[:, None] + column[None, :]
+        held = (((row * kv_heads + head) * RUN + slot_in_area) * DIM)[:, None] + column[None, :]
         k = tl.load(recent_keys + held, mask=mask, other=0.0)
         v = tl.load(recent_values + held, mask=mask, other=0.0)
         tl.store(keys + target, k, mask=mask)
         tl.store(values + target, v, mask=mask)
     else:
-        token = begin + place_in_area - before
+        token = begin + slot_in_area - before
         source = qkv + token * (heads + 2 * kv_heads) * DIM + ((heads + head) * DIM)[:, None]
         k, v = new_heads(source, cos, sin, token, kv_heads, column, mask, DIM, FIRST, ROTATE, type)
         tl.store(keys + target, k, mask=mask)
@@ -83,23 +83,23 @@ def quantize_runs(
     end = past + tokens
     if first < end:
         item = tl.load(rows + sequence) * kv_heads + kv_head
-        place = (kv_head.to(tl.int64) * slots + area + run * RUN) * DIM
+        offs = (kv_head.to(tl.int64) * slots + area + run * RUN) * DIM
         channel = tl.arange(0, CHANNELS)
         within = channel < DIM
         if first + RUN <= end:
             at = item * (capacity // RUN) + first % capacity // RUN
             of_keys = (key_codes, key_scales, key_zeros)
             of_values = (value_codes, value_scales, value_zeros)
-            quantize_keys(keys + place, of_keys, at, channel, within, DIM, WIDTH, BITS)
+            quantize_keys(keys + offs, of_keys, at, channel, within, DIM, WIDTH, BITS)
             slot = tl.arange(0, RUN * BITS // 8)
-            quantize_values(values + place, of_values, at, slot, DIM, CHANNELS, WIDTH, BITS)
+            quantize_values(values + offs, of_values, at, slot, DIM, CHANNELS, WIDTH, BITS)
         if first + RUN >= end:
             token = tl.arange(0, RUN)
             cells = token[:, None] * DIM + channel[None, :]
             known = (first + token < end)[:, None] & within[None, :]
             held = item * RUN * DIM + cells
-            tl.store(recent_keys + held, tl.load(keys + place + cells, mask=known), mask=known)
-            tl.store(recent_values + held, tl.load(values + place + cells, mask=known), mask=known)
+            tl.store(recent_keys + held, tl.load(keys + offs + cells, mask=known), mask=known)
+            tl.store(recent_values + held, tl.load(values + offs + cells, mask=known), mask=known)
 
 
 @triton.jit
@@ -165,8 +165,8 @@ def dequantize_runs(
         run = item * (capacity // RUN) + first % capacity // RUN
         column = tl.arange(0, COLUMNS)
         within = column < DIM
-        place = (tl.program_id(2) * kv_heads + kv_head).to(tl.int64) * length + first % length
-        cells = place * DIM + tl.arange(0, RUN)[:, None] * DIM + column[None, :]
+        offs = (tl.program_id(2) * kv_heads + kv_head).to(tl.int64) * length + first % length
+        cells = offs * DIM + tl.arange(0, RUN)[:, None] * DIM + column[None, :]
         of_keys = (key_codes, key_scales, key_zeros)
         found = _load_block(of_keys, run, column, within, True, WIDTH, BITS, COLUMNS, type)
         tl.store(keys + cells, found, mask=within[None, :])

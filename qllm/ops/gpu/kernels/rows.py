@@ -59,16 +59,16 @@ def norm_rows(
     column = tl.arange(0, WIDTH)
     inside = column < columns
     value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    place = row * columns + column
+    offs = row * columns + column
     if ADD:
         value += tl.load(z + row * z_stride + column, mask=inside, other=0.0).to(tl.float32)
         total = narrow(value, type)
-        tl.store(sums + place, total, mask=inside)
+        tl.store(sums + offs, total, mask=inside)
         value = total.to(tl.float32)
-    before, place_in_run = value, 0
+    before, row_in_run = value, 0
     if RUN > 0:
-        place_in_run = row % RUN
-        weight += tl.where(place_in_run < FIRST, 0, columns)
+        row_in_run = row % RUN
+        weight += tl.where(row_in_run < FIRST, 0, columns)
     if NORM != 0:
         count = columns * 1.0
         if NORM == 1:
@@ -81,7 +81,7 @@ def norm_rows(
         if HAS_BIAS:
             value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
         if RUN > 0:
-            value = tl.where(place_in_run < FIRST + SECOND, value, before)
+            value = tl.where(row_in_run < FIRST + SECOND, value, before)
         normed = narrow(value, type)
         value = normed.to(tl.float32)
     if QUANTIZE:
@@ -90,9 +90,9 @@ def norm_rows(
         else:
             scale = _scale(tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF))
             tl.store(scales + row, scale)
-        tl.store(out + place, _nearest(_clamped(tl.div_rn(value, scale))), mask=inside)
+        tl.store(out + offs, _nearest(_clamped(tl.div_rn(value, scale))), mask=inside)
     else:
-        tl.store(out + place, normed, mask=inside)
+        tl.store(out + offs, normed, mask=inside)
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def quantize_rows(
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, CHUNK)
-    place = row * columns
+    offs = row * columns
     x += row * x_stride
     largest = tl.zeros([CHUNK], tl.int32)
     for first in range(0, columns, CHUNK):
@@ -125,13 +125,13 @@ def quantize_rows(
             value = tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32)
             steps = value * inverse
             steps = tl.fma(tl.fma(-steps, scale, value), inverse, steps)
-            tl.store(out + place + first + column, _nearest(tl.minimum(steps, 127.0)), mask=inside)
+            tl.store(out + offs + first + column, _nearest(tl.minimum(steps, 127.0)), mask=inside)
     else:
         for first in range(0, columns, CHUNK):
             inside = first + column < columns
             value = tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32)
             steps = _clamped(tl.div_rn(value, scale))
-            tl.store(out + place + first + column, _nearest(steps), mask=inside)
+            tl.store(out + offs + first + column, _nearest(steps), mask=inside)
 
 
 @triton.jit

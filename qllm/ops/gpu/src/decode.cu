@@ -49,7 +49,7 @@ struct Part {
 
 // Of some numbers of bits the parts are put together first, several pairs at once, in wider fields
 // whose upper bits are anything: one part is left for each pair. Of five and six bits that takes
-// more shifts than it saves where a fraction has room for several places.
+// more shifts than it saves where a fraction has room for several slots.
 #define JOINED (BITS == 3 || BITS == 7 || (!FLOAT16 && (BITS == 5 || BITS == 6)))
 #define FIELDS (!JOINED ? BITS : BITS < 4 ? 4 : 8)  // widths of what is put into fractions
 
@@ -98,30 +98,30 @@ DEVICE void load(Part& part, const Arguments& from, int panel, int block, u32 la
 
 // An integer of a part of `width` bits, put into the fraction of a power of two, makes their sum;
 // and where in the fraction it lies says which power it is to be. So fields that lie beside each
-// other in a word are taken without shifting each to the same bit: a part has several places,
+// other in a word are taken without shifting each to the same bit: a part has several slots,
 // `width` bits apart. Where the first part has more than one, the others go along with it: what
-// takes the zero off then takes their powers off as well. Else they have places of their own.
+// takes the zero off then takes their powers off as well. Else they have slots of their own.
 //
 // FRACTION: bits of a fraction of the type of x. `low`: what the part's lowest bit weighs: 2^low.
 
 #define FRACTION (FLOAT16 ? 10 : 7)
-#define MAX_PLACES 4  // for each is a mask in a register, and a number that takes zeros off
+#define MAX_SLOTS 4  // for each is a mask in a register, and a number that takes zeros off
 
-DEVICE int at_most(int count) { return count < MAX_PLACES ? count : MAX_PLACES; }
+DEVICE int at_most(int count) { return count < MAX_SLOTS ? count : MAX_SLOTS; }
 
 // Those of the first part, beside which the whole zero has to lie in a fraction.
-DEVICE int first_places() { return at_most((FRACTION - BITS) / widest() + 1); }
+DEVICE int first_slots() { return at_most((FRACTION - BITS) / widest() + 1); }
 
-DEVICE bool together() { return first_places() > 1; }
+DEVICE bool together() { return first_slots() > 1; }
 
 // The lowest of the bits at which fields of a part are; the largest float16 power of two is 2^15.
 DEVICE int lowest_bit(int width, int low) {
-    if (low && together()) return FRACTION - first_places() * width;
+    if (low && together()) return FRACTION - first_slots() * width;
     return FLOAT16 && low > 5 ? low - 5 : 0;
 }
 
-DEVICE int places(int width, int low) {
-    if (!low || together()) return first_places();
+DEVICE int slots(int width, int low) {
+    if (!low || together()) return first_slots();
     return at_most((FRACTION - lowest_bit(width, low)) / width);
 }
 
@@ -131,7 +131,7 @@ DEVICE u32 powers(int exponent) {
 }
 
 struct Masks {
-    u32 of[4][MAX_PLACES];  // of parts of 1, 2, 4 and 8 bits
+    u32 of[4][MAX_SLOTS];  // of parts of 1, 2, 4 and 8 bits
 };
 
 DEVICE int index_of(int width) { return width == 8 ? 3 : width / 2; }
@@ -143,12 +143,12 @@ DEVICE Masks masks(const Arguments& from) {
     for (int width = 8; width >= 1; width /= 2)
         if (FIELDS & width) {
 #pragma unroll
-            for (int place = 0; place < MAX_PLACES; ++place)
-                if (place < places(width, low)) {
-                    const int bit = lowest_bit(width, low) + place * width;
+            for (int slot = 0; slot < MAX_SLOTS; ++slot)
+                if (slot < slots(width, low)) {
+                    const int bit = lowest_bit(width, low) + slot * width;
                     const u32 mask = (((1u << (JOINED ? BITS : width)) - 1) * 0x10001u) << bit;
                     // A number that the compiler knows it would load anew for each use.
-                    found.of[index_of(width)][place] = from.rows > 0 ? mask : 0;
+                    found.of[index_of(width)][slot] = from.rows > 0 ? mask : 0;
                 }
             low += width;
         }
@@ -158,7 +158,7 @@ DEVICE Masks masks(const Arguments& from) {
 // A bfloat16's fraction is too short for eight bits.
 #define IN_FLOAT32 (!FLOAT16 && BITS == 8)
 
-// What added to the first part takes the zero off, for each place of it: an integer of no more bits
+// What added to the first part takes the zero off, for each slot of it: an integer of no more bits
 // than a number of the type of x has.
 DEVICE void less_zero(u32* minus, u32 zero) {
     const float with_zero = of_bits(0x4B000000 | zero);  // 2^23 + zero
@@ -167,18 +167,18 @@ DEVICE void less_zero(u32* minus, u32 zero) {
         return;
     }
 #pragma unroll
-    for (int place = 0; place < MAX_PLACES; ++place)
-        if (place < first_places()) {
-            int power = 1 << (FRACTION - place * widest()), low = 0;
+    for (int slot = 0; slot < MAX_SLOTS; ++slot)
+        if (slot < first_slots()) {
+            int power = 1 << (FRACTION - slot * widest()), low = 0;
 #pragma unroll
             for (int width = 8; width >= 1; width /= 2)
                 if (FIELDS & width) {
                     if (low && together())
-                        power += 1 << (FRACTION + low - lowest_bit(width, low) - place * width);
+                        power += 1 << (FRACTION + low - lowest_bit(width, low) - slot * width);
                     low += width;
                 }
             const float less = sum_of((float)((1 << 23) - power), -with_zero);
-            minus[place] = narrow_pair(less, less);
+            minus[slot] = narrow_pair(less, less);
         }
 }
 
@@ -228,15 +228,15 @@ DEVICE u32 numbers(const u32* words, const Masks& masks, int half, int pair, con
             const int at = 2 * (BITS & ~(2 * width - 1)) + half * width + pair / (16 / width);
             const u32 word = JOINED ? join(words, half, pair) : words[at];
             const int index = JOINED ? pair % (32 / width) / 2 : pair % (16 / width);
-            const int place = JOINED ? index % first_places()
-                              : together() ? pair % (16 / widest()) % first_places()
-                                           : index % places(width, low);
-            const int bit = lowest_bit(width, low) + place * width, shift = index * width - bit;
+            const int slot = JOINED ? index % first_slots()
+                             : together() ? pair % (16 / widest()) % first_slots()
+                                          : index % slots(width, low);
+            const int bit = lowest_bit(width, low) + slot * width, shift = index * width - bit;
             const u32 own = powers(FRACTION + low - bit);
-            const u32 mask = masks.of[index_of(width)][place];
+            const u32 mask = masks.of[index_of(width)][slot];
             const u32 part = and_or(shift < 0 ? word << -shift : word >> shift, mask, own);
             if (low == 0)
-                found = add_pairs(part, minus[place]);
+                found = add_pairs(part, minus[slot]);
             else
                 found = add_pairs(found, together() ? part : add_pairs(part, 0x80008000 | own));
             low += width;
@@ -279,7 +279,7 @@ DEVICE void multiply_block(
     u32 own_x[4][MAX_TILES][4];
     u32 (*const x)[MAX_TILES][4] = X_AHEAD ? x_ahead : own_x;
     float sums[MAX_PANELS][MAX_TILES][4];
-    u32 minus[MAX_PANELS][2][MAX_PLACES];
+    u32 minus[MAX_PANELS][2][MAX_SLOTS];
 #pragma unroll
     for (int unit = 0; unit < 4; ++unit) {
         // All units' x at once hide how long one takes, where there are registers for them.

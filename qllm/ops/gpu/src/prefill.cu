@@ -134,7 +134,7 @@ DEVICE void consume(
 #pragma unroll
         for (int unit = 0; unit < 4; ++unit) {
             if (!AHEAD && unit == 2) load_words(loaded, stage, 1, layout);
-            if (unit % 2 == 0) turn_words(words, loaded, unit / 2, layout);
+            if (unit % 2 == 0) rotate_words(words, loaded, unit / 2, layout);
             if (unit * 32 % GROUP == 0) {
                 const int i = unit * 32 / GROUP;
                 if (!AHEAD && i > 0) load_scales(scales[i], stage, i * OUTPUTS + at);

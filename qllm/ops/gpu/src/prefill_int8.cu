@@ -36,20 +36,20 @@ DEVICE u32 full_barrier(u32 shared, int stage) { return shared + BARRIERS_AT + 8
 DEVICE u32 empty_barrier(u32 shared, int stage) { return full_barrier(shared, STAGES + stage); }
 
 // What a block of threads takes: a part of the inputs, and outputs and rows from one on.
-struct Place {
+struct TileCoord {
     int part, output, row;
 };
 
 // Start the copies of inputs of some stages, as these become empty.
-DEVICE void produce(const Arguments& from, u32 shared, Place place, int first, int end) {
+DEVICE void produce(const Arguments& from, u32 shared, TileCoord coord, int first, int end) {
     Stage stage;
 #pragma unroll 1
     for (int block = first; block < end; ++block) {
         const u32 full = full_barrier(shared, stage.index), to = shared + stage.index * STAGE_BYTES;
         wait(empty_barrier(shared, stage.index), stage.parity ^ 1);
         arrive_expecting(full, STAGE_BYTES);
-        copy_tile(to + X_BYTES, from.q, block * 128, place.output, full);
-        copy_tile(to, from.x, block * 128, place.row, full);
+        copy_tile(to + X_BYTES, from.q, block * 128, coord.output, full);
+        copy_tile(to, from.x, block * 128, coord.row, full);
         advance(stage, STAGES);
     }
 }
@@ -78,12 +78,12 @@ DEVICE void consume(int* sums, u32 shared, int warp, int blocks, int lane) {
 }
 
 // What sums are multiplied with, and the bias, to shared memory: while the first stages are copied.
-DEVICE void load_scales(const Arguments& from, float* to, Place place) {
+DEVICE void load_scales(const Arguments& from, float* to, TileCoord coord) {
     for (int i = (int)thread_index(); i < ROWS; i += MULTIPLYING) {
-        const int row = place.row + i;
+        const int row = coord.row + i;
         to[i] = row < from.rows ? from.x_scales[(i64)row * from.x_scales_stride] : 0;
     }
-    const int i = (int)thread_index(), output = place.output + i;
+    const int i = (int)thread_index(), output = coord.output + i;
     if (i >= OUTPUTS) return;
     float scale = 0, bias = 0;
     if (output < from.outputs) {
@@ -96,11 +96,11 @@ DEVICE void load_scales(const Arguments& from, float* to, Place place) {
 }
 
 // Sums of all parts of a slice of the rows, and what follows. A lane takes four outputs.
-DEVICE void finish(const Arguments& from, const u8* memory, u32 shared, Place place) {
+DEVICE void finish(const Arguments& from, const u8* memory, u32 shared, TileCoord coord) {
     const int thread = (int)thread_index(), lane = thread % LANES;
-    const int slice = (ROWS + from.parts - 1) / from.parts, begin = place.part * slice;
+    const int slice = (ROWS + from.parts - 1) / from.parts, begin = coord.part * slice;
     const int end = begin + slice < ROWS ? begin + slice : ROWS;
-    const int output = place.output + lane * 4;
+    const int output = coord.output + lane * 4;
     const float* x_scales = (const float*)(memory + SCALES_AT);
     const float* scales = x_scales + ROWS + lane * 4;
     const float* bias = scales + OUTPUTS;
@@ -115,7 +115,7 @@ DEVICE void finish(const Arguments& from, const u8* memory, u32 shared, Place pl
                 load_shared((u32*)sums[i], memory + at + i * next_row, 4);
 #pragma unroll 1
         for (int other = 1; other < from.parts; ++other) {
-            const int part = place.part + other;  // each block begins with another one
+            const int part = coord.part + other;  // each block begins with another one
             const int block = part < from.parts ? part : part - from.parts;
             int more[AT_ONCE][4] = {};
 #pragma unroll
@@ -129,7 +129,7 @@ DEVICE void finish(const Arguments& from, const u8* memory, u32 shared, Place pl
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
-            const int in_tile = next + i * step, row = place.row + in_tile;
+            const int in_tile = next + i * step, row = coord.row + in_tile;
             if (in_tile >= end || row >= from.rows) continue;
             u16* to = from.y + (i64)row * from.outputs + output;
             u16 y[4];
@@ -156,11 +156,11 @@ KERNEL prefill_int8(PARAMETER Arguments from) {
     u8* memory = shared_memory();
     const u32 shared = address_of(memory);
     const int lane = (int)(thread_index() % 32), warp = (int)(thread_index() / 32);
-    const Place place = {
+    const TileCoord coord = {
         chunk_index() % from.parts, panel_index() * OUTPUTS, chunk_index() / from.parts * ROWS
     };
-    const int first = (int)((i64)from.stages * place.part / from.parts);
-    const int end = (int)((i64)from.stages * (place.part + 1) / from.parts);
+    const int first = (int)((i64)from.stages * coord.part / from.parts);
+    const int end = (int)((i64)from.stages * (coord.part + 1) / from.parts);
     if (thread_index() == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             init_barrier(full_barrier(shared, stage), 1);
@@ -170,13 +170,13 @@ KERNEL prefill_int8(PARAMETER Arguments from) {
     }
     cluster_barrier();
     if (warp >= CONSUMERS) {
-        if (warp == CONSUMERS && lane == 0) produce(from, shared, place, first, end);
+        if (warp == CONSUMERS && lane == 0) produce(from, shared, coord, first, end);
         warp_barrier();
         cluster_barrier();
         cluster_barrier();
         return;
     }
-    load_scales(from, (float*)(memory + SCALES_AT), place);
+    load_scales(from, (float*)(memory + SCALES_AT), coord);
     int sums[MAX_ROWS / 2];
     consume(sums, shared, warp, end - first, lane);
     consumers_barrier();  // all is read of what the sums now take the place of
@@ -185,7 +185,7 @@ KERNEL prefill_int8(PARAMETER Arguments from) {
     for (int i = 0; i < ROWS / 2; ++i)
         to[(i / 4 * 8 + i % 2) * SUMS_STRIDE + i % 4 / 2 * 8] = sums[i];
     cluster_barrier();
-    finish(from, memory, shared, place);
+    finish(from, memory, shared, coord);
     warp_barrier();     // lanes may have taken other numbers of rows
     cluster_barrier();  // one's sums are there until all have read them
 }

@@ -24,7 +24,7 @@ struct Layout {
     // others an even number of pieces away, and those between them; and in a piece of 8 bytes those
     // of the first and of the third lane, behind which the second and the fourth one's are.
     u32 even[4], odd[4], single[2];
-    u32 turns[5];  // by how many bits, to the left, words of a width are turned
+    u32 rotations[5];  // by how many bits, to the left, words of a width are rotated
     u32 masks[5];  // of bits of a width in turned words
     u32 bytes[2];  // which bytes of a word of 8 bits are its own
     u32 power;     // pairs of powers of two, in whose fractions integers are put
@@ -49,7 +49,7 @@ DEVICE Layout layout_of(int warp, int lane, u32 nothing) {
 #pragma unroll
     for (int width = 4; width >= 1; width /= 2)
         if (BITS & width) {
-            layout.turns[width] = opaque((low - width * t) % 32);
+            layout.rotations[width] = opaque((low - width * t) % 32);
             layout.masks[width] = opaque((((1u << width) - 1) * 0x10001u << low) + zero);
             low += width;
         }
@@ -60,7 +60,7 @@ DEVICE Layout layout_of(int warp, int lane, u32 nothing) {
 }
 
 // Where the words of a lane are in the pieces of an even or an odd number.
-DEVICE u32 place(const Layout& layout, int odd, int other) {
+DEVICE u32 lane_offset(const Layout& layout, int odd, int other) {
     if (ODD_APART) return odd ? layout.odd[other] : layout.even[other];
     return layout.even[other] ^ odd * 64;
 }
@@ -83,16 +83,18 @@ DEVICE void load_words(Words& words, const u8* stage, int half, const Layout& la
             for (int unit = 0; unit < 2; ++unit)
                 if (BITS == 8)
                     words.of_8[half * 2 + unit][r][other] = *(const u32*)(
-                        stage + place(layout, half, other) + r * 1024 + half * 512 + unit * 8
+                        stage + lane_offset(layout, half, other) + r * 1024 + half * 512 + unit * 8
                     );
             if (BITS & 4)
                 load_shared(
                     words.of_4[half][r][other],
-                    stage + place(layout, r, other) + r * 512 + half * 8, 2
+                    stage + lane_offset(layout, r, other) + r * 512 + half * 8, 2
                 );
         }
         if (BITS & 2 && half == 0)
-            load_shared(words.of_2[other], stage + place(layout, 0, other) + (BITS & 4) * 256, 4);
+            load_shared(
+                words.of_2[other], stage + lane_offset(layout, 0, other) + (BITS & 4) * 256, 4
+            );
         if (BITS & 1 && half == 0) {
             const u8* from = stage + layout.single[other / 2] + (BITS & 6) * 256;
             load_shared(words.of_1[other], from + other % 2 * 8, 2);
@@ -100,9 +102,9 @@ DEVICE void load_words(Words& words, const u8* stage, int half, const Layout& la
     }
 }
 
-// Turn the words of two units so that the bits of a lane's own pair of the first unit that a word
+// Rotate the words of two units so that the bits of a lane's own pair of the first unit that a word
 // has are where an integer has them.
-DEVICE void turn_words(Words& words, const Words& from, int half, const Layout& layout) {
+DEVICE void rotate_words(Words& words, const Words& from, int half, const Layout& layout) {
 #pragma unroll
     for (int other = 0; other < 4; ++other)
 #pragma unroll
@@ -113,13 +115,13 @@ DEVICE void turn_words(Words& words, const Words& from, int half, const Layout& 
                     words.of_8[half * 2 + i][r][other] = from.of_8[half * 2 + i][r][other];
                 if (BITS & 4)
                     words.of_4[half][r][other][i] =
-                        rotate_left(from.of_4[half][r][other][i], layout.turns[4]);
+                        rotate_left(from.of_4[half][r][other][i], layout.rotations[4]);
                 if (BITS & 2 && half == 0)
                     words.of_2[other][r * 2 + i] =
-                        rotate_left(from.of_2[other][r * 2 + i], layout.turns[2]);
+                        rotate_left(from.of_2[other][r * 2 + i], layout.rotations[2]);
             }
             if (BITS & 1 && half == 0)
-                words.of_1[other][r] = rotate_left(from.of_1[other][r], layout.turns[1]);
+                words.of_1[other][r] = rotate_left(from.of_1[other][r], layout.rotations[1]);
         }
 }
 

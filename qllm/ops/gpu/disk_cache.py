@@ -31,7 +31,7 @@ def key_of(*facts: object) -> str:
 
 def read(name: str) -> bytes | None:
     """What was written under a name; None where nothing was, or it was cut short."""
-    for folder in folders.kept_in(folders.CACHE):
+    for folder in folders.search_path(folders.CACHE):
         with suppress(OSError):
             folders.check_private(folder)
             content = (folder / name).read_bytes()
@@ -43,7 +43,7 @@ def read(name: str) -> bytes | None:
 
 def write(name: str, made: bytes) -> None:
     """Keep something under a name, in the first folder that takes it."""
-    for folder in folders.kept_in(folders.CACHE):
+    for folder in folders.search_path(folders.CACHE):
         with suppress(OSError):
             folders.make(folder)
             folders.check_private(folder)
