@@ -18,17 +18,17 @@ def descend_block(
     gradient: Tensor,
     scales: Tensor,
     low: Tensor,
-    by_step: Tensor,
-    most: int,
+    step_sizes: Tensor,
+    qmax: int,
 ) -> Tensor:
     """`reference.descend_block`, to the bit; `products` may be a part of a larger matrix."""
     channels, rows = values.shape
     if channels > MAX_CHANNELS:
-        return reference.descend_block(products, values, gradient, scales, low, by_step, most)
+        return reference.descend_block(products, values, gradient, scales, low, step_sizes, qmax)
     from qllm.ops.gpu.kernels import descent
 
     assert products.stride(1) == 1
-    given = [part.contiguous() for part in (values, gradient, scales, low, by_step)]
+    given = [part.contiguous() for part in (values, gradient, scales, low, step_sizes)]
     found = values.new_empty(2, channels, rows)
     with device_of.current(values):
         descent.descend_block[(-(-rows // ROWS),)](
@@ -38,7 +38,7 @@ def descend_block(
             channels,
             rows,
             products.stride(0),
-            float(most),
+            float(qmax),
             CHANNELS=power(channels),
             BN=ROWS,
             num_warps=WARPS,

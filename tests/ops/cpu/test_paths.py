@@ -283,5 +283,5 @@ def test_no_path_shares_a_function_with_another(tmp_path):
     shared = {name for name in functions if name.startswith("_Z") and not own.match(name)}
     # Of the units that all machines run.
     names = {re.match(r"_ZN4qllm\d+([a-z_]+)E", name)[1] for name in shared}
-    assert names == {"scratch", "max_threads", "share_work", "rest"}
+    assert names == {"scratch", "max_threads", "share_work", "idle"}
     assert any(own.match(name) for name in functions)

@@ -6,14 +6,14 @@ import triton.language as tl
 
 @triton.jit
 def descend_block(
-    products, values, gradient, scales, low, by_step, out, channels, rows, stride, most,
+    products, values, gradient, scales, low, step_sizes, out, channels, rows, stride, qmax,
     CHANNELS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A program takes all channels of BN rows, whose gradient stays in registers.
 
     Args:
         products: float32 (k, k), with rows of `stride`.
-        values, gradient, scales, low, by_step: float32 (k, n).
+        values, gradient, scales, low, step_sizes: float32 (k, n).
         out: (2, k, n).
         CHANNELS: a power of two that is not below k.
     """
@@ -28,11 +28,11 @@ def descend_block(
         value = tl.load(values + at, mask=here, other=0.0)
         least = tl.load(low + at, mask=here, other=0.0)
         own = tl.sum(tl.where(channel[:, None] == i, left, 0.0), axis=0)
-        step = own * tl.load(by_step + at, mask=here, other=0.0)
+        step = own * tl.load(step_sizes + at, mask=here, other=0.0)
         # Numbers that are too large for it are beyond all integers that there are, either way.
         best = value - step + magic - magic
         best = tl.maximum(best, least, propagate_nan=tl.PropagateNan.ALL)
-        best = tl.minimum(best, least + most, propagate_nan=tl.PropagateNan.ALL)
+        best = tl.minimum(best, least + qmax, propagate_nan=tl.PropagateNan.ALL)
         move = (best - value) * tl.load(scales + at, mask=here, other=0.0)
         tl.store(out + at, best, mask=here)
         tl.store(out + channels * rows + at, move, mask=here)
