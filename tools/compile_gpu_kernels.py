@@ -226,8 +226,8 @@ def others(capability: str) -> Iterator[Job]:
     yield Job(
         "embedding", embedding.look_up_rows, tables, constants_of | {"AT_ONCE": 256}, 4, 1, False
     )
-    names = ("products", "values", "gradient", "scales", "low", "by_step", "out")
-    descended, cut = dict.fromkeys(names, "*fp32") | {"most": "fp32"}, {"BN": tuning.ROWS}
+    names = ("products", "values", "gradient", "scales", "low", "step_sizes", "out")
+    descended, cut = dict.fromkeys(names, "*fp32") | {"qmax": "fp32"}, {"BN": tuning.ROWS}
     cut |= {"CHANNELS": tuning.MAX_CHANNELS}
     yield Job("descent", descent.descend_block, descended, cut, tuning.WARPS, 1, False)
     chunks = {"CHUNK": 4096, "FUSED": True}

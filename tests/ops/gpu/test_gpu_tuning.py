@@ -21,14 +21,14 @@ def test_best_integers_are_the_reference_s(channels, rows, gpu):
     whole = normal(channels + 5, channels + 5)
     products = whole[2 : channels + 2, 3 : channels + 3]
     values = normal(rows, channels).mul(2).round().clamp(-3, 4).t()
-    gradient, scales, by_step = normal(3, channels, rows)
-    by_step[0, 0] = 1e12  # beyond what an integer holds, either way
+    gradient, scales, step_sizes = normal(3, channels, rows)
+    step_sizes[0, 0] = 1e12  # beyond what an integer holds, either way
     gradient[:, -1] = -1.0
-    by_step[:, -1] = 4e9
+    step_sizes[:, -1] = 4e9
     if channels > 7:
         gradient[5, 0], gradient[6, 1] = torch.inf, torch.nan
     low = torch.full_like(values, -3)
-    given = [products, values, gradient, scales.abs(), low, by_step.abs()]
+    given = [products, values, gradient, scales.abs(), low, step_sizes.abs()]
     there = [part.to(gpu) for part in given]
     wanted = reference.descend_block(*given, 7)
     # A part that is moved is a matrix of its own.
