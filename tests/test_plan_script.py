@@ -62,6 +62,22 @@ def test_a_plan_does_better_than_uniform_bits_and_as_predicted(given):
     assert json.loads((folder / "plan.json").read_text()) == found["plan"]
 
 
+LAYOUTS = {  # what is padded in memory, what is int8, and a tied head that may stay as it is
+    "groups of 16": ("llama", "--bits", "4,8", "--group-size", 16, "--avg-bits", 7, "--embedding"),
+    "int8": ("bloom", "--bits", "3,8:tc-li", "--group-size=-1", "--avg-bits", 5, "--lm-head"),
+    "a head of 16 bits": ("opt", "--bits", "8,16", "--avg-bits", 16, "--lm-head"),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_bytes_are_those_that_loading_has(case, given, tmp_path):
+    family, *options = LAYOUTS[case]
+    args = ("--model-path", tiny(family), "--dataset", given[0] / "text.txt", "--algorithm", "rtn")
+    args += ("--nsamples", 1, "--seqlen", 16, "--table", tmp_path / "table.json", "--verify")
+    found = call_json(PLAN, *args, *options, "-o", tmp_path / "plan.json")
+    assert found["measured"]["bytes"] == found["plan"]["predicted"]["bytes"]
+
+
 def test_the_fewest_bytes_for_a_divergence(given):
     _, args, found = given
     kl = found["plan"]["predicted"]["divergence"]

@@ -50,7 +50,7 @@ class Asked:
         Raises:
             UserError: with the numbers, and with the options of which each would do.
         """
-        missing = self._missing(self._fewest(self.shape.nbytes), self.work)
+        missing = self._missing(self._fewest(self.shape.held(len(self.memory))), self.work)
         if missing > 0:
             memory = sum(self.memory)
             raise UserError(
@@ -101,7 +101,8 @@ class Asked:
         if self._missing(self._of_one_bit(), work) <= 0:
             found.append("fewer bits in --bits" + (" and --fixed" if self.is_fixed else ""))
         least = Workload(1, 1, 1)
-        if self.option != SIZE and self._missing(self._fewest(shape.nbytes), least) <= 0:
+        linears = self._fewest(shape.held(len(self.memory)))
+        if self.option != SIZE and self._missing(linears, least) <= 0:
             counts = {"--batch": work.batch, "--prompt": work.prompt, "--gen": work.new}
             found.append(f"a smaller {_either([name for name, n in counts.items() if n > 1])}")
         outer = [] if self.tied and LM_HEAD in shape.modules else [(EMBEDDING, "--embedding")]

@@ -91,7 +91,7 @@ def build(
     return Problem(
         half_of=shape.half_of,
         loss=loss,
-        nbytes=shape.nbytes,
+        nbytes=shape.held(count),
         weights=shape.weights,
         bits=shape.bits,
         fixed_bytes=fixed,

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from qllm.checkpoint.load import module_bytes, outline
+from qllm.checkpoint.weights import Weights
 from qllm.config import (
     DEFAULT_ALGORITHM,
     EMBEDDING,
@@ -73,6 +75,7 @@ class Shape:
         sizes: int (M, 2), their inputs and outputs.
         weights: (M,), elements.
         nbytes: int (M, C), as they are loaded: in the layout of the device's kernels.
+        stays_tied: bool (M, C), of an LM head whether it stays the embedding's own matrix.
         bits: (M, C), per weight: integers, scales and zeros.
         fixed: int (H,), bytes of the rest of each half: dense linears, norms, and with the first
             and last half what is in front of the layers and behind them; an embedding that the LM
@@ -88,6 +91,7 @@ class Shape:
     sizes: np.ndarray
     weights: Array
     nbytes: Array
+    stays_tied: NDArray[np.bool_]
     bits: Array
     fixed: Array
     head: tuple[Size, int] | None
@@ -112,7 +116,9 @@ class Shape:
             # Of bytes alone: how the integers are chosen is for whoever quantizes.
             spec = replace(candidates[0], algorithm=DEFAULT_ALGORITHM)
             plan = plan.with_rule(f"^{LM_HEAD}$", spec)
-        return cls.of_model(outline(folder, plan, dtype), modules, candidates, device)
+        tied = Weights.of_floats(folder).config.tied_head
+        model = outline(folder, plan, dtype)
+        return cls.of_model(model, modules, candidates, device, tied_head=tied)
 
     @classmethod
     def of_model(
@@ -121,8 +127,14 @@ class Shape:
         modules: Sequence[str],
         candidates: Sequence[QuantSpec],
         device: str = "cpu",
+        *,
+        tied_head: bool = False,
     ) -> Shape:
-        """Of a dense model, which may be on the meta device."""
+        """Of a dense model, which may be on the meta device.
+
+        Args:
+            tied_head: an LM head that is decided on is the embedding's where it is left dense.
+        """
         config = model.config
         last = 2 * config.num_layers - 1
         halves, sizes, nbytes, bits = [], [], [], []
@@ -164,11 +176,22 @@ class Shape:
             np.array(sizes),
             np.array([math.prod(size) for size in sizes], dtype=np.float64),
             np.array(nbytes, dtype=np.float64),
+            np.array(
+                [
+                    [tied_head and name == LM_HEAD and spec.kind == "dense" for spec in candidates]
+                    for name in modules
+                ]
+            ),
             np.array(bits),
             fixed,
             head,
             tied,
         )
+
+    def held(self, devices: int) -> Array:
+        """Bytes (M, C) on so many devices: the last of several has a matrix of its own for a head
+        that stays tied, and a single one the embedding's."""
+        return np.where(self.stays_tied & (devices == 1), 0.0, self.nbytes)
 
     def cache(self, work: Workload) -> Array:
         """Bytes (H,) of keys and values in each half: attention has them, the MLP none."""
