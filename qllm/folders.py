@@ -200,14 +200,17 @@ def partial_folder(target: Path) -> Path:
     return path.parent / f"{path.name}.partial"
 
 
-def check_new(target: Path, option: str = "--save") -> None:
+def check_new(target: Path) -> None:
     """Refuse to write a folder where something is.
 
     Raises:
         UserError: there is a file, or a folder that is not empty.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is there already; name another folder with {option}")
+        raise UserError(
+            f"{target} is there already and not empty; name another folder with --save, or remove "
+            "it"
+        )
 
 
 def check_free_space(path: Path, needed: int) -> None:

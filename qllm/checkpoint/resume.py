@@ -18,7 +18,7 @@ from typing import Any
 from qllm.checkpoint.writer import is_running, new_file
 from qllm.errors import UserError
 from qllm.files import parse_json
-from qllm.folders import partial_folder, writing
+from qllm.folders import check_new, partial_folder, writing
 
 # Of the file that stands for a lock where the file system has none, and says whose it is.
 MARK = "running-"
@@ -100,10 +100,8 @@ class PartialFolder:
             raise UserError(f"{self.target} is a file; name a folder")
         if self._target in (Path.cwd(), *Path.cwd().parents):  # which would be moved away
             raise UserError(f"{self.target} is where you are; name another folder")
-        if self._target_is_there() and (self.model.exists() or not self._journal.exists()):
-            raise UserError(
-                f"{self.target} is there already and not empty; name another folder, or remove it"
-            )
+        if self.model.exists() or not self._journal.exists():
+            check_new(self.target)
 
     def _target_is_there(self) -> bool:
         return self.target.exists() and any(self.target.iterdir())

@@ -22,6 +22,7 @@ from qllm.checkpoint.weights import Weights
 from qllm.checkpoint.writer import new_folder
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError, first_line
+from qllm.folders import check_new
 from qllm.hub import ModelFolder
 from qllm.layers import Linear
 
@@ -175,10 +176,7 @@ class QuantizedModel:
             UserError: for a folder that is there and not empty.
         """
         target = Path(folder)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UserError(
-                f"{target} is there already and not empty; name another folder, or remove it"
-            )
+        check_new(target)
         with new_folder(target) as temporary:
             shutil.copytree(self._folder, temporary, dirs_exist_ok=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ class Stages:
         """Type and rank of what is there already."""
         if name in self._shared:
             return self._shared[name].dtype, self._shared[name].ndim
-        value = _read(self._files[0])[name]
+        value = _read(self._files[0], (name,))[name]
         return value.dtype, value.ndim
 
 
@@ -171,10 +171,11 @@ def _write(file: Path, values: Mapping[str, np.ndarray]) -> None:
     np.savez(file, np.array(list(values)), *values.values())
 
 
-def _read(file: Path) -> dict[str, np.ndarray]:
+def _read(file: Path, wanted: Container[str] | None = None) -> dict[str, np.ndarray]:
+    """The inverse; or some of the tensors, the others of which are not read."""
     with np.load(file) as found:
-        names = found["arr_0"].tolist()
-        return {name: found[f"arr_{i}"] for i, name in enumerate(names, 1)}
+        names = enumerate(found["arr_0"].tolist(), 1)
+        return {n: found[f"arr_{i}"] for i, n in names if wanted is None or n in wanted}
 
 
 def _needed(

@@ -116,7 +116,7 @@ class Shape:
             # Of bytes alone: how the integers are chosen is for whoever quantizes.
             spec = replace(candidates[0], algorithm=DEFAULT_ALGORITHM)
             plan = plan.with_rule(f"^{LM_HEAD}$", spec)
-        tied = Weights.of_floats(folder).config.tied_head
+        tied = LM_HEAD in modules and Weights.of_floats(folder).config.tied_head
         model = outline(folder, plan, dtype)
         return cls.of_model(model, modules, candidates, device, tied_head=tied)
 
