@@ -118,6 +118,28 @@ def test_named_sets_take_different_parts_to_judge_by(monkeypatch):
     assert asked == [("Salesforce/wikitext", "train"), ("Salesforce/wikitext", "test")]
 
 
+def test_a_set_out_of_reach_leaves_the_hub_to_others(monkeypatch):
+    import datasets
+    from huggingface_hub import HfApi, constants
+
+    asked = []
+
+    def dataset_info(self, repository, timeout):
+        raise TimeoutError("it does not answer")
+
+    def load_dataset(*args, **options):
+        asked.append(constants.HF_HUB_OFFLINE)  # so that it looks in its cache alone
+        raise FileNotFoundError
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match="cannot be had \\(it does not answer\\)"):
+        load_text("ptb")
+    assert asked == [True]
+    assert not constants.HF_HUB_OFFLINE
+
+
 def test_windows_are_runs_of_the_text():
     ids = list(range(1000))
     windows = sample_windows(ids, 50, 20, seed=3)

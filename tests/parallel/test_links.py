@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import select
 import socket
 import struct
@@ -16,6 +17,7 @@ from ranks import lost
 from qllm.launch import Launch
 from qllm.parallel import links
 from qllm.parallel.links import CROWDED_SPIN, SPIN, Links, Mesh, RankError, spin_seconds
+from qllm.parallel.watch import Watchdog
 
 
 @pytest.mark.parametrize(("spin", "delay"), [(10.0, 0.02), (0.01, 0.2), (0.0, 0.02)])
@@ -96,3 +98,26 @@ def test_a_mesh_that_fails_leaves_no_connection():
             while opened.recv(64):  # until the other side has closed it
                 pass
         assert caught.value.rank == 2  # and what is known of the error holds all that it saw
+
+
+class Slow:
+    """A socket that takes a few bytes at a time, and sometimes none."""
+
+    def __init__(self):
+        self.sent, self.calls = b"", 0
+
+    def send(self, data):
+        self.calls += 1
+        if self.calls % 3 == 0:
+            raise BlockingIOError
+        self.sent += data[:7]
+        return len(data[:7])
+
+
+def test_a_watchdog_s_lines_come_whole_however_little_is_taken_at_a_time():
+    slow = Slow()
+    watchdog = Watchdog(0, {1: slow}, 1.0, lambda: (0, None))
+    for number in range(40):
+        watchdog._send({"heartbeat": [number, None]})
+    *lines, _ = slow.sent.split(b"\n")
+    assert lines and all(json.loads(line)["heartbeat"][1] is None for line in lines)
