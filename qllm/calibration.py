@@ -134,7 +134,7 @@ def find_calibration(
     """
     if not any(spec.kind in W8A8.values() for _, spec in plan.rules):
         if given is not None:
-            note(f"--calib {given} is not used: it is for 8:tc-li and 8:tc")
+            note(f"`calibration` {given} is not used: it is for 8:tc-li and 8:tc")
         return None
     if isinstance(given, Calibration):
         return given
@@ -142,7 +142,7 @@ def find_calibration(
     if path is None:
         return None
     if not path.exists():
-        raise UserError(f"--calib {path}: there is no such file; fake_calib_gen.py makes one")
+        raise UserError(f"`calibration` {path}: there is no such file; fake_calib_gen.py makes one")
     calibration = Calibration.load(path)
     note(f"activation statistics of {calibration.about.get('source', 'unknown source')}: {path}")
     made_for = calibration.about.get("model", model.name)

@@ -153,14 +153,14 @@ def check_comparable(candidates: Sequence[Candidate], *, agree: bool) -> None:
             if (ours.window, ours.stride) != (theirs.window, theirs.stride):
                 raise UserError(
                     f"the windows of {alike} differ, {theirs.window} and {ours.window} tokens; "
-                    f"give both --window {min(theirs.window, ours.window)}"
+                    f"give both `window` {min(theirs.window, ours.window)}"
                 )
         _check_texts(first, other, alike)
         vocabularies = [each.tokenizer.encode(SENTENCE) for each in (first, other)]
         if agree and vocabularies[0] != vocabularies[1]:
             raise UserError(
                 f"the tokenizers of {alike} differ: they cannot agree with one reference token by "
-                "token; measure --agreement of one at a time"
+                "token; measure `agree` of one at a time"
             )
 
 
@@ -171,7 +171,7 @@ def _check_texts(first: Candidate, other: Candidate, alike: str) -> None:
         return
     if text.text != their_text.text:
         raise UserError(
-            f"the tokenizers of {alike} differ, and so does the text that --max-tokens leaves; "
+            f"the tokenizers of {alike} differ, and so does the text that `max_tokens` leaves; "
             "leave it out"
         )
     names = [name for part in first.cuts for name in part.names if name not in ANY_TOKENS]
@@ -179,13 +179,13 @@ def _check_texts(first: Candidate, other: Candidate, alike: str) -> None:
         raise UserError(
             f"the tokenizers of {alike} differ ({len(their_text.ids)} and {len(text.ids)} "
             f"tokens): perplexity {names[0]} is per token, and only that of one tokenizer can "
-            "be compared; take --conventions word,byte"
+            "be compared; take `conventions` word,byte"
         )
 
 
 def find_reference(
     candidates: Sequence[Candidate],
-    named: str | None,
+    reference: str | None,
     note: Callable[[str], None],
     *,
     gguf: bool = False,
@@ -195,8 +195,8 @@ def find_reference(
     Raises:
         UserError: there is none, or more than one.
     """
-    if named is not None:
-        return origin.find_reference(candidates[0].folder, named, note, gguf=gguf)
+    if reference is not None:
+        return origin.find_reference(candidates[0].folder, reference, note, gguf=gguf)
     found: dict[Path, tuple[str, ModelFolder]] = {}
     notes: list[str] = []
     for candidate in candidates:
@@ -209,7 +209,7 @@ def find_reference(
         other_name, other = others[0]
         raise UserError(
             f"{name} and {other_name} have two originals, {model.path} and {other.path}; name the "
-            "one that both are compared with: --reference"
+            "one that both are compared with: `reference`"
         )
     return model
 

@@ -84,11 +84,11 @@ def load_text(name: str, split: str = "calibration") -> str:
         text = _read_file(path)
     elif name in DATASETS:
         dataset = DATASETS[name]
-        text = dataset.separator.join(_read_hub("--dataset", name, dataset, split))
+        text = dataset.separator.join(_read_hub("`dataset`", name, dataset, split))
     else:
-        raise UserError(f"--dataset {name!r} is neither a file nor one of {', '.join(DATASETS)}")
+        raise UserError(f"`dataset` {name!r} is neither a file nor one of {', '.join(DATASETS)}")
     if not text.strip():
-        raise UserError(f"--dataset {name}: there is no text in it")
+        raise UserError(f"`dataset` {name}: there is no text in it")
     return text
 
 
@@ -102,15 +102,15 @@ def load_rows(name: str) -> list[str]:
     if path.is_file():
         rows = json_rows(path, read_text(path))
     elif name in TASKS:
-        rows = _read_hub("--tasks", name, TASKS[name], "evaluation")
+        rows = _read_hub("`tasks`", name, TASKS[name], "evaluation")
     else:
         raise UserError(
-            f"--tasks {name!r} is neither a file nor one of {', '.join(TASKS)}; tasks of "
+            f"`tasks` {name!r} is neither a file nor one of {', '.join(TASKS)}; tasks of "
             f"lm-evaluation-harness (pip install lm_eval) run with python3 -m qllm.harness --tasks "
             f"{name}"
         )
     if not rows:
-        raise UserError(f"--tasks {name}: there are no rows in it")
+        raise UserError(f"`tasks` {name}: there are no rows in it")
     return rows
 
 
@@ -179,7 +179,7 @@ def sample_windows(ids: list[int], count: int, length: int, seed: int) -> list[l
     if len(ids) < length:
         raise UserError(
             f"the text has {len(ids)} tokens, one sample takes {length}; "
-            "give a longer text or a lower --seqlen"
+            "give a longer text or a lower `CalibrationText.tokens`"
         )
     draw = random.Random(seed)
     starts = [draw.randint(0, len(ids) - length) for _ in range(count)]

@@ -208,7 +208,7 @@ def check_new(target: Path) -> None:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(
-            f"{target} is there already and not empty; name another folder with --save, or remove "
+            f"{target} is there already and not empty; name another folder with `save`, or remove "
             "it"
         )
 

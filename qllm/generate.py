@@ -298,7 +298,7 @@ def check_prompts(
     if window is not None and longest + count > window:
         raise UserError(
             f"a prompt of {longest} tokens and {count} new ones exceed the model's window of "
-            f"{window}; lower --max-prompt-length or --max-gen-tokens"
+            f"{window}; lower `max_prompt_length` or `max_new_tokens`"
         )
 
 

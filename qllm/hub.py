@@ -89,7 +89,7 @@ REPOSITORIES: dict[str, dict[str, str]] = {
     },
 }
 TINY = "tiny"
-OFFLINE_DEFAULT = "--model-name opt --model-size tiny runs offline"
+OFFLINE_DEFAULT = "`opt-tiny` runs offline"
 
 # What a run needs besides weights; weights are safetensors where there are any.
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
@@ -184,7 +184,7 @@ def resolve(
             return ModelFolder(folder, readable(folder.resolve().stem))
         if path and folder.exists():
             raise UserError(
-                f"{path} is a file; --model-path takes a folder, a GGUF file or a Hub repository"
+                f"{path} is a file; `model` takes a folder, a GGUF file or a Hub repository"
             )
         named = path and "\0" not in path  # which no file's name has
         if named and (begun := partial_folder(folder)).is_dir():

@@ -202,7 +202,7 @@ class LLM:
             if asked or not plan.keeps_stored:
                 raise UserError(
                     f"{folder.path} holds an ONNX model, whose types and layers are as they are; "
-                    "leave bitwidth, dtype and kv_bits out"
+                    "leave `bitwidth`, `dtype` and `kv_bits` out"
                 )
             from qllm.onnx.runner import OnnxDecoder
 

@@ -27,10 +27,10 @@ def resolve_device(name: str = "auto") -> str:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name!r} is unknown; give cpu, cuda, cuda:N or auto")
+        raise UserError(f"`device` {name!r} is unknown; give cpu, cuda, cuda:N or auto")
     if device.type == "cuda" and (not found or (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; give cpu"
+            f"`device` {name}: this machine has {torch.cuda.device_count()} CUDA devices; give cpu"
         )
     return "cpu" if device.type == "cpu" else name
 

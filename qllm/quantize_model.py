@@ -101,11 +101,11 @@ def quantize(
     folder = model if isinstance(model, ModelFolder) else hub.find(str(model), note=note)
     onnx = is_onnx(folder.path)
     if accuracy_level is not None and not onnx:
-        raise UserError("--accuracy-level is for ONNX models, and this is a checkpoint")
+        raise UserError("`accuracy_level` is for ONNX models, and this is a checkpoint")
     if onnx and (fake or compressed or dtype is not None):
         raise UserError(
             f"{folder.path} holds an ONNX model, which is quantized to one file of packed layers; "
-            "leave fake, compressed and dtype out"
+            "leave `fake`, `compressed` and `dtype` out"
         )
     default = QuantSpec(group_size=group_size, scheme=scheme, algorithm=algorithm)
     plan = make_plan(bitwidth, default, lm_head_bits, embedding_bits)
@@ -134,7 +134,7 @@ def quantize(
             about={"model": folder.name, **about},
         )
         if samples is None and any(spec.kind.startswith("w8a8") for _, spec in plan.rules):
-            note("without --dataset, int8 layers are not smoothed")
+            note("without `dataset`, int8 layers are not smoothed")
         reports = _run(job, Path(save), meter, note)
     _note_inputs(reports, options.gptq.damp, note)
     return reports
@@ -162,10 +162,10 @@ def _read_samples(
     window = config.max_positions or TOKENS
     count, length = given.samples or SAMPLES, given.tokens or min(TOKENS, window)
     if config.max_positions is not None and length > window:
-        raise UserError(f"--seqlen {length} exceeds the model's window of {window}")
+        raise UserError(f"`CalibrationText.tokens` {length} exceeds the model's window of {window}")
     ids = Tokenizer.load(folder.path, config.vocab_size).encode(load_text(dataset))
     if given.dataset is None:
-        note(f"calibrating on {dataset}; --dataset names another text")
+        note(f"calibrating on {dataset}; `dataset` names another text")
     about = {
         "dataset": readable(Path(dataset).name),
         "samples": f"{count} of {length} tokens, seed {given.seed}",

@@ -175,7 +175,7 @@ def _draw(scores: Tensor, stream: torch.Generator) -> int:
     if sums[-1].isnan():
         raise UserError(
             "the model's logits are infinite or NaN, and no token can be drawn from them; another "
-            "--dtype (bfloat16, float32) holds larger numbers"
+            "`dtype` (bfloat16, float32) holds larger numbers"
         )
     target = torch.rand((), dtype=torch.float64, generator=stream) * sums[-1]
     # A product that is rounded up to the last sum belongs to the last token that there is.

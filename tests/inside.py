@@ -13,7 +13,6 @@ from contextlib import redirect_stderr, redirect_stdout
 from unittest.mock import patch
 
 from qllm import cli
-from qllm.errors import UserError
 
 
 def call(script: str, *args: object, input: str = "") -> subprocess.CompletedProcess:
@@ -24,7 +23,6 @@ def call(script: str, *args: object, input: str = "") -> subprocess.CompletedPro
     with (
         patch.object(sys, "argv", arguments),
         patch.object(signal, "signal"),  # Ctrl-C stays pytest's
-        patch.object(UserError, "tells_options", True),  # as long as the script runs
         patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode()))),
         redirect_stdout(out),
         redirect_stderr(error),

@@ -192,7 +192,7 @@ def test_files_that_are_no_task(data, message, tmp_path):
 
 
 def test_an_unknown_task_lists_the_known_ones():
-    with pytest.raises(UserError, match=f"--tasks 'x' is neither a file nor .* {', '.join(TASKS)}"):
+    with pytest.raises(UserError, match=f"`tasks` 'x' is neither a file nor .* {', '.join(TASKS)}"):
         load_rows("x")
 
 

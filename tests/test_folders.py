@@ -99,7 +99,7 @@ def test_a_machine_without_a_folder_of_one_s_own(case, monkeypatch, machine):
     said = r"others may change .*qllm-\d+: .* mode 777\); "
     with pytest.raises(UserError, match=f"{said}set QLLM_HOME to one"):
         place()
-    with pytest.raises(UserError, match=f"{said}name one with save, or set QLLM_HOME"):
+    with pytest.raises(UserError, match=f"{said}name one with --save, or set QLLM_HOME"):
         folders.home_path("a/b", print, "--save")
 
 

@@ -89,7 +89,7 @@ def test_an_unknown_size_lists_the_known_ones(size):
 def test_paths(tmp_path):
     assert hub.resolve("opt", path=str(tmp_path)).name == tmp_path.name
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is a file; model takes a folder"):
+    with pytest.raises(UserError, match="is a file; `model` takes a folder"):
         hub.resolve("opt", path=str(tmp_path / "file"))
     for path in ("nowhere", "./no/where", "/no/where", "~/nowhere", "a/b/c", "a/", ""):
         with pytest.raises(UserError, match="there is no such folder"):
@@ -126,7 +126,7 @@ def test_the_smallest_published_size_is_the_default(tmp_path):
     lines = resolve(tmp_path, *({"family": family} for family in smallest))
     for name, line in zip(smallest.values(), lines, strict=True):
         assert line.startswith(f"error: {name} is not in the cache ({tmp_path}/hub)")
-        assert line.endswith('(HF_HUB_OFFLINE is set); "opt-tiny" runs offline')
+        assert line.endswith("(HF_HUB_OFFLINE is set); `opt-tiny` runs offline")
 
 
 def test_a_cached_model_is_found_offline(tmp_path):
@@ -277,7 +277,7 @@ def test_what_the_hub_refuses(refusal, words, serving, tmp_path):
     (line,) = resolve(tmp_path, online=serving.address)
     assert line.startswith("error: facebook/opt-125m ")
     assert words in line
-    assert line.endswith('; "opt-tiny" runs offline')
+    assert line.endswith("; `opt-tiny` runs offline")
     # One that was downloaded before is used, with a note.
     snapshot = lay_out(tmp_path, "facebook/opt-125m", SMALL)
     note, line = resolve(tmp_path, online=serving.address)
@@ -299,7 +299,7 @@ def test_without_a_network_the_error_comes_soon(kind, silent_hub, tmp_path):
         (line,) = resolve(tmp_path, online=address)
         assert line.startswith("error: facebook/opt-125m is not in the cache")
         assert "cannot be downloaded now (" in line
-        assert line.endswith('; "opt-tiny" runs offline')
+        assert line.endswith("; `opt-tiny` runs offline")
     snapshot = lay_out(tmp_path, "facebook/opt-125m", SMALL)
     note, line = resolve(tmp_path, online=address)
     assert note.startswith("note: ")

@@ -8,6 +8,7 @@ import graphlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,13 @@ from conftest import ROOT
 from gguf_files import FAMILIES as GGUF_FAMILIES
 from gguf_files import write_model
 
+from qllm import hub
+from qllm.cli.options import NAME, OPTIONS
 from qllm.deferred import MODULES
 
 PACKAGE = ROOT / "qllm"
 FILES = sorted(PACKAGE.rglob("*.py"))
+LIBRARY = [path for path in FILES if path.parent.name != "cli"]
 SCRIPTS = sorted(ROOT.glob("*.py"))
 
 # What may import what: each name below takes from its own row and those above it.
@@ -162,6 +166,51 @@ def test_the_library_does_not_import_what_stands_around_it():
 def test_only_cli_knows_argparse():
     for path in FILES:
         assert "argparse" not in imported(path) or part_of(name_of(path)) == "cli", name_of(path)
+
+
+# What a message may have of options: a whole command. Arguments of compilers are not messages.
+OPTION = re.compile(r"--[a-z][\w-]*")
+COMMAND = re.compile(r"\b(\w+\.py|torchrun|python3 -m [\w.]+|optimum-cli export onnx) --[a-z]")
+COMPILERS = re.compile(r"--(version|std=c\+\+17|gpu-architecture=sm_.*)")
+
+
+def texts(path: Path) -> list[str]:
+    """The strings of a file but for its docstrings; {} stands where an f-string has a value."""
+    left_out = {id(n.value) for n in ast.walk(tree_of(path)) if isinstance(n, ast.Expr)}
+    found = []
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.JoinedStr):
+            left_out |= {id(value) for value in node.values}
+            words = (getattr(value, "value", None) for value in node.values)
+            found.append("".join(word if isinstance(word, str) else "{}" for word in words))
+        elif isinstance(node, ast.Constant) and id(node) not in left_out:
+            found += [node.value] if isinstance(node.value, str) else []
+    return found
+
+
+def test_the_library_names_no_option():
+    for path in LIBRARY:
+        for text in texts(path):
+            option = not COMPILERS.fullmatch(text) and OPTION.search(COMMAND.sub("", text))
+            assert not option, f"{name_of(path)} names {option[0]}: name its parameter in backticks"
+
+
+def test_what_messages_name_is_there_and_has_an_option():
+    known = {f"{family}-{hub.TINY}" for family in hub.bundled()}
+    for path in LIBRARY:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef):
+                known |= {node.name, *(arg.arg for arg in (*node.args.args, *node.args.kwonlyargs))}
+            elif isinstance(node, ast.ClassDef):
+                fields = (ast.unparse(n.target) for n in node.body if isinstance(n, ast.AnnAssign))
+                known |= {name for field in fields for name in (field, f"{node.name}.{field}")}
+    named = {name for path in LIBRARY for text in texts(path) for name in NAME.findall(text)}
+    assert named <= known and named >= OPTIONS.keys()
+    told = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    for name in named - OPTIONS.keys():
+        assert f"`--{name.replace('_', '-')}`" not in told, f"qllm.cli.options lacks {name}"
+    for option in OPTIONS.values():
+        assert all(f"`{word}`" in told for word in option.split() if word.startswith("--"))
 
 
 def test_ops_and_quant_know_tensors_only():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import processes
@@ -13,9 +12,9 @@ import torch
 from conftest import FAMILIES, ROOT, tiny
 from oracle import bundled, reference
 
-from qllm import LLM, CalibrationText, Completion, quantize
+from qllm import LLM, Completion, quantize
 from qllm.bitwidths import make_plan
-from qllm.errors import PARAMETERS, UserError
+from qllm.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = ["He is working on", "Once upon a time there was a"]
@@ -156,9 +155,9 @@ def test_a_plan_has_the_head_and_the_embedding_that_were_asked_for():
         ("opt-tiny", {"bitwidth": {}}, "the plan has no rules"),
         ("opt-tiny", {"bitwidth": 9}, "bitwidth '9' is unknown"),
         ("opt-tiny", {"bitwidth": 4.0}, "bitwidth 4.0 is unknown"),
-        ("opt-tiny", {"bitwidth": "4,4"}, "^bitwidth 4,4 names 2 layers"),
-        ("opt-tiny", {"bitwidth": "8:tc"}, "name one with calibration, or use 8:tc-li"),
-        ("some/one", {}, '; "opt-tiny" runs offline$'),
+        ("opt-tiny", {"bitwidth": "4,4"}, "^`bitwidth` 4,4 names 2 layers"),
+        ("opt-tiny", {"bitwidth": "8:tc"}, "name one with `calibration`, or use 8:tc-li"),
+        ("some/one", {}, "; `opt-tiny` runs offline$"),
         ("opt-tiny", {"kv_bits": 5}, "kv_bits is 5; give one of 16, 8, 4"),
         ("opt-tiny", {"activation_bits": 4}, "activation_bits is 4; give one of 8, 16"),
         ("llama-tiny", {"embedding_bits": 4, "activation_bits": 8}, "there are none"),
@@ -203,25 +202,13 @@ def test_what_quantize_saves_is_what_a_bitwidth_computes(tmp_path):
         quantize(tmp_path / "out", save=tmp_path / "again")
 
 
-def test_parameters_that_messages_name_are_there_as_are_the_options_of_scripts():
-    functions = (LLM.from_pretrained, LLM.generate, LLM.perplexity, quantize)
-    known = {name for each in functions for name in inspect.signature(each).parameters}
-    known |= {f"CalibrationText.{field.name}" for field in fields(CalibrationText)}
-    options = (ROOT / "docs" / "options.md").read_text()
-    for option, parameter in PARAMETERS.items():
-        assert parameter in known or parameter == '"opt-tiny"'
-        assert all(f"`{word}`" in options for word in option.split() if word.startswith("--"))
-    told = str(UserError("qllm_quant.py --bitwidth 4 takes --dtype, --dtypes, --bitwidth and --x"))
-    assert told == "qllm_quant.py --bitwidth 4 takes dtype, --dtypes, bitwidth and --x"
-
-
 def test_what_an_onnx_model_has_is_refused_of_a_checkpoint_and_the_other_way_round(tmp_path):
-    with pytest.raises(UserError, match="accuracy_level is for ONNX models"):
+    with pytest.raises(UserError, match="`accuracy_level` is for ONNX models"):
         quantize("opt-tiny", 4, save=tmp_path / "out", accuracy_level=4)
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "model.onnx").touch()
     for option in ({"fake": True}, {"compressed": True}, {"dtype": "float32"}):
-        with pytest.raises(UserError, match="leave fake, compressed and dtype out"):
+        with pytest.raises(UserError, match="leave `fake`, `compressed` and `dtype` out"):
             quantize(tmp_path / "onnx", 4, save=tmp_path / "out", **option)
 
 

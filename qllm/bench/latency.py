@@ -31,7 +31,7 @@ def check_length(config: ModelConfig, longest: int) -> None:
     if window is not None and longest > window:
         raise UserError(
             f"{longest} tokens are more than the model's window of {window} holds; give "
-            f"--max-length {window} to begin anew after as many"
+            f"`longest` {window} to begin anew after as many"
         )
 
 

@@ -31,7 +31,7 @@ def predict(
     """
     roofline = Roofline.measure("cpu")
     if roofline is None:
-        raise UserError("--tp-model measures memory with the compiled kernels, and there are none")
+        raise UserError("`predict` measures memory with the compiled kernels, and there are none")
     found = []
     for plan in plans:
         model = outline(folder, plan, dtype)

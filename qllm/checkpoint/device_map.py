@@ -33,7 +33,7 @@ def infer_device_map(
         check_fits(needed, device, what)
         return [device] * len(sizes)
     if len(sizes) == 1:
-        advice = "--num-shards 2 or more leaves some to the CPU; or take fewer bits"
+        advice = "`num_shards` 2 or more leaves some to the CPU; or take fewer bits"
         check_fits(needed, device, what, advice)
     kept, left = 0, free - spare
     while kept < len(sizes) and sizes[kept] <= left:

@@ -129,8 +129,8 @@ def _note_unpacked(checkpoint: Checkpoint, plan: QuantPlan, note: Note) -> None:
     if checkpoint.unpacked_types and plan.keeps_stored:
         note(
             f"matrices of {', '.join(checkpoint.unpacked_types)} are held at 16 bits: a packed one "
-            "has no groups of 16, nor parts of several types; --bitwidth rounds the numbers of all "
-            "layers, and --embedding-bits those of the embedding"
+            "has no groups of 16, nor parts of several types; `bitwidth` rounds the numbers of all "
+            "layers, and `embedding_bits` those of the embedding"
         )
 
 
@@ -250,7 +250,7 @@ def _specs(weights: Weights, plan: QuantPlan) -> dict[str, QuantSpec]:
     if stored and not is_gguf(weights.checkpoint.folder):
         raise UserError(
             f"{weights.checkpoint.folder} is quantized already, and runs as it is; "
-            "leave --bitwidth, --lm-head-bits and --embedding-bits out"
+            "leave `bitwidth`, `lm_head_bits` and `embedding_bits` out"
         )
     plan.check(config)
     linears = weights.family.layer_linears(config.num_layers)
@@ -272,7 +272,7 @@ def _check_calibration(
     if calibration is None and any(spec.kind == "w8a8_static" for spec in rounded.values()):
         raise UserError(
             "bitwidth 8:tc needs a calibration of this model's activations; make one with "
-            "fake_calib_gen.py, name one with --calib, or use 8:tc-li, which needs none"
+            "fake_calib_gen.py, name one with `calibration`, or use 8:tc-li, which needs none"
         )
     if calibration is not None:
         shapes = {

@@ -236,5 +236,5 @@ class Materializer:
         converted = tensor.to(device=device, dtype=dtype)
         narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
         if narrower and not is_finite(converted):
-            raise UserError(f"{name} holds values beyond {dtype}; use --dtype bfloat16 or float32")
+            raise UserError(f"{name} holds values beyond {dtype}; use `dtype` bfloat16 or float32")
         return converted

@@ -65,7 +65,7 @@ def algorithm(raw_config: RawConfig) -> str:
 
 def find_reference(
     model: ModelFolder,
-    named: str | None = None,
+    reference: str | None = None,
     note: Callable[[str], None] = lambda line: None,
     *,
     gguf: bool = False,
@@ -73,7 +73,7 @@ def find_reference(
     """The 16-bit checkpoint that a model is compared with.
 
     Args:
-        named: a folder, a bundled model or a repository, whatever the model records.
+        reference: a folder, a bundled model or a repository, whatever the model records.
         note: called with a line on what the model was made from.
         gguf: it may be a GGUF file, which transformers does not run.
 
@@ -83,21 +83,21 @@ def find_reference(
     Raises:
         UserError: it cannot be found, or is none that transformers reads.
     """
-    where, base = model.path, base_model(model.path) if named is None else None
-    if named is not None:
-        model = hub.find(named, note=note)
+    where, base = model.path, base_model(model.path) if reference is None else None
+    if reference is not None:
+        model = hub.find(reference, note=note)
     elif base is not None:
         try:
             model = hub.find(base, note=note)
         except (UserError, OSError) as error:
             raise UserError(
                 f"{where} was made from {base}, which is not to be had here ({error}); name "
-                "the 16-bit checkpoint with --reference"
+                "the 16-bit checkpoint with `reference`"
             ) from None
         if is_gguf(model.path) and not gguf:
             raise UserError(
                 f"{where} was made from {base}, a GGUF file, which transformers does not run; name "
-                "the 16-bit checkpoint with --reference"
+                "the 16-bit checkpoint with `reference`"
             )
         note(f"the reference is {base}, which {where} was made from")
     if not (gguf and is_gguf(model.path)):
@@ -123,7 +123,7 @@ def check_reference(reference: ModelFolder, model: ModelFolder, config: ModelCon
         if found != wanted:
             raise UserError(
                 f"the reference {reference.name} of {model.name} is another model: its {key} is "
-                f"{found}, not {wanted}; name another with --reference"
+                f"{found}, not {wanted}; name another with `reference`"
             )
 
 
@@ -136,17 +136,17 @@ def check_readable_by_transformers(raw_config: RawConfig) -> None:
     if is_gguf(Path(raw_config.where)):
         raise UserError(
             f"{raw_config.where}: the reference is a checkpoint in Hugging Face's layout, and this "
-            "is a GGUF file; name the checkpoint it was made from (--reference, or --model-path of "
+            "is a GGUF file; name the checkpoint it was made from (`reference`, or `model` of "
             "ref_gen.py)"
         )
     if QUANTIZATION_KEY in raw_config.values:
         raise UserError(
             f"{raw_config.where}: this checkpoint is quantized, the reference is the 16-bit one; "
-            "name that, which it was made from (--reference, or --model-path of ref_gen.py)"
+            "name that, which it was made from (`reference`, or `model` of ref_gen.py)"
         )
     if LAYOUT_KEY in raw_config.values:
         raise UserError(
             f"{raw_config.where}: this checkpoint is in QLLM's layout, the reference reads "
-            "Hugging Face's; name the one it was converted from (--reference, or --model-path of "
+            "Hugging Face's; name the one it was converted from (`reference`, or `model` of "
             "ref_gen.py)"
         )

@@ -92,11 +92,11 @@ def export_gguf(
     """
     if round_offsets and is_gguf(source):
         reason = f"{source} is a GGUF file, whose tensors stay what they are"
-        raise UserError(f"--round-offsets: {reason}; leave it out")
+        raise UserError(f"`round_offsets`: {reason}; leave it out")
     weights = Weights(Checkpoint(source, packed=not is_gguf(source)), note)
     config = weights.config
     if target.exists():
-        raise UserError(f"{target} is there already; name another file with --save")
+        raise UserError(f"{target} is there already; name another file with `save`")
     if target.suffix != ".gguf":
         raise UserError(f"{target}: a GGUF file's name ends with .gguf")
     metadata = {**hyperparameters(config), **tokenizer_metadata(source, config)}
@@ -105,7 +105,7 @@ def export_gguf(
     _confirm_same(config, metadata, planned, target)
     if writer.wide:
         note(
-            f"{writer.wide} matrices of 4 or 5 bits are Q8_0, without a loss; with --round-offsets "
+            f"{writer.wide} matrices of 4 or 5 bits are Q8_0, without a loss; with `round_offsets` "
             "they are Q4_1 or Q5_1, of 0.6 or 0.7 of the bytes, less than 1% of a step off"
         )
     with new_file(target) as path:

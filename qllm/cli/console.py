@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qllm import __version__, cgroups, launch
+from qllm.cli.options import name_options
 from qllm.errors import UserError
 from qllm.start import ending
 
@@ -82,7 +83,7 @@ class Terminal(io.TextIOWrapper):
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main: a user's mistake is one line and status 2, Ctrl-C is status 130."""
-    program, UserError.tells_options = Path(sys.argv[0]).name, True
+    program = Path(sys.argv[0]).name
     # torch, not yet imported, will ask for huge pages: a fault for each 2 MB, not for each 4 KB.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     cgroups.limit_threads()
@@ -217,7 +218,7 @@ def _escape(character: str | re.Match) -> str:
 def _print(line: str) -> None:
     """A line on standard error, whose end, such as a closed terminal, is not the run's."""
     with suppress(OSError):
-        print(one_line(line), file=sys.stderr)
+        print(one_line(name_options(line)), file=sys.stderr)
 
 
 def note(line: str) -> None:

@@ -213,8 +213,8 @@ class QuantPlan:
         """
         if isinstance(value.get("front"), list):
             raise UserError(
-                f"{text} is a front of plans, as --pareto writes: give one of its entries, or "
-                "leave --pareto out"
+                f"{text} is a front of plans, as qllm_plan.py --pareto writes: give one of its "
+                "entries, or leave that out"
             )
         if isinstance(value.get("rules"), Mapping):
             model, stages = value.get("model"), value.get("stages")
@@ -304,7 +304,7 @@ class QuantPlan:
         """
         if self.num_layers is not None and self.num_layers != num_layers:
             raise UserError(
-                f"--bitwidth {self.text} names {self.num_layers} layers, the model has "
+                f"`bitwidth` {self.text} names {self.num_layers} layers, the model has "
                 f"{num_layers}; give one value, or one for each layer"
             )
         unused = dict.fromkeys(pattern for pattern, _ in self.rules)

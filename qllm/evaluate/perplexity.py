@@ -313,7 +313,7 @@ def cut(text: Text, config: ModelConfig, options: PerplexityOptions) -> list[Cut
         if len(windows.ids) < min_tokens:
             count = len(text.ids)
             what = f"one window of {window}" if convention.whole else "2"
-            shorter = f", or --window {count}" if convention.whole and count > 1 else ""
+            shorter = f", or `window` {count}" if convention.whole and count > 1 else ""
             raise UserError(
                 f"the text has {count} tokens, fewer than {what}; give a longer one{shorter}"
             )

@@ -151,7 +151,7 @@ class Decoder(nn.Module):
         for device in set(device_map.values()):
             needed = sum(sizes[i] for i, other in device_map.items() if other == device)
             if needed > FEW:
-                check_fits(needed, device, what, "take fewer at once, shorter ones, or --kv-bits 8")
+                check_fits(needed, device, what, "take fewer at once, shorter ones, or `kv_bits` 8")
         shape = (rows, capacity, self.dtype, self.device, device_map)
         return KVCache(self._cache_config, *shape, self.kv_bits)
 

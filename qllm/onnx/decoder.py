@@ -121,7 +121,7 @@ class DecoderGraph:
         converted = tensor.to(self.dtype)
         # The extremes are infinite where any element is, and need no second tensor.
         if converted.numel() and not torch.stack(converted.aminmax()).isfinite().all():
-            raise UserError(f"{name} holds values beyond {self.dtype}; use --dtype float32")
+            raise UserError(f"{name} holds values beyond {self.dtype}; use `dtype` float32")
         return converted
 
     def _weight(self, name: str) -> str:

@@ -91,7 +91,7 @@ class NBits:
 
         scales = per_block(packed.scales.to(dtype))
         if not scales.isfinite().all() or (scales == 0).any():
-            raise UserError(f"{name} has scales beyond {dtype}; use --dtype float32")
+            raise UserError(f"{name} has scales beyond {dtype}; use `dtype` float32")
         zeros = None
         if packed.qzeros.numel():
             # A row of zero points ends on a byte; `pack` ends it on a word.

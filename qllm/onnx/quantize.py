@@ -108,12 +108,14 @@ def _specs(
     specs = {name: spec for name, spec in specs.items() if spec.kind != "dense"}
     if EMBEDDING in specs:
         raise UserError(
-            f"{path}: the embedding of an ONNX model stays as it is; leave --embedding-bits out"
+            f"{path}: the embedding of an ONNX model stays as it is; leave `embedding_bits` out"
         )
     if LM_HEAD in specs and LM_HEAD not in names:
         raise UserError(f"{path} has no LM head that could be quantized")
     if not specs:
-        raise UserError("every layer stays as it is; name fewer bits with --bitwidth or --config")
+        raise UserError(
+            "every layer stays as it is; name fewer bits with `bitwidth` or `QuantPlan.rules`"
+        )
     for name, spec in specs.items():
         block_size(spec, name)
         algorithm = ALGORITHMS[spec.algorithm]
@@ -123,7 +125,7 @@ def _specs(
                 "export it; ONNX models take rtn and gptq"
             )
         if needs_inputs(spec) and job.samples is None:
-            raise UserError(f"{spec.algorithm} needs calibration text; name one with --dataset")
+            raise UserError(f"{spec.algorithm} needs calibration text; name one with `dataset`")
     return specs
 
 

@@ -89,7 +89,7 @@ def parse_cuts(text: str, num_layers: int, stages: int) -> tuple[int, ...]:
     rising = all(a < b for a, b in pairwise(cuts))
     if len(halves) != stages - 1 or not rising or any(half % 1 for half in halves):
         raise UserError(
-            f"--stages {text!r} does not say where stages 2 to {stages} of {num_layers} layers "
+            f"`stages` {text!r} does not say where stages 2 to {stages} of {num_layers} layers "
             "begin; give rising layers, such as 2,3.5, where .5 is the MLP of layer 3"
         )
     return tuple(int(half) for half in halves)

@@ -26,7 +26,7 @@ def shard_heads(heads: int, kv_heads: int, world: int) -> list[Heads]:
         UserError: there are more ranks than heads.
     """
     if world > heads:
-        raise UserError(f"--tp {world} is more than the model's {heads} heads; give 1 to {heads}")
+        raise UserError(f"`tp` {world} is more than the model's {heads} heads; give 1 to {heads}")
     each = heads // kv_heads
     if world <= kv_heads:
         runs = split_evenly(kv_heads, world)

@@ -30,12 +30,12 @@ Note = Callable[[str], None]
 
 
 def load_or_measure(
-    job: Job, path: Path | None, meter: Meter, note: Note, note_linear: Note
+    job: Job, table: Path | None, meter: Meter, note: Note, note_linear: Note
 ) -> Sensitivity:
     """A model's table of losses: of a file, or measured, and kept there.
 
     Args:
-        path: of the file; None: one in QLLM's folder, named after all that decides the figures.
+        table: of the file; None: one in QLLM's folder, named after all that decides the figures.
         note: called with where the table is kept, once it is measured.
         note_linear: called with a line for each linear that is measured.
 
@@ -43,20 +43,20 @@ def load_or_measure(
         UserError: the file's table is of something else; or as `measure`.
     """
     about = json.loads(json.dumps(job.about(), default=str))
-    if path is None:
-        path = folders.home_path(f"plan/{_digest(about)}.json", note, "--table")
-    if path.exists():
-        found = Sensitivity.from_file(path)
+    if table is None:
+        table = folders.home_path(f"plan/{_digest(about)}.json", note, "`table`")
+    if table.exists():
+        found = Sensitivity.from_file(table)
         if found.about != about:
             raise UserError(
-                f"{path} was measured of another model, text or candidates, or with another choice "
-                "of --lm-head and --embedding; name another --table"
+                f"{table} was measured of another model, text or candidates, or with another "
+                "choice of `lm_head` and `embedding`; name another `table`"
             )
         return found
-    path.parent.mkdir(parents=True, exist_ok=True)
+    table.parent.mkdir(parents=True, exist_ok=True)
     found = measure(job, meter, note_linear)
-    write(path, found)
-    note(f"the losses are kept in {path}")
+    write(table, found)
+    note(f"the losses are kept in {table}")
     return found
 
 

@@ -26,7 +26,7 @@ def parse_candidates(
         for width, group, scheme in product(*words)
     }
     if len(specs) < 2:
-        raise UserError(f"--bits {bits!r} leaves nothing to choose; name two or more bitwidths")
+        raise UserError(f"`bits` {bits!r} leaves nothing to choose; name two or more bitwidths")
     return tuple(sorted(specs, key=_size))
 
 
@@ -35,7 +35,7 @@ def _whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise UserError(
-            f"--group-size {text!r} is no whole number; give one or several, such as 64,128,-1"
+            f"`group_size` {text!r} is no whole number; give one or several, such as 64,128,-1"
         ) from None
 
 

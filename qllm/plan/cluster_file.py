@@ -100,7 +100,8 @@ def _devices(entry: object, path: str) -> list[Device]:
     unknown = set(entry) - set(keys)
     if unknown:
         known = ", ".join(keys)
-        again = "; of a probe of before, measure again: --probe" if "measured" in entry else ""
+        again = "; of a probe of before, measure again: `describe_machine`"
+        again = again if "measured" in entry else ""
         raise UserError(f"{where}: {sorted(unknown)[0]!r} is unknown; known: {known}{again}")
     if "memory" not in entry:
         raise UserError(f"{where} has no memory; give its bytes, such as 24GB")

@@ -145,8 +145,8 @@ class MeasuredSpeed:
         phase = self.linears["decode" if decode else "prefill"]
         if key(spec) not in phase:
             raise UserError(
-                f"the probe measured {', '.join(phase)} and no {key(spec)}; measure again: --probe "
-                "with the --bits, --group-size and --scheme of the plan"
+                f"the probe measured {', '.join(phase)} and no {key(spec)}; measure again: "
+                "`describe_machine` with the `bits`, `group_size` and `scheme` of the plan"
             )
         table = phase[key(spec)]
         known = sorted(map(int, table))

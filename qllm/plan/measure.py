@@ -105,7 +105,7 @@ def draw_samples(
     window = config.max_positions or TOKENS
     length = length or min(TOKENS, window)
     if length > window:
-        raise UserError(f"--seqlen {length} exceeds the model's window of {window}")
+        raise UserError(f"`length` {length} exceeds the model's window of {window}")
     ids = Tokenizer.load(folder, config.vocab_size).encode(load_text(dataset))
     more = max(1, min(MAX_JUDGED_TOKENS // length, count // 4))
     windows = sample_windows(ids, count + more, length, seed)
@@ -139,8 +139,8 @@ def decided_modules(weights: Weights, lm_head: bool, embedding: bool = False) ->
     """
     if lm_head and embedding and weights.config.tied_head:
         raise UserError(
-            "this model's LM head is its embedding, and --embedding decides on both; leave "
-            "--lm-head out"
+            "this model's LM head is its embedding, and `embedding` decides on both; leave "
+            "`lm_head` out"
         )
     names = weights.family.layer_linears(weights.config.num_layers)
     return (*[EMBEDDING] * embedding, *names, *[LM_HEAD] * lm_head)

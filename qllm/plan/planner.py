@@ -230,23 +230,23 @@ class Planner:
         """
         if found is not None and not found.in_time:
             return UserError(
-                f"no plan was found in --time-limit {limits.time_limit:g} seconds; give more"
+                f"no plan was found in `time_limit` {limits.time_limit:g} seconds; give more"
             )
         if limits.max_divergence is None:
             return UserError(
                 f"no cut into stages leaves each device of {self.memory_option} what it has memory "
                 "for; give it more devices or memory"
             )
-        said = f"--max-kl {limits.max_divergence:.3g}"
+        said = f"`max_divergence` {limits.max_divergence:.3g}"
         mask = np.ones_like(self.sensitivity.sums) if self.allowed is None else self.allowed
         sums = np.where(mask, self.sensitivity.sums, np.inf).min(axis=1)
         least = self.fit.divergence(float(sums.sum()))
         if least > limits.max_divergence:
             return UserError(
-                f"{said} is below what the most bits of --bits leave, {rounded_up(least)} nats as "
-                "predicted; give that or more, or name more bits in --bits"
+                f"{said} is below what the most bits of `bits` leave, {rounded_up(least)} nats as "
+                "predicted; give that or more, or name more bits in `bits`"
             )
-        others = ["--avg-bits"] if limits.max_bits is not None else []
+        others = ["`max_bits`"] if limits.max_bits is not None else []
         if self.cluster is not None or self.max_bytes is not None:
             others.append(self.memory_option)
         try:
@@ -255,8 +255,8 @@ class Planner:
             return self.why_not(replace(limits, max_divergence=None), error)
         return UserError(
             f"no plan keeps to {said} and {' and '.join(others)}: the least divergence is "
-            f"{rounded_up(best.divergence)} nats, as predicted; give --max-kl that or more, or "
-            f"allow more in {' or '.join(others)}"
+            f"{rounded_up(best.divergence)} nats, as predicted; give `max_divergence` that or "
+            f"more, or allow more in {' or '.join(others)}"
         )
 
     def _plan(self, problem: Problem, solution: Solution, devices: Sequence[Device]) -> Plan:
@@ -337,7 +337,7 @@ def allowed(
     modules: Sequence[str],
     candidates: Sequence[QuantSpec],
     fixed: Mapping[str, str],
-    where: str = "--fixed",
+    where: str = "`fixed`",
 ) -> np.ndarray:
     """What each linear may have (M, C), where expressions over names hold some of them.
 
@@ -357,8 +357,8 @@ def allowed(
         mask[modules.index(EMBEDDING), int8] = False
         if all(int8):
             raise UserError(
-                f"an embedding has 1 to 8 bits or 16, and --bits are {','.join(names)}; add some, "
-                "or leave --embedding out"
+                f"an embedding has 1 to 8 bits or 16, and `bits` are {','.join(names)}; add some, "
+                "or leave `embedding` out"
             )
     patterns = Patterns(where)
     for pattern, bits in fixed.items():
@@ -366,7 +366,7 @@ def allowed(
         held = [bits in (n, spec.bitwidth) for n, spec in zip(names, candidates, strict=True)]
         if not any(held):
             raise UserError(
-                f"{where} {pattern}={bits}: {bits} is not among --bits {','.join(names)}"
+                f"{where} {pattern}={bits}: {bits} is not among `bits` {','.join(names)}"
             )
         rows = [i for i, n in enumerate(modules) if patterns.search(pattern, n)]
         if not rows:

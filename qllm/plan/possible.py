@@ -16,7 +16,7 @@ from qllm.plan.milp import TOLERANCE
 from qllm.plan.sensitivity import Array
 from qllm.plan.shape import Shape, Workload
 
-SIZE, MEMORY, CLUSTER = "--size", "--memory", "--cluster"
+SIZE, MEMORY, CLUSTER = "`max_bytes`", "`memory`", "`cluster`"
 ONE_BIT = QuantSpec(1, group_size=-1, kind="weight_only")
 
 
@@ -61,10 +61,10 @@ class Asked:
         weights = self.shape.weights
         fewest = float((weights * self._fewest(self.shape.bits)).sum() / weights.sum())
         if max_bits is not None and fewest > max_bits + TOLERANCE:
-            given = "--bits and --fixed" if self.is_fixed else "--bits"
+            given = "`bits` and `fixed`" if self.is_fixed else "`bits`"
             enough = math.ceil(1e3 * fewest) / 1e3
             raise UserError(
-                f"--avg-bits {max_bits:g} is below the fewest of {given}, {fewest:.4g} with their "
+                f"`max_bits` {max_bits:g} is below the fewest of {given}, {fewest:.4g} with their "
                 f"scales and zeros; give {enough:g} or more"
             )
 
@@ -95,19 +95,19 @@ class Asked:
         """What would do, each by itself."""
         shape, work = self.shape, self.work
         if self.option == CLUSTER:
-            found = ["more devices or memory in --cluster"]
+            found = ["more devices or memory in `cluster`"]
         else:
             found = [f"{self.option} {_given(self.memory[0] + missing)}"]
         if self._missing(self._of_one_bit(), work) <= 0:
-            found.append("fewer bits in --bits" + (" and --fixed" if self.is_fixed else ""))
+            found.append("fewer bits in `bits`" + (" and `fixed`" if self.is_fixed else ""))
         least = Workload(1, 1, 1)
         linears = self._fewest(shape.held(len(self.memory)))
         if self.option != SIZE and self._missing(linears, least) <= 0:
-            counts = {"--batch": work.batch, "--prompt": work.prompt, "--gen": work.new}
+            counts = {"`batch`": work.batch, "`prompt`": work.prompt, "`new`": work.new}
             found.append(f"a smaller {_either([name for name, n in counts.items() if n > 1])}")
-        outer = [] if self.tied and LM_HEAD in shape.modules else [(EMBEDDING, "--embedding")]
+        outer = [] if self.tied and LM_HEAD in shape.modules else [(EMBEDDING, "`embedding`")]
         if not self.tied:
-            outer.append((LM_HEAD, "--lm-head"))
+            outer.append((LM_HEAD, "`lm_head`"))
         fewest = min(spec.bits for spec in self.candidates if not spec.kind.startswith("w8a8"))
         weights = shape.config.vocab_size * shape.config.embed_size
         saved = weights * (shape.dtype.itemsize - fewest / 8)

@@ -98,7 +98,7 @@ class Sensitivity:
         except (KeyError, TypeError, ValueError, UserError):
             fits = False
         if not fits:
-            raise UserError(f"{path} is no table of losses; leave --table out to measure a new one")
+            raise UserError(f"{path} is no table of losses; leave `table` out to measure a new one")
         return found
 
     def _is_whole(self) -> bool:

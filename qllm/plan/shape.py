@@ -58,7 +58,7 @@ class Workload:
             prompt = cls.prompt if window is None else max(1, min(cls.prompt, window - new))
         if window is not None and prompt + new > window:
             raise UserError(
-                f"--prompt {prompt} and --gen {new} exceed the model's window of {window}; "
+                f"`prompt` {prompt} and `new` {new} exceed the model's window of {window}; "
                 "give less"
             )
         return cls(prompt, new, batch)

@@ -96,12 +96,14 @@ class _Run:
         tied = self.config.tied_head
         self.specs = job.plan.resolve(linears, self.config.num_layers, tied=tied)
         if all(spec.kind == "dense" for spec in self.specs.values()):
-            raise UserError("every layer stays at 16 bits; name fewer with --bitwidth or --config")
+            raise UserError(
+                "every layer stays at 16 bits; name fewer with `bitwidth` or `QuantPlan.rules`"
+            )
         needing = [name for name, spec in self.specs.items() if needs_inputs(spec)]
         if needing and job.samples is None:
             spec = self.specs[needing[0]]
             what = spec.algorithm if spec.kind == "weight_only" else spec.bitwidth
-            raise UserError(f"{what} needs calibration text; name one with --dataset")
+            raise UserError(f"{what} needs calibration text; name one with `dataset`")
         self.floats = FloatModel(self.weights, job.device)
         self.model = self.floats.model
         self.output = OutputCheckpoint(job, self.weights, self.specs, self.model)

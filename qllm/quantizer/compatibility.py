@@ -44,7 +44,7 @@ def refusals(quantization: Mapping, ragged: str | None, transposed: bool = False
         rules = quantization.get("dynamic", {})
         entries = [quantization, *({**quantization, **rule} for rule in rules.values())]
         if not all(entry["sym"] and entry["bits"] in VLLM_GPTQ_BITS for entry in entries):
-            found.setdefault("vLLM", "it takes GPTQ of 4 and 8 bits, with --scheme sym")
+            found.setdefault("vLLM", "it takes GPTQ of 4 and 8 bits, with `scheme` sym")
         if transposed:
             found["transformers"] = "its Conv1D families draw weights that packed layers have not"
         return found
@@ -60,9 +60,9 @@ def refusals(quantization: Mapping, ragged: str | None, transposed: bool = False
             found[name] = f"{found[name]}, and {reason}" if name in found else reason
     weights = [group["weights"] for group in quantization["config_groups"].values()]
     if len(weights) > 1 and not all(entry["symmetric"] for entry in weights):
-        found.setdefault("transformers", "where layers differ it takes --scheme sym")
+        found.setdefault("transformers", "where layers differ it takes `scheme` sym")
     if any(entry.get("actorder") == "group" for entry in weights):
-        reason = "newer versions of compressed-tensors refuse groups by importance: --static-groups"
+        reason = "newer versions of compressed-tensors refuse groups by importance: `static_groups`"
         found = {name: found.get(name, reason) for name in ("transformers", "vLLM")}
     if any(entry["num_bits"] == 1 for entry in weights):
         found.setdefault("vLLM", "it takes 2 to 8 bits")

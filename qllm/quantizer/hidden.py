@@ -137,7 +137,7 @@ class HiddenStates:
             if not found.finite:
                 raise UserError(
                     f"the input of {where}.{name} is not finite in calibration; the weights in "
-                    "front of it are broken, or --dtype float32 is needed"
+                    "front of it are broken, or `dtype` float32 is needed"
                 )
         return stats
 
@@ -153,5 +153,5 @@ class HiddenStates:
             if not torch.stack(states.aminmax()).isfinite().all():
                 name = str(states.dtype).removeprefix("torch.")
                 raise UserError(
-                    f"activations leave the range of {name}; use --dtype bfloat16 or float32"
+                    f"activations leave the range of {name}; use `dtype` bfloat16 or float32"
                 )

@@ -242,7 +242,7 @@ def can_refine_scales(
     if not job.options.distill.steps:
         return False
     if job.fake:
-        note("scales are not tuned with --fake, whose weights have none")
+        note("scales are not tuned with `fake`, whose weights have none")
         return False
     assert job.samples is not None  # without which no layer is tuned
     needed = memory_needed(

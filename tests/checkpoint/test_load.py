@@ -166,7 +166,7 @@ def test_values_beyond_float16_are_refused_there_alone(name, tmp_path):
     state = {key: value.float() for key, value in state_of("opt").items()}
     state[f"model.decoder.layers.0.{name}"].view(-1)[0] = 1e5
     folder = rewritten("opt", tmp_path / "model", "safetensors", state)
-    with pytest.raises(UserError, match=r"holds values beyond torch\.float16; use dtype"):
+    with pytest.raises(UserError, match=r"holds values beyond torch\.float16; use `dtype`"):
         load_model(folder, QuantPlan.parse("16"), dtype=torch.float16)
     for dtype in (torch.bfloat16, torch.float32):
         load_model(folder, QuantPlan.parse("16"), dtype=dtype)

@@ -77,7 +77,7 @@ def test_a_record_that_leads_nowhere_is_one_line(value, tmp_path):
     shutil.copytree(tiny("opt"), tmp_path / "q")
     quantization = {"quant_method": "gptq", "bits": 4}
     change_json(tmp_path / "q/config.json", quantization_config=quantization, qllm_base_model=value)
-    with pytest.raises(UserError, match="--reference"):
+    with pytest.raises(UserError, match="`reference`"):
         find_reference(ModelFolder(tmp_path / "q", "q"))
     assert algorithm(read_raw_config(tmp_path / "q")) == "gptq"
 

@@ -36,9 +36,9 @@ def run_main(body: str, **options) -> subprocess.CompletedProcess:
 ENDINGS = {
     "well": ("print('done')", 0, ""),
     "a mistake": (
-        "from qllm.errors import UserError\nraise UserError('four\\nfive  six')",
+        "from qllm.errors import UserError\nraise UserError('four\\nfive  `dtype` `x`')",
         2,
-        "-c: error: four five six\n",
+        "-c: error: four five --dtype `x`\n",
     ),
     "Ctrl-C": ("raise KeyboardInterrupt", 130, "-c: interrupted\n"),
     "SIGTERM": ("os.kill(os.getpid(), 15)\nsignal.pause()", 143, "-c: terminated\n"),

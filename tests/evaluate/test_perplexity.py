@@ -229,7 +229,7 @@ def test_a_perplexity_beyond_numbers_is_infinite():
 @pytest.mark.parametrize(
     ("length", "options", "message"),
     [
-        (9, {"window": 10}, "fewer than one window of 10; give a longer one, or window 9"),
+        (9, {"window": 10}, "fewer than one window of 10; give a longer one, or `window` 9"),
         (511, {}, "has 511 tokens, fewer than one window of 512"),
         (9, {"window": 10, "conventions": ("llama.cpp",)}, "fewer than one window of 10"),
         (1, {"conventions": ("strided",)}, "has 1 tokens, fewer than 2; give a longer one$"),

@@ -78,7 +78,7 @@ def test_offsets_are_rounded_where_that_is_asked_for_and_kept_where_they_are_flo
     quantize_checkpoint(job, tmp_path / "quantized")
     notes: list[str] = []
     export_gguf(tmp_path / "quantized", tmp_path / "wide.gguf", notes.append)
-    assert "with --round-offsets they are Q4_1" in notes[0]
+    assert "with `round_offsets` they are Q4_1" in notes[0]
     first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
     export_gguf(tmp_path / "quantized", first, notes.append, round_offsets=True)
     export_gguf(first, second, notes.append)

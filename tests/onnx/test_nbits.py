@@ -91,5 +91,5 @@ def test_scales_that_float16_cannot_hold_are_refused():
     packed = PackedWeight(
         torch.zeros(1, 16, dtype=torch.uint8), torch.tensor([[1e-9]]), torch.zeros(0)
     )
-    with pytest.raises(UserError, match="dtype float32"):
+    with pytest.raises(UserError, match="`dtype` float32"):
         NBits.of(packed, QuantSpec.parse("4", -1, "sym"), 32, torch.float16, "w")

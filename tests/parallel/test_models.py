@@ -317,7 +317,7 @@ def test_scales_that_one_rank_cannot_hold_in_float16_are_wide_on_all(tmp_path):
 
 
 def test_more_ranks_than_heads_are_refused():
-    with pytest.raises(UserError, match="tp 9 is more than the model's 8 heads; give 1 to 8"):
+    with pytest.raises(UserError, match="`tp` 9 is more than the model's 8 heads; give 1 to 8"):
         on_mesh(9, lambda parallel: load(tiny("opt"), parallel=parallel))
 
 
@@ -332,7 +332,7 @@ def test_stages_by_hand(text, expected):
     "text", ["", "x", "2", "1,2,3", "3,2", "2,2", "0,3", "2,6", "1.2,3", "nan,2"]
 )
 def test_stages_that_cannot_be(text):
-    with pytest.raises(UserError, match=r"--stages '.*' does not say where stages 2 to 3 of 6"):
+    with pytest.raises(UserError, match=r"`stages` '.*' does not say where stages 2 to 3 of 6"):
         parse_cuts(text, 6, 3)
 
 

@@ -41,7 +41,7 @@ def test_the_example_is_read():
         ({"devices": []}, "names no devices"),
         ({"devices": [GOOD], "net": 1}, "a cluster is"),
         ({"devices": [GOOD | {"speed": 3}]}, "device 'gpu': 'speed' is unknown"),
-        ({"devices": [GOOD | {"measured": {}, "wakeup": 3}]}, "measure again: --probe"),
+        ({"devices": [GOOD | {"measured": {}, "wakeup": 3}]}, "measure again: `describe_machine`"),
         ({"devices": [{"name": "gpu"}]}, "device 'gpu' has no memory"),
         ({"devices": [{"memory": "1GB"}]}, "a device is an object with a name"),
         ({"devices": [GOOD | {"memory": "much"}]}, "memory 'much' is no size"),

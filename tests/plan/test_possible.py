@@ -53,20 +53,20 @@ def test_each_remedy_does_and_no_other(family, option, memory):
         given.check(None)
     first, *named = str(error.value).partition("what would do: ")[2].split(", or ")
     remedies = {
-        "fewer bits in --bits": asked(family, memory, option, "1,2"),
-        "a smaller --batch, --prompt or --gen": replace(given, work=Workload(1, 1, 1)),
-        "--embedding": asked(family, memory, option, embedding=True),
+        "fewer bits in `bits`": asked(family, memory, option, "1,2"),
+        "a smaller `batch`, `prompt` or `new`": replace(given, work=Workload(1, 1, 1)),
+        "`embedding`": asked(family, memory, option, embedding=True),
     }
     if family == "llama":
-        remedies["--lm-head"] = asked(family, memory, option, lm_head=True)
+        remedies["`lm_head`"] = asked(family, memory, option, lm_head=True)
     # One bit in groups has more scales than one per channel, which may be what is needed.
-    of_one_bit = remedies.pop("fewer bits in --bits")
-    assert fits(of_one_bit) <= ("fewer bits in --bits" in named)
+    of_one_bit = remedies.pop("fewer bits in `bits`")
+    assert fits(of_one_bit) <= ("fewer bits in `bits`" in named)
     assert [name for name, other in remedies.items() if fits(other)] == [
         name for name in named if name in remedies
     ]
     if option == CLUSTER:
-        assert first == "more devices or memory in --cluster"
+        assert first == "more devices or memory in `cluster`"
     else:
         words = first.split()
         assert words[0] == option

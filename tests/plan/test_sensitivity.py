@@ -125,7 +125,7 @@ def test_nothing_to_choose_is_refused():
         parse_candidates("4,4", "64", "sym", QuantSpec())
     with pytest.raises(UserError, match="bitwidth '9' is unknown"):
         parse_candidates("4,9", "64", "sym", QuantSpec())
-    with pytest.raises(UserError, match="group_size 'all' is no whole number"):
+    with pytest.raises(UserError, match="`group_size` 'all' is no whole number"):
         parse_candidates("4,3", "64,all", "sym", QuantSpec())
 
 

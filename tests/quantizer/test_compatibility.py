@@ -140,7 +140,7 @@ def test_conv1d_is_not_said_to_load_in_transformers(compressed, tmp_path):
         (
             {"bits": 4, "group_size": 32},
             "loads in QLLM, transformers (with optimum gptqmodel); not in vLLM: it takes GPTQ of 4 "
-            "and 8 bits, with --scheme sym",
+            "and 8 bits, with `scheme` sym",
         ),
         (
             {"bits": 8, "group_size": 24, "scheme": "sym"},

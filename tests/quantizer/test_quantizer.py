@@ -183,7 +183,7 @@ def test_activations_that_overflow(factor, words, algorithm, sources, tmp_path):
 def test_activations_that_float16_cannot_hold(sources, tmp_path):
     source = scaled(sources("opt"), tmp_path / "source", fc2_weight=1e6)
     plan = plan_of(4, algorithm="gptq")
-    with pytest.raises(UserError, match="leave the range of float16; use dtype bfloat16"):
+    with pytest.raises(UserError, match="leave the range of float16; use `dtype` bfloat16"):
         quantize(source, tmp_path / "a", plan, samples=samples(), dtype=torch.float16)
     quantize(source, tmp_path / "b", plan, samples=samples(), dtype=torch.bfloat16)
     assert load(tmp_path / "b").prefill(PROMPTS).isfinite().all()

@@ -25,7 +25,7 @@ def unsupported_reason(device: torch.device) -> str | None:
     """
     if device.type != "cuda":
         return None
-    instead = "prompts' attention with --kv-bits runs in plain torch ops, slowly"
+    instead = "prompts' attention to a KV cache of 8 or 4 bits runs in plain torch ops, slowly"
     return device_of.failure("quantized_prefill", device, partial(_self_test, device), instead)
 
 
