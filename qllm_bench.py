@@ -187,7 +187,7 @@ def main() -> None:
 
     from qllm import report
     from qllm.bench.ranks import predict
-    from qllm.bench.table import print_bench
+    from qllm.bench.table import bench_lines
     from qllm.llm import Pretrained
 
     pretrained = Pretrained.open(folder, texts=False)
@@ -208,9 +208,9 @@ def main() -> None:
 
         about = {"versions": provenance.versions(), "machine": provenance.machine()}
         result["trees"] = [entry | {"tree": entry["tree"].to_json()} for entry in result["trees"]]
-        report.print_json(report.finite(result | about | {"settings": vars(args)}))
+        cli.print_json(report.finite(result | about | {"settings": vars(args)}))
     else:
-        print_bench(result, csv=args.output == "csv")
+        cli.print_lines(bench_lines(result, csv=args.output == "csv"))
 
 
 def trees(args: argparse.Namespace, folder: Path, plans: list[QuantPlan]) -> list[dict]:

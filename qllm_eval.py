@@ -219,7 +219,7 @@ def main() -> None:
     from qllm.checkpoint.origin import base_model
     from qllm.data import load_text
     from qllm.evaluate import facts, page, plots, provenance
-    from qllm.evaluate.table import print_evaluation
+    from qllm.evaluate.table import evaluation_lines
     from qllm.pretrained import Pretrained
 
     for folder, there in zip(folders, onnx, strict=True):
@@ -257,9 +257,9 @@ def main() -> None:
         )
         result["settings"] = {**vars(args), "conventions": list(conventions(args))}
     if args.json:
-        report.print_json(report.finite(result))
+        cli.print_json(report.finite(result))
     else:
-        print_evaluation(result)
+        cli.print_lines(evaluation_lines(result))
     # Behind what is printed, which a full disk then does not cost.
     if args.plot:
         plots.save(result, Path(args.plot))

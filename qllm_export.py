@@ -86,7 +86,7 @@ def main() -> None:
         "peak_memory": peak_resident_bytes(),
     }
     if args.json:
-        report.print_json(result)
+        cli.print_json(result)
         return
     print(
         f"{folder.name}: {report.megabytes(size)} written to {args.save} in "

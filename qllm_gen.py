@@ -170,11 +170,11 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
         del model  # the two need not fit into memory together
         result["compare"] = compare(args, reference, tokenizer, prompts, tokens, dtype, device)
     if args.json:
-        report.print_json(result)
+        cli.print_json(result)
         return
-    report.print_speed(result["results"], result["seconds"])
+    print(report.speed_line(result["results"], result["seconds"]))
     if args.compare or not args.stream:
-        report.print_results(result["results"], result.get("compare", ()))
+        cli.print_lines(report.result_lines(result["results"], result.get("compare", ())))
 
 
 def read_generation(
@@ -275,14 +275,14 @@ def show(
         f"{' in onnxruntime' if onnx else ''}, loaded in {seconds:.2f} s"
     )
     if "ranks" in result:
-        report.print_ranks(result["ranks"])
+        cli.print_lines(report.rank_lines(result["ranks"]))
     elif given or len({shard["device"] for shard in result["shards"]}) > 1:
-        report.print_shards(result["shards"])
+        cli.print_lines(report.shard_lines(result["shards"]))
     if "kv_cache" in result:
-        report.print_cache(result["kv_cache"])
-    report.print_kernels(result.get("kernels", ()))
+        print(report.cache_line(result["kv_cache"]))
+    cli.print_lines(report.kernel_lines(result.get("kernels", ())))
     if "graph_break" in result:
-        report.print_graph_break(result["graph_break"])
+        print(report.graph_break_line(result["graph_break"]))
 
 
 def run_prompts(

@@ -177,16 +177,16 @@ def main() -> None:
         plan = planner.decide(limits)
         result["plan"] = plan.to_json()
         if not args.json:
-            from qllm.plan.tables import print_plan
+            from qllm.plan.tables import plan_lines
 
-            print_plan(folder.name, plan)
+            cli.print_lines(plan_lines(folder.name, plan))
         if args.output:
             write_json(Path(args.output), plan.to_json())
         if args.verify:
             found = check(args, folder, plan, samples, judged, device)
             result |= {"measured": found.measured, "probed": found.probed}
     if args.json:
-        report.print_json(report.finite(result))
+        cli.print_json(report.finite(result))
 
 
 def measure_devices(
@@ -269,7 +269,7 @@ def show_front(
 ) -> list[dict[str, object]]:
     """Print and draw plans from the fewest bits to the most, uniform ones beside them."""
     from qllm.checkpoint.writer import write_json
-    from qllm.plan.tables import print_front
+    from qllm.plan.tables import front_lines
 
     plans = planner.front(limits, FRONT_POINTS)
     if not plans:
@@ -283,7 +283,7 @@ def show_front(
         draw(Path(args.plot), folder.name, plans, uniform)
     found = [{"name": name} | plan.predicted() for name, plan in rows]
     if not args.json:
-        print_front(rows)
+        cli.print_lines(front_lines(rows))
     if args.output:
         write_json(Path(args.output), {"front": [plan.to_json() for plan in plans]})
     return found
@@ -313,7 +313,7 @@ def check(
             [key, *(f"{table[key]:.4g}" if key in table else "" for table in tables)]
             for key in found.measured
         ]
-        report.print_table(columns, rows)
+        cli.print_lines(report.table_lines(columns, rows))
     return found
 
 

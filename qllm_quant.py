@@ -285,7 +285,7 @@ def main() -> None:
         "linears": [linear_row(entry) for entry in reports],
     }
     if args.json:
-        report.print_json(result)
+        cli.print_json(result)
         return
     worst = max(reports, key=lambda entry: entry.error)
     linears = sum(entry.name != EMBEDDING for entry in reports)

@@ -61,7 +61,7 @@ def main() -> None:
     layers = list(range(reference.layers))
     shards = [{"layers": layers, "bytes": reference.bytes, "device": device}]
     if args.json:
-        report.print_json(
+        cli.print_json(
             {
                 "model": model.name,
                 "bitwidth": "16",
@@ -72,8 +72,8 @@ def main() -> None:
         )
         return
     print(f"{model.name} in transformers, {report.megabytes(reference.bytes)}")
-    report.print_speed(results, reference.seconds)
-    report.print_results(results)
+    print(report.speed_line(results, reference.seconds))
+    cli.print_lines(report.result_lines(results))
 
 
 if __name__ == "__main__":

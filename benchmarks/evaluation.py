@@ -22,7 +22,7 @@ from qllm.config import QuantPlan
 from qllm.data import load_text
 from qllm.evaluate.perplexity import PerplexityOptions, Text, perplexity
 from qllm.huggingface import HuggingFaceModel
-from qllm.report import print_table
+from qllm.report import table_lines
 from qllm.tokenizer import Tokenizer
 
 COLUMNS = ("model", "dtype", "bits", "perplexity", "prefill, all logits", "last logits")
@@ -43,7 +43,7 @@ def main() -> None:
     rows = [
         row for name in args.models for dtype in args.dtypes for row in measure(name, dtype, args)
     ]
-    print_table(COLUMNS, [cells(row) for row in rows])
+    print(*table_lines(COLUMNS, [cells(row) for row in rows]), sep="\n")
     print(json.dumps({"threads": torch.get_num_threads(), "rows": rows}))
 
 

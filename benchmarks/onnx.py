@@ -36,7 +36,7 @@ from qllm.onnx.quantize import OnnxJob, quantize_onnx
 from qllm.onnx.runner import OnnxDecoder
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.job import Job
-from qllm.report import print_table
+from qllm.report import table_lines
 from qllm.tokenizer import Tokenizer
 
 PREFILL, DECODE = 256, 64
@@ -169,7 +169,7 @@ def main() -> None:
     if not args.repository:
         columns += ["LAMBADA accuracy", "LAMBADA perplexity", "perplexity"]
     columns += [f"prefill of {PREFILL}, tokens/s", "decode, tokens/s"]
-    print_table(columns, [cells(row) for row in rows])
+    print(*table_lines(columns, [cells(row) for row in rows]), sep="\n")
     print(json.dumps({"settings": vars(args), "rows": rows}))
 
 

@@ -142,7 +142,7 @@ def larger(config: object, bitwidth: str) -> tuple[object, int]:
 
 
 def print_rows(args: object, folder: Path, rows: list[dict]) -> None:
-    from qllm.bench.table import print_tp_model
+    from qllm.bench.table import tp_model_lines
     from qllm.checkpoint.reader import Checkpoint
     from qllm.checkpoint.weights import Weights
     from qllm.parallel.cost import Machine, Network, cost, table
@@ -173,7 +173,7 @@ def print_rows(args: object, folder: Path, rows: list[dict]) -> None:
     config, nbytes = larger(config, args.bitwidth)
     predicted = table(config, nbytes, machine)
     about = {"bitwidth": args.bitwidth, "bytes": nbytes, "bandwidth": machine.bandwidth}
-    print_tp_model(about | {"rows": predicted})
+    print(*tp_model_lines(about | {"rows": predicted}), sep="\n")
     print(json.dumps({"repository": args.repository, "rows": rows, "table": predicted}))
 
 

@@ -1,11 +1,9 @@
-"""What the scripts print: a model's shards and kernels, its text, how it compares."""
+"""What the scripts print, in lines: a model's shards and kernels, its text, how it compares."""
 
 from __future__ import annotations
 
-import codecs
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
@@ -24,12 +22,6 @@ from qllm.tokenizer import Tokenizer
 OUTER_BITS = ("embedding_bits", "lm_head_bits")  # of `outer_bits`, and keys of rows
 
 
-def print_json(value: object) -> None:
-    """One JSON object on standard output, escaped where that does not take every character."""
-    encoding = sys.stdout.encoding or "ascii"
-    print(json.dumps(value, ensure_ascii=codecs.lookup(encoding).name != "utf-8"))
-
-
 def finite(value: object) -> object:
     """A value as JSON can say it: numbers that are none, or infinite, become null."""
     if isinstance(value, float):
@@ -39,13 +31,14 @@ def finite(value: object) -> object:
     return [finite(item) for item in value] if isinstance(value, list) else value
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def table_lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table, its columns aligned."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    lines = [columns, ["-" * width for width in widths], *rows]
-    for cells in lines:
+    lines = []
+    for cells in (columns, ["-" * width for width in widths], *rows):
         padded = (f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))
-        print(f"| {' | '.join(padded)} |")
+        lines.append(f"| {' | '.join(padded)} |")
+    return lines
 
 
 def megabytes(count: int) -> str:
@@ -96,12 +89,13 @@ def shard_rows(model: Decoder) -> list[dict]:
     ]
 
 
-def print_shards(shards: Sequence[dict]) -> None:
+def shard_lines(shards: Sequence[dict]) -> list[str]:
     """A line per shard, which says where it is unless all are in one place."""
-    apart = len({shard["device"] for shard in shards}) > 1
+    apart, lines = len({shard["device"] for shard in shards}) > 1, []
     for number, shard in enumerate(shards):
         layers, place = index_ranges(shard["layers"]), f" on {shard['device']}" if apart else ""
-        print(f"shard {number}: layers {layers}, {megabytes(shard['bytes'])}{place}")
+        lines.append(f"shard {number}: layers {layers}, {megabytes(shard['bytes'])}{place}")
+    return lines
 
 
 def rank_row(model: Decoder) -> dict:
@@ -123,11 +117,12 @@ def rank_row(model: Decoder) -> dict:
     }
 
 
-def print_ranks(ranks: Sequence[dict]) -> None:
+def rank_lines(ranks: Sequence[dict]) -> list[str]:
     """A line per rank."""
-    for number, rank in enumerate(ranks):
-        begin, end = rank["layers"]
-        print(f"rank {number}: {layer_range(begin, end)}, {megabytes(rank['bytes'])}")
+    return [
+        f"rank {number}: {layer_range(*rank['layers'])}, {megabytes(rank['bytes'])}"
+        for number, rank in enumerate(ranks)
+    ]
 
 
 def layer_range(begin: float, end: float) -> str:
@@ -186,13 +181,14 @@ def attention_rows(model: Decoder) -> list[dict]:
     return [{"layer": "attention", "format": form, "kernel": choice.kernel.name, "why": why}]
 
 
-def print_kernels(rows: Sequence[dict]) -> None:
+def kernel_lines(rows: Sequence[dict]) -> list[str]:
     """`kernel_rows` and `attention_rows` as a table."""
     columns = ("layer", "format", "kernel")
     widths = {key: max((len(row[key]) for row in rows), default=0) for key in columns}
-    for row in rows:
-        cells = "  ".join(f"{row[key]:<{width}}" for key, width in widths.items())
-        print(f"{cells}  {row['why']}")
+    return [
+        "  ".join([*(f"{row[key]:<{width}}" for key, width in widths.items()), row["why"]])
+        for row in rows
+    ]
 
 
 def cache_row(model: Decoder, rows: int, capacity: int) -> dict[str, int]:
@@ -201,17 +197,17 @@ def cache_row(model: Decoder, rows: int, capacity: int) -> dict[str, int]:
     return {"bits": model.kv_bits, "sequences": rows, "tokens": capacity, "bytes": size}
 
 
-def print_cache(row: Mapping[str, int]) -> None:
+def cache_line(row: Mapping[str, int]) -> str:
     """A line of `cache_row`."""
-    print(
+    return (
         f"KV cache: {row['bits']} bits, {megabytes(row['bytes'])} for {row['sequences']} x "
         f"{row['tokens']} tokens"
     )
 
 
-def print_graph_break(reason: str | None) -> None:
+def graph_break_line(reason: str | None) -> str:
     """Whether decode steps are replayed, or why not."""
-    print(
+    return (
         "decode step: captured, then replayed"
         if reason is None
         else f"decode step: run in Python, because {reason}"
@@ -228,25 +224,25 @@ def result_rows(
     ]
 
 
-def print_results(results: Sequence[dict], comparison: Sequence[dict] = ()) -> None:
+def result_lines(results: Sequence[dict], comparison: Sequence[dict] = ()) -> list[str]:
     """Prompt, text and number of new tokens of each result, and how it compares."""
+    lines = []
     for number, result in enumerate(results):
         rows = [("prompt", result["prompt"]), ("text", result["text"])]
         if comparison:
             rows.append(("reference", comparison[number]["text"]))
             rows.append(("agreement", comparison[number]["summary"]))
         rows.append(("new tokens", str(result["new_tokens"])))
-        print()
-        for label, value in rows:
-            print(f"{label + ':':<12}{value}")
+        lines += ["", *(f"{label + ':':<12}{value}" for label, value in rows)]
+    return lines
 
 
-def print_speed(results: Sequence[dict], seconds: float) -> None:
+def speed_line(results: Sequence[dict], seconds: float) -> str:
     """The time that generation took."""
     count = sum(result["new_tokens"] for result in results)
     rate = count / max(seconds, 1e-9)
     prompts = "1 prompt" if len(results) == 1 else f"{len(results)} prompts"
-    print(f"{prompts}, {count} new tokens in {seconds:.2f} s ({rate:.1f} tokens/s)")
+    return f"{prompts}, {count} new tokens in {seconds:.2f} s ({rate:.1f} tokens/s)"
 
 
 def comparison_rows(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qllm import report
-from qllm.report import finite, first_difference, print_table
+from qllm.report import finite, first_difference, table_lines
 from qllm.tokenizer import Tokenizer
 
 
@@ -22,21 +21,8 @@ def test_numbers_that_json_lacks_become_null():
     assert json.loads(json.dumps(finite(value), allow_nan=False)) == expected
 
 
-@pytest.mark.parametrize(
-    ("encoding", "escaped"), [("ascii", True), ("latin-1", True), ("UTF8", False)]
-)
-def test_json_is_json_whatever_the_terminal_takes(encoding, escaped, monkeypatch):
-    output = io.BytesIO()
-    stream = io.TextIOWrapper(output, encoding, errors="backslashreplace", write_through=True)
-    monkeypatch.setattr("sys.stdout", stream)
-    report.print_json({"text": "ö日🦊"})
-    assert json.loads(output.getvalue().decode(encoding)) == {"text": "ö日🦊"}
-    assert (b"\\u" in output.getvalue()) == escaped
-
-
-def test_a_table_is_aligned_markdown(capsys):
-    print_table(["a", "long"], [["wide cell", "1"], ["", "22"]])
-    assert capsys.readouterr().out.splitlines() == [
+def test_a_table_is_aligned_markdown():
+    assert table_lines(["a", "long"], [["wide cell", "1"], ["", "22"]]) == [
         "| a         | long |",
         "| --------- | ---- |",
         "| wide cell | 1    |",

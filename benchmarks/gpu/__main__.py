@@ -32,7 +32,7 @@ from qllm import cli
 from qllm.errors import UserError, first_line
 from qllm.ops.gpu import device as device_of
 from qllm.ops.gpu import limits, tiles
-from qllm.report import print_table
+from qllm.report import table_lines
 from tools.random_checkpoint import PUBLISHED
 
 LAYER_COLUMNS = ("layer", "rows", "name", "us", "GB/s", "of bandwidth", "TOP/s", "of rate")
@@ -115,25 +115,28 @@ def main() -> int:
         row for shape in shapes for row in layer_rows(shape, args, peaks, device, cache, attempts)
     ]
     if rows:
-        print_table(LAYER_COLUMNS, [layer_cells(row) for row in rows])
+        print(*table_lines(LAYER_COLUMNS, [layer_cells(row) for row in rows]), sep="\n")
     found = []
     for name, bits, batch in product(args.models or (), args.bitwidths, args.batches):
         what = f"{name}, {bits} bits, batch {batch}"
         options = (name, bits, batch, args.steps, peaks, torch.bfloat16, device)
         found += attempts(what, models.measure, *options)
     if found:
-        print_table(MODEL_COLUMNS, [model_cells(row) for row in found])
+        print(*table_lines(MODEL_COLUMNS, [model_cells(row) for row in found]), sep="\n")
     attended = []
     for what, group, bits in product(attention.WHAT, attention.GROUPS, args.kv_bits):
         label = f"attention, {what}, {bits} bits, {group} heads of one key"
         given = (what, bits, group, args.context, peaks, device, args.repeats)
         attended += attempts(label, attention.measure, *given)
     if attended:
-        print_table(ATTENTION_COLUMNS, [attention_cells(row) for row in attended])
+        print(*table_lines(ATTENTION_COLUMNS, [attention_cells(row) for row in attended]), sep="\n")
     began = []
     if args.start:
         began = list(chain.from_iterable(attempts("start", lambda: [*start.measure(device.type)])))
-        print_table(("start", "seconds"), [(r["name"], f"{r['seconds']:.1f}") for r in began])
+        print(
+            *table_lines(("start", "seconds"), [(r["name"], f"{r['seconds']:.1f}") for r in began]),
+            sep="\n",
+        )
     result = {"device": about, "limits": peaks, "layers": rows, "models": found}
     result |= {"attention": attended, "start": began}
     print(json.dumps(result | {"failures": attempts.failures}))

@@ -3,58 +3,55 @@
 from __future__ import annotations
 
 import csv as csv_files
-import sys
+import io
 from collections.abc import Mapping, Sequence
 
 from qllm import report
 from qllm.bench.tree import lines
 
 
-def print_bench(result: Mapping, *, csv: bool = False) -> None:
+def bench_lines(result: Mapping, *, csv: bool = False) -> list[str]:
     """Trees, latencies and the table of throughput, those that there are.
 
     Args:
         csv: the table alone, as comma-separated values.
     """
     if csv:
-        write_csv(result["rows"])
-        return
+        return csv_lines(result["rows"])
     threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
-    print(f"{result['model']} on {result['device']}, {threads}")
+    found = [f"{result['model']} on {result['device']}, {threads}"]
     for entry in result["trees"]:
-        print()
-        for line in lines(entry["tree"]):
-            print(line)
+        found += ["", *lines(entry["tree"])]
     for predicted in result["tp_models"]:
-        print()
-        print_tp_model(predicted)
-    for found in result["benchmarks"]:
-        print_latency(found, result["dtype"])
+        found += ["", *tp_model_lines(predicted)]
+    for measured in result["benchmarks"]:
+        found += ["", *latency_lines(measured, result["dtype"])]
     if result["rows"]:
-        print()
-        print_throughput(result)
+        found += ["", *throughput_lines(result)]
+    return found
 
 
-def print_latency(found: Mapping, dtype: str) -> None:
+def latency_lines(found: Mapping, dtype: str) -> list[str]:
     """The times of single tokens."""
     times = (f"{key} {1000 * found[key]:.3f} ms" for key in ("median", "p90", "p99", "mean"))
-    print(
-        f"\nbitwidth {report.label(found)}, {dtype}: {found['tokens']} tokens one by one, in "
-        f"{found['sequences']} sequence{'s' if found['sequences'] > 1 else ''}"
-    )
-    print(f"time per token: {', '.join(times)} ({1 / found['mean']:.1f} tokens/s)")
+    said = [
+        f"bitwidth {report.label(found)}, {dtype}: {found['tokens']} tokens one by one, in "
+        f"{found['sequences']} sequence{'s' if found['sequences'] > 1 else ''}",
+        f"time per token: {', '.join(times)} ({1 / found['mean']:.1f} tokens/s)",
+    ]
     if found.get("perplexity") is not None:
         by_prefill = found.get("perplexity_by_prefill")
-        print(f"perplexity: {found['perplexity']:.4f}, by prefill {by_prefill:.4f}")
-    print(
+        said.append(f"perplexity: {found['perplexity']:.4f}, by prefill {by_prefill:.4f}")
+    said.append(
         f"model: {report.megabytes(found['bytes'])}, "
         f"peak memory: {report.megabytes(found['peak_memory'])}"
     )
+    return said
 
 
-def print_tp_model(predicted: Mapping) -> None:
+def tp_model_lines(predicted: Mapping) -> list[str]:
     """Times over ranks, as `qllm.parallel.cost.table` has them."""
-    print(
+    title = (
         f"bitwidth {report.label(predicted)}, by calculation: each token reads "
         f"{report.megabytes(predicted['bytes'])} of weights, at "
         f"{predicted['bandwidth'] / 1e9:.1f} GB/s on each rank"
@@ -72,10 +69,10 @@ def print_tp_model(predicted: Mapping) -> None:
         )
         for row in predicted["rows"]
     ]
-    report.print_table(columns, rows)
+    return [title, *report.table_lines(columns, rows)]
 
 
-def print_throughput(result: Mapping) -> None:
+def throughput_lines(result: Mapping) -> list[str]:
     """A row per bitwidth and test."""
     columns = ("bitwidth", "dtype", "MB", "threads", "batch", "test", "tokens/s", "GB/s", "TOP/s")
     rows = [
@@ -92,12 +89,14 @@ def print_throughput(result: Mapping) -> None:
         )
         for row in result["rows"]
     ]
-    report.print_table(columns, rows)
+    found = report.table_lines(columns, rows)
     if any(row["of_bandwidth"] is not None for row in result["rows"]):
-        print(
-            "\n(%): of what all threads read from memory, and multiply in int8, at most; measured "
-            "before and after each row"
-        )
+        found += [
+            "",
+            "(%): of what all threads read from memory, and multiply in int8, at most; measured "
+            "before and after each row",
+        ]
+    return found
 
 
 def share(rate: float, of: float | None) -> str:
@@ -105,9 +104,11 @@ def share(rate: float, of: float | None) -> str:
     return f"{rate:.2f}" + ("" if of is None else f" ({of:.0%})")
 
 
-def write_csv(rows: Sequence[Mapping]) -> None:
+def csv_lines(rows: Sequence[Mapping]) -> list[str]:
     """The rows, but for the single times."""
     names = [name for name in rows[0] if name != "seconds"]
-    writer = csv_files.DictWriter(sys.stdout, names, extrasaction="ignore", lineterminator="\n")
+    text = io.StringIO()
+    writer = csv_files.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
+    return text.getvalue().removesuffix("\n").split("\n")

@@ -6,7 +6,17 @@ Nothing heavy is imported until it is needed, so that `--help` and mistakes answ
 from __future__ import annotations
 
 from qllm.cli.bars import meter, note_above, progress
-from qllm.cli.console import Parser, error, note, rearm, run, silent, whole_number
+from qllm.cli.console import (
+    Parser,
+    error,
+    note,
+    print_json,
+    print_lines,
+    rearm,
+    run,
+    silent,
+    whole_number,
+)
 from qllm.cli.lengths import Default, DefaultName, check_rounding, fit_defaults, is_given, up_to
 from qllm.cli.models import (
     DTYPES,
@@ -72,6 +82,8 @@ __all__ = [
     "meter",
     "note",
     "note_above",
+    "print_json",
+    "print_lines",
     "progress",
     "read_plan",
     "read_plans",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import io
+import json
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -219,6 +221,18 @@ def _print(line: str) -> None:
     """A line on standard error, whose end, such as a closed terminal, is not the run's."""
     with suppress(OSError):
         print(one_line(name_options(line)), file=sys.stderr)
+
+
+def print_json(value: object) -> None:
+    """One JSON object on standard output, escaped where that does not take every character."""
+    encoding = sys.stdout.encoding or "ascii"
+    print(json.dumps(value, ensure_ascii=codecs.lookup(encoding).name != "utf-8"))
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Lines of a report on standard output."""
+    for line in lines:
+        print(line)
 
 
 def note(line: str) -> None:

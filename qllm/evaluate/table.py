@@ -19,27 +19,25 @@ SPREAD = (
 )
 
 
-def print_evaluation(result: Mapping) -> None:
+def evaluation_lines(result: Mapping) -> list[str]:
     """What was measured of what, and a table with a row per model and bitwidth."""
     dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in result["rows"]))
-    print(f"{result['model']}, {dtypes} on {result['device']}")
+    lines = [f"{result['model']}, {dtypes} on {result['device']}"]
     if result["dataset"]:
         about = result["dataset"]
-        print(f"{about['name']}: {about['tokens']} tokens, {about['words']} words")
+        lines.append(f"{about['name']}: {about['tokens']} tokens, {about['words']} words")
     for name, about in result["conventions"].items():
         stride = f", stride {about['stride']}" if about["stride"] else ""
-        print(
+        lines.append(
             f"perplexity {name}: {about['about']}; {about['windows']} windows of up to "
             f"{about['window']} tokens{stride}, {about['tokens']} predicted"
         )
     if any(error for row in result["rows"] for error in row["perplexity_error"].values()):
-        print(SPREAD)
-    for name, about in result["tasks"].items():
-        print(f"{name}: {about['rows']} rows")
+        lines.append(SPREAD)
+    lines += [f"{name}: {about['rows']} rows" for name, about in result["tasks"].items()]
     if result["rows"][0]["agreement"]:
-        print(DIVERGENCE)
-    print()
-    report.print_table(*table_of(result))
+        lines.append(DIVERGENCE)
+    return [*lines, "", *report.table_lines(*table_of(result))]
 
 
 def title_of(result: Mapping) -> str:

@@ -1,4 +1,4 @@
-"""Plans and fronts of plans, printed."""
+"""Plans and fronts of plans in lines, as they are printed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from qllm.plan.planner import Plan
 LARGE = 1e9  # bytes of a device, from which on they are said in GB
 
 
-def print_plan(name: str, plan: Plan) -> None:
-    """Print a plan as a table, and what it comes to."""
+def plan_lines(name: str, plan: Plan) -> list[str]:
+    """A plan as a table, and what it comes to."""
     candidates = plan.planner.sensitivity.candidates
     called = dict(zip(candidates, labels(candidates), strict=True))
     layers: dict[str, dict[str, str]] = {}
@@ -30,9 +30,8 @@ def print_plan(name: str, plan: Plan) -> None:
         else [row, cells[""], *[""] * (len(columns) - 1)]
         for row, cells in layers.items()
     ]
-    report.print_table(["", *columns], rows)
     costs = plan.solution.costs
-    print(
+    total = (
         f"{name}: {costs.bits:.3f} bits per weight, {report.megabytes(int(plan.nbytes))}; "
         f"divergence {plan.divergence:.3g} nats per token, predicted"
     )
@@ -42,31 +41,33 @@ def print_plan(name: str, plan: Plan) -> None:
         if gap < 1
         else "how much better another one could be was not found out in the solver's time"
     )
-    print(f"predictions of mixed plans missed what was measured by {fit.error:.1%}; {better}")
-    if plan.planner.cluster is not None:
-        _print_devices(plan)
+    missed = f"predictions of mixed plans missed what was measured by {fit.error:.1%}; {better}"
+    devices = [] if plan.planner.cluster is None else _device_lines(plan)
+    return [*report.table_lines(["", *columns], rows), total, missed, *devices]
 
 
-def _print_devices(plan: Plan) -> None:
-    """Print where the layers are, and the times."""
+def _device_lines(plan: Plan) -> list[str]:
+    """Where the layers are, and the times."""
+    lines = []
     work, costs = plan.planner.work, plan.solution.costs
     held = [each for each in costs.held if each]
     bounds = [0, *plan.cuts, len(plan.solution.device)]
     for device, nbytes, begin, end in zip(plan.order, held, bounds, bounds[1:], strict=False):
         size = gigabytes if device.memory >= LARGE else report.megabytes
-        print(
+        lines.append(
             f"{device.name}: layers {begin / 2:g} to {end / 2:g}, {size(int(nbytes))} of "
             f"{size(int(device.memory))}"
         )
-    print(
+    lines.append(
         f"prompts of {work.batch} x {work.prompt}: {costs.prefill:.4g} s; a step: "
         f"{costs.decode * 1e3:.4g} ms; {work.batch * work.new / costs.slowest:.4g} tokens/s with "
         "all stages at work, predicted"
     )
+    return lines
 
 
-def print_front(rows: Sequence[tuple[str, Plan]]) -> None:
-    """Print plans, a row each: bits, bytes, divergence, and times where there are any."""
+def front_lines(rows: Sequence[tuple[str, Plan]]) -> list[str]:
+    """Plans, a row each: bits, bytes, divergence, and times where there are any."""
     timed = any(plan.planner.cluster is not None for _, plan in rows)
     columns = ["", "bits per weight", "MB", "divergence", *(["ms a token"] if timed else [])]
     cells = [
@@ -79,4 +80,4 @@ def print_front(rows: Sequence[tuple[str, Plan]]) -> None:
         ]
         for name, plan in rows
     ]
-    report.print_table(columns, cells)
+    return report.table_lines(columns, cells)

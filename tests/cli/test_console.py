@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import pty
 import signal
@@ -238,3 +240,15 @@ def test_ctrl_c_at_any_time(script, delay):
     assert process.returncode == 128 + number, (error, out)
     lines = [line for line in error.splitlines() if not line.startswith("note: ")]
     assert lines == [f"{script}: {console.SIGNALS[number]}"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "escaped"), [("ascii", True), ("latin-1", True), ("UTF8", False)]
+)
+def test_json_is_json_whatever_the_terminal_takes(encoding, escaped, monkeypatch):
+    output = io.BytesIO()
+    stream = io.TextIOWrapper(output, encoding, errors="backslashreplace", write_through=True)
+    monkeypatch.setattr("sys.stdout", stream)
+    console.print_json({"text": "ö日🦊"})
+    assert json.loads(output.getvalue().decode(encoding)) == {"text": "ö日🦊"}
+    assert (b"\\u" in output.getvalue()) == escaped
