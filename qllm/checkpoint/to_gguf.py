@@ -99,7 +99,7 @@ def export_gguf(
         raise UserError(f"{target} is there already; name another file with --save")
     if target.suffix != ".gguf":
         raise UserError(f"{target}: a GGUF file's name ends with .gguf")
-    metadata = {**hyperparameters(config), **tokenizer_metadata(source, config)}
+    metadata = {**hyperparameters(config), **tokenizer_metadata(source, config, note)}
     writer = _Tensors(weights, round_offsets)
     planned = writer.plan()
     _confirm_same(config, metadata, planned, target)

@@ -12,7 +12,11 @@ from qllm.gguf.metadata import Metadata
 from qllm.gguf.types import F32
 
 # Tokens that end a text whatever a file calls its EOS, as in llama.cpp.
-ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
+ENDS = (
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"),
+    *("<|end_of_text|>", "<EOT>", "_<EOT>", "<end_of_utterance>", "</s>", "<eos>"),
+)
+END_KINDS = ("eos", "eot", "eom")  # of tokenizer.ggml.*_token_id: ends of a text, a turn, a message
 CONTROL = 3  # of tokenizer.ggml.token_type
 VALUES, ROTARY = "attention.value_length", "rope.dimension_count"
 ORIGINAL = "original_max_position_embeddings"
@@ -105,7 +109,7 @@ def read_config(found: GGUF) -> Mapping[str, object]:
 
 def _ends(metadata: Metadata) -> list[int]:
     """Ids of the tokens that end a text."""
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+    keys = [f"tokenizer.ggml.{kind}_token_id" for kind in END_KINDS]
     found = {metadata.count(key) for key in keys if key in metadata.values}
     tokens = metadata.texts("tokenizer.ggml.tokens", [])
     types = metadata.numbers("tokenizer.ggml.token_type", [])

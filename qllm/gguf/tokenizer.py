@@ -22,6 +22,10 @@ from qllm.gguf.metadata import Metadata
 # Of tokenizer.ggml.token_type.
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 CHAT_TEMPLATE = "tokenizer.chat_template"
+NAME = "general.name"
+# In a file whose name says that it is Phi-3, all tokens that are cut out of a text but these take
+# the spaces behind them along, as in llama.cpp: no key says it.
+PHI3, PHI3_KEEPS_SPACES = ("phi-3", "phi3"), ("<unk>", "<s>", "<|endoftext|>")
 LONGEST_TOKEN = 4096  # in characters: each may be where it is cut in two
 
 ENGLISH = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -81,11 +85,20 @@ class GGUFCodec:
         self._first = [bos] if ahead and bos is not None else []
         self._last = [eos] if behind and eos is not None else []
         self._tokenizer = KINDS[kind](metadata, self.tokens, types)
+        name = str(metadata.values.get(NAME, "")).lower()
+        keeping = PHI3_KEEPS_SPACES if any(part in name for part in PHI3) else self.tokens
+        added = [
+            (self.tokens[i], number)
+            for i, number in enumerate(types)
+            if number in (UNKNOWN, CONTROL, USER_DEFINED)
+        ]
+        stripping = {text for text, _ in added} - set(keeping)
         self._tokenizer.add_tokens(
             [
-                AddedToken(self.tokens[i], normalized=False, special=number != USER_DEFINED)
-                for i, number in enumerate(types)
-                if number in (UNKNOWN, CONTROL, USER_DEFINED)
+                AddedToken(
+                    text, normalized=False, special=n != USER_DEFINED, rstrip=text in stripping
+                )
+                for text, n in added
             ]
         )
 
