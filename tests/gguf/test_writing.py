@@ -135,10 +135,12 @@ def test_rows_are_in_llama_cpp_s_order(tmp_path):
 def test_what_gguf_has_not_is_one_line(tmp_path):
     with pytest.raises(UserError, match="not of this opt"):
         export_gguf(ROOT / "tiny_models" / "opt-tiny", tmp_path / "model.gguf")
-    job = Job(ROOT / "tiny_models" / "llama-tiny", QuantPlan.parse("4", QuantSpec(group_size=48)))
-    quantize_checkpoint(job, tmp_path / "quantized")
-    with pytest.raises(UserError, match="groups of 48"):
-        export_gguf(tmp_path / "quantized", tmp_path / "model.gguf")
+    for bits, group, says in (("4", 48, "groups of 48.*a multiple"), ("8", 32, "scheme sym")):
+        spec, folder = QuantSpec(group_size=group), tmp_path / f"{bits} bits"
+        job = Job(ROOT / "tiny_models" / "llama-tiny", QuantPlan.parse(bits, spec))
+        quantize_checkpoint(job, folder)
+        with pytest.raises(UserError, match=says):
+            export_gguf(folder, tmp_path / "model.gguf")
     odd = tmp_path / "odd"
     copytree(ROOT / "tiny_models" / "llama-tiny", odd, ignore=lambda *_: ["model.safetensors"])
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
