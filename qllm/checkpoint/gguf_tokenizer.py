@@ -13,12 +13,11 @@ from qllm.config import ModelConfig
 from qllm.errors import UserError
 from qllm.files import parse_json, read_bytes
 from qllm.gguf import is_gguf
-from qllm.gguf.config import END_KINDS, ENDS
+from qllm.gguf.config import CONTROL, END_KINDS, named_ends
 from qllm.gguf.file import Value, read_gguf
 from qllm.gguf.tokenizer import (
     BYTE,
     CHAT_TEMPLATE,
-    CONTROL,
     DIGIT,
     ENGLISH,
     GPT2,
@@ -237,7 +236,7 @@ def _ends(
     ids = [i for i in listed if 0 <= i < len(tokens)]
     if first is not None and (first in ids or not ids):
         ids = [first, *ids]
-    known = {i for i in ids[1:] if tokens[i] in ENDS and types[i] == CONTROL}
+    known = named_ends(tokens, types)
     ids = list(dict.fromkeys([*ids[:1], *(i for i in ids[1:] if i not in known)]))
     keys = (f"tokenizer.ggml.{kind}_token_id" for kind in END_KINDS)
     return dict(zip(keys, ids, strict=False))

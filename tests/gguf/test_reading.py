@@ -30,8 +30,9 @@ from qllm.checkpoint.weights import Weights
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.gguf.config import read_config as gguf_config
-from qllm.gguf.file import read_gguf
-from qllm.gguf.tokenizer import tokenizer_files
+from qllm.gguf.file import GGUF, read_gguf
+from qllm.gguf.metadata import Metadata
+from qllm.gguf.tokenizer import GGUFCodec, tokenizer_files
 from qllm.gguf.types import TYPES
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import RawConfig, read_config
@@ -305,3 +306,18 @@ def test_the_tokenizer_as_files_of_a_folder(tmp_path, begins):
         written.added_bos_id,
     )
     assert (ours.added_bos_id is not None) == begins
+
+
+@pytest.mark.parametrize("kind", [1, 4])  # normal, and defined by a user
+def test_what_a_token_is_called_ends_a_text_whatever_its_type(tmp_path, kind):
+    whole = read_gguf(write_model(tmp_path / "model.gguf", FAMILIES["llama"](), "F16"))
+    tokens = whole.metadata["tokenizer.ggml.tokens"]
+    end, types = tokens.index("<|im_end|>"), [*whole.metadata["tokenizer.ggml.token_type"]]
+    types[end] = kind
+    other = {"tokenizer.ggml.token_type": types, "tokenizer.ggml.eos_token_id": 7}
+    found = GGUF(whole.path, whole.metadata | other, whole.tensors)
+    assert gguf_config(found)["eos_token_id"] == [7, end]
+    codec = GGUFCodec(Metadata(found))
+    ids = codec.encode("the<|im_end|>", None)
+    assert ids[-1] == end and codec.decode(ids) == "the"
+    assert types[end] == kind  # the file's own stay what they are
