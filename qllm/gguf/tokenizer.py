@@ -89,19 +89,17 @@ class GGUFCodec:
         self._last = [eos] if behind and eos is not None else []
         self._tokenizer = KINDS[kind](metadata, self.tokens, types)
         name = str(metadata.values.get(NAME, "")).lower()
-        keeping = PHI3_KEEPS_SPACES if any(part in name for part in PHI3) else self.tokens
-        added = [
-            (self.tokens[i], number)
-            for i, number in enumerate(types)
-            if number in (UNKNOWN, CONTROL, USER_DEFINED)
-        ]
-        stripping = {text for text, _ in added} - set(keeping)
+        strips = any(part in name for part in PHI3)
         self._tokenizer.add_tokens(
             [
                 AddedToken(
-                    text, normalized=False, special=n != USER_DEFINED, rstrip=text in stripping
+                    text,
+                    normalized=False,
+                    special=number != USER_DEFINED,
+                    rstrip=strips and text not in PHI3_KEEPS_SPACES,
                 )
-                for text, n in added
+                for text, number in zip(self.tokens, types, strict=True)
+                if number in (UNKNOWN, CONTROL, USER_DEFINED)
             ]
         )
 
