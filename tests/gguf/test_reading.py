@@ -33,7 +33,7 @@ from qllm.gguf.config import read_config as gguf_config
 from qllm.gguf.file import GGUF, read_gguf
 from qllm.gguf.metadata import Metadata
 from qllm.gguf.tokenizer import GGUFCodec, tokenizer_files
-from qllm.gguf.types import TYPES
+from qllm.gguf.types import OTHER_TYPES, TYPES
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import RawConfig, read_config
 from qllm.pretrained import Pretrained
@@ -207,6 +207,11 @@ def test_numbers_are_of_the_type_that_is_asked_for(tmp_path, dtype):
     assert found["embed.weight"] == torch.float16
 
 
+def test_other_types_have_llama_cpp_s_names():
+    names = {kind.value: kind.name for kind in GGMLQuantizationType}
+    assert {number: names[number] for number in OTHER_TYPES} == OTHER_TYPES
+
+
 @pytest.mark.parametrize("broken", ["type", "end", "overlap", "architecture", "tokenizer", "keys"])
 def test_what_is_broken_is_one_line(tmp_path, broken):
     path = write_model(tmp_path / "model.gguf", FAMILIES["llama"](), "Q4_0")
@@ -231,7 +236,7 @@ def test_what_is_broken_is_one_line(tmp_path, broken):
         data[16:24] = (2**60).to_bytes(8, "little")
     path.write_bytes(data)
     says = {
-        "type": "has the type 23; QLLM reads F32",
+        "type": "has the type IQ4_XS; QLLM reads F32",
         "end": "get it again",
         "overlap": "begins inside",
         "architecture": "its architecture is 'lhama'; QLLM runs llama",
