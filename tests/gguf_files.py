@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from shutil import copytree
 from types import MappingProxyType
 from unittest.mock import patch
 
@@ -13,6 +15,9 @@ import torch
 from conftest import tiny
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qllm.tokenizer import Tokenizer
 
 VOCAB = 300
 SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "num_attention_heads": 4}
@@ -26,8 +31,6 @@ KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
 def llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     return made(LlamaForCausalLM, LlamaConfig(**LLAMA, tie_word_embeddings=True))
 
 
@@ -325,3 +328,45 @@ def write_sentencepiece(path: Path, own: object) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+# What config.json and generation_config.json say of the bundled Llama's end, and what ends a text.
+ENDS = (
+    ({"eos_token_id": None}, {}, [2]),  # as its tokenizer names it
+    ({"eos_token_id": [5, 2]}, {}, [2, 5]),
+    ({"eos_token_id": 2}, {"eos_token_id": [7, 2, 5]}, [2, 5, 7]),
+)
+
+
+def ending(folder: Path, config: dict, generation: dict) -> Path:
+    """The bundled Llama with other ends of a text."""
+    copytree(tiny("llama"), folder)
+    for name, changed in (("config.json", config), ("generation_config.json", generation)):
+        values = json.loads((folder / name).read_text())
+        values.pop("eos_token_id")
+        (folder / name).write_text(json.dumps(values | changed))
+    return folder
+
+
+PHI3_TEXTS = ("<|user|>\nthe cat<|end|>\n\n<|user|> ", "the </s>  a<|endoftext|>  c<s> b")
+
+
+def with_phi3_s_tokens(folder: Path) -> Path:
+    """A Llama with a tokenizer of Phi-3's kind, whose tokens take the spaces behind them along."""
+    made(LlamaForCausalLM, LlamaConfig(**LLAMA)).half().save_pretrained(folder)
+    trained_sentencepiece(folder / "tokenizer")
+    values = json.loads(Tokenizer.load(folder).definition())
+    (folder / "tokenizer.model").unlink()
+    model, (plain, *_) = values["model"], values["added_tokens"]
+    texts = {2: "</s>", 297: "<|endoftext|>", 298: "<|user|>", 299: "<|end|>"}
+    values["added_tokens"] = [t for t in values["added_tokens"] if t["id"] not in texts]
+    for number, text in texts.items():
+        flags = {"special": text != "</s>", "rstrip": text != "<|endoftext|>"}
+        values["added_tokens"].append(plain | {"id": number, "content": text} | flags)
+    gone = {text for text, number in model["vocab"].items() if number in texts} - {*texts.values()}
+    model["vocab"] = {t: n for t, n in model["vocab"].items() if t not in gone}
+    model["merges"] = [m for m in model["merges"] if gone.isdisjoint((*m, "".join(m)))]
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder

@@ -24,6 +24,7 @@ from qllm.hub import ModelFolder
 from qllm.models import read_config
 from qllm.onnx.export import export
 from qllm.quantize_model import quantize
+from qllm.quantizer import output
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.job import Job
 from qllm.random_model import calibrate_random
@@ -109,6 +110,18 @@ def test_errors_of_reading_stay_what_they_are(tmp_path):
         (tmp_path / "none").read_bytes()
     with pytest.raises(PermissionError), new_file(tmp_path / "out"):
         raise PermissionError(errno.EACCES, "no", "a source")
+
+
+def test_a_disk_that_is_full_behind_the_weights(tmp_path, monkeypatch):
+    def refuse(source: Path, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(output, "copy_small_files", refuse)
+    with pytest.raises(WritingError, match=r"out\.partial/model cannot be written \(No space"):
+        quantize_checkpoint(Job(SOURCE, QuantPlan.parse("4")), tmp_path / "out")
+    monkeypatch.undo()
+    quantize_checkpoint(Job(SOURCE, QuantPlan.parse("4")), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_disk_without_room_is_found_out_before_writing(tmp_path, monkeypatch):

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from qllm.checkpoint.reader import read_json
 from qllm.config import ModelConfig
 from qllm.errors import UserError
 from qllm.files import parse_json, read_bytes
 from qllm.gguf import is_gguf
+from qllm.gguf.config import CONTROL, END_KINDS, named_ends
 from qllm.gguf.file import Value, read_gguf
 from qllm.gguf.tokenizer import (
     BYTE,
     CHAT_TEMPLATE,
-    CONTROL,
     DIGIT,
     ENGLISH,
     GPT2,
     IGNORE_MERGES,
+    NAME,
     PATTERNS,
+    PHI3,
+    PHI3_KEEPS_SPACES,
     UNKNOWN,
     USER_DEFINED,
     merges_of,
 )
+from qllm.models.family import RawConfig
 from qllm.tokenizer import Tokenizer
 
 NORMAL, UNUSED = 1, 5
@@ -37,15 +43,20 @@ SPELLED = {
 NORMALIZERS = {"NFC", "Prepend", "Replace", "Sequence"}
 
 
-def tokenizer_metadata(source: Path, config: ModelConfig) -> dict[str, Value]:
-    """The metadata of a checkpoint's tokenizer.
+def tokenizer_metadata(
+    source: Path, config: ModelConfig, note: Callable[[str], None] = lambda line: None
+) -> dict[str, Value]:
+    """The metadata of a checkpoint's tokenizer, and the model's name where tokens depend on it.
+
+    Args:
+        note: called with a line on tokens that llama.cpp cuts out of a text otherwise.
 
     Raises:
         UserError: for one that is no BPE as llama.cpp has it.
     """
     if is_gguf(source):
         found = read_gguf(source).metadata
-        return {key: value for key, value in found.items() if key.startswith("tokenizer.")}
+        return {k: v for k, v in found.items() if k.startswith("tokenizer.") or k == NAME}
     tokenizer = Tokenizer.load(source, config.vocab_size)
     values = json.loads(tokenizer.definition())
     model, added = values["model"], {t["id"]: t for t in values.get("added_tokens") or ()}
@@ -72,9 +83,11 @@ def tokenizer_metadata(source: Path, config: ModelConfig) -> dict[str, Value]:
         whole |= _sentencepiece(source, values, tokens, types)
     else:
         whole |= _byte_level(source, values, set(tokens))
-    if config.eos_token_ids:
-        whole["tokenizer.ggml.eos_token_id"] = config.eos_token_ids[0]
-    return whole | _settings(source, tokens, tokenizer)
+    whole |= _name(added, types, set(tokens), note)
+    settings = _tokenizer_config(source)
+    end = _named(settings, "eos_token", tokens) if tokenizer.tail is None else tokenizer.tail
+    whole |= _ends(source, config, tokens, types, end)
+    return whole | _settings(source, tokens, tokenizer, settings)
 
 
 def _kinds(step: dict | None) -> set[str]:
@@ -89,6 +102,29 @@ def _type(added: dict | None, there: bool) -> int:
     if added is not None:
         return CONTROL if added.get("special") else USER_DEFINED
     return NORMAL if there else UNUSED
+
+
+def _name(
+    added: dict[int, dict[str, Any]],
+    types: list[int],
+    tokens: set[str],
+    note: Callable[[str], None],
+) -> dict[str, Value]:
+    """The name by which llama.cpp knows that tokens take the spaces behind them along."""
+    cut = {t["content"] for i, t in added.items() if i < len(types)} & tokens
+    ahead, behind, alone = (
+        {t["content"] for t in added.values() if t[flag]} & cut
+        for flag in ("lstrip", "rstrip", "single_word")
+    )
+    whole = tokens >= {"</s>", *PHI3_KEEPS_SPACES}  # without which llama.cpp does not load it
+    if behind and whole and not ahead | alone and behind == cut - set(PHI3_KEEPS_SPACES):
+        return {NAME: PHI3[0]}
+    if odd := sorted(ahead | behind | alone):
+        note(
+            f"{odd[0]} takes spaces beside it along, or is cut out as a whole word alone; "
+            "llama.cpp cuts it out wherever it stands, and leaves them"
+        )
+    return {}
 
 
 def _byte_level(source: Path, values: dict[str, Any], tokens: set[str]) -> dict[str, Value]:
@@ -167,24 +203,65 @@ def _sentencepiece(
     }
 
 
-def _settings(source: Path, tokens: list[str], tokenizer: Tokenizer) -> dict[str, Value]:
-    """What stands around each text, and what tokenizer_config.json says besides."""
+def _tokenizer_config(source: Path) -> dict[str, Any]:
+    """tokenizer_config.json, {} where there is none."""
     path = source / "tokenizer_config.json"
     values = parse_json(read_bytes(path), str(path)) if path.exists() else {}
-    values = values if isinstance(values, dict) else {}
-    found: dict[str, Value] = {}
-    named = values.get("bos_token")
+    return values if isinstance(values, dict) else {}
+
+
+def _named(settings: dict[str, Any], key: str, tokens: list[str]) -> int | None:
+    """The id of a special token that tokenizer_config.json names."""
+    named = settings.get(key)
     named = named.get("content") if isinstance(named, dict) else named
+    return tokens.index(named) if named in tokens else None
+
+
+def _ends(
+    source: Path,
+    config: ModelConfig,
+    tokens: list[str],
+    types: list[int],
+    first: int | None,
+) -> dict[str, Value]:
+    """The tokens that end a text: three have keys, and llama.cpp knows some by their texts.
+
+    Args:
+        first: the one that the tokenizer has for it; the only one where no configuration says it.
+            Without a key llama.cpp would take token 11 of a byte-level vocabulary, or 2.
+    """
+    path, listed = source / "generation_config.json", config.eos_token_ids
+    if path.exists():
+        listed = RawConfig(read_json(path), str(path)).tokens("eos_token_id") or listed
+    ids = [i for i in listed if 0 <= i < len(tokens)]
+    if first is not None and (first in ids or not ids):
+        ids = [first, *ids]
+    known = named_ends(tokens, types)
+    ids = list(dict.fromkeys([*ids[:1], *(i for i in ids[1:] if i not in known)]))
+    keys = (f"tokenizer.ggml.{kind}_token_id" for kind in END_KINDS)
+    return dict(zip(keys, ids, strict=False))
+
+
+def _settings(
+    source: Path, tokens: list[str], tokenizer: Tokenizer, settings: dict[str, Any]
+) -> dict[str, Value]:
+    """What stands around each text, and the chat template."""
+    found: dict[str, Value] = {}
+    begin = _named(settings, "bos_token", tokens)
     if tokenizer.added_bos_id is not None:
         found["tokenizer.ggml.bos_token_id"] = tokenizer.added_bos_id
-    elif named in tokens:
-        found["tokenizer.ggml.bos_token_id"] = tokens.index(named)
+    elif begin is not None:
+        found["tokenizer.ggml.bos_token_id"] = begin
     found["tokenizer.ggml.add_bos_token"] = tokenizer.added_bos_id is not None
     found["tokenizer.ggml.add_eos_token"] = tokenizer.tail is not None
     own = source / "chat_template.jinja"
-    template = values.get("chat_template")
+    template = settings.get("chat_template")
     if own.exists():
         template = read_bytes(own).decode("utf-8", "replace")
-    if isinstance(template, str):
-        found[CHAT_TEMPLATE] = template
+    named = template if isinstance(template, list) else [{"name": "default", "template": template}]
+    for each in named:  # several have names, as llama.cpp's keys do
+        if isinstance(each, dict) and isinstance(each.get("template"), str):
+            name = each.get("name")
+            key = CHAT_TEMPLATE if name == "default" else f"{CHAT_TEMPLATE}.{name}"
+            found[key] = each["template"]
     return found

@@ -99,7 +99,7 @@ def export_gguf(
         raise UserError(f"{target} is there already; name another file with `save`")
     if target.suffix != ".gguf":
         raise UserError(f"{target}: a GGUF file's name ends with .gguf")
-    metadata = {**hyperparameters(config), **tokenizer_metadata(source, config)}
+    metadata = {**hyperparameters(config), **tokenizer_metadata(source, config, note)}
     writer = _Tensors(weights, round_offsets)
     planned = writer.plan()
     _confirm_same(config, metadata, planned, target)
@@ -206,7 +206,8 @@ class _Tensors:
         if spec.kind != "weight_only" or group % PACKED_GROUP:
             raise UserError(
                 f"{module} has {spec.bits} bits in groups of {group}, which GGUF's blocks of "
-                f"{PACKED_GROUP} do not hold"
+                f"{PACKED_GROUP} do not hold; they hold 1 to 8 bits in groups of {PACKED_GROUP} or "
+                "a multiple of it"
             )
         packed = self._packed(module)
         if spec.bits not in TYPES_OF:
@@ -232,7 +233,10 @@ class _Tensors:
         )
         assert isinstance(packed, PackedWeight)  # of all with weights alone
         if packed.perm is not None or packed.scales.dtype != torch.float16:
-            raise UserError(f"{module} has act-order or scales beyond float16, which GGUF has not")
+            raise UserError(
+                f"{module} has act-order or scales beyond float16, which GGUF has not; "
+                "export the 16-bit checkpoint, or one that was quantized with --static-groups"
+            )
         if packed.qzeros.is_floating_point() and bits not in TYPES_OF:
             raise UserError(
                 f"{module} has {bits} bits and offsets, of a type of GGUF that is not written"
@@ -291,7 +295,10 @@ class _Tensors:
             asymmetric = packed.qzeros.numel() > 0
             values = q.short() - (of_blocks(packed.qzeros).short() if asymmetric else middle)
             if values.amin() < -128 or values.amax() > 127:
-                raise UserError(f"{module} has zero points with which it needs 9 bits")
+                raise UserError(
+                    f"{module} has 8 bits and zero points, with which GGUF's Q8_0 would need 9; "
+                    "quantize with --scheme sym"
+                )
             values = values.to(torch.int8).view(torch.uint8)
         return torch.cat([*factors, values], -1)[perm].flatten()
 

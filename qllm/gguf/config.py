@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -11,8 +11,15 @@ from qllm.gguf.file import GGUF, GGUFTensor
 from qllm.gguf.metadata import Metadata
 from qllm.gguf.types import F32
 
-# Tokens that end a text whatever a file calls its EOS, as in llama.cpp.
-ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
+# Tokens that end a text whatever a file calls its EOS, of whatever type, as in llama.cpp.
+ENDS = frozenset(
+    (
+        *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"),
+        *("<|end_of_text|>", "<EOT>", "_<EOT>", "<end_of_utterance>", "<eos>"),
+    )
+)
+CONTROL_ENDS = ("</s>",)  # those that are of that type
+END_KINDS = ("eos", "eot", "eom")  # of tokenizer.ggml.*_token_id: ends of a text, a turn, a message
 CONTROL = 3  # of tokenizer.ggml.token_type
 VALUES, ROTARY = "attention.value_length", "rope.dimension_count"
 ORIGINAL = "original_max_position_embeddings"
@@ -105,14 +112,19 @@ def read_config(found: GGUF) -> Mapping[str, object]:
 
 def _ends(metadata: Metadata) -> list[int]:
     """Ids of the tokens that end a text."""
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+    keys = [f"tokenizer.ggml.{kind}_token_id" for kind in END_KINDS]
     found = {metadata.count(key) for key in keys if key in metadata.values}
     tokens = metadata.texts("tokenizer.ggml.tokens", [])
     types = metadata.numbers("tokenizer.ggml.token_type", [])
     if len(types) == len(tokens):
-        at = [tokens.index(text) for text in ENDS if text in tokens]
-        found |= {i for i in at if types[i] == CONTROL}
+        found |= named_ends(tokens, types)
     return sorted(found)
+
+
+def named_ends(tokens: Sequence[str], types: Sequence[float]) -> set[int]:
+    """Ids of the tokens of a vocabulary that end a text by what they are called."""
+    control = {i for i, t in enumerate(tokens) if t in CONTROL_ENDS and types[i] == CONTROL}
+    return control.union(i for i, text in enumerate(tokens) if text in ENDS)
 
 
 def _dtype(found: GGUF) -> str:

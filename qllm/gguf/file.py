@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qllm.errors import UserError
 from qllm.files import check_file
-from qllm.gguf.types import TYPES, BlockType
+from qllm.gguf.types import OTHER_TYPES, TYPES, BlockType
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -270,7 +270,8 @@ class _Header:
         kind, offset = self._u32(), self._u64()
         if kind not in TYPES:
             known = ", ".join(each.name for each in TYPES.values())
-            raise UserError(f"{self.path}: {name} has the type {kind}; QLLM reads {known}")
+            found = OTHER_TYPES.get(kind, kind)
+            raise UserError(f"{self.path}: {name} has the type {found}; QLLM reads {known}")
         if 0 in shape or shape[-1] % TYPES[kind].values:
             raise UserError(
                 f"{self.path}: {name} has the shape {list(shape)}; {TYPES[kind].name} has "

@@ -16,12 +16,17 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from qllm.errors import UserError
+from qllm.gguf.config import CONTROL, named_ends
 from qllm.gguf.file import read_gguf
 from qllm.gguf.metadata import Metadata
 
 # Of tokenizer.ggml.token_type.
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
+UNKNOWN, USER_DEFINED, BYTE = 2, 4, 6
 CHAT_TEMPLATE = "tokenizer.chat_template"
+NAME = "general.name"
+# In a file whose name says that it is Phi-3, all tokens that are cut out of a text but these take
+# the spaces behind them along, as in llama.cpp: no key says it.
+PHI3, PHI3_KEEPS_SPACES = ("phi-3", "phi3"), ("<unk>", "<s>", "<|endoftext|>")
 LONGEST_TOKEN = 4096  # in characters: each may be where it is cut in two
 
 ENGLISH = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -64,13 +69,15 @@ class GGUFCodec:
                 "GGUF files"
             )
         self.tokens = metadata.texts(f"{key}tokens")
-        types = metadata.numbers(f"{key}token_type", [1] * len(self.tokens))
+        types = [*metadata.numbers(f"{key}token_type", [1] * len(self.tokens))]
         twice = [text for text, count in Counter(self.tokens).items() if count > 1]
         if len(types) != len(self.tokens) or twice or not self.tokens:
             raise UserError(
                 f"{metadata.where} has {len(self.tokens)} tokens, and types of {len(types)}"
                 + (f"; {twice[0]!r} is there more than once" if twice else "")
             )
+        for i in named_ends(self.tokens, types):
+            types[i] = CONTROL
         found = {name: self._special(metadata, f"{key}{name}_token_id") for name in ("bos", "eos")}
         self._named = {name: i for name, i in found.items() if i is not None}
         bos, eos = found.values()
@@ -81,10 +88,17 @@ class GGUFCodec:
         self._first = [bos] if ahead and bos is not None else []
         self._last = [eos] if behind and eos is not None else []
         self._tokenizer = KINDS[kind](metadata, self.tokens, types)
+        name = str(metadata.values.get(NAME, "")).lower()
+        strips = any(part in name for part in PHI3)
         self._tokenizer.add_tokens(
             [
-                AddedToken(self.tokens[i], normalized=False, special=number != USER_DEFINED)
-                for i, number in enumerate(types)
+                AddedToken(
+                    text,
+                    normalized=False,
+                    special=number != USER_DEFINED,
+                    rstrip=strips and text not in PHI3_KEEPS_SPACES,
+                )
+                for text, number in zip(self.tokens, types, strict=True)
                 if number in (UNKNOWN, CONTROL, USER_DEFINED)
             ]
         )

@@ -246,5 +246,11 @@ TYPES = {
         BlockType(14, "Q6_K", 256, 210, None, 6, 16, _q6_k),
     )
 }
+# Those that llama.cpp has besides, and after which its users call their files.
+OTHER_TYPES = {
+    **dict(enumerate(("IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S"), 16)),
+    **{22: "IQ2_S", 23: "IQ4_XS", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0"},
+    **{39: "MXFP4", 40: "NVFP4", 41: "Q1_0"},
+}
 # By name, those that layers hold as they are.
 PACKED = {kind.name: kind for kind in TYPES.values() if kind.packs}

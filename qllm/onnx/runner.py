@@ -53,6 +53,26 @@ class OnnxCache:
         }
 
 
+class RowCaches:
+    """A cache for each row, of a model whose attention cannot leave pads out.
+
+    Attributes:
+        rows: with one row each.
+    """
+
+    def __init__(self, rows: Sequence[OnnxCache]) -> None:
+        self.rows = list(rows)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens held for each row."""
+        return np.concatenate([cache.lengths for cache in self.rows])
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Let all rows go but those at these places."""
+        self.rows = [self.rows[index] for index in indices]
+
+
 class OnnxDecoder:
     """A decoder with past, of the names that optimum gives its inputs and outputs.
 
@@ -85,14 +105,21 @@ class OnnxDecoder:
         self.read_bytes = self.nbytes - one_row
         self.multiplied = multiplied(model.graph, self.config.vocab_size)
         self._positions = any(value.name == POSITIONS for value in model.graph.input)
+        # It takes a row's tokens for its first ones, as many as the mask counts: no pads before.
+        self._rows_alone = any(n.op_type == "GroupQueryAttention" for n in model.graph.node)
         del model
         self._session = session(path)
         names = [value.name for value in self._session.get_inputs()]
         self._past = [name for name in names if name.startswith("past_key_values.")]
         self._present = [name.replace("past_key_values", "present") for name in self._past]
 
-    def new_cache(self, rows: int, capacity: int) -> OnnxCache:
+    def new_cache(self, rows: int, capacity: int) -> OnnxCache | RowCaches:
         """An empty cache for `rows` sequences of up to `capacity` tokens."""
+        if self._rows_alone:
+            return RowCaches([self._new_cache(1, capacity) for _ in range(rows)])
+        return self._new_cache(rows, capacity)
+
+    def _new_cache(self, rows: int, capacity: int) -> OnnxCache:
         shape = (rows, self.config.num_kv_heads, 0, self.config.head_dim)
         empty = OrtValue.ortvalue_from_numpy(np.zeros(shape, self._numpy))
         return OnnxCache(rows, capacity, dict.fromkeys(self._past, empty))
@@ -100,7 +127,7 @@ class OnnxDecoder:
     def prefill(
         self,
         prompts: Sequence[Sequence[int]],
-        cache: OnnxCache | None = None,
+        cache: OnnxCache | RowCaches | None = None,
         *,
         last: bool = True,
         share: bool = True,
@@ -110,6 +137,9 @@ class OnnxDecoder:
         longest = max(map(len, prompts))
         if len(prompts) != len(cache.lengths):
             raise ValueError(f"{len(prompts)} prompts for a cache of {len(cache.lengths)} rows")
+        if isinstance(cache, RowCaches):
+            pairs = zip(prompts, cache.rows, strict=True)
+            return torch.cat([self.prefill([prompt], row, last=last) for prompt, row in pairs])
         ids = np.zeros((len(prompts), longest), np.int64)
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -118,8 +148,11 @@ class OnnxDecoder:
         logits = self._run(ids, mask, np.maximum(mask.cumsum(1) - 1, 0), cache)
         return logits[:, -1] if last else logits[torch.from_numpy(mask).bool()]
 
-    def decode(self, tokens: Tensor, cache: OnnxCache, *, share: bool = True) -> Tensor:
+    def decode(self, tokens: Tensor, cache: OnnxCache | RowCaches, *, share: bool = True) -> Tensor:
         """Run one new token per row, int64 (B,): float32 logits (B, V)."""
+        if isinstance(cache, RowCaches):
+            pairs = zip(tokens.split(1), cache.rows, strict=True)
+            return torch.cat([self.decode(token, row) for token, row in pairs])
         ids = tokens.numpy()[:, None]
         return self._run(ids, np.ones_like(ids), cache.lengths[:, None].copy(), cache)[:, -1]
 

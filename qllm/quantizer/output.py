@@ -15,6 +15,7 @@ from qllm.checkpoint.reader import LAYOUT_KEY, QUANTIZATION_KEY
 from qllm.checkpoint.weights import Weights
 from qllm.checkpoint.writer import ShardWriter
 from qllm.config import DEFAULT_ALGORITHM, EMBEDDING, LM_HEAD, QuantSpec
+from qllm.folders import FULL, writing
 from qllm.layers import Linear
 from qllm.layers.w8a8 import DynamicInt8Linear
 from qllm.layers.weight_only import WeightOnlyLinear
@@ -135,6 +136,12 @@ class OutputCheckpoint:
         self, reports: Sequence[LinearReport], note: Callable[[str], object]
     ) -> None:
         """What stands beside the weights: config.json, the tokenizer, the model card."""
+        with writing(self.folder, FULL):
+            self._write_small_files(reports, note)
+
+    def _write_small_files(
+        self, reports: Sequence[LinearReport], note: Callable[[str], object]
+    ) -> None:
         job, folder = self.job, self.folder
         raw = dict(self.weights.checkpoint.raw_config.values)
         gone = (LAYOUT_KEY, SOURCE_KEY, *origin.KEYS)

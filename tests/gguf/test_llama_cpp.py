@@ -17,7 +17,16 @@ import numpy as np
 import pytest
 from conftest import ROOT, tiny
 from covering import each, slow_but
-from gguf_files import FAMILIES, checkpoint_of, trained_sentencepiece, write_model
+from gguf_files import (
+    ENDS,
+    FAMILIES,
+    PHI3_TEXTS,
+    checkpoint_of,
+    ending,
+    trained_sentencepiece,
+    with_phi3_s_tokens,
+    write_model,
+)
 
 from qllm import LLM
 from qllm.checkpoint.to_gguf import export_gguf
@@ -156,3 +165,21 @@ def test_the_same_tokens_of_a_thousand_strings(tmp_path, kind):
     with opened(path, vocabulary_alone=True) as theirs:
         differ = [text for text in strings() if ours.encode(text) != theirs.tokenize(text)]
     assert not differ, json.dumps(differ[:5])
+
+
+@pytest.mark.parametrize(("config", "generation", "ends"), ENDS)
+def test_the_same_tokens_end_a_text(tmp_path, config, generation, ends):
+    path = tmp_path / "model.gguf"
+    export_gguf(ending(tmp_path / "source", config, generation), path)
+    with opened(path, vocabulary_alone=True) as theirs:
+        ids = range(llama_cpp.llama_vocab_n_tokens(theirs.vocabulary))
+        assert [i for i in ids if llama_cpp.llama_vocab_is_eog(theirs.vocabulary, i)] == ends
+
+
+def test_phi_3_s_tokens_take_the_spaces_behind_them_along(tmp_path):
+    source, path = with_phi3_s_tokens(tmp_path / "source"), tmp_path / "model.gguf"
+    export_gguf(source, path)
+    ours = Tokenizer.load(source)
+    with opened(path, vocabulary_alone=True) as theirs:
+        for text in PHI3_TEXTS:
+            assert ours.encode(text) == theirs.tokenize(text)

@@ -30,9 +30,10 @@ from qllm.checkpoint.weights import Weights
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.gguf.config import read_config as gguf_config
-from qllm.gguf.file import read_gguf
-from qllm.gguf.tokenizer import tokenizer_files
-from qllm.gguf.types import TYPES
+from qllm.gguf.file import GGUF, read_gguf
+from qllm.gguf.metadata import Metadata
+from qllm.gguf.tokenizer import GGUFCodec, tokenizer_files
+from qllm.gguf.types import OTHER_TYPES, TYPES
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import RawConfig, read_config
 from qllm.pretrained import Pretrained
@@ -206,6 +207,11 @@ def test_numbers_are_of_the_type_that_is_asked_for(tmp_path, dtype):
     assert found["embed.weight"] == torch.float16
 
 
+def test_other_types_have_llama_cpp_s_names():
+    names = {kind.value: kind.name for kind in GGMLQuantizationType}
+    assert {number: names[number] for number in OTHER_TYPES} == OTHER_TYPES
+
+
 @pytest.mark.parametrize("broken", ["type", "end", "overlap", "architecture", "tokenizer", "keys"])
 def test_what_is_broken_is_one_line(tmp_path, broken):
     path = write_model(tmp_path / "model.gguf", FAMILIES["llama"](), "Q4_0")
@@ -230,7 +236,7 @@ def test_what_is_broken_is_one_line(tmp_path, broken):
         data[16:24] = (2**60).to_bytes(8, "little")
     path.write_bytes(data)
     says = {
-        "type": "has the type 23; QLLM reads F32",
+        "type": "has the type IQ4_XS; QLLM reads F32",
         "end": "get it again",
         "overlap": "begins inside",
         "architecture": "its architecture is 'lhama'; QLLM runs llama",
@@ -305,3 +311,18 @@ def test_the_tokenizer_as_files_of_a_folder(tmp_path, begins):
         written.added_bos_id,
     )
     assert (ours.added_bos_id is not None) == begins
+
+
+@pytest.mark.parametrize("kind", [1, 4])  # normal, and defined by a user
+def test_what_a_token_is_called_ends_a_text_whatever_its_type(tmp_path, kind):
+    whole = read_gguf(write_model(tmp_path / "model.gguf", FAMILIES["llama"](), "F16"))
+    tokens = whole.metadata["tokenizer.ggml.tokens"]
+    end, types = tokens.index("<|im_end|>"), [*whole.metadata["tokenizer.ggml.token_type"]]
+    types[end] = kind
+    other = {"tokenizer.ggml.token_type": types, "tokenizer.ggml.eos_token_id": 7}
+    found = GGUF(whole.path, whole.metadata | other, whole.tensors)
+    assert gguf_config(found)["eos_token_id"] == [7, end]
+    codec = GGUFCodec(Metadata(found))
+    ids = codec.encode("the<|im_end|>", None)
+    assert ids[-1] == end and codec.decode(ids) == "the"
+    assert types[end] == kind  # the file's own stay what they are

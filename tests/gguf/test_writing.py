@@ -12,11 +12,15 @@ from conftest import ROOT, tiny
 from covering import each, slow_but
 from gguf import quants
 from gguf_files import (
+    ENDS,
     FAMILIES,
+    PHI3_TEXTS,
     TEXTS,
     checkpoint_of,
+    ending,
     read_whole,
     trained_sentencepiece,
+    with_phi3_s_tokens,
     write_model,
 )
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -131,10 +135,12 @@ def test_rows_are_in_llama_cpp_s_order(tmp_path):
 def test_what_gguf_has_not_is_one_line(tmp_path):
     with pytest.raises(UserError, match="not of this opt"):
         export_gguf(ROOT / "tiny_models" / "opt-tiny", tmp_path / "model.gguf")
-    job = Job(ROOT / "tiny_models" / "llama-tiny", QuantPlan.parse("4", QuantSpec(group_size=48)))
-    quantize_checkpoint(job, tmp_path / "quantized")
-    with pytest.raises(UserError, match="groups of 48"):
-        export_gguf(tmp_path / "quantized", tmp_path / "model.gguf")
+    for bits, group, says in (("4", 48, "groups of 48.*a multiple"), ("8", 32, "scheme sym")):
+        spec, folder = QuantSpec(group_size=group), tmp_path / f"{bits} bits"
+        job = Job(ROOT / "tiny_models" / "llama-tiny", QuantPlan.parse(bits, spec))
+        quantize_checkpoint(job, folder)
+        with pytest.raises(UserError, match=says):
+            export_gguf(folder, tmp_path / "model.gguf")
     odd = tmp_path / "odd"
     copytree(ROOT / "tiny_models" / "llama-tiny", odd, ignore=lambda *_: ["model.safetensors"])
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -247,6 +253,38 @@ def test_tokens_that_the_model_has_no_rows_of_are_left_out(tmp_path):
     ids = tokenizer.encode("The cat in Zürich 🙂")
     assert max(ids) < 300
     assert tokenizer.decode(ids) == "The cat in Zürich 🙂"
+
+
+@pytest.mark.parametrize(("config", "generation", "ends"), ENDS)
+def test_what_ends_a_text_comes_back(tmp_path, config, generation, ends):
+    export_gguf(ending(tmp_path / "source", config, generation), tmp_path / "model.gguf")
+    assert list(LLM.from_pretrained(tmp_path / "model.gguf").config.eos_token_ids) == ends
+
+
+def test_tokens_that_take_spaces_along_come_back(tmp_path):
+    source, notes = with_phi3_s_tokens(tmp_path / "source"), []
+    first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
+    export_gguf(source, first, notes.append)
+    export_gguf(first, second, notes.append)
+    assert not notes
+    ours, again = Tokenizer.load(source), Tokenizer.load(second)
+    for text in PHI3_TEXTS:
+        assert again.encode(text) == ours.encode(text)
+    whole = source / "tokenizer.json"
+    whole.write_text(whole.read_text().replace('"lstrip": false', '"lstrip": true'))
+    export_gguf(source, tmp_path / "third.gguf", notes.append)
+    assert len(notes) == 1 and "takes spaces beside it along" in notes[0]
+
+
+def test_chat_templates_of_several_names_are_written(tmp_path):
+    source = copytree(tiny("llama"), tmp_path / "source")
+    path = source / "tokenizer_config.json"
+    listed = [{"name": name, "template": f"{name}!"} for name in ("tool_use", "default")]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": listed}))
+    export_gguf(source, tmp_path / "model.gguf")
+    found = read_gguf(tmp_path / "model.gguf").metadata
+    assert found["tokenizer.chat_template"] == "default!"
+    assert found["tokenizer.chat_template.tool_use"] == "tool_use!"
 
 
 CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
