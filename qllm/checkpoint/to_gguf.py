@@ -235,7 +235,7 @@ class _Tensors:
         if packed.perm is not None or packed.scales.dtype != torch.float16:
             raise UserError(
                 f"{module} has act-order or scales beyond float16, which GGUF has not; "
-                "export the 16-bit checkpoint, or one that was quantized with --static-groups"
+                "export the 16-bit checkpoint, or one that was quantized with `static_groups`"
             )
         if packed.qzeros.is_floating_point() and bits not in TYPES_OF:
             raise UserError(
@@ -297,7 +297,7 @@ class _Tensors:
             if values.amin() < -128 or values.amax() > 127:
                 raise UserError(
                     f"{module} has 8 bits and zero points, with which GGUF's Q8_0 would need 9; "
-                    "quantize with --scheme sym"
+                    "quantize with `scheme` sym"
                 )
             values = values.to(torch.int8).view(torch.uint8)
         return torch.cat([*factors, values], -1)[perm].flatten()

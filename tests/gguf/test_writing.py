@@ -135,7 +135,7 @@ def test_rows_are_in_llama_cpp_s_order(tmp_path):
 def test_what_gguf_has_not_is_one_line(tmp_path):
     with pytest.raises(UserError, match="not of this opt"):
         export_gguf(ROOT / "tiny_models" / "opt-tiny", tmp_path / "model.gguf")
-    for bits, group, says in (("4", 48, "groups of 48.*a multiple"), ("8", 32, "scheme sym")):
+    for bits, group, says in (("4", 48, "groups of 48.*a multiple"), ("8", 32, "`scheme` sym")):
         spec, folder = QuantSpec(group_size=group), tmp_path / f"{bits} bits"
         job = Job(ROOT / "tiny_models" / "llama-tiny", QuantPlan.parse(bits, spec))
         quantize_checkpoint(job, folder)
