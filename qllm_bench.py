@@ -264,8 +264,8 @@ def measure(
             other |= dict.fromkeys(report.OUTER_BITS)
             rows.append((other, ReferenceRunner(reference, runner)))
         for case in cli.progress(f"measuring {about['bitwidth']}")(wanted):
-            runners = [runner for _, runner in rows]
-            found = measure_case(runners, case, args.r or RUNS, config, device)
+            # Without a name for the list, which would hold this model while the next is loaded.
+            found = measure_case([of for _, of in rows], case, args.r or RUNS, config, device)
             result["rows"] += [of | row for (of, _), row in zip(rows, found, strict=True)]
         if longest:
             bar = cli.progress("decoding")

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -153,11 +154,13 @@ def conventions(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def read_tasks(args: argparse.Namespace) -> dict[str, list[str]]:
-    """The rows of each task."""
+    """The rows of each task, by its file's name, or its path where two files have one name."""
     from qllm.data import load_rows
 
-    tasks = args.tasks.split(",") if args.tasks else ()
-    return {Path(task).name: load_rows(task)[: args.limit] for task in tasks}
+    tasks = dict.fromkeys(map(str.strip, args.tasks.split(","))) if args.tasks else {}
+    files = Counter(Path(task).name for task in tasks)
+    names = {task: file if files[file := Path(task).name] == 1 else task for task in tasks}
+    return {names[task]: load_rows(task)[: args.limit] for task in tasks}
 
 
 def read_candidates(

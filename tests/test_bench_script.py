@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import weakref
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from cpu_paths import paths
 from inside import call, call_json
 
 from qllm.bench import speed
+from qllm.bench.runners import ModelRunner
 from qllm.quantize_model import quantize
 
 BENCH = "qllm_bench.py"
@@ -80,6 +82,20 @@ def test_activations_of_8_bits(monkeypatch):
     monkeypatch.setattr(speed.Roofline, "measure", lambda device: None)
     rows = call_json(BENCH, *TINY, "--bitwidth", "16,4", "--activation-bits", 8, *SHORT)["rows"]
     assert {(row["bitwidth"], row["activation_bits"]) for row in rows} == {("16", 16), ("4", 8)}
+
+
+def test_one_model_is_in_memory_at_a_time(monkeypatch):
+    monkeypatch.setattr(speed.Roofline, "measure", lambda device: None)
+    of_decoder, before = ModelRunner.of_decoder, []
+
+    def watched(model):
+        assert not any(each() for each in before)
+        before.append(weakref.ref(model))
+        return of_decoder(model)
+
+    monkeypatch.setattr(ModelRunner, "of_decoder", watched)
+    call_json(BENCH, *TINY, "--bitwidth", "16,4", "-p", 4, "-n", 1, "-r", 1)
+    assert len(before) == 2
 
 
 def test_a_model_of_tensor_parallelism(tmp_path, monkeypatch):

@@ -198,6 +198,15 @@ def test_windows_that_differ_are_not_compared(files, tmp_path):
     )
 
 
+def test_tasks_of_one_name_in_two_folders(files):
+    (files / "other").mkdir(exist_ok=True)
+    (files / "other" / "task.jsonl").write_text('{"text": "The sea was calm"}\n')
+    first, second = files / "task.jsonl", files / "other" / "task.jsonl"
+    result = call_json(EVAL, *TINY, "--tasks", f"{first}, {second},{first}", "--limit", 2)
+    found = {name: about["rows"] for name, about in result["tasks"].items()}
+    assert found == {str(first): 2, str(second): 1}
+
+
 def test_agreement_on_prompts():
     args = ("--agreement", "--prompt", "He is", "--prompt", "The sea was", "--max-gen-tokens", 3)
     (row,) = call_json(EVAL, *TINY, "--bitwidth", 2, *args)["rows"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,19 +54,7 @@ class Materializer:
 
     def leaves(self) -> list[tuple[str, nn.Module]]:
         """The modules that hold tensors, in the order of the checkpoint; a tied head holds none."""
-        found: list[tuple[str, nn.Module]] = []
-
-        def visit(prefix: str, module: nn.Module) -> None:
-            for key, child in module.named_children():
-                name = f"{prefix}{key}"
-                buffers = any(True for _ in child.buffers(recurse=False))
-                if isinstance(child, Linear | ShardedLinear | QuantizedEmbedding) or buffers:
-                    found.append((name, child))
-                else:
-                    visit(f"{name}.", child)
-
-        visit("", self.model)
-        return [leaf for leaf in found if leaf[0] != LM_HEAD or not self.ties]
+        return [leaf for leaf in _leaves("", self.model) if leaf[0] != LM_HEAD or not self.ties]
 
     def materialize(self, name: str, module: nn.Module) -> None:
         """Give a module its tensors."""
@@ -238,3 +226,15 @@ class Materializer:
         if narrower and not is_finite(converted):
             raise UserError(f"{name} holds values beyond {dtype}; use `dtype` bfloat16 or float32")
         return converted
+
+
+def _leaves(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that hold tensors, below one: a function of its own, since one within a function,
+    that calls itself, would hold what it found until Python looks for cycles."""
+    for key, child in module.named_children():
+        name = f"{prefix}{key}"
+        buffers = any(True for _ in child.buffers(recurse=False))
+        if isinstance(child, Linear | ShardedLinear | QuantizedEmbedding) or buffers:
+            yield name, child
+        else:
+            yield from _leaves(f"{name}.", child)

@@ -58,7 +58,7 @@ def figure(result: Mapping, panels: Sequence[Panel] | None = None) -> Figure:
     whole = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
     for index, (title, draw) in enumerate(panels, 1):
         axes = whole.add_subplot(rows, columns, index)
-        axes.set_title(title)
+        axes.set_title(plain(title))
         axes.grid(alpha=0.3)
         draw(axes)
     if titled:
@@ -66,8 +66,15 @@ def figure(result: Mapping, panels: Sequence[Panel] | None = None) -> Figure:
         if result["rows"][0]["agreement"]:
             lines.append(DIVERGENCE)
         width = LETTERS * columns
-        whole.suptitle("\n".join(textwrap.fill(line, width) for line in lines), fontsize=11)
+        whole.suptitle("\n".join(textwrap.fill(plain(line), width) for line in lines), fontsize=11)
     return whole
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib shows as it is: it takes what stands between dollar signs for a formula,
+    leaves labels out of legends that begin with an underscore, and draws no half surrogates."""
+    text = text.encode(errors="replace").decode().replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def list_panels(result: Mapping) -> list[Panel]:
@@ -120,7 +127,7 @@ def _against_bytes(
 ) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         points = [
-            (row["bytes"] / 1e6, value, label_of(result, row))
+            (row["bytes"] / 1e6, value, plain(label_of(result, row)))
             for row, value in zip(result["rows"], values, strict=True)
         ]
         if len(result["models"]) == 1:
@@ -133,7 +140,7 @@ def _against_bytes(
                 axes.plot([x], [y], marker=marker, linestyle="none", markersize=8, label=name)
         if base is not None:
             name, value = base
-            axes.axhline(value, color="gray", linestyle="--", label=f"{name}: {value:.4g}")
+            axes.axhline(value, color="gray", linestyle="--", label=plain(f"{name}: {value:.4g}"))
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
         axes.margins(x=0.1)  # space for the last one's name
@@ -151,7 +158,7 @@ def _layers(result: Mapping) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         for row in rows:
             errors = row["agreement"]["layers"]
-            axes.plot(range(len(errors)), errors, marker=".", label=label_of(result, row))
+            axes.plot(range(len(errors)), errors, marker=".", label=plain(label_of(result, row)))
         axes.set_xlabel("layer")
         axes.set_ylabel("relative error")
         if all(error > 0 for row in rows for error in row["agreement"]["layers"]):

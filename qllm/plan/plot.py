@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qllm.checkpoint.writer import new_file
+from qllm.evaluate.plots import plain
 from qllm.plan.planner import Plan
 
 
@@ -22,7 +23,7 @@ def draw(
 
     timed = bool(front) and front[0].planner.cluster is not None
     figure = Figure(figsize=(12.0 if timed else 6.0, 4.2), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     axes = [("MB of weights", lambda plan: plan.nbytes / 1e6)]
     if timed:
         axes.append(("ms per token", lambda plan: plan.solution.costs.decode * 1e3))

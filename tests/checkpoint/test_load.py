@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import struct
+import weakref
 from functools import cache
 
 import pytest
@@ -354,3 +356,17 @@ def test_a_plan_reaches_each_layer(tmp_path):
     change_json(plan, attention={"bits": "8:tc-li"})
     model = load_model(tiny("llama"), QuantPlan.parse(str(plan)))
     assert model.layers[0].attention.qkv.spec.kind == "w8a8_dynamic"
+
+
+@pytest.mark.parametrize("bitwidth", ["16", "4"])
+def test_a_model_that_is_let_go_is_gone_at_once(bitwidth):
+    """Scripts put off Python's search for cycles, in which models would outlive their rows."""
+    gc.disable()
+    try:
+        llm = LLM.from_pretrained("opt-tiny", bitwidth=bitwidth)
+        llm.generate(["The sea was"], max_new_tokens=3)
+        held = [weakref.ref(module) for module in llm.model.modules()]
+        del llm
+        assert not [each() for each in held if each() is not None]
+    finally:
+        gc.enable()

@@ -165,6 +165,19 @@ def test_several_models_are_told_apart():
     assert rows[2][:3] == ["gptq", "2 bits, group 32, sym", "gptq"]
 
 
+@pytest.mark.parametrize("name", ["_rtn", "a$b_{$", "half \ud800"])
+def test_names_are_shown_as_they_are(name):
+    """Where matplotlib would read a formula, or leave the label out of the legend."""
+    pytest.importorskip("matplotlib")
+    named = SEVERAL | {
+        "models": [name, "rtn", "gptq"],
+        "rows": [{**SEVERAL["rows"][0], "model": name}, *SEVERAL["rows"][1:]],
+    }
+    (picture, *_) = plots.svgs(named)
+    shown = re.findall(r"<text [^>]*>([^<]*)</text>", picture)
+    assert name.replace("\ud800", "?") in [text.strip() for text in shown]
+
+
 def test_a_baseline_is_never_invented():
     quantized = RESULT["rows"][1:]
     assert plots.baseline(RESULT | {"rows": quantized}, lambda row: row["bytes"]) is None
