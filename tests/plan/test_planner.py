@@ -37,7 +37,8 @@ def planner(family: str, bits: str, **decided: bool) -> Planner:
     count = len(modules)
     choices = np.repeat(np.arange(len(candidates))[:, None], count, axis=1)
     errors, alone = np.tile(losses, (count, 1)), np.full(count, losses[0])
-    found = Sensitivity(modules, candidates, errors, 0, alone, choices, count * losses, {})
+    tables = errors, errors > 1, 0, alone, choices, count * losses
+    found = Sensitivity(modules, candidates, *tables, {})
     return Planner(found, Shape.of(tiny(family), modules, candidates, None), Workload())
 
 
