@@ -57,6 +57,17 @@ def test_uniform_bits_say_what_the_embedding_has():
     assert planner("opt", "3,4,8").uniform_name(0) == "3"
 
 
+def test_a_front_has_each_plan_once():
+    """Where bytes leave no more than half of the bits, more bits make no other plan."""
+    found = planner("opt", "4,8")
+    few, *_, most = found.front(Limits(), 5)
+    sizes = few.nbytes, most.nbytes
+    held = replace(found, max_bytes=sum(sizes) / 2)
+    choices = [plan.solution.choice.tolist() for plan in held.front(Limits(), 9)]
+    assert 2 <= len(choices) == len({tuple(choice) for choice in choices}) < 9
+    assert len(found.front(Limits(), 9)) == 9
+
+
 @pytest.mark.parametrize("name", ["embed", "lm_head"])
 def test_what_is_not_decided_on_is_not_held(name):
     found = planner("opt", "4,8").sensitivity
