@@ -146,7 +146,6 @@ def main() -> None:
 
     from qllm import report
     from qllm.checkpoint.weights import Weights
-    from qllm.checkpoint.writer import write_json
     from qllm.plan.measure import decided_modules
     from qllm.plan.planner import Planner, allowed
     from qllm.plan.possible import Asked
@@ -156,15 +155,20 @@ def main() -> None:
     modules = decided_modules(weights, args.lm_head, args.embedding)
     mask = allowed(modules, candidates, fixed)
     kind = device.partition(":")[0]
-    shape = Shape.of(folder.path, modules, candidates, cli.resolve_dtype(args), kind)
+    given = (folder.path, modules, candidates, cli.resolve_dtype(args), kind)
+    shape = Shape.of(*given)
     work = Workload.within(shape.config.max_positions, args.prompt, args.gen, args.batch)
     memory = [size or math.inf] if devices is None else [each.memory for each in devices.devices]
     option = planning.memory_option(args)
-    asked = (shape, weights.config.tied_head, work, candidates, mask, bool(fixed))
-    Asked(*asked, memory, option).check(args.avg_bits)
+    is_tied, is_fixed = weights.config.tied_head, bool(fixed)
+    asked = Asked(shape, is_tied, work, candidates, mask, is_fixed, memory, option)
+    asked.check(args.avg_bits)
     cluster = measure_devices(args, devices, device)
     samples, judged = read_samples(args, folder)
     sensitivity = find_table(args, folder, candidates, samples, judged, device)
+    if sensitivity.float32_scales.any():
+        shape = Shape.of(*given, sensitivity.float32_scales)
+        replace(asked, shape=shape).check(args.avg_bits)
     planner = Planner(sensitivity, shape, work, cluster, size, mask, option)
     limits = read_limits(args, planner)
     result: dict[str, object] = {
@@ -174,14 +178,8 @@ def main() -> None:
     if args.pareto:
         result["front"] = show_front(args, folder, planner, limits)
     else:
-        plan = planner.decide(limits)
+        plan = show_plan(args, folder, planner, limits)
         result["plan"] = plan.to_json()
-        if not args.json:
-            from qllm.plan.tables import plan_lines
-
-            cli.print_lines(plan_lines(folder.name, plan))
-        if args.output:
-            write_json(Path(args.output), plan.to_json())
         if args.verify:
             found = check(args, folder, plan, samples, judged, device)
             result |= {"measured": found.measured, "probed": found.probed}
@@ -262,6 +260,21 @@ def read_limits(args: argparse.Namespace, planner: Planner) -> Limits:
             f"bits{comma}{embedding}, {max_kl:.3g} nats"
         )
     return Limits(objective, max_kl, args.avg_bits, args.time_limit or TIME_LIMIT)
+
+
+def show_plan(
+    args: argparse.Namespace, folder: ModelFolder, planner: Planner, limits: Limits
+) -> Plan:
+    """Print and write the plan."""
+    from qllm.checkpoint.writer import write_json
+    from qllm.plan.tables import plan_lines
+
+    plan = planner.decide(limits)
+    if not args.json:
+        cli.print_lines(plan_lines(folder.name, plan))
+    if args.output:
+        write_json(Path(args.output), plan.to_json())
+    return plan
 
 
 def show_front(

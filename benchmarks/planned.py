@@ -64,7 +64,9 @@ def prepare(name: str, args: argparse.Namespace) -> Given:
     samples, planned_on = windows[: args.nsamples], windows[args.nsamples :]
     candidates = parse_candidates(args.bits, args.group_size, "asym", QuantSpec(algorithm="gptq"))
     table = measure(Job(folder, candidates, samples, planned_on, embedding=args.embedding))
-    planner = Planner(table, Shape.of(folder, table.modules, candidates, None), Workload())
+    given = (folder, table.modules, candidates, None)
+    shape = Shape.of(*given, float32_scales=table.float32_scales)
+    planner = Planner(table, shape, Workload())
     ids = pretrained.encode(load_text(args.text))
     judged = sample_windows(ids, max(1, args.nsamples // 4), args.seqlen, seed=1)
     return Given(folder, planner, samples, judged)

@@ -78,6 +78,7 @@ def stretched(small: Sensitivity, names: list[str], layers: int) -> Sensitivity:
         tuple(names),
         small.candidates,
         small.errors[rows],
+        small.float32_scales[rows],
         small.probe,
         small.alone[rows] * share,
         small.choices[:, rows],

@@ -62,9 +62,12 @@ def test_a_plan_does_better_than_uniform_bits_and_as_predicted(given):
     assert json.loads((folder / "plan.json").read_text()) == found["plan"]
 
 
-LAYOUTS = {  # what is padded in memory, what is int8, and a tied head that may stay as it is
+# What is padded in memory, what is int8, a tied head that may stay as it is, and last groups of one
+# channel, some of which need scales in float32.
+LAYOUTS = {
     "groups of 16": ("llama", "--bits", "4,8", "--group-size", 16, "--avg-bits", 7, "--embedding"),
     "int8": ("bloom", "--bits", "3,8:tc-li", "--group-size=-1", "--avg-bits", 5, "--lm-head"),
+    "small scales": ("llama", "--bits", "4,8", "--group-size", 85, "--avg-bits", 7, "--embedding"),
     "a head of 16 bits": ("opt", "--bits", "8,16", "--avg-bits", 16, "--lm-head"),
 }
 

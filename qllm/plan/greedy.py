@@ -36,7 +36,7 @@ def first_bits(problem: Problem, device: Whole) -> Solution | None:
     found = []
     for choice in choices:
         costs = problem.evaluate(choice, device)
-        if problem.keeps_to_limits(costs) and (costs.held <= problem.memory).all():
+        if problem.keeps_to_limits(costs):
             # Every objective is 0 or more, and no other bound is known.
             found.append(Solution(choice, device, costs, problem.value(costs), 1.0, 0.0))
     return min(found, key=lambda each: each.value, default=None)

@@ -33,7 +33,7 @@ from qllm.progress import Meter, unseen
 from qllm.quant.inputs import InputStats
 from qllm.quantizer.floats import BACK, FRONT, FloatModel
 from qllm.quantizer.hidden import HiddenStates
-from qllm.quantizer.layer import QuantizeOptions, quantize_linear, stand_in
+from qllm.quantizer.layer import LinearReport, QuantizeOptions, quantize_linear, stand_in
 from qllm.tokenizer import Tokenizer
 
 # Bits at which a linear is run alone: its divergence is well above rounding, and still small.
@@ -160,6 +160,7 @@ class _Run:
         bits = [abs(spec.bits - PROBE_BITS) for spec in job.candidates]
         self.probe = bits.index(min(bits))
         self.errors = np.zeros((len(self.modules), len(job.candidates)))
+        self.float32_scales = np.zeros_like(self.errors, dtype=bool)
         check_fits(self._bytes_needed(), job.device, "measuring the losses")
 
     def _bytes_needed(self) -> int:
@@ -199,6 +200,7 @@ class _Run:
             self.modules,
             self.job.candidates,
             self.errors,
+            self.float32_scales,
             self.probe,
             alone,
             self.choices,
@@ -217,8 +219,14 @@ class _Run:
         module = self.floats.linear(EMBEDDING)
         linear, report = quantize_linear(module, EMBEDDING, spec, None, self.job.options)
         assert isinstance(linear, WeightOnlyLinear)
-        self.errors[0, candidate] = report.error**2
+        self._keep(0, candidate, linear, report)
         return linear
+
+    def _keep(self, row: int, candidate: int, linear: Linear, report: LinearReport) -> None:
+        """What the table says of a linear as a candidate has it."""
+        self.errors[row, candidate] = report.error**2
+        scales = linear.get_buffer("scales")
+        self.float32_scales[row, candidate] = scales.dtype == torch.float32
 
     def _embedded(self, candidate: int) -> HiddenStates:
         """The judged text's states in front of the layers, of a candidate's embedding."""
@@ -274,7 +282,7 @@ class _Run:
                 continue
             assert isinstance(module, DenseLinear)  # as long as the layer is the float model's
             linear, report = quantize_linear(module, name, spec, stats, self.job.options)
-            self.errors[self.modules.index(name), candidate] = report.error**2
+            self._keep(self.modules.index(name), candidate, linear, report)
             found.append(linear)
         return found
 

@@ -39,10 +39,19 @@ class MixedIntegerProgram:
     too, and for each device whether its stage is therefore in a crowd; the slowest prefill, the
     slowest step, and the time of a step. Where the halves' devices are given, only x and the last
     three are there and the others constants.
+
+    Where one device that has all takes other seconds than a stage does, there are two stages or
+    more: each device by itself is another program.
+
+    Args:
+        margin: share of the limits of memory and loss that is left, so that rounding inside HiGHS
+            does not break them.
     """
 
-    def __init__(self, problem: Problem, device: Whole | None = None) -> None:
-        self.problem, self.device = problem, device
+    def __init__(
+        self, problem: Problem, device: Whole | None = None, *, margin: float = 0.0
+    ) -> None:
+        self.problem, self.device, self.margin = problem, device, margin
         m, c, d, h = self.sizes = (*problem.loss.shape, len(problem.memory), problem.halves)
         self.x = np.arange(m * c).reshape(m, c)
         count = self.x.size
@@ -98,6 +107,10 @@ class MixedIntegerProgram:
         self._add(self.y, 1.0, 1, 1)
         columns = np.stack([np.broadcast_to(self.used, (h, d)), self.y], axis=-1).reshape(-1, 2)
         self._add(columns, np.array([1.0, -1.0]), 0, np.inf)
+        if self.problem.one_is_another:
+            self._add(self.used, 1.0, 2, np.inf)
+            columns = np.column_stack([self.used, self.y.T])
+            self._add(columns, np.array([1.0] + [-1.0] * h), -np.inf, 0)
         if len(self.copied):
             # One is where the first half is and not the last, and of the candidate that is taken.
             columns = np.concatenate([self.copied, self.y[:1], self.y[-1:]]).T
@@ -190,7 +203,8 @@ class MixedIntegerProgram:
                             values = np.append(values, p.copies)
                         else:
                             constant += p.tied_bytes
-                self._add(columns, values / scale, -np.inf, (memory - constant) / scale)
+                most = memory * (1 - self.margin) - constant
+                self._add(columns, values / scale, -np.inf, most / scale)
 
     def _limits(self) -> None:
         p = self.problem
@@ -219,8 +233,7 @@ class MixedIntegerProgram:
             columns = np.array([self.slow[1], self.step])
             self._add(columns, np.array([p.micro_batches, -1.0]), -np.inf, 0)
         if p.max_loss is not None:
-            # A little less than the limit, so that rounding inside HiGHS does not break it.
-            self._add(self.x.ravel(), p.loss.ravel() / p.max_loss, -np.inf, 1 - TOLERANCE)
+            self._add(self.x.ravel(), p.loss.ravel() / p.max_loss, -np.inf, 1 - self.margin)
         if p.max_bits is not None:
             share = p.weights[:, None] * p.bits / (p.weights.sum() * p.max_bits)
             self._add(self.x.ravel(), share.ravel(), -np.inf, 1 + TOLERANCE / 100)

@@ -96,6 +96,11 @@ class Plan:
         """As --stages takes them."""
         return ",".join(f"{cut / 2:g}" for cut in self.cuts) or None
 
+    @property
+    def decided(self) -> tuple[object, ...]:
+        """What tells it from other plans of its planner."""
+        return self.specs, self.cuts, [device.name for device in self.order]
+
     def is_here(self) -> bool:
         """Whether this machine can time the plan: one probed device, or stages on its CPU."""
         known = [device.host == platform.node() for device in self.order]
@@ -312,18 +317,20 @@ class Planner:
     def front(self, limits: Limits, points: int) -> list[Plan]:
         """Plans from the fewest bits to the most that there are, or that `limits` allow.
 
-        Each has the least loss at its bits.
+        Each has the least loss at its bits, and is another one than the plan in front of it.
         """
         weights, candidates = self.shape.weights, self.sensitivity.candidates
         packed = [i for i, spec in enumerate(candidates) if spec.kind != "dense"]
         bits = (weights @ self.shape.bits)[packed] / weights.sum()
         most = min(bits.max(), math.inf if limits.max_bits is None else limits.max_bits)
-        found = []
+        found: list[Plan] = []
         for target in np.linspace(bits.min(), most, points):
             try:
-                found.append(self._best(replace(limits, max_bits=float(target))))
+                plan = self._best(replace(limits, max_bits=float(target)))
             except UnsolvedError:  # so many bits, or so few, do not fit the other limits
                 continue
+            if not found or plan.decided != found[-1].decided:
+                found.append(plan)
         return found
 
 

@@ -178,10 +178,18 @@ class Problem:
         there = self.shares > 0
         return (there.T @ there) & ~np.eye(there.shape[1], dtype=bool)
 
+    @property
+    def one_is_another(self) -> bool:
+        """Whether all on one device takes other seconds besides its halves than a stage does."""
+        timed = self.objective in ("latency", "throughput") and len(self.memory) > 1
+        of_passes = self.passes, self.stage_passes, self.crowding, self.contention
+        return timed and any(bool(seconds.any()) for seconds in of_passes)
+
     def keeps_to_limits(self, costs: Costs) -> bool:
-        """Whether costs are within `max_loss` and `max_bits`."""
+        """Whether costs are within `memory`, `max_loss` and `max_bits`."""
         limits = ((costs.loss, self.max_loss), (costs.bits, self.max_bits))
-        return all(limit is None or cost <= limit * (1 + 1e-12) for cost, limit in limits)
+        within = all(limit is None or cost <= limit * (1 + 1e-12) for cost, limit in limits)
+        return within and bool((costs.held <= self.memory).all())
 
     def value(self, costs: Costs) -> float:
         """What the objective makes of costs."""

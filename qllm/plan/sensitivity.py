@@ -34,6 +34,7 @@ class Sensitivity:
         modules: names of the M linears.
         candidates: the C specs that each may have, by rising bits.
         errors: (M, C), squared output error over the squared output.
+        float32_scales: bool (M, C), whether float16 does not hold the scales that were made.
         probe: the candidate that each linear was run at while all others were float.
         alone: (M,), the divergences of those runs from the float model, nats per token.
         choices: int (P, M), the candidates of P plans of mixed bits.
@@ -44,6 +45,7 @@ class Sensitivity:
     modules: tuple[str, ...]
     candidates: tuple[QuantSpec, ...]
     errors: Array
+    float32_scales: NDArray[np.bool_]
     probe: int
     alone: Array
     choices: NDArray[np.int64]
@@ -69,6 +71,7 @@ class Sensitivity:
             "modules": list(self.modules),
             "candidates": [spec.to_json() for spec in self.candidates],
             "errors": self.errors.tolist(),
+            "float32_scales": self.float32_scales.tolist(),
             "probe": self.probe,
             "alone": self.alone.tolist(),
             "choices": self.choices.tolist(),
@@ -84,10 +87,14 @@ class Sensitivity:
         """
         value = parse_json(read_bytes(path), str(path))
         try:
+            errors = np.array(value["errors"], dtype=np.float64)
+            # Tables from before scales were counted do not speak of them; few models have any.
+            scales = value.get("float32_scales", np.zeros_like(errors))
             found = cls(
                 tuple(value["modules"]),
                 tuple(QuantSpec.from_json(spec) for spec in value["candidates"]),
-                np.array(value["errors"], dtype=np.float64),
+                errors,
+                np.array(scales, dtype=bool),
                 int(value["probe"]),
                 np.array(value["alone"], dtype=np.float64),
                 np.array(value["choices"], dtype=np.int64),
@@ -103,8 +110,11 @@ class Sensitivity:
 
     def _is_whole(self) -> bool:
         count, plans = (len(self.modules), len(self.candidates)), len(self.divergences)
-        shapes = (self.errors.shape, self.alone.shape, self.choices.shape)
-        if shapes != (count, count[:1], (plans, count[0])) or not 0 <= self.probe < count[1]:
+        tables = (self.errors, self.float32_scales, self.alone, self.choices)
+        shapes = [table.shape for table in tables]
+        if shapes != [count, count, count[:1], (plans, count[0])]:
+            return False
+        if not 0 <= self.probe < count[1]:
             return False
         if not ((self.choices >= 0) & (self.choices < count[1])).all():
             return False

@@ -105,11 +105,13 @@ class Shape:
         candidates: Sequence[QuantSpec],
         dtype: torch.dtype | None,
         device: str = "cpu",
+        float32_scales: NDArray[np.bool_] | None = None,
     ) -> Shape:
         """Of a 16- or 32-bit checkpoint, whose files' headers alone are read.
 
         Args:
             device: the type of what the linears will lie on.
+            float32_scales: see `of_model`.
         """
         plan = QuantPlan.uniform(QuantSpec())
         if LM_HEAD in modules:  # so that a tied one is a matrix of its own, as it will be
@@ -118,7 +120,9 @@ class Shape:
             plan = plan.with_rule(f"^{LM_HEAD}$", spec)
         tied = LM_HEAD in modules and Weights.of_floats(folder).config.tied_head
         model = outline(folder, plan, dtype)
-        return cls.of_model(model, modules, candidates, device, tied_head=tied)
+        return cls.of_model(
+            model, modules, candidates, device, tied_head=tied, float32_scales=float32_scales
+        )
 
     @classmethod
     def of_model(
@@ -129,16 +133,20 @@ class Shape:
         device: str = "cpu",
         *,
         tied_head: bool = False,
+        float32_scales: NDArray[np.bool_] | None = None,
     ) -> Shape:
         """Of a dense model, which may be on the meta device.
 
         Args:
             tied_head: an LM head that is decided on is the embedding's where it is left dense.
+            float32_scales: (M, C), of `Sensitivity`; None: as far as is known all are float16.
         """
         config = model.config
+        if float32_scales is None:
+            float32_scales = np.zeros((len(modules), len(candidates)), dtype=bool)
         last = 2 * config.num_layers - 1
         halves, sizes, nbytes, bits = [], [], [], []
-        for name in modules:
+        for name, are_float32 in zip(modules, float32_scales, strict=True):
             if name == EMBEDDING:
                 halves.append(last if config.tied_head else 0)
                 size, bias = (config.embed_size, config.vocab_size), False
@@ -149,9 +157,10 @@ class Shape:
                 size = (linear.in_features, linear.out_features)
                 bias = getattr(linear, "bias", None) is not None
             sizes.append(size)
-            held = [linear_class(s).empty(*size, bias, s, model.dtype) for s in candidates]
+            specs = list(zip(candidates, are_float32, strict=True))
+            held = [_empty(size, bias, *spec, model.dtype) for spec in specs]
             nbytes.append([each.nbytes_on(device) for each in held])
-            plain = [linear_class(s).empty(*size, False, s, model.dtype) for s in candidates]
+            plain = [_empty(size, False, *spec, model.dtype) for spec in specs]
             bits.append([8 * each.nbytes() / math.prod(size) for each in plain])
         fixed = np.zeros(last + 1)
         for name, module in model.named_modules():
@@ -207,6 +216,16 @@ class Shape:
         tokens = work.batch * work.prompt
         layer = tokens * (3 * config.hidden_size + max(heads, inner)) * self.dtype.itemsize
         return float(layer + work.batch * config.vocab_size * (4 + self.dtype.itemsize))
+
+
+def _empty(
+    size: Size, bias: bool, spec: QuantSpec, float32_scales: bool, dtype: torch.dtype
+) -> Linear:
+    """The linear of a spec on the meta device."""
+    linear = linear_class(spec).empty(*size, bias, spec, dtype)
+    if float32_scales:
+        linear.register_buffer("scales", linear.get_buffer("scales").float())
+    return linear
 
 
 def _half(name: str) -> int:

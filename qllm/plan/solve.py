@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from qllm.plan.greedy import first_bits, first_solution
-from qllm.plan.milp import GAP, MixedIntegerProgram
+from qllm.plan.milp import GAP, TOLERANCE, MixedIntegerProgram
 from qllm.plan.problem import Problem, Solution, UnsolvedError, Whole
 
 SMALL = 2500  # variables of a program that is solved whole
@@ -34,7 +34,7 @@ def solve(problem: Problem, time_limit: float = 60.0) -> Solution:
     start = time.perf_counter()
     first = first_solution(problem)
     try:
-        found = _proved(problem, start + time_limit)
+        found = _proved(problem, start + time_limit, first)
     except UnsolvedError:
         if first is None:
             raise
@@ -44,8 +44,11 @@ def solve(problem: Problem, time_limit: float = 60.0) -> Solution:
     return replace(found, seconds=time.perf_counter() - start)
 
 
-def _proved(problem: Problem, deadline: float) -> Solution:
+def _proved(problem: Problem, deadline: float, first: Solution | None) -> Solution:
     """The best that programs find, with a bound of what there may be.
+
+    Args:
+        first: a choice that keeps to the limits, if one is known.
 
     Raises:
         UnsolvedError: see `solve`.
@@ -53,11 +56,24 @@ def _proved(problem: Problem, deadline: float) -> Solution:
     linears, candidates = problem.loss.shape
     if len(problem.memory) == 1:
         return _solve_stages(problem, _all_on(0, problem), deadline - time.perf_counter())
-    if linears * candidates * len(problem.memory) <= SMALL:
-        found = _solve_whole(problem, deadline - time.perf_counter())
-    else:
-        found = _search(problem, deadline)
-    return _better(found, _alone(problem, deadline))
+    is_small = linears * candidates * len(problem.memory) <= SMALL
+    found, failed = [], None
+    try:
+        if is_small:
+            found.append(_solve_whole(problem, deadline - time.perf_counter()))
+        else:
+            found.append(_search(problem, deadline, first))
+    except UnsolvedError as error:
+        if not problem.one_is_another:
+            raise
+        failed = error
+    found += _alone(problem, deadline)
+    if failed is None:
+        return _best(found)
+    if not found:
+        raise failed
+    is_proved = is_small and failed.in_time  # that there are no stages
+    return _best(found) if is_proved else _with_bound(_best(found), 0.0)
 
 
 def _all_on(device: int, problem: Problem) -> Whole:
@@ -66,28 +82,21 @@ def _all_on(device: int, problem: Problem) -> Whole:
 
 
 def _alone(problem: Problem, deadline: float) -> list[Solution]:
-    """All on one device, for each on which it fits: its passes take what those of stages do not.
-
-    The program of all devices counts as if there were several. Where time is no objective, that
-    changes nothing.
-    """
+    """All on one device, for each on which it fits, where the program of all leaves that out."""
     found: list[Solution] = []
-    if problem.objective in ("loss", "bytes"):
+    if not problem.one_is_another:
         return found
-    smallest = problem.nbytes.min(axis=1).sum() + problem.fixed_bytes.sum() + problem.buffers
-    for device, memory in enumerate(problem.memory):
-        of_passes = problem.passes, problem.stage_passes, problem.crowding, problem.contention
-        if smallest <= memory and any(each[..., device].any() for each in of_passes):
-            with suppress(UnsolvedError):  # bits that fit need not keep to the other limits
-                left = deadline - time.perf_counter()
-                found.append(_solve_stages(problem, _all_on(device, problem), left))
+    for device in range(len(problem.memory)):
+        with suppress(UnsolvedError):  # bits that fit need not keep to the other limits
+            left = deadline - time.perf_counter()
+            found.append(_solve_stages(problem, _all_on(device, problem), left))
     return found
 
 
-def _better(found: Solution, others: Sequence[Solution]) -> Solution:
+def _best(found: Sequence[Solution]) -> Solution:
     """The best of some solutions, with the gap to the best that any of them could still be."""
-    best = min((found, *others), key=lambda each: each.value)
-    return _with_bound(best, min(each.value * (1 - each.gap) for each in (found, *others)))
+    best = min(found, key=lambda each: each.value)
+    return _with_bound(best, min(each.value * (1 - each.gap) for each in found))
 
 
 def _with_bound(found: Solution, bound: float) -> Solution:
@@ -97,15 +106,13 @@ def _with_bound(found: Solution, bound: float) -> Solution:
 
 def _solve_whole(problem: Problem, time_limit: float) -> Solution:
     """Bits and stages in one program."""
-    program = MixedIntegerProgram(problem)
-    return program.solution(program.run(time_limit))
+    return _solve_program(problem, None, time_limit)
 
 
 def _solve_stages(problem: Problem, device: Whole, time_limit: float) -> Solution:
     """Bits alone, for halves that are where they are."""
-    program = MixedIntegerProgram(problem, device)
     try:
-        return program.solution(program.run(time_limit))
+        return _solve_program(problem, device, time_limit)
     except UnsolvedError as error:
         first = None if error.in_time else first_bits(problem, device)
         if first is None:
@@ -113,8 +120,20 @@ def _solve_stages(problem: Problem, device: Whole, time_limit: float) -> Solutio
         return first
 
 
-def _search(problem: Problem, deadline: float) -> Solution:
-    """Cuts by the relaxation of the whole or of uniform bits, whichever are better, then moved.
+def _solve_program(problem: Problem, device: Whole | None, time_limit: float) -> Solution:
+    """One within the limits; HiGHS holds to them within a tolerance, so that a second one may be
+    needed that stays below them."""
+    deadline = time.perf_counter() + time_limit
+    for margin in (0.0, TOLERANCE):
+        program = MixedIntegerProgram(problem, device, margin=margin)
+        found = program.solution(program.run(deadline - time.perf_counter()))
+        if problem.keeps_to_limits(found.costs):
+            return found
+    raise UnsolvedError(in_time=True)
+
+
+def _search(problem: Problem, deadline: float, first: Solution | None) -> Solution:
+    """Cuts by the relaxation of the whole, of uniform bits or of `first`, the best, then moved.
 
     It is never worse than uniform bits with the stages that are best for them; the gap is to the
     relaxation's bound.
@@ -138,7 +157,8 @@ def _search(problem: Problem, deadline: float) -> Solution:
 
     # A third of the time is for the first cuts, one for moving them, and one for the bits.
     uniform = _uniform(problem, deadline - 2 * third)
-    starts = [cuts, *(_cuts(each.device, problem) for each in uniform)]
+    known = uniform if first is None else [*uniform, first]
+    starts = [cuts, *(_cuts(each.device, problem) for each in known)]
     best, step = min(starts, key=value), 4
     while step:
         # Some that follow one another together, so that stages between them stay as large.

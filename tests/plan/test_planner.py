@@ -37,7 +37,8 @@ def planner(family: str, bits: str, **decided: bool) -> Planner:
     count = len(modules)
     choices = np.repeat(np.arange(len(candidates))[:, None], count, axis=1)
     errors, alone = np.tile(losses, (count, 1)), np.full(count, losses[0])
-    found = Sensitivity(modules, candidates, errors, 0, alone, choices, count * losses, {})
+    tables = errors, errors > 1, 0, alone, choices, count * losses
+    found = Sensitivity(modules, candidates, *tables, {})
     return Planner(found, Shape.of(tiny(family), modules, candidates, None), Workload())
 
 
@@ -54,6 +55,17 @@ def test_uniform_bits_say_what_the_embedding_has():
     assert [found.uniform_name(i) for i in range(3)] == ["3, embedding 8", "4, embedding 8", "8"]
     assert found.usual_divergence("loss")[0] == "4, embedding 8"
     assert planner("opt", "3,4,8").uniform_name(0) == "3"
+
+
+def test_a_front_has_each_plan_once():
+    """Where bytes leave no more than half of the bits, more bits make no other plan."""
+    found = planner("opt", "4,8")
+    few, *_, most = found.front(Limits(), 5)
+    sizes = few.nbytes, most.nbytes
+    held = replace(found, max_bytes=sum(sizes) / 2)
+    choices = [plan.solution.choice.tolist() for plan in held.front(Limits(), 9)]
+    assert 2 <= len(choices) == len({tuple(choice) for choice in choices}) < 9
+    assert len(found.front(Limits(), 9)) == 9
 
 
 @pytest.mark.parametrize("name", ["embed", "lm_head"])

@@ -77,11 +77,14 @@ def test_a_table_is_read_as_it_was_written(measured, tmp_path):
     again = Sensitivity.from_file(path)
     assert again.modules == found.modules
     assert [s.bits for s in again.candidates] == [s.bits for s in found.candidates]
-    for name in ("errors", "alone", "choices", "divergences"):
+    for name in ("errors", "float32_scales", "alone", "choices", "divergences"):
         assert np.array_equal(getattr(again, name), getattr(found, name)), name
     value = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in value.items() if k != "float32_scales"}))
+    assert not Sensitivity.from_file(path).float32_scales.any()  # of one from before they were kept
     nothing = {key: np.zeros_like(getattr(found, key)).tolist() for key in ("alone", "divergences")}
-    wrongs = {"alone": [1.0], "errors": [[-1.0]], "probe": 9, "choices": [[99]], **nothing}
+    wrongs = {"alone": [1.0], "errors": [[-1.0]], "float32_scales": [True], "probe": 9}
+    wrongs |= {"choices": [[99]], **nothing}
     for key, wrong in wrongs.items():
         path.write_text(json.dumps(value | {key: wrong}))
         with pytest.raises(UserError, match="is no table of losses"):
@@ -108,7 +111,8 @@ def test_a_divergence_that_does_not_grow_is_about_the_sum(divergences):
 def test_a_linear_without_an_error_adds_nothing():
     specs = parse_candidates("3,4", "128", "asym", QuantSpec())
     errors, alone = np.array([[0.0, 0.0], [0.4, 0.1]]), np.array([1e-12, 0.02])
-    table = Sensitivity(("a", "b"), specs, errors, 0, alone, np.array([[0, 0]]), alone[1:], {})
+    tables = errors, errors > 1, 0, alone, np.array([[0, 0]]), alone[1:]
+    table = Sensitivity(("a", "b"), specs, *tables, {})
     assert table.sums == pytest.approx(np.array([[0.0, 0.0], [0.02, 0.005]]))
 
 

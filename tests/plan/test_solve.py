@@ -207,6 +207,20 @@ def test_one_device_has_none_of_the_passes_of_stages():
     found = solve(waiting)
     assert len(set(found.device)) == 1 and found.gap <= 2e-4
     assert found.value == pytest.approx(min(all_values(waiting)), rel=2e-4)
+    # A stage has a part of what one device has: that is no reason for one device.
+    parts = np.broadcast_to([10.0, 200.0], (2, 2, 2))
+    parted = replace(two, passes=np.full((2, 2), 1000.0), stage_passes=parts)
+    found = solve(parted)
+    assert len(set(found.device)) == 2 and found.gap <= 2e-4
+    assert found.value == pytest.approx(min(all_values(parted)), rel=2e-4)
+
+
+@pytest.mark.parametrize(("objective", "devices"), [("bytes", 1), ("latency", 2), ("bytes", 3)])
+def test_what_a_plan_comes_to_is_a_limit_that_it_keeps_to(objective, devices):
+    p = problem(4, devices, 3, objective=objective)
+    found = solve(replace(p, max_loss=p.loss[:, 0].sum() * 0.3))
+    again = solve(replace(p, max_loss=found.costs.loss, memory=np.maximum(found.costs.held, 1.0)))
+    assert again.value == pytest.approx(found.value, rel=2e-4) and again.gap <= 2e-4
 
 
 def test_what_is_held_stays():
@@ -241,6 +255,15 @@ def test_a_large_program_is_searched_and_says_how_good_it_is(monkeypatch):
     found = solve(p, 20.0)
     assert best * (1 - 1e-3) <= found.value <= best * 1.05
     assert found.value * (1 - found.gap) <= best * (1 + 1e-3)
+
+
+def test_a_search_whose_cuts_hold_nothing_begins_at_those_that_do(monkeypatch):
+    p = problem(34, 2, 3, objective="bytes")
+    p = replace(p, max_loss=p.loss[:, 0].sum() * 0.3)
+    best = min(all_values(p))
+    monkeypatch.setattr(solver, "SMALL", 0)
+    found = solve(p, 20.0)
+    assert found.value == pytest.approx(best) and found.gap < 0.1
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
