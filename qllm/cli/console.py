@@ -139,6 +139,8 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:
             # It takes the number that is free, so that no file of the run's does.
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdin, io.TextIOWrapper):  # whoever reads a line says what is wrong with it
+        sys.stdin.reconfigure(errors="surrogateescape")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a character of the text
         sys.stdout.reconfigure(errors="backslashreplace")
         if sys.stdout.isatty():

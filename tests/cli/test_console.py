@@ -121,6 +121,13 @@ def test_a_script_without_a_standard_stream(number, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_standard_input_that_is_no_text_is_left_to_its_reader():
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as most locales have it
+    body = r"assert list(sys.stdin) == ['a\n', '\udcff\n', 'b\n']"
+    done = run_main(body, input=b"a\n\xff\nb\n", text=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_output_that_cannot_be_written():
     with Path("/dev/full").open("w") as full:
         done = run_main("print('text')", stdout=full, stderr=-1, capture_output=False)
