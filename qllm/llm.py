@@ -12,14 +12,14 @@ The scripts stand on this module: what they add is options, reports and words.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
-from qllm.bitwidths import Bitwidth, make_plan
+from qllm.bitwidths import Bitwidth, check_rounding, make_plan
 from qllm.calibration import find_calibration
 from qllm.checkpoint.convert import find_source
 from qllm.checkpoint.fingerprint import content_fingerprint
@@ -147,6 +147,13 @@ class LLM:
         pretrained = Pretrained.open(model, note=note)
         default = QuantSpec(group_size=group_size, scheme=scheme)
         plan = make_plan(bitwidth, default, lm_head_bits, embedding_bits)
+        # Bits that were asked for may be a 16 among others, in a loop.
+        if bitwidth is lm_head_bits is embedding_bits is None:
+            check_rounding(
+                [plan],
+                None if group_size == DEFAULT_GROUP_SIZE else group_size,
+                None if scheme == DEFAULT_SCHEME else scheme,
+            )
         if parallel is None and tp > 1:
             device = resolve_device(local_device(device))
             facts = {"model": content_fingerprint(pretrained.folder.path), "plan": plan.to_json()}
@@ -376,7 +383,13 @@ class LLM:
         repetition_penalty: float | None,
         sampling: Mapping[str, float | None],
     ) -> GenerationConfig:
-        """The checkpoint's settings, with those that were asked for."""
-        return self.pretrained.generation_with(
+        """The checkpoint's settings, with those that were asked for; a seed is all ranks'."""
+        config = self.pretrained.generation_with(
             max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, **sampling
         )
+        if config.sampling is None or not isinstance(self.model, Decoder):
+            return config
+        drawn = config.sampling.with_seed()
+        assert drawn.seed is not None
+        seed = self.model.parallel.tp.first(drawn.seed)
+        return replace(config, sampling=replace(drawn, seed=seed))
