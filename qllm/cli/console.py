@@ -117,7 +117,8 @@ def run(main: Callable[[], int | None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
             raise
-        status = _fail(program, f"out of memory; take fewer bits or a smaller model ({error})", 1)
+        detail = f" ({error})" if str(error) else ""
+        status = _fail(program, f"out of memory; take fewer bits or a smaller model{detail}", 1)
     if not _is_open():  # Python would complain once more while it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     ending.status = status

@@ -52,7 +52,11 @@ ENDINGS = {
     "a note of one": ("cli.note('\x07')", 0, "note: \\u0007\n"),
     "an option of one": ("cli.Parser('x').error('\x1b')", 2, "-c: error: \\u001b (--help"),
     "the system": ("open('/no/file')", 2, "-c: error: [Errno 2] No such file"),
-    "memory": ("raise MemoryError", 1, "-c: error: out of memory; take fewer bits"),
+    "memory": (
+        "raise MemoryError",
+        1,
+        "-c: error: out of memory; take fewer bits or a smaller model\n",
+    ),
     "torch's memory": (
         "raise RuntimeError('CUDA out of memory. Tried')",
         1,
