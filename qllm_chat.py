@@ -72,12 +72,15 @@ def main() -> int:
 
     from qllm.chat import Chat, ChatTemplate, context_size
     from qllm.llm import LLM, Pretrained
+    from qllm.stopping import check_stops
 
     pretrained = Pretrained.open(folder, note=cli.note)
     template = ChatTemplate.load(folder.path)
     config = pretrained.generation_with(
         max_new_tokens=args.max_gen_tokens, **cli.read_sampling_options(args)
     )
+    stop = args.stop or ()
+    check_stops(pretrained.tokenizer, stop)
     context = context_size(pretrained.config, args.ctx_size)
     llm = LLM.load(
         pretrained,
@@ -92,7 +95,6 @@ def main() -> int:
         meter=cli.meter("loading"),
         note=cli.note,
     )
-    stop = args.stop or ()
     chat = Chat(llm, template, config, system=args.system, stop=stop, context=context)
     if sys.stdin.isatty():
         talk(chat)

@@ -122,7 +122,7 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     from qllm import report
     from qllm.generate import check_prompts
     from qllm.llm import LLM, Pretrained
-    from qllm.stopping import cut
+    from qllm.stopping import check_stops, cut
 
     pretrained = Pretrained.open(folder, note=note)
     config, tokenizer = pretrained.config, pretrained.tokenizer
@@ -131,6 +131,8 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     ids = cli.tokenize(tokenizer, prompts, args.max_prompt_length, note)
     generation = read_generation(args, pretrained, session)
     check_prompts(config, ids, generation)
+    stops = args.stop or []
+    check_stops(tokenizer, stops)
     calibration = cli.find_calibration(args, folder, plan, note)
     parallel = session and cli.join(args, session, folder, config, calibration)
     batch_size = min(args.batch_size or len(ids), len(ids))
@@ -155,7 +157,6 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     if not args.json and talks:
         show(args, result, model, time.perf_counter() - start, onnx)
     stream = args.stream and talks
-    stops = args.stop or []
     tokens, result["seconds"] = run_prompts(
         stream, model, tokenizer, prompts, ids, generation, stops, batch_size
     )

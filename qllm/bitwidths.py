@@ -49,6 +49,34 @@ def make_plan(
     return plan.with_outer(lm_head_bits, embedding_bits, default or QuantSpec())
 
 
+def check_rounding(plans: Sequence[QuantPlan], group_size: int | None, scheme: str | None) -> None:
+    """Refuse a group size or a scheme where no plan has layers that follow it.
+
+    Args:
+        group_size, scheme: None where it was not given.
+
+    Raises:
+        UserError: naming the first that was given.
+    """
+    grouped = [spec for plan in plans for _, spec in plan.rules if spec.kind == "weight_only"]
+    for option, value, followed in (
+        ("--group-size", group_size, {spec.group_size for spec in grouped}),
+        ("--scheme", scheme, {spec.scheme for spec in grouped}),
+    ):
+        if value is None or value in followed:
+            continue
+        if grouped:
+            raise UserError(
+                f"{option} {value} does nothing here: the plan's rules all have their own; "
+                "leave it out"
+            )
+        raise UserError(
+            f"{option} {value} does nothing without --bitwidth, --lm-head-bits or "
+            "--embedding-bits of 1 to 8: 8:tc-li and 8:tc have a scale per channel, and a "
+            "quantized checkpoint keeps its own groups; leave it out"
+        )
+
+
 def _plan_of(value: Mapping[str, Any], text: str, default: QuantSpec | None) -> QuantPlan:
     """The plan that a JSON object is, in our shape or in Neural Compressor's."""
     from qllm.neural_compressor import rules

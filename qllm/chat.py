@@ -200,7 +200,7 @@ class Chat:
         self.messages.append({"role": "user", "content": text})
         try:
             ids = self._fit()
-        except UserError:
+        except BaseException:  # Ctrl-C, too
             self.messages = before
             raise
         pieces: list[str] = []
@@ -214,7 +214,8 @@ class Chat:
     def _fit(self) -> list[int]:
         """Token ids of the conversation, without its oldest turns where they are too many."""
         max_tokens = self.context - 1
-        wanted = self.config.max_new_tokens or 1
+        # Of a long answer to come the conversation keeps half of the context.
+        wanted = min(self.config.max_new_tokens or 1, self.context // 2)
         while True:
             ids = self._encode(self.template.render(self.messages))
             turns = len(self.messages) - len(self._system)
@@ -237,14 +238,17 @@ class Chat:
         """Pieces of what follows; what the cache has of the tokens is not read again."""
         model: Any = self.llm.model  # a cache of its own, and logits: all layers are here
         cache: Any = self._cache
-        rope = self.llm.config.rope
+        config = self.llm.config
+        limit = config.rope.reread_length if config.rope is not None else None
         # Keys of longer texts are others, as in `generate`.
-        limit = rope.reread_length if rope is not None else None
+        unchanged = config.unchanged_length
         same = 0
         while same < min(len(self._read), len(ids) - 1) and self._read[same] == ids[same]:
             same += 1
-        if limit is not None and (len(self._read) > limit) != (len(ids) > limit):
-            same = 0
+        lengths = len(self._read), len(ids)
+        if unchanged is not None and max(lengths) > unchanged:
+            all_beyond = limit is not None and min(lengths) > limit
+            same = same if all_beyond else 0
         same = cache.rewind(0, same)
         self._read = list(ids[:same])
         pieces: list[str] = []

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -85,13 +86,13 @@ def generate_tokens(
         UserError: see `generate`.
     """
     check_prompts(model.config, prompts, config)
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+    if batch_size is not None and (not isinstance(batch_size, Integral) or batch_size < 1):
         raise UserError(f"batch_size is {batch_size!r}; give 1 or more, or None for all prompts")
     if config.new_tokens(max(len(prompt) for prompt in prompts)) == 0:
         return
     if config.sampling is not None:
         config = replace(config, sampling=config.sampling.with_seed())
-    size = batch_size or len(prompts)
+    size = int(batch_size or len(prompts))
     for start in range(0, len(prompts), size):
         rows = range(start, min(start + size, len(prompts)))
         yield from _generate_rows(model, rows, prompts, config, stop)

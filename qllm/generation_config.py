@@ -15,8 +15,8 @@ from qllm.sampling import Sampling
 # What transformers generates when nothing says how much.
 DEFAULT_NEW_TOKENS = 20
 
-# Settings of generation_config.json that would change greedy search and are not applied here, and
-# the value, besides null, at which they do nothing.
+# Settings of generation_config.json that would change what is generated and are not applied here,
+# and the value, besides null, at which they do nothing.
 NOT_APPLIED = {
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
@@ -39,6 +39,10 @@ NOT_APPLIED = {
     "num_return_sequences": 1,
     "max_time": None,
     "token_healing": False,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "top_h": None,
 }
 
 

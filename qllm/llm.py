@@ -12,14 +12,14 @@ The scripts stand on this module: what they add is options, reports and words.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
-from qllm.bitwidths import Bitwidth, make_plan
+from qllm.bitwidths import Bitwidth, check_rounding, make_plan
 from qllm.calibration import find_calibration
 from qllm.checkpoint.convert import find_source
 from qllm.checkpoint.fingerprint import content_fingerprint
@@ -44,7 +44,7 @@ from qllm.parallel.world import check_world, join
 from qllm.pretrained import Note, Pretrained, Prompt, silent
 from qllm.progress import Meter, unseen
 from qllm.prompts import several, stop_strings
-from qllm.stopping import StopStrings, cut
+from qllm.stopping import StopStrings, check_stops, cut
 from qllm.stream import TextStream
 from qllm.tokenizer import Tokenizer
 
@@ -147,6 +147,13 @@ class LLM:
         pretrained = Pretrained.open(model, note=note)
         default = QuantSpec(group_size=group_size, scheme=scheme)
         plan = make_plan(bitwidth, default, lm_head_bits, embedding_bits)
+        # Bits that were asked for may be a 16 among others, in a loop.
+        if bitwidth is lm_head_bits is embedding_bits is None:
+            check_rounding(
+                [plan],
+                None if group_size == DEFAULT_GROUP_SIZE else group_size,
+                None if scheme == DEFAULT_SCHEME else scheme,
+            )
         if parallel is None and tp > 1:
             device = resolve_device(local_device(device))
             facts = {"model": content_fingerprint(pretrained.folder.path), "plan": plan.to_json()}
@@ -256,7 +263,7 @@ class LLM:
         Args:
             prompts: texts or lists of token ids, or one of them.
             max_new_tokens: for each; None is what generation_config.json says, or 20.
-            stop: a string that ends a text, which it is no part of, or several.
+            stop: a string that ends a text, which it is no part of, or a special token, or several.
             repetition_penalty: None is what generation_config.json says, or 1.
             sampling: `temperature`, `top_k`, `top_p`, `min_p` and `seed` (`qllm.sampling`): with
                 one of them tokens are drawn, with the others as generation_config.json has them;
@@ -273,12 +280,14 @@ class LLM:
         many = several(prompts)
         ids = [self.pretrained.encode(prompt, max_prompt_length) for prompt in many]
         config = self._generation(max_new_tokens, repetition_penalty, sampling)
-        strings = stop_strings(stop)
+        strings = self._stops(stop)
         more: dict[str, Any] = {"batch_size": batch_size}
         if on_token is not None:
             more["on_token"] = on_token
+        ends = set(config.eos_token_ids)
         if strings and ids:
-            more["stop"] = StopStrings(self.tokenizer, ids, strings)
+            more["stop"] = stops = StopStrings(self.tokenizer, ids, strings)
+            ends |= stops.special
         found = generate(self.model, ids, config, **more) if ids else []
         texts = [self.tokenizer.continuation(*pair) for pair in zip(ids, found, strict=True)]
         return [
@@ -287,9 +296,7 @@ class LLM:
                 tuple(read),
                 tuple(new),
                 cut(text, strings),
-                "stop"
-                if (new and new[-1] in config.eos_token_ids) or cut(text, strings) != text
-                else "length",
+                "stop" if (new and new[-1] in ends) or cut(text, strings) != text else "length",
             )
             for prompt, read, new, text in zip(many, ids, found, texts, strict=True)
         ]
@@ -313,7 +320,7 @@ class LLM:
         ids = self.pretrained.encode(prompt)
         config = self._generation(max_new_tokens, repetition_penalty, sampling)
         check_prompts(self.model.config, [ids], config)
-        return self._pieces(ids, config, stop_strings(stop))
+        return self._pieces(ids, config, self._stops(stop))
 
     def _pieces(self, ids: list[int], config: GenerationConfig, stop: list[str]) -> Iterator[str]:
         pieces: list[str] = []
@@ -364,13 +371,25 @@ class LLM:
         settings = PerplexityOptions((convention,), window, stride, batch)
         return perplexity(self.model, encoded, settings)[convention]
 
+    def _stops(self, stop: str | Sequence[str] | None) -> list[str]:
+        """Strings that end a text, checked to be such."""
+        strings = stop_strings(stop)
+        check_stops(self.tokenizer, strings)
+        return strings
+
     def _generation(
         self,
         max_new_tokens: int | None,
         repetition_penalty: float | None,
         sampling: Mapping[str, float | None],
     ) -> GenerationConfig:
-        """The checkpoint's settings, with those that were asked for."""
-        return self.pretrained.generation_with(
+        """The checkpoint's settings, with those that were asked for; a seed is all ranks'."""
+        config = self.pretrained.generation_with(
             max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, **sampling
         )
+        if config.sampling is None or not isinstance(self.model, Decoder):
+            return config
+        drawn = config.sampling.with_seed()
+        assert drawn.seed is not None
+        seed = self.model.parallel.tp.first(drawn.seed)
+        return replace(config, sampling=replace(drawn, seed=seed))

@@ -24,7 +24,7 @@ def resolve_device(name: str = "auto") -> str:
         return "cuda" if found else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"`device` {name!r} is unknown; give cpu, cuda, cuda:N or auto")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from numbers import Integral
 from operator import index
 from pathlib import Path
 from typing import Any, Self
@@ -124,7 +125,7 @@ class Pretrained:
         if max_new_tokens is not None:
             if not _is_whole(max_new_tokens, 0):
                 raise UserError(f"max_new_tokens is {max_new_tokens!r}; give a whole number")
-            changes["max_new_tokens"] = max_new_tokens
+            changes["max_new_tokens"] = int(max_new_tokens)
         if repetition_penalty is not None:
             if isinstance(repetition_penalty, str) or not repetition_penalty > 0:
                 raise UserError(
@@ -138,4 +139,4 @@ class Pretrained:
 
 def _is_whole(value: object, least: int) -> bool:
     """Whether this is a whole number, and large enough."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from qllm.errors import UserError
 from qllm.pretrained import Prompt
+from qllm.text import surrogate
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -40,13 +41,17 @@ def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
     """Strings that end a text, however they were given.
 
     Raises:
-        UserError: for an empty one.
+        UserError: for an empty one, or one that is not UTF-8.
         TypeError: for what is no text.
     """
+    if not isinstance(stop, str | Iterable | None):
+        raise TypeError(f"stop is a text or several, not {type(stop).__name__}")
     strings = [stop] if isinstance(stop, str) else list(stop or ())
     for string in strings:
         if not isinstance(string, str):
             raise TypeError(f"a stop string is a text, not {type(string).__name__}")
+        if surrogate(string) is not None:
+            raise UserError(f"the stop string {string!r} is not UTF-8 text")
     if "" in strings:
         raise UserError("a stop string is empty; give it some text")
     return strings

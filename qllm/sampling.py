@@ -11,6 +11,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -63,7 +64,11 @@ class Sampling:
         Raises:
             UserError: for values that cannot be, or that contradict each other.
         """
-        given: dict[str, Any] = {n: value for n, value in changes.items() if value is not None}
+        given: dict[str, Any] = {
+            name: int(value) if _is_whole(value) else value  # numpy's, too
+            for name, value in changes.items()
+            if value is not None
+        }
         if not given:
             return None
         if given.get("temperature") == 0:
@@ -167,6 +172,10 @@ class Sampler:
     def keep(self, indices: Sequence[int]) -> None:
         """Go on with the prompts at these places alone."""
         self.generators = [self.generators[i] for i in indices]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _draw(scores: Tensor, stream: torch.Generator) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qllm.errors import UserError
 from qllm.tokenizer import Tokenizer
 
 # Tokens that are decoded in front of those whose text is asked for: a first one alone may decode to
@@ -16,12 +17,16 @@ class StopStrings:
 
     Attributes:
         strings: of which the first that comes ends a text, and is no part of it.
+        special: ids of those that are special tokens, of which a text has nothing.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], strings: Sequence[str]
     ) -> None:
         self.tokenizer, self.prompts, self.strings = tokenizer, prompts, tuple(strings)
+        found = [tokenizer.find_special(string) for string in strings]
+        pairs = zip(strings, found, strict=True)
+        self.special = {each[0] for string, each in pairs if each and each[1] == string}
         self.tokens: list[list[int]] = [[] for _ in prompts]
         # A token may be one byte of a string.
         self.tail = max(len(string.encode()) for string in strings) + MARGIN
@@ -30,11 +35,27 @@ class StopStrings:
         """Whether a row's text ends with its next token."""
         tokens = self.tokens[row]
         tokens.append(token)
+        if token in self.special:
+            return True
         start = max(0, len(tokens) - self.tail)
         prompt = self.prompts[row]
         before = [*prompt[-self.tail :], *tokens[max(0, start - self.tail) : start]][-self.tail :]
         text = self.tokenizer.continuation(before, tokens[start:])
         return any(string in text for string in self.strings)
+
+
+def check_stops(tokenizer: Tokenizer, strings: Sequence[str]) -> None:
+    """Refuse strings that can end no text.
+
+    Raises:
+        UserError: for one that holds a special token, and more.
+    """
+    for string in strings:
+        if (found := tokenizer.find_special(string)) and found[1] != string:
+            raise UserError(
+                f"the stop string {string!r} holds the special token {found[1]!r}, of which a "
+                "text has nothing; give that token alone"
+            )
 
 
 def cut(text: str, strings: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT
 from oracle import random_model
-from transformers import Phi3Config
+from transformers import LlamaConfig, Phi3Config
 
 from qllm import LLM
 from qllm.chat import DEFAULT_CONTEXT, Chat, ChatTemplate, context_size
@@ -110,6 +110,27 @@ def test_the_oldest_turns_make_way(kv_bits, llm, folder, monkeypatch):
     assert chat.messages == before
 
 
+def test_a_long_answer_to_come_leaves_the_conversation_half_of_the_context(llm, folder):
+    chat = chat_of(llm, folder, count=512, context=512)
+    for text in ("The sea was calm", "And then?", "Why?"):
+        answer = chat.answer(text)
+        next(answer)
+        answer.close()
+    assert [m["content"] for m in chat.messages[::2]] == ["The sea was calm", "And then?", "Why?"]
+
+
+def test_a_message_that_ctrl_c_keeps_from_being_read_is_forgotten(llm, folder, monkeypatch):
+    chat = chat_of(llm, folder)
+
+    def interrupted(messages):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat.template, "render", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(chat.answer("The sea"))
+    assert chat.messages == []
+
+
 def test_a_context_is_the_model_s_or_what_was_asked_for(llm):
     config = llm.config
     assert context_size(config) == 512 and context_size(config, 60) == 60
@@ -122,15 +143,21 @@ def test_a_context_is_the_model_s_or_what_was_asked_for(llm):
         context_size(config, 513)
 
 
-def test_a_text_outgrows_what_its_keys_were_made_for(folder, tmp_path):
-    """Phi-3 has other keys for longer texts: a conversation is read anew, as `generate` does."""
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [(Phi3Config, "longrope"), (LlamaConfig, "longrope"), (LlamaConfig, "dynamic")],
+)
+def test_a_text_outgrows_what_its_keys_were_made_for(family, kind, folder, tmp_path):
+    """Longer texts have other keys: a conversation is read anew, by Phi-3 within an answer, too."""
     path = tmp_path / "model"
     shutil.copytree(folder, path)
     for name in ("config.json", "model.safetensors"):
         (path / name).unlink()
     factors = [[1.0 + i / 4 for i in range(4)], [2.0 + i for i in range(4)]]
     rope = {"rope_type": "longrope", "short_factor": factors[0], "long_factor": factors[1]}
-    config = Phi3Config(
+    if kind == "dynamic":
+        rope = {"rope_type": "dynamic", "factor": 3.0}
+    config = family(
         vocab_size=4096,
         hidden_size=32,
         intermediate_size=48,
@@ -138,13 +165,13 @@ def test_a_text_outgrows_what_its_keys_were_made_for(folder, tmp_path):
         num_attention_heads=4,
         num_key_value_heads=2,
         pad_token_id=None,
-        max_position_embeddings=200,
+        max_position_embeddings=70 if kind == "dynamic" else 200,
         original_max_position_embeddings=70,
         rope_parameters=rope,
     )
     random_model(config).save_pretrained(path)
     llm = LLM.from_pretrained(path, dtype="float32")
-    assert llm.config.rope.rereads
+    assert llm.config.rope.rereads == (family is Phi3Config)
     chat = chat_of(llm, path, count=30)
     for _ in range(2):
         for text in ("The sea was calm", "And then?", "Why?"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,6 +133,17 @@ def test_a_string_ends_a_text_in_front_of_it(llm):
             assert len(found.tokens) <= 30
             assert "".join(llm.stream(prompt, max_new_tokens=30, stop=stop)) == found.text
     assert whole[0].finish_reason == "length"
+
+
+def test_a_special_token_ends_a_text_that_has_nothing_of_it(llm):
+    bare = LLM(replace(llm.pretrained, generation=GenerationConfig(30)), llm.model)
+    (end,) = llm.tokenizer.encode("</s>")
+    whole = bare.generate("The sea was", seed=2)[0].tokens
+    until = whole[: whole.index(end) + 1]
+    assert 1 < len(until) < len(whole)
+    found = bare.generate("The sea was", seed=2, stop=["never there", "</s>"])[0]
+    assert (found.tokens, found.finish_reason) == (until, "stop")
+    assert "".join(bare.stream("The sea was", seed=2, stop="</s>")) == found.text
 
 
 @pytest.mark.parametrize(

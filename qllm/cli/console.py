@@ -120,7 +120,8 @@ def run(main: Callable[[], int | None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
             raise
-        status = _fail(program, f"out of memory; take fewer bits or a smaller model ({error})", 1)
+        detail = f" ({error})" if str(error) else ""
+        status = _fail(program, f"out of memory; take fewer bits or a smaller model{detail}", 1)
     if not _is_open():  # Python would complain once more while it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     ending.status = status
@@ -142,6 +143,8 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:
             # It takes the number that is free, so that no file of the run's does.
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdin, io.TextIOWrapper):  # whoever reads a line says what is wrong with it
+        sys.stdin.reconfigure(errors="surrogateescape")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a character of the text
         sys.stdout.reconfigure(errors="backslashreplace")
         if sys.stdout.isatty():

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from qllm import bitwidths
 from qllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,20 +73,5 @@ def check_rounding(args: argparse.Namespace, plans: Sequence[QuantPlan]) -> None
     Raises:
         UserError: naming the first that was given.
     """
-    grouped = [spec for plan in plans for _, spec in plan.rules if spec.kind == "weight_only"]
-    for option, value, followed in (
-        ("--group-size", args.group_size, {spec.group_size for spec in grouped}),
-        ("--scheme", args.scheme, {spec.scheme for spec in grouped}),
-    ):
-        if not is_given(value) or value in followed:
-            continue
-        if grouped:
-            raise UserError(
-                f"{option} {value} does nothing here: the plan's rules all have their own; "
-                "leave it out"
-            )
-        raise UserError(
-            f"{option} {value} does nothing without --bitwidth, --lm-head-bits or "
-            "--embedding-bits of 1 to 8: 8:tc-li and 8:tc have a scale per channel, and a "
-            "quantized checkpoint keeps its own groups; leave it out"
-        )
+    group_size, scheme = (v if is_given(v) else None for v in (args.group_size, args.scheme))
+    bitwidths.check_rounding(plans, group_size, scheme)

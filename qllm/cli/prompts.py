@@ -94,10 +94,13 @@ def read_sampling_options(args: argparse.Namespace) -> dict[str, float | None]:
     """What `Pretrained.generation_with` takes of them.
 
     Raises:
-        UserError: for an empty --stop.
+        UserError: for a --stop that is empty, or not UTF-8.
     """
     if "" in (args.stop or ()):
         raise UserError("--stop is empty; give it some text")
+    for string in args.stop or ():
+        if surrogate(string) is not None:
+            raise UserError(f"--stop {string!r} is not UTF-8 text")
     names = ("temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty")
     return {name: getattr(args, name) for name in names}
 

@@ -118,3 +118,11 @@ class ModelConfig:
     dtype: str | None = None
     init_std: float = 0.02
     eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def unchanged_length(self) -> int | None:
+        """Tokens of the longest text whose length its keys do not depend on; None: none do."""
+        kind = self.rope.kind if self.rope is not None else None
+        if kind == "dynamic":
+            return self.trained_positions
+        return self.rope.original_max_positions if self.rope and kind == "longrope" else None

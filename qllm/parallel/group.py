@@ -102,6 +102,10 @@ class Group:
         mine = torch.tensor([[flag]], dtype=torch.uint8)
         return bool(self.all_gather(mine, [1] * self.size).all())
 
+    def first(self, number: int) -> int:
+        """The first rank's whole number, of up to 63 bits, on all ranks."""
+        return int(self.all_gather(torch.tensor([[number]]), [1] * self.size)[0, 0])
+
     def send(self, x: Tensor, to: int) -> None:
         """Send x to a rank of the group, which knows its shape and type."""
         x = x.contiguous()

@@ -111,6 +111,14 @@ class Tokenizer:
         ids = self.encode(text)
         return ids if self.tail is None else ids[:-1]
 
+    def find_special(self, text: str) -> tuple[int, str] | None:
+        """The first special token that a text holds: its id, and how it is written."""
+        for number in self._encode(text, None):
+            token = self._codec.token(number)
+            if token and token in text and not self.decode([number]):
+                return number, token
+        return None
+
     def count(self, text: str) -> int:
         """How many tokens a text has, whether the model knows them or not."""
         return len(self._encode(text, None))

@@ -54,7 +54,11 @@ ENDINGS = {
     "a note of one": ("cli.note('\x07')", 0, "note: \\u0007\n"),
     "an option of one": ("cli.Parser('x').error('\x1b')", 2, "-c: error: \\u001b (--help"),
     "the system": ("open('/no/file')", 2, "-c: error: [Errno 2] No such file"),
-    "memory": ("raise MemoryError", 1, "-c: error: out of memory; take fewer bits"),
+    "memory": (
+        "raise MemoryError",
+        1,
+        "-c: error: out of memory; take fewer bits or a smaller model\n",
+    ),
     "torch's memory": (
         "raise RuntimeError('CUDA out of memory. Tried')",
         1,
@@ -121,6 +125,13 @@ def test_a_script_without_a_standard_stream(number, tmp_path):
     body += f"assert os.readlink('/proc/self/fd/{number}') == '/dev/null'"
     done = run_main(body, preexec_fn=lambda: os.close(number))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_standard_input_that_is_no_text_is_left_to_its_reader():
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as most locales have it
+    body = r"assert list(sys.stdin) == ['a\n', '\udcff\n', 'b\n']"
+    done = run_main(body, input=b"a\n\xff\nb\n", text=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_output_that_cannot_be_written():
