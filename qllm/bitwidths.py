@@ -59,20 +59,20 @@ def check_rounding(plans: Sequence[QuantPlan], group_size: int | None, scheme: s
         UserError: naming the first that was given.
     """
     grouped = [spec for plan in plans for _, spec in plan.rules if spec.kind == "weight_only"]
-    for option, value, followed in (
-        ("--group-size", group_size, {spec.group_size for spec in grouped}),
-        ("--scheme", scheme, {spec.scheme for spec in grouped}),
+    for name, value, followed in (
+        ("group_size", group_size, {spec.group_size for spec in grouped}),
+        ("scheme", scheme, {spec.scheme for spec in grouped}),
     ):
         if value is None or value in followed:
             continue
         if grouped:
             raise UserError(
-                f"{option} {value} does nothing here: the plan's rules all have their own; "
+                f"`{name}` {value} does nothing here: the plan's rules all have their own; "
                 "leave it out"
             )
         raise UserError(
-            f"{option} {value} does nothing without --bitwidth, --lm-head-bits or "
-            "--embedding-bits of 1 to 8: 8:tc-li and 8:tc have a scale per channel, and a "
+            f"`{name}` {value} does nothing without `bitwidth`, `lm_head_bits` or "
+            "`embedding_bits` of 1 to 8: 8:tc-li and 8:tc have a scale per channel, and a "
             "quantized checkpoint keeps its own groups; leave it out"
         )
 

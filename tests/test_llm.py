@@ -181,8 +181,8 @@ def test_a_plan_has_the_head_and_the_embedding_that_were_asked_for():
         ("opt-tiny", {"lm_head_bits": 9}, "bits of the LM head are 9; choose from 1"),
         ("opt-tiny", {"device": "tpu"}, "give cpu, cuda"),
         ("opt-tiny", {"device": None}, "give cpu, cuda"),
-        ("opt-tiny", {"group_size": 64}, "group_size 64 does nothing without bitwidth"),
-        ("opt-tiny", {"scheme": "none"}, "scheme none does nothing without bitwidth"),
+        ("opt-tiny", {"group_size": 64}, "`group_size` 64 does nothing without `bitwidth`"),
+        ("opt-tiny", {"scheme": "none"}, "`scheme` none does nothing without `bitwidth`"),
         ("opt-tiny", {"bitwidth": "8:tc-li", "calibration": "none.safetensors"}, "no such file"),
     ],
 )
