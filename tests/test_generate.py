@@ -18,6 +18,7 @@ from oracle import (
     bundled,
     cut,
     draw_prompts,
+    not_by_older,
     our_bundled,
     random_model,
     reference,
@@ -244,6 +245,7 @@ def test_golden_text():
     )
 
 
+@not_by_older
 @pytest.mark.parametrize("prompts", [[10], [12, 3], [13, 2], [4, 11, 7]])
 def test_phi3_reads_a_text_anew_that_outgrows_its_short_factors(prompts, tmp_path):
     """Each by its own length, whatever is in the batch beside it."""

@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES
 from covering import each, slow_but
 from foreign import twin_of
-from oracle import assert_logits_close, draw_prompts, load, prefill_logits
+from oracle import IS_OLDER, assert_logits_close, draw_prompts, load, prefill_logits
 from quantizer_cases import plan_of, quantize
 from quantizing import samples, saved
 from transformers import AutoModelForCausalLM
@@ -85,6 +85,8 @@ def test_transformers_loads_what_is_said_to_load(family, form, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert notes[-1].startswith("loads in QLLM, transformers (with") == loads
     assert (notes[-1] in card) and ("AutoModelForCausalLM" in card) == loads
+    if not loads and IS_OLDER:
+        pytest.skip("transformers loaded some of these before 5.23")
     if not loads:
         with pytest.raises((RuntimeError, ValueError)):
             AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
