@@ -16,6 +16,7 @@ from qllm.errors import UserError
 from qllm.files import check_file, portable, readable
 from qllm.hub import ModelFolder
 from qllm.models import Decoder
+from qllm.progress import Note, silent
 
 FORMAT = "qllm-calibration"
 
@@ -121,7 +122,7 @@ def find_calibration(
     given: str | Path | Calibration | None,
     model: ModelFolder,
     plan: QuantPlan,
-    note: Callable[[str], None] = lambda line: None,
+    note: Note = silent,
 ) -> Calibration | None:
     """The activation statistics for a plan's W8A8 layers; None where it has no such layer.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from qllm.layers import Linear
 from qllm.llm import LLM
 from qllm.models import Decoder
 from qllm.pretrained import Pretrained
-from qllm.progress import Meter
+from qllm.progress import Meter, Note
 from qllm.tokenizer import Tokenizer
 
 # Conventions whose figures do not depend on how a text is cut into tokens.
@@ -186,7 +186,7 @@ def _check_texts(first: Candidate, other: Candidate, alike: str) -> None:
 def find_reference(
     candidates: Sequence[Candidate],
     reference: str | None,
-    note: Callable[[str], None],
+    note: Note,
     *,
     gguf: bool = False,
 ) -> ModelFolder:
@@ -219,7 +219,7 @@ def load_gguf_reference(
     dtype: torch.dtype | None,
     device: str,
     meter: Meter,
-    note: Callable[[str], None],
+    note: Note,
 ) -> DecoderReference:
     """A GGUF file as it is, in float32 unless told otherwise, as the reference."""
     note(f"the reference is {folder.path} as it is, run by QLLM: transformers does not")

@@ -12,11 +12,12 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qllm.errors import UserError, WritingError, first_line
+from qllm.progress import Note
 
 HOME, CACHE = "QLLM_HOME", "QLLM_CACHE"
 # What a disk says that takes no more, whatever is written to it.
@@ -61,7 +62,7 @@ def find(name: str) -> Path | None:
     return None
 
 
-def home_path(name: str, note: Callable[[str], object], option: str = "") -> Path:
+def home_path(name: str, note: Note, option: str = "") -> Path:
     """Where to keep something under a name.
 
     Args:

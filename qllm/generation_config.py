@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from qllm.checkpoint.reader import read_json
 from qllm.config import ModelConfig
 from qllm.models import RawConfig
+from qllm.progress import Note, silent
 from qllm.sampling import Sampling
 
 # What transformers generates when nothing says how much.
@@ -93,7 +93,7 @@ def read_sampling(folder: Path) -> Sampling:
 
 
 def read_generation_config(
-    folder: Path, config: ModelConfig, note: Callable[[str], None] = lambda line: None
+    folder: Path, config: ModelConfig, note: Note = silent
 ) -> GenerationConfig:
     """The settings of a checkpoint: generation_config.json, else those that config.json has.
 

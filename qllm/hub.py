@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from qllm.errors import UserError, first_line
 from qllm.files import portable, readable
 from qllm.folders import partial_folder
 from qllm.gguf import is_gguf
+from qllm.progress import Note, silent
 
 PACKAGE = Path(__file__).resolve().parent
 # Inside the package where pip has copied it, beside it in a clone.
@@ -136,9 +136,7 @@ def bundled() -> list[str]:
     return [family for family in REPOSITORIES if (BUNDLED / f"{family}-{TINY}").is_dir()]
 
 
-def find(
-    name: str, *, weights: bool = True, note: Callable[[str], None] = lambda line: None
-) -> ModelFolder:
+def find(name: str, *, weights: bool = True, note: Note = silent) -> ModelFolder:
     """The folder that a name stands for: a folder, a bundled model, or a Hub repository.
 
     Args:
@@ -160,7 +158,7 @@ def resolve(
     path: str | None = None,
     *,
     weights: bool = True,
-    note: Callable[[str], None] = lambda line: None,
+    note: Note = silent,
 ) -> ModelFolder:
     """The folder of a model, downloaded where it has to be.
 
@@ -209,7 +207,7 @@ def resolve(
     return _download(REPOSITORIES[family][size], weights, note)
 
 
-def _download(repository: str, weights: bool, note: Callable[[str], None]) -> ModelFolder:
+def _download(repository: str, weights: bool, note: Note) -> ModelFolder:
     # Imported here: a run from a folder needs none of it.
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import (

@@ -41,8 +41,8 @@ from qllm.generation_config import GenerationConfig
 from qllm.memory import local_device, resolve_device
 from qllm.models import Decoder
 from qllm.parallel.world import check_world, join
-from qllm.pretrained import Note, Pretrained, Prompt, silent
-from qllm.progress import Meter, unseen
+from qllm.pretrained import Pretrained, Prompt
+from qllm.progress import Meter, Note, silent, unseen
 from qllm.prompts import several, stop_strings
 from qllm.stopping import StopStrings, check_stops, cut
 from qllm.stream import TextStream

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from numbers import Integral
@@ -18,16 +18,12 @@ from qllm.generation_config import GenerationConfig, read_generation_config, rea
 from qllm.hub import ModelFolder
 from qllm.models import read_config
 from qllm.onnx import check_installed, is_onnx
+from qllm.progress import Note, silent
 from qllm.sampling import Sampling
 from qllm.tokenizer import Tokenizer
 
 # A text, or token ids that a tokenizer of one's own made.
 Prompt = str | Sequence[int]
-Note = Callable[[str], None]
-
-
-def silent(line: str) -> None:
-    """Drop a note: a library says nothing by itself."""
 
 
 @dataclass(frozen=True)

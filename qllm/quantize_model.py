@@ -33,14 +33,12 @@ from qllm.hub import ModelFolder
 from qllm.memory import resolve_device
 from qllm.models import read_config
 from qllm.onnx import is_onnx
-from qllm.progress import Meter, unseen
+from qllm.progress import Meter, Note, silent, unseen
 from qllm.quant.algorithm import QuantizeOptions
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.job import DEFAULT_SHARD_BYTES, Job
 from qllm.quantizer.layer import LinearReport, needs_inputs
 from qllm.tokenizer import Tokenizer
-
-Note = Callable[[str], None]
 
 
 def needs_text(plan: QuantPlan) -> bool:
@@ -68,7 +66,7 @@ def quantize(
     accuracy_level: int | None = None,
     meter: Meter = unseen,
     progress: Callable[[list], Iterable] = iter,
-    note: Note = lambda line: None,
+    note: Note = silent,
 ) -> list[LinearReport]:
     """Quantize a 16-bit checkpoint, or an ONNX model, layer by layer.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from qllm.files import copy_file
 from qllm.gguf import is_gguf
 from qllm.gguf.tokenizer import tokenizer_files
 from qllm.hub import ModelFolder
-from qllm.progress import Meter, unseen
+from qllm.progress import Meter, Note, silent, unseen
 
 SOURCE_KEY = "qllm_source"
 COPIED = (
@@ -48,7 +47,7 @@ def stored_name(model: ModelFolder) -> str:
     return f"converted/{model.key}"
 
 
-def find_source(model: ModelFolder, note: Callable[[str], None]) -> Path:
+def find_source(model: ModelFolder, note: Note) -> Path:
     """The folder to load a model from: its converted copy, where there is one of its present state.
 
     Args:
@@ -86,7 +85,7 @@ def convert(
     *,
     overwrite: bool,
     meter: Meter = unseen,
-    note: Callable[[str], None] = lambda line: None,
+    note: Note = silent,
 ) -> int:
     """Write a checkpoint in QLLM's layout, one tensor in memory at a time.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from qllm.gguf.tokenizer import (
     merges_of,
 )
 from qllm.models.family import RawConfig
+from qllm.progress import Note, silent
 from qllm.tokenizer import Tokenizer
 
 NORMAL, UNUSED = 1, 5
@@ -43,9 +43,7 @@ SPELLED = {
 NORMALIZERS = {"NFC", "Prepend", "Replace", "Sequence"}
 
 
-def tokenizer_metadata(
-    source: Path, config: ModelConfig, note: Callable[[str], None] = lambda line: None
-) -> dict[str, Value]:
+def tokenizer_metadata(source: Path, config: ModelConfig, note: Note = silent) -> dict[str, Value]:
     """The metadata of a checkpoint's tokenizer, and the model's name where tokens depend on it.
 
     Args:
@@ -108,7 +106,7 @@ def _name(
     added: dict[int, dict[str, Any]],
     types: list[int],
     tokens: set[str],
-    note: Callable[[str], None],
+    note: Note,
 ) -> dict[str, Value]:
     """The name by which llama.cpp knows that tokens take the spaces behind them along."""
     cut = {t["content"] for i, t in added.items() if i < len(types)} & tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,9 +36,7 @@ from qllm.memory import gigabytes
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
 from qllm.parallel.pipeline import ParallelContext, balance
-from qllm.progress import Meter, unseen
-
-Note = Callable[[str], None]
+from qllm.progress import Meter, Note, silent, unseen
 
 
 def load_model(
@@ -55,7 +53,7 @@ def load_model(
     activation_bits: int = DEFAULT_ACTIVATION_BITS,
     meter: Meter = unseen,
     parallel: ParallelContext | None = None,
-    note: Note = lambda line: None,
+    note: Note = silent,
 ) -> Decoder:
     """Load a 16- or 32-bit checkpoint, quantizing each layer as it comes; or a quantized one.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from qllm import hub
@@ -15,6 +15,7 @@ from qllm.gguf import is_gguf
 from qllm.hub import ModelFolder
 from qllm.models import read_config
 from qllm.models.family import RawConfig
+from qllm.progress import Note, silent
 from qllm.text import surrogate
 
 BASE_MODEL_KEY, ALGORITHM_KEY = "qllm_base_model", "qllm_algorithm"
@@ -66,7 +67,7 @@ def algorithm(raw_config: RawConfig) -> str:
 def find_reference(
     model: ModelFolder,
     reference: str | None = None,
-    note: Callable[[str], None] = lambda line: None,
+    note: Note = silent,
     *,
     gguf: bool = False,
 ) -> ModelFolder:

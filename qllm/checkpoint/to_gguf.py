@@ -51,6 +51,7 @@ from qllm.gguf.write import Planned, write_gguf
 from qllm.models import RawConfig
 from qllm.models import read_config as model_config
 from qllm.models.positions import RotaryPositions
+from qllm.progress import Note, silent
 from qllm.quant.packing import PackedWeight, group_width, unpack
 
 # Our names of modules, to llama.cpp's; of what is fused in its file as well, one name.
@@ -71,7 +72,7 @@ PLAIN = {torch.float16: F16, torch.bfloat16: BF16, torch.float32: F32}
 def export_gguf(
     source: Path,
     target: Path,
-    note: Callable[[str], None] = lambda line: None,
+    note: Note = silent,
     *,
     round_offsets: bool = False,
 ) -> int:

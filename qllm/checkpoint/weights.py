@@ -6,7 +6,7 @@ Two layouts: Hugging Face's, where a fused matrix is put together as it is read,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
@@ -23,6 +23,7 @@ from qllm.config import EMBEDDING, LM_HEAD, ModelConfig
 from qllm.errors import UserError
 from qllm.models import Family
 from qllm.ops.reference import dequantize
+from qllm.progress import Note, silent
 from qllm.quant.packing import PackedWeight
 
 # The types that config.json may name.
@@ -54,9 +55,7 @@ class Weights:
             change nothing.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, note: Callable[[str], None] = lambda line: None
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, note: Note = silent) -> None:
         """
         Args:
             note: called with a line on tensors that are not used.
@@ -80,7 +79,7 @@ class Weights:
             )
 
     @classmethod
-    def of_floats(cls, source: Path, note: Callable[[str], None] = lambda line: None) -> Self:
+    def of_floats(cls, source: Path, note: Note = silent) -> Self:
         """Those of a folder or GGUF file that is to be quantized.
 
         Raises:

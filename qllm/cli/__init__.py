@@ -14,7 +14,6 @@ from qllm.cli.console import (
     print_lines,
     rearm,
     run,
-    silent,
     whole_number,
 )
 from qllm.cli.lengths import Default, DefaultName, check_rounding, fit_defaults, is_given, up_to
@@ -53,6 +52,7 @@ from qllm.cli.prompts import (
     read_sampling_options,
     tokenize,
 )
+from qllm.progress import silent
 
 __all__ = [
     "DEFAULT_PROMPTS",

@@ -248,10 +248,6 @@ def error(line: str) -> None:
     _print(f"{Path(sys.argv[0]).name}: error: {line}")
 
 
-def silent(line: str) -> None:
-    """Say nothing: of several processes, one speaks."""
-
-
 def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     """An argparse type: a whole number of `minimum` or more, up to `maximum` if there is one."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from qllm import hub
@@ -27,6 +26,7 @@ from qllm.config import (
 from qllm.errors import UserError
 from qllm.launch import Launch
 from qllm.onnx import ACCURACY_LEVELS, DEFAULT_ACCURACY_LEVEL, check_installed, is_onnx
+from qllm.progress import Note
 
 if TYPE_CHECKING:
     import torch
@@ -290,7 +290,7 @@ def add_calibration_options(
 
 
 def resolve_model(
-    args: argparse.Namespace, *, weights: bool = True, note: Callable[[str], None] = note
+    args: argparse.Namespace, *, weights: bool = True, note: Note = note
 ) -> ModelFolder:
     """The folder that the model options name.
 
@@ -329,7 +329,7 @@ def find_calibration(
     args: argparse.Namespace,
     model: ModelFolder,
     plan: QuantPlan,
-    note: Callable[[str], None] = note,
+    note: Note = note,
 ) -> Calibration | None:
     """The activation statistics for a plan's W8A8 layers: --calib, else what lies ready."""
     from qllm import calibration

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from qllm.cli.lengths import Default
 from qllm.config import MAX_SEED
 from qllm.data import JSON_LINES, json_rows
 from qllm.errors import UserError
+from qllm.progress import Note
 from qllm.text import MAX_BYTES, decode, read_text, surrogate
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def tokenize(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     limit: int,
-    note: Callable[[str], None] = note,
+    note: Note = note,
 ) -> list[list[int]]:
     """Token ids of prompts; one of more than `limit` tokens loses its beginning, with a note.
 

@@ -22,6 +22,7 @@ from qllm.onnx import DEFAULT_ACCURACY_LEVEL
 from qllm.onnx.decoder import DecoderGraph
 from qllm.onnx.graph import MODEL, DataFile, Graph, save
 from qllm.onnx.nbits import BITS
+from qllm.progress import Note, silent
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -44,7 +45,7 @@ def export(
     target: Path,
     options: ExportOptions | None = None,
     progress: Callable[[list], Iterable] = iter,
-    note: Callable[[str], None] = lambda line: None,
+    note: Note = silent,
 ) -> int:
     """Write the ONNX model of a checkpoint, one tensor in memory at a time.
 

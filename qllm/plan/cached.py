@@ -24,9 +24,7 @@ from qllm.plan.measure import Job, measure
 from qllm.plan.network import measure_hops, measure_stages
 from qllm.plan.probe import FORMAT, probe
 from qllm.plan.sensitivity import Sensitivity, write
-from qllm.progress import Meter
-
-Note = Callable[[str], None]
+from qllm.progress import Meter, Note
 
 
 def load_or_measure(

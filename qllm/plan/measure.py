@@ -29,7 +29,7 @@ from qllm.memory import check_fits
 from qllm.models import read_config
 from qllm.models.layer import PreNormLayer, QuantizedEmbedding
 from qllm.plan.sensitivity import Array, Sensitivity, draw_choices
-from qllm.progress import Meter, unseen
+from qllm.progress import Meter, Note, silent, unseen
 from qllm.quant.inputs import InputStats
 from qllm.quantizer.floats import BACK, FRONT, FloatModel
 from qllm.quantizer.hidden import HiddenStates
@@ -113,9 +113,7 @@ def draw_samples(
 
 
 @torch.inference_mode()
-def measure(
-    job: Job, meter: Meter = unseen, note: Callable[[str], None] = lambda line: None
-) -> Sensitivity:
+def measure(job: Job, meter: Meter = unseen, note: Note = silent) -> Sensitivity:
     """Measure how much each candidate of each linear changes what the model says.
 
     Layer by layer the Hessian of each linear's input is summed over the float model's states, each
@@ -149,7 +147,7 @@ def decided_modules(weights: Weights, lm_head: bool, embedding: bool = False) ->
 class _Run:
     """One call of `measure`."""
 
-    def __init__(self, job: Job, note: Callable[[str], None]) -> None:
+    def __init__(self, job: Job, note: Note) -> None:
         self.job, self.note = job, note
         self.weights = Weights.of_floats(job.source, note)
         self.config = self.weights.config

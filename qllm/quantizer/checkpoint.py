@@ -27,7 +27,7 @@ from qllm.memory import check_fits
 from qllm.models.cache import Prefill
 from qllm.models.layer import PreNormLayer, QuantizedEmbedding
 from qllm.models.norms import Norm
-from qllm.progress import Meter, unseen
+from qllm.progress import Meter, Note, silent, unseen
 from qllm.quant.inputs import InputStats
 from qllm.quantizer.estimate import bytes_needed, step_sizes
 from qllm.quantizer.fisher import read_metric, seen_samples, write_fisher
@@ -58,7 +58,7 @@ def quantize_checkpoint(
     job: Job,
     target: Path,
     meter: Meter = unseen,
-    note: Callable[[str], None] = lambda line: None,
+    note: Note = silent,
 ) -> list[LinearReport]:
     """Write a quantized checkpoint to `target`, which appears when it is whole.
 
@@ -87,7 +87,7 @@ def quantize_checkpoint(
 class _Run:
     """One call of `quantize_checkpoint`: what it knows before the first step, and the steps."""
 
-    def __init__(self, job: Job, target: Path, note: Callable[[str], None]) -> None:
+    def __init__(self, job: Job, target: Path, note: Note) -> None:
         self.job, self.note = job, note
         self.weights = Weights.of_floats(job.source, note)
         self.config = self.weights.config
@@ -378,7 +378,7 @@ class _Run:
         """Finish the checkpoint, tune its scales, and open it again for those."""
         self.hidden = self.targets = None
         file = SafetensorsFile(self._states_path(TARGETS, self.config.num_layers + 2))
-        self.output.write_small_files(self.reports, lambda line: None)  # it is said at the end
+        self.output.write_small_files(self.reports, silent)  # it is said at the end
         self.output.writer.finish()
         tied = self.config.tied_head and EMBEDDING in self.specs
         head = self.floats.linear(LM_HEAD).weight if tied or LM_HEAD in self.specs else None

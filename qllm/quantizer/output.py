@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from qllm.layers import Linear
 from qllm.layers.w8a8 import DynamicInt8Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
+from qllm.progress import Note
 from qllm.quantizer.card import model_card
 from qllm.quantizer.compatibility import find_ragged, summary
 from qllm.quantizer.job import Job
@@ -132,16 +133,12 @@ class OutputCheckpoint:
             if tensor.is_floating_point()
         }
 
-    def write_small_files(
-        self, reports: Sequence[LinearReport], note: Callable[[str], object]
-    ) -> None:
+    def write_small_files(self, reports: Sequence[LinearReport], note: Note) -> None:
         """What stands beside the weights: config.json, the tokenizer, the model card."""
         with writing(self.folder, FULL):
             self._write_small_files(reports, note)
 
-    def _write_small_files(
-        self, reports: Sequence[LinearReport], note: Callable[[str], object]
-    ) -> None:
+    def _write_small_files(self, reports: Sequence[LinearReport], note: Note) -> None:
         job, folder = self.job, self.folder
         raw = dict(self.weights.checkpoint.raw_config.values)
         gone = (LAYOUT_KEY, SOURCE_KEY, *origin.KEYS)

@@ -23,6 +23,7 @@ from qllm.memory import available_bytes, gigabytes
 from qllm.models import Decoder
 from qllm.models.equalize import dense_linear
 from qllm.models.layer import Block, PreNormLayer
+from qllm.progress import Note
 from qllm.quant.algorithm import QuantizeOptions, TuningStart
 from qllm.quantizer.descent import descend_last
 from qllm.quantizer.distill import memory_needed, tune_scales
@@ -230,7 +231,7 @@ def can_refine_scales(
     config: ModelConfig,
     specs: Mapping[str, QuantSpec],
     dtype: torch.dtype,
-    note: Callable[[str], object],
+    note: Note,
 ) -> bool:
     """Whether the scales of a job with tuned layers are tuned, too; says why where they are not.
 
@@ -268,7 +269,7 @@ def refine_scales(
     targets: Tensor,
     float_head: Tensor | None,
     dtype: torch.dtype,
-    note: Callable[[str], object],
+    note: Note,
     add: Callable[[float], object],
 ) -> None:
     """Tune all scales of a quantized checkpoint, and write what is to take their place.
