@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -72,6 +73,7 @@ class CapturedCalls:
     def replay(self) -> None:
         """Make the calls again."""
         self._close_run()
+        _take_number_of_threads()
         for part in self._parts:
             part()
 
@@ -121,6 +123,18 @@ class _Capturing(threading.local):
 
     calls: CapturedCalls | None = None
 
+    def __init__(self) -> None:
+        _take_number_of_threads()
+
+
+def _take_number_of_threads() -> None:
+    """Let kernels that this thread calls have as many threads as torch is set to have.
+
+    OpenMP, which they ask, has a number for each thread that calls. Torch tells it the one that
+    it is set to have when a thread first asks torch for it, and not before.
+    """
+    torch.get_num_threads()
+
 
 _capturing = _Capturing()
 
@@ -158,9 +172,10 @@ def call(
 
     Raises: what `check` does.
     """
+    calls = _capturing.calls  # in front of the call, whose number of threads this may set
     check(library, getattr(library, f"qllm_{name}")(ctypes.byref(arguments)), name)
-    if _capturing.calls is not None:
-        _capturing.calls.add(library, name, arguments, tensors)
+    if calls is not None:
+        calls.add(library, name, arguments, tensors)
 
 
 def host_callback(function: Callable[[], None]) -> None:

@@ -30,6 +30,7 @@ def print_faults(workers: bool) -> None:
 @pytest.mark.skipif(
     bool(set(OF_WORKERS) & set(os.environ)), reason="the environment says what to do"
 )
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="it allocates itself")
 @pytest.mark.parametrize("workers", [False, True])
 def test_memory_that_is_freed_is_not_cleared_anew(workers):
     """In a process of its own: what else is free at the heap's end counts towards the threshold."""

@@ -14,6 +14,7 @@ from cpu_paths import (
     Int8,
     everywhere,
     normal,
+    paths,
     pattern,
     random_weight,
     same,
@@ -23,6 +24,7 @@ from product_cases import assert_close
 from torch import Tensor
 
 from qllm.config import SCHEMES
+from qllm.ops.cpu import steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,6 +69,9 @@ def test_infinities_and_nan(bits, scheme, dtype):
         # Not torch's product in bfloat16, in which, on AMX, a row shows what is no number in the
         # next one: https://github.com/uxlfoundation/oneDNN/issues/5717
         assert torch.equal(pattern(got), pattern(weight.exact(x, bias)))
+        # One of many, whatever order compilers give to operands of which two are none.
+        none = got[got.isnan()]
+        assert same(none, torch.full_like(none, math.nan))
         finite = [row for row in range(rows) if row not in special]
         assert before.isfinite().all() and same(got[finite], before[finite])
 
@@ -81,6 +86,19 @@ def test_an_infinite_bias(dtype):
     assert torch.equal(pattern(got), pattern(weight.exact(x, bias)))
     others = [i for i in range(40) if i not in (3, 20, 39)]
     assert same(got[:, others], before[:, others])
+
+
+def test_numbers_of_float16_where_subnormal_floats_are_flushed():
+    x = torch.arange(1 << 16).to(torch.int16).view(torch.float16)
+    x = x[x.isfinite()]
+    zeros = torch.zeros_like(x)
+    paths()
+    assert torch.set_flush_denormal(True)
+    try:
+        got = everywhere(lambda: steps.add(x, zeros))
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(got, x)
 
 
 SIZES = (2.0**-149, 1e-44, 1e-40, 1e-38, 1e-30, 1e-6, 1e-3, 100.0, 1e20, 2.0**97, 2.0**101, 1e36)

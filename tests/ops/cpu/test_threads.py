@@ -11,8 +11,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from fences import run_in
 
 from qllm.ops import phase
 from qllm.ops.cpu import build, library, linear, steps
+from qllm.ops.cpu.capture import capture_calls
 from qllm.ops.kv import KV, Batch
 
 # What share_work does, seen from inside: how often each number was taken, and which threads came.
@@ -130,6 +132,26 @@ def test_calls_at_once_do_without_each_other(shared, threads):
     for caller in callers:
         caller.join()
     assert found == [True] * 400
+
+
+def test_a_new_thread_takes_the_number_that_torch_is_set_to_have(threads):
+    paths()
+    openmp = ctypes.CDLL(build._openmp_of_torch() or build.SYSTEM_OPENMP)
+    x, found = torch.zeros(1, 2), []
+    with capture_calls() as captured:
+        steps.add(x, x)
+
+    def run(call: Callable[[], object]) -> None:
+        call()
+        found.append(openmp.omp_get_max_threads())
+
+    number = openmp.omp_get_max_threads() + 3  # nobody's
+    threads(number)
+    for call in (partial(steps.add, x, x), captured.replay):
+        caller = threading.Thread(target=run, args=(call,))
+        caller.start()
+        caller.join()
+    assert found == [number] * 2
 
 
 # What follows runs in processes of its own.

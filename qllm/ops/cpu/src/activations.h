@@ -109,7 +109,8 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
     if (is_scaled(a)) {
         int32_t largest = largest_bits(a, start, block.inputs);
         if (largest >= FALLBACK_BITS) {
-            x.fallback[row] = 1;
+            // Threads that have other blocks of the row may do so, too.
+            __atomic_store_n(x.fallback + row, 1, __ATOMIC_RELAXED);
             largest = 0;
         }
         if (P > 1) {

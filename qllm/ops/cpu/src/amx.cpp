@@ -1,3 +1,5 @@
+// AMX. Compilers do not agree on what they define where they have it.
+#define HAS_TILES 1
 #include "dense.h"
 #include "dense_decode_amx.h"
 #include "isa.h"

@@ -35,16 +35,16 @@ inline void descend_lanes(const DescendBlock &a, int64_t start, float *slopes) {
 
 static Status descend_block(const DescendBlock &a) {
     const int64_t vectors = (a.rows + WIDTH - 1) / WIDTH;
-    Status status = Status::OK;
+    bool no_memory = false;
     for_each(vectors, a.channels * a.channels * a.rows > WORTH_THREADS, [&](int64_t i, int64_t) {
         float *memory = static_cast<float *>(scratch(size_t(a.channels * WIDTH) * sizeof(float)));
         if (memory) {
             descend_lanes(a, i * WIDTH, memory);
         } else {
-            __atomic_store_n(&status, Status::NO_MEMORY, __ATOMIC_RELAXED);
+            __atomic_store_n(&no_memory, true, __ATOMIC_RELAXED);
         }
     });
-    return status;
+    return no_memory ? Status::NO_MEMORY : Status::OK;
 }
 
 }  // namespace

@@ -9,7 +9,7 @@
 #include "isa_scalar.h"
 #endif
 
-#if defined(__AMX_TILE__)
+#if defined(HAS_TILES)
 // Tiles stand in for vectors: few rows are not for them, nor are int16.
 #undef GEMV_OPERANDS
 #undef HAS_WORDS

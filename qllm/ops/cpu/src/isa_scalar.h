@@ -89,11 +89,13 @@ inline VI round_i(VF v) { return v == v ? VI(__builtin_lrintf(v)) : 0; }
 // The same, whatever comes of what is not a number.
 inline VI nearest_i(VF v) { return VI(__builtin_lrintf(v)); }
 
-// float16 by way of float32's own arithmetic: 2^112 moves the exponent's bias of 15 to 127.
+// The exponent's bias of 15 becomes 127. What is subnormal comes from an integer: as a float32 it
+// would be, too, and zero where the processor is told to take such numbers for it.
 inline VF from_half(uint16_t half) {
     uint32_t magnitude = uint32_t(half & 0x7FFF) << 13, sign = uint32_t(half & 0x8000) << 16;
-    VF v = magnitude >= 0x0F800000 ? from_bits(magnitude + 0x70000000)
-                                   : from_bits(magnitude) * 0x1p112f;
+    VF v = magnitude >= 0x0F800000   ? from_bits(magnitude + 0x70000000)
+           : magnitude >= 0x00800000 ? from_bits(magnitude + 0x38000000)
+                                     : VF(half & 0x3FF) * 0x1p-24f;
     return from_bits(uint32_t(bits_of(v)) | sign);
 }
 inline uint16_t to_half(VF v) {

@@ -48,7 +48,7 @@ struct Operands {
     int64_t widen = STEPS;    // steps after which sums widen, a power of two
     const float *offsets = nullptr;  // (panels, LANES), added to each weight, or null
     // Sums of the products of neighbours, inputs 2i and 2i + 1: see `Sums::add_words`.
-    const int32_t *x_pairs;            // (rows,)
+    const int32_t *x_pairs = nullptr;  // (rows,)
     const int32_t *w_pairs = nullptr;  // (panels, LANES)
 };
 

@@ -56,7 +56,9 @@ static void multiply_fallback_row(const Linear &a, int64_t row, int64_t panel, i
             sum += one(a.x, row * a.x_stride + k, a.x_type) * weight;
         }
         if (a.bias) sum += one(a.bias, n, a.x_type);
-        store_as(a.y, row * a.out + n, a.x_type, 1, set_f(float(sum)));
+        // Of two that are no numbers, whose bits remain is the compiler's choice.
+        const float result = sum == sum ? float(sum) : __builtin_nanf("");
+        store_as(a.y, row * a.out + n, a.x_type, 1, set_f(result));
     }
 }
 

@@ -157,16 +157,16 @@ template <int64_t TYPE> void step_row(const StepRounding &a, int64_t row, float 
 
 static Status step_rounding(const StepRounding &a) {
     const size_t bytes = size_t(2 * a.groups * a.group) * sizeof(float);
-    Status status = Status::OK;
+    bool no_memory = false;
     for_each(a.rows, a.rows * a.in > WORTH_THREADS, [&](int64_t row, int64_t) {
         float *memory = static_cast<float *>(scratch(bytes));
         if (memory) {
             BY_TYPE(a.type, step_row, a, row, memory);
         } else {
-            __atomic_store_n(&status, Status::NO_MEMORY, __ATOMIC_RELAXED);
+            __atomic_store_n(&no_memory, true, __ATOMIC_RELAXED);
         }
     });
-    return status;
+    return no_memory ? Status::NO_MEMORY : Status::OK;
 }
 
 }  // namespace

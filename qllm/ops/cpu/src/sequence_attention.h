@@ -337,18 +337,18 @@ template <int64_t TYPE> Status attend_whole(const AttendSequences &a, bool back)
     constexpr bool PAIR = HAS_PAIRS && TYPE == BFLOAT16;
     const size_t bytes = size_t(attend_memory<PAIR>(a, back)) * sizeof(float);
     const int64_t work = a.sequences * a.heads * a.length * a.length * a.dim;
-    Status status = Status::OK;
+    bool no_memory = false;
     for_each(a.sequences * a.kv_heads, work > WORTH_THREADS, [&](int64_t i, int64_t) {
         float *memory = static_cast<float *>(scratch(bytes));
         if (!memory) {
-            __atomic_store_n(&status, Status::NO_MEMORY, __ATOMIC_RELAXED);
+            __atomic_store_n(&no_memory, true, __ATOMIC_RELAXED);
         } else if (back) {
             attend_head_backward<TYPE, PAIR>(a, i / a.kv_heads, i % a.kv_heads, memory);
         } else {
             attend_head<TYPE, PAIR>(a, i / a.kv_heads, i % a.kv_heads, memory);
         }
     });
-    return status;
+    return no_memory ? Status::NO_MEMORY : Status::OK;
 }
 
 static Status attend_sequences(const AttendSequences &a) {

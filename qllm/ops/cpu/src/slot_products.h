@@ -102,7 +102,7 @@ void along_row(const void *x, int64_t at, int64_t count, float *to, int64_t slot
 }
 
 // Slots of rows that follow each other, element by element: (rows / UNIT, width).
-template <bool PAIR> VF side_by_side(VF first, VF second) {
+template <bool PAIR> VF side_by_side(VF first, [[maybe_unused]] VF second) {
 #if HAS_PAIRS
     if (PAIR) return interleaved_pairs(first, second);
 #endif

@@ -198,7 +198,8 @@ __attribute__((noinline)) void multiply(const Operands &o, int64_t from) {
 
 // The same of activations and weights that are int16; of each EVERY-th row as they are.
 template <int EVERY, int R, int N>
-__attribute__((noinline)) void multiply_words(const Operands &o, int64_t from) {
+__attribute__((noinline)) void multiply_words([[maybe_unused]] const Operands &o,
+                                              [[maybe_unused]] int64_t from) {
 #if HAS_WORDS
     Sums<R, N * VECTORS> sums;
     sums.clear();

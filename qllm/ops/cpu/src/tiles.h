@@ -1,7 +1,7 @@
 // The tiles that a file is compiled for: those of AMX, or of vectors.
 #pragma once
 
-#if defined(__AMX_TILE__)
+#if defined(HAS_TILES)
 #include "dense_tile_amx.h"
 #include "tile_amx.h"
 #else
