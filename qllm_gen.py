@@ -134,7 +134,7 @@ def generate_text(args: argparse.Namespace, session: Session | None) -> None:
     stops = args.stop or []
     check_stops(tokenizer, stops)
     calibration = cli.find_calibration(args, folder, plan, note)
-    parallel = session and cli.join(args, session, folder, config, calibration)
+    parallel = session and cli.join(args, session, pretrained, plan, calibration, generation, ids)
     batch_size = min(args.batch_size or len(ids), len(ids))
     cache_shape = (batch_size, max(map(len, ids)) + args.max_gen_tokens)
     start = time.perf_counter()
@@ -192,11 +192,10 @@ def read_generation(
         option = given[0].replace("_", "-")
         raise UserError(f"--compare shows greedy search; leave --{option} out")
     generation = pretrained.generation_with(max_new_tokens=args.max_gen_tokens, **settings)
-    if generation.sampling is None:
-        return generation
-    sampling = generation.sampling.with_seed()
-    if session is not None:
-        sampling = replace(sampling, seed=session.broadcast(sampling.seed))
+    sampling = generation.sampling and generation.sampling.with_seed()
+    if session is not None:  # where ranks were started unlike, too, all exchange the same
+        seed = session.broadcast(sampling and sampling.seed)
+        sampling = sampling and replace(sampling, seed=seed)
     return replace(generation, sampling=sampling)
 
 

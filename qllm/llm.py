@@ -22,7 +22,6 @@ from torch import Tensor
 from qllm.bitwidths import Bitwidth, check_rounding, make_plan
 from qllm.calibration import find_calibration
 from qllm.checkpoint.convert import find_source
-from qllm.checkpoint.fingerprint import content_fingerprint
 from qllm.checkpoint.load import load_model, module_bytes
 from qllm.checkpoint.weights import resolve_dtype
 from qllm.config import (
@@ -156,8 +155,9 @@ class LLM:
             )
         if parallel is None and tp > 1:
             device = resolve_device(local_device(device))
-            facts = {"model": content_fingerprint(pretrained.folder.path), "plan": plan.to_json()}
-            parallel = join(tp, device, facts)
+            calibration = find_calibration(calibration, pretrained.folder, plan, note)
+            settings = {"dtype": str(dtype), "kv_bits": kv_bits, "activation_bits": activation_bits}
+            parallel = join(tp, device, pretrained.facts(plan, calibration) | settings)
         return cls.load(
             pretrained,
             plan,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from numbers import Integral
 from operator import index
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from qllm import hub
+import torch
+
+from qllm import __version__, hub
+from qllm.checkpoint.fingerprint import content_fingerprint
 from qllm.checkpoint.reader import read_raw_config
-from qllm.config import ModelConfig
+from qllm.config import ModelConfig, QuantPlan
 from qllm.errors import UserError
 from qllm.generation_config import GenerationConfig, read_generation_config, read_sampling
 from qllm.hub import ModelFolder
@@ -21,6 +24,9 @@ from qllm.onnx import check_installed, is_onnx
 from qllm.progress import Note, silent
 from qllm.sampling import Sampling
 from qllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from qllm.calibration import Calibration
 
 # A text, or token ids that a tokenizer of one's own made.
 Prompt = str | Sequence[int]
@@ -94,6 +100,26 @@ class Pretrained:
             if isinstance(token, bool) or not hasattr(token, "__index__"):
                 raise TypeError(f"a prompt's token ids are whole numbers, not {token!r}")
         return [index(token) for token in tokens]
+
+    def facts(
+        self,
+        plan: QuantPlan,
+        calibration: Calibration | None,
+        generation: GenerationConfig | None = None,
+    ) -> dict[str, Any]:
+        """What ranks that share the model have to have alike, in JSON's types.
+
+        Args:
+            generation: how they generate; None: as the checkpoint has it.
+        """
+        return {
+            "QLLM version": __version__,
+            "torch version": torch.__version__,
+            "model": content_fingerprint(self.folder.path),
+            "plan": [[pattern, spec.to_json()] for pattern, spec in plan.rules],
+            "calibration": calibration.digest() if calibration else None,
+            "generation config": asdict(generation or self.generation),
+        }
 
     def generation_with(
         self,

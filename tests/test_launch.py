@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -83,17 +84,37 @@ def test_an_environment_that_torchrun_does_not_make_is_refused(changes, message,
         Launch.of_environment()
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "none.invalid"])
-def test_a_store_that_is_not_there_is_one_line(host, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("rank", "host"), [("1", "127.0.0.1"), ("1", "none.invalid"), ("0", "none.invalid")]
+)
+def test_a_store_that_is_not_there_is_one_line(rank, host, monkeypatch, capfd):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    given = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": str(port)}
+    given = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": str(port)}
     for key, value in given.items():
         monkeypatch.setenv(key, value)
     message = f"the store at {host}:{port} was not found .*; the run ends"
     with pytest.raises(ParallelError, match=message), session(ParallelConfig(2), timeout=0.2):
         pass
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_store_that_never_answers_is_given_up(monkeypatch):
+    for key, value in {"RANK": "1", **OURS}.items():
+        monkeypatch.setenv(key, value)
+    ended = threading.Event()
+    monkeypatch.setattr("qllm.parallel.session._store", lambda *_: ended.wait(10))
+    message = "^what listens at 127.0.0.1:29501 does not answer as a store; the run ends$"
+    with pytest.raises(ParallelError, match=message), session(ParallelConfig(2), timeout=0.1):
+        pass
+    ended.set()
+
+
+def test_an_interface_that_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none99")
+    message = "^gloo did not start .*none99.*; the run ends$"
+    with pytest.raises(ParallelError, match=message), session(ParallelConfig(), timeout=5):
+        pass
 
 
 SCRIPTS = {

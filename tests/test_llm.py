@@ -9,12 +9,16 @@ import numpy as np
 import processes
 import pytest
 import torch
+from checkpoints import change_json, copy_of
 from conftest import FAMILIES, ROOT, tiny
 from oracle import bundled, reference
 
 from qllm import LLM, Completion, quantize
 from qllm.bitwidths import make_plan
+from qllm.calibration import Calibration
+from qllm.config import QuantPlan
 from qllm.errors import UserError
+from qllm.pretrained import Pretrained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = ["He is working on", "Once upon a time there was a"]
@@ -238,6 +242,26 @@ def test_a_type_that_no_model_is_computed_in_is_refused(dtype, tmp_path):
         LLM.from_pretrained("opt-tiny", dtype=dtype)
     with pytest.raises(UserError, match=message):
         quantize("opt-tiny", 4, save=tmp_path / "out", dtype=dtype)
+
+
+def test_what_ranks_compare_tells_settings_plans_and_versions_apart(tmp_path, monkeypatch):
+    folder = copy_of("opt", tmp_path / "opt")
+    plan = QuantPlan.parse("4")
+
+    def facts(plan=plan, calibration=None):
+        return Pretrained.open(folder).facts(plan, calibration)
+
+    found = [facts(), facts(QuantPlan.parse("3")), facts(calibration=Calibration())]
+    change_json(folder / "generation_config.json", repetition_penalty=1.5)
+    found.append(facts())
+    monkeypatch.setattr("qllm.pretrained.__version__", "9")
+    found.append(facts())
+    changed = [
+        [key for key, value in after.items() if value != before[key]]
+        for before, after in ((found[0], each) for each in found[1:])
+    ]
+    settings = "generation config"
+    assert changed == [["plan"], ["calibration"], [settings], ["QLLM version", settings]]
 
 
 SHARED = """

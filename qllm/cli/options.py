@@ -17,7 +17,16 @@ OPTIONS = {
             *("accuracy_level", "batch", "bits", "bitwidth", "cluster", "conventions", "dataset"),
             *("device", "dtype", "embedding", "embedding_bits", "fake", "fixed", "group_size"),
             *("kv_bits", "lm_head", "lm_head_bits", "max_prompt_length", "max_tokens", "memory"),
-            *("num_shards", "prompt", "reference", "round_offsets", "save", "scheme", "stages"),
+            *(
+                "num_shards",
+                "pp",
+                "prompt",
+                "reference",
+                "round_offsets",
+                "save",
+                "scheme",
+                "stages",
+            ),
             *("static_groups", "table", "tasks", "time_limit", "tp", "window"),
         )
     },

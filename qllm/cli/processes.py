@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from qllm.cli.console import whole_number
 from qllm.cli.lengths import Default, is_given
 from qllm.cli.models import resolve_device
+from qllm.cli.options import name_options
 from qllm.errors import UserError
 from qllm.launch import Launch
 
@@ -16,10 +19,11 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from qllm.calibration import Calibration
-    from qllm.config import ModelConfig
-    from qllm.hub import ModelFolder
+    from qllm.config import QuantPlan
+    from qllm.generation_config import GenerationConfig
     from qllm.parallel.pipeline import ParallelContext
     from qllm.parallel.session import Session
+    from qllm.pretrained import Pretrained
 
 TP_MODES = ("exact", "fast")
 # Options that only rank 0 heeds, or that may differ between hosts.
@@ -88,11 +92,15 @@ def check_processes(args: argparse.Namespace) -> None:
 
 def session(args: argparse.Namespace) -> AbstractContextManager[Session]:
     """This process among those that torchrun started."""
-    from qllm.parallel.session import ParallelConfig, session
+    from qllm.parallel.session import ParallelConfig, explain, session
+
+    def failed(error: BaseException) -> str | None:
+        reason = explain(error)
+        return reason and name_options(reason)
 
     device = resolve_device(args, local=True)
     config = ParallelConfig(args.tp, args.pp, args.tp_mode)
-    return session(config, timeout=args.timeout, device=device)
+    return session(config, timeout=args.timeout, device=device, failed=failed)
 
 
 def unbounded(session: Session | None) -> AbstractContextManager[None]:
@@ -103,30 +111,27 @@ def unbounded(session: Session | None) -> AbstractContextManager[None]:
 def join(
     args: argparse.Namespace,
     session: Session,
-    folder: ModelFolder,
-    config: ModelConfig,
+    pretrained: Pretrained,
+    plan: QuantPlan,
     calibration: Calibration | None,
+    generation: GenerationConfig,
+    ids: list[list[int]],
 ) -> ParallelContext:
-    """This process's part of a model, after all were found to be about to load the same."""
-    import torch
+    """This process's part of a model, after all were found to be about to do the same.
 
-    from qllm import __version__
-    from qllm.checkpoint.fingerprint import content_fingerprint
-    from qllm.ops.cpu import library
+    Args:
+        ids: tokens of the prompts, which each rank finds by its own tokenizer.
+    """
     from qllm.parallel.pipeline import parse_cuts
 
-    cuts = parse_cuts(args.stages, config.num_layers, args.pp) if args.stages else None
-    with session.unbounded():  # they may have to be compiled first
-        kernels = library.unavailable() or library.library().path
+    layers = pretrained.config.num_layers
+    cuts = parse_cuts(args.stages, layers, args.pp) if args.stages else None
     options = {key: value for key, value in vars(args).items() if key not in NOT_COMPARED}
-    facts = {
-        "QLLM version": __version__,
-        "torch version": torch.__version__,
-        "model": content_fingerprint(folder.path),
-        "calibration": calibration.digest() if calibration else None,
-        **{f"--{key.replace('_', '-')}": value for key, value in options.items()},
-    }
-    if args.tp_mode == "exact":
-        facts["kernel path"] = kernels
-    session.compare(facts)
+    session.compare(
+        {
+            **{f"--{key.replace('_', '-')}": value for key, value in options.items()},
+            **pretrained.facts(plan, calibration, generation),
+            "tokenization": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16],
+        }
+    )
     return session.context(cuts)

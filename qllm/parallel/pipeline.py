@@ -170,6 +170,11 @@ class ParallelContext:
         """
         index, count = (self.stage.index, self.stage.count) if self.stage else (0, 1)
         if self.cuts is None:
+            if count > len(costs):
+                raise UserError(
+                    f"`pp` {count} is more than the model's {len(costs)} layers; give 1 to "
+                    f"{len(costs)}, or `stages` that begin with MLPs, too"
+                )
             layers = balance(costs, count)[index]
             return range(2 * layers.start, 2 * layers.stop)
         cuts = (0, *self.cuts, 2 * len(costs))

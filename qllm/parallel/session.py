@@ -7,8 +7,10 @@ import json
 import os
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +24,7 @@ from qllm import launch as launching
 from qllm.cgroups import usable_cpus
 from qllm.errors import UserError, first_line
 from qllm.launch import Launch
+from qllm.ops.cpu import library
 from qllm.parallel.group import Group
 from qllm.parallel.links import POLL, Links, Mesh, RankError, spin_seconds
 from qllm.parallel.pipeline import ParallelContext
@@ -64,14 +67,16 @@ class Session:
         self.device = device
         self.progress, self.busy, self.joined = 0, False, False
         deadline = time.monotonic() + timeout * SHARE
-        store = _store(launch, deadline)
 
-        def prefixed(name: str) -> dist.Store:
-            return dist.PrefixStore(f"qllm/{name}", store)
+        def find() -> tuple[dist.Store, Mesh]:
+            store = _store(launch, deadline)
+            return store, Mesh(dist.PrefixStore("qllm/watch", store), launch, deadline)
 
         with ExitStack() as on_error:
             try:
-                self._control = Mesh(prefixed("watch"), launch, deadline)
+                # No watch bounds these yet, and torch's store waits for one that is stopped.
+                patience = timeout * (1 + SHARE) / 2
+                store, self._control = _within(patience, find, _address(launch))
                 on_error.callback(self._control.close)
                 # From here on it is noticed when a rank dies or is stopped, whatever the others do.
                 self.watchdog = Watchdog(launch.rank, self._control.sockets, timeout, self._state)
@@ -79,12 +84,12 @@ class Session:
                 self.watchdog.start()
                 on_error.callback(self.watchdog.stop)
                 with self.links.waiting():
-                    self._mesh = Mesh(prefixed("data"), launch, deadline)
+                    self._mesh = Mesh(dist.PrefixStore("qllm/data", store), launch, deadline)
                 on_error.callback(self._mesh.close)
                 self.links.sockets = self._mesh.sockets
                 self._name_hosts()
                 with self.links.waiting():
-                    self._join_group(prefixed("group"), device)
+                    self._join_group(dist.PrefixStore("qllm/group", store), device)
             except dist.DistError as error:
                 raise ConnectionError(f"the store was lost ({first_line(error)})") from None
             on_error.pop_all()
@@ -112,9 +117,15 @@ class Session:
         if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface(self._mesh.address)):
             os.environ["GLOO_SOCKET_IFNAME"] = name
         backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=store, rank=self.rank, world_size=self.world, timeout=LONG
-        )
+        try:
+            dist.init_process_group(
+                backend, store=store, rank=self.rank, world_size=self.world, timeout=LONG
+            )
+        except dist.DistError:
+            raise
+        except RuntimeError as error:  # such as of an interface that this host does not have
+            reason = first_line(error)
+            raise ConnectionError(f"{backend} did not start ({reason})") from None
         config = self.config
         mesh = init_device_mesh(kind, (config.pp, config.tp), mesh_dim_names=("pp", "tp"))
         stage, tp_rank = divmod(self.rank, config.tp)
@@ -132,9 +143,15 @@ class Session:
     def compare(self, facts: Mapping[str, Any]) -> None:
         """End the run where ranks were not started alike.
 
+        Kernels are among what is compared in exact mode: their sums have orders of their own.
+
         Args:
             facts: what has to be the same for all, in JSON's types.
         """
+        if self.config.mode == "exact":
+            with self.unbounded():  # they may have to be compiled first
+                kernels = library.unavailable() or library.library().path
+            facts = {**facts, "kernel path": kernels}
         everyone = self.all_gather_object(facts)
         for rank, theirs in enumerate(everyone):
             for key, value in theirs.items():
@@ -196,6 +213,31 @@ class Session:
         self._control.close()
 
 
+def _within(seconds: float, find: Callable[[], tuple[dist.Store, Mesh]], address: str) -> Any:
+    """What a function returns, called in a thread that is left behind where it does not return.
+
+    Raises:
+        ConnectionError: it did not return in time.
+    """
+    found: Future = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(find())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, name="rendezvous", daemon=True).start()
+    try:
+        return found.result(seconds)
+    except TimeoutError:
+        raise ConnectionError(f"what listens at {address} does not answer as a store") from None
+
+
+def _address(launch: Launch) -> str:
+    return f"{launch.master}:{launch.port}"
+
+
 def _store(launch: Launch, deadline: float) -> dist.Store:
     """The store of the launcher, or one that rank 0 keeps, by which ranks find each other.
 
@@ -203,17 +245,20 @@ def _store(launch: Launch, deadline: float) -> dist.Store:
         ConnectionError: it cannot be reached.
     """
     own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and launch.rank == 0
-    if not own:
-        _wait_for_store(launch, deadline)
-    patience = timedelta(seconds=max(1.0, deadline - time.monotonic()))
     try:
-        return dist.TCPStore(
-            launch.master, launch.port, launch.world, own, patience, wait_for_workers=False
-        )
+        if own:
+            socket.getaddrinfo(launch.master, launch.port)  # as the other ranks will
+        else:
+            _wait_for_store(launch, deadline)
+        patience = timedelta(seconds=max(1.0, deadline - time.monotonic()))
+        # What cannot be reached, torch reports in forty lines; its own store, rank 0 always can.
+        host = "127.0.0.1" if own else launch.master
+        return dist.TCPStore(host, launch.port, launch.world, own, patience, wait_for_workers=False)
+    except OSError as error:
+        reason = error.strerror or str(error)
     except dist.DistError as error:
-        raise ConnectionError(
-            f"the store at {launch.master}:{launch.port} was not found ({first_line(error)})"
-        ) from None
+        reason = first_line(error)
+    raise ConnectionError(f"the store at {_address(launch)} was not found ({reason})")
 
 
 def _wait_for_store(launch: Launch, deadline: float) -> None:
@@ -222,18 +267,15 @@ def _wait_for_store(launch: Launch, deadline: float) -> None:
     torch's own client prints forty lines for each connection that is refused.
 
     Raises:
-        ConnectionError: nothing does in time.
+        OSError: nothing does in time.
     """
     while True:
         try:
             left = max(0.1, deadline - time.monotonic())
             socket.create_connection((launch.master, launch.port), left).close()
-        except OSError as error:
+        except OSError:
             if time.monotonic() > deadline:
-                raise ConnectionError(
-                    f"the store at {launch.master}:{launch.port} was not found "
-                    f"({error.strerror or error})"
-                ) from None
+                raise
             time.sleep(POLL)
         else:
             return

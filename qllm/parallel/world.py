@@ -41,7 +41,7 @@ def join(tp: int, device: str, facts: Mapping[str, object]) -> ParallelContext:
     stack = ExitStack()
     joined = stack.enter_context(session(ParallelConfig(tp), device=device))
     atexit.register(stack.close)
+    joined.compare(facts)
     # Between two calls a program may take any time.
     stack.enter_context(joined.unbounded())
-    joined.compare(facts)
     return joined.context()

@@ -124,3 +124,11 @@ def test_every_script_has_a_version_and_names_that_hands_expect(script, monkeypa
     else:
         assert script == "weight_convert.py"
     torch.set_num_threads(threads)
+
+
+def test_ranks_name_options_where_the_library_names_parameters(monkeypatch):
+    found = {}
+    monkeypatch.setattr("qllm.parallel.session.session", lambda _, **given: found.update(given))
+    cli.session(argparse.Namespace(tp=9, pp=1, tp_mode="exact", timeout=60, device="cpu"))
+    assert found["failed"](UserError("`tp` 9 is more")) == "--tp 9 is more"
+    assert found["failed"](KeyboardInterrupt()) is None

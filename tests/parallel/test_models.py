@@ -338,5 +338,5 @@ def test_stages_that_cannot_be(text):
 
 def test_more_stages_than_layers_are_refused(tmp_path: Path):
     folder = saved("opt", tmp_path)
-    with pytest.raises(UserError, match="5 shards cannot share 2 layers"):
+    with pytest.raises(UserError, match="`pp` 5 is more than the model's 2 layers; give 1 to 2"):
         on_mesh(1, lambda parallel: load(folder, parallel=parallel), pp=5)

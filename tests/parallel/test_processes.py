@@ -239,9 +239,9 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("what", ["model", "version"])
+@pytest.mark.parametrize("what", ["model", "sampling"])
 def test_a_rank_that_was_started_otherwise_ends_the_run(what, tmp_path):
-    first, others, patch = ["--bitwidth", "4"], ["--bitwidth", "4"], ""
+    first, others = [], ["--temperature", "1"]
     if what == "model":
         state = state_of("opt")
         state["model.decoder.layers.3.fc1.weight"][:] = 0.5
@@ -249,19 +249,17 @@ def test_a_rank_that_was_started_otherwise_ends_the_run(what, tmp_path):
         first, others = (
             ["--model-path", str(p)] for p in (copy_of("opt", tmp_path / "m"), changed)
         )
-    else:
-        patch = "import qllm\nif __import__('os').environ['RANK'] == '1': qllm.__version__ = '9'\n"
     program = PER_RANK.format(root=str(ROOT), script=str(ROOT / GEN), first=first, others=others)
-    head, _, tail = program.partition("sys.argv")
     file = tmp_path / "start.py"
-    file.write_text(f"{head}{patch}sys.argv{tail}")
+    file.write_text(program)
     size = () if what == "model" else ("--model-size", "tiny")
     options = (*size, "--tp", 2, "--timeout", TIMEOUT)
     found = forked(2, *options, script=file, errors=tmp_path)
     assert all(status in (1, 2) for status, *_ in found)
     (line,) = "".join(lines for *_, lines in found).splitlines()
     assert "rank 1" in line
-    assert ("its model is" if what == "model" else "its QLLM version is 9, that of rank 0") in line
+    said = "model is" if what == "model" else "--temperature is 1.0, that of rank 0 is None"
+    assert f"its {said}" in line
 
 
 def test_a_rank_that_does_not_come_is_named():
