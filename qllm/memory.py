@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from qllm import cgroups
 from qllm.errors import UserError
+from qllm.launch import Launch
 
 
 def resolve_device(name: str = "auto") -> str:
@@ -36,10 +36,21 @@ def resolve_device(name: str = "auto") -> str:
 
 
 def local_device(name: str) -> str:
-    """The same for one of several processes on a host, each of which takes a GPU of its own."""
+    """The same for one of several processes on a host, each of which takes a GPU of its own.
+
+    Raises:
+        UserError: there are more of them than GPUs.
+    """
     if name not in ("auto", "cuda") or not torch.cuda.is_available():
         return name
-    name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    launch, count = Launch.of_environment(), torch.cuda.device_count()
+    ranks = max(len(launch.here), launch.local + 1)
+    if ranks > count:
+        raise UserError(
+            f"`device` {name}: {ranks} ranks on this machine take a GPU each, and it has {count}; "
+            "give cpu, or start fewer"
+        )
+    name = f"cuda:{launch.local}"
     torch.cuda.set_device(name)
     return name
 

@@ -222,7 +222,7 @@ def attention_example(
     angles = (angle.cos().to(dtype), angle.sin().to(dtype)) if rotated else None
     slopes = None if rotated else torch.linspace(0.01, 0.5, heads)
     lengths, pasts = ([rows], [0]) if prompt else ([1] * rows, at.tolist())
-    batch = Batch.of(lengths, request.device, pasts=pasts)
+    batch = Batch.of(lengths, "cpu", pasts=pasts)
     arguments = {"qkv": qkv, "kv": KV(keys, values), "batch": batch}
     arguments |= {"cos_sin": angles, "slopes": slopes, "scores": scores}
     parts = exact.numpy(qkv).reshape(rows, -1, dim)

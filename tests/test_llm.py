@@ -132,7 +132,7 @@ def test_perplexity_is_that_of_the_logits():
     text = "the sea and the ship and the man who went down to it " * 3
     ids = llm.tokenizer.encode(text)
     (logits,) = llm.logits(text)
-    loss = torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(ids[1:]))
+    loss = torch.nn.functional.cross_entropy(logits[:-1].double().cpu(), torch.tensor(ids[1:]))
     found = llm.perplexity(text, convention="strided", window=512, stride=512)
     assert found == pytest.approx(loss.exp().item(), rel=1e-6)
 

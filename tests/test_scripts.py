@@ -152,7 +152,8 @@ def test_compare_of_a_coarse_model():
 def test_explain_names_every_layers_kernel(tmp_path):
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({"attention": 4, r"layers\.[0-2]\.mlp": "8:tc-li"}))
-    result = call_json("qllm_gen.py", "--model-size", "tiny", "--bitwidth", plan, "--explain")
+    options = ("--model-size", "tiny", "--bitwidth", plan, "--explain", "--device", "cpu")
+    result = call_json("qllm_gen.py", *options)
     rows = result["kernels"]
     assert result["graph_break"] is None
     assert all(set(row) == {"layer", "format", "kernel", "why"} for row in rows)
@@ -166,7 +167,7 @@ def test_explain_names_every_layers_kernel(tmp_path):
         ("layers.{3-5}.mlp.down", "16 bits"),
         ("lm_head", "16 bits"),
     }
-    done = call("qllm_gen.py", "--model-size", "tiny", "--bitwidth", plan, "--explain")
+    done = call("qllm_gen.py", *options)
     assert "decode step: captured, then replayed\n" in done.stdout
     for row in rows:
         assert re.search(rf"^{re.escape(row['layer'])} +{row['format']} +\S.*\S", done.stdout, re.M)
@@ -174,7 +175,7 @@ def test_explain_names_every_layers_kernel(tmp_path):
 
 def test_explain_says_that_activations_are_int8():
     options = ("--model-size", "tiny", "--bitwidth", "4", "--activation-bits", "8", "--explain")
-    rows = call_json("qllm_gen.py", *options)["kernels"]
+    rows = call_json("qllm_gen.py", *options, "--device", "cpu")["kernels"]
     assert {row["layer"]: "int8" in row["why"] for row in rows} == {
         row["layer"]: row["layer"] != "lm_head" for row in rows
     }

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qllm.ops.gpu import prefill, tiles, tuning
-from qllm.ops.gpu.attention import DESCRIBING, prefill_tile
+from qllm.ops.gpu.attention import DESCRIBING, block_of, prefill_tile
 from qllm.ops.gpu.kernels import (
     attention,
     descent,
@@ -126,6 +126,11 @@ def in_float32(capability: str) -> Iterator[Job]:
         constants |= {"BM": tile.rows, "BN": tile.columns}
         how = (tile.warps, tile.stages, True)
         yield Job(f"float32, {count} rows", matmul.dense_matmul, tensors, constants, *how)
+    packed = tensors | {"q": "*i32", "scales": "*fp16", "zeros": "*u8"}
+    every = {name: value for name, value in constants.items() if name != "BK"}
+    every |= {"BITS": 4, "SPAN": 128, "GROUP_BLOCKS": 1, "HAS_ZEROS": True, "OFFSETS": False}
+    every |= {"UNPACKED": False}
+    yield Job("float32, packed-4", matmul.packed_matmul, packed, every, *how)
     names = ("qkv", "cos", "sin", "keys", "values", "own_keys", "own_values", "slopes", "y")
     tensors = dict.fromkeys(names, "*fp32")
     tensors |= dict.fromkeys(("rows", "starts", "positions"), "*i64")
@@ -177,12 +182,12 @@ def others(capability: str) -> Iterator[Job]:
     tensors = dict.fromkeys(names, "*bf16")
     tensors |= dict.fromkeys(("rows", "starts", "positions"), "*i64")
     tensors |= {"slopes": "*fp32", "partials": "*fp32", "counters": "*i32", "q": "*bf16"}
-    for dim in (64, 128):
+    for dim, dtype in ((64, "bf16"), (128, "bf16"), (256, "fp32")):
         constants = {"DIM": dim, "FIRST": dim // 2, "COLUMNS": dim, "GROUP": 1, "SPLIT": True}
         constants |= {
             "PADDED_GROUP": 16,
             "SPAN": 256,
-            "BLOCK": 64,
+            "BLOCK": block_of(dim, torch.float32 if dtype == "fp32" else torch.bfloat16),
             "ROTATE": True,
             "SLOPE": False,
             "CAP": False,
@@ -191,9 +196,10 @@ def others(capability: str) -> Iterator[Job]:
             "AT_ONCE": 16,
             "LATE": True,
         }
-        for bits in (16, 8, 4):
+        for bits in (16, 8, 4) if dtype == "bf16" else (16,):
             every = constants | {"BITS": bits, "WIDTH": dim}
-            codes = tensors | {"key_scales": "*bf16", "value_scales": "*bf16"}
+            codes = tensors | dict.fromkeys((*names, "q"), f"*{dtype}")
+            codes |= {"key_scales": "*bf16", "value_scales": "*bf16"}
             codes |= dict.fromkeys(("key_codes", "value_codes", "key_zeros", "value_zeros"), "*u8")
             name = f"attention, heads of {dim}, keys and values of {bits} bits"
             yield Job(name, attention.decode_attention, codes, every, 4, 2, True)

@@ -97,7 +97,8 @@ def parts(
     # one at hand is most of the work, and goes on beside each other.
     without = "--ignore=tests/ops/gpu/test_compile.py"
     beside = ("-n", str(min(os.cpu_count() or 1, 12)), "--maxprocesses", "12")
-    yield Part("tests", ("-m", "pytest", "-vv", *beside, without, "tests/ops/gpu"), 150)
+    tests = ("tests/ops/gpu", "tests/parallel/test_nccl.py")  # the latter needs a GPU, too
+    yield Part("tests", ("-m", "pytest", "-vv", *beside, without, *tests), 150)
 
     def measure(name: str, seconds: float, *arguments: str) -> Part:
         return Part(name, ("-m", "benchmarks.gpu", *options, *arguments), seconds)

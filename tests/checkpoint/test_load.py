@@ -291,7 +291,7 @@ def test_the_script_refuses_it_before_it_starts(tmp_path):
     sparse_checkpoint(folder, 300)
     shutil.copy(tiny("opt") / "tokenizer.json", folder)
     for script in ("qllm_gen.py", "ref_gen.py"):
-        done = call(script, "--model-path", folder)
+        done = call(script, "--model-path", folder, "--device", "cpu")
         assert_user_error(done, "GB of memory and", "GB are free on cpu")
 
 
@@ -300,7 +300,7 @@ def test_the_cache_counts_as_well(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 50_000_000)
     model = load_model(tiny("opt"), QuantPlan.parse("16"), cache_shape=(1, 100))
     with pytest.raises(UserError, match=r"0\.05 GB are free on cpu"):
-        LLM.from_pretrained("opt-tiny", cache_shape=(100, 500))
+        LLM.from_pretrained("opt-tiny", cache_shape=(100, 500), device="cpu")
     with pytest.raises(UserError, match=r"a KV cache of 100 x 500 tokens needs .* 0\.05 GB are"):
         model.new_cache(100, 500)
 

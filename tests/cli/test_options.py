@@ -92,6 +92,23 @@ def test_devices_that_are_not_there(device, monkeypatch):
         cli.resolve_device(args)
 
 
+@pytest.mark.parametrize("rank", ["0", "2"])
+def test_ranks_without_a_gpu_of_their_own(rank, monkeypatch):
+    """All are refused, for only the first may have said why; and nothing asks CUDA for it."""
+    taken = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "3", "MASTER_PORT": "1"}
+    for key, value in {**ranks, "LOCAL_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(key, value)
+    args = parsed("qllm_gen.py", monkeypatch)
+    with pytest.raises(UserError, match="3 ranks on this machine take a GPU each, and it has 2;"):
+        cli.resolve_device(args, local=True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert cli.resolve_device(args, local=True) == f"cuda:{rank}" and taken == [f"cuda:{rank}"]
+
+
 SCREEN = 50  # lines
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 
+import torch
 from checkpoints import copy_of, rewritten, state_of
 from conftest import tiny
 
@@ -43,4 +44,5 @@ def test_tokenizers():
 def test_versions_and_machine():
     found = provenance.versions()
     assert found["qllm"] and found["torch"] and found["python"]
-    assert set(provenance.machine()) == {"system", "cpu", "cpus", "threads"}
+    gpu = {"gpu"} if torch.cuda.is_available() else set()
+    assert set(provenance.machine()) == {"system", "cpu", "cpus", "threads"} | gpu

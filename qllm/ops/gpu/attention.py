@@ -18,6 +18,7 @@ from qllm.ops.quantized_kv import QuantizedKV, padded_size
 
 SPAN = 256  # tokens of the cache that a program takes
 BLOCK = 64  # of them at once
+FLOAT_BLOCK = 16  # the same of wide heads in float32, which shared memory holds no more of
 WARPS, STAGES = 4, 2  # of such a program
 JOINED = 4096  # numbers, of several programs, that the last one joins at once
 
@@ -83,7 +84,7 @@ def decode_attention(
             GROUP=group,
             PADDED_GROUP=padded_count(group),
             SPAN=SPAN,
-            BLOCK=BLOCK,
+            BLOCK=block_of(columns, qkv.dtype),
             SPLIT=splits > 1,
             ROTATE=cos_sin is not None,
             SLOPE=slopes is not None,
@@ -98,6 +99,11 @@ def decode_attention(
             **decode.launch_options(qkv.device),
         )
     return y
+
+
+def block_of(columns: int, dtype: torch.dtype) -> int:
+    """Tokens that a program of a decode step takes at once, of heads of so many padded columns."""
+    return FLOAT_BLOCK if dtype == torch.float32 and columns > 128 else BLOCK
 
 
 def _memory(kv: KV | QuantizedKV) -> tuple[Tensor | None, ...]:

@@ -18,8 +18,13 @@ from qllm.ops.reference import dense_linear as dense_reference
 
 DENSE_BLOCK = 64
 FEW_ROWS = 256  # beyond, a dense product is a library's work
-MANY_ROWS = 512  # from which on a packed weight is unpacked in front of its product
+# From which on a packed weight is unpacked in front of its product: to 16 bits, for shared memory
+# does not hold enough tiles of it in float32.
+MANY_ROWS = 512
 UNPACKED_AT_ONCE = 64  # rows of the weight
+# The kind of all products in float32, packed ones too: no matrix unit multiplies, and larger tiles
+# fit neither into registers nor into shared memory.
+FLOAT32 = "dense-float32"
 
 
 def about() -> str:
@@ -69,7 +74,7 @@ def weight_only_linear(
         "HAS_ZEROS": qzeros.numel() > 0 and not offsets,
         "OFFSETS": offsets,
     }
-    many = len(x) >= MANY_ROWS
+    many = len(x) >= MANY_ROWS and x.dtype != torch.float32
     if many:  # for which it pays to take the integers out of the words but once
         unpacked = x.new_empty(shape.panels * PANEL, shape.blocks * BLOCK)
         grid = (-(-len(unpacked) // UNPACKED_AT_ONCE), shape.blocks)
@@ -90,7 +95,7 @@ def weight_only_linear(
     constants["UNPACKED"] = many
     return _multiply(
         packed_matmul,
-        f"packed-{bits}",
+        FLOAT32 if x.dtype == torch.float32 else f"packed-{bits}",
         (x, x.stride(0), qweight, scales, qzeros),
         bias,
         (x.shape[1], out_features, shape.blocks),
@@ -146,11 +151,9 @@ def few_rows_dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
     x, weight = side_by_side(x), weight.to(x.dtype).contiguous()
     inputs, outputs = x.shape[1], len(weight)
-    # In float32 no matrix unit multiplies, and larger tiles do not fit into registers.
-    kind = "dense-float32" if x.dtype == torch.float32 else "dense"
     return _multiply(
         dense_matmul,
-        kind,
+        FLOAT32 if x.dtype == torch.float32 else "dense",
         (x, x.stride(0), weight),
         bias,
         (inputs, outputs, -(-inputs // DENSE_BLOCK)),
