@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from qllm.ops.gpu.kernels.numbers import bound
+
 
 @triton.jit
 def descend_block(
@@ -23,7 +25,7 @@ def descend_block(
     known = (channel < channels)[:, None] & here[None, :]
     left = tl.load(gradient + channel[:, None] * rows + row[None, :], mask=known, other=0.0)
     magic: tl.constexpr = 12582912.0  # 1.5 · 2^23, which leaves no bit for a fraction
-    for i in range(channels):
+    for i in range(bound(channels)):
         at = i * rows + row
         value = tl.load(values + at, mask=here, other=0.0)
         least = tl.load(low + at, mask=here, other=0.0)

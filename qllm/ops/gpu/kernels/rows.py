@@ -7,7 +7,7 @@ rounded correctly, as the reference's are.
 import triton
 import triton.language as tl
 
-from qllm.ops.gpu.kernels.numbers import let_next_begin, narrow, wait_for_previous
+from qllm.ops.gpu.kernels.numbers import bound, let_next_begin, narrow, wait_for_previous
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def quantize_rows(
     offs = row * columns
     x += row * x_stride
     largest = tl.zeros([CHUNK], tl.int32)
-    for first in range(0, columns, CHUNK):
+    for first in range(0, bound(columns), CHUNK):
         inside = first + column < columns
         value = tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
@@ -120,14 +120,14 @@ def quantize_rows(
     tl.store(scales + row, scale)
     if FUSED and (scale > 2.0**-100) & (scale < 2.0**100):
         inverse = tl.div_rn(1.0, scale)
-        for first in range(0, columns, CHUNK):
+        for first in range(0, bound(columns), CHUNK):
             inside = first + column < columns
             value = tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32)
             steps = value * inverse
             steps = tl.fma(tl.fma(-steps, scale, value), inverse, steps)
             tl.store(out + offs + first + column, _nearest(tl.minimum(steps, 127.0)), mask=inside)
     else:
-        for first in range(0, columns, CHUNK):
+        for first in range(0, bound(columns), CHUNK):
             inside = first + column < columns
             value = tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32)
             steps = _clamped(tl.div_rn(value, scale))
