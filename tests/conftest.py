@@ -129,6 +129,15 @@ def gpu(monkeypatch):
     ops.kernels_on.cache_clear()
 
 
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """Everything runs on the CPU: several ranks would take a GPU each, and there may be one."""
+    import torch
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the processes that a test starts
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def hopper_emulation(tmp_path_factory):
     """A driver whose GPU, of compute capability 9.0, is emulated."""

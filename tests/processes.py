@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # last are huggingface_hub's, which itself reads variables when it is imported.
 PRELOADED = ("torch", "safetensors.torch", "tokenizers", "httpx2", "filelock", "tqdm.auto", "yaml")
 # Read when libraries are loaded, so that a fork has those of the process that forks.
-LATER = ("OMP_NUM_THREADS", "TORCHELASTIC_ERROR_FILE")  # of these, those that are not
+# Of these, those that are not.
+LATER = ("OMP_NUM_THREADS", "TORCHELASTIC_ERROR_FILE", "CUDA_VISIBLE_DEVICES")
 READ_AT_IMPORT = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ONEDNN_", "DNNL_", "MALLOC_", "GLIBC_"),
     *("TORCH", "PYTORCH", "TRITON", "CUDA", "NVIDIA", "LD_", "PYTHON", "LC_", "LANG"),

@@ -277,6 +277,7 @@ Path(__file__).with_name(os.environ["RANK"]).write_text("\\n".join(found))
 """
 
 
+@pytest.mark.usefixtures("no_gpu")
 def test_ranks_that_share_a_model_from_python_say_what_one_says(tmp_path):
     (tmp_path / "shared.py").write_text(SHARED.format(root=str(ROOT)))
     ranks = processes.start_ranks(2, [str(tmp_path / "shared.py")])

@@ -26,6 +26,8 @@ from inside import call_json
 
 from qllm import LLM
 
+pytestmark = pytest.mark.usefixtures("no_gpu")
+
 GEN = "qllm_gen.py"
 TORCHRUN = "from torch.distributed.run import main; main()"
 LONG = ("--max-gen-tokens", 480, "--max-prompt-length", 20)
