@@ -295,6 +295,8 @@ def explain(error: BaseException) -> str | None:
     """What ended this rank, in a line for the others; None for a normal end."""
     if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and not error.code):
         return None
+    if isinstance(error, BrokenPipeError):  # links between ranks have an error of their own
+        return "standard output was closed"
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 

@@ -25,6 +25,7 @@ from conftest import ROOT, assert_user_error, run, tiny
 from inside import call_json
 
 from qllm import LLM
+from qllm.parallel.session import explain
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
 
@@ -182,6 +183,22 @@ def test_a_rank_that_is_gone_ends_the_run(how, tmp_path):
     reason = "its process has died" if how == "killed" else "has not been heard of"
     assert re.search(rf"rank 1 \(host .*process {ranks[1]}\): .*{reason}", lines)
     assert_gone(ranks.values())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (BrokenPipeError(32, "Broken pipe"), "standard output was closed"),
+        (ValueError("two\nlines"), "two lines"),
+        (ValueError(), "ValueError"),
+        (SystemExit(2), "2"),
+        (SystemExit(0), None),
+        (KeyboardInterrupt(), None),
+    ],
+    ids=repr,
+)
+def test_what_is_said_of_an_error(error, said):
+    assert explain(error) == said
 
 
 # What one rank does before the others know of it, and what is said of it.
