@@ -43,7 +43,7 @@ def main() -> None:
     rows = [
         row for name in args.models for dtype in args.dtypes for row in measure(name, dtype, args)
     ]
-    print(*table_lines(COLUMNS, [cells(row) for row in rows]), sep="\n")
+    cli.print_lines(table_lines(COLUMNS, [cells(row) for row in rows]))
     print(json.dumps({"threads": torch.get_num_threads(), "rows": rows}))
 
 

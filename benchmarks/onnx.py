@@ -169,7 +169,7 @@ def main() -> None:
     if not args.repository:
         columns += ["LAMBADA accuracy", "LAMBADA perplexity", "perplexity"]
     columns += [f"prefill of {PREFILL}, tokens/s", "decode, tokens/s"]
-    print(*table_lines(columns, [cells(row) for row in rows]), sep="\n")
+    cli.print_lines(table_lines(columns, [cells(row) for row in rows]))
     print(json.dumps({"settings": vars(args), "rows": rows}))
 
 

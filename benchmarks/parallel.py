@@ -173,7 +173,7 @@ def print_rows(args: object, folder: Path, rows: list[dict]) -> None:
     config, nbytes = larger(config, args.bitwidth)
     predicted = table(config, nbytes, machine)
     about = {"bitwidth": args.bitwidth, "bytes": nbytes, "bandwidth": machine.bandwidth}
-    print(*tp_model_lines(about | {"rows": predicted}), sep="\n")
+    cli.print_lines(tp_model_lines(about | {"rows": predicted}))
     print(json.dumps({"repository": args.repository, "rows": rows, "table": predicted}))
 
 

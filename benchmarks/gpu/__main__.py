@@ -115,27 +115,26 @@ def main() -> int:
         row for shape in shapes for row in layer_rows(shape, args, peaks, device, cache, attempts)
     ]
     if rows:
-        print(*table_lines(LAYER_COLUMNS, [layer_cells(row) for row in rows]), sep="\n")
+        cli.print_lines(table_lines(LAYER_COLUMNS, [layer_cells(row) for row in rows]))
     found = []
     for name, bits, batch in product(args.models or (), args.bitwidths, args.batches):
         what = f"{name}, {bits} bits, batch {batch}"
         options = (name, bits, batch, args.steps, peaks, torch.bfloat16, device)
         found += attempts(what, models.measure, *options)
     if found:
-        print(*table_lines(MODEL_COLUMNS, [model_cells(row) for row in found]), sep="\n")
+        cli.print_lines(table_lines(MODEL_COLUMNS, [model_cells(row) for row in found]))
     attended = []
     for what, group, bits in product(attention.WHAT, attention.GROUPS, args.kv_bits):
         label = f"attention, {what}, {bits} bits, {group} heads of one key"
         given = (what, bits, group, args.context, peaks, device, args.repeats)
         attended += attempts(label, attention.measure, *given)
     if attended:
-        print(*table_lines(ATTENTION_COLUMNS, [attention_cells(row) for row in attended]), sep="\n")
+        cli.print_lines(table_lines(ATTENTION_COLUMNS, [attention_cells(row) for row in attended]))
     began = []
     if args.start:
         began = list(chain.from_iterable(attempts("start", lambda: [*start.measure(device.type)])))
-        print(
-            *table_lines(("start", "seconds"), [(r["name"], f"{r['seconds']:.1f}") for r in began]),
-            sep="\n",
+        cli.print_lines(
+            table_lines(("start", "seconds"), [(r["name"], f"{r['seconds']:.1f}") for r in began])
         )
     result = {"device": about, "limits": peaks, "layers": rows, "models": found}
     result |= {"attention": attended, "start": began}

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from benchmarks.gpu.layers import OF_GGUF
 from benchmarks.gpu.ways import OF_PROMPTS, OF_STEPS
+from qllm import cli
 from qllm.report import finite, table_lines
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -258,7 +259,7 @@ def print_tables(found: dict) -> None:
 def _print_grid(title: str, cells: dict[tuple[str, str], str]) -> None:
     rows, columns = (list(dict.fromkeys(key[axis] for key in cells)) for axis in (0, 1))
     body = [(row, *(cells.get((row, column), "") for column in columns)) for row in rows]
-    print(*table_lines((title, *columns), body), sep="\n")
+    cli.print_lines(table_lines((title, *columns), body))
     print()
 
 
