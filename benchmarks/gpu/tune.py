@@ -27,6 +27,7 @@ DECODE_WARPS, DECODE_DEPTHS, DECODE_PANELS = (16, 32), (1, 2, 3, 4), (1, 2, 4)
 # Of many rows on GPUs that have clusters: depths, parts, whether rows are asked for in advance, and
 # whether all blocks of threads are to have room at once.
 DECODE_OTHERS = (1, 2), (1, 2), (False, True), (True,)
+PREFETCHED = (0, 16, 32, 64, 128)  # KB of a panel, where kernels may begin early
 COLUMNS, WARPS, STAGES = (64, 128), (4, 8), (2, 3, 4, 5)
 MANY = 2048  # rows for which the last tile of a kind is chosen
 # Rows of a prompt for which the last tile is, whose weights become numbers in registers; and those
@@ -98,7 +99,9 @@ class Search:
         """Leave in a row of the decode product's what took the least time.
 
         How many warps share a panel, which decides on sums, is found for one row of x; then, for
-        some, panels and depths, those of each size class. What no shape tells stays as it is.
+        some, panels and depths, those of each size class; at last how much is asked for into the
+        L2, where that may be before the kernel in front has ended. What no shape tells stays as it
+        is.
         """
         few, kept = str(8 * cuda.TILES[0]), json.loads(json.dumps(row["cuts"]))
         costs = {
@@ -118,7 +121,17 @@ class Search:
                 best = min(found, key=lambda cut: sum(itertools.compress(found[cut], of_class)))
                 of_rows[size_class] = list(best)
             row["cuts"][rows] = of_rows
+        if cuda.late_reason(self.device) is None:
+            row["prefetched"] = self._best_prefetched(row)
         self.say(f"{self.kind}, decode: {row}")
+
+    def _best_prefetched(self, row: dict) -> int:
+        """KB of a panel that are best asked for into the L2."""
+        costs = {}
+        for row["prefetched"] in PREFETCHED[: self.max_candidates]:
+            with phase.decode():
+                costs[row["prefetched"]] = sum(self._cost(int(rows)) for rows in row["cuts"])
+        return min(costs, key=costs.get)
 
     def _takes_clusters(self, rows: int) -> bool:
         late = cuda.late_reason(self.device)

@@ -62,6 +62,8 @@ class Cut(NamedTuple):
         parts: blocks of threads of a cluster, which have a part of the warps each.
         x_ahead: whether rows are asked for as far in advance as blocks of inputs are.
         resident: blocks of threads for which a multiprocessor is to have registers; 0: any number.
+        prefetched: KB of a panel up to which it is asked for into the L2 before the kernel in
+            front has ended.
     """
 
     warps: int
@@ -71,6 +73,7 @@ class Cut(NamedTuple):
     parts: int = 1
     x_ahead: bool = False
     resident: int = 0
+    prefetched: int = 0
 
     @property
     def threads(self) -> int:
@@ -95,9 +98,10 @@ def cut(kind: str, architecture: str, rows: int, panels: int, blocks: int, num_s
     own = size_class(sharing, panels, blocks, num_sms)
     wide, depth, *others = cuts[own if own < len(cuts) else WARPS.index(sharing)]
     parts, x_ahead, at_once = others or (1, False, False)
-    found = Cut(sharing, depth, tall, wide, parts, x_ahead)
+    prefetched = row.get("prefetched", 0)
+    found = Cut(sharing, depth, tall, wide, parts, x_ahead, prefetched=prefetched)
     if found.shared_bytes > MAX_SHARED_BYTES:
-        return Cut(sharing, depth, tall, 1)
+        return Cut(sharing, depth, tall, 1, prefetched=prefetched)
     if not at_once:
         return found
     resident = -(-(-(-panels // wide) * parts) // num_sms)

@@ -56,6 +56,7 @@ class Arguments(ctypes.Structure):
             for name in ("rows", "inputs", "outputs", "panels", "blocks", "groups")
         ),
         ("groups_of_a_block", ctypes.c_uint32),
+        ("prefetched", ctypes.c_uint32),
     )
 
 
@@ -142,7 +143,8 @@ def weight_only_linear(
     architecture, num_sms = device_of.architecture(x.device)
     cut = cuda.cut(f"decode-{bits}", architecture, rows, shape.panels, shape.blocks, num_sms)
     if offsets:
-        cut = cuda.Cut(cut.warps, min(cut.depth, MAX_DEPTH_OF_OFFSETS), cut.tiles, panels=1)
+        depth = min(cut.depth, MAX_DEPTH_OF_OFFSETS)
+        cut = cuda.Cut(cut.warps, depth, cut.tiles, panels=1, prefetched=cut.prefetched)
     variant = Variant(
         bits,
         float16=x.dtype == torch.float16,
@@ -161,6 +163,7 @@ def weight_only_linear(
     )
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
+    early = begins_early(x.device) if early is None else early
     arguments = Arguments(
         x.data_ptr(),
         qweight.data_ptr(),
@@ -176,11 +179,11 @@ def weight_only_linear(
         shape.blocks,
         shape.groups,
         _reciprocal(-(-shape.padded_size // BLOCK)),
+        cut.prefetched << 10 if early else 0,
     )
     grid = (-(-rows // (8 * cut.tiles)) * cut.parts, -(-shape.panels // cut.panels))
     with device_of.current(x):
         function = cuda.kernel("decode", variant, x.device)
-        early = begins_early(x.device) if early is None else early
         driver.launch(
             function, grid, cut.threads, arguments, x.device,
             early=early, cluster=cut.parts, shared_bytes=cut.shared_bytes,

@@ -40,7 +40,7 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "q", "x_scales", "scales", "bias", "y")),
         *((name, ctypes.c_int) for name in ("rows", "inputs", "outputs", "blocks")),
-        ("x_scales_stride", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("x_scales_stride", "prefetched")),
     )
 
 
@@ -86,6 +86,7 @@ def int8_linear(rows: Int8Rows, qweight: Tensor, scales: Tensor, bias: Tensor | 
     variant = Variant(dtype == torch.float16, wide, *cut[:4], whole=inputs % BLOCK == 0)
     x_scales, scales = x_scales.contiguous(), scales.contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
+    early = decode.begins_early(x.device)
     arguments = Arguments(
         x.data_ptr(),
         qweight.data_ptr(),
@@ -98,10 +99,10 @@ def int8_linear(rows: Int8Rows, qweight: Tensor, scales: Tensor, bias: Tensor | 
         outputs,
         blocks,
         int(x_scales.dim() > 0),
+        (cut.prefetched << 10) // PANEL if early else 0,
     )
     with device_of.current(x):
         function = cuda.kernel("decode_int8", variant, x.device)
-        early = decode.begins_early(x.device)
         grid = (1, -(-panels // cut.panels))
         driver.launch(function, grid, 32 * cut.warps, arguments, x.device, early=early)
     return y

@@ -2,7 +2,8 @@
 the decode product "warps_per_sm" and, by the number of rows, "cuts" for each of
 `cuda.SIZE_CLASSES`: panels that a warp takes and blocks that it asks for in advance; and perhaps
 blocks of threads of a cluster, whether x is asked for in advance, and whether all blocks of threads
-are to have room at once.
+are to have room at once; and perhaps "prefetched", KB of a panel that are asked for into the L2
+before the kernel in front has ended.
 
 `python3 -m benchmarks.gpu --tune` measures them on the GPU at hand and writes `tiles.json`.
 """

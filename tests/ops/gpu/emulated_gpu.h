@@ -66,6 +66,8 @@ static Fiber* running;
 static int threads, cluster_size, chunk, panel;
 static bool moved;       // some lane has got on in this round
 static bool misaligned;  // a load was not at a multiple of its size
+extern "C" i64 prefetched_bytes;
+i64 prefetched_bytes;  // of all launches
 
 DEVICE u32 thread_index() { return (u32)(current % threads); }
 DEVICE int chunk_index() { return chunk + current / threads; }
@@ -169,6 +171,16 @@ static void copy_words(u32* to, const void* from, int count) {
 DEVICE void load4(u32* to, const u32* from) { copy_words(to, from, 4); }
 DEVICE void load2(u32* to, const u32* from) { copy_words(to, from, 2); }
 DEVICE void load4_cached(u32* to, const void* from) { copy_words(to, from, 4); }
+
+// What is asked for into the L2 is read here, so that what does not belong to a tensor is met.
+DEVICE void prefetch_line(const void* at) { (void)*static_cast<const volatile u8*>(at); }
+
+DEVICE void prefetch_range(const void* from, u32 bytes) {
+    misaligned |= (reinterpret_cast<uintptr_t>(from) | bytes) % 16 != 0;
+    prefetched_bytes += bytes;
+    for (u32 i = 0; i < bytes; i += 16) prefetch_line(static_cast<const u8*>(from) + i);
+    prefetch_line(static_cast<const u8*>(from) + bytes - 1);
+}
 
 DEVICE u32 multiply_high(u32 a, u32 b) { return (u32)((uint64_t)a * b >> 32); }
 

@@ -241,12 +241,13 @@ def test_tuning_tries_what_the_decode_product_has(gpu, monkeypatch):
             1
             + (row["warps_per_sm"] != 32)
             + sum(abs(a - b) for a, b in zip(whole(cut), whole(own), strict=True))
+            + abs(row.get("prefetched", 0) - 32)
             for cut, own in zip(cuts, best, strict=True)
         ]
 
     monkeypatch.setattr(tune.Search, "_costs", costs)
     search_of(row, shapes, place).decode(row)
-    assert classes == [2, 3] and row["warps_per_sm"] == 32
+    assert classes == [2, 3] and row["warps_per_sm"] == 32 and row["prefetched"] == 32
     assert row["cuts"] == {
         "8": [[9, 9], [9, 9], [1, 2], [1, 3], *[[9, 9]] * 3],
         "16": [[9, 9], [9, 9], [1, 2, 2, True, True], [2, 3], *[[9, 9]] * 3],

@@ -111,6 +111,8 @@ def run_between_fences(library: str) -> None:
     nvrtc.compile_cached = decode_binary
     device_of.architecture = lambda device: ("9.0", 4)
     decode.late_reason = lambda device: None
+    cut = cuda.cut
+    cuda.cut = lambda *asked: cut(*asked)._replace(prefetched=64)
 
     def multiply(*given):
         with phase.decode():
@@ -202,6 +204,36 @@ def test_weights_are_read_early_in_steps_alone(own_gpu, monkeypatch):
         products()
     can = decode.late_reason(torch.device(DEVICE, 0)) is None
     assert asked == [False, False, can, can]
+
+
+@pytest.mark.parametrize(("warps", "depth", "panels"), [(4, 1, 2), (8, 2, 1)])
+def test_steps_ask_for_what_comes_behind_the_first_blocks(
+    warps, depth, panels, own_gpu, monkeypatch
+):
+    """Into the L2, up to so many KB of a panel, and once whatever the number of rows."""
+    if own_gpu is None:
+        pytest.skip("what is asked for shows in the emulation alone")
+    monkeypatch.setattr(decode_int8, "unsupported_reason", lambda device: None)
+    weight, x = random_weight((40, 2560), 4, 128), normal(17, 2560, dtype=torch.bfloat16)
+    rows, q = reference.quantize_rows(x, None), torch.ones(40, 2560, dtype=torch.int8)
+    asked = ctypes.c_int64.in_dll(own_gpu, "prefetched_bytes")
+    products = [
+        lambda: decode.weight_only_linear(x, *packed(weight, DEVICE)[:3], None, 40, 4, 128),
+        lambda: linear.int8_linear(rows, q, torch.ones(40), None, None, 40),
+    ]
+    for prefetched in (0, 16, 128):
+        cut = cuda.Cut(warps, depth, 4, panels, prefetched=prefetched)
+        monkeypatch.setattr(cuda, "cut", lambda *given, cut=cut: cut)
+        for multiply, bits in zip(products, (4, 8), strict=True):
+            panel, first = (16 * inputs * bits // 8 for inputs in (2560, 128 * warps * depth))
+            # The int8 weight has no outputs behind the last one.
+            expected = max(0, min(panel, prefetched << 10) - first) * (3 if bits == 4 else 2.5)
+            asked.value = 0
+            prompt = multiply()
+            assert asked.value == 0
+            with phase.decode():
+                assert torch.equal(multiply(), prompt)
+            assert asked.value == expected
 
 
 def test_int8_that_it_does_not_take():

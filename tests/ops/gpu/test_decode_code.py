@@ -87,6 +87,7 @@ def check_what_is_read_early(code: str, capability: int, count: int) -> None:
     if wait and capability == 90:  # newer ones have the code in another order
         assert len(re.findall(r"\bLDG\.E\.NA\.128", before)) == count
         assert not re.search(r"\bLDG\.E\.128|\bST[GS]\b", before)
+        assert "UBLKPF" in before  # into the L2
 
 
 def check_that_nothing_waits_for_what_was_asked_for(code: str) -> None:

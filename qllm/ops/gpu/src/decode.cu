@@ -38,6 +38,7 @@ struct Arguments {
     // 2^32 over the blocks that share a scale where GROUP is 128, rounded up, or 0 where each has
     // its own: a block times it, less its lower 32 bits, is the block's group.
     u32 groups_of_a_block;
+    u32 prefetched;  // bytes of a panel up to which it is asked for into the L2, a multiple of 16
 };
 
 // Of a block, what a lane holds.
@@ -338,6 +339,25 @@ DEVICE void load_panels(Part* parts, const Arguments& from, int first_panel, int
     }
 }
 
+// What is read behind the first blocks is asked for into the L2 before the wait for the kernel in
+// front: meanwhile the GPU's memory would have next to nothing to do.
+DEVICE void prefetch_panels(const Arguments& from, int first_panel) {
+    const u32 bytes = from.blocks * (256 * BITS), begin = DEPTH * WARPS * (256 * BITS);
+    const u32 end = from.prefetched < bytes ? from.prefetched : bytes;
+    const int own = first_panel + (int)thread_index();
+    if ((int)thread_index() < PANELS && own < from.panels && begin < end)
+        prefetch_range((const u8*)from.q + (i64)own * bytes + begin, end - begin);
+#pragma unroll 1
+    for (int i = (int)thread_index(); i < from.groups * PANELS; i += OWN_WARPS * 32) {
+        const int panel = first_panel + i % PANELS;
+        if (panel >= from.panels) continue;
+        const u32 at = ((u32)(i / PANELS) * from.panels + panel) * 16;
+        prefetch_line((const u8*)from.scales + (i64)at * (WIDE ? 4 : 2));
+        if (OFFSETS) prefetch_line((const u8*)from.zeros + (i64)at * (WIDE ? 4 : 2));
+        if (ZEROS) prefetch_line((const u8*)from.zeros + at);
+    }
+}
+
 KERNEL decode(Arguments from) {
     const u32 lane = thread_index() % 32;
     const int part = chunk_index() % PARTS, warp = (int)(thread_index() / 32) * PARTS + part;
@@ -349,6 +369,7 @@ KERNEL decode(Arguments from) {
     for (int d = 0; d < DEPTH; ++d)
         if (warp + d * WARPS < from.blocks)
             load_panels(ahead[d], from, first_panel, warp + d * WARPS, lane);
+    if (from.prefetched && chunk_index() == 0) prefetch_panels(from, first_panel);
     const Masks own_masks = masks(from);
     const u16* rows[MAX_TILES];
 #pragma unroll

@@ -21,6 +21,7 @@ struct Arguments {
     u16* y;                 // (rows, outputs)
     int rows, inputs, outputs, blocks;  // inputs is a multiple of 16
     int x_scales_stride;                // 1, or 0 where there is one for all rows
+    int prefetched;  // inputs up to which rows of q are asked for into the L2, a multiple of 16
 };
 
 // Of a block, what a lane holds: four words of each 64 inputs, of row g and of row g + 8.
@@ -90,6 +91,16 @@ DEVICE void multiply_block(
         }
 }
 
+// What is read behind the first blocks is asked for into the L2 before the wait for the kernel in
+// front: meanwhile the GPU's memory would have next to nothing to do.
+DEVICE void prefetch_rows(const Arguments& from, int first_panel) {
+    const int begin = DEPTH * WARPS * 128;
+    const int end = from.prefetched < from.inputs ? from.prefetched : from.inputs;
+    const int row = first_panel * 16 + (int)thread_index();
+    if ((int)thread_index() < 16 * PANELS && row < from.outputs && begin < end)
+        prefetch_range((const u8*)from.q + (i64)row * from.inputs + begin, end - begin);
+}
+
 KERNEL decode_int8(Arguments from) {
     const int lane = (int)(thread_index() % 32), warp = (int)(thread_index() / 32);
     const int first_panel = panel_index() * PANELS, first_row = chunk_index() * (8 * TILES);
@@ -110,6 +121,7 @@ KERNEL decode_int8(Arguments from) {
     for (int d = 0; d < DEPTH; ++d)
         if (warp + d * WARPS < from.blocks)
             load_panels(ahead[d], from, rows, warp + d * WARPS, lane, false);
+    if (from.prefetched && chunk_index() == 0) prefetch_rows(from, first_panel);
     wait_for_previous();
     int total[MAX_PANELS][MAX_TILES][4] = {};
 #pragma unroll 1

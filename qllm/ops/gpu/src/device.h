@@ -60,6 +60,18 @@ DEVICE void let_next_begin() {
 #endif
 }
 
+// Ask for memory that will be read, into the L2: from a multiple of 16 on as many bytes, a multiple
+// of 16 too; and what a cache line at an address holds.
+DEVICE void prefetch_range(const void* from, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
+#endif
+}
+
+DEVICE void prefetch_line(const void* at) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+
 // Words that are read once: they need no place in the L1.
 DEVICE void load4(u32* to, const u32* from) {
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
