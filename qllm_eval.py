@@ -375,9 +375,9 @@ def onnx_files(folder: ModelFolder, there: bool) -> list[Path]:
     """The files of the ONNX model that a folder holds; none where there is none."""
     if not there:
         return []
-    from qllm.onnx.model import model_files
+    from qllm.onnx.model import model_file, model_files
 
-    return model_files(folder.path)
+    return model_files(folder.onnx or model_file(folder.path))
 
 
 def progress_at(bitwidth: str, what: str) -> Callable[[list], Iterable]:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from qllm import cli
 from qllm.errors import UserError
-from qllm.onnx import check_installed, is_onnx
+from qllm.onnx import check_installed
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,7 +68,7 @@ def main() -> None:
     elif args.dtype or args.accuracy_level is not None:
         raise UserError("--dtype and --accuracy-level are for --format onnx; leave them out")
     folder = cli.resolve_model(args)
-    if is_onnx(folder.path):
+    if folder.holds_onnx:
         raise UserError(
             f"{folder.path} holds an ONNX model already; qllm_quant.py takes it, to quantize it"
         )

@@ -30,7 +30,6 @@ from qllm.bitwidths import make_plan
 from qllm.config import ALGORITHMS, DEFAULT_ALGORITHM, EMBEDDING, QuantPlan, QuantSpec
 from qllm.data import DATASET, SAMPLES, TOKENS, CalibrationText
 from qllm.errors import UserError
-from qllm.onnx import is_onnx
 
 if TYPE_CHECKING:
     from qllm.quant.algorithm import QuantizeOptions
@@ -249,7 +248,7 @@ def main() -> None:
     plan = read_plan(args)
     check_options(args, plan)
     folder = cli.resolve_model(args)
-    if is_onnx(folder.path):
+    if folder.holds_onnx:
         cli.refuse_for_onnx(args, folder, **NOT_FOR_ONNX)
 
     from qllm import report

@@ -12,18 +12,19 @@ import torch
 
 from qllm.config import ModelConfig
 from qllm.errors import UserError, first_line
-from qllm.files import MAX_JSON_BYTES, read_bytes, read_json
+from qllm.files import read_json
 from qllm.generate import LogitsProcessor
 from qllm.generation_config import GenerationConfig
 from qllm.gguf import is_gguf
 from qllm.gguf.file import read_gguf
 from qllm.gguf.metadata import Metadata
-from qllm.gguf.tokenizer import CHAT_TEMPLATE
+from qllm.gguf.tokenizer import CHAT_TEMPLATE, DEFAULT_TEMPLATE
 from qllm.llm import LLM
 from qllm.sampling import Sampler
 from qllm.stopping import StopStrings
 from qllm.stream import TextStream
 from qllm.text import surrogate
+from qllm.tokenizer.templates import read_templates
 
 # Tokens of a conversation that are remembered at the most, unless more are asked for.
 DEFAULT_CONTEXT = 8192
@@ -87,13 +88,7 @@ class ChatTemplate:
         else:
             path = folder / "tokenizer_config.json"
             settings = read_json(path) if path.exists() else {}
-            own = folder / "chat_template.jinja"
-            source = settings.get("chat_template")
-            if own.exists():
-                source = read_bytes(own, MAX_JSON_BYTES).decode("utf-8", "replace")
-            if isinstance(source, list):  # of several by name
-                named = [each for each in source if isinstance(each, dict)]
-                source = next((e.get("template") for e in named if e.get("name") == "default"), "")
+            source = read_templates(folder).get(DEFAULT_TEMPLATE, "")
             values = {key: settings.get(key) for key in ("bos_token", "eos_token")}
             values = {k: v.get("content") if isinstance(v, dict) else v for k, v in values.items()}
             tokens = {key: value for key, value in values.items() if isinstance(value, str)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import hashlib
 import os
 from dataclasses import dataclass
@@ -10,7 +12,10 @@ from pathlib import Path
 from qllm.errors import UserError, first_line
 from qllm.files import portable, readable
 from qllm.folders import partial_folder
+from qllm.gguf import SUFFIX as GGUF
 from qllm.gguf import is_gguf
+from qllm.onnx_files import SUFFIX as ONNX
+from qllm.onnx_files import folder_of, is_onnx
 from qllm.progress import Note, silent
 
 PACKAGE = Path(__file__).resolve().parent
@@ -93,6 +98,8 @@ OFFLINE_DEFAULT = "`opt-tiny` runs offline"
 
 # What a run needs besides weights; weights are safetensors where there are any.
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
+# Chat templates besides the default one, where transformers 5 writes and looks for them.
+TEMPLATES = "additional_chat_templates/*.jinja"
 SAFETENSORS = ["*.safetensors"]
 TORCH_FILES = ["pytorch_model*.bin", "gptq_model*.bin"]
 # Files of subfolders, and the weights once more, in Mistral's own layout.
@@ -106,10 +113,17 @@ class ModelFolder:
     Attributes:
         path: the folder that holds them, or a GGUF file.
         name: what to call the model: a repository, or the folder's own name.
+        onnx: of several ONNX models of the folder, the file of the one that is meant.
     """
 
     path: Path
     name: str
+    onnx: Path | None = None
+
+    @property
+    def holds_onnx(self) -> bool:
+        """Whether it is an ONNX model, and no checkpoint."""
+        return self.onnx is not None or is_onnx(self.path)
 
     @property
     def key(self) -> str:
@@ -165,7 +179,8 @@ def resolve(
     Args:
         family: a key of REPOSITORIES.
         size: one of `sizes(family)`; None is the smallest published one.
-        path: a folder, a GGUF file or a Hub repository, which takes the place of family and size.
+        path: a folder, a GGUF or ONNX file or a Hub repository, which takes the place of family and
+            size.
         weights: False where config.json is enough.
         note: called with a line when a cached copy is used because the Hub is out of reach.
 
@@ -175,14 +190,20 @@ def resolve(
     """
     if path is not None:
         folder = Path(path)
+        if path and (home := folder_of(folder)):
+            file = None if folder.is_dir() else folder
+            stem = readable(home.resolve().name)
+            if file and file.stem != "model":
+                stem = f"{stem}-{readable(file.stem)}"
+            return ModelFolder(portable(home), stem, file)
         if path and folder.is_dir():
             return ModelFolder(portable(folder), readable(folder.resolve().name))
-        kind = "file" if is_gguf(folder) else "folder"
+        kind = "file" if folder.suffix in (GGUF, ONNX) else "folder"
         if is_gguf(folder) and folder.exists():
             return ModelFolder(folder, readable(folder.resolve().stem))
         if path and folder.exists():
             raise UserError(
-                f"{path} is a file; `model` takes a folder, a GGUF file or a Hub repository"
+                f"{path} is a file; `model` takes a folder, a GGUF or ONNX file or a Hub repository"
             )
         named = path and "\0" not in path  # which no file's name has
         if named and (begun := partial_folder(folder)).is_dir():
@@ -232,13 +253,17 @@ def _download(repository: str, weights: bool, note: Note) -> ModelFolder:
             raise ConnectionError("HF_HUB_OFFLINE is set")
         # Asked first because it takes a limit of time, which snapshot_download does not.
         info = HfApi().model_info(repository, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        patterns = SMALL_FILES
+        files = [file.rfilename for file in info.siblings or ()]
+
+        def matching(patterns: list[str]) -> list[str]:
+            return list(
+                filter_repo_objects(files, allow_patterns=patterns, ignore_patterns=IGNORED)
+            )
+
+        taken = [*matching(SMALL_FILES), *fnmatch.filter(files, TEMPLATES)]
         if weights:
-            files = [file.rfilename for file in info.siblings or ()]
-            taken = filter_repo_objects(files, allow_patterns=SAFETENSORS, ignore_patterns=IGNORED)
-            safe = any(True for _ in taken)
-            patterns = [*SMALL_FILES, *(SAFETENSORS if safe else TORCH_FILES)]
-        folder = snapshot_download(repository, allow_patterns=patterns, ignore_patterns=IGNORED)
+            taken += matching(SAFETENSORS) or matching(TORCH_FILES)
+        folder = snapshot_download(repository, allow_patterns=[glob.escape(t) for t in taken])
         return ModelFolder(Path(folder), repository)
     except Exception as error:  # the Hub's clients raise whatever their transport does
         cached = _cached(repository, weights)

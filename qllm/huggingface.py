@@ -19,7 +19,7 @@ from qllm.checkpoint.weights import Weights
 from qllm.config import ModelConfig
 from qllm.errors import UserError, first_line
 from qllm.files import check_file
-from qllm.hub import SMALL_FILES
+from qllm.hub import SMALL_FILES, TEMPLATES
 from qllm.memory import check_fits
 from qllm.models import read_config
 
@@ -136,7 +136,7 @@ def load_reference(
         UserError: for a broken checkpoint, one that transformers cannot read, or too little memory.
     """
     check_readable_by_transformers(read_raw_config(folder))
-    for pattern in SMALL_FILES:  # transformers opens what is there
+    for pattern in (*SMALL_FILES, TEMPLATES):  # transformers opens what is there
         for path in folder.glob(pattern):
             if path.exists() and not path.is_dir():
                 check_file(path)

@@ -213,7 +213,7 @@ class LLM:
                 )
             from qllm.onnx.runner import OnnxDecoder
 
-            return cls(pretrained, OnnxDecoder(folder.path))
+            return cls(pretrained, OnnxDecoder(folder.path, folder.onnx))
         model = load_model(
             find_source(folder, note),
             plan,

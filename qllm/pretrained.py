@@ -20,7 +20,7 @@ from qllm.errors import UserError
 from qllm.generation_config import GenerationConfig, read_generation_config, read_sampling
 from qllm.hub import ModelFolder
 from qllm.models import read_config
-from qllm.onnx import check_installed, is_onnx
+from qllm.onnx import check_installed
 from qllm.progress import Note, silent
 from qllm.sampling import Sampling
 from qllm.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ class Pretrained:
         """
         folder = model if isinstance(model, ModelFolder) else hub.find(str(model), note=note)
         config = read_config(read_raw_config(folder.path))
-        onnx = is_onnx(folder.path)
+        onnx = folder.holds_onnx
         if onnx:
             check_installed()
         found = cls(folder, config, read_generation_config(folder.path, config, note), onnx)

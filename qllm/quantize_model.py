@@ -32,7 +32,6 @@ from qllm.folders import partial_folder
 from qllm.hub import ModelFolder
 from qllm.memory import resolve_device
 from qllm.models import read_config
-from qllm.onnx import is_onnx
 from qllm.progress import Meter, Note, silent, unseen
 from qllm.quant.algorithm import QuantizeOptions
 from qllm.quantizer.checkpoint import quantize_checkpoint
@@ -97,7 +96,7 @@ def quantize(
             or a target that is there.
     """
     folder = model if isinstance(model, ModelFolder) else hub.find(str(model), note=note)
-    onnx = is_onnx(folder.path)
+    onnx = folder.holds_onnx
     if accuracy_level is not None and not onnx:
         raise UserError("`accuracy_level` is for ONNX models, and this is a checkpoint")
     if onnx and (fake or compressed or dtype is not None):
@@ -115,7 +114,7 @@ def quantize(
         from qllm.onnx.quantize import OnnxJob, quantize_onnx
 
         given = {} if accuracy_level is None else {"accuracy_level": accuracy_level}
-        onnx_job = OnnxJob(folder.path, plan, options, samples, **given)
+        onnx_job = OnnxJob(folder.path, plan, options, samples, file=folder.onnx, **given)
         reports = quantize_onnx(onnx_job, Path(save), progress)
     else:
         job = Job(

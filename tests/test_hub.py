@@ -229,13 +229,15 @@ def serving() -> Iterator[ThreadingHTTPServer]:
 def test_a_download_takes_what_a_run_needs(weights, taken, serving, tmp_path):
     """safetensors where there are any, nothing twice, nothing of other frameworks."""
     small = ["config.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"]
+    small += ["additional_chat_templates/tool use [1].jinja"]
     others = ["flax_model.msgpack", "tf_model.h5", "original/params.json", "README.md"]
-    others += ["consolidated.safetensors"]
+    others += ["consolidated.safetensors", "onnx/config.json"]
     serving.files = {name: name.encode() for name in [*small, *weights, *others]}
     (line,) = resolve(tmp_path, online=serving.address)
     snapshot = Path(line.split()[0])
     assert snapshot.name == COMMIT
-    assert {path.name for path in snapshot.iterdir()} == {*small, *taken}
+    found = {str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()}
+    assert found == {*small, *taken}
     for name in [*small, *taken]:
         assert (snapshot / name).read_bytes() == name.encode()
     # And from then on it is there without a network.

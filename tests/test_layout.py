@@ -36,7 +36,7 @@ ROWS = (
     ),
     ("config", "memory", "data"),
     ("ops", "quant"),
-    ("gguf",),
+    ("gguf", "onnx_files"),
     ("hub",),
     ("layers",),
     ("models", "parallel"),

@@ -39,7 +39,7 @@ from qllm.errors import UserError
 from qllm.generate import generate
 from qllm.generation_config import GenerationConfig, read_generation_config
 from qllm.memory import peak_resident_bytes, reset_peak_memory
-from qllm.onnx import is_onnx
+from qllm.onnx_files import is_onnx
 from qllm.tokenizer import Tokenizer
 from tools.mutations import Files, mutate
 from tools.tiny_checkpoints import CALIBRATION, PLAN, checkpoints

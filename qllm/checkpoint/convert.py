@@ -25,7 +25,7 @@ from qllm.errors import UserError
 from qllm.files import copy_file
 from qllm.gguf import is_gguf
 from qllm.gguf.tokenizer import tokenizer_files
-from qllm.hub import ModelFolder
+from qllm.hub import TEMPLATES, ModelFolder
 from qllm.progress import Meter, Note, silent, unseen
 
 SOURCE_KEY = "qllm_source"
@@ -68,15 +68,21 @@ def find_source(model: ModelFolder, note: Note) -> Path:
     return copy
 
 
+def small_files(source: Path) -> list[str]:
+    """The names of what stands beside a checkpoint's weights, but for config.json."""
+    templates = sorted(f"{path.parent.name}/{path.name}" for path in source.glob(TEMPLATES))
+    return [name for name in (*COPIED, *templates) if (source / name).exists()]
+
+
 def copy_small_files(source: Path, folder: Path) -> None:
     """Copy what stands beside a checkpoint's weights; of a GGUF file, write its tokenizer."""
     if is_gguf(source):
         for name, text in tokenizer_files(source).items():
             (folder / name).write_text(text, encoding="utf-8")
         return
-    for name in COPIED:
-        if (source / name).exists():
-            copy_file(source / name, folder / name)
+    for name in small_files(source):
+        (folder / name).parent.mkdir(exist_ok=True)
+        copy_file(source / name, folder / name)
 
 
 def convert(

@@ -17,6 +17,7 @@ from qllm.gguf.file import Value, read_gguf
 from qllm.gguf.tokenizer import (
     BYTE,
     CHAT_TEMPLATE,
+    DEFAULT_TEMPLATE,
     DIGIT,
     ENGLISH,
     GPT2,
@@ -32,6 +33,7 @@ from qllm.gguf.tokenizer import (
 from qllm.models.family import RawConfig
 from qllm.progress import Note, silent
 from qllm.tokenizer import Tokenizer
+from qllm.tokenizer.templates import read_templates
 
 NORMAL, UNUSED = 1, 5
 # Parts of patterns as checkpoints write them, and as `qllm.gguf.tokenizer` does.
@@ -252,14 +254,6 @@ def _settings(
         found["tokenizer.ggml.bos_token_id"] = begin
     found["tokenizer.ggml.add_bos_token"] = tokenizer.added_bos_id is not None
     found["tokenizer.ggml.add_eos_token"] = tokenizer.tail is not None
-    own = source / "chat_template.jinja"
-    template = settings.get("chat_template")
-    if own.exists():
-        template = read_bytes(own).decode("utf-8", "replace")
-    named = template if isinstance(template, list) else [{"name": "default", "template": template}]
-    for each in named:  # several have names, as llama.cpp's keys do
-        if isinstance(each, dict) and isinstance(each.get("template"), str):
-            name = each.get("name")
-            key = CHAT_TEMPLATE if name == "default" else f"{CHAT_TEMPLATE}.{name}"
-            found[key] = each["template"]
+    for name, template in read_templates(source).items():
+        found[CHAT_TEMPLATE if name == DEFAULT_TEMPLATE else f"{CHAT_TEMPLATE}.{name}"] = template
     return found

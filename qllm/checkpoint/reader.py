@@ -24,6 +24,7 @@ from qllm.gguf import is_gguf
 from qllm.gguf.config import read_config
 from qllm.gguf.file import read_gguf
 from qllm.models.family import RawConfig
+from qllm.onnx_files import onnx_files
 
 # QLLM's own layout of a checkpoint, in its config.json.
 LAYOUT_KEY, LAYOUT = "qllm_layout", 1
@@ -229,6 +230,11 @@ def _find_weights(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
             )
         if found:
             return [folder / name for name in found], None
+    if onnx_files(folder):
+        raise UserError(
+            f"{folder} holds an ONNX model, and no checkpoint, which this takes; give the one that "
+            "it was exported from"
+        )
     raise UserError(
         f"{folder} is no checkpoint: it has neither {' nor '.join(STANDARD_NAMES)}, whole or with "
         "an index"

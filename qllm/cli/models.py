@@ -25,7 +25,7 @@ from qllm.config import (
 )
 from qllm.errors import UserError
 from qllm.launch import Launch
-from qllm.onnx import ACCURACY_LEVELS, DEFAULT_ACCURACY_LEVEL, check_installed, is_onnx
+from qllm.onnx import ACCURACY_LEVELS, DEFAULT_ACCURACY_LEVEL, check_installed
 from qllm.progress import Note
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
         "--model",
         metavar="DIR_OR_REPO",
         nargs="+" if several else None,
-        help="any checkpoint of one of these families instead: a folder, a GGUF file or a Hub "
-        "repository" + (" (several: a row of the table each)" if several else ""),
+        help="any checkpoint of one of these families instead: a folder, a GGUF or ONNX file or a "
+        "Hub repository" + (" (several: a row of the table each)" if several else ""),
     )
 
 
@@ -159,7 +159,7 @@ def holds_onnx(args: argparse.Namespace, model: ModelFolder, **others: object) -
     Raises:
         UserError: an option was given that then means nothing; or onnxruntime is missing.
     """
-    if not is_onnx(model.path):
+    if not model.holds_onnx:
         return False
     quantization: dict[str, object] = {
         "bitwidth": None,

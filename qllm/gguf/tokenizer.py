@@ -23,6 +23,7 @@ from qllm.gguf.metadata import Metadata
 # Of tokenizer.ggml.token_type.
 UNKNOWN, USER_DEFINED, BYTE = 2, 4, 6
 CHAT_TEMPLATE = "tokenizer.chat_template"
+DEFAULT_TEMPLATE = "default"  # of several, the one that a conversation takes
 NAME = "general.name"
 # In a file whose name says that it is Phi-3, all tokens that are cut out of a text but these take
 # the spaces behind them along, as in llama.cpp: no key says it.
@@ -145,8 +146,18 @@ class GGUFCodec:
             "clean_up_tokenization_spaces": False,
             **{f"{name}_token": self.tokens[i] for name, i in self._named.items()},
         }
-        if CHAT_TEMPLATE in metadata.values:
-            settings["chat_template"] = metadata.text(CHAT_TEMPLATE)
+        named = {
+            key.removeprefix(CHAT_TEMPLATE).removeprefix(".") or DEFAULT_TEMPLATE: metadata.text(
+                key
+            )
+            for key in metadata.values
+            if key == CHAT_TEMPLATE or key.startswith(f"{CHAT_TEMPLATE}.")
+        }
+        if list(named) == [DEFAULT_TEMPLATE]:
+            settings["chat_template"] = named[DEFAULT_TEMPLATE]
+        elif named:
+            listed = [{"name": name, "template": text} for name, text in named.items()]
+            settings["chat_template"] = listed
         return {
             "tokenizer.json": json.dumps(saved, ensure_ascii=False),
             "tokenizer_config.json": json.dumps(settings, ensure_ascii=False, indent=2) + "\n",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qllm.checkpoint.convert import COPIED
+from qllm.checkpoint.convert import COPIED, small_files
 from qllm.checkpoint.load import load_model
 from qllm.checkpoint.origin import check_readable_by_transformers
 from qllm.checkpoint.reader import Checkpoint
@@ -85,9 +85,11 @@ class Source:
         if getattr(model, "generation_config", None) is not None:
             shadow.generation_config = copy.deepcopy(model.generation_config)
         shadow.save_pretrained(self.path)
-        for name in COPIED:
+        names = small_files(Path(origin)) if Path(origin).is_dir() else COPIED
+        for name in names:
             found = _file_of(origin, name)
             if found is not None and not (self.path / name).exists():
+                (self.path / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(found, self.path / name)
         return Path(origin).name if Path(origin).is_dir() else origin or type(model).__name__
 

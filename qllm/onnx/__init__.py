@@ -6,13 +6,10 @@ onnx and onnxruntime are an optional extra: what needs them calls `check_install
 from __future__ import annotations
 
 from importlib.util import find_spec
-from pathlib import Path
 
 from qllm.errors import UserError
 
 PACKAGES = ("onnx", "onnxruntime")
-# A folder with any of these holds a checkpoint, whatever else is in it.
-CHECKPOINTS = ("*.safetensors", "pytorch_model*.bin")
 # What MatMulNBits may round activations to: not at all (0 and 1: float32), float16, bfloat16, or
 # int8 in blocks, which is by far the fastest, and what onnxruntime-genai takes on CPUs.
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
@@ -33,12 +30,3 @@ def check_installed() -> None:
             f"ONNX models take the package{'s' if len(missing) > 1 else ''} "
             f"{' and '.join(missing)}; pip install {' '.join(PACKAGES)} installs what is needed"
         )
-
-
-def is_onnx(folder: Path) -> bool:
-    """Whether a folder holds an ONNX model, and no checkpoint beside it."""
-    if not folder.is_dir():  # but a GGUF file
-        return False
-    if any(True for pattern in CHECKPOINTS for _ in folder.glob(pattern)):
-        return False
-    return any(True for _ in folder.glob("*.onnx"))

@@ -17,6 +17,7 @@ from qllm.onnx.decoder import LOGITS
 from qllm.onnx.external import check_data, files, nbytes, without_links
 from qllm.onnx.graph import MODEL
 from qllm.onnx.nbits import BITS, OPERATOR
+from qllm.onnx_files import onnx_files
 
 # Before 13, the operators that decoders are made of took their axes in other places.
 OLDEST_OPSET = 13
@@ -32,13 +33,15 @@ def model_file(folder: Path) -> Path:
     Raises:
         UserError: where there are several, or none.
     """
-    if (folder / MODEL).is_file():
-        return folder / MODEL
-    found = sorted(path for path in folder.glob("*.onnx") if path.is_file())
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise UserError(f"{folder} has no {MODEL}, nor one other .onnx file (it has {names})")
-    return found[0]
+    found = onnx_files(folder)
+    for path in found:
+        if path.name == MODEL or len(found) == 1:
+            return path
+    names = ", ".join(path.name for path in found) or "none"
+    advice = f"; name one of them, such as {found[0]}" if found else ""
+    raise UserError(
+        f"{folder} has no {MODEL}, nor one other .onnx file alone (it has {names}){advice}"
+    )
 
 
 def read_model(path: Path) -> onnx.ModelProto:
@@ -72,9 +75,8 @@ def read_model(path: Path) -> onnx.ModelProto:
     return model
 
 
-def model_files(folder: Path) -> list[Path]:
-    """The model of a folder, and what it keeps its weights in."""
-    path = model_file(folder)
+def model_files(path: Path) -> list[Path]:
+    """A model, and what it keeps its weights in."""
     return [path, *files(path, tensors(read_model(path).graph))]
 
 

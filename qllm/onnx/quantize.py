@@ -8,8 +8,9 @@ memory holds one stage's weights and one sample. Linears in front are the quanti
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 import onnx
@@ -22,6 +23,7 @@ from qllm.config import EMBEDDING, LM_HEAD, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.files import copy_file
 from qllm.folders import check_new
+from qllm.hub import TEMPLATES
 from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import read_config
@@ -31,6 +33,7 @@ from qllm.onnx.linears import OnnxLinear, find_linears
 from qllm.onnx.model import check_decoder, model_file, model_files, read_model
 from qllm.onnx.nbits import DOMAIN, NBits, block_size
 from qllm.onnx.stages import Stages
+from qllm.onnx_files import CHECKPOINTS, SUFFIX
 from qllm.quant.algorithm import QuantizeOptions
 from qllm.quant.algorithms import ALGORITHMS
 from qllm.quant.inputs import InputStats
@@ -48,6 +51,7 @@ class OnnxJob:
         plan: which linear gets which spec, by names like "layers.0.self_attn.q_proj".
         samples: token ids for calibration, of one length; None where the plan needs none.
         accuracy_level: of MatMulNBits; see `qllm.onnx`.
+        file: of the model, where the folder has several; see `model_file`.
     """
 
     source: Path
@@ -55,6 +59,7 @@ class OnnxJob:
     options: QuantizeOptions = field(default_factory=QuantizeOptions)
     samples: Sequence[Sequence[int]] | None = None
     accuracy_level: int = DEFAULT_ACCURACY_LEVEL
+    file: Path | None = None
 
 
 def quantize_onnx(job: OnnxJob, target: Path, progress: Progress = iter) -> list[LinearReport]:
@@ -68,7 +73,7 @@ def quantize_onnx(job: OnnxJob, target: Path, progress: Progress = iter) -> list
             it or that MatMulNBits cannot hold, or a target that is there.
     """
     config = read_config(read_raw_config(job.source))
-    path = model_file(job.source)
+    path = job.file or model_file(job.source)
     model = read_model(path)
     check_decoder(model, config, path)
     if any(True for node in model.graph.node for each in node.attribute if each.HasField("g")):
@@ -78,14 +83,23 @@ def quantize_onnx(job: OnnxJob, target: Path, progress: Progress = iter) -> list
     specs = _specs(job, linears, config.num_layers, path)
     check_new(target)
     with new_folder(target) as folder:
-        run = _Run(job, model, [each for each in linears if each.name in specs], specs, folder)
+        chosen = [each for each in linears if each.name in specs]
+        run = _Run(job, model, path.parent, chosen, specs, folder)
         run.work(progress)
         run.save()
-        skipped = {file.name for file in model_files(job.source)}
-        for file in job.source.iterdir():
-            if file.is_file() and file.name not in skipped:
-                copy_file(file, folder / file.name)
+        _copy_others(job.source, folder, {file.name for file in model_files(path)})
     return run.reports
+
+
+def _copy_others(source: Path, folder: Path, skipped: Collection[str]) -> None:
+    """Copy what is no weights, of this model or of others beside it, and no folder."""
+    weights = [f"*{SUFFIX}*", *CHECKPOINTS, "*.index.json"]
+    for file in [*source.iterdir(), *source.glob(TEMPLATES)]:
+        others = any(fnmatch(file.name, pattern) for pattern in weights)
+        if file.is_file() and file.name not in skipped and not others:
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            copy_file(file, target)
 
 
 def _specs(
@@ -151,11 +165,18 @@ class _Run:
         self,
         job: OnnxJob,
         model: onnx.ModelProto,
+        place: Path,
         linears: list[OnnxLinear],
         specs: dict[str, QuantSpec],
         folder: Path,
     ) -> None:
+        """
+        Args:
+            place: the folder that the model's external data is in.
+            folder: to be written.
+        """
         self.job, self.model, self.linears, self.specs = job, model, linears, specs
+        self.place = place
         self.folder = folder
         self.reports: list[LinearReport] = []
         self.tensors = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -172,7 +193,7 @@ class _Run:
             return
         folder = self.folder / "states"
         assert self.job.samples is not None  # as `quantize_onnx` has looked
-        stages = Stages(self.model, self.linears, self.job.source, self.job.samples, folder)
+        stages = Stages(self.model, self.linears, self.place, self.job.samples, folder)
         for members in progress(stages.groups):
             stats = InputStats(members[0].columns, "cpu", products=True)
             for x in stages.run(members):
@@ -187,9 +208,7 @@ class _Run:
 
     def _quantize(self, linear: OnnxLinear, stats: InputStats | None) -> Tensor:
         """Write what a linear becomes; returns the matrix that it then is, (N, K)."""
-        weight = torch.from_numpy(
-            external.values(self.tensors[linear.weight], self.job.source).copy()
-        )
+        weight = torch.from_numpy(external.values(self.tensors[linear.weight], self.place).copy())
         if not weight.isfinite().all():
             raise UserError(f"{linear.weight} holds NaN or infinite values; export it again")
         if not linear.transposed:
@@ -222,7 +241,7 @@ class _Run:
         nodes = _used(nodes, outputs)
         used = {name for node in nodes for name in node.input} | outputs
         kept = [
-            self.data.move(tensor, self.job.source)
+            self.data.move(tensor, self.place)
             for tensor in graph.initializer
             if tensor.name in used
         ]

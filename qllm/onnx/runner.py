@@ -87,13 +87,16 @@ class OnnxDecoder:
     device = torch.device("cpu")
     stage = None  # of a pipeline: one process has all of the model
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, file: Path | None = None) -> None:
         """
+        Args:
+            file: of the model, where the folder has several; see `model_file`.
+
         Raises:
             UserError: for a folder whose model is broken, or no decoder that onnxruntime runs.
         """
         self.config = read_config(read_raw_config(folder))
-        path = model_file(folder)
+        path = file or model_file(folder)
         model = read_model(path)
         kind = check_decoder(model, self.config, path)
         self._numpy = helper.tensor_dtype_to_np_dtype(kind)

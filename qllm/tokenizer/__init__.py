@@ -15,6 +15,7 @@ from typing import Protocol
 from qllm.errors import UserError, first_line
 from qllm.files import check_file
 from qllm.gguf import is_gguf
+from qllm.hub import TEMPLATES
 from qllm.text import surrogate
 
 # What decides a tokenizer's ids, with the model's config.json.
@@ -231,9 +232,10 @@ def _check_files(folder: Path) -> None:
             f"{folder} has no tokenizer: neither tokenizer.json, vocab.json with merges.txt, "
             "nor tokenizer.model"
         )
-    for name in FILES:
-        if has(name):
-            check_file(folder / name)
+    # transformers opens templates, too.
+    for path in (*map(folder.joinpath, FILES), *folder.glob("*.jinja"), *folder.glob(TEMPLATES)):
+        if path.exists():
+            check_file(path)
 
 
 @contextmanager

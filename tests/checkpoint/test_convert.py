@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import processes
@@ -11,10 +12,12 @@ import pytest
 import torch
 from checkpoints import FORMS, change_json, copy_of, rewritten, state_of
 from conftest import FAMILIES, ROOT, assert_user_error, run, tiny
+from oracle import pretrained
 from quantizing import MODELS, saved
 from safetensors import safe_open
 
-from qllm import folders
+from qllm import PostTrainingQuantConfig, folders, quantization, quantize
+from qllm.chat import ChatTemplate
 from qllm.checkpoint.convert import convert, find_source, stored_name
 from qllm.checkpoint.load import load_model
 from qllm.checkpoint.reader import Checkpoint
@@ -91,6 +94,48 @@ def test_each_tensor_keeps_its_type(tmp_path):
         pair = [logits(f, plan, dtype=torch.float32) for f in (tmp_path / "out", folder)]
         assert pair[0].isfinite().all()
         assert torch.equal(*pair)
+
+
+def onnx_of(source, target):
+    from qllm.onnx.export import export
+
+    export(source, target)
+    return target
+
+
+WRITERS = {
+    "convert": lambda source, target: convert(model(source), target, overwrite=False),
+    "quantize": lambda source, target: quantize(str(source), 4, save=target),
+    "export": onnx_of,
+    "quantize ONNX": lambda source, target: quantize(
+        onnx_of(source, target.with_name("onnx")), 4, group_size=32, save=target
+    ),
+    "Neural Compressor": lambda source, target: quantization.fit(
+        pretrained(source), PostTrainingQuantConfig(approach="weight_only")
+    ).save(target),
+}
+
+
+@pytest.mark.parametrize("names", [("default",), ("default", "tool_use", "rag"), ("tool_use",)])
+@pytest.mark.parametrize("write", WRITERS)
+def test_all_chat_templates_go_along(write, names, shallow_of, tmp_path):
+    from transformers import AutoTokenizer
+
+    if "ONNX" in write or write == "export":
+        pytest.importorskip("onnxruntime")
+    source = tmp_path / "source"
+    shutil.copytree(shallow_of("opt"), source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {name: f"{name}: {{{{ messages }}}}" for name in names}
+    tokenizer.save_pretrained(source)
+    want = AutoTokenizer.from_pretrained(source).chat_template
+    WRITERS[write](source, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == want
+    if "default" in names:
+        assert "default: " in ChatTemplate.load(tmp_path / "out").render([])
+    else:
+        with pytest.raises(UserError, match="has no chat template"):
+            ChatTemplate.load(tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", ["opt", "bloom"])

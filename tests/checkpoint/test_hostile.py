@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from qllm.hub import ModelFolder
 from qllm.huggingface import load_reference
 from qllm.models import read_config
 from qllm.random_model import calibrate_random
+from qllm.tokenizer import Tokenizer
 
 LARGE = 2**31 - 1
 CONFIGS = {
@@ -135,12 +137,19 @@ def test_patterns_have_a_limit_of_time_wherever_they_are(value, tmp_path, monkey
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
-def test_what_is_copied_or_given_to_transformers_is_a_file(make, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["merges.txt", "chat_template.jinja", "additional_chat_templates/rag.jinja"]
+)
+def test_what_is_copied_or_given_to_transformers_is_a_file(name, make, tmp_path):
     """A pipe would be waited for, and a device copied until the disk is full."""
     folder = copy_of("opt", tmp_path / "m")
-    make(folder / "merges.txt")
-    with pytest.raises(UserError, match=r"merges\.txt is a (named pipe|device)"):
-        convert(ModelFolder(folder, "m"), tmp_path / "out", overwrite=False)
-    with pytest.raises(UserError, match=r"merges\.txt is a (named pipe|device)"):
-        load_reference(folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    make(folder / name)
+    for read in (
+        lambda: convert(ModelFolder(folder, "m"), tmp_path / "out", overwrite=False),
+        lambda: load_reference(folder),
+        lambda: Tokenizer.load(folder),
+    ):
+        with pytest.raises(UserError, match=rf"{Path(name).name} is a (named pipe|device)"):
+            read()
     assert not (tmp_path / "out").exists()

@@ -26,6 +26,7 @@ from gguf_files import (
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qllm import LLM
+from qllm.checkpoint.convert import copy_small_files
 from qllm.checkpoint.load import load_model
 from qllm.checkpoint.to_gguf import export_gguf
 from qllm.config import QuantPlan, QuantSpec
@@ -276,15 +277,22 @@ def test_tokens_that_take_spaces_along_come_back(tmp_path):
     assert len(notes) == 1 and "takes spaces beside it along" in notes[0]
 
 
-def test_chat_templates_of_several_names_are_written(tmp_path):
-    source = copytree(tiny("llama"), tmp_path / "source")
-    path = source / "tokenizer_config.json"
-    listed = [{"name": name, "template": f"{name}!"} for name in ("tool_use", "default")]
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": listed}))
+@pytest.mark.parametrize("in_files", [False, True])
+def test_chat_templates_of_several_names_are_written_and_read(in_files, tmp_path):
+    from transformers import AutoTokenizer
+
+    source, back = copytree(tiny("llama"), tmp_path / "source"), tmp_path / "back"
+    templates = {name: f"{name}!" for name in ("tool_use", "default")}
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(source, save_jinja_files=in_files)
     export_gguf(source, tmp_path / "model.gguf")
     found = read_gguf(tmp_path / "model.gguf").metadata
     assert found["tokenizer.chat_template"] == "default!"
     assert found["tokenizer.chat_template.tool_use"] == "tool_use!"
+    back.mkdir()
+    copy_small_files(tmp_path / "model.gguf", back)
+    assert AutoTokenizer.from_pretrained(back).chat_template == templates
 
 
 CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"

@@ -15,11 +15,11 @@ from onnx import TensorProto, helper
 
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
-from qllm.onnx import is_onnx
 from qllm.onnx.export import export
 from qllm.onnx.graph import DATA, MODEL
 from qllm.onnx.quantize import OnnxJob, quantize_onnx
 from qllm.onnx.runner import OnnxDecoder
+from qllm.onnx_files import is_onnx
 
 
 @pytest.fixture(scope="module")
