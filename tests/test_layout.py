@@ -32,7 +32,7 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 ROWS = (
     (
         *("qllm", "start", "deferred", "cgroups", "errors", "text", "files", "folders", "launch"),
-        *("patterns", "progress"),
+        *("patterns", "progress", "temporary"),
     ),
     ("config", "memory", "data"),
     ("ops", "quant"),

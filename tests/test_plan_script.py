@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import platform
 import subprocess
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from conftest import ROOT, assert_user_error, run_json, tiny
 from inside import call, call_json
 
 from qllm.errors import UserError
+from qllm.folders import writing
 from qllm.plan import ranks, stages, verify
 from qllm.plan.candidates import key as label
 from qllm.plan.devices import STAGE_PASSES, MeasuredSpeed
@@ -246,6 +249,20 @@ def test_stages_of_this_machine_are_run_by_processes_of_their_own(given, tmp_pat
     assert measured["bytes"] == predicted["bytes"]
     assert both["plan"]["stages"] and measured["divergence"] > 0
     assert measured["decode_seconds"] > 0 and measured["prefill_seconds"] > 0
+
+
+def test_a_plan_that_is_verified_without_room_for_it(given, tmp_path, monkeypatch):
+    _, args, _ = given
+
+    def refuse(job, target):
+        with writing(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(verify, "quantize_checkpoint", refuse)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    shown = call(PLAN, *args, "--avg-bits", UNIFORM_3, "--verify")
+    assert_user_error(shown, "free some, or name another place with TMPDIR")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

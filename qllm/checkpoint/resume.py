@@ -12,13 +12,15 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qllm.checkpoint.writer import is_running, new_file
+from qllm.checkpoint.writer import new_file
 from qllm.errors import UserError
 from qllm.files import parse_json
 from qllm.folders import check_new, partial_folder, writing
+from qllm.temporary import is_running
 
 # Of the file that stands for a lock where the file system has none, and says whose it is.
 MARK = "running-"
@@ -101,6 +103,9 @@ class PartialFolder:
         if self._target in (Path.cwd(), *Path.cwd().parents):  # which would be moved away
             raise UserError(f"{self.target} is where you are; name another folder")
         if self.model.exists() or not self._journal.exists():
+            if self._target_is_there():
+                with suppress(OSError):  # it is empty where a run was killed when it was done
+                    self.folder.rmdir()
             check_new(self.target)
 
     def _target_is_there(self) -> bool:

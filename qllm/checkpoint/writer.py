@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import shutil
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +16,7 @@ from torch import Tensor
 from qllm.checkpoint.tensor_files import DTYPES
 from qllm.checkpoint.tensors import TensorInfo
 from qllm.folders import FULL, writing
+from qllm.temporary import Temporary
 
 WEIGHTS = "model.safetensors"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -218,18 +216,18 @@ def new_file(path: Path) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends, and is gone if it fails."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-    temporary = Path(name)
+        temporary = Temporary(path)
     try:
         with writing(path, FULL):
-            yield temporary
+            yield temporary.path
         with writing(path):
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
+            temporary.path.chmod(0o666 & ~_umask())
+            temporary.path.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        temporary.remove()
         raise
+    finally:
+        temporary.close()
 
 
 def write_json(path: Path, value: object) -> None:
@@ -241,45 +239,26 @@ def write_json(path: Path, value: object) -> None:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path`, in place of what was there, when the block ends."""
-    mark = f".{path.name}.{platform.node()}.{os.getpid()}."
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=mark))
+        temporary = Temporary(path, folder=True)
     try:
         with writing(path, FULL):
-            yield temporary
-        temporary.chmod(0o777 & ~_umask())
+            yield temporary.path
+        temporary.path.chmod(0o777 & ~_umask())
         if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=mark))
-            path.rename(old / "old")
-            temporary.rename(path)
-            shutil.rmtree(old)
+            old = Temporary(path, folder=True)
+            path.rename(old.path / "old")
+            temporary.path.rename(path)
+            old.remove()
+            old.close()
         else:
-            temporary.rename(path)
+            temporary.path.rename(path)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.remove()
         raise
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove temporary folders of `path` whose process on this machine was killed."""
-    start = f".{path.name}.{platform.node()}."
-    for folder in path.parent.iterdir():
-        process = folder.name.removeprefix(start).partition(".")[0]
-        if folder.name.startswith(start) and process.isdecimal() and not is_running(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def is_running(process: int) -> bool:
-    """Whether this machine has a process of this number."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it runs, for somebody else
-    return True
+    finally:
+        temporary.close()
 
 
 def _umask() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from qllm.checkpoint.load import load_model, module_bytes
 from qllm.config import QuantPlan, QuantSpec
+from qllm.errors import WritingError
 from qllm.evaluate.agreement import DecoderReference, ReferenceOutputs, agreement
 from qllm.plan.devices import Device, MeasuredSpeed
 from qllm.plan.network import measure_stages
@@ -21,6 +21,7 @@ from qllm.plan.timing import time_generation, undisturbed
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.job import Job
 from qllm.quantizer.layer import needs_inputs
+from qllm.temporary import scratch_folder
 
 TIMES = ("prefill_seconds", "decode_seconds")
 
@@ -59,13 +60,16 @@ def verify(
     """
     rules = tuple((pattern, _by(algorithm, spec)) for pattern, spec in plan.quant_plan.rules)
     chosen = replace(plan.quant_plan, rules=rules)
-    with tempfile.TemporaryDirectory() as tmp_dir:
+    with scratch_folder("verify") as scratch:
         source = folder
         if rules:
-            source = Path(tmp_dir) / "quantized"
+            source = scratch / "quantized"
             inputs = samples if any(needs_inputs(spec) for _, spec in rules) else None
             job = Job(folder, chosen, samples=inputs, dtype=dtype, device=device)
-            quantize_checkpoint(job, source)
+            try:
+                quantize_checkpoint(job, source)
+            except WritingError as error:
+                raise WritingError(f"{error} with TMPDIR") from None
         dense = QuantPlan.uniform(QuantSpec())
         reference = load_model(folder, dense, dtype=dtype, device=device)
         outputs = ReferenceOutputs.of(DecoderReference(reference), judged)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
-import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 import torch
 
 from qllm import folders
+from qllm.temporary import Temporary
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 PACKAGE = Path(__file__).parents[2]
@@ -47,10 +46,13 @@ def write(name: str, made: bytes) -> None:
         with suppress(OSError):
             folders.make(folder)
             folders.check_private(folder)
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix="gpu-")
-            with os.fdopen(handle, "wb") as file:
-                file.write(made + hashlib.sha256(made).digest())
-            Path(temporary).replace(folder / name)
+            temporary = Temporary(folder / name)
+            try:
+                temporary.path.write_bytes(made + hashlib.sha256(made).digest())
+                temporary.path.replace(folder / name)
+            finally:
+                temporary.remove()
+                temporary.close()
             return
 
 
