@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import processes
@@ -13,11 +16,13 @@ from checkpoints import change_json, copy_of
 from conftest import FAMILIES, ROOT, tiny
 from oracle import bundled, reference
 
-from qllm import LLM, Completion, quantize
+from qllm import LLM, CalibrationText, Completion, quantize
 from qllm.bitwidths import make_plan
 from qllm.calibration import Calibration
 from qllm.config import QuantPlan
 from qllm.errors import UserError
+from qllm.parallel.group import Group
+from qllm.parallel.pipeline import ParallelContext
 from qllm.pretrained import Pretrained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,6 +49,54 @@ def test_text_tokens_and_logits_are_the_references(family):
     with torch.no_grad():
         expected = bundled(family)(torch.tensor([ids[0]])).logits[0]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda llm: pickle.loads(pickle.dumps(llm))}
+
+
+@pytest.mark.parametrize("again", COPIES)
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {}),
+        ("llama", {"bitwidth": 4}),
+        ("bloom", {"bitwidth": "8:tc-li", "lm_head_bits": 8}),
+        ("opt", {"bitwidth": 3, "group_size": 32, "scheme": "sym", "embedding_bits": 8}),
+        ("opt", {"bitwidth": 4, "activation_bits": 8, "kv_bits": 8}),
+    ],
+)
+def test_a_copy_is_a_model_of_its_own(family, settings, again):
+    llm = LLM.from_pretrained(tiny(family), **settings)
+    want = llm.logits(PROMPTS), llm.generate(PROMPTS, max_new_tokens=4), llm.nbytes
+    found = COPIES[again](llm)
+    for buffer in llm.model.buffers():
+        buffer.zero_()
+    assert all(map(torch.equal, found.logits(PROMPTS), want[0]))
+    assert (found.generate(PROMPTS, max_new_tokens=4), found.nbytes) == want[1:]
+
+
+@pytest.mark.parametrize("again", COPIES)
+def test_a_copy_of_act_order_and_of_an_onnx_model(again, shallow_of, tmp_path):
+    text = CalibrationText(ROOT / "README.md", 2, 32)
+    quantize(shallow_of("opt"), 4, save=tmp_path / "4", algorithm="gptq", dataset=text)
+    paths = [tmp_path / "4"]
+    if find_spec("onnxruntime"):
+        from qllm.onnx.export import export
+
+        export(shallow_of("opt"), tmp_path / "onnx")
+        paths.append(tmp_path / "onnx")
+    for path in paths:
+        llm = LLM.from_pretrained(path)
+        (want,), (found,) = llm.logits(PROMPTS[:1]), COPIES[again](llm).logits(PROMPTS[:1])
+        assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("again", COPIES)
+def test_what_processes_share_is_not_copied(again):
+    llm = LLM.from_pretrained("opt-tiny")
+    llm.model.parallel = ParallelContext(Group((0, 1), 0))
+    with pytest.raises(TypeError, match="that processes share cannot be copied or pickled"):
+        COPIES[again](llm)
 
 
 def test_a_text_ends_with_the_models_own_end():

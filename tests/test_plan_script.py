@@ -260,7 +260,7 @@ def test_a_plan_that_is_verified_without_room_for_it(given, tmp_path, monkeypatc
 
     monkeypatch.setattr(verify, "quantize_checkpoint", refuse)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    shown = call(PLAN, *args, "--avg-bits", UNIFORM_3, "--verify")
+    shown = call(PLAN, *args, "--avg-bits", UNIFORM_3, "--verify", "--json")
     assert_user_error(shown, "free some, or name another place with TMPDIR")
     assert not list(tmp_path.iterdir())
 

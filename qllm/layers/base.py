@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -187,6 +189,30 @@ class QuantizedLinear(Linear):
     def packed(self) -> PackedWeight:
         """The layer's integers, scales and zeros, as checkpoints have them."""
         return self.layout.unpack(self.tensors, self.request) if self.layout else self.tensors
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: tensors as checkpoints have them, for other machines have other kernels."""
+        gone = ("kernel", "choice")
+        state = {key: value for key, value in self.__dict__.items() if key not in gone}
+        state["_buffers"] = {**self._buffers, **self.stored()}
+        return state | {"laid_out": self.kernel is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        laid_out = state.pop("laid_out")
+        super().__setstate__(state)
+        if laid_out:
+            self.process_weights_after_loading()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy as it is, which lies in memory as the kernel has it."""
+        found = type(self).__new__(type(self))
+        memo[id(self)] = found
+        found.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return found
+
+    @abstractmethod
+    def stored(self) -> dict[str, Tensor]:
+        """The buffers that a kernel's layout changes, as checkpoints have them."""
 
     @property
     @abstractmethod

@@ -98,6 +98,9 @@ class DynamicInt8Linear(QuantizedLinear):
         scale = () if self.input_scale is None else (self.input_scale,)
         return type(self)(qweight, scales, bias, self.spec, *scale)
 
+    def stored(self) -> dict[str, Tensor]:
+        return dict(zip(("qweight", "scales"), self.integers, strict=True))
+
     @property
     def integers(self) -> tuple[Tensor, Tensor]:
         """int8 (N, K) and scales (N,), as checkpoints have them."""

@@ -91,6 +91,10 @@ class WeightOnlyLinear(QuantizedLinear):
             return WeightOnlyLinear(qweight, scales, qzeros, bias, spec, in_features)
         return ReorderedLinear(qweight, scales, qzeros, bias, spec, in_features, perm)
 
+    def stored(self) -> dict[str, Tensor]:
+        packed = self.packed
+        return {"qweight": packed.qweight, "scales": packed.scales, "qzeros": packed.qzeros}
+
     def round_activations(self) -> None:
         """Multiply activations as int8 from now on, which is faster; before a kernel is chosen."""
         self.op = "weight_only_linear_int8"

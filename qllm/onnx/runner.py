@@ -97,6 +97,7 @@ class OnnxDecoder:
         """
         self.config = read_config(read_raw_config(folder))
         path = file or model_file(folder)
+        self._made_of = folder.absolute(), path.absolute()
         model = read_model(path)
         kind = check_decoder(model, self.config, path)
         self._numpy = helper.tensor_dtype_to_np_dtype(kind)
@@ -115,6 +116,10 @@ class OnnxDecoder:
         names = [value.name for value in self._session.get_inputs()]
         self._past = [name for name in names if name.startswith("past_key_values.")]
         self._present = [name.replace("past_key_values", "present") for name in self._past]
+
+    def __reduce__(self) -> tuple[type[OnnxDecoder], tuple[Path, Path]]:
+        """For copy and pickle: onnxruntime's session is made again, of the files."""
+        return type(self), self._made_of
 
     def new_cache(self, rows: int, capacity: int) -> OnnxCache | RowCaches:
         """An empty cache for `rows` sequences of up to `capacity` tokens."""

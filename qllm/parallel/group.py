@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,18 @@ class Group:
     ) -> None:
         self.ranks, self.rank, self.size = tuple(ranks), rank, len(ranks)
         self._links, self.group = links, group
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        """A group of one can be copied and pickled.
+
+        Raises:
+            TypeError: it is of several, which are the processes that they are.
+        """
+        if self.size > 1:
+            raise TypeError(
+                "a model that processes share cannot be copied or pickled; load it again instead"
+            )
+        return super().__reduce_ex__(protocol)
 
     @property
     def links(self) -> Links:
