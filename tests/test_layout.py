@@ -243,7 +243,7 @@ def test_ops_and_quant_know_tensors_only():
     for path in FILES:
         if part_of(name_of(path)) in ("ops", "quant"):
             assert not imports(path) & {"torch.nn", "torch.nn.Module"}, name_of(path)
-            allowed = {"cgroups", "errors", "files", "folders", "ops", "quant"}
+            allowed = {"cgroups", "errors", "files", "folders", "temporary", "ops", "quant"}
             assert own_imports(path) <= allowed, name_of(path)
 
 

@@ -179,6 +179,7 @@ import qllm.plan.ranks
 told = json.loads(sys.argv[1])
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
 found = [os.environ[name] for name in names]
+found += [name for name in os.environ if name.startswith("TORCHELASTIC_")]
 Path(told["folder"], found[0]).write_text(" ".join(found))
 print("rank", found[0])
 if found[0] == told["fails"]:
@@ -189,6 +190,7 @@ if found[0] == told["fails"]:
 def test_ranks_are_processes(tmp_path, monkeypatch):
     (tmp_path / "module_of_ranks.py").write_text(RANK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # which holds for this one alone
     told = {"folder": str(tmp_path), "fails": "none"}
     assert ranks.run_ranks("module_of_ranks", told, [1, 3], "they") == "rank 0\n"
     found = [(tmp_path / name).read_text() for name in "01"]
@@ -263,6 +265,14 @@ def test_a_plan_that_is_verified_without_room_for_it(given, tmp_path, monkeypatc
     shown = call(PLAN, *args, "--avg-bits", UNIFORM_3, "--verify", "--json")
     assert_user_error(shown, "free some, or name another place with TMPDIR")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_and_a_probe_are_of_one_process(tmp_path, monkeypatch):
+    for name, value in (("WORLD_SIZE", 2), ("RANK", 0), ("MASTER_PORT", 29500)):
+        monkeypatch.setenv(name, str(value))
+    for options in (("--probe", "-o", tmp_path / "here.json"), ("--avg-bits", 3)):
+        said = "there are 2 processes, and this script takes one: start it without torchrun"
+        assert_user_error(call(PLAN, *options), said)
 
 
 @pytest.mark.parametrize(

@@ -289,20 +289,29 @@ def add_calibration_options(
     return group
 
 
+def check_alone() -> None:
+    """Refuse more than one process, each of which would do, and write, the same.
+
+    Raises:
+        UserError: torchrun started several.
+    """
+    world = Launch.of_environment().world
+    if world > 1:
+        raise UserError(
+            f"there are {world} processes, and this script takes one: start it without torchrun"
+        )
+
+
 def resolve_model(
     args: argparse.Namespace, *, weights: bool = True, note: Note = note
 ) -> ModelFolder:
     """The folder that the model options name.
 
     Raises:
-        UserError: torchrun started several processes of a script that cannot share a model, each
-            of which would do, and write, the same.
+        UserError: see `check_alone`, of a script that cannot share a model.
     """
-    world = Launch.of_environment().world
-    if "tp" not in args and world > 1:
-        raise UserError(
-            f"there are {world} processes, and this script takes one: start it without torchrun"
-        )
+    if "tp" not in args:
+        check_alone()
     for option, value in (("--model-size", args.model_size), ("--model-name", args.model_name)):
         if args.model_path and is_given(value):
             raise UserError(f"--model-path and {option} name two models; give one of them")

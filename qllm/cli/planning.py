@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qllm.cli.lengths import is_given
+from qllm.cli.models import check_alone
 from qllm.config import QuantSpec
 from qllm.errors import UserError
 
@@ -29,6 +30,7 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         UserError: naming the option.
     """
+    check_alone()
     for name in ("avg_bits", "max_kl", "time_limit"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:

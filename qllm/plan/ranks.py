@@ -42,12 +42,14 @@ def run_ranks(module: str, told: Mapping[str, object], threads: Sequence[int], w
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     world: dict[str, object] = {"WORLD_SIZE": len(threads), "LOCAL_WORLD_SIZE": len(threads)}
     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": path}
+    # A torchrun that started this process keeps no store for these, and hears nothing of them.
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")}
     with tempfile.TemporaryFile("w+") as said:
         processes: list[subprocess.Popen[str]] = []
         try:
             for rank, count in enumerate(threads):
                 own = world | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": count}
-                environment = os.environ | {key: str(value) for key, value in own.items()}
+                environment = outside | {key: str(value) for key, value in own.items()}
                 out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
                 processes.append(
                     subprocess.Popen(command, stdout=out, stderr=said, env=environment, text=True)
