@@ -65,6 +65,8 @@ def main() -> None:
         target = folders.home_path(calibration.stored_name(model), cli.note, "--save")
     if target.is_dir():
         raise UserError(f"--save {target} is a folder; name a file")
+    if target.parent.is_dir():  # else it is made
+        folders.check_writable(target)
     config = read_config(read_raw_config(model.path))
     args.seqlen = cli.up_to(args.seqlen, config.max_positions)
     if config.max_positions is not None and args.seqlen > config.max_positions:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from qllm.errors import UserError, WritingError, first_line
 from qllm.progress import Note
+from qllm.temporary import Temporary
 
 HOME, CACHE = "QLLM_HOME", "QLLM_CACHE"
 # What a disk says that takes no more, whatever is written to it.
@@ -212,6 +213,18 @@ def check_new(target: Path) -> None:
             f"{target} is there already and not empty; name another folder with `save`, or remove "
             "it"
         )
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written, before what it is to hold is worked for.
+
+    Raises:
+        WritingError: as `writing`.
+    """
+    with writing(path):
+        temporary = Temporary(path)
+    temporary.remove()
+    temporary.close()
 
 
 def check_free_space(path: Path, needed: int) -> None:

@@ -294,6 +294,7 @@ def test_pictures_and_page(files, tmp_path):
         (("--dataset", "{}/text.txt", "--scheme", "sym"), ("--scheme sym does nothing",)),
         (("--dataset", "{}/text.txt", "--plot", "x.gif"), ("--plot x.gif", ".png")),
         (("--dataset", "{}/text.txt", "--report", "no/x.html"), ("there is no folder no",)),
+        (("--dataset", "{}/text.txt", "--report", "/proc/x.html"), ("/proc/x.html cannot be",)),
         (("--dataset", "{}/text.txt", "--prompt", "a"), ("--prompt does nothing",)),
         (("--dataset", "{}/text.txt", "--max-gen-tokens", "4"), ("--max-gen-tokens does nothing",)),
     ],

@@ -14,12 +14,13 @@ import pytest
 from conftest import ROOT, assert_user_error, run_json, tiny
 from inside import call, call_json
 
-from qllm.errors import UserError
+from qllm.errors import UserError, WritingError
 from qllm.folders import writing
-from qllm.plan import ranks, stages, verify
+from qllm.plan import cached, ranks, stages, verify
 from qllm.plan.candidates import key as label
 from qllm.plan.devices import STAGE_PASSES, MeasuredSpeed
 from qllm.plan.probe import ROUNDS
+from qllm.plan.sensitivity import Sensitivity
 
 Process = processes.Forked | subprocess.Popen
 PLAN, QUANT, GEN = "qllm_plan.py", "qllm_quant.py", "qllm_gen.py"
@@ -265,6 +266,33 @@ def test_a_plan_that_is_verified_without_room_for_it(given, tmp_path, monkeypatc
     shown = call(PLAN, *args, "--avg-bits", UNIFORM_3, "--verify", "--json")
     assert_user_error(shown, "free some, or name another place with TMPDIR")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["-o", "--table"])
+def test_a_file_that_cannot_be_written_is_found_before_anything_is_measured(
+    option, given, monkeypatch
+):
+    folder, args, _ = given
+    monkeypatch.setattr(cached, "measure", lambda *_: pytest.fail("it is measured"))
+    shown = call(PLAN, *args, "--avg-bits", UNIFORM_3, option, "/proc/x.json")
+    assert_user_error(shown, "/proc/x.json cannot be written")
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_plan_is_made_where_its_losses_cannot_be_kept(given, tmp_path, monkeypatch):
+    folder, args, found = given
+
+    def refuse(path, sensitivity):
+        raise WritingError(f"{path} cannot be written; name another place")
+
+    monkeypatch.setenv("QLLM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(cached, "write", refuse)
+    table = Sensitivity.from_file(folder / "table.json")
+    monkeypatch.setattr(cached, "measure", lambda *_: table)
+    shown = call(PLAN, *args[:-2], "--avg-bits", UNIFORM_3, "--json")
+    assert json.loads(shown.stdout)["plan"]["rules"] == found["plan"]["rules"]
+    assert "the losses are not kept" in shown.stderr
+    assert "name another place with --table" in shown.stderr
 
 
 def test_a_plan_and_a_probe_are_of_one_process(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from qllm.cli.lengths import is_given
 from qllm.cli.models import check_alone
 from qllm.config import QuantSpec
 from qllm.errors import UserError
+from qllm.folders import check_writable
 
 if TYPE_CHECKING:
     from qllm.plan.devices import Cluster
@@ -77,6 +78,8 @@ def _check_files(args: argparse.Namespace) -> None:
             raise UserError(f"{name}: there is no folder {Path(name).parent}")
         if Path(name).is_dir():
             raise UserError(f"{name} is a folder; name a file")
+        if name == args.output or not Path(name).exists():
+            check_writable(Path(name))
     if args.plot:
         from qllm.evaluate import plots
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qllm.checkpoint.writer import new_file
 from qllm.errors import UserError
 from qllm.evaluate.table import DIVERGENCE, label_of, subtitle_of, title_of
+from qllm.folders import check_writable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,6 +43,7 @@ def check(option: str, path: Path, suffixes: Sequence[str]) -> None:
         raise UserError(
             f"{option} needs matplotlib, which is not installed; pip install matplotlib"
         )
+    check_writable(path)
 
 
 def figure(result: Mapping, panels: Sequence[Panel] | None = None) -> Figure:

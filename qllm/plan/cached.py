@@ -14,7 +14,7 @@ from qllm import folders, ops
 from qllm.cgroups import usable_cpus
 from qllm.checkpoint.writer import write_json
 from qllm.config import QuantSpec
-from qllm.errors import UserError
+from qllm.errors import UserError, WritingError
 from qllm.evaluate import provenance
 from qllm.memory import available_bytes
 from qllm.plan.candidates import key
@@ -41,6 +41,7 @@ def load_or_measure(
         UserError: the file's table is of something else; or as `measure`.
     """
     about = json.loads(json.dumps(job.about(), default=str))
+    named = table is not None
     if table is None:
         table = folders.home_path(f"plan/{_digest(about)}.json", note, "`table`")
     if table.exists():
@@ -53,8 +54,14 @@ def load_or_measure(
         return found
     table.parent.mkdir(parents=True, exist_ok=True)
     found = measure(job, meter, note_linear)
-    write(table, found)
-    note(f"the losses are kept in {table}")
+    try:
+        write(table, found)
+    except WritingError as error:
+        if named:
+            raise
+        note(f"the losses are not kept, and will be measured again: {error} with `table`")
+    else:
+        note(f"the losses are kept in {table}")
     return found
 
 
