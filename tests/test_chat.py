@@ -131,6 +131,25 @@ def test_a_message_that_ctrl_c_keeps_from_being_read_is_forgotten(llm, folder, m
     assert chat.messages == []
 
 
+@pytest.mark.parametrize("kv_bits", [16, 4])
+def test_a_message_that_ctrl_c_stops_being_read_spoils_no_other(kv_bits, llm, folder, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.model, "kv_bits", kv_bits)
+    chat = chat_of(llm, folder)
+    list(chat.answer("The sea was calm that night " * 5))
+    hook = llm.model.layers[-1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(chat.answer("and the land and the sky " * 20))
+    hook.remove()
+    assert chat.messages.pop()["content"] == "" and chat.messages.pop()["role"] == "user"
+    for text in ("Why?", "And then?"):
+        answer = "".join(chat.answer(text))
+        ids = chat._encode(chat.template.render(chat.messages[:-1]))
+        assert answer == llm.generate(ids, max_new_tokens=6)[0].text
+
+
 def test_a_context_is_the_model_s_or_what_was_asked_for(llm):
     config = llm.config
     assert context_size(config) == 512 and context_size(config, 60) == 60

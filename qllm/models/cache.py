@@ -37,6 +37,7 @@ class KVCache:
         pass_tokens: that a pass of prefill takes at the most.
         lengths: tokens of each of the R rows.
         written: the length that each row has had at the most, since it began.
+        ends: where the last pass over each row ended, or would have, had it not been interrupted.
         live: the rows in use, in the order in which a decode step takes their tokens.
         step, captured: what decodes into it and how that is replayed, once something has.
     """
@@ -75,7 +76,7 @@ class KVCache:
         )
         self.capacity, self.dtype, self.device = capacity, dtype, torch.device(device)
         self.pass_tokens, self.windows, self.bits = PREFILL_TOKENS, config.windows, bits
-        self.lengths, self.written = [0] * rows, [0] * rows
+        self.lengths, self.written, self.ends = ([0] * rows for _ in range(3))
         self.live = list(range(rows))
         self.step: Decode | None = None
         self.captured: CapturedStep | None = None
@@ -99,7 +100,7 @@ class KVCache:
         CPU's is given back to the system.
         """
         for row in set(self.live) - {self.live[i] for i in indices}:
-            self.lengths[row] = self.written[row] = 0
+            self.lengths[row] = self.written[row] = self.ends[row] = 0
             for part in itertools.chain.from_iterable(self.layers):
                 if part.device.type == "cpu" and len(part):
                     library.release(part[row])
@@ -107,21 +108,22 @@ class KVCache:
 
     def reset(self) -> None:
         """Let all rows begin anew, empty."""
-        self.lengths, self.written = ([0] * len(self.lengths) for _ in range(2))
+        self.lengths, self.written, self.ends = ([0] * len(self.lengths) for _ in range(3))
         self.live = list(range(len(self.lengths)))
 
     def rewind(self, row: int, length: int) -> int:
         """Let a row's last tokens go, so that others can follow on its first ones.
 
         What is left may be less than `length`: where not all that the next token sees is held any
-        more.
+        more. A pass that was interrupted has written some of its tokens, and has to be followed by
+        this.
 
         Returns:
             Tokens that are left.
         """
         length = min(length, self.lengths[row])
-        if self.bits != 16 and length // RUN < (self.lengths[row] - 1) // RUN:
-            length -= length % RUN  # the other tokens of the run have become integers
+        if self.bits != 16 and length // RUN < (self.ends[row] - 1) // RUN:
+            length -= length % RUN  # a later run's tokens took the place of the others as they came
         for kv, window in zip(self.layers, self.windows, strict=False):
             # Of runs: the first that the next token sees, and how many gave their memory to others.
             first_seen = max(0, length + 1 - window) // RUN
@@ -129,6 +131,8 @@ class KVCache:
             if kv.capacity < self.capacity and first_seen < lost:
                 length = 0
         self.lengths[row] = length
+        if not length:
+            self.written[row] = self.ends[row] = 0
         return length
 
     def reserve(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
@@ -147,6 +151,7 @@ class KVCache:
             raise IndexError(f"{max(ends)} tokens in a cache for {self.capacity}")
         for row, end in zip(rows, ends, strict=True):
             self.written[row] = max(self.written[row], end)
+            self.ends[row] = end
 
     def advance(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Count tokens that a pass has written."""

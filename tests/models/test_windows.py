@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 import torch
 from cpu_paths import same
@@ -129,6 +131,43 @@ def test_integers_of_a_whole_run_are_no_keys_as_they_came(mixed, monkeypatch):
     other = [*prompt[:100], *prompt[:50]]
     got = model.prefill([other[64:]], cache)
     assert same(got, model.prefill([other], model.new_cache(1, CAPACITY)))
+
+
+@pytest.mark.parametrize("kv_bits", [16, 8, 4])
+@pytest.mark.usefixtures("short_passes")
+def test_a_row_goes_back_behind_an_interrupted_pass(kv_bits, mixed, windowed, monkeypatch):
+    """And after it went back without a token since: what of a later run came is not seen."""
+
+    def interrupt(*_):
+        if next(passes):
+            raise KeyboardInterrupt
+
+    prompt, other = PROMPTS[0][:100], PROMPTS[2]
+    for model in (mixed[1], windowed):
+        monkeypatch.setattr(model, "kv_bits", kv_bits)
+        for wanted, layer in ((100, 0), (90, 0), (70, 1), (10, 1)):
+            cache = model.new_cache(1, CAPACITY)
+            model.prefill([prompt], cache)
+            passes, hook = count(), model.layers[layer].register_forward_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model.prefill([other[:40]], cache)
+            hook.remove()
+            for length in (wanted, wanted - 5):
+                start = cache.rewind(0, length)
+                assert start == length or kv_bits < 16
+            text = [*prompt[:start], *other]
+            got = model.prefill([text[start:]], cache)
+            assert same(got, model.prefill([text], model.new_cache(1, CAPACITY)))
+
+
+@pytest.mark.usefixtures("short_passes")
+def test_a_row_that_begins_anew_goes_back_as_at_first(windowed):
+    """Whatever it held before."""
+    cache = windowed.new_cache(1, CAPACITY)
+    windowed.prefill([PROMPTS[0]], cache)
+    assert cache.rewind(0, 100) == 0
+    windowed.prefill([PROMPTS[0][:150]], cache)
+    assert cache.rewind(0, 140) == 140
 
 
 def test_a_pass_may_not_write_over_what_it_sees(windowed, monkeypatch):
