@@ -12,6 +12,25 @@ from qllm.tokenizer import Tokenizer
 MARGIN = 8
 
 
+def context(
+    tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int], end: int, count: int
+) -> list[int]:
+    """The last `count` tokens in front of new token `end`, and what they do not decode without.
+
+    Bytes that stand next to each other are decoded together: without the first of them the others
+    may be no characters.
+    """
+
+    def token(index: int) -> int:
+        return prompt[index] if index < len(prompt) else tokens[index - len(prompt)]
+
+    last = len(prompt) + end
+    first = max(0, last - count)
+    while 0 < first < last and tokenizer.is_byte(token(first)):
+        first -= 1
+    return [token(index) for index in range(first, last)]
+
+
 class StopStrings:
     """Looks for strings in the texts that a batch of prompts gets.
 
@@ -38,8 +57,9 @@ class StopStrings:
         if token in self.special:
             return True
         start = max(0, len(tokens) - self.tail)
-        prompt = self.prompts[row]
-        before = [*prompt[-self.tail :], *tokens[max(0, start - self.tail) : start]][-self.tail :]
+        while start and self.tokenizer.is_byte(tokens[start]):
+            start -= 1
+        before = context(self.tokenizer, self.prompts[row], tokens, start, self.tail)
         text = self.tokenizer.continuation(before, tokens[start:])
         return any(string in text for string in self.strings)
 

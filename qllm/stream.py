@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qllm.stopping import MARGIN, cut, settled
+from qllm.stopping import MARGIN, context, cut, settled
 from qllm.tokenizer import Tokenizer
 
 
@@ -56,8 +56,8 @@ class TextStream:
                 self.begin(row)
 
     def _write(self) -> None:
-        prompt, tokens = self.prompts[self.row], self.tokens[self.row]
-        before = [*prompt[-MARGIN:], *tokens[max(0, self.read - MARGIN) : self.read]][-MARGIN:]
+        tokens = self.tokens[self.row]
+        before = context(self.tokenizer, self.prompts[self.row], tokens, self.read, MARGIN)
         text = self.text + self.tokenizer.continuation(before, tokens[self.read :])
         # A character whose bytes have not all come yet decodes to a replacement character, or to
         # nothing beside one that the prompt ends with.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tokenizer_files
 from conftest import FAMILIES, tiny
 from oracle import (
     our_bundled,
@@ -10,6 +11,7 @@ from oracle import (
 
 from qllm.generate import generate
 from qllm.generation_config import GenerationConfig
+from qllm.stopping import StopStrings
 from qllm.stream import TextStream
 from qllm.tokenizer import Tokenizer
 
@@ -64,6 +66,28 @@ def test_stream_writes_whole_characters_one_prompt_after_the_other(family):
     assert ["".join(record.pieces[row]) for row in range(len(TEXTS))] == TEXTS
     for pieces in record.pieces.values():
         assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("before", ["", "日本語", "the"])
+def test_characters_of_single_bytes_stay_whole(before, tmp_path):
+    """However many bytes stand next to each other, which such a vocabulary decodes together."""
+    tokenizer = Tokenizer.load(tokenizer_files.write(tmp_path, "llama", {}))
+    text = before + "のテキスト👩\u200d👩\u200d👧 in the rain"
+    tokens = tokenizer.encode(text)
+    prompt, tokens = tokens[: tokenizer.count(before)], tokens[tokenizer.count(before) :]
+    assert tokenizer.decode(prompt) == before and sum(map(tokenizer.is_byte, tokens)) > 30
+    record = Recorder()
+    stream = TextStream(tokenizer, [prompt], record.begin, record.write)
+    for i, token in enumerate(tokens):
+        stream.add(0, token, i == len(tokens) - 1)
+        known = tokenizer.continuation(prompt, tokens[: i + 1])
+        assert "".join(record.pieces[0]) == known or known.endswith("\ufffd")
+    assert before + "".join(record.pieces[0]) == text
+    for string in ("ト", "スト👩", "\u200d👧", "👧 i", "rain"):
+        stops = StopStrings(tokenizer, [prompt], [string])
+        end = next(i for i, token in enumerate(tokens) if stops(0, token))
+        known = [tokenizer.continuation(prompt, tokens[:size]) for size in (end, end + 1)]
+        assert [string in each for each in known] == [False, True]
 
 
 def test_stream_goes_on_to_the_next_prompt_when_one_has_ended():

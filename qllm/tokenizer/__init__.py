@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ FILES = (
 # What transformers may read besides ends so.
 SUFFIXES = (".json", ".txt", ".model", ".jinja")
 MARK = b"\xef\xbb\xbf"
+# What such a token is called where a decoder joins those that follow each other ("byte fallback").
+BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class _Codec(Protocol):
@@ -128,6 +131,11 @@ class Tokenizer:
         """Text of token ids, without special tokens."""
         with _failures("the tokenizer cannot decode its tokens"):
             return self._codec.decode(ids)
+
+    def is_byte(self, number: int) -> bool:
+        """Whether a token stands for one byte, for which its vocabulary has no character."""
+        token = self._codec.token(number)
+        return token is not None and BYTE.fullmatch(token) is not None
 
     def continuation(self, prompt: Sequence[int], ids: list[int]) -> str:
         """Text that `ids` add to a prompt; spaces between the two belong to it."""
