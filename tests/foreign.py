@@ -232,3 +232,10 @@ def compressed(bits: int, group: int, *, sym: bool, packed: bool = True) -> Writ
         return compressor.compress(state, scheme), weight
 
     return write
+
+
+def float8(rows: int, columns: int, random: np.random.Generator) -> Written:
+    """`float-quantized`, which is FP8 with a scale per output channel."""
+    weight = torch.from_numpy(random.uniform(-400, 400, (rows, columns))).to(torch.float8_e4m3fn)
+    scales = torch.from_numpy(random.uniform(0.5, 1.0, (rows, 1)) / 400).float()
+    return {"weight": weight, "weight_scale": scales}, weight.float() * scales

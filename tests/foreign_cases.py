@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from foreign import Folder, Writer, awq, compressed, gptq
+from foreign import Folder, Writer, awq, compressed, float8, gptq
 from foreign_changes import (
     configured,
     head_quantized,
@@ -270,6 +270,19 @@ CASES = {
         lambda f: f.config.update(
             compression_config={"quantization_config": f.config.pop("quantization_config")}
         ),
+    ),
+    "compressed-tensors, FP8": Case(
+        float8,
+        ct(8, None, sym=True, layout="float-quantized"),
+        error=r'config\.json: .*has format "float-quantized"; QLLM reads "pack-quantized" or "int-',
+    ),
+    "FP8 of another tool": Case(
+        float8,
+        {"quant_method": "fp8", "activation_scheme": "dynamic"},
+        error='config.json: .*has quant_method "fp8"; QLLM reads gptq, awq',
+    ),
+    "FP8, nothing in config.json": Case(
+        float8, error=r"_proj\.weight has the type F8_E4M3; QLLM reads F64, F32, F16"
     ),
     "an index that leaves out what nobody needs": Case(change=indexed),
     "an index that leaves tensors out": Case(

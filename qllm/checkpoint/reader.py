@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qllm import files
+from qllm.checkpoint.formats import QuantizationConfig, parse
 from qllm.checkpoint.gguf import GGUFFile, quantization_of
 from qllm.checkpoint.tensor_files import MAX_HEADER_BYTES, SafetensorsFile, TorchFile
 from qllm.checkpoint.tensors import TensorFile, is_finite
@@ -89,6 +90,7 @@ class Checkpoint:
     Attributes:
         folder: where it is.
         raw_config: its config.json.
+        quantization: what that says of quantized modules; None where it says of none.
         tensors: name to shape and type.
         unpacked_types: of a GGUF file, the types of blocks that no layer holds as they are.
     """
@@ -118,6 +120,11 @@ class Checkpoint:
         elsewhere = self.raw_config.values.get("transformers_weights")
         if elsewhere is not None:
             raise self.raw_config.error("transformers_weights", elsewhere, "no entry of this name")
+        # Before the tensors, whose types may be those of a format that is not read.
+        settings = self.raw_config.values.get(QUANTIZATION_KEY)
+        self.quantization: QuantizationConfig | None = None
+        if settings is not None:
+            self.quantization = parse(settings, self.raw_config.where)
         if is_gguf(folder):
             opened: Iterator[TensorFile] = iter(
                 [GGUFFile(read_gguf(folder), packed, dtype, as_numbers)]

@@ -69,7 +69,9 @@ class SafetensorsFile(TensorFile):
         self.tensors, self._offsets = {}, {}
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:
-                raise UserError(f"{path}: {name} has the type {entry['dtype']}, which QLLM lacks")
+                raise UserError(
+                    f"{path}: {name} has the type {entry['dtype']}; QLLM reads {', '.join(DTYPES)}"
+                )
             self.tensors[name] = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
             self._offsets[name] = 8 + length + entry["data_offsets"][0]
         self._mapped: Tensor | None = None
@@ -179,9 +181,9 @@ class TorchFile(TensorFile):
             raise UserError(f"{self.path} holds something other than named tensors")
         odd = [name for name, tensor in state.items() if tensor.dtype not in DTYPES.values()]
         if odd:
-            raise UserError(
-                f"{self.path}: {odd[0]} has the type {state[odd[0]].dtype}, which QLLM lacks"
-            )
+            listed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
+            found = str(state[odd[0]].dtype).removeprefix("torch.")
+            raise UserError(f"{self.path}: {odd[0]} has the type {found}; QLLM reads {listed}")
         # A stride of 0 repeats an element without end; a tied head may share its elements.
         total, size = sum(tensor.nbytes for tensor in state.values()), self.path.stat().st_size
         if total > 2 * size:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from qllm.checkpoint.check import check_counts, check_tensors
-from qllm.checkpoint.formats import WORD, Format, Quantized, join_rows, parse, take_rows
+from qllm.checkpoint.formats import WORD, Format, Quantized, join_rows, take_rows
 from qllm.checkpoint.names import TensorNames
-from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint
+from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint, read_raw_config
 from qllm.config import EMBEDDING, LM_HEAD, ModelConfig
 from qllm.errors import UserError
 from qllm.models import Family
@@ -85,12 +85,11 @@ class Weights:
         Raises:
             UserError: for one that is quantized, or as for others.
         """
-        checkpoint = Checkpoint(source, packed=False)
-        if QUANTIZATION_KEY in checkpoint.raw_config.values:
+        if QUANTIZATION_KEY in read_raw_config(source, packed=False).values:
             raise UserError(
                 f"{source} is quantized already; give the 16-bit checkpoint it was made from"
             )
-        return cls(checkpoint, note)
+        return cls(Checkpoint(source, packed=False), note)
 
     @property
     def family(self) -> Family:
@@ -147,11 +146,9 @@ class Weights:
 
     def _find_stored(self) -> dict[str, Format]:
         """What config.json says of the linears that are quantized."""
-        raw = self.checkpoint.raw_config
-        value = raw.values.get(QUANTIZATION_KEY)
-        if value is None:
+        raw, config = self.checkpoint.raw_config, self.checkpoint.quantization
+        if config is None:
             return {}
-        config = parse(value, raw.where)
         names = [*self.family.layer_linears(self.config.num_layers)]
         stored = {}
         tables = [table for table in (EMBEDDING, POSITIONS) if f"{table}.weight" in self.shapes]
