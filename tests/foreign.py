@@ -183,7 +183,7 @@ def gptq(
     return write
 
 
-def awq(group: int = 32, bias: float | None = None) -> Writer:
+def awq(group: int = 32, bias: float | None = None, *, sym: bool = False) -> Writer:
     """AutoAWQ's WQLinear_GEMM: eight output channels to a word, in an order of their own."""
 
     def pack(values: np.ndarray) -> np.ndarray:
@@ -193,7 +193,7 @@ def awq(group: int = 32, bias: float | None = None) -> Writer:
         return out.view(np.int32)
 
     def write(rows: int, columns: int, random: np.random.Generator) -> Written:
-        values, zeros, scales = draw(rows, columns, 4, group, False, random)
+        values, zeros, scales = draw(rows, columns, 4, group, sym, random)
         tensors = {
             "qweight": pack(np.ascontiguousarray(values.T)),
             "qzeros": pack(np.ascontiguousarray(zeros.T)),

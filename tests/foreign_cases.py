@@ -181,6 +181,22 @@ CASES = {
     "AWQ": Case(awq(), AWQ),
     "AWQ, OPT": Case(awq(), AWQ, family="opt"),
     "AWQ, BLOOM": Case(awq(), AWQ, family="bloom"),
+    "AWQ, symmetric, GPTQModel's": Case(
+        awq(sym=True),
+        {
+            "bits": 4,
+            "checkpoint_format": "gemm",
+            "desc_act": False,
+            "format": "gemm",
+            "group_size": 32,
+            "lm_head": False,
+            "method": "awq",
+            "pack_dtype": "int32",
+            "quant_method": "awq",
+            "version": "gemm",
+            "zero_point": False,
+        },
+    ),
     "AWQ, biases of zeros": Case(awq(bias=0.0), AWQ, note=r"_proj\.bias and 13 more"),
     "AWQ, biases of ones": Case(awq(bias=1.0), AWQ, error="which is not 0"),
     "AWQ, settings in their own file": Case(

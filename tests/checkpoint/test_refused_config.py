@@ -78,7 +78,6 @@ REFUSED = [
     (AWQ | {"version": "marlin"}, 'has version "marlin"; QLLM reads "gemm"'),
     (AWQ | {"backend": "llm-awq"}, 'has backend "llm-awq"; QLLM reads what AutoAWQ wrote'),
     (AWQ | {"bits": 8}, "has bits 8; QLLM reads 4"),
-    (AWQ | {"zero_point": False}, "has zero_point false; QLLM reads true"),
     (AWQ | {"group_size": 0}, "has group_size 0; expected"),
     (AWQ | {"modules_to_not_convert": {}}, "modules_to_not_convert an object; expected a list"),
     (W4A16 | {"format": "float-quantized"}, 'format "float-quantized"; QLLM reads "pack-quant'),

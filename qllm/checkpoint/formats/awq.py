@@ -76,10 +76,11 @@ def parse(fields: Fields) -> QuantizationConfig:
     if fields.get("backend") == "llm-awq":
         raise fields.error('backend "llm-awq"', "QLLM reads what AutoAWQ wrote")
     fields.one_of("bits", fields.number("bits", "w_bit"), (4,))
-    fields.one_of("zero_point", fields.flag("zero_point", True), (True,))
+    # Without zero points the files have those of a symmetric grid: GPTQModel's and AutoRound's do.
+    scheme = "asym" if fields.flag("zero_point", True) else "sym"
     group_size = fields.group_size("group_size", "q_group_size", default=DEFAULT_GROUP_SIZE)
     parts = fields.texts("modules_to_not_convert")
     rules: list[tuple[Test, None]] = [(lambda name: any(part in name for part in parts), None)]
     if not fields.flag("lm_head", False):
         rules.append((LM_HEAD.__eq__, None))
-    return QuantizationConfig(tuple(rules), AWQ(QuantSpec(4, group_size, "asym", "weight_only")))
+    return QuantizationConfig(tuple(rules), AWQ(QuantSpec(4, group_size, scheme, "weight_only")))
