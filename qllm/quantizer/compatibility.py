@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from qllm.config import QuantSpec
@@ -10,6 +11,8 @@ from qllm.config import QuantSpec
 # What transformers needs besides itself, by quant_method.
 PACKAGES = {"gptq": "optimum gptqmodel", "compressed-tensors": "compressed-tensors"}
 VLLM_GPTQ_BITS = (4, 8)
+# Rules of GPTQ's `dynamic` for linears in layers; optimum leaves others alone anyway.
+_OF_LAYERS = re.compile(r"\\\.\(\?:\d")
 
 
 def find_ragged(specs: Mapping[str, QuantSpec], shapes: Mapping[str, Sequence[int]]) -> str | None:
@@ -47,6 +50,14 @@ def refusals(quantization: Mapping, ragged: str | None, transposed: bool = False
             found.setdefault("vLLM", "it takes GPTQ of 4 and 8 bits, with `scheme` sym")
         if transposed:
             found["transformers"] = "its Conv1D families draw weights that packed layers have not"
+        elif any(_OF_LAYERS.search(rule) for rule in rules):
+            found["transformers"] = (
+                "optimum takes all layers for those of the first spec, as GPTQModel.load does not"
+            )
+        elif quantization["lm_head"]:
+            found["transformers"] = (
+                "optimum draws a packed head at random, as GPTQModel.load does not"
+            )
         return found
     if transposed:
         found.setdefault("transformers", "this family's layers are Conv1D there, which stay dense")

@@ -132,33 +132,52 @@ def test_conv1d_is_not_said_to_load_in_transformers(compressed, tmp_path):
     assert "AutoModelForCausalLM" not in card and "library_name: qllm" in card
 
 
+SYM4 = {".*": {"bits": 4, "group_size": 32, "scheme": "sym"}}
+
+
 @pytest.mark.parametrize(
-    ("spec", "line"),
+    ("rules", "line"),
     [
         (
-            {"bits": 4, "group_size": 32, "scheme": "sym"},
+            SYM4,
             "loads in QLLM, transformers (with optimum gptqmodel), vLLM",
         ),
         (
-            {"bits": 4, "group_size": 32},
+            {".*": {"bits": 4, "group_size": 32}},
             "loads in QLLM, transformers (with optimum gptqmodel); not in vLLM: it takes GPTQ of 4 "
             "and 8 bits, with `scheme` sym",
         ),
         (
-            {"bits": 8, "group_size": 24, "scheme": "sym"},
+            {".*": {"bits": 8, "group_size": 24, "scheme": "sym"}},
             'loads in QLLM, transformers (with optimum gptqmodel and its backend "torch"); not in '
             "vLLM: groups of 24 do not divide the 64 inputs of layers.0.attention.qkv, as groups "
             "of 8 would",
         ),
+        (
+            SYM4 | {"layers.0.": 16},
+            "loads in QLLM, vLLM; not in transformers: optimum takes all layers for those of the "
+            "first spec, as GPTQModel.load does not",
+        ),
+        (
+            SYM4 | {"mlp": {"bits": 8, "scheme": "sym"}},
+            "loads in QLLM, vLLM; not in transformers: optimum takes all layers for those of the "
+            "first spec, as GPTQModel.load does not",
+        ),
+        (
+            SYM4 | {"lm_head": {"bits": 4, "group_size": 32, "scheme": "sym"}},
+            "loads in QLLM, vLLM; not in transformers: optimum draws a packed head at random, as "
+            "GPTQModel.load does not",
+        ),
     ],
 )
-def test_where_gptq_loads(spec, line, tmp_path):
-    """GPTQModel 7.7.0 was seen to load these on a CPU, and without that backend not the last; the
-    first two of Mistral, Qwen2, Qwen3, Gemma 2 and 3, Phi-3 and GPT-NeoX as well."""
+def test_where_gptq_loads(rules, line, tmp_path):
+    """As was seen with optimum 2.3.0 and GPTQModel 7.7.0 on a CPU, which load the third with that
+    backend alone; the first two of Mistral, Qwen2, Qwen3, Gemma 2 and 3, Phi-3 and GPT-NeoX, too.
+    """
     notes: list[str] = []
     twin_of("llama").save_pretrained(tmp_path / "source")
     quantize_checkpoint(
-        Job(tmp_path / "source", plan_of({".*": spec})), tmp_path / "out", note=notes.append
+        Job(tmp_path / "source", plan_of(rules)), tmp_path / "out", note=notes.append
     )
     card = (tmp_path / "out" / "README.md").read_text()
     assert notes[-1] == line
@@ -171,6 +190,7 @@ def test_nothing_but_the_linears_in_layers_is_said_to_be_quantized(sources, tmp_
     for plan in (plan_of(4), plan_of("8:tc-li")):
         target = tmp_path / plan.text
         quantize(sources("opt-350m"), target, plan)
+        assert "transformers (with" in (target / "README.md").read_text()
         config = json.loads((target / "config.json").read_text())
         found = parse(config["quantization_config"], "config.json")
         assert found.find("model.decoder.layers.0.fc1") is not None
