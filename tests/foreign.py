@@ -239,3 +239,12 @@ def float8(rows: int, columns: int, random: np.random.Generator) -> Written:
     weight = torch.from_numpy(random.uniform(-400, 400, (rows, columns))).to(torch.float8_e4m3fn)
     scales = torch.from_numpy(random.uniform(0.5, 1.0, (rows, 1)) / 400).float()
     return {"weight": weight, "weight_scale": scales}, weight.float() * scales
+
+
+def quanto(rows: int, columns: int, random: np.random.Generator) -> Written:
+    """optimum-quanto's qint8: parts of the tensor "weight", and no settings in config.json."""
+    data = torch.from_numpy(random.integers(-127, 128, (rows, columns)).astype(np.int8))
+    scale = torch.from_numpy(random.uniform(0.5, 1.0, (rows, 1)) / 127).float()
+    tensors = {"weight._data": data, "weight._scale": scale}
+    tensors |= {key: torch.ones(()) for key in ("input_scale", "output_scale")}
+    return tensors, data * scale

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from foreign import Folder, Writer, awq, compressed, float8, gptq
+from foreign import Folder, Writer, awq, compressed, float8, gptq, quanto
 from foreign_changes import (
     configured,
     head_quantized,
@@ -299,6 +299,10 @@ CASES = {
     ),
     "FP8, nothing in config.json": Case(
         float8, error=r"_proj\.weight has the type F8_E4M3; QLLM reads F64, F32, F16"
+    ),
+    "quanto": Case(
+        quanto,
+        error=r"q_proj\.weight and holds .*q_proj\.weight\._data.* in its place, a format",
     ),
     "an index that leaves out what nobody needs": Case(change=indexed),
     "an index that leaves tensors out": Case(

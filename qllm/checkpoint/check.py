@@ -147,6 +147,14 @@ def _lacks(names: TensorNames, part: str) -> UserError:
             f"{listed}config.json has no {QUANTIZATION_KEY}, and beside it there is no "
             f"{' or '.join(QUANTIZATION_FILES)}"
         )
+    others = [name for name in checkpoint.tensors if name.startswith(stem)]
+    others = [name for name in others if not name.endswith(".bias")]
+    if part.endswith("weight") and others:
+        more = " …" if len(others) > 4 else ""
+        return UserError(
+            f"{lacks} and holds {', '.join(others[:4])}{more} in its place, a format that QLLM "
+            "does not read"
+        )
     if part == f"{names.head}.weight":
         key, family = "tie_word_embeddings", names.family.name
         said = f"config.json has no {key}, which is false for {family}"

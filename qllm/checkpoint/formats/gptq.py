@@ -26,7 +26,7 @@ from qllm.checkpoint.formats.tensors import (
 from qllm.config import DEFAULT_GROUP_SIZE, LM_HEAD, QuantSpec
 from qllm.quant.packing import PackedWeight, pack, unpack
 
-# GPTQModel lays other widths out in bit planes under the same name.
+# GPTQModel lays other widths out in bit planes, which 7.7 calls `gptq_p`.
 BITS = (2, 3, 4, 8)
 
 # vLLM joins these modules, and looks for a rule under the name of the joined one.
