@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import processes
 import pytest
@@ -174,7 +175,7 @@ class Hub(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = self.path.partition("?")[0].strip("/")
+        path = unquote(self.path.partition("?")[0].strip("/"))
         self.server.asked.append(f"{self.command} {path}")
         parts = path.split("/")
         if self.server.refusal:
