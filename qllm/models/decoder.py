@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from qllm.models.layer import (
 )
 from qllm.models.norms import NORMS
 from qllm.models.partition import keep_shards, keep_stage
+from qllm.models.pickling import dumps, restored
 from qllm.models.pieces import ends_of, pieces_of
 from qllm.models.positions import POSITIONS
 from qllm.ops import phase
@@ -124,6 +126,10 @@ class Decoder(nn.Module):
             keep_shards(self, self.parallel.tp, self.parallel.mode)
         self._device_map = dict(device_map or {})
         self.eval()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """For copy and pickle, see `qllm.models.pickling`."""
+        return restored, (type(self), dumps(self.__dict__))
 
     @property
     def device_map(self) -> dict[range, torch.device]:
