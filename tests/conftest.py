@@ -267,3 +267,13 @@ def shallow_of(tmp_path_factory):
         return made[family, layers]
 
     return source
+
+
+@pytest.fixture(scope="session")
+def onnx_of_opt(shallow_of, tmp_path_factory) -> Path:
+    """The folder of OPT's ONNX model with few layers, made once. Do not change it."""
+    from qllm.onnx.export import export
+
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    export(shallow_of("opt"), folder)
+    return folder

@@ -17,29 +17,23 @@ from qllm.quantizer.job import Job
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from qllm.onnx.export import export  # noqa: E402
 from qllm.onnx.graph import MODEL  # noqa: E402
 from qllm.onnx.model import read_model  # noqa: E402
 from qllm.onnx.quantize import OnnxJob, quantize_onnx  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def whole(shallow_of, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "model"
-    export(shallow_of("opt"), folder)
-    return folder
-
-
 @pytest.fixture
-def apart(whole, tmp_path):
+def apart(onnx_of_opt, tmp_path):
     """A folder as Hubs have them, whose models are in a folder of their own; and logits of one."""
-    shutil.copytree(whole, tmp_path / "m")
+    shutil.copytree(onnx_of_opt, tmp_path / "m")
     place = tmp_path / "m" / "onnx"
     place.mkdir()
     for path in (tmp_path / "m").glob(f"{MODEL}*"):
         path.rename(place / path.name)
-    shutil.copytree(whole, tmp_path / "whole")
-    quantize_onnx(OnnxJob(whole, QuantPlan.uniform(QuantSpec.parse("4", 32))), tmp_path / "q4")
+    shutil.copytree(onnx_of_opt, tmp_path / "whole")
+    quantize_onnx(
+        OnnxJob(onnx_of_opt, QuantPlan.uniform(QuantSpec.parse("4", 32))), tmp_path / "q4"
+    )
     return tmp_path / "m", tmp_path
 
 

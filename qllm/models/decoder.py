@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ from qllm.models.layer import (
 )
 from qllm.models.norms import NORMS
 from qllm.models.partition import keep_shards, keep_stage
-from qllm.models.pickling import dumps, restored
+from qllm.models.pickling import Picklable
 from qllm.models.pieces import ends_of, pieces_of
 from qllm.models.positions import POSITIONS
 from qllm.ops import phase
@@ -52,7 +51,7 @@ FEW = 32 << 20
 Table = Embedding | QuantizedEmbedding | VocabularyParallel | QuantizedVocabularyParallel
 
 
-class Decoder(nn.Module):
+class Decoder(Picklable):
     """A model of any family, built on the meta device and filled by `qllm.checkpoint`.
 
     Attributes:
@@ -126,10 +125,6 @@ class Decoder(nn.Module):
             keep_shards(self, self.parallel.tp, self.parallel.mode)
         self._device_map = dict(device_map or {})
         self.eval()
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        """For copy and pickle, see `qllm.models.pickling`."""
-        return restored, (type(self), dumps(self.__dict__))
 
     @property
     def device_map(self) -> dict[range, torch.device]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import Tensor, nn
 
@@ -19,15 +18,16 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def dumps(state: Mapping[str, Any]) -> bytes:
-    """The attributes of a model, of about as many bytes as its tensors have."""
-    stream = io.BytesIO()
-    _Pickler(stream, pickle.DEFAULT_PROTOCOL).dump(state)
-    return stream.getvalue()
+class Picklable(nn.Module):
+    """A model whose copies and pickles have about as many bytes as its tensors."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        stream = io.BytesIO()
+        _Pickler(stream, pickle.DEFAULT_PROTOCOL).dump(self.__dict__)
+        return _restored, (type(self), stream.getvalue())
 
 
-def restored(kind: type[nn.Module], dumped: bytes) -> nn.Module:
-    """A module of a class with what `dumps` gave."""
+def _restored(kind: type[nn.Module], dumped: bytes) -> nn.Module:
     module = kind.__new__(kind)
     module.__setstate__(pickle.loads(dumped))
     return module

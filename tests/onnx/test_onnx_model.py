@@ -15,24 +15,16 @@ from onnx import TensorProto, helper
 
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
-from qllm.onnx.export import export
 from qllm.onnx.graph import DATA, MODEL
 from qllm.onnx.quantize import OnnxJob, quantize_onnx
 from qllm.onnx.runner import OnnxDecoder
 from qllm.onnx_files import is_onnx
 
 
-@pytest.fixture(scope="module")
-def whole(shallow_of, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "model"
-    export(shallow_of("opt"), folder)
-    return folder
-
-
 @pytest.fixture
-def folder(whole, tmp_path):
+def folder(onnx_of_opt, tmp_path):
     """A copy that may be broken."""
-    return Path(shutil.copytree(whole, tmp_path / "model"))
+    return Path(shutil.copytree(onnx_of_opt, tmp_path / "model"))
 
 
 def changed(change):
@@ -182,9 +174,9 @@ def test_broken_models_are_one_line(case, folder):
 
 
 @pytest.fixture(scope="module")
-def packed(whole, tmp_path_factory):
+def packed(onnx_of_opt, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed") / "int4"
-    quantize_onnx(OnnxJob(whole, QuantPlan.uniform(QuantSpec.parse("4", 32))), folder)
+    quantize_onnx(OnnxJob(onnx_of_opt, QuantPlan.uniform(QuantSpec.parse("4", 32))), folder)
     return folder
 
 

@@ -337,9 +337,9 @@ def test_scales_are_stepped_as_by_torch():
 
 
 def tuned_scales(model: Decoder) -> tuple[dict[str, torch.Tensor], float, float]:
-    """What tuning finds in two steps, of a model that is to put out zeros."""
+    """What tuning finds in a few steps, of a model that is to put out zeros."""
     targets = torch.zeros(3, 8, model.config.hidden_size)
-    options = DistillOptions(steps=2, batch=2, rate=0.01)
+    options = DistillOptions(steps=8, batch=2, rate=0.03)
     with torch.no_grad():
         return distill.tune_scales(model, samples(3, 8), targets, None, options, lambda _: None)
 
@@ -380,6 +380,4 @@ def test_norms_in_front_of_int8_layers_are_no_longer_theirs(tmp_path, gpu):
     model = load(source, plan=plan, device=gpu)
     assert model.layers[0].mlp_norm.op == "rms_norm_int8"
     _, before, after = tuned_scales(model)
-    assert model.layers[0].mlp_norm.op == "rms_norm"
-    # Two steps change it; whether for the better is up to how this machine's products round.
-    assert 0 < after < 1.01 * before and after != before
+    assert model.layers[0].mlp_norm.op == "rms_norm" and 0 < after < before
