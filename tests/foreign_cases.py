@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from foreign import Folder, Writer, awq, compressed, float8, gptq, quanto
 from foreign_changes import (
+    auto_scheme,
     configured,
     head_quantized,
     indexed,
@@ -25,6 +26,7 @@ from foreign_changes import (
     with_tensors,
     without,
 )
+from quant_configs import AUTO_ROUND
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,37 @@ CASES = {
             "version": "gemm",
             "zero_point": False,
         },
+    ),
+    "AutoRound": Case(gptq(sym=True), AUTO_ROUND),
+    "AutoRound, OPT": Case(gptq(sym=True), AUTO_ROUND, family="opt"),
+    "AutoRound, asymmetric": Case(gptq(), AUTO_ROUND | {"sym": False}),
+    "AutoRound, zero points as they are": Case(
+        gptq(v1=False),
+        AUTO_ROUND | {"sym": False, "packing_format": "auto_round:gptqmodel"},
+    ),
+    "AutoRound, as AWQ": Case(
+        awq(), AUTO_ROUND | {"sym": False, "packing_format": "auto_round:auto_awq"}
+    ),
+    **{
+        f"AutoRound, {bits} bits": Case(
+            gptq(bits, v1=False), AUTO_ROUND | {"bits": bits, "packing_format": "auto_round"}
+        )
+        for bits in (2, 5, 7)
+    },
+    "AutoRound, 6 bits less 1": Case(gptq(6), AUTO_ROUND | {"bits": 6}),
+    "AutoRound, as it was called at first": Case(
+        gptq(sym=True),
+        {
+            **{"quant_method": "intel/auto-round", "backend": "auto_round:gptq:exllamav2"},
+            **{"bits": 4, "group_size": 32, "sym": True, "data_type": "int", "iters": 1000},
+            **{"quant_block_list": None, "train_bs": 8, "amp": True},
+        },
+    ),
+    "AutoRound, linears of other bits": Case(gptq(sym=True), AUTO_ROUND, auto_scheme),
+    "AutoRound, what it does not name": Case(
+        gptq(sym=True),
+        AUTO_ROUND | {"extra_config": {".*o_proj.*": {"bits": 16, "data_type": "float"}}},
+        error=r"lacks .*o_proj\.weight and holds .*o_proj\.qweight.*quantization_config.*leaves",
     ),
     "AWQ, biases of zeros": Case(awq(bias=0.0), AWQ, note=r"_proj\.bias and 13 more"),
     "AWQ, biases of ones": Case(awq(bias=1.0), AWQ, error="which is not 0"),

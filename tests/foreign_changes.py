@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from foreign import Folder, Writer, gptq, quantize
+from foreign import Folder, Writer, gptq, quantize, twin_of
 
 
 def moved(folder: Folder, name: str, **changes: object) -> None:
@@ -83,6 +83,37 @@ def tables_quantized(
 def head_quantized(folder: Folder) -> None:
     quantize(folder.twin, folder.state, "lm_head", gptq(), np.random.default_rng(1))
     folder.config["quantization_config"]["lm_head"] = True
+
+
+def auto_scheme(folder: Folder) -> None:
+    """Linears of other bits, of other groups and of none, and a head, each with its own entry."""
+    state, twin, random = folder.state, folder.twin, np.random.default_rng(1)
+    original = twin_of("llama")
+    down, up = (f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1))
+    for name, write in (
+        *((f"model.layers.0.mlp.{part}_proj", gptq(8, 32, sym=True)) for part in ("gate", "up")),
+        (down, gptq(2, 16, sym=True)),
+        ("lm_head", gptq(3, 32, sym=True)),
+    ):
+        state.setdefault(f"{name}.weight", torch.empty(0))
+        quantize(twin, state, name, write, random)
+    for key in [key for key in state if key.startswith(f"{up}.")]:
+        del state[key]
+    weight = original.get_submodule(up).weight.detach()
+    state[f"{up}.weight"] = weight.clone()
+    twin.get_submodule(up).weight.data = weight.clone()
+    folder.config["quantization_config"]["extra_config"] = {
+        # A name counts before an expression, and of those the first that is found.
+        r".*layers\.0\.mlp.*": {"bits": 8},
+        r".*mlp\.(gate|up|down)_proj$": {"bits": 4},
+        down: {"bits": 2, "group_size": 16},
+        up: {"bits": 16, "data_type": "float"},
+        "lm_head": {
+            **{"bits": 3, "group_size": 32, "sym": True, "data_type": "int", "act_bits": 16},
+            **{"act_data_type": "float", "act_dynamic": True, "act_group_size": 32},
+            **{"rotation_config": None, "super_bits": None, "super_group_size": None},
+        },
+    }
 
 
 def one_dense(folder: Folder) -> None:

@@ -61,6 +61,19 @@ AWQ = {
     "backend": "autoawq",
     "do_fuse": False,
 }
+# As AutoRound 0.16.1 writes it.
+AUTO_ROUND = {
+    "amp": False,
+    "autoround_version": "0.16.1",
+    "bits": 4,
+    "block_name_to_quantize": "model.layers",
+    "data_type": "int",
+    "enable_quanted_input": False,
+    "group_size": 32,
+    "packing_format": "auto_round:auto_gptq",
+    "quant_method": "auto-round",
+    "sym": True,
+}
 W4A16 = {
     "config_groups": {
         "group_0": {

@@ -6,7 +6,7 @@ import copy
 import re
 
 import pytest
-from quant_configs import AWQ, GPTQ, LLAMA, TOKEN, W4A16, W8A8, bits, read
+from quant_configs import AUTO_ROUND, AWQ, GPTQ, LLAMA, TOKEN, W4A16, W8A8, bits, read
 
 from qllm.checkpoint.formats import describe
 from qllm.errors import UserError
@@ -47,9 +47,21 @@ REFUSED = [
     (None, "quantization_config is null, expected a JSON object"),
     ({}, "has quant_method null; expected a text"),
     ({"quant_method": 3}, "has quant_method 3; expected a text"),
-    ({"quant_method": "fp8"}, 'quant_method "fp8"; QLLM reads gptq, awq and compressed-tensors'),
+    ({"quant_method": "fp8"}, 'quant_method "fp8"; QLLM reads gptq, awq, auto-round and'),
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 'quant_method "bitsandbytes"; QLLM'),
-    ({"quant_method": "auto-round"}, 'quant_method "auto-round"; QLLM reads'),
+    ({"quant_method": "auto-round"}, "has bits null; expected a whole number"),
+    (AUTO_ROUND | {"bits": 9}, "has bits 9; QLLM reads 2 or 3 or 4 or 5 or 6 or 7 or 8"),
+    (AUTO_ROUND | {"data_type": "mx_fp"}, 'has data_type "mx_fp"; QLLM reads "int"'),
+    (AUTO_ROUND | {"act_bits": 8}, "has act_bits 8; QLLM reads 16"),
+    (AUTO_ROUND | {"packing_format": "auto_round:mlx"}, 'packing_format "auto_round:mlx"; QLLM'),
+    (AUTO_ROUND | {"packing_format": None, "sym": False}, "has no packing_format; QLLM reads"),
+    (AUTO_ROUND | {"rotation_config": {"a": 1}}, "rotation_config an object; QLLM reads"),
+    (AUTO_ROUND | {"static_kv_dtype": "fp8"}, 'static_kv_dtype "fp8"; QLLM reads checkpoints'),
+    (
+        AUTO_ROUND | {"packing_format": "auto_round:auto_awq", "extra_config": {"x": {"bits": 8}}},
+        r'extra_config\["x"\] has bits 8; QLLM reads 4',
+    ),
+    (AUTO_ROUND | {"extra_config": {"(x": {"bits": 8}}}, r"'\(x' is no regular expression"),
     ({"quant_method": "x" * 999}, r'quant_method "x{56}\.\.\.; QLLM reads'),
     (GPTQ | {"bits": 5}, "has bits 5; QLLM reads 2 or 3 or 4 or 8"),
     (GPTQ | {"bits": 4.0}, r"has bits 4\.0; expected a whole number"),

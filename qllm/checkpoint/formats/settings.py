@@ -143,6 +143,11 @@ class Fields:
         self._patterns.compile(regex)
         return lambda name: self._patterns.match(regex, name)
 
+    def search(self, regex: str) -> Test:
+        """Whether a regular expression is found in a name."""
+        self._patterns.compile(regex)
+        return lambda name: self._patterns.search(regex, name)
+
 
 def short(value: Any) -> str:
     """A value from a file, on one line of bounded length."""
