@@ -28,6 +28,7 @@ from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import check_fits
 from qllm.models import read_config
 from qllm.models.layer import PreNormLayer, QuantizedEmbedding
+from qllm.plan.interrupted import Interrupted
 from qllm.plan.sensitivity import Array, Sensitivity, draw_choices
 from qllm.progress import Meter, Note, silent, unseen
 from qllm.quant.inputs import InputStats
@@ -113,16 +114,25 @@ def draw_samples(
 
 
 @torch.inference_mode()
-def measure(job: Job, meter: Meter = unseen, note: Note = silent) -> Sensitivity:
+def measure(
+    job: Job,
+    meter: Meter = unseen,
+    note: Note = silent,
+    interrupted: Interrupted | None = None,
+) -> Sensitivity:
     """Measure how much each candidate of each linear changes what the model says.
 
     Layer by layer the Hessian of each linear's input is summed over the float model's states, each
     candidate is quantized, and each plan's own states go through the layer with its choice.
 
+    Args:
+        interrupted: where a run that is interrupted leaves what it has, and this one goes on from.
+
     Raises:
-        UserError: for a checkpoint that is quantized or broken, or too little memory.
+        UserError: for a checkpoint that is quantized or broken, or too little memory; what was
+            interrupted is another run.
     """
-    return _Run(job, note).work(meter)
+    return _Run(job, note, interrupted).work(meter)
 
 
 def decided_modules(weights: Weights, lm_head: bool, embedding: bool = False) -> tuple[str, ...]:
@@ -147,8 +157,8 @@ def decided_modules(weights: Weights, lm_head: bool, embedding: bool = False) ->
 class _Run:
     """One call of `measure`."""
 
-    def __init__(self, job: Job, note: Note) -> None:
-        self.job, self.note = job, note
+    def __init__(self, job: Job, note: Note, interrupted: Interrupted | None) -> None:
+        self.job, self.note, self.interrupted = job, note, interrupted
         self.weights = Weights.of_floats(job.source, note)
         self.config = self.weights.config
         self.floats = FloatModel(self.weights, job.device)
@@ -176,22 +186,17 @@ class _Run:
         ops.keep_freed_memory(device_type)
         for module in FRONT:
             self.floats.fill(module, mapped=True)
-        embed = HiddenStates.embed
-        self.hidden = embed(self.model, self.job.samples, torch.float32)
-        self.float = embed(self.model, self.job.judged, torch.float32)
-        self.mixed = [self.float.copy() for _ in self.choices]
-        self.alone: list[HiddenStates] = []  # of each linear so far, in the modules' order
-        if self.job.embedding:
-            self.alone.append(self._embedded(self.probe))
-            self.mixed = [self._embedded(choice[0]) for choice in self.choices]
-            for candidate, _ in enumerate(self.job.candidates):
-                self._table(candidate)  # whose error it keeps
+        done = self._go_on()
+        if not done:
+            self._embed()
         if not (self.config.tied_head or self.job.lm_head or self.job.embedding):
             self.floats.drop(FRONT[:-1])
         sizes = [elements(layer) for layer in self.model.layers]
-        with meter(sum(sizes), 0) as add:
-            for index, size in enumerate(sizes):
+        with meter(sum(sizes), sum(sizes[:done])) as add:
+            for index, size in enumerate(sizes[done:], done):
                 self._layer(index)
+                if self.interrupted is not None and self.interrupted.due:
+                    self.interrupted.save(self._so_far(index + 1))
                 add(size)
         alone, mixed = self._head()
         return Sensitivity(
@@ -205,6 +210,49 @@ class _Run:
             mixed,
             self.job.about(),
         )
+
+    def _embed(self) -> None:
+        """All paths' states in front of the layers."""
+        embed = HiddenStates.embed
+        self.hidden = embed(self.model, self.job.samples, torch.float32)
+        self.float = embed(self.model, self.job.judged, torch.float32)
+        self.mixed = [self.float.copy() for _ in self.choices]
+        self.alone: list[HiddenStates] = []  # of each linear so far, in the modules' order
+        if self.job.embedding:
+            self.alone.append(self._embedded(self.probe))
+            self.mixed = [self._embedded(choice[0]) for choice in self.choices]
+            for candidate, _ in enumerate(self.job.candidates):
+                self._table(candidate)  # whose error it keeps
+
+    def _so_far(self, done: int) -> dict[str, Tensor]:
+        """What the layers behind `done` of them need, for `_go_on`."""
+        paths = {"hidden": self.hidden, "float": self.float}
+        paths |= {f"mixed.{index}": path for index, path in enumerate(self.mixed)}
+        paths |= {f"alone.{index}": path for index, path in enumerate(self.alone)}
+        return {
+            **{name: path.states for name, path in paths.items()},
+            **{"done": torch.tensor(done), "errors": torch.from_numpy(self.errors)},
+            "float32_scales": torch.from_numpy(self.float32_scales),
+        }
+
+    def _go_on(self) -> int:
+        """Take up what an interrupted run left, if one did; how many layers it had done."""
+        found = {} if self.interrupted is None else self.interrupted.load()
+        if not found:
+            return 0
+
+        def path(name: str) -> HiddenStates:
+            return HiddenStates(found[name].to(self.job.device), self.model.positions)
+
+        done = int(found["done"])
+        self.hidden, self.float = path("hidden"), path("float")
+        self.mixed = [path(f"mixed.{index}") for index in range(len(self.choices))]
+        count = sum(name.startswith("alone.") for name in found)
+        self.alone = [path(f"alone.{index}") for index in range(count)]
+        self.errors = found["errors"].numpy()
+        self.float32_scales = found["float32_scales"].numpy()
+        self.note(f"going on: {done} of {self.config.num_layers} layers are measured already")
+        return done
 
     def _table(self, candidate: int) -> WeightOnlyLinear | None:
         """The embedding as a candidate has it, None where that leaves it as it is.

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from qllm.checkpoint.load import load_model
+from qllm.checkpoint.reader import read_raw_config
 from qllm.config import EMBEDDING, QuantPlan, QuantSpec
-from qllm.errors import UserError
+from qllm.errors import UserError, WritingError
 from qllm.evaluate.agreement import DecoderReference, ReferenceOutputs, agreement
+from qllm.models import read_config
+from qllm.plan import interrupted
+from qllm.plan.cached import load_or_measure
 from qllm.plan.candidates import labels, parse_candidates
 from qllm.plan.measure import Job, measure
 from qllm.plan.sensitivity import Sensitivity, draw_choices, fit, write
+from qllm.progress import unseen
 
 
 def windows(count: int, length: int, seed: int) -> list[list[int]]:
@@ -89,6 +96,53 @@ def test_a_table_is_read_as_it_was_written(measured, tmp_path):
         path.write_text(json.dumps(value | {key: wrong}))
         with pytest.raises(UserError, match="is no table of losses"):
             Sensitivity.from_file(path)
+
+
+@contextmanager
+def stopped(total: int, done: int):
+    """A meter of a run that Ctrl-C ends behind its next layer."""
+
+    def add(count: int) -> None:
+        raise KeyboardInterrupt
+
+    yield add
+
+
+def test_an_interrupted_run_goes_on(measured, tmp_path, monkeypatch):
+    """Layer by layer, and to the same table as one that nothing interrupts."""
+    job, expected = measured
+    monkeypatch.setattr(interrupted, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(interrupted, "LEAST_TIMES", 0)
+    table, lines = tmp_path / "table.json", []
+    layers = read_config(read_raw_config(job.source)).num_layers
+    for _ in range(layers):
+        with pytest.raises(KeyboardInterrupt):
+            load_or_measure(job, table, stopped, lines.append, lines.append)
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json.partial"]
+    with pytest.raises(UserError, match=r"json\.partial holds an interrupted run on another"):
+        load_or_measure(replace(job, seed=1), table, stopped, lines.append, lines.append)
+    found = load_or_measure(job, table, unseen, lines.append, lines.append)
+    for name in ("errors", "float32_scales", "alone", "choices", "divergences"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+    going_on = [line for line in lines if line.startswith("going on")]
+    assert going_on == [
+        f"going on: {done} of {layers} layers are measured already" for done in range(1, layers + 1)
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_a_full_disk_takes_the_way_back_alone(measured, tmp_path, monkeypatch):
+    job, expected = measured
+    monkeypatch.setattr(interrupted, "LEAST_SECONDS", 0.0)
+    lines = []
+
+    def full(path):
+        raise WritingError("the disk is full")
+
+    monkeypatch.setattr(interrupted, "new_file", full)
+    keeper = interrupted.Interrupted(tmp_path / "table.json", job.about(), lines.append)
+    assert np.array_equal(measure(job, interrupted=keeper).errors, expected.errors)
+    assert lines == ["if this is interrupted it begins again: the disk is full"]
 
 
 def test_a_power_of_the_sum_is_found_again():
