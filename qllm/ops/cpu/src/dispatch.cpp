@@ -110,13 +110,13 @@ int64_t features() {
     if ((state & 0x6) != 0x6 || !(b7 & avx2) || !(b7 & bmi2)) return 0;
     int64_t found = AVX2;
     if (a71 & 1u << 4) found |= AVX_VNNI;
+    uint32_t ebx, ecx, edx;
+    __get_cpuid(0, &a, &ebx, &ecx, &edx);
+    if (ebx == signature_AMD_ebx && ecx == signature_AMD_ecx) found |= SPARE_ADDERS;
     const uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31, vnni = 1u << 11;
     const uint32_t wide = f | dq | bw | vl;
     if ((state & 0xE6) != 0xE6 || (b7 & wide) != wide || !(c7 & vnni)) return found;
     found |= AVX512;
-    uint32_t ebx, ecx, edx;
-    __get_cpuid(0, &a, &ebx, &ecx, &edx);
-    if (ebx == signature_AMD_ebx && ecx == signature_AMD_ecx) found |= SPARE_ADDERS;
     if (a71 & 1u << 5) found |= BF16;
     const uint32_t bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25, products = bf16 | tile | int8;
     bool tiles = (state & 0x60000) == 0x60000 && (d7 & products) == products;

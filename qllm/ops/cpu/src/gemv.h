@@ -12,6 +12,11 @@
 namespace qllm {
 namespace {
 
+#if !defined(GEMV_IN_WORDS)
+#define GEMV_IN_WORDS 0
+#endif
+template <int P> constexpr bool IN_WORDS_OF_FEW = GEMV_IN_WORDS && IN_WORDS<P>;
+
 #if GEMV_OPERANDS
 constexpr int64_t GEMV_TILES = 6;  // from here on the way through the cache is as fast
 constexpr int64_t GEMV_WORD_ROWS = 8;  // of a tile of int16
@@ -21,7 +26,7 @@ constexpr int64_t GEMV_WORD_ROWS = 8;  // of a tile of int16
 template <int P> constexpr int64_t GEMV_TILE_ROWS = GEMV_OPERANDS / OPERAND_PLANES<P>;
 template <int P>
 constexpr int64_t GEMV_MAX_ROWS =
-    P > 2 ? 0 : GEMV_TILES * (IN_WORDS<P> ? GEMV_WORD_ROWS : GEMV_TILE_ROWS<P>);
+    P > 2 ? 0 : GEMV_TILES * (IN_WORDS_OF_FEW<P> ? GEMV_WORD_ROWS : GEMV_TILE_ROWS<P>);
 
 template <int BITS, int V, int T, int I = 0>
 INLINE inline void load_step(Weights (&w)[V], const uint8_t *q, int64_t stride) {
@@ -81,7 +86,7 @@ __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64
     }
 }
 
-#if HAS_WORDS
+#if GEMV_IN_WORDS
 // The same of a tile of activations of int16, and weights that become int16 with their zeros, but
 // for those of 8 bits, which lose their middle to leave room for sums: from more rows on than the
 // tiles above have, units are busy, and what is left to save is unpacking.
@@ -160,7 +165,7 @@ template <int S = GEMV_OPERANDS> Gemv gemv_of(int64_t bits, int64_t operands) {
     return gemv_of_bits<S>(bits);
 }
 
-#if HAS_WORDS
+#if GEMV_IN_WORDS
 template <int R, int BITS = 8> Gemv gemv_words_of_bits(int64_t bits) {
     if constexpr (BITS > 1)
         if (bits != BITS) return gemv_words_of_bits<R, BITS - 1>(bits);
@@ -174,8 +179,8 @@ template <int R, int BITS = 8> Gemv gemv_words_of_bits(int64_t bits) {
 // What multiplies a tile of so many rows as they lie.
 template <int P, int R = GEMV_WORD_ROWS>
 Gemv gemv_of_rows(const Linear &a, [[maybe_unused]] const Activations &x, int64_t rows) {
-#if HAS_WORDS
-    if constexpr (IN_WORDS<P>)
+#if GEMV_IN_WORDS
+    if constexpr (IN_WORDS_OF_FEW<P>)
         if (x.words) {
             if constexpr (R > 2)
                 if (rows < R) return gemv_of_rows<P, R - 2>(a, x, rows);

@@ -13,4 +13,5 @@
 // Tiles stand in for vectors: few rows are not for them, nor are int16.
 #undef GEMV_OPERANDS
 #undef HAS_WORDS
+#undef GEMV_IN_WORDS
 #endif

@@ -117,6 +117,30 @@ inline VI add_products(VI sum, VI w, VI x) {
 inline VI dot(VI sum, const Weights &w, const Inputs &x) {
     return add_products(add_products(sum, w.even, x.even), w.odd, x.odd);
 }
+// Two int16 weights of every lane times two int16 activations, and the activations of WIDTH inputs:
+// of each step the inputs 0, 2, 1 and 3, steps `next_step` bytes apart.
+#define HAS_WORDS 1
+inline VI dot_words(VI sum, VI w, VI x) { return add_products(sum, w, x); }
+inline void store_words(int8_t *p, int64_t next_step, VI v) {
+    const VI words = _mm256_shufflelo_epi16(_mm256_packs_epi32(v, v), 0xD8);
+    const int64_t steps[] = {_mm256_extract_epi64(words, 0), _mm256_extract_epi64(words, 2)};
+    __builtin_memcpy(p, steps, 8);
+    __builtin_memcpy(p + next_step, steps + 1, 8);
+}
+// The bytes of a step as int16: inputs 0 and 2 of each lane, 1 and 3.
+inline VI even_words(VI bytes) { return prepared(bytes).even; }
+inline VI odd_words(VI bytes) { return prepared(bytes).odd; }
+inline VI set_words(int16_t v) { return _mm256_set1_epi16(v); }
+inline VI add_words(VI a, VI b) { return _mm256_add_epi16(a, b); }
+inline VI sub_words(VI a, VI b) { return _mm256_sub_epi16(a, b); }
+inline void store_words(uint8_t *p, VI v) {
+    _mm256_store_si256(reinterpret_cast<__m256i *>(p), v);
+}
+// Each of the lanes 0, 2, … times its neighbour; 0 in the others.
+inline VI mul_neighbours(VI v) {
+    const VI products = _mm256_mul_epi32(v, _mm256_srli_epi64(v, 32));
+    return _mm256_and_si256(products, _mm256_set1_epi64x(0xFFFFFFFF));
+}
 #endif
 // The low byte of every lane.
 inline void store_bytes(int8_t *p, VI v) {

@@ -41,19 +41,21 @@ using Weights = VI;
 using Inputs = VI;
 constexpr int OPERAND_BYTES = 1;  // that an input of an operand takes
 inline Weights prepared(VI bytes) { return bytes; }
-inline Inputs four(const int8_t *p) {
+inline VI broadcast(const int8_t *p) {
     int32_t v;
     __builtin_memcpy(&v, p, 4);
     return _mm512_set1_epi32(v);
 }
+inline Inputs four(const int8_t *p) { return broadcast(p); }
 // Not the intrinsic: GCC moves its sums from register to register and to memory.
 inline VI dot(VI sum, Weights w, Inputs x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
     return sum;
 }
-// Two int16 weights of every lane times two int16 activations, and the activations of LANES inputs:
+// Two int16 weights of every lane times two int16 activations, and the activations of WIDTH inputs:
 // of each step the inputs 0, 2, 1 and 3, steps `next_step` bytes apart.
 #define HAS_WORDS 1
+#define GEMV_IN_WORDS 1  // for few rows, too, weights become int16: see gemv.h
 inline VI dot_words(VI sum, VI w, VI x) {
     __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
     return sum;

@@ -248,8 +248,8 @@ constexpr int SHORT_SUM_BITS = 6;
 extern Status (*const avx2_int8_linear)(const Linear &);
 extern Status (*const avx512_linear)(const Linear &);
 
-// Whether vectors are added by units that do not multiply, beside those that do: AMD's from Zen 4
-// on. Intel's that multiply int16 add as well, and no others do.
+// Whether vectors are added by units that do not multiply, beside those that do: AMD's. Of Intel's
+// those that multiply int16 add as well, and one other at the most.
 extern bool spare_adders;
 
 // Memory of the calling thread, 64-byte aligned, kept for its next call; null where there is none.

@@ -29,16 +29,21 @@ void unpack_words(const Linear &a, const uint8_t *q, uint8_t *to, int32_t *pairs
     alignas(64) uint8_t bytes[K_BLOCK * LANES];
     UNPACK_K_BLOCK[a.bits](q, bytes);
     const VI middle = set_words(int16_t(1 << (a.bits - 1)));
-    VI sum = load_i(pairs);
-    for (int64_t step = 0; step < STEPS; step++, to += LANES * WORD_STEP_BYTES) {
-        const VI four_inputs = weights(bytes + step * 64);
-        const VI even = sub_words(even_words(four_inputs), middle);
-        const VI odd = sub_words(odd_words(four_inputs), middle);
-        store_words(to, even);
-        store_words(to + LANES * STEP, odd);
-        sum = dot_words(sum, even, odd);
+    for (int v = 0; v < VECTORS; v++) {
+        const uint8_t *from = bytes + v * WIDTH * STEP;
+        uint8_t *words = to + v * WIDTH * STEP;
+        VI sum = load_i(pairs + v * WIDTH);
+        for (int64_t step = 0; step < STEPS; step++, from += LANES * STEP) {
+            const VI four_inputs = weights(from);
+            const VI even = sub_words(even_words(four_inputs), middle);
+            const VI odd = sub_words(odd_words(four_inputs), middle);
+            store_words(words, even);
+            store_words(words + LANES * STEP, odd);
+            sum = dot_words(sum, even, odd);
+            words += LANES * WORD_STEP_BYTES;
+        }
+        store_i(pairs + v * WIDTH, sum);
     }
-    store_i(pairs, sum);
 }
 #else
 // There is no int16.
@@ -122,7 +127,7 @@ template <int P> void multiply_all_panels(const Linear &a, const Activations &x,
 // How activations of so many rows lie in tiles.
 template <int P> TileShape tiles_of(int64_t rows) {
     if (rows > GEMV_MAX_ROWS<P>) return {TILE_ROWS<P>, 1, IN_WORDS<P>};
-    if (IN_WORDS<P> && rows > GEMV_TILE_ROWS<P>) return {GEMV_WORD_ROWS, 2, true};
+    if (IN_WORDS_OF_FEW<P> && rows > GEMV_TILE_ROWS<P>) return {GEMV_WORD_ROWS, 2, true};
     return {GEMV_TILE_ROWS<P>, 1, false};
 }
 

@@ -54,11 +54,13 @@ struct Operands {
 
 #if !defined(HAS_WORDS)
 // Whether an instruction multiplies and adds pairs of int16: two planes then are one operand, where
-// weights are unpacked to cache. They become int16 there, less the middle of their integers, once
-// for all rows; what is left of their zeros is taken off the sums.
+// weights are unpacked to cache, and so is one plane where there is nothing for bytes. Weights
+// become int16 there, less the middle of their integers, once for all rows; what is left of their
+// zeros is taken off the sums.
 #define HAS_WORDS 0
 #endif
-template <int P> constexpr bool IN_WORDS = HAS_WORDS && P == 2;
+template <int P>
+constexpr bool IN_WORDS = HAS_WORDS && (P == 2 || (P == 1 && OPERAND_BYTES == 2));
 constexpr int64_t WORD_STEP_BYTES = 2 * STEP;  // of a row of activations, or of a lane of weights
 constexpr int64_t UNPACKED_BYTES = HAS_WORDS ? 2 : 1;  // that a weight in cache takes at most
 
@@ -83,6 +85,12 @@ INLINE inline void add_scaled(float *out, VI high, VI low, float x_scale, VF sca
     if constexpr (P == 4) value = fma_f(value, set_f(65536), to_float(low));
     value = mul_f(value, set_f(x_scale));
     store_f(out, fma_f(value, scale, load_f(out)));
+}
+
+// The same where blocks have no scales: integers.
+INLINE inline void add_whole(float *out, VI sum) {
+    int32_t *whole = reinterpret_cast<int32_t *>(out);
+    store_i(whole, add_i(load_i(whole), sum));
 }
 
 // Adds what the offsets of a block's weights make of a row's activations, whose sums these are.

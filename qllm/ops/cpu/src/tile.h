@@ -9,6 +9,8 @@ namespace {
 
 template <int P> constexpr int64_t TILE_ROWS = MAX_OPERANDS / TILE_OPERANDS<P>;
 constexpr int64_t TILE_SUMS = 0;          // that a thread keeps in memory
+// See `Sums::add_words`: where adders are spare. With 16 registers all rows go in pairs.
+constexpr int WORDS_EVERY = WIDTH == 16 ? 3 : MAX_OPERANDS + 1;
 constexpr int64_t UNSCALED_K_BLOCKS = 4;  // of a block that has no scale of its own
 
 // What an input of a row takes.
@@ -72,7 +74,7 @@ template <int S, int V> struct Sums {
     template <int EVERY, int ROW = 0>
     INLINE void add_words(const VI (&even)[V], const VI (&odd)[V], const int8_t *x) {
         const int8_t *of_row = x + ROW * WORD_STEP_BYTES;
-        add_words_of_row<EVERY, ROW>(even, odd, four(of_row), four(of_row + STEP));
+        add_words_of_row<EVERY, ROW>(even, odd, broadcast(of_row), broadcast(of_row + STEP));
         if constexpr (ROW + 1 < S) add_words<EVERY, ROW + 1>(even, odd, x);
     }
 
@@ -89,8 +91,9 @@ template <int S, int V> struct Sums {
 
     template <int EVERY, int ROW> static constexpr bool IN_PAIRS = ROW % EVERY != EVERY - 1;
 
-    // Adds the results of a block, scaled, to those of the blocks before it.
+    // Adds the results of a block, scaled if blocks have scales, to those of the blocks before it.
     template <int EVERY> INLINE void finish_words(const Operands &o, int64_t lane) {
+        if (!o.scaled) return finish_words_of<EVERY, false, false>(o, lane);  // nor have they zeros
         if (o.zeros) {
             finish_words_of<EVERY, true>(o, lane);
         } else {
@@ -99,23 +102,29 @@ template <int S, int V> struct Sums {
         if (o.offsets) add_offsets(o, o.x_scale, o.sum, o.out + lane, lane);
     }
 
-    template <int EVERY, bool ZEROS, int I = 0>
+    template <int EVERY, bool ZEROS, bool SCALED = true, int I = 0>
     INLINE void finish_words_of(const Operands &o, int64_t lane) {
         const VI zero = ZEROS ? load_i(o.zeros + lane + I * WIDTH) : zero_i();
         const VI pairs = EVERY > 1 ? load_i(o.w_pairs + lane + I * WIDTH) : zero_i();
-        const VF scale = load_f(o.scales + lane + I * WIDTH);
-        finish_words_of_row<EVERY, ZEROS, I>(o, o.out + lane + I * WIDTH, zero, pairs, scale);
-        if constexpr (I + 1 < V) finish_words_of<EVERY, ZEROS, I + 1>(o, lane);
+        const VF scale = SCALED ? load_f(o.scales + lane + I * WIDTH) : set_f(0);
+        float *out = o.out + lane + I * WIDTH;
+        finish_words_of_row<EVERY, ZEROS, SCALED, I>(o, out, zero, pairs, scale);
+        if constexpr (I + 1 < V) finish_words_of<EVERY, ZEROS, SCALED, I + 1>(o, lane);
     }
 
-    template <int EVERY, bool ZEROS, int I, int ROW = 0>
+    template <int EVERY, bool ZEROS, bool SCALED, int I, int ROW = 0>
     INLINE void finish_words_of_row(const Operands &o, float *out, VI zero, VI pairs, VF scale) {
         VI high = of[ROW * V + I];
         if constexpr (IN_PAIRS<EVERY, ROW>) high = sub_i(high, add_i(pairs, set_i(o.x_pairs[ROW])));
         if constexpr (ZEROS) high = sub_i(high, mul_i(zero, set_i(o.sum[ROW])));
-        add_scaled<2>(out, high, zero_i(), o.x_scale[ROW], scale);
+        if constexpr (SCALED) {
+            add_scaled<2>(out, high, zero_i(), o.x_scale[ROW], scale);
+        } else {
+            add_whole(out, high);
+        }
         if constexpr (ROW + 1 < S)
-            finish_words_of_row<EVERY, ZEROS, I, ROW + 1>(o, out + GROUP_LANES, zero, pairs, scale);
+            finish_words_of_row<EVERY, ZEROS, SCALED, I, ROW + 1>(o, out + GROUP_LANES, zero, pairs,
+                                                                 scale);
     }
 
     static void add_offsets(const Operands &o, const float *x_scale, const int32_t *sum, float *out,
@@ -162,13 +171,20 @@ template <int S, int V> struct Sums {
             if (o.offsets)
                 add_offset<P>(out, o.sum[ROW], P == 4 ? o.low_sum[ROW] : 0, o.x_scale[ROW], offset);
         } else {
-            int32_t *whole = reinterpret_cast<int32_t *>(out);
-            store_i(whole, add_i(load_i(whole), high));
+            add_whole(out, high);
         }
         if constexpr ((ROW + 1) * OPERAND_PLANES<P> < S)
             finish_row<P, I, ROW + 1>(o, out + GROUP_LANES, zero, scale, offset);
     }
 };
+
+#if HAS_WORDS
+template <int V, int I = 0>
+INLINE inline void load_words(VI (&w)[V], const uint8_t *from, int64_t stride) {
+    w[I] = weights(from + I / VECTORS * stride + I % VECTORS * (WIDTH * STEP));
+    if constexpr (I + 1 < V) load_words<V, I + 1>(w, from, stride);
+}
+#endif
 
 template <int V, int I = 0>
 INLINE inline void load(Weights (&w)[V], const uint8_t *from, int64_t stride) {
@@ -206,9 +222,9 @@ __attribute__((noinline)) void multiply_words([[maybe_unused]] const Operands &o
     const uint8_t *w = o.w + from * o.w_stride;
     const int8_t *x = o.x;
     for (int64_t step = 0; step < o.k_blocks * STEPS; step++, x += R * WORD_STEP_BYTES) {
-        Weights even[N * VECTORS], odd[N * VECTORS];
-        load(even, w, o.w_stride);
-        load(odd, w + LANES * STEP, o.w_stride);
+        VI even[N * VECTORS], odd[N * VECTORS];
+        load_words(even, w, o.w_stride);
+        load_words(odd, w + LANES * STEP, o.w_stride);
         sums.template add_words<EVERY>(even, odd, x);
         w += LANES * WORD_STEP_BYTES;
     }
@@ -219,8 +235,8 @@ __attribute__((noinline)) void multiply_words([[maybe_unused]] const Operands &o
 template <int P, int R, int N> void multiply_some(const Operands &o, int64_t from) {
     if constexpr (IN_WORDS<P>) {
         // One function more: with fewer rows or panels there are fewer sums for the units.
-        if constexpr (R == TILE_ROWS<P> && N > 1)
-            if (spare_adders) return multiply_words<3, R, N>(o, from);
+        if constexpr (R == TILE_ROWS<P> && N * VECTORS > 1)
+            if (spare_adders) return multiply_words<WORDS_EVERY, R, N>(o, from);
         multiply_words<1, R, N>(o, from);
     } else {
         multiply<P, R, N>(o, from);
