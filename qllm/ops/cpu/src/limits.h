@@ -31,11 +31,25 @@ static int64_t read_all(const uint8_t *from, int64_t bytes) {
     return total;
 }
 
+// The tile whose sums fill the registers; one of a prompt, where int8 is multiplied as int16.
+constexpr int VECTORS_AT_ONCE = IN_WORDS<1> ? VECTORS : ACCUMULATORS > 2 ? 2 : 1;
+constexpr int OPERANDS_AT_ONCE =
+    IN_WORDS<1> ? TILE_ROWS<1> : ACCUMULATORS > 2 ? ACCUMULATORS / 2 : 1;
+
+// A step of it, of which all but each EVERY-th operand goes as `Sums::add_words` says, if any does.
+template <int EVERY, int S, int V>
+INLINE inline void multiply_step(Sums<S, V> &sums, const VI (&bytes)[V], const int8_t *x) {
+#if HAS_WORDS
+    if constexpr (IN_WORDS<1>) return sums.template add_words<EVERY>(bytes, bytes, x);
+#endif
+    Weights w[V];
+    for (int v = 0; v < V; v++) w[v] = prepared(bytes[v]);
+    sums.add(w, x);
+}
+
 // Multiplies and adds int8 in registers, so many rounds for each thread; returns how many
 // operations, two for a product.
-static int64_t multiply_all(int64_t rounds) {
-    constexpr int VECTORS_AT_ONCE = ACCUMULATORS > 2 ? 2 : 1;
-    constexpr int OPERANDS_AT_ONCE = ACCUMULATORS > 2 ? ACCUMULATORS / 2 : 1;
+template <int EVERY> int64_t multiply_rounds(int64_t rounds) {
     const int64_t all_rounds = rounds * max_threads();
     alignas(64) const int8_t x[OPERANDS_AT_ONCE * STEP * OPERAND_BYTES] = {1, 2, 3};
     in_threads(all_rounds, rounds / RUN_PARTS + 1, [&](const Share &share) {
@@ -47,11 +61,9 @@ static int64_t multiply_all(int64_t rounds) {
             VI bytes[VECTORS_AT_ONCE];
             for (VI &v : bytes) v = set_i(int32_t(rounds));
             for (; round < end; round++) {
-                Weights w[VECTORS_AT_ONCE];
-                for (int v = 0; v < VECTORS_AT_ONCE; v++) w[v] = prepared(bytes[v]);
                 const int8_t *from = x;
                 __asm__ volatile("" : "+r"(from));
-                sums.add(w, from);
+                multiply_step<EVERY>(sums, bytes, from);
                 // The weights may be others now, so that no round can be left out.
                 for (VI &v : bytes) __asm__ volatile("" : "+" REGISTER(v));
             }
@@ -62,6 +74,12 @@ static int64_t multiply_all(int64_t rounds) {
         (void)sink;
     });
     return all_rounds * OPERANDS_AT_ONCE * VECTORS_AT_ONCE * WIDTH * STEP * 2;
+}
+
+static int64_t multiply_all(int64_t rounds) {
+    if constexpr (IN_WORDS<1>)
+        if (spare_adders) return multiply_rounds<WORDS_EVERY>(rounds);
+    return multiply_rounds<1>(rounds);
 }
 
 }  // namespace
