@@ -208,6 +208,24 @@ def awq(group: int = 32, bias: float | None = None, *, sym: bool = False) -> Wri
     return write
 
 
+def mlx(
+    bits: int = 4, group: int = 32, offsets: str = "biases", dtype: torch.dtype = torch.float16
+) -> Writer:
+    """MLX's affine mode: a row is a stream of integers, and a bias is added to each group."""
+
+    def write(rows: int, columns: int, random: np.random.Generator) -> Written:
+        values, zeros, scales = draw(rows, columns, bits, group, False, random)
+        scales = torch.from_numpy(scales).to(dtype)
+        added = (-scales * (torch.from_numpy(zeros) + 0.3)).to(dtype)
+        of = np.arange(columns) // group
+        words = np.ascontiguousarray(words_of(values.T, bits).T).view(np.uint32)
+        tensors = {"weight": torch.from_numpy(words), "scales": scales, offsets: added}
+        weight = torch.from_numpy(values) * scales.double()[:, of] + added.double()[:, of]
+        return tensors, weight
+
+    return write
+
+
 def compressed(bits: int, group: int, *, sym: bool, packed: bool = True) -> Writer:
     """What compressed-tensors itself writes."""
     arguments = QuantizationArgs(

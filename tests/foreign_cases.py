@@ -10,14 +10,17 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from foreign import Folder, Writer, awq, compressed, float8, gptq, quanto
+import torch
+from foreign import Folder, Writer, awq, compressed, float8, gptq, mlx, quanto
 from foreign_changes import (
+    as_mlx,
     auto_scheme,
     configured,
     head_quantized,
     indexed,
     moved,
     named,
+    of_several_bits,
     one_dense,
     other_order,
     some_quantized,
@@ -229,6 +232,20 @@ CASES = {
         gptq(sym=True),
         AUTO_ROUND | {"extra_config": {".*o_proj.*": {"bits": 16, "data_type": "float"}}},
         error=r"lacks .*o_proj\.weight and holds .*o_proj\.qweight.*quantization_config.*leaves",
+    ),
+    **{
+        f"MLX, {bits} bits": Case(mlx(bits), None, as_mlx(mlx(bits), bits))
+        for bits in (2, 3, 4, 5, 6, 8)
+    },
+    "MLX, Gemma 3, tied": Case(mlx(), None, as_mlx(mlx(), 4, repeated=False), "gemma3_text"),
+    "MLX, Phi-3": Case(mlx(), None, as_mlx(mlx(), 4), "phi3"),
+    "MLX, bfloat16": Case(
+        mlx(dtype=torch.bfloat16), None, as_mlx(mlx(dtype=torch.bfloat16), 4, repeated=False)
+    ),
+    "MLX, modules of several bits": Case(mlx(), None, of_several_bits),
+    "Metal": Case(
+        mlx(8, 32, "qbiases"),
+        {"quant_method": "metal", "bits": 8, "group_size": 32, "modules_to_not_convert": ["head"]},
     ),
     "AWQ, biases of zeros": Case(awq(bias=0.0), AWQ, note=r"_proj\.bias and 13 more"),
     "AWQ, biases of ones": Case(awq(bias=1.0), AWQ, error="which is not 0"),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from foreign import Folder, Writer, gptq, quantize, twin_of
+from foreign import Folder, Writer, gptq, mlx, quantize, twin_of
 
 
 def moved(folder: Folder, name: str, **changes: object) -> None:
@@ -78,6 +78,44 @@ def tables_quantized(
         }
 
     return change
+
+
+def as_mlx(write: Writer, bits: int, *, repeated: bool = True) -> Callable[[Folder], None]:
+    """Embedding and head are quantized as well, and config.json has it under MLX's name.
+
+    Args:
+        repeated: as newer versions do, under the usual name as well.
+    """
+
+    def change(folder: Folder) -> None:
+        random, twin = np.random.default_rng(1), folder.twin
+        tables = [n for n, m in twin.named_modules() if isinstance(m, torch.nn.Embedding)]
+        if folder.config["tie_word_embeddings"]:
+            quantize(twin, folder.state, *tables, write, random)
+            twin.lm_head.weight = twin.get_input_embeddings().weight
+        else:
+            for name in (*tables, "lm_head"):
+                quantize(twin, folder.state, name, write, random)
+        settings = {"group_size": 32, "bits": bits, "mode": "affine"}
+        folder.config["quantization"] = settings
+        if repeated:
+            folder.config["quantization_config"] = dict(settings)
+
+    return change
+
+
+def of_several_bits(folder: Folder) -> None:
+    """MLX's settings of modules: other bits, or none."""
+    as_mlx(mlx(), 4)(folder)
+    twin, state, random = folder.twin, folder.state, np.random.default_rng(2)
+    down, o = (f"model.layers.1.{name}_proj" for name in ("mlp.down", "self_attn.o"))
+    quantize(twin, state, down, mlx(6, 16), random)
+    for key in [key for key in state if key.startswith(f"{o}.")]:
+        del state[key]
+    state[f"{o}.weight"] = twin.get_submodule(o).weight.detach().clone()
+    own = {down: {"group_size": 16, "bits": 6, "mode": "affine"}, o: False}
+    for key in ("quantization", "quantization_config"):
+        folder.config[key] = folder.config[key] | own
 
 
 def head_quantized(folder: Folder) -> None:

@@ -114,7 +114,10 @@ def test_a_quantized_checkpoint_that_is_cut_off(saved, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"quant_method": "awful"}, ('"awful"', "gptq, awq, auto-round and compressed-tensors")),
+        (
+            {"quant_method": "awful"},
+            ('"awful"', "gptq, awq, auto-round, compressed-tensors and MLX's"),
+        ),
         ({"bits": 5}, ("bits 5",)),
         ({"bits": 8}, ("qweight",)),
         ({"group_size": 64}, ("layers.0",)),

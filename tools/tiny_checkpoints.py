@@ -99,6 +99,7 @@ def checkpoints(*, onnx: bool = True) -> dict[str, Files]:
             )
             found[f"{family} packed embedding"] = _read(root / f"{family} embedding")
         found["llama awq"] = _awq(root / "awq")
+        found["llama mlx"] = _mlx(root / "mlx")
         for family in CONFIGS:
             found[f"{family} statistics"] = _with_statistics(root / f"{family} safetensors")
         found |= _gguf(root)
@@ -169,27 +170,23 @@ def _converted(source: Path, target: Path) -> Files:
     return _read(target)
 
 
-def _awq(folder: Path) -> Files:
-    """A checkpoint of AutoAWQ's layout; the values are drawn."""
-    config = dict(CONFIGS["llama"])
-    config["quantization_config"] = {
-        "quant_method": "awq",
-        "version": "gemm",
-        "bits": 4,
-        "group_size": 16,
-        "zero_point": True,
-        "modules_to_not_convert": None,
-    }
+def _packed(
+    folder: Path, settings: dict, matrix: Callable[[int, int], dict[str, torch.Tensor]]
+) -> Files:
+    """A checkpoint of another tool's layout, whose linears are tensors that are drawn.
+
+    Args:
+        settings: in config.json.
+        matrix: the integers of one of some rows and columns, by the names of its tensors.
+    """
+    config = dict(CONFIGS["llama"]) | settings
     weights, state = RandomWeights(), {}
     for name, shape in TENSORS["llama"](config):
         if "_proj" not in name:
             state[name] = weights(name, shape)
             continue
-        (rows, columns), stem = shape, name.removesuffix("weight")
-        groups = columns // 16
-        for key, height in (("qweight", columns), ("qzeros", groups)):
-            state[stem + key] = torch.randint(-(2**31), 2**31, (height, rows // 8)).int()
-        state[stem + "scales"] = weights(name, (groups, rows)).abs() + 0.01
+        stem = name.removesuffix("weight")
+        state |= {stem + key: tensor for key, tensor in matrix(*shape).items()}
 
     def write(target: Path, tensors: list) -> None:
         from safetensors.torch import save_file
@@ -199,6 +196,34 @@ def _awq(folder: Path) -> Files:
     _write(folder, "llama", config, write)
     (folder / PLAN).unlink()
     return _read(folder)
+
+
+def _words(*shape: int) -> torch.Tensor:
+    return torch.randint(-(2**31), 2**31, shape).int()
+
+
+def _awq(folder: Path) -> Files:
+    """A checkpoint of AutoAWQ's layout, in groups of 16."""
+
+    def matrix(rows: int, columns: int) -> dict[str, torch.Tensor]:
+        groups = columns // 16
+        tensors = {"qweight": _words(columns, rows // 8), "qzeros": _words(groups, rows // 8)}
+        return tensors | {"scales": torch.rand(groups, rows).half() + 0.01}
+
+    entry = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 16}
+    entry |= {"zero_point": True, "modules_to_not_convert": None}
+    return _packed(folder, {"quantization_config": entry}, matrix)
+
+
+def _mlx(folder: Path) -> Files:
+    """A checkpoint of MLX's layout, in groups of 16."""
+
+    def matrix(rows: int, columns: int) -> dict[str, torch.Tensor]:
+        scales = torch.rand(rows, columns // 16).half() + 0.01
+        words = _words(rows, columns // 8).view(torch.uint32)
+        return {"weight": words, "scales": scales, "biases": scales * -8}
+
+    return _packed(folder, {"quantization": {"bits": 4, "group_size": 16}}, matrix)
 
 
 def _with_statistics(folder: Path) -> Files:

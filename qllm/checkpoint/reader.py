@@ -34,6 +34,8 @@ QUANTIZATION_KEY = "quantization_config"
 # What older compressed-tensors called it; files of the same content that AutoGPTQ and AutoAWQ wrote
 # beside config.json, and what their quant_method is where they do not say.
 OLD_QUANTIZATION_KEY = "compression_config"
+# What MLX calls it, beside which newer versions repeat it under the usual name.
+MLX_QUANTIZATION_KEY = "quantization"
 QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 # Weights have the first names in transformers; other tools have others.
 STANDARD_NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -72,6 +74,9 @@ def read_raw_config(
         return RawConfig(values, str(folder))
     path = folder / "config.json"
     values = read_json(path)
+    mlx = values.get(MLX_QUANTIZATION_KEY)
+    if isinstance(mlx, dict) and values.get(QUANTIZATION_KEY) in (None, mlx):
+        values[QUANTIZATION_KEY] = {"quant_method": "mlx", **mlx}
     if values.get(QUANTIZATION_KEY) is None:
         values.pop(QUANTIZATION_KEY, None)
         found = values.get(OLD_QUANTIZATION_KEY)

@@ -29,6 +29,7 @@ DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
+    "U32": torch.uint32,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,

@@ -47,9 +47,11 @@ class DecoderGraph:
         self.level = accuracy_level
         self.config = weights.config
         self.numpy = torch.empty(0, dtype=dtype).numpy().dtype
-        for name, storage in weights.stored.items():
-            if name != EMBEDDING:
-                block_size(storage.spec, name)
+        # There is no operator for a packed embedding, nor for integers with offsets.
+        stored = weights.stored.items()
+        self.packed = [n for n, each in stored if n != EMBEDDING and not each.offsets]
+        for name in self.packed:
+            block_size(weights.stored[name].spec, name)
 
     def build(self, progress: Callable[[list], Iterable] = iter) -> onnx.ModelProto:
         """The model; every weight is in the graph's data file."""
@@ -60,7 +62,9 @@ class DecoderGraph:
         length = g.op("Shape", "input_ids", start=1)
         self.past = g.op("Sub", span, length)  # [P]
         tokens = g.op("Reshape", "input_ids", g.constant([-1]))
-        self.embedding = g.weight("embed.weight", self._converted("embed.weight", self._table()))
+        self.embedding = g.weight(
+            "embed.weight", self._converted("embed.weight", self._matrix(EMBEDDING))
+        )
         x = g.op("Gather", self.embedding, tokens)
         if config.embed_scale != 1:
             x = g.op("Mul", x, g.constant(config.embed_scale, self.numpy))
@@ -108,13 +112,14 @@ class DecoderGraph:
     def _read(self, name: str) -> Tensor:
         return self._converted(name, self.weights.read(name))
 
-    def _table(self) -> Tensor:
-        """The embedding (V, C), which has no operator for one that is packed."""
-        if EMBEDDING not in self.weights.stored:
-            return self.weights.read("embed.weight")
-        packed, spec = self.weights.read_quantized(EMBEDDING), self.weights.stored[EMBEDDING].spec
+    def _matrix(self, module: str) -> Tensor:
+        """A matrix as numbers, of integers those that they stand for."""
+        storage, name = self.weights.stored.get(module), f"{module}.weight"
+        if storage is None:
+            return self.weights.read(name)
+        packed, columns = self.weights.read_quantized(module), self.weights.shapes[name][1]
         assert isinstance(packed, PackedWeight)  # as of all that are not multiplied with int8
-        return WeightOnlyLinear.from_packed(packed, None, spec, self.config.embed_size).dequantize()
+        return WeightOnlyLinear.from_packed(packed, None, storage.spec, columns).dequantize()
 
     def _converted(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor in the model's type, which must hold its values."""
@@ -134,14 +139,14 @@ class DecoderGraph:
         bias = f"{name}.bias" if f"{name}.bias" in self.weights.shapes else ""
         if bias:
             bias = self._weight(bias)
-        if name in self.weights.stored:
+        if name in self.packed:
             packed = self.weights.read_quantized(name)
             assert not isinstance(packed, Int8Weight)  # refused at the start
             spec, columns = self.weights.stored[name].spec, self.weights.shapes[f"{name}.weight"][1]
             matrix = NBits.of(packed, spec, columns, self.dtype, name)
             return g.matmul_nbits(x, name, matrix, bias, level=self.level)
-        weight = g.weight(f"{name}.weight", self._read(f"{name}.weight").t())
-        x = g.op("MatMul", x, weight)
+        weight = self._converted(f"{name}.weight", self._matrix(name))
+        x = g.op("MatMul", x, g.weight(f"{name}.weight", weight.t()))
         return g.op("Add", x, bias) if bias else x
 
     def _head(self, x: str) -> str:

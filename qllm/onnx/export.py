@@ -63,8 +63,8 @@ def export(
     options = options or ExportOptions()
     others = _without_operator(source)
     weights = Weights(Checkpoint(source, as_numbers=(*others, EMBEDDING)), note)
-    if others:
-        kinds = ", ".join(sorted(set(others.values())))
+    kinds = ", ".join(sorted({*others.values(), *_with_offsets(weights)}))
+    if kinds:
         note(f"layers of {kinds} are written as numbers: MatMulNBits holds none of that kind")
     check_new(target)
     with new_folder(target) as folder:
@@ -79,6 +79,11 @@ def export(
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_small_files(source, folder)
     return sum(path.stat().st_size for path in target.glob(f"{MODEL}*"))
+
+
+def _with_offsets(weights: Weights) -> set[str]:
+    """The formats of linears that MatMulNBits cannot hold."""
+    return {storage.name for storage in weights.stored.values() if storage.offsets}
 
 
 def _without_operator(source: Path) -> dict[str, str]:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import FAMILIES, examples, tiny
 from covering import pairwise
+from foreign import folder_of, mlx
+from foreign_changes import as_mlx
 from hypothesis import assume, given
 from oracle import (
     TIE,
@@ -143,6 +145,16 @@ def test_layers_of_a_gguf_file_stay_packed_where_the_operator_holds_them(tmp_pat
     prompts = draw_prompts((3, 17), gguf_files.VOCAB)
     want = LLM.from_pretrained(path, dtype="float32").model.prefill(prompts, last=False)
     assert_logits_close(OnnxDecoder(tmp_path / "onnx").prefill(prompts, last=False), want)
+
+
+def test_integers_with_offsets_are_written_as_numbers(tmp_path):
+    folder = folder_of("llama", mlx(3), None)
+    as_mlx(mlx(3), 3)(folder)
+    folder.write(tmp_path / "model")
+    notes, prompts = [], draw_prompts((3, 17), 96)
+    export(tmp_path / "model", tmp_path / "onnx", note=notes.append)
+    assert [note.split(" are ")[0] for note in notes] == ["layers of mlx"]
+    assert_same_model(OnnxDecoder(tmp_path / "onnx"), folder.twin, prompts, 4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,8 +1,8 @@
 """The formats of quantized checkpoints, and the `quantization_config` that names one per module.
 
-Read are GPTQ (v1 and v2), AWQ, AutoRound's and compressed-tensors. Written is GPTQ v2 where that
-holds every module, and compressed-tensors otherwise: nobody's GPTQ knows int8 activations, or all
-widths.
+Read are GPTQ (v1 and v2), AWQ, AutoRound's, compressed-tensors and MLX's. Written is GPTQ v2 where
+that holds every module, and compressed-tensors otherwise: nobody's GPTQ knows int8 activations, or
+all widths.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qllm.checkpoint.formats import auto_round, compressed_tensors, gptq
+from qllm.checkpoint.formats import auto_round, compressed_tensors, gptq, mlx
 from qllm.checkpoint.formats.awq import AWQ
 from qllm.checkpoint.formats.awq import parse as parse_awq
 from qllm.checkpoint.formats.base import Format, Int8Weight, Quantized, join_rows, take_rows
@@ -21,7 +21,7 @@ from qllm.checkpoint.formats.tensors import WORD
 from qllm.config import QuantSpec
 
 _FORMATS: tuple[type[Format], ...] = (
-    *(gptq.GPTQ, AWQ, GGUFBlocks),
+    *(gptq.GPTQ, AWQ, GGUFBlocks, mlx.MLX, mlx.Metal),
     *compressed_tensors.FORMATS.values(),
 )
 FORMATS: dict[str, type[Format]] = {format.name: format for format in _FORMATS}
@@ -33,6 +33,8 @@ METHODS: dict[str, Callable[[Fields], QuantizationConfig]] = {
     "intel/auto-round": auto_round.parse,  # as it was called at first
     "compressed-tensors": compressed_tensors.parse,
     "gguf": parse_gguf,
+    "mlx": mlx.parse,  # as the reader calls it: MLX's own settings do not say
+    "metal": mlx.parse_metal,
 }
 
 
@@ -53,7 +55,7 @@ def parse(value: Any, where: str) -> QuantizationConfig:
     method = fields.text("quant_method")
     if method.lower() not in METHODS:
         found = f"quant_method {short(method)}"
-        raise fields.error(found, "QLLM reads gptq, awq, auto-round and compressed-tensors")
+        raise fields.error(found, "QLLM reads gptq, awq, auto-round, compressed-tensors and MLX's")
     return METHODS[method.lower()](fields)
 
 
