@@ -91,4 +91,4 @@ def _spec(fields: Fields) -> QuantSpec:
     bits = fields.number("bits", default=DEFAULT_BITS)
     fields.one_of("bits", bits, BITS)
     group_size = fields.group_size("group_size", default=DEFAULT_GROUP_SIZE)
-    return QuantSpec(bits, group_size, "asym", "weight_only")
+    return QuantSpec(bits, group_size, "offset", "weight_only")
