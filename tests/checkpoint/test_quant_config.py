@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from quant_configs import (
+    AUTO_ROUND,
     AWQ,
     DYNAMIC,
     GPTQ,
@@ -55,6 +56,23 @@ def test_the_configs_are_those_transformers_reads():
     ours = describe(dict.fromkeys(LLAMA, bits(4)))
     found = GPTQConfig.from_dict(ours)
     assert (found.bits, found.group_size, found.sym, found.format) == (4, 128, False, "gptq_v2")
+
+
+def test_auto_round_and_mlx():
+    """A module's own settings, by its name before an expression, which may be found anywhere."""
+    own = {r"mlp\.up": {"bits": 8}, "model.layers.1.mlp.up_proj": {"bits": 16}, "lm_head": {}}
+    config = read(AUTO_ROUND | {"extra_config": own})
+    up = "model.layers.{}.mlp.up_proj"
+    assert config.find(up.format(0)) == FORMATS["gptq"](bits(8, 32, "sym"), v1=True)
+    assert config.find(up.format(1)) is None
+    assert config.find("lm_head").spec == config.find("model.layers.1.mlp.down_proj").spec
+    assert read(AUTO_ROUND).find("lm_head") is None
+    # Their offsets are numbers, which take more bytes than zero points.
+    own = {up.format(0): {"bits": 3}, up.format(1): False}
+    config = read({"quant_method": "mlx", "bits": 6, "group_size": 32} | own)
+    assert config.find("lm_head") == FORMATS["mlx"](bits(6, 32, "offset"))
+    assert config.find(up.format(0)) == FORMATS["mlx"](bits(3, 64, "offset"))
+    assert config.find(up.format(1)) is None
 
 
 def test_gptq_head():
