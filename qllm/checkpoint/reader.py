@@ -77,9 +77,10 @@ def read_raw_config(
     mlx = values.get(MLX_QUANTIZATION_KEY)
     if isinstance(mlx, dict) and values.get(QUANTIZATION_KEY) in (None, mlx):
         values[QUANTIZATION_KEY] = {"quant_method": "mlx", **mlx}
+        del values[MLX_QUANTIZATION_KEY]  # else it would go along into what is made of this
     if values.get(QUANTIZATION_KEY) is None:
         values.pop(QUANTIZATION_KEY, None)
-        found = values.get(OLD_QUANTIZATION_KEY)
+        found = values.pop(OLD_QUANTIZATION_KEY, None)
         for name, method in QUANTIZATION_FILES.items():
             if found is None and (folder / name).exists():
                 found = read_json(folder / name)

@@ -23,6 +23,8 @@ from qllm.progress import Note
 # Of measuring between two savings, in seconds, and in times of what the one before took.
 LEAST_SECONDS, LEAST_TIMES = 60.0, 20
 ABOUT = "about"
+# Goes up with the tensors that a run leaves.
+FORMAT = 1
 
 
 class Interrupted:
@@ -35,7 +37,7 @@ class Interrupted:
             note: called with a line where nothing can be kept.
         """
         self.path = table.with_name(f"{table.name}.partial")
-        data = json.dumps(about, sort_keys=True, default=str).encode()
+        data = json.dumps([FORMAT, about], sort_keys=True, default=str).encode()
         self._about = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         self._note = note
         self._saved, self._took = time.monotonic(), 0.0
@@ -49,8 +51,11 @@ class Interrupted:
         """
         if not self.path.exists():
             return {}
-        file = SafetensorsFile(self.path)
-        found = {name: file.read(name) for name in file.tensors}
+        try:
+            file = SafetensorsFile(self.path)
+            found = {name: file.read(name) for name in file.tensors}
+        except UserError as error:
+            raise UserError(f"{error}, or remove it to begin again") from None
         about = found.pop(ABOUT, None)
         if about is None or not torch.equal(about, self._about):
             raise UserError(

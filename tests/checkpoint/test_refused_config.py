@@ -67,6 +67,7 @@ REFUSED = [
     (AUTO_ROUND | {"extra_config": {"(x": {"bits": 8}}}, r"'\(x' is no regular expression"),
     ({"quant_method": "x" * 999}, r'quant_method "x{56}\.\.\.; QLLM reads'),
     ({"quant_method": "mlx", "mode": "mxfp4"}, 'has mode "mxfp4"; QLLM reads "affine"'),
+    ({"quant_method": "mlx", **{f"m{i}": False for i in range(10_000)}}, "has 10001 entries"),
     ({"quant_method": "mlx", "bits": 7}, "has bits 7; QLLM reads 2 or 3 or 4 or 5 or 6 or 8"),
     (GPTQ | {"bits": 5}, "has bits 5; QLLM reads 2 or 3 or 4 or 8"),
     (GPTQ | {"bits": 4.0}, r"has bits 4\.0; expected a whole number"),

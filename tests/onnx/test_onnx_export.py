@@ -154,6 +154,7 @@ def test_integers_with_offsets_are_written_as_numbers(tmp_path):
     notes, prompts = [], draw_prompts((3, 17), 96)
     export(tmp_path / "model", tmp_path / "onnx", note=notes.append)
     assert [note.split(" are ")[0] for note in notes] == ["layers of mlx"]
+    assert not [k for k in json.loads((tmp_path / "onnx/config.json").read_text()) if "quant" in k]
     assert_same_model(OnnxDecoder(tmp_path / "onnx"), folder.twin, prompts, 4)
 
 

@@ -121,6 +121,12 @@ def test_an_interrupted_run_goes_on(measured, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["table.json.partial"]
     with pytest.raises(UserError, match=r"json\.partial holds an interrupted run on another"):
         load_or_measure(replace(job, seed=1), table, stopped, lines.append, lines.append)
+    partial = tmp_path / "table.json.partial"
+    whole = partial.read_bytes()
+    partial.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"json\.partial is not a whole .*, or remove it to begin"):
+        load_or_measure(job, table, unseen, lines.append, lines.append)
+    partial.write_bytes(whole)
     found = load_or_measure(job, table, unseen, lines.append, lines.append)
     for name in ("errors", "float32_scales", "alone", "choices", "divergences"):
         assert np.array_equal(getattr(found, name), getattr(expected, name)), name

@@ -71,7 +71,7 @@ def parse(fields: Fields) -> QuantizationConfig:
     It is an object of settings, or false: at 16 bits.
     """
     rules: list[tuple[Test, Format | None]] = []
-    for key, value in fields.value.items():
+    for key, value in fields.few("it", fields.value).items():
         if value is False:
             rules.append((key.__eq__, None))
         elif isinstance(value, dict):

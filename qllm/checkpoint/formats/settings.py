@@ -109,18 +109,18 @@ class Fields:
         if isinstance(values, list):
             flat = [v for value in values for v in (value if isinstance(value, list) else [value])]
             if all(isinstance(v, str) for v in flat):
-                return self._few(name, flat)
+                return self.few(name, flat)
         raise self.error(f"{name} {short(values)}", "expected a list of texts")
 
     def objects(self, name: str) -> dict[str, Fields]:
         """An object of objects."""
         value = self.value.get(name)
         fields = Fields({} if value in UNSET else value, f"{self.where}.{name}")
-        self._few(name, fields.value)
+        self.few(name, fields.value)
         return {key: Fields(v, f"{fields.where}[{short(key)}]") for key, v in fields.value.items()}
 
-    def _few(self, name: str, values: Any) -> Any:
-        """The values, each of which is to be compared with every module's name."""
+    def few(self, name: str, values: Any) -> Any:
+        """The values of an entry, each of which is to be compared with every module's name."""
         if len(values) > MAX_ENTRIES:
             raise self.error(f"{len(values)} entries in {name}", f"QLLM reads up to {MAX_ENTRIES}")
         return values

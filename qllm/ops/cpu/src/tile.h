@@ -93,7 +93,8 @@ template <int S, int V> struct Sums {
 
     // Adds the results of a block, scaled if blocks have scales, to those of the blocks before it.
     template <int EVERY> INLINE void finish_words(const Operands &o, int64_t lane) {
-        if (!o.scaled) return finish_words_of<EVERY, false, false>(o, lane);  // nor have they zeros
+        // Of one plane, which is int16 where there is nothing for bytes; nor have those zeros.
+        if (OPERAND_BYTES == 2 && !o.scaled) return finish_words_of<EVERY, false, false>(o, lane);
         if (o.zeros) {
             finish_words_of<EVERY, true>(o, lane);
         } else {
