@@ -216,7 +216,7 @@ def read_samples(
     args: argparse.Namespace, folder: ModelFolder
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Windows of the text that Hessians are made of, and others to measure divergence on."""
-    from qllm.plan.measure import draw_samples
+    from qllm.plan.samples import draw_samples
 
     dataset, count = args.dataset or DATASET, args.nsamples or SAMPLES
     if args.dataset is None:

@@ -196,8 +196,8 @@ def writing(path: Path, only: Collection[int] | None = None) -> Iterator[None]:
         ) from error
 
 
-def partial_folder(target: Path) -> Path:
-    """Where a folder lies that takes long to make, until it is whole; see `checkpoint.resume`."""
+def partial_path(target: Path) -> Path:
+    """Where what takes long to make lies until it is whole; see `checkpoint.resume`."""
     path = target.resolve()
     return path.parent / f"{path.name}.partial"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qllm.errors import UserError, first_line
 from qllm.files import portable, readable
-from qllm.folders import partial_folder
+from qllm.folders import partial_path
 from qllm.gguf import SUFFIX as GGUF
 from qllm.gguf import is_gguf
 from qllm.onnx_files import SUFFIX as ONNX
@@ -206,7 +206,7 @@ def resolve(
                 f"{path} is a file; `model` takes a folder, a GGUF or ONNX file or a Hub repository"
             )
         named = path and "\0" not in path  # which no file's name has
-        if named and (begun := partial_folder(folder)).is_dir():
+        if named and (begun := partial_path(folder)).is_dir():
             raise UserError(
                 f"{path} is not finished; what there is of it is in {begun.name}, and the command "
                 "that makes it goes on with that"

@@ -28,7 +28,7 @@ from qllm.config import (
 from qllm.data import DATASET, SAMPLES, TOKENS, CalibrationText, load_text, sample_windows
 from qllm.errors import UserError
 from qllm.files import readable
-from qllm.folders import partial_folder
+from qllm.folders import partial_path
 from qllm.hub import ModelFolder
 from qllm.memory import resolve_device
 from qllm.models import read_config
@@ -142,7 +142,7 @@ def _run(job: Job, save: Path, meter: Meter, note: Note) -> list[LinearReport]:
     try:
         return quantize_checkpoint(job, save, meter, note)
     except (OSError, KeyboardInterrupt):
-        if partial_folder(save).exists():
+        if partial_path(save).exists():
             note(f"what is finished is kept beside {save}; the same command goes on with it")
         raise
 

@@ -93,6 +93,26 @@ class Folder:
             (path / name).write_bytes(data)
 
 
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint.
+
+    Attributes:
+        write: of its linears; None leaves them in float32.
+        config: its quantization_config; None has none.
+        change: what is done to it before it is written.
+        error: what the one line says that it is refused with.
+        note: what the one note says.
+    """
+
+    write: Writer | None = None
+    config: dict | None = None
+    change: Callable[[Folder], object] = lambda folder: None
+    family: str = "llama"
+    error: str = ""
+    note: str = ""
+
+
 def folder_of(family: str, write: Writer | None, quantization: dict | None) -> Folder:
     """A model with its linears as a writer has them; None leaves all of them in float32."""
     twin = copy.deepcopy(twin_of(family))

@@ -19,7 +19,7 @@ from typing import Any
 from qllm.checkpoint.writer import new_file
 from qllm.errors import UserError
 from qllm.files import parse_json
-from qllm.folders import check_new, partial_folder, writing
+from qllm.folders import check_new, partial_path, writing
 from qllm.temporary import is_running
 
 # Of the file that stands for a lock where the file system has none, and says whose it is.
@@ -49,7 +49,7 @@ class PartialFolder:
         self.target = target
         self.settings = json.loads(json.dumps(settings))
         self._target = target.resolve()  # a link is not replaced, but what it leads to
-        self.folder = partial_folder(target)
+        self.folder = partial_path(target)
         self.model = self.folder / "model"
         self._journal = self.folder / "journal.json"
         self.state: dict = {}

@@ -48,10 +48,10 @@ class DecoderGraph:
         self.config = weights.config
         self.numpy = torch.empty(0, dtype=dtype).numpy().dtype
         # There is no operator for a packed embedding, nor for integers with offsets.
-        stored = weights.stored.items()
-        self.packed = [n for n, each in stored if n != EMBEDDING and not each.offsets]
-        for name in self.packed:
-            block_size(weights.stored[name].spec, name)
+        specs = {n: each.spec for n, each in weights.stored.items() if n != EMBEDDING}
+        self.packed = {n: spec for n, spec in specs.items() if spec.scheme != "offset"}
+        for name, spec in self.packed.items():
+            block_size(spec, name)
 
     def build(self, progress: Callable[[list], Iterable] = iter) -> onnx.ModelProto:
         """The model; every weight is in the graph's data file."""
@@ -142,8 +142,8 @@ class DecoderGraph:
         if name in self.packed:
             packed = self.weights.read_quantized(name)
             assert not isinstance(packed, Int8Weight)  # refused at the start
-            spec, columns = self.weights.stored[name].spec, self.weights.shapes[f"{name}.weight"][1]
-            matrix = NBits.of(packed, spec, columns, self.dtype, name)
+            columns = self.weights.shapes[f"{name}.weight"][1]
+            matrix = NBits.of(packed, self.packed[name], columns, self.dtype, name)
             return g.matmul_nbits(x, name, matrix, bias, level=self.level)
         weight = self._converted(f"{name}.weight", self._matrix(name))
         x = g.op("MatMul", x, g.weight(f"{name}.weight", weight.t()))

@@ -83,7 +83,7 @@ def export(
 
 def _with_offsets(weights: Weights) -> set[str]:
     """The formats of linears that MatMulNBits cannot hold."""
-    return {storage.name for storage in weights.stored.values() if storage.offsets}
+    return {storage.name for storage in weights.stored.values() if storage.spec.scheme == "offset"}
 
 
 def _without_operator(source: Path) -> dict[str, str]:

@@ -20,10 +20,10 @@ from qllm.memory import available_bytes
 from qllm.plan.candidates import key
 from qllm.plan.cluster_file import read_cluster
 from qllm.plan.devices import Device
-from qllm.plan.interrupted import Interrupted
 from qllm.plan.measure import Job, measure
 from qllm.plan.network import measure_hops, measure_stages
 from qllm.plan.probe import FORMAT, probe
+from qllm.plan.resume import PartialTable
 from qllm.plan.sensitivity import Sensitivity, write
 from qllm.progress import Meter, Note
 
@@ -45,7 +45,7 @@ def load_or_measure(
     named = table is not None
     if table is None:
         table = folders.home_path(f"plan/{_digest(about)}.json", note, "`table`")
-    interrupted = Interrupted(table, about, note)
+    partial = PartialTable(table, about, note)
     if table.exists():
         found = Sensitivity.from_file(table)
         if found.about != about:
@@ -53,10 +53,10 @@ def load_or_measure(
                 f"{table} was measured of another model, text or candidates, or with another "
                 "choice of `lm_head` and `embedding`; name another `table`"
             )
-        interrupted.remove()
+        partial.remove()
         return found
     table.parent.mkdir(parents=True, exist_ok=True)
-    found = measure(job, meter, note_linear, interrupted)
+    found = measure(job, meter, note_linear, partial)
     try:
         write(table, found)
     except WritingError as error:
@@ -65,7 +65,7 @@ def load_or_measure(
         note(f"the losses are not kept, and will be measured again: {error} with `table`")
     else:
         note(f"the losses are kept in {table}")
-        interrupted.remove()
+        partial.remove()
     return found
 
 

@@ -16,33 +16,27 @@ from torch import Tensor, nn
 from qllm import ops
 from qllm.checkpoint.fingerprint import state_fingerprint
 from qllm.checkpoint.load import elements
-from qllm.checkpoint.reader import read_raw_config
 from qllm.checkpoint.weights import Weights
 from qllm.config import DEFAULT_ALGORITHM, EMBEDDING, LM_HEAD, QuantSpec
-from qllm.data import load_text, sample_windows
 from qllm.errors import UserError
 from qllm.evaluate.scoring import logit_pieces
 from qllm.layers import Linear
 from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import check_fits
-from qllm.models import read_config
 from qllm.models.layer import PreNormLayer, QuantizedEmbedding
-from qllm.plan.interrupted import Interrupted
+from qllm.plan.resume import PartialTable
 from qllm.plan.sensitivity import Array, Sensitivity, draw_choices
 from qllm.progress import Meter, Note, silent, unseen
 from qllm.quant.inputs import InputStats
 from qllm.quantizer.floats import BACK, FRONT, FloatModel
 from qllm.quantizer.hidden import HiddenStates
 from qllm.quantizer.layer import LinearReport, QuantizeOptions, quantize_linear, stand_in
-from qllm.tokenizer import Tokenizer
 
 # Bits at which a linear is run alone: its divergence is well above rounding, and still small.
 PROBE_BITS = 3
 PLANS = 8  # of mixed bits
 SMALLEST = 1e-12  # divergence that is told from none
-# Of the samples, where nobody says how long they are; and those that divergence is measured on.
-TOKENS, MAX_JUDGED_TOKENS = 2048, 8192
 
 
 @dataclass(frozen=True)
@@ -88,37 +82,12 @@ class Job:
         return found | ({"embedding": True} if self.embedding else {})
 
 
-def draw_samples(
-    folder: Path, dataset: str, count: int, length: int | None, seed: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Windows of a text that Hessians are made of, and others to measure divergence on.
-
-    Args:
-        folder: the model's.
-        dataset: see `qllm.data.load_text`.
-        count: of the former; there are at most a quarter as many of the latter.
-        length: tokens of each; None: TOKENS, or as many as the model takes.
-
-    Raises:
-        UserError: for a longer window than the model takes, or a text that is too short.
-    """
-    config = read_config(read_raw_config(folder))
-    window = config.max_positions or TOKENS
-    length = length or min(TOKENS, window)
-    if length > window:
-        raise UserError(f"`length` {length} exceeds the model's window of {window}")
-    ids = Tokenizer.load(folder, config.vocab_size).encode(load_text(dataset))
-    more = max(1, min(MAX_JUDGED_TOKENS // length, count // 4))
-    windows = sample_windows(ids, count + more, length, seed)
-    return windows[:count], windows[count:]
-
-
 @torch.inference_mode()
 def measure(
     job: Job,
     meter: Meter = unseen,
     note: Note = silent,
-    interrupted: Interrupted | None = None,
+    partial: PartialTable | None = None,
 ) -> Sensitivity:
     """Measure how much each candidate of each linear changes what the model says.
 
@@ -126,13 +95,13 @@ def measure(
     candidate is quantized, and each plan's own states go through the layer with its choice.
 
     Args:
-        interrupted: where a run that is interrupted leaves what it has, and this one goes on from.
+        partial: where a run that is interrupted leaves what it has, and this one goes on from.
 
     Raises:
         UserError: for a checkpoint that is quantized or broken, or too little memory; what was
             interrupted is another run.
     """
-    return _Run(job, note, interrupted).work(meter)
+    return _Run(job, note, partial).work(meter)
 
 
 def decided_modules(weights: Weights, lm_head: bool, embedding: bool = False) -> tuple[str, ...]:
@@ -157,8 +126,8 @@ def decided_modules(weights: Weights, lm_head: bool, embedding: bool = False) ->
 class _Run:
     """One call of `measure`."""
 
-    def __init__(self, job: Job, note: Note, interrupted: Interrupted | None) -> None:
-        self.job, self.note, self.interrupted = job, note, interrupted
+    def __init__(self, job: Job, note: Note, partial: PartialTable | None) -> None:
+        self.job, self.note, self.partial = job, note, partial
         self.weights = Weights.of_floats(job.source, note)
         self.config = self.weights.config
         self.floats = FloatModel(self.weights, job.device)
@@ -195,8 +164,8 @@ class _Run:
         with meter(sum(sizes), sum(sizes[:done])) as add:
             for index, size in enumerate(sizes[done:], done):
                 self._layer(index)
-                if self.interrupted is not None and self.interrupted.due:
-                    self.interrupted.save(self._so_far(index + 1))
+                if self.partial is not None and self.partial.due:
+                    self.partial.save(self._so_far(index + 1))
                 add(size)
         alone, mixed = self._head()
         return Sensitivity(
@@ -237,7 +206,7 @@ class _Run:
 
     def _go_on(self) -> int:
         """Take up what an interrupted run left, if one did; how many layers it had done."""
-        found = {} if self.interrupted is None else self.interrupted.load()
+        found = {} if self.partial is None else self.partial.load()
         if not found:
             return 0
 

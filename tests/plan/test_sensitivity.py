@@ -17,7 +17,7 @@ from qllm.config import EMBEDDING, QuantPlan, QuantSpec
 from qllm.errors import UserError, WritingError
 from qllm.evaluate.agreement import DecoderReference, ReferenceOutputs, agreement
 from qllm.models import read_config
-from qllm.plan import interrupted
+from qllm.plan import resume
 from qllm.plan.cached import load_or_measure
 from qllm.plan.candidates import labels, parse_candidates
 from qllm.plan.measure import Job, measure
@@ -111,8 +111,8 @@ def stopped(total: int, done: int):
 def test_an_interrupted_run_goes_on(measured, tmp_path, monkeypatch):
     """Layer by layer, and to the same table as one that nothing interrupts."""
     job, expected = measured
-    monkeypatch.setattr(interrupted, "LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(interrupted, "LEAST_TIMES", 0)
+    monkeypatch.setattr(resume, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(resume, "LEAST_TIMES", 0)
     table, lines = tmp_path / "table.json", []
     layers = read_config(read_raw_config(job.source)).num_layers
     for _ in range(layers):
@@ -139,15 +139,15 @@ def test_an_interrupted_run_goes_on(measured, tmp_path, monkeypatch):
 
 def test_a_full_disk_takes_the_way_back_alone(measured, tmp_path, monkeypatch):
     job, expected = measured
-    monkeypatch.setattr(interrupted, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(resume, "LEAST_SECONDS", 0.0)
     lines = []
 
     def full(path):
         raise WritingError("the disk is full")
 
-    monkeypatch.setattr(interrupted, "new_file", full)
-    keeper = interrupted.Interrupted(tmp_path / "table.json", job.about(), lines.append)
-    assert np.array_equal(measure(job, interrupted=keeper).errors, expected.errors)
+    monkeypatch.setattr(resume, "new_file", full)
+    keeper = resume.PartialTable(tmp_path / "table.json", job.about(), lines.append)
+    assert np.array_equal(measure(job, partial=keeper).errors, expected.errors)
     assert lines == ["if this is interrupted it begins again: the disk is full"]
 
 

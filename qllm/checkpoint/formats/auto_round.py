@@ -8,7 +8,7 @@ from qllm.checkpoint.formats.awq import AWQ
 from qllm.checkpoint.formats.awq import BITS as AWQ_BITS
 from qllm.checkpoint.formats.base import Format
 from qllm.checkpoint.formats.gptq import GPTQ
-from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, Test
+from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, Test, has_any
 from qllm.config import DEFAULT_GROUP_SIZE, LM_HEAD, QuantSpec
 
 # GPTQModel lays 5 to 7 bits out otherwise; AutoRound's are the same stream as all others.
@@ -47,7 +47,7 @@ def parse(fields: Fields) -> QuantizationConfig:
         module = _module(Fields(fields.value | override.value, override.where), packing)
         named.append((key.__eq__, module))
         # A plan of AutoScheme's names each linear: looking for a text is quicker.
-        search = _contains(key) if PLAIN.fullmatch(key) else fields.search(key)
+        search = has_any([key]) if PLAIN.fullmatch(key) else fields.search(key)
         found.append((search, module))
     head: tuple[Test, None] = (LM_HEAD.__eq__, None)
     return QuantizationConfig((*named, *found, head), _module(fields, packing))
@@ -63,10 +63,6 @@ def _packing(fields: Fields) -> str:
             raise fields.error("no packing_format", "QLLM reads asymmetric integers with one")
     fields.one_of("packing_format", text, tuple(PACKINGS))
     return PACKINGS[text]
-
-
-def _contains(part: str) -> Test:
-    return lambda name: part in name
 
 
 def _module(fields: Fields, packing: str) -> Format | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qllm.checkpoint.formats.base import Format
-from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, Test
+from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, Test, has_any
 from qllm.checkpoint.formats.tensors import TensorReader, chunks, view_as, without_middle
 from qllm.config import DEFAULT_GROUP_SIZE, LM_HEAD, QuantSpec
 from qllm.errors import UserError
@@ -32,10 +32,6 @@ class AWQ(Format):
     name = "awq"
     tensors = ("qweight", "qzeros", "scales")
     channels = {"qweight": (1, True), "qzeros": (1, True), "scales": (1, False)}  # noqa: RUF012
-
-    @staticmethod
-    def holds(spec: QuantSpec) -> bool:
-        return False
 
     def read(
         self, tensors: Mapping[str, Tensor], in_features: int, out_features: int
@@ -79,8 +75,7 @@ def parse(fields: Fields) -> QuantizationConfig:
     # Without zero points the files have those of a symmetric grid: GPTQModel's and AutoRound's do.
     scheme = "asym" if fields.flag("zero_point", True) else "sym"
     group_size = fields.group_size("group_size", "q_group_size", default=DEFAULT_GROUP_SIZE)
-    parts = fields.texts("modules_to_not_convert")
-    rules: list[tuple[Test, None]] = [(lambda name: any(part in name for part in parts), None)]
+    rules: list[tuple[Test, None]] = [(has_any(fields.texts("modules_to_not_convert")), None)]
     if not fields.flag("lm_head", False):
         rules.append((LM_HEAD.__eq__, None))
     return QuantizationConfig(tuple(rules), AWQ(QuantSpec(4, group_size, scheme, "weight_only")))

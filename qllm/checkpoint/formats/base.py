@@ -40,7 +40,6 @@ class Format(ABC):
     Attributes:
         name: of the format.
         tensors, optional: that a module has, and may have, by their names less the module's.
-        offsets: the tensor of what is added to weights in place of zero points, where one is.
         channels: the tensors in which output channels lie side by side, to the dimension along
             which they do, and whether several of them share a word there.
         spec: as the config has it. GPTQ's `sym` binds nobody: whether a grid is symmetric is seen
@@ -50,15 +49,14 @@ class Format(ABC):
     name: ClassVar[str]
     tensors: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
-    offsets: ClassVar[str | None] = None
     channels: ClassVar[Mapping[str, tuple[int, bool]]]
 
     spec: QuantSpec
 
     @staticmethod
-    @abstractmethod
     def holds(spec: QuantSpec) -> bool:
-        """Whether QLLM writes modules of this spec in this format."""
+        """Whether QLLM writes modules of this spec in this format; most are only read."""
+        return False
 
     @abstractmethod
     def read(self, tensors: Mapping[str, Tensor], in_features: int, out_features: int) -> Quantized:

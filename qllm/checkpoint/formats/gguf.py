@@ -34,10 +34,6 @@ class GGUFBlocks(Format):
 
     type_name: str = "Q4_0"
 
-    @staticmethod
-    def holds(spec: QuantSpec) -> bool:
-        return False
-
     def read(
         self, tensors: Mapping[str, Tensor], in_features: int, out_features: int
     ) -> PackedWeight:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qllm.checkpoint.formats.base import Format
-from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, Test
+from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, Test, has_any
 from qllm.checkpoint.formats.tensors import WORD, TensorReader, from_words
 from qllm.config import QuantSpec
 from qllm.errors import UserError
@@ -31,12 +31,7 @@ class MLX(Format):
 
     name = "mlx"
     tensors = ("weight", "scales", "biases")
-    channels = {"weight": (0, False), "scales": (0, False), "biases": (0, False)}  # noqa: RUF012
-    offsets = "biases"
-
-    @staticmethod
-    def holds(spec: QuantSpec) -> bool:
-        return False
+    channels = dict.fromkeys(tensors, (0, False))
 
     def read(
         self, tensors: Mapping[str, Tensor], in_features: int, out_features: int
@@ -47,9 +42,9 @@ class MLX(Format):
         read = TensorReader(tensors, self.spec, in_features, out_features)
         shape = (out_features, in_features * bits // WORD)
         words = read.tensor("weight", shape, (torch.uint32,))
-        groups = (out_features, read.groups)
-        assert self.offsets is not None  # as each of these has them
-        scales, offsets = read.scales("scales", groups), read.scales(self.offsets, groups)
+        scales, offsets = (
+            read.scales(name, (out_features, read.groups)) for name in self.tensors[1:]
+        )
         if scales.dtype != offsets.dtype:
             scales, offsets = scales.float(), offsets.float()
         packed = from_words(words.view(torch.int32), bits, in_features)
@@ -61,8 +56,7 @@ class Metal(MLX):
 
     name = "metal"
     tensors = ("weight", "scales", "qbiases")
-    channels = {"weight": (0, False), "scales": (0, False), "qbiases": (0, False)}  # noqa: RUF012
-    offsets = "qbiases"
+    channels = dict.fromkeys(tensors, (0, False))
 
 
 def parse(fields: Fields) -> QuantizationConfig:
@@ -81,9 +75,8 @@ def parse(fields: Fields) -> QuantizationConfig:
 
 def parse_metal(fields: Fields) -> QuantizationConfig:
     """transformers' MetalConfig."""
-    parts = fields.texts("modules_to_not_convert")
-    skipped: tuple[Test, None] = (lambda name: any(part in name for part in parts), None)
-    return QuantizationConfig((skipped,), Metal(_spec(fields)))
+    skipped = has_any(fields.texts("modules_to_not_convert"))
+    return QuantizationConfig(((skipped, None),), Metal(_spec(fields)))
 
 
 def _spec(fields: Fields) -> QuantSpec:

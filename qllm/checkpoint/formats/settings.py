@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,11 @@ class Fields:
         """Whether a regular expression is found in a name."""
         self._patterns.compile(regex)
         return lambda name: self._patterns.search(regex, name)
+
+
+def has_any(parts: Sequence[str]) -> Test:
+    """Whether one of these is in a name."""
+    return lambda name: any(part in name for part in parts)
 
 
 def short(value: Any) -> str:

@@ -130,7 +130,7 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
     VI sum = zero_i(), low_sum = zero_i();
     [[maybe_unused]] VI pairs = zero_i();
     // Where operands are of 16 bits, tiles of other rows have the same.
-    const bool stores_words = x.words || (IN_WORDS<P> && OPERAND_BYTES == 2);
+    constexpr bool ONLY_WORDS = IN_WORDS<P> && OPERAND_BYTES == 2;
     for (int64_t i = 0; i < block.k_blocks * K_BLOCK; i += LANES) {
         int8_t bytes[P][LANES];
         for (int v = 0; v < VECTORS; v++) {
@@ -143,7 +143,7 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
                 whole = round_i(max_f(lowest, min_f(set_f(127), div_f(value, step))));
             }
 #if HAS_WORDS
-            if (stores_words) {
+            if (ONLY_WORDS || x.words) {
                 const int64_t step_bytes = rows * WORD_STEP_BYTES;
                 const int64_t step = (i + v * WIDTH) / STEP;
                 const int64_t to = step * step_bytes + (row - tile_row) * WORD_STEP_BYTES;
@@ -163,7 +163,8 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
             sum = add_i(sum, top);
             if (P == 4) low_sum = add_i(low_sum, sub_i(all, shift_left<16>(top)));
         }
-        if (!stores_words) put<P>(tile, rows, row - tile_row, i / STEP, block.k_blocks, bytes);
+        if constexpr (!ONLY_WORDS)
+            if (!x.words) put<P>(tile, rows, row - tile_row, i / STEP, block.k_blocks, bytes);
     }
     int64_t at = b * x.held_rows + row;
     if (is_scaled(a)) x.scale[at] = scale;  // else one for all blocks, which is there

@@ -30,9 +30,8 @@ INLINE inline void put(int8_t *tile, int64_t rows, int64_t row, int64_t step, in
                 int16_t four[STEP];
                 for (int64_t i = 0; i < STEP; i++) {
                     const int64_t k = s * STEP + i;
-                    const int whole = P == 1         ? planes[0][k]
-                                      : operand == 0 ? planes[0][k] * 256 + planes[1][k]
-                                                     : planes[operand + 1][k];
+                    const int whole = operand == 0 ? planes[0][k] * 256 + planes[1][k]
+                                                   : planes[operand + 1][k];
                     four[i % 2 * 2 + i / 2] = int16_t(whole);
                 }
                 __builtin_memcpy(to, four, sizeof(four));

@@ -18,6 +18,7 @@ from qllm.checkpoint.tensor_files import SafetensorsFile
 from qllm.checkpoint.tensors import TensorInfo
 from qllm.checkpoint.writer import SafetensorsWriter, new_file
 from qllm.errors import UserError, WritingError
+from qllm.folders import partial_path
 from qllm.progress import Note
 
 # Of measuring between two savings, in seconds, and in times of what the one before took.
@@ -27,8 +28,8 @@ ABOUT = "about"
 FORMAT = 1
 
 
-class Interrupted:
-    """The tensors of a run that may be interrupted."""
+class PartialTable:
+    """The tensors of a run that may be interrupted; for folders it is `checkpoint.resume`."""
 
     def __init__(self, table: Path, about: Mapping[str, object], note: Note) -> None:
         """
@@ -36,7 +37,7 @@ class Interrupted:
             about: what decides the figures.
             note: called with a line where nothing can be kept.
         """
-        self.path = table.with_name(f"{table.name}.partial")
+        self.path = partial_path(table)
         data = json.dumps([FORMAT, about], sort_keys=True, default=str).encode()
         self._about = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         self._note = note
