@@ -12,7 +12,7 @@ import torch
 from qllm import report
 from qllm.bitwidths import make_plan
 from qllm.checkpoint import origin
-from qllm.checkpoint.reader import QUANTIZATION_KEY, read_raw_config
+from qllm.checkpoint.reader import is_packed, read_raw_config
 from qllm.config import DEFAULT_ALGORITHM, ModelConfig
 from qllm.errors import UserError
 from qllm.evaluate.agreement import DecoderReference
@@ -239,7 +239,7 @@ def algorithm_of(folder: ModelFolder, model: Decoder) -> str:
     raw_config = read_raw_config(folder.path)
     linears = (m for m in model.layers.modules() if isinstance(m, Linear))
     quantized = any(linear.spec.kind != "dense" for linear in linears)
-    if quantized and QUANTIZATION_KEY not in raw_config.values:
+    if quantized and not is_packed(raw_config):
         return DEFAULT_ALGORITHM  # while it was loaded
     return origin.algorithm(raw_config)
 

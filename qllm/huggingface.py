@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from qllm.checkpoint.origin import check_readable_by_transformers
 from qllm.checkpoint.reader import Checkpoint, read_raw_config
+from qllm.checkpoint.tensors import is_finite
 from qllm.checkpoint.weights import Weights
 from qllm.config import ModelConfig
 from qllm.errors import UserError, first_line
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
         """What every causal language model of transformers is: one that generates."""
 
         def generate(self, input_ids: Tensor, **settings: object) -> Tensor: ...
+
+
+# The quant_methods of small floats that transformers reads as numbers of 16 bits, if told to: their
+# activations stay at 16 bits then, as ours do.
+DEQUANTIZED = ("compressed-tensors", "fp8", "mxfp8")
 
 
 @dataclass(frozen=True)
@@ -148,21 +154,30 @@ def load_reference(
     attention = "eager" if weights.config.score_cap else None
     del weights
 
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     if not os.isatty(2):
         logging.disable_progress_bar()
     with _errors(folder, "load"):
+        config = AutoConfig.from_pretrained(folder)
+        settings: Any = getattr(config, "quantization_config", None)
+        floats = isinstance(settings, dict) and settings.get("quant_method") in DEQUANTIZED
+        if floats:
+            settings["dequantize"] = True
         model = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             device_map="auto" if device == "cuda" else {"": device},
             attn_implementation=attention,
         ).eval()
+        if floats:  # some of which it leaves in another type
+            model = model.to(dtype)
     for name, weight in model.named_parameters():
-        if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
+        # Small floats have no such operation.
+        if weight.element_size() > 1 and not is_finite(weight):
             raise UserError(f"{folder}: {name} holds NaN or infinite values; get it again")
     return model
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import (
     BloomConfig,
     Gemma3TextConfig,
+    GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     OPTConfig,
@@ -52,6 +53,7 @@ CONFIGS = {
     "phi3": Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=None),
     "gemma3_text": Gemma3TextConfig(**SIZES, num_key_value_heads=2, head_dim=16),
     "gpt_neox": GPTNeoXConfig(**SIZES),
+    "gpt2": GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64),
 }
 
 # One linear's tensors by the names that a file has behind the module's, and the weight they are.
@@ -270,13 +272,6 @@ def compressed(bits: int, group: int, *, sym: bool, packed: bool = True) -> Writ
         return compressor.compress(state, scheme), weight
 
     return write
-
-
-def float8(rows: int, columns: int, random: np.random.Generator) -> Written:
-    """`float-quantized`, which is FP8 with a scale per output channel."""
-    weight = torch.from_numpy(random.uniform(-400, 400, (rows, columns))).to(torch.float8_e4m3fn)
-    scales = torch.from_numpy(random.uniform(0.5, 1.0, (rows, 1)) / 400).float()
-    return {"weight": weight, "weight_scale": scales}, weight.float() * scales
 
 
 def quanto(rows: int, columns: int, random: np.random.Generator) -> Written:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 
-from foreign import Case, awq, compressed, float8, gptq, quanto
+from foreign import Case, awq, compressed, gptq, quanto
 from foreign_changes import (
     configured,
     head_quantized,
@@ -23,6 +23,7 @@ from foreign_changes import (
     with_tensors,
     without,
 )
+from foreign_floats import CASES as FLOATS
 from foreign_mixed import CASES as MIXED
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
@@ -75,6 +76,7 @@ LEFTOVERS = (
 O_BIAS = "model.layers.0.self_attn.o_proj.bias"
 CASES = {
     **MIXED,
+    **FLOATS,
     "GPTQ v1": Case(gptq(), GPTQ),
     "GPTQ v1, OPT": Case(gptq(), GPTQ, family="opt"),
     "GPTQ v1, BLOOM": Case(gptq(), GPTQ, family="bloom"),
@@ -265,19 +267,6 @@ CASES = {
         lambda f: f.config.update(
             compression_config={"quantization_config": f.config.pop("quantization_config")}
         ),
-    ),
-    "compressed-tensors, FP8": Case(
-        float8,
-        ct(8, None, sym=True, layout="float-quantized"),
-        error=r'config\.json: .*has format "float-quantized"; QLLM reads "pack-quantized" or "int-',
-    ),
-    "FP8 of another tool": Case(
-        float8,
-        {"quant_method": "fp8", "activation_scheme": "dynamic"},
-        error='config.json: .*has quant_method "fp8"; QLLM reads gptq, awq',
-    ),
-    "FP8, nothing in config.json": Case(
-        float8, error=r"_proj\.weight has the type F8_E4M3; QLLM reads F64, F32, F16"
     ),
     "quanto": Case(
         quanto,

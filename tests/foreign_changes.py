@@ -80,7 +80,9 @@ def tables_quantized(
     return change
 
 
-def as_mlx(write: Writer, bits: int, *, repeated: bool = True) -> Callable[[Folder], None]:
+def as_mlx(
+    write: Writer, bits: int, *, repeated: bool = True, mode: str = "affine"
+) -> Callable[[Folder], None]:
     """Embedding and head are quantized as well, and config.json has it under MLX's name.
 
     Args:
@@ -96,7 +98,7 @@ def as_mlx(write: Writer, bits: int, *, repeated: bool = True) -> Callable[[Fold
         else:
             for name in (*tables, "lm_head"):
                 quantize(twin, folder.state, name, write, random)
-        settings = {"group_size": 32, "bits": bits, "mode": "affine"}
+        settings = {"group_size": 32, "bits": bits, "mode": mode}
         folder.config["quantization"] = settings
         if repeated:
             folder.config["quantization_config"] = dict(settings)

@@ -100,6 +100,8 @@ def checkpoints(*, onnx: bool = True) -> dict[str, Files]:
             found[f"{family} packed embedding"] = _read(root / f"{family} embedding")
         found["llama awq"] = _awq(root / "awq")
         found["llama mlx"] = _mlx(root / "mlx")
+        found["llama fp8"] = _fp8(root / "fp8")
+        found["llama nf4"] = _nf4(root / "nf4")
         for family in CONFIGS:
             found[f"{family} statistics"] = _with_statistics(root / f"{family} safetensors")
         found |= _gguf(root)
@@ -224,6 +226,39 @@ def _mlx(folder: Path) -> Files:
         return {"weight": words, "scales": scales, "biases": scales * -8}
 
     return _packed(folder, {"quantization": {"bits": 4, "group_size": 16}}, matrix)
+
+
+def _fp8(folder: Path) -> Files:
+    """A checkpoint of FP8, a scale for 16 x 16."""
+
+    def matrix(rows: int, columns: int) -> dict[str, torch.Tensor]:
+        numbers = (torch.rand(rows, columns) * 400 - 200).to(torch.float8_e4m3fn)
+        scales = torch.rand(-(-rows // 16), -(-columns // 16)) / 2000
+        return {"weight": numbers, "weight_scale_inv": scales}
+
+    entry = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    return _packed(folder, {"quantization_config": entry}, matrix)
+
+
+def _nf4(folder: Path) -> Files:
+    """A checkpoint of bitsandbytes, of 4 bits, whose scales have 8."""
+
+    def matrix(rows: int, columns: int) -> dict[str, torch.Tensor]:
+        blocks = -(-rows * columns // 64)
+        state = {"quant_type": "nf4", "blocksize": 64, "shape": [rows, columns]}
+        state |= {"nested_blocksize": 256, "nested_offset": 0.2}
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        return {
+            "weight": torch.randint(0, 256, (rows * columns // 2, 1), dtype=torch.uint8),
+            "weight.absmax": torch.randint(0, 256, (blocks,), dtype=torch.uint8),
+            "weight.quant_map": torch.linspace(-1, 1, 16),
+            "weight.nested_absmax": torch.rand(-(-blocks // 256)),
+            "weight.nested_quant_map": torch.linspace(-1, 1, 256),
+            "weight.quant_state.bitsandbytes__nf4": text,
+        }
+
+    entry = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    return _packed(folder, {"quantization_config": entry}, matrix)
 
 
 def _with_statistics(folder: Path) -> Files:

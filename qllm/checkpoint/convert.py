@@ -15,11 +15,12 @@ from qllm.checkpoint.reader import (
     LAYOUT_KEY,
     QUANTIZATION_KEY,
     Checkpoint,
+    is_packed,
     read_json,
     read_raw_config,
 )
 from qllm.checkpoint.tensors import TensorInfo
-from qllm.checkpoint.weights import Weights
+from qllm.checkpoint.weights import Weights, config_dtype
 from qllm.checkpoint.writer import SafetensorsWriter, new_folder
 from qllm.errors import UserError
 from qllm.files import copy_file
@@ -53,8 +54,8 @@ def find_source(model: ModelFolder, note: Note) -> Path:
     Args:
         note: called with a line that says which it is.
     """
-    config = read_raw_config(model.path).values
-    if LAYOUT_KEY in config or QUANTIZATION_KEY in config:
+    raw_config = read_raw_config(model.path)
+    if LAYOUT_KEY in raw_config.values or is_packed(raw_config):
         return model.path
     copy = folders.find(stored_name(model))
     if copy is None or not (copy / "config.json").exists():
@@ -110,7 +111,8 @@ def convert(
     """
     if is_gguf(model.path):
         raise UserError(f"{model.path} is a GGUF file, which is mapped as it is: run it")
-    weights = Weights(Checkpoint(model.path), note)
+    dtype = config_dtype(read_raw_config(model.path)) or torch.float32
+    weights = Weights(Checkpoint(model.path, dtype=dtype), note)
     if weights.stored:
         raise UserError(f"{model.path} is quantized; conversion takes 16-bit checkpoints")
     if weights.converted:
@@ -121,6 +123,7 @@ def convert(
         name: TensorInfo(shape, weights.dtype(name)) for name, shape in weights.shapes.items()
     }
     config = dict(weights.checkpoint.raw_config.values)
+    config.pop(QUANTIZATION_KEY, None)  # of small floats, which are numbers now
     config |= {
         LAYOUT_KEY: LAYOUT,
         SOURCE_KEY: state_fingerprint(model.path),

@@ -15,7 +15,7 @@ from qllm.checkpoint.device_map import infer_device_map
 from qllm.checkpoint.materialize import Materializer
 from qllm.checkpoint.reader import Checkpoint, read_raw_config
 from qllm.checkpoint.rehearsal import Rehearsal
-from qllm.checkpoint.weights import Weights, resolve_dtype
+from qllm.checkpoint.weights import Weights, config_dtype
 from qllm.config import (
     ACTIVATION_BITS,
     DEFAULT_ACTIVATION_BITS,
@@ -125,10 +125,13 @@ def load_model(
 
 def _note_unpacked(checkpoint: Checkpoint, plan: QuantPlan, note: Note) -> None:
     if checkpoint.unpacked_types and plan.keeps_stored:
+        reason = "a packed one has no groups of 16, nor parts of several types"
+        if checkpoint.floats:
+            reason = "layers compute with no smaller floats"
         note(
-            f"matrices of {', '.join(checkpoint.unpacked_types)} are held at 16 bits: a packed one "
-            "has no groups of 16, nor parts of several types; `bitwidth` rounds the numbers of all "
-            "layers, and `embedding_bits` those of the embedding"
+            f"matrices of {', '.join(checkpoint.unpacked_types)} are held at 16 bits: {reason}; "
+            "`bitwidth` rounds the numbers of all layers, and `embedding_bits` those of the "
+            "embedding"
         )
 
 
@@ -193,15 +196,15 @@ def outline(folder: Path, plan: QuantPlan, dtype: torch.dtype | None = None) -> 
 def _open(folder: Path, plan: QuantPlan, dtype: torch.dtype | None) -> Checkpoint:
     """A checkpoint; what a plan asks of a GGUF file is made of its numbers, whatever their type.
 
-    Where nothing is quantized they are read in the type that the model will have, None being the
-    file's own. Of embedding and LM head alone, all else is as the file has it.
+    Where nothing is quantized they, and small floats, are read in the type that the model will
+    have, None being the file's own. Of embedding and LM head alone, all else is as the file has it.
     """
-    if not is_gguf(folder):
-        return Checkpoint(folder)
-    packed = plan.keeps_stored or bool(plan.outer_alone)
     own = torch.float32
     if not plan.quantizes:
-        own = dtype or resolve_dtype(read_raw_config(folder).values["dtype"]) or own
+        own = dtype or config_dtype(read_raw_config(folder)) or own
+    if not is_gguf(folder):
+        return Checkpoint(folder, dtype=own)
+    packed = plan.keeps_stored or bool(plan.outer_alone)
     return Checkpoint(folder, packed=packed, dtype=own, as_numbers=plan.outer_alone)
 
 

@@ -156,8 +156,13 @@ class TensorNames:
         return wanted - span.start, span
 
     def is_transposed(self, name: str) -> bool:
-        """Whether the checkpoint has one of our tensors as (inputs, outputs)."""
-        return not self.converted and self.family.is_transposed(name)
+        """Whether the checkpoint has one of our tensors as (inputs, outputs).
+
+        Small floats are as a linear has them, in GPT-2, too.
+        """
+        if self.converted or not self.family.is_transposed(name):
+            return False
+        return self.sources(name)[0] not in self.checkpoint.floats
 
     def is_reordered(self, name: str) -> bool:
         """Whether the checkpoint has the rows of one of our tensors in another order."""

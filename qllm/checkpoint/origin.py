@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qllm import hub
-from qllm.checkpoint.reader import LAYOUT_KEY, QUANTIZATION_KEY, read_raw_config
+from qllm.checkpoint.reader import LAYOUT_KEY, QUANTIZATION_KEY, is_packed, read_raw_config
 from qllm.config import ModelConfig
 from qllm.errors import UserError
 from qllm.files import read_bytes
@@ -140,7 +140,7 @@ def check_readable_by_transformers(raw_config: RawConfig) -> None:
             "is a GGUF file; name the checkpoint it was made from (`reference`, or `model` of "
             "ref_gen.py)"
         )
-    if QUANTIZATION_KEY in raw_config.values:
+    if is_packed(raw_config):
         raise UserError(
             f"{raw_config.where}: this checkpoint is quantized, the reference is the 16-bit one; "
             "name that, which it was made from (`reference`, or `model` of ref_gen.py)"

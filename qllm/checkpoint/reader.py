@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from qllm import files
-from qllm.checkpoint.formats import QuantizationConfig, parse
+from qllm.checkpoint.formats import FloatMatrix, QuantizationConfig, find_unscaled, parse
+from qllm.checkpoint.formats.tensors import chunks
 from qllm.checkpoint.gguf import GGUFFile, quantization_of
 from qllm.checkpoint.tensor_files import MAX_HEADER_BYTES, SafetensorsFile, TorchFile
-from qllm.checkpoint.tensors import TensorFile, is_finite
+from qllm.checkpoint.tensors import TensorFile, TensorInfo, is_finite
 from qllm.config import EMBEDDING, LM_HEAD
 from qllm.errors import UserError
 from qllm.files import MAX_JSON_BYTES
@@ -31,12 +32,15 @@ from qllm.onnx_files import onnx_files
 LAYOUT_KEY, LAYOUT = "qllm_layout", 1
 # What config.json calls the way its weights are quantized; 16-bit ones have none.
 QUANTIZATION_KEY = "quantization_config"
-# What older compressed-tensors called it; files of the same content that AutoGPTQ and AutoAWQ wrote
+# What older compressed-tensors called it; files of the same content that others wrote
 # beside config.json, and what their quant_method is where they do not say.
 OLD_QUANTIZATION_KEY = "compression_config"
 # What MLX calls it, beside which newer versions repeat it under the usual name.
 MLX_QUANTIZATION_KEY = "quantization"
-QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+QUANTIZATION_FILES = {
+    **{"quantize_config.json": "gptq", "quant_config.json": "awq"},
+    "hf_quant_config.json": "modelopt",
+}
 # Weights have the first names in transformers; other tools have others.
 STANDARD_NAMES = ("model.safetensors", "pytorch_model.bin")
 OTHER_NAMES = (r"(?!adapter_).*\.safetensors", r"(?:pytorch|gptq)_model.*\.bin")
@@ -97,8 +101,10 @@ class Checkpoint:
         folder: where it is.
         raw_config: its config.json.
         quantization: what that says of quantized modules; None where it says of none.
-        tensors: name to shape and type.
-        unpacked_types: of a GGUF file, the types of blocks that no layer holds as they are.
+        tensors: name to shape and type; matrices of small floats as the numbers they are.
+        unpacked_types: what no layer holds as it is: of a GGUF file, types of blocks, of others
+            kinds of small floats.
+        floats: the matrices of small floats, by their names; (N, K), whatever the family has.
     """
 
     unpacked_types: tuple[str, ...] = ()
@@ -115,7 +121,7 @@ class Checkpoint:
         Args:
             folder: or a GGUF file.
             packed, as_numbers: see `read_raw_config`.
-            dtype: of a GGUF file, in which the numbers of blocks are read.
+            dtype: in which the numbers of a GGUF file's blocks, and small floats, are read.
 
         Raises:
             UserError: where the folder holds no checkpoint, or a broken one.
@@ -147,9 +153,28 @@ class Checkpoint:
                     raise UserError(f"{path} holds {name}, as {self._files[name].path.name} does")
                 self._files[name] = file
         self.tensors = {name: file.tensors[name] for name, file in self._files.items()}
+        self._last = file
+        self.floats: dict[str, FloatMatrix] = {}
         if isinstance(file, GGUFFile):
             self.unpacked_types = file.unpacked_types
-        self._last = file
+        else:
+            self._find_floats(dtype)
+
+    def _find_floats(self, dtype: torch.dtype) -> None:
+        """Put numbers in the place of small floats, and of what belongs to them."""
+        find = find_unscaled if self.quantization is None else self.quantization.floats
+        if find is None:
+            return
+        try:
+            self.floats = find(self.tensors, self._read)
+        except UserError as error:
+            raise UserError(f"{self.folder}: {error}") from None
+        self.unpacked_types = tuple(sorted({matrix.kind for matrix in self.floats.values()}))
+        for name, matrix in self.floats.items():
+            for part in matrix.tensors:
+                self.tensors.pop(part, None)
+            self.tensors[name] = TensorInfo(matrix.shape, dtype)
+            self._files.setdefault(name, self._files[matrix.tensors[0]])
 
     def read(
         self,
@@ -169,9 +194,10 @@ class Checkpoint:
         """
         tensor = self.read_any(name, mapped=mapped, rows=rows, columns=columns)
         file = self._files[name]
-        if not tensor.dtype.is_floating_point:
+        if not tensor.dtype.is_floating_point or tensor.element_size() < 2:
             raise UserError(
-                f"{file.path}: {name} holds {tensor.dtype}; weights are floating point here"
+                f"{file.path}: {name} holds {tensor.dtype}; weights are floating point here, of "
+                "16 bits or more"
             )
         if not is_finite(tensor):
             raise UserError(f"{file.path}: {name} holds NaN or infinite values; get it again")
@@ -187,12 +213,37 @@ class Checkpoint:
         columns: range | None = None,
     ) -> Tensor:
         """A tensor as it is, or some rows and columns of it."""
+        if name in self.floats:
+            return self._read_floats(name, rows, columns)
+        return self._read(name, rows, columns, mapped=mapped)
+
+    def _read_floats(self, name: str, rows: range | None, columns: range | None) -> Tensor:
+        """Some of a matrix of small floats, a few rows at a time, which are wider in between."""
+        matrix, dtype = self.floats[name], self.tensors[name].dtype
+        rows = range(matrix.shape[0]) if rows is None else rows
+        cut = slice(None) if columns is None else slice(columns.start, columns.stop)
+        width = matrix.shape[1] if columns is None else len(columns)
+        numbers = torch.empty(len(rows), width, dtype=dtype)
+        for part in chunks(len(rows), matrix.shape[1]):
+            run = range(rows.start + part.start, rows.start + part.stop)
+            numbers[part] = matrix.read(self._read, run)[:, cut].to(dtype)
+        return numbers
+
+    def _read(
+        self,
+        name: str,
+        rows: range | None = None,
+        columns: range | None = None,
+        *,
+        mapped: bool = False,
+    ) -> Tensor:
+        """A tensor of a file, or some rows and columns of it."""
         file = self._files[name]
         if file is not self._last:  # one file of a sharded checkpoint is held open at a time
             self._last.release()
             self._last = file
         if columns is not None or (rows is not None and not mapped):
-            rows = range(self.tensors[name].shape[0]) if rows is None else rows
+            rows = range(file.tensors[name].shape[0]) if rows is None else rows
             return file.read_part(name, rows, columns)
         tensor = file.map(name) if mapped else file.read(name)
         return tensor if rows is None else tensor[rows.start : rows.stop]
@@ -200,6 +251,16 @@ class Checkpoint:
     def path(self, name: str) -> Path:
         """The file a tensor is in."""
         return self._files[name].path
+
+
+def is_packed(raw_config: RawConfig) -> bool:
+    """Whether a config.json says that modules are integers, which layers have as they are.
+
+    Raises:
+        UserError: for one that says of quantization what QLLM does not read.
+    """
+    settings = raw_config.values.get(QUANTIZATION_KEY)
+    return settings is not None and parse(settings, raw_config.where).packs
 
 
 def _open_weights(folder: Path) -> tuple[Iterator[TensorFile], Mapping[str, str] | None]:

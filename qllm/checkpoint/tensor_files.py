@@ -33,6 +33,9 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 # Of a safetensors file's header, and of an index: a name, a shape and a place for each tensor.
 MAX_HEADER_BYTES = 16 << 20

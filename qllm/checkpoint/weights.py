@@ -18,10 +18,10 @@ from torch import Tensor
 from qllm.checkpoint.check import check_counts, check_tensors
 from qllm.checkpoint.formats import WORD, Format, Quantized, join_rows, take_rows
 from qllm.checkpoint.names import TensorNames
-from qllm.checkpoint.reader import QUANTIZATION_KEY, Checkpoint, read_raw_config
+from qllm.checkpoint.reader import Checkpoint, is_packed, read_raw_config
 from qllm.config import EMBEDDING, LM_HEAD, ModelConfig
 from qllm.errors import UserError
-from qllm.models import Family
+from qllm.models import Family, RawConfig, read_config
 from qllm.ops.reference import dequantize
 from qllm.progress import Note, silent
 from qllm.quant.packing import PackedWeight
@@ -43,6 +43,11 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is not None and found not in DTYPES.values():
         raise UserError(f"dtype {dtype!r} is unknown; give one of {', '.join(DTYPES)}")
     return found
+
+
+def config_dtype(raw_config: RawConfig) -> torch.dtype | None:
+    """The type that a config.json names; None: it names none."""
+    return DTYPES.get(read_config(raw_config).dtype or "")
 
 
 class Weights:
@@ -85,7 +90,7 @@ class Weights:
         Raises:
             UserError: for one that is quantized, or as for others.
         """
-        if QUANTIZATION_KEY in read_raw_config(source, packed=False).values:
+        if is_packed(read_raw_config(source, packed=False)):
             raise UserError(
                 f"{source} is quantized already; give the 16-bit checkpoint it was made from"
             )

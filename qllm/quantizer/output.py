@@ -141,7 +141,7 @@ class OutputCheckpoint:
     def _write_small_files(self, reports: Sequence[LinearReport], note: Note) -> None:
         job, folder = self.job, self.folder
         raw = dict(self.weights.checkpoint.raw_config.values)
-        gone = (LAYOUT_KEY, SOURCE_KEY, *origin.KEYS)
+        gone = (QUANTIZATION_KEY, LAYOUT_KEY, SOURCE_KEY, *origin.KEYS)
         config = {key: value for key, value in raw.items() if key not in gone}
         config["tie_word_embeddings"] = self.weights.config.tied_head and LM_HEAD not in self.specs
         # A converted copy knows what it was made from.

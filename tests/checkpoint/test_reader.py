@@ -118,9 +118,7 @@ HOSTILE = {
     "shape overflows": safetensors_bytes({"a": entry(0, 4, [1 << 63, 1 << 63])}, bytes(4)),
     "negative shape": safetensors_bytes({"a": entry(0, 4, [-2])}, bytes(4)),
     "unknown type": safetensors_bytes({"a": entry(0, 4, [2], "Q4")}, bytes(4)),
-    "a type torch weights do not have": safetensors_bytes(
-        {"a": entry(0, 4, [4], "F8_E4M3")}, bytes(4)
-    ),
+    "a type torch weights do not have": safetensors_bytes({"a": entry(0, 8, [1], "C64")}, bytes(8)),
     "no offsets": safetensors_bytes({"a": {"dtype": "F16", "shape": [2]}}, bytes(4)),
     "LFS pointer": LFS_POINTER,
 }

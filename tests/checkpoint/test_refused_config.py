@@ -6,6 +6,8 @@ import copy
 import re
 
 import pytest
+from foreign_floats import BITS4, FP8, MODELOPT
+from foreign_floats import ct as float_config
 from quant_configs import AUTO_ROUND, AWQ, GPTQ, LLAMA, TOKEN, W4A16, W8A8, bits, read
 
 from qllm.checkpoint.formats import describe
@@ -47,11 +49,16 @@ REFUSED = [
     (None, "quantization_config is null, expected a JSON object"),
     ({}, "has quant_method null; expected a text"),
     ({"quant_method": 3}, "has quant_method 3; expected a text"),
-    (
-        {"quant_method": "fp8"},
-        'quant_method "fp8"; QLLM reads gptq, awq, auto-round, compressed-tensors and MLX',
-    ),
-    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 'quant_method "bitsandbytes"; QLLM'),
+    ({"quant_method": "aqlm"}, 'quant_method "aqlm"; QLLM reads auto-round, awq, '),
+    ({"quant_method": "bitsandbytes"}, "load_in_4bit and load_in_8bit both false; one of them"),
+    (BITS4 | {"load_in_8bit": True}, "load_in_4bit and load_in_8bit both true; one of them"),
+    (BITS4 | {"load_in_4bit": "yes"}, 'has load_in_4bit "yes"; expected true or false'),
+    (FP8 | {"weight_block_size": [128]}, "weight_block_size a list; expected two whole numbers"),
+    (FP8 | {"weight_block_size": [0, 1]}, "weight_block_size a list; expected two whole numbers"),
+    (FP8 | {"weight_block_size": 128}, "weight_block_size 128; expected two whole numbers"),
+    (MODELOPT | {"quant_algo": "W4A16_AWQ"}, 'quant_algo "W4A16_AWQ"; QLLM reads "FP8" or'),
+    ({"quant_method": "modelopt"}, "has quant_algo null; expected a text"),
+    ({"quant_method": "modelopt", "quantization": 3}, r"config\.quantization is 3, expected a"),
     ({"quant_method": "auto-round"}, "has bits null; expected a whole number"),
     (AUTO_ROUND | {"bits": 9}, "has bits 9; QLLM reads 2 or 3 or 4 or 5 or 6 or 7 or 8"),
     (AUTO_ROUND | {"data_type": "mx_fp"}, 'has data_type "mx_fp"; QLLM reads "int"'),
@@ -66,7 +73,8 @@ REFUSED = [
     ),
     (AUTO_ROUND | {"extra_config": {"(x": {"bits": 8}}}, r"'\(x' is no regular expression"),
     ({"quant_method": "x" * 999}, r'quant_method "x{56}\.\.\.; QLLM reads'),
-    ({"quant_method": "mlx", "mode": "mxfp4"}, 'has mode "mxfp4"; QLLM reads "affine"'),
+    ({"quant_method": "mlx", "mode": "q4"}, 'has mode "q4"; QLLM reads "affine" or "mxfp4" or'),
+    ({"quant_method": "metal", "mode": "mxfp4"}, 'has mode "mxfp4"; QLLM reads "affine"'),
     ({"quant_method": "mlx", **{f"m{i}": False for i in range(10_000)}}, "has 10001 entries"),
     ({"quant_method": "mlx", "bits": 7}, "has bits 7; QLLM reads 2 or 3 or 4 or 5 or 6 or 8"),
     (GPTQ | {"bits": 5}, "has bits 5; QLLM reads 2 or 3 or 4 or 8"),
@@ -98,12 +106,15 @@ REFUSED = [
     (AWQ | {"bits": 8}, "has bits 8; QLLM reads 4"),
     (AWQ | {"group_size": 0}, "has group_size 0; expected"),
     (AWQ | {"modules_to_not_convert": {}}, "modules_to_not_convert an object; expected a list"),
-    (W4A16 | {"format": "float-quantized"}, 'format "float-quantized"; QLLM reads "pack-quant'),
+    (W4A16 | {"format": "float-quantized"}, r'weights has type "int"; QLLM reads "float"'),
+    (float_config("float-quantized", num_bits=4), "weights has num_bits 4; QLLM reads 8"),
+    (float_config("nvfp4-pack-quantized"), "weights has num_bits 8; QLLM reads 4"),
+    (float_config("mxfp6-pack-quantized", 6), 'format "mxfp6-pack-quantized"; QLLM reads "pack-q'),
+    (float_config("float-quantized", symmetric=False), "weights has symmetric false; QLLM reads"),
     (W4A16 | {"format": "marlin-24"}, 'format "marlin-24"; QLLM reads'),
     (W4A16 | {"format": "mixed-precision"}, 'format "mixed-precision"; QLLM reads'),
     (W4A16 | {"format": "dense"}, 'format "dense"; QLLM reads'),
     (W4A16 | {"format": None}, "format null; QLLM reads"),
-    (with_group(W4A16, format="nvfp4-pack-quantized"), 'format "nvfp4-pack-quantized"; QLLM'),
     (W4A16 | {"config_groups": {}}, "no config_groups with targets; it says of no module"),
     (W4A16 | {"config_groups": {"W4A16": ["Linear"]}}, r'\["W4A16"\] is a list, expected'),
     (W4A16 | {"config_groups": [1]}, "config_groups is a list, expected a JSON object"),
@@ -113,7 +124,7 @@ REFUSED = [
     (with_group(W4A16, output_activations={"num_bits": 8}), "output_activations an object; QLLM"),
     (with_group(W4A16, input_activations=TOKEN), 'format "pack-quantized"; QLLM reads "int-quant'),
     (W4A16 | {"ignore": [3]}, "has ignore a list; expected a list of texts"),
-    (W4A16 | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme an object; QLLM reads check"),
+    (W4A16 | {"kv_cache_scheme": {"num_bits": 8}}, 'kv_cache_scheme has type "int"; QLLM reads'),
     (W4A16 | {"transform_config": {"config_groups": {}}}, "transform_config an object; QLLM reads"),
     (
         W4A16 | {"sparsity_config": {"format": "sparse-24-bitmask"}},
@@ -132,7 +143,7 @@ REFUSED = [
         with_weights(W8A8, strategy="group", group_size=64),
         'strategy "group"; QLLM reads "channel" or "tensor"',
     ),
-    (with_inputs(type="float"), r'input_activations has type "float"; QLLM reads "int"'),
+    (with_inputs(type="nf"), r'input_activations has type "nf"; QLLM reads "int"'),
     (with_inputs(symmetric=False), r"input_activations has symmetric false; QLLM reads true"),
     (with_inputs(num_bits=4), r"input_activations has num_bits 4; QLLM reads 8"),
     (with_inputs(strategy="tensor"), 'strategy "tensor" and dynamic true; QLLM reads "token"'),

@@ -1,6 +1,7 @@
 """The formats of quantized checkpoints, and the `quantization_config` that names one per module.
 
-Read are GPTQ (v1 and v2), AWQ, AutoRound's, compressed-tensors and MLX's. Written is GPTQ v2 where
+Read are GPTQ (v1 and v2), AWQ, AutoRound's, compressed-tensors, MLX's and bitsandbytes' integers;
+and, as numbers, the small floats of several tools. Written is GPTQ v2 where
 that holds every module, and compressed-tensors otherwise: nobody's GPTQ knows int8 activations, or
 all widths.
 """
@@ -10,10 +11,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qllm.checkpoint.formats import auto_round, compressed_tensors, gptq, mlx
+from qllm.checkpoint.formats import (
+    auto_round,
+    bitsandbytes,
+    compressed_tensors,
+    floats,
+    gptq,
+    mlx,
+)
 from qllm.checkpoint.formats.awq import AWQ
 from qllm.checkpoint.formats.awq import parse as parse_awq
-from qllm.checkpoint.formats.base import Format, Int8Weight, Quantized, join_rows, take_rows
+from qllm.checkpoint.formats.base import (
+    FloatMatrix,
+    Format,
+    Int8Weight,
+    Quantized,
+    join_rows,
+    take_rows,
+)
+from qllm.checkpoint.formats.floats import find_unscaled
 from qllm.checkpoint.formats.gguf import GGUFBlocks
 from qllm.checkpoint.formats.gguf import parse as parse_gguf
 from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, short
@@ -21,7 +37,7 @@ from qllm.checkpoint.formats.tensors import WORD
 from qllm.config import QuantSpec
 
 _FORMATS: tuple[type[Format], ...] = (
-    *(gptq.GPTQ, AWQ, GGUFBlocks, mlx.MLX, mlx.Metal),
+    *(gptq.GPTQ, AWQ, GGUFBlocks, mlx.MLX, mlx.Metal, bitsandbytes.Int8),
     *compressed_tensors.FORMATS.values(),
 )
 FORMATS: dict[str, type[Format]] = {format.name: format for format in _FORMATS}
@@ -35,6 +51,12 @@ METHODS: dict[str, Callable[[Fields], QuantizationConfig]] = {
     "gguf": parse_gguf,
     "mlx": mlx.parse,  # as the reader calls it: MLX's own settings do not say
     "metal": mlx.parse_metal,
+    "bitsandbytes": bitsandbytes.parse,
+    "fp8": floats.parse_fp8,
+    "mxfp8": floats.parse_fp8,
+    "fbgemm_fp8": floats.parse_fp8,
+    "modelopt": floats.parse_modelopt,
+    "modelopt_fp4": floats.parse_modelopt,
 }
 
 
@@ -55,7 +77,7 @@ def parse(value: Any, where: str) -> QuantizationConfig:
     method = fields.text("quant_method")
     if method.lower() not in METHODS:
         found = f"quant_method {short(method)}"
-        raise fields.error(found, "QLLM reads gptq, awq, auto-round, compressed-tensors and MLX's")
+        raise fields.error(found, f"QLLM reads {', '.join(sorted(METHODS))}")
     return METHODS[method.lower()](fields)
 
 
@@ -89,11 +111,13 @@ def _plain(spec: QuantSpec) -> QuantSpec:
 __all__ = [
     "FORMATS",
     "WORD",
+    "FloatMatrix",
     "Format",
     "Int8Weight",
     "QuantizationConfig",
     "Quantized",
     "describe",
+    "find_unscaled",
     "join_rows",
     "parse",
     "take_rows",

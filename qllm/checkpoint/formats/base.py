@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qllm.checkpoint.formats.tensors import WORD
+from qllm.checkpoint.tensors import TensorInfo
 from qllm.config import QuantSpec
 from qllm.errors import UserError
 from qllm.quant.packing import PackedWeight
@@ -93,6 +94,40 @@ class Format(ABC):
                 return None
             found[key] = dim, range(run.start * bits // WORD, -(-run.stop * bits // WORD))
         return found
+
+
+# Reads a tensor of the file by its name: some rows, or all where they are None.
+ReadRows = Callable[[str, range | None], Tensor]
+Infos = Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class FloatMatrix(ABC):
+    """A matrix (N, K).
+
+    Attributes:
+        kind: what its numbers are called.
+        shape: N and K.
+        tensors: of the file, by their names, that it is made of.
+    """
+
+    kind: ClassVar[str]
+
+    shape: tuple[int, int]
+    tensors: tuple[str, ...]
+
+    @abstractmethod
+    def read(self, read: ReadRows, rows: range) -> Tensor:
+        """Some rows, float32 (R, K).
+
+        Raises:
+            UserError: for tensors whose values cannot be; it begins with a tensor's name.
+        """
+
+
+# Finds the matrices of a file, by the name that each would have at 16 bits. It raises a UserError,
+# which begins with a tensor's name, for one that lacks a scale, or whose shapes do not fit.
+Finder = Callable[[Infos, ReadRows], dict[str, FloatMatrix]]
 
 
 def join_rows(parts: Sequence[Quantized], bits: int) -> Quantized:

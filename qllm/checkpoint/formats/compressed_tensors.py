@@ -7,12 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from qllm.checkpoint.formats.base import Format
+from qllm.checkpoint.formats.floats import find_floats
 from qllm.checkpoint.formats.int_quantized import IntQuantized
 from qllm.checkpoint.formats.pack_quantized import PackQuantized
 from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, Test, short
 from qllm.config import LM_HEAD, QuantSpec
 
 FORMATS: dict[str, type[Format]] = {format.name: format for format in (PackQuantized, IntQuantized)}
+# Of numbers that are small floats: bits of each.
+FLOAT_LAYOUTS = {
+    **dict.fromkeys(("float-quantized", "naive-quantized", "mxfp8-quantized"), 8),
+    **dict.fromkeys(("nvfp4-pack-quantized", "mxfp4-pack-quantized"), 4),
+}
 # The last part of what Hugging Face's families, and QLLM, call an embedding of tokens, or of
 # positions, which is of the same class there.
 EMBEDDINGS = (
@@ -27,7 +33,11 @@ ACTIVATIONS = {"w8a8_dynamic": ("token", True), "w8a8_static": ("tensor", False)
 def parse(fields: Fields) -> QuantizationConfig:
     """https://github.com/vllm-project/compressed-tensors: a name is stronger than a pattern, a
     pattern than the class of all linear layers; what is ignored is so before all of them."""
-    fields.unset("kv_cache_scheme", "transform_config")
+    fields.unset("transform_config")
+    cache = fields.get("kv_cache_scheme")
+    if cache is not None:  # of floats: keys and values have more bits here
+        scheme = Fields(cache, f"{fields.where}.kv_cache_scheme")
+        scheme.one_of("type", scheme.text("type", default="int").lower(), ("float",))
     sparsity = fields.get("sparsity_config")
     if sparsity is not None:
         sparse = Fields(sparsity, f"{fields.where}.sparsity_config")
@@ -35,19 +45,19 @@ def parse(fields: Fields) -> QuantizationConfig:
     ignored = fields.texts("ignore")
     rules: list[tuple[Test, Format | None]] = [(frozenset(ignored).__contains__, None)]
     rules += [(_target(fields, target), None) for target in ignored if _is_general(target)]
-    targets: dict[str, Format] = {}
+    targets: dict[str, Format | None] = {}
     for group in fields.objects("config_groups").values():
         storage = _format(group, fields)
         targets.update(dict.fromkeys(group.texts("targets"), storage))
     if not targets:
         raise fields.error("no config_groups with targets", "it says of no module how it is stored")
-    named: dict[Format, set[str]] = {}
+    named: dict[Format | None, set[str]] = {}
     for target, storage in targets.items():
         named.setdefault(storage, set()).add(target)
     rules += [(names.__contains__, storage) for storage, names in named.items()]
     general = sorted(filter(_is_general, targets), key=lambda target: (target in CLASSES, target))
     rules += [(_target(fields, target), targets[target]) for target in general]
-    return QuantizationConfig(tuple(rules), None)
+    return QuantizationConfig(tuple(rules), None, find_floats)
 
 
 def _is_general(target: str) -> bool:
@@ -65,12 +75,17 @@ def _is_embedding(name: str) -> bool:
     return name.rpartition(".")[2] in EMBEDDINGS
 
 
-def _format(group: Fields, fields: Fields) -> Format:
-    """How the modules of one of the config_groups are stored."""
+def _format(group: Fields, fields: Fields) -> Format | None:
+    """How the modules of one of the config_groups are stored; None as small floats."""
     layout = group.get("format") or fields.get("format")
-    group.one_of("format", layout, tuple(FORMATS))
     group.unset("output_activations")
     weights = Fields(group.get("weights"), f"{group.where}.weights")
+    if layout in FLOAT_LAYOUTS:
+        weights.one_of("type", weights.text("type", default="int").lower(), ("float",))
+        weights.one_of("num_bits", weights.number("num_bits"), (FLOAT_LAYOUTS[layout],))
+        weights.one_of("symmetric", weights.flag("symmetric", True), (True,))
+        return None
+    group.one_of("format", layout, (*FORMATS, *FLOAT_LAYOUTS))
     weights.unset("dynamic", "block_structure")
     weights.one_of("type", weights.text("type", default="int").lower(), ("int",))
     bits = weights.number("num_bits", default=8)
@@ -78,6 +93,8 @@ def _format(group: Fields, fields: Fields) -> Format:
     scheme = "sym" if weights.flag("symmetric", True) else "asym"
     strategy = _strategy(weights)
     inputs = group.get("input_activations")
+    if inputs is not None and _are_floats(inputs):
+        inputs = None  # which stay at 16 bits
     if inputs is not None:
         group.one_of("format", layout, (IntQuantized.name,))
         weights.one_of("num_bits", bits, (8,))
@@ -88,6 +105,10 @@ def _format(group: Fields, fields: Fields) -> Format:
     weights.one_of("strategy", strategy, ("channel", "group"))
     group_size = -1 if strategy == "channel" else weights.group_size("group_size")
     return FORMATS[layout](QuantSpec(bits, group_size, scheme, "weight_only"))
+
+
+def _are_floats(activations: Any) -> bool:
+    return isinstance(activations, dict) and activations.get("type") == "float"
 
 
 def _strategy(arguments: Fields) -> str:

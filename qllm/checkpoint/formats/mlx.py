@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qllm.checkpoint.formats.base import Format
+from qllm.checkpoint.formats.floats import find_mlx_floats
 from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, Test, has_any
 from qllm.checkpoint.formats.tensors import WORD, TensorReader, from_words
 from qllm.config import QuantSpec
@@ -16,6 +17,7 @@ from qllm.errors import UserError
 from qllm.quant.packing import PackedWeight
 
 BITS = (2, 3, 4, 5, 6, 8)
+FLOAT_MODES = ("mxfp4", "nvfp4", "mxfp8")
 # MLX's where settings leave them out.
 DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, 64
 
@@ -69,18 +71,25 @@ def parse(fields: Fields) -> QuantizationConfig:
         if value is False:
             rules.append((key.__eq__, None))
         elif isinstance(value, dict):
-            rules.append((key.__eq__, MLX(_spec(Fields(value, f"{fields.where}.{key}")))))
-    return QuantizationConfig(tuple(rules), MLX(_spec(fields)))
+            rules.append((key.__eq__, _module(Fields(value, f"{fields.where}.{key}"))))
+    return QuantizationConfig(tuple(rules), _module(fields), find_mlx_floats)
+
+
+def _module(fields: Fields) -> MLX | None:
+    """How a module is stored; None as small floats."""
+    mode = fields.text("mode", default="affine")
+    fields.one_of("mode", mode, ("affine", *FLOAT_MODES))
+    return MLX(_spec(fields)) if mode == "affine" else None
 
 
 def parse_metal(fields: Fields) -> QuantizationConfig:
     """transformers' MetalConfig."""
+    fields.one_of("mode", fields.text("mode", default="affine"), ("affine",))
     skipped = has_any(fields.texts("modules_to_not_convert"))
     return QuantizationConfig(((skipped, None),), Metal(_spec(fields)))
 
 
 def _spec(fields: Fields) -> QuantSpec:
-    fields.one_of("mode", fields.text("mode", default="affine"), ("affine",))
     bits = fields.number("bits", default=DEFAULT_BITS)
     fields.one_of("bits", bits, BITS)
     group_size = fields.group_size("group_size", default=DEFAULT_GROUP_SIZE)

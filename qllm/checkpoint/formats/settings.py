@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qllm.checkpoint.formats.base import Format
+from qllm.checkpoint.formats.base import Finder, Format
 from qllm.errors import UserError
 from qllm.patterns import Patterns
 
@@ -32,10 +32,17 @@ class QuantizationConfig:
         rules: pairs of a test of a module's name and what the modules that pass it are; the first
             one decides. None is a module at 16 bits.
         default: what the modules are that no rule names.
+        floats: finds the matrices of small floats, which are at 16 bits for the rules.
     """
 
     rules: tuple[tuple[Test, Format | None], ...]
     default: Format | None
+    floats: Finder | None = None
+
+    @property
+    def packs(self) -> bool:
+        """Whether modules may be stored as integers, which layers have as they are."""
+        return any(storage is not None for _, storage in (*self.rules, (None, self.default)))
 
     def find(self, module: str) -> Format | None:
         """How a module, such as "model.layers.0.self_attn.q_proj", is stored; None at 16 bits.
