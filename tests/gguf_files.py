@@ -27,7 +27,7 @@ LLAMA = SIZES | {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
 
 
 def llama() -> nn.Module:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from qllm.gguf import blocks as plain
+from qllm.gguf import i_quants
+from qllm.gguf.blocks import Values, half
 from qllm.ops.cpu import library, linear
 from qllm.quant.packing import PackedWeight, pack
 
@@ -21,20 +23,8 @@ from qllm.quant.packing import PackedWeight, pack
 PACKED_GROUP = 32
 # Rows are dequantized in pieces of about this many values: the temporaries stay in cache.
 CHUNK_VALUES = 1 << 18
-
-
-class Values(NamedTuple):
-    """What rows of blocks hold.
-
-    Attributes:
-        q: uint8 (N, K).
-        scales: float16 or float32 (N, G).
-        offsets: of that shape and type, added to q · scale; None where there is a zero point.
-    """
-
-    q: Tensor
-    scales: Tensor
-    offsets: Tensor | None = None
+# So many are packed at a time: in between each takes some bytes.
+PACKED_VALUES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -46,7 +36,8 @@ class BlockType:
         values, nbytes: of a block; of plain numbers, one of them.
         dtype: of plain numbers, None of a quantized type.
         bits, group: of a quantized type: of an integer, and how many values share a scale.
-        unpack: uint8 (N, blocks, nbytes) to `Values`.
+        unpack: uint8 (N, blocks, nbytes) to `Values`; None of a type whose numbers the `gguf`
+            package tells.
     """
 
     number: int
@@ -97,6 +88,9 @@ class BlockType:
         step = max(1, CHUNK_VALUES // columns)
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
+            if self.unpack is None:
+                out[start : start + step] = i_quants.numbers(self.name, part)
+                continue
             values = self._unpacked(part.unflatten(1, (-1, self.nbytes)))
             numbers = values.q.float().unflatten(1, (-1, self.group))
             if values.offsets is None:
@@ -108,7 +102,7 @@ class BlockType:
         return out
 
     def _unpacked(self, blocks: Tensor) -> Values:
-        assert self.unpack is not None  # only plain numbers have none
+        assert self.unpack is not None  # of what has none, no layer holds the integers
         return self.unpack(blocks)
 
     def to_packed(self, rows: Tensor) -> PackedWeight:
@@ -116,106 +110,14 @@ class BlockType:
         blocks = rows.unflatten(1, (-1, self.nbytes))
         if self.name in UNBLOCKED and library.unsupported_reason(rows.device.type) is None:
             return linear.unblock(blocks, self.bits, self.offset)
-        q, scales, offsets = self._unpacked(blocks)
-        packed = pack(q, self.bits)
-        zeros = scales.new_empty(0, dtype=torch.uint8) if offsets is None else offsets
-        return PackedWeight(packed, scales.contiguous(), zeros.contiguous())
-
-
-def half(blocks: Tensor, at: int) -> Tensor:
-    """The float16 at a byte of each block: (N, blocks)."""
-    return blocks[..., at : at + 2].contiguous().view(torch.float16)[..., 0]
-
-
-def _nibbles(packed: Tensor) -> Tensor:
-    """Low halves of some bytes, then their high halves: (…, B) to (…, 2 B)."""
-    return torch.cat([packed & 0xF, packed >> 4], -1)
-
-
-def _fifth_bits(words: Tensor) -> Tensor:
-    """Bit i of 32 little-endian bits, moved to bit 4, for each i: uint8 (…, 4) to (…, 32)."""
-    shifts = torch.arange(8, dtype=torch.uint8)
-    return ((words[..., None] >> shifts) & 1).flatten(-2) << 4
-
-
-def _q4_0(blocks: Tensor) -> Values:
-    return Values(_nibbles(blocks[..., 2:]).flatten(1), half(blocks, 0))
-
-
-def _q4_1(blocks: Tensor) -> Values:
-    return Values(_nibbles(blocks[..., 4:]).flatten(1), half(blocks, 0), half(blocks, 2))
-
-
-def _q5_0(blocks: Tensor) -> Values:
-    q = _nibbles(blocks[..., 6:]) | _fifth_bits(blocks[..., 2:6])
-    return Values(q.flatten(1), half(blocks, 0))
-
-
-def _q5_1(blocks: Tensor) -> Values:
-    q = _nibbles(blocks[..., 8:]) | _fifth_bits(blocks[..., 4:8])
-    return Values(q.flatten(1), half(blocks, 0), half(blocks, 2))
-
-
-def _q8_0(blocks: Tensor) -> Values:
-    return Values((blocks[..., 2:] ^ 0x80).flatten(1), half(blocks, 0))
-
-
-def _crumbs(packed: Tensor) -> Tensor:
-    """Bits 0 and 1 of each of 32 bytes, then bits 2 and 3, …: (…, 32 n) to (…, 128 n)."""
-    shifts = torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
-    return ((packed.unflatten(-1, (-1, 1, 32)) >> shifts) & 3).flatten(-3)
-
-
-def _q2_k(blocks: Tensor) -> Values:
-    """16 bytes of a 4-bit scale and a 4-bit minimum, 64 of values, their two factors."""
-    d, dmin = half(blocks, 80).float()[..., None], half(blocks, 82).float()[..., None]
-    scales = d * (blocks[..., :16] & 0xF)
-    offsets = -(dmin * (blocks[..., :16] >> 4))
-    return Values(_crumbs(blocks[..., 16:80]).flatten(1), scales.flatten(1), offsets.flatten(1))
-
-
-def _q3_k(blocks: Tensor) -> Values:
-    """32 bytes of third bits, 64 of the others, 12 of 6-bit scales, their factor."""
-    thirds = (blocks[..., :32][..., None, :] >> torch.arange(8, dtype=torch.uint8)[:, None]) & 1
-    q = _crumbs(blocks[..., 32:96]) | (thirds.flatten(-2) << 2)
-    packed = blocks[..., 96:108]
-    low = _nibbles(packed[..., :8])
-    high = (packed[..., 8:][..., None, :] >> torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]) & 3
-    scales = (low | (high.flatten(-2) << 4)).float() - 32
-    return Values(q.flatten(1), (half(blocks, 108).float()[..., None] * scales).flatten(1))
-
-
-def _six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """The 8 scales and 8 minima of Q4_K and Q5_K, 6 bits each in 12 bytes."""
-    first, second, third = packed[..., :4], packed[..., 4:8], packed[..., 8:]
-    scales = torch.cat([first & 63, (third & 0xF) | (first >> 6 << 4)], -1)
-    return scales, torch.cat([second & 63, (third >> 4) | (second >> 6 << 4)], -1)
-
-
-def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Of Q4_K and Q5_K, which begin with two factors and 12 bytes: float32 (N, G) each."""
-    scales, minima = _six_bits(blocks[..., 4:16])
-    d, dmin = half(blocks, 0).float()[..., None], half(blocks, 2).float()[..., None]
-    return (d * scales).flatten(1), -(dmin * minima).flatten(1)
-
-
-def _q4_k(blocks: Tensor) -> Values:
-    q = _nibbles(blocks[..., 16:].unflatten(-1, (4, 32)))
-    return Values(q.flatten(1), *_scales_and_minima(blocks))
-
-
-def _q5_k(blocks: Tensor) -> Values:
-    fifths = (blocks[..., 16:48][..., None, :] >> torch.arange(8, dtype=torch.uint8)[:, None]) & 1
-    q = _nibbles(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-2) | (fifths.flatten(-2) << 4)
-    return Values(q.flatten(1), *_scales_and_minima(blocks))
-
-
-def _q6_k(blocks: Tensor) -> Values:
-    """128 bytes of low halves, 64 of high pairs, 16 of int8 scales, their factor."""
-    low = _nibbles(blocks[..., :128].unflatten(-1, (2, 64)))
-    q = low.flatten(-2) | (_crumbs(blocks[..., 128:192]) << 4)
-    scales = blocks[..., 192:208].contiguous().view(torch.int8).float()
-    return Values(q.flatten(1), (half(blocks, 208).float()[..., None] * scales).flatten(1))
+        step = max(1, PACKED_VALUES // (blocks.shape[1] * self.values))
+        found = []
+        for part in blocks.split(step):
+            q, scales, offsets = self._unpacked(part)
+            zeros = scales.new_empty(0, dtype=torch.uint8) if offsets is None else offsets
+            found.append((pack(q, self.bits), scales, zeros))
+        packed, scales, zeros = (torch.cat(each) for each in zip(*found, strict=True))
+        return PackedWeight(packed, scales, zeros)
 
 
 # Those that a CPU kernel takes apart.
@@ -223,11 +125,11 @@ UNBLOCKED = ("Q4_0", "Q4_1", "Q8_0")
 F32 = BlockType(0, "F32", 1, 4, torch.float32)
 F16 = BlockType(1, "F16", 1, 2, torch.float16)
 BF16 = BlockType(30, "BF16", 1, 2, torch.bfloat16)
-Q4_0 = BlockType(2, "Q4_0", 32, 18, None, 4, 32, _q4_0)
-Q4_1 = BlockType(3, "Q4_1", 32, 20, None, 4, 32, _q4_1, offset=True)
-Q5_0 = BlockType(6, "Q5_0", 32, 22, None, 5, 32, _q5_0)
-Q5_1 = BlockType(7, "Q5_1", 32, 24, None, 5, 32, _q5_1, offset=True)
-Q8_0 = BlockType(8, "Q8_0", 32, 34, None, 8, 32, _q8_0)
+Q4_0 = BlockType(2, "Q4_0", 32, 18, None, 4, 32, plain.q4_0)
+Q4_1 = BlockType(3, "Q4_1", 32, 20, None, 4, 32, plain.q4_1, offset=True)
+Q5_0 = BlockType(6, "Q5_0", 32, 22, None, 5, 32, plain.q5_0)
+Q5_1 = BlockType(7, "Q5_1", 32, 24, None, 5, 32, plain.q5_1, offset=True)
+Q8_0 = BlockType(8, "Q8_0", 32, 34, None, 8, 32, plain.q8_0)
 TYPES = {
     kind.number: kind
     for kind in (
@@ -239,18 +141,27 @@ TYPES = {
         Q5_0,
         Q5_1,
         Q8_0,
-        BlockType(10, "Q2_K", 256, 84, None, 2, 16, _q2_k, offset=True),
-        BlockType(11, "Q3_K", 256, 110, None, 3, 16, _q3_k),
-        BlockType(12, "Q4_K", 256, 144, None, 4, 32, _q4_k, offset=True),
-        BlockType(13, "Q5_K", 256, 176, None, 5, 32, _q5_k, offset=True),
-        BlockType(14, "Q6_K", 256, 210, None, 6, 16, _q6_k),
+        BlockType(10, "Q2_K", 256, 84, None, 2, 16, plain.q2_k, offset=True),
+        BlockType(11, "Q3_K", 256, 110, None, 3, 16, plain.q3_k),
+        BlockType(12, "Q4_K", 256, 144, None, 4, 32, plain.q4_k, offset=True),
+        BlockType(13, "Q5_K", 256, 176, None, 5, 32, plain.q5_k, offset=True),
+        BlockType(14, "Q6_K", 256, 210, None, 6, 16, plain.q6_k),
+        BlockType(16, "IQ2_XXS", 256, 66, None, 7, 32, i_quants.iq2_xxs),
+        BlockType(17, "IQ2_XS", 256, 74),
+        BlockType(18, "IQ3_XXS", 256, 98, None, 7, 32, i_quants.iq3_xxs),
+        BlockType(19, "IQ1_S", 256, 50, None, 2, 32, i_quants.iq1_s, offset=True),
+        BlockType(20, "IQ4_NL", 32, 18, None, 8, 32, i_quants.iq4_nl),
+        BlockType(21, "IQ3_S", 256, 110, None, 5, 32, i_quants.iq3_s),
+        BlockType(22, "IQ2_S", 256, 82),
+        BlockType(23, "IQ4_XS", 256, 136, None, 8, 32, i_quants.iq4_xs),
+        BlockType(29, "IQ1_M", 256, 56),
+        BlockType(34, "TQ1_0", 256, 54, None, 2, 32, plain.tq1_0),
+        BlockType(35, "TQ2_0", 256, 66, None, 2, 32, plain.tq2_0),
+        BlockType(39, "MXFP4", 32, 17, None, 5, 32, plain.mxfp4),
+        BlockType(40, "NVFP4", 64, 36),
     )
 }
 # Those that llama.cpp has besides, and after which its users call their files.
-OTHER_TYPES = {
-    **dict(enumerate(("IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S"), 16)),
-    **{22: "IQ2_S", 23: "IQ4_XS", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0"},
-    **{39: "MXFP4", 40: "NVFP4", 41: "Q1_0"},
-}
+OTHER_TYPES = {28: "F64", 41: "Q1_0"}
 # By name, those that layers hold as they are.
 PACKED = {kind.name: kind for kind in TYPES.values() if kind.packs}

@@ -49,6 +49,9 @@ FACTORS = {
     "Q2_K": (80, 82),
     "Q3_K": (108,),
     "Q6_K": (208,),
+    **dict.fromkeys(("IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_XXS", "IQ1_S"), (0,)),
+    **dict.fromkeys(("IQ2_XS", "IQ2_S"), (0,)),
+    **{"TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": (), "NVFP4": (), "IQ1_M": ()},
 }
 IDS = [[5, 9, 70, 33, 2, 61, 90], [17, 4], list(range(40))]
 
@@ -58,6 +61,8 @@ def test_blocks_are_llama_cpp_s_numbers(name):
     (kind,) = (kind for kind in TYPES.values() if kind.name == name)
     random = np.random.default_rng(0)
     blocks = random.integers(0, 256, (5, 3, kind.nbytes), dtype=np.uint8)
+    if name == "TQ2_0":  # 2 bits of which 3 is none of its values
+        blocks &= ~((blocks & 0b01010101) << 1)
     for at in FACTORS[name]:
         factors = random.standard_normal((5, 3, 1)).astype(np.float16)
         blocks[..., at : at + 2] = factors.view(np.uint8)
@@ -87,7 +92,8 @@ def test_the_model_is_transformers_(tmp_path, family, kind):
     path = write_model(tmp_path / "model.gguf", model, kind)
     llm = LLM.from_pretrained(path, dtype="float32")
     specs = {layer.spec.bits for _, layer in _linears(llm.model.layers)}
-    assert specs == {16 if kind in ("F32", "F16", "BF16") else int(kind[1])}
+    bits = {kind.name: kind.bits or 16 for kind in TYPES.values()}
+    assert specs == {bits[kind]}
     if model.config.tie_word_embeddings and kind == "Q4_1":
         assert llm.model.lm_head is llm.model.embed.linear
     reference = dequantized(model, kind)
@@ -222,7 +228,7 @@ def test_what_is_broken_is_one_line(tmp_path, broken):
         type_at = last.field.parts[4]
         at = last.field.offset + sum(part.nbytes for part in last.field.parts[:4])
         assert int(type_at[0]) == int.from_bytes(data[at : at + 4], "little")
-        data[at : at + 4] = (23).to_bytes(4, "little")
+        data[at : at + 4] = (41).to_bytes(4, "little")
     elif broken == "end":
         del data[-40:]
     elif broken == "overlap":
@@ -236,7 +242,7 @@ def test_what_is_broken_is_one_line(tmp_path, broken):
         data[16:24] = (2**60).to_bytes(8, "little")
     path.write_bytes(data)
     says = {
-        "type": "has the type IQ4_XS; QLLM reads F32",
+        "type": "has the type Q1_0; QLLM reads F32",
         "end": "get it again",
         "overlap": "begins inside",
         "architecture": "its architecture is 'lhama'; QLLM runs llama",

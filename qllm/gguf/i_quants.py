@@ -1,0 +1,127 @@
+"""llama.cpp's types whose numbers are drawn from tables, which the `gguf` package has.
+
+What a table holds is integers, so that a layer can hold most types as such, with more bits than a
+file has: a value is q · scale, or q · scale + offset, as of the other types.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qllm.errors import UserError
+from qllm.gguf.blocks import Values, half, nibbles
+
+# Of the numbers of IQ2_XXS and IQ3_XXS, and of IQ3_S, which are whole and not above 62 and 15.
+SEVEN_BITS, FIVE_BITS = 64, 16
+DELTA = 0.125  # between the grids of IQ1_S
+
+
+def _package() -> ModuleType:
+    """The `gguf` package's types."""
+    try:
+        from gguf import quants
+    except ImportError:
+        raise UserError("the file's types need the package gguf: pip install gguf") from None
+    return quants
+
+
+@cache
+def _grid(name: str) -> Tensor:
+    """A table of a type: int8, a row of as many numbers as one index stands for."""
+    kind = getattr(_package(), name)
+    kind.init_grid()
+    return torch.from_numpy(kind.grid[0, 0].astype(np.int8))
+
+
+@cache
+def _levels() -> Tensor:
+    """The number of each four bits of IQ4_NL and IQ4_XS, plus 128: uint8 (16,)."""
+    return torch.tensor([level + 128 for level in _package().IQ4_NL.kvalues], dtype=torch.uint8)
+
+
+def numbers(name: str, rows: Tensor) -> Tensor:
+    """The numbers of rows (N, bytes) of a type that no layer holds: float32 (N, K)."""
+    quants = _package()
+    return torch.from_numpy(quants.dequantize(rows.numpy(), quants.GGMLQuantizationType[name]))
+
+
+def _look_up(table: Tensor, indices: Tensor) -> Tensor:
+    """Entries of a table, laid end to end behind the last dimension but one of their indices."""
+    found = table.index_select(0, indices.int().flatten())
+    return found.view(*indices.shape[:-1], -1)
+
+
+def iq4_nl(blocks: Tensor) -> Values:
+    return Values(_look_up(_levels(), nibbles(blocks[..., 2:])).flatten(1), half(blocks, 0))
+
+
+def iq4_xs(blocks: Tensor) -> Values:
+    """A factor, the upper 2 bits of 8 scales, their lower 4, then 128 bytes of values."""
+    high = blocks[..., 2:4].contiguous().view(torch.int16).int()
+    high = (high >> torch.arange(0, 16, 2)) & 3
+    low = torch.stack([blocks[..., 4:8] & 0xF, blocks[..., 4:8] >> 4], -1).flatten(-2)
+    scales = half(blocks, 0).float()[..., None] * ((low | high << 4).float() - 32)
+    q = _look_up(_levels(), nibbles(blocks[..., 8:].unflatten(-1, (8, 16))).flatten(-2))
+    return Values(q.flatten(1), scales.flatten(1))
+
+
+def iq3_s(blocks: Tensor) -> Values:
+    """A factor, 64 lower bytes of indices, 8 of their ninth bits, 32 of signs, 4 of scales."""
+    ninth = _bits(blocks[..., 66:74]).short() << 8
+    found = _look_up(_grid("IQ3_S"), blocks[..., 2:66].short() | ninth)
+    scales = torch.stack([blocks[..., 106:110] & 0xF, blocks[..., 106:110] >> 4], -1).flatten(-2)
+    scales = half(blocks, 0).float()[..., None] * (1 + 2 * scales.float())
+    q = _signed(found, _bits(blocks[..., 74:106]), FIVE_BITS)
+    return Values(q.flatten(1), scales.flatten(1))
+
+
+def iq3_xxs(blocks: Tensor) -> Values:
+    """A factor, 64 bytes of indices, 8 words of signs and a scale each."""
+    found = _look_up(_grid("IQ3_XXS"), blocks[..., 2:66])
+    return _with_words(blocks, found, blocks[..., 66:98], 0.5)
+
+
+def iq2_xxs(blocks: Tensor) -> Values:
+    """A factor, and 8 times 4 bytes of indices and a word of signs and a scale."""
+    pairs = blocks[..., 2:66].unflatten(-1, (8, 8))
+    found = _look_up(_grid("IQ2_XXS"), pairs[..., :4].flatten(-2))
+    return _with_words(blocks, found, pairs[..., 4:].flatten(-2), 0.25)
+
+
+def iq1_s(blocks: Tensor) -> Values:
+    """A factor, 32 lower bytes of indices, 8 words of their upper bits, a scale and a sign."""
+    words = blocks[..., 34:50].contiguous().view(torch.int16).int()
+    high = ((words[..., None] >> torch.arange(0, 12, 3)) & 7).flatten(-2)
+    q = _look_up(_grid("IQ1_S"), blocks[..., 2:34].int() | high << 8) + 1
+    scales = half(blocks, 0).float()[..., None] * (2 * ((words >> 12) & 7) + 1).float()
+    delta = torch.where(words < 0, -DELTA, DELTA)
+    return Values(q.byte().flatten(1), scales.flatten(1), (scales * (delta - 1)).flatten(1))
+
+
+def _with_words(blocks: Tensor, found: Tensor, words: Tensor, factor: float) -> Values:
+    """Numbers, of each 32 of which a word has four times seven signs, and a scale of four bits.
+
+    An eighth sign makes their number even.
+    """
+    words = words.contiguous().view(torch.int32)
+    seven = (words[..., None] >> torch.arange(0, 28, 7)) & 0x7F
+    signs = (seven[..., None] >> torch.arange(8)) & 1
+    signs[..., 7] = signs.sum(-1) & 1
+    scales = half(blocks, 0).float()[..., None] * (0.5 + ((words >> 28) & 0xF).float()) * factor
+    q = _signed(found, signs.flatten(-3), SEVEN_BITS)
+    return Values(q.flatten(1), scales.flatten(1))
+
+
+def _bits(packed: Tensor) -> Tensor:
+    """Bits 0 to 7 of each byte: (…, B) to (…, 8 B)."""
+    return ((packed[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(-2)
+
+
+def _signed(numbers: Tensor, signs: Tensor, zero: int) -> Tensor:
+    """Numbers, negative where a sign is 1, plus a zero point: uint8."""
+    return (torch.where(signs.bool(), -numbers, numbers) + zero).byte()
