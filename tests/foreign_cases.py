@@ -24,6 +24,7 @@ from foreign_changes import (
     without,
 )
 from foreign_floats import CASES as FLOATS
+from foreign_integers import CASES as INTEGERS
 from foreign_mixed import CASES as MIXED
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
@@ -77,6 +78,7 @@ O_BIAS = "model.layers.0.self_attn.o_proj.bias"
 CASES = {
     **MIXED,
     **FLOATS,
+    **INTEGERS,
     "GPTQ v1": Case(gptq(), GPTQ),
     "GPTQ v1, OPT": Case(gptq(), GPTQ, family="opt"),
     "GPTQ v1, BLOOM": Case(gptq(), GPTQ, family="bloom"),

@@ -51,6 +51,11 @@ def from_int_quantized(tensors, columns, rows, *, static):
     return FORMATS["int-quantized"](spec).read(tensors, columns, rows)
 
 
+def from_bitnet(tensors, columns, rows, *, inverse=True):
+    spec = QuantSpec(2, -1, "sym", "weight_only")
+    return FORMATS["bitnet"](spec, inverse).read(tensors, columns, rows)
+
+
 # N, K and group size: whole blocks of 32; one group, or row; primes; a short last group; a group
 # longer than a row.
 SHAPES = (

@@ -102,6 +102,7 @@ def checkpoints(*, onnx: bool = True) -> dict[str, Files]:
         found["llama mlx"] = _mlx(root / "mlx")
         found["llama fp8"] = _fp8(root / "fp8")
         found["llama nf4"] = _nf4(root / "nf4")
+        found["llama bitnet"] = _bitnet(root / "bitnet")
         for family in CONFIGS:
             found[f"{family} statistics"] = _with_statistics(root / f"{family} safetensors")
         found |= _gguf(root)
@@ -259,6 +260,17 @@ def _nf4(folder: Path) -> Files:
 
     entry = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     return _packed(folder, {"quantization_config": entry}, matrix)
+
+
+def _bitnet(folder: Path) -> Files:
+    """A checkpoint of BitNet's layout."""
+
+    def matrix(rows: int, columns: int) -> dict[str, torch.Tensor]:
+        quarters = torch.randint(3, (4, rows // 4, columns), dtype=torch.uint8)
+        packed = sum(quarter << 2 * i for i, quarter in enumerate(quarters))
+        return {"weight": packed, "weight_scale": torch.rand(1).half() + 4}
+
+    return _packed(folder, {"quantization_config": {"quant_method": "bitnet"}}, matrix)
 
 
 def _with_statistics(folder: Path) -> Files:

@@ -9,6 +9,7 @@ from stored_formats import (
     awq_tensors,
     drawn,
     from_awq,
+    from_bitnet,
     from_gptq,
     from_int_quantized,
     from_int_quantized_weight,
@@ -32,6 +33,7 @@ INT4 = {
     "weight_scale": torch.ones(6, 3),
     "weight_zero_point": torch.full((6, 3), -8, dtype=torch.int8),
 }
+BITNET = {"weight": torch.full((2, 40), 0x46, dtype=torch.uint8), "weight_scale": torch.ones(1)}
 READERS = {
     "gptq": (GPTQ, lambda t: from_gptq(t, 4, 16, 40, 6, v1=False)),
     "gptq v1": (GPTQ, lambda t: from_gptq(t, 4, 16, 40, 6, v1=True)),
@@ -39,6 +41,7 @@ READERS = {
     "pack-quantized": (PACKED, lambda t: from_pack_quantized(t, 4, 16, 40, 6)),
     "int-quantized": (INT8, lambda t: from_int_quantized(t, 40, 6, static=True)),
     "int-quantized weight": (INT4, lambda t: from_int_quantized_weight(t, 4, 16, 40, 6)),
+    "bitnet": (BITNET, lambda t: from_bitnet(t, 40, 8)),
 }
 REQUIRED = {
     "gptq": ("qweight", "qzeros", "scales"),
@@ -46,6 +49,7 @@ REQUIRED = {
     "pack-quantized": ("weight_packed", "weight_scale", "weight_shape"),
     "int-quantized": ("weight", "weight_scale", "input_scale"),
     "int-quantized weight": ("weight", "weight_scale"),
+    "bitnet": ("weight", "weight_scale"),
 }
 
 
@@ -152,6 +156,13 @@ def test_a_g_idx_nobody_set_orders_nothing():
             torch.full((6, 3), -9, dtype=torch.int8),
             "weight_zero_point holds values from -9 to -9; 4 bits hold -8 to 7",
         ),
+        (
+            "bitnet",
+            "weight",
+            torch.full((2, 40), 0x49 | 3 << 4, dtype=torch.uint8),
+            "weight holds a 3, expected 0, 1 and 2 for -1, 0 and 1",
+        ),
+        ("bitnet", "weight_scale", torch.zeros(1), "weight_scale is 0.0, which nothing can be"),
     ],
 )
 def test_values_that_cannot_be(kind, name, tensor, message):
@@ -160,9 +171,11 @@ def test_values_that_cannot_be(kind, name, tensor, message):
         read(tensors | {name: tensor})
 
 
-def test_awq_for_a_width_it_cannot_pack():
+def test_a_width_that_cannot_be_packed():
     with pytest.raises(UserError, match="cannot hold 12 output channels: AWQ packs them by 8"):
         from_awq(AWQ, 16, 40, 12)
+    with pytest.raises(UserError, match="cannot hold 10 output channels: BitNet packs them by 4"):
+        from_bitnet(BITNET, 40, 10)
 
 
 def test_a_group_size_of_any_size():

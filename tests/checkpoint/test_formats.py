@@ -16,6 +16,7 @@ from stored_formats import (
     drawn,
     float_weight,
     from_awq,
+    from_bitnet,
     from_gptq,
     from_int_quantized,
     from_int_quantized_weight,
@@ -109,6 +110,20 @@ def test_awq_by_hand():
     assert values[:, 2].tolist() == [10, 0, 0, 0, 0, 0, 0, 0]
     assert weight.qzeros.tolist() == [[8, 8]] * 7 + [[8, 0]]
     assert weight.scales[3].tolist() == [4, 12]
+
+
+def test_bitnet_by_hand():
+    """The bits of a byte, from the lowest, are of rows 0, 2, 4 and 6 of eight."""
+    tensors = {
+        "weight": torch.tensor([[0b10_01_00_10], [0b00_00_01_01]], dtype=torch.uint8),
+        "weight_scale": torch.tensor([4.0], dtype=torch.bfloat16),
+    }
+    weight = from_bitnet(tensors, 1, 8)
+    values = unpack(weight.qweight, 2, 1).flatten().short() - 2
+    assert values.tolist() == [1, 0, -1, 0, 0, -1, 1, -1]
+    assert weight.scales.tolist() == [[0.25]] * 8
+    assert from_bitnet(tensors, 1, 8, inverse=False).scales.tolist() == [[4.0]] * 8
+    assert weight.qzeros.numel() == 0
 
 
 def test_pack_quantized_by_hand():

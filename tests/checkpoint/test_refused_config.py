@@ -8,6 +8,7 @@ import re
 import pytest
 from foreign_floats import BITS4, FP8, MODELOPT
 from foreign_floats import ct as float_config
+from foreign_integers import AUTO_BITNET, BITNET
 from quant_configs import AUTO_ROUND, AWQ, GPTQ, LLAMA, TOKEN, W4A16, W8A8, bits, read
 
 from qllm.checkpoint.formats import describe
@@ -77,6 +78,12 @@ REFUSED = [
     ({"quant_method": "metal", "mode": "mxfp4"}, 'has mode "mxfp4"; QLLM reads "affine"'),
     ({"quant_method": "mlx", **{f"m{i}": False for i in range(10_000)}}, "has 10001 entries"),
     ({"quant_method": "mlx", "bits": 7}, "has bits 7; QLLM reads 2 or 3 or 4 or 5 or 6 or 8"),
+    (
+        AUTO_BITNET | {"quantization_mode": "online"},
+        'has quantization_mode "online"; QLLM reads "offline"',
+    ),
+    (BITNET | {"use_rms_norm": True}, "has use_rms_norm true; QLLM reads checkpoints without"),
+    (BITNET | {"linear_class": "bit"}, 'linear_class "bit"; QLLM reads "bitlinear" or "autobit'),
     (GPTQ | {"bits": 5}, "has bits 5; QLLM reads 2 or 3 or 4 or 8"),
     (GPTQ | {"bits": 4.0}, r"has bits 4\.0; expected a whole number"),
     (GPTQ | {"bits": True}, "has bits true; expected a whole number"),

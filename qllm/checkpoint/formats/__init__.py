@@ -1,7 +1,7 @@
 """The formats of quantized checkpoints, and the `quantization_config` that names one per module.
 
-Read are GPTQ (v1 and v2), AWQ, AutoRound's, compressed-tensors, MLX's and bitsandbytes' integers;
-and, as numbers, the small floats of several tools. Written is GPTQ v2 where
+Read are GPTQ (v1 and v2), AWQ, AutoRound's, compressed-tensors, MLX's, BitNet's and
+bitsandbytes' integers; and, as numbers, the small floats of several tools. Written is GPTQ v2 where
 that holds every module, and compressed-tensors otherwise: nobody's GPTQ knows int8 activations, or
 all widths.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 from qllm.checkpoint.formats import (
     auto_round,
+    bitnet,
     bitsandbytes,
     compressed_tensors,
     floats,
@@ -38,6 +39,7 @@ from qllm.config import QuantSpec
 
 _FORMATS: tuple[type[Format], ...] = (
     *(gptq.GPTQ, AWQ, GGUFBlocks, mlx.MLX, mlx.Metal, bitsandbytes.Int8),
+    *(bitnet.BitNet,),
     *compressed_tensors.FORMATS.values(),
 )
 FORMATS: dict[str, type[Format]] = {format.name: format for format in _FORMATS}
@@ -52,6 +54,7 @@ METHODS: dict[str, Callable[[Fields], QuantizationConfig]] = {
     "mlx": mlx.parse,  # as the reader calls it: MLX's own settings do not say
     "metal": mlx.parse_metal,
     "bitsandbytes": bitsandbytes.parse,
+    "bitnet": bitnet.parse,
     "fp8": floats.parse_fp8,
     "mxfp8": floats.parse_fp8,
     "fbgemm_fp8": floats.parse_fp8,

@@ -63,10 +63,7 @@ class TensorReader:
         scales = self.tensor(name, shape, SCALE_TYPES)
         if not is_finite(scales):
             raise UserError(f"{name} holds NaN or infinite values")
-        if scales.dtype == torch.bfloat16:
-            half = scales.half()
-            return half if torch.equal(half.float(), scales.float()) else scales.float()
-        return scales
+        return shortest(scales.float()) if scales.dtype == torch.bfloat16 else scales
 
     def stream(self, name: str, count: int, shape: tuple[int | None, int | None]) -> Tensor:
         """int32 words that hold `count` values along the dimension that `shape` leaves open.
@@ -134,6 +131,12 @@ def _expected(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def shortest(numbers: Tensor) -> Tensor:
+    """float32 numbers as float16 where that is exact."""
+    half = numbers.half()
+    return half if torch.equal(half.float(), numbers) else numbers
 
 
 def to_words(packed: Tensor, bits: int, count: int) -> Tensor:
