@@ -56,6 +56,11 @@ def from_bitnet(tensors, columns, rows, *, inverse=True):
     return FORMATS["bitnet"](spec, inverse).read(tensors, columns, rows)
 
 
+def from_hqq(tensors, bits, group_size, columns, rows):
+    spec = QuantSpec(bits, group_size, "offset", "weight_only")
+    return FORMATS["hqq"](spec).read(tensors, columns, rows)
+
+
 # N, K and group size: whole blocks of 32; one group, or row; primes; a short last group; a group
 # longer than a row.
 SHAPES = (

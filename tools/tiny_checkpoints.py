@@ -103,6 +103,7 @@ def checkpoints(*, onnx: bool = True) -> dict[str, Files]:
         found["llama fp8"] = _fp8(root / "fp8")
         found["llama nf4"] = _nf4(root / "nf4")
         found["llama bitnet"] = _bitnet(root / "bitnet")
+        found["llama hqq"] = _hqq(root / "hqq")
         for family in CONFIGS:
             found[f"{family} statistics"] = _with_statistics(root / f"{family} safetensors")
         found |= _gguf(root)
@@ -271,6 +272,24 @@ def _bitnet(folder: Path) -> Files:
         return {"weight": packed, "weight_scale": torch.rand(1).half() + 4}
 
     return _packed(folder, {"quantization_config": {"quant_method": "bitnet"}}, matrix)
+
+
+def _hqq(folder: Path) -> Files:
+    """A checkpoint of HQQ's layout, in groups of 16."""
+
+    def matrix(rows: int, columns: int) -> dict[str, torch.Tensor]:
+        groups = rows * columns // 16
+        return {
+            "W_q": torch.randint(256, (groups // 2, 16), dtype=torch.uint8),
+            "scale": torch.rand(groups, 1).half() + 0.01,
+            "zero": torch.rand(groups, 1).half() * 16,
+            "axis": torch.tensor(1, dtype=torch.int32),
+            "shape": torch.tensor([rows, columns]),
+        }
+
+    entry = {"weight_quant_params": {"nbits": 4, "group_size": 16, "axis": 1}}
+    settings = {"quant_method": "hqq", "quant_config": entry, "skip_modules": ["lm_head"]}
+    return _packed(folder, {"quantization_config": settings}, matrix)
 
 
 def _with_statistics(folder: Path) -> Files:

@@ -11,6 +11,7 @@ from stored_formats import (
     from_awq,
     from_bitnet,
     from_gptq,
+    from_hqq,
     from_int_quantized,
     from_int_quantized_weight,
     from_pack_quantized,
@@ -34,6 +35,12 @@ INT4 = {
     "weight_zero_point": torch.full((6, 3), -8, dtype=torch.int8),
 }
 BITNET = {"weight": torch.full((2, 40), 0x46, dtype=torch.uint8), "weight_scale": torch.ones(1)}
+HQQ = {
+    "W_q": torch.full((9, 20), 0x5A, dtype=torch.uint8),
+    "scale": torch.ones(18, 1),
+    "zero": torch.full((18, 1), 7.5),
+}
+HQQ6 = HQQ | {"W_q": torch.full((18, 20), 63, dtype=torch.uint8)}
 READERS = {
     "gptq": (GPTQ, lambda t: from_gptq(t, 4, 16, 40, 6, v1=False)),
     "gptq v1": (GPTQ, lambda t: from_gptq(t, 4, 16, 40, 6, v1=True)),
@@ -41,6 +48,8 @@ READERS = {
     "pack-quantized": (PACKED, lambda t: from_pack_quantized(t, 4, 16, 40, 6)),
     "int-quantized": (INT8, lambda t: from_int_quantized(t, 40, 6, static=True)),
     "int-quantized weight": (INT4, lambda t: from_int_quantized_weight(t, 4, 16, 40, 6)),
+    "hqq": (HQQ, lambda t: from_hqq(t, 4, 20, 60, 6)),
+    "hqq, 6 bits": (HQQ6, lambda t: from_hqq(t, 6, 20, 60, 6)),
     "bitnet": (BITNET, lambda t: from_bitnet(t, 40, 8)),
 }
 REQUIRED = {
@@ -50,6 +59,7 @@ REQUIRED = {
     "int-quantized": ("weight", "weight_scale", "input_scale"),
     "int-quantized weight": ("weight", "weight_scale"),
     "bitnet": ("weight", "weight_scale"),
+    "hqq": ("W_q", "scale", "zero"),
 }
 
 
@@ -162,6 +172,12 @@ def test_a_g_idx_nobody_set_orders_nothing():
             torch.full((2, 40), 0x49 | 3 << 4, dtype=torch.uint8),
             "weight holds a 3, expected 0, 1 and 2 for -1, 0 and 1",
         ),
+        ("hqq, 6 bits", "W_q", HQQ6["W_q"] + 1, "W_q holds 64, which 6 bits do not"),
+        ("hqq", "zero", torch.full((18, 1), torch.inf), "zero holds NaN or infinite values"),
+        ("hqq", "shape", torch.tensor([60, 6]), r"shape is \[60, 6\], expected \[6, 60\]"),
+        ("hqq", "nbits", torch.tensor(3), r"nbits is \[3\], expected \[4\]"),
+        ("hqq", "group_size", torch.ones(9), r"group_size is \[1.0, 1.0, 1.0\], expected \[20\]"),
+        ("hqq", "view_as_float", torch.tensor(True), r"view_as_float is \[True\], expected"),
         ("bitnet", "weight_scale", torch.zeros(1), "weight_scale is 0.0, which nothing can be"),
     ],
 )

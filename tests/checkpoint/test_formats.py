@@ -18,6 +18,7 @@ from stored_formats import (
     from_awq,
     from_bitnet,
     from_gptq,
+    from_hqq,
     from_int_quantized,
     from_int_quantized_weight,
     from_pack_quantized,
@@ -124,6 +125,26 @@ def test_bitnet_by_hand():
     assert weight.scales.tolist() == [[0.25]] * 8
     assert from_bitnet(tensors, 1, 8, inverse=False).scales.tolist() == [[4.0]] * 8
     assert weight.qzeros.numel() == 0
+
+
+def test_hqq_by_hand():
+    """Two groups to a row of four: of three bits, a word's highest of ten is the first group."""
+    word = 7 << 27 | 1 << 24 | 2 << 21 | 6 << 18
+    tensors = {
+        "W_q": words(word, word + (1 << 18)).reshape(1, 2),
+        "scale": torch.tensor([[0.5], [1.0], [2.0], [0.25]]),
+        "zero": torch.tensor([[3.5], [0.0], [1.0], [0.5]]),
+    }
+    weight = from_hqq(tensors, 3, 2, 4, 2)
+    assert unpack(weight.qweight, 3, 4).tolist() == [[7, 7, 1, 1], [2, 2, 6, 7]]
+    assert weight.scales.tolist() == [[0.5, 1.0], [2.0, 0.25]]
+    assert weight.qzeros.tolist() == [[-1.75, 0.0], [-2.0, -0.125]]
+    # Bytes of four bits: the high ones are of the first half of the groups.
+    tensors["W_q"] = torch.tensor([[0x1F, 0x23], [0xA4, 0x05]], dtype=torch.uint8)
+    assert unpack(from_hqq(tensors, 4, 2, 4, 2).qweight, 4, 4).tolist() == [
+        [1, 2, 10, 0],
+        [15, 3, 4, 5],
+    ]
 
 
 def test_pack_quantized_by_hand():

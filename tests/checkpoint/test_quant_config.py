@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from foreign_integers import hqq_config, hqq_settings
 from quant_configs import (
     AUTO_ROUND,
     AWQ,
@@ -73,6 +74,17 @@ def test_auto_round_and_mlx():
     assert config.find("lm_head") == FORMATS["mlx"](bits(6, 32, "offset"))
     assert config.find(up.format(0)) == FORMATS["mlx"](bits(3, 64, "offset"))
     assert config.find(up.format(1)) is None
+
+
+def test_hqq_kinds():
+    """HQQ's names of linears are without what they have in front, and without numbers."""
+    kinds = {"mlp.up_proj": hqq_settings(3, 64), "fc1": hqq_settings(2, None)}
+    config = read(hqq_config(kinds))
+    assert config.find("model.layers.11.mlp.up_proj") == FORMATS["hqq"](bits(3, 64, "offset"))
+    assert config.find("model.decoder.layers.0.fc1") == FORMATS["hqq"](bits(2, -1, "offset"))
+    for other in ("model.layers.0.mlp.down_proj", "model.layers.0.xmlp.up_proj", "lm_head"):
+        assert config.find(other) is None
+    assert read(hqq_config(hqq_settings(4, 64))).find("model.layers.0.self_attn.q_proj")
 
 
 def test_gptq_head():

@@ -9,6 +9,7 @@ import pytest
 from foreign_floats import BITS4, FP8, MODELOPT
 from foreign_floats import ct as float_config
 from foreign_integers import AUTO_BITNET, BITNET
+from foreign_integers import AUTO_BITNET, BITNET, hqq_config, hqq_settings
 from quant_configs import AUTO_ROUND, AWQ, GPTQ, LLAMA, TOKEN, W4A16, W8A8, bits, read
 
 from qllm.checkpoint.formats import describe
@@ -84,6 +85,13 @@ REFUSED = [
     ),
     (BITNET | {"use_rms_norm": True}, "has use_rms_norm true; QLLM reads checkpoints without"),
     (BITNET | {"linear_class": "bit"}, 'linear_class "bit"; QLLM reads "bitlinear" or "autobit'),
+    (hqq_config(hqq_settings(4, 64, axis=0)), "weight_quant_params has axis 0; QLLM reads 1"),
+    (hqq_config(hqq_settings(7, 64)), "has nbits 7; QLLM reads 1 or 2 or 3 or 4 or 5 or 6 or 8"),
+    (hqq_config(hqq_settings(1.58, 64)), r"has nbits 1\.58; expected a whole number"),
+    (hqq_config(hqq_settings(4, 64, view_as_float=True)), "view_as_float true; QLLM reads check"),
+    (hqq_config(hqq_settings(4, 64, channel_wise=False)), "channel_wise false; QLLM reads true"),
+    (hqq_config({"mlp.up_proj": {}}), r'\["mlp.up_proj"\].weight_quant_params is null, expected'),
+    (hqq_config([]), r"quant_config is a list, expected a JSON object"),
     (GPTQ | {"bits": 5}, "has bits 5; QLLM reads 2 or 3 or 4 or 8"),
     (GPTQ | {"bits": 4.0}, r"has bits 4\.0; expected a whole number"),
     (GPTQ | {"bits": True}, "has bits true; expected a whole number"),

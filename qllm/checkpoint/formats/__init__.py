@@ -1,6 +1,6 @@
 """The formats of quantized checkpoints, and the `quantization_config` that names one per module.
 
-Read are GPTQ (v1 and v2), AWQ, AutoRound's, compressed-tensors, MLX's, BitNet's and
+Read are GPTQ (v1 and v2), AWQ, AutoRound's, compressed-tensors, MLX's, BitNet's, HQQ's and
 bitsandbytes' integers; and, as numbers, the small floats of several tools. Written is GPTQ v2 where
 that holds every module, and compressed-tensors otherwise: nobody's GPTQ knows int8 activations, or
 all widths.
@@ -18,6 +18,7 @@ from qllm.checkpoint.formats import (
     compressed_tensors,
     floats,
     gptq,
+    hqq,
     mlx,
 )
 from qllm.checkpoint.formats.awq import AWQ
@@ -39,7 +40,7 @@ from qllm.config import QuantSpec
 
 _FORMATS: tuple[type[Format], ...] = (
     *(gptq.GPTQ, AWQ, GGUFBlocks, mlx.MLX, mlx.Metal, bitsandbytes.Int8),
-    *(bitnet.BitNet,),
+    *(bitnet.BitNet, hqq.HQQ),
     *compressed_tensors.FORMATS.values(),
 )
 FORMATS: dict[str, type[Format]] = {format.name: format for format in _FORMATS}
@@ -55,6 +56,7 @@ METHODS: dict[str, Callable[[Fields], QuantizationConfig]] = {
     "metal": mlx.parse_metal,
     "bitsandbytes": bitsandbytes.parse,
     "bitnet": bitnet.parse,
+    "hqq": hqq.parse,
     "fp8": floats.parse_fp8,
     "mxfp8": floats.parse_fp8,
     "fbgemm_fp8": floats.parse_fp8,

@@ -139,6 +139,14 @@ def shortest(numbers: Tensor) -> Tensor:
     return half if torch.equal(half.float(), numbers) else numbers
 
 
+def with_offsets(packed: Tensor, scales: Tensor, offsets: Tensor) -> PackedWeight:
+    """Rows of integers with scales (N, G) and float32 offsets: both float16 where that is exact."""
+    half = shortest(offsets)
+    if scales.dtype != half.dtype:
+        scales, half = scales.float(), offsets
+    return PackedWeight(packed, scales.contiguous(), half.contiguous())
+
+
 def to_words(packed: Tensor, bits: int, count: int) -> Tensor:
     """Packed rows as int32, as many as hold `count` values: (R, ceil(count b / 32))."""
     words = view_as(packed, torch.int32)
