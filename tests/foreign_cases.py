@@ -26,6 +26,7 @@ from foreign_changes import (
 from foreign_floats import CASES as FLOATS
 from foreign_integers import CASES as INTEGERS
 from foreign_mixed import CASES as MIXED
+from foreign_torchao import CASES as TORCHAO
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
 AWQ = {
@@ -79,6 +80,7 @@ CASES = {
     **MIXED,
     **FLOATS,
     **INTEGERS,
+    **TORCHAO,
     "GPTQ v1": Case(gptq(), GPTQ),
     "GPTQ v1, OPT": Case(gptq(), GPTQ, family="opt"),
     "GPTQ v1, BLOOM": Case(gptq(), GPTQ, family="bloom"),

@@ -61,6 +61,15 @@ def from_hqq(tensors, bits, group_size, columns, rows):
     return FORMATS["hqq"](spec).read(tensors, columns, rows)
 
 
+def from_torchao(tensors, spec, columns, rows):
+    return FORMATS["torchao"](spec).read(tensors, columns, rows)
+
+
+def from_torchao_int4(tensors, group_size, columns, rows):
+    spec = QuantSpec(4, group_size, "offset", "weight_only")
+    return FORMATS["torchao-int4"](spec).read(tensors, columns, rows)
+
+
 # N, K and group size: whole blocks of 32; one group, or row; primes; a short last group; a group
 # longer than a row.
 SHAPES = (

@@ -104,6 +104,7 @@ def checkpoints(*, onnx: bool = True) -> dict[str, Files]:
         found["llama nf4"] = _nf4(root / "nf4")
         found["llama bitnet"] = _bitnet(root / "bitnet")
         found["llama hqq"] = _hqq(root / "hqq")
+        found["llama torchao"] = _torchao(root / "torchao")
         for family in CONFIGS:
             found[f"{family} statistics"] = _with_statistics(root / f"{family} safetensors")
         found |= _gguf(root)
@@ -290,6 +291,34 @@ def _hqq(folder: Path) -> Files:
     entry = {"weight_quant_params": {"nbits": 4, "group_size": 16, "axis": 1}}
     settings = {"quant_method": "hqq", "quant_config": entry, "skip_modules": ["lm_head"]}
     return _packed(folder, {"quantization_config": settings}, matrix)
+
+
+def _torchao(folder: Path) -> Files:
+    """A checkpoint of torchao's layout of 4 bits, in groups of 16; each MLP's first has 8 bits."""
+
+    def matrix(rows: int, columns: int) -> dict[str, torch.Tensor]:
+        if rows == CONFIGS["llama"]["intermediate_size"]:
+            return {
+                "_weight_qdata": torch.randint(-128, 128, (rows, columns), dtype=torch.int8),
+                "_weight_scale": torch.rand(rows, 1) + 0.01,
+                "_weight_zero_point": torch.zeros(rows, 1, dtype=torch.int8),
+            }
+        return {
+            "_weight_qdata": torch.randint(-128, 128, (rows, columns // 2), dtype=torch.int8),
+            "_weight_scale": torch.rand(columns // 16, rows).half() + 0.01,
+            "_weight_zero_point": torch.rand(columns // 16, rows).half(),
+        }
+
+    per_row = {"_type": "PerRow", "_data": {"dim": -1}}
+    names = {
+        "_default": {"_type": "Int4WeightOnlyConfig", "_data": {"group_size": 16}, "_version": 2},
+        "re:.*(up|gate)_proj": {
+            **{"_type": "Int8WeightOnlyConfig", "_data": {"granularity": per_row}, "_version": 2}
+        },
+    }
+    settings = {"default": {"_type": "FqnToConfig", "_data": {"fqn_to_config": names}}}
+    entry = {"quant_method": "torchao", "quant_type": settings}
+    return _packed(folder, {"quantization_config": entry}, matrix)
 
 
 def _with_statistics(folder: Path) -> Files:

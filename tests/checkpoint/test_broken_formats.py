@@ -15,12 +15,15 @@ from stored_formats import (
     from_int_quantized,
     from_int_quantized_weight,
     from_pack_quantized,
+    from_torchao,
+    from_torchao_int4,
     to_gptq,
     to_int_quantized,
     to_pack_quantized,
 )
 
 from qllm.checkpoint.formats import Int8Weight
+from qllm.config import QuantSpec
 from qllm.errors import UserError
 
 GPTQ = to_gptq(drawn(6, 40, 4, 16, "asym"), 4, 16, 40)  # qweight (5, 6), qzeros (3, 1)
@@ -41,6 +44,16 @@ HQQ = {
     "zero": torch.full((18, 1), 7.5),
 }
 HQQ6 = HQQ | {"W_q": torch.full((18, 20), 63, dtype=torch.uint8)}
+AO8 = {
+    "_weight_qdata": torch.ones(6, 40, dtype=torch.int8),
+    "_weight_scale": torch.ones(6, 1),
+    "_weight_zero_point": torch.zeros(6, 1, dtype=torch.int8),
+}
+AO4 = {
+    "_weight_qdata": torch.ones(6, 20, dtype=torch.int8),
+    "_weight_scale": torch.ones(3, 6),
+    "_weight_zero_point": torch.ones(3, 6),
+}
 READERS = {
     "gptq": (GPTQ, lambda t: from_gptq(t, 4, 16, 40, 6, v1=False)),
     "gptq v1": (GPTQ, lambda t: from_gptq(t, 4, 16, 40, 6, v1=True)),
@@ -50,6 +63,8 @@ READERS = {
     "int-quantized weight": (INT4, lambda t: from_int_quantized_weight(t, 4, 16, 40, 6)),
     "hqq": (HQQ, lambda t: from_hqq(t, 4, 20, 60, 6)),
     "hqq, 6 bits": (HQQ6, lambda t: from_hqq(t, 6, 20, 60, 6)),
+    "torchao": (AO8, lambda t: from_torchao(t, QuantSpec(8, -1, "asym", "weight_only"), 40, 6)),
+    "torchao-int4": (AO4, lambda t: from_torchao_int4(t, 16, 40, 6)),
     "bitnet": (BITNET, lambda t: from_bitnet(t, 40, 8)),
 }
 REQUIRED = {
@@ -60,6 +75,8 @@ REQUIRED = {
     "int-quantized weight": ("weight", "weight_scale"),
     "bitnet": ("weight", "weight_scale"),
     "hqq": ("W_q", "scale", "zero"),
+    "torchao": ("_weight_qdata", "_weight_scale"),
+    "torchao-int4": ("_weight_qdata", "_weight_scale", "_weight_zero_point"),
 }
 
 

@@ -22,6 +22,8 @@ from stored_formats import (
     from_int_quantized,
     from_int_quantized_weight,
     from_pack_quantized,
+    from_torchao,
+    from_torchao_int4,
     scattered,
     stream,
     to_gptq,
@@ -29,6 +31,7 @@ from stored_formats import (
     words,
 )
 
+from qllm.config import QuantSpec
 from qllm.quant.packing import BITS, pack, packed_size, unpack
 
 
@@ -145,6 +148,29 @@ def test_hqq_by_hand():
         [1, 2, 10, 0],
         [15, 3, 4, 5],
     ]
+
+
+def test_torchao_by_hand():
+    """Signed values of two to a byte, the first in its low bits, have another order of scales."""
+    packed = torch.tensor([[0x10, -0x08 & 0x7F], [0x7F, 0x35]], dtype=torch.int8)
+    tensors = {
+        "_weight_qdata": packed,
+        "_weight_scale": torch.tensor([[0.5, 1.0], [2.0, 0.25]]),
+        "_weight_zero_point": torch.tensor([[3.5, 0.0], [1.0, -0.5]]),
+    }
+    weight = from_torchao_int4(tensors, 2, 4, 2)
+    assert unpack(weight.qweight, 4, 4).tolist() == [[8, 9, 0, 15], [7, 15, 13, 11]]
+    assert weight.scales.tolist() == [[0.5, 2.0], [1.0, 0.25]]
+    assert weight.qzeros.tolist() == [[-0.5, -15.0], [-8.0, -2.5]]
+    tensors = {
+        "_weight_qdata": packed,
+        "_weight_scale": torch.tensor([[0.5]]),
+        "_weight_zero_point": torch.zeros(1, 1, dtype=torch.int8),
+    }
+    found = from_torchao(tensors, QuantSpec(8, -1, "sym", "w8a8_dynamic"), 2, 2)
+    assert found.qweight is packed
+    assert found.scales.tolist() == [0.5, 0.5]
+    assert found.input_scale is None
 
 
 def test_pack_quantized_by_hand():

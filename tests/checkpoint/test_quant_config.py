@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from foreign_integers import hqq_config, hqq_settings
+from foreign_torchao import granularity, int8, intx, torchao_config, torchao_type
 from quant_configs import (
     AUTO_ROUND,
     AWQ,
@@ -85,6 +86,25 @@ def test_hqq_kinds():
     for other in ("model.layers.0.mlp.down_proj", "model.layers.0.xmlp.up_proj", "lm_head"):
         assert config.find(other) is None
     assert read(hqq_config(hqq_settings(4, 64))).find("model.layers.0.self_attn.q_proj")
+
+
+def test_torchao_names():
+    """Names of modules or weights, patterns that match whole names, and all others."""
+    both = [granularity("PerRow", dim=-1), granularity("PerTensor")]
+    dynamic = torchao_type("Int8DynamicActivationInt8WeightConfig", granularity=both)
+    up = "model.layers.0.mlp.up_proj"
+    names = {
+        "_default": dynamic,
+        "re:.*up_proj": intx(3, 64),
+        f"{up}.weight": None,
+        r"re:model\.layers\..": int8(),
+    }
+    for key in ("fqn_to_config", "module_fqn_to_config"):
+        config = read(torchao_config(torchao_type("FqnToConfig", **{key: names})))
+        assert config.find(up) is None
+        assert config.find(up.replace("0", "1")) == FORMATS["torchao"](bits(3, 64))
+        assert config.find("model.layers.1") == FORMATS["torchao"](bits(8, -1))
+        assert config.find("model.layers.1.mlp.gate_proj") == FORMATS["torchao"](DYNAMIC)
 
 
 def test_gptq_head():

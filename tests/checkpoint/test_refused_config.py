@@ -10,6 +10,7 @@ from foreign_floats import BITS4, FP8, MODELOPT
 from foreign_floats import ct as float_config
 from foreign_integers import AUTO_BITNET, BITNET
 from foreign_integers import AUTO_BITNET, BITNET, hqq_config, hqq_settings
+from foreign_torchao import granularity, int8, intx, torchao_config, torchao_type
 from quant_configs import AUTO_ROUND, AWQ, GPTQ, LLAMA, TOKEN, W4A16, W8A8, bits, read
 
 from qllm.checkpoint.formats import describe
@@ -45,6 +46,12 @@ def with_inputs(**values):
     return with_group(W8A8, input_activations=inputs)
 
 
+def torchao_of(kind, **data):
+    return torchao_config(torchao_type(kind, **data))
+
+
+DYNAMIC, PER_TENSOR = "Int8DynamicActivationInt8WeightConfig", granularity("PerTensor")
+TORCHAO = torchao_config(int8())
 G0 = re.escape('quantization_config.config_groups["group_0"]')
 REFUSED = [
     ([], "quantization_config is a list, expected a JSON object"),
@@ -92,6 +99,31 @@ REFUSED = [
     (hqq_config(hqq_settings(4, 64, channel_wise=False)), "channel_wise false; QLLM reads true"),
     (hqq_config({"mlp.up_proj": {}}), r'\["mlp.up_proj"\].weight_quant_params is null, expected'),
     (hqq_config([]), r"quant_config is a list, expected a JSON object"),
+    (TORCHAO | {"quant_type": "int8_weight_only"}, r'quant_type is "int8_weight_only", expected'),
+    (TORCHAO | {"quant_type": {"default": {}}}, r"quant_type\.default has _type null; expected"),
+    (torchao_of("Float8WeightOnlyConfig"), '_type "Float8WeightOnlyConfig"; QLLM reads "Int8W'),
+    (torchao_config(int8() | {"_version": 1}), r"default has _version 1; QLLM reads 2"),
+    (torchao_config(int8("PerBlock")), 'granularity has _type "PerBlock"; QLLM reads "PerRow"'),
+    (torchao_config(int8("PerRow", dim=0)), r"granularity\._data has dim 0; QLLM reads -1 or 1"),
+    (torchao_config(intx(9, -1)), 'has weight_dtype "int9"; QLLM reads "int1" or'),
+    (
+        torchao_of("Int4WeightOnlyConfig", int4_packing_format={"_data": "TILE_PACKED_TO_4D"}),
+        'int4_packing_format "tile_packed_to_4d"; QLLM reads "plain"',
+    ),
+    (torchao_of(DYNAMIC, reduce_range=True), "has reduce_range true; QLLM reads checkpoints w"),
+    (torchao_of(DYNAMIC, act_mapping_type="ASYMMETRIC"), 'act_mapping_type "asymmetric"; QLLM'),
+    (torchao_of(DYNAMIC, granularity=PER_TENSOR), 'has _type "PerTensor"; QLLM reads "PerRow"$'),
+    (torchao_of(DYNAMIC, granularity=[]), "has 0 of granularity; expected one, or two"),
+    (
+        torchao_of("FqnToConfig", fqn_to_config={"re:(": int8()}),
+        "is no regular expression",
+    ),
+    (
+        torchao_of("FqnToConfig", fqn_to_config={"re:a": int8(), "re:b": torchao_type(DYNAMIC)}),
+        "patterns with and without int8 activations in fqn_to_config; QLLM reads those of one",
+    ),
+    (torchao_of("FqnToConfig", fqn_to_config={"a": 3}), r'fqn_to_config\["a"\] is 3, expected a'),
+    (torchao_of("FqnToConfig"), r"module_fqn_to_config is null, expected a JSON object"),
     (GPTQ | {"bits": 5}, "has bits 5; QLLM reads 2 or 3 or 4 or 8"),
     (GPTQ | {"bits": 4.0}, r"has bits 4\.0; expected a whole number"),
     (GPTQ | {"bits": True}, "has bits true; expected a whole number"),

@@ -1,6 +1,6 @@
 """The formats of quantized checkpoints, and the `quantization_config` that names one per module.
 
-Read are GPTQ (v1 and v2), AWQ, AutoRound's, compressed-tensors, MLX's, BitNet's, HQQ's and
+Read are GPTQ (v1 and v2), AWQ, AutoRound's, compressed-tensors, MLX's, BitNet's, HQQ's, torchao's and
 bitsandbytes' integers; and, as numbers, the small floats of several tools. Written is GPTQ v2 where
 that holds every module, and compressed-tensors otherwise: nobody's GPTQ knows int8 activations, or
 all widths.
@@ -20,6 +20,7 @@ from qllm.checkpoint.formats import (
     gptq,
     hqq,
     mlx,
+    torchao,
 )
 from qllm.checkpoint.formats.awq import AWQ
 from qllm.checkpoint.formats.awq import parse as parse_awq
@@ -40,7 +41,7 @@ from qllm.config import QuantSpec
 
 _FORMATS: tuple[type[Format], ...] = (
     *(gptq.GPTQ, AWQ, GGUFBlocks, mlx.MLX, mlx.Metal, bitsandbytes.Int8),
-    *(bitnet.BitNet, hqq.HQQ),
+    *(bitnet.BitNet, hqq.HQQ, torchao.TorchAO, torchao.TorchAOInt4),
     *compressed_tensors.FORMATS.values(),
 )
 FORMATS: dict[str, type[Format]] = {format.name: format for format in _FORMATS}
@@ -57,6 +58,7 @@ METHODS: dict[str, Callable[[Fields], QuantizationConfig]] = {
     "bitsandbytes": bitsandbytes.parse,
     "bitnet": bitnet.parse,
     "hqq": hqq.parse,
+    "torchao": torchao.parse,
     "fp8": floats.parse_fp8,
     "mxfp8": floats.parse_fp8,
     "fbgemm_fp8": floats.parse_fp8,

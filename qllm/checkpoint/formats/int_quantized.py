@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class IntQuantized(Format):
 
     name = "int-quantized"
     tensors = ("weight", "weight_scale")
-    optional = ("weight_zero_point", "input_scale", "input_zero_point")
+    optional: ClassVar[tuple[str, ...]] = ("weight_zero_point", "input_scale", "input_zero_point")
     channels = {  # noqa: RUF012
         "weight": (0, False),
         "weight_scale": (0, False),
@@ -54,17 +55,18 @@ class IntQuantized(Format):
         read = TensorReader(tensors, self.spec, in_features, out_features)
         if self.spec.kind == "weight_only":
             return self._read_packed(read)
-        qweight = read.tensor("weight", (out_features, in_features), (torch.int8,))
-        for name in ("weight_zero_point", "input_zero_point"):
+        weight, weight_scale = self.tensors
+        qweight = read.tensor(weight, (out_features, in_features), (torch.int8,))
+        for name in (name for name in self.optional if name.endswith("zero_point")):
             if name in tensors and tensors[name].count_nonzero():
                 raise UserError(
                     f"{name} is not 0; with int8 activations QLLM reads symmetric grids"
                 )
-        if "weight_scale" in tensors and tensors["weight_scale"].numel() == 1:
-            scales = read.scales("weight_scale", tuple(tensors["weight_scale"].shape))
+        if weight_scale in tensors and tensors[weight_scale].numel() == 1:
+            scales = read.scales(weight_scale, tuple(tensors[weight_scale].shape))
             scales = scales.reshape(1).repeat(out_features)
         else:
-            scales = read.scales("weight_scale", (out_features, 1))[:, 0]
+            scales = read.scales(weight_scale, (out_features, 1))[:, 0]
         input_scale = None
         if self.spec.kind == "w8a8_static":
             shape = (1,) if "input_scale" not in tensors or tensors["input_scale"].dim() else ()
@@ -76,11 +78,13 @@ class IntQuantized(Format):
     def _read_packed(self, read: TensorReader) -> PackedWeight:
         """A module whose activations are not quantized, as packed integers."""
         bits, shape = self.spec.bits, (read.out_features, read.in_features)
-        values = read.signed("weight", shape)
-        scales = read.scales("weight_scale", (read.out_features, read.groups))
+        weight, weight_scale = self.tensors
+        values = read.signed(weight, shape)
+        scales = read.scales(weight_scale, (read.out_features, read.groups))
         zeros = scales.new_empty(0, dtype=torch.uint8)
-        if "weight_zero_point" in read.tensors:
-            zeros = read.signed("weight_zero_point", (read.out_features, read.groups))
+        zero_point = self.optional[0]
+        if zero_point in read.tensors:
+            zeros = read.signed(zero_point, (read.out_features, read.groups))
             zeros = without_middle(_unsigned(zeros, bits), bits)
         packed = torch.empty(
             read.out_features, packed_size(read.in_features, bits), dtype=torch.uint8
