@@ -8,7 +8,6 @@ import re
 import pytest
 from foreign_floats import BITS4, FP8, MODELOPT
 from foreign_floats import ct as float_config
-from foreign_integers import AUTO_BITNET, BITNET
 from foreign_integers import AUTO_BITNET, BITNET, hqq_config, hqq_settings
 from foreign_torchao import granularity, int8, intx, torchao_config, torchao_type
 from quant_configs import AUTO_ROUND, AWQ, GPTQ, LLAMA, TOKEN, W4A16, W8A8, bits, read

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import FAMILIES
 from covering import each, slow_but
-from foreign_cases import AWQ
+from foreign import folder_of
+from foreign_cases import AWQ, CASES
 from safetensors.torch import load_file, save_file
 from stored_formats import awq_tensors
 
@@ -88,6 +89,25 @@ def test_some_rows_are_those_of_the_whole_and_no_more_is_read(
             assert_same_tensors(found, take_rows(whole, rows))
             if not weights.family.interleaved_qkv or ".qkv" not in module:
                 assert sum(sizes) < 0.6 * all_bytes, (module, runs)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("BitNet", "BitNet, Phi-3", "HQQ, 3 bits", "HQQ, OPT", "HQQ, BLOOM"),
+        *("torchao, int8, a scale per matrix", "torchao, int3", "torchao, Int4Tensor, Phi-3"),
+    ],
+)
+def test_some_rows_of_a_matrix_of_others(name, tmp_path):
+    """Some have rows that lie far apart in one byte, or one scale for all of them."""
+    case = CASES[name]
+    folder_of(case.family, case.write, case.config).write(tmp_path / "model")
+    weights = Weights(Checkpoint(tmp_path / "model"))
+    for module in weights.stored:
+        whole = weights.read_quantized(module)
+        for runs in ([range(5, 41)], [range(61, 64)], [range(32), range(33, 40)]):
+            rows = torch.cat([torch.arange(run.start, run.stop) for run in runs])
+            assert_same_tensors(weights.read_quantized(module, runs), take_rows(whole, rows))
 
 
 def assert_same_tensors(found: Quantized, expected: Quantized) -> None:

@@ -1,9 +1,9 @@
 """The formats of quantized checkpoints, and the `quantization_config` that names one per module.
 
-Read are GPTQ (v1 and v2), AWQ, AutoRound's, compressed-tensors, MLX's, BitNet's, HQQ's, torchao's and
-bitsandbytes' integers; and, as numbers, the small floats of several tools. Written is GPTQ v2 where
-that holds every module, and compressed-tensors otherwise: nobody's GPTQ knows int8 activations, or
-all widths.
+Read are GPTQ (v1 and v2), AWQ, AutoRound's, compressed-tensors, MLX's, BitNet's, HQQ's, and the
+integers of bitsandbytes and torchao; and, as numbers, the small floats of several tools. Written is
+GPTQ v2 where that holds every module, and compressed-tensors otherwise: nobody's GPTQ knows int8
+activations, or all widths.
 """
 
 from __future__ import annotations
