@@ -37,7 +37,7 @@ class QuantSpec:
     Attributes:
         bits: bits per weight, 1 to 8, or 16 for a dense layer.
         group_size: input channels that share a scale; -1 is all of them.
-        scheme: "asym" (a zero point per group), "sym", or, of GGUF and MLX files, "offset": a
+        scheme: "asym" (a zero point per group), "sym", or, of some files of others, "offset": a
             number per group that is added to q · scale.
         kind: the row of `qllm.layers.LAYERS` that implements it: "dense", "weight_only",
             "w8a8_dynamic" (int8 activations, a scale per token) or "w8a8_static" (one scale per

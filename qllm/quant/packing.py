@@ -26,7 +26,7 @@ class PackedWeight(NamedTuple):
         qweight: uint8 (N, packed_size(K, b)).
         scales: float16, or float32 where float16 over- or underflows, (N, G).
         qzeros: uint8 (N, G); empty for a symmetric grid, where each is 2^(b-1); or, in the type of
-            the scales, offsets: a value is then q · scale + offset (GGUF's Q4_1, MLX).
+            the scales, offsets: a value is then q · scale + offset (GGUF's Q4_1, MLX, HQQ).
         perm: int64 (K,), where the groups are not runs of input channels: packed column i holds
             input channel perm[i], and the groups are runs of packed columns. None is 0, 1, 2, ….
     """

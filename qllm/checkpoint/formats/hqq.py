@@ -1,4 +1,4 @@
-"""HQQ's checkpoints, as transformers 4 saves them and vLLM loads them; QLLM reads them."""
+"""HQQ's checkpoints, as transformers 4 saves them; QLLM reads them."""
 
 from __future__ import annotations
 
