@@ -235,7 +235,7 @@ class _Tensors:
         assert isinstance(packed, PackedWeight)  # of all with weights alone
         if packed.perm is not None or packed.scales.dtype != torch.float16:
             raise UserError(
-                f"{module} has act-order or scales beyond float16, which GGUF has not; "
+                f"{module} has act-order, or scales in float32, which GGUF has not; "
                 "export the 16-bit checkpoint, or one that was quantized with `static_groups`"
             )
         if packed.qzeros.is_floating_point() and bits not in TYPES_OF:

@@ -14,6 +14,7 @@ from conftest import FAMILIES, examples, tiny
 from covering import pairwise
 from foreign import folder_of, mlx
 from foreign_changes import as_mlx
+from foreign_integers import hqq, hqq_config, hqq_settings
 from hypothesis import assume, given
 from oracle import (
     TIE,
@@ -147,13 +148,17 @@ def test_layers_of_a_gguf_file_stay_packed_where_the_operator_holds_them(tmp_pat
     assert_logits_close(OnnxDecoder(tmp_path / "onnx").prefill(prompts, last=False), want)
 
 
-def test_integers_with_offsets_are_written_as_numbers(tmp_path):
-    folder = folder_of("llama", mlx(3), None)
-    as_mlx(mlx(3), 3)(folder)
+@pytest.mark.parametrize("name", ["mlx", "hqq"])
+def test_integers_with_offsets_are_written_as_numbers(name, tmp_path):
+    if name == "mlx":
+        folder = folder_of("llama", mlx(3), None)
+        as_mlx(mlx(3), 3)(folder)
+    else:
+        folder = folder_of("llama", hqq(3), hqq_config(hqq_settings(3, 32)))
     folder.write(tmp_path / "model")
     notes, prompts = [], draw_prompts((3, 17), 96)
     export(tmp_path / "model", tmp_path / "onnx", note=notes.append)
-    assert [note.split(" are ")[0] for note in notes] == ["layers of mlx"]
+    assert [note.split(" are ")[0] for note in notes] == [f"layers of {name}"]
     assert not [k for k in json.loads((tmp_path / "onnx/config.json").read_text()) if "quant" in k]
     assert_same_model(OnnxDecoder(tmp_path / "onnx"), folder.twin, prompts, 4)
 
