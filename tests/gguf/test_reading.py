@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from copy import deepcopy
 from dataclasses import replace
 from random import Random
@@ -245,6 +246,13 @@ def test_parts_of_several_types_are_one_matrix(tmp_path, kind, kinds, spec):
     (logits,) = LLM.from_pretrained(tmp_path / "onnx").logits([IDS[0]])
     (want,) = numbers.logits([IDS[0]])
     assert (logits - want).abs().max() < 1e-3 * (want.max() - want.min())
+
+
+def test_tables_that_are_not_there_are_one_line(monkeypatch):
+    (kind,) = (kind for kind in TYPES.values() if kind.name == "IQ2_XS")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match="need the package gguf: pip install gguf"):
+        kind.dequantize(torch.zeros(1, kind.nbytes, dtype=torch.uint8))
 
 
 def test_other_types_have_llama_cpp_s_names():
