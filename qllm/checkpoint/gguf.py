@@ -21,11 +21,13 @@ from qllm.errors import UserError
 from qllm.gguf.config import Architecture, architecture_of, read_config
 from qllm.gguf.file import GGUF, GGUFTensor
 from qllm.gguf.metadata import Metadata
-from qllm.gguf.types import BlockType
+from qllm.gguf.types import PACKED_GROUP, BlockType, MixedType
 from qllm.models import FAMILIES, RawConfig
 from qllm.models import read_config as model_config
+from qllm.quant.packing import packed_size
 
-BLOCKS = "blocks"  # the tensor of a linear that is held as it is
+# The tensor of a linear that is held as it is, and those of one whose parts have several types.
+BLOCKS, MIXED = "blocks", ("qweight", "scales", "offsets")
 
 # llama.cpp's name of a module: ours, and, of one that is put together, the parts in order.
 OUTER = {
@@ -142,24 +144,24 @@ def _is_linear(name: str) -> bool:
 def _is_held(name: str) -> bool:
     """Whether one of our tensors is a weight that is held as a file has it, where that can be."""
     module, _, kind = name.rpartition(".")
-    return kind in ("weight", BLOCKS) and (module == "embed" or _is_linear(name))
+    return kind in ("weight", BLOCKS, *MIXED) and (module == "embed" or _is_linear(name))
 
 
 def packed_types(
     parts: dict[str, list[Part]], as_numbers: Collection[str] = ()
-) -> dict[str, BlockType]:
-    """Our name of each linear, and the embedding, that can be held as the file has it.
+) -> dict[str, BlockType | MixedType]:
+    """Our name of each linear, and the embedding, whose numbers can be held as integers.
 
     Args:
         as_numbers: modules that are to be numbers.
     """
-    found = {}
+    found: dict[str, BlockType | MixedType] = {}
     for name, pieces in parts.items():
-        types = {piece.tensor.type for piece in pieces}
+        types = tuple(dict.fromkeys(piece.tensor.type for piece in pieces))
         module = name.rpartition(".")[0]
         held = _is_held(name) and module not in as_numbers
-        if held and len(types) == 1 and next(iter(types)).packs:
-            found[module] = next(iter(types))
+        if held and all(kind.packs for kind in types):
+            found[module] = types[0] if len(types) == 1 else MixedType(types)
     return found
 
 
@@ -172,14 +174,30 @@ def quantization_of(found: GGUF, as_numbers: Collection[str] = ()) -> dict[str, 
     types = packed_types(parts_of(found), as_numbers)
     return {
         "quant_method": "gguf",
-        "modules": {module: kind.name for module, kind in types.items()},
+        "modules": {n: kind.name for n, kind in types.items() if isinstance(kind, BlockType)},
+        "mixed": {
+            module: {"bits": kind.bits, "offset": kind.offset}
+            for module, kind in types.items()
+            if isinstance(kind, MixedType)
+        },
     }
+
+
+def _held_as(kind: BlockType | MixedType, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
+    """The tensors of a linear (N, K) that is held as it is."""
+    rows, columns = shape
+    if isinstance(kind, BlockType):
+        return {BLOCKS: TensorInfo((rows, kind.row_bytes(columns)), torch.uint8)}
+    numbers = TensorInfo((rows, columns // PACKED_GROUP), torch.float32)
+    infos = (TensorInfo((rows, packed_size(columns, kind.bits)), torch.uint8), numbers, numbers)
+    return dict(zip(MIXED[: 2 + kind.offset], infos, strict=False))
 
 
 class GGUFFile(TensorFile):
     """The tensors of a file, or of all that a model was split into.
 
-    What is held as it is has "blocks", uint8 (N, bytes of a row), in place of a "weight".
+    What is held as it is has "blocks", uint8 (N, bytes of a row), in place of a "weight"; where its
+    parts have several types it has integers, scales and offsets.
     """
 
     def __init__(
@@ -200,7 +218,7 @@ class GGUFFile(TensorFile):
         self.path = found.path
         self._maps: dict[Path, Tensor] = {}
         self._parts = parts_of(found)
-        types = packed_types(self._parts, as_numbers) if packed else {}
+        self._types = types = packed_types(self._parts, as_numbers) if packed else {}
         if LM_HEAD in as_numbers and EMBEDDING in types:
             self._parts.setdefault(f"{LM_HEAD}.weight", self._parts[f"{EMBEDDING}.weight"])
         self.tensors: dict[str, TensorInfo] = {}
@@ -212,9 +230,10 @@ class GGUFFile(TensorFile):
             if odd:
                 raise UserError(f"{first.path}: {module} is of rows of {first.shape} and {odd[0]}")
             if module in types and name.endswith(".weight"):
-                self._parts[f"{module}.{BLOCKS}"] = self._parts.pop(name)
-                width = types[module].row_bytes(shape[1])
-                self.tensors[f"{module}.{BLOCKS}"] = TensorInfo((shape[0], width), torch.uint8)
+                del self._parts[name]
+                for key, info in _held_as(types[module], shape).items():
+                    self._parts[f"{module}.{key}"] = pieces
+                    self.tensors[f"{module}.{key}"] = info
                 continue
             dtypes = {piece.tensor.type.dtype or dtype for piece in pieces}
             read_as = dtypes.pop() if len(dtypes) == 1 else torch.float32
@@ -227,7 +246,7 @@ class GGUFFile(TensorFile):
             part.tensor.type.name
             for name, pieces in self._parts.items()
             for part in pieces
-            if _is_held(name) and not name.endswith(BLOCKS) and part.tensor.type.dtype is None
+            if _is_held(name) and name.endswith(".weight") and part.tensor.type.dtype is None
         }
         return tuple(sorted(found))
 
@@ -248,10 +267,7 @@ class GGUFFile(TensorFile):
     def _rows(self, name: str, rows: range) -> Tensor:
         """Some rows of a tensor, a view of the file where they lie there as they are."""
         info = self.tensors[name]
-        pieces = [
-            self._piece(part, run, name.endswith(f".{BLOCKS}"))
-            for part, run in self._runs(name, rows)
-        ]
+        pieces = [self._piece(part, run, name) for part, run in self._runs(name, rows)]
         if len(pieces) == 1:
             return pieces[0]
         return torch.cat([piece.to(info.dtype) for piece in pieces])
@@ -265,14 +281,19 @@ class GGUFFile(TensorFile):
                 yield part, run
             begin += part.rows
 
-    def _piece(self, part: Part, run: range, blocks: bool) -> Tensor:
+    def _piece(self, part: Part, run: range, name: str) -> Tensor:
         tensor = part.tensor
+        module, _, key = name.rpartition(".")
         kind, perm = tensor.type, part.perm
         data = self._mapped(tensor.path)[tensor.offset : tensor.offset + tensor.nbytes]
         matrix = data.view(part.rows, -1)
         taken = matrix[run.start : run.stop] if perm is None else matrix[perm[run.start : run.stop]]
-        if blocks:
+        mixed = self._types.get(module)
+        if key == BLOCKS:
             return taken
+        if key in MIXED and isinstance(mixed, MixedType):
+            held = mixed.to_packed(kind, taken)
+            return dict(zip(MIXED, (held.qweight, held.scales, held.qzeros), strict=True))[key]
         numbers = kind.dequantize(taken, self._dtype)
         if part.offset:
             numbers = numbers - part.offset

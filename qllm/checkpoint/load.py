@@ -125,7 +125,7 @@ def load_model(
 
 def _note_unpacked(checkpoint: Checkpoint, plan: QuantPlan, note: Note) -> None:
     if checkpoint.unpacked_types and plan.keeps_stored:
-        reason = "a packed one has no groups of 16, nor parts of several types"
+        reason = "a packed one has no groups of 16"
         if checkpoint.floats:
             reason = "layers compute with no smaller floats"
         note(

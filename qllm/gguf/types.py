@@ -17,7 +17,7 @@ from qllm.gguf import blocks as plain
 from qllm.gguf import i_quants
 from qllm.gguf.blocks import Values, half
 from qllm.ops.cpu import library, linear
-from qllm.quant.packing import PackedWeight, pack
+from qllm.quant.packing import PackedWeight, pack, unpack
 
 # Groups that the packed layers hold without padding (a K block of the CPU kernels' layout).
 PACKED_GROUP = 32
@@ -118,6 +118,50 @@ class BlockType:
             found.append((pack(q, self.bits), scales, zeros))
         packed, scales, zeros = (torch.cat(each) for each in zip(*found, strict=True))
         return PackedWeight(packed, scales, zeros)
+
+
+@dataclass(frozen=True)
+class MixedType:
+    """What parts of several types are in one matrix: integers of the most bits that one has, and
+    offsets where one has them.
+
+    Attributes:
+        kinds: of the parts, each of which `packs`.
+    """
+
+    kinds: tuple[BlockType, ...]
+
+    @property
+    def name(self) -> str:
+        """Of all of them."""
+        return "+".join(sorted({kind.name for kind in self.kinds}))
+
+    @property
+    def bits(self) -> int:
+        """Of an integer."""
+        return max(kind.bits for kind in self.kinds)
+
+    @property
+    def offset(self) -> bool:
+        """Whether there are offsets."""
+        return any(kind.offset for kind in self.kinds)
+
+    def to_packed(self, kind: BlockType, rows: Tensor) -> PackedWeight:
+        """uint8 (N, row_bytes(K)) of a part, as the matrix has them: the same weights.
+
+        The scales are float32, for those of some parts are, and so are the offsets.
+        """
+        packed = kind.to_packed(rows)
+        columns = rows.shape[1] // kind.nbytes * kind.values
+        q, scales, zeros = packed.qweight, packed.scales.float(), packed.qzeros.float()
+        if self.offset and not kind.offset:
+            zeros = -kind.zero * scales
+        added = 0 if self.offset else 2 ** (self.bits - 1) - kind.zero
+        if (kind.bits, added) != (self.bits, 0):
+            step = max(1, PACKED_VALUES // columns)
+            parts = (unpack(part, kind.bits, columns) for part in q.split(step))
+            q = torch.cat([pack(values + added, self.bits) for values in parts])
+        return PackedWeight(q, scales, zeros)
 
 
 # Those that a CPU kernel takes apart.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from copy import deepcopy
 from dataclasses import replace
 from random import Random
@@ -36,6 +37,8 @@ from qllm.gguf.tokenizer import GGUFCodec, tokenizer_files
 from qllm.gguf.types import OTHER_TYPES, TYPES
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import RawConfig, read_config
+from qllm.onnx.export import ExportOptions
+from qllm.onnx.export import export as export_onnx
 from qllm.pretrained import Pretrained
 from qllm.quant.packing import unpack
 from qllm.quantizer.checkpoint import quantize_checkpoint
@@ -211,6 +214,45 @@ def test_numbers_are_of_the_type_that_is_asked_for(tmp_path, dtype):
     mixed = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     assert {found[f"{i}.attention.qkv.weight"] for i in (0, 1)} == {mixed}
     assert found["embed.weight"] == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("kind", "kinds", "spec"),
+    [
+        ("Q4_0", {"attn_v": "Q8_0", "ffn_up": "Q5_0"}, (8, 5, "sym")),
+        ("Q4_1", {"attn_k": "Q5_0", "ffn_gate": "MXFP4"}, (5, 5, "offset")),
+        ("MXFP4", {"attn_q": "Q4_0", "ffn_up": "Q5_1"}, (5, 5, "offset")),
+    ],
+)
+def test_parts_of_several_types_are_one_matrix(tmp_path, kind, kinds, spec):
+    path = write_model(tmp_path / "model.gguf", FAMILIES["llama"](), kind, kinds=kinds)
+    notes = []
+    llm = LLM.from_pretrained(path, dtype="float32", note=notes.append)
+    numbers = LLM.from_pretrained(path, dtype="float32", bitwidth=16)
+    qkv, up = (llm.model.get_submodule(f"layers.1.{n}").spec for n in ("attention.qkv", "mlp.up"))
+    assert (qkv.bits, up.bits, up.scheme) == spec
+    for name, layer in _linears(llm.model.layers):
+        weight = numbers.model.layers.get_submodule(name).weight
+        assert torch.equal(layer.dequantize(), weight)
+        held = Weights(Checkpoint(path)).read_quantized(f"layers.{name}", [range(5, 37)])
+        whole = Weights(Checkpoint(path)).read_quantized(f"layers.{name}")
+        assert torch.equal(held.qweight, whole.qweight[5:37])
+        assert torch.equal(held.scales, whole.scales[5:37])
+    assert not notes
+    for ids in IDS:
+        (logits,), (want,) = llm.logits([ids]), numbers.logits([ids])
+        assert (logits - want).abs().max() < 1e-4 * (want.max() - want.min())
+    export_onnx(path, tmp_path / "onnx", ExportOptions(accuracy_level=1))
+    (logits,) = LLM.from_pretrained(tmp_path / "onnx").logits([IDS[0]])
+    (want,) = numbers.logits([IDS[0]])
+    assert (logits - want).abs().max() < 1e-3 * (want.max() - want.min())
+
+
+def test_tables_that_are_not_there_are_one_line(monkeypatch):
+    (kind,) = (kind for kind in TYPES.values() if kind.name == "IQ2_XS")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match="need the package gguf: pip install gguf"):
+        kind.dequantize(torch.zeros(1, kind.nbytes, dtype=torch.uint8))
 
 
 def test_other_types_have_llama_cpp_s_names():

@@ -33,14 +33,14 @@ from qllm.checkpoint.formats.base import (
     take_rows,
 )
 from qllm.checkpoint.formats.floats import find_unscaled
-from qllm.checkpoint.formats.gguf import GGUFBlocks
+from qllm.checkpoint.formats.gguf import GGUFBlocks, GGUFMixed
 from qllm.checkpoint.formats.gguf import parse as parse_gguf
 from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, short
 from qllm.checkpoint.formats.tensors import WORD
 from qllm.config import QuantSpec
 
 _FORMATS: tuple[type[Format], ...] = (
-    *(gptq.GPTQ, AWQ, GGUFBlocks, mlx.MLX, mlx.Metal, bitsandbytes.Int8),
+    *(gptq.GPTQ, AWQ, GGUFBlocks, GGUFMixed, mlx.MLX, mlx.Metal, bitsandbytes.Int8),
     *(bitnet.BitNet, hqq.HQQ, torchao.TorchAO, torchao.TorchAOInt4),
     *compressed_tensors.FORMATS.values(),
 )

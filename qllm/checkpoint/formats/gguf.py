@@ -14,8 +14,8 @@ from qllm.checkpoint.formats.tensors import TensorReader
 from qllm.checkpoint.tensors import is_finite
 from qllm.config import QuantSpec
 from qllm.errors import UserError
-from qllm.gguf.types import PACKED
-from qllm.quant.packing import PackedWeight
+from qllm.gguf.types import PACKED, PACKED_GROUP
+from qllm.quant.packing import PackedWeight, packed_size
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,34 @@ class GGUFBlocks(Format):
         return packed
 
 
+@dataclass(frozen=True)
+class GGUFMixed(Format):
+    """A module of a GGUF file whose parts have several types, as `MixedType` puts them together.
+
+    qweight  uint8 (N, packed_size(K, b))
+    scales   float32 (N, G)
+    offsets  float32 (N, G), of a scheme with offsets
+    """
+
+    name = "gguf-mixed"
+    tensors = ("qweight", "scales")
+    optional = ("offsets",)
+    channels = dict.fromkeys((*tensors, *optional), (0, False))
+
+    def read(
+        self, tensors: Mapping[str, Tensor], in_features: int, out_features: int
+    ) -> PackedWeight:
+        read = TensorReader(tensors, self.spec, in_features, out_features)
+        shape = (out_features, packed_size(in_features, self.spec.bits))
+        q = read.tensor("qweight", shape, (torch.uint8,))
+        grid = (out_features, read.groups)
+        scales = read.scales("scales", grid)
+        offsets = scales.new_empty(0, dtype=torch.uint8)
+        if self.spec.scheme == "offset":
+            offsets = read.scales("offsets", grid)
+        return PackedWeight(q, scales, offsets)
+
+
 def parse(fields: Fields) -> QuantizationConfig:
     """What `checkpoint.gguf` makes of a file: our names of modules, to types of blocks."""
     names: dict[str, set[str]] = {}
@@ -59,7 +87,11 @@ def parse(fields: Fields) -> QuantizationConfig:
         type_name = modules.text(module)
         modules.one_of("type", type_name, tuple(PACKED))
         names.setdefault(type_name, set()).add(module)
-    rules: list[tuple[Test, GGUFBlocks]] = []
+    rules: list[tuple[Test, Format]] = []
+    for module, settings in fields.objects("mixed").items():
+        scheme = "offset" if settings.flag("offset", False) else "sym"
+        spec = QuantSpec(settings.number("bits"), PACKED_GROUP, scheme, "weight_only")
+        rules.append((module.__eq__, GGUFMixed(spec)))
     for name, same in names.items():
         kind = PACKED[name]
         spec = QuantSpec(kind.bits, kind.group, kind.scheme, "weight_only")
