@@ -92,6 +92,7 @@ def fp4(packed: str, whole: str | None, group: int) -> Writer:
         codes = random.integers(0, 16, (rows, columns))
         weight = small_floats(codes, 2, 1, 1)
         tensors = {packed: torch.from_numpy((codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8))}
+        tensors["input_scale"] = torch.full((1,), 7.0)  # which is for activations alone
         counts = rows, columns // group
         if whole is None:
             exponents = random.integers(-5, -3, counts)

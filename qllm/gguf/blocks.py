@@ -126,11 +126,15 @@ def q6_k(blocks: Tensor) -> Values:
     return Values(q.flatten(1), (half(blocks, 208).float()[..., None] * scales).flatten(1))
 
 
+def e2m1_levels() -> Tensor:
+    """Twice the number of each four bits of E2M1, plus 16: uint8 (16,)."""
+    return torch.tensor([16 + sign * n for sign in (1, -1) for n in TWICE_E2M1]).byte()
+
+
 def mxfp4(blocks: Tensor) -> Values:
     """An exponent plus 127, and 16 bytes of values."""
-    levels = torch.tensor([*TWICE_E2M1, *(-level for level in TWICE_E2M1)]) + 16
     codes = nibbles(blocks[..., 1:])
-    q = levels.byte().index_select(0, codes.int().flatten()).view(codes.shape)
+    q = e2m1_levels().index_select(0, codes.int().flatten()).view(codes.shape)
     exponents = blocks[..., 0].int() - 128
     return Values(q.flatten(1), torch.ones(exponents.shape).ldexp(exponents))
 

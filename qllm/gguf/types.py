@@ -109,7 +109,10 @@ class BlockType:
         """uint8 (N, row_bytes(K)) as a layer holds them: bit for bit the same weights."""
         blocks = rows.unflatten(1, (-1, self.nbytes))
         if self.name in UNBLOCKED and library.unsupported_reason(rows.device.type) is None:
-            return linear.unblock(blocks, self.bits, self.offset)
+            levels = LEVELS[self.name]() if self.name in LEVELS else blocks.new_empty(0)
+            shape = (self.number, self.values // self.group, self.bits)
+            halves = self.name in HALVES
+            return linear.unblock(blocks, *shape, halves=halves, offset=self.offset, levels=levels)
         step = max(1, PACKED_VALUES // (blocks.shape[1] * self.values))
         found = []
         for part in blocks.split(step):
@@ -164,8 +167,15 @@ class MixedType:
         return PackedWeight(q, scales, zeros)
 
 
-# Those that a CPU kernel takes apart.
-UNBLOCKED = ("Q4_0", "Q4_1", "Q8_0")
+# Those that a CPU kernel takes apart; of these those with scales that are float16 in a block, and
+# those with a table of what four bits are.
+HALVES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
+LEVELS: dict[str, Callable[[], Tensor]] = {
+    "IQ4_NL": i_quants.levels,
+    "IQ4_XS": i_quants.levels,
+    "MXFP4": plain.e2m1_levels,
+}
+UNBLOCKED = (*HALVES, "Q4_K", "Q5_K", "IQ4_XS", "MXFP4")
 F32 = BlockType(0, "F32", 1, 4, torch.float32)
 F16 = BlockType(1, "F16", 1, 2, torch.float16)
 BF16 = BlockType(30, "BF16", 1, 2, torch.bfloat16)

@@ -102,6 +102,8 @@ BROKEN = [
     ("NVFP4", put("weight_scale", torch.ones(72, 5).to(torch.float8_e4m3fn)), r"shape \[72, 5\]"),
     ("MLX", put("scales", torch.ones(72, 5, dtype=torch.uint8)), r"scales has the shape \[72, 5\]"),
     ("MLX", put("scales", torch.ones(72, 0, dtype=torch.uint8)), r"scales has the shape \[72, 0\]"),
+    ("MLX", put("scales", torch.ones((), dtype=torch.uint8)), r"scales has the shape \[\], and"),
+    ("MLX", put("scales", torch.ones(72, 6, 1, dtype=torch.uint8)), r"the shape \[72, 6, 1\], and"),
     ("MLX", put("scales", torch.ones(72, 6)), "a.scales is float32, expected uint8"),
     (NF4, lambda t: t.pop("weight.absmax"), "a.weight.absmax is missing"),
     (NF4, put("weight.absmax", torch.ones(5)), r"absmax has the shape \[5\], expected \[108\]"),

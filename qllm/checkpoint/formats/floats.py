@@ -79,14 +79,14 @@ class Float8(Scaled):
 class Float4(Scaled):
     """FP4 (E2M1), two in a byte: (N, K / 2), in words of bytes or wider ones.
 
-    There may be a scale for all of the matrix besides.
-
     Attributes:
+        whole: the tensor of a scale for all of the matrix; None: there is none.
         divides: whether that scale is one to divide by.
     """
 
     kind = "FP4"
 
+    whole: str | None = None
     divides: bool = False
 
     def read(self, read: ReadRows, rows: range) -> Tensor:
@@ -95,8 +95,8 @@ class Float4(Scaled):
         pairs = torch.stack([values[codes & 15], values[codes >> 4]], dim=1)
         numbers = look_up(read(self.tensors[0], rows), pairs)
         scales = self._scales(read, rows)
-        if len(self.tensors) > 2:
-            whole = read(self.tensors[2], None).float().reshape(())
+        if self.whole is not None:
+            whole = read(self.whole, None).float().reshape(())
             scales = scales / whole if self.divides else scales * whole
         return _times(numbers, scales, self.block[1])
 
@@ -161,13 +161,14 @@ def _is_float8(name: str, info: TensorInfo) -> bool:
 
 def _float8(infos: Infos, name: str, block: tuple[int, int] | None) -> Float8:
     shape, stem = _pair(infos[name]), name.removesuffix("weight")
-    scale = _first(infos, (f"{stem}weight_scale_inv", f"{stem}weight_scale"))
+    names = (f"{stem}weight_scale_inv", f"{stem}weight_scale")
+    scale = next((each for each in names if each in infos), None)
     if scale is None:
         raise UserError(f"{name} is FP8, and there is no {stem}weight_scale_inv or weight_scale")
     check_type(infos, scale, (*FLOATS, *EXPONENTS))
     grid = _grid(infos, scale, shape)
     if block is None or grid == (1, 1):
-        block = _block(scale, shape, grid)
+        block = _block(shape, grid)
     _check_grid(infos, scale, shape, block, grid)
     tensors = (name, scale, *_inputs(infos, stem))
     return Float8(shape, tensors, block, _scale_dtype(infos[scale]))
@@ -183,7 +184,7 @@ def _float4(infos: Infos, name: str) -> Float4 | None:
         return None
     shape = (rows, 2 * columns)
     grid = _grid(infos, scale, shape)
-    block = _block(scale, shape, grid)
+    block = _block(shape, grid)
     _check_grid(infos, scale, shape, block, grid)
     multiplies, divides = f"{stem}weight_scale_2", f"{stem}weight_global_scale"
     whole = [each for each in (multiplies, divides) if each in infos]
@@ -194,7 +195,8 @@ def _float4(infos: Infos, name: str) -> Float4 | None:
     if len(whole) != (infos[scale].dtype == torch.float8_e4m3fn):
         raise UserError(f"{name} is FP4, and beside it are {len(whole)} scales of all of it")
     tensors = (name, scale, *whole, *_inputs(infos, stem))
-    return Float4(shape, tensors, block, _scale_dtype(infos[scale]), divides in whole)
+    dtype = _scale_dtype(infos[scale])
+    return Float4(shape, tensors, block, dtype, whole[0] if whole else None, divides in whole)
 
 
 def find_mlx_floats(infos: Infos, read: ReadRows) -> dict[str, FloatMatrix]:
@@ -210,12 +212,11 @@ def find_mlx_floats(infos: Infos, read: ReadRows) -> dict[str, FloatMatrix]:
         if info.dtype != torch.uint32 or len(info.shape) != 2 or not bare:
             continue
         check_type(infos, scale, (torch.uint8,))
-        (rows, words), groups = info.shape, infos[scale].shape[-1]
-        kind = MLX_KINDS.get(words / groups) if groups else None
-        if kind is None or infos[scale].shape != (rows, groups):
-            raise UserError(
-                f"{scale} has the shape {list(infos[scale].shape)}, and {name} {list(info.shape)}"
-            )
+        (rows, words), sizes = info.shape, infos[scale].shape
+        fits = len(sizes) == 2 and sizes[0] == rows and sizes[1] > 0
+        kind = MLX_KINDS.get(words / sizes[1]) if fits else None
+        if kind is None:
+            raise UserError(f"{scale} has the shape {list(sizes)}, and {name} {list(info.shape)}")
         matrix, per_word, group, dtype = kind
         found[name] = matrix((rows, words * per_word), (name, scale), (1, group), dtype)
     return found
@@ -227,10 +228,6 @@ def _scale_dtype(info: TensorInfo) -> torch.dtype:
 
 def _inputs(infos: Infos, stem: str) -> Iterable[str]:
     return (stem + key for key in INPUT_SCALES if stem + key in infos)
-
-
-def _first(infos: Infos, names: Iterable[str]) -> str | None:
-    return next((name for name in names if name in infos), None)
 
 
 def _pair(info: TensorInfo) -> tuple[int, int]:
@@ -260,7 +257,7 @@ def _grid(infos: Infos, scale: str, shape: tuple[int, int]) -> tuple[int, int]:
     return sizes[0], 1 if len(sizes) == 1 else sizes[1]
 
 
-def _block(scale: str, shape: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+def _block(shape: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns that share a scale, where settings do not say."""
     sides = []
     for size, count in zip(shape, grid, strict=True):

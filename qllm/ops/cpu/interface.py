@@ -30,7 +30,7 @@ Packing = structure(
     "inputs outputs bits group *rows row_bytes *row_scales *row_zeros scale_bytes *q *scales "
     "*zeros *row_offsets *offsets",
 )
-Blocks = structure("Blocks", "rows blocks bits *x *q *scales *offsets")
+Blocks = structure("Blocks", "rows blocks kind *x *levels *q *scales *offsets")
 Activate = structure("Activate", "rows channels kind gated type *x *y")
 Norm = structure(
     "Norm",

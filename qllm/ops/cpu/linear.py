@@ -135,15 +135,26 @@ def look_up(
     return y
 
 
-def unblock(blocks: Tensor, bits: int, offset: bool) -> PackedWeight:
-    """GGUF's blocks, uint8 (N, G, bytes), of 4 bits or of 8 without offsets, as rows of bits."""
+def unblock(
+    blocks: Tensor, kind: int, groups: int, bits: int, *, halves: bool, offset: bool, levels: Tensor
+) -> PackedWeight:
+    """GGUF's blocks, uint8 (N, blocks, bytes), as rows of bits, in groups of 32 values.
+
+    Args:
+        kind: GGUF's number of the type, one of `BlockKind` in kernels.h.
+        groups: of a block.
+        bits: of a value.
+        halves: scales and offsets are the blocks' float16; else they are float32.
+        levels: uint8 (16,), the value of each four bits, of a type that has a table; else empty.
+    """
     blocks = blocks.contiguous()
-    rows, groups, _ = blocks.shape
-    q = blocks.new_empty(rows, groups * K_BLOCK * bits // 8)
-    scales = blocks.new_empty(rows, groups, dtype=torch.float16)
+    rows, count, _ = blocks.shape
+    q = blocks.new_empty(rows, count * groups * K_BLOCK * bits // 8)
+    dtype = torch.float16 if halves else torch.float32
+    scales = blocks.new_empty(rows, count * groups, dtype=dtype)
     offsets = torch.empty_like(scales) if offset else q.new_empty(0)
-    tensors = (blocks, q, scales, offsets)
-    library.run("unblock", Blocks(rows, groups, bits, *map(pointer, tensors)), *tensors)
+    tensors = (blocks, levels, q, scales, offsets)
+    library.run("unblock", Blocks(rows, count, kind, *map(pointer, tensors)), *tensors)
     return PackedWeight(q, scales, offsets)
 
 

@@ -68,12 +68,19 @@ struct Packing {
     uint8_t *row_offsets, *offsets;  // of scale_bytes, or null
 };
 
-// Rows of GGUF's blocks as rows of bits: Q4_0 and Q4_1 (with offsets), or Q8_0.
+// GGUF's types of blocks that become rows of bits, by its numbers.
+enum BlockKind : int64_t {
+    Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13,
+    IQ4_NL = 20, IQ4_XS = 23, MXFP4 = 39
+};
+
+// Rows of GGUF's blocks as rows of bits, whose groups have 32 values.
 struct Blocks {
-    int64_t rows, blocks, bits;  // blocks of a row; 4 or 8 bits
-    const uint8_t *x;            // (rows, blocks, 2 or 4 + 4 bits)
-    uint8_t *q;                  // (rows, blocks, 4 bits)
-    uint16_t *scales, *offsets;  // float16 (rows, blocks); offsets or null
+    int64_t rows, blocks, kind;  // blocks of a row
+    const uint8_t *x;            // (rows, blocks, bytes of one)
+    const uint8_t *levels;       // (16,): the values of four bits, for types with a table, or null
+    uint8_t *q;                  // (rows, groups, 4 bits)
+    void *scales, *offsets;      // (rows, groups): the blocks' float16, or float32; offsets or null
 };
 
 // The rest of a decoder; all tensors of one call but the float32 and integer ones are of one type.
