@@ -33,7 +33,9 @@ MONSTERS = (
 )
 KEYS = (".*", "", "(\\w+\\.?)+!", "re:.*", "-:.*", "lm_head", "model_type", "group_size", "bits")
 NUMBERS = (0, 1, -1, 2, 3, 7, 31, 33, 64, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**64, -(2**63))
-SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+# Of a tensor that is written anew.
+MAX_BYTES = 1 << 24
+SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U32": 4}
 TYPES = (*SIZES, "I8", "U8", "BOOL", "F8_E4M3", "C64", "Q")
 
 
@@ -221,6 +223,8 @@ def _tensors(data: bytes, random: Random) -> bytes:
     header, end = {"__metadata__": about}, 0
     for key, (dtype, shape, values) in parts.items():
         size = math.prod(shape) * SIZES.get(dtype, 1)
+        if size > MAX_BYTES:  # a change before this one made it so large
+            return data
         parts[key][2] = values[:size].ljust(size, b"\0")
         header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
         end += size

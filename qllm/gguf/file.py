@@ -277,4 +277,9 @@ class _Header:
                 f"{self.path}: {name} has the shape {list(shape)}; {TYPES[kind].name} has "
                 f"{TYPES[kind].values} values to a block"
             )
+        if len(shape) < 2 and TYPES[kind].dtype is None:
+            raise UserError(
+                f"{self.path}: {name} has the shape {list(shape)} and the type "
+                f"{TYPES[kind].name}, which matrices have"
+            )
         return name, shape, TYPES[kind], offset

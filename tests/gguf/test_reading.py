@@ -260,17 +260,19 @@ def test_other_types_have_llama_cpp_s_names():
     assert {number: names[number] for number in OTHER_TYPES} == OTHER_TYPES
 
 
-@pytest.mark.parametrize("broken", ["type", "end", "overlap", "architecture", "tokenizer", "keys"])
+@pytest.mark.parametrize(
+    "broken", ["type", "vector", "end", "overlap", "architecture", "tokenizer", "keys"]
+)
 def test_what_is_broken_is_one_line(tmp_path, broken):
     path = write_model(tmp_path / "model.gguf", FAMILIES["llama"](), "Q4_0")
     data = bytearray(path.read_bytes())
     reader = gguf.GGUFReader(path)
     last = reader.tensors[-1]
-    if broken == "type":
+    if broken in ("type", "vector"):
         type_at = last.field.parts[4]
         at = last.field.offset + sum(part.nbytes for part in last.field.parts[:4])
         assert int(type_at[0]) == int.from_bytes(data[at : at + 4], "little")
-        data[at : at + 4] = (41).to_bytes(4, "little")
+        data[at : at + 4] = (41 if broken == "type" else 2).to_bytes(4, "little")
     elif broken == "end":
         del data[-40:]
     elif broken == "overlap":
@@ -285,6 +287,7 @@ def test_what_is_broken_is_one_line(tmp_path, broken):
     path.write_bytes(data)
     says = {
         "type": "has the type Q1_0; QLLM reads F32",
+        "vector": r"has the shape \[64\] and the type Q4_0, which matrices have",
         "end": "get it again",
         "overlap": "begins inside",
         "architecture": "its architecture is 'lhama'; QLLM runs llama",
