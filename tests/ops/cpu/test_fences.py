@@ -13,6 +13,7 @@ import torch
 from cpu_paths import DTYPES, Int8, normal, on, paths, random_weight
 from fences import fenced, mappings, run_in
 
+from qllm.gguf.types import PACKED, UNBLOCKED
 from qllm.ops import phase
 from qllm.ops.cpu import linear, steps, tuning
 from qllm.ops.kv import KV, Batch
@@ -90,6 +91,13 @@ def run_linear(dtype: torch.dtype, fence) -> None:
             linear.int8_linear(x, *tensors, bias, scale, shape[0])
 
 
+def run_blocks(dtype: torch.dtype, fence) -> None:
+    for kind, blocks in itertools.product(PACKED.values(), (1, 3)):
+        if kind.name in UNBLOCKED:
+            rows = torch.full((2, blocks * kind.nbytes), 0x35, dtype=torch.uint8)
+            kind.to_packed(fence(rows))
+
+
 def run_tuning(dtype: torch.dtype, fence) -> None:
     for (rows, columns), group in itertools.product(((1, 1), (3, 15), (2, 70)), (70, 16, 20)):
         groups = -(-columns // group)
@@ -128,6 +136,7 @@ def run_all(path: str) -> None:
                 run_quantized_attention,
                 run_dense,
                 run_linear,
+                run_blocks,
                 run_tuning,
             ):
                 run(dtype, fence)
