@@ -1,7 +1,7 @@
 """QLLM beside other runtimes, in one run: single layers and whole models with random weights.
 
     python3 -m venv rivals
-    rivals/bin/pip install -r requirements.txt onnx onnxruntime openvino ctranslate2 gguf \\
+    rivals/bin/pip install -r requirements.txt onnx onnxruntime openvino ctranslate2 \\
         llama-cpp-python
     rivals/bin/python -m benchmarks.rivals --layer 4096x4096
     rivals/bin/python -m benchmarks.rivals --model tinyllama-1.1b
