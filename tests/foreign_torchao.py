@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from foreign import Case, Folder, Writer, Written, draw, floats, quantize
 from foreign_changes import one_dense
+from foreign_floats import FLOATS, fp8
 
 
 def torchao_type(kind: str, **data: object) -> dict:
@@ -128,7 +129,19 @@ def scaled_first(folder: Folder) -> None:
     folder.state["model.layers.0.mlp.up_proj._weight_act_pre_scale"] = torch.ones(64)
 
 
+def float8(rows: int, columns: int, random: np.random.Generator) -> Written:
+    tensors, weight = fp8((1, 0), "_weight_scale")(rows, columns, random)
+    return {"_weight_qdata": tensors["weight"], "_weight_scale": tensors["_weight_scale"]}, weight
+
+
+FLOAT8 = torchao_type(
+    "Float8WeightOnlyConfig",
+    granularity=granularity("PerRow", dim=-1),
+    weight_dtype={"_type": "torch.dtype", "_data": "float8_e4m3fn"},
+    set_inductor_config=True,
+)
 CASES = {
+    "torchao, FP8": Case(float8, torchao_config(FLOAT8), one_dense, note=FLOATS),
     "torchao, int8": Case(torchao(), torchao_config(int8())),
     "torchao, int8, OPT": Case(torchao(), torchao_config(int8()), family="opt"),
     "torchao, int8, BLOOM": Case(torchao(), torchao_config(int8()), family="bloom"),

@@ -100,7 +100,7 @@ REFUSED = [
     (hqq_config([]), r"quant_config is a list, expected a JSON object"),
     (TORCHAO | {"quant_type": "int8_weight_only"}, r'quant_type is "int8_weight_only", expected'),
     (TORCHAO | {"quant_type": {"default": {}}}, r"quant_type\.default has _type null; expected"),
-    (torchao_of("Float8WeightOnlyConfig"), '_type "Float8WeightOnlyConfig"; QLLM reads "Int8W'),
+    (torchao_of("UIntXWeightOnlyConfig"), '_type "UIntXWeightOnlyConfig"; QLLM reads "Int8W'),
     (torchao_config(int8() | {"_version": 1}), r"default has _version 1; QLLM reads 2"),
     (torchao_config(int8("PerBlock")), 'granularity has _type "PerBlock"; QLLM reads "PerRow"'),
     (torchao_config(int8("PerRow", dim=0)), r"granularity\._data has dim 0; QLLM reads -1 or 1"),

@@ -27,6 +27,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # A block's rows and columns where their number alone does not say it: DeepSeek's.
 BLOCK = 128
+# Behind a module's name: what torchao calls a weight, and what its scales are called.
+QDATA = "_weight_qdata"
+SCALES = ("weight_scale_inv", "weight_scale", "_weight_scale")
 # Behind a module's name: scales of its inputs, which stay at 16 bits, so that they change nothing.
 INPUT_SCALES = ("input_scale", "activation_scale", "input_scale_ub", "input_global_scale")
 
@@ -131,7 +134,8 @@ MLX_KINDS: dict[float, tuple[type[Scaled], int, int, torch.dtype]] = {
 def find_floats(
     infos: Infos, read: ReadRows, block: tuple[int, int] | None = None
 ) -> dict[str, FloatMatrix]:
-    """FP8 and FP4 by the names that compressed-tensors, ModelOpt, FBGEMM and transformers have.
+    """FP8 and FP4 by the names that compressed-tensors, ModelOpt, FBGEMM, torchao and transformers
+    have.
 
     Args:
         block: rows and columns of FP8 that share a scale; None is as many as its scales imply.
@@ -139,7 +143,7 @@ def find_floats(
     found: dict[str, FloatMatrix] = {}
     for name, info in infos.items():
         if _is_float8(name, info):
-            found[name] = _float8(infos, name, block)
+            found[f"{_stem(name)}weight"] = _float8(infos, name, block)
         elif info.dtype == torch.uint8 and len(info.shape) == 2:
             four = _float4(infos, name)
             found |= {} if four is None else {f"{name.removesuffix('_packed')}": four}
@@ -156,15 +160,20 @@ def find_unscaled(infos: Infos, read: ReadRows) -> dict[str, FloatMatrix]:
 
 
 def _is_float8(name: str, info: TensorInfo) -> bool:
-    return info.dtype in FLOAT8 and len(info.shape) == 2 and name.endswith("weight")
+    return info.dtype in FLOAT8 and len(info.shape) == 2 and name.endswith(("weight", QDATA))
+
+
+def _stem(name: str) -> str:
+    """The module's name and a dot."""
+    return name.removesuffix(QDATA).removesuffix("weight")
 
 
 def _float8(infos: Infos, name: str, block: tuple[int, int] | None) -> Float8:
-    shape, stem = _pair(infos[name]), name.removesuffix("weight")
-    names = (f"{stem}weight_scale_inv", f"{stem}weight_scale")
+    shape, stem = _pair(infos[name]), _stem(name)
+    names = [f"{stem}{scale}" for scale in SCALES]
     scale = next((each for each in names if each in infos), None)
     if scale is None:
-        raise UserError(f"{name} is FP8, and there is no {stem}weight_scale_inv or weight_scale")
+        raise UserError(f"{name} is FP8, and there is no {names[0]} or {' or '.join(SCALES[1:])}")
     check_type(infos, scale, (*FLOATS, *EXPONENTS))
     grid = _grid(infos, scale, shape)
     if block is None or grid == (1, 1):

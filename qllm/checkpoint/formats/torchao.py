@@ -1,4 +1,4 @@
-"""torchao's checkpoints, as transformers 5 saves them in safetensors; QLLM reads integers."""
+"""torchao's checkpoints, as transformers 5 saves them in safetensors; QLLM reads them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qllm.checkpoint.formats.base import Format, Quantized
+from qllm.checkpoint.formats.floats import find_floats
 from qllm.checkpoint.formats.int_quantized import IntQuantized
 from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, Test, short
 from qllm.checkpoint.formats.tensors import TensorReader, with_offsets
@@ -21,8 +22,9 @@ from qllm.quant.packing import PackedWeight, packed_size
 # torchao's settings of one kind of linear, or of several by their names.
 INT8, INTX, INT4 = "Int8WeightOnlyConfig", "IntxWeightOnlyConfig", "Int4WeightOnlyConfig"
 DYNAMIC = "Int8DynamicActivationInt8WeightConfig"
+FLOATS = ("Float8WeightOnlyConfig", "Float8DynamicActivationFloat8WeightConfig")
 BY_NAME = ("FqnToConfig", "ModuleFqnToConfig")
-# Of all four; what the first wrote were pickles.
+# Of all; what the first wrote were pickles.
 VERSION = 2
 DEFAULT = "_default"
 PER_ROW, PER_TENSOR, PER_GROUP, PER_AXIS = "PerRow", "PerTensor", "PerGroup", "PerAxis"
@@ -93,7 +95,7 @@ def parse(fields: Fields) -> QuantizationConfig:
     types = Fields(fields.get("quant_type"), f"{fields.where}.quant_type")
     settings = Fields(types.get("default"), f"{types.where}.default")
     if settings.text("_type") not in BY_NAME:
-        return QuantizationConfig((), _module(settings))
+        return QuantizationConfig((), _module(settings), find_floats)
     return _by_name(Fields(settings.get("_data"), f"{settings.where}._data"))
 
 
@@ -120,7 +122,7 @@ def _by_name(fields: Fields) -> QuantizationConfig:
     for name, format in patterns.items():
         whole = fields.pattern(rf"(?:{name.removeprefix('re:')})\Z")
         rules.append((partial(_is_matched, whole), format))
-    return QuantizationConfig(tuple(rules), default)
+    return QuantizationConfig(tuple(rules), default, find_floats)
 
 
 def _is_named(key: str, name: str) -> bool:
@@ -131,10 +133,13 @@ def _is_matched(whole: Test, name: str) -> bool:
     return whole(f"{name}.weight") or whole(name)
 
 
-def _module(settings: Fields) -> Format:
+def _module(settings: Fields) -> Format | None:
+    """How a module is stored; None as small floats."""
     kind = settings.text("_type")
-    settings.one_of("_type", kind, (INT8, INTX, INT4, DYNAMIC))
+    settings.one_of("_type", kind, (INT8, INTX, INT4, DYNAMIC, *FLOATS))
     settings.one_of("_version", settings.number("_version", default=1), (VERSION,))
+    if kind in FLOATS:
+        return None
     data = Fields(settings.get("_data"), f"{settings.where}._data")
     if kind == DYNAMIC:
         return _dynamic(data)
