@@ -107,6 +107,7 @@ BROKEN = [
     ("MLX", put("scales", torch.ones(72, 6)), "a.scales is float32, expected uint8"),
     (NF4, lambda t: t.pop("weight.absmax"), "a.weight.absmax is missing"),
     (NF4, put("weight.absmax", torch.ones(5)), r"absmax has the shape \[5\], expected \[108\]"),
+    (NF4, put("weight.quant_map", torch.ones(16, 1)), r"the shape \[16, 1\], expected \[16\]"),
     (NF4, put("weight.quant_map", torch.ones(16).half()), "quant_map is float16, expected float32"),
     (NF4, state_with(shape=[72, 95]), r"has the shape \[108\], expected \[107\]"),
     (NF4, state_with(shape=[72]), "nf4 has shape a list, expected two whole numbers above 0"),

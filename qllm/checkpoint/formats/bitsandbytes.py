@@ -164,17 +164,18 @@ def _matrix(infos: Infos, read: ReadRows, weight: str, state: str) -> FourBits:
         sizes["nested_absmax"] = (-(-blocks // nested_blocksize), (torch.float32,))
         sizes["nested_quant_map"] = (NESTED_CODES, (torch.float32,))
     for key, (length, dtypes) in sizes.items():
-        _check(infos, f"{weight}.{key}", length, dtypes)
-    info = infos[weight]
-    _check(infos, weight, -(-count // 2 // info.dtype.itemsize), (info.dtype,))
+        _check(infos, f"{weight}.{key}", (length,), dtypes)
+    dtype = infos[weight].dtype
+    _check(infos, weight, (-(-count // 2 // dtype.itemsize), 1), (dtype,))
     tensors = (weight, state, *(f"{weight}.{key}" for key in sizes))
     return FourBits((shape[0], shape[1]), tensors, blocksize, nested_blocksize, float(offset))
 
 
-def _check(infos: Infos, name: str, length: int, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check(
+    infos: Infos, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+) -> None:
     if name not in infos:
         raise UserError(f"{name} is missing")
     check_type(infos, name, dtypes)
-    shape = infos[name].shape
-    if shape[:1] != (length,) or torch.Size(shape).numel() != length:
-        raise UserError(f"{name} has the shape {list(shape)}, expected [{length}]")
+    if infos[name].shape != shape:
+        raise UserError(f"{name} has the shape {list(infos[name].shape)}, expected {list(shape)}")
