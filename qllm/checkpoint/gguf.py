@@ -292,8 +292,8 @@ class GGUFFile(TensorFile):
         if key == BLOCKS:
             return taken
         if key in MIXED and isinstance(mixed, MixedType):
-            held = mixed.to_packed(kind, taken)
-            return dict(zip(MIXED, (held.qweight, held.scales, held.qzeros), strict=True))[key]
+            of_part = dict(zip(MIXED, (mixed.qweight, mixed.scales, mixed.offsets), strict=True))
+            return of_part[key](kind, taken)
         numbers = kind.dequantize(taken, self._dtype)
         if part.offset:
             numbers = numbers - part.offset

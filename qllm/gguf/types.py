@@ -149,22 +149,28 @@ class MixedType:
         """Whether there are offsets."""
         return any(kind.offset for kind in self.kinds)
 
-    def to_packed(self, kind: BlockType, rows: Tensor) -> PackedWeight:
-        """uint8 (N, row_bytes(K)) of a part, as the matrix has them: the same weights.
+    # Of a part, uint8 (N, row_bytes(K)), each by itself: a matrix is loaded tensor by tensor, and
+    # packing integers anew takes the longest.
 
-        The scales are float32, for those of some parts are, and so are the offsets.
-        """
-        packed = kind.to_packed(rows)
+    def qweight(self, kind: BlockType, rows: Tensor) -> Tensor:
+        """Its integers, uint8 (N, packed_size(K)), with the bits and the zero point of all."""
+        packed = kind.to_packed(rows).qweight
         columns = rows.shape[1] // kind.nbytes * kind.values
-        q, scales, zeros = packed.qweight, packed.scales.float(), packed.qzeros.float()
-        if self.offset and not kind.offset:
-            zeros = -kind.zero * scales
         added = 0 if self.offset else 2 ** (self.bits - 1) - kind.zero
-        if (kind.bits, added) != (self.bits, 0):
-            step = max(1, PACKED_VALUES // columns)
-            parts = (unpack(part, kind.bits, columns) for part in q.split(step))
-            q = torch.cat([pack(values + added, self.bits) for values in parts])
-        return PackedWeight(q, scales, zeros)
+        if (kind.bits, added) == (self.bits, 0):
+            return packed
+        step = max(1, PACKED_VALUES // columns)
+        parts = (unpack(part, kind.bits, columns) for part in packed.split(step))
+        return torch.cat([pack(values + added, self.bits) for values in parts])
+
+    def scales(self, kind: BlockType, rows: Tensor) -> Tensor:
+        """Its scales (N, G), in float32, which those of some parts are."""
+        return kind.to_packed(rows).scales.float()
+
+    def offsets(self, kind: BlockType, rows: Tensor) -> Tensor:
+        """Its offsets (N, G), in float32."""
+        packed = kind.to_packed(rows)
+        return packed.qzeros.float() if kind.offset else -kind.zero * packed.scales.float()
 
 
 # Those that a CPU kernel takes apart; of these those with scales that are float16 in a block, and

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qllm.checkpoint.formats.base import FloatMatrix, Format, Infos, ReadRows
+from qllm.checkpoint.formats.base import FloatMatrix, Infos, Quantized, ReadRows
 from qllm.checkpoint.formats.floats import check_type, is_size, look_up
+from qllm.checkpoint.formats.int_quantized import IntQuantized
 from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, short
-from qllm.checkpoint.formats.tensors import TensorReader, chunks
+from qllm.checkpoint.formats.tensors import TensorReader
 from qllm.config import QuantSpec
 from qllm.errors import UserError
 from qllm.files import parse_json
-from qllm.quant.packing import PackedWeight, pack, packed_size
 
 # Behind a weight's name, and in front of the kind of its numbers: settings in JSON, as bytes.
 STATE = ".quant_state.bitsandbytes__"
@@ -89,7 +89,7 @@ class FourBits(FloatMatrix):
 
 
 @dataclass(frozen=True)
-class Int8(Format):
+class Int8(IntQuantized):
     """A linear of LLM.int8(), whose activations stay at 16 bits here.
 
     weight         int8 (N, K)
@@ -102,18 +102,18 @@ class Int8(Format):
     optional = ("weight_format",)
     channels = dict.fromkeys(tensors, (0, False))
 
-    def read(
-        self, tensors: Mapping[str, Tensor], in_features: int, out_features: int
-    ) -> PackedWeight:
-        read = TensorReader(tensors, self.spec, in_features, out_features)
-        if "weight_format" in tensors and tensors["weight_format"].count_nonzero():
+    @staticmethod
+    def holds(spec: QuantSpec) -> bool:
+        return False
+
+    def read(self, tensors: Mapping[str, Tensor], in_features: int, out_features: int) -> Quantized:
+        found = dict(tensors)
+        layout = found.pop("weight_format", None)
+        if layout is not None and layout.count_nonzero():
             raise UserError("weight_format is not 0, rows one behind the other, which QLLM reads")
-        values = read.signed("weight", (out_features, in_features))
-        scales = read.scales("SCB", (out_features,)).float()[:, None] / LARGEST
-        packed = torch.empty(out_features, packed_size(in_features, 8), dtype=torch.uint8)
-        for part in chunks(out_features, in_features):
-            packed[part] = pack(values[part].view(torch.uint8) + LARGEST + 1, 8)
-        return PackedWeight(packed, scales, scales.new_empty(0, dtype=torch.uint8))
+        read = TensorReader(tensors, self.spec, in_features, out_features)
+        found["SCB"] = read.scales("SCB", (out_features,)).float()[:, None] / LARGEST
+        return super().read(found, in_features, out_features)
 
 
 def parse(fields: Fields) -> QuantizationConfig:
