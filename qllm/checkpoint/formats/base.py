@@ -103,7 +103,7 @@ Infos = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True)
 class FloatMatrix(ABC):
-    """A matrix (N, K).
+    """A matrix (N, K) of small floats, which no layer holds: it is read as numbers (`floats`).
 
     Attributes:
         kind: what its numbers are called.
