@@ -14,7 +14,7 @@ from qllm.ops.cpu.library import TYPES, Arena, like, pointer
 from qllm.quant.packing import PackedWeight, group_width, packed_size
 
 LANES, K_BLOCK, VECTOR = 16, 32, 64  # of the layout, as in kernels.h
-SMALLEST_GROUP = 16  # every group is filled up to a K block
+SMALLEST_GROUP = 16  # two to a K block; of other sizes every group is filled up to one
 WEIGHT_ONLY, WEIGHT_ONLY_INT8, INT8_DYNAMIC, INT8_STATIC = range(4)
 
 
@@ -51,9 +51,10 @@ _arena = Arena()
 def _shape(in_features: int, bits: int, group_size: int) -> tuple[int, int, int]:
     """Group size, groups and K blocks of a row."""
     group = group_width(in_features, group_size)
-    full, rest = divmod(in_features, group)
-    k_blocks = full * -(-group // K_BLOCK) + -(-rest // K_BLOCK)
-    return group, full + (rest > 0), k_blocks
+    filled = K_BLOCK if group == K_BLOCK // 2 else group
+    full, rest = divmod(in_features, filled)
+    k_blocks = full * -(-filled // K_BLOCK) + -(-rest // K_BLOCK)
+    return group, -(-in_features // group), k_blocks
 
 
 def packed_nbytes(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> int:
@@ -136,22 +137,30 @@ def look_up(
 
 
 def unblock(
-    blocks: Tensor, kind: int, groups: int, bits: int, *, halves: bool, offset: bool, levels: Tensor
+    blocks: Tensor,
+    kind: int,
+    values: int,
+    group: int,
+    bits: int,
+    *,
+    halves: bool,
+    offset: bool,
+    levels: Tensor,
 ) -> PackedWeight:
-    """GGUF's blocks, uint8 (N, blocks, bytes), as rows of bits, in groups of 32 values.
+    """GGUF's blocks, uint8 (N, blocks, bytes), as rows of bits, in groups of 32 values or 16.
 
     Args:
         kind: GGUF's number of the type, one of `BlockKind` in kernels.h.
-        groups: of a block.
+        values, group: of a block, and of a scale.
         bits: of a value.
         halves: scales and offsets are the blocks' float16; else they are float32.
         levels: uint8 (16,), the value of each four bits, of a type that has a table; else empty.
     """
     blocks = blocks.contiguous()
     rows, count, _ = blocks.shape
-    q = blocks.new_empty(rows, count * groups * K_BLOCK * bits // 8)
+    q = blocks.new_empty(rows, count * values * bits // 8)
     dtype = torch.float16 if halves else torch.float32
-    scales = blocks.new_empty(rows, count * groups, dtype=dtype)
+    scales = blocks.new_empty(rows, count * (values // group), dtype=dtype)
     offsets = torch.empty_like(scales) if offset else q.new_empty(0)
     tensors = (blocks, levels, q, scales, offsets)
     library.run("unblock", Blocks(rows, count, kind, *map(pointer, tensors)), *tensors)

@@ -80,7 +80,12 @@ def run_dense(dtype: torch.dtype, fence) -> None:
 def run_linear(dtype: torch.dtype, fence) -> None:
     for shape, rows in itertools.product(((1, 1), (13, 67), (33, 100)), (1, 3, 6, 40)):
         x, bias = fence(normal(rows, shape[1], dtype=dtype)), fence(normal(shape[0], dtype=dtype))
-        for bits, group, scheme in ((3, 32, "asym"), (4, -1, "sym"), (8, 20, "asym")):
+        for bits, group, scheme in (
+            (3, 32, "asym"),
+            (4, -1, "sym"),
+            (6, 16, "offset"),
+            (8, 20, "asym"),
+        ):
             packed = random_weight(shape, bits, group, scheme).packed
             tensors = [fence(part) for part in packed[:3]]
             for run in (linear.weight_only_linear, linear.weight_only_linear_int8):

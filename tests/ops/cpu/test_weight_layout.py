@@ -30,10 +30,11 @@ SHAPES = ((1, 1), (2, 3), (17, 31), (16, 128), (13, 67), (33, 1000), (5, 257))
 def described(q: np.ndarray, bits: int, group: int) -> np.ndarray:
     """Integers (N, K) as `kernels.h` describes them, one plane after the other."""
     outputs, inputs = q.shape
+    together = 32 if group == 16 else group
     starts = [
-        (start, min(start + 32, group_start + group, inputs))
-        for group_start in range(0, inputs, group)
-        for start in range(group_start, min(group_start + group, inputs), 32)
+        (start, min(start + 32, first + together, inputs))
+        for first in range(0, inputs, together)
+        for start in range(first, min(first + together, inputs), 32)
     ]
     filled = np.zeros((-(-outputs // 16) * 16, len(starts), 32), np.uint8)
     for k_block, (start, end) in enumerate(starts):

@@ -35,7 +35,7 @@ constexpr int32_t FALLBACK_BITS = 227 << 23;
 
 struct Block {
     int64_t input, inputs;  // the first input, and how many there are
-    int64_t k_block, k_blocks;  // the same in K blocks
+    int64_t step, steps;    // the same in steps, of whole K blocks or of half a one
     int64_t group;
 };
 
@@ -62,7 +62,7 @@ struct Activations {
     char *own;         // (threads, OWN_BYTES)
 
     int8_t *tile(const Block &b, int64_t row) const {
-        return q + (b.k_block * held_rows + row * b.k_blocks) * K_BLOCK * input_bytes;
+        return q + (b.step * held_rows + row * b.steps) * STEP * input_bytes;
     }
 };
 
@@ -131,7 +131,7 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
     [[maybe_unused]] VI pairs = zero_i();
     // Where operands are of 16 bits, tiles of other rows have the same.
     constexpr bool ONLY_WORDS = IN_WORDS<P> && OPERAND_BYTES == 2;
-    for (int64_t i = 0; i < block.k_blocks * K_BLOCK; i += LANES) {
+    for (int64_t i = 0; i < block.steps * STEP; i += LANES) {
         int8_t bytes[P][LANES];
         for (int v = 0; v < VECTORS; v++) {
             int64_t at = i + v * WIDTH;
@@ -164,7 +164,7 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
             if (P == 4) low_sum = add_i(low_sum, sub_i(all, shift_left<16>(top)));
         }
         if constexpr (!ONLY_WORDS)
-            if (!x.words) put<P>(tile, rows, row - tile_row, i / STEP, block.k_blocks, bytes);
+            if (!x.words) put<P>(tile, rows, row - tile_row, i / STEP, block.steps, bytes);
     }
     int64_t at = b * x.held_rows + row;
     if (is_scaled(a)) x.scale[at] = scale;  // else one for all blocks, which is there
@@ -207,7 +207,7 @@ template <int P> void quantize_all(const Linear &a, const Activations &x, int64_
 static void point_at(Operands &o, const Activations &x, int64_t b, int64_t row) {
     int64_t at = b * x.held_rows + row;
     o.x = x.tile(x.block[b], row);
-    o.k_blocks = x.block[b].k_blocks;
+    o.steps = x.block[b].steps;
     o.x_scale = x.scale + at;
     o.sum = x.sum + at;
     o.low_sum = x.low_sum + at;
@@ -253,12 +253,14 @@ bool prepare(Activations &x, const Linear &a, int64_t rows, const TileShape &sha
     x.pairs = reinterpret_cast<int32_t *>(parts[5]);
     x.fallback = reinterpret_cast<uint8_t *>(parts[6]);
     x.own = parts[7];
-    for (int64_t start = 0, k_block = 0, group = 0; start < a.in; start += a.group, group++) {
+    const int64_t filled = a.group == HALF_K_BLOCK ? HALF_K_BLOCK : K_BLOCK;
+    for (int64_t start = 0, step = 0, group = 0; start < a.in; start += a.group, group++) {
         int64_t end = smaller(a.in, start + a.group);
         for (int64_t input = start; input < end; input += max_k_blocks * K_BLOCK) {
             int64_t inputs = smaller(max_k_blocks * K_BLOCK, end - input);
-            x.block[x.blocks++] = {input, inputs, k_block, k_blocks_of(inputs), group};
-            k_block += k_blocks_of(inputs);
+            const int64_t steps = (inputs + filled - 1) / filled * filled / STEP;
+            x.block[x.blocks++] = {input, inputs, step, steps, group};
+            step += steps;
         }
     }
     return true;

@@ -59,8 +59,8 @@ static int64_t multiply_all(int64_t rounds) {
     return all_rounds * 4 * SUMS * ROW_BYTES * 2;
 }
 
-// Whether tiles of blocks of some K blocks make the products that plain C++ makes.
-static bool products_are_right(int64_t k_blocks) {
+// Whether tiles of blocks of some steps make the products that plain C++ makes.
+static bool products_are_right(int64_t steps) {
     constexpr int64_t R = TILE_ROWS<1>, PANELS = 2, K = MAX_K_BLOCKS * K_BLOCK;
     const int8_t some_x[] = {-128, 127, -1, 0, 127, -127, 1};
     const uint8_t some_w[] = {255, 0, 128, 127, 1};
@@ -70,7 +70,7 @@ static bool products_are_right(int64_t k_blocks) {
     alignas(64) static int32_t sums[TILE_SUMS];
     alignas(64) int32_t zeros[GROUP_LANES];
     float scales[GROUP_LANES];
-    const int64_t steps = k_blocks * STEPS, panel_bytes = steps * LANES * STEP;
+    const int64_t panel_bytes = steps * LANES * STEP;
     for (int64_t i = 0; i < R * K; i++) x[i] = some_x[(i + i / 64) % 7];
     for (int64_t i = 0; i < PANELS * LANES * K; i++) w[i] = some_w[(i + i / 64) % 5];
     for (int64_t i = 0; i < GROUP_LANES; i++) zeros[i] = 128;
@@ -79,9 +79,9 @@ static bool products_are_right(int64_t k_blocks) {
         Tiles tiles(sums);
         Linear a = {};
         a.bits = 8;
-        Operands o = {w, panel_bytes, scales, zeros, x, k_blocks, false, scales, zeros, zeros,
+        Operands o = {w, panel_bytes, scales, zeros, x, steps, false, scales, zeros, zeros,
                       reinterpret_cast<float *>(out)};
-        tiles.begin(o, a, w, PANELS, k_blocks);
+        tiles.begin(o, a, w, PANELS, steps);
         tiles.multiply<1>(o, R, PANELS);
         tiles.end<1>();
     }
@@ -89,7 +89,7 @@ static bool products_are_right(int64_t k_blocks) {
         for (int64_t n = 0; n < PANELS * LANES; n++) {
             uint32_t sum = 0x7FFFFFFF;
             for (int64_t step = 0; step < steps; step++) {
-                const int8_t *a = x + tile_offset(R, r, step, k_blocks);
+                const int8_t *a = x + tile_offset(R, r, step, steps);
                 const uint8_t *b = w + n / LANES * panel_bytes + (step * LANES + n % LANES) * STEP;
                 for (int i = 0; i < STEP; i++) sum += uint32_t(a[i] * int8_t(b[i]));  // less zeros
             }
@@ -165,8 +165,8 @@ static bool few_products_are_right(int64_t rows) {
 }
 
 static bool self_test() {
-    return products_are_right(MAX_K_BLOCKS) && products_are_right(3) &&
-           dense_products_are_right() && few_products_are_right(1) && few_products_are_right(21);
+    return products_are_right(MAX_K_BLOCKS * STEPS) && products_are_right(3 * STEPS) &&
+           products_are_right(STEPS / 2) && dense_products_are_right() && few_products_are_right(1) && few_products_are_right(21);
 }
 
 constexpr Path path() {

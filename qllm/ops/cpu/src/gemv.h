@@ -28,21 +28,23 @@ template <int P>
 constexpr int64_t GEMV_MAX_ROWS =
     P > 2 ? 0 : GEMV_TILES * (IN_WORDS_OF_FEW<P> ? GEMV_WORD_ROWS : GEMV_TILE_ROWS<P>);
 
+constexpr int HALF = STEPS / 2;  // of a K block, where it has two groups
+
 template <int BITS, int V, int T, int I = 0>
 INLINE inline void load_step(Weights (&w)[V], const uint8_t *q, int64_t stride) {
     w[I] = prepared((VI)step_of<BITS, T>(q + I / VECTORS * stride + I % VECTORS * PART));
     if constexpr (I + 1 < V) load_step<BITS, V, T, I + 1>(w, q, stride);
 }
 
-// Adds the steps of a K block, V vectors of panels, to each of the sums in turn.
-template <int BITS, int S, int V, int SETS, int T = 0>
-INLINE inline void add_k_block(Sums<S, V> (&sums)[SETS], const uint8_t *q, int64_t stride,
-                            const int8_t *x) {
+// Adds steps of a K block, all of them or half, V vectors of panels, to each of the sums in turn.
+template <int BITS, int FIRST, int END, int S, int V, int SETS, int T = FIRST>
+INLINE inline void add_steps(Sums<S, V> (&sums)[SETS], const uint8_t *q, int64_t stride,
+                             const int8_t *x) {
     Weights w[V];
     load_step<BITS, V, T>(w, q, stride);
-    sums[T % SETS].add(w, x + T * S * OPERAND_BYTES * STEP);
-    if constexpr (WIDENS && (T + 1) % steps_to_widen(BITS) == 0) sums[0].widen();
-    if constexpr (T + 1 < STEPS) add_k_block<BITS, S, V, SETS, T + 1>(sums, q, stride, x);
+    sums[T % SETS].add(w, x + (T - FIRST) * S * OPERAND_BYTES * STEP);
+    if constexpr (WIDENS && ((T + 1) % steps_to_widen(BITS) == 0 || T + 1 == END)) sums[0].widen();
+    if constexpr (T + 1 < END) add_steps<BITS, FIRST, END, S, V, SETS, T + 1>(sums, q, stride, x);
 }
 
 // One or N panels times the S operands of a tile, rows from `row` on or their two planes, each step
@@ -50,7 +52,7 @@ INLINE inline void add_k_block(Sums<S, V> (&sums)[SETS], const uint8_t *q, int64
 // and the way through the cache costs more than it saves. It is slower in several places at once,
 // where it is slow: no more panels go together than the units need to be busy, for which one panel
 // has several sets of sums.
-template <int BITS, int S, int N>
+template <int BITS, int S, int N, bool HALVES>
 __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64_t row,
                                             int64_t panel, int64_t panels, Grid &grid, float *out) {
     const int64_t size = x.k_blocks * 64 * BITS;
@@ -68,15 +70,26 @@ __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64
         point_at(o, x, b, row);
         Sums<S, V> sums[SETS];
         for (auto &set : sums) set.clear();
-        for (int64_t s = 0; s < o.k_blocks; s++, q += 64 * BITS) {
-            if (row == 0) {  // for the tiles below, panels are in cache
-                // Behind the end of these panels come the next ones.
-                const uint8_t *ahead = q + AWAY + (q + AWAY < end ? 0 : (N - 1) * stride);
-                for (int n = 0; n < N; n++)
-                    for (int v = 0; v < BITS; v++)
-                        prefetch_into<CACHE>(ahead + n * stride + v * 64);
+        const auto read_ahead = [&] {
+            if (row > 0) return;  // for the tiles below, panels are in cache
+            // Behind the end of these panels come the next ones.
+            const uint8_t *ahead = q + AWAY + (q + AWAY < end ? 0 : (N - 1) * stride);
+            for (int n = 0; n < N; n++)
+                for (int v = 0; v < BITS; v++) prefetch_into<CACHE>(ahead + n * stride + v * 64);
+        };
+        if constexpr (HALVES) {
+            if (b % 2 == 0) {
+                read_ahead();
+                add_steps<BITS, 0, HALF>(sums, q, stride, o.x);
+            } else {
+                add_steps<BITS, HALF, STEPS>(sums, q, stride, o.x);
+                q += 64 * BITS;
             }
-            add_k_block<BITS>(sums, q, stride, o.x + s * (K_BLOCK * S * OPERAND_BYTES));
+        } else {
+            for (int64_t s = 0; s < o.steps; s += STEPS, q += 64 * BITS) {
+                read_ahead();
+                add_steps<BITS, 0, STEPS>(sums, q, stride, o.x + s * (STEP * S * OPERAND_BYTES));
+            }
         }
         if constexpr (SETS > 1)
             for (int i = 1; i < SETS; i++) sums[0].join(sums[i]);
@@ -92,9 +105,9 @@ __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64
 // tiles above have, units are busy, and what is left to save is unpacking.
 template <int BITS> constexpr bool CENTERED = BITS == 8;
 
-template <int BITS, int R, int EVERY, int T = 0>
-INLINE inline void add_words_of_k_block(Sums<R, 2> &sums, VI (&pairs)[2], const uint8_t *q,
-                                        int64_t stride, const int8_t *x) {
+template <int BITS, int FIRST, int END, int EVERY, int R, int T = FIRST>
+INLINE inline void add_words_of_steps(Sums<R, 2> &sums, VI (&pairs)[2], const uint8_t *q,
+                                      int64_t stride, const int8_t *x) {
     const VI bytes[] = {(VI)step_of<BITS, T>(q), (VI)step_of<BITS, T>(q + stride)};
     VI even[] = {even_words(bytes[0]), even_words(bytes[1])};
     VI odd[] = {odd_words(bytes[0]), odd_words(bytes[1])};
@@ -105,13 +118,13 @@ INLINE inline void add_words_of_k_block(Sums<R, 2> &sums, VI (&pairs)[2], const 
         }
         if (EVERY > 1) pairs[n] = dot_words(pairs[n], even[n], odd[n]);
     }
-    sums.template add_words<EVERY>(even, odd, x + T * R * WORD_STEP_BYTES);
-    if constexpr (T + 1 < STEPS)
-        add_words_of_k_block<BITS, R, EVERY, T + 1>(sums, pairs, q, stride, x);
+    sums.template add_words<EVERY>(even, odd, x + (T - FIRST) * R * WORD_STEP_BYTES);
+    if constexpr (T + 1 < END)
+        add_words_of_steps<BITS, FIRST, END, EVERY, R, T + 1>(sums, pairs, q, stride, x);
 }
 
 // Two panels, or one, times the R rows of a tile from `row` on.
-template <int BITS, int R, int EVERY>
+template <int BITS, int R, int EVERY, bool HALVES>
 __attribute__((noinline)) void gemv_words(const Linear &a, const Activations &x, int64_t row,
                                           int64_t panel, int64_t panels, Grid &grid, float *out) {
     const int64_t size = x.k_blocks * 64 * BITS, stride = panels < 2 ? 0 : size;
@@ -126,16 +139,28 @@ __attribute__((noinline)) void gemv_words(const Linear &a, const Activations &x,
         Sums<R, 2> sums;
         sums.clear();
         VI pairs[2] = {zero_i(), zero_i()};
-        for (int64_t s = 0; s < o.k_blocks; s++, q += 64 * BITS) {
-            if (row == 0) {
-                const uint8_t *ahead = q + AHEAD<2> + (q + AHEAD<2> < end ? 0 : stride);
-                for (int v = 0; v < BITS; v++) {
-                    prefetch_into<2>(ahead + v * 64);
-                    prefetch_into<2>(ahead + stride + v * 64);
-                }
+        const auto read_ahead = [&] {
+            if (row > 0) return;
+            const uint8_t *ahead = q + AHEAD<2> + (q + AHEAD<2> < end ? 0 : stride);
+            for (int v = 0; v < BITS; v++) {
+                prefetch_into<2>(ahead + v * 64);
+                prefetch_into<2>(ahead + stride + v * 64);
             }
-            add_words_of_k_block<BITS, R, EVERY>(sums, pairs, q, stride,
-                                                 o.x + s * K_BLOCK * R * 2);
+        };
+        if constexpr (HALVES) {
+            if (b % 2 == 0) {
+                read_ahead();
+                add_words_of_steps<BITS, 0, HALF, EVERY>(sums, pairs, q, stride, o.x);
+            } else {
+                add_words_of_steps<BITS, HALF, STEPS, EVERY>(sums, pairs, q, stride, o.x);
+                q += 64 * BITS;
+            }
+        } else {
+            for (int64_t s = 0; s < o.steps; s += STEPS, q += 64 * BITS) {
+                read_ahead();
+                add_words_of_steps<BITS, 0, STEPS, EVERY>(sums, pairs, q, stride,
+                                                          o.x + s * R * WORD_STEP_BYTES);
+            }
         }
         alignas(64) int32_t w_pairs[2 * LANES];
         for (int n = 0; n < 2; n++) store_i(w_pairs + n * LANES, pairs[n]);
@@ -152,27 +177,33 @@ struct Gemv {
     int64_t panels;
 };
 
-template <int S, int BITS = WIDENS ? SHORT_SUM_BITS : 8> Gemv gemv_of_bits(int64_t bits) {
+template <int S, int BITS = WIDENS ? SHORT_SUM_BITS : 8> Gemv gemv_of_bits(const Linear &a) {
     if constexpr (BITS > 1)
-        if (bits != BITS) return gemv_of_bits<S, BITS - 1>(bits);
+        if (a.bits != BITS) return gemv_of_bits<S, BITS - 1>(a);
     constexpr int N = VECTORS == 1 && S > 2 ? 2 : 1;
-    return {gemv<BITS, S, N>, N};
+    return {a.group == HALF_K_BLOCK ? gemv<BITS, S, N, true> : gemv<BITS, S, N, false>, N};
 }
 
-template <int S = GEMV_OPERANDS> Gemv gemv_of(int64_t bits, int64_t operands) {
+template <int S = GEMV_OPERANDS> Gemv gemv_of(const Linear &a, int64_t operands) {
     if constexpr (S > 1)
-        if (operands < S) return gemv_of<S - 1>(bits, operands);
-    return gemv_of_bits<S>(bits);
+        if (operands < S) return gemv_of<S - 1>(a, operands);
+    return gemv_of_bits<S>(a);
 }
 
 #if GEMV_IN_WORDS
-template <int R, int BITS = 8> Gemv gemv_words_of_bits(int64_t bits) {
+template <int R, int EVERY, int BITS = 8> Gemv gemv_words_of_bits(const Linear &a) {
     if constexpr (BITS > 1)
-        if (bits != BITS) return gemv_words_of_bits<R, BITS - 1>(bits);
+        if (a.bits != BITS) return gemv_words_of_bits<R, EVERY, BITS - 1>(a);
+    if constexpr (EVERY == 1)
+        if (a.group == HALF_K_BLOCK) return {gemv_words<BITS, R, EVERY, true>, 2};
+    return {gemv_words<BITS, R, EVERY, false>, 2};
+}
+
+template <int R> Gemv gemv_words_of(const Linear &a) {
     // Every other row is multiplied as it is: sums take the time of unpacking, too.
     if constexpr (R == GEMV_WORD_ROWS)
-        if (spare_adders) return {gemv_words<BITS, R, 2>, 2};
-    return {gemv_words<BITS, R, 1>, 2};
+        if (spare_adders && a.group != HALF_K_BLOCK) return gemv_words_of_bits<R, 2>(a);
+    return gemv_words_of_bits<R, 1>(a);
 }
 #endif
 
@@ -184,10 +215,10 @@ Gemv gemv_of_rows(const Linear &a, [[maybe_unused]] const Activations &x, int64_
         if (x.words) {
             if constexpr (R > 2)
                 if (rows < R) return gemv_of_rows<P, R - 2>(a, x, rows);
-            return gemv_words_of_bits<R>(a.bits);
+            return gemv_words_of<R>(a);
         }
 #endif
-    return gemv_of(a.bits, rows * OPERAND_PLANES<P>);
+    return gemv_of(a, rows * OPERAND_PLANES<P>);
 }
 
 // Panels up to `end` times all rows, a tile after the other while the panels are in cache.

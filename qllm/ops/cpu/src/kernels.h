@@ -26,7 +26,8 @@ enum Mode : int64_t {
 // The layout of a weight (N, K) of b bits in groups of g:
 //
 //   panels of LANES output channels (the last is filled up with zeros), in them K blocks of K_BLOCK
-//   inputs. A group of inputs starts a K block and is filled up with zeros to whole K blocks.
+//   inputs. A group of inputs starts a K block and is filled up with zeros to whole K blocks; but
+//   groups of 16 inputs lie two to a K block.
 //
 //   q       uint8 (panels, K blocks, b, 64)     a K block's bits in planes: 8 = 8, 7 = 4 + 2 + 1, …
 //   scales  float16 or float32 (panels, groups, LANES)
@@ -38,6 +39,7 @@ enum Mode : int64_t {
 constexpr int64_t LANES = 16;
 constexpr int64_t K_BLOCK = 32;
 constexpr int64_t STEP = 4;
+constexpr int64_t HALF_K_BLOCK = K_BLOCK / 2;
 
 struct Linear {
     int64_t rows, in, out;    // M, K, N
@@ -70,16 +72,16 @@ struct Packing {
 
 // GGUF's types of blocks that become rows of bits, by its numbers.
 enum BlockKind : int64_t {
-    Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13,
-    IQ4_NL = 20, IQ4_XS = 23, MXFP4 = 39
+    Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13,
+    Q6_K = 14, IQ4_NL = 20, IQ4_XS = 23, MXFP4 = 39
 };
 
-// Rows of GGUF's blocks as rows of bits, whose groups have 32 values.
+// Rows of GGUF's blocks as rows of bits, whose groups have 32 values, or 16.
 struct Blocks {
     int64_t rows, blocks, kind;  // blocks of a row
     const uint8_t *x;            // (rows, blocks, bytes of one)
     const uint8_t *levels;       // (16,): the values of four bits, for types with a table, or null
-    uint8_t *q;                  // (rows, groups, 4 bits)
+    uint8_t *q;                  // (rows, blocks, bytes of the values of one)
     void *scales, *offsets;      // (rows, groups): the blocks' float16, or float32; offsets or null
 };
 
@@ -266,9 +268,24 @@ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline int64_t k_blocks_of(int64_t inputs) { return (inputs + K_BLOCK - 1) / K_BLOCK; }
 
+// How many inputs of groups of this size are filled up to whole K blocks together.
+static inline int64_t filled_inputs(int64_t group) {
+    return group == HALF_K_BLOCK ? K_BLOCK : group;
+}
+
 // K blocks of a row: every group's, the last group may be shorter.
 static inline int64_t row_k_blocks(int64_t in, int64_t group) {
-    return in / group * k_blocks_of(group) + k_blocks_of(in % group);
+    const int64_t filled = filled_inputs(group);
+    return in / filled * k_blocks_of(filled) + k_blocks_of(in % filled);
+}
+
+// Where an input is: in which K block of a row, and which input of that.
+struct Place {
+    int64_t k_block, input;
+};
+static inline Place place_of(int64_t k, int64_t group) {
+    const int64_t filled = filled_inputs(group);
+    return {k / filled * k_blocks_of(filled) + k % filled / K_BLOCK, k % filled % K_BLOCK};
 }
 
 }  // namespace qllm

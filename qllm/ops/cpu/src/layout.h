@@ -207,19 +207,20 @@ static void pack_grid(const Packing &p, int64_t panel, int64_t lanes, int64_t gr
 inline Status pack(const Packing &p) {
     int64_t panels = (p.out + LANES - 1) / LANES, k_blocks = row_k_blocks(p.in, p.group);
     int64_t groups = (p.in + p.group - 1) / p.group, bits = p.bits;
+    const int64_t filled = filled_inputs(p.group);
     for_each(panels, true, [&](int64_t panel, int64_t) {
         int64_t lanes = p.out - panel * LANES < LANES ? p.out - panel * LANES : LANES;
         uint8_t *to = p.q + panel * k_blocks * 64 * bits;
-        for (int64_t group = 0; group < groups; group++) {
-            int64_t end = (group + 1) * p.group < p.in ? (group + 1) * p.group : p.in;
-            for (int64_t start = group * p.group; start < end; start += K_BLOCK, to += 64 * bits) {
+        for (int64_t first = 0; first < p.in; first += filled) {
+            int64_t end = first + filled < p.in ? first + filled : p.in;
+            for (int64_t start = first; start < end; start += K_BLOCK, to += 64 * bits) {
                 alignas(64) uint32_t bytes[STEPS][LANES] = {};
                 int64_t count = end - start < K_BLOCK ? end - start : K_BLOCK;
                 read_k_block(p, panel * LANES, lanes, start, count, bytes);
                 pack_k_block(reinterpret_cast<uint8_t *>(bytes), to, int(bits));
             }
-            pack_grid(p, panel, lanes, group, groups);
         }
+        for (int64_t group = 0; group < groups; group++) pack_grid(p, panel, lanes, group, groups);
     });
     return Status::OK;
 }
@@ -231,9 +232,9 @@ inline Status unpack(const Packing &p) {
         int64_t panel = n / LANES, lane = n % LANES;
         uint8_t *row = p.rows + n * p.row_bytes;
         for (int64_t k = 0; k < p.in; k++) {
-            int64_t k_block = k / p.group * k_blocks_of(p.group) + k % p.group / K_BLOCK;
-            int value = value_at(p.q + (panel * k_blocks + k_block) * 64 * p.bits, int(p.bits),
-                                 lane, k % p.group % K_BLOCK);
+            const Place at = place_of(k, p.group);
+            int value = value_at(p.q + (panel * k_blocks + at.k_block) * 64 * p.bits, int(p.bits),
+                                 lane, at.input);
             int64_t bit = k * p.bits;
             row[bit / 8] |= uint8_t(value << bit % 8);
             if (bit % 8 + p.bits > 8) row[bit / 8 + 1] |= uint8_t(value >> (8 - bit % 8));

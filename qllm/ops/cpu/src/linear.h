@@ -23,17 +23,19 @@ constexpr int64_t MAX_ROWS = 1536;         // rows whose activations are held at
 constexpr int64_t MEMORY_BOUND_ROWS = 16;  // up to here threads take longer parts, to read on
 
 #if HAS_WORDS
-// A K block as int16 less the middle of their integers; adds the products of neighbours to `pairs`.
+// Steps of a K block as int16 less the middle of their integers; adds the products of neighbours to
+// `pairs`.
 template <int P>
-void unpack_words(const Linear &a, const uint8_t *q, uint8_t *to, int32_t *pairs) {
+void unpack_words(const Linear &a, const uint8_t *q, int64_t first, int64_t end, uint8_t *to,
+                  int32_t *pairs) {
     alignas(64) uint8_t bytes[K_BLOCK * LANES];
     UNPACK_K_BLOCK[a.bits](q, bytes);
     const VI middle = set_words(int16_t(1 << (a.bits - 1)));
     for (int v = 0; v < VECTORS; v++) {
-        const uint8_t *from = bytes + v * WIDTH * STEP;
+        const uint8_t *from = bytes + (first * LANES + v * WIDTH) * STEP;
         uint8_t *words = to + v * WIDTH * STEP;
         VI sum = load_i(pairs + v * WIDTH);
-        for (int64_t step = 0; step < STEPS; step++, from += LANES * STEP) {
+        for (int64_t step = first; step < end; step++, from += LANES * STEP) {
             const VI four_inputs = weights(from);
             const VI even = sub_words(even_words(four_inputs), middle);
             const VI odd = sub_words(odd_words(four_inputs), middle);
@@ -47,7 +49,8 @@ void unpack_words(const Linear &a, const uint8_t *q, uint8_t *to, int32_t *pairs
 }
 #else
 // There is no int16.
-template <int P> void unpack_words(const Linear &, const uint8_t *, uint8_t *, int32_t *);
+template <int P>
+void unpack_words(const Linear &, const uint8_t *, int64_t, int64_t, uint8_t *, int32_t *);
 #endif
 
 // `panels` panels, up to GROUP_PANELS, times all rows: unpacked to cache for many rows.
@@ -62,9 +65,13 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
         for (int64_t i = 0; i < rows * GROUP_LANES; i += WIDTH) store_f(sums + i, set_f(0));
         for (int64_t b = 0; b < x.blocks; b++) {
             const Block &block = x.block[b];
+            // Of a block that is half a K block, all of that is unpacked, or what becomes int16.
+            const int64_t k_block = block.step / STEPS, half = block.step % STEPS;
+            const int64_t k_blocks = (block.steps + STEPS - 1) / STEPS;
+            uint8_t *w = bytes + (IN_WORDS<P> ? 0 : half * LANES * STEP);
             Operands o = grid.operands(a);
-            o.w = bytes;
-            o.w_stride = block.k_blocks * unpacked;
+            o.w = w;
+            o.w_stride = k_blocks * unpacked;
             o.widen = steps_to_widen(a.bits);
             if (block.group != group)
                 grid.load(a, panel, panels, group = block.group, 1, IN_WORDS<P>);
@@ -74,17 +81,18 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
                 for (int32_t &sum : pairs) sum = 0;
             }
             for (int64_t p = 0; p < panels; p++) {
-                const uint8_t *q = a.q + ((panel + p) * x.k_blocks + block.k_block) * 64 * a.bits;
+                const uint8_t *q = a.q + ((panel + p) * x.k_blocks + k_block) * 64 * a.bits;
                 uint8_t *to = bytes + p * o.w_stride;
-                for (int64_t s = 0; s < block.k_blocks; s++, q += 64 * a.bits, to += unpacked) {
+                for (int64_t s = 0; s < k_blocks; s++, q += 64 * a.bits, to += unpacked) {
                     if constexpr (IN_WORDS<P>) {
-                        unpack_words<P>(a, q, to, pairs + p * LANES);
+                        unpack_words<P>(a, q, half, smaller(STEPS, half + block.steps), to,
+                                        pairs + p * LANES);
                     } else {
                         UNPACK_K_BLOCK[a.bits](q, to);
                     }
                 }
             }
-            tiles.begin(o, a, bytes, panels, block.k_blocks);
+            tiles.begin(o, a, w, panels, block.steps);
             for (int64_t r = 0; r < rows; r += x.tile_rows) {
                 point_at(o, x, b, row + r);
                 o.out = sums + r * GROUP_LANES;

@@ -39,7 +39,7 @@ struct Operands {
     const float *scales;   // (panels, LANES)
     const int32_t *zeros;  // (panels, LANES); null where int16 weights have none
     const int8_t *x;       // the tile's, as `tile_offset` says
-    int64_t k_blocks;
+    int64_t steps;
     bool scaled;              // blocks have scales; without, their sums stay integers (one plane)
     const float *x_scale;     // (rows,)
     const int32_t *sum;       // (rows,): of the first two planes together

@@ -20,7 +20,6 @@ inline float number_at(const void *numbers, int64_t i, int64_t type) {
 template <int64_t TYPE> void embed_packed_row(const EmbedPacked &a, int64_t row) {
     const int64_t groups = (a.in + a.group - 1) / a.group, k_blocks = row_k_blocks(a.in, a.group);
     const int64_t panel = a.index[row] / LANES, lane = a.index[row] % LANES;
-    const uint8_t *k_block = a.q + panel * k_blocks * 64 * a.bits;
     char *y = static_cast<char *>(a.y) + row * a.in * (TYPE == FLOAT32 ? 4 : 2);
     for (int64_t group = 0; group < groups; group++) {
         const int64_t at = (panel * groups + group) * LANES + lane;
@@ -28,13 +27,15 @@ template <int64_t TYPE> void embed_packed_row(const EmbedPacked &a, int64_t row)
         const VF offset = set_f(a.offsets ? number_at(a.offsets, at, a.scale_type) : 0);
         const int zero = a.offsets ? 0 : a.zeros ? a.zeros[at] : 1 << (a.bits - 1);
         const int64_t end = smaller((group + 1) * a.group, a.in);
-        for (int64_t k = group * a.group; k < end; k += K_BLOCK, k_block += 64 * a.bits) {
+        for (int64_t k = group * a.group, count; k < end; k += count) {
             alignas(64) uint8_t bytes[64 * STEPS];
             float values[K_BLOCK];
-            UNPACK_K_BLOCK[a.bits](k_block, bytes);
-            for (int64_t i = 0; i < K_BLOCK; i++)
-                values[i] = float(bytes[i / STEP * 64 + lane * STEP + i % STEP] - zero);
-            const int64_t count = smaller(K_BLOCK, end - k);
+            const Place from = place_of(k, a.group);
+            UNPACK_K_BLOCK[a.bits](a.q + (panel * k_blocks + from.k_block) * 64 * a.bits, bytes);
+            for (int64_t i = from.input; i < K_BLOCK; i++)
+                values[i - from.input] =
+                    float(bytes[i / STEP * 64 + lane * STEP + i % STEP] - zero);
+            count = smaller(smaller(a.group, K_BLOCK), end - k);
             for (int64_t i = 0; i < count; i += WIDTH) {
                 VF value = mul_f(load_f(values + i), scale);
                 if (a.offsets) value = add_f(value, offset);

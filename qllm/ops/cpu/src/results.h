@@ -46,10 +46,10 @@ static void multiply_fallback_row(const Linear &a, int64_t row, int64_t panel, i
     for (int64_t n = panel * LANES; n < smaller(a.out, (panel + panels) * LANES); n++) {
         double sum = 0;  // K products one by one: in float32 their roundings would add up
         for (int64_t k = 0; k < a.in; k++) {
-            int64_t k_block = k / a.group * k_blocks_of(a.group) + k % a.group / K_BLOCK;
+            const Place at = place_of(k, a.group);
             int64_t group = (n / LANES * groups + k / a.group) * LANES + n % LANES;
-            int value = value_at(a.q + (n / LANES * k_blocks + k_block) * 64 * a.bits, int(a.bits),
-                                 n % LANES, k % a.group % K_BLOCK);
+            const uint8_t *k_block = a.q + (n / LANES * k_blocks + at.k_block) * 64 * a.bits;
+            int value = value_at(k_block, int(a.bits), n % LANES, at.input);
             if (!a.offsets) value -= a.zeros ? a.zeros[group] : 1 << (a.bits - 1);
             float weight = float(value) * one(a.scales, group, a.scale_type);
             if (a.offsets) weight += one(a.offsets, group, a.scale_type);

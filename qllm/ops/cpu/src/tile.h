@@ -18,7 +18,7 @@ template <int P> constexpr int64_t INPUT_BYTES = OPERAND_PLANES<P> * OPERAND_BYT
 
 // LANES inputs of a row, from a step on, to the activations of a tile: step by step the operands.
 template <int P>
-INLINE inline void put(int8_t *tile, int64_t rows, int64_t row, int64_t step, int64_t /*k_blocks*/,
+INLINE inline void put(int8_t *tile, int64_t rows, int64_t row, int64_t step, int64_t /*steps*/,
                        const int8_t (&planes)[P][LANES]) {
     for (int64_t s = 0; s < LANES / STEP; s++, step++)
         for (int64_t operand = 0; operand < OPERAND_PLANES<P>; operand++) {
@@ -199,7 +199,7 @@ __attribute__((noinline)) void multiply(const Operands &o, int64_t from) {
     sums.clear();
     const uint8_t *w = o.w + from * o.w_stride;
     const int8_t *x = o.x;
-    const int64_t steps = o.k_blocks * STEPS, together = WIDENS ? o.widen : steps;
+    const int64_t steps = o.steps, together = WIDENS ? smaller(o.widen, steps) : steps;
     for (int64_t done = 0; done < steps; done += together) {
         for (int64_t step = 0; step < together; step++, w += LANES * STEP) {
             Weights step_weights[N * VECTORS];
@@ -221,7 +221,7 @@ __attribute__((noinline)) void multiply_words([[maybe_unused]] const Operands &o
     sums.clear();
     const uint8_t *w = o.w + from * o.w_stride;
     const int8_t *x = o.x;
-    for (int64_t step = 0; step < o.k_blocks * STEPS; step++, x += R * WORD_STEP_BYTES) {
+    for (int64_t step = 0; step < o.steps; step++, x += R * WORD_STEP_BYTES) {
         VI even[N * VECTORS], odd[N * VECTORS];
         load_words(even, w, o.w_stride);
         load_words(odd, w + LANES * STEP, o.w_stride);

@@ -24,14 +24,17 @@ constexpr int64_t UNSCALED_K_BLOCKS = 16;
 // One plane has two tiles of rows side by side, as others have two planes.
 template <int P> constexpr int64_t TILE_ROWS = P == 1 ? 2 * ROWS : ROWS;
 
-// How many inputs a tile of activations has. Blocks of an odd number of K blocks take half tiles:
-// shapes cannot change while sums are in tiles, and there are no tiles left for a second shape.
-inline int64_t tile_inputs(int64_t k_blocks) { return k_blocks % 2 ? K_BLOCK : 2 * K_BLOCK; }
+// How many inputs a tile of activations has. Blocks of an odd number of K blocks take half tiles,
+// and those of half a one quarters: shapes cannot change while sums are in tiles, and there are no
+// tiles left for a second shape.
+inline int64_t tile_inputs(int64_t steps) {
+    return steps % STEPS ? HALF_K_BLOCK : steps % (2 * STEPS) ? K_BLOCK : 2 * K_BLOCK;
+}
 
 // Where the 4 inputs of a step of an operand lie among the activations of a tile: the rows of a
 // tile one after the other, with those of other planes in between.
-inline int64_t tile_offset(int64_t operands, int64_t operand, int64_t step, int64_t k_blocks) {
-    int64_t inputs = tile_inputs(k_blocks), input = step * STEP;
+inline int64_t tile_offset(int64_t operands, int64_t operand, int64_t step, int64_t steps) {
+    int64_t inputs = tile_inputs(steps), input = step * STEP;
     return (input & -inputs) * operands + operand * inputs + (input & (inputs - 1));
 }
 
@@ -39,10 +42,10 @@ template <int P> constexpr int64_t INPUT_BYTES = P;  // that an input of a row t
 
 // LANES inputs of a row, from a step on, to the activations of a tile.
 template <int P>
-INLINE inline void put(int8_t *tile, int64_t rows, int64_t row, int64_t step, int64_t k_blocks,
+INLINE inline void put(int8_t *tile, int64_t rows, int64_t row, int64_t step, int64_t steps,
                        const int8_t (&planes)[P][LANES]) {
     for (int64_t p = 0; p < P; p++)
-        __builtin_memcpy(tile + tile_offset(rows * P, row * P + p, step, k_blocks), planes[p],
+        __builtin_memcpy(tile + tile_offset(rows * P, row * P + p, step, steps), planes[p],
                          LANES);
 }
 
@@ -77,8 +80,8 @@ INLINE inline void store_sums(T *to, int64_t next_x, int64_t next_w, int64_t str
 template <int X, int W>
 INLINE inline void add_products(const Operands &o, const int8_t *x, int64_t next_x, int64_t stride,
                                 int64_t operands, const uint8_t *w) {
-    const int64_t inputs = tile_inputs(o.k_blocks), next_w = o.w_stride;
-    for (int64_t left = o.k_blocks * K_BLOCK; left > 0; left -= inputs) {
+    const int64_t inputs = tile_inputs(o.steps), next_w = o.w_stride;
+    for (int64_t left = o.steps * STEP; left > 0; left -= inputs) {
         load_tile<X_TILE>(x, stride);
         load_tile<W_TILE>(w, ROW_BYTES);
         add_product<0, X_TILE, W_TILE>();
@@ -120,8 +123,8 @@ class Tiles {
 
     // Takes a block of unpacked weights: what a signed byte can hold of their zeros is subtracted.
     void begin(const Operands &o, const Linear &a, uint8_t *bytes, int64_t panels,
-               int64_t k_blocks) {
-        take_shapes(tile_inputs(k_blocks));
+               int64_t steps) {
+        take_shapes(tile_inputs(steps));
         const VI max_zero = set_i(128);
         zeros_left_ = false;
         for (int64_t p = 0; p < panels; p++) {
@@ -131,7 +134,7 @@ class Tiles {
             store_i(zero_left_ + p * LANES, left);
             zeros_left_ |= _mm512_test_epi32_mask(left, left) != 0;
             uint8_t *w = bytes + p * o.w_stride;
-            for (int64_t i = 0; i < k_blocks * K_BLOCK * LANES; i += ROW_BYTES)
+            for (int64_t i = 0; i < steps * STEP * LANES; i += ROW_BYTES)
                 _mm512_store_si512(w + i, _mm512_sub_epi8(weights(w + i), in_bytes));
         }
     }
@@ -173,7 +176,7 @@ class Tiles {
     template <int P, int W>
     __attribute__((noinline)) void multiply_panels(const Operands &o, int64_t rows, int64_t panel) {
         const uint8_t *w = o.w + panel * o.w_stride;
-        const int64_t inputs = tile_inputs(o.k_blocks);
+        const int64_t inputs = tile_inputs(o.steps);
         const int64_t stride = P * inputs, operands = P * rows;
         if (P > 1) {
             for (int plane = 0; plane < P; plane += 2) {
