@@ -21,7 +21,7 @@ from qllm.errors import UserError
 from qllm.gguf.config import Architecture, architecture_of, read_config
 from qllm.gguf.file import GGUF, GGUFTensor
 from qllm.gguf.metadata import Metadata
-from qllm.gguf.types import PACKED_GROUP, BlockType, MixedType
+from qllm.gguf.types import BlockType, MixedType
 from qllm.models import FAMILIES, RawConfig
 from qllm.models import read_config as model_config
 from qllm.quant.packing import packed_size
@@ -176,7 +176,7 @@ def quantization_of(found: GGUF, as_numbers: Collection[str] = ()) -> dict[str, 
         "quant_method": "gguf",
         "modules": {n: kind.name for n, kind in types.items() if isinstance(kind, BlockType)},
         "mixed": {
-            module: {"bits": kind.bits, "offset": kind.offset}
+            module: {"bits": kind.bits, "group": kind.group, "offset": kind.offset}
             for module, kind in types.items()
             if isinstance(kind, MixedType)
         },
@@ -188,7 +188,7 @@ def _held_as(kind: BlockType | MixedType, shape: tuple[int, ...]) -> dict[str, T
     rows, columns = shape
     if isinstance(kind, BlockType):
         return {BLOCKS: TensorInfo((rows, kind.row_bytes(columns)), torch.uint8)}
-    numbers = TensorInfo((rows, columns // PACKED_GROUP), torch.float32)
+    numbers = TensorInfo((rows, columns // kind.group), torch.float32)
     infos = (TensorInfo((rows, packed_size(columns, kind.bits)), torch.uint8), numbers, numbers)
     return dict(zip(MIXED[: 2 + kind.offset], infos, strict=False))
 
@@ -241,13 +241,12 @@ class GGUFFile(TensorFile):
 
     @property
     def unpacked_types(self) -> tuple[str, ...]:
-        """Of the matrices that are read as numbers, and are blocks in the file."""
-        found = {
-            part.tensor.type.name
-            for name, pieces in self._parts.items()
-            for part in pieces
-            if _is_held(name) and name.endswith(".weight") and part.tensor.type.dtype is None
-        }
+        """Of the matrices that are read as numbers since some of their parts are."""
+        found = set()
+        for name, pieces in self._parts.items():
+            packed = {piece.tensor.type.name for piece in pieces if piece.tensor.type.packs}
+            if _is_held(name) and not all(piece.tensor.type.packs for piece in pieces):
+                found |= packed
         return tuple(sorted(found))
 
     def read(self, name: str) -> Tensor:

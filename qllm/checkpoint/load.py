@@ -124,14 +124,15 @@ def load_model(
 
 
 def _note_unpacked(checkpoint: Checkpoint, plan: QuantPlan, note: Note) -> None:
-    if checkpoint.unpacked_types and plan.keeps_stored:
-        reason = "a packed one has no groups of 16"
+    if checkpoint.unpacked_types and (plan.keeps_stored or plan.outer_alone):
+        reason = "other parts of them (q, k, v; gate, up) are plain numbers"
+        rounds = "`bitwidth` rounds the numbers of all layers"
         if checkpoint.floats:
             reason = "layers compute with no smaller floats"
+            rounds += ", and `embedding_bits` those of the embedding"
         note(
             f"matrices of {', '.join(checkpoint.unpacked_types)} are held at 16 bits: {reason}; "
-            "`bitwidth` rounds the numbers of all layers, and `embedding_bits` those of the "
-            "embedding"
+            f"{rounds}"
         )
 
 

@@ -39,12 +39,12 @@ from qllm.gguf.types import (
     BF16,
     F16,
     F32,
-    PACKED_GROUP,
     Q4_0,
     Q4_1,
     Q5_0,
     Q5_1,
     Q8_0,
+    WRITTEN_GROUP,
     BlockType,
 )
 from qllm.gguf.write import Planned, write_gguf
@@ -199,16 +199,16 @@ class _Tensors:
             return PLAIN[self.weights.dtype(name)]
         spec, width = self.weights.stored[module].spec, shape[1]
         group = group_width(width, spec.group_size)
-        if width % PACKED_GROUP:
+        if width % WRITTEN_GROUP:
             raise UserError(
-                f"{module} has {width} inputs, which GGUF's blocks of {PACKED_GROUP} do not "
+                f"{module} has {width} inputs, which GGUF's blocks of {WRITTEN_GROUP} do not "
                 "divide; write the model at 16 bits"
             )
-        if spec.kind != "weight_only" or group % PACKED_GROUP:
+        if spec.kind != "weight_only" or group % WRITTEN_GROUP:
             raise UserError(
                 f"{module} has {spec.bits} bits in groups of {group}, which GGUF's blocks of "
-                f"{PACKED_GROUP} do not hold; they hold 1 to 8 bits in groups of {PACKED_GROUP} or "
-                "a multiple of it"
+                f"{WRITTEN_GROUP} do not hold; they hold 1 to 8 bits in groups of {WRITTEN_GROUP} "
+                "or a multiple of it"
             )
         packed = self._packed(module)
         if spec.bits not in TYPES_OF:
@@ -280,11 +280,11 @@ class _Tensors:
 
         def of_blocks(numbers: Tensor) -> Tensor:
             """One of them for each block, (N, blocks, 1), of those of groups."""
-            each = numbers.repeat_interleave(group // PACKED_GROUP, 1)
-            return each[:, : width // PACKED_GROUP, None].contiguous()
+            each = numbers.repeat_interleave(group // WRITTEN_GROUP, 1)
+            return each[:, : width // WRITTEN_GROUP, None].contiguous()
 
         factors = [of_blocks(packed.scales).view(torch.uint8)]
-        q = unpack(packed.qweight, spec.bits, width).unflatten(1, (-1, PACKED_GROUP))
+        q = unpack(packed.qweight, spec.bits, width).unflatten(1, (-1, WRITTEN_GROUP))
         if form is not Q8_0:
             if form.offset:
                 factors.append(of_blocks(_offsets(packed).half()).view(torch.uint8))

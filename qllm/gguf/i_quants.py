@@ -1,7 +1,7 @@
 """llama.cpp's types whose numbers are drawn from tables, which the `gguf` package has.
 
-What a table holds is integers, so that a layer can hold most types as such, with more bits than a
-file has: a value is q · scale, or q · scale + offset, as of the other types.
+What a table holds is integers, so that a layer can hold them as such, with more bits than a file
+has: a value is q · scale, or q · scale + offset, as of the other types.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from qllm.errors import UserError
-from qllm.gguf.blocks import Values, half, nibbles
+from qllm.gguf.blocks import Values, e2m1_levels, half, nibbles
 
-# Of the numbers of IQ2_XXS and IQ3_XXS, and of IQ3_S, which are whole and not above 62 and 15.
+# Zero points of whole numbers that are not above 62 (IQ2, IQ3_XXS), and 15 (IQ3_S, IQ1_M, NVFP4).
 SEVEN_BITS, FIVE_BITS = 64, 16
-DELTA = 0.125  # between the grids of IQ1_S
+DELTA = 0.125  # between the grids of IQ1
 
 
 def _package() -> ModuleType:
@@ -44,12 +44,6 @@ def levels() -> Tensor:
     return torch.tensor([level + 128 for level in _package().IQ4_NL.kvalues], dtype=torch.uint8)
 
 
-def numbers(name: str, rows: Tensor) -> Tensor:
-    """The numbers of rows (N, bytes) of a type that no layer holds: float32 (N, K)."""
-    quants = _package()
-    return torch.from_numpy(quants.dequantize(rows.numpy(), quants.GGMLQuantizationType[name]))
-
-
 @cache
 def _signs() -> Tensor:
     """-1 where a bit of a byte is 1, else 1: int8 (256, 8)."""
@@ -66,9 +60,9 @@ def _even_signs() -> Tensor:
 
 
 def _look_up(table: Tensor, indices: Tensor) -> Tensor:
-    """Rows of a table of bytes, for some indices (…, I): (…, I R)."""
+    """Rows of a table, of 1 to 8 bytes, for some indices (…, I): (…, I R)."""
     # As one integer each, which torch takes from a table many times as fast.
-    wide = {1: torch.uint8, 4: torch.int32, 8: torch.int64}[table[0].numel()]
+    wide = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[table[0].nbytes]
     found = table.view(wide).flatten().index_select(0, indices.int().flatten())
     return found.view(table.dtype).view(*indices.shape[:-1], -1)
 
@@ -97,6 +91,20 @@ def iq3_s(blocks: Tensor) -> Values:
     return Values(q.view(torch.uint8).flatten(1), scales.flatten(1))
 
 
+def nvfp4(blocks: Tensor) -> Values:
+    """4 scales, each a byte of unsigned E4M3, and 8 bytes of values for each."""
+    codes = nibbles(blocks[..., 4:].unflatten(-1, (4, 8))).flatten(-2)
+    scales = _look_up(_e4m3_halves(), blocks[..., :4])
+    return Values(_look_up(e2m1_levels(), codes).flatten(1), scales.flatten(1))
+
+
+@cache
+def _e4m3_halves() -> Tensor:
+    """Half of the number of each byte of unsigned E4M3: float16 (256,)."""
+    found = _package().NVFP4.ue4m3_to_fp32(np.arange(256, dtype=np.uint8))
+    return torch.from_numpy(found.astype(np.float16))
+
+
 def iq3_xxs(blocks: Tensor) -> Values:
     """A factor, 64 bytes of indices, 8 words of signs and a scale each."""
     found = _look_up(_grid("IQ3_XXS"), blocks[..., 2:66])
@@ -108,6 +116,44 @@ def iq2_xxs(blocks: Tensor) -> Values:
     pairs = blocks[..., 2:66].unflatten(-1, (8, 8))
     found = _look_up(_grid("IQ2_XXS"), pairs[..., :4].flatten(-2))
     return _with_words(blocks, found, pairs[..., 4:].flatten(-2), 0.25)
+
+
+def iq2_xs(blocks: Tensor) -> Values:
+    """A factor, 32 times 9 bits of an index and 7 of signs, 16 scales of 4 bits."""
+    words = blocks[..., 2:66].contiguous().view(torch.int16).int()
+    found = _look_up(_grid("IQ2_XS"), words & 0x1FF)
+    q = found * _look_up(_even_signs(), (words >> 9) & 0x7F) + SEVEN_BITS
+    return Values(q.view(torch.uint8).flatten(1), _sixteen_scales(blocks, blocks[..., 66:74]))
+
+
+def iq2_s(blocks: Tensor) -> Values:
+    """A factor, 32 lower bytes of indices, 32 of signs, 8 of upper bits, 16 scales of 4 bits."""
+    high = (blocks[..., 66:74][..., None] >> torch.arange(0, 8, 2, dtype=torch.uint8)) & 3
+    found = _look_up(_grid("IQ2_S"), blocks[..., 2:34].int() | high.flatten(-2).int() << 8)
+    q = found * _look_up(_signs(), blocks[..., 34:66]) + SEVEN_BITS
+    return Values(q.view(torch.uint8).flatten(1), _sixteen_scales(blocks, blocks[..., 74:82]))
+
+
+def _sixteen_scales(blocks: Tensor, packed: Tensor) -> Tensor:
+    """Scales of 4 bits times a block's factor: float32 (N, G)."""
+    four_bits = torch.stack([packed & 0xF, packed >> 4], -1).flatten(-2).float()
+    return (half(blocks, 0).float()[..., None] * (0.5 + four_bits) * 0.25).flatten(1)
+
+
+def iq1_m(blocks: Tensor) -> Values:
+    """32 lower bytes of indices, 32 times 3 upper bits and a sign, 4 words of 4 scales of 3 bits
+    and of a quarter of the factor each."""
+    upper = torch.stack([blocks[..., 32:48] & 0xF, blocks[..., 32:48] >> 4], -1).flatten(-2).int()
+    words = blocks[..., 48:56].contiguous().view(torch.int16).int()
+    quarters = ((words >> 12) & 0xF) << torch.arange(0, 16, 4)
+    factor = quarters.sum(-1).to(torch.int16).view(torch.float16).float()
+    three_bits = ((words[..., None] >> torch.arange(0, 12, 3)) & 7).flatten(-2).float()
+    # Eighths, so that what a number and a difference make together is whole.
+    scales = factor[..., None] * (2 * three_bits + 1) * DELTA
+    found = _look_up(_grid("IQ1_M"), blocks[..., :32].int() | (upper & 7) << 8)
+    delta = torch.where(upper & 8 == 0, 1, -1).to(torch.int8)
+    eighths = 8 * found.unflatten(-1, (-1, 8)) + delta[..., None]
+    return Values((eighths + FIVE_BITS).view(torch.uint8).flatten(1), scales.flatten(1))
 
 
 def iq1_s(blocks: Tensor) -> Values:

@@ -2,7 +2,7 @@
 
 A row of a quantized tensor is blocks of 32 values, or, of the K types, of 256. In all of them a
 value is q · scale, less a zero point that is the same everywhere, or plus an offset of its group;
-groups have 32 or 16 values. Those of 32 are what `WeightOnlyLinear` holds as it is.
+groups have 32 or 16 values. `WeightOnlyLinear` holds them as they are.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from qllm.gguf.blocks import Values, half
 from qllm.ops.cpu import library, linear
 from qllm.quant.packing import PackedWeight, pack, unpack
 
-# Groups that the packed layers hold without padding (a K block of the CPU kernels' layout).
-PACKED_GROUP = 32
+# Of the types of blocks that are written.
+WRITTEN_GROUP = 32
 # Rows are dequantized in pieces of about this many values: the temporaries stay in cache.
 CHUNK_VALUES = 1 << 18
 # So many are packed at a time: in between each takes some bytes.
@@ -36,8 +36,7 @@ class BlockType:
         values, nbytes: of a block; of plain numbers, one of them.
         dtype: of plain numbers, None of a quantized type.
         bits, group: of a quantized type: of an integer, and how many values share a scale.
-        unpack: uint8 (N, blocks, nbytes) to `Values`; None of a type whose numbers the `gguf`
-            package tells.
+        unpack: uint8 (N, blocks, nbytes) to `Values`, of a quantized type.
     """
 
     number: int
@@ -53,7 +52,7 @@ class BlockType:
     @property
     def packs(self) -> bool:
         """Whether a layer can hold it as it is."""
-        return self.group == PACKED_GROUP
+        return self.unpack is not None
 
     @property
     def scheme(self) -> str:
@@ -88,9 +87,6 @@ class BlockType:
         step = max(1, CHUNK_VALUES // columns)
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
-            if self.unpack is None:
-                out[start : start + step] = i_quants.numbers(self.name, part)
-                continue
             values = self._unpacked(part.unflatten(1, (-1, self.nbytes)))
             numbers = values.q.float().unflatten(1, (-1, self.group))
             if values.offsets is None:
@@ -102,7 +98,7 @@ class BlockType:
         return out
 
     def _unpacked(self, blocks: Tensor) -> Values:
-        assert self.unpack is not None  # of what has none, no layer holds the integers
+        assert self.unpack is not None  # of plain numbers there are no integers
         return self.unpack(blocks)
 
     def to_packed(self, rows: Tensor) -> PackedWeight:
@@ -110,7 +106,7 @@ class BlockType:
         blocks = rows.unflatten(1, (-1, self.nbytes))
         if self.name in UNBLOCKED and library.unsupported_reason(rows.device.type) is None:
             levels = LEVELS[self.name]() if self.name in LEVELS else blocks.new_empty(0)
-            shape = (self.number, self.values // self.group, self.bits)
+            shape = (self.number, self.values, self.group, self.bits)
             halves = self.name in HALVES
             return linear.unblock(blocks, *shape, halves=halves, offset=self.offset, levels=levels)
         step = max(1, PACKED_VALUES // (blocks.shape[1] * self.values))
@@ -125,8 +121,8 @@ class BlockType:
 
 @dataclass(frozen=True)
 class MixedType:
-    """What parts of several types are in one matrix: integers of the most bits that one has, and
-    offsets where one has them.
+    """What parts of several types are in one matrix: integers of the most bits that one has, in the
+    smallest groups, and offsets where one has them.
 
     Attributes:
         kinds: of the parts, each of which `packs`.
@@ -143,6 +139,11 @@ class MixedType:
     def bits(self) -> int:
         """Of an integer."""
         return max(kind.bits for kind in self.kinds)
+
+    @property
+    def group(self) -> int:
+        """How many values share a scale."""
+        return min(kind.group for kind in self.kinds)
 
     @property
     def offset(self) -> bool:
@@ -165,12 +166,17 @@ class MixedType:
 
     def scales(self, kind: BlockType, rows: Tensor) -> Tensor:
         """Its scales (N, G), in float32, which those of some parts are."""
-        return kind.to_packed(rows).scales.float()
+        return self._of_groups(kind, kind.to_packed(rows).scales)
 
     def offsets(self, kind: BlockType, rows: Tensor) -> Tensor:
         """Its offsets (N, G), in float32."""
         packed = kind.to_packed(rows)
-        return packed.qzeros.float() if kind.offset else -kind.zero * packed.scales.float()
+        numbers = packed.qzeros if kind.offset else -kind.zero * packed.scales.float()
+        return self._of_groups(kind, numbers)
+
+    def _of_groups(self, kind: BlockType, numbers: Tensor) -> Tensor:
+        """Those of a part's groups, for each of the smaller ones of all."""
+        return numbers.float().repeat_interleave(kind.group // self.group, 1)
 
 
 # Those that a CPU kernel takes apart; of these those with scales that are float16 in a block, and
@@ -181,7 +187,7 @@ LEVELS: dict[str, Callable[[], Tensor]] = {
     "IQ4_XS": i_quants.levels,
     "MXFP4": plain.e2m1_levels,
 }
-UNBLOCKED = (*HALVES, "Q4_K", "Q5_K", "IQ4_XS", "MXFP4")
+UNBLOCKED = (*HALVES, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "MXFP4")
 F32 = BlockType(0, "F32", 1, 4, torch.float32)
 F16 = BlockType(1, "F16", 1, 2, torch.float16)
 BF16 = BlockType(30, "BF16", 1, 2, torch.bfloat16)
@@ -207,18 +213,18 @@ TYPES = {
         BlockType(13, "Q5_K", 256, 176, None, 5, 32, plain.q5_k, offset=True),
         BlockType(14, "Q6_K", 256, 210, None, 6, 16, plain.q6_k),
         BlockType(16, "IQ2_XXS", 256, 66, None, 7, 32, i_quants.iq2_xxs),
-        BlockType(17, "IQ2_XS", 256, 74),
+        BlockType(17, "IQ2_XS", 256, 74, None, 7, 16, i_quants.iq2_xs),
         BlockType(18, "IQ3_XXS", 256, 98, None, 7, 32, i_quants.iq3_xxs),
         BlockType(19, "IQ1_S", 256, 50, None, 2, 32, i_quants.iq1_s, offset=True),
         BlockType(20, "IQ4_NL", 32, 18, None, 8, 32, i_quants.iq4_nl),
         BlockType(21, "IQ3_S", 256, 110, None, 5, 32, i_quants.iq3_s),
-        BlockType(22, "IQ2_S", 256, 82),
+        BlockType(22, "IQ2_S", 256, 82, None, 7, 16, i_quants.iq2_s),
         BlockType(23, "IQ4_XS", 256, 136, None, 8, 32, i_quants.iq4_xs),
-        BlockType(29, "IQ1_M", 256, 56),
+        BlockType(29, "IQ1_M", 256, 56, None, 5, 16, i_quants.iq1_m),
         BlockType(34, "TQ1_0", 256, 54, None, 2, 32, plain.tq1_0),
         BlockType(35, "TQ2_0", 256, 66, None, 2, 32, plain.tq2_0),
         BlockType(39, "MXFP4", 32, 17, None, 5, 32, plain.mxfp4),
-        BlockType(40, "NVFP4", 64, 36),
+        BlockType(40, "NVFP4", 64, 36, None, 5, 16, i_quants.nvfp4),
     )
 }
 # Those that llama.cpp has besides, and after which its users call their files.

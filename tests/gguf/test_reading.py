@@ -30,6 +30,7 @@ from qllm.checkpoint.reader import Checkpoint
 from qllm.checkpoint.weights import Weights
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
+from qllm.gguf import i_quants
 from qllm.gguf.config import read_config as gguf_config
 from qllm.gguf.file import GGUF, read_gguf
 from qllm.gguf.metadata import Metadata
@@ -165,15 +166,18 @@ def test_what_is_quantized_from_a_file_is_a_checkpoint_of_transformers(tmp_path,
     assert (logits - want).abs().max() < 4e-3 * (want.max() - want.min())
 
 
-@pytest.mark.parametrize("name", ["token_embd.weight", "output.weight", "blk.0.ffn_down.weight"])
-def test_matrices_that_are_held_at_16_bits_are_named(tmp_path, name):
-    found = read_gguf(write_model(tmp_path / "model.gguf", FAMILIES["qwen3"](), "F16"))
-    assert GGUFFile(found, True).unpacked_types == ()
-    if name not in found.tensors:
-        pytest.skip("its head is its embedding")
-    (kind,) = (kind for kind in TYPES.values() if kind.name == "Q6_K")
-    tensors = found.tensors | {name: replace(found.tensors[name], type=kind)}
-    assert GGUFFile(replace(found, tensors=tensors), True).unpacked_types == ("Q6_K",)
+@pytest.mark.parametrize("part", ["attn_v", "ffn_gate"])
+def test_matrices_that_are_held_at_16_bits_are_named(tmp_path, part):
+    path = write_model(tmp_path / "model.gguf", FAMILIES["qwen3"](), "Q5_1", kinds={part: "F16"})
+    notes = []
+    llm = LLM.from_pretrained(path, dtype="float32", note=notes.append)
+    (note,) = notes
+    assert note.startswith("matrices of Q5_1 are held at 16 bits: other parts of them (q, k, v; ")
+    numbers = LLM.from_pretrained(path, dtype="float32", bitwidth=16)
+    (logits,), (want,) = llm.logits(IDS[:1]), numbers.logits(IDS[:1])
+    assert (logits - want).abs().max() < 1e-4 * (want.max() - want.min())
+    LLM.from_pretrained(path, embedding_bits=4, group_size=32, note=notes.append)
+    assert notes == [note, note]
 
 
 def test_a_split_model_is_one(tmp_path):
@@ -222,6 +226,8 @@ def test_numbers_are_of_the_type_that_is_asked_for(tmp_path, dtype):
         ("Q4_0", {"attn_v": "Q8_0", "ffn_up": "Q5_0"}, (8, 5, "sym")),
         ("Q4_1", {"attn_k": "Q5_0", "ffn_gate": "MXFP4"}, (5, 5, "offset")),
         ("MXFP4", {"attn_q": "Q4_0", "ffn_up": "Q5_1"}, (5, 5, "offset")),
+        ("Q4_0", {"attn_v": "NVFP4", "ffn_gate": "NVFP4"}, (5, 5, "sym")),
+        ("Q4_1", {"attn_q": "NVFP4", "ffn_up": "NVFP4"}, (5, 5, "offset")),
     ],
 )
 def test_parts_of_several_types_are_one_matrix(tmp_path, kind, kinds, spec):
@@ -250,6 +256,7 @@ def test_parts_of_several_types_are_one_matrix(tmp_path, kind, kinds, spec):
 
 def test_tables_that_are_not_there_are_one_line(monkeypatch):
     (kind,) = (kind for kind in TYPES.values() if kind.name == "IQ2_XS")
+    i_quants._grid.cache_clear()
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match="need the package gguf: pip install gguf"):
         kind.dequantize(torch.zeros(1, kind.nbytes, dtype=torch.uint8))

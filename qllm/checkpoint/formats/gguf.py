@@ -1,4 +1,4 @@
-"""GGUF's blocks in groups of 32; QLLM reads them (`qllm.checkpoint.gguf`)."""
+"""GGUF's blocks; QLLM reads them (`qllm.checkpoint.gguf`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qllm.checkpoint.formats.tensors import TensorReader
 from qllm.checkpoint.tensors import is_finite
 from qllm.config import QuantSpec
 from qllm.errors import UserError
-from qllm.gguf.types import PACKED, PACKED_GROUP
+from qllm.gguf.types import PACKED
 from qllm.quant.packing import PackedWeight, packed_size
 
 
@@ -90,7 +90,8 @@ def parse(fields: Fields) -> QuantizationConfig:
     rules: list[tuple[Test, Format]] = []
     for module, settings in fields.objects("mixed").items():
         scheme = "offset" if settings.flag("offset", False) else "sym"
-        spec = QuantSpec(settings.number("bits"), PACKED_GROUP, scheme, "weight_only")
+        bits, group = settings.number("bits"), settings.number("group")
+        spec = QuantSpec(bits, group, scheme, "weight_only")
         rules.append((module.__eq__, GGUFMixed(spec)))
     for name, same in names.items():
         kind = PACKED[name]
