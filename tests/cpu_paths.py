@@ -208,6 +208,28 @@ def random_weight(
     return weight_of(q, zeros, scales, bits, group_size, offsets)
 
 
+def factored_weight(
+    shape: tuple[int, int], bits: int, group_size: int, scheme: str, seed: int = 0
+) -> Weight:
+    """The same, whose scales and offsets are products of integers, as llama.cpp's K types have."""
+    weight = random_weight(shape, bits, group_size, scheme, torch.float32, seed)
+    random = np.random.default_rng(seed)
+
+    def products() -> Tensor:
+        groups = weight.stored.scales.shape
+        parts = (groups[0], -(-groups[1] // (256 // group_size)))
+        factors = (random.uniform(-0.01, 0.01, parts)).astype(np.float16).astype(np.float32)
+        whole = random.integers(-128, 128, groups).astype(np.float32)
+        each = factors.repeat(256 // group_size, axis=1)[:, : groups[1]]
+        return torch.from_numpy(whole * each)
+
+    stored = weight.stored._replace(scales=products())
+    if scheme == "offset":
+        stored = stored._replace(qzeros=products())
+    matrix = reference.dequantize(*stored[:3], bits, group_size, shape[1], torch.float64)
+    return Weight(weight.request, stored, matrix)
+
+
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape) + 1000 * seed)
     return torch.randn(*shape, generator=generator).to(dtype)

@@ -40,8 +40,9 @@ from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import RawConfig, read_config
 from qllm.onnx.export import ExportOptions
 from qllm.onnx.export import export as export_onnx
+from qllm.ops.cpu import linear
 from qllm.pretrained import Pretrained
-from qllm.quant.packing import unpack
+from qllm.quant.packing import PackedWeight, unpack
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.job import Job
 from qllm.tokenizer import Tokenizer
@@ -84,6 +85,11 @@ def test_blocks_are_llama_cpp_s_numbers(name):
         if offsets.numel():
             packed += offsets.float()[..., None]
         assert torch.equal(packed.flatten(1), want)
+        # Of 256 values all scales share a factor, but that of the offsets of IQ1_S takes 9 bits.
+        stored = PackedWeight(qweight, scales, offsets)
+        held = linear.pack(stored, kind.bits, kind.group, want.shape[1]).scales.dtype
+        factored = scales.dtype == torch.float32 and name not in ("MXFP4", "IQ1_S")
+        assert held == (torch.int8 if factored else scales.dtype)
 
 
 @pytest.mark.parametrize(

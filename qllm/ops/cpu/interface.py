@@ -30,6 +30,7 @@ Packing = structure(
     "inputs outputs bits group *rows row_bytes *row_scales *row_zeros scale_bytes *q *scales "
     "*zeros *row_offsets *offsets",
 )
+Factoring = structure("Factoring", "rows groups group *scales *factored *failed")
 Blocks = structure("Blocks", "rows blocks kind *x *levels *q *scales *offsets")
 Activate = structure("Activate", "rows channels kind gated type *x *y")
 Norm = structure(
@@ -72,6 +73,7 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "dense": Dense,
     "pack": Packing,
     "unpack": Packing,
+    "factor": Factoring,
     "unblock": Blocks,
     "activate": Activate,
     "norm": Norm,

@@ -9,12 +9,16 @@ from torch import Tensor
 
 from qllm.ops import phase
 from qllm.ops.cpu import library
-from qllm.ops.cpu.interface import Blocks, Dense, EmbedPacked, Linear, Packing
+from qllm.ops.cpu.interface import Blocks, Dense, EmbedPacked, Factoring, Linear, Packing
 from qllm.ops.cpu.library import TYPES, Arena, like, pointer
 from qllm.quant.packing import PackedWeight, group_width, packed_size
 
 LANES, K_BLOCK, VECTOR = 16, 32, 64  # of the layout, as in kernels.h
 SMALLEST_GROUP = 16  # two to a K block; of other sizes every group is filled up to one
+FACTORED = torch.int8  # what takes the place of float32 in scales that are FACTORED
+SCALE_TYPES = {**TYPES, FACTORED: 3}
+# Groups whose scales may be, and how many inputs have a factor.
+FACTORED_GROUPS, FACTORED_INPUTS = (16, 32), 256
 WEIGHT_ONLY, WEIGHT_ONLY_INT8, INT8_DYNAMIC, INT8_STATIC = range(4)
 
 
@@ -71,18 +75,22 @@ def pack(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> 
     Returns:
         qweight uint8 (ceil(N / 16), K blocks, bits, 64), a K block being 32 inputs of a group or
         the rest of it; scales (ceil(N / 16), G, 16) and qzeros, uint8 or offsets, of that shape, or
-        empty.
+        empty. Scales and offsets of float32 that are products of few numbers and integers of 8
+        bits, as llama.cpp's K types have them, become int8: FACTORED in kernels.h.
     """
     group, groups, k_blocks = _shape(in_features, bits, group_size)
     out_features = len(weight.qweight)
     panels = -(-out_features // LANES)
     rows, scales, zeros = (tensor.contiguous() for tensor in weight[:3])
     grid = (panels, groups, LANES)
-    packed = PackedWeight(
-        _arena.empty((panels, k_blocks, bits, VECTOR), rows.dtype),
-        _arena.empty(grid, scales.dtype),
-        _arena.empty(grid, zeros.dtype) if zeros.numel() else zeros,
-    )
+    q = _arena.empty((panels, k_blocks, bits, VECTOR), rows.dtype)
+    factored = _factored(scales, zeros, group)
+    if factored is None:
+        grids = _arena.empty(grid, scales.dtype), _arena.empty(grid, zeros.dtype)
+        packed = PackedWeight(q, grids[0], grids[1] if zeros.numel() else zeros)
+    else:
+        of_zeros = _arena.empty(grid, zeros.dtype) if zeros.dtype == torch.uint8 else factored[-1]
+        packed = PackedWeight(q, factored[0], of_zeros if zeros.numel() else zeros)
     _move(
         "pack",
         (in_features, out_features, bits, group),
@@ -92,14 +100,52 @@ def pack(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> 
     return packed
 
 
+def _factored(scales: Tensor, zeros: Tensor, group: int) -> list[Tensor] | None:
+    """Scales (N, G), and offsets if there are any, as FACTORED ones.
+
+    None where they are not products of such integers, or would not become smaller.
+    """
+    numbers = [scales, *([zeros] if zeros.is_floating_point() else [])]
+    if scales.dtype != torch.float32 or group not in FACTORED_GROUPS:
+        return None
+    rows, groups = scales.shape
+    count = FACTORED_INPUTS // group
+    shape = (-(-rows // LANES), -(-groups // count), 4 + count, LANES)
+    if shape[1] * shape[2] >= 4 * groups:
+        return None
+    found = []
+    for each in numbers:
+        factored, failed = torch.empty(shape, dtype=FACTORED), torch.zeros(1, dtype=torch.int64)
+        tensors = (each, factored, failed)
+        library.run("factor", Factoring(rows, groups, group, *map(pointer, tensors)), *tensors)
+        if failed.item():
+            return None
+        found.append(_arena.empty(shape, FACTORED).copy_(factored))
+    return found
+
+
+def _products(factored: Tensor, rows: int, groups: int) -> Tensor:
+    """The numbers (N, G) of FACTORED ones."""
+    panels, parts, count, _ = factored.shape
+    count -= 4
+    factors = factored[:, :, :4].flatten(2).view(torch.float32)[:, :, None]
+    whole = factored[:, :, 4:].view(torch.uint8).float() - 128
+    found = (whole * factors).permute(0, 3, 1, 2)  # (panels, LANES, parts, count)
+    return found.reshape(panels * LANES, parts * count)[:rows, :groups].contiguous()
+
+
 def unpack(
     packed: PackedWeight, bits: int, group_size: int, in_features: int, out_features: int
 ) -> PackedWeight:
     """The inverse of `pack`."""
     group, groups, _ = _shape(in_features, bits, group_size)
     rows = packed.qweight.new_zeros(out_features, packed_size(in_features, bits))
-    scales = packed.scales.new_empty(out_features, groups)
-    zeros = packed.qzeros.new_empty((out_features, groups) if packed.qzeros.numel() else 0)
+    scales, zeros = (
+        _products(grid, out_features, groups)
+        if grid.dtype == FACTORED
+        else grid.new_empty((out_features, groups) if grid.numel() else 0)
+        for grid in packed[1:3]
+    )
     _move(
         "unpack",
         (in_features, out_features, bits, group),
@@ -125,7 +171,7 @@ def look_up(
     arguments = EmbedPacked(
         *shape,
         TYPES[dtype],
-        TYPES[packed.scales.dtype],
+        SCALE_TYPES[packed.scales.dtype],
         pointer(index),
         pointer(packed.qweight),
         pointer(packed.scales),
@@ -182,14 +228,15 @@ def _move(
     rows, scales, zeros = stored
     (row_zeros, row_offsets), (own_zeros, offsets) = _apart(zeros), _apart(packed.qzeros)
     arguments = (pointer(rows), rows.shape[1], pointer(scales), row_zeros)
-    kept = (scales.element_size(), pointer(packed.qweight), pointer(packed.scales), own_zeros)
+    scale_bytes = 0 if packed.scales.dtype == FACTORED else scales.element_size()
+    kept = (scale_bytes, pointer(packed.qweight), pointer(packed.scales), own_zeros)
     packing = Packing(*shape, *arguments, *kept, row_offsets, offsets)
     library.run(name, packing, *stored, *packed[:3])
 
 
 def _apart(zeros: Tensor) -> tuple[int | None, int | None]:
     """Where zero points are, and where offsets."""
-    offsets = zeros.is_floating_point()
+    offsets = zeros.dtype != torch.uint8
     return (None, pointer(zeros)) if offsets else (pointer(zeros), None)
 
 
@@ -254,7 +301,7 @@ def _linear(
         pointer(y),
         pointer(weight.qweight),
         pointer(weight.scales),
-        TYPES[weight.scales.dtype],
+        SCALE_TYPES[weight.scales.dtype],
         *_apart(weight.qzeros),
         pointer(bias),
         pointer(input_scale),

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 ROWS = (1, 3, 4, 8, 9, 15, 16, 17, 31, 33, 200)
 # Outputs: of 5 panels, 4 of which go together, of 3, 2 and 1. Inputs: blocks of 1 to 4 K blocks.
 SHAPES = ((72, 200), (40, 300), (20, 131), (9, 257))
-GROUPS = (32, 64, 96, 128, 100, 20, -1)
+GROUPS = (32, 64, 96, 128, 100, 20, 16, -1)
 
 
 @pytest.fixture(scope="module")

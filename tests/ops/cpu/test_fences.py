@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cpu_paths import DTYPES, Int8, normal, on, paths, random_weight
+from cpu_paths import DTYPES, Int8, factored_weight, normal, on, paths, random_weight
 from fences import fenced, mappings, run_in
 
 from qllm.gguf.types import PACKED, UNBLOCKED
@@ -86,7 +86,8 @@ def run_linear(dtype: torch.dtype, fence) -> None:
             (6, 16, "offset"),
             (8, 20, "asym"),
         ):
-            packed = random_weight(shape, bits, group, scheme).packed
+            made = factored_weight if group == 16 else random_weight
+            packed = made(shape, bits, group, scheme).packed
             tensors = [fence(part) for part in packed[:3]]
             for run in (linear.weight_only_linear, linear.weight_only_linear_int8):
                 run(x, *tensors, bias, shape[0], bits, group)

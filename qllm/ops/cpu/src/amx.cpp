@@ -166,7 +166,8 @@ static bool few_products_are_right(int64_t rows) {
 
 static bool self_test() {
     return products_are_right(MAX_K_BLOCKS * STEPS) && products_are_right(3 * STEPS) &&
-           products_are_right(STEPS / 2) && dense_products_are_right() && few_products_are_right(1) && few_products_are_right(21);
+           products_are_right(STEPS / 2) && dense_products_are_right() &&
+           few_products_are_right(1) && few_products_are_right(21);
 }
 
 constexpr Path path() {

@@ -15,6 +15,9 @@ namespace qllm {
 
 enum Type : int64_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
+// Of scales and offsets, besides: products of float32 and integers of 8 bits.
+constexpr int64_t FACTORED = 3;
+
 // How a linear layer treats its activations.
 enum Mode : int64_t {
     WEIGHT_ONLY = 0,       // as integers of 16 or 32 bits, one scale per block of inputs
@@ -33,6 +36,9 @@ enum Mode : int64_t {
 //   scales  float16 or float32 (panels, groups, LANES)
 //   zeros   uint8 (panels, groups, LANES), none for the symmetric scheme
 //   offsets of the type and shape of scales in place of zeros: a weight is q scale + offset
+//
+// In groups of 16 or 32, float32 scales may be FACTORED: bytes (panels, parts, 4 + C, LANES), of
+// each part of C = 256 / g groups the factors, in float32, then an integer plus 128 for each group.
 //
 // A plane of p bits takes p vectors of 64 bytes for the 8 steps of a K block, a step being 4 inputs
 // of all lanes: byte 4 lane + i of vector v holds input i of steps v 8/p + j at bit j p.
@@ -65,9 +71,17 @@ struct Packing {
     int64_t row_bytes;
     uint8_t *row_scales;      // (N, G), elements of scale_bytes
     uint8_t *row_zeros;       // uint8 (N, G) or null
-    int64_t scale_bytes;
+    int64_t scale_bytes;      // 0: there are neither scales nor offsets, they are FACTORED
     uint8_t *q, *scales, *zeros;
     uint8_t *row_offsets, *offsets;  // of scale_bytes, or null
+};
+
+// Float32 scales (rows, groups) as FACTORED ones; `failed` becomes 1 where some are not.
+struct Factoring {
+    int64_t rows, groups, group;
+    const float *scales;
+    uint8_t *factored;
+    int64_t *failed;
 };
 
 // GGUF's types of blocks that become rows of bits, by its numbers.
@@ -217,6 +231,7 @@ enum class Status : int64_t { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
     OP(dense, Dense)                               \
     OP(pack, Packing)                              \
     OP(unpack, Packing)                            \
+    OP(factor, Factoring)                          \
     OP(unblock, Blocks)                            \
     OP(activate, Activate)                         \
     OP(norm, Norm)                                 \

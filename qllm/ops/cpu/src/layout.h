@@ -190,6 +190,7 @@ static void pack_grid(const Packing &p, int64_t panel, int64_t lanes, int64_t gr
                       int64_t groups) {
     int64_t from = panel * LANES * groups + group, to = (panel * groups + group) * LANES;
     const auto numbers = [&](const uint8_t *rows, uint8_t *packed) {
+        if (!p.scale_bytes) return;
         if (p.scale_bytes == 4) {
             pack_grid(reinterpret_cast<const uint32_t *>(rows) + from,
                       reinterpret_cast<uint32_t *>(packed) + to, lanes, groups);

@@ -5,16 +5,10 @@
 #include "isa.h"
 #include "kernels.h"
 #include "layout.h"
+#include "scales.h"
 
 namespace qllm {
 namespace {
-
-// One number of float16 or float32.
-inline float number_at(const void *numbers, int64_t i, int64_t type) {
-    float first[WIDTH];
-    store_f(first, load_as(numbers, i, type, 1));
-    return first[0];
-}
 
 // (q - zero) * scale, or q * scale + offset, in float32, rounded to the type of y once.
 template <int64_t TYPE> void embed_packed_row(const EmbedPacked &a, int64_t row) {
@@ -23,8 +17,11 @@ template <int64_t TYPE> void embed_packed_row(const EmbedPacked &a, int64_t row)
     char *y = static_cast<char *>(a.y) + row * a.in * (TYPE == FLOAT32 ? 4 : 2);
     for (int64_t group = 0; group < groups; group++) {
         const int64_t at = (panel * groups + group) * LANES + lane;
-        const VF scale = set_f(number_at(a.scales, at, a.scale_type));
-        const VF offset = set_f(a.offsets ? number_at(a.offsets, at, a.scale_type) : 0);
+        const auto number = [&](const void *of_groups) {
+            return scale_at(of_groups, a.scale_type, a.group, groups, panel, group, lane);
+        };
+        const VF scale = set_f(number(a.scales));
+        const VF offset = set_f(a.offsets ? number(a.offsets) : 0);
         const int zero = a.offsets ? 0 : a.zeros ? a.zeros[at] : 1 << (a.bits - 1);
         const int64_t end = smaller((group + 1) * a.group, a.in);
         for (int64_t k = group * a.group, count; k < end; k += count) {

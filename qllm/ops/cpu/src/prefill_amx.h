@@ -31,8 +31,9 @@ constexpr int64_t PREFILL_OWN = DENSE_SUMS + PREFILL_PANELS * PREFILL_STEPS * LA
 // those with offsets (of GGUF files) stay integers.
 static inline bool is_bf16_prefill(const Linear &a) {
     const bool gaps = a.group % K_BLOCK && a.group < a.in;
-    const bool halves = a.x_type != FLOAT32 && a.scale_type != FLOAT32;
-    return a.prefill && a.mode == WEIGHT_ONLY && halves && !gaps && !a.offsets;
+    const bool half_scales = a.scale_type == FLOAT16 || a.scale_type == BFLOAT16;
+    return a.prefill && a.mode == WEIGHT_ONLY && a.x_type != FLOAT32 && half_scales && !gaps &&
+           !a.offsets;
 }
 
 // Steps of a panel, from a whole K block on, to pairs of bfloat16: (q - zero) scale, rounded once.

@@ -6,6 +6,7 @@
 #include "isa.h"
 #include "layout.h"
 #include "operands.h"
+#include "scales.h"
 
 namespace qllm {
 namespace {
@@ -47,12 +48,16 @@ static void multiply_fallback_row(const Linear &a, int64_t row, int64_t panel, i
         double sum = 0;  // K products one by one: in float32 their roundings would add up
         for (int64_t k = 0; k < a.in; k++) {
             const Place at = place_of(k, a.group);
-            int64_t group = (n / LANES * groups + k / a.group) * LANES + n % LANES;
+            const auto number = [&](const void *of_groups) {
+                return scale_at(of_groups, a.scale_type, a.group, groups, n / LANES, k / a.group,
+                                n % LANES);
+            };
             const uint8_t *k_block = a.q + (n / LANES * k_blocks + at.k_block) * 64 * a.bits;
             int value = value_at(k_block, int(a.bits), n % LANES, at.input);
-            if (!a.offsets) value -= a.zeros ? a.zeros[group] : 1 << (a.bits - 1);
-            float weight = float(value) * one(a.scales, group, a.scale_type);
-            if (a.offsets) weight += one(a.offsets, group, a.scale_type);
+            const int64_t zero = (n / LANES * groups + k / a.group) * LANES + n % LANES;
+            if (!a.offsets) value -= a.zeros ? a.zeros[zero] : 1 << (a.bits - 1);
+            float weight = float(value) * number(a.scales);
+            if (a.offsets) weight += number(a.offsets);
             sum += one(a.x, row * a.x_stride + k, a.x_type) * weight;
         }
         if (a.bias) sum += one(a.bias, n, a.x_type);
@@ -84,11 +89,15 @@ struct Grid {
         int64_t groups = (a.in + a.group - 1) / a.group;
         for (int64_t p = 0; p < panels; p++) {
             int64_t from = ((panel + p * step) * groups + group) * LANES, to = p * LANES;
+            const auto numbers = [&](const void *of_groups, int64_t lane) INLINE {
+                return scales_at(of_groups, a.scale_type, a.group, groups, panel + p * step, group,
+                                 lane);
+            };
             for (int64_t lane = 0; lane < LANES; lane += WIDTH) {
-                VF scale = load_as(a.scales, from + lane, a.scale_type, WIDTH);
+                VF scale = numbers(a.scales, lane);
                 store_f(scales + to + lane, scale);
                 if (a.offsets) {  // on integers without their middle, whose sums are smaller
-                    VF offset = load_as(a.offsets, from + lane, a.scale_type, WIDTH);
+                    VF offset = numbers(a.offsets, lane);
                     VF middle = set_f(float(1 << (a.bits - 1)));
                     store_f(offsets + to + lane, fma_f(scale, middle, offset));
                 }

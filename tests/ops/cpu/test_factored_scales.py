@@ -1,0 +1,138 @@
+"""Scales that are products of few numbers and small integers: smaller, and the same to the bit."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from cpu_paths import (
+    DTYPES,
+    STORED_SCHEMES,
+    Weight,
+    everywhere,
+    factored_weight,
+    kernel,
+    normal,
+    random_weight,
+    same,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qllm.ops import reference
+from qllm.ops.cpu import linear
+from qllm.quant.packing import BITS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FACTORED = torch.int8
+
+
+def assert_the_same(weight: Weight) -> None:
+    """Numbers and rows as stored; and the products of scales that are float32, to the bit."""
+    request, stored = weight.request, weight.stored
+    layout = kernel("weight_only_linear").layout
+    packed = weight.packed
+    got = (everywhere(lambda i=i: layout.unpack(packed, request)[i]) for i in range(3))
+    assert all(torch.equal(*pair) for pair in zip(got, stored[:3], strict=True))
+    index = torch.arange(request.out_features).flip(0)
+    shape = (request.bits, request.group_size, request.in_features)
+    for dtype in DTYPES:
+        want = reference.packed_embedding(index, stored, *shape, dtype)
+        rows = everywhere(lambda dtype=dtype: layout.look_up(index, packed, request, dtype))
+        assert torch.equal(rows, want)
+    with patch.object(linear, "_factored", return_value=None):
+        plain = Weight(request, stored, weight.matrix)
+        assert plain.packed.scales.dtype == torch.float32
+    for rows in (1, 3, 40):
+        x = normal(rows, request.in_features)
+        x[-1, 0] = 1e38  # left to float arithmetic
+        assert same(weight.everywhere(x), plain.everywhere(x))
+        assert same(weight.everywhere_int8(x), plain.everywhere_int8(x))
+
+
+@pytest.mark.parametrize("scheme", STORED_SCHEMES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", [16, 32])
+def test_products_are_those_of_float32(bits, group_size, scheme):
+    for shape in ((33, 512), (16, 300)):
+        weight = factored_weight(shape, bits, group_size, scheme)
+        assert weight.packed.scales.dtype == FACTORED
+        assert (weight.packed.qzeros.dtype == FACTORED) == (scheme == "offset")
+        assert weight.packed.scales.nbytes < 4 * 48 * weight.stored.scales.shape[1] / 2
+        assert_the_same(weight)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 600)),
+    group_size=st.sampled_from([16, 32]),
+    scheme=st.sampled_from(STORED_SCHEMES),
+    seed=st.integers(0, 2**32),
+)
+def test_any_shape(shape, group_size, scheme, seed):
+    assert_the_same(factored_weight(shape, 3, group_size, scheme, seed))
+
+
+def with_scales(*scales: float) -> Weight:
+    """A row of 16 groups of 16, whose first scales are these, and the others 1."""
+    weight = random_weight((1, 256), 6, 16, "sym", torch.float32)
+    numbers = torch.tensor([[*scales, *[1.0] * (16 - len(scales))]], dtype=torch.float32)
+    return Weight(weight.request, weight.stored._replace(scales=numbers), weight.matrix)
+
+
+HALVES = 0.333251953125  # of float16
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [
+        (0.0,) * 16,
+        (0.0, -0.0, 1.0),
+        (128.0, -127.0),
+        (-128.0, 127.0),
+        tuple(HALVES * i for i in range(-8, 8)),
+        tuple(2.0**-120 * i for i in range(1, 17)),
+        tuple(2.0**100 * i for i in range(1, 17)),
+        (float(np.float32(0.1)),) * 16,
+    ],
+    ids=repr,
+)
+def test_numbers_that_are_products(scales):
+    weight = with_scales(*scales)
+    assert weight.packed.scales.dtype == FACTORED
+    assert_the_same(weight)
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [
+        (float("nan"),),
+        (float("inf"),),
+        (129.0,),
+        (128.0, -128.0),
+        (0.1, 0.2, 0.4),
+        (2.0**-130,),
+        (2.0**40,),
+        (float(np.float32(0.1)), 0.25),
+    ],
+    ids=repr,
+)
+def test_others_stay_float32(scales):
+    weight = with_scales(*scales)
+    assert weight.packed.scales.dtype == torch.float32
+    assert same(weight.packed.scales[0, :, 0], weight.stored.scales[0])
+
+
+def test_offsets_and_scales_go_together():
+    weight = factored_weight((20, 256), 4, 32, "offset")
+    offsets = normal(20, 8)
+    for stored in (
+        weight.stored._replace(qzeros=offsets),
+        weight.stored._replace(scales=offsets),
+    ):
+        packed = Weight(weight.request, stored, weight.matrix).packed
+        assert packed.scales.dtype == packed.qzeros.dtype == torch.float32
+        assert same(packed.scales[0, :, 3], stored.scales[3])
+        assert same(packed.qzeros[0, :, 3], stored.qzeros[3])
