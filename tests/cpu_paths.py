@@ -230,6 +230,19 @@ def factored_weight(
     return Weight(weight.request, stored, matrix)
 
 
+def leveled_weight(
+    shape: tuple[int, int], bits: int, group_size: int, scheme: str, levels: int = 16, seed: int = 0
+) -> Weight:
+    """A weight whose integers are some few, the least and the largest among them."""
+    weight = random_weight(shape, bits, group_size, scheme, torch.float32, seed)
+    random = np.random.default_rng(seed)
+    some = random.permutation(np.arange(1, 2**bits - 1))[: levels - 2]
+    q = random.choice(np.array([0, 2**bits - 1, *some]), shape).astype(np.uint8)
+    stored = weight.stored._replace(qweight=pack(torch.from_numpy(q), bits))
+    matrix = reference.dequantize(*stored[:3], bits, group_size, shape[1], torch.float64)
+    return Weight(weight.request, stored, matrix)
+
+
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape) + 1000 * seed)
     return torch.randn(*shape, generator=generator).to(dtype)

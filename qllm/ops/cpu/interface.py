@@ -21,15 +21,16 @@ def structure(name: str, text: str) -> type[ctypes.Structure]:
 
 Linear = structure(
     "Linear",
-    "rows inputs outputs bits group mode prefill *x x_type x_stride *y *q *scales scale_type "
-    "*zeros *offsets *bias *input_scale",
+    "rows inputs outputs bits group mode prefill *x x_type x_stride *y *q *levels *scales "
+    "scale_type *zeros *offsets *bias *input_scale",
 )
 Dense = structure("Dense", "rows inputs outputs x_stride type decode *x *w *bias *y")
 Packing = structure(
     "Packing",
     "inputs outputs bits group *rows row_bytes *row_scales *row_zeros scale_bytes *q *scales "
-    "*zeros *row_offsets *offsets",
+    "*zeros *row_offsets *offsets *levels",
 )
+Distinct = structure("Distinct", "inputs outputs bits *rows row_bytes *found")
 Factoring = structure("Factoring", "rows groups group *scales *factored *failed")
 Blocks = structure("Blocks", "rows blocks kind *x *levels *q *scales *offsets")
 Activate = structure("Activate", "rows channels kind gated type *x *y")
@@ -42,7 +43,8 @@ Gather = structure("Gather", "rows columns gathered bytes *x *index *y")
 Embed = structure("Embed", "rows table_rows bytes offset *index *table *y")
 EmbedPacked = structure(
     "EmbedPacked",
-    "rows table_rows inputs bits group type scale_type *index *q *scales *zeros *offsets *y",
+    "rows table_rows inputs bits group type scale_type *index *q *levels *scales *zeros "
+    "*offsets *y",
 )
 # Of a decode step and of prefill: one token to a sequence, or runs of them.
 Attend = structure(
@@ -73,6 +75,7 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "dense": Dense,
     "pack": Packing,
     "unpack": Packing,
+    "distinct": Distinct,
     "factor": Factoring,
     "unblock": Blocks,
     "activate": Activate,

@@ -6,10 +6,19 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qllm.ops import phase
 from qllm.ops.cpu import library
-from qllm.ops.cpu.interface import Blocks, Dense, EmbedPacked, Factoring, Linear, Packing
+from qllm.ops.cpu.interface import (
+    Blocks,
+    Dense,
+    Distinct,
+    EmbedPacked,
+    Factoring,
+    Linear,
+    Packing,
+)
 from qllm.ops.cpu.library import TYPES, Arena, like, pointer
 from qllm.quant.packing import PackedWeight, group_width, packed_size
 
@@ -17,6 +26,9 @@ LANES, K_BLOCK, VECTOR = 16, 32, 64  # of the layout, as in kernels.h
 SMALLEST_GROUP = 16  # two to a K block; of other sizes every group is filled up to one
 FACTORED = torch.int8  # what takes the place of float32 in scales that are FACTORED
 SCALE_TYPES = {**TYPES, FACTORED: 3}
+# Of how many bits integers are 16 different ones at the most in some types, which then are held in
+# LEVEL_BITS; and from how many weights on it is tried.
+MANY_BITS, LEVEL_BITS, MANY_WEIGHTS = (7, 8), 4, 1 << 14
 # Groups whose scales may be, and how many inputs have a factor.
 FACTORED_GROUPS, FACTORED_INPUTS = (16, 32), 256
 WEIGHT_ONLY, WEIGHT_ONLY_INT8, INT8_DYNAMIC, INT8_STATIC = range(4)
@@ -76,14 +88,21 @@ def pack(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> 
         qweight uint8 (ceil(N / 16), K blocks, bits, 64), a K block being 32 inputs of a group or
         the rest of it; scales (ceil(N / 16), G, 16) and qzeros, uint8 or offsets, of that shape, or
         empty. Scales and offsets of float32 that are products of few numbers and integers of 8
-        bits, as llama.cpp's K types have them, become int8: FACTORED in kernels.h.
+        bits, as llama.cpp's K types have them, become int8: FACTORED in kernels.h. Integers of 7
+        or 8 bits that are few different ones (its IQ types) are levels: qweight has one dimension
+        then, 4 bits to an input, and the levels behind them, a VECTOR long.
     """
     group, groups, k_blocks = _shape(in_features, bits, group_size)
     out_features = len(weight.qweight)
     panels = -(-out_features // LANES)
     rows, scales, zeros = (tensor.contiguous() for tensor in weight[:3])
     grid = (panels, groups, LANES)
-    q = _arena.empty((panels, k_blocks, bits, VECTOR), rows.dtype)
+    levels = _levels(rows, bits, in_features)
+    if levels is None:
+        q = _arena.empty((panels, k_blocks, bits, VECTOR), rows.dtype)
+    else:
+        q = _arena.empty((panels * k_blocks * LEVEL_BITS * VECTOR + VECTOR,), rows.dtype)
+        q[-VECTOR:] = levels
     factored = _factored(scales, zeros, group)
     if factored is None:
         grids = _arena.empty(grid, scales.dtype), _arena.empty(grid, zeros.dtype)
@@ -98,6 +117,26 @@ def pack(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> 
         packed,
     )
     return packed
+
+
+def _levels(rows: Tensor, bits: int, in_features: int) -> Tensor | None:
+    """The different integers of rows of bits, uint8 (VECTOR,), the first LANES of which count.
+
+    None where they are more, or there is little to save.
+    """
+    if bits not in MANY_BITS or len(rows) * in_features < MANY_WEIGHTS:
+        return None
+    found = torch.zeros(256, dtype=torch.uint8)
+    shape = (in_features, len(rows), bits)
+    distinct = Distinct(*shape, pointer(rows), rows.shape[1], pointer(found))
+    library.run("distinct", distinct, rows, found)
+    levels = found.nonzero().flatten().to(torch.uint8)
+    return None if len(levels) > LANES else pad(levels, (0, VECTOR - len(levels)))
+
+
+def _levels_of(qweight: Tensor) -> Tensor | None:
+    """Those of `pack`."""
+    return qweight[-VECTOR:] if qweight.dim() == 1 else None
 
 
 def _factored(scales: Tensor, zeros: Tensor, group: int) -> list[Tensor] | None:
@@ -174,6 +213,7 @@ def look_up(
         SCALE_TYPES[packed.scales.dtype],
         pointer(index),
         pointer(packed.qweight),
+        pointer(_levels_of(packed.qweight)),
         pointer(packed.scales),
         *_apart(packed.qzeros),
         pointer(y),
@@ -230,7 +270,8 @@ def _move(
     arguments = (pointer(rows), rows.shape[1], pointer(scales), row_zeros)
     scale_bytes = 0 if packed.scales.dtype == FACTORED else scales.element_size()
     kept = (scale_bytes, pointer(packed.qweight), pointer(packed.scales), own_zeros)
-    packing = Packing(*shape, *arguments, *kept, row_offsets, offsets)
+    levels = pointer(_levels_of(packed.qweight))
+    packing = Packing(*shape, *arguments, *kept, row_offsets, offsets, levels)
     library.run(name, packing, *stored, *packed[:3])
 
 
@@ -300,6 +341,7 @@ def _linear(
         x.stride(0),
         pointer(y),
         pointer(weight.qweight),
+        pointer(_levels_of(weight.qweight)),
         pointer(weight.scales),
         SCALE_TYPES[weight.scales.dtype],
         *_apart(weight.qzeros),

@@ -10,7 +10,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cpu_paths import DTYPES, Int8, factored_weight, normal, on, paths, random_weight
+from cpu_paths import (
+    DTYPES,
+    Int8,
+    factored_weight,
+    leveled_weight,
+    normal,
+    on,
+    paths,
+    random_weight,
+)
 from fences import fenced, mappings, run_in
 
 from qllm.gguf.types import PACKED, UNBLOCKED
@@ -91,6 +100,10 @@ def run_linear(dtype: torch.dtype, fence) -> None:
             tensors = [fence(part) for part in packed[:3]]
             for run in (linear.weight_only_linear, linear.weight_only_linear_int8):
                 run(x, *tensors, bias, shape[0], bits, group)
+        if shape == (33, 100):  # of one that is large enough
+            packed = leveled_weight((165, 100), 7, 32, "asym").packed
+            tensors = [fence(part) for part in packed[:3]]
+            linear.weight_only_linear(x, *tensors, None, 165, 7, 32)
         packed = Int8.random(shape).packed
         for scale in (None, fence(torch.tensor(0.02))):
             tensors = [fence(part) for part in packed[:2]]

@@ -30,21 +30,33 @@ constexpr int64_t GEMV_MAX_ROWS =
 
 constexpr int HALF = STEPS / 2;  // of a K block, where it has two groups
 
-template <int BITS, int V, int T, int I = 0>
-INLINE inline void load_step(Weights (&w)[V], const uint8_t *q, int64_t stride) {
-    w[I] = prepared((VI)step_of<BITS, T>(q + I / VECTORS * stride + I % VECTORS * PART));
-    if constexpr (I + 1 < V) load_step<BITS, V, T, I + 1>(w, q, stride);
+// The integers of a step, of a weight that has levels, as KIND says, or not.
+constexpr int WITH_LEVELS = 16;  // added to bits
+template <int KIND> constexpr int HELD_BITS = KIND % WITH_LEVELS;
+template <int KIND, int T> INLINE inline VI integers_of(const uint8_t *q, const Table &table) {
+    const VI held = (VI)step_of<HELD_BITS<KIND>, T>(q);
+    if constexpr (KIND > WITH_LEVELS) return look_up(table, held);
+    return held;
+}
+
+template <int KIND, int V, int T, int I = 0>
+INLINE inline void load_step(Weights (&w)[V], const uint8_t *q, int64_t stride,
+                             const Table &table) {
+    const uint8_t *from = q + I / VECTORS * stride + I % VECTORS * PART;
+    w[I] = prepared(integers_of<KIND, T>(from, table));
+    if constexpr (I + 1 < V) load_step<KIND, V, T, I + 1>(w, q, stride, table);
 }
 
 // Adds steps of a K block, all of them or half, V vectors of panels, to each of the sums in turn.
-template <int BITS, int FIRST, int END, int S, int V, int SETS, int T = FIRST>
+template <int KIND, int FIRST, int END, int S, int V, int SETS, int T = FIRST>
 INLINE inline void add_steps(Sums<S, V> (&sums)[SETS], const uint8_t *q, int64_t stride,
-                             const int8_t *x) {
+                             const int8_t *x, const Table &table) {
     Weights w[V];
-    load_step<BITS, V, T>(w, q, stride);
+    load_step<KIND, V, T>(w, q, stride, table);
     sums[T % SETS].add(w, x + (T - FIRST) * S * OPERAND_BYTES * STEP);
-    if constexpr (WIDENS && ((T + 1) % steps_to_widen(BITS) == 0 || T + 1 == END)) sums[0].widen();
-    if constexpr (T + 1 < END) add_steps<BITS, FIRST, END, S, V, SETS, T + 1>(sums, q, stride, x);
+    if constexpr (WIDENS && ((T + 1) % steps_to_widen(KIND) == 0 || T + 1 == END)) sums[0].widen();
+    if constexpr (T + 1 < END)
+        add_steps<KIND, FIRST, END, S, V, SETS, T + 1>(sums, q, stride, x, table);
 }
 
 // One or N panels times the S operands of a tile, rows from `row` on or their two planes, each step
@@ -52,9 +64,11 @@ INLINE inline void add_steps(Sums<S, V> (&sums)[SETS], const uint8_t *q, int64_t
 // and the way through the cache costs more than it saves. It is slower in several places at once,
 // where it is slow: no more panels go together than the units need to be busy, for which one panel
 // has several sets of sums.
-template <int BITS, int S, int N, bool HALVES>
+template <int KIND, int S, int N, bool HALVES>
 __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64_t row,
-                                            int64_t panel, int64_t panels, Grid &grid, float *out) {
+                                    int64_t panel, int64_t panels, Grid &grid, float *out) {
+    constexpr int BITS = HELD_BITS<KIND>;
+    const Table table = load_table(KIND > WITH_LEVELS ? a.levels : a.q);  // else of no use
     const int64_t size = x.k_blocks * 64 * BITS;
     const int64_t stride = panels < N ? 0 : size;  // one in place of N: the same again, for nothing
     const uint8_t *q = a.q + panel * size, *end = q + size;
@@ -80,15 +94,16 @@ __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64
         if constexpr (HALVES) {
             if (b % 2 == 0) {
                 read_ahead();
-                add_steps<BITS, 0, HALF>(sums, q, stride, o.x);
+                add_steps<KIND, 0, HALF>(sums, q, stride, o.x, table);
             } else {
-                add_steps<BITS, HALF, STEPS>(sums, q, stride, o.x);
+                add_steps<KIND, HALF, STEPS>(sums, q, stride, o.x, table);
                 q += 64 * BITS;
             }
         } else {
             for (int64_t s = 0; s < o.steps; s += STEPS, q += 64 * BITS) {
                 read_ahead();
-                add_steps<BITS, 0, STEPS>(sums, q, stride, o.x + s * (STEP * S * OPERAND_BYTES));
+                const int8_t *from = o.x + s * (STEP * S * OPERAND_BYTES);
+                add_steps<KIND, 0, STEPS>(sums, q, stride, from, table);
             }
         }
         if constexpr (SETS > 1)
@@ -103,30 +118,40 @@ __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64
 // The same of a tile of activations of int16, and weights that become int16 with their zeros, but
 // for those of 8 bits, which lose their middle to leave room for sums: from more rows on than the
 // tiles above have, units are busy, and what is left to save is unpacking.
-template <int BITS> constexpr bool CENTERED = BITS == 8;
+template <int KIND> constexpr bool CENTERED = KIND == 8 || KIND > WITH_LEVELS;
 
-template <int BITS, int FIRST, int END, int EVERY, int R, int T = FIRST>
+// What it takes of a weight besides the integers.
+struct WordsOf {
+    Table table;
+    VI middle;
+};
+
+template <int KIND, int FIRST, int END, int EVERY, int R, int T = FIRST>
 INLINE inline void add_words_of_steps(Sums<R, 2> &sums, VI (&pairs)[2], const uint8_t *q,
-                                      int64_t stride, const int8_t *x) {
-    const VI bytes[] = {(VI)step_of<BITS, T>(q), (VI)step_of<BITS, T>(q + stride)};
+                                      int64_t stride, const int8_t *x, const WordsOf &of) {
+    const VI bytes[] = {integers_of<KIND, T>(q, of.table),
+                        integers_of<KIND, T>(q + stride, of.table)};
     VI even[] = {even_words(bytes[0]), even_words(bytes[1])};
     VI odd[] = {odd_words(bytes[0]), odd_words(bytes[1])};
     for (int n = 0; n < 2; n++) {
-        if (CENTERED<BITS>) {
-            even[n] = sub_words(even[n], set_words(1 << (BITS - 1)));
-            odd[n] = sub_words(odd[n], set_words(1 << (BITS - 1)));
+        if (CENTERED<KIND>) {
+            even[n] = sub_words(even[n], of.middle);
+            odd[n] = sub_words(odd[n], of.middle);
         }
         if (EVERY > 1) pairs[n] = dot_words(pairs[n], even[n], odd[n]);
     }
     sums.template add_words<EVERY>(even, odd, x + (T - FIRST) * R * WORD_STEP_BYTES);
     if constexpr (T + 1 < END)
-        add_words_of_steps<BITS, FIRST, END, EVERY, R, T + 1>(sums, pairs, q, stride, x);
+        add_words_of_steps<KIND, FIRST, END, EVERY, R, T + 1>(sums, pairs, q, stride, x, of);
 }
 
 // Two panels, or one, times the R rows of a tile from `row` on.
-template <int BITS, int R, int EVERY, bool HALVES>
+template <int KIND, int R, int EVERY, bool HALVES>
 __attribute__((noinline)) void gemv_words(const Linear &a, const Activations &x, int64_t row,
                                           int64_t panel, int64_t panels, Grid &grid, float *out) {
+    constexpr int BITS = HELD_BITS<KIND>;
+    const WordsOf of = {load_table(KIND > WITH_LEVELS ? a.levels : a.q),
+                        set_words(int16_t(1 << (a.bits - 1)))};
     const int64_t size = x.k_blocks * 64 * BITS, stride = panels < 2 ? 0 : size;
     const uint8_t *q = a.q + panel * size, *end = q + size;
     int64_t group = -1;
@@ -134,7 +159,7 @@ __attribute__((noinline)) void gemv_words(const Linear &a, const Activations &x,
     o.out = out;
     for (int64_t b = 0; b < x.blocks; b++) {
         if (x.block[b].group != group)
-            grid.load(a, panel, 2, group = x.block[b].group, stride ? 1 : 0, CENTERED<BITS>);
+            grid.load(a, panel, 2, group = x.block[b].group, stride ? 1 : 0, CENTERED<KIND>);
         point_at(o, x, b, row);
         Sums<R, 2> sums;
         sums.clear();
@@ -150,16 +175,16 @@ __attribute__((noinline)) void gemv_words(const Linear &a, const Activations &x,
         if constexpr (HALVES) {
             if (b % 2 == 0) {
                 read_ahead();
-                add_words_of_steps<BITS, 0, HALF, EVERY>(sums, pairs, q, stride, o.x);
+                add_words_of_steps<KIND, 0, HALF, EVERY>(sums, pairs, q, stride, o.x, of);
             } else {
-                add_words_of_steps<BITS, HALF, STEPS, EVERY>(sums, pairs, q, stride, o.x);
+                add_words_of_steps<KIND, HALF, STEPS, EVERY>(sums, pairs, q, stride, o.x, of);
                 q += 64 * BITS;
             }
         } else {
             for (int64_t s = 0; s < o.steps; s += STEPS, q += 64 * BITS) {
                 read_ahead();
-                add_words_of_steps<BITS, 0, STEPS, EVERY>(sums, pairs, q, stride,
-                                                          o.x + s * R * WORD_STEP_BYTES);
+                const int8_t *from = o.x + s * R * WORD_STEP_BYTES;
+                add_words_of_steps<KIND, 0, STEPS, EVERY>(sums, pairs, q, stride, from, of);
             }
         }
         alignas(64) int32_t w_pairs[2 * LANES];
@@ -177,33 +202,39 @@ struct Gemv {
     int64_t panels;
 };
 
-template <int S, int BITS = WIDENS ? SHORT_SUM_BITS : 8> Gemv gemv_of_bits(const Linear &a) {
-    if constexpr (BITS > 1)
-        if (a.bits != BITS) return gemv_of_bits<S, BITS - 1>(a);
+// What a weight's integers are, as the functions above take it: KIND.
+inline int64_t kind_of(const Linear &a) { return a.levels ? LEVEL_BITS + WITH_LEVELS : a.bits; }
+constexpr int next_kind(int kind) { return kind > WITH_LEVELS ? 8 : kind - 1; }
+
+template <int S, int KIND = WIDENS ? SHORT_SUM_BITS : LEVEL_BITS + WITH_LEVELS>
+Gemv gemv_of_kind(const Linear &a) {
+    if constexpr (KIND > 1)
+        if (kind_of(a) != KIND) return gemv_of_kind<S, next_kind(KIND)>(a);
     constexpr int N = VECTORS == 1 && S > 2 ? 2 : 1;
-    return {a.group == HALF_K_BLOCK ? gemv<BITS, S, N, true> : gemv<BITS, S, N, false>, N};
+    return {a.group == HALF_K_BLOCK ? gemv<KIND, S, N, true> : gemv<KIND, S, N, false>, N};
 }
 
 template <int S = GEMV_OPERANDS> Gemv gemv_of(const Linear &a, int64_t operands) {
     if constexpr (S > 1)
         if (operands < S) return gemv_of<S - 1>(a, operands);
-    return gemv_of_bits<S>(a);
+    return gemv_of_kind<S>(a);
 }
 
 #if GEMV_IN_WORDS
-template <int R, int EVERY, int BITS = 8> Gemv gemv_words_of_bits(const Linear &a) {
-    if constexpr (BITS > 1)
-        if (a.bits != BITS) return gemv_words_of_bits<R, EVERY, BITS - 1>(a);
+template <int R, int EVERY, int KIND = LEVEL_BITS + WITH_LEVELS>
+Gemv gemv_words_of_kind(const Linear &a) {
+    if constexpr (KIND > 1)
+        if (kind_of(a) != KIND) return gemv_words_of_kind<R, EVERY, next_kind(KIND)>(a);
     if constexpr (EVERY == 1)
-        if (a.group == HALF_K_BLOCK) return {gemv_words<BITS, R, EVERY, true>, 2};
-    return {gemv_words<BITS, R, EVERY, false>, 2};
+        if (a.group == HALF_K_BLOCK) return {gemv_words<KIND, R, EVERY, true>, 2};
+    return {gemv_words<KIND, R, EVERY, false>, 2};
 }
 
 template <int R> Gemv gemv_words_of(const Linear &a) {
     // Every other row is multiplied as it is: sums take the time of unpacking, too.
     if constexpr (R == GEMV_WORD_ROWS)
-        if (spare_adders && a.group != HALF_K_BLOCK) return gemv_words_of_bits<R, 2>(a);
-    return gemv_words_of_bits<R, 1>(a);
+        if (spare_adders && a.group != HALF_K_BLOCK) return gemv_words_of_kind<R, 2>(a);
+    return gemv_words_of_kind<R, 1>(a);
 }
 #endif
 

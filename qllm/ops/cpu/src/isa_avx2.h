@@ -150,6 +150,12 @@ inline void store_bytes(int8_t *p, VI v) {
     int32_t half[2] = {_mm256_extract_epi32(low, 0), _mm256_extract_epi32(low, 4)};
     __builtin_memcpy(p, half, 8);
 }
+// 16 bytes, and those of them that the low halves of bytes count.
+using Table = VI;
+inline Table load_table(const uint8_t *p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+}
+inline VI look_up(Table table, VI indices) { return _mm256_shuffle_epi8(table, indices); }
 inline VI load_bytes(const uint8_t *p) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)));
 }

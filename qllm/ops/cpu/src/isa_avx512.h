@@ -101,6 +101,12 @@ inline void store_planes(int8_t *upper, int8_t *lower, VI a, VI b, VI c, VI d) {
     _mm512_storeu_si512(upper, _mm512_permutexvar_epi32(order, high));
     _mm512_storeu_si512(lower, _mm512_permutexvar_epi32(order, low));
 }
+// 16 bytes, and those of them that the low halves of bytes count.
+using Table = VI;
+inline Table load_table(const uint8_t *p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+}
+inline VI look_up(Table table, VI indices) { return _mm512_shuffle_epi8(table, indices); }
 inline VI load_bytes(const uint8_t *p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
 }

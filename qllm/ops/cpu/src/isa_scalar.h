@@ -51,6 +51,16 @@ inline VI dot(VI sum, Weights w, Inputs x) {
 }
 // The low byte.
 inline void store_bytes(int8_t *p, VI v) { *p = int8_t(v); }
+// 16 bytes, and those of them that four bytes count.
+using Table = const uint8_t *;
+inline Table load_table(const uint8_t *p) { return p; }
+inline VI look_up(Table table, VI indices) {
+    uint8_t bytes[4];
+    __builtin_memcpy(bytes, &indices, 4);
+    for (uint8_t &byte : bytes) byte = table[byte];
+    __builtin_memcpy(&indices, bytes, 4);
+    return indices;
+}
 inline VI load_bytes(const uint8_t *p) { return *p; }
 
 inline VF set_f(float v) { return v; }

@@ -33,6 +33,8 @@ enum Mode : int64_t {
 //   groups of 16 inputs lie two to a K block.
 //
 //   q       uint8 (panels, K blocks, b, 64)     a K block's bits in planes: 8 = 8, 7 = 4 + 2 + 1, …
+//   levels  uint8 (16,), where the integers of a weight of 7 or 8 bits are 16 different ones at the
+//           most: q then has 4 bits, which level it is
 //   scales  float16 or float32 (panels, groups, LANES)
 //   zeros   uint8 (panels, groups, LANES), none for the symmetric scheme
 //   offsets of the type and shape of scales in place of zeros: a weight is q scale + offset
@@ -46,6 +48,7 @@ constexpr int64_t LANES = 16;
 constexpr int64_t K_BLOCK = 32;
 constexpr int64_t STEP = 4;
 constexpr int64_t HALF_K_BLOCK = K_BLOCK / 2;
+constexpr int64_t LEVEL_BITS = 4;
 
 struct Linear {
     int64_t rows, in, out;    // M, K, N
@@ -56,12 +59,15 @@ struct Linear {
     int64_t x_type, x_stride;
     void *y;                  // (M, N) in the type of x
     const uint8_t *q;
+    const uint8_t *levels;    // or null
     const void *scales;
     int64_t scale_type;
     const uint8_t *zeros;     // or null
     const void *offsets;      // or null
     const void *bias;         // (N,) in the type of x, or null
     const float *input_scale; // of INT8_STATIC
+
+    int64_t held_bits() const { return levels ? LEVEL_BITS : bits; }
 };
 
 // A weight as rows of bits, `qllm.quant.packing`'s format, and in the kernels' layout.
@@ -74,6 +80,18 @@ struct Packing {
     int64_t scale_bytes;      // 0: there are neither scales nor offsets, they are FACTORED
     uint8_t *q, *scales, *zeros;
     uint8_t *row_offsets, *offsets;  // of scale_bytes, or null
+    const uint8_t *levels;           // or null
+
+    int64_t held_bits() const { return levels ? LEVEL_BITS : bits; }
+};
+
+// Which integers are in rows of bits: `found` (256,) becomes 1 at each. Where they are more than 16
+// not all of them may be found.
+struct Distinct {
+    int64_t in, out, bits;
+    const uint8_t *rows;
+    int64_t row_bytes;
+    uint8_t *found;
 };
 
 // Float32 scales (rows, groups) as FACTORED ones; `failed` becomes 1 where some are not.
@@ -143,11 +161,13 @@ struct Embed {  // row index[i] + offset of a table, `bytes` wide, for each i
 struct EmbedPacked {  // row index[i] of a packed weight (table_rows, in), dequantized, for each i
     int64_t rows, table_rows, in, bits, group, type, scale_type;  // type: of y
     const int64_t *index;
-    const uint8_t *q;                      // as pack leaves them, and the rest
+    const uint8_t *q, *levels;             // as pack leaves them, and the rest
     const void *scales;
     const uint8_t *zeros;                  // null: 2^(bits - 1), or there are offsets
     const void *offsets;
     void *y;                               // (rows, in)
+
+    int64_t held_bits() const { return levels ? LEVEL_BITS : bits; }
 };
 
 // Tokens attend to those before them in the cache, which their keys and values join, and to
@@ -231,6 +251,7 @@ enum class Status : int64_t { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
     OP(dense, Dense)                               \
     OP(pack, Packing)                              \
     OP(unpack, Packing)                            \
+    OP(distinct, Distinct)                         \
     OP(factor, Factoring)                          \
     OP(unblock, Blocks)                            \
     OP(activate, Activate)                         \

@@ -78,6 +78,20 @@ const UnpackKBlock UNPACK_K_BLOCK[] = {
     nullptr,           unpack_k_block<1>, unpack_k_block<2>, unpack_k_block<3>, unpack_k_block<4>,
     unpack_k_block<5>, unpack_k_block<6>, unpack_k_block<7>, unpack_k_block<8>};
 
+// A K block of a weight as its integers, a byte each.
+template <typename Weight>
+inline void unpack_integers(const Weight &a, const uint8_t *k_block, uint8_t *out) {
+    UNPACK_K_BLOCK[a.held_bits()](k_block, out);
+    if (!a.levels) return;
+    const Table table = load_table(a.levels);
+    for (int64_t at = 0; at < K_BLOCK * LANES; at += WIDTH * STEP) {
+        VI some;
+        __builtin_memcpy(&some, out + at, WIDTH * STEP);
+        some = look_up(table, some);
+        __builtin_memcpy(out + at, &some, WIDTH * STEP);
+    }
+}
+
 // The inverse: bytes of a K block to its planes.
 template <int PLANE>
 inline void pack_plane(const uint8_t *bytes, uint8_t *k_block, int bits) {
@@ -114,6 +128,13 @@ static int value_at(const uint8_t *k_block, int bits, int64_t lane, int64_t inpu
         value |= (k_block[vector * 64 + byte] >> from & ((1 << plane) - 1)) << begin;
     }
     return value;
+}
+
+// The same as the integer of a weight.
+template <typename Weight>
+int integer_at(const Weight &a, const uint8_t *k_block, int64_t lane, int64_t input) {
+    const int value = value_at(k_block, int(a.held_bits()), lane, input);
+    return a.levels ? a.levels[value] : value;
 }
 
 // Up to 8 values of b bits from a row's bit stream, a byte each; `end` is the end of the row.
@@ -207,8 +228,11 @@ static void pack_grid(const Packing &p, int64_t panel, int64_t lanes, int64_t gr
 // Panel by panel; a group's inputs begin a K block, and what fills up panels and K blocks is zero.
 inline Status pack(const Packing &p) {
     int64_t panels = (p.out + LANES - 1) / LANES, k_blocks = row_k_blocks(p.in, p.group);
-    int64_t groups = (p.in + p.group - 1) / p.group, bits = p.bits;
+    int64_t groups = (p.in + p.group - 1) / p.group, bits = p.held_bits();
     const int64_t filled = filled_inputs(p.group);
+    uint8_t codes[256] = {};
+    if (p.levels)
+        for (int64_t i = 0; i < 1 << LEVEL_BITS; i++) codes[p.levels[i]] = uint8_t(i);
     for_each(panels, true, [&](int64_t panel, int64_t) {
         int64_t lanes = p.out - panel * LANES < LANES ? p.out - panel * LANES : LANES;
         uint8_t *to = p.q + panel * k_blocks * 64 * bits;
@@ -218,7 +242,10 @@ inline Status pack(const Packing &p) {
                 alignas(64) uint32_t bytes[STEPS][LANES] = {};
                 int64_t count = end - start < K_BLOCK ? end - start : K_BLOCK;
                 read_k_block(p, panel * LANES, lanes, start, count, bytes);
-                pack_k_block(reinterpret_cast<uint8_t *>(bytes), to, int(bits));
+                uint8_t *values = reinterpret_cast<uint8_t *>(bytes);
+                if (p.levels)
+                    for (int64_t i = 0; i < K_BLOCK * LANES; i++) values[i] = codes[values[i]];
+                pack_k_block(values, to, int(bits));
             }
         }
         for (int64_t group = 0; group < groups; group++) pack_grid(p, panel, lanes, group, groups);
@@ -234,8 +261,9 @@ inline Status unpack(const Packing &p) {
         uint8_t *row = p.rows + n * p.row_bytes;
         for (int64_t k = 0; k < p.in; k++) {
             const Place at = place_of(k, p.group);
-            int value = value_at(p.q + (panel * k_blocks + at.k_block) * 64 * p.bits, int(p.bits),
-                                 lane, at.input);
+            const uint8_t *k_blocks_of_panel = p.q + panel * k_blocks * 64 * p.held_bits();
+            int value = integer_at(p, k_blocks_of_panel + at.k_block * 64 * p.held_bits(), lane,
+                                   at.input);
             int64_t bit = k * p.bits;
             row[bit / 8] |= uint8_t(value << bit % 8);
             if (bit % 8 + p.bits > 8) row[bit / 8 + 1] |= uint8_t(value >> (8 - bit % 8));
@@ -250,6 +278,23 @@ inline Status unpack(const Packing &p) {
             }
             if (p.zeros) p.row_zeros[n * groups + group] = p.zeros[at];
         }
+    });
+    return Status::OK;
+}
+
+inline Status distinct(const Distinct &d) {
+    for_each(d.out, true, [&](int64_t n, int64_t) {
+        const uint8_t *row = d.rows + n * d.row_bytes, *end = row + d.row_bytes;
+        int count = 0;
+        for (int i = 0; i < 256; i++) count += __atomic_load_n(d.found + i, __ATOMIC_RELAXED);
+        if (count > 1 << LEVEL_BITS) return;
+        uint8_t own[256] = {};
+        for (int64_t k = 0; k < d.in; k += 8) {
+            uint64_t values = read_values(row, end, k * d.bits, int(d.bits));
+            for (int64_t i = 0; i < smaller(8, d.in - k); i++, values >>= 8) own[values & 255] = 1;
+        }
+        for (int i = 0; i < 256; i++)
+            if (own[i]) __atomic_store_n(d.found + i, 1, __ATOMIC_RELAXED);
     });
     return Status::OK;
 }

@@ -29,7 +29,7 @@ template <int P>
 void unpack_words(const Linear &a, const uint8_t *q, int64_t first, int64_t end, uint8_t *to,
                   int32_t *pairs) {
     alignas(64) uint8_t bytes[K_BLOCK * LANES];
-    UNPACK_K_BLOCK[a.bits](q, bytes);
+    unpack_integers(a, q, bytes);
     const VI middle = set_words(int16_t(1 << (a.bits - 1)));
     for (int v = 0; v < VECTORS; v++) {
         const uint8_t *from = bytes + (first * LANES + v * WIDTH) * STEP;
@@ -58,6 +58,7 @@ template <int P>
 void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_t panel,
                     int64_t panels, float *sums, uint8_t *bytes, Tiles &tiles) {
     Grid grid;
+    const int64_t held = a.held_bits();
     alignas(64) int32_t pairs[GROUP_LANES];
     constexpr int64_t unpacked = K_BLOCK * LANES * (IN_WORDS<P> ? 2 : 1);
     for (int64_t row = 0; row < x.rows; row += CHUNK_ROWS) {
@@ -81,14 +82,14 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
                 for (int32_t &sum : pairs) sum = 0;
             }
             for (int64_t p = 0; p < panels; p++) {
-                const uint8_t *q = a.q + ((panel + p) * x.k_blocks + k_block) * 64 * a.bits;
+                const uint8_t *q = a.q + ((panel + p) * x.k_blocks + k_block) * 64 * held;
                 uint8_t *to = bytes + p * o.w_stride;
-                for (int64_t s = 0; s < k_blocks; s++, q += 64 * a.bits, to += unpacked) {
+                for (int64_t s = 0; s < k_blocks; s++, q += 64 * held, to += unpacked) {
                     if constexpr (IN_WORDS<P>) {
                         unpack_words<P>(a, q, half, smaller(STEPS, half + block.steps), to,
                                         pairs + p * LANES);
                     } else {
-                        UNPACK_K_BLOCK[a.bits](q, to);
+                        unpack_integers(a, q, to);
                     }
                 }
             }

@@ -28,7 +28,7 @@ template <int64_t TYPE> void embed_packed_row(const EmbedPacked &a, int64_t row)
             alignas(64) uint8_t bytes[64 * STEPS];
             float values[K_BLOCK];
             const Place from = place_of(k, a.group);
-            UNPACK_K_BLOCK[a.bits](a.q + (panel * k_blocks + from.k_block) * 64 * a.bits, bytes);
+            unpack_integers(a, a.q + (panel * k_blocks + from.k_block) * 64 * a.held_bits(), bytes);
             for (int64_t i = from.input; i < K_BLOCK; i++)
                 values[i - from.input] =
                     float(bytes[i / STEP * 64 + lane * STEP + i % STEP] - zero);

@@ -39,11 +39,10 @@ static inline bool is_bf16_prefill(const Linear &a) {
 // Steps of a panel, from a whole K block on, to pairs of bfloat16: (q - zero) scale, rounded once.
 static void dequantize(const Linear &a, int64_t panel, int64_t step, int64_t steps, float *to) {
     const int64_t k_blocks = row_k_blocks(a.in, a.group), groups = (a.in + a.group - 1) / a.group;
-    const UnpackKBlock unpack = UNPACK_K_BLOCK[a.bits];
     alignas(64) uint8_t bytes[K_BLOCK * LANES];
     const int64_t end = (step + steps) / K_BLOCK_STEPS;
     for (int64_t k_block = step / K_BLOCK_STEPS; k_block < end; k_block++) {
-        unpack(a.q + (panel * k_blocks + k_block) * 64 * a.bits, bytes);
+        unpack_integers(a, a.q + (panel * k_blocks + k_block) * 64 * a.held_bits(), bytes);
         const int64_t at = (panel * groups + k_block * K_BLOCK / a.group) * LANES;
         const VF scale = load_as(a.scales, at, a.scale_type, WIDTH);
         const VI zero = a.zeros ? load_bytes(a.zeros + at) : set_i(1 << (a.bits - 1));

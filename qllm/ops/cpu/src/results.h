@@ -52,8 +52,8 @@ static void multiply_fallback_row(const Linear &a, int64_t row, int64_t panel, i
                 return scale_at(of_groups, a.scale_type, a.group, groups, n / LANES, k / a.group,
                                 n % LANES);
             };
-            const uint8_t *k_block = a.q + (n / LANES * k_blocks + at.k_block) * 64 * a.bits;
-            int value = value_at(k_block, int(a.bits), n % LANES, at.input);
+            const int64_t from = (n / LANES * k_blocks + at.k_block) * 64 * a.held_bits();
+            int value = integer_at(a, a.q + from, n % LANES, at.input);
             const int64_t zero = (n / LANES * groups + k / a.group) * LANES + n % LANES;
             if (!a.offsets) value -= a.zeros ? a.zeros[zero] : 1 << (a.bits - 1);
             float weight = float(value) * number(a.scales);

@@ -1,4 +1,7 @@
-"""Scales that are products of few numbers and small integers: smaller, and the same to the bit."""
+"""Weights that the kernels hold in fewer bytes than they came in, and the same to the bit.
+
+Scales that are products of few numbers and small integers, and integers of which there are few.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from cpu_paths import (
     everywhere,
     factored_weight,
     kernel,
+    leveled_weight,
     normal,
     random_weight,
     same,
@@ -30,8 +34,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FACTORED = torch.int8
 
 
-def assert_the_same(weight: Weight) -> None:
-    """Numbers and rows as stored; and the products of scales that are float32, to the bit."""
+def assert_the_same(weight: Weight, way: str = "_factored") -> None:
+    """Numbers and rows as stored; and the products of what is not made smaller, to the bit."""
     request, stored = weight.request, weight.stored
     layout = kernel("weight_only_linear").layout
     packed = weight.packed
@@ -43,10 +47,10 @@ def assert_the_same(weight: Weight) -> None:
         want = reference.packed_embedding(index, stored, *shape, dtype)
         rows = everywhere(lambda dtype=dtype: layout.look_up(index, packed, request, dtype))
         assert torch.equal(rows, want)
-    with patch.object(linear, "_factored", return_value=None):
+    with patch.object(linear, way, return_value=None):
         plain = Weight(request, stored, weight.matrix)
-        assert plain.packed.scales.dtype == torch.float32
-    for rows in (1, 3, 40):
+        assert sum(t.nbytes for t in plain.packed[:3]) >= sum(t.nbytes for t in packed[:3])
+    for rows in (1, 3, 7, 40):
         x = normal(rows, request.in_features)
         x[-1, 0] = 1e38  # left to float arithmetic
         assert same(weight.everywhere(x), plain.everywhere(x))
@@ -136,3 +140,33 @@ def test_offsets_and_scales_go_together():
         assert packed.scales.dtype == packed.qzeros.dtype == torch.float32
         assert same(packed.scales[0, :, 3], stored.scales[3])
         assert same(packed.qzeros[0, :, 3], stored.qzeros[3])
+
+
+@pytest.mark.parametrize("scheme", STORED_SCHEMES)
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("group_size", [-1, 16, 20, 32])
+def test_few_integers_are_levels(bits, group_size, scheme):
+    for shape, levels in (((33, 512), 16), ((64, 300), 3)):
+        weight = leveled_weight(shape, bits, group_size, scheme, levels)
+        assert weight.packed.qweight.dim() == 1
+        assert_the_same(weight, "_levels")
+    assert leveled_weight((33, 512), bits, group_size, scheme, 17).packed.qweight.dim() == 4
+
+
+def test_levels_are_of_all_rows():
+    """Each has few, and together they have more."""
+    weight = leveled_weight((64, 256), 8, 32, "sym")
+    q = torch.arange(64, dtype=torch.uint8)[:, None].expand(64, 256)
+    stored = weight.stored._replace(qweight=q.contiguous())
+    packed = Weight(weight.request, stored, weight.matrix).packed
+    assert packed.qweight.dim() == 4
+
+
+def test_both_at_once():
+    factored = factored_weight((40, 512), 8, 16, "sym")
+    levels = leveled_weight((40, 512), 8, 16, "sym")
+    stored = levels.stored._replace(scales=factored.stored.scales)
+    weight = Weight(levels.request, stored, levels.matrix)
+    assert weight.packed.qweight.dim() == 1 and weight.packed.scales.dtype == FACTORED
+    for way in ("_levels", "_factored"):
+        assert_the_same(weight, way)
