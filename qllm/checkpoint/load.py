@@ -37,6 +37,7 @@ from qllm.models import Decoder
 from qllm.models.cache import KVCache
 from qllm.parallel.pipeline import ParallelContext, balance
 from qllm.progress import Meter, Note, silent, unseen
+from qllm.quant.packing import packed_size
 
 
 def load_model(
@@ -96,6 +97,8 @@ def load_model(
     if activation_bits == 8:
         _check_takes_int8([whole])
     parallel = parallel or ParallelContext()
+    if torch.device(device).type == "cpu":
+        _take_held_bits(whole, weights)
     costs = _layer_bytes(whole)
     if parallel.stage is not None and whole.config.tied_head:
         costs[-1] += module_bytes(whole.embed)  # the last stage has it, too
@@ -214,6 +217,15 @@ def _empty(weights: Weights, specs: dict[str, QuantSpec], dtype: torch.dtype) ->
     if LM_HEAD in specs:  # of a matrix that is tied, the embedding stays as it is
         config = replace(config, tied_head=False)
     return Decoder(config, specs, dtype)
+
+
+def _take_held_bits(model: Decoder, weights: Weights) -> None:
+    """Give a model on the meta device the bytes that CPU kernels hold of stored integers."""
+    for name, layer in model.named_modules():
+        stored = weights.stored.get(name.removesuffix(".linear"))
+        if stored and isinstance(layer, WeightOnlyLinear) and stored.held_bits < layer.spec.bits:
+            size = packed_size(layer.in_features, stored.held_bits)
+            layer.qweight = layer.qweight.new_empty(layer.out_features, size)
 
 
 def activation_bits(folder: Path, plans: Sequence[QuantPlan], wanted: int) -> list[int]:

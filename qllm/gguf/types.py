@@ -55,6 +55,11 @@ class BlockType:
         return self.unpack is not None
 
     @property
+    def held_bits(self) -> int:
+        """Bits of an integer, as CPU kernels hold it: of those out of a table which one it is."""
+        return linear.LEVEL_BITS if self.name in FEW_INTEGERS else self.bits
+
+    @property
     def scheme(self) -> str:
         """As `QuantSpec` has it."""
         return "offset" if self.offset else "sym"
@@ -187,6 +192,8 @@ LEVELS: dict[str, Callable[[], Tensor]] = {
     "IQ4_XS": i_quants.levels,
     "MXFP4": plain.e2m1_levels,
 }
+# Those of 7 and 8 bits that have 16 different integers at the most.
+FEW_INTEGERS = ("IQ4_NL", "IQ4_XS", "IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S")
 UNBLOCKED = (*HALVES, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "MXFP4")
 F32 = BlockType(0, "F32", 1, 4, torch.float32)
 F16 = BlockType(1, "F16", 1, 2, torch.float16)

@@ -90,6 +90,12 @@ def test_blocks_are_llama_cpp_s_numbers(name):
         held = linear.pack(stored, kind.bits, kind.group, want.shape[1]).scales.dtype
         factored = scales.dtype == torch.float32 and name not in ("MXFP4", "IQ1_S")
         assert held == (torch.int8 if factored else scales.dtype)
+        # Of many rows, of which a table is worth its bytes.
+        many = [torch.cat([part] * 60) if part.numel() else part for part in stored[:3]]
+        held = linear.pack(PackedWeight(*many), kind.bits, kind.group, want.shape[1]).qweight
+        shape = (19, want.shape[1] // 32, kind.bits, 64)
+        flat = (shape[0] * shape[1] * kind.held_bits * 64 + 64,)
+        assert held.shape == (shape if kind.held_bits == kind.bits else flat)
 
 
 @pytest.mark.parametrize(

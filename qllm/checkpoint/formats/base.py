@@ -59,6 +59,11 @@ class Format(ABC):
         """Whether QLLM writes modules of this spec in this format; most are only read."""
         return False
 
+    @property
+    def held_bits(self) -> int:
+        """Bits of an integer, as CPU kernels hold it."""
+        return self.spec.bits
+
     @abstractmethod
     def read(self, tensors: Mapping[str, Tensor], in_features: int, out_features: int) -> Quantized:
         """One module's tensors as a matrix.

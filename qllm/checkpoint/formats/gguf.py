@@ -34,6 +34,10 @@ class GGUFBlocks(Format):
 
     type_name: str = "Q4_0"
 
+    @property
+    def held_bits(self) -> int:
+        return PACKED[self.type_name].held_bits
+
     def read(
         self, tensors: Mapping[str, Tensor], in_features: int, out_features: int
     ) -> PackedWeight:
