@@ -43,8 +43,8 @@ PATHS = {
     "amx": Isa("AMX int8 and bfloat16", _AMX, ("amx", "avx512bf16", *_AVX512_UNITS)),
     "avx512bf16": Isa("AVX-512 VNNI and BF16", _BF16, ("avx512bf16", *_AVX512_UNITS)),
     "avx512": Isa("AVX-512 VNNI", _AVX512, _AVX512_UNITS),
-    "avxvnni": Isa("AVX-VNNI", _AVX2 | {"avx_vnni"}, ("avxvnni",)),
-    "avx2": Isa("AVX2", _AVX2, ("avx2", "avx2int8")),
+    "avxvnni": Isa("AVX-VNNI", _AVX2 | {"avx_vnni"}, ("avxvnni", "avxvnnilinear")),
+    "avx2": Isa("AVX2", _AVX2, ("avx2", "avx2linear", "avx2int8")),
     "scalar": Isa("no vector instructions", frozenset(), ("scalar",)),
 }
 

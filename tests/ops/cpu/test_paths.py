@@ -103,10 +103,10 @@ COOPER_LAKE = f"{CASCADE_LAKE} avx512_bf16"
     ("flags", "wanted", "units"),
     [
         (OLD, "scalar", "scalar"),
-        (HASWELL, "avx2", "avx2 avx2int8"),
-        (f"{HASWELL} avx_vnni", "avxvnni", "avxvnni"),
+        (HASWELL, "avx2", "avx2 avx2linear avx2int8"),
+        (f"{HASWELL} avx_vnni", "avxvnni", "avxvnni avxvnnilinear"),
         (HASWELL.replace("bmi2", "") + " avx_vnni", "scalar", "scalar"),
-        (f"{HASWELL} avx512f avx512bw avx512dq avx512vl", "avx2", "avx2 avx2int8"),
+        (f"{HASWELL} avx512f avx512bw avx512dq avx512vl", "avx2", "avx2 avx2linear avx2int8"),
         (CASCADE_LAKE, "avx512", AVX512_UNITS),
         (COOPER_LAKE, "avx512bf16 avx512", f"avx512bf16 {AVX512_UNITS}"),
         (f"{CASCADE_LAKE} amx_tile amx_int8 amx_bf16", "avx512", AVX512_UNITS),

@@ -3,8 +3,8 @@
 #include "dense.h"
 #include "descent.h"
 #include "kernels.h"
+#include "layout.h"
 #include "limits.h"
-#include "linear.h"
 #include "packed_embedding.h"
 #include "rounding.h"
 #include "sequence_attention.h"
@@ -13,18 +13,12 @@
 namespace qllm {
 namespace {
 
-Status linear_by_bits(const Linear &a) {
+Status linear(const Linear &a) {
     const bool fits = a.mode == WEIGHT_ONLY_INT8 && a.bits <= SHORT_SUM_BITS;
-    return fits ? avx2_int8_linear(a) : linear(a);
-}
-
-constexpr Path path() {
-    Path path = QLLM_WHOLE_PATH("avx2");
-    path.linear = linear_by_bits;
-    return path;
+    return fits ? avx2_int8_linear(a) : avx2_linear(a);
 }
 
 }  // namespace
 }  // namespace qllm
 
-const qllm::Path qllm::avx2_path = path();
+const qllm::Path qllm::avx2_path = QLLM_WHOLE_PATH("avx2");

@@ -3,11 +3,19 @@
 #include "dense.h"
 #include "descent.h"
 #include "kernels.h"
+#include "layout.h"
 #include "limits.h"
-#include "linear.h"
 #include "packed_embedding.h"
 #include "rounding.h"
 #include "sequence_attention.h"
 #include "steps.h"
+
+namespace qllm {
+namespace {
+
+Status linear(const Linear &a) { return avxvnni_linear(a); }
+
+}  // namespace
+}  // namespace qllm
 
 const qllm::Path qllm::avxvnni_path = QLLM_WHOLE_PATH("avxvnni");

@@ -287,10 +287,12 @@ struct Path {
 QLLM_PATH scalar_path, avx2_path, avxvnni_path, avx512_path, avx512bf16_path, amx_path;
 #undef QLLM_PATH
 
-// What avx2_path takes for WEIGHT_ONLY_INT8 of few bits: with more, sums in 16 bits would be full
-// after every step.
+// What paths take from files of their own. For WEIGHT_ONLY_INT8 of few bits avx2_path has another
+// one: with more, sums in 16 bits would be full after every step.
 constexpr int SHORT_SUM_BITS = 6;
 extern Status (*const avx2_int8_linear)(const Linear &);
+extern Status (*const avx2_linear)(const Linear &);
+extern Status (*const avxvnni_linear)(const Linear &);
 extern Status (*const avx512_linear)(const Linear &);
 
 // Whether vectors are added by units that do not multiply, beside those that do: AMD's. Of Intel's
