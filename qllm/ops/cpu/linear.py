@@ -74,7 +74,8 @@ def _shape(in_features: int, bits: int, group_size: int) -> tuple[int, int, int]
 
 
 def packed_nbytes(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> int:
-    """Bytes of what `pack` makes of a weight, which may be on the meta device."""
+    """Bytes of what `pack` makes of a weight, which may be on the meta device, at the most: what it
+    finds in the values is not known there."""
     _, groups, k_blocks = _shape(in_features, bits, group_size)
     of_group = sum(tensor.dtype.itemsize for tensor in weight[1:3] if tensor.numel())
     panel = k_blocks * bits * VECTOR + groups * LANES * of_group
@@ -159,8 +160,8 @@ def _factored(scales: Tensor, zeros: Tensor, group: int) -> list[Tensor] | None:
         library.run("factor", Factoring(rows, groups, group, *map(pointer, tensors)), *tensors)
         if failed.item():
             return None
-        found.append(_arena.empty(shape, FACTORED).copy_(factored))
-    return found
+        found.append(factored)
+    return [_arena.empty(shape, FACTORED).copy_(factored) for factored in found]
 
 
 def _products(factored: Tensor, rows: int, groups: int) -> Tensor:
