@@ -20,7 +20,7 @@ from qllm.ops.cpu.interface import (
     Packing,
 )
 from qllm.ops.cpu.library import TYPES, Arena, like, pointer
-from qllm.quant.packing import PackedWeight, group_width, packed_size
+from qllm.quant.packing import PackedWeight, group_width, packed_size, scheme_of
 
 LANES, K_BLOCK, VECTOR = 16, 32, 64  # of the layout, as in kernels.h
 SMALLEST_GROUP = 16  # two to a K block; of other sizes every group is filled up to one
@@ -105,12 +105,13 @@ def pack(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> 
         q = _arena.empty((panels * k_blocks * LEVEL_BITS * VECTOR + VECTOR,), rows.dtype)
         q[-VECTOR:] = levels
     factored = _factored(scales, zeros, group)
-    if factored is None:
-        grids = _arena.empty(grid, scales.dtype), _arena.empty(grid, zeros.dtype)
-        packed = PackedWeight(q, grids[0], grids[1] if zeros.numel() else zeros)
-    else:
-        of_zeros = _arena.empty(grid, zeros.dtype) if zeros.dtype == torch.uint8 else factored[-1]
-        packed = PackedWeight(q, factored[0], of_zeros if zeros.numel() else zeros)
+    own_scales = factored[0] if factored else _arena.empty(grid, scales.dtype)
+    own_zeros = zeros
+    if factored and scheme_of(zeros) == "offset":
+        own_zeros = factored[-1]
+    elif zeros.numel():
+        own_zeros = _arena.empty(grid, zeros.dtype)
+    packed = PackedWeight(q, own_scales, own_zeros)
     _move(
         "pack",
         (in_features, out_features, bits, group),
@@ -145,7 +146,7 @@ def _factored(scales: Tensor, zeros: Tensor, group: int) -> list[Tensor] | None:
 
     None where they are not products of such integers, or would not become smaller.
     """
-    numbers = [scales, *([zeros] if zeros.is_floating_point() else [])]
+    numbers = [scales, *([zeros] if scheme_of(zeros) == "offset" else [])]
     if scales.dtype != torch.float32 or group not in FACTORED_GROUPS:
         return None
     rows, groups = scales.shape
