@@ -60,9 +60,12 @@ _AVX512 = (
 # Those that take longest stand first, and are compiled first.
 FLAGS: dict[str, tuple[str, ...]] = {
     "avx512linear": _AVX512,
+    "avx512halves": _AVX512,
     "avx2linear": _AVX2,
+    "avx2halves": _AVX2,
     "avx2": _AVX2,
     "avxvnnilinear": (*_AVX2, "-mavxvnni"),
+    "avxvnnihalves": (*_AVX2, "-mavxvnni"),
     "avxvnni": (*_AVX2, "-mavxvnni"),
     "scalar": ("-O2",),  # -O3 compiles twice as long, for code that few machines run
     "avx512": _AVX512,

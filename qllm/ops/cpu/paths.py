@@ -36,15 +36,15 @@ _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
 _BF16 = _AVX512 | {"avx512_bf16"}
 _AMX = _BF16 | {"amx_tile", "amx_int8", "amx_bf16"}
 
-_AVX512_UNITS = ("avx512", "avx512linear")
+_AVX512_UNITS = ("avx512", "avx512linear", "avx512halves")
 
 # The best one first.
 PATHS = {
     "amx": Isa("AMX int8 and bfloat16", _AMX, ("amx", "avx512bf16", *_AVX512_UNITS)),
     "avx512bf16": Isa("AVX-512 VNNI and BF16", _BF16, ("avx512bf16", *_AVX512_UNITS)),
     "avx512": Isa("AVX-512 VNNI", _AVX512, _AVX512_UNITS),
-    "avxvnni": Isa("AVX-VNNI", _AVX2 | {"avx_vnni"}, ("avxvnni", "avxvnnilinear")),
-    "avx2": Isa("AVX2", _AVX2, ("avx2", "avx2linear", "avx2int8")),
+    "avxvnni": Isa("AVX-VNNI", _AVX2 | {"avx_vnni"}, ("avxvnni", "avxvnnilinear", "avxvnnihalves")),
+    "avx2": Isa("AVX2", _AVX2, ("avx2", "avx2linear", "avx2halves", "avx2int8")),
     "scalar": Isa("no vector instructions", frozenset(), ("scalar",)),
 }
 

@@ -95,7 +95,7 @@ def test_a_path_is_taken_where_its_features_are():
 OLD = "fpu sse2 avx f16c fma"
 HASWELL = f"{OLD} avx2 bmi2"
 CASCADE_LAKE = f"{HASWELL} avx512f avx512bw avx512dq avx512vl avx512_vnni"
-AVX512_UNITS = "avx512 avx512linear"
+AVX512_UNITS = "avx512 avx512linear avx512halves"
 COOPER_LAKE = f"{CASCADE_LAKE} avx512_bf16"
 
 
@@ -103,10 +103,14 @@ COOPER_LAKE = f"{CASCADE_LAKE} avx512_bf16"
     ("flags", "wanted", "units"),
     [
         (OLD, "scalar", "scalar"),
-        (HASWELL, "avx2", "avx2 avx2linear avx2int8"),
-        (f"{HASWELL} avx_vnni", "avxvnni", "avxvnni avxvnnilinear"),
+        (HASWELL, "avx2", "avx2 avx2linear avx2halves avx2int8"),
+        (f"{HASWELL} avx_vnni", "avxvnni", "avxvnni avxvnnilinear avxvnnihalves"),
         (HASWELL.replace("bmi2", "") + " avx_vnni", "scalar", "scalar"),
-        (f"{HASWELL} avx512f avx512bw avx512dq avx512vl", "avx2", "avx2 avx2linear avx2int8"),
+        (
+            f"{HASWELL} avx512f avx512bw avx512dq avx512vl",
+            "avx2",
+            "avx2 avx2linear avx2halves avx2int8",
+        ),
         (CASCADE_LAKE, "avx512", AVX512_UNITS),
         (COOPER_LAKE, "avx512bf16 avx512", f"avx512bf16 {AVX512_UNITS}"),
         (f"{CASCADE_LAKE} amx_tile amx_int8 amx_bf16", "avx512", AVX512_UNITS),

@@ -13,7 +13,9 @@
 namespace qllm {
 namespace {
 
-Status linear(const Linear &a) { return avx512_linear(a); }
+Status linear(const Linear &a) {
+    return a.group == HALF_K_BLOCK ? avx512_halves(a) : avx512_linear(a);
+}
 
 }  // namespace
 }  // namespace qllm

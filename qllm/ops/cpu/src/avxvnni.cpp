@@ -13,7 +13,9 @@
 namespace qllm {
 namespace {
 
-Status linear(const Linear &a) { return avxvnni_linear(a); }
+Status linear(const Linear &a) {
+    return a.group == HALF_K_BLOCK ? avxvnni_halves(a) : avxvnni_linear(a);
+}
 
 }  // namespace
 }  // namespace qllm

@@ -30,6 +30,13 @@ constexpr int64_t GEMV_MAX_ROWS =
 
 constexpr int HALF = STEPS / 2;  // of a K block, where it has two groups
 
+// Weights with two groups to a K block have functions of their own, in files of their own, since
+// these take as long to compile as all others.
+#if !defined(HALF_GROUPS)
+#define HALF_GROUPS 0
+#endif
+constexpr bool HALVES = HALF_GROUPS;
+
 // The integers of a step, of a weight that has levels, as KIND says, or not.
 constexpr int WITH_LEVELS = 16;  // added to bits
 template <int KIND> constexpr int HELD_BITS = KIND % WITH_LEVELS;
@@ -64,7 +71,7 @@ INLINE inline void add_steps(Sums<S, V> (&sums)[SETS], const uint8_t *q, int64_t
 // and the way through the cache costs more than it saves. It is slower in several places at once,
 // where it is slow: no more panels go together than the units need to be busy, for which one panel
 // has several sets of sums.
-template <int KIND, int S, int N, bool HALVES>
+template <int KIND, int S, int N>
 __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64_t row,
                                     int64_t panel, int64_t panels, Grid &grid, float *out) {
     constexpr int BITS = HELD_BITS<KIND>;
@@ -146,7 +153,7 @@ INLINE inline void add_words_of_steps(Sums<R, 2> &sums, VI (&pairs)[2], const ui
 }
 
 // Two panels, or one, times the R rows of a tile from `row` on.
-template <int KIND, int R, int EVERY, bool HALVES>
+template <int KIND, int R, int EVERY>
 __attribute__((noinline)) void gemv_words(const Linear &a, const Activations &x, int64_t row,
                                           int64_t panel, int64_t panels, Grid &grid, float *out) {
     constexpr int BITS = HELD_BITS<KIND>;
@@ -211,7 +218,7 @@ Gemv gemv_of_kind(const Linear &a) {
     if constexpr (KIND > 1)
         if (kind_of(a) != KIND) return gemv_of_kind<S, next_kind(KIND)>(a);
     constexpr int N = VECTORS == 1 && S > 2 ? 2 : 1;
-    return {a.group == HALF_K_BLOCK ? gemv<KIND, S, N, true> : gemv<KIND, S, N, false>, N};
+    return {gemv<KIND, S, N>, N};
 }
 
 template <int S = GEMV_OPERANDS> Gemv gemv_of(const Linear &a, int64_t operands) {
@@ -225,15 +232,13 @@ template <int R, int EVERY, int KIND = LEVEL_BITS + WITH_LEVELS>
 Gemv gemv_words_of_kind(const Linear &a) {
     if constexpr (KIND > 1)
         if (kind_of(a) != KIND) return gemv_words_of_kind<R, EVERY, next_kind(KIND)>(a);
-    if constexpr (EVERY == 1)
-        if (a.group == HALF_K_BLOCK) return {gemv_words<KIND, R, EVERY, true>, 2};
-    return {gemv_words<KIND, R, EVERY, false>, 2};
+    return {gemv_words<KIND, R, EVERY>, 2};
 }
 
 template <int R> Gemv gemv_words_of(const Linear &a) {
     // Every other row is multiplied as it is: sums take the time of unpacking, too.
-    if constexpr (R == GEMV_WORD_ROWS)
-        if (spare_adders && a.group != HALF_K_BLOCK) return gemv_words_of_kind<R, 2>(a);
+    if constexpr (R == GEMV_WORD_ROWS && !HALVES)
+        if (spare_adders) return gemv_words_of_kind<R, 2>(a);
     return gemv_words_of_kind<R, 1>(a);
 }
 #endif

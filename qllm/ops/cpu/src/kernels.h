@@ -287,13 +287,17 @@ struct Path {
 QLLM_PATH scalar_path, avx2_path, avxvnni_path, avx512_path, avx512bf16_path, amx_path;
 #undef QLLM_PATH
 
-// What paths take from files of their own. For WEIGHT_ONLY_INT8 of few bits avx2_path has another
-// one: with more, sums in 16 bits would be full after every step.
+// What paths take from files of their own, of weights in groups of 16 (halves) and of all others.
+// For WEIGHT_ONLY_INT8 of few bits avx2_path has another one: with more, sums in 16 bits would be
+// full after every step.
 constexpr int SHORT_SUM_BITS = 6;
 extern Status (*const avx2_int8_linear)(const Linear &);
 extern Status (*const avx2_linear)(const Linear &);
+extern Status (*const avx2_halves)(const Linear &);
 extern Status (*const avxvnni_linear)(const Linear &);
+extern Status (*const avxvnni_halves)(const Linear &);
 extern Status (*const avx512_linear)(const Linear &);
+extern Status (*const avx512_halves)(const Linear &);
 
 // Whether vectors are added by units that do not multiply, beside those that do: AMD's. Of Intel's
 // those that multiply int16 add as well, and one other at the most.

@@ -1,0 +1,6 @@
+// Apart from the rest of the path, which compiles at the same time.
+#define HALF_GROUPS 1
+#include "kernels.h"
+#include "linear.h"
+
+qllm::Status (*const qllm::avx2_halves)(const Linear &) = linear;
