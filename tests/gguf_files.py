@@ -219,10 +219,14 @@ def write_model(
 
 
 def blocks_of(matrix: np.ndarray, type_: GGMLQuantizationType) -> np.ndarray:
-    """A matrix as the package writes it; NVFP4, which it only reads, with random values."""
+    """A matrix as the package writes it; types that it only reads, with random values."""
+    random = np.random.default_rng(0)
+    if type_ == GGMLQuantizationType.IQ4_NL:
+        blocks = random.integers(0, 256, (len(matrix), matrix.shape[1] // 32, 18), dtype=np.uint8)
+        blocks[..., :2] = np.array([0.001], dtype=np.float16).view(np.uint8)
+        return blocks.reshape(len(matrix), -1)
     if type_ != GGMLQuantizationType.NVFP4:
         return quants.quantize(matrix, type_)
-    random = np.random.default_rng(0)
     blocks = random.integers(0, 256, (len(matrix), matrix.shape[1] // 64, 36), dtype=np.uint8)
     blocks[..., :4] = random.integers(16, 40, blocks[..., :4].shape)  # scales of 2^-6 to 2^-3
     return blocks.reshape(len(matrix), -1)

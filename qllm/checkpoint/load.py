@@ -223,7 +223,10 @@ def _take_held_bits(model: Decoder, weights: Weights) -> None:
     """Give a model on the meta device the bytes that CPU kernels hold of stored integers."""
     for name, layer in model.named_modules():
         stored = weights.stored.get(name.removesuffix(".linear"))
-        if stored and isinstance(layer, WeightOnlyLinear) and stored.held_bits < layer.spec.bits:
+        if not stored or not isinstance(layer, WeightOnlyLinear):
+            continue
+        fewer = stored.held_bits < layer.spec.bits
+        if fewer and ops.select(layer.op, replace(layer.request, device="cpu")).kernel.layout:
             size = packed_size(layer.in_features, stored.held_bits)
             layer.qweight = layer.qweight.new_empty(layer.out_features, size)
 

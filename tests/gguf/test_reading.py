@@ -25,6 +25,8 @@ from gguf_files import (
 from torch import nn
 
 from qllm import LLM, report
+from qllm.checkpoint import load
+from qllm.checkpoint.device_map import CPU
 from qllm.checkpoint.gguf import GGUFFile
 from qllm.checkpoint.reader import Checkpoint
 from qllm.checkpoint.weights import Weights
@@ -40,6 +42,7 @@ from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import RawConfig, read_config
 from qllm.onnx.export import ExportOptions
 from qllm.onnx.export import export as export_onnx
+from qllm.ops.cpu import library as native
 from qllm.ops.cpu import linear
 from qllm.pretrained import Pretrained
 from qllm.quant.packing import PackedWeight, unpack
@@ -190,6 +193,24 @@ def test_matrices_that_are_held_at_16_bits_are_named(tmp_path, part):
     assert (logits - want).abs().max() < 1e-4 * (want.max() - want.min())
     LLM.from_pretrained(path, embedding_bits=4, group_size=32, note=notes.append)
     assert notes == [note, note]
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_what_has_to_fit_is_what_is_held(tmp_path, monkeypatch, kernels):
+    monkeypatch.setattr(linear, "MANY_WEIGHTS", 0)  # of matrices as small as these, too
+    if not kernels:
+        monkeypatch.setattr(native, "unavailable", lambda: "there is no compiler")
+    asked = []
+
+    def on_cpu(sizes, *rest):
+        asked.append(sum(sizes))
+        return [CPU] * len(sizes)
+
+    monkeypatch.setattr(load, "infer_device_map", on_cpu)
+    path = write_model(tmp_path / "model.gguf", FAMILIES["llama"](), "IQ4_NL")
+    llm = LLM.from_pretrained(path)
+    # Panels, of 16 rows, and tables of levels have their ends.
+    assert 0.9 * llm.nbytes < asked[0] < 1.1 * llm.nbytes
 
 
 def test_a_split_model_is_one(tmp_path):
