@@ -43,6 +43,15 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         "7b-instruct": "mistralai/Mistral-7B-Instruct-v0.3",
         "12b-instruct": "mistralai/Mistral-Nemo-Instruct-2407",
     },
+    "ministral3": {
+        size.lower() + key: f"mistralai/Ministral-3-{size}-{name}"
+        for key, name in (
+            ("", "Base-2512"),
+            ("-instruct", "Instruct-2512-BF16"),
+            ("-reasoning", "Reasoning-2512"),
+        )
+        for size in ("3B", "8B", "14B")
+    },
     "qwen2": {
         f"{version}{size.lower()}{chat.lower()}": f"Qwen/Qwen{name}-{size}{chat}"
         for version, name, numbers in (

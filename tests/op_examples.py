@@ -15,7 +15,7 @@ from qllm.ops.rounding import Rounding
 from qllm.quant.packing import BITS, pack
 
 SHAPES = ((64, 32), (67, 13), (1, 1), (256, 40))  # (K, N)
-EXACT = ("int8_linear", "embedding", "add", "scale", "gather", "descend_block")
+EXACT = ("int8_linear", "embedding", "add", "scale", "scale_rows", "gather", "descend_block")
 IN_FLOAT32 = ("descend_block",)
 TO_INT8 = ("layer_norm_int8", "rms_norm_int8")
 
@@ -184,6 +184,15 @@ def activation_example(request: Request, rows: int, dtype: torch.dtype, *, name:
     return {"x": x, "name": name}, exact.ACTIVATIONS[name](gate) * up, np.abs(gate * up).max()
 
 
+def scale_rows_example(request: Request, rows: int, dtype: torch.dtype):
+    x, factors = normal(rows, request.in_features).to(dtype), normal(rows).to(dtype)
+    columns = request.in_features * 2 // 3
+    want = x.double()
+    want[:, :columns] *= factors.double()[:, None]
+    arguments = {"x": x, "factors": factors, "columns": columns}
+    return arguments, exact.numpy(want.to(dtype)), 0.0
+
+
 def gather_example(request: Request, rows: int, dtype: torch.dtype):
     x, index = normal(rows, request.in_features).to(dtype), torch.arange(request.out_features)
     index = index * 7 % request.in_features
@@ -329,6 +338,7 @@ EXAMPLES = {
     ),
     "add": (add_example,),
     "scale": (scale_example,),
+    "scale_rows": (scale_rows_example,),
     "gather": (gather_example,),
     "step_rounding": (step_rounding_example,),
     "descend_block": (descend_block_example,),

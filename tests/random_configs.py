@@ -10,6 +10,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     OPTConfig,
     Phi3Config,
@@ -141,6 +142,19 @@ def mistral_configs(draw) -> MistralConfig:
 
 
 @st.composite
+def ministral3_configs(draw) -> Ministral3Config:
+    sizes = draw(llama_sizes())
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": draw(st.floats(8.0, 16.0))}
+    # Prompts go on beyond it, where queries grow.
+    rope["original_max_position_embeddings"] = draw(st.integers(4, 12))
+    rope["llama_4_scaling_beta"] = draw(st.sampled_from([0.0, 0.1, 0.5]))
+    for name in ("mscale", "mscale_all_dim") if draw(flags) else ():
+        rope[name] = draw(st.floats(0.5, 1.5))
+    sizes |= {"rope_parameters": rope, "max_position_embeddings": WINDOW, "pad_token_id": None}
+    return Ministral3Config(**sizes, sliding_window=draw(st.one_of(st.none(), windows)))
+
+
+@st.composite
 def qwen_windows(draw) -> dict:
     """Which layers of Qwen2 and Qwen3 have a window."""
     return {
@@ -258,6 +272,7 @@ CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "bloom": (bloom_configs(), 14),
     "llama": (llama_configs(), 16),
     "mistral": (mistral_configs(), 5),
+    "ministral3": (ministral3_configs(), 5),
     "qwen2": (qwen2_configs(), 4),
     "gemma2": (gemma2_configs(), 8),
     "gemma3_text": (gemma3_text_configs(), 9),

@@ -22,6 +22,8 @@ class RopeConfig:
         short_factor, long_factor: what divides each pair's frequency up to that length, and beyond.
         rereads: a text that grows beyond that length is read anew, with the long factors (Phi-3).
         rotated_pairs: how many pairs rotate, of the kind of which not all do.
+        query_beta, query_span: a query at position p is multiplied by 1 + query_beta
+            log(1 + floor(p / query_span)) (Ministral 3).
     """
 
     theta: float = 10000.0
@@ -39,6 +41,8 @@ class RopeConfig:
     long_factor: tuple[float, ...] = ()
     rereads: bool = False
     rotated_pairs: int = 0
+    query_beta: float = 0.0
+    query_span: int = 0
 
     @property
     def reread_length(self) -> int | None:

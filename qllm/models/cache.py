@@ -185,12 +185,13 @@ class Pass:
     Attributes:
         batch: which tokens it takes.
         cos_sin: by which queries and keys are rotated, (N, D) each, in layers that see all tokens
-            and in those that have a window; None: they are not.
+            and in those that have a window, and behind them what multiplies queries, (N,), where
+            something does; None: they are not rotated.
         slopes: float32 (H,), of ALiBi; None: there are none.
     """
 
     batch: Batch
-    cos_sin: tuple[tuple[Tensor, Tensor] | None, ...]
+    cos_sin: tuple[tuple[Tensor, ...] | None, ...]
     slopes: Tensor | None
 
     def __init__(self) -> None:
@@ -201,9 +202,17 @@ class Pass:
         """int64 (N,): of each token in its sequence."""
         return self.batch.positions
 
-    def _cos_sin(self, scores: Scores) -> tuple[Tensor, Tensor] | None:
-        """The cosines and sines of a layer with such scores."""
-        return self.cos_sin[-1 if scores.window else 0]
+    def _rotation(
+        self, qkv: Tensor, heads: Sequence[int], scores: Scores
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """qkv with what multiplies its queries, and the cosines and sines of a layer."""
+        found = self.cos_sin[-1 if scores.window else 0]
+        if found is None:
+            return qkv, None
+        for factors in found[2:]:
+            columns = heads[0] * (qkv.shape[1] // sum(heads))
+            qkv = ops.on(qkv.device.type).scale_rows(qkv, factors, columns)
+        return qkv, (found[0], found[1])
 
     def select(self, x: Tensor) -> Tensor:
         """Of rows (N, C), those of which a layer's results are asked for."""
@@ -283,7 +292,8 @@ class Prefill(Pass):
         else:
             kv = self.cache.layers[layer]
         attend = ops.on(qkv.device.type).prefill_attention
-        return attend(qkv, kv, self.batch, self._cos_sin(scores), self.slopes, scores)
+        qkv, cos_sin = self._rotation(qkv, heads, scores)
+        return attend(qkv, kv, self.batch, cos_sin, self.slopes, scores)
 
 
 class Decode(Pass):
@@ -376,16 +386,15 @@ class Decode(Pass):
                 kept.copy_(part)
 
     def _of_kind(
-        self, encoding: PositionEncoding, table: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor] | None:
+        self, encoding: PositionEncoding, table: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, ...] | None:
         """Cosines and sines of the tokens' positions."""
         if table is None:
             return encoding.cos_sin(self.positions, self._lengths, self.cache.dtype)
-        cos, sin = table
-        return cos[self.positions], sin[self.positions]
+        return tuple(part[self.positions] for part in table)
 
     def attend(self, layer: int, qkv: Tensor, heads: Sequence[int], scores: Scores) -> Tensor:
         """Attention of qkv (B, heads D), whose keys and values join the cache: (B, H D)."""
         attend = ops.on(qkv.device.type).decode_attention
-        kv, cos_sin = self.cache.layers[layer], self._cos_sin(scores)
-        return attend(qkv, kv, self.batch, cos_sin, self.slopes, scores)
+        qkv, cos_sin = self._rotation(qkv, heads, scores)
+        return attend(qkv, self.cache.layers[layer], self.batch, cos_sin, self.slopes, scores)

@@ -38,8 +38,10 @@ class PositionEncoding(nn.Module):
 
     def cos_sin(
         self, positions: Tensor, lengths: Sequence[int], dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> tuple[Tensor, ...] | None:
         """Cosines and sines (N, D) for tokens at `positions` (N,).
+
+        Where queries grow with the position, the factors of them (N,) come third.
 
         Args:
             lengths: of the sequence that each token is in, N of them, or of all, one.
@@ -48,7 +50,7 @@ class PositionEncoding(nn.Module):
 
     def table(
         self, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> tuple[Tensor, ...] | None:
         """`cos_sin` of every position in a cache, (capacity, D); None: they depend on more."""
         return None
 
@@ -176,12 +178,20 @@ class RotaryPositions(PositionEncoding):
 
     def cos_sin(
         self, positions: Tensor, lengths: Sequence[int], dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         frequencies = self._frequencies_of_tokens(lengths).to(positions.device)
         angles = positions[:, None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)  # (N, D)
         factor = self.factors.to(positions.device).repeat(2)
-        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+        found = (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+        if not self.rope.query_beta or max(lengths) <= self.rope.query_span:
+            return found  # whose queries would all be multiplied by 1
+        return *found, self.query_factors(positions).to(dtype)
+
+    def query_factors(self, positions: Tensor) -> Tensor:
+        """What multiplies the queries of tokens at `positions` (N,), float32 (N,)."""
+        spans = torch.floor(positions.float() / self.rope.query_span)
+        return 1 + self.rope.query_beta * torch.log(1 + spans)
 
     def _frequencies_of_tokens(self, lengths: Sequence[int]) -> Tensor:
         """Those of each token by its own sequence, (N, D / 2), or of all, (D / 2,).
@@ -198,7 +208,7 @@ class RotaryPositions(PositionEncoding):
 
     def table(
         self, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> tuple[Tensor, ...] | None:
         rope = self.rope
         if rope.kind == "dynamic":
             return None

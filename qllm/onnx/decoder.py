@@ -211,6 +211,7 @@ class DecoderGraph:
         if config.position == "rope":
             kinds = RotaryPositions(config, torch.float32).kinds
             self.cos_sin = [self._cos_sin(encoding) for encoding in kinds]
+            self.query_factors = self._query_factors(kinds[0])
         else:
             positions = g.op("CumSum", "attention_mask", g.constant(1))
             positions = g.op(
@@ -281,6 +282,18 @@ class DecoderGraph:
         cos, sin = (self._cast(part, self.dtype) for part in parts)
         return cos, sin
 
+    def _query_factors(self, encoding: RotaryPositions) -> str | None:
+        """As `RotaryPositions.query_factors`, (B, 1, T, 1); None: queries stay as they are."""
+        g, rope = self.graph, encoding.rope
+        if not rope.query_beta:
+            return None
+        spans = g.op("Div", "position_ids", g.constant(rope.query_span))  # of integers: floored
+        spans = g.op("Cast", spans, to=onnx.TensorProto.FLOAT)
+        factors = g.op("Log", g.op("Add", spans, g.constant(1, np.float32)))
+        factors = g.op("Mul", factors, g.constant(rope.query_beta, np.float32))
+        factors = g.op("Add", factors, g.constant(1, np.float32))
+        return self._cast(g.op("Unsqueeze", factors, g.constant([1, 3])), self.dtype)
+
     def _layer(self, x: str, index: int) -> str:
         """As the layer classes of `qllm.models.layer`: both halves with their norms."""
         config, name = self.config, f"layers.{index}"
@@ -335,6 +348,8 @@ class DecoderGraph:
             qk, v = g.ops("Split", qkv, parts, outputs=["", ""], axis=1)
             parts = g.constant([heads, kv_heads])
             q, k = g.ops("Split", self._rotate(qk, windowed), parts, outputs=["", ""], axis=1)
+            if self.query_factors is not None:
+                q = g.op("Mul", q, self.query_factors)
         else:
             parts = g.constant([heads, kv_heads, kv_heads])
             q, k, v = g.ops("Split", qkv, parts, outputs=["", "", ""], axis=1)

@@ -39,6 +39,7 @@ Norm = structure(
     "rows channels centered type =eps =offset run first second *x *weight *bias *y",
 )
 Add = structure("Add", "count type =factor *x *z *y")
+ScaleRows = structure("ScaleRows", "rows columns scaled type *x *factors *y")
 Gather = structure("Gather", "rows columns gathered bytes *x *index *y")
 Embed = structure("Embed", "rows table_rows bytes offset *index *table *y")
 EmbedPacked = structure(
@@ -81,6 +82,7 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "activate": Activate,
     "norm": Norm,
     "add": Add,
+    "scale_rows": ScaleRows,
     "gather": Gather,
     "embed": Embed,
     "embed_packed": EmbedPacked,

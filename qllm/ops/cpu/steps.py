@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qllm.ops.cpu import library
-from qllm.ops.cpu.interface import Activate, Add, Attend, Embed, Gather, Norm
+from qllm.ops.cpu.interface import Activate, Add, Attend, Embed, Gather, Norm, ScaleRows
 from qllm.ops.cpu.library import TYPES, like, pointer
 from qllm.ops.kv import KV, PLAIN, Batch, Scores
 from qllm.ops.quantized_kv import QuantizedKV, padded_size
@@ -100,6 +100,16 @@ def add(x: Tensor, z: Tensor) -> Tensor:
 def scale(x: Tensor, factor: float) -> Tensor:
     """`reference.scale`."""
     return _add(x.contiguous(), None, factor)
+
+
+def scale_rows(x: Tensor, factors: Tensor, columns: int) -> Tensor:
+    """`reference.scale_rows`."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    tensors = (x, like(x, factors), y)
+    arguments = ScaleRows(*x.shape, columns, TYPES[x.dtype], *map(pointer, tensors))
+    library.run("scale_rows", arguments, *tensors)
+    return y
 
 
 def _add(x: Tensor, z: Tensor | None, factor: float) -> Tensor:

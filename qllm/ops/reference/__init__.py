@@ -43,6 +43,7 @@ from qllm.ops.reference.rows import (
     rms_norm,
     rms_norm_int8,
     scale,
+    scale_rows,
 )
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "round_blocks",
     "scale",
     "scale_int32",
+    "scale_rows",
     "softmax_attention",
     "step_rounding",
     "weight_only_linear",

@@ -112,6 +112,12 @@ def add(x: Tensor, z: Tensor) -> Tensor:
     return x + z
 
 
+def scale_rows(x: Tensor, factors: Tensor, columns: int) -> Tensor:
+    """The first columns of each row of x (N, C) times its factor (N,), the others as they are."""
+    scaled = x[:, :columns] * factors[:, None]
+    return torch.cat((scaled, x[:, columns:]), dim=1)
+
+
 def scale(x: Tensor, factor: float) -> Tensor:
     """x times a number."""
     return x * factor

@@ -144,6 +144,12 @@ struct Add {  // y = x + z, all (count,); or x factor, where z is null
     void *y;
 };
 
+struct ScaleRows {  // y = x (rows, columns), the first `scaled` columns times factors (rows,)
+    int64_t rows, columns, scaled, type;
+    const void *x, *factors;
+    void *y;
+};
+
 struct Gather {  // y (rows, gathered) = x[:, index], of elements of 2 or 4 bytes
     int64_t rows, columns, gathered, bytes;
     const void *x;           // (rows, columns)
@@ -257,6 +263,7 @@ enum class Status : int64_t { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
     OP(activate, Activate)                         \
     OP(norm, Norm)                                 \
     OP(add, Add)                                   \
+    OP(scale_rows, ScaleRows)                      \
     OP(gather, Gather)                             \
     OP(embed, Embed)                               \
     OP(embed_packed, EmbedPacked)                  \

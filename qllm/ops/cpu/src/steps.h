@@ -135,6 +135,25 @@ static Status add(const Add &a) {
     return Status::OK;
 }
 
+template <int64_t TYPE> void scale_row(const ScaleRows &a, int64_t row) {
+    alignas(64) float factor[WIDTH];
+    store_f(factor, load<TYPE>(a.factors, row, 1));
+    const int64_t first = row * a.columns;
+    for (int64_t i = 0; i < a.scaled; i += WIDTH) {
+        const int64_t count = a.scaled - i;
+        VF x = load<TYPE>(a.x, first + i, count);
+        store<TYPE>(a.y, first + i, count, mul_f(x, set_f(factor[0])));
+    }
+    for (int64_t i = a.scaled; i < a.columns; i += WIDTH)
+        store<TYPE>(a.y, first + i, a.columns - i, load<TYPE>(a.x, first + i, a.columns - i));
+}
+
+static Status scale_rows(const ScaleRows &a) {
+    for_each(a.rows, a.rows * a.columns > WORTH_THREADS,
+             [&](int64_t row, int64_t) { BY_TYPE(a.type, scale_row, a, row); });
+    return Status::OK;
+}
+
 template <typename Element> void gather_row(const Gather &a, int64_t row) {
     const Element *x = static_cast<const Element *>(a.x) + row * a.columns;
     Element *y = static_cast<Element *>(a.y) + row * a.gathered;
