@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -101,9 +101,31 @@ class ChatTemplate:
     def render(self, messages: list[dict[str, str]]) -> str:
         """The text of a conversation, up to where an answer begins.
 
+        Templates of models that take images may know messages in parts alone, and would leave out
+        what is said, or fail: they get parts.
+
         Raises:
             UserError: for a template that fails, or asks for what a template may not.
         """
+        try:
+            plain = self._render(messages)
+        except UserError:
+            if (parts := self._render_parts(messages)) is None:
+                raise
+            return parts
+        said = messages[-1]["content"].strip()
+        return plain if said in plain else self._render_parts(messages) or plain
+
+    def _render_parts(self, messages: list[dict[str, str]]) -> str | None:
+        """`render` with each message as a list of one part; None: the last is not in it."""
+        parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        try:
+            text = self._render(parts)
+        except UserError:
+            return None
+        return text if messages[-1]["content"].strip() in text else None
+
+    def _render(self, messages: Sequence[Mapping[str, object]]) -> str:
         try:
             return self._template.render(
                 messages=messages,

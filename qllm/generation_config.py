@@ -9,6 +9,7 @@ from typing import Any
 from qllm.checkpoint.reader import read_json
 from qllm.config import ModelConfig
 from qllm.models import RawConfig
+from qllm.models.multimodal import TEXT_CONFIG, multimodal_type
 from qllm.progress import Note, silent
 from qllm.sampling import Sampling
 
@@ -108,7 +109,11 @@ def read_generation_config(
         path = folder / "config.json"
     if not path.exists():
         return GenerationConfig(eos_token_ids=config.eos_token_ids)
-    raw = RawConfig(read_json(path), str(path))
+    values = read_json(path)
+    if multimodal_type(values.get("model_type")) and isinstance(values.get(TEXT_CONFIG), dict):
+        own = {key: value for key, value in values.items() if value is not None}
+        values = {**values[TEXT_CONFIG], **own}
+    raw = RawConfig(values, str(path))
     ignored = [
         key for key, neutral in NOT_APPLIED.items() if raw.values.get(key) not in (None, neutral)
     ]

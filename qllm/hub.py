@@ -42,6 +42,9 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         "12b": "mistralai/Mistral-Nemo-Base-2407",
         "7b-instruct": "mistralai/Mistral-7B-Instruct-v0.3",
         "12b-instruct": "mistralai/Mistral-Nemo-Instruct-2407",
+        "small-3.1": "mistralai/Mistral-Small-3.1-24B-Base-2503",
+        "small-3.1-instruct": "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
+        "small-3.2-instruct": "mistralai/Mistral-Small-3.2-24B-Instruct-2506",
     },
     "ministral3": {
         size.lower() + key: f"mistralai/Ministral-3-{size}-{name}"
@@ -73,8 +76,9 @@ REPOSITORIES: dict[str, dict[str, str]] = {
     "gemma3_text": {
         "270m": "google/gemma-3-270m",
         "1b": "google/gemma-3-1b-pt",
+        **{size: f"google/gemma-3-{size}-pt" for size in ("4b", "12b", "27b")},
         "270m-it": "google/gemma-3-270m-it",
-        "1b-it": "google/gemma-3-1b-it",
+        **{f"{size}-it": f"google/gemma-3-{size}-it" for size in ("1b", "4b", "12b", "27b")},
     },
     "phi3": {
         "mini-4k": "microsoft/Phi-3-mini-4k-instruct",

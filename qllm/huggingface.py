@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qllm.checkpoint.origin import check_readable_by_transformers
+from qllm.checkpoint.origin import auto_class, check_readable_by_transformers
 from qllm.checkpoint.reader import Checkpoint, read_raw_config
 from qllm.checkpoint.tensors import is_finite
 from qllm.checkpoint.weights import Weights
@@ -84,7 +84,7 @@ class HuggingFaceModel:
     @property
     def nbytes(self) -> int:
         """Bytes of its weights."""
-        return self.model.get_memory_footprint()
+        return text_bytes(self.model)
 
     @torch.inference_mode()
     def hidden(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -130,6 +130,15 @@ class HuggingFaceModel:
         return found
 
 
+def text_bytes(model: CausalLM) -> int:
+    """Bytes of the weights that a text takes: those of a vision tower do not count."""
+    if not hasattr(model.config, "vision_config"):
+        return model.get_memory_footprint()
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    tensors = {id(t): t for part in parts for t in (*part.parameters(), *part.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
 def load_reference(
     folder: Path, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> CausalLM:
@@ -141,20 +150,22 @@ def load_reference(
     Raises:
         UserError: for a broken checkpoint, one that transformers cannot read, or too little memory.
     """
-    check_readable_by_transformers(read_raw_config(folder))
+    raw_config = read_raw_config(folder)
+    check_readable_by_transformers(raw_config)
     for pattern in (*SMALL_FILES, TEMPLATES):  # transformers opens what is there
         for path in folder.glob(pattern):
             if path.exists() and not path.is_dir():
                 check_file(path)
-    weights = Weights(Checkpoint(folder))
+    weights = Weights(checkpoint := Checkpoint(folder))
     dtype = dtype or weights.default_dtype()
     elements = sum(torch.Size(shape).numel() for shape in weights.shapes.values())
+    elements += checkpoint.file_names.elements_left_out  # transformers has the vision tower, too
     check_fits(elements * dtype.itemsize, device, f"the reference of {folder.name}")
     # In transformers 5.17, fused attention leaves caps of scores out without a word; not in 5.23.
     attention = "eager" if weights.config.score_cap else None
-    del weights
+    del weights, checkpoint
 
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -163,16 +174,22 @@ def load_reference(
     with _errors(folder, "load"):
         config = AutoConfig.from_pretrained(folder)
         settings: Any = getattr(config, "quantization_config", None)
+        if settings is None:
+            settings = getattr(config.get_text_config(), "quantization_config", None)
         floats = isinstance(settings, dict) and settings.get("quant_method") in DEQUANTIZED
         if floats:
             settings["dequantize"] = True
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            device_map="auto" if device == "cuda" else {"": device},
-            attn_implementation=attention,
-        ).eval()
+        model = (
+            auto_class(raw_config)
+            .from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                device_map="auto" if device == "cuda" else {"": device},
+                attn_implementation=attention,
+            )
+            .eval()
+        )
         if floats:  # some of which it leaves in another type
             model = model.to(dtype)
     for name, weight in model.named_parameters():
@@ -230,7 +247,8 @@ def reference_generate(
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     pad = next((token for token in pads if token is not None), 0)
     # An added pad token may lie beyond the model's vocabulary; any other fills as well.
-    pad = pad if pad < model.config.vocab_size else 0
+    text_config = model.config.get_text_config()
+    pad = pad if pad < text_config.vocab_size else 0
     ids, attention_mask = (tensor.to(model.device) for tensor in _padded(rows, pad))
     config: GenerationConfig = model.generation_config
     start = time.perf_counter()
@@ -261,5 +279,5 @@ def reference_generate(
         )
         texts.append(whole[len(before) :])
     return ReferenceGeneration(
-        tokens, texts, model.get_memory_footprint(), model.config.num_hidden_layers, seconds
+        tokens, texts, text_bytes(model), text_config.num_hidden_layers, seconds
     )

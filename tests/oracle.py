@@ -17,7 +17,12 @@ import transformers
 from conftest import tiny
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from qllm.checkpoint.load import load_model
 from qllm.config import QuantPlan
@@ -41,7 +46,8 @@ TIE = 1e-5
 
 def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A transformers model in float32 whose weights are drawn anew."""
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -101,7 +107,7 @@ def forget_length(model: PreTrainedModel) -> None:
     """Undo what dynamic RoPE remembers of the longest sequence it has seen."""
     for name, module in list(model.named_modules()):
         if hasattr(module, "original_inv_freq"):
-            model.set_submodule(name, type(module)(model.config))
+            model.set_submodule(name, type(module)(module.config))
 
 
 def depends_on_batch(model: PreTrainedModel) -> bool:
@@ -109,7 +115,7 @@ def depends_on_batch(model: PreTrainedModel) -> bool:
 
     QLLM rotates each as if it were alone.
     """
-    found = getattr(model.config, "rope_parameters", None) or {}
+    found = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     kinds = found.values() if all(isinstance(each, dict) for each in found.values()) else [found]
     return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
 

@@ -82,8 +82,8 @@ def _check_shape(names: TensorNames, part: str, shape: tuple[int, ...]) -> None:
         raise _lacks(names, part)
     if info.shape != shape:
         raise UserError(
-            f"{names.checkpoint.path(part)}: {part} has the shape {list(info.shape)}, "
-            f"config.json implies {list(shape)}"
+            f"{names.checkpoint.path(part)}: {names.checkpoint.file_names[part]} has the shape "
+            f"{list(info.shape)}, config.json implies {list(shape)}"
         )
 
 
@@ -119,7 +119,7 @@ def _check_unused(names: TensorNames, others: Iterable[str]) -> tuple[str, ...]:
             continue
         unused = name.endswith(UNUSED) or any(part in name for part in ADAPTER)
         if name.startswith(inside) and not unused:
-            where = f"{checkpoint.path(name)} holds {name}"
+            where = f"{checkpoint.path(name)} holds {checkpoint.file_names[name]}"
             if not name.endswith(".bias"):
                 raise UserError(f"{where}, which no {family.name} of its config.json has")
             if checkpoint.read_any(name).count_nonzero():
@@ -134,7 +134,8 @@ def _check_unused(names: TensorNames, others: Iterable[str]) -> tuple[str, ...]:
 def _lacks(names: TensorNames, part: str) -> UserError:
     """The error for a float tensor that is not there, and what is there in its place."""
     checkpoint, stem = names.checkpoint, part.removesuffix("weight")
-    values, lacks = checkpoint.raw_config.values, f"{checkpoint.folder} lacks {part}"
+    values = checkpoint.raw_config.values
+    lacks = f"{checkpoint.folder} lacks {checkpoint.file_names.expected(part)}"
     keys = dict.fromkeys(key for format in FORMATS.values() for key in format.tensors)
     there = [stem + key for key in keys if stem + key in checkpoint.tensors]
     if part.endswith("weight") and there:

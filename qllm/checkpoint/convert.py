@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ from qllm.files import copy_file
 from qllm.gguf import is_gguf
 from qllm.gguf.tokenizer import tokenizer_files
 from qllm.hub import TEMPLATES, ModelFolder
+from qllm.models.family import RawConfig
 from qllm.progress import Meter, Note, silent, unseen
 
 SOURCE_KEY = "qllm_source"
@@ -40,6 +42,7 @@ COPIED = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
+    "chat_template.json",
 )
 
 
@@ -86,6 +89,16 @@ def copy_small_files(source: Path, folder: Path) -> None:
         copy_file(source / name, folder / name)
 
 
+def own_config(raw_config: RawConfig) -> dict[str, Any]:
+    """The config.json of a model of its own, where the one it is made of may be part of more."""
+    config = dict(raw_config.values)
+    if raw_config.outer is not None:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
+    return config
+
+
 def convert(
     model: ModelFolder,
     target: Path,
@@ -122,7 +135,7 @@ def convert(
     tensors = {
         name: TensorInfo(shape, weights.dtype(name)) for name, shape in weights.shapes.items()
     }
-    config = dict(weights.checkpoint.raw_config.values)
+    config = own_config(weights.checkpoint.raw_config)
     config.pop(QUANTIZATION_KEY, None)  # of small floats, which are numbers now
     config |= {
         LAYOUT_KEY: LAYOUT,

@@ -195,7 +195,7 @@ def _find_prefix(checkpoint: Checkpoint, family: Family) -> str:
     for prefix in family.prefixes:
         if any(name.startswith(prefix + family.layer.format(0)) for name in names):
             return prefix
-    example = family.prefixes[0] + family.layer.format(0)
+    example = checkpoint.file_names.expected(family.prefixes[0] + family.layer.format(0))
     raise UserError(
         f"{checkpoint.folder} has no tensor that begins with {example}; its config.json "
         f"says that it is {family.name}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from qllm import hub
 from qllm.checkpoint.reader import LAYOUT_KEY, QUANTIZATION_KEY, is_packed, read_raw_config
@@ -126,6 +127,13 @@ def check_reference(reference: ModelFolder, model: ModelFolder, config: ModelCon
                 f"the reference {reference.name} of {model.name} is another model: its {key} is "
                 f"{found}, not {wanted}; name another with `reference`"
             )
+
+
+def auto_class(raw_config: RawConfig) -> Any:
+    """transformers' class that loads a checkpoint as the model that writes text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM if raw_config.outer is None else AutoModelForImageTextToText
 
 
 def check_readable_by_transformers(raw_config: RawConfig) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qllm import files
+from qllm.checkpoint.file_names import FileNames
 from qllm.checkpoint.formats import FloatMatrix, QuantizationConfig, find_unscaled, parse
 from qllm.checkpoint.formats.tensors import chunks
 from qllm.checkpoint.gguf import GGUFFile, quantization_of
@@ -26,6 +27,7 @@ from qllm.gguf import is_gguf
 from qllm.gguf.config import read_config
 from qllm.gguf.file import read_gguf
 from qllm.models.family import RawConfig
+from qllm.models.multimodal import text_of
 from qllm.onnx_files import onnx_files
 
 # QLLM's own layout of a checkpoint, in its config.json.
@@ -63,6 +65,8 @@ def read_raw_config(
 ) -> RawConfig:
     """The folder's config.json; its QUANTIZATION_KEY is where older tools put it elsewhere, too.
 
+    Of a multimodal model it is what its text model's would be.
+
     Args:
         folder: or a GGUF file, of whose metadata a config.json is made.
         packed: of a GGUF file, linears are as it has them; else they are its numbers.
@@ -91,7 +95,7 @@ def read_raw_config(
                 found["quant_method"] = found.get("quant_method") or method
         if found is not None:
             values[QUANTIZATION_KEY] = found
-    return RawConfig(values, str(path))
+    return text_of(RawConfig(values, str(path)))
 
 
 class Checkpoint:
@@ -101,7 +105,9 @@ class Checkpoint:
         folder: where it is.
         raw_config: its config.json.
         quantization: what that says of quantized modules; None where it says of none.
-        tensors: name to shape and type; matrices of small floats as the numbers they are.
+        tensors: name to shape and type; matrices of small floats as the numbers they are. Of a
+            multimodal model those of its text model, by the names that this has alone.
+        file_names: what the files call them.
         unpacked_types: what no layer holds as it is: of a GGUF file, types of blocks, of others
             kinds of small floats.
         floats: the matrices of small floats, by their names; (N, K), whatever the family has.
@@ -129,6 +135,7 @@ class Checkpoint:
         self.folder = folder
         self.raw_config = read_raw_config(folder, packed=packed, as_numbers=as_numbers)
         self._files: dict[str, TensorFile] = {}
+        self.file_names = FileNames(self.raw_config)
         elsewhere = self.raw_config.values.get("transformers_weights")
         if elsewhere is not None:
             raise self.raw_config.error("transformers_weights", elsewhere, "no entry of this name")
@@ -137,6 +144,8 @@ class Checkpoint:
         self.quantization: QuantizationConfig | None = None
         if settings is not None:
             self.quantization = parse(settings, self.raw_config.where)
+            if self.raw_config.outer is not None:
+                self.quantization = self.quantization.of_names(self.file_names.of_module)
         if is_gguf(folder):
             opened: Iterator[TensorFile] = iter(
                 [GGUFFile(read_gguf(folder), packed, dtype, as_numbers)]
@@ -149,10 +158,14 @@ class Checkpoint:
             for name in file.tensors:
                 if weight_map is not None and weight_map.get(name) != path.name:
                     continue  # the index says that it is read from elsewhere, or not at all
-                if name in self._files:
-                    raise UserError(f"{path} holds {name}, as {self._files[name].path.name} does")
-                self._files[name] = file
-        self.tensors = {name: file.tensors[name] for name, file in self._files.items()}
+                own = self.file_names.own(name, file.tensors[name])
+                if own is None:
+                    continue
+                if own in self._files:
+                    raise UserError(f"{path} holds {name}, as {self._files[own].path.name} does")
+                self._files[own] = file
+        named = self.file_names
+        self.tensors = {name: file.tensors[named[name]] for name, file in self._files.items()}
         self._last = file
         self.floats: dict[str, FloatMatrix] = {}
         if isinstance(file, GGUFFile):
@@ -238,14 +251,14 @@ class Checkpoint:
         mapped: bool = False,
     ) -> Tensor:
         """A tensor of a file, or some rows and columns of it."""
-        file = self._files[name]
+        file, stored = self._files[name], self.file_names[name]
         if file is not self._last:  # one file of a sharded checkpoint is held open at a time
             self._last.release()
             self._last = file
         if columns is not None or (rows is not None and not mapped):
-            rows = range(file.tensors[name].shape[0]) if rows is None else rows
-            return file.read_part(name, rows, columns)
-        tensor = file.map(name) if mapped else file.read(name)
+            rows = range(file.tensors[stored].shape[0]) if rows is None else rows
+            return file.read_part(stored, rows, columns)
+        tensor = file.map(stored) if mapped else file.read(stored)
         return tensor if rows is None else tensor[rows.start : rows.stop]
 
     def path(self, name: str) -> Path:

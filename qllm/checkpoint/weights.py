@@ -76,11 +76,17 @@ class Weights:
         # Learned positions that are packed, as a class Embedding has them, too: numbers for us.
         self._unpacked = {name: self.stored.pop(name) for name in {POSITIONS} & set(self.stored)}
         self.dropped = check_tensors(self.names, self._formats)
+        if checkpoint.raw_config.outer is not None:
+            others = checkpoint.file_names.left_out
+            note(
+                f"{checkpoint.folder} is a {checkpoint.raw_config.outer}: its text model alone is "
+                f"used; {others} tensors of its vision tower, or beside it, are not read"
+            )
         if self.dropped:
             more = f" and {len(self.dropped) - 1} more" if len(self.dropped) > 1 else ""
             note(
-                f"{self.dropped[0]}{more} of the checkpoint: no {self.family.name} of its "
-                "config.json has that, it is not used"
+                f"{checkpoint.file_names[self.dropped[0]]}{more} of the checkpoint: no "
+                f"{self.family.name} of its config.json has that, it is not used"
             )
 
     @classmethod

@@ -14,6 +14,7 @@ from qllm.models.gpt_neox import GPT_NEOX
 from qllm.models.llama import LLAMA
 from qllm.models.ministral3 import MINISTRAL3
 from qllm.models.mistral import MISTRAL
+from qllm.models.multimodal import MULTIMODAL
 from qllm.models.opt import OPT
 from qllm.models.phi3 import PHI3
 from qllm.models.qwen2 import QWEN2
@@ -35,11 +36,16 @@ def family_of(raw: RawConfig) -> Family:
         UserError: for a model of another family.
     """
     name = raw.values.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
+    if isinstance(name, str) and name in FAMILIES:
+        return FAMILIES[name]
+    runs = f"QLLM runs {', '.join(FAMILIES)} checkpoints"
+    if raw.outer is not None:
         raise UserError(
-            f"{raw.where}: model_type is {name!r}; QLLM runs {', '.join(FAMILIES)} checkpoints"
+            f"{raw.where}: the model_type of its text_config is {name!r}; of the text models "
+            f"inside a {raw.outer}, {runs}"
         )
-    return FAMILIES[name]
+    texts = f", and the text model inside {', '.join(MULTIMODAL)}"
+    raise UserError(f"{raw.where}: model_type is {name!r}; {runs}{texts}")
 
 
 def read_config(raw: RawConfig) -> ModelConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
@@ -26,10 +26,12 @@ class RawConfig:
     Attributes:
         values: the JSON object.
         where: the file, for messages.
+        outer: the model_type of the multimodal model whose text model this is (`multimodal`).
     """
 
     values: Mapping[str, Any]
     where: str
+    outer: str | None = None
 
     def count(
         self,
@@ -110,7 +112,7 @@ class RawConfig:
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> RawConfig:
         """The same with what a family has where there is no such value."""
-        return RawConfig({**defaults, **self.values}, self.where)
+        return replace(self, values={**defaults, **self.values})
 
     def error(self, name: str, value: object, expected: str) -> UserError:
         """The error for a value that cannot be."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qllm.checkpoint.convert import COPIED, small_files
 from qllm.checkpoint.load import load_model
-from qllm.checkpoint.origin import check_readable_by_transformers
+from qllm.checkpoint.origin import auto_class, check_readable_by_transformers
 from qllm.checkpoint.reader import Checkpoint
 from qllm.checkpoint.weights import Weights
 from qllm.checkpoint.writer import new_folder
@@ -102,15 +102,12 @@ class Source:
         if self.given is not None:
             return self.given
         check_readable_by_transformers(self.weights.checkpoint.raw_config)
-        from transformers import AutoModelForCausalLM
-
+        auto = auto_class(self.weights.checkpoint.raw_config)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=self.weights.default_dtype()
-            )
+            model = auto.from_pretrained(self.path, dtype=self.weights.default_dtype())
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"transformers cannot load {self.path}: {first_line(error)}") from None
-        return model.to(self.device)  # type: ignore[arg-type]  # its wrapper hides `self`
+        return model.to(self.device)
 
     @torch.no_grad()
     def dequantized(self, folder: Path) -> PreTrainedModel:
@@ -120,16 +117,18 @@ class Source:
             model = copy.deepcopy(model)
         weights = Weights(Checkpoint(folder))
         parameters = dict(model.named_parameters())
+        names = self.weights.checkpoint.file_names
         for name in weights.checkpoint.tensors:
-            if name in parameters:  # norms and biases may have taken AWQ's scales
-                parameters[name].copy_(weights.checkpoint.read(name))
+            theirs = names.in_transformers(name)
+            if theirs in parameters:  # norms and biases may have taken AWQ's scales
+                parameters[theirs].copy_(weights.checkpoint.read(name))
         decoder = load_model(folder, QuantPlan.uniform(QuantSpec()))
         for name in weights.stored:
             quantized = decoder.get_submodule(name)
             assert isinstance(quantized, Linear)
             whole = quantized.dequantize()
             for part, rows in weights.names.rows_of_parts(name).items():
-                linear = model.get_submodule(part)
+                linear = model.get_submodule(names.in_transformers(part))
                 weight = linear.get_parameter("weight")
                 value = whole[rows].to(weight.device, weight.dtype)
                 if weights.family.is_transposed(f"{name}.weight"):

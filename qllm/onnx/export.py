@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from qllm.checkpoint.convert import SOURCE_KEY, copy_small_files
+from qllm.checkpoint.convert import SOURCE_KEY, copy_small_files, own_config
 from qllm.checkpoint.gguf import packed_types, parts_of
 from qllm.checkpoint.reader import LAYOUT_KEY, QUANTIZATION_KEY, Checkpoint
 from qllm.checkpoint.weights import Weights
@@ -73,7 +73,7 @@ def export(
         model = builder.build(progress)
         data.close()
         save(model, folder)
-        values = weights.checkpoint.raw_config.values
+        values = own_config(weights.checkpoint.raw_config)
         gone = (QUANTIZATION_KEY, LAYOUT_KEY, SOURCE_KEY)
         config = {key: value for key, value in values.items() if key not in gone}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

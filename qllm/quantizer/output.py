@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qllm.checkpoint import origin
-from qllm.checkpoint.convert import SOURCE_KEY, copy_small_files
+from qllm.checkpoint.convert import SOURCE_KEY, copy_small_files, own_config
 from qllm.checkpoint.formats import Int8Weight, Quantized, describe, parse, take_rows
 from qllm.checkpoint.reader import LAYOUT_KEY, QUANTIZATION_KEY
 from qllm.checkpoint.weights import Weights
@@ -140,7 +140,7 @@ class OutputCheckpoint:
 
     def _write_small_files(self, reports: Sequence[LinearReport], note: Note) -> None:
         job, folder = self.job, self.folder
-        raw = dict(self.weights.checkpoint.raw_config.values)
+        raw = own_config(self.weights.checkpoint.raw_config)
         gone = (QUANTIZATION_KEY, LAYOUT_KEY, SOURCE_KEY, *origin.KEYS)
         config = {key: value for key, value in raw.items() if key not in gone}
         config["tie_word_embeddings"] = self.weights.config.tied_head and LM_HEAD not in self.specs
@@ -160,6 +160,10 @@ class OutputCheckpoint:
         quantization = self.quantization
         ragged = find_ragged(self.specs, self.weights.shapes)
         transposed = self.weights.family.transposed
+        if (outer := self.weights.checkpoint.raw_config.outer) is not None:
+            note(
+                f"what is written is the text model of the {outer} alone, a {config['model_type']}"
+            )
         if not job.fake:
             note(summary(quantization, ragged, transposed))
         card = model_card(

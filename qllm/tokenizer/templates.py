@@ -9,6 +9,8 @@ from qllm.gguf.tokenizer import DEFAULT_TEMPLATE
 from qllm.hub import TEMPLATES
 
 SINGLE = "chat_template.jinja"
+# Where models that take images had it, from which transformers reads it with the images' processor.
+OF_PROCESSOR = "chat_template.json"
 
 
 def read_templates(folder: Path) -> dict[str, str]:
@@ -24,8 +26,11 @@ def read_templates(folder: Path) -> dict[str, str]:
         files = {DEFAULT_TEMPLATE: folder / SINGLE} | files
     if files:
         return {name: read_bytes(path).decode("utf-8", "replace") for name, path in files.items()}
-    path = folder / "tokenizer_config.json"
-    stored = read_json(path).get("chat_template") if path.exists() else None
+    stored = None
+    for name in ("tokenizer_config.json", OF_PROCESSOR):
+        path = folder / name
+        if stored is None and path.exists():
+            stored = read_json(path).get("chat_template")
     if isinstance(stored, list):  # of several by name
         named = {e.get("name"): e.get("template") for e in stored if isinstance(e, dict)}
     else:

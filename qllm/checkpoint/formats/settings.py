@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qllm.checkpoint.formats.base import Finder, Format
@@ -54,6 +54,14 @@ class QuantizationConfig:
             if test(module):
                 return storage
         return self.default
+
+    def of_names(self, names: Callable[[str], Sequence[str]]) -> QuantizationConfig:
+        """The same for modules of other names, of which the settings have one or another."""
+
+        def any_of(test: Test) -> Test:
+            return lambda module: any(map(test, names(module)))
+
+        return replace(self, rules=tuple((any_of(test), each) for test, each in self.rules))
 
 
 class Fields:
