@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,8 @@ from qllm.tokenizer.templates import read_templates
 
 # Tokens of a conversation that are remembered at the most, unless more are asked for.
 DEFAULT_CONTEXT = 8192
+# A message that no template has in itself.
+PROBE = "d6f1c7a0"
 LONGEST_TEMPLATE = 1 << 20
 
 
@@ -101,29 +104,26 @@ class ChatTemplate:
     def render(self, messages: list[dict[str, str]]) -> str:
         """The text of a conversation, up to where an answer begins.
 
-        Templates of models that take images may know messages in parts alone, and would leave out
-        what is said, or fail: they get parts.
-
         Raises:
             UserError: for a template that fails, or asks for what a template may not.
         """
-        try:
-            plain = self._render(messages)
-        except UserError:
-            if (parts := self._render_parts(messages)) is None:
-                raise
-            return parts
-        said = messages[-1]["content"].strip()
-        return plain if said in plain else self._render_parts(messages) or plain
+        return self._render(_in_parts(messages) if self._takes_parts else messages)
 
-    def _render_parts(self, messages: list[dict[str, str]]) -> str | None:
-        """`render` with each message as a list of one part; None: the last is not in it."""
-        parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether it knows messages in parts alone, as those of models that take images may.
+
+        Of others it leaves out what is said, or fails.
+        """
+        messages = [{"role": "user", "content": PROBE}]
+        return not self._shows(messages) and self._shows(_in_parts(messages))
+
+    def _shows(self, messages: Sequence[Mapping[str, object]]) -> bool:
+        """Whether a rendered text has PROBE in it."""
         try:
-            text = self._render(parts)
+            return PROBE in self._render(messages)
         except UserError:
-            return None
-        return text if messages[-1]["content"].strip() in text else None
+            return False
 
     def _render(self, messages: Sequence[Mapping[str, object]]) -> str:
         try:
@@ -138,6 +138,11 @@ class ChatTemplate:
             raise UserError(
                 f"{self.where}: its chat template fails ({first_line(error)})"
             ) from None
+
+
+def _in_parts(messages: Sequence[Mapping[str, str]]) -> list[dict[str, object]]:
+    """Messages, each of which is a list of one part."""
+    return [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
 
 
 def _refuse(message: str) -> NoReturn:

@@ -16,6 +16,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    Ministral3Config,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
@@ -72,6 +73,17 @@ MODELS: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**LLAMA, num_key_value_heads=3, head_dim=10),
     "gemma2": Gemma2Config(**GEMMA, attn_logit_softcapping=20.0),
     "gemma3_text": Gemma3TextConfig(**GEMMA, layer_types=["full_attention", "sliding_attention"]),
+    "ministral3": Ministral3Config(  # whose queries grow from the seventh token on
+        **LLAMA,
+        num_key_value_heads=2,
+        head_dim=10,
+        pad_token_id=None,
+        rope_parameters={
+            **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "mscale": 1.0},
+            **{"mscale_all_dim": 0.7, "llama_4_scaling_beta": 0.3},
+            "original_max_position_embeddings": 6,
+        },
+    ),
     "phi3": Phi3Config(
         **LLAMA,
         num_key_value_heads=2,

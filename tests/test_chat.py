@@ -67,6 +67,20 @@ def test_templates_are_run_as_in_transformers(llm, folder, source):
     assert ChatTemplate(source, tokens, "model").render(messages) == want
 
 
+PARTS = (
+    "{% for m in messages %}{{ m.role }}: {% for part in m.content | selectattr('type', 'equalto', "
+    "'text') %}{{ part.text | trim }}{% endfor %}\n\n{% endfor %}"
+)
+FAILS = "{% for m in messages %}{{ m.role + ': ' + m.content[0].text + '\n' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("source", [PARTS, FAILS])
+def test_templates_that_know_messages_in_parts_alone_get_them(source, tmp_path):
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": source}))
+    messages = [{"role": "user", "content": " a"}, {"role": "assistant", "content": "b"}]
+    assert ChatTemplate.load(tmp_path).render(messages).split() == ["user:", "a", "assistant:", "b"]
+
+
 def test_answers_are_a_fresh_model_s(llm, folder, monkeypatch):
     from transformers import AutoTokenizer
 

@@ -28,6 +28,7 @@ DIVIDED = {
     "qwen3": LINEARS,
     "gemma2": LINEARS,
     "gemma3_text": LINEARS,
+    "ministral3": LINEARS,
     "phi3": LINEARS,
     "gpt_neox": (QKV, OUT, UP),
     "gpt2": (QKV, OUT, UP),
