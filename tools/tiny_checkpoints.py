@@ -98,6 +98,7 @@ def checkpoints(*, onnx: bool = True) -> dict[str, Files]:
                 Job(root / f"{family} safetensors", plan), root / f"{family} embedding"
             )
             found[f"{family} packed embedding"] = _read(root / f"{family} embedding")
+        found["llama inside"] = _inside(source)
         found["llama awq"] = _awq(root / "awq")
         found["llama mlx"] = _mlx(root / "mlx")
         found["llama fp8"] = _fp8(root / "fp8")
@@ -229,6 +230,21 @@ def _mlx(folder: Path) -> Files:
         return {"weight": words, "scales": scales, "biases": scales * -8}
 
     return _packed(folder, {"quantization": {"bits": 4, "group_size": 16}}, matrix)
+
+
+def _inside(source: Path) -> Files:
+    """A checkpoint of a multimodal model whose text model another one is."""
+    import safetensors.torch
+
+    files = _read(source)
+    text = json.loads(files["config.json"])
+    config = {"model_type": "llava", "text_config": text}
+    state = safetensors.torch.load(files["model.safetensors"])
+    state = {f"language_model.{name}": tensor for name, tensor in state.items()}
+    state["vision_tower.layers.0.weight"] = torch.zeros(8, 8)
+    files["config.json"] = json.dumps(config).encode()
+    files["model.safetensors"] = safetensors.torch.save(state)
+    return files
 
 
 def _fp8(folder: Path) -> Files:

@@ -211,7 +211,14 @@ DEFAULT_CLASS = {
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
     "gpt_neox": GPT_NEOX,
+    "ministral3": BACKEND,
+    "mistral3": BACKEND,
+    "qwen2_vl": QWEN2,
+    "qwen2_5_vl": QWEN2,
+    "qwen3_vl": QWEN2,
+    "gemma3": GEMMA,
     None: BACKEND,
 }
 # Types whose files name classes that they are not of.
-OWN_CLASS = ("mistral", "phi3", "qwen2")
+MISTRALS = ("mistral", "ministral3", "mistral3")
+OWN_CLASS = (*MISTRALS, "phi3", "qwen2")

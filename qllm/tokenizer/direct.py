@@ -21,6 +21,7 @@ from qllm.tokenizer.classes import (
     DEFAULT_CLASS,
     GPT_NEOX,
     LLAMA,
+    MISTRALS,
     OWN_CLASS,
     QWEN2,
     Files,
@@ -105,7 +106,7 @@ def _class_of(files: Files) -> TokenizerClass:
     if config.get("model_type", "") not in DEFAULT_CLASS or "model_name" in config:
         raise NotDirectError
     model_type = config["model_type"]
-    if model_type == "mistral" and find_spec("mistral_common"):  # which transformers then asks
+    if model_type in MISTRALS and find_spec("mistral_common"):  # which transformers then asks
         raise NotDirectError
     name = files.settings.get("tokenizer_class") or config.get("tokenizer_class")
     if name is None or model_type in OWN_CLASS:
