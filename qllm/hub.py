@@ -44,7 +44,6 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         "12b-instruct": "mistralai/Mistral-Nemo-Instruct-2407",
         "small-3.1": "mistralai/Mistral-Small-3.1-24B-Base-2503",
         "small-3.1-instruct": "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
-        "small-3.2-instruct": "mistralai/Mistral-Small-3.2-24B-Instruct-2506",
     },
     "ministral3": {
         size.lower() + key: f"mistralai/Ministral-3-{size}-{name}"

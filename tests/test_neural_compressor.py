@@ -12,6 +12,8 @@ import torch
 from compressing import FIRST, config, scripted, token_ids, weight
 from conftest import FAMILIES
 from covering import slow_but
+from multimodal import configs
+from oracle import load, prefill_logits, random_model
 
 from qllm import AccuracyCriterion, PostTrainingQuantConfig, TuningCriterion, quantization
 from qllm.checkpoint.load import load_model
@@ -128,6 +130,19 @@ def test_a_model_stays_as_it_is(dtype, ids, tmp_path, shallow_of):
     assert all(torch.equal(after[name], weights[name]) for name in weights)
     q_model.save(tmp_path / "out")
     assert_same_weights(q_model.model, tmp_path / "out")
+
+
+def test_the_text_model_of_a_multimodal_one(tmp_path):
+    model, found = random_model(configs()["mistral3"]), []
+
+    def eval_func(model) -> float:
+        found.append(prefill_logits(model, [[1, 2, 3, 4, 5]]))
+        return 1.0
+
+    quantization.fit(model, config(), eval_func=eval_func).save(tmp_path / "out")
+    ours = load(tmp_path / "out").prefill([[1, 2, 3, 4, 5]], last=False)
+    assert torch.allclose(ours, found[-1], atol=1e-4)
+    assert not torch.allclose(ours, prefill_logits(model, [[1, 2, 3, 4, 5]]), atol=0.1)
 
 
 def test_save_refuses_what_is_there_and_nothing_stays_behind(opt, tmp_path, monkeypatch):

@@ -220,6 +220,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     [
         ({}, "has no tokenizer: neither tokenizer.json, vocab.json with merges.txt"),
         ({"vocab.json": "{}"}, "has no tokenizer"),
+        ({"tekken.json": "{}"}, "has no tokenizer: .*; tekken.json is not read"),
         ({"tokenizer.json": "{"}, "the tokenizer cannot be read"),
         ({"tokenizer.json": ""}, "the tokenizer cannot be read"),
         ({"tokenizer.json": '{"model": {"type": "BPE"}}'}, "the tokenizer cannot be read"),

@@ -236,9 +236,12 @@ def _check_files(folder: Path) -> None:
         return all((folder / name).exists() for name in names)
 
     if not (has("tokenizer.json") or has("vocab.json", "merges.txt") or has("tokenizer.model")):
+        hint = ""
+        if has("tekken.json"):
+            hint = "; tekken.json is not read: put tokenizer.json of another release beside it"
         raise UserError(
             f"{folder} has no tokenizer: neither tokenizer.json, vocab.json with merges.txt, "
-            "nor tokenizer.model"
+            f"nor tokenizer.model{hint}"
         )
     # transformers opens templates, too.
     for path in (*map(folder.joinpath, FILES), *folder.glob("*.jinja"), *folder.glob(TEMPLATES)):
