@@ -7,9 +7,18 @@ import json
 import pytest
 import torch
 from multimodal import VOCABULARY, configs
-from oracle import assert_same_model, draw_prompts, load, random_model, save
+from oracle import (
+    assert_logits_close,
+    assert_same_model,
+    draw_prompts,
+    load,
+    prefill_logits,
+    random_model,
+    save,
+)
 from safetensors.torch import save_file
 
+from qllm.huggingface import HuggingFaceModel
 from qllm.models.multimodal import MULTIMODAL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,6 +44,11 @@ def test_text_is_what_transformers_makes_of_it(name, tmp_path):
     ours.prefill([PROMPTS[1]], cache)
     ours.decode(torch.tensor([1]), cache)
     assert cache.captured.graph_break is None
+    reference = HuggingFaceModel.load(tmp_path / "as saved", dtype=torch.float32)
+    found = reference.logits(reference.hidden(PROMPTS))
+    assert_logits_close(found, prefill_logits(theirs, PROMPTS))
+    assert len(reference.layers()) == 2
+    assert reference.nbytes < 1.01 * sum(buffer.nbytes for buffer in ours.buffers())
     # As the model has its tensors in memory, which is what many files have.
     state = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
     if ours.config.tied_head:

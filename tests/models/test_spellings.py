@@ -31,6 +31,7 @@ BASES |= {
     "gpt2": {**SIZES, "n_layer": 2, "n_head": 2},
     "qwen2": {**BASES["llama"], "num_key_value_heads": None},
 }
+BASES["ministral3"] = {**BASES["mistral"], "head_dim": 16, "pad_token_id": None}
 LINEAR = {"type": "linear", "factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -182,6 +183,23 @@ QWEN2 |= {
     "windows that are not used": {"sliding_window": 4, "max_window_layers": 0},
 }
 MISTRAL = {"no word of a window": {}, "a window": {"sliding_window": 5}}
+GROWING = {"rope_theta": 1e4, "llama_4_scaling_beta": 0.5, ORIGINAL: 7}
+MINISTRAL3 = {
+    "no word of RoPE": {},
+    "a length outside": {"rope_parameters": {**YARN, **GROWING}, ORIGINAL: 5},
+    "no length": {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.5}},
+    "a short length": {
+        "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.5},
+        "max_position_embeddings": 7,
+    },
+    "queries of old settings": {"rope_scaling": {**YARN, **GROWING, "mscale": 0.6}},
+    "no scaling but of queries": {"rope_parameters": {"rope_type": "default", **GROWING}},
+    "no growth, and windows of all layers": {
+        "rope_parameters": {**YARN, **GROWING, "llama_4_scaling_beta": 0},
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "full_attention"],
+    },
+}
 GEMMA2 = {
     "no word of caps, and windows in every other layer": {"sliding_window": 4},
     "no caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
@@ -202,6 +220,7 @@ GEMMA3_TEXT = {
 }
 TABLE = {
     "mistral": MISTRAL,
+    "ministral3": MINISTRAL3,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3_TEXT,
     "llama": LLAMA,
