@@ -24,6 +24,8 @@ GLOBAL_THETA, LOCAL_THETA = 1e6, 1e4
 
 def read_config(raw: RawConfig) -> ModelConfig:
     raw = raw.with_defaults(DEFAULTS)
+    if raw.flag("use_bidirectional_attention", False):  # EmbeddingGemma, which writes no text
+        raise raw.error("use_bidirectional_attention", True, "false: a token sees none behind it")
     ropes = raw.values.get("rope_parameters") or {}
     if not isinstance(ropes, Mapping):
         raise raw.error("rope_parameters", ropes, "an object")

@@ -178,6 +178,13 @@ def test_other_settings_that_both_have(tmp_path):
         ({"text_config": {"model_type": "mixtral"}}, "is 'mixtral'; of the text models inside"),
         ({"text_config": {"model_type": ["llama"]}}, r"text_config is \['llama'\]; of the text"),
         ({"text_config": TEXT | {"hidden_size": "64"}}, "hidden_size is '64'; expected a whole"),
+        (
+            {
+                "text_config": TEXT
+                | {"model_type": "gemma3_text", "use_bidirectional_attention": True}
+            },
+            "use_bidirectional_attention is True; expected false",
+        ),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; expected true or false"),
         ({"model_type": "paligemma"}, "is 'paligemma'; .*, and the text model inside gemma3, mis"),
         ({"model_type": "llama"}, "has no tensor that begins with model.layers.0|lacks|implies"),
