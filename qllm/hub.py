@@ -92,6 +92,10 @@ REPOSITORIES: dict[str, dict[str, str]] = {
             ("1.5b", "-xl"),
         )
     },
+    "starcoder2": {
+        **{size: f"bigcode/starcoder2-{size}" for size in ("3b", "7b", "15b")},
+        "15b-instruct": "bigcode/starcoder2-15b-instruct-v0.1",
+    },
 }
 TINY = "tiny"
 OFFLINE_DEFAULT = "`opt-tiny` runs offline"

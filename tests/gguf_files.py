@@ -104,9 +104,16 @@ def gptneox() -> nn.Module:
     return made(GPTNeoXForCausalLM, config)
 
 
+def starcoder2() -> nn.Module:
+    from transformers import Starcoder2Config, Starcoder2ForCausalLM
+
+    return made(Starcoder2ForCausalLM, Starcoder2Config(**LLAMA, hidden_act="gelu_pytorch_tanh"))
+
+
 FAMILIES = {
     **{"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "bloom": bloom, "gpt2": gpt2},
     **{"gemma2": gemma2, "gemma3": gemma3, "phi3": phi3, "gptneox": gptneox},
+    "starcoder2": starcoder2,
 }
 # llama.cpp's name of an architecture, where it is another one.
 ARCHITECTURES = {"gemma3_text": "gemma3", "gpt_neox": "gptneox"}
@@ -164,7 +171,7 @@ def dequantized(model: nn.Module, kind: str) -> nn.Module:
 
 def _transposed(name: str) -> bool:
     """Whether GPT-2 has a matrix as (inputs, outputs)."""
-    return ".c_" in name and name.endswith("weight")
+    return ".h." in name and ".c_" in name and name.endswith("weight")
 
 
 def write_model(
@@ -248,7 +255,10 @@ def add_sizes(writer: GGUFWriter, architecture: str, config: object) -> None:
         writer.add_parallel_residual(True)
         writer.add_rope_dimension_count(4)
     else:
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        if architecture == "starcoder2":
+            writer.add_layer_norm_eps(config.norm_epsilon)
+        else:
+            writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_feed_forward_length(config.intermediate_size)
         writer.add_context_length(config.max_position_embeddings)
         writer.add_head_count_kv(config.num_key_value_heads)

@@ -16,6 +16,7 @@ from transformers import (
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Starcoder2Config,
 )
 
 from qllm.models.activations import ACTIVATIONS, SAME_ACTIVATION
@@ -252,6 +253,13 @@ def gpt2_configs(draw) -> GPT2Config:
     )
 
 
+@st.composite
+def starcoder2_configs(draw) -> Starcoder2Config:
+    sizes = draw(llama_sizes())
+    more = {"use_bias": draw(flags), "sliding_window": draw(st.one_of(st.none(), windows))}
+    return Starcoder2Config(**sizes, **more, norm_epsilon=sizes.pop("rms_norm_eps"))
+
+
 # Of every family, and how many are drawn: a family that comes from another adds little.
 CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "opt": (opt_configs(), 14),
@@ -265,6 +273,7 @@ CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "phi3": (phi3_configs(), 5),
     "gpt_neox": (gpt_neox_configs(), 9),
     "gpt2": (gpt2_configs(), 6),
+    "starcoder2": (starcoder2_configs(), 4),
 }
 batches = st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=5)
 seeds = st.integers(0, 2**20)

@@ -140,6 +140,22 @@ def _llama(
 ) -> dict[str, object]:
     """
     Args:
+        same: see `_sizes`.
+    """
+    eps = metadata.number(metadata.own("attention.layer_norm_rms_epsilon"))
+    return _sizes(metadata, found, same) | {
+        "rms_norm_eps": eps,
+        "attention_bias": "blk.0.attn_output.bias" in found.tensors,
+        "mlp_bias": "blk.0.ffn_down.bias" in found.tensors,
+    }
+
+
+def _sizes(
+    metadata: Metadata, found: GGUF, same: tuple[str, ...] = (VALUES, ROTARY)
+) -> dict[str, object]:
+    """What all with RoPE and grouped heads have.
+
+    Args:
         same: keys that are to say the channels of a head, where they are there.
     """
     own = metadata.own
@@ -160,9 +176,6 @@ def _llama(
         "num_key_value_heads": metadata.count(own("attention.head_count_kv"), heads),
         "head_dim": head_dim,
         "max_position_embeddings": trained,
-        "rms_norm_eps": metadata.number(own("attention.layer_norm_rms_epsilon")),
-        "attention_bias": "blk.0.attn_output.bias" in found.tensors,
-        "mlp_bias": "blk.0.ffn_down.bias" in found.tensors,
         "rope_parameters": _rope(metadata, found, trained),
     }
 
@@ -324,6 +337,15 @@ def _gpt2(metadata: Metadata, found: GGUF) -> dict[str, object]:
     }
 
 
+def _starcoder2(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    own = metadata.own
+    return _sizes(metadata, found) | {
+        "norm_epsilon": metadata.number(own("attention.layer_norm_epsilon")),
+        "use_bias": "blk.0.attn_output.bias" in found.tensors,
+        "sliding_window": metadata.count(own("attention.sliding_window"), 0) or None,
+    }
+
+
 def _heads(metadata: Metadata) -> int:
     heads = metadata.count(metadata.own("attention.head_count"))
     if heads < 1:
@@ -349,4 +371,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "bloom": Architecture("bloom", _bloom),
     "gpt2": Architecture("gpt2", _gpt2),
+    "starcoder2": Architecture(
+        "starcoder2", _starcoder2, reads=WINDOW, fixed={**BIASES, "mlp_bias": True}
+    ),
 }

@@ -211,6 +211,7 @@ DEFAULT_CLASS = {
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
     "gpt_neox": GPT_NEOX,
+    "starcoder2": GPT2,
     None: BACKEND,
 }
 # Types whose files name classes that they are not of.

@@ -30,6 +30,7 @@ BASES |= {
     "mistral": {**BASES["llama"], "num_key_value_heads": 1},
     "gpt2": {**SIZES, "n_layer": 2, "n_head": 2},
     "qwen2": {**BASES["llama"], "num_key_value_heads": None},
+    "starcoder2": {**BASES["llama"], "num_key_value_heads": 1},
 }
 LINEAR = {"type": "linear", "factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0}
@@ -182,6 +183,13 @@ QWEN2 |= {
     "windows that are not used": {"sliding_window": 4, "max_window_layers": 0},
 }
 MISTRAL = {"no word of a window": {}, "a window": {"sliding_window": 5}}
+STARCODER2 = {
+    "a window, whatever layers are said to be": {
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "full_attention"],
+    },
+    "no word of a window, and theta outside": {"rope_theta": 500.0, "use_bias": False},
+}
 GEMMA2 = {
     "no word of caps, and windows in every other layer": {"sliding_window": 4},
     "no caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
@@ -211,6 +219,7 @@ TABLE = {
     "gpt_neox": GPT_NEOX,
     "gpt2": GPT2,
     "qwen2": QWEN2,
+    "starcoder2": STARCODER2,
 }
 CASES = [(family, name) for family, cases in TABLE.items() for name in cases]
 
