@@ -96,6 +96,12 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         **{size: f"bigcode/starcoder2-{size}" for size in ("3b", "7b", "15b")},
         "15b-instruct": "bigcode/starcoder2-15b-instruct-v0.1",
     },
+    "granite": {
+        f"{version}-{size}{chat}": f"ibm-granite/granite-{version}-{size}{name}"
+        for version in ("3.3", "3.1")
+        for chat, name in (("", "-base"), ("-instruct", "-instruct"))
+        for size in ("2b", "8b")
+    },
 }
 TINY = "tiny"
 OFFLINE_DEFAULT = "`opt-tiny` runs offline"

@@ -110,13 +110,23 @@ def starcoder2() -> nn.Module:
     return made(Starcoder2ForCausalLM, Starcoder2Config(**LLAMA, hidden_act="gelu_pytorch_tanh"))
 
 
+def granite() -> nn.Module:
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    factors = {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "logits_scaling": 1.7}
+    return made(GraniteForCausalLM, GraniteConfig(**LLAMA, **factors, residual_multiplier=0.22))
+
+
 FAMILIES = {
     **{"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "bloom": bloom, "gpt2": gpt2},
     **{"gemma2": gemma2, "gemma3": gemma3, "phi3": phi3, "gptneox": gptneox},
-    "starcoder2": starcoder2,
+    **{"starcoder2": starcoder2, "granite": granite},
 }
 # llama.cpp's name of an architecture, where it is another one.
 ARCHITECTURES = {"gemma3_text": "gemma3", "gpt_neox": "gptneox"}
+
+# Those of which llama.cpp rotates pairs that are side by side.
+PAIRED = ("llama", "granite")
 
 
 def checkpoint_of(family: str, folder: Path, *, long: bool = False) -> Path:
@@ -205,7 +215,7 @@ def write_model(
         target = names.get_name(stem) or names.get_name(stem.removeprefix("transformer."))
         target = f"{target}.{end}"
         matrix = weight.t() if _transposed(name) and weight.dim() > 1 else weight
-        if architecture == "llama" and (".q_proj" in name or ".k_proj" in name):
+        if architecture in PAIRED and (".q_proj" in name or ".k_proj" in name):
             heads = config.num_attention_heads if ".q_" in name else config.num_key_value_heads
             matrix = matrix.view(heads, 2, -1, matrix.shape[-1]).transpose(1, 2).flatten(0, 2)
         if "gemma" in architecture and name.endswith("norm.weight"):
@@ -280,6 +290,11 @@ def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
     if architecture == "gemma3":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(8.0)
+    if architecture == "granite":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     if architecture == "phi3":
         writer.add_rope_dimension_count(6)
     if architecture == "phi3" and rope["rope_type"] == "longrope":

@@ -9,6 +9,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -260,6 +261,19 @@ def starcoder2_configs(draw) -> Starcoder2Config:
     return Starcoder2Config(**sizes, **more, norm_epsilon=sizes.pop("rms_norm_eps"))
 
 
+@st.composite
+def granite_configs(draw) -> GraniteConfig:
+    biases = {"attention_bias": draw(flags), "mlp_bias": draw(flags)}
+    return GraniteConfig(
+        **draw(llama_sizes()),
+        **biases,
+        embedding_multiplier=draw(st.one_of(st.integers(1, 12), st.floats(0.1, 12.0))),
+        attention_multiplier=draw(st.floats(0.01, 1.0)),
+        residual_multiplier=draw(st.one_of(st.just(1.0), st.floats(0.1, 2.0))),
+        logits_scaling=draw(st.one_of(st.just(1.0), st.floats(0.1, 16.0))),
+    )
+
+
 # Of every family, and how many are drawn: a family that comes from another adds little.
 CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "opt": (opt_configs(), 14),
@@ -274,6 +288,7 @@ CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "gpt_neox": (gpt_neox_configs(), 9),
     "gpt2": (gpt2_configs(), 6),
     "starcoder2": (starcoder2_configs(), 4),
+    "granite": (granite_configs(), 5),
 }
 batches = st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=5)
 seeds = st.integers(0, 2**20)

@@ -65,6 +65,9 @@ class ModelConfig:
         residual_after_norm: the residual branches off behind the norm (a BLOOM option).
         parallel_blocks: attention and MLP take the same input, and both are added to it.
         embed_scale: multiplies the embeddings.
+        embed_scale_rounds: to the type of the embeddings, before it does (Gemma).
+        output_scale: multiplies what attention and MLP give, in front of the sum.
+        logit_divisor: divides the logits.
         logit_cap: logits are cap tanh(logits / cap); None: as they are.
         score_scale: multiplies attention's scores; None: 1 / sqrt(head_dim).
         scale_by_layer: it is divided by the number of the layer, from 1 on.
@@ -104,6 +107,9 @@ class ModelConfig:
     residual_after_norm: bool = False
     parallel_blocks: bool = False
     embed_scale: float = 1.0
+    embed_scale_rounds: bool = False
+    output_scale: float = 1.0
+    logit_divisor: float = 1.0
     logit_cap: float | None = None
     score_scale: float | None = None
     scale_by_layer: bool = False

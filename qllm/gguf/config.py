@@ -337,6 +337,24 @@ def _gpt2(metadata: Metadata, found: GGUF) -> dict[str, object]:
     }
 
 
+def _granite(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    values, own = _llama(metadata, found), metadata.own
+    if not metadata.flag(own("rope.scaling.finetuned"), True):
+        raise UserError(
+            f"{found.path}: {own('rope.scaling.finetuned')} is False: its layers have no RoPE, "
+            "which QLLM's granite has"
+        )
+    head_dim = values["head_dim"]
+    assert isinstance(head_dim, int)  # as `_sizes` counts it
+    scores = metadata.number(own("attention.scale"), 0.0) or head_dim**-0.5
+    return values | {
+        "embedding_multiplier": metadata.number(own("embedding_scale"), 0.0) or 1.0,
+        "residual_multiplier": metadata.number(own("residual_scale"), 0.0) or 1.0,
+        "attention_multiplier": scores,
+        "logits_scaling": metadata.number(own("logit_scale")),
+    }
+
+
 def _starcoder2(metadata: Metadata, found: GGUF) -> dict[str, object]:
     own = metadata.own
     return _sizes(metadata, found) | {
@@ -353,6 +371,13 @@ def _heads(metadata: Metadata) -> int:
     return heads
 
 
+# Numbers of Granite's, by their keys, as `ModelConfig` has them.
+FACTORS = {
+    "embedding_scale": "embed_scale",
+    "residual_scale": "output_scale",
+    "attention.scale": "score_scale",
+    "logit_scale": "logit_divisor",
+}
 WINDOW = frozenset({"attention.sliding_window"})
 PARALLEL = frozenset({"use_parallel_residual"})
 NO_BIAS = {"attention_bias": False, "output_bias": False}
@@ -371,6 +396,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "bloom": Architecture("bloom", _bloom),
     "gpt2": Architecture("gpt2", _gpt2),
+    "granite": Architecture("granite", _granite, permuted=True, reads=frozenset(FACTORS)),
     "starcoder2": Architecture(
         "starcoder2", _starcoder2, reads=WINDOW, fixed={**BIASES, "mlp_bias": True}
     ),

@@ -11,6 +11,7 @@ from qllm.models.gemma2 import GEMMA2
 from qllm.models.gemma3_text import GEMMA3_TEXT
 from qllm.models.gpt2 import GPT2
 from qllm.models.gpt_neox import GPT_NEOX
+from qllm.models.granite import GRANITE
 from qllm.models.llama import LLAMA
 from qllm.models.mistral import MISTRAL
 from qllm.models.opt import OPT
@@ -23,7 +24,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *(OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, PHI3, GPT_NEOX, GPT2),
-        *(STARCODER2,),
+        *(STARCODER2, GRANITE),
     )
 }
 

@@ -156,11 +156,19 @@ class GatedMLP(MLP):
 
 
 class Scale(nn.Module):
-    """x times a number, as the type of x has it."""
+    """x times a number."""
 
-    def __init__(self, factor: float, dtype: torch.dtype) -> None:
+    def __init__(self, factor: float) -> None:
         super().__init__()
-        self.factor = torch.tensor(factor, dtype=dtype, device="cpu").item()
+        self.factor = factor
+
+    @classmethod
+    def of_embeddings(cls, config: ModelConfig, dtype: torch.dtype) -> Scale:
+        """What multiplies a model's embeddings, which are of `dtype`."""
+        factor = config.embed_scale
+        if config.embed_scale_rounds:
+            factor = torch.tensor(factor, dtype=dtype, device="cpu").item()
+        return cls(factor)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.on(x.device.type).scale(x, self.factor)
@@ -177,12 +185,13 @@ class PreNormLayer(nn.Module):
     Attributes:
         has_attention, has_mlp: False for a half that another stage of a pipeline has.
         blocks_end_in_sums: what `attention.out` and `mlp.down` put out is added to the rest of what
-            their blocks do, as it is.
+            their blocks do, times `output_scale`.
         adds_up_late: `parts` leaves the last sum to the norm of the layer behind.
     """
 
     has_attention = has_mlp = True
     blocks_end_in_sums = adds_up_late = True
+    output_scale = 1.0
 
     def __init__(
         self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
@@ -293,6 +302,25 @@ class OutputNormLayer(PreNormLayer):
         return self.mlp_output_norm(super()._through_mlp(normed))
 
 
+class ScaledOutputLayer(PreNormLayer):
+    """A pre-norm layer of which what attention and MLP add is multiplied by a number: Granite."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        self.output_scale = config.output_scale
+
+    def _attended(self, normed: Tensor | Int8Rows, step: Prefill | Decode) -> Tensor:
+        return self._scaled(super()._attended(normed, step))
+
+    def _through_mlp(self, normed: Tensor | Int8Rows) -> Tensor:
+        return self._scaled(super()._through_mlp(normed))
+
+    def _scaled(self, z: Tensor) -> Tensor:
+        return ops.on(z.device.type).scale(z, self.output_scale)
+
+
 class ParallelLayer(PreNormLayer):
     """x + attention(norm(x)) + mlp(norm(x)), each with a norm of its own: GPT-NeoX."""
 
@@ -352,4 +380,6 @@ def layer_class(config: ModelConfig) -> type[PreNormLayer]:
         return ParallelLayer
     if config.output_norms:
         return OutputNormLayer
+    if config.output_scale != 1:
+        return ScaledOutputLayer
     return NormedResidualLayer if config.residual_after_norm else PreNormLayer

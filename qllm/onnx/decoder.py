@@ -81,7 +81,10 @@ class DecoderGraph:
             x = self._norm(x, "final_norm")
         if config.embed_size != config.hidden_size:
             x = self._linear(x, "project_out")
-        x = self._capped(self._head(x), config.logit_cap)
+        x = self._head(x)
+        if config.logit_divisor != 1:
+            x = g.op("Div", x, g.constant(config.logit_divisor, self.numpy))
+        x = self._capped(x, config.logit_cap)
         shape = g.op("Concat", self.shape, g.constant([config.vocab_size]), axis=0)
         g.op("Reshape", x, shape, output=LOGITS)
         return g.model(*self._ends())
@@ -296,6 +299,9 @@ class DecoderGraph:
             added = half(inner, index)
             if config.output_norms:
                 added = self._norm(added, f"{name}.{norm.replace('_norm', '_output_norm')}")
+            if config.output_scale != 1:
+                scale = self.graph.constant(config.output_scale, self.numpy)
+                added = self.graph.op("Mul", added, scale)
             x = self.graph.op("Add", residual, added)
             if not config.pre_norm:
                 x = self._norm(x, f"{name}.{norm}")

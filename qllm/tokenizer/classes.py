@@ -212,6 +212,7 @@ DEFAULT_CLASS = {
     "gemma3_text": GEMMA,
     "gpt_neox": GPT_NEOX,
     "starcoder2": GPT2,
+    "granite": BACKEND,
     None: BACKEND,
 }
 # Types whose files name classes that they are not of.

@@ -30,6 +30,7 @@ DIVIDED = {
     "gemma3_text": LINEARS,
     "phi3": LINEARS,
     "gpt_neox": (QKV, OUT, UP),
+    "granite": LINEARS,
     "gpt2": (QKV, OUT, UP),
 }
 PROMPTS = draw_prompts([7, 1, 12], VOCAB)

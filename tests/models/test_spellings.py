@@ -31,6 +31,7 @@ BASES |= {
     "gpt2": {**SIZES, "n_layer": 2, "n_head": 2},
     "qwen2": {**BASES["llama"], "num_key_value_heads": None},
     "starcoder2": {**BASES["llama"], "num_key_value_heads": 1},
+    "granite": BASES["llama"],
 }
 LINEAR = {"type": "linear", "factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0}
@@ -190,6 +191,10 @@ STARCODER2 = {
     },
     "no word of a window, and theta outside": {"rope_theta": 500.0, "use_bias": False},
 }
+GRANITE = {
+    "no word of factors": {"num_key_value_heads": None},
+    "whole numbers": {"embedding_multiplier": 3, "logits_scaling": 2, "rope_scaling": LINEAR},
+}
 GEMMA2 = {
     "no word of caps, and windows in every other layer": {"sliding_window": 4},
     "no caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
@@ -220,6 +225,7 @@ TABLE = {
     "gpt2": GPT2,
     "qwen2": QWEN2,
     "starcoder2": STARCODER2,
+    "granite": GRANITE,
 }
 CASES = [(family, name) for family, cases in TABLE.items() for name in cases]
 
