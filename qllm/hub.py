@@ -102,6 +102,7 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         for chat, name in (("", "-base"), ("-instruct", "-instruct"))
         for size in ("2b", "8b")
     },
+    "smollm3": {"3b": "HuggingFaceTB/SmolLM3-3B", "3b-base": "HuggingFaceTB/SmolLM3-3B-Base"},
 }
 TINY = "tiny"
 OFFLINE_DEFAULT = "`opt-tiny` runs offline"

@@ -117,16 +117,23 @@ def granite() -> nn.Module:
     return made(GraniteForCausalLM, GraniteConfig(**LLAMA, **factors, residual_multiplier=0.22))
 
 
+def smollm3() -> nn.Module:
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    sizes = LLAMA | {"num_hidden_layers": 5, "pad_token_id": None}
+    return made(SmolLM3ForCausalLM, SmolLM3Config(**sizes))
+
+
 FAMILIES = {
     **{"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "bloom": bloom, "gpt2": gpt2},
     **{"gemma2": gemma2, "gemma3": gemma3, "phi3": phi3, "gptneox": gptneox},
-    **{"starcoder2": starcoder2, "granite": granite},
+    **{"starcoder2": starcoder2, "granite": granite, "smollm3": smollm3},
 }
 # llama.cpp's name of an architecture, where it is another one.
 ARCHITECTURES = {"gemma3_text": "gemma3", "gpt_neox": "gptneox"}
 
 # Those of which llama.cpp rotates pairs that are side by side.
-PAIRED = ("llama", "granite")
+PAIRED = ("llama", "granite", "smollm3")
 
 
 def checkpoint_of(family: str, folder: Path, *, long: bool = False) -> Path:

@@ -17,6 +17,7 @@ from transformers import (
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
     Starcoder2Config,
 )
 
@@ -274,6 +275,25 @@ def granite_configs(draw) -> GraniteConfig:
     )
 
 
+@st.composite
+def smollm3_configs(draw) -> SmolLM3Config:
+    sizes = draw(llama_sizes())
+    count = sizes["num_hidden_layers"]
+    rotated = st.lists(st.integers(0, 1), min_size=count, max_size=count)
+    kinds = st.sampled_from(["full_attention", "sliding_attention"])
+    return SmolLM3Config(
+        **sizes,
+        attention_bias=draw(flags),
+        mlp_bias=draw(flags),
+        use_sliding_window=draw(flags),
+        sliding_window=draw(windows),
+        no_rope_layers=draw(st.one_of(st.none(), rotated)),
+        no_rope_layer_interval=draw(st.integers(1, 4)),
+        layer_types=draw(st.one_of(st.none(), st.lists(kinds, min_size=count, max_size=count))),
+        pad_token_id=None,
+    )
+
+
 # Of every family, and how many are drawn: a family that comes from another adds little.
 CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "opt": (opt_configs(), 14),
@@ -289,6 +309,7 @@ CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "gpt2": (gpt2_configs(), 6),
     "starcoder2": (starcoder2_configs(), 4),
     "granite": (granite_configs(), 5),
+    "smollm3": (smollm3_configs(), 6),
 }
 batches = st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=5)
 seeds = st.integers(0, 2**20)

@@ -75,6 +75,7 @@ class ModelConfig:
         windows: how many tokens those of each layer see, themselves included, 0 being all before
             them; empty: all layers see all.
         window_rope: of layers with a window; None: they have that of the others.
+        rope_layers: which layers rotate queries and keys at all; empty: all do.
         gated_mlp: the MLP is `down(act(gate(x)) * up(x))`.
         attention_bias, output_bias: of the matrices in front of attention and behind it.
         init_std: standard deviation of a fresh weight.
@@ -116,6 +117,7 @@ class ModelConfig:
     score_cap: float | None = None
     windows: tuple[int, ...] = ()
     window_rope: RopeConfig | None = None
+    rope_layers: tuple[bool, ...] = ()
     gated_mlp: bool = False
     attention_bias: bool = True
     output_bias: bool = True

@@ -355,6 +355,11 @@ def _granite(metadata: Metadata, found: GGUF) -> dict[str, object]:
     }
 
 
+def _smollm3(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    # Where nothing is said of padding, transformers has an id that the model may not have.
+    return _llama(metadata, found) | {"no_rope_layer_interval": 4, "pad_token_id": None}
+
+
 def _starcoder2(metadata: Metadata, found: GGUF) -> dict[str, object]:
     own = metadata.own
     return _sizes(metadata, found) | {
@@ -397,6 +402,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "bloom": Architecture("bloom", _bloom),
     "gpt2": Architecture("gpt2", _gpt2),
     "granite": Architecture("granite", _granite, permuted=True, reads=frozenset(FACTORS)),
+    "smollm3": Architecture(
+        "smollm3", _smollm3, permuted=True, fixed={**NO_BIAS, "mlp_bias": False}
+    ),
     "starcoder2": Architecture(
         "starcoder2", _starcoder2, reads=WINDOW, fixed={**BIASES, "mlp_bias": True}
     ),

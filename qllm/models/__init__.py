@@ -18,13 +18,14 @@ from qllm.models.opt import OPT
 from qllm.models.phi3 import PHI3
 from qllm.models.qwen2 import QWEN2
 from qllm.models.qwen3 import QWEN3
+from qllm.models.smollm3 import SMOLLM3
 from qllm.models.starcoder2 import STARCODER2
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *(OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, PHI3, GPT_NEOX, GPT2),
-        *(STARCODER2, GRANITE),
+        *(STARCODER2, GRANITE, SMOLLM3),
     )
 }
 

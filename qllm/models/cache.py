@@ -184,12 +184,13 @@ class Pass:
 
     Attributes:
         batch: which tokens it takes.
-        cos_sin: by which queries and keys are rotated, (N, D) each, in layers that see all tokens
-            and in those that have a window; None: they are not.
+        cos_sin: by which queries and keys are rotated, (N, D) each, of each kind of `encoding`;
+            None: they are not.
         slopes: float32 (H,), of ALiBi; None: there are none.
     """
 
     batch: Batch
+    encoding: PositionEncoding
     cos_sin: tuple[tuple[Tensor, Tensor] | None, ...]
     slopes: Tensor | None
 
@@ -201,9 +202,10 @@ class Pass:
         """int64 (N,): of each token in its sequence."""
         return self.batch.positions
 
-    def _cos_sin(self, scores: Scores) -> tuple[Tensor, Tensor] | None:
-        """The cosines and sines of a layer with such scores."""
-        return self.cos_sin[-1 if scores.window else 0]
+    def _cos_sin(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """The cosines and sines of a layer."""
+        kind = self.encoding.kind(layer)
+        return None if kind is None else self.cos_sin[kind]
 
     def select(self, x: Tensor) -> Tensor:
         """Of rows (N, C), those of which a layer's results are asked for."""
@@ -263,7 +265,7 @@ class Prefill(Pass):
         super().__init__()
         rows = range(len(lengths)) if rows is None else rows
         pasts = [0] * len(lengths) if cache is None else [cache.lengths[row] for row in rows]
-        self.cache, self.bits = cache, bits
+        self.cache, self.bits, self.encoding = cache, bits, encoding
         self.batch = Batch.of(lengths, x.device, rows, pasts)
         if ends is None:
             ends = [past + length for past, length in zip(pasts, lengths, strict=True)]
@@ -283,7 +285,7 @@ class Prefill(Pass):
         else:
             kv = self.cache.layers[layer]
         attend = ops.on(qkv.device.type).prefill_attention
-        return attend(qkv, kv, self.batch, self._cos_sin(scores), self.slopes, scores)
+        return attend(qkv, kv, self.batch, self._cos_sin(layer), self.slopes, scores)
 
 
 class Decode(Pass):
@@ -387,5 +389,5 @@ class Decode(Pass):
     def attend(self, layer: int, qkv: Tensor, heads: Sequence[int], scores: Scores) -> Tensor:
         """Attention of qkv (B, heads D), whose keys and values join the cache: (B, H D)."""
         attend = ops.on(qkv.device.type).decode_attention
-        kv, cos_sin = self.cache.layers[layer], self._cos_sin(scores)
+        kv, cos_sin = self.cache.layers[layer], self._cos_sin(layer)
         return attend(qkv, kv, self.batch, cos_sin, self.slopes, scores)

@@ -212,8 +212,8 @@ class DecoderGraph:
         mask = g.op("And", g.op("Unsqueeze", mask, g.constant([1, 2])), causal)  # (B, 1, T, S)
         added = g.constant(0, self.numpy)
         if config.position == "rope":
-            kinds = RotaryPositions(config, torch.float32).kinds
-            self.cos_sin = [self._cos_sin(encoding) for encoding in kinds]
+            self.rotary = RotaryPositions(config, torch.float32)
+            self.cos_sin = [self._cos_sin(encoding) for encoding in self.rotary.kinds]
         else:
             positions = g.op("CumSum", "attention_mask", g.constant(1))
             positions = g.op(
@@ -335,12 +335,12 @@ class DecoderGraph:
         if config.qk_norm:
             qkv = self._norm_heads(qkv, f"{name}.qk_norm")
         scores_of = scores_of_layer(config, index)
-        windowed = scores_of.window > 0
-        if config.position == "rope":  # queries and keys are rotated at once
+        kind = self.rotary.kind(index) if config.position == "rope" else None
+        if kind is not None:  # queries and keys are rotated at once
             parts = g.constant([heads + kv_heads, kv_heads])
             qk, v = g.ops("Split", qkv, parts, outputs=["", ""], axis=1)
             parts = g.constant([heads, kv_heads])
-            q, k = g.ops("Split", self._rotate(qk, windowed), parts, outputs=["", ""], axis=1)
+            q, k = g.ops("Split", self._rotate(qk, kind), parts, outputs=["", ""], axis=1)
         else:
             parts = g.constant([heads, kv_heads, kv_heads])
             q, k, v = g.ops("Split", qkv, parts, outputs=["", "", ""], axis=1)
@@ -387,10 +387,10 @@ class DecoderGraph:
             return x
         return self.graph.op("Reshape", x, shape)
 
-    def _rotate(self, x: str, windowed: bool) -> str:
-        """Turn the heads of a layer, windowed or not, x (B, H, T, D): pairs are D / 2 apart."""
+    def _rotate(self, x: str, kind: int) -> str:
+        """Turn the heads of a layer, x (B, H, T, D), by a kind of RoPE: pairs are D / 2 apart."""
         g = self.graph
-        cos, sin = self.cos_sin[-1 if windowed else 0]
+        cos, sin = self.cos_sin[kind]
         a, b = g.ops("Split", x, outputs=["", ""], axis=-1, num_outputs=2)
         rotated = g.op("Concat", g.op("Neg", b), a, axis=-1)
         return g.op("Add", g.op("Mul", x, cos), g.op("Mul", rotated, sin))

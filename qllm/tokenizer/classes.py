@@ -213,7 +213,10 @@ DEFAULT_CLASS = {
     "gpt_neox": GPT_NEOX,
     "starcoder2": GPT2,
     "granite": BACKEND,
+    "smollm3": BACKEND,
+    "olmo2": BACKEND,
+    "olmo3": BACKEND,
     None: BACKEND,
 }
 # Types whose files name classes that they are not of.
-OWN_CLASS = ("mistral", "phi3", "qwen2")
+OWN_CLASS = ("mistral", "phi3", "qwen2", "granite", "olmo2", "olmo3")

@@ -32,6 +32,7 @@ BASES |= {
     "qwen2": {**BASES["llama"], "num_key_value_heads": None},
     "starcoder2": {**BASES["llama"], "num_key_value_heads": 1},
     "granite": BASES["llama"],
+    "smollm3": {**BASES["llama"], "pad_token_id": None, "num_key_value_heads": None},
 }
 LINEAR = {"type": "linear", "factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0}
@@ -195,6 +196,24 @@ GRANITE = {
     "no word of factors": {"num_key_value_heads": None},
     "whole numbers": {"embedding_multiplier": 3, "logits_scaling": 2, "rope_scaling": LINEAR},
 }
+SMOLLM3 = {
+    "every other layer, and a window that is not used": {
+        "no_rope_layer_interval": 2,
+        "sliding_window": 4,
+    },
+    "layers by name, and a window where there is no RoPE": {
+        "no_rope_layers": [0, 1, 1],
+        "no_rope_layer_interval": 2,
+        "sliding_window": 4,
+        "use_sliding_window": True,
+    },
+    "types of layers, whatever is said of using them": {
+        "no_rope_layers": [0, 1],
+        "sliding_window": 4,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "theta outside": {"rope_theta": 500.0},
+}
 GEMMA2 = {
     "no word of caps, and windows in every other layer": {"sliding_window": 4},
     "no caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
@@ -226,6 +245,7 @@ TABLE = {
     "qwen2": QWEN2,
     "starcoder2": STARCODER2,
     "granite": GRANITE,
+    "smollm3": SMOLLM3,
 }
 CASES = [(family, name) for family, cases in TABLE.items() for name in cases]
 
