@@ -124,13 +124,32 @@ def smollm3() -> nn.Module:
     return made(SmolLM3ForCausalLM, SmolLM3Config(**sizes))
 
 
+def olmo2() -> nn.Module:
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    return made(Olmo2ForCausalLM, Olmo2Config(**LLAMA, pad_token_id=None))
+
+
+def olmo3() -> nn.Module:
+    from transformers import Olmo3Config, Olmo3ForCausalLM
+
+    yarn = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0}
+    ropes = {
+        "full_attention": yarn | {"original_max_position_embeddings": 16},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5e4},
+    }
+    more = {"num_hidden_layers": 4, "sliding_window": 4, "pad_token_id": None}
+    return made(Olmo3ForCausalLM, Olmo3Config(**LLAMA | more, rope_parameters=ropes))
+
+
 FAMILIES = {
     **{"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "bloom": bloom, "gpt2": gpt2},
     **{"gemma2": gemma2, "gemma3": gemma3, "phi3": phi3, "gptneox": gptneox},
     **{"starcoder2": starcoder2, "granite": granite, "smollm3": smollm3},
+    **{"olmo2": olmo2, "olmo3": olmo3},
 }
 # llama.cpp's name of an architecture, where it is another one.
-ARCHITECTURES = {"gemma3_text": "gemma3", "gpt_neox": "gptneox"}
+ARCHITECTURES = {"gemma3_text": "gemma3", "gpt_neox": "gptneox", "olmo3": "olmo2"}
 
 # Those of which llama.cpp rotates pairs that are side by side.
 PAIRED = ("llama", "granite", "smollm3")
@@ -289,7 +308,7 @@ def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
     if architecture in ("qwen3", "gemma2", "gemma3"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-    if "gemma" in architecture:
+    if getattr(config, "layer_types", None) and config.model_type != "smollm3":
         writer.add_sliding_window(config.sliding_window)
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
@@ -297,6 +316,10 @@ def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
     if architecture == "gemma3":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(8.0)
+    if config.model_type == "olmo3":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(16)
     if architecture == "granite":
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_attention_scale(config.attention_multiplier)

@@ -17,6 +17,7 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    Olmo2Config,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
@@ -88,6 +89,7 @@ MODELS: dict[str, PretrainedConfig] = {
         residual_multiplier=0.22,
         logits_scaling=1.7,
     ),
+    "olmo2": Olmo2Config(**LLAMA, num_key_value_heads=3, pad_token_id=None),
     "gpt2": GPT2Config(
         vocab_size=VOCAB, n_embd=40, n_layer=2, n_head=5, n_inner=70, n_positions=40
     ),

@@ -12,6 +12,8 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
@@ -294,6 +296,29 @@ def smollm3_configs(draw) -> SmolLM3Config:
     )
 
 
+@st.composite
+def olmo2_configs(draw) -> Olmo2Config:
+    # Norms behind an MLP of few channels, which may be next to 0, have no digits, as Gemma's.
+    more = {"intermediate_size": draw(st.integers(16, 70)), "pad_token_id": None}
+    return Olmo2Config(**draw(llama_sizes()) | more, attention_bias=draw(flags))
+
+
+@st.composite
+def olmo3_configs(draw) -> Olmo3Config:
+    sizes = draw(llama_sizes())
+    count = sizes["num_hidden_layers"]
+    kinds = st.sampled_from(["full_attention", "sliding_attention"])
+    local = {"rope_type": "default", "rope_theta": 100.0}
+    ropes = {"full_attention": sizes["rope_parameters"], "sliding_attention": local}
+    more = {"intermediate_size": draw(st.integers(16, 70)), "pad_token_id": None}
+    return Olmo3Config(
+        **sizes | more | {"rope_parameters": ropes},
+        attention_bias=draw(flags),
+        sliding_window=draw(windows),
+        layer_types=draw(st.one_of(st.none(), st.lists(kinds, min_size=count, max_size=count))),
+    )
+
+
 # Of every family, and how many are drawn: a family that comes from another adds little.
 CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "opt": (opt_configs(), 14),
@@ -310,6 +335,8 @@ CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "starcoder2": (starcoder2_configs(), 4),
     "granite": (granite_configs(), 5),
     "smollm3": (smollm3_configs(), 6),
+    "olmo2": (olmo2_configs(), 5),
+    "olmo3": (olmo3_configs(), 6),
 }
 batches = st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=5)
 seeds = st.integers(0, 2**20)

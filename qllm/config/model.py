@@ -60,7 +60,9 @@ class ModelConfig:
         norm: "layernorm" or "rmsnorm".
         norm_offset: what an RMS norm adds to its weight (Gemma's 1).
         qk_norm: each head's query and key have a norm of their own, in front of the positions.
+        wide_qk_norm: all queries of a token have one norm together, and all keys (OLMo 2).
         pre_norm: norms before attention and MLP (False: after, as in OPT-350m).
+        input_norms: there are norms in front of attention and MLP, where `pre_norm` has them.
         output_norms: what attention and MLP give is normed as well, in front of the sum.
         residual_after_norm: the residual branches off behind the norm (a BLOOM option).
         parallel_blocks: attention and MLP take the same input, and both are added to it.
@@ -101,9 +103,11 @@ class ModelConfig:
     norm_offset: float = 0.0
     norm_affine: bool = True
     qk_norm: bool = False
+    wide_qk_norm: bool = False
     pre_norm: bool = True
     final_norm: bool = True
     embed_norm: bool = False
+    input_norms: bool = True
     output_norms: bool = False
     residual_after_norm: bool = False
     parallel_blocks: bool = False

@@ -256,16 +256,26 @@ def _gemma(metadata: Metadata, found: GGUF, every: int, widest: int) -> dict[str
         widest: layers of the size whose scores are scaled by the width that a head has of all.
     """
     values, layers = _llama(metadata, found), metadata.count(metadata.own("block_count"))
-    pattern = metadata.values.get(metadata.own("attention.sliding_window_pattern"), every)
-    slides = pattern if isinstance(pattern, list) else [False] * layers
-    if not isinstance(pattern, list):
-        every = metadata.count(metadata.own("attention.sliding_window_pattern"), every)
-        slides = [every > 0 and i % every < every - 1 for i in range(layers)]
     head = metadata.count(metadata.own("embedding_length")) / _heads(metadata)
     return values | {
-        "layer_types": ["sliding_attention" if each else "full_attention" for each in slides],
+        "layer_types": _layer_types(metadata, layers, every),
         "query_pre_attn_scalar": head if layers == widest else values["head_dim"],
     }
+
+
+def _layer_types(metadata: Metadata, layers: int, every: int) -> list[str]:
+    """Which layers have a window.
+
+    Args:
+        every: each so many-th layer sees all, where the file does not say which do.
+    """
+    key = metadata.own("attention.sliding_window_pattern")
+    pattern = metadata.values.get(key, every)
+    slides = pattern if isinstance(pattern, list) else [False] * layers
+    if not isinstance(pattern, list):
+        every = metadata.count(key, every)
+        slides = [every > 0 and i % every < every - 1 for i in range(layers)]
+    return ["sliding_attention" if each else "full_attention" for each in slides]
 
 
 def _phi3(metadata: Metadata, found: GGUF) -> dict[str, object]:
@@ -360,6 +370,27 @@ def _smollm3(metadata: Metadata, found: GGUF) -> dict[str, object]:
     return _llama(metadata, found) | {"no_rope_layer_interval": 4, "pad_token_id": None}
 
 
+def _olmo2(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    """OLMo 2's, and with windows OLMo 3's."""
+    values, own = _llama(metadata, found), metadata.own
+    values["pad_token_id"] = None  # else transformers has one that the model may not have
+    window = metadata.count(own("attention.sliding_window"), 0)
+    if not window:
+        return values
+    layers = metadata.count(own("block_count"))
+    base = metadata.number(own("rope.freq_base"), 10000.0)
+    local = {"rope_theta": metadata.number(own("rope.freq_base_swa"), base)}
+    return values | {
+        "model_type": "olmo3",
+        "sliding_window": window,
+        "layer_types": _layer_types(metadata, layers, every=4),
+        "rope_parameters": {
+            "full_attention": values["rope_parameters"],
+            "sliding_attention": local,
+        },
+    }
+
+
 def _starcoder2(metadata: Metadata, found: GGUF) -> dict[str, object]:
     own = metadata.own
     return _sizes(metadata, found) | {
@@ -404,6 +435,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "granite": Architecture("granite", _granite, permuted=True, reads=frozenset(FACTORS)),
     "smollm3": Architecture(
         "smollm3", _smollm3, permuted=True, fixed={**NO_BIAS, "mlp_bias": False}
+    ),
+    "olmo2": Architecture(
+        "olmo2", _olmo2, reads=WINDOW, same=("olmo3",), fixed={**NO_BIAS, "tied_head": False}
     ),
     "starcoder2": Architecture(
         "starcoder2", _starcoder2, reads=WINDOW, fixed={**BIASES, "mlp_bias": True}

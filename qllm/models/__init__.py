@@ -14,6 +14,8 @@ from qllm.models.gpt_neox import GPT_NEOX
 from qllm.models.granite import GRANITE
 from qllm.models.llama import LLAMA
 from qllm.models.mistral import MISTRAL
+from qllm.models.olmo2 import OLMO2
+from qllm.models.olmo3 import OLMO3
 from qllm.models.opt import OPT
 from qllm.models.phi3 import PHI3
 from qllm.models.qwen2 import QWEN2
@@ -25,7 +27,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *(OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, PHI3, GPT_NEOX, GPT2),
-        *(STARCODER2, GRANITE, SMOLLM3),
+        *(STARCODER2, GRANITE, SMOLLM3, OLMO2, OLMO3),
     )
 }
 

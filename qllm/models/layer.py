@@ -13,7 +13,7 @@ from qllm.config import EMBEDDING, LM_HEAD, ModelConfig, QuantSpec
 from qllm.layers import DynamicInt8Linear, Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.cache import Decode, Prefill
-from qllm.models.norms import NORMS, QKNorm, add
+from qllm.models.norms import NORMS, NoNorm, Norm, QKNorm, WideQKNorm, add
 from qllm.ops.kv import Scores
 from qllm.ops.reference import Int8Rows
 
@@ -121,6 +121,38 @@ class NormedAttention(Attention):
         return self.qk_norm(self.qkv(x), self.heads)
 
 
+class WideNormedAttention(Attention):
+    """Attention whose queries and keys are normed, of all heads together, before they are rotated.
+
+    Of several ranks each norms the heads of all, and takes its own from there.
+
+    Attributes:
+        own: int64, the columns of QKV that this rank attends with; None: all.
+    """
+
+    own: Tensor | None = None
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        self.qk_norm = WideQKNorm(config, dtype)
+
+    def project(self, x: Tensor | Int8Rows) -> Tensor:
+        qkv = self.qk_norm(self.qkv(x))
+        if self.own is None:
+            return qkv
+        self.own = self.own.to(qkv.device)
+        return ops.on(qkv.device.type).gather(qkv, self.own)
+
+
+def attention_class(config: ModelConfig) -> type[Attention]:
+    """The attention that a model's norms ask for."""
+    if config.wide_qk_norm:
+        return WideNormedAttention
+    return NormedAttention if config.qk_norm else Attention
+
+
 class MLP(nn.Module):
     """down(act(up(x)))."""
 
@@ -192,6 +224,8 @@ class PreNormLayer(nn.Module):
     has_attention = has_mlp = True
     blocks_end_in_sums = adds_up_late = True
     output_scale = 1.0
+    attention_norm: Norm | NoNorm
+    mlp_norm: Norm | NoNorm
 
     def __init__(
         self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
@@ -199,8 +233,7 @@ class PreNormLayer(nn.Module):
         super().__init__()
         norm = NORMS[config.norm]
         self.attention_norm = norm(config, dtype)
-        attention = NormedAttention if config.qk_norm else Attention
-        self.attention = attention(config, index, dtype, make)
+        self.attention = attention_class(config)(config, index, dtype, make)
         self.mlp_norm = norm(config, dtype)
         self.mlp = (GatedMLP if config.gated_mlp else MLP)(config, index, make)
 
@@ -302,6 +335,19 @@ class OutputNormLayer(PreNormLayer):
         return self.mlp_output_norm(super()._through_mlp(normed))
 
 
+class OutputNormAloneLayer(OutputNormLayer):
+    """x + norm(attention(x)), then x + norm(mlp(x)): OLMo 2 and 3."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        self.attention_norm, self.mlp_norm = NoNorm(), NoNorm()
+
+    def fuse_norms(self) -> None:
+        """There are none in front of linears."""
+
+
 class ScaledOutputLayer(PreNormLayer):
     """A pre-norm layer of which what attention and MLP add is multiplied by a number: Granite."""
 
@@ -379,7 +425,7 @@ def layer_class(config: ModelConfig) -> type[PreNormLayer]:
     if config.parallel_blocks:
         return ParallelLayer
     if config.output_norms:
-        return OutputNormLayer
+        return OutputNormLayer if config.input_norms else OutputNormAloneLayer
     if config.output_scale != 1:
         return ScaledOutputLayer
     return NormedResidualLayer if config.residual_after_norm else PreNormLayer

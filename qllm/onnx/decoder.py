@@ -293,7 +293,7 @@ class DecoderGraph:
             return self.graph.op("Add", z, x)
         for half, norm in ((self._attention, "attention_norm"), (self._mlp, "mlp_norm")):
             inner = x
-            if config.pre_norm:
+            if config.pre_norm and config.input_norms:
                 inner = self._norm(x, f"{name}.{norm}")
             residual = inner if config.residual_after_norm else x
             added = half(inner, index)
@@ -330,9 +330,11 @@ class DecoderGraph:
         g, config, name = self.graph, self.config, f"layers.{index}.attention"
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         qkv = self._linear(x, f"{name}.qkv")
+        if config.wide_qk_norm:
+            qkv = self._norm_all_heads(qkv, f"{name}.qk_norm")
         shape = g.op("Concat", self.shape, g.constant([heads + 2 * kv_heads, dim]), axis=0)
         qkv = g.op("Transpose", g.op("Reshape", qkv, shape), perm=[0, 2, 1, 3])
-        if config.qk_norm:
+        if config.qk_norm and not config.wide_qk_norm:
             qkv = self._norm_heads(qkv, f"{name}.qk_norm")
         scores_of = scores_of_layer(config, index)
         kind = self.rotary.kind(index) if config.position == "rope" else None
@@ -377,6 +379,19 @@ class DecoderGraph:
         weight = (self._read(f"{name}.weight") + config.norm_offset).view(2, 1, -1)
         scale = g.weight(f"{name}.weight", weight.repeat_interleave(counts, dim=0))
         return g.op("Concat", g.op("Mul", self._root_mean_square(qk), scale), v, axis=1)
+
+    def _norm_all_heads(self, qkv: str, name: str) -> str:
+        """Norms of queries and keys of qkv (N, C), each of all heads together."""
+        g, config = self.graph, self.config
+        counts = [n * config.head_dim for n in (config.num_heads, config.num_kv_heads)]
+        parts = g.constant([*counts, counts[1]])
+        q, k, v = g.ops("Split", qkv, parts, outputs=["", "", ""], axis=1)
+        weights = (self._read(f"{name}.weight") + config.norm_offset).split(counts)
+        normed = [
+            g.op("Mul", self._root_mean_square(x), g.weight(f"{name}.{which}", each))
+            for x, which, each in zip((q, k), "qk", weights, strict=True)
+        ]
+        return g.op("Concat", *normed, v, axis=1)
 
     def _grouped(self, q: str, dim: int) -> str:
         return self._reshaped(q, self.graph.constant([0, self.config.num_kv_heads, -1, dim]))

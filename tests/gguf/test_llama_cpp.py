@@ -131,7 +131,11 @@ def test_the_same_tokens_of_what_is_written(tmp_path, family, kind):
 
 
 @pytest.mark.parametrize(
-    "family", ["gemma2", "gemma3", "phi3", "gptneox", "gpt2", "starcoder2", "granite", "smollm3"]
+    "family",
+    [
+        *("gemma2", "gemma3", "phi3", "gptneox", "gpt2"),
+        *("starcoder2", "granite", "smollm3", "olmo2", "olmo3"),
+    ],
 )
 def test_the_same_tokens_of_what_is_read(tmp_path, family):
     # llama.cpp chooses LongRoPE's factors by the size of the cache.

@@ -32,6 +32,8 @@ BASES |= {
     "qwen2": {**BASES["llama"], "num_key_value_heads": None},
     "starcoder2": {**BASES["llama"], "num_key_value_heads": 1},
     "granite": BASES["llama"],
+    "olmo2": {**BASES["llama"], "pad_token_id": None},
+    "olmo3": {**BASES["llama"], "pad_token_id": None},
     "smollm3": {**BASES["llama"], "pad_token_id": None, "num_key_value_heads": None},
 }
 LINEAR = {"type": "linear", "factor": 4.0}
@@ -232,6 +234,21 @@ GEMMA3_TEXT = {
         },
     },
 }
+OLMO2 = {"no word of heads": {"num_key_value_heads": None}, "old scaling": {"rope_scaling": YARN}}
+OLMO3 = {
+    "bases and scaling of old": {
+        "sliding_window": 4,
+        "rope_theta": 500.0,
+        "rope_scaling": {**YARN, ORIGINAL: 8, "attention_factor": 1.2},
+    },
+    "no word of layers": {"num_hidden_layers": 5, "sliding_window": 4},
+    "layers by name": GEMMA3_TEXT["layers by name"],
+    "no windows": {"layer_types": ["full_attention", "full_attention"], "rope_theta": 500.0},
+    "one setting for all, which nobody reads": {
+        "sliding_window": 4,
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 77.0},
+    },
+}
 TABLE = {
     "mistral": MISTRAL,
     "gemma2": GEMMA2,
@@ -246,6 +263,8 @@ TABLE = {
     "starcoder2": STARCODER2,
     "granite": GRANITE,
     "smollm3": SMOLLM3,
+    "olmo2": OLMO2,
+    "olmo3": OLMO3,
 }
 CASES = [(family, name) for family, cases in TABLE.items() for name in cases]
 

@@ -43,6 +43,7 @@ from qllm.ops.reference.rows import (
     rms_norm,
     rms_norm_int8,
     scale,
+    wide_qk_norm,
 )
 
 __all__ = [
@@ -82,4 +83,5 @@ __all__ = [
     "step_rounding",
     "weight_only_linear",
     "weight_only_linear_int8",
+    "wide_qk_norm",
 ]
