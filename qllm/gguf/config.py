@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -212,6 +213,11 @@ def _rope(metadata: Metadata, found: GGUF, trained: int) -> dict[str, object]:
     rope |= {"rope_type": kind, "factor": metadata.number(own("rope.scaling.factor"))}
     if kind == "yarn":
         rope[ORIGINAL] = metadata.count(own("rope.scaling.original_context_length"), trained)
+        # It multiplies what YaRN does to cosines and sines anyway.
+        attention = metadata.number(own("rope.scaling.attn_factor"), 1.0)
+        if attention != 1:
+            factor = max(1.0, metadata.number(own("rope.scaling.factor")))
+            rope["attention_factor"] = attention * (0.1 * math.log(factor) + 1)
     return rope
 
 
