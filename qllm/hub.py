@@ -104,6 +104,29 @@ REPOSITORIES: dict[str, dict[str, str]] = {
             ("1.5b", "-xl"),
         )
     },
+    "starcoder2": {
+        **{size: f"bigcode/starcoder2-{size}" for size in ("3b", "7b", "15b")},
+        "15b-instruct": "bigcode/starcoder2-15b-instruct-v0.1",
+    },
+    "granite": {
+        f"{version}-{size}{chat}": f"ibm-granite/granite-{version}-{size}{name}"
+        for version in ("3.3", "3.1")
+        for chat, name in (("", "-base"), ("-instruct", "-instruct"))
+        for size in ("2b", "8b")
+    },
+    "smollm3": {"3b": "HuggingFaceTB/SmolLM3-3B", "3b-base": "HuggingFaceTB/SmolLM3-3B-Base"},
+    "olmo2": {
+        size + chat.lower(): f"allenai/OLMo-2-{date}-{size.upper()}{chat}"
+        for chat in ("", "-Instruct")
+        for size, date in (("1b", "0425"), ("7b", "1124"), ("13b", "1124"), ("32b", "0325"))
+    },
+    "olmo3": {
+        "7b": "allenai/Olmo-3-1025-7B",
+        "32b": "allenai/Olmo-3-1125-32B",
+        "7b-instruct": "allenai/Olmo-3-7B-Instruct",
+        "7b-think": "allenai/Olmo-3-7B-Think",
+        "32b-think": "allenai/Olmo-3-32B-Think",
+    },
 }
 TINY = "tiny"
 OFFLINE_DEFAULT = "`opt-tiny` runs offline"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from qllm.files import check_file
 from qllm.hub import SMALL_FILES, TEMPLATES
 from qllm.memory import check_fits
 from qllm.models import read_config
+from qllm.models.logits import finish_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,9 +99,10 @@ class HuggingFaceModel:
         """Logits (M, V) of rows (M, C) of `hidden`."""
         return self.head()(x)
 
-    def head(self) -> nn.Module:
+    def head(self) -> Callable[[Tensor], Tensor]:
         """`logits`, without the layers."""
-        return self.model.get_output_embeddings()
+        matrix, config = self.model.get_output_embeddings(), self.config
+        return lambda x: finish_logits(config, matrix(x))
 
     def layers(self) -> Sequence[nn.Module]:
         """The layers, in their order."""

@@ -104,12 +104,55 @@ def gptneox() -> nn.Module:
     return made(GPTNeoXForCausalLM, config)
 
 
+def starcoder2() -> nn.Module:
+    from transformers import Starcoder2Config, Starcoder2ForCausalLM
+
+    return made(Starcoder2ForCausalLM, Starcoder2Config(**LLAMA, hidden_act="gelu_pytorch_tanh"))
+
+
+def granite() -> nn.Module:
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    factors = {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "logits_scaling": 1.7}
+    return made(GraniteForCausalLM, GraniteConfig(**LLAMA, **factors, residual_multiplier=0.22))
+
+
+def smollm3() -> nn.Module:
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    sizes = LLAMA | {"num_hidden_layers": 5, "pad_token_id": None}
+    return made(SmolLM3ForCausalLM, SmolLM3Config(**sizes))
+
+
+def olmo2() -> nn.Module:
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    return made(Olmo2ForCausalLM, Olmo2Config(**LLAMA, pad_token_id=None))
+
+
+def olmo3() -> nn.Module:
+    from transformers import Olmo3Config, Olmo3ForCausalLM
+
+    yarn = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0}
+    ropes = {
+        "full_attention": yarn | {"original_max_position_embeddings": 16},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5e4},
+    }
+    more = {"num_hidden_layers": 4, "sliding_window": 4, "pad_token_id": None}
+    return made(Olmo3ForCausalLM, Olmo3Config(**LLAMA | more, rope_parameters=ropes))
+
+
 FAMILIES = {
     **{"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "bloom": bloom, "gpt2": gpt2},
     **{"gemma2": gemma2, "gemma3": gemma3, "phi3": phi3, "gptneox": gptneox},
+    **{"starcoder2": starcoder2, "granite": granite, "smollm3": smollm3},
+    **{"olmo2": olmo2, "olmo3": olmo3},
 }
 # llama.cpp's name of an architecture, where it is another one.
-ARCHITECTURES = {"gemma3_text": "gemma3", "gpt_neox": "gptneox"}
+ARCHITECTURES = {"gemma3_text": "gemma3", "gpt_neox": "gptneox", "olmo3": "olmo2"}
+
+# Those of which llama.cpp rotates pairs that are side by side.
+PAIRED = ("llama", "granite", "smollm3")
 
 
 def checkpoint_of(family: str, folder: Path, *, long: bool = False) -> Path:
@@ -164,7 +207,7 @@ def dequantized(model: nn.Module, kind: str) -> nn.Module:
 
 def _transposed(name: str) -> bool:
     """Whether GPT-2 has a matrix as (inputs, outputs)."""
-    return ".c_" in name and name.endswith("weight")
+    return ".h." in name and ".c_" in name and name.endswith("weight")
 
 
 def write_model(
@@ -198,7 +241,7 @@ def write_model(
         target = names.get_name(stem) or names.get_name(stem.removeprefix("transformer."))
         target = f"{target}.{end}"
         matrix = weight.t() if _transposed(name) and weight.dim() > 1 else weight
-        if architecture == "llama" and (".q_proj" in name or ".k_proj" in name):
+        if architecture in PAIRED and (".q_proj" in name or ".k_proj" in name):
             heads = config.num_attention_heads if ".q_" in name else config.num_key_value_heads
             matrix = matrix.view(heads, 2, -1, matrix.shape[-1]).transpose(1, 2).flatten(0, 2)
         if "gemma" in architecture and name.endswith("norm.weight"):
@@ -248,7 +291,10 @@ def add_sizes(writer: GGUFWriter, architecture: str, config: object) -> None:
         writer.add_parallel_residual(True)
         writer.add_rope_dimension_count(4)
     else:
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        if architecture == "starcoder2":
+            writer.add_layer_norm_eps(config.norm_epsilon)
+        else:
+            writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_feed_forward_length(config.intermediate_size)
         writer.add_context_length(config.max_position_embeddings)
         writer.add_head_count_kv(config.num_key_value_heads)
@@ -262,7 +308,7 @@ def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
     if architecture in ("qwen3", "gemma2", "gemma3"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-    if "gemma" in architecture:
+    if getattr(config, "layer_types", None) and config.model_type != "smollm3":
         writer.add_sliding_window(config.sliding_window)
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
@@ -270,6 +316,15 @@ def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
     if architecture == "gemma3":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(8.0)
+    if config.model_type == "olmo3":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(16)
+    if architecture == "granite":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     if architecture == "phi3":
         writer.add_rope_dimension_count(6)
     if architecture == "phi3" and rope["rope_type"] == "longrope":

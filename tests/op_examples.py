@@ -162,6 +162,19 @@ def qk_norm_example(request: Request, rows: int, dtype: torch.dtype, *, offset: 
     return arguments, want.reshape(rows, -1), max(sizes)
 
 
+def wide_qk_norm_example(request: Request, rows: int, dtype: torch.dtype, *, offset: float):
+    queries, keys, values = 2 * request.in_features, request.in_features, 5
+    qkv = (normal(rows, queries + keys + values) * 3 + 1).to(dtype)
+    weight = normal(queries + keys).to(dtype)
+    want, sizes = exact.numpy(qkv).copy(), [0.0]
+    for part in (slice(queries), slice(queries, queries + keys)):
+        each = weight[part].double() + offset
+        want[:, part], size = exact.norm(qkv[:, part], each, None, 1e-5, centered=False)
+        sizes.append(size.max())
+    arguments = {"qkv": qkv, "weight": weight, "queries": queries, "keys": keys}
+    return arguments | {"eps": 1e-5, "offset": offset}, want, max(sizes)
+
+
 def norm_int8_example(
     request: Request,
     rows: int,
@@ -316,6 +329,7 @@ EXAMPLES = {
         for affine, offset in ((True, 0.0), (False, 0.0), (True, 1.0))
     ),
     "qk_norm": tuple(partial(qk_norm_example, offset=offset) for offset in (0.0, 1.0)),
+    "wide_qk_norm": tuple(partial(wide_qk_norm_example, offset=offset) for offset in (0.0, 1.0)),
     **{
         op: tuple(
             partial(norm_int8_example, centered=op == "layer_norm_int8", affine=affine, scale=scale)

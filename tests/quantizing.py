@@ -15,8 +15,10 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     Ministral3Config,
+    Olmo2Config,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
@@ -91,6 +93,15 @@ MODELS: dict[str, PretrainedConfig] = {
         rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.75},
     ),
     "gpt_neox": GPTNeoXConfig(**LLAMA, rope_parameters={"rope_type": "default"}),
+    "granite": GraniteConfig(
+        **LLAMA,
+        num_key_value_heads=3,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.22,
+        logits_scaling=1.7,
+    ),
+    "olmo2": Olmo2Config(**LLAMA, num_key_value_heads=3, pad_token_id=None),
     "gpt2": GPT2Config(
         vocab_size=VOCAB, n_embd=40, n_layer=2, n_head=5, n_inner=70, n_positions=40
     ),

@@ -9,14 +9,19 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     Ministral3Config,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
+    Starcoder2Config,
 )
 
 from qllm.models.activations import ACTIVATIONS, SAME_ACTIVATION
@@ -266,6 +271,68 @@ def gpt2_configs(draw) -> GPT2Config:
     )
 
 
+@st.composite
+def starcoder2_configs(draw) -> Starcoder2Config:
+    sizes = draw(llama_sizes())
+    more = {"use_bias": draw(flags), "sliding_window": draw(st.one_of(st.none(), windows))}
+    return Starcoder2Config(**sizes, **more, norm_epsilon=sizes.pop("rms_norm_eps"))
+
+
+@st.composite
+def granite_configs(draw) -> GraniteConfig:
+    biases = {"attention_bias": draw(flags), "mlp_bias": draw(flags)}
+    return GraniteConfig(
+        **draw(llama_sizes()),
+        **biases,
+        embedding_multiplier=draw(st.one_of(st.integers(1, 12), st.floats(0.1, 12.0))),
+        attention_multiplier=draw(st.floats(0.01, 1.0)),
+        residual_multiplier=draw(st.one_of(st.just(1.0), st.floats(0.1, 2.0))),
+        logits_scaling=draw(st.one_of(st.just(1.0), st.floats(0.1, 16.0))),
+    )
+
+
+@st.composite
+def smollm3_configs(draw) -> SmolLM3Config:
+    sizes = draw(llama_sizes())
+    count = sizes["num_hidden_layers"]
+    rotated = st.lists(st.integers(0, 1), min_size=count, max_size=count)
+    kinds = st.sampled_from(["full_attention", "sliding_attention"])
+    return SmolLM3Config(
+        **sizes,
+        attention_bias=draw(flags),
+        mlp_bias=draw(flags),
+        use_sliding_window=draw(flags),
+        sliding_window=draw(windows),
+        no_rope_layers=draw(st.one_of(st.none(), rotated)),
+        no_rope_layer_interval=draw(st.integers(1, 4)),
+        layer_types=draw(st.one_of(st.none(), st.lists(kinds, min_size=count, max_size=count))),
+        pad_token_id=None,
+    )
+
+
+@st.composite
+def olmo2_configs(draw) -> Olmo2Config:
+    # Norms behind an MLP of few channels, which may be next to 0, have no digits, as Gemma's.
+    more = {"intermediate_size": draw(st.integers(16, 70)), "pad_token_id": None}
+    return Olmo2Config(**draw(llama_sizes()) | more, attention_bias=draw(flags))
+
+
+@st.composite
+def olmo3_configs(draw) -> Olmo3Config:
+    sizes = draw(llama_sizes())
+    count = sizes["num_hidden_layers"]
+    kinds = st.sampled_from(["full_attention", "sliding_attention"])
+    local = {"rope_type": "default", "rope_theta": 100.0}
+    ropes = {"full_attention": sizes["rope_parameters"], "sliding_attention": local}
+    more = {"intermediate_size": draw(st.integers(16, 70)), "pad_token_id": None}
+    return Olmo3Config(
+        **sizes | more | {"rope_parameters": ropes},
+        attention_bias=draw(flags),
+        sliding_window=draw(windows),
+        layer_types=draw(st.one_of(st.none(), st.lists(kinds, min_size=count, max_size=count))),
+    )
+
+
 # Of every family, and how many are drawn: a family that comes from another adds little.
 CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "opt": (opt_configs(), 14),
@@ -280,6 +347,11 @@ CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "phi3": (phi3_configs(), 5),
     "gpt_neox": (gpt_neox_configs(), 9),
     "gpt2": (gpt2_configs(), 6),
+    "starcoder2": (starcoder2_configs(), 4),
+    "granite": (granite_configs(), 5),
+    "smollm3": (smollm3_configs(), 6),
+    "olmo2": (olmo2_configs(), 5),
+    "olmo3": (olmo3_configs(), 6),
 }
 batches = st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=5)
 seeds = st.integers(0, 2**20)

@@ -16,6 +16,7 @@ from qllm.checkpoint.reader import read_raw_config
 from qllm.config import ModelConfig
 from qllm.layers import Linear
 from qllm.models import RawConfig, read_config
+from qllm.models.norms import Norm
 from qllm.random_model import (
     RandomEmbedding,
     RandomLinear,
@@ -245,6 +246,6 @@ def test_a_fresh_norm_multiplies_by_one(name):
     model = random_model(config, 8, seed=0)
     if config.norm_affine:
         x = torch.randn(5, config.hidden_size, generator=generator())
-        normed = model.layers[0].mlp_norm(x)
+        normed = next(module for module in model.layers.modules() if isinstance(module, Norm))(x)
         torch.testing.assert_close(normed.square().mean(1), torch.ones(5), rtol=1e-2, atol=0)
     assert calibrate_random(config, 2, 8, seed=0).inputs

@@ -129,9 +129,11 @@ class TensorNames:
         if parts == 1:
             tensors = (f"{module}.weight", f"{module}.bias")
             return [next(self.shapes[name][0] for name in tensors if name in self.shapes)]
-        if module.endswith(".attention.qkv"):
-            heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
-            return [count * self.config.head_dim for count in heads]
+        config = self.config
+        wide = config.wide_qk_norm and module.endswith(".attention.qk_norm")
+        if wide or module.endswith(".attention.qkv"):
+            heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+            return [count * config.head_dim for count in heads[:parts]]
         return [self.shapes[f"{module}.weight"][0] // parts] * parts
 
     def runs(self, name: str, runs: Sequence[range]) -> list[tuple[str, int, range]]:

@@ -58,13 +58,13 @@ class Rehearsal:
 
     def _kind(self, index: int) -> Hashable:
         """What a layer's kernels depend on."""
-        windows = self._model.config.windows
+        windows, rotation = self._model.config.windows, self._model.positions.kind(index)
         linears = (
             (type(each), each.spec, each.in_features, each.out_features)
             for each in self._model.layers[index].modules()
             if isinstance(each, Linear)
         )
-        return (windows[index] if windows else 0, *linears)
+        return (windows[index] if windows else 0, rotation, *linears)
 
     def _run(self, index: int) -> None:
         with suppress(Exception):

@@ -254,9 +254,10 @@ class _Tensors:
         if inner in FUSED and len(self.weights.family.inner[inner]) == 1:
             names = (FUSED[inner],)
         counts = [total // len(names)] * len(names)
-        if len(names) == 3:
-            heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
-            counts = [count * self.config.head_dim for count in heads]
+        config = self.config
+        if len(names) == 3 or (inner == "attention.qk_norm" and config.wide_qk_norm):
+            heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+            counts = [count * config.head_dim for count in heads[: len(names)]]
         begin = 0
         for name, count in zip(names, counts, strict=True):
             perm = self._perms.get(name)

@@ -64,11 +64,16 @@ class ModelConfig:
         norm: "layernorm" or "rmsnorm".
         norm_offset: what an RMS norm adds to its weight (Gemma's 1).
         qk_norm: each head's query and key have a norm of their own, in front of the positions.
+        wide_qk_norm: all queries of a token have one norm together, and all keys (OLMo 2).
         pre_norm: norms before attention and MLP (False: after, as in OPT-350m).
+        input_norms: there are norms in front of attention and MLP, where `pre_norm` has them.
         output_norms: what attention and MLP give is normed as well, in front of the sum.
         residual_after_norm: the residual branches off behind the norm (a BLOOM option).
         parallel_blocks: attention and MLP take the same input, and both are added to it.
         embed_scale: multiplies the embeddings.
+        embed_scale_rounds: to the type of the embeddings, before it does (Gemma).
+        output_scale: multiplies what attention and MLP give, in front of the sum.
+        logit_divisor: divides the logits.
         logit_cap: logits are cap tanh(logits / cap); None: as they are.
         score_scale: multiplies attention's scores; None: 1 / sqrt(head_dim).
         scale_by_layer: it is divided by the number of the layer, from 1 on.
@@ -76,6 +81,7 @@ class ModelConfig:
         windows: how many tokens those of each layer see, themselves included, 0 being all before
             them; empty: all layers see all.
         window_rope: of layers with a window; None: they have that of the others.
+        rope_layers: which layers rotate queries and keys at all; empty: all do.
         gated_mlp: the MLP is `down(act(gate(x)) * up(x))`.
         attention_bias, output_bias: of the matrices in front of attention and behind it.
         init_std: standard deviation of a fresh weight.
@@ -101,19 +107,25 @@ class ModelConfig:
     norm_offset: float = 0.0
     norm_affine: bool = True
     qk_norm: bool = False
+    wide_qk_norm: bool = False
     pre_norm: bool = True
     final_norm: bool = True
     embed_norm: bool = False
+    input_norms: bool = True
     output_norms: bool = False
     residual_after_norm: bool = False
     parallel_blocks: bool = False
     embed_scale: float = 1.0
+    embed_scale_rounds: bool = False
+    output_scale: float = 1.0
+    logit_divisor: float = 1.0
     logit_cap: float | None = None
     score_scale: float | None = None
     scale_by_layer: bool = False
     score_cap: float | None = None
     windows: tuple[int, ...] = ()
     window_rope: RopeConfig | None = None
+    rope_layers: tuple[bool, ...] = ()
     gated_mlp: bool = False
     attention_bias: bool = True
     output_bias: bool = True

@@ -19,6 +19,7 @@ from qllm.evaluate.scoring import Predictor, logit_pieces
 from qllm.generate import generate
 from qllm.generation_config import GenerationConfig
 from qllm.models import Decoder
+from qllm.models.logits import finish_logits
 from qllm.report import first_difference
 
 PERCENTILES = (50, 90, 99)
@@ -59,7 +60,13 @@ class DecoderReference:
     def head(self) -> Callable[[Tensor], Tensor]:
         model = self.model
         lm_head, project, norm = model.lm_head, model.project_out, model.final_norm
-        return torch.inference_mode()(lambda x: lm_head(project(norm(x))))
+        config = self.config
+
+        @torch.inference_mode()
+        def logits(x: Tensor) -> Tensor:
+            return finish_logits(config, lm_head(project(norm(x))))
+
+        return logits
 
 
 def cut_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -140,6 +141,22 @@ def _llama(
 ) -> dict[str, object]:
     """
     Args:
+        same: see `_sizes`.
+    """
+    eps = metadata.number(metadata.own("attention.layer_norm_rms_epsilon"))
+    return _sizes(metadata, found, same) | {
+        "rms_norm_eps": eps,
+        "attention_bias": "blk.0.attn_output.bias" in found.tensors,
+        "mlp_bias": "blk.0.ffn_down.bias" in found.tensors,
+    }
+
+
+def _sizes(
+    metadata: Metadata, found: GGUF, same: tuple[str, ...] = (VALUES, ROTARY)
+) -> dict[str, object]:
+    """What all with RoPE and grouped heads have.
+
+    Args:
         same: keys that are to say the channels of a head, where they are there.
     """
     own = metadata.own
@@ -160,9 +177,6 @@ def _llama(
         "num_key_value_heads": metadata.count(own("attention.head_count_kv"), heads),
         "head_dim": head_dim,
         "max_position_embeddings": trained,
-        "rms_norm_eps": metadata.number(own("attention.layer_norm_rms_epsilon")),
-        "attention_bias": "blk.0.attn_output.bias" in found.tensors,
-        "mlp_bias": "blk.0.ffn_down.bias" in found.tensors,
         "rope_parameters": _rope(metadata, found, trained),
     }
 
@@ -199,6 +213,11 @@ def _rope(metadata: Metadata, found: GGUF, trained: int) -> dict[str, object]:
     rope |= {"rope_type": kind, "factor": metadata.number(own("rope.scaling.factor"))}
     if kind == "yarn":
         rope[ORIGINAL] = metadata.count(own("rope.scaling.original_context_length"), trained)
+        # It multiplies what YaRN does to cosines and sines anyway.
+        attention = metadata.number(own("rope.scaling.attn_factor"), 1.0)
+        if attention != 1:
+            factor = max(1.0, metadata.number(own("rope.scaling.factor")))
+            rope["attention_factor"] = attention * (0.1 * math.log(factor) + 1)
     return rope
 
 
@@ -243,16 +262,26 @@ def _gemma(metadata: Metadata, found: GGUF, every: int, widest: int) -> dict[str
         widest: layers of the size whose scores are scaled by the width that a head has of all.
     """
     values, layers = _llama(metadata, found), metadata.count(metadata.own("block_count"))
-    pattern = metadata.values.get(metadata.own("attention.sliding_window_pattern"), every)
-    slides = pattern if isinstance(pattern, list) else [False] * layers
-    if not isinstance(pattern, list):
-        every = metadata.count(metadata.own("attention.sliding_window_pattern"), every)
-        slides = [every > 0 and i % every < every - 1 for i in range(layers)]
     head = metadata.count(metadata.own("embedding_length")) / _heads(metadata)
     return values | {
-        "layer_types": ["sliding_attention" if each else "full_attention" for each in slides],
+        "layer_types": _layer_types(metadata, layers, every),
         "query_pre_attn_scalar": head if layers == widest else values["head_dim"],
     }
+
+
+def _layer_types(metadata: Metadata, layers: int, every: int) -> list[str]:
+    """Which layers have a window.
+
+    Args:
+        every: each so many-th layer sees all, where the file does not say which do.
+    """
+    key = metadata.own("attention.sliding_window_pattern")
+    pattern = metadata.values.get(key, every)
+    slides = pattern if isinstance(pattern, list) else [False] * layers
+    if not isinstance(pattern, list):
+        every = metadata.count(key, every)
+        slides = [every > 0 and i % every < every - 1 for i in range(layers)]
+    return ["sliding_attention" if each else "full_attention" for each in slides]
 
 
 def _phi3(metadata: Metadata, found: GGUF) -> dict[str, object]:
@@ -324,6 +353,59 @@ def _gpt2(metadata: Metadata, found: GGUF) -> dict[str, object]:
     }
 
 
+def _granite(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    values, own = _llama(metadata, found), metadata.own
+    if not metadata.flag(own("rope.scaling.finetuned"), True):
+        raise UserError(
+            f"{found.path}: {own('rope.scaling.finetuned')} is False: its layers have no RoPE, "
+            "which QLLM's granite has"
+        )
+    head_dim = values["head_dim"]
+    assert isinstance(head_dim, int)  # as `_sizes` counts it
+    scores = metadata.number(own("attention.scale"), 0.0) or head_dim**-0.5
+    return values | {
+        "embedding_multiplier": metadata.number(own("embedding_scale"), 0.0) or 1.0,
+        "residual_multiplier": metadata.number(own("residual_scale"), 0.0) or 1.0,
+        "attention_multiplier": scores,
+        "logits_scaling": metadata.number(own("logit_scale")),
+    }
+
+
+def _smollm3(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    # Where nothing is said of padding, transformers has an id that the model may not have.
+    return _llama(metadata, found) | {"no_rope_layer_interval": 4, "pad_token_id": None}
+
+
+def _olmo2(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    """OLMo 2's, and with windows OLMo 3's."""
+    values, own = _llama(metadata, found), metadata.own
+    values["pad_token_id"] = None  # else transformers has one that the model may not have
+    window = metadata.count(own("attention.sliding_window"), 0)
+    if not window:
+        return values
+    layers = metadata.count(own("block_count"))
+    base = metadata.number(own("rope.freq_base"), 10000.0)
+    local = {"rope_theta": metadata.number(own("rope.freq_base_swa"), base)}
+    return values | {
+        "model_type": "olmo3",
+        "sliding_window": window,
+        "layer_types": _layer_types(metadata, layers, every=4),
+        "rope_parameters": {
+            "full_attention": values["rope_parameters"],
+            "sliding_attention": local,
+        },
+    }
+
+
+def _starcoder2(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    own = metadata.own
+    return _sizes(metadata, found) | {
+        "norm_epsilon": metadata.number(own("attention.layer_norm_epsilon")),
+        "use_bias": "blk.0.attn_output.bias" in found.tensors,
+        "sliding_window": metadata.count(own("attention.sliding_window"), 0) or None,
+    }
+
+
 def _heads(metadata: Metadata) -> int:
     heads = metadata.count(metadata.own("attention.head_count"))
     if heads < 1:
@@ -331,6 +413,13 @@ def _heads(metadata: Metadata) -> int:
     return heads
 
 
+# Numbers of Granite's, by their keys, as `ModelConfig` has them.
+FACTORS = {
+    "embedding_scale": "embed_scale",
+    "residual_scale": "output_scale",
+    "attention.scale": "score_scale",
+    "logit_scale": "logit_divisor",
+}
 WINDOW = frozenset({"attention.sliding_window"})
 PARALLEL = frozenset({"use_parallel_residual"})
 NO_BIAS = {"attention_bias": False, "output_bias": False}
@@ -349,4 +438,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "bloom": Architecture("bloom", _bloom),
     "gpt2": Architecture("gpt2", _gpt2),
+    "granite": Architecture("granite", _granite, permuted=True, reads=frozenset(FACTORS)),
+    "smollm3": Architecture(
+        "smollm3", _smollm3, permuted=True, fixed={**NO_BIAS, "mlp_bias": False}
+    ),
+    "olmo2": Architecture(
+        "olmo2", _olmo2, reads=WINDOW, same=("olmo3",), fixed={**NO_BIAS, "tied_head": False}
+    ),
+    "starcoder2": Architecture(
+        "starcoder2", _starcoder2, reads=WINDOW, fixed={**BIASES, "mlp_bias": True}
+    ),
 }

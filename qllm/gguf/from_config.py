@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qllm.config import ModelConfig, RopeConfig
 from qllm.errors import UserError
-from qllm.gguf.config import ARCHITECTURES, ROTARY, VALUES
+from qllm.gguf.config import ARCHITECTURES, FACTORS, ROTARY, VALUES
 from qllm.gguf.file import Value
 
 # By the model type that it is for, an architecture's name.
@@ -54,6 +54,9 @@ def hyperparameters(config: ModelConfig) -> dict[str, Value]:
         own["use_parallel_residual"] = config.parallel_blocks
     if "attention.sliding_window" in reads and any(config.windows):
         own["attention.sliding_window"] = max(config.windows)
+    for key, field in FACTORS.items():
+        if key in reads:
+            own[key] = vars(config)[field]
     if config.score_cap is not None:
         own["attn_logit_softcapping"] = config.score_cap
     if config.logit_cap is not None:

@@ -11,20 +11,25 @@ from qllm.models.gemma2 import GEMMA2
 from qllm.models.gemma3_text import GEMMA3_TEXT
 from qllm.models.gpt2 import GPT2
 from qllm.models.gpt_neox import GPT_NEOX
+from qllm.models.granite import GRANITE
 from qllm.models.llama import LLAMA
 from qllm.models.ministral3 import MINISTRAL3
 from qllm.models.mistral import MISTRAL
 from qllm.models.multimodal import MULTIMODAL
+from qllm.models.olmo2 import OLMO2
+from qllm.models.olmo3 import OLMO3
 from qllm.models.opt import OPT
 from qllm.models.phi3 import PHI3
 from qllm.models.qwen2 import QWEN2
 from qllm.models.qwen3 import QWEN3
+from qllm.models.smollm3 import SMOLLM3
+from qllm.models.starcoder2 import STARCODER2
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *(OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, PHI3, GPT_NEOX, GPT2),
-        MINISTRAL3,
+        *(MINISTRAL3, STARCODER2, GRANITE, SMOLLM3, OLMO2, OLMO3),
     )
 }
 

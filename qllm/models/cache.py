@@ -184,13 +184,14 @@ class Pass:
 
     Attributes:
         batch: which tokens it takes.
-        cos_sin: by which queries and keys are rotated, (N, D) each, in layers that see all tokens
-            and in those that have a window, and behind them what multiplies queries, (N,), where
-            something does; None: they are not rotated.
+        cos_sin: by which queries and keys are rotated, (N, D) each, of each kind of `encoding`, and
+            behind them what multiplies queries, (N,), where something does; None: they are not
+            rotated.
         slopes: float32 (H,), of ALiBi; None: there are none.
     """
 
     batch: Batch
+    encoding: PositionEncoding
     cos_sin: tuple[tuple[Tensor, ...] | None, ...]
     slopes: Tensor | None
 
@@ -203,10 +204,11 @@ class Pass:
         return self.batch.positions
 
     def _rotation(
-        self, qkv: Tensor, heads: Sequence[int], scores: Scores
+        self, qkv: Tensor, heads: Sequence[int], layer: int
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """qkv with what multiplies its queries, and the cosines and sines of a layer."""
-        found = self.cos_sin[-1 if scores.window else 0]
+        kind = self.encoding.kind(layer)
+        found = None if kind is None else self.cos_sin[kind]
         if found is None:
             return qkv, None
         for factors in found[2:]:
@@ -272,7 +274,7 @@ class Prefill(Pass):
         super().__init__()
         rows = range(len(lengths)) if rows is None else rows
         pasts = [0] * len(lengths) if cache is None else [cache.lengths[row] for row in rows]
-        self.cache, self.bits = cache, bits
+        self.cache, self.bits, self.encoding = cache, bits, encoding
         self.batch = Batch.of(lengths, x.device, rows, pasts)
         if ends is None:
             ends = [past + length for past, length in zip(pasts, lengths, strict=True)]
@@ -292,7 +294,7 @@ class Prefill(Pass):
         else:
             kv = self.cache.layers[layer]
         attend = ops.on(qkv.device.type).prefill_attention
-        qkv, cos_sin = self._rotation(qkv, heads, scores)
+        qkv, cos_sin = self._rotation(qkv, heads, layer)
         return attend(qkv, kv, self.batch, cos_sin, self.slopes, scores)
 
 
@@ -396,5 +398,5 @@ class Decode(Pass):
     def attend(self, layer: int, qkv: Tensor, heads: Sequence[int], scores: Scores) -> Tensor:
         """Attention of qkv (B, heads D), whose keys and values join the cache: (B, H D)."""
         attend = ops.on(qkv.device.type).decode_attention
-        qkv, cos_sin = self._rotation(qkv, heads, scores)
+        qkv, cos_sin = self._rotation(qkv, heads, layer)
         return attend(qkv, self.cache.layers[layer], self.batch, cos_sin, self.slopes, scores)

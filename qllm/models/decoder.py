@@ -30,6 +30,7 @@ from qllm.models.layer import (
     layer_class,
     total,
 )
+from qllm.models.logits import finish_logits
 from qllm.models.norms import NORMS
 from qllm.models.partition import keep_shards, keep_stage
 from qllm.models.pickling import Picklable
@@ -106,7 +107,7 @@ class Decoder(Picklable):
         self.config, self.dtype = config, dtype
         self.embed, head = embedding_and_head(config, specs, dtype, make)
         scaled = config.embed_scale != 1
-        self.embed_scale = Scale(config.embed_scale, dtype) if scaled else nn.Identity()
+        self.embed_scale = Scale.of_embeddings(config, dtype) if scaled else nn.Identity()
         self.embed_norm = norm(config, dtype) if config.embed_norm else nn.Identity()
         self.project_in = make("project_in", embed, hidden, False) if projected else nn.Identity()
         self.positions = POSITIONS[config.position](config, dtype)
@@ -264,7 +265,7 @@ class Decoder(Picklable):
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
         """Logits (M, V), in the model's type, of rows (M, C) of `hidden`: of a whole model."""
-        return self.capped(self._head(x))
+        return finish_logits(self.config, self._head(x))
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: KVCache, *, share: bool = True) -> Tensor | None:
@@ -381,17 +382,13 @@ class Decoder(Picklable):
         """Logits in float32, on all stages where they are shared."""
         if logits is not None:
             # A copy: the next pass overwrites these.
-            logits = self.capped(logits.to(self.device, torch.float32, copy=True))
+            logits = logits.to(self.device)
+            logits = finish_logits(self.config, logits, torch.float32, copy=True)
         if self.stage is None or not share:
             return logits
         if logits is None:
             logits = torch.empty(rows, self.config.vocab_size, device=self.device)
         return self.stage.broadcast(logits)
-
-    def capped(self, logits: Tensor) -> Tensor:
-        """Logits, softly kept below a cap where the model has one."""
-        cap = self.config.logit_cap
-        return logits if cap is None else (logits / cap).tanh() * cap
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -22,10 +22,11 @@ def can_divide(config: ModelConfig, linear: str) -> bool:
     """Whether the input of a layer's linear ("attention.qkv", …) can be divided.
 
     A norm whose output is the residual as well (OPT-350m), or that has no weights, cannot take
-    it, nor can a linear behind which a GELU comes.
+    it, nor can a linear behind which a GELU comes, or what has no norm in front (OLMo 2).
     """
     if linear in NORMS:
-        return config.pre_norm and not config.residual_after_norm and config.norm_affine
+        normed = config.pre_norm and config.input_norms
+        return normed and not config.residual_after_norm and config.norm_affine
     return linear == "attention.out" or config.gated_mlp or config.activation == "relu"
 
 

@@ -51,6 +51,7 @@ def gemma_config(raw: RawConfig, family: str, every: int) -> ModelConfig:
         norm_offset=1.0,
         output_norms=True,
         embed_scale=math.sqrt(config.hidden_size),
+        embed_scale_rounds=True,
         score_scale=raw.number("query_pre_attn_scalar", 256) ** -0.5,
         windows=raw.windows(config.num_layers, lambda index: (index + 1) % every != 0),
         score_cap=cap("attn_logit_softcapping"),

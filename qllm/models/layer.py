@@ -13,7 +13,7 @@ from qllm.config import EMBEDDING, LM_HEAD, ModelConfig, QuantSpec
 from qllm.layers import DynamicInt8Linear, Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.cache import Decode, Prefill
-from qllm.models.norms import NORMS, QKNorm, add
+from qllm.models.norms import NORMS, NoNorm, Norm, QKNorm, WideQKNorm, add
 from qllm.ops.kv import Scores
 from qllm.ops.reference import Int8Rows
 
@@ -121,6 +121,38 @@ class NormedAttention(Attention):
         return self.qk_norm(self.qkv(x), self.heads)
 
 
+class WideNormedAttention(Attention):
+    """Attention whose queries and keys are normed, of all heads together, before they are rotated.
+
+    Of several ranks each norms the heads of all, and takes its own from there.
+
+    Attributes:
+        own: int64, the columns of QKV that this rank attends with; None: all.
+    """
+
+    own: Tensor | None = None
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        self.qk_norm = WideQKNorm(config, dtype)
+
+    def project(self, x: Tensor | Int8Rows) -> Tensor:
+        qkv = self.qk_norm(self.qkv(x))
+        if self.own is None:
+            return qkv
+        self.own = self.own.to(qkv.device)
+        return ops.on(qkv.device.type).gather(qkv, self.own)
+
+
+def attention_class(config: ModelConfig) -> type[Attention]:
+    """The attention that a model's norms ask for."""
+    if config.wide_qk_norm:
+        return WideNormedAttention
+    return NormedAttention if config.qk_norm else Attention
+
+
 class MLP(nn.Module):
     """down(act(up(x)))."""
 
@@ -156,11 +188,19 @@ class GatedMLP(MLP):
 
 
 class Scale(nn.Module):
-    """x times a number, as the type of x has it."""
+    """x times a number."""
 
-    def __init__(self, factor: float, dtype: torch.dtype) -> None:
+    def __init__(self, factor: float) -> None:
         super().__init__()
-        self.factor = torch.tensor(factor, dtype=dtype, device="cpu").item()
+        self.factor = factor
+
+    @classmethod
+    def of_embeddings(cls, config: ModelConfig, dtype: torch.dtype) -> Scale:
+        """What multiplies a model's embeddings, which are of `dtype`."""
+        factor = config.embed_scale
+        if config.embed_scale_rounds:
+            factor = torch.tensor(factor, dtype=dtype, device="cpu").item()
+        return cls(factor)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.on(x.device.type).scale(x, self.factor)
@@ -177,12 +217,15 @@ class PreNormLayer(nn.Module):
     Attributes:
         has_attention, has_mlp: False for a half that another stage of a pipeline has.
         blocks_end_in_sums: what `attention.out` and `mlp.down` put out is added to the rest of what
-            their blocks do, as it is.
+            their blocks do, times `output_scale`.
         adds_up_late: `parts` leaves the last sum to the norm of the layer behind.
     """
 
     has_attention = has_mlp = True
     blocks_end_in_sums = adds_up_late = True
+    output_scale = 1.0
+    attention_norm: Norm | NoNorm
+    mlp_norm: Norm | NoNorm
 
     def __init__(
         self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
@@ -190,8 +233,7 @@ class PreNormLayer(nn.Module):
         super().__init__()
         norm = NORMS[config.norm]
         self.attention_norm = norm(config, dtype)
-        attention = NormedAttention if config.qk_norm else Attention
-        self.attention = attention(config, index, dtype, make)
+        self.attention = attention_class(config)(config, index, dtype, make)
         self.mlp_norm = norm(config, dtype)
         self.mlp = (GatedMLP if config.gated_mlp else MLP)(config, index, make)
 
@@ -293,6 +335,38 @@ class OutputNormLayer(PreNormLayer):
         return self.mlp_output_norm(super()._through_mlp(normed))
 
 
+class OutputNormAloneLayer(OutputNormLayer):
+    """x + norm(attention(x)), then x + norm(mlp(x)): OLMo 2 and 3."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        self.attention_norm, self.mlp_norm = NoNorm(), NoNorm()
+
+    def fuse_norms(self) -> None:
+        """There are none in front of linears."""
+
+
+class ScaledOutputLayer(PreNormLayer):
+    """A pre-norm layer of which what attention and MLP add is multiplied by a number: Granite."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        self.output_scale = config.output_scale
+
+    def _attended(self, normed: Tensor | Int8Rows, step: Prefill | Decode) -> Tensor:
+        return self._scaled(super()._attended(normed, step))
+
+    def _through_mlp(self, normed: Tensor | Int8Rows) -> Tensor:
+        return self._scaled(super()._through_mlp(normed))
+
+    def _scaled(self, z: Tensor) -> Tensor:
+        return ops.on(z.device.type).scale(z, self.output_scale)
+
+
 class ParallelLayer(PreNormLayer):
     """x + attention(norm(x)) + mlp(norm(x)), each with a norm of its own: GPT-NeoX."""
 
@@ -351,5 +425,7 @@ def layer_class(config: ModelConfig) -> type[PreNormLayer]:
     if config.parallel_blocks:
         return ParallelLayer
     if config.output_norms:
-        return OutputNormLayer
+        return OutputNormLayer if config.input_norms else OutputNormAloneLayer
+    if config.output_scale != 1:
+        return ScaledOutputLayer
     return NormedResidualLayer if config.residual_after_norm else PreNormLayer

@@ -118,6 +118,18 @@ NORMS: dict[str, Callable[[ModelConfig, torch.dtype], Norm]] = {
 }
 
 
+class NoNorm(nn.Module):
+    """What stands where a layer has no norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def after_sum(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x + z, and the same once more."""
+        x = add(x, z)
+        return x, x
+
+
 class QKNorm(nn.Module):
     """Weights of the norms that each head's query and key have: (2 D,), of queries, of keys."""
 
@@ -130,3 +142,21 @@ class QKNorm(nn.Module):
     def forward(self, qkv: Tensor, heads: Sequence[int]) -> Tensor:
         options = (*heads[:2], self.eps, self.offset)
         return ops.on(qkv.device.type).qk_norm(qkv, self.weight, *options)
+
+
+class WideQKNorm(nn.Module):
+    """Weights of the norm of a token's queries, and of its keys, of all heads together.
+
+    Buffer: weight ((H + H_kv) D,).
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps, self.offset = config.norm_eps, config.norm_offset
+        self.columns = [n * config.head_dim for n in (config.num_heads, config.num_kv_heads)]
+        weight = torch.empty(sum(self.columns), dtype=dtype, device="meta")
+        self.register_buffer("weight", weight)
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        options = (*self.columns, self.eps, self.offset)
+        return ops.on(qkv.device.type).wide_qk_norm(qkv, self.weight, *options)

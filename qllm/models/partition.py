@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from qllm.layers import Linear
-from qllm.models.layer import Embedding, QuantizedEmbedding
+from qllm.models.layer import Embedding, QuantizedEmbedding, WideNormedAttention
 from qllm.parallel.group import Group
 from qllm.parallel.layers import (
     shard_attention,
@@ -52,7 +52,10 @@ def keep_shards(model: Decoder, group: Group, mode: str) -> None:
     model.kv_heads = len(heads.keys)
     for layer in model.layers:
         if layer.has_attention:
-            shard_attention(layer.attention, group, mode)
+            wide = isinstance(layer.attention, WideNormedAttention)
+            own = shard_attention(layer.attention, group, mode, gather=wide)
+            if isinstance(layer.attention, WideNormedAttention):
+                layer.attention.own = own
         if layer.has_mlp:
             shard_mlp(layer.mlp, group, mode)
     if isinstance(model.embed, Embedding):  # and no stage without it

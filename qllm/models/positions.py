@@ -32,6 +32,10 @@ class PositionEncoding(nn.Module):
     def kinds(self) -> tuple[PositionEncoding, ...]:
         return (self,)
 
+    def kind(self, layer: int) -> int | None:
+        """Which of `kinds` a layer has; None: its queries and keys stay as they are."""
+        return 0
+
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         """Add to the embeddings (N, hidden) of tokens at `positions` (N,)."""
         return x
@@ -110,6 +114,13 @@ class RotaryPositions(PositionEncoding):
     @property
     def kinds(self) -> tuple[RotaryPositions, ...]:
         return (self,) if self._of_windows is None else (self, self._of_windows)
+
+    def kind(self, layer: int) -> int | None:
+        config = self.config
+        if config.rope_layers and not config.rope_layers[layer]:
+            return None
+        windowed = bool(config.windows) and config.windows[layer] > 0
+        return int(windowed and self._of_windows is not None)
 
     @property
     def factors(self) -> Tensor:

@@ -12,6 +12,7 @@ from qllm.models.family import MAX_COUNT, RawConfig
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 # YaRN's ramp goes from pairs that turn so often to those that turn so often.
 BETA_FAST, BETA_SLOW = 32, 1
+KINDS_OF_LAYERS = ("full_attention", "sliding_attention")
 PARTIAL, ORIGINAL = "partial_rotary_factor", "original_max_position_embeddings"
 
 
@@ -72,6 +73,33 @@ def read_rope(
     if kind == "longrope":
         return _longrope(rope, theta, dim, factor, original, -(-(dim or head_dim) // 2))
     return _yarn(rope, theta, dim, factor, original)
+
+
+def read_ropes(
+    raw: RawConfig, trained: int, head_dim: int, thetas: tuple[float, float]
+) -> tuple[RopeConfig, RopeConfig]:
+    """RoPE of layers that see all tokens, and of those with a window, where each has its own.
+
+    Args:
+        thetas: their bases, where they do not name one.
+
+    Raises:
+        UserError: for values that cannot be.
+    """
+    ropes = raw.values.get("rope_parameters") or {}
+    if not isinstance(ropes, Mapping):
+        raise raw.error("rope_parameters", ropes, "an object")
+    # transformers 4 had one setting for layers that see all, and a base for the others.
+    old = raw.values.get("rope_scaling") or {}
+    found = []
+    for kind, theta, more in zip(KINDS_OF_LAYERS, thetas, (old, {}), strict=True):
+        own = ropes.get(kind) or {}
+        for value in (own, more):
+            if not isinstance(value, Mapping):
+                raise raw.error(f"the RoPE of {kind}", value, "an object")
+        values = {"rope_parameters": {"rope_theta": theta, **own, **more}}
+        found.append(read_rope(RawConfig(values, f"{raw.where}: {kind}"), trained, head_dim))
+    return found[0], found[1]
 
 
 def reach(rope: RopeConfig, trained: int) -> int:

@@ -81,7 +81,10 @@ class DecoderGraph:
             x = self._norm(x, "final_norm")
         if config.embed_size != config.hidden_size:
             x = self._linear(x, "project_out")
-        x = self._capped(self._head(x), config.logit_cap)
+        x = self._head(x)
+        if config.logit_divisor != 1:
+            x = g.op("Div", x, g.constant(config.logit_divisor, self.numpy))
+        x = self._capped(x, config.logit_cap)
         shape = g.op("Concat", self.shape, g.constant([config.vocab_size]), axis=0)
         g.op("Reshape", x, shape, output=LOGITS)
         return g.model(*self._ends())
@@ -209,9 +212,9 @@ class DecoderGraph:
         mask = g.op("And", g.op("Unsqueeze", mask, g.constant([1, 2])), causal)  # (B, 1, T, S)
         added = g.constant(0, self.numpy)
         if config.position == "rope":
-            kinds = RotaryPositions(config, torch.float32).kinds
-            self.cos_sin = [self._cos_sin(encoding) for encoding in kinds]
-            self.query_factors = self._query_factors(kinds[0])
+            self.rotary = RotaryPositions(config, torch.float32)
+            self.cos_sin = [self._cos_sin(encoding) for encoding in self.rotary.kinds]
+            self.query_factors = self._query_factors(self.rotary)
         else:
             positions = g.op("CumSum", "attention_mask", g.constant(1))
             positions = g.op(
@@ -303,12 +306,15 @@ class DecoderGraph:
             return self.graph.op("Add", z, x)
         for half, norm in ((self._attention, "attention_norm"), (self._mlp, "mlp_norm")):
             inner = x
-            if config.pre_norm:
+            if config.pre_norm and config.input_norms:
                 inner = self._norm(x, f"{name}.{norm}")
             residual = inner if config.residual_after_norm else x
             added = half(inner, index)
             if config.output_norms:
                 added = self._norm(added, f"{name}.{norm.replace('_norm', '_output_norm')}")
+            if config.output_scale != 1:
+                scale = self.graph.constant(config.output_scale, self.numpy)
+                added = self.graph.op("Mul", added, scale)
             x = self.graph.op("Add", residual, added)
             if not config.pre_norm:
                 x = self._norm(x, f"{name}.{norm}")
@@ -337,17 +343,19 @@ class DecoderGraph:
         g, config, name = self.graph, self.config, f"layers.{index}.attention"
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         qkv = self._linear(x, f"{name}.qkv")
+        if config.wide_qk_norm:
+            qkv = self._norm_all_heads(qkv, f"{name}.qk_norm")
         shape = g.op("Concat", self.shape, g.constant([heads + 2 * kv_heads, dim]), axis=0)
         qkv = g.op("Transpose", g.op("Reshape", qkv, shape), perm=[0, 2, 1, 3])
-        if config.qk_norm:
+        if config.qk_norm and not config.wide_qk_norm:
             qkv = self._norm_heads(qkv, f"{name}.qk_norm")
         scores_of = scores_of_layer(config, index)
-        windowed = scores_of.window > 0
-        if config.position == "rope":  # queries and keys are rotated at once
+        kind = self.rotary.kind(index) if config.position == "rope" else None
+        if kind is not None:  # queries and keys are rotated at once
             parts = g.constant([heads + kv_heads, kv_heads])
             qk, v = g.ops("Split", qkv, parts, outputs=["", ""], axis=1)
             parts = g.constant([heads, kv_heads])
-            q, k = g.ops("Split", self._rotate(qk, windowed), parts, outputs=["", ""], axis=1)
+            q, k = g.ops("Split", self._rotate(qk, kind), parts, outputs=["", ""], axis=1)
             if self.query_factors is not None:
                 q = g.op("Mul", q, self.query_factors)
         else:
@@ -387,6 +395,19 @@ class DecoderGraph:
         scale = g.weight(f"{name}.weight", weight.repeat_interleave(counts, dim=0))
         return g.op("Concat", g.op("Mul", self._root_mean_square(qk), scale), v, axis=1)
 
+    def _norm_all_heads(self, qkv: str, name: str) -> str:
+        """Norms of queries and keys of qkv (N, C), each of all heads together."""
+        g, config = self.graph, self.config
+        counts = [n * config.head_dim for n in (config.num_heads, config.num_kv_heads)]
+        parts = g.constant([*counts, counts[1]])
+        q, k, v = g.ops("Split", qkv, parts, outputs=["", "", ""], axis=1)
+        weights = (self._read(f"{name}.weight") + config.norm_offset).split(counts)
+        normed = [
+            g.op("Mul", self._root_mean_square(x), g.weight(f"{name}.{which}", each))
+            for x, which, each in zip((q, k), "qk", weights, strict=True)
+        ]
+        return g.op("Concat", *normed, v, axis=1)
+
     def _grouped(self, q: str, dim: int) -> str:
         return self._reshaped(q, self.graph.constant([0, self.config.num_kv_heads, -1, dim]))
 
@@ -396,10 +417,10 @@ class DecoderGraph:
             return x
         return self.graph.op("Reshape", x, shape)
 
-    def _rotate(self, x: str, windowed: bool) -> str:
-        """Turn the heads of a layer, windowed or not, x (B, H, T, D): pairs are D / 2 apart."""
+    def _rotate(self, x: str, kind: int) -> str:
+        """Turn the heads of a layer, x (B, H, T, D), by a kind of RoPE: pairs are D / 2 apart."""
         g = self.graph
-        cos, sin = self.cos_sin[-1 if windowed else 0]
+        cos, sin = self.cos_sin[kind]
         a, b = g.ops("Split", x, outputs=["", ""], axis=-1, num_outputs=2)
         rotated = g.op("Concat", g.op("Neg", b), a, axis=-1)
         return g.op("Add", g.op("Mul", x, cos), g.op("Mul", rotated, sin))

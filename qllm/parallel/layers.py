@@ -188,10 +188,18 @@ class MLPLike(Protocol):
     down: LinearOrShard
 
 
-def shard_attention(attention: AttentionLike, group: Group, mode: str = "exact") -> None:
+def shard_attention(
+    attention: AttentionLike, group: Group, mode: str = "exact", *, gather: bool = False
+) -> Tensor:
     """Shard an attention module: this rank keeps its heads, and exchanges with the others.
 
     Its key-value cache, slopes and rotations are then those of its own heads.
+
+    Args:
+        gather: `qkv` puts out the heads of all ranks, for what goes by all of them.
+
+    Returns:
+        the columns of all heads that are this rank's, int64.
     """
     count, kv_heads, _ = attention.heads
     qkv, out = attention.qkv, attention.out
@@ -201,10 +209,13 @@ def shard_attention(attention: AttentionLike, group: Group, mode: str = "exact")
     heads = shard_heads(count, kv_heads, group.size)
     both = attention_shardings(heads, head_dim, out.out_features, mode)
     widths = [len(h.queries) * head_dim for h in heads]
-    attention.qkv = shard_linear(qkv, group, both["qkv"], gather=False)
+    even = Sharding.evenly(0, qkv.out_features, group.size)
+    attention.qkv = shard_linear(qkv, group, even if gather else both["qkv"], gather=gather)
     attention.out = shard_linear(out, group, both["out"], inputs=widths)
     mine = heads[group.rank]
     attention.heads = [len(mine.queries), len(mine.keys), len(mine.keys)]
+    runs = both["qkv"].ranges[group.rank]
+    return torch.cat([torch.arange(run.start, run.stop, device="cpu") for run in runs])
 
 
 def shard_mlp(mlp: MLPLike, group: Group, mode: str = "exact") -> None:

@@ -25,6 +25,7 @@ from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import check_fits
 from qllm.models.layer import PreNormLayer, QuantizedEmbedding
+from qllm.models.logits import finish_logits
 from qllm.plan.resume import PartialTable
 from qllm.plan.sensitivity import Array, Sensitivity, draw_choices
 from qllm.progress import Meter, Note, silent, unseen
@@ -380,7 +381,11 @@ class _Run:
     def _logits(self, path: HiddenStates, head: Linear) -> Iterator[Tensor]:
         """Pieces of the logits of all judged tokens."""
         states = path.states.flatten(0, 1)
-        return logit_pieces(lambda x: head(self._last(x)), states, self.config.vocab_size)
+
+        def logits(x: Tensor) -> Tensor:
+            return finish_logits(self.config, head(self._last(x)))
+
+        return logit_pieces(logits, states, self.config.vocab_size)
 
     def _divergence(self, path: HiddenStates, head: Linear, expected: Sequence[Tensor]) -> float:
         """Mean Kullback-Leibler divergence from the float model, nats per token."""

@@ -92,7 +92,8 @@ def descend_last(
                 weight = token_sizes(wanted)[:, None].rsqrt_()
                 given = seen.pop() * weight
                 stats.add(given)
-                residuals += multiply(missing.mul_(weight).t(), given.t(), None)
+                missing.mul_(weight / layer.output_scale)
+                residuals += multiply(missing.t(), given.t(), None)
         finally:
             hook.remove()
     products = stats.hessian

@@ -26,6 +26,7 @@ from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
 from qllm.models.cache import Prefill
 from qllm.models.layer import QuantizedEmbedding
+from qllm.models.logits import finish_logits
 from qllm.models.norms import Norm
 from qllm.quant.algorithm import DistillOptions
 from qllm.quant.packing import group_width
@@ -189,7 +190,8 @@ class _Student:
     def head(self, x: Tensor, matrix: nn.Module) -> Tensor:
         """Logits (M, V) of states (M, C) behind the last layer, by one of the two heads."""
         model = self.model
-        return model.capped(matrix(model.project_out(model.final_norm(x))).float())
+        logits = matrix(model.project_out(model.final_norm(x)))
+        return finish_logits(model.config, logits, torch.float32)
 
     def states(self, samples: Sequence[Sequence[int]]) -> Tensor:
         """What is behind the last layer: (B T, C)."""

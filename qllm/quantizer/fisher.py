@@ -23,6 +23,7 @@ from qllm.config import LM_HEAD
 from qllm.folders import writing
 from qllm.models.cache import Prefill
 from qllm.models.layer import PreNormLayer
+from qllm.models.logits import finish_logits
 from qllm.quantizer.distill import LOGITS_AT_ONCE
 from qllm.quantizer.floats import BACK, FRONT, FloatModel
 from qllm.quantizer.hidden import TOKENS_PER_PASS, HiddenStates
@@ -173,7 +174,7 @@ class _Pass:
         for part in x.split(rows):
             end = part.detach().requires_grad_()
             with torch.enable_grad():
-                logits = model.capped(head(behind(end)).float())
+                logits = finish_logits(model.config, head(behind(end)), torch.float32)
             p = logits.detach().softmax(-1)
             drawn = draw_tokens(p, self.draw)
             logits.backward(p.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=p.dtype)))

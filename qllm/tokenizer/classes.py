@@ -217,8 +217,13 @@ DEFAULT_CLASS = {
     "qwen2_5_vl": QWEN2,
     "qwen3_vl": QWEN2,
     "gemma3": GEMMA,
+    "starcoder2": GPT2,
+    "granite": BACKEND,
+    "smollm3": BACKEND,
+    "olmo2": BACKEND,
+    "olmo3": BACKEND,
     None: BACKEND,
 }
 # Types whose files name classes that they are not of.
 MISTRALS = ("mistral", "ministral3", "mistral3")
-OWN_CLASS = (*MISTRALS, "phi3", "qwen2")
+OWN_CLASS = (*MISTRALS, "phi3", "qwen2", "granite", "olmo2", "olmo3")

@@ -6,7 +6,17 @@ import pytest
 import torch
 from conftest import FAMILIES
 from covering import each, slow_but
-from oracle import bundled, draw_prompts, our_bundled, prefill_logits, reference
+from oracle import (
+    assert_logits_close,
+    bundled,
+    draw_prompts,
+    load,
+    our_bundled,
+    prefill_logits,
+    pretrained,
+    reference,
+)
+from quantizing import VOCAB
 
 from qllm.evaluate.agreement import (
     DecoderReference,
@@ -91,6 +101,18 @@ def test_outputs_of_layers_are_those_of_transformers(family):
     for output, expected in zip(outputs[:-1], hidden[1:-1], strict=True):
         assert torch.equal(output, expected[0])
     assert [len(layer._forward_hooks) for layer in layers] == hooks
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["gemma2", "granite"])
+def test_logits_of_references_are_divided_and_capped(name, sources):
+    folder, prompts = sources(name), draw_prompts([9, 3], VOCAB)
+    model, ours = pretrained(folder), load(folder)
+    want = prefill_logits(model, prompts)
+    for found in (HuggingFaceModel(model, ours.config), DecoderReference(ours)):
+        hidden = found.hidden(prompts)
+        assert_logits_close(found.head()(hidden), want)
+        assert_logits_close(found.logits(hidden), want)
 
 
 def test_without_prompts_there_is_no_prefix():

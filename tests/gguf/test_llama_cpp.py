@@ -130,7 +130,13 @@ def test_the_same_tokens_of_what_is_written(tmp_path, family, kind):
     assert_same_tokens(path, NEAR[kind])
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "phi3", "gptneox", "gpt2"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("gemma2", "gemma3", "phi3", "gptneox", "gpt2"),
+        *("starcoder2", "granite", "smollm3", "olmo2", "olmo3"),
+    ],
+)
 def test_the_same_tokens_of_what_is_read(tmp_path, family):
     # llama.cpp chooses LongRoPE's factors by the size of the cache.
     options = {"long": False} if family == "phi3" else {}

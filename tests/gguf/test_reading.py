@@ -417,3 +417,15 @@ def test_what_a_token_is_called_ends_a_text_whatever_its_type(tmp_path, kind):
     ids = codec.encode("the<|im_end|>", None)
     assert ids[-1] == end and codec.decode(ids) == "the"
     assert types[end] == kind  # the file's own stay what they are
+
+
+def test_a_factor_of_attention_multiplies_yarn_s_own(tmp_path):
+    """As in llama.cpp, of files of OLMo 3 that say it."""
+    whole = read_gguf(write_model(tmp_path / "model.gguf", FAMILIES["olmo3"](), "F16"))
+    other = {"olmo2.rope.scaling.attn_factor": 1.3}
+    found = GGUF(whole.path, whole.metadata | other, whole.tensors)
+    before, after = (
+        read_config(RawConfig(gguf_config(each), "model.gguf")).rope.attention_factor
+        for each in (whole, found)
+    )
+    assert after == pytest.approx(1.3 * before)

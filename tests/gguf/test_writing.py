@@ -161,6 +161,8 @@ def test_what_gguf_has_not_is_one_line(tmp_path):
         ("gemma2", {"query_pre_attn_scalar": 9}, "score_scale 0.17.*, not 0.33"),
         ("gemma3", {"layer_types": ["full_attention", "sliding_attention"] * 3}, "windows"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_by_layer False, not True"),
+        ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1]}, r"rope_layers \(True, True, True, False"),
+        ("granite", {"hidden_act": "gelu"}, "activation 'silu', not 'gelu'"),
         ("phi3", {"hidden_act": "gelu"}, "activation 'silu', not 'gelu'"),
         ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE.*dynamic"),
         ("llama", {"rope_scaling": MSCALE}, r"rope\.attention_factor 1\.13\d+, not 1\.0"),

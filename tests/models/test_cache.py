@@ -14,6 +14,7 @@ from oracle import assert_logits_close, draw_prompts, load, our_bundled
 from quantizing import MODELS, VOCAB, saved
 
 from qllm.models.cache import KVCache
+from qllm.models.logits import finish_logits
 from qllm.ops import phase
 from qllm.ops.cpu import library
 
@@ -89,7 +90,7 @@ def test_a_cache_holds_the_same_however_its_tokens_came(family):
 def as_in_a_step(model, hidden: torch.Tensor) -> torch.Tensor:
     """Logits of hidden states as a step has them, which those of prompts' last tokens are."""
     with phase.decode():
-        return model.capped(model._head(hidden).float())
+        return finish_logits(model.config, model._head(hidden), torch.float32)
 
 
 @pytest.mark.parametrize(

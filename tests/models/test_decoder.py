@@ -30,12 +30,19 @@ from transformers import BloomConfig, LlamaConfig, OPTConfig, PretrainedConfig
 
 from qllm.errors import UserError
 from qllm.models import FAMILIES as MODEL_FAMILIES
-from qllm.models.cache import Decode, KVCache
+from qllm.models import Decoder
+from qllm.models.cache import Decode, KVCache, Prefill
+from qllm.models.logits import finish_logits
 from qllm.ops import phase
 from qllm.ops.capture import EagerStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HALVES = (torch.float16, torch.bfloat16)
+
+
+def prefill_step(model: Decoder, x: Tensor) -> Prefill:
+    """One of a text of as many tokens as x has rows."""
+    return Prefill([len(x)], None, model.positions, x)
 
 
 def check_random_model(config: PretrainedConfig, lengths: list[int], seed: int) -> None:
@@ -236,6 +243,21 @@ def test_prefill_is_hidden_states_and_the_head(family):
     cache = model.new_cache(2, 9)
     model.hidden(prompts, cache)
     assert cache.lengths == [5, 9]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_factors_round_as_in_transformers(dtype, sources):
+    """Granite's multiply as they are, Gemma's factor of embeddings as its type has it."""
+    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    granite, gemma = (load(sources(name), dtype=dtype) for name in ("granite", "gemma2"))
+    config, layer = granite.config, granite.layers[0]
+    step, normed = prefill_step(granite, x), layer.attention_norm(x)
+    plain = layer.attention(normed, step)
+    assert torch.equal(layer._attended(normed, step), plain * 0.22)
+    assert torch.equal(layer._through_mlp(normed), layer.mlp(normed) * 0.22)
+    assert torch.equal(granite.embed_scale(x), x * 3.0)
+    assert torch.equal(gemma.embed_scale(x), x * torch.tensor(48**0.5, dtype=dtype))
+    assert torch.equal(finish_logits(config, x, torch.float32), (x / 1.7).float())
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,9 @@ DIVIDED = {
     "ministral3": LINEARS,
     "phi3": LINEARS,
     "gpt_neox": (QKV, OUT, UP),
+    "granite": LINEARS,
+    # No norms in front of attention and MLP.
+    "olmo2": (OUT, DOWN),
     "gpt2": (QKV, OUT, UP),
 }
 PROMPTS = draw_prompts([7, 1, 12], VOCAB)

@@ -30,6 +30,11 @@ BASES |= {
     "mistral": {**BASES["llama"], "num_key_value_heads": 1},
     "gpt2": {**SIZES, "n_layer": 2, "n_head": 2},
     "qwen2": {**BASES["llama"], "num_key_value_heads": None},
+    "starcoder2": {**BASES["llama"], "num_key_value_heads": 1},
+    "granite": BASES["llama"],
+    "olmo2": {**BASES["llama"], "pad_token_id": None},
+    "olmo3": {**BASES["llama"], "pad_token_id": None},
+    "smollm3": {**BASES["llama"], "pad_token_id": None, "num_key_value_heads": None},
 }
 BASES["ministral3"] = {**BASES["mistral"], "head_dim": 16, "pad_token_id": None}
 LINEAR = {"type": "linear", "factor": 4.0}
@@ -200,6 +205,35 @@ MINISTRAL3 = {
         "layer_types": ["full_attention", "full_attention"],
     },
 }
+STARCODER2 = {
+    "a window, whatever layers are said to be": {
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "full_attention"],
+    },
+    "no word of a window, and theta outside": {"rope_theta": 500.0, "use_bias": False},
+}
+GRANITE = {
+    "no word of factors": {"num_key_value_heads": None},
+    "whole numbers": {"embedding_multiplier": 3, "logits_scaling": 2, "rope_scaling": LINEAR},
+}
+SMOLLM3 = {
+    "every other layer, and a window that is not used": {
+        "no_rope_layer_interval": 2,
+        "sliding_window": 4,
+    },
+    "layers by name, and a window where there is no RoPE": {
+        "no_rope_layers": [0, 1, 1],
+        "no_rope_layer_interval": 2,
+        "sliding_window": 4,
+        "use_sliding_window": True,
+    },
+    "types of layers, whatever is said of using them": {
+        "no_rope_layers": [0, 1],
+        "sliding_window": 4,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "theta outside": {"rope_theta": 500.0},
+}
 GEMMA2 = {
     "no word of caps, and windows in every other layer": {"sliding_window": 4},
     "no caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
@@ -218,6 +252,21 @@ GEMMA3_TEXT = {
         },
     },
 }
+OLMO2 = {"no word of heads": {"num_key_value_heads": None}, "old scaling": {"rope_scaling": YARN}}
+OLMO3 = {
+    "bases and scaling of old": {
+        "sliding_window": 4,
+        "rope_theta": 500.0,
+        "rope_scaling": {**YARN, ORIGINAL: 8, "attention_factor": 1.2},
+    },
+    "no word of layers": {"num_hidden_layers": 5, "sliding_window": 4},
+    "layers by name": GEMMA3_TEXT["layers by name"],
+    "no windows": {"layer_types": ["full_attention", "full_attention"], "rope_theta": 500.0},
+    "one setting for all, which nobody reads": {
+        "sliding_window": 4,
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 77.0},
+    },
+}
 TABLE = {
     "mistral": MISTRAL,
     "ministral3": MINISTRAL3,
@@ -230,6 +279,11 @@ TABLE = {
     "gpt_neox": GPT_NEOX,
     "gpt2": GPT2,
     "qwen2": QWEN2,
+    "starcoder2": STARCODER2,
+    "granite": GRANITE,
+    "smollm3": SMOLLM3,
+    "olmo2": OLMO2,
+    "olmo3": OLMO3,
 }
 CASES = [(family, name) for family, cases in TABLE.items() for name in cases]
 

@@ -10,6 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from oracle import draw_prompts
+from quantizing import VOCAB
 
 from qllm.checkpoint.load import load_model
 from qllm.checkpoint.reader import read_raw_config
@@ -68,6 +70,14 @@ def test_divergences_are_those_of_the_models(measured):
         assert found.alone[index] == pytest.approx(divergence(job, outputs, only), rel=0.02)
     mixed = {name: candidates[c] for name, c in zip(names, found.choices[0], strict=True)}
     assert found.divergences[0] == pytest.approx(divergence(job, outputs, mixed), rel=0.02)
+
+
+def test_divergences_are_of_logits_as_the_model_divides_them(sources):
+    texts = draw_prompts([24, 24], VOCAB), draw_prompts([24, 24], VOCAB, seed=1)
+    job = Job(sources("granite"), parse_candidates("3,8", "16", "asym", QuantSpec()), *texts)
+    found = measure(replace(job, plans=1))
+    only = {found.modules[0]: found.candidates[found.probe]}
+    assert found.alone[0] == pytest.approx(divergence(job, outputs_of(job), only), rel=0.02)
 
 
 def test_fewer_bits_err_more(measured):

@@ -54,6 +54,25 @@ def qk_norm(
     return _norm(rows, weight, None, eps, offset, centered=False, runs=runs).view(qkv.shape)
 
 
+def wide_qk_norm(
+    qkv: Tensor, weight: Tensor, queries: int, keys: int, eps: float, offset: float = 0.0
+) -> Tensor:
+    """`reference.wide_qk_norm`."""
+    qkv, weight = qkv.contiguous(), weight.to(qkv.dtype).contiguous()
+    y, width = torch.empty_like(qkv), qkv.shape[1]
+    values = width - queries - keys
+    as_it_is = (1, 0, 0)  # runs of one row, which stays
+    first = 0
+    for columns, runs in ((queries, (0, 0, 0)), (keys, (0, 0, 0)), (values, as_it_is)):
+        of_part = slice(first, first + columns)
+        parts = (qkv[:, of_part], None if first >= len(weight) else weight[of_part], None)
+        tensors = (*parts, y[:, of_part])
+        shape = (len(qkv), columns, width, False, TYPES[qkv.dtype], eps, offset, *runs)
+        library.run("norm", Norm(*shape, *map(pointer, tensors)), *tensors)
+        first += columns
+    return y
+
+
 def _norm(
     x: Tensor,
     weight: Tensor | None,
@@ -67,7 +86,7 @@ def _norm(
     x = x.contiguous()
     y = torch.empty_like(x)
     tensors = (x, like(x, weight), like(x, bias), y)
-    shape = (*x.shape, centered, TYPES[x.dtype], eps, offset, *runs)
+    shape = (*x.shape, x.shape[1], centered, TYPES[x.dtype], eps, offset, *runs)
     library.run("norm", Norm(*shape, *map(pointer, tensors)), *tensors)
     return y
 

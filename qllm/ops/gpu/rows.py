@@ -80,6 +80,18 @@ def qk_norm(
     return _run(rows, None, RMS_NORM, weight, None, eps, None, offset, runs)[1].view(qkv.shape)
 
 
+def wide_qk_norm(
+    qkv: Tensor, weight: Tensor, queries: int, keys: int, eps: float, offset: float = 0.0
+) -> Tensor:
+    """`reference.wide_qk_norm`."""
+    q, k, v = qkv.tensor_split([queries, queries + keys], dim=1)
+    normed = [
+        _run(part, None, RMS_NORM, each, None, eps, None, offset)[1]
+        for part, each in zip((q, k), weight.split([queries, keys]), strict=True)
+    ]
+    return torch.cat([*normed, v], dim=1)
+
+
 def layer_norm_int8(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, input_scale: Tensor | None
 ) -> Int8Rows:

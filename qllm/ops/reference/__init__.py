@@ -44,6 +44,7 @@ from qllm.ops.reference.rows import (
     rms_norm_int8,
     scale,
     scale_rows,
+    wide_qk_norm,
 )
 
 __all__ = [
@@ -84,4 +85,5 @@ __all__ = [
     "step_rounding",
     "weight_only_linear",
     "weight_only_linear_int8",
+    "wide_qk_norm",
 ]

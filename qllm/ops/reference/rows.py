@@ -65,6 +65,24 @@ def qk_norm(
     return torch.cat([*normed, parts[2]], dim=1).view(qkv.shape)
 
 
+def wide_qk_norm(
+    qkv: Tensor, weight: Tensor, queries: int, keys: int, eps: float, offset: float = 0.0
+) -> Tensor:
+    """`rms_norm` of all queries together, and of all keys, the values left as they are.
+
+    Args:
+        qkv: (N, C), whose columns are those of the queries, of the keys, and of the values.
+        weight: (queries + keys,).
+        queries, keys: how many columns they have.
+
+    Returns:
+        as qkv.
+    """
+    q, k, v = qkv.tensor_split([queries, queries + keys], dim=1)
+    parts = zip((q, k), weight.split([queries, keys]), strict=True)
+    return torch.cat([*(rms_norm(part, each, eps, offset) for part, each in parts), v], dim=1)
+
+
 def layer_norm_int8(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, input_scale: Tensor | None
 ) -> Int8Rows:

@@ -128,7 +128,7 @@ struct Activate {  // y (rows, channels) = f(x), or f(x) z where x is [x; z] (ro
 };
 
 struct Norm {  // of each row of x (rows, channels); `centered`: less its mean
-    int64_t rows, channels, centered, type;
+    int64_t rows, channels, stride, centered, type;  // stride: of x and y, from one row to the next
     double eps, offset;             // offset is added to the weight
     // Rows come in runs of `run`, of which the first `first` take the weight's first row, the next
     // `second` its second one, and the rest stay as they are; 0: all take the one row there is.

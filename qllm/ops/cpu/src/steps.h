@@ -70,7 +70,7 @@ template <typename Part> VF sum_in_pairs(int64_t start, int64_t end, const Part 
 }
 
 template <int64_t TYPE> void norm_row(const Norm &a, int64_t row) {
-    const int64_t first = row * a.channels;
+    const int64_t first = row * a.stride;
     const int64_t row_in_run = a.run ? row % a.run : 0;
     const int64_t weight = a.run && row_in_run >= a.first ? a.channels : 0;
     if (a.run && row_in_run >= a.first + a.second) {
