@@ -308,7 +308,7 @@ def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
     if architecture in ("qwen3", "gemma2", "gemma3"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-    if getattr(config, "layer_types", None) and config.model_type != "smollm3":
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         writer.add_sliding_window(config.sliding_window)
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
