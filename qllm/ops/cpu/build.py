@@ -70,6 +70,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "scalar": ("-O2",),  # -O3 compiles twice as long, for code that few machines run
     "avx512": _AVX512,
     "avx2int8": _AVX2,
+    "avx2int8halves": _AVX2,
     "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
     "avx512bf16": (*_AVX512, "-mavx512bf16"),
 }

@@ -44,7 +44,7 @@ PATHS = {
     "avx512bf16": Isa("AVX-512 VNNI and BF16", _BF16, ("avx512bf16", *_AVX512_UNITS)),
     "avx512": Isa("AVX-512 VNNI", _AVX512, _AVX512_UNITS),
     "avxvnni": Isa("AVX-VNNI", _AVX2 | {"avx_vnni"}, ("avxvnni", "avxvnnilinear", "avxvnnihalves")),
-    "avx2": Isa("AVX2", _AVX2, ("avx2", "avx2linear", "avx2halves", "avx2int8")),
+    "avx2": Isa("AVX2", _AVX2, ("avx2", "avx2linear", "avx2halves", "avx2int8", "avx2int8halves")),
     "scalar": Isa("no vector instructions", frozenset(), ("scalar",)),
 }
 

@@ -49,6 +49,7 @@ HAS = {
     "scalar": (),
     "avx2": MACROS[:4],
     "avx2int8": MACROS[:4],
+    "avx2int8halves": MACROS[:4],
     "avx2linear": MACROS[:4],
     "avxvnni": MACROS[:5],
     "avx512": (*MACROS[:4], *MACROS[5:10]),

@@ -37,6 +37,7 @@ struct Block {
     int64_t input, inputs;  // the first input, and how many there are
     int64_t step, steps;    // the same in steps, of whole K blocks or of half a one
     int64_t group;
+    int64_t begin, row_bytes;  // in `Activations::q`: the first row's place, and bytes of each
 };
 
 // Rows of all tiles but the last, whose rows are a multiple of `step`: those that are not there are
@@ -50,19 +51,20 @@ struct Activations {
     int64_t rows, blocks, k_blocks;
     int64_t held_rows;            // and those that fill the last tile
     int64_t tile_rows;            // rows of all tiles but the last
-    int64_t planes, input_bytes;  // that an input of a row takes
+    int64_t planes;
     bool words;                   // two planes as int16
     Block *block;      // (blocks,)
     int8_t *q;         // block after block, in it tile after tile
     float *scale;      // (blocks, held_rows)
     int32_t *sum;      // (blocks, held_rows): of the first two planes together
     int32_t *low_sum;  // (blocks, held_rows): of the third and fourth
+    float *scaled_sum; // (blocks, held_rows): of all planes, times the scale, where blocks have one
     int32_t *pairs;    // (blocks, held_rows): of the products of neighbours, where `words`
     uint8_t *fallback; // (rows,): left to float arithmetic
     char *own;         // (threads, OWN_BYTES)
 
     int8_t *tile(const Block &b, int64_t row) const {
-        return q + (b.step * held_rows + row * b.steps) * STEP * input_bytes;
+        return q + b.begin + row * b.row_bytes;
     }
 };
 
@@ -167,10 +169,14 @@ void quantize(const Linear &a, const Activations &x, int64_t row, int64_t b, int
             if (!x.words) put<P>(tile, rows, row - tile_row, i / STEP, block.steps, bytes);
     }
     int64_t at = b * x.held_rows + row;
-    if (is_scaled(a)) x.scale[at] = scale;  // else one for all blocks, which is there
     x.sum[at] = sum_of_i(sum);
     if (x.words) x.pairs[at] = sum_of_i(pairs);
     if (P == 4) x.low_sum[at] = sum_of_i(low_sum);
+    if (!is_scaled(a)) return;  // there is one scale for all blocks
+    float whole = float(x.sum[at]);
+    if (P == 4) whole = whole * 65536 + float(x.low_sum[at]);
+    x.scale[at] = scale;
+    x.scaled_sum[at] = whole * scale;
 }
 
 // Of a row of a block, which is too short a run for the machine to see it coming.
@@ -211,6 +217,7 @@ static void point_at(Operands &o, const Activations &x, int64_t b, int64_t row) 
     o.x_scale = x.scale + at;
     o.sum = x.sum + at;
     o.low_sum = x.low_sum + at;
+    o.scaled_sum = x.scaled_sum + at;
     o.x_pairs = x.pairs + at;
 }
 
@@ -222,7 +229,6 @@ bool prepare(Activations &x, const Linear &a, int64_t rows, const TileShape &sha
     x.tile_rows = shape.rows;
     x.planes = P;
     x.words = shape.words;
-    x.input_bytes = INPUT_BYTES<P>;
     x.k_blocks = row_k_blocks(a.in, a.group);
     x.blocks = 0;
     const int64_t max_k_blocks = is_scaled(a) ? MAX_K_BLOCKS : UNSCALED_K_BLOCKS;
@@ -233,15 +239,16 @@ bool prepare(Activations &x, const Linear &a, int64_t rows, const TileShape &sha
                        max_blocks * rows * 4,
                        max_blocks * rows * 4,
                        max_blocks * rows * 4,
+                       max_blocks * rows * 4,
                        x.words ? max_blocks * rows * 4 : 0,
                        rows,
                        max_threads() * OWN_BYTES};
-    char *parts[8];
+    char *parts[9];
     int64_t total = 0;
     for (int64_t size : sizes) total += (size + 63) / 64 * 64;
     char *memory = static_cast<char *>(scratch(total));
     if (!memory) return false;
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 9; i++) {
         parts[i] = memory;
         memory += (sizes[i] + 63) / 64 * 64;
     }
@@ -250,16 +257,19 @@ bool prepare(Activations &x, const Linear &a, int64_t rows, const TileShape &sha
     x.scale = reinterpret_cast<float *>(parts[2]);
     x.sum = reinterpret_cast<int32_t *>(parts[3]);
     x.low_sum = reinterpret_cast<int32_t *>(parts[4]);
-    x.pairs = reinterpret_cast<int32_t *>(parts[5]);
-    x.fallback = reinterpret_cast<uint8_t *>(parts[6]);
-    x.own = parts[7];
+    x.scaled_sum = reinterpret_cast<float *>(parts[5]);
+    x.pairs = reinterpret_cast<int32_t *>(parts[6]);
+    x.fallback = reinterpret_cast<uint8_t *>(parts[7]);
+    x.own = parts[8];
     const int64_t filled = a.group == HALF_K_BLOCK ? HALF_K_BLOCK : K_BLOCK;
     for (int64_t start = 0, step = 0, group = 0; start < a.in; start += a.group, group++) {
         int64_t end = smaller(a.in, start + a.group);
         for (int64_t input = start; input < end; input += max_k_blocks * K_BLOCK) {
             int64_t inputs = smaller(max_k_blocks * K_BLOCK, end - input);
             const int64_t steps = (inputs + filled - 1) / filled * filled / STEP;
-            x.block[x.blocks++] = {input, inputs, step, steps, group};
+            const int64_t bytes = STEP * INPUT_BYTES<P>;
+            const int64_t begin = step * bytes * rows, row_bytes = steps * bytes;
+            x.block[x.blocks++] = {input, inputs, step, steps, group, begin, row_bytes};
             step += steps;
         }
     }

@@ -79,8 +79,8 @@ static bool products_are_right(int64_t steps) {
         Tiles tiles(sums);
         Linear a = {};
         a.bits = 8;
-        Operands o = {w, panel_bytes, scales, zeros, x, steps, false, scales, zeros, zeros,
-                      reinterpret_cast<float *>(out)};
+        Operands o = {w, panel_bytes, scales, zeros, 0, x, steps, false, scales, zeros, zeros,
+                      scales, reinterpret_cast<float *>(out)};
         tiles.begin(o, a, w, PANELS, steps);
         tiles.multiply<1>(o, R, PANELS);
         tiles.end<1>();

@@ -14,8 +14,8 @@ namespace qllm {
 namespace {
 
 Status linear(const Linear &a) {
-    if (a.group == HALF_K_BLOCK) return avx2_halves(a);
     const bool fits = a.mode == WEIGHT_ONLY_INT8 && a.bits <= SHORT_SUM_BITS;
+    if (a.group == HALF_K_BLOCK) return fits ? avx2_int8_halves(a) : avx2_halves(a);
     return fits ? avx2_int8_linear(a) : avx2_linear(a);
 }
 

@@ -79,15 +79,16 @@ __attribute__((noinline)) void gemv(const Linear &a, const Activations &x, int64
     const int64_t size = x.k_blocks * 64 * BITS;
     const int64_t stride = panels < N ? 0 : size;  // one in place of N: the same again, for nothing
     const uint8_t *q = a.q + panel * size, *end = q + size;
-    int64_t group = -1;
-    Operands o = grid.operands(a);
-    o.out = out;
+    Operands o = operands_of(a, out);
+    grid.end = 0;  // what it has is of other panels
     constexpr int CACHE = 3 * S > BITS ? 2 : 1;  // fewer operands take less time than memory
     constexpr int64_t AWAY = AHEAD<CACHE>;
-    constexpr int V = N * VECTORS, SETS = WIDENS || S * V > 4 ? 1 : S * V > 2 ? 2 : 4;
+    constexpr int V = N * VECTORS;
+    constexpr int SETS = WIDENS || OPERAND_BYTES == 2 || S * V > 4 ? 1 : S * V > 2 ? 2 : 4;
     for (int64_t b = 0; b < x.blocks; b++) {
-        if (x.block[b].group != group)
-            grid.load(a, panel, N, group = x.block[b].group, stride ? 1 : 0);
+        const int64_t group = x.block[b].group;
+        if (group >= grid.end) grid.load(a, panel, N, group, Grid::ROOM / N, stride ? 1 : 0);
+        grid.point(o, a, group, N);
         point_at(o, x, b, row);
         Sums<S, V> sums[SETS];
         for (auto &set : sums) set.clear();
@@ -161,12 +162,13 @@ __attribute__((noinline)) void gemv_words(const Linear &a, const Activations &x,
                         set_words(int16_t(1 << (a.bits - 1)))};
     const int64_t size = x.k_blocks * 64 * BITS, stride = panels < 2 ? 0 : size;
     const uint8_t *q = a.q + panel * size, *end = q + size;
-    int64_t group = -1;
-    Operands o = grid.operands(a);
-    o.out = out;
+    Operands o = operands_of(a, out);
+    grid.end = 0;  // what it has is of other panels
     for (int64_t b = 0; b < x.blocks; b++) {
-        if (x.block[b].group != group)
-            grid.load(a, panel, 2, group = x.block[b].group, stride ? 1 : 0, CENTERED<KIND>);
+        const int64_t group = x.block[b].group;
+        if (group >= grid.end)
+            grid.load(a, panel, 2, group, Grid::ROOM / 2, stride ? 1 : 0, CENTERED<KIND>);
+        grid.point(o, a, group, 2);
         point_at(o, x, b, row);
         Sums<R, 2> sums;
         sums.clear();
@@ -197,7 +199,7 @@ __attribute__((noinline)) void gemv_words(const Linear &a, const Activations &x,
         alignas(64) int32_t w_pairs[2 * LANES];
         for (int n = 0; n < 2; n++) store_i(w_pairs + n * LANES, pairs[n]);
         o.w_pairs = w_pairs;
-        sums.template finish_words<EVERY>(o, 0);
+        sums.template finish_words<EVERY, CENTERED<KIND>>(o, 0);
     }
 }
 #endif

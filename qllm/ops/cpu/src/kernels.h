@@ -299,6 +299,7 @@ QLLM_PATH scalar_path, avx2_path, avxvnni_path, avx512_path, avx512bf16_path, am
 // full after every step.
 constexpr int SHORT_SUM_BITS = 6;
 extern Status (*const avx2_int8_linear)(const Linear &);
+extern Status (*const avx2_int8_halves)(const Linear &);
 extern Status (*const avx2_linear)(const Linear &);
 extern Status (*const avx2_halves)(const Linear &);
 extern Status (*const avxvnni_linear)(const Linear &);

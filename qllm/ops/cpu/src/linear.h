@@ -62,7 +62,8 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
     alignas(64) int32_t pairs[GROUP_LANES];
     constexpr int64_t unpacked = K_BLOCK * LANES * (IN_WORDS<P> ? 2 : 1);
     for (int64_t row = 0; row < x.rows; row += CHUNK_ROWS) {
-        int64_t rows = smaller(CHUNK_ROWS, x.rows - row), group = -1;
+        const int64_t rows = smaller(CHUNK_ROWS, x.rows - row);
+        grid.end = 0;  // what it has is of the last groups
         for (int64_t i = 0; i < rows * GROUP_LANES; i += WIDTH) store_f(sums + i, set_f(0));
         for (int64_t b = 0; b < x.blocks; b++) {
             const Block &block = x.block[b];
@@ -70,15 +71,15 @@ void multiply_group(const Linear &a, const Activations &x, int64_t first, int64_
             const int64_t k_block = block.step / STEPS, half = block.step % STEPS;
             const int64_t k_blocks = (block.steps + STEPS - 1) / STEPS;
             uint8_t *w = bytes + (IN_WORDS<P> ? 0 : half * LANES * STEP);
-            Operands o = grid.operands(a);
+            if (block.group >= grid.end)
+                grid.load(a, panel, panels, block.group, Grid::ROOM / GROUP_PANELS, 1, IN_WORDS<P>);
+            Operands o = operands_of(a, nullptr);
+            grid.point(o, a, block.group, panels);
             o.w = w;
             o.w_stride = k_blocks * unpacked;
             o.widen = steps_to_widen(a.bits);
-            if (block.group != group)
-                grid.load(a, panel, panels, group = block.group, 1, IN_WORDS<P>);
             if constexpr (IN_WORDS<P>) {
                 o.w_pairs = pairs;
-                if (!a.zeros) o.zeros = nullptr;
                 for (int32_t &sum : pairs) sum = 0;
             }
             for (int64_t p = 0; p < panels; p++) {

@@ -37,13 +37,15 @@ struct Operands {
     const uint8_t *w;      // panels w_stride bytes apart, 64 bytes per step
     int64_t w_stride;
     const float *scales;   // (panels, LANES)
-    const int32_t *zeros;  // (panels, LANES); null where int16 weights have none
+    const int32_t *zeros;  // (panels, LANES); null where all of them are `middle`
+    int32_t middle;
     const int8_t *x;       // the tile's, as `tile_offset` says
     int64_t steps;
     bool scaled;              // blocks have scales; without, their sums stay integers (one plane)
     const float *x_scale;     // (rows,)
     const int32_t *sum;       // (rows,): of the first two planes together
     const int32_t *low_sum;   // (rows,): of the third and fourth
+    const float *scaled_sum;  // (rows,): of all planes, times x_scale: what offsets multiply
     float *out;               // (rows, GROUP_LANES), added to; int32 where not scaled
     int64_t widen = STEPS;    // steps after which sums widen, a power of two
     const float *offsets = nullptr;  // (panels, LANES), added to each weight, or null
@@ -78,27 +80,17 @@ template <bool PAIR> INLINE inline VF add_slots(VF sum, VF a, VF b) {
 // Two planes as one integer.
 inline VI pair(VI high, VI low) { return add_i(shift_left<8>(high), low); }
 
-// Adds a row's result to those of the blocks before it; `low` is of the third and fourth plane.
-template <int P>
-INLINE inline void add_scaled(float *out, VI high, VI low, float x_scale, VF scale) {
+// A row's results of the blocks before this one, and its own; `low` is of the third and fourth plane.
+template <int P> INLINE inline VF add_scaled(VF out, VI high, VI low, float x_scale, VF scale) {
     VF value = to_float(high);
     if constexpr (P == 4) value = fma_f(value, set_f(65536), to_float(low));
-    value = mul_f(value, set_f(x_scale));
-    store_f(out, fma_f(value, scale, load_f(out)));
+    return fma_f(mul_f(value, set_f(x_scale)), scale, out);
 }
 
 // The same where blocks have no scales: integers.
 INLINE inline void add_whole(float *out, VI sum) {
     int32_t *whole = reinterpret_cast<int32_t *>(out);
     store_i(whole, add_i(load_i(whole), sum));
-}
-
-// Adds what the offsets of a block's weights make of a row's activations, whose sums these are.
-template <int P>
-INLINE inline void add_offset(float *out, int32_t sum, int32_t low_sum, float x_scale, VF offset) {
-    float whole = float(sum);
-    if constexpr (P == 4) whole = whole * 65536 + float(low_sum);
-    store_f(out, fma_f(set_f(whole * x_scale), offset, load_f(out)));
 }
 
 }  // namespace

@@ -67,45 +67,91 @@ static void multiply_fallback_row(const Linear &a, int64_t row, int64_t panel, i
     }
 }
 
-// The scales and zeros, or offsets, of a group of inputs, for some panels, `step` apart.
-struct Grid {
-    alignas(64) float scales[GROUP_LANES];
-    alignas(64) int32_t zeros[GROUP_LANES];
-    alignas(64) float offsets[GROUP_LANES];
+// What a tile's products take, but for the block.
+inline Operands operands_of(const Linear &a, float *out) {
+    Operands o;
+    o.scaled = is_scaled(a);
+    o.out = out;
+    return o;
+}
 
-    // What a tile's products take of them.
-    Operands operands(const Linear &a) const {
-        Operands o;
-        o.scales = scales;
-        o.zeros = zeros;
-        o.offsets = a.offsets ? offsets : nullptr;
-        o.scaled = is_scaled(a);
-        return o;
+// Numbers of a run of groups of a panel, which are loaded to places `width` numbers apart.
+struct Numbers {
+    int64_t type, group_size, groups, panel, begin, count;
+
+    void load(const void *from, float *to, int64_t width) const {
+        if (type == FLOAT16) return load_plain<FLOAT16>(from, to, width);
+        if (type == BFLOAT16) return load_plain<BFLOAT16>(from, to, width);
+        if (type == FLOAT32) return load_plain<FLOAT32>(from, to, width);
+        const Factors factors(from, group_size, groups, panel);
+        for (int64_t g = begin; g < begin + count; g++, to += width)
+            for (int64_t lane = 0; lane < LANES; lane += WIDTH)
+                store_f(to + lane, factors.at(g, lane));
     }
 
-    // Of weights of which the middle is taken off their zeros are, too.
-    INLINE void load(const Linear &a, int64_t panel, int64_t panels, int64_t group,
-                     int64_t step = 1, bool centered = false) {
-        int64_t groups = (a.in + a.group - 1) / a.group;
+    // Zeros less `base`.
+    void load_zeros(const uint8_t *from, int32_t base, int32_t *to, int64_t width) const {
+        from += (panel * groups + begin) * LANES;
+        for (int64_t g = 0; g < count; g++, from += LANES, to += width)
+            for (int64_t lane = 0; lane < LANES; lane += WIDTH)
+                store_i(to + lane, sub_i(load_bytes(from + lane), set_i(base)));
+    }
+
+private:
+    template <int64_t TYPE>
+    INLINE void load_plain(const void *from, float *to, int64_t width) const {
+        const int64_t at = (panel * groups + begin) * LANES;
+        for (int64_t g = 0; g < count; g++, to += width)
+            for (int64_t lane = 0; lane < LANES; lane += WIDTH)
+                store_f(to + lane, load_all<TYPE>(from, at + g * LANES + lane));
+    }
+};
+
+// The scales and zeros, or offsets, of some groups of inputs and panels, as tiles take them. They are
+// made for a run of groups at once: group by group, finding where they lie takes longer than making
+// them, and, where groups are small, about as long as the products.
+struct Grid {
+    static constexpr int64_t ROOM = 32;  // for groups times panels
+    int64_t begin = 0, end = 0;  // the groups
+    int32_t middle = 0;          // their zeros where the weight has none
+    alignas(64) float scales[ROOM * LANES];
+    alignas(64) int32_t zeros[ROOM * LANES];  // where it has some
+    alignas(64) float offsets[ROOM * LANES];
+
+    // Lets products take a group's, of so many panels.
+    INLINE void point(Operands &o, const Linear &a, int64_t group, int64_t panels) const {
+        const int64_t at = (group - begin) * panels * LANES;
+        o.scales = scales + at;
+        o.zeros = a.zeros ? zeros + at : nullptr;
+        o.middle = middle;
+        o.offsets = a.offsets ? offsets + at : nullptr;
+    }
+
+    // Those of up to `count` groups from `group` on, of panels `step` apart. Of weights of which the
+    // middle is taken off their zeros are, too.
+    __attribute__((noinline)) void load(const Linear &a, int64_t panel, int64_t panels,
+                                        int64_t group, int64_t count, int64_t step = 1,
+                                        bool centered = false) {
+        const int64_t groups = (a.in + a.group - 1) / a.group;
+        count = smaller(count, groups - group);
+        const int64_t width = panels * LANES;  // of a group
+        begin = group;
+        end = group + count;
+        const int32_t half = 1 << (a.bits - 1);
+        middle = centered ? 0 : half;
         for (int64_t p = 0; p < panels; p++) {
-            int64_t from = ((panel + p * step) * groups + group) * LANES, to = p * LANES;
-            const auto numbers = [&](const void *of_groups, int64_t lane) INLINE {
-                return scales_at(of_groups, a.scale_type, a.group, groups, panel + p * step, group,
-                                 lane);
-            };
-            for (int64_t lane = 0; lane < LANES; lane += WIDTH) {
-                VF scale = numbers(a.scales, lane);
-                store_f(scales + to + lane, scale);
-                if (a.offsets) {  // on integers without their middle, whose sums are smaller
-                    VF offset = numbers(a.offsets, lane);
-                    VF middle = set_f(float(1 << (a.bits - 1)));
-                    store_f(offsets + to + lane, fma_f(scale, middle, offset));
-                }
-                const VI middle = set_i(1 << (a.bits - 1));
-                VI zero = a.zeros ? load_bytes(a.zeros + from + lane) : middle;
-                if (centered) zero = sub_i(zero, middle);
-                store_i(zeros + to + lane, zero);
+            const Numbers numbers = {a.scale_type, a.group, groups, panel + p * step, group, count};
+            float *own_scales = scales + p * LANES, *own_offsets = offsets + p * LANES;
+            numbers.load(a.scales, own_scales, width);
+            if (a.offsets) {  // on integers without their middle, whose sums are smaller
+                numbers.load(a.offsets, own_offsets, width);
+                const VF whole = set_f(float(half));
+                for (int64_t i = 0; i < count * width; i += width)
+                    for (int64_t lane = i; lane < i + LANES; lane += WIDTH)
+                        store_f(own_offsets + lane, fma_f(load_f(own_scales + lane), whole,
+                                                          load_f(own_offsets + lane)));
             }
+            if (a.zeros) numbers.load_zeros(a.zeros, half - middle, zeros + p * LANES, width);
         }
     }
 };

@@ -19,17 +19,33 @@ constexpr int32_t MIDDLE = 128;  // of the bytes that are integers with signs
 // Of FACTORED scales: how many groups share a factor, as a power of two.
 inline int64_t factored_shift(int64_t group) { return group == HALF_K_BLOCK ? 4 : 3; }
 
+// Those of a panel that are FACTORED.
+struct Factors {
+    const uint8_t *from;
+    int64_t shift;
+
+    INLINE inline Factors(const void *scales, int64_t group_size, int64_t groups, int64_t panel)
+        : shift(factored_shift(group_size)) {
+        const int64_t parts = (groups + (int64_t(1) << shift) - 1) >> shift;
+        from = static_cast<const uint8_t *>(scales) + panel * parts * part_bytes();
+    }
+    int64_t part_bytes() const { return LANES * (4 + (int64_t(1) << shift)); }
+
+    // A vector of a group's, from `lane` on.
+    INLINE inline VF at(int64_t group, int64_t lane) const {
+        const uint8_t *part = from + (group >> shift) * part_bytes();
+        const int64_t within = group & ((int64_t(1) << shift) - 1);
+        const VI whole = load_bytes(part + LANES * (4 + within) + lane);
+        const VF factor = load_f(reinterpret_cast<const float *>(part) + lane);
+        return mul_f(to_float(sub_i(whole, set_i(MIDDLE))), factor);
+    }
+};
+
 // A vector of them, of the channels from `lane` on, for a group of a panel.
 INLINE inline VF scales_at(const void *scales, int64_t type, int64_t group_size, int64_t groups,
                            int64_t panel, int64_t group, int64_t lane) {
-    if (type != FACTORED)
-        return load_as(scales, (panel * groups + group) * LANES + lane, type, WIDTH);
-    const int64_t shift = factored_shift(group_size), count = int64_t(1) << shift;
-    const int64_t at = panel * ((groups + count - 1) >> shift) + (group >> shift);
-    const uint8_t *from = static_cast<const uint8_t *>(scales) + at * LANES * (4 + count);
-    const uint8_t *bytes = from + LANES * (4 + (group & (count - 1))) + lane;
-    const VI whole = sub_i(load_bytes(bytes), set_i(MIDDLE));
-    return mul_f(to_float(whole), load_f(reinterpret_cast<const float *>(from) + lane));
+    if (type == FACTORED) return Factors(scales, group_size, groups, panel).at(group, lane);
+    return load_as(scales, (panel * groups + group) * LANES + lane, type, WIDTH);
 }
 
 // That of one channel.

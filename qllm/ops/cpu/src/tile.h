@@ -90,49 +90,48 @@ template <int S, int V> struct Sums {
 
     template <int EVERY, int ROW> static constexpr bool IN_PAIRS = ROW % EVERY != EVERY - 1;
 
-    // Adds the results of a block, scaled if blocks have scales, to those of the blocks before it.
-    template <int EVERY> INLINE void finish_words(const Operands &o, int64_t lane) {
+    // Adds the results of a block, scaled if blocks have scales, to those of the blocks before it;
+    // weights that are centered have no zeros where all of these are the middle.
+    template <int EVERY, bool CENTERED> INLINE void finish_words(const Operands &o, int64_t lane) {
         // Of one plane, which is int16 where there is nothing for bytes; nor have those zeros.
-        if (OPERAND_BYTES == 2 && !o.scaled) return finish_words_of<EVERY, false, false>(o, lane);
-        if (o.zeros) {
-            finish_words_of<EVERY, true>(o, lane);
+        if (OPERAND_BYTES == 2 && !o.scaled) {
+            finish_words_of<EVERY, false, false, false>(o, lane);
+        } else if (o.offsets) {
+            finish_words_of<EVERY, !CENTERED, true>(o, lane);
+        } else if (!CENTERED || o.zeros) {
+            finish_words_of<EVERY, true, false>(o, lane);
         } else {
-            finish_words_of<EVERY, false>(o, lane);
+            finish_words_of<EVERY, false, false>(o, lane);
         }
-        if (o.offsets) add_offsets(o, o.x_scale, o.sum, o.out + lane, lane);
     }
 
-    template <int EVERY, bool ZEROS, bool SCALED = true, int I = 0>
+    template <int EVERY, bool ZEROS, bool OFFSETS, bool SCALED = true, int I = 0>
     INLINE void finish_words_of(const Operands &o, int64_t lane) {
-        const VI zero = ZEROS ? load_i(o.zeros + lane + I * WIDTH) : zero_i();
+        const VI zero = ZEROS ? zero_at(o, lane + I * WIDTH) : zero_i();
         const VI pairs = EVERY > 1 ? load_i(o.w_pairs + lane + I * WIDTH) : zero_i();
         const VF scale = SCALED ? load_f(o.scales + lane + I * WIDTH) : set_f(0);
+        const VF offset = OFFSETS ? load_f(o.offsets + lane + I * WIDTH) : set_f(0);
         float *out = o.out + lane + I * WIDTH;
-        finish_words_of_row<EVERY, ZEROS, SCALED, I>(o, out, zero, pairs, scale);
-        if constexpr (I + 1 < V) finish_words_of<EVERY, ZEROS, SCALED, I + 1>(o, lane);
+        finish_words_of_row<EVERY, ZEROS, OFFSETS, SCALED, I>(o, out, zero, pairs, scale, offset);
+        if constexpr (I + 1 < V) finish_words_of<EVERY, ZEROS, OFFSETS, SCALED, I + 1>(o, lane);
     }
 
-    template <int EVERY, bool ZEROS, bool SCALED, int I, int ROW = 0>
-    INLINE void finish_words_of_row(const Operands &o, float *out, VI zero, VI pairs, VF scale) {
+    template <int EVERY, bool ZEROS, bool OFFSETS, bool SCALED, int I, int ROW = 0>
+    INLINE void finish_words_of_row(const Operands &o, float *out, VI zero, VI pairs, VF scale,
+                                    VF offset) {
         VI high = of[ROW * V + I];
         if constexpr (IN_PAIRS<EVERY, ROW>) high = sub_i(high, add_i(pairs, set_i(o.x_pairs[ROW])));
         if constexpr (ZEROS) high = sub_i(high, mul_i(zero, set_i(o.sum[ROW])));
         if constexpr (SCALED) {
-            add_scaled<2>(out, high, zero_i(), o.x_scale[ROW], scale);
+            VF value = add_scaled<2>(load_f(out), high, zero_i(), o.x_scale[ROW], scale);
+            if constexpr (OFFSETS) value = fma_f(set_f(o.scaled_sum[ROW]), offset, value);
+            store_f(out, value);
         } else {
             add_whole(out, high);
         }
         if constexpr (ROW + 1 < S)
-            finish_words_of_row<EVERY, ZEROS, SCALED, I, ROW + 1>(o, out + GROUP_LANES, zero, pairs,
-                                                                 scale);
-    }
-
-    static void add_offsets(const Operands &o, const float *x_scale, const int32_t *sum, float *out,
-                            int64_t lane) {
-        for (int row = 0; row < S; row++, out += GROUP_LANES)
-            for (int i = 0; i < V; i++)
-                add_offset<2>(out + i * WIDTH, sum[row], 0, x_scale[row],
-                              load_f(o.offsets + lane + i * WIDTH));
+            finish_words_of_row<EVERY, ZEROS, OFFSETS, SCALED, I, ROW + 1>(
+                o, out + GROUP_LANES, zero, pairs, scale, offset);
     }
 #endif
 
@@ -146,35 +145,52 @@ template <int S, int V> struct Sums {
         if constexpr (I + 1 < COUNT) join<I + 1>(other);
     }
 
-    // Adds the results of a block, of rows of P planes, scaled, to those of the blocks before it.
-    template <int P, int I = 0> INLINE void finish(const Operands &o, int64_t lane) {
-        VI zero = load_i(o.zeros + lane + I * WIDTH);
-        VF scale = load_f(o.scales + lane + I * WIDTH);
-        VF offset = o.offsets ? load_f(o.offsets + lane + I * WIDTH) : set_f(0);
-        finish_row<P, I>(o, o.out + lane + I * WIDTH, zero, scale, offset);
-        if constexpr (I + 1 < V) finish<P, I + 1>(o, lane);
+    static VI zero_at(const Operands &o, int64_t lane) {
+        return o.zeros ? load_i(o.zeros + lane) : set_i(o.middle);
     }
 
-    template <int P, int I, int ROW = 0>
+    // Adds the results of a block, of rows of P planes, scaled, to those of the blocks before it.
+    template <int P> INLINE void finish(const Operands &o, int64_t lane) {
+        if (o.zeros) {
+            finish_of<P, true>(o, lane);
+        } else {
+            finish_of<P, false>(o, lane);
+        }
+    }
+
+    template <int P, bool ZEROS, int I = 0> INLINE void finish_of(const Operands &o, int64_t lane) {
+        VI zero = ZEROS ? load_i(o.zeros + lane + I * WIDTH) : zero_i();
+        VF scale = load_f(o.scales + lane + I * WIDTH);
+        VF offset = o.offsets ? load_f(o.offsets + lane + I * WIDTH) : set_f(0);
+        finish_row<P, ZEROS, I>(o, o.out + lane + I * WIDTH, zero, scale, offset);
+        if constexpr (I + 1 < V) finish_of<P, ZEROS, I + 1>(o, lane);
+    }
+
+    // What zeros are of a sum of products, as the sum of activations has it.
+    template <bool ZEROS> INLINE static VI of_zeros(const Operands &o, VI zero, int32_t sum) {
+        return ZEROS ? mul_i(zero, set_i(sum)) : set_i(o.middle * sum);
+    }
+
+    template <int P, bool ZEROS, int I, int ROW = 0>
     INLINE void finish_row(const Operands &o, float *out, VI zero, VF scale, VF offset) {
         constexpr int AT = ROW * OPERAND_PLANES<P> * V + I;
         VI high = total(of[AT]), low = zero_i();
         if constexpr (P > 1 && OPERAND_BYTES == 1) high = pair(high, total(of[AT + V]));
-        high = sub_i(high, mul_i(zero, set_i(o.sum[ROW])));
+        high = sub_i(high, of_zeros<ZEROS>(o, zero, o.sum[ROW]));
         if constexpr (P == 4) {
             constexpr int LAST = AT + (OPERAND_PLANES<P> - 1) * V;
             low = pair(total(of[LAST - V]), total(of[LAST]));
-            low = sub_i(low, mul_i(zero, set_i(o.low_sum[ROW])));
+            low = sub_i(low, of_zeros<ZEROS>(o, zero, o.low_sum[ROW]));
         }
         if (P > 1 || o.scaled) {
-            add_scaled<P>(out, high, low, o.x_scale[ROW], scale);
-            if (o.offsets)
-                add_offset<P>(out, o.sum[ROW], P == 4 ? o.low_sum[ROW] : 0, o.x_scale[ROW], offset);
+            VF value = add_scaled<P>(load_f(out), high, low, o.x_scale[ROW], scale);
+            if (o.offsets) value = fma_f(set_f(o.scaled_sum[ROW]), offset, value);
+            store_f(out, value);
         } else {
             add_whole(out, high);
         }
         if constexpr ((ROW + 1) * OPERAND_PLANES<P> < S)
-            finish_row<P, I, ROW + 1>(o, out + GROUP_LANES, zero, scale, offset);
+            finish_row<P, ZEROS, I, ROW + 1>(o, out + GROUP_LANES, zero, scale, offset);
     }
 };
 
@@ -228,7 +244,7 @@ __attribute__((noinline)) void multiply_words([[maybe_unused]] const Operands &o
         sums.template add_words<EVERY>(even, odd, x);
         w += LANES * WORD_STEP_BYTES;
     }
-    sums.template finish_words<EVERY>(o, from * LANES);
+    sums.template finish_words<EVERY, true>(o, from * LANES);
 #endif
 }
 

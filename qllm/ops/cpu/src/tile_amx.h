@@ -128,7 +128,7 @@ class Tiles {
         const VI max_zero = set_i(128);
         zeros_left_ = false;
         for (int64_t p = 0; p < panels; p++) {
-            VI zero = load_i(o.zeros + p * LANES);
+            VI zero = o.zeros ? load_i(o.zeros + p * LANES) : set_i(o.middle);
             VI part = a.bits == 8 ? max_zero : _mm512_min_epi32(zero, max_zero);
             VI left = sub_i(zero, part), in_bytes = mul_i(part, set_i(0x01010101));
             store_i(zero_left_ + p * LANES, left);
@@ -158,7 +158,7 @@ class Tiles {
     struct Pending {
         int64_t rows = 0, panels;
         float *out;
-        const float *x_scale;
+        const float *x_scale, *scaled_sum;
         const int32_t *sum, *low_sum;
         bool zeros;
         alignas(64) float scales[2 * LANES];
@@ -224,6 +224,7 @@ class Tiles {
         pending_.x_scale = o.x_scale;
         pending_.sum = o.sum;
         pending_.low_sum = o.low_sum;
+        pending_.scaled_sum = o.scaled_sum;
         pending_.zeros = zeros_left_;
         pending_.has_offsets = o.offsets != nullptr;
         for (int64_t i = 0; i < W * LANES; i += LANES) {
@@ -264,9 +265,9 @@ class Tiles {
                     high = sub_i(high, mul_i(zero, set_i(sum[r])));
                     if (P == 4) low = sub_i(low, mul_i(zero, set_i(low_sum[r])));
                 }
-                add_scaled<P>(out, high, low, x_scale[r], scale);
-                if (has_offsets)
-                    add_offset<P>(out, sum[r], P == 4 ? low_sum[r] : 0, x_scale[r], offset);
+                VF value = add_scaled<P>(load_f(out), high, low, x_scale[r], scale);
+                if (has_offsets) value = fma_f(set_f(pending_.scaled_sum[r]), offset, value);
+                store_f(out, value);
             }
         }
     }
