@@ -80,7 +80,8 @@ template <bool PAIR> INLINE inline VF add_slots(VF sum, VF a, VF b) {
 // Two planes as one integer.
 inline VI pair(VI high, VI low) { return add_i(shift_left<8>(high), low); }
 
-// A row's results of the blocks before this one, and its own; `low` is of the third and fourth plane.
+// A row's results of the blocks before this one, and its own; `low` is of the third and fourth
+// plane.
 template <int P> INLINE inline VF add_scaled(VF out, VI high, VI low, float x_scale, VF scale) {
     VF value = to_float(high);
     if constexpr (P == 4) value = fma_f(value, set_f(65536), to_float(low));

@@ -107,9 +107,9 @@ private:
     }
 };
 
-// The scales and zeros, or offsets, of some groups of inputs and panels, as tiles take them. They are
-// made for a run of groups at once: group by group, finding where they lie takes longer than making
-// them, and, where groups are small, about as long as the products.
+// The scales and zeros, or offsets, of some groups of inputs and panels, as tiles take them. They
+// are made for a run of groups at once: group by group, finding where they lie takes longer than
+// making them, and, where groups are small, about as long as the products.
 struct Grid {
     static constexpr int64_t ROOM = 32;  // for groups times panels
     int64_t begin = 0, end = 0;  // the groups
@@ -127,8 +127,8 @@ struct Grid {
         o.offsets = a.offsets ? offsets + at : nullptr;
     }
 
-    // Those of up to `count` groups from `group` on, of panels `step` apart. Of weights of which the
-    // middle is taken off their zeros are, too.
+    // Those of up to `count` groups from `group` on, of panels `step` apart. Of weights that are
+    // less their middle zeros are, too.
     __attribute__((noinline)) void load(const Linear &a, int64_t panel, int64_t panels,
                                         int64_t group, int64_t count, int64_t step = 1,
                                         bool centered = false) {
