@@ -65,6 +65,14 @@ class Multimodal:
 
 QWEN_VL = {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8}
 QWEN3_VL = {"head_dim": 128, "rope_theta": 5e5}
+
+
+def _qwen2(name: str) -> Multimodal:
+    """Qwen2-VL and Qwen2.5-VL, of which old files have the outer type for the text model's."""
+    families = {f"{name}_text": "qwen2", name: "qwen2"}
+    return Multimodal(f"{name}_text", families, QWEN_VL, inner_tied=True, flat=True)
+
+
 MULTIMODAL: dict[str, Multimodal] = {
     "gemma3": Multimodal("gemma3_text", tied=True),
     "mistral3": Multimodal("mistral", tied=True),
@@ -72,20 +80,8 @@ MULTIMODAL: dict[str, Multimodal] = {
     "llava_next": Multimodal("llama"),
     "idefics3": Multimodal("llama", module="text_model"),
     "smolvlm": Multimodal("llama", module="text_model"),
-    "qwen2_vl": Multimodal(
-        "qwen2_vl_text",
-        {"qwen2_vl_text": "qwen2", "qwen2_vl": "qwen2"},
-        QWEN_VL,
-        inner_tied=True,
-        flat=True,
-    ),
-    "qwen2_5_vl": Multimodal(
-        "qwen2_5_vl_text",
-        {"qwen2_5_vl_text": "qwen2", "qwen2_5_vl": "qwen2"},
-        QWEN_VL,
-        inner_tied=True,
-        flat=True,
-    ),
+    "qwen2_vl": _qwen2("qwen2_vl"),
+    "qwen2_5_vl": _qwen2("qwen2_5_vl"),
     "qwen3_vl": Multimodal("qwen3_vl_text", {"qwen3_vl_text": "qwen3"}, QWEN3_VL),
 }
 

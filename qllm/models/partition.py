@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from qllm.layers import Linear
-from qllm.models.layer import Embedding, QuantizedEmbedding, WideNormedAttention
+from qllm.models.attention import WideNormedAttention
+from qllm.models.layer import Embedding, QuantizedEmbedding
 from qllm.parallel.group import Group
 from qllm.parallel.layers import (
     shard_attention,

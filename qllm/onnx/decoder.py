@@ -20,7 +20,7 @@ from qllm.config import EMBEDDING, LM_HEAD
 from qllm.errors import UserError
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.activations import find_activation
-from qllm.models.layer import scores_of_layer
+from qllm.models.attention import scores_of_layer
 from qllm.models.positions import RotaryPositions, alibi_slopes
 from qllm.onnx.graph import TYPES, Graph
 from qllm.onnx.nbits import NBits, block_size

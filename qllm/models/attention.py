@@ -1,0 +1,103 @@
+"""Attention of a layer of any family: its matrices, norms of queries and keys, and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qllm import ops
+from qllm.config import ModelConfig
+from qllm.layers import Linear
+from qllm.models.cache import Decode, Prefill
+from qllm.models.norms import QKNorm, WideQKNorm
+from qllm.ops.kv import Scores
+from qllm.ops.reference import Int8Rows
+
+if TYPE_CHECKING:
+    from qllm.parallel.layers import LinearOrShard
+
+MakeLinear = Callable[[str, int, int, bool], Linear]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with one fused QKV matrix, rows [q heads; k heads; v heads]."""
+
+    qkv: LinearOrShard
+    out: LinearOrShard
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__()
+        self.index = index
+        self.heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        width = config.num_heads * config.head_dim
+        rows = sum(self.heads) * config.head_dim
+        name = f"layers.{index}.attention"
+        self.scores = scores_of_layer(config, index)
+        self.qkv = make(f"{name}.qkv", config.hidden_size, rows, config.attention_bias)
+        self.out = make(f"{name}.out", width, config.hidden_size, config.output_bias)
+
+    def project(self, x: Tensor | Int8Rows) -> Tensor:
+        """The queries, keys and values that attention takes: (N, heads D)."""
+        return self.qkv(x)
+
+    def forward(self, x: Tensor | Int8Rows, step: Prefill | Decode) -> Tensor:
+        return self.out(step.attend(self.index, self.project(x), self.heads, self.scores))
+
+
+def scores_of_layer(config: ModelConfig, index: int) -> Scores:
+    """What a layer's attention makes of products."""
+    scale = config.score_scale
+    if config.scale_by_layer:
+        scale = Scores(scale).factor(config.head_dim) / (index + 1)
+    window = config.windows[index] if config.windows else 0
+    return Scores(scale, config.score_cap or 0.0, window)
+
+
+class NormedAttention(Attention):
+    """Attention whose queries and keys are normed, head by head, before they are rotated."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        self.qk_norm = QKNorm(config, dtype)
+
+    def project(self, x: Tensor | Int8Rows) -> Tensor:
+        return self.qk_norm(self.qkv(x), self.heads)
+
+
+class WideNormedAttention(Attention):
+    """Attention whose queries and keys are normed, of all heads together, before they are rotated.
+
+    Of several ranks each norms the heads of all, and takes its own from there.
+
+    Attributes:
+        own: int64, the columns of QKV that this rank attends with; None: all.
+    """
+
+    own: Tensor | None = None
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        self.qk_norm = WideQKNorm(config, dtype)
+
+    def project(self, x: Tensor | Int8Rows) -> Tensor:
+        qkv = self.qk_norm(self.qkv(x))
+        if self.own is None:
+            return qkv
+        self.own = self.own.to(qkv.device)
+        return ops.on(qkv.device.type).gather(qkv, self.own)
+
+
+def attention_class(config: ModelConfig) -> type[Attention]:
+    """The attention that a model's norms ask for."""
+    if config.wide_qk_norm:
+        return WideNormedAttention
+    return NormedAttention if config.qk_norm else Attention
