@@ -18,7 +18,8 @@ from torch import Tensor
 from qllm.checkpoint.tensors import TensorFile, TensorInfo, map_file
 from qllm.config import EMBEDDING, LM_HEAD, ModelConfig
 from qllm.errors import UserError
-from qllm.gguf.config import Architecture, architecture_of, read_config
+from qllm.gguf.architectures import Architecture
+from qllm.gguf.config import architecture_of, read_config
 from qllm.gguf.file import GGUF, GGUFTensor
 from qllm.gguf.metadata import Metadata
 from qllm.gguf.types import BlockType, MixedType

@@ -27,7 +27,8 @@ from qllm.checkpoint.writer import new_file
 from qllm.config import ModelConfig, RopeConfig
 from qllm.errors import UserError
 from qllm.gguf import is_gguf
-from qllm.gguf.config import ARCHITECTURES, read_config
+from qllm.gguf.architectures import ARCHITECTURES
+from qllm.gguf.config import read_config
 from qllm.gguf.file import GGUF, GGUFTensor, Value, read_gguf
 from qllm.gguf.from_config import (
     LONG,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qllm.config import ModelConfig, RopeConfig
 from qllm.errors import UserError
-from qllm.gguf.config import ARCHITECTURES, FACTORS, ROTARY, VALUES
+from qllm.gguf.architectures import ARCHITECTURES, FACTORS, ROTARY, VALUES
 from qllm.gguf.file import Value
 
 # By the model type that it is for, an architecture's name.
