@@ -23,8 +23,9 @@ from ranks import in_group
 from qllm.config import BITWIDTHS, ModelConfig, QuantSpec
 from qllm.layers import Linear, linear_class
 from qllm.layers.weight_only import WeightOnlyLinear
+from qllm.models.attention import Attention
 from qllm.models.cache import Prefill
-from qllm.models.layer import MLP, Attention, GatedMLP
+from qllm.models.layer import MLP, GatedMLP
 from qllm.models.positions import PositionEncoding
 from qllm.parallel import (
     Sharding,
