@@ -13,13 +13,17 @@ from transformers import (
     LlamaConfig,
     Ministral3Config,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
     Starcoder2Config,
 )
@@ -333,6 +337,65 @@ def olmo3_configs(draw) -> Olmo3Config:
     )
 
 
+@st.composite
+def expert_sizes(draw, count: str) -> dict:
+    """Settings of Llama, and how many experts there are and a token takes.
+
+    Args:
+        count: what a family calls the number of experts.
+    """
+    experts = draw(st.integers(1, 9))
+    top_k = draw(st.integers(1, min(experts, 4)))
+    return {**draw(llama_sizes()), count: experts, "num_experts_per_tok": top_k}
+
+
+@st.composite
+def mixtral_configs(draw) -> MixtralConfig:
+    window = draw(st.one_of(st.none(), windows))
+    return MixtralConfig(**draw(expert_sizes("num_local_experts")), sliding_window=window)
+
+
+@st.composite
+def qwen_moe_settings(draw) -> dict:
+    """What Qwen's mixtures of experts share."""
+    return {
+        "moe_intermediate_size": draw(st.integers(1, 40)),
+        "norm_topk_prob": draw(flags),
+        "decoder_sparse_step": draw(st.integers(1, 2)),
+        "mlp_only_layers": draw(st.lists(st.integers(0, 2), max_size=1)),
+    }
+
+
+@st.composite
+def qwen2_moe_configs(draw) -> Qwen2MoeConfig:
+    return Qwen2MoeConfig(
+        **draw(expert_sizes("num_experts")),
+        **draw(qwen_moe_settings()),
+        **draw(qwen_windows()),
+        shared_expert_intermediate_size=draw(st.integers(1, 40)),
+        qkv_bias=draw(flags),
+    )
+
+
+@st.composite
+def qwen3_moe_configs(draw) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(
+        **draw(expert_sizes("num_experts")),
+        **draw(qwen_moe_settings()),
+        use_sliding_window=draw(flags),
+        sliding_window=draw(windows),
+        attention_bias=draw(flags),
+    )
+
+
+@st.composite
+def olmoe_configs(draw) -> OlmoeConfig:
+    sizes = draw(expert_sizes("num_experts"))
+    # Its norms take heads of no other size.
+    sizes["hidden_size"] = sizes["num_attention_heads"] * sizes.pop("head_dim")
+    return OlmoeConfig(**sizes, norm_topk_prob=draw(flags), attention_bias=draw(flags))
+
+
 # Of every family, and how many are drawn: a family that comes from another adds little.
 CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "opt": (opt_configs(), 14),
@@ -352,6 +415,10 @@ CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "smollm3": (smollm3_configs(), 6),
     "olmo2": (olmo2_configs(), 5),
     "olmo3": (olmo3_configs(), 6),
+    "mixtral": (mixtral_configs(), 5),
+    "qwen2_moe": (qwen2_moe_configs(), 6),
+    "qwen3_moe": (qwen3_moe_configs(), 6),
+    "olmoe": (olmoe_configs(), 5),
 }
 batches = st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=5)
 seeds = st.integers(0, 2**20)

@@ -35,6 +35,12 @@ def check_counts(names: TensorNames) -> None:
         raise UserError(
             f"{checkpoint.folder} holds {len(found)} layers, its config.json implies {count}"
         )
+    experts = names.config.experts
+    if experts is not None and experts.count * sum(experts.layers) > len(checkpoint.tensors):
+        raise UserError(
+            f"{checkpoint.folder} holds {len(checkpoint.tensors)} tensors, its config.json implies "
+            f"{sum(experts.layers)} layers of {experts.count} experts"
+        )
     (embed,) = names.sources("embed.weight")
     parts, size = names.packed(EMBEDDING), names.config.vocab_size
     if not parts:

@@ -270,7 +270,7 @@ def _specs(weights: Weights, plan: QuantPlan) -> dict[str, QuantSpec]:
             "leave `bitwidth`, `lm_head_bits` and `embedding_bits` out"
         )
     plan.check(config)
-    linears = weights.family.layer_linears(config.num_layers)
+    linears = weights.family.layer_linears(config)
     specs = plan.resolve(linears, config.num_layers, tied=config.tied_head)
     for spec in specs.values():
         if spec.algorithm != DEFAULT_ALGORITHM:

@@ -160,7 +160,7 @@ class Weights:
         raw, config = self.checkpoint.raw_config, self.checkpoint.quantization
         if config is None:
             return {}
-        names = [*self.family.layer_linears(self.config.num_layers)]
+        names = [*self.family.layer_linears(self.config)]
         stored = {}
         tables = [table for table in (EMBEDDING, POSITIONS) if f"{table}.weight" in self.shapes]
         tables = [table for table in tables if self.names.packed(table)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qllm.config.model import ModelConfig, RopeConfig
+from qllm.config.model import ExpertsConfig, ModelConfig, RopeConfig
 from qllm.config.quantization import (
     ACTIVATION_BITS,
     ALGORITHMS,
@@ -38,6 +38,7 @@ __all__ = [
     "MAX_SEED",
     "SCHEMES",
     "W8A8",
+    "ExpertsConfig",
     "ModelConfig",
     "QuantPlan",
     "QuantSpec",

@@ -51,6 +51,27 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts (Shazeer et al. 2017): MLPs of which each token takes a few.
+
+    Attributes:
+        count: experts of a layer.
+        top_k: how many of them a token takes.
+        intermediate_size: inner channels of each.
+        normalizes: the weights of those that a token takes are divided by their sum.
+        shared_size: inner channels of one that all tokens take beside them; 0: there is none.
+        layers: which layers have experts; the others have an MLP.
+    """
+
+    count: int
+    top_k: int
+    intermediate_size: int
+    normalizes: bool
+    shared_size: int
+    layers: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder of any family, in one vocabulary. Sizes count elements.
 
@@ -83,6 +104,7 @@ class ModelConfig:
         window_rope: of layers with a window; None: they have that of the others.
         rope_layers: which layers rotate queries and keys at all; empty: all do.
         gated_mlp: the MLP is `down(act(gate(x)) * up(x))`.
+        experts: what some layers have in the place of an MLP; None: no layer has.
         attention_bias, output_bias: of the matrices in front of attention and behind it.
         init_std: standard deviation of a fresh weight.
     """
@@ -127,6 +149,7 @@ class ModelConfig:
     window_rope: RopeConfig | None = None
     rope_layers: tuple[bool, ...] = ()
     gated_mlp: bool = False
+    experts: ExpertsConfig | None = None
     attention_bias: bool = True
     output_bias: bool = True
     mlp_bias: bool = True

@@ -15,13 +15,17 @@ from qllm.models.granite import GRANITE
 from qllm.models.llama import LLAMA
 from qllm.models.ministral3 import MINISTRAL3
 from qllm.models.mistral import MISTRAL
+from qllm.models.mixtral import MIXTRAL
 from qllm.models.multimodal import MULTIMODAL
 from qllm.models.olmo2 import OLMO2
 from qllm.models.olmo3 import OLMO3
+from qllm.models.olmoe import OLMOE
 from qllm.models.opt import OPT
 from qllm.models.phi3 import PHI3
 from qllm.models.qwen2 import QWEN2
+from qllm.models.qwen2_moe import QWEN2_MOE
 from qllm.models.qwen3 import QWEN3
+from qllm.models.qwen3_moe import QWEN3_MOE
 from qllm.models.smollm3 import SMOLLM3
 from qllm.models.starcoder2 import STARCODER2
 
@@ -30,6 +34,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, PHI3, GPT_NEOX, GPT2),
         *(MINISTRAL3, STARCODER2, GRANITE, SMOLLM3, OLMO2, OLMO3),
+        *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE),
     )
 }
 

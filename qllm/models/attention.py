@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qllm.parallel.layers import LinearOrShard
 
 MakeLinear = Callable[[str, int, int, bool], Linear]
+ATTENTION_LINEARS = ("attention.qkv", "attention.out")
 
 
 class Attention(nn.Module):

@@ -11,12 +11,18 @@ from torch import Tensor
 
 from qllm.config import LM_HEAD, ModelConfig
 from qllm.errors import UserError
+from qllm.models.attention import ATTENTION_LINEARS
+from qllm.models.mlp import EXPERTS, mlp_linears
 
 # Far beyond any model, and small enough that nothing overflows or hangs on it.
 MAX_COUNT = 2**31 - 1
-MAX_LAYERS = 1_000
+MAX_LAYERS, MAX_EXPERTS = 1_000, 4_096
 # Of settings that are no counts: what is computed from them stays a finite float32.
 SMALLEST, LARGEST = 1e-12, 1e12
+
+
+# The linears of a layer that GPT-2's files have the other way round.
+TRANSPOSED = (*ATTENTION_LINEARS, "mlp.up", "mlp.down")
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,8 @@ class Family:
             language model has, "" or a shorter one what a bare model was saved with.
         outer: our module outside the layers, to the name it has in a checkpoint.
         layer: the prefix of a layer's tensors, with {} for its index.
-        inner: our module inside a layer, to the names of the parts it is fused from, in order.
+        inner: our module inside a layer, to the names of the parts it is fused from, in order; with
+            {} for the number of an expert.
         interleaved_qkv: the QKV matrix has its rows as (head, q/k/v, channel), as BLOOM's has.
         head: the classifier's name in a checkpoint, where it is not "lm_head".
         transposed: matrices of the layers lie in the file as (inputs, outputs).
@@ -154,14 +161,17 @@ class Family:
     head: str = LM_HEAD
     transposed: bool = False
     ignored: tuple[str, ...] = ()
-    linears: tuple[str, ...] = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
 
     def parts(self, module: str) -> tuple[str, ...]:
         """The checkpoint's names, without prefix, of what one of our modules is fused from."""
         if not module.startswith("layers."):
             return (self.outer[module],)
         _, index, inner = module.split(".", 2)
-        return tuple(self.layer.format(index) + part for part in self.inner[inner])
+        expert = ""
+        if inner.startswith(EXPERTS):
+            expert, _, linear = inner.removeprefix(EXPERTS).partition(".")
+            inner = f"{EXPERTS}{{}}.{linear}"
+        return tuple(self.layer.format(index) + part.format(expert) for part in self.inner[inner])
 
     def qkv_perm(self, config: ModelConfig) -> Tensor | None:
         """The row of the one QKV matrix of a file that each of ours is; None: the same one.
@@ -187,11 +197,15 @@ class Family:
     def is_transposed(self, name: str) -> bool:
         """Whether a checkpoint has one of our tensors as (inputs, outputs)."""
         module, _, kind = name.rpartition(".")
-        return self.transposed and kind == "weight" and module.endswith(self.linears)
+        return self.transposed and kind == "weight" and module.endswith(TRANSPOSED)
 
-    def layer_linears(self, num_layers: int) -> dict[str, tuple[str, ...]]:
+    def layer_linears(self, config: ModelConfig) -> dict[str, tuple[str, ...]]:
         """Our name of every linear in the layers, to the full names of its parts."""
-        names = [f"layers.{i}.{linear}" for i in range(num_layers) for linear in self.linears]
+        names = [
+            f"layers.{i}.{linear}"
+            for i in range(config.num_layers)
+            for linear in (*ATTENTION_LINEARS, *mlp_linears(config, i))
+        ]
         return {name: tuple(self.prefixes[0] + part for part in self.parts(name)) for name in names}
 
 
@@ -199,6 +213,16 @@ def check_heads(raw: RawConfig, hidden: int, heads: int) -> None:
     """Refuse a hidden size that the heads cannot share out."""
     if hidden % heads:
         raise UserError(f"{raw.where}: {heads} heads cannot share a hidden size of {hidden}")
+
+
+def read_top_k(raw: RawConfig, names: tuple[str, ...], count: int, top_k: int) -> tuple[int, int]:
+    """How many experts a layer has, under the first of `names` that is there, and a token takes.
+
+    Args:
+        count, top_k: where a config.json does not say.
+    """
+    count = raw.count(*names, default=count, maximum=MAX_EXPERTS)
+    return count, raw.count("num_experts_per_tok", default=top_k, maximum=count)
 
 
 def check_groups(raw: RawConfig, heads: int, kv_heads: int) -> None:

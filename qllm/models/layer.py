@@ -12,13 +12,11 @@ from qllm import ops
 from qllm.config import EMBEDDING, LM_HEAD, ModelConfig, QuantSpec
 from qllm.layers import DynamicInt8Linear, Linear
 from qllm.layers.weight_only import WeightOnlyLinear
-from qllm.models.attention import MakeLinear, attention_class
+from qllm.models.attention import ATTENTION_LINEARS, MakeLinear, attention_class
 from qllm.models.cache import Decode, Prefill
+from qllm.models.mlp import MLP, make_mlp, mlp_linears
 from qllm.models.norms import NORMS, NoNorm, Norm, add
 from qllm.ops.reference import Int8Rows
-
-if TYPE_CHECKING:
-    from qllm.parallel.layers import LinearOrShard
 
 Block = Callable[[Tensor, "Prefill | Decode"], Tensor]
 
@@ -71,40 +69,6 @@ def embedding_and_head(
     return embed, head
 
 
-class MLP(nn.Module):
-    """down(act(up(x)))."""
-
-    up: LinearOrShard
-    down: LinearOrShard
-
-    def __init__(self, config: ModelConfig, index: int, make: MakeLinear) -> None:
-        super().__init__()
-        self.act = config.activation
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.up = make(f"layers.{index}.mlp.up", hidden, self.up_rows(inner), bias)
-        self.down = make(f"layers.{index}.mlp.down", inner, hidden, bias)
-
-    @staticmethod
-    def up_rows(inner: int) -> int:
-        return inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
-        return self.down(ops.on(x.device.type).activation(x, self.act))
-
-
-class GatedMLP(MLP):
-    """down(act(gate(x)) * up(x)), gate and up fused into one matrix, rows [gate; up]."""
-
-    @staticmethod
-    def up_rows(inner: int) -> int:
-        return 2 * inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
-        return self.down(ops.on(x.device.type).gated_activation(x, self.act))
-
-
 class Scale(nn.Module):
     """x times a number."""
 
@@ -134,6 +98,7 @@ class PreNormLayer(nn.Module):
 
     Attributes:
         has_attention, has_mlp: False for a half that another stage of a pipeline has.
+        mlp_linears: names of the linears of the MLP, or of the experts in its place.
         blocks_end_in_sums: what `attention.out` and `mlp.down` put out is added to the rest of what
             their blocks do, times `output_scale`.
         adds_up_late: `parts` leaves the last sum to the norm of the layer behind.
@@ -153,7 +118,8 @@ class PreNormLayer(nn.Module):
         self.attention_norm = norm(config, dtype)
         self.attention = attention_class(config)(config, index, dtype, make)
         self.mlp_norm = norm(config, dtype)
-        self.mlp = (GatedMLP if config.gated_mlp else MLP)(config, index, make)
+        self.mlp = make_mlp(config, index, make)
+        self.mlp_linears = mlp_linears(config, index)
 
     def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         if self.has_attention and self.has_mlp:
@@ -165,8 +131,8 @@ class PreNormLayer(nn.Module):
     def blocks(self) -> tuple[tuple[Block, tuple[str, ...]], ...]:
         """What the layer is one after the other, and the linears in each, as they run."""
         return (
-            (self.attention_block, ("attention.qkv", "attention.out")),
-            (lambda x, step: self.mlp_block(x), ("mlp.up", "mlp.down")),
+            (self.attention_block, ATTENTION_LINEARS),
+            (lambda x, step: self.mlp_block(x), self.mlp_linears),
         )
 
     def parts(
@@ -210,7 +176,7 @@ class PreNormLayer(nn.Module):
         pairs = []
         if self.has_attention:
             pairs.append(("attention_norm", self.attention.qkv))
-        if self.has_mlp:
+        if self.has_mlp and isinstance(self.mlp, MLP):  # of experts none takes all rows
             pairs.append(("mlp_norm", self.mlp.up))
         for name, linear in pairs:
             if isinstance(linear, DynamicInt8Linear) and linear.choice.kernel.takes_rows:
@@ -291,7 +257,7 @@ class ParallelLayer(PreNormLayer):
     adds_up_late = False
 
     def blocks(self) -> tuple[tuple[Block, tuple[str, ...]], ...]:
-        return ((self.both_blocks, ("attention.qkv", "attention.out", "mlp.up", "mlp.down")),)
+        return ((self.both_blocks, (*ATTENTION_LINEARS, *self.mlp_linears)),)
 
     def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         z, x = self._attended(self.attention_norm(x), step), step.select(x)

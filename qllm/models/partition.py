@@ -58,7 +58,8 @@ def keep_shards(model: Decoder, group: Group, mode: str) -> None:
             if isinstance(layer.attention, WideNormedAttention):
                 layer.attention.own = own
         if layer.has_mlp:
-            shard_mlp(layer.mlp, group, mode)
+            for mlp in layer.mlp.mlps():
+                shard_mlp(mlp, group, mode)
     if isinstance(model.embed, Embedding):  # and no stage without it
         model.embed = shard_embedding(model.embed.weight, group)
     elif isinstance(model.embed, QuantizedEmbedding):

@@ -113,7 +113,7 @@ class _Run:
         self.folder = Path(scratch.name) / "quantized"
         self.samples: dict[tuple[int, int, bool], list[list[int]]] = {}
         config = source.weights.config
-        self.modules = source.weights.family.layer_linears(config.num_layers)
+        self.modules = source.weights.family.layer_linears(config)
         # Mistakes are found before anything is worked on.
         limit = conf.tuning_criterion.max_trials
         plans = list(itertools.islice(user_plans(conf), limit))

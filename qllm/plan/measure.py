@@ -120,7 +120,7 @@ def decided_modules(weights: Weights, lm_head: bool, embedding: bool = False) ->
             "this model's LM head is its embedding, and `embedding` decides on both; leave "
             "`lm_head` out"
         )
-    names = weights.family.layer_linears(weights.config.num_layers)
+    names = weights.family.layer_linears(weights.config)
     return (*[EMBEDDING] * embedding, *names, *[LM_HEAD] * lm_head)
 
 

@@ -91,7 +91,7 @@ class _Run:
         self.job, self.note = job, note
         self.weights = Weights.of_floats(job.source, note)
         self.config = self.weights.config
-        linears = self.weights.family.layer_linears(self.config.num_layers)
+        linears = self.weights.family.layer_linears(self.config)
         job.plan.check(self.config)
         tied = self.config.tied_head
         self.specs = job.plan.resolve(linears, self.config.num_layers, tied=tied)

@@ -187,6 +187,10 @@ def host_callback(function: Callable[[], None]) -> None:
     if _capturing.calls is None:
         function()
         return
-    with _disable_current_modes():
-        function()
-    _capturing.calls.add_host_callback(function)
+    calls, _capturing.calls = _capturing.calls, None  # what it calls itself, it calls again
+    try:
+        with _disable_current_modes():
+            function()
+    finally:
+        _capturing.calls = calls
+    calls.add_host_callback(function)

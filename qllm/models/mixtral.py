@@ -1,0 +1,50 @@
+"""Mixtral (Jiang et al. 2024): Mistral with a mixture of experts in the place of its MLPs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qllm.config import ExpertsConfig, ModelConfig
+from qllm.models import llama
+from qllm.models.family import Family, RawConfig, read_top_k
+from qllm.models.mistral import read_config as read_mistral
+
+DEFAULTS = {
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "sliding_window": None,
+}
+
+
+def read_config(raw: RawConfig) -> ModelConfig:
+    raw = raw.with_defaults(DEFAULTS)
+    count, top_k = read_top_k(raw, ("num_local_experts", "num_experts"), 8, 2)
+    config = read_mistral(raw)
+    experts = ExpertsConfig(
+        count=count,
+        top_k=top_k,
+        intermediate_size=config.intermediate_size,
+        normalizes=True,
+        shared_size=0,
+        layers=(True,) * config.num_layers,
+    )
+    return replace(config, family="mixtral", experts=experts)
+
+
+_INNER = {k: v for k, v in llama.LLAMA.inner.items() if not k.startswith("mlp.")}
+_EXPERT = "block_sparse_moe.experts.{}."
+
+MIXTRAL: Family = replace(
+    llama.LLAMA,
+    name="mixtral",
+    inner={
+        **_INNER,
+        "mlp.router": ("block_sparse_moe.gate",),
+        "mlp.experts.{}.up": (f"{_EXPERT}w1", f"{_EXPERT}w3"),
+        "mlp.experts.{}.down": (f"{_EXPERT}w2",),
+    },
+    read_config=read_config,
+)

@@ -1,0 +1,183 @@
+"""What stands behind a layer's attention: an MLP, or a mixture of experts, which are MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qllm import ops
+from qllm.config import ModelConfig
+from qllm.models.attention import MakeLinear
+from qllm.ops.cpu.capture import host_callback
+
+if TYPE_CHECKING:
+    from qllm.parallel.layers import LinearOrShard
+
+EXPERTS = "mlp.experts."
+
+
+class MLP(nn.Module):
+    """down(act(up(x)))."""
+
+    up: LinearOrShard
+    down: LinearOrShard
+
+    def __init__(self, config: ModelConfig, name: str, inner: int, make: MakeLinear) -> None:
+        """
+        Args:
+            name: its own, in front of those of its linears.
+            inner: channels between them.
+        """
+        super().__init__()
+        self.act = config.activation
+        hidden, bias = config.hidden_size, config.mlp_bias
+        self.up = make(f"{name}.up", hidden, self.up_rows(inner), bias)
+        self.down = make(f"{name}.down", inner, hidden, bias)
+
+    @staticmethod
+    def up_rows(inner: int) -> int:
+        return inner
+
+    def mlps(self) -> Iterator[MLP]:
+        """Those of which it consists."""
+        yield self
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        return self.down(ops.on(x.device.type).activation(x, self.act))
+
+
+class GatedMLP(MLP):
+    """down(act(gate(x)) * up(x)), gate and up fused into one matrix, rows [gate; up]."""
+
+    @staticmethod
+    def up_rows(inner: int) -> int:
+        return 2 * inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        return self.down(ops.on(x.device.type).gated_activation(x, self.act))
+
+
+class MixtureOfExperts(nn.Module):
+    """A weighted sum of what a few of many MLPs give, which a router chooses for each token.
+
+    A token's weights are the largest of the softmax of its router logits (Shazeer et al. 2017;
+    Fedus et al. 2021). An expert takes all tokens that chose it at once; what the experts of a
+    token give is added up in float32 in the order of the experts, so that no token's result
+    depends on what others choose.
+
+    Which experts run is decided on the CPU: a step that is captured calls back for it.
+    """
+
+    shared: MLP | None
+    shared_gate: LinearOrShard | None
+
+    def __init__(self, config: ModelConfig, name: str, make: MakeLinear) -> None:
+        super().__init__()
+        experts, kind = config.experts, mlp_class(config)
+        assert experts is not None  # as `make_mlp` has it
+        self.top_k, self.normalizes = experts.top_k, experts.normalizes
+        self.router: LinearOrShard = make(
+            f"{name}.router", config.hidden_size, experts.count, False
+        )
+        self.experts = nn.ModuleList(
+            kind(config, f"{name}.experts.{i}", experts.intermediate_size, make)
+            for i in range(experts.count)
+        )
+        self.shared = self.shared_gate = None
+        if experts.shared_size:
+            self.shared = kind(config, f"{name}.shared", experts.shared_size, make)
+            self.shared_gate = make(f"{name}.shared_gate", config.hidden_size, 1, False)
+
+    def mlps(self) -> Iterator[MLP]:
+        """Those of which it consists."""
+        for mlp in (*self.experts, *([] if self.shared is None else [self.shared])):
+            assert isinstance(mlp, MLP)
+            yield mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits, shared, gate = self.router(x), None, None
+        if self.shared is not None and self.shared_gate is not None:
+            shared, gate = self.shared(x), self.shared_gate(x)
+        y = torch.empty_like(x)
+        host_callback(partial(self._mix, x, logits, shared, gate, y))
+        return y
+
+    def _mix(
+        self, x: Tensor, logits: Tensor, shared: Tensor | None, gate: Tensor | None, y: Tensor
+    ) -> None:
+        """Write to y (N, C) what the experts that each row of x (N, C) takes give.
+
+        Args:
+            logits: of the router, (N, experts).
+            shared: what the expert that all tokens take gives, (N, C).
+            gate: the logit of its weight, (N, 1).
+        """
+        weights, chosen = route(logits, self.top_k, normalizes=self.normalizes)
+        total = torch.zeros(x.shape, device=x.device)
+        experts, order = chosen.flatten().sort(stable=True)
+        counts = experts.bincount(minlength=len(self.experts)).tolist()
+        weights = weights.flatten()[order, None]
+        rows, start = order // self.top_k, 0
+        for expert, count in zip(self.experts, counts, strict=True):
+            if not count:
+                continue
+            taken = slice(start, start + count)
+            start += count
+            z = expert(x[rows[taken]])
+            total.index_add_(0, rows[taken], z.float() * weights[taken])
+        if shared is not None and gate is not None:
+            total += shared.float() * gate.float().sigmoid()
+        y.copy_(total)
+
+
+def route(logits: Tensor, top_k: int, *, normalizes: bool) -> tuple[Tensor, Tensor]:
+    """Which experts each token takes, and how much each of them counts.
+
+    Args:
+        logits: of the router, (N, experts).
+        normalizes: the weights of a token's experts are divided by their sum.
+
+    Returns:
+        weights float32 (N, top_k), and the experts int64 (N, top_k).
+    """
+    weights, chosen = logits.float().softmax(dim=-1).topk(top_k, dim=-1)
+    if normalizes:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights, chosen
+
+
+def mlp_class(config: ModelConfig) -> type[MLP]:
+    """What an MLP, or each expert, of a model is."""
+    return GatedMLP if config.gated_mlp else MLP
+
+
+def has_experts(config: ModelConfig, index: int) -> bool:
+    """Whether a layer has a mixture of experts in the place of an MLP."""
+    return config.experts is not None and config.experts.layers[index]
+
+
+def make_mlp(config: ModelConfig, index: int, make: MakeLinear) -> MLP | MixtureOfExperts:
+    """What a layer has behind its attention."""
+    name = f"layers.{index}.mlp"
+    if has_experts(config, index):
+        return MixtureOfExperts(config, name, make)
+    return mlp_class(config)(config, name, config.intermediate_size, make)
+
+
+def mlp_linears(config: ModelConfig, index: int) -> tuple[str, ...]:
+    """Names in a layer of the linears behind its attention that may be quantized.
+
+    The experts' come in two runs: those of a run take inputs that no other of it changes.
+    """
+    if not has_experts(config, index):
+        return ("mlp.up", "mlp.down")
+    assert config.experts is not None
+    names = [f"{EXPERTS}{i}" for i in range(config.experts.count)]
+    names += ["mlp.shared"] if config.experts.shared_size else []
+    return tuple(f"{name}.{linear}" for linear in ("up", "down") for name in names)
