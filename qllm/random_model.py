@@ -11,6 +11,7 @@ from qllm.layers import Linear
 from qllm.memory import check_fits
 from qllm.models import Decoder
 from qllm.models.layer import Embedding
+from qllm.models.mlp import inner_channels
 from qllm.models.positions import LearnedPositions
 
 RANDOM_SOURCE = "random input"
@@ -95,8 +96,9 @@ def random_model(config: ModelConfig, length: int, seed: int) -> Decoder:
 def _bytes(config: ModelConfig, length: int) -> int:
     """What statistics and one sample take, with no more than a config.json to go by."""
     heads = config.num_heads + 2 * config.num_kv_heads
-    widths = (heads * config.head_dim, config.hidden_size, 2 * config.intermediate_size)
-    channels = config.num_layers * 2 * sum(widths) + config.vocab_size
+    widths = (heads * config.head_dim, config.hidden_size, 2 * inner_channels(config))
+    each = sum(widths) if config.experts is None else sum(widths) * config.experts.count
+    channels = config.num_layers * 2 * each + config.vocab_size
     # Some copies of the widest activations, the scores of all heads, and Python's own numbers.
     tokens = length * (4 * max(*widths, config.vocab_size) + length * config.num_heads)
     return 4 * (channels + tokens) + 100 * config.num_heads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -16,6 +16,7 @@ from qllm.layers import Linear
 from qllm.layers.base import describe
 from qllm.memory import resident_bytes
 from qllm.models import Decoder
+from qllm.models.mlp import EXPERTS, ROUTERS
 from qllm.ops.gpu import attention
 from qllm.tokenizer import Tokenizer
 
@@ -48,14 +49,19 @@ def megabytes(count: int) -> str:
 
 def bitwidth(model: Decoder) -> str:
     """The bitwidth of a model's layers: one, or each once in the order in which they come."""
-    linears = (m for m in model.layers.modules() if isinstance(m, Linear))
-    return ",".join(dict.fromkeys(linear.spec.bitwidth for linear in linears))
+    return ",".join(dict.fromkeys(linear.spec.bitwidth for linear in quantizable(model)))
 
 
 def formats(model: Decoder) -> str:
     """How a model's layers are held, each way once: "4 bits, group 128, asym"."""
-    linears = (m for m in model.layers.modules() if isinstance(m, Linear))
-    return "; ".join(dict.fromkeys(describe(linear.spec) for linear in linears))
+    return "; ".join(dict.fromkeys(describe(linear.spec) for linear in quantizable(model)))
+
+
+def quantizable(model: Decoder) -> Iterator[Linear]:
+    """The linears of the layers that a bitwidth is for, of those that this process has."""
+    for name, module in model.layers.named_modules():
+        if isinstance(module, Linear) and not name.removesuffix(".linear").endswith(ROUTERS):
+            yield module
 
 
 def outer_bits(model: Decoder) -> dict[str, str]:
@@ -145,12 +151,16 @@ def index_ranges(indices: Sequence[int]) -> str:
 
 def kernel_rows(model: Decoder) -> list[dict]:
     """What each linear layer is, which kernel it runs, and why; equal layers share a row."""
-    rows: dict[tuple[str, ...], list[int]] = {}
+    rows: dict[tuple[str, ...], dict[int, list[int]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear) and not any(t.is_meta for t in module.buffers()):
             path = name.removesuffix(".linear")  # of a layer that several ranks share
             inside = path.startswith("layers.")
             index, inner = path.split(".", 2)[1:] if inside else ("-1", path)
+            expert = -1
+            if inner.startswith(EXPERTS):
+                number, _, linear = inner.removeprefix(EXPERTS).partition(".")
+                expert, inner = int(number), f"{EXPERTS}{{}}.{linear}"
             kernel, why = module.choice.kernel.name, module.choice.reason
             if path == EMBEDDING:
                 if module is getattr(model.lm_head, "linear", model.lm_head):
@@ -158,16 +168,17 @@ def kernel_rows(model: Decoder) -> list[dict]:
                 else:
                     why = "no product: rows are dequantized as tokens ask for them"
             key = (inner, describe(module.spec), kernel, why)
-            rows.setdefault(key, []).append(int(index))
-    return [
-        {
-            "layer": inner if indices == [-1] else f"layers.{{{index_ranges(indices)}}}.{inner}",
-            "format": form,
-            "kernel": kernel,
-            "why": why,
-        }
-        for (inner, form, kernel, why), indices in rows.items()
-    ]
+            rows.setdefault(key, {}).setdefault(int(index), []).append(expert)
+    found = []
+    for (inner, form, kernel, why), layers in rows.items():
+        alike: dict[tuple[int, ...], list[int]] = {}  # layers, by which experts they have here
+        for index, experts in layers.items():
+            alike.setdefault(tuple(experts), []).append(index)
+        for experts_here, indices in alike.items():
+            name = inner.format(f"{{{index_ranges(experts_here)}}}") if EXPERTS in inner else inner
+            where = "" if indices == [-1] else f"layers.{{{index_ranges(indices)}}}."
+            found.append({"layer": where + name, "format": form, "kernel": kernel, "why": why})
+    return found
 
 
 def attention_rows(model: Decoder) -> list[dict]:

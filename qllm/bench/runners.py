@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from qllm.checkpoint.load import module_bytes
+from qllm.checkpoint.load import elements, module_bytes
 from qllm.generate import Generator
 from qllm.huggingface import HuggingFaceModel
-from qllm.layers import Linear
 from qllm.models import Decoder
 from qllm.models.layer import QuantizedEmbedding
+from qllm.models.mlp import MixtureOfExperts
 
 
 class Runner(Protocol):
@@ -21,13 +21,17 @@ class Runner(Protocol):
 
     Attributes:
         nbytes: of the weights.
-        read_bytes: of them, those that one decode step reads.
         multiplied: weights that each token is multiplied by in the layers.
     """
 
     nbytes: int
-    read_bytes: int
     multiplied: int
+
+    def read_bytes(self, rows: int) -> int | None:
+        """Bytes of the weights that a pass of so many tokens reads; None: who knows which.
+
+        How many experts they take together is their own choice.
+        """
 
     def begin(self, rows: int, capacity: int) -> None:
         """Make an empty cache for `rows` sequences of up to `capacity` tokens."""
@@ -40,28 +44,58 @@ class Runner(Protocol):
 
 
 def read_bytes(model: Decoder) -> int:
-    """Bytes of weights that one decode step reads, which may lie on the meta device."""
+    """Bytes of weights that a step of one sequence reads, which may lie on the meta device.
+
+    Of a mixture of experts these are those that a token takes, as if all had as many bytes.
+    """
     embed = model.embed
     if isinstance(embed, QuantizedEmbedding):
         tied = embed.linear is model.lm_head
     else:
         tied = getattr(model.lm_head, "weight", None) is embed.weight
     # Of an embedding that is not the LM head, too, a step reads a row.
-    return module_bytes(model) - (0 if tied else module_bytes(model.embed))
+    unread = sum(
+        module_bytes(mlp.experts) * (1 - mlp.top_k / len(mlp.experts)) for mlp in mixtures(model)
+    )
+    return module_bytes(model) - (0 if tied else module_bytes(model.embed)) - round(unread)
+
+
+def multiplied(model: Decoder) -> int:
+    """Weights of the layers that each token is multiplied with."""
+    whole = elements(model.layers)
+    idle = sum(
+        elements(mlp.experts) * (1 - mlp.top_k / len(mlp.experts)) for mlp in mixtures(model)
+    )
+    return whole - round(idle)
+
+
+def mixtures(model: Decoder) -> Iterator[MixtureOfExperts]:
+    """Those of the layers that this process has."""
+    return (mlp for mlp in model.layers.modules() if isinstance(mlp, MixtureOfExperts))
 
 
 class ModelRunner:
     """A model with the verbs of a `Decoder`: one of our own, or an ONNX model."""
 
-    def __init__(self, model: Generator, nbytes: int, read_bytes: int, multiplied: int) -> None:
-        self.model, self.nbytes = model, nbytes
-        self.read_bytes, self.multiplied = read_bytes, multiplied
+    def __init__(
+        self,
+        model: Generator,
+        nbytes: int,
+        read_bytes: int,
+        multiplied: int,
+        *,
+        chooses: bool = False,
+    ) -> None:
+        self.model, self.nbytes, self.multiplied = model, nbytes, multiplied
+        self.chooses, self._read_bytes = chooses, read_bytes
+
+    def read_bytes(self, rows: int) -> int | None:
+        return None if self.chooses and rows > 1 else self._read_bytes
 
     @classmethod
     def of_decoder(cls, model: Decoder) -> ModelRunner:
-        linears = (m for m in model.layers.modules() if isinstance(m, Linear))
-        multiplied = sum(m.in_features * m.out_features for m in linears)
-        return cls(model, module_bytes(model), read_bytes(model), multiplied)
+        sizes = module_bytes(model), read_bytes(model), multiplied(model)
+        return cls(model, *sizes, chooses=model.config.experts is not None)
 
     def begin(self, rows: int, capacity: int) -> None:
         self.cache = self.model.new_cache(rows, capacity)
@@ -91,8 +125,11 @@ class ReferenceRunner:
         embed = reference.model.get_input_embeddings().weight
         assert isinstance(embed, Tensor)
         tied = reference.model.get_output_embeddings().weight is embed
-        self.read_bytes = self.nbytes - (0 if tied else embed.nbytes)
-        self.multiplied = like.multiplied
+        self.multiplied, self.chooses = like.multiplied, like.chooses
+        self._read_bytes = self.nbytes - (0 if tied else embed.nbytes)
+
+    def read_bytes(self, rows: int) -> int | None:
+        return None if self.chooses else self._read_bytes
 
     def begin(self, rows: int, capacity: int) -> None:
         self.past = None

@@ -166,7 +166,8 @@ def _row(
     rates = [count / each for each in seconds]
     median = statistics.median(seconds)
     passes = case.tokens if case.kind == "tg" else 1
-    read = passes * runner.read_bytes / median
+    nbytes = runner.read_bytes(count // passes)
+    read = None if nbytes is None else passes * nbytes / median
     done = 2 * count * runner.multiplied / median
     return {
         "test": str(case),
@@ -175,8 +176,8 @@ def _row(
         "tokens_per_second": statistics.mean(rates),
         "deviation": statistics.stdev(rates) if len(rates) > 1 else 0.0,
         "seconds": seconds,
-        "gigabytes_per_second": read / 1e9,
-        "of_bandwidth": read / roofline.bandwidth if roofline else None,
+        "gigabytes_per_second": None if read is None else read / 1e9,
+        "of_bandwidth": read / roofline.bandwidth if roofline and read is not None else None,
         "teraops_per_second": done / 1e12,
         "of_arithmetic": done / roofline.arithmetic if roofline else None,
     }

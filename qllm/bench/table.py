@@ -99,8 +99,10 @@ def throughput_lines(result: Mapping) -> list[str]:
     return found
 
 
-def share(rate: float, of: float | None) -> str:
-    """A rate, and its share of what the machine allows where that is known."""
+def share(rate: float | None, of: float | None) -> str:
+    """A rate, and its share of what the machine allows, where they are known."""
+    if rate is None:
+        return ""
     return f"{rate:.2f}" + ("" if of is None else f" ({of:.0%})")
 
 

@@ -284,7 +284,7 @@ class Decoder(Picklable):
         cache.step.begin(tokens)
         if cache.captured is None:
             step = partial(self._run_step, cache.step)
-            cache.captured = capture(step, self.device, alone=self._one_device)
+            cache.captured = capture(step, self.device, no_graph=self._no_graph)
         else:
             cache.captured.replay()
         cache.advance(cache.live, [1] * len(tokens))
@@ -332,10 +332,14 @@ class Decoder(Picklable):
             return self._run_layers(self._embed(step.tokens), step)
 
     @property
-    def _one_device(self) -> bool:
-        """Whether a step exchanges nothing with other processes or devices."""
+    def _no_graph(self) -> str | None:
+        """Why a CUDA graph cannot hold a step; None: it can."""
+        if self.config.experts is not None:
+            return "which experts run is decided in each step"
         alone = self.stage is None and self.parallel.tp.size == 1
-        return alone and len(set(self.device_map.values())) == 1
+        if alone and len(set(self.device_map.values())) == 1:
+            return None
+        return "it exchanges activations with other processes or devices"
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """What the layers take: embedded tokens (N,), or what the stage in front sends: (N, C)."""

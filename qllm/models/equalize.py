@@ -12,6 +12,7 @@ from torch import Tensor
 from qllm.config import ModelConfig
 from qllm.layers.fp16 import DenseLinear
 from qllm.models.layer import PreNormLayer
+from qllm.models.mlp import of_expert
 from qllm.models.norms import Norm
 
 # A linear of a layer, and the norm in front of it.
@@ -22,8 +23,11 @@ def can_divide(config: ModelConfig, linear: str) -> bool:
     """Whether the input of a layer's linear ("attention.qkv", …) can be divided.
 
     A norm whose output is the residual as well (OPT-350m), or that has no weights, cannot take
-    it, nor can a linear behind which a GELU comes, or what has no norm in front (OLMo 2).
+    it, nor can a linear behind which a GELU comes, or what has no norm in front (OLMo 2), or one
+    that is for it alone (an expert).
     """
+    if of_expert(linear) and linear.endswith(".up"):
+        return False  # the router and all experts share the norm in front of them
     if linear in NORMS:
         normed = config.pre_norm and config.input_norms
         return normed and not config.residual_after_norm and config.norm_affine
@@ -53,7 +57,8 @@ def divide_input(layer: PreNormLayer, config: ModelConfig, linear: str, scales: 
         values = scales.view(config.num_kv_heads, -1, config.head_dim)[:, 0].flatten()
         divide_rows(dense_linear(layer, "attention.qkv"), slice(-len(values), None), values)
     else:  # the rows of up stand behind those of gate, where there are any
-        divide_rows(dense_linear(layer, "mlp.up"), slice(-len(scales), None), scales)
+        up = linear.removesuffix("down") + "up"
+        divide_rows(dense_linear(layer, up), slice(-len(scales), None), scales)
 
 
 def dense_linear(layer: PreNormLayer, name: str) -> DenseLinear:

@@ -17,7 +17,9 @@ from qllm.ops.cpu.capture import host_callback
 if TYPE_CHECKING:
     from qllm.parallel.layers import LinearOrShard
 
-EXPERTS = "mlp.experts."
+EXPERTS, SHARED = "mlp.experts.", "mlp.shared."
+# What decides on experts, and how much each counts, is no bitwidth's matter.
+ROUTERS = ("mlp.router", "mlp.shared_gate")
 
 
 class MLP(nn.Module):
@@ -162,6 +164,20 @@ def has_experts(config: ModelConfig, index: int) -> bool:
     return config.experts is not None and config.experts.layers[index]
 
 
+def of_expert(linear: str) -> bool:
+    """Whether a linear of a layer ("mlp.experts.3.up", …) is an expert's."""
+    return linear.startswith((EXPERTS, SHARED))
+
+
+def inner_channels(config: ModelConfig) -> int:
+    """What a token has of inner channels behind attention, in the layers where it is most."""
+    experts = config.experts
+    if experts is None:
+        return config.intermediate_size
+    of_experts = experts.top_k * experts.intermediate_size + experts.shared_size
+    return max(config.intermediate_size, of_experts)
+
+
 def make_mlp(config: ModelConfig, index: int, make: MakeLinear) -> MLP | MixtureOfExperts:
     """What a layer has behind its attention."""
     name = f"layers.{index}.mlp"
@@ -179,5 +195,5 @@ def mlp_linears(config: ModelConfig, index: int) -> tuple[str, ...]:
         return ("mlp.up", "mlp.down")
     assert config.experts is not None
     names = [f"{EXPERTS}{i}" for i in range(config.experts.count)]
-    names += ["mlp.shared"] if config.experts.shared_size else []
+    names += [SHARED.removesuffix(".")] if config.experts.shared_size else []
     return tuple(f"{name}.{linear}" for linear in ("up", "down") for name in names)

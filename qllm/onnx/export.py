@@ -15,6 +15,7 @@ from qllm.checkpoint.reader import LAYOUT_KEY, QUANTIZATION_KEY, Checkpoint
 from qllm.checkpoint.weights import Weights
 from qllm.checkpoint.writer import new_folder
 from qllm.config import EMBEDDING
+from qllm.errors import UserError
 from qllm.folders import check_new
 from qllm.gguf import is_gguf
 from qllm.gguf.file import read_gguf
@@ -63,6 +64,11 @@ def export(
     options = options or ExportOptions()
     others = _without_operator(source)
     weights = Weights(Checkpoint(source, as_numbers=(*others, EMBEDDING)), note)
+    if weights.config.experts is not None:
+        raise UserError(
+            f"{source} is a mixture of experts, which is not written as ONNX yet; qllm_gen.py "
+            "runs it"
+        )
     kinds = ", ".join(sorted({*others.values(), *_with_offsets(weights)}))
     if kinds:
         note(f"layers of {kinds} are written as numbers: MatMulNBits holds none of that kind")

@@ -41,21 +41,23 @@ class EagerStep:
         self._step()
 
 
-def capture(step: Callable[[], None], device: torch.device, *, alone: bool) -> CapturedStep:
+def capture(
+    step: Callable[[], None], device: torch.device, *, no_graph: str | None
+) -> CapturedStep:
     """Run a step once, and keep how it is run again.
 
     Args:
         step: reads and writes the same tensors whenever it is called.
         device: on which it runs.
-        alone: it exchanges nothing with other processes or devices, which a graph cannot do.
+        no_graph: why a CUDA graph cannot hold it; None: it can.
     """
     if device.type == "cuda":
         own = ops.on(device.type).decode_attention is decode_attention
-        if own and alone:
+        if own and no_graph is None:
             return Graph(step, device)
         step()
         if own:
-            return EagerStep(step, "it exchanges activations with other processes or devices")
+            return EagerStep(step, no_graph or "")
         # The reference's launches depend on how many tokens there are.
         return EagerStep(step, "there is no kernel of ours for its attention")
     with capture_calls() as calls:

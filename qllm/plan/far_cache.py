@@ -55,7 +55,7 @@ class FarCaches:
                             attend(qkv, kv, batch, None, None)
 
                 with torch.inference_mode():
-                    step = capture(run, torch.device(self._device), alone=True)
+                    step = capture(run, torch.device(self._device), no_graph=None)
                 yield (tokens, far), (step.replay, len(some))
 
     def seconds(self, measured: Mapping[tuple[int, bool], float]) -> tuple[float, float]:

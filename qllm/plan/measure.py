@@ -113,12 +113,17 @@ def decided_modules(weights: Weights, lm_head: bool, embedding: bool = False) ->
         embedding: the embedding is one.
 
     Raises:
-        UserError: for a head that would be decided on twice.
+        UserError: for a head that would be decided on twice, or a mixture of experts.
     """
     if lm_head and embedding and weights.config.tied_head:
         raise UserError(
             "this model's LM head is its embedding, and `embedding` decides on both; leave "
             "`lm_head` out"
+        )
+    if weights.config.experts is not None:
+        raise UserError(
+            f"{weights.checkpoint.folder} is a mixture of experts, of which each token reads a "
+            "part: no plan is made for it yet; write one by hand, or give one `bitwidth`"
         )
     names = weights.family.layer_linears(weights.config)
     return (*[EMBEDDING] * embedding, *names, *[LM_HEAD] * lm_head)

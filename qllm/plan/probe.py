@@ -224,7 +224,7 @@ def _product(
     if name == "prefill":
         return run, len(linears)
     with torch.inference_mode():
-        step = capture(run_step, torch.device(device), alone=True)  # as steps of decode are
+        step = capture(run_step, torch.device(device), no_graph=None)  # as steps of decode are
     return step.replay, len(linears)
 
 

@@ -8,7 +8,7 @@ from qllm import __version__
 from qllm.layers.base import describe
 from qllm.quant.algorithm import QuantizeOptions
 from qllm.quant.algorithms import ALGORITHMS
-from qllm.quantizer.compatibility import refusals, snippet, summary
+from qllm.quantizer.compatibility import Loading
 from qllm.quantizer.layer import LinearReport
 
 
@@ -16,24 +16,22 @@ def model_card(
     about: Mapping[str, str],
     reports: Sequence[LinearReport],
     options: QuantizeOptions,
+    loading: Loading,
     *,
     fake: bool,
-    quantization: Mapping,
-    ragged: str | None,
-    transposed: bool = False,
 ) -> str:
     """README.md of the folder.
 
     Args:
         about: "model", the name of what was quantized, and what to say of the calibration.
-        quantization, ragged, transposed: see `qllm.quantizer.compatibility`.
+        loading: what else loads it.
     """
     name = about.get("model", "A model")
     what = "quantized and dequantized" if fake else "quantized"
     names = {report.spec.algorithm for report in reports}
     kinds = {report.spec.kind for report in reports}
     # The Hub shows how the library that is named here loads it.
-    refused = {} if fake else refusals(quantization, ragged, transposed)
+    refused = {} if fake else loading.refusals()
     library = "qllm" if "transformers" in refused else "transformers"
     lines = ["---", f"library_name: {library}", "tags:", "- qllm", "- quantized"]
     if "/" in name:  # a repository, to which the Hub then links
@@ -50,10 +48,10 @@ def model_card(
         smoothed = "dataset" in about
         lines.append(f"- SmoothQuant: {f'alpha {options.smooth_alpha}' if smoothed else 'no'}")
     if not fake:
-        line = summary(quantization, ragged, transposed)
+        line = loading.summary()
         lines += ["", "## Where it loads", "", f"It {line}.", ""]
         if "transformers" not in refused:
-            lines += snippet(quantization, ragged)
+            lines += loading.snippet()
         lines += ["", "```sh", "python3 qllm_gen.py --model-path DIR", "```"]
     lines += ["", "## Error of each linear", ""]
     lines += [

@@ -282,7 +282,7 @@ class _Run:
         name = f"layers.{index}"
         layer = self.model.layers[index]
         modules = modules_of(layer)
-        linears = [inner for inner in modules if isinstance(layer.get_submodule(inner), Linear)]
+        linears = [inner for inner in modules if f"{name}.{inner}" in self.specs]
         found: dict[str, Linear] = {}
         if self.hidden is not None:
             self.floats.fill_layer(index)

@@ -27,6 +27,7 @@ from qllm.models import Decoder
 from qllm.models.cache import Prefill
 from qllm.models.layer import QuantizedEmbedding
 from qllm.models.logits import finish_logits
+from qllm.models.mlp import inner_channels
 from qllm.models.norms import Norm
 from qllm.quant.algorithm import DistillOptions
 from qllm.quant.packing import group_width
@@ -225,7 +226,7 @@ def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
 def _activations(config: ModelConfig, tokens: int, length: int, layers: int | None = None) -> int:
     """About what tokens of samples of a length have in some layers, or all, in bytes."""
     # Of the scores, which plain torch keeps in 16 bits and kernels do not, a half are seen.
-    width = 8 * (config.hidden_size + config.intermediate_size) + config.num_heads * length // 3
+    width = 8 * (config.hidden_size + inner_channels(config)) + config.num_heads * length // 3
     return 4 * tokens * width * (layers or config.num_layers)
 
 

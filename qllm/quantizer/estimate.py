@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from qllm.checkpoint.load import elements
+from qllm.checkpoint.load import elements, module_bytes
 from qllm.models import Decoder
+from qllm.models.mlp import inner_channels
 from qllm.quantizer import fisher
 from qllm.quantizer.distill import LOGITS_AT_ONCE
 from qllm.quantizer.job import Job
+from qllm.quantizer.layer import OBSERVED_BYTES
 from qllm.quantizer.tune import TOKENS_PER_PASS
 from qllm.quantizer.workers import workers_on
 
@@ -30,14 +32,14 @@ def bytes_needed(job: Job, model: Decoder, dtype: torch.dtype, *, tuning: bool) 
     assert job.samples is not None
     config, length = model.config, len(job.samples[0])
     hidden = len(job.samples) * length * config.hidden_size * dtype.itemsize
-    layer = sum(tensor.nbytes for tensor in model.layers[0].buffers())
+    layer = max(module_bytes(layer) for layer in model.layers)
     front = 0
     if tuning:
         # The targets, and the inputs for both ways; a tuned weight has what it starts from, an
         # offset, a gradient, its average and what it is now, and each token of a pass what
         # gradients are computed from.
         hidden *= 3
-        widest = config.intermediate_size + config.hidden_size
+        widest = inner_channels(config) + config.hidden_size
         tokens = max(TOKENS_PER_PASS, length)
         # In front of that a pass has the states behind every half of a layer, the head in its own
         # type and in bfloat16, and logits.
@@ -50,9 +52,10 @@ def bytes_needed(job: Job, model: Decoder, dtype: torch.dtype, *, tuning: bool) 
         batch = job.options.tune.samples(length, config.hidden_size) * length
         tokens = max(tokens, min(workers * tokens, batch))
         layer = (3 + workers) * layer + tokens * 4 * (8 * widest + config.num_heads * length)
-    # The sum of x x^T of the widest input, its order, root and reversal.
+    # The sum of x x^T of the widest input, its order, root and reversal; of experts, several sums.
     widest = max(config.hidden_size, config.intermediate_size)
-    return hidden + max(front, 2 * layer + 4 * 4 * widest**2)
+    several = 0 if config.experts is None else OBSERVED_BYTES
+    return hidden + max(front, 2 * layer + 4 * 4 * widest**2 + several)
 
 
 def step_sizes(

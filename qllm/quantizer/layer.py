@@ -10,17 +10,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qllm.config import ModelConfig, QuantSpec
+from qllm.config import DEFAULT_ALGORITHM, ModelConfig, QuantSpec
+from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.equalize import can_divide, dense_linear, divide_input, shared_channels
 from qllm.models.layer import Block, PreNormLayer
+from qllm.models.mlp import of_expert
 from qllm.quant.algorithm import Algorithm, QuantizeOptions, TuningStart
 from qllm.quant.algorithms import ALGORITHMS, SMOOTHQUANT
 from qllm.quant.inputs import InputStats, output_error
 from qllm.quant.rtn import row_pieces
 from qllm.quantizer.hidden import HiddenStates
+
+# Of sums of x x^T that are in memory together; a larger one is alone.
+OBSERVED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class LinearReport:
         damp: the damping that GPTQ took, 0 for other algorithms.
         channels: input channels.
         dead: those of them that were zero in all of the calibration.
+        unseen: no token of the calibration reached it, an expert's, and its weights were rounded
+            to nearest.
     """
 
     name: str
@@ -43,9 +50,12 @@ class LinearReport:
     channels: int
     damp: float = 0.0
     dead: int = 0
+    unseen: bool = False
 
     def __str__(self) -> str:
         of = "outputs" if self.of_output else "weights"
+        if self.unseen:
+            of += "; no token of the calibration reached it, it is rounded to nearest"
         return f"{self.name}: relative error {self.error:.2%} of the {of}"
 
 
@@ -105,7 +115,10 @@ def quantize_layer(
         needed = any(linear in late for _, others in halves[half + 1 :] for linear in others)
         moving.append(hidden.part(slice(None) if needed else advance))
     moves = sum(bool(len(part.states)) for part in moving)
-    steps = len(late) + bool(early) + len(quantized) + moves
+    together = [_observed_together(layer, members, specs) for _, members in halves]
+    runs = [run for half in together for run in half]
+    passes = bool(early) + sum(any(linear in late for linear in run) for run in runs)
+    steps = passes + len(quantized) + moves
     if not steps:
         add(1.0)
     hidden.passed = lambda share: add(share / steps)
@@ -117,31 +130,52 @@ def quantize_layer(
         for linear in early:
             _equalize(layer, config, linear, specs[linear], stats[linear], options)
     linears: dict[str, Linear] = {}
-    for half, (run, members) in enumerate(halves):
-        for linear in members:
-            if linear not in quantized:
-                continue
-            module = dense_linear(layer, linear)
-            if linear in late:
-                products = {linear} if algorithm_of(specs[linear]).products else set()
-                stats |= hidden.observe(run, {linear: module}, products, name)
-            seen = stats.pop(linear)
-            found, report = quantize_linear(
-                module, f"{name}.{linear}", specs[linear], seen, options
-            )
-            if starts is not None and is_tuned(specs[linear], options):
-                spec = specs[linear]
-                form = (spec.bits, spec.group_size, spec.scheme)
-                algorithm = algorithm_of(spec)
-                starts[linear] = algorithm.tuning_start(module.weight, form, seen, options)
-            linears[linear] = found
-            finished(report)
-            add(1 / steps)
-            layer.set_submodule(linear, stand_in(found))
+    for half, (run, _) in enumerate(halves):
+        for members in together[half]:
+            watched = {n: dense_linear(layer, n) for n in members if n in late}
+            if watched:
+                products = {n for n in watched if algorithm_of(specs[n]).products}
+                stats |= hidden.observe(run, watched, products, name)
+            for linear in members:
+                if linear not in quantized:
+                    continue
+                module, spec, seen = dense_linear(layer, linear), specs[linear], stats.pop(linear)
+                found, report = quantize_linear(module, f"{name}.{linear}", spec, seen, options)
+                if starts is not None and is_tuned(spec, options):
+                    form = (spec.bits, spec.group_size, spec.scheme)
+                    algorithm = algorithm_of(spec)
+                    starts[linear] = algorithm.tuning_start(module.weight, form, seen, options)
+                linears[linear] = found
+                finished(report)
+                add(1 / steps)
+                layer.set_submodule(linear, stand_in(found))
         if len(moving[half].states):
             moving[half].passed = hidden.passed
             moving[half].advance(run)
     return linears
+
+
+def _observed_together(
+    layer: PreNormLayer, members: Sequence[str], specs: Mapping[str, QuantSpec]
+) -> list[list[str]]:
+    """Runs of the linears of a block whose inputs one pass over the states shows.
+
+    A linear is behind those in front of it, and has a run of its own. Of a mixture of experts all
+    first matrices take what is in front of the experts, and all second ones are behind those: as
+    many go together as have sums of x x^T of OBSERVED_BYTES.
+    """
+    runs: list[list[str]] = []
+    held, kind = 0, ""
+    for linear in members:
+        channels = dense_linear(layer, linear).in_features
+        needed = 4 * channels**2 if algorithm_of(specs[linear]).products else 0
+        which = linear.rpartition(".")[2] if of_expert(linear) else linear
+        if not runs or which != kind or held + needed > OBSERVED_BYTES:
+            runs.append([])
+            held, kind = 0, which
+        runs[-1].append(linear)
+        held += needed
+    return runs
 
 
 def stand_in(linear: Linear) -> Linear:
@@ -164,7 +198,7 @@ def _equalize(
     options: QuantizeOptions,
 ) -> None:
     """Divide a linear's input as its algorithm would, where something can take it."""
-    if not can_divide(config, linear):
+    if not can_divide(config, linear) or not stats.count:
         return
     weight, form = dense_linear(layer, linear).weight, (spec.bits, spec.group_size, spec.scheme)
     share = partial(shared_channels, config, linear)
@@ -190,21 +224,28 @@ def quantize_linear(
         UserError: where the spec needs calibration.
     """
     weight, bias = module.weight, module.bias
-    hessian = None if stats is None else stats.hessian
+    unseen = stats is not None and not stats.count  # an expert that no token chose
+    hessian = None if stats is None or unseen else stats.hessian
     form = (spec.bits, spec.group_size, spec.scheme)
     damp = 0.0
     if spec.kind != "weight_only":
         largest = None if stats is None else stats.largest.max().item()
+        if unseen and spec.kind == "w8a8_static":
+            raise UserError(
+                f"no token of the calibration reaches {name}, so that the range of its inputs is "
+                "not known; take more text, or `bitwidth` 8:tc-li"
+            )
         linear: Linear = linear_class(spec).from_float(weight, bias, spec, input_range=largest)
     else:
-        packed, damp = algorithm_of(spec).quantize(
+        algorithm = ALGORITHMS[DEFAULT_ALGORITHM] if unseen else algorithm_of(spec)
+        packed, damp = algorithm.quantize(
             weight, form, hessian, options, in_scores=name.endswith("attention.qkv")
         )
         linear = WeightOnlyLinear.from_packed(packed, bias, spec, module.in_features)
     error = _relative_error(linear, weight, hessian)
-    dead = 0 if stats is None else int((stats.largest == 0).sum())
-    of_output = hessian is not None
-    return linear, LinearReport(name, spec, error, of_output, module.in_features, damp, dead)
+    dead = 0 if stats is None or unseen else int((stats.largest == 0).sum())
+    of_output, columns = hessian is not None, module.in_features
+    return linear, LinearReport(name, spec, error, of_output, columns, damp, dead, unseen)
 
 
 def _relative_error(linear: Linear, weight: Tensor, hessian: Tensor | None) -> float:

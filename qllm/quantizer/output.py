@@ -22,7 +22,7 @@ from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
 from qllm.progress import Note
 from qllm.quantizer.card import model_card
-from qllm.quantizer.compatibility import find_ragged, summary
+from qllm.quantizer.compatibility import Loading, find_ragged
 from qllm.quantizer.job import Job
 from qllm.quantizer.layer import LinearReport, algorithm_of
 
@@ -51,8 +51,8 @@ class OutputCheckpoint:
         self.by_part = {
             part: spec for name, spec in self.specs.items() for part in self.rows_of_parts(name)
         }
-        outer = [n for n, m in model.named_children() if isinstance(m, Linear)]
-        for name in outer:  # OPT-350m's projections, which other tools look up as well
+        others = [n for n, m in model.named_modules() if isinstance(m, Linear) and n not in specs]
+        for name in others:  # OPT-350m's projections, routers: other tools look them up as well
             if name != LM_HEAD:
                 self.by_part |= dict.fromkeys(self.weights.names.rows_of_parts(name), QuantSpec())
         gptq = job.options.gptq
@@ -157,23 +157,24 @@ class OutputCheckpoint:
             config[QUANTIZATION_KEY] = self.quantization
         _write_json(folder / "config.json", config)
         copy_small_files(job.source, folder)
-        quantization = self.quantization
-        ragged = find_ragged(self.specs, self.weights.shapes)
-        transposed = self.weights.family.transposed
+        loading = Loading(
+            self.quantization,
+            find_ragged(self.specs, self.weights.shapes),
+            transposed=self.weights.family.transposed,
+            experts=self.weights.config.experts is not None,
+        )
         if (outer := self.weights.checkpoint.raw_config.outer) is not None:
             note(
                 f"what is written is the text model of the {outer} alone, a {config['model_type']}"
             )
         if not job.fake:
-            note(summary(quantization, ragged, transposed))
+            note(loading.summary())
         card = model_card(
             job.about,
             reports,
             job.options,
+            loading,
             fake=job.fake,
-            quantization=quantization,
-            ragged=ragged,
-            transposed=transposed,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -87,9 +87,10 @@ def test_what_cannot_be_captured_runs_as_it_is(made, monkeypatch, capsys):
     )
 
 
+EXCHANGES = "it exchanges activations with other processes or devices"
 BREAKS = {
     None: (attention.decode_attention, True),
-    "it exchanges activations with other processes or devices": (attention.decode_attention, False),
+    EXCHANGES: (attention.decode_attention, False),
     "there is no kernel of ours for its attention": (reference.decode_attention, True),
 }
 
@@ -98,7 +99,11 @@ BREAKS = {
 def test_a_step_that_cannot_be_a_graph_says_why(graph_break, given, made, monkeypatch):
     attend, alone = given
     monkeypatch.setattr(ops, "on", lambda device: SimpleNamespace(decode_attention=attend))
-    step = capture(lambda: made.events.append("run"), torch.device("cuda"), alone=alone)
+    step = capture(
+        lambda: made.events.append("run"),
+        torch.device("cuda"),
+        no_graph=None if alone else EXCHANGES,
+    )
     assert step.graph_break == graph_break and isinstance(step, Graph) == (graph_break is None)
     assert made.events.count("run") == 1
     step.replay()
@@ -107,10 +112,10 @@ def test_a_step_that_cannot_be_a_graph_says_why(graph_break, given, made, monkey
 
 def test_a_model_in_one_place_exchanges_nothing(monkeypatch):
     model = load(tiny("opt"), "4", num_shards=2)
-    assert model._one_device
+    assert model._no_graph is None
     devices = {range(3): torch.device("cpu"), range(3, 6): torch.device("cpu:0")}
     monkeypatch.setattr(Decoder, "device_map", devices)
-    assert not model._one_device
+    assert model._no_graph == EXCHANGES
 
 
 @pytest.mark.parametrize("ended", [0, 1, 3, 5])
