@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from shutil import copytree
 from types import MappingProxyType
@@ -142,30 +142,72 @@ def olmo3() -> nn.Module:
     return made(Olmo3ForCausalLM, Olmo3Config(**LLAMA | more, rope_parameters=ropes))
 
 
+def mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return made(MixtralForCausalLM, MixtralConfig(**LLAMA, **experts))
+
+
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3}
+
+
+def qwen2_moe() -> nn.Module:
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    sizes = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}
+    return made(Qwen2MoeForCausalLM, Qwen2MoeConfig(**LLAMA, **EXPERTS, **sizes))
+
+
+def qwen3_moe() -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"moe_intermediate_size": 32, "head_dim": 32, "norm_topk_prob": True}
+    return made(Qwen3MoeForCausalLM, Qwen3MoeConfig(**LLAMA, **EXPERTS, **sizes))
+
+
+def olmoe() -> nn.Module:
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    sizes = LLAMA | {"num_key_value_heads": 4, "pad_token_id": None}
+    return made(OlmoeForCausalLM, OlmoeConfig(**sizes, **EXPERTS))
+
+
 FAMILIES = {
     **{"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "bloom": bloom, "gpt2": gpt2},
     **{"gemma2": gemma2, "gemma3": gemma3, "phi3": phi3, "gptneox": gptneox},
     **{"starcoder2": starcoder2, "granite": granite, "smollm3": smollm3},
     **{"olmo2": olmo2, "olmo3": olmo3},
+    **{"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe, "olmoe": olmoe},
 }
 # llama.cpp's name of an architecture, where it is another one.
-ARCHITECTURES = {"gemma3_text": "gemma3", "gpt_neox": "gptneox", "olmo3": "olmo2"}
+ARCHITECTURES = {
+    **{"gemma3_text": "gemma3", "gpt_neox": "gptneox", "olmo3": "olmo2"},
+    **{"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"},
+}
+# Matrices that stay float32: what chooses experts.
+ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight")
 
 # Those of which llama.cpp rotates pairs that are side by side.
 PAIRED = ("llama", "granite", "smollm3")
 
 
-def checkpoint_of(family: str, folder: Path, *, long: bool = False) -> Path:
+def checkpoint_of(
+    family: str, folder: Path, *, long: bool = False, all_experts: bool = False
+) -> Path:
     """A bundled model, or one of random weights with a bundled tokenizer.
 
     Args:
         long: Phi-3's has LongRoPE.
+        all_experts: each token takes all there are, so that rounding changes no choice.
     """
     if family in ("llama", "bloom"):
         return tiny(family)
     options = {"long": long} if family == "phi3" else {}
     model = FAMILIES[family](**options)
     model.resize_token_embeddings(4096)
+    if all_experts and hasattr(model.config, "num_experts_per_tok"):
+        model.config.num_experts_per_tok = model.config.num_experts
     model.half().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text((tiny("llama") / name).read_text())
@@ -195,7 +237,7 @@ def made(kind: type, config: object) -> nn.Module:
 def dequantized(model: nn.Module, kind: str) -> nn.Module:
     """The model with the numbers that a file of this type holds."""
     for name, weight in model.named_parameters():
-        if weight.dim() > 1 and "wpe" not in name:
+        if weight.dim() > 1 and "wpe" not in name and not name.endswith(ROUTERS):
             transposed = _transposed(name)
             matrix = (weight.t() if transposed else weight).contiguous().numpy()
             type_ = GGMLQuantizationType[kind]
@@ -234,7 +276,7 @@ def write_model(
     names = gguf.get_tensor_name_map(
         gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers
     )
-    for name, weight in model.state_dict().items():
+    for name, weight in named_weights(model):
         if (name == "lm_head.weight" and config.tie_word_embeddings) or "rotary_emb" in name:
             continue
         stem, _, end = name.rpartition(".")
@@ -250,7 +292,7 @@ def write_model(
             parts = matrix.view(config.num_attention_heads, 3, -1, *matrix.shape[1:])
             matrix = parts.transpose(0, 1).flatten(0, 2)
         type_ = GGMLQuantizationType[kinds.get(target.split(".")[-2], kind)]
-        if matrix.dim() < 2 or "position_embd" in target:
+        if matrix.dim() < 2 or "position_embd" in target or name.endswith(ROUTERS):
             type_ = GGMLQuantizationType.F32
         data = blocks_of(matrix.contiguous().numpy(), type_)
         writer.add_tensor(target, data, raw_dtype=type_)
@@ -259,6 +301,18 @@ def write_model(
     writer.write_tensors_to_file()
     writer.close()
     return path if split == 1 else next(iter(sorted(path.parent.glob(f"{path.stem}-00001-*"))))
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """A model's weights, those of experts and of what all take as files have them."""
+    for name, weight in model.state_dict().items():
+        if name.endswith("experts.gate_up_proj"):
+            for part, half in zip(("gate_proj", "up_proj"), weight.chunk(2, dim=1), strict=True):
+                yield name.replace("gate_up_proj", f"{part}.weight"), half
+        elif name.endswith("experts.down_proj"):
+            yield f"{name}.weight", weight
+        else:
+            yield name, weight[0] if name.endswith("shared_expert_gate.weight") else weight
 
 
 def blocks_of(matrix: np.ndarray, type_: GGMLQuantizationType) -> np.ndarray:
@@ -305,11 +359,19 @@ def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
     """Those of RoPE and of windows, for the families that come from Llama."""
     rope = config.rope_parameters
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
-    if architecture in ("qwen3", "gemma2", "gemma3"):
+    if architecture in ("qwen3", "qwen3moe", "gemma2", "gemma3"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         writer.add_sliding_window(config.sliding_window)
+    if hasattr(config, "num_experts_per_tok"):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if architecture in ("qwen2moe", "qwen3moe"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if architecture == "qwen2moe":
+        size = config.shared_expert_intermediate_size
+        writer.add_expert_shared_feed_forward_length(size)
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)

@@ -25,6 +25,7 @@ from qllm.gguf.metadata import Metadata
 from qllm.gguf.types import BlockType, MixedType
 from qllm.models import FAMILIES, RawConfig
 from qllm.models import read_config as model_config
+from qllm.models.family import MAX_EXPERTS
 from qllm.quant.packing import packed_size
 
 # The tensor of a linear that is held as it is, and those of one whose parts have several types.
@@ -52,8 +53,21 @@ INNER: dict[str, tuple[str, int]] = {
     "ffn_gate": ("mlp.up", 0),
     "ffn_up": ("mlp.up", 1),
     "ffn_down": ("mlp.down", 0),
+    "ffn_gate_inp": ("mlp.router", 0),
+    "ffn_gate_shexp": ("mlp.shared.up", 0),
+    "ffn_up_shexp": ("mlp.shared.up", 1),
+    "ffn_down_shexp": ("mlp.shared.down", 0),
+    "ffn_gate_inp_shexp": ("mlp.shared_gate", 0),
     "post_ffw_norm": ("mlp_output_norm", 0),
 }
+# Of all experts of a layer, one behind the other in one tensor; in old files each has its own.
+STACKED: dict[str, tuple[str, int]] = {
+    "ffn_gate_exps": ("mlp.experts.{}.up", 0),
+    "ffn_up_exps": ("mlp.experts.{}.up", 1),
+    "ffn_gate_up_exps": ("mlp.experts.{}.up", 0),
+    "ffn_down_exps": ("mlp.experts.{}.down", 0),
+}
+ALONE = re.compile(r"(ffn_gate|ffn_up|ffn_down)\.(\d+)")
 LAYER = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 # What the configuration has of a file.
 CONSUMED = tuple(f"rope_{kind}.weight" for kind in ("freqs", "factors_long", "factors_short"))
@@ -92,8 +106,19 @@ def parts_of(found: GGUF) -> dict[str, list[Part]]:
             continue
         at = 0
         if layer:
-            inner, at = INNER.get(layer[2], (layer[2], 0))
-            stem, kind = f"layers.{int(layer[1])}.{inner}", layer[3]
+            kind, where = layer[3], f"layers.{int(layer[1])}."
+            if layer[2] in STACKED:
+                inner, at = STACKED[layer[2]]
+                for expert, matrix in enumerate(_experts_of(name, tensor)):
+                    same = parts.setdefault(f"{where}{inner.format(expert)}.{kind}", {})
+                    _add_part(same, at, Part(matrix), name)
+                continue
+            if alone := ALONE.fullmatch(layer[2]):
+                inner, at = STACKED[f"{alone[1]}_exps"]
+                inner = inner.format(int(alone[2]))
+            else:
+                inner, at = INNER.get(layer[2], (layer[2], 0))
+            stem = where + inner
         elif stem in OUTER:
             stem = OUTER[stem]
         perm = perms.get(layer[2]) if layer else None
@@ -101,10 +126,31 @@ def parts_of(found: GGUF) -> dict[str, list[Part]]:
             rows = tensor.shape[0]
             raise UserError(f"{tensor.path}: {name} has {rows} rows, its heads {len(perm)}")
         same = parts.setdefault(f"{stem}.{kind}", {})
-        if at in same:
-            raise UserError(f"{tensor.path}: {name} and another tensor are the same part")
-        same[at] = Part(tensor, perm, offset if stem.endswith("norm") else 0.0)
+        if stem.endswith(".mlp.shared_gate") and len(tensor.shape) == 1:  # of one output
+            _add_part(same, at, Part(replace(tensor, shape=(1, *tensor.shape))), name)
+            continue
+        _add_part(same, at, Part(tensor, perm, offset if stem.endswith("norm") else 0.0), name)
     return {name: [same[at] for at in sorted(same)] for name, same in parts.items()}
+
+
+def _add_part(same: dict[int, Part], at: int, part: Part, name: str) -> None:
+    if at in same:
+        raise UserError(f"{part.tensor.path}: {name} and another tensor are the same part")
+    same[at] = part
+
+
+def _experts_of(name: str, tensor: GGUFTensor) -> list[GGUFTensor]:
+    """The matrix of each expert in a tensor of all of a layer."""
+    if len(tensor.shape) != 3 or tensor.shape[0] > MAX_EXPERTS:
+        raise UserError(
+            f"{tensor.path}: {name} has the shape {list(tensor.shape)}; it is to have a matrix for "
+            f"each of up to {MAX_EXPERTS} experts"
+        )
+    size = tensor.nbytes // tensor.shape[0]  # of whole blocks, as rows are
+    return [
+        replace(tensor, shape=tensor.shape[1:], offset=tensor.offset + i * size, nbytes=size)
+        for i in range(tensor.shape[0])
+    ]
 
 
 def _row_perms(found: GGUF) -> dict[str, Tensor]:

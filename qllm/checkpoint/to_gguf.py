@@ -51,6 +51,7 @@ from qllm.gguf.types import (
 from qllm.gguf.write import Planned, write_gguf
 from qllm.models import RawConfig
 from qllm.models import read_config as model_config
+from qllm.models.mlp import EXPERTS, ROUTERS
 from qllm.models.positions import RotaryPositions
 from qllm.progress import Note, silent
 from qllm.quant.packing import PackedWeight, group_width, unpack
@@ -61,6 +62,8 @@ INNER = {
     for ours, _ in INNER_PARTS.values()
 }
 INNER["attention.qkv"] = ("attn_q", "attn_k", "attn_v")
+INNER["mlp.experts.{}.up"] = ("ffn_gate_exps", "ffn_up_exps")
+INNER["mlp.experts.{}.down"] = ("ffn_down_exps",)
 FUSED = {"attention.qkv": "attn_qkv", "mlp.up": "ffn_up"}
 OUTER = {ours: name for name, ours in OUTER_PARTS.items()}
 # What a file does not say of a model, and what it computes does not depend on.
@@ -172,15 +175,41 @@ class _Tensors:
             factors = _factors(self.config, factor)
             planned[f"{factor}.weight"] = Planned((len(factors),), F32)
             self._made[f"{factor}.weight"] = partial(factors.view, torch.uint8)
+        stacked: dict[str, list[tuple[str, range, BlockType]]] = {}
         for name, shape in self.weights.shapes.items():
             module, _, kind = name.rpartition(".")
             form = self._form(module, name, shape)
             for part, rows, perm in self._parts(module, shape[0]):
                 target = f"{part}.{kind}"
+                if f".{EXPERTS}" in name:
+                    stacked.setdefault(target, []).append((name, rows, form))
+                    continue
                 inner = shape[1:]
-                planned[target] = Planned((len(rows), *inner), form)
+                if module.endswith(".mlp.shared_gate"):
+                    planned[target] = Planned(inner, form)
+                else:
+                    planned[target] = Planned((len(rows), *inner), form)
                 self._made[target] = partial(self._bytes, name, rows, perm, form)
+        for target, experts in stacked.items():
+            planned[target] = self._plan_stack(target, experts)
         return planned
+
+    def _plan_stack(self, target: str, experts: list[tuple[str, range, BlockType]]) -> Planned:
+        """A tensor of all experts of a layer, which is of one type."""
+        forms = {form for _, _, form in experts}
+        form = next(iter(forms)) if len(forms) == 1 else Q8_0  # which holds what the others do
+        if len(forms) > 1 and any(each.dtype is not None for each in forms):
+            raise UserError(
+                f"{target}: some experts of the layer are packed and others are not, and a GGUF "
+                "file has one type for all of them; write the model at 16 bits"
+            )
+        name, rows, _ = experts[0]
+
+        def make() -> Tensor:
+            return torch.cat([self._bytes(name, rows, None, form) for name, rows, _ in experts])
+
+        self._made[target] = make
+        return Planned((len(experts), len(rows), *self.weights.shapes[name][1:]), form)
 
     def _plan_copy(self, found: GGUF) -> dict[str, Planned]:
         """A file's tensors as they are, whatever their types."""
@@ -194,7 +223,7 @@ class _Tensors:
         return (self._made[name]() for name in planned)
 
     def _form(self, module: str, name: str, shape: tuple[int, ...]) -> BlockType:
-        if len(shape) < 2 or module == "positions":
+        if len(shape) < 2 or module == "positions" or module.endswith(ROUTERS):
             return F32
         if not name.endswith(".weight") or module not in self.weights.stored:
             return PLAIN[self.weights.dtype(name)]
@@ -251,6 +280,8 @@ class _Tensors:
             yield OUTER[module], range(total), None
             return
         _, index, inner = module.split(".", 2)
+        if inner.startswith(EXPERTS):
+            inner = f"{EXPERTS}{{}}.{inner.rpartition('.')[2]}"
         names = INNER[inner]
         if inner in FUSED and len(self.weights.family.inner[inner]) == 1:
             names = (FUSED[inner],)

@@ -11,6 +11,8 @@ from qllm.gguf.file import GGUF, GGUFTensor
 from qllm.gguf.metadata import Metadata
 from qllm.gguf.types import F32
 
+EXPERTS, USED = "expert_count", "expert_used_count"
+EXPERT_SIZE, SHARED_SIZE = "expert_feed_forward_length", "expert_shared_feed_forward_length"
 VALUES, ROTARY = "attention.value_length", "rope.dimension_count"
 ORIGINAL = "original_max_position_embeddings"
 
@@ -308,6 +310,55 @@ def _starcoder2(metadata: Metadata, found: GGUF) -> dict[str, object]:
     }
 
 
+def _mixtral(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    """Llama's, and with experts Mixtral's."""
+    values, count = _llama(metadata, found), _experts(metadata)
+    if not count:
+        return values
+    del values["attention_bias"], values["mlp_bias"]
+    return values | {
+        "model_type": "mixtral",
+        "num_local_experts": count,
+        "num_experts_per_tok": metadata.count(metadata.own(USED)),
+        "sliding_window": None,
+    }
+
+
+def _qwen2_moe(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    own = metadata.own
+    return _moe(metadata, found) | {
+        "moe_intermediate_size": metadata.count(own(EXPERT_SIZE)),
+        "shared_expert_intermediate_size": metadata.count(own(SHARED_SIZE)),
+        "qkv_bias": "blk.0.attn_q.bias" in found.tensors,
+        "norm_topk_prob": False,
+    }
+
+
+def _qwen3_moe(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    own = metadata.own
+    return _moe(metadata, found) | {
+        "moe_intermediate_size": metadata.count(own(EXPERT_SIZE)),
+        "norm_topk_prob": True,
+    }
+
+
+def _olmoe(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    return _moe(metadata, found) | {"norm_topk_prob": False, "pad_token_id": None}
+
+
+def _moe(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    """What mixtures of experts have besides what Llama has."""
+    return _llama(metadata, found) | {
+        "num_experts": _experts(metadata),
+        "num_experts_per_tok": metadata.count(metadata.own(USED)),
+    }
+
+
+def _experts(metadata: Metadata) -> int:
+    """How many a layer has; 0: it has none."""
+    return metadata.count(metadata.own(EXPERTS), 0)
+
+
 def _heads(metadata: Metadata) -> int:
     heads = metadata.count(metadata.own("attention.head_count"))
     if heads < 1:
@@ -324,11 +375,18 @@ FACTORS = {
 }
 WINDOW = frozenset({"attention.sliding_window"})
 PARALLEL = frozenset({"use_parallel_residual"})
+MOE = frozenset({EXPERTS})
+NO_OUTPUT_BIAS = {"output_bias": False}
 NO_BIAS = {"attention_bias": False, "output_bias": False}
 BIASES = {"attention_bias": True, "output_bias": True}
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", _llama, permuted=True, same=("mistral",)),
-    "qwen2": Architecture("qwen2", _llama, fixed={"output_bias": False}),
+    "llama": Architecture("llama", _mixtral, permuted=True, reads=MOE, same=("mistral", "mixtral")),
+    "qwen2moe": Architecture(
+        "qwen2_moe", _qwen2_moe, reads=MOE | {EXPERT_SIZE, SHARED_SIZE}, fixed=NO_OUTPUT_BIAS
+    ),
+    "qwen3moe": Architecture("qwen3_moe", _qwen3_moe, reads=MOE | {EXPERT_SIZE}, fixed=NO_BIAS),
+    "olmoe": Architecture("olmoe", _olmoe, reads=MOE, fixed=NO_BIAS),
+    "qwen2": Architecture("qwen2", _llama, fixed=NO_OUTPUT_BIAS),
     "qwen3": Architecture("qwen3", _llama, fixed=NO_BIAS),
     "gemma2": Architecture(
         "gemma2", _gemma2, norm_offset=1.0, reads=WINDOW, fixed={**NO_BIAS, "tied_head": True}

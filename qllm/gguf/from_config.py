@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from qllm.config import ModelConfig, RopeConfig
 from qllm.errors import UserError
-from qllm.gguf.architectures import ARCHITECTURES, FACTORS, ROTARY, VALUES
+from qllm.gguf.architectures import (
+    ARCHITECTURES,
+    EXPERT_SIZE,
+    EXPERTS,
+    FACTORS,
+    ROTARY,
+    SHARED_SIZE,
+    USED,
+    VALUES,
+)
 from qllm.gguf.file import Value
 
 # By the model type that it is for, an architecture's name.
@@ -54,6 +63,11 @@ def hyperparameters(config: ModelConfig) -> dict[str, Value]:
         own["use_parallel_residual"] = config.parallel_blocks
     if "attention.sliding_window" in reads and any(config.windows):
         own["attention.sliding_window"] = max(config.windows)
+    if config.experts is not None:
+        own[EXPERTS], own[USED] = config.experts.count, config.experts.top_k
+        sizes = {EXPERT_SIZE: config.experts.intermediate_size}
+        sizes[SHARED_SIZE] = config.experts.shared_size
+        own |= {key: size for key, size in sizes.items() if key in reads}
     for key, field in FACTORS.items():
         if key in reads:
             own[key] = vars(config)[field]

@@ -110,7 +110,7 @@ def test_the_model_is_transformers_(tmp_path, family, kind):
     model = FAMILIES[family]()
     path = write_model(tmp_path / "model.gguf", model, kind)
     llm = LLM.from_pretrained(path, dtype="float32")
-    specs = {layer.spec.bits for _, layer in _linears(llm.model.layers)}
+    specs = {layer.spec.bits for layer in report.quantizable(llm.model)}
     bits = {kind.name: kind.bits or 16 for kind in TYPES.values()}
     assert specs == {bits[kind]}
     if model.config.tie_word_embeddings and kind == "Q4_1":
