@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from qllm import ops
 from qllm.config import ModelConfig
 from qllm.models.attention import MakeLinear
+from qllm.ops import phase
 from qllm.ops.cpu.capture import host_callback
+from qllm.ops.cpu.experts import ExpertCalls
 
 if TYPE_CHECKING:
     from qllm.parallel.layers import LinearOrShard
@@ -73,7 +75,8 @@ class MixtureOfExperts(nn.Module):
     token give is added up in float32 in the order of the experts, so that no token's result
     depends on what others choose.
 
-    Which experts run is decided on the CPU: a step that is captured calls back for it.
+    A step on a CPU is one call, which chooses what it calls; else Python does, and a step that is
+    captured calls back for it.
     """
 
     shared: MLP | None
@@ -92,6 +95,7 @@ class MixtureOfExperts(nn.Module):
             for i in range(experts.count)
         )
         self.shared = self.shared_gate = None
+        self._calls: dict[torch.dtype, ExpertCalls | None] = {}
         if experts.shared_size:
             self.shared = kind(config, f"{name}.shared", experts.shared_size, make)
             self.shared_gate = make(f"{name}.shared_gate", config.hidden_size, 1, False)
@@ -103,55 +107,47 @@ class MixtureOfExperts(nn.Module):
             yield mlp
 
     def forward(self, x: Tensor) -> Tensor:
-        logits, shared, gate = self.router(x), None, None
-        if self.shared is not None and self.shared_gate is not None:
-            shared, gate = self.shared(x), self.shared_gate(x)
+        device = x.device.type
+        gate = None if self.shared_gate is None else self.shared_gate(x)
+        route = ops.on(device).route
+        weights, chosen = route(self.router(x), gate, self.top_k, normalizes=self.normalizes)
+        calls = self._calls_of_step(x) if phase.decoding() and device == "cpu" else None
+        if calls is not None:
+            return calls(x, weights, chosen)
         y = torch.empty_like(x)
-        host_callback(partial(self._mix, x, logits, shared, gate, y))
+        host_callback(partial(self._mix, x, weights, chosen, y))
         return y
 
-    def _mix(
-        self, x: Tensor, logits: Tensor, shared: Tensor | None, gate: Tensor | None, y: Tensor
-    ) -> None:
+    def _mix(self, x: Tensor, weights: Tensor, chosen: Tensor, y: Tensor) -> None:
         """Write to y (N, C) what the experts that each row of x (N, C) takes give.
 
         Args:
-            logits: of the router, (N, experts).
-            shared: what the expert that all tokens take gives, (N, C).
-            gate: the logit of its weight, (N, 1).
+            weights, chosen: of `route`.
         """
-        weights, chosen = route(logits, self.top_k, normalizes=self.normalizes)
         total = torch.zeros(x.shape, device=x.device)
         experts, order = chosen.flatten().sort(stable=True)
-        counts = experts.bincount(minlength=len(self.experts)).tolist()
+        mlps, each = list(self.mlps()), chosen.shape[1]
+        counts = experts.bincount(minlength=len(mlps)).tolist()
         weights = weights.flatten()[order, None]
-        rows, start = order // self.top_k, 0
-        for expert, count in zip(self.experts, counts, strict=True):
+        rows, start = order // each, 0
+        for expert, count in zip(mlps, counts, strict=True):
             if not count:
                 continue
             taken = slice(start, start + count)
             start += count
             z = expert(x[rows[taken]])
             total.index_add_(0, rows[taken], z.float() * weights[taken])
-        if shared is not None and gate is not None:
-            total += shared.float() * gate.float().sigmoid()
         y.copy_(total)
 
+    def _calls_of_step(self, x: Tensor) -> ExpertCalls | None:
+        """What a step calls, of rows such as x has; None where it is `_mix`."""
+        if x.dtype not in self._calls:
+            self._calls[x.dtype] = ExpertCalls.of(self.mlps(), x)
+        return self._calls[x.dtype]
 
-def route(logits: Tensor, top_k: int, *, normalizes: bool) -> tuple[Tensor, Tensor]:
-    """Which experts each token takes, and how much each of them counts.
-
-    Args:
-        logits: of the router, (N, experts).
-        normalizes: the weights of a token's experts are divided by their sum.
-
-    Returns:
-        weights float32 (N, top_k), and the experts int64 (N, top_k).
-    """
-    weights, chosen = logits.float().softmax(dim=-1).topk(top_k, dim=-1)
-    if normalizes:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights, chosen
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: calls are of this process."""
+        return {**self.__dict__, "_calls": {}}
 
 
 def mlp_class(config: ModelConfig) -> type[MLP]:

@@ -12,6 +12,8 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,18 +43,37 @@ NO_WORK = {
 NO_WORK_IN_PLACE = {"to", "contiguous", "resolve_neg", "resolve_conj"}
 
 
+@dataclass(frozen=True)
+class KeptCall:
+    """A call of an op.
+
+    Attributes:
+        name: the op's.
+        function: its address.
+        tensors: those that the arguments point to.
+    """
+
+    name: str
+    function: ctypes.c_void_p
+    arguments: Any  # a structure, which has the fields of its op
+    tensors: tuple[Tensor | None, ...]
+
+
 class CapturedCalls:
     """The calls made while it was capturing.
 
     Attributes:
         graph_break: an op of torch among them, whose results a replay would lack; None: there is
             none.
+        kept: the calls of ops.
+        dry: they are kept and not made.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, dry: bool = False) -> None:
         self.graph_break: str | None = None
+        self.kept: list[KeptCall] = []
+        self.dry = dry
         self._calls: list[Call] = []
-        self._keepalive: list[object] = []
         self._parts: list[Callable[[], None]] = []
         self._library: ctypes.CDLL | None = None
 
@@ -62,8 +83,13 @@ class CapturedCalls:
         """Keep a call, and the memory that it reads and writes."""
         function = ctypes.cast(getattr(library, f"qllm_{name}"), ctypes.c_void_p)
         self._calls.append(Call(function, ctypes.addressof(arguments)))
-        self._keepalive.append((arguments, tensors))
+        self.kept.append(KeptCall(name, function, arguments, tensors))
         self._library = library
+
+    @property
+    def calls_back(self) -> bool:
+        """Whether a function of Python is among them."""
+        return bool(self._parts)
 
     def add_host_callback(self, function: Callable[[], None]) -> None:
         """Call a function of Python between the kernels before it and those behind it."""
@@ -140,9 +166,13 @@ _capturing = _Capturing()
 
 
 @contextmanager
-def capture_calls() -> Iterator[CapturedCalls]:
-    """The calls that this thread makes inside."""
-    before, _capturing.calls = _capturing.calls, CapturedCalls()
+def capture_calls(*, dry: bool = False) -> Iterator[CapturedCalls]:
+    """The calls that this thread makes inside.
+
+    Args:
+        dry: they are kept and not made.
+    """
+    before, _capturing.calls = _capturing.calls, CapturedCalls(dry=dry)
     try:
         with _Watch(_capturing.calls):
             yield _capturing.calls
@@ -173,7 +203,8 @@ def call(
     Raises: what `check` does.
     """
     calls = _capturing.calls  # in front of the call, whose number of threads this may set
-    check(library, getattr(library, f"qllm_{name}")(ctypes.byref(arguments)), name)
+    if calls is None or not calls.dry:
+        check(library, getattr(library, f"qllm_{name}")(ctypes.byref(arguments)), name)
     if calls is not None:
         calls.add(library, name, arguments, tensors)
 
@@ -189,8 +220,9 @@ def host_callback(function: Callable[[], None]) -> None:
         return
     calls, _capturing.calls = _capturing.calls, None  # what it calls itself, it calls again
     try:
-        with _disable_current_modes():
-            function()
+        if not calls.dry:
+            with _disable_current_modes():
+                function()
     finally:
         _capturing.calls = calls
     calls.add_host_callback(function)

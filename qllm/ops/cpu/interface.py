@@ -40,6 +40,12 @@ Norm = structure(
 )
 Add = structure("Add", "count type =factor *x *z *y")
 ScaleRows = structure("ScaleRows", "rows columns scaled type *x *factors *y")
+Route = structure("Route", "rows experts top_k normalizes type *logits *gate *weights *chosen")
+Experts = structure(
+    "Experts",
+    "rows channels experts top_k calls_each capacity type *x *weights *chosen *calls *taken *given "
+    "*total *y",
+)
 Gather = structure("Gather", "rows columns gathered bytes *x *index *y")
 Embed = structure("Embed", "rows table_rows bytes offset *index *table *y")
 EmbedPacked = structure(
@@ -83,6 +89,8 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "norm": Norm,
     "add": Add,
     "scale_rows": ScaleRows,
+    "route": Route,
+    "experts": Experts,
     "gather": Gather,
     "embed": Embed,
     "embed_packed": EmbedPacked,
@@ -96,7 +104,7 @@ OPS: dict[str, type[ctypes.Structure]] = {
 
 
 class Call(ctypes.Structure):
-    """A function of the library and its arguments, as in dispatch.cpp."""
+    """A function of the library and its arguments, as in kernels.h."""
 
     _fields_ = (("function", ctypes.c_void_p), ("arguments", ctypes.c_void_p))
 

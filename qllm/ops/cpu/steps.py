@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qllm.ops.cpu import library
-from qllm.ops.cpu.interface import Activate, Add, Attend, Embed, Gather, Norm, ScaleRows
+from qllm.ops.cpu.interface import Activate, Add, Attend, Embed, Gather, Norm, Route, ScaleRows
 from qllm.ops.cpu.library import TYPES, like, pointer
 from qllm.ops.kv import KV, PLAIN, Batch, Scores
 from qllm.ops.quantized_kv import QuantizedKV, padded_size
@@ -129,6 +129,21 @@ def scale_rows(x: Tensor, factors: Tensor, columns: int) -> Tensor:
     arguments = ScaleRows(*x.shape, columns, TYPES[x.dtype], *map(pointer, tensors))
     library.run("scale_rows", arguments, *tensors)
     return y
+
+
+def route(
+    logits: Tensor, gate: Tensor | None, top_k: int, *, normalizes: bool
+) -> tuple[Tensor, Tensor]:
+    """`reference.route`."""
+    logits, gate = logits.contiguous(), like(logits, gate)
+    rows, experts = logits.shape
+    columns = top_k + (gate is not None)
+    weights = torch.empty(rows, columns)
+    chosen = torch.empty(rows, columns, dtype=torch.int64)
+    tensors = (logits, gate, weights, chosen)
+    arguments = Route(rows, experts, top_k, normalizes, TYPES[logits.dtype], *map(pointer, tensors))
+    library.run("route", arguments, *tensors)
+    return weights, chosen
 
 
 def _add(x: Tensor, z: Tensor | None, factor: float) -> Tensor:

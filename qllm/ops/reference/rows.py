@@ -136,6 +136,33 @@ def scale_rows(x: Tensor, factors: Tensor, columns: int) -> Tensor:
     return torch.cat((scaled, x[:, columns:]), dim=1)
 
 
+def route(
+    logits: Tensor, gate: Tensor | None, top_k: int, *, normalizes: bool
+) -> tuple[Tensor, Tensor]:
+    """Which experts each token takes, and how much each of them counts.
+
+    Args:
+        logits: of the router, (N, E).
+        gate: (N, 1), of an expert that all tokens take beside those, whose weight is its logistic
+            function; None: there is none.
+        top_k: how many experts a token takes: those of the largest of the softmax, of equal ones
+            the first.
+        normalizes: the weights of a token's experts are divided by their sum.
+
+    Returns:
+        weights float32 (N, top_k), and the experts int64 (N, top_k); with a gate one more of each,
+        the last, of expert E.
+    """
+    weights, chosen = logits.float().softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    weights, chosen = weights[:, :top_k], chosen[:, :top_k]
+    if normalizes:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    if gate is None:
+        return weights.contiguous(), chosen.contiguous()
+    shared = torch.full_like(gate, logits.shape[1], dtype=chosen.dtype)
+    return torch.cat([weights, gate.float().sigmoid()], dim=1), torch.cat([chosen, shared], dim=1)
+
+
 def scale(x: Tensor, factor: float) -> Tensor:
     """x times a number."""
     return x * factor

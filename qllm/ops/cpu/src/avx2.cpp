@@ -2,6 +2,7 @@
 #include "blocks.h"
 #include "dense.h"
 #include "descent.h"
+#include "experts.h"
 #include "kernels.h"
 #include "layout.h"
 #include "limits.h"

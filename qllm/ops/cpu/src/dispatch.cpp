@@ -225,11 +225,6 @@ PUBLIC const char *qllm_message(int64_t status) {
     return "an unknown status";
 }
 
-struct Call {
-    int64_t (*function)(const void *);
-    const void *arguments;
-};
-
 // Asks for huge pages under memory that begins with one.
 PUBLIC void qllm_huge_pages(void *memory, int64_t bytes) {
     madvise(memory, size_t(bytes), MADV_HUGEPAGE);

@@ -150,6 +150,39 @@ struct ScaleRows {  // y = x (rows, columns), the first `scaled` columns times f
     void *y;
 };
 
+constexpr int64_t MAX_EXPERTS = 4096;
+constexpr int64_t MAX_TAKEN = 32;  // tokens that an expert takes at a time in a step
+
+// The experts that each token takes, and how much each counts: those of the largest of the softmax
+// of logits, and one behind them that all take, where there is a `gate`, whose logistic function is
+// its weight.
+struct Route {
+    int64_t rows, experts, top_k, normalizes, type;
+    const void *logits;  // (rows, experts)
+    const void *gate;    // (rows,), or null
+    float *weights;      // (rows, top_k), one more column with a gate
+    int64_t *chosen;     // likewise
+};
+
+// A call of an op that is made again: all ops have one form.
+struct Call {
+    int64_t (*function)(const void *);
+    void *arguments;
+};
+
+// y (rows, channels): what the experts of each row of x give, times their weights, summed in
+// float32 in the experts' order. The calls of each put into `given` what it makes of `taken`.
+struct Experts {
+    int64_t rows, channels, experts, top_k, calls_each, capacity, type;
+    const void *x;
+    const float *weights;   // (rows, top_k)
+    const int64_t *chosen;  // likewise
+    const Call *calls;      // (experts, calls_each)
+    void *taken, *given;    // (capacity, channels)
+    float *total;           // (rows, channels)
+    void *y;
+};
+
 struct Gather {  // y (rows, gathered) = x[:, index], of elements of 2 or 4 bytes
     int64_t rows, columns, gathered, bytes;
     const void *x;           // (rows, columns)
@@ -264,6 +297,8 @@ enum class Status : int64_t { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
     OP(norm, Norm)                                 \
     OP(add, Add)                                   \
     OP(scale_rows, ScaleRows)                      \
+    OP(route, Route)                               \
+    OP(experts, Experts)                           \
     OP(gather, Gather)                             \
     OP(embed, Embed)                               \
     OP(embed_packed, EmbedPacked)                  \
