@@ -196,3 +196,12 @@ def descend_block(
         values[i] = np.rint(before[i] - slope * step_sizes[i]).clip(low[i], low[i] + qmax)
         moves[i] = (values[i] - before[i]) * scales[i]
     return np.stack((values, moves))
+
+
+def route(logits: np.ndarray, top_k: int, normalizes: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of the experts that each token takes, (N, top_k), and which they are."""
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares = powers / powers.sum(axis=1, keepdims=True)
+    chosen = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
+    weights = np.take_along_axis(shares, chosen, axis=1)
+    return weights / weights.sum(axis=1, keepdims=True) if normalizes else weights, chosen

@@ -16,7 +16,7 @@ from qllm.quant.packing import BITS, pack
 
 SHAPES = ((64, 32), (67, 13), (1, 1), (256, 40))  # (K, N)
 EXACT = ("int8_linear", "embedding", "add", "scale", "scale_rows", "gather", "descend_block")
-IN_FLOAT32 = ("descend_block",)
+IN_FLOAT32 = ("descend_block", "route")
 TO_INT8 = ("layer_norm_int8", "rms_norm_int8")
 
 
@@ -212,6 +212,33 @@ def gather_example(request: Request, rows: int, dtype: torch.dtype):
     return {"x": x, "index": index}, exact.numpy(x)[:, index.numpy()], 0.0
 
 
+def route_example(
+    request: Request, rows: int, dtype: torch.dtype, *, normalizes: bool, gated: bool
+):
+    """As many experts as a request has inputs, of which a token takes a third or so."""
+    count = request.in_features
+    top_k, logits = -(-count // 3), normal(rows, count).to(dtype)
+    gate = normal(rows, 1).to(dtype) if gated else None
+    arguments = {"logits": logits, "gate": gate, "top_k": top_k, "normalizes": normalizes}
+    weights, chosen = exact.route(exact.numpy(logits), top_k, normalizes)
+    want = np.zeros((rows, count + 1))
+    np.put_along_axis(want, chosen, weights, axis=1)
+    if gate is not None:
+        want[:, -1:] = 1 / (1 + np.exp(-exact.numpy(gate)))
+    return arguments, want, 1.0
+
+
+def routed(weights: torch.Tensor, chosen: torch.Tensor, arguments: dict) -> torch.Tensor:
+    """What each expert counts for each token: (N, E + 1), the last column of the shared one."""
+    rows, count = arguments["logits"].shape
+    return torch.zeros(rows, count + 1).scatter_(1, chosen.cpu(), weights.cpu())
+
+
+def one_tensor(op: str, result: object, arguments: dict) -> torch.Tensor:
+    """What an op returns."""
+    return routed(*result, arguments) if op == "route" else result
+
+
 def add_example(request: Request, rows: int, dtype: torch.dtype):
     x, z = normal(2, rows, request.in_features).to(dtype)
     return {"x": x, "z": z}, exact.numpy((x.double() + z.double()).to(dtype)), 0.0
@@ -353,6 +380,10 @@ EXAMPLES = {
     "add": (add_example,),
     "scale": (scale_example,),
     "scale_rows": (scale_rows_example,),
+    "route": tuple(
+        partial(route_example, normalizes=normalizes, gated=gated)
+        for normalizes, gated in ((False, False), (True, True))
+    ),
     "gather": (gather_example,),
     "step_rounding": (step_rounding_example,),
     "descend_block": (descend_block_example,),

@@ -22,6 +22,7 @@ from transformers import (
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
@@ -71,6 +72,14 @@ MODELS: dict[str, PretrainedConfig] = {
         mlp_bias=True,
         hidden_act="relu",
         tie_word_embeddings=True,
+    ),
+    "qwen2_moe": Qwen2MoeConfig(
+        **LLAMA,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=36,
+        shared_expert_intermediate_size=44,
     ),
     "qwen3": Qwen3Config(**LLAMA, num_key_value_heads=3, head_dim=10),
     "gemma2": Gemma2Config(**GEMMA, attn_logit_softcapping=20.0),

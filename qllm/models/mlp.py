@@ -115,8 +115,14 @@ class MixtureOfExperts(nn.Module):
         if calls is not None:
             return calls(x, weights, chosen)
         y = torch.empty_like(x)
-        host_callback(partial(self._mix, x, weights, chosen, y))
+        mix = self._mix_in_step if phase.decoding() else self._mix
+        host_callback(partial(mix, x, weights, chosen, y))
         return y
+
+    def _mix_in_step(self, x: Tensor, weights: Tensor, chosen: Tensor, y: Tensor) -> None:
+        """`_mix`, of which a captured step does not say that it is one."""
+        with phase.decode():
+            self._mix(x, weights, chosen, y)
 
     def _mix(self, x: Tensor, weights: Tensor, chosen: Tensor, y: Tensor) -> None:
         """Write to y (N, C) what the experts that each row of x (N, C) takes give.

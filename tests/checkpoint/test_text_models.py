@@ -175,7 +175,7 @@ def test_other_settings_that_both_have(tmp_path):
             {"text_config": {"model_type": "llava", "text_config": TEXT}},
             "model_type of its text_config is 'llava'; of the text models inside a mistral3, QLLM",
         ),
-        ({"text_config": {"model_type": "mixtral"}}, "is 'mixtral'; of the text models inside"),
+        ({"text_config": {"model_type": "deepseek_v3"}}, "is 'deepseek_v3'; of the text models"),
         ({"text_config": {"model_type": ["llama"]}}, r"text_config is \['llama'\]; of the text"),
         ({"text_config": TEXT | {"hidden_size": "64"}}, "hidden_size is '64'; expected a whole"),
         (

@@ -214,7 +214,7 @@ def test_a_step_that_moves_on_by_itself_finds_the_same(family, monkeypatch):
         create(step, *given)
         step._moves_on, step._looks_up_itself = True, None not in step.tables
 
-    def eager(run: Callable[[], None], *_: object, alone: bool) -> EagerStep:
+    def eager(run: Callable[[], None], *_: object, no_graph: str | None) -> EagerStep:
         run()
         return EagerStep(run, "")
 

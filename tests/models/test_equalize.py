@@ -7,13 +7,14 @@ import torch
 from oracle import assert_logits_close, draw_prompts, load
 from quantizing import MODELS, VOCAB, saved
 
-from qllm.models import FAMILIES as MODEL_FAMILIES
 from qllm.models import Decoder
+from qllm.models.attention import ATTENTION_LINEARS
 from qllm.models.equalize import can_divide, divide_input, shared_channels
+from qllm.models.mlp import mlp_linears
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-QKV, OUT, UP, DOWN = LINEARS = MODEL_FAMILIES["opt"].linears
+QKV, OUT, UP, DOWN = LINEARS = (*ATTENTION_LINEARS, "mlp.up", "mlp.down")
 DIVIDED = {
     "opt": LINEARS,
     "opt untied": LINEARS,
@@ -32,6 +33,8 @@ DIVIDED = {
     "phi3": LINEARS,
     "gpt_neox": (QKV, OUT, UP),
     "granite": LINEARS,
+    # The router and all experts take what one norm gives.
+    "qwen2_moe": (QKV, OUT, *(f"mlp.experts.{i}.down" for i in range(4)), "mlp.shared.down"),
     # No norms in front of attention and MLP.
     "olmo2": (OUT, DOWN),
     "gpt2": (QKV, OUT, UP),
@@ -61,7 +64,8 @@ def test_every_model_is_in_the_table():
 def test_what_can_be_divided(model):
     name, folder, _ = model
     config = load(folder).config
-    assert tuple(linear for linear in LINEARS if can_divide(config, linear)) == DIVIDED[name]
+    linears = (*ATTENTION_LINEARS, *mlp_linears(config, 0))
+    assert tuple(linear for linear in linears if can_divide(config, linear)) == DIVIDED[name]
 
 
 def test_the_model_is_the_same(model):

@@ -170,7 +170,7 @@ def test_8_tc_equals_transformers_with_int8_linears(tmp_path):
     calibration = calibrate(dense, draw_prompts([20, 15], 90, seed=8))
     ranges = {
         part: float(calibration.inputs[name].max())
-        for name, parts in MODEL_FAMILIES["opt"].layer_linears(config.num_hidden_layers).items()
+        for name, parts in MODEL_FAMILIES["opt"].layer_linears(dense.config).items()
         for part in parts
     }
     ours = load(tmp_path, "8:tc", calibration=calibration)

@@ -25,7 +25,7 @@ from qllm.layers import Linear, linear_class
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.attention import Attention
 from qllm.models.cache import Prefill
-from qllm.models.layer import MLP, GatedMLP
+from qllm.models.mlp import MLP, GatedMLP
 from qllm.models.positions import PositionEncoding
 from qllm.parallel import (
     Sharding,
@@ -252,7 +252,7 @@ MLP_CASES = (("3", "8:tc", "16"), WORLDS, (MLP, GatedMLP))
 
 @pytest.mark.parametrize(("bits", "world", "kind"), slow_but(pairwise(*MLP_CASES), *MLP_CASES))
 def test_mlp(bits, world, kind):
-    mlp = kind(config(), 0, make_of(QuantSpec.parse(bits)))
+    mlp = kind(config(), "mlp", config().intermediate_size, make_of(QuantSpec.parse(bits)))
     x = normal(7, 128, seed=5)
     whole = mlp(x)
 

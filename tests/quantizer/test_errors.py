@@ -37,7 +37,9 @@ from qllm.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LINEARS = [*FAMILY_TABLE["opt"].layer_linears(2)]
+
+def linears_of(model: Decoder) -> list[str]:
+    return [*FAMILY_TABLE[model.config.family].layer_linears(model.config)]
 
 
 def inputs_of(model: Decoder, texts: list[list[int]]) -> dict[str, Tensor]:
@@ -61,7 +63,7 @@ def inputs_of(model: Decoder, texts: list[list[int]]) -> dict[str, Tensor]:
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("per_pass", [2048, 70])
-@pytest.mark.parametrize("name", [*LAYOUTS, "bloom with normed residuals", "gpt_neox"])
+@pytest.mark.parametrize("name", [*LAYOUTS, "bloom with normed residuals", "gpt_neox", "qwen2_moe"])
 def test_what_is_reported_of_gptq_is_the_error_behind_quantized_layers(
     name, per_pass, sources, monkeypatch, tmp_path
 ):
@@ -72,7 +74,7 @@ def test_what_is_reported_of_gptq_is_the_error_behind_quantized_layers(
     reports = quantize(source, tmp_path / "out", plan, samples=texts)
     ours, exact = load(tmp_path / "out"), load(source)
     inputs = inputs_of(ours, texts)
-    assert [entry.name for entry in reports] == [*LINEARS, LM_HEAD]
+    assert [entry.name for entry in reports] == [*linears_of(ours), LM_HEAD]
     for entry in reports:
         module, original = (m.get_submodule(entry.name) for m in (ours, exact))
         x, weight = inputs[entry.name].double(), original.dequantize().double()
@@ -85,7 +87,7 @@ def test_what_is_reported_of_gptq_is_the_error_behind_quantized_layers(
 def test_what_is_reported_of_rtn_is_the_error_of_weights(sources, tmp_path):
     reports = quantize(sources("bloom"), tmp_path / "out", plan_of({".*": 3, "mlp": "8:tc-li"}))
     ours, exact = load(tmp_path / "out"), load(sources("bloom"))
-    assert [entry.name for entry in reports] == LINEARS
+    assert [entry.name for entry in reports] == linears_of(ours)
     for entry in reports:
         before, after = (m.get_submodule(entry.name).dequantize() for m in (exact, ours))
         assert entry.error == pytest.approx(relative(after - before, before), rel=1e-4)
