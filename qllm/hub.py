@@ -127,6 +127,29 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         "7b-think": "allenai/Olmo-3-7B-Think",
         "32b-think": "allenai/Olmo-3-32B-Think",
     },
+    "mixtral": {
+        f"{size.lower()}{chat.lower()}": f"mistralai/Mixtral-{size}{chat}-v0.1"
+        for chat in ("", "-Instruct")
+        for size in ("8x7B", "8x22B")
+    },
+    "qwen2_moe": {
+        "1.5-a2.7b": "Qwen/Qwen1.5-MoE-A2.7B",
+        "1.5-a2.7b-chat": "Qwen/Qwen1.5-MoE-A2.7B-Chat",
+        "57b-a14b": "Qwen/Qwen2-57B-A14B",
+        "57b-a14b-instruct": "Qwen/Qwen2-57B-A14B-Instruct",
+    },
+    "qwen3_moe": {
+        "30b-a3b": "Qwen/Qwen3-30B-A3B",
+        "30b-a3b-base": "Qwen/Qwen3-30B-A3B-Base",
+        "30b-a3b-instruct": "Qwen/Qwen3-30B-A3B-Instruct-2507",
+        "30b-a3b-thinking": "Qwen/Qwen3-30B-A3B-Thinking-2507",
+        "coder-30b-a3b": "Qwen/Qwen3-Coder-30B-A3B-Instruct",
+        "235b-a22b": "Qwen/Qwen3-235B-A22B",
+    },
+    "olmoe": {
+        "1b-7b": "allenai/OLMoE-1B-7B-0125",
+        "1b-7b-instruct": "allenai/OLMoE-1B-7B-0125-Instruct",
+    },
 }
 TINY = "tiny"
 OFFLINE_DEFAULT = "`opt-tiny` runs offline"

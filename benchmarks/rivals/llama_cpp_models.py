@@ -24,6 +24,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from benchmarks.rivals.common import DEVIATION, PREFILL_RUNS, Model, published, random_prompts
+from qllm.gguf.file import read_gguf
+from qllm.gguf.metadata import Metadata
 from qllm.ops.cpu.limits import median_seconds
 
 if TYPE_CHECKING:
@@ -96,9 +98,7 @@ def models(
     if repository.endswith(".gguf"):
         path = Path(repository)
         runner = Runner(stack.enter_context(_loaded(path)), settings.threads, kv)
-        yield Model(
-            f"llama.cpp{kv_name}", "file", path.stat().st_size, runner.prefill, runner.decode
-        )
+        yield Model(f"llama.cpp{kv_name}", "file", _read_bytes(path), runner.prefill, runner.decode)
         return
     path = folder / "model.gguf"
     for bits, name, blocks, head in FORMATS:
@@ -216,6 +216,17 @@ FAMILIES: dict[str, Callable[[GGUFWriter, dict], Iterator[tuple[str, Shape]]]] =
     "opt": opt_tensors,
     "bloom": bloom_tensors,
 }
+
+
+def _read_bytes(path: Path) -> int:
+    """Bytes of a file that a step of one sequence reads: of experts, those that a token takes."""
+    found = read_gguf(path)
+    own = Metadata(found).own
+    counts = (found.metadata.get(own(key), 1) for key in ("expert_used_count", "expert_count"))
+    used, count = counts
+    assert isinstance(used, int) and isinstance(count, int)
+    stacked = sum(t.nbytes for name, t in found.tensors.items() if "_exps." in name)
+    return path.stat().st_size - stacked * (count - used) // max(count, 1)
 
 
 @llama_cpp.llama_log_callback
