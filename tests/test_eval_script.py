@@ -9,8 +9,8 @@ import shutil
 
 import pytest
 from conftest import assert_user_error, tiny
-from gguf_files import FAMILIES as GGUF_FAMILIES
 from gguf_files import write_model
+from gguf_models import FAMILIES as GGUF_FAMILIES
 from inside import call, call_json
 from oracle import our_bundled
 

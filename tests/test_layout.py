@@ -16,8 +16,8 @@ from pathlib import Path
 import processes
 import pytest
 from conftest import ROOT
-from gguf_files import FAMILIES as GGUF_FAMILIES
 from gguf_files import write_model
+from gguf_models import FAMILIES as GGUF_FAMILIES
 
 from qllm import hub
 from qllm.cli.options import NAME, OPTIONS

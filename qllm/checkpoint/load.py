@@ -35,6 +35,7 @@ from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import gigabytes
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
+from qllm.models.mlp import is_of_expert
 from qllm.parallel.pipeline import ParallelContext, balance
 from qllm.progress import Meter, Note, silent, unseen
 from qllm.quant.packing import packed_size
@@ -298,6 +299,13 @@ def _check_calibration(
             if name not in (EMBEDDING, LM_HEAD)
         }
         calibration.check(shapes)
+        for name in shapes:
+            static = rounded[name].kind == "w8a8_static"
+            if static and is_of_expert(name) and not calibration.inputs[name].any():
+                raise UserError(
+                    f"no token of the calibration reached {name}: the range of its inputs is not "
+                    "known; take more text, or bitwidth 8:tc-li"
+                )
 
 
 def _layer_bytes(model: Decoder) -> list[int]:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from qllm.errors import UserError
-from qllm.gguf.file import GGUF, GGUFTensor
+from qllm.gguf.file import GGUF
+from qllm.gguf.hyperparameters import (
+    ORIGINAL,
+    ROTARY,
+    VALUES,
+    count_heads,
+    read_layer_types,
+    read_llama,
+    read_rope,
+    read_sizes,
+)
 from qllm.gguf.metadata import Metadata
-from qllm.gguf.types import F32
 
 EXPERTS, USED = "expert_count", "expert_used_count"
 EXPERT_SIZE, SHARED_SIZE = "expert_feed_forward_length", "expert_shared_feed_forward_length"
-VALUES, ROTARY = "attention.value_length", "rope.dimension_count"
-ORIGINAL = "original_max_position_embeddings"
 
 
 @dataclass(frozen=True)
@@ -38,102 +44,6 @@ class Architecture:
     reads: frozenset[str] = frozenset()
     same: tuple[str, ...] = ()
     fixed: Mapping[str, object] = field(default_factory=dict)
-
-
-def _llama(
-    metadata: Metadata, found: GGUF, *, same: tuple[str, ...] = (VALUES, ROTARY)
-) -> dict[str, object]:
-    """
-    Args:
-        same: see `_sizes`.
-    """
-    eps = metadata.number(metadata.own("attention.layer_norm_rms_epsilon"))
-    return _sizes(metadata, found, same) | {
-        "rms_norm_eps": eps,
-        "attention_bias": "blk.0.attn_output.bias" in found.tensors,
-        "mlp_bias": "blk.0.ffn_down.bias" in found.tensors,
-    }
-
-
-def _sizes(
-    metadata: Metadata, found: GGUF, same: tuple[str, ...] = (VALUES, ROTARY)
-) -> dict[str, object]:
-    """What all with RoPE and grouped heads have.
-
-    Args:
-        same: keys that are to say the channels of a head, where they are there.
-    """
-    own = metadata.own
-    hidden, heads = metadata.count(own("embedding_length")), _heads(metadata)
-    head_dim = metadata.count(own("attention.key_length"), hidden // heads)
-    trained = metadata.count(own("context_length"))
-    for key in same:
-        if metadata.count(own(key), head_dim) != head_dim:
-            raise UserError(
-                f"{found.path}: {own(key)} is {metadata.values[own(key)]}, the heads have "
-                f"{head_dim} channels"
-            )
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": metadata.count(own("block_count")),
-        "intermediate_size": metadata.count(own("feed_forward_length")),
-        "num_attention_heads": heads,
-        "num_key_value_heads": metadata.count(own("attention.head_count_kv"), heads),
-        "head_dim": head_dim,
-        "max_position_embeddings": trained,
-        "rope_parameters": _rope(metadata, found, trained),
-    }
-
-
-def _rope(metadata: Metadata, found: GGUF, trained: int) -> dict[str, object]:
-    """Rotary embeddings; frequencies that a file has ready are longrope's for any length."""
-    own = metadata.own
-    rope: dict[str, object] = {"rope_theta": metadata.number(own("rope.freq_base"), 10000.0)}
-    kind = metadata.text(own("rope.scaling.type"), "none")
-    factors = found.tensors.get("rope_freqs.weight")
-    if factors is not None:
-        values = _floats(factors, found)
-        return rope | {
-            "rope_type": "longrope",
-            "short_factor": values,
-            "long_factor": values,
-            "factor": 1.0,
-            "attention_factor": 1.0,
-            ORIGINAL: trained,
-        }
-    files = [found.tensors.get(f"rope_factors_{length}.weight") for length in ("short", "long")]
-    if all(files):
-        listed = [_floats(tensor, found) for tensor in files if tensor]
-        return rope | {
-            "rope_type": "longrope",
-            **dict(zip(("short_factor", "long_factor"), listed, strict=True)),
-            "attention_factor": metadata.number(own("rope.scaling.attn_factor"), 1.0),
-            ORIGINAL: metadata.count(own("rope.scaling.original_context_length")),
-        }
-    if kind == "none":
-        return rope
-    if kind not in ("linear", "yarn"):
-        raise UserError(f"{found.path}: {own('rope.scaling.type')} is {kind!r}; QLLM has not that")
-    rope |= {"rope_type": kind, "factor": metadata.number(own("rope.scaling.factor"))}
-    if kind == "yarn":
-        rope[ORIGINAL] = metadata.count(own("rope.scaling.original_context_length"), trained)
-        # It multiplies what YaRN does to cosines and sines anyway.
-        attention = metadata.number(own("rope.scaling.attn_factor"), 1.0)
-        if attention != 1:
-            factor = max(1.0, metadata.number(own("rope.scaling.factor")))
-            rope["attention_factor"] = attention * (0.1 * math.log(factor) + 1)
-    return rope
-
-
-def _floats(tensor: GGUFTensor, found: GGUF) -> list[float]:
-    """The numbers of a short float32 tensor."""
-    import torch
-
-    if tensor.type is not F32 or len(tensor.shape) != 1:
-        raise UserError(f"{found.path}: factors of RoPE are no list of float32")
-    with tensor.path.open("rb") as file:
-        file.seek(tensor.offset)
-        return torch.frombuffer(bytearray(file.read(tensor.nbytes)), dtype=torch.float32).tolist()
 
 
 def _gemma2(metadata: Metadata, found: GGUF) -> dict[str, object]:
@@ -165,37 +75,22 @@ def _gemma(metadata: Metadata, found: GGUF, every: int, widest: int) -> dict[str
         every: each so many-th layer sees all, where the file does not say which do.
         widest: layers of the size whose scores are scaled by the width that a head has of all.
     """
-    values, layers = _llama(metadata, found), metadata.count(metadata.own("block_count"))
-    head = metadata.count(metadata.own("embedding_length")) / _heads(metadata)
+    values, layers = read_llama(metadata, found), metadata.count(metadata.own("block_count"))
+    head = metadata.count(metadata.own("embedding_length")) / count_heads(metadata)
     return values | {
-        "layer_types": _layer_types(metadata, layers, every),
+        "layer_types": read_layer_types(metadata, layers, every),
         "query_pre_attn_scalar": head if layers == widest else values["head_dim"],
     }
 
 
-def _layer_types(metadata: Metadata, layers: int, every: int) -> list[str]:
-    """Which layers have a window.
-
-    Args:
-        every: each so many-th layer sees all, where the file does not say which do.
-    """
-    key = metadata.own("attention.sliding_window_pattern")
-    pattern = metadata.values.get(key, every)
-    slides = pattern if isinstance(pattern, list) else [False] * layers
-    if not isinstance(pattern, list):
-        every = metadata.count(key, every)
-        slides = [every > 0 and i % every < every - 1 for i in range(layers)]
-    return ["sliding_attention" if each else "full_attention" for each in slides]
-
-
 def _phi3(metadata: Metadata, found: GGUF) -> dict[str, object]:
     own = metadata.own
-    values = _llama(metadata, found, same=(VALUES,))
-    rope = _rope(metadata, found, metadata.count(own("context_length")))
+    values = read_llama(metadata, found, same=(VALUES,))
+    rope = read_rope(metadata, found, metadata.count(own("context_length")))
     if ORIGINAL in rope:  # outside it wins over the family's own
         values[ORIGINAL] = rope[ORIGINAL]
     head_dim = values["head_dim"]
-    assert isinstance(head_dim, int)  # as `_llama` counts it
+    assert isinstance(head_dim, int)  # as `read_llama` counts it
     rope |= _partial(metadata, head_dim)
     window = metadata.count(own("attention.sliding_window"), 0)
     # Where nothing is said of padding, transformers has an id that the model may not have.
@@ -217,11 +112,11 @@ def _partial(metadata: Metadata, head_dim: int) -> dict[str, object]:
 def _gpt_neox(metadata: Metadata, found: GGUF) -> dict[str, object]:
     own = metadata.own
     hidden, trained = metadata.count(own("embedding_length")), metadata.count(own("context_length"))
-    rope = _rope(metadata, found, trained) | _partial(metadata, hidden // _heads(metadata))
+    rope = read_rope(metadata, found, trained) | _partial(metadata, hidden // count_heads(metadata))
     return {
         "hidden_size": hidden,
         "num_hidden_layers": metadata.count(own("block_count")),
-        "num_attention_heads": _heads(metadata),
+        "num_attention_heads": count_heads(metadata),
         "intermediate_size": metadata.count(own("feed_forward_length")),
         "max_position_embeddings": trained,
         "layer_norm_eps": metadata.number(own("attention.layer_norm_epsilon")),
@@ -240,7 +135,7 @@ def _bloom(metadata: Metadata, found: GGUF) -> dict[str, object]:
     return {
         "hidden_size": hidden,
         "n_layer": metadata.count(own("block_count")),
-        "n_head": _heads(metadata),
+        "n_head": count_heads(metadata),
         "layer_norm_epsilon": metadata.number(own("attention.layer_norm_epsilon")),
     }
 
@@ -250,7 +145,7 @@ def _gpt2(metadata: Metadata, found: GGUF) -> dict[str, object]:
     return {
         "n_embd": metadata.count(own("embedding_length")),
         "n_layer": metadata.count(own("block_count")),
-        "n_head": _heads(metadata),
+        "n_head": count_heads(metadata),
         "n_inner": metadata.count(own("feed_forward_length")),
         "n_positions": metadata.count(own("context_length")),
         "layer_norm_epsilon": metadata.number(own("attention.layer_norm_epsilon")),
@@ -258,14 +153,14 @@ def _gpt2(metadata: Metadata, found: GGUF) -> dict[str, object]:
 
 
 def _granite(metadata: Metadata, found: GGUF) -> dict[str, object]:
-    values, own = _llama(metadata, found), metadata.own
+    values, own = read_llama(metadata, found), metadata.own
     if not metadata.flag(own("rope.scaling.finetuned"), True):
         raise UserError(
             f"{found.path}: {own('rope.scaling.finetuned')} is False: its layers have no RoPE, "
             "which QLLM's granite has"
         )
     head_dim = values["head_dim"]
-    assert isinstance(head_dim, int)  # as `_sizes` counts it
+    assert isinstance(head_dim, int)  # as `read_sizes` counts it
     scores = metadata.number(own("attention.scale"), 0.0) or head_dim**-0.5
     return values | {
         "embedding_multiplier": metadata.number(own("embedding_scale"), 0.0) or 1.0,
@@ -277,12 +172,12 @@ def _granite(metadata: Metadata, found: GGUF) -> dict[str, object]:
 
 def _smollm3(metadata: Metadata, found: GGUF) -> dict[str, object]:
     # Where nothing is said of padding, transformers has an id that the model may not have.
-    return _llama(metadata, found) | {"no_rope_layer_interval": 4, "pad_token_id": None}
+    return read_llama(metadata, found) | {"no_rope_layer_interval": 4, "pad_token_id": None}
 
 
 def _olmo2(metadata: Metadata, found: GGUF) -> dict[str, object]:
     """OLMo 2's, and with windows OLMo 3's."""
-    values, own = _llama(metadata, found), metadata.own
+    values, own = read_llama(metadata, found), metadata.own
     values["pad_token_id"] = None  # else transformers has one that the model may not have
     window = metadata.count(own("attention.sliding_window"), 0)
     if not window:
@@ -293,7 +188,7 @@ def _olmo2(metadata: Metadata, found: GGUF) -> dict[str, object]:
     return values | {
         "model_type": "olmo3",
         "sliding_window": window,
-        "layer_types": _layer_types(metadata, layers, every=4),
+        "layer_types": read_layer_types(metadata, layers, every=4),
         "rope_parameters": {
             "full_attention": values["rope_parameters"],
             "sliding_attention": local,
@@ -303,7 +198,7 @@ def _olmo2(metadata: Metadata, found: GGUF) -> dict[str, object]:
 
 def _starcoder2(metadata: Metadata, found: GGUF) -> dict[str, object]:
     own = metadata.own
-    return _sizes(metadata, found) | {
+    return read_sizes(metadata, found) | {
         "norm_epsilon": metadata.number(own("attention.layer_norm_epsilon")),
         "use_bias": "blk.0.attn_output.bias" in found.tensors,
         "sliding_window": metadata.count(own("attention.sliding_window"), 0) or None,
@@ -312,7 +207,7 @@ def _starcoder2(metadata: Metadata, found: GGUF) -> dict[str, object]:
 
 def _mixtral(metadata: Metadata, found: GGUF) -> dict[str, object]:
     """Llama's, and with experts Mixtral's."""
-    values, count = _llama(metadata, found), _experts(metadata)
+    values, count = read_llama(metadata, found), _experts(metadata)
     if not count:
         return values
     del values["attention_bias"], values["mlp_bias"]
@@ -348,7 +243,7 @@ def _olmoe(metadata: Metadata, found: GGUF) -> dict[str, object]:
 
 def _moe(metadata: Metadata, found: GGUF) -> dict[str, object]:
     """What mixtures of experts have besides what Llama has."""
-    return _llama(metadata, found) | {
+    return read_llama(metadata, found) | {
         "num_experts": _experts(metadata),
         "num_experts_per_tok": metadata.count(metadata.own(USED)),
     }
@@ -357,13 +252,6 @@ def _moe(metadata: Metadata, found: GGUF) -> dict[str, object]:
 def _experts(metadata: Metadata) -> int:
     """How many a layer has; 0: it has none."""
     return metadata.count(metadata.own(EXPERTS), 0)
-
-
-def _heads(metadata: Metadata) -> int:
-    heads = metadata.count(metadata.own("attention.head_count"))
-    if heads < 1:
-        raise UserError(f"{metadata.where}: {metadata.own('attention.head_count')} is {heads}")
-    return heads
 
 
 # Numbers of Granite's, by their keys, as `ModelConfig` has them.
@@ -386,8 +274,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "qwen3moe": Architecture("qwen3_moe", _qwen3_moe, reads=MOE | {EXPERT_SIZE}, fixed=NO_BIAS),
     "olmoe": Architecture("olmoe", _olmoe, reads=MOE, fixed=NO_BIAS),
-    "qwen2": Architecture("qwen2", _llama, fixed=NO_OUTPUT_BIAS),
-    "qwen3": Architecture("qwen3", _llama, fixed=NO_BIAS),
+    "qwen2": Architecture("qwen2", read_llama, fixed=NO_OUTPUT_BIAS),
+    "qwen3": Architecture("qwen3", read_llama, fixed=NO_BIAS),
     "gemma2": Architecture(
         "gemma2", _gemma2, norm_offset=1.0, reads=WINDOW, fixed={**NO_BIAS, "tied_head": True}
     ),

@@ -9,12 +9,11 @@ from qllm.gguf.architectures import (
     EXPERT_SIZE,
     EXPERTS,
     FACTORS,
-    ROTARY,
     SHARED_SIZE,
     USED,
-    VALUES,
 )
 from qllm.gguf.file import Value
+from qllm.gguf.hyperparameters import ROTARY, VALUES
 
 # By the model type that it is for, an architecture's name.
 NAMES = {

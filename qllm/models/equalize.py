@@ -12,7 +12,7 @@ from torch import Tensor
 from qllm.config import ModelConfig
 from qllm.layers.fp16 import DenseLinear
 from qllm.models.layer import PreNormLayer
-from qllm.models.mlp import of_expert
+from qllm.models.mlp import is_of_expert
 from qllm.models.norms import Norm
 
 # A linear of a layer, and the norm in front of it.
@@ -26,7 +26,7 @@ def can_divide(config: ModelConfig, linear: str) -> bool:
     it, nor can a linear behind which a GELU comes, or what has no norm in front (OLMo 2), or one
     that is for it alone (an expert).
     """
-    if of_expert(linear) and linear.endswith(".up"):
+    if is_of_expert(linear) and linear.endswith(".up"):
         return False  # the router and all experts share the norm in front of them
     if linear in NORMS:
         normed = config.pre_norm and config.input_norms

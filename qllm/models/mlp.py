@@ -166,9 +166,9 @@ def has_experts(config: ModelConfig, index: int) -> bool:
     return config.experts is not None and config.experts.layers[index]
 
 
-def of_expert(linear: str) -> bool:
-    """Whether a linear of a layer ("mlp.experts.3.up", …) is an expert's."""
-    return linear.startswith((EXPERTS, SHARED))
+def is_of_expert(name: str) -> bool:
+    """Whether a linear ("layers.1.mlp.experts.3.up", or without its layer) is an expert's."""
+    return EXPERTS in name or SHARED in name
 
 
 def inner_channels(config: ModelConfig) -> int:

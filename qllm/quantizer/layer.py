@@ -17,7 +17,7 @@ from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.equalize import can_divide, dense_linear, divide_input, shared_channels
 from qllm.models.layer import Block, PreNormLayer
-from qllm.models.mlp import of_expert
+from qllm.models.mlp import is_of_expert
 from qllm.quant.algorithm import Algorithm, QuantizeOptions, TuningStart
 from qllm.quant.algorithms import ALGORITHMS, SMOOTHQUANT
 from qllm.quant.inputs import InputStats, output_error
@@ -169,7 +169,7 @@ def _observed_together(
     for linear in members:
         channels = dense_linear(layer, linear).in_features
         needed = 4 * channels**2 if algorithm_of(specs[linear]).products else 0
-        which = linear.rpartition(".")[2] if of_expert(linear) else linear
+        which = linear.rpartition(".")[2] if is_of_expert(linear) else linear
         if not runs or which != kind or held + needed > OBSERVED_BYTES:
             runs.append([])
             held, kind = 0, which

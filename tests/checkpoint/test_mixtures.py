@@ -12,6 +12,7 @@ from transformers import MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from qllm.bench.ranks import predict
 from qllm.bench.runners import ModelRunner, multiplied, read_bytes
+from qllm.calibration import calibrate
 from qllm.checkpoint.load import elements, module_bytes
 from qllm.config import QuantPlan
 from qllm.errors import UserError
@@ -76,6 +77,14 @@ def test_what_cannot_be_is_one_line(case, tmp_path):
     family, changes, said = REFUSED[case]
     with pytest.raises(UserError, match=said):
         load(made(family, tmp_path, **changes))
+
+
+def test_ranges_that_are_not_known_are_not_made_up(tmp_path):
+    folder = made("mixtral", tmp_path)
+    calibration = calibrate(load(folder), [[3]])  # a token, which takes two experts of six
+    with pytest.raises(UserError, match=r"reached layers\.0\.mlp\.experts\.\d\.up: the range"):
+        load(folder, "8:tc", calibration=calibration)
+    load(folder, "8:tc-li", calibration=calibration)
 
 
 def test_what_does_not_know_experts_says_so(tmp_path):

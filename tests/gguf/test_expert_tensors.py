@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_files import FAMILIES, write_model
+from gguf_files import write_model
+from gguf_models import FAMILIES
 
 from qllm import LLM
 from qllm.checkpoint.tensors import map_file

@@ -19,7 +19,6 @@ from conftest import ROOT, tiny
 from covering import each, slow_but
 from gguf_files import (
     ENDS,
-    FAMILIES,
     PHI3_TEXTS,
     checkpoint_of,
     ending,
@@ -27,6 +26,7 @@ from gguf_files import (
     with_phi3_s_tokens,
     write_model,
 )
+from gguf_models import FAMILIES
 
 from qllm import LLM
 from qllm.checkpoint.to_gguf import export_gguf

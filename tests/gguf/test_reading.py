@@ -14,7 +14,6 @@ import torch
 from cpu_paths import everywhere
 from gguf import GGMLQuantizationType, quants
 from gguf_files import (
-    FAMILIES,
     KINDS,
     TEXTS,
     dequantized,
@@ -22,6 +21,7 @@ from gguf_files import (
     write_model,
     write_sentencepiece,
 )
+from gguf_models import FAMILIES
 from torch import nn
 
 from qllm import LLM, report

@@ -13,7 +13,6 @@ from covering import each, slow_but
 from gguf import quants
 from gguf_files import (
     ENDS,
-    FAMILIES,
     PHI3_TEXTS,
     TEXTS,
     checkpoint_of,
@@ -23,6 +22,7 @@ from gguf_files import (
     with_phi3_s_tokens,
     write_model,
 )
+from gguf_models import FAMILIES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qllm import LLM

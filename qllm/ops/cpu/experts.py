@@ -20,7 +20,7 @@ Expert = Callable[[Tensor], Tensor]
 class ExpertCalls:
     """What some experts call, to be called of the tokens that take them.
 
-    All experts read and write the same memory, one after the other: one step is computed at a time.
+    All experts read and write the same memory, one after the other; a step of another thread waits.
     """
 
     def __init__(self, calls: Sequence[Call], each: int, taken: Tensor, given: Tensor) -> None:

@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include <mutex>
+
 #include "elements.h"
 #include "exponential.h"
 #include "isa.h"
@@ -76,8 +78,10 @@ template <int64_t TYPE> void round_total(const Experts &a, int64_t row) {
 }
 
 // One expert after the other, each for those tokens that take it, some at a time: its calls are
-// made of as many rows as that are.
+// made of as many rows as that are. Their arguments are those of all steps of a layer.
 static Status experts(const Experts &a) {
+    static std::mutex one_step;
+    const std::lock_guard<std::mutex> lock(one_step);
     memset(a.total, 0, size_t(a.rows * a.channels) * sizeof(float));
     const int64_t places = a.rows * a.top_k;
     for (int64_t expert = 0; expert < a.experts; expert++) {
