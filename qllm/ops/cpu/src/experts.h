@@ -54,7 +54,8 @@ static Status route(const Route &a) {
 }
 
 // Adds weight times a row of what an expert gives to a token's total.
-template <int64_t TYPE> void add_weighted(const Experts &a, int64_t from, int64_t to, float weight) {
+template <int64_t TYPE>
+void add_weighted(const Experts &a, int64_t from, int64_t to, float weight) {
     float *total = a.total + to * a.channels;
     for (int64_t i = 0; i < a.channels; i += WIDTH) {
         const int64_t count = a.channels - i;
