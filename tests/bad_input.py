@@ -1,4 +1,4 @@
-"""Bad input for the scripts: each case is given to every script that takes it.
+"""Bad input for the scripts: each case is given to two of those that take it, and when slow to all.
 
 qllm_gen.py runs as a process for the cases that users were promised an answer to, and whatever ends
 before torch is imported does; the rest is called in this process, where a second less goes by.
@@ -23,13 +23,16 @@ def cases(table: dict, processes: set[str]) -> list:
         processes: names of cases for which qllm_gen.py is run as a process.
     """
     assert table.keys() >= processes
+    slow = [pytest.mark.slow]
     return [
         pytest.param(
             run if name in processes and script == GEN else call,
             script,
             case,
             id=f"{name}-{script.removesuffix('.py')}",
+            # Of a case's other scripts one takes it, which changes from case to case.
+            marks=[] if number in (0, 1 + which % max(1, len(case.scripts) - 1)) else slow,
         )
-        for name, case in table.items()
-        for script in case.scripts
+        for which, (name, case) in enumerate(table.items())
+        for number, script in enumerate(case.scripts)
     ]

@@ -117,7 +117,10 @@ class Case:
 
 def folder_of(family: str, write: Writer | None, quantization: dict | None) -> Folder:
     """A model with its linears as a writer has them; None leaves all of them in float32."""
-    twin = copy.deepcopy(twin_of(family))
+    known = twin_of(family)
+    # What a case changes of a configuration is one of its numbers, and a deep copy takes long.
+    configs = {id(known.config): copy.copy(known.config)}
+    twin = copy.deepcopy(known, configs)
     state = {name: tensor.clone() for name, tensor in twin.state_dict().items()}
     if twin.config.tie_word_embeddings:
         del state["lm_head.weight"]

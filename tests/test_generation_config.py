@@ -52,6 +52,7 @@ FILES = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("limit", [{}, {"max_new_tokens": 7}], ids=["own length", "7 tokens"])
 @pytest.mark.parametrize("name", FILES)
 def test_generation_config_is_read_as_transformers_reads_it(name, limit, tmp_path):

@@ -54,6 +54,7 @@ def test_text_tokens_and_logits_are_the_references(family):
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda llm: pickle.loads(pickle.dumps(llm))}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("again", COPIES)
 @pytest.mark.parametrize(
     ("family", "settings"),

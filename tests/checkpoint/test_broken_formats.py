@@ -106,6 +106,7 @@ SPOILT = {
 }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
 @pytest.mark.parametrize(("kind", "name"), EVERY)
 def test_a_spoilt_tensor_is_named(kind, name, spoil):

@@ -116,6 +116,7 @@ WRITERS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("names", [("default",), ("default", "tool_use", "rag"), ("tool_use",)])
 @pytest.mark.parametrize("write", WRITERS)
 def test_all_chat_templates_go_along(write, names, shallow_of, tmp_path):

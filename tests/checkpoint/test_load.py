@@ -75,6 +75,7 @@ def test_smoothing_keeps_the_function(family, monkeypatch):
     torch.testing.assert_close(pair[1], pair[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("bitwidth", ["8:tc-li", "8:tc"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_w8a8_with_calibration_stays_close(family, bitwidth):

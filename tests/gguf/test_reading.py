@@ -104,7 +104,12 @@ def test_blocks_are_llama_cpp_s_numbers(name):
 @pytest.mark.parametrize(
     ("family", "kind"),
     [("llama", kind) for kind in KINDS]
-    + [(family, kind) for family in FAMILIES for kind in ("F16", "Q4_1") if family != "llama"],
+    + [
+        pytest.param(family, kind, marks=[pytest.mark.slow] * ((i + j) % 2))
+        for i, family in enumerate(FAMILIES)
+        for j, kind in enumerate(("F16", "Q4_1"))
+        if family != "llama"
+    ],
 )
 def test_the_model_is_transformers_(tmp_path, family, kind):
     model = FAMILIES[family]()

@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from conftest import FAMILIES, examples, tiny
-from covering import pairwise
+from covering import slow_but
 from foreign import folder_of, mlx
 from foreign_changes import as_mlx
 from foreign_integers import hqq, hqq_config, hqq_settings
@@ -99,9 +99,15 @@ def quantized(source: Path, folder: Path, spec: QuantSpec, **options) -> Path:
     return folder
 
 
+FORMS = (("4", 32, "asym"), ("8", -1, "sym"))
+
+
 @pytest.mark.parametrize(
     ("level", "form", "family"),
-    pairwise((0, 4), (("4", 32, "asym"), ("8", -1, "sym")), FAMILIES),
+    slow_but(
+        [(0, FORMS[0], "opt"), (4, FORMS[1], "bloom"), (4, FORMS[0], "llama")],
+        *((0, 4), FORMS, FAMILIES),
+    ),
     ids=str,
 )
 def test_quantized_models(level, form, family, shallow_of, tmp_path):

@@ -113,6 +113,7 @@ def test_the_reference_sees_earlier_runs_as_integers(bits):
 SHAPES = ((6, 2, 32), (2, 2, 20), (8, 1, 64), (1, 1, 130))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("path", paths())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @bits_of

@@ -86,6 +86,7 @@ def assert_close(got, layer, x, spec):
     assert ((got.double() - exact).abs() <= allowed).all()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_a_linear_by_output_channels_is_the_same_to_the_bit(spec, world):
@@ -96,6 +97,7 @@ def test_a_linear_by_output_channels_is_the_same_to_the_bit(spec, world):
     assert all(same(y, whole) for y in got)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_a_linear_by_input_channels_is_as_near(spec, world):

@@ -266,6 +266,7 @@ def test_a_search_whose_cuts_hold_nothing_begins_at_those_that_do(monkeypatch):
     assert found.value == pytest.approx(best) and found.gap < 0.1
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(("devices", "layers"), [(1, 4), (2, 3), (3, 2)])
 def test_without_time_there_is_a_choice_that_fits(objective, devices, layers, monkeypatch):

@@ -60,7 +60,7 @@ def ends(group: np.ndarray, bits: int, scheme: str) -> tuple[np.ndarray, np.ndar
     return scale, np.minimum(group.min(axis=1), 0)
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])

@@ -78,7 +78,7 @@ def by_the_paper(
     return result
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("group_size", [-1, 16, 64])
 @pytest.mark.parametrize("bits", [2, 4, 8])

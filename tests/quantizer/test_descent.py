@@ -49,7 +49,7 @@ def metric_of(rows: int, seed: int = 0) -> torch.Tensor:
     return root @ root.t() / rows + 0.1 * torch.eye(rows)
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("bits", "group_size", "scheme", "algorithm"),
     [

@@ -57,6 +57,7 @@ def assert_the_same(weight: Weight, way: str = "_factored") -> None:
         assert same(weight.everywhere_int8(x), plain.everywhere_int8(x))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("scheme", STORED_SCHEMES)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", [16, 32])
@@ -142,6 +143,7 @@ def test_offsets_and_scales_go_together():
         assert same(packed.qzeros[0, :, 3], stored.qzeros[3])
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("scheme", STORED_SCHEMES)
 @pytest.mark.parametrize("bits", [7, 8])
 @pytest.mark.parametrize("group_size", [-1, 16, 20, 32])

@@ -104,6 +104,7 @@ def test_they_are_rounded_once_and_rows_are_their_own(shape, dtype, path):
             assert same(linear.dense_linear(x[some], weight, b), whole[some])
 
 
+@pytest.mark.covering(2)
 @dtypes
 @pytest.mark.usefixtures("one_thread")  # which takes as many channels at once as there may be
 def test_any_number_of_rows_gives_the_same(dtype, path):
@@ -135,6 +136,7 @@ def test_paths_agree_to_the_bit(dtype, rows, inputs, outputs, has_bias, seed):
         assert_rounded_once(y, product(x, weight, bias), size_of(x, weight, bias))
 
 
+@pytest.mark.covering(2)
 @dtypes
 def test_a_row_is_not_its_neighbours_(dtype, path):
     x, weight = normal(29, 70, dtype=dtype), normal(30, 70, dtype=dtype)
@@ -146,6 +148,7 @@ def test_a_row_is_not_its_neighbours_(dtype, path):
     assert same(got[rest], clean[rest])
 
 
+@pytest.mark.covering(2)
 @dtypes
 @pytest.mark.parametrize("rows", [1, 4, 20])
 def test_what_is_no_number_gives_what_torch_gives(rows, dtype, path):
@@ -157,6 +160,7 @@ def test_what_is_no_number_gives_what_torch_gives(rows, dtype, path):
     assert torch.equal(pattern(got), pattern(expected))
 
 
+@pytest.mark.covering(2)
 @dtypes
 @pytest.mark.parametrize("rows", [1, 20])
 def test_subnormal_numbers_count(rows, dtype, path):
@@ -177,6 +181,7 @@ def test_subnormal_numbers_count(rows, dtype, path):
     assert (got.isnan() if pairs else got.isposinf()).all()
 
 
+@pytest.mark.covering(2)
 @dtypes
 def test_tensors_need_not_be_contiguous(dtype, path):
     wide, tall = normal(5, 2 * 36, dtype=dtype), normal(36, 5, dtype=dtype)

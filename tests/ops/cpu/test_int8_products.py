@@ -91,6 +91,7 @@ def test_any_int8_product(data):
     weight.assert_exact(x, bias, scale)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", BITS)
 def test_int8_activations(bits, dtype):

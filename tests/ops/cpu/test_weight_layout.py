@@ -98,6 +98,7 @@ def assert_layout(weight: Weight) -> None:
         assert got.dtype == dtype and torch.equal(got, want)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("scheme", STORED_SCHEMES)
 @pytest.mark.parametrize("bits", BITS)
 def test_there_and_back(bits, scheme):

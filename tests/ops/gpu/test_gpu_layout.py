@@ -94,7 +94,7 @@ def test_the_padded_size_of_a_group(group_size, padded_size, span):
     assert shape.pads_groups == (group_size not in (-1, 32))
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group_size", [-1, 16, 20, 32, 100, 128])
 @pytest.mark.parametrize("scheme", STORED_SCHEMES)

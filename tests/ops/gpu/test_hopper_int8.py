@@ -43,6 +43,7 @@ def there(rows: Int8Rows, *tensors: Tensor | None) -> list:
     return [moved, *(None if each is None else each.to(DEVICE) for each in tensors)]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
 def test_it_is_the_reference_to_the_bit(dtype, static, own_hopper):

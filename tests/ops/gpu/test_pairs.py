@@ -75,6 +75,7 @@ def on_pairs(gpu, monkeypatch) -> str:
     return gpu
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
 @pytest.mark.parametrize("bits", BITS)
 def test_weights_are_the_reference_s(bits, dtype, on_pairs, monkeypatch):
