@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import processes
@@ -15,6 +16,9 @@ from covering import mark_slow_but_covering
 from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["building"]  # whose fixtures several modules take
+
+# What is imported and collected stays: to look among it for garbage takes a third of the time.
+gc.disable()
 
 # The same examples on every run and machine, and no folder of past failures beside the tests. How
 # long an example takes depends on what else the machine does, and says nothing.
@@ -56,13 +60,21 @@ ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("opt", "bloom", "llama")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 @pytest.hookimpl(tryfirst=True)  # before those that are marked slow are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_slow_but_covering(items)
 
 
 def pytest_collection_finish() -> None:
-    """What is imported and collected stays: the garbage collector need not walk it again."""
+    """The garbage collector need not walk what stays."""
     gc.freeze()
 
 

@@ -16,7 +16,8 @@ def make_quicker() -> None:
 
     Each call of a function inside a kernel replaces the whole language by what interprets it, which
     the launch has done; each sum of indices is asserted not to overflow, which tests' small tensors
-    cannot make it do; each array's type is looked up in a table that is built for that; and a
+    cannot make it do; each array's type is looked up in a table that is built for that; each
+    argument is asked whether it is a list or a tuple, before whether it is a constant; and a
     block's shape is checked, named and made into constants anew for each tensor, and compared with
     another one as a tuple of the language that is made for that.
     """
@@ -31,6 +32,7 @@ def make_quicker() -> None:
     semantic.TritonSemantic.broadcast_impl_value = _broadcast_unless_equal(
         semantic.TritonSemantic.broadcast_impl_value
     )
+    core._unwrap_if_constexpr = _unwrapped_at_once(core._unwrap_if_constexpr)
     launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
     patched = set()  # the modules' names, of the launch at hand
 
@@ -125,3 +127,15 @@ def _broadcast_unless_equal(broadcast: Callable) -> Callable:
         return broadcast(self, lhs, rhs)
 
     return broadcast_unless_equal
+
+
+def _unwrapped_at_once(unwrap: Callable) -> Callable:
+    """`core._unwrap_if_constexpr`, which gives most arguments back as they are."""
+
+    def unwrapped(o: object) -> object:
+        kind = type(o)
+        if kind is core.tensor or kind is int or kind is float:
+            return o
+        return o.value if kind is core.constexpr else unwrap(o)
+
+    return unwrapped
