@@ -23,6 +23,8 @@ CONTROL = 3  # of tokenizer.ggml.token_type
 # Present with another value, each of these makes another model.
 NEUTRAL = {
     "expert_count": 0,
+    "expert_gating_func": 1,  # a softmax
+    "leading_dense_block_count": 0,
     "attention.sliding_window": 0,
     "attention.causal": True,
     "use_parallel_residual": False,

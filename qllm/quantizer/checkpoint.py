@@ -108,7 +108,8 @@ class _Run:
         self.model = self.floats.model
         self.output = OutputCheckpoint(job, self.weights, self.specs, self.model)
         if job.samples is not None:
-            needed = bytes_needed(job, self.model, self._states_dtype(), tuning=self.tuning)
+            dtype = self._states_dtype()
+            needed = bytes_needed(job, self.model, self.specs, dtype, tuning=self.tuning)
             check_fits(needed, job.device, "calibration")
         self.partial = PartialFolder(target, self._settings())
         self.reports: list[LinearReport] = []

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from qllm.checkpoint.load import elements, module_bytes
+from qllm.config import QuantSpec
 from qllm.models import Decoder
 from qllm.models.mlp import inner_channels
 from qllm.quantizer import fisher
 from qllm.quantizer.distill import LOGITS_AT_ONCE
 from qllm.quantizer.job import Job
-from qllm.quantizer.layer import OBSERVED_BYTES
+from qllm.quantizer.layer import observed_bytes
 from qllm.quantizer.tune import TOKENS_PER_PASS
 from qllm.quantizer.workers import workers_on
 
@@ -20,12 +23,20 @@ from qllm.quantizer.workers import workers_on
 FLOAT_PASS = 2
 
 
-def bytes_needed(job: Job, model: Decoder, dtype: torch.dtype, *, tuning: bool) -> int:
+def bytes_needed(
+    job: Job,
+    model: Decoder,
+    specs: Mapping[str, QuantSpec],
+    dtype: torch.dtype,
+    *,
+    tuning: bool,
+) -> int:
     """About what calibration has in memory at its peak.
 
     Args:
         job: one with samples.
         model: in float32, on the meta device.
+        specs: of each linear, by its name in the model.
         dtype: that hidden states are kept in between layers.
         tuning: any layer is tuned.
     """
@@ -54,7 +65,11 @@ def bytes_needed(job: Job, model: Decoder, dtype: torch.dtype, *, tuning: bool) 
         layer = (3 + workers) * layer + tokens * 4 * (8 * widest + config.num_heads * length)
     # The sum of x x^T of the widest input, its order, root and reversal; of experts, several sums.
     widest = max(config.hidden_size, config.intermediate_size)
-    several = 0 if config.experts is None else OBSERVED_BYTES
+    several = 0
+    for index, each in enumerate(model.layers if config.experts else ()):
+        start = f"layers.{index}."
+        own = {n.removeprefix(start): s for n, s in specs.items() if n.startswith(start)}
+        several = max(several, observed_bytes(each, own, job.options))
     return hidden + max(front, 2 * layer + 4 * 4 * widest**2 + several)
 
 

@@ -155,6 +155,32 @@ def quantize_layer(
     return linears
 
 
+def observed_bytes(
+    layer: PreNormLayer, specs: Mapping[str, QuantSpec], options: QuantizeOptions
+) -> int:
+    """Bytes of the sums of x x^T that are in memory together while a layer is quantized.
+
+    Args:
+        layer: its linears may be on the meta device.
+        specs, options: as for `quantize_layer`.
+    """
+    early, late = 0, [0]
+    for _, members in layer.blocks():
+        for run in _observed_together(layer, members, specs):
+            sizes = [(linear, _products_bytes(layer, linear, specs[linear])) for linear in run]
+            sequential = {n: algorithm_of(specs[n]).sequential(options) for n in run}
+            early += sum(size for linear, size in sizes if not sequential[linear])
+            late.append(sum(size for linear, size in sizes if sequential[linear]))
+    return early + max(late)
+
+
+def _products_bytes(layer: PreNormLayer, linear: str, spec: QuantSpec) -> int:
+    """Bytes of the sum of x x^T of a linear, where its algorithm asks for it."""
+    if spec.kind == "dense" or not algorithm_of(spec).products:
+        return 0
+    return 4 * dense_linear(layer, linear).in_features ** 2
+
+
 def _observed_together(
     layer: PreNormLayer, members: Sequence[str], specs: Mapping[str, QuantSpec]
 ) -> list[list[str]]:
@@ -167,8 +193,7 @@ def _observed_together(
     runs: list[list[str]] = []
     held, kind = 0, ""
     for linear in members:
-        channels = dense_linear(layer, linear).in_features
-        needed = 4 * channels**2 if algorithm_of(specs[linear]).products else 0
+        needed = _products_bytes(layer, linear, specs[linear])
         which = linear.rpartition(".")[2] if is_of_expert(linear) else linear
         if not runs or which != kind or held + needed > OBSERVED_BYTES:
             runs.append([])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ from oracle import load
 from quantizer_cases import plan_of, quantize, tensors_of
 from quantizing import samples
 
+from qllm.config import QuantSpec
 from qllm.errors import UserError
 from qllm.models.mlp import MixtureOfExperts
+from qllm.quant.algorithm import QuantizeOptions
 from qllm.quantizer import layer as layer_module
-from qllm.quantizer.layer import LinearReport
+from qllm.quantizer.layer import LinearReport, observed_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = [[3, 5, 8]]  # as many tokens as leave an expert of four without any
@@ -95,3 +98,17 @@ def test_routers_stay_as_they_are(sources, tmp_path):
         assert f'"{whole.removesuffix(".weight")}"' in (tmp_path / "out/config.json").read_text()
     card = (tmp_path / "out/README.md").read_text()
     assert "loads in QLLM; not in transformers: it has all experts" in card
+
+
+def test_what_is_to_fit_are_the_sums_that_are_kept_together(sources, monkeypatch):
+    """With AWQ those of a whole layer, with GPTQ as many as may be."""
+    layer = load(sources("qwen2_moe")).layers[0]
+    wide, narrow, shared = (4 * channels**2 for channels in (48, 36, 44))  # what linears take
+    whole = 7 * wide + 4 * narrow + shared
+    expected = {"together": 5 * wide, "apart": 3 * narrow}
+    for case, limit in (("together", layer_module.OBSERVED_BYTES), ("apart", 3 * narrow)):
+        monkeypatch.setattr(layer_module, "OBSERVED_BYTES", limit)
+        for algorithm, bytes_kept in (("awq", whole), ("gptq", expected[case]), ("rtn", 0)):
+            spec = replace(QuantSpec.parse("4"), algorithm=algorithm)
+            specs = dict.fromkeys((name for _, names in layer.blocks() for name in names), spec)
+            assert observed_bytes(layer, specs, QuantizeOptions()) == bytes_kept
