@@ -135,7 +135,7 @@ def larger(config: object, bitwidth: str) -> tuple[object, int]:
     sizes = {"hidden_size": 9216, "embed_size": 9216, "intermediate_size": 36864, "head_dim": 128}
     heads = {"num_layers": 64, "num_heads": 72, "num_kv_heads": 72, "family": "opt"}
     config = replace(config, **sizes, **heads)
-    linears = FAMILIES["opt"].layer_linears(config.num_layers)
+    linears = FAMILIES["opt"].layer_linears(config)
     specs = QuantPlan.parse(bitwidth).resolve(linears, config.num_layers)
     model = Decoder(config, specs, torch.float16)
     return config, read_bytes(model)

@@ -420,5 +420,6 @@ CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "qwen3_moe": (qwen3_moe_configs(), 6),
     "olmoe": (olmoe_configs(), 5),
 }
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 batches = st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=5)
 seeds = st.integers(0, 2**20)

@@ -25,7 +25,7 @@ def random_model(
     raw = RawConfig(PUBLISHED[repository], repository)
     family = family_of(raw)
     config = family.read_config(raw)
-    linears = family.layer_linears(config.num_layers)
+    linears = family.layer_linears(config)
     plan = QuantPlan.parse(bitwidth)
     model = Decoder(config, plan.resolve(linears, config.num_layers), dtype)
     for module in model.modules():

@@ -50,8 +50,8 @@ def read_config(raw: RawConfig) -> ModelConfig:
 
 def read_experts(
     raw: RawConfig, config: ModelConfig, *, counts: tuple[int, int], inner: int, shared: int
-) -> ExpertsConfig:
-    """The experts of Qwen's models, and the layers that have them.
+) -> ExpertsConfig | None:
+    """The experts of Qwen's models, and the layers that have them; None: none has.
 
     Args:
         counts: how many experts there are, and a token takes, where a config.json does not say.
@@ -63,14 +63,16 @@ def read_experts(
     dense = raw.values.get("mlp_only_layers") or []
     if not isinstance(dense, Sequence) or not all(isinstance(index, int) for index in dense):
         raise raw.error("mlp_only_layers", dense, "a list of layers")
-    return ExpertsConfig(
+    layers = tuple(i not in dense and (i + 1) % step == 0 for i in range(config.num_layers))
+    found = ExpertsConfig(
         count=count,
         top_k=top_k,
         intermediate_size=raw.count("moe_intermediate_size", default=inner),
         normalizes=raw.flag("norm_topk_prob", False),
         shared_size=shared,
-        layers=tuple(i not in dense and (i + 1) % step == 0 for i in range(config.num_layers)),
+        layers=layers,
     )
+    return found if any(layers) else None
 
 
 _EXPERT = "mlp.experts.{}."

@@ -158,7 +158,7 @@ def test_a_stage_of_a_random_model_runs_its_own_layers_alone(rank, layers):
 def replayed_later(monkeypatch):
     """A capture runs what it is given whenever it is replayed, as a GPU's graph first does."""
 
-    def capture(run, device, *, alone):
+    def capture(run, device, *, no_graph):
         return SimpleNamespace(replay=run)
 
     for module in (probe, far_cache):
