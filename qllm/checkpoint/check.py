@@ -77,9 +77,9 @@ def check_tensors(names: TensorNames, formats: Mapping[str, Format]) -> tuple[st
         for part, count in zip(parts, rows, strict=True):
             expected.add(part)
             _check_shape(names, part, (count, *shape[1:])[::turn])
-    tied = {f"{names.head}.weight"} if names.config.tied_head else set()
-    others = (name for name in names.checkpoint.tensors if name not in expected | tied)
-    return _check_unused(names, others)
+    if names.config.tied_head:
+        expected.add(f"{names.head}.weight")
+    return _check_unused(names, (n for n in names.checkpoint.tensors if n not in expected))
 
 
 def _check_shape(names: TensorNames, part: str, shape: tuple[int, ...]) -> None:
