@@ -54,10 +54,9 @@ class Loading:
         gptq = self.quantization["quant_method"] == "gptq"
         refuse = ("vLLM",) if gptq else ("transformers", "vLLM")
         if self.experts:
-            return {
-                "transformers": "it has all experts of a layer in one tensor, which is not packed",
-                "vLLM": "nobody has tried its kernels for packed experts with it",
-            }
+            untried = "nobody has tried packed experts there"
+            one = "it has all experts of a layer in one tensor, which is not packed"
+            return {"transformers": untried if gptq else one, "vLLM": untried}
         found = {} if self.ragged is None else dict.fromkeys(refuse, self.ragged)
         if gptq:
             rules = self.quantization.get("dynamic", {})
