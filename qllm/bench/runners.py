@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qllm.checkpoint.load import elements, module_bytes
 from qllm.generate import Generator
@@ -54,24 +54,20 @@ def read_bytes(model: Decoder) -> int:
     else:
         tied = getattr(model.lm_head, "weight", None) is embed.weight
     # Of an embedding that is not the LM head, too, a step reads a row.
-    unread = sum(
-        module_bytes(mlp.experts) * (1 - mlp.top_k / len(mlp.experts)) for mlp in mixtures(model)
-    )
-    return module_bytes(model) - (0 if tied else module_bytes(model.embed)) - round(unread)
+    unread = 0 if tied else module_bytes(model.embed)
+    return module_bytes(model) - unread - idle(model, module_bytes)
 
 
 def multiplied(model: Decoder) -> int:
     """Weights of the layers that each token is multiplied with."""
-    whole = elements(model.layers)
-    idle = sum(
-        elements(mlp.experts) * (1 - mlp.top_k / len(mlp.experts)) for mlp in mixtures(model)
-    )
-    return whole - round(idle)
+    return elements(model.layers) - idle(model, elements)
 
 
-def mixtures(model: Decoder) -> Iterator[MixtureOfExperts]:
-    """Those of the layers that this process has."""
-    return (mlp for mlp in model.layers.modules() if isinstance(mlp, MixtureOfExperts))
+def idle(model: Decoder, size: Callable[[nn.Module], int]) -> int:
+    """The size of the experts that a token does not take, all being alike."""
+    mixtures = (mlp for mlp in model.layers.modules() if isinstance(mlp, MixtureOfExperts))
+    counts = ((mlp.experts, len(mlp.experts), mlp.top_k) for mlp in mixtures)
+    return sum(size(experts) * (count - top_k) // count for experts, count, top_k in counts)
 
 
 class ModelRunner:

@@ -59,16 +59,16 @@ class ExpertsConfig:
         top_k: how many of them a token takes.
         intermediate_size: inner channels of each.
         normalizes: the weights of those that a token takes are divided by their sum.
-        shared_size: inner channels of one that all tokens take beside them; 0: there is none.
         layers: which layers have experts; the others have an MLP.
+        shared_size: inner channels of one that all tokens take beside them; 0: there is none.
     """
 
     count: int
     top_k: int
     intermediate_size: int
     normalizes: bool
-    shared_size: int
     layers: tuple[bool, ...]
+    shared_size: int = 0
 
 
 @dataclass(frozen=True)

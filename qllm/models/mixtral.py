@@ -28,20 +28,18 @@ def read_config(raw: RawConfig) -> ModelConfig:
         top_k=top_k,
         intermediate_size=config.intermediate_size,
         normalizes=True,
-        shared_size=0,
         layers=(True,) * config.num_layers,
     )
     return replace(config, family="mixtral", experts=experts)
 
 
-_INNER = {k: v for k, v in llama.LLAMA.inner.items() if not k.startswith("mlp.")}
 _EXPERT = "block_sparse_moe.experts.{}."
 
 MIXTRAL: Family = replace(
     llama.LLAMA,
     name="mixtral",
     inner={
-        **_INNER,
+        **llama.LLAMA.inner,
         "mlp.router": ("block_sparse_moe.gate",),
         "mlp.experts.{}.up": (f"{_EXPERT}w1", f"{_EXPERT}w3"),
         "mlp.experts.{}.down": (f"{_EXPERT}w2",),

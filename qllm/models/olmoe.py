@@ -31,7 +31,6 @@ def read_config(raw: RawConfig) -> ModelConfig:
         top_k=top_k,
         intermediate_size=config.intermediate_size,
         normalizes=raw.flag("norm_topk_prob", False),
-        shared_size=0,
         layers=(True,) * config.num_layers,
     )
     return replace(
@@ -39,13 +38,11 @@ def read_config(raw: RawConfig) -> ModelConfig:
     )
 
 
-_INNER = {k: v for k, v in llama.LLAMA.inner.items() if not k.startswith("mlp.")}
-
 OLMOE: Family = replace(
     llama.LLAMA,
     name="olmoe",
     inner={
-        **_INNER,
+        **llama.LLAMA.inner,
         **EXPERTS,
         "attention.qk_norm": ("self_attn.q_norm", "self_attn.k_norm"),
     },

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import replace
 
 from qllm.config import ModelConfig
@@ -30,13 +32,19 @@ def read_config(raw: RawConfig) -> ModelConfig:
     )
 
 
-def windows_of(raw: RawConfig, config: ModelConfig) -> tuple[int, ...]:
-    """The windows of Qwen2 and Qwen3: in the upper layers, if at all."""
+def windows_of(
+    raw: RawConfig, config: ModelConfig, slides: Callable[[int, int], bool] = operator.ge
+) -> tuple[int, ...]:
+    """The windows of Qwen2 and Qwen3, if there are any: in the upper layers.
+
+    Args:
+        slides: whether a layer has one, from its index and `max_window_layers`.
+    """
     sliding = raw.flag("use_sliding_window", False)
     first = raw.count("max_window_layers", default=28, minimum=0)
     if not sliding:  # the window counts for nothing then
         raw = RawConfig({**raw.values, "sliding_window": None}, raw.where)
-    return raw.windows(config.num_layers, lambda index: sliding and index >= first)
+    return raw.windows(config.num_layers, lambda index: sliding and slides(index, first))
 
 
 QWEN2: Family = replace(llama.LLAMA, name="qwen2", read_config=read_config)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from qllm.config import ExpertsConfig, ModelConfig
 from qllm.models import llama
 from qllm.models.family import Family, RawConfig, read_top_k
+from qllm.models.qwen2 import windows_of
 
 DEFAULTS = {
     "vocab_size": 151936,
@@ -24,13 +25,7 @@ DEFAULTS = {
 def read_config(raw: RawConfig) -> ModelConfig:
     raw = raw.with_defaults(DEFAULTS)
     config = llama.read_config(raw)
-    sliding = raw.flag("use_sliding_window", False)
-    first = raw.count("max_window_layers", default=28, minimum=0)
-    if not sliding:  # the window counts for nothing then
-        raw = RawConfig({**raw.values, "sliding_window": None}, raw.where)
-    windows = raw.windows(
-        config.num_layers, lambda index: sliding and index < first and index % 2 == 0
-    )
+    windows = windows_of(raw, config, lambda index, first: index < first and index % 2 == 0)
     return replace(
         config,
         family="qwen2_moe",

@@ -53,13 +53,12 @@ def capture(
     """
     if device.type == "cuda":
         own = ops.on(device.type).decode_attention is decode_attention
-        if own and no_graph is None:
+        # The reference's launches depend on how many tokens there are.
+        reason = no_graph if own else "there is no kernel of ours for its attention"
+        if reason is None:
             return Graph(step, device)
         step()
-        if own:
-            return EagerStep(step, no_graph or "")
-        # The reference's launches depend on how many tokens there are.
-        return EagerStep(step, "there is no kernel of ours for its attention")
+        return EagerStep(step, reason)
     with capture_calls() as calls:
         step()
     if calls.graph_break is None:
