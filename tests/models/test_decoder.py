@@ -24,7 +24,8 @@ from oracle import (
     random_model,
     save,
 )
-from random_configs import CONFIGS, MAX_NEW_TOKENS, batches, seeds
+from random_configs import CONFIGS, batches, seeds
+from random_sizes import MAX_NEW_TOKENS
 from torch import Tensor, nn
 from transformers import BloomConfig, LlamaConfig, OPTConfig, PretrainedConfig
 

@@ -26,7 +26,8 @@ from oracle import (
     random_model,
     spread,
 )
-from random_configs import CONFIGS, MAX_NEW_TOKENS, MIXTURES, batches, seeds
+from random_configs import CONFIGS, MIXTURES, batches, seeds
+from random_sizes import MAX_NEW_TOKENS
 
 from qllm import LLM
 from qllm.config import QuantPlan, QuantSpec
