@@ -392,6 +392,7 @@ EXAMPLES = {
             partial(attention_example, prompt=prompt, rotated=rotated, share=share, scores=scores)
             for rotated, share, scores in (
                 *((True, 3, PLAIN), (False, 1, PLAIN), (True, 2, Scores(0.3, 2.0, 5))),
+                (True, 3, Scores(sinks=torch.linspace(-1, 2, 6))),
             )
         )
         for how, prompt in (("decode", False), ("prefill", True), ("differentiable", True))

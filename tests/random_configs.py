@@ -19,6 +19,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     Ministral3Config,
@@ -82,6 +83,7 @@ def llama_configs(draw) -> LlamaConfig:
 
 # Shorter than many of the prompts. With 1, transformers' cache forgets to forget.
 windows = st.integers(2, 24)
+kinds = st.sampled_from(["full_attention", "sliding_attention"])
 
 
 @st.composite
@@ -128,7 +130,6 @@ def qwen3_configs(draw) -> Qwen3Config:
 def gemma_sizes(draw) -> dict:
     """Settings that Gemma 2 and 3 share."""
     sizes = draw(llama_sizes())
-    kinds = st.sampled_from(["full_attention", "sliding_attention"])
     count = sizes["num_hidden_layers"]
     return {
         **sizes,
@@ -240,7 +241,6 @@ def smollm3_configs(draw) -> SmolLM3Config:
     sizes = draw(llama_sizes())
     count = sizes["num_hidden_layers"]
     rotated = st.lists(st.integers(0, 1), min_size=count, max_size=count)
-    kinds = st.sampled_from(["full_attention", "sliding_attention"])
     return SmolLM3Config(
         **sizes,
         attention_bias=draw(flags),
@@ -265,7 +265,6 @@ def olmo2_configs(draw) -> Olmo2Config:
 def olmo3_configs(draw) -> Olmo3Config:
     sizes = draw(llama_sizes())
     count = sizes["num_hidden_layers"]
-    kinds = st.sampled_from(["full_attention", "sliding_attention"])
     local = {"rope_type": "default", "rope_theta": 100.0}
     ropes = {"full_attention": sizes["rope_parameters"], "sliding_attention": local}
     more = {"intermediate_size": draw(st.integers(16, 70)), "pad_token_id": None}
@@ -336,6 +335,18 @@ def olmoe_configs(draw) -> OlmoeConfig:
     return OlmoeConfig(**sizes, norm_topk_prob=draw(flags), attention_bias=draw(flags))
 
 
+@st.composite
+def gpt_oss_configs(draw) -> GptOssConfig:
+    sizes = draw(expert_sizes("num_local_experts"))
+    count = sizes["num_hidden_layers"]
+    return GptOssConfig(
+        **sizes,
+        attention_bias=draw(flags),
+        sliding_window=draw(windows),
+        layer_types=draw(st.one_of(st.none(), st.lists(kinds, min_size=count, max_size=count))),
+    )
+
+
 # Of every family, and how many are drawn: a family that comes from another adds little.
 CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "opt": (opt_configs(), 14),
@@ -359,7 +370,8 @@ CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "qwen2_moe": (qwen2_moe_configs(), 6),
     "qwen3_moe": (qwen3_moe_configs(), 6),
     "olmoe": (olmoe_configs(), 5),
+    "gpt_oss": (gpt_oss_configs(), 6),
 }
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
 batches = st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=5)
 seeds = st.integers(0, 2**20)

@@ -19,6 +19,7 @@ from qllm.layers.fp16 import DenseLinear
 from qllm.layers.w8a8 import DynamicInt8Linear, StaticInt8Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
+from qllm.models.attention import Sinks
 from qllm.models.equalize import NORMS, can_divide
 from qllm.models.layer import Embedding, QuantizedEmbedding
 from qllm.models.norms import Norm
@@ -70,7 +71,8 @@ class Materializer:
             assert isinstance(linear, WeightOnlyLinear)
             module.linear = linear
         else:
-            rows = module.ranges if isinstance(module, VocabularyParallel) else None
+            cut = isinstance(module, VocabularyParallel | Sinks)
+            rows = module.ranges if cut else None
             for key in dict(module.named_buffers(recurse=False)):
                 setattr(module, key, self._read(f"{name}.{key}", rows))
 

@@ -105,7 +105,9 @@ class TensorNames:
         module, kind = name.rsplit(".", 1)
         if module == LM_HEAD:
             return (f"{self.head}.{kind}",)
-        parts = tuple(f"{self.prefix}{part}.{kind}" for part in self.family.parts(module))
+        parts = tuple(
+            self.prefix + self.family.tensor_name(part, kind) for part in self.family.parts(module)
+        )
         if name == "embed.weight" and self.config.tied_head and not self._holds(parts[0]):
             return (f"{self.head}.weight",)
         return parts

@@ -18,6 +18,7 @@ from qllm.checkpoint.file_names import FileNames
 from qllm.checkpoint.formats import FloatMatrix, QuantizationConfig, find_unscaled, parse
 from qllm.checkpoint.formats.tensors import chunks
 from qllm.checkpoint.gguf import GGUFFile, quantization_of
+from qllm.checkpoint.stacks import UnstackedFile
 from qllm.checkpoint.tensor_files import MAX_HEADER_BYTES, SafetensorsFile, TorchFile
 from qllm.checkpoint.tensors import TensorFile, TensorInfo, is_finite
 from qllm.config import EMBEDDING, LM_HEAD
@@ -26,7 +27,8 @@ from qllm.files import MAX_JSON_BYTES
 from qllm.gguf import is_gguf
 from qllm.gguf.config import read_config
 from qllm.gguf.file import read_gguf
-from qllm.models.family import RawConfig
+from qllm.models import FAMILIES
+from qllm.models.family import RawConfig, Stack
 from qllm.models.multimodal import text_of
 from qllm.onnx_files import onnx_files
 
@@ -153,10 +155,13 @@ class Checkpoint:
             weight_map = None
         else:
             opened, weight_map = _open_weights(folder)
-        for file in opened:
+        stacks = self._stacks()
+        for opened_file in opened:
+            file = UnstackedFile(opened_file, stacks) if stacks else opened_file
             path = file.path
             for name in file.tensors:
-                if weight_map is not None and weight_map.get(name) != path.name:
+                stored = file.stored_name(name)
+                if weight_map is not None and weight_map.get(stored) != path.name:
                     continue  # the index says that it is read from elsewhere, or not at all
                 own = self.file_names.own(name, file.tensors[name])
                 if own is None:
@@ -172,6 +177,12 @@ class Checkpoint:
             self.unpacked_types = file.unpacked_types
         else:
             self._find_floats(dtype)
+
+    def _stacks(self) -> Mapping[str, Stack]:
+        """What tensors of all experts hold, in the family of the config.json."""
+        kind = self.raw_config.values.get("model_type")
+        family = FAMILIES.get(kind) if isinstance(kind, str) else None
+        return {} if family is None or is_gguf(self.folder) else family.stacks
 
     def _find_floats(self, dtype: torch.dtype) -> None:
         """Put numbers in the place of small floats, and of what belongs to them."""

@@ -30,6 +30,10 @@ class TensorFile(ABC):
     path: Path
     tensors: dict[str, TensorInfo]
 
+    def stored_name(self, name: str) -> str:
+        """What the file itself calls the tensor, or that which it is a part of."""
+        return name
+
     @abstractmethod
     def read(self, name: str) -> Tensor:
         """The tensor, in memory of its own."""

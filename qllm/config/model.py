@@ -61,6 +61,7 @@ class ExpertsConfig:
         normalizes: the weights of those that a token takes are divided by their sum.
         layers: which layers have experts; the others have an MLP.
         shared_size: inner channels of one that all tokens take beside them; 0: there is none.
+        router_bias: of the matrix that chooses.
     """
 
     count: int
@@ -69,6 +70,7 @@ class ExpertsConfig:
     normalizes: bool
     layers: tuple[bool, ...]
     shared_size: int = 0
+    router_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,13 @@ class ModelConfig:
         score_scale: multiplies attention's scores; None: 1 / sqrt(head_dim).
         scale_by_layer: it is divided by the number of the layer, from 1 on.
         score_cap: of attention's scores, as of logits.
+        sinks: each head has a score of its own that joins its softmax (gpt-oss).
         windows: how many tokens those of each layer see, themselves included, 0 being all before
             them; empty: all layers see all.
         window_rope: of layers with a window; None: they have that of the others.
         rope_layers: which layers rotate queries and keys at all; empty: all do.
         gated_mlp: the MLP is `down(act(gate(x)) * up(x))`.
+        clamped_swiglu: of a gated MLP, in the place of `activation` (gpt-oss).
         experts: what some layers have in the place of an MLP; None: no layer has.
         attention_bias, output_bias: of the matrices in front of attention and behind it.
         init_std: standard deviation of a fresh weight.
@@ -145,10 +149,12 @@ class ModelConfig:
     score_scale: float | None = None
     scale_by_layer: bool = False
     score_cap: float | None = None
+    sinks: bool = False
     windows: tuple[int, ...] = ()
     window_rope: RopeConfig | None = None
     rope_layers: tuple[bool, ...] = ()
     gated_mlp: bool = False
+    clamped_swiglu: bool = False
     experts: ExpertsConfig | None = None
     attention_bias: bool = True
     output_bias: bool = True

@@ -23,6 +23,30 @@ MakeLinear = Callable[[str, int, int, bool], Linear]
 ATTENTION_LINEARS = ("attention.qkv", "attention.out")
 
 
+class Sinks(nn.Module):
+    """A score of each head that joins its softmax, and weighs no value: weight (H,).
+
+    Attributes:
+        ranges: runs of heads that this process has; None: all.
+    """
+
+    weight: Tensor
+    ranges: tuple[range, ...] | None = None
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        weight = torch.empty(config.num_heads, dtype=dtype, device="meta")
+        self.register_buffer("weight", weight)
+        # As ops take them, which a step that is captured keeps: those of the last weight.
+        self._known: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, scores: Scores) -> Scores:
+        """What attention makes of products, with the sinks."""
+        if self._known is None or self._known[0] is not self.weight:
+            self._known = self.weight, self.weight.float()
+        return scores._replace(sinks=self._known[1])
+
+
 class Attention(nn.Module):
     """Grouped-query attention with one fused QKV matrix, rows [q heads; k heads; v heads]."""
 
@@ -39,6 +63,7 @@ class Attention(nn.Module):
         rows = sum(self.heads) * config.head_dim
         name = f"layers.{index}.attention"
         self.scores = scores_of_layer(config, index)
+        self.sinks = Sinks(config, dtype) if config.sinks else None
         self.qkv = make(f"{name}.qkv", config.hidden_size, rows, config.attention_bias)
         self.out = make(f"{name}.out", width, config.hidden_size, config.output_bias)
 
@@ -47,7 +72,8 @@ class Attention(nn.Module):
         return self.qkv(x)
 
     def forward(self, x: Tensor | Int8Rows, step: Prefill | Decode) -> Tensor:
-        return self.out(step.attend(self.index, self.project(x), self.heads, self.scores))
+        scores = self.scores if self.sinks is None else self.sinks(self.scores)
+        return self.out(step.attend(self.index, self.project(x), self.heads, scores))
 
 
 def scores_of_layer(config: ModelConfig, index: int) -> Scores:

@@ -23,7 +23,7 @@ def can_divide(config: ModelConfig, linear: str) -> bool:
     """Whether the input of a layer's linear ("attention.qkv", …) can be divided.
 
     A norm whose output is the residual as well (OPT-350m), or that has no weights, cannot take
-    it, nor can a linear behind which a GELU comes, or what has no norm in front (OLMo 2), or one
+    it, nor can a linear behind which a GELU comes, or what clamps, or what has no norm in front (OLMo 2), or one
     that is for it alone (an expert).
     """
     if is_of_expert(linear) and linear.endswith(".up"):
@@ -31,7 +31,9 @@ def can_divide(config: ModelConfig, linear: str) -> bool:
     if linear in NORMS:
         normed = config.pre_norm and config.input_norms
         return normed and not config.residual_after_norm and config.norm_affine
-    return linear == "attention.out" or config.gated_mlp or config.activation == "relu"
+    if linear == "attention.out":
+        return True
+    return not config.clamped_swiglu if config.gated_mlp else config.activation == "relu"
 
 
 def shared_channels(config: ModelConfig, linear: str, values: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import torch
@@ -134,6 +134,24 @@ class RawConfig:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """What a tensor of all experts of a layer, one behind the other, holds of each (E, …).
+
+    Attributes:
+        parts: the checkpoint's names of linears, with {} for the number of an expert, whose output
+            channels lie one behind the other.
+        kind: which of their tensors it is.
+        transposed: it is (E, inputs, outputs).
+        interleaved: the output channels of the parts come in turn.
+    """
+
+    parts: tuple[str, ...]
+    kind: str = "weight"
+    transposed: bool = False
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family: a table, not code.
 
@@ -148,6 +166,8 @@ class Family:
         head: the classifier's name in a checkpoint, where it is not "lm_head".
         transposed: matrices of the layers lie in the file as (inputs, outputs).
         ignored: ends of names of tensors that hold no weights.
+        bare: ends of names of parts that are a tensor themselves, and have no ".weight" behind.
+        stacks: what tensors of all experts of a layer hold, by their names in it.
         read_config: the ModelConfig of a config.json.
     """
 
@@ -161,6 +181,8 @@ class Family:
     head: str = LM_HEAD
     transposed: bool = False
     ignored: tuple[str, ...] = ()
+    bare: tuple[str, ...] = ()
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
 
     def parts(self, module: str) -> tuple[str, ...]:
         """The checkpoint's names, without prefix, of what one of our modules is fused from."""
@@ -172,6 +194,10 @@ class Family:
             expert, _, linear = inner.removeprefix(EXPERTS).partition(".")
             inner = f"{EXPERTS}{{}}.{linear}"
         return tuple(self.layer.format(index) + part.format(expert) for part in self.inner[inner])
+
+    def tensor_name(self, part: str, kind: str) -> str:
+        """A checkpoint's name of a tensor of a part ("weight", "bias")."""
+        return part if part.endswith(self.bare) else f"{part}.{kind}"
 
     def qkv_perm(self, config: ModelConfig) -> Tensor | None:
         """The row of the one QKV matrix of a file that each of ours is; None: the same one.

@@ -15,6 +15,7 @@ from qllm.models.attention import MakeLinear
 from qllm.ops import phase
 from qllm.ops.cpu.capture import host_callback
 from qllm.ops.cpu.experts import ExpertCalls
+from qllm.ops.reference import SWIGLU_OAI
 
 if TYPE_CHECKING:
     from qllm.parallel.layers import LinearOrShard
@@ -37,7 +38,7 @@ class MLP(nn.Module):
             inner: channels between them.
         """
         super().__init__()
-        self.act = config.activation
+        self.act = SWIGLU_OAI if config.clamped_swiglu else config.activation
         hidden, bias = config.hidden_size, config.mlp_bias
         self.up = make(f"{name}.up", hidden, self.up_rows(inner), bias)
         self.down = make(f"{name}.down", inner, hidden, bias)
@@ -88,7 +89,7 @@ class MixtureOfExperts(nn.Module):
         assert experts is not None  # as `make_mlp` has it
         self.top_k, self.normalizes = experts.top_k, experts.normalizes
         self.router: LinearOrShard = make(
-            f"{name}.router", config.hidden_size, experts.count, False
+            f"{name}.router", config.hidden_size, experts.count, experts.router_bias
         )
         self.experts = nn.ModuleList(
             kind(config, f"{name}.experts.{i}", experts.intermediate_size, make)

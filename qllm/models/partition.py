@@ -57,6 +57,8 @@ def keep_shards(model: Decoder, group: Group, mode: str) -> None:
             own = shard_attention(layer.attention, group, mode, gather=wide)
             if isinstance(layer.attention, WideNormedAttention):
                 layer.attention.own = own
+            if layer.attention.sinks is not None:
+                layer.attention.sinks.ranges = (heads.queries,)
         if layer.has_mlp:
             for mlp in layer.mlp.mlps():
                 shard_mlp(mlp, group, mode)

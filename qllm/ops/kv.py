@@ -76,11 +76,14 @@ class Scores(NamedTuple):
         scale: multiplies them; None: 1 / sqrt(D).
         cap: what comes of that is cap tanh(score / cap); 0: as it is.
         window: how many tokens a query sees, its own included; 0: all before it.
+        sinks: float32 (H,), a score that joins each softmax of a head, and weighs no value (Xiao et
+            al. 2023; gpt-oss); None: there is none.
     """
 
     scale: float | None = None
     cap: float = 0.0
     window: int = 0
+    sinks: Tensor | None = None
 
     def factor(self, dim: int) -> float:
         """What multiplies the products, for heads of `dim` channels."""

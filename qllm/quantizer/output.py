@@ -90,7 +90,8 @@ class OutputCheckpoint:
             for key, tensor in tensors.items():
                 name = f"{module}.{key}"
                 values = tensor[rows].to(self.weights.dtype(name))
-                self.writer.write(f"{part}.{key}", self._as_stored(name, values))
+                stored = self.weights.family.tensor_name(part, key)
+                self.writer.write(stored, self._as_stored(name, values))
 
     def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
         """One of our tensors as Hugging Face's layout has it."""

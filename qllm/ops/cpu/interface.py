@@ -57,14 +57,14 @@ EmbedPacked = structure(
 Attend = structure(
     "Attend",
     "sequences heads kv_heads dim capacity type bits width window =scale =cap last *qkv *rows"
-    " *starts *positions *cos *sin *slopes *keys *values *y *key_codes *value_codes *key_scales"
+    " *starts *positions *cos *sin *slopes *sinks *keys *values *y *key_codes *value_codes *key_scales"
     " *value_scales *key_zeros *value_zeros",
 )
 # Of attention that gradients go through, and of the way back.
 AttendSequences = structure(
     "AttendSequences",
     "sequences length heads kv_heads dim type window q_stride k_stride v_stride =scale =cap *q *k"
-    " *v *slopes *y *stats *grad_y *grad_q *grad_k *grad_v",
+    " *v *slopes *sinks *y *stats *grad_y *grad_q *grad_k *grad_v",
 )
 StepRounding = structure(
     "StepRounding",

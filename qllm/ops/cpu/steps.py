@@ -11,7 +11,7 @@ from qllm.ops.cpu.library import TYPES, like, pointer
 from qllm.ops.kv import KV, PLAIN, Batch, Scores
 from qllm.ops.quantized_kv import QuantizedKV, padded_size
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")  # as in kernels.h
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "swiglu_oai")  # as in kernels.h
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def _attend(
     y = qkv.new_empty(len(batch.rows) if batch.last else len(qkv), heads * kv.dim)
     index = (batch.rows, batch.starts, batch.positions)
     rotation = [like(qkv, part) for part in cos_sin or (None, None)]
-    tensors = (qkv.contiguous(), *index, *rotation, slopes)
+    tensors = (qkv.contiguous(), *index, *rotation, slopes, scores.sinks)
     if isinstance(kv, QuantizedKV):
         tensors += (kv.recent_keys, kv.recent_values, y, kv.keys, kv.values, kv.key_scales)
         tensors += (kv.value_scales, kv.key_zeros, kv.value_zeros)

@@ -103,7 +103,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         q, k, v = map(_with_whole_rows, (q, k, v))
         y, stats = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 2, dtype=torch.float32)
-        tensors = (q, k, v, slopes, y, stats)
+        tensors = (q, k, v, slopes, scores.sinks, y, stats)
         ctx.save_for_backward(*tensors)
         ctx.scores, ctx.length = scores, length
         _attend_sequences("attend_sequences", tensors, scores, length)

@@ -65,6 +65,7 @@ def decode_attention(
             cos,
             sin,
             slopes,
+            scores.sinks,
             *_memory(kv),
             batch.rows,
             batch.positions,
@@ -88,6 +89,7 @@ def decode_attention(
             SPLIT=splits > 1,
             ROTATE=cos_sin is not None,
             SLOPE=slopes is not None,
+            SINK=scores.sinks is not None,
             CAP=scores.cap > 0,
             WINDOW=scores.window > 0,
             BITS=kv.bits,
@@ -202,11 +204,12 @@ def attend(
         ]
     with device_of.current(qkv):
         prefill.prefill_attention[(heads, count, blocks)](
-            qkv, *rotation, *sources, slopes, batch.rows, batch.starts, batch.positions, y, heads,
-            kv_heads, capacity, slots, first, scores.factor(dim), scores.cap, scores.window,
+            qkv, *rotation, *sources, slopes, scores.sinks, batch.rows, batch.starts,
+            batch.positions, y, heads, kv_heads, capacity, slots, first, scores.factor(dim), scores.cap, scores.window,
             DIM=dim, FIRST=-(-dim // 2), WIDTH=width, GROUP=heads // kv_heads, BM=tokens,
             BN=keys_at_once, ROTATE=rotation[0] is not None, SLOPE=slopes is not None,
-            CAP=scores.cap > 0, WINDOW=scores.window > 0, RUNS=runs, DESCRIBED=described,
+            SINK=scores.sinks is not None, CAP=scores.cap > 0, WINDOW=scores.window > 0,
+            RUNS=runs, DESCRIBED=described,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
 

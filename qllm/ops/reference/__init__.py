@@ -31,6 +31,7 @@ from qllm.ops.reference.linear import (
 from qllm.ops.reference.rounding import step_rounding
 from qllm.ops.reference.rows import (
     ACTIVATIONS,
+    SWIGLU_OAI,
     activation,
     add,
     embedding,
@@ -50,6 +51,7 @@ from qllm.ops.reference.rows import (
 
 __all__ = [
     "ACTIVATIONS",
+    "SWIGLU_OAI",
     "EXACT_INT32_TERMS",
     "Int8Rows",
     "activation",

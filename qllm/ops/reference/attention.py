@@ -39,7 +39,7 @@ def decode_attention(
         batch: B sequences of one token each.
         cos_sin: cosines and sines (B, D) by which queries and keys are rotated; None: not at all.
         slopes: float32 (H,), by which scores fall with the distance (ALiBi); None: they do not.
-        scores: their scale, cap and window.
+        scores: their scale, cap, window and sinks.
 
     Returns:
         (B, H D).
@@ -142,6 +142,7 @@ class _Attention(torch.autograd.Function):
         q = (q * ctx.factor).unflatten(1, (kv_heads, repeats))
         k, v = (part.reshape(-1, *part.shape[2:]) for part in (k, v))  # (B H_kv, T, D)
         mask = mask.unflatten(0, (-1, repeats)) if len(mask) > 1 else mask[None]
+        sinks = None if scores.sinks is None else scores.sinks.view(kv_heads, repeats, 1, 1)
         out, saved = torch.empty_like(q, memory_format=torch.contiguous_format), []
         for run, seen in _runs(q.shape[3], ctx.window):
             queries = q[:, :, :, run].reshape(len(k), -1, k.shape[-1])
@@ -156,7 +157,8 @@ class _Attention(torch.autograd.Function):
                 own += mask[..., : own.shape[3], : own.shape[4]]
             else:
                 found += mask[..., run, seen]
-            weights = found.softmax(-1).to(q.dtype).view(len(k), queries.shape[1], -1)
+            weights = _softmax(found, sinks).to(q.dtype)
+            weights = weights.view(len(k), queries.shape[1], -1)
             out[:, :, :, run] = (weights @ v[:, seen]).view(*q.shape[:3], -1, v.shape[-1])
             saved += [queries, weights, capped]
         ctx.save_for_backward(k, v, *saved)
@@ -222,20 +224,24 @@ def softmax_attention(
             h // (H / H_kv).
         mask: added to the scores, broadcast to (B, H, T, S); or None.
         causal: query t sees keys up to t (needs T = S and no mask).
-        scores: their scale and cap; a window is in the mask.
+        scores: their scale, cap and sinks; a window is in the mask.
 
     Returns:
         (B, H, T, D).
     """
     batch, heads, length, dim = q.shape
-    kv_heads = keys.shape[1]
+    kv_heads, sinks = keys.shape[1], scores.sinks
     if heads != kv_heads and length == 1:
         # The heads that share a key head become the rows of one product: nothing is copied.
         if mask is not None and mask.shape[1] == heads:
             mask = mask.view(batch, kv_heads, heads // kv_heads, -1)
         q = q.view(batch, kv_heads, heads // kv_heads, dim)
+        if sinks is not None:
+            scores = scores._replace(sinks=sinks.view(kv_heads, -1, 1))
         out = _softmax_product(q, keys, values, mask, causal, scores)
         return out.view(batch, heads, 1, dim)
+    if sinks is not None:
+        scores = scores._replace(sinks=sinks.view(heads, 1, 1))
     if heads != kv_heads:
         keys = keys.repeat_interleave(heads // kv_heads, dim=1)
         values = values.repeat_interleave(heads // kv_heads, dim=1)
@@ -247,13 +253,26 @@ def _softmax_product(
 ) -> Tensor:
     """`softmax_attention` of as many heads of queries as of keys."""
     factor = scores.factor(q.shape[-1])
-    if not scores.cap:
+    if not scores.cap and scores.sinks is None:
         return F.scaled_dot_product_attention(
             q, keys, values, attn_mask=mask, is_causal=causal, scale=factor
         )
-    found = (q.float() @ keys.float().mT).mul_(factor / scores.cap).tanh_().mul_(scores.cap)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    found = q.to(wide) @ keys.to(wide).mT
+    if scores.cap:
+        found = found.mul_(factor / scores.cap).tanh_().mul_(scores.cap)
+    else:
+        found = found.mul_(factor)
     if causal:
         found += torch.full(found.shape[-2:], -torch.inf, device=q.device).triu_(1)
     if mask is not None:
         found = found + mask
-    return (found.softmax(-1) @ values.float()).to(q.dtype)
+    return (_softmax(found, scores.sinks) @ values.to(wide)).to(q.dtype)
+
+
+def _softmax(found: Tensor, sinks: Tensor | None) -> Tensor:
+    """The softmax of scores (…, S), which a head's sink joins, broadcast to (…, 1)."""
+    if sinks is None:
+        return found.softmax(-1)
+    joined = sinks.to(device=found.device, dtype=found.dtype).expand(*found.shape[:-1], 1)
+    return torch.cat((found, joined), dim=-1).softmax(-1)[..., :-1]

@@ -109,14 +109,27 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# gpt-oss's SwiGLU: gate and up are clamped, and the gate is swish with this factor.
+SWIGLU_OAI, SWIGLU_ALPHA, SWIGLU_LIMIT = "swiglu_oai", 1.702, 7.0
+
+
 def activation(x: Tensor, name: str) -> Tensor:
     """One of ACTIVATIONS of x (N, C)."""
     return ACTIVATIONS[name](x)
 
 
 def gated_activation(x: Tensor, name: str) -> Tensor:
-    """f(gate) * up for x (N, 2 C), which is [gate; up]: (N, C)."""
+    """f(gate) * up for x (N, 2 C), which is [gate; up]: (N, C).
+
+    Args:
+        name: one of ACTIVATIONS, or SWIGLU_OAI, which is gate' sigmoid(alpha gate') (up' + 1), of
+            gate' = min(gate, limit) and up' = clamp(up, -limit, limit), rounded once.
+    """
     gate, up = x.chunk(2, dim=-1)
+    if name == SWIGLU_OAI:
+        gate = gate.float().clamp(max=SWIGLU_LIMIT)
+        up = up.float().clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+        return (gate * torch.sigmoid(gate * SWIGLU_ALPHA) * (up + 1)).to(x.dtype)
     return ACTIVATIONS[name](gate) * up
 
 

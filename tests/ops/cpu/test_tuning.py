@@ -157,6 +157,7 @@ def test_gradients_of_attention_are_the_references(path, dtype):
             (rotation, None, PLAIN),
             (None, slopes, Scores(window=5)),
             (rotation, slopes, Scores(0.3, 2.0, window=70)),
+            (rotation, None, Scores(0.1, sinks=torch.linspace(-1, 1, heads))),
         ):
             found = attended(tuning.differentiable_attention, qkv, behind, shape, how)
             given = (qkv.double(), behind.double(), shape, how)
@@ -177,7 +178,9 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scores: Score
     unseen = torch.full((length, length), -torch.inf).triu(1)
     if mask.shape[-1] == length:
         found = found + mask
-    return (found + unseen).softmax(-1) @ v
+    sinks = torch.full((found.shape[1],), -torch.inf) if scores.sinks is None else scores.sinks
+    joined = sinks.to(found.dtype)[:, None, None].expand(*found.shape[:-1], 1)
+    return torch.cat((found + unseen, joined), -1).softmax(-1)[..., :-1] @ v
 
 
 @pytest.mark.usefixtures("path")

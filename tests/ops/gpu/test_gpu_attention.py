@@ -40,7 +40,8 @@ def example(
     angles = (angle.cos().to(dtype), angle.sin().to(dtype)) if rotated else None
     slopes = torch.linspace(0.01, 0.5, heads) if sloped else None
     batch = Batch.of([1] * rows, "cpu", pasts=POSITIONS)
-    return qkv, KV(keys, values), batch, angles, slopes
+    scores = Scores(sinks=torch.linspace(-1, 4, heads) if rotated else None)
+    return qkv, KV(keys, values), batch, angles, slopes, scores
 
 
 def moved(arguments: tuple, device: str, dtype: torch.dtype | None = None) -> list:
@@ -103,7 +104,7 @@ def test_the_error_is_at_most_twice_the_reference_s(encoding, dtype, gpu):
 def test_a_row_is_the_same_whatever_is_beside_it(gpu):
     arguments = example(4, 2, 16, torch.float32, rotated=False, sloped=True)
     whole = attention.decode_attention(*moved(arguments, gpu)).cpu()
-    qkv, kv, _, _, slopes = arguments
+    qkv, kv, _, _, slopes, _ = arguments
     for row, position in enumerate(POSITIONS):
         batch = Batch.of([1], "cpu", rows=[row], pasts=[position])
         alone = (qkv[row : row + 1], kv, batch, None, slopes)
@@ -242,7 +243,8 @@ def test_prompts_in_pieces_to_keys_and_values_of_few_bits(bits, dtype, gpu, monk
     """The reference's results and integers, whatever is beside a prompt and however it is cut."""
     heads, kv_heads, dim = {8: (2, 2, 20), 4: (2, 1, 32)}[bits]
     rotated, window, cap = bits == 8, 70 * (bits == 8), 30.0 * (bits == 4)
-    scores, slopes = Scores(cap=cap, window=window), torch.linspace(0.01, 0.5, heads)
+    sinks = torch.linspace(-1, 4, heads) if bits == 8 else None
+    scores, slopes = Scores(None, cap, window, sinks), torch.linspace(0.01, 0.5, heads)
     monkeypatch.setattr(quantized_prefill, "unsupported_reason", lambda device: None)
     if bits == 8:  # of one sequence after the other
         monkeypatch.setattr(quantized_prefill, "SCRATCH", 1)
@@ -264,8 +266,8 @@ def test_prompts_in_pieces_to_keys_and_values_of_few_bits(bits, dtype, gpu, monk
         rows = [2, 0][: len(lengths)]
         batch = Batch.of(lengths, "cpu", rows=rows, pasts=pasts[: len(lengths)])
         expected = reference.prefill_attention(qkv, want, batch, rotation, slopes, scores)
-        given = moved((qkv, batch, rotation, slopes), gpu)
-        got = attention.prefill_attention(given[0], own, *given[1:], scores).cpu()
+        given = moved((qkv, batch, rotation, slopes, scores), gpu)
+        got = attention.prefill_attention(given[0], own, *given[1:]).cpu()
         limit = (4 * torch.finfo(dtype).eps + 1e-6) * expected.abs().max()
         assert (got - expected).abs().max() <= limit
         found.append(got[: lengths[0]])

@@ -208,7 +208,7 @@ void attend_token(const Attend &a, int64_t i, int64_t kv, float *memory) {
         for (int64_t d = 0; d < a.width; d++) query(h)[d] = out(h)[d] = 0;
         load_head(query(h), a, i, kv * shared + h);
         rotate(query(h), a, i);
-        softmax[h] = no_softmax();
+        softmax[h] = a.sinks ? softmax_of_sink(a.sinks[kv * shared + h]) : no_softmax();
     }
     const auto weigh = [&](int64_t h, int64_t run) {
         const float slope = a.slopes ? a.slopes[kv * shared + h] : 0;

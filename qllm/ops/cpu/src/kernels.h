@@ -119,9 +119,10 @@ struct Blocks {
 
 // The rest of a decoder; all tensors of one call but the float32 and integer ones are of one type.
 
-enum Kind : int64_t { RELU = 0, GELU = 1, GELU_TANH = 2, SILU = 3 };
+enum Kind : int64_t { RELU = 0, GELU = 1, GELU_TANH = 2, SILU = 3, SWIGLU_OAI = 4 };
 
-struct Activate {  // y (rows, channels) = f(x), or f(x) z where x is [x; z] (rows, 2 channels)
+// y (rows, channels) = f(x), or f(x) z where x is [x; z] (rows, 2 channels); of SWIGLU_OAI f(x, z).
+struct Activate {
     int64_t rows, channels, kind, gated, type;
     const void *x;
     void *y;
@@ -230,6 +231,7 @@ struct Attend {
     const int64_t *positions;   // (N,): of a token in its row
     const void *cos, *sin;      // (N, dim), or null for no rotation
     const float *slopes;        // (heads,): of ALiBi, or null
+    const float *sinks;         // (heads,): a score that joins each softmax, or null
     void *keys, *values;        // (…, kv_heads, capacity, dim), or of bits (…, kv_heads, RUN, dim)
     void *y;                    // (N, heads, dim), or (sequences, heads, dim) of the last tokens
     uint8_t *key_codes;         // (…, kv_heads, runs, width / 4, RUN b / 8, 4)
@@ -245,7 +247,7 @@ struct AttendSequences {
     int64_t q_stride, k_stride, v_stride;
     double scale, cap;                       // as of Attend
     const void *q, *k, *v;                   // (sequences length, heads or kv_heads, dim)
-    const float *slopes;                     // as of Attend
+    const float *slopes, *sinks;             // as of Attend
     void *y;                                 // (sequences length, heads, dim)
     float *stats;                            // (sequences, heads, length, 2): of each softmax
     const void *grad_y;                      // of the way back, as y, and what it makes: as q, k, v

@@ -263,8 +263,8 @@ static void attend_part(const Attend &a, const Sequence &s, int64_t head, int64_
         const int64_t first = unseen(a.window, position), seen = position + 1 - first;
         float *seen_row = row + first - s.begin;
         const float scale = cap_scores(a, seen_row, seen);
-        const float m_i = scale_scores(seen_row, seen, scale, slope, first - position);
-        share[i] = 1 / exponents(seen_row, seen, m_i);
+        float m_i = scale_scores(seen_row, seen, scale, slope, first - position);
+        share[i] = 1 / exponents(seen_row, seen, &m_i, a.sinks ? a.sinks + head : nullptr);
         // Keys in front of the window and behind the query, and the panel's filling, weigh nothing.
         for (int64_t j = these.begin; j < first; j++) row[j - s.begin] = 0;
         for (int64_t j = position + 1; j < these.length(); j++) row[j - s.begin] = 0;

@@ -149,10 +149,11 @@ void attend_head(const AttendSequences &a, int64_t sequence, int64_t kv, float *
                     for (int64_t j = first; a.cap > 0 && j <= i; j += WIDTH)
                         store<FLOAT32>(row, j, i + 1 - j,
                                        score_of(a, load<FLOAT32>(row, j, i + 1 - j)));
-                    const float largest =
+                    float largest =
                         scale_scores(row + first, seen, a.cap > 0 ? 1 : float(a.scale),
                                      slope_of(a, head), first - i);
-                    share = 1 / exponents(row + first, seen, largest);
+                    share = 1 / exponents(row + first, seen, &largest,
+                                          a.sinks ? a.sinks + head : nullptr);
                     stats[2 * i] = largest;
                     stats[2 * i + 1] = share;
                 }

@@ -27,6 +27,16 @@ inline float exponents(float *scores, int64_t count, float m_i) {
     return sum_of(l_i);
 }
 
+// Scores in place to e^(s - m), of which m is the larger of their largest, `m_i`, and a sink, a
+// score that weighs no value; none where it is null. What is returned divides them.
+inline float exponents(float *scores, int64_t count, float *m_i, const float *sink) {
+    if (!sink) return exponents(scores, count, *m_i);
+    if (*sink > *m_i) *m_i = *sink;
+    alignas(64) float first[WIDTH];
+    store_f(first, exp_f(set_f(*sink - *m_i)));
+    return exponents(scores, count, *m_i) + first[0];
+}
+
 // How much further back than `window` tokens, its own included, a query at a position would see.
 inline int64_t unseen(int64_t window, int64_t position) {
     return window > 0 && position + 1 > window ? position + 1 - window : 0;
@@ -77,6 +87,9 @@ struct Softmax {
 };
 constexpr float LOWEST = -3.4028234e38f;
 inline Softmax no_softmax() { return {LOWEST, set_f(0)}; }
+
+// One in which there is a sink: a score that weighs no value.
+inline Softmax softmax_of_sink(float sink) { return {sink, first_of(set_f(1), 1)}; }
 
 // What results are to be multiplied with at the end; NaN where no score was finite.
 inline VF share_of(const Softmax &softmax) {

@@ -38,12 +38,27 @@ template <int KIND> inline VF activated(VF v) {
     }
 }
 
+// gpt-oss's SwiGLU: see `qllm.ops.reference.gated_activation`.
+inline VF clamped_swiglu(VF gate, VF up) {
+    const VF limit = set_f(7), negated_alpha = set_f(-1.702f);
+    gate = min_f(limit, gate);
+    up = min_f(limit, max_f(set_f(-7), up));
+    const VF swish = div_f(gate, add_f(set_f(1), exp_or_infinity(mul_f(gate, negated_alpha))));
+    return mul_f(swish, add_f(up, set_f(1)));
+}
+
 template <int64_t TYPE, int KIND> void activate_row(const Activate &a, int64_t row) {
     int64_t from = row * a.channels * (a.gated ? 2 : 1), to = row * a.channels;
     for (int64_t i = 0; i < a.channels; i += WIDTH) {
         int64_t count = a.channels - i;
-        VF value = activated<KIND>(load<TYPE>(a.x, from + i, count));
-        if (a.gated) value = mul_f(value, load<TYPE>(a.x, from + a.channels + i, count));
+        const VF x = load<TYPE>(a.x, from + i, count);
+        VF value;
+        if constexpr (KIND == SWIGLU_OAI) {
+            value = clamped_swiglu(x, load<TYPE>(a.x, from + a.channels + i, count));
+        } else {
+            value = activated<KIND>(x);
+            if (a.gated) value = mul_f(value, load<TYPE>(a.x, from + a.channels + i, count));
+        }
         store<TYPE>(a.y, to + i, count, value);
     }
 }
@@ -51,6 +66,7 @@ template <int64_t TYPE, int KIND> void activate_row(const Activate &a, int64_t r
 template <int64_t TYPE> void activate_row(const Activate &a, int64_t row) {
     if (a.kind == RELU) return activate_row<TYPE, RELU>(a, row);
     if (a.kind == SILU) return activate_row<TYPE, SILU>(a, row);
+    if (a.kind == SWIGLU_OAI) return activate_row<TYPE, SWIGLU_OAI>(a, row);
     if (a.kind == GELU_TANH) return activate_row<TYPE, GELU_TANH>(a, row);
     activate_row<TYPE, GELU>(a, row);
 }

@@ -84,6 +84,22 @@ def in_base_2(products, scale, cap, slope, distance, CAP: tl.constexpr, SLOPE: t
 
 
 @triton.jit
+def no_softmax(sinks, head, known, COUNT: tl.constexpr, SINK: tl.constexpr):
+    """The state in front of the first score, or behind a sink, which weighs no value.
+
+    Args:
+        sinks: with SINK, (H,), a score of each head that joins its softmax.
+        head: (COUNT,), some of which are `known`.
+    """
+    m_i, l_i = tl.full((COUNT,), LOWEST, tl.float32), tl.zeros((COUNT,), tl.float32)
+    if SINK:
+        log2_e: tl.constexpr = 1.4426950408889634
+        m_i = tl.where(known, tl.load(sinks + head, mask=known, other=0.0) * log2_e, m_i)
+        l_i = tl.where(known, 1.0, l_i)
+    return m_i, l_i
+
+
+@triton.jit
 def soften(scores, factor, state):
     """Weights of scores, what those before them are scaled by, and the state behind them.
 
@@ -99,14 +115,14 @@ def soften(scores, factor, state):
 
 @triton.jit(do_not_specialize=["splits", "capacity"])
 def decode_attention(  # noqa: PLR0912 - one launch
-    qkv, cos, sin, slopes, keys, values, key_codes, value_codes, key_scales, value_scales,
+    qkv, cos, sin, slopes, sinks, keys, values, key_codes, value_codes, key_scales, value_scales,
     key_zeros, value_zeros, rows, positions, y, partials, counters, heads, kv_heads, capacity,
     splits, scale, cap, window,
     DIM: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-    ROTATE: tl.constexpr, SLOPE: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
-    BITS: tl.constexpr, WIDTH: tl.constexpr, JOINED: tl.constexpr, AT_ONCE: tl.constexpr,
-    LATE: tl.constexpr,
+    ROTATE: tl.constexpr, SLOPE: tl.constexpr, SINK: tl.constexpr, CAP: tl.constexpr,
+    WINDOW: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, JOINED: tl.constexpr,
+    AT_ONCE: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """A program takes SPAN tokens of a sequence's cache, one key head and all heads that read it.
 
@@ -149,8 +165,9 @@ def decode_attention(  # noqa: PLR0912 - one launch
         if SLOPE:
             at = slopes + kv_head * GROUP + member
             slope = tl.load(at, mask=member < GROUP, other=0.0)[:, None]
-        m_i = tl.full((PADDED_GROUP,), LOWEST, tl.float32)
-        l_i = tl.zeros((PADDED_GROUP,), tl.float32)
+        # Of the programs of a head, the first counts its sink.
+        known = (member < GROUP) & (part == 0)
+        m_i, l_i = no_softmax(sinks, kv_head * GROUP + member, known, PADDED_GROUP, SINK)
         acc = tl.zeros((PADDED_GROUP, COLUMNS), tl.float32)
         begin, end = split * SPAN, tl.minimum(position, (split + 1) * SPAN)
         if WINDOW:  # with a block in which there is a token, or with none

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from qllm.ops.gpu.kernels.attention import LOWEST, in_base_2, load_heads, soften
+from qllm.ops.gpu.kernels.attention import in_base_2, load_heads, no_softmax, soften
 from qllm.ops.gpu.kernels.codes import RUN
 from qllm.ops.gpu.kernels.numbers import bound, narrow, operand
 
@@ -174,11 +174,12 @@ def _attend(
 
 @triton.jit(do_not_specialize=["capacity", "slots", "first_sequence"])
 def prefill_attention(
-    qkv, cos, sin, keys, values, own_keys, own_values, slopes, rows, starts, positions, y, heads,
+    qkv, cos, sin, keys, values, own_keys, own_values, slopes, sinks, rows, starts, positions, y, heads,
     kv_heads, capacity, slots, first_sequence, scale, cap, window,
     DIM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, ROTATE: tl.constexpr, SLOPE: tl.constexpr,
-    CAP: tl.constexpr, WINDOW: tl.constexpr, RUNS: tl.constexpr, DESCRIBED: tl.constexpr,
+    SINK: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, RUNS: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """A program takes BM tokens of a sequence, and one head; keys come in blocks of BN.
 
@@ -214,8 +215,8 @@ def prefill_attention(
         row = tl.program_id(1).to(tl.int64) if RUNS else tl.load(rows + sequence)
         sources = (keys, values, (row * kv_heads + kv_head) * capacity, capacity)
         how = (scale, cap, window, tl.load(slopes + head) if SLOPE else 0.0)
-        m_i = tl.full((BM,), LOWEST, tl.float32)
-        l_i = tl.zeros((BM,), tl.float32)
+        same = tl.zeros((BM,), tl.int32) + head
+        m_i, l_i = no_softmax(sinks, same, same == head, BM, SINK)
         state = (m_i, l_i, tl.zeros((BM, WIDTH), tl.float32))
         whole, late, last = past * 0, first, tl.minimum(first + BM, end)
         if WINDOW:

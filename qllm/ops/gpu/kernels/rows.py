@@ -149,19 +149,35 @@ def activated(x, NAME: tl.constexpr):
 
 
 @triton.jit
+def clamped_swiglu(gate, up):
+    """gpt-oss's SwiGLU of float32 gate and up: `reference.gated_activation`."""
+    gate = tl.where(gate > 7.0, 7.0, gate)  # what is no number stays so
+    up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+    return tl.div_rn(gate, 1.0 + tl.exp(gate * -1.702)) * (up + 1.0)
+
+
+@triton.jit
 def activate(
     x, y, columns,
     NAME: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    """y = f(x) for x (M, C); with GATED f(gate) up, f(gate) being rounded, for x (M, 2 C)."""
+    """y = f(x) for x (M, C); with GATED f(gate) up, f(gate) being rounded, for x (M, 2 C).
+
+    Of "swiglu_oai" f(gate, up), of which nothing is rounded in between.
+    """
     let_next_begin(LATE)
     wait_for_previous(LATE)
     type: tl.constexpr = x.dtype.element_ty
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside, row = column < columns, tl.program_id(1).to(tl.int64)
     source = x + row * columns * (2 if GATED else 1) + column
-    found = activated(tl.load(source, mask=inside, other=0.0).to(tl.float32), NAME)
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     if GATED:
         up = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
-        found = narrow(found, type).to(tl.float32) * up
+        if NAME == "swiglu_oai":
+            found = clamped_swiglu(first, up)
+        else:
+            found = narrow(activated(first, NAME), type).to(tl.float32) * up
+    else:
+        found = activated(first, NAME)
     tl.store(y + row * columns + column, narrow(found, type), mask=inside)

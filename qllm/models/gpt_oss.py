@@ -1,0 +1,89 @@
+"""gpt-oss (OpenAI 2025): a mixture of experts, attention sinks, and windows in every other layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qllm.config import ExpertsConfig, ModelConfig
+from qllm.models import llama
+from qllm.models.family import Family, RawConfig, Stack, read_top_k
+from qllm.models.qwen2_moe import EXPERTS
+from qllm.models.rope import ORIGINAL
+from qllm.ops.reference.rows import SWIGLU_ALPHA, SWIGLU_LIMIT
+
+DEFAULTS = {
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 36,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000.0,
+    "sliding_window": 128,
+    "attention_bias": True,
+}
+ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    ORIGINAL: 4096,
+}
+
+
+def read_config(raw: RawConfig) -> ModelConfig:
+    raw = raw.with_defaults(DEFAULTS)
+    if raw.values.get("rope_parameters") is None and not raw.values.get("rope_scaling"):
+        raw = replace(raw, values={**raw.values, "rope_parameters": ROPE})
+    for name, only in (("swiglu_alpha", SWIGLU_ALPHA), ("swiglu_limit", SWIGLU_LIMIT)):
+        if raw.number(name, only) != only:
+            raise raw.error(name, raw.values[name], f"{only}, as gpt-oss has it")
+    count, top_k = read_top_k(raw, ("num_local_experts", "num_experts"), 128, 4)
+    config = llama.read_config(raw)
+    experts = ExpertsConfig(
+        count=count,
+        top_k=top_k,
+        intermediate_size=config.intermediate_size,
+        normalizes=True,
+        layers=(True,) * config.num_layers,
+        router_bias=True,
+    )
+    return replace(
+        config,
+        family="gpt_oss",
+        sinks=True,
+        windows=raw.windows(config.num_layers, lambda index: index % 2 == 0),
+        clamped_swiglu=True,
+        mlp_bias=True,
+        experts=experts,
+    )
+
+
+_GATE_UP, _DOWN = EXPERTS["mlp.experts.{}.up"], EXPERTS["mlp.experts.{}.down"]
+
+GPT_OSS: Family = replace(
+    llama.LLAMA,
+    name="gpt_oss",
+    inner={
+        **llama.LLAMA.inner,
+        **EXPERTS,
+        "mlp.router": ("mlp.router",),
+        "attention.sinks": ("self_attn.sinks",),
+    },
+    read_config=read_config,
+    bare=("self_attn.sinks",),
+    stacks={
+        "mlp.experts.gate_up_proj": Stack(_GATE_UP, transposed=True, interleaved=True),
+        "mlp.experts.gate_up_proj_bias": Stack(_GATE_UP, "bias", interleaved=True),
+        "mlp.experts.gate_up_proj_blocks": Stack(_GATE_UP, "blocks", interleaved=True),
+        "mlp.experts.gate_up_proj_scales": Stack(_GATE_UP, "scales", interleaved=True),
+        "mlp.experts.down_proj": Stack(_DOWN, transposed=True),
+        "mlp.experts.down_proj_bias": Stack(_DOWN, "bias"),
+        "mlp.experts.down_proj_blocks": Stack(_DOWN, "blocks"),
+        "mlp.experts.down_proj_scales": Stack(_DOWN, "scales"),
+    },
+)
