@@ -16,6 +16,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SiglipVisionConfig,
     SmolVLMConfig,
 )
@@ -48,6 +49,7 @@ YARN = {
 }
 MROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
 OF_QWEN = {"depth": 1, "num_heads": 2, "intermediate_size": 24}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 QWEN_TOKENS = IMAGE | {
     **{"video_token_id": 88, "vision_start_token_id": 87, "vision_end_token_id": 86},
 }
@@ -61,6 +63,9 @@ def configs() -> dict[str, PretrainedConfig]:
         {"model_type": kind, "pad_token_id": None, **TEXT} for kind in ("llama", "mistral")
     )
     qwen = TEXT | {"rope_parameters": MROPE}
+    qwen3 = qwen | {"head_dim": 8, "rope_parameters": MROPE | {"mrope_interleaved": True}}
+    sees = OF_QWEN | {"hidden_size": 24, "out_hidden_size": 32, "num_position_embeddings": 16}
+    sees |= {"deepstack_visual_indexes": [0]}
     ministral = {"model_type": "ministral3", **HEADS, "rope_parameters": YARN, "pad_token_id": None}
     return {
         "gemma3": Gemma3Config(
@@ -92,13 +97,9 @@ def configs() -> dict[str, PretrainedConfig]:
             | {"hidden_size": 24, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
             **QWEN_TOKENS,
         ),
-        "qwen3_vl": Qwen3VLConfig(
-            text_config=qwen
-            | {"head_dim": 8, "rope_parameters": MROPE | {"mrope_interleaved": True}},
-            vision_config=OF_QWEN
-            | {"hidden_size": 24, "out_hidden_size": 32, "num_position_embeddings": 16}
-            | {"deepstack_visual_indexes": [0]},
-            **QWEN_TOKENS,
+        "qwen3_vl": Qwen3VLConfig(text_config=qwen3, vision_config=sees, **QWEN_TOKENS),
+        "qwen3_vl_moe": Qwen3VLMoeConfig(
+            text_config=qwen3 | EXPERTS, vision_config=sees, **QWEN_TOKENS
         ),
     }
 

@@ -21,6 +21,7 @@ from transformers import (
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
+    GraniteMoeConfig,
     LlamaConfig,
     Ministral3Config,
     MistralConfig,
@@ -224,16 +225,20 @@ def starcoder2_configs(draw) -> Starcoder2Config:
 
 
 @st.composite
+def granite_factors(draw) -> dict:
+    """What Granite's models share."""
+    return {
+        "embedding_multiplier": draw(st.one_of(st.integers(1, 12), st.floats(0.1, 12.0))),
+        "attention_multiplier": draw(st.floats(0.01, 1.0)),
+        "residual_multiplier": draw(st.one_of(st.just(1.0), st.floats(0.1, 2.0))),
+        "logits_scaling": draw(st.one_of(st.just(1.0), st.floats(0.1, 16.0))),
+    }
+
+
+@st.composite
 def granite_configs(draw) -> GraniteConfig:
     biases = {"attention_bias": draw(flags), "mlp_bias": draw(flags)}
-    return GraniteConfig(
-        **draw(llama_sizes()),
-        **biases,
-        embedding_multiplier=draw(st.one_of(st.integers(1, 12), st.floats(0.1, 12.0))),
-        attention_multiplier=draw(st.floats(0.01, 1.0)),
-        residual_multiplier=draw(st.one_of(st.just(1.0), st.floats(0.1, 2.0))),
-        logits_scaling=draw(st.one_of(st.just(1.0), st.floats(0.1, 16.0))),
-    )
+    return GraniteConfig(**draw(llama_sizes()), **biases, **draw(granite_factors()))
 
 
 @st.composite
@@ -336,6 +341,12 @@ def olmoe_configs(draw) -> OlmoeConfig:
 
 
 @st.composite
+def granitemoe_configs(draw) -> GraniteMoeConfig:
+    sizes = draw(expert_sizes("num_local_experts"))
+    return GraniteMoeConfig(**sizes, **draw(granite_factors()), attention_bias=draw(flags))
+
+
+@st.composite
 def gpt_oss_configs(draw) -> GptOssConfig:
     sizes = draw(expert_sizes("num_local_experts"))
     count = sizes["num_hidden_layers"]
@@ -370,8 +381,9 @@ CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "qwen2_moe": (qwen2_moe_configs(), 6),
     "qwen3_moe": (qwen3_moe_configs(), 6),
     "olmoe": (olmoe_configs(), 5),
+    "granitemoe": (granitemoe_configs(), 4),
     "gpt_oss": (gpt_oss_configs(), 6),
 }
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss")
 batches = st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=5)
 seeds = st.integers(0, 2**20)

@@ -6,7 +6,7 @@ Files from outside are hostile: names in an index stay inside the folder.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from qllm.gguf import is_gguf
 from qllm.gguf.config import read_config
 from qllm.gguf.file import read_gguf
 from qllm.models import FAMILIES
-from qllm.models.family import RawConfig, Stack
+from qllm.models.family import RawConfig
 from qllm.models.multimodal import text_of
 from qllm.onnx_files import onnx_files
 
@@ -155,9 +155,10 @@ class Checkpoint:
             weight_map = None
         else:
             opened, weight_map = _open_weights(folder)
-        stacks = self._stacks()
-        for opened_file in opened:
-            file = UnstackedFile(opened_file, stacks) if stacks else opened_file
+        stacked: dict[str, str] = {}
+        for file in self._unstacked(opened):
+            if isinstance(file, UnstackedFile):
+                stacked |= file.modules
             path = file.path
             for name in file.tensors:
                 stored = file.stored_name(name)
@@ -169,6 +170,10 @@ class Checkpoint:
                 if own in self._files:
                     raise UserError(f"{path} holds {name}, as {self._files[own].path.name} does")
                 self._files[own] = file
+        if stacked and self.quantization is not None:
+            self.quantization = self.quantization.of_names(
+                lambda module: [module, stacked.get(module, module)]
+            )
         named = self.file_names
         self.tensors = {name: file.tensors[named[name]] for name, file in self._files.items()}
         self._last = file
@@ -178,11 +183,17 @@ class Checkpoint:
         else:
             self._find_floats(dtype)
 
-    def _stacks(self) -> Mapping[str, Stack]:
-        """What tensors of all experts hold, in the family of the config.json."""
+    def _unstacked(self, opened: Iterable[TensorFile]) -> Iterator[TensorFile]:
+        """Files, of which what is of all experts of a layer is read expert by expert."""
         kind = self.raw_config.values.get("model_type")
         family = FAMILIES.get(kind) if isinstance(kind, str) else None
-        return {} if family is None or is_gguf(self.folder) else family.stacks
+        for file in opened:
+            if family is None or not family.stacks or is_gguf(self.folder):
+                yield file
+            else:
+                yield UnstackedFile(
+                    file, family.stacks, self.raw_config.values.get("hidden_size")
+                )
 
     def _find_floats(self, dtype: torch.dtype) -> None:
         """Put numbers in the place of small floats, and of what belongs to them."""

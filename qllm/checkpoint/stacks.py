@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
 
 from qllm.checkpoint.tensors import TensorFile, TensorInfo
 from qllm.errors import UserError
-from qllm.models.family import MAX_EXPERTS, Stack
+from qllm.models.family import MAX_EXPERTS
+from qllm.models.stacks import Stack, Stacks
 
 LAYER = re.compile(r"(?:.*\.)?(?:layers|h)\.\d+\.")
 # Names that a file's stacks come to; the largest models have some hundred thousand.
@@ -23,7 +24,7 @@ class _Part(NamedTuple):
     stack: str
     expert: int
     rows: slice
-    transposed: bool
+    turned: bool
 
 
 class UnstackedFile(TensorFile):
@@ -31,18 +32,23 @@ class UnstackedFile(TensorFile):
 
     A tensor of an expert is a matrix (N, K), whichever way the stack has it, or a vector (N,); what
     lies behind its rows comes in one piece.
+
+    Attributes:
+        modules: each linear of an expert, to what the file calls that of all.
     """
 
-    def __init__(self, file: TensorFile, stacks: Mapping[str, Stack]) -> None:
+    def __init__(self, file: TensorFile, stacks: Stacks, hidden_size: object) -> None:
         """
         Args:
             stacks: what tensors hold, by their names behind the layer's.
+            hidden_size: what the config.json says.
 
         Raises:
             UserError: for a stack of no such shape.
         """
-        self.file, self.path = file, file.path
+        self.file, self.path, self._hidden = file, file.path, hidden_size
         self.tensors: dict[str, TensorInfo] = {}
+        self.modules: dict[str, str] = {}
         self._parts: dict[str, _Part] = {}
         for name, info in file.tensors.items():
             layer = LAYER.match(name)
@@ -54,6 +60,7 @@ class UnstackedFile(TensorFile):
                 own = layer[0] + inner
                 self._parts[own] = part
                 self.tensors[own] = TensorInfo(shape, info.dtype)
+                self.modules[own.rpartition(".")[0]] = name.removesuffix(f".{stack.kind}")
             if len(self._parts) > MAX_NAMES:
                 raise UserError(f"{self.path} has more than {MAX_NAMES} tensors of experts")
 
@@ -62,10 +69,13 @@ class UnstackedFile(TensorFile):
     ) -> Iterator[tuple[str, _Part, tuple[int, ...]]]:
         """The name of each expert's tensors, where they are, and their shapes."""
         count, *shape = info.shape or (0,)
-        if stack.transposed:
+        turned = stack.turned
+        if turned is None and len(shape) == 2:
+            turned = shape[stack.outer] != self._hidden == shape[1 - stack.outer]
+        if turned:
             shape = shape[::-1]
         parts = len(stack.parts)
-        wanted = 2 if stack.transposed or stack.kind == "weight" else 1
+        wanted = 2 if turned or stack.kind == "weight" else 1
         if len(shape) < wanted or shape[0] % parts or 0 in shape or not 0 < count <= MAX_EXPERTS:
             each = f" of {parts} linears" if parts > 1 else ""
             raise UserError(
@@ -82,7 +92,7 @@ class UnstackedFile(TensorFile):
                 run = slice(i * rows // parts, (i + 1) * rows // parts)
                 chosen = slice(i, None, parts) if stack.interleaved else run
                 inner = f"{part.format(expert)}.{stack.kind}"
-                yield inner, _Part(name, expert, chosen, stack.transposed), found
+                yield inner, _Part(name, expert, chosen, bool(turned)), found
 
     def stored_name(self, name: str) -> str:
         return self._parts[name].stack if name in self._parts else name
@@ -110,5 +120,5 @@ class UnstackedFile(TensorFile):
         """A tensor of an expert, in memory of its own with what else there is of that expert."""
         part = self._parts[name]
         one = self.file.read_part(part.stack, range(part.expert, part.expert + 1), None)[0]
-        one = (one.mT if part.transposed else one)[part.rows]
+        one = (one.mT if part.turned else one)[part.rows]
         return one.flatten(1) if one.ndim > 1 else one

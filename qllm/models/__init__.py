@@ -13,6 +13,7 @@ from qllm.models.gpt2 import GPT2
 from qllm.models.gpt_neox import GPT_NEOX
 from qllm.models.gpt_oss import GPT_OSS
 from qllm.models.granite import GRANITE
+from qllm.models.granitemoe import GRANITEMOE
 from qllm.models.llama import LLAMA
 from qllm.models.ministral3 import MINISTRAL3
 from qllm.models.mistral import MISTRAL
@@ -35,7 +36,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, PHI3, GPT_NEOX, GPT2),
         *(MINISTRAL3, STARCODER2, GRANITE, SMOLLM3, OLMO2, OLMO3),
-        *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS),
+        *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, GPT_OSS),
     )
 }
 

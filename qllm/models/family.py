@@ -13,6 +13,7 @@ from qllm.config import LM_HEAD, ModelConfig
 from qllm.errors import UserError
 from qllm.models.attention import ATTENTION_LINEARS
 from qllm.models.mlp import EXPERTS, mlp_linears
+from qllm.models.stacks import Stacks
 
 # Far beyond any model, and small enough that nothing overflows or hangs on it.
 MAX_COUNT = 2**31 - 1
@@ -134,24 +135,6 @@ class RawConfig:
 
 
 @dataclass(frozen=True)
-class Stack:
-    """What a tensor of all experts of a layer, one behind the other, holds of each (E, …).
-
-    Attributes:
-        parts: the checkpoint's names of linears, with {} for the number of an expert, whose output
-            channels lie one behind the other.
-        kind: which of their tensors it is.
-        transposed: it is (E, inputs, outputs).
-        interleaved: the output channels of the parts come in turn.
-    """
-
-    parts: tuple[str, ...]
-    kind: str = "weight"
-    transposed: bool = False
-    interleaved: bool = False
-
-
-@dataclass(frozen=True)
 class Family:
     """One model family: a table, not code.
 
@@ -167,7 +150,7 @@ class Family:
         transposed: matrices of the layers lie in the file as (inputs, outputs).
         ignored: ends of names of tensors that hold no weights.
         bare: ends of names of parts that are a tensor themselves, and have no ".weight" behind.
-        stacks: what tensors of all experts of a layer hold, by their names in it.
+        stacks: what tensors of all experts of a layer hold, by their names behind the layer's.
         read_config: the ModelConfig of a config.json.
     """
 
@@ -182,7 +165,7 @@ class Family:
     transposed: bool = False
     ignored: tuple[str, ...] = ()
     bare: tuple[str, ...] = ()
-    stacks: Mapping[str, Stack] = field(default_factory=dict)
+    stacks: Stacks = field(default_factory=dict)
 
     def parts(self, module: str) -> tuple[str, ...]:
         """The checkpoint's names, without prefix, of what one of our modules is fused from."""

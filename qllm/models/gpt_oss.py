@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from qllm.config import ExpertsConfig, ModelConfig
 from qllm.models import llama
-from qllm.models.family import Family, RawConfig, Stack, read_top_k
+from qllm.models.family import Family, RawConfig, read_top_k
 from qllm.models.qwen2_moe import EXPERTS
 from qllm.models.rope import ORIGINAL
+from qllm.models.stacks import gpt_oss_stacks
 from qllm.ops.reference.rows import SWIGLU_ALPHA, SWIGLU_LIMIT
 
 DEFAULTS = {
@@ -63,27 +64,18 @@ def read_config(raw: RawConfig) -> ModelConfig:
     )
 
 
-_GATE_UP, _DOWN = EXPERTS["mlp.experts.{}.up"], EXPERTS["mlp.experts.{}.down"]
+INNER = {
+    **llama.LLAMA.inner,
+    **EXPERTS,
+    "mlp.router": ("mlp.router",),
+    "attention.sinks": ("self_attn.sinks",),
+}
 
 GPT_OSS: Family = replace(
     llama.LLAMA,
     name="gpt_oss",
-    inner={
-        **llama.LLAMA.inner,
-        **EXPERTS,
-        "mlp.router": ("mlp.router",),
-        "attention.sinks": ("self_attn.sinks",),
-    },
+    inner=INNER,
     read_config=read_config,
-    bare=("self_attn.sinks",),
-    stacks={
-        "mlp.experts.gate_up_proj": Stack(_GATE_UP, transposed=True, interleaved=True),
-        "mlp.experts.gate_up_proj_bias": Stack(_GATE_UP, "bias", interleaved=True),
-        "mlp.experts.gate_up_proj_blocks": Stack(_GATE_UP, "blocks", interleaved=True),
-        "mlp.experts.gate_up_proj_scales": Stack(_GATE_UP, "scales", interleaved=True),
-        "mlp.experts.down_proj": Stack(_DOWN, transposed=True),
-        "mlp.experts.down_proj_bias": Stack(_DOWN, "bias"),
-        "mlp.experts.down_proj_blocks": Stack(_DOWN, "blocks"),
-        "mlp.experts.down_proj_scales": Stack(_DOWN, "scales"),
-    },
+    bare=INNER["attention.sinks"],
+    stacks=gpt_oss_stacks(INNER),
 )

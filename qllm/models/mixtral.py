@@ -7,6 +7,7 @@ from dataclasses import replace
 from qllm.config import ExpertsConfig, ModelConfig
 from qllm.models import llama
 from qllm.models.family import Family, RawConfig, read_top_k
+from qllm.models.stacks import stacks_of
 from qllm.models.mistral import read_config as read_mistral
 
 DEFAULTS = {
@@ -33,16 +34,19 @@ def read_config(raw: RawConfig) -> ModelConfig:
     return replace(config, family="mixtral", experts=experts)
 
 
-_EXPERT = "block_sparse_moe.experts.{}."
+BLOCK = "block_sparse_moe."
+_EXPERT = f"{BLOCK}experts.{{}}."
+INNER = {
+    **llama.LLAMA.inner,
+    "mlp.router": (f"{BLOCK}gate",),
+    "mlp.experts.{}.up": (f"{_EXPERT}w1", f"{_EXPERT}w3"),
+    "mlp.experts.{}.down": (f"{_EXPERT}w2",),
+}
 
 MIXTRAL: Family = replace(
     llama.LLAMA,
     name="mixtral",
-    inner={
-        **llama.LLAMA.inner,
-        "mlp.router": ("block_sparse_moe.gate",),
-        "mlp.experts.{}.up": (f"{_EXPERT}w1", f"{_EXPERT}w3"),
-        "mlp.experts.{}.down": (f"{_EXPERT}w2",),
-    },
+    inner=INNER,
     read_config=read_config,
+    stacks=stacks_of(INNER, BLOCK),
 )

@@ -65,6 +65,18 @@ class Multimodal:
 
 QWEN_VL = {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8}
 QWEN3_VL = {"head_dim": 128, "rope_theta": 5e5}
+# Its weights of experts are divided by their sum whatever the settings say.
+QWEN3_VL_MOE = {
+    "intermediate_size": 5632,
+    "max_position_embeddings": 128000,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_local_experts": 60,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1408,
+    "norm_topk_prob": True,
+    "rope_theta": 5e5,
+}
 
 
 def _qwen2(name: str) -> Multimodal:
@@ -83,6 +95,9 @@ MULTIMODAL: dict[str, Multimodal] = {
     "qwen2_vl": _qwen2("qwen2_vl"),
     "qwen2_5_vl": _qwen2("qwen2_5_vl"),
     "qwen3_vl": Multimodal("qwen3_vl_text", {"qwen3_vl_text": "qwen3"}, QWEN3_VL),
+    "qwen3_vl_moe": Multimodal(
+        "qwen3_vl_moe_text", {"qwen3_vl_moe_text": "qwen3_moe"}, QWEN3_VL_MOE
+    ),
 }
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from qllm.config import ExpertsConfig, ModelConfig
 from qllm.models import llama
 from qllm.models.family import Family, RawConfig, read_top_k
-from qllm.models.qwen2_moe import EXPERTS
+from qllm.models.qwen2_moe import EXPERTS, STACKS
 
 DEFAULTS = {
     "vocab_size": 50304,
@@ -47,4 +47,5 @@ OLMOE: Family = replace(
         "attention.qk_norm": ("self_attn.q_norm", "self_attn.k_norm"),
     },
     read_config=read_config,
+    stacks=STACKS,
 )

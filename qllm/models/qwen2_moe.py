@@ -9,6 +9,7 @@ from qllm.config import ExpertsConfig, ModelConfig
 from qllm.models import llama
 from qllm.models.family import Family, RawConfig, read_top_k
 from qllm.models.qwen2 import windows_of
+from qllm.models.stacks import stacks_of
 
 DEFAULTS = {
     "vocab_size": 151936,
@@ -77,6 +78,7 @@ EXPERTS = {
     "mlp.experts.{}.up": (f"{_EXPERT}gate_proj", f"{_EXPERT}up_proj"),
     "mlp.experts.{}.down": (f"{_EXPERT}down_proj",),
 }
+STACKS = stacks_of(EXPERTS, "mlp.")
 
 QWEN2_MOE: Family = replace(
     llama.LLAMA,
@@ -89,4 +91,5 @@ QWEN2_MOE: Family = replace(
         "mlp.shared_gate": ("mlp.shared_expert_gate",),
     },
     read_config=read_config,
+    stacks=STACKS,
 )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from qllm.config import ModelConfig
 from qllm.models import llama
 from qllm.models.family import Family, RawConfig
-from qllm.models.qwen2_moe import EXPERTS, read_experts
+from qllm.models.qwen2_moe import EXPERTS, STACKS, read_experts
 from qllm.models.qwen3 import QWEN3
 
 DEFAULTS = {
@@ -40,5 +40,9 @@ def read_config(raw: RawConfig) -> ModelConfig:
 
 
 QWEN3_MOE: Family = replace(
-    QWEN3, name="qwen3_moe", inner={**QWEN3.inner, **EXPERTS}, read_config=read_config
+    QWEN3,
+    name="qwen3_moe",
+    inner={**QWEN3.inner, **EXPERTS},
+    read_config=read_config,
+    stacks=STACKS,
 )
