@@ -84,7 +84,9 @@ def attention(
         scores, sizes = scores + bias, sizes + np.abs(bias)
     if how.sinks is not None:
         sinks = numpy(how.sinks)[:, None]
-        scores, sizes = (np.concatenate(both, axis=1) for both in ((scores, sinks), (sizes, abs(sinks))))
+        scores, sizes = (
+            np.concatenate(both, axis=1) for both in ((scores, sinks), (sizes, abs(sinks)))
+        )
     weights = np.exp(scores - scores.max(1, keepdims=True))
     weights = (weights / weights.sum(1, keepdims=True))[:, :length]
     size = (1 + sizes.max(1)) * np.abs(values).max((1, 2))

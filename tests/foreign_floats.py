@@ -199,7 +199,6 @@ BITS4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": F
 BITS8 = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True}
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
 FLOATS = r"matrices of FP8 are held at 16 bits: layers compute with no smaller floats; `bitwidth`"
-FOURS = FLOATS.replace("FP8", "FP4")
 BNB = FLOATS.replace("FP8", "4 bits of bitsandbytes")
 
 
@@ -268,10 +267,10 @@ CASES = {
         note=FLOATS,
     ),
     "NVFP4 of ModelOpt": Case(
-        fp4("weight", "weight_scale_2", 16), MODELOPT | {"quant_algo": "NVFP4"}, note=FOURS
+        fp4("weight", "weight_scale_2", 16), MODELOPT | {"quant_algo": "NVFP4"}
     ),
     "NVFP4 of ModelOpt, settings in their own file": Case(
-        fp4("weight", "weight_scale_2", 16), MODELOPT, as_producer, note=FOURS
+        fp4("weight", "weight_scale_2", 16), MODELOPT, as_producer
     ),
     "E5M2": Case(fp8((1, 0), dtype=torch.float8_e5m2), FP8, note=FLOATS),
     "FP8 of compressed-tensors": Case(
@@ -295,10 +294,9 @@ CASES = {
     "NVFP4 of compressed-tensors": Case(
         fp4("weight_packed", "weight_global_scale", 16),
         ct("nvfp4-pack-quantized", 4, strategy="tensor_group", group_size=16),
-        note=FOURS,
     ),
     "MXFP4 of compressed-tensors": Case(
-        fp4("weight_packed", None, 32), ct("mxfp4-pack-quantized", 4, group_size=32), note=FOURS
+        fp4("weight_packed", None, 32), ct("mxfp4-pack-quantized", 4, group_size=32)
     ),
     "FP8 without settings": Case(fp8(None), None, note=FLOATS),
     "FP8 without settings, but scales": Case(
@@ -326,6 +324,6 @@ CASES = {
         f"MLX, {mode}": Case(
             mlx_floats(mode), None, as_mlx(mlx_floats(mode), 4, mode=mode), note=note
         )
-        for mode, note in (("mxfp4", FOURS), ("nvfp4", FOURS), ("mxfp8", FLOATS))
+        for mode, note in (("mxfp4", ""), ("nvfp4", ""), ("mxfp8", FLOATS))
     },
 }

@@ -131,7 +131,7 @@ def _note_unpacked(checkpoint: Checkpoint, plan: QuantPlan, note: Note) -> None:
     if checkpoint.unpacked_types and (plan.keeps_stored or plan.outer_alone):
         reason = "other parts of them (q, k, v; gate, up) are plain numbers"
         rounds = "`bitwidth` rounds the numbers of all layers"
-        if checkpoint.floats:
+        if checkpoint.floats.found:
             reason = "layers compute with no smaller floats"
             rounds += ", and `embedding_bits` those of the embedding"
         note(
@@ -208,7 +208,7 @@ def _open(folder: Path, plan: QuantPlan, dtype: torch.dtype | None) -> Checkpoin
     if not plan.quantizes:
         own = dtype or config_dtype(read_raw_config(folder)) or own
     if not is_gguf(folder):
-        return Checkpoint(folder, dtype=own)
+        return Checkpoint(folder, dtype=own, packed_floats=plan.keeps_stored)
     packed = plan.keeps_stored or bool(plan.outer_alone)
     return Checkpoint(folder, packed=packed, dtype=own, as_numbers=plan.outer_alone)
 

@@ -71,8 +71,7 @@ class Materializer:
             assert isinstance(linear, WeightOnlyLinear)
             module.linear = linear
         else:
-            cut = isinstance(module, VocabularyParallel | Sinks)
-            rows = module.ranges if cut else None
+            rows = module.ranges if isinstance(module, VocabularyParallel | Sinks) else None
             for key in dict(module.named_buffers(recurse=False)):
                 setattr(module, key, self._read(f"{name}.{key}", rows))
 

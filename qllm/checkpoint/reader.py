@@ -15,12 +15,12 @@ from torch import Tensor
 
 from qllm import files
 from qllm.checkpoint.file_names import FileNames
-from qllm.checkpoint.formats import FloatMatrix, QuantizationConfig, find_unscaled, parse
-from qllm.checkpoint.formats.tensors import chunks
+from qllm.checkpoint.formats import QuantizationConfig, find_unscaled, parse
 from qllm.checkpoint.gguf import GGUFFile, quantization_of
+from qllm.checkpoint.small_floats import SmallFloats
 from qllm.checkpoint.stacks import UnstackedFile
 from qllm.checkpoint.tensor_files import MAX_HEADER_BYTES, SafetensorsFile, TorchFile
-from qllm.checkpoint.tensors import TensorFile, TensorInfo, is_finite
+from qllm.checkpoint.tensors import TensorFile, is_finite
 from qllm.config import EMBEDDING, LM_HEAD
 from qllm.errors import UserError
 from qllm.files import MAX_JSON_BYTES
@@ -112,7 +112,7 @@ class Checkpoint:
         file_names: what the files call them.
         unpacked_types: what no layer holds as it is: of a GGUF file, types of blocks, of others
             kinds of small floats.
-        floats: the matrices of small floats, by their names; (N, K), whatever the family has.
+        floats: the matrices of small floats.
     """
 
     unpacked_types: tuple[str, ...] = ()
@@ -124,11 +124,14 @@ class Checkpoint:
         packed: bool = True,
         dtype: torch.dtype = torch.float32,
         as_numbers: Collection[str] = (),
+        packed_floats: bool = False,
     ) -> None:
         """
         Args:
             folder: or a GGUF file.
             packed, as_numbers: see `read_raw_config`.
+            packed_floats: small floats of 4 bits are integers, as layers hold them; else all are
+                numbers.
             dtype: in which the numbers of a GGUF file's blocks, and small floats, are read.
 
         Raises:
@@ -155,6 +158,25 @@ class Checkpoint:
             weight_map = None
         else:
             opened, weight_map = _open_weights(folder)
+        last = self._take(opened, weight_map)
+        named = self.file_names
+        self.tensors = {name: file.tensors[named[name]] for name, file in self._files.items()}
+        self._last, self._settings = last, self.quantization
+        if isinstance(last, GGUFFile):
+            self.floats = SmallFloats({}, dtype, packed=False)
+            self.unpacked_types = last.unpacked_types
+        else:
+            self.floats = self._find_floats(dtype, packed=packed_floats)
+            self._place_floats()
+
+    def _take(
+        self, opened: Iterable[TensorFile], weight_map: Mapping[str, str] | None
+    ) -> TensorFile:
+        """Take the tensors of files, of which the last is returned.
+
+        Args:
+            weight_map: an index's file of each tensor; None: there is no index.
+        """
         stacked: dict[str, str] = {}
         for file in self._unstacked(opened):
             if isinstance(file, UnstackedFile):
@@ -174,14 +196,7 @@ class Checkpoint:
             self.quantization = self.quantization.of_names(
                 lambda module: [module, stacked.get(module, module)]
             )
-        named = self.file_names
-        self.tensors = {name: file.tensors[named[name]] for name, file in self._files.items()}
-        self._last = file
-        self.floats: dict[str, FloatMatrix] = {}
-        if isinstance(file, GGUFFile):
-            self.unpacked_types = file.unpacked_types
-        else:
-            self._find_floats(dtype)
+        return file
 
     def _unstacked(self, opened: Iterable[TensorFile]) -> Iterator[TensorFile]:
         """Files, of which what is of all experts of a layer is read expert by expert."""
@@ -191,25 +206,33 @@ class Checkpoint:
             if family is None or not family.stacks or is_gguf(self.folder):
                 yield file
             else:
-                yield UnstackedFile(
-                    file, family.stacks, self.raw_config.values.get("hidden_size")
-                )
+                yield UnstackedFile(file, family.stacks, self.raw_config.values.get("hidden_size"))
 
-    def _find_floats(self, dtype: torch.dtype) -> None:
-        """Put numbers in the place of small floats, and of what belongs to them."""
-        find = find_unscaled if self.quantization is None else self.quantization.floats
-        if find is None:
-            return
+    def _find_floats(self, dtype: torch.dtype, *, packed: bool) -> SmallFloats:
+        """The small floats, put in the place of what they are made of."""
+        settings = self._settings
+        find = find_unscaled if settings is None else settings.floats
         try:
-            self.floats = find(self.tensors, self._read)
+            found = {} if find is None else find(self.tensors, self._read)
         except UserError as error:
             raise UserError(f"{self.folder}: {error}") from None
-        self.unpacked_types = tuple(sorted({matrix.kind for matrix in self.floats.values()}))
-        for name, matrix in self.floats.items():
+        for matrix in found.values():
             for part in matrix.tensors:
                 self.tensors.pop(part, None)
-            self.tensors[name] = TensorInfo(matrix.shape, dtype)
-            self._files.setdefault(name, self._files[matrix.tensors[0]])
+        return SmallFloats(found, dtype, packed=packed)
+
+    def _place_floats(self) -> None:
+        self.unpacked_types = self.floats.kinds
+        for name, (info, source) in self.floats.tensors().items():
+            self.tensors[name] = info
+            self._files.setdefault(name, self._files[source])
+        self.quantization = self.floats.rules(self._settings)
+
+    def read_as_numbers(self, modules: Collection[str]) -> None:
+        """Have small floats as numbers where they were integers."""
+        for name in self.floats.unpack(modules):
+            del self.tensors[name]
+        self._place_floats()
 
     def read(
         self,
@@ -249,20 +272,8 @@ class Checkpoint:
     ) -> Tensor:
         """A tensor as it is, or some rows and columns of it."""
         if name in self.floats:
-            return self._read_floats(name, rows, columns)
+            return self.floats.read(name, self._read, rows, columns)
         return self._read(name, rows, columns, mapped=mapped)
-
-    def _read_floats(self, name: str, rows: range | None, columns: range | None) -> Tensor:
-        """Some of a matrix of small floats, a few rows at a time, which are wider in between."""
-        matrix, dtype = self.floats[name], self.tensors[name].dtype
-        rows = range(matrix.shape[0]) if rows is None else rows
-        cut = slice(None) if columns is None else slice(columns.start, columns.stop)
-        width = matrix.shape[1] if columns is None else len(columns)
-        numbers = torch.empty(len(rows), width, dtype=dtype)
-        for part in chunks(len(rows), matrix.shape[1]):
-            run = range(rows.start + part.start, rows.start + part.stop)
-            numbers[part] = matrix.read(self._read, run)[:, cut].to(dtype)
-        return numbers
 
     def _read(
         self,

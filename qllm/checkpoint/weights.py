@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qllm.checkpoint.check import check_counts, check_tensors
-from qllm.checkpoint.formats import WORD, Format, Quantized, join_rows, take_rows
+from qllm.checkpoint.formats import FP4, WORD, Format, Quantized, join_rows, take_rows
 from qllm.checkpoint.names import TensorNames
 from qllm.checkpoint.reader import Checkpoint, is_packed, read_raw_config
 from qllm.config import EMBEDDING, LM_HEAD, ModelConfig
@@ -172,6 +172,9 @@ class Weights:
             if all(info is not None and info.dtype.is_floating_point for info in tensors):
                 continue  # the file decides: not every config names what it leaves alone
             if any(other != storage for other in found.values()):
+                if all(isinstance(other, FP4) for other in found.values() if other is not None):
+                    self.checkpoint.read_as_numbers(parts)
+                    continue
                 raise UserError(
                     f"{raw.where}: {', '.join(parts)} are one matrix here, and are not all "
                     "quantized in the same way"

@@ -23,8 +23,8 @@ def can_divide(config: ModelConfig, linear: str) -> bool:
     """Whether the input of a layer's linear ("attention.qkv", …) can be divided.
 
     A norm whose output is the residual as well (OPT-350m), or that has no weights, cannot take
-    it, nor can a linear behind which a GELU comes, or what clamps, or what has no norm in front (OLMo 2), or one
-    that is for it alone (an expert).
+    it, nor can a linear behind which a GELU comes, or what clamps (gpt-oss), or what has no norm in
+    front (OLMo 2), or one that is for it alone (an expert).
     """
     if is_of_expert(linear) and linear.endswith(".up"):
         return False  # the router and all experts share the norm in front of them

@@ -1,4 +1,4 @@
-"""gpt-oss (OpenAI 2025): a mixture of experts, attention sinks, and windows in every other layer."""
+"""gpt-oss (OpenAI 2025): a mixture of experts, attention sinks, windows in every other layer."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from qllm.config import ExpertsConfig, ModelConfig
 from qllm.models import granite
 from qllm.models.family import Family, RawConfig, read_top_k
 from qllm.models.mixtral import BLOCK
-from qllm.models.stacks import UP, DOWN, Stack, stacks_of
+from qllm.models.stacks import DOWN, UP, Stack, stacks_of
 
 
 def read_config(raw: RawConfig) -> ModelConfig:

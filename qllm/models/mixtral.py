@@ -7,8 +7,8 @@ from dataclasses import replace
 from qllm.config import ExpertsConfig, ModelConfig
 from qllm.models import llama
 from qllm.models.family import Family, RawConfig, read_top_k
-from qllm.models.stacks import stacks_of
 from qllm.models.mistral import read_config as read_mistral
+from qllm.models.stacks import stacks_of
 
 DEFAULTS = {
     "intermediate_size": 14336,

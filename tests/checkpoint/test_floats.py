@@ -156,7 +156,7 @@ def folder(request, tmp_path_factory):
 def test_a_part_is_that_of_the_whole(rows, columns, folder):
     path, twin = folder
     ours = Checkpoint(path, dtype=torch.float16)
-    name = next(iter(ours.floats))
+    name = next(iter(ours.floats.found))
     whole = twin.get_parameter(name).half()
     assert ours.tensors[name] == TensorInfo(tuple(whole.shape), torch.float16)
     cut = (slice(None) if run is None else slice(run.start, run.stop) for run in (rows, columns))

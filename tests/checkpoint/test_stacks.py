@@ -44,7 +44,9 @@ State = dict[str, Tensor]
 def written(folder: Path, config: dict, state: State) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: part.contiguous() for name, part in state.items()}, folder / "model.safetensors")
+    save_file(
+        {name: part.contiguous() for name, part in state.items()}, folder / "model.safetensors"
+    )
     return folder
 
 
@@ -61,7 +63,9 @@ def fused(state: State, names: tuple[str, str, str], block: str, *, turned: bool
     found = {name: part for name, part in state.items() if ".experts." not in name}
     for layer in range(2):
         each = [f"model.layers.{layer}.{block}experts.{i}." for i in range(5)]
-        gate_up = torch.stack([torch.cat([state[f"{e}{n}.weight"] for n in (gate, up)]) for e in each])
+        gate_up = torch.stack(
+            [torch.cat([state[f"{e}{n}.weight"] for n in (gate, up)]) for e in each]
+        )
         downs = torch.stack([state[f"{e}{down}.weight"] for e in each])
         stem = f"model.layers.{layer}.{block}experts."
         found[f"{stem}gate_up_proj"] = gate_up.mT if turned else gate_up
@@ -105,7 +109,12 @@ def in_mxfp4(config: dict, state: State) -> tuple[dict, State]:
             found |= zip((f"{name}_blocks", f"{name}_scales"), pair, strict=True)
         else:
             found[name] = part.bfloat16()
-    left = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    left = [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ]
     settings = {"quant_method": "mxfp4", "modules_to_not_convert": left}
     return config | {"quantization_config": settings, "dtype": "bfloat16"}, found
 
@@ -177,7 +186,10 @@ DOWN, GATE_UP = (f"model.layers.1.mlp.experts.{name}_proj" for name in ("down", 
 BROKEN: dict[str, tuple[Callable[[State], None], str]] = {
     "a matrix": (without_a_dimension, f"{DOWN} has the shape [96, 64]; it is to have"),
     "gate and up of unlike rows": (of_an_odd_number, "[5, 64, 191]; it is to have a tensor of 2"),
-    "of no experts": (of_none, "[0, 96, 64]; it is to have a tensor for each of up to 4096 experts"),
+    "of no experts": (
+        of_none,
+        "[0, 96, 64]; it is to have a tensor for each of up to 4096 experts",
+    ),
 }
 
 

@@ -1,7 +1,8 @@
 """The formats of quantized checkpoints, and the `quantization_config` that names one per module.
 
-Read are GPTQ (v1 and v2), AWQ, AutoRound's, compressed-tensors, MLX's, BitNet's, HQQ's, gpt-oss's
-MXFP4, and the integers of bitsandbytes and torchao; and, as numbers, the small floats of several tools. Written is
+Read are GPTQ (v1 and v2), AWQ, AutoRound's, compressed-tensors, MLX's, BitNet's, HQQ's, and the
+integers of bitsandbytes and torchao; and the small floats of several tools, those of 4 bits as
+integers, others as numbers. Written is
 GPTQ v2 where that holds every module, and compressed-tensors otherwise: nobody's GPTQ knows int8
 activations, or all widths.
 """
@@ -20,7 +21,6 @@ from qllm.checkpoint.formats import (
     gptq,
     hqq,
     mlx,
-    mxfp4,
     torchao,
 )
 from qllm.checkpoint.formats.awq import AWQ
@@ -34,6 +34,7 @@ from qllm.checkpoint.formats.base import (
     take_rows,
 )
 from qllm.checkpoint.formats.floats import find_unscaled
+from qllm.checkpoint.formats.fp4 import FP4
 from qllm.checkpoint.formats.gguf import GGUFBlocks, GGUFMixed
 from qllm.checkpoint.formats.gguf import parse as parse_gguf
 from qllm.checkpoint.formats.settings import Fields, QuantizationConfig, short
@@ -42,7 +43,7 @@ from qllm.config import QuantSpec
 
 _FORMATS: tuple[type[Format], ...] = (
     *(gptq.GPTQ, AWQ, GGUFBlocks, GGUFMixed, mlx.MLX, mlx.Metal, bitsandbytes.Int8),
-    mxfp4.MXFP4,
+    FP4,
     *(bitnet.BitNet, hqq.HQQ, torchao.TorchAO, torchao.TorchAOInt4),
     *compressed_tensors.FORMATS.values(),
 )
@@ -61,7 +62,7 @@ METHODS: dict[str, Callable[[Fields], QuantizationConfig]] = {
     "bitnet": bitnet.parse,
     "hqq": hqq.parse,
     "torchao": torchao.parse,
-    "mxfp4": mxfp4.parse,
+    "mxfp4": floats.parse_mxfp4,
     "fp8": floats.parse_fp8,
     "mxfp8": floats.parse_fp8,
     "fbgemm_fp8": floats.parse_fp8,
@@ -120,6 +121,7 @@ def _plain(spec: QuantSpec) -> QuantSpec:
 
 __all__ = [
     "FORMATS",
+    "FP4",
     "WORD",
     "FloatMatrix",
     "Format",

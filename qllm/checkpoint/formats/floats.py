@@ -25,6 +25,8 @@ EXPONENTS = (torch.float8_e8m0fnu, torch.uint8)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # What both halves of a byte are in E2M1, the lower one first.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Of values of FP4 that share a scale, how many layers hold as they are.
+HELD_GROUPS = (16, 32)
 # A block's rows and columns where their number alone does not say it: DeepSeek's.
 BLOCK = 128
 # Behind a module's name: what torchao calls a weight, and what its scales are called.
@@ -92,16 +94,32 @@ class Float4(Scaled):
     whole: str | None = None
     divides: bool = False
 
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale; 0 where what shares one is no group of them."""
+        rows, columns = self.block
+        grouped = rows == 1 and columns in HELD_GROUPS and self.shape[1] % columns == 0
+        return columns if grouped else 0
+
+    def codes(self, read: ReadRows, rows: range) -> Tensor:
+        """uint8 (R, K / 2): E2M1, the earlier one in the lower half of a byte."""
+        words = read(self.tensors[0], rows).contiguous()
+        return words.view(torch.uint8).view(len(rows), -1)
+
+    def scales(self, read: ReadRows, rows: range) -> Tensor:
+        """float32 (R, groups), those for all of the matrix counted in."""
+        scales = self._scales(read, rows)
+        if self.whole is None:
+            return scales
+        whole = read(self.whole, None).float().reshape(())
+        return scales / whole if self.divides else scales * whole
+
     def read(self, read: ReadRows, rows: range) -> Tensor:
         values = torch.tensor([*E2M1, *(-value for value in E2M1)])
         codes = torch.arange(256)
         pairs = torch.stack([values[codes & 15], values[codes >> 4]], dim=1)
         numbers = look_up(read(self.tensors[0], rows), pairs)
-        scales = self._scales(read, rows)
-        if self.whole is not None:
-            whole = read(self.whole, None).float().reshape(())
-            scales = scales / whole if self.divides else scales * whole
-        return _times(numbers, scales, self.block[1])
+        return _times(numbers, self.scales(read, rows), self.block[1])
 
 
 def look_up(words: Tensor, table: Tensor) -> Tensor:
@@ -231,6 +249,28 @@ def find_mlx_floats(infos: Infos, read: ReadRows) -> dict[str, FloatMatrix]:
     return found
 
 
+def find_blocks(infos: Infos, read: ReadRows) -> dict[str, FloatMatrix]:
+    """MXFP4 of gpt-oss: bytes of two values, beside those of exponents, for 32 inputs each."""
+    found: dict[str, FloatMatrix] = {}
+    for name, info in infos.items():
+        stem = name.removesuffix("blocks")
+        if stem == name:
+            continue
+        scale = f"{stem}scales"
+        if scale not in infos:
+            raise UserError(f"{name} is MXFP4, and there is no {scale}")
+        for each in (name, scale):
+            check_type(infos, each, (torch.uint8,))
+        rows, columns = info.shape[0], 2 * torch.Size(info.shape[1:]).numel()
+        wanted, sizes = (rows, columns // 32), infos[scale].shape
+        if sizes != wanted or columns % 32:
+            raise UserError(f"{scale} has the shape {list(sizes)}, and {name} {list(info.shape)}")
+        found[f"{stem}weight"] = Float4(
+            (rows, columns), (name, scale), (1, 32), torch.float8_e8m0fnu
+        )
+    return found
+
+
 def _scale_dtype(info: TensorInfo) -> torch.dtype:
     return torch.float8_e8m0fnu if info.dtype in EXPONENTS else info.dtype
 
@@ -306,6 +346,11 @@ def parse_modelopt(fields: Fields) -> QuantizationConfig:
     algorithm = fields.text("quant_algo").upper()
     fields.one_of("quant_algo", algorithm, MODELOPT)
     return QuantizationConfig((), None, find_floats)
+
+
+def parse_mxfp4(fields: Fields) -> QuantizationConfig:
+    """transformers' Mxfp4Config: which modules are at 16 bits, the file's tensors say as well."""
+    return QuantizationConfig((), None, find_blocks)
 
 
 def is_size(value: Any) -> bool:

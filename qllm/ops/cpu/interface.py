@@ -57,8 +57,8 @@ EmbedPacked = structure(
 Attend = structure(
     "Attend",
     "sequences heads kv_heads dim capacity type bits width window =scale =cap last *qkv *rows"
-    " *starts *positions *cos *sin *slopes *sinks *keys *values *y *key_codes *value_codes *key_scales"
-    " *value_scales *key_zeros *value_zeros",
+    " *starts *positions *cos *sin *slopes *sinks *keys *values *y *key_codes *value_codes"
+    " *key_scales *value_scales *key_zeros *value_zeros",
 )
 # Of attention that gradients go through, and of the way back.
 AttendSequences = structure(

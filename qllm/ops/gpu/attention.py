@@ -205,7 +205,8 @@ def attend(
     with device_of.current(qkv):
         prefill.prefill_attention[(heads, count, blocks)](
             qkv, *rotation, *sources, slopes, scores.sinks, batch.rows, batch.starts,
-            batch.positions, y, heads, kv_heads, capacity, slots, first, scores.factor(dim), scores.cap, scores.window,
+            batch.positions, y, heads, kv_heads, capacity, slots, first, scores.factor(dim),
+            scores.cap, scores.window,
             DIM=dim, FIRST=-(-dim // 2), WIDTH=width, GROUP=heads // kv_heads, BM=tokens,
             BN=keys_at_once, ROTATE=rotation[0] is not None, SLOPE=slopes is not None,
             SINK=scores.sinks is not None, CAP=scores.cap > 0, WINDOW=scores.window > 0,

@@ -51,8 +51,8 @@ from qllm.ops.reference.rows import (
 
 __all__ = [
     "ACTIVATIONS",
-    "SWIGLU_OAI",
     "EXACT_INT32_TERMS",
+    "SWIGLU_OAI",
     "Int8Rows",
     "activation",
     "add",

@@ -174,8 +174,8 @@ def _attend(
 
 @triton.jit(do_not_specialize=["capacity", "slots", "first_sequence"])
 def prefill_attention(
-    qkv, cos, sin, keys, values, own_keys, own_values, slopes, sinks, rows, starts, positions, y, heads,
-    kv_heads, capacity, slots, first_sequence, scale, cap, window,
+    qkv, cos, sin, keys, values, own_keys, own_values, slopes, sinks, rows, starts, positions, y,
+    heads, kv_heads, capacity, slots, first_sequence, scale, cap, window,
     DIM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, ROTATE: tl.constexpr, SLOPE: tl.constexpr,
     SINK: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, RUNS: tl.constexpr,
