@@ -22,6 +22,7 @@ from qllm.checkpoint.reader import Checkpoint, is_packed, read_raw_config
 from qllm.config import EMBEDDING, LM_HEAD, ModelConfig
 from qllm.errors import UserError
 from qllm.models import Family, RawConfig, read_config
+from qllm.models.mlp import ROUTERS
 from qllm.ops.reference import dequantize
 from qllm.progress import Note, silent
 from qllm.quant.packing import PackedWeight
@@ -73,8 +74,10 @@ class Weights:
         check_counts(self.names)
         self.names = replace(self.names, config=self._untie_if_different(self.config))
         self.stored = self._find_stored()
-        # Learned positions that are packed, as a class Embedding has them, too: numbers for us.
-        self._unpacked = {name: self.stored.pop(name) for name in {POSITIONS} & set(self.stored)}
+        # Learned positions that are packed, as a class Embedding has them, too, and the routers of
+        # MLX's mixtures: numbers for us.
+        numbers = [name for name in self.stored if name == POSITIONS or name.endswith(ROUTERS)]
+        self._unpacked = {name: self.stored.pop(name) for name in numbers}
         self.dropped = check_tensors(self.names, self._formats)
         if checkpoint.raw_config.outer is not None:
             others = checkpoint.file_names.left_out
@@ -161,6 +164,12 @@ class Weights:
         if config is None:
             return {}
         names = [*self.family.layer_linears(self.config)]
+        names += [
+            f"layers.{index}.{router}"
+            for index in range(self.config.num_layers)
+            for router in ROUTERS
+            if f"layers.{index}.{router}.weight" in self.shapes
+        ]
         stored = {}
         tables = [table for table in (EMBEDDING, POSITIONS) if f"{table}.weight" in self.shapes]
         tables = [table for table in tables if self.names.packed(table)]
@@ -275,8 +284,8 @@ class Weights:
         Raises:
             UserError: for values that are not finite.
         """
-        module = name.rpartition(".")[0]
-        if module in self._unpacked:
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and module in self._unpacked:
             return self._unpack(module)
         parts = self.names.sources(name)
         total = self.shapes[name][0]
@@ -300,12 +309,12 @@ class Weights:
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def _unpack(self, module: str) -> Tensor:
-        """The numbers of a quantized module, in the type that the others have."""
+        """The numbers of a quantized module, float32: what is not rounded once more is closer."""
         found, name = self.read_quantized(module), f"{module}.weight"
         assert isinstance(found, PackedWeight)  # whose activations are not quantized
         spec, columns = self._formats[module].spec, self.shapes[name][1]
         shape = (spec.bits, spec.group_size, columns)
-        numbers = dequantize(found.qweight, found.scales, found.qzeros, *shape, self.dtype(name))
+        numbers = dequantize(found.qweight, found.scales, found.qzeros, *shape, torch.float32)
         if found.perm is None:
             return numbers
         return torch.empty_like(numbers).index_copy_(1, found.perm, numbers)

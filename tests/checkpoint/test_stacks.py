@@ -170,6 +170,23 @@ def test_stacks_of_mlx(family, tmp_path):
     assert ours.get_submodule("layers.1.mlp.experts.3.up").spec.bits == 4
 
 
+def test_a_router_of_mlx_is_numbers(tmp_path):
+    """MLX quantizes what chooses experts as well; its bias is a tensor by itself."""
+    config, state = saved("gpt_oss", tmp_path / "saved")
+    random, packed = np.random.default_rng(0), dict(state)
+    for layer in range(2):
+        router = f"model.layers.{layer}.mlp.router"
+        tensors, weight = mlx(8, 64)(5, 64, random)
+        state[f"{router}.weight"] = weight.float()
+        del packed[f"{router}.weight"]
+        packed |= {f"{router}.{key}": tensor for key, tensor in tensors.items()}
+    settings = {"bits": 8, "group_size": 64}
+    ours = load(written(tmp_path / "mlx", config | {"quantization": settings}, packed))
+    theirs = pretrained(written(tmp_path / "plain", config, state))
+    assert_same_model(ours, theirs, PROMPTS, 6)
+    assert ours.get_submodule("layers.1.mlp.router").spec.bits == 16
+
+
 def without_a_dimension(state: State) -> None:
     state[DOWN] = state[DOWN][0]
 
