@@ -150,6 +150,12 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         "1b-7b": "allenai/OLMoE-1B-7B-0125",
         "1b-7b-instruct": "allenai/OLMoE-1B-7B-0125-Instruct",
     },
+    "granitemoe": {
+        f"3.1-{size}{chat}": f"ibm-granite/granite-3.1-{size}{name}"
+        for chat, name in (("", "-base"), ("-instruct", "-instruct"))
+        for size in ("1b-a400m", "3b-a800m")
+    },
+    "gpt_oss": {size: f"openai/gpt-oss-{size}" for size in ("20b", "120b")},
 }
 TINY = "tiny"
 OFFLINE_DEFAULT = "`opt-tiny` runs offline"
