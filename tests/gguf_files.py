@@ -56,6 +56,23 @@ def checkpoint_of(
     return folder
 
 
+def stretch_rope(path: Path, scaled: str) -> None:
+    """Change the RoPE of a model of Llama's kind, by its config.json."""
+    values = json.loads(path.read_text())
+    rope = {"rope_type": scaled, "rope_theta": 5e3, "factor": 4.0}
+    if scaled != "linear":
+        # llama.cpp has long factors where the cache is longer, of 256 tokens at the least.
+        rope["original_max_position_embeddings"] = 256 if scaled == "longrope" else 64
+    if scaled == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if scaled == "longrope":
+        short = [
+            1.0 + i for i in range(values["hidden_size"] // values["num_attention_heads"] // 2)
+        ]
+        rope |= {"short_factor": short, "long_factor": [2 + each for each in short]}
+    path.write_text(json.dumps(values | {"rope_parameters": rope}))
+
+
 def read_whole(path: Path) -> gguf.GGUFReader:
     """The package's reader, of a file in memory: slices of one that is mapped take much longer."""
 

@@ -11,6 +11,8 @@ from qllm.gguf.types import F32
 
 VALUES, ROTARY = "attention.value_length", "rope.dimension_count"
 ORIGINAL = "original_max_position_embeddings"
+# Tensors by which frequencies of RoPE are divided: at any length, or up to one and beyond it.
+FREQS, SHORT, LONG = "rope_freqs", "rope_factors_short", "rope_factors_long"
 
 
 def read_llama(
@@ -63,7 +65,7 @@ def read_rope(metadata: Metadata, found: GGUF, trained: int) -> dict[str, object
     own = metadata.own
     rope: dict[str, object] = {"rope_theta": metadata.number(own("rope.freq_base"), 10000.0)}
     kind = metadata.text(own("rope.scaling.type"), "none")
-    factors = found.tensors.get("rope_freqs.weight")
+    factors = found.tensors.get(f"{FREQS}.weight")
     if factors is not None:
         values = _floats(factors, found)
         return rope | {
@@ -74,7 +76,7 @@ def read_rope(metadata: Metadata, found: GGUF, trained: int) -> dict[str, object
             "attention_factor": 1.0,
             ORIGINAL: trained,
         }
-    files = [found.tensors.get(f"rope_factors_{length}.weight") for length in ("short", "long")]
+    files = [found.tensors.get(f"{name}.weight") for name in (SHORT, LONG)]
     if all(files):
         listed = [_floats(tensor, found) for tensor in files if tensor]
         return rope | {
