@@ -13,10 +13,12 @@ from qllm.gguf.hyperparameters import (
     ORIGINAL,
     ROTARY,
     SHORT,
+    TEMPERATURE,
     VALUES,
     count_heads,
     read_layer_types,
     read_llama,
+    read_mistral3,
     read_rope,
     read_sizes,
 )
@@ -281,6 +283,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         reads=MOE,
         same=("mistral", "mixtral"),
         rope_tensors=ALL,
+    ),
+    "mistral3": Architecture(
+        "ministral3", read_mistral3, permuted=True, reads=frozenset({TEMPERATURE})
     ),
     "qwen2moe": Architecture(
         "qwen2_moe", _qwen2_moe, reads=MOE | {EXPERT_SIZE, SHARED_SIZE}, fixed=NO_OUTPUT_BIAS

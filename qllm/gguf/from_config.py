@@ -13,7 +13,17 @@ from qllm.gguf.architectures import (
     USED,
 )
 from qllm.gguf.file import Value
-from qllm.gguf.hyperparameters import FREQS, LONG, ROTARY, SHORT, VALUES
+from qllm.gguf.hyperparameters import (
+    BETAS,
+    FREQS,
+    LOG_MULTIPLIER,
+    LONG,
+    ROTARY,
+    SHORT,
+    TEMPERATURE,
+    TRAINED,
+    VALUES,
+)
 
 # By the model type that it is for, an architecture's name.
 NAMES = {
@@ -76,6 +86,8 @@ def hyperparameters(config: ModelConfig) -> dict[str, Value]:
     if config.rope is not None:
         own |= {"attention.key_length": config.head_dim, VALUES: config.head_dim}
         own |= _rope(config.rope, config.head_dim, rope_factors(config))
+        if TEMPERATURE in reads:
+            own |= _mistral3(config.rope)
     if config.window_rope is not None:
         own["rope.freq_base_swa"] = config.window_rope.theta
     return {
@@ -99,10 +111,22 @@ def _rope(rope: RopeConfig, head_dim: int, factors: tuple[str, ...]) -> dict[str
         found[SCALING] = rope.kind
         found["rope.scaling.factor"] = rope.factor
     if rope.kind == "yarn" or LONG in factors:
-        found["rope.scaling.original_context_length"] = rope.original_max_positions
+        found[TRAINED] = rope.original_max_positions
     if LONG in factors:
         # Without the type llama.cpp looks for the tensor of any length, but in Phi-3.
         found |= {SCALING: "longrope", "rope.scaling.attn_factor": rope.attention_factor}
+    return found
+
+
+def _mistral3(rope: RopeConfig) -> dict[str, Value]:
+    """What that architecture alone has of RoPE."""
+    found: dict[str, Value] = {}
+    if rope.query_beta:
+        found |= {TEMPERATURE: rope.query_beta, TRAINED: rope.query_span}
+    if rope.kind == "yarn":
+        found |= {key: getattr(rope, name) for name, key in BETAS.items()}
+        if rope.attention_factor == 1:  # else it grows with the factor, which needs no key
+            found[LOG_MULTIPLIER] = 1.0
     return found
 
 
