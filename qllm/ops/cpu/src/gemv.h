@@ -38,7 +38,7 @@ constexpr int HALF = STEPS / 2;  // of a K block, where it has two groups
 constexpr bool HALVES = HALF_GROUPS;
 
 // The integers of a step, of a weight that has levels, as KIND says, or not.
-constexpr int WITH_LEVELS = 16;  // added to bits, of integers where sums of 16 bits hold few of them
+constexpr int WITH_LEVELS = 16;  // added to LEVEL_BITS, or, where sums widen, to those of integers
 template <int KIND> constexpr int HELD_BITS = KIND > WITH_LEVELS ? LEVEL_BITS : KIND;
 template <int KIND> constexpr int INTEGER_BITS = KIND % WITH_LEVELS;
 template <int KIND, int T> INLINE inline VI integers_of(const uint8_t *q, const Table &table) {
