@@ -25,13 +25,14 @@ KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
 # llama.cpp's name of an architecture, where it is another one.
 ARCHITECTURES = {
     **{"gemma3_text": "gemma3", "gpt_neox": "gptneox", "olmo3": "olmo2"},
+    "ministral3": "mistral3",
     **{"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"},
 }
 # Matrices that stay float32: what chooses experts.
 ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight")
 
 # Those of which llama.cpp rotates pairs that are side by side.
-PAIRED = ("llama", "granite", "smollm3")
+PAIRED = ("llama", "granite", "smollm3", "mistral3")
 
 
 def checkpoint_of(
@@ -54,6 +55,23 @@ def checkpoint_of(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text((tiny("llama") / name).read_text())
     return folder
+
+
+def stretch_rope(path: Path, scaled: str) -> None:
+    """Change the RoPE of a model of Llama's kind, by its config.json."""
+    values = json.loads(path.read_text())
+    rope = {"rope_type": scaled, "rope_theta": 5e3, "factor": 4.0}
+    if scaled != "linear":
+        # llama.cpp has long factors where the cache is longer, of 256 tokens at the least.
+        rope["original_max_position_embeddings"] = 256 if scaled == "longrope" else 64
+    if scaled == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if scaled == "longrope":
+        short = [
+            1.0 + i for i in range(values["hidden_size"] // values["num_attention_heads"] // 2)
+        ]
+        rope |= {"short_factor": short, "long_factor": [2 + each for each in short]}
+    path.write_text(json.dumps(values | {"rope_parameters": rope}))
 
 
 def read_whole(path: Path) -> gguf.GGUFReader:
@@ -187,11 +205,23 @@ def add_sizes(writer: GGUFWriter, architecture: str, config: object) -> None:
         add_settings(writer, architecture, config)
 
 
+def add_yarn(writer: GGUFWriter, yarn: Mapping[str, object]) -> None:
+    """Those of YaRN, and of Ministral 3's queries."""
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(yarn["factor"])
+    writer.add_rope_scaling_orig_ctx_len(yarn["original_max_position_embeddings"])
+    if "llama_4_scaling_beta" in yarn:
+        writer.add_rope_scaling_yarn_log_mul(yarn["mscale_all_dim"])
+        writer.add_rope_scaling_yarn_beta_fast(yarn["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(yarn["beta_slow"])
+        writer.add_attn_temperature_scale(yarn["llama_4_scaling_beta"])
+
+
 def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
     """Those of RoPE and of windows, for the families that come from Llama."""
     rope = config.rope_parameters
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
-    if architecture in ("qwen3", "qwen3moe", "gemma2", "gemma3"):
+    if architecture in ("qwen3", "qwen3moe", "gemma2", "gemma3", "mistral3"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
@@ -210,10 +240,8 @@ def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
     if architecture == "gemma3":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(8.0)
-    if config.model_type == "olmo3":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(4.0)
-        writer.add_rope_scaling_orig_ctx_len(16)
+    if config.model_type in ("olmo3", "ministral3"):
+        add_yarn(writer, rope.get("full_attention", rope))
     if architecture == "granite":
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_attention_scale(config.attention_multiplier)

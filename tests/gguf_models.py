@@ -128,6 +128,16 @@ def olmo3() -> nn.Module:
     return made(Olmo3ForCausalLM, Olmo3Config(**LLAMA | more, rope_parameters=ropes))
 
 
+def ministral3() -> nn.Module:
+    from transformers import Ministral3Config, Ministral3ForCausalLM
+
+    # Queries grow every eight tokens, so much that it shows.
+    rope = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "llama_4_scaling_beta": 0.7}
+    rope |= {"original_max_position_embeddings": 8, "mscale": 1.0, "mscale_all_dim": 1.0}
+    more = {"head_dim": 32, "rope_parameters": rope | {"beta_fast": 4.0, "beta_slow": 0.5}}
+    return made(Ministral3ForCausalLM, Ministral3Config(**LLAMA, **more))
+
+
 def mixtral() -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -163,7 +173,7 @@ FAMILIES = {
     **{"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "bloom": bloom, "gpt2": gpt2},
     **{"gemma2": gemma2, "gemma3": gemma3, "phi3": phi3, "gptneox": gptneox},
     **{"starcoder2": starcoder2, "granite": granite, "smollm3": smollm3},
-    **{"olmo2": olmo2, "olmo3": olmo3},
+    **{"olmo2": olmo2, "olmo3": olmo3, "ministral3": ministral3},
     **{"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe, "olmoe": olmoe},
 }
 

@@ -89,12 +89,14 @@ def _in_assembly(path: str, name: str, a: str, b: str, register: str, prefix: st
 
 AVX512, AVX2 = f"{SOURCE}/isa_avx512.h", f"{SOURCE}/isa_avx2.h"
 INCLUDE = ("#include <immintrin.h>", '#include "emulated_avx512.h"')
-# Behind the table of flags. With -O3 compiling takes longer, and nobody waits for the kernels.
+# Behind the table of flags. With -O3 compiling takes longer, and nobody waits for the kernels. That
+# vectors may alias is lost where the emulation has them as arguments of templates.
 FLAGS = """
 def _emulated(flags: tuple[str, ...]) -> tuple[str, ...]:
     absent = [flag for flag in flags if flag.startswith(("-mavx512", "-mavxvnni", "-mamx"))]
     names = (flag[2:].upper().replace("-", "_") for flag in absent)
-    return (*_AVX2, "-O2", *(f"-DEMULATED_{name}" for name in names)) if absent else flags
+    options = (*_AVX2, "-O2", "-fno-strict-aliasing")
+    return (*options, *(f"-DEMULATED_{name}" for name in names)) if absent else flags
 
 
 FLAGS = {unit: _emulated(flags) for unit, flags in FLAGS.items()}

@@ -30,12 +30,8 @@ from qllm.gguf import is_gguf
 from qllm.gguf.architectures import ARCHITECTURES
 from qllm.gguf.config import read_config
 from qllm.gguf.file import GGUF, GGUFTensor, Value, read_gguf
-from qllm.gguf.from_config import (
-    LONG,
-    architecture_name,
-    hyperparameters,
-    rope_factors,
-)
+from qllm.gguf.from_config import SCALING, architecture_name, hyperparameters, rope_factors
+from qllm.gguf.hyperparameters import LONG
 from qllm.gguf.types import (
     BF16,
     F16,
@@ -132,9 +128,12 @@ def _confirm_same(
         for key, plan in planned.items()
         if key not in CONSUMED
     }
+    factors = rope_factors(config)
+    if factors:  # whose type asks for the tensors, which are not there yet
+        metadata = {key: value for key, value in metadata.items() if not key.endswith(SCALING)}
     raw = RawConfig(read_config(GGUF(target, metadata, tensors)), str(target))
     found = {**vars(model_config(raw)), **ARCHITECTURES[name].fixed}
-    if rope_factors(config.rope):
+    if factors:
         found["rope"] = config.rope
     for key, value in vars(config).items():
         if key not in UNSEEN and found[key] != value:
@@ -171,7 +170,7 @@ class _Tensors:
         if is_gguf(source):
             return self._plan_copy(read_gguf(source))
         planned: dict[str, Planned] = {}
-        for factor in rope_factors(self.config.rope):
+        for factor in rope_factors(self.config):
             factors = _factors(self.config, factor)
             planned[f"{factor}.weight"] = Planned((len(factors),), F32)
             self._made[f"{factor}.weight"] = partial(factors.view, torch.uint8)

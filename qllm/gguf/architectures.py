@@ -8,12 +8,17 @@ from dataclasses import dataclass, field
 from qllm.errors import UserError
 from qllm.gguf.file import GGUF
 from qllm.gguf.hyperparameters import (
+    FREQS,
+    LONG,
     ORIGINAL,
     ROTARY,
+    SHORT,
+    TEMPERATURE,
     VALUES,
     count_heads,
     read_layer_types,
     read_llama,
+    read_mistral3,
     read_rope,
     read_sizes,
 )
@@ -35,6 +40,7 @@ class Architecture:
         reads: keys of NEUTRAL that `config` reads.
         same: model types that llama.cpp runs as this one.
         fixed: fields of `ModelConfig` that no key tells, and what they are.
+        rope_tensors: those of RoPE's factors that llama.cpp loads: it refuses a file with others.
     """
 
     model_type: str
@@ -44,6 +50,7 @@ class Architecture:
     reads: frozenset[str] = frozenset()
     same: tuple[str, ...] = ()
     fixed: Mapping[str, object] = field(default_factory=dict)
+    rope_tensors: frozenset[str] = frozenset()
 
 
 def _gemma2(metadata: Metadata, found: GGUF) -> dict[str, object]:
@@ -262,13 +269,24 @@ FACTORS = {
     "logit_scale": "logit_divisor",
 }
 WINDOW = frozenset({"attention.sliding_window"})
+BOTH = frozenset({SHORT, LONG})
+ALL = BOTH | {FREQS}
 PARALLEL = frozenset({"use_parallel_residual"})
 MOE = frozenset({EXPERTS})
 NO_OUTPUT_BIAS = {"output_bias": False}
 NO_BIAS = {"attention_bias": False, "output_bias": False}
 BIASES = {"attention_bias": True, "output_bias": True}
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", _mixtral, permuted=True, reads=MOE, same=("mistral", "mixtral")),
+    "llama": Architecture(
+        *("llama", _mixtral),
+        permuted=True,
+        reads=MOE,
+        same=("mistral", "mixtral"),
+        rope_tensors=ALL,
+    ),
+    "mistral3": Architecture(
+        "ministral3", read_mistral3, permuted=True, reads=frozenset({TEMPERATURE})
+    ),
     "qwen2moe": Architecture(
         "qwen2_moe", _qwen2_moe, reads=MOE | {EXPERT_SIZE, SHARED_SIZE}, fixed=NO_OUTPUT_BIAS
     ),
@@ -280,13 +298,15 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "gemma2", _gemma2, norm_offset=1.0, reads=WINDOW, fixed={**NO_BIAS, "tied_head": True}
     ),
     "gemma3": Architecture("gemma3_text", _gemma3, norm_offset=1.0, reads=WINDOW, fixed=NO_BIAS),
-    "phi3": Architecture("phi3", _phi3, reads=WINDOW),
+    "phi3": Architecture("phi3", _phi3, reads=WINDOW, rope_tensors=BOTH),
     "gptneox": Architecture(
         "gpt_neox", _gpt_neox, reads=PARALLEL, fixed={**BIASES, "tied_head": False}
     ),
     "bloom": Architecture("bloom", _bloom),
     "gpt2": Architecture("gpt2", _gpt2),
-    "granite": Architecture("granite", _granite, permuted=True, reads=frozenset(FACTORS)),
+    "granite": Architecture(
+        "granite", _granite, permuted=True, reads=frozenset(FACTORS), rope_tensors=ALL
+    ),
     "smollm3": Architecture(
         "smollm3", _smollm3, permuted=True, fixed={**NO_BIAS, "mlp_bias": False}
     ),

@@ -8,6 +8,7 @@ from functools import lru_cache
 from qllm.errors import UserError
 from qllm.gguf.architectures import ARCHITECTURES, Architecture
 from qllm.gguf.file import GGUF
+from qllm.gguf.hyperparameters import TEMPERATURE
 from qllm.gguf.metadata import Metadata
 
 # Tokens that end a text whatever a file calls its EOS, of whatever type, as in llama.cpp.
@@ -30,6 +31,7 @@ NEUTRAL = {
     "use_parallel_residual": False,
     "attention.max_alibi_bias": 8.0,
     "attention.clamp_kqv": 0.0,
+    TEMPERATURE: 0.0,
     "logit_scale": 1.0,
     "embedding_scale": 1.0,
     "residual_scale": 1.0,

@@ -13,7 +13,17 @@ from qllm.gguf.architectures import (
     USED,
 )
 from qllm.gguf.file import Value
-from qllm.gguf.hyperparameters import ROTARY, VALUES
+from qllm.gguf.hyperparameters import (
+    BETAS,
+    FREQS,
+    LOG_MULTIPLIER,
+    LONG,
+    ROTARY,
+    SHORT,
+    TEMPERATURE,
+    TRAINED,
+    VALUES,
+)
 
 # By the model type that it is for, an architecture's name.
 NAMES = {
@@ -21,8 +31,7 @@ NAMES = {
     for name, architecture in ARCHITECTURES.items()
     for model_type in (architecture.model_type, *architecture.same)
 }
-FREQS = "rope_freqs"
-SHORT, LONG = "rope_factors_short", "rope_factors_long"
+SCALING = "rope.scaling.type"
 
 
 def architecture_name(config: ModelConfig) -> str:
@@ -44,7 +53,7 @@ def hyperparameters(config: ModelConfig) -> dict[str, Value]:
     What no key can tell is left to the caller, who reads them back.
 
     Raises:
-        UserError: for a family that llama.cpp has not, or a RoPE that no file can tell.
+        UserError: for a family that llama.cpp has not, or a RoPE that it has not of this family.
     """
     name = architecture_name(config)
     reads = ARCHITECTURES[name].reads
@@ -76,7 +85,9 @@ def hyperparameters(config: ModelConfig) -> dict[str, Value]:
         own["final_logit_softcapping"] = config.logit_cap
     if config.rope is not None:
         own |= {"attention.key_length": config.head_dim, VALUES: config.head_dim}
-        own |= _rope(config.rope, config.head_dim)
+        own |= _rope(config.rope, config.head_dim, rope_factors(config))
+        if TEMPERATURE in reads:
+            own |= _mistral3(config.rope)
     if config.window_rope is not None:
         own["rope.freq_base_swa"] = config.window_rope.theta
     return {
@@ -85,7 +96,11 @@ def hyperparameters(config: ModelConfig) -> dict[str, Value]:
     }
 
 
-def _rope(rope: RopeConfig, head_dim: int) -> dict[str, Value]:
+def _rope(rope: RopeConfig, head_dim: int, factors: tuple[str, ...]) -> dict[str, Value]:
+    """
+    Args:
+        factors: the tensors of `rope_factors`.
+    """
     if rope.kind not in ("default", "linear", "yarn", "llama3", "longrope"):
         raise UserError(f"GGUF files cannot tell the RoPE of this model, {rope.kind}")
     found: dict[str, Value] = {
@@ -93,22 +108,47 @@ def _rope(rope: RopeConfig, head_dim: int) -> dict[str, Value]:
         "rope.freq_base": rope.theta,
     }
     if rope.kind in ("linear", "yarn"):
-        found["rope.scaling.type"] = rope.kind
+        found[SCALING] = rope.kind
         found["rope.scaling.factor"] = rope.factor
-    if rope.kind == "yarn" or (rope.kind == "longrope" and not _is_one_list(rope)):
-        found["rope.scaling.original_context_length"] = rope.original_max_positions
-    if rope.kind == "longrope" and not _is_one_list(rope):
-        found["rope.scaling.attn_factor"] = rope.attention_factor
+    if rope.kind == "yarn" or LONG in factors:
+        found[TRAINED] = rope.original_max_positions
+    if LONG in factors:
+        # Without the type llama.cpp looks for the tensor of any length, but in Phi-3.
+        found |= {SCALING: "longrope", "rope.scaling.attn_factor": rope.attention_factor}
     return found
 
 
-def rope_factors(rope: RopeConfig | None) -> tuple[str, ...]:
-    """The tensors by which a file divides frequencies; it has none of most kinds of RoPE."""
+def _mistral3(rope: RopeConfig) -> dict[str, Value]:
+    """What that architecture alone has of RoPE."""
+    found: dict[str, Value] = {}
+    if rope.query_beta:
+        found |= {TEMPERATURE: rope.query_beta, TRAINED: rope.query_span}
+    if rope.kind == "yarn":
+        found |= {key: getattr(rope, name) for name, key in BETAS.items()}
+        if rope.attention_factor == 1:  # else it grows with the factor, which needs no key
+            found[LOG_MULTIPLIER] = 1.0
+    return found
+
+
+def rope_factors(config: ModelConfig) -> tuple[str, ...]:
+    """The tensors by which a file divides frequencies; it has none of most kinds of RoPE.
+
+    Raises:
+        UserError: for factors that llama.cpp does not load of this family.
+    """
+    rope = config.rope
     if rope is None or rope.kind not in ("llama3", "longrope"):
         return ()
-    return (FREQS,) if rope.kind == "llama3" or _is_one_list(rope) else (SHORT, LONG)
-
-
-def _is_one_list(rope: RopeConfig) -> bool:
-    """Whether LongRoPE has the same factors for any length, and no other."""
-    return rope.short_factor == rope.long_factor and rope.attention_factor == 1
+    name = architecture_name(config)
+    same = rope.short_factor == rope.long_factor and rope.attention_factor == 1  # at any length
+    ways: list[tuple[str, ...]] = [(FREQS,)] if same else []
+    if rope.kind == "longrope":
+        ways.append((SHORT, LONG))
+    for tensors in ways:
+        if ARCHITECTURES[name].rope_tensors.issuperset(tensors):
+            return tensors
+    raise UserError(
+        f"llama.cpp's {name} does not divide frequencies of RoPE, as {rope.kind} of this model "
+        "does: no GGUF file can be written of it; of default, linear and yarn one can, and from "
+        "safetensors the model runs as it is"
+    )

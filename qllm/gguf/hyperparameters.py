@@ -11,6 +11,13 @@ from qllm.gguf.types import F32
 
 VALUES, ROTARY = "attention.value_length", "rope.dimension_count"
 ORIGINAL = "original_max_position_embeddings"
+# Mistral 3's: how fast queries grow, the length after which they do, and YaRN's settings.
+TEMPERATURE = "attention.temperature_scale"
+TRAINED = "rope.scaling.original_context_length"
+LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
+BETAS = {name: f"rope.scaling.yarn_{name}" for name in ("beta_fast", "beta_slow")}
+# Tensors by which frequencies of RoPE are divided: at any length, or up to one and beyond it.
+FREQS, SHORT, LONG = "rope_freqs", "rope_factors_short", "rope_factors_long"
 
 
 def read_llama(
@@ -63,7 +70,7 @@ def read_rope(metadata: Metadata, found: GGUF, trained: int) -> dict[str, object
     own = metadata.own
     rope: dict[str, object] = {"rope_theta": metadata.number(own("rope.freq_base"), 10000.0)}
     kind = metadata.text(own("rope.scaling.type"), "none")
-    factors = found.tensors.get("rope_freqs.weight")
+    factors = found.tensors.get(f"{FREQS}.weight")
     if factors is not None:
         values = _floats(factors, found)
         return rope | {
@@ -74,14 +81,14 @@ def read_rope(metadata: Metadata, found: GGUF, trained: int) -> dict[str, object
             "attention_factor": 1.0,
             ORIGINAL: trained,
         }
-    files = [found.tensors.get(f"rope_factors_{length}.weight") for length in ("short", "long")]
+    files = [found.tensors.get(f"{name}.weight") for name in (SHORT, LONG)]
     if all(files):
         listed = [_floats(tensor, found) for tensor in files if tensor]
         return rope | {
             "rope_type": "longrope",
             **dict(zip(("short_factor", "long_factor"), listed, strict=True)),
             "attention_factor": metadata.number(own("rope.scaling.attn_factor"), 1.0),
-            ORIGINAL: metadata.count(own("rope.scaling.original_context_length")),
+            ORIGINAL: metadata.count(own(TRAINED)),
         }
     if kind == "none":
         return rope
@@ -89,13 +96,36 @@ def read_rope(metadata: Metadata, found: GGUF, trained: int) -> dict[str, object
         raise UserError(f"{found.path}: {own('rope.scaling.type')} is {kind!r}; QLLM has not that")
     rope |= {"rope_type": kind, "factor": metadata.number(own("rope.scaling.factor"))}
     if kind == "yarn":
-        rope[ORIGINAL] = metadata.count(own("rope.scaling.original_context_length"), trained)
+        rope[ORIGINAL] = metadata.count(own(TRAINED), trained)
         # It multiplies what YaRN does to cosines and sines anyway.
         attention = metadata.number(own("rope.scaling.attn_factor"), 1.0)
         if attention != 1:
             factor = max(1.0, metadata.number(own("rope.scaling.factor")))
             rope["attention_factor"] = attention * (0.1 * math.log(factor) + 1)
     return rope
+
+
+def read_mistral3(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    """Llama's, with queries that grow, and YaRN that leaves cosines and sines as large as they are.
+
+    What the latter multiplies is in proportion to 1 + 0.1 log(factor), for which the logarithm may
+    be multiplied in what it is divided by: 1 in all files that there are.
+    """
+    own = metadata.own
+    values = read_llama(metadata, found)
+    rope = values["rope_parameters"]
+    assert isinstance(rope, dict)  # as `read_rope` makes it
+    rope["llama_4_scaling_beta"] = metadata.number(own(TEMPERATURE), 0.0)
+    trained = metadata.count(own("context_length"))
+    rope.setdefault(ORIGINAL, metadata.count(own(TRAINED), trained))
+    if rope.get("rope_type") == "yarn":
+        grown = 0.1 * math.log(max(1.0, rope["factor"]))
+        multiplier = metadata.number(own(LOG_MULTIPLIER), 0.0)
+        factor = rope.get("attention_factor", 1 + grown) / (1 + multiplier * grown)
+        rope |= {"attention_factor": factor, "beta_fast": 32.0, "beta_slow": 1.0}
+        for name, key in BETAS.items():
+            rope[name] = metadata.number(own(key), rope[name])
+    return values | {"sliding_window": None}
 
 
 def _floats(tensor: GGUFTensor, found: GGUF) -> list[float]:

@@ -192,8 +192,11 @@ LEVELS: dict[str, Callable[[], Tensor]] = {
     "IQ4_XS": i_quants.levels,
     "MXFP4": plain.e2m1_levels,
 }
-# Those of 7 and 8 bits that have 16 different integers at the most.
-FEW_INTEGERS = ("IQ4_NL", "IQ4_XS", "IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S")
+# Those of 5 to 8 bits that have 16 different integers at the most.
+FEW_INTEGERS = (
+    *("IQ4_NL", "IQ4_XS", "IQ3_XXS", "IQ3_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M"),
+    *("MXFP4", "NVFP4"),
+)
 UNBLOCKED = (*HALVES, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "MXFP4")
 F32 = BlockType(0, "F32", 1, 4, torch.float32)
 F16 = BlockType(1, "F16", 1, 2, torch.float16)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from random import Random
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from gguf_files import (
     PHI3_TEXTS,
     checkpoint_of,
     ending,
+    stretch_rope,
     trained_sentencepiece,
     with_phi3_s_tokens,
     write_model,
@@ -135,7 +137,7 @@ def test_the_same_tokens_of_what_is_written(tmp_path, family, kind):
     "family",
     [
         *("gemma2", "gemma3", "phi3", "gptneox", "gpt2"),
-        *("starcoder2", "granite", "smollm3", "olmo2", "olmo3"),
+        *("starcoder2", "granite", "smollm3", "olmo2", "olmo3", "ministral3"),
         *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
     ],
 )
@@ -143,6 +145,18 @@ def test_the_same_tokens_of_what_is_read(tmp_path, family):
     # llama.cpp chooses LongRoPE's factors by the size of the cache.
     options = {"long": False} if family == "phi3" else {}
     path = write_model(tmp_path / "model.gguf", FAMILIES[family](**options), "F16")
+    assert_same_tokens(path, NEAR["F16"])
+
+
+@pytest.mark.parametrize(
+    ("family", "scaled"), [("llama", "llama3"), ("llama", "longrope"), ("granite", "longrope")]
+)
+def test_the_same_tokens_of_rope_s_factors(tmp_path, family, scaled):
+    source, path = tmp_path / "source", tmp_path / "model.gguf"
+    if checkpoint_of(family, source) != source:
+        copytree(tiny(family), source)
+    stretch_rope(source / "config.json", scaled)
+    export_gguf(source, path)
     assert_same_tokens(path, NEAR["F16"])
 
 

@@ -91,8 +91,9 @@ def test_blocks_are_llama_cpp_s_numbers(name):
         # Of 256 values all scales share a factor, but that of the offsets of IQ1_S takes 9 bits.
         stored = PackedWeight(qweight, scales, offsets)
         held = linear.pack(stored, kind.bits, kind.group, want.shape[1]).scales.dtype
-        factored = scales.dtype == torch.float32 and name not in ("MXFP4", "IQ1_S")
-        assert held == (torch.int8 if factored else scales.dtype)
+        compact = torch.uint8 if name == "MXFP4" else torch.int8
+        as_they_are = scales.dtype != torch.float32 or name == "IQ1_S"
+        assert held == (scales.dtype if as_they_are else compact)
         # Of many rows, of which a table is worth its bytes.
         many = [torch.cat([part] * 60) if part.numel() else part for part in stored[:3]]
         held = linear.pack(PackedWeight(*many), kind.bits, kind.group, want.shape[1]).qweight

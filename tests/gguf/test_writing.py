@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from shutil import copytree
 
 import pytest
@@ -18,6 +17,7 @@ from gguf_files import (
     checkpoint_of,
     ending,
     read_whole,
+    stretch_rope,
     trained_sentencepiece,
     with_phi3_s_tokens,
     write_model,
@@ -46,6 +46,9 @@ FORMS = (
     (QuantSpec(8, 32, "sym", "weight_only"), "Q8_0"),
 )
 
+LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FACTORS = [1.0] * 8
+LONGROPE = {"rope_type": "longrope", "short_factor": FACTORS, "long_factor": FACTORS, "factor": 2.0}
 # Cosines and sines are as large as they are without YaRN, which a GGUF file cannot say.
 MSCALE = {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 
@@ -165,6 +168,13 @@ def test_what_gguf_has_not_is_one_line(tmp_path):
         ("granite", {"hidden_act": "gelu"}, "activation 'silu', not 'gelu'"),
         ("phi3", {"hidden_act": "gelu"}, "activation 'silu', not 'gelu'"),
         ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE.*dynamic"),
+        (
+            "qwen2",
+            {"rope_parameters": LLAMA3},
+            "qwen2 does not divide.*, as llama3 of this.*from sa",
+        ),
+        ("smollm3", {"rope_parameters": LONGROPE}, "smollm3 does not divide.*, as longrope of"),
+        ("starcoder2", {"rope_parameters": LLAMA3}, "of default, linear and yarn one can"),
         ("llama", {"rope_scaling": MSCALE}, r"rope\.attention_factor 1\.13\d+, not 1\.0"),
     ],
 )
@@ -180,30 +190,20 @@ def test_a_model_that_llama_cpp_computes_otherwise_is_one_line(tmp_path, family,
     assert not (tmp_path / "model.gguf").exists()
 
 
-@pytest.mark.parametrize("scaled", ["llama3", "yarn", "linear", "longrope"])
+@pytest.mark.parametrize("scaled", ["llama3", "yarn", "linear", "longrope", "phi3"])
 def test_rope_comes_back(tmp_path, scaled):
     source = tmp_path / "source"
-    if scaled == "longrope":
+    if scaled == "phi3":
         checkpoint_of("phi3", source, long=True)
     else:
         copytree(tiny("llama"), source)
         stretch_rope(source / "config.json", scaled)
     export_gguf(source, tmp_path / "model.gguf")
     ours, again = (LLM.from_pretrained(p).model for p in (source, tmp_path / "model.gguf"))
-    for length in (20, 60):  # LongRoPE's factors are others beyond 32
+    for length in (20, 60, 300):  # LongRoPE's factors are others beyond 32, and 256
         want, found = (model.positions.frequencies(length) for model in (ours, again))
         assert torch.allclose(found, want, rtol=1e-6, atol=0)
     assert torch.allclose(again.positions.factors, ours.positions.factors, rtol=1e-6, atol=0)
-
-
-def stretch_rope(path: Path, scaled: str) -> None:
-    """Change a model's RoPE."""
-    rope = {"rope_type": scaled, "rope_theta": 5e3, "factor": 4.0}
-    if scaled != "linear":
-        rope["original_max_position_embeddings"] = 64
-    if scaled == "llama3":
-        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": rope}))
 
 
 @pytest.mark.parametrize("form", ["model", "Llama", "Gemma"])

@@ -24,13 +24,15 @@ from qllm.quant.packing import PackedWeight, group_width, packed_size, scheme_of
 
 LANES, K_BLOCK, VECTOR = 16, 32, 64  # of the layout, as in kernels.h
 SMALLEST_GROUP = 16  # two to a K block; of other sizes every group is filled up to one
-FACTORED = torch.int8  # what takes the place of float32 in scales that are FACTORED
-SCALE_TYPES = {**TYPES, FACTORED: 3}
-# Of how many bits integers are 16 different ones at the most in some types, which then are held in
-# LEVEL_BITS; and from how many weights on it is tried.
-MANY_BITS, LEVEL_BITS, MANY_WEIGHTS = (7, 8), 4, 1 << 14
-# Groups whose scales may be, and how many inputs have a factor.
-FACTORED_GROUPS, FACTORED_INPUTS = (16, 32), 256
+# What takes the place of float32 in scales that are products, and in those that are powers of two.
+FACTORED, POWERS = torch.int8, torch.uint8
+SCALE_TYPES = {**TYPES, FACTORED: 3, POWERS: 4}
+MANTISSA_BITS, INFINITE = 23, 255  # of float32, and the exponent of numbers that are not finite
+# Integers of more bits, which in some types are 16 different ones at the most, are held in
+# LEVEL_BITS then; and from how many weights on it is tried.
+LEVEL_BITS, MANY_WEIGHTS = 4, 1 << 14
+# Groups whose scales may be either, and how many inputs have a factor.
+COMPACT_GROUPS, FACTORED_INPUTS = (16, 32), 256
 WEIGHT_ONLY, WEIGHT_ONLY_INT8, INT8_DYNAMIC, INT8_STATIC = range(4)
 
 
@@ -89,9 +91,10 @@ def pack(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> 
         qweight uint8 (ceil(N / 16), K blocks, bits, 64), a K block being 32 inputs of a group or
         the rest of it; scales (ceil(N / 16), G, 16) and qzeros, uint8 or offsets, of that shape, or
         empty. Scales and offsets of float32 that are products of few numbers and integers of 8
-        bits, as llama.cpp's K types have them, become int8: FACTORED in kernels.h. Integers of 7
-        or 8 bits that are few different ones (its IQ types) are levels: qweight has one dimension
-        then, 4 bits to an input, and the levels behind them, a VECTOR long.
+        bits, as llama.cpp's K types have them, become int8: FACTORED in kernels.h; and scales that
+        are powers of two, as MXFP4 has them, uint8: POWERS. Integers of 5 to 8 bits that are few
+        different ones (MXFP4, llama.cpp's IQ types) are levels: qweight has one dimension then,
+        4 bits to an input, and the levels behind them, a VECTOR long.
     """
     group, groups, k_blocks = _shape(in_features, bits, group_size)
     out_features = len(weight.qweight)
@@ -104,11 +107,11 @@ def pack(weight: PackedWeight, bits: int, group_size: int, in_features: int) -> 
     else:
         q = _arena.empty((panels * k_blocks * LEVEL_BITS * VECTOR + VECTOR,), rows.dtype)
         q[-VECTOR:] = levels
-    factored = _factored(scales, zeros, group)
-    own_scales = factored[0] if factored else _arena.empty(grid, scales.dtype)
+    compact = _powers(scales, zeros, group) or _factored(scales, zeros, group)
+    own_scales = compact[0] if compact else _arena.empty(grid, scales.dtype)
     own_zeros = zeros
-    if factored and scheme_of(zeros) == "offset":
-        own_zeros = factored[-1]
+    if compact and scheme_of(zeros) == "offset":
+        own_zeros = compact[-1]
     elif zeros.numel():
         own_zeros = _arena.empty(grid, zeros.dtype)
     packed = PackedWeight(q, own_scales, own_zeros)
@@ -126,7 +129,7 @@ def _levels(rows: Tensor, bits: int, in_features: int) -> Tensor | None:
 
     None where they are more, or there is little to save.
     """
-    if bits not in MANY_BITS or len(rows) * in_features < MANY_WEIGHTS:
+    if bits <= LEVEL_BITS or len(rows) * in_features < MANY_WEIGHTS:
         return None
     found = torch.zeros(256, dtype=torch.uint8)
     shape = (in_features, len(rows), bits)
@@ -147,7 +150,7 @@ def _factored(scales: Tensor, zeros: Tensor, group: int) -> list[Tensor] | None:
     None where they are not products of such integers, or would not become smaller.
     """
     numbers = [scales, *([zeros] if scheme_of(zeros) == "offset" else [])]
-    if scales.dtype != torch.float32 or group not in FACTORED_GROUPS:
+    if scales.dtype != torch.float32 or group not in COMPACT_GROUPS:
         return None
     rows, groups = scales.shape
     count = FACTORED_INPUTS // group
@@ -163,6 +166,28 @@ def _factored(scales: Tensor, zeros: Tensor, group: int) -> list[Tensor] | None:
             return None
         found.append(factored)
     return [_arena.empty(shape, FACTORED).copy_(factored) for factored in found]
+
+
+def _powers(scales: Tensor, zeros: Tensor, group: int) -> list[Tensor] | None:
+    """Scales (N, G) as the exponents of POWERS; None where some are no powers of two."""
+    if scales.dtype != torch.float32 or group not in COMPACT_GROUPS or scheme_of(zeros) == "offset":
+        return None
+    bits = scales.view(torch.int32)
+    exponents = bits >> MANTISSA_BITS  # of negative numbers, negative
+    fits = (exponents > 0) & (exponents < INFINITE) & (exponents << MANTISSA_BITS == bits)
+    if not fits.all():
+        return None
+    rows, groups = scales.shape
+    panels = -(-rows // LANES)
+    filled = pad(exponents.to(POWERS), (0, 0, 0, panels * LANES - rows))
+    grid = filled.view(panels, LANES, groups).transpose(1, 2)
+    return [_arena.empty(grid.shape, POWERS).copy_(grid)]
+
+
+def _numbers(powers: Tensor, rows: int) -> Tensor:
+    """The numbers (N, G) of POWERS."""
+    exponents = powers.transpose(1, 2).flatten(0, 1)[:rows].int()
+    return (exponents << MANTISSA_BITS).view(torch.float32)
 
 
 def _products(factored: Tensor, rows: int, groups: int) -> Tensor:
@@ -187,6 +212,8 @@ def unpack(
         else grid.new_empty((out_features, groups) if grid.numel() else 0)
         for grid in packed[1:3]
     )
+    if packed.scales.dtype == POWERS:
+        scales = _numbers(packed.scales, out_features)
     _move(
         "unpack",
         (in_features, out_features, bits, group),
@@ -270,7 +297,8 @@ def _move(
     rows, scales, zeros = stored
     (row_zeros, row_offsets), (own_zeros, offsets) = _apart(zeros), _apart(packed.qzeros)
     arguments = (pointer(rows), rows.shape[1], pointer(scales), row_zeros)
-    scale_bytes = 0 if packed.scales.dtype == FACTORED else scales.element_size()
+    compact = packed.scales.dtype in (FACTORED, POWERS)
+    scale_bytes = 0 if compact else scales.element_size()
     kept = (scale_bytes, pointer(packed.qweight), pointer(packed.scales), own_zeros)
     levels = pointer(_levels_of(packed.qweight))
     packing = Packing(*shape, *arguments, *kept, row_offsets, offsets, levels)

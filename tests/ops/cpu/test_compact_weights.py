@@ -1,6 +1,7 @@
 """Weights that the kernels hold in fewer bytes than they came in, and the same to the bit.
 
-Scales that are products of few numbers and small integers, and integers of which there are few.
+Scales that are products of few numbers and small integers, or powers of two, and integers of which
+there are few.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from cpu_paths import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qllm.config import SCHEMES
 from qllm.ops import reference
 from qllm.ops.cpu import linear
 from qllm.quant.packing import BITS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FACTORED = torch.int8
+FACTORED, POWERS = torch.int8, torch.uint8
 
 
 def assert_the_same(weight: Weight, way: str = "_factored") -> None:
@@ -119,7 +121,7 @@ def test_numbers_that_are_products(scales):
         (128.0, -128.0),
         (0.1, 0.2, 0.4),
         (2.0**-130,),
-        (2.0**40,),
+        (3 * 2.0**40,),
         (float(np.float32(0.1)), 0.25),
     ],
     ids=repr,
@@ -143,9 +145,28 @@ def test_offsets_and_scales_go_together():
         assert same(packed.qzeros[0, :, 3], stored.qzeros[3])
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("group_size", [16, 32])
+def test_powers_of_two_are_exponents(group_size, scheme):
+    random = np.random.default_rng(group_size)
+    for shape in ((33, 512), (16, 300)):
+        weight = random_weight(shape, 5, group_size, scheme, torch.float32)
+        exponents = torch.from_numpy(random.integers(-126, 20, weight.stored.scales.shape))
+        stored = weight.stored._replace(scales=torch.ones(exponents.shape).ldexp(exponents))
+        weight = Weight(weight.request, stored, weight.matrix)
+        assert weight.packed.scales.dtype == POWERS
+        assert_the_same(weight, "_powers")
+
+
+def test_largest_and_least_power():
+    weight = with_scales(2.0**127, 2.0**-126)
+    assert weight.packed.scales.dtype == POWERS
+    assert same(weight.layout.unpack(weight.packed, weight.request).scales, weight.stored.scales)
+
+
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("scheme", STORED_SCHEMES)
-@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("bits", [5, 6, 7, 8])
 @pytest.mark.parametrize("group_size", [-1, 16, 20, 32])
 def test_few_integers_are_levels(bits, group_size, scheme):
     for shape, levels in (((33, 512), 16), ((64, 300), 3)):

@@ -38,8 +38,9 @@ constexpr int HALF = STEPS / 2;  // of a K block, where it has two groups
 constexpr bool HALVES = HALF_GROUPS;
 
 // The integers of a step, of a weight that has levels, as KIND says, or not.
-constexpr int WITH_LEVELS = 16;  // added to bits
-template <int KIND> constexpr int HELD_BITS = KIND % WITH_LEVELS;
+constexpr int WITH_LEVELS = 16;  // added to LEVEL_BITS, or, where sums widen, to those of integers
+template <int KIND> constexpr int HELD_BITS = KIND > WITH_LEVELS ? LEVEL_BITS : KIND;
+template <int KIND> constexpr int INTEGER_BITS = KIND % WITH_LEVELS;
 template <int KIND, int T> INLINE inline VI integers_of(const uint8_t *q, const Table &table) {
     const VI held = (VI)step_of<HELD_BITS<KIND>, T>(q);
     if constexpr (KIND > WITH_LEVELS) return look_up(table, held);
@@ -61,7 +62,8 @@ INLINE inline void add_steps(Sums<S, V> (&sums)[SETS], const uint8_t *q, int64_t
     Weights w[V];
     load_step<KIND, V, T>(w, q, stride, table);
     sums[T % SETS].add(w, x + (T - FIRST) * S * OPERAND_BYTES * STEP);
-    if constexpr (WIDENS && ((T + 1) % steps_to_widen(KIND) == 0 || T + 1 == END)) sums[0].widen();
+    constexpr int64_t EVERY = steps_to_widen(INTEGER_BITS<KIND>);
+    if constexpr (WIDENS && ((T + 1) % EVERY == 0 || T + 1 == END)) sums[0].widen();
     if constexpr (T + 1 < END)
         add_steps<KIND, FIRST, END, S, V, SETS, T + 1>(sums, q, stride, x, table);
 }
@@ -212,10 +214,16 @@ struct Gemv {
 };
 
 // What a weight's integers are, as the functions above take it: KIND.
-inline int64_t kind_of(const Linear &a) { return a.levels ? LEVEL_BITS + WITH_LEVELS : a.bits; }
-constexpr int next_kind(int kind) { return kind > WITH_LEVELS ? 8 : kind - 1; }
+constexpr int FIRST_KIND = WITH_LEVELS + (WIDENS ? SHORT_SUM_BITS : LEVEL_BITS);
+inline int64_t kind_of(const Linear &a) {
+    return a.levels ? WITH_LEVELS + (WIDENS ? a.bits : LEVEL_BITS) : a.bits;
+}
+constexpr int next_kind(int kind) {
+    if (kind <= WITH_LEVELS || kind - 1 > WITH_LEVELS + LEVEL_BITS) return kind - 1;
+    return WIDENS ? SHORT_SUM_BITS : 8;
+}
 
-template <int S, int KIND = WIDENS ? SHORT_SUM_BITS : LEVEL_BITS + WITH_LEVELS>
+template <int S, int KIND = FIRST_KIND>
 Gemv gemv_of_kind(const Linear &a) {
     if constexpr (KIND > 1)
         if (kind_of(a) != KIND) return gemv_of_kind<S, next_kind(KIND)>(a);
@@ -230,7 +238,7 @@ template <int S = GEMV_OPERANDS> Gemv gemv_of(const Linear &a, int64_t operands)
 }
 
 #if GEMV_IN_WORDS
-template <int R, int EVERY, int KIND = LEVEL_BITS + WITH_LEVELS>
+template <int R, int EVERY, int KIND = FIRST_KIND>
 Gemv gemv_words_of_kind(const Linear &a) {
     if constexpr (KIND > 1)
         if (kind_of(a) != KIND) return gemv_words_of_kind<R, EVERY, next_kind(KIND)>(a);

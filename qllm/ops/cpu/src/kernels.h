@@ -15,8 +15,9 @@ namespace qllm {
 
 enum Type : int64_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
-// Of scales and offsets, besides: products of float32 and integers of 8 bits.
-constexpr int64_t FACTORED = 3;
+// Of scales and offsets, besides: products of float32 and integers of 8 bits. And of scales without
+// offsets: powers of two.
+constexpr int64_t FACTORED = 3, POWERS = 4;
 
 // How a linear layer treats its activations.
 enum Mode : int64_t {
@@ -33,7 +34,7 @@ enum Mode : int64_t {
 //   groups of 16 inputs lie two to a K block.
 //
 //   q       uint8 (panels, K blocks, b, 64)     a K block's bits in planes: 8 = 8, 7 = 4 + 2 + 1, …
-//   levels  uint8 (16,), where the integers of a weight of 7 or 8 bits are 16 different ones at the
+//   levels  uint8 (16,), where the integers of a weight of 5 to 8 bits are 16 different ones at the
 //           most: q then has 4 bits, which level it is
 //   scales  float16 or float32 (panels, groups, LANES)
 //   zeros   uint8 (panels, groups, LANES), none for the symmetric scheme
@@ -41,6 +42,7 @@ enum Mode : int64_t {
 //
 // In groups of 16 or 32, float32 scales may be FACTORED: bytes (panels, parts, 4 + C, LANES), of
 // each part of C = 256 / g groups the factors, in float32, then an integer plus 128 for each group.
+// Or POWERS: bytes (panels, groups, LANES), the exponents of float32.
 //
 // A plane of p bits takes p vectors of 64 bytes for the 8 steps of a K block, a step being 4 inputs
 // of all lanes: byte 4 lane + i of vector v holds input i of steps v 8/p + j at bit j p.
@@ -77,7 +79,7 @@ struct Packing {
     int64_t row_bytes;
     uint8_t *row_scales;      // (N, G), elements of scale_bytes
     uint8_t *row_zeros;       // uint8 (N, G) or null
-    int64_t scale_bytes;      // 0: there are neither scales nor offsets, they are FACTORED
+    int64_t scale_bytes;      // 0: scales and offsets are FACTORED or POWERS, and elsewhere
     uint8_t *q, *scales, *zeros;
     uint8_t *row_offsets, *offsets;  // of scale_bytes, or null
     const uint8_t *levels;           // or null

@@ -83,6 +83,7 @@ struct Numbers {
         if (type == FLOAT16) return load_plain<FLOAT16>(from, to, width);
         if (type == BFLOAT16) return load_plain<BFLOAT16>(from, to, width);
         if (type == FLOAT32) return load_plain<FLOAT32>(from, to, width);
+        if (type == POWERS) return load_powers(static_cast<const uint8_t *>(from), to, width);
         const Factors factors(from, group_size, groups, panel);
         for (int64_t g = begin; g < begin + count; g++, to += width)
             for (int64_t lane = 0; lane < LANES; lane += WIDTH)
@@ -98,6 +99,13 @@ struct Numbers {
     }
 
 private:
+    void load_powers(const uint8_t *from, float *to, int64_t width) const {
+        from += (panel * groups + begin) * LANES;
+        for (int64_t g = 0; g < count; g++, from += LANES, to += width)
+            for (int64_t lane = 0; lane < LANES; lane += WIDTH)
+                store_f(to + lane, powers_at(from + lane));
+    }
+
     template <int64_t TYPE>
     INLINE void load_plain(const void *from, float *to, int64_t width) const {
         const int64_t at = (panel * groups + begin) * LANES;

@@ -2,7 +2,7 @@
 //
 // Scales that were quantized themselves (llama.cpp's K types, by super-blocks) are products of a
 // number that some groups share and a small integer. A byte for each group and the shared number
-// are all of them, to the bit, in a third of the memory.
+// are all of them, to the bit, in a third of the memory. Of powers of two (MXFP4) exponents are.
 #pragma once
 
 #include <math.h>
@@ -41,11 +41,18 @@ struct Factors {
     }
 };
 
+// A vector of those that are POWERS, from a byte on.
+INLINE inline VF powers_at(const uint8_t *exponents) {
+    return as_float(shift_left<23>(load_bytes(exponents)));
+}
+
 // A vector of them, of the channels from `lane` on, for a group of a panel.
 INLINE inline VF scales_at(const void *scales, int64_t type, int64_t group_size, int64_t groups,
                            int64_t panel, int64_t group, int64_t lane) {
     if (type == FACTORED) return Factors(scales, group_size, groups, panel).at(group, lane);
-    return load_as(scales, (panel * groups + group) * LANES + lane, type, WIDTH);
+    const int64_t at = (panel * groups + group) * LANES + lane;
+    if (type == POWERS) return powers_at(static_cast<const uint8_t *>(scales) + at);
+    return load_as(scales, at, type, WIDTH);
 }
 
 // That of one channel.
