@@ -27,12 +27,15 @@ ARCHITECTURES = {
     **{"gemma3_text": "gemma3", "gpt_neox": "gptneox", "olmo3": "olmo2"},
     "ministral3": "mistral3",
     **{"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"},
+    "gpt_oss": "gpt-oss",
 }
+# The package's names of those, where they are others.
+PACKAGE = {"gpt-oss": "GPT_OSS", "granitemoe": "GRANITE_MOE"}
 # Matrices that stay float32: what chooses experts.
-ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight")
+ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight", "router.weight", "router.layer.weight")
 
 # Those of which llama.cpp rotates pairs that are side by side.
-PAIRED = ("llama", "granite", "smollm3", "mistral3")
+PAIRED = ("llama", "granite", "granitemoe", "smollm3", "mistral3")
 
 
 def checkpoint_of(
@@ -50,7 +53,7 @@ def checkpoint_of(
     model = FAMILIES[family](**options)
     model.resize_token_embeddings(4096)
     if all_experts and hasattr(model.config, "num_experts_per_tok"):
-        model.config.num_experts_per_tok = model.config.num_experts
+        model.config.num_experts_per_tok = experts_of(model.config)
     model.half().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text((tiny("llama") / name).read_text())
@@ -123,9 +126,8 @@ def write_model(
     add_sizes(writer, architecture, config)
     add_tokenizer(writer)
     writer.add_add_bos_token(begins)
-    names = gguf.get_tensor_name_map(
-        gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers
-    )
+    kind_of_model = gguf.MODEL_ARCH[PACKAGE.get(architecture, architecture.upper())]
+    names = gguf.get_tensor_name_map(kind_of_model, config.num_hidden_layers)
     for name, weight in named_weights(model):
         if (name == "lm_head.weight" and config.tie_word_embeddings) or "rotary_emb" in name:
             continue
@@ -142,7 +144,8 @@ def write_model(
             parts = matrix.view(config.num_attention_heads, 3, -1, *matrix.shape[1:])
             matrix = parts.transpose(0, 1).flatten(0, 2)
         type_ = GGMLQuantizationType[kinds.get(target.split(".")[-2], kind)]
-        if matrix.dim() < 2 or "position_embd" in target or name.endswith(ROUTERS):
+        vector = matrix.dim() < 2 or end == "bias"
+        if vector or "position_embd" in target or name.endswith(ROUTERS):
             type_ = GGMLQuantizationType.F32
         data = blocks_of(matrix.contiguous().numpy(), type_)
         writer.add_tensor(target, data, raw_dtype=type_)
@@ -153,13 +156,30 @@ def write_model(
     return path if split == 1 else next(iter(sorted(path.parent.glob(f"{path.stem}-00001-*"))))
 
 
+def experts_of(config: object) -> int:
+    """How many experts a layer has."""
+    return getattr(config, "num_local_experts", None) or config.num_experts
+
+
 def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """A model's weights, those of experts and of what all take as files have them."""
-    for name, weight in model.state_dict().items():
-        if name.endswith("experts.gate_up_proj"):
-            for part, half in zip(("gate_proj", "up_proj"), weight.chunk(2, dim=1), strict=True):
-                yield name.replace("gate_up_proj", f"{part}.weight"), half
-        elif name.endswith("experts.down_proj"):
+    interleaved = model.config.model_type == "gpt_oss"  # whose matrices are transposed as well
+    for own, weight in model.state_dict().items():
+        name = own.replace("block_sparse_moe.experts", "mlp.experts")
+        name = name.replace("moe.router.weight", "moe.router.layer.weight")
+        kind = "bias" if name.endswith("_bias") else "weight"
+        if "experts.gate_up_proj" in name:
+            turned = weight.mT if interleaved and kind == "weight" else weight
+            halves = turned.chunk(2, dim=1)
+            if interleaved:
+                halves = (turned[:, ::2], turned[:, 1::2])
+            stem = name.removesuffix("gate_up_proj_bias").removesuffix("gate_up_proj")
+            for part, half in zip(("gate_proj", "up_proj"), halves, strict=True):
+                yield f"{stem}{part}.{kind}", half
+        elif "experts.down_proj" in name:
+            turned = weight.mT if interleaved and kind == "weight" else weight
+            yield f"{name.removesuffix('_bias')}.{kind}", turned
+        elif name.endswith(".sinks"):
             yield f"{name}.weight", weight
         else:
             yield name, weight[0] if name.endswith("shared_expert_gate.weight") else weight
@@ -221,19 +241,13 @@ def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
     """Those of RoPE and of windows, for the families that come from Llama."""
     rope = config.rope_parameters
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
-    if architecture in ("qwen3", "qwen3moe", "gemma2", "gemma3", "mistral3"):
+    if architecture in ("qwen3", "qwen3moe", "gemma2", "gemma3", "mistral3", "gpt-oss"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         writer.add_sliding_window(config.sliding_window)
     if hasattr(config, "num_experts_per_tok"):
-        writer.add_expert_count(config.num_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-    if architecture in ("qwen2moe", "qwen3moe"):
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if architecture == "qwen2moe":
-        size = config.shared_expert_intermediate_size
-        writer.add_expert_shared_feed_forward_length(size)
+        add_experts(writer, architecture, config)
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
@@ -242,7 +256,7 @@ def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
         writer.add_rope_scaling_factor(8.0)
     if config.model_type in ("olmo3", "ministral3"):
         add_yarn(writer, rope.get("full_attention", rope))
-    if architecture == "granite":
+    if architecture in ("granite", "granitemoe"):
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
@@ -255,6 +269,19 @@ def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
         for length in ("short", "long"):
             factors = np.array(rope[f"{length}_factor"], dtype=np.float32)
             writer.add_tensor(f"rope_factors_{length}.weight", factors)
+
+
+def add_experts(writer: GGUFWriter, architecture: str, config: object) -> None:
+    """Those of mixtures of experts."""
+    writer.add_expert_count(experts_of(config))
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if architecture in ("qwen2moe", "qwen3moe"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if architecture == "gpt-oss":
+        writer.add_expert_feed_forward_length(config.intermediate_size)
+    if architecture == "qwen2moe":
+        size = config.shared_expert_intermediate_size
+        writer.add_expert_shared_feed_forward_length(size)
 
 
 def add_tokenizer(writer: GGUFWriter) -> None:

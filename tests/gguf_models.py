@@ -96,11 +96,14 @@ def starcoder2() -> nn.Module:
     return made(Starcoder2ForCausalLM, Starcoder2Config(**LLAMA, hidden_act="gelu_pytorch_tanh"))
 
 
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "logits_scaling": 1.7}
+GRANITE |= {"residual_multiplier": 0.22}
+
+
 def granite() -> nn.Module:
     from transformers import GraniteConfig, GraniteForCausalLM
 
-    factors = {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "logits_scaling": 1.7}
-    return made(GraniteForCausalLM, GraniteConfig(**LLAMA, **factors, residual_multiplier=0.22))
+    return made(GraniteForCausalLM, GraniteConfig(**LLAMA, **GRANITE))
 
 
 def smollm3() -> nn.Module:
@@ -169,12 +172,30 @@ def olmoe() -> nn.Module:
     return made(OlmoeForCausalLM, OlmoeConfig(**sizes, **EXPERTS))
 
 
+def granitemoe() -> nn.Module:
+    from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
+
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return made(GraniteMoeForCausalLM, GraniteMoeConfig(**LLAMA, **GRANITE, **experts))
+
+
+def gpt_oss() -> nn.Module:
+    """One whose RoPE is not stretched: llama.cpp rounds the ends of YaRN's ramp."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}
+    rope = {"rope_type": "default", "rope_theta": 5e4}
+    config = GptOssConfig(**LLAMA, **experts, head_dim=32, rope_parameters=rope)
+    return made(GptOssForCausalLM, config)
+
+
 FAMILIES = {
     **{"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "bloom": bloom, "gpt2": gpt2},
     **{"gemma2": gemma2, "gemma3": gemma3, "phi3": phi3, "gptneox": gptneox},
     **{"starcoder2": starcoder2, "granite": granite, "smollm3": smollm3},
     **{"olmo2": olmo2, "olmo3": olmo3, "ministral3": ministral3},
     **{"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe, "olmoe": olmoe},
+    **{"granitemoe": granitemoe, "gpt_oss": gpt_oss},
 }
 
 

@@ -48,6 +48,7 @@ INNER: dict[str, tuple[str, int]] = {
     "attn_q_norm": ("attention.qk_norm", 0),
     "attn_k_norm": ("attention.qk_norm", 1),
     "attn_output": ("attention.out", 0),
+    "attn_sinks": ("attention.sinks", 0),
     "post_attention_norm": ("attention_output_norm", 0),
     "ffn_norm": ("mlp_norm", 0),
     "ffn_gate": ("mlp.up", 0),
@@ -97,7 +98,8 @@ def parts_of(found: GGUF) -> dict[str, list[Part]]:
 
     A tensor that has no name of ours keeps its own, in the layer that it is in.
     """
-    offset = architecture_of(Metadata(found)).norm_offset
+    architecture = architecture_of(Metadata(found))
+    offset, names = architecture.norm_offset, inner_parts(architecture)
     perms = _row_perms(found)
     parts: dict[str, dict[int, Part]] = {}
     for name, tensor in found.tensors.items():
@@ -109,7 +111,8 @@ def parts_of(found: GGUF) -> dict[str, list[Part]]:
             kind, where = layer[3], f"layers.{int(layer[1])}."
             if layer[2] in STACKED:
                 inner, at = STACKED[layer[2]]
-                for expert, matrix in enumerate(_experts_of(name, tensor)):
+                dims = 2 if kind == "bias" else 3
+                for expert, matrix in enumerate(_experts_of(name, tensor, dims)):
                     same = parts.setdefault(f"{where}{inner.format(expert)}.{kind}", {})
                     _add_part(same, at, Part(matrix), name)
                 continue
@@ -117,7 +120,7 @@ def parts_of(found: GGUF) -> dict[str, list[Part]]:
                 inner, at = STACKED[f"{alone[1]}_exps"]
                 inner = inner.format(int(alone[2]))
             else:
-                inner, at = INNER.get(layer[2], (layer[2], 0))
+                inner, at = names.get(layer[2], (layer[2], 0))
             stem = where + inner
         elif stem in OUTER:
             stem = OUTER[stem]
@@ -133,18 +136,23 @@ def parts_of(found: GGUF) -> dict[str, list[Part]]:
     return {name: [same[at] for at in sorted(same)] for name, same in parts.items()}
 
 
+def inner_parts(architecture: Architecture) -> dict[str, tuple[str, int]]:
+    """INNER, as an architecture has it."""
+    return INNER | {name: (ours, 0) for name, ours in architecture.parts.items()}
+
+
 def _add_part(same: dict[int, Part], at: int, part: Part, name: str) -> None:
     if at in same:
         raise UserError(f"{part.tensor.path}: {name} and another tensor are the same part")
     same[at] = part
 
 
-def _experts_of(name: str, tensor: GGUFTensor) -> list[GGUFTensor]:
-    """The matrix of each expert in a tensor of all of a layer."""
-    if len(tensor.shape) != 3 or tensor.shape[0] > MAX_EXPERTS:
+def _experts_of(name: str, tensor: GGUFTensor, dims: int) -> list[GGUFTensor]:
+    """The matrix, or bias, of each expert in a tensor of all of a layer, of so many dimensions."""
+    if len(tensor.shape) != dims or tensor.shape[0] > MAX_EXPERTS:
         raise UserError(
-            f"{tensor.path}: {name} has the shape {list(tensor.shape)}; it is to have a matrix for "
-            f"each of up to {MAX_EXPERTS} experts"
+            f"{tensor.path}: {name} has the shape {list(tensor.shape)}; it is to have a "
+            f"{'matrix' if dims == 3 else 'bias'} for each of up to {MAX_EXPERTS} experts"
         )
     size = tensor.nbytes // tensor.shape[0]  # of whole blocks, as rows are
     return [

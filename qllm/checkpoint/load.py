@@ -12,6 +12,7 @@ from torch import nn
 from qllm import ops
 from qllm.calibration import Calibration
 from qllm.checkpoint.device_map import infer_device_map
+from qllm.checkpoint.formats.floats import HELD_GROUPS
 from qllm.checkpoint.materialize import Materializer
 from qllm.checkpoint.reader import Checkpoint, read_raw_config
 from qllm.checkpoint.rehearsal import Rehearsal
@@ -208,7 +209,7 @@ def _open(folder: Path, plan: QuantPlan, dtype: torch.dtype | None) -> Checkpoin
     if not plan.quantizes:
         own = dtype or config_dtype(read_raw_config(folder)) or own
     if not is_gguf(folder):
-        return Checkpoint(folder, dtype=own, packed_floats=plan.keeps_stored)
+        return Checkpoint(folder, dtype=own, packed_floats=HELD_GROUPS if plan.keeps_stored else ())
     packed = plan.keeps_stored or bool(plan.outer_alone)
     return Checkpoint(folder, packed=packed, dtype=own, as_numbers=plan.outer_alone)
 

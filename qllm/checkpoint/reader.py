@@ -124,14 +124,14 @@ class Checkpoint:
         packed: bool = True,
         dtype: torch.dtype = torch.float32,
         as_numbers: Collection[str] = (),
-        packed_floats: bool = False,
+        packed_floats: Collection[int] = (),
     ) -> None:
         """
         Args:
             folder: or a GGUF file.
             packed, as_numbers: see `read_raw_config`.
-            packed_floats: small floats of 4 bits are integers, as layers hold them; else all are
-                numbers.
+            packed_floats: small floats of 4 bits are integers, as layers hold them, where so many
+                share a scale; else all are numbers.
             dtype: in which the numbers of a GGUF file's blocks, and small floats, are read.
 
         Raises:
@@ -163,10 +163,10 @@ class Checkpoint:
         self.tensors = {name: file.tensors[named[name]] for name, file in self._files.items()}
         self._last, self._settings = last, self.quantization
         if isinstance(last, GGUFFile):
-            self.floats = SmallFloats({}, dtype, packed=False)
+            self.floats = SmallFloats({}, dtype)
             self.unpacked_types = last.unpacked_types
         else:
-            self.floats = self._find_floats(dtype, packed=packed_floats)
+            self.floats = self._find_floats(dtype, packed_floats)
             self._place_floats()
 
     def _take(
@@ -208,7 +208,7 @@ class Checkpoint:
             else:
                 yield UnstackedFile(file, family.stacks, self.raw_config.values.get("hidden_size"))
 
-    def _find_floats(self, dtype: torch.dtype, *, packed: bool) -> SmallFloats:
+    def _find_floats(self, dtype: torch.dtype, packed: Collection[int]) -> SmallFloats:
         """The small floats, put in the place of what they are made of."""
         settings = self._settings
         find = find_unscaled if settings is None else settings.floats
@@ -219,7 +219,7 @@ class Checkpoint:
         for matrix in found.values():
             for part in matrix.tensors:
                 self.tensors.pop(part, None)
-        return SmallFloats(found, dtype, packed=packed)
+        return SmallFloats(found, dtype, packed)
 
     def _place_floats(self) -> None:
         self.unpacked_types = self.floats.kinds

@@ -37,18 +37,21 @@ class SmallFloats:
     """
 
     def __init__(
-        self, found: Mapping[str, FloatMatrix], dtype: torch.dtype, *, packed: bool
+        self,
+        found: Mapping[str, FloatMatrix],
+        dtype: torch.dtype,
+        packed: Collection[int] = (),
     ) -> None:
         """
         Args:
             dtype: of the numbers.
-            packed: those of 4 bits are integers, where groups of inputs share a scale.
+            packed: those of 4 bits are integers, where groups of so many inputs share a scale.
         """
         self.found, self.dtype = found, dtype
         self.modules: dict[str, FP4] = {}
         self._halves: dict[str, _Half] = {}
         for name, matrix in found.items():
-            if packed and isinstance(matrix, Float4) and matrix.group:
+            if isinstance(matrix, Float4) and matrix.group in packed:
                 module = name.rpartition(".")[0]
                 self.modules[module] = FP4(QuantSpec(BITS, matrix.group, "sym", "weight_only"))
                 self._halves |= {f"{module}.{key}": _Half(matrix, key) for key in FP4.tensors}

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qllm.checkpoint.gguf import CONSUMED, row_orders
-from qllm.checkpoint.gguf import INNER as INNER_PARTS
+from qllm.checkpoint.formats import FP4
+from qllm.checkpoint.formats.fp4 import BITS as FP4_BITS
+from qllm.checkpoint.gguf import CONSUMED, inner_parts, row_orders
 from qllm.checkpoint.gguf import OUTER as OUTER_PARTS
 from qllm.checkpoint.gguf_tokenizer import tokenizer_metadata
 from qllm.checkpoint.reader import Checkpoint
@@ -27,7 +28,8 @@ from qllm.checkpoint.writer import new_file
 from qllm.config import ModelConfig, RopeConfig
 from qllm.errors import UserError
 from qllm.gguf import is_gguf
-from qllm.gguf.architectures import ARCHITECTURES
+from qllm.gguf.architectures import ARCHITECTURES, Architecture
+from qllm.gguf.blocks import e2m1_codes
 from qllm.gguf.config import read_config
 from qllm.gguf.file import GGUF, GGUFTensor, Value, read_gguf
 from qllm.gguf.from_config import SCALING, architecture_name, hyperparameters, rope_factors
@@ -36,6 +38,7 @@ from qllm.gguf.types import (
     BF16,
     F16,
     F32,
+    MXFP4,
     Q4_0,
     Q4_1,
     Q5_0,
@@ -52,14 +55,6 @@ from qllm.models.positions import RotaryPositions
 from qllm.progress import Note, silent
 from qllm.quant.packing import PackedWeight, group_width, unpack
 
-# Our names of modules, to llama.cpp's; of what is fused in its file as well, one name.
-INNER = {
-    ours: tuple(name for name, (other, _) in INNER_PARTS.items() if other == ours)
-    for ours, _ in INNER_PARTS.values()
-}
-INNER["attention.qkv"] = ("attn_q", "attn_k", "attn_v")
-INNER["mlp.experts.{}.up"] = ("ffn_gate_exps", "ffn_up_exps")
-INNER["mlp.experts.{}.down"] = ("ffn_down_exps",)
 FUSED = {"attention.qkv": "attn_qkv", "mlp.up": "ffn_up"}
 OUTER = {ours: name for name, ours in OUTER_PARTS.items()}
 # What a file does not say of a model, and what it computes does not depend on.
@@ -94,7 +89,9 @@ def export_gguf(
     if round_offsets and is_gguf(source):
         reason = f"{source} is a GGUF file, whose tensors stay what they are"
         raise UserError(f"`round_offsets`: {reason}; leave it out")
-    weights = Weights(Checkpoint(source, packed=not is_gguf(source)), note)
+    # Of small floats, those of which a type of GGUF has as many to a scale are what they are.
+    checkpoint = Checkpoint(source, packed=not is_gguf(source), packed_floats=(WRITTEN_GROUP,))
+    weights = Weights(checkpoint, note)
     config = weights.config
     if target.exists():
         raise UserError(f"{target} is there already; name another file with `save`")
@@ -159,6 +156,7 @@ class _Tensors:
     def __init__(self, weights: Weights, round_offsets: bool) -> None:
         self.weights, self.config = weights, weights.config
         self.architecture = ARCHITECTURES[architecture_name(weights.config)]
+        self._inner = _names_of(self.architecture)
         self.round_offsets = round_offsets
         self.wide = 0  # matrices of 4 or 5 bits that are Q8_0
         self._perms = row_orders(self.config, self.architecture)
@@ -226,7 +224,13 @@ class _Tensors:
             return F32
         if not name.endswith(".weight") or module not in self.weights.stored:
             return PLAIN[self.weights.dtype(name)]
-        spec, width = self.weights.stored[module].spec, shape[1]
+        return self._packed_form(module, shape[1])
+
+    def _packed_form(self, module: str, width: int) -> BlockType:
+        """The type of a packed linear of so many inputs."""
+        if isinstance(self.weights.stored[module], FP4):
+            return MXFP4
+        spec = self.weights.stored[module].spec
         group = group_width(width, spec.group_size)
         if width % WRITTEN_GROUP:
             raise UserError(
@@ -250,6 +254,17 @@ class _Tensors:
             return with_offsets
         self.wide += 1
         return Q8_0
+
+    def _mxfp4(self, module: str, rows: range) -> Tensor:
+        """Rows of FP4 in groups of 32 as blocks: (N, bytes of a row)."""
+        packed, width = self.weights.read_quantized(module, [rows]), self.weights.width(module)
+        assert isinstance(packed, PackedWeight)  # of FP4
+        q = unpack(packed.qweight, FP4_BITS, width).unflatten(1, (-1, WRITTEN_GROUP))
+        codes = e2m1_codes(q)
+        # A scale is half of a power of two, whose exponent is stored plus 127.
+        exponents = packed.scales.float().frexp().exponent + 127
+        values = (codes[..., :16] | codes[..., 16:] << 4).byte()
+        return torch.cat([exponents[..., None].byte(), values], -1).flatten(1)
 
     def _packed(self, module: str, rows: Sequence[range] | None = None) -> PackedWeight:
         """A quantized matrix, or some runs of its rows.
@@ -281,7 +296,7 @@ class _Tensors:
         _, index, inner = module.split(".", 2)
         if inner.startswith(EXPERTS):
             inner = f"{EXPERTS}{{}}.{inner.rpartition('.')[2]}"
-        names = INNER[inner]
+        names = self._inner[inner]
         if inner in FUSED and len(self.weights.family.inner[inner]) == 1:
             names = (FUSED[inner],)
         counts = [total // len(names)] * len(names)
@@ -306,6 +321,8 @@ class _Tensors:
             if module.endswith("norm") and kind == "weight":
                 numbers = numbers + self.architecture.norm_offset
             return numbers.contiguous().flatten().view(torch.uint8)
+        if form is MXFP4:
+            return self._mxfp4(module, rows)[perm].flatten()
         packed = self._packed(module, [rows])
         spec, width = self.weights.stored[module].spec, self.weights.shapes[name][1]
         group = group_width(width, spec.group_size)
@@ -334,6 +351,22 @@ class _Tensors:
                 )
             values = values.to(torch.int8).view(torch.uint8)
         return torch.cat([*factors, values], -1)[perm].flatten()
+
+
+def _names_of(architecture: Architecture) -> dict[str, tuple[str, ...]]:
+    """Our names of modules, to llama.cpp's; of what is fused in its file as well, one name."""
+    parts = inner_parts(architecture)
+    found = {
+        ours: tuple(name for name, (other, _) in parts.items() if other == ours)
+        for ours, _ in parts.values()
+    }
+    # Its own names of what others have elsewhere.
+    found |= {ours: (name,) for name, ours in architecture.parts.items()}
+    return found | {
+        "attention.qkv": ("attn_q", "attn_k", "attn_v"),
+        "mlp.experts.{}.up": ("ffn_gate_exps", "ffn_up_exps"),
+        "mlp.experts.{}.down": ("ffn_down_exps",),
+    }
 
 
 def _offsets(packed: PackedWeight) -> Tensor:

@@ -130,6 +130,10 @@ class Weights:
         """Of every float tensor, by our name."""
         return self.names.shapes
 
+    def width(self, module: str) -> int:
+        """The input channels of a linear."""
+        return self.shapes[f"{module}.weight"][1]
+
     def _untie_if_different(self, config: ModelConfig) -> ModelConfig:
         """As transformers has it: a head that differs from the embedding is not tied to it."""
         if not config.tied_head or self.converted:

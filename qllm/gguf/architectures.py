@@ -40,6 +40,7 @@ class Architecture:
         reads: keys of NEUTRAL that `config` reads.
         same: model types that llama.cpp runs as this one.
         fixed: fields of `ModelConfig` that no key tells, and what they are.
+        parts: ours of names that stand for something else than in other architectures.
         rope_tensors: those of RoPE's factors that llama.cpp loads: it refuses a file with others.
     """
 
@@ -50,6 +51,7 @@ class Architecture:
     reads: frozenset[str] = frozenset()
     same: tuple[str, ...] = ()
     fixed: Mapping[str, object] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
     rope_tensors: frozenset[str] = frozenset()
 
 
@@ -256,6 +258,31 @@ def _moe(metadata: Metadata, found: GGUF) -> dict[str, object]:
     }
 
 
+def _granitemoe(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    values = _granite(metadata, found) | {
+        "num_local_experts": _experts(metadata),
+        "num_experts_per_tok": metadata.count(metadata.own(USED)),
+    }
+    del values["mlp_bias"]
+    return values
+
+
+def _gpt_oss(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    own = metadata.own
+    values = read_llama(metadata, found)
+    rope = values["rope_parameters"]
+    assert isinstance(rope, dict)  # as `read_rope` makes it
+    if rope.get("rope_type") == "yarn":
+        rope["truncate"] = False  # as in all that there are
+    return values | {
+        "num_local_experts": _experts(metadata),
+        "num_experts_per_tok": metadata.count(own(USED)),
+        "intermediate_size": metadata.count(own(EXPERT_SIZE)),
+        "sliding_window": metadata.count(own("attention.sliding_window")),
+        "pad_token_id": None,
+    }
+
+
 def _experts(metadata: Metadata) -> int:
     """How many a layer has; 0: it has none."""
     return metadata.count(metadata.own(EXPERTS), 0)
@@ -306,6 +333,18 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gpt2": Architecture("gpt2", _gpt2),
     "granite": Architecture(
         "granite", _granite, permuted=True, reads=frozenset(FACTORS), rope_tensors=ALL
+    ),
+    "granitemoe": Architecture(
+        *("granitemoe", _granitemoe),
+        permuted=True,
+        reads=frozenset(FACTORS) | MOE,
+        rope_tensors=ALL,
+    ),
+    "gpt-oss": Architecture(
+        *("gpt_oss", _gpt_oss),
+        reads=WINDOW | MOE | {EXPERT_SIZE},
+        fixed=BIASES,
+        parts={"post_attention_norm": "mlp_norm"},
     ),
     "smollm3": Architecture(
         "smollm3", _smollm3, permuted=True, fixed={**NO_BIAS, "mlp_bias": False}

@@ -131,6 +131,14 @@ def e2m1_levels() -> Tensor:
     return torch.tensor([16 + sign * n for sign in (1, -1) for n in TWICE_E2M1]).byte()
 
 
+def e2m1_codes(q: Tensor) -> Tensor:
+    """The inverse of `e2m1_levels`: the four bits of each of its numbers, of 0 those of +0."""
+    codes, levels = torch.zeros(32, dtype=torch.uint8), e2m1_levels().int()
+    for half in (slice(9, 16), slice(0, 8)):
+        codes[levels[half]] = torch.arange(half.start, half.stop, dtype=torch.uint8)
+    return codes.index_select(0, q.flatten().int()).view(q.shape)
+
+
 def mxfp4(blocks: Tensor) -> Values:
     """An exponent plus 127, and 16 bytes of values."""
     codes = nibbles(blocks[..., 1:])

@@ -206,6 +206,7 @@ Q4_1 = BlockType(3, "Q4_1", 32, 20, None, 4, 32, plain.q4_1, offset=True)
 Q5_0 = BlockType(6, "Q5_0", 32, 22, None, 5, 32, plain.q5_0)
 Q5_1 = BlockType(7, "Q5_1", 32, 24, None, 5, 32, plain.q5_1, offset=True)
 Q8_0 = BlockType(8, "Q8_0", 32, 34, None, 8, 32, plain.q8_0)
+MXFP4 = BlockType(39, "MXFP4", 32, 17, None, 5, 32, plain.mxfp4)
 TYPES = {
     kind.number: kind
     for kind in (
@@ -233,7 +234,7 @@ TYPES = {
         BlockType(29, "IQ1_M", 256, 56, None, 5, 16, i_quants.iq1_m),
         BlockType(34, "TQ1_0", 256, 54, None, 2, 32, plain.tq1_0),
         BlockType(35, "TQ2_0", 256, 66, None, 2, 32, plain.tq2_0),
-        BlockType(39, "MXFP4", 32, 17, None, 5, 32, plain.mxfp4),
+        MXFP4,
         BlockType(40, "NVFP4", 64, 36, None, 5, 16, i_quants.nvfp4),
     )
 }

@@ -25,7 +25,8 @@ EXPONENTS = (torch.float8_e8m0fnu, torch.uint8)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # What both halves of a byte are in E2M1, the lower one first.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Of values of FP4 that share a scale, how many layers hold as they are.
+# Of values of FP4 that share a scale, how many layers hold as they are: NVFP4, and MXFP4, whose
+# scales are powers of two.
 HELD_GROUPS = (16, 32)
 # A block's rows and columns where their number alone does not say it: DeepSeek's.
 BLOCK = 128
@@ -99,7 +100,8 @@ class Float4(Scaled):
         """Inputs that share a scale; 0 where what shares one is no group of them."""
         rows, columns = self.block
         grouped = rows == 1 and columns in HELD_GROUPS and self.shape[1] % columns == 0
-        return columns if grouped else 0
+        exponents = self.scale_dtype == torch.float8_e8m0fnu and self.whole is None
+        return columns if grouped and (exponents or columns == 16) else 0
 
     def codes(self, read: ReadRows, rows: range) -> Tensor:
         """uint8 (R, K / 2): E2M1, the earlier one in the lower half of a byte."""
