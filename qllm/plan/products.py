@@ -8,9 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from qllm.config import EMBEDDING, QuantSpec
+from qllm.models.mlp import EXPERTS, SHARED
 from qllm.plan.devices import Size, Speed
+from qllm.plan.modules import EACH
 from qllm.plan.sensitivity import Array
 from qllm.plan.shape import Shape, is_head, sees_last_token
+
+FIRST = (f"{EXPERTS}{EACH}.up", f"{SHARED}up")  # matrices of experts, one of each
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +67,16 @@ class Products:
         for m, name in enumerate(shape.modules):
             if name == EMBEDDING and not shape.config.tied_head:
                 continue  # rows are looked up, which takes no time
-            last = sees_last_token(name, shape.config.num_layers)
-            tokens = self.prompts if last else self.tokens
+            tokens = self._tokens(name)
             for c in range(len(self.candidates)):
                 prefill[m, c] = self._seconds(speed, m, c, tokens, decode=is_head(name))
                 decode[m, c] = self._seconds(speed, m, c, self.rows, decode=True)
         return prefill, decode
+
+    def _tokens(self, name: str) -> int:
+        """That a linear sees of prompts."""
+        last = sees_last_token(name, self.shape.config.num_layers)
+        return self.prompts if last else self.tokens
 
     def _seconds(self, speed: Speed, m: int, c: int, tokens: float, *, decode: bool) -> float:
         read, each = self.shape.products(m, tokens)
@@ -92,10 +100,21 @@ class Products:
             total += read * speed.linear(*self._matrix(m, c), 1, decode=True, model=self.held)
         return total
 
-    def routers(self, speed: Speed) -> tuple[Array, Array]:
-        """Of the matrices that choose experts, for each half of a layer: (H,) each."""
-        halves = len(self.shape.fixed)
+    def experts(self, speed: Speed) -> tuple[Array, Array]:
+        """Of what is beside experts' products, for each half of a layer: (H,) each.
+
+        The matrices that choose them, and the calls of those that are chosen.
+        """
+        shape, halves = self.shape, len(self.shape.fixed)
         prefill, decode = np.zeros((2, halves))
+        for m, name in enumerate(shape.modules):
+            if not name.endswith(FIRST):
+                continue
+            half, channels = int(shape.half_of[m]), int(shape.sizes[m, 0])
+            ends = (prefill, self._tokens(name), False), (decode, self.rows, True)
+            for table, tokens, decoding in ends:
+                read, each = shape.products(m, tokens)
+                table[half] += speed.experts(read, read * each * channels, decode=decoding)
         for half, size, nbytes in self.shape.routers:
             router, tokens = (QuantSpec(), size, nbytes), self.tokens
             if half == halves - 1:

@@ -67,7 +67,7 @@ def build(
         for d, device in enumerate(devices):
             speed = device.speed
             prefill[d], decode[d] = products.seconds(speed)
-            fixed_prefill[d], fixed_decode[d] = products.routers(speed)
+            fixed_prefill[d], fixed_decode[d] = products.experts(speed)
             for h, (prompt, step) in enumerate(beside):
                 fixed_prefill[d, h] += speed.half(prompt, decode=False, model=held)
                 fixed_decode[d, h] += speed.half(step, decode=True, model=held)
