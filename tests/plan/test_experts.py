@@ -274,7 +274,7 @@ def test_what_experts_of_prompts_take_besides_products_is_told_from_two_prompts(
         beside = 1e-3 * probed_experts.EXPERTS + 1e-9 * values
         probed.times[tokens, whole] = [tokens / 1e3 + whole * beside]
     assert probed.seconds() == pytest.approx((1e-3, 1e-9))
-    table = dict.fromkeys(PHASES, {"16": {"1": (0.0,) * 6}})
+    table = {phase: {"16": {"1": (0.0,) * 6}} for phase in PHASES}
     beside = dict.fromkeys(PHASES, (0.0,) * 5), (0.0,) * 3, dict.fromkeys(PHASES, (0.0,) * 3)
     speed = MeasuredSpeed(table, *beside, (1.0, 2.0, 3.0, 4.0), 0.0, probed.seconds())
     path = tmp_path / "cluster.json"
