@@ -146,14 +146,14 @@ def main() -> None:
 
     from qllm import report
     from qllm.checkpoint.weights import Weights
-    from qllm.plan.measure import decided_modules
+    from qllm.plan.modules import decided_modules
     from qllm.plan.planner import Planner, allowed
     from qllm.plan.possible import Asked
     from qllm.plan.shape import Shape, Workload
 
     weights = Weights.of_floats(folder.path)
     modules = decided_modules(weights, args.lm_head, args.embedding)
-    mask = allowed(modules, candidates, fixed)
+    mask = allowed(modules, candidates, fixed, config=weights.config)
     kind = device.partition(":")[0]
     given = (folder.path, modules, candidates, cli.resolve_dtype(args), kind)
     shape = Shape.of(*given)

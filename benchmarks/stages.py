@@ -32,7 +32,7 @@ from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.parallel.pipeline import parse_cuts
 from qllm.plan.devices import STAGE_PASSES, Cluster, Device
-from qllm.plan.measure import decided_modules
+from qllm.plan.modules import decided_modules
 from qllm.plan.network import measure_stages
 from qllm.plan.probe import Matrices, Probe
 from qllm.plan.program import build

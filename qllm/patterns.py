@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qllm.errors import UserError
@@ -16,6 +16,29 @@ MAX_CHARACTERS = 10_000
 # `regex` writes counted repetitions out, those inside of others too.
 MAX_REPETITIONS = 10_000
 COUNTED = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
+# An expression that is found in names of one layer alone, whatever comes behind. A plan has some
+# for each layer, and a layer of experts hundreds of names: all in all would take too long.
+OF_LAYER = re.compile(r"\^(layers)\\\.(\d+)\\\.(?![*+?{])[^|]*")
+
+
+class ByLayer:
+    """Which of some expressions may be found in a name, by the layer that they begin with."""
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self._of_any: list[int] = []
+        self._of_layer: dict[str, list[int]] = {}
+        for index, pattern in enumerate(patterns):
+            found = OF_LAYER.fullmatch(pattern)
+            # Flags may change what an expression means from its beginning on.
+            if found is None or "(?" in pattern:
+                self._of_any.append(index)
+            else:
+                self._of_layer.setdefault(".".join(found.groups()), []).append(index)
+
+    def places(self, name: str) -> list[int]:
+        """Where those that may be found in a name are."""
+        own = self._of_layer.get(".".join(name.split(".", 2)[:2]), [])
+        return sorted(self._of_any + own)
 
 
 class Patterns:

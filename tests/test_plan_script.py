@@ -13,6 +13,7 @@ import processes
 import pytest
 from conftest import ROOT, assert_user_error, run_json, tiny
 from inside import call, call_json
+from upcycling import upcycled
 
 from qllm.errors import UserError, WritingError
 from qllm.folders import writing
@@ -153,6 +154,36 @@ def test_devices_and_stages(given, tmp_path):
     assert "a plan is to be as good" not in shown.stdout
     assert "is to be as good as uniform 4 bits" in shown.stderr
     assert "layers 0 to" in shown.stdout
+
+
+def test_a_mixture_of_experts_is_planned_quantized_and_run(tmp_path):
+    folder, text = upcycled("mixtral", tmp_path / "mixtral"), tmp_path / "text.txt"
+    text.write_text(STORY * 400)
+    args = ("--model-path", folder, "--dataset", text, *CHOICES, "--table", tmp_path / "table.json")
+    work = ("--prompt", 16, "--gen", 8, "--batch", 2, "--objective", "throughput")
+    small = call_json(PLAN, *args, "--avg-bits", 2.6)["plan"]["predicted"]["bytes"]
+    device = {"memory": small * 0.8, "bandwidth": 1e10, "flops": 1e11}
+    cluster = {"devices": [device | {"name": "a"}, device | {"name": "b", "bandwidth": 3e10}]}
+    (tmp_path / "cluster.json").write_text(json.dumps(cluster))
+    plan = tmp_path / "plan.json"
+    on_two = ("--cluster", tmp_path / "cluster.json", *work, "--avg-bits", UNIFORM_3, "-o", plan)
+    found = call_json(PLAN, *args, *on_two, "--fixed", r"layers\.0\..*experts=3")["plan"]
+    assert found["stages"] and sorted(found["devices"]) == ["a", "b"]
+    up = r"^layers\.0\.mlp\.experts\.\d+\.up$"
+    assert found["rules"][up] == {"bits": 3, "group_size": 64, "scheme": "asym"}
+    front = call_json(PLAN, *args, "--pareto")["front"]
+    planned = [row["divergence"] for row in front if row["name"] == "planned"]
+    assert len(planned) > 2 and planned == sorted(planned, reverse=True)
+    given = ("--algorithm", "gptq", "--dataset", text, "--nsamples", 2, "--seqlen", 16)
+    quantizing = ("--model-path", folder, "--config", plan, *given, "--save", tmp_path / "out")
+    saved = {row["name"]: row["bits"] for row in call_json(QUANT, *quantizing)["linears"]}
+    assert {bits for name, bits in saved.items() if name.startswith("layers.0.mlp.experts.")} == {3}
+    shards = [
+        call_json(GEN, "--model-path", *each, "--max-gen-tokens", 2)["shards"]
+        for each in ((folder, "--bitwidth", plan), (tmp_path / "out",))
+    ]
+    held = [sum(shard["bytes"] for shard in each) for each in shards]
+    assert held == [found["predicted"]["bytes"]] * 2
 
 
 # What a stage's process does, once: on a machine that does little else, it goes on for seconds.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import regex
 from plans import DEFAULT_7, FOUR, MODULES, assert_refused, found, plan_of
 
 from qllm.config import (
@@ -16,6 +17,7 @@ from qllm.config import (
     QuantSpec,
 )
 from qllm.errors import UserError
+from qllm.patterns import ByLayer
 from qllm.quant.algorithms import ALGORITHMS as CLASSES
 
 # ---- plans: one value, one per layer, a file
@@ -282,3 +284,21 @@ def test_one_more_rule():
     assert specs[LM_HEAD] == FOUR
     assert specs["layers.1.mlp.up"] == QuantSpec()
     assert specs["layers.1.attention.out"] == QuantSpec(3, 7, "sym", "weight_only")
+
+
+def test_rules_of_one_layer_are_looked_for_in_its_names_alone():
+    """Whatever the rules say, as looking for each of them in each name has it."""
+    patterns = [r"^layers\.1\.", r"^layers\.1\.mlp\.experts\.\d+\.up$", r"^layers\.11\.(mlp)"]
+    ours = len(patterns)
+    patterns += [r"^layers\.1\.*1", r"^layers\.1\.?1", r"^layers\.1\.{0,2}1", r"^layers\.1", "1"]
+    patterns += [r"^layers\.1\.mlp|attention", r"^layers\.1\.(?i)|up", r"^layers.1.mlp", "mlp"]
+    names = [f"layers.{i}.{n}" for i in (1, 11, 2) for n in ("attention.out", "mlp.experts.7.up")]
+    names += [f"model.{name}" for name in names] + [LM_HEAD]
+    by_layer = ByLayer(patterns)
+    for name in names:
+        places = by_layer.places(name)
+        assert places == sorted(places)
+        where = [i for i, pattern in enumerate(patterns) if regex.search(pattern, name)]
+        assert [i for i in places if regex.search(patterns[i], name)] == where
+    assert [i for i in by_layer.places(names[3]) if i < ours] == [2]
+    assert [i for i in by_layer.places(LM_HEAD) if i < ours] == []

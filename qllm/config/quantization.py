@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from qllm.config.model import ModelConfig
 from qllm.errors import UserError
 from qllm.files import parse_json, read_bytes
-from qllm.patterns import Patterns
+from qllm.patterns import ByLayer, Patterns
 
 DEFAULT_GROUP_SIZE = 128
 DEFAULT_SCHEME = "asym"
@@ -313,8 +313,8 @@ class QuantPlan:
         outer = {}
         for name in (EMBEDDING, LM_HEAD):
             # "all layers" does not mean these: a rule has to say their names.
-            named = QuantPlan(tuple(rule for rule in self.rules if name in rule[0]))
-            outer[name] = named._find(name, name, patterns, unused)
+            named = [i for i, (pattern, _) in enumerate(self.rules) if name in pattern]
+            outer[name] = self._last(self._found(name, named, patterns, unused))
         if outer[EMBEDDING].kind.startswith("w8a8"):
             raise UserError(
                 f"an embedding has 1 to 8 bits or 16, not {outer[EMBEDDING].bitwidth}: there is "
@@ -330,8 +330,13 @@ class QuantPlan:
                 f"{outer[EMBEDDING].bits} saves nothing; leave the embedding's bits out, or give "
                 "the head 1 to 8"
             )
+        by_layer = ByLayer([pattern for pattern, _ in self.rules])
         for name, parts in modules.items():
-            found = {part: self._find(name, part, patterns, unused) for part in parts or (name,)}
+            own = self._found(name, by_layer.places(name), patterns, unused)
+            found = {
+                part: self._last(own + self._found(part, by_layer.places(part), patterns, unused))
+                for part in parts or (name,)
+            }
             if len(set(found.values())) > 1:
                 listed = ", ".join(f"{part}: {spec.to_json()}" for part, spec in found.items())
                 raise UserError(
@@ -351,13 +356,18 @@ class QuantPlan:
         """Whether a rule says the name of a module outside the layers."""
         return any(name in rule and patterns.search(rule, name) for rule, _ in self.rules)
 
-    def _find(self, name: str, part: str, patterns: Patterns, unused: dict[str, None]) -> QuantSpec:
-        spec = QuantSpec()
-        for pattern, candidate in self.rules:
-            if patterns.search(pattern, name) or patterns.search(pattern, part):
-                spec = candidate
-                unused.pop(pattern, None)
-        return spec
+    def _found(
+        self, name: str, places: Iterable[int], patterns: Patterns, unused: dict[str, None]
+    ) -> list[int]:
+        """Which of the rules at some places are found in a name."""
+        found = [i for i in places if patterns.search(self.rules[i][0], name)]
+        for i in found:
+            unused.pop(self.rules[i][0], None)
+        return found
+
+    def _last(self, found: Sequence[int]) -> QuantSpec:
+        """What the last of some rules says."""
+        return self.rules[max(found)][1] if found else QuantSpec()
 
 
 def read_plan_file(path: Path) -> dict[str, Any]:

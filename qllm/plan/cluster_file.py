@@ -164,7 +164,10 @@ def _measured(value: Any, where: str) -> MeasuredSpeed:
         halves = {phase: _five(value["halves"][phase]) for phase in PHASES}
         (among,) = _numbers([value["among_others"]], 1)
         passes = {phase: _three(value["passes"][phase]) for phase in PHASES}
-        found = MeasuredSpeed(linears, halves, _three(value["cache"]), passes, sets, among)
+        # Probes from before experts were measured do not speak of them.
+        expert, of_value = _numbers(value.get("of_experts", (0.0, 0.0)), 2)
+        given = linears, halves, _three(value["cache"]), passes, sets, among
+        found = MeasuredSpeed(*given, (expert, of_value))
         found.farness(sets[0])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(

@@ -64,6 +64,14 @@ class Speed(Protocol):
     def half(self, work: HalfWork, *, decode: bool, model: float) -> float:
         """All else in half a layer; `decode` and `model` are as in `linear`."""
 
+    def experts(self, read: float, values: float, *, decode: bool) -> float:
+        """What experts of a layer take besides their products.
+
+        Args:
+            read: how many are called.
+            values: that they take, tokens by channels.
+        """
+
     def step(self, rows: float, *, decode: bool) -> float:
         """What a pass of some sequences takes besides its layers, of a device that has them all."""
 
@@ -101,6 +109,10 @@ class DescribedSpeed:
         moved = 8 * work.values + work.read
         return self.overhead + moved / (self.bandwidth * OF_BANDWIDTH)
 
+    def experts(self, read: float, values: float, *, decode: bool) -> float:
+        # Each is called by itself, as half a layer is.
+        return self.overhead * read + 8 * values / (self.bandwidth * OF_BANDWIDTH)
+
     def step(self, rows: float, *, decode: bool) -> float:
         return 0.0
 
@@ -130,6 +142,9 @@ class MeasuredSpeed:
             some. Between two, a weight's time goes by the logarithm.
         among_others: by which part a step's products take longer in a model than by themselves,
             where caches keep none of it.
+        of_experts: seconds of an expert in a prompt's pass besides its products, and of each value
+            that it takes: what `qllm.plan.probed_experts` measures. In steps they take next to
+            nothing.
     """
 
     linears: Mapping[str, Mapping[str, Mapping[str, tuple[float, ...]]]]
@@ -138,6 +153,7 @@ class MeasuredSpeed:
     passes: Mapping[str, tuple[float, float, float]]
     working_sets: tuple[float, ...]
     among_others: float
+    of_experts: tuple[float, float] = (0.0, 0.0)
 
     def linear(
         self, spec: QuantSpec, size: Size, nbytes: int, rows: float, *, decode: bool, model: float
@@ -168,6 +184,10 @@ class MeasuredSpeed:
         seconds = fixed + far * far_fixed + of_value * work.values
         seconds += of_score * work.scores + of_product * work.products
         return seconds + (byte + far * far_byte) * work.read + far * far_head * work.heads
+
+    def experts(self, read: float, values: float, *, decode: bool) -> float:
+        of_expert, of_value = self.of_experts
+        return 0.0 if decode else of_expert * read + of_value * values
 
     def step(self, rows: float, *, decode: bool) -> float:
         fixed, of_row, _ = self.passes["decode" if decode else "prefill"]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qllm import ops
 from qllm.checkpoint.fingerprint import state_fingerprint
-from qllm.checkpoint.load import elements
+from qllm.checkpoint.load import elements, module_bytes
 from qllm.checkpoint.weights import Weights
 from qllm.config import DEFAULT_ALGORITHM, EMBEDDING, LM_HEAD, QuantSpec
 from qllm.errors import UserError
@@ -26,18 +25,19 @@ from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import check_fits
 from qllm.models.layer import PreNormLayer, QuantizedEmbedding
 from qllm.models.logits import finish_logits
+from qllm.plan.modules import decided_modules
+from qllm.plan.output_errors import SMALLEST, OutputErrors, observed_together, products_bytes
 from qllm.plan.resume import PartialTable
 from qllm.plan.sensitivity import Array, Sensitivity, draw_choices
 from qllm.progress import Meter, Note, silent, unseen
 from qllm.quant.inputs import InputStats
 from qllm.quantizer.floats import BACK, FRONT, FloatModel
 from qllm.quantizer.hidden import HiddenStates
-from qllm.quantizer.layer import LinearReport, QuantizeOptions, quantize_linear, stand_in
+from qllm.quantizer.layer import QuantizeOptions, quantize_linear, stand_in
 
 # Bits at which a linear is run alone: its divergence is well above rounding, and still small.
 PROBE_BITS = 3
 PLANS = 8  # of mixed bits
-SMALLEST = 1e-12  # divergence that is told from none
 
 
 @dataclass(frozen=True)
@@ -105,30 +105,6 @@ def measure(
     return _Run(job, note, partial).work(meter)
 
 
-def decided_modules(weights: Weights, lm_head: bool, embedding: bool = False) -> tuple[str, ...]:
-    """The names of the linears that a plan decides on, in the order in which states meet them.
-
-    Args:
-        lm_head: the LM head is one of them.
-        embedding: the embedding is one.
-
-    Raises:
-        UserError: for a head that would be decided on twice, or a mixture of experts.
-    """
-    if lm_head and embedding and weights.config.tied_head:
-        raise UserError(
-            "this model's LM head is its embedding, and `embedding` decides on both; leave "
-            "`lm_head` out"
-        )
-    if weights.config.experts is not None:
-        raise UserError(
-            f"{weights.checkpoint.folder} is a mixture of experts, of which each token reads a "
-            "part: no plan is made for it yet; write one by hand, or give one `bitwidth`"
-        )
-    names = weights.family.layer_linears(weights.config)
-    return (*[EMBEDDING] * embedding, *names, *[LM_HEAD] * lm_head)
-
-
 class _Run:
     """One call of `measure`."""
 
@@ -142,18 +118,21 @@ class _Run:
         self.choices = draw_choices(len(self.modules), job.candidates, job.plans, job.seed)
         bits = [abs(spec.bits - PROBE_BITS) for spec in job.candidates]
         self.probe = bits.index(min(bits))
-        self.errors = np.zeros((len(self.modules), len(job.candidates)))
-        self.float32_scales = np.zeros_like(self.errors, dtype=bool)
+        self.table = OutputErrors(self.modules, self.config, job.candidates, job.options)
         check_fits(self._bytes_needed(), job.device, "measuring the losses")
 
     def _bytes_needed(self) -> int:
         """About what is in memory at the peak."""
         paths = 1 + len(self.choices) + len(self.modules)
         tokens = sum(map(len, self.job.samples)) + paths * sum(map(len, self.job.judged))
-        layer = sum(tensor.nbytes for tensor in self.model.layers[0].buffers())
-        widest = max(self.config.hidden_size, self.config.intermediate_size)
+        layers = list(self.model.layers)
+        layer = max(module_bytes(layer) for layer in layers)
         packed = layer * sum(min(spec.bits, 16) for spec in self.job.candidates) // 32
-        return 4 * tokens * self.config.hidden_size + 2 * layer + packed + 4 * 4 * widest**2
+        # The sums of x x^T of a run; and of the widest its order, root and reversal.
+        runs = [run for each in layers for run in observed_together(_linears(each))]
+        sums = [[products_bytes(linear) for linear in run.values()] for run in runs]
+        products = max(map(sum, sums)) + 3 * max(map(max, sums))
+        return 4 * tokens * self.config.hidden_size + 2 * layer + packed + products
 
     def work(self, meter: Meter) -> Sensitivity:
         device_type = torch.device(self.job.device).type
@@ -177,8 +156,8 @@ class _Run:
         return Sensitivity(
             self.modules,
             self.job.candidates,
-            self.errors,
-            self.float32_scales,
+            self.table.errors,
+            self.table.float32_scales,
             self.probe,
             alone,
             self.choices,
@@ -197,7 +176,7 @@ class _Run:
             self.alone.append(self._embedded(self.probe))
             self.mixed = [self._embedded(choice[0]) for choice in self.choices]
             for candidate, _ in enumerate(self.job.candidates):
-                self._table(candidate)  # whose error it keeps
+                self._embedding(candidate, keep=True)
 
     def _so_far(self, done: int) -> dict[str, Tensor]:
         """What the layers behind `done` of them need, for `_go_on`."""
@@ -206,8 +185,8 @@ class _Run:
         paths |= {f"alone.{index}": path for index, path in enumerate(self.alone)}
         return {
             **{name: path.states for name, path in paths.items()},
-            **{"done": torch.tensor(done), "errors": torch.from_numpy(self.errors)},
-            "float32_scales": torch.from_numpy(self.float32_scales),
+            **{"done": torch.tensor(done), "errors": torch.from_numpy(self.table.errors)},
+            "float32_scales": torch.from_numpy(self.table.float32_scales),
         }
 
     def _go_on(self) -> int:
@@ -224,15 +203,18 @@ class _Run:
         self.mixed = [path(f"mixed.{index}") for index in range(len(self.choices))]
         count = sum(name.startswith("alone.") for name in found)
         self.alone = [path(f"alone.{index}") for index in range(count)]
-        self.errors = found["errors"].numpy()
-        self.float32_scales = found["float32_scales"].numpy()
+        self.table.errors = found["errors"].numpy()
+        self.table.float32_scales = found["float32_scales"].numpy().astype(np.int64)
         self.note(f"going on: {done} of {self.config.num_layers} layers are measured already")
         return done
 
-    def _table(self, candidate: int) -> WeightOnlyLinear | None:
+    def _embedding(self, candidate: int, *, keep: bool = False) -> WeightOnlyLinear | None:
         """The embedding as a candidate has it, None where that leaves it as it is.
 
         It is made where it is needed: all of them are too much to keep.
+
+        Args:
+            keep: its error and scales.
         """
         spec = replace(self.job.candidates[candidate], algorithm=DEFAULT_ALGORITHM)
         if spec.kind != "weight_only":
@@ -240,18 +222,13 @@ class _Run:
         module = self.floats.linear(EMBEDDING)
         linear, report = quantize_linear(module, EMBEDDING, spec, None, self.job.options)
         assert isinstance(linear, WeightOnlyLinear)
-        self._keep(0, candidate, linear, report)
+        if keep:
+            self.table.keep(0, candidate, linear, report)
         return linear
-
-    def _keep(self, row: int, candidate: int, linear: Linear, report: LinearReport) -> None:
-        """What the table says of a linear as a candidate has it."""
-        self.errors[row, candidate] = report.error**2
-        scales = linear.get_buffer("scales")
-        self.float32_scales[row, candidate] = scales.dtype == torch.float32
 
     def _embedded(self, candidate: int) -> HiddenStates:
         """The judged text's states in front of the layers, of a candidate's embedding."""
-        table, embed = self._table(candidate), self.model.embed
+        table, embed = self._embedding(candidate), self.model.embed
         if table is not None:
             self.model.embed = QuantizedEmbedding(table, torch.float32)
         states = HiddenStates.embed(self.model, self.job.judged, torch.float32)
@@ -262,28 +239,45 @@ class _Run:
         name = f"layers.{index}"
         layer = self.model.layers[index]
         self.floats.fill_layer(index, mapped=True)
-        halves = layer.blocks()
-        modules = {inner: _linear(layer, inner) for _, names in halves for inner in names}
-        stats = self.hidden.observe(layer, dict(modules), set(modules), name)
-        found = {
-            inner: self._candidates(f"{name}.{inner}", module, stats.pop(inner))
-            for inner, module in modules.items()
-        }
-        for run, _ in halves:
-            self.hidden.advance(run)
+        modules = _linears(layer)
+        found = self._candidates(name, layer, modules)
+        rows: dict[int, list[str]] = {}  # the linears of what is decided on, in the modules' order
+        for inner in modules:
+            rows.setdefault(self.table.rows[f"{name}.{inner}"], []).append(inner)
+        for block, _ in layer.blocks():
+            self.hidden.advance(block)
         for path in self.alone:
             self._advance(path, layer, modules)
-        for inner in modules:
+        for members in rows.values():
             path = self.float.copy()
-            self._advance(path, layer, modules | {inner: stand_in(found[inner][self.probe])})
+            probed = {inner: stand_in(found[inner][self.probe]) for inner in members}
+            self._advance(path, layer, modules | probed)
             self.alone.append(path)
-        with self._int8_errors(name, modules, found):
+        with self.table.of_int8(name, modules, found):
             self._advance(self.float, layer, modules)
-        rows = {inner: self.modules.index(f"{name}.{inner}") for inner in modules}
         for path, choice in zip(self.mixed, self.choices, strict=True):
-            picked = {inner: found[inner][choice[row]] for inner, row in rows.items()}
-            self._advance(path, layer, {inner: stand_in(m) for inner, m in picked.items()})
+            picked = {inner: choice[row] for row, members in rows.items() for inner in members}
+            linears = {inner: stand_in(found[inner][c]) for inner, c in picked.items()}
+            self._advance(path, layer, linears)
         self.floats.drop([name])
+
+    def _candidates(
+        self, name: str, layer: PreNormLayer, modules: Mapping[str, Linear]
+    ) -> dict[str, list[Linear]]:
+        """A layer's linears as each candidate has them, by their names in it."""
+        found = {}
+        for run in observed_together(modules):
+            stats = self.hidden.observe(layer, run, set(run), name)
+            lost = [inner for inner, seen in stats.items() if not seen.count]
+            if lost:
+                self.note(
+                    f"{name}: no token of the text reaches {len(lost)} of {len(modules)} linears, "
+                    f"such as {lost[0]}: what they lose counts for nothing"
+                )
+            for inner, module in run.items():
+                seen = stats.pop(inner)
+                found[inner] = self.table.quantized(f"{name}.{inner}", module, seen)
+        return found
 
     def _advance(
         self, path: HiddenStates, layer: PreNormLayer, linears: Mapping[str, Linear]
@@ -293,51 +287,6 @@ class _Run:
             layer.set_submodule(inner, module)
         for run, _ in layer.blocks():
             path.advance(run)
-
-    def _candidates(self, name: str, module: Linear, stats: InputStats) -> list[Linear]:
-        """A linear as each candidate has it; its errors are kept."""
-        found = []
-        for candidate, spec in enumerate(self.job.candidates):
-            if spec.kind == "dense":
-                found.append(module)
-                continue
-            assert isinstance(module, DenseLinear)  # as long as the layer is the float model's
-            linear, report = quantize_linear(module, name, spec, stats, self.job.options)
-            self._keep(self.modules.index(name), candidate, linear, report)
-            found.append(linear)
-        return found
-
-    @contextmanager
-    def _int8_errors(
-        self, layer: str, modules: Mapping[str, Linear], found: Mapping[str, Sequence[Linear]]
-    ) -> Iterator[None]:
-        """While states pass, measure what linears with int8 activations put out.
-
-        Their inputs are rounded as well, of which the Hessian says nothing.
-        """
-        int8 = [i for i, spec in enumerate(self.job.candidates) if spec.kind.startswith("w8a8")]
-
-        def watch(name: str) -> Callable:
-            squares = np.zeros((len(int8), 2))
-            linears = [stand_in(found[name][candidate]) for candidate in int8]
-            row = self.modules.index(f"{layer}.{name}")
-
-            def see(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-                for count, candidate in enumerate(int8):
-                    error = linears[count](inputs[0]) - output
-                    squares[count] += error.square().sum().item(), output.square().sum().item()
-                    self.errors[row, candidate] = squares[count, 0] / max(
-                        squares[count, 1], SMALLEST
-                    )
-
-            return see
-
-        hooks = [m.register_forward_hook(watch(n)) for n, m in modules.items() if int8]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _head(self) -> tuple[Array, Array]:
         """The divergences of the linears alone, and of the mixed plans, behind the LM head."""
@@ -354,7 +303,7 @@ class _Run:
 
         def head_of(embedding: int) -> Linear:
             """The head behind a candidate's embedding."""
-            table = self._table(embedding) if is_tied and self.job.embedding else None
+            table = self._embedding(embedding) if is_tied and self.job.embedding else None
             return head if table is None else stand_in(table)
 
         heads: list[Linear] = [head] * len(self.job.candidates)
@@ -364,7 +313,7 @@ class _Run:
                 stats.add(self._last(sample))
             if not stats.finite:
                 raise UserError("the input of the LM head is not finite on the calibration text")
-            heads = [stand_in(each) for each in self._candidates(LM_HEAD, head, stats)]
+            heads = [stand_in(each) for each in self.table.quantized(LM_HEAD, head, stats)]
         expected = [p.log_softmax(-1) for p in self._logits(self.float, head)]
         rest = self.alone[self.job.embedding :]
         alone = [self._divergence(path, head, expected) for path in rest]
@@ -402,7 +351,12 @@ class _Run:
         return max(total / path.states.shape[:2].numel(), SMALLEST)
 
 
-def _linear(layer: nn.Module, name: str) -> Linear:
-    module = layer.get_submodule(name)
-    assert isinstance(module, Linear)
-    return module
+def _linears(layer: PreNormLayer) -> dict[str, Linear]:
+    """Those of a layer that may be quantized, by their names in it, in the order of its blocks."""
+    found = {}
+    for _, names in layer.blocks():
+        for name in names:
+            module = layer.get_submodule(name)
+            assert isinstance(module, Linear)
+            found[name] = module
+    return found

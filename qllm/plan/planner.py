@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qllm.config import EMBEDDING, LM_HEAD, QuantPlan, QuantSpec
+from qllm.config import EMBEDDING, LM_HEAD, ModelConfig, QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.patterns import Patterns
 from qllm.plan.candidates import labels
 from qllm.plan.devices import Cluster, DescribedSpeed, Device
-from qllm.plan.possible import CLUSTER
+from qllm.plan.modules import linears_of, pattern_of
+from qllm.plan.possible import CLUSTER, rounded_up
 from qllm.plan.problem import Problem, Solution, UnsolvedError
 from qllm.plan.program import build
 from qllm.plan.sensitivity import Fit, Sensitivity
@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def specs(self) -> dict[str, QuantSpec]:
-        """The spec of each linear."""
+        """The spec of what is decided on, by its name in `Sensitivity`."""
         candidates = self.planner.sensitivity.candidates
         pairs = zip(self.planner.sensitivity.modules, self.solution.choice, strict=True)
         return {name: candidates[index] for name, index in pairs}
@@ -83,7 +83,7 @@ class Plan:
     def quant_plan(self) -> QuantPlan:
         """What the other scripts take: integers are chosen as these are told to."""
         rules = tuple(
-            (f"^{re.escape(name)}$", replace(spec, algorithm="rtn"))
+            (pattern_of(name), replace(spec, algorithm="rtn"))
             for name, spec in self.specs.items()
             if spec.kind != "dense"
         )
@@ -334,28 +334,24 @@ class Planner:
         return found
 
 
-def rounded_up(value: float) -> str:
-    """A number above 0 in three digits, which are no less: "0.00123"."""
-    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
-    return f"{math.ceil(value / unit) * unit:.3g}"
-
-
 def allowed(
     modules: Sequence[str],
     candidates: Sequence[QuantSpec],
     fixed: Mapping[str, str],
     where: str = "`fixed`",
+    config: ModelConfig | None = None,
 ) -> np.ndarray:
     """What each linear may have (M, C), where expressions over names hold some of them.
 
     Args:
-        modules: names of the linears.
+        modules: names of the linears, or of what decides on several.
         fixed: regular expression to a bitwidth or a label of `candidates.labels`; the last one
             found in a name counts.
+        config: the model's, where it is a mixture of experts.
 
     Raises:
-        UserError: for a bitwidth that is no candidate, an expression that no name matches, or an
-            embedding for which there is no candidate.
+        UserError: for a bitwidth that is no candidate, an expression that no name matches, or some
+            of the experts and not others, or an embedding for which there is no candidate.
     """
     names = labels(candidates)
     mask = np.ones((len(modules), len(names)), dtype=bool)
@@ -375,7 +371,18 @@ def allowed(
             raise UserError(
                 f"{where} {pattern}={bits}: {bits} is not among `bits` {','.join(names)}"
             )
-        rows = [i for i, n in enumerate(modules) if patterns.search(pattern, n)]
+        rows = []
+        for i, module in enumerate(modules):
+            linears = (module,) if config is None else linears_of(module, config)
+            found = [patterns.search(pattern, linear) for linear in linears]
+            if any(found):
+                rows.append(i)
+            if any(found) and not all(found):
+                raise UserError(
+                    f"{where}: {pattern!r} matches {linears[found.index(True)]} and not "
+                    f"{linears[found.index(False)]}, and all experts of a layer have the same "
+                    f"bits; write what matches all of them, such as {pattern_of(module)}"
+                )
         if not rows:
             outer = [name for name in (EMBEDDING, LM_HEAD) if patterns.search(pattern, name)]
             left = [f"{name} is not decided on by itself" for name in outer]

@@ -115,7 +115,7 @@ class Asked:
         return found
 
     def _of_one_bit(self) -> Array:
-        """Bytes (M,) of linears with the fewest bits that there are."""
+        """Bytes (M,) of modules with the fewest bits that there are."""
         shape = self.shape
         bias = shape.nbytes[:, 0] - shape.weights * shape.bits[:, 0] / 8
         linear = linear_class(ONE_BIT)
@@ -123,7 +123,13 @@ class Asked:
             linear.empty(inputs, outputs, False, ONE_BIT, shape.dtype).nbytes()
             for inputs, outputs in shape.sizes.tolist()
         ]
-        return bias + held
+        return bias + shape.counts * held
+
+
+def rounded_up(value: float) -> str:
+    """A number above 0 in three digits, which are no less: "0.00123"."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / unit) * unit:.3g}"
 
 
 def _text(nbytes: float) -> str:

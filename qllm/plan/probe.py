@@ -20,6 +20,7 @@ from qllm.ops.capture import capture
 from qllm.plan.candidates import key
 from qllm.plan.devices import MeasuredSpeed, Size
 from qllm.plan.far_cache import FarCaches
+from qllm.plan.probed_experts import ProbedExperts
 from qllm.plan.probed_models import Models, fit
 from qllm.plan.random_model import random_linear
 from qllm.plan.timing import undisturbed
@@ -33,7 +34,7 @@ SMALL: tuple[Size, ...] = ((256, 256), (256, 1024), (1024, 256), (1024, 1024))
 # weights are read about as fast as those of an LM head; of 1536 they are read more slowly.
 LEAST, LARGE = (1024, 256), (2048, 2048)
 ROWS = {"decode": (1, 2, 4, 8, 16), "prefill": (1, 16, 128, 512)}
-FORMAT = 20  # of what is found: what was kept in another is measured again
+FORMAT = 21  # of what is found: what was kept in another is measured again
 ROUNDS = 5  # of all measurements, in turns: a shared machine is slow for seconds at a time
 SECONDS = 0.02  # that one measurement takes in a round at least
 
@@ -90,6 +91,7 @@ class Probe:
                 for name in _products(spec)
             }
             self._attention = dict(self._caches.calls())
+            self._experts = ProbedExperts(dtype, device)
         ops.keep_freed_memory(torch.device(device).type)  # as behind loading
 
     def _product(
@@ -113,6 +115,8 @@ class Probe:
                 self._times[name].append(median_seconds(run, self._device) / count)
             for far, (run, count) in self._attention.items():
                 self._times["attention", far].append(median_seconds(run, self._device) / count)
+            for kind, run in self._experts.calls():
+                self._experts.times[kind].append(median_seconds(run, self._device))
             self._models.measure()
 
     def _seconds(self, *name: Hashable) -> float:
@@ -141,6 +145,7 @@ class Probe:
             {name: (each.whole, each.sequence, each.logit) for name, each in rest.items()},
             sets,
             decode.among_others,
+            self._experts.seconds(),
         )
 
     def _linear(self, spec: QuantSpec, name: str, rows: int) -> tuple[float, ...]:

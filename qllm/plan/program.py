@@ -10,8 +10,9 @@ import numpy as np
 from qllm.config import EMBEDDING, ModelConfig, QuantSpec
 from qllm.plan.devices import Cluster, Device, HalfWork
 from qllm.plan.problem import Problem, Whole
+from qllm.plan.products import Products
 from qllm.plan.sensitivity import Array
-from qllm.plan.shape import Shape, Workload, is_head, sees_last_token
+from qllm.plan.shape import Shape, Workload
 
 
 def build(
@@ -52,34 +53,24 @@ def build(
         # Of what a step reads: the caches of a machine are shared by the stages that are there.
         cache = shape.cache(work)
         machines = len({(each.threads and each.host) or d for d, each in enumerate(devices)})
-        held = float(np.median(shape.nbytes, axis=1).sum() + cache.sum()) / machines
-        if shape.head is not None:
-            held += shape.head[1] / machines
+        sequences = first_rows, rows_each
+        products = Products.of(
+            shape, candidates, sequences, work.prompt, float(cache.sum()), machines
+        )
+        held = products.held
         passes, stage_passes, crowding = _besides_layers(devices, first_rows, rows_each, held)
-        tokens = first_rows * work.prompt
-        values = config.hidden_size * tokens
+        values = config.hidden_size * products.tokens
         hop_prefill = cluster.hop(values * shape.dtype.itemsize)
         hop_decode = cluster.hop(config.hidden_size * rows_each * shape.dtype.itemsize)
         hop_decode += cluster.hop(8 * rows_each)  # the last stage tells every other one its tokens
-        beside = [
-            _beside_products(config, work, (first_rows, rows_each), each / rows) for each in cache
-        ]
+        beside = [_beside_products(config, work, sequences, each / rows) for each in cache]
         for d, device in enumerate(devices):
             speed = device.speed
-            for m in range(size[0]):
-                if shape.modules[m] == EMBEDDING and not config.tied_head:
-                    continue  # rows are looked up, which takes no time
-                for c, spec in enumerate(candidates):
-                    inputs, outputs = map(int, shape.sizes[m])
-                    args = (spec, (inputs, outputs), int(shape.nbytes[m, c]))
-                    last = sees_last_token(shape.modules[m], config.num_layers)
-                    n = first_rows if last else tokens
-                    as_step = is_head(shape.modules[m])
-                    prefill[d, m, c] = speed.linear(*args, n, decode=as_step, model=held)
-                    decode[d, m, c] = speed.linear(*args, rows_each, decode=True, model=held)
+            prefill[d], decode[d] = products.seconds(speed)
+            fixed_prefill[d], fixed_decode[d] = products.experts(speed)
             for h, (prompt, step) in enumerate(beside):
-                fixed_prefill[d, h] = speed.half(prompt, decode=False, model=held)
-                fixed_decode[d, h] = speed.half(step, decode=True, model=held)
+                fixed_prefill[d, h] += speed.half(prompt, decode=False, model=held)
+                fixed_decode[d, h] += speed.half(step, decode=True, model=held)
             ends = ((fixed_prefill, first_rows, False), (fixed_decode, rows_each, True))
             for table, at_once, decoding in ends:
                 table[d, -1] += speed.logits(at_once * config.vocab_size, decode=decoding)
@@ -87,7 +78,7 @@ def build(
                     head = QuantSpec(), *shape.head
                     table[d, -1] += speed.linear(*head, at_once, decode=True, model=held)
             if device.contention and (shares[:, d] > 0).any():
-                contention[d] = _contention(shape, candidates, device, decode[d], held)
+                contention[d] = _contention(products, device, decode[d])
     return Problem(
         half_of=shape.half_of,
         loss=loss,
@@ -121,23 +112,17 @@ def build(
     )
 
 
-def _contention(
-    shape: Shape, candidates: Sequence[QuantSpec], device: Device, step: Array, held: float
-) -> float:
+def _contention(products: Products, device: Device, step: Array) -> float:
     """`Problem.contention` of a device whose machine others share.
 
     Products with more rows, for which others wait, read no more than those with one.
 
     Args:
         step: seconds (M, C) of its products in a step.
-        held: bytes that a step reads on the machine.
     """
-    of_one_row = 0.0
-    for m, c in np.argwhere(step):
-        inputs, outputs = map(int, shape.sizes[m])
-        args = candidates[c], (inputs, outputs), int(shape.nbytes[m, c])
-        of_one_row += device.speed.linear(*args, 1, decode=True, model=held)
-    return device.contention * device.speed.farness(held) * of_one_row / float(step.sum())
+    speed = device.speed
+    of_one_row = products.of_one_row(speed, step) / float(step.sum())
+    return device.contention * speed.farness(products.held) * of_one_row
 
 
 def _besides_layers(

@@ -31,10 +31,10 @@ class Sensitivity:
     """What was measured of a model's linears, and what it says of a plan.
 
     Attributes:
-        modules: names of the M linears.
+        modules: names of the M linears, or of as many decisions on experts' linears.
         candidates: the C specs that each may have, by rising bits.
         errors: (M, C), squared output error over the squared output.
-        float32_scales: bool (M, C), whether float16 does not hold the scales that were made.
+        float32_scales: int (M, C), how many linears have scales that float16 does not hold.
         probe: the candidate that each linear was run at while all others were float.
         alone: (M,), the divergences of those runs from the float model, nats per token.
         choices: int (P, M), the candidates of P plans of mixed bits.
@@ -45,7 +45,7 @@ class Sensitivity:
     modules: tuple[str, ...]
     candidates: tuple[QuantSpec, ...]
     errors: Array
-    float32_scales: NDArray[np.bool_]
+    float32_scales: NDArray[np.int64]
     probe: int
     alone: Array
     choices: NDArray[np.int64]
@@ -94,7 +94,7 @@ class Sensitivity:
                 tuple(value["modules"]),
                 tuple(QuantSpec.from_json(spec) for spec in value["candidates"]),
                 errors,
-                np.array(scales, dtype=bool),
+                np.array(scales, dtype=np.int64),
                 int(value["probe"]),
                 np.array(value["alone"], dtype=np.float64),
                 np.array(value["choices"], dtype=np.int64),
@@ -118,7 +118,7 @@ class Sensitivity:
             return False
         if not ((self.choices >= 0) & (self.choices < count[1])).all():
             return False
-        values = (self.errors, self.alone, self.divergences)
+        values = (self.errors, self.float32_scales, self.alone, self.divergences)
         return all(bool((np.isfinite(value) & (value >= 0)).all()) for value in values)
 
 

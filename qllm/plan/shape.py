@@ -25,7 +25,9 @@ from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
+from qllm.models.mlp import ROUTERS
 from qllm.plan.devices import Size
+from qllm.plan.modules import linears_of, of_experts
 from qllm.plan.sensitivity import Array
 from qllm.quantizer.floats import FRONT
 
@@ -69,17 +71,19 @@ class Shape:
     """What of a model's sizes the program needs.
 
     Attributes:
-        modules: names of the linears that are decided on, and of the embedding.
+        modules: names of what is decided on: linears, all experts' of a layer, the embedding.
         half_of: int (M,), their halves of layers; of an embedding the first, or, where the LM head
             is tied to it, the last, where there is a product with it.
-        sizes: int (M, 2), their inputs and outputs.
-        weights: (M,), elements.
+        sizes: int (M, 2), inputs and outputs of each matrix.
+        counts: int (M,), matrices: those of all experts, or one.
+        weights: (M,), elements of all of them.
         nbytes: int (M, C), as they are loaded: in the layout of the device's kernels.
         stays_tied: bool (M, C), of an LM head whether it stays the embedding's own matrix.
         bits: (M, C), per weight: integers, scales and zeros.
         fixed: int (H,), bytes of the rest of each half: dense linears, norms, and with the first
             and last half what is in front of the layers and behind them; an embedding that the LM
             head is tied to is with the last one, where there is a product with it.
+        routers: half, size and bytes of the dense matrices that choose experts; `fixed` has them.
         head: size and bytes of an LM head that is not decided on.
         tied: bytes of an embedding in `fixed` that the first of several stages has once more.
     """
@@ -89,11 +93,13 @@ class Shape:
     modules: tuple[str, ...]
     half_of: np.ndarray
     sizes: np.ndarray
+    counts: np.ndarray
     weights: Array
     nbytes: Array
     stays_tied: NDArray[np.bool_]
     bits: Array
     fixed: Array
+    routers: tuple[tuple[int, Size, int], ...]
     head: tuple[Size, int] | None
     tied: int
 
@@ -105,7 +111,7 @@ class Shape:
         candidates: Sequence[QuantSpec],
         dtype: torch.dtype | None,
         device: str = "cpu",
-        float32_scales: NDArray[np.bool_] | None = None,
+        float32_scales: NDArray[np.int64] | None = None,
     ) -> Shape:
         """Of a 16- or 32-bit checkpoint, whose files' headers alone are read.
 
@@ -133,40 +139,50 @@ class Shape:
         device: str = "cpu",
         *,
         tied_head: bool = False,
-        float32_scales: NDArray[np.bool_] | None = None,
+        float32_scales: NDArray[np.int64] | None = None,
     ) -> Shape:
         """Of a dense model, which may be on the meta device.
 
         Args:
             tied_head: an LM head that is decided on is the embedding's where it is left dense.
-            float32_scales: (M, C), of `Sensitivity`; None: as far as is known all are float16.
+            float32_scales: (M, C), of `Sensitivity`; None: as far as is known there are none.
         """
         config = model.config
         if float32_scales is None:
-            float32_scales = np.zeros((len(modules), len(candidates)), dtype=bool)
+            float32_scales = np.zeros((len(modules), len(candidates)), dtype=np.int64)
         last = 2 * config.num_layers - 1
-        halves, sizes, nbytes, bits = [], [], [], []
-        for name, are_float32 in zip(modules, float32_scales, strict=True):
+        halves, sizes, counts, nbytes, bits = [], [], [], [], []
+        linears = {name: linears_of(name, config) for name in modules}
+        for name, of_float32 in zip(modules, float32_scales.tolist(), strict=True):
+            counts.append(len(linears[name]))
             if name == EMBEDDING:
                 halves.append(last if config.tied_head else 0)
                 size, bias = (config.embed_size, config.vocab_size), False
             else:
-                linear = model.get_submodule(name)
+                linear = model.get_submodule(linears[name][0])
                 assert isinstance(linear, Linear)
                 halves.append(last if name == LM_HEAD else _half(name))
                 size = (linear.in_features, linear.out_features)
                 bias = getattr(linear, "bias", None) is not None
             sizes.append(size)
-            specs = list(zip(candidates, are_float32, strict=True))
-            held = [_empty(size, bias, *spec, model.dtype) for spec in specs]
-            nbytes.append([each.nbytes_on(device) for each in held])
-            plain = [_empty(size, False, *spec, model.dtype) for spec in specs]
-            bits.append([8 * each.nbytes() / math.prod(size) for each in plain])
-        fixed = np.zeros(last + 1)
+            held, plain = np.zeros((2, len(candidates)))
+            for index, (spec, wide) in enumerate(zip(candidates, of_float32, strict=True)):
+                for count, float32 in ((counts[-1] - wide, False), (wide, True)):
+                    if count:
+                        given = spec, float32, model.dtype
+                        held[index] += count * _empty(size, bias, *given).nbytes_on(device)
+                        plain[index] += count * _empty(size, False, *given).nbytes()
+            nbytes.append(held)
+            bits.append(8 * plain / (math.prod(size) * counts[-1]))
+        decided = {linear for names in linears.values() for linear in names}
+        fixed, routers = np.zeros(last + 1), []
         for name, module in model.named_modules():
             own = sum(t.nbytes for t in module.buffers(recurse=False))
-            if not own or name in modules or (name == LM_HEAD and config.tied_head):
+            if not own or name in decided or (name == LM_HEAD and config.tied_head):
                 continue
+            if name.endswith(ROUTERS):
+                assert isinstance(module, Linear)
+                routers.append((_half(name), (module.in_features, module.out_features), own))
             front = name.split(".")[0] in FRONT and not (name == EMBEDDING and config.tied_head)
             fixed[_half(name) if name.startswith("layers.") else 0 if front else last] += own
         head = None
@@ -183,8 +199,9 @@ class Shape:
             tuple(modules),
             np.array(halves),
             np.array(sizes),
-            np.array([math.prod(size) for size in sizes], dtype=np.float64),
-            np.array(nbytes, dtype=np.float64),
+            np.array(counts),
+            np.array(counts) * np.prod(np.array(sizes, dtype=np.float64), axis=1),
+            np.array(nbytes),
             np.array(
                 [
                     [tied_head and name == LM_HEAD and spec.kind == "dense" for spec in candidates]
@@ -193,6 +210,7 @@ class Shape:
             ),
             np.array(bits),
             fixed,
+            tuple(routers),
             head,
             tied,
         )
@@ -201,6 +219,19 @@ class Shape:
         """Bytes (M, C) on so many devices: the last of several has a matrix of its own for a head
         that stays tied, and a single one the embedding's."""
         return np.where(self.stays_tied & (devices == 1), 0.0, self.nbytes)
+
+    def products(self, module: int, tokens: float) -> tuple[float, float]:
+        """How many of a module's matrices some tokens go through, and how many tokens each has.
+
+        Of experts that is what is expected where a token takes any of them as likely as others: one
+        that each of B tokens takes with probability p is read with 1 - (1 - p)^B.
+        """
+        experts = self.config.experts
+        if experts is None or not of_experts(self.modules[module]):
+            return 1.0, tokens
+        idle = (1 - experts.top_k / experts.count) ** tokens
+        read = experts.count * (1 - idle)
+        return read, tokens * experts.top_k / read
 
     def cache(self, work: Workload) -> Array:
         """Bytes (H,) of keys and values in each half: attention has them, the MLP none."""
@@ -212,9 +243,11 @@ class Shape:
         """Bytes of activations at the peak of a prompt's pass: a layer's, and the logits."""
         config = self.config
         heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        inner = config.intermediate_size * (2 if config.gated_mlp else 1)
+        inner = _inner_channels(config) * (2 if config.gated_mlp else 1)
         tokens = work.batch * work.prompt
         layer = tokens * (3 * config.hidden_size + max(heads, inner)) * self.dtype.itemsize
+        if config.experts is not None:  # what they give is added up in float32 beside it
+            layer += tokens * config.hidden_size * (4 + self.dtype.itemsize)
         return float(layer + work.batch * config.vocab_size * (4 + self.dtype.itemsize))
 
 
@@ -226,6 +259,15 @@ def _empty(
     if float32_scales:
         linear.register_buffer("scales", linear.get_buffer("scales").float())
     return linear
+
+
+def _inner_channels(config: ModelConfig) -> int:
+    """Those of the widest MLP; experts run one by one, and all tokens may have chosen the same."""
+    experts = config.experts
+    if experts is None:
+        return config.intermediate_size
+    of_mlp = 0 if all(experts.layers) else config.intermediate_size
+    return max(of_mlp, experts.intermediate_size, experts.shared_size)
 
 
 def _half(name: str) -> int:

@@ -23,7 +23,8 @@ def plan_lines(name: str, plan: Plan) -> list[str]:
         words = module.split(".")
         row, column = (".".join(words[:2]), ".".join(words[2:])) if words[2:] else (module, "")
         layers.setdefault(row, {})[column] = called[spec]
-    columns = max((list(cells) for cells in layers.values()), key=len)
+    # Of a model with experts some layers may have an MLP.
+    columns = list(dict.fromkeys(c for cells in layers.values() for c in cells if c))
     rows = [
         [row, *(cells.get(column, "") for column in columns)]
         if "" not in cells

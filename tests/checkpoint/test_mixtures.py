@@ -17,7 +17,6 @@ from qllm.checkpoint.load import elements, module_bytes
 from qllm.config import QuantPlan
 from qllm.errors import UserError
 from qllm.onnx.export import export
-from qllm.plan.measure import Weights, decided_modules
 from qllm.report import bitwidth, kernel_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,10 +88,9 @@ def test_ranges_that_are_not_known_are_not_made_up(tmp_path):
 
 def test_what_does_not_know_experts_says_so(tmp_path):
     folder = made("mixtral", tmp_path)
-    config, weights = load(folder).config, Weights.of_floats(folder)
+    config = load(folder).config
     calls = (
         lambda: export(folder, tmp_path / "onnx"),
-        lambda: decided_modules(weights, lm_head=False),
         lambda: predict(folder, [QuantPlan.parse("4")], config, None),
     )
     for call in calls:

@@ -18,7 +18,8 @@ from qllm.parallel.group import Group
 from qllm.parallel.pipeline import ParallelContext
 from qllm.plan.candidates import parse_candidates
 from qllm.plan.devices import STAGE_PASSES, Cluster, DescribedSpeed, Device
-from qllm.plan.measure import Job, decided_modules
+from qllm.plan.measure import Job
+from qllm.plan.modules import decided_modules
 from qllm.plan.planner import ANYWHERE, Limits, Planner, allowed
 from qllm.plan.sensitivity import Sensitivity
 from qllm.plan.shape import Shape, Workload

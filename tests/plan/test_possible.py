@@ -14,7 +14,7 @@ from qllm.config import QuantSpec
 from qllm.errors import UserError
 from qllm.plan.candidates import parse_candidates
 from qllm.plan.cluster_file import parse_bytes
-from qllm.plan.measure import decided_modules
+from qllm.plan.modules import decided_modules
 from qllm.plan.planner import allowed, rounded_up
 from qllm.plan.possible import CLUSTER, MEMORY, SIZE, Asked
 from qllm.plan.shape import Shape, Workload
