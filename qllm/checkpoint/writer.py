@@ -103,7 +103,8 @@ class ShardWriter:
 
     @staticmethod
     def _end(shard: dict) -> int:
-        return max((entry["data_offsets"][1] for entry in shard.values()), default=0)
+        last = next(reversed(shard.values()), None)  # entries stand in the order of their bytes
+        return 0 if last is None else last["data_offsets"][1]
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append a tensor; to a new shard where the last has no place for it or for its entry."""

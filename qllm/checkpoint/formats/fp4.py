@@ -11,6 +11,7 @@ from torch import Tensor
 from qllm.checkpoint.formats.base import Format
 from qllm.checkpoint.formats.tensors import TensorReader, chunks, shortest
 from qllm.gguf.blocks import e2m1_levels
+from qllm.gguf.types import MXFP4
 from qllm.ops.cpu.linear import LEVEL_BITS
 from qllm.quant.packing import PackedWeight, pack, packed_size
 
@@ -39,6 +40,8 @@ class FP4(Format):
         read = TensorReader(tensors, self.spec, in_features, out_features)
         codes = read.tensor("codes", (out_features, in_features // 2), (torch.uint8,))
         scales = read.scales("scales", (out_features, read.groups))
+        if read.group_size == MXFP4.group:  # of powers of two, for which there is a kernel
+            return MXFP4.to_packed(_blocks(codes, scales))
         levels, byte = e2m1_levels(), torch.arange(256)
         # As one integer per byte, which torch takes from a table faster than two.
         pairs = (
@@ -49,3 +52,16 @@ class FP4(Format):
             values = pairs.index_select(0, codes[part].flatten().int()).view(torch.uint8)
             packed[part] = pack(values.view(-1, in_features), BITS)
         return PackedWeight(packed, shortest(scales / 2), codes.new_empty(0))
+
+
+def _blocks(codes: Tensor, scales: Tensor) -> Tensor:
+    """Codes of 32 inputs to a scale, which is a power of two, as a GGUF file has them.
+
+    The first half of a block is in the lower halves of its bytes, the second in the upper ones.
+    """
+    first, second = codes.view(len(codes), -1, 2, 8).unbind(2)
+    even = first & 15 | second << 4
+    odd = first >> 4 | second & 240
+    exponents = (scales.frexp().exponent + 126).byte()
+    values = torch.stack((even, odd), dim=3).flatten(2)
+    return torch.cat((exponents[..., None], values), dim=2).flatten(1)
