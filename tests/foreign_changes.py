@@ -156,9 +156,9 @@ def auto_scheme(folder: Folder) -> None:
     }
 
 
-def one_dense(folder: Folder) -> None:
+def one_dense(folder: Folder, linear: str = "self_attn.o_proj") -> None:
     """A linear that the config calls quantized is not so in the file, which decides."""
-    stem = "model.layers.1.self_attn.o_proj."
+    stem = f"model.layers.1.{linear}."
     for name in [name for name in folder.state if name.startswith(stem)]:
         del folder.state[name]
     folder.state[f"{stem}weight"] = folder.twin.get_submodule(stem[:-1]).weight.detach().clone()

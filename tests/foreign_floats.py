@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from foreign import Case, Folder, Writer, Written
-from foreign_changes import as_mlx, moved
+from foreign_changes import as_mlx, moved, one_dense
 
 # FP8 by its type: bits of the exponent and of the mantissa, and the bias.
 FLOAT8 = {torch.float8_e4m3fn: (4, 3, 7), torch.float8_e5m2: (5, 2, 15)}
@@ -294,6 +295,12 @@ CASES = {
     "NVFP4 of compressed-tensors": Case(
         fp4("weight_packed", "weight_global_scale", 16),
         ct("nvfp4-pack-quantized", 4, strategy="tensor_group", group_size=16),
+    ),
+    "NVFP4 of compressed-tensors, one of q, k and v at 16 bits": Case(
+        fp4("weight_packed", "weight_global_scale", 16),
+        ct("nvfp4-pack-quantized", 4, strategy="tensor_group", group_size=16),
+        partial(one_dense, linear="self_attn.q_proj"),
+        note=FLOATS.replace("FP8", "FP4"),
     ),
     "MXFP4 of compressed-tensors": Case(
         fp4("weight_packed", None, 32), ct("mxfp4-pack-quantized", 4, group_size=32)

@@ -106,6 +106,7 @@ def checkpoints(*, onnx: bool = True) -> dict[str, Files]:
         found["llama bitnet"] = _bitnet(root / "bitnet")
         found["llama hqq"] = _hqq(root / "hqq")
         found["llama torchao"] = _torchao(root / "torchao")
+        found["gpt-oss"] = _gpt_oss(root / "gpt-oss")
         for family in CONFIGS:
             found[f"{family} statistics"] = _with_statistics(root / f"{family} safetensors")
         found |= _gguf(root)
@@ -230,6 +231,38 @@ def _mlx(folder: Path) -> Files:
         return {"weight": words, "scales": scales, "biases": scales * -8}
 
     return _packed(folder, {"quantization": {"bits": 4, "group_size": 16}}, matrix)
+
+
+def _gpt_oss(folder: Path) -> Files:
+    """A mixture of three experts in MXFP4, those of a layer in one tensor."""
+    config = CONFIGS["llama"] | {"model_type": "gpt_oss", "num_local_experts": 3}
+    config |= {"num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 4}
+    config |= {"intermediate_size": HIDDEN, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    config |= {"quantization_config": {"quant_method": "mxfp4"}}
+    weights, state = RandomWeights(), {}
+    for name, shape in TENSORS["llama"](config):
+        if ".mlp." not in name:
+            state[name] = weights(name, shape)
+    for layer in range(LAYERS):
+        stem = f"model.layers.{layer}."
+        router = f"{stem}mlp.router"
+        state |= {f"{stem}self_attn.sinks": torch.rand(HEADS), f"{router}.bias": torch.rand(3)}
+        state[f"{router}.weight"] = weights(router, (3, HIDDEN))
+        for part, rows in (("gate_up_proj", 2 * HIDDEN), ("down_proj", HIDDEN)):
+            name = f"{stem}mlp.experts.{part}"
+            blocks = torch.randint(256, (3, rows, 1, 16), dtype=torch.uint8)
+            scales = torch.randint(118, 122, (3, rows, 1), dtype=torch.uint8)
+            state |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            state[f"{name}_bias"] = torch.rand(3, rows)
+
+    def write(target: Path, tensors: list) -> None:
+        from safetensors.torch import save_file
+
+        save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+
+    _write(folder, "llama", config, write)
+    (folder / PLAN).unlink()
+    return _read(folder)
 
 
 def _inside(source: Path) -> Files:
