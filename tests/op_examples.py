@@ -192,8 +192,13 @@ def norm_int8_example(
 
 
 def activation_example(request: Request, rows: int, dtype: torch.dtype, *, name: str, gated: bool):
-    x = (normal(rows, request.in_features * (2 if gated else 1)) * 3).to(dtype)
+    spread = 6 if name == reference.SWIGLU_OAI else 3  # that one clamps
+    x = (normal(rows, request.in_features * (2 if gated else 1)) * spread).to(dtype)
     gate, up = np.split(exact.numpy(x), 2, axis=1) if gated else (exact.numpy(x), 1)
+    if name == reference.SWIGLU_OAI:
+        gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+        y = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+        return {"x": x, "name": name}, y, np.abs(gate * (np.abs(up) + 1)).max()
     return {"x": x, "name": name}, exact.ACTIVATIONS[name](gate) * up, np.abs(gate * up).max()
 
 
@@ -375,7 +380,8 @@ EXAMPLES = {
         partial(activation_example, name=name, gated=False) for name in exact.ACTIVATIONS
     ),
     "gated_activation": tuple(
-        partial(activation_example, name=name, gated=True) for name in exact.ACTIVATIONS
+        partial(activation_example, name=name, gated=True)
+        for name in (*exact.ACTIVATIONS, reference.SWIGLU_OAI)
     ),
     "add": (add_example,),
     "scale": (scale_example,),

@@ -131,14 +131,15 @@ def in_float32(capability: str) -> Iterator[Job]:
     every |= {"BITS": 4, "SPAN": 128, "GROUP_BLOCKS": 1, "HAS_ZEROS": True, "OFFSETS": False}
     every |= {"UNPACKED": False}
     yield Job("float32, packed-4", matmul.packed_matmul, packed, every, *how)
-    names = ("qkv", "cos", "sin", "keys", "values", "own_keys", "own_values", "slopes", "y")
-    tensors = dict.fromkeys(names, "*fp32")
+    names = ("qkv", "cos", "sin", "keys", "values", "own_keys", "own_values", "slopes")
+    tensors = dict.fromkeys((*names, "sinks", "y"), "*fp32")
     tensors |= dict.fromkeys(("rows", "starts", "positions"), "*i64")
     run = prefill_attention.prefill_attention
     for dim, runs in ((128, False), (256, False), (128, True)):
         width, *cut, warps, stages = prefill_tile(dim, torch.float32, False, runs=runs)
         constants = {"DIM": dim, "FIRST": dim // 2, "WIDTH": width, "GROUP": 1, "BM": cut[0]}
         constants |= {"BN": cut[1], "ROTATE": True, "SLOPE": not runs, "CAP": not runs}
+        constants |= {"SINK": runs}
         constants |= {"WINDOW": not runs, "RUNS": runs, "DESCRIBED": False}
         name = f"float32, attention, heads of {dim}{', to runs' if runs else ''}"
         yield Job(name, run, tensors, constants, warps, stages, True)
@@ -181,7 +182,13 @@ def others(capability: str) -> Iterator[Job]:
     names = ("qkv", "cos", "sin", "keys", "values", "y")
     tensors = dict.fromkeys(names, "*bf16")
     tensors |= dict.fromkeys(("rows", "starts", "positions"), "*i64")
-    tensors |= {"slopes": "*fp32", "partials": "*fp32", "counters": "*i32", "q": "*bf16"}
+    tensors |= {
+        "slopes": "*fp32",
+        "sinks": "*fp32",
+        "partials": "*fp32",
+        "counters": "*i32",
+        "q": "*bf16",
+    }
     for dim, dtype in ((64, "bf16"), (128, "bf16"), (256, "fp32")):
         constants = {"DIM": dim, "FIRST": dim // 2, "COLUMNS": dim, "GROUP": 1, "SPLIT": True}
         constants |= {
@@ -190,6 +197,7 @@ def others(capability: str) -> Iterator[Job]:
             "BLOCK": block_of(dim, torch.float32 if dtype == "fp32" else torch.bfloat16),
             "ROTATE": True,
             "SLOPE": False,
+            "SINK": True,
             "CAP": False,
             "WINDOW": True,
             "JOINED": 1,
@@ -210,7 +218,7 @@ def others(capability: str) -> Iterator[Job]:
         width, tokens, keys, warps, stages = prefill_tile(128, torch.bfloat16, described)
         constants = {"DIM": 128, "FIRST": 64, "WIDTH": width, "GROUP": 1, "BM": tokens, "BN": keys}
         constants |= {"ROTATE": True, "SLOPE": not window, "CAP": False, "WINDOW": window}
-        constants |= {"RUNS": runs, "DESCRIBED": described}
+        constants |= {"RUNS": runs, "DESCRIBED": described, "SINK": window}
         blocks = f"tensordesc<bf16[{keys}, {width}]>" if described else "*bf16"
         sources = dict.fromkeys(("keys", "values", "own_keys", "own_values"), blocks)
         what = "to runs" if runs else "in a window" if window else "of prefill"

@@ -15,6 +15,7 @@ import torch
 from hypothesis import Phase, given, settings
 from oracle import load, random_model
 from random_configs import CONFIGS, MIXTURES
+from transformers import PretrainedConfig
 from upcycling import upcycled
 
 from qllm.checkpoint.load import load_model, module_bytes
@@ -22,6 +23,8 @@ from qllm.checkpoint.weights import Weights
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
 from qllm.evaluate.agreement import DecoderReference, ReferenceOutputs, agreement
+from qllm.models import RawConfig
+from qllm.models import read_config as model_config
 from qllm.plan import output_errors, probed_experts, resume
 from qllm.plan.candidates import parse_candidates
 from qllm.plan.cluster_file import read_cluster
@@ -52,13 +55,20 @@ def mixtral(tmp_path_factory):
     return upcycled("mixtral", tmp_path_factory.mktemp("mixtral") / "model", layers=1)
 
 
+def has_several_experts(config: PretrainedConfig) -> bool:
+    """In one of its layers at the least, and several layers."""
+    read = model_config(RawConfig(config.to_dict(), "config.json"))
+    several = read.experts is not None and read.experts.count > 1
+    return several and config.num_hidden_layers > 1
+
+
 @pytest.fixture(scope="module", params=MIXTURES)
 def random(request, tmp_path_factory):
     """Of sizes that are drawn, of each family."""
     folder, drawn = tmp_path_factory.mktemp(request.param), []
 
     @settings(max_examples=1, database=None, derandomize=True, phases=[Phase.generate])
-    @given(CONFIGS[request.param][0].filter(lambda config: config.num_hidden_layers > 1))
+    @given(CONFIGS[request.param][0].filter(has_several_experts))
     def draw(config):
         drawn.append(config)
 

@@ -10,8 +10,11 @@ from qllm.ops.cpu.interface import Activate, Add, Attend, Embed, Gather, Norm, R
 from qllm.ops.cpu.library import TYPES, like, pointer
 from qllm.ops.kv import KV, PLAIN, Batch, Scores
 from qllm.ops.quantized_kv import QuantizedKV, padded_size
+from qllm.ops.reference import SWIGLU_OAI
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "swiglu_oai")  # as in kernels.h
+# As in kernels.h; the last one is of two inputs.
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+GATED_ACTIVATIONS = (*ACTIVATIONS, SWIGLU_OAI)
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
@@ -93,19 +96,18 @@ def _norm(
 
 def activation(x: Tensor, name: str) -> Tensor:
     """`reference.activation`."""
-    return _activate(x, name, gated=False)
+    return _activate(x, ACTIVATIONS.index(name), gated=False)
 
 
 def gated_activation(x: Tensor, name: str) -> Tensor:
     """`reference.gated_activation`."""
-    return _activate(x, name, gated=True)
+    return _activate(x, GATED_ACTIVATIONS.index(name), gated=True)
 
 
-def _activate(x: Tensor, name: str, *, gated: bool) -> Tensor:
+def _activate(x: Tensor, kind: int, *, gated: bool) -> Tensor:
     x = x.contiguous()
     rows, channels = x.shape[0], x.shape[1] // (2 if gated else 1)
     y = x.new_empty(rows, channels)
-    kind = ACTIVATIONS.index(name)
     arguments = Activate(rows, channels, kind, gated, TYPES[x.dtype], pointer(x), pointer(y))
     library.run("activate", arguments, x, y)
     return y

@@ -25,7 +25,7 @@ from fences import fenced, mappings, run_in
 from qllm.gguf.types import PACKED, UNBLOCKED
 from qllm.ops import phase
 from qllm.ops.cpu import linear, steps, tuning
-from qllm.ops.kv import KV, Batch
+from qllm.ops.kv import KV, Batch, Scores
 from qllm.ops.quantized_kv import RUN, QuantizedKV
 from qllm.ops.rounding import Rounding
 
@@ -34,9 +34,10 @@ def run_steps(dtype: torch.dtype, fence) -> None:
     for channels, rows in itertools.product((1, 2, 15, 17, 33, 70), (1, 3, 6)):
         x, z = map(fence, normal(2, rows, channels, dtype=dtype))
         one, two = map(fence, normal(2, channels, dtype=dtype))
+        for name in steps.GATED_ACTIVATIONS:
+            steps.gated_activation(fence(torch.cat([x, z], dim=1)), name)
         for name in steps.ACTIVATIONS:
             steps.activation(x, name)
-            steps.gated_activation(fence(torch.cat([x, z], dim=1)), name)
         steps.layer_norm(x, one, two, 1e-5)
         steps.rms_norm(x, one, 1e-5)
         steps.add(x, z)
@@ -47,20 +48,21 @@ def run_steps(dtype: torch.dtype, fence) -> None:
 def run_attention(dtype: torch.dtype, fence) -> None:
     for heads, kv_heads, dim in ((1, 1, 1), (4, 2, 2), (2, 1, 20), (2, 2, 34), (1, 1, 64)):
         slopes = fence(torch.ones(heads))
+        scores = Scores(sinks=slopes)
         for length in (1, 3, 5, 33, 65):
             parts = heads + 2 * kv_heads
             qkv = fence(normal(length, parts * dim, dtype=dtype))
             rotation = [*map(fence, normal(2, length, dim, dtype=dtype))] if dim > 1 else None
             cache = KV(*map(fence, normal(2, 1, kv_heads, length, dim, dtype=dtype)))
             batch = Batch(*map(fence, Batch.of([length], "cpu")[:3]), length, length)
-            steps.prefill_attention(qkv, cache, batch, rotation, slopes)
+            steps.prefill_attention(qkv, cache, batch, rotation, slopes, scores)
             new = fence(normal(3, parts * dim, dtype=dtype))
             rotation = [*map(fence, normal(2, 3, dim, dtype=dtype))] if dim > 1 else None
             cache = KV(*map(fence, normal(2, 3, kv_heads, length, dim, dtype=dtype)))
             pasts = [length - 1, 0, length - 1]
             batch = Batch.of([1] * 3, "cpu", rows=[2, 0, 1], pasts=pasts)
             batch = Batch(*map(fence, batch[:3]), 1, length)
-            steps.decode_attention(new, cache, batch, rotation, slopes)
+            steps.decode_attention(new, cache, batch, rotation, slopes, scores)
 
 
 def run_quantized_attention(dtype: torch.dtype, fence) -> None:
@@ -135,7 +137,8 @@ def run_tuning(dtype: torch.dtype, fence) -> None:
         leaf = fence(normal(length, (heads + 2 * kv_heads) * dim, dtype=dtype)).requires_grad_()
         kv = KV(*normal(2, 1, kv_heads, length, dim))
         slopes, batch = fence(torch.ones(heads)), Batch.of([length], "cpu")
-        y = tuning.differentiable_attention(leaf, kv, batch, None, slopes)
+        scores = Scores(sinks=slopes)
+        y = tuning.differentiable_attention(leaf, kv, batch, None, slopes, scores)
         y.backward(fence(normal(*y.shape, dtype=dtype)))
 
 
