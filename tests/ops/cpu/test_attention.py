@@ -18,7 +18,7 @@ from torch import Tensor
 from qllm.ops import reference
 from qllm.ops.cpu import library as native
 from qllm.ops.cpu import steps
-from qllm.ops.kv import KV, Batch
+from qllm.ops.kv import KV, Batch, Scores
 
 pytestmark = pytest.mark.usefixtures("one_thread", "path")
 
@@ -48,6 +48,12 @@ class Tokens:
     positions: Tensor
     angles: tuple[Tensor, Tensor] | None
     slopes: Tensor | None
+
+    @property
+    def scores(self) -> Scores:
+        """Those of heads that are turned have sinks, some of which are above all scores."""
+        sinks = torch.linspace(-1, 5, self.shape[0]) if self.angles else None
+        return Scores(sinks=sinks)
 
     def at(self, rows: list[int] | slice) -> Tokens:
         angles = self.angles and tuple(part[rows] for part in self.angles)
@@ -96,14 +102,15 @@ def full_cache(tokens: Tokens, capacity: int, *, rows: int | None = None) -> tup
 def decode(tokens: Tokens, keys: Tensor, values: Tensor, run=steps.decode_attention) -> Tensor:
     pasts = tokens.positions.tolist()
     batch = Batch.of([1] * len(pasts), "cpu", pasts=pasts)
-    return run(tokens.qkv, KV(keys, values), batch, tokens.angles, tokens.slopes)
+    cache = KV(keys, values)
+    return run(tokens.qkv, cache, batch, tokens.angles, tokens.slopes, tokens.scores)
 
 
 def prompt(tokens: Tokens, keys: Tensor, values: Tensor, run=steps.prefill_attention) -> Tensor:
     """A run of tokens of one row, which may hold others already."""
     batch = Batch.of([len(tokens.qkv)], "cpu", pasts=[int(tokens.positions[0])])
     kv = KV(keys[None], values[None])
-    return run(tokens.qkv, kv, batch, tokens.angles, tokens.slopes)
+    return run(tokens.qkv, kv, batch, tokens.angles, tokens.slopes, tokens.scores)
 
 
 def assert_written(cache: Tensor, before: Tensor, places: list, heads: np.ndarray) -> None:
@@ -127,7 +134,7 @@ def assert_attention(
     queries, *_ = tokens.heads()
     slopes = None if tokens.slopes is None else exact.numpy(tokens.slopes)
     results = [
-        exact.attention(query, *map(exact.numpy, cache), slopes)
+        exact.attention(query, *map(exact.numpy, cache), slopes, tokens.scores)
         for query, cache in zip(queries, seen, strict=True)
     ]
     want, size = (np.stack(part) for part in zip(*results, strict=True))
@@ -283,7 +290,7 @@ def test_a_prompt_may_come_in_runs(dtype):
             batch = Batch.of([end - start] * 2, "cpu", rows=[3, 1], pasts=[start, 0])
             both = torch.cat([run.qkv, other.qkv])
             angles = tuple(map(torch.cat, zip(run.angles, other.angles, strict=True)))
-            got = steps.prefill_attention(both, kv, batch, angles, tokens.slopes)
+            got = steps.prefill_attention(both, kv, batch, angles, tokens.slopes, tokens.scores)
             assert same(got[: end - start], whole[start:end])
             assert same(got[end - start :], whole[: end - start])
         assert all(same(part[3], want) for part, want in zip(kv, cache, strict=True))
