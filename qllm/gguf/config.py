@@ -16,8 +16,11 @@ ENDS = frozenset(
     (
         *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>"),
         *("<|end_of_text|>", "<EOT>", "_<EOT>", "<end_of_utterance>", "<eos>"),
+        *("<|return|>", "<|call|>"),
     )
 )
+# Of a vocabulary with both of these (gpt-oss), that ends a part of an answer, and not the answer.
+HARMONY, HARMONY_PART = {"<|return|>", "<|call|>"}, "<|end|>"
 CONTROL_ENDS = ("</s>",)  # those that are of that type
 END_KINDS = ("eos", "eot", "eom")  # of tokenizer.ggml.*_token_id: ends of a text, a turn, a message
 CONTROL = 3  # of tokenizer.ggml.token_type
@@ -102,7 +105,10 @@ def _ends(metadata: Metadata) -> list[int]:
 def named_ends(tokens: Sequence[str], types: Sequence[float]) -> set[int]:
     """Ids of the tokens of a vocabulary that end a text by what they are called."""
     control = {i for i, t in enumerate(tokens) if t in CONTROL_ENDS and types[i] == CONTROL}
-    return control.union(i for i, text in enumerate(tokens) if text in ENDS)
+    found = {text: i for i, text in enumerate(tokens) if text in ENDS}
+    if found.keys() >= HARMONY:
+        found.pop(HARMONY_PART, None)
+    return control.union(found.values())
 
 
 def _dtype(found: GGUF) -> str:

@@ -35,6 +35,12 @@ REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = ENGLISH + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + REST
 QWEN2 = ENGLISH + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + REST
+# Words of capital and of small letters, as o200k (gpt-oss) and Mistral's Tekken cut them.
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+CASED = [rf"[^\r\n\p{{L}}\p{{N}}]?{word}" for word in (f"{UPPER}*{LOWER}+", f"{UPPER}+{LOWER}*")]
+SLASHES = REST.replace(r"[\r\n]*", r"[\r\n/]*")
+O200K = "|".join(f"{word}{ENGLISH}?" for word in CASED) + r"|\p{N}{1,3}" + SLASHES
+TEKKEN = "|".join(CASED) + r"|\p{N}" + SLASHES
 BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 DIGIT = r"\p{N}"
 # Patterns by which a text is cut, one after the other, by tokenizer.ggml.pre.
@@ -44,9 +50,10 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), (DIGIT, GPT2)),
     **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt"), (GPT2,)),
     **dict.fromkeys(("bloom", "gpt3-finnish"), (BLOOM,)),
+    **{"gpt-4o": (O200K,), "tekken": (TEKKEN,)},
 }
 # Of these, a word that is a token is that token, whatever its merges; and BOS comes first.
-IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "falcon3")
+IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 
 
 class GGUFCodec:

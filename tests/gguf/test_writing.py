@@ -297,6 +297,13 @@ def test_chat_templates_of_several_names_are_written_and_read(in_files, tmp_path
     assert AutoTokenizer.from_pretrained(back).chat_template == templates
 
 
+O200K = (  # as gpt-oss's tokenizer.json has it
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 
 
@@ -311,6 +318,8 @@ CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
         (CL100K + "{1,3}" + REST, False, "dbrx"),
         (CL100K + REST, False, "qwen2"),
         (r" ?[^(\s|[.,!?…。，、।۔،])]+", False, "bloom"),
+        (O200K, False, "gpt-4o"),
+        (O200K.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "").replace("{1,3}", ""), True, "tekken"),
         (r"\w+", False, None),
     ],
 )
