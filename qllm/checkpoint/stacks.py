@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from math import prod
 from typing import NamedTuple
 
 from torch import Tensor
@@ -83,10 +84,7 @@ class UnstackedFile(TensorFile):
                 f"{each} for each of up to {MAX_EXPERTS} experts"
             )
         rows, *behind = shape
-        width = 1
-        for size in behind:
-            width *= size
-        found = (rows // parts, width) if behind else (rows // parts,)
+        found = (rows // parts, prod(behind)) if behind else (rows // parts,)
         for expert in range(count):
             for i, part in enumerate(stack.parts):
                 run = slice(i * rows // parts, (i + 1) * rows // parts)

@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from qllm.config import LM_HEAD, ModelConfig
+from qllm.config import LM_HEAD, ExpertsConfig, ModelConfig
 from qllm.errors import UserError
 from qllm.models.attention import ATTENTION_LINEARS
 from qllm.models.mlp import EXPERTS, mlp_linears
@@ -232,6 +232,32 @@ def read_top_k(raw: RawConfig, names: tuple[str, ...], count: int, top_k: int) -
     """
     count = raw.count(*names, default=count, maximum=MAX_EXPERTS)
     return count, raw.count("num_experts_per_tok", default=top_k, maximum=count)
+
+
+def experts_of_all_layers(
+    raw: RawConfig,
+    config: ModelConfig,
+    counts: tuple[int, int],
+    *,
+    normalizes: bool,
+    router_bias: bool = False,
+) -> ExpertsConfig:
+    """The experts of a model whose layers all have them, each with the inner channels of an MLP.
+
+    Args:
+        config: what it has besides.
+        counts: how many there are, and a token takes, where a config.json does not say.
+        normalizes, router_bias: see `ExpertsConfig`.
+    """
+    count, top_k = read_top_k(raw, ("num_local_experts", "num_experts"), *counts)
+    return ExpertsConfig(
+        count=count,
+        top_k=top_k,
+        intermediate_size=config.intermediate_size,
+        normalizes=normalizes,
+        layers=(True,) * config.num_layers,
+        router_bias=router_bias,
+    )
 
 
 def check_groups(raw: RawConfig, heads: int, kv_heads: int) -> None:

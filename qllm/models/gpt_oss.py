@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qllm.config import ExpertsConfig, ModelConfig
+from qllm.config import ModelConfig
 from qllm.models import llama
-from qllm.models.family import Family, RawConfig, read_top_k
+from qllm.models.family import Family, RawConfig, experts_of_all_layers
 from qllm.models.qwen2_moe import EXPERTS
 from qllm.models.rope import ORIGINAL
 from qllm.models.stacks import gpt_oss_stacks
@@ -43,16 +43,8 @@ def read_config(raw: RawConfig) -> ModelConfig:
     for name, only in (("swiglu_alpha", SWIGLU_ALPHA), ("swiglu_limit", SWIGLU_LIMIT)):
         if raw.number(name, only) != only:
             raise raw.error(name, raw.values[name], f"{only}, as gpt-oss has it")
-    count, top_k = read_top_k(raw, ("num_local_experts", "num_experts"), 128, 4)
     config = llama.read_config(raw)
-    experts = ExpertsConfig(
-        count=count,
-        top_k=top_k,
-        intermediate_size=config.intermediate_size,
-        normalizes=True,
-        layers=(True,) * config.num_layers,
-        router_bias=True,
-    )
+    experts = experts_of_all_layers(raw, config, (128, 4), normalizes=True, router_bias=True)
     return replace(
         config,
         family="gpt_oss",

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qllm.config import ExpertsConfig, ModelConfig
+from qllm.config import ModelConfig
 from qllm.models import granite
-from qllm.models.family import Family, RawConfig, read_top_k
+from qllm.models.family import Family, RawConfig, experts_of_all_layers
 from qllm.models.mixtral import BLOCK
 from qllm.models.stacks import DOWN, UP, Stack, stacks_of
 
 
 def read_config(raw: RawConfig) -> ModelConfig:
-    count, top_k = read_top_k(raw, ("num_local_experts", "num_experts"), 8, 2)
     config = granite.read_config(raw)
-    experts = ExpertsConfig(
-        count=count,
-        top_k=top_k,
-        intermediate_size=config.intermediate_size,
-        normalizes=True,
-        layers=(True,) * config.num_layers,
-    )
+    experts = experts_of_all_layers(raw, config, (8, 2), normalizes=True)
     return replace(config, family="granitemoe", mlp_bias=False, experts=experts)
 
 

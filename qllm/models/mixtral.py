@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qllm.config import ExpertsConfig, ModelConfig
+from qllm.config import ModelConfig
 from qllm.models import llama
-from qllm.models.family import Family, RawConfig, read_top_k
+from qllm.models.family import Family, RawConfig, experts_of_all_layers
 from qllm.models.mistral import read_config as read_mistral
 from qllm.models.stacks import stacks_of
 
@@ -22,15 +22,8 @@ DEFAULTS = {
 
 def read_config(raw: RawConfig) -> ModelConfig:
     raw = raw.with_defaults(DEFAULTS)
-    count, top_k = read_top_k(raw, ("num_local_experts", "num_experts"), 8, 2)
     config = read_mistral(raw)
-    experts = ExpertsConfig(
-        count=count,
-        top_k=top_k,
-        intermediate_size=config.intermediate_size,
-        normalizes=True,
-        layers=(True,) * config.num_layers,
-    )
+    experts = experts_of_all_layers(raw, config, (8, 2), normalizes=True)
     return replace(config, family="mixtral", experts=experts)
 
 

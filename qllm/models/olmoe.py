@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qllm.config import ExpertsConfig, ModelConfig
+from qllm.config import ModelConfig
 from qllm.models import llama
-from qllm.models.family import Family, RawConfig, read_top_k
+from qllm.models.family import Family, RawConfig, experts_of_all_layers
 from qllm.models.qwen2_moe import EXPERTS, STACKS
 
 DEFAULTS = {
@@ -24,14 +24,9 @@ def read_config(raw: RawConfig) -> ModelConfig:
     raw = raw.with_defaults(DEFAULTS)
     if raw.values.get("clip_qkv") is not None:
         raise raw.error("clip_qkv", raw.values["clip_qkv"], "null: QLLM does not clip q, k and v")
-    count, top_k = read_top_k(raw, ("num_experts", "num_local_experts"), 64, 8)
     config = llama.read_config(raw)
-    experts = ExpertsConfig(
-        count=count,
-        top_k=top_k,
-        intermediate_size=config.intermediate_size,
-        normalizes=raw.flag("norm_topk_prob", False),
-        layers=(True,) * config.num_layers,
+    experts = experts_of_all_layers(
+        raw, config, (64, 8), normalizes=raw.flag("norm_topk_prob", False)
     )
     return replace(
         config, family="olmoe", mlp_bias=False, qk_norm=True, wide_qk_norm=True, experts=experts
