@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qllm.ops.cpu import library
-from qllm.ops.cpu.capture import KeptCall, capture_calls
+from qllm.ops.cpu.capture import capture_calls
 from qllm.ops.cpu.interface import Call, Experts
 from qllm.ops.cpu.library import TYPES, pointer
 
@@ -40,26 +40,40 @@ class ExpertCalls:
         None where torch does a part of their work, or they exchange something with other processes.
         """
         taken = like.new_empty(ROWS, like.shape[1])
-        first: list[KeptCall] = []
-        calls, kept, given = [], [], taken
+        calls: list[Call] = []
+        kept: list[object] = []
+        places = [taken]  # what the first call reads, and what each writes
+        names: list[str] = []
         for expert in experts:
             with capture_calls(dry=True) as captured:
-                out = expert(taken)
+                expert(taken)
             found = captured.kept
             if captured.graph_break is not None or captured.calls_back or not found:
                 return None
-            if not first:
-                first, given = found, out
-            if [each.name for each in found] != [each.name for each in first]:
+            names = names or [call.name for call in found]
+            if [call.name for call in found] != names:
                 return None  # such as one that reorders its inputs
-            for call, same in zip(found, first, strict=True):
-                arguments, between = call.arguments, {call.arguments.x, call.arguments.y}
-                kept += [arguments, *(t for t in call.tensors if pointer(t) not in between)]
-                # What lies between two calls is in the first expert's memory.
-                arguments.x, arguments.y = same.arguments.x, same.arguments.y
-                calls.append(Call(call.function, ctypes.addressof(arguments)))
-        made = cls(calls, len(first), taken, given)
-        made._kept = [*kept, *(call.tensors for call in first)]
+            at: dict[int | None, int] = {pointer(taken): 0}
+            for index, call in enumerate(found, 1):
+                at[call.arguments.y] = index
+                written = next(t for t in call.tensors if pointer(t) == call.arguments.y)
+                assert written is not None
+                if index == len(places):
+                    places.append(written)
+                elif written.nbytes > places[index].nbytes:
+                    places[index] = written  # such as of a shared expert, which is wider
+                between = {call.arguments.x, call.arguments.y}
+                kept += [call.arguments, *(t for t in call.tensors if pointer(t) not in between)]
+                # Memory that is the same for all experts, put in below.
+                call.arguments.x, call.arguments.y = at[call.arguments.x], index
+                calls.append(Call(call.function, ctypes.addressof(call.arguments)))
+        for arguments in kept:
+            if isinstance(arguments, ctypes.Structure):
+                arguments.x, arguments.y = (
+                    pointer(places[index or 0]) for index in (arguments.x, arguments.y)
+                )
+        made = cls(calls, len(names), taken, places[-1])
+        made._kept = [*kept, *places]
         return made
 
     def __call__(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:

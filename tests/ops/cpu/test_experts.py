@@ -36,7 +36,8 @@ def mixture(
     Args:
         last: the bitwidth of the last expert, where it is another one.
     """
-    experts = ExpertsConfig(COUNT, TOP_K, INNER, True, (True,), INNER if shared else 0)
+    # The shared one is wider, as released ones are: memory between its calls is, too.
+    experts = ExpertsConfig(COUNT, TOP_K, INNER, True, (True,), 3 * INNER if shared else 0)
     config = ModelConfig(
         "made", 9, HIDDEN, 1, 4, 4, 12, INNER, HIDDEN, 9, "rope", "rmsnorm", 1e-6, "silu",
         gated_mlp=True, mlp_bias=False, experts=experts,
