@@ -253,8 +253,7 @@ class Chat:
 
     def _encode(self, text: str) -> list[int]:
         """Token ids of a rendered text, which has its special tokens itself."""
-        ids = self.llm.tokenizer.encode_open(text)
-        return ids if self.llm.tokenizer.added_bos_id is None else ids[1:]
+        return self.llm.tokenizer.encode_open(text)[len(self.llm.tokenizer.prefix) :]
 
     def _generate(self, ids: list[int]) -> Iterator[str]:
         """Pieces of what follows; what the cache has of the tokens is not read again."""

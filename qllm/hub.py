@@ -127,6 +127,18 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         "7b-think": "allenai/Olmo-3-7B-Think",
         "32b-think": "allenai/Olmo-3-32B-Think",
     },
+    "glm": {
+        "4-9b": "zai-org/glm-4-9b-hf",
+        "4-9b-chat": "zai-org/glm-4-9b-chat-hf",
+        "edge-1.5b-chat": "zai-org/glm-edge-1.5b-chat",
+        "edge-4b-chat": "zai-org/glm-edge-4b-chat",
+    },
+    "glm4": {
+        "9b": "zai-org/GLM-4-9B-0414",
+        "32b": "zai-org/GLM-4-32B-0414",
+        "z1-9b": "zai-org/GLM-Z1-9B-0414",
+        "z1-32b": "zai-org/GLM-Z1-32B-0414",
+    },
     "mixtral": {
         f"{size.lower()}{chat.lower()}": f"mistralai/Mixtral-{size}{chat}-v0.1"
         for chat in ("", "-Instruct")

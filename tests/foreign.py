@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import (
     BloomConfig,
     Gemma3TextConfig,
+    GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -52,6 +53,7 @@ CONFIGS = {
     "bloom": BloomConfig(vocab_size=96, hidden_size=64, n_layer=2, n_head=4),
     "phi3": Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=None),
     "gemma3_text": Gemma3TextConfig(**SIZES, num_key_value_heads=2, head_dim=16),
+    "glm": GlmConfig(**SIZES, num_key_value_heads=2, head_dim=16, pad_token_id=None),
     "gpt_neox": GPTNeoXConfig(**SIZES),
     "gpt2": GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64),
 }

@@ -83,6 +83,7 @@ CASES = {
     **TORCHAO,
     "GPTQ v1": Case(gptq(), GPTQ),
     "GPTQ v1, OPT": Case(gptq(), GPTQ, family="opt"),
+    "GPTQ v1, GLM": Case(gptq(), GPTQ, family="glm"),
     "GPTQ v1, BLOOM": Case(gptq(), GPTQ, family="bloom"),
     "GPTQ v2": Case(gptq(v1=False), GPTQ | {"checkpoint_format": "gptq_v2"}),
     "GPTQ v2 by its other name": Case(gptq(v1=False), GPTQ | {"format": "gptq_v2"}),
@@ -165,6 +166,7 @@ CASES = {
     "GPTQ, orders that differ": Case(gptq(), GPTQ, other_order, error="g_idx differ"),
     "AWQ": Case(awq(), AWQ),
     "AWQ, OPT": Case(awq(), AWQ, family="opt"),
+    "AWQ, GLM": Case(awq(), AWQ, family="glm"),
     "AWQ, BLOOM": Case(awq(), AWQ, family="bloom"),
     "AWQ, symmetric, GPTQModel's": Case(
         awq(sym=True),
@@ -208,6 +210,9 @@ CASES = {
     "compressed-tensors, 4 bits": Case(compressed(4, 32, sym=False), ct(4, 32, sym=False)),
     "compressed-tensors, OPT": Case(
         compressed(4, 32, sym=False), ct(4, 32, sym=False), family="opt"
+    ),
+    "compressed-tensors, GLM": Case(
+        compressed(8, -1, sym=True), ct(8, None, sym=True), family="glm"
     ),
     "compressed-tensors, BLOOM": Case(
         compressed(8, -1, sym=True), ct(8, None, sym=True), family="bloom"

@@ -25,7 +25,7 @@ KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
 # llama.cpp's name of an architecture, where it is another one.
 ARCHITECTURES = {
     **{"gemma3_text": "gemma3", "gpt_neox": "gptneox", "olmo3": "olmo2"},
-    "ministral3": "mistral3",
+    **{"ministral3": "mistral3", "glm": "chatglm"},
     **{"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"},
     "gpt_oss": "gpt-oss",
 }
@@ -33,6 +33,9 @@ ARCHITECTURES = {
 PACKAGE = {"gpt-oss": "GPT_OSS", "granitemoe": "GRANITE_MOE"}
 # Matrices that stay float32: what chooses experts.
 ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight", "router.weight", "router.layer.weight")
+
+# Those whose heads have a size of their own.
+HEADED = (*("qwen3", "qwen3moe", "gemma2", "gemma3", "mistral3", "gpt-oss", "glm4"),)
 
 # Those of which llama.cpp rotates pairs that are side by side.
 PAIRED = ("llama", "granite", "granitemoe", "smollm3", "mistral3")
@@ -241,7 +244,7 @@ def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
     """Those of RoPE and of windows, for the families that come from Llama."""
     rope = config.rope_parameters
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
-    if architecture in ("qwen3", "qwen3moe", "gemma2", "gemma3", "mistral3", "gpt-oss"):
+    if architecture in HEADED:
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
@@ -261,8 +264,9 @@ def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_logit_scale(config.logits_scaling)
-    if architecture == "phi3":
-        writer.add_rope_dimension_count(6)
+    if "partial_rotary_factor" in rope:
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        writer.add_rope_dimension_count(int(size * rope["partial_rotary_factor"]))
     if architecture == "phi3" and rope["rope_type"] == "longrope":
         writer.add_rope_scaling_orig_ctx_len(32)
         writer.add_rope_scaling_attn_factors((1 + np.log(2) / np.log(32)) ** 0.5)

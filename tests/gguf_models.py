@@ -113,6 +113,21 @@ def smollm3() -> nn.Module:
     return made(SmolLM3ForCausalLM, SmolLM3Config(**sizes))
 
 
+GLM = {"pad_token_id": None, "eos_token_id": 0}
+
+
+def glm() -> nn.Module:
+    from transformers import GlmConfig, GlmForCausalLM
+
+    return made(GlmForCausalLM, GlmConfig(**LLAMA, **GLM, head_dim=16))
+
+
+def glm4() -> nn.Module:
+    from transformers import Glm4Config, Glm4ForCausalLM
+
+    return made(Glm4ForCausalLM, Glm4Config(**LLAMA, **GLM, head_dim=32))
+
+
 def olmo2() -> nn.Module:
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
@@ -194,6 +209,7 @@ FAMILIES = {
     **{"gemma2": gemma2, "gemma3": gemma3, "phi3": phi3, "gptneox": gptneox},
     **{"starcoder2": starcoder2, "granite": granite, "smollm3": smollm3},
     **{"olmo2": olmo2, "olmo3": olmo3, "ministral3": ministral3},
+    **{"glm": glm, "glm4": glm4},
     **{"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe, "olmoe": olmoe},
     **{"granitemoe": granitemoe, "gpt_oss": gpt_oss},
 }

@@ -13,6 +13,7 @@ from transformers import (
     BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
@@ -102,6 +103,7 @@ MODELS: dict[str, PretrainedConfig] = {
         rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.75},
     ),
     "gpt_neox": GPTNeoXConfig(**LLAMA, rope_parameters={"rope_type": "default"}),
+    "glm4": Glm4Config(**LLAMA, num_key_value_heads=2, head_dim=10, pad_token_id=None),
     "granite": GraniteConfig(
         **LLAMA,
         num_key_value_heads=3,

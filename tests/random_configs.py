@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from hypothesis import strategies as st
+from random_dense import DENSE
 from random_sizes import (
     LONGEST_PROMPT,
     WINDOW,
     activations,
     flags,
+    kinds,
     layer_counts,
     llama_sizes,
     rope_settings,
     vocab_sizes,
+    windows,
 )
 from transformers import (
     BloomConfig,
@@ -80,11 +83,6 @@ def bloom_configs(draw) -> BloomConfig:
 def llama_configs(draw) -> LlamaConfig:
     biases = {"attention_bias": draw(flags), "mlp_bias": draw(flags)}
     return LlamaConfig(**draw(llama_sizes()), **biases)
-
-
-# Shorter than many of the prompts. With 1, transformers' cache forgets to forget.
-windows = st.integers(2, 24)
-kinds = st.sampled_from(["full_attention", "sliding_attention"])
 
 
 @st.composite
@@ -377,6 +375,7 @@ CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "smollm3": (smollm3_configs(), 6),
     "olmo2": (olmo2_configs(), 5),
     "olmo3": (olmo3_configs(), 6),
+    **DENSE,
     "mixtral": (mixtral_configs(), 5),
     "qwen2_moe": (qwen2_moe_configs(), 6),
     "qwen3_moe": (qwen3_moe_configs(), 6),

@@ -14,6 +14,9 @@ layer_counts = st.integers(1, 3)
 vocab_sizes = st.integers(5, 120)
 activations = st.sampled_from([*ACTIVATIONS.keys() - {"gelu_tanh"}, *SAME_ACTIVATION])
 flags = st.booleans()
+# Shorter than many of the prompts. With 1, transformers' cache forgets to forget.
+windows = st.integers(2, 24)
+kinds = st.sampled_from(["full_attention", "sliding_attention"])
 
 
 @st.composite

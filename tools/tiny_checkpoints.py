@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from qllm.bitwidths import make_plan
 from qllm.checkpoint.convert import convert
+from qllm.checkpoint.names import TensorNames
 from qllm.checkpoint.reader import read_raw_config
 from qllm.checkpoint.to_gguf import export_gguf
 from qllm.config import QuantPlan, QuantSpec
 from qllm.hub import ModelFolder
-from qllm.models import read_config
+from qllm.models import RawConfig, family_of, read_config
 from qllm.quantizer.checkpoint import quantize_checkpoint
 from qllm.quantizer.job import Job
 from qllm.random_model import calibrate_random
@@ -38,6 +39,10 @@ CONFIGS: dict[str, dict] = {
     "bloom": bloom_config(HIDDEN, LAYERS, HEADS, vocab_size=VOCAB),
     "llama": llama_config(HIDDEN, LAYERS, HEADS, 2, 48, **SIZES)
     | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+}
+# Families that come from Llama, by what their config.json has besides its settings.
+OTHERS: dict[str, dict] = {
+    "glm4": {"head_dim": 8, "eos_token_id": 2, "rope_scaling": None},
 }
 PLAN, CALIBRATION = "plan.json", "calibration.safetensors"
 GENERATION = {"eos_token_id": 2, "max_length": 20, "min_length": 0, "repetition_penalty": 1.2}
@@ -107,6 +112,10 @@ def checkpoints(*, onnx: bool = True) -> dict[str, Files]:
         found["llama hqq"] = _hqq(root / "hqq")
         found["llama torchao"] = _torchao(root / "torchao")
         found["gpt-oss"] = _gpt_oss(root / "gpt-oss")
+        for family, changes in OTHERS.items():
+            config = CONFIGS["llama"] | changes | {"model_type": family}
+            _write(root / family, family, config, WRITERS["safetensors"])
+            found[family] = _read(root / family)
         for family in CONFIGS:
             found[f"{family} statistics"] = _with_statistics(root / f"{family} safetensors")
         found |= _gguf(root)
@@ -141,7 +150,19 @@ def _write(folder: Path, family: str, config: dict, write: Callable[[Path, list]
         (folder / name).write_text(json.dumps(value))
     for name, data in tokenizer_files().items():
         (folder / name).write_bytes(data)
-    write(folder, list(TENSORS[family](config)))
+    write(folder, list(TENSORS.get(family, _tensors)(config)))
+
+
+def _tensors(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes in a file, by what the family's description says."""
+    raw = RawConfig(config, "config.json")
+    family = family_of(raw)
+    names = TensorNames(None, family, read_config(raw), False, family.prefixes[0], family.head)
+    for name, shape in names.shapes.items():
+        parts = names.sources(name)
+        counts = names.row_counts(name.rpartition(".")[0], len(parts))
+        for part, rows in zip(parts, counts, strict=True):
+            yield part, (rows, *shape[1:])
 
 
 def _sharded(folder: Path, tensors: list) -> None:

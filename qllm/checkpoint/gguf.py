@@ -177,12 +177,10 @@ def _row_perms(found: GGUF) -> dict[str, Tensor]:
 def row_orders(config: ModelConfig, architecture: Architecture) -> dict[str, Tensor]:
     """llama.cpp's name of each part whose rows are not in our order: the row of each of ours."""
     counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-    if architecture.permuted:
-        runs = [torch.arange(n * config.head_dim).view(n, -1, 2) for n in counts[:2]]
-        q, k = (run.transpose(1, 2).flatten() for run in runs)
-        return {"attn_q": q, "attn_k": k}
     # Heads lie one behind the other here, whatever the family's own checkpoints have.
-    family = replace(FAMILIES[config.family], interleaved_qkv=False)
+    family = replace(
+        FAMILIES[config.family], interleaved_qkv=False, interleaved_rope=architecture.permuted
+    )
     whole = family.qkv_perm(config)
     if whole is None:
         return {}

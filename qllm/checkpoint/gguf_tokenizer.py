@@ -87,7 +87,7 @@ def tokenizer_metadata(source: Path, config: ModelConfig, note: Note = silent) -
     settings = _tokenizer_config(source)
     end = _named(settings, "eos_token", tokens) if tokenizer.tail is None else tokenizer.tail
     whole |= _ends(source, config, tokens, types, end)
-    return whole | _settings(source, tokens, tokenizer, settings)
+    return whole | _settings(source, tokens, tokenizer, settings, note)
 
 
 def _kinds(step: dict | None) -> set[str]:
@@ -243,16 +243,19 @@ def _ends(
 
 
 def _settings(
-    source: Path, tokens: list[str], tokenizer: Tokenizer, settings: dict[str, Any]
+    source: Path, tokens: list[str], tokenizer: Tokenizer, settings: dict[str, Any], note: Note
 ) -> dict[str, Value]:
     """What stands around each text, and the chat template."""
     found: dict[str, Value] = {}
-    begin = _named(settings, "bos_token", tokens)
-    if tokenizer.added_bos_id is not None:
-        found["tokenizer.ggml.bos_token_id"] = tokenizer.added_bos_id
-    elif begin is not None:
+    begin, prefix = _named(settings, "bos_token", tokens), tokenizer.prefix
+    if len(prefix) > 1:  # as GLM-4's
+        text = "".join(tokens[i] for i in prefix)
+        note(f"llama.cpp puts no more than one token in front of a text: begin each with {text}")
+    elif prefix:
+        begin = prefix[0]
+    if begin is not None:
         found["tokenizer.ggml.bos_token_id"] = begin
-    found["tokenizer.ggml.add_bos_token"] = tokenizer.added_bos_id is not None
+    found["tokenizer.ggml.add_bos_token"] = len(prefix) == 1
     found["tokenizer.ggml.add_eos_token"] = tokenizer.tail is not None
     for name, template in read_templates(source).items():
         found[CHAT_TEMPLATE if name == DEFAULT_TEMPLATE else f"{CHAT_TEMPLATE}.{name}"] = template

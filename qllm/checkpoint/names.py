@@ -47,6 +47,10 @@ def float_tensors(model: Decoder) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+# Rows of a part of the checkpoint: its name, how many it has, and which of them.
+Run = tuple[str, int, range]
+
+
 @dataclass(frozen=True)
 class TensorNames:
     """What a checkpoint calls the tensors that ours are fused from.
@@ -138,7 +142,7 @@ class TensorNames:
             return [count * config.head_dim for count in heads[:parts]]
         return [self.shapes[f"{module}.weight"][0] // parts] * parts
 
-    def runs(self, name: str, runs: Sequence[range]) -> list[tuple[str, int, range]]:
+    def runs(self, name: str, runs: Sequence[range]) -> list[Run]:
         """Where runs of a tensor's rows are: a part, how many rows it has, and which of them."""
         parts = self.sources(name)
         counts = self.row_counts(name.rpartition(".")[0], len(parts))
@@ -150,14 +154,28 @@ class TensorNames:
                     found.append((part, count, inside))
         return found
 
-    def reordered_rows(self, runs: Sequence[range]) -> tuple[Tensor, range]:
-        """Where runs of our QKV rows are in the checkpoint: a span, and each one's place in it."""
+    def reordered_rows(self, name: str, runs: Sequence[range]) -> tuple[Tensor, list[Run]]:
+        """Where runs of our QKV rows are in the checkpoint: each one's place in some of its rows.
+
+        Returns:
+            those places, and the rows: as `runs` has them, one behind the other.
+        """
         rows = torch.cat([torch.arange(run.start, run.stop) for run in runs])
         perm = self._perm()
         assert perm is not None  # see `is_reordered`
-        wanted = perm[rows]
-        span = range(int(wanted.min()), int(wanted.max()) + 1)
-        return wanted - span.start, span
+        wanted, places, found = perm[rows], torch.empty_like(rows), []
+        before = first = 0
+        parts = self.sources(name)
+        counts = self.row_counts(name.rpartition(".")[0], len(parts))
+        for part, count in zip(parts, counts, strict=True):
+            inside = (wanted >= first) & (wanted < first + count)
+            if inside.any():
+                low, high = wanted[inside].aminmax()
+                places[inside] = wanted[inside] - low + before
+                found.append((part, count, range(int(low) - first, int(high) + 1 - first)))
+                before += int(high) + 1 - int(low)
+            first += count
+        return places, found
 
     def is_transposed(self, name: str) -> bool:
         """Whether the checkpoint has one of our tensors as (inputs, outputs).
@@ -184,9 +202,9 @@ class TensorNames:
         if module == LM_HEAD:
             return {self.family.head if self.converted else self.head: slice(None)}
         parts = [self.family.prefixes[0] + part for part in self.family.parts(module)]
-        if ".attention.qkv" in module and (perm := self._perm()) is not None:
-            return {parts[0]: perm.argsort()}
         counts = self.row_counts(module, len(parts))
+        if ".attention.qkv" in module and (perm := self._perm()) is not None:
+            return dict(zip(parts, perm.argsort().split(counts), strict=True))
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]
         return {
             part: slice(end - count, end)

@@ -214,18 +214,19 @@ class Weights:
         total = self.shapes[f"{module}.weight"][0]
         names = self.names.sources(f"{module}.weight")
         runs = [range(total)] if rows is None else list(rows)
+        perm = None
         if self.names.is_reordered(module):
-            perm, span = self.names.reordered_rows(runs)
-            part = self._read_quantized_source(module, names[0], total, span)
-            return take_rows(join_rows([part], self._formats[module].spec.bits), perm)
+            perm, pieces = self.names.reordered_rows(f"{module}.weight", runs)
+        else:
+            pieces = self.names.runs(f"{module}.weight", runs)
         parts = [
-            self._read_quantized_source(module, name, count, run)
-            for name, count, run in self.names.runs(f"{module}.weight", runs)
+            self._read_quantized_source(module, name, count, run) for name, count, run in pieces
         ]
         try:
-            return join_rows(parts, self._formats[module].spec.bits)
+            joined = join_rows(parts, self._formats[module].spec.bits)
         except UserError as error:
             raise UserError(f"{self.checkpoint.folder}: {', '.join(names)}: {error}") from None
+        return joined if perm is None else take_rows(joined, perm)
 
     def _read_quantized_source(self, module: str, name: str, count: int, run: range) -> Quantized:
         """Some of the `count` output channels of a linear of the checkpoint, and no others."""
@@ -291,12 +292,15 @@ class Weights:
         module, _, kind = name.rpartition(".")
         if kind == "weight" and module in self._unpacked:
             return self._unpack(module)
-        parts = self.names.sources(name)
         total = self.shapes[name][0]
         runs = [range(total)] if rows is None else list(rows)
         if self.names.is_reordered(name):
-            perm, span = self.names.reordered_rows(runs)
-            return self.checkpoint.read(parts[0], rows=span, columns=columns)[perm]
+            perm, pieces = self.names.reordered_rows(name, runs)
+            tensors = [
+                self.checkpoint.read(part, rows=inside, columns=columns)
+                for part, _, inside in pieces
+            ]
+            return torch.cat(tensors)[perm]
         pieces = self.names.runs(name, runs)
         if self.names.is_transposed(name):
             tensors = [

@@ -36,9 +36,7 @@ def continuation(
         before = tokenizer.encode_open(context)
         targets = tokenizer.encode_open(context + text)[len(before) :]
     else:
-        targets = tokenizer.encode_open(text)
-        if tokenizer.added_bos_id is not None:
-            targets = targets[1:]
+        targets = tokenizer.encode_open(text)[len(tokenizer.prefix) :]
         before = [] if tokenizer.prefix_token_id is None else [tokenizer.prefix_token_id]
     if not targets or not before:
         raise UserError(f"{name} has nothing to predict, or nothing to predict it from: {text!r}")

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from qllm.errors import UserError
+from qllm.gguf import families
 from qllm.gguf.file import GGUF
 from qllm.gguf.hyperparameters import (
     FREQS,
     LONG,
     ORIGINAL,
-    ROTARY,
     SHORT,
     TEMPERATURE,
     VALUES,
@@ -19,6 +19,7 @@ from qllm.gguf.hyperparameters import (
     read_layer_types,
     read_llama,
     read_mistral3,
+    read_partial,
     read_rope,
     read_sizes,
 )
@@ -100,7 +101,7 @@ def _phi3(metadata: Metadata, found: GGUF) -> dict[str, object]:
         values[ORIGINAL] = rope[ORIGINAL]
     head_dim = values["head_dim"]
     assert isinstance(head_dim, int)  # as `read_llama` counts it
-    rope |= _partial(metadata, head_dim)
+    rope |= read_partial(metadata, head_dim)
     window = metadata.count(own("attention.sliding_window"), 0)
     # Where nothing is said of padding, transformers has an id that the model may not have.
     return values | {
@@ -110,18 +111,11 @@ def _phi3(metadata: Metadata, found: GGUF) -> dict[str, object]:
     }
 
 
-def _partial(metadata: Metadata, head_dim: int) -> dict[str, object]:
-    """The share of a head's channels that RoPE turns."""
-    rotary = metadata.count(metadata.own(ROTARY), head_dim)
-    # transformers cuts the product with the head's channels to a whole number.
-    whole = rotary == head_dim or not head_dim
-    return {"partial_rotary_factor": 1.0 if whole else (rotary + 0.5) / head_dim}
-
-
 def _gpt_neox(metadata: Metadata, found: GGUF) -> dict[str, object]:
     own = metadata.own
     hidden, trained = metadata.count(own("embedding_length")), metadata.count(own("context_length"))
-    rope = read_rope(metadata, found, trained) | _partial(metadata, hidden // count_heads(metadata))
+    rope = read_rope(metadata, found, trained)
+    rope |= read_partial(metadata, hidden // count_heads(metadata))
     return {
         "hidden_size": hidden,
         "num_hidden_layers": metadata.count(own("block_count")),
@@ -325,6 +319,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "gemma2", _gemma2, norm_offset=1.0, reads=WINDOW, fixed={**NO_BIAS, "tied_head": True}
     ),
     "gemma3": Architecture("gemma3_text", _gemma3, norm_offset=1.0, reads=WINDOW, fixed=NO_BIAS),
+    "chatglm": Architecture("glm", families.read_chatglm, permuted=True, fixed=NO_OUTPUT_BIAS),
+    "glm4": Architecture("glm4", families.read_glm, permuted=True, fixed=NO_OUTPUT_BIAS),
     "phi3": Architecture("phi3", _phi3, reads=WINDOW, rope_tensors=BOTH),
     "gptneox": Architecture(
         "gpt_neox", _gpt_neox, reads=PARALLEL, fixed={**BIASES, "tied_head": False}

@@ -128,6 +128,14 @@ def read_mistral3(metadata: Metadata, found: GGUF) -> dict[str, object]:
     return values | {"sliding_window": None}
 
 
+def read_partial(metadata: Metadata, head_dim: int) -> dict[str, object]:
+    """The share of a head's channels that RoPE turns."""
+    rotary = metadata.count(metadata.own(ROTARY), head_dim)
+    # transformers cuts the product with the head's channels to a whole number.
+    whole = rotary == head_dim or not head_dim
+    return {"partial_rotary_factor": 1.0 if whole else (rotary + 0.5) / head_dim}
+
+
 def _floats(tensor: GGUFTensor, found: GGUF) -> list[float]:
     """The numbers of a short float32 tensor."""
     import torch

@@ -46,6 +46,7 @@ DIGIT = r"\p{N}"
 # Patterns by which a text is cut, one after the other, by tokenizer.ggml.pre.
 PATTERNS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "dbrx", "smaug-bpe"), (LLAMA3,)),
+    **dict.fromkeys(("glm4", "chatglm-bpe"), (LLAMA3,)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan"), (QWEN2,)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), (DIGIT, GPT2)),
     **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt"), (GPT2,)),

@@ -146,6 +146,7 @@ class Family:
         inner: our module inside a layer, to the names of the parts it is fused from, in order; with
             {} for the number of an expert.
         interleaved_qkv: the QKV matrix has its rows as (head, q/k/v, channel), as BLOOM's has.
+        interleaved_rope: RoPE rotates pairs of channels that are neighbours, as GLM's does.
         head: the classifier's name in a checkpoint, where it is not "lm_head".
         transposed: matrices of the layers lie in the file as (inputs, outputs).
         ignored: ends of names of tensors that hold no weights.
@@ -161,6 +162,7 @@ class Family:
     inner: Mapping[str, tuple[str, ...]]
     read_config: Callable[[RawConfig], ModelConfig]
     interleaved_qkv: bool = False
+    interleaved_rope: bool = False
     head: str = LM_HEAD
     transposed: bool = False
     ignored: tuple[str, ...] = ()
@@ -183,23 +185,25 @@ class Family:
         return part if part.endswith(self.bare) else f"{part}.{kind}"
 
     def qkv_perm(self, config: ModelConfig) -> Tensor | None:
-        """The row of the one QKV matrix of a file that each of ours is; None: the same one.
+        """The row of a file's QKV, its parts in order, that each of ours is; None: the same one.
 
         Ours are query heads, key heads, value heads; what RoPE rotates of a head comes in two
         halves, with what it does not behind each, so that pairs are D / 2 apart in any case.
         """
         heads, dim = config.num_heads + 2 * config.num_kv_heads, config.head_dim
         rotary_dim = config.rope and config.rope.rotary_dim
-        if not (self.interleaved_qkv or rotary_dim):
+        if not (self.interleaved_qkv or self.interleaved_rope or rotary_dim):
             return None
         rows = torch.arange(heads * dim).view(heads, dim)
         if self.interleaved_qkv:
             rows = rows.view(config.num_heads, 3, dim).transpose(0, 1).reshape(heads, dim)
-        if rotary_dim:
-            pairs = -(-rotary_dim // 2)
+        if self.interleaved_rope or rotary_dim:
+            pairs = -(-(rotary_dim or dim) // 2)
             still = dim // 2 - pairs
-            perm = torch.arange(dim).split([pairs, pairs, still, still])
-            perm = torch.cat([perm[i] for i in (0, 2, 1, 3)])
+            first, second, *others = torch.arange(dim).split([pairs, pairs, still, still])
+            if self.interleaved_rope:
+                first, second = torch.arange(2 * pairs).view(pairs, 2).unbind(1)
+            perm = torch.cat([first, others[0], second, others[1]])
             rows[: -config.num_kv_heads] = rows[: -config.num_kv_heads, perm]
         return rows.flatten()
 

@@ -7,7 +7,11 @@ from qllm.models.family import MAX_LAYERS, Family, RawConfig, check_groups, chec
 from qllm.models.rope import reach, read_rope
 
 
-def read_config(raw: RawConfig) -> ModelConfig:
+def read_config(raw: RawConfig, *, partial: float | None = None) -> ModelConfig:
+    """
+    Args:
+        partial: see `read_rope`.
+    """
     hidden = raw.count("hidden_size", default=4096)
     heads = raw.count("num_attention_heads", default=32)
     kv_heads = raw.count("num_key_value_heads", default=heads)
@@ -16,7 +20,7 @@ def read_config(raw: RawConfig) -> ModelConfig:
     check_groups(raw, heads, kv_heads)
     trained = raw.count("max_position_embeddings", default=2048)
     head_dim = raw.count("head_dim", default=hidden // heads)
-    rope = read_rope(raw, trained, head_dim)
+    rope = read_rope(raw, trained, head_dim, partial=partial)
     attention_bias = raw.flag("attention_bias", False)
     return ModelConfig(
         family="llama",

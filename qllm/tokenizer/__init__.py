@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
@@ -53,6 +54,7 @@ class Tokenizer:
             `bos`, else `eos`; None where the files name neither, or one that the model lacks.
         added_bos_id: the special token that `encode` puts in front of every text; None where it
             puts none.
+        prefix: all that it puts in front, of which that is the first.
         tail: the one that it puts behind every text, likewise.
     """
 
@@ -61,7 +63,9 @@ class Tokenizer:
         begin = codec.prefix_token_id
         self.prefix_token_id = None if begin is not None and self._beyond(begin) else begin
         empty, other = codec.encode("", None), codec.encode("a b", None)
-        self.added_bos_id = empty[0] if empty and empty[0] == other[0] else None
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(empty, other, strict=False))
+        self.prefix = tuple(number for number, _ in same)
+        self.added_bos_id = self.prefix[0] if self.prefix else None
         self.tail = empty[-1] if empty and empty[-1] == other[-1] else None
 
     @classmethod

@@ -219,6 +219,8 @@ DEFAULT_CLASS = {
     "gemma3": GEMMA,
     "starcoder2": GPT2,
     "granite": BACKEND,
+    "glm": BACKEND,
+    "glm4": BACKEND,
     "smollm3": BACKEND,
     "olmo2": BACKEND,
     "olmo3": BACKEND,
@@ -226,4 +228,4 @@ DEFAULT_CLASS = {
 }
 # Types whose files name classes that they are not of.
 MISTRALS = ("mistral", "ministral3", "mistral3")
-OWN_CLASS = (*MISTRALS, "phi3", "qwen2", "granite", "olmo2", "olmo3")
+OWN_CLASS = (*MISTRALS, "phi3", "qwen2", "granite", "olmo2", "olmo3", "glm", "glm4")

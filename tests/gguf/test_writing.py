@@ -26,11 +26,13 @@ from gguf_models import FAMILIES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qllm import LLM
+from qllm.chat import Chat, ChatTemplate
 from qllm.checkpoint.convert import copy_small_files
 from qllm.checkpoint.load import load_model
 from qllm.checkpoint.to_gguf import export_gguf
 from qllm.config import QuantPlan, QuantSpec
 from qllm.errors import UserError
+from qllm.generation_config import GenerationConfig
 from qllm.gguf.file import read_gguf
 from qllm.gguf.tokenizer import REST
 from qllm.layers import Linear
@@ -262,6 +264,35 @@ def test_tokens_that_the_model_has_no_rows_of_are_left_out(tmp_path):
 def test_what_ends_a_text_comes_back(tmp_path, config, generation, ends):
     export_gguf(ending(tmp_path / "source", config, generation), tmp_path / "model.gguf")
     assert list(LLM.from_pretrained(tmp_path / "model.gguf").config.eos_token_ids) == ends
+
+
+def test_two_tokens_in_front_of_each_text_are_none_in_a_file(tmp_path):
+    """As GLM-4's, which its chat template writes itself."""
+    source, notes, path = tmp_path / "source", [], tmp_path / "model.gguf"
+    copytree(tiny("llama"), source)
+    whole = json.loads((source / "tokenizer.json").read_text())
+    ids = {each["content"]: each["id"] for each in whole["added_tokens"]}
+    first = [{"SpecialToken": {"id": text, "type_id": 0}} for text in ids][:2]
+    whole["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [*first, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB")],
+        "special_tokens": {
+            text: {"id": text, "ids": [i], "tokens": [text]} for text, i in ids.items()
+        },
+    }
+    (source / "tokenizer.json").write_text(json.dumps(whole))
+    ours = LLM.from_pretrained(source)
+    assert ours.tokenizer.prefix == tuple(ids.values())[:2]
+    chat = Chat(ours, ChatTemplate("", {}, ""), GenerationConfig())
+    text = "".join(list(ids)[:2]) + "The sea"
+    assert chat._encode(text) == ours.tokenizer.encode("The sea")
+    export_gguf(source, path, notes.append)
+    assert notes == [
+        "llama.cpp puts no more than one token in front of a text: begin each with "
+        + "".join(list(ids)[:2])
+    ]
+    assert Tokenizer.load(path).encode(text) == ours.tokenizer.encode("The sea")
 
 
 def test_tokens_that_take_spaces_along_come_back(tmp_path):

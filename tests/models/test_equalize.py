@@ -32,6 +32,7 @@ DIVIDED = {
     "ministral3": LINEARS,
     "phi3": LINEARS,
     "gpt_neox": (QKV, OUT, UP),
+    "glm4": LINEARS,
     "granite": LINEARS,
     # The router and all experts take what one norm gives.
     "qwen2_moe": (QKV, OUT, *(f"mlp.experts.{i}.down" for i in range(4)), "mlp.shared.down"),

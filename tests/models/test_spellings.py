@@ -37,6 +37,7 @@ BASES |= {
     "smollm3": {**BASES["llama"], "pad_token_id": None, "num_key_value_heads": None},
 }
 BASES["ministral3"] = {**BASES["mistral"], "head_dim": 16, "pad_token_id": None}
+BASES |= {name: BASES["ministral3"] | {"eos_token_id": 0} for name in ("glm", "glm4")}
 LINEAR = {"type": "linear", "factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -252,6 +253,17 @@ GEMMA3_TEXT = {
         },
     },
 }
+GLM = {
+    "no word of RoPE": {},
+    "a share outside": {"partial_rotary_factor": 0.25, "rope_theta": 500.0},
+    "a share outside and inside": {
+        "partial_rotary_factor": 0.25,
+        "rope_parameters": {"partial_rotary_factor": 0.75, "rope_theta": 77.0},
+    },
+    "old scaling": {"rope_scaling": LINEAR},
+    "no biases": {"attention_bias": False},
+}
+GLM4 = {"no word of heads": {"num_attention_heads": 2}, "no word of RoPE": {}}
 OLMO2 = {"no word of heads": {"num_key_value_heads": None}, "old scaling": {"rope_scaling": YARN}}
 OLMO3 = {
     "bases and scaling of old": {
@@ -282,6 +294,8 @@ TABLE = {
     "starcoder2": STARCODER2,
     "granite": GRANITE,
     "smollm3": SMOLLM3,
+    "glm": GLM,
+    "glm4": GLM4,
     "olmo2": OLMO2,
     "olmo3": OLMO3,
 }

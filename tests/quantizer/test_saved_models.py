@@ -85,7 +85,7 @@ def test_every_form_of_source_gives_the_same(form, sources, tmp_path):
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("algorithm", ["rtn", "awq"])
-@pytest.mark.parametrize("name", [*LAYOUTS, "gpt_neox"])
+@pytest.mark.parametrize("name", [*LAYOUTS, "gpt_neox", "glm4"])
 def test_a_converted_source_gives_the_same(name, algorithm, sources, tmp_path):
     source = sources(name)
     convert(ModelFolder(source, "model"), tmp_path / "converted", overwrite=False)
