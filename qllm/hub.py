@@ -139,6 +139,16 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         "z1-9b": "zai-org/GLM-Z1-9B-0414",
         "z1-32b": "zai-org/GLM-Z1-32B-0414",
     },
+    "cohere": {
+        **{f"aya-23-{size.lower()}": f"CohereLabs/aya-23-{size}" for size in ("8B", "35B")},
+        **{f"aya-expanse-{size}": f"CohereLabs/aya-expanse-{size}" for size in ("8b", "32b")},
+        "command-r": "CohereLabs/c4ai-command-r-v01",
+    },
+    "cohere2": {
+        "r7b": "CohereLabs/c4ai-command-r7b-12-2024",
+        "r7b-arabic": "CohereLabs/c4ai-command-r7b-arabic-02-2025",
+        "command-a": "CohereLabs/c4ai-command-a-03-2025",
+    },
     "mixtral": {
         f"{size.lower()}{chat.lower()}": f"mistralai/Mixtral-{size}{chat}-v0.1"
         for chat in ("", "-Instruct")

@@ -25,12 +25,12 @@ KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
 # llama.cpp's name of an architecture, where it is another one.
 ARCHITECTURES = {
     **{"gemma3_text": "gemma3", "gpt_neox": "gptneox", "olmo3": "olmo2"},
-    **{"ministral3": "mistral3", "glm": "chatglm"},
+    **{"ministral3": "mistral3", "glm": "chatglm", "cohere": "command-r"},
     **{"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"},
     "gpt_oss": "gpt-oss",
 }
 # The package's names of those, where they are others.
-PACKAGE = {"gpt-oss": "GPT_OSS", "granitemoe": "GRANITE_MOE"}
+PACKAGE = {"gpt-oss": "GPT_OSS", "granitemoe": "GRANITE_MOE", "command-r": "COMMAND_R"}
 # Matrices that stay float32: what chooses experts.
 ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight", "router.weight", "router.layer.weight")
 
@@ -220,6 +220,8 @@ def add_sizes(writer: GGUFWriter, architecture: str, config: object) -> None:
     else:
         if architecture == "starcoder2":
             writer.add_layer_norm_eps(config.norm_epsilon)
+        elif hasattr(config, "layer_norm_eps"):
+            writer.add_layer_norm_eps(config.layer_norm_eps)
         else:
             writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_feed_forward_length(config.intermediate_size)
@@ -259,6 +261,8 @@ def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
         writer.add_rope_scaling_factor(8.0)
     if config.model_type in ("olmo3", "ministral3"):
         add_yarn(writer, rope.get("full_attention", rope))
+    if hasattr(config, "logit_scale"):
+        writer.add_logit_scale(config.logit_scale)
     if architecture in ("granite", "granitemoe"):
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_attention_scale(config.attention_multiplier)

@@ -128,6 +128,22 @@ def glm4() -> nn.Module:
     return made(Glm4ForCausalLM, Glm4Config(**LLAMA, **GLM, head_dim=32))
 
 
+IDS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+
+
+def cohere() -> nn.Module:
+    from transformers import CohereConfig, CohereForCausalLM
+
+    return made(CohereForCausalLM, CohereConfig(**LLAMA, **IDS, logit_scale=0.3))
+
+
+def cohere2() -> nn.Module:
+    from transformers import Cohere2Config, Cohere2ForCausalLM
+
+    more = {"num_hidden_layers": 5, "sliding_window": 4, "logit_scale": 0.3}
+    return made(Cohere2ForCausalLM, Cohere2Config(**LLAMA | IDS | more))
+
+
 def olmo2() -> nn.Module:
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
@@ -209,7 +225,7 @@ FAMILIES = {
     **{"gemma2": gemma2, "gemma3": gemma3, "phi3": phi3, "gptneox": gptneox},
     **{"starcoder2": starcoder2, "granite": granite, "smollm3": smollm3},
     **{"olmo2": olmo2, "olmo3": olmo3, "ministral3": ministral3},
-    **{"glm": glm, "glm4": glm4},
+    **{"glm": glm, "glm4": glm4, "cohere": cohere, "cohere2": cohere2},
     **{"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe, "olmoe": olmoe},
     **{"granitemoe": granitemoe, "gpt_oss": gpt_oss},
 }

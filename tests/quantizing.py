@@ -11,6 +11,7 @@ import torch
 from oracle import draw_prompts, random_model
 from transformers import (
     BloomConfig,
+    Cohere2Config,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
@@ -104,6 +105,14 @@ MODELS: dict[str, PretrainedConfig] = {
     ),
     "gpt_neox": GPTNeoXConfig(**LLAMA, rope_parameters={"rope_type": "default"}),
     "glm4": Glm4Config(**LLAMA, num_key_value_heads=2, head_dim=10, pad_token_id=None),
+    "cohere2": Cohere2Config(  # of which one layer is not rotated, and sees all
+        **LLAMA,
+        num_key_value_heads=2,
+        sliding_window=9,
+        layer_types=["sliding_attention", "full_attention"],
+        logit_scale=0.3,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+    ),
     "granite": GraniteConfig(
         **LLAMA,
         num_key_value_heads=3,

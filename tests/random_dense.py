@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from hypothesis import strategies as st
-from random_sizes import flags, llama_sizes, rope_settings
-from transformers import Glm4Config, GlmConfig, PretrainedConfig
+from random_sizes import flags, kinds, llama_sizes, rope_settings, windows
+from transformers import Cohere2Config, CohereConfig, Glm4Config, GlmConfig, PretrainedConfig
 
 
 @st.composite
@@ -17,8 +17,29 @@ def glm_configs(draw, kind: type[PretrainedConfig]) -> PretrainedConfig:
     return kind(**sizes | more)
 
 
+@st.composite
+def cohere_configs(draw) -> CohereConfig:
+    sizes = draw(llama_sizes())
+    more = {"attention_bias": draw(flags), "logit_scale": draw(st.floats(0.05, 2.0))}
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    return CohereConfig(**sizes, layer_norm_eps=sizes.pop("rms_norm_eps"), **more, **ids)
+
+
+@st.composite
+def cohere2_configs(draw) -> Cohere2Config:
+    sizes = draw(llama_sizes())
+    count = sizes["num_hidden_layers"]
+    types = draw(st.one_of(st.none(), st.lists(kinds, min_size=count, max_size=count)))
+    more = {"attention_bias": draw(flags), "logit_scale": draw(st.floats(0.05, 2.0))}
+    more |= {"sliding_window": draw(windows), "layer_types": types}
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    return Cohere2Config(**sizes, layer_norm_eps=sizes.pop("rms_norm_eps"), **more, **ids)
+
+
 # As `random_configs.CONFIGS`, where these are among others.
 DENSE: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "glm": (glm_configs(GlmConfig), 4),
     "glm4": (glm_configs(Glm4Config), 4),
+    "cohere": (cohere_configs(), 4),
+    "cohere2": (cohere2_configs(), 5),
 }

@@ -116,10 +116,13 @@ def write(folder: Path, form: str, files: dict, whole: dict | None = None) -> Pa
 
 FAMILIES = (
     *("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neox", "phi3", "mistral", "gpt2"),
-    *("starcoder2", "granite", "smollm3", "olmo2", "olmo3", "glm", "glm4"),
+    *("starcoder2", "granite", "smollm3", "olmo2", "olmo3", "glm", "glm4", "cohere", "cohere2"),
     *("ministral3", "mistral3", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 )
-OTHERS = ("Qwen2Tokenizer", "GemmaTokenizerFast", "GPTNeoXTokenizer", "Unknown")
+OTHERS = (
+    *("CohereTokenizerFast", "Qwen2Tokenizer", "GemmaTokenizerFast", "GPTNeoXTokenizer"),
+    "Unknown",
+)
 NAMES = ("<|im_end|>", "<|im_start|>", "<tool>", "the", " x ", "<pad>", "<s>", "</s>", "<unk>")
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
 LISTS = ("additional_special_tokens", "extra_special_tokens")

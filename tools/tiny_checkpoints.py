@@ -43,6 +43,7 @@ CONFIGS: dict[str, dict] = {
 # Families that come from Llama, by what their config.json has besides its settings.
 OTHERS: dict[str, dict] = {
     "glm4": {"head_dim": 8, "eos_token_id": 2, "rope_scaling": None},
+    "cohere2": {"sliding_window": 4, "sliding_window_pattern": 2},
 }
 PLAN, CALIBRATION = "plan.json", "calibration.safetensors"
 GENERATION = {"eos_token_id": 2, "max_length": 20, "min_length": 0, "repetition_penalty": 1.2}

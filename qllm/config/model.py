@@ -85,6 +85,7 @@ class ModelConfig:
         position: "learned" (OPT), "alibi" (BLOOM) or "rope" (Llama).
         position_offset: rows of the table of learned positions that no position uses.
         norm: "layernorm" or "rmsnorm".
+        norm_affine, norm_bias: norms have a weight, and a layernorm a bias as well.
         norm_offset: what an RMS norm adds to its weight (Gemma's 1).
         qk_norm: each head's query and key have a norm of their own, in front of the positions.
         wide_qk_norm: all queries of a token have one norm together, and all keys (OLMo 2).
@@ -93,10 +94,11 @@ class ModelConfig:
         output_norms: what attention and MLP give is normed as well, in front of the sum.
         residual_after_norm: the residual branches off behind the norm (a BLOOM option).
         parallel_blocks: attention and MLP take the same input, and both are added to it.
+        shared_norm: of parallel blocks, one norm is in front of both.
         embed_scale: multiplies the embeddings.
         embed_scale_rounds: to the type of the embeddings, before it does (Gemma).
         output_scale: multiplies what attention and MLP give, in front of the sum.
-        logit_divisor: divides the logits.
+        logit_divisor, logit_factor: divides the logits, and multiplies them.
         logit_cap: logits are cap tanh(logits / cap); None: as they are.
         score_scale: multiplies attention's scores; None: 1 / sqrt(head_dim).
         scale_by_layer: it is divided by the number of the layer, from 1 on.
@@ -132,6 +134,7 @@ class ModelConfig:
     rope: RopeConfig | None = None
     norm_offset: float = 0.0
     norm_affine: bool = True
+    norm_bias: bool = True
     qk_norm: bool = False
     wide_qk_norm: bool = False
     pre_norm: bool = True
@@ -141,10 +144,12 @@ class ModelConfig:
     output_norms: bool = False
     residual_after_norm: bool = False
     parallel_blocks: bool = False
+    shared_norm: bool = False
     embed_scale: float = 1.0
     embed_scale_rounds: bool = False
     output_scale: float = 1.0
     logit_divisor: float = 1.0
+    logit_factor: float = 1.0
     logit_cap: float | None = None
     score_scale: float | None = None
     scale_by_layer: bool = False

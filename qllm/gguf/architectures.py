@@ -42,6 +42,7 @@ class Architecture:
         same: model types that llama.cpp runs as this one.
         fixed: fields of `ModelConfig` that no key tells, and what they are.
         parts: ours of names that stand for something else than in other architectures.
+        factors: keys of numbers, and the fields of `ModelConfig` that they are.
         rope_tensors: those of RoPE's factors that llama.cpp loads: it refuses a file with others.
     """
 
@@ -53,6 +54,7 @@ class Architecture:
     same: tuple[str, ...] = ()
     fixed: Mapping[str, object] = field(default_factory=dict)
     parts: Mapping[str, str] = field(default_factory=dict)
+    factors: Mapping[str, str] = field(default_factory=dict)
     rope_tensors: frozenset[str] = frozenset()
 
 
@@ -289,6 +291,7 @@ FACTORS = {
     "attention.scale": "score_scale",
     "logit_scale": "logit_divisor",
 }
+LOGIT_FACTOR = {"logit_scale": "logit_factor"}
 WINDOW = frozenset({"attention.sliding_window"})
 BOTH = frozenset({SHORT, LONG})
 ALL = BOTH | {FREQS}
@@ -321,6 +324,20 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma3": Architecture("gemma3_text", _gemma3, norm_offset=1.0, reads=WINDOW, fixed=NO_BIAS),
     "chatglm": Architecture("glm", families.read_chatglm, permuted=True, fixed=NO_OUTPUT_BIAS),
     "glm4": Architecture("glm4", families.read_glm, permuted=True, fixed=NO_OUTPUT_BIAS),
+    "command-r": Architecture(
+        *("cohere", families.read_cohere),
+        permuted=True,
+        reads=frozenset(LOGIT_FACTOR),
+        factors=LOGIT_FACTOR,
+        fixed={**NO_BIAS, "tied_head": True},
+    ),
+    "cohere2": Architecture(
+        *("cohere2", families.read_cohere2),
+        permuted=True,
+        reads=WINDOW | LOGIT_FACTOR.keys(),
+        factors=LOGIT_FACTOR,
+        fixed={**NO_BIAS, "tied_head": True},
+    ),
     "phi3": Architecture("phi3", _phi3, reads=WINDOW, rope_tensors=BOTH),
     "gptneox": Architecture(
         "gpt_neox", _gpt_neox, reads=PARALLEL, fixed={**BIASES, "tied_head": False}
@@ -328,12 +345,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "bloom": Architecture("bloom", _bloom),
     "gpt2": Architecture("gpt2", _gpt2),
     "granite": Architecture(
-        "granite", _granite, permuted=True, reads=frozenset(FACTORS), rope_tensors=ALL
+        *("granite", _granite),
+        permuted=True,
+        reads=frozenset(FACTORS),
+        factors=FACTORS,
+        rope_tensors=ALL,
     ),
     "granitemoe": Architecture(
         *("granitemoe", _granitemoe),
         permuted=True,
         reads=frozenset(FACTORS) | MOE,
+        factors=FACTORS,
         rope_tensors=ALL,
     ),
     "gpt-oss": Architecture(

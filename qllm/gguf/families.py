@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from qllm.gguf.file import GGUF
-from qllm.gguf.hyperparameters import VALUES, count_heads, read_llama, read_partial
+from qllm.gguf.hyperparameters import (
+    VALUES,
+    count_heads,
+    read_layer_types,
+    read_llama,
+    read_partial,
+    read_sizes,
+)
 from qllm.gguf.metadata import Metadata
 
 
@@ -21,3 +28,20 @@ def read_chatglm(metadata: Metadata, found: GGUF) -> dict[str, object]:
     # llama.cpp knows no heads of another size there.
     hidden = metadata.count(metadata.own("embedding_length"))
     return read_glm(metadata, found) | {"head_dim": hidden // count_heads(metadata)}
+
+
+def read_cohere(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    own = metadata.own
+    return read_sizes(metadata, found) | {
+        "layer_norm_eps": metadata.number(own("attention.layer_norm_epsilon")),
+        "logit_scale": metadata.number(own("logit_scale")),
+        "pad_token_id": None,
+    }
+
+
+def read_cohere2(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    own = metadata.own
+    return read_cohere(metadata, found) | {
+        "sliding_window": metadata.count(own("attention.sliding_window"), 4096),
+        "layer_types": read_layer_types(metadata, metadata.count(own("block_count")), every=4),
+    }

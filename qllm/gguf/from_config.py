@@ -8,7 +8,6 @@ from qllm.gguf.architectures import (
     ARCHITECTURES,
     EXPERT_SIZE,
     EXPERTS,
-    FACTORS,
     SHARED_SIZE,
     USED,
 )
@@ -76,9 +75,8 @@ def hyperparameters(config: ModelConfig) -> dict[str, Value]:
         sizes = {EXPERT_SIZE: config.experts.intermediate_size}
         sizes[SHARED_SIZE] = config.experts.shared_size
         own |= {key: size for key, size in sizes.items() if key in reads}
-    for key, field in FACTORS.items():
-        if key in reads:
-            own[key] = vars(config)[field]
+    for key, field in ARCHITECTURES[name].factors.items():
+        own[key] = vars(config)[field]
     if config.score_cap is not None:
         own["attn_logit_softcapping"] = config.score_cap
     if config.logit_cap is not None:

@@ -24,12 +24,12 @@ def can_divide(config: ModelConfig, linear: str) -> bool:
 
     A norm whose output is the residual as well (OPT-350m), or that has no weights, cannot take
     it, nor can a linear behind which a GELU comes, or what clamps (gpt-oss), or what has no norm in
-    front (OLMo 2), or one that is for it alone (an expert).
+    front (OLMo 2), or one that is not for it alone (an expert, and Cohere's attention and MLP).
     """
     if is_of_expert(linear) and linear.endswith(".up"):
         return False  # the router and all experts share the norm in front of them
     if linear in NORMS:
-        normed = config.pre_norm and config.input_norms
+        normed = config.pre_norm and config.input_norms and not config.shared_norm
         return normed and not config.residual_after_norm and config.norm_affine
     if linear == "attention.out":
         return True

@@ -264,6 +264,25 @@ class ParallelLayer(PreNormLayer):
         return add(add(self._through_mlp(self.mlp_norm(x)), z), x)
 
 
+class SharedNormLayer(ParallelLayer):
+    """x + attention(norm(x)) + mlp(norm(x)) of one norm: Cohere, Phi."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        self.mlp_norm = NoNorm()
+
+    def fuse_norms(self) -> None:
+        """Two linears take what the norm makes, which may not agree on how it becomes int8."""
+
+    def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        normed = self.attention_norm(x)
+        assert isinstance(normed, Tensor)  # as `fuse_norms` has it
+        x = add(step.select(x), self._attended(normed, step))
+        return add(x, self._through_mlp(step.select(normed)))
+
+
 class NormedResidualLayer(PreNormLayer):
     """A pre-norm layer whose residual branches off behind the norm (a BLOOM option)."""
 
@@ -307,7 +326,7 @@ def layer_class(config: ModelConfig) -> type[PreNormLayer]:
     if not config.pre_norm:
         return PostNormLayer
     if config.parallel_blocks:
-        return ParallelLayer
+        return SharedNormLayer if config.shared_norm else ParallelLayer
     if config.output_norms:
         return OutputNormLayer if config.input_norms else OutputNormAloneLayer
     if config.output_scale != 1:

@@ -11,9 +11,9 @@ from qllm.config import ModelConfig
 def finish_logits(
     config: ModelConfig, logits: Tensor, dtype: torch.dtype | None = None, *, copy: bool = False
 ) -> Tensor:
-    """What a head puts out as logits: divided, in a type, and softly kept below a cap.
+    """What a head puts out as logits: scaled, in a type, and softly kept below a cap.
 
-    The division is rounded to the type of what is divided, as in transformers.
+    What is scaled is rounded to the type that it has, as in transformers.
 
     Args:
         logits: (…, V).
@@ -22,6 +22,8 @@ def finish_logits(
     """
     if config.logit_divisor != 1:
         logits, copy = logits / config.logit_divisor, False
+    if config.logit_factor != 1:
+        logits, copy = logits * config.logit_factor, False
     logits = logits.to(dtype or logits.dtype, copy=copy)
     cap = config.logit_cap
     return logits if cap is None else (logits / cap).tanh() * cap

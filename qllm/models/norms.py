@@ -91,7 +91,8 @@ class LayerNorm(Norm):
         super().__init__(config)
         for name in ("weight", "bias"):
             value = torch.empty(self.shape, dtype=dtype, device="meta")
-            self.register_buffer(name, value if config.norm_affine else None)
+            there = config.norm_affine and (name == "weight" or config.norm_bias)
+            self.register_buffer(name, value if there else None)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

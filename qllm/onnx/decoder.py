@@ -84,6 +84,8 @@ class DecoderGraph:
         x = self._head(x)
         if config.logit_divisor != 1:
             x = g.op("Div", x, g.constant(config.logit_divisor, self.numpy))
+        if config.logit_factor != 1:
+            x = g.op("Mul", x, g.constant(config.logit_factor, self.numpy))
         x = self._capped(x, config.logit_cap)
         shape = g.op("Concat", self.shape, g.constant([config.vocab_size]), axis=0)
         g.op("Reshape", x, shape, output=LOGITS)
@@ -169,7 +171,7 @@ class DecoderGraph:
         else:
             scale = g.constant(np.ones(config.hidden_size), self.numpy)
         if config.norm == "layernorm":
-            bias = [self._weight(f"{name}.bias")] if affine else []
+            bias = [self._weight(f"{name}.bias")] if f"{name}.bias" in self.weights.shapes else []
             return g.op("LayerNormalization", x, scale, *bias, epsilon=config.norm_eps)
         return g.op("Mul", self._root_mean_square(x), scale)
 
@@ -301,8 +303,11 @@ class DecoderGraph:
         """As the layer classes of `qllm.models.layer`: both halves with their norms."""
         config, name = self.config, f"layers.{index}"
         if config.parallel_blocks:
-            z = self._attention(self._norm(x, f"{name}.attention_norm"), index)
-            z = self.graph.op("Add", self._mlp(self._norm(x, f"{name}.mlp_norm"), index), z)
+            normed = self._norm(x, f"{name}.attention_norm")
+            z = self._attention(normed, index)
+            if not config.shared_norm:
+                normed = self._norm(x, f"{name}.mlp_norm")
+            z = self.graph.op("Add", self._mlp(normed, index), z)
             return self.graph.op("Add", z, x)
         for half, norm in ((self._attention, "attention_norm"), (self._mlp, "mlp_norm")):
             inner = x

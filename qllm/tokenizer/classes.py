@@ -14,6 +14,7 @@ from pathlib import Path
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers.pre_tokenizers import PreTokenizer
 
 from qllm.files import parse_json, read_bytes, read_json
 from qllm.tokenizer.special import NotDirectError, Token
@@ -111,11 +112,14 @@ def _llama(files: Files) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _byte_level(files: Files, *, words: str | None) -> tokenizers.Tokenizer:
+def _byte_level(
+    files: Files, *, words: str | None = None, digits: bool = False
+) -> tokenizers.Tokenizer:
     """Byte-level BPE of normalized text, from tokenizer.json.
 
     Args:
         words: a pattern of what becomes tokens by itself; None is GPT-2's.
+        digits: each becomes tokens by itself before that.
     """
     if files.whole is None:
         raise NotDirectError
@@ -124,7 +128,8 @@ def _byte_level(files: Files, *, words: str | None) -> tokenizers.Tokenizer:
     tokenizer.normalizer = normalizers.NFC()
     prefix_space = bool(files.settings.get("add_prefix_space"))
     level = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=words is None)
-    split = [] if words is None else [pre_tokenizers.Split(Regex(words), behavior="isolated")]
+    split: list[PreTokenizer] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    split += [] if words is None else [pre_tokenizers.Split(Regex(words), behavior="isolated")]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, level])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -171,6 +176,14 @@ GPT2 = TokenizerClass(_gpt2, TEXT_ENDS)
 GPT_NEOX = TokenizerClass(
     partial(_byte_level, words=None), TEXT_ENDS | {"pad_token": "<|padding|>"}
 )
+COHERE = TokenizerClass(
+    partial(_byte_level, digits=True),
+    {
+        **{f"{kind}_token": f"<{kind.upper()}>" for kind in ("unk", "pad", "cls", "sep")},
+        **{"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>"},
+        "mask_token": "<MASK_TOKEN>",
+    },
+)
 QWEN2 = TokenizerClass(
     partial(_byte_level, words=QWEN2_WORDS),
     {**TEXT_ENDS, "bos_token": None, "pad_token": "<|endoftext|>"},
@@ -195,6 +208,8 @@ CLASSES = {
     "Qwen2TokenizerFast": QWEN2,
     "GemmaTokenizer": GEMMA,
     "GemmaTokenizerFast": GEMMA,
+    "CohereTokenizer": COHERE,
+    "CohereTokenizerFast": COHERE,
     "GPTNeoXTokenizer": GPT_NEOX,
     "GPTNeoXTokenizerFast": GPT_NEOX,
 }
@@ -219,6 +234,8 @@ DEFAULT_CLASS = {
     "gemma3": GEMMA,
     "starcoder2": GPT2,
     "granite": BACKEND,
+    "cohere": COHERE,
+    "cohere2": COHERE,
     "glm": BACKEND,
     "glm4": BACKEND,
     "smollm3": BACKEND,

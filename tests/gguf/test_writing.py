@@ -167,6 +167,7 @@ def test_what_gguf_has_not_is_one_line(tmp_path):
         ("gemma3", {"layer_types": ["full_attention", "sliding_attention"] * 3}, "windows"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_by_layer False, not True"),
         ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1]}, r"rope_layers \(True, True, True, False"),
+        ("cohere2", {"layer_types": ["full_attention"] * 5}, r"windows .*, not \(\)"),
         ("granite", {"hidden_act": "gelu"}, "activation 'silu', not 'gelu'"),
         ("phi3", {"hidden_act": "gelu"}, "activation 'silu', not 'gelu'"),
         ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE.*dynamic"),

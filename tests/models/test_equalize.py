@@ -33,6 +33,7 @@ DIVIDED = {
     "phi3": LINEARS,
     "gpt_neox": (QKV, OUT, UP),
     "glm4": LINEARS,
+    "cohere2": (OUT, DOWN),  # attention and MLP take what one norm gives
     "granite": LINEARS,
     # The router and all experts take what one norm gives.
     "qwen2_moe": (QKV, OUT, *(f"mlp.experts.{i}.down" for i in range(4)), "mlp.shared.down"),

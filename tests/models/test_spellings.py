@@ -38,6 +38,8 @@ BASES |= {
 }
 BASES["ministral3"] = {**BASES["mistral"], "head_dim": 16, "pad_token_id": None}
 BASES |= {name: BASES["ministral3"] | {"eos_token_id": 0} for name in ("glm", "glm4")}
+IDS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+BASES |= {name: {**BASES["llama"], **IDS} for name in ("cohere", "cohere2")}
 LINEAR = {"type": "linear", "factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -263,6 +265,20 @@ GLM = {
     "old scaling": {"rope_scaling": LINEAR},
     "no biases": {"attention_bias": False},
 }
+COHERE = {
+    "no word of a base": {"logit_scale": 0.3},
+    "old scaling": {"rope_scaling": LINEAR, "num_key_value_heads": 1},
+    "heads of a size of their own": {"head_dim": 8, "rope_theta": 500.0},
+}
+COHERE2 = {
+    "no word of layers": {"num_hidden_layers": 5, "sliding_window": 4},
+    "a pattern of old": {"sliding_window_pattern": 2, "sliding_window": 4, "head_dim": 8},
+    "layers by name": {
+        "sliding_window": 4,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "rope_theta": 500.0,
+    },
+}
 GLM4 = {"no word of heads": {"num_attention_heads": 2}, "no word of RoPE": {}}
 OLMO2 = {"no word of heads": {"num_key_value_heads": None}, "old scaling": {"rope_scaling": YARN}}
 OLMO3 = {
@@ -294,6 +310,8 @@ TABLE = {
     "starcoder2": STARCODER2,
     "granite": GRANITE,
     "smollm3": SMOLLM3,
+    "cohere": COHERE,
+    "cohere2": COHERE2,
     "glm": GLM,
     "glm4": GLM4,
     "olmo2": OLMO2,
