@@ -149,6 +149,25 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         "r7b-arabic": "CohereLabs/c4ai-command-r7b-arabic-02-2025",
         "command-a": "CohereLabs/c4ai-command-a-03-2025",
     },
+    "exaone4": {size: f"LGAI-EXAONE/EXAONE-4.0-{size.upper()}" for size in ("1.2b", "32b")},
+    "ernie4_5": {
+        "0.3b": "baidu/ERNIE-4.5-0.3B-PT",
+        "0.3b-base": "baidu/ERNIE-4.5-0.3B-Base-PT",
+    },
+    "gemma": {
+        size + chat: f"google/gemma-{size}{chat}" for chat in ("", "-it") for size in ("2b", "7b")
+    },
+    "stablelm": {
+        "3b-4e1t": "stabilityai/stablelm-3b-4e1t",
+        "2-1.6b": "stabilityai/stablelm-2-1_6b",
+        "2-1.6b-chat": "stabilityai/stablelm-2-1_6b-chat",
+        "zephyr-3b": "stabilityai/stablelm-zephyr-3b",
+    },
+    "olmo": {size: f"allenai/OLMo-{size.upper()}-0724-hf" for size in ("1b", "7b")},
+    "seed_oss": {
+        "36b": "ByteDance-Seed/Seed-OSS-36B-Instruct",
+        "36b-base": "ByteDance-Seed/Seed-OSS-36B-Base",
+    },
     "mixtral": {
         f"{size.lower()}{chat.lower()}": f"mistralai/Mixtral-{size}{chat}-v0.1"
         for chat in ("", "-Instruct")

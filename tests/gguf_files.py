@@ -35,10 +35,13 @@ PACKAGE = {"gpt-oss": "GPT_OSS", "granitemoe": "GRANITE_MOE", "command-r": "COMM
 ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight", "router.weight", "router.layer.weight")
 
 # Those whose heads have a size of their own.
-HEADED = (*("qwen3", "qwen3moe", "gemma2", "gemma3", "mistral3", "gpt-oss", "glm4"),)
+HEADED = (
+    *("qwen3", "qwen3moe", "gemma", "gemma2", "gemma3", "mistral3", "gpt-oss", "glm4"),
+    *("ernie4_5", "seed_oss"),
+)
 
 # Those of which llama.cpp rotates pairs that are side by side.
-PAIRED = ("llama", "granite", "granitemoe", "smollm3", "mistral3")
+PAIRED = ("llama", "granite", "granitemoe", "smollm3", "mistral3", "olmo")
 
 
 def checkpoint_of(
@@ -220,8 +223,8 @@ def add_sizes(writer: GGUFWriter, architecture: str, config: object) -> None:
     else:
         if architecture == "starcoder2":
             writer.add_layer_norm_eps(config.norm_epsilon)
-        elif hasattr(config, "layer_norm_eps"):
-            writer.add_layer_norm_eps(config.layer_norm_eps)
+        elif hasattr(config, "layer_norm_eps") or architecture == "olmo":
+            writer.add_layer_norm_eps(getattr(config, "layer_norm_eps", 1e-5))
         else:
             writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_feed_forward_length(config.intermediate_size)

@@ -144,6 +144,47 @@ def cohere2() -> nn.Module:
     return made(Cohere2ForCausalLM, Cohere2Config(**LLAMA | IDS | more))
 
 
+def exaone4() -> nn.Module:
+    from transformers import Exaone4Config, Exaone4ForCausalLM
+
+    types = ["full_attention"] * 2
+    return made(
+        Exaone4ForCausalLM,
+        Exaone4Config(**LLAMA, head_dim=16, sliding_window=None, layer_types=types),
+    )
+
+
+def ernie4_5() -> nn.Module:
+    from transformers import Ernie4_5Config, Ernie4_5ForCausalLM
+
+    return made(Ernie4_5ForCausalLM, Ernie4_5Config(**LLAMA, **IDS, head_dim=32))
+
+
+def gemma() -> nn.Module:
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    return made(GemmaForCausalLM, GemmaConfig(**LLAMA, **IDS, head_dim=32))
+
+
+def stablelm() -> nn.Module:
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    more = {"use_qkv_bias": True, "use_parallel_residual": True}
+    return made(StableLmForCausalLM, StableLmConfig(**LLAMA, **IDS, **more))
+
+
+def olmo() -> nn.Module:
+    from transformers import OlmoConfig, OlmoForCausalLM
+
+    return made(OlmoForCausalLM, OlmoConfig(**LLAMA, **IDS))
+
+
+def seed_oss() -> nn.Module:
+    from transformers import SeedOssConfig, SeedOssForCausalLM
+
+    return made(SeedOssForCausalLM, SeedOssConfig(**LLAMA, **IDS, head_dim=32))
+
+
 def olmo2() -> nn.Module:
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
@@ -226,6 +267,8 @@ FAMILIES = {
     **{"starcoder2": starcoder2, "granite": granite, "smollm3": smollm3},
     **{"olmo2": olmo2, "olmo3": olmo3, "ministral3": ministral3},
     **{"glm": glm, "glm4": glm4, "cohere": cohere, "cohere2": cohere2},
+    **{"exaone4": exaone4, "ernie4_5": ernie4_5, "gemma": gemma},
+    **{"stablelm": stablelm, "olmo": olmo, "seed_oss": seed_oss},
     **{"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe, "olmoe": olmoe},
     **{"granitemoe": granitemoe, "gpt_oss": gpt_oss},
 }

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 from random_sizes import flags, kinds, llama_sizes, rope_settings, windows
-from transformers import Cohere2Config, CohereConfig, Glm4Config, GlmConfig, PretrainedConfig
+from transformers import (
+    Cohere2Config,
+    CohereConfig,
+    Ernie4_5Config,
+    Exaone4Config,
+    GemmaConfig,
+    Glm4Config,
+    GlmConfig,
+    OlmoConfig,
+    PretrainedConfig,
+    SeedOssConfig,
+    StableLmConfig,
+)
 
 
 @st.composite
@@ -36,10 +48,62 @@ def cohere2_configs(draw) -> Cohere2Config:
     return Cohere2Config(**sizes, layer_norm_eps=sizes.pop("rms_norm_eps"), **more, **ids)
 
 
+@st.composite
+def exaone4_configs(draw) -> Exaone4Config:
+    sizes = draw(llama_sizes()) | {"intermediate_size": draw(st.integers(16, 70))}
+    count, window = sizes["num_hidden_layers"], draw(st.one_of(st.none(), windows))
+    types = st.one_of(st.none(), st.lists(kinds, min_size=count, max_size=count))
+    types = draw(types) if window else ["full_attention"] * count
+    pattern = draw(st.integers(1, 4))
+    more = {"sliding_window": window, "sliding_window_pattern": pattern, "layer_types": types}
+    return Exaone4Config(**sizes, **more)
+
+
+@st.composite
+def ernie4_5_configs(draw) -> Ernie4_5Config:
+    return Ernie4_5Config(**draw(llama_sizes()), use_bias=draw(flags), pad_token_id=None)
+
+
+@st.composite
+def gemma_configs(draw) -> GemmaConfig:
+    return GemmaConfig(**draw(llama_sizes()), attention_bias=draw(flags))
+
+
+@st.composite
+def stablelm_configs(draw) -> StableLmConfig:
+    sizes = draw(llama_sizes())
+    head_dim = sizes.pop("head_dim")
+    sizes["hidden_size"] = head_dim * sizes["num_attention_heads"]
+    share = 2 * draw(st.integers(1, head_dim // 2)) / head_dim  # of whole pairs
+    rope, trained = draw(rope_settings(head_dim, partial=share))
+    sizes |= {"max_position_embeddings": trained, "rope_parameters": rope}
+    more = {"use_qkv_bias": draw(flags), "use_parallel_residual": draw(flags)}
+    return StableLmConfig(**sizes, layer_norm_eps=sizes.pop("rms_norm_eps"), **more)
+
+
+@st.composite
+def olmo_configs(draw) -> OlmoConfig:
+    sizes = draw(llama_sizes())
+    del sizes["rms_norm_eps"]
+    return OlmoConfig(**sizes, attention_bias=draw(flags), pad_token_id=None)
+
+
+@st.composite
+def seed_oss_configs(draw) -> SeedOssConfig:
+    names = ("attention_bias", "attention_out_bias", "mlp_bias")
+    return SeedOssConfig(**draw(llama_sizes()), **{name: draw(flags) for name in names})
+
+
 # As `random_configs.CONFIGS`, where these are among others.
 DENSE: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "glm": (glm_configs(GlmConfig), 4),
     "glm4": (glm_configs(Glm4Config), 4),
     "cohere": (cohere_configs(), 4),
     "cohere2": (cohere2_configs(), 5),
+    "exaone4": (exaone4_configs(), 4),
+    "ernie4_5": (ernie4_5_configs(), 3),
+    "gemma": (gemma_configs(), 3),
+    "stablelm": (stablelm_configs(), 4),
+    "olmo": (olmo_configs(), 3),
+    "seed_oss": (seed_oss_configs(), 3),
 }

@@ -44,6 +44,8 @@ CONFIGS: dict[str, dict] = {
 OTHERS: dict[str, dict] = {
     "glm4": {"head_dim": 8, "eos_token_id": 2, "rope_scaling": None},
     "cohere2": {"sliding_window": 4, "sliding_window_pattern": 2},
+    "exaone4": {"sliding_window": 4, "sliding_window_pattern": 2},
+    "stablelm": {"use_parallel_residual": True, "rope_scaling": None},
 }
 PLAN, CALIBRATION = "plan.json", "calibration.safetensors"
 GENERATION = {"eos_token_id": 2, "max_length": 20, "min_length": 0, "repetition_penalty": 1.2}

@@ -40,6 +40,7 @@ NORMAL, UNUSED = 1, 5
 SPELLED = {
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)": ENGLISH,
     "[.,!?…。，、।۔،]": ".,!?…。，、।۔،",
+    r"\p{N}{1}|": r"\p{N}|",
 }
 # Normalizers without which llama.cpp's tokens are the same, or that it has.
 NORMALIZERS = {"NFC", "Prepend", "Replace", "Sequence"}

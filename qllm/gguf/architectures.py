@@ -338,6 +338,27 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         factors=LOGIT_FACTOR,
         fixed={**NO_BIAS, "tied_head": True},
     ),
+    "exaone4": Architecture(
+        *("exaone4", families.read_exaone4),
+        reads=WINDOW,
+        fixed={**NO_BIAS, "mlp_bias": False},
+        rope_tensors=ALL,
+    ),
+    "ernie4_5": Architecture("ernie4_5", families.read_ernie4_5, permuted=True),
+    "gemma": Architecture(
+        "gemma", read_llama, norm_offset=1.0, fixed={**NO_BIAS, "tied_head": True}
+    ),
+    "stablelm": Architecture(
+        *("stablelm", families.read_stablelm),
+        reads=PARALLEL,
+        fixed={"output_bias": False, "tied_head": False},
+    ),
+    "olmo": Architecture("olmo", families.read_olmo, permuted=True, fixed=NO_BIAS),
+    "seed_oss": Architecture(
+        *("seed_oss", families.read_seed_oss),
+        fixed=NO_OUTPUT_BIAS,
+        parts={"post_attention_norm": "mlp_norm"},
+    ),
     "phi3": Architecture("phi3", _phi3, reads=WINDOW, rope_tensors=BOTH),
     "gptneox": Architecture(
         "gpt_neox", _gpt_neox, reads=PARALLEL, fixed={**BIASES, "tied_head": False}

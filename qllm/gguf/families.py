@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qllm.errors import UserError
 from qllm.gguf.file import GGUF
 from qllm.gguf.hyperparameters import (
     VALUES,
@@ -12,6 +13,8 @@ from qllm.gguf.hyperparameters import (
     read_sizes,
 )
 from qllm.gguf.metadata import Metadata
+
+OLMO_EPS = 1e-5
 
 
 def read_glm(metadata: Metadata, found: GGUF) -> dict[str, object]:
@@ -25,9 +28,59 @@ def read_glm(metadata: Metadata, found: GGUF) -> dict[str, object]:
 
 
 def read_chatglm(metadata: Metadata, found: GGUF) -> dict[str, object]:
-    # llama.cpp knows no heads of another size there.
+    return read_glm(metadata, found) | _shared_out(metadata)
+
+
+def _shared_out(metadata: Metadata) -> dict[str, object]:
+    """Heads that share out the hidden size, where llama.cpp knows no others."""
     hidden = metadata.count(metadata.own("embedding_length"))
-    return read_glm(metadata, found) | {"head_dim": hidden // count_heads(metadata)}
+    return {"head_dim": hidden // count_heads(metadata)}
+
+
+def read_exaone4(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    # llama.cpp knows the size that has windows by its layers.
+    layers, own = metadata.count(metadata.own("block_count")), metadata.own
+    values = read_llama(metadata, found) | _shared_out(metadata)
+    if layers != 64:
+        return values | {"sliding_window": None, "layer_types": ["full_attention"] * layers}
+    window = metadata.count(own("attention.sliding_window"), 4096)
+    return values | {"sliding_window": window, "layer_types": read_layer_types(metadata, layers, 4)}
+
+
+def read_ernie4_5(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    bias = "blk.0.attn_output.bias" in found.tensors
+    return read_llama(metadata, found) | {"use_bias": bias, "pad_token_id": None}
+
+
+def read_stablelm(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    own = metadata.own
+    values = read_sizes(metadata, found, same=(VALUES,))
+    head_dim, rope = values["head_dim"], values["rope_parameters"]
+    assert isinstance(head_dim, int) and isinstance(rope, dict)  # as `read_sizes` makes them
+    rope |= read_partial(metadata, head_dim)
+    return values | {
+        "layer_norm_eps": metadata.number(own("attention.layer_norm_epsilon")),
+        "use_qkv_bias": "blk.0.attn_q.bias" in found.tensors,
+        # By which llama.cpp knows it, whatever a key says.
+        "use_parallel_residual": "blk.0.ffn_norm.weight" not in found.tensors,
+    }
+
+
+def read_olmo(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    key = metadata.own("attention.layer_norm_epsilon")
+    if abs(metadata.number(key) - OLMO_EPS) > 1e-8:
+        raise UserError(f"{found.path}: {key} is {metadata.values[key]}, not OLMo's {OLMO_EPS}")
+    return read_sizes(metadata, found) | {"pad_token_id": None}
+
+
+def read_seed_oss(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    bias = "blk.0.attn_q.bias" in found.tensors
+    output_bias = "blk.0.attn_output.bias" in found.tensors
+    return read_llama(metadata, found) | {
+        "attention_bias": bias,
+        "attention_out_bias": output_bias,
+        "pad_token_id": None,
+    }
 
 
 def read_cohere(metadata: Metadata, found: GGUF) -> dict[str, object]:

@@ -41,6 +41,7 @@ CASED = [rf"[^\r\n\p{{L}}\p{{N}}]?{word}" for word in (f"{UPPER}*{LOWER}+", f"{U
 SLASHES = REST.replace(r"[\r\n]*", r"[\r\n/]*")
 O200K = "|".join(f"{word}{ENGLISH}?" for word in CASED) + r"|\p{N}{1,3}" + SLASHES
 TEKKEN = "|".join(CASED) + r"|\p{N}" + SLASHES
+SEED = ENGLISH + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 DIGIT = r"\p{N}"
 # Patterns by which a text is cut, one after the other, by tokenizer.ggml.pre.
@@ -49,9 +50,9 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("glm4", "chatglm-bpe"), (LLAMA3,)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan"), (QWEN2,)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), (DIGIT, GPT2)),
-    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt"), (GPT2,)),
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "exaone4"), (GPT2,)),
     **dict.fromkeys(("bloom", "gpt3-finnish"), (BLOOM,)),
-    **{"gpt-4o": (O200K,), "tekken": (TEKKEN,)},
+    **{"gpt-4o": (O200K,), "tekken": (TEKKEN,), "seed-coder": (SEED,)},
 }
 # Of these, a word that is a token is that token, whatever its merges; and BOS comes first.
 IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")

@@ -7,7 +7,10 @@ from qllm.errors import UserError
 from qllm.models.bloom import BLOOM
 from qllm.models.cohere import COHERE, COHERE2
 from qllm.models.decoder import Decoder
+from qllm.models.ernie4_5 import ERNIE4_5
+from qllm.models.exaone4 import EXAONE4
 from qllm.models.family import Family, RawConfig
+from qllm.models.gemma import GEMMA
 from qllm.models.gemma2 import GEMMA2
 from qllm.models.gemma3_text import GEMMA3_TEXT
 from qllm.models.glm import GLM, GLM4
@@ -21,6 +24,7 @@ from qllm.models.ministral3 import MINISTRAL3
 from qllm.models.mistral import MISTRAL
 from qllm.models.mixtral import MIXTRAL
 from qllm.models.multimodal import MULTIMODAL
+from qllm.models.olmo import OLMO
 from qllm.models.olmo2 import OLMO2
 from qllm.models.olmo3 import OLMO3
 from qllm.models.olmoe import OLMOE
@@ -30,7 +34,9 @@ from qllm.models.qwen2 import QWEN2
 from qllm.models.qwen2_moe import QWEN2_MOE
 from qllm.models.qwen3 import QWEN3
 from qllm.models.qwen3_moe import QWEN3_MOE
+from qllm.models.seed_oss import SEED_OSS
 from qllm.models.smollm3 import SMOLLM3
+from qllm.models.stablelm import STABLELM
 from qllm.models.starcoder2 import STARCODER2
 
 FAMILIES: dict[str, Family] = {
@@ -38,7 +44,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, PHI3, GPT_NEOX, GPT2),
         *(MINISTRAL3, STARCODER2, GRANITE, SMOLLM3, OLMO2, OLMO3),
-        *(GLM, GLM4, COHERE, COHERE2),
+        *(GLM, GLM4, COHERE, COHERE2, EXAONE4, ERNIE4_5, GEMMA, STABLELM, OLMO, SEED_OSS),
         *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, GPT_OSS),
     )
 }

@@ -234,6 +234,10 @@ DEFAULT_CLASS = {
     "gemma3": GEMMA,
     "starcoder2": GPT2,
     "granite": BACKEND,
+    "ernie4_5": BACKEND,
+    "stablelm": BACKEND,
+    "gemma": GEMMA,
+    "olmo": GPT_NEOX,
     "cohere": COHERE,
     "cohere2": COHERE,
     "glm": BACKEND,
@@ -245,4 +249,5 @@ DEFAULT_CLASS = {
 }
 # Types whose files name classes that they are not of.
 MISTRALS = ("mistral", "ministral3", "mistral3")
-OWN_CLASS = (*MISTRALS, "phi3", "qwen2", "granite", "olmo2", "olmo3", "glm", "glm4")
+GLMS = ("glm", "glm4")
+OWN_CLASS = (*MISTRALS, "phi3", "qwen2", "granite", "olmo2", "olmo3", *GLMS, "ernie4_5", "stablelm")

@@ -40,6 +40,14 @@ BASES["ministral3"] = {**BASES["mistral"], "head_dim": 16, "pad_token_id": None}
 BASES |= {name: BASES["ministral3"] | {"eos_token_id": 0} for name in ("glm", "glm4")}
 IDS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
 BASES |= {name: {**BASES["llama"], **IDS} for name in ("cohere", "cohere2")}
+BASES |= {
+    "exaone4": BASES["llama"] | {"num_key_value_heads": 1, "eos_token_id": 0},
+    "ernie4_5": BASES["llama"] | IDS,
+    "gemma": BASES["llama"] | IDS | {"num_key_value_heads": 1},
+    "stablelm": BASES["llama"] | {"num_key_value_heads": 1},
+    "olmo": BASES["llama"] | IDS,
+    "seed_oss": BASES["llama"] | IDS,
+}
 LINEAR = {"type": "linear", "factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -279,6 +287,33 @@ COHERE2 = {
         "rope_theta": 500.0,
     },
 }
+EXAONE4 = {
+    "a pattern": {"num_hidden_layers": 5, "sliding_window": 4, "sliding_window_pattern": 2},
+    "layers by name": {
+        "sliding_window": 4,
+        "sliding_window_pattern": "LG",
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "no windows": {
+        "sliding_window": None,
+        "layer_types": ["full_attention"] * 2,
+        "rope_scaling": LINEAR,
+    },
+}
+ERNIE4_5 = {"no word of heads": {"num_key_value_heads": None}, "biases": {"use_bias": True}}
+GEMMA = {
+    "what released files say of the activation": {"hidden_act": "gelu"},
+    "an activation that is not read": {"hidden_activation": "relu", "head_dim": 16},
+}
+STABLELM = {
+    "no word of a share": {"use_qkv_bias": True},
+    "a share outside": {"partial_rotary_factor": 0.5, "use_parallel_residual": True},
+}
+OLMO = {"no word of heads": {"num_key_value_heads": None}, "biases": {"attention_bias": True}}
+SEED_OSS = {
+    "no word of biases": {"num_key_value_heads": None, "head_dim": None},
+    "biases": {"attention_out_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
+}
 GLM4 = {"no word of heads": {"num_attention_heads": 2}, "no word of RoPE": {}}
 OLMO2 = {"no word of heads": {"num_key_value_heads": None}, "old scaling": {"rope_scaling": YARN}}
 OLMO3 = {
@@ -312,6 +347,12 @@ TABLE = {
     "smollm3": SMOLLM3,
     "cohere": COHERE,
     "cohere2": COHERE2,
+    "exaone4": EXAONE4,
+    "ernie4_5": ERNIE4_5,
+    "gemma": GEMMA,
+    "stablelm": STABLELM,
+    "olmo": OLMO,
+    "seed_oss": SEED_OSS,
     "glm": GLM,
     "glm4": GLM4,
     "olmo2": OLMO2,
