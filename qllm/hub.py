@@ -154,6 +154,11 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         "0.3b": "baidu/ERNIE-4.5-0.3B-PT",
         "0.3b-base": "baidu/ERNIE-4.5-0.3B-Base-PT",
     },
+    "phi": {
+        "2": "microsoft/phi-2",
+        "1": "microsoft/phi-1",
+        "1.5": "microsoft/phi-1_5",
+    },
     "gemma": {
         size + chat: f"google/gemma-{size}{chat}" for chat in ("", "-it") for size in ("2b", "7b")
     },

@@ -26,6 +26,7 @@ KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
 ARCHITECTURES = {
     **{"gemma3_text": "gemma3", "gpt_neox": "gptneox", "olmo3": "olmo2"},
     **{"ministral3": "mistral3", "glm": "chatglm", "cohere": "command-r"},
+    "phi": "phi2",
     **{"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"},
     "gpt_oss": "gpt-oss",
 }

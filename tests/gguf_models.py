@@ -173,6 +173,12 @@ def stablelm() -> nn.Module:
     return made(StableLmForCausalLM, StableLmConfig(**LLAMA, **IDS, **more))
 
 
+def phi() -> nn.Module:
+    from transformers import PhiConfig, PhiForCausalLM
+
+    return made(PhiForCausalLM, PhiConfig(**LLAMA, **IDS))
+
+
 def olmo() -> nn.Module:
     from transformers import OlmoConfig, OlmoForCausalLM
 
@@ -268,7 +274,7 @@ FAMILIES = {
     **{"olmo2": olmo2, "olmo3": olmo3, "ministral3": ministral3},
     **{"glm": glm, "glm4": glm4, "cohere": cohere, "cohere2": cohere2},
     **{"exaone4": exaone4, "ernie4_5": ernie4_5, "gemma": gemma},
-    **{"stablelm": stablelm, "olmo": olmo, "seed_oss": seed_oss},
+    **{"stablelm": stablelm, "olmo": olmo, "seed_oss": seed_oss, "phi": phi},
     **{"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe, "olmoe": olmoe},
     **{"granitemoe": granitemoe, "gpt_oss": gpt_oss},
 }

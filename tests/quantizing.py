@@ -23,6 +23,7 @@ from transformers import (
     Olmo2Config,
     OPTConfig,
     Phi3Config,
+    PhiConfig,
     PretrainedConfig,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -103,6 +104,7 @@ MODELS: dict[str, PretrainedConfig] = {
         pad_token_id=None,
         rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.75},
     ),
+    "phi": PhiConfig(**LLAMA),
     "gpt_neox": GPTNeoXConfig(**LLAMA, rope_parameters={"rope_type": "default"}),
     "glm4": Glm4Config(**LLAMA, num_key_value_heads=2, head_dim=10, pad_token_id=None),
     "cohere2": Cohere2Config(  # of which one layer is not rotated, and sees all

@@ -13,6 +13,7 @@ from transformers import (
     Glm4Config,
     GlmConfig,
     OlmoConfig,
+    PhiConfig,
     PretrainedConfig,
     SeedOssConfig,
     StableLmConfig,
@@ -82,6 +83,16 @@ def stablelm_configs(draw) -> StableLmConfig:
 
 
 @st.composite
+def phi_configs(draw) -> PhiConfig:
+    sizes = draw(llama_sizes()) | {"tie_word_embeddings": False}
+    head_dim = sizes["head_dim"]
+    share = 2 * draw(st.integers(1, head_dim // 2)) / head_dim  # of whole pairs
+    rope, trained = draw(rope_settings(head_dim, partial=share))
+    sizes |= {"max_position_embeddings": trained, "rope_parameters": rope}
+    return PhiConfig(**sizes, layer_norm_eps=sizes.pop("rms_norm_eps"))
+
+
+@st.composite
 def olmo_configs(draw) -> OlmoConfig:
     sizes = draw(llama_sizes())
     del sizes["rms_norm_eps"]
@@ -105,5 +116,6 @@ DENSE: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "gemma": (gemma_configs(), 3),
     "stablelm": (stablelm_configs(), 4),
     "olmo": (olmo_configs(), 3),
+    "phi": (phi_configs(), 4),
     "seed_oss": (seed_oss_configs(), 3),
 }

@@ -117,7 +117,7 @@ def write(folder: Path, form: str, files: dict, whole: dict | None = None) -> Pa
 FAMILIES = (
     *("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neox", "phi3", "mistral", "gpt2"),
     *("starcoder2", "granite", "smollm3", "olmo2", "olmo3", "glm", "glm4", "cohere", "cohere2"),
-    *("ernie4_5", "stablelm", "gemma", "olmo"),
+    *("ernie4_5", "stablelm", "gemma", "olmo", "phi"),
     *("ministral3", "mistral3", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 )
 OTHERS = (

@@ -45,6 +45,7 @@ OTHERS: dict[str, dict] = {
     "glm4": {"head_dim": 8, "eos_token_id": 2, "rope_scaling": None},
     "cohere2": {"sliding_window": 4, "sliding_window_pattern": 2},
     "exaone4": {"sliding_window": 4, "sliding_window_pattern": 2},
+    "phi": {"rope_scaling": None},
     "stablelm": {"use_parallel_residual": True, "rope_scaling": None},
 }
 PLAN, CALIBRATION = "plan.json", "calibration.safetensors"

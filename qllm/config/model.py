@@ -112,6 +112,7 @@ class ModelConfig:
         clamped_swiglu: of a gated MLP, in the place of `activation` (gpt-oss).
         experts: what some layers have in the place of an MLP; None: no layer has.
         attention_bias, output_bias: of the matrices in front of attention and behind it.
+        head_bias: of the LM head, where it is not tied (Phi).
         init_std: standard deviation of a fresh weight.
     """
 
@@ -164,6 +165,7 @@ class ModelConfig:
     attention_bias: bool = True
     output_bias: bool = True
     mlp_bias: bool = True
+    head_bias: bool = False
     tied_head: bool = True
     dtype: str | None = None
     init_std: float = 0.02

@@ -353,6 +353,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         reads=PARALLEL,
         fixed={"output_bias": False, "tied_head": False},
     ),
+    "phi2": Architecture("phi", families.read_phi),
     "olmo": Architecture("olmo", families.read_olmo, permuted=True, fixed=NO_BIAS),
     "seed_oss": Architecture(
         *("seed_oss", families.read_seed_oss),

@@ -19,12 +19,17 @@ OLMO_EPS = 1e-5
 
 def read_glm(metadata: Metadata, found: GGUF) -> dict[str, object]:
     values = read_llama(metadata, found, same=(VALUES,))
-    head_dim, rope = values["head_dim"], values["rope_parameters"]
-    assert isinstance(head_dim, int) and isinstance(rope, dict)  # as `read_sizes` makes them
-    rope |= read_partial(metadata, head_dim)
+    _add_share(metadata, values)
     biases = {"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"}
     # Where nothing is said of padding, transformers has an id that the model may not have.
     return values | {"attention_bias": not biases.isdisjoint(found.tensors), "pad_token_id": None}
+
+
+def _add_share(metadata: Metadata, values: dict[str, object]) -> None:
+    """Add the share of a head that RoPE rotates to what `read_sizes` found."""
+    head_dim, rope = values["head_dim"], values["rope_parameters"]
+    assert isinstance(head_dim, int) and isinstance(rope, dict)  # as it makes them
+    rope |= read_partial(metadata, head_dim)
 
 
 def read_chatglm(metadata: Metadata, found: GGUF) -> dict[str, object]:
@@ -55,15 +60,20 @@ def read_ernie4_5(metadata: Metadata, found: GGUF) -> dict[str, object]:
 def read_stablelm(metadata: Metadata, found: GGUF) -> dict[str, object]:
     own = metadata.own
     values = read_sizes(metadata, found, same=(VALUES,))
-    head_dim, rope = values["head_dim"], values["rope_parameters"]
-    assert isinstance(head_dim, int) and isinstance(rope, dict)  # as `read_sizes` makes them
-    rope |= read_partial(metadata, head_dim)
+    _add_share(metadata, values)
     return values | {
         "layer_norm_eps": metadata.number(own("attention.layer_norm_epsilon")),
         "use_qkv_bias": "blk.0.attn_q.bias" in found.tensors,
         # By which llama.cpp knows it, whatever a key says.
         "use_parallel_residual": "blk.0.ffn_norm.weight" not in found.tensors,
     }
+
+
+def read_phi(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    own = metadata.own
+    values = read_sizes(metadata, found, same=(VALUES,))
+    _add_share(metadata, values)
+    return values | {"layer_norm_eps": metadata.number(own("attention.layer_norm_epsilon"))}
 
 
 def read_olmo(metadata: Metadata, found: GGUF) -> dict[str, object]:

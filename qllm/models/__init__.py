@@ -29,6 +29,7 @@ from qllm.models.olmo2 import OLMO2
 from qllm.models.olmo3 import OLMO3
 from qllm.models.olmoe import OLMOE
 from qllm.models.opt import OPT
+from qllm.models.phi import PHI
 from qllm.models.phi3 import PHI3
 from qllm.models.qwen2 import QWEN2
 from qllm.models.qwen2_moe import QWEN2_MOE
@@ -44,7 +45,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, PHI3, GPT_NEOX, GPT2),
         *(MINISTRAL3, STARCODER2, GRANITE, SMOLLM3, OLMO2, OLMO3),
-        *(GLM, GLM4, COHERE, COHERE2, EXAONE4, ERNIE4_5, GEMMA, STABLELM, OLMO, SEED_OSS),
+        *(GLM, GLM4, COHERE, COHERE2, EXAONE4, ERNIE4_5, GEMMA, STABLELM, OLMO, SEED_OSS, PHI),
         *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, GPT_OSS),
     )
 }

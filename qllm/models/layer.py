@@ -57,10 +57,11 @@ def embedding_and_head(
     make: MakeLinear,
 ) -> tuple[Embedding | QuantizedEmbedding, Linear]:
     """The token embedding and the LM head, which share a matrix where they are tied."""
-    shape = (config.embed_size, config.vocab_size, False)
+    sizes = (config.embed_size, config.vocab_size)
+    shape = (*sizes, config.head_bias)
     tied = config.tied_head and LM_HEAD not in specs
     if EMBEDDING in specs:
-        table = make(EMBEDDING, *shape)
+        table = make(EMBEDDING, *sizes, False)
         assert isinstance(table, WeightOnlyLinear)  # as `QuantPlan.resolve` has it
         return QuantizedEmbedding(table, dtype), table if tied else make(LM_HEAD, *shape)
     embed, head = Embedding(config.vocab_size, config.embed_size, dtype), make(LM_HEAD, *shape)

@@ -169,6 +169,7 @@ class _Student:
     ) -> None:
         self.model, self.again = model, again
         self.workers = Workers(model.device)
+        bias = getattr(model.lm_head, "bias", None)  # which is the float head's as well
         self.scaled: dict[str, ScaledLinear] = {}
         # A packed embedding stays as it is, and a head that is tied to it.
         table = model.embed.linear if isinstance(model.embed, QuantizedEmbedding) else None
@@ -186,7 +187,7 @@ class _Student:
                 freeze(model, name, dtype)
         self.float_head: nn.Module = model.lm_head
         if float_head is not None:
-            self.float_head = FrozenLinear(float_head, None, dtype)
+            self.float_head = FrozenLinear(float_head, bias, dtype)
 
     def head(self, x: Tensor, matrix: nn.Module) -> Tensor:
         """Logits (M, V) of states (M, C) behind the last layer, by one of the two heads."""

@@ -238,6 +238,7 @@ DEFAULT_CLASS = {
     "stablelm": BACKEND,
     "gemma": GEMMA,
     "olmo": GPT_NEOX,
+    "phi": GPT2,
     "cohere": COHERE,
     "cohere2": COHERE,
     "glm": BACKEND,

@@ -31,6 +31,7 @@ DIVIDED = {
     "gemma3_text": LINEARS,
     "ministral3": LINEARS,
     "phi3": LINEARS,
+    "phi": (OUT,),  # as Cohere's, and a GELU in front of `down`
     "gpt_neox": (QKV, OUT, UP),
     "glm4": LINEARS,
     "cohere2": (OUT, DOWN),  # attention and MLP take what one norm gives

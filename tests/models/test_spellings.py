@@ -47,6 +47,7 @@ BASES |= {
     "stablelm": BASES["llama"] | {"num_key_value_heads": 1},
     "olmo": BASES["llama"] | IDS,
     "seed_oss": BASES["llama"] | IDS,
+    "phi": BASES["llama"],
 }
 LINEAR = {"type": "linear", "factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0}
@@ -309,6 +310,10 @@ STABLELM = {
     "no word of a share": {"use_qkv_bias": True},
     "a share outside": {"partial_rotary_factor": 0.5, "use_parallel_residual": True},
 }
+PHI = {
+    "no word of a share": {"num_key_value_heads": 1},
+    "a share outside": {"partial_rotary_factor": 0.25, "head_dim": 8},
+}
 OLMO = {"no word of heads": {"num_key_value_heads": None}, "biases": {"attention_bias": True}}
 SEED_OSS = {
     "no word of biases": {"num_key_value_heads": None, "head_dim": None},
@@ -352,6 +357,7 @@ TABLE = {
     "gemma": GEMMA,
     "stablelm": STABLELM,
     "olmo": OLMO,
+    "phi": PHI,
     "seed_oss": SEED_OSS,
     "glm": GLM,
     "glm4": GLM4,

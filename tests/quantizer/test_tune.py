@@ -222,6 +222,21 @@ def test_threads_divide_samples_and_change_nothing_but_the_order_of_sums(tmp_pat
             assert ((ours - theirs).abs() < 1e-3 * ours.abs().max()).float().mean() > 0.95
 
 
+def test_the_float_head_beside_a_quantized_one_has_its_bias(monkeypatch, tmp_path):
+    source, found = saved("phi", tmp_path / "source"), []
+    create = distill._Student.__init__
+
+    def spy(student: distill._Student, *given: object, **options: object) -> None:
+        create(student, *given, **options)
+        found.append(student.float_head(torch.zeros(1, 48))[0])
+
+    monkeypatch.setattr(distill._Student, "__init__", spy)
+    options = QuantizeOptions(refine=True, tune=TuneOptions(steps=1), distill=DistillOptions(1, 2))
+    tune(source, tmp_path / "out", plan_of({".*": 4, "^lm_head$": 8}), options=options)
+    bias = load(source).lm_head.bias
+    assert torch.allclose(found[0].float(), bias, atol=1e-2) and bias.abs().max() > 0.1
+
+
 def test_the_seed_decides(tmp_path):
     source = saved("opt", tmp_path / "source")
     for name, seed in (("one", 0), ("two", 1)):
