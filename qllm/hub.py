@@ -154,6 +154,7 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         "0.3b": "baidu/ERNIE-4.5-0.3B-PT",
         "0.3b-base": "baidu/ERNIE-4.5-0.3B-Base-PT",
     },
+    "arcee": {"4.5b": "arcee-ai/AFM-4.5B", "4.5b-base": "arcee-ai/AFM-4.5B-Base"},
     "phi": {
         "2": "microsoft/phi-2",
         "1": "microsoft/phi-1",

@@ -32,7 +32,11 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
-ACTIVATIONS = {function.__name__: function for function in (relu, gelu, gelu_tanh, silu)}
+def relu2(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0) ** 2
+
+
+ACTIVATIONS = {each.__name__: each for each in (relu, gelu, gelu_tanh, silu, relu2)}
 
 
 def norm(

@@ -42,7 +42,7 @@ HEADED = (
 )
 
 # Those of which llama.cpp rotates pairs that are side by side.
-PAIRED = ("llama", "granite", "granitemoe", "smollm3", "mistral3", "olmo")
+PAIRED = ("llama", "granite", "granitemoe", "smollm3", "mistral3", "olmo", "arcee")
 
 
 def checkpoint_of(

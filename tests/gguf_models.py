@@ -179,6 +179,12 @@ def phi() -> nn.Module:
     return made(PhiForCausalLM, PhiConfig(**LLAMA, **IDS))
 
 
+def arcee() -> nn.Module:
+    from transformers import ArceeConfig, ArceeForCausalLM
+
+    return made(ArceeForCausalLM, ArceeConfig(**LLAMA, **IDS))
+
+
 def olmo() -> nn.Module:
     from transformers import OlmoConfig, OlmoForCausalLM
 
@@ -275,6 +281,7 @@ FAMILIES = {
     **{"glm": glm, "glm4": glm4, "cohere": cohere, "cohere2": cohere2},
     **{"exaone4": exaone4, "ernie4_5": ernie4_5, "gemma": gemma},
     **{"stablelm": stablelm, "olmo": olmo, "seed_oss": seed_oss, "phi": phi},
+    **{"arcee": arcee},
     **{"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe, "olmoe": olmoe},
     **{"granitemoe": granitemoe, "gpt_oss": gpt_oss},
 }

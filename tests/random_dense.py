@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from random_sizes import flags, kinds, llama_sizes, rope_settings, windows
 from transformers import (
+    ArceeConfig,
     Cohere2Config,
     CohereConfig,
     Ernie4_5Config,
@@ -100,6 +101,12 @@ def olmo_configs(draw) -> OlmoConfig:
 
 
 @st.composite
+def arcee_configs(draw) -> ArceeConfig:
+    biases = {"attention_bias": draw(flags), "mlp_bias": draw(flags)}
+    return ArceeConfig(**draw(llama_sizes()) | {"hidden_act": "relu2"}, **biases)
+
+
+@st.composite
 def seed_oss_configs(draw) -> SeedOssConfig:
     names = ("attention_bias", "attention_out_bias", "mlp_bias")
     return SeedOssConfig(**draw(llama_sizes()), **{name: draw(flags) for name in names})
@@ -117,5 +124,6 @@ DENSE: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "stablelm": (stablelm_configs(), 4),
     "olmo": (olmo_configs(), 3),
     "phi": (phi_configs(), 4),
+    "arcee": (arcee_configs(), 3),
     "seed_oss": (seed_oss_configs(), 3),
 }

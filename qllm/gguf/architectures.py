@@ -354,6 +354,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         fixed={"output_bias": False, "tied_head": False},
     ),
     "phi2": Architecture("phi", families.read_phi),
+    "arcee": Architecture("arcee", read_llama, permuted=True, rope_tensors=ALL),
     "olmo": Architecture("olmo", families.read_olmo, permuted=True, fixed=NO_BIAS),
     "seed_oss": Architecture(
         *("seed_oss", families.read_seed_oss),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qllm.config import ModelConfig
 from qllm.errors import UserError
+from qllm.models.arcee import ARCEE
 from qllm.models.bloom import BLOOM
 from qllm.models.cohere import COHERE, COHERE2
 from qllm.models.decoder import Decoder
@@ -45,7 +46,20 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, PHI3, GPT_NEOX, GPT2),
         *(MINISTRAL3, STARCODER2, GRANITE, SMOLLM3, OLMO2, OLMO3),
-        *(GLM, GLM4, COHERE, COHERE2, EXAONE4, ERNIE4_5, GEMMA, STABLELM, OLMO, SEED_OSS, PHI),
+        *(
+            GLM,
+            GLM4,
+            COHERE,
+            COHERE2,
+            EXAONE4,
+            ERNIE4_5,
+            GEMMA,
+            STABLELM,
+            OLMO,
+            SEED_OSS,
+            PHI,
+            ARCEE,
+        ),
         *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, GPT_OSS),
     )
 }

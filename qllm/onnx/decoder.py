@@ -339,6 +339,9 @@ class DecoderGraph:
         g, name = self.graph, find_activation(self.config.activation)
         if name == "relu":
             return g.op("Relu", x)
+        if name == "relu2":
+            x = g.op("Relu", x)
+            return g.op("Mul", x, x)
         if name == "silu":
             return g.op("Mul", x, g.op("Sigmoid", x))
         return g.op("Gelu", x, approximate="tanh" if name == "gelu_tanh" else "none")

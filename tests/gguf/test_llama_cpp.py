@@ -139,7 +139,7 @@ def test_the_same_tokens_of_what_is_written(tmp_path, family, kind):
         *("gemma2", "gemma3", "phi3", "gptneox", "gpt2"),
         *("starcoder2", "granite", "smollm3", "olmo2", "olmo3", "ministral3"),
         *("glm", "glm4", "cohere", "cohere2", "exaone4", "ernie4_5"),
-        *("gemma", "stablelm", "olmo", "seed_oss", "phi"),
+        *("gemma", "stablelm", "olmo", "seed_oss", "phi", "arcee"),
         *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss"),
     ],
 )
@@ -152,7 +152,13 @@ def test_the_same_tokens_of_what_is_read(tmp_path, family):
 
 @pytest.mark.parametrize(
     ("family", "scaled"),
-    [("llama", "llama3"), ("llama", "longrope"), ("granite", "longrope"), ("exaone4", "llama3")],
+    [
+        ("llama", "llama3"),
+        ("llama", "longrope"),
+        ("granite", "longrope"),
+        ("exaone4", "llama3"),
+        ("arcee", "llama3"),
+    ],
 )
 def test_the_same_tokens_of_rope_s_factors(tmp_path, family, scaled):
     source, path = tmp_path / "source", tmp_path / "model.gguf"

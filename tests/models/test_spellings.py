@@ -48,6 +48,7 @@ BASES |= {
     "olmo": BASES["llama"] | IDS,
     "seed_oss": BASES["llama"] | IDS,
     "phi": BASES["llama"],
+    "arcee": BASES["llama"],
 }
 LINEAR = {"type": "linear", "factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0}
@@ -314,6 +315,7 @@ PHI = {
     "no word of a share": {"num_key_value_heads": 1},
     "a share outside": {"partial_rotary_factor": 0.25, "head_dim": 8},
 }
+ARCEE = {"no word of the activation": {"rope_scaling": YARN | {"factor": 4.0}}}
 OLMO = {"no word of heads": {"num_key_value_heads": None}, "biases": {"attention_bias": True}}
 SEED_OSS = {
     "no word of biases": {"num_key_value_heads": None, "head_dim": None},
@@ -358,6 +360,7 @@ TABLE = {
     "stablelm": STABLELM,
     "olmo": OLMO,
     "phi": PHI,
+    "arcee": ARCEE,
     "seed_oss": SEED_OSS,
     "glm": GLM,
     "glm4": GLM4,

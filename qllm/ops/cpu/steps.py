@@ -13,7 +13,7 @@ from qllm.ops.quantized_kv import QuantizedKV, padded_size
 from qllm.ops.reference import SWIGLU_OAI
 
 # As in kernels.h; the last one is of two inputs.
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "relu2")
 GATED_ACTIVATIONS = (*ACTIVATIONS, SWIGLU_OAI)
 
 

@@ -121,7 +121,7 @@ struct Blocks {
 
 // The rest of a decoder; all tensors of one call but the float32 and integer ones are of one type.
 
-enum Kind : int64_t { RELU = 0, GELU = 1, GELU_TANH = 2, SILU = 3, SWIGLU_OAI = 4 };
+enum Kind : int64_t { RELU, GELU, GELU_TANH, SILU, RELU2, SWIGLU_OAI };
 
 // y (rows, channels) = f(x), or f(x) z where x is [x; z] (rows, 2 channels); of SWIGLU_OAI f(x, z).
 struct Activate {

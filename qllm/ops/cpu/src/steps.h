@@ -24,6 +24,9 @@ inline VF exp_or_infinity(VF v) {
 template <int KIND> inline VF activated(VF v) {
     if constexpr (KIND == RELU) {
         return max_f(set_f(0), v);
+    } else if constexpr (KIND == RELU2) {
+        const VF positive = max_f(set_f(0), v);
+        return mul_f(positive, positive);
     } else if constexpr (KIND == SILU) {
         return div_f(v, add_f(set_f(1), exp_or_infinity(sub_f(set_f(0), v))));
     } else if constexpr (KIND == GELU_TANH) {
@@ -65,6 +68,7 @@ template <int64_t TYPE, int KIND> void activate_row(const Activate &a, int64_t r
 
 template <int64_t TYPE> void activate_row(const Activate &a, int64_t row) {
     if (a.kind == RELU) return activate_row<TYPE, RELU>(a, row);
+    if (a.kind == RELU2) return activate_row<TYPE, RELU2>(a, row);
     if (a.kind == SILU) return activate_row<TYPE, SILU>(a, row);
     if (a.kind == SWIGLU_OAI) return activate_row<TYPE, SWIGLU_OAI>(a, row);
     if (a.kind == GELU_TANH) return activate_row<TYPE, GELU_TANH>(a, row);

@@ -139,6 +139,9 @@ def activated(x, NAME: tl.constexpr):
     """One of `reference.ACTIVATIONS` of float32 x."""
     if NAME == "relu":
         y = tl.where(x < 0, 0.0, x)  # what is no number stays so
+    elif NAME == "relu2":
+        y = tl.where(x < 0, 0.0, x)
+        y = y * y
     elif NAME == "silu":
         y = tl.div_rn(x, 1.0 + tl.exp(-x))
     elif NAME == "gelu":
