@@ -128,16 +128,13 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         "32b-think": "allenai/Olmo-3-32B-Think",
     },
     "glm": {
-        "4-9b": "zai-org/glm-4-9b-hf",
-        "4-9b-chat": "zai-org/glm-4-9b-chat-hf",
-        "edge-1.5b-chat": "zai-org/glm-edge-1.5b-chat",
-        "edge-4b-chat": "zai-org/glm-edge-4b-chat",
+        **{size: f"zai-org/glm-{size}-hf" for size in ("4-9b", "4-9b-chat")},
+        **{size: f"zai-org/glm-{size}" for size in ("edge-1.5b-chat", "edge-4b-chat")},
     },
     "glm4": {
-        "9b": "zai-org/GLM-4-9B-0414",
-        "32b": "zai-org/GLM-4-32B-0414",
-        "z1-9b": "zai-org/GLM-Z1-9B-0414",
-        "z1-32b": "zai-org/GLM-Z1-32B-0414",
+        kind.lower() + size: f"zai-org/GLM-{kind or '4-'}{size.upper()}-0414"
+        for kind in ("", "Z1-")
+        for size in ("9b", "32b")
     },
     "cohere": {
         **{f"aya-23-{size.lower()}": f"CohereLabs/aya-23-{size}" for size in ("8B", "35B")},
@@ -150,16 +147,9 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         "command-a": "CohereLabs/c4ai-command-a-03-2025",
     },
     "exaone4": {size: f"LGAI-EXAONE/EXAONE-4.0-{size.upper()}" for size in ("1.2b", "32b")},
-    "ernie4_5": {
-        "0.3b": "baidu/ERNIE-4.5-0.3B-PT",
-        "0.3b-base": "baidu/ERNIE-4.5-0.3B-Base-PT",
-    },
+    "ernie4_5": {"0.3b" + base.lower(): f"baidu/ERNIE-4.5-0.3B{base}-PT" for base in ("", "-Base")},
     "arcee": {"4.5b": "arcee-ai/AFM-4.5B", "4.5b-base": "arcee-ai/AFM-4.5B-Base"},
-    "phi": {
-        "2": "microsoft/phi-2",
-        "1": "microsoft/phi-1",
-        "1.5": "microsoft/phi-1_5",
-    },
+    "phi": {size: f"microsoft/phi-{size.replace('.', '_')}" for size in ("2", "1", "1.5")},
     "gemma": {
         size + chat: f"google/gemma-{size}{chat}" for chat in ("", "-it") for size in ("2b", "7b")
     },
@@ -171,8 +161,8 @@ REPOSITORIES: dict[str, dict[str, str]] = {
     },
     "olmo": {size: f"allenai/OLMo-{size.upper()}-0724-hf" for size in ("1b", "7b")},
     "seed_oss": {
-        "36b": "ByteDance-Seed/Seed-OSS-36B-Instruct",
-        "36b-base": "ByteDance-Seed/Seed-OSS-36B-Base",
+        f"36b{end}": f"ByteDance-Seed/Seed-OSS-36B-{kind}"
+        for end, kind in (("", "Instruct"), ("-base", "Base"))
     },
     "mixtral": {
         f"{size.lower()}{chat.lower()}": f"mistralai/Mixtral-{size}{chat}-v0.1"

@@ -26,9 +26,8 @@ KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")
 ARCHITECTURES = {
     **{"gemma3_text": "gemma3", "gpt_neox": "gptneox", "olmo3": "olmo2"},
     **{"ministral3": "mistral3", "glm": "chatglm", "cohere": "command-r"},
-    "phi": "phi2",
     **{"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"},
-    "gpt_oss": "gpt-oss",
+    **{"gpt_oss": "gpt-oss", "phi": "phi2"},
 }
 # The package's names of those, where they are others.
 PACKAGE = {"gpt-oss": "GPT_OSS", "granitemoe": "GRANITE_MOE", "command-r": "COMMAND_R"}
@@ -36,10 +35,8 @@ PACKAGE = {"gpt-oss": "GPT_OSS", "granitemoe": "GRANITE_MOE", "command-r": "COMM
 ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight", "router.weight", "router.layer.weight")
 
 # Those whose heads have a size of their own.
-HEADED = (
-    *("qwen3", "qwen3moe", "gemma", "gemma2", "gemma3", "mistral3", "gpt-oss", "glm4"),
-    *("ernie4_5", "seed_oss"),
-)
+HEADED = ("qwen3", "qwen3moe", "gemma", "gemma2", "gemma3", "mistral3", "gpt-oss", "glm4")
+HEADED += ("ernie4_5", "seed_oss")
 
 # Those of which llama.cpp rotates pairs that are side by side.
 PAIRED = ("llama", "granite", "granitemoe", "smollm3", "mistral3", "olmo", "arcee")
