@@ -147,18 +147,24 @@ def norm_example(
     return arguments, y, size.max()
 
 
-def qk_norm_example(request: Request, rows: int, dtype: torch.dtype, *, offset: float):
+def qk_norm_example(
+    request: Request, rows: int, dtype: torch.dtype, *, offset: float, values: bool = False
+):
     dim, heads, kv_heads = request.in_features, 3, 2
     qkv = (normal(rows, heads + 2 * kv_heads, dim) * 3 + 1).to(dtype)
     weight = normal(2, dim).to(dtype)
     want, sizes = exact.numpy(qkv).copy(), [0.0]
-    for part, each in ((slice(heads), weight[0]), (slice(heads, heads + kv_heads), weight[1])):
-        values = qkv[:, part].flatten(0, 1)
-        y, size = exact.norm(values, each.double() + offset, None, 1e-5, centered=False)
+    last = heads + kv_heads
+    parts = [(slice(heads), weight[0]), (slice(heads, last), weight[1])]
+    parts += [(slice(last, None), None)] * values
+    for part, each in parts:
+        found = qkv[:, part].flatten(0, 1)
+        whole = None if each is None else each.double() + offset
+        y, size = exact.norm(found, whole, None, 1e-5, centered=False)
         want[:, part] = y.reshape(qkv[:, part].shape)
         sizes.append(size.max())
     arguments = {"qkv": qkv.flatten(1), "weight": weight.flatten(), "heads": heads}
-    arguments |= {"kv_heads": kv_heads, "eps": 1e-5, "offset": offset}
+    arguments |= {"kv_heads": kv_heads, "eps": 1e-5, "offset": offset, "values": values}
     return arguments, want.reshape(rows, -1), max(sizes)
 
 
@@ -360,7 +366,10 @@ EXAMPLES = {
         partial(norm_example, centered=False, affine=affine, offset=offset)
         for affine, offset in ((True, 0.0), (False, 0.0), (True, 1.0))
     ),
-    "qk_norm": tuple(partial(qk_norm_example, offset=offset) for offset in (0.0, 1.0)),
+    "qk_norm": (
+        *(partial(qk_norm_example, offset=offset) for offset in (0.0, 1.0)),
+        partial(qk_norm_example, offset=0.0, values=True),
+    ),
     "wide_qk_norm": tuple(partial(wide_qk_norm_example, offset=offset) for offset in (0.0, 1.0)),
     **{
         op: tuple(

@@ -13,6 +13,7 @@ from transformers import (
     BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
@@ -84,6 +85,14 @@ MODELS: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**LLAMA, num_key_value_heads=3, head_dim=10),
     "gemma2": Gemma2Config(**GEMMA, attn_logit_softcapping=20.0),
     "gemma3_text": Gemma3TextConfig(**GEMMA, layer_types=["full_attention", "sliding_attention"]),
+    "gemma4_text": Gemma4TextConfig(  # whose heads are of two sizes
+        **GEMMA,
+        layer_types=["sliding_attention", "full_attention"],
+        global_head_dim=14,
+        num_global_key_value_heads=3,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+    ),
     "ministral3": Ministral3Config(  # whose queries grow from the seventh token on
         **LLAMA,
         num_key_value_heads=2,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,16 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True)
+class LayerShape:
+    """What a layer has in the place of `ModelConfig`'s, where layers are not alike."""
+
+    head_dim: int
+    num_kv_heads: int
+    intermediate_size: int
+    values_are_keys: bool = False
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder of any family, in one vocabulary. Sizes count elements.
 
@@ -88,6 +98,8 @@ class ModelConfig:
         norm_offset: what an RMS norm adds to its weight (Gemma's 1).
         qk_norm: each head's query and key have a norm of their own, in front of the positions.
         wide_qk_norm: all queries of a token have one norm together, and all keys (OLMo 2).
+        value_norm: each head's value is normed as well, by no weight (Gemma 4).
+        values_are_keys: values are the keys in front of their norm, and have no matrix.
         pre_norm: norms before attention and MLP (False: after, as in OPT-350m).
         input_norms: there are norms in front of attention and MLP, where `pre_norm` has them.
         output_norms: what attention and MLP give is normed as well, in front of the sum.
@@ -96,6 +108,7 @@ class ModelConfig:
         embed_scale: multiplies the embeddings.
         embed_scale_rounds: to the type of the embeddings, before it does (Gemma).
         output_scale: multiplies what attention and MLP give, in front of the sum.
+        layer_scales: a number of each layer's own multiplies what it puts out (Gemma 4).
         logit_divisor: divides the logits.
         logit_cap: logits are cap tanh(logits / cap); None: as they are.
         score_scale: multiplies attention's scores; None: 1 / sqrt(head_dim).
@@ -110,6 +123,8 @@ class ModelConfig:
         clamped_swiglu: of a gated MLP, in the place of `activation` (gpt-oss).
         experts: what some layers have in the place of an MLP; None: no layer has.
         attention_bias, output_bias: of the matrices in front of attention and behind it.
+        shapes: of each layer, where they differ: fields above are then the largest; empty: all
+            layers have the same.
         init_std: standard deviation of a fresh weight.
     """
 
@@ -134,6 +149,8 @@ class ModelConfig:
     norm_affine: bool = True
     qk_norm: bool = False
     wide_qk_norm: bool = False
+    value_norm: bool = False
+    values_are_keys: bool = False
     pre_norm: bool = True
     final_norm: bool = True
     embed_norm: bool = False
@@ -144,6 +161,7 @@ class ModelConfig:
     embed_scale: float = 1.0
     embed_scale_rounds: bool = False
     output_scale: float = 1.0
+    layer_scales: bool = False
     logit_divisor: float = 1.0
     logit_cap: float | None = None
     score_scale: float | None = None
@@ -163,6 +181,20 @@ class ModelConfig:
     dtype: str | None = None
     init_std: float = 0.02
     eos_token_ids: tuple[int, ...] = ()
+    shapes: tuple[LayerShape, ...] = ()
+
+    def of_layer(self, index: int) -> ModelConfig:
+        """The same with the sizes of a layer, as if all had them."""
+        return replace(self, shapes=(), **vars(self.shapes[index])) if self.shapes else self
+
+    @property
+    def qkv_parts(self) -> tuple[int, ...]:
+        """Heads of what a layer's first matrix puts out: of queries, keys, and values if its own.
+
+        Of a model whose layers are alike, or `of_layer`.
+        """
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        return heads[:2] if self.values_are_keys else heads
 
     @property
     def unchanged_length(self) -> int | None:

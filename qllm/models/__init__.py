@@ -9,6 +9,7 @@ from qllm.models.decoder import Decoder
 from qllm.models.family import Family, RawConfig
 from qllm.models.gemma2 import GEMMA2
 from qllm.models.gemma3_text import GEMMA3_TEXT
+from qllm.models.gemma4_text import GEMMA4_TEXT
 from qllm.models.gpt2 import GPT2
 from qllm.models.gpt_neox import GPT_NEOX
 from qllm.models.gpt_oss import GPT_OSS
@@ -35,7 +36,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *(OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, PHI3, GPT_NEOX, GPT2),
-        *(MINISTRAL3, STARCODER2, GRANITE, SMOLLM3, OLMO2, OLMO3),
+        *(GEMMA4_TEXT, MINISTRAL3, STARCODER2, GRANITE, SMOLLM3, OLMO2, OLMO3),
         *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITEMOE, GPT_OSS),
     )
 }

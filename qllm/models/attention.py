@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from qllm.parallel.layers import LinearOrShard
 
 MakeLinear = Callable[[str, int, int, bool], Linear]
-ATTENTION_LINEARS = ("attention.qkv", "attention.out")
+QKV = "attention.qkv"
+ATTENTION_LINEARS = (QKV, "attention.out")
 
 
 class Sinks(nn.Module):
@@ -60,7 +61,7 @@ class Attention(nn.Module):
         self.index = index
         self.heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         width = config.num_heads * config.head_dim
-        rows = sum(self.heads) * config.head_dim
+        rows = sum(config.qkv_parts) * config.head_dim
         name = f"layers.{index}.attention"
         self.scores = scores_of_layer(config, index)
         self.sinks = Sinks(config, dtype) if config.sinks else None
@@ -123,8 +124,37 @@ class WideNormedAttention(Attention):
         return ops.on(qkv.device.type).gather(qkv, self.own)
 
 
+class ValueNormedAttention(NormedAttention):
+    """Attention whose values are normed, too, and may be the keys in front of their norm: Gemma 4.
+
+    Attributes:
+        columns: int64, of what `qkv` puts out, those of queries, keys and values; None: all, in
+            their order.
+    """
+
+    columns: Tensor | None = None
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        self.values_are_keys = config.values_are_keys
+
+    def project(self, x: Tensor | Int8Rows) -> Tensor:
+        qkv = self.qkv(x)
+        if self.values_are_keys:
+            if self.columns is None or self.columns.device != qkv.device:
+                queries, keys, _ = self.heads
+                heads = torch.arange(qkv.shape[1], device=qkv.device).view(queries + keys, -1)
+                self.columns = torch.cat([heads, heads[queries:]]).flatten()
+            qkv = ops.on(qkv.device.type).gather(qkv, self.columns)
+        return self.qk_norm(qkv, self.heads)
+
+
 def attention_class(config: ModelConfig) -> type[Attention]:
     """The attention that a model's norms ask for."""
+    if config.value_norm:
+        return ValueNormedAttention
     if config.wide_qk_norm:
         return WideNormedAttention
     return NormedAttention if config.qk_norm else Attention

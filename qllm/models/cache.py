@@ -66,13 +66,11 @@ class KVCache:
             KINDS[bits].empty(
                 bits,
                 rows if i in device_map else 0,
-                config.num_kv_heads,
-                each,
-                config.head_dim,
+                *shape,
                 dtype,
                 device_map.get(i, device),
             )
-            for i, each in enumerate(_capacities(config, capacity))
+            for i, shape in enumerate(_shapes(config, capacity))
         )
         self.capacity, self.dtype, self.device = capacity, dtype, torch.device(device)
         self.pass_tokens, self.windows, self.bits = PREFILL_TOKENS, config.windows, bits
@@ -163,20 +161,19 @@ class KVCache:
         config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, bits: int = 16
     ) -> list[int]:
         """Bytes of each layer of a cache."""
-        heads, dim = config.num_kv_heads, config.head_dim
         return [
-            rows * KINDS[bits].row_bytes(bits, heads, each, dim, dtype)
-            for each in _capacities(config, capacity)
+            rows * KINDS[bits].row_bytes(bits, *shape, dtype) for shape in _shapes(config, capacity)
         ]
 
 
-def _capacities(config: ModelConfig, capacity: int) -> list[int]:
-    """Tokens that each layer holds of a row of up to `capacity` tokens."""
-    windows = config.windows or (0,) * config.num_layers
-    return [
-        min(capacity, ring_capacity(window, PREFILL_TOKENS)) if window else capacity
-        for window in windows
-    ]
+def _shapes(config: ModelConfig, capacity: int) -> list[tuple[int, int, int]]:
+    """Heads, tokens and channels that each layer holds of a row of up to `capacity` tokens."""
+    found = []
+    for index, window in enumerate(config.windows or (0,) * config.num_layers):
+        tokens = min(capacity, ring_capacity(window, PREFILL_TOKENS)) if window else capacity
+        own = config.of_layer(index)
+        found.append((own.num_kv_heads, tokens, own.head_dim))
+    return found
 
 
 class Pass:

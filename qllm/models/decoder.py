@@ -116,7 +116,7 @@ class Decoder(Picklable):
         self.final_norm = norm(config, dtype) if config.final_norm else nn.Identity()
         self.project_out = make("project_out", hidden, embed, False) if projected else nn.Identity()
         self.lm_head = head
-        self.kv_heads = config.num_kv_heads
+        self.cache_config = config
         self.parallel = parallel or ParallelContext()
         self.stage = self.parallel.stage
         if self.stage is not None:
@@ -155,20 +155,15 @@ class Decoder(Picklable):
             if needed > FEW:
                 check_fits(needed, device, what, "take fewer at once, shorter ones, or `kv_bits` 8")
         shape = (rows, capacity, self.dtype, self.device, device_map)
-        return KVCache(self._cache_config, *shape, self.kv_bits)
+        return KVCache(self.cache_config, *shape, self.kv_bits)
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         """Bytes of `new_cache`."""
         return sum(self._cache_sizes(rows, capacity).values())
 
-    @property
-    def _cache_config(self) -> ModelConfig:
-        """The model's shape, with the heads of keys and values that this process has."""
-        return replace(self.config, num_kv_heads=self.kv_heads)
-
     def _cache_sizes(self, rows: int, capacity: int) -> dict[int, int]:
         """Bytes of keys and values of each layer here that has any."""
-        sizes = KVCache.sizes(self._cache_config, rows, capacity, self.dtype, self.kv_bits)
+        sizes = KVCache.sizes(self.cache_config, rows, capacity, self.dtype, self.kv_bits)
         here = (i for layers in self.device_map for i in layers)
         return {i: sizes[i] for i in here if self.layers[i].has_attention}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qllm.config import LM_HEAD, ExpertsConfig, ModelConfig
 from qllm.errors import UserError
-from qllm.models.attention import ATTENTION_LINEARS
+from qllm.models.attention import ATTENTION_LINEARS, QKV
 from qllm.models.mlp import EXPERTS, mlp_linears
 from qllm.models.stacks import Stacks
 
@@ -167,7 +167,7 @@ class Family:
     bare: tuple[str, ...] = ()
     stacks: Stacks = field(default_factory=dict)
 
-    def parts(self, module: str) -> tuple[str, ...]:
+    def parts(self, module: str, config: ModelConfig) -> tuple[str, ...]:
         """The checkpoint's names, without prefix, of what one of our modules is fused from."""
         if not module.startswith("layers."):
             return (self.outer[module],)
@@ -176,7 +176,10 @@ class Family:
         if inner.startswith(EXPERTS):
             expert, _, linear = inner.removeprefix(EXPERTS).partition(".")
             inner = f"{EXPERTS}{{}}.{linear}"
-        return tuple(self.layer.format(index) + part.format(expert) for part in self.inner[inner])
+        found = self.inner[inner]
+        if inner == QKV and len(found) > 1:  # of a layer whose values have no matrix, fewer
+            found = found[: len(config.of_layer(int(index)).qkv_parts)]
+        return tuple(self.layer.format(index) + part.format(expert) for part in found)
 
     def tensor_name(self, part: str, kind: str) -> str:
         """A checkpoint's name of a tensor of a part ("weight", "bias")."""
@@ -215,7 +218,10 @@ class Family:
             for i in range(config.num_layers)
             for linear in (*ATTENTION_LINEARS, *mlp_linears(config, i))
         ]
-        return {name: tuple(self.prefixes[0] + part for part in self.parts(name)) for name in names}
+        return {
+            name: tuple(self.prefixes[0] + part for part in self.parts(name, config))
+            for name in names
+        }
 
 
 def check_heads(raw: RawConfig, hidden: int, heads: int) -> None:

@@ -114,6 +114,7 @@ class PreNormLayer(nn.Module):
         self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
     ) -> None:
         super().__init__()
+        config = config.of_layer(index)
         norm = NORMS[config.norm]
         self.attention_norm = norm(config, dtype)
         self.attention = attention_class(config)(config, index, dtype, make)
@@ -219,6 +220,40 @@ class OutputNormLayer(PreNormLayer):
         return self.mlp_output_norm(super()._through_mlp(normed))
 
 
+class LayerScale(nn.Module):
+    """x times a number that a checkpoint has: weight (1,)."""
+
+    weight: Tensor
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(1, dtype=dtype, device="meta"))
+        self._known: tuple[Tensor, float] | None = None  # of the last weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._known is None or self._known[0] is not self.weight:
+            self._known = self.weight, self.weight.item()
+        return ops.on(x.device.type).scale(x, self._known[1])
+
+
+class ScaledOutputNormLayer(OutputNormLayer):
+    """One that multiplies all that it puts out by a number: Gemma 4."""
+
+    adds_up_late = False
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        self.mlp_scale = LayerScale(dtype)
+
+    def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        return self.mlp_block(self.attention_block(x, step))
+
+    def mlp_block(self, x: Tensor) -> Tensor:
+        return self.mlp_scale(super().mlp_block(x))
+
+
 class OutputNormAloneLayer(OutputNormLayer):
     """x + norm(attention(x)), then x + norm(mlp(x)): OLMo 2 and 3."""
 
@@ -308,6 +343,8 @@ def layer_class(config: ModelConfig) -> type[PreNormLayer]:
         return PostNormLayer
     if config.parallel_blocks:
         return ParallelLayer
+    if config.layer_scales:
+        return ScaledOutputNormLayer
     if config.output_norms:
         return OutputNormLayer if config.input_norms else OutputNormAloneLayer
     if config.output_scale != 1:

@@ -131,16 +131,20 @@ class NoNorm(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """Weights of the norms that each head's query and key have: (2 D,), of queries, of keys."""
+    """Weights of the norms that each head's query and key have: (2 D,), of queries, of keys.
+
+    Attributes:
+        values: each head's value is normed as well, by no weight.
+    """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.eps, self.offset = config.norm_eps, config.norm_offset
+        self.eps, self.offset, self.values = config.norm_eps, config.norm_offset, config.value_norm
         weight = torch.empty(2 * config.head_dim, dtype=dtype, device="meta")
         self.register_buffer("weight", weight)
 
     def forward(self, qkv: Tensor, heads: Sequence[int]) -> Tensor:
-        options = (*heads[:2], self.eps, self.offset)
+        options = (*heads[:2], self.eps, self.offset, self.values)
         return ops.on(qkv.device.type).qk_norm(qkv, self.weight, *options)
 
 

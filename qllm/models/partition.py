@@ -5,6 +5,7 @@ A decoder does this while it is on the meta device, so that loading reads and ho
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -50,7 +51,12 @@ def keep_shards(model: Decoder, group: Group, mode: str) -> None:
     """
     config = model.config
     heads = shard_heads(config.num_heads, config.num_kv_heads, group.size)[group.rank]
-    model.kv_heads = len(heads.keys)
+
+    def own_heads(kv_heads: int) -> int:
+        return len(shard_heads(config.num_heads, kv_heads, group.size)[group.rank].keys)
+
+    shapes = tuple(replace(s, num_kv_heads=own_heads(s.num_kv_heads)) for s in config.shapes)
+    model.cache_config = replace(config, num_kv_heads=len(heads.keys), shapes=shapes)
     for layer in model.layers:
         if layer.has_attention:
             wide = isinstance(layer.attention, WideNormedAttention)

@@ -29,6 +29,8 @@ DIVIDED = {
     "qwen3": LINEARS,
     "gemma2": LINEARS,
     "gemma3_text": LINEARS,
+    # Values are normed in front of `out`.
+    "gemma4_text": (QKV, UP, DOWN),
     "ministral3": LINEARS,
     "phi3": LINEARS,
     "gpt_neox": (QKV, OUT, UP),

@@ -36,7 +36,7 @@ Blocks = structure("Blocks", "rows blocks kind *x *levels *q *scales *offsets")
 Activate = structure("Activate", "rows channels kind gated type *x *y")
 Norm = structure(
     "Norm",
-    "rows channels stride centered type =eps =offset run first second *x *weight *bias *y",
+    "rows channels stride centered type =eps =offset run first second third *x *weight *bias *y",
 )
 Add = structure("Add", "count type =factor *x *z *y")
 ScaleRows = structure("ScaleRows", "rows columns scaled type *x *factors *y")

@@ -134,8 +134,9 @@ struct Norm {  // of each row of x (rows, channels); `centered`: less its mean
     int64_t rows, channels, stride, centered, type;  // stride: of x and y, from one row to the next
     double eps, offset;             // offset is added to the weight
     // Rows come in runs of `run`, of which the first `first` take the weight's first row, the next
-    // `second` its second one, and the rest stay as they are; 0: all take the one row there is.
-    int64_t run, first, second;
+    // `second` its second one, `third` none, and the rest stay as they are; 0: all take the one row
+    // there is.
+    int64_t run, first, second, third;
     const void *x, *weight, *bias;  // weight and bias (channels,) or null; weight (2, channels)
     void *y;
 };

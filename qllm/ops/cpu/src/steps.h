@@ -89,7 +89,8 @@ template <int64_t TYPE> void norm_row(const Norm &a, int64_t row) {
     const int64_t first = row * a.stride;
     const int64_t row_in_run = a.run ? row % a.run : 0;
     const int64_t weight = a.run && row_in_run >= a.first ? a.channels : 0;
-    if (a.run && row_in_run >= a.first + a.second) {
+    const bool bare = !a.weight || (a.run && row_in_run >= a.first + a.second);
+    if (a.run && row_in_run >= a.first + a.second + a.third) {
         for (int64_t i = 0; i < a.channels; i += WIDTH) {
             int64_t count = a.channels - i;
             store<TYPE>(a.y, first + i, count, load<TYPE>(a.x, first + i, count));
@@ -121,7 +122,7 @@ template <int64_t TYPE> void norm_row(const Norm &a, int64_t row) {
     for (int64_t i = 0; i < a.channels; i += WIDTH) {
         int64_t count = a.channels - i;
         VF value = mul_f(sub_f(load<TYPE>(a.x, first + i, count), mean), scale);
-        if (a.weight)
+        if (!bare)
             value = mul_f(value, add_f(load<TYPE>(a.weight, weight + i, count), offset));
         if (a.bias) value = add_f(value, load<TYPE>(a.bias, i, count));
         store<TYPE>(a.y, first + i, count, value);
