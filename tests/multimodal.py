@@ -44,6 +44,7 @@ SEES = {
 }
 WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
 GEMMA4 = {"global_head_dim": 10, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+INPUTS_OF_LAYERS = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCABULARY}
 OF_GEMMA4 = {"audio_token_id": 88, "video_token_id": 87}
 # Prompts go on beyond the length where queries grow.
 YARN = {
@@ -76,7 +77,7 @@ def configs() -> dict[str, PretrainedConfig]:
             text_config=HEADS | WINDOWS, vision_config=siglip, mm_tokens_per_image=4, **IMAGE
         ),
         "gemma4": Gemma4Config(
-            text_config=HEADS | WINDOWS | GEMMA4 | {"hidden_size_per_layer_input": 0},
+            text_config=HEADS | WINDOWS | GEMMA4 | INPUTS_OF_LAYERS,
             vision_config={**SEES, "num_key_value_heads": 2, "head_dim": 8},
             **IMAGE | OF_GEMMA4,
         ),

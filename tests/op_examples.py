@@ -15,7 +15,10 @@ from qllm.ops.rounding import Rounding
 from qllm.quant.packing import BITS, pack
 
 SHAPES = ((64, 32), (67, 13), (1, 1), (256, 40))  # (K, N)
-EXACT = ("int8_linear", "embedding", "add", "scale", "scale_rows", "gather", "descend_block")
+EXACT = (
+    *("int8_linear", "embedding", "add", "scale", "scale_rows", "gather", "join"),
+    "descend_block",
+)
 IN_FLOAT32 = ("descend_block", "route")
 TO_INT8 = ("layer_norm_int8", "rms_norm_int8")
 
@@ -223,6 +226,13 @@ def gather_example(request: Request, rows: int, dtype: torch.dtype):
     return {"x": x, "index": index}, exact.numpy(x)[:, index.numpy()], 0.0
 
 
+def join_example(request: Request, rows: int, dtype: torch.dtype):
+    x, z = (normal(rows, n).to(dtype) for n in (request.in_features, request.out_features))
+    columns = -(-request.out_features // 3)
+    want = np.concatenate([exact.numpy(x), exact.numpy(z)[:, -columns:]], axis=1)
+    return {"x": x, "z": z, "columns": columns}, want, 0.0
+
+
 def route_example(
     request: Request, rows: int, dtype: torch.dtype, *, normalizes: bool, gated: bool
 ):
@@ -400,6 +410,7 @@ EXAMPLES = {
         for normalizes, gated in ((False, False), (True, True))
     ),
     "gather": (gather_example,),
+    "join": (join_example,),
     "step_rounding": (step_rounding_example,),
     "descend_block": (descend_block_example,),
     **{

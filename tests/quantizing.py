@@ -93,6 +93,15 @@ MODELS: dict[str, PretrainedConfig] = {
         attention_k_eq_v=True,
         hidden_size_per_layer_input=0,
     ),
+    "gemma4_text with inputs of layers": Gemma4TextConfig(  # whose last layers have no keys
+        **GEMMA | {"num_hidden_layers": 4},
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        global_head_dim=14,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=6,
+        vocab_size_per_layer_input=VOCAB,
+    ),
     "ministral3": Ministral3Config(  # whose queries grow from the seventh token on
         **LLAMA,
         num_key_value_heads=2,

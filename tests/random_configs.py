@@ -171,6 +171,14 @@ def gemma4_text_configs(draw) -> Gemma4TextConfig:
         "full_attention": {"rope_type": "proportional", "rope_theta": 1e4, **share},
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     }
+    layers = draw(st.one_of(st.none(), st.lists(kinds, min_size=count, max_size=count)))
+    shared = draw(st.integers(0, count - 1))
+    if shared:  # both kinds are in front of those that share
+        count = sizes["num_hidden_layers"] = shared + 2
+        layers = ["full_attention", *draw(st.lists(kinds, min_size=count - 1, max_size=count - 1))]
+        layers[1 : count - shared] = ["sliding_attention"] * (count - shared - 1)
+    # transformers knows no sharing without inputs of layers.
+    inputs = draw(st.sampled_from([4, 6] if shared else [0, 4, 6]))
     return Gemma4TextConfig(
         **sizes
         | {
@@ -181,7 +189,7 @@ def gemma4_text_configs(draw) -> Gemma4TextConfig:
         },
         attention_bias=draw(flags),
         sliding_window=draw(windows),
-        layer_types=draw(st.one_of(st.none(), st.lists(kinds, min_size=count, max_size=count))),
+        layer_types=layers,
         final_logit_softcapping=draw(st.one_of(st.none(), st.floats(1.0, 50.0))),
         global_head_dim=global_dim,
         attention_k_eq_v=draw(flags),
@@ -189,7 +197,10 @@ def gemma4_text_configs(draw) -> Gemma4TextConfig:
             st.sampled_from([None, *(n for n in range(1, heads + 1) if heads % n == 0)])
         ),
         use_bidirectional_attention=draw(st.sampled_from([None, "vision"])),
-        hidden_size_per_layer_input=0,
+        hidden_size_per_layer_input=inputs,
+        vocab_size_per_layer_input=sizes["vocab_size"] + draw(st.integers(0, 5)),
+        num_kv_shared_layers=shared,
+        use_double_wide_mlp=draw(flags),
     )
 
 

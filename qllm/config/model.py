@@ -81,6 +81,8 @@ class LayerShape:
     num_kv_heads: int
     intermediate_size: int
     values_are_keys: bool = False
+    kv_layer: int | None = None
+    shares_kv: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class ModelConfig:
         wide_qk_norm: all queries of a token have one norm together, and all keys (OLMo 2).
         value_norm: each head's value is normed as well, by no weight (Gemma 4).
         values_are_keys: values are the keys in front of their norm, and have no matrix.
+        kv_layer: a layer in front, whose keys and values a layer takes that has none.
+        shares_kv: layers behind take the keys and values of this one.
         pre_norm: norms before attention and MLP (False: after, as in OPT-350m).
         input_norms: there are norms in front of attention and MLP, where `pre_norm` has them.
         output_norms: what attention and MLP give is normed as well, in front of the sum.
@@ -125,6 +129,9 @@ class ModelConfig:
         attention_bias, output_bias: of the matrices in front of attention and behind it.
         shapes: of each layer, where they differ: fields above are then the largest; empty: all
             layers have the same.
+        layer_inputs: channels that each layer takes of each token beside what is in front of it
+            (Gemma 4); 0: none.
+        layer_input_rows: of the table of these.
         init_std: standard deviation of a fresh weight.
     """
 
@@ -151,6 +158,8 @@ class ModelConfig:
     wide_qk_norm: bool = False
     value_norm: bool = False
     values_are_keys: bool = False
+    kv_layer: int | None = None
+    shares_kv: bool = False
     pre_norm: bool = True
     final_norm: bool = True
     embed_norm: bool = False
@@ -179,6 +188,8 @@ class ModelConfig:
     mlp_bias: bool = True
     tied_head: bool = True
     dtype: str | None = None
+    layer_inputs: int = 0
+    layer_input_rows: int = 0
     init_std: float = 0.02
     eos_token_ids: tuple[int, ...] = ()
     shapes: tuple[LayerShape, ...] = ()
@@ -194,7 +205,14 @@ class ModelConfig:
         Of a model whose layers are alike, or `of_layer`.
         """
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        if self.kv_layer is not None:
+            return heads[:1]
         return heads[:2] if self.values_are_keys else heads
+
+    @property
+    def has_ties(self) -> bool:
+        """Whether layers take more than the states that the one in front puts out."""
+        return bool(self.layer_inputs) or any(shape.shares_kv for shape in self.shapes)
 
     @property
     def unchanged_length(self) -> int | None:

@@ -62,16 +62,15 @@ class KVCache:
         """
         if device_map is None:
             device_map = dict.fromkeys(range(config.num_layers), device)
-        self.layers = tuple(
-            KINDS[bits].empty(
-                bits,
-                rows if i in device_map else 0,
-                *shape,
-                dtype,
-                device_map.get(i, device),
-            )
-            for i, shape in enumerate(_shapes(config, capacity))
-        )
+        layers: list[KV | QuantizedKV] = []
+        for i, shape in enumerate(_shapes(config, capacity)):
+            source, place = _source(config, i, bits), device_map.get(i, device)
+            if source is not None and device_map.get(source, device) == place:
+                layers.append(layers[source])
+                continue
+            count = rows if i in device_map else 0
+            layers.append(KINDS[bits].empty(bits, count, *shape, dtype, place))
+        self.layers = tuple(layers)
         self.capacity, self.dtype, self.device = capacity, dtype, torch.device(device)
         self.pass_tokens, self.windows, self.bits = PREFILL_TOKENS, config.windows, bits
         self.lengths, self.written, self.ends = ([0] * rows for _ in range(3))
@@ -162,8 +161,20 @@ class KVCache:
     ) -> list[int]:
         """Bytes of each layer of a cache."""
         return [
-            rows * KINDS[bits].row_bytes(bits, *shape, dtype) for shape in _shapes(config, capacity)
+            0
+            if _source(config, i, bits) is not None
+            else rows * KINDS[bits].row_bytes(bits, *shape, dtype)
+            for i, shape in enumerate(_shapes(config, capacity))
         ]
+
+
+def _source(config: ModelConfig, index: int, bits: int) -> int | None:
+    """The layer whose keys and values are a layer's, which writes them there once more.
+
+    Integers are made of tokens of which a pass of prefill leaves the last ones alone: each layer
+    has its own.
+    """
+    return config.of_layer(index).kv_layer if bits == 16 else None
 
 
 def _shapes(config: ModelConfig, capacity: int) -> list[tuple[int, int, int]]:
@@ -185,6 +196,8 @@ class Pass:
             behind them what multiplies queries, (N,), where something does; None: they are not
             rotated.
         slopes: float32 (H,), of ALiBi; None: there are none.
+        qkv_of: queries, keys and values (N, heads D) of layers whose keys and values others take.
+        layer_inputs: what layers take of tokens beside states, (N, layers channels).
     """
 
     batch: Batch
@@ -194,6 +207,8 @@ class Pass:
 
     def __init__(self) -> None:
         self._elsewhere: dict[torch.device, Self] = {}
+        self.qkv_of: dict[int, Tensor] = {}
+        self.layer_inputs: Tensor | None = None
 
     @property
     def positions(self) -> Tensor:

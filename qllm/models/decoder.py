@@ -30,6 +30,7 @@ from qllm.models.layer import (
     layer_class,
     total,
 )
+from qllm.models.layer_inputs import LayerInputs
 from qllm.models.logits import finish_logits
 from qllm.models.norms import NORMS
 from qllm.models.partition import keep_shards, keep_stage
@@ -69,6 +70,7 @@ class Decoder(Picklable):
     project_in: nn.Module
     final_norm: nn.Module
     project_out: nn.Module
+    layer_inputs: LayerInputs | None
     lm_head: LinearOrShard | nn.Identity
 
     def __init__(
@@ -113,6 +115,7 @@ class Decoder(Picklable):
         self.positions = POSITIONS[config.position](config, dtype)
         layer = layer_class(config)
         self.layers = LayerList(layer(config, i, dtype, make) for i in range(config.num_layers))
+        self.layer_inputs = LayerInputs(config, dtype, make) if config.layer_inputs else None
         self.final_norm = norm(config, dtype) if config.final_norm else nn.Identity()
         self.project_out = make("project_out", hidden, embed, False) if projected else nn.Identity()
         self.lm_head = head
@@ -252,6 +255,8 @@ class Decoder(Picklable):
             where = (counts, cache, self.positions, x)
             of_runs = [ends[i] for i, _ in pieces]
             step = Prefill(*where, rows=here, ends=of_runs, bits=self.kv_bits)
+            if self.layer_inputs is not None:
+                step.layer_inputs = self.layer_inputs(torch.tensor(tokens, device=self.device), x)
             x = self._run_layers(x, step, last)
             if cache is not None and here is not None:
                 cache.advance(here, counts)
@@ -324,7 +329,10 @@ class Decoder(Picklable):
         """What the layers make of a step's tokens: (B, C)."""
         step.look_up()
         with phase.decode():
-            return self._run_layers(self._embed(step.tokens), step)
+            x = self._embed(step.tokens)
+            if self.layer_inputs is not None:
+                step.layer_inputs = self.layer_inputs(step.tokens, x)
+            return self._run_layers(x, step)
 
     @property
     def _no_graph(self) -> str | None:

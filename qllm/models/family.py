@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qllm.config import LM_HEAD, ExpertsConfig, ModelConfig
 from qllm.errors import UserError
-from qllm.models.attention import ATTENTION_LINEARS, QKV
+from qllm.models.attention import ATTENTION_LINEARS, QK_NORM, QKV
 from qllm.models.mlp import EXPERTS, mlp_linears
 from qllm.models.stacks import Stacks
 
@@ -177,9 +177,22 @@ class Family:
             expert, _, linear = inner.removeprefix(EXPERTS).partition(".")
             inner = f"{EXPERTS}{{}}.{linear}"
         found = self.inner[inner]
-        if inner == QKV and len(found) > 1:  # of a layer whose values have no matrix, fewer
+        if inner in (QKV, QK_NORM) and len(found) > 1:
             found = found[: len(config.of_layer(int(index)).qkv_parts)]
         return tuple(self.layer.format(index) + part.format(expert) for part in found)
+
+    def without_use(self, config: ModelConfig) -> tuple[str, ...]:
+        """The checkpoint's names, without prefix, of parts that files have and no layer needs.
+
+        Those are keys and values of layers that take those of others.
+        """
+        return tuple(
+            f"{self.layer.format(index)}{part}."
+            for index in range(len(config.shapes))
+            if config.shapes[index].kv_layer is not None
+            for module in (QKV, QK_NORM)
+            for part in self.inner[module][1:]
+        )
 
     def tensor_name(self, part: str, kind: str) -> str:
         """A checkpoint's name of a tensor of a part ("weight", "bias")."""

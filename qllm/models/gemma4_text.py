@@ -48,9 +48,6 @@ def read_config(raw: RawConfig) -> ModelConfig:
     if raw.values.get("use_bidirectional_attention") not in (None, "vision"):
         value = raw.values["use_bidirectional_attention"]
         raise raw.error("use_bidirectional_attention", value, 'null or "vision"')
-    for key in ("hidden_size_per_layer_input", "num_kv_shared_layers"):
-        if raw.count(key, default=0, minimum=0):
-            raise raw.error(key, raw.values[key], "0")
     if raw.flag("enable_moe_block", False):
         raise raw.error("enable_moe_block", True, "false")
     plain = {key: value for key, value in raw.values.items() if not key.startswith("rope_")}
@@ -58,6 +55,10 @@ def read_config(raw: RawConfig) -> ModelConfig:
     windows = raw.windows(config.num_layers, lambda index: (index + 1) % EVERY != 0)
     windows = (*windows[:-1], 0) if any(windows[:-1]) else ()  # the last layer sees all tokens
     shapes = read_shapes(raw, config, windows or (0,) * config.num_layers)
+    inputs = raw.count("hidden_size_per_layer_input", default=256, minimum=0)
+    rows = raw.count("vocab_size_per_layer_input", default=DEFAULTS["vocab_size"])
+    if inputs and rows < config.vocab_size:
+        raise raw.error("vocab_size_per_layer_input", rows, f"{config.vocab_size} or more")
     of_windows = shapes[next((i for i, window in enumerate(windows) if window), -1)]
     rope, window_rope = read_ropes(
         RawConfig({"rope_parameters": raw.values.get("rope_parameters") or ROPES}, raw.where),
@@ -70,6 +71,7 @@ def read_config(raw: RawConfig) -> ModelConfig:
         family="gemma4_text",
         head_dim=max(shape.head_dim for shape in shapes),
         num_kv_heads=max(shape.num_kv_heads for shape in shapes),
+        intermediate_size=max(shape.intermediate_size for shape in shapes),
         shapes=shapes,
         mlp_bias=False,
         activation=raw.text("hidden_activation", "gelu_pytorch_tanh"),
@@ -77,6 +79,8 @@ def read_config(raw: RawConfig) -> ModelConfig:
         value_norm=True,
         output_norms=True,
         layer_scales=True,
+        layer_inputs=inputs,
+        layer_input_rows=rows if inputs else 0,
         embed_scale=math.sqrt(config.hidden_size),
         embed_scale_rounds=True,
         score_scale=1.0,
@@ -109,10 +113,24 @@ def read_shapes(
         of_layers = {str(index): own for index, window in enumerate(windows) if not window}
     if not isinstance(of_layers, Mapping):
         raise raw.error("per_layer_config", of_layers, "an object with what layers have of it")
+    shared = raw.count("num_kv_shared_layers", default=0, minimum=0)
+    if shared >= len(windows):
+        raise raw.error("num_kv_shared_layers", shared, f"fewer than the {len(windows)} layers")
+    first_shared = len(windows) - shared
+    # The last layer of each kind in front of those.
+    sources = {bool(window): index for index, window in enumerate(windows[:first_shared])}
+    if unknown := {bool(window) for window in windows} - sources.keys():
+        raise raw.error(
+            "num_kv_shared_layers",
+            shared,
+            f"fewer: none of the first {first_shared} layers is of the kind "
+            f"{KINDS_OF_LAYERS[unknown.pop()]}",
+        )
+    twice = raw.flag("use_double_wide_mlp", False)
     shapes: list[LayerShape] = []
     seen: dict[bool, LayerShape] = {}
     for index, window in enumerate(windows):
-        values = of_layers.get(str(index), {})
+        values, sharing = of_layers.get(str(index), {}), index >= first_shared
         if not isinstance(values, Mapping) or set(values) - {HEAD_DIM, KV_HEADS}:
             raise raw.error(
                 f"per_layer_config of {index}", values, f"an object with {HEAD_DIM} and {KV_HEADS}"
@@ -121,13 +139,19 @@ def read_shapes(
         shape = LayerShape(
             head_dim=layer.count(HEAD_DIM, default=config.head_dim),
             num_kv_heads=layer.count(KV_HEADS, default=config.num_kv_heads),
-            intermediate_size=config.intermediate_size,
-            values_are_keys=values_are_keys and not window,
+            intermediate_size=config.intermediate_size * (2 if twice and sharing else 1),
+            values_are_keys=values_are_keys and not window and not sharing,
+            kv_layer=sources[bool(window)] if sharing else None,
+            shares_kv=shared > 0 and index in sources.values(),
         )
         check_groups(raw, config.num_heads, shape.num_kv_heads)
         first = seen.setdefault(bool(window), shape)
-        if shape.head_dim != first.head_dim:
-            raise layer.error(HEAD_DIM, shape.head_dim, f"{first.head_dim}, as in others like it")
+        for key, own_size, size in (
+            (HEAD_DIM, shape.head_dim, first.head_dim),
+            (KV_HEADS, shape.num_kv_heads, first.num_kv_heads),
+        ):
+            if own_size != size:
+                raise layer.error(key, own_size, f"{size}, as in others that see as much")
         shapes.append(shape)
     return tuple(shapes)
 
@@ -139,6 +163,15 @@ GEMMA4_TEXT: Family = replace(
         **gemma2.GEMMA2.inner,
         "attention.qk_norm": ("self_attn.q_norm", "self_attn.k_norm"),
         "mlp_scale": ("layer_scalar",),
+        "mlp_input_gate": ("per_layer_input_gate",),
+        "mlp_input_out": ("per_layer_projection",),
+        "mlp_input_norm": ("post_per_layer_input_norm",),
+    },
+    outer={
+        **gemma2.GEMMA2.outer,
+        "layer_inputs.embed": "embed_tokens_per_layer",
+        "layer_inputs.projection": "per_layer_model_projection",
+        "layer_inputs.norm": "per_layer_projection_norm",
     },
     bare=("layer_scalar",),
     read_config=read_config,

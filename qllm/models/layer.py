@@ -254,6 +254,40 @@ class ScaledOutputNormLayer(OutputNormLayer):
         return self.mlp_scale(super().mlp_block(x))
 
 
+class LayerInputLayer(ScaledOutputNormLayer):
+    """One behind whose MLP inputs of its own join: x + norm(out(act(gate(x)) * inputs))."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        name, hidden, channels = f"layers.{index}.", config.hidden_size, config.layer_inputs
+        self.columns = range(index * channels, (index + 1) * channels)
+        self.act = config.activation
+        self.mlp_input_gate = make(f"{name}mlp_input_gate", hidden, channels, False)
+        self.mlp_input_out = make(f"{name}mlp_input_out", channels, hidden, False)
+        self.mlp_input_norm = NORMS[config.norm](config, dtype)
+        self._index: Tensor | None = None
+
+    def blocks(self) -> tuple[tuple[Block, tuple[str, ...]], ...]:
+        return ((self.attention_block, ATTENTION_LINEARS), (self.second_block, self.mlp_linears))
+
+    def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        return self.second_block(self.attention_block(x, step), step)
+
+    def second_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        """The second half of the layer: x (N, C) to (N, C)."""
+        x = add(x, self._through_mlp(self.mlp_norm(x)))
+        kernels = ops.on(x.device.type)
+        assert step.layer_inputs is not None  # as a decoder of such layers has it
+        if self._index is None or self._index.device != x.device:
+            self._index = torch.tensor(self.columns, device=x.device)
+        inputs = step.select(kernels.gather(step.layer_inputs.to(x.device), self._index))
+        gate = kernels.activation(self.mlp_input_gate(x), self.act)
+        joined = kernels.scale_rows(gate.view(-1, 1), inputs.view(-1), 1).view(gate.shape)
+        return self.mlp_scale(add(x, self.mlp_input_norm(self.mlp_input_out(joined))))
+
+
 class OutputNormAloneLayer(OutputNormLayer):
     """x + norm(attention(x)), then x + norm(mlp(x)): OLMo 2 and 3."""
 
@@ -344,7 +378,7 @@ def layer_class(config: ModelConfig) -> type[PreNormLayer]:
     if config.parallel_blocks:
         return ParallelLayer
     if config.layer_scales:
-        return ScaledOutputNormLayer
+        return LayerInputLayer if config.layer_inputs else ScaledOutputNormLayer
     if config.output_norms:
         return OutputNormLayer if config.input_norms else OutputNormAloneLayer
     if config.output_scale != 1:

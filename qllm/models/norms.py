@@ -148,6 +148,20 @@ class QKNorm(nn.Module):
         return ops.on(qkv.device.type).qk_norm(qkv, self.weight, *options)
 
 
+class HeadNorm(nn.Module):
+    """Weight of the norm that each head's query has, where there are no keys: (D,)."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps, self.offset = config.norm_eps, config.norm_offset
+        self.register_buffer("weight", torch.empty(config.head_dim, dtype=dtype, device="meta"))
+
+    def forward(self, q: Tensor, dim: int) -> Tensor:
+        options = (self.eps, self.offset) if self.offset else (self.eps,)
+        heads = q.view(-1, dim)
+        return ops.on(q.device.type).rms_norm(heads, self.weight, *options).view(q.shape)
+
+
 class WideQKNorm(nn.Module):
     """Weights of the norm of a token's queries, and of its keys, of all heads together.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from qllm.errors import UserError
 from qllm.layers import Linear
 from qllm.models.attention import WideNormedAttention
 from qllm.models.layer import Embedding, QuantizedEmbedding
@@ -29,7 +30,16 @@ if TYPE_CHECKING:
 
 
 def keep_stage(model: Decoder, stage: PipelineStage, halves: range) -> None:
-    """Leave one stage's halves of layers, and what is in front of the first or behind the last."""
+    """Leave one stage's halves of layers, and what is in front of the first or behind the last.
+
+    Raises:
+        UserError: layers take more than the states that a stage would send to the next.
+    """
+    if model.config.has_ties:
+        raise UserError(
+            f"`pp` does not know this {model.config.family}, whose layers share keys and values or "
+            "have inputs of their own; give `tp` instead"
+        )
     for index, layer in enumerate(model.layers):
         layer.has_attention, layer.has_mlp = 2 * index in halves, 2 * index + 1 in halves
         for name, _ in list(layer.named_children()):  # "attention…" or "mlp…"

@@ -31,6 +31,7 @@ DIVIDED = {
     "gemma3_text": LINEARS,
     # Values are normed in front of `out`.
     "gemma4_text": (QKV, UP, DOWN),
+    "gemma4_text with inputs of layers": (QKV, UP, DOWN),
     "ministral3": LINEARS,
     "phi3": LINEARS,
     "gpt_neox": (QKV, OUT, UP),

@@ -275,6 +275,15 @@ GEMMA4_TEXT = {
         "global_head_dim": 8,
         "sliding_window": 4,
     },
+    "no word of inputs of layers": {
+        "hidden_size_per_layer_input": None,
+        "vocab_size_per_layer_input": 90,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 1,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"],
+        "sliding_window": 4,
+        "use_double_wide_mlp": True,
+    },
     "a share of a head by name": {
         "global_head_dim": 12,
         "rope_parameters": {
@@ -329,7 +338,7 @@ def test_settings_count_as_in_transformers(family, name, tmp_path):
     changes = TABLE[family][name]
     config = {"model_type": family, **BASES[family], **changes}
     # A null is a value, but of sizes there is none, and transformers refuses a theta that is one.
-    dropped = ("rope_theta", "hidden_size", "n_layer", "n_head")
+    dropped = ("rope_theta", "hidden_size", "n_layer", "n_head", "hidden_size_per_layer_input")
     config = {key: v for key, v in config.items() if v is not None or key not in dropped}
     text = json.dumps(config)
     (tmp_path / "config.json").write_text(text)

@@ -47,6 +47,7 @@ Experts = structure(
     "*total *y",
 )
 Gather = structure("Gather", "rows columns gathered bytes *x *index *y")
+Join = structure("Join", "rows columns others joined bytes *x *z *y")
 Embed = structure("Embed", "rows table_rows bytes offset *index *table *y")
 EmbedPacked = structure(
     "EmbedPacked",
@@ -92,6 +93,7 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "route": Route,
     "experts": Experts,
     "gather": Gather,
+    "join": Join,
     "embed": Embed,
     "embed_packed": EmbedPacked,
     "attend": Attend,

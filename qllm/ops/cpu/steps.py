@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from qllm.ops.cpu import library
-from qllm.ops.cpu.interface import Activate, Add, Attend, Embed, Gather, Norm, Route, ScaleRows
+from qllm.ops.cpu.interface import (
+    Activate,
+    Add,
+    Attend,
+    Embed,
+    Gather,
+    Join,
+    Norm,
+    Route,
+    ScaleRows,
+)
 from qllm.ops.cpu.library import TYPES, like, pointer
 from qllm.ops.kv import KV, PLAIN, Batch, Scores
 from qllm.ops.quantized_kv import QuantizedKV, padded_size
@@ -24,6 +34,15 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     tensors = (x, index, y)
     arguments = Gather(*x.shape, len(index), x.element_size(), *map(pointer, tensors))
     library.run("gather", arguments, *tensors)
+    return y
+
+
+def join(x: Tensor, z: Tensor, columns: int) -> Tensor:
+    """`reference.join`."""
+    x, z = x.contiguous(), z.contiguous()
+    y = x.new_empty(len(x), x.shape[1] + columns)
+    arguments = Join(*x.shape, z.shape[1], columns, x.element_size(), *map(pointer, (x, z, y)))
+    library.run("join", arguments, x, z, y)
     return y
 
 

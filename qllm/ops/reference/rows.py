@@ -146,6 +146,11 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return x[:, index]
 
 
+def join(x: Tensor, z: Tensor, columns: int) -> Tensor:
+    """x (N, C) and behind it the last columns of z (N, D): (N, C + columns)."""
+    return torch.cat([x, z[:, z.shape[1] - columns :]], dim=1)
+
+
 def add(x: Tensor, z: Tensor) -> Tensor:
     """x + z, of one shape."""
     return x + z

@@ -187,6 +187,13 @@ struct Experts {
     void *y;
 };
 
+struct Join {  // y (rows, columns + joined) = x and the last columns of z, of `bytes` each
+    int64_t rows, columns, others, joined, bytes;
+    const void *x;  // (rows, columns)
+    const void *z;  // (rows, others)
+    void *y;
+};
+
 struct Gather {  // y (rows, gathered) = x[:, index], of elements of 2 or 4 bytes
     int64_t rows, columns, gathered, bytes;
     const void *x;           // (rows, columns)
@@ -305,6 +312,7 @@ enum class Status : int64_t { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
     OP(route, Route)                               \
     OP(experts, Experts)                           \
     OP(gather, Gather)                             \
+    OP(join, Join)                                 \
     OP(embed, Embed)                               \
     OP(embed_packed, EmbedPacked)                  \
     OP(attend, Attend)                             \

@@ -184,6 +184,17 @@ static Status gather(const Gather &a) {
     return Status::OK;
 }
 
+static Status join(const Join &a) {
+    const int64_t own = a.columns * a.bytes, more = a.joined * a.bytes, whole = a.others * a.bytes;
+    for_each(a.rows, a.rows * (a.columns + a.joined) > WORTH_THREADS, [&](int64_t row, int64_t) {
+        char *y = static_cast<char *>(a.y) + row * (own + more);
+        __builtin_memcpy(y, static_cast<const char *>(a.x) + row * own, size_t(own));
+        const char *z = static_cast<const char *>(a.z) + (row + 1) * whole - more;
+        __builtin_memcpy(y + own, z, size_t(more));
+    });
+    return Status::OK;
+}
+
 static Status embed(const Embed &a) {
     for (int64_t row = 0; row < a.rows; row++) {
         int64_t index = a.index[row] + a.offset;
