@@ -82,7 +82,7 @@ REPOSITORIES: dict[str, dict[str, str]] = {
     "gemma4_text": {
         size.lower() + chat: f"google/gemma-4-{size}{chat}"
         for chat in ("", "-it")
-        for size in ("E2B", "E4B", "12B", "31B")
+        for size in ("E2B", "E4B", "12B", "31B", "26B-A4B")
     },
     "phi3": {
         "mini-4k": "microsoft/Phi-3-mini-4k-instruct",

@@ -102,6 +102,16 @@ MODELS: dict[str, PretrainedConfig] = {
         hidden_size_per_layer_input=6,
         vocab_size_per_layer_input=VOCAB,
     ),
+    "gemma4_text with experts": Gemma4TextConfig(
+        **GEMMA,
+        layer_types=["sliding_attention", "full_attention"],
+        global_head_dim=14,
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=36,
+    ),
     "ministral3": Ministral3Config(  # whose queries grow from the seventh token on
         **LLAMA,
         num_key_value_heads=2,
@@ -133,6 +143,9 @@ MODELS: dict[str, PretrainedConfig] = {
         vocab_size=VOCAB, n_embd=40, n_layer=2, n_head=5, n_inner=70, n_positions=40
     ),
 }
+
+# Of which transformers reads the experts of a layer as one tensor alone, and QLLM writes each.
+STACKED = ("gemma4_text with experts",)
 
 TEXT = "\n".join(
     f"In {year} the {noun} of the {other} was {how}, and nobody who had been there would say why."

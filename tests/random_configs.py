@@ -179,6 +179,8 @@ def gemma4_text_configs(draw) -> Gemma4TextConfig:
         layers[1 : count - shared] = ["sliding_attention"] * (count - shared - 1)
     # transformers knows no sharing without inputs of layers.
     inputs = draw(st.sampled_from([4, 6] if shared else [0, 4, 6]))
+    experts = draw(flags)
+    count = draw(st.integers(1, 9))
     return Gemma4TextConfig(
         **sizes
         | {
@@ -200,7 +202,11 @@ def gemma4_text_configs(draw) -> Gemma4TextConfig:
         hidden_size_per_layer_input=inputs,
         vocab_size_per_layer_input=sizes["vocab_size"] + draw(st.integers(0, 5)),
         num_kv_shared_layers=shared,
-        use_double_wide_mlp=draw(flags),
+        use_double_wide_mlp=not experts and draw(flags),
+        enable_moe_block=experts,
+        num_experts=count,
+        top_k_experts=draw(st.integers(1, min(count, 4))),
+        moe_intermediate_size=draw(st.integers(16, 40)),
     )
 
 

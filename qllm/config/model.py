@@ -62,6 +62,8 @@ class ExpertsConfig:
         layers: which layers have experts; the others have an MLP.
         shared_size: inner channels of one that all tokens take beside them; 0: there is none.
         router_bias: of the matrix that chooses.
+        apart: that one has no gate; it, the others and the router have norms of their own, and each
+            of the others a factor (Gemma 4).
     """
 
     count: int
@@ -71,6 +73,7 @@ class ExpertsConfig:
     layers: tuple[bool, ...]
     shared_size: int = 0
     router_bias: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from qllm.config import LayerShape, ModelConfig
+from qllm.config import ExpertsConfig, LayerShape, ModelConfig
 from qllm.models import gemma2, llama
-from qllm.models.family import Family, RawConfig, check_groups
+from qllm.models.family import MAX_EXPERTS, Family, RawConfig, check_groups
 from qllm.models.rope import KINDS_OF_LAYERS, reach, read_ropes
+from qllm.models.stacks import stacks_of
 
 DEFAULTS = {
     "vocab_size": 262144,
@@ -48,8 +49,6 @@ def read_config(raw: RawConfig) -> ModelConfig:
     if raw.values.get("use_bidirectional_attention") not in (None, "vision"):
         value = raw.values["use_bidirectional_attention"]
         raise raw.error("use_bidirectional_attention", value, 'null or "vision"')
-    if raw.flag("enable_moe_block", False):
-        raise raw.error("enable_moe_block", True, "false")
     plain = {key: value for key, value in raw.values.items() if not key.startswith("rope_")}
     config = llama.read_config(RawConfig(plain, raw.where))
     windows = raw.windows(config.num_layers, lambda index: (index + 1) % EVERY != 0)
@@ -79,6 +78,7 @@ def read_config(raw: RawConfig) -> ModelConfig:
         value_norm=True,
         output_norms=True,
         layer_scales=True,
+        experts=read_experts(raw, config),
         layer_inputs=inputs,
         layer_input_rows=rows if inputs else 0,
         embed_scale=math.sqrt(config.hidden_size),
@@ -89,6 +89,24 @@ def read_config(raw: RawConfig) -> ModelConfig:
         window_rope=window_rope if windows else None,
         max_positions=reach(rope, config.trained_positions),
         logit_cap=gemma2.read_cap(raw, "final_logit_softcapping"),
+    )
+
+
+def read_experts(raw: RawConfig, config: ModelConfig) -> ExpertsConfig | None:
+    """The experts beside the MLP of each layer; None: there are none."""
+    if not raw.flag("enable_moe_block", False):
+        return None
+    if raw.flag("use_double_wide_mlp", False) and raw.values.get("num_kv_shared_layers"):
+        raise raw.error("use_double_wide_mlp", True, "false where there are experts")
+    count = raw.count("num_experts", maximum=MAX_EXPERTS)
+    return ExpertsConfig(
+        count=count,
+        top_k=raw.count("top_k_experts", maximum=count),
+        intermediate_size=raw.count("moe_intermediate_size"),
+        normalizes=True,
+        layers=(True,) * config.num_layers,
+        shared_size=config.intermediate_size,
+        apart=True,
     )
 
 
@@ -156,12 +174,26 @@ def read_shapes(
     return tuple(shapes)
 
 
+EXPERTS = {
+    "mlp.router": ("router.proj",),
+    "mlp.router_norm": ("router.scale",),
+    "mlp.expert_scales": ("router.per_expert_scale",),
+    "mlp.experts_norm": ("pre_feedforward_layernorm_2",),
+    "mlp.experts.{}.up": ("experts.{}.gate_proj", "experts.{}.up_proj"),
+    "mlp.experts.{}.down": ("experts.{}.down_proj",),
+    "mlp.experts_output_norm": ("post_feedforward_layernorm_2",),
+    "mlp.shared_norm": ("pre_feedforward_layernorm",),
+    "mlp.shared.up": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.shared.down": ("mlp.down_proj",),
+    "mlp.shared_output_norm": ("post_feedforward_layernorm_1",),
+}
 GEMMA4_TEXT: Family = replace(
     gemma2.GEMMA2,
     name="gemma4_text",
     inner={
         **gemma2.GEMMA2.inner,
         "attention.qk_norm": ("self_attn.q_norm", "self_attn.k_norm"),
+        **EXPERTS,
         "mlp_scale": ("layer_scalar",),
         "mlp_input_gate": ("per_layer_input_gate",),
         "mlp_input_out": ("per_layer_projection",),
@@ -173,6 +205,7 @@ GEMMA4_TEXT: Family = replace(
         "layer_inputs.projection": "per_layer_model_projection",
         "layer_inputs.norm": "per_layer_projection_norm",
     },
-    bare=("layer_scalar",),
+    bare=("layer_scalar", "router.scale", "router.per_expert_scale"),
+    stacks=stacks_of(EXPERTS, ""),
     read_config=read_config,
 )

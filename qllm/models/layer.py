@@ -119,7 +119,7 @@ class PreNormLayer(nn.Module):
         self.attention_norm = norm(config, dtype)
         self.attention = attention_class(config)(config, index, dtype, make)
         self.mlp_norm = norm(config, dtype)
-        self.mlp = make_mlp(config, index, make)
+        self.mlp = make_mlp(config, index, make, dtype)
         self.mlp_linears = mlp_linears(config, index)
 
     def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
@@ -246,6 +246,8 @@ class ScaledOutputNormLayer(OutputNormLayer):
     ) -> None:
         super().__init__(config, index, dtype, make)
         self.mlp_scale = LayerScale(dtype)
+        if config.experts is not None and config.experts.apart:
+            self.mlp_norm = NoNorm()  # they have norms of their own
 
     def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
         return self.mlp_block(self.attention_block(x, step))

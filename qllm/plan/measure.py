@@ -112,7 +112,7 @@ class _Run:
         self.job, self.note, self.partial = job, note, partial
         self.weights = Weights.of_floats(job.source, note)
         self.config = self.weights.config
-        check_alone(self.config, "the planner", "give `bitwidth` to qllm_quant.py by hand")
+        check_alone(self.config, "the planner", "write rules of bits by hand")
         self.floats = FloatModel(self.weights, job.device)
         self.model = self.floats.model
         self.modules = decided_modules(self.weights, job.lm_head, job.embedding)

@@ -105,7 +105,7 @@ class _Run:
             what = spec.algorithm if spec.kind == "weight_only" else spec.bitwidth
             raise UserError(f"{what} needs calibration text; name one with `dataset`")
         if self.tuning:
-            check_alone(self.config, "tuning", "give `algorithm` gptq or awq, and no `refine`")
+            check_alone(self.config, "tuning", "GPTQ and AWQ without it do")
         self.floats = FloatModel(self.weights, job.device)
         self.model = self.floats.model
         self.output = OutputCheckpoint(job, self.weights, self.specs, self.model)

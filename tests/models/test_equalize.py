@@ -32,6 +32,11 @@ DIVIDED = {
     # Values are normed in front of `out`.
     "gemma4_text": (QKV, UP, DOWN),
     "gemma4_text with inputs of layers": (QKV, UP, DOWN),
+    "gemma4_text with experts": (
+        QKV,
+        *(f"mlp.experts.{i}.down" for i in range(4)),
+        "mlp.shared.down",
+    ),
     "ministral3": LINEARS,
     "phi3": LINEARS,
     "gpt_neox": (QKV, OUT, UP),
