@@ -119,7 +119,7 @@ class PreNormLayer(nn.Module):
         self.attention_norm = norm(config, dtype)
         self.attention = attention_class(config)(config, index, dtype, make)
         self.mlp_norm = norm(config, dtype)
-        self.mlp = make_mlp(config, index, make, dtype)
+        self.mlp = make_mlp(config, index, dtype, make)
         self.mlp_linears = mlp_linears(config, index)
 
     def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:

@@ -247,7 +247,7 @@ def inner_channels(config: ModelConfig) -> int:
 
 
 def make_mlp(
-    config: ModelConfig, index: int, make: MakeLinear, dtype: torch.dtype
+    config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
 ) -> MLP | MixtureOfExperts:
     """What a layer has behind its attention."""
     name = f"layers.{index}.mlp"
