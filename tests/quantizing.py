@@ -85,14 +85,6 @@ MODELS: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**LLAMA, num_key_value_heads=3, head_dim=10),
     "gemma2": Gemma2Config(**GEMMA, attn_logit_softcapping=20.0),
     "gemma3_text": Gemma3TextConfig(**GEMMA, layer_types=["full_attention", "sliding_attention"]),
-    "gemma4_text": Gemma4TextConfig(  # whose heads are of two sizes
-        **GEMMA,
-        layer_types=["sliding_attention", "full_attention"],
-        global_head_dim=14,
-        num_global_key_value_heads=3,
-        attention_k_eq_v=True,
-        hidden_size_per_layer_input=0,
-    ),
     "gemma4_text with inputs of layers": Gemma4TextConfig(  # whose last layers have no keys
         **GEMMA | {"num_hidden_layers": 4},
         layer_types=["sliding_attention", "full_attention"] * 2,
@@ -102,10 +94,12 @@ MODELS: dict[str, PretrainedConfig] = {
         hidden_size_per_layer_input=6,
         vocab_size_per_layer_input=VOCAB,
     ),
-    "gemma4_text with experts": Gemma4TextConfig(
+    "gemma4_text": Gemma4TextConfig(  # whose heads are of two sizes, with experts beside an MLP
         **GEMMA,
         layer_types=["sliding_attention", "full_attention"],
         global_head_dim=14,
+        num_global_key_value_heads=3,
+        attention_k_eq_v=True,
         hidden_size_per_layer_input=0,
         enable_moe_block=True,
         num_experts=4,
@@ -145,7 +139,7 @@ MODELS: dict[str, PretrainedConfig] = {
 }
 
 # Of which transformers reads the experts of a layer as one tensor alone, and QLLM writes each.
-STACKED = ("gemma4_text with experts",)
+STACKED = ("gemma4_text",)
 
 TEXT = "\n".join(
     f"In {year} the {noun} of the {other} was {how}, and nobody who had been there would say why."

@@ -30,9 +30,8 @@ DIVIDED = {
     "gemma2": LINEARS,
     "gemma3_text": LINEARS,
     # Values are normed in front of `out`.
-    "gemma4_text": (QKV, UP, DOWN),
     "gemma4_text with inputs of layers": (QKV, UP, DOWN),
-    "gemma4_text with experts": (
+    "gemma4_text": (
         QKV,
         *(f"mlp.experts.{i}.down" for i in range(4)),
         "mlp.shared.down",
