@@ -59,7 +59,7 @@ class Decoder(Picklable):
     Attributes:
         parallel: the ranks that share the model with this process.
         stage: of a pipeline, which this process is; None: there is no other.
-        kv_heads: heads of keys and values that this process has.
+        cache_config: the model's, with the heads of keys and values that this process has.
         kv_bits: of the keys and values that a cache holds, and that prompts see without one.
     """
 
@@ -246,17 +246,15 @@ class Decoder(Picklable):
             ends = [cache.lengths[row] + n for row, n in zip(rows, lengths, strict=True)]
             limit = cache.pass_tokens
         for pieces in pieces_of(lengths, limit):
-            tokens = [
-                token for i, piece in pieces for token in prompts[i][piece.start : piece.stop]
-            ]
-            x = self._embed(torch.tensor(tokens, device=self.device))
+            runs = (prompts[i][piece.start : piece.stop] for i, piece in pieces)
+            tokens = torch.tensor([token for run in runs for token in run], device=self.device)
+            x = self._embed(tokens)
             counts = [len(piece) for _, piece in pieces]
             here = None if rows is None else [rows[i] for i, _ in pieces]
-            where = (counts, cache, self.positions, x)
-            of_runs = [ends[i] for i, _ in pieces]
+            where, of_runs = (counts, cache, self.positions, x), [ends[i] for i, _ in pieces]
             step = Prefill(*where, rows=here, ends=of_runs, bits=self.kv_bits)
             if self.layer_inputs is not None:
-                step.layer_inputs = self.layer_inputs(torch.tensor(tokens, device=self.device), x)
+                step.layer_inputs = self.layer_inputs(tokens, x)
             x = self._run_layers(x, step, last)
             if cache is not None and here is not None:
                 cache.advance(here, counts)
