@@ -79,6 +79,11 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         "270m-it": "google/gemma-3-270m-it",
         **{f"{size}-it": f"google/gemma-3-{size}-it" for size in ("1b", "4b", "12b", "27b")},
     },
+    "gemma4_text": {
+        size.lower() + chat: f"google/gemma-4-{size}{chat}"
+        for chat in ("", "-it")
+        for size in ("E2B", "E4B", "12B", "31B", "26B-A4B")
+    },
     "phi3": {
         "mini-4k": "microsoft/Phi-3-mini-4k-instruct",
         "mini-128k": "microsoft/Phi-3-mini-128k-instruct",

@@ -80,7 +80,7 @@ def random_model(config: ModelConfig, length: int, seed: int) -> Decoder:
         if isinstance(module, Linear):
             new = RandomLinear(module.in_features, module.out_features, config.init_std, generator)
         elif isinstance(module, Embedding):
-            new = RandomEmbedding(config.embed_size, config.init_std, generator)
+            new = RandomEmbedding(module.weight.shape[1], config.init_std, generator)
         elif isinstance(module, LearnedPositions):
             new = RandomPositions(config, length, config.init_std, generator)
         else:

@@ -7,6 +7,8 @@ from foreign import Folder
 from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
+    Gemma4Config,
+    Gemma4UnifiedConfig,
     Idefics3Config,
     LlavaConfig,
     LlavaNextConfig,
@@ -41,6 +43,9 @@ SEES = {
     "patch_size": 14,
 }
 WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+GEMMA4 = {"global_head_dim": 10, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+INPUTS_OF_LAYERS = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCABULARY}
+OF_GEMMA4 = {"audio_token_id": 88, "video_token_id": 87}
 # Prompts go on beyond the length where queries grow.
 YARN = {
     **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "mscale": 1.0},
@@ -70,6 +75,14 @@ def configs() -> dict[str, PretrainedConfig]:
     return {
         "gemma3": Gemma3Config(
             text_config=HEADS | WINDOWS, vision_config=siglip, mm_tokens_per_image=4, **IMAGE
+        ),
+        "gemma4": Gemma4Config(
+            text_config=HEADS | WINDOWS | GEMMA4 | INPUTS_OF_LAYERS,
+            vision_config={**SEES, "num_key_value_heads": 2, "head_dim": 8},
+            **IMAGE | OF_GEMMA4,
+        ),
+        "gemma4_unified": Gemma4UnifiedConfig(
+            text_config=HEADS | WINDOWS | GEMMA4, **IMAGE | OF_GEMMA4
         ),
         "mistral3": Mistral3Config(
             text_config=mistral, vision_config=pixtral, tie_word_embeddings=False, **IMAGE

@@ -15,7 +15,10 @@ from qllm.ops.rounding import Rounding
 from qllm.quant.packing import BITS, pack
 
 SHAPES = ((64, 32), (67, 13), (1, 1), (256, 40))  # (K, N)
-EXACT = ("int8_linear", "embedding", "add", "scale", "scale_rows", "gather", "descend_block")
+EXACT = (
+    *("int8_linear", "embedding", "add", "scale", "scale_rows", "gather", "join"),
+    "descend_block",
+)
 IN_FLOAT32 = ("descend_block", "route")
 TO_INT8 = ("layer_norm_int8", "rms_norm_int8")
 
@@ -147,18 +150,24 @@ def norm_example(
     return arguments, y, size.max()
 
 
-def qk_norm_example(request: Request, rows: int, dtype: torch.dtype, *, offset: float):
+def qk_norm_example(
+    request: Request, rows: int, dtype: torch.dtype, *, offset: float, values: bool = False
+):
     dim, heads, kv_heads = request.in_features, 3, 2
     qkv = (normal(rows, heads + 2 * kv_heads, dim) * 3 + 1).to(dtype)
     weight = normal(2, dim).to(dtype)
     want, sizes = exact.numpy(qkv).copy(), [0.0]
-    for part, each in ((slice(heads), weight[0]), (slice(heads, heads + kv_heads), weight[1])):
-        values = qkv[:, part].flatten(0, 1)
-        y, size = exact.norm(values, each.double() + offset, None, 1e-5, centered=False)
+    last = heads + kv_heads
+    parts = [(slice(heads), weight[0]), (slice(heads, last), weight[1])]
+    parts += [(slice(last, None), None)] * values
+    for part, each in parts:
+        found = qkv[:, part].flatten(0, 1)
+        whole = None if each is None else each.double() + offset
+        y, size = exact.norm(found, whole, None, 1e-5, centered=False)
         want[:, part] = y.reshape(qkv[:, part].shape)
         sizes.append(size.max())
     arguments = {"qkv": qkv.flatten(1), "weight": weight.flatten(), "heads": heads}
-    arguments |= {"kv_heads": kv_heads, "eps": 1e-5, "offset": offset}
+    arguments |= {"kv_heads": kv_heads, "eps": 1e-5, "offset": offset, "values": values}
     return arguments, want.reshape(rows, -1), max(sizes)
 
 
@@ -215,6 +224,13 @@ def gather_example(request: Request, rows: int, dtype: torch.dtype):
     x, index = normal(rows, request.in_features).to(dtype), torch.arange(request.out_features)
     index = index * 7 % request.in_features
     return {"x": x, "index": index}, exact.numpy(x)[:, index.numpy()], 0.0
+
+
+def join_example(request: Request, rows: int, dtype: torch.dtype):
+    x, z = (normal(rows, n).to(dtype) for n in (request.in_features, request.out_features))
+    columns = -(-request.out_features // 3)
+    want = np.concatenate([exact.numpy(x), exact.numpy(z)[:, -columns:]], axis=1)
+    return {"x": x, "z": z, "columns": columns}, want, 0.0
 
 
 def route_example(
@@ -360,7 +376,10 @@ EXAMPLES = {
         partial(norm_example, centered=False, affine=affine, offset=offset)
         for affine, offset in ((True, 0.0), (False, 0.0), (True, 1.0))
     ),
-    "qk_norm": tuple(partial(qk_norm_example, offset=offset) for offset in (0.0, 1.0)),
+    "qk_norm": (
+        *(partial(qk_norm_example, offset=offset) for offset in (0.0, 1.0)),
+        partial(qk_norm_example, offset=0.0, values=True),
+    ),
     "wide_qk_norm": tuple(partial(wide_qk_norm_example, offset=offset) for offset in (0.0, 1.0)),
     **{
         op: tuple(
@@ -391,6 +410,7 @@ EXAMPLES = {
         for normalizes, gated in ((False, False), (True, True))
     ),
     "gather": (gather_example,),
+    "join": (join_example,),
     "step_rounding": (step_rounding_example,),
     "descend_block": (descend_block_example,),
     **{

@@ -58,6 +58,9 @@ def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
                 parameter.copy_(noise * 0.3 + (1.0 if name.endswith("weight") else 0.0))
             else:
                 parameter.copy_(noise * (0.4 if parameter.dim() == 2 else 0.3))
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):  # Gemma 4's, which a file has as well
+                buffer.copy_(0.5 + torch.rand(1, generator=generator))
     return model
 
 

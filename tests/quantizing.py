@@ -14,6 +14,7 @@ from transformers import (
     Cohere2Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -87,6 +88,27 @@ MODELS: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**LLAMA, num_key_value_heads=3, head_dim=10),
     "gemma2": Gemma2Config(**GEMMA, attn_logit_softcapping=20.0),
     "gemma3_text": Gemma3TextConfig(**GEMMA, layer_types=["full_attention", "sliding_attention"]),
+    "gemma4_text with inputs of layers": Gemma4TextConfig(  # whose last layers have no keys
+        **GEMMA | {"num_hidden_layers": 4},
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        global_head_dim=14,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=6,
+        vocab_size_per_layer_input=VOCAB,
+    ),
+    "gemma4_text": Gemma4TextConfig(  # whose heads are of two sizes, with experts beside an MLP
+        **GEMMA,
+        layer_types=["sliding_attention", "full_attention"],
+        global_head_dim=14,
+        num_global_key_value_heads=3,
+        attention_k_eq_v=True,
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=36,
+    ),
     "ministral3": Ministral3Config(  # whose queries grow from the seventh token on
         **LLAMA,
         num_key_value_heads=2,
@@ -128,6 +150,9 @@ MODELS: dict[str, PretrainedConfig] = {
         vocab_size=VOCAB, n_embd=40, n_layer=2, n_head=5, n_inner=70, n_positions=40
     ),
 }
+
+# Of which transformers reads the experts of a layer as one tensor alone, and QLLM writes each.
+STACKED = ("gemma4_text",)
 
 TEXT = "\n".join(
     f"In {year} the {noun} of the {other} was {how}, and nobody who had been there would say why."

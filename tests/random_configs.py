@@ -20,6 +20,7 @@ from transformers import (
     BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
@@ -156,6 +157,55 @@ def gemma3_text_configs(draw) -> Gemma3TextConfig:
     local = {"rope_type": "default", "rope_theta": 100.0}
     sizes["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
     return Gemma3TextConfig(**sizes)
+
+
+@st.composite
+def gemma4_text_configs(draw) -> Gemma4TextConfig:
+    sizes = draw(llama_sizes())
+    count, heads = sizes["num_hidden_layers"], sizes["num_attention_heads"]
+    global_dim = 2 * draw(st.integers(2, 8))
+    share = {"partial_rotary_factor": draw(st.floats(0.1, 1.0))}
+    ropes = {
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1e4, **share},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    }
+    layers = draw(st.one_of(st.none(), st.lists(kinds, min_size=count, max_size=count)))
+    shared = draw(st.integers(0, count - 1))
+    if shared:  # both kinds are in front of those that share
+        count = sizes["num_hidden_layers"] = shared + 2
+        layers = ["full_attention", *draw(st.lists(kinds, min_size=count - 1, max_size=count - 1))]
+        layers[1 : count - shared] = ["sliding_attention"] * (count - shared - 1)
+    # transformers knows no sharing without inputs of layers.
+    inputs = draw(st.sampled_from([4, 6] if shared else [0, 4, 6]))
+    experts = draw(flags)
+    count = draw(st.integers(1, 9))
+    return Gemma4TextConfig(
+        **sizes
+        | {
+            "hidden_activation": sizes.pop("hidden_act"),
+            "intermediate_size": draw(st.integers(16, 70)),
+            "max_position_embeddings": WINDOW,
+            "rope_parameters": ropes,
+        },
+        attention_bias=draw(flags),
+        sliding_window=draw(windows),
+        layer_types=layers,
+        final_logit_softcapping=draw(st.one_of(st.none(), st.floats(1.0, 50.0))),
+        global_head_dim=global_dim,
+        attention_k_eq_v=draw(flags),
+        num_global_key_value_heads=draw(
+            st.sampled_from([None, *(n for n in range(1, heads + 1) if heads % n == 0)])
+        ),
+        use_bidirectional_attention=draw(st.sampled_from([None, "vision"])),
+        hidden_size_per_layer_input=inputs,
+        vocab_size_per_layer_input=sizes["vocab_size"] + draw(st.integers(0, 5)),
+        num_kv_shared_layers=shared,
+        use_double_wide_mlp=not experts and draw(flags),
+        enable_moe_block=experts,
+        num_experts=count,
+        top_k_experts=draw(st.integers(1, min(count, 4))),
+        moe_intermediate_size=draw(st.integers(16, 40)),
+    )
 
 
 @st.composite
@@ -366,6 +416,7 @@ CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "qwen2": (qwen2_configs(), 4),
     "gemma2": (gemma2_configs(), 8),
     "gemma3_text": (gemma3_text_configs(), 9),
+    "gemma4_text": (gemma4_text_configs(), 9),
     "qwen3": (qwen3_configs(), 5),
     "phi3": (phi3_configs(), 5),
     "gpt_neox": (gpt_neox_configs(), 9),

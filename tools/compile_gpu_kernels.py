@@ -231,7 +231,7 @@ def others(capability: str) -> Iterator[Job]:
         constants = {"NAME": name, "GATED": gated, "BLOCK": 1024, "LATE": True}
         yield Job(f"activation, {name}", rows.activate, tensors, constants, 4, 3, True)
     constants = {"WIDTH": 4096, "HAS_WEIGHT": True, "HAS_BIAS": True, "STATIC": False}
-    constants |= {"RUN": 0, "FIRST": 0, "SECOND": 0, "LATE": True}
+    constants |= {"RUN": 0, "FIRST": 0, "SECOND": 0, "THIRD": 0, "LATE": True}
     for name, norm in (("rows", 0), ("layer norm", 1)):
         every = constants | {"NORM": norm, "ADD": norm > 0, "QUANTIZE": True}
         yield Job(f"{name} to int8", rows.norm_rows, tensors, every, 8, 1, False)
@@ -249,6 +249,7 @@ def others(capability: str) -> Iterator[Job]:
     every = constants | {"NORM": 2, "ADD": True, "QUANTIZE": False}
     yield Job("sum and RMS norm", rows.norm_rows, tensors | {"out": "*bf16"}, every, 8, 1, False)
     every |= {"WIDTH": 128, "ADD": False, "HAS_BIAS": False, "RUN": 40, "FIRST": 32, "SECOND": 4}
+    every["THIRD"] = 4
     yield Job("norms of heads", rows.norm_rows, tensors | {"out": "*bf16"}, every, 1, 1, False)
 
 

@@ -119,9 +119,10 @@ def _check_unused(names: TensorNames, others: Iterable[str]) -> tuple[str, ...]:
     checkpoint, family = names.checkpoint, names.family
     outer = [names.sources(f"{name}.weight")[0] for name in (*family.outer, LM_HEAD)]
     inside = (names.layers, *(part.removesuffix("weight") for part in outer))
+    without_use = tuple(names.prefix + part for part in family.without_use(names.config))
     dropped = []
     for name in others:
-        if name.endswith(family.ignored):
+        if name.endswith(family.ignored) or name.startswith(without_use):
             continue
         unused = name.endswith(UNUSED) or any(part in name for part in ADAPTER)
         if name.startswith(inside) and not unused:

@@ -313,7 +313,7 @@ def _layer_bytes(model: Decoder) -> list[int]:
     """Bytes of each layer, what is in front of the layers and behind them counted with an end."""
     costs = [module_bytes(layer) for layer in model.layers]
     for name, module in model.named_children():
-        if name in ("embed", "embed_norm", "project_in", "positions"):
+        if name in ("embed", "embed_norm", "project_in", "positions", "layer_inputs"):
             costs[0] += module_bytes(module)
         elif name in ("final_norm", "project_out", "lm_head"):
             tied = name == "lm_head" and model.config.tied_head

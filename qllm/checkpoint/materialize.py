@@ -104,7 +104,8 @@ class Materializer:
         index = self.layer_of(name)
         if index is not None:
             return self.model.device_of_layer(index)
-        front = name in ("embed", "embed_norm", "project_in", "positions")
+        fronts = ("embed", "embed_norm", "project_in", "positions", "layer_inputs")
+        front = name.partition(".")[0] in fronts
         return list(self.model.device_map.values())[0 if front else -1]
 
     def _linear(

@@ -110,7 +110,8 @@ class TensorNames:
         if module == LM_HEAD:
             return (f"{self.head}.{kind}",)
         parts = tuple(
-            self.prefix + self.family.tensor_name(part, kind) for part in self.family.parts(module)
+            self.prefix + self.family.tensor_name(part, kind)
+            for part in self.family.parts(module, self.config)
         )
         if name == "embed.weight" and self.config.tied_head and not self._holds(parts[0]):
             return (f"{self.head}.weight",)
@@ -135,11 +136,10 @@ class TensorNames:
         if parts == 1:
             tensors = (f"{module}.weight", f"{module}.bias")
             return [next(self.shapes[name][0] for name in tensors if name in self.shapes)]
-        config = self.config
-        wide = config.wide_qk_norm and module.endswith(".attention.qk_norm")
+        wide = self.config.wide_qk_norm and module.endswith(".attention.qk_norm")
         if wide or module.endswith(".attention.qkv"):
-            heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-            return [count * config.head_dim for count in heads[:parts]]
+            config = self.config.of_layer(int(module.split(".")[1]))
+            return [count * config.head_dim for count in config.qkv_parts[:parts]]
         return [self.shapes[f"{module}.weight"][0] // parts] * parts
 
     def runs(self, name: str, runs: Sequence[range]) -> list[Run]:
@@ -201,7 +201,7 @@ class TensorNames:
         """
         if module == LM_HEAD:
             return {self.family.head if self.converted else self.head: slice(None)}
-        parts = [self.family.prefixes[0] + part for part in self.family.parts(module)]
+        parts = [self.family.prefixes[0] + part for part in self.family.parts(module, self.config)]
         counts = self.row_counts(module, len(parts))
         if ".attention.qkv" in module and (perm := self._perm()) is not None:
             return dict(zip(parts, perm.argsort().split(counts), strict=True))

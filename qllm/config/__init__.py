@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qllm.config.model import ExpertsConfig, ModelConfig, RopeConfig
+from qllm.config.model import ExpertsConfig, LayerShape, ModelConfig, RopeConfig
 from qllm.config.quantization import (
     ACTIVATION_BITS,
     ALGORITHMS,
@@ -39,6 +39,7 @@ __all__ = [
     "SCHEMES",
     "W8A8",
     "ExpertsConfig",
+    "LayerShape",
     "ModelConfig",
     "QuantPlan",
     "QuantSpec",

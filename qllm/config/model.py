@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class ExpertsConfig:
         layers: which layers have experts; the others have an MLP.
         shared_size: inner channels of one that all tokens take beside them; 0: there is none.
         router_bias: of the matrix that chooses.
+        apart: that one has no gate; it, the others and the router have norms of their own, and each
+            of the others a factor (Gemma 4).
     """
 
     count: int
@@ -71,6 +73,19 @@ class ExpertsConfig:
     layers: tuple[bool, ...]
     shared_size: int = 0
     router_bias: bool = False
+    apart: bool = False
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a layer has in the place of `ModelConfig`'s, where layers are not alike."""
+
+    head_dim: int
+    num_kv_heads: int
+    intermediate_size: int
+    values_are_keys: bool = False
+    kv_layer: int | None = None
+    shares_kv: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,10 @@ class ModelConfig:
         norm_offset: what an RMS norm adds to its weight (Gemma's 1).
         qk_norm: each head's query and key have a norm of their own, in front of the positions.
         wide_qk_norm: all queries of a token have one norm together, and all keys (OLMo 2).
+        value_norm: each head's value is normed as well, by no weight (Gemma 4).
+        values_are_keys: values are the keys in front of their norm, and have no matrix.
+        kv_layer: a layer in front, whose keys and values a layer takes that has none.
+        shares_kv: layers behind take the keys and values of this one.
         pre_norm: norms before attention and MLP (False: after, as in OPT-350m).
         input_norms: there are norms in front of attention and MLP, where `pre_norm` has them.
         output_norms: what attention and MLP give is normed as well, in front of the sum.
@@ -99,6 +118,7 @@ class ModelConfig:
         embed_scale_rounds: to the type of the embeddings, before it does (Gemma).
         output_scale: multiplies what attention and MLP give, in front of the sum.
         logit_divisor, logit_factor: divides the logits, and multiplies them.
+        layer_scales: a number of each layer's own multiplies what it puts out (Gemma 4).
         logit_cap: logits are cap tanh(logits / cap); None: as they are.
         score_scale: multiplies attention's scores; None: 1 / sqrt(head_dim).
         scale_by_layer: it is divided by the number of the layer, from 1 on.
@@ -113,6 +133,11 @@ class ModelConfig:
         experts: what some layers have in the place of an MLP; None: no layer has.
         attention_bias, output_bias: of the matrices in front of attention and behind it.
         head_bias: of the LM head, where it is not tied (Phi).
+        shapes: of each layer, where they differ: fields above are then the largest; empty: all
+            layers have the same.
+        layer_inputs: channels that each layer takes of each token beside what is in front of it
+            (Gemma 4); 0: none.
+        layer_input_rows: of the table of these.
         init_std: standard deviation of a fresh weight.
     """
 
@@ -138,6 +163,10 @@ class ModelConfig:
     norm_bias: bool = True
     qk_norm: bool = False
     wide_qk_norm: bool = False
+    value_norm: bool = False
+    values_are_keys: bool = False
+    kv_layer: int | None = None
+    shares_kv: bool = False
     pre_norm: bool = True
     final_norm: bool = True
     embed_norm: bool = False
@@ -149,6 +178,7 @@ class ModelConfig:
     embed_scale: float = 1.0
     embed_scale_rounds: bool = False
     output_scale: float = 1.0
+    layer_scales: bool = False
     logit_divisor: float = 1.0
     logit_factor: float = 1.0
     logit_cap: float | None = None
@@ -168,8 +198,31 @@ class ModelConfig:
     head_bias: bool = False
     tied_head: bool = True
     dtype: str | None = None
+    layer_inputs: int = 0
+    layer_input_rows: int = 0
     init_std: float = 0.02
     eos_token_ids: tuple[int, ...] = ()
+    shapes: tuple[LayerShape, ...] = ()
+
+    def of_layer(self, index: int) -> ModelConfig:
+        """The same with the sizes of a layer, as if all had them."""
+        return replace(self, shapes=(), **vars(self.shapes[index])) if self.shapes else self
+
+    @property
+    def qkv_parts(self) -> tuple[int, ...]:
+        """Heads of what a layer's first matrix puts out: of queries, keys, and values if its own.
+
+        Of a model whose layers are alike, or `of_layer`.
+        """
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        if self.kv_layer is not None:
+            return heads[:1]
+        return heads[:2] if self.values_are_keys else heads
+
+    @property
+    def has_ties(self) -> bool:
+        """Whether layers take more than the states that the one in front puts out."""
+        return bool(self.layer_inputs) or any(shape.shares_kv for shape in self.shapes)
 
     @property
     def unchanged_length(self) -> int | None:

@@ -14,6 +14,7 @@ from qllm.models.family import Family, RawConfig
 from qllm.models.gemma import GEMMA
 from qllm.models.gemma2 import GEMMA2
 from qllm.models.gemma3_text import GEMMA3_TEXT
+from qllm.models.gemma4_text import GEMMA4_TEXT
 from qllm.models.glm import GLM, GLM4
 from qllm.models.gpt2 import GPT2
 from qllm.models.gpt_neox import GPT_NEOX
@@ -45,7 +46,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *(OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, PHI3, GPT_NEOX, GPT2),
-        *(MINISTRAL3, STARCODER2, GRANITE, SMOLLM3, OLMO2, OLMO3),
+        *(GEMMA4_TEXT, MINISTRAL3, STARCODER2, GRANITE, SMOLLM3, OLMO2, OLMO3),
         *(
             GLM,
             GLM4,

@@ -12,7 +12,7 @@ from qllm import ops
 from qllm.config import ModelConfig
 from qllm.layers import Linear
 from qllm.models.cache import Decode, Prefill
-from qllm.models.norms import QKNorm, WideQKNorm
+from qllm.models.norms import HeadNorm, QKNorm, WideQKNorm
 from qllm.ops.kv import Scores
 from qllm.ops.reference import Int8Rows
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from qllm.parallel.layers import LinearOrShard
 
 MakeLinear = Callable[[str, int, int, bool], Linear]
-ATTENTION_LINEARS = ("attention.qkv", "attention.out")
+QKV, QK_NORM = "attention.qkv", "attention.qk_norm"
+ATTENTION_LINEARS = (QKV, "attention.out")
 
 
 class Sinks(nn.Module):
@@ -60,7 +61,7 @@ class Attention(nn.Module):
         self.index = index
         self.heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         width = config.num_heads * config.head_dim
-        rows = sum(self.heads) * config.head_dim
+        rows = sum(config.qkv_parts) * config.head_dim
         name = f"layers.{index}.attention"
         self.scores = scores_of_layer(config, index)
         self.sinks = Sinks(config, dtype) if config.sinks else None
@@ -123,8 +124,70 @@ class WideNormedAttention(Attention):
         return ops.on(qkv.device.type).gather(qkv, self.own)
 
 
+class ValueNormedAttention(NormedAttention):
+    """Attention whose values are normed, too, and may be the keys in front of their norm: Gemma 4.
+
+    Attributes:
+        columns: int64, of what `qkv` puts out, those of queries, keys and values; None: all, in
+            their order.
+    """
+
+    columns: Tensor | None = None
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        self.values_are_keys = config.values_are_keys
+        self.shares_kv = config.shares_kv
+
+    def project(self, x: Tensor | Int8Rows) -> Tensor:
+        qkv = self.qkv(x)
+        if self.values_are_keys:
+            if self.columns is None or self.columns.device != qkv.device:
+                queries, keys, _ = self.heads
+                heads = torch.arange(qkv.shape[1], device=qkv.device).view(queries + keys, -1)
+                self.columns = torch.cat([heads, heads[queries:]]).flatten()
+            qkv = ops.on(qkv.device.type).gather(qkv, self.columns)
+        return self.qk_norm(qkv, self.heads)
+
+    def forward(self, x: Tensor | Int8Rows, step: Prefill | Decode) -> Tensor:
+        qkv = self.project(x)
+        if self.shares_kv:
+            step.qkv_of[self.index] = qkv
+        return self.out(step.attend(self.index, qkv, self.heads, self.scores))
+
+
+class SharingAttention(Attention):
+    """Attention to the keys and values that a layer in front has made: Gemma 4.
+
+    They come through the step, and stand in the cache where that layer put them, or once more.
+
+    Attributes:
+        source: that layer.
+    """
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        assert config.kv_layer is not None  # as `attention_class` has it
+        self.source, self.dim = config.kv_layer, config.head_dim
+        self.qk_norm = HeadNorm(config, dtype)
+
+    def forward(self, x: Tensor | Int8Rows, step: Prefill | Decode) -> Tensor:
+        q = self.qk_norm(self.qkv(x), self.dim)
+        columns = 2 * self.heads[1] * self.dim
+        qkv = ops.on(q.device.type).join(q, step.qkv_of[self.source].to(q.device), columns)
+        return self.out(step.attend(self.index, qkv, self.heads, self.scores))
+
+
 def attention_class(config: ModelConfig) -> type[Attention]:
     """The attention that a model's norms ask for."""
+    if config.kv_layer is not None:
+        return SharingAttention
+    if config.value_norm:
+        return ValueNormedAttention
     if config.wide_qk_norm:
         return WideNormedAttention
     return NormedAttention if config.qk_norm else Attention

@@ -62,18 +62,15 @@ class KVCache:
         """
         if device_map is None:
             device_map = dict.fromkeys(range(config.num_layers), device)
-        self.layers = tuple(
-            KINDS[bits].empty(
-                bits,
-                rows if i in device_map else 0,
-                config.num_kv_heads,
-                each,
-                config.head_dim,
-                dtype,
-                device_map.get(i, device),
-            )
-            for i, each in enumerate(_capacities(config, capacity))
-        )
+        layers: list[KV | QuantizedKV] = []
+        for i, shape in enumerate(_shapes(config, capacity)):
+            source, place = _source(config, i, bits), device_map.get(i, device)
+            if source is not None and device_map.get(source, device) == place:
+                layers.append(layers[source])
+                continue
+            count = rows if i in device_map else 0
+            layers.append(KINDS[bits].empty(bits, count, *shape, dtype, place))
+        self.layers = tuple(layers)
         self.capacity, self.dtype, self.device = capacity, dtype, torch.device(device)
         self.pass_tokens, self.windows, self.bits = PREFILL_TOKENS, config.windows, bits
         self.lengths, self.written, self.ends = ([0] * rows for _ in range(3))
@@ -163,20 +160,31 @@ class KVCache:
         config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, bits: int = 16
     ) -> list[int]:
         """Bytes of each layer of a cache."""
-        heads, dim = config.num_kv_heads, config.head_dim
         return [
-            rows * KINDS[bits].row_bytes(bits, heads, each, dim, dtype)
-            for each in _capacities(config, capacity)
+            0
+            if _source(config, i, bits) is not None
+            else rows * KINDS[bits].row_bytes(bits, *shape, dtype)
+            for i, shape in enumerate(_shapes(config, capacity))
         ]
 
 
-def _capacities(config: ModelConfig, capacity: int) -> list[int]:
-    """Tokens that each layer holds of a row of up to `capacity` tokens."""
-    windows = config.windows or (0,) * config.num_layers
-    return [
-        min(capacity, ring_capacity(window, PREFILL_TOKENS)) if window else capacity
-        for window in windows
-    ]
+def _source(config: ModelConfig, index: int, bits: int) -> int | None:
+    """The layer whose keys and values are a layer's, which writes them there once more.
+
+    Integers are made of tokens of which a pass of prefill leaves the last ones alone: each layer
+    has its own.
+    """
+    return config.of_layer(index).kv_layer if bits == 16 else None
+
+
+def _shapes(config: ModelConfig, capacity: int) -> list[tuple[int, int, int]]:
+    """Heads, tokens and channels that each layer holds of a row of up to `capacity` tokens."""
+    found = []
+    for index, window in enumerate(config.windows or (0,) * config.num_layers):
+        tokens = min(capacity, ring_capacity(window, PREFILL_TOKENS)) if window else capacity
+        own = config.of_layer(index)
+        found.append((own.num_kv_heads, tokens, own.head_dim))
+    return found
 
 
 class Pass:
@@ -188,6 +196,8 @@ class Pass:
             behind them what multiplies queries, (N,), where something does; None: they are not
             rotated.
         slopes: float32 (H,), of ALiBi; None: there are none.
+        qkv_of: queries, keys and values (N, heads D) of layers whose keys and values others take.
+        layer_inputs: what layers take of tokens beside states, (N, layers channels).
     """
 
     batch: Batch
@@ -197,6 +207,8 @@ class Pass:
 
     def __init__(self) -> None:
         self._elsewhere: dict[torch.device, Self] = {}
+        self.qkv_of: dict[int, Tensor] = {}
+        self.layer_inputs: Tensor | None = None
 
     @property
     def positions(self) -> Tensor:

@@ -30,6 +30,7 @@ from qllm.models.layer import (
     layer_class,
     total,
 )
+from qllm.models.layer_inputs import LayerInputs
 from qllm.models.logits import finish_logits
 from qllm.models.norms import NORMS
 from qllm.models.partition import keep_shards, keep_stage
@@ -58,7 +59,7 @@ class Decoder(Picklable):
     Attributes:
         parallel: the ranks that share the model with this process.
         stage: of a pipeline, which this process is; None: there is no other.
-        kv_heads: heads of keys and values that this process has.
+        cache_config: the model's, with the heads of keys and values that this process has.
         kv_bits: of the keys and values that a cache holds, and that prompts see without one.
     """
 
@@ -69,6 +70,7 @@ class Decoder(Picklable):
     project_in: nn.Module
     final_norm: nn.Module
     project_out: nn.Module
+    layer_inputs: LayerInputs | None
     lm_head: LinearOrShard | nn.Identity
 
     def __init__(
@@ -113,10 +115,11 @@ class Decoder(Picklable):
         self.positions = POSITIONS[config.position](config, dtype)
         layer = layer_class(config)
         self.layers = LayerList(layer(config, i, dtype, make) for i in range(config.num_layers))
+        self.layer_inputs = LayerInputs(config, dtype, make) if config.layer_inputs else None
         self.final_norm = norm(config, dtype) if config.final_norm else nn.Identity()
         self.project_out = make("project_out", hidden, embed, False) if projected else nn.Identity()
         self.lm_head = head
-        self.kv_heads = config.num_kv_heads
+        self.cache_config = config
         self.parallel = parallel or ParallelContext()
         self.stage = self.parallel.stage
         if self.stage is not None:
@@ -155,20 +158,15 @@ class Decoder(Picklable):
             if needed > FEW:
                 check_fits(needed, device, what, "take fewer at once, shorter ones, or `kv_bits` 8")
         shape = (rows, capacity, self.dtype, self.device, device_map)
-        return KVCache(self._cache_config, *shape, self.kv_bits)
+        return KVCache(self.cache_config, *shape, self.kv_bits)
 
     def cache_bytes(self, rows: int, capacity: int) -> int:
         """Bytes of `new_cache`."""
         return sum(self._cache_sizes(rows, capacity).values())
 
-    @property
-    def _cache_config(self) -> ModelConfig:
-        """The model's shape, with the heads of keys and values that this process has."""
-        return replace(self.config, num_kv_heads=self.kv_heads)
-
     def _cache_sizes(self, rows: int, capacity: int) -> dict[int, int]:
         """Bytes of keys and values of each layer here that has any."""
-        sizes = KVCache.sizes(self._cache_config, rows, capacity, self.dtype, self.kv_bits)
+        sizes = KVCache.sizes(self.cache_config, rows, capacity, self.dtype, self.kv_bits)
         here = (i for layers in self.device_map for i in layers)
         return {i: sizes[i] for i in here if self.layers[i].has_attention}
 
@@ -248,15 +246,15 @@ class Decoder(Picklable):
             ends = [cache.lengths[row] + n for row, n in zip(rows, lengths, strict=True)]
             limit = cache.pass_tokens
         for pieces in pieces_of(lengths, limit):
-            tokens = [
-                token for i, piece in pieces for token in prompts[i][piece.start : piece.stop]
-            ]
-            x = self._embed(torch.tensor(tokens, device=self.device))
+            runs = (prompts[i][piece.start : piece.stop] for i, piece in pieces)
+            tokens = torch.tensor([token for run in runs for token in run], device=self.device)
+            x = self._embed(tokens)
             counts = [len(piece) for _, piece in pieces]
             here = None if rows is None else [rows[i] for i, _ in pieces]
-            where = (counts, cache, self.positions, x)
-            of_runs = [ends[i] for i, _ in pieces]
+            where, of_runs = (counts, cache, self.positions, x), [ends[i] for i, _ in pieces]
             step = Prefill(*where, rows=here, ends=of_runs, bits=self.kv_bits)
+            if self.layer_inputs is not None:
+                step.layer_inputs = self.layer_inputs(tokens, x)
             x = self._run_layers(x, step, last)
             if cache is not None and here is not None:
                 cache.advance(here, counts)
@@ -329,7 +327,10 @@ class Decoder(Picklable):
         """What the layers make of a step's tokens: (B, C)."""
         step.look_up()
         with phase.decode():
-            return self._run_layers(self._embed(step.tokens), step)
+            x = self._embed(step.tokens)
+            if self.layer_inputs is not None:
+                step.layer_inputs = self.layer_inputs(step.tokens, x)
+            return self._run_layers(x, step)
 
     @property
     def _no_graph(self) -> str | None:

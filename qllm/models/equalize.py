@@ -23,8 +23,9 @@ def can_divide(config: ModelConfig, linear: str) -> bool:
     """Whether the input of a layer's linear ("attention.qkv", …) can be divided.
 
     A norm whose output is the residual as well (OPT-350m), or that has no weights, cannot take
-    it, nor can a linear behind which a GELU comes, or what clamps (gpt-oss), or what has no norm in
-    front (OLMo 2), or one that is not for it alone (an expert, and Cohere's attention and MLP).
+    it, nor can a linear behind which a GELU comes, or what clamps (gpt-oss), or a norm of values
+    (Gemma 4), or what has no norm in front (OLMo 2), or one that is not for it alone (an expert,
+    and Cohere's attention and MLP).
     """
     if is_of_expert(linear) and linear.endswith(".up"):
         return False  # the router and all experts share the norm in front of them
@@ -32,7 +33,7 @@ def can_divide(config: ModelConfig, linear: str) -> bool:
         normed = config.pre_norm and config.input_norms and not config.shared_norm
         return normed and not config.residual_after_norm and config.norm_affine
     if linear == "attention.out":
-        return True
+        return not config.value_norm
     return not config.clamped_swiglu if config.gated_mlp else config.activation == "relu"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qllm.config import LM_HEAD, ExpertsConfig, ModelConfig
 from qllm.errors import UserError
-from qllm.models.attention import ATTENTION_LINEARS
+from qllm.models.attention import ATTENTION_LINEARS, QK_NORM, QKV
 from qllm.models.mlp import EXPERTS, mlp_linears
 from qllm.models.stacks import Stacks
 
@@ -169,7 +169,7 @@ class Family:
     bare: tuple[str, ...] = ()
     stacks: Stacks = field(default_factory=dict)
 
-    def parts(self, module: str) -> tuple[str, ...]:
+    def parts(self, module: str, config: ModelConfig) -> tuple[str, ...]:
         """The checkpoint's names, without prefix, of what one of our modules is fused from."""
         if not module.startswith("layers."):
             return (self.outer[module],)
@@ -178,7 +178,23 @@ class Family:
         if inner.startswith(EXPERTS):
             expert, _, linear = inner.removeprefix(EXPERTS).partition(".")
             inner = f"{EXPERTS}{{}}.{linear}"
-        return tuple(self.layer.format(index) + part.format(expert) for part in self.inner[inner])
+        found = self.inner[inner]
+        if inner in (QKV, QK_NORM) and len(found) > 1:
+            found = found[: len(config.of_layer(int(index)).qkv_parts)]
+        return tuple(self.layer.format(index) + part.format(expert) for part in found)
+
+    def without_use(self, config: ModelConfig) -> tuple[str, ...]:
+        """The checkpoint's names, without prefix, of parts that files have and no layer needs.
+
+        Those are keys and values of layers that take those of others.
+        """
+        return tuple(
+            f"{self.layer.format(index)}{part}."
+            for index in range(len(config.shapes))
+            if config.shapes[index].kv_layer is not None
+            for module in (QKV, QK_NORM)
+            for part in self.inner[module][1:]
+        )
 
     def tensor_name(self, part: str, kind: str) -> str:
         """A checkpoint's name of a tensor of a part ("weight", "bias")."""
@@ -219,7 +235,10 @@ class Family:
             for i in range(config.num_layers)
             for linear in (*ATTENTION_LINEARS, *mlp_linears(config, i))
         ]
-        return {name: tuple(self.prefixes[0] + part for part in self.parts(name)) for name in names}
+        return {
+            name: tuple(self.prefixes[0] + part for part in self.parts(name, config))
+            for name in names
+        }
 
 
 def check_heads(raw: RawConfig, hidden: int, heads: int) -> None:

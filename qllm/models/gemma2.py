@@ -39,10 +39,6 @@ def gemma_config(raw: RawConfig, family: str, every: int) -> ModelConfig:
     config = llama.read_config(raw)
     if raw.flag("use_bidirectional_attention", False):
         raise raw.error("use_bidirectional_attention", True, "false: QLLM generates text")
-
-    def cap(key: str) -> float | None:
-        return None if raw.values.get(key) is None else raw.number(key)
-
     return replace(
         config,
         family=family,
@@ -54,9 +50,14 @@ def gemma_config(raw: RawConfig, family: str, every: int) -> ModelConfig:
         embed_scale_rounds=True,
         score_scale=raw.number("query_pre_attn_scalar", 256) ** -0.5,
         windows=raw.windows(config.num_layers, lambda index: (index + 1) % every != 0),
-        score_cap=cap("attn_logit_softcapping"),
-        logit_cap=cap("final_logit_softcapping"),
+        score_cap=read_cap(raw, "attn_logit_softcapping"),
+        logit_cap=read_cap(raw, "final_logit_softcapping"),
     )
+
+
+def read_cap(raw: RawConfig, key: str) -> float | None:
+    """A cap of scores or logits; None: there is none."""
+    return None if raw.values.get(key) is None else raw.number(key)
 
 
 GEMMA2: Family = replace(

@@ -32,7 +32,7 @@ def read_config(raw: RawConfig) -> ModelConfig:
         raw.number("rope_theta", GLOBAL_THETA),
         raw.number("rope_local_base_freq", LOCAL_THETA),
     )
-    rope, window_rope = read_ropes(raw, config.trained_positions, config.head_dim, thetas)
+    rope, window_rope = read_ropes(raw, config.trained_positions, (config.head_dim,) * 2, thetas)
     return replace(
         config,
         qk_norm=True,

@@ -115,11 +115,12 @@ class PreNormLayer(nn.Module):
         self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
     ) -> None:
         super().__init__()
+        config = config.of_layer(index)
         norm = NORMS[config.norm]
         self.attention_norm = norm(config, dtype)
         self.attention = attention_class(config)(config, index, dtype, make)
         self.mlp_norm = norm(config, dtype)
-        self.mlp = make_mlp(config, index, make)
+        self.mlp = make_mlp(config, index, dtype, make)
         self.mlp_linears = mlp_linears(config, index)
 
     def forward(self, x: Tensor, step: Prefill | Decode) -> Tensor:
@@ -218,6 +219,76 @@ class OutputNormLayer(PreNormLayer):
 
     def _through_mlp(self, normed: Tensor | Int8Rows) -> Tensor:
         return self.mlp_output_norm(super()._through_mlp(normed))
+
+
+class LayerScale(nn.Module):
+    """x times a number that a checkpoint has: weight (1,)."""
+
+    weight: Tensor
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(1, dtype=dtype, device="meta"))
+        self._known: tuple[Tensor, float] | None = None  # of the last weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._known is None or self._known[0] is not self.weight:
+            self._known = self.weight, self.weight.item()
+        return ops.on(x.device.type).scale(x, self._known[1])
+
+
+class ScaledOutputNormLayer(OutputNormLayer):
+    """One that multiplies all that it puts out by a number: Gemma 4."""
+
+    adds_up_late = False
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        self.mlp_scale = LayerScale(dtype)
+        if config.experts is not None and config.experts.apart:
+            self.mlp_norm = NoNorm()  # they have norms of their own
+
+    def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        return self.mlp_block(self.attention_block(x, step))
+
+    def mlp_block(self, x: Tensor) -> Tensor:
+        return self.mlp_scale(super().mlp_block(x))
+
+
+class LayerInputLayer(ScaledOutputNormLayer):
+    """One behind whose MLP inputs of its own join: x + norm(out(act(gate(x)) * inputs))."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        name, hidden, channels = f"layers.{index}.", config.hidden_size, config.layer_inputs
+        self.columns = range(index * channels, (index + 1) * channels)
+        self.act = config.activation
+        self.mlp_input_gate = make(f"{name}mlp_input_gate", hidden, channels, False)
+        self.mlp_input_out = make(f"{name}mlp_input_out", channels, hidden, False)
+        self.mlp_input_norm = NORMS[config.norm](config, dtype)
+        self._index: Tensor | None = None
+
+    def blocks(self) -> tuple[tuple[Block, tuple[str, ...]], ...]:
+        return ((self.attention_block, ATTENTION_LINEARS), (self.second_block, self.mlp_linears))
+
+    def both_blocks(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        return self.second_block(self.attention_block(x, step), step)
+
+    def second_block(self, x: Tensor, step: Prefill | Decode) -> Tensor:
+        """The second half of the layer: x (N, C) to (N, C)."""
+        x = add(x, self._through_mlp(self.mlp_norm(x)))
+        kernels = ops.on(x.device.type)
+        assert step.layer_inputs is not None  # as a decoder of such layers has it
+        if self._index is None or self._index.device != x.device:
+            self._index = torch.tensor(self.columns, device=x.device)
+        inputs = step.select(kernels.gather(step.layer_inputs.to(x.device), self._index))
+        gate = kernels.activation(self.mlp_input_gate(x), self.act)
+        joined = kernels.scale_rows(gate.view(-1, 1), inputs.view(-1), 1).view(gate.shape)
+        return self.mlp_scale(add(x, self.mlp_input_norm(self.mlp_input_out(joined))))
 
 
 class OutputNormAloneLayer(OutputNormLayer):
@@ -328,6 +399,8 @@ def layer_class(config: ModelConfig) -> type[PreNormLayer]:
         return PostNormLayer
     if config.parallel_blocks:
         return SharedNormLayer if config.shared_norm else ParallelLayer
+    if config.layer_scales:
+        return LayerInputLayer if config.layer_inputs else ScaledOutputNormLayer
     if config.output_norms:
         return OutputNormLayer if config.input_norms else OutputNormAloneLayer
     if config.output_scale != 1:

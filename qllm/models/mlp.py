@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qllm import ops
 from qllm.config import ModelConfig
 from qllm.models.attention import MakeLinear
+from qllm.models.norms import NORMS, add
 from qllm.ops import phase
 from qllm.ops.cpu.capture import host_callback
 from qllm.ops.cpu.experts import ExpertCalls
@@ -99,6 +100,7 @@ class MixtureOfExperts(nn.Module):
         self._calls: dict[torch.dtype, ExpertCalls | None] = {}
         if experts.shared_size:
             self.shared = kind(config, f"{name}.shared", experts.shared_size, make)
+        if experts.shared_size and not experts.apart:
             self.shared_gate = make(f"{name}.shared_gate", config.hidden_size, 1, False)
 
     def mlps(self) -> Iterator[MLP]:
@@ -107,11 +109,23 @@ class MixtureOfExperts(nn.Module):
             assert isinstance(mlp, MLP)
             yield mlp
 
+    def routed(self) -> Iterator[MLP]:
+        """Those that `route` numbers."""
+        return self.mlps()
+
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
         gate = None if self.shared_gate is None else self.shared_gate(x)
-        route = ops.on(device).route
+        route = ops.on(x.device.type).route
         weights, chosen = route(self.router(x), gate, self.top_k, normalizes=self.normalizes)
+        return self.mixed(x, weights, chosen)
+
+    def mixed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """What the experts that each row of x (N, C) takes give, times their weights.
+
+        Args:
+            weights, chosen: of `route`.
+        """
+        device = x.device.type
         calls = self._calls_of_step(x) if phase.decoding() and device == "cpu" else None
         if calls is not None:
             return calls(x, weights, chosen)
@@ -133,7 +147,7 @@ class MixtureOfExperts(nn.Module):
         """
         total = torch.zeros(x.shape, device=x.device)
         experts, order = chosen.flatten().sort(stable=True)
-        mlps, each = list(self.mlps()), chosen.shape[1]
+        mlps, each = list(self.routed()), chosen.shape[1]
         counts = experts.bincount(minlength=len(mlps)).tolist()
         weights = weights.flatten()[order, None]
         rows, start = order // each, 0
@@ -149,12 +163,63 @@ class MixtureOfExperts(nn.Module):
     def _calls_of_step(self, x: Tensor) -> ExpertCalls | None:
         """What a step calls, of rows such as x has; None where it is `_mix`."""
         if x.dtype not in self._calls:
-            self._calls[x.dtype] = ExpertCalls.of(self.mlps(), x)
+            self._calls[x.dtype] = ExpertCalls.of(self.routed(), x)
         return self._calls[x.dtype]
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: calls are of this process."""
         return {**self.__dict__, "_calls": {}}
+
+
+class ExpertScales(nn.Module):
+    """A factor of each expert's weights: weight (E,)."""
+
+    weight: Tensor
+
+    def __init__(self, experts: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(experts, dtype=dtype, device="meta"))
+        self._known: tuple[Tensor, Tensor] | None = None  # the last weight in float32
+
+    def forward(self, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Weights (N, top_k) of experts, times their factors."""
+        if self._known is None or self._known[0] is not self.weight:
+            self._known = self.weight, self.weight.float()[:, None]
+        kernels = ops.on(weights.device.type)
+        factors = kernels.embedding(chosen.view(-1), self._known[1], 0)
+        return kernels.scale_rows(weights.view(-1, 1), factors.view(-1), 1).view(weights.shape)
+
+
+class ExpertsBesideMLP(MixtureOfExperts):
+    """An MLP of all tokens and experts, each between norms of their own: Gemma 4.
+
+    They take what no norm is in front of, as their router does.
+    """
+
+    def __init__(
+        self, config: ModelConfig, name: str, make: MakeLinear, dtype: torch.dtype
+    ) -> None:
+        super().__init__(config, name, make)
+        assert config.experts is not None
+        norm = NORMS[config.norm]
+        self.router_norm, self.router_scale = norm(config, dtype), config.hidden_size**-0.5
+        self.expert_scales = ExpertScales(config.experts.count, dtype)
+        self.experts_norm, self.experts_output_norm = norm(config, dtype), norm(config, dtype)
+        self.shared_norm, self.shared_output_norm = norm(config, dtype), norm(config, dtype)
+
+    def routed(self) -> Iterator[MLP]:
+        for mlp in self.experts:
+            assert isinstance(mlp, MLP)
+            yield mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernels = ops.on(x.device.type)
+        logits = self.router(kernels.scale(self.router_norm(x), self.router_scale))
+        weights, chosen = kernels.route(logits, None, self.top_k, normalizes=self.normalizes)
+        weights = self.expert_scales(weights, chosen)
+        z = self.experts_output_norm(self.mixed(self.experts_norm(x), weights, chosen))
+        assert self.shared is not None  # as a family of such layers has it
+        return add(self.shared_output_norm(self.shared(self.shared_norm(x))), z)
 
 
 def mlp_class(config: ModelConfig) -> type[MLP]:
@@ -181,10 +246,14 @@ def inner_channels(config: ModelConfig) -> int:
     return max(config.intermediate_size, of_experts)
 
 
-def make_mlp(config: ModelConfig, index: int, make: MakeLinear) -> MLP | MixtureOfExperts:
+def make_mlp(
+    config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+) -> MLP | MixtureOfExperts:
     """What a layer has behind its attention."""
     name = f"layers.{index}.mlp"
     if has_experts(config, index):
+        if config.experts is not None and config.experts.apart:
+            return ExpertsBesideMLP(config, name, make, dtype)
         return MixtureOfExperts(config, name, make)
     return mlp_class(config)(config, name, config.intermediate_size, make)
 

@@ -63,6 +63,12 @@ class Multimodal:
         return name.replace(INNER, f"{INNER}{self.module}.", 1) if name.startswith(INNER) else name
 
 
+# It has no embeddings of layers.
+GEMMA4_UNIFIED = {
+    "max_position_embeddings": 262144,
+    "sliding_window": 1024,
+    "hidden_size_per_layer_input": 0,
+}
 QWEN_VL = {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8}
 QWEN3_VL = {"head_dim": 128, "rope_theta": 5e5}
 # Its weights of experts are divided by their sum whatever the settings say.
@@ -87,6 +93,13 @@ def _qwen2(name: str) -> Multimodal:
 
 MULTIMODAL: dict[str, Multimodal] = {
     "gemma3": Multimodal("gemma3_text", tied=True),
+    "gemma4": Multimodal("gemma4_text", tied=True),
+    "gemma4_unified": Multimodal(
+        "gemma4_unified_text",
+        {"gemma4_unified_text": "gemma4_text"},
+        GEMMA4_UNIFIED,
+        tied=True,
+    ),
     "mistral3": Multimodal("mistral", tied=True),
     "llava": Multimodal("llama", inner_tied=True),
     "llava_next": Multimodal("llama"),

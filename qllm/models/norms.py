@@ -132,17 +132,35 @@ class NoNorm(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """Weights of the norms that each head's query and key have: (2 D,), of queries, of keys."""
+    """Weights of the norms that each head's query and key have: (2 D,), of queries, of keys.
+
+    Attributes:
+        values: each head's value is normed as well, by no weight.
+    """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.eps, self.offset = config.norm_eps, config.norm_offset
+        self.eps, self.offset, self.values = config.norm_eps, config.norm_offset, config.value_norm
         weight = torch.empty(2 * config.head_dim, dtype=dtype, device="meta")
         self.register_buffer("weight", weight)
 
     def forward(self, qkv: Tensor, heads: Sequence[int]) -> Tensor:
-        options = (*heads[:2], self.eps, self.offset)
+        options = (*heads[:2], self.eps, self.offset, self.values)
         return ops.on(qkv.device.type).qk_norm(qkv, self.weight, *options)
+
+
+class HeadNorm(nn.Module):
+    """Weight of the norm that each head's query has, where there are no keys: (D,)."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps, self.offset = config.norm_eps, config.norm_offset
+        self.register_buffer("weight", torch.empty(config.head_dim, dtype=dtype, device="meta"))
+
+    def forward(self, q: Tensor, dim: int) -> Tensor:
+        options = (self.eps, self.offset) if self.offset else (self.eps,)
+        heads = q.view(-1, dim)
+        return ops.on(q.device.type).rms_norm(heads, self.weight, *options).view(q.shape)
 
 
 class WideQKNorm(nn.Module):

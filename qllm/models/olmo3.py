@@ -22,7 +22,7 @@ def read_config(raw: RawConfig) -> ModelConfig:
     windows = raw.windows(config.num_layers, lambda index: (index + 1) % 4 != 0)
     # A base outside is that of layers that see all alone, as in transformers.
     thetas = (raw.number("rope_theta", THETA), THETA)
-    rope, window_rope = read_ropes(raw, config.trained_positions, config.head_dim, thetas)
+    rope, window_rope = read_ropes(raw, config.trained_positions, (config.head_dim,) * 2, thetas)
     return replace(
         config,
         family="olmo3",

@@ -5,10 +5,12 @@ A decoder does this while it is on the meta device, so that loading reads and ho
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from qllm.errors import UserError
 from qllm.layers import Linear
 from qllm.models.attention import WideNormedAttention
 from qllm.models.layer import Embedding, QuantizedEmbedding
@@ -28,7 +30,16 @@ if TYPE_CHECKING:
 
 
 def keep_stage(model: Decoder, stage: PipelineStage, halves: range) -> None:
-    """Leave one stage's halves of layers, and what is in front of the first or behind the last."""
+    """Leave one stage's halves of layers, and what is in front of the first or behind the last.
+
+    Raises:
+        UserError: layers take more than the states that a stage would send to the next.
+    """
+    if model.config.has_ties:
+        raise UserError(
+            f"`pp` does not know this {model.config.family}, whose layers share keys and values or "
+            "have inputs of their own; give `tp` instead"
+        )
     for index, layer in enumerate(model.layers):
         layer.has_attention, layer.has_mlp = 2 * index in halves, 2 * index + 1 in halves
         for name, _ in list(layer.named_children()):  # "attention…" or "mlp…"
@@ -50,7 +61,12 @@ def keep_shards(model: Decoder, group: Group, mode: str) -> None:
     """
     config = model.config
     heads = shard_heads(config.num_heads, config.num_kv_heads, group.size)[group.rank]
-    model.kv_heads = len(heads.keys)
+
+    def own_heads(kv_heads: int) -> int:
+        return len(shard_heads(config.num_heads, kv_heads, group.size)[group.rank].keys)
+
+    shapes = tuple(replace(s, num_kv_heads=own_heads(s.num_kv_heads)) for s in config.shapes)
+    model.cache_config = replace(config, num_kv_heads=len(heads.keys), shapes=shapes)
     for layer in model.layers:
         if layer.has_attention:
             wide = isinstance(layer.attention, WideNormedAttention)

@@ -103,13 +103,14 @@ class RotaryPositions(PositionEncoding):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        assert config.rope is not None  # as a family whose positions are rotated reads it
-        self.config, self.rope = config, config.rope
-        self.rotary_dim = self.rope.rotary_dim or config.head_dim
         self._of_windows: RotaryPositions | None = None
         if config.window_rope is not None:
             changed = replace(config, rope=config.window_rope, window_rope=None)
-            self._of_windows = RotaryPositions(changed, dtype)
+            self._of_windows = RotaryPositions(_of_some(changed, windowed=True), dtype)
+        config = _of_some(config, windowed=False)
+        assert config.rope is not None  # as a family whose positions are rotated reads it
+        self.config, self.rope = config, config.rope
+        self.rotary_dim = self.rope.rotary_dim or config.head_dim
 
     @property
     def kinds(self) -> tuple[RotaryPositions, ...]:
@@ -226,6 +227,13 @@ class RotaryPositions(PositionEncoding):
         if rope.kind == "longrope" and capacity > rope.original_max_positions:
             return None
         return self.cos_sin(torch.arange(capacity, device=device), [capacity], dtype)
+
+
+def _of_some(config: ModelConfig, *, windowed: bool) -> ModelConfig:
+    """A model with the sizes of its layers that have a window, or of those that have none."""
+    windows = config.windows or (0,) * config.num_layers
+    some = [index for index, window in enumerate(windows) if bool(window) == windowed]
+    return config.of_layer(some[0]) if some else config
 
 
 POSITIONS: dict[str, type[PositionEncoding]] = {

@@ -76,11 +76,12 @@ def read_rope(
 
 
 def read_ropes(
-    raw: RawConfig, trained: int, head_dim: int, thetas: tuple[float, float]
+    raw: RawConfig, trained: int, head_dims: tuple[int, int], thetas: tuple[float, float]
 ) -> tuple[RopeConfig, RopeConfig]:
     """RoPE of layers that see all tokens, and of those with a window, where each has its own.
 
     Args:
+        head_dims: channels of their heads.
         thetas: their bases, where they do not name one.
 
     Raises:
@@ -92,7 +93,8 @@ def read_ropes(
     # transformers 4 had one setting for layers that see all, and a base for the others.
     old = raw.values.get("rope_scaling") or {}
     found = []
-    for kind, theta, more in zip(KINDS_OF_LAYERS, thetas, (old, {}), strict=True):
+    of_kinds = zip(KINDS_OF_LAYERS, head_dims, thetas, (old, {}), strict=True)
+    for kind, head_dim, theta, more in of_kinds:
         own = ropes.get(kind) or {}
         for value in (own, more):
             if not isinstance(value, Mapping):

@@ -69,6 +69,11 @@ def export(
             f"{source} is a mixture of experts, which is not written as ONNX yet; qllm_gen.py "
             "runs it"
         )
+    if weights.config.shapes:
+        raise UserError(
+            f"{source} is a {weights.config.family}, which has layers of unlike sizes and is not "
+            "written as ONNX yet; qllm_gen.py runs it"
+        )
     kinds = ", ".join(sorted({*others.values(), *_with_offsets(weights)}))
     if kinds:
         note(f"layers of {kinds} are written as numbers: MatMulNBits holds none of that kind")

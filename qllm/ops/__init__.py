@@ -148,7 +148,7 @@ CPU_LAYOUT, GPU_LAYOUT = _layout(linear), _layout(gpu_layout)
 # Ops that need no more than a device, besides those of the layers; and their kernels for GPUs.
 SIMPLE = (
     *("embedding", "layer_norm", "rms_norm", "qk_norm", "activation", "gated_activation", "add"),
-    *("scale", "scale_rows", "gather", "wide_qk_norm", "route"),
+    *("scale", "scale_rows", "gather", "join", "wide_qk_norm", "route"),
     *("decode_attention", "prefill_attention", "layer_norm_int8", "rms_norm_int8"),
     *("differentiable_attention", "step_rounding", "descend_block"),
 )

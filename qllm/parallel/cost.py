@@ -71,15 +71,18 @@ def exchanges(config: ModelConfig, tp: int, mode: str, rows: int) -> list[float]
     if tp == 1:
         return []
     hidden = config.hidden_size * rows * ACTIVATION_BYTES
-    inner = config.intermediate_size * rows * ACTIVATION_BYTES
-    heads = config.num_heads * config.head_dim * rows * ACTIVATION_BYTES
-    if mode == "exact":
-        layer = [heads / tp, hidden / tp, inner / tp, hidden / tp]
-    else:
-        layer = [hidden, hidden]
+    layers: list[float] = []
+    for index in range(config.num_layers):
+        own = config.of_layer(index)
+        inner = own.intermediate_size * rows * ACTIVATION_BYTES
+        heads = own.num_heads * own.head_dim * rows * ACTIVATION_BYTES
+        if mode == "exact":
+            layers += [heads / tp, hidden / tp, inner / tp, hidden / tp]
+        else:
+            layers += [hidden, hidden]
     embedding = config.embed_size * rows * ACTIVATION_BYTES
     logits = config.vocab_size * rows * ACTIVATION_BYTES / tp
-    return [embedding, *layer * config.num_layers, logits]
+    return [embedding, *layers, logits]
 
 
 def exchange_seconds(nbytes: float, ranks: int, network: Network) -> float:

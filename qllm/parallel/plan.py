@@ -40,18 +40,19 @@ def shard_heads(heads: int, kv_heads: int, world: int) -> list[Heads]:
 
 
 def attention_shardings(
-    heads: list[Heads], head_dim: int, hidden: int, mode: str
+    heads: list[Heads], head_dim: int, hidden: int, mode: str, parts: int = 3
 ) -> dict[str, Sharding]:
     """The shardings of "qkv" and "out".
 
     Args:
         heads: of each rank, of `shard_heads`.
+        parts: how many of queries, keys and values "qkv" puts out.
     """
     kv_heads, count = heads[-1].keys.stop, heads[-1].queries.stop
     qkv = tuple(
         tuple(
             range((base + run.start) * head_dim, (base + run.stop) * head_dim)
-            for base, run in ((0, h.queries), (count, h.keys), (count + kv_heads, h.keys))
+            for base, run in ((0, h.queries), (count, h.keys), (count + kv_heads, h.keys))[:parts]
         )
         for h in heads
     )

@@ -32,7 +32,7 @@ from qllm.plan.sensitivity import Array, Sensitivity, draw_choices
 from qllm.progress import Meter, Note, silent, unseen
 from qllm.quant.inputs import InputStats
 from qllm.quantizer.floats import BACK, FRONT, FloatModel
-from qllm.quantizer.hidden import HiddenStates
+from qllm.quantizer.hidden import HiddenStates, check_alone
 from qllm.quantizer.layer import QuantizeOptions, quantize_linear, stand_in
 
 # Bits at which a linear is run alone: its divergence is well above rounding, and still small.
@@ -112,6 +112,7 @@ class _Run:
         self.job, self.note, self.partial = job, note, partial
         self.weights = Weights.of_floats(job.source, note)
         self.config = self.weights.config
+        check_alone(self.config, "the planner", "write rules of bits by hand")
         self.floats = FloatModel(self.weights, job.device)
         self.model = self.floats.model
         self.modules = decided_modules(self.weights, job.lm_head, job.embedding)

@@ -63,7 +63,10 @@ def build(
         hop_prefill = cluster.hop(values * shape.dtype.itemsize)
         hop_decode = cluster.hop(config.hidden_size * rows_each * shape.dtype.itemsize)
         hop_decode += cluster.hop(8 * rows_each)  # the last stage tells every other one its tokens
-        beside = [_beside_products(config, work, sequences, each / rows) for each in cache]
+        beside = [
+            _beside_products(config.of_layer(half // 2), work, sequences, each / rows)
+            for half, each in enumerate(cache)
+        ]
         for d, device in enumerate(devices):
             speed = device.speed
             prefill[d], decode[d] = products.seconds(speed)

@@ -242,7 +242,8 @@ class Shape:
     def buffers(self, work: Workload) -> float:
         """Bytes of activations at the peak of a prompt's pass: a layer's, and the logits."""
         config = self.config
-        heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        layers = {config.of_layer(index) for index in range(config.num_layers)}
+        heads = max((c.num_heads + 2 * c.num_kv_heads) * c.head_dim for c in layers)
         inner = _inner_channels(config) * (2 if config.gated_mlp else 1)
         tokens = work.batch * work.prompt
         layer = tokens * (3 * config.hidden_size + max(heads, inner)) * self.dtype.itemsize

@@ -31,8 +31,8 @@ from qllm.progress import Meter, Note, silent, unseen
 from qllm.quant.inputs import InputStats
 from qllm.quantizer.estimate import bytes_needed, step_sizes
 from qllm.quantizer.fisher import read_metric, seen_samples, write_fisher
-from qllm.quantizer.floats import BACK, FRONT, FloatModel, modules_of
-from qllm.quantizer.hidden import HiddenStates
+from qllm.quantizer.floats import BACK, FRONT, LAYER_INPUTS, FloatModel, modules_of
+from qllm.quantizer.hidden import HiddenStates, check_alone
 from qllm.quantizer.job import Job
 from qllm.quantizer.layer import (
     LinearReport,
@@ -104,6 +104,8 @@ class _Run:
             spec = self.specs[needing[0]]
             what = spec.algorithm if spec.kind == "weight_only" else spec.bitwidth
             raise UserError(f"{what} needs calibration text; name one with `dataset`")
+        if self.tuning:
+            check_alone(self.config, "tuning", "GPTQ and AWQ without it do")
         self.floats = FloatModel(self.weights, job.device)
         self.model = self.floats.model
         self.output = OutputCheckpoint(job, self.weights, self.specs, self.model)
@@ -255,14 +257,14 @@ class _Run:
 
     def _front(self, add: Callable[[float], object]) -> None:
         embedding = None
-        for module in FRONT:
+        for module in (*FRONT, *LAYER_INPUTS):
             if module == EMBEDDING and module in self.specs:
                 embedding = self._quantize_alone(module)
                 self.output.write_linear(module, embedding)
             else:
                 self.output.write_floats(module, self.floats.read(module))
         if self.job.samples is not None:
-            for module in FRONT:
+            for module in (*FRONT, *LAYER_INPUTS):
                 self.floats.fill(module, mapped=True)
             embed = partial(HiddenStates.embed, self.model, self.job.samples, self._states_dtype())
             if self.tuning:
@@ -278,6 +280,7 @@ class _Run:
                 path, seed = self.partial.folder / FISHER, self.job.options.tune.seed
                 write_fisher(self.weights, seen, path, self.job.device, add, seed)
             self.floats.drop(FRONT[:-1])
+            self.floats.drop(LAYER_INPUTS if self.config.layer_inputs else ())
 
     def _layer(self, index: int, add: Callable[[float], object]) -> None:
         name = f"layers.{index}"

@@ -12,6 +12,7 @@ from qllm.models import Decoder
 from qllm.models.mlp import inner_channels
 from qllm.quantizer import fisher
 from qllm.quantizer.distill import LOGITS_AT_ONCE
+from qllm.quantizer.hidden import beside_states
 from qllm.quantizer.job import Job
 from qllm.quantizer.layer import observed_bytes
 from qllm.quantizer.tune import TOKENS_PER_PASS
@@ -42,7 +43,8 @@ def bytes_needed(
     """
     assert job.samples is not None
     config, length = model.config, len(job.samples[0])
-    hidden = len(job.samples) * length * config.hidden_size * dtype.itemsize
+    channels = config.hidden_size + sum(beside_states(config).values())
+    hidden = len(job.samples) * length * channels * dtype.itemsize
     layer = max(module_bytes(layer) for layer in model.layers)
     front = 0
     if tuning:

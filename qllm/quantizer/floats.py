@@ -15,6 +15,7 @@ from qllm.models.layer import PreNormLayer
 
 # The modules in front of the layers, and behind them.
 FRONT = ("embed", "embed_norm", "project_in", "positions")
+LAYER_INPUTS = tuple(f"layer_inputs.{name}" for name in ("embed", "projection", "norm"))
 BACK = ("final_norm", "project_out", LM_HEAD)
 
 
@@ -41,9 +42,12 @@ class FloatModel:
 
     def fill(self, name: str, *, mapped: bool = False) -> None:
         """Give a module of the model its tensors: in float32, but for the embedding's."""
+        tensors = self.read(name, mapped=mapped)
+        if not tensors:
+            return
         module = self.model.get_submodule(name)
-        for key, tensor in self.read(name, mapped=mapped).items():
-            value = tensor if name == "embed" else tensor.float()
+        for key, tensor in tensors.items():
+            value = tensor if name.endswith("embed") else tensor.float()
             setattr(module, key, value.to(self.device))
 
     def fill_layer(self, index: int, *, mapped: bool = False) -> None:

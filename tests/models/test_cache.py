@@ -131,8 +131,8 @@ def test_the_last_layer_does_what_is_asked_for(name, tmp_path):
     model = load(saved(name, tmp_path), "4")
     prompts = draw_prompts([13, 1, 9], VOCAB)
     rows = [[], []]
-    for i in (0, 1):
-        model.layers[i].mlp.register_forward_hook(lambda m, x, y, i=i: rows[i].append(len(y)))
+    for i, layer in enumerate((model.layers[0], model.layers[-1])):
+        layer.mlp.register_forward_hook(lambda m, x, y, i=i: rows[i].append(len(y)))
     part, whole = model.new_cache(3, 20), model.new_cache(3, 20)
     want = as_in_a_step(model, model.hidden(prompts, whole)[[12, 13, 22]])
     assert same(model.prefill(prompts, part), want)

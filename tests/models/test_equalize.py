@@ -29,6 +29,13 @@ DIVIDED = {
     "qwen3": LINEARS,
     "gemma2": LINEARS,
     "gemma3_text": LINEARS,
+    # Values are normed in front of `out`.
+    "gemma4_text with inputs of layers": (QKV, UP, DOWN),
+    "gemma4_text": (
+        QKV,
+        *(f"mlp.experts.{i}.down" for i in range(4)),
+        "mlp.shared.down",
+    ),
     "ministral3": LINEARS,
     "phi3": LINEARS,
     "phi": (OUT,),  # as Cohere's, and a GELU in front of `down`

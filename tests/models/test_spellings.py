@@ -27,6 +27,10 @@ BASES |= {
     "gpt_neox": BASES["llama"],
     "gemma2": {**BASES["llama"], "head_dim": 16, "num_key_value_heads": 1},
     "gemma3_text": {**BASES["llama"], "head_dim": 16, "num_key_value_heads": 1},
+    "gemma4_text": {
+        **{**BASES["llama"], "head_dim": 16, "num_key_value_heads": 1},
+        "hidden_size_per_layer_input": 0,
+    },
     "mistral": {**BASES["llama"], "num_key_value_heads": 1},
     "gpt2": {**SIZES, "n_layer": 2, "n_head": 2},
     "qwen2": {**BASES["llama"], "num_key_value_heads": None},
@@ -322,6 +326,46 @@ SEED_OSS = {
     "biases": {"attention_out_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
 }
 GLM4 = {"no word of heads": {"num_attention_heads": 2}, "no word of RoPE": {}}
+GEMMA4_TEXT = {
+    "no word of layers": {"num_hidden_layers": 7, "sliding_window": 4},
+    "the last layer sees all": {"sliding_window": 4, "layer_types": ["sliding_attention"] * 2},
+    "heads of all layers": {
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 2,
+        "global_head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 4,
+    },
+    "heads of layers that only keys are values have": {
+        "num_global_key_value_heads": 2,
+        "global_head_dim": 8,
+    },
+    "heads by layer": {
+        "per_layer_config": {"1": {"head_dim": 24, "num_key_value_heads": 2}},
+        "global_head_dim": 8,
+        "sliding_window": 4,
+    },
+    "no word of inputs of layers": {
+        "hidden_size_per_layer_input": None,
+        "vocab_size_per_layer_input": 90,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 1,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"],
+        "sliding_window": 4,
+        "use_double_wide_mlp": True,
+    },
+    "a share of a head by name": {
+        "global_head_dim": 12,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "proportional",
+                "partial_rotary_factor": 0.5,
+                "rope_theta": 50.0,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 99.0},
+        },
+    },
+}
 OLMO2 = {"no word of heads": {"num_key_value_heads": None}, "old scaling": {"rope_scaling": YARN}}
 OLMO3 = {
     "bases and scaling of old": {
@@ -342,6 +386,7 @@ TABLE = {
     "ministral3": MINISTRAL3,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3_TEXT,
+    "gemma4_text": GEMMA4_TEXT,
     "llama": LLAMA,
     "bloom": BLOOM,
     "opt": OPT,
@@ -375,7 +420,7 @@ def test_settings_count_as_in_transformers(family, name, tmp_path):
     changes = TABLE[family][name]
     config = {"model_type": family, **BASES[family], **changes}
     # A null is a value, but of sizes there is none, and transformers refuses a theta that is one.
-    dropped = ("rope_theta", "hidden_size", "n_layer", "n_head")
+    dropped = ("rope_theta", "hidden_size", "n_layer", "n_head", "hidden_size_per_layer_input")
     config = {key: v for key, v in config.items() if v is not None or key not in dropped}
     text = json.dumps(config)
     (tmp_path / "config.json").write_text(text)

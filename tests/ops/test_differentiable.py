@@ -28,6 +28,8 @@ def test_they_are_those_of_the_kernels(name, kernel, tmp_path, monkeypatch):
     shape = (COUNT * LENGTH, model.config.hidden_size)
     x, ahead, behind = (torch.randn(shape, generator=draw) for _ in range(3))
     step = Prefill([LENGTH] * COUNT, None, model.positions, x)
+    channels = model.config.num_layers * model.config.layer_inputs
+    step.layer_inputs = torch.randn(len(x), channels, generator=draw)
     for layer in model.layers:
         with torch.no_grad():
             expected = layer(x.clone(), step)
@@ -40,6 +42,7 @@ def test_they_are_those_of_the_kernels(name, kernel, tmp_path, monkeypatch):
         with ops.differentiable():
             found = layer(leaf, step)
             found.backward(behind)
+        step.qkv_of = {index: qkv.detach() for index, qkv in step.qkv_of.items()}
         torch.testing.assert_close(found.detach(), expected, rtol=1e-3, atol=1e-4)
         slope = ((near[0] - near[1]) * behind).sum().item() / (2 * STEP)
         size = leaf.grad.norm() * ahead.norm()

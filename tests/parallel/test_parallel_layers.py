@@ -7,10 +7,8 @@ compares what the ranks compute together with what the whole layer does.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,11 +214,10 @@ def make_of(spec: QuantSpec):
 
 
 def config(**changes):
-    fields = dataclasses.fields(ModelConfig)
-    base = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-    base |= {"num_heads": 8, "num_kv_heads": 8, "head_dim": 16, "hidden_size": 128}
-    rest = {"attention_bias": True, "mlp_bias": True, "intermediate_size": 352}
-    return SimpleNamespace(**{**base, **rest, "activation": "silu", **changes})
+    base = {"num_heads": 8, "num_kv_heads": 8, "head_dim": 16, "hidden_size": 128, "num_layers": 1}
+    base |= {"embed_size": 128, "intermediate_size": 352, "vocab_size": 9, "max_positions": None}
+    base |= {"family": "made", "position": "rope", "norm": "rmsnorm", "norm_eps": 1e-6}
+    return ModelConfig(**base | {"activation": "silu"} | changes)
 
 
 HEADS = ((2, 8), (3, 8), (5, 2), (3, 4), (8, 2), (8, 8))  # ranks, heads of keys and values

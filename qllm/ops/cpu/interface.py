@@ -36,7 +36,7 @@ Blocks = structure("Blocks", "rows blocks kind *x *levels *q *scales *offsets")
 Activate = structure("Activate", "rows channels kind gated type *x *y")
 Norm = structure(
     "Norm",
-    "rows channels stride centered type =eps =offset run first second *x *weight *bias *y",
+    "rows channels stride centered type =eps =offset run first second third *x *weight *bias *y",
 )
 Add = structure("Add", "count type =factor *x *z *y")
 ScaleRows = structure("ScaleRows", "rows columns scaled type *x *factors *y")
@@ -47,6 +47,7 @@ Experts = structure(
     "*total *y",
 )
 Gather = structure("Gather", "rows columns gathered bytes *x *index *y")
+Join = structure("Join", "rows columns others joined bytes *x *z *y")
 Embed = structure("Embed", "rows table_rows bytes offset *index *table *y")
 EmbedPacked = structure(
     "EmbedPacked",
@@ -92,6 +93,7 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "route": Route,
     "experts": Experts,
     "gather": Gather,
+    "join": Join,
     "embed": Embed,
     "embed_packed": EmbedPacked,
     "attend": Attend,

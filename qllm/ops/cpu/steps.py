@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from qllm.ops.cpu import library
-from qllm.ops.cpu.interface import Activate, Add, Attend, Embed, Gather, Norm, Route, ScaleRows
+from qllm.ops.cpu.interface import (
+    Activate,
+    Add,
+    Attend,
+    Embed,
+    Gather,
+    Join,
+    Norm,
+    Route,
+    ScaleRows,
+)
 from qllm.ops.cpu.library import TYPES, like, pointer
 from qllm.ops.kv import KV, PLAIN, Batch, Scores
 from qllm.ops.quantized_kv import QuantizedKV, padded_size
@@ -24,6 +34,15 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     tensors = (x, index, y)
     arguments = Gather(*x.shape, len(index), x.element_size(), *map(pointer, tensors))
     library.run("gather", arguments, *tensors)
+    return y
+
+
+def join(x: Tensor, z: Tensor, columns: int) -> Tensor:
+    """`reference.join`."""
+    x, z = x.contiguous(), z.contiguous()
+    y = x.new_empty(len(x), x.shape[1] + columns)
+    arguments = Join(*x.shape, z.shape[1], columns, x.element_size(), *map(pointer, (x, z, y)))
+    library.run("join", arguments, x, z, y)
     return y
 
 
@@ -48,12 +67,18 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) 
 
 
 def qk_norm(
-    qkv: Tensor, weight: Tensor, heads: int, kv_heads: int, eps: float, offset: float = 0.0
+    qkv: Tensor,
+    weight: Tensor,
+    heads: int,
+    kv_heads: int,
+    eps: float,
+    offset: float = 0.0,
+    values: bool = False,
 ) -> Tensor:
     """`reference.qk_norm`."""
     every = heads + 2 * kv_heads
     rows = qkv.contiguous().view(len(qkv) * every, -1)
-    runs = (every, heads, kv_heads)
+    runs = (every, heads, kv_heads, kv_heads if values else 0)
     return _norm(rows, weight, None, eps, offset, centered=False, runs=runs).view(qkv.shape)
 
 
@@ -64,9 +89,9 @@ def wide_qk_norm(
     qkv, weight = qkv.contiguous(), weight.to(qkv.dtype).contiguous()
     y, width = torch.empty_like(qkv), qkv.shape[1]
     values = width - queries - keys
-    as_it_is = (1, 0, 0)  # runs of one row, which stays
+    as_it_is = (1, 0, 0, 0)  # runs of one row, which stays
     first = 0
-    for columns, runs in ((queries, (0, 0, 0)), (keys, (0, 0, 0)), (values, as_it_is)):
+    for columns, runs in ((queries, (0,) * 4), (keys, (0,) * 4), (values, as_it_is)):
         of_part = slice(first, first + columns)
         parts = (qkv[:, of_part], None if first >= len(weight) else weight[of_part], None)
         tensors = (*parts, y[:, of_part])
@@ -84,7 +109,7 @@ def _norm(
     offset: float = 0.0,
     *,
     centered: bool,
-    runs: tuple[int, int, int] = (0, 0, 0),
+    runs: tuple[int, int, int, int] = (0, 0, 0, 0),
 ) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)

@@ -19,6 +19,7 @@ from qllm.ops.quantized_kv import QuantizedKV, padded_size
 SPAN = 256  # tokens of the cache that a program takes
 BLOCK = 64  # of them at once
 FLOAT_BLOCK = 16  # the same of wide heads in float32, which shared memory holds no more of
+WIDE_BLOCK = 32  # the same of heads of more than 256 columns
 WARPS, STAGES = 4, 2  # of such a program
 JOINED = 4096  # numbers, of several programs, that the last one joins at once
 
@@ -105,7 +106,9 @@ def decode_attention(
 
 def block_of(columns: int, dtype: torch.dtype) -> int:
     """Tokens that a program of a decode step takes at once, of heads of so many padded columns."""
-    return FLOAT_BLOCK if dtype == torch.float32 and columns > 128 else BLOCK
+    if dtype == torch.float32 and columns > 128:
+        return FLOAT_BLOCK
+    return BLOCK if columns <= 256 else WIDE_BLOCK
 
 
 def _memory(kv: KV | QuantizedKV) -> tuple[Tensor | None, ...]:
@@ -266,7 +269,7 @@ def prefill_tile(
         return width, *FLOAT_TILES[next((n for n in FLOAT_TILES if width <= n), largest)]
     tile = TILE if described else TILE_OF_POINTERS
     if width > 128:
-        tile = (64, 32, 8, 2)
+        tile = (64, 32, 8, 2) if width <= 256 else (32, 16, 8, 2)
     return width, RUN if runs else tile[0], *tile[1:]
 
 

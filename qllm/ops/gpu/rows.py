@@ -72,10 +72,16 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) 
 
 
 def qk_norm(
-    qkv: Tensor, weight: Tensor, heads: int, kv_heads: int, eps: float, offset: float = 0.0
+    qkv: Tensor,
+    weight: Tensor,
+    heads: int,
+    kv_heads: int,
+    eps: float,
+    offset: float = 0.0,
+    values: bool = False,
 ) -> Tensor:
     """`reference.qk_norm`."""
-    runs = (heads + 2 * kv_heads, heads, kv_heads)
+    runs = (heads + 2 * kv_heads, heads, kv_heads, kv_heads if values else 0)
     rows = qkv.contiguous().view(len(qkv) * runs[0], -1)
     return _run(rows, None, RMS_NORM, weight, None, eps, None, offset, runs)[1].view(qkv.shape)
 
@@ -152,12 +158,12 @@ ADD_NORM = {
 @overload
 def _run(
     x: Tensor, z: Tensor | None, norm: int, weight: Tensor | None, bias: Tensor | None, eps: float,
-    quantized: None, offset: float = ..., runs: tuple[int, int, int] = ...,
+    quantized: None, offset: float = ..., runs: tuple[int, int, int, int] = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def _run(
     x: Tensor, z: Tensor | None, norm: int, weight: Tensor | None, bias: Tensor | None, eps: float,
-    quantized: tuple[Tensor | None], offset: float = ..., runs: tuple[int, int, int] = ...,
+    quantized: tuple[Tensor | None], offset: float = ..., runs: tuple[int, int, int, int] = ...,
 ) -> tuple[Tensor, Int8Rows]: ...  # fmt: skip
 def _run(
     x: Tensor,
@@ -168,13 +174,13 @@ def _run(
     eps: float,
     quantized: tuple[Tensor | None] | None,
     offset: float = 0.0,
-    runs: tuple[int, int, int] = (0, 0, 0),
+    runs: tuple[int, int, int, int] = (0, 0, 0, 0),
 ) -> tuple[Tensor, Tensor | Int8Rows]:
     """x + z, or x, and what follows.
 
     Args:
         offset: is added to the weight.
-        runs: RUN, FIRST and SECOND of the kernel.
+        runs: RUN, FIRST, SECOND and THIRD of the kernel.
         quantized: to int8, by a scale or (None) one for each row; None: not at all.
     """
     from qllm.ops.gpu.decode import launch_options
@@ -215,6 +221,7 @@ def _run(
                 RUN=runs[0],
                 FIRST=runs[1],
                 SECOND=runs[2],
+                THIRD=runs[3],
                 num_warps=min(16 if norm else 32, max(1, width // 256)),
                 enable_fp_fusion=False,  # each step is rounded, as the reference's are
                 **launch_options(x.device),

@@ -46,13 +46,20 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) 
 
 
 def qk_norm(
-    qkv: Tensor, weight: Tensor, heads: int, kv_heads: int, eps: float, offset: float = 0.0
+    qkv: Tensor,
+    weight: Tensor,
+    heads: int,
+    kv_heads: int,
+    eps: float,
+    offset: float = 0.0,
+    values: bool = False,
 ) -> Tensor:
     """`rms_norm` of each head of the queries and of the keys, the values left as they are.
 
     Args:
         qkv: (N, (H + 2 H_kv) D): the heads of the queries, then of the key, then of the value.
         weight: (2 D,), of the queries, then of the keys.
+        values: those are normed as well, without a weight.
 
     Returns:
         as qkv.
@@ -62,7 +69,8 @@ def qk_norm(
         rms_norm(part.flatten(0, 1), each, eps, offset).view(part.shape)
         for part, each in zip(parts, weight.chunk(2), strict=False)
     ]
-    return torch.cat([*normed, parts[2]], dim=1).view(qkv.shape)
+    last = rms_norm(parts[2].flatten(0, 1), None, eps).view(parts[2].shape) if values else parts[2]
+    return torch.cat([*normed, last], dim=1).view(qkv.shape)
 
 
 def wide_qk_norm(
@@ -137,6 +145,11 @@ def gated_activation(x: Tensor, name: str) -> Tensor:
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """Columns `index` (J,), int64, of x (N, C): (N, J)."""
     return x[:, index]
+
+
+def join(x: Tensor, z: Tensor, columns: int) -> Tensor:
+    """x (N, C) and behind it the last columns of z (N, D): (N, C + columns)."""
+    return torch.cat([x, z[:, z.shape[1] - columns :]], dim=1)
 
 
 def add(x: Tensor, z: Tensor) -> Tensor:

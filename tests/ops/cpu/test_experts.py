@@ -53,7 +53,7 @@ def mixture(
         linear.process_weights_after_loading()
         return linear
 
-    found = make_mlp(config, 0, make)
+    found = make_mlp(config, 0, dtype, make)
     assert isinstance(found, MixtureOfExperts)
     return found
 

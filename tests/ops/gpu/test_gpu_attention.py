@@ -119,6 +119,13 @@ def test_counters_are_left_as_they_were(gpu):
     assert not device_of.counters(torch.device(gpu)).any()
 
 
+@pytest.mark.slow
+def test_heads_of_512_channels(gpu):
+    how = (2, 1, 512, torch.bfloat16)
+    assert_near("decode_attention", example(*how, rotated=True, sloped=False), gpu)
+    assert_near("prefill_attention", prompts(*how, rotated=True, sloped=False), gpu)
+
+
 LENGTHS = (5, 1, 70)
 KV_TYPES = (torch.float32, torch.bfloat16)
 

@@ -134,8 +134,9 @@ struct Norm {  // of each row of x (rows, channels); `centered`: less its mean
     int64_t rows, channels, stride, centered, type;  // stride: of x and y, from one row to the next
     double eps, offset;             // offset is added to the weight
     // Rows come in runs of `run`, of which the first `first` take the weight's first row, the next
-    // `second` its second one, and the rest stay as they are; 0: all take the one row there is.
-    int64_t run, first, second;
+    // `second` its second one, `third` none, and the rest stay as they are; 0: all take the one row
+    // there is.
+    int64_t run, first, second, third;
     const void *x, *weight, *bias;  // weight and bias (channels,) or null; weight (2, channels)
     void *y;
 };
@@ -183,6 +184,13 @@ struct Experts {
     const Call *calls;      // (experts, calls_each)
     void *taken, *given;    // (capacity, channels)
     float *total;           // (rows, channels)
+    void *y;
+};
+
+struct Join {  // y (rows, columns + joined) = x and the last columns of z, of `bytes` each
+    int64_t rows, columns, others, joined, bytes;
+    const void *x;  // (rows, columns)
+    const void *z;  // (rows, others)
     void *y;
 };
 
@@ -304,6 +312,7 @@ enum class Status : int64_t { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
     OP(route, Route)                               \
     OP(experts, Experts)                           \
     OP(gather, Gather)                             \
+    OP(join, Join)                                 \
     OP(embed, Embed)                               \
     OP(embed_packed, EmbedPacked)                  \
     OP(attend, Attend)                             \

@@ -93,7 +93,8 @@ template <int64_t TYPE> void norm_row(const Norm &a, int64_t row) {
     const int64_t first = row * a.stride;
     const int64_t row_in_run = a.run ? row % a.run : 0;
     const int64_t weight = a.run && row_in_run >= a.first ? a.channels : 0;
-    if (a.run && row_in_run >= a.first + a.second) {
+    const bool bare = !a.weight || (a.run && row_in_run >= a.first + a.second);
+    if (a.run && row_in_run >= a.first + a.second + a.third) {
         for (int64_t i = 0; i < a.channels; i += WIDTH) {
             int64_t count = a.channels - i;
             store<TYPE>(a.y, first + i, count, load<TYPE>(a.x, first + i, count));
@@ -125,7 +126,7 @@ template <int64_t TYPE> void norm_row(const Norm &a, int64_t row) {
     for (int64_t i = 0; i < a.channels; i += WIDTH) {
         int64_t count = a.channels - i;
         VF value = mul_f(sub_f(load<TYPE>(a.x, first + i, count), mean), scale);
-        if (a.weight)
+        if (!bare)
             value = mul_f(value, add_f(load<TYPE>(a.weight, weight + i, count), offset));
         if (a.bias) value = add_f(value, load<TYPE>(a.bias, i, count));
         store<TYPE>(a.y, first + i, count, value);
@@ -183,6 +184,17 @@ template <typename Element> void gather_row(const Gather &a, int64_t row) {
 static Status gather(const Gather &a) {
     for_each(a.rows, a.rows * a.gathered > WORTH_THREADS, [&](int64_t row, int64_t) {
         a.bytes == 2 ? gather_row<uint16_t>(a, row) : gather_row<uint32_t>(a, row);
+    });
+    return Status::OK;
+}
+
+static Status join(const Join &a) {
+    const int64_t own = a.columns * a.bytes, more = a.joined * a.bytes, whole = a.others * a.bytes;
+    for_each(a.rows, a.rows * (a.columns + a.joined) > WORTH_THREADS, [&](int64_t row, int64_t) {
+        char *y = static_cast<char *>(a.y) + row * (own + more);
+        __builtin_memcpy(y, static_cast<const char *>(a.x) + row * own, size_t(own));
+        const char *z = static_cast<const char *>(a.z) + (row + 1) * whole - more;
+        __builtin_memcpy(y + own, z, size_t(more));
     });
     return Status::OK;
 }

@@ -35,7 +35,7 @@ def norm_rows(
     x, x_stride, z, z_stride, sums, weight, bias, out, scales, columns, eps, offset,
     WIDTH: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, QUANTIZE: tl.constexpr, STATIC: tl.constexpr, RUN: tl.constexpr,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, LATE: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """norm(x + z), or of x alone, for (M, K); with QUANTIZE as int8, clamp(round(... / scale)).
 
@@ -49,7 +49,8 @@ def norm_rows(
             stored in between.
         STATIC: scales is one number, which is read.
         RUN: rows come in runs of so many, of which the FIRST take the weight's first row, the next
-            SECOND its second one, and the rest stay as they are; 0: all take the one row there is.
+            SECOND its second one, THIRD none, and the rest stay as they are; 0: all take the one
+            row there is.
         LATE: it begins before the kernel in front has ended.
     """
     let_next_begin(LATE)
@@ -77,11 +78,14 @@ def norm_rows(
         variance = tl.div_rn(tl.sum(value * value), count)
         value = value * tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
         if HAS_WEIGHT:
-            value *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset
+            factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset
+            if THIRD > 0:
+                factor = tl.where(row_in_run < FIRST + SECOND, factor, 1.0)
+            value *= factor
         if HAS_BIAS:
             value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
         if RUN > 0:
-            value = tl.where(row_in_run < FIRST + SECOND, value, before)
+            value = tl.where(row_in_run < FIRST + SECOND + THIRD, value, before)
         normed = narrow(value, type)
         value = normed.to(tl.float32)
     if QUANTIZE:
