@@ -180,6 +180,14 @@ REPOSITORIES: dict[str, dict[str, str]] = {
         "57b-a14b": "Qwen/Qwen2-57B-A14B",
         "57b-a14b-instruct": "Qwen/Qwen2-57B-A14B-Instruct",
     },
+    "qwen3_5_text": {
+        size.lower(): f"Qwen/Qwen3.5-{size}" for size in ("0.8B", "2B", "4B", "9B", "27B")
+    },
+    "qwen3_5_moe_text": {"35b-a3b": "Qwen/Qwen3.5-35B-A3B"},
+    "qwen3_next": {
+        "80b-a3b": "Qwen/Qwen3-Next-80B-A3B-Instruct",
+        "80b-a3b-thinking": "Qwen/Qwen3-Next-80B-A3B-Thinking",
+    },
     "qwen3_moe": {
         "30b-a3b": "Qwen/Qwen3-30B-A3B",
         "30b-a3b-base": "Qwen/Qwen3-30B-A3B-Base",

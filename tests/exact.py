@@ -214,3 +214,33 @@ def route(logits: np.ndarray, top_k: int, normalizes: bool) -> tuple[np.ndarray,
     chosen = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
     weights = np.take_along_axis(shares, chosen, axis=1)
     return weights / weights.sum(axis=1, keepdims=True) if normalizes else weights, chosen
+
+
+def delta_rule(
+    qkv: np.ndarray, gates: np.ndarray, decay: np.ndarray, memory: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """Outputs (T, H D_v) of one sequence, and the largest sum of absolute values in one.
+
+    Args:
+        memory: (H, D_k, D_v), of the tokens before.
+    """
+    heads, key_dim, value_dim = memory.shape
+    keys = (qkv.shape[1] - heads * value_dim) // 2
+    q, k, v = np.split(qkv, [keys, 2 * keys], axis=1)
+    found, size = [], 0.0
+    for token in range(len(qkv)):
+        outputs = []
+        for head in range(heads):
+            own = head * keys // key_dim // heads * key_dim
+            query, key = q[token, own : own + key_dim], k[token, own : own + key_dim]
+            query, key = (part / np.sqrt((part**2).sum() + 1e-6) for part in (query, key))
+            value = v[token, head * value_dim : (head + 1) * value_dim]
+            rate = 1 / (1 + np.exp(-gates[token, head]))
+            fade = np.log1p(np.exp(gates[token, heads + head] + decay[1, head]))
+            faded = memory[head] * np.exp(-np.exp(decay[0, head]) * fade)
+            memory[head] = faded + np.outer(key, (value - key @ faded) * rate)
+            terms = memory[head] * query[:, None] / np.sqrt(key_dim)
+            outputs.append(terms.sum(0))
+            size = max(size, np.abs(terms).sum(0).max())
+        found.append(np.concatenate(outputs))
+    return np.stack(found), size

@@ -17,6 +17,8 @@ from transformers import (
     PretrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
+    Qwen3_5Config,
+    Qwen3_5MoeConfig,
     Qwen3VLConfig,
     Qwen3VLMoeConfig,
     SiglipVisionConfig,
@@ -55,6 +57,10 @@ YARN = {
 MROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
 OF_QWEN = {"depth": 1, "num_heads": 2, "intermediate_size": 24}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+DELTA_NET = {
+    **{"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2},
+    **{"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
+}
 QWEN_TOKENS = IMAGE | {
     **{"video_token_id": 88, "vision_start_token_id": 87, "vision_end_token_id": 86},
 }
@@ -71,6 +77,8 @@ def configs() -> dict[str, PretrainedConfig]:
     qwen3 = qwen | {"head_dim": 8, "rope_parameters": MROPE | {"mrope_interleaved": True}}
     sees = OF_QWEN | {"hidden_size": 24, "out_hidden_size": 32, "num_position_embeddings": 16}
     sees |= {"deepstack_visual_indexes": [0]}
+    hybrid = qwen3 | DELTA_NET
+    blind = {key: value for key, value in sees.items() if key != "deepstack_visual_indexes"}
     ministral = {"model_type": "ministral3", **HEADS, "rope_parameters": YARN, "pad_token_id": None}
     return {
         "gemma3": Gemma3Config(
@@ -113,6 +121,10 @@ def configs() -> dict[str, PretrainedConfig]:
         "qwen3_vl": Qwen3VLConfig(text_config=qwen3, vision_config=sees, **QWEN_TOKENS),
         "qwen3_vl_moe": Qwen3VLMoeConfig(
             text_config=qwen3 | EXPERTS, vision_config=sees, **QWEN_TOKENS
+        ),
+        "qwen3_5": Qwen3_5Config(text_config=hybrid, vision_config=blind, **QWEN_TOKENS),
+        "qwen3_5_moe": Qwen3_5MoeConfig(
+            text_config=hybrid | EXPERTS, vision_config=blind, **QWEN_TOKENS
         ),
     }
 

@@ -7,6 +7,7 @@ from functools import partial
 import exact
 import numpy as np
 import torch
+from recurrent_examples import RECURRENT
 
 from qllm.config import SCHEMES
 from qllm.ops import SIMPLE, Request, reference
@@ -208,7 +209,8 @@ def activation_example(request: Request, rows: int, dtype: torch.dtype, *, name:
         gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
         y = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
         return {"x": x, "name": name}, y, np.abs(gate * (np.abs(up) + 1)).max()
-    return {"x": x, "name": name}, exact.ACTIVATIONS[name](gate) * up, np.abs(gate * up).max()
+    y = exact.ACTIVATIONS[name](gate) * up
+    return {"x": x, "name": name}, y, max(np.abs(gate * up).max(), np.abs(y).max())  # of a square
 
 
 def scale_rows_example(request: Request, rows: int, dtype: torch.dtype):
@@ -411,6 +413,7 @@ EXAMPLES = {
     ),
     "gather": (gather_example,),
     "join": (join_example,),
+    **RECURRENT,
     "step_rounding": (step_rounding_example,),
     "descend_block": (descend_block_example,),
     **{

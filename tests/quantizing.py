@@ -27,13 +27,20 @@ from transformers import (
     PhiConfig,
     PretrainedConfig,
     Qwen2MoeConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 VOCAB = 90
 OPT = {"vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": 40}
 LLAMA = {**OPT, "hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 70}
 GEMMA = {**LLAMA, "num_key_value_heads": 2, "head_dim": 10, "sliding_window": 9}
+DELTA_NET = {
+    **{"num_key_value_heads": 2, "head_dim": 12, "pad_token_id": None},
+    **{"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2},
+    **{"linear_num_value_heads": 6, "linear_key_head_dim": 10, "linear_value_head_dim": 14},
+}
 
 # A model of each kind that the layers' norms, activations and heads tell apart. Sizes are no
 # multiples of 32, so that packing and groups have a remainder.
@@ -146,6 +153,15 @@ MODELS: dict[str, PretrainedConfig] = {
         logits_scaling=1.7,
     ),
     "olmo2": Olmo2Config(**LLAMA, num_key_value_heads=3, pad_token_id=None),
+    "qwen3_5": Qwen3_5TextConfig(**LLAMA, **DELTA_NET),
+    "qwen3_next": Qwen3NextConfig(
+        **LLAMA,
+        **DELTA_NET,
+        num_experts=3,
+        num_experts_per_tok=2,
+        moe_intermediate_size=36,
+        shared_expert_intermediate_size=44,
+    ),
     "gpt2": GPT2Config(
         vocab_size=VOCAB, n_embd=40, n_layer=2, n_head=5, n_inner=70, n_positions=40
     ),

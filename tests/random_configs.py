@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 from random_dense import DENSE
+from random_hybrids import HYBRIDS
 from random_sizes import (
     LONGEST_PROMPT,
     WINDOW,
@@ -433,6 +434,7 @@ CONFIGS: dict[str, tuple[st.SearchStrategy[PretrainedConfig], int]] = {
     "olmoe": (olmoe_configs(), 5),
     "granitemoe": (granitemoe_configs(), 4),
     "gpt_oss": (gpt_oss_configs(), 6),
+    **HYBRIDS,
 }
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss")
 batches = st.lists(st.integers(1, LONGEST_PROMPT), min_size=1, max_size=5)

@@ -27,11 +27,13 @@ def predict(
         `bandwidth` that was measured, and `rows`, see `qllm.parallel.cost.table`.
 
     Raises:
-        UserError: without the kernels that measure memory, or for a mixture of experts; or as
-            `outline`.
+        UserError: without the kernels that measure memory, or for a mixture of experts, or delta
+            nets; or as `outline`.
     """
     if config.experts is not None:
         raise UserError("`predict` knows no mixtures of experts, of which tokens choose")
+    if config.delta_net is not None:
+        raise UserError("`predict` knows no delta nets, whose heads are shared out otherwise")
     roofline = Roofline.measure("cpu")
     if roofline is None:
         raise UserError("`predict` measures memory with the compiled kernels, and there are none")

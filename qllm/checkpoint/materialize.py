@@ -20,6 +20,7 @@ from qllm.layers.w8a8 import DynamicInt8Linear, StaticInt8Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
 from qllm.models.attention import Sinks
+from qllm.models.delta_net import CausalConv, HeadValues
 from qllm.models.equalize import NORMS, can_divide
 from qllm.models.layer import Embedding, QuantizedEmbedding
 from qllm.models.norms import Norm
@@ -31,6 +32,9 @@ from qllm.parallel.layers import (
 )
 from qllm.quant.packing import PackedWeight, scheme_of
 from qllm.quant.smooth import smooth_scales
+
+# Modules that are no linears, of which a rank may have some rows.
+SHARDED = (VocabularyParallel, Sinks, CausalConv, HeadValues)
 
 
 @dataclass
@@ -71,7 +75,7 @@ class Materializer:
             assert isinstance(linear, WeightOnlyLinear)
             module.linear = linear
         else:
-            rows = module.ranges if isinstance(module, VocabularyParallel | Sinks) else None
+            rows = module.ranges if isinstance(module, SHARDED) else None
             for key in dict(module.named_buffers(recurse=False)):
                 setattr(module, key, self._read(f"{name}.{key}", rows))
 

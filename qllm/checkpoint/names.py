@@ -15,6 +15,7 @@ from qllm.config import LM_HEAD, ModelConfig
 from qllm.errors import UserError
 from qllm.layers import Linear
 from qllm.models import Decoder, Family, family_of
+from qllm.models.delta_net import has_delta_net
 
 
 def is_converted(checkpoint: Checkpoint) -> bool:
@@ -138,8 +139,16 @@ class TensorNames:
             return [next(self.shapes[name][0] for name in tensors if name in self.shapes)]
         wide = self.config.wide_qk_norm and module.endswith(".attention.qk_norm")
         if wide or module.endswith(".attention.qkv"):
-            config = self.config.of_layer(int(module.split(".")[1]))
-            return [count * config.head_dim for count in config.qkv_parts[:parts]]
+            index = int(module.split(".")[1])
+            config = self.config.of_layer(index)
+            if has_delta_net(config, index):
+                assert config.delta_net is not None
+                whole, channels = self.shapes[f"{module}.weight"][0], config.delta_net.channels
+                return [channels, whole - channels]
+            counts = [count * config.head_dim for count in config.qkv_parts[:parts]]
+            if config.attention_gate and not wide:  # beside their queries
+                counts[0] *= 2
+            return counts
         return [self.shapes[f"{module}.weight"][0] // parts] * parts
 
     def runs(self, name: str, runs: Sequence[range]) -> list[Run]:
@@ -161,7 +170,7 @@ class TensorNames:
             those places, and the rows: as `runs` has them, one behind the other.
         """
         rows = torch.cat([torch.arange(run.start, run.stop) for run in runs])
-        perm = self._perm()
+        perm = self._order(name)
         assert perm is not None  # see `is_reordered`
         wanted, places, found = perm[rows], torch.empty_like(rows), []
         before = first = 0
@@ -188,11 +197,11 @@ class TensorNames:
 
     def is_reordered(self, name: str) -> bool:
         """Whether the checkpoint has the rows of one of our tensors in another order."""
-        return not self.converted and ".attention.qkv" in name and self._perm() is not None
+        return not self.converted and self._order(name) is not None
 
-    def _perm(self) -> Tensor | None:
-        """The row that each of our QKV rows has in Hugging Face's layout; None: the same."""
-        return self.family.qkv_perm(self.config)
+    def _order(self, name: str) -> Tensor | None:
+        """The row that each of a tensor of ours has in Hugging Face's layout; None: the same."""
+        return self.family.row_order(name.rpartition(".")[0], self.config)
 
     def rows_of_parts(self, module: str) -> dict[str, slice | Tensor]:
         """Which rows of one of our modules' tensors each part has, by its Hugging Face name.
@@ -203,7 +212,7 @@ class TensorNames:
             return {self.family.head if self.converted else self.head: slice(None)}
         parts = [self.family.prefixes[0] + part for part in self.family.parts(module, self.config)]
         counts = self.row_counts(module, len(parts))
-        if ".attention.qkv" in module and (perm := self._perm()) is not None:
+        if (perm := self.family.row_order(module, self.config)) is not None:
             return dict(zip(parts, perm.argsort().split(counts), strict=True))
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]
         return {

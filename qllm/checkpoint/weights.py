@@ -215,7 +215,7 @@ class Weights:
         names = self.names.sources(f"{module}.weight")
         runs = [range(total)] if rows is None else list(rows)
         perm = None
-        if self.names.is_reordered(module):
+        if self.names.is_reordered(f"{module}.weight"):
             perm, pieces = self.names.reordered_rows(f"{module}.weight", runs)
         else:
             pieces = self.names.runs(f"{module}.weight", runs)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from qllm.config.model import ExpertsConfig, LayerShape, ModelConfig, RopeConfig
+from qllm.config.model import (
+    DeltaNetConfig,
+    ExpertsConfig,
+    LayerShape,
+    ModelConfig,
+    RopeConfig,
+)
 from qllm.config.quantization import (
     ACTIVATION_BITS,
     ALGORITHMS,
@@ -38,6 +44,7 @@ __all__ = [
     "MAX_SEED",
     "SCHEMES",
     "W8A8",
+    "DeltaNetConfig",
     "ExpertsConfig",
     "LayerShape",
     "ModelConfig",

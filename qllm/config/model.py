@@ -89,6 +89,31 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class DeltaNetConfig:
+    """Layers with a gated delta rule (Yang et al. 2024) in the place of attention.
+
+    Attributes:
+        key_heads, value_heads: heads of queries and keys, and of values, each of which has a
+            memory; value_heads / key_heads in a row share queries and keys.
+        key_dim, value_dim: channels of a head.
+        kernel: tokens that the convolution in front of it sees.
+        layers: which layers have it; the others have attention.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    layers: tuple[bool, ...]
+
+    @property
+    def channels(self) -> int:
+        """Of queries, keys and values together."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder of any family, in one vocabulary. Sizes count elements.
 
@@ -123,6 +148,9 @@ class ModelConfig:
         score_scale: multiplies attention's scores; None: 1 / sqrt(head_dim).
         scale_by_layer: it is divided by the number of the layer, from 1 on.
         score_cap: of attention's scores, as of logits.
+        attention_gate: attention's output is multiplied by the logistic function of as many rows
+            of its first matrix, behind those of values (Qwen3-Next).
+        delta_net: what some layers have in the place of attention; None: no layer has.
         sinks: each head has a score of its own that joins its softmax (gpt-oss).
         windows: how many tokens those of each layer see, themselves included, 0 being all before
             them; empty: all layers see all.
@@ -185,6 +213,8 @@ class ModelConfig:
     score_scale: float | None = None
     scale_by_layer: bool = False
     score_cap: float | None = None
+    attention_gate: bool = False
+    delta_net: DeltaNetConfig | None = None
     sinks: bool = False
     windows: tuple[int, ...] = ()
     window_rope: RopeConfig | None = None

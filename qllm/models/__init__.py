@@ -37,6 +37,7 @@ from qllm.models.qwen2 import QWEN2
 from qllm.models.qwen2_moe import QWEN2_MOE
 from qllm.models.qwen3 import QWEN3
 from qllm.models.qwen3_moe import QWEN3_MOE
+from qllm.models.qwen3_next import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from qllm.models.seed_oss import SEED_OSS
 from qllm.models.smollm3 import SMOLLM3
 from qllm.models.stablelm import STABLELM
@@ -46,6 +47,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *(OPT, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3_TEXT, PHI3, GPT_NEOX, GPT2),
+        *(QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT),
         *(GEMMA4_TEXT, MINISTRAL3, STARCODER2, GRANITE, SMOLLM3, OLMO2, OLMO3),
         *(
             GLM,

@@ -61,7 +61,7 @@ class Attention(nn.Module):
         self.index = index
         self.heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         width = config.num_heads * config.head_dim
-        rows = sum(config.qkv_parts) * config.head_dim
+        rows = sum(config.qkv_parts) * config.head_dim + (width if config.attention_gate else 0)
         name = f"layers.{index}.attention"
         self.scores = scores_of_layer(config, index)
         self.sinks = Sinks(config, dtype) if config.sinks else None
@@ -124,6 +124,34 @@ class WideNormedAttention(Attention):
         return ops.on(qkv.device.type).gather(qkv, self.own)
 
 
+class GatedAttention(NormedAttention):
+    """Normed attention whose output is multiplied by the logistic function of gates: Qwen3-Next.
+
+    These are rows of QKV behind those of values, one for each channel of the output.
+
+    Attributes:
+        own: int64, the columns of QKV that are no gates; None: they are not known yet.
+    """
+
+    own: Tensor | None = None
+
+    def __init__(
+        self, config: ModelConfig, index: int, dtype: torch.dtype, make: MakeLinear
+    ) -> None:
+        super().__init__(config, index, dtype, make)
+        self.head_dim = config.head_dim
+
+    def forward(self, x: Tensor | Int8Rows, step: Prefill | Decode) -> Tensor:
+        every = self.qkv(x)
+        device = ops.on(every.device.type)
+        columns = sum(self.heads) * self.head_dim
+        if self.own is None or self.own.device != every.device:
+            self.own = torch.arange(columns, device=every.device)
+        qkv = self.qk_norm(device.gather(every, self.own), self.heads)
+        y = step.attend(self.index, qkv, self.heads, self.scores)
+        return self.out(device.gate(y, step.select(every), columns, "sigmoid"))
+
+
 class ValueNormedAttention(NormedAttention):
     """Attention whose values are normed, too, and may be the keys in front of their norm: Gemma 4.
 
@@ -184,6 +212,8 @@ class SharingAttention(Attention):
 
 def attention_class(config: ModelConfig) -> type[Attention]:
     """The attention that a model's norms ask for."""
+    if config.attention_gate:
+        return GatedAttention
     if config.kv_layer is not None:
         return SharingAttention
     if config.value_norm:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from qllm import ops
-from qllm.config import ModelConfig
+from qllm.config import DeltaNetConfig, ModelConfig
 from qllm.models.positions import PositionEncoding
 from qllm.ops.capture import CapturedStep
 from qllm.ops.cpu import library
 from qllm.ops.kv import KV, RUN, Batch, Scores, ring_capacity
 from qllm.ops.quantized_kv import QuantizedKV
+from qllm.ops.recurrent import RecurrentState, StateShape
 
 # How keys and values are held, by bits.
 KINDS: dict[int, type[KV | QuantizedKV]] = {16: KV, 8: QuantizedKV, 4: QuantizedKV}
@@ -33,7 +34,8 @@ class KVCache:
     A layer whose tokens see no further back than a window holds those of the window and of a pass.
 
     Attributes:
-        layers: a `KV` for each layer, with nothing in it where the layer is not here.
+        layers: a `KV` for each layer, with nothing in it where the layer has none here.
+        states: of the layers here that have one in the place of keys and values.
         pass_tokens: that a pass of prefill takes at the most.
         lengths: tokens of each of the R rows.
         written: the length that each row has had at the most, since it began.
@@ -62,13 +64,19 @@ class KVCache:
         """
         if device_map is None:
             device_map = dict.fromkeys(range(config.num_layers), device)
+        states = _state_shapes(config)
+        self.states = {
+            i: RecurrentState.empty(rows, shape, dtype, device_map[i])
+            for i, shape in states.items()
+            if i in device_map
+        }
         layers: list[KV | QuantizedKV] = []
         for i, shape in enumerate(_shapes(config, capacity)):
             source, place = _source(config, i, bits), device_map.get(i, device)
             if source is not None and device_map.get(source, device) == place:
                 layers.append(layers[source])
                 continue
-            count = rows if i in device_map else 0
+            count = rows if i in device_map and i not in states else 0
             layers.append(KINDS[bits].empty(bits, count, *shape, dtype, place))
         self.layers = tuple(layers)
         self.capacity, self.dtype, self.device = capacity, dtype, torch.device(device)
@@ -98,7 +106,7 @@ class KVCache:
         """
         for row in set(self.live) - {self.live[i] for i in indices}:
             self.lengths[row] = self.written[row] = self.ends[row] = 0
-            for part in itertools.chain.from_iterable(self.layers):
+            for part in itertools.chain.from_iterable((*self.layers, *self.states.values())):
                 if part.device.type == "cpu" and len(part):
                     library.release(part[row])
         self.live = [self.live[i] for i in indices]
@@ -112,13 +120,15 @@ class KVCache:
         """Let a row's last tokens go, so that others can follow on its first ones.
 
         What is left may be less than `length`: where not all that the next token sees is held any
-        more. A pass that was interrupted has written some of its tokens, and has to be followed by
-        this.
+        more, and where a state has taken in what is to go. A pass that was interrupted has written
+        some of its tokens, and has to be followed by this.
 
         Returns:
             Tokens that are left.
         """
         length = min(length, self.lengths[row])
+        if self.states and length != self.ends[row]:
+            length = 0
         if self.bits != 16 and length // RUN < (self.ends[row] - 1) // RUN:
             length -= length % RUN  # a later run's tokens took the place of the others as they came
         for kv, window in zip(self.layers, self.windows, strict=False):
@@ -160,12 +170,29 @@ class KVCache:
         config: ModelConfig, rows: int, capacity: int, dtype: torch.dtype, bits: int = 16
     ) -> list[int]:
         """Bytes of each layer of a cache."""
-        return [
+        sizes = [
             0
             if _source(config, i, bits) is not None
             else rows * KINDS[bits].row_bytes(bits, *shape, dtype)
             for i, shape in enumerate(_shapes(config, capacity))
         ]
+        for i, state in _state_shapes(config).items():
+            sizes[i] = rows * state.row_bytes(dtype)
+        return sizes
+
+
+def state_shape(delta: DeltaNetConfig) -> StateShape:
+    """What a layer with a delta net keeps of a sequence."""
+    heads = (delta.value_heads, delta.key_dim, delta.value_dim)
+    return StateShape(delta.kernel - 1, delta.channels, *heads)
+
+
+def _state_shapes(config: ModelConfig) -> dict[int, StateShape]:
+    """Of the layers that have a state in the place of keys and values."""
+    delta = config.delta_net
+    if delta is None:
+        return {}
+    return {i: state_shape(delta) for i, has_it in enumerate(delta.layers) if has_it}
 
 
 def _source(config: ModelConfig, index: int, bits: int) -> int | None:
@@ -309,6 +336,12 @@ class Prefill(Pass):
         qkv, cos_sin = self._rotation(qkv, heads, layer)
         return attend(qkv, kv, self.batch, cos_sin, self.slopes, scores)
 
+    def state(self, layer: int, shape: StateShape, x: Tensor) -> RecurrentState:
+        """That of a layer; without a cache a new one, as x has type and device."""
+        if self.cache is not None:
+            return self.cache.states[layer]
+        return RecurrentState.empty(len(self.batch.rows), shape, x.dtype, x.device)
+
 
 class Decode(Pass):
     """One pass over one new token of each live row, attending to the cache.
@@ -412,3 +445,7 @@ class Decode(Pass):
         attend = ops.on(qkv.device.type).decode_attention
         qkv, cos_sin = self._rotation(qkv, heads, layer)
         return attend(qkv, self.cache.layers[layer], self.batch, cos_sin, self.slopes, scores)
+
+    def state(self, layer: int, shape: StateShape, x: Tensor) -> RecurrentState:
+        """That of a layer."""
+        return self.cache.states[layer]

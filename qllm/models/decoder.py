@@ -292,10 +292,12 @@ class Decoder(Picklable):
     def _step_size(self, cache: KVCache) -> int:
         """Tokens of the next step: as many as there are live rows, or the next padded size.
 
-        What a graph captures takes long to capture again, and few tokens more cost nothing.
+        What a graph captures takes long to capture again, and few tokens more cost nothing; but a
+        state must not take in a token twice.
         """
         live = len(cache.live)
-        if cache.step is None or live > cache.step.size or self.device.type == "cpu":
+        fixed = self.device.type == "cpu" or self.config.delta_net is not None
+        if cache.step is None or live > cache.step.size or fixed:
             return live
         return min(cache.step.size, live if live < 3 else -(-live // 4) * 4)
 
@@ -337,6 +339,8 @@ class Decoder(Picklable):
         """Why a CUDA graph cannot hold a step; None: it can."""
         if self.config.experts is not None:
             return "which experts run is decided in each step"
+        if self.config.delta_net is not None:
+            return "there is no kernel of ours for delta nets"
         alone = self.stage is None and self.parallel.tp.size == 1
         if alone and len(set(self.device_map.values())) == 1:
             return None

@@ -12,6 +12,7 @@ from torch import Tensor
 from qllm.config import LM_HEAD, ExpertsConfig, ModelConfig
 from qllm.errors import UserError
 from qllm.models.attention import ATTENTION_LINEARS, QK_NORM, QKV
+from qllm.models.delta_net import has_delta_net
 from qllm.models.mlp import EXPERTS, mlp_linears
 from qllm.models.stacks import Stacks
 
@@ -145,6 +146,8 @@ class Family:
         layer: the prefix of a layer's tensors, with {} for its index.
         inner: our module inside a layer, to the names of the parts it is fused from, in order; with
             {} for the number of an expert.
+        delta: the same of a layer with a delta net, where that differs.
+        delta_orders: `row_order` of modules of such a layer.
         interleaved_qkv: the QKV matrix has its rows as (head, q/k/v, channel), as BLOOM's has.
         interleaved_rope: RoPE rotates pairs of channels that are neighbours, as GLM's does.
         head: the classifier's name in a checkpoint, where it is not "lm_head".
@@ -161,6 +164,8 @@ class Family:
     layer: str
     inner: Mapping[str, tuple[str, ...]]
     read_config: Callable[[RawConfig], ModelConfig]
+    delta: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    delta_orders: Mapping[str, Callable[[ModelConfig], Tensor]] = field(default_factory=dict)
     interleaved_qkv: bool = False
     interleaved_rope: bool = False
     head: str = LM_HEAD
@@ -178,8 +183,9 @@ class Family:
         if inner.startswith(EXPERTS):
             expert, _, linear = inner.removeprefix(EXPERTS).partition(".")
             inner = f"{EXPERTS}{{}}.{linear}"
-        found = self.inner[inner]
-        if inner in (QKV, QK_NORM) and len(found) > 1:
+        own = self.delta.get(inner) if has_delta_net(config, int(index)) else None
+        found = own or self.inner[inner]
+        if own is None and inner in (QKV, QK_NORM) and len(found) > 1:
             found = found[: len(config.of_layer(int(index)).qkv_parts)]
         return tuple(self.layer.format(index) + part.format(expert) for part in found)
 
@@ -200,28 +206,57 @@ class Family:
         """A checkpoint's name of a tensor of a part ("weight", "bias")."""
         return part if part.endswith(self.bare) else f"{part}.{kind}"
 
-    def qkv_perm(self, config: ModelConfig) -> Tensor | None:
-        """The row of a file's QKV, its parts in order, that each of ours is; None: the same one.
+    def row_order(self, module: str, config: ModelConfig) -> Tensor | None:
+        """The row of a file's tensor, its parts in order, that each of a module's is.
 
-        Ours are query heads, key heads, value heads; what RoPE rotates of a head comes in two
-        halves, with what it does not behind each, so that pairs are D / 2 apart in any case.
+        None: the same one, as of all modules but QKV, and norms and gates that go with it.
         """
-        heads, dim = config.num_heads + 2 * config.num_kv_heads, config.head_dim
-        rotary_dim = config.rope and config.rope.rotary_dim
-        if not (self.interleaved_qkv or self.interleaved_rope or rotary_dim):
+        if not module.startswith("layers."):
             return None
+        _, index, inner = module.split(".", 2)
+        if has_delta_net(config, int(index)):
+            order = self.delta_orders.get(inner)
+            return None if order is None else order(config)
+        if inner == "attention.qkv":
+            return self.qkv_perm(config)
+        if inner == "attention.qk_norm" and (perm := self.head_perm(config)) is not None:
+            heads = config.num_heads + config.num_kv_heads if config.wide_qk_norm else 2
+            first = torch.arange(heads)[:, None] * config.head_dim
+            return (first + perm).flatten()
+        return None
+
+    def qkv_perm(self, config: ModelConfig) -> Tensor | None:
+        """`row_order` of QKV: ours are query heads, key heads, value heads, and gates of heads."""
+        count, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        head = self.head_perm(config)
+        if not (self.interleaved_qkv or config.attention_gate or head is not None):
+            return None
+        heads = count + 2 * kv_heads + (count if config.attention_gate else 0)
         rows = torch.arange(heads * dim).view(heads, dim)
         if self.interleaved_qkv:
-            rows = rows.view(config.num_heads, 3, dim).transpose(0, 1).reshape(heads, dim)
-        if self.interleaved_rope or rotary_dim:
-            pairs = -(-(rotary_dim or dim) // 2)
-            still = dim // 2 - pairs
-            first, second, *others = torch.arange(dim).split([pairs, pairs, still, still])
-            if self.interleaved_rope:
-                first, second = torch.arange(2 * pairs).view(pairs, 2).unbind(1)
-            perm = torch.cat([first, others[0], second, others[1]])
-            rows[: -config.num_kv_heads] = rows[: -config.num_kv_heads, perm]
+            rows = rows.view(count, 3, dim).transpose(0, 1).reshape(heads, dim)
+        if config.attention_gate:  # a head's stands behind its query
+            queries, gates = rows[: 2 * count].view(count, 2, dim).unbind(1)
+            rows = torch.cat([queries, rows[2 * count :], gates])
+        if head is not None:
+            rows[: count + kv_heads] = rows[: count + kv_heads, head]
         return rows.flatten()
+
+    def head_perm(self, config: ModelConfig) -> Tensor | None:
+        """The channel of a file's query or key head that each of ours is; None: the same one.
+
+        What RoPE rotates of a head comes in two halves, with what it does not behind each, so that
+        pairs are D / 2 apart in any case.
+        """
+        dim, rotary_dim = config.head_dim, config.rope and config.rope.rotary_dim
+        if not (self.interleaved_rope or rotary_dim):
+            return None
+        pairs = -(-(rotary_dim or dim) // 2)
+        still = dim // 2 - pairs
+        first, second, *others = torch.arange(dim).split([pairs, pairs, still, still])
+        if self.interleaved_rope:
+            first, second = torch.arange(2 * pairs).view(pairs, 2).unbind(1)
+        return torch.cat([first, others[0], second, others[1]])
 
     def is_transposed(self, name: str) -> bool:
         """Whether a checkpoint has one of our tensors as (inputs, outputs)."""

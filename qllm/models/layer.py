@@ -12,8 +12,9 @@ from qllm import ops
 from qllm.config import EMBEDDING, LM_HEAD, ModelConfig, QuantSpec
 from qllm.layers import DynamicInt8Linear, Linear
 from qllm.layers.weight_only import WeightOnlyLinear
-from qllm.models.attention import ATTENTION_LINEARS, MakeLinear, attention_class
+from qllm.models.attention import ATTENTION_LINEARS, Attention, MakeLinear
 from qllm.models.cache import Decode, Prefill
+from qllm.models.delta_net import make_mixer
 from qllm.models.mlp import MLP, make_mlp, mlp_linears
 from qllm.models.norms import NORMS, NoNorm, Norm, add
 from qllm.ops.reference import Int8Rows
@@ -118,7 +119,7 @@ class PreNormLayer(nn.Module):
         config = config.of_layer(index)
         norm = NORMS[config.norm]
         self.attention_norm = norm(config, dtype)
-        self.attention = attention_class(config)(config, index, dtype, make)
+        self.attention = make_mixer(config, index, dtype, make)
         self.mlp_norm = norm(config, dtype)
         self.mlp = make_mlp(config, index, dtype, make)
         self.mlp_linears = mlp_linears(config, index)
@@ -176,7 +177,8 @@ class PreNormLayer(nn.Module):
     def fuse_norms(self) -> None:
         """Let norms make int8 of their results, where a linear that gains by it alone has them."""
         pairs = []
-        if self.has_attention:
+        # A delta net has two linears behind the norm.
+        if self.has_attention and isinstance(self.attention, Attention):
             pairs.append(("attention_norm", self.attention.qkv))
         if self.has_mlp and isinstance(self.mlp, MLP):  # of experts none takes all rows
             pairs.append(("mlp_norm", self.mlp.up))

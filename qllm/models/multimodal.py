@@ -111,6 +111,8 @@ MULTIMODAL: dict[str, Multimodal] = {
     "qwen3_vl_moe": Multimodal(
         "qwen3_vl_moe_text", {"qwen3_vl_moe_text": "qwen3_moe"}, QWEN3_VL_MOE
     ),
+    "qwen3_5": Multimodal("qwen3_5_text", {"qwen3_5_text": "qwen3_5_text"}),
+    "qwen3_5_moe": Multimodal("qwen3_5_moe_text", {"qwen3_5_moe_text": "qwen3_5_moe_text"}),
 }
 
 

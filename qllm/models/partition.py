@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from qllm.config import DeltaNetConfig, ModelConfig
 from qllm.errors import UserError
 from qllm.layers import Linear
 from qllm.models.attention import WideNormedAttention
+from qllm.models.delta_net import GatedDeltaNet
 from qllm.models.layer import Embedding, QuantizedEmbedding
 from qllm.parallel.group import Group
 from qllm.parallel.layers import (
     shard_attention,
     shard_classifier,
+    shard_delta_net,
     shard_embedding,
     shard_mlp,
     shard_quantized_embedding,
@@ -68,13 +71,17 @@ def keep_shards(model: Decoder, group: Group, mode: str) -> None:
     shapes = tuple(replace(s, num_kv_heads=own_heads(s.num_kv_heads)) for s in config.shapes)
     model.cache_config = replace(config, num_kv_heads=len(heads.keys), shapes=shapes)
     for layer in model.layers:
-        if layer.has_attention:
-            wide = isinstance(layer.attention, WideNormedAttention)
-            own = shard_attention(layer.attention, group, mode, gather=wide)
-            if isinstance(layer.attention, WideNormedAttention):
-                layer.attention.own = own
-            if layer.attention.sinks is not None:
-                layer.attention.sinks.ranges = (heads.queries,)
+        attention = layer.attention if layer.has_attention else None
+        if isinstance(attention, GatedDeltaNet):
+            own_net = _keep_delta_net(attention, config, group, mode)
+            model.cache_config = replace(model.cache_config, delta_net=own_net)
+        elif attention is not None:
+            wide, gated = isinstance(attention, WideNormedAttention), config.attention_gate
+            own = shard_attention(attention, group, mode, gather=wide, gated=gated)
+            if isinstance(attention, WideNormedAttention):
+                attention.own = own
+            if attention.sinks is not None:
+                attention.sinks.ranges = (heads.queries,)
         if layer.has_mlp:
             for mlp in layer.mlp.mlps():
                 shard_mlp(mlp, group, mode)
@@ -87,3 +94,18 @@ def keep_shards(model: Decoder, group: Group, mode: str) -> None:
     if model.positions.slopes is not None:
         queries = heads.queries
         model.positions.slopes = model.positions.slopes[queries.start : queries.stop].clone()
+
+
+def _keep_delta_net(
+    delta: GatedDeltaNet, config: ModelConfig, group: Group, mode: str
+) -> DeltaNetConfig:
+    """Leave one rank's shard of a delta net; returns what it is of."""
+    whole = config.delta_net
+    assert whole is not None  # there is one
+    heads = shard_heads(whole.value_heads, whole.key_heads, group.size)
+    mine, dims = heads[group.rank], (whole.key_dim, whole.value_dim)
+    delta.conv.ranges = shard_delta_net(delta, heads, dims, group, mode)
+    delta.log_decay.ranges = delta.decay_bias.ranges = (mine.queries,)
+    own = replace(whole, key_heads=len(mine.keys), value_heads=len(mine.queries))
+    delta.is_of(own)
+    return own

@@ -74,6 +74,11 @@ def export(
             f"{source} is a {weights.config.family}, which has layers of unlike sizes and is not "
             "written as ONNX yet; qllm_gen.py runs it"
         )
+    if weights.config.delta_net is not None:
+        raise UserError(
+            f"{source} has layers with a delta net, which are not written as ONNX yet; qllm_gen.py "
+            "runs it"
+        )
     kinds = ", ".join(sorted({*others.values(), *_with_offsets(weights)}))
     if kinds:
         note(f"layers of {kinds} are written as numbers: MatMulNBits holds none of that kind")

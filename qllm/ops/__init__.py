@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from qllm.ops import reference
-from qllm.ops.cpu import library, linear, steps, tuning
+from qllm.ops.cpu import delta, library, linear, steps, tuning
 from qllm.ops.gpu import attention as gpu_attention
 from qllm.ops.gpu import device as gpu
 from qllm.ops.gpu import layout as gpu_layout
@@ -149,6 +149,7 @@ CPU_LAYOUT, GPU_LAYOUT = _layout(linear), _layout(gpu_layout)
 SIMPLE = (
     *("embedding", "layer_norm", "rms_norm", "qk_norm", "activation", "gated_activation", "add"),
     *("scale", "scale_rows", "gather", "join", "wide_qk_norm", "route"),
+    *("gate", "causal_conv", "delta_rule"),
     *("decode_attention", "prefill_attention", "layer_norm_int8", "rms_norm_int8"),
     *("differentiable_attention", "step_rounding", "descend_block"),
 )
@@ -171,7 +172,7 @@ def _simple(op: str) -> tuple[Kernel, ...]:
     kernels = [Kernel("reference", lambda: "plain torch", getattr(reference, op))]
     if op in GPU_SIMPLE:
         kernels.insert(0, Kernel("triton", gpu.about, GPU_SIMPLE[op], _gpu_unsupported))
-    for module in (steps, tuning):
+    for module in (steps, delta, tuning):
         if hasattr(module, op):
             kernels.insert(0, Kernel("cpu", library.about, getattr(module, op), _cpu_unsupported))
     return tuple(kernels)
@@ -285,9 +286,13 @@ def on(device: str) -> SimpleNamespace:
 @cache
 def differentiable_on(device: str) -> SimpleNamespace:
     """`on` inside `differentiable`: plain torch, but for what has a way back of its own."""
-    attention = {"prefill_attention": kernels_on(device).differentiable_attention}
+    own = {
+        "prefill_attention": kernels_on(device).differentiable_attention,
+        "causal_conv": reference.differentiable_conv,
+        "delta_rule": reference.differentiable_delta_rule,
+    }
     found = {op: getattr(reference, op) for op in SIMPLE}
-    return SimpleNamespace(**found | attention, add_norm={})
+    return SimpleNamespace(**found | own, add_norm={})
 
 
 @cache

@@ -22,7 +22,13 @@ from qllm.layers import Linear
 from qllm.layers.sharding import Sharding, narrow_runs
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.parallel.group import Group
-from qllm.parallel.plan import attention_shardings, mlp_shardings, shard_heads
+from qllm.parallel.plan import (
+    Heads,
+    attention_shardings,
+    delta_shardings,
+    mlp_shardings,
+    shard_heads,
+)
 
 
 class ShardedLinear(nn.Module):
@@ -181,6 +187,14 @@ class AttentionLike(Protocol):
     heads: list[int]
 
 
+class DeltaNetLike(Protocol):
+    """A module with `qkv` (rows: query, key, value heads, gates of those), `gates` and `out`."""
+
+    qkv: LinearOrShard
+    gates: LinearOrShard
+    out: LinearOrShard
+
+
 class MLPLike(Protocol):
     """A module with `up` (or gate and up, rows one behind the other) and `down`."""
 
@@ -189,7 +203,12 @@ class MLPLike(Protocol):
 
 
 def shard_attention(
-    attention: AttentionLike, group: Group, mode: str = "exact", *, gather: bool = False
+    attention: AttentionLike,
+    group: Group,
+    mode: str = "exact",
+    *,
+    gather: bool = False,
+    gated: bool = False,
 ) -> Tensor:
     """Shard an attention module: this rank keeps its heads, and exchanges with the others.
 
@@ -197,6 +216,7 @@ def shard_attention(
 
     Args:
         gather: `qkv` puts out the heads of all ranks, for what goes by all of them.
+        gated: see `attention_shardings`.
 
     Returns:
         the columns of all heads that are this rank's, int64.
@@ -208,7 +228,8 @@ def shard_attention(
     head_dim = out.in_features // count
     heads = shard_heads(count, kv_heads, group.size)
     parts = 1 + -(-(qkv.out_features // head_dim - count) // kv_heads)
-    both = attention_shardings(heads, head_dim, out.out_features, mode, parts)
+    how = {"gated": True} if gated else {"parts": parts}
+    both = attention_shardings(heads, head_dim, out.out_features, mode, **how)
     widths = [len(h.queries) * head_dim for h in heads]
     even = Sharding.evenly(0, qkv.out_features, group.size)
     attention.qkv = shard_linear(qkv, group, even if gather else both["qkv"], gather=gather)
@@ -217,6 +238,30 @@ def shard_attention(
     attention.heads = [len(mine.queries), len(mine.keys), len(mine.keys)]
     runs = both["qkv"].ranges[group.rank]
     return torch.cat([torch.arange(run.start, run.stop, device="cpu") for run in runs])
+
+
+def shard_delta_net(
+    delta: DeltaNetLike, heads: list[Heads], dims: tuple[int, int], group: Group, mode: str
+) -> Sequence[range]:
+    """Shard a delta net: this rank keeps its heads, and exchanges with the others.
+
+    Args:
+        heads: of each rank, of keys and of values.
+        dims: channels of a head's key, and of its value.
+
+    Returns:
+        the channels of the convolution that are this rank's.
+    """
+    qkv, gates, out = delta.qkv, delta.gates, delta.out
+    assert isinstance(qkv, Linear)  # nothing is sharded twice
+    assert isinstance(gates, Linear)
+    assert isinstance(out, Linear)
+    every = delta_shardings(heads, *dims, out.out_features, mode)
+    delta.qkv = shard_linear(qkv, group, every["qkv"], gather=False)
+    delta.gates = shard_linear(gates, group, every["gates"], gather=False)
+    widths = [len(h.queries) * dims[1] for h in heads]
+    delta.out = shard_linear(out, group, every["out"], inputs=widths)
+    return every["conv"].ranges[group.rank]
 
 
 def shard_mlp(mlp: MLPLike, group: Group, mode: str = "exact") -> None:

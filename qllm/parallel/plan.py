@@ -40,24 +40,59 @@ def shard_heads(heads: int, kv_heads: int, world: int) -> list[Heads]:
 
 
 def attention_shardings(
-    heads: list[Heads], head_dim: int, hidden: int, mode: str, parts: int = 3
+    heads: list[Heads],
+    head_dim: int,
+    hidden: int,
+    mode: str,
+    parts: int = 3,
+    *,
+    gated: bool = False,
 ) -> dict[str, Sharding]:
     """The shardings of "qkv" and "out".
 
     Args:
         heads: of each rank, of `shard_heads`.
         parts: how many of queries, keys and values "qkv" puts out.
+        gated: behind all of them are gates of the heads of queries.
     """
     kv_heads, count = heads[-1].keys.stop, heads[-1].queries.stop
+    bases = (0, count, count + kv_heads, count + 2 * kv_heads)
     qkv = tuple(
         tuple(
             range((base + run.start) * head_dim, (base + run.stop) * head_dim)
-            for base, run in ((0, h.queries), (count, h.keys), (count + kv_heads, h.keys))[:parts]
-        )
+            for base, run in zip(bases, (h.queries, h.keys, h.keys, h.queries), strict=True)
+        )[: 4 if gated else parts]
         for h in heads
     )
     queries = tuple(runs[:1] for runs in qkv)
     return {"qkv": Sharding(0, qkv), "out": _second(queries, hidden, mode)}
+
+
+def delta_shardings(
+    heads: list[Heads], key_dim: int, value_dim: int, hidden: int, mode: str
+) -> dict[str, Sharding]:
+    """The shardings of a delta net's "qkv", "gates", "out", and of the channels of its "conv".
+
+    Args:
+        heads: of each rank, of `shard_heads`, the heads of values being those of queries there.
+    """
+    keys, count = heads[-1].keys.stop * key_dim, heads[-1].queries.stop
+    values = count * value_dim
+    found: dict[str, list[tuple[range, ...]]] = {name: [] for name in ("qkv", "gates", "values")}
+    for h in heads:
+        key = range(h.keys.start * key_dim, h.keys.stop * key_dim)
+        value = range(h.queries.start * value_dim, h.queries.stop * value_dim)
+        parts = ((0, key), (keys, key), (2 * keys, value), (2 * keys + values, value))
+        found["qkv"].append(tuple(range(b + run.start, b + run.stop) for b, run in parts))
+        both = (range(b + h.queries.start, b + h.queries.stop) for b in (0, count))
+        found["gates"].append(tuple(both))
+        found["values"].append((value,))
+    return {
+        "qkv": Sharding(0, tuple(found["qkv"])),
+        "gates": Sharding(0, tuple(found["gates"])),
+        "conv": Sharding(0, tuple(runs[:3] for runs in found["qkv"])),
+        "out": _second(tuple(found["values"]), hidden, mode),
+    }
 
 
 def mlp_shardings(

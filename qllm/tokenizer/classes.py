@@ -26,6 +26,11 @@ QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Marks are of a word, too.
+QWEN3_5_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # Any of these in a folder without tokenizer.json is what transformers reads.
 OTHER_FORMATS = re.compile(r"tekken\.json|tokenizer\.model|tiktoken\.model|vocab_file|merges_file")
 
@@ -188,6 +193,7 @@ QWEN2 = TokenizerClass(
     partial(_byte_level, words=QWEN2_WORDS),
     {**TEXT_ENDS, "bos_token": None, "pad_token": "<|endoftext|>"},
 )
+QWEN3_5 = TokenizerClass(partial(_byte_level, words=QWEN3_5_WORDS), QWEN2.defaults)
 GEMMA = TokenizerClass(
     _gemma,
     {f"{kind}_token": f"<{kind}>" for kind in ("bos", "eos", "pad", "mask")}
@@ -206,6 +212,7 @@ CLASSES = {
     "LlamaTokenizerFast": LLAMA,
     "Qwen2Tokenizer": QWEN2,
     "Qwen2TokenizerFast": QWEN2,
+    "Qwen3_5Tokenizer": QWEN3_5,
     "GemmaTokenizer": GEMMA,
     "GemmaTokenizerFast": GEMMA,
     "CohereTokenizer": COHERE,
@@ -231,6 +238,11 @@ DEFAULT_CLASS = {
     "qwen2_vl": QWEN2,
     "qwen2_5_vl": QWEN2,
     "qwen3_vl": QWEN2,
+    "qwen3_next": QWEN2,
+    "qwen3_5": QWEN3_5,
+    "qwen3_5_moe": QWEN3_5,
+    "qwen3_5_text": QWEN3_5,
+    "qwen3_5_moe_text": QWEN3_5,
     "gemma3": GEMMA,
     "starcoder2": GPT2,
     "granite": BACKEND,

@@ -24,7 +24,7 @@ PROMPTS = draw_prompts([9, 4, 11], 4096)
 
 
 def tensors(cache) -> list[torch.Tensor]:
-    return [part for kv in cache.layers for part in kv]
+    return [part for layer in (*cache.layers, *cache.states.values()) for part in layer]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -233,3 +233,24 @@ def test_decoding_finds_what_prefill_does(family, kv_bits, monkeypatch):
     for step in range(steps):
         got = model.decode(torch.tensor([prompt[step - steps] for prompt in prompts]), cache)
         assert_logits_close(got, torch.stack([row[step] for row in rows]), 2e-3)
+
+
+def test_a_state_goes_on_or_begins_anew(tmp_path):
+    """A row's next text begins with zeros, and no text goes on from tokens that are let go."""
+    model = load(saved("qwen3_5", tmp_path))
+    first, second = draw_prompts([9, 5], VOCAB)
+    cache = model.new_cache(2, 40)
+    whole = model.prefill([first + second])
+    model.prefill([second, first], cache)
+    assert cache.rewind(0, 4) == 0 and cache.rewind(1, 9) == 9
+    assert same(model.prefill([first + second, second], cache, rows=[0, 1])[:1], whole)
+    assert same(
+        model.prefill([second, first], model.new_cache(2, 40)), model.prefill([second, first])
+    )
+    cache.keep([1])
+    assert cache.start() == [0] and cache.live == [1, 0]
+    assert same(model.prefill([first + second], cache, rows=[0]), whole)
+    model.decode(torch.tensor([1, 2]), cache)
+    assert cache.rewind(0, 14) == 0 and cache.rewind(1, 15) == 15
+    cache.reserve([1], [3])  # of a pass that was interrupted
+    assert cache.rewind(1, 15) == 0

@@ -13,6 +13,7 @@ from conftest import FAMILIES, examples
 from covering import each, slow_but
 from hypothesis import assume, given
 from oracle import (
+    LOGITS_TOLERANCE,
     assert_logits_close,
     assert_same_model,
     bundled,
@@ -25,6 +26,7 @@ from oracle import (
     save,
 )
 from random_configs import CONFIGS, batches, seeds
+from random_hybrids import HYBRIDS
 from random_sizes import MAX_NEW_TOKENS
 from torch import Tensor, nn
 from transformers import BloomConfig, LlamaConfig, OPTConfig, PretrainedConfig
@@ -39,6 +41,9 @@ from qllm.ops.capture import EagerStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HALVES = (torch.float16, torch.bfloat16)
+# Of a delta rule whose keys, of random weights, come from next to nothing: transformers in float32
+# is as far from itself in float64.
+RECURRENT_TOLERANCE = 2e-4
 
 
 def prefill_step(model: Decoder, x: Tensor) -> Prefill:
@@ -52,7 +57,8 @@ def check_random_model(config: PretrainedConfig, lengths: list[int], seed: int) 
     with tempfile.TemporaryDirectory() as folder:
         ours = save(theirs, Path(folder))
     prompts = draw_prompts(lengths, config.vocab_size, seed)
-    assert_same_model(ours, theirs, prompts, MAX_NEW_TOKENS)
+    tolerance = RECURRENT_TOLERANCE if config.model_type in HYBRIDS else LOGITS_TOLERANCE
+    assert_same_model(ours, theirs, prompts, MAX_NEW_TOKENS, tolerance)
 
 
 @pytest.mark.parametrize("family", MODEL_FAMILIES)

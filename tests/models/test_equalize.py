@@ -45,6 +45,9 @@ DIVIDED = {
     "granite": LINEARS,
     # The router and all experts take what one norm gives.
     "qwen2_moe": (QKV, OUT, *(f"mlp.experts.{i}.down" for i in range(4)), "mlp.shared.down"),
+    # What stands behind a norm of heads, and the gates of a delta net that stand beside QKV.
+    "qwen3_5": (UP, DOWN),
+    "qwen3_next": (*(f"mlp.experts.{i}.down" for i in range(3)), "mlp.shared.down"),
     # No norms in front of attention and MLP.
     "olmo2": (OUT, DOWN),
     "gpt2": (QKV, OUT, UP),

@@ -40,6 +40,16 @@ Norm = structure(
 )
 Add = structure("Add", "count type =factor *x *z *y")
 ScaleRows = structure("ScaleRows", "rows columns scaled type *x *factors *y")
+Gate = structure("Gate", "rows channels stride first kind type *x *gates *y")
+Convolution = structure(
+    "Convolution",
+    "sequences channels stride kernel type *x *weight *rows *starts *positions *inputs *y",
+)
+DeltaRule = structure(
+    "DeltaRule",
+    "sequences key_heads heads key_dim value_dim type *qkv *gates *decay *rows *starts *positions "
+    "*memory *y",
+)
 Route = structure("Route", "rows experts top_k normalizes type *logits *gate *weights *chosen")
 Experts = structure(
     "Experts",
@@ -90,6 +100,9 @@ OPS: dict[str, type[ctypes.Structure]] = {
     "norm": Norm,
     "add": Add,
     "scale_rows": ScaleRows,
+    "gate": Gate,
+    "causal_conv": Convolution,
+    "delta_rule": DeltaRule,
     "route": Route,
     "experts": Experts,
     "gather": Gather,

@@ -9,6 +9,12 @@ from qllm.ops.reference.attention import (
     rotate,
     softmax_attention,
 )
+from qllm.ops.reference.delta import (
+    causal_conv,
+    delta_rule,
+    differentiable_conv,
+    differentiable_delta_rule,
+)
 from qllm.ops.reference.descent import descend_block
 from qllm.ops.reference.linear import (
     EXACT_INT32_TERMS,
@@ -35,6 +41,7 @@ from qllm.ops.reference.rows import (
     activation,
     add,
     embedding,
+    gate,
     gated_activation,
     gather,
     join,
@@ -57,12 +64,17 @@ __all__ = [
     "Int8Rows",
     "activation",
     "add",
+    "causal_conv",
     "decode_attention",
+    "delta_rule",
     "dense_linear",
     "dequantize",
     "descend_block",
     "differentiable_attention",
+    "differentiable_conv",
+    "differentiable_delta_rule",
     "embedding",
+    "gate",
     "gated_activation",
     "gather",
     "int8_linear",

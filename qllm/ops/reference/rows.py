@@ -117,6 +117,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),
 }
 
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "silu": F.silu}
 
 # gpt-oss's SwiGLU: gate and up are clamped, and the gate is swish with this factor.
 SWIGLU_OAI, SWIGLU_ALPHA, SWIGLU_LIMIT = "swiglu_oai", 1.702, 7.0
@@ -161,6 +162,16 @@ def scale_rows(x: Tensor, factors: Tensor, columns: int) -> Tensor:
     """The first columns of each row of x (N, C) times its factor (N,), the others as they are."""
     scaled = x[:, :columns] * factors[:, None]
     return torch.cat((scaled, x[:, columns:]), dim=1)
+
+
+def gate(x: Tensor, gates: Tensor, first: int, name: str) -> Tensor:
+    """x (N, C) times a function of as many columns of gates (N, W), from `first` on.
+
+    Args:
+        name: "sigmoid" or "silu".
+    """
+    found = GATES[name](gates[:, first : first + x.shape[1]].float())
+    return (x.float() * found).to(x.dtype)
 
 
 def route(

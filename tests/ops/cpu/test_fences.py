@@ -24,9 +24,10 @@ from fences import fenced, mappings, run_in
 
 from qllm.gguf.types import PACKED, UNBLOCKED
 from qllm.ops import phase
-from qllm.ops.cpu import linear, steps, tuning
+from qllm.ops.cpu import delta, linear, steps, tuning
 from qllm.ops.kv import KV, Batch, Scores
 from qllm.ops.quantized_kv import RUN, QuantizedKV
+from qllm.ops.recurrent import RecurrentState, StateShape
 from qllm.ops.rounding import Rounding
 
 
@@ -119,6 +120,25 @@ def run_blocks(dtype: torch.dtype, fence) -> None:
             kind.to_packed(fence(rows))
 
 
+def run_recurrent(dtype: torch.dtype, fence) -> None:
+    for (key_dim, value_dim, heads), length in itertools.product(
+        ((1, 1, 1), (20, 13, 2), (7, 70, 3)), (1, 3, 34)
+    ):
+        channels = (2 * key_dim + value_dim) * heads
+        x, weight = fence(normal(length + 1, channels + 3, dtype=dtype)), normal(3, channels)
+        state = RecurrentState.empty(
+            2, StateShape(2, channels, heads, key_dim, value_dim), dtype, "cpu"
+        )
+        state = RecurrentState(*map(fence, state))
+        batch = Batch.of([length, 1], "cpu", rows=[1, 0], pasts=[0, 2])
+        batch = Batch(*map(fence, batch[:3]), length, length)
+        qkv = fence(delta.causal_conv(x, fence(weight.to(dtype)), state, batch))
+        gates, decay = normal(length + 1, 2 * heads, dtype=dtype), normal(2, heads)
+        y = delta.delta_rule(qkv, fence(gates), fence(decay), state, batch)
+        every = fence(torch.cat([y, y], dim=1))
+        delta.gate(fence(y), every, y.shape[1], "silu")
+
+
 def run_tuning(dtype: torch.dtype, fence) -> None:
     for (rows, columns), group in itertools.product(((1, 1), (3, 15), (2, 70)), (70, 16, 20)):
         groups = -(-columns // group)
@@ -159,6 +179,7 @@ def run_all(path: str) -> None:
                 run_dense,
                 run_linear,
                 run_blocks,
+                run_recurrent,
                 run_tuning,
             ):
                 run(dtype, fence)

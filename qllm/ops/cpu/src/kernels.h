@@ -121,7 +121,7 @@ struct Blocks {
 
 // The rest of a decoder; all tensors of one call but the float32 and integer ones are of one type.
 
-enum Kind : int64_t { RELU, GELU, GELU_TANH, SILU, RELU2, SWIGLU_OAI };
+enum Kind : int64_t { RELU, GELU, GELU_TANH, SILU, RELU2, SWIGLU_OAI, SIGMOID };
 
 // y (rows, channels) = f(x), or f(x) z where x is [x; z] (rows, 2 channels); of SWIGLU_OAI f(x, z).
 struct Activate {
@@ -151,6 +151,12 @@ struct Add {  // y = x + z, all (count,); or x factor, where z is null
 struct ScaleRows {  // y = x (rows, columns), the first `scaled` columns times factors (rows,)
     int64_t rows, columns, scaled, type;
     const void *x, *factors;
+    void *y;
+};
+
+struct Gate {  // y = x (rows, channels) times f(gates), of which these begin at `first`
+    int64_t rows, channels, stride, first, kind, type;  // stride: from one row of gates to the next
+    const void *x, *gates;
     void *y;
 };
 
@@ -270,6 +276,28 @@ struct Dense {  // y (rows, out) = x w^T + bias
     void *y;
 };
 
+// y (N, channels) = SiLU of a convolution of x, whose rows are a stride apart, over `kernel` tokens
+// of which the last is its own; and the delta rule: see qllm/ops/reference/delta.py. `rows`,
+// `starts` and `positions` are as of Attend.
+struct Convolution {
+    int64_t sequences, channels, stride, kernel, type;
+    const void *x;
+    const void *weight;  // (kernel, channels)
+    const int64_t *rows, *starts, *positions;
+    void *inputs;        // (…, kernel - 1, channels)
+    void *y;
+};
+
+struct DeltaRule {
+    int64_t sequences, key_heads, heads, key_dim, value_dim, type;
+    const void *qkv;     // (N, 2 key_heads key_dim + heads value_dim)
+    const void *gates;   // (N, 2 heads)
+    const float *decay;  // (2, heads)
+    const int64_t *rows, *starts, *positions;
+    float *memory;       // (…, heads, key_dim, value_dim)
+    void *y;             // (N, heads value_dim)
+};
+
 struct StepRounding {  // of a matrix (rows, in) on its grids; see `qllm.ops.rounding.Rounding`
     int64_t rows, in, groups, group, qmax, symmetric, scale_type, type;
     int64_t parts, part_stride, factor_stride;  // elements from one part or end to the next
@@ -309,6 +337,9 @@ enum class Status : int64_t { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
     OP(norm, Norm)                                 \
     OP(add, Add)                                   \
     OP(scale_rows, ScaleRows)                      \
+    OP(gate, Gate)                                 \
+    OP(causal_conv, Convolution)                   \
+    OP(delta_rule, DeltaRule)                      \
     OP(route, Route)                               \
     OP(experts, Experts)                           \
     OP(gather, Gather)                             \

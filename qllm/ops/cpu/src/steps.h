@@ -29,6 +29,8 @@ template <int KIND> inline VF activated(VF v) {
         return mul_f(positive, positive);
     } else if constexpr (KIND == SILU) {
         return div_f(v, add_f(set_f(1), exp_or_infinity(sub_f(set_f(0), v))));
+    } else if constexpr (KIND == SIGMOID) {
+        return div_f(set_f(1), add_f(set_f(1), exp_or_infinity(sub_f(set_f(0), v))));
     } else if constexpr (KIND == GELU_TANH) {
         // v / 2 (1 + tanh u) = v / (1 + e^-2u), u = sqrt(2 / pi) (v + 0.044715 v^3)
         VF u = fma_f(mul_f(mul_f(v, v), v), set_f(0.044715f), v);
