@@ -10,7 +10,7 @@ from qllm.config import ModelConfig
 from qllm.layers import Linear
 from qllm.memory import check_fits
 from qllm.models import Decoder
-from qllm.models.layer import Embedding
+from qllm.models.embeddings import Embedding
 from qllm.models.mlp import inner_channels
 from qllm.models.positions import LearnedPositions
 

@@ -12,7 +12,7 @@ from qllm.checkpoint.load import elements, module_bytes
 from qllm.generate import Generator
 from qllm.huggingface import HuggingFaceModel
 from qllm.models import Decoder
-from qllm.models.layer import QuantizedEmbedding
+from qllm.models.embeddings import QuantizedEmbedding
 from qllm.models.mlp import MixtureOfExperts
 
 

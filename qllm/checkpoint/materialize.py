@@ -21,8 +21,8 @@ from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
 from qllm.models.attention import Sinks
 from qllm.models.delta_net import CausalConv, HeadValues
+from qllm.models.embeddings import Embedding, QuantizedEmbedding
 from qllm.models.equalize import NORMS, can_divide
-from qllm.models.layer import Embedding, QuantizedEmbedding
 from qllm.models.norms import Norm
 from qllm.parallel.layers import (
     QuantizedVocabularyParallel,

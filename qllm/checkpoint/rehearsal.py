@@ -18,7 +18,7 @@ import torch
 from qllm import ops
 from qllm.layers import Linear
 from qllm.models import Decoder
-from qllm.models.cache import Decode
+from qllm.models.passes import Decode
 
 
 class Rehearsal:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from qllm import ops
 from qllm.config import ModelConfig
 from qllm.layers import Linear
-from qllm.models.cache import Decode, Prefill
 from qllm.models.norms import HeadNorm, QKNorm, WideQKNorm
+from qllm.models.passes import Decode, Prefill
 from qllm.ops.kv import Scores
 from qllm.ops.reference import Int8Rows
 

@@ -20,20 +20,14 @@ from qllm.config import ModelConfig, QuantSpec
 from qllm.layers import Linear, linear_class
 from qllm.memory import check_fits
 from qllm.models.activations import find_activation
-from qllm.models.cache import Decode, KVCache, Prefill
-from qllm.models.layer import (
-    Embedding,
-    LayerList,
-    QuantizedEmbedding,
-    Scale,
-    embedding_and_head,
-    layer_class,
-    total,
-)
+from qllm.models.cache import KVCache
+from qllm.models.embeddings import Embedding, QuantizedEmbedding, Scale, embedding_and_head
+from qllm.models.layer import LayerList, layer_class, total
 from qllm.models.layer_inputs import LayerInputs
 from qllm.models.logits import finish_logits
 from qllm.models.norms import NORMS
 from qllm.models.partition import keep_shards, keep_stage
+from qllm.models.passes import Decode, Prefill
 from qllm.models.pickling import Picklable
 from qllm.models.pieces import ends_of, pieces_of
 from qllm.models.positions import POSITIONS

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from qllm import ops
 from qllm.config import DeltaNetConfig, ModelConfig
 from qllm.models.attention import Attention, MakeLinear, attention_class
-from qllm.models.cache import Decode, Prefill, state_shape
+from qllm.models.cache import state_shape
+from qllm.models.passes import Decode, Prefill
 from qllm.ops.reference import Int8Rows
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qllm.config import ModelConfig
 from qllm.models.attention import MakeLinear
-from qllm.models.layer import Embedding, Scale
+from qllm.models.embeddings import Embedding, Scale
 from qllm.models.norms import NORMS, add
 
 

@@ -15,7 +15,7 @@ from qllm.errors import UserError
 from qllm.layers import Linear
 from qllm.models.attention import WideNormedAttention
 from qllm.models.delta_net import GatedDeltaNet
-from qllm.models.layer import Embedding, QuantizedEmbedding
+from qllm.models.embeddings import Embedding, QuantizedEmbedding
 from qllm.parallel.group import Group
 from qllm.parallel.layers import (
     shard_attention,

@@ -23,7 +23,8 @@ from qllm.layers import Linear
 from qllm.layers.fp16 import DenseLinear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import check_fits
-from qllm.models.layer import PreNormLayer, QuantizedEmbedding
+from qllm.models.embeddings import QuantizedEmbedding
+from qllm.models.layer import PreNormLayer
 from qllm.models.logits import finish_logits
 from qllm.plan.modules import decided_modules
 from qllm.plan.output_errors import SMALLEST, OutputErrors, observed_together, products_bytes

@@ -24,9 +24,10 @@ from qllm.errors import UserError
 from qllm.layers import Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.memory import check_fits
-from qllm.models.cache import Prefill
-from qllm.models.layer import PreNormLayer, QuantizedEmbedding
+from qllm.models.embeddings import QuantizedEmbedding
+from qllm.models.layer import PreNormLayer
 from qllm.models.norms import Norm
+from qllm.models.passes import Prefill
 from qllm.progress import Meter, Note, silent, unseen
 from qllm.quant.inputs import InputStats
 from qllm.quantizer.estimate import bytes_needed, step_sizes

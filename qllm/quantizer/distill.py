@@ -24,11 +24,11 @@ from qllm.config import ModelConfig
 from qllm.layers import Linear
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models import Decoder
-from qllm.models.cache import Prefill
-from qllm.models.layer import QuantizedEmbedding
+from qllm.models.embeddings import QuantizedEmbedding
 from qllm.models.logits import finish_logits
 from qllm.models.mlp import inner_channels
 from qllm.models.norms import Norm
+from qllm.models.passes import Prefill
 from qllm.quant.algorithm import DistillOptions
 from qllm.quant.packing import group_width
 from qllm.quant.rtn import SMALLEST_HALF_SCALE, grouped, row_pieces

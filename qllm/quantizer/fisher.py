@@ -21,9 +21,9 @@ from qllm import ops
 from qllm.checkpoint.weights import Weights
 from qllm.config import LM_HEAD
 from qllm.folders import writing
-from qllm.models.cache import Prefill
 from qllm.models.layer import PreNormLayer
 from qllm.models.logits import finish_logits
+from qllm.models.passes import Prefill
 from qllm.quantizer.distill import LOGITS_AT_ONCE
 from qllm.quantizer.floats import BACK, FRONT, FloatModel
 from qllm.quantizer.hidden import TOKENS_PER_PASS, HiddenStates

@@ -16,7 +16,7 @@ from qllm.config import ModelConfig
 from qllm.errors import UserError
 from qllm.layers import Linear
 from qllm.models import Decoder
-from qllm.models.cache import Prefill
+from qllm.models.passes import Prefill
 from qllm.models.positions import PositionEncoding
 from qllm.quant.inputs import InputStats
 

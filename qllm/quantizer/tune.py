@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from qllm import ops
 from qllm.layers import DenseLinear, Linear
 from qllm.layers.weight_only import WeightOnlyLinear
-from qllm.models.cache import Prefill
 from qllm.models.equalize import dense_linear
 from qllm.models.layer import Block, PreNormLayer
+from qllm.models.passes import Prefill
 from qllm.quant.algorithm import TuneOptions, TuningStart
 from qllm.quantizer.hidden import HiddenStates
 from qllm.quantizer.rounding import TunedRounding

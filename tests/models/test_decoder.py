@@ -34,8 +34,9 @@ from transformers import BloomConfig, LlamaConfig, OPTConfig, PretrainedConfig
 from qllm.errors import UserError
 from qllm.models import FAMILIES as MODEL_FAMILIES
 from qllm.models import Decoder
-from qllm.models.cache import Decode, KVCache, Prefill
+from qllm.models.cache import KVCache
 from qllm.models.logits import finish_logits
+from qllm.models.passes import Decode, Prefill
 from qllm.ops import phase
 from qllm.ops.capture import EagerStep
 

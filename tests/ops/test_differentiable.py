@@ -9,7 +9,7 @@ from quantizing import MODELS, saved
 
 from qllm import ops
 from qllm.layers import Linear
-from qllm.models.cache import Prefill
+from qllm.models.passes import Prefill
 from qllm.ops.reference import attention
 from qllm.quantizer.tune import FrozenLinear
 

@@ -22,8 +22,8 @@ from qllm.config import BITWIDTHS, ModelConfig, QuantSpec
 from qllm.layers import Linear, linear_class
 from qllm.layers.weight_only import WeightOnlyLinear
 from qllm.models.attention import Attention
-from qllm.models.cache import Prefill
 from qllm.models.mlp import MLP, GatedMLP
+from qllm.models.passes import Prefill
 from qllm.models.positions import PositionEncoding
 from qllm.parallel import (
     Sharding,
