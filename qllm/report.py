@@ -16,7 +16,8 @@ from qllm.layers import Linear
 from qllm.layers.base import describe
 from qllm.memory import resident_bytes
 from qllm.models import Decoder
-from qllm.models.mlp import EXPERTS, ROUTERS
+from qllm.models.delta_net import ALWAYS_FLOAT
+from qllm.models.mlp import EXPERTS
 from qllm.ops.gpu import attention
 from qllm.tokenizer import Tokenizer
 
@@ -60,7 +61,7 @@ def formats(model: Decoder) -> str:
 def quantizable(model: Decoder) -> Iterator[Linear]:
     """The linears of the layers that a bitwidth is for, of those that this process has."""
     for name, module in model.layers.named_modules():
-        if isinstance(module, Linear) and not name.removesuffix(".linear").endswith(ROUTERS):
+        if isinstance(module, Linear) and not name.removesuffix(".linear").endswith(ALWAYS_FLOAT):
             yield module
 
 

@@ -28,15 +28,17 @@ ARCHITECTURES = {
     **{"ministral3": "mistral3", "glm": "chatglm", "cohere": "command-r"},
     **{"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"},
     **{"gpt_oss": "gpt-oss", "phi": "phi2"},
+    **{"qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"},
 }
 # The package's names of those, where they are others.
 PACKAGE = {"gpt-oss": "GPT_OSS", "granitemoe": "GRANITE_MOE", "command-r": "COMMAND_R"}
-# Matrices that stay float32: what chooses experts.
-ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight", "router.weight", "router.layer.weight")
+# Matrices that stay float32: what chooses experts, and convolutions.
+STAY_FLOATS = ("mlp.gate.weight", "shared_expert_gate.weight", "router.weight")
+STAY_FLOATS += ("router.layer.weight", "conv1d.weight")
 
 # Those whose heads have a size of their own.
 HEADED = ("qwen3", "qwen3moe", "gemma", "gemma2", "gemma3", "mistral3", "gpt-oss", "glm4")
-HEADED += ("ernie4_5", "seed_oss")
+HEADED += ("ernie4_5", "seed_oss", "qwen35", "qwen35moe")
 
 # Those of which llama.cpp rotates pairs that are side by side.
 PAIRED = ("llama", "granite", "granitemoe", "smollm3", "mistral3", "olmo", "arcee")
@@ -94,7 +96,7 @@ def read_whole(path: Path) -> gguf.GGUFReader:
 def dequantized(model: nn.Module, kind: str) -> nn.Module:
     """The model with the numbers that a file of this type holds."""
     for name, weight in model.named_parameters():
-        if weight.dim() > 1 and "wpe" not in name and not name.endswith(ROUTERS):
+        if weight.dim() > 1 and "wpe" not in name and not name.endswith(STAY_FLOATS):
             transposed = _transposed(name)
             matrix = (weight.t() if transposed else weight).contiguous().numpy()
             type_ = GGMLQuantizationType[kind]
@@ -117,11 +119,13 @@ def write_model(
     split: int = 1,
     begins: bool = False,
     kinds: Mapping[str, str] = MappingProxyType({}),
+    predicting: int = 0,
 ) -> Path:
     """The file of a model, its matrices of one type; the first of several.
 
     Args:
         kinds: other types of some matrices, by the last part of their names in the file.
+        predicting: of the layers, how many the file says to be of no use for the next token.
     """
     config = model.config
     architecture = ARCHITECTURES.get(config.model_type, config.model_type)
@@ -130,6 +134,8 @@ def write_model(
     add_sizes(writer, architecture, config)
     add_tokenizer(writer)
     writer.add_add_bos_token(begins)
+    if predicting:
+        writer.add_nextn_predict_layers(predicting)
     kind_of_model = gguf.MODEL_ARCH[PACKAGE.get(architecture, architecture.upper())]
     names = gguf.get_tensor_name_map(kind_of_model, config.num_hidden_layers)
     for name, weight in named_weights(model):
@@ -142,14 +148,18 @@ def write_model(
         if architecture in PAIRED and (".q_proj" in name or ".k_proj" in name):
             heads = config.num_attention_heads if ".q_" in name else config.num_key_value_heads
             matrix = matrix.view(heads, 2, -1, matrix.shape[-1]).transpose(1, 2).flatten(0, 2)
-        if "gemma" in architecture and name.endswith("norm.weight"):
+        centered = name.endswith("norm.weight") and "linear_attn" not in name
+        if centered and ("gemma" in architecture or "qwen35" in architecture):
             matrix = matrix + 1
+        if "linear_attn" in name:
+            matrix = with_tiled_heads(name, matrix, config)
+            target = target.replace("ssm_a.weight", "ssm_a")
         if "query_key_value" in name:
             parts = matrix.view(config.num_attention_heads, 3, -1, *matrix.shape[1:])
             matrix = parts.transpose(0, 1).flatten(0, 2)
         type_ = GGMLQuantizationType[kinds.get(target.split(".")[-2], kind)]
         vector = matrix.dim() < 2 or end == "bias"
-        if vector or "position_embd" in target or name.endswith(ROUTERS):
+        if vector or "position_embd" in target or name.endswith(STAY_FLOATS):
             type_ = GGMLQuantizationType.F32
         data = blocks_of(matrix.contiguous().numpy(), type_)
         writer.add_tensor(target, data, raw_dtype=type_)
@@ -158,6 +168,22 @@ def write_model(
     writer.write_tensors_to_file()
     writer.close()
     return path if split == 1 else next(iter(sorted(path.parent.glob(f"{path.stem}-00001-*"))))
+
+
+def with_tiled_heads(name: str, tensor: torch.Tensor, config: object) -> torch.Tensor:
+    """A tensor of a delta net as llama.cpp has it: heads of values by their place in a group."""
+    keys, dim = config.linear_num_key_heads, config.linear_value_head_dim
+    each = config.linear_num_value_heads // keys
+    tensor = -tensor.exp() if "A_log" in name else tensor
+    if name.endswith("linear_attn.norm.weight"):
+        return tensor
+    if name.endswith("out_proj.weight"):
+        return tensor.view(-1, keys, each, dim).transpose(1, 2).flatten(1)
+    tensor = tensor.squeeze(1) if "conv1d" in name else tensor
+    first = 2 * keys * config.linear_key_head_dim
+    first = first if name.endswith(("in_proj_qkv.weight", "conv1d.weight")) else 0
+    values = tensor[first:].unflatten(0, (keys, each, -1)).transpose(0, 1).flatten(0, 2)
+    return torch.cat([tensor[:first], values])
 
 
 def experts_of(config: object) -> int:
@@ -183,7 +209,9 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         elif "experts.down_proj" in name:
             turned = weight.mT if interleaved and kind == "weight" else weight
             yield f"{name.removesuffix('_bias')}.{kind}", turned
-        elif name.endswith(".sinks"):
+        elif name.endswith("linear_attn.dt_bias"):  # a bias there
+            yield name.replace("dt_bias", "dt_proj.bias"), weight
+        elif name.endswith((".sinks", ".A_log")):
             yield f"{name}.weight", weight
         else:
             yield name, weight[0] if name.endswith("shared_expert_gate.weight") else weight
@@ -252,6 +280,8 @@ def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
         writer.add_value_length(config.head_dim)
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         writer.add_sliding_window(config.sliding_window)
+    if "qwen35" in architecture:
+        add_delta_net(writer, config)
     if hasattr(config, "num_experts_per_tok"):
         add_experts(writer, architecture, config)
     if architecture == "gemma2":
@@ -280,15 +310,27 @@ def add_settings(writer: GGUFWriter, architecture: str, config: object) -> None:
             writer.add_tensor(f"rope_factors_{length}.weight", factors)
 
 
+def add_delta_net(writer: GGUFWriter, config: object) -> None:
+    """Those of delta nets."""
+    heads, dim = config.linear_num_value_heads, config.linear_value_head_dim
+    writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+    writer.add_ssm_state_size(config.linear_key_head_dim)
+    writer.add_ssm_group_count(config.linear_num_key_heads)
+    writer.add_ssm_time_step_rank(heads)
+    writer.add_ssm_inner_size(heads * dim)
+    writer.add_full_attention_interval(2)
+    writer.add_rope_dimension_sections([2, 1, 1, 0])
+
+
 def add_experts(writer: GGUFWriter, architecture: str, config: object) -> None:
     """Those of mixtures of experts."""
     writer.add_expert_count(experts_of(config))
     writer.add_expert_used_count(config.num_experts_per_tok)
-    if architecture in ("qwen2moe", "qwen3moe"):
+    if architecture in ("qwen2moe", "qwen3moe", "qwen35moe"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if architecture == "gpt-oss":
         writer.add_expert_feed_forward_length(config.intermediate_size)
-    if architecture == "qwen2moe":
+    if architecture in ("qwen2moe", "qwen35moe"):
         size = config.shared_expert_intermediate_size
         writer.add_expert_shared_feed_forward_length(size)
 

@@ -232,6 +232,10 @@ def mixtral() -> nn.Module:
     return made(MixtralForCausalLM, MixtralConfig(**LLAMA, **experts))
 
 
+DELTA_NET = {
+    **{"head_dim": 32, "full_attention_interval": 2, "linear_num_key_heads": 2},
+    **{"linear_num_value_heads": 6, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
+}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3}
 
 
@@ -285,6 +289,23 @@ FAMILIES = {
     **{"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe, "olmoe": olmoe},
     **{"granitemoe": granitemoe, "gpt_oss": gpt_oss},
 }
+
+
+def qwen3_5(**more: object) -> nn.Module:
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    return made(Qwen3_5ForCausalLM, Qwen3_5TextConfig(**LLAMA | DELTA_NET | more))
+
+
+def qwen3_5_moe() -> nn.Module:
+    from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+    sizes = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}
+    return made(Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig(**LLAMA | DELTA_NET | EXPERTS | sizes))
+
+
+# Of which no files are written.
+READ_ALONE = {"qwen3_5": qwen3_5, "qwen3_5_moe": qwen3_5_moe}
 
 
 def made(kind: type, config: object) -> nn.Module:

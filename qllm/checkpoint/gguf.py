@@ -25,6 +25,7 @@ from qllm.gguf.metadata import Metadata
 from qllm.gguf.types import BlockType, MixedType
 from qllm.models import FAMILIES, RawConfig
 from qllm.models import read_config as model_config
+from qllm.models.delta_net import has_delta_net
 from qllm.models.family import MAX_EXPERTS
 from qllm.quant.packing import packed_size
 
@@ -68,8 +69,26 @@ STACKED: dict[str, tuple[str, int]] = {
     "ffn_gate_up_exps": ("mlp.experts.{}.up", 0),
     "ffn_down_exps": ("mlp.experts.{}.down", 0),
 }
+# Of a layer with a delta net, what these and other names are.
+DELTA: dict[str, tuple[str, int]] = {
+    "attn_qkv": ("attention.qkv", 0),
+    "attn_gate": ("attention.qkv", 1),
+    "ssm_beta": ("attention.gates", 0),
+    "ssm_alpha": ("attention.gates", 1),
+    "ssm_conv1d": ("attention.conv", 0),
+    "ssm_a": ("attention.log_decay", 0),
+    "ssm_dt": ("attention.decay_bias", 0),
+    "ssm_norm": ("attention.norm", 0),
+    "ssm_out": ("attention.out", 0),
+}
+# A number of each head there, in place of the logarithm of its negative, and without a kind.
+DECAY = "ssm_a"
+# Values that the blocks of all types are of, or several of them.
+BLOCK_VALUES = 32
 ALONE = re.compile(r"(ffn_gate|ffn_up|ffn_down)\.(\d+)")
 LAYER = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
+BARE = re.compile(rf"blk\.\d+\.{DECAY}")
+GATES = "gates of attn_q"
 # What the configuration has of a file.
 CONSUMED = tuple(f"rope_{kind}.weight" for kind in ("freqs", "factors_long", "factors_short"))
 
@@ -81,16 +100,20 @@ class Part:
     Attributes:
         perm: the file's row of each of ours; None where they are the same.
         offset: what its numbers have more than ours.
+        chunks: the file's run of columns of each of ours, all of one size; None: the same ones.
+        decays: its numbers are -e^x of ours.
     """
 
     tensor: GGUFTensor
     perm: Tensor | None = None
     offset: float = 0.0
+    chunks: Tensor | None = None
+    decays: bool = False
 
     @property
     def rows(self) -> int:
         """How many there are."""
-        return self.tensor.shape[0]
+        return self.tensor.shape[0] if self.perm is None else len(self.perm)
 
 
 def parts_of(found: GGUF) -> dict[str, list[Part]]:
@@ -100,11 +123,19 @@ def parts_of(found: GGUF) -> dict[str, list[Part]]:
     """
     architecture = architecture_of(Metadata(found))
     offset, names = architecture.norm_offset, inner_parts(architecture)
-    perms = _row_perms(found)
+    config = _config_of(found)
+    perms = row_orders(config, architecture)
     parts: dict[str, dict[int, Part]] = {}
     for name, tensor in found.tensors.items():
-        layer, (stem, _, kind) = LAYER.fullmatch(name), name.rpartition(".")
-        if name in CONSUMED:
+        spelled = f"{name}.weight" if BARE.fullmatch(name) else name
+        layer, (stem, _, kind) = LAYER.fullmatch(spelled), spelled.rpartition(".")
+        behind = layer is not None and int(layer[1]) >= config.num_layers
+        if name in CONSUMED or (behind and architecture.predicts):
+            continue
+        if layer and has_delta_net(config, int(layer[1])) and layer[2] in DELTA:
+            inner, at = DELTA[layer[2]]
+            same = parts.setdefault(f"layers.{int(layer[1])}.{inner}.weight", {})
+            _add_part(same, at, _delta_part(config, layer[2], tensor, name), name)
             continue
         at = 0
         if layer:
@@ -125,10 +156,13 @@ def parts_of(found: GGUF) -> dict[str, list[Part]]:
         elif stem in OUTER:
             stem = OUTER[stem]
         perm = perms.get(layer[2]) if layer else None
-        if perm is not None and len(perm) != tensor.shape[0]:
-            rows = tensor.shape[0]
-            raise UserError(f"{tensor.path}: {name} has {rows} rows, its heads {len(perm)}")
+        gates = perms.get(GATES) if layer and layer[2] == "attn_q" else None
+        rows = 0 if perm is None else len(perm) + (0 if gates is None else len(gates))
+        if perm is not None and rows != tensor.shape[0]:
+            raise UserError(f"{tensor.path}: {name} has {tensor.shape[0]} rows, its heads {rows}")
         same = parts.setdefault(f"{stem}.{kind}", {})
+        if gates is not None:  # behind those of values, in the order of parts
+            _add_part(same, 3, Part(tensor, gates), name)
         if stem.endswith(".mlp.shared_gate") and len(tensor.shape) == 1:  # of one output
             _add_part(same, at, Part(replace(tensor, shape=(1, *tensor.shape))), name)
             continue
@@ -161,8 +195,42 @@ def _experts_of(name: str, tensor: GGUFTensor, dims: int) -> list[GGUFTensor]:
     ]
 
 
-def _row_perms(found: GGUF) -> dict[str, Tensor]:
-    """`row_orders` of a file."""
+def _delta_part(config: ModelConfig, stem: str, tensor: GGUFTensor, name: str) -> Part:
+    """What a tensor is in a layer with a delta net.
+
+    llama.cpp has heads of values by their place among those of a head of keys; ours lie with it.
+    """
+    delta = config.delta_net
+    assert delta is not None  # as of all such layers
+    heads, keys, dim = delta.value_heads, delta.key_heads, delta.value_dim
+    order = torch.arange(heads).view(heads // keys, keys).t().flatten()
+    values = (order[:, None] * dim + torch.arange(dim)).flatten()
+    channels = delta.channels - len(values)
+    keys_first = torch.arange(channels)
+    perms = {
+        **dict.fromkeys(("ssm_beta", "ssm_alpha", "ssm_dt", DECAY), order),
+        **dict.fromkeys(("attn_qkv", "ssm_conv1d"), torch.cat([keys_first, channels + values])),
+        "attn_gate": values,
+    }
+    perm = perms.get(stem)
+    if perm is not None and len(perm) != tensor.shape[0]:
+        raise UserError(f"{tensor.path}: {name} has {tensor.shape[0]} rows, its heads {len(perm)}")
+    if stem == "ssm_conv1d":
+        tensor = replace(tensor, shape=(tensor.shape[0], 1, *tensor.shape[1:]))
+    if heads == keys:
+        return Part(tensor, decays=stem == DECAY)
+    if stem != "ssm_out":
+        return Part(tensor, perm, decays=stem == DECAY)
+    if tensor.shape[-1] != heads * dim or (tensor.type.packs and dim % BLOCK_VALUES):
+        raise UserError(
+            f"{tensor.path}: {name} has {tensor.shape[-1]} columns of {heads} heads; QLLM reads "
+            f"heads of {dim} channels there, which are to be a multiple of {BLOCK_VALUES}"
+        )
+    return Part(tensor, chunks=order)
+
+
+def _config_of(found: GGUF) -> ModelConfig:
+    """The model of a file."""
     config = model_config(RawConfig(read_config(found), str(found.path)))
     counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     rows = sum(tensor.shape[0] for tensor in found.tensors.values())
@@ -171,21 +239,30 @@ def _row_perms(found: GGUF) -> dict[str, Tensor]:
             f"{found.path}: {config.num_heads} heads of {config.head_dim} channels are more than "
             f"the {rows} rows of its tensors"
         )
-    return row_orders(config, architecture_of(Metadata(found)))
+    return config
 
 
 def row_orders(config: ModelConfig, architecture: Architecture) -> dict[str, Tensor]:
-    """llama.cpp's name of each part whose rows are not in our order: the row of each of ours."""
+    """llama.cpp's name of each part whose rows are not in our order: the row of each of ours.
+
+    Those of a gate of each head stand in the matrix of queries, and here as GATES.
+    """
+    gated = (config.num_heads,) if config.attention_gate else ()
     counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     # Heads lie one behind the other here, whatever the family's own checkpoints have.
     family = replace(
         FAMILIES[config.family], interleaved_qkv=False, interleaved_rope=architecture.permuted
     )
-    whole = family.qkv_perm(config)
+    whole, head = family.qkv_perm(config), family.head_perm(config)
     if whole is None:
         return {}
-    q, k, _ = whole.split([n * config.head_dim for n in counts])
-    return {"attn_qkv": whole, "attn_q": q, "attn_k": k - len(q)}
+    q, k, _, *gates = whole.split([n * config.head_dim for n in counts + gated])
+    found = {"attn_qkv": whole, "attn_q": q, "attn_k": k - len(q) * (1 + len(gates))}
+    if gates:
+        found[GATES] = gates[0]
+    if head is not None and config.qk_norm and not config.wide_qk_norm:
+        found |= dict.fromkeys(("attn_q_norm", "attn_k_norm"), head)
+    return found
 
 
 def _is_linear(name: str) -> bool:
@@ -214,7 +291,8 @@ def packed_types(
         module = name.rpartition(".")[0]
         held = _is_held(name) and module not in as_numbers
         if held and all(kind.packs for kind in types):
-            found[module] = types[0] if len(types) == 1 else MixedType(types)
+            whole = len(types) == 1 and all(piece.chunks is None for piece in pieces)
+            found[module] = types[0] if whole else MixedType(types)
     return found
 
 
@@ -244,6 +322,11 @@ def _held_as(kind: BlockType | MixedType, shape: tuple[int, ...]) -> dict[str, T
     numbers = TensorInfo((rows, columns // kind.group), torch.float32)
     infos = (TensorInfo((rows, packed_size(columns, kind.bits)), torch.uint8), numbers, numbers)
     return dict(zip(MIXED[: 2 + kind.offset], infos, strict=False))
+
+
+def _in_order(rows: Tensor, chunks: Tensor | None) -> Tensor:
+    """Rows (N, …) whose runs of columns are put in order."""
+    return rows if chunks is None else rows.view(len(rows), len(chunks), -1)[:, chunks].flatten(1)
 
 
 class GGUFFile(TensorFile):
@@ -338,17 +421,19 @@ class GGUFFile(TensorFile):
         module, _, key = name.rpartition(".")
         kind, perm = tensor.type, part.perm
         data = self._mapped(tensor.path)[tensor.offset : tensor.offset + tensor.nbytes]
-        matrix = data.view(part.rows, -1)
+        matrix = data.view(tensor.shape[0], -1)
         taken = matrix[run.start : run.stop] if perm is None else matrix[perm[run.start : run.stop]]
         mixed = self._types.get(module)
         if key == BLOCKS:
             return taken
         if key in MIXED and isinstance(mixed, MixedType):
             of_part = dict(zip(MIXED, (mixed.qweight, mixed.scales, mixed.offsets), strict=True))
-            return of_part[key](kind, taken)
-        numbers = kind.dequantize(taken, self._dtype)
+            return _in_order(of_part[key](kind, taken), part.chunks)
+        numbers = _in_order(kind.dequantize(taken, self._dtype), part.chunks)
         if part.offset:
             numbers = numbers - part.offset
+        if part.decays:
+            numbers = (-numbers).log()
         return numbers.view(len(run), *tensor.shape[1:])
 
     def _mapped(self, path: Path) -> Tensor:

@@ -50,7 +50,8 @@ from qllm.gguf.types import (
 from qllm.gguf.write import Planned, write_gguf
 from qllm.models import RawConfig
 from qllm.models import read_config as model_config
-from qllm.models.mlp import EXPERTS, ROUTERS
+from qllm.models.delta_net import ALWAYS_FLOAT
+from qllm.models.mlp import EXPERTS
 from qllm.models.positions import RotaryPositions
 from qllm.progress import Note, silent
 from qllm.quant.packing import PackedWeight, group_width, unpack
@@ -220,7 +221,7 @@ class _Tensors:
         return (self._made[name]() for name in planned)
 
     def _form(self, module: str, name: str, shape: tuple[int, ...]) -> BlockType:
-        if len(shape) < 2 or module == "positions" or module.endswith(ROUTERS):
+        if len(shape) < 2 or module == "positions" or module.endswith(ALWAYS_FLOAT):
             return F32
         if not name.endswith(".weight") or module not in self.weights.stored:
             return PLAIN[self.weights.dtype(name)]

@@ -22,7 +22,7 @@ from qllm.checkpoint.reader import Checkpoint, is_packed, read_raw_config
 from qllm.config import EMBEDDING, LM_HEAD, ModelConfig
 from qllm.errors import UserError
 from qllm.models import Family, RawConfig, read_config
-from qllm.models.mlp import ROUTERS
+from qllm.models.delta_net import ALWAYS_FLOAT
 from qllm.ops.reference import dequantize
 from qllm.progress import Note, silent
 from qllm.quant.packing import PackedWeight
@@ -76,7 +76,7 @@ class Weights:
         self.stored = self._find_stored()
         # Learned positions that are packed, as a class Embedding has them, too, and the routers of
         # MLX's mixtures: numbers for us.
-        numbers = [name for name in self.stored if name == POSITIONS or name.endswith(ROUTERS)]
+        numbers = [name for name in self.stored if name == POSITIONS or name.endswith(ALWAYS_FLOAT)]
         self._unpacked = {name: self.stored.pop(name) for name in numbers}
         self.dropped = check_tensors(self.names, self._formats)
         if checkpoint.raw_config.outer is not None:
@@ -171,7 +171,7 @@ class Weights:
         names += [
             f"layers.{index}.{router}"
             for index in range(self.config.num_layers)
-            for router in ROUTERS
+            for router in ALWAYS_FLOAT
             if f"layers.{index}.{router}.weight" in self.shapes
         ]
         stored = {}

@@ -43,6 +43,8 @@ class Architecture:
         fixed: fields of `ModelConfig` that no key tells, and what they are.
         parts: ours of names that stand for something else than in other architectures.
         factors: keys of numbers, and the fields of `ModelConfig` that they are.
+        predicts: layers behind the model's own say what comes after the next token.
+        written: files of it are written.
         rope_tensors: those of RoPE's factors that llama.cpp loads: it refuses a file with others.
     """
 
@@ -56,6 +58,8 @@ class Architecture:
     parts: Mapping[str, str] = field(default_factory=dict)
     factors: Mapping[str, str] = field(default_factory=dict)
     rope_tensors: frozenset[str] = frozenset()
+    predicts: bool = False
+    written: bool = True
 
 
 def _gemma2(metadata: Metadata, found: GGUF) -> dict[str, object]:
@@ -242,6 +246,16 @@ def _qwen3_moe(metadata: Metadata, found: GGUF) -> dict[str, object]:
     }
 
 
+def _qwen3_5_moe(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    own = metadata.own
+    return families.read_qwen3_5(metadata, found) | {
+        "num_experts": _experts(metadata),
+        "num_experts_per_tok": metadata.count(own(USED)),
+        "moe_intermediate_size": metadata.count(own(EXPERT_SIZE)),
+        "shared_expert_intermediate_size": metadata.count(own(SHARED_SIZE)),
+    }
+
+
 def _olmoe(metadata: Metadata, found: GGUF) -> dict[str, object]:
     return _moe(metadata, found) | {"norm_topk_prob": False, "pad_token_id": None}
 
@@ -315,6 +329,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "qwen2_moe", _qwen2_moe, reads=MOE | {EXPERT_SIZE, SHARED_SIZE}, fixed=NO_OUTPUT_BIAS
     ),
     "qwen3moe": Architecture("qwen3_moe", _qwen3_moe, reads=MOE | {EXPERT_SIZE}, fixed=NO_BIAS),
+    "qwen35": Architecture("qwen3_5_text", families.read_qwen3_5, **families.QWEN3_5),
+    "qwen35moe": Architecture(
+        *("qwen3_5_moe_text", _qwen3_5_moe),
+        reads=MOE | {EXPERT_SIZE, SHARED_SIZE},
+        **families.QWEN3_5,
+    ),
     "olmoe": Architecture("olmoe", _olmoe, reads=MOE, fixed=NO_BIAS),
     "qwen2": Architecture("qwen2", read_llama, fixed=NO_OUTPUT_BIAS),
     "qwen3": Architecture("qwen3", read_llama, fixed=NO_BIAS),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from qllm.errors import UserError
 from qllm.gguf.file import GGUF
 from qllm.gguf.hyperparameters import (
@@ -107,4 +110,38 @@ def read_cohere2(metadata: Metadata, found: GGUF) -> dict[str, object]:
     return read_cohere(metadata, found) | {
         "sliding_window": metadata.count(own("attention.sliding_window"), 4096),
         "layer_types": read_layer_types(metadata, metadata.count(own("block_count")), every=4),
+    }
+
+
+# Of both kinds of Qwen3.5: what stands behind attention is the norm in front of the MLP.
+QWEN3_5: Mapping[str, Any] = {
+    "norm_offset": 1.0,
+    "parts": {"post_attention_norm": "mlp_norm"},
+    "predicts": True,
+    "written": False,
+}
+
+
+def read_qwen3_5(metadata: Metadata, found: GGUF) -> dict[str, object]:
+    own = metadata.own
+    values = read_llama(metadata, found, same=(VALUES,))
+    _add_share(metadata, values)
+    layers, heads = values["num_hidden_layers"], metadata.count(own("ssm.time_step_rank"))
+    assert isinstance(layers, int)  # as `read_sizes` counts them
+    dim, width = (metadata.count(own(f"ssm.{key}")) for key in ("state_size", "inner_size"))
+    if width != heads * dim:
+        raise UserError(
+            f"{found.path}: {own('ssm.inner_size')} is {width}, {heads} heads of {dim} channels "
+            f"have {heads * dim}"
+        )
+    return values | {
+        # Layers behind the last one say what comes after the next token.
+        "num_hidden_layers": layers - metadata.count(own("nextn_predict_layers"), 0),
+        "full_attention_interval": metadata.count(own("full_attention_interval"), 4),
+        "linear_num_key_heads": metadata.count(own("ssm.group_count")),
+        "linear_num_value_heads": heads,
+        "linear_key_head_dim": dim,
+        "linear_value_head_dim": dim,
+        "linear_conv_kernel_dim": metadata.count(own("ssm.conv_kernel")),
+        "pad_token_id": None,
     }

@@ -29,6 +29,7 @@ NAMES = {
     model_type: name
     for name, architecture in ARCHITECTURES.items()
     for model_type in (architecture.model_type, *architecture.same)
+    if architecture.written
 }
 SCALING = "rope.scaling.type"
 

@@ -53,10 +53,13 @@ def read_sizes(
                 f"{found.path}: {own(key)} is {metadata.values[own(key)]}, the heads have "
                 f"{head_dim} channels"
             )
+    # Where all layers have experts, some files say nothing of an MLP.
+    inner = metadata.values.get(own("expert_feed_forward_length"))
+    inner = inner if isinstance(inner, int) else None
     return {
         "hidden_size": hidden,
         "num_hidden_layers": metadata.count(own("block_count")),
-        "intermediate_size": metadata.count(own("feed_forward_length")),
+        "intermediate_size": metadata.count(own("feed_forward_length"), inner),
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.count(own("attention.head_count_kv"), heads),
         "head_dim": head_dim,

@@ -12,11 +12,16 @@ from qllm import ops
 from qllm.config import DeltaNetConfig, ModelConfig
 from qllm.models.attention import Attention, MakeLinear, attention_class
 from qllm.models.cache import state_shape
+from qllm.models.mlp import ROUTERS
 from qllm.models.passes import Decode, Prefill
 from qllm.ops.reference import Int8Rows
 
 if TYPE_CHECKING:
     from qllm.parallel.layers import LinearOrShard
+
+
+# Linears of layers that are no bitwidth's matter: what chooses, and what says how fast to forget.
+ALWAYS_FLOAT = (*ROUTERS, "attention.gates")
 
 
 class CausalConv(nn.Module):

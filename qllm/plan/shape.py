@@ -25,7 +25,7 @@ from qllm.errors import UserError
 from qllm.layers import Linear, linear_class
 from qllm.models import Decoder
 from qllm.models.cache import KVCache
-from qllm.models.mlp import ROUTERS
+from qllm.models.delta_net import ALWAYS_FLOAT
 from qllm.plan.devices import Size
 from qllm.plan.modules import linears_of, of_experts
 from qllm.plan.sensitivity import Array
@@ -180,7 +180,7 @@ class Shape:
             own = sum(t.nbytes for t in module.buffers(recurse=False))
             if not own or name in decided or (name == LM_HEAD and config.tied_head):
                 continue
-            if name.endswith(ROUTERS):
+            if name.endswith(ALWAYS_FLOAT):
                 assert isinstance(module, Linear)
                 routers.append((_half(name), (module.in_features, module.out_features), own))
             front = name.split(".")[0] in FRONT and not (name == EMBEDDING and config.tied_head)

@@ -28,7 +28,7 @@ from gguf_files import (
     with_phi3_s_tokens,
     write_model,
 )
-from gguf_models import FAMILIES
+from gguf_models import FAMILIES, READ_ALONE
 
 from qllm import LLM
 from qllm.checkpoint.to_gguf import export_gguf
@@ -141,12 +141,13 @@ def test_the_same_tokens_of_what_is_written(tmp_path, family, kind):
         *("glm", "glm4", "cohere", "cohere2", "exaone4", "ernie4_5"),
         *("gemma", "stablelm", "olmo", "seed_oss", "phi", "arcee"),
         *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss"),
+        *READ_ALONE,
     ],
 )
 def test_the_same_tokens_of_what_is_read(tmp_path, family):
     # llama.cpp chooses LongRoPE's factors by the size of the cache.
     options = {"long": False} if family == "phi3" else {}
-    path = write_model(tmp_path / "model.gguf", FAMILIES[family](**options), "F16")
+    path = write_model(tmp_path / "model.gguf", (FAMILIES | READ_ALONE)[family](**options), "F16")
     assert_same_tokens(path, NEAR["F16"])
 
 

@@ -21,7 +21,7 @@ from gguf_files import (
     write_model,
     write_sentencepiece,
 )
-from gguf_models import FAMILIES
+from gguf_models import FAMILIES, READ_ALONE
 from torch import nn
 
 from qllm import LLM, report
@@ -107,13 +107,13 @@ def test_blocks_are_llama_cpp_s_numbers(name):
     [("llama", kind) for kind in KINDS]
     + [
         pytest.param(family, kind, marks=[pytest.mark.slow] * ((i + j) % 2))
-        for i, family in enumerate(FAMILIES)
+        for i, family in enumerate((*FAMILIES, *READ_ALONE))
         for j, kind in enumerate(("F16", "Q4_1"))
         if family != "llama"
     ],
 )
 def test_the_model_is_transformers_(tmp_path, family, kind):
-    model = FAMILIES[family]()
+    model = (FAMILIES | READ_ALONE)[family]()
     path = write_model(tmp_path / "model.gguf", model, kind)
     llm = LLM.from_pretrained(path, dtype="float32")
     specs = {layer.spec.bits for layer in report.quantizable(llm.model)}
@@ -126,6 +126,18 @@ def test_the_model_is_transformers_(tmp_path, family, kind):
         (logits,) = llm.logits([ids])
         want = reference(torch.tensor([ids])).logits[0]
         assert (logits - want).abs().max() < 1e-4 * (want.max() - want.min())
+
+
+def test_layers_that_predict_later_tokens_are_left_out(tmp_path):
+    model = READ_ALONE["qwen3_5"](num_hidden_layers=3)
+    path = write_model(tmp_path / "model.gguf", model, "F16", predicting=1)
+    llm = LLM.from_pretrained(path, dtype="float32")
+    reference = dequantized(model, "F16")
+    del reference.model.layers[2]
+    reference.config.num_hidden_layers = 2
+    (logits,) = llm.logits([IDS[0]])
+    want = reference(torch.tensor([IDS[0]])).logits[0]
+    assert (logits - want).abs().max() < 1e-4 * (want.max() - want.min())
 
 
 def _linears(model: nn.Module):
