@@ -109,6 +109,16 @@ void prepare(const DeltaRule &a, int64_t head, float *q, float *k, DeltaTokens &
     t.q = q, t.k = k;
 }
 
+// body(j, chain) for every j: sums of two chains each, whose places are known at compile time.
+template <typename Body> inline void in_two_chains(int64_t count, const Body &body) {
+    int64_t j = 0;
+    for (; j + 1 < count; j += 2) {
+        body(j, 0);
+        body(j + 1, 1);
+    }
+    if (j < count) body(j, 0);
+}
+
 // Tokens through columns [c, c + VECTORS WIDTH) of a head's memory, or as many as there are.
 template <int64_t TYPE, int VECTORS>
 void columns(const DeltaRule &a, const DeltaTokens &t, int64_t head, int64_t c, float *memory) {
@@ -125,29 +135,29 @@ void columns(const DeltaRule &a, const DeltaTokens &t, int64_t head, int64_t c, 
         const VF fade = set_f(t.fades[i]);
         VF found[2][VECTORS], change[VECTORS];
         each([&](int v, int64_t, int64_t) { found[0][v] = found[1][v] = set_f(0); });
-        for (int64_t j = 0; j < a.key_dim; j++) {  // sums of two chains each
+        in_two_chains(a.key_dim, [&](int64_t j, int chain) {
             const VF key = set_f(k[j]);
             each([&](int v, int64_t at, int64_t count) {
-                VF &sum = found[j % 2][v];
+                VF &sum = found[chain][v];
                 sum = fma_f(load<FLOAT32>(memory, j * dim + at, count), key, sum);
             });
-        }
+        });
         each([&](int v, int64_t at, int64_t count) {
             const VF old = mul_f(add_f(found[0][v], found[1][v]), fade);
             const int64_t value = (t.first + i) * width + keys + head * dim + at;
             change[v] = mul_f(sub_f(load<TYPE>(a.qkv, value, count), old), set_f(t.rates[i]));
             found[0][v] = found[1][v] = set_f(0);
         });
-        for (int64_t j = 0; j < a.key_dim; j++) {
+        in_two_chains(a.key_dim, [&](int64_t j, int chain) {
             const VF key = set_f(k[j]), query = set_f(q[j]);
             each([&](int v, int64_t at, int64_t count) {
                 const VF old = mul_f(load<FLOAT32>(memory, j * dim + at, count), fade);
                 const VF now = fma_f(key, change[v], old);
                 store<FLOAT32>(memory, j * dim + at, count, now);
-                VF &sum = found[j % 2][v];
+                VF &sum = found[chain][v];
                 sum = fma_f(now, query, sum);
             });
-        }
+        });
         each([&](int v, int64_t at, int64_t count) {
             const int64_t to = ((t.first + i) * a.heads + head) * dim + at;
             store<TYPE>(a.y, to, count, add_f(found[0][v], found[1][v]));
