@@ -246,7 +246,8 @@ def write_safetensors(path: Path, tensors: list[tuple[str, Shape]]) -> None:
         file.write(struct.pack("<Q", len(data)) + data)
         for name, shape in tensors:
             small = len(shape) == 1
-            runs = [weights(name, shape)] if small else weights.pieces(name, shape[0] * shape[1])
+            count = torch.Size(shape).numel()
+            runs = [weights(name, shape)] if small else weights.pieces(name, count)
             for run in runs:
                 file.write(memoryview(run.view(torch.uint8).numpy()))
 

@@ -46,6 +46,11 @@ OTHERS: dict[str, dict] = {
     "cohere2": {"sliding_window": 4, "sliding_window_pattern": 2},
     "exaone4": {"sliding_window": 4, "sliding_window_pattern": 2},
     "phi": {"rope_scaling": None},
+    "qwen3_5_text": {
+        **{"head_dim": 8, "rope_scaling": None, "linear_num_key_heads": 2},
+        **{"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4},
+        **{"linear_key_head_dim": 8, "linear_value_head_dim": 4},
+    },
     "stablelm": {"use_parallel_residual": True, "rope_scaling": None},
 }
 PLAN, CALIBRATION = "plan.json", "calibration.safetensors"
