@@ -25,10 +25,10 @@ def can_divide(config: ModelConfig, linear: str) -> bool:
     A norm whose output is the residual as well (OPT-350m), or that has no weights, cannot take
     it, nor can a linear behind which a GELU comes, or what clamps (gpt-oss), or a norm of values
     (Gemma 4), or what has no norm in front (OLMo 2), or one that is not for it alone (an expert,
-    and Cohere's attention and MLP); nor can attention's where some layers have a delta net, which
-    norms what it puts out.
+    and Cohere's attention and MLP); nor can attention's where gates are among the rows of QKV, or
+    beside it, as a delta net has them, which norms what it puts out.
     """
-    if config.delta_net is not None and linear.startswith("attention."):
+    if config.attention_gate and linear.startswith("attention."):
         return False
     if is_of_expert(linear) and linear.endswith(".up"):
         return False  # the router and all experts share the norm in front of them

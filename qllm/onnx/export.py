@@ -74,9 +74,9 @@ def export(
             f"{source} is a {weights.config.family}, which has layers of unlike sizes and is not "
             "written as ONNX yet; qllm_gen.py runs it"
         )
-    if weights.config.delta_net is not None:
+    if weights.config.attention_gate:
         raise UserError(
-            f"{source} has layers with a delta net, which are not written as ONNX yet; qllm_gen.py "
+            f"{source} has attention with gates, which is not written as ONNX yet; qllm_gen.py "
             "runs it"
         )
     kinds = ", ".join(sorted({*others.values(), *_with_offsets(weights)}))

@@ -186,7 +186,10 @@ def test_other_settings_that_both_have(tmp_path):
             "use_bidirectional_attention is True; expected false",
         ),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; expected true or false"),
-        ({"model_type": "paligemma"}, "is 'paligemma'; .*, and the text model inside gemma3, mis"),
+        (
+            {"model_type": "paligemma"},
+            "is 'paligemma'; .*, and the text model inside gemma3, gemma4, gemma4_u",
+        ),
         ({"model_type": "llama"}, "has no tensor that begins with model.layers.0|lacks|implies"),
     ],
 )

@@ -26,7 +26,9 @@ from oracle import (
     random_model,
     spread,
 )
+from quantizing import saved
 from random_configs import CONFIGS, MIXTURES, batches, seeds
+from random_hybrids import HYBRIDS
 from random_sizes import MAX_NEW_TOKENS
 
 from qllm import LLM
@@ -48,7 +50,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = draw_prompts((3, 17, 1, 30), 4096)
 COUNT = 24
 # Of families that are not written as ONNX.
-REFUSED = (*MIXTURES, "gemma4_text")
+REFUSED = (*MIXTURES, *HYBRIDS, "gemma4_text")
 # How far logits may be from ours, as a share of their range, by accuracy level: with int8
 # activations a packed layer loses about as much as its output is from that of 8 bits.
 TOLERANCE = {0: 2e-5, 1: 2e-5, 4: 2e-2}
@@ -67,6 +69,21 @@ def check_random_model(config, lengths: list[int], seed: int) -> None:
         ours = exported(Path(folder) / "model", Path(folder) / "onnx")
     prompts = draw_prompts(lengths, config.vocab_size, seed)
     assert_same_model(ours, theirs, prompts, MAX_NEW_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("qwen2_moe", "is a mixture of experts, which is not written"),
+        ("qwen3_5", "has attention with gates, which is not written"),
+        ("gemma4_text", "is a mixture of experts|has layers of unlike sizes"),
+    ],
+)
+def test_what_is_not_written_is_one_line(name, why, tmp_path):
+    source = saved(name, tmp_path / "model")
+    with pytest.raises(UserError, match=f"^{source} .*({why}).*; qllm_gen.py runs it$"):
+        export(source, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
 
 
 @pytest.mark.parametrize("family", [name for name in MODEL_FAMILIES if name not in REFUSED])
