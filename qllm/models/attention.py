@@ -201,10 +201,10 @@ class SharingAttention(Attention):
         super().__init__(config, index, dtype, make)
         assert config.kv_layer is not None  # as `attention_class` has it
         self.source, self.dim = config.kv_layer, config.head_dim
-        self.qk_norm = HeadNorm(config, dtype)
+        self.qk_norm = HeadNorm(config.head_dim, config.norm_eps, dtype, config.norm_offset)
 
     def forward(self, x: Tensor | Int8Rows, step: Prefill | Decode) -> Tensor:
-        q = self.qk_norm(self.qkv(x), self.dim)
+        q = self.qk_norm(self.qkv(x))
         columns = 2 * self.heads[1] * self.dim
         qkv = ops.on(q.device.type).join(q, step.qkv_of[self.source].to(q.device), columns)
         return self.out(step.attend(self.index, qkv, self.heads, self.scores))

@@ -13,6 +13,7 @@ from qllm.config import DeltaNetConfig, ModelConfig
 from qllm.models.attention import Attention, MakeLinear, attention_class
 from qllm.models.cache import state_shape
 from qllm.models.mlp import ROUTERS
+from qllm.models.norms import HeadNorm
 from qllm.models.passes import Decode, Prefill
 from qllm.ops.reference import Int8Rows
 
@@ -65,22 +66,6 @@ class HeadValues(nn.Module):
         self.register_buffer("weight", weight)
 
 
-class HeadNorm(nn.Module):
-    """An RMS norm of each head: weight (D_v,)."""
-
-    weight: Tensor
-
-    def __init__(self, delta: DeltaNetConfig, eps: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.eps = eps
-        weight = torch.empty(delta.value_dim, dtype=dtype, device="meta")
-        self.register_buffer("weight", weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.view(-1, len(self.weight))
-        return ops.on(x.device.type).rms_norm(rows, self.weight, self.eps).view(x.shape)
-
-
 class GatedDeltaNet(nn.Module):
     """Linear attention whose memory fades and is corrected, with a convolution in front of it.
 
@@ -108,7 +93,7 @@ class GatedDeltaNet(nn.Module):
         # How fast memory fades: the logarithm of A, and a bias of the gates (Gu and Dao 2023).
         self.log_decay, self.decay_bias = HeadValues(delta, dtype), HeadValues(delta, dtype)
         self._decay: tuple[Tensor, Tensor] | None = None  # as ops take it
-        self.norm = HeadNorm(delta, config.norm_eps, dtype)
+        self.norm = HeadNorm(delta.value_dim, config.norm_eps, dtype)
         self.out = make(f"{name}.out", width, config.hidden_size, False)
 
     def is_of(self, delta: DeltaNetConfig) -> None:

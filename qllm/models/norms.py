@@ -150,17 +150,18 @@ class QKNorm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """Weight of the norm that each head's query has, where there are no keys: (D,)."""
+    """Weight of an RMS norm that each head has: (D,)."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    weight: Tensor
+
+    def __init__(self, dim: int, eps: float, dtype: torch.dtype, offset: float = 0.0) -> None:
         super().__init__()
-        self.eps, self.offset = config.norm_eps, config.norm_offset
-        self.register_buffer("weight", torch.empty(config.head_dim, dtype=dtype, device="meta"))
+        self.options = (eps, offset) if offset else (eps,)
+        self.register_buffer("weight", torch.empty(dim, dtype=dtype, device="meta"))
 
-    def forward(self, q: Tensor, dim: int) -> Tensor:
-        options = (self.eps, self.offset) if self.offset else (self.eps,)
-        heads = q.view(-1, dim)
-        return ops.on(q.device.type).rms_norm(heads, self.weight, *options).view(q.shape)
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.view(-1, len(self.weight))
+        return ops.on(x.device.type).rms_norm(rows, self.weight, *self.options).view(x.shape)
 
 
 class WideQKNorm(nn.Module):
