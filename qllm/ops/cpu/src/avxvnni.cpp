@@ -1,5 +1,6 @@
 #include "prefill_attention.h"
 #include "blocks.h"
+#include "delta.h"
 #include "dense.h"
 #include "descent.h"
 #include "experts.h"
