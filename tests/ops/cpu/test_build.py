@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,17 @@ pytestmark = MARKS
 
 
 # What is compiled, and how.
+
+
+def test_whole_paths_have_the_same_ops():
+    """A path that this machine is without is not compiled here: what it includes is looked at."""
+    files = {path.name: path.read_text() for path in build.SOURCE.glob("*.cpp")}
+    whole = {name: text for name, text in files.items() if "QLLM_WHOLE_PATH(" in text}
+    included = {
+        frozenset(re.findall(r'#include "(.*)"', text)) - {"layout.h", "linear.h"}
+        for text in whole.values()  # of these two the scalar path has the other one
+    }
+    assert len(whole) > 3 and len(included) == 1
 
 
 def test_units_and_headers_become_one_library(real_compiler, tmp_path):
