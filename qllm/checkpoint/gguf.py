@@ -239,6 +239,12 @@ def _config_of(found: GGUF) -> ModelConfig:
             f"{found.path}: {config.num_heads} heads of {config.head_dim} channels are more than "
             f"the {rows} rows of its tensors"
         )
+    delta = config.delta_net
+    if delta is not None and delta.channels > rows:
+        raise UserError(
+            f"{found.path}: its delta nets have {delta.channels} channels, more than the {rows} "
+            "rows of its tensors"
+        )
     return config
 
 

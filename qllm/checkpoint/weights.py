@@ -169,10 +169,10 @@ class Weights:
             return {}
         names = [*self.family.layer_linears(self.config)]
         names += [
-            f"layers.{index}.{router}"
+            f"layers.{index}.{linear}"
             for index in range(self.config.num_layers)
-            for router in ALWAYS_FLOAT
-            if f"layers.{index}.{router}.weight" in self.shapes
+            for linear in ALWAYS_FLOAT
+            if f"layers.{index}.{linear}.weight" in self.shapes
         ]
         stored = {}
         tables = [table for table in (EMBEDDING, POSITIONS) if f"{table}.weight" in self.shapes]

@@ -227,9 +227,9 @@ def shard_attention(
     assert isinstance(out, Linear)
     head_dim = out.in_features // count
     heads = shard_heads(count, kv_heads, group.size)
-    parts = 1 + -(-(qkv.out_features // head_dim - count) // kv_heads)
-    how = {"gated": True} if gated else {"parts": parts}
-    both = attention_shardings(heads, head_dim, out.out_features, mode, **how)
+    # Behind values may stand gates; a layer without them may lack keys, or values.
+    parts = 3 if gated else 1 + -(-(qkv.out_features // head_dim - count) // kv_heads)
+    both = attention_shardings(heads, head_dim, out.out_features, mode, parts, gated=gated)
     widths = [len(h.queries) * head_dim for h in heads]
     even = Sharding.evenly(0, qkv.out_features, group.size)
     attention.qkv = shard_linear(qkv, group, even if gather else both["qkv"], gather=gather)

@@ -61,7 +61,7 @@ def attention_shardings(
         tuple(
             range((base + run.start) * head_dim, (base + run.stop) * head_dim)
             for base, run in zip(bases, (h.queries, h.keys, h.keys, h.queries), strict=True)
-        )[: 4 if gated else parts]
+        )[: parts + gated]
         for h in heads
     )
     queries = tuple(runs[:1] for runs in qkv)

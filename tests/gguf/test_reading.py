@@ -6,8 +6,10 @@ import sys
 from copy import deepcopy
 from dataclasses import replace
 from random import Random
+from types import SimpleNamespace
 
 import gguf
+import gguf_files
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from gguf import GGMLQuantizationType, quants
 from gguf_files import (
     KINDS,
     TEXTS,
+    add_delta_net,
     dequantized,
     trained_sentencepiece,
     write_model,
@@ -138,6 +141,17 @@ def test_layers_that_predict_later_tokens_are_left_out(tmp_path):
     (logits,) = llm.logits([IDS[0]])
     want = reference(torch.tensor([IDS[0]])).logits[0]
     assert (logits - want).abs().max() < 1e-4 * (want.max() - want.min())
+
+
+def test_heads_beyond_the_file_take_no_memory(tmp_path, monkeypatch):
+    def of_many(writer, config):
+        many = {"linear_num_value_heads": 2**25, "linear_num_key_heads": 1}
+        add_delta_net(writer, SimpleNamespace(**vars(config) | many))
+
+    monkeypatch.setattr(gguf_files, "add_delta_net", of_many)
+    path = write_model(tmp_path / "model.gguf", READ_ALONE["qwen3_5"](), "F16")
+    with pytest.raises(UserError, match=r"delta nets have \d+ channels, more than the \d+ rows"):
+        LLM.from_pretrained(path)
 
 
 def _linears(model: nn.Module):
