@@ -18,8 +18,8 @@ from torch import Tensor
 
 from qllm.checkpoint.formats import FP4
 from qllm.checkpoint.formats.fp4 import BITS as FP4_BITS
-from qllm.checkpoint.gguf import CONSUMED, inner_parts, row_orders
-from qllm.checkpoint.gguf import OUTER as OUTER_PARTS
+from qllm.checkpoint.gguf_parts import CONSUMED, inner_parts, row_orders
+from qllm.checkpoint.gguf_parts import OUTER as OUTER_PARTS
 from qllm.checkpoint.gguf_tokenizer import tokenizer_metadata
 from qllm.checkpoint.reader import Checkpoint
 from qllm.checkpoint.tensors import map_file

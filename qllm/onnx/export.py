@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from qllm.checkpoint.convert import SOURCE_KEY, copy_small_files, own_config
-from qllm.checkpoint.gguf import packed_types, parts_of
+from qllm.checkpoint.gguf import packed_types
+from qllm.checkpoint.gguf_parts import parts_of
 from qllm.checkpoint.reader import LAYOUT_KEY, QUANTIZATION_KEY, Checkpoint
 from qllm.checkpoint.weights import Weights
 from qllm.checkpoint.writer import new_folder
