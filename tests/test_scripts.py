@@ -176,7 +176,7 @@ def test_explain_names_every_layers_kernel(tmp_path):
 def test_explain_says_that_activations_are_int8():
     options = ("--model-size", "tiny", "--bitwidth", "4", "--activation-bits", "8", "--explain")
     rows = call_json("qllm_gen.py", *options, "--device", "cpu")["kernels"]
-    assert {row["layer"]: "int8" in row["why"] for row in rows} == {
+    assert {row["layer"]: "activations as int8" in row["why"] for row in rows} == {
         row["layer"]: row["layer"] != "lm_head" for row in rows
     }
 

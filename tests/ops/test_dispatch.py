@@ -38,8 +38,10 @@ DTYPES = (
 STEPS = {"interpreter": (13, 61), "reference": (5, 17), "cpu": (1, 5)}
 # Of a unit in the last place of the largest sum: what a kernel may add to the reference's error.
 # Scales of activations that are no powers of two round every product.
-# A recurrence rounds again and again.
-SLACK = {"weight_only_linear_int8": 1 / 2, "delta_rule": 1}
+# A recurrence rounds again and again. Attention's weights are exponentials of rounded scores: what
+# the reference's error is depends on whose matrix product the machine's torch takes (a fifth of a
+# unit as a rule, and a twentieth where that was lucky), while the kernel's is the same everywhere.
+SLACK = {"weight_only_linear_int8": 1 / 2, "delta_rule": 1, "prefill_attention": 1 / 8}
 
 
 def kernel_named(op: str, name: str) -> Kernel:
